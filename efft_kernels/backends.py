@@ -1,0 +1,114 @@
+"""Which implementation of an op runs: the backends, how to choose one, and why one cannot run.
+
+A backend is chosen, in this order, by the ``backend=`` argument of a call, an enclosing :func:`use_backend`, the
+environment variable ``EFFT_BACKEND`` (read once at import) and, failing all three, ``auto``. ``auto`` takes the first
+backend of :data:`AUTO_ORDER` that can run the call; an explicitly named backend never falls back: it raises with the
+reason that :func:`can_run` gives.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+
+class Backend(str, enum.Enum):
+    """The implementations an op can have.
+
+    ``AUTO`` chooses; ``REFERENCE`` is plain differentiable torch in fp32/fp64, the specification; ``EAGER`` is the
+    hand-written backward on the vendor's matrix products, on any device.
+    """
+
+    AUTO = "auto"
+    REFERENCE = "reference"
+    EAGER = "eager"
+
+    @classmethod
+    def parse(cls, value: str | Backend) -> Backend:
+        """The member named ``value``; ValueError with the valid names otherwise."""
+        try:
+            return cls(value)
+        except ValueError:
+            names = ", ".join(repr(b.value) for b in cls)
+            raise ValueError(f"unknown backend {value!r}: expected one of {names}") from None
+
+
+#: What ``auto`` tries, fastest first.
+AUTO_ORDER = (Backend.EAGER, Backend.REFERENCE)
+
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+try:
+    _environment = Backend.parse(os.environ.get("EFFT_BACKEND", "auto"))
+except ValueError as error:
+    raise ValueError(f"environment variable EFFT_BACKEND: {error}") from None
+
+_selected: ContextVar[Backend | None] = ContextVar("efft_backend", default=None)
+
+
+def current_backend() -> Backend:
+    """The backend that a call without ``backend=`` asks for: of ``use_backend``, else of ``EFFT_BACKEND``."""
+    selected = _selected.get()
+    return _environment if selected is None else selected
+
+
+@contextmanager
+def use_backend(backend: str | Backend) -> Iterator[None]:
+    """Ask for ``backend`` in every op called inside the ``with`` block (in this thread or task)."""
+    token = _selected.set(Backend.parse(backend))
+    try:
+        yield
+    finally:
+        _selected.reset(token)
+
+
+def can_run(backend: str | Backend, *tensors: Tensor | None) -> str | None:
+    """None if ``backend`` can run an op on ``tensors``, else the reason why it cannot.
+
+    ``reference`` and ``eager`` implement every op on every device; they need real floating-point tensors that all
+    lie on one device.
+    """
+    backend = Backend.parse(backend)
+    present = [t for t in tensors if t is not None]
+    for t in present:
+        if t.dtype not in _FLOATING:
+            return f"{backend.value} runs float16, bfloat16, float32 and float64 tensors, got {t.dtype}"
+        if t.device != present[0].device:
+            return f"all tensors must be on one device, got {present[0].device} and {t.device}"
+    return None
+
+
+def resolve(op: str, backend: str | Backend | None, *tensors: Tensor | None) -> Backend:
+    """The backend that runs ``op`` on ``tensors``; never ``AUTO``.
+
+    Raises ValueError for an unknown name and RuntimeError, with the reason, where the backend asked for (or, under
+    ``auto``, every backend) cannot run.
+    """
+    wanted = current_backend() if backend is None else Backend.parse(backend)
+    if wanted is not Backend.AUTO:
+        reason = can_run(wanted, *tensors)
+        if reason is not None:
+            raise RuntimeError(f"{op}: backend {wanted.value!r} was asked for but cannot run: {reason}")
+        return wanted
+    for candidate in AUTO_ORDER:
+        if can_run(candidate, *tensors) is None:
+            return candidate
+    raise RuntimeError(f"{op}: no backend can run this call\n{explain(*tensors)}")
+
+
+def explain(*tensors: Tensor | None) -> str:
+    """What ``auto`` would take for ``tensors`` and why: one line a backend, the chosen one marked with ``*``."""
+    lines, chosen = [], False
+    for candidate in AUTO_ORDER:
+        reason = can_run(candidate, *tensors)
+        mark = " "
+        if reason is None and not chosen:
+            mark, chosen = "*", True
+        lines.append(f"{mark} {candidate.value}: {reason or 'can run'}")
+    return "\n".join(lines)

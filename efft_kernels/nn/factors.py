@@ -1,0 +1,287 @@
+"""``TTFactors``: one tensor train U · C · V shared by many linear layers, owned once."""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from efft_kernels.nn.initialization import initialize
+from efft_kernels.ops import tt_contract
+
+
+@dataclass(frozen=True)
+class Site:
+    """Which part of a train one linear layer uses.
+
+    Attributes:
+        layer: index into the cores' first dimension (ignored where cores are shared by all layers).
+        cores: the layer's cores, one per column block of its output: ``(0, 1, 2)`` for a fused qkv.
+        transpose: use the transposed train, ``D = Vᵀ`` and ``G = s Cᵀ Uᵀ`` (fc2 beside fc1).
+        columns: half-open range of V's columns this layer uses; None for all.
+        mask_scope: sites of one layer with the same scope share one draw of the dropout masks of U and V.
+    """
+
+    layer: int = 0
+    cores: tuple[int, ...] = (0,)
+    transpose: bool = False
+    columns: tuple[int, int] | None = None
+    mask_scope: int = 0
+
+
+class Masks(NamedTuple):
+    """Dropout masks of one forward pass, True where an element is kept; the first dimension counts layers."""
+
+    U: Tensor  # [n_layers, n_scopes, d_in, r1]
+    C: Tensor  # [n_layers, n_cores, r1, r2]
+    V: Tensor  # [n_layers, n_scopes, r2, d_out]
+
+
+class TTFactors(nn.Module):
+    """The factors of ``ΔW = s · U C V``: U and V shared by all layers, one small core per matrix.
+
+    Layers do not own factors: they :meth:`bind` a :class:`Site` and ask for its :meth:`down_up` pair. Contracting per
+    layer is always right; :meth:`prepare` contracts all bound sites at once for the forward pass that follows, until
+    :meth:`release` (``efft.apply`` calls both by hooks on the model).
+
+    Args:
+        d_in, d_out: sizes of the two outer sides, ``U [d_in, r1]`` and ``V [r2, d_out]``.
+        rank: ``r`` or ``(r1, r2)``.
+        n_layers: layers that have cores of their own.
+        n_cores: cores of each layer.
+        core_sharing: ``"per_layer"`` (cores ``[n_layers, n_cores, r1, r2]``) or ``"shared"`` (``[1, n_cores, r1, r2]``
+            serve every layer, as in the paper's public code).
+        scale: s, a plain multiplier.
+        trainable_scale: make s a parameter that starts at ``scale``.
+        dropout: probability of zeroing an element of U, C and V in training (never of an activation); kept elements are
+            rescaled by 1/(1-p).
+        init: ``"v"`` or ``"u"``: the side that starts at zero.
+        core_init: see :mod:`efft_kernels.nn.initialization`.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        rank: int | tuple[int, int],
+        *,
+        n_layers: int = 1,
+        n_cores: int = 1,
+        core_sharing: str = "per_layer",
+        scale: float = 1.0,
+        trainable_scale: bool = False,
+        dropout: float = 0.0,
+        init: str = "v",
+        core_init: str = "last",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        r1, r2 = (rank, rank) if isinstance(rank, int) else rank
+        sizes = {"d_in": d_in, "d_out": d_out, "r1": r1, "r2": r2, "n_layers": n_layers, "n_cores": n_cores}
+        wrong = {name: size for name, size in sizes.items() if size < 1}
+        if wrong:
+            raise ValueError(f"TTFactors: sizes and ranks must be at least 1, got {wrong}")
+        if core_sharing not in ("per_layer", "shared"):
+            raise ValueError(f"core_sharing must be 'per_layer' or 'shared', got {core_sharing!r}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        self.d_in, self.d_out, self.r1, self.r2 = d_in, d_out, r1, r2
+        self.n_layers, self.n_cores, self.core_sharing = n_layers, n_cores, core_sharing
+        self.dropout, self.init, self.core_init = dropout, init, core_init
+        kw: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.U = nn.Parameter(torch.empty(d_in, r1, **kw))
+        owners = n_layers if core_sharing == "per_layer" else 1
+        self.C = nn.Parameter(torch.empty(owners, n_cores, r1, r2, **kw))
+        self.V = nn.Parameter(torch.empty(r2, d_out, **kw))
+        self.scale: float | nn.Parameter = scale
+        if trainable_scale:
+            self.scale = nn.Parameter(torch.full((), scale, **kw))
+        self.sites: list[Site] = []
+        self._active: _Pass | None = None
+        # Two are enough to know that more than one forward pass waits for its backward.
+        self._pending: deque[_Pass] = deque(maxlen=2)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw U, C and V anew (see :func:`efft_kernels.nn.initialization.initialize`)."""
+        initialize(self.U, self.C, self.V, self.init, self.core_init)
+
+    def bind(self, site: Site) -> int:
+        """Register a layer that uses ``site``; returns the index to pass to :meth:`down_up`."""
+        if not (0 <= site.layer < self.n_layers and all(0 <= c < self.n_cores for c in site.cores)):
+            raise ValueError(f"{site} does not fit a bank of {self.n_layers} layers with {self.n_cores} cores each")
+        first, last = site.columns or (0, self.d_out)
+        if not 0 <= first < last <= self.d_out or not site.cores:
+            raise ValueError(f"{site} does not fit a train with {self.d_out} output columns")
+        if site.transpose and len(site.cores) > 1:
+            raise ValueError(f"{site}: a transposed train has one core, its output is U's one block of rows")
+        self.sites.append(site)
+        return len(self.sites) - 1
+
+    def features(self, site: Site) -> tuple[int, int]:
+        """(in_features, out_features) of a linear layer that ``site`` fits."""
+        first, last = site.columns or (0, self.d_out)
+        if site.transpose:
+            return last - first, self.d_in
+        return self.d_in, (last - first) * len(site.cores)
+
+    def down_up(self, index: int) -> tuple[Tensor, Tensor]:
+        """(D [in_features, r], G [r, out_features]) of a bound site, with this pass's dropout if training."""
+        if self._active is not None:
+            if self._active.open and not torch.is_grad_enabled():
+                self._active.used_without_grad = True
+            return self._active.factors[index]
+        if not torch.compiler.is_compiling() and _in_backward():
+            replayed = self._replayed()
+            if replayed is not None:
+                return replayed.factors[index]
+        return self._contract([self.sites[index]])[0][0]
+
+    def prepare(self) -> None:
+        """Contract all bound sites in one launch per kind of site; :meth:`down_up` serves them until
+        :meth:`release`."""
+        factors, stacked = self._contract(self.sites)
+        self._active = _Pass(factors)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # Activation checkpointing runs layers again during backward: remember this pass until its backward is
+            # through.
+            self._active.watch([t for t in stacked if t.requires_grad])
+            self._pending.append(self._active)
+
+    def release(self) -> None:
+        """End of the forward pass that :meth:`prepare` began."""
+        self._active = None
+
+    def draw_masks(self, n_layers: int) -> Masks | None:
+        """Fresh dropout masks for ``n_layers`` layers; None where nothing is dropped (p = 0 or eval mode)."""
+        if not self.training or self.dropout == 0:
+            return None
+        n_scopes = 1 + max(site.mask_scope for site in self.sites)
+        shapes = (
+            (n_layers, n_scopes, *self.U.shape),
+            (n_layers, *self.C.shape[1:]),
+            (n_layers, n_scopes, *self.V.shape),
+        )
+        return Masks(*(torch.rand(shape, device=self.U.device) >= self.dropout for shape in shapes))
+
+    def _replayed(self) -> _Pass | None:
+        """The pass whose layers are being run again inside backward; None if no prepared pass waits for its
+        backward."""
+        waiting = [p for p in self._pending if p.open]
+        if any(p.used_without_grad for p in waiting):
+            raise RuntimeError(
+                "activation checkpointing with use_reentrant=True cannot differentiate factors shared by several "
+                "layers; use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+            )
+        if len(waiting) > 1 and self.training and self.dropout > 0:
+            raise RuntimeError(
+                "activation checkpointing with factor dropout needs one backward for every forward pass, but an "
+                "earlier pass is still waiting for its own: call backward first, run it under torch.no_grad(), or "
+                "set dropout=0"
+            )
+        return waiting[-1] if waiting else None
+
+    def _contract(self, sites: list[Site]) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
+        """(D, G) of each site, and the stacked tensors they are slices of."""
+        layers = sorted({site.layer for site in sites})
+        masks = self.draw_masks(len(layers))
+        kinds: dict[tuple[Any, ...], list[int]] = {}
+        for i, site in enumerate(sites):
+            kinds.setdefault((site.cores, site.transpose, site.columns, site.mask_scope), []).append(i)
+        pairs: dict[int, tuple[Tensor, Tensor]] = {}
+        stacked = []
+        for members in kinds.values():
+            D, G = self._contract_kind(
+                sites[members[0]], [layers.index(sites[i].layer) for i in members], layers, masks
+            )
+            stacked.append(G)
+            ups = G.unbind(0) if len(G) == len(members) else [G[0]] * len(members)
+            downs = D.unbind(0) if D.dim() == 3 else [D] * len(members)
+            pairs.update(zip(members, zip(downs, ups, strict=True), strict=True))
+        return [pairs[i] for i in range(len(sites))], stacked
+
+    def _contract_kind(
+        self, site: Site, rows: list[int], layers: list[int], masks: Masks | None
+    ) -> tuple[Tensor, Tensor]:
+        """D [in, r] (or [len(rows), in, r] under dropout) and G [len(rows), r, out] of sites alike but for the layer.
+
+        ``rows`` index into ``layers`` and the masks. With shared cores and no dropout all layers are one row.
+        """
+        keep = 1.0 - self.dropout
+        first, last = site.columns or (0, self.d_out)
+        V = self.V[:, first:last] if site.columns else self.V
+        C = _take(self.C, 1, list(site.cores))
+        if self.core_sharing == "per_layer":
+            C = _take(C, 0, [layers[row] for row in rows])
+        if masks is None:
+            if site.transpose:
+                return V.t(), tt_contract(C.transpose(-1, -2), self.U.t(), scale=self.scale)
+            return self.U, tt_contract(C, V, scale=self.scale)
+        keep_U = _take(masks.U[:, site.mask_scope], 0, rows)
+        keep_C = _take(_take(masks.C, 1, list(site.cores)), 0, rows)
+        keep_V = _take(masks.V[:, site.mask_scope, :, first:last], 0, rows)
+        C = C.expand_as(keep_C)
+        scale = self.scale / keep**2
+        if site.transpose:
+            G = tt_contract(
+                C.transpose(-1, -2),
+                self.U.t(),
+                scale=scale,
+                keep_C=keep_C.transpose(-1, -2),
+                keep_V=keep_U.transpose(-1, -2),
+            )
+            return (V * keep_V).transpose(-1, -2) / keep, G
+        return self.U * keep_U / keep, tt_contract(C, V, scale=scale, keep_C=keep_C, keep_V=keep_V)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles are taken between passes: what belongs to a running one stays behind.
+        return {**self.__dict__, "_active": None, "_pending": deque(maxlen=2)}
+
+    def extra_repr(self) -> str:
+        return (
+            f"d_in={self.d_in}, d_out={self.d_out}, rank=({self.r1}, {self.r2}), n_layers={self.n_layers}, "
+            f"n_cores={self.n_cores}, core_sharing={self.core_sharing!r}, scale={float(self.scale):g}, "
+            f"dropout={self.dropout}"
+        )
+
+
+class _Pass:
+    """The factors of one forward pass and, where it recorded gradients, whether its backward is through."""
+
+    def __init__(self, factors: list[tuple[Tensor, Tensor]]) -> None:
+        self.factors = factors
+        self.open = 0  # stacked tensors whose gradient has not arrived
+        self.used_without_grad = False
+
+    def watch(self, stacked: list[Tensor]) -> None:
+        """Count down ``open`` as the tensors that the factors are slices of get their gradients."""
+        self.open = len(stacked)
+        # A strong reference from the graph back to its own tensors would never be freed without a backward.
+        me = weakref.ref(self)
+
+        def arrived(_: Tensor) -> None:
+            this = me()
+            if this is not None:
+                this.open -= 1
+                if this.open <= 0:
+                    this.open, this.factors = 0, []
+
+        for tensor in stacked:
+            tensor.register_hook(arrived)
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def _take(tensor: Tensor, dim: int, indices: list[int]) -> Tensor:
+    """Rows ``indices`` of dimension ``dim``: the tensor itself or a view where possible."""
+    first, n = indices[0], len(indices)
+    if indices == list(range(first, first + n)):
+        return tensor if n == tensor.shape[dim] else tensor.narrow(dim, first, n)
+    return torch.stack([tensor.select(dim, i) for i in indices], dim)

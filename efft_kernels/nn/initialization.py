@@ -1,0 +1,46 @@
+"""Initial values of U, cores and V.
+
+One side of the train starts at zero, so that the first step is a no-op, and the other is Xavier-uniform. The cores are
+Xavier-uniform too, but PyTorch derives the bound of a three-dimensional parameter from its layout, and the published
+scales were tuned on top of that; the layout is therefore part of the initialisation (and of nothing else: this project
+always stores cores as [n_layers, n_cores, r1, r2]).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+#: Where the paper's code keeps the core index, for n cores of r1 x r2 in one parameter, and the bound that follows:
+#: ``last``   [r1, r2, n]  sqrt(6 / (n (r1 + r2)))    its ViT models
+#: ``first``  [n, r1, r2]  sqrt(6 / (r1 r2 + n r2))   its Swin models
+#: ``matrix`` n times [r1, r2]  sqrt(6 / (r1 + r2))   every core a matrix of its own
+CORE_LAYOUTS = ("last", "first", "matrix")
+
+
+def core_bound(layout: str, n: int, r1: int, r2: int) -> float:
+    """Bound of the uniform distribution of ``n`` cores ``[r1, r2]`` under ``layout`` (see CORE_LAYOUTS)."""
+    fans = {"last": n * (r1 + r2), "first": r1 * r2 + n * r2, "matrix": r1 + r2}
+    if layout not in fans:
+        raise ValueError(f"core_init must be one of {', '.join(map(repr, CORE_LAYOUTS))}, got {layout!r}")
+    return math.sqrt(6 / fans[layout])
+
+
+@torch.no_grad()
+def initialize(U: Tensor, C: Tensor, V: Tensor, init: str, core_init: str) -> None:
+    """Fill U [d_in, r1], C [n_layers, n_cores, r1, r2] and V [r2, d_out] in place.
+
+    ``init="v"`` zeroes V, ``init="u"`` zeroes U; the other one is Xavier-uniform.
+    """
+    if init not in ("u", "v"):
+        raise ValueError(f"init must be 'u' (U starts at zero) or 'v' (V starts at zero), got {init!r}")
+    n_layers, n_cores, r1, r2 = C.shape
+    bound = core_bound(core_init, n_layers * n_cores, r1, r2)
+    for factor, zero in ((U, init == "u"), (V, init == "v")):
+        if zero:
+            factor.zero_()
+        else:
+            torch.nn.init.xavier_uniform_(factor)
+    C.uniform_(-bound, bound)

@@ -1,0 +1,189 @@
+"""``EfftLinear``: a frozen ``nn.Linear`` with a tensor-train delta, a drop-in replacement."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from efft_kernels.nn.factors import Site, TTFactors
+from efft_kernels.ops import tt_linear, tt_merge_
+
+
+@dataclass(frozen=True)
+class MergeLoss:
+    """What merging did to one weight; norms are Frobenius norms in fp32.
+
+    Attributes:
+        relative_update: |ΔW| / |W|.
+        relative_error: |achieved - ΔW| / |ΔW|, where achieved is the change of the stored weight: the part of the
+            update lost by rounding to the weight's dtype. 0 for a zero update.
+    """
+
+    relative_update: float
+    relative_error: float
+
+
+class EfftLinear(nn.Linear):
+    """``y = x Wᵀ + b + (x D) G`` with frozen ``W`` and ``b``; ``D`` and ``G`` come from a bank of factors.
+
+    It is an ``nn.Linear`` with the same ``weight`` and ``bias`` parameters (the very objects of the layer it
+    replaces), so state-dict names stay as they are. A shared bank is referenced, not registered: it is owned once,
+    elsewhere.
+    """
+
+    factors: TTFactors
+    base_weight: Tensor | None
+
+    def __init__(self, linear: nn.Linear, factors: TTFactors, site: Site, *, own_factors: bool = False) -> None:
+        reason = cannot_wrap(linear)
+        if reason is not None:
+            raise TypeError(f"EfftLinear: {reason}")
+        expected = factors.features(site)
+        if expected != (linear.in_features, linear.out_features):
+            raise ValueError(
+                f"EfftLinear: {site} of this bank fits a linear layer with (in_features, out_features) = {expected}, "
+                f"got {(linear.in_features, linear.out_features)}"
+            )
+        nn.Module.__init__(self)  # nn.Linear's own would allocate and draw a weight
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight = linear.weight
+        self.register_parameter("bias", linear.bias)
+        for parameter in linear.parameters():
+            parameter.requires_grad_(False)
+        if own_factors:
+            self.factors = factors
+        else:
+            self.__dict__["factors"] = factors
+        self.site, self.index = site, factors.bind(site)
+        self.enabled = True
+        self.register_buffer("base_weight", None, persistent=False)
+        self.train(linear.training)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        factors: TTFactors | None = None,
+        site: Site | None = None,
+        *,
+        rank: int | tuple[int, int] = 16,
+        n_cores: int = 1,
+        scale: float = 1.0,
+        dropout: float = 0.0,
+        init: str = "v",
+    ) -> EfftLinear:
+        """Adapt ``linear`` (which is left as it is, but frozen).
+
+        With ``factors`` the layer uses ``site`` of that shared bank (default: its layer 0, core 0). Without, it gets
+        factors of its own, of ``rank``, with ``n_cores`` column blocks (3 for a fused qkv), ``scale``, factor
+        ``dropout`` and ``init``, on the weight's device in fp32 (fp64 for an fp64 weight).
+
+        Raises:
+            TypeError: not a plain ``nn.Linear``.
+            ValueError: the sizes do not fit.
+        """
+        if factors is not None:
+            return cls(linear, factors, site or Site())
+        if linear.out_features % n_cores:
+            raise ValueError(f"out_features must be a multiple of n_cores, got {linear.out_features} and {n_cores}")
+        own = TTFactors(
+            linear.in_features,
+            linear.out_features // n_cores,
+            rank,
+            n_cores=n_cores,
+            scale=scale,
+            dropout=dropout,
+            init=init,
+            device=linear.weight.device,
+            dtype=torch.promote_types(linear.weight.dtype, torch.float32),
+        )
+        return cls(linear, own, site or Site(cores=tuple(range(n_cores))), own_factors=True)
+
+    @property
+    def merged(self) -> bool:
+        """Whether the delta is part of ``weight`` now."""
+        return self.base_weight is not None
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., in_features] -> [..., out_features]
+        if not self.enabled or self.merged:
+            return F.linear(x, self.weight, self.bias)
+        D, G = self.factors.down_up(self.index)
+        return tt_linear(x, self.weight, self.bias, D, G)
+
+    @torch.no_grad()
+    def delta_weight(self) -> Tensor:
+        """The dense update ΔW ``[out_features, in_features]`` in the factors' dtype, without dropout: for
+        inspection."""
+        D, G = self._evaluated()
+        return (D @ G).t()
+
+    @torch.no_grad()
+    def merge(self) -> MergeLoss | None:
+        """Add the delta to ``weight``, in fp32 with one rounding, keeping the base weight so that unmerge is exact.
+
+        Returns what rounding cost; None if the layer was merged already.
+        """
+        if self.merged:
+            return None
+        base = self.weight.detach().clone()
+        D, G = self._evaluated()
+        tt_merge_(self.weight, D, G)
+        self.base_weight = base
+        delta = (D @ G).t().float()
+        lost = (self.weight.float() - base.float()) - delta
+        size = delta.norm()
+        return MergeLoss(
+            relative_update=(size / base.float().norm()).item(),
+            relative_error=(lost.norm() / size).item() if size > 0 else 0.0,
+        )
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put the base weight back, bit for bit. Does nothing on a layer that is not merged."""
+        if self.base_weight is not None:
+            self.weight.copy_(self.base_weight)
+            self.base_weight = None
+
+    def _evaluated(self) -> tuple[Tensor, Tensor]:
+        """(D, G) without dropout, whatever mode the bank is in."""
+        training = self.factors.training
+        self.factors.training = False
+        try:
+            return self.factors.down_up(self.index)
+        finally:
+            self.factors.training = training
+
+    def extra_repr(self) -> str:
+        f, s = self.factors, self.site
+        parts = [super().extra_repr(), f"rank=({f.r1}, {f.r2})", f"layer={s.layer}", f"cores={s.cores}"]
+        if s.transpose:
+            parts.append("transpose=True")
+        if s.columns:
+            parts.append(f"columns={s.columns}")
+        parts.append(f"scale={float(f.scale):g}")
+        if self.merged:
+            parts.append("merged")
+        if not self.enabled:
+            parts.append("disabled")
+        return ", ".join(parts)
+
+
+def cannot_wrap(linear: nn.Module) -> str | None:
+    """None if ``linear`` can become an EfftLinear, else the reason."""
+    if isinstance(linear, EfftLinear):
+        return "this layer is an EfftLinear already"
+    if not isinstance(linear, nn.Linear):
+        return f"expected an nn.Linear, got {type(linear).__name__}"
+    if isinstance(linear, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return (
+            "this is the out_proj of nn.MultiheadAttention, which reads the weight and never calls the layer, so a "
+            "delta on it would be ignored; use an attention module with separate linear layers"
+        )
+    if type(linear).forward is not nn.Linear.forward:
+        return f"{type(linear).__name__} has a forward of its own, which an EfftLinear would drop"
+    if getattr(linear, "parametrizations", None):
+        return "the layer's weight is parametrized; remove the parametrization first"
+    return None

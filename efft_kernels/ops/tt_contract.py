@@ -1,0 +1,101 @@
+"""``tt_contract``: the cores of all layers contracted with their shared right factor, in one launch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from efft_kernels import reference
+from efft_kernels.backends import Backend, resolve
+from efft_kernels.eager import tt_contract as eager
+from efft_kernels.ops._checks import check_shape
+
+_FORWARD = {Backend.EAGER: eager.tt_contract_fwd}
+_BACKWARD = {Backend.EAGER: eager.tt_contract_bwd}
+
+
+def tt_contract(
+    C: Tensor,  # [n_layers, n_cores, r1, r2]
+    V: Tensor,  # [r2, d_out]
+    *,
+    scale: float | Tensor = 1.0,
+    keep_C: Tensor | None = None,  # [n_layers, n_cores, r1, r2], bool
+    keep_V: Tensor | None = None,  # [n_layers, r2, d_out], bool
+    backend: str | Backend | None = None,
+) -> Tensor:  # [n_layers, r1, n_cores * d_out]
+    """Contract cores with V for all layers: ``G[l] = scale · [C[l,0] V | C[l,1] V | ...]``.
+
+    Call it once a step and hand ``G.unbind(0)`` to the layers: autograd then stacks the layers' dG and the backward
+    makes dC and dV once. The several cores of a layer become column blocks, so that fused qkv needs one ``tt_linear``.
+
+    Args:
+        C: cores ``[n_layers, n_cores, r1, r2]``.
+        V: right factor ``[r2, d_out]``, shared by all layers, in the dtype of ``C``.
+        scale: a number, or a tensor of one element to train it.
+        keep_C, keep_V: dropout masks on the factors (True keeps), ``[n_layers, n_cores, r1, r2]`` and
+            ``[n_layers, r2, d_out]``, one draw a layer. Kept elements are not rescaled here: fold 1/(1-p) of each
+            dropped factor into ``scale``.
+        backend: see :mod:`efft_kernels.backends`.
+
+    For the transposed train of fc2 pass ``C.transpose(-1, -2)`` and ``U.t()``. Computed in the factors' own dtype, also
+    under autocast: they are tiny and their rounding would be the update's.
+
+    Returns:
+        ``G [n_layers, r1, n_cores * d_out]`` in the dtype of ``C``.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together.
+        RuntimeError: the backend asked for cannot run this call.
+    """
+    if C.dim() != 4 or V.dim() != 2 or C.shape[3] != V.shape[0]:
+        raise ValueError(
+            f"tt_contract: expected C [n_layers, n_cores, r1, r2] and V [r2, d_out] of one r2, "
+            f"got shapes {list(C.shape)} and {list(V.shape)}"
+        )
+    if C.dtype != V.dtype:
+        raise ValueError(f"tt_contract: C and V must have one dtype, got {C.dtype} and {V.dtype}")
+    for name, keep, shape, symbols in (
+        ("keep_C", keep_C, tuple(C.shape), "[n_layers, n_cores, r1, r2]"),
+        ("keep_V", keep_V, (C.shape[0], *V.shape), "[n_layers, r2, d_out]"),
+    ):
+        if keep is None:
+            continue
+        check_shape("tt_contract", name, keep, shape, symbols)
+        if keep.dtype != torch.bool:
+            raise ValueError(f"tt_contract: {name} must be a bool mask (True keeps), got {keep.dtype}")
+    chosen = resolve("tt_contract", backend, C, V)
+    if isinstance(scale, Tensor):
+        C, scale = C * scale, 1.0
+    if chosen is Backend.REFERENCE:
+        return reference.tt_contract(C, V, keep_C, keep_V, scale)
+    return _TTContract.apply(C, V, keep_C, keep_V, scale, chosen)
+
+
+class _TTContract(torch.autograd.Function):
+    """Autograd of tt_contract, above the backends."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        C: Tensor,
+        V: Tensor,
+        keep_C: Tensor | None,
+        keep_V: Tensor | None,
+        scale: float,
+        backend: Backend,
+    ) -> Tensor:
+        ctx.save_for_backward(C, V, keep_C, keep_V)
+        ctx.scale, ctx.backend = scale, backend
+        with torch.autocast(C.device.type, enabled=False):
+            return _FORWARD[backend](C, V, keep_C, keep_V, scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dG: Tensor) -> tuple[Tensor | None, ...]:
+        need_dC, need_dV = ctx.needs_input_grad[:2]
+        with torch.autocast(dG.device.type, enabled=False):
+            dC, dV = _BACKWARD[ctx.backend](dG, *ctx.saved_tensors, ctx.scale, need_dC, need_dV)
+        return dC if need_dC else None, dV if need_dV else None, None, None, None, None

@@ -1,0 +1,111 @@
+"""``tt_linear``: a frozen linear layer with a low-rank delta, y = x Wᵀ + b + (x D) G."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from efft_kernels import reference
+from efft_kernels.backends import Backend, resolve
+from efft_kernels.eager import tt_linear as eager
+from efft_kernels.ops._checks import check_delta, check_shape
+
+_FORWARD = {Backend.EAGER: eager.tt_linear_fwd}
+_BACKWARD = {Backend.EAGER: eager.tt_linear_bwd}
+
+
+def tt_linear(
+    x: Tensor,  # [..., d_in]
+    W: Tensor,  # [d_out, d_in]
+    b: Tensor | None,  # [d_out]
+    D: Tensor,  # [d_in, r1]
+    G: Tensor,  # [r1, d_out]
+    *,
+    backend: str | Backend | None = None,
+) -> Tensor:  # [..., d_out]
+    """Linear layer plus low-rank delta, ``y = x Wᵀ + b + (x D) G``, without ever building ``D G``.
+
+    Any tensor-train update whose chain has one bond between its input and output sides is this op once its cores are
+    contracted (:func:`tt_contract`): for EFFT, ``D`` is ``U`` and ``G`` is ``s·C·V`` (Chen et al., arXiv 2311.06749).
+    A fused qkv projection is one call with ``d_out = 3 d`` and ``G = [C_q V | C_k V | C_v V]``.
+
+    Args:
+        x: activations ``[..., d_in]``; any leading shape, any strides, also no token at all.
+        W: weight ``[d_out, d_in]`` as in ``torch.nn.Linear``, in the dtype of ``x``.
+        b: bias ``[d_out]`` or None, in the dtype of ``x``.
+        D: down factor ``[d_in, r1]``, any floating dtype; computed with in the dtype of ``x``.
+        G: up factor ``[r1, d_out]``, likewise.
+        backend: see :mod:`efft_kernels.backends`.
+
+    Under autocast ``x``, ``W`` and ``b`` are cast as ``torch.nn.functional.linear`` casts them; the gradients of fp32
+    factors stay fp32. Only gradients that are asked for are computed. All backends but ``reference`` are
+    differentiable once.
+
+    Returns:
+        ``y [..., d_out]`` in the dtype of ``x`` (the autocast dtype under autocast).
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together.
+        RuntimeError: the backend asked for cannot run this call.
+    """
+    check_delta("tt_linear", W, D, G)
+    if x.dim() == 0 or x.shape[-1] != W.shape[1]:
+        raise ValueError(f"tt_linear: x must be [..., d_in={W.shape[1]}], got shape {list(x.shape)}")
+    if b is not None:
+        check_shape("tt_linear", "b", b, (W.shape[0],), "[d_out]")
+    x, W, b = _autocast(x, W, b)
+    if W.dtype != x.dtype or (b is not None and b.dtype != x.dtype):
+        raise ValueError(
+            f"tt_linear: W and b must have the dtype of x, got x {x.dtype}, W {W.dtype}, "
+            f"b {None if b is None else b.dtype}; cast one of them or use torch.autocast"
+        )
+    chosen = resolve("tt_linear", backend, x, W, b, D, G)
+    if chosen is Backend.REFERENCE:
+        return reference.tt_linear(x, W, b, D, G)
+    return _TTLinear.apply(x, W, b, D, G, chosen)
+
+
+def _autocast(x: Tensor, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Cast as autocast casts the arguments of linear; fp64 stays."""
+    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+        return x, W, b
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return x.to(dtype), W.to(dtype), None if b is None else b.to(dtype)
+
+
+class _TTLinear(torch.autograd.Function):
+    """Autograd of tt_linear, above the backends: one registered op forward, one backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, D: Tensor, G: Tensor, backend: Backend) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])  # [tokens, d_in]
+        y, h = _FORWARD[backend](rows, W, b, D, G)
+        need_dx, need_dW, _, need_dD, need_dG, _ = ctx.needs_input_grad
+        ctx.save_for_backward(
+            rows if need_dD or need_dW else None, W if need_dx else None, h if need_dG else None, D, G
+        )
+        ctx.x_shape, ctx.backend = x.shape, backend
+        return y.view(*x.shape[:-1], W.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+        x, W, h, D, G = ctx.saved_tensors
+        need_dx, need_dW, need_db, need_dD, need_dG, _ = ctx.needs_input_grad
+        gy = gy.reshape(-1, gy.shape[-1])  # [tokens, d_out]
+        with torch.autocast(gy.device.type, enabled=False):
+            dx, dD, dG = _BACKWARD[ctx.backend](gy, x, W, h, D, G, need_dx, need_dD, need_dG)
+            # The base is frozen in every PEFT use; a caller who does train it gets the plain products.
+            dW = gy.t() @ x if need_dW else None
+            db = gy.sum(0) if need_db else None
+        return (
+            dx.view(ctx.x_shape) if need_dx else None,
+            dW,
+            db,
+            dD if need_dD else None,
+            dG if need_dG else None,
+            None,
+        )

@@ -1,0 +1,47 @@
+"""``tt_merge_``: add a low-rank delta to a weight, for export."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from efft_kernels import reference
+from efft_kernels.backends import Backend, resolve
+from efft_kernels.eager import tt_merge as eager
+from efft_kernels.ops._checks import check_delta
+
+_IMPLEMENTATION = {Backend.EAGER: eager.tt_merge_}
+
+
+@torch.no_grad()
+def tt_merge_(
+    W: Tensor,  # [d_out, d_in]
+    D: Tensor,  # [d_in, r1]
+    G: Tensor,  # [r1, d_out]
+    sign: float = 1.0,
+    *,
+    backend: str | Backend | None = None,
+) -> Tensor:  # W
+    """Add the delta to ``W`` in place, ``W += sign · (D G)ᵀ``, in fp32 with one final rounding to W's dtype.
+
+    For export and inspection only: training never needs the dense delta. Rounding to bf16 or fp16 can lose most of a
+    small update, and merging with ``sign=-1`` does not undo it exactly: keep a copy of ``W`` to go back
+    (:meth:`efft_kernels.EfftLinear.merge` does).
+
+    Args:
+        W: weight ``[d_out, d_in]``, changed in place and returned. No gradient is recorded.
+        D: down factor ``[d_in, r1]``.
+        G: up factor ``[r1, d_out]``.
+        sign: +1 to merge, -1 to subtract.
+        backend: see :mod:`efft_kernels.backends`.
+
+    Raises:
+        ValueError: shapes do not fit together.
+        RuntimeError: the backend asked for cannot run this call.
+    """
+    check_delta("tt_merge_", W, D, G)
+    chosen = resolve("tt_merge_", backend, W, D, G)
+    if chosen is Backend.REFERENCE:
+        return reference.tt_merge_(W, D, G, sign)
+    _IMPLEMENTATION[chosen](W, D, G, sign)
+    return W

@@ -1,0 +1,41 @@
+"""EFFT: adapt a frozen vision transformer by training a shared tensor train (arXiv 2311.06749).
+
+efft.apply(model, efft.EfftConfig(rank=32))   # in place; train as usual
+efft.save_adapter(model, "out/")
+"""
+
+from efft.config import EfftConfig
+from efft.inject import (
+    apply,
+    disabled,
+    freeze_backbone,
+    named_factors,
+    parameter_groups,
+    remove,
+)
+from efft.io import load_adapter, save_adapter
+from efft.merge import MergeReport, merge, merged_state_dict, unmerge
+from efft.params import ParameterCount, count_parameters, print_trainable_parameters
+from efft.presets import paper_config
+from efft_kernels import __version__
+
+__all__ = [
+    "EfftConfig",
+    "MergeReport",
+    "ParameterCount",
+    "__version__",
+    "apply",
+    "count_parameters",
+    "disabled",
+    "freeze_backbone",
+    "load_adapter",
+    "merge",
+    "merged_state_dict",
+    "named_factors",
+    "paper_config",
+    "parameter_groups",
+    "print_trainable_parameters",
+    "remove",
+    "save_adapter",
+    "unmerge",
+]

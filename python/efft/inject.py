@@ -1,0 +1,211 @@
+"""Adapting a model in place: put the factors in, take them out, switch them off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from efft.config import EfftConfig
+from efft.plan import make_plan
+from efft.targets import find_head
+from efft_kernels import EfftLinear, TTFactors
+
+
+class Bank(nn.ModuleDict):
+    """All factors of an adapted model, its submodule ``efft``: group name to :class:`TTFactors`.
+
+    Attributes:
+        config: the configuration the model was adapted with.
+        layers: names of the adapted layers.
+        head: names of the modules trained beside the factors.
+        enabled: False while the update is switched off or merged.
+    """
+
+    def __init__(self, factors: dict[str, TTFactors], config: EfftConfig, head: list[str]) -> None:
+        super().__init__(factors)
+        self.config, self.head, self.enabled = config, head, True
+        self.layers: list[str] = []
+        self._originals: dict[str, nn.Linear] = {}
+        self._requires_grad: dict[str, bool] = {}
+        self._hooks: list[Any] = []
+
+    def banks(self) -> list[TTFactors]:
+        """The groups' factors."""
+        return [factors for factors in self.values() if isinstance(factors, TTFactors)]
+
+
+def apply(model: nn.Module, config: EfftConfig | None = None) -> nn.Module:
+    """Adapt ``model`` in place: every selected ``nn.Linear`` becomes an ``EfftLinear``, all but factors and head is
+    frozen.
+
+    The factors are owned once, by the new submodule ``model.efft``; parameter names of the base stay as they are.
+    While the model runs, all cores are contracted together at its start (a forward hook); parts of the model called
+    alone contract their own. The first step is a no-op: one side of each train starts at zero.
+
+    Returns:
+        The same ``model``.
+
+    Raises:
+        ValueError: the model is adapted already, or ``config`` does not fit it; the model is then unchanged.
+    """
+    config = config or EfftConfig()
+    if isinstance(getattr(model, "efft", None), Bank):
+        raise ValueError("this model is adapted already; call efft.remove(model) first to adapt it differently")
+    if hasattr(model, "efft"):
+        raise ValueError(f"this {type(model).__name__} has an attribute 'efft' of its own, where the factors would go")
+    plan = make_plan(model, config)
+    requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+    banks, layers = {}, {}
+    for group in plan.groups:
+        weights = [model.get_submodule(name).weight for name in group.sites]
+        assert isinstance(weights[0], Tensor)
+        banks[group.name] = group.build(weights[0].device, torch.promote_types(weights[0].dtype, torch.float32))
+        for name, site in group.sites.items():
+            linear = model.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            layers[name] = (linear, EfftLinear(linear, banks[group.name], site))
+    bank = Bank(banks, config, plan.head)
+    bank.train(model.training)
+    bank._requires_grad = requires_grad
+    for name, (linear, layer) in layers.items():
+        bank._originals[name] = linear
+        _replace(model, name, layer)
+    bank.layers = [name for name, _ in model.named_modules() if name in layers]
+    _freeze_all_but(model, plan.head)
+    model.efft = bank
+    bank._hooks = [
+        model.register_forward_pre_hook(_prepare),
+        model.register_forward_hook(_release, always_call=True),
+    ]
+    return model
+
+
+def remove(model: nn.Module) -> nn.Module:
+    """Undo :func:`apply`: the original linear layers come back bit for bit, and so does what required gradients.
+
+    The head keeps what it learned. A merged model is unmerged first. Returns the same ``model``.
+    """
+    bank = bank_of(model)
+    for name, original in bank._originals.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, EfftLinear)
+        layer.unmerge()
+        original.weight, original.bias = layer.weight, layer.bias
+        original.train(layer.training)
+        _replace(model, name, original)
+    for hook in bank._hooks:
+        hook.remove()
+    del model.efft
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(bank._requires_grad.get(name, parameter.requires_grad))
+    return model
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Within the ``with`` block the model computes without the update, exactly as its base (with the trained head)."""
+    bank = bank_of(model)
+    if any(layer.merged for layer in adapted_layers(model).values()):
+        raise RuntimeError("the update is merged into the weights; call efft.unmerge(model) before disabling it")
+    _enable(model, bank, False)
+    try:
+        yield model
+    finally:
+        _enable(model, bank, True)
+
+
+def freeze_backbone(model: nn.Module, head: list[str] | None = None) -> list[str]:
+    """Freeze everything but the head (by name, else the classifier): a linear probe. Returns the head's names.
+
+    Raises:
+        ValueError: the model has no head to train.
+    """
+    names = find_head(model, head)
+    if not names:
+        raise ValueError(
+            f"found no classifier in this {type(model).__name__}: create it with num_classes=..., or pass head=[names]"
+        )
+    _freeze_all_but(model, names)
+    return names
+
+
+def bank_of(model: nn.Module) -> Bank:
+    """The factors of an adapted model; ValueError if it is not adapted."""
+    bank = getattr(model, "efft", None)
+    if not isinstance(bank, Bank):
+        raise ValueError(
+            f"this {type(model).__name__} is not adapted: call efft.apply(model, config) or efft.load_adapter(model, "
+            f"path) first"
+        )
+    return bank
+
+
+def adapted_layers(model: nn.Module) -> dict[str, EfftLinear]:
+    """The adapted layers by name."""
+    layers = {name: model.get_submodule(name) for name in bank_of(model).layers}
+    return {name: layer for name, layer in layers.items() if isinstance(layer, EfftLinear)}
+
+
+def named_factors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """(name in the state dict, parameter) of every trainable factor, each once."""
+    return bank_of(model).named_parameters("efft")
+
+
+def parameter_groups(
+    model: nn.Module, lr: float, weight_decay: float = 1e-4, head_lr: float | None = None
+) -> list[dict[str, Any]]:
+    """Optimizer parameter groups of everything trainable: ``factors``, ``head`` (and any other) and trainable
+    ``scales``.
+
+    As in the paper's recipe the weight decay acts on factors and head; scales have none. Works on a model without
+    factors (linear probe) too. Empty groups are left out.
+    """
+    bank = getattr(model, "efft", None)
+    factors = dict(bank.named_parameters("efft")) if isinstance(bank, Bank) else {}
+    scales = [p for n, p in factors.items() if n.endswith(".scale")]
+    others = [p for n, p in model.named_parameters() if p.requires_grad and n not in factors]
+    groups: list[dict[str, Any]] = [
+        {
+            "name": "factors",
+            "params": [p for n, p in factors.items() if not n.endswith(".scale")],
+            "lr": lr,
+            "weight_decay": weight_decay,
+        },
+        {"name": "head", "params": others, "lr": head_lr or lr, "weight_decay": weight_decay},
+        {"name": "scales", "params": scales, "lr": lr, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _prepare(model: nn.Module, args: Any) -> None:
+    # A module-level function that finds the bank in its argument: copies and pickles of the model use their own.
+    bank = bank_of(model)
+    if bank.enabled:
+        for factors in bank.banks():
+            factors.prepare()
+
+
+def _release(model: nn.Module, args: Any, output: Any) -> None:
+    for factors in bank_of(model).banks():
+        factors.release()
+
+
+def _enable(model: nn.Module, bank: Bank, enabled: bool) -> None:
+    bank.enabled = enabled
+    for layer in adapted_layers(model).values():
+        layer.enabled = enabled
+
+
+def _freeze_all_but(model: nn.Module, head: Iterable[str]) -> None:
+    model.requires_grad_(False)
+    for name in head:
+        model.get_submodule(name).requires_grad_(True)
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

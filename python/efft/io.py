@@ -1,0 +1,264 @@
+"""Adapter files: ``adapter_model.safetensors`` (factors once, and the head), ``adapter_config.json``, a model card."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
+from torch import Tensor, nn
+
+from efft.config import FORMAT_VERSION, EfftConfig
+from efft.inject import Bank, adapted_layers, apply, bank_of
+from efft.params import count_parameters
+from efft.plan import Plan, make_plan
+from efft_kernels import __version__
+
+WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
+
+#: Fields that only matter while training: an adapter may be loaded into a model that sets them differently.
+_TRAINING_ONLY = {"init", "core_init", "dropout"}
+
+
+def save_adapter(model: nn.Module, path: str | os.PathLike[str], info: dict[str, Any] | None = None) -> Path:
+    """Write the trained part of an adapted model (factors once, head) to the folder ``path``.
+
+    Args:
+        model: adapted by :func:`efft.apply`; may be merged.
+        path: folder, made if needed; earlier adapter files in it are replaced, each atomically.
+        info: JSON-ready facts to keep beside the weights (accuracy, command, ...); shown in the model card.
+
+    Returns:
+        The folder.
+    """
+    bank, folder = bank_of(model), Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: t.detach().contiguous().cpu() for name, t in _trained(model, bank).items()}
+    description = {
+        "config": bank.config.to_dict(),
+        "base": _describe_base(model, bank.layers),
+        "head": bank.head,
+        "library": f"efft-kernels {__version__}",
+        "info": info or {},
+    }
+    _replace_file(folder / WEIGHTS, serialize(tensors, {"format_version": str(FORMAT_VERSION)}))
+    _replace_file(folder / CONFIG, (json.dumps(description, indent=2) + "\n").encode())
+    _replace_file(folder / CARD, _card(model, description).encode())
+    return folder
+
+
+def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = True) -> nn.Module:
+    """Load an adapter into ``model``, adapting it first (with the saved configuration) if it is not yet.
+
+    All checks come before any change. With ``strict=False`` missing or unexpected tensors and other base weights are
+    only warned about; shapes must always fit.
+
+    Returns:
+        The same ``model``.
+
+    Raises:
+        FileNotFoundError: no adapter at ``path``.
+        ValueError: a damaged file, another configuration, other layers or weights than the adapter was trained on.
+    """
+    folder = Path(path)
+    description, tensors = _read(folder)
+    config = EfftConfig.from_dict(description["config"])
+    if config.head is None:
+        config.head = description["head"]
+    bank = getattr(model, "efft", None)
+    adapted = isinstance(bank, Bank)
+    if isinstance(bank, Bank):
+        _compare_configs(bank, config, folder)
+        layers, shapes = bank.layers, {name: tuple(t.shape) for name, t in _trained(model, bank).items()}
+    else:
+        try:
+            plan = make_plan(model, config)
+        except ValueError as error:
+            raise ValueError(f"the adapter in {folder} does not fit this {type(model).__name__}: {error}") from None
+        layers, shapes = [n for g in plan.groups for n in g.sites], _planned_shapes(model, plan)
+    problems = _base_problems(model, layers, description["base"])
+    missing, unexpected = sorted(set(shapes) - set(tensors)), sorted(set(tensors) - set(shapes))
+    if missing:
+        problems.append(f"missing tensors: {', '.join(missing)}")
+    if unexpected:
+        problems.append(f"unexpected tensors: {', '.join(unexpected)}")
+    wrong = [
+        f"{n}: expected {list(shapes[n])}, adapter has {list(t.shape)}"
+        for n, t in tensors.items()
+        if n in shapes and tuple(t.shape) != shapes[n]
+    ]
+    if wrong:
+        hint = " (create the model with the adapter's num_classes)" if any("efft." not in w for w in wrong) else ""
+        problems.append(f"wrong shapes: {'; '.join(wrong)}{hint}")
+    message = f"the adapter in {folder} does not fit this {type(model).__name__}:\n- " + "\n- ".join(problems)
+    if wrong or (problems and strict):
+        raise ValueError(message)
+    if problems:
+        warnings.warn(message, stacklevel=2)
+    if not adapted:
+        apply(model, config)
+    target = _trained(model, bank_of(model))
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            if name in target:
+                target[name].copy_(tensor)
+    return model
+
+
+def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The contents of an adapter's ``adapter_config.json``: config, base, head, library, info."""
+    return _read(Path(path))[0]
+
+
+def _trained(model: nn.Module, bank: Bank) -> dict[str, Tensor]:
+    """Every tensor an adapter stores, by its name in the model's state dict: factors, then the head with its
+    buffers."""
+    tensors: dict[str, Tensor] = {f"efft.{name}": p for name, p in bank.named_parameters()}
+    for head in bank.head:
+        state = model.get_submodule(head).state_dict(keep_vars=True)
+        tensors.update({f"{head}.{name}": t for name, t in state.items()})
+    return tensors
+
+
+def _planned_shapes(model: nn.Module, plan: Plan) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what :func:`_trained` would give after applying ``plan``."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for group in plan.groups:
+        factors = group.build(torch.device("meta"), torch.float32)
+        shapes.update({f"efft.{group.name}.{n}": tuple(p.shape) for n, p in factors.named_parameters()})
+    for head in plan.head:
+        state = model.get_submodule(head).state_dict()
+        shapes.update({f"{head}.{name}": tuple(t.shape) for name, t in state.items()})
+    return shapes
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            there = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else "no such folder"
+            raise FileNotFoundError(f"no adapter in {folder}: expected {CONFIG} and {WEIGHTS}, found {there}")
+    try:
+        description = json.loads((folder / CONFIG).read_text())
+        keys = ("config", "base", "head")
+        if not isinstance(description, dict) or any(k not in description for k in keys):
+            raise ValueError(f"it needs the keys {', '.join(keys)}")
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG} is not an EFFT adapter configuration: {error}") from None
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS} is damaged or not a safetensors file: {error}") from None
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{folder / WEIGHTS} is damaged: {name} has NaN or infinite entries")
+    return description, tensors
+
+
+def _compare_configs(bank: Bank, saved: EfftConfig, folder: Path) -> None:
+    ours, theirs = bank.config.to_dict(), saved.to_dict()
+    ours["head"] = bank.head
+    different = [
+        f"{k}: model {ours[k]!r}, adapter {theirs[k]!r}"
+        for k in ours
+        if k not in _TRAINING_ONLY and ours[k] != theirs[k]
+    ]
+    if different:
+        raise ValueError(
+            f"the adapter in {folder} was trained with another configuration ({'; '.join(different)}); "
+            "call efft.remove(model) first and let load_adapter apply the saved one"
+        )
+
+
+def _describe_base(model: nn.Module, layers: list[str]) -> dict[str, Any]:
+    return {
+        "architecture": type(model).__name__,
+        "layers": {name: list(_base_weight(model, name).shape) for name in layers},
+        "dtype": str(_base_weight(model, layers[0]).dtype),
+        "fingerprint": _fingerprint(model, layers),
+    }
+
+
+def _base_problems(model: nn.Module, layers: list[str], saved: dict[str, Any]) -> list[str]:
+    """How the model differs from the base an adapter was trained on; empty if it does not."""
+    ours = _describe_base(model, layers)
+    if ours["layers"] != saved["layers"]:
+        names = set(ours["layers"]) ^ set(saved["layers"])
+        sizes = [n for n in ours["layers"] if n not in names and ours["layers"][n] != saved["layers"][n]]
+        return [
+            f"trained on a {saved['architecture']} with other layers: "
+            + "; ".join(
+                [f"{n} only in the {'model' if n in ours['layers'] else 'adapter'}" for n in sorted(names)[:3]]
+                + [f"{n} is {ours['layers'][n]}, adapter's base had {saved['layers'][n]}" for n in sizes[:3]]
+            )
+        ]
+    if ours["dtype"] == saved["dtype"] and ours["fingerprint"] != saved["fingerprint"]:
+        return [
+            "the base weights are not those it was trained on (fingerprints differ); load the same pretrained weights, "
+            "or pass strict=False if you mean it"
+        ]
+    return []
+
+
+def _base_weight(model: nn.Module, name: str) -> Tensor:
+    """A layer's frozen weight, also while merged."""
+    layer = model.get_submodule(name)
+    merged = getattr(layer, "base_weight", None)
+    weight = layer.weight if merged is None else merged
+    assert isinstance(weight, Tensor)
+    return weight.detach()
+
+
+def _fingerprint(model: nn.Module, layers: list[str]) -> str:
+    """SHA-256 over the first row of every adapted layer's base weight: tells pretrained weights apart in
+    milliseconds."""
+    digest = hashlib.sha256()
+    for name in sorted(layers):
+        digest.update(_base_weight(model, name)[0].double().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _replace_file(path: Path, content: bytes) -> None:
+    """Write through a temporary file, so that a crash leaves the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _card(model: nn.Module, description: dict[str, Any]) -> str:
+    config, base = description["config"], description["base"]
+    facts = "\n".join(f"- {key}: {value}" for key, value in description["info"].items())
+    layers = len(adapted_layers(model))
+    return f"""---
+library_name: efft-kernels
+tags: [efft, tensor-train, parameter-efficient-fine-tuning]
+---
+# EFFT adapter for {base["architecture"]}
+
+Method: {config["variant"]} ([arXiv 2311.06749](https://arxiv.org/abs/2311.06749)), rank {config["rank"]}, scale
+{config["scale"]}, targets {config["targets"]}, cores {config["core_sharing"]}; {layers} layers adapted. Written by
+{description["library"]}.
+
+```
+{count_parameters(model)}
+```
+
+{facts}
+
+Load it onto the same pretrained base:
+
+```python
+import efft
+
+efft.load_adapter(model, "path/to/this/folder")
+```
+"""

@@ -1,0 +1,85 @@
+"""Merging the update into the weights, and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from efft.inject import adapted_layers, bank_of
+from efft_kernels.nn.linear import MergeLoss
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What merging did, per layer; printing it gives a summary."""
+
+    layers: dict[str, MergeLoss]
+
+    @property
+    def worst(self) -> tuple[str, MergeLoss] | None:
+        """The layer that lost the largest part of its update to rounding; None if nothing was merged."""
+        if not self.layers:
+            return None
+        return max(self.layers.items(), key=lambda item: item[1].relative_error)
+
+    def __str__(self) -> str:
+        if self.worst is None:
+            return "nothing to merge: all layers were merged already"
+        name, loss = self.worst
+        mean = sum(m.relative_update for m in self.layers.values()) / len(self.layers)
+        text = (
+            f"merged {len(self.layers)} layers: mean |dW|/|W| = {mean:.2e}; "
+            f"largest part of an update lost to rounding: {loss.relative_error:.1e} ({name})"
+        )
+        if loss.relative_error > 0.01:
+            text += "; the weights are too coarse for this update: merge into float32 weights (model.float())"
+        return text
+
+
+def merge(model: nn.Module) -> MergeReport:
+    """Add every update to its weight (fp32 arithmetic, one rounding) so that inference costs what the base costs.
+
+    The base weights are kept (doubling the adapted layers' memory), so :func:`unmerge` is exact. Merging a merged model
+    does nothing.
+
+    Raises:
+        ValueError: the model is not adapted, or an update has non-finite entries (nothing is changed then).
+    """
+    bank = bank_of(model)
+    layers = adapted_layers(model)
+    for name, factor in bank.named_parameters("efft"):
+        if not torch.isfinite(factor).all():
+            raise ValueError(f"factor {name} has NaN or infinite entries; nothing was merged")
+    losses = {name: layer.merge() for name, layer in layers.items()}
+    bank.enabled = False
+    return MergeReport({name: loss for name, loss in losses.items() if loss is not None})
+
+
+def unmerge(model: nn.Module) -> None:
+    """Put the base weights back, bit for bit, and compute with the factors again."""
+    bank = bank_of(model)
+    for layer in adapted_layers(model).values():
+        layer.unmerge()
+    bank.enabled = True
+
+
+@torch.no_grad()
+def merged_state_dict(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """A state dict for the plain architecture with the update inside the weights; the model stays as it is.
+
+    Floating-point tensors are cast to ``dtype`` (default: kept). Weights are merged in fp32 and rounded once.
+    """
+    layers = adapted_layers(model)
+    state = {}
+    for name, value in model.state_dict().items():
+        owner, _, kind = name.rpartition(".")
+        if name.startswith("efft."):
+            continue
+        target = dtype if dtype is not None and value.is_floating_point() else value.dtype
+        if owner in layers and kind == "weight" and not layers[owner].merged:
+            delta = layers[owner].delta_weight()
+            value = value.to(delta.dtype) + delta
+        state[name] = value.detach().to(target, copy=True)
+    return state

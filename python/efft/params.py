@@ -1,0 +1,65 @@
+"""Counting trainable parameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from efft.inject import Bank
+from efft.plan import Plan
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Trainable parameters of an adapted model; printing it gives a table.
+
+    Attributes:
+        groups: group of factors to its number of parameters, shared ones counted once.
+        head: parameters trained beside the factors.
+        backbone: parameters of the base without its head.
+    """
+
+    groups: dict[str, int]
+    head: int
+    backbone: int
+
+    @property
+    def factors(self) -> int:
+        """Parameters of all factors together."""
+        return sum(self.groups.values())
+
+    def __str__(self) -> str:
+        rows = [
+            *self.groups.items(),
+            ("all factors", self.factors),
+            ("head", self.head),
+            ("backbone", self.backbone),
+        ]
+        width = max(len(name) for name, _ in rows)
+        lines = [f"{name:<{width}}  {n:>13,}  {100 * n / self.backbone:8.3f} %" for name, n in rows]
+        return "\n".join([f"{'':<{width}}  {'parameters':>13}  {'of backbone':>10}", *lines])
+
+
+def count_parameters(model: nn.Module) -> ParameterCount:
+    """Count an adapted model's parameters; on another model everything trainable counts as head."""
+    bank = getattr(model, "efft", None)
+    groups = {}
+    if isinstance(bank, Bank):
+        groups = {name: sum(p.numel() for p in factors.parameters()) for name, factors in bank.items()}
+    own = {n: p for n, p in model.named_parameters() if not (isinstance(bank, Bank) and n.startswith("efft."))}
+    head = sum(p.numel() for p in own.values() if p.requires_grad)
+    return ParameterCount(groups, head, sum(p.numel() for p in own.values()) - head)
+
+
+def count_plan(model: nn.Module, plan: Plan) -> ParameterCount:
+    """What :func:`count_parameters` would give after applying ``plan``, without applying it (meta device included)."""
+    head = {id(p): p.numel() for name in plan.head for p in model.get_submodule(name).parameters()}
+    total = sum(p.numel() for p in model.parameters())
+    n_head = sum(head.values())
+    return ParameterCount({g.name: g.n_parameters for g in plan.groups}, n_head, total - n_head)
+
+
+def print_trainable_parameters(model: nn.Module) -> None:
+    """Print the table of trainable parameters by group of factors, with head and backbone."""
+    print(count_parameters(model))

@@ -1,0 +1,243 @@
+"""Which layers share which factors: from targets to groups, before anything is changed or allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from efft.config import EfftConfig
+from efft.targets import FFN_ROLES, MHSA_ROLES, Target, find_head, find_targets
+from efft_kernels import Site, TTFactors
+
+
+@dataclass
+class Group:
+    """One bank of factors and the layers that use it.
+
+    ``U [d_in, r1]``, ``C [n_layers or 1, n_cores, r1, r2]``, ``V [r2, d_out]``; ``sites`` maps layer names to their
+    part.
+    """
+
+    name: str
+    kind: str
+    d_in: int
+    d_out: int
+    n_layers: int
+    n_cores: int
+    sites: dict[str, Site]
+    rank: tuple[int, int]
+    config: EfftConfig
+
+    @property
+    def n_parameters(self) -> int:
+        """Number of trainable parameters of the bank."""
+        r1, r2 = self.rank
+        owners = self.n_layers if self.config.core_sharing == "per_layer" else 1
+        return self.d_in * r1 + owners * self.n_cores * r1 * r2 + r2 * self.d_out + self.config.trainable_scale
+
+    def build(self, device: torch.device, dtype: torch.dtype) -> TTFactors:
+        """Allocate and initialise the bank."""
+        return TTFactors(
+            self.d_in,
+            self.d_out,
+            self.rank,
+            n_layers=self.n_layers,
+            n_cores=self.n_cores,
+            core_sharing=self.config.core_sharing,
+            scale=self.config.scale_of(self.name, self.kind),
+            trainable_scale=self.config.trainable_scale,
+            dropout=self.config.dropout,
+            init=self.config.init_of(self.kind),
+            core_init=self.config.core_init,
+            device=device,
+            dtype=dtype,
+        )
+
+
+@dataclass
+class Plan:
+    """What ``efft.apply`` would do to a model: the groups of factors and the head modules to train."""
+
+    groups: list[Group]
+    head: list[str]
+
+
+def make_plan(model: nn.Module, config: EfftConfig) -> Plan:
+    """Plan the adaptation of ``model``; works on the meta device too.
+
+    Raises:
+        ValueError: no such layers, or layers that cannot share a train; it says which and what to do.
+    """
+    head = find_head(model, config.head)
+    members: dict[tuple[str, str], list[Target]] = {}
+    for target in find_targets(model, config, head):
+        members.setdefault(_group_of(target, model, config), []).append(target)
+    groups = []
+    for (name, kind), targets in members.items():
+        layers = {t.name: _Shape(model, t) for t in targets}
+        d_in, d_out, n_cores, sites = _LAYOUTS[kind](name, layers)
+        n_layers = len({t.block for t in targets})
+        groups.append(Group(name, kind, d_in, d_out, n_layers, n_cores, sites, config.rank_of(name, kind), config))
+    for field in ("rank", "scale"):
+        value = getattr(config, field)
+        known = {g.name for g in groups} | {g.kind for g in groups}
+        if isinstance(value, dict) and not set(value) <= known:
+            raise ValueError(
+                f"EfftConfig.{field} names {sorted(set(value) - known)}, but the groups of this model are "
+                f"{sorted(known)}"
+            )
+    return Plan(groups, head)
+
+
+class _Shape:
+    """A target with its sizes."""
+
+    def __init__(self, model: nn.Module, target: Target) -> None:
+        linear = model.get_submodule(target.name)
+        assert isinstance(linear, nn.Linear)
+        self.role, self.block = target.role, target.block
+        self.d_in, self.d_out = linear.in_features, linear.out_features
+
+
+_Layers = dict[str, _Shape]
+_Layout = tuple[int, int, int, dict[str, Site]]  # d_in, d_out, n_cores, sites
+
+
+def _group_of(target: Target, model: nn.Module, config: EfftConfig) -> tuple[str, str]:
+    """(name, kind) of the group that a target belongs to."""
+    if target.role == "linear":
+        linear = _Shape(model, target)
+        return f"linear_{linear.d_in}x{linear.d_out}", "linear"
+    kind = "joint" if config.variant == "efft1" else "mhsa" if target.role in MHSA_ROLES else "ffn"
+    return kind if target.stage is None else f"stage{target.stage + 1}_{kind}", kind
+
+
+def _block_index(layers: _Layers) -> dict[str, int]:
+    return {block: i for i, block in enumerate(dict.fromkeys(s.block for s in layers.values()))}
+
+
+def _width(name: str, what: str, layers: _Layers, size: Callable[[_Shape], int | None]) -> int | None:
+    """The one value of ``size`` over all layers that have one; ValueError if they disagree."""
+    sizes = {n: v for n, s in layers.items() if (v := size(s)) is not None}
+    if len(set(sizes.values())) > 1:
+        first = next(iter(sizes))
+        other = next(n for n in sizes if sizes[n] != sizes[first])
+        raise ValueError(
+            f"group {name!r}: layers that share factors must agree in {what}, but {first} has {sizes[first]} and "
+            f"{other} has "
+            f"{sizes[other]}; exclude one of them or name the layers of each size (targets=[...])"
+        )
+    return next(iter(sizes.values()), None)
+
+
+def _attention_parts(role: str) -> tuple[str, ...]:
+    return ("q", "k", "v") if role == "qkv" else (role,)
+
+
+def _attention_width(name: str, layers: _Layers) -> int:
+    """d of attention layers [d, d], with fused qkv counted as three."""
+    d = _width(name, "input size", layers, lambda s: s.d_in)
+    out = _width(name, "output size of each of q, k, v, o", layers, lambda s: s.d_out // len(_attention_parts(s.role)))
+    assert d is not None
+    if d != out:
+        raise ValueError(
+            f"group {name!r}: attention matrices must be square, got {d} inputs and {out} outputs of each of q, k, "
+            f"v, o; "
+            "give these layers by name (targets=[...])"
+        )
+    return d
+
+
+def _mhsa(name: str, layers: _Layers) -> _Layout:
+    """U [d, r1], one core for each of q, k, v, o that is adapted, V [r2, d]."""
+    d = _attention_width(name, layers)
+    present = {part for s in layers.values() for part in _attention_parts(s.role)}
+    core = {part: i for i, part in enumerate(p for p in "qkvo" if p in present)}
+    index = _block_index(layers)
+    sites = {n: Site(index[s.block], tuple(core[p] for p in _attention_parts(s.role))) for n, s in layers.items()}
+    return d, d, len(core), sites
+
+
+def _mlp_sizes(name: str, layers: _Layers) -> tuple[int, int, int]:
+    """(d, hidden size, blocks of fc1): a gated fc1 has two output blocks of the hidden size."""
+    d = _width(name, "model width", layers, lambda s: s.d_in if s.role == "fc1" else s.d_out)
+    hidden = _width(name, "hidden size of fc2", layers, lambda s: s.d_in if s.role == "fc2" else None)
+    up = _width(name, "output size of fc1", layers, lambda s: s.d_out if s.role == "fc1" else None)
+    hidden = hidden or up
+    assert d is not None
+    assert hidden is not None
+    if up is not None and up % hidden:
+        raise ValueError(
+            f"group {name!r}: fc1's {up} outputs are no multiple of fc2's {hidden} inputs, so they cannot share a "
+            f"train; "
+            "give these layers by name (targets=[...])"
+        )
+    return d, hidden, (up or hidden) // hidden
+
+
+def _ffn(name: str, layers: _Layers) -> _Layout:
+    """U [d, r1], V [r2, hidden]; fc1 = U C V, fc2 = (U C V)ᵀ with a core and dropout masks of its own."""
+    d, hidden, up_blocks = _mlp_sizes(name, layers)
+    roles = {s.role for s in layers.values()}
+    n_up = up_blocks if "fc1" in roles else 0
+    index = _block_index(layers)
+    sites = {
+        n: Site(index[s.block], tuple(range(n_up)))
+        if s.role == "fc1"
+        else Site(index[s.block], (n_up,), transpose=True, mask_scope=1)
+        for n, s in layers.items()
+    }
+    return d, hidden, n_up + ("fc2" in roles), sites
+
+
+def _joint(name: str, layers: _Layers) -> _Layout:
+    """EFFT1: U [d, r1], V [r2, 4 d]; [q|k|v|o] = U C V in four column blocks, fc1 = U C V, fc2 = (U C V)ᵀ."""
+    attention = {n: s for n, s in layers.items() if s.role in MHSA_ROLES}
+    mlp = {n: s for n, s in layers.items() if s.role in FFN_ROLES}
+    widths = []
+    if attention:
+        d = _attention_width(name, attention)
+        widths.append((d, 4 * d))
+    if mlp:
+        d, hidden, up_blocks = _mlp_sizes(name, mlp)
+        widths.append((d, hidden * up_blocks))
+        if up_blocks != 1:
+            widths.append((d, hidden))
+    if len(set(widths)) > 1:
+        raise ValueError(
+            f"group {name!r}: efft1 takes [q|k|v|o] and the MLP as matrices of one size, got {widths}; use "
+            f"variant='efft2'"
+        )
+    d, d_out = widths[0]
+    present = {("qkvo" if n in attention else s.role) for n, s in layers.items()}
+    parts_in_order: list[str] = [part for part in ("qkvo", "fc1", "fc2") if part in present]
+    core = {part: i for i, part in enumerate(parts_in_order)}
+    scope = {"qkvo": 0, "fc1": 1, "fc2": 2}
+    index = _block_index(layers)
+    sites = {}
+    for n, s in layers.items():
+        if n in attention:
+            parts = _attention_parts(s.role)
+            first = "qkvo".index(parts[0]) * d
+            columns = (first, first + len(parts) * d)
+            sites[n] = Site(index[s.block], (core["qkvo"],), columns=columns, mask_scope=scope["qkvo"])
+        else:
+            sites[n] = Site(index[s.block], (core[s.role],), transpose=s.role == "fc2", mask_scope=scope[s.role])
+    return d, d_out, len(core), sites
+
+
+def _linear(name: str, layers: _Layers) -> _Layout:
+    """Layers of one shape given by name: U [d_in, r1], one core each, V [r2, d_out]."""
+    shape = next(iter(layers.values()))
+    return shape.d_in, shape.d_out, 1, {n: Site(i) for i, n in enumerate(layers)}
+
+
+_LAYOUTS: dict[str, Callable[[str, _Layers], _Layout]] = {
+    "mhsa": _mhsa,
+    "ffn": _ffn,
+    "joint": _joint,
+    "linear": _linear,
+}
