@@ -1,0 +1,1 @@
+"""Benchmarks of efft-kernels; nothing here is installed."""
