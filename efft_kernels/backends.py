@@ -12,7 +12,6 @@ import enum
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -49,23 +48,24 @@ try:
 except ValueError as error:
     raise ValueError(f"environment variable EFFT_BACKEND: {error}") from None
 
-_selected: ContextVar[Backend | None] = ContextVar("efft_backend", default=None)
+# A plain global: torch.compile guards on it in every supported version, on a ContextVar or thread-local it does not.
+_selected: Backend | None = None
 
 
 def current_backend() -> Backend:
     """The backend that a call without ``backend=`` asks for: of ``use_backend``, else of ``EFFT_BACKEND``."""
-    selected = _selected.get()
-    return _environment if selected is None else selected
+    return _environment if _selected is None else _selected
 
 
 @contextmanager
 def use_backend(backend: str | Backend) -> Iterator[None]:
-    """Ask for ``backend`` in every op called inside the ``with`` block (in this thread or task)."""
-    token = _selected.set(Backend.parse(backend))
+    """Ask for ``backend`` in every op called inside the ``with`` block, by whatever thread."""
+    global _selected
+    before, _selected = _selected, Backend.parse(backend)
     try:
         yield
     finally:
-        _selected.reset(token)
+        _selected = before
 
 
 def can_run(backend: str | Backend, *tensors: Tensor | None) -> str | None:

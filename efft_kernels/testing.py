@@ -1,0 +1,181 @@
+"""What the author of a backend checks it with: inputs of every op, memory layouts, an error budget, poisoned buffers.
+
+A check compares a backend with the op's formula written out densely in fp64, never with another backend, and takes its
+tolerance from data: the error of the plain formula computed in the backend's own precision
+(:func:`assert_close_budget`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from efft_kernels.backends import Backend
+
+#: Ways :func:`with_layout` can place a tensor in memory.
+LAYOUTS = ("contiguous", "transposed", "sliced", "expanded")
+
+
+def backends() -> list[Backend]:
+    """Every backend there is, ``auto`` excepted. One that cannot run here says why (``can_run``)."""
+    return [backend for backend in Backend if backend is not Backend.AUTO]
+
+
+def devices() -> list[str]:
+    """``cpu`` and, where there is one, ``cuda``."""
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def make_inputs(
+    op: str,
+    *,
+    tokens: int = 29,
+    d_in: int = 24,
+    d_out: int = 40,
+    r1: int = 5,
+    r2: int = 7,
+    n_layers: int = 3,
+    n_cores: int = 2,
+    update: float = 1.0,
+    base_cancels: bool = False,
+    masks: bool = False,
+    dtype: torch.dtype = torch.float32,
+    factor_dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Random arguments of ``op`` by name, the same numbers on every device: ``tt_linear(**make_inputs("tt_linear"))``.
+
+    Args:
+        op: ``"tt_linear"``, ``"tt_contract"`` or ``"tt_merge_"``.
+        tokens, d_in, d_out, r1, r2, n_layers, n_cores: sizes, as far as the op has them.
+        update: size of the update relative to that of the base.
+        base_cancels: make ``W`` and ``x`` such that ``x Wᵀ = 0`` (and ``gy W = 0`` for ``gy = [g, -g]``), without bias:
+            ``y`` and ``dx`` are the update alone, so that what rounding does to it shows. ``d_in`` and ``d_out`` must
+            be even.
+        masks: add dropout masks that drop a quarter of the factors' elements.
+        dtype: of activations, weights and (by default) factors.
+        factor_dtype: of the factors.
+        device, seed: where, and which numbers.
+
+    Raises:
+        ValueError: ``op`` does not exist, or a size must be even.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    factor_dtype = factor_dtype or dtype
+
+    def normal(*shape: int, std: float = 1.0, of: torch.dtype) -> Tensor:
+        return (std * torch.randn(shape, generator=generator, dtype=torch.float64)).to(device, of)
+
+    def keep(*shape: int) -> Tensor | None:
+        return (torch.rand(shape, generator=generator) >= 0.25).to(device) if masks else None
+
+    def delta() -> dict[str, Any]:
+        return {
+            "D": normal(d_in, r1, std=d_in**-0.5, of=factor_dtype),
+            "G": normal(r1, d_out, std=update * r1**-0.5, of=factor_dtype),
+        }
+
+    def tt_linear() -> dict[str, Any]:
+        if not base_cancels:
+            return {
+                "x": normal(tokens, d_in, of=dtype),
+                "W": normal(d_out, d_in, std=d_in**-0.5, of=dtype),
+                "b": normal(d_out, of=dtype),
+                **delta(),
+            }
+        if d_in % 2 or d_out % 2:
+            raise ValueError(f"make_inputs: base_cancels needs even d_in and d_out, got {d_in} and {d_out}")
+        x, W = normal(tokens, d_in // 2, of=dtype), normal(d_out // 2, d_in // 2, std=d_in**-0.5, of=dtype)
+        return {"x": torch.cat([x, x], 1), "W": torch.cat([W, -W], 1).repeat(2, 1), "b": None, **delta()}
+
+    def tt_contract() -> dict[str, Any]:
+        return {
+            "C": normal(n_layers, n_cores, r1, r2, of=factor_dtype),
+            "V": normal(r2, d_out, std=r2**-0.5, of=factor_dtype),
+            "scale": 0.75,
+            "keep_C": keep(n_layers, n_cores, r1, r2),
+            "keep_V": keep(n_layers, r2, d_out),
+        }
+
+    def tt_merge_() -> dict[str, Any]:
+        return {"W": normal(d_out, d_in, std=d_in**-0.5, of=dtype), **delta(), "sign": 1.0}
+
+    ops: dict[str, Callable[[], dict[str, Any]]] = {f.__name__: f for f in (tt_linear, tt_contract, tt_merge_)}
+    if op not in ops:
+        raise ValueError(f"make_inputs: unknown op {op!r}: expected one of {', '.join(map(repr, ops))}")
+    return ops[op]()
+
+
+def with_layout(tensor: Tensor, layout: str) -> Tensor:
+    """``tensor``'s values in memory of another layout, as a leaf without gradient; one of :data:`LAYOUTS`.
+
+    ``transposed`` swaps the strides of the last two dimensions, ``sliced`` takes every other element of a buffer whose
+    rest is NaN (True for masks), ``expanded`` repeats the first row with stride 0 (which changes the values).
+    """
+    tensor = tensor.detach()
+    if layout == "transposed" and tensor.dim() > 1:
+        return tensor.mT.contiguous().mT
+    if layout == "sliced" and tensor.dim() > 0:
+        wide = tensor.new_full((*tensor.shape[:-1], 2 * tensor.shape[-1] + 1), math.nan)
+        wide[..., 1::2] = tensor
+        return wide[..., 1::2]
+    if layout == "expanded" and tensor.dim() > 0:
+        return tensor[:1].expand_as(tensor)
+    if layout not in LAYOUTS:
+        raise ValueError(f"unknown layout {layout!r}: expected one of {', '.join(map(repr, LAYOUTS))}")
+    return tensor.contiguous()
+
+
+def assert_close_budget(
+    got: Tensor, reference_fp64: Tensor, same_precision_reference: Tensor, factor: float = 2.0, name: str = "result"
+) -> None:
+    """Raise AssertionError unless ``got`` is at most ``factor`` times as wrong as a plain computation would be.
+
+    Wrong is the Frobenius norm of the difference to ``reference_fp64``. The yardstick is the error of
+    ``same_precision_reference``, which an independent formula gives in the precision under test, but at least what
+    rounding the exact result to ``got``'s dtype can cost: a small tensor may come out exact by luck. Where both are
+    zero, ``got`` must be exact.
+
+    Use it on each gradient and on the update ``y - base``; an error of the update is invisible in ``y``.
+    """
+    for what, other in (("reference_fp64", reference_fp64), ("same_precision_reference", same_precision_reference)):
+        if got.shape != other.shape:
+            raise AssertionError(f"{name}: shape {list(got.shape)}, but {what} has {list(other.shape)}")
+    if got.dtype != same_precision_reference.dtype:
+        raise AssertionError(f"{name}: dtype {got.dtype}, expected {same_precision_reference.dtype}")
+    exact = reference_fp64.detach().double().cpu()
+    error, peer = ((t.detach().double().cpu() - exact).norm().item() for t in (got, same_precision_reference))
+    rounding = torch.finfo(got.dtype).eps / 2 * exact.norm().item()
+    if not error <= factor * max(peer, rounding):  # NaN is not <= anything
+        raise AssertionError(
+            f"{name}: error {error:.2e} against fp64, more than {factor:g} times {max(peer, rounding):.2e} "
+            f"(same-precision reference {peer:.2e}, rounding {rounding:.2e}, size of the result {exact.norm():.2e})"
+        )
+
+
+@contextmanager
+def poisoned_empty() -> Iterator[None]:
+    """Inside the ``with`` block every uninitialised buffer is full of NaN (integers: their largest value).
+
+    This holds for ``torch.empty`` and all its relatives, in Python, in C++ and in the outputs that torch's own ops
+    allocate, so that a kernel that reads what it never wrote cannot pass. Uses torch's deterministic mode.
+    """
+    settings: Any = torch.utils.deterministic
+    before = (
+        settings.fill_uninitialized_memory,
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    settings.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        settings.fill_uninitialized_memory = before[0]
+        torch.use_deterministic_algorithms(before[1], warn_only=before[2])
