@@ -142,7 +142,8 @@ def assert_close_budget(
     rounding the exact result to ``got``'s dtype can cost: a small tensor may come out exact by luck. Where both are
     zero, ``got`` must be exact.
 
-    Use it on each gradient and on the update ``y - base``; an error of the update is invisible in ``y``.
+    Use it on each gradient and on the update (``base_cancels`` of :func:`make_inputs`): an error of the update is
+    invisible in ``y``. In fp64, where no reference is more exact, use ``torch.testing.assert_close``.
     """
     for what, other in (("reference_fp64", reference_fp64), ("same_precision_reference", same_precision_reference)):
         if got.shape != other.shape:

@@ -135,6 +135,7 @@ class TTFactors(nn.Module):
         if self._active is not None:
             if self._active.open and not torch.is_grad_enabled():
                 self._active.used_without_grad = True
+            self._active.used.add(index)
             return self._active.factors[index]
         if not torch.compiler.is_compiling() and _in_backward():
             replayed = self._replayed()
@@ -153,9 +154,11 @@ class TTFactors(nn.Module):
             self._active.watch([t for t in stacked if t.requires_grad])
             self._pending.append(self._active)
 
-    def release(self) -> None:
-        """End of the forward pass that :meth:`prepare` began."""
+    def release(self) -> set[int]:
+        """End of the forward pass that :meth:`prepare` began. Returns the indices of the sites that it used."""
+        used = set() if self._active is None else self._active.used
         self._active = None
+        return used
 
     def draw_masks(self, n_layers: int) -> Masks | None:
         """Fresh dropout masks for ``n_layers`` layers; None where nothing is dropped (p = 0 or eval mode)."""
@@ -255,6 +258,7 @@ class _Pass:
 
     def __init__(self, factors: list[tuple[Tensor, Tensor]]) -> None:
         self.factors = factors
+        self.used: set[int] = set()
         self.open = 0  # stacked tensors whose gradient has not arrived
         self.used_without_grad = False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,6 +30,7 @@ class Bank(nn.ModuleDict):
         super().__init__(factors)
         self.config, self.head, self.enabled = config, head, True
         self.layers: list[str] = []
+        self._used_checked = False
         self._originals: dict[str, nn.Linear] = {}
         self._requires_grad: dict[str, bool] = {}
         self._hooks: list[Any] = []
@@ -190,8 +192,17 @@ def _prepare(model: nn.Module, args: Any) -> None:
 
 
 def _release(model: nn.Module, args: Any, output: Any) -> None:
-    for factors in bank_of(model).banks():
-        factors.release()
+    bank = bank_of(model)
+    used = {factors: factors.release() for factors in bank.banks()}
+    if bank.enabled and output is not None and not bank._used_checked and not torch.compiler.is_compiling():
+        bank._used_checked = True
+        idle = [name for name, layer in adapted_layers(model).items() if layer.index not in used[layer.factors]]
+        if idle:
+            warnings.warn(
+                f"{len(idle)} of {len(bank.layers)} adapted layers did not run in this forward pass, {idle[0]!r} first. "
+                "A module that reads the weight without calling its layer ignores the update: exclude such layers",
+                stacklevel=2,
+            )
 
 
 def _enable(model: nn.Module, bank: Bank, enabled: bool) -> None:

@@ -78,7 +78,7 @@ def find_targets(model: nn.Module, config: EfftConfig, head: list[str]) -> list[
             f"targets={config.targets!r} without exclude={config.exclude!r} leaves no layer. {_present(linears)}"
         )
     for target in chosen:
-        reason = cannot_wrap(linears[target.name])
+        reason = cannot_wrap(linears[target.name]) or _bypassed(model, target)
         if reason is not None:
             raise ValueError(f"layer {target.name!r} cannot be adapted: {reason}")
     return chosen
@@ -113,6 +113,17 @@ def find_head(model: nn.Module, config_head: list[str] | None) -> list[str]:
         for name, module in model.named_modules()
         if name and any(module is m for m in found) and next(module.parameters(), None) is not None
     ]
+
+
+def _bypassed(model: nn.Module, target: Target) -> str | None:
+    """Why the layer's own forward would not run: timm's BEiT and Swin v2 add separate q and v biases by hand."""
+    parent = model.get_submodule(target.name.rpartition(".")[0])
+    if target.role != "qkv" or getattr(parent, "q_bias", None) is None or getattr(parent, "qkv_bias_separate", False):
+        return None
+    return (
+        f"{type(parent).__name__} reads its weight and never calls the layer, so the update would be ignored; "
+        "leave it out with exclude=['attn.qkv']"
+    )
 
 
 def _classify(name: str) -> Target:
