@@ -1,0 +1,28 @@
+"""Image classification tasks behind one interface: VTAB-1K, folders, torchvision, packaged and generated sets.
+
+``names()`` lists what is known, ``describe(name)`` says what it is, ``load(name)`` gives its four data sets. Nothing
+is downloaded by an import; `load` and `fetch` say on stderr when they do.
+"""
+
+from efft.data.baselines import trivial_baselines
+
+# The submodule `efft.data.fetch` is loaded by the next line, so that the function of the same name stays on the
+# package; `from efft.data.fetch import fetch_pypi` still finds the module.
+from efft.data.registry import describe, fetch, list_table, load, names
+from efft.data.task import NORMALIZATIONS, ROLES, ImageDataset, TaskData, TaskInfo
+from efft.data.vtab import vtab_hyperparameters
+
+__all__ = [
+    "NORMALIZATIONS",
+    "ROLES",
+    "ImageDataset",
+    "TaskData",
+    "TaskInfo",
+    "describe",
+    "fetch",
+    "list_table",
+    "load",
+    "names",
+    "trivial_baselines",
+    "vtab_hyperparameters",
+]

