@@ -1,19 +1,23 @@
 """The README's tables, written from result files and from the library itself; a test fails when they differ.
 
-python -m benchmarks.readme          # rewrite the tables in README.md
+    python -m benchmarks tables          # rewrite the tables in README.md
+    python -m benchmarks tables ops_gpu  # print one of them
+
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``.
 """
 
 from __future__ import annotations
 
-import json
+import argparse
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-from benchmarks.record import RESULTS
+from benchmarks import tables
+from benchmarks.markdown import table
 
-README = RESULTS.parent.parent / "README.md"
+README = Path(__file__).parents[1] / "README.md"
 
 
 def parameters() -> str:
@@ -25,6 +29,11 @@ def parameters() -> str:
     from efft.params import count_plan
     from efft.plan import make_plan
 
+    settings: tuple[tuple[Literal["efft1", "efft2"], str], ...] = (
+        ("efft1", "per_layer"),
+        ("efft2", "per_layer"),
+        ("efft2", "shared"),
+    )
     rows = []
     for name in (
         "vit_base_patch16_224",
@@ -38,7 +47,7 @@ def parameters() -> str:
         with torch.device("meta"):
             model = timm.create_model(name)
         cells = [f"`{name}`"]
-        for variant, sharing in (("efft1", "per_layer"), ("efft2", "per_layer"), ("efft2", "shared")):
+        for variant, sharing in settings:
             if variant == "efft1" and name.startswith("swin"):
                 cells.append("-")
                 continue
@@ -49,63 +58,7 @@ def parameters() -> str:
     return table(["model, the paper's ranks", "EFFT1", "EFFT2", "EFFT2, shared cores"], rows)
 
 
-def train_step() -> str:
-    """The latest run of each dtype in results/train_step.jsonl."""
-    latest: dict[str, dict[str, Any]] = {}
-    for row in read("train_step"):
-        run = latest.get(row["dtype"])
-        if run is None or run["date"] != row["date"]:
-            run = latest[row["dtype"]] = {"date": row["date"], "facts": row, "ratios": {}}
-        run["ratios"][row["row"]] = row["ratio"]
-    names = {
-        "floor": "frozen floor",
-        "efft": "**EFFT2, this library (eager)**",
-        "lora": "LoRA of `peft`",
-        "naive": "EFFT2 as `W + dW`",
-        "paper": "EFFT2 as the paper's code does it",
-    }
-    header = ["step of", *(f"{dtype}" for dtype in latest)]
-    rows = [[title, *(f"{run['ratios'][key]:.2f}" for run in latest.values())] for key, title in names.items()]
-    notes = [f"- {dtype}: {provenance(run['facts'])}" for dtype, run in latest.items()]
-    return table(header, rows) + "\n\n" + "\n".join(notes)
-
-
-def demo() -> str:
-    """The latest run in results/demo.jsonl."""
-    rows = read("demo")
-    last = [row for row in rows if row["date"] == rows[-1]["date"]]
-    cells = [
-        [
-            row["task"],
-            row["method"],
-            f"{row['trainable_parameters']:,}",
-            f"{row['test_accuracy']:.1%}",
-            f"{row['seconds']:.0f} s",
-        ]
-        for row in last
-    ]
-    header = ["task", "method", "trained parameters, head included", "test accuracy", "training time"]
-    return table(header, cells) + f"\n\n- {provenance(last[0])}"
-
-
-TABLES: dict[str, Callable[[], str]] = {"parameters": parameters, "train_step": train_step, "demo": demo}
-
-
-def read(name: str) -> list[dict[str, Any]]:
-    """The rows of a result file."""
-    return [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
-
-
-def provenance(row: dict[str, Any]) -> str:
-    """Where a figure comes from, in one line."""
-    versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
-    return f"`{row['command']}`, commit {row['commit']}, {row['machine']}; {versions}; {row['date'][:10]}"
-
-
-def table(header: list[str], rows: Iterable[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+TABLES: dict[str, Callable[[], str]] = {"parameters": parameters, **tables.TABLES}
 
 
 def render(text: str) -> str:
@@ -117,5 +70,22 @@ def render(text: str) -> str:
     return re.sub(r"(<!-- table: (\w+) -->).*?(<!-- end -->)", fill, text, flags=re.DOTALL)
 
 
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Rewrites the README, or prints the tables named."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks tables", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"print it: {', '.join(TABLES)}")
+    names = parser.parse_args(arguments).names
+    unknown = [name for name in names if name not in TABLES]
+    if unknown:
+        parser.error(f"no table {unknown[0]!r}; there are {', '.join(TABLES)}")
+    for name in names:
+        print(f"{TABLES[name]()}\n")
+    if not names:
+        README.write_text(render(README.read_text(encoding="utf-8")), encoding="utf-8")
+    return 0
+
+
 if __name__ == "__main__":
-    README.write_text(render(README.read_text()))
+    raise SystemExit(main())

@@ -199,7 +199,7 @@ def _release(model: nn.Module, args: Any, output: Any) -> None:
         idle = [name for name, layer in adapted_layers(model).items() if layer.index not in used[layer.factors]]
         if idle:
             warnings.warn(
-                f"{len(idle)} of {len(bank.layers)} adapted layers did not run in this forward pass, {idle[0]!r} first. "
+                f"{len(idle)} of {len(bank.layers)} adapted layers did not run in this pass, {idle[0]!r} first. "
                 "A module that reads the weight without calling its layer ignores the update: exclude such layers",
                 stacklevel=2,
             )

@@ -1,0 +1,61 @@
+# Everything runs in a virtual environment that is made on first use: .venv, or the one named by VENV=/path.
+# Packages come from wherever pip is configured to look.
+
+VENV ?= .venv
+PYTHON ?= python3
+ARGS ?=
+BUDGET ?= 480
+
+BIN := $(VENV)/bin
+RUN := $(BIN)/python -m
+
+.PHONY: help demo test lint format bench bench-quick bench-gpu clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "Options: VENV=$(VENV)  PYTHON=$(PYTHON)  BUDGET=$(BUDGET)  ARGS=... (passed to the demo, to pytest, to the benchmarks)"
+
+demo: $(VENV)/.efft-train ## Adapt, train, save and merge a small model on this machine
+	$(RUN) efft.demo $(ARGS)
+
+test: $(VENV)/.efft-dev ## Run the whole test suite
+	$(RUN) pytest $(ARGS)
+
+lint: $(VENV)/.efft-dev ## Check style and types, change nothing
+	$(RUN) ruff check
+	$(RUN) ruff format --check
+	$(RUN) mypy
+
+format: $(VENV)/.efft-dev ## Format the code and apply safe fixes
+	$(RUN) ruff check --fix
+	$(RUN) ruff format
+
+bench: $(VENV)/.efft-dev ## Measure layers, models, memory, inference and scaling: hours, alone on the machine
+	$(RUN) benchmarks ops $(ARGS)
+	$(RUN) benchmarks model $(ARGS)
+	$(RUN) benchmarks memory $(ARGS)
+	$(RUN) benchmarks serve $(ARGS)
+	$(RUN) benchmarks scaling $(ARGS)
+
+bench-quick: $(VENV)/.efft-dev ## Measure ViT-B's layers and its training step, in minutes
+	$(RUN) benchmarks ops --quick $(ARGS)
+	$(RUN) benchmarks model --quick $(ARGS)
+
+bench-gpu: $(VENV)/.efft-dev ## On a GPU, within BUDGET seconds: build, GPU tests, benchmarks by importance
+	$(RUN) benchmarks gpu --budget $(BUDGET) $(ARGS)
+
+clean: ## Remove build products and caches (not the virtual environment)
+	rm -rf build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find benchmarks efft_kernels python tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp says that the extra in its name is installed; editing the metadata makes it stale.
+$(VENV)/.efft-%: pyproject.toml setup.py | $(BIN)/pip
+	$(RUN) pip install --editable '.[$*]'
+	@touch $@
+
+# pip, not python, is the target: a failed `python -m venv` leaves a python without pip behind.
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+	  echo "efft-kernels needs Python 3.10 or newer, but '$(PYTHON)' is: $$($(PYTHON) --version 2>&1)" >&2; \
+	  echo "Name another one, for example: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)

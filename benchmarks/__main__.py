@@ -1,0 +1,44 @@
+"""``python -m benchmarks COMMAND``: measure, compare and show; ``COMMAND --help`` explains each command."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+#: The module of each command, whose ``main(arguments)`` runs it, and what it does.
+COMMANDS = {
+    "ops": ("benchmarks.ops.run", "one adapted layer: every backend, naive, the paper's form, LoRA ..."),
+    "model": ("benchmarks.model.run", "a training step of a whole model"),
+    "memory": ("benchmarks.memory", "what is kept for the backward pass, and the process's peak"),
+    "serve": ("benchmarks.serve", "inference: base, adapted, merged"),
+    "scaling": ("benchmarks.scaling", "how time grows with tokens and rank"),
+    "compare": ("benchmarks.compare", "what got slower between two result files or revisions"),
+    "plot": ("benchmarks.plots", "pictures from result files"),
+    "tables": ("benchmarks.readme", "the README's tables from result files"),
+    "gpu": ("benchmarks.gpu", "everything, in order of importance, within a time budget"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code (0 done, 1 the comparison found slow-downs, 2 a wrong call)."""
+    name, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if name in ("-h", "--help"):
+        lines = [f"  {command:<9}{text}" for command, (_, text) in COMMANDS.items()]
+        print("\n".join(["usage: python -m benchmarks COMMAND [options]", "", *lines]))
+        return 0
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"commands: {', '.join(COMMANDS)}"
+        print(f"benchmarks: error: unknown command {name!r}; {hint}", file=sys.stderr)
+        return 2
+    try:
+        return importlib.import_module(COMMANDS[name][0]).main(rest) or 0
+    except ValueError as error:
+        print(f"benchmarks {name}: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

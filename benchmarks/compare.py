@@ -1,0 +1,149 @@
+"""What got slower or faster, beyond noise, between two result files or two revisions of the library.
+
+    python -m benchmarks compare before/ops.jsonl after/ops.jsonl
+    python -m benchmarks compare --revisions main HEAD -- --quick --rows efft:eager
+
+Ratios to the frozen floor are compared where lines have them, seconds otherwise; of several lines that measure the
+same thing (``record.IDENTITY``) the last one counts. A change is real if the two ranges from the 20 % to the 80 %
+quantile do not overlap and the medians differ by more than the threshold. Revisions are measured one after the other,
+with this checkout's benchmarks, by the command ``ops`` and whatever options follow ``--``.
+
+Exit code 1 if anything got slower, or lost its figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.record import IDENTITY, read
+
+ROOT = Path(__file__).parents[1]
+THRESHOLD = 0.05
+
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Change:
+    """A figure that moved. ``factor`` is its median after by before; None where there is none any more."""
+
+    what: str
+    factor: float | None
+    reason: str = ""
+
+    @property
+    def slower(self) -> bool:
+        return self.factor is None or self.factor > 1
+
+    def __str__(self) -> str:
+        if self.factor is None:
+            return f"lost    {self.what}: {self.reason}"
+        return f"{'slower' if self.slower else 'faster'}  {self.what}: {self.factor - 1:+.1%}"
+
+
+def compare(before: Iterable[Line], after: Iterable[Line], threshold: float = THRESHOLD) -> list[Change]:
+    """The real changes, in the order of ``after``. What only one side measured is left out."""
+    old = {_identity(line): line for line in before}
+    changes = []
+    for identity, new in {_identity(line): line for line in after}.items():
+        was, now = _figures(old.get(identity, {})), _figures(new)
+        name = " ".join(str(value) for _, value in identity)
+        if was and not now:
+            changes.append(Change(name, None, new.get("reason") or "no figures"))
+        for phase in was.keys() & now.keys():
+            factor = now[phase]["p50"] / was[phase]["p50"]
+            apart = now[phase]["p20"] > was[phase]["p80"] or now[phase]["p80"] < was[phase]["p20"]
+            if apart and abs(factor - 1) > threshold:
+                changes.append(Change(f"{name} {phase}".rstrip(), factor))
+    return changes
+
+
+def report(changes: Sequence[Change], compared: int) -> str:
+    """The changes, the worst first, under one line that counts them."""
+    slower = sum(change.slower for change in changes)
+    head = f"{compared} lines compared: {slower} slower or lost, {len(changes) - slower} faster"
+    ordered = sorted(changes, key=lambda change: -(change.factor or float("inf")))
+    return "\n".join([head, *(str(change) for change in ordered)])
+
+
+def common(before: Iterable[Line], after: Iterable[Line]) -> int:
+    """How many things both sides measured."""
+    return len({_identity(line) for line in before if _figures(line)} & {_identity(line) for line in after})
+
+
+def measure_revision(revision: str, arguments: Sequence[str]) -> list[Line]:
+    """The lines of ``ops`` with the library of ``revision``, which a temporary worktree holds."""
+    with _worktree(revision) as tree:
+        shutil.rmtree(tree / "benchmarks", ignore_errors=True)
+        shutil.copytree(ROOT / "benchmarks", tree / "benchmarks", ignore=shutil.ignore_patterns("results"))
+        results = tree / "compared"
+        command = [sys.executable, "-m", "benchmarks", "ops", *arguments, "--results", str(results)]
+        path = os.pathsep.join([str(tree), str(tree / "python")])
+        subprocess.run(command, cwd=tree, env={**os.environ, "PYTHONPATH": path}, check=True)
+        return read(results / "ops.jsonl")
+
+
+@contextmanager
+def _worktree(revision: str) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        git = ["git", "-C", str(ROOT), "worktree"]
+        added = subprocess.run([*git, "add", "--detach", str(tree), revision], capture_output=True, text=True)
+        if added.returncode:
+            raise ValueError(f"revision {revision!r}: {added.stderr.strip()}")
+        try:
+            yield tree
+        finally:
+            subprocess.run([*git, "remove", "--force", str(tree)], capture_output=True)
+
+
+def _identity(line: Line) -> tuple[tuple[str, Any], ...]:
+    return tuple((key, line[key]) for key in IDENTITY if line.get(key) not in (None, False))
+
+
+def _figures(line: Line) -> dict[str, dict[str, float]]:
+    """Quantiles by phase: of the ratios, of the seconds where there are none, nothing for a line without a time."""
+    found = line.get("seconds") if line.get("row") == "floor" else line.get("ratio", line.get("seconds"))
+    if not found:
+        return {}
+    return {"": found} if "p50" in found else found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command ``compare``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("before", help="a result file, or a git revision")
+    parser.add_argument("after", help="another one")
+    parser.add_argument("--revisions", action="store_true", help="the two are git revisions: measure them")
+    parser.add_argument("--threshold", type=float, default=THRESHOLD, help="relative change of a median that counts")
+    parser.add_argument("ops", nargs="*", help="with --revisions, after --: options of the command ops")
+    args = parser.parse_args(arguments)
+    if args.revisions:
+        before, after = (measure_revision(revision, args.ops) for revision in (args.before, args.after))
+    else:
+        for path in (args.before, args.after):
+            if not Path(path).is_file():
+                raise ValueError(f"{path!r} is not a file; to compare git revisions add --revisions")
+        before, after = read(Path(args.before)), read(Path(args.after))
+        machines = {line["machine"] for line in (*before, *after)}
+        if len(machines) > 1:
+            print(f"these figures come from different machines: {'; '.join(sorted(machines))}")
+    changes = compare(before, after, args.threshold)
+    print(report(changes, common(before, after)))
+    return int(any(change.slower for change in changes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

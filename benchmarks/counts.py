@@ -1,0 +1,93 @@
+"""FLOPs and bytes by formula, what of them no kernel can avoid, and what the machine delivers at best.
+
+The formulas count what the mathematics needs: y = x Wᵀ + b + (x D) G, and dx, dD, dG. A row that does more (a dense
+update) is not credited for it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.timing import time_rows
+
+
+@dataclass(frozen=True)
+class Work:
+    """Floating-point operations (a multiply-add is two) and bytes of device memory moved, at the least."""
+
+    flops: int
+    bytes: int
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.flops + other.flops, self.bytes + other.bytes)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of one layer call; ``width`` is bytes per element of the activations and the frozen weight."""
+
+    tokens: int
+    d_in: int
+    d_out: int
+    rank: int
+    width: int
+
+    def floor(self, phase: str) -> Work:
+        """The frozen layer: y in ``fwd``, dx in ``bwd``, both in ``fwd_bwd``."""
+        flops = 2 * self.tokens * self.d_in * self.d_out
+        activations = self.tokens * (self.d_in + self.d_out)
+        weight = self.d_in * self.d_out
+        forward = Work(flops, self.width * (activations + weight + self.d_out))
+        backward = Work(flops, self.width * (activations + weight))
+        return _of_phase(phase, forward, backward)
+
+    def delta(self, phase: str) -> Work:
+        """What the low-rank update adds: h and h G forward; dh, dh Dᵀ, dD and dG backward. Factors are fp32.
+
+        x must be read once more in the backward, for dD; y, gy and dx are in fast memory when the update needs them.
+        """
+        pair = 2 * self.tokens * self.rank * (self.d_in + self.d_out)
+        h = self.tokens * self.rank * self.width
+        factors = 4 * self.rank * (self.d_in + self.d_out)
+        x = self.tokens * self.d_in * self.width
+        return _of_phase(phase, Work(pair, h + factors), Work(2 * pair, x + h + 2 * factors))
+
+    def limit(self, phase: str) -> float:
+        """The arithmetic limit of the ratio to the floor: all FLOPs over the floor's, both at one speed."""
+        floor = self.floor(phase).flops
+        return (floor + self.delta(phase).flops) / floor
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """What the machine delivers at best, measured: one large matrix product, one large copy (read plus write)."""
+
+    flops_per_s: float
+    bytes_per_s: float
+
+
+def measure_peaks(device: torch.device | str, dtype: torch.dtype, seconds: float = 0.5) -> Peaks:
+    """The best of repeated products of square matrices and of repeated copies, about ``seconds`` each."""
+    cuda = torch.device(device).type == "cuda"
+    n, length = (8192, 2**29) if cuda else (1024, 2**26)
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    source = torch.zeros(length, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    product = _best(lambda: a @ b, device, seconds)
+    copy = _best(lambda: target.copy_(source), device, seconds)
+    return Peaks(2 * n**3 / product, 2 * length / copy)
+
+
+def _best(run: Callable[[], object], device: torch.device | str, seconds: float) -> float:
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        best = min(best, *time_rows({"": run}, repeats=3, warmup=1, device=device)[""])
+    return best
+
+
+def _of_phase(phase: str, forward: Work, backward: Work) -> Work:
+    return {"fwd": forward, "bwd": backward, "fwd_bwd": forward + backward}[phase]

@@ -1,0 +1,145 @@
+"""Everything on a GPU that is at hand for minutes: build, GPU tests, benchmarks, the important ones first.
+
+    make bench-gpu BUDGET=480
+    python -m benchmarks gpu --budget 300 --device cpu --quick   # try it out without a GPU, on tiny sizes
+
+Each job is a process that gets at most its share of the budget, in seconds, and is stopped with all its children when
+that is used up. Results are written as each job goes. A job that fails does not keep the next from running; the exit
+code is 1 if one failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command of this Python, the share of the whole budget it may take, and the exit codes that are no failure."""
+
+    name: str
+    arguments: tuple[str, ...]
+    share: float
+    fine: tuple[int, ...] = (0,)
+
+
+def jobs(device: str, quick: bool, results: Path | None) -> list[Job]:
+    """What to run, most important first."""
+    to = ("--device", device, *(() if results is None else ("--results", str(results))))
+
+    def bench(name: str, share: float, command: str) -> Job:
+        return Job(name, ("-m", "benchmarks", *command.split(), *to), share)
+
+    first = [
+        Job("environment", ("-m", "efft_kernels"), 0.1),
+        # 5: no test has the mark
+        Job("GPU tests", ("-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"), 0.2, fine=(0, 5)),
+    ]
+    if native_sources():
+        install = ("-m", "pip", "install", "--no-build-isolation", "--no-deps", "--editable", ".")
+        first.insert(0, Job("native extension", install, 0.4))
+    if quick:
+        return [
+            *first,
+            bench("layers", 0.3, "ops --quick --images 1 --case o --dtype float32 --repeats 1"),
+            bench("training step", 0.3, "model --model test_vit --batch 2 --rank 4 --dtype float32 --repeats 1"),
+            bench("memory", 0.3, "memory --level model --model test_vit --rank 4 --rows efft:eager --quick"),
+            bench("inference", 0.3, "serve --model test_vit --batch 1 --rank 4 --dtype float32 --repeats 1"),
+            bench("scaling", 0.3, "scaling --quick --case o --sweep rank --repeats 1"),
+        ]
+    return [
+        *first,
+        bench("layers of ViT-B, bf16", 0.25, "ops --model vit_b --images 64 --rank 32 --dtype bfloat16"),
+        bench("training step of ViT-B, bf16", 0.25, "model --dtype bfloat16"),
+        bench("memory of ViT-B, bf16", 0.2, "memory --level model --batch 64 --dtype bfloat16"),
+        bench("layers of ViT-B, bf16, by rank", 0.2, "ops --model vit_b --images 64 --rank 8 16 64 --dtype bfloat16"),
+        bench("layers of ViT-B, fp16 and fp32", 0.2, "ops --model vit_b --images 64 --rank 32 --dtype float16 float32"),
+        bench("layers of ViT-B, bf16, by batch", 0.2, "ops --model vit_b --images 1 8 256 --rank 32 --dtype bfloat16"),
+        bench("inference of ViT-B", 0.2, "serve"),
+        bench("scaling", 0.2, "scaling --dtype bfloat16"),
+        bench(
+            "training step of ViT-L and Swin-B, bf16",
+            0.3,
+            "model --model vit_large_patch16_224 swin_base_patch4_window7_224 --dtype bfloat16",
+        ),
+        bench("training step of ViT-B, fp32", 0.3, "model --dtype float32"),
+        bench("layers of the other models, bf16", 0.5, f"ops --model {_OTHERS} --images 64 --rank 32 --dtype bfloat16"),
+    ]
+
+
+_OTHERS = "vit_l vit_h swin_b.1 swin_b.2 swin_b.3 swin_b.4"
+
+
+def native_sources() -> list[Path]:
+    """The C++ and CUDA sources there are to build."""
+    return sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in {".cpp", ".cu"})
+
+
+def run_all(todo: Sequence[Job], budget: float) -> dict[str, str]:
+    """Runs the jobs in turn within ``budget`` seconds; says of each how it ended: "done", "failed...", or the limit."""
+    end = time.monotonic() + budget
+    outcomes: dict[str, str] = {}
+    for job in todo:
+        left = end - time.monotonic()
+        if left <= 0:
+            outcomes[job.name] = "not started: the budget is used up"
+            continue
+        limit = min(left, job.share * budget)
+        print(f"\n=== {job.name} (at most {limit:.0f} s): python {' '.join(job.arguments)}", flush=True)
+        start = time.monotonic()
+        outcomes[job.name] = f"{_run(job, limit)} ({time.monotonic() - start:.0f} s)"
+    return outcomes
+
+
+def _run(job: Job, limit: float) -> str:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # it sees the modules that this one sees
+    # A session of its own, so that the children of a job end with it.
+    process = subprocess.Popen([sys.executable, *job.arguments], cwd=ROOT, env=environment, start_new_session=True)
+    try:
+        code = process.wait(limit)
+    except subprocess.TimeoutExpired:
+        return f"stopped at its limit of {limit:.0f} s; what it had written stays"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return "done" if code in job.fine else f"failed with exit code {code}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs everything, and says how each job ended."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--budget", type=float, default=480, help="seconds (default: %(default)g)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that everything runs, and no figures")
+    parser.add_argument("--results", type=Path, metavar="FOLDER", help="where to write (default benchmarks/results)")
+    args = parser.parse_args(arguments)
+    if args.budget <= 0:
+        raise ValueError(f"--budget must be a positive number of seconds, got {args.budget:g}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("there is no CUDA device; to try it out without one: --device cpu --quick")
+    if not native_sources():
+        print("csrc/ has no sources: there is no native extension to build")
+    outcomes = run_all(jobs(args.device, args.quick, args.results), args.budget)
+    print()
+    for name, outcome in outcomes.items():
+        print(f"{name:<42}{outcome}")
+    return int(any(outcome.startswith("failed") for outcome in outcomes.values()))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,184 @@
+"""What a training step keeps for its backward, and the peak it needs.
+
+    python -m benchmarks memory --quick
+
+Every row runs in a process of its own, alone:
+
+- saved: bytes of the storages that autograd keeps between forward and backward, each once. What exists before the
+  forward pass (weights, factors) does not count; a layer's input does. Copies that autocast makes of the weights do.
+- peak: the most that the process had in memory (CPU: ``VmHWM``) or in allocations (CUDA) until the second step was
+  done, and ``before``, what it had when the model was ready.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.model import rows as model_rows
+from benchmarks.model.step import Setting, default_device, training_step, unavailable
+from benchmarks.ops import cases
+from benchmarks.ops import rows as layer_rows
+from benchmarks.record import append, machine_facts
+
+ROOT = Path(__file__).parents[1]
+
+
+def saved_for_backward(forward: Callable[[], object], inputs: Iterable[Tensor] = ()) -> int:
+    """Bytes that autograd keeps after ``forward``, each storage once, without what was there before.
+
+    It runs ``forward`` twice and keeps both results: a storage that both graphs hold is older than they are.
+    ``inputs`` count although they are.
+    """
+    first: dict[int, int] = {}
+    second: dict[int, int] = {}
+    results = [_with_storages(forward, kept) for kept in (first, second)]
+    older = set(first) & set(second) - {tensor.untyped_storage().data_ptr() for tensor in inputs}
+    del results  # the graphs must live until here, or memory would be used twice and its address seen twice
+    return sum(n_bytes for address, n_bytes in second.items() if address not in older)
+
+
+def _with_storages(forward: Callable[[], object], kept: dict[int, int]) -> object:
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        return forward()
+
+
+def measure_layer(spec: dict[str, Any]) -> dict[str, Any]:
+    """One row of one layer; ``spec`` has the fields of a :class:`benchmarks.ops.cases.Case`, ``row`` and ``device``."""
+    spec = dict(spec)
+    row, device = layer_rows.ROWS[spec.pop("row")], spec.pop("device")
+    inputs = cases.Case(**spec).inputs(device)
+    reason = row.unavailable(inputs)
+    if reason is not None:
+        return {"reason": f"not available: {reason}"}
+    layer = row.build(inputs)
+    peaks = peak(layer.forward_backward, device)
+    return {"saved_bytes": saved_for_backward(layer.forward, [inputs.x]), **peaks}
+
+
+def measure_model(spec: dict[str, Any]) -> dict[str, Any]:
+    """One row of a whole model; ``spec`` has the fields of a :class:`benchmarks.model.step.Setting`, and ``row``."""
+    spec = dict(spec)
+    row, setting = model_rows.ROWS[spec.pop("row")], Setting(**spec)
+    reason = unavailable(row, setting)
+    if reason is not None:
+        return {"reason": f"not available: {reason}"}
+    module = setting.build(row)
+    peaks = peak(training_step(row, module, setting), setting.device)
+    return {"saved_bytes": saved_by(row, module, setting), **peaks}
+
+
+def saved_by(row: model_rows.Row, module: torch.nn.Module, setting: Setting) -> int:
+    """:func:`saved_for_backward` of a forward pass of ``row``'s model."""
+    images, labels = setting.examples(module)
+    with row.running():
+        return saved_for_backward(lambda: setting.loss(module, images, labels))
+
+
+def peak(step: Callable[[], object], device: str) -> dict[str, int]:
+    """``peak_bytes`` of this process until two steps are done, and ``before_bytes`` in use when they began."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step(), step()
+        return {"peak_bytes": torch.cuda.max_memory_allocated(), "before_bytes": before}
+    before = _status("VmRSS")
+    step(), step()
+    return {"peak_bytes": _status("VmHWM"), "before_bytes": before}
+
+
+def _status(field: str) -> int:
+    """Bytes of a field of this process's status. (``getrusage`` would give the parent's peak where it was larger.)"""
+    path = Path("/proc/self/status")
+    if not path.exists():
+        raise RuntimeError(f"the peak memory of a process is read from {path}, which this system does not have")
+    line = next(line for line in path.read_text().splitlines() if line.startswith(f"{field}:"))
+    return 1024 * int(line.split()[1])
+
+
+LEVELS = {"layer": measure_layer, "model": measure_model}
+
+
+def in_new_process(level: str, spec: dict[str, Any]) -> dict[str, Any]:
+    """What ``LEVELS[level](spec)`` returns in a process of its own; a ``reason`` if that dies."""
+    command = [sys.executable, "-m", "benchmarks.memory", "--measure", level, json.dumps(spec)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # it sees the modules that this one sees
+    child = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if child.returncode:
+        last = child.stderr.strip().splitlines()[-1:] or [f"exit status {child.returncode}"]
+        return {"reason": f"failed: {last[0]}"}
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+def specifications(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(level, what to measure) of every row."""
+    images, dtypes = (2, ["float32"]) if args.quick else (args.batch, args.dtype)
+    if "model" in args.level:
+        for dtype in dtypes:
+            setting = Setting(args.model, images, args.rank, dtype, args.device)
+            names = [row.name for row in model_rows.select(args.rows)]
+            yield from (("model", {**asdict(setting), "row": name}) for name in names)
+    if "layer" in args.level:
+        known = None if args.rows is None else [row for row in args.rows if row in layer_rows.ROWS]
+        for case in cases.select("quick", images=[images], rank=[args.rank], dtype=dtypes):
+            names = [row.name for row in layer_rows.select(known)]
+            yield from (("layer", {**asdict(case), "device": args.device, "row": name}) for name in names)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    options = argparse.ArgumentParser(
+        prog="python -m benchmarks memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--level", nargs="+", choices=list(LEVELS), default=list(LEVELS))
+    options.add_argument("--model", default=Setting.model, help="timm name, at level model; layers are ViT-B's")
+    options.add_argument("--batch", type=int, default=8, help="images")
+    options.add_argument("--rank", type=int, default=Setting.rank)
+    options.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
+    options.add_argument("--device", default=default_device())
+    options.add_argument("--rows", nargs="+", help="default: all")
+    options.add_argument("--quick", action="store_true", help="2 images, float32 only")
+    options.add_argument("--results", type=Path, help="folder for memory.jsonl")
+    options.add_argument("--measure", nargs=2, metavar=("LEVEL", "JSON"), help=argparse.SUPPRESS)
+    return options
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Measures, prints and records every row."""
+    args = parser().parse_args(words)
+    if args.measure:
+        level, spec = args.measure
+        print(json.dumps(LEVELS[level](json.loads(spec))))
+        return 0
+    print(f"{'level':<6} {'what':<26} {'dtype':<9} {'row':<16} {'saved MiB':>10} {'peak MiB':>10} {'before MiB':>10}")
+    path = None
+    for level, spec in specifications(args):
+        found = in_new_process(level, spec)
+        path = append("memory", [{**machine_facts(), "suite": "memory", "level": level, **spec, **found}], args.results)
+        sizes = [f"{found[f'{name}_bytes'] / 2**20:>10.1f}" for name in ("saved", "peak", "before") if len(found) > 1]
+        what = f"{spec['model']} {spec.get('case', '')}".strip()
+        print(
+            f"{level:<6} {what:<26} {spec['dtype']:<9} {spec['row']:<16} {' '.join(sizes) or found['reason']}",
+            flush=True,
+        )
+    print(f"written to {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""One training step of a whole model under several ways to adapt it."""

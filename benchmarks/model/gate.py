@@ -1,0 +1,59 @@
+"""Is what a row computes right? No time is quoted for one that is not."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+import efft
+from benchmarks.model.rows import FLOOR, NAIVE, PAPER, Row
+from benchmarks.model.step import Setting
+from efft_kernels.testing import assert_close_budget
+
+
+class Gate:
+    """Compares rows with the same model in fp64, on a few images before any training.
+
+    An EFFT row is judged by its logits and by the gradient of every factor: each may be at most twice as wrong as in
+    another formulation in the row's own precision (that of ``naive``; for ``naive`` itself, of ``paper``). The other
+    rows start as the plain model does, and are judged by their logits, with the plain model's error as yardstick.
+    Layers add up their rounding errors, so in bf16 this finds errors from some percent on; ``ops`` finds smaller ones.
+    """
+
+    def __init__(self, setting: Setting, images: int = 2) -> None:
+        self.setting = replace(setting, batch=min(images, setting.batch))
+        self._rounded = {row: probe(row, self.setting.build(row), self.setting) for row in (FLOOR, NAIVE, PAPER)}
+
+    def verdict(self, row: Row, model: nn.Module) -> str | None:
+        """None if ``model``, as ``setting.build(row)`` made it, computes what it should, else what is wrong."""
+        yardstick = FLOOR if not row.is_efft else PAPER if row.name == NAIVE.name else NAIVE
+        exact = in_fp64(NAIVE if row.is_efft else FLOOR, replace(self.setting, dtype="float64"))
+        rounded = self._rounded[yardstick]
+        for name, got in probe(row, model, self.setting).items():
+            try:
+                assert_close_budget(got, exact[name], rounded[name], name=name)
+            except AssertionError as error:
+                return str(error)
+        return None
+
+
+def probe(row: Row, model: nn.Module, setting: Setting) -> dict[str, Tensor]:
+    """Logits of a batch and, of an EFFT row, the gradient of every factor."""
+    with row.running():
+        logits, loss = setting.loss(model, *setting.examples(model))
+    loss.backward()
+    found = {"logits": logits.detach()}
+    if row.is_efft:
+        for name, factor in efft.named_factors(model):
+            assert factor.grad is not None, f"{name} got no gradient"
+            found[f"gradient of {name}"] = factor.grad
+    model.zero_grad()  # sets the gradients to None: those found stay
+    return found
+
+
+@functools.cache
+def in_fp64(row: Row, setting: Setting) -> dict[str, Tensor]:
+    """:func:`probe` of ``row`` in fp64; kept, as the runs in fp32 and bf16 are both compared with it."""
+    return probe(row, setting.build(row), setting)

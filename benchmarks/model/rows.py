@@ -1,0 +1,163 @@
+"""The ways to adapt a model that are compared: each row turns a plain timm model into the one whose step is taken."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import efft
+from efft.inject import adapted_layers, bank_of
+from efft.targets import find_head, find_targets
+from efft_kernels import Backend, EfftLinear, use_backend
+from efft_kernels.testing import backends
+
+
+@dataclass(frozen=True)
+class Row:
+    """A way to adapt a model.
+
+    Attributes:
+        name: what tables and result files call it.
+        explains: one line.
+        adapt: (plain model, rank) to the model to train, with everything frozen that the row does not train.
+        is_efft: it computes the EFFT update from the same factors as every other such row.
+        backend: the backend its ops ask for; None where it has none.
+    """
+
+    name: str
+    explains: str
+    adapt: Callable[[nn.Module, int], nn.Module]
+    is_efft: bool = False
+    backend: Backend | None = None
+
+    def running(self) -> AbstractContextManager[None]:
+        """The context that the row's model must run in."""
+        return nullcontext() if self.backend is None else use_backend(self.backend)
+
+
+class DenseDelta(nn.Module):
+    """An adapted layer that builds its update, as ``W + dW`` ("naive") or beside the frozen product ("paper")."""
+
+    def __init__(self, layer: EfftLinear, form: str) -> None:
+        super().__init__()
+        if layer.site.columns is not None:
+            raise ValueError(f"DenseDelta takes all columns of V, got {layer.site}: use variant='efft2'")
+        self.layer, self.form = layer, form
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer, site = self.layer, self.layer.site
+        U, V, C = layer.factors.U, layer.factors.V, layer.factors.C[site.layer]
+        deltas = [U @ C[core] @ V for core in site.cores]  # [d_in, d_out] each
+        if site.transpose:
+            deltas = [delta.t() for delta in deltas]
+        s = float(layer.factors.scale)
+        if self.form == "naive":
+            return F.linear(x, layer.weight + s * torch.cat(deltas, dim=1).t(), layer.bias)
+        return F.linear(x, layer.weight, layer.bias) + s * torch.cat([x @ delta for delta in deltas], dim=-1)
+
+
+def targeted(model: nn.Module) -> list[str]:
+    """The layers that every row with an adapter adapts, in the order of the forward pass."""
+    return [target.name for target in find_targets(model, efft.EfftConfig(), find_head(model, None))]
+
+
+def floor(model: nn.Module, rank: int) -> nn.Module:
+    """What no method can avoid: the gradient flows from the head to the first adapted layer's output, and ends there.
+
+    That layer's input needs no gradient under any adapter either, and no weight but the head's needs one here.
+    """
+    efft.freeze_backbone(model)
+    model.get_submodule(targeted(model)[0]).register_forward_hook(lambda module, args, y: y.requires_grad_())
+    return model
+
+
+def adapted(model: nn.Module, rank: int) -> nn.Module:
+    """EFFT2 by this library, with no factor zero: at the usual start half of the gradients would be."""
+    efft.apply(model, efft.EfftConfig(rank=rank, dropout=0.0))
+    for _, factor in efft.named_factors(model):
+        if not factor.any():
+            nn.init.normal_(factor, std=0.02)
+    return model
+
+
+def dense(form: str) -> Callable[[nn.Module, int], nn.Module]:
+    """The same factors in one of the two forms of :class:`DenseDelta`."""
+
+    def adapt(model: nn.Module, rank: int) -> nn.Module:
+        for name, layer in adapted_layers(adapted(model, rank)).items():
+            model.set_submodule(name, DenseDelta(layer, form))
+        bank_of(model).enabled = False  # the dense forms contract for themselves
+        return model
+
+    return adapt
+
+
+def lora(model: nn.Module, rank: int) -> nn.Module:
+    """LoRA by the peft library on the same layers, training the same head.
+
+    Its cast of every input to the adapter's dtype is off: under autocast it only costs a copy.
+    """
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import LoraLayer
+
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targeted(model), modules_to_save=find_head(model, None))
+    model = get_peft_model(model, config)
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.cast_input_dtype_enabled = False
+    return model
+
+
+def bitfit(model: nn.Module, rank: int) -> nn.Module:
+    """All biases and the head."""
+    efft.freeze_backbone(model)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.requires_grad_()
+    return model
+
+
+def full(model: nn.Module, rank: int) -> nn.Module:
+    """Everything."""
+    return model.requires_grad_()
+
+
+FLOOR = Row("floor", "backbone frozen, gradient flowing through it to the first adapted layer", floor)
+NAIVE = Row("naive", "EFFT2, each update built and added to its weight: x (W + dW)ᵀ", dense("naive"), is_efft=True)
+PAPER = Row("paper", "EFFT2 as the paper's code does it: x Wᵀ + s [x dW ...]", dense("paper"), is_efft=True)
+
+ROWS: dict[str, Row] = {
+    row.name: row
+    for row in (
+        FLOOR,
+        *(
+            Row(f"efft:{b.value}", f"EFFT2 by this library, backend {b.value}", adapted, is_efft=True, backend=b)
+            for b in backends()
+        ),
+        NAIVE,
+        PAPER,
+        Row("peft", "LoRA of the peft library, same rank, same layers; its cast of the input is off", lora),
+        Row("bitfit", "all biases", bitfit),
+        Row("full", "full fine-tuning", full),
+    )
+}
+
+
+def select(names: Iterable[str] | None) -> list[Row]:
+    """The rows of these names, in the tables' order, the floor first; None for all.
+
+    Raises:
+        ValueError: there is no row of such a name.
+    """
+    wanted = set(ROWS if names is None else names)
+    for name in sorted(wanted - set(ROWS)):
+        near = difflib.get_close_matches(name, ROWS, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(ROWS)}"
+        raise ValueError(f"no row {name!r}: {hint}")
+    return [row for row in ROWS.values() if row.name in wanted | {"floor"}]

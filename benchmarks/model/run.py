@@ -1,0 +1,130 @@
+"""Time and memory of one training step of a whole model, under several ways to adapt it.
+
+    python -m benchmarks model --quick
+
+Forward, backward and AdamW, all rows interleaved, each as a ratio to the frozen floor of the same repetition. A row
+whose logits or factor gradients are wrong gets the reason and no time. Measure on an idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.memory import saved_by
+from benchmarks.model.gate import Gate
+from benchmarks.model.rows import Row, select
+from benchmarks.model.step import Setting, adapter_bytes, default_device, trainable, training_step, unavailable
+from benchmarks.record import append, machine_facts, quantiles
+from benchmarks.timing import ratios, time_rows
+
+
+def measure(setting: Setting, rows: Sequence[Row], repeats: int) -> list[dict[str, Any]]:
+    """A line of the result file for each row; ``reason`` instead of times where there can be none."""
+    gate, plain = Gate(setting), setting.plain()
+    found: dict[str, dict[str, Any]] = {}
+    steps = {}
+    for row in rows:
+        try:
+            found[row.name], step = _prepare(row, setting, gate, plain)
+            if step is not None:
+                steps[row.name] = step
+        except (RuntimeError, ImportError) as error:  # out of memory, peft not installed: the other rows go on
+            found[row.name] = {"reason": f"failed: {error}"}
+        print(f"{row.name:<16} {found[row.name].get('reason', 'checked')}", flush=True)
+    # The step that each row took above was its warm-up on a CPU.
+    samples = time_rows(steps, repeats, warmup=2 if setting.device != "cpu" else 0, device=setting.device)
+    relative = ratios(samples) if "floor" in samples else {}
+    for name, seconds in samples.items():
+        of_row = quantiles(seconds)
+        found[name] |= {"seconds": of_row, "images_per_s": setting.batch / of_row["p50"]}
+        if name in relative:
+            found[name]["ratio"] = quantiles(relative[name])
+    common = {**machine_facts(), "suite": "model", **asdict(setting)}
+    return [{**common, "row": name, **line} for name, line in found.items()]
+
+
+def _prepare(row: Row, setting: Setting, gate: Gate, plain: nn.Module) -> tuple[dict[str, Any], Any]:
+    """What is known of a row before it is timed, and its step; None where it must not be timed."""
+    reason = unavailable(row, setting)
+    if reason is not None:
+        return {"reason": f"not available: {reason}"}, None
+    model = setting.build(row)
+    wrong = gate.verdict(row, model)
+    if wrong is not None:
+        return {"reason": f"wrong: {wrong}"}, None
+    facts = {
+        "saved_bytes": saved_by(row, model, setting),
+        "trainable": trainable(model),
+        "adapter_bytes": adapter_bytes(model, plain),
+    }
+    step = training_step(row, model, setting)
+    if setting.device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    step()
+    if setting.device != "cpu":
+        facts["step_peak_bytes"] = torch.cuda.max_memory_allocated() - before
+    return facts, step
+
+
+def show(lines: Sequence[dict[str, Any]]) -> None:
+    """The table of one setting."""
+    first = lines[0]
+    print(f"\n{first['model']}, batch {first['batch']}, rank {first['rank']}, {first['dtype']}, {first['device']}")
+    print(
+        f"{'row':<16} {'ms':>9} {'images/s':>9} {'ratio to floor':>21} {'saved MiB':>10} {'trainable':>11} "
+        f"{'adapter kB':>10}"
+    )
+    for line in lines:
+        if "reason" in line:
+            print(f"{line['row']:<16} {line['reason']}")
+            continue
+        ratio = line.get("ratio")
+        relative = "-" if ratio is None else f"{ratio['p50']:.3f} [{ratio['p20']:.3f}, {ratio['p80']:.3f}]"
+        print(
+            f"{line['row']:<16} {1e3 * line['seconds']['p50']:>9.1f} {line['images_per_s']:>9.2f} {relative:>21} "
+            f"{line['saved_bytes'] / 2**20:>10.1f} {line['trainable']:>11,} {line['adapter_bytes'] / 1e3:>10.1f}"
+        )
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    options = argparse.ArgumentParser(
+        prog="python -m benchmarks model", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--model", nargs="+", default=[Setting.model], help="timm names; ViT or Swin")
+    options.add_argument("--batch", type=int, help="images; default: 8 on a CPU, 64 on a GPU")
+    options.add_argument("--rank", type=int, default=Setting.rank)
+    options.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
+    options.add_argument("--device", default=default_device())
+    options.add_argument("--repeats", type=int, help="default: 10, with --quick 3")
+    options.add_argument("--rows", nargs="+", help="default: all; the floor is always among them")
+    options.add_argument("--quick", action="store_true", help="few repeats")
+    options.add_argument("--results", type=Path, help="folder for model.jsonl")
+    return options
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Measures, prints and records every setting."""
+    args = parser().parse_args(words)
+    rows = select(args.rows)
+    batch = args.batch or (8 if args.device == "cpu" else 64)
+    repeats = args.repeats or (3 if args.quick else 10)
+    for name in args.model:
+        for dtype in args.dtype:
+            lines = measure(Setting(name, batch, args.rank, dtype, args.device), rows, repeats)
+            path = append("model", lines, args.results)
+            show(lines)
+    print(f"\nwritten to {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

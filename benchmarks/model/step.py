@@ -1,0 +1,97 @@
+"""What is measured of a whole model: a setting, the model of a row in it, and its training step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.model.rows import Row
+from efft.targets import find_head
+from efft_kernels import can_run
+
+N_CLASSES = 100
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model of timm (random weights, no stochastic depth), the size of its batch, and the numbers it computes with.
+
+    ``dtype`` is that of autocast over fp32 weights; "float32" computes without autocast, "float64" in fp64 weights.
+    """
+
+    model: str = "vit_base_patch16_224"
+    batch: int = 8
+    rank: int = 32
+    dtype: str = "float32"
+    device: str = "cpu"
+
+    def build(self, row: Row) -> nn.Module:
+        """The model of ``row`` in training mode; weights and factors are the same numbers in every row and dtype."""
+        model = row.adapt(self.plain(), self.rank).train()
+        return model.to(self.device, torch.float64 if self.dtype == "float64" else torch.float32)
+
+    def plain(self) -> nn.Module:
+        """The model of timm that the rows adapt."""
+        import timm
+
+        torch.manual_seed(0)
+        return timm.create_model(self.model, num_classes=N_CLASSES, drop_path_rate=0.0)
+
+    def examples(self, model: nn.Module, n: int | None = None) -> tuple[Tensor, Tensor]:
+        """``n`` random images (default: a batch) ``[n, channels, height, width]`` for ``model``, and labels ``[n]``."""
+        size: tuple[int, int, int] = model.default_cfg["input_size"]  # type: ignore[assignment,index]
+        generator = torch.Generator().manual_seed(1)
+        images = torch.randn(n or self.batch, *size, generator=generator)
+        labels = torch.randint(N_CLASSES, (n or self.batch,), generator=generator)
+        return images.to(self.device, torch.float64 if self.dtype == "float64" else None), labels.to(self.device)
+
+    def loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """(logits [n, classes], loss) of a forward pass."""
+        dtype = getattr(torch, self.dtype)
+        with torch.autocast(images.device.type, dtype, enabled=dtype.itemsize < 4):
+            logits = model(images)
+            return logits, F.cross_entropy(logits, labels)
+
+
+def default_device() -> str:
+    """The GPU where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def unavailable(row: Row, setting: Setting) -> str | None:
+    """None if ``row`` can run in ``setting``, else the reason why it cannot."""
+    if row.backend is None:
+        return None
+    return can_run(row.backend, torch.empty(1, dtype=getattr(torch, setting.dtype), device=setting.device))
+
+
+def training_step(row: Row, model: nn.Module, setting: Setting) -> Callable[[], None]:
+    """Forward, backward and optimizer step of one batch, as one call."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    images, labels = setting.examples(model)
+
+    def step() -> None:
+        with row.running():
+            _, loss = setting.loss(model, images, labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def trainable(model: nn.Module) -> int:
+    """Number of trainable parameters, head included."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def adapter_bytes(model: nn.Module, plain: nn.Module) -> int:
+    """Size of everything trained beside the classifier of ``plain``: the data of an adapter file."""
+    head = sum(
+        p.numel() * p.element_size() for n in find_head(plain, None) for p in plain.get_submodule(n).parameters()
+    )
+    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad) - head

@@ -1,0 +1,361 @@
+"""A paper model of one adapted layer on a GPU: what each way to compute it should cost, from FLOPs and bytes alone.
+
+    python -m benchmarks.model_roofline --tokens 12608 --ranks 16 32 64
+
+Nothing here is measured. The model ranks designs before they exist, and stands beside measured ratios as what to
+expect. What a kernel costs is in ``roofline_gpu``. Nothing is ever found in a cache, atomics cost their bytes, and
+launch cost on the host is left out. Expect errors of a few percent a product.
+
+Symbols: y = x Wᵀ + h G with h = x D, x [tokens, d_in], W [d_out, d_in], D [d_in, r], G [r, d_out]; bf16.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from benchmarks.markdown import table
+from benchmarks.roofline_gpu import Machine
+
+#: Kernels by name and their microseconds.
+Kernels = list[tuple[str, float]]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer: its sizes, how many matrices are fused in it, and which neighbours a kernel of ours could be.
+
+    ``owns_x``: what makes x and takes dx (LayerNorm, GELU). ``owns_gy``: what makes gy in backward (GELU).
+    """
+
+    name: str
+    d_in: int
+    d_out: int
+    matrices: int = 1
+    owns_x: bool = True
+    owns_gy: bool = False
+
+
+def vit_block(width: int) -> tuple[Layer, ...]:
+    """The layers of a ViT block; what comes before O is attention, which is not ours."""
+    return (
+        Layer("qkv", width, 3 * width, matrices=3),
+        Layer("o", width, width, owns_x=False),
+        Layer("fc1", width, 4 * width, owns_gy=True),
+        Layer("fc2", 4 * width, width),
+    )
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer's forward and backward at a number of tokens and a rank; every method gives kernels or microseconds."""
+
+    machine: Machine
+    layer: Layer
+    tokens: int
+    rank: int
+
+    def __post_init__(self) -> None:
+        if min(self.tokens, self.rank) < 1:
+            raise ValueError(f"tokens and rank must be at least 1, got {self.tokens} and {self.rank}")
+
+    # Bytes of the tensors.
+    @property
+    def x(self) -> int:
+        return 2 * self.tokens * self.layer.d_in
+
+    @property
+    def y(self) -> int:
+        return 2 * self.tokens * self.layer.d_out
+
+    @property
+    def h(self) -> int:
+        return 2 * self.tokens * self.rank
+
+    @property
+    def w(self) -> int:
+        return 2 * self.layer.d_in * self.layer.d_out
+
+    # Kernels that several designs share.
+    @property
+    def tiny(self) -> float:
+        """Something of rank size only."""
+        return self.machine.fixed + 0.5
+
+    def forward(self, *, k_more: int = 0, relative: float = 1.0, tail: int = 0) -> float:
+        """x Wᵀ, with ``k_more`` columns beside x's."""
+        layer = self.layer
+        return self.machine.product(self.tokens, layer.d_out, layer.d_in + k_more, relative=relative, tail=tail)
+
+    def dx(self, *, n_more: int = 0, relative: float = 1.0, tail: int = 0) -> float:
+        """gy W, with ``n_more`` columns beside W's."""
+        layer = self.layer
+        return self.machine.product(self.tokens, layer.d_in + n_more, layer.d_out, relative=relative, tail=tail)
+
+    def h_alone(self) -> float:
+        """x D, and as large: dD's reduction xᵀ dh, and dh Dᵀ."""
+        return self.machine.skinny(self.tokens, self.rank, self.layer.d_in)
+
+    def dh_alone(self) -> float:
+        """gy Gᵀ, and as large: dG's reduction hᵀ gy, and h G."""
+        return self.machine.skinny(self.tokens, self.rank, self.layer.d_out)
+
+    def h_before(self) -> float:
+        """h as cheap as can be had: made by the kernel that makes x, where that can be ours."""
+        if not self.layer.owns_x:
+            return self.h_alone()
+        flops = 2 * self.tokens * self.layer.d_in * self.rank
+        return 1e6 * (self.h / self.machine.bandwidth + 0.5 * flops / (0.3 * self.machine.flops))
+
+    def add_up(self) -> float:
+        """y += h G in place."""
+        return self.machine.memory(2 * self.y + self.h, 2 * self.tokens * self.layer.d_out * self.rank)
+
+    def add_down(self) -> float:
+        """dx += dh Dᵀ in place."""
+        return self.machine.memory(2 * self.x + self.h, 2 * self.tokens * self.layer.d_in * self.rank)
+
+    def down_after(self) -> float:
+        """dx += dh Dᵀ by the kernel that takes dx, where that can be ours."""
+        return 1e6 * self.h / self.machine.bandwidth if self.layer.owns_x else self.add_down()
+
+    def refresh(self) -> float:
+        """This layer's part of the one launch that contracts all layers."""
+        return 0.25 * self.machine.fixed
+
+    def reductions(self) -> Kernels:
+        """dG and dD in one pass over gy and x, dh being at hand: columns have owners, nothing is atomic."""
+        sizes = self.layer.d_in + self.layer.d_out
+        one_pass = self.machine.memory(self.y + self.x + 2 * self.h, 2 * self.tokens * self.rank * sizes)
+        return [("dG, dD", one_pass), ("dC, dV", self.tiny)]
+
+
+Design = Callable[[Case], tuple[Kernels, Kernels]]
+
+
+def floor(c: Case) -> tuple[Kernels, Kernels]:
+    """frozen layer: forward and dx"""
+    return [("x Wᵀ", c.forward())], [("gy W", c.dx())]
+
+
+def paper(c: Case) -> tuple[Kernels, Kernels]:
+    """the paper's code: x dW of each fused matrix, concatenated, scaled, added; autograd"""
+    m, d_in, each = c.machine, c.layer.d_in, c.layer.d_out // c.layer.matrices
+    build = c.tiny + m.memory(2 * d_in * each)
+    per_matrix: Kernels = [("build dW", build), ("x dW", m.product(c.tokens, each, d_in))]
+    cat: Kernels = [("cat", m.memory(2 * c.y))] if c.layer.matrices > 1 else []
+    back: Kernels = [
+        ("gy dWᵀ", m.product(c.tokens, d_in, each)),
+        ("dx +=", m.memory(3 * c.x)),
+        ("xᵀ gy", m.product(d_in, each, c.tokens)),
+        ("dU, dC, dV", m.memory(4 * d_in * each) + 2 * c.tiny),
+    ]
+    forward: Kernels = [("x Wᵀ", c.forward()), *per_matrix * c.layer.matrices, *cat]
+    forward += [("s *", m.memory(2 * c.y)), ("y +=", m.memory(3 * c.y))]
+    return forward, [("s *", m.memory(2 * c.y)), ("gy W", c.dx()), *back * c.layer.matrices]
+
+
+def naive(c: Case) -> tuple[Kernels, Kernels]:
+    """x (W + dW)ᵀ, autograd through it: a gradient of W's size"""
+    m, layer = c.machine, c.layer
+    forward = [("build dW", c.tiny + m.memory(c.w)), ("W + dW", m.memory(3 * c.w)), ("product", c.forward())]
+    dense = m.product(layer.d_in, layer.d_out, c.tokens)
+    return forward, [("dx", c.dx()), ("xᵀ gy", dense), ("dU, dC, dV", m.memory(2 * c.w) + 3 * c.tiny)]
+
+
+def chain(c: Case, *, compiled: bool = False) -> tuple[Kernels, Kernels]:
+    """base + s * (((x U) C) V) as peft writes adapters, eager autograd"""
+    m, h_alone, dh_alone = c.machine, c.h_alone(), c.dh_alone()
+    scale: Kernels = [] if compiled else [("s *", m.memory(2 * c.y))]
+    forward: Kernels = [("x Wᵀ", c.forward()), ("x U", h_alone), ("h C", m.memory(2 * c.h)), ("h V", dh_alone)]
+    backward: Kernels = [("dV", dh_alone), ("gy Vᵀ", dh_alone), ("dC, dh", m.memory(4 * c.h) + m.fixed)]
+    backward += [("dU", h_alone), ("dh Uᵀ", h_alone), ("gy W", c.dx()), ("dx +=", m.memory(3 * c.x))]
+    return [*forward, *scale, ("y +=", m.memory(3 * c.y))], [*scale, *backward]
+
+
+def compiled_chain(c: Case) -> tuple[Kernels, Kernels]:
+    """the same under torch.compile: scale and sum in one pass"""
+    return chain(c, compiled=True)
+
+
+def eager(c: Case) -> tuple[Kernels, Kernels]:
+    """hand-written backward on vendor products, in place, h kept, one dh: our eager backend"""
+    backward = [("gy Gᵀ", c.dh_alone()), ("gy W", c.dx()), ("dG", c.dh_alone()), ("dD", c.h_alone())]
+    return [("x Wᵀ", c.forward()), ("x D", c.h_alone()), ("y += h G", c.add_up())], [
+        *backward,
+        ("dx += dh Dᵀ", c.add_down()),
+    ]
+
+
+def addmm(c: Case) -> tuple[Kernels, Kernels]:
+    """as Unsloth does it: nothing of rank size kept, gy Gᵀ twice, dC and dV in every layer"""
+    forward, backward = eager(c)
+    again: Kernels = [("gy Gᵀ", c.dh_alone()), ("x D", c.h_alone()), ("dC, dV", 2 * c.tiny)]
+    return forward, backward + again
+
+
+def augmented_dx(c: Case) -> tuple[Kernels, Kernels]:
+    """eager, with [dx | dh] = gy [W | Gᵀ] in one vendor product"""
+    backward = [("gy [W | Gᵀ]", c.dx(n_more=c.rank)), ("dG", c.dh_alone()), ("dD", c.h_alone())]
+    return eager(c)[0], [*backward, ("dx += dh Dᵀ", c.add_down())]
+
+
+def lorafusion(c: Case) -> tuple[Kernels, Kernels]:
+    """LoRAFusion's split without dropout: fused products, dh and dG by fp32 atomics"""
+    m, atomics = c.machine, 4 * (c.rank / 128) * c.y
+    fused_forward, fused_dx = c.forward(relative=m.own, tail=c.rank), c.dx(relative=m.own, tail=c.rank)
+    backward: Kernels = [("dh, dG", m.memory(c.y + atomics + 2 * c.h)), ("zero, cast", 4 * m.fixed)]
+    backward += [("dD", c.h_alone()), ("gy W + dh Dᵀ", fused_dx), ("dC, dV", c.tiny)]
+    return [("x D", c.h_alone()), ("x Wᵀ + h G", fused_forward)], backward
+
+
+def augmented(c: Case) -> tuple[Kernels, Kernels]:
+    """[x | h] [W | Gᵀ]ᵀ and gy [W | Gᵀ] by the vendor, neighbours make h and take dh Dᵀ"""
+    copy: Kernels = [] if c.layer.owns_x else [("copy x", c.machine.memory(2 * c.x))]
+    forward = [("refresh G", c.refresh()), ("h", c.h_before()), *copy, ("[x | h]", c.forward(k_more=c.rank))]
+    return forward, [("gy [W | Gᵀ]", c.dx(n_more=c.rank)), *c.reductions(), ("dh Dᵀ", c.down_after())]
+
+
+def augmented_alone(c: Case) -> tuple[Kernels, Kernels]:
+    """the same with no neighbour of ours: x is copied"""
+    copy = c.machine.memory(2 * c.x)
+    forward = [("refresh G", c.refresh()), ("x D", c.h_alone()), ("copy x", copy)]
+    backward = [("gy [W | Gᵀ]", c.dx(n_more=c.rank)), *c.reductions(), ("dx += dh Dᵀ", c.add_down())]
+    return [*forward, ("[x | h]", c.forward(k_more=c.rank))], backward
+
+
+def recompute(c: Case) -> tuple[Kernels, Kernels]:
+    """own products that make h (and dh) again in the main loop of every tile"""
+    m = c.machine
+    more = 1 + c.rank / (256 if c.rank <= 32 else 192)  # columns of a tile: registers
+    products = (f(relative=m.own, tail=c.rank) for f in (c.forward, c.dx))
+    forward, backward = (m.fixed + (product - m.fixed) * more for product in products)
+    return [("refresh G", c.refresh()), ("x Wᵀ + x D G", forward)], [("gy W + gy Gᵀ Dᵀ", backward), *c.reductions()]
+
+
+def one_pass(c: Case) -> tuple[Kernels, Kernels]:
+    """dh, dG and dD in one pass over gy and x, then own products"""
+    m, layer = c.machine, c.layer
+    partial_sums = 4 * m.multiprocessors * c.rank * (layer.d_in + layer.d_out)
+    flops = 2 * c.tokens * c.rank * (2 * layer.d_out + layer.d_in)
+    backward = [("dh, dG, dD", m.memory(c.y + c.x + 2 * c.h + partial_sums, flops)), ("dC, dV", c.tiny)]
+    return own_forward(c)[0], [*backward, ("gy W + dh Dᵀ", c.dx(relative=m.own, tail=c.rank))]
+
+
+def merged(c: Case) -> tuple[Kernels, Kernels]:
+    """W + dW built once a step, dx and dh by one product with [W | Gᵀ]; loses the update in bf16"""
+    merge = c.machine.memory(2 * c.w, 2 * c.rank * c.layer.d_in * c.layer.d_out)
+    forward = [("merge", merge), ("h", c.h_before()), ("product", c.forward())]
+    return forward, [("gy [W | Gᵀ]", c.dx(n_more=c.rank)), *c.reductions()]
+
+
+def own_forward(c: Case) -> tuple[Kernels, Kernels]:
+    """own forward product with a tail of r in k; backward as augmented"""
+    product = c.forward(relative=c.machine.own, tail=c.rank)
+    return [("refresh G", c.refresh()), ("h", c.h_before()), ("x Wᵀ + h G", product)], augmented(c)[1]
+
+
+def best(c: Case) -> tuple[Kernels, Kernels]:
+    """the fastest of augmented, recompute, one_pass and own_forward for each layer"""
+    return min((design(c) for design in (augmented, recompute, one_pass, own_forward)), key=microseconds)
+
+
+def neighbours(c: Case) -> tuple[Kernels, Kernels]:
+    """best, with dD and dG moved into the backward of LayerNorm and GELU"""
+    if not c.layer.owns_x:
+        return best(c)
+    left = 0 if c.layer.owns_gy else c.y  # bytes that a reduction of its own must still read
+    moved = c.layer.d_in + (c.layer.d_out if c.layer.owns_gy else 0)
+    inside = 1e6 * c.tokens * c.rank * moved / (0.3 * c.machine.flops)
+    alone: Kernels = [("dG", c.machine.memory(left + c.h, left * c.rank))] if left else []
+    backward = [("gy [W | Gᵀ]", c.dx(n_more=c.rank)), *alone, ("dC, dV", c.tiny), ("dG, dD in neighbours", inside)]
+    return augmented(c)[0], [*backward, ("dh Dᵀ", c.down_after())]
+
+
+def ideal(c: Case) -> tuple[Kernels, Kernels]:
+    """one perfect kernel a direction: the arithmetic limit"""
+    fixed, gb_per_us = c.machine.fixed, c.machine.bandwidth / 1e6
+    more = c.rank * (1 / c.layer.d_in + 1 / c.layer.d_out)
+    forward = max((c.forward() - fixed) * (1 + more), (c.x + c.y + c.w) / gb_per_us)
+    backward = max((c.dx() - fixed) * (1 + 2 * more), (c.y + 2 * c.x + c.w) / gb_per_us)
+    return [("forward", fixed + forward)], [("backward", fixed + backward)]
+
+
+#: By the name of the measured row where there is one.
+DESIGNS: dict[str, Design] = {
+    "floor": floor,
+    "paper": paper,
+    "naive": naive,
+    "peft": chain,
+    "chain-compiled": compiled_chain,
+    "addmm": addmm,
+    "efft:eager": eager,
+    "augmented-dx": augmented_dx,
+    "lorafusion": lorafusion,
+    "augmented": augmented,
+    "augmented-alone": augmented_alone,
+    "recompute": recompute,
+    "one-pass": one_pass,
+    "merged": merged,
+    "own-forward": own_forward,
+    "best": best,
+    "neighbours": neighbours,
+    "ideal": ideal,
+}
+
+
+def microseconds(kernels: tuple[Kernels, Kernels]) -> float:
+    """Forward and backward together."""
+    return sum(time for direction in kernels for _, time in direction)
+
+
+def block_times(machine: Machine, tokens: int, rank: int, layers: Sequence[Layer]) -> dict[str, dict[str, float]]:
+    """Microseconds of forward and backward by design and layer, and of all ``layers`` together as "block"."""
+    times = {}
+    for name, design in DESIGNS.items():
+        of_layer = {layer.name: microseconds(design(Case(machine, layer, tokens, rank))) for layer in layers}
+        times[name] = {**of_layer, "block": sum(of_layer.values())}
+    return times
+
+
+def render(machine: Machine, tokens: int, ranks: Sequence[int], width: int) -> str:
+    """The model's table in Markdown: microseconds, and in brackets the ratio to the floor."""
+    parts = []
+    for rank in ranks:
+        times = block_times(machine, tokens, rank, vit_block(width))
+        rows = [
+            [
+                f"`{name}`",
+                (DESIGNS[name].__doc__ or ""),
+                *(f"{t:.1f} ({t / times['floor'][k]:.2f})" for k, t in of.items()),
+            ]
+            for name, of in times.items()
+        ]
+        parts.append(f"Modelled, not measured: {tokens} tokens, width {width}, rank {rank}, bf16; {machine}\n")
+        parts.append(table(["design", "what", *times["floor"]], rows) + "\n")
+    return "\n".join(parts)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.model_roofline",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    default = Machine()
+    parser.add_argument("--tokens", type=int, default=64 * 197)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[16, 32, 64])
+    parser.add_argument("--width", type=int, default=768, help="of the ViT")
+    parser.add_argument("--fixed", type=float, default=default.fixed, help="microseconds a kernel")
+    parser.add_argument("--own", type=float, default=default.own, help="speed of own products relative to the vendor's")
+    parser.add_argument("--flat", action="store_true", help="products of every shape run at peak")
+    args = parser.parse_args(words)
+    machine = Machine(fixed=args.fixed, own=args.own, tiled=not args.flat)
+    print(render(machine, args.tokens, args.ranks, args.width))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

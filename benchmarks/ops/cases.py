@@ -1,0 +1,140 @@
+"""The registry of cases: which linear layers of which models, at which sizes."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.counts import Sizes
+
+#: Width, expansion aside, and tokens per image of 224 x 224.
+MODELS = {
+    "vit_b": (768, 197),
+    "vit_l": (1024, 197),
+    "vit_h": (1280, 257),
+    "swin_b.1": (128, 3136),
+    "swin_b.2": (256, 784),
+    "swin_b.3": (512, 196),
+    "swin_b.4": (1024, 49),
+}
+#: d_in and d_out over the model's width, and the matrices fused in the layer.
+LAYERS = {"qkv": (1, 3, 3), "o": (1, 1, 1), "fc1": (1, 4, 1), "fc2": (4, 1, 1)}
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+#: Named sets: the union of products. 8, 64 and 256 images of ViT-B are 1576, 12608 and 50432 tokens.
+SETS: dict[str, list[dict[str, Sequence[Any]]]] = {
+    "quick": [{"model": ["vit_b"], "images": [8], "rank": [32], "dtype": ["float32", "bfloat16"]}],
+    "full": [
+        {"model": ["vit_b"], "images": [64], "rank": [8, 16, 32, 64], "dtype": list(DTYPES)},
+        {"model": ["vit_b"], "images": [1, 8, 256], "rank": [32], "dtype": list(DTYPES)},
+        {"model": list(MODELS), "images": [64], "rank": [32], "dtype": list(DTYPES)},
+    ],
+}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What every row of a case gets: x, W, b and gy in the case's dtype, the trained factors in fp32.
+
+    That is mixed-precision training; fc2's D is a transposed view, as the transposed train hands it over.
+    """
+
+    x: Tensor  # [tokens, d_in]
+    W: Tensor  # [d_out, d_in]
+    b: Tensor | None  # [d_out]
+    D: Tensor  # [d_in, rank]
+    G: Tensor  # [rank, d_out]
+    gy: Tensor  # [tokens, d_out]
+    n_cores: int  # column blocks of G that are matrices of their own
+
+
+@dataclass(frozen=True)
+class Case:
+    """One linear layer of one model under an update of one rank."""
+
+    case: str
+    model: str
+    images: int
+    rank: int
+    dtype: str
+
+    @property
+    def sizes(self) -> Sizes:
+        width, tokens_per_image = MODELS[self.model]
+        d_in, d_out, _ = LAYERS[self.case]
+        tokens = self.images * tokens_per_image
+        return Sizes(tokens, d_in * width, d_out * width, self.rank, DTYPES[self.dtype].itemsize)
+
+    def inputs(self, device: torch.device | str = "cpu", seed: int = 0) -> Inputs:
+        """Random inputs with an update as large as the base (|D G| ≈ |W|), so that an error of it shows in y."""
+        return make_inputs(self.sizes, DTYPES[self.dtype], LAYERS[self.case][2], self.case == "fc2", device, seed)
+
+    def __str__(self) -> str:
+        s = self.sizes
+        return f"{self.model} {self.case} [{s.tokens} x {s.d_in} -> {s.d_out}] rank {self.rank} {self.dtype}"
+
+
+def make_inputs(
+    sizes: Sizes,
+    dtype: torch.dtype,
+    n_cores: int = 1,
+    transposed: bool = False,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> Inputs:
+    """Inputs of a layer of ``sizes``; ``transposed`` stores D as the transpose of a contiguous [rank, d_in]."""
+    generator = torch.Generator(device).manual_seed(seed)
+    tokens, d_in, d_out, rank = sizes.tokens, sizes.d_in, sizes.d_out, sizes.rank
+
+    def normal(*shape: int, std: float = 1.0, of: torch.dtype = dtype) -> Tensor:
+        return (std * torch.randn(shape, generator=generator, device=device)).to(of)
+
+    D = normal(d_in, rank, std=d_in**-0.5, of=torch.float32)
+    return Inputs(
+        x=normal(tokens, d_in),
+        W=normal(d_out, d_in, std=d_in**-0.5),
+        b=normal(d_out),
+        D=D.t().contiguous().t() if transposed else D,
+        G=normal(rank, d_out, std=rank**-0.5, of=torch.float32),
+        gy=normal(tokens, d_out),
+        n_cores=n_cores,
+    )
+
+
+def select(name: str, **overrides: Sequence[Any] | None) -> list[Case]:
+    """The cases of the set ``name``, without duplicates; ``model``, ``case``, ``images``, ``rank`` and ``dtype``
+    replace the set's own values where they are given.
+
+    Raises:
+        ValueError: a name does not exist.
+    """
+    given = {key: values for key, values in overrides.items() if values}
+    for value in given.get("model", ()):
+        _check("model", value, MODELS)
+    for value in given.get("case", ()):
+        _check("case", value, LAYERS)
+    for value in given.get("dtype", ()):
+        _check("dtype", value, DTYPES)
+    _check("set", name, SETS)
+    return list(dict.fromkeys(itertools.chain.from_iterable(_product({**p, **given}) for p in SETS[name])))
+
+
+def _product(values: Mapping[str, Sequence[Any]]) -> Iterator[Case]:
+    axes = {"case": list(LAYERS), **values}
+    order = ("dtype", "model", "images", "rank", "case")
+    for combination in itertools.product(*(axes[key] for key in order)):
+        yield Case(**dict(zip(order, combination, strict=True)))
+
+
+def _check(what: str, name: str, known: Mapping[str, object]) -> None:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
+        raise ValueError(f"unknown {what} {name!r}: {hint}")

@@ -1,0 +1,286 @@
+"""The ways to compute an adapted linear layer and its gradients: one small class each, all on the same inputs.
+
+Every row runs under autocast as training does and gives the same y = x Wᵀ + b + (x D) G with the gradients of x, D and
+G (LoRA rows: of A = Dᵀ and B = Gᵀ). The exceptions, ``floor`` and ``merged``, give dx alone and say so.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.ops.cases import Inputs
+from efft_kernels import Backend, can_run, tt_linear
+from efft_kernels.testing import backends
+
+
+class Layer:
+    """A row on one case's inputs, ready to run.
+
+    Args:
+        function: no arguments, gives y.
+        leaves: what is differentiated, by the name of the gradient; requires-grad tensors that ``function`` uses.
+        inputs: of the case.
+        transposed: the factors' gradients come out as those of Dᵀ and Gᵀ.
+    """
+
+    def __init__(
+        self, function: Callable[[], Tensor], leaves: dict[str, Tensor], inputs: Inputs, transposed: bool = False
+    ) -> None:
+        self._function, self._leaves, self._gy, self._transposed = function, leaves, inputs.gy, transposed
+        self._device, self._dtype = inputs.x.device.type, inputs.x.dtype
+        self._kept: Tensor | None = None
+
+    def forward(self) -> Tensor:
+        """y, recorded for backward."""
+        with torch.autocast(self._device, self._dtype, enabled=self._dtype != torch.float32):
+            return self._function()
+
+    def backward(self) -> tuple[Tensor, ...]:
+        """The gradients alone, of the forward pass that the first call runs and keeps."""
+        if self._kept is None:
+            self._kept = self.forward()
+        return torch.autograd.grad(self._kept, list(self._leaves.values()), self._gy, retain_graph=True)
+
+    def forward_backward(self) -> tuple[Tensor, ...]:
+        """One forward pass and its gradients."""
+        return torch.autograd.grad(self.forward(), list(self._leaves.values()), self._gy)
+
+    def results(self) -> dict[str, Tensor]:
+        """``y`` and the gradients, ``dx`` and, where the row trains factors, ``dD`` and ``dG``."""
+        y = self.forward()
+        grads = torch.autograd.grad(y, list(self._leaves.values()), self._gy)
+        found = {"y": y.detach(), **{f"d{name}": grad for name, grad in zip(self._leaves, grads, strict=True)}}
+        if self._transposed:
+            found |= {name: found[name].t() for name in ("dD", "dG")}
+        return found
+
+
+class Row:
+    """A way to compute the layer.
+
+    Attributes:
+        name: what tables and result files call it.
+        explains: one line.
+        adapts: y contains the update.
+        trains: the factors get their gradients.
+    """
+
+    name: str
+    explains: str
+    adapts: ClassVar[bool] = True
+    trains: ClassVar[bool] = True
+
+    def unavailable(self, inputs: Inputs) -> str | None:
+        """None if the row can run on ``inputs`` here, else the reason."""
+        return None
+
+    def build(self, inputs: Inputs) -> Layer:
+        """The row on ``inputs``."""
+        raise NotImplementedError
+
+
+def under_autograd(compute: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: Inputs) -> Layer:
+    """``compute(x, D, G)``, differentiated by torch with respect to all three."""
+    leaves = {name: getattr(inputs, name).detach().requires_grad_() for name in ("x", "D", "G")}
+    return Layer(lambda: compute(*leaves.values()), leaves, inputs)
+
+
+def frozen(W: Tensor, inputs: Inputs) -> Layer:
+    """The plain linear layer with weight ``W``, differentiated with respect to x."""
+    x = inputs.x.detach().requires_grad_()
+    return Layer(lambda: F.linear(x, W, inputs.b), {"x": x}, inputs)
+
+
+def lora(compute: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: Inputs) -> Layer:
+    """``compute(x, A, B)`` with A = Dᵀ [rank, d_in] and B = Gᵀ [d_out, rank], contiguous as LoRA stores them."""
+    x = inputs.x.detach().requires_grad_()
+    A, B = (factor.detach().t().contiguous().requires_grad_() for factor in (inputs.D, inputs.G))
+    return Layer(lambda: compute(x, A, B), {"x": x, "D": A, "G": B}, inputs, transposed=True)
+
+
+class Floor(Row):
+    name = "floor"
+    explains = "the frozen layer: forward and dx, what no method can avoid"
+    adapts = trains = False
+
+    def build(self, inputs: Inputs) -> Layer:
+        return frozen(inputs.W, inputs)
+
+
+class Efft(Row):
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self.name = f"efft:{backend.value}"
+        self.explains = f"tt_linear of this library, backend {backend.value}"
+
+    def unavailable(self, inputs: Inputs) -> str | None:
+        return can_run(self.backend, inputs.x, inputs.W, inputs.b, inputs.D, inputs.G)
+
+    def build(self, inputs: Inputs) -> Layer:
+        W, b = inputs.W, inputs.b
+        return under_autograd(lambda x, D, G: tt_linear(x, W, b, D, G, backend=self.backend), inputs)
+
+
+class Naive(Row):
+    name = "naive"
+    explains = "the update built and added to the weight, W + (D G)ᵀ, under autograd"
+
+    def build(self, inputs: Inputs) -> Layer:
+        return under_autograd(lambda x, D, G: F.linear(x, inputs.W + (D @ G).t(), inputs.b), inputs)
+
+
+class Paper(Row):
+    name = "paper"
+    explains = "as the paper's code: one dense update per matrix, y += s [x dW_1 | x dW_2 | ...], under autograd"
+    scale = 1.0
+
+    def build(self, inputs: Inputs) -> Layer:
+        def compute(x: Tensor, D: Tensor, G: Tensor) -> Tensor:
+            y = F.linear(x, inputs.W, inputs.b)
+            deltas = [D @ block for block in G.chunk(inputs.n_cores, dim=1)]
+            y += torch.cat([x @ delta for delta in deltas], dim=-1) * self.scale
+            return y
+
+        return under_autograd(compute, inputs)
+
+
+def chain(x: Tensor, W: Tensor, b: Tensor | None, D: Tensor, G: Tensor) -> Tensor:
+    """The formula as one writes it."""
+    return F.linear(x, W, b) + (x @ D) @ G
+
+
+class Chain(Row):
+    name = "chain"
+    explains = "x Wᵀ + b + (x D) G under autograd"
+
+    def build(self, inputs: Inputs) -> Layer:
+        return under_autograd(lambda x, D, G: chain(x, inputs.W, inputs.b, D, G), inputs)
+
+
+class ChainCompiled(Row):
+    name = "chain-compiled"
+    explains = "the chain under torch.compile, for this very shape"
+
+    def build(self, inputs: Inputs) -> Layer:
+        from torch._functorch import config
+
+        config.donated_buffer = False  # donated buffers would forbid to time a kept graph's backward alone
+        compiled = torch.compile(chain, dynamic=False, fullgraph=True)
+        return under_autograd(lambda x, D, G: compiled(x, inputs.W, inputs.b, D, G), inputs)
+
+
+class Peft(Row):
+    name = "peft"
+    explains = "LoRA layer of the peft library, same rank; its cast of the input to the factors' dtype is off"
+
+    def build(self, inputs: Inputs) -> Layer:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        d_out, d_in = inputs.W.shape
+        base = nn.Linear(d_in, d_out, bias=inputs.b is not None, device="meta")
+        base.weight = nn.Parameter(inputs.W, requires_grad=False)
+        if inputs.b is not None:
+            base.bias = nn.Parameter(inputs.b, requires_grad=False)
+        rank = inputs.D.shape[1]
+        config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=["linear"])
+        layer: Any = inject_adapter_in_model(config, nn.ModuleDict({"linear": base}))["linear"]
+        layer.cast_input_dtype_enabled = False  # under autocast it only costs a copy of x
+        A, B = (nn.Parameter(factor.t().contiguous()) for factor in (inputs.D, inputs.G))
+        layer.lora_A["default"].weight, layer.lora_B["default"].weight = A, B
+        x = inputs.x.detach().requires_grad_()
+        return Layer(lambda: layer(x), {"x": x, "D": A, "G": B}, inputs, transposed=True)
+
+
+class Addmm(Row):
+    name = "addmm"
+    explains = "LoRA by hand: y.addmm_(x Aᵀ, Bᵀ), nothing of rank r kept, x Aᵀ and gy B computed again in backward"
+
+    def build(self, inputs: Inputs) -> Layer:
+        return lora(lambda x, A, B: _AddmmLora.apply(x, inputs.W, inputs.b, A, B), inputs)
+
+
+class _AddmmLora(torch.autograd.Function):
+    """LoRA on vendor products in the formulation of Unsloth's fast_lora: the adapter accumulates into y and dx."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
+        ctx.save_for_backward(x, W, A, B)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x, W, b).addmm_(x @ A.to(x.dtype).t(), B.to(x.dtype).t())
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+        x, W, A, B = ctx.saved_tensors
+        down, up = A.to(x.dtype), B.to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            dA = ((gy @ up).t() @ x).to(A.dtype)
+            dB = (gy.t() @ (x @ down.t())).to(B.dtype)
+            dx = (gy @ W).addmm_(gy @ up, down)
+        return dx, None, None, dA, dB
+
+
+class LoraFusion(Row):
+    name = "lorafusion"
+    explains = "LoRA split at the rank-r tensor with fused Triton kernels, after LoRAFusion, without dropout"
+
+    def unavailable(self, inputs: Inputs) -> str | None:
+        rank = inputs.D.shape[1]
+        if rank < 16 or rank & (rank - 1):
+            return f"its kernels take ranks that are powers of two from 16, got {rank}"
+        if os.environ.get("TRITON_INTERPRET") != "1" and not inputs.x.is_cuda:
+            return f"Triton runs on a GPU, the inputs are on {inputs.x.device.type}"
+        try:
+            import triton  # noqa: F401
+        except ImportError:
+            return "the triton package is not installed"
+        return None
+
+    def build(self, inputs: Inputs) -> Layer:
+        from benchmarks.ops.lorafusion import split_lora
+
+        return lora(lambda x, A, B: split_lora(x, inputs.W, inputs.b, A, B), inputs)
+
+
+class Merged(Row):
+    name = "merged"
+    explains = "the update added to the weight beforehand (fp32, rounded once): dx only, no factor gradients"
+    trains = False
+
+    def build(self, inputs: Inputs) -> Layer:
+        return frozen((inputs.W.float() + (inputs.D @ inputs.G).t()).to(inputs.W.dtype), inputs)
+
+
+#: Every row by name, in the order of the tables.
+ROWS: dict[str, Row] = {
+    row.name: row
+    for row in (
+        Floor(),
+        *(Efft(backend) for backend in backends()),
+        Naive(),
+        Paper(),
+        Chain(),
+        ChainCompiled(),
+        Peft(),
+        Addmm(),
+        LoraFusion(),
+        Merged(),
+    )
+}
+
+
+def select(names: Iterable[str] | None) -> list[Row]:
+    """The rows called ``names``, all by default, with the floor in front; ValueError for a name that does not exist."""
+    wanted = list(ROWS if names is None else names)
+    for name in wanted:
+        if name not in ROWS:
+            near = difflib.get_close_matches(name, ROWS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"expected some of {', '.join(ROWS)}"
+            raise ValueError(f"unknown row {name!r}: {hint}")
+    return [row for row in ROWS.values() if row.name in {"floor", *wanted}]

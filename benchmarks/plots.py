@@ -1,0 +1,190 @@
+"""Pictures of what was measured: ratios to the floor, growth with tokens and rank, achieved FLOP/s.
+
+    python -m benchmarks plot --out build/plots
+
+Each picture shows the newest run of its setting and names the machine. What is modelled rather than measured is drawn
+hollow and says so. Needs matplotlib, which ``pip install "efft-kernels[train]"`` brings.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benchmarks.model_roofline import block_times, vit_block
+from benchmarks.ops.cases import MODELS
+from benchmarks.roofline_gpu import Machine
+from benchmarks.tables import Line, newest_runs, read
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+#: A picture's file name, without ending, and the picture.
+Pictures = Iterator[tuple[str, "Figure"]]
+
+
+def ops_ratios(lines: Sequence[Line]) -> Pictures:
+    """Bars by row and layer; hollow diamonds where the paper model speaks of such a run."""
+    for key, run in newest_runs(lines, ["device", "model", "images", "rank", "dtype"]).items():
+        device, model, images, rank, dtype = key
+        layers = list(dict.fromkeys(line["case"] for line in run))
+        rows = _measured_rows(run)
+        if not rows:
+            continue
+        figure, axes = _new(f"{model}, {images} images, rank {rank}, {dtype}: forward and backward", run)
+        height = 0.8 / len(layers)
+        for i, layer in enumerate(layers):
+            of_layer = {
+                line["row"]: line["ratio"]["fwd_bwd"] for line in run if line["case"] == layer and "ratio" in line
+            }
+            at = [rows.index(row) + i * height for row in of_layer]
+            _bars(axes, at, list(of_layer.values()), height, f"{layer}, measured")
+        if device == "cuda" and dtype == "bfloat16" and model.startswith("vit"):
+            _modelled(axes, run[0]["tokens"], rank, MODELS[model][0], rows, layers, height)
+        _finish_ratios(axes, rows, 0.4 - height / 2)
+        yield "_".join(["ops", *map(str, key)]), figure
+
+
+def _modelled(
+    axes: Axes, tokens: int, rank: int, width: int, rows: Sequence[str], layers: Sequence[str], height: float
+) -> None:
+    """What the paper model expects, at the places of the bars."""
+    times = block_times(Machine(), tokens, rank, vit_block(width))
+    points = [
+        (times[row][layer] / times["floor"][layer], rows.index(row) + i * height)
+        for i, layer in enumerate(layers)
+        for row in rows
+        if row in times
+    ]
+    label = "modelled (H200), not measured"
+    axes.plot(*zip(*points, strict=True), linestyle="none", marker="D", fillstyle="none", color="black", label=label)
+
+
+def model_ratios(lines: Sequence[Line]) -> Pictures:
+    """Bars by row: a training step of a whole model."""
+    for key, run in newest_runs(lines, ["device", "model", "batch", "rank", "dtype"]).items():
+        _, model, batch, rank, dtype = key
+        rows = _measured_rows(run)
+        if not rows:
+            continue
+        figure, axes = _new(f"training step of {model}, batch {batch}, rank {rank}, {dtype}", run)
+        ratios = [line["ratio"] for row in rows for line in run if line["row"] == row]
+        _bars(axes, range(len(rows)), ratios, 0.8, "measured")
+        _finish_ratios(axes, rows, 0)
+        yield "_".join(["model", *map(str, key)]), figure
+
+
+def scaling(lines: Sequence[Line]) -> Pictures:
+    """Time against tokens or rank, both logarithmic, with the fitted exponent."""
+    for key, run in newest_runs(lines, ["device", "model", "case", "sweep", "dtype"]).items():
+        _, model, case, sweep, dtype = key
+        exponents = {line["row"]: line["exponent"] for line in run if line.get("exponent") is not None}
+        figure, axes = _new(f"{case} of {model} against {sweep}, {dtype}: forward and backward", run)
+        for row in _measured_rows(run):
+            of_row = sorted((line for line in run if line["row"] == row and "seconds" in line), key=lambda x: x[sweep])
+            seconds = [line["seconds"]["fwd_bwd"]["p50"] for line in of_row]
+            fitted = f", exponent {exponents[row]:.2f}" if row in exponents else ""
+            axes.plot([line[sweep] for line in of_row], seconds, marker="o", label=f"{row}, measured{fitted}")
+        axes.set(xscale="log", yscale="log", xlabel=sweep, ylabel="seconds")
+        axes.legend()
+        yield "_".join(["scaling", *map(str, key)]), figure
+
+
+def roofline(lines: Sequence[Line]) -> Pictures:
+    """FLOP/s achieved on the work that the result needs, under what the machine reached in one product and one copy."""
+    for key, run in newest_runs(lines, ["device", "dtype"]).items():
+        measured = [line for line in run if "peaks" in line]
+        if not measured:
+            continue
+        figure, axes = _new(f"roofline, {key[1]}: forward and backward of one layer", run)
+        peaks = measured[0]["peaks"]
+        everywhere: list[float] = []
+        for row in dict.fromkeys(line["row"] for line in measured):
+            of_row = [line for line in measured if line["row"] == row]
+            speeds = [line["of_gemm_peak"]["fwd_bwd"] * peaks["flops_per_s"] for line in of_row]
+            traffic = [line["of_copy_peak"]["fwd_bwd"] * peaks["bytes_per_s"] for line in of_row]
+            intensities = [speed / moved for speed, moved in zip(speeds, traffic, strict=True)]
+            everywhere += intensities
+            axes.plot(intensities, speeds, linestyle="none", marker="o", label=f"{row}, measured")
+        ridge = peaks["flops_per_s"] / peaks["bytes_per_s"]
+        span = [min(ridge / 4, *everywhere), ridge, max(ridge * 4, *everywhere)]
+        roof = [min(peaks["flops_per_s"], at * peaks["bytes_per_s"]) for at in span]
+        axes.plot(span, roof, color="black", label="measured peaks: product, copy")
+        axes.set(xscale="log", yscale="log", xlabel="FLOPs per byte that the result needs", ylabel="FLOP/s")
+        axes.legend(fontsize="small")
+        yield "_".join(["roofline", *map(str, key)]), figure
+
+
+#: What to draw from which result file.
+PICTURES: tuple[tuple[str, Callable[[Sequence[Line]], Pictures]], ...] = (
+    ("ops", ops_ratios),
+    ("ops", roofline),
+    ("model", model_ratios),
+    ("scaling", scaling),
+)
+
+
+def draw(results: Path | None, out: Path) -> list[Path]:
+    """Writes every picture that the result files in ``results`` allow into ``out``; returns the files."""
+    out.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, pictures in PICTURES:
+        for stem, figure in pictures(read(name, results)):
+            path = out / f"{stem}.png"
+            figure.savefig(path, dpi=150, bbox_inches="tight")
+            written.append(path)
+    return written
+
+
+def _new(title: str, run: Sequence[Line]) -> tuple[Figure, Axes]:
+    """A picture that names the machine, without a display."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('pictures need matplotlib: pip install "efft-kernels[train]"') from error
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.add_subplot()
+    line = run[0]
+    machine = line["gpu"]["name"] if line["device"] == "cuda" else line["machine"]
+    figure.suptitle(title)
+    axes.set_title(f"{machine}; commit {line['commit']}; {line['date'][:10]}", fontsize="small")
+    return figure, axes
+
+
+def _bars(axes: Axes, at: Sequence[float], ratios: Sequence[dict[str, float]], height: float, label: str) -> None:
+    """Medians, with the 20 % and 80 % quantiles as whiskers."""
+    middle = [ratio["p50"] for ratio in ratios]
+    spread = [[r["p50"] - r["p20"] for r in ratios], [r["p80"] - r["p50"] for r in ratios]]
+    axes.barh(at, middle, height, xerr=spread, label=label)
+
+
+def _finish_ratios(axes: Axes, rows: Sequence[str], middle: float) -> None:
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_yticks([i + middle for i in range(len(rows))], rows)
+    axes.invert_yaxis()
+    axes.set_xlabel("time / frozen floor in the same repetition (median; whiskers: 20 % and 80 % quantiles)")
+    axes.legend()
+
+
+def _measured_rows(run: Sequence[Line]) -> list[str]:
+    return list(dict.fromkeys(line["row"] for line in run if "ratio" in line))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Draws everything, and names the files."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--results", type=Path, metavar="FOLDER", help="of the result files")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", default=Path("build/plots"))
+    args = parser.parse_args(arguments)
+    written = draw(args.results, args.out)
+    print("\n".join(map(str, written)) or "nothing to draw: no result file has a figure")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,86 @@
+"""What one kernel should cost on a GPU, from FLOPs and bytes.
+
+A kernel takes a fixed time plus the larger of FLOPs over peak and bytes over bandwidth. Products of full size are
+quantised in tiles, waves of tiles over the multiprocessors, and k-steps, and calibrated so that 8192³ runs at peak.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the model knows of a GPU; the defaults are an H200's.
+
+    Attributes:
+        flops: peak of a large bf16 product, FLOP/s.
+        bandwidth: of a copy, read and written bytes/s.
+        multiprocessors: tiles that run at once.
+        fixed: microseconds a kernel costs beside its work.
+        own: speed of a hand-written product relative to the vendor's.
+        tiled: quantise products; False takes the peak for every shape.
+    """
+
+    flops: float = 790e12
+    bandwidth: float = 4.3e12
+    multiprocessors: int = 132
+    fixed: float = 2.0
+    own: float = 0.95
+    tiled: bool = True
+
+    def __str__(self) -> str:
+        products = "quantised in tiles" if self.tiled else "at peak for every shape"
+        return (
+            f"{self.flops / 1e12:.0f} TFLOP/s, {self.bandwidth / 1e12:.1f} TB/s, {self.fixed:g} us a kernel, "
+            f"own products at {self.own:g} of the vendor's, products {products}"
+        )
+
+    def memory(self, n_bytes: float, flops: float = 0.0) -> float:
+        """A kernel that moves memory; what it multiplies on the way runs at 30 % of peak."""
+        return self.fixed + 1e6 * max(n_bytes / self.bandwidth, flops / (0.3 * self.flops))
+
+    def product(self, m: int, n: int, k: int, *, relative: float = 1.0, tail: int = 0) -> float:
+        """``[m, k] @ [k, n]``, with ``tail`` more of k as a step of its own size, at ``relative`` speed."""
+        n_bytes = 2 * (m * k + k * n + m * n)
+        if self.tiled:
+            work = _tiles(m, n, math.ceil(k / _K_STEP) + tail / _K_STEP, self._main_loop, self)
+        else:
+            work = 2e6 * m * n * (k + tail) / self.flops
+        return self.fixed + max(work / relative, 1e6 * n_bytes / self.bandwidth)
+
+    def skinny(self, m: int, n: int, k: int) -> float:
+        """A product with a side as short as the rank."""
+        return self.memory(2 * (m * k + k * n + m * n), 2 * m * n * k)
+
+    @cached_property
+    def _main_loop(self) -> float:
+        """FLOP/s inside the main loop with which 8192³ as a whole runs at peak."""
+        n = 8192
+        return self.flops * _tiles(n, n, n / _K_STEP, self.flops, self) / (2e6 * n**3 / self.flops)
+
+
+_K_STEP = 64
+_LARGEST_TILE = 40960
+_TILES = [(m, n) for m in (64, 128, 192, 256) for n in range(64, 257, 16) if m * n <= _LARGEST_TILE]
+_LONG_K = 4096  # from here on a product may split k over several tiles
+
+
+def _tiles(m: int, n: int, k_steps: float, flops: float, machine: Machine) -> float:
+    """Microseconds of the best tiling of ``[m, k] @ [k, n]``."""
+    best = math.inf
+    for tile_m, tile_n in _TILES:
+        # Small tiles reuse their operands less; 128 x 256 is the measure. Half of the epilogue shows.
+        reuse = min(1.0, tile_m * tile_n / (tile_m + tile_n) / (128 * 256 / 384)) ** 0.5
+        rate = flops * reuse / machine.multiprocessors
+        epilogue = tile_m * tile_n * machine.multiprocessors / machine.bandwidth
+        for split in (1,) if k_steps * _K_STEP < _LONG_K else (1, 2, 3, 4, 5, 6, 8):
+            waves = math.ceil(split * math.ceil(m / tile_m) * math.ceil(n / tile_n) / machine.multiprocessors)
+            steps = k_steps if split == 1 else math.ceil(k_steps / split)
+            seconds = waves * (2 * tile_m * tile_n * steps * _K_STEP / rate + epilogue)
+            if split > 1:
+                seconds += 8 * m * n * split / machine.bandwidth
+            best = min(best, seconds)
+    return 1e6 * best

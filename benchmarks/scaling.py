@@ -1,0 +1,124 @@
+"""How time grows with the number of tokens and with the rank: sweeps of one layer, and the exponents fitted to them.
+
+    python -m benchmarks scaling
+    python -m benchmarks scaling --quick
+
+Times are of forward and backward together. An exponent is the slope of a straight line through log time over log size;
+it is fitted to the whole time and to what the row adds to the frozen floor. In a result file a line with ``sweep`` and
+``seconds`` is a measurement, one with ``exponent`` a fit over the sizes it names.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.ops import rows
+from benchmarks.ops.cases import DTYPES, LAYERS, Case
+from benchmarks.ops.rows import ROWS
+from benchmarks.ops.run import Setting, measure
+from benchmarks.record import append, machine_facts
+
+#: The sizes of each sweep and of its quick version: images of 197 tokens, and ranks.
+SWEEPS = {
+    "tokens": ([1, 2, 4, 8, 16, 32, 64], [1, 2, 4, 8]),
+    "rank": ([8, 16, 24, 32, 48, 64], [8, 32, 64]),
+}
+DEFAULT_ROWS = ("efft:eager", "naive")
+
+
+def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float | None:
+    """The slope of log ``seconds`` over log ``sizes``; None where a time is not positive (a difference can be)."""
+    if len(sizes) < 2 or min(seconds) <= 0:
+        return None
+    return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
+
+
+def sweep(
+    name: str, sizes: Sequence[int], case: Case, wanted: Sequence[rows.Row], setting: Setting
+) -> list[dict[str, Any]]:
+    """The measurements of ``case`` at all ``sizes``, and a fit for every row that has them all."""
+    field = "images" if name == "tokens" else name
+    lines = []
+    for size in sizes:
+        for line in measure(Case(**{**asdict(case), field: size}), wanted, setting):
+            lines.append({**line, "suite": "scaling", "sweep": name})
+    return lines + [fit for row in wanted if (fit := _fit(name, row.name, lines)) is not None]
+
+
+def _fit(name: str, row: str, lines: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    floor, own = ([line for line in lines if line["row"] == r] for r in ("floor", row))
+    if any("seconds" not in line for line in own):
+        return None
+    sizes = [line[name] for line in own]
+    seconds, base = ([line["seconds"]["fwd_bwd"]["p50"] for line in of] for of in (own, floor))
+    added = [a - b for a, b in zip(seconds, base, strict=True)]
+    about = {key: own[0][key] for key in ("model", "case", "dtype", "device", "l2", "cuda_graphs")}
+    return {
+        **machine_facts(),
+        "suite": "scaling",
+        "sweep": name,
+        **about,
+        "row": row,
+        "sizes": sizes,
+        "exponent": exponent(sizes, seconds),
+        "exponent_added": None if row == "floor" else exponent(sizes, added),
+    }
+
+
+def table(lines: Sequence[dict[str, Any]]) -> str:
+    """One sweep for the terminal: times in ms by size, then the exponents."""
+    fits = [line for line in lines if "exponent" in line]
+    if not fits:
+        return "\n".join(sorted({f"{line['row']:<16} -- {line['reason']}" for line in lines}))
+    name = fits[0]["sweep"]
+    out = [f"{name:<16}" + "".join(f"{size:>10}" for size in fits[0]["sizes"]) + f"{'exponent':>10}{'of added':>10}"]
+    for fit in fits:
+        own = [line for line in lines if line["row"] == fit["row"] and "seconds" in line]
+        times = "".join(f"{line['seconds']['fwd_bwd']['p50'] * 1e3:>10.3f}" for line in own)
+        slopes = "".join(f"{'-' if e is None else f'{e:.2f}':>10}" for e in (fit["exponent"], fit["exponent_added"]))
+        out.append(f"{fit['row']:<16}{times}{slopes}")
+    refused = {f"{line['row']:<16} -- {line['reason']}" for line in lines if line.get("reason")}
+    return "\n".join([*out, *sorted(refused)])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command ``scaling``."""
+    args = _parser().parse_args(arguments)
+    wanted = rows.select(args.rows)
+    cuda = torch.device(args.device).type == "cuda"
+    setting = Setting(args.device, args.repeats, l2="cold" if cuda else None, cuda_graphs=cuda)
+    path = None
+    for dtype in args.dtype:
+        case = Case(args.case, "vit_b", images=8 if args.device == "cpu" else 64, rank=32, dtype=dtype)
+        for name in args.sweep:
+            full, quick = SWEEPS[name]
+            lines = sweep(name, quick if args.quick else full, case, wanted, setting)
+            path = append("scaling", lines, args.results)
+            print(f"{args.case} of ViT-B, {dtype}, ms\n{table(lines)}\n", flush=True)
+    print(f"written to {path}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks scaling", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="few sizes")
+    parser.add_argument("--sweep", nargs="+", choices=SWEEPS, default=list(SWEEPS))
+    parser.add_argument("--case", choices=LAYERS, default="qkv")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"])
+    parser.add_argument("--rows", nargs="+", metavar="NAME", default=list(DEFAULT_ROWS), help=f"of {', '.join(ROWS)}")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--results", type=Path, metavar="FOLDER", help="where to write (default benchmarks/results)")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

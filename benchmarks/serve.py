@@ -1,0 +1,184 @@
+"""Inference with an adapter: merged into the weights, or applied beside them, against the plain model.
+
+    python -m benchmarks serve --quick
+
+Weights and images are of the dtype named; every row sees the same images, interleaved. The rows that compute the EFFT
+update are checked first: their logits against fp64, with W + dW in the same dtype as the yardstick.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import efft
+from benchmarks.model.rows import NAIVE, adapted, lora
+from benchmarks.model.step import Setting, default_device
+from benchmarks.record import append, machine_facts, quantiles
+from benchmarks.timing import ratios, time_rows
+from efft_kernels import Backend, can_run, use_backend
+from efft_kernels.testing import assert_close_budget, backends
+
+
+@dataclass(frozen=True)
+class Row:
+    """A way to serve an adapted model.
+
+    ``adapt`` makes it from (plain model, rank); ``finish`` is called on it once it has its dtype; ``is_efft``: it
+    computes the EFFT update; ``backend``: what its ops ask for.
+    """
+
+    name: str
+    explains: str
+    adapt: Callable[[nn.Module, int], nn.Module]
+    finish: Callable[[nn.Module], object] | None = None
+    is_efft: bool = False
+    backend: Backend | None = None
+
+    def build(self, setting: Setting) -> nn.Module:
+        """The row's model in eval mode, in the setting's dtype."""
+        model = self.adapt(setting.plain(), setting.rank).eval()
+        model = model.to(setting.device, getattr(torch, setting.dtype))
+        if self.finish is not None:
+            self.finish(model)
+        return model
+
+    def running(self) -> AbstractContextManager[None]:
+        """The context that the row's model must run in."""
+        return nullcontext() if self.backend is None else use_backend(self.backend)
+
+
+ROWS: dict[str, Row] = {
+    row.name: row
+    for row in (
+        Row("base", "the plain model", lambda model, rank: model),
+        *(
+            Row(f"efft:{b.value}", f"EFFT2 not merged, backend {b.value}", adapted, is_efft=True, backend=b)
+            for b in backends()
+        ),
+        Row("merged", "EFFT2 merged into the weights", adapted, efft.merge, is_efft=True),
+        Row("peft", "LoRA of the peft library not merged, same rank, same layers", lora),
+    )
+}
+
+
+def logits_of(row: Row, model: nn.Module, images: Tensor) -> Callable[[], Tensor]:
+    """A forward pass of ``model`` as one call."""
+
+    @torch.inference_mode()
+    def run() -> Tensor:
+        with row.running():
+            return model(images)
+
+    return run
+
+
+def images_for(setting: Setting, model: nn.Module, n: int) -> Tensor:
+    """``n`` images in the dtype of the weights."""
+    return setting.examples(model, n)[0].to(getattr(torch, setting.dtype))
+
+
+def build_checked(setting: Setting, rows: Sequence[Row]) -> dict[str, nn.Module | str]:
+    """Each row's model, or the reason why there is none to measure."""
+    dense = Row(NAIVE.name, NAIVE.explains, NAIVE.adapt)
+
+    def logits(row: Row, model: nn.Module, at: Setting) -> Tensor:
+        return logits_of(row, model, images_for(at, model, 2))()
+
+    double = replace(setting, dtype="float64")
+    exact = logits(dense, dense.build(double), double)
+    rounded = logits(dense, dense.build(setting), setting)
+    found: dict[str, nn.Module | str] = {}
+    for row in rows:
+        probe = torch.empty(1, dtype=getattr(torch, setting.dtype), device=setting.device)
+        reason = None if row.backend is None else can_run(row.backend, probe)
+        if reason is not None:
+            found[row.name] = f"not available: {reason}"
+            continue
+        try:
+            model = row.build(setting)
+            if row.is_efft:
+                assert_close_budget(logits(row, model, setting), exact, rounded, name="logits")
+            found[row.name] = model
+        except AssertionError as error:
+            found[row.name] = f"wrong: {error}"
+        except (RuntimeError, ImportError) as error:  # out of memory, peft not installed: the other rows go on
+            found[row.name] = f"failed: {error}"
+    return found
+
+
+def measure(setting: Setting, rows: Sequence[Row], batches: Sequence[int], repeats: int) -> list[dict[str, Any]]:
+    """A line of the result file for each row and batch size."""
+    built = build_checked(setting, rows)
+    models = {name: model for name, model in built.items() if isinstance(model, nn.Module)}
+    lines = []
+    for batch in batches:
+        common = {**machine_facts(), "suite": "serve", **asdict(replace(setting, batch=batch))}
+        runs = {name: logits_of(ROWS[name], m, images_for(setting, m, batch)) for name, m in models.items()}
+        samples = time_rows(runs, repeats, warmup=2, device=setting.device)
+        relative = ratios(samples, "base") if "base" in samples else {}
+        for name, model in built.items():
+            line = {**common, "row": name}
+            if isinstance(model, str):
+                lines.append({**line, "reason": model})
+                continue
+            seconds = quantiles(samples[name])
+            line |= {"seconds": seconds, "images_per_s": batch / seconds["p50"]}
+            lines.append({**line, "ratio_to_base": quantiles(relative[name])} if relative else line)
+    return lines
+
+
+def show(lines: Sequence[dict[str, Any]]) -> None:
+    """The table of one setting."""
+    first = lines[0]
+    print(f"\n{first['model']}, rank {first['rank']}, {first['dtype']}, {first['device']}")
+    print(f"{'batch':>5} {'row':<16} {'ms':>9} {'images/s':>9} {'ratio to base':>21}")
+    for line in lines:
+        figures = line.get("reason")
+        if figures is None:
+            ratio = line.get("ratio_to_base")
+            relative = "-" if ratio is None else f"{ratio['p50']:.3f} [{ratio['p20']:.3f}, {ratio['p80']:.3f}]"
+            figures = f"{1e3 * line['seconds']['p50']:>9.2f} {line['images_per_s']:>9.1f} {relative:>21}"
+        print(f"{line['batch']:>5} {line['row']:<16} {figures}")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    options = argparse.ArgumentParser(
+        prog="python -m benchmarks serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--model", default=Setting.model, help="timm name; ViT or Swin")
+    options.add_argument("--batch", type=int, nargs="+", help="images; default: 1 8, on a GPU 1 8 64 256")
+    options.add_argument("--rank", type=int, default=Setting.rank)
+    options.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
+    options.add_argument("--device", default=default_device())
+    options.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    options.add_argument("--repeats", type=int, help="default: 20, with --quick 5")
+    options.add_argument("--quick", action="store_true", help="few repeats")
+    options.add_argument("--results", type=Path, help="folder for serve.jsonl")
+    return options
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Measures, prints and records every setting."""
+    args = parser().parse_args(words)
+    batches = args.batch or ([1, 8] if args.device == "cpu" else [1, 8, 64, 256])
+    repeats = args.repeats or (5 if args.quick else 20)
+    rows = [row for row in ROWS.values() if row.name in {"base", *args.rows}]
+    for dtype in args.dtype:
+        lines = measure(Setting(args.model, max(batches), args.rank, dtype, args.device), rows, batches, repeats)
+        path = append("serve", lines, args.results)
+        show(lines)
+    print(f"\nwritten to {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

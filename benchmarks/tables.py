@@ -1,0 +1,212 @@
+"""Tables of what was measured, each from the newest run in a result file and with a line saying where it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks import record
+from benchmarks.markdown import table
+from benchmarks.model_roofline import block_times, vit_block
+from benchmarks.roofline_gpu import Machine
+
+Line = dict[str, Any]
+
+NOTHING = "*No run recorded yet.*"
+
+#: The rows of result files in the order of the tables, with what to call them there.
+TITLES = {
+    "floor": "frozen floor",
+    "base": "plain model",
+    "efft:eager": "**EFFT2, this library (eager)**",
+    "efft:reference": "EFFT2, this library (reference)",
+    "merged": "EFFT2 merged into the weights",
+    "peft": "LoRA of `peft`",
+    "addmm": "LoRA by hand, `addmm_`",
+    "lorafusion": "LoRA split as in LoRAFusion",
+    "chain-compiled": "EFFT2 under `torch.compile`",
+    "chain": "EFFT2 under plain autograd",
+    "naive": "EFFT2 as `W + dW`",
+    "paper": "EFFT2 as the paper's code does it",
+    "bitfit": "BitFit",
+    "full": "full fine-tuning",
+}
+_LAYERS = ("qkv", "o", "fc1", "fc2")
+_VIT_B = "vit_base_patch16_224"
+_RANK = 32
+
+
+def newest_runs(lines: Iterable[Line], fields: Sequence[str]) -> dict[tuple[Any, ...], list[Line]]:
+    """The lines of the newest run (runs are told apart by their date) for each combination of values of ``fields``."""
+    groups: dict[tuple[Any, ...], list[Line]] = {}
+    for line in lines:
+        groups.setdefault(tuple(line.get(field) for field in fields), []).append(line)
+    return {key: [line for line in group if line["date"] == group[-1]["date"]] for key, group in groups.items()}
+
+
+def newest(name: str, **wanted: object) -> dict[str, list[Line]]:
+    """By dtype, the lines of the newest run in ``<name>.jsonl`` among those whose fields are as ``wanted``."""
+    lines = (x for x in read(name) if all(x.get(field) == value for field, value in wanted.items()))
+    return {dtype: run for (dtype,), run in newest_runs(lines, ["dtype"]).items()}
+
+
+def read(name: str, folder: Path | None = None) -> list[Line]:
+    """The lines of ``<name>.jsonl`` in ``folder`` (default: the result files of this checkout); none without a file."""
+    path = (folder or record.RESULTS) / f"{name}.jsonl"
+    return record.read(path) if path.exists() else []
+
+
+def train_step(device: str) -> str:
+    """A training step of ViT-B/16: ratios to the floor of the same repetition, and images/s."""
+    runs = newest("model", model=_VIT_B, device=device)
+    if not runs:
+        return NOTHING
+    header = ["step of", *(f"{dtype}, {what}" for dtype in runs for what in ("time / floor", "images/s"))]
+    rows = []
+    for name, title in _present(runs):
+        cells = [title]
+        for lines in runs.values():
+            line = _row(lines, name)
+            cells.append(_cell(line, "ratio", lambda x: f"{x['ratio']['p50']:.2f}"))
+            cells.append(_cell(line, "images_per_s", lambda x: f"{x['images_per_s']:.1f}"))
+        rows.append(cells)
+    return with_sources(header, rows, runs)
+
+
+def memory(device: str) -> str:
+    """What a training step of ViT-B/16 keeps for its backward, what it trains, and the file that would hold it."""
+    runs = newest("memory", level="model", model=_VIT_B, device=device)
+    if not runs:
+        return NOTHING
+    steps = [line for lines in newest("model", model=_VIT_B, device=device).values() for line in lines]
+    header = ["step of", *(f"{dtype}, {what}" for dtype in runs for what in ("kept for backward", "peak"))]
+    header += ["trained, head included", "adapter"]
+    rows = []
+    for name, title in _present(runs):
+        cells = [title]
+        for lines in runs.values():
+            line = _row(lines, name)
+            cells.append(_cell(line, "saved_bytes", lambda x: f"{x['saved_bytes'] / 2**20:.0f} MiB"))
+            cells.append(_cell(line, "peak_bytes", lambda x: f"{x['peak_bytes'] / 2**20:.0f} MiB"))
+        step = _row(steps, name)
+        cells.append(_cell(step, "trainable", lambda x: f"{x['trainable']:,}"))
+        cells.append(_cell(step, "adapter_bytes", lambda x: f"{x['adapter_bytes'] / 1e6:.2f} MB"))
+        rows.append(cells)
+    return with_sources(header, rows, runs)
+
+
+def ops(device: str) -> str:
+    """The layers of a ViT-B block, forward and backward, as ratios to the floor; on a GPU beside the paper model's."""
+    runs = newest("ops", model="vit_b", images=8 if device == "cpu" else 64, rank=_RANK, device=device)
+    if not runs:
+        return NOTHING
+    header = ["forward and backward", *(f"{layer}, {' / '.join(runs)}" for layer in _LAYERS)]
+    rows = [[title, *(_ratio_cell(runs, layer, name) for layer in _LAYERS)] for name, title in _present(runs)]
+    rows.append(["arithmetic limit", *(_limit_cell(runs, layer) for layer in _LAYERS)])
+    if device == "cpu":
+        return with_sources(header, rows, runs)
+    tokens = next(iter(runs.values()))[0]["tokens"]
+    times = block_times(Machine(), tokens, _RANK, vit_block(768))
+    header += ["block, bfloat16", "block, modelled, not measured"]
+    for (name, _), cells in zip([*_present(runs), ("ideal", "")], rows, strict=True):
+        modelled = f"{times[name]['block'] / times['floor']['block']:.2f}" if name in times else "-"
+        cells += [_block_cell(runs.get("bfloat16", []), name), modelled]
+    return with_sources(header, rows, runs)
+
+
+def serve(device: str) -> str:
+    """Inference of ViT-B/16 as ratios to the plain model."""
+    runs = newest("serve", model=_VIT_B, device=device)
+    if not runs:
+        return NOTHING
+    columns = [(dtype, batch) for dtype, lines in runs.items() for batch in sorted({line["batch"] for line in lines})]
+    rows = []
+    for name, title in _present(runs):
+        of_batch = (_row((x for x in runs[dtype] if x["batch"] == batch), name) for dtype, batch in columns)
+        rows.append(
+            [title, *(_cell(x, "ratio_to_base", lambda x: f"{x['ratio_to_base']['p50']:.2f}") for x in of_batch)]
+        )
+    return with_sources(["time / plain model", *(f"{dtype}, batch {batch}" for dtype, batch in columns)], rows, runs)
+
+
+def demo() -> str:
+    """The newest run of the demonstration."""
+    runs = newest_runs(read("demo"), [])
+    if not runs:
+        return NOTHING
+    cells = [
+        [
+            row["task"],
+            row["method"],
+            f"{row['trainable_parameters']:,}",
+            f"{row['test_accuracy']:.1%}",
+            f"{row['seconds']:.0f} s",
+        ]
+        for row in runs[()]
+    ]
+    header = ["task", "method", "trained parameters, head included", "test accuracy", "training time"]
+    return with_sources(header, cells, {"": runs[()]})
+
+
+#: Every table by name.
+TABLES: dict[str, Callable[[], str]] = {
+    **{make.__name__: partial(make, "cpu") for make in (train_step, ops, memory, serve)},
+    **{f"{make.__name__}_gpu": partial(make, "cuda") for make in (train_step, ops, memory, serve)},
+    "demo": demo,
+}
+
+
+def with_sources(header: Sequence[str], rows: Iterable[Sequence[str]], runs: dict[str, list[Line]]) -> str:
+    """A table, and below it where the figures of each run come from."""
+    notes = [f"- {f'{key}: ' if key else ''}{provenance(lines[0])}" for key, lines in runs.items()]
+    return table(header, rows) + "\n\n" + "\n".join(notes)
+
+
+def provenance(line: Line) -> str:
+    """Where a figure comes from, in one line."""
+    versions = ", ".join(f"{name} {version}" for name, version in line["versions"].items())
+    machine = line["gpu"]["name"] if line.get("device") == "cuda" else line["machine"]
+    return f"`{line['command']}`, commit {line['commit']}, {machine}; {versions}; {line['date'][:10]}"
+
+
+def _present(runs: dict[str, list[Line]]) -> list[tuple[str, str]]:
+    """(row, title) of every row that some run has a figure for."""
+    measured = {line["row"] for lines in runs.values() for line in lines if line.get("reason") is None}
+    order = [*TITLES, *sorted(measured - set(TITLES))]
+    return [(name, TITLES.get(name, f"`{name}`")) for name in order if name in measured]
+
+
+def _row(lines: Iterable[Line], name: str) -> Line | None:
+    return next((line for line in lines if line["row"] == name), None)
+
+
+def _cell(line: Line | None, needs: str, text: Callable[[Line], str]) -> str:
+    return "-" if line is None or needs not in line else text(line)
+
+
+def _ratio_cell(runs: dict[str, list[Line]], layer: str, name: str) -> str:
+    """The ratio of row ``name`` for one layer, by dtype."""
+    lines = (_row((x for x in of_dtype if x["case"] == layer), name) for of_dtype in runs.values())
+    return " / ".join(_cell(line, "ratio", lambda x: f"{x['ratio']['fwd_bwd']['p50']:.2f}") for line in lines)
+
+
+def _limit_cell(runs: dict[str, list[Line]], layer: str) -> str:
+    """The arithmetic limit of the ratio for one layer (that of rows without factors is 1), by dtype."""
+    limits = (
+        max((x["limit"]["fwd_bwd"] for x in of_dtype if x["case"] == layer and "limit" in x), default=None)
+        for of_dtype in runs.values()
+    )
+    return " / ".join("-" if limit is None else f"{limit:.2f}" for limit in limits)
+
+
+def _block_cell(lines: Sequence[Line], name: str) -> str:
+    """The ratio of the sums of median times over the layers."""
+    seconds: dict[str, float] = {}
+    for row in (name, "floor"):
+        measured = [x["seconds"]["fwd_bwd"]["p50"] for x in lines if x["row"] == row and "seconds" in x]
+        if len(measured) != len(_LAYERS):
+            return "-"
+        seconds[row] = sum(measured)
+    return f"{seconds[name] / seconds['floor']:.2f}"

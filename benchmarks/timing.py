@@ -1,0 +1,94 @@
+"""Interleaved timing: every repetition runs every row once, so that a disturbance hits all rows alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+#: Seconds of every repetition, by row.
+Samples = dict[str, list[float]]
+#: Bytes written between two measurements to empty the L2 cache: several times that of any current GPU.
+_FLUSH_BYTES = 512 * 2**20
+
+
+def time_rows(
+    rows: Mapping[str, Callable[[], object]],
+    repeats: int,
+    warmup: int = 2,
+    device: torch.device | str = "cpu",
+    flush_l2: bool = False,
+    cuda_graphs: bool = False,
+) -> Samples:
+    """Seconds that each row takes, measured round-robin: row by row, ``repeats`` times.
+
+    Args:
+        rows: what to run, by name.
+        repeats: samples of each row.
+        warmup: rounds before the first sample, not measured: compilation and allocation happen there.
+        device: where the rows run. CPU: wall clock. CUDA: events around each call.
+        flush_l2: CUDA only: write over the L2 cache before each sample (cold). Otherwise the row runs once, not
+            measured, right before each sample (warm). Both give the host a head start on the device.
+        cuda_graphs: CUDA only: capture each row in a graph and measure its replay, free of launch cost.
+    """
+    if torch.device(device).type != "cuda":
+        for _ in range(warmup):
+            for run in rows.values():
+                run()
+        return _rounds(rows, repeats, _wall_clock)
+
+    stream = torch.cuda.Stream()  # a capture may not touch the default stream, nor depend on work that did
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(warmup):
+            for run in rows.values():
+                run()
+        torch.cuda.synchronize()
+        if cuda_graphs:
+            rows = {name: _captured(run, stream) for name, run in rows.items()}
+        scratch = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device) if flush_l2 else None
+
+        def events(run: Callable[[], object]) -> float:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            if scratch is None:
+                run()
+            else:
+                scratch.zero_()
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            return start.elapsed_time(end) / 1e3
+
+        return _rounds(rows, repeats, events)
+
+
+def ratios(samples: Samples, floor: str = "floor") -> Samples:
+    """Every sample divided by the floor's sample of the same repetition."""
+    return {
+        name: [t / base for t, base in zip(seconds, samples[floor], strict=True)] for name, seconds in samples.items()
+    }
+
+
+def _rounds(
+    rows: Mapping[str, Callable[[], object]], repeats: int, measure: Callable[[Callable[[], object]], float]
+) -> Samples:
+    samples: Samples = {name: [] for name in rows}
+    for _ in range(repeats):
+        for name, run in rows.items():
+            samples[name].append(measure(run))
+    return samples
+
+
+def _wall_clock(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _captured(run: Callable[[], object], stream: torch.cuda.Stream) -> Callable[[], object]:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        run()
+    return graph.replay

@@ -1,0 +1,98 @@
+"""The command `efft`: `efft COMMAND --help` explains each command.
+
+This module and the light commands import neither timm nor accelerate, so they answer at once.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+_SUMMARY = {
+    "train": "fine-tune a model; resumes after any interruption",
+    "eval": "accuracy of a trained model on a split",
+    "merge": "fold an adapter into its base model's weights",
+    "inspect": "trainable parameters of a model if adapted, or of a saved adapter",
+    "data": "list or fetch data sets",
+    "bench": "measure speed and memory (in a source checkout)",
+    "env": "versions, backends and why a backend is missing; paste it into bug reports",
+}
+# What users cause and can mend: wrong values, files and packages that are not there, failed downloads, full memory.
+# Other exceptions are bugs and keep their traceback.
+_EXPECTED = (ValueError, OSError, ImportError, RuntimeError, ArithmeticError)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code (0 done, 2 an error with one message, 130 interrupted; bench: its own).
+
+    ``EFFT_DEBUG=1`` shows the traceback of every error.
+
+    Args:
+        arguments: the words after `efft`; by default those of this process.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if words else 2
+    name, *rest = words
+    if name not in _SUMMARY:
+        import difflib
+
+        near = difflib.get_close_matches(name, _SUMMARY, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"commands: {', '.join(_SUMMARY)}"
+        print(f"efft: error: unknown command {name!r}; {hint}", file=sys.stderr)
+        return 2
+    hint = "; the same command with --resume goes on from the last checkpoint" if name == "train" else ""
+    return run_command(lambda: _dispatch(name, rest), hint)
+
+
+def run_command(command: Callable[[], int], after_interrupt: str = "") -> int:
+    """Runs a function that returns an exit code; prints an expected error as one message, and returns 2.
+
+    Args:
+        command: what to run.
+        after_interrupt: added to the message if the user interrupts it; the exit code is 130 then.
+    """
+    try:
+        return command()
+    except KeyboardInterrupt:
+        print(f"\nefft: interrupted{after_interrupt}", file=sys.stderr)
+        return 130
+    except _EXPECTED as error:
+        if os.environ.get("EFFT_DEBUG") == "1":
+            raise
+        print(f"efft: error: {error or type(error).__name__}", file=sys.stderr)
+        return 2
+
+
+def _dispatch(name: str, words: list[str]) -> int:
+    if name == "bench":
+        from efft.cli import bench
+
+        return bench.run(words)
+    if name == "env":
+        if words:
+            raise ValueError(f"env takes no arguments, got {' '.join(words)}")
+        from efft_kernels import env
+
+        print(env.report())
+        return 0
+    try:
+        import tyro
+    except ImportError as error:
+        raise ImportError(f"`efft {name}` needs tyro: pip install 'efft-kernels[train]'") from error
+    from efft.cli import commands
+
+    if name == "data":
+        functions = {"list": commands.data_list, "fetch": commands.data_fetch}
+        tyro.extras.subcommand_cli_from_dict(functions, args=words, prog="efft data")
+    elif name == "train":
+        commands.train(words)
+    else:
+        function = {"eval": commands.evaluate, "merge": commands.merge, "inspect": commands.inspect}[name]
+        tyro.cli(function, args=words, prog=f"efft {name}", config=(tyro.conf.OmitArgPrefixes,))
+    return 0
+
+
+def _usage() -> str:
+    lines = [f"  {name:<9}{text}" for name, text in _SUMMARY.items()]
+    return "\n".join(["usage: efft COMMAND [options]", "", *lines, "", "`efft COMMAND --help` lists the options."])

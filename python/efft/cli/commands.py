@@ -1,0 +1,166 @@
+"""What the commands do. Function signatures and docstrings are the options and their help."""
+
+import argparse
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from efft.config import EfftConfig
+from efft.models import DEFAULT
+from efft.train.config import TrainConfig
+
+
+@dataclass
+class TrainCommand:
+    """Fine-tune a model and test it once, at the end. The defaults are the recipe of the paper's public code."""
+
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    config: Path | None = None
+    """JSON file with a training configuration, such as the config.json of a run; flags override it."""
+
+    out: Path | None = None
+    """Folder for everything the run writes; by default runs/DATA-METHOD."""
+
+    resume: bool = False
+    """Go on from the folder's checkpoint, if there is one."""
+
+    overwrite: bool = False
+    """Start again, and forget what the folder holds."""
+
+
+def train(words: list[str]) -> None:
+    """`efft train`: reads the configuration file first, so that its values are the defaults of the flags."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--config")
+    path = early.parse_known_args(words)[0].config
+    defaults = TrainCommand(train=TrainConfig.load(path)) if path else TrainCommand()
+    command = tyro.cli(
+        TrainCommand, default=defaults, args=words, prog="efft train", config=(tyro.conf.OmitArgPrefixes,)
+    )
+    from efft.train import run
+
+    config = command.train
+    out = command.out or Path("runs") / f"{Path(config.data).name}-{config.method}"
+    result = run(config, out, resume=command.resume, overwrite=command.overwrite).summary
+    from accelerate import PartialState  # after `run`, which explains its absence
+
+    if not PartialState().is_main_process:
+        return
+    chosen = "" if result["val_accuracy"] is None else f", validation {result['val_accuracy']:.2%}"
+    facts = (
+        f"test accuracy {result['test_accuracy']:.2%}{chosen}",
+        f"{result['trainable_parameters']:,} trainable parameters",
+        f"{result['saved']} of {result['saved_bytes'] / 1e3:,.0f} kB",
+        f"{result['seconds']:.0f} s",
+        f"written to {out}",
+    )
+    print("; ".join(facts))
+
+
+def evaluate(
+    path: tyro.conf.Positional[Path],
+    /,
+    split: Literal["train", "val", "trainval", "test"] = "val",
+    data: str | None = None,
+    data_root: str | None = None,
+    per_class: bool = False,
+    batch_size: int = 256,
+    amp: Literal["no", "bf16", "fp16"] = "no",
+) -> None:
+    """Accuracy of a trained model. The test split is read only if asked for by name.
+
+    Args:
+        path: folder of a finished run, or an adapter folder.
+        split: images to read.
+        data: another data set than the one it was trained on.
+        data_root: folder with that data set's files.
+        per_class: also print the accuracy of each class.
+        batch_size: images per step.
+        amp: autocast type.
+    """
+    from efft.train.inference import predict
+    from efft.train.restore import load_trained, task_for
+
+    model, config = load_trained(path)
+    task = task_for(config, data, data_root)
+    if config.protocol == "final" and data is None and split != "test":
+        print(f"note: this model was trained on the images of {split!r} (protocol 'final')")
+    predictions, labels = predict(model, getattr(task, split), batch_size=batch_size, amp=amp, title=split)
+    right = predictions == labels
+    print(f"{split} accuracy {right.float().mean():.2%} ({int(right.sum())} of {len(right)} images)")
+    if per_class:
+        for label, name in enumerate(task.class_names):
+            own = right[labels == label]
+            share = f"{own.float().mean():8.2%}" if len(own) else "       -"
+            print(f"{share}  {int(own.sum()):>5} of {len(own):>5}  {name}")
+
+
+def merge(path: tyro.conf.Positional[Path], /, out: Path | None = None) -> None:
+    """Fold an adapter into its base model's weights, and write them under the names of the plain timm model.
+
+    Args:
+        path: folder of a finished run (method efft), or an adapter folder.
+        out: the file; by default merged.safetensors beside the adapter's files.
+    """
+    from safetensors.torch import save_file
+
+    import efft
+    from efft.train.restore import load_trained
+
+    model, config = load_trained(path)
+    if config.method != "efft":
+        raise ValueError(f"{path} is a run of method {config.method!r}; only method 'efft' has something to merge")
+    print(efft.merge(model))
+    target = out or path / "merged.safetensors"
+    if target.suffix != ".safetensors":
+        raise ValueError(f"the merged weights are written as .safetensors, got {target}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    state = efft.merged_state_dict(model)
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, target, {"model": config.model})
+    print(f"wrote {target} ({target.stat().st_size / 1e6:.1f} MB)")
+
+
+def inspect(
+    model: tyro.conf.Positional[str] = DEFAULT,
+    /,
+    classes: int = 1000,
+    image_size: int | None = None,
+    adapter: Annotated[EfftConfig, tyro.conf.arg(name="")] = EfftConfig(),  # noqa: B008  # tyro copies defaults
+) -> None:
+    """Trainable parameters by group: of a model if it were adapted (no weights are read), or of a saved adapter.
+
+    Args:
+        model: the embedded backbone, any timm model name, or the folder of an adapter or a run.
+        classes: outputs of the classifier.
+        image_size: input height and width in pixels; by default the model's own.
+        adapter: the adapter.
+    """
+    from efft.cli.inspect import adapter_table, model_table
+
+    folder = Path(model)
+    print(adapter_table(folder) if folder.is_dir() else model_table(model, classes, image_size, adapter))
+
+
+def data_list() -> None:
+    """List the known data sets with size, source and licence."""
+    import efft.data
+
+    print(efft.data.list_table())
+
+
+def data_fetch(names: tyro.conf.Positional[tuple[str, ...]], /, allow_non_commercial: bool = False) -> None:
+    """Download data sets into the cache (EFFT_HOME), verified by their hashes.
+
+    Args:
+        names: see `efft data list`.
+        allow_non_commercial: accept data sets whose licence forbids commercial use.
+    """
+    import efft.data
+
+    options: dict[str, Any] = {"allow_non_commercial": allow_non_commercial}
+    for name in names:
+        efft.data.fetch(name, **options)
+        print(f"{name}: ready")

@@ -1,0 +1,50 @@
+"""The tables of `efft inspect`."""
+
+from pathlib import Path
+
+import torch
+
+from efft import io, models
+from efft.config import EfftConfig
+from efft.params import count_plan
+from efft.plan import make_plan
+
+
+def model_table(name: str, classes: int, image_size: int | None, config: EfftConfig) -> str:
+    """What `efft.apply` would train, on a model without storage: groups of factors, head, backbone."""
+    with torch.device("meta"):
+        model = models.create(name, classes, image_size=image_size, pretrained=False)
+    plan = make_plan(model, config)
+    rows = [
+        f"{group.name}: {len(group.sites)} layers in {group.n_layers} blocks, U [{group.d_in}, {group.rank[0]}], "
+        f"{group.n_cores} cores [{group.rank[0]}, {group.rank[1]}] per block, V [{group.rank[1]}, {group.d_out}]"
+        for group in plan.groups
+    ]
+    title = f"{name}, {config.variant}, cores {config.core_sharing}, {classes} classes"
+    return "\n".join([title, *rows, "", str(count_plan(model, plan))])
+
+
+def adapter_table(folder: Path) -> str:
+    """Tensors and facts of a saved adapter, read from its files alone."""
+    folder = folder if (folder / io.CONFIG).is_file() else folder / "adapter"
+    description = io.read_description(folder)
+    config, base = description["config"], description["base"]
+    from safetensors import safe_open
+
+    with safe_open(folder / io.WEIGHTS, "pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  # not a dict
+    width = max(map(len, shapes))
+    rows = [f"{name:<{width}}  {torch.Size(shape).numel():>10,}  {shape}" for name, shape in sorted(shapes.items())]
+    total = sum(torch.Size(shape).numel() for shape in shapes.values())
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    facts = [f"{key}: {value}" for key, value in description["info"].items()]
+    return "\n".join(
+        [
+            f"adapter for {base['architecture']}: {config['variant']}, rank {config['rank']}, scale {config['scale']}, "
+            f"{len(base['layers'])} layers, head {', '.join(description['head']) or 'none'}",
+            *facts,
+            "",
+            *rows,
+            f"{'all':<{width}}  {total:>10,}  {size / 1e3:,.1f} kB on disk",
+        ]
+    )

@@ -1,0 +1,73 @@
+"""``python -m efft.demo``: minutes on two CPU cores, and everything it claims is measured while it runs."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.data import Subset
+
+from efft.cli import run_command
+from efft.demo.settings import IMAGE_SIZE, TASKS, efft_config, fast_bf16, probe_config
+
+
+def main() -> int:
+    """Parses the command line and runs the demo."""
+    parser = argparse.ArgumentParser(prog="python -m efft.demo", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder to write (default: demo_out)")
+    parser.add_argument(
+        "--quick", action="store_true", help="a minute to see that everything works; accuracies mean little"
+    )
+    options = parser.parse_args()
+    demo(options.out, options.quick)
+    return 0
+
+
+def demo(out: Path, quick: bool) -> None:
+    """Runs every task and writes report.md and demo.png."""
+    from efft.data import load
+    from efft.demo.report import TaskReport, draw, write_report
+    from efft.demo.verify import verify
+    from efft.models.dinov2 import NOTE
+    from efft.train import build, run
+    from efft.train.inference import predict
+    from efft.train.probe import linear_probe
+
+    started, reports = time.perf_counter(), []
+    precision = "bf16 autocast: this machine is fast at it" if fast_bf16() else "fp32: no fast bf16 here"
+    print(
+        f"EFFT demo: {' and '.join(TASKS)} at {IMAGE_SIZE} pixels, {torch.get_num_threads()} CPU threads, {precision}"
+    )
+    for number, name in enumerate(TASKS, 1):
+        print(f"\n[{number}/{len(TASKS)}] {name}: data and linear probe", flush=True)
+        own, head = efft_config(name, quick), probe_config(name, quick)
+        task = load(name, image_size=own.image_size, max_test=200 if quick else None)
+        folders = {"linear probe": out / f"{name}-linear", "EFFT2": out / f"{name}-efft"}
+        clock = [time.perf_counter()]
+        probe = linear_probe(head, folders["linear probe"], build.create_model(head, task.classes), task)
+        clock.append(time.perf_counter())
+        print(f"linear probe: test accuracy {probe.summary['test_accuracy']:.1%}")
+        print(f"[{number}/{len(TASKS)}] {name}: EFFT2", flush=True)
+        efft_run = run(own, folders["EFFT2"], task=task, overwrite=True)
+        clock.append(time.perf_counter())
+        print(f"EFFT2: test accuracy {efft_run.summary['test_accuracy']:.1%}")
+        assert efft_run.model is not None  # nothing was resumed
+        print("loading the adapter in a new process, merging it, comparing logits", flush=True)
+        agreements = verify(efft_run.model, folders["EFFT2"], task.val)
+        for agreement in agreements:
+            print(f"  {agreement}")
+        some = Subset(task.test, range(min(200, len(task.test))))
+        predictions, labels = predict(efft_run.model, some, title="pictures")
+        seconds = {"linear probe": clock[1] - clock[0], "EFFT2": clock[2] - clock[1]}
+        results = {"linear probe": probe.summary, "EFFT2": efft_run.summary}
+        reports.append(TaskReport(task, folders, results, seconds, agreements, predictions, labels))
+
+    command = " ".join(["python -m efft.demo", *sys.argv[1:]])
+    print("\n" + write_report(reports, out, NOTE, command, time.perf_counter() - started))
+    draw(reports, out / "demo.png")
+    print(f"wrote {out / 'report.md'} and {out / 'demo.png'}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

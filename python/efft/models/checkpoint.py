@@ -1,0 +1,127 @@
+"""Backbone weights from a file: original JAX ViT .npz, plain .npz, .pth/.pt and .safetensors."""
+
+import pickle
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+_JAX_MARK = "embedding/kernel"  # the patch embedding of the ViT checkpoints published with the papers
+_SUFFIXES = (".npz", ".pth", ".pt", ".safetensors")
+
+
+def load_backbone(model: nn.Module, path: str | Path) -> None:
+    """Loads backbone weights from a file into a timm model without classifier; every other key must match.
+
+    A classifier in the file is ignored. Position embeddings and relative position tables are resized to the model
+    by timm's own rules.
+
+    Args:
+        model: timm model made with ``num_classes=0``.
+        path: ``.npz`` (original JAX ViT, e.g. ``ViT-B_16.npz``, or a plain state dict), ``.pth`` / ``.pt``
+            (a state dict, alone or under ``model`` or ``state_dict``; read with ``weights_only=True``)
+            or ``.safetensors``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: unknown suffix, unreadable file, or keys and shapes that do not fit the model.
+    """
+    path = Path(path)
+    if path.suffix not in _SUFFIXES:
+        raise ValueError(f"checkpoint {path} has suffix {path.suffix!r}; expected one of {', '.join(_SUFFIXES)}")
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint {path} does not exist")
+    try:
+        state = _read(path)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"checkpoint {path} cannot be read: {error}") from error
+    if any(name.endswith(_JAX_MARK) for name in state):
+        _load_jax(model, path)
+    else:
+        load_strict(model, _for_model(model, state), str(path))
+
+
+def load_strict(model: nn.Module, state: Mapping[str, torch.Tensor], source: str) -> None:
+    """Copies a state dict into a model, or explains how the two differ.
+
+    Args:
+        model: any module.
+        state: tensors by parameter and buffer name.
+        source: where the state dict comes from, for the error text.
+
+    Raises:
+        ValueError: lists missing keys, unexpected keys and differing shapes: their number and the first few.
+    """
+    own = model.state_dict()
+    shapes = [
+        f"{name} {list(state[name].shape)} instead of {list(own[name].shape)}"
+        for name in own.keys() & state.keys()
+        if state[name].shape != own[name].shape
+    ]
+    problems = [
+        f"{len(names)} {what} ({_first(names)})"
+        for what, names in (
+            ("missing keys", own.keys() - state.keys()),
+            ("unexpected keys", state.keys() - own.keys()),
+            ("keys of another shape", shapes),
+        )
+        if names
+    ]
+    if problems:
+        raise ValueError(f"{source} does not fit {type(model).__name__}: {'; '.join(problems)}")
+    model.load_state_dict(state)
+
+
+def _first(names: Iterable[str], limit: int = 5) -> str:
+    ordered = sorted(names)
+    return ", ".join(ordered[:limit]) + (", ..." if len(ordered) > limit else "")
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    if path.suffix == ".npz":
+        import numpy as np
+
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: torch.from_numpy(archive[name]) for name in archive.files}
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(error) from error
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    for wrapper in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise ValueError("it holds no state dict, neither alone nor under the key 'model' or 'state_dict'")
+    return content
+
+
+def _load_jax(model: nn.Module, path: Path) -> None:
+    load = getattr(model, "load_pretrained", None)
+    if load is None:
+        raise ValueError(f"{path} is a JAX ViT checkpoint, which {type(model).__name__} cannot load")
+    try:
+        load(str(path))
+    except (KeyError, RuntimeError, AssertionError) as error:
+        raise ValueError(f"{path} is a JAX ViT checkpoint that does not fit {type(model).__name__}: {error}") from error
+
+
+def _for_model(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Applies timm's conversion for the model's family, then drops the classifier."""
+    from timm.models import clean_state_dict
+
+    state = clean_state_dict(state)
+    adjust = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if adjust is not None:
+        state = adjust(state, model)
+    config: Any = model.pretrained_cfg
+    classifier = config["classifier"]
+    heads = (classifier,) if isinstance(classifier, str) else tuple(classifier or ())
+    return {name: value for name, value in state.items() if not name.startswith(tuple(f"{h}." for h in heads))}

@@ -1,0 +1,168 @@
+"""``TrainConfig``: everything that decides the outcome of a training run; it goes through JSON unchanged."""
+
+import dataclasses
+import difflib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from efft.config import EfftConfig
+from efft.models import DEFAULT
+
+_ADAPTER_MARKS = ("format_version", "method")  # what EfftConfig.to_dict adds to its fields
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run. The defaults are the recipe of the EFFT paper's public code (VTAB-1k: 1000 images, 100 epochs).
+
+    What cannot change a result (where to write, whether to resume) is an argument of `efft.train.run` instead.
+    """
+
+    data: str = "mnist5k"
+    """Data set: a known name or a folder; see `efft data list`."""
+
+    data_root: str | None = None
+    """Folder with the data set's files, where it is not one that can be fetched."""
+
+    allow_non_commercial: bool = False
+    """Accept data sets whose licence forbids commercial use."""
+
+    model: str = DEFAULT
+    """The embedded backbone or any timm model name."""
+
+    checkpoint: str | None = None
+    """File with backbone weights: .npz, .pth, .pt or .safetensors."""
+
+    pretrained: bool = True
+    """Load published weights if no checkpoint is given; otherwise start at random."""
+
+    image_size: int | None = None
+    """Input height and width in pixels; by default the model's own."""
+
+    normalization: Literal["imagenet", "half", "none"] = "imagenet"
+    """Of pixels: ImageNet mean and std; mean and std 0.5; or plain 0..1."""
+
+    method: Literal["efft", "linear", "full"] = "efft"
+    """Train EFFT factors and the head, the head alone, or every weight."""
+
+    efft: EfftConfig = field(default_factory=EfftConfig)
+    """The adapter (method efft only)."""
+
+    protocol: Literal["select", "final"] = "select"
+    """select: train on the train split (VTAB-1K: 800 images), keep the epoch that is best on the val split (200).
+    final: train on both, keep the last epoch. The test split is read once, at the very end."""
+
+    seed: int = 42
+    """Of initialisation, data order, dropout and stochastic depth."""
+
+    epochs: int = 100
+    """Passes over the training images."""
+
+    batch_size: int = 64
+    """Images per update, over all processes; an incomplete last batch is dropped."""
+
+    lr: float = 1e-3
+    """Peak learning rate of AdamW."""
+
+    weight_decay: float = 1e-4
+    """Of AdamW, on factors and head."""
+
+    drop_path: float = 0.1
+    """Rate of stochastic depth."""
+
+    warmup: float = 0.1
+    """Share of the schedule that is linear warm-up."""
+
+    warmup_lr: float = 1e-6
+    """Learning rate at the start of the warm-up."""
+
+    min_lr: float = 1e-5
+    """Learning rate at the end of the cosine."""
+
+    schedule_per: Literal["epoch", "update"] = "epoch"
+    """Change the learning rate after every epoch (as the paper's code does) or after every update."""
+
+    amp: Literal["no", "bf16", "fp16"] = "no"
+    """Autocast type, in training and evaluation; fp16 (with loss scaling) needs a GPU."""
+
+    eval_batch_size: int = 256
+    """Images per evaluation step, over all processes."""
+
+    workers: int = 0
+    """Data loading processes."""
+
+    log_every: int = 10
+    """Updates between step records in metrics.jsonl, starting with the first."""
+
+    checkpoint_every: int | None = None
+    """Updates between checkpoints; by default, and in any case, one is written after each epoch."""
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if get_origin(hint) is Literal and value not in get_args(hint):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(hint))}, got {value!r}")
+        at_least = {
+            "epochs": 1,
+            "batch_size": 1,
+            "eval_batch_size": 1,
+            "log_every": 1,
+            "checkpoint_every": 1,
+            "workers": 0,
+            "lr": 0,
+            "weight_decay": 0,
+            "warmup_lr": 0,
+            "min_lr": 0,
+        }
+        for name, least in at_least.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        for name in ("drop_path", "warmup"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        return values | {"efft": self.efft.to_dict()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "TrainConfig":
+        """The inverse of `to_dict`; fields left out keep their defaults.
+
+        Raises:
+            ValueError: unknown field (with the nearest known one) or unusable value.
+        """
+        adapter = values.get("efft", {})
+        for given, known in ((values, cls), (adapter, EfftConfig)):
+            names = [item.name for item in dataclasses.fields(known)]
+            for name in given.keys() - {*names, *_ADAPTER_MARKS}:
+                near = difflib.get_close_matches(name, names, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
+                raise ValueError(f"unknown field {name!r} in the training configuration; {hint}")
+        return cls(**values | {"efft": EfftConfig.from_dict(adapter)})
+
+    def save(self, path: str | Path) -> None:
+        """Writes the fields to a JSON file."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "TrainConfig":
+        """Reads a JSON file written by `save` (or by hand: fields left out keep their defaults).
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: not a JSON object, unknown field or unusable value.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"there is no configuration file {path}")
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} must hold a JSON object, got {type(values).__name__}")
+        return cls.from_dict(values)

@@ -1,0 +1,219 @@
+"""The state of a run, and the loop that advances it."""
+
+import math
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset
+
+from efft.train import build, checkpoint, outputs
+from efft.train.batches import EpochBatches
+from efft.train.config import TrainConfig
+from efft.train.metrics import MetricsLog
+
+if TYPE_CHECKING:
+    from efft.data import TaskData
+
+
+class Trainer:
+    """The state of a run. `epoch` counts finished epochs, `batch` consumed batches of the current one."""
+
+    def __init__(
+        self, config: TrainConfig, out: Path, accelerator: Any, model: nn.Module | None, task: "TaskData | None"
+    ) -> None:
+        from accelerate.utils import set_seed
+        from tqdm.auto import tqdm
+
+        self.config, self.out, self.accelerator = config, out, accelerator
+        with accelerator.main_process_first():  # one process downloads, the others find it in the cache
+            self.task = build.load_task(config) if task is None else task
+            self.own_model = model is not None
+            model = build.create_model(config, self.task.classes) if model is None else model
+        set_seed(config.seed)
+        self.plain = build.choose_trainable(model.train(), config)
+        train = self.task.trainval if config.protocol == "final" else self.task.train
+        self.batches = EpochBatches(len(train), config.batch_size, config.seed)
+        # A generator of its own: making an iterator must not draw from the stream that dropout uses.
+        loader: DataLoader[Any] = self.loader(train, batch_sampler=self.batches, generator=torch.Generator())
+        optimizer = build.make_optimizer(self.plain, config)
+        self.scheduler = build.make_scheduler(optimizer, config, len(self.batches))
+        self.model, self.optimizer, self.train_loader = accelerator.prepare(self.plain, optimizer, loader)
+        set_seed(config.seed, device_specific=True)  # processes must not share their dropout masks
+
+        self.eval_loaders: dict[str, Any] = {}
+
+        self.epoch = self.batch = self.update = 0
+        self.lr = 0.0  # of the last update
+        self.updates = config.epochs * len(self.batches)
+        self.totals = torch.zeros(3, dtype=torch.float64, device=accelerator.device)  # loss, correct, images
+        self.best: dict[str, Any] | None = None
+        self.seconds, self.clock = 0.0, time.perf_counter()
+        main = accelerator.is_main_process
+        self.log = MetricsLog(out / outputs.METRICS if main else None)
+        self.bar = tqdm(total=self.updates * config.batch_size, unit="img", disable=not main, dynamic_ncols=True)
+
+    def loader(self, data: Dataset[Any], **options: Any) -> DataLoader[Any]:
+        workers = self.config.workers
+        pin = self.accelerator.device.type == "cuda"
+        return DataLoader(data, num_workers=workers, pin_memory=pin, persistent_workers=workers > 0, **options)
+
+    def train_epoch(self) -> None:
+        """Trains to the end of the current epoch, validates, and writes the epoch's record and checkpoint."""
+        config, started = self.config, self.elapsed()
+        self.bar.set_description(f"epoch {self.epoch + 1}/{config.epochs}")
+        self.batches.start(self.epoch, skip=self.batch)
+        skipped = self.batch
+        for images, labels in self.train_loader:
+            self.step(images, labels)
+            self.batch += 1
+            due = config.checkpoint_every and self.update % config.checkpoint_every == 0
+            if due and self.batch < len(self.batches):  # after the last batch comes the epoch's own checkpoint
+                self.save()
+        loss, accuracy = self.show()
+        images_per_second = (self.batch - skipped) * config.batch_size / max(self.elapsed() - started, 1e-9)
+        validation = self.accuracy(self.task.val, "validation") if config.protocol == "select" else None
+        if validation is not None and (self.best is None or validation > self.best["accuracy"]):
+            weights = checkpoint.trained_state(self.plain)
+            self.best = {"accuracy": validation, "epoch": self.epoch, "weights": weights}
+        self.log.write(
+            kind="epoch",
+            epoch=self.epoch,
+            update=self.update,
+            loss=loss,
+            train_accuracy=accuracy,
+            val_accuracy=validation,
+            lr=self.lr,
+            images_per_second=images_per_second,
+            seconds=self.elapsed(),
+        )
+        self.scheduler.step(self.epoch)
+        self.epoch, self.batch = self.epoch + 1, 0
+        self.totals.zero_()
+        self.save()
+
+    def step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
+        """One update; images [batch, 3, size, size], labels [batch]."""
+        config, self.lr = self.config, float(self.optimizer.param_groups[0]["lr"])
+        logits = self.model(images)  # [batch, classes]
+        loss = functional.cross_entropy(logits, labels)
+        self.accelerator.backward(loss)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.update += 1
+        self.scheduler.step_update(self.update)
+        loss, correct = loss.detach(), (logits.argmax(-1) == labels).sum()
+        self.totals += torch.stack([loss * len(labels), correct, torch.full_like(loss, len(labels))])
+        self.bar.update(config.batch_size)
+        if (self.update - 1) % config.log_every == 0:
+            value = self.accelerator.reduce(loss, "mean").item()
+            if not math.isfinite(value):
+                raise FloatingPointError(f"the loss is {value} at update {self.update}; lower lr or efft.scale")
+            record = {"epoch": self.epoch, "update": self.update, "loss": value, "lr": self.lr}
+            self.log.write(kind="step", **record, seconds=self.elapsed())
+            self.show()
+
+    def show(self) -> tuple[float, float]:
+        """Puts the epoch's mean loss and accuracy so far on the progress bar, and returns them.
+
+        Both are over all processes, in training mode.
+        """
+        loss, correct, images = self.accelerator.reduce(self.totals, "sum").tolist()
+        best = {} if self.best is None else {"val": f"{self.best['accuracy']:.1%}"}
+        self.bar.set_postfix(loss=f"{loss / images:.3f}", acc=f"{correct / images:.1%}", **best)
+        return loss / images, correct / images
+
+    @torch.no_grad()
+    def accuracy(self, data: Dataset[Any], name: str) -> float:
+        """Share of images classified correctly, in evaluation mode."""
+        from tqdm.auto import tqdm
+
+        if name not in self.eval_loaders:
+            loader = self.loader(data, batch_size=self.config.eval_batch_size)
+            self.eval_loaders[name] = self.accelerator.prepare(loader)
+        loader = self.eval_loaders[name]
+        self.model.eval()
+        correct = seen = 0
+        for images, labels in tqdm(loader, name, leave=False, disable=self.bar.disable, dynamic_ncols=True):
+            pair = self.model(images).argmax(-1), labels
+            predictions, labels = self.accelerator.gather_for_metrics(pair)
+            correct += int((predictions == labels).sum())
+            seen += len(labels)
+        self.model.train()
+        return correct / seen
+
+    def finish(self) -> dict[str, Any]:
+        """Takes the selected weights, reads the test split for the first and only time, writes the results."""
+        if self.best is not None:
+            checkpoint.restore_trained_state(self.plain, self.best["weights"])
+        test = self.accuracy(self.task.test, "test")
+        self.plain = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)  # without autocast
+        scores = {"test_accuracy": test, "val_accuracy": None, "best_epoch": None}
+        if self.best is not None:
+            scores |= {"val_accuracy": self.best["accuracy"], "best_epoch": self.best["epoch"]}
+        run = {
+            "epochs": self.epoch,
+            "updates": self.update,
+            "seconds": self.elapsed(),
+            "device": str(self.accelerator.device),
+            "processes": self.accelerator.num_processes,
+            "own_model": self.own_model,
+        }
+        if self.accelerator.is_main_process:
+            outputs.write(self.out, self.config, self.plain.eval(), self.task.classes, scores, run)
+        self.accelerator.wait_for_everyone()
+        return outputs.read_result(self.out)
+
+    def save(self) -> None:
+        """Writes a checkpoint from which `restore` continues exactly here."""
+        from accelerate.utils import gather_object
+
+        own = {"totals": self.totals.cpu(), "random": checkpoint.random_state()}
+        state = {
+            "config": self.config.to_dict(),
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "update": self.update,
+            "weights": checkpoint.trained_state(self.plain),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
+            "processes": gather_object([own]),
+            "best": self.best,
+            "metrics_bytes": self.log.sync(),
+            "seconds": self.elapsed(),
+        }
+        if self.accelerator.is_main_process:
+            checkpoint.save(self.out / outputs.CHECKPOINT, state)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes to the point where `save` made the state."""
+        processes, index = state["processes"], self.accelerator.process_index
+        if len(processes) != self.accelerator.num_processes:
+            raise checkpoint.CheckpointError(
+                f"the run was started with {len(processes)} processes and must go on with as many, "
+                f"not {self.accelerator.num_processes}"
+            )
+        self.epoch, self.batch, self.update = state["epoch"], state["batch"], state["update"]
+        checkpoint.restore_trained_state(self.plain, state["weights"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.totals.copy_(processes[index]["totals"])
+        self.best, self.seconds = state["best"], state["seconds"]
+        self.log.cut(state["metrics_bytes"])
+        self.bar.n = self.bar.initial = self.update * self.config.batch_size
+        checkpoint.restore_random_state(processes[index]["random"])
+
+    def elapsed(self) -> float:
+        """Seconds of training, those before a resume included."""
+        return self.seconds + time.perf_counter() - self.clock
+
+    def close(self) -> None:
+        self.bar.close()
+        self.log.close()
+        self.accelerator.free_memory()

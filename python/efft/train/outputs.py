@@ -1,0 +1,143 @@
+"""The folder of a run: opening it safely, and what is written there at the end."""
+
+import json
+import os
+import platform
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import efft
+from efft.train import checkpoint
+from efft.train.config import TrainConfig
+
+CONFIG, METRICS, CHECKPOINT, RESULT = "config.json", "metrics.jsonl", "checkpoint.pt", "result.json"
+ADAPTER, HEAD, MODEL = "adapter", "head.safetensors", "model.safetensors"
+
+#: Fields of TrainConfig that an adapter keeps as its info: they rebuild its base model and the images it expects.
+BASE_FIELDS = (
+    "model",
+    "checkpoint",
+    "pretrained",
+    "image_size",
+    "normalization",
+    "data",
+    "data_root",
+    "allow_non_commercial",
+    "protocol",
+    "seed",
+)
+
+
+def open_folder(
+    out: Path, config: TrainConfig, resume: bool, overwrite: bool, main_process: bool
+) -> tuple[dict[str, Any] | None, bool]:
+    """Prepares the folder of a run.
+
+    Returns:
+        What to go on from: nothing, a checkpoint, or the result of the finished run; and whether it is the latter.
+
+    Raises:
+        ValueError: both `resume` and `overwrite`.
+        FileExistsError: the folder holds a run, and neither is given.
+        CheckpointError: the checkpoint is damaged or of another configuration.
+    """
+    if resume and overwrite:
+        raise ValueError("give either resume (--resume) or overwrite (--overwrite), not both")
+    finished, started = (out / RESULT).exists(), (out / CHECKPOINT).exists()
+    if (finished or started) and not overwrite:
+        if not resume:
+            raise FileExistsError(
+                f"{out} holds {'a finished' if finished else 'an unfinished'} run; go on with it with resume=True "
+                "(--resume), start again with overwrite=True (--overwrite), or choose another folder"
+            )
+        held = read_result(out) if finished else checkpoint.load(out / CHECKPOINT)
+        checkpoint.check_config(held["config"], config.to_dict())
+        return held, finished
+    if main_process:
+        out.mkdir(parents=True, exist_ok=True)
+        for name in (RESULT, CHECKPOINT, METRICS, HEAD, MODEL):
+            (out / name).unlink(missing_ok=True)
+        shutil.rmtree(out / ADAPTER, ignore_errors=True)
+        config.save(out / CONFIG)
+    return None, False
+
+
+def read_result(out: Path) -> dict[str, Any]:
+    """The content of a run's ``result.json``."""
+    return dict(json.loads((out / RESULT).read_text(encoding="utf-8")))
+
+
+def write(
+    out: Path, config: TrainConfig, model: nn.Module, classes: int, scores: dict[str, Any], run: dict[str, Any]
+) -> dict[str, Any]:
+    """Saves what was trained and then ``result.json``, which marks the run as finished.
+
+    Args:
+        out: folder of the run.
+        config: configuration of the run.
+        model: the trained model, out of Accelerate's wrappers.
+        classes: outputs of its classifier.
+        scores: accuracies and the epoch they belong to.
+        run: updates, seconds, device and the like; ``own_model`` says that the model is not the configuration's.
+    """
+    from safetensors.torch import save_file
+
+    if config.method == "efft":
+        facts = {} if run["own_model"] else {name: getattr(config, name) for name in BASE_FIELDS}
+        saved = efft.save_adapter(model, out / ADAPTER, info={**facts, "classes": classes, **scores})
+    else:
+        saved = out / (MODEL if config.method == "full" else HEAD)
+        state = model.state_dict() if config.method == "full" else checkpoint.trained_state(model)
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, saved)
+    files = saved.iterdir() if saved.is_dir() else [saved]
+    result = {
+        **scores,
+        "classes": classes,
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "factor_parameters": efft.count_parameters(model).factors,
+        "total_parameters": sum(p.numel() for p in model.parameters()),
+        "saved": saved.name,
+        "saved_bytes": sum(file.stat().st_size for file in files),
+        **run,
+        "versions": _versions(),
+        "config": config.to_dict(),
+    }
+    temporary = out / (RESULT + ".tmp")
+    temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, out / RESULT)
+    (out / CHECKPOINT).unlink(missing_ok=True)
+    return result
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The content of a safetensors file.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
+
+
+def _versions() -> dict[str, str]:
+    import accelerate
+    import timm
+
+    import efft_kernels
+
+    return {
+        "efft-kernels": efft_kernels.__version__,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "accelerate": accelerate.__version__,
+        "python": platform.python_version(),
+    }

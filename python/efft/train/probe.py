@@ -1,0 +1,113 @@
+"""The linear probe, done fairly and fast: features computed once, the learning rate chosen on the validation split."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset
+
+from efft.train.config import TrainConfig
+from efft.train.inference import collect, device
+from efft.train.runner import RunResult, run
+
+if TYPE_CHECKING:
+    from efft.data import TaskData
+
+
+class FeatureTask:
+    """A task whose images are replaced by what the classifier of a frozen model sees, computed at the first use.
+
+    Args:
+        model: a timm model.
+        task: the task.
+        amp: autocast type of the computation.
+    """
+
+    def __init__(self, model: nn.Module, task: "TaskData", amp: str) -> None:
+        self._model, self._task, self._amp = model.eval().to(device()), task, amp
+        self.classes = task.classes
+
+    def _features(self, images: Tensor) -> Tensor:  # [batch, 3, size, size] -> [batch, width]
+        hidden: Any = self._model.forward_features(images)  # type: ignore[operator]  # a timm method
+        return self._model.forward_head(hidden, pre_logits=True)  # type: ignore[operator]
+
+    def _of(self, role: str) -> TensorDataset:
+        title = f"features of {role}"
+        return TensorDataset(*collect(self._features, getattr(self._task, role), amp=self._amp, title=title))
+
+    @cached_property
+    def train(self) -> TensorDataset:
+        return self._of("train")
+
+    @cached_property
+    def val(self) -> TensorDataset:
+        return self._of("val")
+
+    @cached_property
+    def trainval(self) -> TensorDataset:
+        return self._of("trainval")
+
+    @cached_property
+    def test(self) -> TensorDataset:
+        return self._of("test")
+
+
+class _WithoutTest:
+    """A task for choosing hyperparameters: its test split is the validation split."""
+
+    def __init__(self, task: FeatureTask) -> None:
+        self.train: Dataset[Any] = task.train
+        self.val = self.trainval = self.test = task.val
+        self.classes = task.classes
+
+
+class Head(nn.Module):
+    """A classifier on features [batch, width]."""
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.head(features)
+
+    def get_classifier(self) -> nn.Linear:
+        """Where timm models tell the trainer what to train."""
+        return self.head
+
+
+def linear_probe(
+    config: TrainConfig,
+    out: str | Path,
+    model: nn.Module,
+    task: "TaskData",
+    learning_rates: Sequence[float] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+) -> RunResult:
+    """Trains a classifier on frozen features with the trainer of every other method.
+
+    One run per learning rate on train, judged on val; then the best one again, tested once. Without stochastic depth,
+    as the features are computed once, in evaluation mode.
+
+    Args:
+        config: the run; its `lr` and `drop_path` do not matter.
+        out: folder of the final run; those that choose the rate go to its subfolder ``search``.
+        model: the pretrained model, with or without classifier.
+        task: the data.
+        learning_rates: what to choose from.
+    """
+    features = FeatureTask(model, task, config.amp)
+    width = features.train.tensors[0].shape[1]
+    config = replace(config, method="linear", drop_path=0.0, amp="no")
+    scores = {}
+    for lr in learning_rates:
+        folder = Path(out) / "search" / f"lr-{lr:g}"
+        choice: Any = _WithoutTest(features)
+        trial = replace(config, lr=lr, protocol="select")
+        result = run(trial, folder, model=Head(width, task.classes), task=choice, overwrite=True)
+        scores[lr] = result.summary["val_accuracy"]
+    best = max(scores, key=lambda lr: scores[lr])
+    final: Any = features
+    return run(replace(config, lr=best), out, model=Head(width, task.classes), task=final, overwrite=True)

@@ -1,0 +1,63 @@
+"""From what a run left on disk back to a model and its data."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+import efft
+from efft import io
+from efft.models import load_strict
+from efft.train import build, checkpoint, outputs
+from efft.train.config import TrainConfig
+
+
+def load_trained(path: str | Path) -> tuple[nn.Module, TrainConfig]:
+    """Rebuilds a trained model, in evaluation mode, with the configuration it was trained with.
+
+    Args:
+        path: folder of a finished run, or the adapter folder in it (which may have been moved elsewhere).
+
+    Raises:
+        FileNotFoundError: there is no finished run and no adapter.
+        ValueError: the base cannot be rebuilt, or the adapter does not fit it.
+    """
+    path = Path(path)
+    if (path / io.CONFIG).is_file():
+        info = io.read_description(path)["info"]
+        missing = [name for name in ("classes", *outputs.BASE_FIELDS) if name not in info]
+        if missing:
+            raise ValueError(
+                f"the adapter in {path} does not name its base (its info lacks {', '.join(missing)}); build the base "
+                "model and call efft.load_adapter(model, path)"
+            )
+        config, saved = TrainConfig(**{name: info[name] for name in outputs.BASE_FIELDS}), path
+        classes = info["classes"]
+    elif (path / outputs.RESULT).is_file():
+        result = outputs.read_result(path)
+        if result["own_model"]:
+            raise ValueError(
+                f"the run in {path} was given its model in Python, so it cannot be rebuilt from the configuration; "
+                f"build it and load {path / result['saved']} into it"
+            )
+        config, saved = TrainConfig.from_dict(result["config"]), path / result["saved"]
+        classes = result["classes"]
+    else:
+        hint = "; it is unfinished: go on with --resume" if (path / outputs.CHECKPOINT).exists() else ""
+        raise FileNotFoundError(f"{path} holds no {outputs.RESULT} of a run and no {io.CONFIG} of an adapter{hint}")
+    model = build.create_model(config, classes, pretrained=False if config.method == "full" else None)
+    if config.method == "efft":
+        efft.load_adapter(model, saved)
+    elif config.method == "linear":
+        checkpoint.restore_trained_state(model, outputs.read_tensors(saved))
+    else:
+        load_strict(model, outputs.read_tensors(saved), str(saved))
+    return model.eval(), config
+
+
+def task_for(config: TrainConfig, data: str | None = None, data_root: str | None = None) -> Any:
+    """The data set a model was trained on, or another one prepared in the same way."""
+    if data is not None:
+        config = replace(config, data=data, data_root=data_root)
+    return build.load_task(config)

@@ -1,0 +1,76 @@
+"""One training run: adapt, train, select, test once, save. Killed at any moment, it resumes to the same bits."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from efft.train import build, outputs
+from efft.train.config import TrainConfig
+from efft.train.loop import Trainer
+
+if TYPE_CHECKING:
+    from efft.data import TaskData
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run ended with.
+
+    Attributes:
+        summary: the content of ``result.json``: accuracies, parameters, sizes, seconds, versions, configuration.
+        model: the trained model in evaluation mode, with the selected weights; None if the folder held a finished
+            run, so that nothing was trained (`efft.train.restore.load_trained` reads it from there).
+    """
+
+    summary: dict[str, Any]
+    model: nn.Module | None
+
+
+def run(
+    config: TrainConfig,
+    out: str | Path,
+    *,
+    model: nn.Module | None = None,
+    task: "TaskData | None" = None,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> RunResult:
+    """Trains, tests once at the very end, and writes everything to a folder.
+
+    The folder gets ``config.json``, ``metrics.jsonl`` (as it happens), ``checkpoint.pt``, ``result.json`` and the
+    trained part: ``adapter/`` (method efft), ``head.safetensors`` (linear) or ``model.safetensors`` (full).
+    A resumed run ends with the same weights and metrics as an unbroken one, bit for bit on a CPU.
+    Works under ``accelerate launch`` with several processes.
+
+    Args:
+        config: the run.
+        out: the folder.
+        model: a model to train in place of the configuration's, with classifier, not adapted; trained in place.
+        task: data in place of the configuration's.
+        resume: go on from the folder's checkpoint, if there is one.
+        overwrite: forget what the folder holds.
+
+    Raises:
+        FileExistsError: the folder holds a run, and neither `resume` nor `overwrite` is given.
+        CheckpointError: the checkpoint is damaged or of another configuration.
+        FloatingPointError: the loss is not finite.
+    """
+    out = Path(out)
+    accelerator = build.make_accelerator(config)
+    with accelerator.main_process_first():
+        held, finished = outputs.open_folder(out, config, resume, overwrite, accelerator.is_main_process)
+    if held is not None and finished:
+        accelerator.print(f"{out}: this run is finished")
+        return RunResult(held, None)
+    trainer = Trainer(config, out, accelerator, model, task)
+    try:
+        if held is not None:
+            trainer.restore(held)
+            accelerator.print(f"{out}: going on after update {trainer.update} of {trainer.updates}")
+        while trainer.epoch < config.epochs:
+            trainer.train_epoch()
+        return RunResult(trainer.finish(), trainer.plain)
+    finally:
+        trainer.close()

@@ -1,0 +1,102 @@
+"""Bytes kept for backward against what the formulas keep; peaks of a process that allocates a known amount."""
+
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks.__main__ import main
+from benchmarks.memory import in_new_process, measure_layer, measure_model, saved_for_backward
+from benchmarks.model.step import Setting
+from benchmarks.ops import cases
+from benchmarks.ops.cases import Case
+from benchmarks.record import read
+
+pytest.importorskip("timm", reason="needs the vision extra")
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_each_storage_counts_once() -> None:
+    x = torch.randn(8, 16, requires_grad=True)
+
+    def forward() -> torch.Tensor:
+        y = x.exp()  # keeps y
+        return y[:4] * y[4:]  # keeps two views of y
+
+    assert saved_for_backward(forward) == 8 * 16 * 4
+
+
+def test_a_view_keeps_its_whole_storage() -> None:
+    x = torch.randn(8, 16, requires_grad=True)
+    assert saved_for_backward(lambda: (2 * x)[:1].exp()) == 16 * 4
+    assert saved_for_backward(lambda: (2 * x)[:1] ** 2) == 8 * 16 * 4
+
+
+def test_what_was_there_before_counts_only_as_input() -> None:
+    x, W = torch.randn(8, 16), torch.randn(4, 16, requires_grad=True)
+    assert saved_for_backward(lambda: F.linear(x, W)) == 0
+    assert saved_for_backward(lambda: F.linear(x, W), [x]) == 8 * 16 * 4
+
+
+def test_nothing_is_kept_without_gradients() -> None:
+    x = torch.randn(8, 16)
+    assert saved_for_backward(x.exp) == 0
+
+
+def test_a_layer_keeps_what_its_formula_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """y = x Wᵀ keeps nothing new; h and x serve the low-rank update; W + dW keeps a weight."""
+    monkeypatch.setitem(cases.MODELS, "tiny", (16, 7))
+    spec = {**asdict(Case("fc1", "tiny", images=3, rank=4, dtype="float32")), "device": "cpu"}
+    tokens, d_in, d_out, rank, width = 21, 16, 64, 4, 4
+    kept = {row: measure_layer({**spec, "row": row})["saved_bytes"] for row in ("floor", "efft:eager", "naive")}
+    assert kept == {
+        "floor": 0,
+        "efft:eager": width * tokens * (d_in + rank),
+        "naive": width * (tokens * d_in + d_in * d_out),
+    }
+
+
+def test_a_model_row_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.memory.unavailable", lambda row, setting: "no such device")
+    assert measure_model({**asdict(Setting()), "row": "efft:eager"}) == {"reason": "not available: no such device"}
+
+
+def test_peak_is_that_of_the_step() -> None:
+    """In a process of its own: two steps that hold 200 MB each, one after the other."""
+    code = (
+        "import json; from benchmarks.memory import peak\n"
+        "step = lambda: len(bytes(bytearray(b'x') * 200_000_000))\n"
+        "print(json.dumps(peak(step, 'cpu')))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=_environment(), capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    found = __import__("json").loads(run.stdout)
+    assert found["before_bytes"] > 0
+    assert 190e6 < found["peak_bytes"] - found["before_bytes"] < 450e6
+
+
+def _environment() -> dict[str, str]:
+    import os
+
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python")])}
+
+
+def test_command_measures_each_row_in_its_own_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["memory", "--level", "model", "--model", "test_vit", "--rank", "4", "--rows", "efft:eager", "--quick"]
+    assert main([*command, "--device", "cpu", "--results", str(tmp_path)]) == 0
+    floor, eager = read(tmp_path / "memory.jsonl")
+    assert floor["saved_bytes"] < eager["saved_bytes"]
+    assert floor["peak_bytes"] >= floor["before_bytes"] > 0
+    assert {"suite", "level", "machine", "commit", "model", "batch", "dtype", "row"} <= floor.keys()
+    assert "saved MiB" in capsys.readouterr().out
+
+
+def test_a_process_that_dies_leaves_its_last_words() -> None:
+    found = in_new_process("model", {"row": "floor", "model": "no_such_model"})
+    assert found["reason"].startswith("failed: ")
+    assert "no_such_model" in found["reason"]

@@ -1,0 +1,118 @@
+"""The paper model: against figures worked out separately, and against what any model of a GPU must obey."""
+
+import math
+
+import pytest
+
+from benchmarks.__main__ import main as benchmarks_main
+from benchmarks.model_roofline import DESIGNS, Case, Layer, block_times, main, microseconds, vit_block
+from benchmarks.roofline_gpu import Machine
+
+TOKENS = 64 * 197
+
+#: Ratio of a ViT-B block to the frozen floor at ranks 16, 32 and 64, from the script that this model was rewritten from.
+BLOCK = {
+    "floor": (1.00, 1.00, 1.00),
+    "paper": (3.73, 3.73, 3.73),
+    "naive": (1.72, 1.72, 1.72),
+    "peft": (2.42, 2.43, 2.50),
+    "chain-compiled": (2.06, 2.07, 2.14),
+    "addmm": (1.90, 1.91, 1.97),
+    "efft:eager": (1.68, 1.69, 1.73),
+    "augmented-dx": (1.62, 1.62, 1.65),
+    "lorafusion": (1.45, 1.51, 1.64),
+    "augmented": (1.31, 1.32, 1.37),
+    "augmented-alone": (1.62, 1.62, 1.65),
+    "recompute": (1.32, 1.40, 1.67),
+    "one-pass": (1.32, 1.39, 1.54),
+    "merged": (1.27, 1.28, 1.31),
+    "own-forward": (1.30, 1.32, 1.37),
+    "best": (1.26, 1.28, 1.34),
+    "neighbours": (1.18, 1.21, 1.28),
+    "ideal": (1.04, 1.08, 1.16),
+}
+#: Microseconds by layer at rank 16.
+LAYERS = {
+    "floor": (123.7, 45.4, 162.8, 162.8),
+    "paper": (560.3, 185.3, 575.4, 521.9),
+    "naive": (212.1, 92.2, 272.8, 273.3),
+    "lorafusion": (177.7, 81.0, 226.1, 232.9),
+    "neighbours": (153.2, 65.3, 182.4, 181.9),
+}
+
+
+def test_ratios_of_the_block() -> None:
+    times = [block_times(Machine(), TOKENS, rank, vit_block(768)) for rank in (16, 32, 64)]
+    found = {name: tuple(of[name]["block"] / of["floor"]["block"] for of in times) for name in DESIGNS}
+    assert found.keys() == BLOCK.keys()
+    for name, expected in BLOCK.items():
+        assert found[name] == pytest.approx(expected, abs=0.0051), name
+
+
+def test_microseconds_by_layer() -> None:
+    times = block_times(Machine(), TOKENS, 16, vit_block(768))
+    for name, expected in LAYERS.items():
+        assert [times[name][layer] for layer in ("qkv", "o", "fc1", "fc2")] == pytest.approx(expected, abs=0.051), name
+
+
+@pytest.mark.parametrize(
+    ("machine", "best", "neighbours"),
+    [
+        (Machine(fixed=0.0), 1.23, 1.15),
+        (Machine(fixed=4.0), 1.29, 1.20),
+        (Machine(tiled=False), 1.20, 1.12),
+        (Machine(own=0.9), 1.27, None),
+        (Machine(own=1.0), 1.24, None),
+    ],
+    ids=str,
+)
+def test_assumptions_move_the_block_as_they_did(machine: Machine, best: float, neighbours: float | None) -> None:
+    times = block_times(machine, TOKENS, 16, vit_block(768))
+    assert times["best"]["block"] / times["floor"]["block"] == pytest.approx(best, abs=0.0051)
+    if neighbours is not None:
+        assert times["neighbours"]["block"] / times["floor"]["block"] == pytest.approx(neighbours, abs=0.0051)
+
+
+def test_calibrated_at_the_square_product() -> None:
+    machine = Machine()
+    assert machine.product(8192, 8192, 8192) - machine.fixed == pytest.approx(2e6 * 8192**3 / machine.flops, rel=1e-9)
+
+
+def test_a_memory_bound_kernel_takes_its_bytes() -> None:
+    machine = Machine(bandwidth=1e12, fixed=2.0)
+    assert machine.memory(1e9) == pytest.approx(1002.0)
+
+
+def test_no_product_beats_the_roof() -> None:
+    machine = Machine()
+    for m, n, k in ((197, 768, 768), (1576, 2304, 768), (12608, 768, 3072), (768, 3072, 12608)):
+        roof = 1e6 * max(2 * m * n * k / machine.flops, 2 * (m * k + k * n + m * n) / machine.bandwidth)
+        assert machine.product(m, n, k) - machine.fixed >= 0.97 * roof  # its main loop runs a little above "peak"
+
+
+@pytest.mark.parametrize("rank", [16, 64])
+def test_ideal_is_the_least_and_the_floor_below_it(rank: int) -> None:
+    for layer in vit_block(768):
+        case = Case(Machine(), layer, TOKENS, rank)
+        times = {name: microseconds(design(case)) for name, design in DESIGNS.items()}
+        assert all(math.isfinite(time) for time in times.values())
+        assert times.pop("floor") < times.pop("ideal") <= min(times.values())
+
+
+def test_more_rank_costs_no_less() -> None:
+    for name, design in DESIGNS.items():
+        times = [microseconds(design(Case(Machine(), Layer("fc1", 768, 3072), TOKENS, r))) for r in (8, 16, 32, 64)]
+        assert times == sorted(times), name
+
+
+def test_impossible_sizes_are_refused() -> None:
+    with pytest.raises(ValueError, match="tokens and rank must be at least 1, got 0 and 16"):
+        Case(Machine(), Layer("o", 768, 768), 0, 16)
+
+
+def test_command_says_that_nothing_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--ranks", "16", "--fixed", "4"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("Modelled, not measured: 12608 tokens, width 768, rank 16, bf16; 790 TFLOP/s")
+    assert all(f"`{name}`" in out for name in DESIGNS)
+    assert benchmarks_main(["--help"]) == 0

@@ -1,0 +1,67 @@
+"""Inference rows compute the adapted model, and only a right one gets a time."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import efft
+from benchmarks.__main__ import main
+from benchmarks.model.rows import adapted
+from benchmarks.model.step import Setting
+from benchmarks.record import read
+from benchmarks.serve import ROWS, Row, build_checked, measure
+
+pytest.importorskip("timm", reason="needs the vision extra")
+pytest.importorskip("peft", reason="needs the dev extra")
+
+TINY = Setting("test_vit", batch=2, rank=4)
+
+
+def test_every_row_is_measured_at_every_batch_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["serve", "--model", "test_vit", "--batch", "1", "2", "--rank", "4", "--device", "cpu"]
+    assert main([*command, "--repeats", "1", "--results", str(tmp_path)]) == 0
+    lines = read(tmp_path / "serve.jsonl")
+    assert [(x["dtype"], x["batch"], x["row"]) for x in lines] == [
+        (dtype, batch, row) for dtype in ("float32", "bfloat16") for batch in (1, 2) for row in ROWS
+    ]
+    for line in lines:
+        assert "reason" not in line, line
+        assert line["images_per_s"] == pytest.approx(line["batch"] / line["seconds"]["p50"])
+        assert line["ratio_to_base"]["n"] == 1
+    assert "ratio to base" in capsys.readouterr().out
+
+
+def test_merged_is_what_was_merged() -> None:
+    models = build_checked(TINY, [ROWS["merged"], ROWS["base"]])
+    merged, base = models["merged"], models["base"]
+    assert isinstance(merged, nn.Module)
+    assert isinstance(base, nn.Module)
+    assert all(layer.merged for layer in efft.inject.adapted_layers(merged).values())
+    images, _ = TINY.examples(base)
+    with torch.inference_mode():
+        assert not torch.allclose(merged(images), base(images))
+
+
+def _wrong(model: nn.Module) -> None:
+    with torch.no_grad():
+        dict(efft.named_factors(model))["efft.mhsa.V"].mul_(1.01)
+    efft.merge(model)
+
+
+def test_a_wrong_row_gets_no_time() -> None:
+    planted = Row("merged", "", adapted, _wrong, is_efft=True)
+    base, wrong = measure(TINY, [ROWS["base"], planted], [1], repeats=1)
+    assert wrong["reason"].startswith("wrong: logits: error")
+    assert not {"seconds", "ratio_to_base", "images_per_s"} & wrong.keys()
+    assert "seconds" in base
+
+
+def test_a_row_that_breaks_does_not_stop_the_others() -> None:
+    def broken(model: nn.Module, rank: int) -> nn.Module:
+        raise ImportError("peft is not installed")
+
+    base, line = measure(TINY, [ROWS["base"], Row("peft", "", broken)], [1], repeats=1)
+    assert line["reason"] == "failed: peft is not installed"
+    assert "seconds" in base

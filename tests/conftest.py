@@ -1,0 +1,34 @@
+"""Settings of the whole suite: the same numbers and the same generated examples on every run, and few threads."""
+
+import os
+
+import hypothesis
+import pytest
+import torch
+
+# Compiling for the tests must not start a pool of processes, one a core.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+# Examples come from the test alone, so a failure is one on every machine; the time of an example means nothing on a
+# busy one.
+hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, database=None, max_examples=40)
+hypothesis.settings.load_profile("fixed")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # The tests' matrices are small: more threads only wait for one another.
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device, and torch.cuda.is_available() is False here")
+    for item in items:
+        if item.get_closest_marker("gpu") is not None:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,127 @@
+"""Tiny models and what the tests of every part of efft need: factors that matter, and proof that nothing changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import efft
+
+Make = Callable[..., nn.Module]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """On models this small a second thread only waits, for long where the machine is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def tiny_vit() -> Make:
+    """A timm ViT of width 16 with 2 blocks for images of 16 pixels; the same weights at every call."""
+    models = pytest.importorskip("timm", reason="needs the vision extra").models
+
+    def make(**changes: Any) -> nn.Module:
+        sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 5}
+        torch.manual_seed(0)
+        return models.VisionTransformer(**{**sizes, **changes})
+
+    return make
+
+
+@pytest.fixture
+def tiny_swin() -> Make:
+    """A timm Swin with 2 blocks in each of 4 stages (widths 8 to 64) for images of 32 pixels, without drop path."""
+    models = pytest.importorskip("timm", reason="needs the vision extra").models
+
+    def make(**changes: Any) -> nn.Module:
+        sizes = {"img_size": 32, "patch_size": 2, "window_size": 2, "embed_dim": 8, "depths": (2, 2, 2, 2)}
+        fixed = {"num_heads": (1, 2, 2, 4), "num_classes": 5, "drop_path_rate": 0.0}
+        torch.manual_seed(0)
+        return models.SwinTransformer(**{**sizes, **fixed, **changes})
+
+    return make
+
+
+@pytest.fixture
+def images() -> Tensor:
+    """Three images for the tiny ViT."""
+    return torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def randomize() -> Callable[..., nn.Module]:
+    """Give every factor random values, so that the update is as large as what it is added to."""
+
+    def fill(model: nn.Module, std: float = 0.5, seed: int = 2) -> nn.Module:
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, factor in efft.named_factors(model):
+                if not name.endswith(".scale"):
+                    factor.copy_(std * torch.randn(factor.shape, generator=generator, dtype=torch.float64))
+        return model
+
+    return fill
+
+
+@pytest.fixture
+def adapted_vit(tiny_vit: Make, randomize: Callable[..., nn.Module]) -> Make:
+    """The tiny ViT in eval mode, adapted at rank 4 (``changes`` go to the config) with random factors."""
+
+    def make(std: float = 0.5, **changes: Any) -> nn.Module:
+        model = tiny_vit().eval()
+        return randomize(efft.apply(model, efft.EfftConfig(**{"rank": 4, **changes})), std)
+
+    return make
+
+
+@pytest.fixture
+def saved(adapted_vit: Make, tmp_path: Path) -> tuple[nn.Module, Path]:
+    """An adapted tiny ViT (with a head that differs from the fresh one) and the folder it was saved in."""
+    model = adapted_vit(scale=0.7, init="vu")
+    with torch.no_grad():
+        model.head.weight.mul_(2)
+        model.head.bias.add_(1)
+    return model, efft.save_adapter(model, tmp_path / "adapter")
+
+
+@pytest.fixture
+def unchanged() -> Callable[[nn.Module], AbstractContextManager[None]]:
+    """``with unchanged(model):`` fails if the block changes anything of the model: values, modules, flags, hooks."""
+
+    @contextmanager
+    def check(model: nn.Module) -> Iterator[None]:
+        before = _snapshot(model)
+        yield
+        after = _snapshot(model)
+        assert after.keys() == before.keys()
+        assert [key for key in before if after[key] != before[key]] == []
+
+    return check
+
+
+def _snapshot(model: nn.Module) -> dict[str, Any]:
+    """Everything the rest of a program can see of a model, as values that compare by ==."""
+    seen: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        hooks = [len(v) for k, v in vars(module).items() if k.endswith("_hooks")]
+        attributes = sorted(k for k in vars(module) if not k.startswith("_"))
+        seen[f"module {name}"] = (id(module), type(module), module.training, hooks, attributes)
+    for name, parameter in model.named_parameters():
+        seen[f"parameter {name}"] = (id(parameter), parameter.requires_grad)
+    for name, tensor in model.state_dict().items():
+        seen[f"state {name}"] = (tensor.dtype, tensor.shape, _bits(tensor))
+    return seen
+
+
+def _bits(tensor: Tensor) -> bytes:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -1,0 +1,95 @@
+"""EFFT in the dense form of the paper's public code, as an oracle: it calls nothing of this project.
+
+Every update is built as a matrix, ΔW = U C_i V, and multiplied out beside the frozen layer. Written from the
+description, not from the code: q, k and v are three products that are concatenated, o acts on the output of the
+attention, fc2 uses the transposed matrix, s is a plain multiplier, dropout hits the factors. One draw of the dropout
+masks serves q, k, v and o of a block; fc1 and fc2 have draws of their own.
+
+A train is stored as the paper stores it: all cores in one tensor, their index last (ViT, ``[r1, r2, n]``) or first
+(Swin, ``[n, r1, r2]``). The base is a plain model; forward hooks add the updates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Kept(NamedTuple):
+    """One draw of dropout masks, already scaled by 1/(1-p)."""
+
+    U: Tensor  # [d_in, r1]
+    C: Sequence[Tensor]  # one [r1, r2] for each matrix that the draw serves
+    V: Tensor  # [r2, d_out]
+
+
+#: Block and place ("mhsa", "fc1", "fc2"; "qkvo" in EFFT1) to the draw used there.
+Draw = Callable[[int, str], Kept]
+
+
+@dataclass
+class Train:
+    """U [d_in, r1], V [r2, d_out] and all cores in one tensor, their index last or first."""
+
+    U: Tensor
+    C: Tensor
+    V: Tensor
+    layout: str = "last"
+
+    def dense(self, core: int, kept: Kept | None = None, of_draw: int = 0) -> Tensor:  # [d_in, d_out]
+        """U C_core V; ``of_draw`` says which of the draw's core masks belongs to this core."""
+        U, V = self.U, self.V
+        C = self.C[..., core] if self.layout == "last" else self.C[core]
+        if kept is not None:
+            U, C, V = U * kept.U, C * kept.C[of_draw], V * kept.V
+        return U @ C @ V
+
+
+def attach_efft2(
+    blocks: Sequence[nn.Module],
+    mhsa: Train,
+    ffn: Train,
+    s: tuple[float, float],
+    *,
+    per_block: bool,
+    draw: Draw | None = None,
+) -> None:
+    """EFFT2 on the blocks of one stage: cores 4l..4l+3 and 2l..2l+1 in block l, or 0..3 and 0..1 in all of them."""
+    for index, block in enumerate(blocks):
+        first = 4 * index if per_block else 0
+        kept = None if draw is None else draw(index, "mhsa")
+        q, k, v, o = (mhsa.dense(first + i, kept, i) for i in range(4))
+        _attach_attention(block, q, k, v, o, s[0])
+        first = 2 * index if per_block else 0
+        fc1 = ffn.dense(first, None if draw is None else draw(index, "fc1"))
+        fc2 = ffn.dense(first + 1, None if draw is None else draw(index, "fc2"))
+        _attach_mlp(block, fc1, fc2, s[1])
+
+
+def attach_efft1(blocks: Sequence[nn.Module], joint: Train, s: float, *, draw: Draw | None = None) -> None:
+    """EFFT1: cores 3l, 3l+1, 3l+2 give the d x 4d matrices [Wq|Wk|Wv|Wo], fc1 and fc2 transposed."""
+    for index, block in enumerate(blocks):
+        qkvo, fc1, fc2 = (
+            joint.dense(3 * index + i, None if draw is None else draw(index, place))
+            for i, place in enumerate(("qkvo", "fc1", "fc2"))
+        )
+        _attach_attention(block, *qkvo.chunk(4, dim=1), s)
+        _attach_mlp(block, fc1, fc2, s)
+
+
+def _attach_attention(block: nn.Module, q: Tensor, k: Tensor, v: Tensor, o: Tensor, s: float) -> None:
+    _add(block.attn.qkv, lambda x: torch.cat((x @ q, x @ k, x @ v), dim=-1) * s)
+    _add(block.attn.proj, lambda x: (x @ o) * s)
+
+
+def _attach_mlp(block: nn.Module, fc1: Tensor, fc2: Tensor, s: float) -> None:
+    _add(block.mlp.fc1, lambda x: (x @ fc1) * s)
+    _add(block.mlp.fc2, lambda x: (x @ fc2.transpose(0, 1)) * s)
+
+
+def _add(linear: nn.Module, update: Callable[[Tensor], Tensor]) -> None:
+    linear.register_forward_hook(lambda _, args, output: output + update(args[0]))

@@ -1,0 +1,151 @@
+"""Activation checkpointing: the factors of a pass come again when its layers are run again in backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import efft
+
+Make = Callable[..., nn.Module]
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def step(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Gradients of everything trainable for one batch, fresh."""
+    model.zero_grad()
+    loss(model(x)).backward()
+    return gradients(model)
+
+
+def loss(y: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(y.float(), torch.arange(len(y)) % y.shape[1])
+
+
+def assert_same(ours: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5) -> None:
+    assert ours.keys() == expected.keys() != set()
+    for name, gradient in ours.items():
+        error = (gradient - expected[name]).abs().max() / expected[name].abs().max()
+        assert error <= tolerance, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("architecture", ["vit", "swin"])
+def test_gradient_checkpointing_equals_plain(
+    architecture: str, dropout: float, tiny_vit: Make, tiny_swin: Make, randomize: Make
+) -> None:
+    side, model = (
+        (16, tiny_vit()) if architecture == "vit" else (32, tiny_swin(patch_size=4, depths=(2, 2), num_heads=(1, 2)))
+    )
+    randomize(efft.apply(model, efft.EfftConfig(rank=2, dropout=dropout)), std=0.2).train()
+    x = torch.randn(2, 3, side, side)
+    torch.manual_seed(4)
+    expected = step(model, x)
+    model.set_grad_checkpointing()
+    for _ in range(3):  # what one pass leaves behind must not disturb the next
+        torch.manual_seed(4)
+        assert_same(step(model, x), expected)
+
+
+def test_gradient_checkpointing_of_transformers(randomize: Make) -> None:
+    transformers = pytest.importorskip("transformers", reason="needs the hf extra")
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=8
+    )
+    model = transformers.ViTForImageClassification(config).train()
+    randomize(efft.apply(model, efft.EfftConfig(rank=2, targets=["q_proj", "fc1", "fc2"], dropout=0.3)))
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    x = torch.randn(3, 3, 16, 16)
+    results = []
+    for _ in range(2):
+        torch.manual_seed(4)
+        model.zero_grad()
+        model(pixel_values=x).logits.square().sum().backward()
+        results.append(gradients(model))
+        enable()
+    assert_same(results[1], results[0])
+
+
+def test_whole_model_in_a_checkpoint(adapted_vit: Make, images: Tensor) -> None:
+    model = adapted_vit(std=0.2, dropout=0.3).train()
+    torch.manual_seed(4)
+    expected = step(model, images)
+    for _ in range(2):
+        torch.manual_seed(4)
+        model.zero_grad()
+        loss(checkpoint(model, images, use_reentrant=False)).backward()
+        assert_same(gradients(model), expected)
+
+
+def test_reentrant_checkpointing_is_refused(adapted_vit: Make, images: Tensor) -> None:
+    model = adapted_vit(dropout=0.0).train()
+
+    blocks = model.blocks.forward
+    model.blocks.forward = lambda x: checkpoint(blocks, x, use_reentrant=True)
+    with pytest.raises(
+        RuntimeError, match=r"use_reentrant=True cannot differentiate factors shared.*use_reentrant=False"
+    ):
+        model(images.clone().requires_grad_()).sum().backward()
+
+
+def test_two_checkpointed_passes_before_one_backward(adapted_vit: Make, images: Tensor) -> None:
+    model = adapted_vit(std=0.2, dropout=0.0).train()
+    other = images.flip(-1)
+    model.zero_grad()
+    (loss(model(images)) + loss(model(other))).backward()
+    expected = gradients(model)
+    model.set_grad_checkpointing()
+    model.zero_grad()
+    (loss(model(images)) + loss(model(other))).backward()
+    assert_same(gradients(model), expected)
+
+    dropping = adapted_vit(dropout=0.3).train()
+    dropping.set_grad_checkpointing()
+    total = loss(dropping(images)) + loss(dropping(other))
+    with pytest.raises(
+        RuntimeError, match=r"needs one backward for every forward pass.*call backward first.*dropout=0"
+    ):
+        total.backward()
+
+
+def test_checkpointed_evaluation_in_between(adapted_vit: Make, images: Tensor) -> None:
+    model = adapted_vit(std=0.2, dropout=0.3).train()
+    model.set_grad_checkpointing()
+    torch.manual_seed(4)
+    expected = step(model, images)
+    with torch.no_grad():
+        model.eval()(images)
+    torch.manual_seed(4)
+    assert_same(step(model.train(), images), expected)
+
+
+@pytest.mark.xfail(reason="a pass counts as waiting for its backward although its graph is gone", strict=True)
+@pytest.mark.parametrize("then", ["forward", "forward_features"])
+def test_a_pass_whose_loss_was_thrown_away_does_not_block_training(
+    then: str, adapted_vit: Make, images: Tensor
+) -> None:
+    """As when a step is skipped because its loss is not finite."""
+    model = adapted_vit(std=0.2, dropout=0.3).train()
+    model.set_grad_checkpointing()
+    skipped = loss(model(images))
+    del skipped
+    getattr(model, then)(images).square().sum().backward()
+
+
+def test_checkpointed_parts_called_alone(adapted_vit: Make, images: Tensor) -> None:
+    model = adapted_vit(std=0.2, dropout=0.3).train()
+    results = []
+    for checkpointing in (False, True):
+        model.set_grad_checkpointing(checkpointing)
+        model.zero_grad()
+        torch.manual_seed(4)
+        loss(model.forward_head(model.forward_features(images))).backward()
+        results.append(gradients(model))
+    assert_same(results[1], results[0])

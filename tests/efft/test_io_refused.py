@@ -1,0 +1,265 @@
+"""Adapters that must not load: damaged files and other models. Each says why, and the model stays as it was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import efft
+
+Make = Callable[..., nn.Module]
+Unchanged = Callable[[nn.Module], AbstractContextManager[None]]
+Edit = Callable[[dict[str, Any]], Any]
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def edit_config(folder: Path, edit: Edit) -> None:
+    description = json.loads((folder / CONFIG).read_text())
+    edit(description)
+    (folder / CONFIG).write_text(json.dumps(description))
+
+
+def edit_weights(folder: Path, edit: Callable[[dict[str, Tensor]], Any]) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    edit(tensors)
+    save_file(tensors, folder / WEIGHTS)
+
+
+def refuse(model: nn.Module, folder: Path, message: str, unchanged: Unchanged, **options: Any) -> None:
+    """Loading raises ValueError with ``message`` (a regular expression) and changes nothing, adapted or not."""
+    with unchanged(model), pytest.raises(ValueError, match=message):
+        efft.load_adapter(model, folder, **options)
+
+
+def test_no_adapter(tiny_vit: Make, tmp_path: Path, unchanged: Unchanged) -> None:
+    model = tiny_vit()
+    with (
+        unchanged(model),
+        pytest.raises(FileNotFoundError, match=r"expected adapter_config.json and .*, found no such folder"),
+    ):
+        efft.load_adapter(model, tmp_path / "nowhere")
+    (tmp_path / "config.json").write_text("{}")
+    with unchanged(model), pytest.raises(FileNotFoundError, match=r"found \['config.json'\]"):
+        efft.load_adapter(model, tmp_path)
+
+
+@pytest.mark.parametrize("length", [0, 4, 8, 60, 400, -1])
+def test_truncated_weights(length: int, saved: tuple[nn.Module, Path], tiny_vit: Make, unchanged: Unchanged) -> None:
+    _, folder = saved
+    content = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(content[:length])
+    refuse(tiny_vit(), folder, r"adapter_model\.safetensors is damaged or not a safetensors file: ", unchanged)
+
+
+def test_flipped_bits_in_the_header(
+    saved: tuple[nn.Module, Path], tiny_vit: Make, images: Tensor, unchanged: Unchanged
+) -> None:
+    """One bit in every byte: refused, or (in the free-text metadata and white space) of no effect."""
+    model, folder = saved
+    expected = model(images)
+    content = (folder / WEIGHTS).read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    harmless = 0
+    fresh = tiny_vit().eval()
+    for i in range(header):
+        flipped = bytearray(content)
+        flipped[i] ^= 1 << (i % 8)
+        (folder / WEIGHTS).write_bytes(flipped)
+        try:
+            efft.load_adapter(fresh, folder)
+        except ValueError:
+            assert not hasattr(fresh, "efft"), f"bit {i % 8} of byte {i}: refused, but applied"
+        else:
+            assert torch.equal(fresh(images), expected), f"bit {i % 8} of byte {i}"
+            harmless += 1
+            fresh = tiny_vit().eval()
+    assert harmless < 60
+    with unchanged(fresh):
+        pass
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"config": {}, "base": {}}', "\x00\xff", '{"r": 8}'])
+def test_damaged_configuration(text: str, saved: tuple[nn.Module, Path], tiny_vit: Make, unchanged: Unchanged) -> None:
+    _, folder = saved
+    (folder / CONFIG).write_bytes(text.encode("latin-1"))
+    refuse(tiny_vit(), folder, r"adapter_config\.json is not an EFFT adapter configuration: ", unchanged)
+
+
+DAMAGE: dict[str, tuple[Edit, str]] = {
+    "value": (lambda d: d["config"].update(rank="big"), r"EfftConfig\.rank must be .*, got 'big'"),
+    "method": (
+        lambda d: d["config"].update(method="lora"),
+        r"expected an EFFT config \(method 'efft'\), got method 'lora'",
+    ),
+    "targets": (
+        lambda d: d["config"].update(targets=["nowhere"]),
+        "does not fit this VisionTransformer: targets: 'nowhere'",
+    ),
+    "head": (
+        lambda d: d.update(head=["nowhere"]),
+        "does not fit this VisionTransformer: head: no module named 'nowhere'",
+    ),
+}
+WRONG_ERROR: dict[str, Edit] = {
+    "no layers": lambda d: d["base"].pop("layers"),
+    "no fingerprint": lambda d: d["base"].pop("fingerprint"),
+    "base a list": lambda d: d.update(base=[]),
+    "config a number": lambda d: d.update(config=5),
+    "head a number": lambda d: d.update(head=3),
+    "version a string": lambda d: d["config"].update(format_version="2"),
+    "dropout a string": lambda d: d["config"].update(dropout="x"),
+    "exclude null": lambda d: d["config"].update(exclude=None),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_values_in_the_configuration(
+    damage: str, saved: tuple[nn.Module, Path], tiny_vit: Make, unchanged: Unchanged
+) -> None:
+    _, folder = saved
+    edit, message = DAMAGE[damage]
+    edit_config(folder, edit)
+    refuse(tiny_vit(), folder, message, unchanged)
+
+
+@pytest.mark.xfail(reason="KeyError or TypeError without a word about the file", strict=True)
+@pytest.mark.parametrize("damage", WRONG_ERROR)
+def test_damaged_types_in_the_configuration(
+    damage: str, saved: tuple[nn.Module, Path], tiny_vit: Make, unchanged: Unchanged
+) -> None:
+    _, folder = saved
+    edit_config(folder, WRONG_ERROR[damage])
+    refuse(tiny_vit(), folder, r"adapter_config\.json|EfftConfig\.", unchanged)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_nonfinite_tensors(
+    value: float, adapted: bool, saved: tuple[nn.Module, Path], tiny_vit: Make, adapted_vit: Make, unchanged: Unchanged
+) -> None:
+    _, folder = saved
+    edit_weights(folder, lambda tensors: tensors["efft.ffn.C"].view(-1)[3:4].fill_(value))
+    model = adapted_vit(scale=0.7) if adapted else tiny_vit()
+    refuse(model, folder, r"is damaged: efft\.ffn\.C has NaN or infinite entries", unchanged)
+
+
+def test_missing_and_unexpected_tensors(
+    saved: tuple[nn.Module, Path], tiny_vit: Make, adapted_vit: Make, unchanged: Unchanged
+) -> None:
+    _, folder = saved
+
+    def edit(tensors: dict[str, Tensor]) -> None:
+        tensors["efft.extra.U"] = tensors.pop("efft.mhsa.U")
+        del tensors["head.bias"]
+
+    edit_weights(folder, edit)
+    message = (
+        r"does not fit this VisionTransformer:\n- missing tensors: efft\.mhsa\.U, head\.bias\n"
+        r"- unexpected tensors: efft\.extra\.U$"
+    )
+    for model in (tiny_vit(), adapted_vit(scale=0.7)):
+        refuse(model, folder, message, unchanged)
+
+
+def test_strict_false_warns_and_loads_the_rest(saved: tuple[nn.Module, Path], adapted_vit: Make) -> None:
+    source, folder = saved
+    edit_weights(folder, lambda tensors: (tensors.pop("head.bias"), tensors.update(extra=torch.zeros(1))))
+    model = adapted_vit(scale=0.7, std=0.1)
+    bias = model.head.bias.detach().clone()
+    with pytest.warns(UserWarning, match=r"missing tensors: head.bias\n- unexpected tensors: extra"):
+        efft.load_adapter(model, folder, strict=False)
+    assert torch.equal(model.head.bias, bias)
+    assert torch.equal(model.head.weight, source.head.weight)
+    assert all(torch.equal(p, source.get_parameter(n)) for n, p in efft.named_factors(model))
+
+
+def test_wrong_shapes_are_refused_without_strict_too(
+    saved: tuple[nn.Module, Path], tiny_vit: Make, unchanged: Unchanged
+) -> None:
+    _, folder = saved
+    for strict in (True, False):
+        message = (
+            r"- wrong shapes: head\.bias: expected \[7\], adapter has \[5\]; head\.weight: expected \[7, 16\], "
+            r"adapter has \[5, 16\] \(create the model with the adapter's num_classes\)"
+        )
+        refuse(tiny_vit(num_classes=7), folder, message, unchanged, strict=strict)
+    edit_weights(folder, lambda tensors: tensors.update({"efft.ffn.U": torch.zeros(16, 5)}))
+    refuse(tiny_vit(), folder, r"- wrong shapes: efft\.ffn\.U: expected \[16, 4\], adapter has \[16, 5\]$", unchanged)
+
+
+def test_other_weights_of_the_same_architecture(
+    saved: tuple[nn.Module, Path], tiny_vit: Make, unchanged: Unchanged
+) -> None:
+    source, folder = saved
+    model = tiny_vit()
+    with torch.no_grad():
+        model.blocks[1].mlp.fc2.weight.add_(1e-3)
+    message = (
+        r"- the base weights are not those it was trained on \(fingerprints differ\); load the same pretrained weigh"
+    )
+    refuse(model, folder, message, unchanged)
+    with pytest.warns(UserWarning, match=message):
+        efft.load_adapter(model, folder, strict=False)
+    assert torch.equal(model.efft["mhsa"].U, source.efft["mhsa"].U)
+
+
+def test_other_depth_width_and_architecture(
+    saved: tuple[nn.Module, Path], tiny_vit: Make, tiny_swin: Make, unchanged: Unchanged
+) -> None:
+    _, folder = saved
+    refuse(
+        tiny_vit(depth=3),
+        folder,
+        r"- trained on a VisionTransformer with other layers: blocks\.2\.attn\.proj only in the model; ",
+        unchanged,
+    )
+    refuse(
+        tiny_vit(depth=1),
+        folder,
+        r"- trained on a VisionTransformer with other layers: blocks\.1\.attn\.proj only in the adapter; ",
+        unchanged,
+    )
+    refuse(
+        tiny_vit(embed_dim=32),
+        folder,
+        r"with other layers: blocks\.0\.attn\.qkv is \[96, 32\], adapter's base had \[48, 16\]; ",
+        unchanged,
+    )
+    refuse(tiny_swin(), folder, r"does not fit this SwinTransformer:\n- trained on a VisionTransformer with", unchanged)
+    message = (
+        r"the adapter in .* does not fit this Sequential: (head: no module named 'head'|targets='all' needs a known)"
+    )
+    refuse(nn.Sequential(nn.Linear(4, 4)), folder, message, unchanged)
+
+
+def test_other_configuration_on_an_adapted_model(
+    saved: tuple[nn.Module, Path], adapted_vit: Make, unchanged: Unchanged
+) -> None:
+    _, folder = saved
+    message = (
+        r"was trained with another configuration \(rank: model 2, adapter 4; scale: model 1\.0, adapter 0\.7\); call "
+        r"efft\.remove\(model\) first and let load_adapter apply the saved one"
+    )
+    refuse(adapted_vit(rank=2), folder, message, unchanged)
+    refuse(
+        adapted_vit(scale=0.7, core_sharing="shared"), folder, "core_sharing: model 'shared', adapter 'per", unchanged
+    )
+    refuse(adapted_vit(scale=0.7, head=[]), folder, r"head: model \[\], adapter \['head'\]", unchanged)
+
+
+def test_lora_folders_are_refused(tiny_vit: Make, tmp_path: Path, unchanged: Unchanged) -> None:
+    peft = pytest.importorskip("peft", reason="needs the dev extra")
+    lora = peft.get_peft_model(tiny_vit(), peft.LoraConfig(r=2, target_modules=["qkv"]))
+    lora.save_pretrained(tmp_path)
+    assert {WEIGHTS, CONFIG} <= {p.name for p in tmp_path.iterdir()}
+    message = r"adapter_config\.json is not an EFFT adapter configuration: it needs the keys config, base, head"
+    refuse(tiny_vit(), tmp_path, message, unchanged)

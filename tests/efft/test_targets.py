@@ -1,0 +1,189 @@
+"""Which layers a configuration selects, which modules count as the head, and what is said where nothing fits."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from torch import nn
+
+import efft
+from efft.targets import find_head, find_targets
+
+Make = Callable[..., nn.Module]
+VIT_LAYERS = [f"blocks.{i}.{n}" for i in (0, 1) for n in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
+
+
+def names(model: nn.Module, **changes: Any) -> list[str]:
+    return [t.name for t in find_targets(model, efft.EfftConfig(rank=2, **changes), find_head(model, None))]
+
+
+# --- selection -------------------------------------------------------------------------------------------------------
+
+
+def test_presets(tiny_vit: Make) -> None:
+    model = tiny_vit()
+    assert names(model) == VIT_LAYERS
+    assert names(model, targets="mhsa") == [n for n in VIT_LAYERS if ".attn." in n]
+    assert names(model, targets="ffn") == [n for n in VIT_LAYERS if ".mlp." in n]
+
+
+@pytest.mark.parametrize(
+    ("targets", "chosen"),
+    [
+        (["qkv"], VIT_LAYERS[0::4]),
+        (["attn.qkv", "fc2"], [n for n in VIT_LAYERS if n.endswith(("qkv", "fc2"))]),
+        (["blocks.1.attn.proj"], ["blocks.1.attn.proj"]),
+        ([r"blocks\.0\..*"], VIT_LAYERS[:4]),
+        ([r".*\.(qkv|fc1)"], [n for n in VIT_LAYERS if n.endswith(("qkv", "fc1"))]),
+        (["fc1", "mlp.fc1"], VIT_LAYERS[2::4]),
+    ],
+)
+def test_names_endings_and_regular_expressions(targets: list[str], chosen: list[str], tiny_vit: Make) -> None:
+    assert names(tiny_vit(), targets=targets) == chosen
+
+
+def test_endings_match_whole_components(tiny_vit: Make) -> None:
+    with pytest.raises(ValueError, match="'kv' matches no linear layer"):
+        names(tiny_vit(), targets=["kv"])
+    model = tiny_vit(depth=12)
+    assert names(model, targets=["1.attn.qkv"]) == ["blocks.1.attn.qkv"], "not blocks.11"
+
+
+def test_exclude(tiny_vit: Make) -> None:
+    assert names(tiny_vit(), exclude=[r"blocks\.0\..*", "fc2"]) == VIT_LAYERS[4:7]
+    assert names(tiny_vit(), targets=["qkv", "proj"], exclude=["blocks.1.attn.proj"]) == [
+        "blocks.0.attn.qkv",
+        "blocks.0.attn.proj",
+        "blocks.1.attn.qkv",
+    ]
+
+
+def test_swin_presets_leave_the_downsampling_alone(tiny_swin: Make) -> None:
+    chosen = names(tiny_swin())
+    assert len(chosen) == 4 * 2 * 4
+    assert not [n for n in chosen if "reduction" in n]
+    targets = find_targets(tiny_swin(), efft.EfftConfig(), [])
+    assert {t.stage for t in targets} == {0, 1, 2, 3}
+
+
+# --- nothing fits ----------------------------------------------------------------------------------------------------
+
+
+def test_unknown_architecture_lists_its_layers() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    message = (
+        "targets='all' needs a known architecture (timm ViT, DeiT, DINOv2, Swin), and no layer of this Sequential is "
+        "named like one; name the layers: EfftConfig(targets=[...]). Linear layers present: 0, 1"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        names(model)
+    with pytest.raises(ValueError, match="Linear layers present: none"):
+        names(nn.Sequential(nn.Conv2d(1, 1, 1)))
+
+
+def test_typo_names_the_nearest(tiny_vit: Make) -> None:
+    message = (
+        r"targets: 'attn.qvk' matches no linear layer of this VisionTransformer; nearest: .*attn.qkv.*"
+        r"Linear layers present: blocks.0.attn.qkv"
+    )
+    with pytest.raises(ValueError, match=message):
+        names(tiny_vit(), targets=["qkv", "attn.qvk"])
+    with pytest.raises(ValueError, match=r"'zzzzzz' matches no linear layer of this VisionTransformer\. Linear layers"):
+        names(tiny_vit(), targets=["zzzzzz"])
+
+
+def test_long_models_are_not_listed_in_full(tiny_vit: Make) -> None:
+    with pytest.raises(ValueError, match=r", \.\.\. \(48 in all\)$"):
+        names(tiny_vit(depth=12), targets=["zzz"])
+
+
+def test_invalid_regular_expression(tiny_vit: Make) -> None:
+    with pytest.raises(ValueError, match=r"'blocks\.\(0' is neither a layer name nor a regular expression: .*"):
+        names(tiny_vit(), targets=["blocks.(0"])
+    with pytest.raises(ValueError, match="neither a layer name nor a regular expression"):
+        names(tiny_vit(), exclude=["*fc1"])
+
+
+def test_exclude_that_matches_nothing_or_everything(tiny_vit: Make) -> None:
+    with pytest.raises(ValueError, match=r"exclude: 'fc3' matches no linear layer. Linear layers present"):
+        names(tiny_vit(), exclude=["fc3"])
+    with pytest.raises(ValueError, match=r"targets='mhsa' without exclude=\['attn.qkv', 'attn.proj'\] leaves no layer"):
+        names(tiny_vit(), targets="mhsa", exclude=["attn.qkv", "attn.proj"])
+    with pytest.raises(ValueError, match=r"targets=\[\] without exclude=\[\] leaves no layer"):
+        names(tiny_vit(), targets=[])
+
+
+@pytest.mark.parametrize("where", ["TransformerEncoderLayer", "torchvision"])
+def test_multihead_attention_is_refused(where: str) -> None:
+    if where == "torchvision":
+        models = pytest.importorskip("torchvision").models
+        model: nn.Module = models.VisionTransformer(16, 8, 1, 2, 16, 32, num_classes=5)
+    else:
+        model = nn.TransformerEncoderLayer(16, 2, 32)
+    message = (
+        r"layer '.*out_proj' cannot be adapted: this is the out_proj of nn.MultiheadAttention, which reads the weight "
+        r"and never calls the layer"
+    )
+    with pytest.raises(ValueError, match=message):
+        names(model, targets=["out_proj"])
+
+
+def test_layers_with_their_own_forward_are_refused() -> None:
+    class Doubling(nn.Linear):
+        def forward(self, x: Any) -> Any:
+            return 2 * super().forward(x)
+
+    with pytest.raises(ValueError, match="layer '0' cannot be adapted: Doubling has a forward of its own"):
+        names(nn.Sequential(Doubling(4, 4)), targets=["0"])
+
+
+def test_parametrized_layers_are_refused() -> None:
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+    with pytest.raises(ValueError, match="layer '0' cannot be adapted: the layer's weight is parametrized; remove"):
+        names(nn.Sequential(layer), targets=["0"])
+
+
+# --- head ------------------------------------------------------------------------------------------------------------
+
+
+def test_head_of_timm_models(tiny_vit: Make, tiny_swin: Make) -> None:
+    assert find_head(tiny_vit(), None) == ["head"]
+    assert find_head(tiny_swin(), None) == ["head.fc"]
+    assert find_head(tiny_vit(num_classes=0), None) == [], "an Identity has nothing to train"
+
+
+def test_head_of_a_distilled_model() -> None:
+    models = pytest.importorskip("timm").models
+    model = models.deit.VisionTransformerDistilled(
+        img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=5
+    )
+    assert find_head(model, None) == ["head", "head_dist"]
+
+
+@pytest.mark.parametrize("attribute", ["classifier", "head", "fc", "score"])
+def test_head_by_its_usual_names(attribute: str) -> None:
+    model = nn.Module()
+    model.body = nn.Linear(4, 4)
+    setattr(model, attribute, nn.Linear(4, 2))
+    assert find_head(model, None) == [attribute]
+
+
+def test_head_given_by_name(tiny_vit: Make) -> None:
+    assert find_head(tiny_vit(), ["norm", "head"]) == ["norm", "head"]
+    assert find_head(tiny_vit(), []) == []
+    with pytest.raises(ValueError, match="head: no module named 'haed'; nearest: head"):
+        find_head(tiny_vit(), ["haed"])
+
+
+def test_head_is_never_adapted() -> None:
+    model = nn.Module()
+    model.body, model.header = nn.Linear(4, 4), nn.Linear(4, 4)
+    model.head = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    assert names(model, targets=[".*"]) == ["body", "header"]
+    with pytest.raises(
+        ValueError, match=r"targets: 'head.0' matches no linear layer.*Linear layers present: body, header"
+    ):
+        names(model, targets=["head.0"])

@@ -1,0 +1,196 @@
+"""Killed anywhere, a run goes on to the same bits."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from efft import EfftConfig
+from efft.train import CheckpointError, TrainConfig, read_metrics, run
+from efft.train.batches import EpochBatches
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing may catch it."""
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    times = ("seconds", "images_per_second")
+    return [
+        {name: value for name, value in record.items() if name not in times}
+        for record in read_metrics(folder / "metrics.jsonl")
+    ]
+
+
+def kill_after(monkeypatch: pytest.MonkeyPatch, writes: int) -> None:
+    """Ends the run just before one of its writes to metrics.jsonl, after `writes` of them."""
+    from efft.train.metrics import MetricsLog
+
+    write, done = MetricsLog.write, []
+
+    def limited(self: MetricsLog, **record: Any) -> None:
+        if len(done) == writes:
+            raise Killed
+        done.append(record)
+        write(self, **record)
+
+    monkeypatch.setattr(MetricsLog, "write", limited)
+
+
+# Writes: four step records and an epoch record for each of the four epochs.
+@pytest.mark.parametrize(
+    ("writes", "checkpoint_every"),
+    [(0, 1), (1, 1), (4, 1), (5, 1), (19, 1), (3, 3), (9, 3), (13, 3), (5, None), (13, None)],
+)
+def test_resumed_run_equals_unbroken_run(
+    writes: int, checkpoint_every: int | None, config: TrainConfig, task: Any,
+    make_model: Callable[[], nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    config = replace(config, checkpoint_every=checkpoint_every)
+    expected, broken = make_model(), tmp_path / "broken"
+    result = run(config, tmp_path / "unbroken", model=expected, task=task).summary
+
+    with monkeypatch.context() as patch:
+        kill_after(patch, writes)
+        with pytest.raises(Killed):
+            run(config, broken, model=make_model(), task=task)
+    torch.manual_seed(1234)  # whatever the new process starts with must not matter
+    model = make_model()
+    resumed = run(config, broken, model=model, task=task, resume=True).summary
+
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+    assert records(broken) == records(tmp_path / "unbroken")
+    for name in ("test_accuracy", "val_accuracy", "best_epoch", "updates"):
+        assert resumed[name] == result[name]
+
+
+def test_consumed_batches_are_not_read_again(
+    config: TrainConfig, task: Any, make_model: Callable[[], nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    data = task.train
+
+    class Spy(torch.utils.data.Dataset[Any]):
+        def __len__(self) -> int:
+            return len(data)
+
+        def __getitem__(self, index: int) -> Any:
+            read.append(index)
+            return data[index]
+
+    task.train = Spy()
+    with monkeypatch.context() as patch:
+        kill_after(patch, 3)
+        with pytest.raises(Killed):
+            run(replace(config, epochs=1), tmp_path, model=make_model(), task=task)
+    read.clear()
+    run(replace(config, epochs=1), tmp_path, model=make_model(), task=task, resume=True)
+    # Killed in the fourth of four batches: the checkpoint after the third is the last one.
+    assert len(read) == 16
+    order = list(EpochBatches(64, 16, config.seed))
+    assert read == order[3]
+
+
+def test_folder_with_a_run_needs_a_decision(
+    config: TrainConfig, task: Any, make_model: Callable[[], nn.Module], tmp_path: Path
+) -> None:
+    first = run(config, tmp_path, model=make_model(), task=task).summary
+    with pytest.raises(FileExistsError, match=r"holds a finished run; .*--resume.*--overwrite"):
+        run(config, tmp_path, model=make_model(), task=task)
+    with pytest.raises(ValueError, match=r"either resume .* or overwrite"):
+        run(config, tmp_path, resume=True, overwrite=True)
+    assert run(config, tmp_path, resume=True).summary == first  # finished: nothing is trained or tested again
+    other = run(replace(config, method="linear"), tmp_path, model=make_model(), task=task, overwrite=True).summary
+    assert other["saved"] == "head.safetensors"
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_unfinished_run_is_named(
+    config: TrainConfig, task: Any, make_model: Callable[[], nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        kill_after(patch, 7)
+        with pytest.raises(Killed):
+            run(config, tmp_path, model=make_model(), task=task)
+    with pytest.raises(FileExistsError, match="holds an unfinished run"):
+        run(config, tmp_path, model=make_model(), task=task)
+
+
+@pytest.fixture
+def stopped(
+    config: TrainConfig, task: Any, make_model: Callable[[], nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """The folder of a run that was killed in its second epoch."""
+    with monkeypatch.context() as patch:
+        kill_after(patch, 7)
+        with pytest.raises(Killed):
+            run(config, tmp_path, model=make_model(), task=task)
+    return tmp_path
+
+
+def test_other_configuration_is_refused(stopped: Path, config: TrainConfig) -> None:
+    other = replace(config, lr=0.5, efft=EfftConfig(rank=8, scale=10.0, dropout=0.1))
+    with pytest.raises(CheckpointError) as caught:
+        run(other, stopped, resume=True)
+    assert str(caught.value) == ("cannot resume with another configuration: efft.rank was 4, is 8; lr was 0.01, is 0.5")
+
+
+def test_checkpoint_interval_may_change(
+    stopped: Path, config: TrainConfig, task: Any, make_model: Callable[[], nn.Module]
+) -> None:
+    result = run(replace(config, checkpoint_every=None), stopped, model=make_model(), task=task, resume=True).summary
+    assert result["updates"] == 16
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "foreign"])
+def test_damaged_checkpoint(stopped: Path, config: TrainConfig, damage: str) -> None:
+    path = stopped / "checkpoint.pt"
+    content = bytearray(path.read_bytes())
+    if damage == "truncated":
+        del content[len(content) // 2 :]
+    elif damage == "flipped":
+        content[len(content) // 2] ^= 1
+    elif damage == "empty":
+        content.clear()
+    path.write_bytes(content)
+    if damage == "foreign":
+        torch.save({"epoch": 1}, path)
+        with pytest.raises(CheckpointError, match="has format None; this version reads 1"):
+            run(config, stopped, resume=True)
+    else:
+        with pytest.raises(
+            CheckpointError, match=r"checkpoint .* is damaged \(.*\); start the run again with overwrite"
+        ):
+            run(config, stopped, resume=True)
+
+
+def test_shortened_metrics_file_is_refused(
+    stopped: Path, config: TrainConfig, task: Any, make_model: Callable[[], nn.Module]
+) -> None:
+    (stopped / "metrics.jsonl").write_text("")
+    with pytest.raises(
+        CheckpointError, match=r"metrics.jsonl has 0 bytes, but had \d+ when its checkpoint was written"
+    ):
+        run(config, stopped, model=make_model(), task=task, resume=True)
+
+
+def test_other_number_of_processes_is_refused(
+    stopped: Path, config: TrainConfig, task: Any, make_model: Callable[[], nn.Module]
+) -> None:
+    state = torch.load(stopped / "checkpoint.pt", weights_only=True)
+    torch.save({**state, "processes": state["processes"] * 2}, stopped / "checkpoint.pt")
+    with pytest.raises(CheckpointError, match="started with 2 processes and must go on with as many, not 1"):
+        run(config, stopped, model=make_model(), task=task, resume=True)
+
+
+def test_checkpoint_is_never_written_in_place(stopped: Path) -> None:
+    assert not (stopped / "checkpoint.pt.tmp").exists()
+    state = torch.load(stopped / "checkpoint.pt", weights_only=True)
+    assert json.dumps(state["config"])
+    assert not any(name.startswith("blocks") for name in state["weights"])  # the frozen backbone is not in it

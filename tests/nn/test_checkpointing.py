@@ -1,0 +1,184 @@
+"""Activation checkpointing runs layers again inside backward, where they must see the factors of their own pass."""
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from efft_kernels import EfftLinear
+
+
+def recompute(layer: EfftLinear, x: Tensor) -> Tensor:
+    return checkpoint(layer, x, use_reentrant=False)
+
+
+def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    for name, value in got.items():
+        assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize("prepare", [True, False], ids=["prepared", "one by one"])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_same_as_plain(make_stack: Callable[..., Any], kind: str, dropout: float, prepare: bool) -> None:
+    """Losses and all gradients, bit for bit and dropout included, over several passes."""
+    stack = make_stack(kind, dropout=dropout, trainable_scale=True)
+    stack.prepare = prepare
+    for seed in (0, 1):
+        assert_same(stack.gradients(recompute, seed), stack.gradients(seed=seed))
+
+
+@pytest.mark.parametrize("frozen", ["U", "C", "V", "CV", "UC", "UCV"])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_frozen_factors(make_stack: Callable[..., Any], kind: str, dropout: float, frozen: str) -> None:
+    stack = make_stack(kind, dropout=dropout)
+    for name in frozen:
+        getattr(stack.bank, name).requires_grad_(False)
+    got, expected = stack.gradients(recompute), stack.gradients()
+    for name, value in got.items():
+        torch.testing.assert_close(value, expected[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_eval_mode_is_recomputed_too(make_stack: Callable[..., Any]) -> None:
+    stack = make_stack("mlp", dropout=0.4)
+    stack.eval()
+    assert_same(stack.gradients(recompute), stack.gradients())
+
+
+def test_backward_twice(make_stack: Callable[..., Any]) -> None:
+    stack = make_stack("mlp", dropout=0.4)
+    loss = stack.run(recompute)
+    leaves = list(stack.bank.parameters())
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    for a, b in zip(torch.autograd.grad(loss, leaves), first, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_gradients_of_the_inputs_alone(make_stack: Callable[..., Any]) -> None:
+    """As for a saliency map; the training step after it must not mistake the pass for one that still waits."""
+    stack = make_stack("mlp", dropout=0.4)
+    for call in (recompute, lambda layer, x: layer(x)):
+        torch.autograd.grad(stack.run(call), stack.inputs)
+    assert_same(stack.gradients(recompute), stack.gradients())
+
+
+def test_layers_that_were_not_used(make_stack: Callable[..., Any]) -> None:
+    """No fc2 in the first pass; it is over all the same."""
+    stack = make_stack("mlp", dropout=0.4)
+    stack.run(lambda layer, x: x * 0 if layer.site.transpose else recompute(layer, x)).backward()
+    assert_same(stack.gradients(recompute), stack.gradients())
+
+
+def test_a_part_without_gradients(make_stack: Callable[..., Any]) -> None:
+    """Early layers under no_grad are not reentrant checkpointing."""
+    stack = make_stack("mlp")
+
+    def call(again: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(layer: EfftLinear, x: Tensor) -> Tensor:
+            with torch.set_grad_enabled(layer.site.layer > 0):
+                return again(layer, x)
+
+        return run
+
+    grads = [
+        torch.autograd.grad(stack.run(call(again)), list(stack.bank.parameters()))
+        for again in (recompute, lambda layer, x: layer(x))
+    ]
+    for a, b in zip(*grads, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_reentrant_checkpointing_is_refused(make_stack: Callable[..., Any]) -> None:
+    stack = make_stack("mlp")
+    loss = stack.run(lambda layer, x: checkpoint(layer, x, use_reentrant=True))
+    with pytest.raises(RuntimeError, match=r"use_reentrant=True cannot differentiate .* use .*use_reentrant=False\)"):
+        loss.backward()
+
+
+def test_two_passes_waiting_with_dropout(make_stack: Callable[..., Any]) -> None:
+    stack = make_stack("mlp", dropout=0.4)
+    losses = [stack.run(recompute) for _ in range(2)]
+    with pytest.raises(RuntimeError, match=r"an earlier pass is still waiting .*: call backward first, .*"):
+        sum(losses).backward()
+
+
+def test_two_passes_waiting_without_dropout(make_stack: Callable[..., Any]) -> None:
+    """Their factors are the same, so it does not matter which pass's a layer gets."""
+    stack = make_stack("mlp")
+    leaves = list(stack.bank.parameters())
+    got = torch.autograd.grad(stack.run(recompute) + stack.run(recompute), leaves)
+    for a, b in zip(got, torch.autograd.grad(stack.run(), leaves), strict=True):
+        torch.testing.assert_close(a, 2 * b)
+
+
+def test_passes_without_gradients_do_not_count(make_stack: Callable[..., Any]) -> None:
+    stack = make_stack("mlp", dropout=0.4)
+    loss = stack.run(recompute)
+    with torch.no_grad():
+        stack.run()
+        stack.run()
+    loss.backward()
+    assert_same(stack.gradients(recompute), stack.gradients())
+
+
+def test_an_abandoned_pass_does_not_block_the_next(make_stack: Callable[..., Any]) -> None:
+    """For example an exception between forward and backward: its graph is gone, so nothing waits for it."""
+    stack = make_stack("mlp", dropout=0.4)
+    loss = stack.run(recompute)
+    del loss
+    gc.collect()
+    assert_same(stack.gradients(recompute), stack.gradients())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_memory_of_passes_is_freed(make_stack: Callable[..., Any], dropout: float) -> None:
+    """No pass keeps activations, and no factors of more than a few passes: without the garbage collector's help."""
+    stack = make_stack("mlp", dropout=dropout)
+    gc.collect()
+    gc.disable()
+    try:
+        activations: list[Any] = []
+        factors: list[Any] = []
+
+        def call(layer: EfftLinear, x: Tensor) -> Tensor:
+            y = layer(x) * 1
+            activations.append(weakref.ref(y))
+            factors.append(weakref.ref(stack.bank.down_up(layer.index)[1]))
+            return y
+
+        for _ in range(4):
+            stack.run(call)
+        assert not any(ref() is not None for ref in activations), "abandoned"
+        assert sum(ref() is not None for ref in factors) <= 2 * len(stack.layers)
+        for _ in range(4):
+            stack.run(call).backward()
+        assert not any(ref() is not None for ref in activations), "differentiated"
+        assert not any(ref() is not None for ref in factors)
+    finally:
+        gc.enable()
+
+
+def test_a_layer_with_factors_of_its_own() -> None:
+    layer = EfftLinear.from_linear(torch.nn.Linear(6, 4, dtype=torch.float64), rank=2, dropout=0.4, init="u")
+    torch.nn.init.normal_(layer.factors.U)
+    x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    leaves = [x, *layer.factors.parameters()]
+    results = []
+    for call in (recompute, lambda layer, x: layer(x)):
+        torch.manual_seed(0)
+        results.append(torch.autograd.grad(call(layer, x).square().sum(), leaves))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_pass_of_another_bank_may_wait(make_stack: Callable[..., Any]) -> None:
+    """Another bank's pass is none of this bank's business."""
+    stack, other = make_stack("mlp", dropout=0.4), make_stack("attention", dropout=0.4)
+    waiting = other.run(recompute)
+    assert_same(stack.gradients(recompute), stack.gradients())
+    waiting.backward()

@@ -1,0 +1,297 @@
+"""TTFactors: what each site's (D, G) multiply to, with and without dropout, contracted at once or one by one."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from itertools import combinations
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from efft_kernels import Site, TTFactors
+from efft_kernels.nn.factors import Masks
+
+
+def parameters(bank: TTFactors) -> int:
+    return sum(p.numel() for p in bank.parameters())
+
+
+def test_parameter_counts_of_the_paper() -> None:
+    """ViT-B/16 at rank 32: 245,760 for EFFT2 and 159,744 for EFFT1; 178,176 with the public code's shared cores."""
+
+    def efft2(sharing: str) -> int:
+        attention = TTFactors(768, 768, 32, n_layers=12, n_cores=4, core_sharing=sharing)
+        return parameters(attention) + parameters(
+            TTFactors(768, 3072, 32, n_layers=12, n_cores=2, core_sharing=sharing)
+        )
+
+    assert efft2("per_layer") == 245_760
+    assert efft2("shared") == 178_176
+    assert parameters(TTFactors(768, 3072, 32, n_layers=12, n_cores=3)) == 159_744
+
+
+def test_shapes() -> None:
+    bank = TTFactors(6, 10, (2, 4), n_layers=3, n_cores=5, trainable_scale=True, scale=2.5)
+    assert {name: tuple(p.shape) for name, p in bank.named_parameters()} == {
+        "U": (6, 2),
+        "C": (3, 5, 2, 4),
+        "V": (4, 10),
+        "scale": (),
+    }
+    assert bank.scale.item() == 2.5
+    bank = TTFactors(6, 10, 3, n_layers=3, core_sharing="shared", device="meta", dtype=torch.bfloat16)
+    assert bank.C.shape == (1, 1, 3, 3)
+    assert {p.device.type for p in bank.parameters()} == {"meta"}
+    assert {p.dtype for p in bank.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_factors_of_every_site(
+    make_bank: Callable[..., Any], update: Callable[..., Tensor], kind: str, core_sharing: str, prepared: bool
+) -> None:
+    bank, sites = make_bank(kind, core_sharing=core_sharing)
+    indices = [bank.bind(site) for site in sites]
+    if prepared:
+        bank.prepare()
+    for index, site in zip(indices, sites, strict=True):
+        D, G = bank.down_up(index)
+        assert (D.shape[0], G.shape[1]) == bank.features(site)
+        torch.testing.assert_close(D @ G, update(bank, site))
+    bank.release()
+
+
+def test_sites_in_any_order_and_number(make_bank: Callable[..., Any], update: Callable[..., Tensor]) -> None:
+    """Layers that are skipped, adapted twice, or bound back to front; cores that are not neighbours."""
+    bank, _ = make_bank("attention", n_layers=4)
+    sites = [Site(3, (0,)), Site(1, (0,)), Site(3, (0,)), Site(1, (3, 0)), Site(2, (2,), columns=(2, 7))]
+    for site in sites:
+        bank.bind(site)
+    bank.prepare()
+    for index, site in enumerate(sites):
+        D, G = bank.down_up(index)
+        torch.testing.assert_close(D @ G, update(bank, site))
+
+
+@pytest.mark.parametrize("trainable_scale", [False, True])
+def test_contracting_at_once_or_one_by_one(
+    make_stack: Callable[..., Any], kind: str, core_sharing: str, trainable_scale: bool
+) -> None:
+    stack = make_stack(kind, core_sharing=core_sharing, trainable_scale=trainable_scale)
+    at_once = stack.gradients()
+    stack.prepare = False
+    one_by_one = stack.gradients()
+    assert ("scale" in at_once) == trainable_scale
+    for name, value in at_once.items():
+        torch.testing.assert_close(value, one_by_one[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_gradients(make_stack: Callable[..., Any], update: Callable[..., Tensor], kind: str, core_sharing: str) -> None:
+    """Of every factor and the scale, through the ops, against autograd through the dense updates."""
+    stack = make_stack(kind, core_sharing=core_sharing, trainable_scale=True)
+    got = stack.gradients()
+    dense = stack.gradients(lambda layer, x: x @ (layer.weight.t() + update(stack.bank, layer.site)) + layer.bias)
+    for name, value in got.items():
+        torch.testing.assert_close(value, dense[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_one_launch_for_each_kind_of_site(make_stack: Callable[..., Any]) -> None:
+    """However many layers: qkv, proj, fc1 and fc2 of all layers are four contractions, and four backward."""
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names.append(func.name().partition(".")[0])
+            return func(*args, **(kwargs or {}))
+
+    for n_layers in (2, 5):
+        stack, names = make_stack("whole block", n_layers=n_layers, dropout=0.1), []
+        with Count():
+            stack.run().backward()
+        assert names.count("efft::tt_contract_fwd") == names.count("efft::tt_contract_bwd") == 4
+        assert names.count("efft::tt_linear_fwd") == names.count("efft::tt_linear_bwd") == 4 * n_layers
+
+
+# Dropout
+
+
+def test_masks(make_bank: Callable[..., Any]) -> None:
+    """A fraction p is dropped, independently for every layer, scope and factor, and anew each time."""
+    bank, sites = make_bank("mlp", n_layers=2, rank=(40, 50), dropout=0.3)
+    for site in sites:
+        bank.bind(site)
+    one, two = bank.draw_masks(2), bank.draw_masks(2)
+    assert [tuple(m.shape) for m in one] == [(2, 2, 8, 40), (2, 2, 40, 50), (2, 2, 50, 32)]
+    draws = [mask.double().flatten(2).flatten(0, 1) for masks in (one, two) for mask in masks]
+    for kept in (row for draw in draws for row in draw):
+        assert abs(kept.mean() - 0.7) < 5 * (0.21 / kept.numel()) ** 0.5
+    for a, b in combinations([row[:320] for draw in draws for row in draw], 2):
+        assert abs((a - 0.7) @ (b - 0.7) / 0.21) < 5 * 320**0.5, "two draws are correlated"
+
+
+def test_nothing_is_dropped_in_eval_mode_or_without_dropout(make_bank: Callable[..., Any]) -> None:
+    bank, sites = make_bank("mlp", dropout=0.3)
+    bank.bind(sites[0])
+    assert bank.draw_masks(1) is not None
+    assert bank.eval().draw_masks(1) is None
+    bank, _ = make_bank("mlp", dropout=0.0)
+    assert bank.draw_masks(1) is None
+
+
+def given_masks(bank: TTFactors, sites: list[Site], monkeypatch: pytest.MonkeyPatch) -> Masks:
+    """Masks of all layers that ``bank`` uses from now on."""
+    n_scopes, n_layers = 1 + max(site.mask_scope for site in sites), bank.n_layers
+    shapes = (n_layers, n_scopes, *bank.U.shape), (n_layers, *bank.C.shape[1:]), (n_layers, n_scopes, *bank.V.shape)
+    masks = Masks(*(torch.rand(shape) > 0.4 for shape in shapes))
+
+    def draw(n: int) -> Masks:
+        assert n == n_layers
+        return masks
+
+    monkeypatch.setattr(bank, "draw_masks", draw)
+    return masks
+
+
+def test_dropout_on_every_site(
+    make_stack: Callable[..., Any],
+    update: Callable[..., Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    core_sharing: str,
+) -> None:
+    """Each site uses the masks of its layer, its scope and its cores, rescaled by 1/(1-p), forward and backward."""
+    stack = make_stack(kind, core_sharing=core_sharing, dropout=0.4, trainable_scale=True)
+    masks = given_masks(stack.bank, [layer.site for layer in stack.layers], monkeypatch)
+    got = stack.gradients()
+    dense = stack.gradients(
+        lambda layer, x: x @ (layer.weight.t() + update(stack.bank, layer.site, masks)) + layer.bias
+    )
+    for name, value in got.items():
+        torch.testing.assert_close(value, dense[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_layers_of_one_scope_share_a_draw(make_bank: Callable[..., Any]) -> None:
+    """qkv and proj see one draw of U; fc1 (D = U) and fc2 (G from U) two; another pass, other draws."""
+    bank, sites = make_bank("attention", dropout=0.5)
+    for site in sites:
+        bank.bind(site)
+    bank.prepare()
+    downs = [bank.down_up(i)[0] for i in range(len(sites))]
+    assert torch.equal(downs[0], downs[1])
+    assert not torch.equal(downs[0], downs[2]), "another layer"
+    assert bank.down_up(0)[0] is downs[0]
+    bank.prepare()
+    assert not torch.equal(bank.down_up(0)[0], downs[0])
+
+    bank, _ = make_bank("attention", dropout=0.5)
+    for scope in (0, 1, 1):
+        bank.bind(Site(0, (0,), mask_scope=scope))
+    bank.prepare()
+    downs = [bank.down_up(i)[0] for i in range(3)]
+    assert not torch.equal(downs[0], downs[1])
+    assert torch.equal(downs[1], downs[2])
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+def test_dropout_leaves_the_expected_update_alone(
+    make_bank: Callable[..., Any], update: Callable[..., Tensor], transpose: bool
+) -> None:
+    """The mean over 4,000 layers with shared factors is 5 standard errors from the update at most."""
+    n = 4000
+    bank, _ = make_bank("attention", n_layers=n, core_sharing="shared", dropout=0.3)
+    sites = [Site(layer, (1,), transpose=transpose) for layer in range(n)]
+    for site in sites:
+        bank.bind(site)
+    with torch.no_grad():
+        bank.prepare()
+        deltas = torch.stack([D @ G for D, G in map(bank.down_up, range(n))])
+        error = deltas.mean(0) - update(bank, sites[0])
+    assert (error.abs() < 5 * deltas.std(0) / n**0.5).all()
+    assert deltas.std(0).min() > 0.1 * deltas.mean(0).abs().min()
+
+
+# Life of a pass
+
+
+def test_a_pass_ends_with_release(make_bank: Callable[..., Any]) -> None:
+    bank, sites = make_bank("mlp")
+    bank.bind(sites[0])
+    bank.prepare()
+    before = bank.down_up(0)[1]
+    with torch.no_grad():
+        bank.C.mul_(2)
+    assert bank.down_up(0)[1] is before
+    bank.release()
+    torch.testing.assert_close(bank.down_up(0)[1], 2 * before)
+
+
+def test_copies_in_the_middle_of_a_pass(make_bank: Callable[..., Any]) -> None:
+    """A deepcopy or pickle takes the factors and leaves the pass behind."""
+    bank, sites = make_bank("mlp", dropout=0.5)
+    for site in sites:
+        bank.bind(site)
+    bank.prepare()
+    (bank.down_up(0)[1].sum() + bank.down_up(1)[1].sum()).backward()
+    for made in (copy.deepcopy(bank), pickle.loads(pickle.dumps(bank))):
+        assert made.sites == bank.sites
+        for name, value in bank.named_parameters():
+            assert torch.equal(value, dict(made.named_parameters())[name])
+        made.eval()
+        with torch.no_grad():
+            made.C.zero_()
+        assert not made.down_up(0)[1].any(), "the copy computes with its own factors"
+    assert bank.C.any()
+
+
+def test_a_bank_that_nothing_is_bound_to() -> None:
+    bank = TTFactors(4, 4, 2, dropout=0.1)
+    bank.prepare()
+    bank.release()
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"rank": 0}, r"sizes and ranks must be at least 1, got {'r1': 0, 'r2': 0}"),
+        ({"rank": (2, 0)}, r"must be at least 1, got {'r2': 0}"),
+        ({"d_in": 0}, r"must be at least 1, got {'d_in': 0}"),
+        ({"n_layers": 0, "n_cores": -1}, r"must be at least 1, got {'n_layers': 0, 'n_cores': -1}"),
+        ({"core_sharing": "layers"}, "core_sharing must be 'per_layer' or 'shared', got 'layers'"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+        ({"dropout": -0.1}, r"dropout must be in \[0, 1\), got -0.1"),
+    ],
+)
+def test_wrong_arguments(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TTFactors(**{"d_in": 4, "d_out": 4, "rank": 2, **changed})
+
+
+@pytest.mark.parametrize(
+    ("site", "message"),
+    [
+        (Site(2), r"Site\(layer=2, .* does not fit a bank of 2 layers with 3 cores each"),
+        (Site(-1), r"does not fit a bank of 2 layers"),
+        (Site(0, (0, 3)), r"cores=\(0, 3\), .* does not fit a bank of 2 layers with 3 cores each"),
+        (Site(0, ()), "does not fit a train with 8 output columns"),
+        (Site(0, columns=(4, 9)), r"columns=\(4, 9\), .* does not fit a train with 8 output columns"),
+        (Site(0, columns=(4, 4)), "does not fit a train with 8 output columns"),
+        (Site(0, columns=(-1, 4)), "does not fit a train with 8 output columns"),
+        (Site(0, (0, 1), transpose=True), "a transposed train has one core"),
+    ],
+)
+def test_wrong_sites(site: Site, message: str) -> None:
+    bank = TTFactors(4, 8, 2, n_layers=2, n_cores=3)
+    with pytest.raises(ValueError, match=message):
+        bank.bind(site)
+    assert bank.sites == []
+
+
+@pytest.mark.filterwarnings("error")
+def test_repr() -> None:
+    bank = TTFactors(4, 8, (2, 3), n_layers=2, n_cores=3, scale=0.5, dropout=0.1, trainable_scale=True)
+    sizes = "d_in=4, d_out=8, rank=(2, 3), n_layers=2, n_cores=3"
+    assert repr(bank) == f"TTFactors({sizes}, core_sharing='per_layer', scale=0.5, dropout=0.1)"

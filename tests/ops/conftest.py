@@ -1,0 +1,88 @@
+"""Every test of an op runs for every backend and device (and dtype) it asks for by these fixtures."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from efft_kernels.backends import Backend
+from efft_kernels.testing import backends
+
+DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+IDS = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES}
+
+
+@pytest.fixture(params=backends(), ids=lambda b: b.value, scope="session")
+def backend(request: pytest.FixtureRequest) -> Backend:
+    return request.param
+
+
+@pytest.fixture(params=[b for b in backends() if b is not Backend.REFERENCE], ids=lambda b: b.value)
+def kernels(request: pytest.FixtureRequest) -> Backend:
+    """Backends that run behind registered ops; the reference is plain torch."""
+    return request.param
+
+
+@pytest.fixture(params=DEVICES, scope="session")
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=DTYPES, ids=IDS.get, scope="session")
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(params=DTYPES[1:], ids=IDS.get, scope="session")
+def low(request: pytest.FixtureRequest) -> torch.dtype:
+    """Precisions that fp64 is exact for. fp64 itself is tested over many shapes and layouts, and by gradcheck."""
+    return request.param
+
+
+class Recorder(TorchDispatchMode):
+    """What torch does inside the ``with`` block, also inside the registered ops.
+
+    Attributes:
+        registered: names of the registered ops called.
+        allocated: shape of every tensor in new memory.
+        products: shape of every matrix product's result.
+    """
+
+    PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "baddbmm")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.registered: list[str] = []
+        self.allocated: list[tuple[int, ...]] = []
+        self.products: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if func.namespace == "efft":
+            self.registered.append(func.name())
+            key = torch._C.DispatchKey.CUDA if tensors[0].is_cuda else torch._C.DispatchKey.CPU
+            with self:  # straight to the kernel, and watch what it calls
+                return func.redispatch(torch._C.DispatchKeySet(key), *args, **(kwargs or {}))
+        with self:  # matmul, linear, ... are made of others
+            out = func.decompose(*args, **(kwargs or {}))
+        if out is not NotImplemented:
+            return out
+        out = func(*args, **(kwargs or {}))
+        known = {t.untyped_storage().data_ptr() for t in tensors}
+        for result in torch.utils._pytree.tree_leaves(out):
+            if not isinstance(result, Tensor):
+                continue
+            if result.untyped_storage().data_ptr() not in known:
+                self.allocated.append(tuple(result.shape))
+            if func._schema.name.removeprefix("aten::") in self.PRODUCTS:
+                self.products.append(tuple(result.shape))
+        return out
+
+
+@pytest.fixture(scope="session")
+def record() -> Callable[[], Recorder]:
+    return Recorder

@@ -1,0 +1,77 @@
+"""The environment report, `python -m efft_kernels`."""
+
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from efft_kernels import Backend, __version__, env, testing
+from efft_kernels.eager import tt_linear as eager
+
+ROOT = Path(__file__).parents[1]
+
+
+def lines() -> dict[str, str]:
+    """The report by the names its lines begin with."""
+    return {re.match(r"\w+ on \w+|\S+", line)[0]: line for line in env.report().splitlines()}
+
+
+def test_versions_and_devices() -> None:
+    report = lines()
+    assert platform.python_version() in report["python"]
+    assert torch.__version__.partition("+")[0] in report["torch"]
+    assert report["efft-kernels"].split()[1] in (__version__, "not")
+    assert f"{torch.get_num_threads()} threads" in report["cpu"]
+    assert torch.cuda.is_available() or "not available" in report["cuda"]
+
+
+def test_packages_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(env, "_PACKAGES", ("torch", "no-such-package"))
+    assert lines()["no-such-package"] == "no-such-package not installed"
+
+
+def test_backend_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EFFT_BACKEND", "auto")
+    assert lines()["EFFT_BACKEND"].startswith("EFFT_BACKEND  auto (calls without backend= ask for ")
+    monkeypatch.delenv("EFFT_BACKEND")
+    line = lines()["EFFT_BACKEND"]
+    assert line.startswith("EFFT_BACKEND  not set (")
+    assert line.endswith("'auto' tries eager, reference)")
+
+
+def test_every_backend_passes_on_every_device() -> None:
+    report = lines()
+    for backend in testing.backends():
+        for device in testing.devices():
+            assert "self-test passed" in report[f"{backend.value} on {device}"]
+
+
+@pytest.mark.parametrize("wrong", [1.001, float("nan")])
+def test_a_wrong_gradient_is_found(monkeypatch: pytest.MonkeyPatch, wrong: float) -> None:
+    """Of one backend, and by a thousandth, in a gradient alone."""
+    right = eager.tt_linear_bwd
+    monkeypatch.setitem(
+        sys.modules["efft_kernels.ops.tt_linear"]._BACKWARD,
+        Backend.EAGER,
+        lambda *args: (*right(*args)[:2], wrong * right(*args)[2]),
+    )
+    report = lines()
+    assert "self-test FAILED" in report["eager on cpu"]
+    assert "self-test passed" in report["reference on cpu"]
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_command(tmp_path: Path, broken: bool) -> None:
+    """Exit code 1 if a self-test failed, and the report either way."""
+    program = "import runpy\n" + "import efft_kernels.env as e; e._relative = lambda a, b: 1.0\n" * broken
+    command = [sys.executable, "-c", program + "runpy.run_module('efft_kernels', run_name='__main__')"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == broken, done.stderr
+    assert done.stdout.startswith("python ")
+    assert ("FAILED" in done.stdout) == broken
