@@ -9,6 +9,7 @@ import tyro
 
 from efft.config import EfftConfig
 from efft.models import DEFAULT
+from efft.presets import paper_config
 from efft.train.config import TrainConfig
 
 
@@ -128,6 +129,7 @@ def inspect(
     /,
     classes: int = 1000,
     image_size: int | None = None,
+    paper: bool = False,
     adapter: Annotated[EfftConfig, tyro.conf.arg(name="")] = EfftConfig(),  # noqa: B008  # tyro copies defaults
 ) -> None:
     """Trainable parameters by group: of a model if it were adapted (no weights are read), or of a saved adapter.
@@ -136,10 +138,13 @@ def inspect(
         model: the embedded backbone, any timm model name, or the folder of an adapter or a run.
         classes: outputs of the classifier.
         image_size: input height and width in pixels; by default the model's own.
+        paper: the paper's ranks for this architecture, in place of --rank; --variant and --core-sharing still count.
         adapter: the adapter.
     """
     from efft.cli.inspect import adapter_table, model_table
 
+    if paper:
+        adapter = paper_config(model, adapter.variant, core_sharing=adapter.core_sharing)
     folder = Path(model)
     print(adapter_table(folder) if folder.is_dir() else model_table(model, classes, image_size, adapter))
 
