@@ -1,34 +1,31 @@
-"""The demo as a recorded measurement: runs it as a user would and keeps its results.
+"""Record a finished run of the demo, made with this checkout on this machine.
 
-    python -m benchmarks.demo --out demo_out     # about ten minutes on two cores
+    make demo && python -m benchmarks.demo demo_out
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 from benchmarks.record import append, machine_facts
 from efft.demo.settings import TASKS
 
 METHODS = {"linear": "linear probe", "efft": "EFFT2"}
+KEPT = ("trainable_parameters", "factor_parameters", "saved_bytes", "test_accuracy", "seconds")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("demo_out"))
+    parser.add_argument("out", type=Path, help="the folder that the demo wrote")
     out: Path = parser.parse_args().out
-    subprocess.run([sys.executable, "-m", "efft.demo", "--out", str(out)], check=True)
-    facts = machine_facts()
+    facts = {**machine_facts(), "command": "make demo"}
     rows = []
     for task in TASKS:
         for folder, method in METHODS.items():
             result = json.loads((out / f"{task}-{folder}" / "result.json").read_text(encoding="utf-8"))
-            names = ("trainable_parameters", "factor_parameters", "saved_bytes", "test_accuracy", "seconds")
-            rows.append({**facts, "task": task, "method": method, **{name: result[name] for name in names}})
+            rows.append({**facts, "task": task, "method": method, **{name: result[name] for name in KEPT}})
     append("demo", rows)
 
 

@@ -135,7 +135,8 @@ def specifications(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, An
             yield from (("model", {**asdict(setting), "row": name}) for name in names)
     if "layer" in args.level:
         known = None if args.rows is None else [row for row in args.rows if row in layer_rows.ROWS]
-        for case in cases.select("quick", images=[images], rank=[args.rank], dtype=dtypes):
+        layers = ["fc1"] if args.quick else None
+        for case in cases.select("quick", case=layers, images=[images], rank=[args.rank], dtype=dtypes):
             names = [row.name for row in layer_rows.select(known)]
             yield from (("layer", {**asdict(case), "device": args.device, "row": name}) for name in names)
 
@@ -152,7 +153,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
     options.add_argument("--device", default=default_device())
     options.add_argument("--rows", nargs="+", help="default: all")
-    options.add_argument("--quick", action="store_true", help="2 images, float32 only")
+    options.add_argument("--quick", action="store_true", help="2 images, float32, of the layers only fc1")
     options.add_argument("--results", type=Path, help="folder for memory.jsonl")
     options.add_argument("--measure", nargs=2, metavar=("LEVEL", "JSON"), help=argparse.SUPPRESS)
     return options

@@ -196,8 +196,8 @@ def addmm(c: Case) -> tuple[Kernels, Kernels]:
 
 
 def augmented_dx(c: Case) -> tuple[Kernels, Kernels]:
-    """eager, with [dx | dh] = gy [W | Gᵀ] in one vendor product"""
-    backward = [("gy [W | Gᵀ]", c.dx(n_more=c.rank)), ("dG", c.dh_alone()), ("dD", c.h_alone())]
+    """eager, with [dx, dh] = gy [W, Gᵀ] in one vendor product"""
+    backward = [("gy [W, Gᵀ]", c.dx(n_more=c.rank)), ("dG", c.dh_alone()), ("dD", c.h_alone())]
     return eager(c)[0], [*backward, ("dx += dh Dᵀ", c.add_down())]
 
 
@@ -211,18 +211,18 @@ def lorafusion(c: Case) -> tuple[Kernels, Kernels]:
 
 
 def augmented(c: Case) -> tuple[Kernels, Kernels]:
-    """[x | h] [W | Gᵀ]ᵀ and gy [W | Gᵀ] by the vendor, neighbours make h and take dh Dᵀ"""
+    """[x, h] [W, Gᵀ]ᵀ and gy [W, Gᵀ] by the vendor, neighbours make h and take dh Dᵀ"""
     copy: Kernels = [] if c.layer.owns_x else [("copy x", c.machine.memory(2 * c.x))]
-    forward = [("refresh G", c.refresh()), ("h", c.h_before()), *copy, ("[x | h]", c.forward(k_more=c.rank))]
-    return forward, [("gy [W | Gᵀ]", c.dx(n_more=c.rank)), *c.reductions(), ("dh Dᵀ", c.down_after())]
+    forward = [("refresh G", c.refresh()), ("h", c.h_before()), *copy, ("[x, h] [W, Gᵀ]ᵀ", c.forward(k_more=c.rank))]
+    return forward, [("gy [W, Gᵀ]", c.dx(n_more=c.rank)), *c.reductions(), ("dh Dᵀ", c.down_after())]
 
 
 def augmented_alone(c: Case) -> tuple[Kernels, Kernels]:
     """the same with no neighbour of ours: x is copied"""
     copy = c.machine.memory(2 * c.x)
     forward = [("refresh G", c.refresh()), ("x D", c.h_alone()), ("copy x", copy)]
-    backward = [("gy [W | Gᵀ]", c.dx(n_more=c.rank)), *c.reductions(), ("dx += dh Dᵀ", c.add_down())]
-    return [*forward, ("[x | h]", c.forward(k_more=c.rank))], backward
+    backward = [("gy [W, Gᵀ]", c.dx(n_more=c.rank)), *c.reductions(), ("dx += dh Dᵀ", c.add_down())]
+    return [*forward, ("[x, h] [W, Gᵀ]ᵀ", c.forward(k_more=c.rank))], backward
 
 
 def recompute(c: Case) -> tuple[Kernels, Kernels]:
@@ -244,10 +244,10 @@ def one_pass(c: Case) -> tuple[Kernels, Kernels]:
 
 
 def merged(c: Case) -> tuple[Kernels, Kernels]:
-    """W + dW built once a step, dx and dh by one product with [W | Gᵀ]; loses the update in bf16"""
+    """W + dW built once a step, dx and dh by one product with [W, Gᵀ]; loses the update in bf16"""
     merge = c.machine.memory(2 * c.w, 2 * c.rank * c.layer.d_in * c.layer.d_out)
     forward = [("merge", merge), ("h", c.h_before()), ("product", c.forward())]
-    return forward, [("gy [W | Gᵀ]", c.dx(n_more=c.rank)), *c.reductions()]
+    return forward, [("gy [W, Gᵀ]", c.dx(n_more=c.rank)), *c.reductions()]
 
 
 def own_forward(c: Case) -> tuple[Kernels, Kernels]:
@@ -269,7 +269,7 @@ def neighbours(c: Case) -> tuple[Kernels, Kernels]:
     moved = c.layer.d_in + (c.layer.d_out if c.layer.owns_gy else 0)
     inside = 1e6 * c.tokens * c.rank * moved / (0.3 * c.machine.flops)
     alone: Kernels = [("dG", c.machine.memory(left + c.h, left * c.rank))] if left else []
-    backward = [("gy [W | Gᵀ]", c.dx(n_more=c.rank)), *alone, ("dC, dV", c.tiny), ("dG, dD in neighbours", inside)]
+    backward = [("gy [W, Gᵀ]", c.dx(n_more=c.rank)), *alone, ("dC, dV", c.tiny), ("dG, dD in neighbours", inside)]
     return augmented(c)[0], [*backward, ("dh Dᵀ", c.down_after())]
 
 

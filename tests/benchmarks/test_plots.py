@@ -1,0 +1,183 @@
+"""Pictures and tables show what the result files say, name the machine, and keep modelled figures apart."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import record, tables
+from benchmarks.__main__ import main
+from benchmarks.model_roofline import block_times, vit_block
+from benchmarks.plots import draw, model_ratios, ops_ratios, roofline, scaling
+from benchmarks.readme import render
+from benchmarks.roofline_gpu import Machine
+
+pytest.importorskip("matplotlib", reason="needs the train extra")
+
+FACTS: dict[str, Any] = {
+    "date": "2026-01-02T03:04:05+00:00",
+    "machine": "Test CPU",
+    "gpu": {"name": "Test GPU", "driver": "1", "cuda": "1"},
+    "versions": {"python": "3.12", "torch": "2.10"},
+    "commit": "abc1234",
+    "command": "python -m benchmarks x",
+}
+
+
+def q(p50: float) -> dict[str, float]:
+    return {"min": 0.8 * p50, "p20": 0.9 * p50, "p50": p50, "p80": 1.2 * p50, "n": 5}
+
+
+def ops_line(row: str, ratio: float, case: str = "o", device: str = "cpu", **more: Any) -> dict[str, Any]:
+    images = 8 if device == "cpu" else 64
+    about = {"suite": "ops", "case": case, "model": "vit_b", "images": images, "rank": 32, "tokens": 197 * images}
+    figures = {"seconds": {"fwd_bwd": q(ratio / 100)}, "ratio": {"fwd_bwd": q(ratio)}, "limit": {"fwd_bwd": 1.1}}
+    peaks = {"peaks": {"flops_per_s": 8e10, "bytes_per_s": 1e10}}
+    achieved = {"of_gemm_peak": {"fwd_bwd": 0.5}, "of_copy_peak": {"fwd_bwd": 0.25}, **peaks}
+    return {**FACTS, **about, "dtype": "bfloat16", "device": device, "row": row, **figures, **achieved, **more}
+
+
+def model_line(row: str, ratio: float, **more: Any) -> dict[str, Any]:
+    about = {"suite": "model", "model": "vit_base_patch16_224", "batch": 8, "rank": 32, "dtype": "float32"}
+    figures = {"seconds": q(ratio), "ratio": q(ratio), "images_per_s": 8 / ratio, "saved_bytes": 2**20}
+    sizes = {"trainable": 1234567, "adapter_bytes": 983040}
+    return {**FACTS, **about, "device": "cpu", "row": row, **figures, **sizes, **more}
+
+
+def refused(line: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in line.items() if k not in ("seconds", "ratio", "limit", "peaks")} | {"reason": "wrong: y"}
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    return tmp_path
+
+
+def write(folder: Path, name: str, lines: Iterable[dict[str, Any]]) -> None:
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_bars_are_the_medians_and_whiskers_the_quantiles() -> None:
+    lines = [ops_line("floor", 1.0), ops_line("naive", 1.5), refused(ops_line("paper", 9.0))]
+    ((name, figure),) = ops_ratios(lines)
+    (axes,) = figure.axes
+    assert name == "ops_cpu_vit_b_8_32_bfloat16"
+    assert [bar.get_width() for bar in axes.patches] == [1.0, 1.5]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["floor", "naive"]
+    (whiskers,) = (container.errorbar for container in axes.containers if hasattr(container, "errorbar"))
+    segments = whiskers.lines[2][0].get_segments()
+    assert segments[1][:, 0].tolist() == pytest.approx([1.35, 1.8])
+    assert "Test CPU; commit abc1234" in axes.get_title()
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["o, measured"]
+
+
+def test_modelled_ratios_stand_beside_those_of_a_gpu_only() -> None:
+    lines = [ops_line(row, 1.0 + i, device="cuda") for i, row in enumerate(("floor", "naive", "merged-by-hand"))]
+    ((_, figure),) = ops_ratios(lines)
+    axes = figure.axes[0]
+    assert "Test GPU" in axes.get_title()
+    (modelled,) = (line for line in axes.lines if "modelled" in str(line.get_label()))
+    times = block_times(Machine(), 12608, 32, vit_block(768))
+    assert list(modelled.get_xdata()) == pytest.approx([1.0, times["naive"]["o"] / times["floor"]["o"]])
+    assert modelled.get_fillstyle() == "none"
+    assert any("not measured" in text.get_text() for text in axes.get_legend().get_texts())
+
+
+def test_only_the_newest_run_is_drawn() -> None:
+    old = {"date": "2025-01-01T00:00:00+00:00"}
+    lines = [model_line("floor", 1.0, **old), model_line("gone", 7.0, **old), model_line("floor", 1.0)]
+    ((_, figure),) = model_ratios(lines)
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["floor"]
+
+
+def test_roofline_points_lie_at_what_was_achieved() -> None:
+    ((_, figure),) = roofline([ops_line("floor", 1.0)])
+    point, roof = figure.axes[0].lines
+    assert (point.get_xdata()[0], point.get_ydata()[0]) == pytest.approx((16.0, 4e10))  # 4e10 FLOP/s, 2.5e9 byte/s
+    assert max(roof.get_ydata()) == 8e10
+
+
+def test_scaling_is_drawn_in_order_of_size_with_its_exponent() -> None:
+    lines = [
+        ops_line("naive", ratio, suite="scaling", sweep="tokens", tokens=tokens)
+        for tokens, ratio in ((394, 2.0), (197, 1.0))
+    ]
+    about = {k: v for k, v in lines[0].items() if k not in ("seconds", "ratio", "tokens", "peaks")}
+    ((name, figure),) = scaling([*lines, {**about, "sizes": [197, 394], "exponent": 1.0}])
+    (line,) = figure.axes[0].lines
+    assert name == "scaling_cpu_vit_b_o_tokens_bfloat16"
+    assert list(line.get_xdata()) == [197, 394]
+    assert list(line.get_ydata()) == pytest.approx([0.01, 0.02])
+    assert line.get_label() == "naive, measured, exponent 1.00"
+
+
+def test_command_draws_every_result_file(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(results, "ops", [ops_line("floor", 1.0)])
+    write(results, "model", [model_line("floor", 1.0)])
+    out = results / "out"
+    assert main(["plot", "--results", str(results), "--out", str(out)]) == 0
+    assert {path.name.split("_")[0] for path in out.glob("*.png")} == {"ops", "roofline", "model"}
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    assert draw(results / "nowhere", out) == []
+
+
+def test_tables_of_what_was_not_run_say_so(results: Path) -> None:
+    assert all(make() == tables.NOTHING for make in tables.TABLES.values())
+
+
+def test_training_step_table(results: Path) -> None:
+    old = model_line("efft:eager", 9.0, date="2025-01-01T00:00:00+00:00")
+    half = [model_line(row, ratio, dtype="bfloat16") for row, ratio in (("floor", 1.0), ("efft:eager", 1.25))]
+    full = [model_line("floor", 1.0), model_line("efft:eager", 1.5), refused(model_line("paper", 2.0))]
+    write(results, "model", [old, *full, *half])
+    lines = tables.train_step("cpu").splitlines()
+    assert lines[2:4] == [
+        "| frozen floor | 1.00 | 8.0 | 1.00 | 8.0 |",
+        "| **EFFT2, this library (eager)** | 1.50 | 5.3 | 1.25 | 6.4 |",
+    ]
+    assert not any("paper" in line for line in lines)
+    assert lines[-1] == (
+        "- bfloat16: `python -m benchmarks x`, commit abc1234, Test CPU; python 3.12, torch 2.10; 2026-01-02"
+    )
+
+
+def test_layer_table_on_a_gpu_has_the_block_measured_and_modelled(results: Path) -> None:
+    layers = ("qkv", "o", "fc1", "fc2")
+    lines = [ops_line(row, ratio, layer, "cuda") for row, ratio in (("floor", 1.0), ("naive", 2.0)) for layer in layers]
+    write(results, "ops", lines)
+    header, _, floor, naive, limit, *_ = tables.ops("cuda").splitlines()
+    assert header.endswith("| block, bfloat16 | block, modelled, not measured |")
+    assert floor.endswith("| 1.00 | 1.00 | 1.00 | 1.00 | 1.00 | 1.00 |")
+    assert naive.endswith("| 2.00 | 2.00 | 2.00 | 2.00 | 2.00 | 1.72 |")
+    assert limit == "| arithmetic limit | 1.10 | 1.10 | 1.10 | 1.10 | - | 1.08 |"
+    assert tables.ops("cpu") == tables.NOTHING
+
+
+def test_memory_and_inference_tables(results: Path) -> None:
+    bytes_of = {"saved_bytes": 280 * 2**20, "peak_bytes": 3 * 2**30, "level": "model"}
+    write(results, "memory", [model_line("floor", 1.0, **bytes_of), refused(model_line("peft", 1.0, level="model"))])
+    write(results, "model", [model_line("floor", 1.0)])
+    write(results, "serve", [model_line(row, r, ratio_to_base=q(r)) for row, r in (("base", 1.0), ("merged", 1.01))])
+    assert tables.memory("cpu").splitlines()[2] == "| frozen floor | 280 MiB | 3072 MiB | 1,234,567 | 0.98 MB |"
+    assert tables.serve("cpu").splitlines()[2:4] == [
+        "| plain model | 1.00 |",
+        "| EFFT2 merged into the weights | 1.01 |",
+    ]
+
+
+def test_blocks_of_a_text_are_filled(results: Path) -> None:
+    write(results, "model", [model_line("floor", 1.0)])
+    text = "before\n<!-- table: train_step -->\nold\n<!-- end -->\nafter\n"
+    assert render(text) == text.replace("old", tables.train_step("cpu"))
+    assert render(render(text)) == render(text)
+
+
+def test_command_prints_a_table_or_names_what_there_is(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tables", "serve_gpu"]) == 0
+    assert capsys.readouterr().out.strip() == tables.NOTHING
+    with pytest.raises(SystemExit):
+        main(["tables", "serv"])
+    assert "no table 'serv'; there are parameters, train_step, ops" in capsys.readouterr().err
