@@ -1,6 +1,6 @@
 """Record a finished run of the demo, made with this checkout on this machine.
 
-    make demo && python -m benchmarks.demo demo_out
+make demo && python -m benchmarks.demo demo_out
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def _with_storages(forward: Callable[[], object], kept: dict[int, int]) -> objec
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # itself, an output would hold its own graph: a cycle that is never freed
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         return forward()

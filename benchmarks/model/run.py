@@ -19,10 +19,13 @@ from torch import nn
 
 from benchmarks.memory import saved_by
 from benchmarks.model.gate import Gate
-from benchmarks.model.rows import Row, select
+from benchmarks.model.rows import ROWS, Row, select
 from benchmarks.model.step import Setting, adapter_bytes, default_device, trainable, training_step, unavailable
 from benchmarks.record import append, machine_facts, quantiles
 from benchmarks.timing import ratios, time_rows
+
+#: Without the slow specification and what needs hardly more than the floor.
+QUICK_ROWS = [name for name in ROWS if name not in ("efft:reference", "bitfit")]
 
 
 def measure(setting: Setting, rows: Sequence[Row], repeats: int) -> list[dict[str, Any]]:
@@ -104,9 +107,11 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--rank", type=int, default=Setting.rank)
     options.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
     options.add_argument("--device", default=default_device())
-    options.add_argument("--repeats", type=int, help="default: 10, with --quick 3")
-    options.add_argument("--rows", nargs="+", help="default: all; the floor is always among them")
-    options.add_argument("--quick", action="store_true", help="few repeats")
+    options.add_argument("--repeats", type=int, help="default: 10, with --quick 2")
+    options.add_argument(
+        "--rows", nargs="+", help="default: all, with --quick those that matter most; the floor is always measured"
+    )
+    options.add_argument("--quick", action="store_true", help="few repeats and rows")
     options.add_argument("--results", type=Path, help="folder for model.jsonl")
     return options
 
@@ -114,9 +119,9 @@ def parser() -> argparse.ArgumentParser:
 def main(words: Sequence[str] | None = None) -> int:
     """Measures, prints and records every setting."""
     args = parser().parse_args(words)
-    rows = select(args.rows)
+    rows = select(args.rows or (QUICK_ROWS if args.quick else None))
     batch = args.batch or (8 if args.device == "cpu" else 64)
-    repeats = args.repeats or (3 if args.quick else 10)
+    repeats = args.repeats or (2 if args.quick else 10)
     for name in args.model:
         for dtype in args.dtype:
             lines = measure(Setting(name, batch, args.rank, dtype, args.device), rows, repeats)

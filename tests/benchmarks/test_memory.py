@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from dataclasses import asdict
 from pathlib import Path
 
@@ -31,6 +32,18 @@ def test_each_storage_counts_once() -> None:
         return y[:4] * y[4:]  # keeps two views of y
 
     assert saved_for_backward(forward) == 8 * 16 * 4
+
+
+def test_nothing_stays_behind() -> None:
+    x, seen = torch.randn(8, requires_grad=True), []
+
+    def forward() -> torch.Tensor:
+        y = x.exp()  # an output that its own graph keeps
+        seen.append(weakref.ref(y))
+        return y.sum()
+
+    saved_for_backward(forward)
+    assert [ref() for ref in seen] == [None, None]
 
 
 def test_a_view_keeps_its_whole_storage() -> None:

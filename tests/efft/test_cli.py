@@ -148,6 +148,19 @@ def test_full_run_is_restored(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert f"test accuracy {accuracy:.2%}" in capsys.readouterr().out
 
 
+def test_base_from_a_file_that_moved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import timm
+
+    out, first, second = tmp_path / "run", tmp_path / "base.pth", tmp_path / "moved.pth"
+    torch.save(timm.create_model("test_vit", img_size=32).state_dict(), first)
+    assert main(["train", *SMALL, "--epochs", "1", "--checkpoint", str(first), "--out", str(out)]) == 0
+    first.rename(second)
+    assert f"checkpoint {first} does not exist" in fails(capsys, "eval", str(out))
+    assert main(["eval", str(out), "--checkpoint", str(second), "--split", "test"]) == 0
+    accuracy = json.loads((out / "result.json").read_text())["test_accuracy"]
+    assert f"test accuracy {accuracy:.2%}" in capsys.readouterr().out
+
+
 def without_times(folder: Path) -> list[dict[str, Any]]:
     records = read_metrics(folder / "metrics.jsonl")
     return [{k: v for k, v in record.items() if k not in ("seconds", "images_per_second")} for record in records]

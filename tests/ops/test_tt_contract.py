@@ -83,6 +83,17 @@ def test_output_and_gradients(backend: Backend, device: str, low: torch.dtype, m
         assert_close_budget(value, exact[name], peer[name], name=name)
 
 
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+def test_the_reference_computes_in_fp32_and_rounds_once(half: torch.dtype) -> None:
+    inputs = make_inputs("tt_contract", masks=True, dtype=half)
+    dG = upstream(inputs)
+    with use_backend("reference"):
+        got = run(tt_contract, inputs, dG)
+        wide = run(tt_contract, {**inputs, "C": inputs["C"].float(), "V": inputs["V"].float()}, dG.float())
+    for name, value in got.items():
+        assert torch.equal(value, wide[name].to(half)), name
+
+
 def test_gradient_of_a_trained_scale(backend: Backend, device: str, low: torch.dtype) -> None:
     """Of the loss |G|²/2 (nothing cancels in its sums), for 16 draws: a single number may be exact by luck."""
     results: list[list[Tensor]] = [[], [], []]

@@ -69,6 +69,17 @@ def test_output_and_gradients(backend: Backend, device: str, low: torch.dtype, n
         assert_close_budget(value, exact[name], peer[name], name=name)
 
 
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+def test_the_reference_computes_in_fp32_and_rounds_once(half: torch.dtype) -> None:
+    inputs = make_inputs("tt_linear", dtype=half, factor_dtype=torch.float32)
+    gy = upstream(inputs)
+    with use_backend("reference"):
+        got = run(tt_linear, inputs, gy, LEAVES)
+        wide = run(tt_linear, {k: v.float() for k, v in inputs.items()}, gy.float(), LEAVES)
+    for name, value in got.items():
+        assert torch.equal(value, wide[name].to(value.dtype)), name
+
+
 @pytest.mark.parametrize("op", [tt_linear, merged])
 def test_update_under_a_weight_1000_times_its_size(
     backend: Backend, device: str, low: torch.dtype, op: Callable[..., Tensor]
@@ -320,9 +331,10 @@ def test_tensors_of_another_device_or_kind(backend: Backend, name: str) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_registered_ops_are_well_behaved(kernels: Backend, layout: str, need: str) -> None:
     """torch's opcheck: schema, autograd registration, fake tensors, AOT dispatch with dynamic shapes."""
-    inputs = make_inputs("tt_linear", tokens=4, d_in=6, d_out=8, r1=3)
+    narrow = torch.bfloat16 if need == "xDG" else torch.float32
+    inputs = make_inputs("tt_linear", tokens=4, d_in=6, d_out=8, r1=3, dtype=narrow, factor_dtype=torch.float32)
     x, W, b, D, G = (with_layout(inputs[k], layout) for k in LEAVES)
-    gy, h = with_layout(torch.randn(4, 8), layout), with_layout(torch.randn(4, 3), layout)
+    gy, h = (with_layout(torch.randn(4, n, dtype=narrow), layout) for n in (8, 3))
     forward = getattr(torch.ops.efft.tt_linear_fwd, kernels.value)
     backward = getattr(torch.ops.efft.tt_linear_bwd, kernels.value)
     if need == "":

@@ -70,6 +70,7 @@ def evaluate(
     per_class: bool = False,
     batch_size: int = 256,
     amp: Literal["no", "bf16", "fp16"] = "no",
+    checkpoint: Path | None = None,
 ) -> None:
     """Accuracy of a trained model. The test split is read only if asked for by name.
 
@@ -81,11 +82,12 @@ def evaluate(
         per_class: also print the accuracy of each class.
         batch_size: images per step.
         amp: autocast type.
+        checkpoint: file with the base's weights, if it is not where it was in training.
     """
     from efft.train.inference import predict
     from efft.train.restore import load_trained, task_for
 
-    model, config = load_trained(path)
+    model, config = load_trained(path, checkpoint)
     task = task_for(config, data, data_root)
     if config.protocol == "final" and data is None and split != "test":
         print(f"note: this model was trained on the images of {split!r} (protocol 'final')")
@@ -99,19 +101,20 @@ def evaluate(
             print(f"{share}  {int(own.sum()):>5} of {len(own):>5}  {name}")
 
 
-def merge(path: tyro.conf.Positional[Path], /, out: Path | None = None) -> None:
+def merge(path: tyro.conf.Positional[Path], /, out: Path | None = None, checkpoint: Path | None = None) -> None:
     """Fold an adapter into its base model's weights, and write them under the names of the plain timm model.
 
     Args:
         path: folder of a finished run (method efft), or an adapter folder.
-        out: the file; by default merged.safetensors beside the adapter's files.
+        out: the file; by default merged.safetensors in the same folder.
+        checkpoint: file with the base's weights, if it is not where it was in training.
     """
     from safetensors.torch import save_file
 
     import efft
     from efft.train.restore import load_trained
 
-    model, config = load_trained(path)
+    model, config = load_trained(path, checkpoint)
     if config.method != "efft":
         raise ValueError(f"{path} is a run of method {config.method!r}; only method 'efft' has something to merge")
     print(efft.merge(model))

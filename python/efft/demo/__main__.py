@@ -57,11 +57,12 @@ def demo(out: Path, quick: bool) -> None:
         agreements = verify(efft_run.model, folders["EFFT2"], task.val)
         for agreement in agreements:
             print(f"  {agreement}")
-        some = Subset(task.test, range(min(200, len(task.test))))
-        predictions, labels = predict(efft_run.model, some, title="pictures")
+        # Not simply the first ones: a test set may be sorted by class.
+        shown = torch.randperm(len(task.test), generator=torch.Generator().manual_seed(0))[:200].tolist()
+        predictions, labels = predict(efft_run.model, Subset(task.test, shown), title="pictures")
         seconds = {"linear probe": clock[1] - clock[0], "EFFT2": clock[2] - clock[1]}
         results = {"linear probe": probe.summary, "EFFT2": efft_run.summary}
-        reports.append(TaskReport(task, folders, results, seconds, agreements, predictions, labels))
+        reports.append(TaskReport(task, folders, results, seconds, agreements, shown, predictions, labels))
 
     command = " ".join(["python -m efft.demo", *sys.argv[1:]])
     print("\n" + write_report(reports, out, NOTE, command, time.perf_counter() - started))

@@ -28,7 +28,8 @@ class TaskReport:
         results: method to the summary of its run.
         seconds: method to wall-clock seconds, everything included.
         agreements: what the verification found.
-        predictions: EFFT's classes for the first test images [n].
+        shown: positions in the test split of the images to choose from [n].
+        predictions: EFFT's classes for them [n].
         labels: their true classes [n].
     """
 
@@ -37,6 +38,7 @@ class TaskReport:
     results: dict[str, dict[str, Any]]
     seconds: dict[str, float]
     agreements: list[Agreement]
+    shown: list[int]
     predictions: Tensor
     labels: Tensor
 
@@ -144,7 +146,7 @@ def _draw_images(report: TaskReport, part: Any) -> None:
     names = report.task.class_names
     part.suptitle(f"test images, EFFT2: {len(shown) - len(wrong_ones)} right, {len(wrong_ones)} wrong")
     for axis, index in zip(part.subplots(2, _SHOWN // 2).flat, shown, strict=False):
-        axis.imshow(report.task.raw("test", index))
+        axis.imshow(report.task.raw("test", report.shown[index]))
         predicted, label = names[report.predictions[index]], names[report.labels[index]]
         color = "green" if predicted == label else "red"
         text = predicted if predicted == label else f"{predicted}, is {label}"

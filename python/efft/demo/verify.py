@@ -101,7 +101,7 @@ def _answer(run_folder: Path, given: Path, answer: Path) -> None:
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, run_folder / "merged.safetensors")
     print(efft.merge(model))
     logits["merged"] = _logits(model, images)
-    plain = build.create_model(config, model.get_classifier().out_features, pretrained=False).eval()  # type: ignore[operator]
+    plain = build.create_model(config, model.get_classifier().out_features, weights=False).eval()  # type: ignore[operator]
     models.load_strict(plain, load_file(run_folder / "merged.safetensors"), "merged.safetensors")
     logits["merged file"] = _logits(plain, images)
     save_file(logits, answer)

@@ -52,7 +52,7 @@ def load_task(config: TrainConfig) -> "TaskData":
     )
 
 
-def create_model(config: TrainConfig, classes: int, pretrained: bool | None = None) -> nn.Module:
+def create_model(config: TrainConfig, classes: int, weights: bool = True) -> nn.Module:
     """The backbone of the configuration with a fresh classifier, nothing frozen yet.
 
     What is random in it depends on the seed of the configuration alone, so a random backbone can be made again.
@@ -60,18 +60,17 @@ def create_model(config: TrainConfig, classes: int, pretrained: bool | None = No
     Args:
         config: names the model.
         classes: outputs of the classifier.
-        pretrained: overrides the configuration; False where the weights are about to be replaced.
+        weights: load the configuration's weights; False where they are about to be replaced.
     """
-    wanted = config.pretrained if pretrained is None else pretrained
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return models.create(
             config.model,
             classes,
             image_size=config.image_size,
-            checkpoint=config.checkpoint if wanted else None,
+            checkpoint=config.checkpoint if weights else None,
             drop_path=config.drop_path,
-            pretrained=wanted and config.checkpoint is None,
+            pretrained=weights and config.pretrained and config.checkpoint is None,
         )
 
 

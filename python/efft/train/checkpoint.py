@@ -88,15 +88,15 @@ def check_config(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
 
 
 def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A copy, on the CPU, of what training changes: trainable parameters and buffers, by name."""
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    return {name: tensor.detach().cpu().clone() for name, tensor in [*named, *model.named_buffers()]}
+    """A copy, on the CPU, of what training changes: all of the state dict but the frozen parameters."""
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    return {name: tensor.cpu().clone() for name, tensor in model.state_dict().items() if name not in frozen}
 
 
 @torch.no_grad()
 def restore_trained_state(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
     """Copies a `trained_state` back into the model, in place."""
-    own = dict(model.named_parameters()) | dict(model.named_buffers())
+    own = model.state_dict()  # its tensors share the model's memory
     for name, value in state.items():
         own[name].copy_(value)
 

@@ -150,7 +150,7 @@ class Trainer:
         if self.best is not None:
             checkpoint.restore_trained_state(self.plain, self.best["weights"])
         test = self.accuracy(self.task.test, "test")
-        self.plain = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)  # without autocast
+        self.plain = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False).eval()  # without autocast
         scores = {"test_accuracy": test, "val_accuracy": None, "best_epoch": None}
         if self.best is not None:
             scores |= {"val_accuracy": self.best["accuracy"], "best_epoch": self.best["epoch"]}
@@ -163,7 +163,7 @@ class Trainer:
             "own_model": self.own_model,
         }
         if self.accelerator.is_main_process:
-            outputs.write(self.out, self.config, self.plain.eval(), self.task.classes, scores, run)
+            outputs.write(self.out, self.config, self.plain, self.task.classes, scores, run)
         self.accelerator.wait_for_everyone()
         return outputs.read_result(self.out)
 

@@ -9,15 +9,17 @@ from torch import nn
 import efft
 from efft import io
 from efft.models import load_strict
-from efft.train import build, checkpoint, outputs
+from efft.train import build, outputs
+from efft.train.checkpoint import restore_trained_state
 from efft.train.config import TrainConfig
 
 
-def load_trained(path: str | Path) -> tuple[nn.Module, TrainConfig]:
+def load_trained(path: str | Path, checkpoint: str | Path | None = None) -> tuple[nn.Module, TrainConfig]:
     """Rebuilds a trained model, in evaluation mode, with the configuration it was trained with.
 
     Args:
         path: folder of a finished run, or the adapter folder in it (which may have been moved elsewhere).
+        checkpoint: file with the base's weights, if it is not where it was in training.
 
     Raises:
         FileNotFoundError: there is no finished run and no adapter.
@@ -46,11 +48,13 @@ def load_trained(path: str | Path) -> tuple[nn.Module, TrainConfig]:
     else:
         hint = "; it is unfinished: go on with --resume" if (path / outputs.CHECKPOINT).exists() else ""
         raise FileNotFoundError(f"{path} holds no {outputs.RESULT} of a run and no {io.CONFIG} of an adapter{hint}")
-    model = build.create_model(config, classes, pretrained=False if config.method == "full" else None)
+    if checkpoint is not None:
+        config = replace(config, checkpoint=str(checkpoint))
+    model = build.create_model(config, classes, weights=config.method != "full")
     if config.method == "efft":
         efft.load_adapter(model, saved)
     elif config.method == "linear":
-        checkpoint.restore_trained_state(model, outputs.read_tensors(saved))
+        restore_trained_state(model, outputs.read_tensors(saved))
     else:
         load_strict(model, outputs.read_tensors(saved), str(saved))
     return model.eval(), config

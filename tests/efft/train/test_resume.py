@@ -194,3 +194,23 @@ def test_checkpoint_is_never_written_in_place(stopped: Path) -> None:
     state = torch.load(stopped / "checkpoint.pt", weights_only=True)
     assert json.dumps(state["config"])
     assert not any(name.startswith("blocks") for name in state["weights"])  # the frozen backbone is not in it
+
+
+@pytest.mark.gpu
+def test_loss_scale_is_resumed(
+    config: TrainConfig, task: Any, make_model: Callable[[], nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    config = replace(config, amp="fp16")
+    run(config, tmp_path / "unbroken", model=make_model(), task=task)
+    with monkeypatch.context() as patch:
+        kill_after(patch, 7)
+        with pytest.raises(Killed):
+            run(config, tmp_path / "broken", model=make_model(), task=task)
+    state = torch.load(tmp_path / "broken" / "checkpoint.pt", weights_only=True)
+    assert state["scaler"]["scale"] >= 1
+    assert state["scaler"]["_growth_tracker"] == state["update"]
+    run(config, tmp_path / "broken", model=make_model(), task=task, resume=True)
+    losses = [[r["loss"] for r in records(tmp_path / name)] for name in ("broken", "unbroken")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
