@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections import deque
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -103,13 +102,18 @@ class TTFactors(nn.Module):
             self.scale = nn.Parameter(torch.full((), scale, **kw))
         self.sites: list[Site] = []
         self._active: _Pass | None = None
-        # Two are enough to know that more than one forward pass waits for its backward.
-        self._pending: deque[_Pass] = deque(maxlen=2)
+        self._latest: _Pass | None = None
+        self._passes: list[weakref.ref[_Pass]] = []  # their graphs hold them
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw U, C and V anew (see :func:`efft_kernels.nn.initialization.initialize`)."""
         initialize(self.U, self.C, self.V, self.init, self.core_init)
+
+    @property
+    def scale_value(self) -> float:
+        """s as a number, whether it is trained or not."""
+        return self.scale.item() if isinstance(self.scale, Tensor) else self.scale
 
     def bind(self, site: Site) -> int:
         """Register a layer that uses ``site``; returns the index to pass to :meth:`down_up`."""
@@ -133,14 +137,12 @@ class TTFactors(nn.Module):
     def down_up(self, index: int) -> tuple[Tensor, Tensor]:
         """(D [in_features, r], G [r, out_features]) of a bound site, with this pass's dropout if training."""
         if self._active is not None:
-            if self._active.open and not torch.is_grad_enabled():
-                self._active.used_without_grad = True
+            if not torch.is_grad_enabled():
+                self._active.without_grad.add(index)
             self._active.used.add(index)
             return self._active.factors[index]
-        if not torch.compiler.is_compiling() and _in_backward():
-            replayed = self._replayed()
-            if replayed is not None:
-                return replayed.factors[index]
+        if not torch.compiler.is_compiling() and _in_backward() and self._latest is not None:
+            return self._replay(self._latest, index)
         return self._contract([self.sites[index]])[0][0]
 
     def prepare(self) -> None:
@@ -149,14 +151,16 @@ class TTFactors(nn.Module):
         factors, stacked = self._contract(self.sites)
         self._active = _Pass(factors)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # Activation checkpointing runs layers again during backward: remember this pass until its backward is
-            # through.
-            self._active.watch([t for t in stacked if t.requires_grad])
-            self._pending.append(self._active)
+            # Activation checkpointing runs layers again during backward, after release.
+            self._latest = self._active
+            self._latest.remember([t for t in stacked if t.requires_grad])
+            self._passes = [p for p in self._passes if p() is not None] + [weakref.ref(self._latest)]
 
     def release(self) -> set[int]:
         """End of the forward pass that :meth:`prepare` began. Returns the indices of the sites that it used."""
-        used = set() if self._active is None else self._active.used
+        used: set[int] = set()
+        if self._active is not None:
+            used, self._active.factors = self._active.used, []  # the graph must not be held by itself
         self._active = None
         return used
 
@@ -164,7 +168,7 @@ class TTFactors(nn.Module):
         """Fresh dropout masks for ``n_layers`` layers; None where nothing is dropped (p = 0 or eval mode)."""
         if not self.training or self.dropout == 0:
             return None
-        n_scopes = 1 + max(site.mask_scope for site in self.sites)
+        n_scopes = 1 + max((site.mask_scope for site in self.sites), default=0)
         shapes = (
             (n_layers, n_scopes, *self.U.shape),
             (n_layers, *self.C.shape[1:]),
@@ -172,22 +176,22 @@ class TTFactors(nn.Module):
         )
         return Masks(*(torch.rand(shape, device=self.U.device) >= self.dropout for shape in shapes))
 
-    def _replayed(self) -> _Pass | None:
-        """The pass whose layers are being run again inside backward; None if no prepared pass waits for its
-        backward."""
-        waiting = [p for p in self._pending if p.open]
-        if any(p.used_without_grad for p in waiting):
-            raise RuntimeError(
-                "activation checkpointing with use_reentrant=True cannot differentiate factors shared by several "
-                "layers; use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
-            )
+    def _replay(self, latest: _Pass, index: int) -> tuple[Tensor, Tensor]:
+        """The factors of a site in the pass whose layers are being run again inside backward."""
+        waiting = [p for ref in self._passes if (p := ref()) is not None and p.open]
         if len(waiting) > 1 and self.training and self.dropout > 0:
             raise RuntimeError(
                 "activation checkpointing with factor dropout needs one backward for every forward pass, but an "
                 "earlier pass is still waiting for its own: call backward first, run it under torch.no_grad(), or "
                 "set dropout=0"
             )
-        return waiting[-1] if waiting else None
+        replayed = waiting[-1] if waiting else latest
+        if index in replayed.without_grad:
+            raise RuntimeError(
+                "activation checkpointing with use_reentrant=True cannot differentiate factors shared by several "
+                "layers; use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+            )
+        return replayed.values[index]
 
     def _contract(self, sites: list[Site]) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
         """(D, G) of each site, and the stacked tensors they are slices of."""
@@ -202,7 +206,7 @@ class TTFactors(nn.Module):
             D, G = self._contract_kind(
                 sites[members[0]], [layers.index(sites[i].layer) for i in members], layers, masks
             )
-            stacked.append(G)
+            stacked += [G] if D is self.U else [D, G]
             ups = G.unbind(0) if len(G) == len(members) else [G[0]] * len(members)
             downs = D.unbind(0) if D.dim() == 3 else [D] * len(members)
             pairs.update(zip(members, zip(downs, ups, strict=True), strict=True))
@@ -243,37 +247,36 @@ class TTFactors(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles are taken between passes: what belongs to a running one stays behind.
-        return {**self.__dict__, "_active": None, "_pending": deque(maxlen=2)}
+        return {**self.__dict__, "_active": None, "_latest": None, "_passes": []}
 
     def extra_repr(self) -> str:
         return (
             f"d_in={self.d_in}, d_out={self.d_out}, rank=({self.r1}, {self.r2}), n_layers={self.n_layers}, "
-            f"n_cores={self.n_cores}, core_sharing={self.core_sharing!r}, scale={float(self.scale):g}, "
+            f"n_cores={self.n_cores}, core_sharing={self.core_sharing!r}, scale={self.scale_value:g}, "
             f"dropout={self.dropout}"
         )
 
 
 class _Pass:
-    """The factors of one forward pass and, where it recorded gradients, whether its backward is through."""
+    """The factors of one forward pass: the layers' own until release, and their values as long as its graph lives."""
 
     def __init__(self, factors: list[tuple[Tensor, Tensor]]) -> None:
         self.factors = factors
         self.used: set[int] = set()
+        self.without_grad: set[int] = set()
+        self.values: list[tuple[Tensor, Tensor]] = []
         self.open = 0  # stacked tensors whose gradient has not arrived
-        self.used_without_grad = False
 
-    def watch(self, stacked: list[Tensor]) -> None:
-        """Count down ``open`` as the tensors that the factors are slices of get their gradients."""
+    def remember(self, stacked: list[Tensor]) -> None:
+        """Keep the values for layers that run again; the graph of ``stacked``, hence not part of it, holds them."""
+        self.values = [
+            (D.detach().requires_grad_(D.requires_grad), G.detach().requires_grad_(G.requires_grad))
+            for D, G in self.factors
+        ]
         self.open = len(stacked)
-        # A strong reference from the graph back to its own tensors would never be freed without a backward.
-        me = weakref.ref(self)
 
         def arrived(_: Tensor) -> None:
-            this = me()
-            if this is not None:
-                this.open -= 1
-                if this.open <= 0:
-                    this.open, this.factors = 0, []
+            self.open -= 1
 
         for tensor in stacked:
             tensor.register_hook(arrived)

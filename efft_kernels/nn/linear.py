@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from efft_kernels._autocast import no_autocast
 from efft_kernels.nn.factors import Site, TTFactors
 from efft_kernels.ops import tt_linear, tt_merge_
 
@@ -87,7 +88,10 @@ class EfftLinear(nn.Linear):
         """
         if factors is not None:
             return cls(linear, factors, site or Site())
-        if linear.out_features % n_cores:
+        reason = cannot_wrap(linear)
+        if reason is not None:
+            raise TypeError(f"EfftLinear: {reason}")
+        if n_cores < 1 or linear.out_features % n_cores:
             raise ValueError(f"out_features must be a multiple of n_cores, got {linear.out_features} and {n_cores}")
         own = TTFactors(
             linear.in_features,
@@ -118,7 +122,8 @@ class EfftLinear(nn.Linear):
         """The dense update ΔW ``[out_features, in_features]`` in the factors' dtype, without dropout: for
         inspection."""
         D, G = self._evaluated()
-        return (D @ G).t()
+        with no_autocast(D.device):
+            return (D @ G).t()
 
     @torch.no_grad()
     def merge(self) -> MergeLoss | None:
@@ -132,11 +137,13 @@ class EfftLinear(nn.Linear):
         D, G = self._evaluated()
         tt_merge_(self.weight, D, G)
         self.base_weight = base
-        delta = (D @ G).t().float()
-        lost = (self.weight.float() - base.float()) - delta
+        with no_autocast(D.device):
+            delta = (D @ G).t()
+        wide = torch.promote_types(base.dtype, delta.dtype)
+        lost = (self.weight.to(wide) - base.to(wide)) - delta
         size = delta.norm()
         return MergeLoss(
-            relative_update=(size / base.float().norm()).item(),
+            relative_update=(size / base.to(wide).norm()).item(),
             relative_error=(lost.norm() / size).item() if size > 0 else 0.0,
         )
 
@@ -163,7 +170,7 @@ class EfftLinear(nn.Linear):
             parts.append("transpose=True")
         if s.columns:
             parts.append(f"columns={s.columns}")
-        parts.append(f"scale={float(f.scale):g}")
+        parts.append(f"scale={f.scale_value:g}")
         if self.merged:
             parts.append("merged")
         if not self.enabled:

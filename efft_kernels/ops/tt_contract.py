@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from efft_kernels import reference
+from efft_kernels._autocast import no_autocast
 from efft_kernels.backends import Backend, resolve
 from efft_kernels.eager import tt_contract as eager
 from efft_kernels.ops._checks import check_shape
@@ -66,9 +67,16 @@ def tt_contract(
         check_shape("tt_contract", name, keep, shape, symbols)
         if keep.dtype != torch.bool:
             raise ValueError(f"tt_contract: {name} must be a bool mask (True keeps), got {keep.dtype}")
+    if isinstance(scale, Tensor) and scale.numel() != 1:
+        raise ValueError(
+            f"tt_contract: scale must be a number or a tensor of one element, got shape {list(scale.shape)}"
+        )
+    for other in (keep_C, keep_V, scale):
+        if isinstance(other, Tensor) and other.device != C.device:
+            raise RuntimeError(f"tt_contract: all tensors must be on one device, got {C.device} and {other.device}")
     chosen = resolve("tt_contract", backend, C, V)
     if isinstance(scale, Tensor):
-        C, scale = C * scale, 1.0
+        C, scale = C * scale.to(C.dtype).reshape(()), 1.0
     if chosen is Backend.REFERENCE:
         return reference.tt_contract(C, V, keep_C, keep_V, scale)
     return _TTContract.apply(C, V, keep_C, keep_V, scale, chosen)
@@ -89,13 +97,13 @@ class _TTContract(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(C, V, keep_C, keep_V)
         ctx.scale, ctx.backend = scale, backend
-        with torch.autocast(C.device.type, enabled=False):
+        with no_autocast(C.device):
             return _FORWARD[backend](C, V, keep_C, keep_V, scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dG: Tensor) -> tuple[Tensor | None, ...]:
         need_dC, need_dV = ctx.needs_input_grad[:2]
-        with torch.autocast(dG.device.type, enabled=False):
+        with no_autocast(dG.device):
             dC, dV = _BACKWARD[ctx.backend](dG, *ctx.saved_tensors, ctx.scale, need_dC, need_dV)
         return dC if need_dC else None, dV if need_dV else None, None, None, None, None

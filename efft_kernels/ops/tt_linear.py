@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from efft_kernels import reference
+from efft_kernels._autocast import autocast_dtype, no_autocast
 from efft_kernels.backends import Backend, resolve
 from efft_kernels.eager import tt_linear as eager
 from efft_kernels.ops._checks import check_delta, check_shape
@@ -70,9 +71,9 @@ def tt_linear(
 
 def _autocast(x: Tensor, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Cast as autocast casts the arguments of linear; fp64 stays."""
-    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+    dtype = autocast_dtype(x.device)
+    if dtype is None or x.dtype == torch.float64:
         return x, W, b
-    dtype = torch.get_autocast_dtype(x.device.type)
     return x.to(dtype), W.to(dtype), None if b is None else b.to(dtype)
 
 
@@ -96,7 +97,7 @@ class _TTLinear(torch.autograd.Function):
         x, W, h, D, G = ctx.saved_tensors
         need_dx, need_dW, need_db, need_dD, need_dG, _ = ctx.needs_input_grad
         gy = gy.reshape(-1, gy.shape[-1])  # [tokens, d_out]
-        with torch.autocast(gy.device.type, enabled=False):
+        with no_autocast(gy.device):
             dx, dD, dG = _BACKWARD[ctx.backend](gy, x, W, h, D, G, need_dx, need_dD, need_dG)
             # The base is frozen in every PEFT use; a caller who does train it gets the plain products.
             dW = gy.t() @ x if need_dW else None

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from efft_kernels import reference
+from efft_kernels._autocast import no_autocast
 from efft_kernels.backends import Backend, resolve
 from efft_kernels.eager import tt_merge as eager
 from efft_kernels.ops._checks import check_delta
@@ -43,5 +44,6 @@ def tt_merge_(
     chosen = resolve("tt_merge_", backend, W, D, G)
     if chosen is Backend.REFERENCE:
         return reference.tt_merge_(W, D, G, sign)
-    _IMPLEMENTATION[chosen](W, D, G, sign)
+    with no_autocast(W.device):
+        _IMPLEMENTATION[chosen](W, D, G, sign)
     return W

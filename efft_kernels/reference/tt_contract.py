@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from efft_kernels._autocast import no_autocast
 from efft_kernels.reference._precision import wide
 
 
@@ -16,7 +17,7 @@ def tt_contract(
     scale: float = 1.0,
 ) -> Tensor:  # [n_layers, r1, n_cores * d_out], dtype of C
     dtype = wide(C, V)
-    with torch.autocast(C.device.type, enabled=False):
+    with no_autocast(C.device):
         cores = C.to(dtype) if keep_C is None else C.to(dtype) * keep_C
         right = V.to(dtype).expand(C.shape[0], *V.shape)
         if keep_V is not None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from efft_kernels._autocast import no_autocast
 from efft_kernels.reference._precision import wide
 
 
@@ -16,7 +16,7 @@ def tt_linear(
     G: Tensor,  # [r1, d_out]
 ) -> Tensor:  # [..., d_out], dtype of x
     dtype = wide(x, D, G)
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x.device):
         xw = x.to(dtype)
         y = xw @ W.to(dtype).t() + (xw @ D.to(dtype)) @ G.to(dtype)
         if b is not None:

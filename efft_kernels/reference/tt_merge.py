@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from efft_kernels._autocast import no_autocast
 from efft_kernels.reference._precision import wide
 
 
@@ -16,5 +17,5 @@ def tt_merge_(
     sign: float = 1.0,
 ) -> Tensor:  # W
     dtype = wide(W, D, G)
-    with torch.autocast(W.device.type, enabled=False):
+    with no_autocast(W.device):
         return W.copy_(W.to(dtype) + sign * (D.to(dtype) @ G.to(dtype)).t())
