@@ -4,6 +4,7 @@ import os
 
 import hypothesis
 import pytest
+import setuptools  # noqa: F401  # before anything imports the standard library's distutils: inductor needs its shim
 import torch
 
 # Compiling for the tests must not start a pool of processes, one a core.

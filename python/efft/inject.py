@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -54,7 +55,7 @@ def apply(model: nn.Module, config: EfftConfig | None = None) -> nn.Module:
     Raises:
         ValueError: the model is adapted already, or ``config`` does not fit it; the model is then unchanged.
     """
-    config = config or EfftConfig()
+    config = copy.deepcopy(config) if config else EfftConfig()  # the caller may go on changing its own
     if isinstance(getattr(model, "efft", None), Bank):
         raise ValueError("this model is adapted already; call efft.remove(model) first to adapt it differently")
     if hasattr(model, "efft"):
@@ -113,11 +114,12 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     bank = bank_of(model)
     if any(layer.merged for layer in adapted_layers(model).values()):
         raise RuntimeError("the update is merged into the weights; call efft.unmerge(model) before disabling it")
+    before = bank.enabled
     _enable(model, bank, False)
     try:
         yield model
     finally:
-        _enable(model, bank, True)
+        _enable(model, bank, before)
 
 
 def freeze_backbone(model: nn.Module, head: list[str] | None = None) -> list[str]:
@@ -177,7 +179,7 @@ def parameter_groups(
             "lr": lr,
             "weight_decay": weight_decay,
         },
-        {"name": "head", "params": others, "lr": head_lr or lr, "weight_decay": weight_decay},
+        {"name": "head", "params": others, "lr": lr if head_lr is None else head_lr, "weight_decay": weight_decay},
         {"name": "scales", "params": scales, "lr": lr, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]

@@ -37,7 +37,7 @@ class ParameterCount:
             ("backbone", self.backbone),
         ]
         width = max(len(name) for name, _ in rows)
-        lines = [f"{name:<{width}}  {n:>13,}  {100 * n / self.backbone:8.3f} %" for name, n in rows]
+        lines = [f"{name:<{width}}  {n:>13,}  {100 * n / max(self.backbone, 1):8.3f} %" for name, n in rows]
         return "\n".join([f"{'':<{width}}  {'parameters':>13}  {'of backbone':>10}", *lines])
 
 

@@ -29,6 +29,7 @@ def demo(out: Path, quick: bool) -> None:
     from efft.data import load
     from efft.demo.report import TaskReport, draw, write_report
     from efft.demo.verify import verify
+    from efft.models import resolve_image_size
     from efft.models.dinov2 import NOTE
     from efft.train import build, run
     from efft.train.inference import predict
@@ -42,7 +43,7 @@ def demo(out: Path, quick: bool) -> None:
     for number, name in enumerate(TASKS, 1):
         print(f"\n[{number}/{len(TASKS)}] {name}: data and linear probe", flush=True)
         own, head = efft_config(name, quick), probe_config(name, quick)
-        task = load(name, image_size=IMAGE_SIZE, max_test=200 if quick else None)
+        task = load(name, image_size=resolve_image_size(own.model, own.image_size), max_test=200 if quick else None)
         folders = {"linear probe": out / f"{name}-linear", "EFFT2": out / f"{name}-efft"}
         clock = [time.perf_counter()]
         probe = linear_probe(head, folders["linear probe"], build.create_model(head, task.classes), task)
