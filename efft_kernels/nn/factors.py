@@ -139,7 +139,8 @@ class TTFactors(nn.Module):
         if self._active is not None:
             if not torch.is_grad_enabled():
                 self._active.without_grad.add(index)
-            self._active.used.add(index)
+            if not torch.compiler.is_compiling():  # a side effect, which a compiled checkpoint refuses
+                self._active.used.add(index)
             return self._active.factors[index]
         if not torch.compiler.is_compiling() and _in_backward() and self._latest is not None:
             return self._replay(self._latest, index)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -75,16 +76,18 @@ class EfftConfig:
             self.init,
         )
         for rank in _values(self.rank):
-            pair = rank if isinstance(rank, tuple) else (rank,)
-            ok = len(pair) in (1, 2) and all(type(r) is int and r >= 1 for r in pair)
+            pair = rank if isinstance(rank, tuple) else (rank, rank)
+            ok = len(pair) == 2 and all(type(r) is int and r >= 1 for r in pair)
             _check(ok, "rank", "an integer >= 1, a pair of them, or a dict of these", self.rank)
         for scale in _values(self.scale):
-            ok = isinstance(scale, (int, float)) and not isinstance(scale, bool)
-            _check(ok, "scale", "a number or a dict of numbers", self.scale)
-        _check(0 <= self.dropout < 1, "dropout", "in [0, 1)", self.dropout)
+            _check(_is_number(scale), "scale", "a number or a dict of numbers", self.scale)
+        _check(_is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", "in [0, 1)", self.dropout)
+        _check(isinstance(self.trainable_scale, bool), "trainable_scale", "True or False", self.trainable_scale)
+        _check(_is_names(self.exclude), "exclude", "a list of layer names or patterns", self.exclude)
+        _check(self.head is None or _is_names(self.head), "head", "None or a list of module names", self.head)
         known = isinstance(self.targets, str) and self.targets in ("all", "mhsa", "ffn")
         _check(
-            known or (isinstance(self.targets, list) and all(isinstance(t, str) for t in self.targets)),
+            known or _is_names(self.targets),
             "targets",
             "'all', 'mhsa', 'ffn' or a list of layer names or patterns",
             self.targets,
@@ -117,6 +120,7 @@ class EfftConfig:
         """
         values = dict(values)
         version, method = values.pop("format_version", FORMAT_VERSION), values.pop("method", "efft")
+        _check(type(version) is int, "format_version", "an integer", version)
         if method != "efft":
             raise ValueError(f"expected an EFFT config (method 'efft'), got method {method!r}")
         names = [f.name for f in dataclasses.fields(cls)]
@@ -135,6 +139,14 @@ class EfftConfig:
 def _check(ok: bool, name: str, expected: str, got: object) -> None:
     if not ok:
         raise ValueError(f"EfftConfig.{name} must be {expected}, got {got!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def _values(value: object) -> list[Any]:

@@ -171,7 +171,8 @@ def parameter_groups(
     bank = getattr(model, "efft", None)
     factors = dict(bank.named_parameters("efft")) if isinstance(bank, Bank) else {}
     scales = [p for n, p in factors.items() if n.endswith(".scale")]
-    others = [p for n, p in model.named_parameters() if p.requires_grad and n not in factors]
+    own = {id(p) for p in factors.values()}  # not by name: a compiled model's start with _orig_mod.
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
     groups: list[dict[str, Any]] = [
         {
             "name": "factors",

@@ -48,9 +48,10 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], info: dict[str,
         "library": f"efft-kernels {__version__}",
         "info": info or {},
     }
+    text, card = json.dumps(description, indent=2) + "\n", _card(model, description)  # fails before anything is written
     _replace_file(folder / WEIGHTS, serialize(tensors, {"format_version": str(FORMAT_VERSION)}))
-    _replace_file(folder / CONFIG, (json.dumps(description, indent=2) + "\n").encode())
-    _replace_file(folder / CARD, _card(model, description).encode())
+    _replace_file(folder / CONFIG, text.encode())
+    _replace_file(folder / CARD, card.encode())
     return folder
 
 
@@ -75,6 +76,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = 
     bank = getattr(model, "efft", None)
     adapted = isinstance(bank, Bank)
     if isinstance(bank, Bank):
+        if any(layer.merged for layer in adapted_layers(model).values()):
+            raise ValueError("an update is merged into this model's weights; call efft.unmerge(model) before loading")
         _compare_configs(bank, config, folder)
         layers, shapes = bank.layers, {name: tuple(t.shape) for name, t in _trained(model, bank).items()}
     else:
@@ -146,9 +149,14 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise FileNotFoundError(f"no adapter in {folder}: expected {CONFIG} and {WEIGHTS}, found {there}")
     try:
         description = json.loads((folder / CONFIG).read_text())
-        keys = ("config", "base", "head")
-        if not isinstance(description, dict) or any(k not in description for k in keys):
-            raise ValueError(f"it needs the keys {', '.join(keys)}")
+        if not isinstance(description, dict):
+            raise ValueError("it is no JSON object")
+        for key, kind in (("config", dict), ("base", dict), ("head", list)):
+            if not isinstance(description.get(key), kind):
+                raise ValueError(f"it needs the keys config, base, head, and {key!r} must be a {kind.__name__}")
+        lacking = {"architecture", "layers", "dtype", "fingerprint"} - description["base"].keys()
+        if lacking:
+            raise ValueError(f"its 'base' lacks {', '.join(sorted(lacking))}")
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG} is not an EFFT adapter configuration: {error}") from None
     try:

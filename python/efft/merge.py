@@ -52,6 +52,9 @@ def merge(model: nn.Module) -> MergeReport:
     for name, factor in bank.named_parameters("efft"):
         if not torch.isfinite(factor).all():
             raise ValueError(f"factor {name} has NaN or infinite entries; nothing was merged")
+    for name, layer in layers.items():
+        if not torch.isfinite(layer.delta_weight()).all():
+            raise ValueError(f"the update of {name} has NaN or infinite entries; nothing was merged")
     losses = {name: layer.merge() for name, layer in layers.items()}
     bank.enabled = False
     return MergeReport({name: loss for name, loss in losses.items() if loss is not None})
@@ -78,8 +81,8 @@ def merged_state_dict(model: nn.Module, dtype: torch.dtype | None = None) -> dic
         if name.startswith("efft."):
             continue
         target = dtype if dtype is not None and value.is_floating_point() else value.dtype
-        if owner in layers and kind == "weight" and not layers[owner].merged:
-            delta = layers[owner].delta_weight()
-            value = value.to(delta.dtype) + delta
+        if owner in layers and kind == "weight" and not (layers[owner].merged and target == value.dtype):
+            delta, base = layers[owner].delta_weight(), layers[owner].base_weight
+            value = (value if base is None else base).to(delta.dtype) + delta
         state[name] = value.detach().to(target, copy=True)
     return state

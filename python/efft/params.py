@@ -47,9 +47,10 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     groups = {}
     if isinstance(bank, Bank):
         groups = {name: sum(p.numel() for p in factors.parameters()) for name, factors in bank.items()}
-    own = {n: p for n, p in model.named_parameters() if not (isinstance(bank, Bank) and n.startswith("efft."))}
-    head = sum(p.numel() for p in own.values() if p.requires_grad)
-    return ParameterCount(groups, head, sum(p.numel() for p in own.values()) - head)
+    factors = {id(p) for p in bank.parameters()} if isinstance(bank, Bank) else set()
+    others = [p for p in model.parameters() if id(p) not in factors]
+    head = sum(p.numel() for p in others if p.requires_grad)
+    return ParameterCount(groups, head, sum(p.numel() for p in others) - head)
 
 
 def count_plan(model: nn.Module, plan: Plan) -> ParameterCount:

@@ -139,6 +139,12 @@ def _attention_parts(role: str) -> tuple[str, ...]:
 
 def _attention_width(name: str, layers: _Layers) -> int:
     """d of attention layers [d, d], with fused qkv counted as three."""
+    for layer, shape in layers.items():
+        n_parts = len(_attention_parts(shape.role))
+        if shape.d_out % n_parts:
+            raise ValueError(
+                f"group {name!r}: {layer} has {shape.d_out} outputs, no multiple of its {n_parts} matrices"
+            )
     d = _width(name, "input size", layers, lambda s: s.d_in)
     out = _width(name, "output size of each of q, k, v, o", layers, lambda s: s.d_out // len(_attention_parts(s.role)))
     assert d is not None

@@ -107,7 +107,6 @@ def test_changes_after_compiling_are_seen(adapted_vit: Make, images: Tensor, ran
     assert torch.equal(compiled(images), model(images))
 
 
-@pytest.mark.xfail(reason="recording which layers ran is a side effect inside the checkpoint", strict=True)
 def test_gradient_checkpointing_in_a_compiled_model(adapted_vit: Make, images: Tensor) -> None:
     model = adapted_vit(dropout=0.0, std=0.2).train()
     expected = step(model, model, images)
@@ -140,7 +139,6 @@ def test_no_surprises_in_the_state_dict(adapted_vit: Make, tiny_vit: Make, image
     assert {n for n, _ in efft.named_factors(compiled)} == {n for n in before if n.startswith("efft.")}
 
 
-@pytest.mark.xfail(reason="a compiled model's names start with _orig_mod., so factors count as head", strict=True)
 @pytest.mark.parametrize("act", [efft.count_parameters, lambda model: efft.parameter_groups(model, lr=1.0)])
 def test_a_compiled_model_counts_and_groups_as_the_plain_one(
     act: Callable[[nn.Module], Any], adapted_vit: Make

@@ -131,7 +131,6 @@ def test_damaged_values_in_the_configuration(
     refuse(tiny_vit(), folder, message, unchanged)
 
 
-@pytest.mark.xfail(reason="KeyError or TypeError without a word about the file", strict=True)
 @pytest.mark.parametrize("damage", WRONG_ERROR)
 def test_damaged_types_in_the_configuration(
     damage: str, saved: tuple[nn.Module, Path], tiny_vit: Make, unchanged: Unchanged
