@@ -44,7 +44,7 @@ AUTO_ORDER = (Backend.EAGER, Backend.REFERENCE)
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 try:
-    _environment = Backend.parse(os.environ.get("EFFT_BACKEND", "auto"))
+    _environment = Backend.parse(os.environ.get("EFFT_BACKEND") or "auto")
 except ValueError as error:
     raise ValueError(f"environment variable EFFT_BACKEND: {error}") from None
 

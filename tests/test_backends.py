@@ -161,6 +161,8 @@ def test_environment_variable() -> None:
     )
     done = python(program, EFFT_BACKEND="reference")
     assert done.stdout.split() == ["reference", "eager", "reference"], done.stderr
+    done = python(program, EFFT_BACKEND="")
+    assert done.stdout.split() == ["auto", "eager", "auto"], done.stderr
 
 
 def test_wrong_environment_variable() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -38,6 +39,24 @@ class Masks(NamedTuple):
     U: Tensor  # [n_layers, n_scopes, d_in, r1]
     C: Tensor  # [n_layers, n_cores, r1, r2]
     V: Tensor  # [n_layers, n_scopes, r2, d_out]
+
+
+class Binding:
+    """One layer's hold on a bank: its site and, between :meth:`TTFactors.prepare` and ``release``, its factors.
+
+    A layer finds everything through an object of its own, not by an index into a list, so that torch.compile can
+    reuse one graph for all blocks of a model.
+    """
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self.prepared: tuple[Tensor, Tensor] | None = None
+        self.used = False  # in the pass that runs, or in the last one
+        self.without_grad = False  # how the last pass that needs gradients ran it
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles are taken between passes: what belongs to a running one stays behind.
+        return {**self.__dict__, "prepared": None}
 
 
 class TTFactors(nn.Module):
@@ -100,10 +119,9 @@ class TTFactors(nn.Module):
         self.scale: float | nn.Parameter = scale
         if trainable_scale:
             self.scale = nn.Parameter(torch.full((), scale, **kw))
-        self.sites: list[Site] = []
-        self._active: _Pass | None = None
-        self._latest: _Pass | None = None
+        self.bindings: list[Binding] = []
         self._passes: list[weakref.ref[_Pass]] = []  # their graphs hold them
+        self._without_graph: _Pass | None = None  # the last pass, if none of its factors needs a gradient
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -115,8 +133,12 @@ class TTFactors(nn.Module):
         """s as a number, whether it is trained or not."""
         return self.scale.item() if isinstance(self.scale, Tensor) else self.scale
 
-    def bind(self, site: Site) -> int:
-        """Register a layer that uses ``site``; returns the index to pass to :meth:`down_up`."""
+    def bind(self, site: Site) -> Binding:
+        """Register a layer that uses ``site``; returns what to pass to :meth:`down_up`.
+
+        Raises:
+            ValueError: the site lies outside this bank.
+        """
         if not (0 <= site.layer < self.n_layers and all(0 <= c < self.n_cores for c in site.cores)):
             raise ValueError(f"{site} does not fit a bank of {self.n_layers} layers with {self.n_cores} cores each")
         first, last = site.columns or (0, self.d_out)
@@ -124,8 +146,10 @@ class TTFactors(nn.Module):
             raise ValueError(f"{site} does not fit a train with {self.d_out} output columns")
         if site.transpose and len(site.cores) > 1:
             raise ValueError(f"{site}: a transposed train has one core, its output is U's one block of rows")
-        self.sites.append(site)
-        return len(self.sites) - 1
+        if site.mask_scope < 0:
+            raise ValueError(f"{site}: mask_scope must be 0 or more")
+        self.bindings.append(Binding(site))
+        return self.bindings[-1]
 
     def features(self, site: Site) -> tuple[int, int]:
         """(in_features, out_features) of a linear layer that ``site`` fits."""
@@ -134,42 +158,46 @@ class TTFactors(nn.Module):
             return last - first, self.d_in
         return self.d_in, (last - first) * len(site.cores)
 
-    def down_up(self, index: int) -> tuple[Tensor, Tensor]:
+    def down_up(self, binding: Binding) -> tuple[Tensor, Tensor]:
         """(D [in_features, r], G [r, out_features]) of a bound site, with this pass's dropout if training."""
-        if self._active is not None:
-            if not torch.is_grad_enabled():
-                self._active.without_grad.add(index)
+        if binding.prepared is not None:
             if not torch.compiler.is_compiling():  # a side effect, which a compiled checkpoint refuses
-                self._active.used.add(index)
-            return self._active.factors[index]
-        if not torch.compiler.is_compiling() and _in_backward() and self._latest is not None:
-            return self._replay(self._latest, index)
-        return self._contract([self.sites[index]])[0][0]
+                binding.used = True
+                if any(t.grad_fn is not None for t in binding.prepared):
+                    binding.without_grad = not torch.is_grad_enabled()
+            return binding.prepared
+        if not torch.compiler.is_compiling():
+            node = torch._C._current_autograd_node()
+            if node is not None:  # activation checkpointing runs the layer again, inside backward
+                return self._replay(node, binding)
+        return self._contract([binding.site])[0][0]
 
     def prepare(self) -> None:
         """Contract all bound sites in one launch per kind of site; :meth:`down_up` serves them until
         :meth:`release`."""
-        factors, stacked = self._contract(self.sites)
-        self._active = _Pass(factors)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # Activation checkpointing runs layers again during backward, after release.
-            self._latest = self._active
-            self._latest.remember([t for t in stacked if t.requires_grad])
-            self._passes = [p for p in self._passes if p() is not None] + [weakref.ref(self._latest)]
+        pairs, stacked = self._contract([binding.site for binding in self.bindings])
+        for binding, pair in zip(self.bindings, pairs, strict=True):
+            binding.prepared = pair
+        if torch.compiler.is_compiling():
+            return
+        for binding in self.bindings:
+            binding.used = False
+        if torch.is_grad_enabled():
+            self._remember(pairs, stacked)
 
-    def release(self) -> set[int]:
-        """End of the forward pass that :meth:`prepare` began. Returns the indices of the sites that it used."""
-        used: set[int] = set()
-        if self._active is not None:
-            used, self._active.factors = self._active.used, []  # the graph must not be held by itself
-        self._active = None
-        return used
+    def release(self) -> list[Binding]:
+        """End of the forward pass that :meth:`prepare` began. Returns the bindings that it did not use."""
+        for binding in self.bindings:
+            binding.prepared = None
+        if torch.compiler.is_compiling():
+            return []
+        return [binding for binding in self.bindings if not binding.used]
 
     def draw_masks(self, n_layers: int) -> Masks | None:
         """Fresh dropout masks for ``n_layers`` layers; None where nothing is dropped (p = 0 or eval mode)."""
         if not self.training or self.dropout == 0:
             return None
-        n_scopes = 1 + max((site.mask_scope for site in self.sites), default=0)
+        n_scopes = 1 + max((binding.site.mask_scope for binding in self.bindings), default=0)
         shapes = (
             (n_layers, n_scopes, *self.U.shape),
             (n_layers, *self.C.shape[1:]),
@@ -177,22 +205,42 @@ class TTFactors(nn.Module):
         )
         return Masks(*(torch.rand(shape, device=self.U.device) >= self.dropout for shape in shapes))
 
-    def _replay(self, latest: _Pass, index: int) -> tuple[Tensor, Tensor]:
-        """The factors of a site in the pass whose layers are being run again inside backward."""
-        waiting = [p for ref in self._passes if (p := ref()) is not None and p.open]
-        if len(waiting) > 1 and self.training and self.dropout > 0:
-            raise RuntimeError(
-                "activation checkpointing with factor dropout needs one backward for every forward pass, but an "
-                "earlier pass is still waiting for its own: call backward first, run it under torch.no_grad(), or "
-                "set dropout=0"
-            )
-        replayed = waiting[-1] if waiting else latest
-        if index in replayed.without_grad:
-            raise RuntimeError(
-                "activation checkpointing with use_reentrant=True cannot differentiate factors shared by several "
-                "layers; use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
-            )
-        return replayed.values[index]
+    def _remember(self, pairs: list[tuple[Tensor, Tensor]], stacked: list[Tensor]) -> None:
+        """Keep the values of a pass as long as its graph lives, for layers that run again inside its backward."""
+        this = _Pass(dict(zip(self.bindings, ((_leaf(D), _leaf(G)) for D, G in pairs), strict=True)))
+        nodes: list[Any] = [t.grad_fn for t in stacked if t.grad_fn is not None]
+        for node in nodes:
+            node.metadata[self] = this  # the pass must not hold the graph in turn
+        self._without_graph = None if nodes else this
+        self._passes = [ref for ref in self._passes if ref() is not None] + [weakref.ref(this)] * bool(nodes)
+
+    def _replay(self, node: Any, binding: Binding) -> tuple[Tensor, Tensor]:
+        """The factors that a layer had in the pass whose backward, now at ``node``, runs it again."""
+        if binding.without_grad:
+            # Reentrant checkpointing: its forward left no graph to find the pass by, and none to send gradients to.
+            if self.training and self.dropout > 0:
+                raise RuntimeError(
+                    "activation checkpointing with use_reentrant=True cannot repeat the factors' dropout; use "
+                    "torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or set dropout=0"
+                )
+            return self._contract([binding.site])[0][0]
+        this = self._find_pass(node) or self._without_graph
+        return this.values[binding] if this else self._contract([binding.site])[0][0]
+
+    def _find_pass(self, node: Any) -> _Pass | None:
+        """The pass that the graph below ``node`` got its factors from: the nearest one prepared by this bank."""
+        if all(ref() is None for ref in self._passes):
+            return None
+        seen, waiting = {node}, deque([node])
+        while waiting:
+            node = waiting.popleft()
+            if self in node.metadata:
+                found: _Pass = node.metadata[self]
+                return found
+            following = {n for n, _ in node.next_functions if n is not None} - seen
+            seen |= following
+            waiting.extend(following)
+        return None
 
     def _contract(self, sites: list[Site]) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
         """(D, G) of each site, and the stacked tensors they are slices of."""
@@ -247,8 +295,7 @@ class TTFactors(nn.Module):
         return self.U * keep_U / keep, tt_contract(C, V, scale=scale, keep_C=keep_C, keep_V=keep_V)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Copies and pickles are taken between passes: what belongs to a running one stays behind.
-        return {**self.__dict__, "_active": None, "_latest": None, "_passes": []}
+        return {**self.__dict__, "_passes": [], "_without_graph": None}
 
     def extra_repr(self) -> str:
         return (
@@ -259,32 +306,15 @@ class TTFactors(nn.Module):
 
 
 class _Pass:
-    """The factors of one forward pass: the layers' own until release, and their values as long as its graph lives."""
+    """The values of all factors in one forward pass."""
 
-    def __init__(self, factors: list[tuple[Tensor, Tensor]]) -> None:
-        self.factors = factors
-        self.used: set[int] = set()
-        self.without_grad: set[int] = set()
-        self.values: list[tuple[Tensor, Tensor]] = []
-        self.open = 0  # stacked tensors whose gradient has not arrived
-
-    def remember(self, stacked: list[Tensor]) -> None:
-        """Keep the values for layers that run again; the graph of ``stacked``, hence not part of it, holds them."""
-        self.values = [
-            (D.detach().requires_grad_(D.requires_grad), G.detach().requires_grad_(G.requires_grad))
-            for D, G in self.factors
-        ]
-        self.open = len(stacked)
-
-        def arrived(_: Tensor) -> None:
-            self.open -= 1
-
-        for tensor in stacked:
-            tensor.register_hook(arrived)
+    def __init__(self, values: dict[Binding, tuple[Tensor, Tensor]]) -> None:
+        self.values = values
 
 
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
+def _leaf(tensor: Tensor) -> Tensor:
+    """The same values outside the graph, requiring a gradient as before, so that a layer saves the same again."""
+    return tensor.detach().requires_grad_(tensor.requires_grad)
 
 
 def _take(tensor: Tensor, dim: int, indices: list[int]) -> Tensor:

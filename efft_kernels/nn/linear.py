@@ -30,9 +30,9 @@ class MergeLoss:
 class EfftLinear(nn.Linear):
     """``y = x Wᵀ + b + (x D) G`` with frozen ``W`` and ``b``; ``D`` and ``G`` come from a bank of factors.
 
-    It is an ``nn.Linear`` with the same ``weight`` and ``bias`` parameters (the very objects of the layer it
-    replaces), so state-dict names stay as they are. A shared bank is referenced, not registered: it is owned once,
-    elsewhere.
+    It is an ``nn.Linear`` with the same ``weight``, ``bias`` and hooks (the very objects of the layer it replaces), so
+    state-dict names stay as they are and handles stay valid. A shared bank is referenced, not registered: it is owned
+    once, elsewhere.
     """
 
     factors: TTFactors
@@ -49,7 +49,7 @@ class EfftLinear(nn.Linear):
                 f"got {(linear.in_features, linear.out_features)}"
             )
         nn.Module.__init__(self)  # nn.Linear's own would allocate and draw a weight
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        share_attributes(linear, self)
         self.weight = linear.weight
         self.register_parameter("bias", linear.bias)
         for parameter in linear.parameters():
@@ -58,10 +58,9 @@ class EfftLinear(nn.Linear):
             self.factors = factors
         else:
             self.__dict__["factors"] = factors
-        self.site, self.index = site, factors.bind(site)
+        self.site, self.binding = site, factors.bind(site)
         self.enabled = True
         self.register_buffer("base_weight", None, persistent=False)
-        self.train(linear.training)
 
     @classmethod
     def from_linear(
@@ -84,9 +83,11 @@ class EfftLinear(nn.Linear):
 
         Raises:
             TypeError: not a plain ``nn.Linear``.
-            ValueError: the sizes do not fit.
+            ValueError: the sizes do not fit, or settings of a bank beside ``factors``.
         """
         if factors is not None:
+            if (rank, n_cores, scale, dropout, init) != (16, 1, 1.0, 0.0, "v"):
+                raise ValueError("rank, n_cores, scale, dropout and init belong to the bank: set them on factors")
             return cls(linear, factors, site or Site())
         reason = cannot_wrap(linear)
         if reason is not None:
@@ -114,7 +115,7 @@ class EfftLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:  # [..., in_features] -> [..., out_features]
         if not self.enabled or self.merged:
             return F.linear(x, self.weight, self.bias)
-        D, G = self.factors.down_up(self.index)
+        D, G = self.factors.down_up(self.binding)
         return tt_linear(x, self.weight, self.bias, D, G)
 
     @torch.no_grad()
@@ -159,7 +160,7 @@ class EfftLinear(nn.Linear):
         training = self.factors.training
         self.factors.training = False
         try:
-            return self.factors.down_up(self.index)
+            return self.factors.down_up(self.binding)
         finally:
             self.factors.training = training
 
@@ -178,6 +179,20 @@ class EfftLinear(nn.Linear):
         return ", ".join(parts)
 
 
+def share_attributes(source: nn.Linear, target: nn.Linear) -> None:
+    """Let ``target`` stand in for ``source``: its mode, its hooks and whatever was set on it, but no parameters.
+
+    What only an EfftLinear has, and a compiled form of the other's forward, stays where it is.
+    """
+    target.__dict__.update({name: value for name, value in source.__dict__.items() if name not in _NOT_SHARED})
+
+
+_NOT_SHARED = {
+    *("_parameters", "_buffers", "_modules", "forward", "_compiled_call_impl"),
+    *("factors", "site", "binding", "enabled"),
+}
+
+
 def cannot_wrap(linear: nn.Module) -> str | None:
     """None if ``linear`` can become an EfftLinear, else the reason."""
     if isinstance(linear, EfftLinear):
@@ -191,6 +206,14 @@ def cannot_wrap(linear: nn.Module) -> str | None:
         )
     if type(linear).forward is not nn.Linear.forward:
         return f"{type(linear).__name__} has a forward of its own, which an EfftLinear would drop"
+    if "forward" in linear.__dict__:
+        return "a forward was set on the layer itself, which an EfftLinear would drop; undo that first"
     if getattr(linear, "parametrizations", None):
         return "the layer's weight is parametrized; remove the parametrization first"
+    more = {*linear._parameters, *linear._buffers, *linear._modules} - {"weight", "bias"}
+    if more or not isinstance(linear.weight, nn.Parameter):
+        return (
+            f"expected the parameters weight and bias alone, found {', '.join(sorted(more)) or 'a computed weight'} "
+            "too, as torch.nn.utils.weight_norm and its like add them; remove that first"
+        )
     return None

@@ -72,7 +72,7 @@ class EfftConfig:
         _check(
             isinstance(self.init, str) and len(self.init) in letters and set(self.init) <= {"u", "v"},
             "init",
-            "'u' or 'v'" + (", or two of them, attention and MLP," if self.variant == "efft2" else ""),
+            "'u' or 'v'" + (", or two of them (attention and MLP)" if self.variant == "efft2" else ""),
             self.init,
         )
         for rank in _values(self.rank):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from efft.config import EfftConfig
 from efft.plan import make_plan
 from efft.targets import find_head
 from efft_kernels import EfftLinear, TTFactors
+from efft_kernels.nn.linear import share_attributes
 
 
 class Bank(nn.ModuleDict):
@@ -31,7 +32,7 @@ class Bank(nn.ModuleDict):
         super().__init__(factors)
         self.config, self.head, self.enabled = config, head, True
         self.layers: list[str] = []
-        self._used_checked = False
+        self._idle_checked = False
         self._originals: dict[str, nn.Linear] = {}
         self._requires_grad: dict[str, bool] = {}
         self._hooks: list[Any] = []
@@ -74,9 +75,8 @@ def apply(model: nn.Module, config: EfftConfig | None = None) -> nn.Module:
     bank = Bank(banks, config, plan.head)
     bank.train(model.training)
     bank._requires_grad = requires_grad
-    for name, (linear, layer) in layers.items():
-        bank._originals[name] = linear
-        _replace(model, name, layer)
+    bank._originals = {name: linear for name, (linear, _) in layers.items()}
+    _replace(model, dict(layers.values()))
     bank.layers = [name for name, _ in model.named_modules() if name in layers]
     _freeze_all_but(model, plan.head)
     model.efft = bank
@@ -93,13 +93,14 @@ def remove(model: nn.Module) -> nn.Module:
     The head keeps what it learned. A merged model is unmerged first. Returns the same ``model``.
     """
     bank = bank_of(model)
-    for name, original in bank._originals.items():
-        layer = model.get_submodule(name)
-        assert isinstance(layer, EfftLinear)
+    originals: dict[nn.Module, nn.Module] = {}
+    for name, layer in adapted_layers(model).items():
         layer.unmerge()
+        original = bank._originals[name]
         original.weight, original.bias = layer.weight, layer.bias
-        original.train(layer.training)
-        _replace(model, name, original)
+        share_attributes(layer, original)
+        originals[layer] = original
+    _replace(model, originals)
     for hook in bank._hooks:
         hook.remove()
     del model.efft
@@ -196,16 +197,24 @@ def _prepare(model: nn.Module, args: Any) -> None:
 
 def _release(model: nn.Module, args: Any, output: Any) -> None:
     bank = bank_of(model)
-    used = {factors: factors.release() for factors in bank.banks()}
-    if bank.enabled and output is not None and not bank._used_checked and not torch.compiler.is_compiling():
-        bank._used_checked = True
-        idle = [name for name, layer in adapted_layers(model).items() if layer.index not in used[layer.factors]]
-        if idle:
-            warnings.warn(
-                f"{len(idle)} of {len(bank.layers)} adapted layers did not run in this pass, {idle[0]!r} first. "
-                "A module that reads the weight without calling its layer ignores the update: exclude such layers",
-                stacklevel=2,
-            )
+    idle = [binding for factors in bank.banks() for binding in factors.release()]
+    if not idle or not bank.enabled or output is None or bank._idle_checked:
+        return
+    if any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in model.modules()):
+        bank._idle_checked = True  # compiled blocks leave no trace of having run
+        return
+    names = [
+        name
+        for name, layer in adapted_layers(model).items()
+        if layer.binding in idle and layer.enabled and not layer.merged
+    ]
+    if names:
+        bank._idle_checked = True
+        warnings.warn(
+            f"{len(names)} of {len(bank.layers)} adapted layers did not run in this pass, {names[0]!r} first. "
+            "A module that reads the weight without calling its layer ignores the update: exclude such layers",
+            stacklevel=2,
+        )
 
 
 def _enable(model: nn.Module, bank: Bank, enabled: bool) -> None:
@@ -220,6 +229,9 @@ def _freeze_all_but(model: nn.Module, head: Iterable[str]) -> None:
         model.get_submodule(name).requires_grad_(True)
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+def _replace(model: nn.Module, new_of: Mapping[nn.Module, nn.Module]) -> None:
+    """Put the new modules in, wherever the old ones are registered."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None and child in new_of:
+                setattr(parent, name, new_of[child])

@@ -26,6 +26,9 @@ WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "REA
 #: Fields that only matter while training: an adapter may be loaded into a model that sets them differently.
 _TRAINING_ONLY = {"init", "core_init", "dropout"}
 
+#: What is recorded about the model that was adapted.
+_BASE = {"architecture", "layers", "dtype", "fingerprint"}
+
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], info: dict[str, Any] | None = None) -> Path:
     """Write the trained part of an adapted model (factors once, head) to the folder ``path``.
@@ -154,9 +157,10 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         for key, kind in (("config", dict), ("base", dict), ("head", list)):
             if not isinstance(description.get(key), kind):
                 raise ValueError(f"it needs the keys config, base, head, and {key!r} must be a {kind.__name__}")
-        lacking = {"architecture", "layers", "dtype", "fingerprint"} - description["base"].keys()
-        if lacking:
-            raise ValueError(f"its 'base' lacks {', '.join(sorted(lacking))}")
+        for part, keys in (("config", set(EfftConfig().to_dict())), ("base", _BASE)):
+            lacking = keys - description[part].keys()
+            if lacking:
+                raise ValueError(f"its {part!r} lacks {', '.join(sorted(lacking))}")
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG} is not an EFFT adapter configuration: {error}") from None
     try:

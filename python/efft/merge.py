@@ -46,9 +46,12 @@ def merge(model: nn.Module) -> MergeReport:
 
     Raises:
         ValueError: the model is not adapted, or an update has non-finite entries (nothing is changed then).
+        RuntimeError: the update is switched off by :func:`efft.disabled`.
     """
     bank = bank_of(model)
     layers = adapted_layers(model)
+    if not bank.enabled and not any(layer.merged for layer in layers.values()):
+        raise RuntimeError("the update is switched off by efft.disabled; merge outside its with block")
     for name, factor in bank.named_parameters("efft"):
         if not torch.isfinite(factor).all():
             raise ValueError(f"factor {name} has NaN or infinite entries; nothing was merged")
@@ -62,10 +65,11 @@ def merge(model: nn.Module) -> MergeReport:
 
 def unmerge(model: nn.Module) -> None:
     """Put the base weights back, bit for bit, and compute with the factors again."""
-    bank = bank_of(model)
-    for layer in adapted_layers(model).values():
+    merged = [layer for layer in adapted_layers(model).values() if layer.merged]
+    for layer in merged:
         layer.unmerge()
-    bank.enabled = True
+    if merged:
+        bank_of(model).enabled = True
 
 
 @torch.no_grad()

@@ -71,6 +71,8 @@ def make_plan(model: nn.Module, config: EfftConfig) -> Plan:
     Raises:
         ValueError: no such layers, or layers that cannot share a train; it says which and what to do.
     """
+    if any("_orig_mod" in module._modules for module in model.modules()):
+        raise ValueError("the model is compiled already: adapt it (or load the adapter) first, then torch.compile it")
     head = find_head(model, config.head)
     members: dict[tuple[str, str], list[Target]] = {}
     for target in find_targets(model, config, head):

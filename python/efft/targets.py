@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
@@ -14,6 +14,7 @@ from efft_kernels.nn.linear import cannot_wrap
 
 MHSA_ROLES = ("qkv", "q", "k", "v", "o")
 FFN_ROLES = ("fc1", "fc2")
+_ROLES_OF = {"mhsa": MHSA_ROLES, "ffn": FFN_ROLES, "all": MHSA_ROLES + FFN_ROLES}
 
 #: Known architectures: the pattern of a block's name (with its stage, where widths change) and the roles in the block.
 #: To support another family, add a row here and a test.
@@ -50,15 +51,7 @@ def find_targets(model: nn.Module, config: EfftConfig, head: list[str]) -> list[
         if isinstance(module, nn.Linear) and not any(name == h or name.startswith(h + ".") for h in head)
     }
     if isinstance(config.targets, str):
-        roles = {"all": MHSA_ROLES + FFN_ROLES, "mhsa": MHSA_ROLES, "ffn": FFN_ROLES}[config.targets]
-        chosen = [t for t in map(_classify, linears) if t.role in roles]
-        if not chosen:
-            raise ValueError(
-                f"targets={config.targets!r} needs a known architecture (timm ViT, DeiT, DINOv2, Swin), and no layer "
-                f"of this "
-                f"{type(model).__name__} is named like one; name the layers: EfftConfig(targets=[...]). "
-                f"{_present(linears)}"
-            )
+        chosen = _chosen_by_role(type(model).__name__, config.targets, linears)
     else:
         for pattern in config.targets:
             if not any(_matches(pattern, name) for name in linears):
@@ -78,7 +71,8 @@ def find_targets(model: nn.Module, config: EfftConfig, head: list[str]) -> list[
             f"targets={config.targets!r} without exclude={config.exclude!r} leaves no layer. {_present(linears)}"
         )
     for target in chosen:
-        reason = cannot_wrap(linears[target.name]) or _bypassed(model, target)
+        linear = linears[target.name]
+        reason = cannot_wrap(linear) or _bypassed(model, target) or _tied(model, linear)
         if reason is not None:
             raise ValueError(f"layer {target.name!r} cannot be adapted: {reason}")
     return chosen
@@ -98,21 +92,63 @@ def find_head(model: nn.Module, config_head: list[str] | None) -> list[str]:
                 near = difflib.get_close_matches(name, names, 3)
                 raise ValueError(f"head: no module named {name!r}; nearest: {', '.join(near) or 'none'}")
         return list(config_head)
-    found: list[nn.Module] = []
-    if hasattr(model, "get_classifier"):  # timm; distilled models return a pair
-        classifier: Any = cast(Any, model).get_classifier()
-        found = list(classifier) if isinstance(classifier, tuple) else [classifier]
-    else:
-        for attribute in ("classifier", "head", "fc", "score"):
-            module = getattr(model, attribute, None)
-            if isinstance(module, nn.Module):
-                found = [module]
-                break
+    usual = [getattr(model, attribute, None) for attribute in ("classifier", "head", "fc", "score")]
+    found = [module for module in usual if isinstance(module, nn.Module)][:1]
+    of_timm: list[Any] = [module for module in model.modules() if hasattr(module, "get_classifier")]
+    if of_timm and (of_timm[0] is model or not found):  # the model, or one inside it
+        classifier = of_timm[0].get_classifier()
+        found = list(classifier) if isinstance(classifier, tuple) else [classifier]  # distilled models have a pair
     return [
         name
         for name, module in model.named_modules()
         if name and any(module is m for m in found) and next(module.parameters(), None) is not None
     ]
+
+
+def _chosen_by_role(model: str, targets: str, linears: dict[str, nn.Linear]) -> list[Target]:
+    """The layers that play the roles of ``targets`` ("all", "mhsa" or "ffn") in the blocks of a known architecture.
+
+    Raises:
+        ValueError: there is none, or a block has other layers where some of these should be.
+    """
+    classified = [_classify(name) for name in linears]
+    chosen = [t for t in classified if t.role in _ROLES_OF[targets]]
+    if not chosen:
+        raise ValueError(
+            f"targets={targets!r} needs a known architecture (timm ViT, DeiT, DINOv2, Swin), and no layer of this "
+            f"{model} is named like one; name the layers: EfftConfig(targets=[...]). {_present(linears)}"
+        )
+    blocks: dict[str, set[str]] = {}
+    for target in chosen:
+        blocks.setdefault(target.block, set()).add(target.role)
+    kinds = ("mhsa", "ffn") if targets == "all" else (targets,)
+    for block, roles in blocks.items():
+        others = [t.name for t in classified if t.role == "linear" and t.name.startswith(block + ".")]
+        incomplete = [kind for kind in kinds if not any(form <= roles for form in _COMPLETE[kind])]
+        if incomplete and others:
+            raise ValueError(
+                f"targets={targets!r} knows {', '.join(sorted(roles))} of {block} in this {model}, but not which of "
+                f"{', '.join(others)} complete its {' and '.join(incomplete)}; name the layers: "
+                "EfftConfig(targets=[...])"
+            )
+    return chosen
+
+
+#: Roles that make a block's attention or MLP whole.
+_COMPLETE: dict[str, tuple[set[str], ...]] = {"mhsa": ({"qkv", "o"}, {"q", "k", "v", "o"}), "ffn": ({"fc1", "fc2"},)}
+
+
+def _tied(model: nn.Module, linear: nn.Linear) -> str | None:
+    """Why merging would change more than this layer: its weight is some other module's too."""
+    owners = [
+        name for name, module in model.named_modules() if any(p is linear.weight for p in module._parameters.values())
+    ]
+    if len(owners) == 1:
+        return None
+    return (
+        f"its weight is tied: {' and '.join(owners)} have the same one; leave the layer out (exclude=[...]), or give "
+        "it its own: layer.weight = nn.Parameter(layer.weight.detach().clone())"
+    )
 
 
 def _bypassed(model: nn.Module, target: Target) -> str | None:

@@ -273,6 +273,15 @@ def test_usage_and_lists(capsys: pytest.CaptureFixture[str]) -> None:
     assert "digits: ready" in capsys.readouterr().out
 
 
+def test_a_reader_may_stop_early() -> None:
+    """As in `efft data list | head -1`: no traceback."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT.parent)])}
+    command = [sys.executable, "-c", "import sys; from efft.cli import main; sys.exit(main(['data', 'list']))"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as done:
+        done.stdout.close()
+        assert (done.stderr.read(), done.wait()) == ("", 141)
+
+
 def test_light_commands_load_no_heavy_package() -> None:
     program = (
         "import sys\nfrom efft.cli import main\n"

@@ -19,7 +19,7 @@ INVALID: list[tuple[dict[str, Any], str]] = [
     ({"variant": "efft3"}, "EfftConfig.variant must be one of ('efft1', 'efft2'), got 'efft3'"),
     ({"core_init": "xavier"}, "EfftConfig.core_init must be one of ('last', 'first', 'matrix'), got 'xavier'"),
     ({"core_sharing": "none"}, "EfftConfig.core_sharing must be one of ('per_layer', 'shared'), got 'none'"),
-    ({"init": "w"}, "EfftConfig.init must be 'u' or 'v', or two of them, attention and MLP"),
+    ({"init": "w"}, "EfftConfig.init must be 'u' or 'v', or two of them (attention and MLP)"),
     ({"init": ""}, "EfftConfig.init must be 'u' or 'v'"),
     ({"init": "vvv"}, "got 'vvv'"),
     ({"init": None}, "got None"),

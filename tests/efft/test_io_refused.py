@@ -255,6 +255,18 @@ def test_other_configuration_on_an_adapted_model(
     refuse(adapted_vit(scale=0.7, head=[]), folder, r"head: model \[\], adapter \['head'\]", unchanged)
 
 
+@pytest.mark.parametrize(("part", "key"), [("config", "scale"), ("base", "fingerprint")])
+def test_descriptions_with_a_gap(
+    part: str, key: str, adapted_vit: Make, tiny_vit: Make, tmp_path: Path, unchanged: Unchanged
+) -> None:
+    """A default in place of what was trained would be a silent mistake."""
+    folder = efft.save_adapter(adapted_vit(), tmp_path)
+    description = json.loads((folder / CONFIG).read_text())
+    del description[part][key]
+    (folder / CONFIG).write_text(json.dumps(description))
+    refuse(tiny_vit(), folder, rf"adapter_config\.json is not .*: its '{part}' lacks {key}", unchanged)
+
+
 def test_lora_folders_are_refused(tiny_vit: Make, tmp_path: Path, unchanged: Unchanged) -> None:
     peft = pytest.importorskip("peft", reason="needs the dev extra")
     lora = peft.get_peft_model(tiny_vit(), peft.LoraConfig(r=2, target_modules=["qkv"]))

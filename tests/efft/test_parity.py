@@ -193,7 +193,7 @@ def test_dropout_keeps_the_mean_of_the_update(tiny_vit: Make, randomize: Make) -
     with torch.no_grad():
         for _ in range(n):
             for i, layer in enumerate(layers):
-                D, G = layer.factors.down_up(layer.index)
+                D, G = layer.factors.down_up(layer.binding)
                 sums[i] = sums[i] + (D @ G).t()
         for layer, total in zip(layers, sums, strict=True):
             expected = layer.delta_weight()

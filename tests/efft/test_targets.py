@@ -171,6 +171,15 @@ def test_head_by_its_usual_names(attribute: str) -> None:
     assert find_head(model, None) == [attribute]
 
 
+def test_head_of_a_model_inside_another(tiny_vit: Make) -> None:
+    """Normalisation in front of a timm model, as many evaluation codes have it; an outer head goes first."""
+    assert find_head(nn.Sequential(nn.Identity(), tiny_vit()), None) == ["1.head"]
+    outer = nn.Module()
+    outer.body, outer.head = tiny_vit(), nn.Linear(4, 2)
+    assert find_head(outer, None) == ["head"]
+    assert find_head(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), None) == []
+
+
 def test_head_given_by_name(tiny_vit: Make) -> None:
     assert find_head(tiny_vit(), ["norm", "head"]) == ["norm", "head"]
     assert find_head(tiny_vit(), []) == []

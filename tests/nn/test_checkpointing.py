@@ -93,27 +93,56 @@ def test_a_part_without_gradients(make_stack: Callable[..., Any]) -> None:
         assert torch.equal(a, b)
 
 
-def test_reentrant_checkpointing_is_refused(make_stack: Callable[..., Any]) -> None:
+def test_reentrant_checkpointing(make_stack: Callable[..., Any]) -> None:
     stack = make_stack("mlp")
-    loss = stack.run(lambda layer, x: checkpoint(layer, x, use_reentrant=True))
-    with pytest.raises(RuntimeError, match=r"use_reentrant=True cannot differentiate .* use .*use_reentrant=False\)"):
-        loss.backward()
+    stack.run(lambda layer, x: checkpoint(layer, x, use_reentrant=True)).backward()
+    expected = stack.gradients()
+    for name, parameter in stack.bank.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name])
 
 
-def test_two_passes_waiting_with_dropout(make_stack: Callable[..., Any]) -> None:
+def test_reentrant_checkpointing_with_dropout_is_refused(make_stack: Callable[..., Any]) -> None:
     stack = make_stack("mlp", dropout=0.4)
-    losses = [stack.run(recompute) for _ in range(2)]
-    with pytest.raises(RuntimeError, match=r"an earlier pass is still waiting .*: call backward first, .*"):
-        sum(losses).backward()
+    loss = stack.run(lambda layer, x: checkpoint(layer, x, use_reentrant=True))
+    with torch.no_grad():
+        stack.run()
+    with pytest.raises(RuntimeError, match=r"use_reentrant=True cannot repeat .* use .*use_reentrant=False\), or set"):
+        loss.backward()
+    assert_same(stack.gradients(recompute), stack.gradients())
 
 
-def test_two_passes_waiting_without_dropout(make_stack: Callable[..., Any]) -> None:
-    """Their factors are the same, so it does not matter which pass's a layer gets."""
-    stack = make_stack("mlp")
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("order", [(0, 1), (1, 0), None], ids=["in order", "in reverse", "together"])
+def test_two_passes_waiting(order: tuple[int, int] | None, dropout: float, make_stack: Callable[..., Any]) -> None:
+    """Each layer gets the factors, and dropout, of the pass whose backward it runs again in."""
+    stack = make_stack("mlp", dropout=dropout)
     leaves = list(stack.bank.parameters())
-    got = torch.autograd.grad(stack.run(recompute) + stack.run(recompute), leaves)
-    for a, b in zip(got, torch.autograd.grad(stack.run(), leaves), strict=True):
-        torch.testing.assert_close(a, 2 * b)
+    results = []
+    for call in (recompute, lambda layer, x: layer(x)):
+        torch.manual_seed(3)
+        losses = [stack.run(call), 2 * stack.run(call)]
+        parts = [sum(losses)] if order is None else [losses[i] for i in order]
+        results.append([g for part in parts for g in torch.autograd.grad(part, leaves)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_pass_that_feeds_the_next(make_stack: Callable[..., Any]) -> None:
+    """The model applied to its own output: both passes are in one graph."""
+    stack = make_stack("mlp", dropout=0.4)
+    leaves = list(stack.bank.parameters())
+    results = []
+    for call in (recompute, lambda layer, x: layer(x)):
+        torch.manual_seed(3)
+        x = stack.inputs[0]
+        for _ in range(3):
+            stack.bank.prepare()
+            for layer in stack.layers[:2]:
+                x = torch.tanh(call(layer, x))
+            stack.bank.release()
+        results.append(torch.autograd.grad(x.sum(), leaves))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_passes_without_gradients_do_not_count(make_stack: Callable[..., Any]) -> None:
@@ -148,7 +177,7 @@ def test_memory_of_passes_is_freed(make_stack: Callable[..., Any], dropout: floa
         def call(layer: EfftLinear, x: Tensor) -> Tensor:
             y = layer(x) * 1
             activations.append(weakref.ref(y))
-            factors.append(weakref.ref(stack.bank.down_up(layer.index)[1]))
+            factors.append(weakref.ref(stack.bank.down_up(layer.binding)[1]))
             return y
 
         for _ in range(4):

@@ -53,11 +53,11 @@ def test_factors_of_every_site(
     make_bank: Callable[..., Any], update: Callable[..., Tensor], kind: str, core_sharing: str, prepared: bool
 ) -> None:
     bank, sites = make_bank(kind, core_sharing=core_sharing)
-    indices = [bank.bind(site) for site in sites]
+    bindings = [bank.bind(site) for site in sites]
     if prepared:
         bank.prepare()
-    for index, site in zip(indices, sites, strict=True):
-        D, G = bank.down_up(index)
+    for binding, site in zip(bindings, sites, strict=True):
+        D, G = bank.down_up(binding)
         assert (D.shape[0], G.shape[1]) == bank.features(site)
         torch.testing.assert_close(D @ G, update(bank, site))
     bank.release()
@@ -67,11 +67,10 @@ def test_sites_in_any_order_and_number(make_bank: Callable[..., Any], update: Ca
     """Layers that are skipped, adapted twice, or bound back to front; cores that are not neighbours."""
     bank, _ = make_bank("attention", n_layers=4)
     sites = [Site(3, (0,)), Site(1, (0,)), Site(3, (0,)), Site(1, (3, 0)), Site(2, (2,), columns=(2, 7))]
-    for site in sites:
-        bank.bind(site)
+    bindings = [bank.bind(site) for site in sites]
     bank.prepare()
-    for index, site in enumerate(sites):
-        D, G = bank.down_up(index)
+    for binding, site in zip(bindings, sites, strict=True):
+        D, G = bank.down_up(binding)
         torch.testing.assert_close(D @ G, update(bank, site))
 
 
@@ -177,18 +176,18 @@ def test_layers_of_one_scope_share_a_draw(make_bank: Callable[..., Any]) -> None
     for site in sites:
         bank.bind(site)
     bank.prepare()
-    downs = [bank.down_up(i)[0] for i in range(len(sites))]
+    downs = [bank.down_up(binding)[0] for binding in bank.bindings]
     assert torch.equal(downs[0], downs[1])
     assert not torch.equal(downs[0], downs[2]), "another layer"
-    assert bank.down_up(0)[0] is downs[0]
+    assert bank.down_up(bank.bindings[0])[0] is downs[0]
     bank.prepare()
-    assert not torch.equal(bank.down_up(0)[0], downs[0])
+    assert not torch.equal(bank.down_up(bank.bindings[0])[0], downs[0])
 
     bank, _ = make_bank("attention", dropout=0.5)
     for scope in (0, 1, 1):
         bank.bind(Site(0, (0,), mask_scope=scope))
     bank.prepare()
-    downs = [bank.down_up(i)[0] for i in range(3)]
+    downs = [bank.down_up(binding)[0] for binding in bank.bindings]
     assert not torch.equal(downs[0], downs[1])
     assert torch.equal(downs[1], downs[2])
 
@@ -205,7 +204,7 @@ def test_dropout_leaves_the_expected_update_alone(
         bank.bind(site)
     with torch.no_grad():
         bank.prepare()
-        deltas = torch.stack([D @ G for D, G in map(bank.down_up, range(n))])
+        deltas = torch.stack([D @ G for D, G in map(bank.down_up, bank.bindings)])
         error = deltas.mean(0) - update(bank, sites[0])
     assert (error.abs() < 5 * deltas.std(0) / n**0.5).all()
     assert deltas.std(0).min() > 0.1 * deltas.mean(0).abs().min()
@@ -218,12 +217,12 @@ def test_a_pass_ends_with_release(make_bank: Callable[..., Any]) -> None:
     bank, sites = make_bank("mlp")
     bank.bind(sites[0])
     bank.prepare()
-    before = bank.down_up(0)[1]
+    before = bank.down_up(bank.bindings[0])[1]
     with torch.no_grad():
         bank.C.mul_(2)
-    assert bank.down_up(0)[1] is before
+    assert bank.down_up(bank.bindings[0])[1] is before
     bank.release()
-    torch.testing.assert_close(bank.down_up(0)[1], 2 * before)
+    torch.testing.assert_close(bank.down_up(bank.bindings[0])[1], 2 * before)
 
 
 def test_copies_in_the_middle_of_a_pass(make_bank: Callable[..., Any]) -> None:
@@ -232,15 +231,15 @@ def test_copies_in_the_middle_of_a_pass(make_bank: Callable[..., Any]) -> None:
     for site in sites:
         bank.bind(site)
     bank.prepare()
-    (bank.down_up(0)[1].sum() + bank.down_up(1)[1].sum()).backward()
+    (bank.down_up(bank.bindings[0])[1].sum() + bank.down_up(bank.bindings[1])[1].sum()).backward()
     for made in (copy.deepcopy(bank), pickle.loads(pickle.dumps(bank))):
-        assert made.sites == bank.sites
+        assert [b.site for b in made.bindings] == [b.site for b in bank.bindings]
         for name, value in bank.named_parameters():
             assert torch.equal(value, dict(made.named_parameters())[name])
         made.eval()
         with torch.no_grad():
             made.C.zero_()
-        assert not made.down_up(0)[1].any(), "the copy computes with its own factors"
+        assert not made.down_up(made.bindings[0])[1].any(), "the copy computes with its own factors"
     assert bank.C.any()
 
 
@@ -281,13 +280,14 @@ def test_wrong_arguments(changed: dict[str, Any], message: str) -> None:
         (Site(0, columns=(4, 4)), "does not fit a train with 8 output columns"),
         (Site(0, columns=(-1, 4)), "does not fit a train with 8 output columns"),
         (Site(0, (0, 1), transpose=True), "a transposed train has one core"),
+        (Site(0, mask_scope=-1), "mask_scope must be 0 or more"),
     ],
 )
 def test_wrong_sites(site: Site, message: str) -> None:
     bank = TTFactors(4, 8, 2, n_layers=2, n_cores=3)
     with pytest.raises(ValueError, match=message):
         bank.bind(site)
-    assert bank.sites == []
+    assert bank.bindings == []
 
 
 @pytest.mark.filterwarnings("error")

@@ -111,7 +111,7 @@ def test_from_linear_with_a_bank() -> None:
     bank = TTFactors(6, 4, 2, n_layers=2, n_cores=2)
     layer = EfftLinear.from_linear(nn.Linear(6, 8), bank, Site(1, (0, 1)))
     assert layer.factors is bank
-    assert bank.sites == [Site(1, (0, 1))]
+    assert [b.site for b in bank.bindings] == [Site(1, (0, 1))]
     assert EfftLinear.from_linear(nn.Linear(6, 4), bank).site == Site()
 
 
@@ -150,10 +150,12 @@ def test_sizes_that_do_not_fit() -> None:
         EfftLinear(nn.Linear(6, 4), bank, Site(transpose=True))
     with pytest.raises(ValueError, match=r"= \(6, 2\), got \(6, 4\)"):
         EfftLinear(nn.Linear(6, 4), bank, Site(columns=(1, 3)))
-    assert bank.sites == []
+    assert bank.bindings == []
     for n_cores in (5, 0):
         with pytest.raises(ValueError, match=f"out_features must be a multiple of n_cores, got 12 and {n_cores}"):
             EfftLinear.from_linear(nn.Linear(6, 12), n_cores=n_cores)
+    with pytest.raises(ValueError, match="rank, n_cores, scale, dropout and init belong to the bank"):
+        EfftLinear.from_linear(nn.Linear(6, 4), bank, scale=2.0)
 
 
 def test_switched_off_it_is_its_base() -> None:

@@ -22,7 +22,8 @@ _EXPECTED = (ValueError, OSError, ImportError, RuntimeError, ArithmeticError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code (0 done, 2 an error with one message, 130 interrupted; bench: its own).
+    """Runs one command; returns the exit code: 0 done, 2 an error with one message, 130 interrupted, 141 nobody reads
+    its output any more; bench has its own.
 
     ``EFFT_DEBUG=1`` shows the traceback of every error.
 
@@ -53,10 +54,15 @@ def run_command(command: Callable[[], int], after_interrupt: str = "") -> int:
         after_interrupt: added to the message if the user interrupts it; the exit code is 130 then.
     """
     try:
-        return command()
+        code = command()
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         print(f"\nefft: interrupted{after_interrupt}", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except _EXPECTED as error:
         if os.environ.get("EFFT_DEBUG") == "1":
             raise
