@@ -9,9 +9,10 @@ reason that :func:`can_run` gives.
 from __future__ import annotations
 
 import enum
+import importlib.util
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor
@@ -21,12 +22,14 @@ class Backend(str, enum.Enum):
     """The implementations an op can have.
 
     ``AUTO`` chooses; ``REFERENCE`` is plain differentiable torch in fp32/fp64, the specification; ``EAGER`` is the
-    hand-written backward on the vendor's matrix products, on any device.
+    hand-written backward on the vendor's matrix products, on any device; ``TRITON`` fuses the update into the matrix
+    product, on GPUs.
     """
 
     AUTO = "auto"
     REFERENCE = "reference"
     EAGER = "eager"
+    TRITON = "triton"
 
     @classmethod
     def parse(cls, value: str | Backend) -> Backend:
@@ -38,8 +41,15 @@ class Backend(str, enum.Enum):
             raise ValueError(f"unknown backend {value!r}: expected one of {names}") from None
 
 
-#: What ``auto`` tries, fastest first.
+#: What ``auto`` tries, in this order. ``triton`` is not in it before it has been measured on a GPU: ask for it by name.
 AUTO_ORDER = (Backend.EAGER, Backend.REFERENCE)
+
+#: Whether Triton's kernels run in its interpreter, on the CPU; Triton too reads the variable once.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_TRITON = False
+with suppress(ImportError):  # of a finder that hides the package
+    _TRITON = importlib.util.find_spec("triton") is not None
+_TRITON_CAPABILITY = 8
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -72,15 +82,34 @@ def can_run(backend: str | Backend, *tensors: Tensor | None) -> str | None:
     """None if ``backend`` can run an op on ``tensors``, else the reason why it cannot.
 
     ``reference`` and ``eager`` implement every op on every device; they need real floating-point tensors that all
-    lie on one device.
+    lie on one device. ``triton`` needs the triton package and a GPU of compute capability 8.0 (or, for tests,
+    ``TRITON_INTERPRET=1`` and the CPU), and runs no float64.
     """
     backend = Backend.parse(backend)
     present = [t for t in tensors if t is not None]
+    dtypes = _FLOATING[:3] if backend is Backend.TRITON else _FLOATING
     for t in present:
-        if t.dtype not in _FLOATING:
-            return f"{backend.value} runs float16, bfloat16, float32 and float64 tensors, got {t.dtype}"
+        if t.dtype not in dtypes:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            return f"{backend.value} runs {names} tensors, got {t.dtype}"
         if t.device != present[0].device:
             return f"all tensors must be on one device, got {present[0].device} and {t.device}"
+    return _no_triton(present[0].device) if backend is Backend.TRITON and present else None
+
+
+def _no_triton(device: torch.device) -> str | None:
+    """Why Triton's kernels cannot run on ``device``; None if they can."""
+    if not _TRITON:
+        return "the triton package is not installed: pip install 'efft-kernels[triton]'"
+    if device.type == "meta" or (device.type == "cpu" and _INTERPRETED):
+        return None
+    if device.type != "cuda":
+        return f"triton runs on GPUs, got {device} (slowly on the CPU, for tests: set TRITON_INTERPRET=1)"
+    if _INTERPRETED:
+        return "TRITON_INTERPRET=1 runs triton on the CPU, got a GPU tensor: unset it"
+    gpu = torch.cuda.get_device_properties(device)
+    if gpu.major < _TRITON_CAPABILITY and torch.version.hip is None:
+        return f"triton needs a GPU of compute capability {_TRITON_CAPABILITY}.0, got {gpu.major}.{gpu.minor}"
     return None
 
 
@@ -103,7 +132,10 @@ def resolve(op: str, backend: str | Backend | None, *tensors: Tensor | None) -> 
 
 
 def explain(*tensors: Tensor | None) -> str:
-    """What ``auto`` would take for ``tensors`` and why: one line a backend, the chosen one marked with ``*``."""
+    """What ``auto`` would take for ``tensors`` and why: one line a backend, the chosen one marked with ``*``.
+
+    Backends that ``auto`` never takes come last.
+    """
     lines, chosen = [], False
     for candidate in AUTO_ORDER:
         reason = can_run(candidate, *tensors)
@@ -111,4 +143,7 @@ def explain(*tensors: Tensor | None) -> str:
         if reason is None and not chosen:
             mark, chosen = "*", True
         lines.append(f"{mark} {candidate.value}: {reason or 'can run'}")
+    for named in Backend:
+        if named is not Backend.AUTO and named not in AUTO_ORDER:
+            lines.append(f"  {named.value}: {can_run(named, *tensors) or 'can run, if asked for by name'}")
     return "\n".join(lines)

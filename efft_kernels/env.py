@@ -39,7 +39,7 @@ def report() -> str:
     for device in ("cpu", "cuda"):
         if device == "cuda" and not torch.cuda.is_available():
             continue
-        for backend in AUTO_ORDER:
+        for backend in (b for b in Backend if b is not Backend.AUTO):
             lines.append(f"{backend.value + ' on ' + device:<18} {_self_test(backend, device)}")
     return "\n".join(lines)
 

@@ -20,7 +20,7 @@ from efft_kernels.backends import AUTO_ORDER, current_backend
 from efft_kernels.testing import assert_close_budget, make_inputs, poisoned_empty, with_layout
 
 ROOT = Path(__file__).parents[1]
-NAMES = "'auto', 'reference', 'eager'"
+NAMES = "'auto', 'reference', 'eager', 'triton'"
 OPS = ("tt_linear", "tt_contract", "tt_merge_")
 needs_default = pytest.mark.skipif("EFFT_BACKEND" in os.environ, reason="EFFT_BACKEND changes the default backend")
 
@@ -47,7 +47,7 @@ def call(op: str, **kwargs: Any) -> str:
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("backend", testing.backends())
+@pytest.mark.parametrize("backend", [b for b in testing.backends() if can_run(b, torch.ones(1)) is None])
 def test_the_backend_asked_for_runs(op: str, backend: Backend) -> None:
     assert call(op, backend=backend) == call(op, backend=backend.value) == backend.value
     with use_backend(backend):
@@ -126,13 +126,18 @@ def test_only_auto_falls_back(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     broken[Backend.REFERENCE] = "it is Sunday"
     with pytest.raises(RuntimeError, match=f"^{op}: no backend can run this call\n") as raised:
         call(op, backend="auto")
-    assert str(raised.value).endswith("\n  eager: its library is missing\n  reference: it is Sunday")
+    assert "\n  eager: its library is missing\n  reference: it is Sunday\n" in str(raised.value)
 
 
 def test_explain() -> None:
-    assert explain(torch.ones(1)) == "* eager: can run\n  reference: can run"
-    reason = "runs float16, bfloat16, float32 and float64 tensors, got torch.int8"
-    assert explain(torch.ones(1).to(torch.int8)) == f"  eager: eager {reason}\n  reference: reference {reason}"
+    chosen, other, named = explain(torch.ones(1)).splitlines()
+    assert (chosen, other) == ("* eager: can run", "  reference: can run")
+    assert named == f"  triton: {can_run('triton', torch.ones(1)) or 'can run, if asked for by name'}"
+    reason = "runs float16, bfloat16, float32, float64 tensors, got torch.int8"
+    assert explain(torch.ones(1).to(torch.int8)).splitlines()[:2] == [
+        f"  eager: eager {reason}",
+        f"  reference: reference {reason}",
+    ]
 
 
 def test_can_run() -> None:
@@ -142,6 +147,23 @@ def test_can_run() -> None:
         "all tensors must be on one device, got cpu and meta"
     )
     assert "got torch.complex64" in can_run("reference", torch.ones(1), torch.ones(1).to(torch.complex64))
+    assert can_run("triton", torch.ones(1).double()) == (
+        "triton runs float16, bfloat16, float32 tensors, got torch.float64"
+    )
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"_TRITON": False}, r"the triton package is not installed: pip install 'efft-kernels\[triton\]'"),
+        ({"_TRITON": True, "_INTERPRETED": False}, r"triton runs on GPUs, got cpu .* set TRITON_INTERPRET=1"),
+    ],
+)
+def test_why_triton_cannot_run(variables: dict[str, bool], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in variables.items():
+        monkeypatch.setattr(backends, name, value)
+    with pytest.raises(RuntimeError, match=f"'triton' was asked for but cannot run: {message}"):
+        tt_linear(**make_inputs("tt_linear"), backend="triton")
 
 
 def python(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -192,7 +214,7 @@ def test_compiled_code_follows_the_choice() -> None:
 
 
 def test_backends_and_devices() -> None:
-    assert testing.backends() == [Backend.REFERENCE, Backend.EAGER]
+    assert testing.backends() == [Backend.REFERENCE, Backend.EAGER, Backend.TRITON]
     assert testing.devices()[0] == "cpu"
     assert ("cuda" in testing.devices()) == torch.cuda.is_available()
 

@@ -1,5 +1,6 @@
 """Every test of an op runs for every backend and device (and dtype) it asks for by these fixtures."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -16,19 +17,54 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 IDS = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES}
 
 
-@pytest.fixture(params=backends(), ids=lambda b: b.value, scope="session")
+#: The Triton backend runs here on GPUs, and on the CPU in a process of its own (tests/triton/test_interpreter.py).
+ONLY_TRITON = os.environ.get("TRITON_INTERPRET") == "1"
+BACKENDS = [
+    pytest.param(b, marks=pytest.mark.gpu if b is Backend.TRITON and not ONLY_TRITON else ())
+    for b in backends()
+    if (b is Backend.TRITON) or not ONLY_TRITON
+]
+
+
+@pytest.fixture(params=DEVICES[:1] if ONLY_TRITON else DEVICES, scope="session")
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=BACKENDS, ids=lambda b: b.value, scope="session")
 def backend(request: pytest.FixtureRequest) -> Backend:
     return request.param
 
 
-@pytest.fixture(params=[b for b in backends() if b is not Backend.REFERENCE], ids=lambda b: b.value)
+@pytest.fixture(params=[b for b in BACKENDS if Backend.REFERENCE not in b.values], ids=lambda b: b.value)
 def kernels(request: pytest.FixtureRequest) -> Backend:
     """Backends that run behind registered ops; the reference is plain torch."""
     return request.param
 
 
-@pytest.fixture(params=DEVICES, scope="session")
-def device(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(scope="session")
+def exact(backend: Backend) -> torch.dtype:
+    """The widest precision of a backend: what tests of formulas, not of rounding, are done in."""
+    return torch.float32 if backend is Backend.TRITON else torch.float64
+
+
+@pytest.fixture(scope="session")
+def assert_exact(exact: torch.dtype) -> Callable[..., None]:
+    """Compare with a formula in fp64: sums in another order, but in the precision ``exact``, differ no more."""
+
+    def check(got: Tensor, formula: Tensor, name: str = "result") -> None:
+        assert got.dtype == exact, name
+        size = formula.abs().max().item() if formula.numel() else 0.0
+        torch.testing.assert_close(
+            got.double(), formula, rtol=0, atol=256 * torch.finfo(exact).eps * size, msg=lambda text: f"{name}: {text}"
+        )
+
+    return check
+
+
+@pytest.fixture(params=[b for b in BACKENDS if Backend.TRITON not in b.values], ids=lambda b: b.value)
+def fp64(request: pytest.FixtureRequest) -> Backend:
+    """Backends that have fp64."""
     return request.param
 
 

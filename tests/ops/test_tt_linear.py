@@ -111,6 +111,8 @@ def test_update_under_a_weight_1000_times_its_size(
 def test_any_shape_and_layout(
     backend: Backend,
     device: str,
+    exact: torch.dtype,
+    assert_exact: Callable[..., None],
     lead: tuple[int, ...],
     sizes: tuple[int, int, int],
     layouts: tuple[str, ...],
@@ -118,8 +120,8 @@ def test_any_shape_and_layout(
     need: set[str],
 ) -> None:
     d_in, d_out, r1 = sizes
-    inputs = make_inputs("tt_linear", d_in=d_in, d_out=d_out, r1=r1, dtype=torch.float64, device=device)
-    inputs["x"] = torch.randn(*lead, d_in, dtype=torch.float64, device=device)
+    inputs = make_inputs("tt_linear", d_in=d_in, d_out=d_out, r1=r1, dtype=exact, device=device)
+    inputs["x"] = torch.randn(*lead, d_in, dtype=exact, device=device)
     inputs["b"] = inputs["b"] if has_bias else None
     for name, layout in zip(LEAVES, layouts, strict=False):
         inputs[name] = with_layout(inputs[name], layout) if inputs[name] is not None else None
@@ -127,10 +129,10 @@ def test_any_shape_and_layout(
     names = tuple(name for name in ADAPTED if name in need)
     with use_backend(backend):
         got = run(tt_linear, inputs, gy, names)
-    exact = dense(inputs, gy)
+    formula = dense(inputs, gy)
     assert got["y"].shape == (*lead, d_out)
     for name, value in got.items():
-        torch.testing.assert_close(value, exact[name], msg=lambda text, name=name: f"{name}: {text}")
+        assert_exact(value, formula[name], name)
 
 
 @pytest.mark.parametrize("lead", [(0,), (1,), (4, 0)])
@@ -145,17 +147,19 @@ def test_no_token_and_one_token_in_half_precision(backend: Backend, device: str,
         assert_close_budget(value, exact[name], peer[name], name=name)
 
 
-def test_factors_as_the_bank_makes_them(backend: Backend, device: str) -> None:
+def test_factors_as_the_bank_makes_them(
+    backend: Backend, device: str, exact: torch.dtype, assert_exact: Callable[..., None]
+) -> None:
     """D = Vᵀ, a column slice of V, and G one layer of a stacked contraction."""
-    inputs = make_inputs("tt_linear", dtype=torch.float64, device=device)
-    V = torch.randn(5, 60, dtype=torch.float64, device=device)
+    inputs = make_inputs("tt_linear", dtype=exact, device=device)
+    V = torch.randn(5, 60, dtype=exact, device=device)
     inputs["D"] = V[:, 24:48].t()
-    inputs["G"] = torch.randn(3, 5, 40, dtype=torch.float64, device=device)[1]
+    inputs["G"] = torch.randn(3, 5, 40, dtype=exact, device=device)[1]
     gy = upstream(inputs)
     with use_backend(backend):
         got = run(tt_linear, inputs, gy)
     for name, value in got.items():
-        torch.testing.assert_close(value, dense(inputs, gy)[name])
+        assert_exact(value, dense(inputs, gy)[name], name)
 
 
 def test_reads_nothing_it_did_not_write(backend: Backend, device: str) -> None:
@@ -170,19 +174,19 @@ def test_reads_nothing_it_did_not_write(backend: Backend, device: str) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["fast", "slow"])
-def test_gradcheck(backend: Backend, scheme: str) -> None:
+def test_gradcheck(fp64: Backend, scheme: str) -> None:
     inputs = make_inputs("tt_linear", tokens=3, d_in=4, d_out=5, r1=2, dtype=torch.float64)
     leaves = [inputs[k].requires_grad_() for k in LEAVES]
-    with use_backend(backend):
+    with use_backend(fp64):
         assert torch.autograd.gradcheck(tt_linear, leaves, fast_mode=scheme == "fast")
 
 
 @pytest.mark.parametrize("need", [("x",), ("D",), ("G",), ("D", "G"), ("x", "G"), ADAPTED], ids="".join)
 def test_only_what_is_asked_for_is_computed_and_saved(
-    backend: Backend, device: str, record: Callable[[], Any], need: tuple[str, ...]
+    backend: Backend, device: str, exact: torch.dtype, record: Callable[[], Any], need: tuple[str, ...]
 ) -> None:
     """Sizes tell the tensors apart: h and dh [11, 5], x and dx [11, 24], W [40, 24], D [24, 5], G [5, 40]."""
-    inputs = make_inputs("tt_linear", tokens=11, dtype=torch.float64, device=device)
+    inputs = make_inputs("tt_linear", tokens=11, dtype=exact, device=device)
     leaves = {k: inputs[k].requires_grad_(k in need) for k in LEAVES}
     saved: list[Tensor] = []
 
@@ -208,8 +212,8 @@ def test_only_what_is_asked_for_is_computed_and_saved(
     expected += [(5, 24)] * ("D" in need) + [(5, 40)] * ("G" in need)
     if backend is Backend.REFERENCE:  # autograd's, with no order or fusion promised
         assert set(products) == set(expected)
-    else:
-        assert products == sorted(expected)
+    else:  # Triton's kernels are not torch's products
+        assert products == ([] if backend is Backend.TRITON else sorted(expected))
 
 
 def test_nothing_is_saved_without_gradients(backend: Backend) -> None:
@@ -221,9 +225,11 @@ def test_nothing_is_saved_without_gradients(backend: Backend) -> None:
     assert not y.requires_grad
 
 
-def test_no_dense_delta_is_ever_built(backend: Backend, device: str, record: Callable[[], Any]) -> None:
+def test_no_dense_delta_is_ever_built(
+    backend: Backend, device: str, exact: torch.dtype, record: Callable[[], Any]
+) -> None:
     """With fewer tokens than features everything new is smaller than a weight."""
-    inputs = make_inputs("tt_linear", tokens=11, dtype=torch.float64, device=device)
+    inputs = make_inputs("tt_linear", tokens=11, dtype=exact, device=device)
     with use_backend(backend), record() as seen:
         run(tt_linear, inputs, upstream(inputs))
     assert seen.allocated
@@ -232,8 +238,8 @@ def test_no_dense_delta_is_ever_built(backend: Backend, device: str, record: Cal
     assert len(seen.registered) in (0, 2)
 
 
-def test_differentiating_twice(backend: Backend) -> None:
-    inputs = make_inputs("tt_linear", tokens=2, d_in=3, d_out=4, r1=2, dtype=torch.float64)
+def test_differentiating_twice(backend: Backend, exact: torch.dtype) -> None:
+    inputs = make_inputs("tt_linear", tokens=2, d_in=3, d_out=4, r1=2, dtype=exact)
     x, D = inputs["x"].requires_grad_(), inputs["D"].requires_grad_()
     y = tt_linear(**inputs, backend=backend)
     (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
@@ -280,11 +286,11 @@ def test_backward_under_autocast(kernels: Backend) -> None:
         assert torch.equal(grad, expected[name]), name
 
 
-def test_autocast_leaves_fp64_alone(backend: Backend) -> None:
+def test_autocast_leaves_fp64_alone(fp64: Backend) -> None:
     inputs = make_inputs("tt_linear", dtype=torch.float64)
-    plain = tt_linear(**inputs, backend=backend)
+    plain = tt_linear(**inputs, backend=fp64)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(tt_linear(**inputs, backend=backend), plain)
+        assert torch.equal(tt_linear(**inputs, backend=fp64), plain)
 
 
 def test_meta_tensors_give_shapes(backend: Backend) -> None:
@@ -346,10 +352,10 @@ def test_registered_ops_are_well_behaved(kernels: Backend, layout: str, need: st
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_compiles_without_graph_breaks(backend: Backend, dynamic: bool) -> None:
+def test_compiles_without_graph_breaks(backend: Backend, exact: torch.dtype, dynamic: bool) -> None:
     compiled = torch.compile(tt_linear, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for tokens in (4, 9) if dynamic else (4,):
-        inputs = make_inputs("tt_linear", tokens=tokens, dtype=torch.float64)
+        inputs = make_inputs("tt_linear", tokens=tokens, dtype=exact)
         gy = upstream(inputs)
         with use_backend(backend):
             got, expected = run(compiled, inputs, gy), run(tt_linear, inputs, gy)

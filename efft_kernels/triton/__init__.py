@@ -1,0 +1,30 @@
+"""Triton kernels for GPUs of compute capability 8.0 and newer.
+
+This file registers them without importing Triton, which need not be installed; the first call does. Where to change
+what: one file an op (``tt_linear``, ``tt_contract``, ``tt_merge``), two kernels that tt_linear is made of
+(``lowrank_gemm``, ``reduce_tokens``), tile sizes and their origin (``launch``), and what runs and checks them without a
+GPU (``interpreter``).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from efft_kernels.backends import Backend
+from efft_kernels.ops._schemas import implement
+
+
+def _register(op: str, file: str) -> Callable[..., Any]:
+    def kernel(*arguments: Any) -> Any:
+        return getattr(importlib.import_module(f"efft_kernels.triton.{file}"), op)(*arguments)
+
+    return implement(op, Backend.TRITON, kernel)
+
+
+tt_linear_fwd = _register("tt_linear_fwd", "tt_linear")
+tt_linear_bwd = _register("tt_linear_bwd", "tt_linear")
+tt_contract_fwd = _register("tt_contract_fwd", "tt_contract")
+tt_contract_bwd = _register("tt_contract_bwd", "tt_contract")
+tt_merge_ = _register("tt_merge_", "tt_merge")

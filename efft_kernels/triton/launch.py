@@ -1,0 +1,120 @@
+"""How the kernels are launched: tile sizes and where they come from, precision, the device.
+
+No table names a GPU. A tile is taken if its pipeline fits the shared memory that the device reports, and of those the
+one that the model below expects to be fastest for the shape.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+if triton.knobs.runtime.interpret:
+    from efft_kernels.triton.interpreter import correct_bfloat16
+
+    correct_bfloat16()
+
+
+@dataclass(frozen=True)
+class GemmTile:
+    """How a program of the matrix product is cut.
+
+    Attributes:
+        m, n, k: rows and columns of the output tile, depth of a step of the main loop.
+        warps, stages: warps of a program, steps of the main loop in flight.
+        speed: arithmetic rate of a full GPU relative to the best tile: small tiles read their operands more often.
+    """
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+    speed: float
+
+    def shared_memory(self, element_size: int, rank: int = 0) -> int:
+        """Bytes of the pipeline's buffers; ``rank`` columns of fp32 factors ride along where H is recomputed."""
+        return self.stages * ((self.m + self.n) * self.k * element_size + rank * self.k * 4)
+
+
+#: Origin: tiles that public bf16 GEMMs use on these architectures, their speeds modelled (no GPU has been measured).
+HALF_TILES = (
+    GemmTile(128, 256, 64, 8, 3, 1.0),
+    GemmTile(128, 128, 64, 8, 3, 0.9),
+    GemmTile(128, 128, 32, 4, 3, 0.85),  # for 99 KiB of shared memory (sm_86, sm_89) and 64 KiB (AMD)
+    GemmTile(64, 128, 32, 4, 3, 0.7),
+    GemmTile(64, 64, 32, 4, 3, 0.5),
+)
+#: fp32 without tensor cores: the accumulator is what registers are for. Modelled likewise.
+FP32_TILES = (GemmTile(64, 64, 16, 4, 2, 1.0), GemmTile(32, 64, 16, 4, 2, 0.7), GemmTile(32, 32, 16, 4, 2, 0.5))
+#: fp32 rounded to TF32 on the way into the tensor cores, by the user's choice in torch. Modelled likewise.
+TF32_TILES = (GemmTile(128, 128, 32, 8, 3, 1.0), GemmTile(64, 64, 32, 4, 3, 0.5))
+
+#: Up to this rank a program recomputes H: 32 more columns cost less than a second kernel that reads A again. Modelled.
+RECOMPUTE_RANK = 32
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the choice of a tile depends on: number of multiprocessors, bytes of shared memory of a program."""
+
+    processors: int
+    shared_memory: int
+
+
+@functools.cache
+def device(of: torch.device) -> Device:
+    """The facts of a GPU; those of an H100 in the interpreter."""
+    if of.type != "cuda":
+        return Device(132, 232448)
+    properties = torch.cuda.get_device_properties(of)
+    return Device(properties.multi_processor_count, properties.shared_memory_per_block_optin)
+
+
+def tiles(A: Tensor) -> Sequence[GemmTile]:
+    """The table for a product in A's precision."""
+    if A.element_size() == 2:
+        return HALF_TILES
+    return TF32_TILES if precision(A) == "tf32" else FP32_TILES
+
+
+def gemm_tile(A: Tensor, N: int, rank: int) -> GemmTile:
+    """The tile for [M, K] times [K, N], with ``rank`` columns of H recomputed (0: none).
+
+    Modelled time: whole waves of programs, each as long as its tile is big, over the tile's speed.
+    """
+    gpu = device(A.device)
+
+    def time(tile: GemmTile) -> float:
+        programs = triton.cdiv(A.shape[0], tile.m) * triton.cdiv(N, tile.n)
+        return triton.cdiv(programs, gpu.processors) * tile.m * (tile.n + rank) / tile.speed
+
+    fitting = [t for t in tiles(A) if t.shared_memory(A.element_size(), rank) <= gpu.shared_memory]
+    return min(fitting or tiles(A)[-1:], key=time)
+
+
+def recomputes(R: int) -> bool:
+    """Whether H is made in the main loop of the product rather than by a kernel of its own."""
+    return R <= RECOMPUTE_RANK
+
+
+def rank_block(R: int) -> int:
+    """The rank as the kernels see it: a power of two, at least the 16 that a tensor core takes, at most 64 at once."""
+    return min(max(triton.next_power_of_2(R), 16), 64)
+
+
+def precision(A: Tensor) -> str:
+    """Of products of fp32 tiles: TF32 only where the user chose it for torch's own products on GPUs."""
+    fp32 = A.dtype == torch.float32
+    return "tf32" if fp32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Launches inside the ``with`` block go to the tensor's GPU, which need not be the current one."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -1,0 +1,133 @@
+"""dG = hᵀ gy and dD = xᵀ dh: two sums over all tokens in one launch, in fp32 and always in the same order.
+
+Every program owns a block of columns of gy (or of x) and a range of tokens, reads each of its elements once, and keeps
+its [columns, r] sum in registers: there is no atomic addition. Ranges are as many as fill the GPU; their partial sums,
+some hundred kilobytes, are added in a fixed order by a second, small kernel (torch's sum), so that the same call gives
+the same bits.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from efft_kernels.triton.launch import device, on_device, precision, rank_block
+
+# Tokens per step and columns per program; enough bytes in flight to use the memory bandwidth, which is the limit.
+BLOCK_M, BLOCK_N, WARPS, STAGES = 64, 128, 4, 4
+
+
+@triton.jit
+def _sum_over_tokens(
+    wide,  # [M, N]
+    thin,  # [M, R], contiguous
+    out,  # [N, R] of any strides, fp32
+    M,
+    N,
+    R,
+    stride_wm,
+    stride_wn,
+    stride_on,
+    stride_or,
+    begin,  # tokens begin .. begin + TOKENS belong to this program
+    column,
+    rank,
+    TOKENS,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    m = begin + tl.arange(0, BLOCK_M)
+    n = column.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    r = rank.to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    in_n, in_r = n < N, r < R
+    total = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+    for start in range(0, TOKENS, BLOCK_M):
+        in_m = (m + start < M) & (start + tl.arange(0, BLOCK_M) < TOKENS)
+        w = tl.load(
+            wide + (m + start)[:, None] * stride_wm + n[None, :] * stride_wn,
+            mask=in_m[:, None] & in_n[None, :],
+            other=0.0,
+        )
+        t = tl.load(thin + (m + start)[:, None] * R + r[None, :], mask=in_m[:, None] & in_r[None, :], other=0.0)
+        total = tl.dot(tl.trans(w), t, total, input_precision=PRECISION)
+    tl.store(out + n[:, None] * stride_on + r[None, :] * stride_or, total, mask=in_n[:, None] & in_r[None, :])
+
+
+@triton.jit
+def reduce_tokens_kernel(
+    gy,  # [M, d_out]
+    h,  # [M, R], contiguous
+    dG,  # [splits, R, d_out], fp32, contiguous
+    x,  # [M, d_in]
+    dh,  # [M, R], contiguous
+    dD,  # [splits, d_in, R], fp32, contiguous
+    M,
+    d_out,
+    d_in,
+    R,
+    stride_gm,
+    stride_gn,
+    stride_xm,
+    stride_xn,
+    TOKENS,  # of a split, a multiple of BLOCK_M
+    columns_out,  # column blocks of gy; 0 where dG is not wanted
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    column, split, rank = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    begin = split * TOKENS
+    if column < columns_out:
+        _sum_over_tokens(
+            *(gy, h, dG + split * R * d_out, M, d_out, R, stride_gm, stride_gn, 1, d_out),
+            *(begin, column, rank, TOKENS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R),
+        )
+    else:
+        _sum_over_tokens(
+            *(x, dh, dD + split * d_in * R, M, d_in, R, stride_xm, stride_xn, R, 1),
+            *(begin, column - columns_out, rank, TOKENS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R),
+        )
+
+
+def reduce_tokens(
+    gy: Tensor | None,  # [M, d_out]
+    h: Tensor | None,  # [M, R]
+    x: Tensor | None,  # [M, d_in]
+    dh: Tensor | None,  # [M, R]
+    splits: int | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dG [R, d_out], dD [d_in, R]) in fp32; a pair of inputs that is None gives None. ``splits`` overrides the choice.
+
+    At least one pair must be given.
+    """
+    given = h if h is not None else dh
+    assert given is not None
+    M, R = given.shape
+    d_out = 0 if h is None or gy is None else gy.shape[1]
+    d_in = 0 if dh is None or x is None else x.shape[1]
+    columns_out, columns_in = triton.cdiv(d_out, BLOCK_N), triton.cdiv(d_in, BLOCK_N)
+    ranks = triton.cdiv(R, rank_block(R))
+    if splits is None:
+        splits = triton.cdiv(2 * device(given.device).processors, max((columns_out + columns_in) * ranks, 1))
+        splits = max(1, min(splits, triton.cdiv(M, 4 * BLOCK_M)))
+    tokens = triton.cdiv(triton.cdiv(M, splits), BLOCK_M) * BLOCK_M
+    dG = given.new_empty(splits, R, d_out, dtype=torch.float32)
+    dD = given.new_empty(splits, d_in, R, dtype=torch.float32)
+    if dG.numel() + dD.numel():
+        gy_, h_, x_, dh_ = (given if t is None else t for t in (gy, h, x, dh))  # never read where it stands in
+        with on_device(given):
+            reduce_tokens_kernel[(columns_out + columns_in, splits, ranks)](
+                *(gy_, h_, dG, x_, dh_, dD, M, d_out, d_in, R, *gy_.stride(), *x_.stride(), tokens, columns_out),
+                PRECISION=precision(given),
+                BLOCK_M=BLOCK_M,
+                BLOCK_N=BLOCK_N,
+                BLOCK_R=rank_block(R),
+                num_warps=WARPS,
+                num_stages=STAGES,
+            )
+    return (dG.sum(0) if h is not None else None), (dD.sum(0) if dh is not None else None)
