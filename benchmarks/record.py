@@ -109,10 +109,11 @@ def _driver() -> str:
 
 
 def _commit() -> str:
-    """The commit measured; marked where the tree had changes on top of it."""
+    """The commit measured; marked where the tree had changes on top of it (other than results)."""
     here = Path(__file__).parent
     head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
     if head.returncode:
         return "unknown"
-    dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True).stdout
+    status = ["git", "status", "--porcelain", "-uno", "--", ":/", ":!/benchmarks/results", ":!/README.md"]
+    dirty = subprocess.run(status, cwd=here, capture_output=True, text=True).stdout
     return head.stdout.strip() + ("+changes" if dirty else "")
