@@ -29,6 +29,7 @@ class GemmTile:
         m, n, k: rows and columns of the output tile, depth of a step of the main loop.
         warps, stages: warps of a program, steps of the main loop in flight.
         speed: arithmetic rate of a full GPU relative to the best tile: small tiles read their operands more often.
+        capability: least compute capability that has the registers for it (tensor cores that read shared memory).
     """
 
     m: int
@@ -37,6 +38,7 @@ class GemmTile:
     warps: int
     stages: int
     speed: float
+    capability: int = 8
 
     def shared_memory(self, element_size: int, rank: int = 0) -> int:
         """Bytes of the pipeline's buffers; ``rank`` columns of fp32 factors ride along where H is recomputed."""
@@ -45,14 +47,14 @@ class GemmTile:
 
 #: Origin: tiles that public bf16 GEMMs use on these architectures, their speeds modelled (no GPU has been measured).
 HALF_TILES = (
-    GemmTile(128, 256, 64, 8, 3, 1.0),
+    GemmTile(128, 256, 64, 8, 3, 1.0, capability=9),
     GemmTile(128, 128, 64, 8, 3, 0.9),
-    GemmTile(128, 128, 32, 4, 3, 0.85),  # for 99 KiB of shared memory (sm_86, sm_89) and 64 KiB (AMD)
+    GemmTile(128, 128, 32, 8, 3, 0.85),  # for 99 KiB of shared memory (sm_86, sm_89) and 64 KiB (AMD)
     GemmTile(64, 128, 32, 4, 3, 0.7),
     GemmTile(64, 64, 32, 4, 3, 0.5),
 )
 #: fp32 without tensor cores: the accumulator is what registers are for. Modelled likewise.
-FP32_TILES = (GemmTile(64, 64, 16, 4, 2, 1.0), GemmTile(32, 64, 16, 4, 2, 0.7), GemmTile(32, 32, 16, 4, 2, 0.5))
+FP32_TILES = (GemmTile(32, 64, 16, 4, 2, 1.0), GemmTile(32, 32, 16, 4, 2, 0.7))
 #: fp32 rounded to TF32 on the way into the tensor cores, by the user's choice in torch. Modelled likewise.
 TF32_TILES = (GemmTile(128, 128, 32, 8, 3, 1.0), GemmTile(64, 64, 32, 4, 3, 0.5))
 
@@ -62,19 +64,21 @@ RECOMPUTE_RANK = 32
 
 @dataclass(frozen=True)
 class Device:
-    """What the choice of a tile depends on: number of multiprocessors, bytes of shared memory of a program."""
+    """What the choice of a tile depends on: multiprocessors, bytes of shared memory, compute capability."""
 
     processors: int
     shared_memory: int
+    capability: int
 
 
 @functools.cache
 def device(of: torch.device) -> Device:
     """The facts of a GPU; those of an H100 in the interpreter."""
     if of.type != "cuda":
-        return Device(132, 232448)
+        return Device(132, 232448, 9)
     properties = torch.cuda.get_device_properties(of)
-    return Device(properties.multi_processor_count, properties.shared_memory_per_block_optin)
+    capability = 8 if torch.version.hip else properties.major  # AMD counts its own way
+    return Device(properties.multi_processor_count, properties.shared_memory_per_block_optin, capability)
 
 
 def tiles(A: Tensor) -> Sequence[GemmTile]:
@@ -95,7 +99,11 @@ def gemm_tile(A: Tensor, N: int, rank: int) -> GemmTile:
         programs = triton.cdiv(A.shape[0], tile.m) * triton.cdiv(N, tile.n)
         return triton.cdiv(programs, gpu.processors) * tile.m * (tile.n + rank) / tile.speed
 
-    fitting = [t for t in tiles(A) if t.shared_memory(A.element_size(), rank) <= gpu.shared_memory]
+    fitting = [
+        t
+        for t in tiles(A)
+        if t.shared_memory(A.element_size(), rank) <= gpu.shared_memory and t.capability <= gpu.capability
+    ]
     return min(fitting or tiles(A)[-1:], key=time)
 
 

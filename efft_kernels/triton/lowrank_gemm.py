@@ -26,7 +26,10 @@ from torch import Tensor
 from efft_kernels.triton.launch import GemmTile, gemm_tile, on_device, precision, rank_block, recomputes
 
 # Rows of A that one program of the projection takes, and columns per step: it reads A once, whatever the rank.
-PROJECT_M, PROJECT_K, PROJECT_WARPS, PROJECT_STAGES = 64, 64, 4, 4
+PROJECT_M, PROJECT_K, PROJECT_WARPS, PROJECT_STAGES = 64, 64, 4, 3
+
+# Ranks that the tail of the split form takes at once: registers beside a full accumulator are few.
+TAIL_R = 32
 
 
 @triton.jit
@@ -91,18 +94,20 @@ def lowrank_gemm_kernel(
         a_at += BLOCK_K * stride_ak
         b_at += BLOCK_K * stride_bk
 
-    for start in range(0, R, BLOCK_R):
-        in_r = r < R - start
-        h_at = H + m[:, None] * R + (start + r)[None, :]
-        if RECOMPUTE:
-            h = h_sum.to(H.dtype.element_ty)
-            if tile_n == 0:
-                tl.store(h_at, h, mask=in_m & in_r[None, :])
-        else:
-            h = tl.load(h_at, mask=in_m & in_r[None, :], other=0.0)
-        t_at = T + (start + r)[:, None] * stride_tr + n[None, :] * stride_tn
-        t = tl.load(t_at, mask=in_r[:, None] & in_n, other=0.0).to(h.dtype)
-        y = tl.dot(h, t, y, input_precision=PRECISION)
+    if RECOMPUTE:
+        in_r = r < R
+        h = h_sum.to(H.dtype.element_ty)
+        if tile_n == 0:
+            tl.store(H + m[:, None] * R + r[None, :], h, mask=in_m & in_r[None, :])
+        t = tl.load(T + r[:, None] * stride_tr + n[None, :] * stride_tn, mask=in_r[:, None] & in_n, other=0.0)
+        y = tl.dot(h, t.to(h.dtype), y, input_precision=PRECISION)
+    else:
+        for start in tl.range(0, R, BLOCK_R, num_stages=1):  # few steps: buffers for more in flight would be wasted
+            in_r = r < R - start
+            h = tl.load(H + m[:, None] * R + (start + r)[None, :], mask=in_m & in_r[None, :], other=0.0)
+            t_at = T + (start + r)[:, None] * stride_tr + n[None, :] * stride_tn
+            t = tl.load(t_at, mask=in_r[:, None] & in_n, other=0.0)
+            y = tl.dot(h, t.to(h.dtype), y, input_precision=PRECISION)
     if bias is not None:
         y += tl.load(bias + n * stride_bias, mask=n < N, other=0.0)[None, :].to(tl.float32)
     tl.store(Y + m[:, None] * N + n[None, :], y.to(Y.dtype.element_ty), mask=in_m & in_n)
@@ -170,7 +175,7 @@ def lowrank_gemm(
             BLOCK_M=tile.m,
             BLOCK_N=tile.n,
             BLOCK_K=tile.k,
-            BLOCK_R=rank_block(R),
+            BLOCK_R=rank_block(R) if recompute else min(rank_block(R), TAIL_R),
             GROUP_M=8,
             num_warps=tile.warps,
             num_stages=tile.stages,

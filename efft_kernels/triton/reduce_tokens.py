@@ -16,7 +16,7 @@ from torch import Tensor
 from efft_kernels.triton.launch import device, on_device, precision, rank_block
 
 # Tokens per step and columns per program; enough bytes in flight to use the memory bandwidth, which is the limit.
-BLOCK_M, BLOCK_N, WARPS, STAGES = 64, 128, 4, 4
+BLOCK_M, BLOCK_N, WARPS, STAGES = 64, 128, 4, 3
 
 
 @triton.jit

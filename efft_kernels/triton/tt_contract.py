@@ -18,8 +18,8 @@ from torch import Tensor
 
 from efft_kernels.triton.launch import on_device
 
-# A rank in blocks of 32 whatever it is, 64 columns of V: registers hold all of it.
-BLOCK_R, BLOCK_N, WARPS = 32, 64, 4
+# A rank in blocks of 32 whatever it is, 64 columns of V: the registers of eight warps hold all of it.
+BLOCK_R, BLOCK_N, WARPS = 32, 64, 8
 
 
 @triton.jit
@@ -83,6 +83,116 @@ def contract_kernel(
 
 
 @triton.jit
+def _gradient_of_core(
+    program,
+    dG,
+    V,
+    keep_C,
+    keep_V,
+    dC,
+    scale,
+    n_cores,
+    r1,
+    r2,
+    d_out,
+    stride_gl,
+    stride_gc,
+    stride_gi,
+    stride_gn,
+    stride_vj,
+    stride_vn,
+    stride_kl,
+    stride_kc,
+    stride_ki,
+    stride_kj,
+    stride_ml,
+    stride_mj,
+    stride_mn,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One block [i, j] of one core's gradient: a sum over d_out."""
+    blocks_i, blocks_j = tl.cdiv(r1, BLOCK_R), tl.cdiv(r2, BLOCK_R)
+    block = program % (blocks_i * blocks_j)
+    core = program // (blocks_i * blocks_j)
+    layer, c = (core // n_cores).to(tl.int64), (core % n_cores).to(tl.int64)
+    i = block // blocks_j * BLOCK_R + tl.arange(0, BLOCK_R)
+    j = block % blocks_j * BLOCK_R + tl.arange(0, BLOCK_R)
+    total = tl.zeros((BLOCK_R, BLOCK_R), tl.float32)
+    for start in range(0, d_out, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        in_g, in_v = (i < r1)[:, None] & (n < d_out)[None, :], (j < r2)[:, None] & (n < d_out)[None, :]
+        g_at = dG + layer * stride_gl + c * stride_gc + i[:, None] * stride_gi + n[None, :] * stride_gn
+        g = tl.load(g_at, mask=in_g, other=0.0).to(tl.float32)
+        right = tl.load(V + j[:, None] * stride_vj + n[None, :] * stride_vn, mask=in_v, other=0.0)
+        at_v = layer * stride_ml + j[:, None] * stride_mj + n[None, :] * stride_mn
+        right = _masked(right, keep_V, at_v, in_v)
+        total = tl.dot(g, tl.trans(right), total, input_precision="ieee")
+    in_c = (i < r1)[:, None] & (j < r2)[None, :]
+    at_c = layer * stride_kl + c * stride_kc + i[:, None] * stride_ki + j[None, :] * stride_kj
+    total = _masked(scale * total, keep_C, at_c, in_c)
+    at = dC + (core.to(tl.int64) * r1 + i[:, None]) * r2 + j[None, :]
+    tl.store(at, total.to(dC.dtype.element_ty), mask=in_c)
+
+
+@triton.jit
+def _gradient_of_right(
+    block,
+    dG,
+    C,
+    keep_C,
+    keep_V,
+    dV,
+    scale,
+    n_layers,
+    n_cores,
+    r1,
+    r2,
+    d_out,
+    stride_gl,
+    stride_gc,
+    stride_gi,
+    stride_gn,
+    stride_cl,
+    stride_cc,
+    stride_ci,
+    stride_cj,
+    stride_kl,
+    stride_kc,
+    stride_ki,
+    stride_kj,
+    stride_ml,
+    stride_mj,
+    stride_mn,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One block [j, n] of dV: a sum over layers, cores and r1."""
+    blocks_i, blocks_j = tl.cdiv(r1, BLOCK_R), tl.cdiv(r2, BLOCK_R)
+    j = block % blocks_j * BLOCK_R + tl.arange(0, BLOCK_R)
+    n = block // blocks_j * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_v = (j < r2)[:, None] & (n < d_out)[None, :]
+    total = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
+    zero = tl.full((), 0, tl.int64)  # offsets of layers may pass 2^31
+    for index in range(0, n_layers):
+        layer = zero + index
+        of_layer = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
+        for part in range(0, n_cores * blocks_i):
+            c = part // blocks_i
+            i = part % blocks_i * BLOCK_R + tl.arange(0, BLOCK_R)
+            in_c, in_g = (i < r1)[:, None] & (j < r2)[None, :], (i < r1)[:, None] & (n < d_out)[None, :]
+            c_at = C + layer * stride_cl + c * stride_cc + i[:, None] * stride_ci + j[None, :] * stride_cj
+            at_c = layer * stride_kl + c * stride_kc + i[:, None] * stride_ki + j[None, :] * stride_kj
+            cores = _masked(tl.load(c_at, mask=in_c, other=0.0), keep_C, at_c, in_c)
+            g_at = dG + layer * stride_gl + c * stride_gc + i[:, None] * stride_gi + n[None, :] * stride_gn
+            g = tl.load(g_at, mask=in_g, other=0.0).to(tl.float32)
+            of_layer = tl.dot(tl.trans(cores), g, of_layer, input_precision="ieee")
+        at_v = layer * stride_ml + j[:, None] * stride_mj + n[None, :] * stride_mn
+        total += _masked(of_layer, keep_V, at_v, in_v)
+    tl.store(dV + j[:, None] * d_out + n[None, :], (scale * total).to(dV.dtype.element_ty), mask=in_v)
+
+
+@triton.jit
 def contract_backward_kernel(
     dG,  # [n_layers, n_cores, r1, d_out] of any strides
     C,  # [n_layers, n_cores, r1, r2]
@@ -118,52 +228,19 @@ def contract_backward_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    blocks_i, blocks_j = tl.cdiv(r1, BLOCK_R), tl.cdiv(r2, BLOCK_R)
     program = tl.program_id(0)
-    if program < programs_dC:  # one block [i, j] of one core: a sum over d_out
-        block = program % (blocks_i * blocks_j)
-        core = program // (blocks_i * blocks_j)
-        layer, c = (core // n_cores).to(tl.int64), (core % n_cores).to(tl.int64)
-        i = block // blocks_j * BLOCK_R + tl.arange(0, BLOCK_R)
-        j = block % blocks_j * BLOCK_R + tl.arange(0, BLOCK_R)
-        total = tl.zeros((BLOCK_R, BLOCK_R), tl.float32)
-        for start in range(0, d_out, BLOCK_N):
-            n = start + tl.arange(0, BLOCK_N)
-            in_g, in_v = (i < r1)[:, None] & (n < d_out)[None, :], (j < r2)[:, None] & (n < d_out)[None, :]
-            g_at = dG + layer * stride_gl + c * stride_gc + i[:, None] * stride_gi + n[None, :] * stride_gn
-            g = tl.load(g_at, mask=in_g, other=0.0).to(tl.float32)
-            right = tl.load(V + j[:, None] * stride_vj + n[None, :] * stride_vn, mask=in_v, other=0.0)
-            at_v = layer * stride_ml + j[:, None] * stride_mj + n[None, :] * stride_mn
-            right = _masked(right, keep_V, at_v, in_v)
-            total = tl.dot(g, tl.trans(right), total, input_precision="ieee")
-        in_c = (i < r1)[:, None] & (j < r2)[None, :]
-        at_c = layer * stride_kl + c * stride_kc + i[:, None] * stride_ki + j[None, :] * stride_kj
-        total = _masked(scale * total, keep_C, at_c, in_c)
-        at = dC + (core.to(tl.int64) * r1 + i[:, None]) * r2 + j[None, :]
-        tl.store(at, total.to(dC.dtype.element_ty), mask=in_c)
-    else:  # one block [j, n] of dV: a sum over layers, cores and r1
-        block = program - programs_dC
-        j = block % blocks_j * BLOCK_R + tl.arange(0, BLOCK_R)
-        n = block // blocks_j * BLOCK_N + tl.arange(0, BLOCK_N)
-        in_v = (j < r2)[:, None] & (n < d_out)[None, :]
-        total = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
-        zero = tl.full((), 0, tl.int64)  # offsets of layers may pass 2^31
-        for index in range(0, n_layers):
-            layer = zero + index
-            of_layer = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
-            for part in range(0, n_cores * blocks_i):
-                c = part // blocks_i
-                i = part % blocks_i * BLOCK_R + tl.arange(0, BLOCK_R)
-                in_c, in_g = (i < r1)[:, None] & (j < r2)[None, :], (i < r1)[:, None] & (n < d_out)[None, :]
-                c_at = C + layer * stride_cl + c * stride_cc + i[:, None] * stride_ci + j[None, :] * stride_cj
-                at_c = layer * stride_kl + c * stride_kc + i[:, None] * stride_ki + j[None, :] * stride_kj
-                cores = _masked(tl.load(c_at, mask=in_c, other=0.0), keep_C, at_c, in_c)
-                g_at = dG + layer * stride_gl + c * stride_gc + i[:, None] * stride_gi + n[None, :] * stride_gn
-                g = tl.load(g_at, mask=in_g, other=0.0).to(tl.float32)
-                of_layer = tl.dot(tl.trans(cores), g, of_layer, input_precision="ieee")
-            at_v = layer * stride_ml + j[:, None] * stride_mj + n[None, :] * stride_mn
-            total += _masked(of_layer, keep_V, at_v, in_v)
-        tl.store(dV + j[:, None] * d_out + n[None, :], (scale * total).to(dV.dtype.element_ty), mask=in_v)
+    if program < programs_dC:
+        _gradient_of_core(
+            *(program, dG, V, keep_C, keep_V, dC, scale, n_cores, r1, r2, d_out),
+            *(stride_gl, stride_gc, stride_gi, stride_gn, stride_vj, stride_vn),
+            *(stride_kl, stride_kc, stride_ki, stride_kj, stride_ml, stride_mj, stride_mn, BLOCK_R, BLOCK_N),
+        )
+    else:
+        _gradient_of_right(
+            *(program - programs_dC, dG, C, keep_C, keep_V, dV, scale, n_layers, n_cores, r1, r2, d_out),
+            *(stride_gl, stride_gc, stride_gi, stride_gn, stride_cl, stride_cc, stride_ci, stride_cj),
+            *(stride_kl, stride_kc, stride_ki, stride_kj, stride_ml, stride_mj, stride_mn, BLOCK_R, BLOCK_N),
+        )
 
 
 def tt_contract_fwd(

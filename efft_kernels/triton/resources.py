@@ -1,0 +1,341 @@
+"""What every kernel costs on every target, compiled without a GPU: registers, spills, shared memory, instructions.
+
+    python -m efft_kernels.triton.resources                      # all forms, all targets, a table and the faults found
+    python -m efft_kernels.triton.resources --targets 90 --only lowrank_gemm
+
+A form is a kernel with one entry of the tables, for the strides and alignments of a real layer. A fault is what must
+not happen on a target on which :mod:`efft_kernels.triton.launch` would choose the form: a compile error, spilled
+registers, more shared memory than the tile's own estimate or than the target has, no tensor-core instruction in a half
+precision product, a main loop that does not load 16 bytes at a time. It says nothing about speed or correct results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from efft_kernels.triton import lowrank_gemm, reduce_tokens, tt_contract, tt_merge
+from efft_kernels.triton.launch import FP32_TILES, HALF_TILES, RECOMPUTE_RANK, TF32_TILES, GemmTile, rank_block
+
+#: Bytes of shared memory that a program may use, by target: compute capability times ten, or an AMD architecture.
+SHARED_MEMORY = {"80": 166912, "89": 101376, "90": 232448, "100": 232448, "gfx942": 65536}
+#: Accesses to local memory that a form without tensor cores may have: values parked outside its loops.
+PARKED = 8
+_TENSOR_CORE = {"80": "HMMA", "89": "HMMA", "90": "HGMMA", "100": "UTC*MMA", "gfx942": "MFMA"}
+_CLASSES = {
+    "HMMA": r"HMMA",
+    "HGMMA": r"HGMMA",
+    "UTC*MMA": r"UTC\w*MMA",
+    "FFMA": r"FFMA\w*",
+    "LDG": r"LDG|LDGSTS",
+    "spill": r"LDL|STL",
+}
+
+
+@dataclass(frozen=True)
+class Form:
+    """A kernel as it would be launched.
+
+    Attributes:
+        name: for the report.
+        kernel: the jitted function.
+        types: Triton types of its arguments, constants excepted.
+        constants: compile-time arguments, and those that Triton specialises (strides of 1, absent tensors).
+        warps, stages: launch options.
+        estimate: shared memory that the choice of a tile counts with; None where there is no choice.
+        tensor_cores: whether its products must use them.
+        capability: least compute capability on which it is chosen.
+    """
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    warps: int
+    stages: int
+    estimate: int | None = None
+    tensor_cores: bool = False
+    capability: int = 8
+
+
+@dataclass
+class Report:
+    """What one form needs on one target; ``faults`` is empty if all is well."""
+
+    form: str
+    target: str
+    registers: int = 0
+    spills: int = 0
+    shared_memory: int = 0
+    instructions: dict[str, int] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+    skipped: str | None = None
+
+
+def forms() -> list[Form]:
+    """Every kernel with every entry of the tables."""
+    return [*_gemm_forms(), *_other_forms()]
+
+
+def _gemm_forms() -> Iterable[Form]:
+    tables = [("bf16", HALF_TILES, "ieee"), ("fp32", FP32_TILES, "ieee"), ("fp32", TF32_TILES, "tf32")]
+    sizes = dict.fromkeys(("M", "N", "K", "R"), "i32")
+    for dtype, tiles, precision in tables:
+        activations = dict.fromkeys(("A", "B", "bias", "H", "Y"), f"*{dtype}")
+        for tile in tiles:
+            for rank, recompute in ((RECOMPUTE_RANK, True), (64, False)):
+                for direction, strides, ones in (
+                    ("forward", ("am", "bn", "pk", "tr"), ("ak", "bk", "bias", "pr", "tn")),
+                    ("backward", ("am", "bk", "pr", "tn"), ("ak", "bn", "pk", "tr")),
+                ):
+                    constants = {
+                        **{f"stride_{name}": 1 for name in ones},
+                        **({} if direction == "forward" else {"bias": None, "stride_bias": 0}),
+                        **{"RECOMPUTE": recompute, "PRECISION": precision, "GROUP_M": 8},
+                        **{"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k},
+                        "BLOCK_R": rank_block(rank) if recompute else lowrank_gemm.TAIL_R,
+                    }
+                    types = {**activations, "P": "*fp32", "T": "*fp32", **sizes}
+                    types |= {f"stride_{name}": "i32" for name in strides}
+                    yield Form(
+                        f"lowrank_gemm {dtype}{' tf32' if precision == 'tf32' else ''} {tile.m}x{tile.n}x{tile.k} "
+                        f"{'recompute' if recompute else 'split'} {direction}",
+                        lowrank_gemm.lowrank_gemm_kernel,
+                        {name: kind for name, kind in types.items() if name not in constants},
+                        constants,
+                        tile.warps,
+                        tile.stages,
+                        _estimate(tile, dtype, rank if recompute else 0),
+                        precision == "tf32" or dtype == "bf16",
+                        tile.capability,
+                    )
+
+
+def _estimate(tile: GemmTile, dtype: str, rank: int) -> int:
+    return tile.shared_memory(2 if dtype == "bf16" else 4, rank)
+
+
+def _other_forms() -> Iterable[Form]:
+    for rank in (16, 32, 64):
+        yield Form(
+            f"project bf16 r{rank}",
+            lowrank_gemm.project_kernel,
+            {
+                **{"A": "*bf16", "P": "*fp32", "H": "*bf16", "M": "i32", "K": "i32", "R": "i32"},
+                **{"stride_am": "i32", "stride_pk": "i32"},
+            },
+            {
+                **{"stride_ak": 1, "stride_pr": 1, "PRECISION": "ieee", "BLOCK_R": rank},
+                **{"BLOCK_M": lowrank_gemm.PROJECT_M, "BLOCK_K": lowrank_gemm.PROJECT_K},
+            },
+            lowrank_gemm.PROJECT_WARPS,
+            lowrank_gemm.PROJECT_STAGES,
+            tensor_cores=True,
+        )
+        yield Form(
+            f"reduce_tokens bf16 r{rank}",
+            reduce_tokens.reduce_tokens_kernel,
+            {
+                **{"gy": "*bf16", "h": "*bf16", "dG": "*fp32", "x": "*bf16", "dh": "*bf16", "dD": "*fp32"},
+                **dict.fromkeys(("M", "d_out", "d_in", "R", "stride_gm", "stride_xm", "TOKENS", "columns_out"), "i32"),
+            },
+            {
+                **{"stride_gn": 1, "stride_xn": 1, "PRECISION": "ieee", "BLOCK_R": rank},
+                **{"BLOCK_M": reduce_tokens.BLOCK_M, "BLOCK_N": reduce_tokens.BLOCK_N},
+            },
+            reduce_tokens.WARPS,
+            reduce_tokens.STAGES,
+            tensor_cores=True,
+        )
+    blocks = {"BLOCK_R": tt_contract.BLOCK_R, "BLOCK_N": tt_contract.BLOCK_N}
+    for kernel in (tt_contract.contract_kernel, tt_contract.contract_backward_kernel):
+        for masks in (False, True):
+            names = [name for name in kernel.arg_names if name not in blocks]
+            types = {n: "fp32" if n == "scale" else "i32" if n[0] in "snrdp" else "*fp32" for n in names}
+            types |= {"G": "*fp32"} if kernel is tt_contract.contract_kernel else {"dG": "*fp32", "dC": "*fp32"}
+            types |= {"d_out": "i32"} | ({} if "dV" not in types else {"dV": "*fp32"})
+            absent = {} if masks else {"keep_C": None, "keep_V": None}
+            types |= {"keep_C": "*u8", "keep_V": "*u8"}
+            ones = {n: 1 for n in ("stride_cj", "stride_vn", "stride_gn") if n in names}
+            ones |= dict.fromkeys(("stride_kj", "stride_mn"), int(masks))
+            constants = {**blocks, **absent, **ones}
+            yield Form(
+                f"{kernel.__name__.removesuffix('_kernel')}{' dropout' if masks else ''}",
+                kernel,
+                {n: kind for n, kind in types.items() if n not in constants},
+                constants,
+                tt_contract.WARPS,
+                3,
+            )
+    yield Form(
+        "merge bf16",
+        tt_merge.merge_kernel,
+        {
+            **{"W": "*bf16", "D": "*fp32", "G": "*fp32", "sign": "fp32"},
+            **dict.fromkeys(("d_out", "d_in", "R", "stride_wo", "stride_di", "stride_gr"), "i32"),
+        },
+        {
+            **{"stride_wi": 1, "stride_dr": 1, "stride_go": 1},
+            **{"BLOCK": tt_merge.BLOCK, "BLOCK_R": tt_merge.BLOCK_R},
+        },
+        tt_merge.WARPS,
+        3,
+    )
+
+
+def inspect(form: Form, target: str) -> Report:
+    """Compile ``form`` for ``target`` and read what came out."""
+    report = Report(form.name, target)
+    if form.estimate is not None and form.estimate > SHARED_MEMORY[target]:
+        report.skipped = f"never chosen: needs {form.estimate} bytes of shared memory, has {SHARED_MEMORY[target]}"
+        return report
+    if form.capability > _capability(target):
+        report.skipped = f"never chosen: for compute capability {form.capability}.0 and newer"
+        return report
+    try:
+        compiled = _compile(form, target)
+        report.shared_memory = compiled.metadata.shared
+        if target.startswith("gfx"):
+            _read_amd(report, compiled.asm["amdgcn"])
+        else:
+            _read_cubin(report, compiled.asm["cubin"])
+    except Exception as error:  # whatever the compiler raises is this form's fault, and the others go on
+        report.faults.append(f"does not compile: {type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}")
+        return report
+    _judge(report, form)
+    return report
+
+
+def _capability(target: str) -> int:
+    return 8 if target.startswith("gfx") else int(target) // 10
+
+
+def _compile(form: Form, target: str) -> Any:
+    amd = target.startswith("gfx")
+    # All sizes and strides of real layers are multiples of 16, and so are addresses of tensors: wide loads need it.
+    names = form.kernel.arg_names
+    aligned = [n for n, kind in form.types.items() if kind.startswith("*") or kind == "i32"]
+    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned if n != "columns_out"}
+    signature = {n: form.types.get(n, "constexpr") for n in names}
+    source = ASTSource(fn=form.kernel, signature=signature, constexprs=form.constants, attrs=attributes)
+    gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target), 32)
+    return triton.compile(source, target=gpu, options={"num_warps": form.warps, "num_stages": form.stages})
+
+
+def _read_cubin(report: Report, cubin: bytes) -> None:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _run("cuobjdump", "-res-usage", file.name)
+        code = _run("nvdisasm", "-c", file.name)
+    registers = re.search(r"REG:(\d+)", usage)
+    report.registers = int(registers[1]) if registers else -1
+    counts: collections.Counter[str] = collections.Counter()
+    for name, modifiers in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)((?:\.\w+)*)", code):
+        counts["all"] += 1
+        for kind, pattern in _CLASSES.items():
+            counts[kind] += re.fullmatch(pattern, name) is not None
+        counts["LDG 16 bytes"] += name in ("LDG", "LDGSTS") and ".128" in modifiers
+    report.spills = counts.pop("spill", 0)
+    report.instructions = dict(counts)
+
+
+def _read_amd(report: Report, code: str) -> None:
+    def number(key: str) -> int:
+        found = re.search(rf"\.{key}:\s*(\d+)", code)
+        return int(found[1]) if found else -1
+
+    report.registers, report.spills = number("vgpr_count"), number("vgpr_spill_count")
+    words = re.findall(r"^\s+([a-z]\w+)", code, re.M)
+    report.instructions = {
+        "all": len(words),
+        "MFMA": sum(word.startswith("v_mfma") for word in words),
+        "LDG 16 bytes": sum(word.endswith("load_dwordx4") or word.endswith("load_b128") for word in words),
+    }
+
+
+def _judge(report: Report, form: Form) -> None:
+    found = report.instructions
+    limit = SHARED_MEMORY[report.target]
+    if not found.get("all") or report.registers < 0:
+        report.faults.append("nothing could be read from the compiled code")
+    if report.spills > (0 if form.tensor_cores else PARKED):
+        report.faults.append(f"{report.spills} spilled registers or accesses to them")
+    if report.shared_memory > limit:
+        report.faults.append(f"{report.shared_memory} bytes of shared memory, the target has {limit}")
+    if form.tensor_cores and not found.get(_TENSOR_CORE[report.target]):
+        report.faults.append(f"no {_TENSOR_CORE[report.target]} instruction")
+    if form.tensor_cores and not found.get("LDG 16 bytes"):
+        report.faults.append("no load of 16 bytes")
+
+
+def _run(tool: str, *arguments: str) -> str:
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    return subprocess.run([str(path), *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def _inspect_named(name: str, target: str) -> Report:
+    return inspect(next(form for form in forms() if form.name == name), target)
+
+
+def inspect_all(wanted: Iterable[Form], targets: Sequence[str], processes: int | None = None) -> list[Report]:
+    """The reports of all forms on all targets, several at a time."""
+    pairs = [(form.name, target) for form in wanted for target in targets]
+    with ProcessPoolExecutor(processes or len(os.sched_getaffinity(0))) as pool:
+        return list(pool.map(_inspect_named, *zip(*pairs, strict=True)))
+
+
+def table(reports: Iterable[Report]) -> str:
+    """The reports as text."""
+    lines = [f"{'form':<52} {'target':>7} {'regs':>5} {'spills':>6} {'shared':>7}  tensor-core, 16-byte loads, all"]
+    for r in reports:
+        if r.skipped:
+            lines.append(f"{r.form:<52} {r.target:>7} {r.skipped}")
+            continue
+        counts = [r.instructions.get(key, 0) for key in (_TENSOR_CORE[r.target], "LDG 16 bytes", "all")]
+        lines.append(
+            f"{r.form:<52} {r.target:>7} {r.registers:>5} {r.spills:>6} {r.shared_memory:>7}  "
+            + ", ".join(map(str, counts))
+        )
+        lines += [f"  FAULT: {fault}" for fault in r.faults]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command: exit code 1 if there is a fault."""
+    parser = argparse.ArgumentParser(prog="python -m efft_kernels.triton.resources", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--targets", nargs="+", choices=SHARED_MEMORY, default=list(SHARED_MEMORY))
+    parser.add_argument("--only", default="", help="forms whose name contains this")
+    parser.add_argument("--json", type=Path, help="also write the reports to this file")
+    options = parser.parse_args(arguments)
+    if triton.knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET=1 interprets kernels, it cannot compile them: unset it")
+    wanted = [form for form in forms() if options.only in form.name]
+    reports = inspect_all(wanted, options.targets)
+    print(f"triton {triton.__version__}\n{table(reports)}")
+    if options.json:
+        options.json.write_text(json.dumps([asdict(r) for r in reports], indent=1) + "\n")
+    faults = sum(len(r.faults) for r in reports)
+    compiled = sum(r.skipped is None for r in reports)
+    print(f"{len(wanted)} forms, {compiled} compiled for {len(options.targets)} targets, {faults} faults")
+    return int(faults > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
