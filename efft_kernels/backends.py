@@ -41,7 +41,7 @@ class Backend(str, enum.Enum):
             raise ValueError(f"unknown backend {value!r}: expected one of {names}") from None
 
 
-#: What ``auto`` tries, in this order. ``triton`` is not in it before it has been measured on a GPU: ask for it by name.
+#: What ``auto`` tries, in this order. No GPU has run the ``triton`` kernels yet, so they must be asked for by name.
 AUTO_ORDER = (Backend.EAGER, Backend.REFERENCE)
 
 #: Whether Triton's kernels run in its interpreter, on the CPU; Triton too reads the variable once.
