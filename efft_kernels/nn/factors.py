@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections import deque
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -52,7 +51,6 @@ class Binding:
         self.site = site
         self.prepared: tuple[Tensor, Tensor] | None = None
         self.used = False  # in the pass that runs, or in the last one
-        self.without_grad = False  # how the last pass that needs gradients ran it
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles are taken between passes: what belongs to a running one stays behind.
@@ -122,6 +120,7 @@ class TTFactors(nn.Module):
         self.bindings: list[Binding] = []
         self._passes: list[weakref.ref[_Pass]] = []  # their graphs hold them
         self._without_graph: _Pass | None = None  # the last pass, if none of its factors needs a gradient
+        self._running: _Pass | None = None  # between prepare and release, where gradients are wanted
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -160,17 +159,26 @@ class TTFactors(nn.Module):
 
     def down_up(self, binding: Binding) -> tuple[Tensor, Tensor]:
         """(D [in_features, r], G [r, out_features]) of a bound site, with this pass's dropout if training."""
-        if binding.prepared is not None:
+        prepared = binding.prepared  # read once: another thread may release it
+        if prepared is not None:
             if not torch.compiler.is_compiling():  # a side effect, which a compiled checkpoint refuses
                 binding.used = True
-                if any(t.grad_fn is not None for t in binding.prepared):
-                    binding.without_grad = not torch.is_grad_enabled()
-            return binding.prepared
+                if self._running is not None and not torch.is_grad_enabled():
+                    self._running.without_grad.add(binding)
+            return prepared
         if not torch.compiler.is_compiling():
             node = torch._C._current_autograd_node()
             if node is not None:  # activation checkpointing runs the layer again, inside backward
                 return self._replay(node, binding)
         return self._contract([binding.site])[0][0]
+
+    def evaluated(self, site: Site) -> tuple[Tensor, Tensor]:
+        """(D, G) of a site from the factors as they are now, without dropout."""
+        training, self.training = self.training, False
+        try:
+            return self._contract([site])[0][0]
+        finally:
+            self.training = training
 
     def prepare(self) -> None:
         """Contract all bound sites in one launch per kind of site; :meth:`down_up` serves them until
@@ -182,8 +190,7 @@ class TTFactors(nn.Module):
             return
         for binding in self.bindings:
             binding.used = False
-        if torch.is_grad_enabled():
-            self._remember(pairs, stacked)
+        self._running = self._remember(pairs, stacked) if torch.is_grad_enabled() else None
 
     def release(self) -> list[Binding]:
         """End of the forward pass that :meth:`prepare` began. Returns the bindings that it did not use."""
@@ -191,6 +198,8 @@ class TTFactors(nn.Module):
             binding.prepared = None
         if torch.compiler.is_compiling():
             return []
+        if self._running is not None:
+            self._running.last, self._running = _sequence_number(), None
         return [binding for binding in self.bindings if not binding.used]
 
     def draw_masks(self, n_layers: int) -> Masks | None:
@@ -205,7 +214,7 @@ class TTFactors(nn.Module):
         )
         return Masks(*(torch.rand(shape, device=self.U.device) >= self.dropout for shape in shapes))
 
-    def _remember(self, pairs: list[tuple[Tensor, Tensor]], stacked: list[Tensor]) -> None:
+    def _remember(self, pairs: list[tuple[Tensor, Tensor]], stacked: list[Tensor]) -> _Pass:
         """Keep the values of a pass as long as its graph lives, for layers that run again inside its backward."""
         this = _Pass(dict(zip(self.bindings, ((_leaf(D), _leaf(G)) for D, G in pairs), strict=True)))
         nodes: list[Any] = [t.grad_fn for t in stacked if t.grad_fn is not None]
@@ -213,34 +222,38 @@ class TTFactors(nn.Module):
             node.metadata[self] = this  # the pass must not hold the graph in turn
         self._without_graph = None if nodes else this
         self._passes = [ref for ref in self._passes if ref() is not None] + [weakref.ref(this)] * bool(nodes)
+        return this
 
     def _replay(self, node: Any, binding: Binding) -> tuple[Tensor, Tensor]:
         """The factors that a layer had in the pass whose backward, now at ``node``, runs it again."""
-        if binding.without_grad:
-            # Reentrant checkpointing: its forward left no graph to find the pass by, and none to send gradients to.
+        this = self._find_pass(node)
+        reentrant = node.name() == "CheckpointFunctionBackward" and torch.is_grad_enabled()
+        if reentrant and (this is None or binding in this.without_grad):
+            # Its forward left no graph to send gradients to: they go to the factors themselves.
             if self.training and self.dropout > 0:
                 raise RuntimeError(
                     "activation checkpointing with use_reentrant=True cannot repeat the factors' dropout; use "
                     "torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or set dropout=0"
                 )
+            this = None
+        if this is None:  # the layer ran outside of a pass
             return self._contract([binding.site])[0][0]
-        this = self._find_pass(node) or self._without_graph
-        return this.values[binding] if this else self._contract([binding.site])[0][0]
+        this.replayed = (torch._C._current_graph_task_id(), _sequence_number())
+        return this.values[binding]
 
     def _find_pass(self, node: Any) -> _Pass | None:
-        """The pass that the graph below ``node`` got its factors from: the nearest one prepared by this bank."""
-        if all(ref() is None for ref in self._passes):
-            return None
-        seen, waiting = {node}, deque([node])
-        while waiting:
-            node = waiting.popleft()
-            if self in node.metadata:
-                found: _Pass = node.metadata[self]
-                return found
-            following = {n for n, _ in node.next_functions if n is not None} - seen
-            seen |= following
-            waiting.extend(following)
-        return None
+        """The pass that ``node`` was made in: while it ran, or while a part of it was run again (nested checkpoints).
+
+        Autograd numbers its nodes in the order they are made.
+        """
+        number, task = node._sequence_nr(), torch._C._current_graph_task_id()
+        living = [this for ref in self._passes if (this := ref()) is not None]
+        living += [self._without_graph] if self._without_graph is not None else []
+        for this in living:
+            if this.first < number <= this.last:
+                return this
+        again = [this for this in living if this.replayed[0] == task and this.replayed[1] < number]
+        return max(again, key=lambda this: this.replayed[1], default=None)
 
     def _contract(self, sites: list[Site]) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
         """(D, G) of each site, and the stacked tensors they are slices of."""
@@ -295,7 +308,7 @@ class TTFactors(nn.Module):
         return self.U * keep_U / keep, tt_contract(C, V, scale=scale, keep_C=keep_C, keep_V=keep_V)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_passes": [], "_without_graph": None}
+        return {**self.__dict__, "_passes": [], "_without_graph": None, "_running": None}
 
     def extra_repr(self) -> str:
         return (
@@ -306,10 +319,27 @@ class TTFactors(nn.Module):
 
 
 class _Pass:
-    """The values of all factors in one forward pass."""
+    """The values of all factors in one forward pass.
+
+    Attributes:
+        values: (D, G) of every binding, outside the graph.
+        first, last: numbers of the autograd nodes before the pass and at its end.
+        without_grad: bindings that ran under ``no_grad`` in it.
+        replayed: where a part of it was last run again: backward (autograd's id of it), number of a node then.
+    """
 
     def __init__(self, values: dict[Binding, tuple[Tensor, Tensor]]) -> None:
         self.values = values
+        self.first = self.last = _sequence_number()
+        self.without_grad: set[Binding] = set()
+        self.replayed = (-1, -1)
+
+
+@torch.enable_grad()
+def _sequence_number() -> int:
+    """The number of an autograd node made now."""
+    node: Any = torch.zeros((), requires_grad=True).view(()).grad_fn
+    return int(node._sequence_nr())
 
 
 def _leaf(tensor: Tensor) -> Tensor:

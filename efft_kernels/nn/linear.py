@@ -156,13 +156,8 @@ class EfftLinear(nn.Linear):
             self.base_weight = None
 
     def _evaluated(self) -> tuple[Tensor, Tensor]:
-        """(D, G) without dropout, whatever mode the bank is in."""
-        training = self.factors.training
-        self.factors.training = False
-        try:
-            return self.factors.down_up(self.binding)
-        finally:
-            self.factors.training = training
+        """(D, G) as they are now and without dropout, whatever runs and whatever mode the bank is in."""
+        return self.factors.evaluated(self.site)
 
     def extra_repr(self) -> str:
         f, s = self.factors, self.site
@@ -188,7 +183,7 @@ def share_attributes(source: nn.Linear, target: nn.Linear) -> None:
 
 
 _NOT_SHARED = {
-    *("_parameters", "_buffers", "_modules", "forward", "_compiled_call_impl"),
+    *("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules", "forward", "_compiled_call_impl"),
     *("factors", "site", "binding", "enabled"),
 }
 

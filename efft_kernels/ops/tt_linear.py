@@ -66,7 +66,9 @@ def tt_linear(
     chosen = resolve("tt_linear", backend, x, W, b, D, G)
     if chosen is Backend.REFERENCE:
         return reference.tt_linear(x, W, b, D, G)
-    return _TTLinear.apply(x, W, b, D, G, chosen)
+    # Reshaped out here: an output that were a view made inside the function could not be changed in place.
+    y = _TTLinear.apply(x.reshape(-1, x.shape[-1]), W, b, D, G, chosen)
+    return y.view(*x.shape[:-1], W.shape[0])
 
 
 def _autocast(x: Tensor, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -82,28 +84,24 @@ class _TTLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, D: Tensor, G: Tensor, backend: Backend) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])  # [tokens, d_in]
-        y, h = _FORWARD[backend](rows, W, b, D, G)
+        y, h = _FORWARD[backend](x, W, b, D, G)  # x, y [tokens, ...]
         need_dx, need_dW, _, need_dD, need_dG, _ = ctx.needs_input_grad
-        ctx.save_for_backward(
-            rows if need_dD or need_dW else None, W if need_dx else None, h if need_dG else None, D, G
-        )
-        ctx.x_shape, ctx.backend = x.shape, backend
-        return y.view(*x.shape[:-1], W.shape[0])
+        ctx.save_for_backward(x if need_dD or need_dW else None, W if need_dx else None, h if need_dG else None, D, G)
+        ctx.backend = backend
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         x, W, h, D, G = ctx.saved_tensors
         need_dx, need_dW, need_db, need_dD, need_dG, _ = ctx.needs_input_grad
-        gy = gy.reshape(-1, gy.shape[-1])  # [tokens, d_out]
         with no_autocast(gy.device):
             dx, dD, dG = _BACKWARD[ctx.backend](gy, x, W, h, D, G, need_dx, need_dD, need_dG)
             # The base is frozen in every PEFT use; a caller who does train it gets the plain products.
             dW = gy.t() @ x if need_dW else None
             db = gy.sum(0) if need_db else None
         return (
-            dx.view(ctx.x_shape) if need_dx else None,
+            dx if need_dx else None,
             dW,
             db,
             dD if need_dD else None,

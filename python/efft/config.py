@@ -48,10 +48,11 @@ class EfftConfig:
     """Probability of zeroing an element of a factor in training (activations are never dropped)."""
 
     targets: str | list[str] = "all"
-    """"all", "mhsa" or "ffn" of a known architecture, or a list of layer names, name endings or regular expressions."""
+    """"all", "mhsa" or "ffn" of a known architecture, or layers: names or their endings (after a dot), as they are or
+    as regular expressions."""
 
     exclude: list[str] = dataclasses.field(default_factory=list)
-    """Layers to leave alone: names, name endings or regular expressions."""
+    """Layers to leave alone, named in the same ways."""
 
     core_sharing: Literal["per_layer", "shared"] = "per_layer"
     """per_layer: a core per matrix of every block, as the paper counts. shared: the same cores in all blocks, as its

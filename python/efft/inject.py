@@ -37,6 +37,10 @@ class Bank(nn.ModuleDict):
         self._requires_grad: dict[str, bool] = {}
         self._hooks: list[Any] = []
 
+    def forward(self, x: Any) -> Any:
+        """The identity: an ``nn.Sequential`` that was adapted runs the bank too, as its last child."""
+        return x
+
     def banks(self) -> list[TTFactors]:
         """The groups' factors."""
         return [factors for factors in self.values() if isinstance(factors, TTFactors)]
@@ -54,8 +58,13 @@ def apply(model: nn.Module, config: EfftConfig | None = None) -> nn.Module:
         The same ``model``.
 
     Raises:
+        TypeError: not a module and a configuration.
         ValueError: the model is adapted already, or ``config`` does not fit it; the model is then unchanged.
     """
+    if not isinstance(model, nn.Module) or not isinstance(config, (EfftConfig, type(None))):
+        raise TypeError(
+            f"expected efft.apply(model, EfftConfig(...)), got {type(model).__name__} and {type(config).__name__}"
+        )
     config = copy.deepcopy(config) if config else EfftConfig()  # the caller may go on changing its own
     if isinstance(getattr(model, "efft", None), Bank):
         raise ValueError("this model is adapted already; call efft.remove(model) first to adapt it differently")
@@ -91,8 +100,14 @@ def remove(model: nn.Module) -> nn.Module:
     """Undo :func:`apply`: the original linear layers come back bit for bit, and so does what required gradients.
 
     The head keeps what it learned. A merged model is unmerged first. Returns the same ``model``.
+
+    Raises:
+        ValueError: the model is not adapted, or a ``forward`` was set on an adapted layer itself.
     """
     bank = bank_of(model)
+    changed = [name for name, layer in adapted_layers(model).items() if "forward" in layer.__dict__]
+    if changed:
+        raise ValueError(f"a forward was set on {', '.join(changed)} after efft.apply; undo that before efft.remove")
     originals: dict[nn.Module, nn.Module] = {}
     for name, layer in adapted_layers(model).items():
         layer.unmerge()
@@ -120,7 +135,8 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     try:
         yield model
     finally:
-        _enable(model, bank, before)
+        if getattr(model, "efft", None) is bank:  # not removed meanwhile
+            _enable(model, bank, before)
 
 
 def freeze_backbone(model: nn.Module, head: list[str] | None = None) -> list[str]:
@@ -193,6 +209,15 @@ def _prepare(model: nn.Module, args: Any) -> None:
     if bank.enabled:
         for factors in bank.banks():
             factors.prepare()
+    elif (
+        model.training
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and any(layer.merged for layer in adapted_layers(model).values())
+    ):
+        warnings.warn(
+            "training a merged model: its factors get no gradient; call efft.unmerge(model) first", stacklevel=2
+        )
 
 
 def _release(model: nn.Module, args: Any, output: Any) -> None:

@@ -157,6 +157,10 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         for key, kind in (("config", dict), ("base", dict), ("head", list)):
             if not isinstance(description.get(key), kind):
                 raise ValueError(f"it needs the keys config, base, head, and {key!r} must be a {kind.__name__}")
+        if not isinstance(description["base"].get("layers", {}), dict) or not all(
+            isinstance(name, str) for name in description["head"]
+        ):
+            raise ValueError("'base.layers' must be an object and 'head' a list of names")
         for part, keys in (("config", set(EfftConfig().to_dict())), ("base", _BASE)):
             lacking = keys - description[part].keys()
             if lacking:

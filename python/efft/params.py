@@ -37,7 +37,8 @@ class ParameterCount:
             ("backbone", self.backbone),
         ]
         width = max(len(name) for name, _ in rows)
-        lines = [f"{name:<{width}}  {n:>13,}  {100 * n / max(self.backbone, 1):8.3f} %" for name, n in rows]
+        shares = [f"{100 * n / self.backbone:8.3f} %" if self.backbone else f"{'-':>10}" for _, n in rows]
+        lines = [f"{name:<{width}}  {n:>13,}  {share}" for (name, n), share in zip(rows, shares, strict=True)]
         return "\n".join([f"{'':<{width}}  {'parameters':>13}  {'of backbone':>10}", *lines])
 
 
@@ -63,4 +64,6 @@ def count_plan(model: nn.Module, plan: Plan) -> ParameterCount:
 
 def print_trainable_parameters(model: nn.Module) -> None:
     """Print the table of trainable parameters by group of factors, with head and backbone."""
+    if not isinstance(getattr(model, "efft", None), Bank):
+        print(f"this {type(model).__name__} is not adapted: everything that requires a gradient counts as head")
     print(count_parameters(model))

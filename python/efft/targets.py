@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,7 +94,7 @@ def find_head(model: nn.Module, config_head: list[str] | None) -> list[str]:
                 raise ValueError(f"head: no module named {name!r}; nearest: {', '.join(near) or 'none'}")
         return list(config_head)
     usual = [getattr(model, attribute, None) for attribute in ("classifier", "head", "fc", "score")]
-    found = [module for module in usual if isinstance(module, nn.Module)][:1]
+    found = [m for m in usual if isinstance(m, nn.Module) and next(m.parameters(), None) is not None][:1]
     of_timm: list[Any] = [module for module in model.modules() if hasattr(module, "get_classifier")]
     if of_timm and (of_timm[0] is model or not found):  # the model, or one inside it
         classifier = of_timm[0].get_classifier()
@@ -131,7 +132,23 @@ def _chosen_by_role(model: str, targets: str, linears: dict[str, nn.Linear]) -> 
                 f"{', '.join(others)} complete its {' and '.join(incomplete)}; name the layers: "
                 "EfftConfig(targets=[...])"
             )
+    known = dict.fromkeys(t.block for t in classified if t.role != "linear")
+    strange = [t.name for t in classified if t.role == "linear" and _in_another_block(t.name, known)]
+    if strange:
+        raise ValueError(
+            f"targets={targets!r} knows the layers of {next(iter(known))}, ... in this {model}, but not those of other "
+            f"blocks: {', '.join(strange[:4])}, ... ({len(strange)} in all); name the layers: EfftConfig(targets=[...])"
+        )
     return chosen
+
+
+def _in_another_block(name: str, known: Iterable[str]) -> bool:
+    """Whether a layer lies in one of several like blocks (blocks.3, layers.0, ...) that has no known block in or
+    around it."""
+    match = re.match(r"((?:.*\.)?(?:\w*blocks\w*|layers?)\.\d+)\.", name)
+    return match is not None and not any(
+        block.startswith(match[1] + ".") or name.startswith(block + ".") for block in known
+    )
 
 
 #: Roles that make a block's attention or MLP whole.
@@ -140,8 +157,12 @@ _COMPLETE: dict[str, tuple[set[str], ...]] = {"mhsa": ({"qkv", "o"}, {"q", "k", 
 
 def _tied(model: nn.Module, linear: nn.Linear) -> str | None:
     """Why merging would change more than this layer: its weight is some other module's too."""
+    weight = linear.weight
     owners = [
-        name for name, module in model.named_modules() if any(p is linear.weight for p in module._parameters.values())
+        name
+        for name, module in model.named_modules()
+        for p in module._parameters.values()
+        if p is weight or (p is not None and not p.is_meta and p.data_ptr() == weight.data_ptr() != 0)
     ]
     if len(owners) == 1:
         return None
@@ -173,11 +194,11 @@ def _classify(name: str) -> Target:
 
 
 def _matches(pattern: str, name: str) -> bool:
-    """Whether ``pattern`` is the name, its last components, or a regular expression for all of it."""
+    """Whether ``pattern`` is the name or its last components, as they are or as a regular expression."""
     if name == pattern or name.endswith("." + pattern):
         return True
     try:
-        return re.fullmatch(pattern, name) is not None
+        return re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) is not None
     except re.error as error:
         raise ValueError(f"{pattern!r} is neither a layer name nor a regular expression: {error}") from None
 

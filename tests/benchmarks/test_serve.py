@@ -27,6 +27,9 @@ def test_every_row_is_measured_at_every_batch_size(tmp_path: Path, capsys: pytes
         (dtype, batch, row) for dtype in ("float32", "bfloat16") for batch in (1, 2) for row in ROWS
     ]
     for line in lines:
+        if line["row"] == "efft:triton":
+            assert line["reason"].startswith("not available: triton runs "), line
+            continue
         assert "reason" not in line, line
         assert line["images_per_s"] == pytest.approx(line["batch"] / line["seconds"]["p50"])
         assert line["ratio_to_base"]["n"] == 1

@@ -272,9 +272,72 @@ def test_a_layer_used_in_two_places_is_adapted_in_both(randomize: Make) -> None:
     assert model["a"] is model["b"] is linear
 
 
+def test_a_shared_layer_is_merged_under_each_name(randomize: Make) -> None:
+    model = nn.ModuleDict({"a": nn.Linear(8, 8)})
+    model["b"] = model["a"]
+    randomize(efft.apply(model, efft.EfftConfig(rank=2, targets=["a"])))
+    expected = model["a"].weight + model["a"].delta_weight()
+    state = efft.merged_state_dict(model)
+    torch.testing.assert_close(state["a.weight"], expected)
+    assert torch.equal(state["b.weight"], state["a.weight"])
+
+
+def test_a_sequential_of_normalisation_and_model(tiny_vit: Make, images: Tensor) -> None:
+    model = nn.Sequential(nn.Identity(), tiny_vit())
+    base = model(images)
+    efft.apply(model, efft.EfftConfig(rank=4))
+    assert torch.equal(model(images), base)
+    assert model.efft.head == ["1.head"]
+    efft.remove(model)
+    assert len(model) == 2
+
+
+def test_a_forward_set_after_apply_must_go_before_remove(tiny_vit: Make, images: Tensor) -> None:
+    model = efft.apply(tiny_vit(), efft.EfftConfig(rank=4))
+    layer = model.blocks[0].mlp.fc1
+    layer.forward = lambda x: 2 * type(layer).forward(layer, x)
+    with pytest.raises(ValueError, match=r"forward was set on blocks\.0\.mlp\.fc1 after efft\.apply"):
+        efft.remove(model)
+    del layer.forward
+    efft.remove(model)
+    model(images)
+
+
+def test_removing_what_is_switched_off(tiny_vit: Make) -> None:
+    model = efft.apply(tiny_vit(), efft.EfftConfig(rank=4))
+    with efft.disabled(model):
+        efft.remove(model)
+    assert not hasattr(model, "efft")
+
+
+def test_training_a_merged_model_warns(adapted_vit: Make, images: Tensor) -> None:
+    model = adapted_vit()
+    efft.merge(model)
+    with pytest.warns(UserWarning, match=r"training a merged model: .* call efft\.unmerge"):
+        model.train()(images)
+
+
+def test_other_things_than_a_model_and_a_configuration(tiny_vit: Make) -> None:
+    for arguments in ((tiny_vit(), {"rank": 8}), (efft.EfftConfig(), tiny_vit())):
+        with pytest.raises(TypeError, match=r"expected efft\.apply\(model, EfftConfig\(\.\.\.\)\), got"):
+            efft.apply(*arguments)
+
+
+def test_blocks_of_another_kind_are_not_left_out_silently(tiny_vit: Make, unchanged: Unchanged) -> None:
+    """As the class-attention blocks of XCiT and CaiT, or one foreign block among the others."""
+    model = tiny_vit()
+    model.cls_blocks = nn.ModuleList([nn.ModuleDict({"q": nn.Linear(8, 8)})])
+    with unchanged(model), pytest.raises(ValueError, match=r"knows the layers of blocks\.0, .* cls_blocks\.0\.q"):
+        efft.apply(model, efft.EfftConfig(rank=4))
+    efft.apply(model, efft.EfftConfig(rank=4, targets=[r"blocks\.\d\.(attn|mlp)\..*"]))
+
+
 def test_tied_weights_are_refused(unchanged: Unchanged) -> None:
     """Merging one layer would change the other, adapted or not."""
     model = nn.ModuleDict({"a": nn.Linear(8, 8), "words": nn.Embedding(8, 8)})
     model["words"].weight = model["a"].weight
     with unchanged(model), pytest.raises(ValueError, match=r"'a' cannot .* tied: a and words have the same"):
+        efft.apply(model, efft.EfftConfig(rank=2, targets=["a"]))
+    model["words"].weight = nn.Parameter(model["a"].weight.data)
+    with pytest.raises(ValueError, match="tied: a and words"):
         efft.apply(model, efft.EfftConfig(rank=2, targets=["a"]))

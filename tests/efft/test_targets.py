@@ -177,6 +177,8 @@ def test_head_of_a_model_inside_another(tiny_vit: Make) -> None:
     outer = nn.Module()
     outer.body, outer.head = tiny_vit(), nn.Linear(4, 2)
     assert find_head(outer, None) == ["head"]
+    outer.head = nn.Identity()
+    assert find_head(outer, None) == ["body.head"]
     assert find_head(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), None) == []
 
 

@@ -145,6 +145,102 @@ def test_a_pass_that_feeds_the_next(make_stack: Callable[..., Any]) -> None:
         torch.testing.assert_close(a, b)
 
 
+def same_as_plain(stack: Any, forward: Callable[[Callable[..., Tensor]], Tensor]) -> None:
+    """Gradients of ``forward(again)``, with a layer run again in backward or not."""
+    leaves = [p for p in stack.bank.parameters() if p.requires_grad]
+    results = []
+    for again in (recompute, lambda part, *x: part(*x)):
+        torch.manual_seed(3)
+        results.append(torch.autograd.grad(forward(again), leaves))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_a_region_that_ends_far_from_its_layer(make_stack: Callable[..., Any], dropout: float) -> None:
+    """A skip connection leads to the pass before in fewer steps than to the region's own factors."""
+    stack = make_stack("mlp", dropout=dropout)
+    up, down = stack.layers[:2]
+
+    def region(x: Tensor) -> Tensor:
+        return x * torch.sigmoid(torch.tanh(torch.relu(down(up(x)))))
+
+    def forward(again: Callable[..., Tensor]) -> Tensor:
+        x = stack.inputs[0]
+        for _ in range(2):
+            stack.bank.prepare()
+            x = again(region, x)
+            stack.bank.release()
+        return x.sum()
+
+    same_as_plain(stack, forward)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_a_region_with_a_branch_beside_its_layer(make_stack: Callable[..., Any], dropout: float) -> None:
+    """Backward may reach the branch first, which the factors have no part in."""
+    stack = make_stack("mlp", dropout=dropout)
+
+    def forward(again: Callable[..., Tensor]) -> Tensor:
+        stack.bank.prepare()
+        y, aside = again(lambda x: (stack.layers[0](x), torch.sigmoid(x) * x), stack.inputs[0])
+        stack.bank.release()
+        return y.square().sum() + aside.sum()
+
+    same_as_plain(stack, forward)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_nested_regions(make_stack: Callable[..., Any], dropout: float) -> None:
+    stack = make_stack("mlp", dropout=dropout)
+    up, down = stack.layers[:2]
+
+    def forward(again: Callable[..., Tensor]) -> Tensor:
+        losses = []
+        for _ in range(2):
+            stack.bank.prepare()
+            y = again(lambda x: torch.tanh(again(down, torch.tanh(again(up, x)))), stack.inputs[0])
+            losses.append(y.square().sum())
+            stack.bank.release()
+        return losses[0] + 2 * losses[1]
+
+    same_as_plain(stack, forward)
+
+
+def test_a_part_called_on_the_output_of_a_pass(make_stack: Callable[..., Any]) -> None:
+    stack = make_stack("mlp")
+    up, down = stack.layers[:2]
+
+    def forward(again: Callable[..., Tensor]) -> Tensor:
+        stack.bank.prepare()
+        y = again(down, torch.tanh(again(up, stack.inputs[0])))
+        stack.bank.release()
+        return again(down, torch.tanh(again(up, torch.tanh(y)))).square().sum()
+
+    same_as_plain(stack, forward)
+
+
+@pytest.mark.parametrize("frozen", [(), ("C", "V")], ids=str)
+def test_reentrant_beside_plain(make_stack: Callable[..., Any], frozen: tuple[str, ...]) -> None:
+    """The same layers once checkpointed and once not, in one pass, and a later pass before its backward."""
+    stack = make_stack("mlp")
+    for name in frozen:
+        getattr(stack.bank, name).requires_grad_(False)
+    up, down = stack.layers[:2]
+    results = []
+    for again in (lambda layer, x: checkpoint(layer, x, use_reentrant=True), lambda layer, x: layer(x)):
+        stack.bank.zero_grad()
+        stack.bank.prepare()
+        x = torch.tanh(down(torch.tanh(up(stack.inputs[0]))))
+        x = torch.tanh(down(torch.tanh(again(up, x))))
+        stack.bank.release()
+        stack.run()
+        x.sum().backward()
+        results.append([p.grad.clone() for p in stack.bank.parameters() if p.requires_grad])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_passes_without_gradients_do_not_count(make_stack: Callable[..., Any]) -> None:
     stack = make_stack("mlp", dropout=0.4)
     loss = stack.run(recompute)

@@ -141,6 +141,34 @@ def test_what_cannot_be_adapted(module: nn.Module, message: str, given_bank: boo
         EfftLinear.from_linear(module, TTFactors(8, 8, 2) if given_bank else None)
 
 
+def test_the_output_may_be_changed_in_place() -> None:
+    """As nn.Linear's may: an inplace ReLU or a bias added after it."""
+    layer = EfftLinear.from_linear(nn.Linear(6, 4, dtype=torch.float64), rank=2, init="u")
+    nn.init.normal_(layer.factors.U)
+    leaves = list(layer.factors.parameters())
+    for shape in ((6,), (3, 6), (2, 3, 6)):
+        x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        y = layer(x)
+        y += 1
+        torch.relu_(y)
+        expected = torch.autograd.grad(torch.relu(layer(x) + 1).square().sum(), [x, *leaves])
+        for a, b in zip(torch.autograd.grad(y.square().sum(), [x, *leaves]), expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_the_update_in_the_middle_of_a_pass_has_no_dropout() -> None:
+    bank = TTFactors(6, 4, 2, dropout=0.5)
+    nn.init.normal_(bank.V)
+    layer = EfftLinear(nn.Linear(6, 4), bank, Site())
+    expected = (bank.U @ bank.C[0, 0] @ bank.V).t()
+    bank.prepare()
+    torch.testing.assert_close(layer.delta_weight(), expected)
+    layer.merge()
+    bank.release()
+    layer.unmerge()
+    torch.testing.assert_close(layer.delta_weight(), expected)
+
+
 def test_sizes_that_do_not_fit() -> None:
     bank = TTFactors(6, 4, 2, n_cores=3)
     message = r"cores=\(0,\), .* fits a linear layer with \(in_features, out_features\) = \(6, 4\), got \(6, 12\)"

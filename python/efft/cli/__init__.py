@@ -31,6 +31,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the words after `efft`; by default those of this process.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if words == ["--version"]:
+        from efft_kernels import __version__
+
+        print(f"efft-kernels {__version__}")
+        return 0
     if not words or words[0] in ("-h", "--help"):
         print(_usage())
         return 0 if words else 2
@@ -76,6 +81,9 @@ def _dispatch(name: str, words: list[str]) -> int:
 
         return bench.run(words)
     if name == "env":
+        if words and set(words) <= {"-h", "--help"}:
+            print(f"usage: efft env\n\n{_SUMMARY['env']}")
+            return 0
         if words:
             raise ValueError(f"env takes no arguments, got {' '.join(words)}")
         from efft_kernels import env
@@ -101,4 +109,12 @@ def _dispatch(name: str, words: list[str]) -> int:
 
 def _usage() -> str:
     lines = [f"  {name:<9}{text}" for name, text in _SUMMARY.items()]
-    return "\n".join(["usage: efft COMMAND [options]", "", *lines, "", "`efft COMMAND --help` lists the options."])
+    return "\n".join(
+        [
+            "usage: efft COMMAND [options]",
+            "",
+            *lines,
+            "",
+            "`efft COMMAND --help` lists the options, `efft --version` the version.",
+        ]
+    )

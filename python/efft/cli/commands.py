@@ -1,7 +1,7 @@
 """What the commands do. Function signatures and docstrings are the options and their help."""
 
 import argparse
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -141,13 +141,18 @@ def inspect(
         model: the embedded backbone, any timm model name, or the folder of an adapter or a run.
         classes: outputs of the classifier.
         image_size: input height and width in pixels; by default the model's own.
-        paper: the paper's ranks for this architecture, in place of --rank; --variant and --core-sharing still count.
+        paper: the paper's ranks for this architecture, in place of --rank; every other option still counts.
         adapter: the adapter.
     """
     from efft.cli.inspect import adapter_table, model_table
 
     if paper:
-        adapter = paper_config(model, adapter.variant, core_sharing=adapter.core_sharing)
+        plain = EfftConfig()
+        given = {f.name: getattr(adapter, f.name) for f in fields(adapter)}
+        given = {name: value for name, value in given.items() if value != getattr(plain, name)}
+        if "rank" in given:
+            raise ValueError("give either --paper, which sets the ranks, or --rank, not both")
+        adapter = paper_config(model, **given)
     folder = Path(model)
     print(adapter_table(folder) if folder.is_dir() else model_table(model, classes, image_size, adapter))
 
@@ -169,6 +174,8 @@ def data_fetch(names: tyro.conf.Positional[tuple[str, ...]], /, allow_non_commer
     import efft.data
 
     options: dict[str, Any] = {"allow_non_commercial": allow_non_commercial}
+    if not names:
+        raise ValueError("name the data sets to fetch; `efft data list` has them")
     for name in names:
         efft.data.fetch(name, **options)
         print(f"{name}: ready")

@@ -17,7 +17,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m efft.demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder to write (default: demo_out)")
     parser.add_argument(
-        "--quick", action="store_true", help="a minute to see that everything works; accuracies mean little"
+        "--quick", action="store_true", help="a few minutes to see that everything works; accuracies mean little"
     )
     options = parser.parse_args()
     demo(options.out, options.quick)

@@ -130,7 +130,7 @@ def _draw_curves(report: TaskReport, part: Any) -> None:
         share = [record["update"] / epochs[-1]["update"] for record in steps]
         loss.plot(share, [record["loss"] for record in steps], color, label=method, linewidth=1)
         share = [record["update"] / epochs[-1]["update"] for record in epochs]
-        accuracy.plot(share, [record["val_accuracy"] for record in epochs], color, label=method)
+        accuracy.plot(share, [record["val_accuracy"] for record in epochs], f"{color}.-", label=method)
         test = report.results[method]["test_accuracy"]
         accuracy.plot(1.04, test, "o", color=color)
         accuracy.annotate(f"{test:.1%}", (1.04, test), (6, -3), textcoords="offset points", color=color)

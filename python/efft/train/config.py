@@ -73,7 +73,7 @@ class TrainConfig:
     """Rate of stochastic depth."""
 
     warmup: float = 0.1
-    """Share of the schedule that is linear warm-up."""
+    """Share of the schedule that is linear warm-up. By epoch, the first two epochs run at warmup_lr."""
 
     warmup_lr: float = 1e-6
     """Learning rate at the start of the warm-up."""
