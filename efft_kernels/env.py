@@ -11,6 +11,7 @@ from torch import Tensor
 
 from efft_kernels.backends import AUTO_ORDER, Backend, can_run, current_backend
 from efft_kernels.ops import tt_linear
+from efft_kernels.testing import backends
 
 _PACKAGES = (
     "efft-kernels",
@@ -39,7 +40,7 @@ def report() -> str:
     for device in ("cpu", "cuda"):
         if device == "cuda" and not torch.cuda.is_available():
             continue
-        for backend in (b for b in Backend if b is not Backend.AUTO):
+        for backend in backends():
             lines.append(f"{backend.value + ' on ' + device:<18} {_self_test(backend, device)}")
     return "\n".join(lines)
 

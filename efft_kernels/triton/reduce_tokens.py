@@ -105,6 +105,7 @@ def reduce_tokens(
 
     At least one pair must be given.
     """
+    h, dh = (None if t is None else t.contiguous() for t in (h, dh))  # made by these kernels they are
     given = h if h is not None else dh
     assert given is not None
     M, R = given.shape

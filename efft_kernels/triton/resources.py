@@ -166,9 +166,8 @@ def _other_forms() -> Iterable[Form]:
     for kernel in (tt_contract.contract_kernel, tt_contract.contract_backward_kernel):
         for masks in (False, True):
             names = [name for name in kernel.arg_names if name not in blocks]
-            types = {n: "fp32" if n == "scale" else "i32" if n[0] in "snrdp" else "*fp32" for n in names}
-            types |= {"G": "*fp32"} if kernel is tt_contract.contract_kernel else {"dG": "*fp32", "dC": "*fp32"}
-            types |= {"d_out": "i32"} | ({} if "dV" not in types else {"dV": "*fp32"})
+            pointers = ("C", "V", "G", "dG", "dC", "dV")
+            types = {n: "*fp32" if n in pointers else "fp32" if n == "scale" else "i32" for n in names}
             absent = {} if masks else {"keep_C": None, "keep_V": None}
             types |= {"keep_C": "*u8", "keep_V": "*u8"}
             ones = {n: 1 for n in ("stride_cj", "stride_vn", "stride_gn") if n in names}

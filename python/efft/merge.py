@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from efft.inject import adapted_layers, bank_of
-from efft_kernels import EfftLinear
 from efft_kernels.nn.linear import MergeLoss
 
 
@@ -80,8 +79,8 @@ def merged_state_dict(model: nn.Module, dtype: torch.dtype | None = None) -> dic
     Floating-point tensors are cast to ``dtype`` (default: kept). Weights are merged in fp32 and rounded once.
     """
     # By every name: a layer may be registered in several places.
-    layers = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, EfftLinear)}
-    bank_of(model)
+    adapted = {layer: layer for layer in adapted_layers(model).values()}
+    layers = {n: adapted[m] for n, m in model.named_modules(remove_duplicate=False) if m in adapted}
     state = {}
     for name, value in model.state_dict().items():
         owner, _, kind = name.rpartition(".")
