@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
@@ -12,6 +13,12 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
+
+
+def autocast_like_linear(*tensors: Any) -> Any:
+    """``tensors`` (any may be None) cast as autocast casts the arguments of torch's linear; those in fp64 stay."""
+    dtypes = (None if t is None or t.dtype == torch.float64 else autocast_dtype(t.device) for t in tensors)
+    return tuple(t if t is None or dtype is None else t.to(dtype) for t, dtype in zip(tensors, dtypes, strict=True))
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[None]:

@@ -41,6 +41,8 @@ def make_inputs(
     r2: int = 7,
     n_layers: int = 3,
     n_cores: int = 2,
+    samples: int = 5,
+    n_adapters: int = 3,
     update: float = 1.0,
     base_cancels: bool = False,
     masks: bool = False,
@@ -52,8 +54,8 @@ def make_inputs(
     """Random arguments of ``op`` by name, the same numbers on every device: ``tt_linear(**make_inputs("tt_linear"))``.
 
     Args:
-        op: ``"tt_linear"``, ``"tt_contract"`` or ``"tt_merge_"``.
-        tokens, d_in, d_out, r1, r2, n_layers, n_cores: sizes, as far as the op has them.
+        op: the name of a public op.
+        tokens, d_in, d_out, r1, r2, n_layers, n_cores, samples, n_adapters: sizes, as far as the op has them.
         update: size of the update relative to that of the base.
         base_cancels: make ``W`` and ``x`` such that ``x Wᵀ = 0`` (and ``gy W = 0`` for ``gy = [g, -g]``), without bias:
             ``y`` and ``dx`` are the update alone, so that what rounding does to it shows. ``d_in`` and ``d_out`` must
@@ -94,6 +96,25 @@ def make_inputs(
         x, W = normal(tokens, d_in // 2, of=dtype), normal(d_out // 2, d_in // 2, std=d_in**-0.5, of=dtype)
         return {"x": torch.cat([x, x], 1), "W": torch.cat([W, -W], 1).repeat(2, 1), "b": None, **delta()}
 
+    def tt_gelu_linear() -> dict[str, Any]:
+        inputs = tt_linear()
+        return {"z": inputs.pop("x"), **inputs}
+
+    def tt_norm_linear() -> dict[str, Any]:
+        inputs = tt_linear()
+        x = 3 * inputs.pop("x") + 1
+        return {"x": x, "gamma": 1 + normal(d_in, std=0.3, of=dtype), "beta": normal(d_in, of=dtype), **inputs}
+
+    def tt_linear_grouped() -> dict[str, Any]:
+        inputs = tt_linear()
+        factors = [delta() for _ in range(n_adapters)]
+        return {
+            **inputs,
+            "x": normal(samples, tokens, d_in, of=dtype),
+            **{name: torch.stack([f[name] for f in factors]) for name in ("D", "G")},
+            "adapter": torch.randint(-1, n_adapters, (samples,), generator=generator).to(device),
+        }
+
     def tt_contract() -> dict[str, Any]:
         return {
             "C": normal(n_layers, n_cores, r1, r2, of=factor_dtype),
@@ -106,7 +127,8 @@ def make_inputs(
     def tt_merge_() -> dict[str, Any]:
         return {"W": normal(d_out, d_in, std=d_in**-0.5, of=dtype), **delta(), "sign": 1.0}
 
-    ops: dict[str, Callable[[], dict[str, Any]]] = {f.__name__: f for f in (tt_linear, tt_contract, tt_merge_)}
+    functions = (tt_linear, tt_gelu_linear, tt_norm_linear, tt_linear_grouped, tt_contract, tt_merge_)
+    ops: dict[str, Callable[[], dict[str, Any]]] = {f.__name__: f for f in functions}
     if op not in ops:
         raise ValueError(f"make_inputs: unknown op {op!r}: expected one of {', '.join(map(repr, ops))}")
     return ops[op]()

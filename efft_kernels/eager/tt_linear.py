@@ -13,7 +13,7 @@ from efft_kernels.backends import Backend
 from efft_kernels.ops._schemas import implement
 
 
-def _tt_linear_fwd(
+def linear_fwd(
     x: Tensor,  # [tokens, d_in]
     W: Tensor,  # [d_out, d_in]
     b: Tensor | None,  # [d_out]
@@ -25,7 +25,7 @@ def _tt_linear_fwd(
     return y.addmm_(h, G.to(x.dtype)), h
 
 
-def _tt_linear_bwd(
+def linear_bwd(
     gy: Tensor,  # [tokens, d_out]
     x: Tensor | None,  # [tokens, d_in]
     W: Tensor | None,  # [d_out, d_in]
@@ -58,5 +58,5 @@ def _reduce_tokens(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return (a.t() @ b).to(dtype)
 
 
-tt_linear_fwd = implement("tt_linear_fwd", Backend.EAGER, _tt_linear_fwd)
-tt_linear_bwd = implement("tt_linear_bwd", Backend.EAGER, _tt_linear_bwd)
+tt_linear_fwd = implement("tt_linear_fwd", Backend.EAGER, linear_fwd)
+tt_linear_bwd = implement("tt_linear_bwd", Backend.EAGER, linear_bwd)

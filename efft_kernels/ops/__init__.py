@@ -1,7 +1,10 @@
 """The public ops. Each is an ordinary function: it validates, picks a backend and carries autograd."""
 
 from efft_kernels.ops.tt_contract import tt_contract
+from efft_kernels.ops.tt_gelu_linear import tt_gelu_linear
 from efft_kernels.ops.tt_linear import tt_linear
+from efft_kernels.ops.tt_linear_grouped import tt_linear_grouped
 from efft_kernels.ops.tt_merge import tt_merge_
+from efft_kernels.ops.tt_norm_linear import tt_norm_linear
 
-__all__ = ["tt_contract", "tt_linear", "tt_merge_"]
+__all__ = ["tt_contract", "tt_gelu_linear", "tt_linear", "tt_linear_grouped", "tt_merge_", "tt_norm_linear"]

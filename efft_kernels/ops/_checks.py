@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -15,6 +16,35 @@ def check_matrix(op: str, name: str, tensor: Tensor, symbols: str) -> None:
     """Raise ValueError unless ``tensor`` has two dimensions."""
     if tensor.dim() != 2:
         raise ValueError(f"{op}: {name} must be {symbols}, got shape {list(tensor.shape)}")
+
+
+def check_linear(op: str, name: str, x: Tensor, W: Tensor, b: Tensor | None, D: Tensor, G: Tensor) -> None:
+    """Raise ValueError unless ``x`` (called ``name``) [..., d_in] fits a linear layer and its delta."""
+    check_delta(op, W, D, G)
+    if x.dim() == 0 or x.shape[-1] != W.shape[1]:
+        raise ValueError(f"{op}: {name} must be [..., d_in={W.shape[1]}], got shape {list(x.shape)}")
+    if b is not None:
+        check_shape(op, "b", b, (W.shape[0],), "[d_out]")
+
+
+def check_dtypes(op: str, like: str, dtype: torch.dtype, **others: Tensor | None) -> None:
+    """Raise ValueError unless all ``others`` have the ``dtype`` of the argument called ``like``."""
+    got = {name: tensor.dtype for name, tensor in others.items() if tensor is not None}
+    if any(other != dtype for other in got.values()):
+        raise ValueError(
+            f"{op}: {' and '.join(others)} must have the dtype of {like}, got {like} {dtype}, "
+            f"{', '.join(f'{name} {other}' for name, other in got.items())}; cast one of them or use torch.autocast"
+        )
+
+
+def check_frozen(op: str, **tensors: Tensor | None) -> None:
+    """Raise ValueError if a gradient would be recorded for one of ``tensors``."""
+    trained = [name for name, t in tensors.items() if t is not None and t.requires_grad]
+    if trained and torch.is_grad_enabled():
+        raise ValueError(
+            f"{op}: {', '.join(trained)} must be frozen, got requires_grad=True; freeze it, or call the layers one by "
+            "one with efft_kernels.tt_linear"
+        )
 
 
 def check_delta(op: str, W: Tensor, D: Tensor, G: Tensor) -> None:

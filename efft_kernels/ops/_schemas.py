@@ -27,6 +27,20 @@ SCHEMAS = {
     # elements.
     "tt_linear_bwd": "(Tensor gy, Tensor? x, Tensor? W, Tensor? h, Tensor D, Tensor G, "
     "bool need_dx, bool need_dD, bool need_dG) -> (Tensor dx, Tensor dD, Tensor dG)",
+    # The same on gelu(z), which neither direction keeps; z [tokens, d_in] in its own dtype, the product in W's.
+    "tt_gelu_linear_fwd": "(Tensor z, Tensor W, Tensor? b, Tensor D, Tensor G, str approximate) "
+    "-> (Tensor y, Tensor h)",
+    "tt_gelu_linear_bwd": "(Tensor gy, Tensor z, Tensor? W, Tensor? h, Tensor D, Tensor G, str approximate, "
+    "bool need_dz, bool need_dD, bool need_dG) -> (Tensor dz, Tensor dD, Tensor dG)",
+    # The same on the layer norm of x over d_in; gamma, beta [d_in], mean and rstd [tokens] in fp32 (fp64 for fp64).
+    "tt_norm_linear_fwd": "(Tensor x, Tensor? gamma, Tensor? beta, float eps, Tensor W, Tensor? b, Tensor D, Tensor G) "
+    "-> (Tensor y, Tensor h, Tensor mean, Tensor rstd)",
+    "tt_norm_linear_bwd": "(Tensor gy, Tensor x, Tensor? gamma, Tensor? beta, float eps, Tensor mean, Tensor rstd, "
+    "Tensor? W, Tensor? h, Tensor D, Tensor G, bool need_dx, bool need_dD, bool need_dG) "
+    "-> (Tensor dx, Tensor dD, Tensor dG)",
+    # x [samples, tokens, d_in], D [n_adapters, d_in, r1], G [n_adapters, r1, d_out], adapter [samples] (int64,
+    # negative: none) -> [samples, tokens, d_out]
+    "tt_linear_grouped": "(Tensor x, Tensor W, Tensor? b, Tensor D, Tensor G, Tensor adapter) -> Tensor",
     # C [n_layers, n_cores, r1, r2], V [r2, d_out], keep_C like C, keep_V [n_layers, r2, d_out] (bool)
     # -> G [n_layers, r1, n_cores * d_out]
     "tt_contract_fwd": "(Tensor C, Tensor V, Tensor? keep_C, Tensor? keep_V, float scale) -> Tensor",
@@ -58,6 +72,65 @@ def _tt_linear_bwd(
     return dx, dD, dG
 
 
+def _tt_gelu_linear_fwd(
+    z: Tensor, W: Tensor, b: Tensor | None, D: Tensor, G: Tensor, approximate: str
+) -> tuple[Tensor, Tensor]:
+    return _tt_linear_fwd(W.new_empty(z.shape), W, b, D, G)
+
+
+def _tt_gelu_linear_bwd(
+    gy: Tensor,
+    z: Tensor,
+    W: Tensor | None,
+    h: Tensor | None,
+    D: Tensor,
+    G: Tensor,
+    approximate: str,
+    need_dz: bool,
+    need_dD: bool,
+    need_dG: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _, dD, dG = _tt_linear_bwd(gy, z, W, h, D, G, False, need_dD, need_dG)
+    return z.new_empty(z.shape if need_dz else 0), dD, dG
+
+
+def _tt_norm_linear_fwd(
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    W: Tensor,
+    b: Tensor | None,
+    D: Tensor,
+    G: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    mean, rstd = (x.new_empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32)) for _ in range(2))
+    return *_tt_linear_fwd(W.new_empty(x.shape), W, b, D, G), mean, rstd
+
+
+def _tt_norm_linear_bwd(
+    gy: Tensor,
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    mean: Tensor,
+    rstd: Tensor,
+    W: Tensor | None,
+    h: Tensor | None,
+    D: Tensor,
+    G: Tensor,
+    need_dx: bool,
+    need_dD: bool,
+    need_dG: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _tt_gelu_linear_bwd(gy, x, W, h, D, G, "none", need_dx, need_dD, need_dG)
+
+
+def _tt_linear_grouped(x: Tensor, W: Tensor, b: Tensor | None, D: Tensor, G: Tensor, adapter: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:2], W.shape[0])
+
+
 def _tt_contract_fwd(C: Tensor, V: Tensor, keep_C: Tensor | None, keep_V: Tensor | None, scale: float) -> Tensor:
     n_layers, n_cores, r1, _ = C.shape
     return C.new_empty(n_layers, r1, n_cores * V.shape[1])
@@ -85,6 +158,11 @@ def _tt_merge_(W: Tensor, D: Tensor, G: Tensor, sign: float) -> None:
 _FAKES: dict[str, Callable[..., object]] = {
     "tt_linear_fwd": _tt_linear_fwd,
     "tt_linear_bwd": _tt_linear_bwd,
+    "tt_gelu_linear_fwd": _tt_gelu_linear_fwd,
+    "tt_gelu_linear_bwd": _tt_gelu_linear_bwd,
+    "tt_norm_linear_fwd": _tt_norm_linear_fwd,
+    "tt_norm_linear_bwd": _tt_norm_linear_bwd,
+    "tt_linear_grouped": _tt_linear_grouped,
     "tt_contract_fwd": _tt_contract_fwd,
     "tt_contract_bwd": _tt_contract_bwd,
     "tt_merge_": _tt_merge_,

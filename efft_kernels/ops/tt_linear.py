@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from efft_kernels import reference, triton
-from efft_kernels._autocast import autocast_dtype, no_autocast
+from efft_kernels._autocast import autocast_like_linear, no_autocast
 from efft_kernels.backends import Backend, resolve
 from efft_kernels.eager import tt_linear as eager
-from efft_kernels.ops._checks import check_delta, check_shape
+from efft_kernels.ops._checks import check_dtypes, check_linear
 
 _FORWARD = {Backend.EAGER: eager.tt_linear_fwd, Backend.TRITON: triton.tt_linear_fwd}
 _BACKWARD = {Backend.EAGER: eager.tt_linear_bwd, Backend.TRITON: triton.tt_linear_bwd}
@@ -52,31 +52,15 @@ def tt_linear(
         ValueError: shapes or dtypes do not fit together.
         RuntimeError: the backend asked for cannot run this call.
     """
-    check_delta("tt_linear", W, D, G)
-    if x.dim() == 0 or x.shape[-1] != W.shape[1]:
-        raise ValueError(f"tt_linear: x must be [..., d_in={W.shape[1]}], got shape {list(x.shape)}")
-    if b is not None:
-        check_shape("tt_linear", "b", b, (W.shape[0],), "[d_out]")
-    x, W, b = _autocast(x, W, b)
-    if W.dtype != x.dtype or (b is not None and b.dtype != x.dtype):
-        raise ValueError(
-            f"tt_linear: W and b must have the dtype of x, got x {x.dtype}, W {W.dtype}, "
-            f"b {None if b is None else b.dtype}; cast one of them or use torch.autocast"
-        )
+    check_linear("tt_linear", "x", x, W, b, D, G)
+    x, W, b = autocast_like_linear(x, W, b)
+    check_dtypes("tt_linear", "x", x.dtype, W=W, b=b)
     chosen = resolve("tt_linear", backend, x, W, b, D, G)
     if chosen is Backend.REFERENCE:
         return reference.tt_linear(x, W, b, D, G)
     # Reshaped out here: an output that were a view made inside the function could not be changed in place.
     y = _TTLinear.apply(x.reshape(-1, x.shape[-1]), W, b, D, G, chosen)
     return y.view(*x.shape[:-1], W.shape[0])
-
-
-def _autocast(x: Tensor, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Cast as autocast casts the arguments of linear; fp64 stays."""
-    dtype = autocast_dtype(x.device)
-    if dtype is None or x.dtype == torch.float64:
-        return x, W, b
-    return x.to(dtype), W.to(dtype), None if b is None else b.to(dtype)
 
 
 class _TTLinear(torch.autograd.Function):

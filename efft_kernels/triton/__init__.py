@@ -25,6 +25,11 @@ def _register(op: str, file: str) -> Callable[..., Any]:
 
 tt_linear_fwd = _register("tt_linear_fwd", "tt_linear")
 tt_linear_bwd = _register("tt_linear_bwd", "tt_linear")
+tt_gelu_linear_fwd = _register("tt_gelu_linear_fwd", "tt_gelu_linear")
+tt_gelu_linear_bwd = _register("tt_gelu_linear_bwd", "tt_gelu_linear")
+tt_norm_linear_fwd = _register("tt_norm_linear_fwd", "tt_norm_linear")
+tt_norm_linear_bwd = _register("tt_norm_linear_bwd", "tt_norm_linear")
+tt_linear_grouped = _register("tt_linear_grouped", "tt_linear_grouped")
 tt_contract_fwd = _register("tt_contract_fwd", "tt_contract")
 tt_contract_bwd = _register("tt_contract_bwd", "tt_contract")
 tt_merge_ = _register("tt_merge_", "tt_merge")

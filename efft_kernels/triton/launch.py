@@ -89,14 +89,14 @@ def tiles(A: Tensor) -> Sequence[GemmTile]:
 
 
 def gemm_tile(A: Tensor, N: int, rank: int) -> GemmTile:
-    """The tile for [M, K] times [K, N], with ``rank`` columns of H recomputed (0: none).
+    """The tile for [M, K] (a sample of several) times [K, N], with ``rank`` columns of H recomputed (0: none).
 
     Modelled time: whole waves of programs, each as long as its tile is big, over the tile's speed.
     """
-    gpu = device(A.device)
+    gpu, samples = device(A.device), A.shape[:-2].numel()
 
     def time(tile: GemmTile) -> float:
-        programs = triton.cdiv(A.shape[0], tile.m) * triton.cdiv(N, tile.n)
+        programs = samples * triton.cdiv(A.shape[-2], tile.m) * triton.cdiv(N, tile.n)
         return triton.cdiv(programs, gpu.processors) * tile.m * (tile.n + rank) / tile.speed
 
     fitting = [

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from efft_kernels.triton.launch import device, on_device, precision, rank_block
+from efft_kernels.triton.producers import produced
 
 # Tokens per step and columns per program; enough bytes in flight to use the memory bandwidth, which is the limit.
 BLOCK_M, BLOCK_N, WARPS, STAGES = 64, 128, 4, 3
@@ -21,7 +22,11 @@ BLOCK_M, BLOCK_N, WARPS, STAGES = 64, 128, 4, 3
 
 @triton.jit
 def _sum_over_tokens(
-    wide,  # [M, N]
+    wide,  # [M, N], read through the producer
+    gamma,
+    beta,
+    mean,
+    rstd,
     thin,  # [M, R], contiguous
     out,  # [N, R] of any strides, fp32
     M,
@@ -35,6 +40,7 @@ def _sum_over_tokens(
     column,
     rank,
     TOKENS,
+    PRODUCER: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -52,6 +58,12 @@ def _sum_over_tokens(
             mask=in_m[:, None] & in_n[None, :],
             other=0.0,
         )
+        if PRODUCER != "none":
+            mu, sigma = 0.0, 0.0
+            if PRODUCER == "norm":
+                mu = tl.load(mean + m + start, mask=in_m, other=0.0)
+                sigma = tl.load(rstd + m + start, mask=in_m, other=0.0)
+            w = produced(w, gamma, beta, mu, sigma, n, in_n, PRODUCER).to(thin.dtype.element_ty)
         t = tl.load(thin + (m + start)[:, None] * R + r[None, :], mask=in_m[:, None] & in_r[None, :], other=0.0)
         total = tl.dot(tl.trans(w), t, total, input_precision=PRECISION)
     tl.store(out + n[:, None] * stride_on + r[None, :] * stride_or, total, mask=in_n[:, None] & in_r[None, :])
@@ -62,7 +74,11 @@ def reduce_tokens_kernel(
     gy,  # [M, d_out]
     h,  # [M, R], contiguous
     dG,  # [splits, R, d_out], fp32, contiguous
-    x,  # [M, d_in]
+    x,  # [M, d_in], read through the producer
+    gamma,  # [d_in] or None
+    beta,  # [d_in] or None
+    mean,  # [M] or None
+    rstd,  # [M] or None
     dh,  # [M, R], contiguous
     dD,  # [splits, d_in, R], fp32, contiguous
     M,
@@ -75,6 +91,7 @@ def reduce_tokens_kernel(
     stride_xn,
     TOKENS,  # of a split, a multiple of BLOCK_M
     columns_out,  # column blocks of gy; 0 where dG is not wanted
+    PRODUCER: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -84,13 +101,13 @@ def reduce_tokens_kernel(
     begin = split * TOKENS
     if column < columns_out:
         _sum_over_tokens(
-            *(gy, h, dG + split * R * d_out, M, d_out, R, stride_gm, stride_gn, 1, d_out),
-            *(begin, column, rank, TOKENS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R),
+            *(gy, None, None, None, None, h, dG + split * R * d_out, M, d_out, R, stride_gm, stride_gn, 1, d_out),
+            *(begin, column, rank, TOKENS, "none", PRECISION, BLOCK_M, BLOCK_N, BLOCK_R),
         )
     else:
         _sum_over_tokens(
-            *(x, dh, dD + split * d_in * R, M, d_in, R, stride_xm, stride_xn, R, 1),
-            *(begin, column - columns_out, rank, TOKENS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R),
+            *(x, gamma, beta, mean, rstd, dh, dD + split * d_in * R, M, d_in, R, stride_xm, stride_xn, R, 1),
+            *(begin, column - columns_out, rank, TOKENS, PRODUCER, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R),
         )
 
 
@@ -100,12 +117,20 @@ def reduce_tokens(
     x: Tensor | None,  # [M, d_in]
     dh: Tensor | None,  # [M, R]
     splits: int | None = None,
+    *,
+    producer: str = "none",
+    gamma: Tensor | None = None,  # [d_in]
+    beta: Tensor | None = None,  # [d_in]
+    mean: Tensor | None = None,  # [M]
+    rstd: Tensor | None = None,  # [M]
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dG [R, d_out], dD [d_in, R]) in fp32; a pair of inputs that is None gives None. ``splits`` overrides the choice.
 
-    At least one pair must be given.
+    At least one pair must be given. With a ``producer`` (see :mod:`efft_kernels.triton.producers`) ``x`` is
+    what the producer got.
     """
     h, dh = (None if t is None else t.contiguous() for t in (h, dh))  # made by these kernels they are
+    gamma, beta = (None if t is None else t.contiguous() for t in (gamma, beta))
     given = h if h is not None else dh
     assert given is not None
     M, R = given.shape
@@ -123,7 +148,27 @@ def reduce_tokens(
         gy_, h_, x_, dh_ = (given if t is None else t for t in (gy, h, x, dh))  # never read where it stands in
         with on_device(given):
             reduce_tokens_kernel[(columns_out + columns_in, splits, ranks)](
-                *(gy_, h_, dG, x_, dh_, dD, M, d_out, d_in, R, *gy_.stride(), *x_.stride(), tokens, columns_out),
+                *(
+                    gy_,
+                    h_,
+                    dG,
+                    x_,
+                    gamma,
+                    beta,
+                    mean,
+                    rstd,
+                    dh_,
+                    dD,
+                    M,
+                    d_out,
+                    d_in,
+                    R,
+                    *gy_.stride(),
+                    *x_.stride(),
+                    tokens,
+                    columns_out,
+                ),
+                PRODUCER=producer,
                 PRECISION=precision(given),
                 BLOCK_M=BLOCK_M,
                 BLOCK_N=BLOCK_N,

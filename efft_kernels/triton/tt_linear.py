@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from efft_kernels.triton.lowrank_gemm import lowrank_gemm, project
@@ -29,16 +31,27 @@ def tt_linear_bwd(
     need_dD: bool,
     need_dG: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dD, dG, dh = gy.new_empty(0), D.new_empty(0), G.new_empty(0), None
+    dx, dh = gy.new_empty(0), None
     if need_dx:
         assert W is not None
         dx, dh = lowrank_gemm(gy, W, None, G.t(), D.t())
     elif need_dD:
         dh = project(gy, G.t())
-    if need_dD or need_dG:
-        sums = reduce_tokens(gy, h if need_dG else None, x, dh if need_dD else None)
-        dG, dD = (
-            like.new_empty(0) if total is None else total.to(like.dtype)
-            for total, like in zip(sums, (G, D), strict=True)
-        )
-    return dx, dD, dG
+    return dx, *factor_gradients(gy, x, h if need_dG else None, dh if need_dD else None, D, G)
+
+
+def factor_gradients(
+    gy: Tensor,  # [tokens, d_out]
+    x: Tensor | None,  # [tokens, d_in]
+    h: Tensor | None,  # [tokens, r1]
+    dh: Tensor | None,  # [tokens, r1]
+    D: Tensor,  # [d_in, r1]
+    G: Tensor,  # [r1, d_out]
+    **producer: Any,
+) -> tuple[Tensor, Tensor]:
+    """(dD, dG) in the factors' dtypes; without ``dh`` or ``h`` the one made from it has no elements."""
+    sums = (None, None) if h is dh is None else reduce_tokens(gy, h, x, dh, **producer)
+    dG, dD = (
+        like.new_empty(0) if total is None else total.to(like.dtype) for total, like in zip(sums, (G, D), strict=True)
+    )
+    return dD, dG

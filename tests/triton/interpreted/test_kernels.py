@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -10,7 +11,7 @@ from efft_kernels.testing import assert_close_budget, poisoned_empty, with_layou
 from efft_kernels.triton import launch, reduce_tokens
 from efft_kernels.triton.interpreter import AddressError, checked
 from efft_kernels.triton.launch import FP32_TILES, HALF_TILES, RECOMPUTE_RANK, TF32_TILES, GemmTile
-from efft_kernels.triton.lowrank_gemm import lowrank_gemm, lowrank_gemm_kernel, project
+from efft_kernels.triton.lowrank_gemm import gelu_project, lowrank_gemm, lowrank_gemm_kernel, norm_project, project
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(70, 90, 100), (1, 16, 300), (129, 257, 33), (64, 128, 64), (5, 1, 1)]
@@ -175,8 +176,8 @@ def plain_launch(A: Tensor, B: Tensor, Y: Tensor, M: int, stride_am: int, N: int
     """The product of [32, 32] matrices with sizes and strides as told, right or wrong."""
     P, T, H = torch.ones(32, 16), torch.ones(16, 32), torch.empty(64, 16)
     lowrank_gemm_kernel[(triton.cdiv(M, 32) * triton.cdiv(N, 32),)](
-        *(A, B, None, P, T, H, Y, M, N, 32, 16, stride_am, 1, 32, 1, 0, 16, 1, 32, 1),
-        **{"RECOMPUTE": True, "PRECISION": "ieee", "GROUP_M": 8},
+        *(A, B, None, P, T, H, None, Y, None, 1, M, N, 32, 16, stride_am, 1, 32, 1, 0, 16, 1, 32, 1, 0, 0, 0, 0, 0),
+        **{"PRODUCER": "none", "RECOMPUTE": True, "PRECISION": "ieee", "GROUP_M": 8},
         **{"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "BLOCK_R": 16},
     )
 
@@ -225,6 +226,111 @@ def test_planted_nan_is_found() -> None:
     store_kernel[(3,)](out, 1)
     assert out.isnan().tolist() == [False, False, False, True]
     assert issubclass(AddressError, RuntimeError)
+
+
+# --- producers, grouped form, large offsets ---------------------------------------------------------------------------
+
+
+def put_out(values: Tensor, producer: str, gamma: Tensor | None = None, beta: Tensor | None = None) -> Tensor:
+    if producer == "norm":
+        return F.layer_norm(values, values.shape[-1:], gamma, beta, 1e-3)
+    return F.gelu(values, approximate="tanh" if producer == "gelu_tanh" else "none")
+
+
+@pytest.mark.parametrize("producer", ["gelu", "gelu_tanh", "norm"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("affine", [True, False], ids=["gamma and beta", "neither"])
+def test_producers(producer: str, dtype: torch.dtype, affine: bool) -> None:
+    """The producer's output and h in one launch, and the sums over tokens that read the output through its input."""
+    for i, (M, _, K) in enumerate(SHAPES):
+        R = (5, 16, 128, 1, 33)[i]
+        values, P, dh = 3 * matrix(M, K, dtype, 0) + 1, matrix(K, R, torch.float32, 3, K**-0.5), matrix(M, R, dtype, 5)
+        gamma, beta = (matrix(1, K, dtype, seed)[0] if affine else None for seed in (6, 7))
+        with checked() as names, poisoned_empty():
+            if producer == "norm":
+                A, H, mean, rstd = norm_project(values, gamma, beta, 1e-3, P, dtype)
+                saved = {"gamma": gamma, "beta": beta, "mean": mean, "rstd": rstd}
+            else:
+                A, H = gelu_project(values, P, producer, dtype)
+                saved = {}
+            _, dD = reduce_tokens.reduce_tokens(None, None, values, dh, producer=producer, **saved)
+        assert names == ["project_kernel", "reduce_tokens_kernel"]
+        wide = [t if t is None else t.double() for t in (gamma, beta)]
+        exact = put_out(values.double(), producer, *wide)
+        peer = put_out(values, producer, gamma, beta)
+        assert_close_budget(A, exact, peer, name=f"{(M, K)}")
+        assert_close_budget(H, exact @ P.double(), peer @ P.to(dtype), name=f"{(M, K, R)}")
+        yardstick = peer.float().t() @ dh.float()
+        assert_close_budget(dD, exact.t() @ dh.double(), yardstick, factor=4, name=f"{(M, K, R)}")
+
+
+@pytest.mark.parametrize("producer", ["gelu", "gelu_tanh"])
+@pytest.mark.parametrize(("dtype", "tile"), [(torch.float32, FP32_TILES[0]), (torch.bfloat16, HALF_TILES[-1])], ids=str)
+def test_slope_in_the_epilogue(producer: str, dtype: torch.dtype, tile: GemmTile) -> None:
+    for M, N, K in SHAPES[:4]:  # the errors of five numbers say nothing
+        A, weight, _, P, T = operands(M, N, K, 9, dtype)
+        Z = with_layout(2 * matrix(M, N, dtype, 8), "transposed")
+        for recompute in (True, False):
+            with checked(), poisoned_empty():
+                Y, _ = lowrank_gemm(A, weight.t(), None, P, T, Z=Z, producer=producer, tile=tile, recompute=recompute)
+            results = []
+            for to in (torch.float64, dtype):
+                z = Z.detach().to(to).requires_grad_()
+                upstream = A.to(to) @ weight.to(to).t() + (A.to(to) @ P.to(to)) @ T.to(to)
+                results.append(torch.autograd.grad(put_out(z, producer), z, upstream)[0])
+            assert_close_budget(Y, *results, name=f"{(M, N, K)}")
+
+
+@pytest.mark.parametrize("recompute", [True, False], ids=["recompute", "split"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_adapter_a_sample(dtype: torch.dtype, recompute: bool) -> None:
+    adapter = torch.tensor([2, -1, 0])
+    for i, (M, N, K) in enumerate(SHAPES[:4]):
+        R = (5, 16, 31, 1, 32)[i] if recompute else (5, 65, 128, 1, 33)[i]
+        _, weight, bias, _, _ = operands(M, N, K, R, dtype)
+        A = torch.stack([matrix(M, K, dtype, seed) for seed in range(3)])
+        P = torch.stack([matrix(K, R, torch.float32, 10 + seed, K**-0.5) for seed in range(3)])
+        T = torch.stack([matrix(R, N, torch.float32, 20 + seed, R**-0.5) for seed in range(3)])
+        P[1] = T[1] = float("nan")  # nobody's
+        with checked() as names, poisoned_empty():
+            Y, _ = lowrank_gemm(A, weight.t(), bias, P, T, adapter=adapter, recompute=recompute)
+        assert names == ["project_kernel"] * (not recompute) + ["lowrank_gemm_kernel"]
+        pairs = [(P[2], T[2]), (torch.zeros(K, 1), torch.zeros(1, N)), (P[0], T[0])]
+        exact, peer = (
+            torch.stack(
+                [
+                    unfused(a.to(to), weight.t().to(to), bias.to(to), *(f.to(to) for f in pair))[0]
+                    for a, pair in zip(A, pairs, strict=True)
+                ]
+            )
+            for to in (torch.float64, dtype)
+        )
+        assert_close_budget(Y, exact, peer, name=f"{(M, N, K, R)}")
+
+
+def far_apart(values: Tensor) -> Tensor:
+    """The same rows 2^30 elements from one another: the third begins beyond what 32 bits can count."""
+    rows, columns = values.shape
+    memory = torch.empty(2**30 * (rows - 1) + columns, dtype=values.dtype)  # the system gives only pages that are used
+    return memory.as_strided((rows, columns), (2**30, 1)).copy_(values)
+
+
+def test_offsets_beyond_32_bits() -> None:
+    A, weight, bias, P, T = operands(3, 20, 24, 5, torch.bfloat16)
+    far = far_apart(A)
+    expected = lowrank_gemm(A, weight.t(), bias, P, T)
+    for recompute in (True, False):
+        with checked():
+            got = lowrank_gemm(far, weight.t(), bias, P, T, recompute=recompute)
+        assert torch.equal(got[0], expected[0])
+        assert torch.equal(got[1], expected[1])
+    h = expected[1]
+    sums = reduce_tokens.reduce_tokens(A, h, A, h)
+    with checked():
+        far_sums = reduce_tokens.reduce_tokens(far, h, far, h)
+    assert all(torch.equal(a, b) for a, b in zip(far_sums, sums, strict=True))
+    z = lowrank_gemm(A, weight[:20].t(), None, P, T, Z=A[:, :20], producer="gelu")[0]
+    assert torch.equal(lowrank_gemm(A, weight[:20].t(), None, P, T, Z=far[:, :20], producer="gelu")[0], z)
 
 
 def test_project_of_nothing() -> None:

@@ -1,0 +1,78 @@
+"""tt_linear on the layer norm of x; backward makes the norm's output again from x instead of keeping it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from efft_kernels.backends import Backend
+from efft_kernels.eager.tt_linear import linear_bwd, linear_fwd
+from efft_kernels.ops._schemas import implement
+
+
+def _tt_norm_linear_fwd(
+    x: Tensor,  # [tokens, d_in]
+    gamma: Tensor | None,  # [d_in]
+    beta: Tensor | None,  # [d_in]
+    eps: float,
+    W: Tensor,  # [d_out, d_in]
+    b: Tensor | None,  # [d_out]
+    D: Tensor,  # [d_in, r1]
+    G: Tensor,  # [r1, d_out]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # y [tokens, d_out], h [tokens, r1], mean and rstd [tokens]
+    n, mean, rstd = _layer_norm(x, gamma, beta, eps)
+    y, h = linear_fwd(n.to(W.dtype), W, b, D, G)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return y, h, mean.to(wide).flatten(), rstd.to(wide).flatten()
+
+
+def _tt_norm_linear_bwd(
+    gy: Tensor,  # [tokens, d_out]
+    x: Tensor,  # [tokens, d_in]
+    gamma: Tensor | None,  # [d_in]
+    beta: Tensor | None,  # [d_in]
+    eps: float,
+    mean: Tensor,  # [tokens]
+    rstd: Tensor,  # [tokens]
+    W: Tensor | None,  # [d_out, d_in]
+    h: Tensor | None,  # [tokens, r1]
+    D: Tensor,  # [d_in, r1]
+    G: Tensor,  # [r1, d_out]
+    need_dx: bool,
+    need_dD: bool,
+    need_dG: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    n = _layer_norm(x, gamma, beta, eps)[0].to(gy.dtype) if need_dD else None
+    dn, dD, dG = linear_bwd(gy, n, W, h, D, G, need_dx, need_dD, need_dG)
+    return layer_norm_bwd(dn, x, gamma, beta, mean, rstd) if need_dx else x.new_empty(0), dD, dG
+
+
+def layer_norm_bwd(
+    dn: Tensor,  # [tokens, d_in]
+    x: Tensor,  # [tokens, d_in]
+    gamma: Tensor | None,  # [d_in]
+    beta: Tensor | None,  # [d_in]
+    mean: Tensor,  # [tokens]
+    rstd: Tensor,  # [tokens]
+) -> Tensor:  # [tokens, d_in], dtype of x
+    """dx of a layer norm by the vendor's kernel, which wants everything in one dtype but the statistics."""
+    wide = _like_parameters(x, gamma)
+    if x.device.type == "cpu":
+        mean, rstd = mean.to(wide.dtype), rstd.to(wide.dtype)
+    statistics = (mean[:, None], rstd[:, None])
+    dx, _, _ = torch.ops.aten.native_layer_norm_backward(
+        dn.to(wide.dtype), wide, x.shape[1:], *statistics, gamma, beta, [True, False, False]
+    )
+    return dx.to(x.dtype)
+
+
+def _layer_norm(x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.native_layer_norm(_like_parameters(x, gamma), x.shape[1:], gamma, beta, eps)
+
+
+def _like_parameters(x: Tensor, gamma: Tensor | None) -> Tensor:
+    return x if gamma is None else x.to(torch.promote_types(x.dtype, gamma.dtype))
+
+
+tt_norm_linear_fwd = implement("tt_norm_linear_fwd", Backend.EAGER, _tt_norm_linear_fwd)
+tt_norm_linear_bwd = implement("tt_norm_linear_bwd", Backend.EAGER, _tt_norm_linear_bwd)

@@ -1,0 +1,93 @@
+"""``tt_gelu_linear``: GELU and the adapted linear layer behind it, without keeping the GELU's output."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from efft_kernels import reference, triton
+from efft_kernels._autocast import autocast_like_linear, no_autocast
+from efft_kernels.backends import Backend, resolve
+from efft_kernels.eager import tt_gelu_linear as eager
+from efft_kernels.ops._checks import check_dtypes, check_frozen, check_linear
+
+_FORWARD = {Backend.EAGER: eager.tt_gelu_linear_fwd, Backend.TRITON: triton.tt_gelu_linear_fwd}
+_BACKWARD = {Backend.EAGER: eager.tt_gelu_linear_bwd, Backend.TRITON: triton.tt_gelu_linear_bwd}
+
+
+def tt_gelu_linear(
+    z: Tensor,  # [..., d_in]
+    W: Tensor,  # [d_out, d_in]
+    b: Tensor | None,  # [d_out]
+    D: Tensor,  # [d_in, r1]
+    G: Tensor,  # [r1, d_out]
+    *,
+    approximate: str = "none",
+    backend: str | Backend | None = None,
+) -> Tensor:  # [..., d_out]
+    """``tt_linear(gelu(z), W, b, D, G)`` that keeps ``z`` for backward and makes ``gelu(z)`` again where it is needed.
+
+    For the second layer of an MLP: GELU's own backward needs ``z`` anyway, so the widest activation of a block is no
+    longer kept twice.
+
+    Args:
+        z: input of the GELU ``[..., d_in]``, any floating dtype and strides.
+        W, b: weight ``[d_out, d_in]`` and bias ``[d_out]`` or None, of one dtype (under autocast cast to its dtype);
+            both frozen. The product is computed in their dtype.
+        D, G: factors ``[d_in, r1]`` and ``[r1, d_out]`` as in :func:`efft_kernels.tt_linear`.
+        approximate: ``"none"`` or ``"tanh"``, as in ``torch.nn.functional.gelu``.
+        backend: see :mod:`efft_kernels.backends`.
+
+    Returns:
+        ``y [..., d_out]`` in the dtype of ``W`` (the autocast dtype under autocast). Differentiable once, with respect
+        to ``z``, ``D`` and ``G``.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together, ``W`` or ``b`` wants a gradient, unknown ``approximate``.
+        RuntimeError: the backend asked for cannot run this call.
+    """
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f"tt_gelu_linear: approximate must be 'none' or 'tanh', got {approximate!r}")
+    check_linear("tt_gelu_linear", "z", z, W, b, D, G)
+    W, b = autocast_like_linear(W, b)
+    check_dtypes("tt_gelu_linear", "W", W.dtype, b=b)
+    check_frozen("tt_gelu_linear", W=W, b=b)
+    chosen = resolve("tt_gelu_linear", backend, z, W, b, D, G)
+    if chosen is Backend.REFERENCE:
+        return reference.tt_gelu_linear(z, W, b, D, G, approximate)
+    y = _TTGeluLinear.apply(z.reshape(-1, z.shape[-1]), W, b, D, G, approximate, chosen)
+    return y.view(*z.shape[:-1], W.shape[0])
+
+
+class _TTGeluLinear(torch.autograd.Function):
+    """Autograd of tt_gelu_linear, above the backends."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        z: Tensor,
+        W: Tensor,
+        b: Tensor | None,
+        D: Tensor,
+        G: Tensor,
+        approximate: str,
+        backend: Backend,
+    ) -> Tensor:
+        with no_autocast(z.device):
+            y, h = _FORWARD[backend](z, W, b, D, G, approximate)
+        need_dz, need_dG = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
+        ctx.save_for_backward(z, W if need_dz else None, h if need_dG else None, D, G)
+        ctx.approximate, ctx.backend = approximate, backend
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+        need_dz, _, _, need_dD, need_dG = needs = ctx.needs_input_grad[:5]
+        with no_autocast(gy.device):
+            grads = _BACKWARD[ctx.backend](gy, *ctx.saved_tensors, ctx.approximate, need_dz, need_dD, need_dG)
+        dz, dD, dG = (grad if need else None for grad, need in zip(grads, (needs[0], *needs[3:]), strict=True))
+        return dz, None, None, dD, dG, None, None

@@ -1,0 +1,102 @@
+"""``tt_norm_linear``: layer norm and the adapted linear layer behind it, without keeping the norm's output."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from efft_kernels import reference, triton
+from efft_kernels._autocast import autocast_like_linear, no_autocast
+from efft_kernels.backends import Backend, resolve
+from efft_kernels.eager import tt_norm_linear as eager
+from efft_kernels.ops._checks import check_dtypes, check_frozen, check_linear, check_shape
+
+_FORWARD = {Backend.EAGER: eager.tt_norm_linear_fwd, Backend.TRITON: triton.tt_norm_linear_fwd}
+_BACKWARD = {Backend.EAGER: eager.tt_norm_linear_bwd, Backend.TRITON: triton.tt_norm_linear_bwd}
+
+
+def tt_norm_linear(
+    x: Tensor,  # [..., d_in]
+    gamma: Tensor | None,  # [d_in]
+    beta: Tensor | None,  # [d_in]
+    W: Tensor,  # [d_out, d_in]
+    b: Tensor | None,  # [d_out]
+    D: Tensor,  # [d_in, r1]
+    G: Tensor,  # [r1, d_out]
+    *,
+    eps: float = 1e-5,
+    backend: str | Backend | None = None,
+) -> Tensor:  # [..., d_out]
+    """``tt_linear(layer_norm(x, gamma, beta, eps), W, b, D, G)`` that keeps ``x`` alone for backward.
+
+    For the first layer of an attention or MLP block: ``x`` is the residual stream, which the norm's own backward needs
+    anyway. The norm's output is made again where it is needed.
+
+    Args:
+        x: input of the norm ``[..., d_in]``, any floating dtype and strides.
+        gamma, beta: the norm's weight and bias ``[d_in]``, either or both None; frozen.
+        W, b: weight ``[d_out, d_in]`` and bias ``[d_out]`` or None, of one dtype (under autocast cast to its dtype);
+            frozen. The product is computed in their dtype, the norm in fp32 (fp64 for fp64).
+        D, G: factors ``[d_in, r1]`` and ``[r1, d_out]`` as in :func:`efft_kernels.tt_linear`.
+        eps: added to the variance.
+        backend: see :mod:`efft_kernels.backends`.
+
+    Returns:
+        ``y [..., d_out]`` in the dtype of ``W`` (the autocast dtype under autocast). Differentiable once, with respect
+        to ``x``, ``D`` and ``G``.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together, or a frozen argument wants a gradient.
+        RuntimeError: the backend asked for cannot run this call.
+    """
+    check_linear("tt_norm_linear", "x", x, W, b, D, G)
+    W, b = autocast_like_linear(W, b)
+    check_dtypes("tt_norm_linear", "W", W.dtype, b=b)
+    for name, parameter in (("gamma", gamma), ("beta", beta)):
+        if parameter is not None:
+            check_shape("tt_norm_linear", name, parameter, (x.shape[-1],), "[d_in]")
+    if gamma is not None and beta is not None and gamma.dtype != beta.dtype:
+        raise ValueError(f"tt_norm_linear: gamma and beta must have one dtype, got {gamma.dtype} and {beta.dtype}")
+    check_frozen("tt_norm_linear", gamma=gamma, beta=beta, W=W, b=b)
+    chosen = resolve("tt_norm_linear", backend, x, gamma, beta, W, b, D, G)
+    if chosen is Backend.REFERENCE:
+        return reference.tt_norm_linear(x, gamma, beta, W, b, D, G, eps)
+    y = _TTNormLinear.apply(x.reshape(-1, x.shape[-1]), gamma, beta, W, b, D, G, eps, chosen)
+    return y.view(*x.shape[:-1], W.shape[0])
+
+
+class _TTNormLinear(torch.autograd.Function):
+    """Autograd of tt_norm_linear, above the backends."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        W: Tensor,
+        b: Tensor | None,
+        D: Tensor,
+        G: Tensor,
+        eps: float,
+        backend: Backend,
+    ) -> Tensor:
+        with no_autocast(x.device):
+            y, h, mean, rstd = _FORWARD[backend](x, gamma, beta, eps, W, b, D, G)
+        need_dx, need_dG = ctx.needs_input_grad[0], ctx.needs_input_grad[6]
+        ctx.save_for_backward(x, gamma, beta, mean, rstd, W if need_dx else None, h if need_dG else None, D, G)
+        ctx.eps, ctx.backend = eps, backend
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+        x, gamma, beta, *rest = ctx.saved_tensors
+        needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[5:7])
+        with no_autocast(gy.device):
+            grads = _BACKWARD[ctx.backend](gy, x, gamma, beta, ctx.eps, *rest, *needs)
+        dx, dD, dG = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+        return dx, None, None, None, None, dD, dG, None, None

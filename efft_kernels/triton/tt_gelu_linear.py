@@ -1,0 +1,49 @@
+"""tt_linear behind a GELU: forward makes gelu(z) and h in one launch, backward dz with dh in one and dG with dD in one.
+
+The slope of the GELU is taken in the epilogue of the product that makes dz, and the sums over tokens read gelu(z)
+through z: nothing of z's size is kept beside z or written between the two.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from efft_kernels.triton.lowrank_gemm import gelu_project, lowrank_gemm, project
+from efft_kernels.triton.tt_linear import factor_gradients
+
+_PRODUCER = {"none": "gelu", "tanh": "gelu_tanh"}
+
+
+def tt_gelu_linear_fwd(
+    z: Tensor,  # [tokens, d_in]
+    W: Tensor,  # [d_out, d_in]
+    b: Tensor | None,  # [d_out]
+    D: Tensor,  # [d_in, r1]
+    G: Tensor,  # [r1, d_out]
+    approximate: str,
+) -> tuple[Tensor, Tensor]:  # y [tokens, d_out], h [tokens, r1]
+    a, h = gelu_project(z, D, _PRODUCER[approximate], W.dtype)
+    return lowrank_gemm(a, W.t(), b, D, G, h)
+
+
+def tt_gelu_linear_bwd(
+    gy: Tensor,  # [tokens, d_out]
+    z: Tensor,  # [tokens, d_in]
+    W: Tensor | None,  # [d_out, d_in]
+    h: Tensor | None,  # [tokens, r1]
+    D: Tensor,  # [d_in, r1]
+    G: Tensor,  # [r1, d_out]
+    approximate: str,
+    need_dz: bool,
+    need_dD: bool,
+    need_dG: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    producer = _PRODUCER[approximate]
+    dz, dh = z.new_empty(0), None
+    if need_dz:
+        assert W is not None
+        dz, dh = lowrank_gemm(gy, W, None, G.t(), D.t(), Z=z, producer=producer)
+    elif need_dD:
+        dh = project(gy, G.t())
+    grads = factor_gradients(gy, z, h if need_dG else None, dh if need_dD else None, D, G, producer=producer)
+    return dz, *grads

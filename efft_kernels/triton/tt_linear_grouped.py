@@ -1,0 +1,18 @@
+"""tt_linear with an adapter a sample: one launch (two where H is split off), the factors found by number."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from efft_kernels.triton.lowrank_gemm import lowrank_gemm
+
+
+def tt_linear_grouped(
+    x: Tensor,  # [samples, tokens, d_in]
+    W: Tensor,  # [d_out, d_in]
+    b: Tensor | None,  # [d_out]
+    D: Tensor,  # [n_adapters, d_in, r1]
+    G: Tensor,  # [n_adapters, r1, d_out]
+    adapter: Tensor,  # [samples], negative: none
+) -> Tensor:  # [samples, tokens, d_out]
+    return lowrank_gemm(x, W.t(), b, D, G, adapter=adapter.contiguous())[0]

@@ -1,0 +1,54 @@
+"""tt_linear behind a layer norm: forward makes the norm, its statistics and h in one launch.
+
+Backward takes dh Dᵀ in the product that makes the gradient of the norm's output; the sums over tokens read that output
+through x. The norm's own backward is torch's kernel: it is one pass over rows, which fits no product's tiles.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from efft_kernels.eager.tt_norm_linear import layer_norm_bwd
+from efft_kernels.triton.lowrank_gemm import lowrank_gemm, norm_project, project
+from efft_kernels.triton.tt_linear import factor_gradients
+
+
+def tt_norm_linear_fwd(
+    x: Tensor,  # [tokens, d_in]
+    gamma: Tensor | None,  # [d_in]
+    beta: Tensor | None,  # [d_in]
+    eps: float,
+    W: Tensor,  # [d_out, d_in]
+    b: Tensor | None,  # [d_out]
+    D: Tensor,  # [d_in, r1]
+    G: Tensor,  # [r1, d_out]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # y [tokens, d_out], h [tokens, r1], mean and rstd [tokens]
+    n, h, mean, rstd = norm_project(x, gamma, beta, eps, D, W.dtype)
+    return *lowrank_gemm(n, W.t(), b, D, G, h), mean, rstd
+
+
+def tt_norm_linear_bwd(
+    gy: Tensor,  # [tokens, d_out]
+    x: Tensor,  # [tokens, d_in]
+    gamma: Tensor | None,  # [d_in]
+    beta: Tensor | None,  # [d_in]
+    eps: float,
+    mean: Tensor,  # [tokens]
+    rstd: Tensor,  # [tokens]
+    W: Tensor | None,  # [d_out, d_in]
+    h: Tensor | None,  # [tokens, r1]
+    D: Tensor,  # [d_in, r1]
+    G: Tensor,  # [r1, d_out]
+    need_dx: bool,
+    need_dD: bool,
+    need_dG: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, dh = x.new_empty(0), None
+    if need_dx:
+        assert W is not None
+        dn, dh = lowrank_gemm(gy, W, None, G.t(), D.t())
+        dx = layer_norm_bwd(dn, x, gamma, beta, mean, rstd)
+    elif need_dD:
+        dh = project(gy, G.t())
+    norm = {"producer": "norm", "gamma": gamma, "beta": beta, "mean": mean, "rstd": rstd}
+    return dx, *factor_gradients(gy, x, h if need_dG else None, dh if need_dD else None, D, G, **norm)

@@ -1,0 +1,269 @@
+"""tt_gelu_linear and tt_norm_linear against their formulas with the dense update in fp64 and gradients by hand."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from efft_kernels import Backend, tt_gelu_linear, tt_norm_linear, use_backend
+from efft_kernels.testing import LAYOUTS, assert_close_budget, make_inputs, poisoned_empty, with_layout
+
+Inputs = dict[str, Any]
+OPS = {
+    "gelu": (tt_gelu_linear, "z", {"approximate": "none"}),
+    "gelu_tanh": (tt_gelu_linear, "z", {"approximate": "tanh"}),
+    "norm": (tt_norm_linear, "x", {"eps": 1e-3}),
+}
+
+
+@pytest.fixture(params=OPS)
+def case(request: pytest.FixtureRequest) -> tuple[Callable[..., Tensor], str, dict[str, Any]]:
+    return OPS[request.param]
+
+
+def inputs_of(op: Callable[..., Tensor], **options: Any) -> Inputs:
+    return make_inputs(op.__name__, **options)
+
+
+def output(op: Callable[..., Tensor], inputs: Inputs, approximate: str = "none", eps: float = 0.0) -> Tensor:
+    """What the producer puts out, by torch's own function."""
+    if op is tt_gelu_linear:
+        return F.gelu(inputs["z"], approximate=approximate)
+    return F.layer_norm(inputs["x"], inputs["x"].shape[-1:], inputs["gamma"], inputs["beta"], eps)
+
+
+def slope(
+    op: Callable[..., Tensor], inputs: Inputs, upstream: Tensor, approximate: str = "", eps: float = 0.0
+) -> Tensor:
+    """The producer's backward, written out."""
+    if op is tt_norm_linear:
+        x, g = inputs["x"], upstream if inputs["gamma"] is None else upstream * inputs["gamma"]
+        deviation = (x.var(-1, correction=0, keepdim=True) + eps).sqrt()
+        n = (x - x.mean(-1, keepdim=True)) / deviation
+        return (g - g.mean(-1, keepdim=True) - n * (g * n).mean(-1, keepdim=True)) / deviation
+    z = inputs["z"]
+    if approximate == "none":
+        density = torch.exp(-z * z / 2) / (2 * torch.pi) ** 0.5
+        return upstream * ((1 + torch.erf(z / 2**0.5)) / 2 + z * density)
+    u = (2 / torch.pi) ** 0.5 * (z + 0.044715 * z**3)
+    du = (2 / torch.pi) ** 0.5 * (1 + 3 * 0.044715 * z**2)
+    return upstream * ((1 + u.tanh()) / 2 + z / 2 * du / u.cosh() ** 2)
+
+
+def dense(op: Callable[..., Tensor], name: str, inputs: Inputs, gy: Tensor, options: dict[str, Any]) -> Inputs:
+    """y and the gradients from the dense matrix in fp64."""
+    wide = {k: v.detach().double() if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    a, gy = output(op, wide, **options), gy.double()
+    matrix = wide["W"].t() + wide["D"] @ wide["G"]
+    by_matrix = a.reshape(-1, a.shape[-1]).t() @ gy.reshape(-1, gy.shape[-1])
+    return {
+        "y": a @ matrix + (0 if wide["b"] is None else wide["b"]),
+        name: slope(op, wide, gy @ matrix.t(), **options),
+        "D": by_matrix @ wide["G"].t(),
+        "G": wide["D"].t() @ by_matrix,
+    }
+
+
+def run(op: Callable[..., Tensor], need: tuple[str, ...], inputs: Inputs, gy: Tensor, **options: Any) -> Inputs:
+    leaves = {
+        k: v.detach().requires_grad_(k in need) if isinstance(v, Tensor) and v.is_floating_point() else v
+        for k, v in inputs.items()
+    }
+    y = op(**leaves, **options)
+    return {"y": y, **dict(zip(need, torch.autograd.grad(y, [leaves[k] for k in need], gy), strict=True))}
+
+
+def unfused(op: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
+    """Layer by layer in the precision at hand: how wrong an ordinary computation is."""
+
+    def layers(W: Tensor, b: Tensor | None, D: Tensor, G: Tensor, **producer: Any) -> Tensor:
+        a = output(op, producer, **options)
+        return F.linear(a, W, b) + (a @ D.to(a.dtype)) @ G.to(a.dtype)
+
+    return layers
+
+
+def upstream(inputs: Inputs, name: str) -> Tensor:
+    shape = (*inputs[name].shape[:-1], inputs["W"].shape[0])
+    return torch.randn(shape, dtype=torch.float64).to(inputs["W"].device, inputs["W"].dtype)
+
+
+def test_output_and_gradients(backend: Backend, device: str, low: torch.dtype, case: Any) -> None:
+    op, name, options = case
+    need = (name, "D", "G")
+    inputs = inputs_of(op, tokens=61, r1=17, dtype=low, factor_dtype=torch.float32, device=device)
+    gy = upstream(inputs, name)
+    with use_backend(backend):
+        got = run(op, need, inputs, gy, **options)
+    exact, peer = dense(op, name, inputs, gy, options), run(unfused(op, **options), need, inputs, gy)
+    for key, value in got.items():
+        assert_close_budget(value, exact[key], peer[key], name=key)
+
+
+def test_update_alone(backend: Backend, device: str, low: torch.dtype, case: Any) -> None:
+    """Without a base y is the update; a thousandth of its usual size must not be lost."""
+    op, name, options = case
+    need = (name, "D", "G")
+    inputs = inputs_of(op, update=1e-3, dtype=low, factor_dtype=torch.float32, device=device)
+    inputs |= {"W": torch.zeros_like(inputs["W"]), "b": None}
+    gy = upstream(inputs, name)
+    with use_backend(backend):
+        got = run(op, need, inputs, gy, **options)
+    exact, peer = dense(op, name, inputs, gy, options), run(unfused(op, **options), need, inputs, gy)
+    for key, value in got.items():
+        assert_close_budget(value, exact[key], peer[key], name=key)
+
+
+@given(
+    lead=st.sampled_from([(), (0,), (1,), (7,), (2, 3), (2, 0, 3)]),
+    sizes=st.tuples(st.integers(2, 33), st.integers(1, 33), st.one_of(st.integers(1, 9), st.integers(10, 128))),
+    layouts=st.tuples(*[st.sampled_from(LAYOUTS)] * 3),
+    present=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    chosen=st.sampled_from(sorted(OPS)),
+    need=st.sets(st.sampled_from(["producer", "D", "G"]), min_size=1),
+)
+def test_any_shape_layout_and_gradient(
+    backend: Backend,
+    device: str,
+    exact: torch.dtype,
+    assert_exact: Callable[..., None],
+    lead: tuple[int, ...],
+    sizes: tuple[int, int, int],
+    layouts: tuple[str, ...],
+    present: tuple[bool, ...],
+    chosen: str,
+    need: set[str],
+) -> None:
+    op, name, options = OPS[chosen]
+    d_in, d_out, r1 = sizes
+    inputs = inputs_of(op, tokens=max(torch.Size(lead).numel(), 1), d_in=d_in, d_out=d_out, r1=r1, dtype=exact)
+    inputs = {k: v.to(device) for k, v in inputs.items()}
+    inputs[name] = inputs[name][: torch.Size(lead).numel()].reshape(*lead, d_in)
+    for key, is_there in zip(("b", "gamma", "beta"), present, strict=True):
+        if key in inputs and not is_there:
+            inputs[key] = None
+    for key, layout in zip((name, "W", "D"), layouts, strict=True):
+        if inputs[key].numel() and not (layout == "expanded" and key == name):
+            inputs[key] = with_layout(inputs[key], layout)
+    gy = upstream(inputs, name)
+    wanted = tuple(name if n == "producer" else n for n in sorted(need))
+    with use_backend(backend), poisoned_empty():
+        got = run(op, wanted, inputs, gy, **options)
+    expected = dense(op, name, inputs, gy, options)
+    for key, value in got.items():
+        assert value.shape == expected[key].shape
+        assert_exact(value, expected[key], key)
+
+
+def test_gradcheck(fp64: Backend, case: Any) -> None:
+    op, name, options = case
+    inputs = inputs_of(op, tokens=4, d_in=5, d_out=6, r1=3, dtype=torch.float64)
+    leaves = [inputs[k].requires_grad_() for k in (name, "D", "G")]
+
+    def function(first: Tensor, D: Tensor, G: Tensor) -> Tensor:
+        return op(**{**inputs, name: first, "D": D, "G": G}, **options, backend=fp64)
+
+    assert torch.autograd.gradcheck(function, leaves)
+
+
+def test_what_is_kept_for_backward(kernels: Backend, case: Any) -> None:
+    """The producer's input and h, but nothing else of their sizes."""
+    op, name, options = case
+    inputs = inputs_of(op, tokens=50, d_in=24, d_out=40, r1=5)
+    known = {inputs[k].untyped_storage().data_ptr() for k in inputs}
+    inputs[name].requires_grad_()
+    inputs["G"].requires_grad_()
+    new: list[tuple[int, ...]] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in known:
+            new.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        op(**inputs, **options, backend=kernels)
+    assert sorted(new) == [*([(50,)] * 2 if op is tt_norm_linear else []), (50, 5)]
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(backend: Backend, device: str, autocast: torch.dtype, case: Any) -> None:
+    """The producer's input stays as it is, the product is in the autocast dtype, gradients keep their dtypes."""
+    op, name, options = case
+    need = (name, "D", "G")
+    inputs = inputs_of(op, tokens=33, device=device)
+    gy = upstream(inputs, name).to(autocast)
+    with torch.autocast(device, autocast), use_backend(backend):
+        got = run(op, need, inputs, gy, **options)
+    with torch.autocast(device, autocast):
+        peer = run(unfused(op, **options), need, inputs, gy)
+    half = {**inputs, "W": inputs["W"].to(autocast), "b": inputs["b"].to(autocast)}
+    exact = dense(op, name, half, gy, options)
+    assert got["y"].dtype == autocast
+    for key, value in got.items():
+        assert_close_budget(value, exact[key], peer[key], name=key)
+
+
+def test_half_activations_behind_a_norm_in_fp32(backend: Backend, device: str) -> None:
+    inputs = inputs_of(tt_norm_linear, dtype=torch.bfloat16, factor_dtype=torch.float32, device=device)
+    inputs |= {name: inputs[name].float() for name in ("gamma", "beta")}
+    gy = upstream(inputs, "x")
+    with use_backend(backend):
+        got = run(tt_norm_linear, ("x", "D", "G"), inputs, gy)
+    exact = dense(tt_norm_linear, "x", inputs, gy, {"eps": 1e-5})
+    narrow = {**inputs, **{name: inputs[name].bfloat16() for name in ("gamma", "beta")}}
+    peer = run(unfused(tt_norm_linear, eps=1e-5), ("x", "D", "G"), narrow, gy)
+    for key, value in got.items():
+        assert_close_budget(value, exact[key], peer[key], name=key)
+
+
+def test_registered_ops(kernels: Backend, device: str) -> None:
+    options = {"device": device, "tokens": 9}
+    gelu, norm = make_inputs("tt_gelu_linear", **options), make_inputs("tt_norm_linear", **options)
+    z, W, b, D, G = gelu.values()
+    overload = {n: getattr(getattr(torch.ops.efft, n), kernels.value) for n in dir(torch.ops.efft) if "_linear_" in n}
+    y, h = overload["tt_gelu_linear_fwd"](z, W, b, D, G, "tanh")
+    torch.library.opcheck(overload["tt_gelu_linear_fwd"], (z, W, b, D, G, "tanh"))
+    x, gamma, beta = norm["x"], norm["gamma"], norm["beta"]
+    torch.library.opcheck(overload["tt_norm_linear_fwd"], (x, gamma, beta, 1e-5, W, b, D, G))
+    _, h, mean, rstd = overload["tt_norm_linear_fwd"](x, gamma, beta, 1e-5, W, b, D, G)
+    for needs in ((True, True, True), (False, True, False), (True, False, False), (False, False, True)):
+        torch.library.opcheck(overload["tt_gelu_linear_bwd"], (y, z, W, h, D, G, "none", *needs))
+        torch.library.opcheck(overload["tt_norm_linear_bwd"], (y, x, gamma, beta, 1e-5, mean, rstd, W, h, D, G, *needs))
+
+
+def test_compiled_without_a_break(fp64: Backend, case: Any) -> None:
+    op, name, options = case
+    inputs = inputs_of(op, tokens=9)
+    leaves = [inputs[k].requires_grad_() for k in (name, "D", "G")]
+    compiled = torch.compile(lambda: op(**inputs, **options, backend=fp64), fullgraph=True, backend="aot_eager")
+    got, expected = compiled(), op(**inputs, **options, backend=fp64)
+    torch.testing.assert_close(got, expected)
+    grads = [torch.autograd.grad(y.square().sum(), leaves) for y in (got, expected)]
+    torch.testing.assert_close(*grads)
+
+
+def test_wrong_calls(backend: Backend, case: Any) -> None:
+    op, name, options = case
+    inputs = inputs_of(op)
+    for changes, message in (
+        ({name: inputs[name][:, 1:]}, rf"{op.__name__}: {name} must be \[..., d_in=24\], got shape \[29, 23\]"),
+        ({"b": inputs["b"].double()}, r"b must have the dtype of W, got W torch.float32, b torch.float64"),
+        ({"b": inputs["b"][1:]}, r"b must be \[d_out\] = \[40\]"),
+        ({"D": inputs["D"][1:]}, r"D must be \[d_in, r1\] = \[24, 5\]"),
+        ({"W": inputs["W"].clone().requires_grad_()}, "W must be frozen, got requires_grad=True"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            op(**{**inputs, **changes}, **options, backend=backend)
+    if op is tt_gelu_linear:
+        with pytest.raises(ValueError, match="approximate must be 'none' or 'tanh', got 'no'"):
+            op(**inputs, approximate="no", backend=backend)
+    else:
+        with pytest.raises(ValueError, match=r"gamma must be \[d_in\] = \[24\], got shape \[3\]"):
+            op(**{**inputs, "gamma": inputs["gamma"][:3]}, backend=backend)
+        with pytest.raises(ValueError, match="beta must be frozen"):
+            op(**{**inputs, "beta": inputs["beta"].clone().requires_grad_()}, backend=backend)
