@@ -21,6 +21,7 @@ TITLES = {
     "floor": "frozen floor",
     "base": "plain model",
     "efft:eager": "**EFFT2, this library (eager)**",
+    "fused:eager": "**the same after `efft.fuse`**",
     "efft:reference": "EFFT2, this library (reference)",
     "merged": "EFFT2 merged into the weights",
     "peft": "LoRA of `peft`",

@@ -86,6 +86,12 @@ def adapted(model: nn.Module, rank: int) -> nn.Module:
     return model
 
 
+def fused(model: nn.Module, rank: int) -> nn.Module:
+    """The same, with layer norms and GELUs computed inside the layers."""
+    efft.fuse(adapted(model, rank))
+    return model
+
+
 def dense(form: str) -> Callable[[nn.Module, int], nn.Module]:
     """The same factors in one of the two forms of :class:`DenseDelta`."""
 
@@ -139,6 +145,11 @@ ROWS: dict[str, Row] = {
         *(
             Row(f"efft:{b.value}", f"EFFT2 by this library, backend {b.value}", adapted, is_efft=True, backend=b)
             for b in backends()
+        ),
+        *(
+            Row(f"fused:{b.value}", f"the same after efft.fuse, backend {b.value}", fused, is_efft=True, backend=b)
+            for b in backends()
+            if b is not Backend.REFERENCE
         ),
         NAIVE,
         PAPER,

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from efft_kernels._autocast import no_autocast
+from efft_kernels.nn.deferred import Deferred
 from efft_kernels.nn.factors import Site, TTFactors
 from efft_kernels.ops import tt_linear, tt_merge_
 
@@ -116,6 +117,8 @@ class EfftLinear(nn.Linear):
         if not self.enabled or self.merged:
             return F.linear(x, self.weight, self.bias)
         D, G = self.factors.down_up(self.binding)
+        if isinstance(x, Deferred):
+            return x.linear(self.weight, self.bias, D, G)
         return tt_linear(x, self.weight, self.bias, D, G)
 
     @torch.no_grad()

@@ -5,6 +5,7 @@ efft.save_adapter(model, "out/")
 """
 
 from efft.config import EfftConfig
+from efft.fusion import fuse, unfuse
 from efft.inject import (
     apply,
     disabled,
@@ -28,6 +29,7 @@ __all__ = [
     "count_parameters",
     "disabled",
     "freeze_backbone",
+    "fuse",
     "load_adapter",
     "merge",
     "merged_state_dict",
@@ -37,5 +39,6 @@ __all__ = [
     "print_trainable_parameters",
     "remove",
     "save_adapter",
+    "unfuse",
     "unmerge",
 ]

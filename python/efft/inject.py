@@ -15,6 +15,7 @@ from efft.config import EfftConfig
 from efft.plan import make_plan
 from efft.targets import find_head
 from efft_kernels import EfftLinear, TTFactors
+from efft_kernels.nn.deferred import undefer
 from efft_kernels.nn.linear import share_attributes
 
 
@@ -116,6 +117,8 @@ def remove(model: nn.Module) -> nn.Module:
         share_attributes(layer, original)
         originals[layer] = original
     _replace(model, originals)
+    for module in model.modules():
+        undefer(module)
     for hook in bank._hooks:
         hook.remove()
     del model.efft

@@ -78,6 +78,7 @@ def choose_trainable(model: nn.Module, config: TrainConfig) -> nn.Module:
     """Adapts or freezes the model, in place, as the method of the configuration says."""
     if config.method == "efft":
         efft.apply(model, config.efft)
+        efft.fuse(model)
     elif config.method == "linear":
         efft.freeze_backbone(model)
     else:

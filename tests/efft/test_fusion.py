@@ -1,0 +1,139 @@
+"""efft.fuse: the same model in less memory, undone without a trace."""
+
+import copy
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import efft
+from efft_kernels.nn.deferred import Deferred
+
+
+def adapted(name: str = "test_vit", **config: Any) -> nn.Module:
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5)
+    efft.apply(model, efft.EfftConfig(rank=4, **{"dropout": 0.0, **config}))
+    for _, factor in efft.named_factors(model):
+        nn.init.normal_(factor, std=0.2)
+    return model
+
+
+def images(model: nn.Module) -> Tensor:
+    return torch.randn(2, *model.pretrained_cfg["input_size"], generator=torch.Generator().manual_seed(1))
+
+
+def step(model: nn.Module, x: Tensor) -> tuple[list[Tensor], int]:
+    """Output and gradients of a training step, and the bytes it keeps beside the parameters."""
+    kept = {}
+    owned = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in owned:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = model(x)
+    n_bytes = sum(n for n, _ in kept.values())
+    return [y, *torch.autograd.grad(y.square().sum(), [p for p in model.parameters() if p.requires_grad])], n_bytes
+
+
+def test_the_same_in_less_memory() -> None:
+    model = adapted().train()
+    x = images(model)
+    before, kept_before = step(model, x)
+    names = efft.fuse(model)
+    assert len(names) == 3 * len(model.blocks) + 1, "two norms and a GELU a block, and the last norm"
+    assert {"blocks.0.norm1", "blocks.0.norm2", "blocks.0.mlp.act"} <= set(names)
+    after, kept_after = step(model, x)
+    for got, expected in zip(after, before, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert kept_after < 0.7 * kept_before
+
+
+@pytest.mark.parametrize("name", ["test_vit2", "test_vit3", "test_vit4", "swin_tiny_patch4_window7_224"])
+def test_other_blocks(name: str) -> None:
+    """Norms on q and k, layer scale, gates, windows: what does not lead straight into an adapted layer is computed."""
+    model = adapted(name).eval()
+    x = images(model)
+    with torch.no_grad():
+        before = model(x)
+        assert efft.fuse(model)
+        torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-4)
+
+
+def test_undone(tmp_path: Any) -> None:
+    model = adapted()
+    clean = {name: set(module.__dict__) for name, module in model.named_modules()}
+    state = copy.deepcopy(model.state_dict())
+    assert efft.fuse(model)
+    assert efft.fuse(model) == [], "done already"
+    assert list(model.state_dict()) == list(state)
+    efft.save_adapter(model, tmp_path)
+    efft.unfuse(model)
+    assert {name: set(module.__dict__) for name, module in model.named_modules()} == clean
+    efft.fuse(model)
+    efft.remove(model)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    with pytest.raises(ValueError, match="not adapted"):
+        efft.fuse(model)
+
+
+def test_disabled_merged_and_copied() -> None:
+    model = adapted().eval()
+    x = images(model)
+    with torch.no_grad(), efft.disabled(model):
+        base = model(x)
+    y = model(x)
+    efft.fuse(model)
+    with torch.no_grad(), efft.disabled(model):
+        assert torch.equal(model(x), base)
+    torch.testing.assert_close(copy.deepcopy(model)(x), y, rtol=1e-4, atol=1e-4)
+    efft.merge(model)
+    torch.testing.assert_close(model(x), y, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_under_checkpointing(use_reentrant: bool) -> None:
+    model = adapted()
+    x = images(model).requires_grad_(use_reentrant)
+    expected, _ = step(model, x)
+    efft.fuse(model)
+    for block in model.blocks:
+        block.forward = lambda x, f=block.forward, **_: checkpoint(f, x, use_reentrant=use_reentrant)
+    loss = model(x).square().sum()
+    loss.backward()
+    grads = [p.grad for p in model.parameters() if p.requires_grad]
+    for got, wanted in zip(grads, expected[1:], strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_hooks_see_ordinary_values() -> None:
+    model = adapted()
+    x = images(model)
+    seen: list[Tensor] = []
+    model.blocks[0].norm1.register_forward_hook(lambda module, args, output: seen.append(output + 0))
+    model(x)
+    efft.fuse(model)
+    model(x)
+    assert not isinstance(seen[1], Deferred)
+    assert torch.equal(seen[0], seen[1])
+
+
+def test_bf16_autocast_step_is_as_accurate() -> None:
+    model = adapted().train()
+    x = images(model)
+    exact, _ = step(copy.deepcopy(model).double(), x.double())
+    results = []
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            results.append(step(model, x)[0])
+        efft.fuse(model)
+    for got, usual, formula in zip(results[1], results[0], exact, strict=True):
+        errors = [(t.double() - formula).norm() for t in (got, usual)]
+        assert errors[0] <= 2 * errors[1]
