@@ -44,7 +44,7 @@ def packages(tree: ast.AST) -> set[str]:
 
 
 #: What the triton folder holds beside a file an op: kernels that ops share, and tools.
-TRITON_PARTS = {"launch", "lowrank_gemm", "producers", "reduce_tokens", "interpreter", "resources"}
+TRITON_PARTS = {"launch", "lowrank_gemm", "lowrank_gemm_tma", "producers", "reduce_tokens", "interpreter", "resources"}
 
 
 @pytest.mark.parametrize("folder", ["reference", "eager", "triton"])

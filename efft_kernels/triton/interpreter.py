@@ -129,7 +129,8 @@ def checked() -> Iterator[list[str]]:
 
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         names.append(self.fn.__name__)
-        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+        bases = (getattr(a, "base", a) for a in (*args, *kwargs.values()))  # what a tensor descriptor is of
+        tensors = [a for a in bases if isinstance(a, Tensor)]
         launch.update(name=names[-1], allowed=_intervals(tensors), written={})
         return call(self, *args, **kwargs)
 

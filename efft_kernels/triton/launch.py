@@ -30,6 +30,7 @@ class GemmTile:
         warps, stages: warps of a program, steps of the main loop in flight.
         speed: arithmetic rate of a full GPU relative to the best tile: small tiles read their operands more often.
         capability: least compute capability that has the registers for it (tensor cores that read shared memory).
+        slope: whether registers are left for a GELU's slope in the epilogue (the resource report tells).
     """
 
     m: int
@@ -39,15 +40,20 @@ class GemmTile:
     stages: int
     speed: float
     capability: int = 8
+    slope: bool = True
 
-    def shared_memory(self, element_size: int, rank: int = 0) -> int:
-        """Bytes of the pipeline's buffers; ``rank`` columns of fp32 factors ride along where H is recomputed."""
-        return self.stages * ((self.m + self.n) * self.k * element_size + rank * self.k * 4)
+    def shared_memory(self, element_size: int, rank: int = 0, *, tma: bool = False) -> int:
+        """Bytes of the pipeline's buffers; ``rank`` columns of fp32 factors ride along where H is recomputed.
+
+        With TMA the output tile is staged there too, with a few barriers.
+        """
+        staged = self.m * self.n * element_size + 256 if tma else 0
+        return self.stages * ((self.m + self.n) * self.k * element_size + rank * self.k * 4) + staged
 
 
 #: Origin: tiles that public bf16 GEMMs use on these architectures, their speeds modelled (no GPU has been measured).
 HALF_TILES = (
-    GemmTile(128, 256, 64, 8, 3, 1.0, capability=9),
+    GemmTile(128, 256, 64, 8, 3, 1.0, capability=9, slope=False),
     GemmTile(128, 128, 64, 8, 3, 0.9),
     GemmTile(128, 128, 32, 8, 3, 0.85),  # for 99 KiB of shared memory (sm_86, sm_89) and 64 KiB (AMD)
     GemmTile(64, 128, 32, 4, 3, 0.7),
@@ -56,10 +62,14 @@ HALF_TILES = (
 #: fp32 without tensor cores: the accumulator is what registers are for. Modelled likewise.
 FP32_TILES = (GemmTile(32, 64, 16, 4, 2, 1.0), GemmTile(32, 32, 16, 4, 2, 0.7))
 #: fp32 rounded to TF32 on the way into the tensor cores, by the user's choice in torch. Modelled likewise.
-TF32_TILES = (GemmTile(128, 128, 32, 8, 3, 1.0), GemmTile(64, 64, 32, 4, 3, 0.5))
+TF32_TILES = (GemmTile(128, 128, 32, 8, 3, 1.0, slope=False), GemmTile(64, 64, 32, 4, 3, 0.5))
 
 #: Up to this rank a program recomputes H: 32 more columns cost less than a second kernel that reads A again. Modelled.
 RECOMPUTE_RANK = 32
+
+
+#: Ranks that the tail of the split form takes at once: registers beside a full accumulator are few.
+TAIL_R = 32
 
 
 @dataclass(frozen=True)
@@ -88,7 +98,7 @@ def tiles(A: Tensor) -> Sequence[GemmTile]:
     return TF32_TILES if precision(A) == "tf32" else FP32_TILES
 
 
-def gemm_tile(A: Tensor, N: int, rank: int) -> GemmTile:
+def gemm_tile(A: Tensor, N: int, rank: int, *, tma: bool = False, slope: bool = False) -> GemmTile:
     """The tile for [M, K] (a sample of several) times [K, N], with ``rank`` columns of H recomputed (0: none).
 
     Modelled time: whole waves of programs, each as long as its tile is big, over the tile's speed.
@@ -102,7 +112,9 @@ def gemm_tile(A: Tensor, N: int, rank: int) -> GemmTile:
     fitting = [
         t
         for t in tiles(A)
-        if t.shared_memory(A.element_size(), rank) <= gpu.shared_memory and t.capability <= gpu.capability
+        if t.shared_memory(A.element_size(), rank, tma=tma) <= gpu.shared_memory
+        and t.capability <= gpu.capability
+        and t.slope >= slope
     ]
     return min(fitting or tiles(A)[-1:], key=time)
 

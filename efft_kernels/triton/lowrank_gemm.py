@@ -14,7 +14,8 @@ written twice, read again or concatenated. H comes in one of two ways:
 ``split``      H is made by a kernel of its own (:func:`project`) that reads A once; the tail loads it. Where a GELU or
                a layer norm stands in front, that kernel also is the producer: it reads z, writes A = gelu(z) and H.
 
-Behind a GELU the backward's epilogue multiplies Y by the GELU's slope at z, so that dz is what is stored. In the
+Behind a GELU the backward's epilogue multiplies Y by the GELU's slope at z, so that dz is what is stored; always in the
+split form, since such outputs are wide and the slope needs the registers. In the
 grouped form every sample has P and T of its own: a program's rows belong to one sample, and P and T are found by its
 adapter's number.
 
@@ -24,19 +25,19 @@ A's dtype once, in both forms; Y is rounded once.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from efft_kernels.triton.launch import GemmTile, gemm_tile, on_device, precision, rank_block, recomputes
+from efft_kernels.triton import lowrank_gemm_tma
+from efft_kernels.triton.launch import TAIL_R, GemmTile, gemm_tile, on_device, precision, rank_block, recomputes
 from efft_kernels.triton.producers import gelu_slope, produced, row_statistics
 
 # Rows of A that one program of the projection takes, and columns per step: it reads A once, whatever the rank.
-PROJECT_M, PROJECT_K, PROJECT_WARPS, PROJECT_STAGES = 64, 64, 4, 3
-
-# Ranks that the tail of the split form takes at once: registers beside a full accumulator are few.
-TAIL_R = 32
+PROJECT_M, PROJECT_STAGES = 64, 3
 
 
 @triton.jit
@@ -215,10 +216,12 @@ def lowrank_gemm(
     adapter: Tensor | None = None,  # [samples], int64
     tile: GemmTile | None = None,
     recompute: bool | None = None,
+    tma: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(Y [M, N], H [M, R]) of the product above, in A's dtype (Y in Z's, which the GELU's slope is taken at).
 
-    ``tile`` and ``recompute`` override the table. With ``adapter`` Y is [samples, M, N], and H is of use inside only.
+    ``tile``, ``recompute`` and ``tma`` override the choice. With ``adapter`` Y is [samples, M, N], and H is of
+    use inside only.
     """
     (M, K), (R, N) = A.shape[-2:], T.shape[-2:]
     samples = A.shape[0] if adapter is not None else 1
@@ -226,11 +229,19 @@ def lowrank_gemm(
     if Y.numel() == 0:
         return Y, A.new_empty(*A.shape[:-1], R) if adapter is not None else project(A, P)
     if H is None:
-        recompute = recomputes(R) if recompute is None else recompute
+        recompute = (Z is None and recomputes(R)) if recompute is None else recompute
         H = A.new_empty(*A.shape[:-1], R) if recompute else project(A, P, adapter=adapter)
     else:
         recompute = False
-    tile = tile or gemm_tile(A, N, rank_block(R) if recompute else 0)
+    transposed = B.stride(0) == 1
+    if tma is None:
+        tma = adapter is None and lowrank_gemm_tma.takes(A, B.t() if transposed else B, Y)
+    tile = tile or gemm_tile(A, N, rank_block(R) if recompute else 0, tma=tma, slope=Z is not None)
+    if tma:
+        B = B.t() if transposed else B
+        launch = functools.partial(lowrank_gemm_tma.launch, transposed=transposed, producer=producer)
+        launch(A, B, bias, P, T, H, Z, Y, recompute=recompute, tile=tile)
+        return Y, H
     grid = (samples * triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n),)
     with on_device(A):
         lowrank_gemm_kernel[grid](
@@ -276,6 +287,11 @@ def norm_project(
     return A, H, mean, rstd
 
 
+def columns_and_warps(producer: str) -> tuple[int, int]:
+    """BLOCK_K of a projection and its warps; a producer's arithmetic needs more registers (see the resource report)."""
+    return (64, 4) if producer == "none" else (32, 8)
+
+
 def _project(
     A: Tensor,
     P: Tensor,
@@ -294,6 +310,7 @@ def _project(
     if samples * M == 0 or (H.numel() == 0 and out is None):
         return
     gamma, beta = (None if t is None else t.contiguous() for t in (gamma, beta))
+    block_k, warps = columns_and_warps(producer)
     grid = (triton.cdiv(M, PROJECT_M), triton.cdiv(R, rank_block(R)), samples)
     with on_device(A):
         project_kernel[grid](
@@ -302,8 +319,8 @@ def _project(
             PRODUCER=producer,
             PRECISION=precision(H),
             BLOCK_M=PROJECT_M,
-            BLOCK_K=PROJECT_K,
+            BLOCK_K=block_k,
             BLOCK_R=rank_block(R),
-            num_warps=PROJECT_WARPS,
+            num_warps=warps,
             num_stages=PROJECT_STAGES,
         )

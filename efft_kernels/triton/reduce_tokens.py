@@ -17,7 +17,12 @@ from efft_kernels.triton.launch import device, on_device, precision, rank_block
 from efft_kernels.triton.producers import produced
 
 # Tokens per step and columns per program; enough bytes in flight to use the memory bandwidth, which is the limit.
-BLOCK_M, BLOCK_N, WARPS, STAGES = 64, 128, 4, 3
+BLOCK_M, STAGES = 64, 3
+
+
+def columns_and_warps(producer: str) -> tuple[int, int]:
+    """BLOCK_N and warps; a producer's arithmetic beside the sums needs more registers (the resource report tells)."""
+    return (128, 4) if producer == "none" else (64, 8)
 
 
 @triton.jit
@@ -136,7 +141,8 @@ def reduce_tokens(
     M, R = given.shape
     d_out = 0 if h is None or gy is None else gy.shape[1]
     d_in = 0 if dh is None or x is None else x.shape[1]
-    columns_out, columns_in = triton.cdiv(d_out, BLOCK_N), triton.cdiv(d_in, BLOCK_N)
+    block_n, warps = columns_and_warps(producer)
+    columns_out, columns_in = triton.cdiv(d_out, block_n), triton.cdiv(d_in, block_n)
     ranks = triton.cdiv(R, rank_block(R))
     if splits is None:
         splits = triton.cdiv(2 * device(given.device).processors, max((columns_out + columns_in) * ranks, 1))
@@ -171,9 +177,9 @@ def reduce_tokens(
                 PRODUCER=producer,
                 PRECISION=precision(given),
                 BLOCK_M=BLOCK_M,
-                BLOCK_N=BLOCK_N,
+                BLOCK_N=block_n,
                 BLOCK_R=rank_block(R),
-                num_warps=WARPS,
+                num_warps=warps,
                 num_stages=STAGES,
             )
     return (dG.sum(0) if h is not None else None), (dD.sum(0) if dh is not None else None)

@@ -3,7 +3,8 @@
     python -m efft_kernels.triton.resources                      # all forms, all targets, a table and the faults found
     python -m efft_kernels.triton.resources --targets 90 --only lowrank_gemm
 
-A form is a kernel with one entry of the tables, for the strides and alignments of a real layer. A fault is what must
+A form is a kernel with one entry of the tables, for one use (forward, backward, backward behind a GELU, one adapter a
+sample), by pointers or by TMA, for the strides and alignments of a real layer. A fault is what must
 not happen on a target on which :mod:`efft_kernels.triton.launch` would choose the form: a compile error, spilled
 registers, more shared memory than the tile's own estimate or than the target has, no tensor-core instruction in a half
 precision product, a main loop that does not load 16 bytes at a time. It says nothing about speed or correct results.
@@ -29,13 +30,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from efft_kernels.triton import lowrank_gemm, reduce_tokens, tt_contract, tt_merge
-from efft_kernels.triton.launch import FP32_TILES, HALF_TILES, RECOMPUTE_RANK, TF32_TILES, GemmTile, rank_block
+from efft_kernels.triton import lowrank_gemm, lowrank_gemm_tma, reduce_tokens, tt_contract, tt_merge
+from efft_kernels.triton.launch import FP32_TILES, HALF_TILES, RECOMPUTE_RANK, TAIL_R, TF32_TILES, GemmTile, rank_block
 
 #: Bytes of shared memory that a program may use, by target: compute capability times ten, or an AMD architecture.
 SHARED_MEMORY = {"80": 166912, "89": 101376, "90": 232448, "100": 232448, "gfx942": 65536}
 #: Accesses to local memory that a form without tensor cores may have: values parked outside its loops.
 PARKED = 8
+#: Integer arguments that are no multiples of 16 in real layers.
+_UNALIGNED = ("columns_out", "samples")
 _TENSOR_CORE = {"80": "HMMA", "89": "HMMA", "90": "HGMMA", "100": "UTC*MMA", "gfx942": "MFMA"}
 _CLASSES = {
     "HMMA": r"HMMA",
@@ -43,6 +46,7 @@ _CLASSES = {
     "UTC*MMA": r"UTC\w*MMA",
     "FFMA": r"FFMA\w*",
     "LDG": r"LDG|LDGSTS",
+    "TMA": r"UTMALDG",
     "spill": r"LDL|STL",
 }
 
@@ -60,6 +64,7 @@ class Form:
         estimate: shared memory that the choice of a tile counts with; None where there is no choice.
         tensor_cores: whether its products must use them.
         capability: least compute capability on which it is chosen.
+        wide_loads: whether its main loop must load 16 bytes at a time (by TMA none of its instructions does).
     """
 
     name: str
@@ -71,6 +76,7 @@ class Form:
     estimate: int | None = None
     tensor_cores: bool = False
     capability: int = 8
+    wide_loads: bool = True
 
 
 @dataclass
@@ -94,74 +100,86 @@ def forms() -> list[Form]:
 
 def _gemm_forms() -> Iterable[Form]:
     tables = [("bf16", HALF_TILES, "ieee"), ("fp32", FP32_TILES, "ieee"), ("fp32", TF32_TILES, "tf32")]
-    sizes = dict.fromkeys(("M", "N", "K", "R"), "i32")
     for dtype, tiles, precision in tables:
-        activations = dict.fromkeys(("A", "B", "bias", "H", "Y"), f"*{dtype}")
         for tile in tiles:
             for rank, recompute in ((RECOMPUTE_RANK, True), (64, False)):
-                for direction, strides, ones in (
-                    ("forward", ("am", "bn", "pk", "tr"), ("ak", "bk", "bias", "pr", "tn")),
-                    ("backward", ("am", "bk", "pr", "tn"), ("ak", "bn", "pk", "tr")),
-                ):
-                    constants = {
-                        **{f"stride_{name}": 1 for name in ones},
-                        **({} if direction == "forward" else {"bias": None, "stride_bias": 0}),
-                        **{"RECOMPUTE": recompute, "PRECISION": precision, "GROUP_M": 8},
-                        **{"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k},
-                        "BLOCK_R": rank_block(rank) if recompute else lowrank_gemm.TAIL_R,
-                    }
-                    types = {**activations, "P": "*fp32", "T": "*fp32", **sizes}
-                    types |= {f"stride_{name}": "i32" for name in strides}
-                    yield Form(
-                        f"lowrank_gemm {dtype}{' tf32' if precision == 'tf32' else ''} {tile.m}x{tile.n}x{tile.k} "
-                        f"{'recompute' if recompute else 'split'} {direction}",
-                        lowrank_gemm.lowrank_gemm_kernel,
-                        {name: kind for name, kind in types.items() if name not in constants},
-                        constants,
-                        tile.warps,
-                        tile.stages,
-                        _estimate(tile, dtype, rank if recompute else 0),
-                        precision == "tf32" or dtype == "bf16",
-                        tile.capability,
-                    )
+                for use in ("forward", "backward", "backward gelu", "grouped"):
+                    if use == "backward gelu" and (recompute or not tile.slope):
+                        continue  # never chosen
+                    for tma in (False, True)[: 1 + (dtype == "bf16" and use != "grouped")]:
+                        yield _gemm_form(dtype, precision, tile, rank, recompute, use, tma)
 
 
-def _estimate(tile: GemmTile, dtype: str, rank: int) -> int:
-    return tile.shared_memory(2 if dtype == "bf16" else 4, rank)
+def _gemm_form(dtype: str, precision: str, tile: GemmTile, rank: int, recompute: bool, use: str, tma: bool) -> Form:
+    kernel = lowrank_gemm_tma.lowrank_gemm_tma_kernel if tma else lowrank_gemm.lowrank_gemm_kernel
+    forward = use in ("forward", "grouped")
+    # In the forward B is a transposed weight, in the backward P and T are transposed factors.
+    ones = ("ak", "bk", "bias", "pr", "tn") if forward else ("ak", "bn", "pk", "tr")
+    constants: dict[str, Any] = {
+        **{f"stride_{name}": 1 for name in ones},
+        **({} if forward else {"bias": None, "stride_bias": 0}),
+        **({"stride_zn": 1} if use == "backward gelu" else {"Z": None, "stride_zm": 0, "stride_zn": 0}),
+        **({} if use == "grouped" else {"adapter": None, "stride_as": 0, "stride_ps": 0, "stride_ts": 0, "samples": 1}),
+        **{"PRODUCER": "gelu" if use == "backward gelu" else "none", "TRANSPOSED": forward, "PRECISION": precision},
+        **{"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP_M": 8, "RECOMPUTE": recompute},
+        "BLOCK_R": rank_block(rank) if recompute else TAIL_R,
+    }
+    types = dict.fromkeys(kernel.arg_names, "i32")
+    types |= {**dict.fromkeys(("A", "B", "bias", "H", "Z", "Y"), f"*{dtype}"), "P": "*fp32", "T": "*fp32"}
+    types |= {"adapter": "*i64"}
+    if tma:
+        blocks = {"A": (tile.m, tile.k), "B": (tile.n, tile.k) if forward else (tile.k, tile.n), "Y": (tile.m, tile.n)}
+        types |= {name: f"tensordesc<{dtype}[{rows}, {columns}]>" for name, (rows, columns) in blocks.items()}
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    return Form(
+        f"lowrank_gemm{'_tma' if tma else ''} {dtype}{' tf32' if precision == 'tf32' else ''} "
+        f"{tile.m}x{tile.n}x{tile.k} {'recompute' if recompute else 'split'} {use}",
+        kernel,
+        {name: types[name] for name in kernel.arg_names if name not in constants},
+        constants,
+        tile.warps,
+        tile.stages,
+        tile.shared_memory(2 if dtype == "bf16" else 4, rank if recompute else 0, tma=tma),
+        precision == "tf32" or dtype == "bf16",
+        max(tile.capability, 9 if tma else 8),
+        wide_loads=not tma,
+    )
 
 
 def _other_forms() -> Iterable[Form]:
     for rank in (16, 32, 64):
-        yield Form(
-            f"project bf16 r{rank}",
-            lowrank_gemm.project_kernel,
-            {
-                **{"A": "*bf16", "P": "*fp32", "H": "*bf16", "M": "i32", "K": "i32", "R": "i32"},
-                **{"stride_am": "i32", "stride_pk": "i32"},
-            },
-            {
-                **{"stride_ak": 1, "stride_pr": 1, "PRECISION": "ieee", "BLOCK_R": rank},
-                **{"BLOCK_M": lowrank_gemm.PROJECT_M, "BLOCK_K": lowrank_gemm.PROJECT_K},
-            },
-            lowrank_gemm.PROJECT_WARPS,
-            lowrank_gemm.PROJECT_STAGES,
-            tensor_cores=True,
-        )
-        yield Form(
-            f"reduce_tokens bf16 r{rank}",
-            reduce_tokens.reduce_tokens_kernel,
-            {
-                **{"gy": "*bf16", "h": "*bf16", "dG": "*fp32", "x": "*bf16", "dh": "*bf16", "dD": "*fp32"},
-                **dict.fromkeys(("M", "d_out", "d_in", "R", "stride_gm", "stride_xm", "TOKENS", "columns_out"), "i32"),
-            },
-            {
-                **{"stride_gn": 1, "stride_xn": 1, "PRECISION": "ieee", "BLOCK_R": rank},
-                **{"BLOCK_M": reduce_tokens.BLOCK_M, "BLOCK_N": reduce_tokens.BLOCK_N},
-            },
-            reduce_tokens.WARPS,
-            reduce_tokens.STAGES,
-            tensor_cores=True,
-        )
+        for producer in ("none", "gelu", "gelu_tanh", "norm"):
+            name = f"bf16 r{rank}{'' if producer == 'none' else ' ' + producer}"
+            absent = {n: None for n in ("gamma", "beta", "mean", "rstd") if producer != "norm"}
+            types = {
+                **{"gamma": "*fp32", "beta": "*fp32", "mean": "*fp32", "rstd": "*fp32", "eps": "fp32"},
+                **dict.fromkeys(("A", "H", "out", "gy", "h", "x", "dh"), "*bf16"),
+                **dict.fromkeys(("P", "dG", "dD"), "*fp32"),
+            }
+            constants = {
+                **{"stride_ak": 1, "stride_pr": 1, "stride_as": 0, "stride_ps": 0, "adapter": None},
+                **{"stride_gn": 1, "stride_xn": 1, "PRODUCER": producer, "PRECISION": "ieee", "BLOCK_R": rank},
+                **absent,
+            }
+            block_k, warps = lowrank_gemm.columns_and_warps(producer)
+            blocks: dict[str, Any] = {"BLOCK_M": lowrank_gemm.PROJECT_M, "BLOCK_K": block_k}
+            if producer == "none":
+                blocks["out"] = None
+            yield _plain_form(
+                f"project {name}",
+                lowrank_gemm.project_kernel,
+                types,
+                {**constants, **blocks},
+                (warps, lowrank_gemm.PROJECT_STAGES),
+            )
+            block_n, warps = reduce_tokens.columns_and_warps(producer)
+            yield _plain_form(
+                f"reduce_tokens {name}",
+                reduce_tokens.reduce_tokens_kernel,
+                types,
+                {**constants, "BLOCK_M": reduce_tokens.BLOCK_M, "BLOCK_N": block_n},
+                (warps, reduce_tokens.STAGES),
+            )
     blocks = {"BLOCK_R": tt_contract.BLOCK_R, "BLOCK_N": tt_contract.BLOCK_N}
     for kernel in (tt_contract.contract_kernel, tt_contract.contract_backward_kernel):
         for masks in (False, True):
@@ -197,6 +215,15 @@ def _other_forms() -> Iterable[Form]:
     )
 
 
+def _plain_form(
+    name: str, kernel: Any, types: dict[str, str], constants: dict[str, Any], warps_stages: tuple[int, int]
+) -> Form:
+    """A form whose remaining arguments are 32-bit integers."""
+    constants = {n: value for n, value in constants.items() if n in kernel.arg_names}
+    types = {n: types.get(n, "i32") for n in kernel.arg_names if n not in constants}
+    return Form(name, kernel, types, constants, *warps_stages, tensor_cores=True)
+
+
 def inspect(form: Form, target: str) -> Report:
     """Compile ``form`` for ``target`` and read what came out."""
     report = Report(form.name, target)
@@ -228,8 +255,8 @@ def _compile(form: Form, target: str) -> Any:
     amd = target.startswith("gfx")
     # All sizes and strides of real layers are multiples of 16, and so are addresses of tensors: wide loads need it.
     names = form.kernel.arg_names
-    aligned = [n for n, kind in form.types.items() if kind.startswith("*") or kind == "i32"]
-    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned if n != "columns_out"}
+    aligned = [n for n, kind in form.types.items() if (kind.startswith("*") or kind == "i32") and n not in _UNALIGNED]
+    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
     signature = {n: form.types.get(n, "constexpr") for n in names}
     source = ASTSource(fn=form.kernel, signature=signature, constexprs=form.constants, attrs=attributes)
     gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target), 32)
@@ -279,7 +306,9 @@ def _judge(report: Report, form: Form) -> None:
         report.faults.append(f"{report.shared_memory} bytes of shared memory, the target has {limit}")
     if form.tensor_cores and not found.get(_TENSOR_CORE[report.target]):
         report.faults.append(f"no {_TENSOR_CORE[report.target]} instruction")
-    if form.tensor_cores and not found.get("LDG 16 bytes"):
+    if not form.wide_loads and not found.get("TMA"):
+        report.faults.append("no bulk tensor copy")
+    if form.tensor_cores and form.wide_loads and not found.get("LDG 16 bytes"):
         report.faults.append("no load of 16 bytes")
 
 

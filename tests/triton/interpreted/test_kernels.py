@@ -1,5 +1,7 @@
 """Every kernel in every form and tile of the tables on ragged shapes, addresses checked and buffers full of NaN."""
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,12 +10,14 @@ import triton.language as tl
 from torch import Tensor
 
 from efft_kernels.testing import assert_close_budget, poisoned_empty, with_layout
-from efft_kernels.triton import launch, reduce_tokens
+from efft_kernels.triton import launch, lowrank_gemm_tma, reduce_tokens
 from efft_kernels.triton.interpreter import AddressError, checked
 from efft_kernels.triton.launch import FP32_TILES, HALF_TILES, RECOMPUTE_RANK, TF32_TILES, GemmTile
 from efft_kernels.triton.lowrank_gemm import gelu_project, lowrank_gemm, lowrank_gemm_kernel, norm_project, project
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+#: A GPU so small that a program gets several tiles.
+FEW = launch.Device(2, 232448, 9)
 SHAPES = [(70, 90, 100), (1, 16, 300), (129, 257, 33), (64, 128, 64), (5, 1, 1)]
 
 
@@ -53,11 +57,50 @@ def test_gemm(dtype: torch.dtype, recompute: bool, tile: GemmTile) -> None:
         R = (5, 16, 31, 1, 32)[i] if recompute else (5, 65, 128, 1, 33)[i]
         A, weight, bias, P, T = operands(M, N, K, R, dtype)
         with checked() as names, poisoned_empty():
-            Y, H = lowrank_gemm(A, weight.t(), bias, P, T, tile=tile, recompute=recompute)
+            Y, H = lowrank_gemm(A, weight.t(), bias, P, T, tile=tile, recompute=recompute, tma=False)
         assert names == ["project_kernel"] * (not recompute) + ["lowrank_gemm_kernel"]
         exact = unfused(A.double(), weight.double().t(), bias.double(), P.double(), T.double())
         for got, formula, peer in zip((Y, H), exact, unfused(A, weight.t(), bias, P, T), strict=True):
             assert_close_budget(got, formula, peer, name=f"{(M, N, K, R)}")
+
+
+@pytest.mark.parametrize("recompute", [True, False], ids=["recompute", "split"])
+@pytest.mark.parametrize("direction", ["forward", "backward", "behind a gelu"])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("tile", HALF_TILES, ids=lambda tile: f"{tile.m}x{tile.n}x{tile.k}")
+def test_gemm_by_tma(dtype: torch.dtype, recompute: bool, tile: GemmTile, direction: str) -> None:
+    """Ragged in M, N, K and R, as far as rows of whole 16 bytes can be; more tiles than programs too."""
+    for i, (M, N, K) in enumerate([(70, 88, 104), (1, 16, 296), (129, 264, 40), (64, 128, 64)]):
+        R = (5, 16, 31, 1)[i] if recompute else (5, 65, 128, 1)[i]
+        A, weight, bias, P, T = operands(M, N, K, R, dtype)
+        B, bias = (weight.t(), bias) if direction == "forward" else (weight.t().contiguous(), None)
+        Z = matrix(M, N, dtype, 8) if direction == "behind a gelu" else None
+        with checked() as names, poisoned_empty(), mock.patch.object(lowrank_gemm_tma, "device", return_value=FEW):
+            Y, H = lowrank_gemm(A, B, bias, P, T, Z=Z, producer="gelu", tile=tile, recompute=recompute)
+        assert names == ["project_kernel"] * (not recompute) + ["lowrank_gemm_tma_kernel"]
+        results = []
+        for to in (torch.float64, dtype):
+            none = torch.zeros(N, dtype=to)
+            y, h = unfused(*(none if t is None else t.to(to) for t in (A, B, bias, P, T)))
+            if Z is not None:
+                z = Z.to(to).requires_grad_()
+                y = torch.autograd.grad(F.gelu(z), z, y)[0]
+            results.append((y, h))
+        for got, formula, peer in zip((Y, H), *results, strict=True):
+            assert_close_budget(got, formula, peer, name=f"{(M, N, K, R)}")
+
+
+def test_what_tma_cannot_move() -> None:
+    A, weight, _, P, T = operands(33, 40, 48, 5, torch.bfloat16)
+    odd = matrix(33, 49, torch.bfloat16, 0)[:, 1:]  # rows of 98 bytes
+    cases = {"plain": (A, weight), "odd": (odd, weight), "transposed": (with_layout(A, "transposed"), weight)}
+    cases["fp32"] = (A.float(), weight.float())
+    for name, (a, w) in cases.items():
+        with checked() as names:
+            Y, _ = lowrank_gemm(a, w.t(), None, P, T)
+        assert names == ["lowrank_gemm_tma_kernel" if name == "plain" else "lowrank_gemm_kernel"], name
+        exact = unfused(*(t.double() for t in (a, w.t(), torch.zeros(40), P, T)))[0]
+        assert_close_budget(Y, exact, unfused(a, w.t(), torch.zeros(40, dtype=a.dtype), P, T)[0], name=name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
