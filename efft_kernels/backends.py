@@ -1,8 +1,9 @@
 """Which implementation of an op runs: the backends, how to choose one, and why one cannot run.
 
 A backend is chosen, in this order, by the ``backend=`` argument of a call, an enclosing :func:`use_backend`, the
-environment variable ``EFFT_BACKEND`` (read once at import) and, failing all three, ``auto``. ``auto`` takes the first
-backend of :data:`AUTO_ORDER` that can run the call; an explicitly named backend never falls back: it raises with the
+environment variable ``EFFT_BACKEND`` (read once at import) and, failing all three, ``auto``. ``auto`` takes ``triton``
+where a measurement says that it is faster (:mod:`efft_kernels.choice`), else the first backend of :data:`AUTO_ORDER`
+that can run the call; an explicitly named backend never falls back: it raises with the
 reason that :func:`can_run` gives.
 """
 
@@ -16,6 +17,8 @@ from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor
+
+from efft_kernels.choice import Case, prefers_triton
 
 
 class Backend(str, enum.Enum):
@@ -41,7 +44,7 @@ class Backend(str, enum.Enum):
             raise ValueError(f"unknown backend {value!r}: expected one of {names}") from None
 
 
-#: What ``auto`` tries, in this order. No GPU has run the ``triton`` kernels yet, so they must be asked for by name.
+#: What ``auto`` tries, in this order, after a measurement that prefers ``triton`` (:mod:`efft_kernels.choice`).
 AUTO_ORDER = (Backend.EAGER, Backend.REFERENCE)
 
 #: Whether Triton's kernels run in its interpreter, on the CPU; Triton too reads the variable once.
@@ -113,8 +116,12 @@ def _no_triton(device: torch.device) -> str | None:
     return None
 
 
-def resolve(op: str, backend: str | Backend | None, *tensors: Tensor | None) -> Backend:
+def resolve(
+    op: str, backend: str | Backend | None, *tensors: Tensor | None, sizes: tuple[int, int, int, int] | None = None
+) -> Backend:
     """The backend that runs ``op`` on ``tensors``; never ``AUTO``.
+
+    ``sizes`` (tokens, d_in, d_out, r1) let ``auto`` look for a measurement that prefers the fused kernels.
 
     Raises ValueError for an unknown name and RuntimeError, with the reason, where the backend asked for (or, under
     ``auto``, every backend) cannot run.
@@ -125,16 +132,27 @@ def resolve(op: str, backend: str | Backend | None, *tensors: Tensor | None) -> 
         if reason is not None:
             raise RuntimeError(f"{op}: backend {wanted.value!r} was asked for but cannot run: {reason}")
         return wanted
+    if sizes is not None and tensors[0] is not None and _fused_is_faster(op, sizes, *tensors):
+        return Backend.TRITON
     for candidate in AUTO_ORDER:
         if can_run(candidate, *tensors) is None:
             return candidate
     raise RuntimeError(f"{op}: no backend can run this call\n{explain(*tensors)}")
 
 
+def _fused_is_faster(op: str, sizes: tuple[int, int, int, int], *tensors: Tensor | None) -> bool:
+    W = next(t for t in tensors if t is not None)
+    if W.device.type != "cuda" or can_run(Backend.TRITON, *tensors) is not None:
+        return False
+    capability = torch.cuda.get_device_capability(W.device)[0]
+    dtype = str(W.dtype).removeprefix("torch.")
+    return prefers_triton(Case(op, *sizes, dtype, capability), W.device)
+
+
 def explain(*tensors: Tensor | None) -> str:
     """What ``auto`` would take for ``tensors`` and why: one line a backend, the chosen one marked with ``*``.
 
-    Backends that ``auto`` never takes come last.
+    A backend that ``auto`` takes only where it measured faster comes last.
     """
     lines, chosen = [], False
     for candidate in AUTO_ORDER:
@@ -145,5 +163,7 @@ def explain(*tensors: Tensor | None) -> str:
         lines.append(f"{mark} {candidate.value}: {reason or 'can run'}")
     for named in Backend:
         if named is not Backend.AUTO and named not in AUTO_ORDER:
-            lines.append(f"  {named.value}: {can_run(named, *tensors) or 'can run, if asked for by name'}")
+            lines.append(
+                f"  {named.value}: {can_run(named, *tensors) or 'can run, by name or where it measured faster'}"
+            )
     return "\n".join(lines)

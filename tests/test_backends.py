@@ -132,7 +132,7 @@ def test_only_auto_falls_back(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_explain() -> None:
     chosen, other, named = explain(torch.ones(1)).splitlines()
     assert (chosen, other) == ("* eager: can run", "  reference: can run")
-    assert named == f"  triton: {can_run('triton', torch.ones(1)) or 'can run, if asked for by name'}"
+    assert named == f"  triton: {can_run('triton', torch.ones(1)) or 'can run, by name or where it measured faster'}"
     reason = "runs float16, bfloat16, float32, float64 tensors, got torch.int8"
     assert explain(torch.ones(1).to(torch.int8)).splitlines()[:2] == [
         f"  eager: eager {reason}",

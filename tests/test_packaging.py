@@ -71,7 +71,7 @@ def test_wheel_holds_both_packages_and_nothing_else(wheel: zipfile.ZipFile) -> N
     }
     data = {f"efft/data/{path.name}" for path in (ROOT / "python/efft/data").glob("*.json")}
     assert data, "no JSON files in python/efft/data"
-    assert names == sources | data | {"efft_kernels/py.typed", "efft/py.typed"}
+    assert names == sources | data | {"efft_kernels/py.typed", "efft_kernels/measured.json", "efft/py.typed"}
 
 
 def test_wheel_metadata(metadata: Message) -> None:

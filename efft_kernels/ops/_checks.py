@@ -27,6 +27,11 @@ def check_linear(op: str, name: str, x: Tensor, W: Tensor, b: Tensor | None, D: 
         check_shape(op, "b", b, (W.shape[0],), "[d_out]")
 
 
+def linear_sizes(x: Tensor, W: Tensor, D: Tensor) -> tuple[int, int, int, int]:
+    """(tokens, d_in, d_out, r1): what the choice of a backend depends on."""
+    return x.shape[:-1].numel(), W.shape[1], W.shape[0], D.shape[1]
+
+
 def check_dtypes(op: str, like: str, dtype: torch.dtype, **others: Tensor | None) -> None:
     """Raise ValueError unless all ``others`` have the ``dtype`` of the argument called ``like``."""
     got = {name: tensor.dtype for name, tensor in others.items() if tensor is not None}

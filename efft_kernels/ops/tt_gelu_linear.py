@@ -12,7 +12,7 @@ from efft_kernels import reference, triton
 from efft_kernels._autocast import autocast_like_linear, no_autocast
 from efft_kernels.backends import Backend, resolve
 from efft_kernels.eager import tt_gelu_linear as eager
-from efft_kernels.ops._checks import check_dtypes, check_frozen, check_linear
+from efft_kernels.ops._checks import check_dtypes, check_frozen, check_linear, linear_sizes
 
 _FORWARD = {Backend.EAGER: eager.tt_gelu_linear_fwd, Backend.TRITON: triton.tt_gelu_linear_fwd}
 _BACKWARD = {Backend.EAGER: eager.tt_gelu_linear_bwd, Backend.TRITON: triton.tt_gelu_linear_bwd}
@@ -55,7 +55,7 @@ def tt_gelu_linear(
     W, b = autocast_like_linear(W, b)
     check_dtypes("tt_gelu_linear", "W", W.dtype, b=b)
     check_frozen("tt_gelu_linear", W=W, b=b)
-    chosen = resolve("tt_gelu_linear", backend, z, W, b, D, G)
+    chosen = resolve("tt_gelu_linear", backend, W, z, b, D, G, sizes=linear_sizes(z, W, D))
     if chosen is Backend.REFERENCE:
         return reference.tt_gelu_linear(z, W, b, D, G, approximate)
     y = _TTGeluLinear.apply(z.reshape(-1, z.shape[-1]), W, b, D, G, approximate, chosen)

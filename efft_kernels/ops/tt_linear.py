@@ -12,7 +12,7 @@ from efft_kernels import reference, triton
 from efft_kernels._autocast import autocast_like_linear, no_autocast
 from efft_kernels.backends import Backend, resolve
 from efft_kernels.eager import tt_linear as eager
-from efft_kernels.ops._checks import check_dtypes, check_linear
+from efft_kernels.ops._checks import check_dtypes, check_linear, linear_sizes
 
 _FORWARD = {Backend.EAGER: eager.tt_linear_fwd, Backend.TRITON: triton.tt_linear_fwd}
 _BACKWARD = {Backend.EAGER: eager.tt_linear_bwd, Backend.TRITON: triton.tt_linear_bwd}
@@ -55,7 +55,7 @@ def tt_linear(
     check_linear("tt_linear", "x", x, W, b, D, G)
     x, W, b = autocast_like_linear(x, W, b)
     check_dtypes("tt_linear", "x", x.dtype, W=W, b=b)
-    chosen = resolve("tt_linear", backend, x, W, b, D, G)
+    chosen = resolve("tt_linear", backend, W, x, b, D, G, sizes=linear_sizes(x, W, D))
     if chosen is Backend.REFERENCE:
         return reference.tt_linear(x, W, b, D, G)
     # Reshaped out here: an output that were a view made inside the function could not be changed in place.

@@ -12,7 +12,7 @@ from efft_kernels import reference, triton
 from efft_kernels._autocast import autocast_like_linear, no_autocast
 from efft_kernels.backends import Backend, resolve
 from efft_kernels.eager import tt_norm_linear as eager
-from efft_kernels.ops._checks import check_dtypes, check_frozen, check_linear, check_shape
+from efft_kernels.ops._checks import check_dtypes, check_frozen, check_linear, check_shape, linear_sizes
 
 _FORWARD = {Backend.EAGER: eager.tt_norm_linear_fwd, Backend.TRITON: triton.tt_norm_linear_fwd}
 _BACKWARD = {Backend.EAGER: eager.tt_norm_linear_bwd, Backend.TRITON: triton.tt_norm_linear_bwd}
@@ -61,7 +61,7 @@ def tt_norm_linear(
     if gamma is not None and beta is not None and gamma.dtype != beta.dtype:
         raise ValueError(f"tt_norm_linear: gamma and beta must have one dtype, got {gamma.dtype} and {beta.dtype}")
     check_frozen("tt_norm_linear", gamma=gamma, beta=beta, W=W, b=b)
-    chosen = resolve("tt_norm_linear", backend, x, gamma, beta, W, b, D, G)
+    chosen = resolve("tt_norm_linear", backend, W, x, gamma, beta, b, D, G, sizes=linear_sizes(x, W, D))
     if chosen is Backend.REFERENCE:
         return reference.tt_norm_linear(x, gamma, beta, W, b, D, G, eps)
     y = _TTNormLinear.apply(x.reshape(-1, x.shape[-1]), gamma, beta, W, b, D, G, eps, chosen)

@@ -1,0 +1,181 @@
+"""What ``auto`` takes on a GPU: the fused kernels where a measurement says that they beat the vendor's products.
+
+    python -m efft_kernels.choice --out measured.json --tokens 12608 --d-in 768 --d-out 2304 768 3072 --rank 16 32
+
+Origin of the rows of ``measured.json`` beside this file: the GPU and versions that each names. No GPU's name decides
+anything: a row holds for its compute capability. Where no row fits, ``auto`` takes the vendor's products; with
+``EFFT_AUTOTUNE=FILE`` it measures both on the spot and keeps the row in FILE, whose rows come before those
+committed. Both ways give the same bits run to run: a choice changes speed and the last rounding, never determinism.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import itertools
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+COMMITTED = Path(__file__).with_name("measured.json")
+#: Ops whose fused kernels have a rival.
+OPS = ("tt_linear", "tt_gelu_linear", "tt_norm_linear")
+#: A row speaks for token counts up to this factor away: tiles and waves change little within it.
+NEAR = 2.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a measurement is of: an op's sizes, its dtype ("bfloat16") and the GPU's major compute capability."""
+
+    op: str
+    tokens: int
+    d_in: int
+    d_out: int
+    r1: int
+    dtype: str
+    capability: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """Microseconds of forward and backward by each backend, and where they were measured."""
+
+    case: Case
+    microseconds: dict[str, float]
+    origin: str
+
+
+def read(path: Path) -> tuple[Row, ...]:
+    """The rows of a table; ValueError, naming the file, if it is none."""
+    try:
+        found = json.loads(path.read_text())
+        return tuple(Row(Case(**row["case"]), dict(row["microseconds"]), str(row["origin"])) for row in found)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is no table of measurements ({error!r}): delete it, or name another file") from None
+
+
+def write(path: Path, rows: Sequence[Row]) -> None:
+    """Replace the table as a whole, so that a reader beside us sees the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{path.name}.{os.getpid()}")
+    beside.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    beside.replace(path)
+
+
+def _own_table() -> Path | None:
+    name = os.environ.get("EFFT_AUTOTUNE")
+    return Path(name).expanduser() if name else None
+
+
+@functools.cache
+def _rows() -> list[Row]:
+    own = _own_table()
+    return [*(read(own) if own is not None and own.exists() else ()), *read(COMMITTED)]
+
+
+def prefers_triton(case: Case, device: torch.device) -> bool:
+    """Whether the fused kernels measured faster, for this case or one like it."""
+    row = nearest(case, _rows())
+    if row is None and _own_table() is not None and _can_measure(device):
+        row = measure(case, device)
+        _rows().append(row)
+        _keep(row)
+    return row is not None and row.microseconds["triton"] < row.microseconds["eager"]
+
+
+def nearest(case: Case, rows: Sequence[Row]) -> Row | None:
+    """The row of ``case``'s layer with the nearest count of tokens, if one is near (the first of equals)."""
+
+    def layer(c: Case) -> tuple[Any, ...]:
+        return c.op, c.d_in, c.d_out, math.ceil(c.r1 / 16), c.dtype, c.capability
+
+    like = [row for row in rows if layer(row.case) == layer(case)]
+    distance = {id(row): abs(math.log(max(case.tokens, 1) / max(row.case.tokens, 1))) for row in like}
+    best = min(like, key=lambda row: distance[id(row)], default=None)
+    return best if best is not None and distance[id(best)] <= math.log(NEAR) else None
+
+
+def _can_measure(device: torch.device) -> bool:
+    return not torch.compiler.is_compiling() and not (
+        device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    )
+
+
+def _keep(row: Row) -> None:
+    path = _own_table()
+    assert path is not None
+    write(path, [*(read(path) if path.exists() else ()), row])
+
+
+def measure(case: Case, device: torch.device | str, repeats: int = 20) -> Row:
+    """Time forward and backward of ``case`` by both backends, interleaved; the best of ``repeats`` counts."""
+    # Not imported above: they use the backends, which use this module.
+    ops, testing = (importlib.import_module(f"efft_kernels.{name}") for name in ("ops", "testing"))
+    sizes = {"tokens": case.tokens, "d_in": case.d_in, "d_out": case.d_out, "r1": case.r1}
+    dtype = getattr(torch, case.dtype)
+    inputs = testing.make_inputs(case.op, **sizes, dtype=dtype, factor_dtype=torch.float32, device=device)
+    leaves = [inputs[name].requires_grad_() for name in (next(iter(inputs)), "D", "G")]
+    gy = torch.ones(case.tokens, case.d_out, dtype=dtype, device=device)
+
+    def step(backend: str) -> None:
+        torch.autograd.grad(getattr(ops, case.op)(**inputs, backend=backend), leaves, gy)
+
+    best = {"eager": math.inf, "triton": math.inf}
+    with torch.enable_grad():
+        for _, backend in itertools.product(range(2 + repeats), best):  # the first two compile and warm up
+            best[backend] = min(best[backend], _seconds(functools.partial(step, backend), torch.device(device)) * 1e6)
+    return Row(case, best, _origin(torch.device(device)))
+
+
+def _seconds(run: Callable[[], None], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    begin = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begin
+
+
+def _origin(device: torch.device) -> str:
+    import triton
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
+    return f"measured on {name}, torch {torch.__version__}, triton {triton.__version__}, {time.strftime('%Y-%m-%d')}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command: measure all combinations and add them to a table."""
+    parser = argparse.ArgumentParser(prog="python -m efft_kernels.choice", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--out", type=Path, required=True, help="table to add the rows to")
+    parser.add_argument("--op", nargs="+", choices=OPS, default=["tt_linear"])
+    for name in ("--tokens", "--d-in", "--d-out", "--rank"):
+        parser.add_argument(name, nargs="+", type=int, required=True)
+    parser.add_argument("--dtype", nargs="+", choices=("float16", "bfloat16", "float32"), default=["bfloat16"])
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        parser.error("there is no GPU to measure on (torch.cuda.is_available() is False)")
+    capability = torch.cuda.get_device_capability()[0]
+    rows = list(read(options.out)) if options.out.exists() else []
+    wanted = (options.op, options.tokens, options.d_in, options.d_out, options.rank, options.dtype)
+    for values in itertools.product(*wanted):
+        rows.append(measure(Case(*values, capability), "cuda"))
+        times = ", ".join(f"{backend} {us:.1f} us" for backend, us in rows[-1].microseconds.items())
+        print(*values, times, flush=True)
+        write(options.out, rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,161 @@
+"""Own kernels or vendor's products: what a table of measurements makes auto do."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from efft_kernels import Backend, backends, choice
+from efft_kernels.choice import Case, Row, nearest, prefers_triton
+
+CASE = Case("tt_linear", 12608, 768, 2304, 32, "bfloat16", 9)
+CPU = torch.device("cpu")
+
+
+def row(case: Case, triton: float, eager: float = 100.0) -> Row:
+    return Row(case, {"eager": eager, "triton": triton}, "measured on paper")
+
+
+@pytest.fixture(autouse=True)
+def _no_rows_are_remembered() -> Iterator[None]:
+    choice._rows.cache_clear()
+    yield
+    choice._rows.cache_clear()
+
+
+def use_table(monkeypatch: pytest.MonkeyPatch, path: Path, *rows: Row) -> None:
+    monkeypatch.setenv("EFFT_AUTOTUNE", str(path))
+    choice.write(path, rows)
+
+
+def test_the_committed_table_names_where_each_row_comes_from() -> None:
+    for found in choice.read(choice.COMMITTED):
+        assert found.origin.startswith("measured on NVIDIA ")
+        assert found.microseconds.keys() == {"eager", "triton"}
+
+
+@pytest.mark.parametrize(
+    ("change", "speaks"),
+    [
+        ({}, True),
+        ({"tokens": 6400}, True),
+        ({"tokens": 25000}, True),
+        ({"tokens": 6000}, False),
+        ({"tokens": 0}, False),
+        ({"r1": 17}, True),
+        ({"r1": 33}, False),
+        ({"d_in": 1024}, False),
+        ({"dtype": "float16"}, False),
+        ({"capability": 8}, False),
+        ({"op": "tt_gelu_linear"}, False),
+    ],
+)
+def test_what_a_row_speaks_for(change: dict[str, object], speaks: bool) -> None:
+    assert (nearest(replace(CASE, **change), [row(CASE, 50)]) is not None) == speaks
+
+
+def test_the_nearest_row_counts_and_the_users_come_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    half = replace(CASE, tokens=6304)
+    own = [row(CASE, 120), row(half, 50), row(CASE, 10)]
+    use_table(monkeypatch, tmp_path / "own.json", *own)
+    assert not prefers_triton(CASE, CPU), "the first of equals"
+    assert prefers_triton(replace(CASE, tokens=7000), CPU)
+
+
+def test_unmeasured_and_not_asked_to_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("EFFT_AUTOTUNE", raising=False)
+    with mock.patch.object(choice, "measure", side_effect=AssertionError):
+        assert not prefers_triton(replace(CASE, d_in=17), CPU)
+
+
+def test_measured_once_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    table = tmp_path / "new" / "table.json"
+    monkeypatch.setenv("EFFT_AUTOTUNE", str(table))
+    with mock.patch.object(choice, "measure", side_effect=lambda case, device: row(case, 50)) as measure:
+        assert prefers_triton(CASE, CPU)
+        assert prefers_triton(CASE, CPU)
+        assert prefers_triton(replace(CASE, d_in=3072), CPU)
+    assert measure.call_count == 2
+    assert [r.case.d_in for r in choice.read(table)] == [768, 3072]
+    assert list(table.parent.iterdir()) == [table]
+    choice._rows.cache_clear()
+    with mock.patch.object(choice, "measure", side_effect=AssertionError):
+        assert prefers_triton(CASE, CPU), "read again"
+
+
+def test_nothing_is_measured_while_compiling(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("EFFT_AUTOTUNE", str(tmp_path / "table.json"))
+    with (
+        mock.patch.object(choice, "measure", side_effect=AssertionError),
+        mock.patch.object(torch.compiler, "is_compiling", return_value=True),
+    ):
+        assert not prefers_triton(CASE, CPU)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '[{"case": {"op": "tt_linear"}, "microseconds": {}, "origin": ""}]'])
+def test_a_damaged_table(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "table.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"table.json is no table of measurements .*: delete it, or name another"):
+        choice.read(path)
+
+
+@pytest.mark.parametrize("op", choice.OPS)
+def test_a_measurement(op: str) -> None:
+    """Both are run as asked; here the interpreter's place is taken by the specification."""
+    case = Case(op, 7, 24, 40, 5, "float32", 9)
+    ran: list[str] = []
+
+    def resolve(op: str, backend: str, *tensors: Tensor, **_: object) -> Backend:
+        ran.append(backend)
+        return Backend.EAGER if backend == "eager" else Backend.REFERENCE
+
+    with (
+        mock.patch(f"efft_kernels.ops.{op}.resolve", resolve),
+        mock.patch.object(choice, "_origin", return_value="here"),
+    ):
+        found = choice.measure(case, CPU, repeats=3)
+    assert ran == ["eager", "triton"] * 5
+    assert found.case == case
+    assert all(0 < us < 1e6 for us in found.microseconds.values())
+    json.dumps(found.microseconds)
+
+
+def test_auto_on_a_gpu_follows_the_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    use_table(monkeypatch, tmp_path / "table.json", row(CASE, 50), row(replace(CASE, d_in=3072), 150))
+    W = mock.Mock(spec=Tensor, device=torch.device("cuda"), dtype=torch.bfloat16)
+    with (
+        mock.patch.object(backends, "can_run", return_value=None),
+        mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)),
+        mock.patch.object(choice, "_can_measure", return_value=False),
+    ):
+        chosen = [backends.resolve("tt_linear", "auto", W, sizes=(12608, d_in, 2304, 32)) for d_in in (768, 3072, 1024)]
+        assert chosen[1:] == [Backend.EAGER, Backend.EAGER]
+        assert chosen[0] is Backend.TRITON
+    with (
+        mock.patch.object(backends, "can_run", side_effect=lambda b, *_: "no" if b is Backend.TRITON else None),
+        mock.patch.object(backends, "prefers_triton", side_effect=AssertionError),
+    ):
+        assert backends.resolve("tt_linear", "auto", W, sizes=(12608, 768, 2304, 32)) is Backend.EAGER
+
+
+def test_the_command_needs_a_gpu(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    words = ["--out", str(tmp_path / "t.json"), *["--tokens", "7", "--d-in", "24", "--d-out", "40", "--rank", "5"]]
+    case = row(replace(CASE, tokens=7), 50)
+    with mock.patch.object(torch.cuda, "is_available", return_value=False), pytest.raises(SystemExit):
+        choice.main(words)
+    assert "there is no GPU to measure on" in capsys.readouterr().err
+    with (
+        mock.patch.object(torch.cuda, "is_available", return_value=True),
+        mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)),
+        mock.patch.object(choice, "measure", return_value=case) as measure,
+    ):
+        assert choice.main([*words, "--op", "tt_linear", "tt_gelu_linear"]) == 0
+    assert [call.args[0].op for call in measure.call_args_list] == ["tt_linear", "tt_gelu_linear"]
+    assert choice.read(tmp_path / "t.json") == (case, case)
+    assert "tt_gelu_linear 7 24 40 5 bfloat16 eager 100.0 us, triton 50.0 us" in capsys.readouterr().out
