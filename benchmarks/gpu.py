@@ -64,6 +64,7 @@ def jobs(device: str, quick: bool, results: Path | None) -> list[Job]:
         bench("layers of ViT-B, bf16", 0.25, "ops --model vit_b --images 64 --rank 32 --dtype bfloat16"),
         bench("training step of ViT-B, bf16", 0.25, "model --dtype bfloat16"),
         bench("memory of ViT-B, bf16", 0.2, "memory --level model --batch 64 --dtype bfloat16"),
+        *([_choice(results)] if device.startswith("cuda") else []),
         bench("layers of ViT-B, bf16, by rank", 0.2, "ops --model vit_b --images 64 --rank 8 16 64 --dtype bfloat16"),
         bench("layers of ViT-B, fp16 and fp32", 0.2, "ops --model vit_b --images 64 --rank 32 --dtype float16 float32"),
         bench("layers of ViT-B, bf16, by batch", 0.2, "ops --model vit_b --images 1 8 256 --rank 32 --dtype bfloat16"),
@@ -80,6 +81,14 @@ def jobs(device: str, quick: bool, results: Path | None) -> list[Job]:
 
 
 _OTHERS = "vit_l vit_h swin_b.1 swin_b.2 swin_b.3 swin_b.4"
+
+
+def _choice(results: Path | None) -> Job:
+    """Measures what the ``auto`` backend should take for ViT-B's layers."""
+    table = (ROOT / "benchmarks" / "results" if results is None else results) / "choice.json"
+    sizes = "--tokens 1576 12608 --d-in 768 3072 --d-out 768 2304 3072 --rank 16 32 64"
+    ops = "--op tt_linear tt_gelu_linear tt_norm_linear"
+    return Job("choice", ("-m", "efft_kernels.choice", "--out", str(table), *f"{sizes} {ops}".split()), 0.3)
 
 
 def native_sources() -> list[Path]:

@@ -243,6 +243,29 @@ def one_pass(c: Case) -> tuple[Kernels, Kernels]:
     return own_forward(c)[0], [*backward, ("gy W + dh Dᵀ", c.dx(relative=m.own, tail=c.rank))]
 
 
+def triton(c: Case) -> tuple[Kernels, Kernels]:
+    """our triton backend, a layer alone: h (and dh) in the main loop or by a kernel of its own, what is cheaper"""
+    m = c.machine
+    forward, dx = (f(relative=m.own, tail=c.rank) for f in (c.forward, c.dx))
+    split: tuple[Kernels, Kernels] = (
+        [("refresh G", c.refresh()), ("x D", c.h_alone()), ("x Wᵀ + h G", forward)],
+        [("gy Gᵀ", c.dh_alone()), ("gy W + dh Dᵀ", dx), *c.reductions()],
+    )
+    if c.rank > 32:  # registers
+        return split
+    directions = zip(recompute(c), split, strict=True)
+    cheaper = [min(ways, key=lambda kernels: sum(time for _, time in kernels)) for ways in directions]
+    return cheaper[0], cheaper[1]
+
+
+def fused_triton(c: Case) -> tuple[Kernels, Kernels]:
+    """the same after efft.fuse: x and h by one kernel where LayerNorm or GELU stands in front"""
+    if not c.layer.owns_x:
+        return triton(c)
+    product = c.forward(relative=c.machine.own, tail=c.rank)
+    return [("refresh G", c.refresh()), ("h", c.h_before()), ("x Wᵀ + h G", product)], triton(c)[1]
+
+
 def merged(c: Case) -> tuple[Kernels, Kernels]:
     """W + dW built once a step, dx and dh by one product with [W, Gᵀ]; loses the update in bf16"""
     merge = c.machine.memory(2 * c.w, 2 * c.rank * c.layer.d_in * c.layer.d_out)
@@ -297,6 +320,8 @@ DESIGNS: dict[str, Design] = {
     "augmented-alone": augmented_alone,
     "recompute": recompute,
     "one-pass": one_pass,
+    "efft:triton": triton,
+    "fused:triton": fused_triton,
     "merged": merged,
     "own-forward": own_forward,
     "best": best,

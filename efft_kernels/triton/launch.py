@@ -55,7 +55,7 @@ class GemmTile:
 HALF_TILES = (
     GemmTile(128, 256, 64, 8, 3, 1.0, capability=9, slope=False),
     GemmTile(128, 128, 64, 8, 3, 0.9),
-    GemmTile(128, 128, 32, 8, 3, 0.85),  # for 99 KiB of shared memory (sm_86, sm_89) and 64 KiB (AMD)
+    GemmTile(128, 128, 32, 8, 3, 0.85, slope=False),  # for 99 KiB of shared memory (sm_86, sm_89) and 64 KiB (AMD)
     GemmTile(64, 128, 32, 4, 3, 0.7),
     GemmTile(64, 64, 32, 4, 3, 0.5),
 )
@@ -64,8 +64,11 @@ FP32_TILES = (GemmTile(32, 64, 16, 4, 2, 1.0), GemmTile(32, 32, 16, 4, 2, 0.7))
 #: fp32 rounded to TF32 on the way into the tensor cores, by the user's choice in torch. Modelled likewise.
 TF32_TILES = (GemmTile(128, 128, 32, 8, 3, 1.0, slope=False), GemmTile(64, 64, 32, 4, 3, 0.5))
 
-#: Up to this rank a program recomputes H: 32 more columns cost less than a second kernel that reads A again. Modelled.
+#: Up to this rank a program has the registers to recompute H in its main loop.
 RECOMPUTE_RANK = 32
+#: Up to this N times rank it pays: each block of 256 columns adds rank / 256 of the product's arithmetic, a kernel of
+#: its own reads A again. Equal at N · rank = 256 · (790e12 FLOP/s) / (4.3e12 bytes/s) on an H200. Modelled.
+RECOMPUTE_WORK = 48 * 1024
 
 
 #: Ranks that the tail of the split form takes at once: registers beside a full accumulator are few.
@@ -119,9 +122,9 @@ def gemm_tile(A: Tensor, N: int, rank: int, *, tma: bool = False, slope: bool = 
     return min(fitting or tiles(A)[-1:], key=time)
 
 
-def recomputes(R: int) -> bool:
-    """Whether H is made in the main loop of the product rather than by a kernel of its own."""
-    return R <= RECOMPUTE_RANK
+def recomputes(R: int, N: int) -> bool:
+    """Whether H is made in the main loop of a product with N columns rather than by a kernel of its own."""
+    return R <= RECOMPUTE_RANK and N * rank_block(R) <= RECOMPUTE_WORK
 
 
 def rank_block(R: int) -> int:

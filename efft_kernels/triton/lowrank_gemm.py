@@ -229,7 +229,7 @@ def lowrank_gemm(
     if Y.numel() == 0:
         return Y, A.new_empty(*A.shape[:-1], R) if adapter is not None else project(A, P)
     if H is None:
-        recompute = (Z is None and recomputes(R)) if recompute is None else recompute
+        recompute = (Z is None and recomputes(R, N)) if recompute is None else recompute
         H = A.new_empty(*A.shape[:-1], R) if recompute else project(A, P, adapter=adapter)
     else:
         recompute = False

@@ -197,7 +197,7 @@ def _other_forms() -> Iterable[Form]:
                 {n: kind for n, kind in types.items() if n not in constants},
                 constants,
                 tt_contract.WARPS,
-                3,
+                tt_contract.STAGES,
             )
     yield Form(
         "merge bf16",

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from efft_kernels.triton.launch import on_device
 
-# A rank in blocks of 32 whatever it is, 64 columns of V: the registers of eight warps hold all of it.
-BLOCK_R, BLOCK_N, WARPS = 32, 64, 8
+# A rank in blocks of 32 whatever it is, 64 columns of V: eight warps have the registers, without a pipeline.
+BLOCK_R, BLOCK_N, WARPS, STAGES = 32, 64, 8, 1
 
 
 @triton.jit
@@ -261,6 +261,7 @@ def tt_contract_fwd(
                 BLOCK_R=BLOCK_R,
                 BLOCK_N=BLOCK_N,
                 num_warps=WARPS,
+                num_stages=STAGES,
             )
     return G
 
@@ -289,6 +290,7 @@ def tt_contract_bwd(
                 BLOCK_R=BLOCK_R,
                 BLOCK_N=BLOCK_N,
                 num_warps=WARPS,
+                num_stages=STAGES,
             )
     return dC, dV
 
