@@ -2,7 +2,8 @@
 
 :func:`defer` makes a module return a :class:`Deferred`: its input, and what is still to be done to it. An
 :class:`efft_kernels.EfftLinear` that gets one does both at once (``tt_norm_linear``, ``tt_gelu_linear``). Whatever else
-touches it makes it an ordinary tensor first, so no other module need know and none can see a wrong value.
+touches it makes it an ordinary tensor first, so no other module need know and none can see a wrong value; a gradient
+that reaches it by another way (a custom autograd.Function) goes on to the input as it would have.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ class Deferred(Tensor):
 
     module: nn.LayerNorm | nn.GELU
     x: Tensor
+    version: int  # of x, when the module was called
 
     @staticmethod
-    def __new__(cls, module: nn.LayerNorm | nn.GELU, x: Tensor) -> Deferred:
-        deferred = Tensor._make_wrapper_subclass(
-            cls, x.shape, dtype=x.dtype, device=x.device, requires_grad=x.requires_grad
-        )
-        deferred.module, deferred.x = module, x
+    def of(module: nn.LayerNorm | nn.GELU, x: Tensor) -> Deferred:
+        """The deferred ``module(x)``."""
+        deferred = _Defer.apply(x, module)
+        deferred.module, deferred.x, deferred.version = module, x, x._version
         return deferred
 
     @classmethod
@@ -49,20 +50,48 @@ class Deferred(Tensor):
 
     def value(self) -> Tensor:
         """The ordinary tensor, computed by the module's own forward, as it would have been."""
-        module: Any = self.module
-        return type(module).forward(module, self.x)
+        return _computed(self.module, self._input())
 
     def linear(self, W: Tensor, b: Tensor | None, D: Tensor, G: Tensor) -> Tensor:
         """``tt_linear(value, W, b, D, G)``, without computing the value first where the base is frozen."""
         if W.requires_grad or (b is not None and b.requires_grad):
             return tt_linear(self.value(), W, b, D, G)
         if isinstance(self.module, nn.GELU):
-            return tt_gelu_linear(self.x, W, b, D, G, approximate=self.module.approximate)
+            return tt_gelu_linear(self._input(), W, b, D, G, approximate=self.module.approximate)
         norm = self.module
-        return tt_norm_linear(self.x, norm.weight, norm.bias, W, b, D, G, eps=norm.eps)
+        return tt_norm_linear(self._input(), norm.weight, norm.bias, W, b, D, G, eps=norm.eps)
+
+    def _input(self) -> Tensor:
+        if self.x._version != self.version:
+            raise RuntimeError(
+                f"the input of a {type(self.module).__name__} was changed in place before its output was used; change "
+                "a copy, or undo the deferral with efft.unfuse(model)"
+            )
+        return self.x
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Deferred({type(self.module).__name__}, shape={list(self.shape)})"
+
+
+class _Defer(torch.autograd.Function):
+    """Makes the tensor, and is its node in the graph: nobody's, if an adapted layer takes the input from it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: nn.Module) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.module = module
+        return Tensor._make_wrapper_subclass(Deferred, x.shape, dtype=x.dtype, device=x.device)
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(_computed(ctx.module, x), x, gy)[0], None
+
+
+def _computed(module: Any, x: Tensor) -> Tensor:
+    return type(module).forward(module, x)
 
 
 _METADATA = {
@@ -78,7 +107,8 @@ def _drops_nothing(input: Any, p: float = 0.5, training: bool = True, inplace: b
 def defer(module: nn.Module) -> bool:
     """Let ``module`` hand its work on; False (and nothing is changed) if it is no layer norm or GELU that can.
 
-    Compiled code computes it in place: there the compiler decides what is kept. So does a norm that is trained.
+    It goes on doing its work itself where that is of use to somebody: in compiled, exported or traced code, under
+    inference mode, with hooks on it, and if it is trained.
     """
     if "forward" in module.__dict__ or not (
         isinstance(module, nn.GELU) or (isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1)
@@ -96,7 +126,16 @@ def undefer(module: nn.Module) -> None:
 
 
 def _forward(module: Any, x: Tensor) -> Tensor:
-    trained = any(parameter.requires_grad for parameter in module.parameters())
-    if torch.compiler.is_compiling() or trained or type(x) is not Tensor:
-        return type(module).forward(module, x)
-    return Deferred(module, x)
+    if (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]
+        or type(x) is not Tensor
+        or x.is_inference()
+        or any(parameter.requires_grad for parameter in module.parameters())
+        or any(getattr(module, hooks) for hooks in _HOOKS)
+    ):
+        return _computed(module, x)
+    return Deferred.of(module, x)
+
+
+_HOOKS = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")

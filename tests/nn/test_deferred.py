@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from efft_kernels import EfftLinear
 from efft_kernels.nn.deferred import Deferred, defer, undefer
@@ -113,19 +114,60 @@ def test_whatever_else_touches_it(module: nn.Module, touch: Any) -> None:
         assert torch.equal(*grads)
 
 
-def test_below_python_it_is_refused(module: nn.Module) -> None:
-    class Square(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            with torch._C.DisableTorchFunctionSubclass():
-                return x * x
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
 
-        @staticmethod
-        def backward(ctx: Any, gy: Tensor) -> Tensor:
-            return gy
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * gy
 
-    with pytest.raises(RuntimeError, match=r"efft.unfuse\(model\)"):
-        Square.apply(module(inputs()))
+
+@pytest.mark.parametrize("way", ["function", "checkpoint", "reentrant checkpoint"])
+def test_a_function_that_autograd_knows_nothing_of(module: nn.Module, way: str) -> None:
+    """It gets the tensor past torch's Python functions; its gradient must still reach the input."""
+
+    def use(a: Tensor) -> Tensor:
+        if way == "function":
+            return Square.apply(a)
+        return checkpoint(lambda a: (a * a).sin(), a, use_reentrant=way.startswith("reentrant"))
+
+    x, twin = inputs(), inputs()
+    twin.data.copy_(x)
+    a = module(x)
+    assert isinstance(a, Deferred)
+    use(a).sum().backward()
+    use(plain(module, twin)).sum().backward()
+    torch.testing.assert_close(x.grad, twin.grad)
+
+
+def test_an_input_changed_before_its_use(module: nn.Module, layer: EfftLinear) -> None:
+    x = inputs().detach()
+    a = module(x)
+    x += 1
+    for use in (layer, torch.sin):
+        with pytest.raises(RuntimeError, match="was changed in place before its output was used"):
+            use(a)
+
+
+def test_where_somebody_needs_the_value(module: nn.Module) -> None:
+    x = inputs()
+    with torch.inference_mode():
+        assert type(module(x * 1)) is Tensor
+    seen: list[Tensor] = []
+    handles = [module.register_full_backward_hook(lambda m, gx, gy: seen.extend(gx))]
+    module(x).sum().backward()
+    assert torch.equal(seen[0], x.grad)
+    handles += [module.register_forward_hook(lambda m, args, y: seen.append(y))]
+    module(x)
+    assert type(seen[-1]) is Tensor
+    for handle in handles:
+        handle.remove()
+    assert isinstance(module(x), Deferred)
+    traced = torch.jit.trace(module, (x,), check_trace=False)
+    assert torch.equal(traced(x), plain(module, x))
 
 
 def test_what_changes_nothing_passes_it_on(module: nn.Module, layer: EfftLinear) -> None:
