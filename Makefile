@@ -5,14 +5,16 @@ VENV ?= .venv
 PYTHON ?= python3
 ARGS ?=
 BUDGET ?= 480
+# The least version in pyproject.toml; the newest is what pip installs.
+OLDEST_TRITON := 3.6.0
 
 BIN := $(VENV)/bin
 RUN := $(BIN)/python -m
 
-.PHONY: help demo test lint format bench bench-quick bench-gpu clean
+.PHONY: help demo test check-triton lint format bench bench-quick bench-gpu clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "Options: VENV=$(VENV)  PYTHON=$(PYTHON)  BUDGET=$(BUDGET)  ARGS=... (passed to the demo, to pytest, to the benchmarks)"
 
 demo: $(VENV)/.efft-train ## Adapt, train, save and merge a small model on this machine
@@ -20,6 +22,10 @@ demo: $(VENV)/.efft-train ## Adapt, train, save and merge a small model on this 
 
 test: $(VENV)/.efft-dev ## Run the whole test suite
 	$(RUN) pytest $(ARGS)
+
+check-triton: $(VENV)/.efft-dev ## Interpreter tests and resource report with the oldest Triton supported
+	$(RUN) pip install --quiet --upgrade --no-deps --target $(VENV)/triton-$(OLDEST_TRITON) triton==$(OLDEST_TRITON)
+	PYTHONPATH=$(abspath $(VENV)/triton-$(OLDEST_TRITON)) $(RUN) pytest tests/triton $(ARGS)
 
 lint: $(VENV)/.efft-dev ## Check style and types, change nothing
 	$(RUN) ruff check

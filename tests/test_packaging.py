@@ -137,3 +137,9 @@ def test_every_environment_variable_is_documented() -> None:
     read = {name for path in sources for name in re.findall(r"""["'](EFFT_[A-Z0-9_]+)["']""", path.read_text())}
     table = (ROOT / "ENVIRONMENT.md").read_text()
     assert read == set(re.findall(r"^\| `(EFFT_[A-Z0-9_]+)` ", table, re.MULTILINE))
+
+
+def test_the_oldest_triton_that_is_checked_is_the_oldest_allowed() -> None:
+    checked = re.search(r"^OLDEST_TRITON := ([\d.]+)\.0$", (ROOT / "Makefile").read_text(), re.M)
+    assert checked is not None
+    assert f'"triton>={checked[1]}; ' in (ROOT / "pyproject.toml").read_text()
