@@ -11,8 +11,8 @@ from efft_kernels.nn.deferred import defer, undefer
 def fuse(model: nn.Module) -> list[str]:
     """Let every LayerNorm and GELU beside the adapted layers of ``model`` be computed inside the layer behind it.
 
-    Their outputs are then not kept for the backward pass but made again in it, which saves a quarter to a third of what a
-    transformer block keeps, for the time of one more pass over each. Results are the same up to rounding. Parameters,
+    Their outputs are then not kept for the backward pass but made again in it, which saves a quarter to a third of what
+    a transformer block keeps, for the time of one more pass over each. Results are the same up to rounding. Parameters,
     names and saved files do not change; code compiled by ``torch.compile`` is left alone. :func:`unfuse` and
     ``efft.remove`` undo it.
 
