@@ -19,19 +19,21 @@ import torch
 from torch import Tensor
 
 from efft_kernels.choice import Case, prefers_triton
+from efft_kernels.native import MISSING
 
 
 class Backend(str, enum.Enum):
     """The implementations an op can have.
 
     ``AUTO`` chooses; ``REFERENCE`` is plain differentiable torch in fp32/fp64, the specification; ``EAGER`` is the
-    hand-written backward on the vendor's matrix products, on any device; ``TRITON`` fuses the update into the matrix
-    product, on GPUs.
+    hand-written backward on the vendor's matrix products, on any device; ``CPU`` is compiled (``csrc/cpu``); ``TRITON``
+    fuses the update into the matrix product, on GPUs.
     """
 
     AUTO = "auto"
     REFERENCE = "reference"
     EAGER = "eager"
+    CPU = "cpu"
     TRITON = "triton"
 
     @classmethod
@@ -45,7 +47,7 @@ class Backend(str, enum.Enum):
 
 
 #: What ``auto`` tries, in this order, after a measurement that prefers ``triton`` (:mod:`efft_kernels.choice`).
-AUTO_ORDER = (Backend.EAGER, Backend.REFERENCE)
+AUTO_ORDER = (Backend.CPU, Backend.EAGER, Backend.REFERENCE)
 
 #: Whether Triton's kernels run in its interpreter, on the CPU; Triton too reads the variable once.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -55,6 +57,7 @@ with suppress(ImportError):  # of a finder that hides the package
 _TRITON_CAPABILITY = 8
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_DTYPES = {Backend.TRITON: _FLOATING[:3], Backend.CPU: _FLOATING[1:3]}
 
 try:
     _environment = Backend.parse(os.environ.get("EFFT_BACKEND") or "auto")
@@ -85,19 +88,25 @@ def can_run(backend: str | Backend, *tensors: Tensor | None) -> str | None:
     """None if ``backend`` can run an op on ``tensors``, else the reason why it cannot.
 
     ``reference`` and ``eager`` implement every op on every device; they need real floating-point tensors that all
-    lie on one device. ``triton`` needs the triton package and a GPU of compute capability 8.0 (or, for tests,
-    ``TRITON_INTERPRET=1`` and the CPU), and runs no float64.
+    lie on one device. ``cpu`` needs the compiled extension, and float32 or bfloat16 tensors on the CPU; ``triton``
+    needs the triton package and a GPU of compute capability 8.0 (or, for tests, ``TRITON_INTERPRET=1`` and the CPU),
+    and runs no float64.
     """
     backend = Backend.parse(backend)
     present = [t for t in tensors if t is not None]
-    dtypes = _FLOATING[:3] if backend is Backend.TRITON else _FLOATING
+    dtypes = _DTYPES.get(backend, _FLOATING)
     for t in present:
         if t.dtype not in dtypes:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
             return f"{backend.value} runs {names} tensors, got {t.dtype}"
         if t.device != present[0].device:
             return f"all tensors must be on one device, got {present[0].device} and {t.device}"
-    return _no_triton(present[0].device) if backend is Backend.TRITON and present else None
+    if not present:
+        return None
+    if backend is Backend.CPU:
+        device = present[0].device
+        return MISSING["cpu"] if device.type == "cpu" else f"cpu runs tensors on the CPU, got {device}"
+    return _no_triton(present[0].device) if backend is Backend.TRITON else None
 
 
 def _no_triton(device: torch.device) -> str | None:

@@ -57,5 +57,5 @@ def _tt_contract_bwd(
     return dC, dV
 
 
-tt_contract_fwd = implement("tt_contract_fwd", Backend.EAGER, _tt_contract_fwd)
-tt_contract_bwd = implement("tt_contract_bwd", Backend.EAGER, _tt_contract_bwd)
+implement("tt_contract_fwd", Backend.EAGER, _tt_contract_fwd)
+implement("tt_contract_bwd", Backend.EAGER, _tt_contract_bwd)

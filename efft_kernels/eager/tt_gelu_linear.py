@@ -41,5 +41,5 @@ def _tt_gelu_linear_bwd(
     return torch.ops.aten.gelu_backward(da.to(z.dtype), z, approximate=approximate), dD, dG
 
 
-tt_gelu_linear_fwd = implement("tt_gelu_linear_fwd", Backend.EAGER, _tt_gelu_linear_fwd)
-tt_gelu_linear_bwd = implement("tt_gelu_linear_bwd", Backend.EAGER, _tt_gelu_linear_bwd)
+implement("tt_gelu_linear_fwd", Backend.EAGER, _tt_gelu_linear_fwd)
+implement("tt_gelu_linear_bwd", Backend.EAGER, _tt_gelu_linear_bwd)

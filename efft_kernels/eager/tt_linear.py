@@ -58,5 +58,5 @@ def _reduce_tokens(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return (a.t() @ b).to(dtype)
 
 
-tt_linear_fwd = implement("tt_linear_fwd", Backend.EAGER, linear_fwd)
-tt_linear_bwd = implement("tt_linear_bwd", Backend.EAGER, linear_bwd)
+implement("tt_linear_fwd", Backend.EAGER, linear_fwd)
+implement("tt_linear_bwd", Backend.EAGER, linear_bwd)

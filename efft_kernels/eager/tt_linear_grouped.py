@@ -26,4 +26,4 @@ def _tt_linear_grouped(
     return y.baddbmm_(h, G[used].to(x.dtype))
 
 
-tt_linear_grouped = implement("tt_linear_grouped", Backend.EAGER, _tt_linear_grouped)
+implement("tt_linear_grouped", Backend.EAGER, _tt_linear_grouped)

@@ -19,4 +19,4 @@ def _tt_merge_(W: Tensor, D: Tensor, G: Tensor, sign: float) -> None:
         W.copy_(torch.addmm(W.to(dtype), Gt, Dt, alpha=sign))
 
 
-tt_merge_ = implement("tt_merge_", Backend.EAGER, _tt_merge_)
+implement("tt_merge_", Backend.EAGER, _tt_merge_)

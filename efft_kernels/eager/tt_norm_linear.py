@@ -74,5 +74,5 @@ def _like_parameters(x: Tensor, gamma: Tensor | None) -> Tensor:
     return x if gamma is None else x.to(torch.promote_types(x.dtype, gamma.dtype))
 
 
-tt_norm_linear_fwd = implement("tt_norm_linear_fwd", Backend.EAGER, _tt_norm_linear_fwd)
-tt_norm_linear_bwd = implement("tt_norm_linear_bwd", Backend.EAGER, _tt_norm_linear_bwd)
+implement("tt_norm_linear_fwd", Backend.EAGER, _tt_norm_linear_fwd)
+implement("tt_norm_linear_bwd", Backend.EAGER, _tt_norm_linear_bwd)

@@ -206,7 +206,7 @@ class TTFactors(nn.Module):
         """Fresh dropout masks for ``n_layers`` layers; None where nothing is dropped (p = 0 or eval mode)."""
         if not self.training or self.dropout == 0:
             return None
-        n_scopes = 1 + max((binding.site.mask_scope for binding in self.bindings), default=0)
+        n_scopes = 1 + max([0, *[binding.site.mask_scope for binding in self.bindings]])  # default=: not traced by 2.13
         shapes = (
             (n_layers, n_scopes, *self.U.shape),
             (n_layers, *self.C.shape[1:]),

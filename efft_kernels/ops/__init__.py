@@ -1,5 +1,7 @@
 """The public ops. Each is an ordinary function: it validates, picks a backend and carries autograd."""
 
+# Imported for what they register; the compiled backends register themselves when they are loaded.
+from efft_kernels import eager, triton  # noqa: F401
 from efft_kernels.ops.tt_contract import tt_contract
 from efft_kernels.ops.tt_gelu_linear import tt_gelu_linear
 from efft_kernels.ops.tt_linear import tt_linear

@@ -18,7 +18,7 @@ from efft_kernels.backends import Backend
 _library = torch.library.Library("efft", "DEF")
 
 #: Backends that run behind a registered operator. ``reference`` is plain torch and needs none.
-REGISTERED = (Backend.EAGER, Backend.TRITON)
+REGISTERED = (Backend.EAGER, Backend.CPU, Backend.TRITON)
 
 SCHEMAS = {
     # x [tokens, d_in], W [d_out, d_in], b [d_out], D [d_in, r1], G [r1, d_out] -> y [tokens, d_out], h [tokens, r1]
@@ -174,7 +174,11 @@ for _op, _arguments in SCHEMAS.items():
         torch.library.register_fake(f"efft::{_op}.{_backend.value}", _FAKES[_op], lib=_library)
 
 
-def implement(op: str, backend: Backend, kernel: Callable[..., object]) -> Callable[..., Any]:
-    """Register ``kernel`` as ``backend``'s implementation of ``op`` on every device; returns the bound overload."""
+def implement(op: str, backend: Backend, kernel: Callable[..., object]) -> None:
+    """Register ``kernel`` as ``backend``'s implementation of ``op`` on every device."""
     _library.impl(f"{op}.{backend.value}", kernel, "CompositeExplicitAutograd")
-    return getattr(getattr(torch.ops.efft, op), backend.value)
+
+
+def overloads(op: str) -> dict[Backend, Callable[..., Any]]:
+    """The registered operators of ``op``, one a backend."""
+    return {backend: getattr(getattr(torch.ops.efft, op), backend.value) for backend in REGISTERED}

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from efft_kernels import reference, triton
+from efft_kernels import reference
 from efft_kernels._autocast import no_autocast
 from efft_kernels.backends import Backend, resolve
-from efft_kernels.eager import tt_contract as eager
 from efft_kernels.ops._checks import check_shape
+from efft_kernels.ops._schemas import overloads
 
-_FORWARD = {Backend.EAGER: eager.tt_contract_fwd, Backend.TRITON: triton.tt_contract_fwd}
-_BACKWARD = {Backend.EAGER: eager.tt_contract_bwd, Backend.TRITON: triton.tt_contract_bwd}
+_FORWARD = overloads("tt_contract_fwd")
+_BACKWARD = overloads("tt_contract_bwd")
 
 
 def tt_contract(

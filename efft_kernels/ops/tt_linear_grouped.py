@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from efft_kernels import reference, triton
+from efft_kernels import reference
 from efft_kernels._autocast import autocast_like_linear, no_autocast
 from efft_kernels.backends import Backend, resolve
-from efft_kernels.eager import tt_linear_grouped as eager
 from efft_kernels.ops._checks import check_dtypes, check_linear, check_shape
+from efft_kernels.ops._schemas import overloads
 
-_IMPLEMENTATION = {Backend.EAGER: eager.tt_linear_grouped, Backend.TRITON: triton.tt_linear_grouped}
+_IMPLEMENTATION = overloads("tt_linear_grouped")
 
 
 @torch.no_grad()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from efft_kernels import reference, triton
+from efft_kernels import reference
 from efft_kernels._autocast import no_autocast
 from efft_kernels.backends import Backend, resolve
-from efft_kernels.eager import tt_merge as eager
 from efft_kernels.ops._checks import check_delta
+from efft_kernels.ops._schemas import overloads
 
-_IMPLEMENTATION = {Backend.EAGER: eager.tt_merge_, Backend.TRITON: triton.tt_merge_}
+_IMPLEMENTATION = overloads("tt_merge_")
 
 
 @torch.no_grad()

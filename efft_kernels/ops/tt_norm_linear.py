@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from efft_kernels import reference, triton
+from efft_kernels import reference
 from efft_kernels._autocast import autocast_like_linear, no_autocast
 from efft_kernels.backends import Backend, resolve
-from efft_kernels.eager import tt_norm_linear as eager
 from efft_kernels.ops._checks import check_dtypes, check_frozen, check_linear, check_shape, linear_sizes
+from efft_kernels.ops._schemas import overloads
 
-_FORWARD = {Backend.EAGER: eager.tt_norm_linear_fwd, Backend.TRITON: triton.tt_norm_linear_fwd}
-_BACKWARD = {Backend.EAGER: eager.tt_norm_linear_bwd, Backend.TRITON: triton.tt_norm_linear_bwd}
+_FORWARD = overloads("tt_norm_linear_fwd")
+_BACKWARD = overloads("tt_norm_linear_bwd")
 
 
 def tt_norm_linear(

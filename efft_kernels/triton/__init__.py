@@ -15,21 +15,24 @@ from typing import Any
 from efft_kernels.backends import Backend
 from efft_kernels.ops._schemas import implement
 
+#: The file of each op.
+_FILES = {
+    "tt_linear_fwd": "tt_linear",
+    "tt_linear_bwd": "tt_linear",
+    "tt_gelu_linear_fwd": "tt_gelu_linear",
+    "tt_gelu_linear_bwd": "tt_gelu_linear",
+    "tt_norm_linear_fwd": "tt_norm_linear",
+    "tt_norm_linear_bwd": "tt_norm_linear",
+    "tt_linear_grouped": "tt_linear_grouped",
+    "tt_contract_fwd": "tt_contract",
+    "tt_contract_bwd": "tt_contract",
+    "tt_merge_": "tt_merge",
+}
 
-def _register(op: str, file: str) -> Callable[..., Any]:
-    def kernel(*arguments: Any) -> Any:
-        return getattr(importlib.import_module(f"efft_kernels.triton.{file}"), op)(*arguments)
 
-    return implement(op, Backend.TRITON, kernel)
+def _late(op: str, file: str) -> Callable[..., Any]:
+    return lambda *arguments: getattr(importlib.import_module(f"efft_kernels.triton.{file}"), op)(*arguments)
 
 
-tt_linear_fwd = _register("tt_linear_fwd", "tt_linear")
-tt_linear_bwd = _register("tt_linear_bwd", "tt_linear")
-tt_gelu_linear_fwd = _register("tt_gelu_linear_fwd", "tt_gelu_linear")
-tt_gelu_linear_bwd = _register("tt_gelu_linear_bwd", "tt_gelu_linear")
-tt_norm_linear_fwd = _register("tt_norm_linear_fwd", "tt_norm_linear")
-tt_norm_linear_bwd = _register("tt_norm_linear_bwd", "tt_norm_linear")
-tt_linear_grouped = _register("tt_linear_grouped", "tt_linear_grouped")
-tt_contract_fwd = _register("tt_contract_fwd", "tt_contract")
-tt_contract_bwd = _register("tt_contract_bwd", "tt_contract")
-tt_merge_ = _register("tt_merge_", "tt_merge")
+for _op, _file in _FILES.items():
+    implement(_op, Backend.TRITON, _late(_op, _file))

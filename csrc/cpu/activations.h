@@ -1,0 +1,83 @@
+// GELU and layer norm on registers and rows of floats, with what their backward passes need.
+#pragma once
+
+#include "lanes.h"
+
+namespace efft::EFFT_ISA {
+
+struct Gelu {
+  Floats value;
+  Floats slope;
+};
+
+// z Phi(z) and Phi(z) + z phi(z). Phi(-|z|) = exp(-z^2 / 2) q(|z|), where q = erfcx(|z| / sqrt 2) / 2 is smooth: a
+// polynomial in t = 1 / (1 + 0.3 |z|), fitted to a relative error of 4e-9 on [0, 14]. One exponential serves both results,
+// and the tail of negative z is not the difference of two large numbers.
+inline Gelu gelu(Floats z) {
+  const Floats size = select(z < 0.0f, -z, z);
+  const Floats t = 1.0f / (1.0f + 0.3f * size);
+  constexpr float q[] = {0.119686633f,  0.119572908f, 0.110226810f,  0.0784279108f, 0.0960512534f,
+                         -0.0792353526f, 0.191567525f, -0.228057012f, 0.112371340f,  -0.0206120145f};
+  Floats p = splat(q[9]);
+#pragma GCC unroll 9
+  for (int i = 8; i >= 0; --i) p = p * t + q[i];
+  const Floats density = exp(-0.5f * z * z);
+  const Floats tail = density * p * t;
+  const Floats phi = select(z < 0.0f, tail, 1.0f - tail);
+  return {z * phi, phi + z * density * 0.398942280f};
+}
+
+// z s(2u), u = sqrt(2 / pi) (z + 0.044715 z^3), s the logistic function: 0.5 (1 + tanh u) written with one exponential.
+inline Gelu gelu_tanh(Floats z) {
+  constexpr float k = 1.59576912f;  // 2 sqrt(2 / pi)
+  const Floats square = z * z;
+  const Floats s = 1.0f / (1.0f + exp(-k * z * (1.0f + 0.044715f * square)));
+  return {z * s, s + z * s * (1.0f - s) * k * (1.0f + 0.134145f * square)};
+}
+
+struct Moments {
+  float mean;
+  float rstd;
+};
+
+inline Moments moments(const float* x, int64_t size, float eps) {
+  Floats total{}, squares{};
+  for_registers(size, [&](int64_t j, int count) { total += load(x + j, count); });
+  const float mean = sum(total) / static_cast<float>(size);
+  for_registers(size, [&](int64_t j, int count) {
+    const Floats offset = first(load(x + j, count) - mean, count);
+    squares += offset * offset;
+  });
+  return {mean, 1.0f / __builtin_sqrtf(sum(squares) / static_cast<float>(size) + eps)};
+}
+
+// gamma, beta: null for one and zero.
+inline void normalize(const float* x, int64_t size, Moments of, const float* gamma, const float* beta, float* out) {
+  for_registers(size, [&](int64_t j, int count) {
+    Floats n = (load(x + j, count) - of.mean) * of.rstd;
+    if (gamma) n *= load(gamma + j, count);
+    if (beta) n += load(beta + j, count);
+    store(out + j, n, count);
+  });
+}
+
+// dx of a row, from dn, the gradient of normalize's output.
+template <class Out>
+inline void normalize_backward(const float* dn, const float* x, int64_t size, Moments of, const float* gamma, Out* dx) {
+  const auto gradient = [&](int64_t j, int count) {
+    return gamma ? load(dn + j, count) * load(gamma + j, count) : load(dn + j, count);
+  };
+  Floats total{}, along{};
+  for_registers(size, [&](int64_t j, int count) {
+    const Floats g = gradient(j, count);
+    total += g;
+    along += g * (load(x + j, count) - of.mean);
+  });
+  const float mean = sum(total) / static_cast<float>(size);
+  const float slope = sum(along) * of.rstd * of.rstd / static_cast<float>(size);
+  for_registers(size, [&](int64_t j, int count) {
+    store(dx + j, of.rstd * (gradient(j, count) - mean - (load(x + j, count) - of.mean) * slope), count);
+  });
+}
+
+}  // namespace efft::EFFT_ISA

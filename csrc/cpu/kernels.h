@@ -1,0 +1,83 @@
+// What the binding asks of the kernels, free of torch and of instruction sets: plain pointers, and a table of functions
+// for each set that the library was compiled for. Symbols as in efft_kernels/ops: tokens, d_in, d_out, rank (r1).
+#pragma once
+
+#include <cstdint>
+
+namespace efft {
+
+enum class Type : uint8_t { float32, bfloat16 };
+
+// Rows of unit stride.
+struct Matrix {
+  void* data = nullptr;
+  int64_t row = 0;
+  Type type = Type::float32;
+};
+
+// Columns of every panel of a factor are padded with zeros to a multiple of this: no tile has a ragged edge there.
+constexpr int64_t PANEL_COLUMNS = 16;
+
+// What stands before the product.
+enum class Input : uint8_t { plain, gelu, gelu_tanh, norm };
+
+struct LowRank {
+  Input input = Input::plain;
+  int64_t d_in = 0, d_out = 0, rank = 0, padded_rank = 0;
+  Matrix x;                      // [tokens, d_in]; z of a GELU
+  Matrix h;                      // [tokens, rank]
+  const float* gamma = nullptr;  // [d_in], of a norm; null for one
+  const float* beta = nullptr;   // [d_in]; null for zero
+  float eps = 0;
+  float* mean = nullptr;  // [tokens]
+  float* rstd = nullptr;  // [tokens]
+};
+
+// h = a D and y = b + h G, where a is x behind its input stage; the base product is added to y by the caller.
+struct Forward : LowRank {
+  Matrix a;                   // [tokens, d_in], written unless the input is plain
+  Matrix y;                   // [tokens, d_out]
+  const float* b = nullptr;   // [d_out]; null for zero
+  const float* D = nullptr;   // [d_in, padded_rank]
+  Matrix G;                   // [rank, d_out], float32
+};
+
+// dh = gy G^T, then dx = (dx + dh D^T) through the input stage, dD^T += dh^T a and dG += h^T gy. `base` comes in as gy W.
+struct Backward : LowRank {
+  Matrix gy;                  // [tokens, d_out]
+  Matrix base;                // [tokens, d_in], in the type of gy; data null: no dx
+  Matrix dx;                  // [tokens, d_in], in the type of x; may be base itself
+  const float* Gt = nullptr;  // [d_out, padded_rank]
+  Matrix Dt;                  // [rank, d_in], float32
+  bool need_dD = false, need_dG = false;
+};
+
+// G[i, :] = sum_k C[i, k] keep_C[i, k] scale V[k, :] keep_V[k, :] for one layer and core.
+struct Contraction {
+  int64_t rows = 0, depth = 0, columns = 0;  // r1, r2, d_out
+  Matrix C;                                  // [r1, r2]
+  Matrix V;                                  // [r2, d_out]
+  Matrix G;                                  // [r1, d_out]; dG in backward
+  const bool* keep_C = nullptr;              // [r1, r2], contiguous
+  const bool* keep_V = nullptr;              // [r2, d_out], contiguous
+  float scale = 1;
+};
+
+struct Kernels {
+  const char* isa;
+  // Tokens begin .. end - 1. dDt [rank, d_in] and dG [rank, d_out] are added to, so that every thread has its own.
+  void (*forward)(const Forward&, int64_t begin, int64_t end);
+  void (*backward)(const Backward&, int64_t begin, int64_t end, float* dDt, float* dG);
+  void (*contract)(const Contraction&);
+  void (*contract_dC)(const Contraction&, Matrix dC);
+  // dV [r2, end - begin] += the columns begin .. end - 1 of this layer's and core's part.
+  void (*contract_dV)(const Contraction&, int64_t begin, int64_t end, float* dV);
+  // W[i, :] += G[:, i]^T Dt, rows begin .. end - 1.
+  void (*merge)(Matrix W, const float* G, int64_t G_row, Matrix Dt, int64_t d_in, int64_t rank, int64_t begin,
+                int64_t end);
+};
+
+// Of the best instruction set that this processor has.
+const Kernels& kernels();
+
+}  // namespace efft

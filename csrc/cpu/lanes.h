@@ -1,0 +1,102 @@
+// One SIMD register of floats in the instruction set that this file is compiled for, on the compiler's vector types:
+// the same source gives AVX-512, AVX2, SSE and NEON. Every kernel file is compiled once a set, each time with another
+// EFFT_ISA, which names the namespace (see dispatch.cpp).
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+// A constant `count` must stay one.
+#define EFFT_INLINE inline __attribute__((always_inline))
+
+namespace efft::EFFT_ISA {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+
+// bfloat16: the upper half of a float.
+struct bf16 {
+  uint16_t bits;
+};
+
+inline Floats splat(float value) { return value - Floats{}; }  // a sum would have to mind the sign of zero
+
+inline Floats select(Ints where, Floats yes, Floats no) { return where ? yes : no; }
+
+// Only the first `count` lanes are read or written where it is given; the others come back as zero.
+EFFT_INLINE Floats load(const float* from, int count = LANES) {
+  Floats value{};
+  std::memcpy(&value, from, 4 * count);
+  return value;
+}
+
+EFFT_INLINE Floats load(const bf16* from, int count = LANES) {
+  Halves half{};
+  std::memcpy(&half, from, 2 * count);
+  return (Floats)(__builtin_convertvector(half, Bits) << 16);
+}
+
+EFFT_INLINE void store(float* to, Floats value, int count = LANES) { std::memcpy(to, &value, 4 * count); }
+
+// Rounds to nearest, ties to even; NaN stays NaN.
+EFFT_INLINE void store(bf16* to, Floats value, int count = LANES) {
+  const Bits bits = (Bits)value;
+  const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Bits kept = value == value ? rounded : (bits >> 16 | 0x40);
+  const Halves half = __builtin_convertvector(kept, Halves);
+  std::memcpy(to, &half, 2 * count);
+}
+
+// `value` with its lanes from `count` on set to zero.
+inline Floats first(Floats value, int count) {
+  Ints lane;
+  for (int i = 0; i < LANES; ++i) lane[i] = i;
+  return select(lane < count, value, Floats{});
+}
+
+// f(j, count) for every register of a row: `count` is a constant but for the last one.
+template <class F>
+inline void for_registers(int64_t size, const F& f) {
+  int64_t j = 0;
+  for (; j + LANES <= size; j += LANES) f(j, LANES);
+  if (j < size) f(j, static_cast<int>(size - j));
+}
+
+inline float sum(Floats value) {
+  float total = 0;
+  for (int lane = 0; lane < LANES; ++lane) total += value[lane];
+  return total;
+}
+
+// exp to about one unit in the last place; arguments below -87 give the smallest normal numbers, above 88 the largest.
+inline Floats exp(Floats x) {
+  x = select(x < -87.0f, splat(-87.0f), x);
+  x = select(x > 88.0f, splat(88.0f), x);
+  // n = x / ln 2 rounded to an integer, by an addition that leaves no bits for a fraction.
+  const float shift = 12582912.0f;  // 1.5 * 2^23
+  const Floats shifted = x * 1.44269504088896341f + shift;
+  const Floats n = shifted - shift;
+  const Floats r = (x - n * 0.693359375f) - n * -2.12194440e-4f;  // ln 2 in two parts: exact products
+  Floats p = splat(1.0f / 5040);
+  p = p * r + 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const Bits exponent = ((Bits)shifted - (Bits)splat(shift) + 127) << 23;
+  return p * (Floats)exponent;
+}
+
+}  // namespace efft::EFFT_ISA

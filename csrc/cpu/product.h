@@ -1,0 +1,113 @@
+// C[i, j] = init[i, j] + sum over k of A[i, k] B[k, j], for products with one tiny side, without packing.
+//
+// One tile of registers serves the three shapes that a low-rank update is made of:
+//   h = x D, dh = gy G^T    N = rank:    B is a panel of the factor
+//   y = b + h G, dx + dh D^T    K = rank:    C is written in the same pass
+//   dG = h^T gy, dD^T = dh^T x    M = rank, K = tokens:    A is read across its rows
+// so A has two strides, B and C are rows, and C may start from another matrix than it ends in.
+#pragma once
+
+#include <algorithm>
+
+#include "lanes.h"
+
+namespace efft::EFFT_ISA {
+
+constexpr int TILE_ROWS = LANES == 16 ? 8 : 4;  // with TILE_LANES and one column of A they fill the register file
+constexpr int TILE_LANES = 3;
+constexpr int64_t BLOCK_K = 192;  // rows of B that stay in the first-level cache, for up to 32 columns
+
+// Strides in elements. A: element (i, k) at i * row + k * step.
+struct Operand {
+  const float* data;
+  int64_t row;
+  int64_t step;
+};
+
+template <class T>
+struct Rows {
+  T* data;
+  int64_t row;
+};
+
+// `last`: lanes of the last register that exist, where WHOLE is false.
+template <int M, int N, bool WHOLE, class Init, class Out>
+void tile(int64_t depth, Operand A, Rows<const float> B, Rows<const Init> init, Rows<Out> C, int last) {
+  const auto lanes = [last](int j) { return WHOLE || j < N - 1 ? LANES : last; };
+  Floats sums[M][N];
+#pragma GCC unroll 8
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 3
+    for (int j = 0; j < N; ++j)
+      sums[i][j] = init.data ? load(init.data + i * init.row + j * LANES, lanes(j)) : Floats{};
+  for (int64_t k = 0; k < depth; ++k) {
+    const float* b = B.data + k * B.row;
+    Floats right[N];
+#pragma GCC unroll 3
+    for (int j = 0; j < N; ++j) right[j] = load(b + j * LANES, lanes(j));
+#pragma GCC unroll 8
+    for (int i = 0; i < M; ++i) {
+      const Floats left = splat(A.data[i * A.row + k * A.step]);
+#pragma GCC unroll 3
+      for (int j = 0; j < N; ++j) sums[i][j] += left * right[j];
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 3
+    for (int j = 0; j < N; ++j) store(C.data + i * C.row + j * LANES, sums[i][j], lanes(j));
+}
+
+template <int M, int N, class Init, class Out>
+inline void down_rows(int64_t rows, int64_t depth, Operand A, Rows<const float> B, Rows<const Init> init, Rows<Out> C,
+                      int last) {
+  int64_t i = 0;
+  for (; i + M <= rows; i += M) {
+    const Rows<const Init> from{init.data ? init.data + i * init.row : nullptr, init.row};
+    const Operand a{A.data + i * A.row, A.row, A.step};
+    const Rows<Out> to{C.data + i * C.row, C.row};
+    if (last == LANES)
+      tile<M, N, true>(depth, a, B, from, to, last);
+    else
+      tile<M, N, false>(depth, a, B, from, to, last);
+  }
+  if constexpr (M > 1) {
+    if (i == rows) return;
+    const Rows<const Init> from{init.data ? init.data + i * init.row : nullptr, init.row};
+    down_rows<M / 2, N>(rows - i, depth, Operand{A.data + i * A.row, A.row, A.step}, B, from,
+                        Rows<Out>{C.data + i * C.row, C.row}, last);
+  }
+}
+
+// init.data == nullptr: zero. init.row == 0: one row for all, such as a bias. With depth > BLOCK_K the partial sums pass
+// through C, which must then be float.
+template <class Init, class Out>
+void product(int64_t rows, int64_t columns, int64_t depth, Operand A, Rows<const float> B, Rows<const Init> init,
+             Rows<Out> C) {
+  const auto strip = [&](int64_t j, int64_t k, int64_t size, auto from) {
+    const Operand a{A.data + k * A.step, A.row, A.step};
+    const Rows<const float> b{B.data + k * B.row + j, B.row};
+    const Rows<Out> to{C.data + j, C.row};
+    const int64_t left = columns - j;
+    const int last = static_cast<int>(left % LANES ? left % LANES : LANES);
+    if (left >= TILE_LANES * LANES)
+      down_rows<TILE_ROWS, 3>(rows, size, a, b, from, to, LANES);
+    else if (left > 2 * LANES)
+      down_rows<TILE_ROWS, 3>(rows, size, a, b, from, to, last);
+    else if (left > LANES)
+      down_rows<TILE_ROWS, 2>(rows, size, a, b, from, to, last);
+    else
+      down_rows<TILE_ROWS, 1>(rows, size, a, b, from, to, last);
+  };
+  const int64_t block = std::is_same_v<Out, float> ? BLOCK_K : std::max<int64_t>(depth, 1);
+  for (int64_t k = 0; k == 0 || k < depth; k += block)
+    for (int64_t j = 0; j < columns; j += TILE_LANES * LANES) {
+      const int64_t size = std::min(block, depth - k);
+      if (k == 0)
+        strip(j, k, size, Rows<const Init>{init.data ? init.data + j : nullptr, init.row});
+      else
+        strip(j, k, size, Rows<const Out>{C.data + j, C.row});
+    }
+}
+
+}  // namespace efft::EFFT_ISA

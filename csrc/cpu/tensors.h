@@ -1,0 +1,124 @@
+// From torch's tensors to the kernels' plain matrices, on the stable ABI.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <memory>
+#include <optional>
+
+#include "kernels.h"
+
+namespace efft {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline Type type_of(const Tensor& t) {
+  const ScalarType type = t.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16,
+                  "the cpu backend runs float32 and bfloat16 tensors, got another dtype");
+  return type == ScalarType::Float ? Type::float32 : Type::bfloat16;
+}
+
+// `t` with elements of a row side by side: itself, or the one documented copy.
+inline Tensor with_unit_rows(const Tensor& t) {
+  const bool unit = t.dim() == 0 || t.size(-1) <= 1 || t.stride(-1) == 1;
+  return unit ? t : torch::stable::contiguous(t);
+}
+
+// The last two dimensions of `t` (whose rows are of unit stride), from element `offset` of its data on.
+inline Matrix matrix(const Tensor& t, int64_t offset = 0) {
+  const Type type = type_of(t);
+  char* data = static_cast<char*>(t.data_ptr());
+  return {data + offset * (type == Type::float32 ? 4 : 2), t.dim() < 2 ? 0 : t.stride(-2), type};
+}
+
+inline float element(const Matrix& of, int64_t i) {
+  if (of.type == Type::float32) return static_cast<const float*>(of.data)[i];
+  return __builtin_bit_cast(float, static_cast<uint32_t>(static_cast<const uint16_t*>(of.data)[i]) << 16);
+}
+
+// Rounds to nearest, ties to even; NaN stays NaN.
+inline void store_element(const Matrix& of, int64_t i, float value) {
+  if (of.type == Type::float32) {
+    static_cast<float*>(of.data)[i] = value;
+    return;
+  }
+  const auto bits = __builtin_bit_cast(uint32_t, value);
+  const uint32_t kept = value == value ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : bits >> 16 | 0x40;
+  static_cast<uint16_t*>(of.data)[i] = static_cast<uint16_t>(kept);
+}
+
+// A factor as floats in rows padded with zeros to PANEL_COLUMNS: a view where it has that form already.
+class Panel {
+ public:
+  Panel(const Tensor& factor, bool transpose, float scale = 1) : tensor_(factor) {
+    const int64_t rows = factor.size(-2), columns = factor.size(-1);
+    const int64_t wide = transpose ? rows : columns;
+    row_ = (wide + PANEL_COLUMNS - 1) / PANEL_COLUMNS * PANEL_COLUMNS;
+    const bool ready = !transpose && scale == 1 && type_of(factor) == Type::float32 && factor.stride(-1) == 1 &&
+                       factor.stride(-2) == row_;
+    if (ready) {
+      data_ = static_cast<const float*>(factor.data_ptr());
+      return;
+    }
+    tensor_ = torch::stable::contiguous(factor);
+    const int64_t length = transpose ? columns : rows;
+    copy_ = std::make_unique<float[]>(static_cast<size_t>(length * row_));
+    data_ = copy_.get();
+    const Matrix from = matrix(tensor_);
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < columns; ++j)
+        copy_[transpose ? j * row_ + i : i * row_ + j] = scale * element(from, i * columns + j);
+  }
+
+  const float* data() const { return data_; }
+  int64_t row() const { return row_; }
+  Matrix as_matrix() const { return {const_cast<float*>(data_), row_, Type::float32}; }
+
+ private:
+  Tensor tensor_;  // keeps a view's memory alive
+  std::unique_ptr<float[]> copy_;
+  const float* data_ = nullptr;
+  int64_t row_ = 0;
+};
+
+// out = beta out + left right, by the library that torch multiplies matrices with.
+inline void add_product(const Tensor& out, const Tensor& left, const Tensor& right, bool accumulate) {
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      accumulate ? aoti_torch_cpu_addmm_out(out.get(), out.get(), left.get(), right.get(), 1, 1)
+                 : aoti_torch_cpu_mm_out(out.get(), left.get(), right.get()));
+}
+
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes,
+                    std::optional<ScalarType> type = std::nullopt) {
+  return torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, type);
+}
+
+// Tokens for each of torch's threads, whole tiles, and no thread for less than is worth waking it.
+struct Parts {
+  int64_t tokens, size, count;
+
+  explicit Parts(int64_t tokens) : tokens(tokens) {
+    constexpr int64_t least = 32, tile = 8;
+    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t wanted = std::clamp<int64_t>(tokens / least, 1, threads);
+    size = ((tokens + wanted - 1) / wanted + tile - 1) / tile * tile;
+    size = std::max(size, tile);
+    count = (tokens + size - 1) / size;
+  }
+
+  // f(part, begin, end)
+  template <class F>
+  void run(const F& f) const {
+    torch::stable::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
+      for (int64_t part = first; part < last; ++part) f(part, part * size, std::min(tokens, (part + 1) * size));
+    });
+  }
+};
+
+}  // namespace efft

@@ -1,0 +1,23 @@
+// efft::tt_merge_.cpu: W + sign (D G)^T in float, rounded once.
+#include "tensors.h"
+
+namespace efft {
+
+namespace {
+
+void tt_merge_(Tensor W, Tensor D, Tensor G, double sign) {
+  Tensor rows = with_unit_rows(W);
+  const Panel up(G, false), Dt(D, true, static_cast<float>(sign));
+  const Matrix to = matrix(rows);
+  const int64_t d_in = D.size(0), rank = D.size(1);
+  torch::stable::parallel_for(0, W.size(0), 64, [&](int64_t begin, int64_t end) {
+    kernels().merge(to, up.data(), up.row(), Dt.as_matrix(), d_in, rank, begin, end);
+  });
+  if (rows.data_ptr() != W.data_ptr()) torch::stable::copy_(W, rows);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(efft, CPU, library) { library.impl("tt_merge_.cpu", TORCH_BOX(&tt_merge_)); }
+
+}  // namespace
+
+}  // namespace efft

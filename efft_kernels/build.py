@@ -1,0 +1,252 @@
+"""Builds the compiled extension, ``csrc/``: at installation (setup.py) or by ``python -m efft_kernels.build``.
+
+One library a target, ``cpu`` and ``cuda``, for every torch from 2.10 on and every Python: nothing of Python and only
+torch's stable ABI is used. A library's name carries a hash of the sources, so one of other sources is never loaded.
+
+Standard library alone, and torch is looked for, not imported: setup.py runs this file before anything is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+TARGETS = ("cpu",)
+
+_PACKAGE = Path(__file__).parent
+_OLDEST_TORCH = "0x020a000000000000"  # 2.10, as TORCH_TARGET_VERSION spells it
+
+#: Flags of each instruction set that csrc/cpu/kernels.cpp is compiled for; dispatch.cpp chooses among the same.
+_ISAS = {
+    "x86_64": {
+        "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512",
+        "avx2": "-mavx2 -mfma",
+        "portable": "",
+    },
+    "other": {"portable": ""},
+}
+_GENERATIONS = ("80", "90a")  # and PTX of the first, for whatever comes later
+_BYTES_A_JOB = {"cpu": 1 << 30, "cuda": 4 << 30}
+
+
+class BuildError(RuntimeError):
+    """A target that was wished for cannot be built; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What a build needs: paths, found once."""
+
+    ninja: str
+    cxx: str
+    torch: Path  # folder of the installed package
+    nvcc: str | None = None
+
+
+def sources() -> Path:
+    """``csrc``: beside the package in a checkout, inside it once installed."""
+    inside = _PACKAGE / "csrc"
+    return inside if inside.is_dir() else _PACKAGE.parent / "csrc"
+
+
+def cache() -> Path:
+    """Where ``python -m efft_kernels.build`` and editable installations put libraries."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "efft_kernels"
+
+
+def library_name(target: str) -> str:
+    """File name of a target's library, with a hash of everything it is made from."""
+    digest = hashlib.sha256(f"{target} {platform.machine()}".encode() + Path(__file__).read_bytes())
+    for path in _inputs(target):
+        digest.update(path.relative_to(sources()).as_posix().encode() + b"\0" + path.read_bytes())
+    return f"libefft_{target}-{digest.hexdigest()[:12]}.so"
+
+
+def find(target: str) -> Path | None:
+    """The library built from these sources: that of the installed package, else of the cache."""
+    if not sources().is_dir():
+        return None
+    for folder in (_PACKAGE / "lib", cache()):
+        if (folder / library_name(target)).is_file():
+            return folder / library_name(target)
+    return None
+
+
+def wished(environment: Mapping[str, str]) -> str:
+    """``EFFT_BUILD_EXT``: auto, none, cpu or cuda; ValueError for anything else."""
+    wish = environment.get("EFFT_BUILD_EXT") or "auto"
+    if wish not in ("auto", "none", *TARGETS):
+        raise ValueError(f"EFFT_BUILD_EXT must be auto, none, cpu or cuda, got {wish!r}")
+    return wish
+
+
+def plan(wish: str) -> tuple[list[str], list[str]]:
+    """(targets to build, three lines that say so and why); BuildError where an explicit wish cannot be met.
+
+    ``cuda`` includes ``cpu``; ``auto`` builds what this machine has the tools for.
+    """
+    targets: list[str] = []
+    lines = []
+    for target in TARGETS:
+        if wish == "none" or (wish == "cpu" and target == "cuda"):
+            lines.append(f"  {target}: not asked for")
+            continue
+        try:
+            tools = find_tools(target)
+        except BuildError as missing:
+            if wish != "auto":
+                raise BuildError(f"EFFT_BUILD_EXT={wish}: {missing}") from None
+            lines.append(f"  {target}: not built: {missing}")
+            continue
+        targets.append(target)
+        lines.append(f"  {target}: {tools.nvcc or tools.cxx}, torch headers in {tools.torch}")
+    return targets, [f"efft-kernels: EFFT_BUILD_EXT={wish}, building {', '.join(targets) or 'nothing'}", *lines]
+
+
+def find_tools(target: str) -> Tools:
+    """The tools that ``target`` needs; BuildError names the first that is missing."""
+    if sys.platform != "linux":
+        raise BuildError(f"the extension is built on Linux only, this is {sys.platform}")
+    cxx = next(
+        (path for name in (os.environ.get("CXX"), "g++", "c++", "clang++") if name and (path := _which(name))), ""
+    )
+    if not cxx:
+        raise BuildError("no C++ compiler: install g++ 12 or newer, or set CXX")
+    ninja = _which("ninja")
+    if ninja is None:
+        raise BuildError("ninja not found: pip install ninja")
+    torch = _torch()
+    if not (torch / "include/torch/csrc/stable/ops.h").is_file():
+        raise BuildError(
+            f"torch's headers not found in {torch}: install torch 2.10 or newer into this environment first"
+        )
+    if target == "cpu":
+        return Tools(ninja, cxx, torch)
+    nvcc = _which(str(Path(os.environ["CUDA_HOME"]) / "bin/nvcc")) if os.environ.get("CUDA_HOME") else _which("nvcc")
+    if nvcc is None:
+        raise BuildError("nvcc not found: install the CUDA toolkit, or set CUDA_HOME")
+    return Tools(ninja, cxx, torch, nvcc)
+
+
+def build(targets: list[str], folder: Path, objects: Path | None = None) -> list[Path]:
+    """Compile ``targets`` into ``folder``; objects are kept in ``objects`` for the next build, if given.
+
+    Returns the libraries' paths. A library appears under its name complete or not at all. Raises BuildError with the
+    compiler's output.
+    """
+    built = []
+    for target in targets:
+        with tempfile.TemporaryDirectory() as temporary:
+            work = objects or Path(temporary)
+            work.mkdir(parents=True, exist_ok=True)
+            script = work / f"{target}.ninja"
+            script.write_text(_ninja(target, find_tools(target)))
+            command = [find_tools(target).ninja, "-f", script.name, "-j", str(_jobs(target)), f"{target}.so"]
+            done = subprocess.run(command, cwd=work, capture_output=True, text=True)
+            if done.returncode != 0:
+                raise BuildError(f"building the {target} extension failed:\n{done.stdout}{done.stderr}")
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / library_name(target)
+            partial = path.with_suffix(f".{os.getpid()}")
+            shutil.copy(work / f"{target}.so", partial)
+            partial.replace(path)
+            built.append(path)
+    return built
+
+
+def _inputs(target: str) -> list[Path]:
+    folders = ("cpu",) if target == "cpu" else ("cuda",)
+    return sorted(
+        p for name in folders for p in (sources() / name).rglob("*") if p.suffix in {".h", ".cpp", ".cu", ".cuh"}
+    )
+
+
+def _ninja(target: str, tools: Tools) -> str:
+    """The build script of one target."""
+    lines = [
+        f"cxx = {_escape(tools.cxx)}",
+        f"flags = -std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-psabi "
+        f"-DTORCH_TARGET_VERSION={_OLDEST_TORCH} -isystem {_escape(str(tools.torch / 'include'))}",
+        "rule compile",
+        "  command = $cxx $flags $set -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        # At run time the libraries are torch's own. Empty ones stand in for them: any torch may be built with.
+        "rule stub",
+        "  command = $cxx -shared -nostdlib -x c /dev/null -Wl,-soname,$out -o $out",
+        "rule link",
+        "  command = $cxx -shared -s $in $libraries -Wl,--no-as-needed -L. -ltorch -ltorch_cpu -lc10 -o $out",
+    ]
+    stubs = ["libtorch.so", "libtorch_cpu.so", "libc10.so"]
+    lines += [f"build {stub}: stub" for stub in stubs]
+    objects = []
+    for source in _inputs(target):
+        if source.suffix == ".cpp" and source.name != "kernels.cpp":
+            objects.append(f"{target}-{source.stem}.o")
+            lines.append(f"build {objects[-1]}: compile {_escape(str(source))}")
+    isas = _ISAS.get(platform.machine(), _ISAS["other"]) if target == "cpu" else {}
+    for isa, flags in isas.items():
+        objects.append(f"cpu-{isa}.o")
+        lines += [f"build {objects[-1]}: compile {_escape(str(sources() / 'cpu/kernels.cpp'))}"]
+        lines += [f"  set = -DEFFT_ISA={isa} {flags}"]
+    lines.append(f"build {target}.so: link {' '.join(objects)} | {' '.join(stubs)}")
+    return "\n".join(lines) + "\n"
+
+
+def _escape(path: str) -> str:
+    return path.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def _jobs(target: str) -> int:
+    """``MAX_JOBS``, else as many as the cores and the free memory allow."""
+    if os.environ.get("MAX_JOBS"):
+        return max(1, int(os.environ["MAX_JOBS"]))
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(1, min(os.cpu_count() or 1, free // _BYTES_A_JOB[target]))
+
+
+def _torch() -> Path:
+    """Folder of the torch that the extension is for: of the environment that pip installs into, also where pip builds
+    in isolation from it."""
+    installed = Path(sysconfig.get_path("platlib")) / "torch"
+    if installed.is_dir():
+        return installed
+    spec = importlib.util.find_spec("torch")
+    return Path(spec.origin).parent if spec is not None and spec.origin else installed
+
+
+def _which(name: str) -> str | None:
+    """A program on the PATH or beside this Python, where pip puts ninja."""
+    return shutil.which(name) or shutil.which(name, path=sysconfig.get_path("scripts"))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m efft_kernels.build", description=__doc__.splitlines()[0])
+    parser.add_argument("--targets", choices=("auto", *TARGETS), help="what to build; default: EFFT_BUILD_EXT, or auto")
+    wish = parser.parse_args(arguments).targets or wished(os.environ)
+    try:
+        targets, summary = plan(wish)
+        print("\n".join(summary))
+        missing = [target for target in targets if find(target) is None]
+        checkout = _PACKAGE.parent / "csrc"
+        for path in build(missing, cache(), _PACKAGE.parent / "build/csrc" if checkout.is_dir() else None):
+            print(f"built {path} ({path.stat().st_size / 1024:.0f} KiB)")
+    except (BuildError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
