@@ -2,6 +2,7 @@
 #include "kernels.h"
 
 #include "contract.h"
+#include "gather.h"
 #include "low_rank.h"
 
 namespace efft::EFFT_ISA {
@@ -20,6 +21,12 @@ void any_forward(const Forward& op, int64_t begin, int64_t end) {
 void any_backward(const Backward& op, int64_t begin, int64_t end, float* dDt, float* dG) {
   with_type(op.x.type, [&](auto x) {
     with_type(op.gy.type, [&](auto gy) { backward<decltype(x), decltype(gy)>(op, begin, end, dDt, dG); });
+  });
+}
+
+void any_gather(const Gather& op, int64_t begin, int64_t end) {
+  with_type(op.from.type, [&](auto from) {
+    with_type(op.to.type, [&](auto to) { gather<decltype(from), decltype(to)>(op, begin, end); });
   });
 }
 
@@ -44,7 +51,7 @@ void any_merge(Matrix W, const float* G, int64_t G_row, Matrix Dt, int64_t d_in,
 #define EFFT_TEXT(name) EFFT_TEXT_OF(name)
 
 extern const Kernels table;
-const Kernels table{EFFT_TEXT(EFFT_ISA), any_forward,     any_backward, any_contract,
-                    any_contract_dC,     any_contract_dV, any_merge};
+const Kernels table{EFFT_TEXT(EFFT_ISA), any_forward,     any_backward,    any_gather,
+                    any_contract,        any_contract_dC, any_contract_dV, any_merge};
 
 }  // namespace efft::EFFT_ISA

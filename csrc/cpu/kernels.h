@@ -18,6 +18,10 @@ struct Matrix {
 // Columns of every panel of a factor are padded with zeros to a multiple of this: no tile has a ragged edge there.
 constexpr int64_t PANEL_COLUMNS = 16;
 
+// The threads' shares of dD^T and dG, [rank, columns], lie in strips of so many columns, each with its rows side by side:
+// a block of tokens adds to them from end to end, and whole rows would be in too many pages.
+constexpr int64_t STRIP_COLUMNS = 48;
+
 // What stands before the product.
 enum class Input : uint8_t { plain, gelu, gelu_tanh, norm };
 
@@ -42,11 +46,12 @@ struct Forward : LowRank {
   Matrix G;                   // [rank, d_out], float32
 };
 
-// dh = gy G^T, then dx = (dx + dh D^T) through the input stage, dD^T += dh^T a and dG += h^T gy. `base` comes in as gy W.
+// dh = gy G^T, dD^T = dh^T a, dG = h^T gy and dx: of a plain input dh D^T, to which the caller adds gy W; of another
+// base + dh D^T through the input stage, where base comes in as gy W.
 struct Backward : LowRank {
   Matrix gy;                  // [tokens, d_out]
-  Matrix base;                // [tokens, d_in], in the type of gy; data null: no dx
-  Matrix dx;                  // [tokens, d_in], in the type of x; may be base itself
+  Matrix base;                // [tokens, d_in], in the type of gy
+  Matrix dx;                  // [tokens, d_in], in the type of x; may be base itself; data null: not wanted
   const float* Gt = nullptr;  // [d_out, padded_rank]
   Matrix Dt;                  // [rank, d_in], float32
   bool need_dD = false, need_dG = false;
@@ -63,11 +68,23 @@ struct Contraction {
   float scale = 1;
 };
 
+// to = scale * the sum of n_parts matrices [rows, columns] that lie `part` elements apart, transposed or not.
+struct Gather {
+  Matrix from;  // row 0: in strips
+  int64_t n_parts = 1, part = 0;
+  int64_t rows = 0, columns = 0;
+  float scale = 1;
+  bool transpose = false;
+  Matrix to;
+};
+
 struct Kernels {
   const char* isa;
-  // Tokens begin .. end - 1. dDt [rank, d_in] and dG [rank, d_out] are added to, so that every thread has its own.
+  // Tokens begin .. end - 1. dDt and dG get these tokens' share: every thread has its own.
   void (*forward)(const Forward&, int64_t begin, int64_t end);
   void (*backward)(const Backward&, int64_t begin, int64_t end, float* dDt, float* dG);
+  // Columns begin .. end - 1 of `from`.
+  void (*gather)(const Gather&, int64_t begin, int64_t end);
   void (*contract)(const Contraction&);
   void (*contract_dC)(const Contraction&, Matrix dC);
   // dV [r2, end - begin] += the columns begin .. end - 1 of this layer's and core's part.

@@ -110,11 +110,19 @@ void forward(const Forward& op, int64_t begin, int64_t end) {
   }
 }
 
+// total [rank, columns], in strips, += left^T right over a block of tokens; the first one needs no zeros to start from.
+inline void share(int64_t rank, int64_t columns, int64_t rows, Rows<const float> left, Rows<const float> right,
+                  float* total, bool is_first) {
+  for (int64_t j = 0; j < columns; j += STRIP_COLUMNS, total += rank * STRIP_COLUMNS)
+    product(rank, std::min(STRIP_COLUMNS, columns - j), rows, {left.data, 1, left.row}, {right.data + j, right.row},
+            Rows<const float>{is_first ? nullptr : total, STRIP_COLUMNS}, Rows<float>{total, STRIP_COLUMNS});
+}
+
 template <class X, class T>
 void backward(const Backward& op, int64_t begin, int64_t end, float* dDt, float* dG) {
   Scratch& space = scratch();
   const int64_t block = block_rows(op);
-  const bool need_dx = op.base.data != nullptr;
+  const bool need_dx = op.dx.data != nullptr;
   space.narrow.resize(block * op.padded_rank);
   const Rows<float> dh{space.narrow.data(), op.padded_rank};
   for (int64_t t = begin; t < end; t += block) {
@@ -122,20 +130,19 @@ void backward(const Backward& op, int64_t begin, int64_t end, float* dDt, float*
     const Rows<const float> gy = widen<T>(op.gy, t, rows, op.d_out, space.gy);
     if (op.need_dG) {
       const Rows<const float> h = widen<T>(op.h, t, rows, op.rank, space.h);
-      product(op.rank, op.d_out, rows, {h.data, 1, h.row}, gy, Rows<const float>{dG, op.d_out}, Rows<float>{dG, op.d_out});
+      share(op.rank, op.d_out, rows, h, gy, dG, t == begin);
     }
     if (!need_dx && !op.need_dD) continue;
     product(rows, op.padded_rank, op.d_out, {gy.data, gy.row, 1}, {op.Gt, op.padded_rank}, Rows<const float>{}, dh);
     round_rows<T>(dh, rows, op.rank, {}, t);
     const Operand left{dh.data, dh.row, 1};
     const Rows<const float> Dt{row_of<const float>(op.Dt, 0), op.Dt.row};
-    const Rows<const T> base{row_of<const T>(op.base, t), op.base.row};
     if (op.input == Input::plain) {
       if (op.need_dD) {
         const Rows<const float> x = widen<T>(op.x, t, rows, op.d_in, space.x);
-        product(op.rank, op.d_in, rows, {dh.data, 1, dh.row}, x, Rows<const float>{dDt, op.d_in}, Rows<float>{dDt, op.d_in});
+        share(op.rank, op.d_in, rows, {dh.data, dh.row}, x, dDt, t == begin);
       }
-      if (need_dx) product(rows, op.d_in, op.rank, left, Dt, base, Rows<T>{row_of<T>(op.dx, t), op.dx.row});
+      if (need_dx) product(rows, op.d_in, op.rank, left, Dt, Rows<const float>{}, Rows<T>{row_of<T>(op.dx, t), op.dx.row});
       continue;
     }
     const Rows<const float> x = widen<X>(op.x, t, rows, op.d_in, space.x);
@@ -150,11 +157,11 @@ void backward(const Backward& op, int64_t begin, int64_t end, float* dDt, float*
     if (op.need_dD) {
       const Rows<float> a{space.a.data(), op.d_in};
       round_rows<T>(a, rows, op.d_in, {}, t);
-      product(op.rank, op.d_in, rows, {dh.data, 1, dh.row}, {a.data, a.row}, Rows<const float>{dDt, op.d_in},
-              Rows<float>{dDt, op.d_in});
+      share(op.rank, op.d_in, rows, {dh.data, dh.row}, {a.data, a.row}, dDt, t == begin);
     }
     if (!need_dx) continue;
     space.wide.resize(block * op.d_in);
+    const Rows<const T> base{row_of<const T>(op.base, t), op.base.row};
     product(rows, op.d_in, op.rank, left, Dt, base, Rows<float>{space.wide.data(), op.d_in});
     for (int64_t i = 0; i < rows; ++i) {
       const float* da = space.wide.data() + i * op.d_in;

@@ -39,7 +39,7 @@ void tile(int64_t depth, Operand A, Rows<const float> B, Rows<const Init> init, 
   for (int i = 0; i < M; ++i)
 #pragma GCC unroll 3
     for (int j = 0; j < N; ++j)
-      sums[i][j] = init.data ? load(init.data + i * init.row + j * LANES, lanes(j)) : Floats{};
+      sums[i][j] = Floats{};
   for (int64_t k = 0; k < depth; ++k) {
     const float* b = B.data + k * B.row;
     Floats right[N];
@@ -55,7 +55,19 @@ void tile(int64_t depth, Operand A, Rows<const float> B, Rows<const Init> init, 
 #pragma GCC unroll 8
   for (int i = 0; i < M; ++i)
 #pragma GCC unroll 3
-    for (int j = 0; j < N; ++j) store(C.data + i * C.row + j * LANES, sums[i][j], lanes(j));
+    for (int j = 0; j < N; ++j) {
+      if (init.data) sums[i][j] += load(init.data + i * init.row + j * LANES, lanes(j));
+      store(C.data + i * C.row + j * LANES, sums[i][j], lanes(j));
+    }
+}
+
+// Asks for `rows` rows of `bytes` bytes, `stride` bytes apart, ahead of their use: a block's rows lie in more pages than
+// the processor's own prefetcher follows.
+template <bool WRITE>
+inline void prefetch(const void* data, int64_t rows, int64_t stride, int64_t bytes) {
+  const char* row = static_cast<const char*>(data);
+  for (int64_t i = 0; i < rows; ++i, row += stride)
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, WRITE, 3);
 }
 
 template <int M, int N, class Init, class Out>
@@ -66,6 +78,10 @@ inline void down_rows(int64_t rows, int64_t depth, Operand A, Rows<const float> 
     const Rows<const Init> from{init.data ? init.data + i * init.row : nullptr, init.row};
     const Operand a{A.data + i * A.row, A.row, A.step};
     const Rows<Out> to{C.data + i * C.row, C.row};
+    if (i + 2 * M <= rows) {
+      if (A.step == 1) prefetch<false>(a.data + M * A.row, M, 4 * A.row, 4 * depth);
+      prefetch<true>(to.data + M * C.row, M, sizeof(Out) * C.row, sizeof(Out) * N * LANES);
+    }
     if (last == LANES)
       tile<M, N, true>(depth, a, B, from, to, last);
     else
@@ -84,29 +100,27 @@ inline void down_rows(int64_t rows, int64_t depth, Operand A, Rows<const float> 
 template <class Init, class Out>
 void product(int64_t rows, int64_t columns, int64_t depth, Operand A, Rows<const float> B, Rows<const Init> init,
              Rows<Out> C) {
-  const auto strip = [&](int64_t j, int64_t k, int64_t size, auto from) {
-    const Operand a{A.data + k * A.step, A.row, A.step};
-    const Rows<const float> b{B.data + k * B.row + j, B.row};
-    const Rows<Out> to{C.data + j, C.row};
-    const int64_t left = columns - j;
-    const int last = static_cast<int>(left % LANES ? left % LANES : LANES);
-    if (left >= TILE_LANES * LANES)
-      down_rows<TILE_ROWS, 3>(rows, size, a, b, from, to, LANES);
-    else if (left > 2 * LANES)
+  constexpr int64_t WIDTH = TILE_LANES * LANES;
+  const auto multiply = [&](int64_t width, int64_t size, Operand a, Rows<const float> b, auto from, Rows<Out> to) {
+    const int last = static_cast<int>(width % LANES ? width % LANES : LANES);
+    if (width > 2 * LANES)
       down_rows<TILE_ROWS, 3>(rows, size, a, b, from, to, last);
-    else if (left > LANES)
+    else if (width > LANES)
       down_rows<TILE_ROWS, 2>(rows, size, a, b, from, to, last);
     else
       down_rows<TILE_ROWS, 1>(rows, size, a, b, from, to, last);
   };
   const int64_t block = std::is_same_v<Out, float> ? BLOCK_K : std::max<int64_t>(depth, 1);
   for (int64_t k = 0; k == 0 || k < depth; k += block)
-    for (int64_t j = 0; j < columns; j += TILE_LANES * LANES) {
-      const int64_t size = std::min(block, depth - k);
+    for (int64_t j = 0; j < columns; j += WIDTH) {
+      const int64_t size = std::min(block, depth - k), width = std::min(WIDTH, columns - j);
+      const Operand a{A.data + k * A.step, A.row, A.step};
+      const Rows<const float> b{B.data + k * B.row + j, B.row};
+      const Rows<Out> to{C.data + j, C.row};
       if (k == 0)
-        strip(j, k, size, Rows<const Init>{init.data ? init.data + j : nullptr, init.row});
+        multiply(width, size, a, b, Rows<const Init>{init.data ? init.data + j : nullptr, init.row}, to);
       else
-        strip(j, k, size, Rows<const Out>{C.data + j, C.row});
+        multiply(width, size, a, b, Rows<const Out>{to.data, to.row}, to);
     }
 }
 

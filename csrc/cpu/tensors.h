@@ -37,20 +37,12 @@ inline Matrix matrix(const Tensor& t, int64_t offset = 0) {
   return {data + offset * (type == Type::float32 ? 4 : 2), t.dim() < 2 ? 0 : t.stride(-2), type};
 }
 
-inline float element(const Matrix& of, int64_t i) {
-  if (of.type == Type::float32) return static_cast<const float*>(of.data)[i];
-  return __builtin_bit_cast(float, static_cast<uint32_t>(static_cast<const uint16_t*>(of.data)[i]) << 16);
-}
-
-// Rounds to nearest, ties to even; NaN stays NaN.
-inline void store_element(const Matrix& of, int64_t i, float value) {
-  if (of.type == Type::float32) {
-    static_cast<float*>(of.data)[i] = value;
-    return;
-  }
-  const auto bits = __builtin_bit_cast(uint32_t, value);
-  const uint32_t kept = value == value ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : bits >> 16 | 0x40;
-  static_cast<uint16_t*>(of.data)[i] = static_cast<uint16_t>(kept);
+// `op` by all of torch's threads.
+inline void gather(const Gather& op) {
+  constexpr int64_t width = 16;
+  torch::stable::parallel_for(0, (op.columns + width - 1) / width, 32, [&](int64_t first, int64_t last) {
+    kernels().gather(op, first * width, std::min(op.columns, last * width));
+  });
 }
 
 // A factor as floats in rows padded with zeros to PANEL_COLUMNS: a view where it has that form already.
@@ -58,7 +50,7 @@ class Panel {
  public:
   Panel(const Tensor& factor, bool transpose, float scale = 1) : tensor_(factor) {
     const int64_t rows = factor.size(-2), columns = factor.size(-1);
-    const int64_t wide = transpose ? rows : columns;
+    const int64_t wide = transpose ? rows : columns, length = transpose ? columns : rows;
     row_ = (wide + PANEL_COLUMNS - 1) / PANEL_COLUMNS * PANEL_COLUMNS;
     const bool ready = !transpose && scale == 1 && type_of(factor) == Type::float32 && factor.stride(-1) == 1 &&
                        factor.stride(-2) == row_;
@@ -66,14 +58,10 @@ class Panel {
       data_ = static_cast<const float*>(factor.data_ptr());
       return;
     }
-    tensor_ = torch::stable::contiguous(factor);
-    const int64_t length = transpose ? columns : rows;
-    copy_ = std::make_unique<float[]>(static_cast<size_t>(length * row_));
+    tensor_ = with_unit_rows(factor);
+    copy_.reset(wide == row_ ? new float[length * row_] : new float[length * row_]());
     data_ = copy_.get();
-    const Matrix from = matrix(tensor_);
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < columns; ++j)
-        copy_[transpose ? j * row_ + i : i * row_ + j] = scale * element(from, i * columns + j);
+    gather({matrix(tensor_), 1, 0, rows, columns, scale, transpose, as_matrix()});
   }
 
   const float* data() const { return data_; }
@@ -87,8 +75,9 @@ class Panel {
   int64_t row_ = 0;
 };
 
-// out = beta out + left right, by the library that torch multiplies matrices with.
+// out = left right, or added to out, by the library that torch multiplies matrices with.
 inline void add_product(const Tensor& out, const Tensor& left, const Tensor& right, bool accumulate) {
+  if (out.numel() == 0) return;
   STABLE_TORCH_ERROR_CODE_CHECK(
       accumulate ? aoti_torch_cpu_addmm_out(out.get(), out.get(), left.get(), right.get(), 1, 1)
                  : aoti_torch_cpu_mm_out(out.get(), left.get(), right.get()));

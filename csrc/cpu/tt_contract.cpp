@@ -73,9 +73,8 @@ std::tuple<Tensor, Tensor> tt_contract_bwd(Tensor dG, Tensor C, Tensor V, Mask k
         std::unique_ptr<float[]> sums(new float[train.r2 * (end - begin)]());
         for (int64_t i = 0; i < n_parts; ++i)
           kernels().contract_dV(train.part(i / train.n_cores, i % train.n_cores), begin, end, sums.get());
-        for (int64_t k = 0; k < train.r2; ++k)
-          for (int64_t j = begin; j < end; ++j)
-            store_element(to, k * train.d_out + j, sums[k * (end - begin) + j - begin]);
+        const Matrix from{sums.get() - begin, end - begin, Type::float32};
+        kernels().gather({from, 1, 0, train.r2, train.d_out, 1, false, to}, begin, end);
       }
     });
   }

@@ -1,8 +1,11 @@
 // efft::tt_linear_{fwd,bwd}.cpu and, through another input stage, the gelu and norm forms.
 //
 // Forward: y = b + h G block by block, then y += x W^T by the library torch uses, which would otherwise have filled y with
-// the bias. Backward: dx = gy W by that library, then one pass over blocks of tokens for everything of rank r.
+// the bias. Backward: one pass over blocks of tokens for everything of rank r, dh D^T included, then dx += gy W by the library; behind
+// a GELU or a norm the library comes first, because the pass ends with that stage's own gradient.
 #include "tt_linear.h"
+
+#include <vector>
 
 namespace efft {
 
@@ -36,20 +39,6 @@ void describe(LowRank& op, const Stage& stage, const Tensor& D, const Tensor& G,
   op.rstd = static_cast<float*>(stage.rstd.data_ptr());
 }
 
-// Sum of the threads' parts in a fixed order, transposed for dD.
-void finish(const float* parts, int64_t n_parts, int64_t rank, int64_t columns, bool transpose, const Tensor& out) {
-  const Matrix to = matrix(out);
-  const int64_t size = rank * columns;
-  torch::stable::parallel_for(0, rank, 4, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i)
-      for (int64_t j = 0; j < columns; ++j) {
-        float total = 0;
-        for (int64_t part = 0; part < n_parts; ++part) total += parts[part * size + i * columns + j];
-        store_element(to, transpose ? j * rank + i : i * columns + j, total);
-      }
-  });
-}
-
 }  // namespace
 
 Linear linear_forward(const Tensor& x_, const Stage& stage, const Tensor& W, const std::optional<Tensor>& b,
@@ -71,7 +60,7 @@ Linear linear_forward(const Tensor& x_, const Stage& stage, const Tensor& W, con
   op.D = down.data();
   op.G = up.as_matrix();
   Parts(tokens).run([&](int64_t, int64_t begin, int64_t end) { kernels().forward(op, begin, end); });
-  if (y.numel() > 0 && op.d_in > 0) add_product(y, a, torch::stable::transpose(W, 0, 1), true);
+  add_product(y, a, torch::stable::transpose(W, 0, 1), true);
   return {y, h};
 }
 
@@ -94,25 +83,36 @@ LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x
   op.x = x ? matrix(*x) : Matrix{nullptr, 0, op.gy.type};
   if (h) op.h = matrix(*h);
 
-  Tensor dx = empty(x ? *x : gy, {0}), base = dx;
-  if (need_dx) {
-    base = empty(gy, {tokens, d_in});
-    if (base.numel() > 0 && d_out > 0) add_product(base, gy, *W, false);
-    dx = op.x.type == op.gy.type ? base : empty(*x, {tokens, d_in});
+  const bool plain = stage.input == Input::plain;
+  Tensor dx = need_dx ? empty(plain ? gy : *x, {tokens, d_in}) : empty(plain ? gy : *x, {0}), base = dx;
+  if (need_dx) op.dx = matrix(dx);
+  if (need_dx && !plain) {
+    if (op.x.type != op.gy.type) base = empty(gy, {tokens, d_in});
+    add_product(base, gy, *W, false);
     op.base = matrix(base);
-    op.dx = matrix(dx);
   }
   const Parts parts(tokens);
-  const int64_t size_D = need_dD ? rank * d_in : 0, size_G = need_dG ? rank * d_out : 0;
-  const auto sums = std::make_unique<float[]>(static_cast<size_t>(parts.count * (size_D + size_G)));
-  float* const sums_G = sums.get() + parts.count * size_D;
+  const auto strips = [rank](int64_t columns) { return (columns + STRIP_COLUMNS - 1) / STRIP_COLUMNS * STRIP_COLUMNS * rank; };
+  const int64_t size_D = need_dD ? strips(d_in) : 0, size_G = need_dG ? strips(d_out) : 0;
+  // Of this thread, and kept: fresh memory of this size would fault in its pages on every call.
+  thread_local std::vector<float> shares;
+  shares.resize(std::max<size_t>(shares.size(), parts.count * (size_D + size_G)));
+  float* const shares_D = shares.data();
+  float* const shares_G = shares_D + parts.count * size_D;
   parts.run([&](int64_t part, int64_t begin, int64_t end) {
-    kernels().backward(op, begin, end, sums.get() + part * size_D, sums_G + part * size_G);
+    kernels().backward(op, begin, end, shares_D + part * size_D, shares_G + part * size_G);
   });
+  if (need_dx && plain) add_product(dx, gy, *W, true);
   Tensor dD = need_dD ? empty(D, {d_in, rank}) : empty(D, {0});
   Tensor dG = need_dG ? empty(G, {rank, d_out}) : empty(G, {0});
-  if (need_dD) finish(sums.get(), parts.count, rank, d_in, true, dD);
-  if (need_dG) finish(sums_G, parts.count, rank, d_out, false, dG);
+  if (tokens == 0) {
+    torch::stable::zero_(dD);
+    torch::stable::zero_(dG);
+    return {dx, dD, dG};
+  }
+  // In the threads' order: the same sum on every run.
+  if (need_dD) gather({{shares_D, 0, Type::float32}, parts.count, size_D, rank, d_in, 1, true, matrix(dD)});
+  if (need_dG) gather({{shares_G, 0, Type::float32}, parts.count, size_G, rank, d_out, 1, false, matrix(dG)});
   return {dx, dD, dG};
 }
 

@@ -34,9 +34,8 @@ Tensor tt_linear_grouped(Tensor x_, Tensor W, std::optional<Tensor> b, Tensor D,
       kernels().forward(op, 0, tokens);
     }
   });
-  if (y.numel() > 0 && d_in > 0)
-    add_product(torch::stable::view(y, {samples * tokens, d_out}), torch::stable::view(x, {samples * tokens, d_in}),
-                torch::stable::transpose(W, 0, 1), true);
+  add_product(torch::stable::view(y, {samples * tokens, d_out}), torch::stable::view(x, {samples * tokens, d_in}),
+              torch::stable::transpose(W, 0, 1), true);
   return y;
 }
 
