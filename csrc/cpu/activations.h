@@ -11,13 +11,13 @@ struct Gelu {
 };
 
 // z Phi(z) and Phi(z) + z phi(z). Phi(-|z|) = exp(-z^2 / 2) q(|z|), where q = erfcx(|z| / sqrt 2) / 2 is smooth: a
-// polynomial in t = 1 / (1 + 0.3 |z|), fitted to a relative error of 4e-9 on [0, 14]. One exponential serves both results,
-// and the tail of negative z is not the difference of two large numbers.
+// polynomial in t = 1 / (1 + 0.3 |z|), fitted to a relative error of 4e-9 on [0, 14]. One exponential serves both
+// results, and the tail of negative z is not the difference of two large numbers.
 inline Gelu gelu(Floats z) {
   const Floats size = select(z < 0.0f, -z, z);
   const Floats t = 1.0f / (1.0f + 0.3f * size);
-  constexpr float q[] = {0.119686633f,  0.119572908f, 0.110226810f,  0.0784279108f, 0.0960512534f,
-                         -0.0792353526f, 0.191567525f, -0.228057012f, 0.112371340f,  -0.0206120145f};
+  constexpr float q[] = {0.119686633f, 0.119572908f, 0.110226810f, 0.0784279108f, 0.0960512534f, -0.0792353526f,
+      0.191567525f, -0.228057012f, 0.112371340f, -0.0206120145f};
   Floats p = splat(q[9]);
 #pragma GCC unroll 9
   for (int i = 8; i >= 0; --i) p = p * t + q[i];

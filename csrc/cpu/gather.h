@@ -5,21 +5,24 @@
 
 namespace efft::EFFT_ISA {
 
+// Row i of a matrix [rows, ...] from column j on; j is a multiple of the squares' side.
+template <class T>
+T* place(const Matrix& matrix, int64_t rows, int64_t i, int64_t j) {
+  if (matrix.row != 0) return row_of<T>(matrix, i) + j;
+  return static_cast<T*>(matrix.data) + (j / STRIP_COLUMNS * rows + i) * STRIP_COLUMNS + j % STRIP_COLUMNS;
+}
+
 // In squares that both the rows read and the rows written stay in the first-level cache for.
 template <class From, class To>
 void gather(const Gather& op, int64_t begin, int64_t end) {
   constexpr int64_t SIDE = 16;
   static_assert(STRIP_COLUMNS % SIDE == 0);
-  const auto source = [&op](int64_t i, int64_t j) {
-    if (op.from.row != 0) return row_of<const From>(op.from, i) + j;
-    return static_cast<const From*>(op.from.data) + (j / STRIP_COLUMNS * op.rows + i) * STRIP_COLUMNS + j % STRIP_COLUMNS;
-  };
   float square[SIDE][SIDE];
   for (int64_t i = 0; i < op.rows; i += SIDE)
     for (int64_t j = begin; j < end; j += SIDE) {
       const int64_t rows = std::min(SIDE, op.rows - i), columns = std::min(SIDE, end - j);
       for (int64_t k = 0; k < rows; ++k) {
-        const From* from = source(i + k, j);
+        const From* from = place<const From>(op.from, op.rows, i + k, j);
         for_registers(columns, [&](int64_t at, int count) {
           Floats total = load(from + at, count);
           for (int64_t part = 1; part < op.n_parts; ++part) total += load(from + part * op.part + at, count);
@@ -31,12 +34,12 @@ void gather(const Gather& op, int64_t begin, int64_t end) {
         for (int64_t k = 0; k < columns; ++k)
           for (int64_t l = 0; l < SIDE; ++l) turned[k][l] = square[l][k];
         for (int64_t k = 0; k < columns; ++k) {
-          To* to = row_of<To>(op.to, j + k) + i;
+          To* to = place<To>(op.to, op.columns, j + k, i);
           for_registers(rows, [&](int64_t at, int count) { store(to + at, load(turned[k] + at, count), count); });
         }
       } else {
         for (int64_t k = 0; k < rows; ++k) {
-          To* to = row_of<To>(op.to, i + k) + j;
+          To* to = place<To>(op.to, op.rows, i + k, j);
           for_registers(columns, [&](int64_t at, int count) { store(to + at, load(square[k] + at, count), count); });
         }
       }

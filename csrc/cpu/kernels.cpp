@@ -13,9 +13,8 @@ auto with_type(Type type, F f) {
 }
 
 void any_forward(const Forward& op, int64_t begin, int64_t end) {
-  with_type(op.x.type, [&](auto x) {
-    with_type(op.y.type, [&](auto y) { forward<decltype(x), decltype(y)>(op, begin, end); });
-  });
+  with_type(op.x.type,
+      [&](auto x) { with_type(op.y.type, [&](auto y) { forward<decltype(x), decltype(y)>(op, begin, end); }); });
 }
 
 void any_backward(const Backward& op, int64_t begin, int64_t end, float* dDt, float* dG) {
@@ -42,8 +41,8 @@ void any_contract_dV(const Contraction& op, int64_t begin, int64_t end, float* d
   with_type(op.C.type, [&](auto c) { contract_dV<decltype(c)>(op, begin, end, dV); });
 }
 
-void any_merge(Matrix W, const float* G, int64_t G_row, Matrix Dt, int64_t d_in, int64_t rank, int64_t begin,
-               int64_t end) {
+void any_merge(
+    Matrix W, const float* G, int64_t G_row, Matrix Dt, int64_t d_in, int64_t rank, int64_t begin, int64_t end) {
   with_type(W.type, [&](auto w) { merge<decltype(w)>(W, G, G_row, Dt, d_in, rank, begin, end); });
 }
 
@@ -51,7 +50,7 @@ void any_merge(Matrix W, const float* G, int64_t G_row, Matrix Dt, int64_t d_in,
 #define EFFT_TEXT(name) EFFT_TEXT_OF(name)
 
 extern const Kernels table;
-const Kernels table{EFFT_TEXT(EFFT_ISA), any_forward,     any_backward,    any_gather,
-                    any_contract,        any_contract_dC, any_contract_dV, any_merge};
+const Kernels table{EFFT_TEXT(EFFT_ISA), any_forward, any_backward, any_gather, any_contract, any_contract_dC,
+    any_contract_dV, any_merge};
 
 }  // namespace efft::EFFT_ISA

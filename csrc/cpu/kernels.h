@@ -18,8 +18,8 @@ struct Matrix {
 // Columns of every panel of a factor are padded with zeros to a multiple of this: no tile has a ragged edge there.
 constexpr int64_t PANEL_COLUMNS = 16;
 
-// The threads' shares of dD^T and dG, [rank, columns], lie in strips of so many columns, each with its rows side by side:
-// a block of tokens adds to them from end to end, and whole rows would be in too many pages.
+// Matrices [rank, columns] lie in strips of so many columns, each with its rows side by side: whole rows, read or
+// written a few columns at a time, would be in too many pages.
 constexpr int64_t STRIP_COLUMNS = 48;
 
 // What stands before the product.
@@ -39,11 +39,11 @@ struct LowRank {
 
 // h = a D and y = b + h G, where a is x behind its input stage; the base product is added to y by the caller.
 struct Forward : LowRank {
-  Matrix a;                   // [tokens, d_in], written unless the input is plain
-  Matrix y;                   // [tokens, d_out]
-  const float* b = nullptr;   // [d_out]; null for zero
-  const float* D = nullptr;   // [d_in, padded_rank]
-  Matrix G;                   // [rank, d_out], float32
+  Matrix a;                  // [tokens, d_in], written unless the input is plain
+  Matrix y;                  // [tokens, d_out]
+  const float* b = nullptr;  // [d_out]; null for zero
+  const float* D = nullptr;  // [d_in, padded_rank]
+  const float* G = nullptr;  // [rank, d_out], in strips
 };
 
 // dh = gy G^T, dD^T = dh^T a, dG = h^T gy and dx: of a plain input dh D^T, to which the caller adds gy W; of another
@@ -53,7 +53,7 @@ struct Backward : LowRank {
   Matrix base;                // [tokens, d_in], in the type of gy
   Matrix dx;                  // [tokens, d_in], in the type of x; may be base itself; data null: not wanted
   const float* Gt = nullptr;  // [d_out, padded_rank]
-  Matrix Dt;                  // [rank, d_in], float32
+  const float* Dt = nullptr;  // [rank, d_in], in strips
   bool need_dD = false, need_dG = false;
 };
 
@@ -75,12 +75,12 @@ struct Gather {
   int64_t rows = 0, columns = 0;
   float scale = 1;
   bool transpose = false;
-  Matrix to;
+  Matrix to;  // row 0: in strips
 };
 
 struct Kernels {
   const char* isa;
-  // Tokens begin .. end - 1. dDt and dG get these tokens' share: every thread has its own.
+  // Tokens begin .. end - 1. dDt and dG, in strips, get these tokens' share: every thread has its own.
   void (*forward)(const Forward&, int64_t begin, int64_t end);
   void (*backward)(const Backward&, int64_t begin, int64_t end, float* dDt, float* dG);
   // Columns begin .. end - 1 of `from`.
@@ -90,8 +90,8 @@ struct Kernels {
   // dV [r2, end - begin] += the columns begin .. end - 1 of this layer's and core's part.
   void (*contract_dV)(const Contraction&, int64_t begin, int64_t end, float* dV);
   // W[i, :] += G[:, i]^T Dt, rows begin .. end - 1.
-  void (*merge)(Matrix W, const float* G, int64_t G_row, Matrix Dt, int64_t d_in, int64_t rank, int64_t begin,
-                int64_t end);
+  void (*merge)(
+      Matrix W, const float* G, int64_t G_row, Matrix Dt, int64_t d_in, int64_t rank, int64_t begin, int64_t end);
 };
 
 // Of the best instruction set that this processor has.

@@ -29,9 +29,13 @@ struct bf16 {
   uint16_t bits;
 };
 
-inline Floats splat(float value) { return value - Floats{}; }  // a sum would have to mind the sign of zero
+inline Floats splat(float value) {
+  return value - Floats{};
+}  // a sum would have to mind the sign of zero
 
-inline Floats select(Ints where, Floats yes, Floats no) { return where ? yes : no; }
+inline Floats select(Ints where, Floats yes, Floats no) {
+  return where ? yes : no;
+}
 
 // Only the first `count` lanes are read or written where it is given; the others come back as zero.
 EFFT_INLINE Floats load(const float* from, int count = LANES) {
@@ -46,7 +50,9 @@ EFFT_INLINE Floats load(const bf16* from, int count = LANES) {
   return (Floats)(__builtin_convertvector(half, Bits) << 16);
 }
 
-EFFT_INLINE void store(float* to, Floats value, int count = LANES) { std::memcpy(to, &value, 4 * count); }
+EFFT_INLINE void store(float* to, Floats value, int count = LANES) {
+  std::memcpy(to, &value, 4 * count);
+}
 
 // Rounds to nearest, ties to even; NaN stays NaN.
 EFFT_INLINE void store(bf16* to, Floats value, int count = LANES) {

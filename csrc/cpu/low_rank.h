@@ -31,6 +31,14 @@ Rows<const float> widen(const Matrix& from, int64_t begin, int64_t rows, int64_t
   }
 }
 
+// The block of `rows` rows behind those of row t, to be fetched during a product of the other sizes.
+template <class T>
+Ahead next_block(
+    const Matrix& of, int64_t t, int64_t rows, int64_t end, int64_t width, int64_t m, int64_t n, int64_t k) {
+  if (of.row != width) return {};
+  return ahead_of(row_of<const T>(of, t + rows), std::min(rows, end - t - rows) * width * sizeof(T), m, n, k);
+}
+
 // Rounds floats to T in place, and writes them to `to` where it has data.
 template <class T>
 void round_rows(Rows<float> values, int64_t rows, int64_t columns, const Matrix& to, int64_t begin) {
@@ -49,7 +57,7 @@ void round_rows(Rows<float> values, int64_t rows, int64_t columns, const Matrix&
 
 // Grown, never shrunk: a fresh allocation of this size would fault in its pages on every call.
 struct Scratch {
-  std::vector<float> x, gy, h, narrow, a, slope, wide;
+  std::vector<float> x, a, slope, da, gy, h, narrow, wide;
 };
 
 inline Scratch& scratch() {
@@ -63,19 +71,64 @@ inline int64_t block_rows(const LowRank& op) {
   return std::clamp<int64_t>((1 << 20) / std::max<int64_t>(per_row, 1) / 8 * 8, 16, 128);
 }
 
-inline Gelu gelu_of(Input kind, Floats z) { return kind == Input::gelu ? gelu(z) : gelu_tanh(z); }
+// A block of x as floats, and of a: x behind its input stage, rounded to T. For a plain input they are one.
+struct Block {
+  Rows<const float> x, a;
+};
 
-// The input stage of one row: a, and the slope of a GELU.
-inline void input_row(const LowRank& op, const float* x, Moments of, float* a, float* slope) {
-  if (op.input == Input::norm) {
-    normalize(x, op.d_in, of, op.gamma, op.beta, a);
-    return;
-  }
+// One row of a GELU, and of its slope where that has data.
+inline void gelu_row(const LowRank& op, const float* z, float* a, float* slope) {
   for_registers(op.d_in, [&](int64_t j, int count) {
-    const Gelu at = gelu_of(op.input, load(x + j, count));
-    store(a + j, at.value, count);
-    if (slope) store(slope + j, at.slope, count);
+    const Floats at = load(z + j, count);
+    const Gelu of = op.input == Input::gelu ? gelu(at) : gelu_tanh(at);
+    store(a + j, of.value, count);
+    if (slope) store(slope + j, of.slope, count);
   });
+}
+
+// Forward fills mean, rstd and `out`, a in T; backward reads the former, and keeps a GELU's slopes.
+template <class X, class T>
+Block input_block(const LowRank& op, int64_t t, int64_t rows, bool is_forward, const Matrix& out) {
+  Scratch& space = scratch();
+  const Rows<const float> x = widen<X>(op.x, t, rows, op.d_in, space.x);
+  if (op.input == Input::plain) return {x, x};
+  space.a.resize(rows * op.d_in);
+  if (!is_forward && op.input != Input::norm) space.slope.resize(rows * op.d_in);
+  for (int64_t i = 0; i < rows; ++i) {
+    const float* row = x.data + i * x.row;
+    float* a = space.a.data() + i * op.d_in;
+    if (op.input != Input::norm) {
+      gelu_row(op, row, a, is_forward ? nullptr : space.slope.data() + i * op.d_in);
+      continue;
+    }
+    if (is_forward) {
+      const Moments of = moments(row, op.d_in, op.eps);
+      op.mean[t + i] = of.mean;
+      op.rstd[t + i] = of.rstd;
+    }
+    normalize(row, op.d_in, {op.mean[t + i], op.rstd[t + i]}, op.gamma, op.beta, a);
+  }
+  const Rows<float> a{space.a.data(), op.d_in};
+  round_rows<T>(a, rows, op.d_in, out, t);
+  return {x, {a.data, a.row}};
+}
+
+// C [rows, columns] = init + left right, where right [rank, columns] lies in strips: a few rows from end to end, so
+// that the next ones, which lie behind them, can be fetched meanwhile.
+template <class Init, class Out>
+void up(int64_t rows, int64_t columns, int64_t rank, Rows<const float> left, const float* right, Rows<const Init> init,
+    Rows<Out> C) {
+  for (int64_t i = 0; i < rows; i += TILE_ROWS) {
+    const int64_t count = std::min<int64_t>(TILE_ROWS, rows - i);
+    Ahead ahead;
+    if (C.row == columns)
+      ahead = ahead_of(C.data + (i + TILE_ROWS) * C.row, TILE_ROWS * columns * sizeof(Out), TILE_ROWS, columns, rank);
+    const float* strip = right;
+    for (int64_t j = 0; j < columns; j += STRIP_COLUMNS, strip += rank * STRIP_COLUMNS)
+      product(count, std::min(STRIP_COLUMNS, columns - j), rank, {left.data + i * left.row, left.row, 1},
+          {strip, STRIP_COLUMNS}, Rows<const Init>{init.data ? init.data + i * init.row + j : nullptr, init.row},
+          Rows<Out>{C.data + i * C.row + j, C.row}, ahead);
+  }
 }
 
 // T: of W, y and h. X: of x.
@@ -87,92 +140,74 @@ void forward(const Forward& op, int64_t begin, int64_t end) {
   const Rows<float> h{space.narrow.data(), op.padded_rank};
   for (int64_t t = begin; t < end; t += block) {
     const int64_t rows = std::min(block, end - t);
-    Rows<const float> a = widen<X>(op.x, t, rows, op.d_in, space.x);
-    if (op.input != Input::plain) {
-      space.a.resize(block * op.d_in);
-      for (int64_t i = 0; i < rows; ++i) {
-        const float* x = a.data + i * a.row;
-        Moments of{};
-        if (op.input == Input::norm) {
-          of = moments(x, op.d_in, op.eps);
-          op.mean[t + i] = of.mean;
-          op.rstd[t + i] = of.rstd;
-        }
-        input_row(op, x, of, space.a.data() + i * op.d_in, nullptr);
-      }
-      a = {space.a.data(), op.d_in};
-      round_rows<T>({space.a.data(), op.d_in}, rows, op.d_in, op.a, t);
-    }
-    product(rows, op.padded_rank, op.d_in, {a.data, a.row, 1}, {op.D, op.padded_rank}, Rows<const float>{}, h);
+    const Rows<const float> a = input_block<X, T>(op, t, rows, true, op.a).a;
+    Ahead ahead = next_block<X>(op.x, t, rows, end, op.d_in, rows, op.padded_rank, op.d_in);
+    product(rows, op.padded_rank, op.d_in, {a.data, a.row, 1}, {op.D, op.padded_rank}, Rows<const float>{}, h, ahead);
     round_rows<T>(h, rows, op.rank, op.h, t);
-    product(rows, op.d_out, op.rank, {h.data, h.row, 1}, {row_of<const float>(op.G, 0), op.G.row},
-            Rows<const float>{op.b, 0}, Rows<T>{row_of<T>(op.y, t), op.y.row});
+    up(rows, op.d_out, op.rank, {h.data, h.row}, op.G, Rows<const float>{op.b, 0},
+        Rows<T>{row_of<T>(op.y, t), op.y.row});
   }
 }
 
 // total [rank, columns], in strips, += left^T right over a block of tokens; the first one needs no zeros to start from.
 inline void share(int64_t rank, int64_t columns, int64_t rows, Rows<const float> left, Rows<const float> right,
-                  float* total, bool is_first) {
+    float* total, bool is_first, Ahead ahead) {
   for (int64_t j = 0; j < columns; j += STRIP_COLUMNS, total += rank * STRIP_COLUMNS)
     product(rank, std::min(STRIP_COLUMNS, columns - j), rows, {left.data, 1, left.row}, {right.data + j, right.row},
-            Rows<const float>{is_first ? nullptr : total, STRIP_COLUMNS}, Rows<float>{total, STRIP_COLUMNS});
+        Rows<const float>{is_first ? nullptr : total, STRIP_COLUMNS}, Rows<float>{total, STRIP_COLUMNS}, ahead);
+}
+
+// dx = the gradient of the input stage, from that of its output, base + dh D^T.
+template <class X, class T>
+void through_input(const Backward& op, int64_t t, int64_t rows, Rows<const float> dh, Rows<const float> x) {
+  Scratch& space = scratch();
+  space.da.resize(rows * op.d_in);
+  const Rows<const T> base{row_of<const T>(op.base, t), op.base.row};
+  up(rows, op.d_in, op.rank, dh, op.Dt, base, Rows<float>{space.da.data(), op.d_in});
+  for (int64_t i = 0; i < rows; ++i) {
+    const float* da = space.da.data() + i * op.d_in;
+    X* dx = row_of<X>(op.dx, t + i);
+    if (op.input == Input::norm) {
+      normalize_backward(da, x.data + i * x.row, op.d_in, {op.mean[t + i], op.rstd[t + i]}, op.gamma, dx);
+      continue;
+    }
+    const float* slope = space.slope.data() + i * op.d_in;
+    for_registers(
+        op.d_in, [&](int64_t j, int count) { store(dx + j, load(da + j, count) * load(slope + j, count), count); });
+  }
 }
 
 template <class X, class T>
 void backward(const Backward& op, int64_t begin, int64_t end, float* dDt, float* dG) {
   Scratch& space = scratch();
   const int64_t block = block_rows(op);
-  const bool need_dx = op.dx.data != nullptr;
+  const bool need_dx = op.dx.data != nullptr, plain = op.input == Input::plain;
   space.narrow.resize(block * op.padded_rank);
-  const Rows<float> dh{space.narrow.data(), op.padded_rank};
+  const Rows<float> narrow{space.narrow.data(), op.padded_rank};
+  const Rows<const float> dh{narrow.data, narrow.row};
   for (int64_t t = begin; t < end; t += block) {
     const int64_t rows = std::min(block, end - t);
     const Rows<const float> gy = widen<T>(op.gy, t, rows, op.d_out, space.gy);
+    // First, because it reads gy row after row, and so brings it into the cache for dG.
+    if (need_dx || op.need_dD) {
+      product(
+          rows, op.padded_rank, op.d_out, {gy.data, gy.row, 1}, {op.Gt, op.padded_rank}, Rows<const float>{}, narrow);
+      round_rows<T>(narrow, rows, op.rank, {}, t);
+    }
     if (op.need_dG) {
       const Rows<const float> h = widen<T>(op.h, t, rows, op.rank, space.h);
-      share(op.rank, op.d_out, rows, h, gy, dG, t == begin);
+      share(op.rank, op.d_out, rows, h, gy, dG, t == begin,
+          next_block<T>(op.gy, t, rows, end, op.d_out, op.rank, op.d_out, rows));
     }
-    if (!need_dx && !op.need_dD) continue;
-    product(rows, op.padded_rank, op.d_out, {gy.data, gy.row, 1}, {op.Gt, op.padded_rank}, Rows<const float>{}, dh);
-    round_rows<T>(dh, rows, op.rank, {}, t);
-    const Operand left{dh.data, dh.row, 1};
-    const Rows<const float> Dt{row_of<const float>(op.Dt, 0), op.Dt.row};
-    if (op.input == Input::plain) {
-      if (op.need_dD) {
-        const Rows<const float> x = widen<T>(op.x, t, rows, op.d_in, space.x);
-        share(op.rank, op.d_in, rows, {dh.data, dh.row}, x, dDt, t == begin);
-      }
-      if (need_dx) product(rows, op.d_in, op.rank, left, Dt, Rows<const float>{}, Rows<T>{row_of<T>(op.dx, t), op.dx.row});
-      continue;
-    }
-    const Rows<const float> x = widen<X>(op.x, t, rows, op.d_in, space.x);
-    const bool is_norm = op.input == Input::norm;
-    if (op.need_dD || !is_norm) {
-      space.a.resize(block * op.d_in);
-      if (!is_norm) space.slope.resize(block * op.d_in);
-      for (int64_t i = 0; i < rows; ++i)
-        input_row(op, x.data + i * x.row, is_norm ? Moments{op.mean[t + i], op.rstd[t + i]} : Moments{},
-                  space.a.data() + i * op.d_in, is_norm ? nullptr : space.slope.data() + i * op.d_in);
-    }
-    if (op.need_dD) {
-      const Rows<float> a{space.a.data(), op.d_in};
-      round_rows<T>(a, rows, op.d_in, {}, t);
-      share(op.rank, op.d_in, rows, {dh.data, dh.row}, {a.data, a.row}, dDt, t == begin);
-    }
-    if (!need_dx) continue;
-    space.wide.resize(block * op.d_in);
-    const Rows<const T> base{row_of<const T>(op.base, t), op.base.row};
-    product(rows, op.d_in, op.rank, left, Dt, base, Rows<float>{space.wide.data(), op.d_in});
-    for (int64_t i = 0; i < rows; ++i) {
-      const float* da = space.wide.data() + i * op.d_in;
-      X* dx = row_of<X>(op.dx, t + i);
-      if (is_norm) {
-        normalize_backward(da, x.data + i * x.row, op.d_in, {op.mean[t + i], op.rstd[t + i]}, op.gamma, dx);
-        continue;
-      }
-      const float* slope = space.slope.data() + i * op.d_in;
-      for_registers(op.d_in, [&](int64_t j, int count) { store(dx + j, load(da + j, count) * load(slope + j, count), count); });
-    }
+    Block input{};
+    if (op.need_dD || (need_dx && !plain)) input = input_block<X, T>(op, t, rows, false, {});
+    if (op.need_dD)
+      share(op.rank, op.d_in, rows, dh, input.a, dDt, t == begin,
+          next_block<X>(op.x, t, rows, end, op.d_in, op.rank, op.d_in, rows));
+    if (need_dx && plain)
+      up(rows, op.d_in, op.rank, dh, op.Dt, Rows<const float>{}, Rows<T>{row_of<T>(op.dx, t), op.dx.row});
+    else if (need_dx)
+      through_input<X, T>(op, t, rows, dh, input.x);
   }
 }
 

@@ -30,18 +30,32 @@ struct Rows {
   int64_t row;
 };
 
+// What the inner loop asks of memory ahead of its use, `step` bytes on with every step of k: in bursts the same
+// requests would hold up the arithmetic.
+struct Ahead {
+  const char* at = nullptr;
+  int64_t step = 0;
+};
+
+// The `bytes` from `from` on, spread over a product of these sizes.
+inline Ahead ahead_of(const void* from, int64_t bytes, int64_t rows, int64_t columns, int64_t depth) {
+  const int64_t tiles =
+      ((rows + TILE_ROWS - 1) / TILE_ROWS) * ((columns + TILE_LANES * LANES - 1) / (TILE_LANES * LANES));
+  return {static_cast<const char*>(from), std::min<int64_t>(bytes / std::max<int64_t>(tiles * depth, 1), 64)};
+}
+
 // `last`: lanes of the last register that exist, where WHOLE is false.
 template <int M, int N, bool WHOLE, class Init, class Out>
-void tile(int64_t depth, Operand A, Rows<const float> B, Rows<const Init> init, Rows<Out> C, int last) {
+void tile(int64_t depth, Operand A, Rows<const float> B, Rows<const Init> init, Rows<Out> C, int last, Ahead ahead) {
   const auto lanes = [last](int j) { return WHOLE || j < N - 1 ? LANES : last; };
   Floats sums[M][N];
 #pragma GCC unroll 8
   for (int i = 0; i < M; ++i)
 #pragma GCC unroll 3
-    for (int j = 0; j < N; ++j)
-      sums[i][j] = Floats{};
+    for (int j = 0; j < N; ++j) sums[i][j] = Floats{};
   for (int64_t k = 0; k < depth; ++k) {
     const float* b = B.data + k * B.row;
+    __builtin_prefetch(ahead.at + k * ahead.step, 0, 2);
     Floats right[N];
 #pragma GCC unroll 3
     for (int j = 0; j < N; ++j) right[j] = load(b + j * LANES, lanes(j));
@@ -61,54 +75,42 @@ void tile(int64_t depth, Operand A, Rows<const float> B, Rows<const Init> init, 
     }
 }
 
-// Asks for `rows` rows of `bytes` bytes, `stride` bytes apart, ahead of their use: a block's rows lie in more pages than
-// the processor's own prefetcher follows.
-template <bool WRITE>
-inline void prefetch(const void* data, int64_t rows, int64_t stride, int64_t bytes) {
-  const char* row = static_cast<const char*>(data);
-  for (int64_t i = 0; i < rows; ++i, row += stride)
-    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, WRITE, 3);
-}
-
 template <int M, int N, class Init, class Out>
 inline void down_rows(int64_t rows, int64_t depth, Operand A, Rows<const float> B, Rows<const Init> init, Rows<Out> C,
-                      int last) {
+    int last, Ahead& ahead) {
   int64_t i = 0;
   for (; i + M <= rows; i += M) {
     const Rows<const Init> from{init.data ? init.data + i * init.row : nullptr, init.row};
     const Operand a{A.data + i * A.row, A.row, A.step};
     const Rows<Out> to{C.data + i * C.row, C.row};
-    if (i + 2 * M <= rows) {
-      if (A.step == 1) prefetch<false>(a.data + M * A.row, M, 4 * A.row, 4 * depth);
-      prefetch<true>(to.data + M * C.row, M, sizeof(Out) * C.row, sizeof(Out) * N * LANES);
-    }
     if (last == LANES)
-      tile<M, N, true>(depth, a, B, from, to, last);
+      tile<M, N, true>(depth, a, B, from, to, last, ahead);
     else
-      tile<M, N, false>(depth, a, B, from, to, last);
+      tile<M, N, false>(depth, a, B, from, to, last, ahead);
+    ahead.at += depth * ahead.step;
   }
   if constexpr (M > 1) {
     if (i == rows) return;
     const Rows<const Init> from{init.data ? init.data + i * init.row : nullptr, init.row};
     down_rows<M / 2, N>(rows - i, depth, Operand{A.data + i * A.row, A.row, A.step}, B, from,
-                        Rows<Out>{C.data + i * C.row, C.row}, last);
+        Rows<Out>{C.data + i * C.row, C.row}, last, ahead);
   }
 }
 
-// init.data == nullptr: zero. init.row == 0: one row for all, such as a bias. With depth > BLOCK_K the partial sums pass
-// through C, which must then be float.
+// init.data == nullptr: zero. init.row == 0: one row for all, such as a bias. With depth > BLOCK_K the partial sums
+// pass through C, which must then be float.
 template <class Init, class Out>
 void product(int64_t rows, int64_t columns, int64_t depth, Operand A, Rows<const float> B, Rows<const Init> init,
-             Rows<Out> C) {
+    Rows<Out> C, Ahead& ahead) {
   constexpr int64_t WIDTH = TILE_LANES * LANES;
   const auto multiply = [&](int64_t width, int64_t size, Operand a, Rows<const float> b, auto from, Rows<Out> to) {
     const int last = static_cast<int>(width % LANES ? width % LANES : LANES);
     if (width > 2 * LANES)
-      down_rows<TILE_ROWS, 3>(rows, size, a, b, from, to, last);
+      down_rows<TILE_ROWS, 3>(rows, size, a, b, from, to, last, ahead);
     else if (width > LANES)
-      down_rows<TILE_ROWS, 2>(rows, size, a, b, from, to, last);
+      down_rows<TILE_ROWS, 2>(rows, size, a, b, from, to, last, ahead);
     else
-      down_rows<TILE_ROWS, 1>(rows, size, a, b, from, to, last);
+      down_rows<TILE_ROWS, 1>(rows, size, a, b, from, to, last, ahead);
   };
   const int64_t block = std::is_same_v<Out, float> ? BLOCK_K : std::max<int64_t>(depth, 1);
   for (int64_t k = 0; k == 0 || k < depth; k += block)
@@ -122,6 +124,13 @@ void product(int64_t rows, int64_t columns, int64_t depth, Operand A, Rows<const
       else
         multiply(width, size, a, b, Rows<const Out>{to.data, to.row}, to);
     }
+}
+
+template <class Init, class Out>
+void product(
+    int64_t rows, int64_t columns, int64_t depth, Operand A, Rows<const float> B, Rows<const Init> init, Rows<Out> C) {
+  Ahead nothing;
+  product(rows, columns, depth, A, B, init, C, nothing);
 }
 
 }  // namespace efft::EFFT_ISA

@@ -20,7 +20,7 @@ using torch::stable::Tensor;
 inline Type type_of(const Tensor& t) {
   const ScalarType type = t.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16,
-                  "the cpu backend runs float32 and bfloat16 tensors, got another dtype");
+      "the cpu backend runs float32 and bfloat16 tensors, got another dtype");
   return type == ScalarType::Float ? Type::float32 : Type::bfloat16;
 }
 
@@ -40,28 +40,32 @@ inline Matrix matrix(const Tensor& t, int64_t offset = 0) {
 // `op` by all of torch's threads.
 inline void gather(const Gather& op) {
   constexpr int64_t width = 16;
-  torch::stable::parallel_for(0, (op.columns + width - 1) / width, 32, [&](int64_t first, int64_t last) {
-    kernels().gather(op, first * width, std::min(op.columns, last * width));
-  });
+  torch::stable::parallel_for(0, (op.columns + width - 1) / width, 32,
+      [&](int64_t first, int64_t last) { kernels().gather(op, first * width, std::min(op.columns, last * width)); });
 }
 
-// A factor as floats in rows padded with zeros to PANEL_COLUMNS: a view where it has that form already.
+// A factor, or its transpose, as floats in the order that a kernel reads it in.
 class Panel {
  public:
-  Panel(const Tensor& factor, bool transpose, float scale = 1) : tensor_(factor) {
+  enum class Order : uint8_t {
+    rows,    // padded with zeros to PANEL_COLUMNS; a view where the factor has that form already
+    strips,  // of STRIP_COLUMNS
+  };
+
+  Panel(const Tensor& factor, Order order, bool transpose, float scale = 1) : tensor_(with_unit_rows(factor)) {
     const int64_t rows = factor.size(-2), columns = factor.size(-1);
-    const int64_t wide = transpose ? rows : columns, length = transpose ? columns : rows;
-    row_ = (wide + PANEL_COLUMNS - 1) / PANEL_COLUMNS * PANEL_COLUMNS;
-    const bool ready = !transpose && scale == 1 && type_of(factor) == Type::float32 && factor.stride(-1) == 1 &&
-                       factor.stride(-2) == row_;
-    if (ready) {
-      data_ = static_cast<const float*>(factor.data_ptr());
+    const int64_t width = transpose ? rows : columns, length = transpose ? columns : rows;
+    const int64_t unit = order == Order::rows ? PANEL_COLUMNS : STRIP_COLUMNS;
+    const int64_t padded = (width + unit - 1) / unit * unit;
+    row_ = order == Order::rows ? padded : 0;
+    const Matrix from = matrix(tensor_);
+    if (order == Order::rows && !transpose && scale == 1 && from.type == Type::float32 && from.row == padded) {
+      data_ = static_cast<const float*>(from.data);
       return;
     }
-    tensor_ = with_unit_rows(factor);
-    copy_.reset(wide == row_ ? new float[length * row_] : new float[length * row_]());
+    copy_.reset(width == padded ? new float[length * padded] : new float[length * padded]());
     data_ = copy_.get();
-    gather({matrix(tensor_), 1, 0, rows, columns, scale, transpose, as_matrix()});
+    gather({from, 1, 0, rows, columns, scale, transpose, as_matrix()});
   }
 
   const float* data() const { return data_; }
@@ -78,13 +82,13 @@ class Panel {
 // out = left right, or added to out, by the library that torch multiplies matrices with.
 inline void add_product(const Tensor& out, const Tensor& left, const Tensor& right, bool accumulate) {
   if (out.numel() == 0) return;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      accumulate ? aoti_torch_cpu_addmm_out(out.get(), out.get(), left.get(), right.get(), 1, 1)
-                 : aoti_torch_cpu_mm_out(out.get(), left.get(), right.get()));
+  STABLE_TORCH_ERROR_CODE_CHECK(accumulate
+                                    ? aoti_torch_cpu_addmm_out(out.get(), out.get(), left.get(), right.get(), 1, 1)
+                                    : aoti_torch_cpu_mm_out(out.get(), left.get(), right.get()));
 }
 
-inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes,
-                    std::optional<ScalarType> type = std::nullopt) {
+inline Tensor empty(
+    const Tensor& like, std::initializer_list<int64_t> sizes, std::optional<ScalarType> type = std::nullopt) {
   return torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, type);
 }
 

@@ -50,8 +50,8 @@ Tensor tt_contract_fwd(Tensor C, Tensor V, Mask keep_C, Mask keep_V, double scal
   return G;
 }
 
-std::tuple<Tensor, Tensor> tt_contract_bwd(Tensor dG, Tensor C, Tensor V, Mask keep_C, Mask keep_V, double scale,
-                                           bool need_dC, bool need_dV) {
+std::tuple<Tensor, Tensor> tt_contract_bwd(
+    Tensor dG, Tensor C, Tensor V, Mask keep_C, Mask keep_V, double scale, bool need_dC, bool need_dV) {
   using torch::stable::contiguous;
   const Train train{contiguous(C), contiguous(V), contiguous(dG), whole(keep_C), whole(keep_V), scale};
   const int64_t n_parts = train.n_layers * train.n_cores;

@@ -16,7 +16,7 @@ Linear tt_gelu_linear_fwd(Tensor z, Tensor W, std::optional<Tensor> b, Tensor D,
 }
 
 LinearBackward tt_gelu_linear_bwd(Tensor gy, Tensor z, std::optional<Tensor> W, std::optional<Tensor> h, Tensor D,
-                                  Tensor G, std::string approximate, bool need_dz, bool need_dD, bool need_dG) {
+    Tensor G, std::string approximate, bool need_dz, bool need_dD, bool need_dG) {
   return linear_backward(gy, z, stage(approximate), W, h, D, G, need_dz, need_dD, need_dG);
 }
 

@@ -1,8 +1,8 @@
 // efft::tt_linear_{fwd,bwd}.cpu and, through another input stage, the gelu and norm forms.
 //
-// Forward: y = b + h G block by block, then y += x W^T by the library torch uses, which would otherwise have filled y with
-// the bias. Backward: one pass over blocks of tokens for everything of rank r, dh D^T included, then dx += gy W by the library; behind
-// a GELU or a norm the library comes first, because the pass ends with that stage's own gradient.
+// Forward: y = b + h G block by block, then y += x W^T by the library torch uses, which would otherwise have filled y
+// with the bias. Backward: one pass over blocks of tokens for everything of rank r, dh D^T included, then dx += gy W by
+// the library; behind a GELU or a norm the library comes first, because the pass ends with that stage's own gradient.
 #include "tt_linear.h"
 
 #include <vector>
@@ -16,7 +16,7 @@ class Vector {
  public:
   explicit Vector(const std::optional<Tensor>& from) {
     if (!from.has_value()) return;
-    panel_.emplace(torch::stable::unsqueeze(*from, 0), false);
+    panel_.emplace(torch::stable::unsqueeze(*from, 0), Panel::Order::rows, false);
   }
   const float* data() const { return panel_ ? panel_->data() : nullptr; }
 
@@ -24,8 +24,8 @@ class Vector {
   std::optional<Panel> panel_;
 };
 
-void describe(LowRank& op, const Stage& stage, const Tensor& D, const Tensor& G, const Vector& gamma,
-              const Vector& beta) {
+void describe(
+    LowRank& op, const Stage& stage, const Tensor& D, const Tensor& G, const Vector& gamma, const Vector& beta) {
   op.input = stage.input;
   op.d_in = D.size(0);
   op.d_out = G.size(1);
@@ -42,14 +42,14 @@ void describe(LowRank& op, const Stage& stage, const Tensor& D, const Tensor& G,
 }  // namespace
 
 Linear linear_forward(const Tensor& x_, const Stage& stage, const Tensor& W, const std::optional<Tensor>& b,
-                      const Tensor& D, const Tensor& G) {
+    const Tensor& D, const Tensor& G) {
   const Tensor x = with_unit_rows(x_);
   const int64_t tokens = x.size(0);
   const bool plain = stage.input == Input::plain;
   Tensor y = empty(W, {tokens, W.size(0)}), h = empty(W, {tokens, D.size(1)});
   const Tensor a = plain ? x : empty(W, {tokens, W.size(1)});
   const Vector bias(b), gamma(stage.gamma), beta(stage.beta);
-  const Panel down(D, false), up(G, false);
+  const Panel down(D, Panel::Order::rows, false), up(G, Panel::Order::strips, false);
   Forward op;
   describe(op, stage, D, G, gamma, beta);
   op.x = matrix(x);
@@ -58,24 +58,24 @@ Linear linear_forward(const Tensor& x_, const Stage& stage, const Tensor& W, con
   op.h = matrix(h);
   op.b = bias.data();
   op.D = down.data();
-  op.G = up.as_matrix();
+  op.G = up.data();
   Parts(tokens).run([&](int64_t, int64_t begin, int64_t end) { kernels().forward(op, begin, end); });
   add_product(y, a, torch::stable::transpose(W, 0, 1), true);
   return {y, h};
 }
 
 LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x_, const Stage& stage,
-                               const std::optional<Tensor>& W, const std::optional<Tensor>& h_, const Tensor& D,
-                               const Tensor& G, bool need_dx, bool need_dD, bool need_dG) {
+    const std::optional<Tensor>& W, const std::optional<Tensor>& h_, const Tensor& D, const Tensor& G, bool need_dx,
+    bool need_dD, bool need_dG) {
   const Tensor gy = with_unit_rows(gy_);
   const int64_t tokens = gy.size(0), d_in = D.size(0), rank = D.size(1), d_out = G.size(1);
   const Vector gamma(stage.gamma), beta(stage.beta);
-  const Panel Gt(G, true), Dt(D, true);
+  const Panel Gt(G, Panel::Order::rows, true), Dt(D, Panel::Order::strips, true);
   Backward op;
   describe(op, stage, D, G, gamma, beta);
   op.gy = matrix(gy);
   op.Gt = Gt.data();
-  op.Dt = Dt.as_matrix();
+  op.Dt = Dt.data();
   op.need_dD = need_dD;
   op.need_dG = need_dG;
   const std::optional<Tensor> x = x_.has_value() ? std::optional(with_unit_rows(*x_)) : std::nullopt;
@@ -92,7 +92,9 @@ LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x
     op.base = matrix(base);
   }
   const Parts parts(tokens);
-  const auto strips = [rank](int64_t columns) { return (columns + STRIP_COLUMNS - 1) / STRIP_COLUMNS * STRIP_COLUMNS * rank; };
+  const auto strips = [rank](int64_t columns) {
+    return (columns + STRIP_COLUMNS - 1) / STRIP_COLUMNS * STRIP_COLUMNS * rank;
+  };
   const int64_t size_D = need_dD ? strips(d_in) : 0, size_G = need_dG ? strips(d_out) : 0;
   // Of this thread, and kept: fresh memory of this size would fault in its pages on every call.
   thread_local std::vector<float> shares;
@@ -123,7 +125,7 @@ Linear tt_linear_fwd(Tensor x, Tensor W, std::optional<Tensor> b, Tensor D, Tens
 }
 
 LinearBackward tt_linear_bwd(Tensor gy, std::optional<Tensor> x, std::optional<Tensor> W, std::optional<Tensor> h,
-                             Tensor D, Tensor G, bool need_dx, bool need_dD, bool need_dG) {
+    Tensor D, Tensor G, bool need_dx, bool need_dD, bool need_dG) {
   return linear_backward(gy, x, {}, W, h, D, G, need_dx, need_dD, need_dG);
 }
 

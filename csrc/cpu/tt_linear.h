@@ -8,7 +8,7 @@
 
 namespace efft {
 
-using Linear = std::tuple<Tensor, Tensor>;             // y, h
+using Linear = std::tuple<Tensor, Tensor>;                  // y, h
 using LinearBackward = std::tuple<Tensor, Tensor, Tensor>;  // dx, dD, dG
 
 // The input stage: which one, and what a norm brings.
@@ -20,10 +20,10 @@ struct Stage {
 };
 
 Linear linear_forward(const Tensor& x, const Stage& stage, const Tensor& W, const std::optional<Tensor>& b,
-                      const Tensor& D, const Tensor& G);
+    const Tensor& D, const Tensor& G);
 
 LinearBackward linear_backward(const Tensor& gy, const std::optional<Tensor>& x, const Stage& stage,
-                               const std::optional<Tensor>& W, const std::optional<Tensor>& h, const Tensor& D,
-                               const Tensor& G, bool need_dx, bool need_dD, bool need_dG);
+    const std::optional<Tensor>& W, const std::optional<Tensor>& h, const Tensor& D, const Tensor& G, bool need_dx,
+    bool need_dD, bool need_dG);
 
 }  // namespace efft

@@ -10,7 +10,7 @@ Tensor tt_linear_grouped(Tensor x_, Tensor W, std::optional<Tensor> b, Tensor D,
   const int64_t samples = x.size(0), tokens = x.size(1), d_in = x.size(2), d_out = W.size(0);
   Tensor y = empty(W, {samples, tokens, d_out});
   std::optional<Panel> bias;
-  if (b.has_value()) bias.emplace(torch::stable::unsqueeze(*b, 0), false);
+  if (b.has_value()) bias.emplace(torch::stable::unsqueeze(*b, 0), Panel::Order::rows, false);
   const auto* ids = static_cast<const int64_t*>(adapter.data_ptr());
   const Type type = type_of(x);
   const int64_t size = type == Type::float32 ? 4 : 2;
@@ -26,16 +26,17 @@ Tensor tt_linear_grouped(Tensor x_, Tensor W, std::optional<Tensor> b, Tensor D,
         kernels().forward(op, 0, tokens);
         continue;
       }
-      const Panel down(torch::stable::select(D, 0, ids[i]), false), up(torch::stable::select(G, 0, ids[i]), false);
+      const Panel down(torch::stable::select(D, 0, ids[i]), Panel::Order::rows, false);
+      const Panel up(torch::stable::select(G, 0, ids[i]), Panel::Order::strips, false);
       op.rank = D.size(2);
       op.padded_rank = down.row();
       op.D = down.data();
-      op.G = up.as_matrix();
+      op.G = up.data();
       kernels().forward(op, 0, tokens);
     }
   });
   add_product(torch::stable::view(y, {samples * tokens, d_out}), torch::stable::view(x, {samples * tokens, d_in}),
-              torch::stable::transpose(W, 0, 1), true);
+      torch::stable::transpose(W, 0, 1), true);
   return y;
 }
 

@@ -7,7 +7,7 @@ namespace {
 
 void tt_merge_(Tensor W, Tensor D, Tensor G, double sign) {
   Tensor rows = with_unit_rows(W);
-  const Panel up(G, false), Dt(D, true, static_cast<float>(sign));
+  const Panel up(G, Panel::Order::rows, false), Dt(D, Panel::Order::rows, true, static_cast<float>(sign));
   const Matrix to = matrix(rows);
   const int64_t d_in = D.size(0), rank = D.size(1);
   torch::stable::parallel_for(0, W.size(0), 64, [&](int64_t begin, int64_t end) {
@@ -16,7 +16,9 @@ void tt_merge_(Tensor W, Tensor D, Tensor G, double sign) {
   if (rows.data_ptr() != W.data_ptr()) torch::stable::copy_(W, rows);
 }
 
-STABLE_TORCH_LIBRARY_IMPL(efft, CPU, library) { library.impl("tt_merge_.cpu", TORCH_BOX(&tt_merge_)); }
+STABLE_TORCH_LIBRARY_IMPL(efft, CPU, library) {
+  library.impl("tt_merge_.cpu", TORCH_BOX(&tt_merge_));
+}
 
 }  // namespace
 

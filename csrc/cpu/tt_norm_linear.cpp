@@ -6,18 +6,16 @@ namespace efft {
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> tt_norm_linear_fwd(Tensor x, std::optional<Tensor> gamma,
-                                                              std::optional<Tensor> beta, double eps, Tensor W,
-                                                              std::optional<Tensor> b, Tensor D, Tensor G) {
+    std::optional<Tensor> beta, double eps, Tensor W, std::optional<Tensor> b, Tensor D, Tensor G) {
   const Stage stage{Input::norm, gamma, beta, eps, empty(x, {x.size(0)}, ScalarType::Float),
-                    empty(x, {x.size(0)}, ScalarType::Float)};
+      empty(x, {x.size(0)}, ScalarType::Float)};
   const auto [y, h] = linear_forward(x, stage, W, b, D, G);
   return {y, h, stage.mean, stage.rstd};
 }
 
 LinearBackward tt_norm_linear_bwd(Tensor gy, Tensor x, std::optional<Tensor> gamma, std::optional<Tensor> beta,
-                                  double eps, Tensor mean, Tensor rstd, std::optional<Tensor> W,
-                                  std::optional<Tensor> h, Tensor D, Tensor G, bool need_dx, bool need_dD,
-                                  bool need_dG) {
+    double eps, Tensor mean, Tensor rstd, std::optional<Tensor> W, std::optional<Tensor> h, Tensor D, Tensor G,
+    bool need_dx, bool need_dD, bool need_dG) {
   const Stage stage{Input::norm, gamma, beta, eps, torch::stable::contiguous(mean), torch::stable::contiguous(rstd)};
   return linear_backward(gy, x, stage, W, h, D, G, need_dx, need_dD, need_dG);
 }
