@@ -1,4 +1,4 @@
-"""Builds the compiled extension, ``csrc/``: at installation (setup.py) or by ``python -m efft_kernels.build``.
+"""Builds the compiled extension, ``csrc/``: at installation (setup.py) or by ``python -m efft_kernels build``.
 
 One library a target, ``cpu`` and ``cuda``, for every torch from 2.10 on and every Python: nothing of Python and only
 torch's stable ABI is used. A library's name carries a hash of the sources, so one of other sources is never loaded.
@@ -61,7 +61,7 @@ def sources() -> Path:
 
 
 def cache() -> Path:
-    """Where ``python -m efft_kernels.build`` and editable installations put libraries."""
+    """Where ``python -m efft_kernels build`` and editable installations put libraries."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "efft_kernels"
 
 
@@ -165,6 +165,12 @@ def build(targets: list[str], folder: Path, objects: Path | None = None) -> list
     return built
 
 
+def build_into_cache(targets: list[str]) -> list[Path]:
+    """Build those of ``targets`` that are not there yet; in a checkout unchanged files are not compiled again."""
+    objects = _PACKAGE.parent / "build" / "csrc" if sources().parent == _PACKAGE.parent else None
+    return build([target for target in targets if find(target) is None], cache(), objects)
+
+
 def _inputs(target: str) -> list[Path]:
     folders = ("cpu",) if target == "cpu" else ("cuda",)
     return sorted(
@@ -231,22 +237,17 @@ def _which(name: str) -> str | None:
     return shutil.which(name) or shutil.which(name, path=sysconfig.get_path("scripts"))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m efft_kernels.build", description=__doc__.splitlines()[0])
+def main(arguments: list[str]) -> int:
+    """``python -m efft_kernels build``: exit code 1, and the reason, where a wish cannot be met."""
+    parser = argparse.ArgumentParser(prog="python -m efft_kernels build", description="Compile the extension, csrc/, into a cache.")
     parser.add_argument("--targets", choices=("auto", *TARGETS), help="what to build; default: EFFT_BUILD_EXT, or auto")
     wish = parser.parse_args(arguments).targets or wished(os.environ)
     try:
         targets, summary = plan(wish)
         print("\n".join(summary))
-        missing = [target for target in targets if find(target) is None]
-        checkout = _PACKAGE.parent / "csrc"
-        for path in build(missing, cache(), _PACKAGE.parent / "build/csrc" if checkout.is_dir() else None):
+        for path in build_into_cache(targets):
             print(f"built {path} ({path.stat().st_size / 1024:.0f} KiB)")
     except (BuildError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """The compiled extension: loads its libraries, which register the implementations of ``cpu`` and ``cuda``.
 
-A library is looked for in the installed package and in the cache of ``python -m efft_kernels.build``; nothing is ever
+A library is looked for in the installed package and in the cache of ``python -m efft_kernels build``; nothing is ever
 compiled here. Its schemas are those of :mod:`efft_kernels.ops`.
 """
 
@@ -10,7 +10,7 @@ import torch
 
 from efft_kernels.build import TARGETS, find
 
-_HOW = "python -m efft_kernels.build"
+_HOW = "python -m efft_kernels build"
 
 
 def _load(target: str) -> str | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from efft_kernels import native
 from efft_kernels.backends import Backend
 from efft_kernels.testing import backends
 
@@ -20,19 +21,32 @@ IDS = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES}
 #: In the interpreter nothing but the Triton backend runs, on the CPU (tests/triton/test_interpreter.py starts it).
 ONLY_TRITON = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = [b for b in backends() if b is Backend.TRITON or not ONLY_TRITON]
+#: Backends whose products are their own kernels', not torch's, and which have no fp64.
+OWN = (Backend.CPU, Backend.TRITON)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Outside the interpreter the Triton backend needs a GPU: what would run it on the CPU is not for this process."""
+    """Deselects what a backend is not for: outside the interpreter the Triton backend needs a GPU, the cpu backend is
+    for the CPU, float32 and bfloat16."""
     if ONLY_TRITON:
         return
 
-    def on_cpu(item: pytest.Item) -> bool:
-        params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-        return Backend.TRITON in params.values() and params.get("device") != "cuda"
+    def params(item: pytest.Item) -> dict[str, Any]:
+        return item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
 
-    config.hook.pytest_deselected(items=[item for item in items if on_cpu(item)])
-    items[:] = [item for item in items if not on_cpu(item)]
+    def cannot(item: pytest.Item) -> bool:
+        given = params(item)
+        dtypes = {value for value in given.values() if isinstance(value, torch.dtype)}
+        if Backend.CPU in given.values():
+            return given.get("device") == "cuda" or bool({torch.float16, torch.float64} & dtypes)
+        return Backend.TRITON in given.values() and given.get("device") != "cuda"
+
+    config.hook.pytest_deselected(items=[item for item in items if cannot(item)])
+    items[:] = [item for item in items if not cannot(item)]
+    missing = native.MISSING["cpu"]
+    for item in items:
+        if missing is not None and Backend.CPU in params(item).values():
+            item.add_marker(pytest.mark.skip(reason=missing))
 
 
 @pytest.fixture(params=DEVICES[:1] if ONLY_TRITON else DEVICES, scope="session")
@@ -54,7 +68,7 @@ def kernels(request: pytest.FixtureRequest) -> Backend:
 @pytest.fixture(scope="session")
 def exact(backend: Backend) -> torch.dtype:
     """The widest precision of a backend: what tests of formulas, not of rounding, are done in."""
-    return torch.float32 if backend is Backend.TRITON else torch.float64
+    return torch.float32 if backend in OWN else torch.float64
 
 
 @pytest.fixture(scope="session")
@@ -71,10 +85,16 @@ def assert_exact(exact: torch.dtype) -> Callable[..., None]:
     return check
 
 
-@pytest.fixture(params=[b for b in BACKENDS if b is not Backend.TRITON], ids=lambda b: b.value)
+@pytest.fixture(params=[b for b in BACKENDS if b not in OWN], ids=lambda b: b.value)
 def fp64(request: pytest.FixtureRequest) -> Backend:
     """Backends that have fp64."""
     return request.param
+
+
+@pytest.fixture(scope="session")
+def own(backend: Backend) -> bool:
+    """Whether the products of a backend are its own kernels', which torch's dispatcher does not see."""
+    return backend in OWN
 
 
 @pytest.fixture(params=DTYPES, ids=IDS.get, scope="session")

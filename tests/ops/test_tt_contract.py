@@ -157,7 +157,12 @@ def test_any_shape_and_layout(
 
 
 def test_layers_get_views_and_one_backward(
-    backend: Backend, device: str, exact: torch.dtype, assert_exact: Callable[..., None], record: Callable[[], Any]
+    backend: Backend,
+    device: str,
+    exact: torch.dtype,
+    own: bool,
+    assert_exact: Callable[..., None],
+    record: Callable[[], Any],
 ) -> None:
     """G.unbind(0) is handed to the layers: no copy, and two products for dC and dV however many layers there are."""
     inputs = make_inputs("tt_contract", n_layers=6, dtype=exact, device=device)
@@ -172,7 +177,6 @@ def test_layers_get_views_and_one_backward(
     loss = sum(((i + 1) * layer.square()).sum() for i, layer in enumerate(layers))
     with record() as backward:
         loss.backward()
-    own = backend is Backend.TRITON  # its kernels are not torch's products
     assert (len(forward.products), len(backward.products)) == ((0, 0) if own else (1, 2))
     if backend is not Backend.REFERENCE:
         assert len(forward.registered) == len(backward.registered) == 1
@@ -184,14 +188,14 @@ def test_layers_get_views_and_one_backward(
 @pytest.mark.parametrize("need", ["C", "V"])
 @pytest.mark.parametrize("masks", [False, True])
 def test_frozen_factors_cost_no_product(
-    backend: Backend, device: str, record: Callable[[], Any], need: str, masks: bool
+    backend: Backend, device: str, own: bool, record: Callable[[], Any], need: str, masks: bool
 ) -> None:
     inputs = make_inputs("tt_contract", masks=masks, device=device)
     inputs[need].requires_grad_()
     G = tt_contract(**inputs, backend=backend)
     with record() as seen:
         G.backward(torch.ones_like(G))
-    assert len(seen.products) == (backend is not Backend.TRITON)
+    assert len(seen.products) == (not own)
     assert inputs[need].grad.shape == inputs[need].shape
     assert inputs["V" if need == "C" else "C"].grad is None
 
