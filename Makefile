@@ -21,6 +21,7 @@ demo: $(VENV)/.efft-train ## Adapt, train, save and merge a small model on this 
 	$(RUN) efft.demo $(ARGS)
 
 test: $(VENV)/.efft-dev ## Run the whole test suite
+	$(RUN) efft_kernels build
 	$(RUN) pytest $(ARGS)
 
 check-triton: $(VENV)/.efft-dev ## Interpreter tests and resource report with the oldest Triton supported
@@ -57,6 +58,7 @@ clean: ## Remove build products and caches (not the virtual environment)
 # The stamp says that the extra in its name is installed; editing the metadata makes it stale.
 $(VENV)/.efft-%: pyproject.toml setup.py | $(BIN)/pip
 	$(RUN) pip install --editable '.[$*]'
+	$(RUN) efft_kernels build
 	@touch $@
 
 # pip, not python, is the target: a failed `python -m venv` leaves a python without pip behind.

@@ -43,13 +43,11 @@ def jobs(device: str, quick: bool, results: Path | None) -> list[Job]:
         return Job(name, ("-m", "benchmarks", *command.split(), *to), share)
 
     first = [
+        Job("compiled extension", ("-m", "efft_kernels", "build"), 0.4),
         Job("environment", ("-m", "efft_kernels"), 0.1),
         # 5: no test has the mark
         Job("GPU tests", ("-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"), 0.2, fine=(0, 5)),
     ]
-    if native_sources():
-        install = ("-m", "pip", "install", "--no-build-isolation", "--no-deps", "--editable", ".")
-        first.insert(0, Job("native extension", install, 0.4))
     if quick:
         return [
             *first,
@@ -89,11 +87,6 @@ def _choice(results: Path | None) -> Job:
     sizes = "--tokens 1576 12608 --d-in 768 3072 --d-out 768 2304 3072 --rank 16 32 64"
     ops = "--op tt_linear tt_gelu_linear tt_norm_linear"
     return Job("choice", ("-m", "efft_kernels.choice", "--out", str(table), *f"{sizes} {ops}".split()), 0.3)
-
-
-def native_sources() -> list[Path]:
-    """The C++ and CUDA sources there are to build."""
-    return sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in {".cpp", ".cu"})
 
 
 def run_all(todo: Sequence[Job], budget: float) -> dict[str, str]:
@@ -141,8 +134,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise ValueError(f"--budget must be a positive number of seconds, got {args.budget:g}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("there is no CUDA device; to try it out without one: --device cpu --quick")
-    if not native_sources():
-        print("csrc/ has no sources: there is no native extension to build")
     outcomes = run_all(jobs(args.device, args.quick, args.results), args.budget)
     print()
     for name, outcome in outcomes.items():

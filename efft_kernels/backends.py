@@ -105,7 +105,7 @@ def can_run(backend: str | Backend, *tensors: Tensor | None) -> str | None:
         return None
     if backend is Backend.CPU:
         device = present[0].device
-        return MISSING["cpu"] if device.type == "cpu" else f"cpu runs tensors on the CPU, got {device}"
+        return MISSING["cpu"] if device.type in ("cpu", "meta") else f"cpu runs tensors on the CPU, got {device}"
     return _no_triton(present[0].device) if backend is Backend.TRITON else None
 
 

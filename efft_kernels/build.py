@@ -239,7 +239,9 @@ def _which(name: str) -> str | None:
 
 def main(arguments: list[str]) -> int:
     """``python -m efft_kernels build``: exit code 1, and the reason, where a wish cannot be met."""
-    parser = argparse.ArgumentParser(prog="python -m efft_kernels build", description="Compile the extension, csrc/, into a cache.")
+    parser = argparse.ArgumentParser(
+        prog="python -m efft_kernels build", description="Compile the extension, csrc/, into a cache."
+    )
     parser.add_argument("--targets", choices=("auto", *TARGETS), help="what to build; default: EFFT_BUILD_EXT, or auto")
     wish = parser.parse_args(arguments).targets or wished(os.environ)
     try:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from efft_kernels.backends import AUTO_ORDER, Backend, can_run, current_backend
+from efft_kernels.build import find
+from efft_kernels.native import MISSING
 from efft_kernels.ops import tt_linear
 from efft_kernels.testing import backends
 
@@ -37,6 +39,8 @@ def report() -> str:
         f"EFFT_BACKEND  {os.environ.get('EFFT_BACKEND', 'not set')} (calls without backend= ask for "
         f"{current_backend().value!r}; 'auto' tries {', '.join(b.value for b in AUTO_ORDER)})"
     )
+    for target, missing in MISSING.items():
+        lines.append(f"{target + ' library':<13} {find(target) if missing is None else f'not loaded: {missing}'}")
     for device in ("cpu", "cuda"):
         if device == "cuda" and not torch.cuda.is_available():
             continue

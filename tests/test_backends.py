@@ -20,8 +20,10 @@ from efft_kernels.backends import AUTO_ORDER, current_backend
 from efft_kernels.testing import assert_close_budget, make_inputs, poisoned_empty, with_layout
 
 ROOT = Path(__file__).parents[1]
-NAMES = "'auto', 'reference', 'eager', 'triton'"
+NAMES = "'auto', 'reference', 'eager', 'cpu', 'triton'"
 OPS = ("tt_linear", "tt_contract", "tt_merge_")
+#: What ``auto`` takes here.
+FIRST = next(backend.value for backend in AUTO_ORDER if can_run(backend, torch.ones(1)) is None)
 needs_default = pytest.mark.skipif("EFFT_BACKEND" in os.environ, reason="EFFT_BACKEND changes the default backend")
 
 
@@ -58,14 +60,14 @@ def test_the_backend_asked_for_runs(op: str, backend: Backend) -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_auto_takes_the_first_that_can_run(op: str) -> None:
     assert current_backend() is Backend.AUTO
-    assert call(op) == call(op, backend="auto") == AUTO_ORDER[0].value
+    assert call(op) == call(op, backend="auto") == FIRST
 
 
 def test_argument_before_context() -> None:
     with use_backend("reference"):
         assert call("tt_linear", backend="eager") == "eager"
         with use_backend("auto"):
-            assert call("tt_linear") == AUTO_ORDER[0].value
+            assert call("tt_linear") == FIRST
 
 
 @needs_default
@@ -115,7 +117,7 @@ def test_unknown_names(op: str) -> None:
 
 @pytest.mark.parametrize("op", OPS)
 def test_only_auto_falls_back(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = {Backend.EAGER: "its library is missing"}
+    broken = {Backend.CPU: "it is not built", Backend.EAGER: "its library is missing"}
     monkeypatch.setattr(backends, "can_run", lambda backend, *_: broken.get(Backend.parse(backend)))
     assert call(op, backend="auto") == "reference"
     message = f"^{op}: backend 'eager' was asked for but cannot run: its library is missing$"
@@ -126,18 +128,32 @@ def test_only_auto_falls_back(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     broken[Backend.REFERENCE] = "it is Sunday"
     with pytest.raises(RuntimeError, match=f"^{op}: no backend can run this call\n") as raised:
         call(op, backend="auto")
-    assert "\n  eager: its library is missing\n  reference: it is Sunday\n" in str(raised.value)
+    assert "\n  cpu: it is not built\n  eager: its library is missing\n  reference: it is Sunday\n" in str(raised.value)
 
 
 def test_explain() -> None:
-    chosen, other, named = explain(torch.ones(1)).splitlines()
+    wide, eight = torch.ones(1).double(), torch.ones(1).to(torch.int8)
+    cpu, chosen, other, named = explain(wide).splitlines()
+    assert cpu == "  cpu: cpu runs bfloat16, float32 tensors, got torch.float64"
     assert (chosen, other) == ("* eager: can run", "  reference: can run")
-    assert named == f"  triton: {can_run('triton', torch.ones(1)) or 'can run, by name or where it measured faster'}"
+    assert named == "  triton: triton runs float16, bfloat16, float32 tensors, got torch.float64"
     reason = "runs float16, bfloat16, float32, float64 tensors, got torch.int8"
-    assert explain(torch.ones(1).to(torch.int8)).splitlines()[:2] == [
-        f"  eager: eager {reason}",
-        f"  reference: reference {reason}",
-    ]
+    assert explain(eight).splitlines()[1:3] == [f"  eager: eager {reason}", f"  reference: reference {reason}"]
+
+
+@pytest.mark.skipif(can_run("cpu", torch.ones(1)) is not None, reason="the compiled extension is not there")
+def test_auto_prefers_the_compiled_extension() -> None:
+    assert explain(torch.ones(1)).splitlines()[:2] == ["* cpu: can run", "  eager: can run"]
+
+
+def test_why_the_compiled_extension_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(backends.MISSING, "cpu", "it is not there: build it")
+    with pytest.raises(RuntimeError, match="'cpu' was asked for but cannot run: it is not there: build it"):
+        tt_linear(**make_inputs("tt_linear"), backend="cpu")
+    with pytest.raises(
+        RuntimeError, match="'cpu' was asked for but cannot run: cpu runs bfloat16, float32 tensors, got"
+    ):
+        tt_linear(**make_inputs("tt_linear", dtype=torch.float16), backend="cpu")
 
 
 def test_can_run() -> None:
@@ -214,7 +230,7 @@ def test_compiled_code_follows_the_choice() -> None:
 
 
 def test_backends_and_devices() -> None:
-    assert testing.backends() == [Backend.REFERENCE, Backend.EAGER, Backend.TRITON]
+    assert testing.backends() == [Backend.REFERENCE, Backend.EAGER, Backend.CPU, Backend.TRITON]
     assert testing.devices()[0] == "cpu"
     assert ("cuda" in testing.devices()) == torch.cuda.is_available()
 

@@ -130,7 +130,7 @@ def test_auto_on_a_gpu_follows_the_table(monkeypatch: pytest.MonkeyPatch, tmp_pa
     use_table(monkeypatch, tmp_path / "table.json", row(CASE, 50), row(replace(CASE, d_in=3072), 150))
     W = mock.Mock(spec=Tensor, device=torch.device("cuda"), dtype=torch.bfloat16)
     with (
-        mock.patch.object(backends, "can_run", return_value=None),
+        mock.patch.object(backends, "can_run", side_effect=lambda b, *_: "no GPU" if b is Backend.CPU else None),
         mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)),
         mock.patch.object(choice, "_can_measure", return_value=False),
     ):
@@ -138,7 +138,9 @@ def test_auto_on_a_gpu_follows_the_table(monkeypatch: pytest.MonkeyPatch, tmp_pa
         assert chosen[1:] == [Backend.EAGER, Backend.EAGER]
         assert chosen[0] is Backend.TRITON
     with (
-        mock.patch.object(backends, "can_run", side_effect=lambda b, *_: "no" if b is Backend.TRITON else None),
+        mock.patch.object(
+            backends, "can_run", side_effect=lambda b, *_: "no" if b in (Backend.CPU, Backend.TRITON) else None
+        ),
         mock.patch.object(backends, "prefers_triton", side_effect=AssertionError),
     ):
         assert backends.resolve("tt_linear", "auto", W, sizes=(12608, 768, 2304, 32)) is Backend.EAGER

@@ -11,14 +11,15 @@ import pytest
 import torch
 
 from efft_kernels import Backend, __version__, can_run, env, testing
-from efft_kernels.eager import tt_linear as eager
+from efft_kernels.build import TARGETS, find
+from efft_kernels.native import MISSING
 
 ROOT = Path(__file__).parents[1]
 
 
 def lines() -> dict[str, str]:
     """The report by the names its lines begin with."""
-    return {re.match(r"\w+ on \w+|\S+", line)[0]: line for line in env.report().splitlines()}
+    return {re.match(r"\w+ (on \w+|library)|\S+", line)[0]: line for line in env.report().splitlines()}
 
 
 def test_versions_and_devices() -> None:
@@ -41,7 +42,18 @@ def test_backend_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("EFFT_BACKEND")
     line = lines()["EFFT_BACKEND"]
     assert line.startswith("EFFT_BACKEND  not set (")
-    assert line.endswith("'auto' tries eager, reference)")
+    assert line.endswith("'auto' tries cpu, eager, reference)")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_is_loaded_or_why_not(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, reason = find(target), MISSING[target]
+    assert (
+        lines()[f"{target} library"]
+        == f"{target + ' library':<13} {path if reason is None else f'not loaded: {reason}'}"
+    )
+    monkeypatch.setitem(MISSING, target, "it is broken")
+    assert lines()[f"{target} library"] == f"{target + ' library':<13} not loaded: it is broken"
 
 
 def test_every_backend_passes_on_every_device() -> None:
@@ -56,7 +68,7 @@ def test_every_backend_passes_on_every_device() -> None:
 @pytest.mark.parametrize("wrong", [1.001, float("nan")])
 def test_a_wrong_gradient_is_found(monkeypatch: pytest.MonkeyPatch, wrong: float) -> None:
     """Of one backend, and by a thousandth, in a gradient alone."""
-    right = eager.tt_linear_bwd
+    right = torch.ops.efft.tt_linear_bwd.eager
     monkeypatch.setitem(
         sys.modules["efft_kernels.ops.tt_linear"]._BACKWARD,
         Backend.EAGER,

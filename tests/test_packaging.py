@@ -2,6 +2,7 @@
 
 import configparser
 import email.parser
+import os
 import re
 import shutil
 import subprocess
@@ -32,7 +33,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for folder in FOLDERS:
         shutil.copytree(ROOT / folder, tree / folder, ignore=GENERATED)
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(tree)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "EFFT_BUILD_EXT": "none"})
     assert done.returncode == 0, done.stdout + done.stderr
     return out
 
@@ -53,11 +54,11 @@ def python_files(root: Path) -> set[str]:
     return {path.relative_to(root).as_posix() for path in root.rglob("*.py")}
 
 
-def test_build_needs_setuptools_only() -> None:
-    assert build.ProjectBuilder(ROOT).build_system_requires == {"setuptools>=77"}
+def test_build_does_not_fetch_torch() -> None:
+    assert build.ProjectBuilder(ROOT).build_system_requires == {"setuptools>=77", "ninja>=1.11"}
 
 
-def test_wheel_is_pure_python(built: Path) -> None:
+def test_wheel_without_the_extension_is_pure_python(built: Path) -> None:
     (path,) = built.glob("*.whl")
     assert path.name == f"efft_kernels-{efft_kernels.__version__}-py3-none-any.whl"
 
@@ -71,7 +72,9 @@ def test_wheel_holds_both_packages_and_nothing_else(wheel: zipfile.ZipFile) -> N
     }
     data = {f"efft/data/{path.name}" for path in (ROOT / "python/efft/data").glob("*.json")}
     assert data, "no JSON files in python/efft/data"
-    assert names == sources | data | {"efft_kernels/py.typed", "efft_kernels/measured.json", "efft/py.typed"}
+    native = {f"efft_kernels/csrc/{path.relative_to(ROOT / 'csrc')}" for path in (ROOT / "csrc").rglob("*.*")}
+    assert native, "no sources in csrc"
+    assert names == sources | data | native | {"efft_kernels/py.typed", "efft_kernels/measured.json", "efft/py.typed"}
 
 
 def test_wheel_metadata(metadata: Message) -> None:

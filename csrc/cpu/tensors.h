@@ -24,10 +24,12 @@ inline Type type_of(const Tensor& t) {
   return type == ScalarType::Float ? Type::float32 : Type::bfloat16;
 }
 
-// `t` with elements of a row side by side: itself, or the one documented copy.
+// `t` with elements of a row side by side and rows apart (a row distance of 0 means strips to the kernels): itself, or
+// the one documented copy.
 inline Tensor with_unit_rows(const Tensor& t) {
   const bool unit = t.dim() == 0 || t.size(-1) <= 1 || t.stride(-1) == 1;
-  return unit ? t : torch::stable::contiguous(t);
+  const bool apart = t.dim() < 2 || t.size(-2) <= 1 || t.stride(-2) != 0;
+  return unit && apart ? t : torch::stable::contiguous(t);
 }
 
 // The last two dimensions of `t` (whose rows are of unit stride), from element `offset` of its data on.

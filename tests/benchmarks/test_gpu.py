@@ -47,23 +47,14 @@ def test_commands_are_ones_that_exist(quick: bool, device: str) -> None:
 
 def test_tests_come_first_then_what_matters_most() -> None:
     names = [job.name for job in jobs("cuda", False, None)]
-    assert names[:5] == [
+    assert names[:6] == [
+        "compiled extension",
         "environment",
         "GPU tests",
         "layers of ViT-B, bf16",
         "training step of ViT-B, bf16",
         "memory of ViT-B, bf16",
     ]
-
-
-def test_native_extension_is_built_first_if_there_is_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(gpu, "ROOT", tmp_path)
-    assert "native extension" not in [job.name for job in jobs("cuda", False, None)]
-    (tmp_path / "csrc" / "cuda").mkdir(parents=True)
-    (tmp_path / "csrc" / "cuda" / "tt_linear.cu").touch()
-    first = jobs("cuda", False, None)[0]
-    assert first.name == "native extension"
-    assert "--no-build-isolation" in first.arguments
 
 
 def test_a_job_that_fails_or_hangs_does_not_keep_the_next_from_running(tmp_path: Path) -> None:
@@ -98,12 +89,9 @@ def test_nothing_starts_once_the_budget_is_used_up() -> None:
 def test_exit_code_and_summary(
     code: str, expected: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(gpu, "native_sources", list)
     monkeypatch.setattr(gpu, "jobs", lambda device, quick, results: [python("only", code)])
     assert main(["gpu", "--device", "cpu", "--quick"]) == expected
-    out = capsys.readouterr().out
-    assert "csrc/ has no sources: there is no native extension to build" in out
-    assert out.splitlines()[-1].startswith("only")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("only")
 
 
 def test_wrong_calls_say_what_to_do(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,18 +34,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     def params(item: pytest.Item) -> dict[str, Any]:
         return item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
 
+    def runs(item: pytest.Item, backend: Backend) -> bool:  # by identity: a backend's name may be a device's too
+        return any(value is backend for value in params(item).values())
+
     def cannot(item: pytest.Item) -> bool:
         given = params(item)
         dtypes = {value for value in given.values() if isinstance(value, torch.dtype)}
-        if Backend.CPU in given.values():
+        if runs(item, Backend.CPU):
             return given.get("device") == "cuda" or bool({torch.float16, torch.float64} & dtypes)
-        return Backend.TRITON in given.values() and given.get("device") != "cuda"
+        return runs(item, Backend.TRITON) and given.get("device") != "cuda"
 
     config.hook.pytest_deselected(items=[item for item in items if cannot(item)])
     items[:] = [item for item in items if not cannot(item)]
     missing = native.MISSING["cpu"]
     for item in items:
-        if missing is not None and Backend.CPU in params(item).values():
+        if missing is not None and runs(item, Backend.CPU):
             item.add_marker(pytest.mark.skip(reason=missing))
 
 

@@ -53,6 +53,7 @@ def load_trained(path: str | Path, checkpoint: str | Path | None = None) -> tupl
     model = build.create_model(config, classes, weights=config.method != "full")
     if config.method == "efft":
         efft.load_adapter(model, saved)
+        efft.fuse(model)  # as it was in training: the same rounding
     elif config.method == "linear":
         restore_trained_state(model, outputs.read_tensors(saved))
     else:
