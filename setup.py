@@ -19,7 +19,8 @@ ROOT = Path(__file__).parent
 
 # By its path: importing it from the package would import torch, which need not be there.
 spec = importlib.util.spec_from_file_location("efft_kernels_build", ROOT / "efft_kernels" / "build.py")
-assert spec is not None and spec.loader is not None
+assert spec is not None
+assert spec.loader is not None
 builder = importlib.util.module_from_spec(spec)
 sys.modules[spec.name] = builder
 spec.loader.exec_module(builder)
@@ -40,7 +41,7 @@ class WithSources(build_py):
 
 
 class Libraries(build_ext):
-    """The libraries, into the wheel; of an editable installation into the cache, under names that go with the sources."""
+    """The libraries, into the wheel; of an editable installation into the cache."""
 
     def run(self) -> None:
         print("\n".join(SUMMARY))

@@ -10,6 +10,7 @@ import contextlib
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -89,7 +90,7 @@ def device(of: torch.device) -> Device:
     """The facts of a GPU; those of an H100 in the interpreter."""
     if of.type != "cuda":
         return Device(132, 232448, 9)
-    properties = torch.cuda.get_device_properties(of)
+    properties: Any = torch.cuda.get_device_properties(of)  # not all that it has is declared in every torch
     capability = 8 if torch.version.hip else properties.major  # AMD counts its own way
     return Device(properties.multi_processor_count, properties.shared_memory_per_block_optin, capability)
 

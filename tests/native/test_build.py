@@ -108,7 +108,7 @@ def test_a_compiler_error_is_told_and_leaves_nothing(monkeypatch: pytest.MonkeyP
     (tmp_path / "csrc" / "cpu").mkdir(parents=True)
     (tmp_path / "csrc" / "cpu" / "kernels.cpp").write_text("int broken() { return nothing; }\n")
     monkeypatch.setattr(build, "sources", lambda: tmp_path / "csrc")
-    with pytest.raises(build.BuildError, match="building the cpu extension failed:\n(.|\n)*nothing"):
+    with pytest.raises(build.BuildError, match=r"building the cpu extension failed:\n(.|\n)*nothing"):
         build.build(["cpu"], tmp_path / "out")
     assert not list(tmp_path.rglob("*.so"))
 
