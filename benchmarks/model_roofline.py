@@ -26,24 +26,29 @@ Kernels = list[tuple[str, float]]
 class Layer:
     """A linear layer: its sizes, how many matrices are fused in it, and which neighbours a kernel of ours could be.
 
-    ``owns_x``: what makes x and takes dx (LayerNorm, GELU). ``owns_gy``: what makes gy in backward (GELU).
+    ``front``: what makes x and takes dx, "norm", "gelu", or "" for what cannot be ours. ``owns_gy``: whether what makes
+    gy in backward (GELU) can be.
     """
 
     name: str
     d_in: int
     d_out: int
     matrices: int = 1
-    owns_x: bool = True
+    front: str = "norm"
     owns_gy: bool = False
+
+    @property
+    def owns_x(self) -> bool:
+        return self.front != ""
 
 
 def vit_block(width: int) -> tuple[Layer, ...]:
     """The layers of a ViT block; what comes before O is attention, which is not ours."""
     return (
         Layer("qkv", width, 3 * width, matrices=3),
-        Layer("o", width, width, owns_x=False),
+        Layer("o", width, width, front=""),
         Layer("fc1", width, 4 * width, owns_gy=True),
-        Layer("fc2", 4 * width, width),
+        Layer("fc2", 4 * width, width, front="gelu"),
     )
 
 
@@ -119,6 +124,17 @@ class Case:
     def down_after(self) -> float:
         """dx += dh Dᵀ by the kernel that takes dx, where that can be ours."""
         return 1e6 * self.h / self.machine.bandwidth if self.layer.owns_x else self.add_down()
+
+    def neighbour(self, *, slope_in_epilogue: bool = False) -> float:
+        """The LayerNorm or GELU in front: forward reads and writes x, backward reads x and its gradient and writes one.
+
+        A GELU's slope may be taken in the epilogue of the product that makes dx: what is left is one read of x.
+        """
+        if not self.layer.owns_x:
+            return 0.0
+        inside = slope_in_epilogue and self.layer.front == "gelu"
+        backward = 1e6 * self.x / self.machine.bandwidth if inside else self.machine.memory(3 * self.x)
+        return self.machine.memory(2 * self.x) + backward
 
     def refresh(self) -> float:
         """This layer's part of the one launch that contracts all layers."""
@@ -336,11 +352,15 @@ def microseconds(kernels: tuple[Kernels, Kernels]) -> float:
 
 
 def block_times(machine: Machine, tokens: int, rank: int, layers: Sequence[Layer]) -> dict[str, dict[str, float]]:
-    """Microseconds of forward and backward by design and layer, and of all ``layers`` together as "block"."""
+    """Microseconds of forward and backward by design and layer, and of all ``layers`` together: as "block", and with
+    the LayerNorms and GELU in front of them as "with norms and GELU"."""
     times = {}
     for name, design in DESIGNS.items():
-        of_layer = {layer.name: microseconds(design(Case(machine, layer, tokens, rank))) for layer in layers}
-        times[name] = {**of_layer, "block": sum(of_layer.values())}
+        cases = [Case(machine, layer, tokens, rank) for layer in layers]
+        of_layer = {case.layer.name: microseconds(design(case)) for case in cases}
+        block = sum(of_layer.values())
+        fronts = sum(case.neighbour(slope_in_epilogue=name == "fused:triton") for case in cases)
+        times[name] = {**of_layer, "block": block, "with norms and GELU": block + fronts}
     return times
 
 

@@ -5,7 +5,8 @@
 Origin of the rows of ``measured.json`` beside this file: the GPU and versions that each names. No GPU's name decides
 anything: a row holds for its compute capability. Where no row fits, ``auto`` takes the vendor's products; with
 ``EFFT_AUTOTUNE=FILE`` it measures both on the spot and keeps the row in FILE, whose rows come before those
-committed. Both ways give the same bits run to run: a choice changes speed and the last rounding, never determinism.
+committed. Both ways give the same bits run to run, since no kernel adds atomically; a choice changes speed and the
+last rounding, so under ``torch.use_deterministic_algorithms(True)`` only what the tables hold decides.
 """
 
 from __future__ import annotations
@@ -106,9 +107,10 @@ def nearest(case: Case, rows: Sequence[Row]) -> Row | None:
 
 
 def _can_measure(device: torch.device) -> bool:
-    return not torch.compiler.is_compiling() and not (
-        device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    )
+    """Not where a measurement would be traced or captured, nor under torch.use_deterministic_algorithms: two runs may
+    measure differently, and the other backend rounds otherwise."""
+    traced = torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+    return not traced and not torch.are_deterministic_algorithms_enabled()
 
 
 def _keep(row: Row) -> None:

@@ -88,11 +88,18 @@ def test_measured_once_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         assert prefers_triton(CASE, CPU), "read again"
 
 
-def test_nothing_is_measured_while_compiling(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("module", "question"),
+    [(torch.compiler, "is_compiling"), (torch, "are_deterministic_algorithms_enabled")],
+    ids=["compiling", "deterministic"],
+)
+def test_when_nothing_is_measured(
+    module: object, question: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("EFFT_AUTOTUNE", str(tmp_path / "table.json"))
     with (
         mock.patch.object(choice, "measure", side_effect=AssertionError),
-        mock.patch.object(torch.compiler, "is_compiling", return_value=True),
+        mock.patch.object(module, question, return_value=True),
     ):
         assert not prefers_triton(CASE, CPU)
 

@@ -51,6 +51,19 @@ def test_ratios_of_the_block() -> None:
         assert found[name] == pytest.approx(expected, abs=0.0051), name
 
 
+def test_what_stands_in_front_of_the_layers() -> None:
+    """Two norms and a GELU move 5 times what they take; a slope in the epilogue leaves 3 of the GELU's 5."""
+    machine = Machine(bandwidth=1e12, fixed=0.0)
+    times = block_times(machine, 1000, 16, vit_block(100))
+    norms, gelu = 2 * 5 * 2 * 1000 * 100 / 1e6, 2 * 1000 * 400 / 1e6
+    for name, expected in (
+        ("floor", norms + 5 * gelu),
+        ("efft:triton", norms + 5 * gelu),
+        ("fused:triton", norms + 3 * gelu),
+    ):
+        assert times[name]["with norms and GELU"] - times[name]["block"] == pytest.approx(expected), name
+
+
 def test_microseconds_by_layer() -> None:
     times = block_times(Machine(), TOKENS, 16, vit_block(768))
     for name, expected in LAYERS.items():
