@@ -30,6 +30,7 @@ _OLDEST_TORCH = "0x020a000000000000"  # 2.10, as TORCH_TARGET_VERSION spells it
 #: Flags of each instruction set that csrc/cpu/kernels.cpp is compiled for; dispatch.cpp chooses among the same.
 _ISAS = {
     "x86_64": {
+        "avx512bf16": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -mfma -mprefer-vector-width=512",
         "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512",
         "avx2": "-mavx2 -mfma",
         "portable": "",

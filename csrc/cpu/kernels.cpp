@@ -23,6 +23,11 @@ void any_backward(const Backward& op, int64_t begin, int64_t end, float* dDt, fl
   });
 }
 
+void any_interleave(const float* from, int64_t rows, int64_t columns, void* to, int64_t begin, int64_t end) {
+  interleave(Rows<const float>{from + begin * columns, columns}, std::min(end, rows) - begin, columns, columns,
+      static_cast<bf16*>(to) + begin * columns);
+}
+
 void any_gather(const Gather& op, int64_t begin, int64_t end) {
   with_type(op.from.type, [&](auto from) {
     with_type(op.to.type, [&](auto to) { gather<decltype(from), decltype(to)>(op, begin, end); });
@@ -50,7 +55,7 @@ void any_merge(
 #define EFFT_TEXT(name) EFFT_TEXT_OF(name)
 
 extern const Kernels table;
-const Kernels table{EFFT_TEXT(EFFT_ISA), any_forward, any_backward, any_gather, any_contract, any_contract_dC,
-    any_contract_dV, any_merge};
+const Kernels table{EFFT_TEXT(EFFT_ISA), PAIRS, any_forward, any_backward, any_interleave, any_gather, any_contract,
+    any_contract_dC, any_contract_dV, any_merge};
 
 }  // namespace efft::EFFT_ISA

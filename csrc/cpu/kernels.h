@@ -15,7 +15,8 @@ struct Matrix {
   Type type = Type::float32;
 };
 
-// Columns of every panel of a factor are padded with zeros to a multiple of this: no tile has a ragged edge there.
+// A panel is a factor in the order that a product reads it in: floats, or bf16 with every two rows interleaved where
+// Kernels::pairs says so. Its columns are padded with zeros to a multiple of this: no tile has a ragged edge there.
 constexpr int64_t PANEL_COLUMNS = 16;
 
 // Matrices [rank, columns] lie in strips of so many columns, each with its rows side by side: whole rows, read or
@@ -42,18 +43,18 @@ struct Forward : LowRank {
   Matrix a;                  // [tokens, d_in], written unless the input is plain
   Matrix y;                  // [tokens, d_out]
   const float* b = nullptr;  // [d_out]; null for zero
-  const float* D = nullptr;  // [d_in, padded_rank]
-  const float* G = nullptr;  // [rank, d_out], in strips
+  const void* D = nullptr;   // panel [d_in, padded_rank]
+  const void* G = nullptr;   // panel [rank, d_out], in strips
 };
 
 // dh = gy G^T, dD^T = dh^T a, dG = h^T gy and dx: of a plain input dh D^T, to which the caller adds gy W; of another
 // base + dh D^T through the input stage, where base comes in as gy W.
 struct Backward : LowRank {
-  Matrix gy;                  // [tokens, d_out]
-  Matrix base;                // [tokens, d_in], in the type of gy
-  Matrix dx;                  // [tokens, d_in], in the type of x; may be base itself; data null: not wanted
-  const float* Gt = nullptr;  // [d_out, padded_rank]
-  const float* Dt = nullptr;  // [rank, d_in], in strips
+  Matrix gy;                 // [tokens, d_out]
+  Matrix base;               // [tokens, d_in], in the type of gy
+  Matrix dx;                 // [tokens, d_in], in the type of x; may be base itself; data null: not wanted
+  const void* Gt = nullptr;  // panel [d_out, padded_rank]
+  const void* Dt = nullptr;  // panel [rank, d_in], in strips
   bool need_dD = false, need_dG = false;
 };
 
@@ -80,9 +81,12 @@ struct Gather {
 
 struct Kernels {
   const char* isa;
+  bool pairs;  // products of bf16 take panels of interleaved bf16
   // Tokens begin .. end - 1. dDt and dG, in strips, get these tokens' share: every thread has its own.
   void (*forward)(const Forward&, int64_t begin, int64_t end);
   void (*backward)(const Backward&, int64_t begin, int64_t end, float* dDt, float* dG);
+  // Rows begin .. end - 1, begin even, of floats [rows, columns] into `to` [ceil(rows / 2), columns, 2], in bf16.
+  void (*interleave)(const float* from, int64_t rows, int64_t columns, void* to, int64_t begin, int64_t end);
   // Columns begin .. end - 1 of `from`.
   void (*gather)(const Gather&, int64_t begin, int64_t end);
   void (*contract)(const Contraction&);

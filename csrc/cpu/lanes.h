@@ -5,6 +5,10 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
 
 // A constant `count` must stay one.
 #define EFFT_INLINE inline __attribute__((always_inline))
@@ -28,6 +32,18 @@ typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 struct bf16 {
   uint16_t bits;
 };
+
+// What products of matrices in T multiply: bf16 where the instruction set multiplies pairs of them, else floats.
+#if defined(__AVX512BF16__)
+constexpr bool PAIRS = true;
+#else
+constexpr bool PAIRS = false;
+#endif
+template <class T>
+using Element = std::conditional_t<PAIRS && std::is_same_v<T, bf16>, bf16, float>;
+// Steps of k that one multiplication takes.
+template <class E>
+constexpr int64_t TOGETHER = std::is_same_v<E, bf16> ? 2 : 1;
 
 inline Floats splat(float value) {
   return value - Floats{};
@@ -54,12 +70,25 @@ EFFT_INLINE void store(float* to, Floats value, int count = LANES) {
   std::memcpy(to, &value, 4 * count);
 }
 
-// Rounds to nearest, ties to even; NaN stays NaN.
-EFFT_INLINE void store(bf16* to, Floats value, int count = LANES) {
+// The bits of bf16, in the lower halves: rounds to nearest, ties to even; NaN stays NaN.
+inline Bits rounded(Floats value) {
   const Bits bits = (Bits)value;
-  const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const Bits kept = value == value ? rounded : (bits >> 16 | 0x40);
-  const Halves half = __builtin_convertvector(kept, Halves);
+  return value == value ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : (bits >> 16 | 0x40);
+}
+
+// The bits of elements as bf16.
+EFFT_INLINE Bits load_bits(const float* from, int count) {
+  return rounded(load(from, count));
+}
+
+EFFT_INLINE Bits load_bits(const bf16* from, int count) {
+  Halves half{};
+  std::memcpy(&half, from, 2 * count);
+  return __builtin_convertvector(half, Bits);
+}
+
+EFFT_INLINE void store(bf16* to, Floats value, int count = LANES) {
+  const Halves half = __builtin_convertvector(rounded(value), Halves);
   std::memcpy(to, &half, 2 * count);
 }
 

@@ -31,33 +31,74 @@ Rows<const float> widen(const Matrix& from, int64_t begin, int64_t rows, int64_t
   }
 }
 
-// The block of `rows` rows behind those of row t, to be fetched during a product of the other sizes.
+// A block as what products multiply: the matrix itself, or its rows widened into `buffer`.
 template <class T>
+Rows<const Element<T>> elements(
+    const Matrix& from, int64_t begin, int64_t rows, int64_t columns, std::vector<float>& buffer) {
+  if constexpr (std::is_same_v<T, Element<T>>)
+    return {row_of<const T>(from, begin), from.row};
+  else
+    return widen<T>(from, begin, rows, columns, buffer);
+}
+
+// The block of `rows` rows behind those of row t, to be fetched during a product of the other sizes, in elements of E.
+template <class T, class E>
 Ahead next_block(
     const Matrix& of, int64_t t, int64_t rows, int64_t end, int64_t width, int64_t m, int64_t n, int64_t k) {
   if (of.row != width) return {};
-  return ahead_of(row_of<const T>(of, t + rows), std::min(rows, end - t - rows) * width * sizeof(T), m, n, k);
+  return ahead_of<E>(row_of<const T>(of, t + rows), std::min(rows, end - t - rows) * width * sizeof(T), m, n, k);
 }
 
-// Rounds floats to T in place, and writes them to `to` where it has data.
+// Floats rounded to T: written to `to` where it has data, and returned as what products multiply, in place or in
+// `buffer`.
 template <class T>
-void round_rows(Rows<float> values, int64_t rows, int64_t columns, const Matrix& to, int64_t begin) {
+Rows<const Element<T>> round_rows(Rows<float> values, int64_t rows, int64_t columns, const Matrix& to, int64_t begin,
+    std::vector<Element<T>>& buffer) {
+  using E = Element<T>;
+  Rows<E> result{nullptr, values.row};
+  if constexpr (std::is_same_v<E, float>) {
+    result.data = values.data;
+  } else {
+    buffer.resize(std::max<size_t>(buffer.size(), rows * values.row));
+    result.data = buffer.data();
+  }
   for (int64_t i = 0; i < rows; ++i) {
-    float* value = values.data + i * values.row;
+    const float* value = values.data + i * values.row;
     T* target = to.data ? row_of<T>(to, begin + i) : nullptr;
     for_registers(columns, [&](int64_t j, int count) {
-      T rounded[LANES];
       const Floats wide = load(value + j, count);
-      store(rounded, wide);
       if (target) store(target + j, wide, count);
-      if constexpr (!std::is_same_v<T, float>) store(value + j, load(rounded), count);
+      if constexpr (std::is_same_v<E, T>) {
+        store(result.data + i * result.row + j, wide, count);
+      } else {
+        T narrow[LANES];
+        store(narrow, wide);
+        store(result.data + i * result.row + j, load(narrow), count);
+      }
     });
   }
+  return {result.data, result.row};
 }
 
 // Grown, never shrunk: a fresh allocation of this size would fault in its pages on every call.
 struct Scratch {
   std::vector<float> x, a, slope, da, gy, h, narrow, wide;
+  std::vector<bf16> half_a, half_narrow, left, right;
+
+  template <class E>
+  std::vector<E>& of_a() {
+    if constexpr (std::is_same_v<E, float>)
+      return a;
+    else
+      return half_a;
+  }
+  template <class E>
+  std::vector<E>& of_narrow() {
+    if constexpr (std::is_same_v<E, float>)
+      return narrow;
+    else
+      return half_narrow;
+  }
 };
 
 inline Scratch& scratch() {
@@ -71,9 +112,11 @@ inline int64_t block_rows(const LowRank& op) {
   return std::clamp<int64_t>((1 << 20) / std::max<int64_t>(per_row, 1) / 8 * 8, 16, 128);
 }
 
-// A block of x as floats, and of a: x behind its input stage, rounded to T. For a plain input they are one.
+// A block of x as floats, where there is an input stage, and of a: x behind that stage, rounded to T.
+template <class T>
 struct Block {
-  Rows<const float> x, a;
+  Rows<const float> x;
+  Rows<const Element<T>> a;
 };
 
 // One row of a GELU, and of its slope where that has data.
@@ -88,10 +131,10 @@ inline void gelu_row(const LowRank& op, const float* z, float* a, float* slope) 
 
 // Forward fills mean, rstd and `out`, a in T; backward reads the former, and keeps a GELU's slopes.
 template <class X, class T>
-Block input_block(const LowRank& op, int64_t t, int64_t rows, bool is_forward, const Matrix& out) {
+Block<T> input_block(const LowRank& op, int64_t t, int64_t rows, bool is_forward, const Matrix& out) {
   Scratch& space = scratch();
+  if (op.input == Input::plain) return {{}, elements<T>(op.x, t, rows, op.d_in, space.x)};
   const Rows<const float> x = widen<X>(op.x, t, rows, op.d_in, space.x);
-  if (op.input == Input::plain) return {x, x};
   space.a.resize(rows * op.d_in);
   if (!is_forward && op.input != Input::norm) space.slope.resize(rows * op.d_in);
   for (int64_t i = 0; i < rows; ++i) {
@@ -109,57 +152,83 @@ Block input_block(const LowRank& op, int64_t t, int64_t rows, bool is_forward, c
     normalize(row, op.d_in, {op.mean[t + i], op.rstd[t + i]}, op.gamma, op.beta, a);
   }
   const Rows<float> a{space.a.data(), op.d_in};
-  round_rows<T>(a, rows, op.d_in, out, t);
-  return {x, {a.data, a.row}};
+  return {x, round_rows<T>(a, rows, op.d_in, out, t, space.of_a<Element<T>>())};
 }
 
 // C [rows, columns] = init + left right, where right [rank, columns] lies in strips: a few rows from end to end, so
 // that the next ones, which lie behind them, can be fetched meanwhile.
-template <class Init, class Out>
-void up(int64_t rows, int64_t columns, int64_t rank, Rows<const float> left, const float* right, Rows<const Init> init,
+template <class E, class Init, class Out>
+void up(int64_t rows, int64_t columns, int64_t rank, Rows<const E> left, const void* right, Rows<const Init> init,
     Rows<Out> C) {
+  constexpr int64_t width = STRIP_COLUMNS * TOGETHER<E>;
+  const int64_t strip = (rank + TOGETHER<E> - 1) / TOGETHER<E> * width;
   for (int64_t i = 0; i < rows; i += TILE_ROWS) {
     const int64_t count = std::min<int64_t>(TILE_ROWS, rows - i);
     Ahead ahead;
     if (C.row == columns)
-      ahead = ahead_of(C.data + (i + TILE_ROWS) * C.row, TILE_ROWS * columns * sizeof(Out), TILE_ROWS, columns, rank);
-    const float* strip = right;
-    for (int64_t j = 0; j < columns; j += STRIP_COLUMNS, strip += rank * STRIP_COLUMNS)
-      product(count, std::min(STRIP_COLUMNS, columns - j), rank, {left.data + i * left.row, left.row, 1},
-          {strip, STRIP_COLUMNS}, Rows<const Init>{init.data ? init.data + i * init.row + j : nullptr, init.row},
+      ahead =
+          ahead_of<E>(C.data + (i + TILE_ROWS) * C.row, TILE_ROWS * columns * sizeof(Out), TILE_ROWS, columns, rank);
+    const E* at = static_cast<const E*>(right);
+    for (int64_t j = 0; j < columns; j += STRIP_COLUMNS, at += strip)
+      product(count, std::min(STRIP_COLUMNS, columns - j), rank,
+          Operand<E>{left.data + i * left.row, left.row, TOGETHER<E>}, Rows<const E>{at, width},
+          Rows<const Init>{init.data ? init.data + i * init.row + j : nullptr, init.row},
           Rows<Out>{C.data + i * C.row + j, C.row}, ahead);
   }
+}
+
+// C [rows, padded_rank] = left right, where right is a panel [depth, padded_rank].
+template <class E>
+void down(int64_t rows, int64_t depth, int64_t padded_rank, Rows<const E> left, const void* right, Rows<float> C,
+    Ahead ahead = {}) {
+  product(rows, padded_rank, depth, Operand<E>{left.data, left.row, TOGETHER<E>},
+      Rows<const E>{static_cast<const E*>(right), padded_rank * TOGETHER<E>}, Rows<const float>{}, C, ahead);
 }
 
 // T: of W, y and h. X: of x.
 template <class X, class T>
 void forward(const Forward& op, int64_t begin, int64_t end) {
+  using E = Element<T>;
   Scratch& space = scratch();
   const int64_t block = block_rows(op);
   space.narrow.resize(block * op.padded_rank);
-  const Rows<float> h{space.narrow.data(), op.padded_rank};
+  const Rows<float> wide{space.narrow.data(), op.padded_rank};
   for (int64_t t = begin; t < end; t += block) {
     const int64_t rows = std::min(block, end - t);
-    const Rows<const float> a = input_block<X, T>(op, t, rows, true, op.a).a;
-    Ahead ahead = next_block<X>(op.x, t, rows, end, op.d_in, rows, op.padded_rank, op.d_in);
-    product(rows, op.padded_rank, op.d_in, {a.data, a.row, 1}, {op.D, op.padded_rank}, Rows<const float>{}, h, ahead);
-    round_rows<T>(h, rows, op.rank, op.h, t);
-    up(rows, op.d_out, op.rank, {h.data, h.row}, op.G, Rows<const float>{op.b, 0},
-        Rows<T>{row_of<T>(op.y, t), op.y.row});
+    const Rows<const E> a = input_block<X, T>(op, t, rows, true, op.a).a;
+    down(rows, op.d_in, op.padded_rank, a, op.D, wide,
+        next_block<X, E>(op.x, t, rows, end, op.d_in, rows, op.padded_rank, op.d_in));
+    const Rows<const E> h = round_rows<T>(wide, rows, op.rank, op.h, t, space.of_narrow<E>());
+    up(rows, op.d_out, op.rank, h, op.G, Rows<const float>{op.b, 0}, Rows<T>{row_of<T>(op.y, t), op.y.row});
   }
 }
 
 // total [rank, columns], in strips, += left^T right over a block of tokens; the first one needs no zeros to start from.
-inline void share(int64_t rank, int64_t columns, int64_t rows, Rows<const float> left, Rows<const float> right,
-    float* total, bool is_first, Ahead ahead) {
-  for (int64_t j = 0; j < columns; j += STRIP_COLUMNS, total += rank * STRIP_COLUMNS)
-    product(rank, std::min(STRIP_COLUMNS, columns - j), rows, {left.data, 1, left.row}, {right.data + j, right.row},
-        Rows<const float>{is_first ? nullptr : total, STRIP_COLUMNS}, Rows<float>{total, STRIP_COLUMNS}, ahead);
+template <class E>
+void share(int64_t rank, int64_t columns, int64_t rows, Rows<const E> left, Rows<const E> right, float* total,
+    bool is_first, Ahead ahead) {
+  Operand<E> A{left.data, 1, left.row};
+  int64_t depth = rows;
+  if constexpr (TOGETHER<E> == 2) {
+    Scratch& space = scratch();
+    const int64_t width = (rank + LANES - 1) / LANES * LANES;
+    depth = (rows + 1) / 2 * 2;
+    space.left.resize(std::max<size_t>(space.left.size(), depth * width));
+    space.right.resize(std::max<size_t>(space.right.size(), depth * STRIP_COLUMNS));
+    A = {interleave(left, rows, rank, width, space.left.data()).data, 2, 2 * width};
+  }
+  for (int64_t j = 0; j < columns; j += STRIP_COLUMNS, total += rank * STRIP_COLUMNS) {
+    const int64_t width = std::min(STRIP_COLUMNS, columns - j);
+    Rows<const E> B{right.data + j, right.row};
+    if constexpr (TOGETHER<E> == 2) B = interleave(B, rows, width, STRIP_COLUMNS, scratch().right.data());
+    product(rank, width, depth, A, B, Rows<const float>{is_first ? nullptr : total, STRIP_COLUMNS},
+        Rows<float>{total, STRIP_COLUMNS}, ahead);
+  }
 }
 
 // dx = the gradient of the input stage, from that of its output, base + dh D^T.
 template <class X, class T>
-void through_input(const Backward& op, int64_t t, int64_t rows, Rows<const float> dh, Rows<const float> x) {
+void through_input(const Backward& op, int64_t t, int64_t rows, Rows<const Element<T>> dh, Rows<const float> x) {
   Scratch& space = scratch();
   space.da.resize(rows * op.d_in);
   const Rows<const T> base{row_of<const T>(op.base, t), op.base.row};
@@ -179,31 +248,31 @@ void through_input(const Backward& op, int64_t t, int64_t rows, Rows<const float
 
 template <class X, class T>
 void backward(const Backward& op, int64_t begin, int64_t end, float* dDt, float* dG) {
+  using E = Element<T>;
   Scratch& space = scratch();
   const int64_t block = block_rows(op);
   const bool need_dx = op.dx.data != nullptr, plain = op.input == Input::plain;
   space.narrow.resize(block * op.padded_rank);
-  const Rows<float> narrow{space.narrow.data(), op.padded_rank};
-  const Rows<const float> dh{narrow.data, narrow.row};
+  const Rows<float> wide{space.narrow.data(), op.padded_rank};
   for (int64_t t = begin; t < end; t += block) {
     const int64_t rows = std::min(block, end - t);
-    const Rows<const float> gy = widen<T>(op.gy, t, rows, op.d_out, space.gy);
+    const Rows<const E> gy = elements<T>(op.gy, t, rows, op.d_out, space.gy);
+    Rows<const E> dh{};
     // First, because it reads gy row after row, and so brings it into the cache for dG.
     if (need_dx || op.need_dD) {
-      product(
-          rows, op.padded_rank, op.d_out, {gy.data, gy.row, 1}, {op.Gt, op.padded_rank}, Rows<const float>{}, narrow);
-      round_rows<T>(narrow, rows, op.rank, {}, t);
+      down(rows, op.d_out, op.padded_rank, gy, op.Gt, wide);
+      dh = round_rows<T>(wide, rows, op.rank, {}, t, space.of_narrow<E>());
     }
     if (op.need_dG) {
-      const Rows<const float> h = widen<T>(op.h, t, rows, op.rank, space.h);
+      const Rows<const E> h = elements<T>(op.h, t, rows, op.rank, space.h);
       share(op.rank, op.d_out, rows, h, gy, dG, t == begin,
-          next_block<T>(op.gy, t, rows, end, op.d_out, op.rank, op.d_out, rows));
+          next_block<T, E>(op.gy, t, rows, end, op.d_out, op.rank, op.d_out, rows));
     }
-    Block input{};
+    Block<T> input{};
     if (op.need_dD || (need_dx && !plain)) input = input_block<X, T>(op, t, rows, false, {});
     if (op.need_dD)
       share(op.rank, op.d_in, rows, dh, input.a, dDt, t == begin,
-          next_block<X>(op.x, t, rows, end, op.d_in, op.rank, op.d_in, rows));
+          next_block<X, E>(op.x, t, rows, end, op.d_in, op.rank, op.d_in, rows));
     if (need_dx && plain)
       up(rows, op.d_in, op.rank, dh, op.Dt, Rows<const float>{}, Rows<T>{row_of<T>(op.dx, t), op.dx.row});
     else if (need_dx)

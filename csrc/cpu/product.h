@@ -15,11 +15,14 @@ namespace efft::EFFT_ISA {
 
 constexpr int TILE_ROWS = LANES == 16 ? 8 : 4;  // with TILE_LANES and one column of A they fill the register file
 constexpr int TILE_LANES = 3;
-constexpr int64_t BLOCK_K = 192;  // rows of B that stay in the first-level cache, for up to 32 columns
+constexpr int64_t BLOCK_K =
+    192;  // rows of B, or pairs of them, that stay in the first-level cache, for up to 32 columns
 
-// Strides in elements. A: element (i, k) at i * row + k * step.
+// Strides in elements. A: element (i, k) at i * row + k * step; of bf16, where pairs of k lie side by side, step is
+// from pair to pair.
+template <class E>
 struct Operand {
-  const float* data;
+  const E* data;
   int64_t row;
   int64_t step;
 };
@@ -38,34 +41,69 @@ struct Ahead {
 };
 
 // The `bytes` from `from` on, spread over a product of these sizes.
-inline Ahead ahead_of(const void* from, int64_t bytes, int64_t rows, int64_t columns, int64_t depth) {
+template <class E>
+Ahead ahead_of(const void* from, int64_t bytes, int64_t rows, int64_t columns, int64_t depth) {
   const int64_t tiles =
       ((rows + TILE_ROWS - 1) / TILE_ROWS) * ((columns + TILE_LANES * LANES - 1) / (TILE_LANES * LANES));
-  return {static_cast<const char*>(from), std::min<int64_t>(bytes / std::max<int64_t>(tiles * depth, 1), 64)};
+  const int64_t steps = std::max<int64_t>(tiles * (depth / TOGETHER<E>), 1);
+  return {static_cast<const char*>(from), std::min<int64_t>(bytes / steps, 64)};
+}
+
+// sums += left right. Of bf16, every lane holds a pair.
+inline void multiply(float, Floats& sums, Floats left, Floats right) {
+  sums += left * right;
+}
+#if defined(__AVX512BF16__)
+inline void multiply(bf16, Floats& sums, Floats left, Floats right) {
+  sums = (Floats)_mm512_dpbf16_ps((__m512)sums, (__m512bh)left, (__m512bh)right);
+}
+#endif
+
+// One element in every lane; of bf16 a pair, whose second half is zero for the last of an odd number.
+EFFT_INLINE Floats spread(const float* from, bool) {
+  return splat(*from);
+}
+EFFT_INLINE Floats spread(const bf16* from, bool is_whole) {
+  uint32_t pair = 0;
+  std::memcpy(&pair, from, is_whole ? 4 : 2);
+  return (Floats)(Bits{} + pair);
+}
+
+// Rows of pairs are padded: all lanes may be read.
+EFFT_INLINE Floats row_of_right(const float* from, int count) {
+  return load(from, count);
+}
+EFFT_INLINE Floats row_of_right(const bf16* from, int) {
+  return load(reinterpret_cast<const float*>(from));
 }
 
 // `last`: lanes of the last register that exist, where WHOLE is false.
-template <int M, int N, bool WHOLE, class Init, class Out>
-void tile(int64_t depth, Operand A, Rows<const float> B, Rows<const Init> init, Rows<Out> C, int last, Ahead ahead) {
+template <int M, int N, bool WHOLE, class E, class Init, class Out>
+void tile(int64_t depth, Operand<E> A, Rows<const E> B, Rows<const Init> init, Rows<Out> C, int last, Ahead ahead) {
   const auto lanes = [last](int j) { return WHOLE || j < N - 1 ? LANES : last; };
   Floats sums[M][N];
 #pragma GCC unroll 8
   for (int i = 0; i < M; ++i)
 #pragma GCC unroll 3
     for (int j = 0; j < N; ++j) sums[i][j] = Floats{};
-  for (int64_t k = 0; k < depth; ++k) {
-    const float* b = B.data + k * B.row;
-    __builtin_prefetch(ahead.at + k * ahead.step, 0, 2);
+  const auto step = [&](int64_t k, bool is_whole) {
+    const E* b = B.data + k * B.row;
     Floats right[N];
 #pragma GCC unroll 3
-    for (int j = 0; j < N; ++j) right[j] = load(b + j * LANES, lanes(j));
+    for (int j = 0; j < N; ++j) right[j] = row_of_right(b + j * LANES * TOGETHER<E>, lanes(j));
 #pragma GCC unroll 8
     for (int i = 0; i < M; ++i) {
-      const Floats left = splat(A.data[i * A.row + k * A.step]);
+      const Floats left = spread(A.data + i * A.row + k * A.step, is_whole);
 #pragma GCC unroll 3
-      for (int j = 0; j < N; ++j) sums[i][j] += left * right[j];
+      for (int j = 0; j < N; ++j) multiply(E{}, sums[i][j], left, right[j]);
     }
+  };
+  const int64_t steps = depth / TOGETHER<E>;
+  for (int64_t k = 0; k < steps; ++k) {
+    __builtin_prefetch(ahead.at + k * ahead.step, 0, 2);
+    step(k, true);
   }
+  if (depth % TOGETHER<E> != 0) step(steps, false);
 #pragma GCC unroll 8
   for (int i = 0; i < M; ++i)
 #pragma GCC unroll 3
@@ -75,35 +113,35 @@ void tile(int64_t depth, Operand A, Rows<const float> B, Rows<const Init> init, 
     }
 }
 
-template <int M, int N, class Init, class Out>
-inline void down_rows(int64_t rows, int64_t depth, Operand A, Rows<const float> B, Rows<const Init> init, Rows<Out> C,
+template <int M, int N, class E, class Init, class Out>
+inline void down_rows(int64_t rows, int64_t depth, Operand<E> A, Rows<const E> B, Rows<const Init> init, Rows<Out> C,
     int last, Ahead& ahead) {
   int64_t i = 0;
   for (; i + M <= rows; i += M) {
     const Rows<const Init> from{init.data ? init.data + i * init.row : nullptr, init.row};
-    const Operand a{A.data + i * A.row, A.row, A.step};
+    const Operand<E> a{A.data + i * A.row, A.row, A.step};
     const Rows<Out> to{C.data + i * C.row, C.row};
     if (last == LANES)
       tile<M, N, true>(depth, a, B, from, to, last, ahead);
     else
       tile<M, N, false>(depth, a, B, from, to, last, ahead);
-    ahead.at += depth * ahead.step;
+    ahead.at += depth / TOGETHER<E> * ahead.step;
   }
   if constexpr (M > 1) {
     if (i == rows) return;
     const Rows<const Init> from{init.data ? init.data + i * init.row : nullptr, init.row};
-    down_rows<M / 2, N>(rows - i, depth, Operand{A.data + i * A.row, A.row, A.step}, B, from,
+    down_rows<M / 2, N>(rows - i, depth, Operand<E>{A.data + i * A.row, A.row, A.step}, B, from,
         Rows<Out>{C.data + i * C.row, C.row}, last, ahead);
   }
 }
 
 // init.data == nullptr: zero. init.row == 0: one row for all, such as a bias. With depth > BLOCK_K the partial sums
 // pass through C, which must then be float.
-template <class Init, class Out>
-void product(int64_t rows, int64_t columns, int64_t depth, Operand A, Rows<const float> B, Rows<const Init> init,
+template <class E, class Init, class Out>
+void product(int64_t rows, int64_t columns, int64_t depth, Operand<E> A, Rows<const E> B, Rows<const Init> init,
     Rows<Out> C, Ahead& ahead) {
   constexpr int64_t WIDTH = TILE_LANES * LANES;
-  const auto multiply = [&](int64_t width, int64_t size, Operand a, Rows<const float> b, auto from, Rows<Out> to) {
+  const auto tiles = [&](int64_t width, int64_t size, Operand<E> a, Rows<const E> b, auto from, Rows<Out> to) {
     const int last = static_cast<int>(width % LANES ? width % LANES : LANES);
     if (width > 2 * LANES)
       down_rows<TILE_ROWS, 3>(rows, size, a, b, from, to, last, ahead);
@@ -112,25 +150,41 @@ void product(int64_t rows, int64_t columns, int64_t depth, Operand A, Rows<const
     else
       down_rows<TILE_ROWS, 1>(rows, size, a, b, from, to, last, ahead);
   };
-  const int64_t block = std::is_same_v<Out, float> ? BLOCK_K : std::max<int64_t>(depth, 1);
+  const int64_t block = std::is_same_v<Out, float> ? BLOCK_K * TOGETHER<E> : std::max<int64_t>(depth, 1);
   for (int64_t k = 0; k == 0 || k < depth; k += block)
     for (int64_t j = 0; j < columns; j += WIDTH) {
       const int64_t size = std::min(block, depth - k), width = std::min(WIDTH, columns - j);
-      const Operand a{A.data + k * A.step, A.row, A.step};
-      const Rows<const float> b{B.data + k * B.row + j, B.row};
+      const Operand<E> a{A.data + k / TOGETHER<E> * A.step, A.row, A.step};
+      const Rows<const E> b{B.data + k / TOGETHER<E> * B.row + j * TOGETHER<E>, B.row};
       const Rows<Out> to{C.data + j, C.row};
       if (k == 0)
-        multiply(width, size, a, b, Rows<const Init>{init.data ? init.data + j : nullptr, init.row}, to);
+        tiles(width, size, a, b, Rows<const Init>{init.data ? init.data + j : nullptr, init.row}, to);
       else
-        multiply(width, size, a, b, Rows<const Out>{to.data, to.row}, to);
+        tiles(width, size, a, b, Rows<const Out>{to.data, to.row}, to);
     }
 }
 
-template <class Init, class Out>
+template <class E, class Init, class Out>
 void product(
-    int64_t rows, int64_t columns, int64_t depth, Operand A, Rows<const float> B, Rows<const Init> init, Rows<Out> C) {
+    int64_t rows, int64_t columns, int64_t depth, Operand<E> A, Rows<const E> B, Rows<const Init> init, Rows<Out> C) {
   Ahead nothing;
   product(rows, columns, depth, A, B, init, C, nothing);
+}
+
+// Rows of `from` in pairs, element by element side by side, for E = bf16: row p of the result [ceil(rows / 2), width,
+// 2] holds rows 2p and 2p + 1. What is beyond the last row or column is zero. `width`: a multiple of LANES.
+template <class From>
+Rows<const bf16> interleave(Rows<const From> from, int64_t rows, int64_t columns, int64_t width, bf16* to) {
+  const auto bits = [&](int64_t i, int64_t j) {
+    if (i >= rows || j >= columns) return Bits{};
+    return load_bits(from.data + i * from.row + j, static_cast<int>(std::min<int64_t>(LANES, columns - j)));
+  };
+  for (int64_t i = 0; i < rows; i += 2)
+    for (int64_t j = 0; j < width; j += LANES) {
+      const Bits pairs = bits(i, j) | bits(i + 1, j) << 16;
+      std::memcpy(to + i * width + 2 * j, &pairs, sizeof pairs);
+    }
+  return {to, 2 * width};
 }
 
 }  // namespace efft::EFFT_ISA

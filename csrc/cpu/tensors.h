@@ -46,7 +46,7 @@ inline void gather(const Gather& op) {
       [&](int64_t first, int64_t last) { kernels().gather(op, first * width, std::min(op.columns, last * width)); });
 }
 
-// A factor, or its transpose, as floats in the order that a kernel reads it in.
+// A factor, or its transpose, in the order that a kernel reads it in.
 class Panel {
  public:
   enum class Order : uint8_t {
@@ -54,11 +54,29 @@ class Panel {
     strips,  // of STRIP_COLUMNS
   };
 
+  // For products of `type`, which decides what the panel is made of.
+  Panel(const Tensor& factor, Order order, bool transpose, Type type) : Panel(factor, order, transpose) {
+    if (type != Type::bfloat16 || !kernels().pairs) return;
+    // [strips][length][unit]: every strip interleaved on its own
+    const int64_t even = (length_ + 1) / 2 * 2, unit = row_ != 0 ? row_ : STRIP_COLUMNS;
+    pairs_.reset(new uint16_t[even * padded_]);
+    torch::stable::parallel_for(0, padded_ / unit * even / 2, 256, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last;) {
+        const int64_t strip = i / (even / 2), row = i % (even / 2), count = std::min(last - i, even / 2 - row);
+        kernels().interleave(data_ + strip * length_ * unit, length_, unit, pairs_.get() + strip * even * unit, 2 * row,
+            2 * (row + count));
+        i += count;
+      }
+    });
+  }
+
   Panel(const Tensor& factor, Order order, bool transpose, float scale = 1) : tensor_(with_unit_rows(factor)) {
     const int64_t rows = factor.size(-2), columns = factor.size(-1);
     const int64_t width = transpose ? rows : columns, length = transpose ? columns : rows;
     const int64_t unit = order == Order::rows ? PANEL_COLUMNS : STRIP_COLUMNS;
     const int64_t padded = (width + unit - 1) / unit * unit;
+    length_ = length;
+    padded_ = padded;
     row_ = order == Order::rows ? padded : 0;
     const Matrix from = matrix(tensor_);
     if (order == Order::rows && !transpose && scale == 1 && from.type == Type::float32 && from.row == padded) {
@@ -71,14 +89,16 @@ class Panel {
   }
 
   const float* data() const { return data_; }
+  const void* elements() const { return pairs_ ? static_cast<const void*>(pairs_.get()) : data_; }
   int64_t row() const { return row_; }
   Matrix as_matrix() const { return {const_cast<float*>(data_), row_, Type::float32}; }
 
  private:
   Tensor tensor_;  // keeps a view's memory alive
   std::unique_ptr<float[]> copy_;
+  std::unique_ptr<uint16_t[]> pairs_;
   const float* data_ = nullptr;
-  int64_t row_ = 0;
+  int64_t row_ = 0, length_ = 0, padded_ = 0;
 };
 
 // out = left right, or added to out, by the library that torch multiplies matrices with.

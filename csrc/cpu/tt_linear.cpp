@@ -49,7 +49,8 @@ Linear linear_forward(const Tensor& x_, const Stage& stage, const Tensor& W, con
   Tensor y = empty(W, {tokens, W.size(0)}), h = empty(W, {tokens, D.size(1)});
   const Tensor a = plain ? x : empty(W, {tokens, W.size(1)});
   const Vector bias(b), gamma(stage.gamma), beta(stage.beta);
-  const Panel down(D, Panel::Order::rows, false), up(G, Panel::Order::strips, false);
+  const Type type = type_of(W);
+  const Panel down(D, Panel::Order::rows, false, type), up(G, Panel::Order::strips, false, type);
   Forward op;
   describe(op, stage, D, G, gamma, beta);
   op.x = matrix(x);
@@ -57,8 +58,8 @@ Linear linear_forward(const Tensor& x_, const Stage& stage, const Tensor& W, con
   op.y = matrix(y);
   op.h = matrix(h);
   op.b = bias.data();
-  op.D = down.data();
-  op.G = up.data();
+  op.D = down.elements();
+  op.G = up.elements();
   Parts(tokens).run([&](int64_t, int64_t begin, int64_t end) { kernels().forward(op, begin, end); });
   add_product(y, a, torch::stable::transpose(W, 0, 1), true);
   return {y, h};
@@ -70,12 +71,13 @@ LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x
   const Tensor gy = with_unit_rows(gy_);
   const int64_t tokens = gy.size(0), d_in = D.size(0), rank = D.size(1), d_out = G.size(1);
   const Vector gamma(stage.gamma), beta(stage.beta);
-  const Panel Gt(G, Panel::Order::rows, true), Dt(D, Panel::Order::strips, true);
+  const Type type = type_of(gy);
+  const Panel Gt(G, Panel::Order::rows, true, type), Dt(D, Panel::Order::strips, true, type);
   Backward op;
   describe(op, stage, D, G, gamma, beta);
   op.gy = matrix(gy);
-  op.Gt = Gt.data();
-  op.Dt = Dt.data();
+  op.Gt = Gt.elements();
+  op.Dt = Dt.elements();
   op.need_dD = need_dD;
   op.need_dG = need_dG;
   const std::optional<Tensor> x = x_.has_value() ? std::optional(with_unit_rows(*x_)) : std::nullopt;

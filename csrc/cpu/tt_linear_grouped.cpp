@@ -26,12 +26,12 @@ Tensor tt_linear_grouped(Tensor x_, Tensor W, std::optional<Tensor> b, Tensor D,
         kernels().forward(op, 0, tokens);
         continue;
       }
-      const Panel down(torch::stable::select(D, 0, ids[i]), Panel::Order::rows, false);
-      const Panel up(torch::stable::select(G, 0, ids[i]), Panel::Order::strips, false);
+      const Panel down(torch::stable::select(D, 0, ids[i]), Panel::Order::rows, false, type);
+      const Panel up(torch::stable::select(G, 0, ids[i]), Panel::Order::strips, false, type);
       op.rank = D.size(2);
       op.padded_rank = down.row();
-      op.D = down.data();
-      op.G = up.data();
+      op.D = down.elements();
+      op.G = up.elements();
       kernels().forward(op, 0, tokens);
     }
   });
