@@ -70,15 +70,20 @@ EFFT_INLINE void store(float* to, Floats value, int count = LANES) {
   std::memcpy(to, &value, 4 * count);
 }
 
-// The bits of bf16, in the lower halves: rounds to nearest, ties to even; NaN stays NaN.
-inline Bits rounded(Floats value) {
+// The bits of bf16: rounds to nearest, ties to even; NaN stays NaN.
+inline Halves rounded(Floats value) {
+#if defined(__AVX512BF16__)
+  return (Halves)_mm512_cvtneps_pbh((__m512)value);
+#else
   const Bits bits = (Bits)value;
-  return value == value ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : (bits >> 16 | 0x40);
+  const Bits nearest = value == value ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : (bits >> 16 | 0x40);
+  return __builtin_convertvector(nearest, Halves);
+#endif
 }
 
 // The bits of elements as bf16.
 EFFT_INLINE Bits load_bits(const float* from, int count) {
-  return rounded(load(from, count));
+  return __builtin_convertvector(rounded(load(from, count)), Bits);
 }
 
 EFFT_INLINE Bits load_bits(const bf16* from, int count) {
@@ -88,7 +93,7 @@ EFFT_INLINE Bits load_bits(const bf16* from, int count) {
 }
 
 EFFT_INLINE void store(bf16* to, Floats value, int count = LANES) {
-  const Halves half = __builtin_convertvector(rounded(value), Halves);
+  const Halves half = rounded(value);
   std::memcpy(to, &half, 2 * count);
 }
 

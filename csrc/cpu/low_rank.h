@@ -107,8 +107,9 @@ inline Scratch& scratch() {
 }
 
 // Tokens such that a block of everything that is read and written takes about a megabyte.
-inline int64_t block_rows(const LowRank& op) {
-  const int64_t per_row = 4 * ((op.input == Input::plain ? 1 : 3) * op.d_in + op.d_out);
+template <class E>
+int64_t block_rows(const LowRank& op) {
+  const int64_t per_row = sizeof(E) * ((op.input == Input::plain ? 1 : 3) * op.d_in + op.d_out);
   return std::clamp<int64_t>((1 << 20) / std::max<int64_t>(per_row, 1) / 8 * 8, 16, 128);
 }
 
@@ -190,7 +191,7 @@ template <class X, class T>
 void forward(const Forward& op, int64_t begin, int64_t end) {
   using E = Element<T>;
   Scratch& space = scratch();
-  const int64_t block = block_rows(op);
+  const int64_t block = block_rows<E>(op);
   space.narrow.resize(block * op.padded_rank);
   const Rows<float> wide{space.narrow.data(), op.padded_rank};
   for (int64_t t = begin; t < end; t += block) {
@@ -250,7 +251,7 @@ template <class X, class T>
 void backward(const Backward& op, int64_t begin, int64_t end, float* dDt, float* dG) {
   using E = Element<T>;
   Scratch& space = scratch();
-  const int64_t block = block_rows(op);
+  const int64_t block = block_rows<E>(op);
   const bool need_dx = op.dx.data != nullptr, plain = op.input == Input::plain;
   space.narrow.resize(block * op.padded_rank);
   const Rows<float> wide{space.narrow.data(), op.padded_rank};

@@ -175,15 +175,18 @@ void product(
 // 2] holds rows 2p and 2p + 1. What is beyond the last row or column is zero. `width`: a multiple of LANES.
 template <class From>
 Rows<const bf16> interleave(Rows<const From> from, int64_t rows, int64_t columns, int64_t width, bf16* to) {
-  const auto bits = [&](int64_t i, int64_t j) {
-    if (i >= rows || j >= columns) return Bits{};
-    return load_bits(from.data + i * from.row + j, static_cast<int>(std::min<int64_t>(LANES, columns - j)));
-  };
-  for (int64_t i = 0; i < rows; i += 2)
-    for (int64_t j = 0; j < width; j += LANES) {
-      const Bits pairs = bits(i, j) | bits(i + 1, j) << 16;
-      std::memcpy(to + i * width + 2 * j, &pairs, sizeof pairs);
-    }
+  for (int64_t i = 0; i < rows; i += 2) {
+    const From* even = from.data + i * from.row;
+    const From* odd = i + 1 < rows ? even + from.row : nullptr;
+    bf16* pairs = to + i * width;
+    for_registers(columns, [&](int64_t j, int count) {
+      Bits of = load_bits(even + j, count);
+      if (odd) of |= load_bits(odd + j, count) << 16;
+      std::memcpy(pairs + 2 * j, &of, sizeof of);
+    });
+    const int64_t filled = (columns + LANES - 1) / LANES * LANES;
+    std::fill(pairs + 2 * filled, pairs + 2 * width, bf16{0});
+  }
   return {to, 2 * width};
 }
 
