@@ -2,9 +2,10 @@
 // that a block's rows, h, dh and both rank-r products meet in the second-level cache.
 #pragma once
 
-#include <vector>
+#include <type_traits>
 
 #include "activations.h"
+#include "buffer.h"
 #include "kernels.h"
 #include "product.h"
 
@@ -17,17 +18,17 @@ T* row_of(const Matrix& matrix, int64_t i) {
 
 // A block's floats: the matrix itself where it is float, else its rows widened into `buffer`.
 template <class T>
-Rows<const float> widen(const Matrix& from, int64_t begin, int64_t rows, int64_t columns, std::vector<float>& buffer) {
+Rows<const float> widen(const Matrix& from, int64_t begin, int64_t rows, int64_t columns, Buffer& buffer) {
   if constexpr (std::is_same_v<T, float>) {
     return {row_of<float>(from, begin), from.row};
   } else {
-    buffer.resize(rows * columns);
+    float* const wide = buffer.room(rows * columns);
     for (int64_t i = 0; i < rows; ++i) {
       const T* source = row_of<T>(from, begin + i);
-      float* target = buffer.data() + i * columns;
+      float* target = wide + i * columns;
       for_registers(columns, [&](int64_t j, int count) { store(target + j, load(source + j, count), count); });
     }
-    return {buffer.data(), columns};
+    return {wide, columns};
   }
 }
 
@@ -55,9 +56,8 @@ void round_rows(Rows<float> values, int64_t rows, int64_t columns, const Matrix&
   }
 }
 
-// Grown, never shrunk: a fresh allocation of this size would fault in its pages on every call.
 struct Scratch {
-  std::vector<float> x, a, slope, da, gy, h, narrow, wide;
+  Buffer x, a, slope, da, gy, h, narrow, wide;
 };
 
 inline Scratch& scratch() {
@@ -74,6 +74,7 @@ inline int64_t block_rows(const LowRank& op) {
 // A block of x as floats, and of a: x behind its input stage, rounded to T. For a plain input they are one.
 struct Block {
   Rows<const float> x, a;
+  const float* slope = nullptr;  // [rows, d_in], of a GELU in backward
 };
 
 // One row of a GELU, and of its slope where that has data.
@@ -92,13 +93,13 @@ Block input_block(const LowRank& op, int64_t t, int64_t rows, bool is_forward, c
   Scratch& space = scratch();
   const Rows<const float> x = widen<X>(op.x, t, rows, op.d_in, space.x);
   if (op.input == Input::plain) return {x, x};
-  space.a.resize(rows * op.d_in);
-  if (!is_forward && op.input != Input::norm) space.slope.resize(rows * op.d_in);
+  const Rows<float> a{space.a.room(rows * op.d_in), op.d_in};
+  float* const slopes = !is_forward && op.input != Input::norm ? space.slope.room(rows * op.d_in) : nullptr;
   for (int64_t i = 0; i < rows; ++i) {
     const float* row = x.data + i * x.row;
-    float* a = space.a.data() + i * op.d_in;
+    float* out_row = a.data + i * a.row;
     if (op.input != Input::norm) {
-      gelu_row(op, row, a, is_forward ? nullptr : space.slope.data() + i * op.d_in);
+      gelu_row(op, row, out_row, slopes ? slopes + i * op.d_in : nullptr);
       continue;
     }
     if (is_forward) {
@@ -106,11 +107,10 @@ Block input_block(const LowRank& op, int64_t t, int64_t rows, bool is_forward, c
       op.mean[t + i] = of.mean;
       op.rstd[t + i] = of.rstd;
     }
-    normalize(row, op.d_in, {op.mean[t + i], op.rstd[t + i]}, op.gamma, op.beta, a);
+    normalize(row, op.d_in, {op.mean[t + i], op.rstd[t + i]}, op.gamma, op.beta, out_row);
   }
-  const Rows<float> a{space.a.data(), op.d_in};
   round_rows<T>(a, rows, op.d_in, out, t);
-  return {x, {a.data, a.row}};
+  return {x, {a.data, a.row}, slopes};
 }
 
 // C [rows, columns] = init + left right, where right [rank, columns] lies in strips: a few rows from end to end, so
@@ -136,8 +136,7 @@ template <class X, class T>
 void forward(const Forward& op, int64_t begin, int64_t end) {
   Scratch& space = scratch();
   const int64_t block = block_rows(op);
-  space.narrow.resize(block * op.padded_rank);
-  const Rows<float> h{space.narrow.data(), op.padded_rank};
+  const Rows<float> h{space.narrow.room(block * op.padded_rank), op.padded_rank};
   for (int64_t t = begin; t < end; t += block) {
     const int64_t rows = std::min(block, end - t);
     const Rows<const float> a = input_block<X, T>(op, t, rows, true, op.a).a;
@@ -159,19 +158,18 @@ inline void share(int64_t rank, int64_t columns, int64_t rows, Rows<const float>
 
 // dx = the gradient of the input stage, from that of its output, base + dh D^T.
 template <class X, class T>
-void through_input(const Backward& op, int64_t t, int64_t rows, Rows<const float> dh, Rows<const float> x) {
-  Scratch& space = scratch();
-  space.da.resize(rows * op.d_in);
+void through_input(const Backward& op, int64_t t, int64_t rows, Rows<const float> dh, const Block& input) {
+  float* const gradient = scratch().da.room(rows * op.d_in);
   const Rows<const T> base{row_of<const T>(op.base, t), op.base.row};
-  up(rows, op.d_in, op.rank, dh, op.Dt, base, Rows<float>{space.da.data(), op.d_in});
+  up(rows, op.d_in, op.rank, dh, op.Dt, base, Rows<float>{gradient, op.d_in});
   for (int64_t i = 0; i < rows; ++i) {
-    const float* da = space.da.data() + i * op.d_in;
+    const float* da = gradient + i * op.d_in;
     X* dx = row_of<X>(op.dx, t + i);
     if (op.input == Input::norm) {
-      normalize_backward(da, x.data + i * x.row, op.d_in, {op.mean[t + i], op.rstd[t + i]}, op.gamma, dx);
+      normalize_backward(da, input.x.data + i * input.x.row, op.d_in, {op.mean[t + i], op.rstd[t + i]}, op.gamma, dx);
       continue;
     }
-    const float* slope = space.slope.data() + i * op.d_in;
+    const float* slope = input.slope + i * op.d_in;
     for_registers(
         op.d_in, [&](int64_t j, int count) { store(dx + j, load(da + j, count) * load(slope + j, count), count); });
   }
@@ -182,8 +180,7 @@ void backward(const Backward& op, int64_t begin, int64_t end, float* dDt, float*
   Scratch& space = scratch();
   const int64_t block = block_rows(op);
   const bool need_dx = op.dx.data != nullptr, plain = op.input == Input::plain;
-  space.narrow.resize(block * op.padded_rank);
-  const Rows<float> narrow{space.narrow.data(), op.padded_rank};
+  const Rows<float> narrow{space.narrow.room(block * op.padded_rank), op.padded_rank};
   const Rows<const float> dh{narrow.data, narrow.row};
   for (int64_t t = begin; t < end; t += block) {
     const int64_t rows = std::min(block, end - t);
@@ -207,7 +204,7 @@ void backward(const Backward& op, int64_t begin, int64_t end, float* dDt, float*
     if (need_dx && plain)
       up(rows, op.d_in, op.rank, dh, op.Dt, Rows<const float>{}, Rows<T>{row_of<T>(op.dx, t), op.dx.row});
     else if (need_dx)
-      through_input<X, T>(op, t, rows, dh, input.x);
+      through_input<X, T>(op, t, rows, dh, input);
   }
 }
 
