@@ -184,7 +184,9 @@ def _ninja(target: str, tools: Tools) -> str:
     lines = [
         f"cxx = {_escape(tools.cxx)}",
         f"flags = -std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-psabi "
-        f"-DTORCH_TARGET_VERSION={_OLDEST_TORCH} -isystem {_escape(str(tools.torch / 'include'))}",
+        f"-DTORCH_TARGET_VERSION={_OLDEST_TORCH} -isystem {_escape(str(tools.torch / 'include'))} "
+        f"{_escape(os.environ.get('CXXFLAGS', ''))}",
+        f"link_flags = {_escape(os.environ.get('LDFLAGS', '-s'))}",
         "rule compile",
         "  command = $cxx $flags $set -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
@@ -193,7 +195,7 @@ def _ninja(target: str, tools: Tools) -> str:
         "rule stub",
         "  command = $cxx -shared -nostdlib -x c /dev/null -Wl,-soname,$out -o $out",
         "rule link",
-        "  command = $cxx -shared -s $in $libraries -Wl,--no-as-needed -L. -ltorch -ltorch_cpu -lc10 -o $out",
+        "  command = $cxx -shared $link_flags $in -Wl,--no-as-needed -L. -ltorch -ltorch_cpu -lc10 -o $out",
     ]
     stubs = ["libtorch.so", "libtorch_cpu.so", "libc10.so"]
     lines += [f"build {stub}: stub" for stub in stubs]

@@ -1,6 +1,8 @@
 // GELU and layer norm on registers and rows of floats, with what their backward passes need.
 #pragma once
 
+#include <algorithm>
+
 #include "lanes.h"
 
 namespace efft::EFFT_ISA {
@@ -27,12 +29,17 @@ inline Gelu gelu(Floats z) {
   return {z * phi, phi + z * density * 0.398942280f};
 }
 
-// z s(2u), u = sqrt(2 / pi) (z + 0.044715 z^3), s the logistic function: 0.5 (1 + tanh u) written with one exponential.
+// z s(v), v = 2 sqrt(2 / pi) (z + 0.044715 z^3), s the logistic function: 0.5 (1 + tanh(v / 2)) with one exponential.
+// s(-|v|) is computed, whose relative error is small, and s(|v|) = 1 - s(-|v|).
 inline Gelu gelu_tanh(Floats z) {
-  constexpr float k = 1.59576912f;  // 2 sqrt(2 / pi)
+  constexpr float k = 1.59576912f, k_cubic = 0.0713548163f;
   const Floats square = z * z;
-  const Floats s = 1.0f / (1.0f + exp(-k * z * (1.0f + 0.044715f * square)));
-  return {z * s, s + z * s * (1.0f - s) * k * (1.0f + 0.134145f * square)};
+  const Floats v = z * (k + k_cubic * square);
+  const Floats e = exp(select(v < 0.0f, v, -v));
+  const Floats larger = 1.0f / (1.0f + e);
+  const Floats smaller = e * larger;
+  const Floats s = select(z < 0.0f, smaller, larger);
+  return {z * s, s + z * larger * smaller * (k + 3 * k_cubic * square)};
 }
 
 struct Moments {
@@ -40,15 +47,21 @@ struct Moments {
   float rstd;
 };
 
+// The second pass also corrects the mean, whose rounding error a small deviation would magnify: the norm of a row of
+// equal numbers is zero.
 inline Moments moments(const float* x, int64_t size, float eps) {
-  Floats total{}, squares{};
+  const float n = static_cast<float>(size);
+  Floats total{}, offsets{}, squares{};
   for_registers(size, [&](int64_t j, int count) { total += load(x + j, count); });
-  const float mean = sum(total) / static_cast<float>(size);
+  const float about = sum(total) / n;
   for_registers(size, [&](int64_t j, int count) {
-    const Floats offset = first(load(x + j, count) - mean, count);
+    const Floats offset = first(load(x + j, count) - about, count);
+    offsets += offset;
     squares += offset * offset;
   });
-  return {mean, 1.0f / __builtin_sqrtf(sum(squares) / static_cast<float>(size) + eps)};
+  const float correction = sum(offsets) / n;
+  const float variance = std::max(sum(squares) / n - correction * correction, 0.0f);  // NaN stays NaN
+  return {about + correction, 1.0f / __builtin_sqrtf(variance + eps)};
 }
 
 // gamma, beta: null for one and zero.

@@ -1,6 +1,8 @@
 // One layer's and one core's part of tt_contract and of its gradients: tiny products of masked, scaled copies.
 #pragma once
 
+#include <cstring>
+
 #include "low_rank.h"
 
 namespace efft::EFFT_ISA {
@@ -9,9 +11,11 @@ namespace efft::EFFT_ISA {
 // if `transpose`.
 template <class T>
 Rows<const float> masked(const Matrix& from, int64_t rows, int64_t columns, const bool* keep, float scale,
-    bool transpose, std::vector<float>& buffer) {
+    bool transpose, Buffer<float>& buffer) {
   const int64_t padded = (rows + PANEL_COLUMNS - 1) / PANEL_COLUMNS * PANEL_COLUMNS;
-  buffer.assign(transpose ? columns * padded : rows * columns, 0.0f);
+  const int64_t size = transpose ? columns * padded : rows * columns;
+  float* const to = buffer.room(size);
+  if (transpose && size > 0) std::memset(to, 0, size * sizeof(float));
   for (int64_t i = 0; i < rows; ++i)
     for_registers(columns, [&](int64_t j, int count) {
       Floats value = load(row_of<T>(from, i) + j, count) * scale;
@@ -19,11 +23,11 @@ Rows<const float> masked(const Matrix& from, int64_t rows, int64_t columns, cons
         for (int lane = 0; lane < count; ++lane)
           if (!keep[i * columns + j + lane]) value[lane] = 0;
       if (transpose)
-        for (int lane = 0; lane < count; ++lane) buffer[(j + lane) * padded + i] = value[lane];
+        for (int lane = 0; lane < count; ++lane) to[(j + lane) * padded + i] = value[lane];
       else
-        store(buffer.data() + i * columns + j, value, count);
+        store(to + i * columns + j, value, count);
     });
-  return {buffer.data(), transpose ? padded : columns};
+  return {to, transpose ? padded : columns};
 }
 
 template <class T>
@@ -40,11 +44,9 @@ void contract_dC(const Contraction& op, Matrix dC) {
   Scratch& space = scratch();
   const auto dG = widen<T>(op.G, 0, op.rows, op.columns, space.gy);
   const auto Vt = masked<T>(op.V, op.depth, op.columns, op.keep_V, 1, true, space.wide);
-  space.narrow.resize(op.rows * Vt.row);
-  product(op.rows, Vt.row, op.columns, Operand<float>{dG.data, dG.row, 1}, Vt, Rows<const float>{},
-      Rows<float>{space.narrow.data(), Vt.row});
-  const auto kept =
-      masked<float>({space.narrow.data(), Vt.row}, op.rows, op.depth, op.keep_C, op.scale, false, space.a);
+  const Rows<float> all{space.narrow.room(op.rows * Vt.row), Vt.row};
+  product(op.rows, Vt.row, op.columns, Operand<float>{dG.data, dG.row, 1}, Vt, Rows<const float>{}, all);
+  const auto kept = masked<float>({all.data, all.row}, op.rows, op.depth, op.keep_C, op.scale, false, space.a);
   for (int64_t i = 0; i < op.rows; ++i)
     for_registers(op.depth,
         [&](int64_t j, int count) { store(row_of<T>(dC, i) + j, load(kept.data + i * kept.row + j, count), count); });
@@ -57,12 +59,11 @@ void contract_dV(const Contraction& op, int64_t begin, int64_t end, float* dV) {
   const auto C = masked<T>(op.C, op.rows, op.depth, op.keep_C, op.scale, false, space.a);
   const Matrix part{row_of<T>(op.G, 0) + begin, op.G.row, op.G.type};
   const auto dG = widen<T>(part, 0, op.rows, columns, space.gy);
-  space.wide.resize(op.depth * columns);
-  product(op.depth, columns, op.rows, Operand<float>{C.data, 1, C.row}, dG, Rows<const float>{},
-      Rows<float>{space.wide.data(), columns});
+  const Rows<float> all{space.wide.room(op.depth * columns), columns};
+  product(op.depth, columns, op.rows, Operand<float>{C.data, 1, C.row}, dG, Rows<const float>{}, all);
   for (int64_t k = 0; k < op.depth; ++k)
     for (int64_t j = 0; j < columns; ++j)
-      if (!op.keep_V || op.keep_V[k * op.columns + begin + j]) dV[k * columns + j] += space.wide[k * columns + j];
+      if (!op.keep_V || op.keep_V[k * op.columns + begin + j]) dV[k * columns + j] += all.data[k * columns + j];
 }
 
 template <class T>

@@ -118,10 +118,9 @@ inline float sum(Floats value) {
   return total;
 }
 
-// exp to about one unit in the last place; arguments below -87 give the smallest normal numbers, above 88 the largest.
+// exp of x <= 0 to about one unit in the last place; zero where it would not be a normal number.
 inline Floats exp(Floats x) {
-  x = select(x < -87.0f, splat(-87.0f), x);
-  x = select(x > 88.0f, splat(88.0f), x);
+  x = select(x < -88.0f, splat(-88.0f), x);  // whose exponent, -127, is that of zero
   // n = x / ln 2 rounded to an integer, by an addition that leaves no bits for a fraction.
   const float shift = 12582912.0f;  // 1.5 * 2^23
   const Floats shifted = x * 1.44269504088896341f + shift;

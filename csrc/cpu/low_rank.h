@@ -2,9 +2,10 @@
 // that a block's rows, h, dh and both rank-r products meet in the second-level cache.
 #pragma once
 
-#include <vector>
+#include <type_traits>
 
 #include "activations.h"
+#include "buffer.h"
 #include "kernels.h"
 #include "product.h"
 
@@ -17,24 +18,24 @@ T* row_of(const Matrix& matrix, int64_t i) {
 
 // A block's floats: the matrix itself where it is float, else its rows widened into `buffer`.
 template <class T>
-Rows<const float> widen(const Matrix& from, int64_t begin, int64_t rows, int64_t columns, std::vector<float>& buffer) {
+Rows<const float> widen(const Matrix& from, int64_t begin, int64_t rows, int64_t columns, Buffer<float>& buffer) {
   if constexpr (std::is_same_v<T, float>) {
     return {row_of<float>(from, begin), from.row};
   } else {
-    buffer.resize(rows * columns);
+    float* const wide = buffer.room(rows * columns);
     for (int64_t i = 0; i < rows; ++i) {
       const T* source = row_of<T>(from, begin + i);
-      float* target = buffer.data() + i * columns;
+      float* target = wide + i * columns;
       for_registers(columns, [&](int64_t j, int count) { store(target + j, load(source + j, count), count); });
     }
-    return {buffer.data(), columns};
+    return {wide, columns};
   }
 }
 
 // A block as what products multiply: the matrix itself, or its rows widened into `buffer`.
 template <class T>
 Rows<const Element<T>> elements(
-    const Matrix& from, int64_t begin, int64_t rows, int64_t columns, std::vector<float>& buffer) {
+    const Matrix& from, int64_t begin, int64_t rows, int64_t columns, Buffer<float>& buffer) {
   if constexpr (std::is_same_v<T, Element<T>>)
     return {row_of<const T>(from, begin), from.row};
   else
@@ -52,15 +53,14 @@ Ahead next_block(
 // Floats rounded to T: written to `to` where it has data, and returned as what products multiply, in place or in
 // `buffer`.
 template <class T>
-Rows<const Element<T>> round_rows(Rows<float> values, int64_t rows, int64_t columns, const Matrix& to, int64_t begin,
-    std::vector<Element<T>>& buffer) {
+Rows<const Element<T>> round_rows(
+    Rows<float> values, int64_t rows, int64_t columns, const Matrix& to, int64_t begin, Buffer<bf16>& buffer) {
   using E = Element<T>;
   Rows<E> result{nullptr, values.row};
   if constexpr (std::is_same_v<E, float>) {
     result.data = values.data;
   } else {
-    buffer.resize(std::max<size_t>(buffer.size(), rows * values.row));
-    result.data = buffer.data();
+    result.data = buffer.room(rows * values.row);
   }
   for (int64_t i = 0; i < rows; ++i) {
     const float* value = values.data + i * values.row;
@@ -80,25 +80,9 @@ Rows<const Element<T>> round_rows(Rows<float> values, int64_t rows, int64_t colu
   return {result.data, result.row};
 }
 
-// Grown, never shrunk: a fresh allocation of this size would fault in its pages on every call.
 struct Scratch {
-  std::vector<float> x, a, slope, da, gy, h, narrow, wide;
-  std::vector<bf16> half_a, half_narrow, left, right;
-
-  template <class E>
-  std::vector<E>& of_a() {
-    if constexpr (std::is_same_v<E, float>)
-      return a;
-    else
-      return half_a;
-  }
-  template <class E>
-  std::vector<E>& of_narrow() {
-    if constexpr (std::is_same_v<E, float>)
-      return narrow;
-    else
-      return half_narrow;
-  }
+  Buffer<float> x, a, slope, da, gy, h, narrow, wide;
+  Buffer<bf16> half_a, half_narrow, left, right;
 };
 
 inline Scratch& scratch() {
@@ -118,6 +102,7 @@ template <class T>
 struct Block {
   Rows<const float> x;
   Rows<const Element<T>> a;
+  const float* slope = nullptr;  // [rows, d_in], of a GELU in backward
 };
 
 // One row of a GELU, and of its slope where that has data.
@@ -136,13 +121,13 @@ Block<T> input_block(const LowRank& op, int64_t t, int64_t rows, bool is_forward
   Scratch& space = scratch();
   if (op.input == Input::plain) return {{}, elements<T>(op.x, t, rows, op.d_in, space.x)};
   const Rows<const float> x = widen<X>(op.x, t, rows, op.d_in, space.x);
-  space.a.resize(rows * op.d_in);
-  if (!is_forward && op.input != Input::norm) space.slope.resize(rows * op.d_in);
+  const Rows<float> a{space.a.room(rows * op.d_in), op.d_in};
+  float* const slopes = !is_forward && op.input != Input::norm ? space.slope.room(rows * op.d_in) : nullptr;
   for (int64_t i = 0; i < rows; ++i) {
     const float* row = x.data + i * x.row;
-    float* a = space.a.data() + i * op.d_in;
+    float* out_row = a.data + i * a.row;
     if (op.input != Input::norm) {
-      gelu_row(op, row, a, is_forward ? nullptr : space.slope.data() + i * op.d_in);
+      gelu_row(op, row, out_row, slopes ? slopes + i * op.d_in : nullptr);
       continue;
     }
     if (is_forward) {
@@ -150,10 +135,9 @@ Block<T> input_block(const LowRank& op, int64_t t, int64_t rows, bool is_forward
       op.mean[t + i] = of.mean;
       op.rstd[t + i] = of.rstd;
     }
-    normalize(row, op.d_in, {op.mean[t + i], op.rstd[t + i]}, op.gamma, op.beta, a);
+    normalize(row, op.d_in, {op.mean[t + i], op.rstd[t + i]}, op.gamma, op.beta, out_row);
   }
-  const Rows<float> a{space.a.data(), op.d_in};
-  return {x, round_rows<T>(a, rows, op.d_in, out, t, space.of_a<Element<T>>())};
+  return {x, round_rows<T>(a, rows, op.d_in, out, t, space.half_a), slopes};
 }
 
 // C [rows, columns] = init + left right, where right [rank, columns] lies in strips: a few rows from end to end, so
@@ -192,14 +176,13 @@ void forward(const Forward& op, int64_t begin, int64_t end) {
   using E = Element<T>;
   Scratch& space = scratch();
   const int64_t block = block_rows<E>(op);
-  space.narrow.resize(block * op.padded_rank);
-  const Rows<float> wide{space.narrow.data(), op.padded_rank};
+  const Rows<float> wide{space.narrow.room(block * op.padded_rank), op.padded_rank};
   for (int64_t t = begin; t < end; t += block) {
     const int64_t rows = std::min(block, end - t);
     const Rows<const E> a = input_block<X, T>(op, t, rows, true, op.a).a;
     down(rows, op.d_in, op.padded_rank, a, op.D, wide,
         next_block<X, E>(op.x, t, rows, end, op.d_in, rows, op.padded_rank, op.d_in));
-    const Rows<const E> h = round_rows<T>(wide, rows, op.rank, op.h, t, space.of_narrow<E>());
+    const Rows<const E> h = round_rows<T>(wide, rows, op.rank, op.h, t, space.half_narrow);
     up(rows, op.d_out, op.rank, h, op.G, Rows<const float>{op.b, 0}, Rows<T>{row_of<T>(op.y, t), op.y.row});
   }
 }
@@ -214,14 +197,13 @@ void share(int64_t rank, int64_t columns, int64_t rows, Rows<const E> left, Rows
     Scratch& space = scratch();
     const int64_t width = (rank + LANES - 1) / LANES * LANES;
     depth = (rows + 1) / 2 * 2;
-    space.left.resize(std::max<size_t>(space.left.size(), depth * width));
-    space.right.resize(std::max<size_t>(space.right.size(), depth * STRIP_COLUMNS));
-    A = {interleave(left, rows, rank, width, space.left.data()).data, 2, 2 * width};
+    A = {interleave(left, rows, rank, width, space.left.room(depth * width)).data, 2, 2 * width};
   }
   for (int64_t j = 0; j < columns; j += STRIP_COLUMNS, total += rank * STRIP_COLUMNS) {
     const int64_t width = std::min(STRIP_COLUMNS, columns - j);
     Rows<const E> B{right.data + j, right.row};
-    if constexpr (TOGETHER<E> == 2) B = interleave(B, rows, width, STRIP_COLUMNS, scratch().right.data());
+    if constexpr (TOGETHER<E> == 2)
+      B = interleave(B, rows, width, STRIP_COLUMNS, scratch().right.room(depth * STRIP_COLUMNS));
     product(rank, width, depth, A, B, Rows<const float>{is_first ? nullptr : total, STRIP_COLUMNS},
         Rows<float>{total, STRIP_COLUMNS}, ahead);
   }
@@ -229,19 +211,18 @@ void share(int64_t rank, int64_t columns, int64_t rows, Rows<const E> left, Rows
 
 // dx = the gradient of the input stage, from that of its output, base + dh D^T.
 template <class X, class T>
-void through_input(const Backward& op, int64_t t, int64_t rows, Rows<const Element<T>> dh, Rows<const float> x) {
-  Scratch& space = scratch();
-  space.da.resize(rows * op.d_in);
+void through_input(const Backward& op, int64_t t, int64_t rows, Rows<const Element<T>> dh, const Block<T>& input) {
+  float* const gradient = scratch().da.room(rows * op.d_in);
   const Rows<const T> base{row_of<const T>(op.base, t), op.base.row};
-  up(rows, op.d_in, op.rank, dh, op.Dt, base, Rows<float>{space.da.data(), op.d_in});
+  up(rows, op.d_in, op.rank, dh, op.Dt, base, Rows<float>{gradient, op.d_in});
   for (int64_t i = 0; i < rows; ++i) {
-    const float* da = space.da.data() + i * op.d_in;
+    const float* da = gradient + i * op.d_in;
     X* dx = row_of<X>(op.dx, t + i);
     if (op.input == Input::norm) {
-      normalize_backward(da, x.data + i * x.row, op.d_in, {op.mean[t + i], op.rstd[t + i]}, op.gamma, dx);
+      normalize_backward(da, input.x.data + i * input.x.row, op.d_in, {op.mean[t + i], op.rstd[t + i]}, op.gamma, dx);
       continue;
     }
-    const float* slope = space.slope.data() + i * op.d_in;
+    const float* slope = input.slope + i * op.d_in;
     for_registers(
         op.d_in, [&](int64_t j, int count) { store(dx + j, load(da + j, count) * load(slope + j, count), count); });
   }
@@ -253,8 +234,7 @@ void backward(const Backward& op, int64_t begin, int64_t end, float* dDt, float*
   Scratch& space = scratch();
   const int64_t block = block_rows<E>(op);
   const bool need_dx = op.dx.data != nullptr, plain = op.input == Input::plain;
-  space.narrow.resize(block * op.padded_rank);
-  const Rows<float> wide{space.narrow.data(), op.padded_rank};
+  const Rows<float> wide{space.narrow.room(block * op.padded_rank), op.padded_rank};
   for (int64_t t = begin; t < end; t += block) {
     const int64_t rows = std::min(block, end - t);
     const Rows<const E> gy = elements<T>(op.gy, t, rows, op.d_out, space.gy);
@@ -262,7 +242,7 @@ void backward(const Backward& op, int64_t begin, int64_t end, float* dDt, float*
     // First, because it reads gy row after row, and so brings it into the cache for dG.
     if (need_dx || op.need_dD) {
       down(rows, op.d_out, op.padded_rank, gy, op.Gt, wide);
-      dh = round_rows<T>(wide, rows, op.rank, {}, t, space.of_narrow<E>());
+      dh = round_rows<T>(wide, rows, op.rank, {}, t, space.half_narrow);
     }
     if (op.need_dG) {
       const Rows<const E> h = elements<T>(op.h, t, rows, op.rank, space.h);
@@ -277,7 +257,7 @@ void backward(const Backward& op, int64_t begin, int64_t end, float* dDt, float*
     if (need_dx && plain)
       up(rows, op.d_in, op.rank, dh, op.Dt, Rows<const float>{}, Rows<T>{row_of<T>(op.dx, t), op.dx.row});
     else if (need_dx)
-      through_input<X, T>(op, t, rows, dh, input.x);
+      through_input<X, T>(op, t, rows, dh, input);
   }
 }
 

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "lanes.h"
 
@@ -185,7 +186,7 @@ Rows<const bf16> interleave(Rows<const From> from, int64_t rows, int64_t columns
       std::memcpy(pairs + 2 * j, &of, sizeof of);
     });
     const int64_t filled = (columns + LANES - 1) / LANES * LANES;
-    std::fill(pairs + 2 * filled, pairs + 2 * width, bf16{0});
+    std::memset(pairs + 2 * filled, 0, 4 * (width - filled));
   }
   return {to, 2 * width};
 }

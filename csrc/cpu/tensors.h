@@ -79,7 +79,8 @@ class Panel {
     padded_ = padded;
     row_ = order == Order::rows ? padded : 0;
     const Matrix from = matrix(tensor_);
-    if (order == Order::rows && !transpose && scale == 1 && from.type == Type::float32 && from.row == padded) {
+    const bool is_panel = width == padded && from.row == padded && from.type == Type::float32;
+    if (order == Order::rows && !transpose && scale == 1 && is_panel) {
       data_ = static_cast<const float*>(from.data);
       return;
     }
