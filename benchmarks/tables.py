@@ -20,8 +20,10 @@ NOTHING = "*No run recorded yet.*"
 TITLES = {
     "floor": "frozen floor",
     "base": "plain model",
-    "efft:eager": "**EFFT2, this library (eager)**",
-    "fused:eager": "**the same after `efft.fuse`**",
+    "efft:cpu": "**EFFT2, this library (cpu)**",
+    "fused:cpu": "**the same after `efft.fuse`**",
+    "efft:eager": "EFFT2, this library (eager)",
+    "fused:eager": "the same after `efft.fuse`",
     "efft:reference": "EFFT2, this library (reference)",
     "merged": "EFFT2 merged into the weights",
     "peft": "LoRA of `peft`",
