@@ -40,18 +40,18 @@ inline Floats select(Ints where, Floats yes, Floats no) {
 // Only the first `count` lanes are read or written where it is given; the others come back as zero.
 EFFT_INLINE Floats load(const float* from, int count = LANES) {
   Floats value{};
-  std::memcpy(&value, from, 4 * count);
+  std::memcpy(&value, from, sizeof(float) * count);
   return value;
 }
 
 EFFT_INLINE Floats load(const bf16* from, int count = LANES) {
   Halves half{};
-  std::memcpy(&half, from, 2 * count);
+  std::memcpy(&half, from, sizeof(bf16) * count);
   return (Floats)(__builtin_convertvector(half, Bits) << 16);
 }
 
 EFFT_INLINE void store(float* to, Floats value, int count = LANES) {
-  std::memcpy(to, &value, 4 * count);
+  std::memcpy(to, &value, sizeof(float) * count);
 }
 
 // Rounds to nearest, ties to even; NaN stays NaN.
@@ -60,12 +60,12 @@ EFFT_INLINE void store(bf16* to, Floats value, int count = LANES) {
   const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const Bits kept = value == value ? rounded : (bits >> 16 | 0x40);
   const Halves half = __builtin_convertvector(kept, Halves);
-  std::memcpy(to, &half, 2 * count);
+  std::memcpy(to, &half, sizeof(bf16) * count);
 }
 
 // `value` with its lanes from `count` on set to zero.
 inline Floats first(Floats value, int count) {
-  Ints lane;
+  Ints lane{};
   for (int i = 0; i < LANES; ++i) lane[i] = i;
   return select(lane < count, value, Floats{});
 }

@@ -93,9 +93,9 @@ def test_norm_of_rows_far_from_zero(mean: float, eps: float, outlier: float) -> 
         )
         return y.detach(), torch.autograd.grad(y, x, gy.to(x.dtype))[0]
 
-    exact = norm(x.double(), False)
+    exact, eps32 = norm(x.double(), False), torch.finfo(torch.float32).eps
     for got, peer, wanted in zip(norm(x, True), norm(x, False), exact, strict=True):
-        assert (got - wanted).norm() <= 2 * (peer - wanted).norm() + 1e-7 * wanted.norm()
+        assert (got - wanted).norm() <= 2 * (peer - wanted).norm() + 4 * eps32 * wanted.norm()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
