@@ -56,6 +56,8 @@ void round_rows(Rows<float> values, int64_t rows, int64_t columns, const Matrix&
   }
 }
 
+// Of one thread, as large as its largest call: in each buffer a block of tokens (at most 128 rows and about a megabyte,
+// but never less than 16 rows), or the factors of one layer of a contraction.
 struct Scratch {
   Buffer x, a, slope, da, gy, h, narrow, wide;
 };

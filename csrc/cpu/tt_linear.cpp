@@ -99,7 +99,8 @@ LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x
     return (columns + STRIP_COLUMNS - 1) / STRIP_COLUMNS * STRIP_COLUMNS * rank;
   };
   const int64_t size_D = need_dD ? strips(d_in) : 0, size_G = need_dG ? strips(d_out) : 0;
-  // Of this thread, and kept: fresh memory of this size would fault in its pages on every call.
+  // Of this thread, and kept: fresh memory of this size would fault in its pages on every call. As large as the largest
+  // call: rank (d_in + d_out) floats for each of torch's threads.
   thread_local std::vector<float> shares;
   shares.resize(std::max<size_t>(shares.size(), parts.count * (size_D + size_G)));
   float* const shares_D = shares.data();
