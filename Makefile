@@ -9,9 +9,10 @@ BUDGET ?= 480
 OLDEST_TRITON := 3.6.0
 
 BIN := $(VENV)/bin
+SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 RUN := $(BIN)/python -m
 
-.PHONY: help demo test check-triton lint format bench bench-quick bench-gpu clean
+.PHONY: help demo test check-triton check-native lint format bench bench-quick bench-gpu clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,14 +29,19 @@ check-triton: $(VENV)/.efft-dev ## Interpreter tests and resource report with th
 	$(RUN) pip install --quiet --upgrade --no-deps --target $(VENV)/triton-$(OLDEST_TRITON) triton==$(OLDEST_TRITON)
 	PYTHONPATH=$(abspath $(VENV)/triton-$(OLDEST_TRITON)) $(RUN) pytest tests/triton $(ARGS)
 
+check-native: $(VENV)/.efft-dev ## Static checks of csrc/cpu, and its tests under the sanitizers: minutes
+	PATH="$(abspath $(BIN)):$$PATH" $(RUN) tests.native.check $(ARGS)
+
 lint: $(VENV)/.efft-dev ## Check style and types, change nothing
 	$(RUN) ruff check
 	$(RUN) ruff format --check
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
 	$(RUN) mypy
 
 format: $(VENV)/.efft-dev ## Format the code and apply safe fixes
 	$(RUN) ruff check --fix
 	$(RUN) ruff format
+	$(BIN)/clang-format -i $(SOURCES)
 
 bench: $(VENV)/.efft-dev ## Measure layers, models, memory, inference and scaling: hours, alone on the machine
 	$(RUN) benchmarks ops $(ARGS)

@@ -25,7 +25,7 @@ from pathlib import Path
 TARGETS = ("cpu",)
 
 _PACKAGE = Path(__file__).parent
-_OLDEST_TORCH = "0x020a000000000000"  # 2.10, as TORCH_TARGET_VERSION spells it
+OLDEST_TORCH = "0x020a000000000000"  # 2.10, as TORCH_TARGET_VERSION spells it
 
 #: Flags of each instruction set that csrc/cpu/kernels.cpp is compiled for; dispatch.cpp chooses among the same.
 _ISAS = {
@@ -184,7 +184,8 @@ def _ninja(target: str, tools: Tools) -> str:
     lines = [
         f"cxx = {_escape(tools.cxx)}",
         f"flags = -std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-psabi "
-        f"-DTORCH_TARGET_VERSION={_OLDEST_TORCH} -isystem {_escape(str(tools.torch / 'include'))} "
+        f"-DTORCH_TARGET_VERSION={OLDEST_TORCH} -isystem {_escape(str(tools.torch / 'include'))} "
+        # These two are not in the library's name: a wheel's must be found where they are not set.
         f"{_escape(os.environ.get('CXXFLAGS', ''))}",
         f"link_flags = {_escape(os.environ.get('LDFLAGS', '-s'))}",
         "rule compile",

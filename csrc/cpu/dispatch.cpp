@@ -1,6 +1,8 @@
 // Chooses the instruction set, once, by what the processor says; EFFT_CPU_ISA names a lesser one, for tests.
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 #include "kernels.h"
 
@@ -25,16 +27,22 @@ namespace {
 
 const Kernels& best() {
   const char* named = std::getenv("EFFT_CPU_ISA");
-  const auto allowed = [named](const Kernels& set) { return !named || !*named || !std::strcmp(named, set.isa); };
+  bool allowed = !named || !*named;
+  const Kernels* chosen = nullptr;
+  const auto consider = [&](const Kernels& set, bool has) {  // the best first
+    allowed = allowed || !std::strcmp(named, set.isa);
+    if (!chosen && allowed && has) chosen = &set;
+  };
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl")) {
-    if (__builtin_cpu_supports("avx512bf16") && allowed(avx512bf16::table)) return avx512bf16::table;
-    if (allowed(avx512::table)) return avx512::table;
-  }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && allowed(avx2::table)) return avx2::table;
+  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  consider(avx512bf16::table, has_avx512 && __builtin_cpu_supports("avx512bf16"));
+  consider(avx512::table, has_avx512);
+  consider(avx2::table, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"));
 #endif
-  return portable::table;
+  consider(portable::table, true);
+  if (!chosen) throw std::runtime_error(std::string("EFFT_CPU_ISA names no instruction set of this machine: ") + named);
+  return *chosen;
 }
 
 }  // namespace

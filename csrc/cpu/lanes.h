@@ -56,18 +56,18 @@ inline Floats select(Ints where, Floats yes, Floats no) {
 // Only the first `count` lanes are read or written where it is given; the others come back as zero.
 EFFT_INLINE Floats load(const float* from, int count = LANES) {
   Floats value{};
-  std::memcpy(&value, from, 4 * count);
+  std::memcpy(&value, from, sizeof(float) * count);
   return value;
 }
 
 EFFT_INLINE Floats load(const bf16* from, int count = LANES) {
   Halves half{};
-  std::memcpy(&half, from, 2 * count);
+  std::memcpy(&half, from, sizeof(bf16) * count);
   return (Floats)(__builtin_convertvector(half, Bits) << 16);
 }
 
 EFFT_INLINE void store(float* to, Floats value, int count = LANES) {
-  std::memcpy(to, &value, 4 * count);
+  std::memcpy(to, &value, sizeof(float) * count);
 }
 
 // The bits of bf16: rounds to nearest, ties to even; NaN stays NaN.
@@ -88,13 +88,13 @@ EFFT_INLINE Bits load_bits(const float* from, int count) {
 
 EFFT_INLINE Bits load_bits(const bf16* from, int count) {
   Halves half{};
-  std::memcpy(&half, from, 2 * count);
+  std::memcpy(&half, from, sizeof(bf16) * count);
   return __builtin_convertvector(half, Bits);
 }
 
 EFFT_INLINE void store(bf16* to, Floats value, int count = LANES) {
   const Halves half = rounded(value);
-  std::memcpy(to, &half, 2 * count);
+  std::memcpy(to, &half, sizeof(bf16) * count);
 }
 
 // `value` with its lanes from `count` on set to zero.

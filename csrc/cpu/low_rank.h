@@ -80,6 +80,8 @@ Rows<const Element<T>> round_rows(
   return {result.data, result.row};
 }
 
+// Of one thread, as large as its largest call: in each buffer a block of tokens (at most 128 rows and about a megabyte,
+// but never less than 16 rows), or the factors of one layer of a contraction.
 struct Scratch {
   Buffer<float> x, a, slope, da, gy, h, narrow, wide;
   Buffer<bf16> half_a, half_narrow, left, right;

@@ -16,8 +16,9 @@ namespace efft::EFFT_ISA {
 
 constexpr int TILE_ROWS = LANES == 16 ? 8 : 4;  // with TILE_LANES and one column of A they fill the register file
 constexpr int TILE_LANES = 3;
-constexpr int64_t BLOCK_K =
-    192;  // rows of B, or pairs of them, that stay in the first-level cache, for up to 32 columns
+constexpr int64_t TILE_COLUMNS = int64_t{TILE_LANES} * LANES;
+// Rows of B, or pairs of them, that stay in the first-level cache, for up to 32 columns.
+constexpr int64_t BLOCK_K = 192;
 
 // Strides in elements. A: element (i, k) at i * row + k * step; of bf16, where pairs of k lie side by side, step is
 // from pair to pair.
@@ -44,8 +45,7 @@ struct Ahead {
 // The `bytes` from `from` on, spread over a product of these sizes.
 template <class E>
 Ahead ahead_of(const void* from, int64_t bytes, int64_t rows, int64_t columns, int64_t depth) {
-  const int64_t tiles =
-      ((rows + TILE_ROWS - 1) / TILE_ROWS) * ((columns + TILE_LANES * LANES - 1) / (TILE_LANES * LANES));
+  const int64_t tiles = ((rows + TILE_ROWS - 1) / TILE_ROWS) * ((columns + TILE_COLUMNS - 1) / TILE_COLUMNS);
   const int64_t steps = std::max<int64_t>(tiles * (depth / TOGETHER<E>), 1);
   return {static_cast<const char*>(from), std::min<int64_t>(bytes / steps, 64)};
 }
@@ -81,7 +81,7 @@ EFFT_INLINE Floats row_of_right(const bf16* from, int) {
 // `last`: lanes of the last register that exist, where WHOLE is false.
 template <int M, int N, bool WHOLE, class E, class Init, class Out>
 void tile(int64_t depth, Operand<E> A, Rows<const E> B, Rows<const Init> init, Rows<Out> C, int last, Ahead ahead) {
-  const auto lanes = [last](int j) { return WHOLE || j < N - 1 ? LANES : last; };
+  const auto lanes = [last](int64_t j) { return WHOLE || j < N - 1 ? LANES : last; };
   Floats sums[M][N];
 #pragma GCC unroll 8
   for (int i = 0; i < M; ++i)
@@ -91,7 +91,7 @@ void tile(int64_t depth, Operand<E> A, Rows<const E> B, Rows<const Init> init, R
     const E* b = B.data + k * B.row;
     Floats right[N];
 #pragma GCC unroll 3
-    for (int j = 0; j < N; ++j) right[j] = row_of_right(b + j * LANES * TOGETHER<E>, lanes(j));
+    for (int64_t j = 0; j < N; ++j) right[j] = row_of_right(b + j * LANES * TOGETHER<E>, lanes(j));
 #pragma GCC unroll 8
     for (int i = 0; i < M; ++i) {
       const Floats left = spread(A.data + i * A.row + k * A.step, is_whole);
@@ -141,10 +141,9 @@ inline void down_rows(int64_t rows, int64_t depth, Operand<E> A, Rows<const E> B
 template <class E, class Init, class Out>
 void product(int64_t rows, int64_t columns, int64_t depth, Operand<E> A, Rows<const E> B, Rows<const Init> init,
     Rows<Out> C, Ahead& ahead) {
-  constexpr int64_t WIDTH = TILE_LANES * LANES;
   const auto tiles = [&](int64_t width, int64_t size, Operand<E> a, Rows<const E> b, auto from, Rows<Out> to) {
     const int last = static_cast<int>(width % LANES ? width % LANES : LANES);
-    if (width > 2 * LANES)
+    if (width > TILE_COLUMNS - LANES)
       down_rows<TILE_ROWS, 3>(rows, size, a, b, from, to, last, ahead);
     else if (width > LANES)
       down_rows<TILE_ROWS, 2>(rows, size, a, b, from, to, last, ahead);
@@ -153,8 +152,8 @@ void product(int64_t rows, int64_t columns, int64_t depth, Operand<E> A, Rows<co
   };
   const int64_t block = std::is_same_v<Out, float> ? BLOCK_K * TOGETHER<E> : std::max<int64_t>(depth, 1);
   for (int64_t k = 0; k == 0 || k < depth; k += block)
-    for (int64_t j = 0; j < columns; j += WIDTH) {
-      const int64_t size = std::min(block, depth - k), width = std::min(WIDTH, columns - j);
+    for (int64_t j = 0; j < columns; j += TILE_COLUMNS) {
+      const int64_t size = std::min(block, depth - k), width = std::min(TILE_COLUMNS, columns - j);
       const Operand<E> a{A.data + k / TOGETHER<E> * A.step, A.row, A.step};
       const Rows<const E> b{B.data + k / TOGETHER<E> * B.row + j * TOGETHER<E>, B.row};
       const Rows<Out> to{C.data + j, C.row};

@@ -68,6 +68,8 @@ Linear linear_forward(const Tensor& x_, const Stage& stage, const Tensor& W, con
 LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x_, const Stage& stage,
     const std::optional<Tensor>& W, const std::optional<Tensor>& h_, const Tensor& D, const Tensor& G, bool need_dx,
     bool need_dD, bool need_dG) {
+  STD_TORCH_CHECK((!need_dx || W.has_value()) && (!need_dD || x_.has_value()) && (!need_dG || h_.has_value()),
+      "dx needs W, dD needs x, dG needs h: one of them is missing");
   const Tensor gy = with_unit_rows(gy_);
   const int64_t tokens = gy.size(0), d_in = D.size(0), rank = D.size(1), d_out = G.size(1);
   const Vector gamma(stage.gamma), beta(stage.beta);
@@ -86,7 +88,8 @@ LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x
   if (h) op.h = matrix(*h);
 
   const bool plain = stage.input == Input::plain;
-  Tensor dx = need_dx ? empty(plain ? gy : *x, {tokens, d_in}) : empty(plain ? gy : *x, {0}), base = dx;
+  const Tensor& like = x && !plain ? *x : gy;
+  Tensor dx = need_dx ? empty(like, {tokens, d_in}) : empty(like, {0}), base = dx;
   if (need_dx) op.dx = matrix(dx);
   if (need_dx && !plain) {
     if (op.x.type != op.gy.type) base = empty(gy, {tokens, d_in});
@@ -98,7 +101,8 @@ LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x
     return (columns + STRIP_COLUMNS - 1) / STRIP_COLUMNS * STRIP_COLUMNS * rank;
   };
   const int64_t size_D = need_dD ? strips(d_in) : 0, size_G = need_dG ? strips(d_out) : 0;
-  // Of this thread, and kept: fresh memory of this size would fault in its pages on every call.
+  // Of this thread, and kept: fresh memory of this size would fault in its pages on every call. As large as the largest
+  // call: rank (d_in + d_out) floats for each of torch's threads.
   thread_local std::vector<float> shares;
   shares.resize(std::max<size_t>(shares.size(), parts.count * (size_D + size_G)));
   float* const shares_D = shares.data();

@@ -1,0 +1,90 @@
+"""``make check-native``: what reads the sources of the compiled cpu backend, then its tests under the sanitizers.
+
+GCC's address and undefined-behaviour sanitizers stop a test, with file and line, at any access outside of a buffer. The
+tests run once for every instruction set that this processor has. Arguments are passed on to pytest.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from efft_kernels import build
+
+ROOT = Path(__file__).parents[2]
+SANITIZERS = "-fsanitize=address,undefined"
+#: The backend of a test is the parameter called cpu, but so is the device of all others.
+OF_THE_BACKEND = "cpu and not (eager or reference or triton)"
+
+
+def instruction_sets() -> list[str]:
+    """Those of this processor, the best first."""
+    names = ["avx512", "avx2", "portable"]
+    best = torch.backends.cpu.get_cpu_capability().lower()
+    found = next((names[i:] for i, name in enumerate(names) if best.startswith(name)), names[-1:])
+    facts = Path("/proc/cpuinfo")
+    pairs = found[0] == "avx512" and facts.is_file() and "avx512_bf16" in facts.read_text()
+    return ["avx512bf16", *found] if pairs else found
+
+
+def build_sanitized(root: Path, cache: Path) -> None:
+    """The cpu library of the checkout ``root`` into ``cache``, as it is written: optimisation hides what it removes."""
+    flags = {"CXXFLAGS": f"{SANITIZERS} -fno-sanitize-recover=undefined -g -O0", "LDFLAGS": SANITIZERS}
+    environment = {**os.environ, **flags, "XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(root)}
+    command = [sys.executable, "-m", "efft_kernels", "build", "--targets", "cpu"]
+    subprocess.run(command, cwd=root, env=environment, check=True)
+
+
+def sanitized(root: Path, cache: Path, isa: str) -> dict[str, str]:
+    """Environment of a program that uses that library: the sanitizers must be loaded before Python."""
+    cxx = build.find_tools("cpu").cxx
+    libraries = [
+        subprocess.run([cxx, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libubsan.so", "libstdc++.so.6")
+    ]
+    return {
+        **os.environ,
+        "XDG_CACHE_HOME": str(cache),
+        "PYTHONPATH": f"{root}:{root / 'python'}",
+        "EFFT_CPU_ISA": isa,
+        "LD_PRELOAD": " ".join(libraries),
+        "ASAN_OPTIONS": "detect_leaks=0:protect_shadow_gap=0",  # Python keeps its memory to the end
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+
+
+def read_sources() -> list[list[str]]:
+    """Commands that read csrc/cpu: clang-tidy, and cppcheck where it is installed."""
+    include = build.find_tools("cpu").torch / "include"
+    files = [str(path) for path in sorted((ROOT / "csrc/cpu").glob("*.cpp"))]
+    flags = ["-std=c++20", "-DEFFT_ISA=portable", f"-DTORCH_TARGET_VERSION={build.OLDEST_TORCH}"]
+    commands = [["clang-tidy", "--quiet", *files, "--", *flags, "-isystem", str(include)]]
+    if shutil.which("cppcheck") is None:
+        print("cppcheck is not installed (apt-get install cppcheck): skipped", flush=True)
+        return commands
+    options = ["--std=c++20", "--enable=warning,performance,portability", "--suppress=passedByValue", "--quiet"]
+    registration = "STABLE_TORCH_LIBRARY_IMPL(a,b,c)=void implement(Library& c)"  # it does not see torch's headers
+    return [*commands, ["cppcheck", *options, "--error-exitcode=1", "-DEFFT_ISA=portable", f"-D{registration}", *files]]
+
+
+def main(arguments: list[str]) -> None:
+    for command in read_sources():
+        print(command[0], flush=True)
+        subprocess.run(command, check=True)
+    cache = ROOT / "build" / "sanitized"
+    build_sanitized(ROOT, cache)
+    tests = ["tests/ops", *(str(path) for path in sorted((ROOT / "tests/native").glob("test_cpu_*.py")))]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-k", OF_THE_BACKEND, *tests, *arguments]
+    for isa in instruction_sets():
+        print(f"the tests of the cpu backend under {SANITIZERS}, {isa}", flush=True)
+        subprocess.run(command, cwd=ROOT, env=sanitized(ROOT, cache, isa), check=True)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except subprocess.CalledProcessError as error:
+        sys.exit(error.returncode)

@@ -1,0 +1,107 @@
+"""The cpu backend in several threads: torch's own inside of a call, and Python's around it."""
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import efft_kernels
+from efft_kernels import native
+from efft_kernels.testing import assert_close_budget, make_inputs
+
+pytestmark = pytest.mark.skipif(native.MISSING["cpu"] is not None, reason=native.MISSING["cpu"] or "")
+
+#: Enough tokens for each of four threads to have several blocks, and layers to share a contraction.
+SIZES = {"tokens": 1100, "d_in": 200, "d_out": 130, "r1": 19, "n_layers": 7}
+TRAINED = {
+    "tt_linear": ("x", "D", "G"),
+    "tt_gelu_linear": ("z", "D", "G"),
+    "tt_norm_linear": ("x", "D", "G"),
+    "tt_contract": ("C", "V"),
+    "tt_linear_grouped": (),
+    "tt_merge_": (),
+}
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def results(op: str, backend: str = "cpu", wide: bool = False, **options: Any) -> dict[str, Tensor]:
+    """The output of ``op`` and its gradients; ``wide`` in fp64."""
+    inputs = make_inputs(op, **{**SIZES, **options})
+    if wide:
+        inputs = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+    leaves = [inputs[name].requires_grad_() for name in TRAINED[op]]
+    y = getattr(efft_kernels, op)(**inputs, backend=backend)
+    grads = torch.autograd.grad(y, leaves, torch.ones_like(y)) if leaves else ()
+    return {"y": y.detach(), **dict(zip(TRAINED[op], grads, strict=True))}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("op", TRAINED)
+def test_the_number_of_threads_changes_rounding_alone(op: str, dtype: torch.dtype) -> None:
+    options = {"dtype": dtype, "masks": op == "tt_contract"}
+    exact = results(op, "reference", wide=True, **options)
+    torch.set_num_threads(1)
+    alone = results(op, **options)
+    for threads in (1, 2, 3, 4):
+        torch.set_num_threads(threads)
+        got, again = results(op, **options), results(op, **options)
+        for name, value in got.items():
+            assert torch.equal(value, again[name]), f"{name} differs from run to run with {threads} threads"
+            assert_close_budget(value, exact[name], alone[name], name=name)
+
+
+def test_many_threads_at_once() -> None:
+    """Each with layers of its own size: none may find another's numbers in memory that is kept."""
+    torch.set_num_threads(2)
+    cases = [(op, {"d_in": 64 + 8 * i, "seed": i}) for i, op in enumerate([*TRAINED, "tt_linear", "tt_norm_linear"])]
+    expected = [results(op, **options) for op, options in cases]
+    start = threading.Barrier(len(cases))
+
+    def work(case: tuple[str, dict[str, int]]) -> list[dict[str, Tensor]]:
+        start.wait(60)
+        return [results(case[0], **case[1]) for _ in range(5)]
+
+    with ThreadPoolExecutor(len(cases)) as pool:
+        for runs, wanted in zip(pool.map(work, cases), expected, strict=True):
+            for got in runs:
+                for name, value in got.items():
+                    torch.testing.assert_close(value, wanted[name], rtol=1e-4, atol=1e-4)
+
+
+def resident() -> int:
+    """Bytes of memory that this process occupies."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+@pytest.mark.parametrize("how", ["one thread", "a thread a call"])
+def test_memory_that_is_kept_does_not_grow(how: str) -> None:
+    """A thread's scratch is that of its largest call, and goes with the thread."""
+
+    def call() -> None:
+        results("tt_gelu_linear", tokens=96, d_in=1024, d_out=1024, r1=64)
+
+    def in_a_thread() -> None:
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+
+    once: Callable[[], None] = call if how == "one thread" else in_a_thread
+    for _ in range(10):
+        once()
+    before = resident()
+    for _ in range(60):
+        once()
+    assert resident() - before < 30e6, "more than half a megabyte a call"

@@ -1,0 +1,55 @@
+"""The cpu backend is compiled once for each instruction set: every one is right, and none has another's code."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from efft_kernels import build, native
+from tests.native.check import OF_THE_BACKEND, ROOT, instruction_sets
+
+pytestmark = pytest.mark.skipif(native.MISSING["cpu"] is not None, reason=native.MISSING["cpu"] or "")
+
+
+def run(isa: str, *command: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "EFFT_CPU_ISA": isa, "PYTHONPATH": f"{ROOT}:{ROOT / 'python'}"}
+    return subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_a_name_that_is_none_is_refused() -> None:
+    program = (
+        "from efft_kernels import testing, tt_linear; tt_linear(**testing.make_inputs('tt_linear'), backend='cpu')"
+    )
+    assert run("", "-c", program).returncode == 0
+    done = run("sse9", "-c", program)
+    assert done.returncode != 0
+    assert "EFFT_CPU_ISA names no instruction set of this machine: sse9" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", instruction_sets()[1:])
+def test_lesser_sets(isa: str) -> None:
+    """The best one is what all other tests use."""
+    tests = ["tests/native/test_cpu_numbers.py", "tests/ops"]
+    done = run(isa, "-m", "pytest", "-q", "-m", "not slow", "-k", f"(any or numbers) and {OF_THE_BACKEND}", *tests)
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm, of binutils")
+def test_no_function_is_shared_between_sets(tmp_path: Path) -> None:
+    """Of an inline function that several sets have under one name the linker keeps any: a processor may lack its code."""
+    objects = tmp_path / "objects"
+    build.build(["cpu"], tmp_path, objects)
+    sets = {path.stem.removeprefix("cpu-"): path for path in objects.glob("cpu-*.o")}
+    sets = {isa: path for isa, path in sets.items() if isa in ("avx512bf16", "avx512", "avx2", "portable")}
+    assert "portable" in sets
+    for isa, path in sets.items():
+        done = subprocess.run(["nm", "--defined-only", str(path)], capture_output=True, text=True, check=True)
+        kinds = [line.split()[1:] for line in done.stdout.splitlines()]
+        shared = [name for kind, name in kinds if kind in "TWVuDB" and f"4efft{len(isa)}{isa}" not in name]
+        assert any(kind in "TWVuDB" for kind, _ in kinds)
+        assert not shared, f"{path.name} defines {shared}"
