@@ -18,6 +18,7 @@ template <class T, int M_, int N_, int K_, int WARPS_M, int WARPS_N, Order ORDER
 class Accumulator {
  public:
   static constexpr int M = M_, N = N_, K = K_, THREADS = WARPS_M * WARPS_N * 32;
+  static constexpr Order ORDER = ORDER_B;
   using A = Operand<T, M, K, ORDER_A>;
   using B = Operand<T, N, K, ORDER_B>;
 
@@ -85,11 +86,12 @@ template <int M_, int N_, int K_, int WARPS_M, int WARPS_N, Order ORDER_A, Order
 class Accumulator<float, M_, N_, K_, WARPS_M, WARPS_N, ORDER_A, ORDER_B> {
  public:
   static constexpr int M = M_, N = N_, K = K_, THREADS = WARPS_M * WARPS_N * 32;
+  static constexpr Order ORDER = ORDER_B;
   using A = Operand<float, M, K, ORDER_A>;
   using B = Operand<float, N, K, ORDER_B>;
 
   __device__ void add(const A& a, const B& b) {
-#pragma unroll
+#pragma unroll 1  // registers are for the sums
     for (int k = 0; k < K; k += 4) {
       float left[ROWS][4], right[COLUMNS][4];
 #pragma unroll

@@ -12,19 +12,23 @@ inline int64_t ceil_div(int64_t size, int64_t block) {
   return (size + block - 1) / block;
 }
 
-template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, cudaStream_t stream,
-    Arguments&&... arguments) {
+// Bytes of shared memory that a block of every GPU from sm_80 on can have.
+constexpr size_t SHARED_EVERYWHERE = 99 * 1024;
+
+template <size_t SHARED, size_t LIMIT = SHARED_EVERYWHERE, class... Parameters, class... Arguments>
+cudaError_t launch(
+    void (*kernel)(Parameters...), dim3 grid, int threads, cudaStream_t stream, Arguments&&... arguments) {
+  static_assert(SHARED <= LIMIT, "more shared memory than a block can have");
   constexpr size_t without_asking = 48 * 1024;
-  if (shared > without_asking) {
+  if (SHARED > without_asking) {
     const cudaError_t error = cudaFuncSetAttribute(
-        reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+        reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(SHARED));
     if (error != cudaSuccess) return error;
   }
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared;
+  config.dynamicSmemBytes = SHARED;
   config.stream = stream;
   return cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
 }

@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(WARPS * 32) layer_norm_backward_kernel(const _
 cudaError_t layer_norm_backward(const LayerNormBackward& op, cudaStream_t stream) {
   if (op.rows * op.columns == 0) return cudaSuccess;
   const dim3 grid(static_cast<unsigned>(ceil_div(op.rows, WARPS)));
-  return launch(layer_norm_backward_kernel, grid, WARPS * 32, 0, stream, op);
+  return launch<0>(layer_norm_backward_kernel, grid, WARPS * 32, stream, op);
 }
 
 }  // namespace efft

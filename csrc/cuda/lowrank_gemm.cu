@@ -22,11 +22,6 @@ template <class T, int M, int N, int WARPS_M, int WARPS_N, bool TRANSPOSED>
 using Sums = Accumulator<T, M, N, 64 / sizeof(T), WARPS_M, WARPS_N, Order::outer_first,
     TRANSPOSED ? Order::outer_first : Order::sum_first>;
 
-template <class Sums>
-constexpr size_t shared_bytes() {
-  return STAGES * (Sums::A::BYTES + Sums::B::BYTES);
-}
-
 struct Place {
   int64_t sample, row, column;
 };
@@ -40,28 +35,40 @@ __device__ Place place_of(const LowRankGemm& op, int64_t block) {
   return {row / of_sample, row % of_sample * Sums::M, within / height * Sums::N};
 }
 
-__device__ void write_sums(const LowRankGemm& op, const Place& at, int64_t row, int64_t column, float (&y)[2]) {
+__device__ void write_sums(
+    const LowRankGemm& op, const Place& at, int64_t row, int64_t column, float first, float second) {
   if (row >= op.M || column >= op.N) return;
+  const auto finished = [&](float y, int64_t n) {
+    if (op.bias.data) y += read(op.bias, n);
+    return op.Z.data ? y * gelu_slope(read(vector_of(op.Z), row * op.Z.row + n), op.slope) : y;
+  };
   const int64_t place = at.sample * op.Y.sample + row * op.Y.row + column;
-  const int exist = column + 1 < op.N ? 2 : 1;
-  for (int i = 0; i < exist; ++i) {
-    if (op.bias.data) y[i] += read(op.bias, column + i);
-    if (op.Z.data) y[i] *= gelu_slope(read(vector_of(op.Z), row * op.Z.row + column + i), op.slope);
+  const bool both = column + 1 < op.N;
+  first = finished(first, column);
+  if (both) second = finished(second, column + 1);
+  if (both && place % 2 == 0) {
+    write_pair(op.Y.data, op.Y.type, place, first, second);
+    return;
   }
-  if (exist == 2 && place % 2 == 0)
-    write_pair(op.Y.data, op.Y.type, place, y[0], y[1]);
-  else
-    for (int i = 0; i < exist; ++i) write(op.Y.data, op.Y.type, place + i, y[i]);
+  write(op.Y.data, op.Y.type, place, first);
+  if (both) write(op.Y.data, op.Y.type, place + 1, second);
+}
+
+// Field by field, so that both stay in registers.
+template <class T>
+__device__ Source<T> select(bool first, const Source<T>& one, const Source<T>& other) {
+  return {first ? one.data : other.data, first ? one.row : other.row, first ? one.rows : other.rows,
+      first ? one.columns : other.columns};
 }
 
 template <class T, class Sums>
 __global__ void __launch_bounds__(Sums::THREADS) lowrank_gemm_kernel(const __grid_constant__ LowRankGemm op) {
   constexpr int K = Sums::K;
   const Place at = place_of<Sums>(op, blockIdx.x);
-  const bool transposed = std::is_same_v<typename Sums::B, Tile<T, Sums::N, K>> && op.transposed;
-  const Source<T> A(op.A, at.sample, op.M, op.K), H(op.H, at.sample, op.M, op.R);
-  const Source<T> B(op.B, 0, transposed ? op.N : op.K, transposed ? op.K : op.N);
-  const Source<T> tail(op.T, at.sample, transposed ? op.N : op.R, transposed ? op.R : op.N);
+  constexpr bool transposed = Sums::ORDER == Order::outer_first;
+  const Source<T> A = source<T>(op.A, at.sample, op.M, op.K), H = source<T>(op.H, at.sample, op.M, op.R);
+  const Source<T> B = source<T>(op.B, 0, transposed ? op.N : op.K, transposed ? op.K : op.N);
+  const Source<T> tail = source<T>(op.T, at.sample, transposed ? op.N : op.R, transposed ? op.R : op.N);
 
   T* const shared = reinterpret_cast<T*>(shared_memory());
   constexpr int STAGE = static_cast<int>((Sums::A::BYTES + Sums::B::BYTES) / sizeof(T));
@@ -74,8 +81,9 @@ __global__ void __launch_bounds__(Sums::THREADS) lowrank_gemm_kernel(const __gri
     if (step < steps) {
       const bool is_main = step < main_steps;
       const int64_t k = (is_main ? step : step - main_steps) * K;
-      fetch<Sums::THREADS>(left(step), is_main ? A : H, at.row, k);
-      fetch<Sums::THREADS>(right(step), is_main ? B : tail, transposed ? at.column : k, transposed ? k : at.column);
+      fetch<Sums::THREADS>(left(step), select(is_main, A, H), at.row, k);
+      const Source<T> from = select(is_main, B, tail);
+      fetch<Sums::THREADS>(right(step), from, transposed ? at.column : k, transposed ? k : at.column);
     }
     commit_copies();
   };
@@ -89,16 +97,15 @@ __global__ void __launch_bounds__(Sums::THREADS) lowrank_gemm_kernel(const __gri
     sums.add(left(step), right(step));
   }
   sums.each_pair([&](int row, int column, float first, float second) {
-    float y[2] = {first, second};
-    write_sums(op, at, at.row + row, at.column + column, y);
+    write_sums(op, at, at.row + row, at.column + column, first, second);
   });
 }
 
 template <class T, class Sums>
 cudaError_t launch_tiles(const LowRankGemm& op, cudaStream_t stream) {
   const int64_t blocks = op.samples * ceil_div(op.M, Sums::M) * ceil_div(op.N, Sums::N);
-  return launch(lowrank_gemm_kernel<T, Sums>, dim3(static_cast<unsigned>(blocks)), Sums::THREADS, shared_bytes<Sums>(),
-      stream, op);
+  return launch<STAGES*(Sums::A::BYTES + Sums::B::BYTES)>(
+      lowrank_gemm_kernel<T, Sums>, dim3(static_cast<unsigned>(blocks)), Sums::THREADS, stream, op);
 }
 
 template <class T, bool TRANSPOSED>

@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(THREADS) pack_kernel(const __grid_constant__ P
 cudaError_t pack(const Pack& op, cudaStream_t stream) {
   const int64_t size = op.samples * op.rows * op.to.row;
   if (size == 0) return cudaSuccess;
-  return launch(pack_kernel, dim3(static_cast<unsigned>(ceil_div(size, THREADS))), THREADS, 0, stream, op);
+  return launch<0>(pack_kernel, dim3(static_cast<unsigned>(ceil_div(size, THREADS))), THREADS, stream, op);
 }
 
 }  // namespace efft

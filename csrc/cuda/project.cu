@@ -10,7 +10,7 @@ namespace efft {
 
 namespace {
 
-constexpr int ROWS = 64, STAGES = 3, WARPS = 4;
+constexpr int ROWS = 64, WARPS = 4;
 
 template <class T, int RANKS>
 using Sums = Accumulator<T, ROWS, RANKS, 128 / sizeof(T), WARPS, 1, Order::outer_first, Order::outer_first>;
@@ -19,6 +19,7 @@ template <class T, class X, int RANKS, bool PRODUCED>
 struct Layout {
   using Tiles = Sums<T, RANKS>;
   using Raw = Tile<X, ROWS, Tiles::K>;
+  static constexpr int STAGES = RANKS < 128 ? 3 : 2;  // copies in flight, as far as shared memory goes
   static constexpr int STAGE = Raw::BYTES + Tiles::B::BYTES;
   static constexpr int BYTES = STAGES * STAGE + (PRODUCED ? 2 * Tiles::A::BYTES : 0);
 };
@@ -63,11 +64,11 @@ template <class T, class X, int RANKS, bool PRODUCED>
 __global__ void __launch_bounds__(WARPS * 32) project_kernel(const __grid_constant__ Project op) {
   using Memory = Layout<T, X, RANKS, PRODUCED>;
   using Tiles = typename Memory::Tiles;
-  constexpr int K = Tiles::K;
+  constexpr int K = Tiles::K, STAGES = Memory::STAGES;
   const int64_t blocks_m = (op.M + ROWS - 1) / ROWS, sample = blockIdx.x / blocks_m;
   const int64_t m = blockIdx.x % blocks_m * ROWS, r = static_cast<int64_t>(blockIdx.y) * RANKS;
-  const Source<X> A(op.A, sample, op.M, op.K);
-  const Source<T> P(op.P, sample, op.R, op.K);
+  const Source<X> A = source<X>(op.A, sample, op.M, op.K);
+  const Source<T> P = source<T>(op.P, sample, op.R, op.K);
 
   unsigned char* const shared = shared_memory();
   const auto raw = [&](int64_t step) {
@@ -115,7 +116,7 @@ cudaError_t launch_ranks(const Project& op, cudaStream_t stream) {
   using Memory = Layout<T, X, RANKS, PRODUCED>;
   const dim3 grid(static_cast<unsigned>(op.samples * ceil_div(op.M, ROWS)),
       static_cast<unsigned>(std::max<int64_t>(ceil_div(op.R, RANKS), 1)));
-  return launch(project_kernel<T, X, RANKS, PRODUCED>, grid, WARPS * 32, Memory::BYTES, stream, op);
+  return launch<Memory::BYTES>(project_kernel<T, X, RANKS, PRODUCED>, grid, WARPS * 32, stream, op);
 }
 
 template <class T, class X, bool PRODUCED>

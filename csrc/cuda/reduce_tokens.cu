@@ -84,12 +84,12 @@ __global__ void __launch_bounds__(WARPS * 32) reduce_tokens_kernel(const __grid_
   float* const partial_G = op.partials + split * (size_G + op.d_in * op.rank);
   float* const partial_D = partial_G + size_G;
   if (blockIdx.x < blocks_G) {
-    const Source<T> gy(op.gy, 0, end, op.d_out), h(op.h, 0, end, op.rank);
+    const Source<T> gy = source<T>(op.gy, 0, end, op.d_out), h = source<T>(op.h, 0, end, op.rank);
     sum_over_tokens<T, T, RANKS, false>(op, gy, h, begin, end, static_cast<int64_t>(blockIdx.x) * COLUMNS, rank,
         [&](int64_t column, int64_t r, float sum) { partial_G[r * op.d_out + column] = sum; });
   } else {
-    const Source<X> x(op.x, 0, end, op.d_in);
-    const Source<T> dh(op.dh, 0, end, op.rank);
+    const Source<X> x = source<X>(op.x, 0, end, op.d_in);
+    const Source<T> dh = source<T>(op.dh, 0, end, op.rank);
     sum_over_tokens<T, X, RANKS, PRODUCED>(op, x, dh, begin, end, (blockIdx.x - blocks_G) * COLUMNS, rank,
         [&](int64_t column, int64_t r, float sum) { partial_D[column * op.rank + r] = sum; });
   }
@@ -118,7 +118,7 @@ cudaError_t launch_ranks(const ReduceTokens& op, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(column_blocks(op)), static_cast<unsigned>(op.splits),
       static_cast<unsigned>(ceil_div(op.rank, RANKS)));
   constexpr int BYTES = std::max(Layout<T, T, RANKS, false>::BYTES, Layout<T, X, RANKS, PRODUCED>::BYTES);
-  return launch(reduce_tokens_kernel<T, X, RANKS, PRODUCED>, grid, WARPS * 32, BYTES, stream, op);
+  return launch<BYTES>(reduce_tokens_kernel<T, X, RANKS, PRODUCED>, grid, WARPS * 32, stream, op);
 }
 
 template <class T, class X, bool PRODUCED>
@@ -150,7 +150,7 @@ cudaError_t reduce_tokens(const ReduceTokens& op, cudaStream_t stream) {
                                                      : launch_producer<fp16>(op, stream);
   if (error != cudaSuccess) return error;
   const dim3 grid(static_cast<unsigned>(ceil_div(size, FINISH_THREADS)));
-  return launch(finish_kernel, grid, FINISH_THREADS, 0, stream, op);
+  return launch<0>(finish_kernel, grid, FINISH_THREADS, stream, op);
 }
 
 }  // namespace efft

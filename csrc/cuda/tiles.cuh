@@ -31,10 +31,12 @@ struct Source {
   const T* data;
   int64_t row;
   int64_t rows, columns;
-
-  __device__ Source(const Matrix& of, int64_t sample, int64_t rows, int64_t columns)
-      : data(static_cast<const T*>(of.data) + sample * of.sample), row(of.row), rows(rows), columns(columns) {}
 };
+
+template <class T>
+__device__ Source<T> source(const Matrix& of, int64_t sample, int64_t rows, int64_t columns) {
+  return {static_cast<const T*>(of.data) + sample * of.sample, of.row, rows, columns};
+}
 
 // f(row, chunk) for every chunk that this thread copies; a thread sees its own after wait_copies, without a barrier.
 template <int THREADS, class T, int ROWS, int COLUMNS, class F>
