@@ -115,7 +115,7 @@ def plan(wish: str) -> tuple[list[str], list[str]]:
         targets.append(target)
         lines.append(f"  {target}: {tools.nvcc or tools.cxx}, torch headers in {tools.torch}")
         if target == "cuda":
-            lines[-1] += f", {tools.cutlass or _WITHOUT_CUTLASS}"
+            lines[-1] += f", CUTLASS's in {tools.cutlass}" if tools.cutlass else f", {_WITHOUT_CUTLASS}"
     return targets, [f"efft-kernels: EFFT_BUILD_EXT={wish}, building {', '.join(targets) or 'nothing'}", *lines]
 
 
@@ -249,9 +249,9 @@ def cuda_sources(cutlass: Path | None) -> list[tuple[Path, list[str]]]:
     for source in _inputs("cuda"):
         of_sm90 = source.stem.endswith("_sm90")
         if source.suffix in (".cpp", ".cu") and (cutlass or not of_sm90):
-            flags = [*(_GENERATIONS[1:] if of_sm90 else _GENERATIONS)]
-            if cutlass:
-                flags += ["-DEFFT_SM90", "--expt-relaxed-constexpr", f"-isystem {_escape(str(cutlass))}"]
+            flags = [*(_GENERATIONS[1:] if of_sm90 else _GENERATIONS), *(["-DEFFT_SM90"] if cutlass else [])]
+            if of_sm90:
+                flags += ["--expt-relaxed-constexpr", f"-isystem {_escape(str(cutlass))}"]
             found.append((source, flags))
     return found
 

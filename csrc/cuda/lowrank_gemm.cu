@@ -7,6 +7,7 @@
 // pair of pointers: nothing of Y's size is written twice, and nothing is concatenated.
 #include "accumulator.cuh"
 #include "launch.h"
+#include "lowrank_gemm_sm90.h"
 #include "producers.cuh"
 
 namespace efft {
@@ -129,6 +130,10 @@ cudaError_t launch_order(const LowRankGemm& op, cudaStream_t stream) {
 
 cudaError_t lowrank_gemm(const LowRankGemm& op, cudaStream_t stream) {
   if (op.samples * op.M * op.N == 0) return cudaSuccess;
+#ifdef EFFT_SM90  // CUTLASS's headers were there
+  if (device_attribute(cudaDevAttrComputeCapabilityMajor) == 9 && lowrank_gemm_sm90_takes(op))
+    return lowrank_gemm_sm90(op, stream);
+#endif
   switch (op.A.type) {
     case Type::float32:
       return launch_order<float>(op, stream);

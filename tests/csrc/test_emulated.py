@@ -105,7 +105,7 @@ FAULTS = {
         "wait_copies<STAGES - 2>();",
         "wait_copies<STAGES - 1>();",
         "linear",
-        "WRONG",
+        "WRONG|copies under way",
     ),
     "no barrier between steps of a small product": (
         "small_product.cuh",
