@@ -7,11 +7,13 @@ ARGS ?=
 BUDGET ?= 480
 # The least version in pyproject.toml; the newest is what pip installs.
 OLDEST_TRITON := 3.6.0
+# Of its headers alone, for the kernel of sm_90.
+CUTLASS := 4.2.0.0
 
 BIN := $(VENV)/bin
 RUN := $(BIN)/python -m
 
-.PHONY: help demo test check-triton lint format bench bench-quick bench-gpu clean
+.PHONY: help demo test check-triton check-cuda lint format bench bench-quick bench-gpu clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +28,10 @@ test: $(VENV)/.efft-dev ## Run the whole test suite
 check-triton: $(VENV)/.efft-dev ## Interpreter tests and resource report with the oldest Triton supported
 	$(RUN) pip install --quiet --upgrade --no-deps --target $(VENV)/triton-$(OLDEST_TRITON) triton==$(OLDEST_TRITON)
 	PYTHONPATH=$(abspath $(VENV)/triton-$(OLDEST_TRITON)) $(RUN) pytest tests/triton $(ARGS)
+
+check-cuda: $(VENV)/.efft-dev ## Compile the CUDA kernels and report what each costs: needs nvcc, no GPU
+	$(RUN) pip install --quiet --no-deps nvidia-cutlass==$(CUTLASS)
+	$(RUN) efft_kernels.cuda_report $(ARGS)
 
 lint: $(VENV)/.efft-dev ## Check style and types, change nothing
 	$(RUN) ruff check

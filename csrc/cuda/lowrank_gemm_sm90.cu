@@ -3,6 +3,8 @@
 // them into the same sums. What lies beyond the rank, as beyond every edge, TMA fills with zeros.
 //
 // Blocks come in pairs that take neighbouring rows of one column: each copies half of B's tile, for both.
+#include "lowrank_gemm_sm90.h"
+
 // clang-format off: CuTe comes before the rest of CUTLASS, which does not stand alone
 #include <cute/tensor.hpp>
 #include <cutlass/arch/reg_reconfig.h>

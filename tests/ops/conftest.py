@@ -36,7 +36,7 @@ WITHOUT = {Backend.CPU: {torch.float16, torch.float64}, Backend.CUDA: {torch.flo
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselects what a backend is not for: triton and cuda need a GPU unless they are the only one, cpu is for the CPU."""
+    """Deselects what a backend is not for: cpu is for the CPU, triton and cuda need a GPU unless they run alone."""
 
     def params(item: pytest.Item) -> dict[str, Any]:
         return item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
