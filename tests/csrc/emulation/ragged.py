@@ -17,8 +17,8 @@ from efft_kernels.ops._schemas import SCHEMAS  # noqa: F401  # declares the ops
 from efft_kernels.testing import poisoned_empty, with_layout
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-#: tokens, d_in, d_out, rank: odd ranks, no token and one, widths that are no multiples of 8, several tiles each way; and
-#: tokens that are summed in two ranges.
+#: tokens, d_in, d_out, rank: odd ranks, no token and one, widths that are no multiples of 8, several tiles each way;
+#: and tokens that are summed in two ranges.
 SIZES = (
     *((0, 24, 40, 5), (1, 16, 8, 1), (37, 40, 72, 17), (130, 136, 33, 33)),
     *((131, 70, 130, 100), (9, 13, 21, 129), (300, 24, 40, 5)),
