@@ -7,12 +7,14 @@ ARGS ?=
 BUDGET ?= 480
 # The least version in pyproject.toml; the newest is what pip installs.
 OLDEST_TRITON := 3.6.0
+# Of its headers alone, for the kernel of sm_90.
+CUTLASS := 4.2.0.0
 
 BIN := $(VENV)/bin
 SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 RUN := $(BIN)/python -m
 
-.PHONY: help demo test check-triton check-native lint format bench bench-quick bench-gpu clean
+.PHONY: help demo extension test check-triton check-native check-cuda lint format bench bench-quick bench-gpu clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,8 +23,10 @@ help: ## List the targets
 demo: $(VENV)/.efft-train ## Adapt, train, save and merge a small model on this machine
 	$(RUN) efft.demo $(ARGS)
 
-test: $(VENV)/.efft-dev ## Run the whole test suite
+extension: $(VENV)/.efft-dev ## Compile csrc/, as far as this machine has the tools
 	$(RUN) efft_kernels build
+
+test: extension ## Run the whole test suite
 	$(RUN) pytest $(ARGS)
 
 check-triton: $(VENV)/.efft-dev ## Interpreter tests and resource report with the oldest Triton supported
@@ -31,6 +35,10 @@ check-triton: $(VENV)/.efft-dev ## Interpreter tests and resource report with th
 
 check-native: $(VENV)/.efft-dev ## Static checks of csrc/cpu, and its tests under the sanitizers: minutes
 	PATH="$(abspath $(BIN)):$$PATH" $(RUN) tests.native.check $(ARGS)
+
+check-cuda: $(VENV)/.efft-dev ## Compile the CUDA kernels and report what each costs: needs nvcc, no GPU
+	$(RUN) pip install --quiet --no-deps nvidia-cutlass==$(CUTLASS)
+	$(RUN) efft_kernels.cuda_report $(ARGS)
 
 lint: $(VENV)/.efft-dev ## Check style and types, change nothing
 	$(RUN) ruff check
@@ -43,14 +51,14 @@ format: $(VENV)/.efft-dev ## Format the code and apply safe fixes
 	$(RUN) ruff format
 	$(BIN)/clang-format -i $(SOURCES)
 
-bench: $(VENV)/.efft-dev ## Measure layers, models, memory, inference and scaling: hours, alone on the machine
+bench: extension ## Measure layers, models, memory, inference and scaling: hours, alone on the machine
 	$(RUN) benchmarks ops $(ARGS)
 	$(RUN) benchmarks model $(ARGS)
 	$(RUN) benchmarks memory $(ARGS)
 	$(RUN) benchmarks serve $(ARGS)
 	$(RUN) benchmarks scaling $(ARGS)
 
-bench-quick: $(VENV)/.efft-dev ## Measure ViT-B's layers and its training step, in minutes
+bench-quick: extension ## Measure ViT-B's layers and its training step, in minutes
 	$(RUN) benchmarks ops --quick $(ARGS)
 	$(RUN) benchmarks model --quick $(ARGS)
 
@@ -64,7 +72,6 @@ clean: ## Remove build products and caches (not the virtual environment)
 # The stamp says that the extra in its name is installed; editing the metadata makes it stale.
 $(VENV)/.efft-%: pyproject.toml setup.py | $(BIN)/pip
 	$(RUN) pip install --editable '.[$*]'
-	$(RUN) efft_kernels build
 	@touch $@
 
 # pip, not python, is the target: a failed `python -m venv` leaves a python without pip behind.

@@ -2,9 +2,9 @@
 
 A backend is chosen, in this order, by the ``backend=`` argument of a call, an enclosing :func:`use_backend`, the
 environment variable ``EFFT_BACKEND`` (read once at import) and, failing all three, ``auto``. ``auto`` takes ``triton``
-where a measurement says that it is faster (:mod:`efft_kernels.choice`), else the first backend of :data:`AUTO_ORDER`
-that can run the call; an explicitly named backend never falls back: it raises with the
-reason that :func:`can_run` gives.
+or ``cuda`` where a measurement says that it is the fastest (:mod:`efft_kernels.choice`), else the first backend of
+:data:`AUTO_ORDER` that can run the call; an explicitly named backend never falls back: it raises with the reason that
+:func:`can_run` gives.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 import torch
 from torch import Tensor
 
-from efft_kernels.choice import Case, prefers_triton
+from efft_kernels.choice import Case, fastest
 from efft_kernels.native import MISSING
 
 
@@ -27,7 +27,7 @@ class Backend(str, enum.Enum):
 
     ``AUTO`` chooses; ``REFERENCE`` is plain differentiable torch in fp32/fp64, the specification; ``EAGER`` is the
     hand-written backward on the vendor's matrix products, on any device; ``CPU`` is compiled (``csrc/cpu``); ``TRITON``
-    fuses the update into the matrix product, on GPUs.
+    and the compiled ``CUDA`` (``csrc/cuda``) fuse the update into the matrix product, on GPUs.
     """
 
     AUTO = "auto"
@@ -35,6 +35,7 @@ class Backend(str, enum.Enum):
     EAGER = "eager"
     CPU = "cpu"
     TRITON = "triton"
+    CUDA = "cuda"
 
     @classmethod
     def parse(cls, value: str | Backend) -> Backend:
@@ -46,7 +47,7 @@ class Backend(str, enum.Enum):
             raise ValueError(f"unknown backend {value!r}: expected one of {names}") from None
 
 
-#: What ``auto`` tries, in this order, after a measurement that prefers ``triton`` (:mod:`efft_kernels.choice`).
+#: What ``auto`` tries, in this order, where no measurement prefers kernels for GPUs (:mod:`efft_kernels.choice`).
 AUTO_ORDER = (Backend.CPU, Backend.EAGER, Backend.REFERENCE)
 
 #: Whether Triton's kernels run in its interpreter, on the CPU; Triton too reads the variable once.
@@ -54,10 +55,11 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _TRITON = False
 with suppress(ImportError):  # of a finder that hides the package
     _TRITON = importlib.util.find_spec("triton") is not None
-_TRITON_CAPABILITY = 8
+#: Least major compute capability of both kinds of GPU kernels.
+_CAPABILITY = 8
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_DTYPES = {Backend.TRITON: _FLOATING[:3], Backend.CPU: _FLOATING[1:3]}
+_DTYPES = {Backend.TRITON: _FLOATING[:3], Backend.CUDA: _FLOATING[:3], Backend.CPU: _FLOATING[1:3]}
 
 try:
     _environment = Backend.parse(os.environ.get("EFFT_BACKEND") or "auto")
@@ -89,8 +91,8 @@ def can_run(backend: str | Backend, *tensors: Tensor | None) -> str | None:
 
     ``reference`` and ``eager`` implement every op on every device; they need real floating-point tensors that all
     lie on one device. ``cpu`` needs the compiled extension, and float32 or bfloat16 tensors on the CPU; ``triton``
-    needs the triton package and a GPU of compute capability 8.0 (or, for tests, ``TRITON_INTERPRET=1`` and the CPU),
-    and runs no float64.
+    needs the triton package and a GPU of compute capability 8.0 (or, for tests, ``TRITON_INTERPRET=1`` and the CPU);
+    ``cuda`` needs the compiled extension and such a GPU. Neither runs float64.
     """
     backend = Backend.parse(backend)
     present = [t for t in tensors if t is not None]
@@ -103,10 +105,12 @@ def can_run(backend: str | Backend, *tensors: Tensor | None) -> str | None:
             return f"all tensors must be on one device, got {present[0].device} and {t.device}"
     if not present:
         return None
+    device = present[0].device
     if backend is Backend.CPU:
-        device = present[0].device
         return MISSING["cpu"] if device.type in ("cpu", "meta") else f"cpu runs tensors on the CPU, got {device}"
-    return _no_triton(present[0].device) if backend is Backend.TRITON else None
+    if backend is Backend.CUDA:
+        return _no_cuda(device)
+    return _no_triton(device) if backend is Backend.TRITON else None
 
 
 def _no_triton(device: torch.device) -> str | None:
@@ -119,9 +123,22 @@ def _no_triton(device: torch.device) -> str | None:
         return f"triton runs on GPUs, got {device} (slowly on the CPU, for tests: set TRITON_INTERPRET=1)"
     if _INTERPRETED:
         return "TRITON_INTERPRET=1 runs triton on the CPU, got a GPU tensor: unset it"
+    return None if torch.version.hip else _too_old("triton", device)
+
+
+def _no_cuda(device: torch.device) -> str | None:
+    """Why the compiled kernels for GPUs cannot run on ``device``; None if they can."""
+    if MISSING["cuda"] is not None or device.type == "meta":
+        return MISSING["cuda"]
+    if device.type != "cuda" or torch.version.hip:
+        return f"cuda runs on NVIDIA GPUs, got {'an AMD GPU' if device.type == 'cuda' else device}"
+    return _too_old("cuda", device)
+
+
+def _too_old(backend: str, device: torch.device) -> str | None:
     gpu = torch.cuda.get_device_properties(device)
-    if gpu.major < _TRITON_CAPABILITY and torch.version.hip is None:
-        return f"triton needs a GPU of compute capability {_TRITON_CAPABILITY}.0, got {gpu.major}.{gpu.minor}"
+    if gpu.major < _CAPABILITY:
+        return f"{backend} needs a GPU of compute capability {_CAPABILITY}.0, got {gpu.major}.{gpu.minor}"
     return None
 
 
@@ -130,7 +147,7 @@ def resolve(
 ) -> Backend:
     """The backend that runs ``op`` on ``tensors``; never ``AUTO``.
 
-    ``sizes`` (tokens, d_in, d_out, r1) let ``auto`` look for a measurement that prefers the fused kernels.
+    ``sizes`` (tokens, d_in, d_out, r1) let ``auto`` look for a measurement.
 
     Raises ValueError for an unknown name and RuntimeError, with the reason, where the backend asked for (or, under
     ``auto``, every backend) cannot run.
@@ -141,21 +158,24 @@ def resolve(
         if reason is not None:
             raise RuntimeError(f"{op}: backend {wanted.value!r} was asked for but cannot run: {reason}")
         return wanted
-    if sizes is not None and tensors[0] is not None and _fused_is_faster(op, sizes, *tensors):
-        return Backend.TRITON
+    if sizes is not None and (measured := _fastest(op, sizes, *tensors)) is not None:
+        return measured
     for candidate in AUTO_ORDER:
         if can_run(candidate, *tensors) is None:
             return candidate
     raise RuntimeError(f"{op}: no backend can run this call\n{explain(*tensors)}")
 
 
-def _fused_is_faster(op: str, sizes: tuple[int, int, int, int], *tensors: Tensor | None) -> bool:
+def _fastest(op: str, sizes: tuple[int, int, int, int], *tensors: Tensor | None) -> Backend | None:
+    """What measured fastest of those that run on this GPU, the vendor's products among them; None: unmeasured."""
     W = next(t for t in tensors if t is not None)
-    if W.device.type != "cuda" or can_run(Backend.TRITON, *tensors) is not None:
-        return False
+    able = [b for b in (Backend.EAGER, Backend.TRITON, Backend.CUDA) if can_run(b, *tensors) is None]
+    if W.device.type != "cuda" or len(able) < 2:
+        return None
     capability = torch.cuda.get_device_capability(W.device)[0]
     dtype = str(W.dtype).removeprefix("torch.")
-    return prefers_triton(Case(op, *sizes, dtype, capability), W.device)
+    name = fastest(Case(op, *sizes, dtype, capability), W.device, [b.value for b in able])
+    return None if name is None else Backend(name)
 
 
 def explain(*tensors: Tensor | None) -> str:

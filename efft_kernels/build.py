@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-TARGETS = ("cpu",)
+TARGETS = ("cpu", "cuda")
 
 _PACKAGE = Path(__file__).parent
 OLDEST_TORCH = "0x020a000000000000"  # 2.10, as TORCH_TARGET_VERSION spells it
@@ -37,7 +37,9 @@ _ISAS = {
     },
     "other": {"portable": ""},
 }
-_GENERATIONS = ("80", "90a")  # and PTX of the first, for whatever comes later
+#: GPUs that csrc/cuda is compiled for: code for these, and PTX of the first for whatever comes later.
+_GENERATIONS = ("-gencode=arch=compute_80,code=[sm_80,compute_80]", "-gencode=arch=compute_90a,code=sm_90a")
+_WITHOUT_CUTLASS = "without kernels of sm_90's own (pip install --no-deps nvidia-cutlass, for its headers)"
 _BYTES_A_JOB = {"cpu": 1 << 30, "cuda": 4 << 30}
 
 
@@ -53,6 +55,7 @@ class Tools:
     cxx: str
     torch: Path  # folder of the installed package
     nvcc: str | None = None
+    cutlass: Path | None = None  # its headers
 
 
 def sources() -> Path:
@@ -112,6 +115,8 @@ def plan(wish: str) -> tuple[list[str], list[str]]:
             continue
         targets.append(target)
         lines.append(f"  {target}: {tools.nvcc or tools.cxx}, torch headers in {tools.torch}")
+        if target == "cuda":
+            lines[-1] += f", CUTLASS's in {tools.cutlass}" if tools.cutlass else f", {_WITHOUT_CUTLASS}"
     return targets, [f"efft-kernels: EFFT_BUILD_EXT={wish}, building {', '.join(targets) or 'nothing'}", *lines]
 
 
@@ -137,7 +142,7 @@ def find_tools(target: str) -> Tools:
     nvcc = _which(str(Path(os.environ["CUDA_HOME"]) / "bin/nvcc")) if os.environ.get("CUDA_HOME") else _which("nvcc")
     if nvcc is None:
         raise BuildError("nvcc not found: install the CUDA toolkit, or set CUDA_HOME")
-    return Tools(ninja, cxx, torch, nvcc)
+    return Tools(ninja, cxx, torch, nvcc, _cutlass())
 
 
 def build(targets: list[str], folder: Path, objects: Path | None = None) -> list[Path]:
@@ -181,37 +186,77 @@ def _inputs(target: str) -> list[Path]:
 
 def _ninja(target: str, tools: Tools) -> str:
     """The build script of one target."""
+    stubs = ["libtorch.so", "libtorch_cpu.so", "libc10.so"]
     lines = [
         f"cxx = {_escape(tools.cxx)}",
-        f"flags = -std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-psabi "
-        f"-DTORCH_TARGET_VERSION={OLDEST_TORCH} -isystem {_escape(str(tools.torch / 'include'))} "
-        # These two are not in the library's name: a wheel's must be found where they are not set.
-        f"{_escape(os.environ.get('CXXFLAGS', ''))}",
-        f"link_flags = {_escape(os.environ.get('LDFLAGS', '-s'))}",
-        "rule compile",
-        "  command = $cxx $flags $set -MMD -MF $out.d -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
         # At run time the libraries are torch's own. Empty ones stand in for them: any torch may be built with.
         "rule stub",
         "  command = $cxx -shared -nostdlib -x c /dev/null -Wl,-soname,$out -o $out",
+        *(f"build {stub}: stub" for stub in stubs),
+        f"torch = -std=c++20 -DTORCH_TARGET_VERSION={OLDEST_TORCH} -isystem {_escape(str(tools.torch / 'include'))}",
+    ]
+    compiled = _cpu_objects(lines) if target == "cpu" else _cuda_objects(lines, tools)
+    lines.append(f"build {target}.so: link {' '.join(compiled)} | {' '.join(stubs)}")
+    return "\n".join(lines) + "\n"
+
+
+def _cpu_objects(lines: list[str]) -> list[str]:
+    lines += [
+        # CXXFLAGS and LDFLAGS are not in the library's name: a wheel's must be found where they are not set.
+        f"flags = -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-psabi {_escape(os.environ.get('CXXFLAGS', ''))}",
+        f"link_flags = {_escape(os.environ.get('LDFLAGS', '-s'))}",
+        "rule compile",
+        "  command = $cxx $torch $flags $set -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
         "rule link",
         "  command = $cxx -shared $link_flags $in -Wl,--no-as-needed -L. -ltorch -ltorch_cpu -lc10 -o $out",
     ]
-    stubs = ["libtorch.so", "libtorch_cpu.so", "libc10.so"]
-    lines += [f"build {stub}: stub" for stub in stubs]
     objects = []
-    for source in _inputs(target):
+    for source in _inputs("cpu"):
         if source.suffix == ".cpp" and source.name != "kernels.cpp":
-            objects.append(f"{target}-{source.stem}.o")
+            objects.append(f"cpu-{source.stem}.o")
             lines.append(f"build {objects[-1]}: compile {_escape(str(source))}")
-    isas = _ISAS.get(platform.machine(), _ISAS["other"]) if target == "cpu" else {}
-    for isa, flags in isas.items():
+    for isa, flags in _ISAS.get(platform.machine(), _ISAS["other"]).items():
         objects.append(f"cpu-{isa}.o")
         lines += [f"build {objects[-1]}: compile {_escape(str(sources() / 'cpu/kernels.cpp'))}"]
         lines += [f"  set = -DEFFT_ISA={isa} {flags}"]
-    lines.append(f"build {target}.so: link {' '.join(objects)} | {' '.join(stubs)}")
-    return "\n".join(lines) + "\n"
+    return objects
+
+
+def _cuda_objects(lines: list[str], tools: Tools) -> list[str]:
+    lines += [
+        f"nvcc = {_escape(tools.nvcc or '')} -ccbin $cxx",
+        "rule compile",
+        f"  command = $nvcc {NVCC_FLAGS} $set -MD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        "  command = $nvcc -shared $in -Xlinker -s -Xlinker --no-as-needed -L. -ltorch -ltorch_cpu -lc10 -o $out",
+    ]
+    objects = []
+    for source, flags in cuda_sources(tools.cutlass):
+        objects.append(f"cuda-{source.name}.o")
+        lines.append(f"build {objects[-1]}: compile {_escape(str(source))}")
+        lines.append(f"  set = {'$torch' if source.suffix == '.cpp' else ' '.join(('-std=c++17', *flags))}")
+    return objects
+
+
+#: Of every file of csrc/cuda.
+NVCC_FLAGS = "-O3 -DNDEBUG -Xcompiler=-fPIC,-fvisibility=hidden,-Wall"
+
+
+def cuda_sources(cutlass: Path | None) -> list[tuple[Path, list[str]]]:
+    """Files of csrc/cuda to compile, each with its own flags; those of sm_90 only where CUTLASS's headers are."""
+    found: list[tuple[Path, list[str]]] = []
+    for source in _inputs("cuda"):
+        of_sm90 = source.stem.endswith("_sm90")
+        if source.suffix in (".cpp", ".cu") and (cutlass or not of_sm90):
+            flags = [*(_GENERATIONS[1:] if of_sm90 else _GENERATIONS), *(["-DEFFT_SM90"] if cutlass else [])]
+            if of_sm90:
+                flags += ["--expt-relaxed-constexpr", f"-isystem {_escape(str(cutlass))}"]
+            found.append((source, flags))
+    return found
 
 
 def _escape(path: str) -> str:
@@ -234,6 +279,15 @@ def _torch() -> Path:
         return installed
     spec = importlib.util.find_spec("torch")
     return Path(spec.origin).parent if spec is not None and spec.origin else installed
+
+
+def _cutlass() -> Path | None:
+    """Headers of CUTLASS, of the package nvidia-cutlass in the environment of torch."""
+    spec = importlib.util.find_spec("cutlass_library")
+    folders = [Path(sysconfig.get_path("platlib")) / "cutlass_library"]
+    folders += [Path(spec.origin).parent] if spec is not None and spec.origin else []
+    found = (folder / "source" / "include" for folder in folders)
+    return next((path for path in found if (path / "cutlass/cutlass.h").is_file()), None)
 
 
 def _which(name: str) -> str | None:

@@ -3,10 +3,10 @@
     python -m efft_kernels.choice --out measured.json --tokens 12608 --d-in 768 --d-out 2304 768 3072 --rank 16 32
 
 Origin of the rows of ``measured.json`` beside this file: the GPU and versions that each names. No GPU's name decides
-anything: a row holds for its compute capability. Where no row fits, ``auto`` takes the vendor's products; with
-``EFFT_AUTOTUNE=FILE`` it measures both on the spot and keeps the row in FILE, whose rows come before those
-committed. Both ways give the same bits run to run, since no kernel adds atomically; a choice changes speed and the
-last rounding, so under ``torch.use_deterministic_algorithms(True)`` only what the tables hold decides.
+anything: a row holds for its compute capability, and for the backends it names. Where no row fits, ``auto`` takes the
+vendor's products; with ``EFFT_AUTOTUNE=FILE`` it measures on the spot and keeps the row in FILE, whose rows come before
+those committed. All give the same bits run to run, since no kernel adds atomically; a choice changes speed and the last
+rounding, so under ``torch.use_deterministic_algorithms(True)`` only what the tables hold decides.
 """
 
 from __future__ import annotations
@@ -84,14 +84,15 @@ def _rows() -> list[Row]:
     return [*(read(own) if own is not None and own.exists() else ()), *read(COMMITTED)]
 
 
-def prefers_triton(case: Case, device: torch.device) -> bool:
-    """Whether the fused kernels measured faster, for this case or one like it."""
+def fastest(case: Case, device: torch.device, backends: Sequence[str]) -> str | None:
+    """Which of ``backends`` measured fastest, for this case or one like it; None where nothing was measured."""
     row = nearest(case, _rows())
     if row is None and _own_table() is not None and _can_measure(device):
-        row = measure(case, device)
+        row = measure(case, device, backends)
         _rows().append(row)
         _keep(row)
-    return row is not None and row.microseconds["triton"] < row.microseconds["eager"]
+    times = row.microseconds if row is not None else {}
+    return min((b for b in backends if b in times), key=lambda b: times[b], default=None)
 
 
 def nearest(case: Case, rows: Sequence[Row]) -> Row | None:
@@ -119,8 +120,10 @@ def _keep(row: Row) -> None:
     write(path, [*(read(path) if path.exists() else ()), row])
 
 
-def measure(case: Case, device: torch.device | str, repeats: int = 20) -> Row:
-    """Time forward and backward of ``case`` by both backends, interleaved; the best of ``repeats`` counts."""
+def measure(
+    case: Case, device: torch.device | str, backends: Sequence[str] = ("eager", "triton"), repeats: int = 20
+) -> Row:
+    """Time forward and backward of ``case`` by each backend, interleaved; the best of ``repeats`` counts."""
     # Not imported above: they use the backends, which use this module.
     ops, testing = (importlib.import_module(f"efft_kernels.{name}") for name in ("ops", "testing"))
     sizes = {"tokens": case.tokens, "d_in": case.d_in, "d_out": case.d_out, "r1": case.r1}
@@ -132,7 +135,7 @@ def measure(case: Case, device: torch.device | str, repeats: int = 20) -> Row:
     def step(backend: str) -> None:
         torch.autograd.grad(getattr(ops, case.op)(**inputs, backend=backend), leaves, gy)
 
-    best = {"eager": math.inf, "triton": math.inf}
+    best = dict.fromkeys(backends, math.inf)
     with torch.enable_grad():
         for _, backend in itertools.product(range(2 + repeats), best):  # the first two compile and warm up
             best[backend] = min(best[backend], _seconds(functools.partial(step, backend), torch.device(device)) * 1e6)

@@ -1,6 +1,7 @@
 """Choosing a backend, and the tools of efft_kernels.testing that a backend is checked with."""
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -8,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from efft_kernels.backends import AUTO_ORDER, current_backend
 from efft_kernels.testing import assert_close_budget, make_inputs, poisoned_empty, with_layout
 
 ROOT = Path(__file__).parents[1]
-NAMES = "'auto', 'reference', 'eager', 'cpu', 'triton'"
+NAMES = "'auto', 'reference', 'eager', 'cpu', 'triton', 'cuda'"
 OPS = ("tt_linear", "tt_contract", "tt_merge_")
 #: What ``auto`` takes here.
 FIRST = next(backend.value for backend in AUTO_ORDER if can_run(backend, torch.ones(1)) is None)
@@ -182,6 +184,28 @@ def test_why_triton_cannot_run(variables: dict[str, bool], message: str, monkeyp
         tt_linear(**make_inputs("tt_linear"), backend="triton")
 
 
+@pytest.mark.parametrize(
+    ("missing", "device", "capability", "reason"),
+    [
+        ("it was not built", "cuda", 9, "it was not built"),
+        (None, "cpu", 9, "cuda runs on NVIDIA GPUs, got cpu"),
+        (None, "cuda", 7, r"cuda needs a GPU of compute capability 8\.0, got 7\.5"),
+        (None, "cuda", 8, None),
+        (None, "meta", 9, None),
+    ],
+)
+def test_why_cuda_cannot_run(
+    missing: str | None, device: str, capability: int, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(backends.MISSING, "cuda", missing)
+    gpu = mock.Mock(major=capability, minor=5)
+    tensor = mock.Mock(spec=Tensor, device=torch.device(device), dtype=torch.bfloat16)
+    with mock.patch.object(torch.cuda, "get_device_properties", return_value=gpu):
+        found = can_run("cuda", tensor)
+    assert found is reason is None or re.fullmatch(reason, found)
+    assert can_run("cuda", torch.ones(1).double()) == "cuda runs float16, bfloat16, float32 tensors, got torch.float64"
+
+
 def python(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(ROOT), str(ROOT / "python")])
     command = [sys.executable, "-c", program]
@@ -230,7 +254,7 @@ def test_compiled_code_follows_the_choice() -> None:
 
 
 def test_backends_and_devices() -> None:
-    assert testing.backends() == [Backend.REFERENCE, Backend.EAGER, Backend.CPU, Backend.TRITON]
+    assert testing.backends() == [Backend(name) for name in ("reference", "eager", "cpu", "triton", "cuda")]
     assert testing.devices()[0] == "cpu"
     assert ("cuda" in testing.devices()) == torch.cuda.is_available()
 

@@ -11,14 +11,18 @@ import torch
 from torch import Tensor
 
 from efft_kernels import Backend, backends, choice
-from efft_kernels.choice import Case, Row, nearest, prefers_triton
+from efft_kernels.choice import Case, Row, fastest, nearest
 
 CASE = Case("tt_linear", 12608, 768, 2304, 32, "bfloat16", 9)
 CPU = torch.device("cpu")
 
 
-def row(case: Case, triton: float, eager: float = 100.0) -> Row:
-    return Row(case, {"eager": eager, "triton": triton}, "measured on paper")
+def row(case: Case, triton: float, eager: float = 100.0, **others: float) -> Row:
+    return Row(case, {"eager": eager, "triton": triton, **others}, "measured on paper")
+
+
+def prefers_triton(case: Case, device: torch.device) -> bool:
+    return fastest(case, device, ["eager", "triton"]) == "triton"
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +40,7 @@ def use_table(monkeypatch: pytest.MonkeyPatch, path: Path, *rows: Row) -> None:
 def test_the_committed_table_names_where_each_row_comes_from() -> None:
     for found in choice.read(choice.COMMITTED):
         assert found.origin.startswith("measured on NVIDIA ")
-        assert found.microseconds.keys() == {"eager", "triton"}
+        assert {"eager"} < found.microseconds.keys() <= {"eager", "triton", "cuda"}
 
 
 @pytest.mark.parametrize(
@@ -67,6 +71,14 @@ def test_the_nearest_row_counts_and_the_users_come_first(monkeypatch: pytest.Mon
     assert prefers_triton(replace(CASE, tokens=7000), CPU)
 
 
+def test_the_fastest_of_those_that_can_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    use_table(monkeypatch, tmp_path / "own.json", row(CASE, 50, cuda=40), row(replace(CASE, d_in=3072), 50))
+    assert fastest(CASE, CPU, ["eager", "triton", "cuda"]) == "cuda"
+    assert fastest(CASE, CPU, ["eager", "triton"]) == "triton"
+    assert fastest(replace(CASE, d_in=3072), CPU, ["eager", "cuda"]) == "eager", "of an older row, without cuda"
+    assert fastest(replace(CASE, d_in=3072), CPU, ["cuda"]) is None
+
+
 def test_unmeasured_and_not_asked_to_measure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("EFFT_AUTOTUNE", raising=False)
     with mock.patch.object(choice, "measure", side_effect=AssertionError):
@@ -76,7 +88,7 @@ def test_unmeasured_and_not_asked_to_measure(monkeypatch: pytest.MonkeyPatch) ->
 def test_measured_once_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     table = tmp_path / "new" / "table.json"
     monkeypatch.setenv("EFFT_AUTOTUNE", str(table))
-    with mock.patch.object(choice, "measure", side_effect=lambda case, device: row(case, 50)) as measure:
+    with mock.patch.object(choice, "measure", side_effect=lambda case, device, backends: row(case, 50)) as measure:
         assert prefers_triton(CASE, CPU)
         assert prefers_triton(CASE, CPU)
         assert prefers_triton(replace(CASE, d_in=3072), CPU)
@@ -114,7 +126,7 @@ def test_a_damaged_table(tmp_path: Path, text: str) -> None:
 
 @pytest.mark.parametrize("op", choice.OPS)
 def test_a_measurement(op: str) -> None:
-    """Both are run as asked; here the interpreter's place is taken by the specification."""
+    """Each is run as asked; here the place of the kernels for GPUs is taken by the specification."""
     case = Case(op, 7, 24, 40, 5, "float32", 9)
     ran: list[str] = []
 
@@ -126,8 +138,9 @@ def test_a_measurement(op: str) -> None:
         mock.patch(f"efft_kernels.ops.{op}.resolve", resolve),
         mock.patch.object(choice, "_origin", return_value="here"),
     ):
-        found = choice.measure(case, CPU, repeats=3)
-    assert ran == ["eager", "triton"] * 5
+        found = choice.measure(case, CPU, ["eager", "triton", "cuda"], repeats=3)
+    assert ran == ["eager", "triton", "cuda"] * 5
+    assert found.microseconds.keys() == {"eager", "triton", "cuda"}
     assert found.case == case
     assert all(0 < us < 1e6 for us in found.microseconds.values())
     json.dumps(found.microseconds)
@@ -137,7 +150,7 @@ def test_auto_on_a_gpu_follows_the_table(monkeypatch: pytest.MonkeyPatch, tmp_pa
     use_table(monkeypatch, tmp_path / "table.json", row(CASE, 50), row(replace(CASE, d_in=3072), 150))
     W = mock.Mock(spec=Tensor, device=torch.device("cuda"), dtype=torch.bfloat16)
     with (
-        mock.patch.object(backends, "can_run", side_effect=lambda b, *_: "no GPU" if b is Backend.CPU else None),
+        mock.patch.object(backends, "can_run", side_effect=lambda b, *_: "no" if b is Backend.CPU else None),
         mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)),
         mock.patch.object(choice, "_can_measure", return_value=False),
     ):
@@ -145,10 +158,8 @@ def test_auto_on_a_gpu_follows_the_table(monkeypatch: pytest.MonkeyPatch, tmp_pa
         assert chosen[1:] == [Backend.EAGER, Backend.EAGER]
         assert chosen[0] is Backend.TRITON
     with (
-        mock.patch.object(
-            backends, "can_run", side_effect=lambda b, *_: "no" if b in (Backend.CPU, Backend.TRITON) else None
-        ),
-        mock.patch.object(backends, "prefers_triton", side_effect=AssertionError),
+        mock.patch.object(backends, "can_run", side_effect=lambda b, *_: None if b is Backend.EAGER else "no"),
+        mock.patch.object(backends, "fastest", side_effect=AssertionError),
     ):
         assert backends.resolve("tt_linear", "auto", W, sizes=(12608, 768, 2304, 32)) is Backend.EAGER
 

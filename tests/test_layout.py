@@ -54,6 +54,12 @@ def test_an_op_has_one_name_in_every_layer(folder: str) -> None:
     assert public_modules(KERNELS / folder) == ops | (TRITON_PARTS if folder == "triton" else set())
 
 
+@pytest.mark.parametrize("folder", ["cpu", "cuda"])
+def test_an_op_has_one_name_in_the_extension(folder: str) -> None:
+    found = {path.stem for path in (ROOT / "csrc" / folder).glob("tt_*.cpp")}
+    assert found == public_modules(KERNELS / "ops")
+
+
 def test_every_op_has_its_tests_and_nothing_else_has() -> None:
     found = {path.stem for path in (ROOT / "tests" / "ops").glob("*.py")} - {"conftest"}
     together = {

@@ -18,7 +18,7 @@ from efft_kernels.backends import Backend
 _library = torch.library.Library("efft", "DEF")
 
 #: Backends that run behind a registered operator. ``reference`` is plain torch and needs none.
-REGISTERED = (Backend.EAGER, Backend.CPU, Backend.TRITON)
+REGISTERED = (Backend.EAGER, Backend.CPU, Backend.TRITON, Backend.CUDA)
 
 SCHEMAS = {
     # x [tokens, d_in], W [d_out, d_in], b [d_out], D [d_in, r1], G [r1, d_out] -> y [tokens, d_out], h [tokens, r1]

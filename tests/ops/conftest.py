@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from efft_kernels import backends as choosing
 from efft_kernels import native
 from efft_kernels.backends import Backend
 from efft_kernels.testing import backends
@@ -18,18 +19,24 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 IDS = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES}
 
 
-#: In the interpreter nothing but the Triton backend runs, on the CPU (tests/triton/test_interpreter.py starts it).
-ONLY_TRITON = os.environ.get("TRITON_INTERPRET") == "1"
-BACKENDS = [b for b in backends() if b is Backend.TRITON or not ONLY_TRITON]
+#: A library that runs the CUDA kernels on the CPU (tests/csrc/test_emulated.py builds it and starts these tests).
+EMULATED = os.environ.get("EFFT_EMULATED_CUDA")
+#: The backend that alone runs, on the CPU: in Triton's interpreter (tests/triton/test_interpreter.py), or emulated.
+ONLY = Backend.TRITON if os.environ.get("TRITON_INTERPRET") == "1" else Backend.CUDA if EMULATED else None
+if EMULATED:
+    torch.ops.load_library(EMULATED)
+    choosing._no_cuda = lambda device: None
+BACKENDS = [b for b in backends() if ONLY in (None, b)]
 #: Backends whose products are their own kernels', not torch's, and which have no fp64.
-OWN = (Backend.CPU, Backend.TRITON)
+OWN = (Backend.CPU, Backend.TRITON, Backend.CUDA)
+
+
+#: Precisions that a compiled backend does not have.
+WITHOUT = {Backend.CPU: {torch.float16, torch.float64}, Backend.CUDA: {torch.float64}}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselects what a backend is not for: outside the interpreter the Triton backend needs a GPU, the cpu backend is
-    for the CPU, float32 and bfloat16."""
-    if ONLY_TRITON:
-        return
+    """Deselects what a backend is not for: cpu is for the CPU, triton and cuda need a GPU unless they run alone."""
 
     def params(item: pytest.Item) -> dict[str, Any]:
         return item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
@@ -40,19 +47,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     def cannot(item: pytest.Item) -> bool:
         given = params(item)
         dtypes = {value for value in given.values() if isinstance(value, torch.dtype)}
-        if runs(item, Backend.CPU):
-            return given.get("device") == "cuda" or bool({torch.float16, torch.float64} & dtypes)
-        return runs(item, Backend.TRITON) and given.get("device") != "cuda"
+        named = {value for value in given.values() if isinstance(value, Backend)}
+        if any(WITHOUT.get(backend, set()) & dtypes for backend in named):
+            return True
+        if given.get("device") == "cuda":
+            return Backend.CPU in named
+        return ONLY is None and bool({Backend.TRITON, Backend.CUDA} & named)
 
     config.hook.pytest_deselected(items=[item for item in items if cannot(item)])
     items[:] = [item for item in items if not cannot(item)]
-    missing = native.MISSING["cpu"]
     for item in items:
-        if missing is not None and runs(item, Backend.CPU):
-            item.add_marker(pytest.mark.skip(reason=missing))
+        for target, missing in native.MISSING.items():
+            if ONLY is None and missing is not None and runs(item, Backend(target)):
+                item.add_marker(pytest.mark.skip(reason=missing))
 
 
-@pytest.fixture(params=DEVICES[:1] if ONLY_TRITON else DEVICES, scope="session")
+@pytest.fixture(params=DEVICES[:1] if ONLY else DEVICES, scope="session")
 def device(request: pytest.FixtureRequest) -> str:
     return request.param
 

@@ -1,0 +1,105 @@
+// The instructions that C++ has no words for, and the number formats. tests/csrc/emulation has the same functions for
+// the CPU, and defines this file's guard: nothing else in this folder knows of it.
+#ifndef EFFT_INSTRUCTIONS
+#define EFFT_INSTRUCTIONS
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace efft {
+
+using bf16 = __nv_bfloat16;
+using fp16 = __half;
+
+__device__ inline float widen(float value) {
+  return value;
+}
+__device__ inline float widen(bf16 value) {
+  return __bfloat162float(value);
+}
+__device__ inline float widen(fp16 value) {
+  return __half2float(value);
+}
+
+// Rounds to nearest, ties to even.
+template <class T>
+__device__ T narrow(float value);
+template <>
+__device__ inline float narrow(float value) {
+  return value;
+}
+template <>
+__device__ inline bf16 narrow(float value) {
+  return __float2bfloat16_rn(value);
+}
+template <>
+__device__ inline fp16 narrow(float value) {
+  return __float2half_rn(value);
+}
+
+// The block's dynamic shared memory.
+__device__ inline unsigned char* shared_memory() {
+  extern __shared__ __align__(128) unsigned char bytes[];
+  return bytes;
+}
+
+__device__ inline uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Starts to copy 16 bytes, of which the first `bytes` are read and the others become zero.
+__device__ inline void copy_async(void* to, const void* from, int bytes) {
+  asm volatile(
+      "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
+      : "memory");
+}
+
+// Ends a group of copies.
+__device__ inline void commit_copies() {
+  asm volatile("cp.async.commit_group;\n" ::: "memory");
+}
+
+// Waits until at most the N newest groups of this thread are under way.
+template <int N>
+__device__ inline void wait_copies() {
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(N) : "memory");
+}
+
+// Four 8x8 matrices of 16-bit elements; lanes 8 i .. 8 i + 7 point at the rows of matrix i. Of each matrix a lane gets
+// elements (lane / 4, 2 (lane % 4)) and the next in the row; of a transposed one those of its transpose.
+__device__ inline void load_matrices(uint32_t (&to)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+      : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+      : "r"(shared_address(row))
+      : "memory");
+}
+__device__ inline void load_matrices_transposed(uint32_t (&to)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+      : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+      : "r"(shared_address(row))
+      : "memory");
+}
+
+// sums [16, 8] += a [16, 16] b [16, 8], fragments of a warp; T is the type of a and b.
+template <class T>
+__device__ void multiply_add(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+template <>
+__device__ inline void multiply_add<bf16>(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};\n"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+template <>
+__device__ inline void multiply_add<fp16>(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};\n"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+}  // namespace efft
+
+#endif  // EFFT_INSTRUCTIONS

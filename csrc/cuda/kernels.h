@@ -1,0 +1,136 @@
+// What the binding asks of the kernels, free of torch: plain structs of pointers, sizes and strides, one launcher each.
+//
+// Products are named as in efft_kernels/triton/lowrank_gemm.py: Y = A B + bias + H T with H = A P; M tokens, K and N
+// the widths of the layer (d_in and d_out, or the reverse in backward), R the rank.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace efft {
+
+enum class Type : uint8_t { float32, bfloat16, float16 };
+
+// Rows of unit stride that start at multiples of 16 bytes, so that 16 bytes can be copied at a time.
+struct Matrix {
+  void* data = nullptr;
+  int64_t row = 0;     // elements from one row to the next
+  int64_t sample = 0;  // elements from one sample to the next
+  Type type = Type::float32;
+};
+
+// Elements side by side; null: absent.
+struct Vector {
+  const void* data = nullptr;
+  Type type = Type::float32;
+};
+
+// What stands in front of a layer.
+enum class Producer : uint8_t { none, gelu, gelu_tanh, norm };
+
+struct Norm {
+  Vector gamma;           // [K]; absent: one
+  Vector beta;            // [K]; absent: zero
+  float* mean = nullptr;  // [M]
+  float* rstd = nullptr;  // [M]
+  float eps = 0;
+};
+
+// Y = A B + bias + H T, and with Z: Y times the slope of the GELU at Z.
+struct LowRankGemm {
+  int64_t samples = 1, M = 0, N = 0, K = 0, R = 0;
+  Matrix A;                         // [samples, M, K]
+  Matrix B;                         // [K, N], or transposed [N, K]
+  Matrix H;                         // [samples, M, R]
+  Matrix T;                         // [samples, R, N], or transposed [samples, N, R]
+  bool transposed = false;          // B and T
+  Vector bias;                      // [N]
+  Matrix Z;                         // [M, N], in the type of Y; null: no GELU
+  Producer slope = Producer::none;  // of Z
+  Matrix Y;                         // [samples, M, N]; rows need no alignment
+};
+cudaError_t lowrank_gemm(const LowRankGemm& op, cudaStream_t stream);
+
+// H = A P, or H = out P with out = producer(A).
+struct Project {
+  int64_t samples = 1, M = 0, K = 0, R = 0;
+  Matrix A;    // [samples, M, K]; with a producer in float32 or in the type of H
+  Matrix P;    // [samples, R, K]
+  Matrix H;    // [samples, M, R]
+  Matrix out;  // [M, K], in the type of H; null without a producer
+  Producer producer = Producer::none;
+  Norm norm;  // its mean and rstd are written
+};
+cudaError_t project(const Project& op, cudaStream_t stream);
+
+// dG = h^T gy and dD = x^T dh in float, each over all tokens; x is read through its producer.
+struct ReduceTokens {
+  int64_t tokens = 0, rank = 0;
+  int64_t d_out = 0;   // 0: no dG
+  int64_t d_in = 0;    // 0: no dD
+  Matrix gy;           // [tokens, d_out]
+  Matrix h;            // [tokens, rank]
+  Matrix x;            // [tokens, d_in]; with a producer in float32 or in the type of dh
+  Matrix dh;           // [tokens, rank]
+  void* dG = nullptr;  // [rank, d_out], contiguous
+  void* dD = nullptr;  // [d_in, rank], contiguous
+  Type factors_G{};    // type of dG
+  Type factors_D{};    // type of dD
+  Producer producer = Producer::none;
+  Norm norm;                  // its mean and rstd are read
+  int64_t splits = 1;         // ranges of tokens; reduce_tokens_splits(op) fill the GPU
+  float* partials = nullptr;  // [splits, rank * d_out + d_in * rank]
+};
+int64_t reduce_tokens_splits(const ReduceTokens& op);
+cudaError_t reduce_tokens(const ReduceTokens& op, cudaStream_t stream);
+
+// dx of a layer norm from dn, the gradient of what it puts out.
+struct LayerNormBackward {
+  int64_t rows = 0, columns = 0;
+  Matrix dn;  // [rows, columns]
+  Matrix x;   // [rows, columns]
+  Matrix dx;  // [rows, columns]; rows need no alignment
+  Norm norm;
+};
+cudaError_t layer_norm_backward(const LayerNormBackward& op, cudaStream_t stream);
+
+// to = from in another type, order or alignment; what lies between columns and to.row becomes zero.
+struct Pack {
+  int64_t samples = 1, rows = 0, columns = 0;
+  const void* from = nullptr;  // [samples, rows, columns] of any strides
+  Type type{};
+  int64_t from_sample = 0, from_row = 0, from_column = 0;
+  const int64_t* adapter = nullptr;  // [samples]: which of from's samples to take, negative: zeros; null: each its own
+  Matrix to;                         // [samples, rows, to.row], contiguous
+};
+cudaError_t pack(const Pack& op, cudaStream_t stream);
+
+// G[l] = scale [C[l, 0] V | C[l, 1] V | ...] for all layers; masks are bytes, 0 drops an element. All contiguous.
+struct Contraction {
+  int64_t n_layers = 0, n_cores = 0, r1 = 0, r2 = 0, d_out = 0;
+  Vector C;                         // [n_layers, n_cores, r1, r2]
+  Vector V;                         // [r2, d_out]
+  const uint8_t* keep_C = nullptr;  // like C; null: all
+  const uint8_t* keep_V = nullptr;  // [n_layers, r2, d_out]; null: all
+  float scale = 1;
+};
+cudaError_t contract(const Contraction& op, void* G, cudaStream_t stream);  // G [n_layers, r1, n_cores * d_out], like C
+// dC like C and dV like V, in one launch; null: not wanted.
+cudaError_t contract_backward(const Contraction& op, Vector dG, void* dC, void* dV, cudaStream_t stream);
+
+// W + sign (D G)^T in float, rounded once. All of any strides.
+struct Merge {
+  int64_t d_out = 0, d_in = 0, rank = 0;
+  void* W = nullptr;  // [d_out, d_in]
+  Type type{};
+  int64_t W_row = 0, W_column = 0;
+  Vector D;  // [d_in, rank]
+  int64_t D_row = 0, D_column = 0;
+  Vector G;  // [rank, d_out]
+  int64_t G_row = 0, G_column = 0;
+  float sign = 1;
+};
+cudaError_t merge(const Merge& op, cudaStream_t stream);
+
+}  // namespace efft

@@ -1,0 +1,147 @@
+// Y = A B + bias + H T: a matrix product whose accumulator also takes a rank-r product. Both directions of tt_linear:
+//
+//   forward    y  = x W^T + b + h G      A = x,  B = W^T, H = h,  T = G
+//   backward   dx = gy W + dh D^T        A = gy, B = W,   H = dh, T = D^T
+//
+// The rank-r tail is a few more steps of the main loop, through the same buffers into the same fp32 sums, from another
+// pair of pointers: nothing of Y's size is written twice, and nothing is concatenated.
+#include "accumulator.cuh"
+#include "launch.h"
+#include "lowrank_gemm_sm90.h"
+#include "producers.cuh"
+
+namespace efft {
+
+namespace {
+
+// Copies in flight per block; 4 x 16 KiB at most: two blocks of the big tile on one multiprocessor of sm_80.
+constexpr int STAGES = 4;
+// Row blocks that neighbouring blocks go down before the next column block, so that operands stay in the L2 cache.
+constexpr int64_t GROUP = 8;
+
+template <class T, int M, int N, int WARPS_M, int WARPS_N, bool TRANSPOSED>
+using Sums = Accumulator<T, M, N, 64 / sizeof(T), WARPS_M, WARPS_N, Order::outer_first,
+    TRANSPOSED ? Order::outer_first : Order::sum_first>;
+
+struct Place {
+  int64_t sample, row, column;
+};
+
+template <class Sums>
+__device__ Place place_of(const LowRankGemm& op, int64_t block) {
+  const int64_t of_sample = (op.M + Sums::M - 1) / Sums::M, columns = (op.N + Sums::N - 1) / Sums::N;
+  const int64_t rows = op.samples * of_sample, first = block / (GROUP * columns) * GROUP;
+  const int64_t height = rows - first < GROUP ? rows - first : GROUP, within = block % (GROUP * columns);
+  const int64_t row = first + within % height;
+  return {row / of_sample, row % of_sample * Sums::M, within / height * Sums::N};
+}
+
+__device__ void write_sums(
+    const LowRankGemm& op, const Place& at, int64_t row, int64_t column, float first, float second) {
+  if (row >= op.M || column >= op.N) return;
+  const auto finished = [&](float y, int64_t n) {
+    if (op.bias.data) y += read(op.bias, n);
+    return op.Z.data ? y * gelu_slope(read(vector_of(op.Z), row * op.Z.row + n), op.slope) : y;
+  };
+  const int64_t place = at.sample * op.Y.sample + row * op.Y.row + column;
+  const bool both = column + 1 < op.N;
+  first = finished(first, column);
+  if (both) second = finished(second, column + 1);
+  if (both && place % 2 == 0) {
+    write_pair(op.Y.data, op.Y.type, place, first, second);
+    return;
+  }
+  write(op.Y.data, op.Y.type, place, first);
+  if (both) write(op.Y.data, op.Y.type, place + 1, second);
+}
+
+// Field by field, so that both stay in registers.
+template <class T>
+__device__ Source<T> select(bool first, const Source<T>& one, const Source<T>& other) {
+  return {first ? one.data : other.data, first ? one.row : other.row, first ? one.rows : other.rows,
+      first ? one.columns : other.columns};
+}
+
+template <class T, class Sums>
+__global__ void __launch_bounds__(Sums::THREADS) lowrank_gemm_kernel(const __grid_constant__ LowRankGemm op) {
+  constexpr int K = Sums::K;
+  const Place at = place_of<Sums>(op, blockIdx.x);
+  constexpr bool transposed = Sums::ORDER == Order::outer_first;
+  const Source<T> A = source<T>(op.A, at.sample, op.M, op.K), H = source<T>(op.H, at.sample, op.M, op.R);
+  const Source<T> B = source<T>(op.B, 0, transposed ? op.N : op.K, transposed ? op.K : op.N);
+  const Source<T> tail = source<T>(op.T, at.sample, transposed ? op.N : op.R, transposed ? op.R : op.N);
+
+  T* const shared = reinterpret_cast<T*>(shared_memory());
+  constexpr int STAGE = static_cast<int>((Sums::A::BYTES + Sums::B::BYTES) / sizeof(T));
+  const auto left = [&](int64_t step) { return typename Sums::A{shared + step % STAGES * STAGE}; };
+  const auto right = [&](int64_t step) {
+    return typename Sums::B{shared + step % STAGES * STAGE + Sums::A::BYTES / sizeof(T)};
+  };
+  const int64_t main_steps = (op.K + K - 1) / K, steps = main_steps + (op.R + K - 1) / K;
+  const auto fetch_step = [&](int64_t step) {
+    if (step < steps) {
+      const bool is_main = step < main_steps;
+      const int64_t k = (is_main ? step : step - main_steps) * K;
+      fetch<Sums::THREADS>(left(step), select(is_main, A, H), at.row, k);
+      const Source<T> from = select(is_main, B, tail);
+      fetch<Sums::THREADS>(right(step), from, transposed ? at.column : k, transposed ? k : at.column);
+    }
+    commit_copies();
+  };
+
+  Sums sums;
+  for (int64_t step = 0; step < STAGES - 1; ++step) fetch_step(step);
+  for (int64_t step = 0; step < steps; ++step) {
+    wait_copies<STAGES - 2>();
+    __syncthreads();  // everybody's copies of this step are there, and nobody reads the buffers of the last one
+    fetch_step(step + STAGES - 1);
+    sums.add(left(step), right(step));
+  }
+  sums.each_pair([&](int row, int column, float first, float second) {
+    write_sums(op, at, at.row + row, at.column + column, first, second);
+  });
+}
+
+template <class T, class Sums>
+cudaError_t launch_tiles(const LowRankGemm& op, cudaStream_t stream) {
+  const int64_t blocks = op.samples * ceil_div(op.M, Sums::M) * ceil_div(op.N, Sums::N);
+  return launch<STAGES*(Sums::A::BYTES + Sums::B::BYTES)>(
+      lowrank_gemm_kernel<T, Sums>, dim3(static_cast<unsigned>(blocks)), Sums::THREADS, stream, op);
+}
+
+template <class T, bool TRANSPOSED>
+cudaError_t launch_type(const LowRankGemm& op, cudaStream_t stream) {
+  if constexpr (std::is_same_v<T, float>) {
+    return launch_tiles<T, Sums<T, 64, 64, 2, 2, TRANSPOSED>>(op, stream);
+  } else {
+    // The big tile reads its operands less often; the small one fills a GPU with fewer rows.
+    const bool fills = op.samples * ceil_div(op.M, 128) * ceil_div(op.N, 128) >= multiprocessors();
+    if (fills) return launch_tiles<T, Sums<T, 128, 128, 2, 4, TRANSPOSED>>(op, stream);
+    return launch_tiles<T, Sums<T, 64, 64, 2, 2, TRANSPOSED>>(op, stream);
+  }
+}
+
+template <class T>
+cudaError_t launch_order(const LowRankGemm& op, cudaStream_t stream) {
+  return op.transposed ? launch_type<T, true>(op, stream) : launch_type<T, false>(op, stream);
+}
+
+}  // namespace
+
+cudaError_t lowrank_gemm(const LowRankGemm& op, cudaStream_t stream) {
+  if (op.samples * op.M * op.N == 0) return cudaSuccess;
+#ifdef EFFT_SM90  // CUTLASS's headers were there
+  if (device_attribute(cudaDevAttrComputeCapabilityMajor) == 9 && lowrank_gemm_sm90_takes(op))
+    return lowrank_gemm_sm90(op, stream);
+#endif
+  switch (op.A.type) {
+    case Type::float32:
+      return launch_order<float>(op, stream);
+    case Type::bfloat16:
+      return launch_order<bf16>(op, stream);
+    default:
+      return launch_order<fp16>(op, stream);
+  }
+}
+
+}  // namespace efft

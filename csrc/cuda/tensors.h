@@ -1,0 +1,122 @@
+// From torch's tensors to the kernels' plain matrices, on the stable ABI.
+#pragma once
+
+#include <cuda_runtime_api.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+#include <optional>
+
+#include "kernels.h"
+
+// Lives in torch's CUDA library alone: without one, nothing calls it.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+
+namespace efft {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline void check(cudaError_t error) {
+  STD_TORCH_CHECK(error == cudaSuccess, "efft, backend 'cuda': ", cudaGetErrorString(error));
+}
+
+// What a call launches on: the GPU of its tensors, current as long as this lives, and torch's stream there.
+class Launches {
+ public:
+  explicit Launches(const Tensor& on) {
+    const int device = on.get_device_index();
+    check(cudaGetDevice(&before_));
+    if (device != before_ && on.is_cuda()) check(cudaSetDevice(device));
+    void* stream = nullptr;
+    if (aoti_torch_get_current_cuda_stream && on.is_cuda())
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+  ~Launches() { cudaSetDevice(before_); }
+  Launches(const Launches&) = delete;
+  Launches& operator=(const Launches&) = delete;
+
+  cudaStream_t stream() const { return stream_; }
+
+ private:
+  int before_ = 0;
+  cudaStream_t stream_ = nullptr;
+};
+
+inline Type type_of(ScalarType type) {
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
+      "the cuda backend runs float32, bfloat16 and float16 tensors, got another dtype");
+  return type == ScalarType::Float ? Type::float32 : type == ScalarType::BFloat16 ? Type::bfloat16 : Type::float16;
+}
+
+inline Type type_of(const Tensor& t) {
+  return type_of(t.scalar_type());
+}
+
+inline Tensor empty(
+    const Tensor& like, std::initializer_list<int64_t> sizes, std::optional<ScalarType> type = std::nullopt) {
+  return torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, type);
+}
+
+// [.., rows, columns] whose rows can be copied 16 bytes at a time: padded where `columns` are no multiple of 8.
+inline Tensor empty_rows(
+    const Tensor& like, std::initializer_list<int64_t> lead, int64_t columns, std::optional<ScalarType> type) {
+  const int64_t padded = (columns + 7) / 8 * 8;
+  const Tensor all = lead.size() == 1 ? empty(like, {*lead.begin(), padded}, type)
+                                      : empty(like, {*lead.begin(), *(lead.begin() + 1), padded}, type);
+  Tensor unpadded = all;
+  return padded == columns ? all : torch::stable::narrow(unpadded, -1, 0, columns);
+}
+
+// [rows, columns] or [samples, rows, columns]
+inline Matrix matrix(const Tensor& t) {
+  return {t.data_ptr(), t.stride(-2), t.dim() == 3 ? t.stride(0) : 0, type_of(t)};
+}
+
+inline Vector vector_of(const std::optional<Tensor>& t) {
+  return t.has_value() ? Vector{t->data_ptr(), type_of(*t)} : Vector{};
+}
+
+inline bool has_aligned_rows(const Tensor& t) {
+  const auto aligned = [&](int64_t elements) { return elements * static_cast<int64_t>(t.element_size()) % 16 == 0; };
+  bool all = reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0 && (t.size(-1) <= 1 || t.stride(-1) == 1);
+  for (int64_t i = 0; i + 1 < t.dim(); ++i) all = all && (t.size(i) <= 1 || aligned(t.stride(i)));
+  return all;
+}
+
+// A copy of `t` in `type` with aligned rows; with `adapter`, of the samples that it names.
+inline Tensor packed(
+    const Tensor& t, ScalarType type, const Launches& launches, const std::optional<Tensor>& adapter = std::nullopt) {
+  const bool batched = t.dim() == 3;
+  Pack op;
+  op.samples = adapter ? adapter->size(0) : batched ? t.size(0) : 1;
+  op.rows = t.size(-2);
+  op.columns = t.size(-1);
+  Tensor to =
+      batched ? empty_rows(t, {op.samples, op.rows}, op.columns, type) : empty_rows(t, {op.rows}, op.columns, type);
+  op.from = t.data_ptr();
+  op.type = type_of(t);
+  op.from_sample = batched ? t.stride(0) : 0;
+  op.from_row = t.stride(-2);
+  op.from_column = t.stride(-1);
+  if (adapter) op.adapter = static_cast<const int64_t*>(adapter->data_ptr());
+  op.to = matrix(to);
+  op.to.row = (op.columns + 7) / 8 * 8;
+  check(pack(op, launches.stream()));
+  return to;
+}
+
+// `t` in `type` with aligned rows: itself, or the one copy of an operand. Layers whose widths are multiples of 8 have
+// it.
+inline Tensor with_aligned_rows(const Tensor& t, ScalarType type, const Launches& launches) {
+  return t.scalar_type() == type && has_aligned_rows(t) ? t : packed(t, type, launches);
+}
+
+inline Tensor transposed(const Tensor& t) {
+  return torch::stable::transpose(t, -2, -1);
+}
+
+}  // namespace efft

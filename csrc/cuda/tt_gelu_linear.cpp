@@ -1,0 +1,30 @@
+// efft::tt_gelu_linear_{fwd,bwd}.cuda: tt_linear whose input passes through a GELU first.
+#include "tt_linear.h"
+
+namespace efft {
+
+namespace {
+
+Stage stage(const std::string& approximate) {
+  Stage of;
+  of.producer = approximate == "tanh" ? Producer::gelu_tanh : Producer::gelu;
+  return of;
+}
+
+Linear tt_gelu_linear_fwd(Tensor z, Tensor W, std::optional<Tensor> b, Tensor D, Tensor G, std::string approximate) {
+  return linear_forward(z, stage(approximate), W, b, D, G);
+}
+
+LinearBackward tt_gelu_linear_bwd(Tensor gy, Tensor z, std::optional<Tensor> W, std::optional<Tensor> h, Tensor D,
+    Tensor G, std::string approximate, bool need_dz, bool need_dD, bool need_dG) {
+  return linear_backward(gy, z, stage(approximate), W, h, D, G, need_dz, need_dD, need_dG);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(efft, CUDA, library) {
+  library.impl("tt_gelu_linear_fwd.cuda", TORCH_BOX(&tt_gelu_linear_fwd));
+  library.impl("tt_gelu_linear_bwd.cuda", TORCH_BOX(&tt_gelu_linear_bwd));
+}
+
+}  // namespace
+
+}  // namespace efft

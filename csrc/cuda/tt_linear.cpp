@@ -1,0 +1,171 @@
+// efft::tt_linear_{fwd,bwd}.cuda and, through a producer, the gelu and norm forms.
+//
+// Forward: h = x D in a pass over x that also is the producer, then y with the tail h G in its main loop. Backward: the
+// same two with gy, G^T and D^T for dh and dx (the GELU's slope in the epilogue), then dG and dD in one launch.
+#include "tt_linear.h"
+
+namespace efft {
+
+namespace {
+
+Norm norm_of(const Stage& stage, const std::optional<Tensor>& gamma, const std::optional<Tensor>& beta) {
+  Norm norm;
+  norm.gamma = vector_of(gamma);
+  norm.beta = vector_of(beta);
+  norm.eps = static_cast<float>(stage.eps);
+  if (stage.mean) norm.mean = static_cast<float*>(stage.mean->data_ptr());
+  if (stage.rstd) norm.rstd = static_cast<float*>(stage.rstd->data_ptr());
+  return norm;
+}
+
+std::optional<Tensor> whole(const std::optional<Tensor>& t) {
+  return t.has_value() ? std::optional(torch::stable::contiguous(*t)) : std::nullopt;
+}
+
+// What a kernel reads through the producer: in its own type if that is the product's or float.
+Tensor with_readable_rows(const Tensor& x, const Stage& stage, ScalarType product, const Launches& launches) {
+  const bool own = stage.producer != Producer::none && x.scalar_type() != product;
+  return with_aligned_rows(x, own ? ScalarType::Float : product, launches);
+}
+
+}  // namespace
+
+Linear linear_forward(const Tensor& x_, const Stage& stage, const Tensor& W, const std::optional<Tensor>& b_,
+    const Tensor& D, const Tensor& G) {
+  const Launches launches(x_);
+  const ScalarType type = W.scalar_type();
+  const std::optional<Tensor> b = whole(b_), gamma = whole(stage.gamma), beta = whole(stage.beta);
+  const Tensor x = with_readable_rows(x_, stage, type, launches), P = with_aligned_rows(transposed(D), type, launches);
+  const Right right(transposed(W), launches);
+  const Tensor tail = right.tail(G, launches);
+  const bool plain = stage.producer == Producer::none;
+
+  Project down;
+  down.M = x.size(0);
+  down.K = x.size(1);
+  down.R = D.size(1);
+  const Tensor h = empty_rows(W, {down.M}, down.R, type), a = plain ? x : empty_rows(W, {down.M}, down.K, type);
+  down.A = matrix(x);
+  down.P = matrix(P);
+  down.H = matrix(h);
+  if (!plain) down.out = matrix(a);
+  down.producer = stage.producer;
+  down.norm = norm_of(stage, gamma, beta);
+  check(project(down, launches.stream()));
+
+  const Tensor y = empty(W, {down.M, W.size(0)});
+  LowRankGemm product;
+  product.M = down.M;
+  product.N = W.size(0);
+  product.K = down.K;
+  product.R = down.R;
+  product.A = matrix(a);
+  product.B = matrix(right.rows);
+  product.H = down.H;
+  product.T = matrix(tail);
+  product.transposed = right.is_transposed;
+  product.bias = vector_of(b);
+  product.Y = matrix(y);
+  check(lowrank_gemm(product, launches.stream()));
+  return {y, torch::stable::contiguous(h)};
+}
+
+LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x_, const Stage& stage,
+    const std::optional<Tensor>& W, const std::optional<Tensor>& h_, const Tensor& D, const Tensor& G, bool need_dx,
+    bool need_dD, bool need_dG) {
+  const Launches launches(gy_);
+  const ScalarType type = gy_.scalar_type();
+  const Tensor gy = with_aligned_rows(gy_, type, launches);
+  const std::optional<Tensor> gamma = whole(stage.gamma), beta = whole(stage.beta);
+  const bool reads_x = x_.has_value() && (need_dD || stage.producer != Producer::none);
+  const Tensor x = reads_x ? with_readable_rows(*x_, stage, type, launches) : gy;
+  const Tensor like_x = x_.has_value() ? *x_ : gy_;
+  const Norm norm = norm_of(stage, gamma, beta);
+  const int64_t tokens = gy.size(0), d_in = D.size(0), d_out = G.size(1), rank = D.size(1);
+
+  const Tensor dh = empty_rows(gy, {need_dx || need_dD ? tokens : 0}, rank, type);
+  if (need_dx || need_dD) {
+    const Tensor P = with_aligned_rows(G, type, launches);
+    Project down;
+    down.M = tokens;
+    down.K = d_out;
+    down.R = rank;
+    down.A = matrix(gy);
+    down.P = matrix(P);
+    down.H = matrix(dh);
+    check(project(down, launches.stream()));
+  }
+
+  Tensor dx = need_dx ? empty(like_x, {tokens, d_in}) : empty(like_x, {0});
+  if (need_dx) {
+    const bool behind_norm = stage.producer == Producer::norm,
+               behind_gelu = !behind_norm && reads_x && stage.producer != Producer::none;
+    const Tensor dn = behind_norm ? empty(gy, {tokens, d_in}) : dx;
+    const Right right(*W, launches);
+    const Tensor tail = right.tail(transposed(D), launches);
+    LowRankGemm product;
+    product.M = tokens;
+    product.N = d_in;
+    product.K = d_out;
+    product.R = rank;
+    product.A = matrix(gy);
+    product.B = matrix(right.rows);
+    product.H = matrix(dh);
+    product.T = matrix(tail);
+    product.transposed = right.is_transposed;
+    if (behind_gelu) product.Z = matrix(x);
+    product.slope = stage.producer;
+    product.Y = matrix(dn);
+    check(lowrank_gemm(product, launches.stream()));
+    if (behind_norm)
+      check(layer_norm_backward({tokens, d_in, matrix(dn), matrix(x), matrix(dx), norm}, launches.stream()));
+  }
+
+  const Tensor dD = need_dD ? empty(D, {d_in, rank}) : empty(D, {0});
+  const Tensor dG = need_dG ? empty(G, {rank, d_out}) : empty(G, {0});
+  ReduceTokens sums;
+  sums.tokens = tokens;
+  sums.rank = rank;
+  const Tensor h = need_dG ? with_aligned_rows(*h_, type, launches) : dh;
+  if (need_dG) {
+    sums.d_out = d_out;
+    sums.gy = matrix(gy);
+    sums.h = matrix(h);
+    sums.dG = dG.data_ptr();
+    sums.factors_G = type_of(G);
+  }
+  if (need_dD) {
+    sums.d_in = d_in;
+    sums.x = matrix(x);
+    sums.dh = matrix(dh);
+    sums.dD = dD.data_ptr();
+    sums.factors_D = type_of(D);
+    sums.producer = stage.producer;
+    sums.norm = norm;
+  }
+  sums.splits = reduce_tokens_splits(sums);
+  const Tensor partials = empty(gy, {sums.splits * rank * (sums.d_out + sums.d_in)}, ScalarType::Float);
+  sums.partials = static_cast<float*>(partials.data_ptr());
+  check(reduce_tokens(sums, launches.stream()));
+  return {dx, dD, dG};
+}
+
+namespace {
+
+Linear tt_linear_fwd(Tensor x, Tensor W, std::optional<Tensor> b, Tensor D, Tensor G) {
+  return linear_forward(x, {}, W, b, D, G);
+}
+
+LinearBackward tt_linear_bwd(Tensor gy, std::optional<Tensor> x, std::optional<Tensor> W, std::optional<Tensor> h,
+    Tensor D, Tensor G, bool need_dx, bool need_dD, bool need_dG) {
+  return linear_backward(gy, x, {}, W, h, D, G, need_dx, need_dD, need_dG);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(efft, CUDA, library) {
+  library.impl("tt_linear_fwd.cuda", TORCH_BOX(&tt_linear_fwd));
+  library.impl("tt_linear_bwd.cuda", TORCH_BOX(&tt_linear_bwd));
+}
+
+}  // namespace
+
+}  // namespace efft

@@ -1,0 +1,29 @@
+// efft::tt_norm_linear_{fwd,bwd}.cuda: tt_linear whose input passes through a layer norm first.
+#include "tt_linear.h"
+
+namespace efft {
+
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> tt_norm_linear_fwd(Tensor x, std::optional<Tensor> gamma,
+    std::optional<Tensor> beta, double eps, Tensor W, std::optional<Tensor> b, Tensor D, Tensor G) {
+  const Tensor mean = empty(x, {x.size(0)}, ScalarType::Float), rstd = empty(x, {x.size(0)}, ScalarType::Float);
+  const auto [y, h] = linear_forward(x, {Producer::norm, gamma, beta, eps, mean, rstd}, W, b, D, G);
+  return {y, h, mean, rstd};
+}
+
+LinearBackward tt_norm_linear_bwd(Tensor gy, Tensor x, std::optional<Tensor> gamma, std::optional<Tensor> beta,
+    double eps, Tensor mean, Tensor rstd, std::optional<Tensor> W, std::optional<Tensor> h, Tensor D, Tensor G,
+    bool need_dx, bool need_dD, bool need_dG) {
+  const Stage stage{Producer::norm, gamma, beta, eps, torch::stable::contiguous(mean), torch::stable::contiguous(rstd)};
+  return linear_backward(gy, x, stage, W, h, D, G, need_dx, need_dD, need_dG);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(efft, CUDA, library) {
+  library.impl("tt_norm_linear_fwd.cuda", TORCH_BOX(&tt_norm_linear_fwd));
+  library.impl("tt_norm_linear_bwd.cuda", TORCH_BOX(&tt_norm_linear_bwd));
+}
+
+}  // namespace
+
+}  // namespace efft

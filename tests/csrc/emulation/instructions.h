@@ -1,0 +1,130 @@
+// csrc/cuda/instructions.cuh on the CPU, included first: the same functions, and the words that CUDA adds to C++. What
+// a warp does together is done by the last lane that comes to it, on the fragments as the PTX manual lays them out.
+#pragma once
+#define EFFT_INSTRUCTIONS
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "cuda_runtime.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define threadIdx (emulation::thread_index())
+#define blockIdx (emulation::block_index())
+#define __syncthreads() emulation::wait_for_block(__LINE__)
+#define __shfl_xor_sync(mask, value, other) emulation::exchange(mask, value, other)
+
+namespace emulation {
+
+dim3 thread_index();
+dim3 block_index();
+unsigned char* shared_memory();
+void wait_for_block(int line);
+void copy_async(void* to, const void* from, int bytes);
+void commit_copies();
+void wait_copies(int under_way);
+
+enum class Together { load, load_transposed, multiply_bf16, multiply_fp16, exchange };
+
+// What a lane brings to something that its warp does together, and where its part of the result goes.
+struct Lane {
+  Together what;
+  const void* row = nullptr;    // load: the row it points at
+  uint32_t* loaded = nullptr;   // load: [4]
+  float* sums = nullptr;        // multiply: [4]
+  const uint32_t* a = nullptr;  // multiply: [4]
+  const uint32_t* b = nullptr;  // multiply: [2]
+  float value = 0, received = 0;
+  int other = 0;
+};
+void together(Lane& lane);
+
+float exchange(unsigned mask, float value, int other);
+
+}  // namespace emulation
+
+namespace efft {
+
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  uint16_t bits;
+};
+
+inline float widen(float value) {
+  return value;
+}
+inline float widen(bf16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
+inline float widen(fp16 value) {
+  _Float16 half;
+  std::memcpy(&half, &value, sizeof half);
+  return static_cast<float>(half);
+}
+
+template <class T>
+T narrow(float value);
+template <>
+inline float narrow(float value) {
+  return value;
+}
+template <>
+inline bf16 narrow(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  if (std::isnan(value)) return {0x7fff};
+  return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+template <>
+inline fp16 narrow(float value) {
+  const _Float16 half = static_cast<_Float16>(value);
+  fp16 bits;
+  std::memcpy(&bits, &half, sizeof bits);
+  return bits;
+}
+
+using emulation::commit_copies;
+using emulation::copy_async;
+using emulation::shared_memory;
+
+template <int N>
+void wait_copies() {
+  emulation::wait_copies(N);
+}
+
+inline void load_matrices(uint32_t (&to)[4], const void* row) {
+  emulation::Lane lane{emulation::Together::load};
+  lane.row = row;
+  lane.loaded = to;
+  together(lane);
+}
+inline void load_matrices_transposed(uint32_t (&to)[4], const void* row) {
+  emulation::Lane lane{emulation::Together::load_transposed};
+  lane.row = row;
+  lane.loaded = to;
+  together(lane);
+}
+
+template <class T>
+void multiply_add(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  static_assert(std::is_same_v<T, bf16> || std::is_same_v<T, fp16>);
+  const bool is_bf16 = std::is_same_v<T, bf16>;
+  emulation::Lane lane{is_bf16 ? emulation::Together::multiply_bf16 : emulation::Together::multiply_fp16};
+  lane.sums = sums;
+  lane.a = a;
+  lane.b = b;
+  together(lane);
+}
+
+}  // namespace efft

@@ -1,0 +1,169 @@
+"""Every op of a library on ragged sizes, against its formula in fp64: python ragged.py LIBRARY [FAMILY]
+
+The formulas round where the kernels say they do (factors, h, dh and the producer's output to the activations' dtype):
+what is left is the order of sums and the last rounding, and the tolerance can be tight. Beside y the update alone is
+judged: what is left of y without the base product.
+"""
+
+import itertools
+import sys
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from efft_kernels.ops._schemas import SCHEMAS  # noqa: F401  # declares the ops
+from efft_kernels.testing import poisoned_empty, with_layout
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: tokens, d_in, d_out, rank: odd ranks, no token and one, widths that are no multiples of 8, several tiles each way;
+#: and tokens that are summed in two ranges.
+SIZES = (
+    *((0, 24, 40, 5), (1, 16, 8, 1), (37, 40, 72, 17), (130, 136, 33, 33)),
+    *((131, 70, 130, 100), (9, 13, 21, 129), (300, 24, 40, 5)),
+)
+Case = tuple[str, dict[str, Tensor], dict[str, Tensor], torch.dtype]
+
+
+def random(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    return (scale * torch.randn(shape, dtype=torch.float64)).to(dtype)
+
+
+def rounded(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t.to(dtype).double()
+
+
+def linear_cases(producer: str) -> Iterator[Case]:
+    """Forward and backward of tt_linear and its forms behind a producer."""
+    op = {"": "tt_linear", "norm": "tt_norm_linear"}.get(producer, "tt_gelu_linear")
+    ops = getattr(torch.ops.efft, f"{op}_fwd").cuda, getattr(torch.ops.efft, f"{op}_bwd").cuda
+    for (tokens, d_in, d_out, rank), dtype, layout in itertools.product(SIZES, DTYPES, ("contiguous", "odd")):
+        wide = layout == "odd" and producer != ""
+        x = random(tokens, d_in, dtype=torch.float32 if wide else dtype)
+        W, b = random(d_out, d_in, dtype=dtype, scale=d_in**-0.5), random(d_out, dtype=dtype)
+        D, G = random(d_in, rank, dtype=torch.float32, scale=d_in**-0.5), random(rank, d_out, dtype=torch.float32)
+        gy = random(tokens, d_out, dtype=dtype)
+        if layout == "odd":  # rows that no 16 bytes fit, a weight by columns, a factor that is a transposed slice
+            x, gy = with_layout(x, "sliced"), with_layout(gy, "transposed")
+            W, D = W.t().contiguous().t(), D.t().contiguous().t()
+        gamma, beta = 1 + random(d_in, dtype=dtype, scale=0.3), random(d_in, dtype=dtype)
+        own = [gamma, beta, 1e-5] if producer == "norm" else []
+        last = [producer] if op == "tt_gelu_linear" else []
+        y, h, *statistics = ops[0](x, *own, W, b, D, G, *last)
+        grads = ops[1](gy, x, *own, *statistics, W, h, D, G, *last, True, True, True)
+
+        at = x.double().requires_grad_()
+        if producer == "norm":
+            out = F.layer_norm(at, (d_in,), gamma.double(), beta.double())
+        else:
+            out = F.gelu(at, approximate=producer) if producer else at * 1
+        a = rounded(out, dtype)
+        D_, G_ = rounded(D, dtype), rounded(G, dtype)
+        h_, dh = rounded(a @ D_, dtype), rounded(gy.double() @ G_.t(), dtype)
+        base = a @ W.double().t() + b.double()
+        dn = gy.double() @ W.double() + dh @ D_.t()
+        if producer == "norm":
+            dn = rounded(dn, dtype)
+        (dx,) = torch.autograd.grad(out, at, dn)
+        exact = {"y": base + h_ @ G_, "h": h_, "dx": dx, "dD": a.t() @ dh, "dG": h_.t() @ gy.double()}
+        got = dict(zip(("y", "h", "dx", "dD", "dG"), (y, h, *grads), strict=True))
+        if dtype == torch.float32:  # in half precision the sum has rounded the update away
+            exact["update"], got["update"] = h_ @ G_, y.double() - base
+        yield f"{op} {producer} {tokens} {d_in} {d_out} {rank} {dtype} {layout}", got, exact, dtype
+
+
+def update_cases() -> Iterator[Case]:
+    """Where the base product cancels, y and dx are the update alone, 1000 times smaller than the weight."""
+    for dtype, rank in itertools.product(DTYPES, (5, 33)):
+        x, gy = (torch.cat([half, half], 1) for half in (random(37, 20, dtype=dtype), random(37, 28, dtype=dtype)))
+        gy[:, 28:] *= -1
+        block = random(28, 20, dtype=dtype, scale=0.2)
+        W = torch.cat([block, -block], 1).repeat(2, 1)
+        D, G = random(40, rank, dtype=torch.float32, scale=0.1), random(rank, 56, dtype=torch.float32, scale=1e-3)
+        y, h = torch.ops.efft.tt_linear_fwd.cuda(x, W, None, D, G)
+        dx, _, _ = torch.ops.efft.tt_linear_bwd.cuda(gy, x, W, h, D, G, True, False, False)
+        D_, G_ = rounded(D, dtype), rounded(G, dtype)
+        h_, dh = rounded(x.double() @ D_, dtype), rounded(gy.double() @ G_.t(), dtype)
+        exact = {"update y": h_ @ G_, "update dx": dh @ D_.t()}
+        yield f"update {rank} {dtype}", {"update y": y, "update dx": dx}, exact, dtype
+
+
+def grouped_cases() -> Iterator[Case]:
+    for (tokens, d_in, d_out, rank), dtype in itertools.product(SIZES, DTYPES):
+        x, W = random(4, tokens, d_in, dtype=dtype), random(d_out, d_in, dtype=dtype, scale=d_in**-0.5)
+        D, G = random(3, d_in, rank, dtype=torch.float32), random(3, rank, d_out, dtype=torch.float32)
+        adapter = torch.tensor([2, -1, 0, 2])
+        y = torch.ops.efft.tt_linear_grouped.cuda(x, W, None, D, G, adapter)
+        some = (adapter >= 0).double()[:, None, None]
+        D_, G_ = rounded(D, dtype)[adapter] * some, rounded(G, dtype)[adapter]
+        exact = x.double() @ W.double().t() + rounded(x.double() @ D_, dtype) @ G_
+        yield f"tt_linear_grouped {tokens} {d_in} {d_out} {rank} {dtype}", {"y": y}, {"y": exact}, dtype
+
+
+def contract_cases() -> Iterator[Case]:
+    sizes = ((3, 2, 5, 7, 40), (1, 1, 1, 1, 1), (2, 3, 33, 17, 70), (2, 1, 100, 65, 129))
+    for (n_layers, n_cores, r1, r2, d_out), dtype, masks in itertools.product(sizes, DTYPES, (False, True)):
+        C, V = random(n_layers, n_cores, r1, r2, dtype=dtype), random(r2, d_out, dtype=dtype)
+        keep_C, keep_V = torch.rand(C.shape) > 0.25, torch.rand(n_layers, r2, d_out) > 0.25
+        kept = [keep_C, keep_V] if masks else [None, None]
+        dG = random(n_layers, r1, n_cores * d_out, dtype=dtype)
+        G = torch.ops.efft.tt_contract_fwd.cuda(C, V, *kept, 0.75)
+        dC, dV = torch.ops.efft.tt_contract_bwd.cuda(dG, C, V, *kept, 0.75, True, True)
+        C_, V_ = C.double().requires_grad_(), V.double().requires_grad_()
+        left, right = (C_ * keep_C, V_ * keep_V) if masks else (C_, V_.expand(n_layers, -1, -1))
+        G_ = 0.75 * torch.einsum("lcij,ljn->licn", left, right).flatten(2)
+        dC_, dV_ = torch.autograd.grad(G_, (C_, V_), dG.double())
+        name = f"tt_contract {n_layers} {n_cores} {r1} {r2} {d_out} {dtype} {masks}"
+        yield name, {"G": G, "dC": dC, "dV": dV}, {"G": G_.detach(), "dC": dC_, "dV": dV_}, dtype
+
+
+def merge_cases() -> Iterator[Case]:
+    for (_, d_in, d_out, rank), dtype in itertools.product(SIZES, DTYPES):
+        W, D, G = (
+            random(d_in, d_out, dtype=dtype).t(),
+            random(d_in, rank, dtype=dtype),
+            random(rank, d_out, dtype=dtype),
+        )
+        exact = W.double() - (D.double() @ G.double()).t()
+        torch.ops.efft.tt_merge_.cuda(W, D, G, -1.0)
+        yield f"tt_merge_ {d_in} {d_out} {rank} {dtype}", {"W": W}, {"W": exact}, dtype
+
+
+FAMILIES = {
+    "linear": lambda: linear_cases(""),
+    "gelu": lambda: itertools.chain(linear_cases("none"), linear_cases("tanh")),
+    "norm": lambda: linear_cases("norm"),
+    "update": update_cases,
+    "grouped": grouped_cases,
+    "contract": contract_cases,
+    "merge": merge_cases,
+}
+
+
+def main(library: str, only: str = "") -> int:
+    torch.ops.load_library(library)
+    torch.manual_seed(0)
+    count = wrong = 0
+    with poisoned_empty():
+        chosen = [cases() for family, cases in FAMILIES.items() if only in ("", family)]
+        for name, got, exact, dtype in itertools.chain(*chosen):
+            count += 1
+            for part, value in got.items():
+                error = (value.double() - exact[part]).norm().item()
+                size = exact[part].norm().item()
+                if dtype == torch.float32:  # the order of sums; of the base too, where the update lies under it
+                    allowed = 16 * torch.finfo(dtype).eps * (4 * max(size, 1) if "update" in part else size)
+                elif value.dtype == torch.float32:  # h and dh may round the other way at a tie
+                    allowed = 0.1 * torch.finfo(dtype).eps * size
+                else:
+                    allowed = torch.finfo(value.dtype).eps * size
+                if not error <= allowed:
+                    wrong += 1
+                    print(f"WRONG {name} {part}: error {error:.2e}, allowed {allowed:.2e}, size {size:.2e}")
+    print(f"{count} cases, {wrong} wrong")
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
