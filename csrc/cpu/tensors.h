@@ -105,9 +105,10 @@ class Panel {
 // out = left right, or added to out, by the library that torch multiplies matrices with.
 inline void add_product(const Tensor& out, const Tensor& left, const Tensor& right, bool accumulate) {
   if (out.numel() == 0) return;
-  STABLE_TORCH_ERROR_CODE_CHECK(accumulate
+  const AOTITorchError failed = accumulate
                                     ? aoti_torch_cpu_addmm_out(out.get(), out.get(), left.get(), right.get(), 1, 1)
-                                    : aoti_torch_cpu_mm_out(out.get(), left.get(), right.get()));
+                                    : aoti_torch_cpu_mm_out(out.get(), left.get(), right.get());
+  STD_TORCH_CHECK(!failed, "torch's matrix product failed, and printed why");
 }
 
 inline Tensor empty(

@@ -164,6 +164,15 @@ def test_sizes_of_zero(sizes: tuple[int, int, int], tokens: int) -> None:
     torch.testing.assert_close(y[1], x @ W.t() + b)
 
 
+@pytest.mark.parametrize("need", ["dx", "dD", "dG"])
+def test_a_gradient_whose_operand_is_missing_is_refused(need: str) -> None:
+    """By the registered operator itself: the public functions save what they need."""
+    inputs = make_inputs("tt_linear")
+    needs = [name == need for name in ("dx", "dD", "dG")]
+    with pytest.raises(RuntimeError, match="dx needs W, dD needs x, dG needs h: one of them is missing"):
+        torch.ops.efft.tt_linear_bwd.cpu(torch.ones(29, 40), None, None, None, inputs["D"], inputs["G"], *needs)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
     os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 12 << 30, reason="needs 12 GiB of free memory"

@@ -41,7 +41,7 @@ def test_lesser_sets(isa: str) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm, of binutils")
 def test_no_function_is_shared_between_sets(tmp_path: Path) -> None:
-    """Of an inline function that sets have under one name the linker keeps any: a processor may lack its code."""
+    """Of a function that several sets have under one name the linker keeps any, in code a processor may lack."""
     objects = tmp_path / "objects"
     build.build(["cpu"], tmp_path, objects)
     sets = {path.stem.removeprefix("cpu-"): path for path in objects.glob("cpu-*.o")}
