@@ -83,8 +83,7 @@ def read(said: str, code: str, target: str) -> list[Report]:
     """The kernels of a file, from what ptxas -v said and from the disassembled code."""
     counts: dict[str, collections.Counter[str]] = {}
     for part in re.split(r"^\s*\.section\s+\.text\.", code, flags=re.M)[1:]:
-        count: collections.Counter[str] = collections.Counter()
-        counts[part.partition(",")[0]] = count
+        count = counts.setdefault(part.partition(",")[0], collections.Counter())
         for name in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", part):
             count["all"] += 1
             for kind, pattern in _CLASSES.items():

@@ -8,7 +8,7 @@
 namespace efft {
 
 // How an operand lies in shared memory: its output dimension (M or N) first, or the dimension that is summed over.
-enum class Order { outer_first, sum_first };
+enum class Order : uint8_t { outer_first, sum_first };
 
 template <class T, int OUTER, int K, Order ORDER>
 using Operand = std::conditional_t<ORDER == Order::outer_first, Tile<T, OUTER, K>, Tile<T, K, OUTER>>;

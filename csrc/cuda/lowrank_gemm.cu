@@ -72,11 +72,9 @@ __global__ void __launch_bounds__(Sums::THREADS) lowrank_gemm_kernel(const __gri
   const Source<T> tail = source<T>(op.T, at.sample, transposed ? op.N : op.R, transposed ? op.R : op.N);
 
   T* const shared = reinterpret_cast<T*>(shared_memory());
-  constexpr int STAGE = static_cast<int>((Sums::A::BYTES + Sums::B::BYTES) / sizeof(T));
+  constexpr int SIZE_A = Sums::M * K, STAGE = SIZE_A + Sums::N * K;
   const auto left = [&](int64_t step) { return typename Sums::A{shared + step % STAGES * STAGE}; };
-  const auto right = [&](int64_t step) {
-    return typename Sums::B{shared + step % STAGES * STAGE + Sums::A::BYTES / sizeof(T)};
-  };
+  const auto right = [&](int64_t step) { return typename Sums::B{shared + step % STAGES * STAGE + SIZE_A}; };
   const int64_t main_steps = (op.K + K - 1) / K, steps = main_steps + (op.R + K - 1) / K;
   const auto fetch_step = [&](int64_t step) {
     if (step < steps) {
