@@ -161,6 +161,8 @@ def main(library: str, only: str = "") -> int:
                 if not error <= allowed:
                     wrong += 1
                     print(f"WRONG {name} {part}: error {error:.2e}, allowed {allowed:.2e}, size {size:.2e}")
+            if wrong:
+                break  # one case tells
     print(f"{count} cases, {wrong} wrong")
     return int(wrong > 0)
 
