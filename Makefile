@@ -26,8 +26,8 @@ demo: $(VENV)/.efft-train ## Adapt, train, save and merge a small model on this 
 extension: $(VENV)/.efft-dev ## Compile csrc/, as far as this machine has the tools
 	$(RUN) efft_kernels build
 
-test: extension ## Run the whole test suite
-	$(RUN) pytest $(ARGS)
+test: extension ## Run the test suite, all but the emulated CUDA kernels
+	$(RUN) pytest --ignore tests/csrc/test_emulated.py $(ARGS)
 
 check-triton: $(VENV)/.efft-dev ## Interpreter tests and resource report with the oldest Triton supported
 	$(RUN) pip install --quiet --upgrade --no-deps --target $(VENV)/triton-$(OLDEST_TRITON) triton==$(OLDEST_TRITON)
@@ -36,9 +36,10 @@ check-triton: $(VENV)/.efft-dev ## Interpreter tests and resource report with th
 check-native: $(VENV)/.efft-dev ## Static checks of csrc/cpu, and its tests under the sanitizers: minutes
 	PATH="$(abspath $(BIN)):$$PATH" $(RUN) tests.native.check $(ARGS)
 
-check-cuda: $(VENV)/.efft-dev ## Compile the CUDA kernels and report what each costs: needs nvcc, no GPU
+check-cuda: $(VENV)/.efft-dev ## Run the CUDA kernels in the emulator, compile and report on them: no GPU, a quarter of an hour
+	$(RUN) pytest tests/csrc/test_emulated.py $(ARGS)
 	$(RUN) pip install --quiet --no-deps nvidia-cutlass==$(CUTLASS)
-	$(RUN) efft_kernels.cuda_report $(ARGS)
+	$(RUN) efft_kernels.cuda_report
 
 lint: $(VENV)/.efft-dev ## Check style and types, change nothing
 	$(RUN) ruff check
