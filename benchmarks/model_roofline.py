@@ -24,11 +24,8 @@ Kernels = list[tuple[str, float]]
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer: its sizes, how many matrices are fused in it, and which neighbours a kernel of ours could be.
-
-    ``front``: what makes x and takes dx, "norm", "gelu", or "" for what cannot be ours. ``owns_gy``: whether what makes
-    gy in backward (GELU) can be.
-    """
+    """A linear layer: its sizes, how many matrices are fused in it, and which neighbours a kernel of ours could be:
+    ``front``, what makes x and takes dx ("norm", "gelu", or "": not ours); ``owns_gy``, the GELU that makes gy."""
 
     name: str
     d_in: int
@@ -130,11 +127,9 @@ class Case:
 
         A GELU's slope may be taken in the epilogue of the product that makes dx: what is left is one read of x.
         """
-        if not self.layer.owns_x:
-            return 0.0
         inside = slope_in_epilogue and self.layer.front == "gelu"
         backward = 1e6 * self.x / self.machine.bandwidth if inside else self.machine.memory(3 * self.x)
-        return self.machine.memory(2 * self.x) + backward
+        return self.layer.owns_x * (self.machine.memory(2 * self.x) + backward)
 
     def refresh(self) -> float:
         """This layer's part of the one launch that contracts all layers."""
@@ -352,15 +347,14 @@ def microseconds(kernels: tuple[Kernels, Kernels]) -> float:
 
 
 def block_times(machine: Machine, tokens: int, rank: int, layers: Sequence[Layer]) -> dict[str, dict[str, float]]:
-    """Microseconds of forward and backward by design and layer, and of all ``layers`` together: as "block", and with
-    the LayerNorms and GELU in front of them as "with norms and GELU"."""
-    times = {}
+    """Microseconds of forward and backward by design and layer; of all "block", and "with norms and GELU" in front."""
+    times: dict[str, dict[str, float]] = {}
     for name, design in DESIGNS.items():
         cases = [Case(machine, layer, tokens, rank) for layer in layers]
-        of_layer = {case.layer.name: microseconds(design(case)) for case in cases}
-        block = sum(of_layer.values())
+        times[name] = {case.layer.name: microseconds(design(case)) for case in cases}
+        times[name]["block"] = sum(times[name].values())
         fronts = sum(case.neighbour(slope_in_epilogue=name == "fused:triton") for case in cases)
-        times[name] = {**of_layer, "block": block, "with norms and GELU": block + fronts}
+        times[name]["with norms and GELU"] = times[name]["block"] + fronts
     return times
 
 
