@@ -135,10 +135,12 @@ def test_only_auto_falls_back(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_explain() -> None:
     wide, eight = torch.ones(1).double(), torch.ones(1).to(torch.int8)
-    cpu, chosen, other, named = explain(wide).splitlines()
+    cpu, chosen, other, *named = explain(wide).splitlines()
     assert cpu == "  cpu: cpu runs bfloat16, float32 tensors, got torch.float64"
     assert (chosen, other) == ("* eager: can run", "  reference: can run")
-    assert named == "  triton: triton runs float16, bfloat16, float32 tensors, got torch.float64"
+    assert named == [
+        f"  {name}: {name} runs float16, bfloat16, float32 tensors, got torch.float64" for name in ("triton", "cuda")
+    ]
     reason = "runs float16, bfloat16, float32, float64 tensors, got torch.int8"
     assert explain(eight).splitlines()[1:3] == [f"  eager: eager {reason}", f"  reference: reference {reason}"]
 
