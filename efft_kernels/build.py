@@ -178,10 +178,7 @@ def build_into_cache(targets: list[str]) -> list[Path]:
 
 
 def _inputs(target: str) -> list[Path]:
-    folders = ("cpu",) if target == "cpu" else ("cuda",)
-    return sorted(
-        p for name in folders for p in (sources() / name).rglob("*") if p.suffix in {".h", ".cpp", ".cu", ".cuh"}
-    )
+    return sorted(p for p in (sources() / target).rglob("*") if p.suffix in {".h", ".cpp", ".cu", ".cuh"})
 
 
 def _ninja(target: str, tools: Tools) -> str:

@@ -68,9 +68,9 @@ Rows<const Element<T>> round_rows(
     for_registers(columns, [&](int64_t j, int count) {
       const Floats wide = load(value + j, count);
       if (target) store(target + j, wide, count);
-      if constexpr (std::is_same_v<E, T>) {
+      if constexpr (std::is_same_v<E, bf16>) {
         store(result.data + i * result.row + j, wide, count);
-      } else {
+      } else if constexpr (!std::is_same_v<T, float>) {
         T narrow[LANES];
         store(narrow, wide);
         store(result.data + i * result.row + j, load(narrow), count);
