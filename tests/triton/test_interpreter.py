@@ -20,7 +20,7 @@ def interpreted(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("path", ["tests/ops", "tests/triton/interpreted"])
+@pytest.mark.parametrize("path", ["tests/ops", "tests/triton/kernels"])
 def test_in_the_interpreter(path: str) -> None:
     """All tests of the ops, with the triton backend; and of single kernels, with every address checked."""
     done = interpreted("-m", "pytest", "-q", "-p", "no:cacheprovider", "--show-capture=no", path)

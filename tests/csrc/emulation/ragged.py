@@ -1,4 +1,4 @@
-"""Every op of a library on ragged sizes, against its formula in fp64: python ragged.py LIBRARY [FAMILY]
+"""Every op of a library on ragged sizes, against its formula in fp64: python ragged.py LIBRARY [FAMILY [DEVICE]]
 
 The formulas round where the kernels say they do (factors, h, dh and the producer's output to the activations' dtype):
 what is left is the order of sums and the last rounding, and the tolerance can be tight. Beside y the update alone is
@@ -141,8 +141,9 @@ FAMILIES = {
 }
 
 
-def main(library: str, only: str = "") -> int:
+def main(library: str, only: str = "", device: str = "cpu") -> int:
     torch.ops.load_library(library)
+    torch.set_default_device(device)
     torch.manual_seed(0)
     count = wrong = 0
     with poisoned_empty():

@@ -1,0 +1,17 @@
+"""Collected where Triton interprets (see tests/triton/test_interpreter.py) and, compiled, where there is a GPU."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+collect_ignore_glob = [] if INTERPRETED else ["test_checks.py"] if torch.cuda.is_available() else ["test_*.py"]
+
+
+@pytest.fixture(autouse=True)
+def _on_the_device() -> Iterator[None]:
+    torch.set_default_device("cpu" if INTERPRETED else "cuda")
+    yield
+    torch.set_default_device(None)
