@@ -37,12 +37,14 @@ struct Norm {
   float eps = 0;
 };
 
-// Y = A B + bias + H T, and with Z: Y times the slope of the GELU at Z.
+// Y = A B + bias + H T, and with Z: Y times the slope of the GELU at Z. With P, which lowrank_gemm_makes_h must allow, H
+// is A P.
 struct LowRankGemm {
   int64_t samples = 1, M = 0, N = 0, K = 0, R = 0;
   Matrix A;                         // [samples, M, K]
   Matrix B;                         // [K, N], or transposed [N, K]
-  Matrix H;                         // [samples, M, R]
+  Matrix H;                         // [samples, M, R]; read, or with P written
+  Matrix P;                         // [R, K]; null: H is there
   Matrix T;                         // [samples, R, N], or transposed [samples, N, R]
   bool transposed = false;          // B and T
   Vector bias;                      // [N]
@@ -50,6 +52,7 @@ struct LowRankGemm {
   Producer slope = Producer::none;  // of Z
   Matrix Y;                         // [samples, M, N]; rows need no alignment
 };
+bool lowrank_gemm_makes_h(const LowRankGemm& op);
 cudaError_t lowrank_gemm(const LowRankGemm& op, cudaStream_t stream);
 
 // H = A P, or H = out P with out = producer(A).
@@ -104,7 +107,13 @@ struct Pack {
   const int64_t* adapter = nullptr;  // [samples]: which of from's samples to take, negative: zeros; null: each its own
   Matrix to;                         // [samples, rows, to.row], contiguous
 };
-cudaError_t pack(const Pack& op, cudaStream_t stream);
+// Several, in one launch.
+struct Packs {
+  static constexpr int MOST = 4;
+  Pack of[MOST];
+  int count = 0;
+};
+cudaError_t pack(const Packs& all, cudaStream_t stream);
 
 // G[l] = scale [C[l, 0] V | C[l, 1] V | ...] for all layers; masks are bytes, 0 drops an element. All contiguous.
 struct Contraction {

@@ -126,11 +126,26 @@ cudaError_t launch_order(const LowRankGemm& op, cudaStream_t stream) {
 
 }  // namespace
 
+namespace {
+
+bool runs_on_sm90(const LowRankGemm& op) {
+#ifdef EFFT_SM90  // CUTLASS's headers were there
+  return device_attribute(cudaDevAttrComputeCapabilityMajor) == 9 && lowrank_gemm_sm90_takes(op);
+#else
+  return false;
+#endif
+}
+
+}  // namespace
+
+bool lowrank_gemm_makes_h(const LowRankGemm& op) {
+  return runs_on_sm90(op) && op.R <= MADE_RANKS && op.N <= MADE_BESIDE;
+}
+
 cudaError_t lowrank_gemm(const LowRankGemm& op, cudaStream_t stream) {
   if (op.samples * op.M * op.N == 0) return cudaSuccess;
-#ifdef EFFT_SM90  // CUTLASS's headers were there
-  if (device_attribute(cudaDevAttrComputeCapabilityMajor) == 9 && lowrank_gemm_sm90_takes(op))
-    return lowrank_gemm_sm90(op, stream);
+#ifdef EFFT_SM90
+  if (runs_on_sm90(op)) return lowrank_gemm_sm90(op, stream);
 #endif
   switch (op.A.type) {
     case Type::float32:

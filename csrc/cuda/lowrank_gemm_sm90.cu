@@ -1,21 +1,25 @@
 // Y = A B + bias + H T by bulk tensor copies (TMA) and warp-group products (WGMMA), in one persistent, warp-specialised
-// kernel: a producer warp streams k tiles of (A, B), then of (H, T), through the same buffers; two warp groups multiply
-// them into the same sums. What lies beyond the rank, as beyond every edge, TMA fills with zeros.
+// kernel: a producer thread streams k tiles through a ring of buffers, warp groups of 64 rows each multiply them.
 //
-// Blocks come in pairs that take neighbouring rows of one column: each copies half of B's tile, for both.
+// H = A P comes in one of two ways. Up to a rank of 32 it is made here, as 32 more columns of the product beside every
+// tile of Y; it goes from the sums to the tail's left operand without leaving registers, and the first column of tiles
+// also stores it. Otherwise it is there already, and k tiles of (H, T) follow those of (A, B) through the same buffers.
+// What lies beyond the rank, as beyond every edge, TMA fills with zeros.
+//
+// Blocks come in pairs that take neighbouring rows of one column: each copies half of B's and P's tile, for both.
 #include "lowrank_gemm_sm90.h"
 
 // clang-format off: CuTe comes before the rest of CUTLASS, which does not stand alone
 #include <cute/tensor.hpp>
+#include <cutlass/arch/barrier.h>
 #include <cutlass/arch/reg_reconfig.h>
 #include <cutlass/numeric_types.h>
-#include <cutlass/pipeline/sm90_pipeline.hpp>
 // clang-format on
 
 #include <algorithm>
 
 #include "launch.h"
-#include "producers.cuh"
+#include "tiles.cuh"
 
 namespace efft {
 
@@ -23,32 +27,48 @@ namespace {
 
 using namespace cute;  // NOLINT: the library's vocabulary, of this file alone
 
-using Cluster = Shape<_2, _1, _1>;
-constexpr int CONSUMERS = 256, THREADS = CONSUMERS + 128, STAGES = 4;
+constexpr int PAIR = 2, STAGES = 4;
 constexpr int64_t GROUP = 8;  // pairs of row blocks before the next column block, so that operands stay in the L2 cache
 constexpr size_t SHARED_OF_SM90 = 227 * 1024;
 
-// Types of a product: T in CUTLASS's spelling, and whether B and T are transposed, [N, K].
-template <class T_, bool TRANSPOSED>
+// What a block computes. T: of a product in CUTLASS's spelling; TRANSPOSED: B and T are [N, K]; GROUPS: warp groups
+// that multiply; RANKS: columns of H made beside Y, 0 where H is there.
+template <class T_, bool TRANSPOSED, int GROUPS_, int COLUMNS, int RANKS_>
 struct Product {
   using T = T_;
-  using M = _128;
-  using N = _256;
+  static constexpr int GROUPS = GROUPS_, RANKS = RANKS_, THREADS = 128 * (1 + GROUPS);
+  using M = Int<64 * GROUPS>;
+  using N = Int<COLUMNS>;
   using K = _64;
+  using R = Int<RANKS == 0 ? 32 : RANKS>;
   static constexpr GMMA::Major MAJOR = TRANSPOSED ? GMMA::Major::K : GMMA::Major::MN;
+  using Groups = Layout<Shape<Int<GROUPS>, _1, _1>>;
   using Mma = decltype(make_tiled_mma(
-      GMMA::ss_op_selector<T, T, float, Shape<M, N, K>, GMMA::Major::K, MAJOR>(), Layout<Shape<_2, _1, _1>>{}));
-  using LayoutA = decltype(tile_to_shape(GMMA::Layout_K_SW128_Atom<T>{}, Shape<M, K, Int<STAGES>>{}));
-  using AtomB = std::conditional_t<TRANSPOSED, GMMA::Layout_K_SW128_Atom<T>, GMMA::Layout_MN_SW128_Atom<T>>;
+      GMMA::ss_op_selector<T, T, float, Shape<M, N, K>, GMMA::Major::K, MAJOR>(), Groups{}));
+  using MmaH = decltype(make_tiled_mma(
+      GMMA::ss_op_selector<T, T, float, Shape<M, R, K>, GMMA::Major::K, GMMA::Major::K>(), Groups{}));
+  using MmaTail = decltype(make_tiled_mma(
+      GMMA::rs_op_selector<T, T, float, Shape<M, N, R>, GMMA::Major::K, MAJOR>(), Groups{}));
+  using AtomK = GMMA::Layout_K_SW128_Atom<T>;
+  using AtomB = std::conditional_t<TRANSPOSED, AtomK, GMMA::Layout_MN_SW128_Atom<T>>;
+  using LayoutA = decltype(tile_to_shape(AtomK{}, Shape<M, K, Int<STAGES>>{}));
   using LayoutB = decltype(tile_to_shape(
       AtomB{}, Shape<N, K, Int<STAGES>>{}, std::conditional_t<TRANSPOSED, Step<_1, _2, _3>, Step<_2, _1, _3>>{}));
-  using Pipeline = cutlass::PipelineTmaAsync<STAGES>;
+  using LayoutP = decltype(tile_to_shape(AtomK{}, Shape<R, K, Int<STAGES>>{}));
+  static constexpr int BYTES_A = M{} * K{} * sizeof(T), BYTES_B = N{} * K{} * sizeof(T),
+                       BYTES_P = RANKS * K{} * sizeof(T);
+  // A warp's rows of the output on their way out, 32 columns at a time; 8 more keep rows in different banks.
+  static constexpr int OUT_COLUMNS = 32, OUT_ROW = OUT_COLUMNS + 8;
 
   struct alignas(1024) Shared {
     array_aligned<T, cosize_v<LayoutA>, 1024> a;
     array_aligned<T, cosize_v<LayoutB>, 1024> b;
-    typename Pipeline::SharedStorage pipeline;
+    array_aligned<T, RANKS == 0 ? 8 : cosize_v<LayoutP>, 1024> p;
+    alignas(16) T out[4 * GROUPS][16 * OUT_ROW];
+    cutlass::arch::ClusterTransactionBarrier full[STAGES];
+    cutlass::arch::ClusterBarrier empty[STAGES];
   };
+  static_assert(sizeof(Shared) <= SHARED_OF_SM90);
 
   static auto copy_a(const Matrix& of, int rows, int columns) {
     const auto layout = make_layout(make_shape(rows, columns), make_stride(of.row, _1{}));
@@ -64,16 +84,23 @@ struct Product {
     }();
     const auto layout = make_layout(make_shape(columns, depth), strides);
     return make_tma_copy(SM90_TMA_LOAD_MULTICAST{}, make_tensor(make_gmem_ptr(static_cast<const T*>(of.data)), layout),
-        LayoutB{}(_, _, 0), Shape<N, K>{}, size<0>(Cluster{}));
+        LayoutB{}(_, _, 0), Shape<N, K>{}, Int<PAIR>{});
+  }
+  static auto copy_p(const Matrix& of, int columns, int depth) {
+    const auto layout = make_layout(make_shape(columns, depth), make_stride(of.row, _1{}));
+    return make_tma_copy(SM90_TMA_LOAD_MULTICAST{}, make_tensor(make_gmem_ptr(static_cast<const T*>(of.data)), layout),
+        LayoutP{}(_, _, 0), Shape<R, K>{}, Int<PAIR>{});
   }
   using CopyA = decltype(copy_a({}, 0, 0));
   using CopyB = decltype(copy_b({}, 0, 0));
+  using CopyP = decltype(copy_p({}, 0, 0));
 };
 
 template <class P>
 struct Operands {
   typename P::CopyA A, H;
   typename P::CopyB B, T;
+  typename P::CopyP factor;
 };
 
 // The tiles of one block: those of its pair, a row block each.
@@ -85,7 +112,7 @@ struct Tiles {
   static Tiles of(const LowRankGemm& op) {
     const auto blocks = [](int64_t size, int64_t block) { return static_cast<int>(ceil_div(size, block)); };
     const int main_steps = blocks(op.K, typename P::K{});
-    return {blocks(op.M, 2 * typename P::M{}), blocks(op.N, typename P::N{}), main_steps,
+    return {blocks(op.M, PAIR * typename P::M{}), blocks(op.N, typename P::N{}), main_steps,
         main_steps + blocks(op.R, typename P::K{})};
   }
   __host__ __device__ int count() const { return pairs * columns; }
@@ -93,18 +120,32 @@ struct Tiles {
   __device__ void place(int tile, int& m, int& n) const {
     const int first = tile / (static_cast<int>(GROUP) * columns) * static_cast<int>(GROUP);
     const int height = min(pairs - first, static_cast<int>(GROUP)), within = tile % (static_cast<int>(GROUP) * columns);
-    m = 2 * (first + within % height) + static_cast<int>(block_rank_in_cluster());
+    m = PAIR * (first + within % height) + static_cast<int>(block_rank_in_cluster());
     n = within / height;
   }
 };
 
+// A place in the ring of buffers, and how often it has come round.
+struct Place {
+  int stage = 0;
+  uint32_t round = 0;
+
+  __device__ void next() {
+    if (++stage == STAGES) {
+      stage = 0;
+      round ^= 1;
+    }
+  }
+};
+
 template <class P>
-__device__ void produce_tiles(const Operands<P>& from, const LowRankGemm& op, const Tiles& tiles,
-    typename P::Shared& shared, typename P::Pipeline& pipeline) {
+__device__ void produce_tiles(
+    const Operands<P>& from, const LowRankGemm& op, const Tiles& tiles, typename P::Shared& shared) {
   const Tensor a = make_tensor(make_smem_ptr(shared.a.data()), typename P::LayoutA{});
   const Tensor b = make_tensor(make_smem_ptr(shared.b.data()), typename P::LayoutB{});
+  const uint32_t rank = block_rank_in_cluster();
   const auto part_a = from.A.get_slice(0), part_h = from.H.get_slice(0);
-  const auto part_b = from.B.get_slice(block_rank_in_cluster()), part_t = from.T.get_slice(block_rank_in_cluster());
+  const auto part_b = from.B.get_slice(rank), part_t = from.T.get_slice(rank);
   const auto cut = [](const auto& copy, const auto& part, int outer, int depth, auto block, int index) {
     return part.partition_S(local_tile(copy.get_tma_tensor(make_shape(outer, depth)), block, make_coord(index, _)));
   };
@@ -116,151 +157,239 @@ __device__ void produce_tiles(const Operands<P>& from, const LowRankGemm& op, co
   auto to_a = part_a.partition_D(a);
   auto to_b = part_b.partition_D(b);
 
-  auto write = cutlass::make_producer_start_state<typename P::Pipeline>();
-  for (int tile = static_cast<int>(blockIdx.x) / 2; tile < tiles.count(); tile += static_cast<int>(gridDim.x) / 2) {
+  Place place;
+  for (int tile = static_cast<int>(blockIdx.x) / PAIR; tile < tiles.count();
+      tile += static_cast<int>(gridDim.x) / PAIR) {
     int m, n;
     tiles.place(tile, m, n);
     const auto from_a = cut(from.A, part_a, M, K, block_a, m);
     const auto from_h = cut(from.H, part_h, M, R, block_a, m);
     const auto from_b = cut(from.B, part_b, N, K, block_b, n);
     const auto from_t = cut(from.T, part_t, N, R, block_b, n);
-    for (int step = 0; step < tiles.steps; ++step, ++write) {
-      pipeline.producer_acquire(write);
-      auto* const barrier = pipeline.producer_get_barrier(write);
-      const int stage = write.index();
+    for (int step = 0; step < tiles.steps; ++step, place.next()) {
+      const int stage = place.stage;
+      shared.empty[stage].wait(place.round ^ 1);
+      auto& full = shared.full[stage];
+      uint64_t& barrier = *reinterpret_cast<uint64_t*>(&full);
       if (step < tiles.main_steps) {
-        copy(from.A.with(*barrier), from_a(_, _, _, step), to_a(_, _, _, stage));
-        copy(from.B.with(*barrier, both), from_b(_, _, _, step), to_b(_, _, _, stage));
+        full.arrive_and_expect_tx(P::BYTES_A + P::BYTES_B + P::BYTES_P);
+        copy(from.A.with(barrier), from_a(_, _, _, step), to_a(_, _, _, stage));
+        copy(from.B.with(barrier, both), from_b(_, _, _, step), to_b(_, _, _, stage));
+        if constexpr (P::RANKS > 0) {
+          const Tensor p = make_tensor(make_smem_ptr(shared.p.data()), typename P::LayoutP{});
+          const auto part_p = from.factor.get_slice(rank);
+          const auto from_p =
+              cut(from.factor, part_p, R, K, Shape<typename P::R, typename P::K>{}, 0);
+          auto to_p = part_p.partition_D(p);
+          copy(from.factor.with(barrier, both), from_p(_, _, _, step), to_p(_, _, _, stage));
+        }
       } else {
-        copy(from.H.with(*barrier), from_h(_, _, _, step - tiles.main_steps), to_a(_, _, _, stage));
-        copy(from.T.with(*barrier, both), from_t(_, _, _, step - tiles.main_steps), to_b(_, _, _, stage));
+        full.arrive_and_expect_tx(P::RANKS > 0 ? P::BYTES_B : P::BYTES_A + P::BYTES_B);
+        if (P::RANKS == 0) copy(from.H.with(barrier), from_h(_, _, _, step - tiles.main_steps), to_a(_, _, _, stage));
+        copy(from.T.with(barrier, both), from_t(_, _, _, step - tiles.main_steps), to_b(_, _, _, stage));
       }
     }
   }
-  pipeline.producer_tail(write);  // the other block of the pair may still copy into this one's memory
 }
 
-// Bias and slope in fp32, then rounded once; op.N is even, so that two neighbours are written together.
-template <class Out, class Sums, class Places>
-__device__ void write_tile(const LowRankGemm& op, int64_t row, int64_t column, const Sums& sums, const Places& places) {
+// Rounds sums of 16 rows and P::N columns that a warp holds and writes them by 16 bytes; what a thread holds of a
+// product is 2 neighbours of 8 columns in rows r and r + 8.
+template <class P, class Out, class Sums>
+__device__ void write_rows(const LowRankGemm& op, int64_t row, int64_t column, const Sums& sums, Out* rows) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, r = lane / 4, c = lane % 4;
   Out* const Y = static_cast<Out*>(op.Y.data);
   const Out* const bias = static_cast<const Out*>(op.bias.data);
-  const Out* const Z = static_cast<const Out*>(op.Z.data);
 #pragma unroll
-  for (int i = 0; i < size(Sums{}); i += 2) {
-    const int64_t m = row + get<0>(places(i)), n = column + get<1>(places(i));
-    if (m >= op.M || n >= op.N) continue;
-    float first = sums(i), second = sums(i + 1);
-    if (bias) {
-      first += widen(bias[n]);
-      second += widen(bias[n + 1]);
+  for (int first = 0; first < typename P::N{}; first += P::OUT_COLUMNS) {
+    __syncwarp();
+#pragma unroll
+    for (int j = 0; j < P::OUT_COLUMNS / 8; ++j) {
+      const int i = (first / 8 + j) * 4;
+      const int64_t n = column + first + 8 * j + 2 * c;
+      float add = 0, add_next = 0;
+      if (bias && n < op.N) {
+        add = widen(bias[n]);
+        add_next = widen(bias[n + 1]);
+      }
+      Out* const to = rows + r * P::OUT_ROW + 8 * j + 2 * c;
+      to[0] = narrow<Out>(sums(i) + add);
+      to[1] = narrow<Out>(sums(i + 1) + add_next);
+      to[8 * P::OUT_ROW] = narrow<Out>(sums(i + 2) + add);
+      to[8 * P::OUT_ROW + 1] = narrow<Out>(sums(i + 3) + add_next);
     }
-    if (Z) {
-      const Pair<Out> z = *reinterpret_cast<const Pair<Out>*>(Z + m * op.Z.row + n);
-      first *= gelu_slope(widen(z.first), op.slope);
-      second *= gelu_slope(widen(z.second), op.slope);
+    __syncwarp();
+#pragma unroll
+    for (int half = 0; half < 16; half += 8) {
+      const int64_t m = row + half + r, n = column + first + 8 * c;
+      if (m < op.M && n < op.N)
+        *reinterpret_cast<uint4*>(Y + m * op.Y.row + n) =
+            *reinterpret_cast<const uint4*>(rows + (half + r) * P::OUT_ROW + 8 * c);
     }
-    *reinterpret_cast<Pair<Out>*>(Y + m * op.Y.row + n) = {narrow<Out>(first), narrow<Out>(second)};
   }
 }
 
 template <class P, class Out>
-__device__ void multiply_tiles(
-    const LowRankGemm& op, const Tiles& tiles, typename P::Shared& shared, typename P::Pipeline& pipeline) {
+__device__ void multiply_tiles(const LowRankGemm& op, const Tiles& tiles, typename P::Shared& shared) {
+  const int thread = static_cast<int>(threadIdx.x) - 128, warp = thread / 32, lane = thread % 32;
   const Tensor a = make_tensor(make_smem_ptr(shared.a.data()), typename P::LayoutA{});
   const Tensor b = make_tensor(make_smem_ptr(shared.b.data()), typename P::LayoutB{});
+  const Tensor p = make_tensor(make_smem_ptr(shared.p.data()), typename P::LayoutP{});
   typename P::Mma mma;
-  const auto mine = mma.get_thread_slice(static_cast<int>(threadIdx.x) - 128);
+  typename P::MmaH mma_h;
+  typename P::MmaTail mma_tail;
+  const auto mine = mma.get_thread_slice(thread);
+  const auto mine_h = mma_h.get_thread_slice(thread);
+  const auto mine_tail = mma_tail.get_thread_slice(thread);
   const Tensor left = mine.make_fragment_A(mine.partition_A(a));
   const Tensor right = mine.make_fragment_B(mine.partition_B(b));
-  const Tensor places = mine.partition_C(make_identity_tensor(Shape<typename P::M, typename P::N>{}));
-  Tensor sums = partition_fragment_C(mma, Shape<typename P::M, typename P::N>{});
+  const Tensor right_h = mine_h.make_fragment_B(mine_h.partition_B(p));
+  const Tensor right_tail = mine_tail.make_fragment_B(mine_tail.partition_B(b));
+  Tensor y = partition_fragment_C(mma, Shape<typename P::M, typename P::N>{});
+  Tensor h = partition_fragment_C(mma_h, Shape<typename P::M, typename P::R>{});
+  // The sums of 16 columns of H lie in registers as the left operand of a product over them does.
+  Tensor h_left = make_tensor<typename P::T>(
+      make_layout(make_shape(Shape<_2, _2, _2>{}, _1{}, Int<typename P::R{} / 16>{})));
 
-  cutlass::PipelineState<STAGES> read, release;
-  for (int tile = static_cast<int>(blockIdx.x) / 2; tile < tiles.count(); tile += static_cast<int>(gridDim.x) / 2) {
-    mma.accumulate_ = GMMA::ScaleOut::Zero;
-    for (int step = 0; step < tiles.steps; ++step, ++read) {
-      pipeline.consumer_wait(read);
-      warpgroup_fence_operand(sums);
+  Place place;
+  const auto release = [&](int stage) {
+    if (thread % 128 < PAIR) shared.empty[stage].arrive(static_cast<uint32_t>(thread % 128));
+  };
+  for (int tile = static_cast<int>(blockIdx.x) / PAIR; tile < tiles.count();
+      tile += static_cast<int>(gridDim.x) / PAIR) {
+    int m, n;
+    tiles.place(tile, m, n);
+    const int64_t row = static_cast<int64_t>(m) * typename P::M{} + warp * 16,
+                  column = static_cast<int64_t>(n) * typename P::N{};
+    mma.accumulate_ = mma_h.accumulate_ = GMMA::ScaleOut::Zero;
+    int last = -1;
+    for (int step = 0; step < (P::RANKS > 0 ? tiles.main_steps : tiles.steps); ++step, place.next()) {
+      shared.full[place.stage].wait(place.round);
+      warpgroup_fence_operand(y);
+      if constexpr (P::RANKS > 0) warpgroup_fence_operand(h);
       warpgroup_arrive();
 #pragma unroll
       for (int k = 0; k < size<2>(left); ++k) {
-        gemm(mma, left(_, _, k, read.index()), right(_, _, k, read.index()), sums);
+        gemm(mma, left(_, _, k, place.stage), right(_, _, k, place.stage), y);
         mma.accumulate_ = GMMA::ScaleOut::One;
+        if constexpr (P::RANKS > 0) {
+          gemm(mma_h, left(_, _, k, place.stage), right_h(_, _, k, place.stage), h);
+          mma_h.accumulate_ = GMMA::ScaleOut::One;
+        }
       }
       warpgroup_commit_batch();
       warpgroup_wait<1>();  // of the step before: its buffers are free
-      warpgroup_fence_operand(sums);
-      if (step > 0) {
-        pipeline.consumer_release(release);
-        ++release;
-      }
+      warpgroup_fence_operand(y);
+      if constexpr (P::RANKS > 0) warpgroup_fence_operand(h);
+      if (last >= 0) release(last);
+      last = place.stage;
     }
     warpgroup_wait<0>();
-    warpgroup_fence_operand(sums);
-    pipeline.consumer_release(release);
-    ++release;
-    int m, n;
-    tiles.place(tile, m, n);
-    write_tile<Out>(
-        op, static_cast<int64_t>(m) * typename P::M{}, static_cast<int64_t>(n) * typename P::N{}, sums, places);
+    warpgroup_fence_operand(y);
+    if constexpr (P::RANKS > 0) {
+      warpgroup_fence_operand(h);
+      release(last);
+#pragma unroll
+      for (int i = 0; i < size(h); ++i) h_left(i) = static_cast<typename P::T>(h(i));
+      if (n == 0) {
+        const Tensor pairs = recast<uint32_t>(h_left);
+#pragma unroll
+        for (int i = 0; i < size(pairs); ++i) {
+          const int64_t to = row + lane / 4 + 8 * (i % 2);
+          const int r = 8 * (i / 2) + 2 * (lane % 4);
+          if (to < op.M && r < op.H.row)
+            *reinterpret_cast<uint32_t*>(static_cast<Out*>(op.H.data) + to * op.H.row + r) = pairs(i);
+        }
+      }
+      shared.full[place.stage].wait(place.round);
+      warpgroup_fence_operand(y);
+      warpgroup_fence_operand(h_left);
+      warpgroup_arrive();
+#pragma unroll
+      for (int k = 0; k < size<2>(h_left); ++k)
+        gemm(mma_tail, h_left(_, _, k), right_tail(_, _, k, place.stage), y);
+      warpgroup_commit_batch();
+      warpgroup_wait<0>();
+      warpgroup_fence_operand(y);
+      last = place.stage;
+      place.next();
+    }
+    release(last);
+    write_rows<P, Out>(op, row, column, y, reinterpret_cast<Out*>(shared.out[warp]));
   }
 }
 
 template <class P, class Out>
-__global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1) lowrank_gemm_sm90_kernel(
+__global__ void __cluster_dims__(PAIR, 1, 1) __launch_bounds__(P::THREADS, 1) lowrank_gemm_sm90_kernel(
     const __grid_constant__ Operands<P> from, const __grid_constant__ LowRankGemm op, const Tiles tiles) {
   extern __shared__ __align__(1024) unsigned char bytes[];
   typename P::Shared& shared = *reinterpret_cast<typename P::Shared*>(bytes);
-  const bool produces = threadIdx.x < 128;
-
-  typename P::Pipeline::Params parameters;
-  constexpr int elements = (cosize_v<typename P::LayoutA> + cosize_v<typename P::LayoutB>) / STAGES;
-  parameters.transaction_bytes = elements * sizeof(typename P::T);
-  parameters.role = produces ? P::Pipeline::ThreadCategory::Producer : P::Pipeline::ThreadCategory::Consumer;
-  parameters.is_leader = threadIdx.x == 0;
-  parameters.num_consumers = CONSUMERS;
-  typename P::Pipeline pipeline(shared.pipeline, parameters, Cluster{});
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < STAGES; ++stage) {
+      shared.full[stage].init(1);
+      shared.empty[stage].init(PAIR * P::GROUPS);
+    }
+    cutlass::arch::fence_barrier_init();
+  }
   cluster_arrive_relaxed();
   cluster_wait();  // the barriers of both blocks are there
+  __syncthreads();
 
-  if (produces) {
-    cutlass::arch::warpgroup_reg_dealloc<40>();
-    if (threadIdx.x < 32 && elect_one_sync()) produce_tiles<P>(from, op, tiles, shared, pipeline);
+  if (threadIdx.x < 128) {
+    cutlass::arch::warpgroup_reg_dealloc<P::GROUPS == 3 ? 32 : 40>();
+    if (threadIdx.x == 0) produce_tiles<P>(from, op, tiles, shared);
   } else {
-    cutlass::arch::warpgroup_reg_alloc<232>();
-    multiply_tiles<P, Out>(op, tiles, shared, pipeline);
+    cutlass::arch::warpgroup_reg_alloc<P::GROUPS == 3 ? 160 : 232>();
+    multiply_tiles<P, Out>(op, tiles, shared);
   }
+  // The other block of the pair may still copy into this one's memory, or arrive at its barriers.
+  cluster_arrive_relaxed();
+  cluster_wait();
 }
 
 template <class P, class Out>
 cudaError_t launch_product(const LowRankGemm& op, cudaStream_t stream) {
   const int M = static_cast<int>(op.M), N = static_cast<int>(op.N), K = static_cast<int>(op.K),
             R = static_cast<int>(op.R);
-  const Operands<P> from{P::copy_a(op.A, M, K), P::copy_a(op.H, M, R), P::copy_b(op.B, N, K), P::copy_b(op.T, N, R)};
+  const Matrix& factor = P::RANKS > 0 ? op.P : op.T;  // a tensor map must be of something
+  const Operands<P> from{P::copy_a(op.A, M, K), P::copy_a(op.H, M, R), P::copy_b(op.B, N, K), P::copy_b(op.T, N, R),
+      P::copy_p(factor, R, P::RANKS > 0 ? K : R)};
   const Tiles tiles = Tiles::of<P>(op);
-  const int pairs = std::min(tiles.count(), multiprocessors() / 2);
-  return launch<sizeof(typename P::Shared), SHARED_OF_SM90>(
-      lowrank_gemm_sm90_kernel<P, Out>, dim3(static_cast<unsigned>(2 * pairs)), THREADS, stream, from, op, tiles);
+  const int pairs = std::min(tiles.count(), multiprocessors() / PAIR);
+  return launch<sizeof(typename P::Shared), SHARED_OF_SM90>(lowrank_gemm_sm90_kernel<P, Out>,
+      dim3(static_cast<unsigned>(PAIR * pairs)), P::THREADS, stream, from, op, tiles);
+}
+
+// Time of whole waves of tiles, in elements of output.
+int64_t wave_cost(const LowRankGemm& op, int64_t rows, int64_t columns) {
+  const int64_t pairs = ceil_div(op.M, PAIR * rows) * ceil_div(op.N, columns);
+  return ceil_div(pairs, multiprocessors() / PAIR) * rows * columns;
+}
+
+template <class T, class Out, bool TRANSPOSED, int RANKS>
+cudaError_t launch_tile(const LowRankGemm& op, cudaStream_t stream) {
+  return wave_cost(op, 192, 192) < wave_cost(op, 128, 256)
+             ? launch_product<Product<T, TRANSPOSED, 3, 192, RANKS>, Out>(op, stream)
+             : launch_product<Product<T, TRANSPOSED, 2, 256, RANKS>, Out>(op, stream);
 }
 
 template <class T, class Out>
 cudaError_t launch_order(const LowRankGemm& op, cudaStream_t stream) {
-  return op.transposed ? launch_product<Product<T, true>, Out>(op, stream)
-                       : launch_product<Product<T, false>, Out>(op, stream);
+  if (op.P.data)
+    return op.transposed ? launch_tile<T, Out, true, MADE_RANKS>(op, stream)
+                         : launch_tile<T, Out, false, MADE_RANKS>(op, stream);
+  return op.transposed ? launch_tile<T, Out, true, 0>(op, stream) : launch_tile<T, Out, false, 0>(op, stream);
 }
 
 }  // namespace
 
 bool lowrank_gemm_sm90_takes(const LowRankGemm& op) {
   constexpr int64_t most = int64_t{1} << 31;
-  const bool one_type =
-      op.Y.type == op.A.type && (!op.Z.data || op.Z.type == op.A.type) && (!op.bias.data || op.bias.type == op.A.type);
-  const bool sizes =
-      op.samples == 1 && op.N % 2 == 0 && op.R > 0 && op.K > 0 && op.M < most && op.N < most && op.K < most;
-  // TMA's rows must not overlap, and pairs of neighbours of Z must be aligned.
+  const bool one_type = op.Y.type == op.A.type && (!op.bias.data || op.bias.type == op.A.type);
+  const bool sizes = op.samples == 1 && op.N % 8 == 0 && op.R > 0 && op.K > 0 && op.M < most && op.N < most &&
+                     op.K < most && !op.Z.data && op.Y.row % 8 == 0;
+  // TMA's rows must not overlap.
   const bool rows = op.A.row >= op.K && op.H.row >= op.R && op.B.row >= (op.transposed ? op.K : op.N) &&
-                    op.T.row >= (op.transposed ? op.R : op.N) && op.Z.row % 2 == 0;
+                    op.T.row >= (op.transposed ? op.R : op.N);
   const bool fills = ceil_div(op.M, 128) * ceil_div(op.N, 256) >= multiprocessors() / 2;
   return op.A.type != Type::float32 && one_type && sizes && rows && fills;
 }

@@ -1,5 +1,7 @@
 // Copies operands into the form that the products read: their type, aligned rows, a sample's own adapter. Factors, and
 // whatever comes with odd strides.
+#include <algorithm>
+
 #include "launch.h"
 #include "tiles.cuh"
 
@@ -9,7 +11,8 @@ namespace {
 
 constexpr int THREADS = 256;
 
-__global__ void __launch_bounds__(THREADS) pack_kernel(const __grid_constant__ Pack op) {
+__global__ void __launch_bounds__(THREADS) pack_kernel(const __grid_constant__ Packs all) {
+  const Pack& op = all.of[blockIdx.y];
   const int64_t i = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
   if (i >= op.samples * op.rows * op.to.row) return;
   const int64_t column = i % op.to.row, row = i / op.to.row % op.rows, sample = i / op.to.row / op.rows;
@@ -22,10 +25,13 @@ __global__ void __launch_bounds__(THREADS) pack_kernel(const __grid_constant__ P
 
 }  // namespace
 
-cudaError_t pack(const Pack& op, cudaStream_t stream) {
-  const int64_t size = op.samples * op.rows * op.to.row;
-  if (size == 0) return cudaSuccess;
-  return launch<0>(pack_kernel, dim3(static_cast<unsigned>(ceil_div(size, THREADS))), THREADS, stream, op);
+cudaError_t pack(const Packs& all, cudaStream_t stream) {
+  int64_t largest = 0;
+  for (int i = 0; i < all.count; ++i)
+    largest = std::max(largest, all.of[i].samples * all.of[i].rows * all.of[i].to.row);
+  if (largest == 0) return cudaSuccess;
+  const dim3 grid(static_cast<unsigned>(ceil_div(largest, THREADS)), static_cast<unsigned>(all.count));
+  return launch<0>(pack_kernel, grid, THREADS, stream, all);
 }
 
 }  // namespace efft

@@ -23,7 +23,8 @@ inline void check(cudaError_t error) {
   STD_TORCH_CHECK(error == cudaSuccess, "efft, backend 'cuda': ", cudaGetErrorString(error));
 }
 
-// What a call launches on: the GPU of its tensors, current as long as this lives, and torch's stream there.
+// What a call launches on: the GPU of its tensors, current as long as this lives, and torch's stream there. Copies of
+// operands wait for the first kernel that may read them, so that one launch makes them all.
 class Launches {
  public:
   explicit Launches(const Tensor& on) {
@@ -39,11 +40,25 @@ class Launches {
   Launches(const Launches&) = delete;
   Launches& operator=(const Launches&) = delete;
 
-  cudaStream_t stream() const { return stream_; }
+  // Operands that were copied are there for what is launched on it.
+  cudaStream_t stream() const {
+    flush();
+    return stream_;
+  }
+  void pack(const Pack& op) const {
+    if (copies_.count == Packs::MOST) flush();
+    copies_.of[copies_.count++] = op;
+  }
 
  private:
+  void flush() const {
+    check(efft::pack(copies_, stream_));
+    copies_.count = 0;
+  }
+
   int before_ = 0;
   cudaStream_t stream_ = nullptr;
+  mutable Packs copies_;
 };
 
 inline Type type_of(ScalarType type) {
@@ -105,7 +120,7 @@ inline Tensor packed(
   if (adapter) op.adapter = static_cast<const int64_t*>(adapter->data_ptr());
   op.to = matrix(to);
   op.to.row = (op.columns + 7) / 8 * 8;
-  check(pack(op, launches.stream()));
+  launches.pack(op);
   return to;
 }
 

@@ -1,7 +1,8 @@
 // efft::tt_linear_{fwd,bwd}.cuda and, through a producer, the gelu and norm forms.
 //
-// Forward: h = x D in a pass over x that also is the producer, then y with the tail h G in its main loop. Backward: the
-// same two with gy, G^T and D^T for dh and dx (the GELU's slope in the epilogue), then dG and dD in one launch.
+// Forward: h = x D in a pass over x that also is the producer, then y with the tail h G in its main loop; without a
+// producer the product may make h itself. Backward: the same with gy, G^T and D^T for dh and dx (the GELU's slope in the
+// epilogue), then dG and dD in one launch.
 #include "tt_linear.h"
 
 namespace efft {
@@ -40,32 +41,36 @@ Linear linear_forward(const Tensor& x_, const Stage& stage, const Tensor& W, con
   const Tensor tail = right.tail(G, launches);
   const bool plain = stage.producer == Producer::none;
 
-  Project down;
-  down.M = x.size(0);
-  down.K = x.size(1);
-  down.R = D.size(1);
-  const Tensor h = empty_rows(W, {down.M}, down.R, type), a = plain ? x : empty_rows(W, {down.M}, down.K, type);
-  down.A = matrix(x);
-  down.P = matrix(P);
-  down.H = matrix(h);
-  if (!plain) down.out = matrix(a);
-  down.producer = stage.producer;
-  down.norm = norm_of(stage, gamma, beta);
-  check(project(down, launches.stream()));
-
-  const Tensor y = empty(W, {down.M, W.size(0)});
+  const int64_t tokens = x.size(0), rank = D.size(1);
+  const Tensor h = empty_rows(W, {tokens}, rank, type), a = plain ? x : empty_rows(W, {tokens}, x.size(1), type);
+  const Tensor y = empty(W, {tokens, W.size(0)});
   LowRankGemm product;
-  product.M = down.M;
+  product.M = tokens;
   product.N = W.size(0);
-  product.K = down.K;
-  product.R = down.R;
+  product.K = x.size(1);
+  product.R = rank;
   product.A = matrix(a);
   product.B = matrix(right.rows);
-  product.H = down.H;
+  product.H = matrix(h);
   product.T = matrix(tail);
   product.transposed = right.is_transposed;
   product.bias = vector_of(b);
   product.Y = matrix(y);
+  if (plain && lowrank_gemm_makes_h(product)) {
+    product.P = matrix(P);
+  } else {
+    Project down;
+    down.M = tokens;
+    down.K = x.size(1);
+    down.R = rank;
+    down.A = matrix(x);
+    down.P = matrix(P);
+    down.H = matrix(h);
+    if (!plain) down.out = matrix(a);
+    down.producer = stage.producer;
+    down.norm = norm_of(stage, gamma, beta);
+    check(project(down, launches.stream()));
+  }
   check(lowrank_gemm(product, launches.stream()));
   return {y, torch::stable::contiguous(h)};
 }
@@ -84,8 +89,8 @@ LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x
   const int64_t tokens = gy.size(0), d_in = D.size(0), d_out = G.size(1), rank = D.size(1);
 
   const Tensor dh = empty_rows(gy, {need_dx || need_dD ? tokens : 0}, rank, type);
-  if (need_dx || need_dD) {
-    const Tensor P = with_aligned_rows(G, type, launches);
+  const Tensor P = need_dx || need_dD ? with_aligned_rows(G, type, launches) : G;
+  const auto make_dh = [&] {
     Project down;
     down.M = tokens;
     down.K = d_out;
@@ -94,7 +99,7 @@ LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x
     down.P = matrix(P);
     down.H = matrix(dh);
     check(project(down, launches.stream()));
-  }
+  };
 
   Tensor dx = need_dx ? empty(like_x, {tokens, d_in}) : empty(like_x, {0});
   if (need_dx) {
@@ -116,9 +121,15 @@ LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x
     if (behind_gelu) product.Z = matrix(x);
     product.slope = stage.producer;
     product.Y = matrix(dn);
+    if (lowrank_gemm_makes_h(product))
+      product.P = matrix(P);
+    else
+      make_dh();
     check(lowrank_gemm(product, launches.stream()));
     if (behind_norm)
       check(layer_norm_backward({tokens, d_in, matrix(dn), matrix(x), matrix(dx), norm}, launches.stream()));
+  } else if (need_dD) {
+    make_dh();
   }
 
   const Tensor dD = need_dD ? empty(D, {d_in, rank}) : empty(D, {0});
