@@ -37,66 +37,71 @@ struct Norm {
   float eps = 0;
 };
 
-// Y = A B + bias + H T, and with Z: Y times the slope of the GELU at Z. With P, which lowrank_gemm_makes_h must allow, H
-// is A P.
+// Y = A B + bias + H T. With P, which lowrank_gemm_makes_h must allow, H is A P.
 struct LowRankGemm {
   int64_t samples = 1, M = 0, N = 0, K = 0, R = 0;
-  Matrix A;                         // [samples, M, K]
-  Matrix B;                         // [K, N], or transposed [N, K]
-  Matrix H;                         // [samples, M, R]; read, or with P written
-  Matrix P;                         // [R, K]; null: H is there
-  Matrix T;                         // [samples, R, N], or transposed [samples, N, R]
-  bool transposed = false;          // B and T
-  Vector bias;                      // [N]
-  Matrix Z;                         // [M, N], in the type of Y; null: no GELU
-  Producer slope = Producer::none;  // of Z
-  Matrix Y;                         // [samples, M, N]; rows need no alignment
+  Matrix A;                 // [samples, M, K]
+  Matrix B;                 // [K, N], or transposed [N, K]
+  Matrix H;                 // [samples, M, R]; read, or with P written
+  Matrix P;                 // [R, K]; null: H is there
+  Matrix T;                 // [samples, R, N], or transposed [samples, N, R]
+  bool transposed = false;  // B and T
+  Vector bias;              // [N]
+  Matrix Y;                 // [samples, M, N]; rows need no alignment
 };
 bool lowrank_gemm_makes_h(const LowRankGemm& op);
 cudaError_t lowrank_gemm(const LowRankGemm& op, cudaStream_t stream);
 
-// H = A P, or H = out P with out = producer(A).
+// H = A P.
 struct Project {
   int64_t samples = 1, M = 0, K = 0, R = 0;
-  Matrix A;    // [samples, M, K]; with a producer in float32 or in the type of H
-  Matrix P;    // [samples, R, K]
-  Matrix H;    // [samples, M, R]
-  Matrix out;  // [M, K], in the type of H; null without a producer
-  Producer producer = Producer::none;
-  Norm norm;  // its mean and rstd are written
+  Matrix A;  // [samples, M, K]
+  Matrix P;  // [samples, R, K]
+  Matrix H;  // [samples, M, R]
 };
 cudaError_t project(const Project& op, cudaStream_t stream);
 
-// dG = h^T gy and dD = x^T dh in float, each over all tokens; x is read through its producer.
+// dG = h^T gy and dD = x^T dh in float, each over all tokens.
 struct ReduceTokens {
   int64_t tokens = 0, rank = 0;
-  int64_t d_out = 0;   // 0: no dG
-  int64_t d_in = 0;    // 0: no dD
-  Matrix gy;           // [tokens, d_out]
-  Matrix h;            // [tokens, rank]
-  Matrix x;            // [tokens, d_in]; with a producer in float32 or in the type of dh
-  Matrix dh;           // [tokens, rank]
-  void* dG = nullptr;  // [rank, d_out], contiguous
-  void* dD = nullptr;  // [d_in, rank], contiguous
-  Type factors_G{};    // type of dG
-  Type factors_D{};    // type of dD
-  Producer producer = Producer::none;
-  Norm norm;                  // its mean and rstd are read
+  int64_t d_out = 0;          // 0: no dG
+  int64_t d_in = 0;           // 0: no dD
+  Matrix gy;                  // [tokens, d_out]
+  Matrix h;                   // [tokens, rank]
+  Matrix x;                   // [tokens, d_in]
+  Matrix dh;                  // [tokens, rank]
+  void* dG = nullptr;         // [rank, d_out], contiguous
+  void* dD = nullptr;         // [d_in, rank], contiguous
+  Type factors_G{};           // type of dG
+  Type factors_D{};           // type of dD
   int64_t splits = 1;         // ranges of tokens; reduce_tokens_splits(op) fill the GPU
   float* partials = nullptr;  // [splits, rank * d_out + d_in * rank]
 };
 int64_t reduce_tokens_splits(const ReduceTokens& op);
 cudaError_t reduce_tokens(const ReduceTokens& op, cudaStream_t stream);
 
-// dx of a layer norm from dn, the gradient of what it puts out.
-struct LayerNormBackward {
+// out = producer(x).
+struct Produce {
   int64_t rows = 0, columns = 0;
-  Matrix dn;  // [rows, columns]
-  Matrix x;   // [rows, columns]
-  Matrix dx;  // [rows, columns]; rows need no alignment
-  Norm norm;
+  Matrix x;    // [rows, columns], in float32 or in the type of out
+  Matrix out;  // [rows, columns]
+  Producer producer = Producer::none;
+  Norm norm;  // its mean and rstd are written
 };
-cudaError_t layer_norm_backward(const LayerNormBackward& op, cudaStream_t stream);
+cudaError_t produce(const Produce& op, cudaStream_t stream);
+
+// dx from dout, the gradient of what the producer put out, and that again.
+struct ProduceBackward {
+  int64_t rows = 0, columns = 0;
+  Matrix x;     // [rows, columns], in float32 or in `type`
+  Matrix dout;  // [rows, columns], in `type`
+  Matrix dx;    // [rows, columns], in the type of x; null: not wanted. Rows need no alignment
+  Matrix out;   // [rows, columns], in `type`; null: not wanted
+  Type type{};
+  Producer producer = Producer::none;
+  Norm norm;  // its mean and rstd are read
+};
+cudaError_t produce_backward(const ProduceBackward& op, cudaStream_t stream);
 
 // to = from in another type, order or alignment; what lies between columns and to.row becomes zero.
 struct Pack {

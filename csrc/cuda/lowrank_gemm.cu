@@ -8,7 +8,7 @@
 #include "accumulator.cuh"
 #include "launch.h"
 #include "lowrank_gemm_sm90.h"
-#include "producers.cuh"
+#include "tiles.cuh"
 
 namespace efft {
 
@@ -39,10 +39,7 @@ __device__ Place place_of(const LowRankGemm& op, int64_t block) {
 __device__ void write_sums(
     const LowRankGemm& op, const Place& at, int64_t row, int64_t column, float first, float second) {
   if (row >= op.M || column >= op.N) return;
-  const auto finished = [&](float y, int64_t n) {
-    if (op.bias.data) y += read(op.bias, n);
-    return op.Z.data ? y * gelu_slope(read(vector_of(op.Z), row * op.Z.row + n), op.slope) : y;
-  };
+  const auto finished = [&](float y, int64_t n) { return op.bias.data ? y + read(op.bias, n) : y; };
   const int64_t place = at.sample * op.Y.sample + row * op.Y.row + column;
   const bool both = column + 1 < op.N;
   first = finished(first, column);

@@ -43,12 +43,12 @@ struct Product {
   using R = Int<RANKS == 0 ? 32 : RANKS>;
   static constexpr GMMA::Major MAJOR = TRANSPOSED ? GMMA::Major::K : GMMA::Major::MN;
   using Groups = Layout<Shape<Int<GROUPS>, _1, _1>>;
-  using Mma = decltype(make_tiled_mma(
-      GMMA::ss_op_selector<T, T, float, Shape<M, N, K>, GMMA::Major::K, MAJOR>(), Groups{}));
+  using Mma =
+      decltype(make_tiled_mma(GMMA::ss_op_selector<T, T, float, Shape<M, N, K>, GMMA::Major::K, MAJOR>(), Groups{}));
   using MmaH = decltype(make_tiled_mma(
       GMMA::ss_op_selector<T, T, float, Shape<M, R, K>, GMMA::Major::K, GMMA::Major::K>(), Groups{}));
-  using MmaTail = decltype(make_tiled_mma(
-      GMMA::rs_op_selector<T, T, float, Shape<M, N, R>, GMMA::Major::K, MAJOR>(), Groups{}));
+  using MmaTail =
+      decltype(make_tiled_mma(GMMA::rs_op_selector<T, T, float, Shape<M, N, R>, GMMA::Major::K, MAJOR>(), Groups{}));
   using AtomK = GMMA::Layout_K_SW128_Atom<T>;
   using AtomB = std::conditional_t<TRANSPOSED, AtomK, GMMA::Layout_MN_SW128_Atom<T>>;
   using LayoutA = decltype(tile_to_shape(AtomK{}, Shape<M, K, Int<STAGES>>{}));
@@ -178,8 +178,7 @@ __device__ void produce_tiles(
         if constexpr (P::RANKS > 0) {
           const Tensor p = make_tensor(make_smem_ptr(shared.p.data()), typename P::LayoutP{});
           const auto part_p = from.factor.get_slice(rank);
-          const auto from_p =
-              cut(from.factor, part_p, R, K, Shape<typename P::R, typename P::K>{}, 0);
+          const auto from_p = cut(from.factor, part_p, R, K, Shape<typename P::R, typename P::K>{}, 0);
           auto to_p = part_p.partition_D(p);
           copy(from.factor.with(barrier, both), from_p(_, _, _, step), to_p(_, _, _, stage));
         }
@@ -247,8 +246,8 @@ __device__ void multiply_tiles(const LowRankGemm& op, const Tiles& tiles, typena
   Tensor y = partition_fragment_C(mma, Shape<typename P::M, typename P::N>{});
   Tensor h = partition_fragment_C(mma_h, Shape<typename P::M, typename P::R>{});
   // The sums of 16 columns of H lie in registers as the left operand of a product over them does.
-  Tensor h_left = make_tensor<typename P::T>(
-      make_layout(make_shape(Shape<_2, _2, _2>{}, _1{}, Int<typename P::R{} / 16>{})));
+  Tensor h_left =
+      make_tensor<typename P::T>(make_layout(make_shape(Shape<_2, _2, _2>{}, _1{}, Int<typename P::R{} / 16>{})));
 
   Place place;
   const auto release = [&](int stage) {
@@ -305,8 +304,7 @@ __device__ void multiply_tiles(const LowRankGemm& op, const Tiles& tiles, typena
       warpgroup_fence_operand(h_left);
       warpgroup_arrive();
 #pragma unroll
-      for (int k = 0; k < size<2>(h_left); ++k)
-        gemm(mma_tail, h_left(_, _, k), right_tail(_, _, k, place.stage), y);
+      for (int k = 0; k < size<2>(h_left); ++k) gemm(mma_tail, h_left(_, _, k), right_tail(_, _, k, place.stage), y);
       warpgroup_commit_batch();
       warpgroup_wait<0>();
       warpgroup_fence_operand(y);
@@ -355,8 +353,8 @@ cudaError_t launch_product(const LowRankGemm& op, cudaStream_t stream) {
       P::copy_p(factor, R, P::RANKS > 0 ? K : R)};
   const Tiles tiles = Tiles::of<P>(op);
   const int pairs = std::min(tiles.count(), multiprocessors() / PAIR);
-  return launch<sizeof(typename P::Shared), SHARED_OF_SM90>(lowrank_gemm_sm90_kernel<P, Out>,
-      dim3(static_cast<unsigned>(PAIR * pairs)), P::THREADS, stream, from, op, tiles);
+  return launch<sizeof(typename P::Shared), SHARED_OF_SM90>(
+      lowrank_gemm_sm90_kernel<P, Out>, dim3(static_cast<unsigned>(PAIR * pairs)), P::THREADS, stream, from, op, tiles);
 }
 
 // Time of whole waves of tiles, in elements of output.
@@ -386,7 +384,7 @@ bool lowrank_gemm_sm90_takes(const LowRankGemm& op) {
   constexpr int64_t most = int64_t{1} << 31;
   const bool one_type = op.Y.type == op.A.type && (!op.bias.data || op.bias.type == op.A.type);
   const bool sizes = op.samples == 1 && op.N % 8 == 0 && op.R > 0 && op.K > 0 && op.M < most && op.N < most &&
-                     op.K < most && !op.Z.data && op.Y.row % 8 == 0;
+                     op.K < most && op.Y.row % 8 == 0;
   // TMA's rows must not overlap.
   const bool rows = op.A.row >= op.K && op.H.row >= op.R && op.B.row >= (op.transposed ? op.K : op.N) &&
                     op.T.row >= (op.transposed ? op.R : op.N);

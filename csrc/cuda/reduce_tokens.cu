@@ -7,7 +7,6 @@
 
 #include "accumulator.cuh"
 #include "launch.h"
-#include "producers.cuh"
 
 namespace efft {
 
@@ -18,12 +17,11 @@ constexpr int COLUMNS = 64, TOKENS = 32, STAGES = 3, WARPS = 4;
 template <class T, int RANKS>
 using Sums = Accumulator<T, COLUMNS, RANKS, TOKENS, WARPS, 1, Order::sum_first, Order::sum_first>;
 
-template <class T, class X, int RANKS, bool PRODUCED>
+template <class T, int RANKS>
 struct Layout {
   using Tiles = Sums<T, RANKS>;
-  using Raw = Tile<X, TOKENS, COLUMNS>;
-  static constexpr int STAGE = Raw::BYTES + Tiles::B::BYTES;
-  static constexpr int BYTES = STAGES * STAGE + (PRODUCED ? 2 * Tiles::A::BYTES : 0);
+  static constexpr int STAGE = Tiles::A::BYTES + Tiles::B::BYTES;
+  static constexpr int BYTES = STAGES * STAGE;
 };
 
 // Tokens of one range, whole tiles.
@@ -32,28 +30,22 @@ __host__ __device__ inline int64_t range(int64_t tokens, int64_t splits) {
 }
 
 // f(column, rank, sum, sum of the next rank) over tokens begin .. end - 1.
-template <class T, class X, int RANKS, bool PRODUCED, class F>
-__device__ void sum_over_tokens(const ReduceTokens& op, const Source<X>& wide, const Source<T>& thin, int64_t begin,
-    int64_t end, int64_t column, int64_t rank, const F& f) {
-  using Memory = Layout<T, X, RANKS, PRODUCED>;
+template <class T, int RANKS, class F>
+__device__ void sum_over_tokens(const Source<T>& wide, const Source<T>& thin, int64_t begin, int64_t end,
+    int64_t column, int64_t rank, const F& f) {
+  using Memory = Layout<T, RANKS>;
   using Tiles = typename Memory::Tiles;
   unsigned char* const shared = shared_memory();
-  const auto raw = [&](int64_t step) {
-    return typename Memory::Raw{reinterpret_cast<X*>(shared + step % STAGES * Memory::STAGE)};
+  const auto left = [&](int64_t step) {
+    return typename Tiles::A{reinterpret_cast<T*>(shared + step % STAGES * Memory::STAGE)};
   };
   const auto right = [&](int64_t step) {
-    return typename Tiles::B{reinterpret_cast<T*>(shared + step % STAGES * Memory::STAGE + Memory::Raw::BYTES)};
-  };
-  const auto left = [&](int64_t step) {
-    if constexpr (PRODUCED)
-      return typename Tiles::A{reinterpret_cast<T*>(shared + STAGES * Memory::STAGE + step % 2 * Tiles::A::BYTES)};
-    else
-      return raw(step);
+    return typename Tiles::B{reinterpret_cast<T*>(shared + step % STAGES * Memory::STAGE + Tiles::A::BYTES)};
   };
   const int64_t steps = begin < end ? (end - begin + TOKENS - 1) / TOKENS : 0;
   const auto fetch_step = [&](int64_t step) {
     if (step < steps) {
-      fetch<Tiles::THREADS>(raw(step), wide, begin + step * TOKENS, column);
+      fetch<Tiles::THREADS>(left(step), wide, begin + step * TOKENS, column);
       fetch<Tiles::THREADS>(right(step), thin, begin + step * TOKENS, rank);
     }
     commit_copies();
@@ -62,20 +54,18 @@ __device__ void sum_over_tokens(const ReduceTokens& op, const Source<X>& wide, c
   Tiles sums;
   for (int64_t step = 0; step < steps; ++step) {
     wait_copies<STAGES - 2>();
-    if constexpr (PRODUCED)
-      produce<Tiles::THREADS>(raw(step), left(step), op.producer, op.norm, wide, begin + step * TOKENS, column);
     __syncthreads();  // this step's tiles are there, and nobody reads the last one's
     fetch_step(step + STAGES - 1);
     sums.add(left(step), right(step));
   }
   sums.each_pair([&](int c, int r, float first, float second) {
     if (column + c >= wide.columns) return;
-    if (rank + r < op.rank) f(column + c, rank + r, first);
-    if (rank + r + 1 < op.rank) f(column + c, rank + r + 1, second);
+    if (rank + r < thin.columns) f(column + c, rank + r, first);
+    if (rank + r + 1 < thin.columns) f(column + c, rank + r + 1, second);
   });
 }
 
-template <class T, class X, int RANKS, bool PRODUCED>
+template <class T, int RANKS>
 __global__ void __launch_bounds__(WARPS * 32) reduce_tokens_kernel(const __grid_constant__ ReduceTokens op) {
   const int64_t blocks_G = (op.d_out + COLUMNS - 1) / COLUMNS, split = blockIdx.y;
   const int64_t tokens = range(op.tokens, op.splits), begin = split * tokens;
@@ -85,12 +75,11 @@ __global__ void __launch_bounds__(WARPS * 32) reduce_tokens_kernel(const __grid_
   float* const partial_D = partial_G + size_G;
   if (blockIdx.x < blocks_G) {
     const Source<T> gy = source<T>(op.gy, 0, end, op.d_out), h = source<T>(op.h, 0, end, op.rank);
-    sum_over_tokens<T, T, RANKS, false>(op, gy, h, begin, end, static_cast<int64_t>(blockIdx.x) * COLUMNS, rank,
+    sum_over_tokens<T, RANKS>(gy, h, begin, end, static_cast<int64_t>(blockIdx.x) * COLUMNS, rank,
         [&](int64_t column, int64_t r, float sum) { partial_G[r * op.d_out + column] = sum; });
   } else {
-    const Source<X> x = source<X>(op.x, 0, end, op.d_in);
-    const Source<T> dh = source<T>(op.dh, 0, end, op.rank);
-    sum_over_tokens<T, X, RANKS, PRODUCED>(op, x, dh, begin, end, (blockIdx.x - blocks_G) * COLUMNS, rank,
+    const Source<T> x = source<T>(op.x, 0, end, op.d_in), dh = source<T>(op.dh, 0, end, op.rank);
+    sum_over_tokens<T, RANKS>(x, dh, begin, end, (blockIdx.x - blocks_G) * COLUMNS, rank,
         [&](int64_t column, int64_t r, float sum) { partial_D[column * op.rank + r] = sum; });
   }
 }
@@ -113,25 +102,18 @@ int64_t column_blocks(const ReduceTokens& op) {
   return ceil_div(op.d_out, COLUMNS) + ceil_div(op.d_in, COLUMNS);
 }
 
-template <class T, class X, int RANKS, bool PRODUCED>
+template <class T, int RANKS>
 cudaError_t launch_ranks(const ReduceTokens& op, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(column_blocks(op)), static_cast<unsigned>(op.splits),
       static_cast<unsigned>(ceil_div(op.rank, RANKS)));
-  constexpr int BYTES = std::max(Layout<T, T, RANKS, false>::BYTES, Layout<T, X, RANKS, PRODUCED>::BYTES);
-  return launch<BYTES>(reduce_tokens_kernel<T, X, RANKS, PRODUCED>, grid, WARPS * 32, stream, op);
-}
-
-template <class T, class X, bool PRODUCED>
-cudaError_t launch_type(const ReduceTokens& op, cudaStream_t stream) {
-  if (op.rank <= 32) return launch_ranks<T, X, 32, PRODUCED>(op, stream);
-  if (op.rank <= 64) return launch_ranks<T, X, 64, PRODUCED>(op, stream);
-  return launch_ranks<T, X, 128, PRODUCED>(op, stream);
+  return launch<Layout<T, RANKS>::BYTES>(reduce_tokens_kernel<T, RANKS>, grid, WARPS * 32, stream, op);
 }
 
 template <class T>
-cudaError_t launch_producer(const ReduceTokens& op, cudaStream_t stream) {
-  if (op.producer == Producer::none) return launch_type<T, T, false>(op, stream);
-  return op.x.type == op.dh.type ? launch_type<T, T, true>(op, stream) : launch_type<T, float, true>(op, stream);
+cudaError_t launch_type(const ReduceTokens& op, cudaStream_t stream) {
+  if (op.rank <= 32) return launch_ranks<T, 32>(op, stream);
+  if (op.rank <= 64) return launch_ranks<T, 64>(op, stream);
+  return launch_ranks<T, 128>(op, stream);
 }
 
 }  // namespace
@@ -145,9 +127,9 @@ cudaError_t reduce_tokens(const ReduceTokens& op, cudaStream_t stream) {
   const int64_t size = op.rank * (op.d_out + op.d_in);
   if (size == 0) return cudaSuccess;
   const Type type = op.d_in ? op.dh.type : op.h.type;
-  const cudaError_t error = type == Type::float32    ? launch_producer<float>(op, stream)
-                            : type == Type::bfloat16 ? launch_producer<bf16>(op, stream)
-                                                     : launch_producer<fp16>(op, stream);
+  const cudaError_t error = type == Type::float32    ? launch_type<float>(op, stream)
+                            : type == Type::bfloat16 ? launch_type<bf16>(op, stream)
+                                                     : launch_type<fp16>(op, stream);
   if (error != cudaSuccess) return error;
   const dim3 grid(static_cast<unsigned>(ceil_div(size, FINISH_THREADS)));
   return launch<0>(finish_kernel, grid, FINISH_THREADS, stream, op);

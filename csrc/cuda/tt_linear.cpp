@@ -1,8 +1,8 @@
 // efft::tt_linear_{fwd,bwd}.cuda and, through a producer, the gelu and norm forms.
 //
-// Forward: h = x D in a pass over x that also is the producer, then y with the tail h G in its main loop; without a
-// producer the product may make h itself. Backward: the same with gy, G^T and D^T for dh and dx (the GELU's slope in the
-// epilogue), then dG and dD in one launch.
+// Forward: what the producer puts out (without one, x), then y, whose product makes h itself or finds it there.
+// Backward: the same product with gy, G^T and D^T for dh and the gradient of what was put out, the producer's backward,
+// then dG and dD in one launch.
 #include "tt_linear.h"
 
 namespace efft {
@@ -41,13 +41,23 @@ Linear linear_forward(const Tensor& x_, const Stage& stage, const Tensor& W, con
   const Tensor tail = right.tail(G, launches);
   const bool plain = stage.producer == Producer::none;
 
-  const int64_t tokens = x.size(0), rank = D.size(1);
-  const Tensor h = empty_rows(W, {tokens}, rank, type), a = plain ? x : empty_rows(W, {tokens}, x.size(1), type);
+  const int64_t tokens = x.size(0), d_in = x.size(1), rank = D.size(1);
+  const Tensor h = empty_rows(W, {tokens}, rank, type), a = plain ? x : empty_rows(W, {tokens}, d_in, type);
+  if (!plain) {
+    Produce op;
+    op.rows = tokens;
+    op.columns = d_in;
+    op.x = matrix(x);
+    op.out = matrix(a);
+    op.producer = stage.producer;
+    op.norm = norm_of(stage, gamma, beta);
+    check(produce(op, launches.stream()));
+  }
   const Tensor y = empty(W, {tokens, W.size(0)});
   LowRankGemm product;
   product.M = tokens;
   product.N = W.size(0);
-  product.K = x.size(1);
+  product.K = d_in;
   product.R = rank;
   product.A = matrix(a);
   product.B = matrix(right.rows);
@@ -56,19 +66,16 @@ Linear linear_forward(const Tensor& x_, const Stage& stage, const Tensor& W, con
   product.transposed = right.is_transposed;
   product.bias = vector_of(b);
   product.Y = matrix(y);
-  if (plain && lowrank_gemm_makes_h(product)) {
+  if (lowrank_gemm_makes_h(product)) {
     product.P = matrix(P);
   } else {
     Project down;
     down.M = tokens;
-    down.K = x.size(1);
+    down.K = d_in;
     down.R = rank;
-    down.A = matrix(x);
+    down.A = matrix(a);
     down.P = matrix(P);
     down.H = matrix(h);
-    if (!plain) down.out = matrix(a);
-    down.producer = stage.producer;
-    down.norm = norm_of(stage, gamma, beta);
     check(project(down, launches.stream()));
   }
   check(lowrank_gemm(product, launches.stream()));
@@ -85,7 +92,6 @@ LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x
   const bool reads_x = x_.has_value() && (need_dD || stage.producer != Producer::none);
   const Tensor x = reads_x ? with_readable_rows(*x_, stage, type, launches) : gy;
   const Tensor like_x = x_.has_value() ? *x_ : gy_;
-  const Norm norm = norm_of(stage, gamma, beta);
   const int64_t tokens = gy.size(0), d_in = D.size(0), d_out = G.size(1), rank = D.size(1);
 
   const Tensor dh = empty_rows(gy, {need_dx || need_dD ? tokens : 0}, rank, type);
@@ -101,11 +107,11 @@ LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x
     check(project(down, launches.stream()));
   };
 
-  Tensor dx = need_dx ? empty(like_x, {tokens, d_in}) : empty(like_x, {0});
+  // The gradient of what the products read, which without a producer is x.
+  const bool plain = stage.producer == Producer::none;
+  const Tensor dx = need_dx ? empty(like_x, {tokens, d_in}) : empty(like_x, {0});
+  const Tensor da = !need_dx ? dx : plain ? dx : empty_rows(gy, {tokens}, d_in, type);
   if (need_dx) {
-    const bool behind_norm = stage.producer == Producer::norm,
-               behind_gelu = !behind_norm && reads_x && stage.producer != Producer::none;
-    const Tensor dn = behind_norm ? empty(gy, {tokens, d_in}) : dx;
     const Right right(*W, launches);
     const Tensor tail = right.tail(transposed(D), launches);
     LowRankGemm product;
@@ -118,18 +124,28 @@ LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x
     product.H = matrix(dh);
     product.T = matrix(tail);
     product.transposed = right.is_transposed;
-    if (behind_gelu) product.Z = matrix(x);
-    product.slope = stage.producer;
-    product.Y = matrix(dn);
+    product.Y = matrix(da);
     if (lowrank_gemm_makes_h(product))
       product.P = matrix(P);
     else
       make_dh();
     check(lowrank_gemm(product, launches.stream()));
-    if (behind_norm)
-      check(layer_norm_backward({tokens, d_in, matrix(dn), matrix(x), matrix(dx), norm}, launches.stream()));
   } else if (need_dD) {
     make_dh();
+  }
+  const Tensor a = plain || !need_dD ? x : empty_rows(gy, {tokens}, d_in, type);
+  if (!plain && (need_dx || need_dD)) {
+    ProduceBackward op;
+    op.rows = tokens;
+    op.columns = d_in;
+    op.x = matrix(x);
+    op.dout = matrix(da);
+    if (need_dx) op.dx = matrix(dx);
+    if (need_dD) op.out = matrix(a);
+    op.type = type_of(type);
+    op.producer = stage.producer;
+    op.norm = norm_of(stage, gamma, beta);
+    check(produce_backward(op, launches.stream()));
   }
 
   const Tensor dD = need_dD ? empty(D, {d_in, rank}) : empty(D, {0});
@@ -147,12 +163,10 @@ LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x
   }
   if (need_dD) {
     sums.d_in = d_in;
-    sums.x = matrix(x);
+    sums.x = matrix(a);
     sums.dh = matrix(dh);
     sums.dD = dD.data_ptr();
     sums.factors_D = type_of(D);
-    sums.producer = stage.producer;
-    sums.norm = norm;
   }
   sums.splits = reduce_tokens_splits(sums);
   const Tensor partials = empty(gy, {sums.splits * rank * (sums.d_out + sums.d_in)}, ScalarType::Float);

@@ -18,6 +18,8 @@
 #define threadIdx (emulation::thread_index())
 #define blockIdx (emulation::block_index())
 #define __syncthreads() emulation::wait_for_block(__LINE__)
+#define __expf(x) std::exp(x)
+#define __fdividef(a, b) ((a) / (b))
 #define __shfl_xor_sync(mask, value, other) emulation::exchange(mask, value, other)
 
 namespace emulation {
