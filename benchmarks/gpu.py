@@ -61,6 +61,7 @@ def jobs(device: str, quick: bool, results: Path | None) -> list[Job]:
         *first,
         bench("layers of ViT-B, bf16", 0.25, "ops --model vit_b --images 64 --rank 32 --dtype bfloat16"),
         bench("training step of ViT-B, bf16", 0.25, "model --dtype bfloat16"),
+        bench("training step of ViT-B, bf16, CUDA graphs", 0.25, "model --dtype bfloat16 --cuda-graphs"),
         bench("memory of ViT-B, bf16", 0.2, "memory --level model --batch 64 --dtype bfloat16"),
         *([_choice(results)] if device.startswith("cuda") else []),
         bench("layers of ViT-B, bf16, by rank", 0.2, "ops --model vit_b --images 64 --rank 8 16 64 --dtype bfloat16"),
@@ -137,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     outcomes = run_all(jobs(args.device, args.quick, args.results), args.budget)
     print()
     for name, outcome in outcomes.items():
-        print(f"{name:<42}{outcome}")
+        print(f"{name:<43}{outcome}")
     return int(any(outcome.startswith("failed") for outcome in outcomes.values()))
 
 

@@ -65,16 +65,17 @@ def _modelled(
 
 def model_ratios(lines: Sequence[Line]) -> Pictures:
     """Bars by row: a training step of a whole model."""
-    for key, run in newest_runs(lines, ["device", "model", "batch", "rank", "dtype"]).items():
-        _, model, batch, rank, dtype = key
+    for key, run in newest_runs(lines, ["device", "model", "batch", "rank", "dtype", "cuda_graphs"]).items():
+        _, model, batch, rank, dtype, graphs = key
         rows = _measured_rows(run)
         if not rows:
             continue
-        figure, axes = _new(f"training step of {model}, batch {batch}, rank {rank}, {dtype}", run)
+        title = f"training step of {model}, batch {batch}, rank {rank}, {dtype}{', CUDA graphs' if graphs else ''}"
+        figure, axes = _new(title, run)
         ratios = [line["ratio"] for row in rows for line in run if line["row"] == row]
         _bars(axes, range(len(rows)), ratios, 0.8, "measured")
         _finish_ratios(axes, rows, 0)
-        yield "_".join(["model", *map(str, key)]), figure
+        yield "_".join(["model", *map(str, key[:-1]), *(["graphs"] if graphs else [])]), figure
 
 
 def scaling(lines: Sequence[Line]) -> Pictures:

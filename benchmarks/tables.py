@@ -42,16 +42,19 @@ _RANK = 32
 
 
 def newest_runs(lines: Iterable[Line], fields: Sequence[str]) -> dict[tuple[Any, ...], list[Line]]:
-    """The lines of the newest run (runs are told apart by their date) for each combination of values of ``fields``."""
+    """The lines of the newest run (runs are told apart by their date) for each combination of values of ``fields``.
+
+    A field that a line does not have is False there.
+    """
     groups: dict[tuple[Any, ...], list[Line]] = {}
     for line in lines:
-        groups.setdefault(tuple(line.get(field) for field in fields), []).append(line)
+        groups.setdefault(tuple(line.get(field, False) for field in fields), []).append(line)
     return {key: [line for line in group if line["date"] == group[-1]["date"]] for key, group in groups.items()}
 
 
 def newest(name: str, **wanted: object) -> dict[str, list[Line]]:
     """By dtype, the lines of the newest run in ``<name>.jsonl`` among those whose fields are as ``wanted``."""
-    lines = (x for x in read(name) if all(x.get(field) == value for field, value in wanted.items()))
+    lines = (x for x in read(name) if all(x.get(field, False) == value for field, value in wanted.items()))
     return {dtype: run for (dtype,), run in newest_runs(lines, ["dtype"]).items()}
 
 
@@ -61,9 +64,9 @@ def read(name: str, folder: Path | None = None) -> list[Line]:
     return record.read(path) if path.exists() else []
 
 
-def train_step(device: str) -> str:
+def train_step(device: str, cuda_graphs: bool = False) -> str:
     """A training step of ViT-B/16: ratios to the floor of the same repetition, and images/s."""
-    runs = newest("model", model=_VIT_B, device=device)
+    runs = newest("model", model=_VIT_B, device=device, cuda_graphs=cuda_graphs)
     if not runs:
         return NOTHING
     header = ["step of", *(f"{dtype}, {what}" for dtype in runs for what in ("time / floor", "images/s"))]
@@ -157,6 +160,7 @@ def demo() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     **{make.__name__: partial(make, "cpu") for make in (train_step, ops, memory, serve)},
     **{f"{make.__name__}_gpu": partial(make, "cuda") for make in (train_step, ops, memory, serve)},
+    "train_step_gpu_graphs": partial(train_step, "cuda", cuda_graphs=True),
     "demo": demo,
 }
 

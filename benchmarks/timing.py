@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -38,15 +42,13 @@ def time_rows(
                 run()
         return _rounds(rows, repeats, _wall_clock)
 
-    stream = torch.cuda.Stream()  # a capture may not touch the default stream, nor depend on work that did
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    if cuda_graphs:
+        rows = {name: Captured.of(run, warmup) for name, run in rows.items()}
+    with _side_stream():
         for _ in range(warmup):
             for run in rows.values():
                 run()
         torch.cuda.synchronize()
-        if cuda_graphs:
-            rows = {name: _captured(run, stream) for name, run in rows.items()}
         scratch = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device) if flush_l2 else None
 
         def events(run: Callable[[], object]) -> float:
@@ -62,6 +64,44 @@ def time_rows(
             return start.elapsed_time(end) / 1e3
 
         return _rounds(rows, repeats, events)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A call captured in a CUDA graph, which replays it when called.
+
+    Attributes:
+        run: the call; it owns tensors that the graph reads and writes.
+        graph: its kernels.
+    """
+
+    run: Callable[[], object]
+    graph: torch.cuda.CUDAGraph
+
+    @classmethod
+    def of(cls, run: Callable[[], object], warmup: int = 2, pool: Any = None) -> Captured:
+        """Captures ``run`` after ``warmup`` calls of it.
+
+        ``pool`` is that of another graph (``graph.pool()``) to share its memory, for calls that leave nothing of what
+        they allocate behind. A capture that fails may leave it in use.
+
+        Raises:
+            RuntimeError: ``run`` does what no graph can capture, such as wait for the device.
+        """
+        graph = torch.cuda.CUDAGraph()
+        with _side_stream():
+            for _ in range(warmup):
+                run()
+            try:
+                with torch.cuda.graph(graph, pool, _stream()):
+                    run()
+            except RuntimeError as error:
+                cause = error.__context__ or error  # the end of the capture fails in turn
+                raise RuntimeError(f"no CUDA graph can capture it: {cause}") from error
+        return cls(run, graph)
+
+    def __call__(self) -> None:
+        self.graph.replay()
 
 
 def ratios(samples: Samples, floor: str = "floor") -> Samples:
@@ -87,8 +127,13 @@ def _wall_clock(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _captured(run: Callable[[], object], stream: torch.cuda.Stream) -> Callable[[], object]:
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        run()
-    return graph.replay
+@functools.cache
+def _stream() -> torch.cuda.Stream:
+    """One for all rows, since the vendor's library keeps a workspace for each."""
+    return torch.cuda.Stream()
+
+
+def _side_stream() -> AbstractContextManager[object]:
+    """A capture may not touch the default stream, nor depend on work that did."""
+    _stream().wait_stream(torch.cuda.current_stream())
+    return torch.cuda.stream(_stream())

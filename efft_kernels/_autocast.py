@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -18,14 +19,16 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type)
 
 
-def autocast_like_linear(*tensors: Any) -> Any:
-    """``tensors`` (any may be None) cast as autocast casts the arguments of torch's linear; those in fp64 stay."""
-    dtypes = (None if t is None or t.dtype == torch.float64 else autocast_dtype(t.device) for t in tensors)
-    return tuple(t if t is None or dtype is None else t.to(dtype) for t, dtype in zip(tensors, dtypes, strict=True))
+def autocast_like_linear(first: Tensor, *others: Tensor | None) -> Any:
+    """Tensors of one device cast as autocast casts the arguments of torch's linear; those in fp64 stay."""
+    dtype = autocast_dtype(first.device)
+    if dtype is None:
+        return first, *others
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (first, *others))
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[None]:
     """A context in which nothing on ``device`` is cast."""
-    if device.type == "meta":
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):  # entering it costs more than asking
         return nullcontext()
     return torch.autocast(device.type, enabled=False)

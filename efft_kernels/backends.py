@@ -169,8 +169,10 @@ def resolve(
 def _fastest(op: str, sizes: tuple[int, int, int, int], *tensors: Tensor | None) -> Backend | None:
     """What measured fastest of those that run on this GPU, the vendor's products among them; None: unmeasured."""
     W = next(t for t in tensors if t is not None)
+    if W.device.type != "cuda":
+        return None
     able = [b for b in (Backend.EAGER, Backend.TRITON, Backend.CUDA) if can_run(b, *tensors) is None]
-    if W.device.type != "cuda" or len(able) < 2:
+    if len(able) < 2:
         return None
     capability = torch.cuda.get_device_capability(W.device)[0]
     dtype = str(W.dtype).removeprefix("torch.")

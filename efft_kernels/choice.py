@@ -103,7 +103,8 @@ def nearest(case: Case, rows: Sequence[Row]) -> Row | None:
     def layer(c: Case) -> tuple[Any, ...]:
         return c.op, c.d_in, c.d_out, math.ceil(c.r1 / 16), c.dtype, c.capability
 
-    like = [row for row in rows if layer(row.case) == layer(case)]
+    wanted = layer(case)
+    like = [row for row in rows if layer(row.case) == wanted]
     distance = {id(row): abs(math.log(max(case.tokens, 1) / max(row.case.tokens, 1))) for row in like}
     best = min(like, key=lambda row: distance[id(row)], default=None)
     return best if best is not None and distance[id(best)] <= math.log(NEAR) else None

@@ -3,7 +3,8 @@
     python -m benchmarks model --quick
 
 Forward, backward and AdamW, all rows interleaved, each as a ratio to the frozen floor of the same repetition. A row
-whose logits or factor gradients are wrong gets the reason and no time. Measure on an idle machine.
+whose logits or factor gradients are wrong gets the reason and no time. With ``--cuda-graphs`` a step is the replay of a
+CUDA graph: its kernels alone, where otherwise the host may be what takes the time. Measure on an idle machine.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from benchmarks.model.gate import Gate
 from benchmarks.model.rows import ROWS, Row, select
 from benchmarks.model.step import Setting, adapter_bytes, default_device, trainable, training_step, unavailable
 from benchmarks.record import append, machine_facts, quantiles
-from benchmarks.timing import ratios, time_rows
+from benchmarks.timing import Captured, ratios, time_rows
 
 #: Without the slow specification and what needs hardly more than the floor.
 QUICK_ROWS = [name for name in ROWS if name not in ("efft:reference", "bitfit")]
@@ -33,13 +34,18 @@ def measure(setting: Setting, rows: Sequence[Row], repeats: int) -> list[dict[st
     gate, plain = Gate(setting), setting.plain()
     found: dict[str, dict[str, Any]] = {}
     steps = {}
+    pool = None  # memory for all graphs: a step leaves nothing behind that it allocated, and no two run at once
     for row in rows:
         try:
             found[row.name], step = _prepare(row, setting, gate, plain)
+            if step is not None and setting.cuda_graphs:
+                step = Captured.of(step, pool=pool)
+                pool = step.graph.pool()
             if step is not None:
                 steps[row.name] = step
         except (RuntimeError, ImportError) as error:  # out of memory, peft not installed: the other rows go on
             found[row.name] = {"reason": f"failed: {error}"}
+            pool = None
         print(f"{row.name:<16} {found[row.name].get('reason', 'checked')}", flush=True)
     # The step that each row took above was its warm-up on a CPU.
     samples = time_rows(steps, repeats, warmup=2 if setting.device != "cpu" else 0, device=setting.device)
@@ -80,7 +86,10 @@ def _prepare(row: Row, setting: Setting, gate: Gate, plain: nn.Module) -> tuple[
 def show(lines: Sequence[dict[str, Any]]) -> None:
     """The table of one setting."""
     first = lines[0]
-    print(f"\n{first['model']}, batch {first['batch']}, rank {first['rank']}, {first['dtype']}, {first['device']}")
+    graphs = ", CUDA graphs" if first["cuda_graphs"] else ""
+    print(
+        f"\n{first['model']}, batch {first['batch']}, rank {first['rank']}, {first['dtype']}, {first['device']}{graphs}"
+    )
     print(
         f"{'row':<16} {'ms':>9} {'images/s':>9} {'ratio to floor':>21} {'saved MiB':>10} {'trainable':>11} "
         f"{'adapter kB':>10}"
@@ -107,6 +116,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--rank", type=int, default=Setting.rank)
     options.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
     options.add_argument("--device", default=default_device())
+    options.add_argument(
+        "--cuda-graphs", action="store_true", help="time replays of the captured step, without the host's work"
+    )
     options.add_argument("--repeats", type=int, help="default: 10, with --quick 2")
     options.add_argument(
         "--rows", nargs="+", help="default: all, with --quick those that matter most; the floor is always measured"
@@ -118,13 +130,16 @@ def parser() -> argparse.ArgumentParser:
 
 def main(words: Sequence[str] | None = None) -> int:
     """Measures, prints and records every setting."""
-    args = parser().parse_args(words)
+    options = parser()
+    args = options.parse_args(words)
+    if args.cuda_graphs and torch.device(args.device).type != "cuda":
+        options.error(f"--cuda-graphs needs a CUDA device, got --device {args.device}")
     rows = select(args.rows or (QUICK_ROWS if args.quick else None))
     batch = args.batch or (8 if args.device == "cpu" else 64)
     repeats = args.repeats or (2 if args.quick else 10)
     for name in args.model:
         for dtype in args.dtype:
-            lines = measure(Setting(name, batch, args.rank, dtype, args.device), rows, repeats)
+            lines = measure(Setting(name, batch, args.rank, dtype, args.device, args.cuda_graphs), rows, repeats)
             path = append("model", lines, args.results)
             show(lines)
     print(f"\nwritten to {path}")

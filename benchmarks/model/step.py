@@ -21,6 +21,7 @@ class Setting:
     """A model of timm (random weights, no stochastic depth), the size of its batch, and the numbers it computes with.
 
     ``dtype`` is that of autocast over fp32 weights; "float32" computes without autocast, "float64" in fp64 weights.
+    ``cuda_graphs``: steps are replays of CUDA graphs, free of what the host does to launch kernels.
     """
 
     model: str = "vit_base_patch16_224"
@@ -28,6 +29,7 @@ class Setting:
     rank: int = 32
     dtype: str = "float32"
     device: str = "cpu"
+    cuda_graphs: bool = False
 
     def build(self, row: Row) -> nn.Module:
         """The model of ``row`` in training mode; weights and factors are the same numbers in every row and dtype."""
@@ -71,7 +73,8 @@ def unavailable(row: Row, setting: Setting) -> str | None:
 
 def training_step(row: Row, model: nn.Module, setting: Setting) -> Callable[[], None]:
     """Forward, backward and optimizer step of one batch, as one call."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, capturable=setting.cuda_graphs)
     images, labels = setting.examples(model)
 
     def step() -> None:

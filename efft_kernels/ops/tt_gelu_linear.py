@@ -12,6 +12,7 @@ from efft_kernels import reference
 from efft_kernels._autocast import autocast_like_linear, no_autocast
 from efft_kernels.backends import Backend, resolve
 from efft_kernels.ops._checks import check_dtypes, check_frozen, check_linear, linear_sizes
+from efft_kernels.ops._flat import flat, unflat
 from efft_kernels.ops._schemas import overloads
 
 _FORWARD = overloads("tt_gelu_linear_fwd")
@@ -58,8 +59,7 @@ def tt_gelu_linear(
     chosen = resolve("tt_gelu_linear", backend, W, z, b, D, G, sizes=linear_sizes(z, W, D))
     if chosen is Backend.REFERENCE:
         return reference.tt_gelu_linear(z, W, b, D, G, approximate)
-    y = _TTGeluLinear.apply(z.reshape(-1, z.shape[-1]), W, b, D, G, approximate, chosen)
-    return y.view(*z.shape[:-1], W.shape[0])
+    return _TTGeluLinear.apply(z, W, b, D, G, approximate, chosen)
 
 
 class _TTGeluLinear(torch.autograd.Function):
@@ -76,18 +76,20 @@ class _TTGeluLinear(torch.autograd.Function):
         approximate: str,
         backend: Backend,
     ) -> Tensor:
+        leading, z = z.shape[:-1], flat(z)
         with no_autocast(z.device):
             y, h = _FORWARD[backend](z, W, b, D, G, approximate)
         need_dz, need_dG = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
         ctx.save_for_backward(z, W if need_dz else None, h if need_dG else None, D, G)
         ctx.approximate, ctx.backend = approximate, backend
-        return y
+        return unflat(y, leading)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         need_dz, _, _, need_dD, need_dG = needs = ctx.needs_input_grad[:5]
+        leading, gy = gy.shape[:-1], flat(gy)
         with no_autocast(gy.device):
             grads = _BACKWARD[ctx.backend](gy, *ctx.saved_tensors, ctx.approximate, need_dz, need_dD, need_dG)
         dz, dD, dG = (grad if need else None for grad, need in zip(grads, (needs[0], *needs[3:]), strict=True))
-        return dz, None, None, dD, dG, None, None
+        return None if dz is None else unflat(dz, leading), None, None, dD, dG, None, None

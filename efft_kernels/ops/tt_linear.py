@@ -12,6 +12,7 @@ from efft_kernels import reference
 from efft_kernels._autocast import autocast_like_linear, no_autocast
 from efft_kernels.backends import Backend, resolve
 from efft_kernels.ops._checks import check_dtypes, check_linear, linear_sizes
+from efft_kernels.ops._flat import flat, unflat
 from efft_kernels.ops._schemas import overloads
 
 _FORWARD = overloads("tt_linear_fwd")
@@ -58,9 +59,7 @@ def tt_linear(
     chosen = resolve("tt_linear", backend, W, x, b, D, G, sizes=linear_sizes(x, W, D))
     if chosen is Backend.REFERENCE:
         return reference.tt_linear(x, W, b, D, G)
-    # Reshaped out here: an output that were a view made inside the function could not be changed in place.
-    y = _TTLinear.apply(x.reshape(-1, x.shape[-1]), W, b, D, G, chosen)
-    return y.view(*x.shape[:-1], W.shape[0])
+    return _TTLinear.apply(x, W, b, D, G, chosen)
 
 
 class _TTLinear(torch.autograd.Function):
@@ -68,24 +67,26 @@ class _TTLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, D: Tensor, G: Tensor, backend: Backend) -> Tensor:
+        leading, x = x.shape[:-1], flat(x)
         y, h = _FORWARD[backend](x, W, b, D, G)  # x, y [tokens, ...]
         need_dx, need_dW, _, need_dD, need_dG, _ = ctx.needs_input_grad
         ctx.save_for_backward(x if need_dD or need_dW else None, W if need_dx else None, h if need_dG else None, D, G)
         ctx.backend = backend
-        return y
+        return unflat(y, leading)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         x, W, h, D, G = ctx.saved_tensors
         need_dx, need_dW, need_db, need_dD, need_dG, _ = ctx.needs_input_grad
+        leading, gy = gy.shape[:-1], flat(gy)
         with no_autocast(gy.device):
             dx, dD, dG = _BACKWARD[ctx.backend](gy, x, W, h, D, G, need_dx, need_dD, need_dG)
             # The base is frozen in every PEFT use; a caller who does train it gets the plain products.
             dW = gy.t() @ x if need_dW else None
             db = gy.sum(0) if need_db else None
         return (
-            dx if need_dx else None,
+            unflat(dx, leading) if need_dx else None,
             dW,
             db,
             dD if need_dD else None,

@@ -12,6 +12,7 @@ from efft_kernels import reference
 from efft_kernels._autocast import autocast_like_linear, no_autocast
 from efft_kernels.backends import Backend, resolve
 from efft_kernels.ops._checks import check_dtypes, check_frozen, check_linear, check_shape, linear_sizes
+from efft_kernels.ops._flat import flat, unflat
 from efft_kernels.ops._schemas import overloads
 
 _FORWARD = overloads("tt_norm_linear_fwd")
@@ -64,8 +65,7 @@ def tt_norm_linear(
     chosen = resolve("tt_norm_linear", backend, W, x, gamma, beta, b, D, G, sizes=linear_sizes(x, W, D))
     if chosen is Backend.REFERENCE:
         return reference.tt_norm_linear(x, gamma, beta, W, b, D, G, eps)
-    y = _TTNormLinear.apply(x.reshape(-1, x.shape[-1]), gamma, beta, W, b, D, G, eps, chosen)
-    return y.view(*x.shape[:-1], W.shape[0])
+    return _TTNormLinear.apply(x, gamma, beta, W, b, D, G, eps, chosen)
 
 
 class _TTNormLinear(torch.autograd.Function):
@@ -84,19 +84,21 @@ class _TTNormLinear(torch.autograd.Function):
         eps: float,
         backend: Backend,
     ) -> Tensor:
+        leading, x = x.shape[:-1], flat(x)
         with no_autocast(x.device):
             y, h, mean, rstd = _FORWARD[backend](x, gamma, beta, eps, W, b, D, G)
         need_dx, need_dG = ctx.needs_input_grad[0], ctx.needs_input_grad[6]
         ctx.save_for_backward(x, gamma, beta, mean, rstd, W if need_dx else None, h if need_dG else None, D, G)
         ctx.eps, ctx.backend = eps, backend
-        return y
+        return unflat(y, leading)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         x, gamma, beta, *rest = ctx.saved_tensors
         needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[5:7])
+        leading, gy = gy.shape[:-1], flat(gy)
         with no_autocast(gy.device):
             grads = _BACKWARD[ctx.backend](gy, x, gamma, beta, ctx.eps, *rest, *needs)
         dx, dD, dG = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-        return dx, None, None, None, None, dD, dG, None, None
+        return None if dx is None else unflat(dx, leading), None, None, None, None, dD, dG, None, None

@@ -47,12 +47,13 @@ def test_commands_are_ones_that_exist(quick: bool, device: str) -> None:
 
 def test_tests_come_first_then_what_matters_most() -> None:
     names = [job.name for job in jobs("cuda", False, None)]
-    assert names[:6] == [
+    assert names[:7] == [
         "compiled extension",
         "environment",
         "GPU tests",
         "layers of ViT-B, bf16",
         "training step of ViT-B, bf16",
+        "training step of ViT-B, bf16, CUDA graphs",
         "memory of ViT-B, bf16",
     ]
 

@@ -15,6 +15,7 @@ from benchmarks.model.rows import FLOOR, NAIVE, PAPER, ROWS, Row, adapted, selec
 from benchmarks.model.run import measure
 from benchmarks.model.step import N_CLASSES, Setting, adapter_bytes, trainable, training_step
 from benchmarks.record import read
+from benchmarks.timing import Captured
 from efft_kernels import Backend, can_run
 
 timm = pytest.importorskip("timm", reason="needs the vision extra")
@@ -170,6 +171,52 @@ def test_a_row_that_breaks_does_not_stop_the_others(monkeypatch: pytest.MonkeyPa
     assert "ratio" in floor
 
 
+def test_a_step_that_no_graph_can_capture_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two lines that need a GPU are stood in for: an optimizer that can be captured, and the capture."""
+    adamw, pools = torch.optim.AdamW, []
+
+    class Graph:
+        def pool(self) -> str:
+            return "pool"
+
+    def capture(step: Any, warmup: int = 2, pool: Any = None) -> Captured:
+        pools.append(pool)
+        if len(pools) == 2:
+            raise RuntimeError("no CUDA graph can capture it: planted")
+        return Captured(step, Graph())  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *args, capturable, **options: adamw(*args, **options))
+    monkeypatch.setattr(Captured, "of", capture)
+    monkeypatch.setattr(Captured, "__call__", lambda self: self.run())
+    rows = [FLOOR, EAGER, NAIVE, ROWS["peft"]]
+    floor, failed, after, last = measure(replace(TINY, cuda_graphs=True), rows, repeats=1)
+    assert failed["reason"] == "failed: no CUDA graph can capture it: planted"
+    assert all("ratio" in line and line["cuda_graphs"] for line in (floor, after, last))
+    assert pools == [None, "pool", None, "pool"], "a failed capture may leave its memory in use"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_captured_steps_train(dtype: str) -> None:
+    setting = replace(TINY, dtype=dtype, device="cuda", cuda_graphs=True)
+    waits = Row("waits", "", lambda model, rank: _with_hook(model, lambda module, args, y: (y.sum().item(), y)[1]))
+    lines = measure(setting, [*select(["efft:eager", "peft"]), waits], repeats=2)
+    assert ["ratio" in line for line in lines] == [True, True, True, False]
+    assert lines[-1]["reason"].startswith("failed: no CUDA graph can capture it")
+
+    model = setting.build(EAGER)
+    step = Captured.of(training_step(EAGER, model, setting))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    step()
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _with_hook(model: nn.Module, hook: Any) -> nn.Module:
+    model.get_submodule("head").register_forward_hook(hook)
+    return model
+
+
 def test_the_step_is_a_whole_training_step() -> None:
     model = TINY.build(EAGER)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -184,6 +231,12 @@ def test_command_writes_a_line_a_row(tmp_path: Any, capsys: pytest.CaptureFixtur
     assert main([*command, "--rows", "naive", "--repeats", "1", "--results", str(tmp_path)]) == 0
     assert [line["row"] for line in read(tmp_path / "model.jsonl")] == ["floor", "naive"]
     assert "ratio to floor" in capsys.readouterr().out
+
+
+def test_cuda_graphs_need_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["model", "--cuda-graphs", "--device", "cpu"])
+    assert "--cuda-graphs needs a CUDA device, got --device cpu" in capsys.readouterr().err
 
 
 def test_unknown_row_names_the_near_one(capsys: pytest.CaptureFixture[str]) -> None:

@@ -93,6 +93,19 @@ def test_only_the_newest_run_is_drawn() -> None:
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["floor"]
 
 
+def test_steps_with_and_without_cuda_graphs_stay_apart(results: Path) -> None:
+    plain = [model_line(row, ratio, device="cuda") for row, ratio in (("floor", 1.0), ("peft", 2.0))]
+    graphs = [{**line, "cuda_graphs": True, "ratio": q(1.1)} for line in plain]
+    # Lines from before the field are of steps without.
+    older = [{**line, "cuda_graphs": False, "date": "2025-01-01T00:00:00+00:00"} for line in plain]
+    write(results, "model", [*older, *plain, *graphs])
+    assert tables.TABLES["train_step_gpu"]().splitlines()[3].startswith("| LoRA of `peft` | 2.00 |")
+    assert tables.TABLES["train_step_gpu_graphs"]().splitlines()[3].startswith("| LoRA of `peft` | 1.10 |")
+    names = [name for name, _ in model_ratios([*older, *plain, *graphs])]
+    stem = "model_cuda_vit_base_patch16_224_8_32_float32"
+    assert names == [stem, f"{stem}_graphs"]
+
+
 def test_roofline_points_lie_at_what_was_achieved() -> None:
     ((_, figure),) = roofline([ops_line("floor", 1.0)])
     point, roof = figure.axes[0].lines

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from efft_kernels import Backend, tt_gelu_linear, tt_norm_linear, use_backend
+from efft_kernels import Backend, tt_gelu_linear, tt_linear, tt_norm_linear, use_backend
 from efft_kernels.testing import LAYOUTS, assert_close_budget, make_inputs, poisoned_empty, with_layout
 
 Inputs = dict[str, Any]
@@ -268,3 +268,36 @@ def test_wrong_calls(backend: Backend, case: Any) -> None:
             op(**{**inputs, "gamma": inputs["gamma"][:3]}, backend=backend)
         with pytest.raises(ValueError, match="beta must be frozen"):
             op(**{**inputs, "beta": inputs["beta"].clone().requires_grad_()}, backend=backend)
+
+
+#: The ops that flatten leading dimensions where autograd does not look.
+every_op = pytest.mark.parametrize("op", [tt_linear, tt_gelu_linear, tt_norm_linear], ids=lambda op: op.__name__)
+
+
+def batch_of(op: Callable[..., Tensor]) -> tuple[Inputs, Tensor]:
+    """Keyword arguments for a batch [2, 3, d_in], and the activation among them."""
+    inputs = make_inputs(op.__name__, tokens=6, d_in=8, d_out=5, r1=2, dtype=torch.float64)
+    name = next(iter(inputs))
+    inputs[name] = inputs[name].reshape(2, 3, 8).requires_grad_()
+    return inputs, inputs[name]
+
+
+@every_op
+def test_an_output_can_be_changed_in_place(op: Callable[..., Tensor]) -> None:
+    inputs, x = batch_of(op)
+    (expected,) = torch.autograd.grad((2 * op(**inputs, backend="eager")).exp().sum(), x)
+    y = op(**inputs, backend="eager")
+    assert y.shape == (2, 3, 5)
+    (got,) = torch.autograd.grad(y.mul_(2).exp_().sum(), x)
+    torch.testing.assert_close(got, expected)
+
+
+@every_op
+def test_an_input_that_was_changed_in_place_is_noticed(op: Callable[..., Tensor]) -> None:
+    inputs, x = batch_of(op)
+    name = next(iter(inputs))
+    changed = x * 1
+    y = op(**(inputs | {name: changed, "D": inputs["D"].requires_grad_()}), backend="eager")
+    changed += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()

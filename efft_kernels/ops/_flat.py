@@ -1,0 +1,24 @@
+"""Leading dimensions flattened inside an autograd function: outside of it each reshape would be a node of the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """``tensor`` [..., d] as [tokens, d], to compute with and to save.
+
+    Detached: of a view made without gradients, autograd reports a change of what it saved in other words.
+    """
+    return tensor.detach().reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
+
+
+def unflat(tensor: Tensor, leading: Sequence[int]) -> Tensor:
+    """``tensor`` [tokens, d], made here and used by nobody else, as [*leading, d].
+
+    Not by ``view``: autograd refuses to change a view in place that was made inside a function.
+    """
+    return torch.ops.aten._unsafe_view(tensor, (*leading, tensor.shape[-1]))
