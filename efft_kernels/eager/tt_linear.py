@@ -36,7 +36,7 @@ def linear_bwd(
     need_dD: bool,
     need_dG: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dD, dG = gy.new_empty(0), D.new_empty(0), G.new_empty(0)
+    dx = dD = dG = None
     if need_dx or need_dD:
         dh = gy @ G.to(gy.dtype).t()  # [tokens, r1]
         if need_dx:
@@ -48,6 +48,7 @@ def linear_bwd(
     if need_dG:
         assert h is not None
         dG = _reduce_tokens(h, gy, G.dtype)
+    dx, dD, dG = (like.new_empty(0) if t is None else t for t, like in ((dx, gy), (dD, D), (dG, G)))
     return dx, dD, dG
 
 

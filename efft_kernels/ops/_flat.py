@@ -9,16 +9,16 @@ from torch import Tensor
 
 
 def flat(tensor: Tensor) -> Tensor:
-    """``tensor`` [..., d] as [tokens, d], to compute with and to save.
+    """``tensor`` [..., d] as [tokens, d].
 
-    Detached: of a view made without gradients, autograd reports a change of what it saved in other words.
+    Detach what is saved for backward: of a view made without gradients, autograd would report a change in other words.
     """
-    return tensor.detach().reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
+    return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
 
 
 def unflat(tensor: Tensor, leading: Sequence[int]) -> Tensor:
     """``tensor`` [tokens, d], made here and used by nobody else, as [*leading, d].
 
-    Not by ``view``: autograd refuses to change a view in place that was made inside a function.
+    Not by ``view``: autograd refuses to change a view in place that a forward made.
     """
     return torch.ops.aten._unsafe_view(tensor, (*leading, tensor.shape[-1]))

@@ -76,7 +76,7 @@ class _TTGeluLinear(torch.autograd.Function):
         approximate: str,
         backend: Backend,
     ) -> Tensor:
-        leading, z = z.shape[:-1], flat(z)
+        leading, z = z.shape[:-1], flat(z.detach())
         with no_autocast(z.device):
             y, h = _FORWARD[backend](z, W, b, D, G, approximate)
         need_dz, need_dG = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
@@ -92,4 +92,4 @@ class _TTGeluLinear(torch.autograd.Function):
         with no_autocast(gy.device):
             grads = _BACKWARD[ctx.backend](gy, *ctx.saved_tensors, ctx.approximate, need_dz, need_dD, need_dG)
         dz, dD, dG = (grad if need else None for grad, need in zip(grads, (needs[0], *needs[3:]), strict=True))
-        return None if dz is None else unflat(dz, leading), None, None, dD, dG, None, None
+        return None if dz is None else dz.view(*leading, dz.shape[-1]), None, None, dD, dG, None, None

@@ -67,7 +67,7 @@ class _TTLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, D: Tensor, G: Tensor, backend: Backend) -> Tensor:
-        leading, x = x.shape[:-1], flat(x)
+        leading, x = x.shape[:-1], flat(x.detach())
         y, h = _FORWARD[backend](x, W, b, D, G)  # x, y [tokens, ...]
         need_dx, need_dW, _, need_dD, need_dG, _ = ctx.needs_input_grad
         ctx.save_for_backward(x if need_dD or need_dW else None, W if need_dx else None, h if need_dG else None, D, G)
@@ -86,7 +86,7 @@ class _TTLinear(torch.autograd.Function):
             dW = gy.t() @ x if need_dW else None
             db = gy.sum(0) if need_db else None
         return (
-            unflat(dx, leading) if need_dx else None,
+            dx.view(*leading, dx.shape[-1]) if need_dx else None,
             dW,
             db,
             dD if need_dD else None,

@@ -84,7 +84,7 @@ class _TTNormLinear(torch.autograd.Function):
         eps: float,
         backend: Backend,
     ) -> Tensor:
-        leading, x = x.shape[:-1], flat(x)
+        leading, x = x.shape[:-1], flat(x.detach())
         with no_autocast(x.device):
             y, h, mean, rstd = _FORWARD[backend](x, gamma, beta, eps, W, b, D, G)
         need_dx, need_dG = ctx.needs_input_grad[0], ctx.needs_input_grad[6]
@@ -101,4 +101,4 @@ class _TTNormLinear(torch.autograd.Function):
         with no_autocast(gy.device):
             grads = _BACKWARD[ctx.backend](gy, x, gamma, beta, ctx.eps, *rest, *needs)
         dx, dD, dG = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-        return None if dx is None else unflat(dx, leading), None, None, None, None, dD, dG, None, None
+        return None if dx is None else dx.view(*leading, dx.shape[-1]), None, None, None, None, dD, dG, None, None
