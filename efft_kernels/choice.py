@@ -51,11 +51,15 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """Microseconds of forward and backward by each backend, and where they were measured."""
+    """Microseconds of forward and backward by each backend, fastest first, and where they were measured."""
 
     case: Case
     microseconds: dict[str, float]
     origin: str
+
+    def __post_init__(self) -> None:
+        # Not when asked for the fastest: torch.compile may take these floats for inputs, which it cannot compare.
+        object.__setattr__(self, "microseconds", dict(sorted(self.microseconds.items(), key=lambda item: item[1])))
 
 
 def read(path: Path) -> tuple[Row, ...]:
@@ -80,21 +84,23 @@ def _own_table() -> Path | None:
     return Path(name).expanduser() if name else None
 
 
-@functools.cache
-def _rows() -> list[Row]:
+def _read_all() -> list[Row]:
     own = _own_table()
     return [*(read(own) if own is not None and own.exists() else ()), *read(COMMITTED)]
 
 
+#: Read at import, and no cache: torch.compile guards on a global, but cannot read files.
+_rows = _read_all()
+
+
 def fastest(case: Case, device: torch.device, backends: Sequence[str]) -> str | None:
     """Which of ``backends`` measured fastest, for this case or one like it; None where nothing was measured."""
-    row = nearest(case, _rows())
+    row = nearest(case, _rows)
     if row is None and _own_table() is not None and _can_measure(device):
         row = measure(case, device, backends)
-        _rows().append(row)
+        _rows.append(row)
         _keep(row)
-    times = row.microseconds if row is not None else {}
-    return min((b for b in backends if b in times), key=lambda b: times[b], default=None)
+    return next((b for b in row.microseconds if b in backends), None) if row is not None else None
 
 
 def nearest(case: Case, rows: Sequence[Row]) -> Row | None:

@@ -1,7 +1,6 @@
 """Own kernels or vendor's products: what a table of measurements makes auto do."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -26,15 +25,14 @@ def prefers_triton(case: Case, device: torch.device) -> bool:
 
 
 @pytest.fixture(autouse=True)
-def _no_rows_are_remembered() -> Iterator[None]:
-    choice._rows.cache_clear()
-    yield
-    choice._rows.cache_clear()
+def _no_rows_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "_rows", list(choice.read(choice.COMMITTED)))
 
 
 def use_table(monkeypatch: pytest.MonkeyPatch, path: Path, *rows: Row) -> None:
     monkeypatch.setenv("EFFT_AUTOTUNE", str(path))
     choice.write(path, rows)
+    monkeypatch.setattr(choice, "_rows", choice._read_all())
 
 
 def test_the_committed_table_names_where_each_row_comes_from() -> None:
@@ -95,9 +93,24 @@ def test_measured_once_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert measure.call_count == 2
     assert [r.case.d_in for r in choice.read(table)] == [768, 3072]
     assert list(table.parent.iterdir()) == [table]
-    choice._rows.cache_clear()
+    monkeypatch.setattr(choice, "_rows", choice._read_all())
     with mock.patch.object(choice, "measure", side_effect=AssertionError):
         assert prefers_triton(CASE, CPU), "read again"
+
+
+@pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
+def test_compiled_code_asks_too(dynamic: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("EFFT_AUTOTUNE", raising=False)
+    monkeypatch.setattr(choice, "_rows", [row(CASE, 50), row(replace(CASE, tokens=1000), 120)])
+
+    def ask(x: torch.Tensor) -> torch.Tensor:
+        name = fastest(Case("tt_linear", x.shape[0], 768, 2304, 32, "bfloat16", 9), x.device, ["eager", "triton"])
+        return x + {None: 0, "eager": 1, "triton": 2}[name]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(ask, backend="eager", fullgraph=True, dynamic=dynamic)
+    for tokens in (12608, 13000, 1000, 1100, 100):
+        assert compiled(torch.zeros(tokens))[0] == ask(torch.zeros(tokens))[0]
 
 
 @pytest.mark.parametrize(
