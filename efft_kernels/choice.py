@@ -170,6 +170,12 @@ def _replayed(run: Callable[[], None], device: torch.device) -> Callable[[], Non
     return graph.replay
 
 
+def _able() -> list[str]:
+    """Those of the rivals that run on the current GPU."""
+    can_run = importlib.import_module("efft_kernels.backends").can_run
+    return [backend for backend in RIVALS if can_run(backend, torch.empty(1, device="cuda")) is None]
+
+
 def _seconds(run: Callable[[], None], device: torch.device) -> float:
     if device.type == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -204,11 +210,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("there is no GPU to measure on (torch.cuda.is_available() is False)")
     capability = torch.cuda.get_device_capability()[0]
     rows = list(read(options.out)) if options.out.exists() else []
-    choosing = importlib.import_module("efft_kernels.backends")
-    able = [b for b in RIVALS if choosing.can_run(b, torch.empty(1, device="cuda")) is None]
+    rivals = _able()
     wanted = (options.op, options.tokens, options.d_in, options.d_out, options.rank, options.dtype)
     for values in itertools.product(*wanted):
-        rows.append(measure(Case(*values, capability), "cuda", able))
+        rows.append(measure(Case(*values, capability), "cuda", rivals))
         times = ", ".join(f"{backend} {us:.1f} us" for backend, us in rows[-1].microseconds.items())
         print(*values, times, flush=True)
         write(options.out, rows)

@@ -186,9 +186,11 @@ def test_the_command_needs_a_gpu(capsys: pytest.CaptureFixture[str], tmp_path: P
     with (
         mock.patch.object(torch.cuda, "is_available", return_value=True),
         mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)),
+        mock.patch.object(choice, "_able", return_value=["eager", "cuda"]),
         mock.patch.object(choice, "measure", return_value=case) as measure,
     ):
         assert choice.main([*words, "--op", "tt_linear", "tt_gelu_linear"]) == 0
+    assert all(call.args[1:] == ("cuda", ["eager", "cuda"]) for call in measure.call_args_list)
     assert [call.args[0].op for call in measure.call_args_list] == ["tt_linear", "tt_gelu_linear"]
     assert choice.read(tmp_path / "t.json") == (case, case)
     assert "tt_gelu_linear 7 24 40 5 bfloat16 eager 100.0 us, triton 50.0 us" in capsys.readouterr().out
