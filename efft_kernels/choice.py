@@ -150,7 +150,7 @@ def measure(case: Case, device: torch.device | str, backends: Sequence[str] = RI
     with torch.enable_grad():
         for _, backend in itertools.product(range(2), best):  # compile and warm up
             step(backend)
-        steps = {backend: functools.partial(step, backend) for backend in best}
+        steps: dict[str, Callable[[], None]] = {backend: functools.partial(step, backend) for backend in best}
         if device.type == "cuda":
             steps = {backend: _replayed(run, device) for backend, run in steps.items()}
         for _, backend in itertools.product(range(repeats), best):

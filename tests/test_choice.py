@@ -193,4 +193,4 @@ def test_the_command_needs_a_gpu(capsys: pytest.CaptureFixture[str], tmp_path: P
     assert all(call.args[1:] == ("cuda", ["eager", "cuda"]) for call in measure.call_args_list)
     assert [call.args[0].op for call in measure.call_args_list] == ["tt_linear", "tt_gelu_linear"]
     assert choice.read(tmp_path / "t.json") == (case, case)
-    assert "tt_gelu_linear 7 24 40 5 bfloat16 eager 100.0 us, triton 50.0 us" in capsys.readouterr().out
+    assert "tt_gelu_linear 7 24 40 5 bfloat16 triton 50.0 us, eager 100.0 us" in capsys.readouterr().out
