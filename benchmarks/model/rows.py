@@ -144,11 +144,11 @@ ROWS: dict[str, Row] = {
         FLOOR,
         *(
             Row(f"efft:{b.value}", f"EFFT2 by this library, backend {b.value}", adapted, is_efft=True, backend=b)
-            for b in backends()
+            for b in (Backend.AUTO, *backends())
         ),
         *(
             Row(f"fused:{b.value}", f"the same after efft.fuse, backend {b.value}", fused, is_efft=True, backend=b)
-            for b in backends()
+            for b in (Backend.AUTO, *backends())
             if b is not Backend.REFERENCE
         ),
         NAIVE,

@@ -25,8 +25,8 @@ from benchmarks.model.step import Setting, adapter_bytes, default_device, traina
 from benchmarks.record import append, machine_facts, quantiles
 from benchmarks.timing import Captured, ratios, time_rows
 
-#: Without the slow specification and what needs hardly more than the floor.
-QUICK_ROWS = [name for name in ROWS if name not in ("efft:reference", "bitfit")]
+#: Without the slow specification, what needs hardly more than the floor, and auto, which is one of the others.
+QUICK_ROWS = [name for name in ROWS if name not in ("efft:reference", "bitfit", "efft:auto", "fused:auto")]
 
 
 def measure(setting: Setting, rows: Sequence[Row], repeats: int) -> list[dict[str, Any]]:
