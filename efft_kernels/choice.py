@@ -32,7 +32,7 @@ COMMITTED = Path(__file__).with_name("measured.json")
 OPS = ("tt_linear", "tt_gelu_linear", "tt_norm_linear")
 #: What is compared: the vendor's products and the fused kernels.
 RIVALS = ("eager", "triton", "cuda")
-#: A row speaks for token counts up to this factor away: tiles and waves change little within it.
+#: A row speaks for sizes up to this factor away: tiles and waves change little within it.
 NEAR = 2.0
 
 
@@ -95,25 +95,38 @@ _rows = _read_all()
 
 def fastest(case: Case, device: torch.device, backends: Sequence[str]) -> str | None:
     """Which of ``backends`` measured fastest, for this case or one like it; None where nothing was measured."""
-    row = nearest(case, _rows)
+    row = nearest(case, _rows, 1.0)
     if row is None and _own_table() is not None and _can_measure(device):
         row = measure(case, device, backends)
         _rows.append(row)
         _keep(row)
+    row = row or nearest(case, _rows, NEAR)
     return next((b for b in row.microseconds if b in backends), None) if row is not None else None
 
 
-def nearest(case: Case, rows: Sequence[Row]) -> Row | None:
-    """The row of ``case``'s layer with the nearest count of tokens, if one is near (the first of equals)."""
+def nearest(case: Case, rows: Sequence[Row], widths: float) -> Row | None:
+    """The row most like ``case`` in tokens, d_in and d_out (the first of equals), if one is near: tokens up to a factor
+    of :data:`NEAR` away, d_in and d_out up to ``widths``; whole 16 bytes a row, as the fastest kernels want them, or
+    not, as in ``case``."""
 
-    def layer(c: Case) -> tuple[Any, ...]:
-        return c.op, c.d_in, c.d_out, math.ceil(c.r1 / 16), c.dtype, c.capability
+    def kind(c: Case) -> tuple[Any, ...]:
+        return c.op, c.d_in % 8 == 0, c.d_out % 8 == 0, math.ceil(c.r1 / 16), c.dtype, c.capability
 
-    wanted = layer(case)
-    like = [row for row in rows if layer(row.case) == wanted]
-    distance = {id(row): abs(math.log(max(case.tokens, 1) / max(row.case.tokens, 1))) for row in like}
-    best = min(like, key=lambda row: distance[id(row)], default=None)
-    return best if best is not None and distance[id(best)] <= math.log(NEAR) else None
+    wanted = kind(case)
+    best, least = None, math.inf
+    for row in rows:
+        tokens, d_in, d_out = (
+            abs(math.log(max(one, 1) / max(other, 1)))
+            for one, other in zip(_sizes(case), _sizes(row.case), strict=True)
+        )
+        near = tokens <= math.log(NEAR) and max(d_in, d_out) <= math.log(widths)
+        if near and tokens + d_in + d_out < least and kind(row.case) == wanted:
+            best, least = row, tokens + d_in + d_out
+    return best
+
+
+def _sizes(case: Case) -> tuple[int, int, int]:
+    return case.tokens, case.d_in, case.d_out
 
 
 def _can_measure(device: torch.device) -> bool:

@@ -58,7 +58,37 @@ def test_the_committed_table_names_where_each_row_comes_from() -> None:
     ],
 )
 def test_what_a_row_speaks_for(change: dict[str, object], speaks: bool) -> None:
-    assert (nearest(replace(CASE, **change), [row(CASE, 50)]) is not None) == speaks
+    assert (nearest(replace(CASE, **change), [row(CASE, 50)], widths=1.0) is not None) == speaks
+
+
+@pytest.mark.parametrize(
+    ("change", "speaks"),
+    [
+        ({"d_in": 384, "d_out": 4608}, True),
+        ({"d_in": 376}, False),
+        ({"d_out": 4616}, False),
+        ({"d_in": 770}, False),
+        ({"d_in": 1024, "tokens": 6000}, False),
+    ],
+)
+def test_where_no_row_is_of_this_layer(
+    change: dict[str, object], speaks: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Others near it speak; unless it is measured."""
+    case = replace(CASE, **change)
+    assert (nearest(case, [row(CASE, 50)], widths=2.0) is not None) == speaks
+    use_table(monkeypatch, tmp_path / "own.json", row(CASE, 50))
+    with mock.patch.object(choice, "_can_measure", return_value=False):
+        assert prefers_triton(case, CPU) == speaks
+    with mock.patch.object(choice, "measure", return_value=row(case, 150)) as measure:
+        assert not prefers_triton(case, CPU)
+    assert measure.call_count == 1
+
+
+def test_the_most_alike_counts() -> None:
+    rows = [row(replace(CASE, d_in=1536), 1), row(replace(CASE, d_in=1000), 2), row(replace(CASE, d_out=1152), 3)]
+    found = nearest(replace(CASE, d_in=896), rows, widths=2.0)
+    assert found is rows[1]
 
 
 def test_the_nearest_row_counts_and_the_users_come_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -167,7 +197,7 @@ def test_auto_on_a_gpu_follows_the_table(monkeypatch: pytest.MonkeyPatch, tmp_pa
         mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)),
         mock.patch.object(choice, "_can_measure", return_value=False),
     ):
-        chosen = [backends.resolve("tt_linear", "auto", W, sizes=(12608, d_in, 2304, 32)) for d_in in (768, 3072, 1024)]
+        chosen = [backends.resolve("tt_linear", "auto", W, sizes=(12608, d_in, 2304, 32)) for d_in in (768, 3072, 128)]
         assert chosen[1:] == [Backend.EAGER, Backend.EAGER]
         assert chosen[0] is Backend.TRITON
     with (
