@@ -139,8 +139,10 @@ LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x
     op.rows = tokens;
     op.columns = d_in;
     op.x = matrix(x);
-    op.dout = matrix(da);
-    if (need_dx) op.dx = matrix(dx);
+    if (need_dx) {
+      op.dout = matrix(da);
+      op.dx = matrix(dx);
+    }
     if (need_dD) op.out = matrix(a);
     op.type = type_of(type);
     op.producer = stage.producer;

@@ -155,20 +155,22 @@ def test_any_shape_layout_and_gradient(
     with use_backend(backend), poisoned_empty():
         got = run(op, wanted, inputs, gy, **options)
     expected = dense(op, name, inputs, gy, options)
+    terms = summed_around_norm(inputs, gy, **options) if chosen == "norm" else {}
     for key, value in got.items():
         assert value.shape == expected[key].shape
-        terms = sum_in_norm_backward(inputs, gy, **options) if chosen == "norm" and key == name else 0.0
-        assert_exact(value, expected[key], key, terms=terms)
+        assert_exact(value, expected[key], key, terms=terms.get(key, 0.0))
 
 
-def sum_in_norm_backward(inputs: dict[str, Tensor], gy: Tensor, eps: float) -> float:
-    """Size of the gradient that a norm takes the mean and its own direction out of: of two elements nothing is left."""
-    x, W, D, G = (inputs[key].double() for key in ("x", "W", "D", "G"))
-    upstream = gy.double() @ (W + (D @ G).t())
-    if inputs["gamma"] is not None:
-        upstream = upstream * inputs["gamma"].double()
-    scaled = upstream * (x.var(-1, unbiased=False, keepdim=True) + eps).rsqrt()
-    return scaled.abs().max().item() if scaled.numel() else 0.0
+def summed_around_norm(inputs: dict[str, Tensor], gy: Tensor, eps: float) -> dict[str, float]:
+    """Sizes of the terms of gradients that can cancel: a norm's backward takes the mean and its own direction out of
+    what comes to it, and a row of its output sums to zero, so that h vanishes where all of D's rows are the same."""
+    wide = {key: None if t is None else t.double() for key, t in inputs.items()}
+    x, W, D, G, gamma = (wide[key] for key in ("x", "W", "D", "G", "gamma"))
+    upstream = gy.double() @ (W + (D @ G).t()) * (1.0 if gamma is None else gamma)
+    scaled = upstream * (x.var(-1, correction=0, keepdim=True) + eps).rsqrt()
+    n = F.layer_norm(x, x.shape[-1:], gamma, wide["beta"], eps).reshape(-1, x.shape[-1])
+    of_G = (n.abs() @ D.abs()).t() @ gy.double().abs().reshape(-1, gy.shape[-1])
+    return {key: t.abs().max().item() if t.numel() else 0.0 for key, t in (("x", scaled), ("G", of_G))}
 
 
 def test_gradcheck(fp64: Backend, case: Any) -> None:
