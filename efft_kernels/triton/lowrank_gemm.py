@@ -25,8 +25,6 @@ A's dtype once, in both forms; Y is rounded once.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -37,7 +35,7 @@ from efft_kernels.triton.launch import TAIL_R, GemmTile, gemm_tile, on_device, p
 from efft_kernels.triton.producers import gelu_slope, produced, row_statistics
 
 # Rows of A that one program of the projection takes, and columns per step: it reads A once, whatever the rank.
-PROJECT_M, PROJECT_STAGES = 64, 3
+PROJECT_M, PROJECT_K, PROJECT_STAGES = 64, 64, 3
 
 
 @triton.jit
@@ -137,7 +135,7 @@ def lowrank_gemm_kernel(
         y += tl.load(bias + n * stride_bias, mask=n < N, other=0.0)[None, :].to(tl.float32)
     if Z is not None:
         z = tl.load(Z + m[:, None] * stride_zm + n[None, :] * stride_zn, mask=in_m & in_n, other=0.0)
-        y *= gelu_slope(z.to(tl.float32), PRODUCER)
+        y *= gelu_slope(z, PRODUCER, H.dtype.element_ty)
     tl.store(Y + m[:, None] * N + n[None, :], y.to(Y.dtype.element_ty), mask=in_m & in_n)
 
 
@@ -192,7 +190,7 @@ def project_kernel(
         in_k = k < K - start
         a = tl.load(a_at, mask=in_m & in_k[None, :], other=0.0)
         if PRODUCER != "none":
-            a = produced(a, gamma, beta, mu, sigma, start + k, in_k, PRODUCER).to(H.dtype.element_ty)
+            a = produced(a, gamma, beta, mu, sigma, start + k, in_k, PRODUCER, H.dtype.element_ty)
             a = tl.where(in_m & in_k[None, :], a, 0.0).to(H.dtype.element_ty)
             if tl.program_id(1) == 0:
                 tl.store(out + m[:, None] * K + (start + k)[None, :], a, mask=in_m & in_k[None, :])
@@ -228,19 +226,17 @@ def lowrank_gemm(
     Y = A.new_empty(*A.shape[:-1], N, dtype=A.dtype if Z is None else Z.dtype)
     if Y.numel() == 0:
         return Y, A.new_empty(*A.shape[:-1], R) if adapter is not None else project(A, P)
-    if H is None:
-        recompute = (Z is None and recomputes(R, N)) if recompute is None else recompute
-        H = A.new_empty(*A.shape[:-1], R) if recompute else project(A, P, adapter=adapter)
-    else:
-        recompute = False
     transposed = B.stride(0) == 1
     if tma is None:
-        tma = adapter is None and lowrank_gemm_tma.takes(A, B.t() if transposed else B, Y)
+        tma = adapter is None and not recompute and lowrank_gemm_tma.takes(A, B.t() if transposed else B, Y)
+    if recompute is None:
+        recompute = H is None and Z is None and not tma and recomputes(R, N)
+    if H is None:
+        H = A.new_empty(*A.shape[:-1], R) if recompute else project(A, P, adapter=adapter)
     tile = tile or gemm_tile(A, N, rank_block(R) if recompute else 0, tma=tma, slope=Z is not None)
     if tma:
         B = B.t() if transposed else B
-        launch = functools.partial(lowrank_gemm_tma.launch, transposed=transposed, producer=producer)
-        launch(A, B, bias, P, T, H, Z, Y, recompute=recompute, tile=tile)
+        lowrank_gemm_tma.launch(A, B, bias, T, H, Z, Y, transposed=transposed, producer=producer, tile=tile)
         return Y, H
     grid = (samples * triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n),)
     with on_device(A):
@@ -287,9 +283,9 @@ def norm_project(
     return A, H, mean, rstd
 
 
-def columns_and_warps(producer: str) -> tuple[int, int]:
-    """BLOCK_K of a projection and its warps; a producer's arithmetic needs more registers (see the resource report)."""
-    return (64, 4) if producer == "none" else (32, 8)
+def project_warps(producer: str) -> int:
+    """Warps of a projection: of few programs a multiprocessor, a producer's arithmetic wants more at once."""
+    return 4 if producer == "none" else 8
 
 
 def _project(
@@ -310,7 +306,6 @@ def _project(
     if samples * M == 0 or (H.numel() == 0 and out is None):
         return
     gamma, beta = (None if t is None else t.contiguous() for t in (gamma, beta))
-    block_k, warps = columns_and_warps(producer)
     grid = (triton.cdiv(M, PROJECT_M), triton.cdiv(R, rank_block(R)), samples)
     with on_device(A):
         project_kernel[grid](
@@ -319,8 +314,8 @@ def _project(
             PRODUCER=producer,
             PRECISION=precision(H),
             BLOCK_M=PROJECT_M,
-            BLOCK_K=block_k,
+            BLOCK_K=PROJECT_K,
             BLOCK_R=rank_block(R),
-            num_warps=warps,
+            num_warps=project_warps(producer),
             num_stages=PROJECT_STAGES,
         )

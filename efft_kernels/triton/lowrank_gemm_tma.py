@@ -1,9 +1,10 @@
 """The product of :mod:`efft_kernels.triton.lowrank_gemm` for compute capability 9.0 and newer: persistent, with TMA.
 
-The same equation, rounding and two ways to H. What differs is how tiles move: A, B and Y go through tensor-map
+The same equation and rounding, always in the split form: on an H100 the thin products of recomputing H in the main loop
+take longer than a kernel of its own for H. What differs is how tiles move: A, B and Y go through tensor-map
 descriptors, so that the copy engine computes addresses and bounds instead of registers, and one program a
-multiprocessor takes tile after tile, so that loads of the next tile run under the epilogue of the last. P, T and the
-bias are a few kilobytes, in the factors' own dtype, and stay with pointers.
+multiprocessor takes tile after tile, so that loads of the next tile run under the epilogue of the last. H, T and the
+bias are small, T in the factor's own dtype, and stay with pointers.
 
 TMA wants rows that are contiguous and begin at multiples of 16 bytes (:func:`takes`); anything else, and the grouped
 form, uses the pointer kernel.
@@ -25,29 +26,25 @@ def lowrank_gemm_tma_kernel(
     A,  # descriptor of [M, K] in blocks [BLOCK_M, BLOCK_K]
     B,  # descriptor of [K, N] in blocks [BLOCK_K, BLOCK_N]; if TRANSPOSED of [N, K] in blocks [BLOCK_N, BLOCK_K]
     bias,  # [N] or None
-    P,  # [K, R]
     T,  # [R, N]
-    H,  # [M, R], contiguous: written if RECOMPUTE, else read
+    H,  # [M, R], contiguous
     Z,  # [M, N] or None: what the GELU in front of the layer got, in the backward
-    Y,  # descriptor of [M, N] in blocks [BLOCK_M, BLOCK_N]
+    Y,  # descriptor of [M, N] in blocks [BLOCK_M, BLOCK_N // 2]
     M,
     N,
     K,
     R,
     stride_bias,
-    stride_pk,
-    stride_pr,
     stride_tr,
     stride_tn,
     stride_zm,
     stride_zn,
     PRODUCER: tl.constexpr,  # of Z
     TRANSPOSED: tl.constexpr,
-    RECOMPUTE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,  # RECOMPUTE needs BLOCK_R >= R
+    BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
     rows, columns = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
@@ -60,13 +57,10 @@ def lowrank_gemm_tma_kernel(
 
         m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-        k = tl.arange(0, BLOCK_K).to(tl.int64)
         r = tl.arange(0, BLOCK_R).to(tl.int64)
         in_m, in_n = (m < M)[:, None], (n < N)[None, :]
 
-        p_at = P + k[:, None] * stride_pk + r[None, :] * stride_pr  # [BLOCK_K, BLOCK_R]
         y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        h_sum = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
         for start in range(0, K, BLOCK_K):
             a = A.load([tile_m * BLOCK_M, start])  # zeros beyond the edges, by the copy engine
             if TRANSPOSED:  # noqa: SIM108  # the two have one type only after the branch is chosen
@@ -74,31 +68,27 @@ def lowrank_gemm_tma_kernel(
             else:
                 b = B.load([start, tile_n * BLOCK_N])
             y = tl.dot(a, b, y)
-            if RECOMPUTE:
-                p = tl.load(p_at, mask=(k < K - start)[:, None] & (r < R)[None, :], other=0.0).to(a.dtype)
-                h_sum = tl.dot(a, p, h_sum)
-                p_at += BLOCK_K * stride_pk
-
-        if RECOMPUTE:
-            in_r = r < R
-            h = h_sum.to(H.dtype.element_ty)
-            if tile_n == 0:
-                tl.store(H + m[:, None] * R + r[None, :], h, mask=in_m & in_r[None, :])
-            t = tl.load(T + r[:, None] * stride_tr + n[None, :] * stride_tn, mask=in_r[:, None] & in_n, other=0.0)
+        for start in tl.range(0, R, BLOCK_R, num_stages=1):
+            in_r = r < R - start
+            h = tl.load(H + m[:, None] * R + (start + r)[None, :], mask=in_m & in_r[None, :], other=0.0)
+            t_at = T + (start + r)[:, None] * stride_tr + n[None, :] * stride_tn
+            t = tl.load(t_at, mask=in_r[:, None] & in_n, other=0.0)
             y = tl.dot(h, t.to(h.dtype), y)
-        else:
-            for start in tl.range(0, R, BLOCK_R, num_stages=1):
-                in_r = r < R - start
-                h = tl.load(H + m[:, None] * R + (start + r)[None, :], mask=in_m & in_r[None, :], other=0.0)
-                t_at = T + (start + r)[:, None] * stride_tr + n[None, :] * stride_tn
-                t = tl.load(t_at, mask=in_r[:, None] & in_n, other=0.0)
-                y = tl.dot(h, t.to(h.dtype), y)
-        if bias is not None:
-            y += tl.load(bias + n * stride_bias, mask=n < N, other=0.0)[None, :].to(tl.float32)
-        if Z is not None:
-            z = tl.load(Z + m[:, None] * stride_zm + n[None, :] * stride_zn, mask=in_m & in_n, other=0.0)
-            y *= gelu_slope(z.to(tl.float32), PRODUCER)
-        Y.store([tile_m * BLOCK_M, tile_n * BLOCK_N], y.to(Y.dtype))
+
+        # The epilogue takes half of the columns after the other: half of the staging and of the slope's registers.
+        halves = tl.split(tl.permute(tl.reshape(y, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+        for half in tl.static_range(2):
+            column = tile_n * BLOCK_N + half * (BLOCK_N // 2)
+            y_half = halves[half]
+            n_half = column.to(tl.int64) + tl.arange(0, BLOCK_N // 2)
+            in_half = n_half < N
+            if bias is not None:
+                y_half += tl.load(bias + n_half * stride_bias, mask=in_half, other=0.0)[None, :].to(tl.float32)
+            if Z is not None:
+                z_at = Z + m[:, None] * stride_zm + n_half[None, :] * stride_zn
+                z = tl.load(z_at, mask=in_m & in_half[None, :], other=0.0)
+                y_half *= gelu_slope(z, PRODUCER, Y.dtype)
+            Y.store([tile_m * BLOCK_M, column], y_half.to(Y.dtype))
 
 
 def takes(*matrices: Tensor) -> bool:
@@ -116,7 +106,6 @@ def launch(
     A: Tensor,  # [M, K]
     B: Tensor,  # [K, N] or, transposed, [N, K]
     bias: Tensor | None,  # [N]
-    P: Tensor,  # [K, R]
     T: Tensor,  # [R, N]
     H: Tensor,  # [M, R]
     Z: Tensor | None,  # [M, N]
@@ -124,7 +113,6 @@ def launch(
     *,
     transposed: bool,
     producer: str,
-    recompute: bool,
     tile: GemmTile,
 ) -> None:
     """Run the kernel; all of A, B and Y must be such that :func:`takes` them."""
@@ -134,15 +122,14 @@ def launch(
         lowrank_gemm_tma_kernel[grid](
             TensorDescriptor.from_tensor(A, [tile.m, tile.k]),
             TensorDescriptor.from_tensor(B, [tile.n, tile.k] if transposed else [tile.k, tile.n]),
-            *(bias, P, T, H, Z, TensorDescriptor.from_tensor(Y, [tile.m, tile.n]), M, N, K, R),
-            *(0 if bias is None else bias.stride(0), *P.stride(), *T.stride(), *((0, 0) if Z is None else Z.stride())),
+            *(bias, T, H, Z, TensorDescriptor.from_tensor(Y, [tile.m, tile.n // 2]), M, N, K, R),
+            *(0 if bias is None else bias.stride(0), *T.stride(), *((0, 0) if Z is None else Z.stride())),
             PRODUCER=producer,
             TRANSPOSED=transposed,
-            RECOMPUTE=recompute,
             BLOCK_M=tile.m,
             BLOCK_N=tile.n,
             BLOCK_K=tile.k,
-            BLOCK_R=rank_block(R) if recompute else min(rank_block(R), TAIL_R),
+            BLOCK_R=min(rank_block(R), TAIL_R),
             GROUP_M=8,
             num_warps=tile.warps,
             num_stages=tile.stages,

@@ -1,9 +1,9 @@
-"""dG = hᵀ gy and dD = xᵀ dh: two sums over all tokens in one launch, in fp32 and always in the same order.
+"""dG = hᵀ gy and dD = xᵀ dh: two sums over all tokens in fp32, always in the same order, and both in the same launches.
 
 Every program owns a block of columns of gy (or of x) and a range of tokens, reads each of its elements once, and keeps
 its [columns, r] sum in registers: there is no atomic addition. Ranges are as many as fill the GPU; their partial sums,
-some hundred kilobytes, are added in a fixed order by a second, small kernel (torch's sum), so that the same call gives
-the same bits.
+some hundred kilobytes each, are added in a fixed order by a second, small kernel, so that the same call gives the same
+bits.
 """
 
 from __future__ import annotations
@@ -16,13 +16,17 @@ from torch import Tensor
 from efft_kernels.triton.launch import device, on_device, precision, rank_block
 from efft_kernels.triton.producers import produced
 
-# Tokens per step and columns per program; enough bytes in flight to use the memory bandwidth, which is the limit.
-BLOCK_M, STAGES = 64, 3
+# Tokens per step; enough bytes in flight to use the memory bandwidth, which is the limit. Two programs fit a
+# multiprocessor whatever the producer, and no third is launched: it would run alone, after all others.
+BLOCK_M, WARPS, STAGES = 64, 4, 3
+PROGRAMS_A_PROCESSOR = 2
+# Sums that one program of the second kernel finishes.
+FINISH_BLOCK, FINISH_WARPS = 512, 4
 
 
-def columns_and_warps(producer: str) -> tuple[int, int]:
-    """BLOCK_N and warps; a producer's arithmetic beside the sums needs more registers (the resource report tells)."""
-    return (128, 4) if producer == "none" else (64, 8)
+def block_columns(R: int) -> int:
+    """Columns per program: as many as leave registers for a producer beside the sums (the resource report tells)."""
+    return 128 if rank_block(R) <= 32 else 64
 
 
 @triton.jit
@@ -68,7 +72,7 @@ def _sum_over_tokens(
             if PRODUCER == "norm":
                 mu = tl.load(mean + m + start, mask=in_m, other=0.0)
                 sigma = tl.load(rstd + m + start, mask=in_m, other=0.0)
-            w = produced(w, gamma, beta, mu, sigma, n, in_n, PRODUCER).to(thin.dtype.element_ty)
+            w = produced(w, gamma, beta, mu, sigma, n, in_n, PRODUCER, thin.dtype.element_ty)
         t = tl.load(thin + (m + start)[:, None] * R + r[None, :], mask=in_m[:, None] & in_r[None, :], other=0.0)
         total = tl.dot(tl.trans(w), t, total, input_precision=PRECISION)
     tl.store(out + n[:, None] * stride_on + r[None, :] * stride_or, total, mask=in_n[:, None] & in_r[None, :])
@@ -78,14 +82,13 @@ def _sum_over_tokens(
 def reduce_tokens_kernel(
     gy,  # [M, d_out]
     h,  # [M, R], contiguous
-    dG,  # [splits, R, d_out], fp32, contiguous
     x,  # [M, d_in], read through the producer
     gamma,  # [d_in] or None
     beta,  # [d_in] or None
     mean,  # [M] or None
     rstd,  # [M] or None
     dh,  # [M, R], contiguous
-    dD,  # [splits, d_in, R], fp32, contiguous
+    partial,  # [splits, R * d_out + d_in * R], fp32, contiguous: of each split dG [R, d_out], then dD [d_in, R]
     M,
     d_out,
     d_in,
@@ -104,16 +107,30 @@ def reduce_tokens_kernel(
 ):
     column, split, rank = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     begin = split * TOKENS
+    dG = partial + split * R * (d_out + d_in)
+    dD = dG + R * d_out
     if column < columns_out:
         _sum_over_tokens(
-            *(gy, None, None, None, None, h, dG + split * R * d_out, M, d_out, R, stride_gm, stride_gn, 1, d_out),
+            *(gy, None, None, None, None, h, dG, M, d_out, R, stride_gm, stride_gn, 1, d_out),
             *(begin, column, rank, TOKENS, "none", PRECISION, BLOCK_M, BLOCK_N, BLOCK_R),
         )
     else:
         _sum_over_tokens(
-            *(x, gamma, beta, mean, rstd, dh, dD + split * d_in * R, M, d_in, R, stride_xm, stride_xn, R, 1),
+            *(x, gamma, beta, mean, rstd, dh, dD, M, d_in, R, stride_xm, stride_xn, R, 1),
             *(begin, column - columns_out, rank, TOKENS, PRODUCER, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R),
         )
+
+
+@triton.jit
+def finish_kernel(partial, dG, dD, n_G, n, splits, BLOCK: tl.constexpr):
+    """dG and dD, n_G and n - n_G elements, from ``partial`` [splits, n]."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for _ in range(splits):
+        total += tl.load(partial + i, mask=i < n, other=0.0)
+        partial += n
+    tl.store(dG + i, total, mask=i < n_G)
+    tl.store(dD + (i - n_G), total, mask=(i >= n_G) & (i < n))
 
 
 def reduce_tokens(
@@ -141,45 +158,32 @@ def reduce_tokens(
     M, R = given.shape
     d_out = 0 if h is None or gy is None else gy.shape[1]
     d_in = 0 if dh is None or x is None else x.shape[1]
-    block_n, warps = columns_and_warps(producer)
+    block_n = block_columns(R)
     columns_out, columns_in = triton.cdiv(d_out, block_n), triton.cdiv(d_in, block_n)
     ranks = triton.cdiv(R, rank_block(R))
     if splits is None:
-        splits = triton.cdiv(2 * device(given.device).processors, max((columns_out + columns_in) * ranks, 1))
+        splits = PROGRAMS_A_PROCESSOR * device(given.device).processors // max((columns_out + columns_in) * ranks, 1)
         splits = max(1, min(splits, triton.cdiv(M, 4 * BLOCK_M)))
     tokens = triton.cdiv(triton.cdiv(M, splits), BLOCK_M) * BLOCK_M
-    dG = given.new_empty(splits, R, d_out, dtype=torch.float32)
-    dD = given.new_empty(splits, d_in, R, dtype=torch.float32)
-    if dG.numel() + dD.numel():
+    partial = given.new_empty(splits, R * (d_out + d_in), dtype=torch.float32)
+    dG, dD = partial.new_empty(R, d_out), partial.new_empty(d_in, R)
+    if partial.numel():
         gy_, h_, x_, dh_ = (given if t is None else t for t in (gy, h, x, dh))  # never read where it stands in
         with on_device(given):
             reduce_tokens_kernel[(columns_out + columns_in, splits, ranks)](
-                *(
-                    gy_,
-                    h_,
-                    dG,
-                    x_,
-                    gamma,
-                    beta,
-                    mean,
-                    rstd,
-                    dh_,
-                    dD,
-                    M,
-                    d_out,
-                    d_in,
-                    R,
-                    *gy_.stride(),
-                    *x_.stride(),
-                    tokens,
-                    columns_out,
-                ),
+                *(gy_, h_, x_, gamma, beta, mean, rstd, dh_, partial, M, d_out, d_in, R),
+                *(*gy_.stride(), *x_.stride(), tokens, columns_out),
                 PRODUCER=producer,
                 PRECISION=precision(given),
                 BLOCK_M=BLOCK_M,
                 BLOCK_N=block_n,
                 BLOCK_R=rank_block(R),
-                num_warps=warps,
+                num_warps=WARPS,
                 num_stages=STAGES,
             )
-    return (dG.sum(0) if h is not None else None), (dD.sum(0) if dh is not None else None)
+            finish_kernel[(triton.cdiv(partial.shape[1], FINISH_BLOCK),)](
+                *(partial, dG, dD, dG.numel(), partial.shape[1], splits),
+                BLOCK=FINISH_BLOCK,
+                num_warps=FINISH_WARPS,
+            )
+    return (dG if h is not None else None), (dD if dh is not None else None)

@@ -31,14 +31,25 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from efft_kernels.triton import lowrank_gemm, lowrank_gemm_tma, reduce_tokens, tt_contract, tt_merge
-from efft_kernels.triton.launch import FP32_TILES, HALF_TILES, RECOMPUTE_RANK, TAIL_R, TF32_TILES, GemmTile, rank_block
+from efft_kernels.triton.launch import (
+    FP32_TILES,
+    HALF_TILES,
+    RECOMPUTE_RANK,
+    TAIL_R,
+    TF32_TILES,
+    TMA_TILES,
+    GemmTile,
+    rank_block,
+)
 
 #: Bytes of shared memory that a program may use, by target: compute capability times ten, or an AMD architecture.
 SHARED_MEMORY = {"80": 166912, "89": 101376, "90": 232448, "100": 232448, "gfx942": 65536}
 #: Accesses to local memory that a form without tensor cores may have: values parked outside its loops.
 PARKED = 8
+#: Uses of a product whose epilogue takes a GELU's slope, and which.
+SLOPES = {"backward gelu": "gelu", "backward gelu_tanh": "gelu_tanh"}
 #: Integer arguments that are no multiples of 16 in real layers.
-_UNALIGNED = ("columns_out", "samples")
+_UNALIGNED = ("columns_out", "samples", "splits")
 _TENSOR_CORE = {"80": "HMMA", "89": "HMMA", "90": "HGMMA", "100": "UTC*MMA", "gfx942": "MFMA"}
 _CLASSES = {
     "HMMA": r"HMMA",
@@ -99,15 +110,19 @@ def forms() -> list[Form]:
 
 
 def _gemm_forms() -> Iterable[Form]:
-    tables = [("bf16", HALF_TILES, "ieee"), ("fp32", FP32_TILES, "ieee"), ("fp32", TF32_TILES, "tf32")]
-    for dtype, tiles, precision in tables:
+    tables = [
+        ("bf16", TMA_TILES, "ieee", True),
+        ("bf16", HALF_TILES, "ieee", False),
+        ("fp32", FP32_TILES, "ieee", False),
+        ("fp32", TF32_TILES, "tf32", False),
+    ]
+    for dtype, tiles, precision, tma in tables:
         for tile in tiles:
-            for rank, recompute in ((RECOMPUTE_RANK, True), (64, False)):
-                for use in ("forward", "backward", "backward gelu", "grouped"):
-                    if use == "backward gelu" and (recompute or not tile.slope):
+            for rank, recompute in ((RECOMPUTE_RANK, True), (64, False))[tma:]:
+                for use in ("forward", "backward", *SLOPES, "grouped")[: 4 if tma else 5]:
+                    if use in SLOPES and (recompute or not tile.slope):
                         continue  # never chosen
-                    for tma in (False, True)[: 1 + (dtype == "bf16" and use != "grouped")]:
-                        yield _gemm_form(dtype, precision, tile, rank, recompute, use, tma)
+                    yield _gemm_form(dtype, precision, tile, rank, recompute, use, tma)
 
 
 def _gemm_form(dtype: str, precision: str, tile: GemmTile, rank: int, recompute: bool, use: str, tma: bool) -> Form:
@@ -118,9 +133,9 @@ def _gemm_form(dtype: str, precision: str, tile: GemmTile, rank: int, recompute:
     constants: dict[str, Any] = {
         **{f"stride_{name}": 1 for name in ones},
         **({} if forward else {"bias": None, "stride_bias": 0}),
-        **({"stride_zn": 1} if use == "backward gelu" else {"Z": None, "stride_zm": 0, "stride_zn": 0}),
+        **({"stride_zn": 1} if use in SLOPES else {"Z": None, "stride_zm": 0, "stride_zn": 0}),
         **({} if use == "grouped" else {"adapter": None, "stride_as": 0, "stride_ps": 0, "stride_ts": 0, "samples": 1}),
-        **{"PRODUCER": "gelu" if use == "backward gelu" else "none", "TRANSPOSED": forward, "PRECISION": precision},
+        **{"PRODUCER": SLOPES.get(use, "none"), "TRANSPOSED": forward, "PRECISION": precision},
         **{"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP_M": 8, "RECOMPUTE": recompute},
         "BLOCK_R": rank_block(rank) if recompute else TAIL_R,
     }
@@ -128,7 +143,8 @@ def _gemm_form(dtype: str, precision: str, tile: GemmTile, rank: int, recompute:
     types |= {**dict.fromkeys(("A", "B", "bias", "H", "Z", "Y"), f"*{dtype}"), "P": "*fp32", "T": "*fp32"}
     types |= {"adapter": "*i64"}
     if tma:
-        blocks = {"A": (tile.m, tile.k), "B": (tile.n, tile.k) if forward else (tile.k, tile.n), "Y": (tile.m, tile.n)}
+        blocks = {"A": (tile.m, tile.k), "Y": (tile.m, tile.n // 2)}
+        blocks["B"] = (tile.n, tile.k) if forward else (tile.k, tile.n)
         types |= {name: f"tensordesc<{dtype}[{rows}, {columns}]>" for name, (rows, columns) in blocks.items()}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     return Form(
@@ -141,7 +157,7 @@ def _gemm_form(dtype: str, precision: str, tile: GemmTile, rank: int, recompute:
         tile.stages,
         tile.shared_memory(2 if dtype == "bf16" else 4, rank if recompute else 0, tma=tma),
         precision == "tf32" or dtype == "bf16",
-        max(tile.capability, 9 if tma else 8),
+        tile.capability,
         wide_loads=not tma,
     )
 
@@ -154,15 +170,14 @@ def _other_forms() -> Iterable[Form]:
             types = {
                 **{"gamma": "*fp32", "beta": "*fp32", "mean": "*fp32", "rstd": "*fp32", "eps": "fp32"},
                 **dict.fromkeys(("A", "H", "out", "gy", "h", "x", "dh"), "*bf16"),
-                **dict.fromkeys(("P", "dG", "dD"), "*fp32"),
+                **dict.fromkeys(("P", "partial"), "*fp32"),
             }
             constants = {
                 **{"stride_ak": 1, "stride_pr": 1, "stride_as": 0, "stride_ps": 0, "adapter": None},
                 **{"stride_gn": 1, "stride_xn": 1, "PRODUCER": producer, "PRECISION": "ieee", "BLOCK_R": rank},
                 **absent,
             }
-            block_k, warps = lowrank_gemm.columns_and_warps(producer)
-            blocks: dict[str, Any] = {"BLOCK_M": lowrank_gemm.PROJECT_M, "BLOCK_K": block_k}
+            blocks: dict[str, Any] = {"BLOCK_M": lowrank_gemm.PROJECT_M, "BLOCK_K": lowrank_gemm.PROJECT_K}
             if producer == "none":
                 blocks["out"] = None
             yield _plain_form(
@@ -170,16 +185,23 @@ def _other_forms() -> Iterable[Form]:
                 lowrank_gemm.project_kernel,
                 types,
                 {**constants, **blocks},
-                (warps, lowrank_gemm.PROJECT_STAGES),
+                (lowrank_gemm.project_warps(producer), lowrank_gemm.PROJECT_STAGES),
             )
-            block_n, warps = reduce_tokens.columns_and_warps(producer)
             yield _plain_form(
                 f"reduce_tokens {name}",
                 reduce_tokens.reduce_tokens_kernel,
                 types,
-                {**constants, "BLOCK_M": reduce_tokens.BLOCK_M, "BLOCK_N": block_n},
-                (warps, reduce_tokens.STAGES),
+                {**constants, "BLOCK_M": reduce_tokens.BLOCK_M, "BLOCK_N": reduce_tokens.block_columns(rank)},
+                (reduce_tokens.WARPS, reduce_tokens.STAGES),
             )
+    yield Form(
+        "finish",
+        reduce_tokens.finish_kernel,
+        {**dict.fromkeys(("partial", "dG", "dD"), "*fp32"), **dict.fromkeys(("n_G", "n", "splits"), "i32")},
+        {"BLOCK": reduce_tokens.FINISH_BLOCK},
+        reduce_tokens.FINISH_WARPS,
+        3,
+    )
     blocks = {"BLOCK_R": tt_contract.BLOCK_R, "BLOCK_N": tt_contract.BLOCK_N}
     for kernel in (tt_contract.contract_kernel, tt_contract.contract_backward_kernel):
         for masks in (False, True):
