@@ -133,9 +133,12 @@ def gemm_tile(A: Tensor, N: int, rank: int, *, tma: bool = False, slope: bool = 
     return min(fitting or tiles(A, tma=tma)[-1:], key=time)
 
 
-def recomputes(R: int, N: int) -> bool:
-    """Whether H is made in the main loop of a product without TMA, of N columns, rather than by a kernel of its own."""
-    return R <= RECOMPUTE_RANK and N * rank_block(R) <= RECOMPUTE_WORK
+def recomputes(A: Tensor, R: int, N: int) -> bool:
+    """Whether H is made in the main loop of a product without TMA, of N columns, rather than by a kernel of its own.
+
+    Never from compute capability 9.0 on: there the two biggest tiles gave wrong results (an H100, Triton 3.6).
+    """
+    return device(A.device).capability < 9 and R <= RECOMPUTE_RANK and N * rank_block(R) <= RECOMPUTE_WORK
 
 
 def rank_block(R: int) -> int:

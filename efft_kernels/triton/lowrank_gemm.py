@@ -230,7 +230,7 @@ def lowrank_gemm(
     if tma is None:
         tma = adapter is None and not recompute and lowrank_gemm_tma.takes(A, B.t() if transposed else B, Y)
     if recompute is None:
-        recompute = H is None and Z is None and not tma and recomputes(R, N)
+        recompute = H is None and Z is None and not tma and recomputes(A, R, N)
     if H is None:
         H = A.new_empty(*A.shape[:-1], R) if recompute else project(A, P, adapter=adapter)
     tile = tile or gemm_tile(A, N, rank_block(R) if recompute else 0, tma=tma, slope=Z is not None)

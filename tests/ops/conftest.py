@@ -124,6 +124,13 @@ def low(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 
 
+@pytest.fixture(scope="session")
+def budget(device: str, low: torch.dtype) -> float:
+    """Times the error of the vendor's product that own kernels may have. They sum fp32 in one chain of terms, the
+    vendor's on GPUs in several: up to 2.4 times its error on an H100."""
+    return 3.0 if device == "cuda" and low == torch.float32 else 2.0
+
+
 class Recorder(TorchDispatchMode):
     """What torch does inside the ``with`` block, also inside the registered ops.
 

@@ -82,7 +82,7 @@ def test_the_reference_computes_in_fp32_and_rounds_once(half: torch.dtype) -> No
 
 @pytest.mark.parametrize("op", [tt_linear, merged])
 def test_update_under_a_weight_1000_times_its_size(
-    backend: Backend, device: str, low: torch.dtype, op: Callable[..., Tensor]
+    backend: Backend, device: str, low: torch.dtype, budget: float, op: Callable[..., Tensor]
 ) -> None:
     """On tokens where the base cancels, y and dx are the update; a weight merged in half precision fails."""
     factors = {"update": 1e-3, "factor_dtype": torch.float32}
@@ -98,7 +98,7 @@ def test_update_under_a_weight_1000_times_its_size(
                 assert_close_budget(got[name], exact[name], peer[name])
     elif op is tt_linear:
         for name in ("y", "x"):
-            assert_close_budget(got[name], exact[name], peer[name], name=name)
+            assert_close_budget(got[name], exact[name], peer[name], budget, name=name)
 
 
 @given(

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-collect_ignore_glob = [] if INTERPRETED else ["test_checks.py"] if torch.cuda.is_available() else ["test_*.py"]
+OF_THE_INTERPRETER = ["test_checks.py", "test_layers.py"]
+collect_ignore_glob = [] if INTERPRETED else OF_THE_INTERPRETER if torch.cuda.is_available() else ["test_*.py"]
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from efft_kernels.testing import assert_close_budget, poisoned_empty, with_layout
+from efft_kernels import testing
+from efft_kernels.testing import poisoned_empty, with_layout
 from efft_kernels.triton import launch, lowrank_gemm_tma, reduce_tokens
 from efft_kernels.triton.launch import FP32_TILES, HALF_TILES, RECOMPUTE_RANK, TF32_TILES, TMA_TILES, GemmTile
 from efft_kernels.triton.lowrank_gemm import gelu_project, lowrank_gemm, norm_project, project
@@ -42,6 +43,9 @@ else:
             triton.knobs.runtime.launch_enter_hook.remove(note)
 
 
+#: Ways to H: no kernel without TMA is asked to make it itself where there is TMA (see efft_kernels.triton.launch).
+RECOMPUTE = [True, False] if os.environ.get("TRITON_INTERPRET") == "1" or GPU.capability < 9 else [False]
+BY_RECOMPUTE = pytest.mark.parametrize("recompute", RECOMPUTE, ids=lambda value: "recompute" if value else "split")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 #: A GPU so small that a program gets several tiles.
 FEW = launch.Device(2, GPU.shared_memory, GPU.capability)
@@ -52,6 +56,20 @@ def matrix(rows: int, columns: int, dtype: torch.dtype, seed: int, scale: float 
     generator = torch.Generator("cpu").manual_seed(seed)  # the same numbers everywhere
     values = scale * torch.randn(rows, columns, generator=generator, dtype=torch.float64, device="cpu")
     return values.to(torch.get_default_device(), dtype)
+
+
+def assert_close_budget(got: Tensor, exact: Tensor, peer: Tensor, factor: float = 2.0, name: str = "result") -> None:
+    """As in efft_kernels.testing. These kernels sum fp32 in one chain of terms, the vendor's on GPUs in several: up to
+    2.4 times its error on an H100."""
+    chain = got.dtype == torch.float32 and got.is_cuda
+    testing.assert_close_budget(got, exact, peer, max(factor, 3.0) if chain else factor, name)
+
+
+def summed(left: Tensor, right: Tensor) -> Tensor:
+    """leftᵀ right in fp32: on a GPU by its tensor cores, whose sums are not as exact as fp32's."""
+    if left.is_cuda and left.dtype != torch.float32 and left.numel():
+        return torch.mm(left.t(), right, out_dtype=torch.float32)
+    return left.float().t() @ right.float()
 
 
 def needs(tile: GemmTile, dtype: torch.dtype, recompute: bool, *, tma: bool = False) -> None:
@@ -79,7 +97,7 @@ def unfused(A: Tensor, B: Tensor, bias: Tensor, P: Tensor, T: Tensor) -> tuple[T
     return A @ B + H @ T.to(A.dtype) + bias, H
 
 
-@pytest.mark.parametrize("recompute", [True, False], ids=["recompute", "split"])
+@BY_RECOMPUTE
 @pytest.mark.parametrize(
     ("dtype", "tile"),
     [
@@ -135,9 +153,8 @@ def test_what_tma_cannot_move() -> None:
     for name, (a, w) in cases.items():
         with checked() as names:
             Y, _ = lowrank_gemm(a, w.t(), None, P, T)
-        assert names == (
-            ["project_kernel", "lowrank_gemm_tma_kernel"] if name == "plain" else ["lowrank_gemm_kernel"]
-        ), name
+        kernel = "lowrank_gemm_tma_kernel" if name == "plain" else "lowrank_gemm_kernel"
+        assert names == ["project_kernel", kernel], name
         exact = unfused(*(t.double() for t in (a, w.t(), torch.zeros(40), P, T)))[0]
         assert_close_budget(Y, exact, unfused(a, w.t(), torch.zeros(40, dtype=a.dtype), P, T)[0], name=name)
 
@@ -147,7 +164,7 @@ def test_the_update_alone(dtype: torch.dtype) -> None:
     """B and bias are zero: what comes out is the update, whose error is not hidden by the base."""
     A, weight, bias, P, T = operands(70, 90, 100, 24, dtype)
     zero, none = torch.zeros_like(weight), torch.zeros_like(bias)
-    for recompute in (True, False):
+    for recompute in RECOMPUTE:
         Y, _ = lowrank_gemm(A, zero.t(), None, P, T, recompute=recompute)
         exact, peer = (A.double() @ P.double()) @ T.double(), unfused(A, zero.t(), none, P, T)[0]
         assert_close_budget(Y, exact, peer)
@@ -157,7 +174,7 @@ def test_the_update_alone(dtype: torch.dtype) -> None:
 def test_strides(layout: str) -> None:
     A, weight, bias, P, T = (with_layout(t, layout) for t in operands(70, 90, 100, 24, torch.float32))
     expected = unfused(A, weight.t(), bias, P, T)
-    for recompute in (True, False):
+    for recompute in RECOMPUTE:
         with checked():
             got = lowrank_gemm(A, weight.t(), bias, P, T, recompute=recompute)
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
@@ -175,7 +192,7 @@ def test_sums_over_tokens(dtype: torch.dtype, splits: int | None) -> None:
         for got, left, right in ((dG, h, gy), (dD, x, dh)):
             assert got.dtype == torch.float32
             exact = left.double().t() @ right.double()
-            assert_close_budget(got, exact, left.float().t() @ right.float(), factor=4, name=f"{(M, R, splits)}")
+            assert_close_budget(got, exact, summed(left, right), factor=4, name=f"{(M, R, splits)}")
         again = reduce_tokens.reduce_tokens(gy, h, x, dh, splits)
         assert torch.equal(again[0], dG)
         assert torch.equal(again[1], dD)
@@ -254,7 +271,7 @@ def test_producers(producer: str, dtype: torch.dtype, affine: bool) -> None:
         peer = put_out(values, producer, gamma, beta)
         assert_close_budget(A, exact, peer, name=f"{(M, K)}")
         assert_close_budget(H, exact @ P.double(), peer @ P.to(dtype), name=f"{(M, K, R)}")
-        yardstick = peer.float().t() @ dh.float()
+        yardstick = summed(peer, dh)
         assert_close_budget(dD, exact.t() @ dh.double(), yardstick, factor=4, name=f"{(M, K, R)}")
 
 
@@ -266,7 +283,7 @@ def test_slope_in_the_epilogue(producer: str, dtype: torch.dtype, tile: GemmTile
     for M, N, K in SHAPES[:4]:  # the errors of five numbers say nothing
         A, weight, _, P, T = operands(M, N, K, 9, dtype)
         Z = with_layout(2 * matrix(M, N, dtype, 8), "transposed")
-        for recompute in (True, False):
+        for recompute in RECOMPUTE:
             with checked(), poisoned_empty():
                 Y, _ = lowrank_gemm(A, weight.t(), None, P, T, Z=Z, producer=producer, tile=tile, recompute=recompute)
             results = []
@@ -300,7 +317,7 @@ def test_gelu_in_half_precision(producer: str, dtype: torch.dtype) -> None:
     assert gelu_project(torch.full((1, 1), torch.nan), zero, producer, dtype)[0].isnan().all()
 
 
-@pytest.mark.parametrize("recompute", [True, False], ids=["recompute", "split"])
+@BY_RECOMPUTE
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_an_adapter_a_sample(dtype: torch.dtype, recompute: bool) -> None:
     adapter = torch.tensor([2, -1, 0])
@@ -338,7 +355,7 @@ def test_offsets_beyond_32_bits() -> None:
     A, weight, bias, P, T = operands(3, 20, 24, 5, torch.bfloat16)
     far = far_apart(A)
     expected = lowrank_gemm(A, weight.t(), bias, P, T)
-    for recompute in (True, False):
+    for recompute in RECOMPUTE:
         with checked():
             got = lowrank_gemm(far, weight.t(), bias, P, T, recompute=recompute)
         assert torch.equal(got[0], expected[0])

@@ -35,7 +35,7 @@ def test_a_layer(dtype: torch.dtype) -> None:
         got = step(layer, x, "triton")
     # x needs no gradient here, so dh comes from the projection alone.
     backward = ["project_kernel", "reduce_tokens_kernel", "finish_kernel", "contract_backward_kernel"]
-    assert names == ["contract_kernel", "lowrank_gemm_kernel", *backward]
+    assert names == ["contract_kernel", "project_kernel", "lowrank_gemm_kernel", *backward]
     assert_same(got, step(layer, x, "reference"), 4 * torch.finfo(dtype).eps)
 
 
