@@ -68,7 +68,7 @@ TMA_TILES = (
     GemmTile(128, 128, 64, 4, 4, 0.8, capability=9, slope=False),
     GemmTile(128, 128, 32, 8, 3, 0.75, capability=9, slope=False),  # for 99 KiB of shared memory (sm_120)
     GemmTile(64, 128, 32, 4, 3, 0.6, capability=9),
-    GemmTile(64, 64, 32, 4, 3, 0.45, capability=9),
+    GemmTile(64, 64, 32, 4, 4, 0.45, capability=9),
 )
 #: fp32 without tensor cores: the accumulator is what registers are for. Modelled likewise.
 FP32_TILES = (GemmTile(32, 64, 16, 4, 2, 1.0, slope=False), GemmTile(32, 32, 16, 4, 2, 0.7))

@@ -35,7 +35,7 @@ from efft_kernels.triton.launch import TAIL_R, GemmTile, gemm_tile, on_device, p
 from efft_kernels.triton.producers import gelu_slope, produced, row_statistics
 
 # Rows of A that one program of the projection takes, and columns per step: it reads A once, whatever the rank.
-PROJECT_M, PROJECT_K, PROJECT_STAGES = 64, 64, 3
+PROJECT_M, PROJECT_K, PROJECT_WARPS, PROJECT_STAGES = 64, 64, 4, 3
 
 
 @triton.jit
@@ -283,11 +283,6 @@ def norm_project(
     return A, H, mean, rstd
 
 
-def project_warps(producer: str) -> int:
-    """Warps of a projection: of few programs a multiprocessor, a producer's arithmetic wants more at once."""
-    return 4 if producer == "none" else 8
-
-
 def _project(
     A: Tensor,
     P: Tensor,
@@ -316,6 +311,6 @@ def _project(
             BLOCK_M=PROJECT_M,
             BLOCK_K=PROJECT_K,
             BLOCK_R=rank_block(R),
-            num_warps=project_warps(producer),
+            num_warps=PROJECT_WARPS,
             num_stages=PROJECT_STAGES,
         )

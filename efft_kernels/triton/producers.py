@@ -72,7 +72,7 @@ def _upper_tail(z, PRODUCER: tl.constexpr):
     """
     size = tl.minimum(tl.abs(z), 6.0, propagate_nan=tl.PropagateNan.ALL)
     if PRODUCER == "gelu_tanh":
-        return size, 1.0 / (1.0 + tl.exp2((0.1029432395800235 * size * size + 2.302208198144325) * size))
+        return size, tl.sigmoid(-_tanh_argument(size))
     log2 = -1.834809040701657e-06 * size + 6.159824260976166e-05  # least maximum of the error over [0, 6]
     log2 = log2 * size - 0.000930524431169033
     log2 = log2 * size + 0.008507889695465565

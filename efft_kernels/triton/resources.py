@@ -185,7 +185,7 @@ def _other_forms() -> Iterable[Form]:
                 lowrank_gemm.project_kernel,
                 types,
                 {**constants, **blocks},
-                (lowrank_gemm.project_warps(producer), lowrank_gemm.PROJECT_STAGES),
+                (lowrank_gemm.PROJECT_WARPS, lowrank_gemm.PROJECT_STAGES),
             )
             yield _plain_form(
                 f"reduce_tokens {name}",
