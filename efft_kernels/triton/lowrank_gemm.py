@@ -35,7 +35,7 @@ from efft_kernels.triton.launch import TAIL_R, GemmTile, gemm_tile, on_device, p
 from efft_kernels.triton.producers import gelu_slope, produced, row_statistics
 
 # Rows of A that one program of the projection takes, and columns per step: it reads A once, whatever the rank.
-PROJECT_M, PROJECT_K, PROJECT_WARPS, PROJECT_STAGES = 64, 64, 4, 3
+PROJECT_M, PROJECT_STAGES = 64, 3
 
 
 @triton.jit
@@ -283,6 +283,11 @@ def norm_project(
     return A, H, mean, rstd
 
 
+def columns_and_warps(producer: str) -> tuple[int, int]:
+    """BLOCK_K of a projection and its warps; a producer's arithmetic needs more registers (see the resource report)."""
+    return (64, 4) if producer == "none" else (32, 8)
+
+
 def _project(
     A: Tensor,
     P: Tensor,
@@ -301,6 +306,7 @@ def _project(
     if samples * M == 0 or (H.numel() == 0 and out is None):
         return
     gamma, beta = (None if t is None else t.contiguous() for t in (gamma, beta))
+    block_k, warps = columns_and_warps(producer)
     grid = (triton.cdiv(M, PROJECT_M), triton.cdiv(R, rank_block(R)), samples)
     with on_device(A):
         project_kernel[grid](
@@ -309,8 +315,8 @@ def _project(
             PRODUCER=producer,
             PRECISION=precision(H),
             BLOCK_M=PROJECT_M,
-            BLOCK_K=PROJECT_K,
+            BLOCK_K=block_k,
             BLOCK_R=rank_block(R),
-            num_warps=PROJECT_WARPS,
+            num_warps=warps,
             num_stages=PROJECT_STAGES,
         )

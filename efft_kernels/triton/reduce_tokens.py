@@ -18,15 +18,15 @@ from efft_kernels.triton.producers import produced
 
 # Tokens per step; enough bytes in flight to use the memory bandwidth, which is the limit. Two programs fit a
 # multiprocessor whatever the producer, and no third is launched: it would run alone, after all others.
-BLOCK_M, WARPS, STAGES = 64, 4, 3
+BLOCK_M, STAGES = 64, 3
 PROGRAMS_A_PROCESSOR = 2
 # Sums that one program of the second kernel finishes.
 FINISH_BLOCK, FINISH_WARPS = 512, 4
 
 
-def block_columns(R: int) -> int:
-    """Columns per program: as many as leave registers for a producer beside the sums (the resource report tells)."""
-    return 128 if rank_block(R) <= 32 else 64
+def columns_and_warps(producer: str) -> tuple[int, int]:
+    """BLOCK_N and warps; a producer's arithmetic beside the sums needs more registers (the resource report tells)."""
+    return (128, 4) if producer == "none" else (64, 8)
 
 
 @triton.jit
@@ -158,7 +158,7 @@ def reduce_tokens(
     M, R = given.shape
     d_out = 0 if h is None or gy is None else gy.shape[1]
     d_in = 0 if dh is None or x is None else x.shape[1]
-    block_n = block_columns(R)
+    block_n, warps = columns_and_warps(producer)
     columns_out, columns_in = triton.cdiv(d_out, block_n), triton.cdiv(d_in, block_n)
     ranks = triton.cdiv(R, rank_block(R))
     if splits is None:
@@ -178,7 +178,7 @@ def reduce_tokens(
                 BLOCK_M=BLOCK_M,
                 BLOCK_N=block_n,
                 BLOCK_R=rank_block(R),
-                num_warps=WARPS,
+                num_warps=warps,
                 num_stages=STAGES,
             )
             finish_kernel[(triton.cdiv(partial.shape[1], FINISH_BLOCK),)](

@@ -177,7 +177,8 @@ def _other_forms() -> Iterable[Form]:
                 **{"stride_gn": 1, "stride_xn": 1, "PRODUCER": producer, "PRECISION": "ieee", "BLOCK_R": rank},
                 **absent,
             }
-            blocks: dict[str, Any] = {"BLOCK_M": lowrank_gemm.PROJECT_M, "BLOCK_K": lowrank_gemm.PROJECT_K}
+            block_k, warps = lowrank_gemm.columns_and_warps(producer)
+            blocks: dict[str, Any] = {"BLOCK_M": lowrank_gemm.PROJECT_M, "BLOCK_K": block_k}
             if producer == "none":
                 blocks["out"] = None
             yield _plain_form(
@@ -185,14 +186,15 @@ def _other_forms() -> Iterable[Form]:
                 lowrank_gemm.project_kernel,
                 types,
                 {**constants, **blocks},
-                (lowrank_gemm.PROJECT_WARPS, lowrank_gemm.PROJECT_STAGES),
+                (warps, lowrank_gemm.PROJECT_STAGES),
             )
+            block_n, warps = reduce_tokens.columns_and_warps(producer)
             yield _plain_form(
                 f"reduce_tokens {name}",
                 reduce_tokens.reduce_tokens_kernel,
                 types,
-                {**constants, "BLOCK_M": reduce_tokens.BLOCK_M, "BLOCK_N": reduce_tokens.block_columns(rank)},
-                (reduce_tokens.WARPS, reduce_tokens.STAGES),
+                {**constants, "BLOCK_M": reduce_tokens.BLOCK_M, "BLOCK_N": block_n},
+                (warps, reduce_tokens.STAGES),
             )
     yield Form(
         "finish",
