@@ -31,7 +31,7 @@ class GemmTile:
         warps, stages: warps of a program, steps of the main loop in flight.
         speed: arithmetic rate of a full GPU relative to the best tile: small tiles read their operands more often.
         capability: least compute capability that has the registers for it (tensor cores that read shared memory).
-        slope: whether registers are left for a GELU's slope in the epilogue (the resource report tells).
+        slopes: GELUs for whose slope the epilogue has the registers (the resource report tells).
     """
 
     m: int
@@ -41,7 +41,7 @@ class GemmTile:
     stages: int
     speed: float
     capability: int = 8
-    slope: bool = True
+    slopes: tuple[str, ...] = ("gelu", "gelu_tanh")
 
     def shared_memory(self, element_size: int, rank: int = 0, *, tma: bool = False) -> int:
         """Bytes of the pipeline's buffers; ``rank`` columns of fp32 factors ride along where H is recomputed.
@@ -54,7 +54,7 @@ class GemmTile:
 
 #: Origin: tiles that public bf16 GEMMs use on these architectures, their speeds modelled, not measured.
 HALF_TILES = (
-    GemmTile(128, 256, 64, 8, 3, 1.0, capability=9, slope=False),
+    GemmTile(128, 256, 64, 8, 3, 1.0, capability=9, slopes=()),
     GemmTile(128, 128, 64, 8, 3, 0.9),
     GemmTile(128, 128, 32, 8, 3, 0.85),  # for 99 KiB of shared memory (sm_86, sm_89) and 64 KiB (AMD)
     GemmTile(64, 128, 32, 4, 3, 0.7),
@@ -64,16 +64,16 @@ HALF_TILES = (
 #: take 728 us with the first, 737 us with 3 stages and the output in one piece, 775 us with the second (808 us with 8
 #: warps), whose speed is the low end of 0.79 to 0.89. Speeds of the smaller tiles are modelled, not measured.
 TMA_TILES = (
-    GemmTile(128, 256, 64, 8, 4, 1.0, capability=9),
-    GemmTile(128, 128, 64, 4, 4, 0.8, capability=9, slope=False),
-    GemmTile(128, 128, 32, 8, 3, 0.75, capability=9, slope=False),  # for 99 KiB of shared memory (sm_120)
+    GemmTile(128, 256, 64, 8, 4, 1.0, capability=9, slopes=("gelu",)),
+    GemmTile(128, 128, 64, 4, 4, 0.8, capability=9, slopes=()),
+    GemmTile(128, 128, 32, 8, 3, 0.75, capability=9, slopes=()),  # for 99 KiB of shared memory (sm_120)
     GemmTile(64, 128, 32, 4, 3, 0.6, capability=9),
     GemmTile(64, 64, 32, 4, 4, 0.45, capability=9),
 )
 #: fp32 without tensor cores: the accumulator is what registers are for. Modelled likewise.
-FP32_TILES = (GemmTile(32, 64, 16, 4, 2, 1.0, slope=False), GemmTile(32, 32, 16, 4, 2, 0.7))
+FP32_TILES = (GemmTile(32, 64, 16, 4, 2, 1.0, slopes=()), GemmTile(32, 32, 16, 4, 2, 0.7))
 #: fp32 rounded to TF32 on the way into the tensor cores, by the user's choice in torch. Modelled likewise.
-TF32_TILES = (GemmTile(128, 128, 32, 8, 3, 1.0, slope=False), GemmTile(64, 64, 32, 4, 3, 0.5))
+TF32_TILES = (GemmTile(128, 128, 32, 8, 3, 1.0, slopes=()), GemmTile(64, 64, 32, 4, 3, 0.5))
 
 #: Up to this rank a program has the registers to recompute H in its main loop, which only the kernel without TMA does.
 RECOMPUTE_RANK = 32
@@ -112,8 +112,9 @@ def tiles(A: Tensor, *, tma: bool = False) -> Sequence[GemmTile]:
     return TF32_TILES if precision(A) == "tf32" else FP32_TILES
 
 
-def gemm_tile(A: Tensor, N: int, rank: int, *, tma: bool = False, slope: bool = False) -> GemmTile:
-    """The tile for [M, K] (a sample of several) times [K, N], with ``rank`` columns of H recomputed (0: none).
+def gemm_tile(A: Tensor, N: int, rank: int, *, tma: bool = False, slope: str = "none") -> GemmTile:
+    """The tile for [M, K] (a sample of several) times [K, N], with ``rank`` columns of H recomputed (0: none), and the
+    ``slope`` of a GELU in its epilogue.
 
     Modelled time: whole waves of programs, each as long as its tile is big, over the tile's speed.
     """
@@ -128,7 +129,7 @@ def gemm_tile(A: Tensor, N: int, rank: int, *, tma: bool = False, slope: bool = 
         for t in tiles(A, tma=tma)
         if t.shared_memory(A.element_size(), rank, tma=tma) <= gpu.shared_memory
         and t.capability <= gpu.capability
-        and t.slope >= slope
+        and slope in ("none", *t.slopes)
     ]
     return min(fitting or tiles(A, tma=tma)[-1:], key=time)
 

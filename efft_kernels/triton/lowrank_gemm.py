@@ -233,7 +233,8 @@ def lowrank_gemm(
         recompute = H is None and Z is None and not tma and recomputes(A, R, N)
     if H is None:
         H = A.new_empty(*A.shape[:-1], R) if recompute else project(A, P, adapter=adapter)
-    tile = tile or gemm_tile(A, N, rank_block(R) if recompute else 0, tma=tma, slope=Z is not None)
+    slope = "none" if Z is None else producer
+    tile = tile or gemm_tile(A, N, rank_block(R) if recompute else 0, tma=tma, slope=slope)
     if tma:
         B = B.t() if transposed else B
         lowrank_gemm_tma.launch(A, B, bias, T, H, Z, Y, transposed=transposed, producer=producer, tile=tile)

@@ -75,6 +75,7 @@ class Form:
         estimate: shared memory that the choice of a tile counts with; None where there is no choice.
         tensor_cores: whether its products must use them.
         capability: least compute capability on which it is chosen.
+        below: compute capability from which on it no longer is.
         wide_loads: whether its main loop must load 16 bytes at a time (by TMA none of its instructions does).
     """
 
@@ -87,6 +88,7 @@ class Form:
     estimate: int | None = None
     tensor_cores: bool = False
     capability: int = 8
+    below: int = 99
     wide_loads: bool = True
 
 
@@ -120,7 +122,7 @@ def _gemm_forms() -> Iterable[Form]:
         for tile in tiles:
             for rank, recompute in ((RECOMPUTE_RANK, True), (64, False))[tma:]:
                 for use in ("forward", "backward", *SLOPES, "grouped")[: 4 if tma else 5]:
-                    if use in SLOPES and (recompute or not tile.slope):
+                    if use in SLOPES and (recompute or SLOPES[use] not in tile.slopes):
                         continue  # never chosen
                     yield _gemm_form(dtype, precision, tile, rank, recompute, use, tma)
 
@@ -158,6 +160,7 @@ def _gemm_form(dtype: str, precision: str, tile: GemmTile, rank: int, recompute:
         tile.shared_memory(2 if dtype == "bf16" else 4, rank if recompute else 0, tma=tma),
         precision == "tf32" or dtype == "bf16",
         tile.capability,
+        9 if recompute else 99,
         wide_loads=not tma,
     )
 
@@ -256,6 +259,9 @@ def inspect(form: Form, target: str) -> Report:
         return report
     if form.capability > _capability(target):
         report.skipped = f"never chosen: for compute capability {form.capability}.0 and newer"
+        return report
+    if form.below <= _capability(target):
+        report.skipped = f"never chosen: for GPUs older than compute capability {form.below}.0"
         return report
     try:
         compiled = _compile(form, target)
