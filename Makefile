@@ -7,7 +7,7 @@ ARGS ?=
 BUDGET ?= 480
 # The least version in pyproject.toml; the newest is what pip installs.
 OLDEST_TRITON := 3.6.0
-# Of its headers alone, for the kernel of sm_90.
+# For its headers alone: of what it depends on nothing is needed.
 CUTLASS := 4.2.0.0
 
 BIN := $(VENV)/bin
@@ -24,6 +24,7 @@ demo: $(VENV)/.efft-train ## Adapt, train, save and merge a small model on this 
 	$(RUN) efft.demo $(ARGS)
 
 extension: $(VENV)/.efft-dev ## Compile csrc/, as far as this machine has the tools
+	@! command -v nvcc >/dev/null || $(RUN) pip install --quiet --no-deps nvidia-cutlass==$(CUTLASS)
 	$(RUN) efft_kernels build
 
 test: extension ## Run the test suite, all but the emulated CUDA kernels

@@ -39,7 +39,6 @@ _ISAS = {
 }
 #: GPUs that csrc/cuda is compiled for: code for these, and PTX of the first for whatever comes later.
 _GENERATIONS = ("-gencode=arch=compute_80,code=[sm_80,compute_80]", "-gencode=arch=compute_90a,code=sm_90a")
-_WITHOUT_CUTLASS = "without kernels of sm_90's own (pip install --no-deps nvidia-cutlass, for its headers)"
 _BYTES_A_JOB = {"cpu": 1 << 30, "cuda": 4 << 30}
 
 
@@ -116,7 +115,7 @@ def plan(wish: str) -> tuple[list[str], list[str]]:
         targets.append(target)
         lines.append(f"  {target}: {tools.nvcc or tools.cxx}, torch headers in {tools.torch}")
         if target == "cuda":
-            lines[-1] += f", CUTLASS's in {tools.cutlass}" if tools.cutlass else f", {_WITHOUT_CUTLASS}"
+            lines[-1] += f", CUTLASS's in {tools.cutlass}"
     return targets, [f"efft-kernels: EFFT_BUILD_EXT={wish}, building {', '.join(targets) or 'nothing'}", *lines]
 
 
@@ -142,7 +141,10 @@ def find_tools(target: str) -> Tools:
     nvcc = _which(str(Path(os.environ["CUDA_HOME"]) / "bin/nvcc")) if os.environ.get("CUDA_HOME") else _which("nvcc")
     if nvcc is None:
         raise BuildError("nvcc not found: install the CUDA toolkit, or set CUDA_HOME")
-    return Tools(ninja, cxx, torch, nvcc, _cutlass())
+    cutlass = _cutlass()
+    if cutlass is None:  # without the kernel that needs them a build would be slow on sm_90, where auto prefers it
+        raise BuildError("CUTLASS's headers not found: pip install --no-deps nvidia-cutlass")
+    return Tools(ninja, cxx, torch, nvcc, cutlass)
 
 
 def build(targets: list[str], folder: Path, objects: Path | None = None) -> list[Path]:
@@ -232,6 +234,7 @@ def _cuda_objects(lines: list[str], tools: Tools) -> list[str]:
         "  command = $nvcc -shared $in -Xlinker -s -Xlinker --no-as-needed -L. -ltorch -ltorch_cpu -lc10 -o $out",
     ]
     objects = []
+    assert tools.cutlass is not None
     for source, flags in cuda_sources(tools.cutlass):
         objects.append(f"cuda-{source.name}.o")
         lines.append(f"build {objects[-1]}: compile {_escape(str(source))}")
@@ -243,15 +246,14 @@ def _cuda_objects(lines: list[str], tools: Tools) -> list[str]:
 NVCC_FLAGS = "-O3 -DNDEBUG -Xcompiler=-fPIC,-fvisibility=hidden,-Wall"
 
 
-def cuda_sources(cutlass: Path | None) -> list[tuple[Path, list[str]]]:
-    """Files of csrc/cuda to compile, each with its own flags; those of sm_90 only where CUTLASS's headers are."""
+def cuda_sources(cutlass: Path) -> list[tuple[Path, list[str]]]:
+    """Files of csrc/cuda to compile, each with its own flags."""
     found: list[tuple[Path, list[str]]] = []
     for source in _inputs("cuda"):
-        of_sm90 = source.stem.endswith("_sm90")
-        if source.suffix in (".cpp", ".cu") and (cutlass or not of_sm90):
-            flags = [*(_GENERATIONS[1:] if of_sm90 else _GENERATIONS), *(["-DEFFT_SM90"] if cutlass else [])]
-            if of_sm90:
-                flags += ["--expt-relaxed-constexpr", f"-isystem {_escape(str(cutlass))}"]
+        if source.suffix in (".cpp", ".cu"):
+            flags = [*_GENERATIONS, "-DEFFT_SM90"]
+            if source.stem.endswith("_sm90"):
+                flags = [*_GENERATIONS[1:], "--expt-relaxed-constexpr", f"-isystem {_escape(str(cutlass))}"]
             found.append((source, flags))
     return found
 

@@ -123,6 +123,7 @@ def faults(report: Report, said: str) -> list[str]:
 
 def inspect_all(tools: Tools, targets: Iterable[str], only: str = "") -> list[Report]:
     """The reports of all kernels whose file's name contains ``only``, as many at a time as there are cores."""
+    assert tools.cutlass is not None
     work = [
         (source, flags, target, tools)
         for source, flags in cuda_sources(tools.cutlass)

@@ -14,6 +14,7 @@ from efft_kernels.choice import Case, Row, fastest, nearest
 
 CASE = Case("tt_linear", 12608, 768, 2304, 32, "bfloat16", 9)
 CPU = torch.device("cpu")
+COMMITTED = choice.COMMITTED
 
 
 def row(case: Case, triton: float, eager: float = 100.0, **others: float) -> Row:
@@ -25,8 +26,11 @@ def prefers_triton(case: Case, device: torch.device) -> bool:
 
 
 @pytest.fixture(autouse=True)
-def _no_rows_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "_rows", list(choice.read(choice.COMMITTED)))
+def _nothing_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The committed table is another's subject."""
+    choice.write(tmp_path / "committed.json", ())
+    monkeypatch.setattr(choice, "COMMITTED", tmp_path / "committed.json")
+    monkeypatch.setattr(choice, "_rows", [])
 
 
 def use_table(monkeypatch: pytest.MonkeyPatch, path: Path, *rows: Row) -> None:
@@ -36,7 +40,8 @@ def use_table(monkeypatch: pytest.MonkeyPatch, path: Path, *rows: Row) -> None:
 
 
 def test_the_committed_table_names_where_each_row_comes_from() -> None:
-    for found in choice.read(choice.COMMITTED):
+    assert choice.read(COMMITTED)
+    for found in choice.read(COMMITTED):
         assert found.origin.startswith("measured on NVIDIA ")
         assert {"eager"} < found.microseconds.keys() <= {"eager", "triton", "cuda"}
 
@@ -83,6 +88,17 @@ def test_where_no_row_is_of_this_layer(
     with mock.patch.object(choice, "measure", return_value=row(case, 150)) as measure:
         assert not prefers_triton(case, CPU)
     assert measure.call_count == 1
+
+
+def test_a_plain_layer_speaks_for_one_behind_a_producer_that_nobody_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    gelu = replace(CASE, op="tt_gelu_linear")
+    use_table(monkeypatch, tmp_path / "own.json", row(CASE, 50))
+    with mock.patch.object(choice, "_can_measure", return_value=False):
+        assert prefers_triton(gelu, CPU)
+    use_table(monkeypatch, tmp_path / "own.json", row(CASE, 50), row(gelu, 150))
+    assert not prefers_triton(gelu, CPU)
 
 
 def test_the_most_alike_counts() -> None:

@@ -63,12 +63,13 @@ def test_an_explicit_wish_that_cannot_be_met_fails_with_the_reason(
     assert any("cuda: not built: nvcc not found" in line for line in build.plan("auto")[1])
 
 
-def test_the_summary_says_what_is_missing_for_sm90(tools: Tools, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_not_built_without_the_kernel_of_sm90(tools: Tools, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "_cutlass", lambda: None)
-    targets, summary = build.plan("cuda")
-    assert targets == ["cpu", "cuda"]
-    assert "without kernels of sm_90's own (pip install --no-deps nvidia-cutlass" in summary[-1]
-    assert not any("_sm90" in path.name for path, _ in build.cuda_sources(None))
+    with pytest.raises(BuildError, match="CUTLASS's headers not found: pip install --no-deps nvidia-cutlass"):
+        build.plan("cuda")
+    targets, summary = build.plan("auto")
+    assert targets == ["cpu"]
+    assert "cuda: not built: CUTLASS's headers not found" in summary[-1]
 
 
 def test_the_sm90_kernel_is_compiled_for_sm90_alone(tmp_path: Path) -> None:
@@ -156,7 +157,7 @@ def test_no_kernel_has_a_fault(tools: Tools, target: str, capsys: pytest.Capture
     said = capsys.readouterr().out
     print(said)
     assert code == 0, said
-    assert ("lowrank_gemm_sm90_kernel" in said) == (target == "90a" and tools.cutlass is not None)
+    assert ("lowrank_gemm_sm90_kernel" in said) == (target == "90a")
 
 
 def test_the_command_needs_nvcc(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
