@@ -11,6 +11,7 @@ code is 1 if one failed.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import signal
 import subprocess
@@ -42,11 +43,13 @@ def jobs(device: str, quick: bool, results: Path | None) -> list[Job]:
     def bench(name: str, share: float, command: str) -> Job:
         return Job(name, ("-m", "benchmarks", *command.split(), *to), share)
 
+    # Most of the tests' time is Triton's compiler: several at a time where pytest-xdist is installed.
+    several = ("-n", "auto") if importlib.util.find_spec("xdist") else ()
     first = [
         Job("compiled extension", ("-m", "efft_kernels", "build"), 0.4),
         Job("environment", ("-m", "efft_kernels"), 0.1),
         # 5: no test has the mark
-        Job("GPU tests", ("-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"), 0.2, fine=(0, 5)),
+        Job("GPU tests", ("-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *several), 0.3, fine=(0, 5)),
     ]
     if quick:
         return [

@@ -30,7 +30,7 @@ TITLES = {
     "fused:triton": "the same after `efft.fuse`",
     "efft:eager": "EFFT2, backend eager",
     "fused:eager": "the same after `efft.fuse`",
-    "efft:reference": "EFFT2, this library (reference)",
+    "efft:reference": "EFFT2, backend reference",
     "merged": "EFFT2 merged into the weights",
     "peft": "LoRA of `peft`",
     "addmm": "LoRA by hand, `addmm_`",
@@ -121,7 +121,7 @@ def ops(device: str) -> str:
         return with_sources(header, rows, runs)
     tokens = next(iter(runs.values()))[0]["tokens"]
     times = block_times(Machine(), tokens, _RANK, vit_block(768))
-    header += ["block, bfloat16", "block, modelled, not measured"]
+    header += ["block, bfloat16", "block, modelled for an H200, not measured"]
     for (name, _), cells in zip([*_present(runs), ("ideal", "")], rows, strict=True):
         modelled = f"{times[name]['block'] / times['floor']['block']:.2f}" if name in times else "-"
         cells += [_block_cell(runs.get("bfloat16", []), name), modelled]

@@ -16,7 +16,21 @@ hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, d
 hypothesis.settings.load_profile("fixed")
 
 
+class FailuresAtOnce:
+    """Tells of a failure as it happens: where a GPU is at hand for minutes, a run is stopped before its summary."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._plugins = config.pluginmanager
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        reporter = self._plugins.get_plugin("terminalreporter")
+        if report.failed and reporter is not None:
+            reporter.write_line(f"\n{report.nodeid}\n{report.longreprtext}")
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("markexpr") == "gpu":
+        config.pluginmanager.register(FailuresAtOnce(config))
     # The tests' matrices are small: more threads only wait for one another.
     torch.set_num_threads(min(2, os.cpu_count() or 1))
 

@@ -149,7 +149,7 @@ def test_training_step_table(results: Path) -> None:
     lines = tables.train_step("cpu").splitlines()
     assert lines[2:4] == [
         "| frozen floor | 1.00 | 8.0 | 1.00 | 8.0 |",
-        "| EFFT2, this library (eager) | 1.50 | 5.3 | 1.25 | 6.4 |",
+        "| EFFT2, backend eager | 1.50 | 5.3 | 1.25 | 6.4 |",
     ]
     assert not any("paper" in line for line in lines)
     assert lines[-1] == (
@@ -162,7 +162,7 @@ def test_layer_table_on_a_gpu_has_the_block_measured_and_modelled(results: Path)
     lines = [ops_line(row, ratio, layer, "cuda") for row, ratio in (("floor", 1.0), ("naive", 2.0)) for layer in layers]
     write(results, "ops", lines)
     header, _, floor, naive, limit, *_ = tables.ops("cuda").splitlines()
-    assert header.endswith("| block, bfloat16 | block, modelled, not measured |")
+    assert header.endswith("| block, bfloat16 | block, modelled for an H200, not measured |")
     assert floor.endswith("| 1.00 | 1.00 | 1.00 | 1.00 | 1.00 | 1.00 |")
     assert naive.endswith("| 2.00 | 2.00 | 2.00 | 2.00 | 2.00 | 1.72 |")
     assert limit == "| arithmetic limit | 1.10 | 1.10 | 1.10 | 1.10 | - | 1.08 |"
