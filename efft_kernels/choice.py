@@ -109,10 +109,12 @@ def fastest(case: Case, device: torch.device, backends: Sequence[str]) -> str | 
 def nearest(case: Case, rows: Sequence[Row], widths: float) -> Row | None:
     """The row most like ``case`` in tokens, d_in and d_out (the first of equals), if one is near: tokens up to a factor
     of :data:`NEAR` away, d_in and d_out up to ``widths``; whole 16 bytes a row, as the fastest kernels want them, or
-    not, as in ``case``."""
+    not, as in ``case``; the same rank once it is padded to a power of two, 32 at least; one 16-bit type for the other.
+    """
 
     def kind(c: Case) -> tuple[Any, ...]:
-        return c.op, c.d_in % 8 == 0, c.d_out % 8 == 0, math.ceil(c.r1 / 16), c.dtype, c.capability
+        dtype = "bfloat16" if c.dtype == "float16" else c.dtype
+        return c.op, c.d_in % 8 == 0, c.d_out % 8 == 0, max(c.r1 - 1, 31).bit_length(), dtype, c.capability
 
     wanted = kind(case)
     best, least = None, math.inf
