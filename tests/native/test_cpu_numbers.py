@@ -2,7 +2,8 @@
 memory. ``make check-native`` runs these tests for every instruction set, with every access checked."""
 
 import math
-import os
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -174,12 +175,14 @@ def test_a_gradient_whose_operand_is_missing_is_refused(need: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 12 << 30, reason="needs 12 GiB of free memory"
-)
 @pytest.mark.parametrize("op", [tt_linear, tt_gelu_linear], ids=["wide output", "wide input"])
 def test_more_elements_than_32_bits_count(op: object) -> None:
     """The last rows and the sums over all of them."""
+    # Asked when the test runs, not when it is collected: 9 GiB are used, and other programs need some meanwhile.
+    meminfo = Path("/proc/meminfo").read_text() if Path("/proc/meminfo").exists() else ""
+    available = re.search(r"^MemAvailable: +(\d+) kB$", meminfo, re.MULTILINE)
+    if available is None or int(available[1]) < 16 << 20:
+        pytest.skip("needs 16 GiB of available memory")
     tokens, d, narrow, rank = 1_100_000, 2000, 8, 3
     assert tokens * d > 2**31
     d_in, d_out = (narrow, d) if op is tt_linear else (d, narrow)
