@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 import torch
 from torch import Tensor
 
-from efft_kernels.choice import Case, fastest
+from efft_kernels.choice import Case, fastest, generation
 from efft_kernels.native import MISSING
 
 
@@ -174,7 +174,7 @@ def _fastest(op: str, sizes: tuple[int, int, int, int], *tensors: Tensor | None)
     able = [b for b in (Backend.EAGER, Backend.TRITON, Backend.CUDA) if can_run(b, *tensors) is None]
     if len(able) < 2:
         return None
-    capability = torch.cuda.get_device_capability(W.device)[0]
+    capability = generation(W.device)
     dtype = str(W.dtype).removeprefix("torch.")
     name = fastest(Case(op, *sizes, dtype, capability), W.device, [b.value for b in able])
     return None if name is None else Backend(name)

@@ -12,6 +12,7 @@ rounding, so under ``torch.use_deterministic_algorithms(True)`` only what the ta
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib
 import itertools
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 COMMITTED = Path(__file__).with_name("measured.json")
 #: Ops whose fused kernels have a rival.
@@ -38,7 +40,7 @@ NEAR = 2.0
 
 @dataclass(frozen=True)
 class Case:
-    """What a measurement is of: an op's sizes, its dtype ("bfloat16") and the GPU's major compute capability."""
+    """What a measurement is of: an op's sizes, its dtype ("bfloat16") and what :func:`generation` says of the GPU."""
 
     op: str
     tokens: int
@@ -60,6 +62,12 @@ class Row:
     def __post_init__(self) -> None:
         # Not when asked for the fastest: torch.compile may take these floats for inputs, which it cannot compare.
         object.__setattr__(self, "microseconds", dict(sorted(self.microseconds.items(), key=lambda item: item[1])))
+
+
+def generation(device: torch.device | str) -> int:
+    """A GPU's major compute capability, negative for AMD's, which are counted otherwise."""
+    major = torch.cuda.get_device_capability(device)[0]
+    return -major if torch.version.hip else major
 
 
 def read(path: Path) -> tuple[Row, ...]:
@@ -152,6 +160,20 @@ def measure(case: Case, device: torch.device | str, backends: Sequence[str] = RI
     On a GPU the kernels alone, replayed as a graph: in training the host works ahead of them.
     """
     device = torch.device(device)
+    with contextlib.ExitStack() as around:  # what the caller is in the middle of is none of a measurement's business
+        around.enter_context(torch.inference_mode(False))
+        around.enter_context(torch.enable_grad())
+        around.enter_context(torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is))
+        if device.type == "cuda":
+            around.enter_context(torch.cuda.device(device))
+        return Row(case, _microseconds(case, device, backends, repeats), _origin(device))
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _microseconds(case: Case, device: torch.device, backends: Sequence[str], repeats: int) -> dict[str, float]:
     # Not imported above: they use the backends, which use this module.
     ops, testing = (importlib.import_module(f"efft_kernels.{name}") for name in ("ops", "testing"))
     sizes = {"tokens": case.tokens, "d_in": case.d_in, "d_out": case.d_out, "r1": case.r1}
@@ -164,15 +186,14 @@ def measure(case: Case, device: torch.device | str, backends: Sequence[str] = RI
         torch.autograd.grad(getattr(ops, case.op)(**inputs, backend=backend), leaves, gy)
 
     best = dict.fromkeys(backends, math.inf)
-    with torch.enable_grad():
-        for _, backend in itertools.product(range(2), best):  # compile and warm up
-            step(backend)
-        steps: dict[str, Callable[[], None]] = {backend: functools.partial(step, backend) for backend in best}
-        if device.type == "cuda":
-            steps = {backend: _replayed(run, device) for backend, run in steps.items()}
-        for _, backend in itertools.product(range(repeats), best):
-            best[backend] = min(best[backend], _seconds(steps[backend], device) * 1e6)
-    return Row(case, best, _origin(device))
+    for _, backend in itertools.product(range(2), best):  # compile and warm up
+        step(backend)
+    steps: dict[str, Callable[[], None]] = {backend: functools.partial(step, backend) for backend in best}
+    if device.type == "cuda":
+        steps = {backend: _replayed(run, device) for backend, run in steps.items()}
+    for _, backend in itertools.product(range(repeats), best):
+        best[backend] = min(best[backend], _seconds(steps[backend], device) * 1e6)
+    return best
 
 
 def _replayed(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
@@ -182,7 +203,7 @@ def _replayed(run: Callable[[], None], device: torch.device) -> Callable[[], Non
     with torch.cuda.stream(stream):
         run()  # what a stream allocates and looks up for itself must be there before the capture
         torch.cuda.synchronize(device)
-        with torch.cuda.graph(graph, stream=stream):
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             run()
     return graph.replay
 
@@ -225,7 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.error("there is no GPU to measure on (torch.cuda.is_available() is False)")
-    capability = torch.cuda.get_device_capability()[0]
+    capability = generation("cuda")
     rows = list(read(options.out)) if options.out.exists() else []
     rivals = _able()
     wanted = (options.op, options.tokens, options.d_in, options.d_out, options.rank, options.dtype)

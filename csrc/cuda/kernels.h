@@ -95,7 +95,7 @@ struct ProduceBackward {
   int64_t rows = 0, columns = 0;
   Matrix x;     // [rows, columns], in float32 or in `type`
   Matrix dout;  // [rows, columns], in `type`
-  Matrix dx;    // [rows, columns], in the type of x; null: not wanted. Rows need no alignment
+  Matrix dx;    // [rows, columns], of any type; null: not wanted. Rows need no alignment
   Matrix out;   // [rows, columns], in `type`; null: not wanted
   Type type{};
   Producer producer = Producer::none;

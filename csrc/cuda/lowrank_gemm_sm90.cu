@@ -17,6 +17,7 @@
 // clang-format on
 
 #include <algorithm>
+#include <cstring>
 
 #include "launch.h"
 #include "tiles.cuh"
@@ -288,7 +289,8 @@ __device__ void multiply_tiles(const LowRankGemm& op, const Tiles& tiles, typena
       warpgroup_fence_operand(h);
       release(last);
 #pragma unroll
-      for (int i = 0; i < size(h); ++i) h_left(i) = static_cast<typename P::T>(h(i));
+      for (int i = 0; i < size(h); ++i)  // beyond the rank an infinity in A has left a NaN
+        h_left(i) = static_cast<typename P::T>(8 * (i / 4) + 2 * (lane % 4) + i % 2 < op.R ? h(i) : 0.0f);
       if (n == 0) {
         const Tensor pairs = recast<uint32_t>(h_left);
 #pragma unroll
@@ -339,8 +341,8 @@ __global__ void __cluster_dims__(PAIR, 1, 1) __launch_bounds__(P::THREADS, 1) lo
     cutlass::arch::warpgroup_reg_alloc<P::GROUPS == 3 ? 160 : 232>();
     multiply_tiles<P, Out>(op, tiles, shared);
   }
-  // The other block of the pair may still copy into this one's memory, or arrive at its barriers.
-  cluster_arrive_relaxed();
+  // The other block of the pair may still arrive at this one's barriers.
+  cluster_arrive();
   cluster_wait();
 }
 
@@ -351,6 +353,10 @@ cudaError_t launch_product(const LowRankGemm& op, cudaStream_t stream) {
   const Matrix& factor = P::RANKS > 0 ? op.P : op.T;  // a tensor map must be of something
   const Operands<P> from{P::copy_a(op.A, M, K), P::copy_a(op.H, M, R), P::copy_b(op.B, N, K), P::copy_b(op.T, N, R),
       P::copy_p(factor, R, P::RANKS > 0 ? K : R)};
+  const TmaDescriptor none{};  // what is left where the driver refuses
+  for (const TmaDescriptor* map : {from.A.get_tma_descriptor(), from.H.get_tma_descriptor(),
+           from.B.get_tma_descriptor(), from.T.get_tma_descriptor(), from.factor.get_tma_descriptor()})
+    if (std::memcmp(map, &none, sizeof(none)) == 0) return cudaErrorInvalidValue;
   const Tiles tiles = Tiles::of<P>(op);
   const int pairs = std::min(tiles.count(), multiprocessors() / PAIR);
   return launch<sizeof(typename P::Shared), SHARED_OF_SM90>(
@@ -388,7 +394,7 @@ bool lowrank_gemm_sm90_takes(const LowRankGemm& op) {
   // TMA's rows must not overlap.
   const bool rows = op.A.row >= op.K && op.H.row >= op.R && op.B.row >= (op.transposed ? op.K : op.N) &&
                     op.T.row >= (op.transposed ? op.R : op.N);
-  const bool fills = ceil_div(op.M, 128) * ceil_div(op.N, 256) >= multiprocessors() / 2;
+  const bool fills = multiprocessors() >= PAIR && ceil_div(op.M, 128) * ceil_div(op.N, 256) >= multiprocessors() / PAIR;
   return op.A.type != Type::float32 && one_type && sizes && rows && fills;
 }
 

@@ -1,4 +1,4 @@
-// The same product by the instructions that only compute capability 9.0 has. Built where CUTLASS's headers are.
+// The same product by the instructions that only compute capability 9.0 has.
 #pragma once
 
 #include "kernels.h"

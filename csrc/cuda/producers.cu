@@ -87,6 +87,14 @@ __device__ void store(const float (&from)[EACH], const Matrix& to, int64_t row, 
   }
 }
 
+// In the matrix's own type: an x of another 16-bit type than the product's is read through a copy in float.
+__device__ void store_in_own_type(
+    const float (&from)[EACH], const Matrix& to, int64_t row, int64_t k, int64_t columns) {
+  if (to.type == Type::float32) return store<float>(from, to, row, k, columns);
+  if (to.type == Type::bfloat16) return store<bf16>(from, to, row, k, columns);
+  store<fp16>(from, to, row, k, columns);
+}
+
 // gamma or beta; `absent` where there is none.
 __device__ void load(float (&to)[EACH], const Vector& from, int64_t k, int64_t columns, float absent) {
 #pragma unroll
@@ -120,7 +128,7 @@ __global__ void __launch_bounds__(THREADS) gelu_backward_kernel(const __grid_con
     values[j] = at.value;
     gradient[j] *= at.slope;
   }
-  if (op.dx.data) store<X>(gradient, op.dx, row, k, op.columns);
+  if (op.dx.data) store_in_own_type(gradient, op.dx, row, k, op.columns);
   if (op.out.data) store<T>(values, op.out, row, k, op.columns);
 }
 
@@ -208,7 +216,7 @@ __global__ void __launch_bounds__(THREADS) norm_backward_kernel(const __grid_con
   each([&](float (&n)[EACH], const float (&g)[EACH], int64_t k) {
 #pragma unroll
     for (int j = 0; j < EACH; ++j) n[j] = rstd * (g[j] - total - n[j] * along);
-    store<X>(n, op.dx, row, k, op.columns);
+    store_in_own_type(n, op.dx, row, k, op.columns);
   });
 }
 

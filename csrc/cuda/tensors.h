@@ -28,15 +28,18 @@ inline void check(cudaError_t error) {
 class Launches {
  public:
   explicit Launches(const Tensor& on) {
-    const int device = on.get_device_index();
-    check(cudaGetDevice(&before_));
-    if (device != before_ && on.is_cuda()) check(cudaSetDevice(device));
+    if (!on.is_cuda()) return;
+    device_ = on.get_device_index();
     void* stream = nullptr;
-    if (aoti_torch_get_current_cuda_stream && on.is_cuda())
-      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+    if (aoti_torch_get_current_cuda_stream)
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
+    check(cudaGetDevice(&before_));
+    check(cudaSetDevice(device_));  // also where it is current: a thread of autograd's may have no context yet
   }
-  ~Launches() { cudaSetDevice(before_); }
+  ~Launches() {
+    if (before_ != device_) cudaSetDevice(before_);  // nothing would be gained, but perhaps a context made
+  }
   Launches(const Launches&) = delete;
   Launches& operator=(const Launches&) = delete;
 
@@ -56,7 +59,7 @@ class Launches {
     copies_.count = 0;
   }
 
-  int before_ = 0;
+  int before_ = 0, device_ = 0;
   cudaStream_t stream_ = nullptr;
   mutable Packs copies_;
 };
@@ -86,9 +89,11 @@ inline Tensor empty_rows(
   return padded == columns ? all : torch::stable::narrow(unpadded, -1, 0, columns);
 }
 
-// [rows, columns] or [samples, rows, columns]
+// [rows, columns] or [samples, rows, columns]. The stride of a lone row says nothing, and may be one that no copy
+// takes.
 inline Matrix matrix(const Tensor& t) {
-  return {t.data_ptr(), t.stride(-2), t.dim() == 3 ? t.stride(0) : 0, type_of(t)};
+  const int64_t row = t.size(-2) > 1 ? t.stride(-2) : (t.size(-1) + 7) / 8 * 8;
+  return {t.data_ptr(), row, t.dim() == 3 ? t.stride(0) : 0, type_of(t)};
 }
 
 inline Vector vector_of(const std::optional<Tensor>& t) {

@@ -89,7 +89,7 @@ LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x
   const ScalarType type = gy_.scalar_type();
   const Tensor gy = with_aligned_rows(gy_, type, launches);
   const std::optional<Tensor> gamma = whole(stage.gamma), beta = whole(stage.beta);
-  const bool reads_x = x_.has_value() && (need_dD || stage.producer != Producer::none);
+  const bool reads_x = x_.has_value() && (need_dD || (need_dx && stage.producer != Producer::none));
   const Tensor x = reads_x ? with_readable_rows(*x_, stage, type, launches) : gy;
   const Tensor like_x = x_.has_value() ? *x_ : gy_;
   const int64_t tokens = gy.size(0), d_in = D.size(0), d_out = G.size(1), rank = D.size(1);

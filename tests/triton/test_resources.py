@@ -16,7 +16,7 @@ def form(name: str) -> Form:
     return next(f for f in forms() if f.name == name)
 
 
-FAST = "lowrank_gemm bf16 128x256x64 recompute forward"
+FAST = "lowrank_gemm_tma bf16 128x256x64 split forward"
 
 
 def test_no_fault_on_any_target() -> None:
@@ -24,7 +24,7 @@ def test_no_fault_on_any_target() -> None:
     print(table(reports))
     assert not {f"{r.form} on {r.target}": r.faults for r in reports if r.faults}
     compiled = [r for r in reports if r.skipped is None]
-    assert len(compiled) > 0.8 * len(reports)
+    assert len(compiled) > 0.7 * len(reports)
     assert all(any(r.target == target for r in compiled) for target in SHARED_MEMORY)
 
 
@@ -41,7 +41,9 @@ def test_the_estimate_of_shared_memory_is_not_too_low() -> None:
 
 
 def test_a_form_that_a_target_never_gets_is_not_compiled() -> None:
-    assert "never chosen: needs 172032 bytes" in str(inspect(form(FAST), "80").skipped)
+    recomputes = form("lowrank_gemm bf16 128x256x64 recompute forward")
+    assert "never chosen: needs 172032 bytes" in str(inspect(recomputes, "80").skipped)
+    assert "for GPUs older than compute capability 9.0" in str(inspect(recomputes, "90").skipped)
     assert "compute capability 9.0" in str(inspect(form("lowrank_gemm bf16 128x256x64 split forward"), "80").skipped)
 
 
@@ -50,7 +52,7 @@ def test_a_form_that_a_target_never_gets_is_not_compiled() -> None:
     [
         ({"warps": 4}, "spilled registers"),
         ({"stages": 6}, "bytes of shared memory, the target has 232448"),
-        ({"types": {**form(FAST).types, "A": "*fp32"}}, "does not compile"),
+        ({"types": {**form(FAST).types, "A": "tensordesc<fp32[128, 64]>"}}, "does not compile"),
     ],
     ids=["too few warps", "too many stages", "mixed dtypes"],
 )

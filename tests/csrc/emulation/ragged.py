@@ -38,11 +38,13 @@ def linear_cases(producer: str) -> Iterator[Case]:
     """Forward and backward of tt_linear and its forms behind a producer."""
     op = {"": "tt_linear", "norm": "tt_norm_linear"}.get(producer, "tt_gelu_linear")
     ops = getattr(torch.ops.efft, f"{op}_fwd").cuda, getattr(torch.ops.efft, f"{op}_bwd").cuda
-    for (tokens, d_in, d_out, rank), dtype, layout in itertools.product(SIZES, DTYPES, ("contiguous", "odd")):
-        wide = layout == "odd" and producer != ""
-        x = random(tokens, d_in, dtype=torch.float32 if wide else dtype)
+    for (tokens, d_in, d_out, rank), dtype, layout in itertools.product(SIZES, DTYPES, ("contiguous", "odd", "mixed")):
+        # What goes into a producer may have another type than the product, also another of 16 bits.
+        other = {"odd": torch.float32, "mixed": torch.float16 if dtype == torch.bfloat16 else torch.bfloat16}
+        x = random(tokens, d_in, dtype=other.get(layout, dtype) if producer else dtype)
         W, b = random(d_out, d_in, dtype=dtype, scale=d_in**-0.5), random(d_out, dtype=dtype)
-        D, G = random(d_in, rank, dtype=torch.float32, scale=d_in**-0.5), random(rank, d_out, dtype=torch.float32)
+        factors = dtype if layout == "mixed" else torch.float32
+        D, G = random(d_in, rank, dtype=factors, scale=d_in**-0.5), random(rank, d_out, dtype=factors)
         gy = random(tokens, d_out, dtype=dtype)
         if layout == "odd":  # rows that no 16 bytes fit, a weight by columns, a factor that is a transposed slice
             x, gy = with_layout(x, "sliced"), with_layout(gy, "transposed")
@@ -153,12 +155,12 @@ def main(library: str, only: str = "", device: str = "cpu") -> int:
             for part, value in got.items():
                 error = (value.double() - exact[part]).norm().item()
                 size = exact[part].norm().item()
-                if dtype == torch.float32:  # the order of sums; of the base too, where the update lies under it
-                    allowed = 16 * torch.finfo(dtype).eps * (4 * max(size, 1) if "update" in part else size)
-                elif value.dtype == torch.float32:  # h and dh may round the other way at a tie
-                    allowed = 0.1 * torch.finfo(dtype).eps * size
-                else:
+                if value.dtype.itemsize == 2:
                     allowed = torch.finfo(value.dtype).eps * size
+                elif dtype == torch.float32:  # the order of sums; of the base too, where the update lies under it
+                    allowed = 16 * torch.finfo(dtype).eps * (4 * max(size, 1) if "update" in part else size)
+                else:  # h and dh may round the other way at a tie
+                    allowed = 0.1 * torch.finfo(dtype).eps * size
                 if not error <= allowed:
                     wrong += 1
                     print(f"WRONG {name} {part}: error {error:.2e}, allowed {allowed:.2e}, size {size:.2e}")
