@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -181,7 +182,8 @@ def provenance(line: Line) -> str:
     """Where a figure comes from, in one line."""
     versions = ", ".join(f"{name} {version}" for name, version in line["versions"].items())
     machine = line["gpu"]["name"] if line.get("device") == "cuda" else line["machine"]
-    return f"`{line['command']}`, commit {line['commit']}, {machine}; {versions}; {line['date'][:10]}"
+    command = re.sub(r" --results[ =]\S+", "", line["command"])  # where it was written says nothing of the figure
+    return f"`{command}`, commit {line['commit']}, {machine}; {versions}; {line['date'][:10]}"
 
 
 def _present(runs: dict[str, list[Line]]) -> list[tuple[str, str]]:
