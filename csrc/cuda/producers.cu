@@ -181,8 +181,8 @@ __global__ void __launch_bounds__(THREADS) norm_kernel(const __grid_constant__ P
   put_out_norm<X, T>(op.x, op.out, op.norm, row, op.columns, mean, rstd);
 }
 
-// dx = rstd (g - mean(g) - n mean(g n)) with g = gamma dout and n = (x - mean) rstd. Told how few blocks are enough, the
-// compiler spills nothing.
+// dx = rstd (g - mean(g) - n mean(g n)) with g = gamma dout and n = (x - mean) rstd. Told how few blocks are enough,
+// the compiler spills nothing.
 template <class X, class T>
 __global__ void __launch_bounds__(THREADS, 4) norm_backward_kernel(const __grid_constant__ ProduceBackward op) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * WARPS + threadIdx.x / 32;
