@@ -101,7 +101,10 @@ def test_memory_that_is_kept_does_not_grow(how: str) -> None:
     once: Callable[[], None] = call if how == "one thread" else in_a_thread
     for _ in range(10):
         once()
-    before = resident()
-    for _ in range(60):
-        once()
-    assert resident() - before < 30e6, "more than half a megabyte a call"
+    grown = []
+    for _ in range(4):  # what is never given back grows every time, the allocator's own arenas once
+        before = resident()
+        for _ in range(20):
+            once()
+        grown.append(resident() - before)
+    assert min(grown) < 10e6, f"more than half a megabyte a call: {grown}"
