@@ -1,0 +1,93 @@
+// The types of lowrank_gemm_sm90.cu's product: instructions, layouts in shared memory, tensor maps.
+#pragma once
+
+// clang-format off: CuTe comes before the rest of CUTLASS, which does not stand alone
+#include <cute/tensor.hpp>
+#include <cutlass/arch/barrier.h>
+#include <cutlass/arch/reg_reconfig.h>
+#include <cutlass/numeric_types.h>
+// clang-format on
+
+#include "kernels.h"
+
+namespace efft {
+
+using namespace cute;  // NOLINT: the library's vocabulary, of the one file that includes this
+
+// Blocks that work together, and buffers of the ring.
+constexpr int PAIR = 2, STAGES = 4;
+constexpr size_t SHARED_OF_SM90 = 227 * 1024;
+
+// What a block computes. T: of a product in CUTLASS's spelling; TRANSPOSED: B and T are [N, K]; GROUPS: warp groups
+// that multiply; RANKS: columns of H made beside Y, 0 where H is there.
+template <class T_, bool TRANSPOSED, int GROUPS_, int COLUMNS, int RANKS_>
+struct Product {
+  using T = T_;
+  static constexpr int GROUPS = GROUPS_, RANKS = RANKS_, THREADS = 128 * (1 + GROUPS);
+  using M = Int<64 * GROUPS>;
+  using N = Int<COLUMNS>;
+  using K = _64;
+  using R = Int<RANKS == 0 ? 32 : RANKS>;
+  static constexpr GMMA::Major MAJOR = TRANSPOSED ? GMMA::Major::K : GMMA::Major::MN;
+  using Groups = Layout<Shape<Int<GROUPS>, _1, _1>>;
+  using Mma =
+      decltype(make_tiled_mma(GMMA::ss_op_selector<T, T, float, Shape<M, N, K>, GMMA::Major::K, MAJOR>(), Groups{}));
+  using MmaH = decltype(make_tiled_mma(
+      GMMA::ss_op_selector<T, T, float, Shape<M, R, K>, GMMA::Major::K, GMMA::Major::K>(), Groups{}));
+  using MmaTail =
+      decltype(make_tiled_mma(GMMA::rs_op_selector<T, T, float, Shape<M, N, R>, GMMA::Major::K, MAJOR>(), Groups{}));
+  using AtomK = GMMA::Layout_K_SW128_Atom<T>;
+  using AtomB = std::conditional_t<TRANSPOSED, AtomK, GMMA::Layout_MN_SW128_Atom<T>>;
+  using LayoutA = decltype(tile_to_shape(AtomK{}, Shape<M, K, Int<STAGES>>{}));
+  using LayoutB = decltype(tile_to_shape(
+      AtomB{}, Shape<N, K, Int<STAGES>>{}, std::conditional_t<TRANSPOSED, Step<_1, _2, _3>, Step<_2, _1, _3>>{}));
+  using LayoutP = decltype(tile_to_shape(AtomK{}, Shape<R, K, Int<STAGES>>{}));
+  static constexpr int BYTES_A = M{} * K{} * sizeof(T), BYTES_B = N{} * K{} * sizeof(T),
+                       BYTES_P = RANKS * K{} * sizeof(T);
+  // A warp's rows of the output on their way out, 32 columns at a time; 8 more keep rows in different banks.
+  static constexpr int OUT_COLUMNS = 32, OUT_ROW = OUT_COLUMNS + 8;
+
+  struct alignas(1024) Shared {
+    array_aligned<T, cosize_v<LayoutA>, 1024> a;
+    array_aligned<T, cosize_v<LayoutB>, 1024> b;
+    array_aligned<T, RANKS == 0 ? 8 : cosize_v<LayoutP>, 1024> p;
+    alignas(16) T out[4 * GROUPS][16 * OUT_ROW];
+    cutlass::arch::ClusterTransactionBarrier full[STAGES];
+    cutlass::arch::ClusterBarrier empty[STAGES];
+  };
+  static_assert(sizeof(Shared) <= SHARED_OF_SM90);
+
+  static auto by_rows(const Matrix& of, int rows, int columns) {
+    return make_tensor(make_gmem_ptr(static_cast<const T*>(of.data)),
+        make_layout(make_shape(rows, columns), make_stride(of.row, _1{})));
+  }
+  static auto copy_a(const Matrix& of, int rows, int columns) {
+    return make_tma_copy(SM90_TMA_LOAD{}, by_rows(of, rows, columns), LayoutA{}(_, _, 0), Shape<M, K>{}, _1{});
+  }
+  static auto copy_b(const Matrix& of, int columns, int depth) {
+    const auto matrix = [&] {
+      if constexpr (TRANSPOSED)
+        return by_rows(of, columns, depth);
+      else  // [K, N] with its dimensions exchanged
+        return make_tensor(make_gmem_ptr(static_cast<const T*>(of.data)),
+            make_layout(make_shape(columns, depth), make_stride(_1{}, of.row)));
+    }();
+    return make_tma_copy(SM90_TMA_LOAD_MULTICAST{}, matrix, LayoutB{}(_, _, 0), Shape<N, K>{}, Int<PAIR>{});
+  }
+  static auto copy_p(const Matrix& of, int columns, int depth) {
+    return make_tma_copy(
+        SM90_TMA_LOAD_MULTICAST{}, by_rows(of, columns, depth), LayoutP{}(_, _, 0), Shape<R, K>{}, Int<PAIR>{});
+  }
+  using CopyA = decltype(copy_a({}, 0, 0));
+  using CopyB = decltype(copy_b({}, 0, 0));
+  using CopyP = decltype(copy_p({}, 0, 0));
+};
+
+template <class P>
+struct Operands {
+  typename P::CopyA A, H;
+  typename P::CopyB B, T;
+  typename P::CopyP factor;
+};
+
+}  // namespace efft
