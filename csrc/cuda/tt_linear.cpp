@@ -29,6 +29,18 @@ Tensor with_readable_rows(const Tensor& x, const Stage& stage, ScalarType produc
   return with_aligned_rows(x, own ? ScalarType::Float : product, launches);
 }
 
+// h = a P^T, by a kernel of its own.
+void make_h(const Tensor& h, const Tensor& a, const Tensor& P, const Launches& launches) {
+  Project op;
+  op.M = a.size(0);
+  op.K = a.size(1);
+  op.R = P.size(0);
+  op.A = matrix(a);
+  op.P = matrix(P);
+  op.H = matrix(h);
+  check(project(op, launches.stream()));
+}
+
 }  // namespace
 
 Linear linear_forward(const Tensor& x_, const Stage& stage, const Tensor& W, const std::optional<Tensor>& b_,
@@ -69,14 +81,7 @@ Linear linear_forward(const Tensor& x_, const Stage& stage, const Tensor& W, con
   if (lowrank_gemm_makes_h(product)) {
     product.P = matrix(P);
   } else {
-    Project down;
-    down.M = tokens;
-    down.K = d_in;
-    down.R = rank;
-    down.A = matrix(a);
-    down.P = matrix(P);
-    down.H = matrix(h);
-    check(project(down, launches.stream()));
+    make_h(h, a, P, launches);
   }
   check(lowrank_gemm(product, launches.stream()));
   return {y, torch::stable::contiguous(h)};
@@ -96,21 +101,11 @@ LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x
 
   const Tensor dh = empty_rows(gy, {need_dx || need_dD ? tokens : 0}, rank, type);
   const Tensor P = need_dx || need_dD ? with_aligned_rows(G, type, launches) : G;
-  const auto make_dh = [&] {
-    Project down;
-    down.M = tokens;
-    down.K = d_out;
-    down.R = rank;
-    down.A = matrix(gy);
-    down.P = matrix(P);
-    down.H = matrix(dh);
-    check(project(down, launches.stream()));
-  };
 
   // The gradient of what the products read, which without a producer is x.
   const bool plain = stage.producer == Producer::none;
   const Tensor dx = need_dx ? empty(like_x, {tokens, d_in}) : empty(like_x, {0});
-  const Tensor da = !need_dx ? dx : plain ? dx : empty_rows(gy, {tokens}, d_in, type);
+  const Tensor da = plain || !need_dx ? dx : empty_rows(gy, {tokens}, d_in, type);
   if (need_dx) {
     const Right right(*W, launches);
     const Tensor tail = right.tail(transposed(D), launches);
@@ -128,10 +123,10 @@ LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x
     if (lowrank_gemm_makes_h(product))
       product.P = matrix(P);
     else
-      make_dh();
+      make_h(dh, gy, P, launches);
     check(lowrank_gemm(product, launches.stream()));
   } else if (need_dD) {
-    make_dh();
+    make_h(dh, gy, P, launches);
   }
   const Tensor a = plain || !need_dD ? x : empty_rows(gy, {tokens}, d_in, type);
   if (!plain && (need_dx || need_dD)) {
