@@ -38,27 +38,21 @@ __device__ Source<T> source(const Matrix& of, int64_t sample, int64_t rows, int6
   return {static_cast<const T*>(of.data) + sample * of.sample, of.row, rows, columns};
 }
 
-// f(row, chunk) for every chunk that this thread copies; a thread sees its own after wait_copies, without a barrier.
-template <int THREADS, class T, int ROWS, int COLUMNS, class F>
-__device__ void each_own_chunk(const Tile<T, ROWS, COLUMNS>&, const F& f) {
-  constexpr int CHUNKS = Tile<T, ROWS, COLUMNS>::CHUNKS, ALL = ROWS * CHUNKS;
-#pragma unroll
-  for (int i = 0; i < ALL; i += THREADS) {
-    const int chunk = i + static_cast<int>(threadIdx.x);
-    if (ALL % THREADS == 0 || chunk < ALL) f(chunk / CHUNKS, chunk % CHUNKS);
-  }
-}
-
 // Starts to copy the tile at (row, column); what does not exist becomes zero.
 template <int THREADS, class T, int ROWS, int COLUMNS>
 __device__ void fetch(const Tile<T, ROWS, COLUMNS>& tile, const Source<T>& from, int64_t row, int64_t column) {
-  each_own_chunk<THREADS>(tile, [&](int r, int c) {
-    constexpr int PER_CHUNK = Tile<T, ROWS, COLUMNS>::PER_CHUNK;
+  constexpr int PER_CHUNK = Tile<T, ROWS, COLUMNS>::PER_CHUNK, CHUNKS = Tile<T, ROWS, COLUMNS>::CHUNKS;
+  constexpr int ALL = ROWS * CHUNKS;
+#pragma unroll
+  for (int i = 0; i < ALL; i += THREADS) {
+    const int chunk = i + static_cast<int>(threadIdx.x);
+    if (ALL % THREADS != 0 && chunk >= ALL) break;
+    const int r = chunk / CHUNKS, c = chunk % CHUNKS;
     const int64_t at = column + c * PER_CHUNK, left = from.columns - at;
     int exist = row + r < from.rows && left > 0 ? (left < PER_CHUNK ? static_cast<int>(left) : PER_CHUNK) : 0;
     const T* address = exist ? from.data + (row + r) * from.row + at : from.data;
     copy_async(tile.chunk(r, c), address, exist * static_cast<int>(sizeof(T)));
-  });
+  }
 }
 
 // Single elements of whatever type.
@@ -75,10 +69,6 @@ __device__ inline void write(void* to, Type type, int64_t at, float value) {
     static_cast<bf16*>(to)[at] = narrow<bf16>(value);
   else
     static_cast<fp16*>(to)[at] = narrow<fp16>(value);
-}
-
-__device__ inline Vector vector_of(const Matrix& of) {
-  return {of.data, of.type};
 }
 
 // Two neighbours, at an even place.
