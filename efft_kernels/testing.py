@@ -172,14 +172,21 @@ def assert_close_budget(
             raise AssertionError(f"{name}: shape {list(got.shape)}, but {what} has {list(other.shape)}")
     if got.dtype != same_precision_reference.dtype:
         raise AssertionError(f"{name}: dtype {got.dtype}, expected {same_precision_reference.dtype}")
-    exact = reference_fp64.detach().double().cpu()
-    error, peer = ((t.detach().double().cpu() - exact).norm().item() for t in (got, same_precision_reference))
-    rounding = torch.finfo(got.dtype).eps / 2 * exact.norm().item()
+    error, peer, rounding = errors(got, reference_fp64, same_precision_reference)
     if not error <= factor * max(peer, rounding):  # NaN is not <= anything
         raise AssertionError(
             f"{name}: error {error:.2e} against fp64, more than {factor:g} times {max(peer, rounding):.2e} "
-            f"(same-precision reference {peer:.2e}, rounding {rounding:.2e}, size of the result {exact.norm():.2e})"
+            f"(same-precision reference {peer:.2e}, rounding {rounding:.2e}, "
+            f"size of the result {reference_fp64.double().norm():.2e})"
         )
+
+
+def errors(got: Tensor, reference_fp64: Tensor, same_precision_reference: Tensor) -> tuple[float, float, float]:
+    """What :func:`assert_close_budget` compares: the error of ``got``, that of the plain computation, and what rounding
+    the exact result to ``got``'s dtype can cost."""
+    exact = reference_fp64.detach().double().cpu()
+    error, peer = ((t.detach().double().cpu() - exact).norm().item() for t in (got, same_precision_reference))
+    return error, peer, torch.finfo(got.dtype).eps / 2 * exact.norm().item()
 
 
 def chained_matmul(left: Tensor, right: Tensor) -> Tensor:

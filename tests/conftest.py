@@ -1,11 +1,15 @@
 """Settings of the whole suite: the same numbers and the same generated examples on every run, and few threads."""
 
+import collections
 import os
+import statistics
 
 import hypothesis
 import pytest
 import setuptools  # noqa: F401  # before anything imports the standard library's distutils: inductor needs its shim
 import torch
+
+from efft_kernels import testing
 
 # Compiling for the tests must not start a pool of processes, one a core.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
@@ -28,7 +32,31 @@ class FailuresAtOnce:
             reporter.write_line(f"\n{report.nodeid}\n{report.longreprtext}")
 
 
+class Budgets:
+    """Ends a run with how much of their error budgets the results used, by precision."""
+
+    def __init__(self) -> None:
+        self._ratios: dict[torch.dtype, list[float]] = collections.defaultdict(list)
+        measure = testing.errors
+
+        def noted(got: torch.Tensor, *references: torch.Tensor) -> tuple[float, float, float]:
+            error, peer, rounding = measure(got, *references)
+            if 0 < error <= 4 * max(peer, rounding):  # beyond, a test fails, or expects that it does
+                self._ratios[got.dtype].append(error / max(peer, rounding))
+            return error, peer, rounding
+
+        testing.errors = noted
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        for dtype, ratios in self._ratios.items():
+            terminalreporter.write_line(
+                f"{str(dtype).removeprefix('torch.')}: {len(ratios)} results compared with fp64, at most {max(ratios):.2f}"
+                f" times as wrong as a plain computation, {statistics.median(ratios):.2f} in the median"
+            )
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Budgets())
     if config.getoption("markexpr") == "gpu":
         config.pluginmanager.register(FailuresAtOnce(config))
     # The tests' matrices are small: more threads only wait for one another.

@@ -24,8 +24,8 @@ def interpreted(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_in_the_interpreter(path: str) -> None:
     """All tests of the ops, with the triton backend; and of single kernels, with every address checked."""
     done = interpreted("-m", "pytest", "-q", "-p", "no:cacheprovider", "--show-capture=no", path)
-    summary = done.stdout.strip().splitlines()[-1]
+    *others, summary = done.stdout.strip().splitlines()
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     passed = int(re.search(r"(\d+) passed", summary)[1])
-    print(f"{path}: {summary}")
+    print(path, *(line for line in others if "compared with fp64" in line), summary, sep="\n")
     assert passed > 40
