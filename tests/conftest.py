@@ -50,8 +50,8 @@ class Budgets:
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         for dtype, ratios in self._ratios.items():
             terminalreporter.write_line(
-                f"{str(dtype).removeprefix('torch.')}: {len(ratios)} results compared with fp64, at most {max(ratios):.2f}"
-                f" times as wrong as a plain computation, {statistics.median(ratios):.2f} in the median"
+                f"{str(dtype).removeprefix('torch.')}: {len(ratios)} results compared with fp64, "
+                f"at most {max(ratios):.2f} times as wrong as a plain one, median {statistics.median(ratios):.2f}"
             )
 
 
