@@ -14,11 +14,12 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from efft_kernels.choice import Case, fastest, generation
+from efft_kernels.choice import Case, fastest, generation, settled
 from efft_kernels.native import MISSING
 
 
@@ -166,11 +167,32 @@ def resolve(
     raise RuntimeError(f"{op}: no backend can run this call\n{explain(*tensors)}")
 
 
+#: What :func:`_fastest` answered before: asking the table takes longer than launching the kernels.
+_answers: dict[tuple[Any, ...], Backend | None] = {}
+#: Answers kept: enough for a model, and an end where every batch has a length of its own.
+_MOST_ANSWERS = 4096
+
+
 def _fastest(op: str, sizes: tuple[int, int, int, int], *tensors: Tensor | None) -> Backend | None:
     """What measured fastest of those that run on this GPU, the vendor's products among them; None: unmeasured."""
     W = next(t for t in tensors if t is not None)
     if W.device.type != "cuda":
         return None
+    if torch.compiler.is_compiling():
+        return _ask(op, sizes, W, *tensors)
+    key = (op, sizes, *[None if t is None else (t.dtype, t.device) for t in tensors])
+    if key not in _answers:
+        answer = _ask(op, sizes, W, *tensors)
+        if not settled(W.device):
+            return answer
+        if len(_answers) == _MOST_ANSWERS:
+            _answers.clear()
+        _answers[key] = answer
+    return _answers[key]
+
+
+def _ask(op: str, sizes: tuple[int, int, int, int], W: Tensor, *tensors: Tensor | None) -> Backend | None:
+    """:func:`_fastest`, by the table."""
     able = [b for b in (Backend.EAGER, Backend.TRITON, Backend.CUDA) if can_run(b, *tensors) is None]
     if len(able) < 2:
         return None

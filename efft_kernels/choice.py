@@ -114,6 +114,11 @@ def fastest(case: Case, device: torch.device, backends: Sequence[str]) -> str | 
     return next((b for b in row.microseconds if b in backends), None) if row is not None else None
 
 
+def settled(device: torch.device) -> bool:
+    """Whether :func:`fastest` would answer the same again: not where it may measure later what it may not now."""
+    return _own_table() is None or _can_measure(device)
+
+
 def nearest(case: Case, rows: Sequence[Row], widths: float) -> Row | None:
     """The row most like ``case`` in tokens, d_in and d_out (the first of equals), if one is near: tokens up to a factor
     of :data:`NEAR` away, d_in and d_out up to ``widths``; whole 16 bytes a row, as the fastest kernels want them, or

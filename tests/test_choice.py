@@ -220,9 +220,41 @@ def test_auto_on_a_gpu_follows_the_table(monkeypatch: pytest.MonkeyPatch, tmp_pa
         assert chosen[0] is Backend.TRITON
     with (
         mock.patch.object(backends, "can_run", side_effect=lambda b, *_: None if b is Backend.EAGER else "no"),
+        mock.patch.object(backends, "settled", return_value=False),
         mock.patch.object(backends, "fastest", side_effect=AssertionError),
     ):
         assert backends.resolve("tt_linear", "auto", W, sizes=(12608, 768, 2304, 32)) is Backend.EAGER
+
+
+@pytest.mark.parametrize("settled", [True, False])
+def test_the_table_is_asked_once(settled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But where a later call may measure what this one may not."""
+    monkeypatch.setattr(backends, "_answers", {})
+    W = mock.Mock(spec=Tensor, device=torch.device("cuda"), dtype=torch.bfloat16)
+    with (
+        mock.patch.object(backends, "can_run", return_value=None),
+        mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)),
+        mock.patch.object(backends, "settled", return_value=settled),
+        mock.patch.object(backends, "fastest", side_effect=["cuda", "triton", "eager"]) as fastest,
+    ):
+        answers = [backends.resolve("tt_linear", "auto", W, sizes=(12608, 768, 2304, 32)) for _ in range(2)]
+        assert answers == [Backend.CUDA, Backend.CUDA if settled else Backend.TRITON]
+        assert backends.resolve("tt_linear", "auto", W, sizes=(1, 768, 2304, 32)) is not answers[-1]
+        assert fastest.call_count == (2 if settled else 3)
+        monkeypatch.setattr(backends, "_MOST_ANSWERS", 2)
+        fastest.side_effect = ["eager"] * 4
+        for tokens in range(2, 6):
+            backends.resolve("tt_linear", "auto", W, sizes=(tokens, 768, 2304, 32))
+    assert len(backends._answers) <= 2
+
+
+def test_what_may_be_measured_later_is_not_settled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("EFFT_AUTOTUNE", raising=False)
+    with mock.patch.object(choice, "_can_measure", return_value=False):
+        assert choice.settled(CPU)
+        monkeypatch.setenv("EFFT_AUTOTUNE", str(tmp_path / "table.json"))
+        assert not choice.settled(CPU)
+    assert choice.settled(CPU)
 
 
 def test_the_command_needs_a_gpu(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
