@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 RUN := $(BIN)/python -m
 
-.PHONY: help demo extension test check-triton check-native check-cuda lint format bench bench-quick bench-gpu clean
+.PHONY: help demo extension test check-triton check-native check-cuda lint docs format bench bench-quick bench-gpu clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ lint: $(VENV)/.efft-dev ## Check style and types, change nothing
 	$(RUN) ruff format --check
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
 	$(RUN) mypy
+
+docs: $(VENV)/.efft-dev ## Build the documentation into build/site
+	$(BIN)/mkdocs build --quiet
 
 format: $(VENV)/.efft-dev ## Format the code and apply safe fixes
 	$(RUN) ruff check --fix

@@ -1,0 +1,63 @@
+"""What the documentation shows works as shown, and the site builds: without network, like everything here."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.py"))
+BLOCKS = [
+    pytest.param(page, block, id=f"{page.stem}-{number}")
+    for page in PAGES
+    for number, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
+]
+
+
+@pytest.mark.parametrize(("page", "block"), BLOCKS)
+def test_python_block_runs(page: Path, block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    exec(compile(block, page.name, "exec"), {})
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_example_runs(example: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python")])}
+    done = subprocess.run([sys.executable, str(example)], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"docs/examples/{example.name}" in (ROOT / "docs/recipes.md").read_text(encoding="utf-8"), "shown nowhere"
+
+
+def test_errors_of_the_troubleshooting_page_exist() -> None:
+    """Joined over the ends of lines and string literals, the sources hold every text that the page explains."""
+    sources = "".join(
+        path.read_text(encoding="utf-8")
+        for folder in ("efft_kernels", "python/efft")
+        for path in sorted((ROOT / folder).rglob("*.py"))
+    )
+    joined = re.sub(r'"\s+f?"', "", sources)
+    texts = re.findall(r"^### `(.+)`$", (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(texts) > 10
+    for text in texts:
+        for part in filter(None, (part.strip() for part in text.split("…"))):
+            assert part in joined, part
+
+
+def test_site_builds(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="needs the docs extra")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    api = (tmp_path / "site/api/ops/index.html").read_text(encoding="utf-8")
+    assert "low-rank delta" in api, "docstrings are there"
+    performance = (tmp_path / "site/performance/index.html").read_text(encoding="utf-8")
+    assert "frozen floor" in performance, "tables are there"
+    pages = "".join(path.read_text(encoding="utf-8") for path in (tmp_path / "site").rglob("*.html"))
+    assert "--8&lt;--" not in pages
+    assert "fonts.googleapis.com" not in pages
