@@ -233,10 +233,12 @@ def _seconds(run: Callable[[], None], device: torch.device) -> float:
 
 
 def _origin(device: torch.device) -> str:
-    import triton
-
+    try:
+        from triton import __version__ as triton
+    except ImportError:  # eager and cuda can be compared without it
+        triton = "not installed"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
-    return f"measured on {name}, torch {torch.__version__}, triton {triton.__version__}, {time.strftime('%Y-%m-%d')}"
+    return f"measured on {name}, torch {torch.__version__}, triton {triton}, {time.strftime('%Y-%m-%d')}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,6 +1,7 @@
 """Own kernels or vendor's products: what a table of measurements makes auto do."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -205,6 +206,15 @@ def test_a_measurement(op: str) -> None:
     assert found.case == case
     assert all(0 < us < 1e6 for us in found.microseconds.values())
     json.dumps(found.microseconds)
+
+
+@pytest.mark.parametrize(
+    ("module", "version"), [(mock.Mock(__version__="3.6.0"), "3.6.0"), (None, "not installed")], ids=["with", "without"]
+)
+def test_a_measurement_needs_no_triton(module: object, version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiled kernels are measured where Triton is missing."""
+    monkeypatch.setitem(sys.modules, "triton", module)
+    assert choice._origin(CPU).startswith(f"measured on a CPU, torch {torch.__version__}, triton {version}, 20")
 
 
 def test_auto_on_a_gpu_follows_the_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
