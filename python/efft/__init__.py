@@ -15,6 +15,7 @@ from efft.inject import (
     remove,
 )
 from efft.io import load_adapter, save_adapter
+from efft.lora_export import export_lora
 from efft.merge import MergeReport, merge, merged_state_dict, unmerge
 from efft.params import ParameterCount, count_parameters, print_trainable_parameters
 from efft.presets import paper_config
@@ -28,6 +29,7 @@ __all__ = [
     "apply",
     "count_parameters",
     "disabled",
+    "export_lora",
     "freeze_backbone",
     "fuse",
     "load_adapter",
