@@ -41,12 +41,12 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Tensor], dict[str, An
     "vit": (
         lambda: transformers.ViTForImageClassification(transformers.ViTConfig(image_size=16, patch_size=8, **SIZES)),
         PIXELS,
-        {"rank": 4, "targets": [r".*\.[qkvo]_proj", "fc1", "fc2"], "scale": 0.8},
+        {"rank": 4, "scale": 0.8},
     ),
     "bert": (
         lambda: transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=50, **SIZES)),
         {"input_ids": torch.arange(14).view(2, 7)},
-        {"rank": 4, "targets": ["query", "value", r".*\.layer\.\d+\..*dense"], "core_sharing": "shared"},
+        {"rank": 4, "targets": ["query", "value", "output.dense"], "core_sharing": "shared"},
     ),
 }
 
