@@ -6,6 +6,7 @@ efft.save_adapter(model, "out/")
 
 from efft.config import EfftConfig
 from efft.fusion import fuse, unfuse
+from efft.hub import from_pretrained, push_to_hub
 from efft.inject import (
     apply,
     disabled,
@@ -31,6 +32,7 @@ __all__ = [
     "disabled",
     "export_lora",
     "freeze_backbone",
+    "from_pretrained",
     "fuse",
     "load_adapter",
     "merge",
@@ -39,6 +41,7 @@ __all__ = [
     "paper_config",
     "parameter_groups",
     "print_trainable_parameters",
+    "push_to_hub",
     "remove",
     "save_adapter",
     "unfuse",
