@@ -317,5 +317,8 @@ def test_a_configuration_that_does_not_fit_changes_nothing() -> None:
         model.add_adapter("second", EfftPeftConfig(targets=["attn.qvk"]))
     assert list(model.state_dict()) == names
     assert torch.equal(run(model), expected)
+    with pytest.raises(ValueError, match="may not be named like a group of factors, 'ffn'; rename it"):
+        model.add_adapter("ffn", EfftPeftConfig(targets="mhsa"))  # its name would hide the first one's tensors
+    assert list(model.state_dict()) == names
     with pytest.raises(ValueError, match="matches no linear layer"):
         peft.get_peft_model(base(), EfftPeftConfig(targets=["attn.qvk"]))

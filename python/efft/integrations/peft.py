@@ -164,6 +164,7 @@ class EfftModel(BaseTuner):
                 factors = group.build(device, torch.promote_types(weight.dtype, torch.float32))
                 sites.update({name: (factors, site) for name, site in group.sites.items()})
                 banks[group.name] = factors
+        self._check_names(adapter_name, banks)
         config.head = config.modules_to_save = plan.head
         if not hasattr(self, "efft_banks"):
             self.efft_banks = nn.ModuleDict()
@@ -183,6 +184,13 @@ class EfftModel(BaseTuner):
         """Forget an adapter and its factors."""
         super().delete_adapter(adapter_name)
         del self.efft_banks[adapter_name]
+
+    def _check_names(self, adapter_name: str, banks: nn.ModuleDict) -> None:
+        """peft finds an adapter's tensors by leaving out those with another adapter's name among their names."""
+        adapters = {**getattr(self, "efft_banks", {}), adapter_name: banks}
+        for groups in adapters.values():
+            if clash := set(groups) & set(adapters):
+                raise ValueError(f"an adapter may not be named like a group of factors, {clash.pop()!r}; rename it")
 
     def _check_target_module_exists(self, peft_config: EfftPeftConfig, key: str) -> bool:
         return key in self._sites
