@@ -68,6 +68,8 @@ def test_trainer_trains_resumes_and_saves(tmp_path: Path) -> None:
 
     trainer(make(), tmp_path / "parts", steps=4).train()
     resumed = trainer(make(), tmp_path / "parts", steps=8)
+    # transformers 5 renames the base's tensors in a checkpoint and, resuming, does not find them; they are frozen, so
+    # those of the model that was given are the same.
     resumed.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-4"))
     assert torch.equal(logits(resumed.model), expected)
 

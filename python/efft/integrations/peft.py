@@ -1,4 +1,4 @@
-"""EFFT as a method of ``peft``: importing this module registers it.
+"""EFFT as a method of ``peft``: importing this module registers it, also for ``peft.PeftModel.from_pretrained``.
 
 from efft.integrations.peft import EfftPeftConfig
 model = peft.get_peft_model(model, EfftPeftConfig(rank=16))
@@ -232,9 +232,8 @@ class EfftModel(BaseTuner):
                 factors.release()
 
     def _banks(self, adapter_name: str) -> list[TTFactors]:
-        banks = self.efft_banks[adapter_name]
-        assert isinstance(banks, nn.ModuleDict)
-        return [factors for factors in banks.values() if isinstance(factors, TTFactors)]
+        banks: Any = self.efft_banks[adapter_name]
+        return list(banks.values())
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
