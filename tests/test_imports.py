@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-OPTIONAL = ("triton", "timm", "torchvision", "PIL", "accelerate", "tqdm", "tyro", "matplotlib", "onnx", "transformers")
+OPTIONAL = (
+    *("triton", "timm", "torchvision", "PIL", "accelerate", "tqdm", "tyro", "matplotlib", "onnx", "transformers"),
+    *("peft", "huggingface_hub"),
+)
 
 BLOCK = """
 import sys

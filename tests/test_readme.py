@@ -47,7 +47,7 @@ def test_python_block_runs(block: str, tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_efft_commands_run_in_order(tmp_path: Path) -> None:
     shown = commands("efft")
-    assert {line.split()[1] for line in shown} == {"data", "inspect", "train", "eval", "merge", "env"}
+    assert {line.split()[1] for line in shown} == {"data", "inspect", "train", "eval", "merge", "export", "env"}
     path = os.pathsep.join([str(ROOT), str(ROOT / "python")])
     environment = {**os.environ, "PYTHONPATH": path, "EFFT_HOME": str(tmp_path / "cache")}
     for line in shown:

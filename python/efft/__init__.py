@@ -6,6 +6,7 @@ efft.save_adapter(model, "out/")
 
 from efft.config import EfftConfig
 from efft.fusion import fuse, unfuse
+from efft.hub import from_pretrained, push_to_hub
 from efft.inject import (
     apply,
     disabled,
@@ -15,6 +16,7 @@ from efft.inject import (
     remove,
 )
 from efft.io import load_adapter, save_adapter
+from efft.lora_export import export_lora
 from efft.merge import MergeReport, merge, merged_state_dict, unmerge
 from efft.params import ParameterCount, count_parameters, print_trainable_parameters
 from efft.presets import paper_config
@@ -28,7 +30,9 @@ __all__ = [
     "apply",
     "count_parameters",
     "disabled",
+    "export_lora",
     "freeze_backbone",
+    "from_pretrained",
     "fuse",
     "load_adapter",
     "merge",
@@ -37,6 +41,7 @@ __all__ = [
     "paper_config",
     "parameter_groups",
     "print_trainable_parameters",
+    "push_to_hub",
     "remove",
     "save_adapter",
     "unfuse",

@@ -52,9 +52,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], info: dict[str,
         "info": info or {},
     }
     text, card = json.dumps(description, indent=2) + "\n", _card(model, description)  # fails before anything is written
-    _replace_file(folder / WEIGHTS, serialize(tensors, {"format_version": str(FORMAT_VERSION)}))
-    _replace_file(folder / CONFIG, text.encode())
-    _replace_file(folder / CARD, card.encode())
+    replace_file(folder / WEIGHTS, serialize(tensors, {"format_version": str(FORMAT_VERSION)}))
+    replace_file(folder / CONFIG, text.encode())
+    replace_file(folder / CARD, card.encode())
     return folder
 
 
@@ -240,7 +240,7 @@ def _fingerprint(model: nn.Module, layers: list[str]) -> str:
     return digest.hexdigest()
 
 
-def _replace_file(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
     """Write through a temporary file, so that a crash leaves the old file or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

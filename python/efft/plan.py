@@ -148,9 +148,11 @@ def _attention_width(name: str, layers: _Layers) -> int:
                 f"group {name!r}: {layer} has {shape.d_out} outputs, no multiple of its {n_parts} matrices"
             )
     d = _width(name, "input size", layers, lambda s: s.d_in)
-    out = _width(name, "output size of each of q, k, v, o", layers, lambda s: s.d_out // len(_attention_parts(s.role)))
+    # Keys and values may be narrower (grouped queries): they use the first columns of V.
+    outs = {n: s for n, s in layers.items() if not (s.role in ("k", "v") and s.d_out < s.d_in)}
+    out = _width(name, "output size of each of q, k, v, o", outs, lambda s: s.d_out // len(_attention_parts(s.role)))
     assert d is not None
-    if d != out:
+    if out not in (d, None):
         raise ValueError(
             f"group {name!r}: attention matrices must be square, got {d} inputs and {out} outputs of each of q, k, "
             f"v, o; "
@@ -165,15 +167,19 @@ def _mhsa(name: str, layers: _Layers) -> _Layout:
     present = {part for s in layers.values() for part in _attention_parts(s.role)}
     core = {part: i for i, part in enumerate(p for p in "qkvo" if p in present)}
     index = _block_index(layers)
-    sites = {n: Site(index[s.block], tuple(core[p] for p in _attention_parts(s.role))) for n, s in layers.items()}
+    sites = {}
+    for n, s in layers.items():
+        parts = _attention_parts(s.role)
+        columns = None if s.d_out == d * len(parts) else (0, s.d_out)
+        sites[n] = Site(index[s.block], tuple(core[p] for p in parts), columns=columns)
     return d, d, len(core), sites
 
 
 def _mlp_sizes(name: str, layers: _Layers) -> tuple[int, int, int]:
     """(d, hidden size, blocks of fc1): a gated fc1 has two output blocks of the hidden size."""
-    d = _width(name, "model width", layers, lambda s: s.d_in if s.role == "fc1" else s.d_out)
+    d = _width(name, "model width", layers, lambda s: s.d_out if s.role == "fc2" else s.d_in)
     hidden = _width(name, "hidden size of fc2", layers, lambda s: s.d_in if s.role == "fc2" else None)
-    up = _width(name, "output size of fc1", layers, lambda s: s.d_out if s.role == "fc1" else None)
+    up = _width(name, "output size of fc1", layers, lambda s: None if s.role == "fc2" else s.d_out)
     hidden = hidden or up
     assert d is not None
     assert hidden is not None
@@ -187,18 +193,21 @@ def _mlp_sizes(name: str, layers: _Layers) -> tuple[int, int, int]:
 
 
 def _ffn(name: str, layers: _Layers) -> _Layout:
-    """U [d, r1], V [r2, hidden]; fc1 = U C V, fc2 = (U C V)ᵀ with a core and dropout masks of its own."""
+    """U [d, r1], V [r2, hidden]; fc1 and gate = U C V, fc2 = (U C V)ᵀ with a core and dropout masks of its own."""
     d, hidden, up_blocks = _mlp_sizes(name, layers)
     roles = {s.role for s in layers.values()}
-    n_up = up_blocks if "fc1" in roles else 0
+    cores: dict[str, tuple[int, ...]] = {}
+    n_cores = 0
+    for role, n_blocks in (("fc1", up_blocks), ("gate", up_blocks), ("fc2", 1)):
+        if role in roles:
+            cores[role] = tuple(range(n_cores, n_cores + n_blocks))
+            n_cores += n_blocks
     index = _block_index(layers)
     sites = {
-        n: Site(index[s.block], tuple(range(n_up)))
-        if s.role == "fc1"
-        else Site(index[s.block], (n_up,), transpose=True, mask_scope=1)
+        n: Site(index[s.block], cores[s.role], transpose=s.role == "fc2", mask_scope=int(s.role == "fc2"))
         for n, s in layers.items()
     }
-    return d, hidden, n_up + ("fc2" in roles), sites
+    return d, hidden, n_cores, sites
 
 
 def _joint(name: str, layers: _Layers) -> _Layout:
@@ -221,16 +230,16 @@ def _joint(name: str, layers: _Layers) -> _Layout:
         )
     d, d_out = widths[0]
     present = {("qkvo" if n in attention else s.role) for n, s in layers.items()}
-    parts_in_order: list[str] = [part for part in ("qkvo", "fc1", "fc2") if part in present]
+    parts_in_order: list[str] = [part for part in ("qkvo", *FFN_ROLES) if part in present]
     core = {part: i for i, part in enumerate(parts_in_order)}
-    scope = {"qkvo": 0, "fc1": 1, "fc2": 2}
+    scope = {"qkvo": 0, "fc1": 1, "fc2": 2, "gate": 3}
     index = _block_index(layers)
     sites = {}
     for n, s in layers.items():
         if n in attention:
             parts = _attention_parts(s.role)
             first = "qkvo".index(parts[0]) * d
-            columns = (first, first + len(parts) * d)
+            columns = (first, first + s.d_out)
             sites[n] = Site(index[s.block], (core["qkvo"],), columns=columns, mask_scope=scope["qkvo"])
         else:
             sites[n] = Site(index[s.block], (core[s.role],), transpose=s.role == "fc2", mask_scope=scope[s.role])

@@ -14,20 +14,33 @@ from efft.config import EfftConfig
 from efft_kernels.nn.linear import cannot_wrap
 
 MHSA_ROLES = ("qkv", "q", "k", "v", "o")
-FFN_ROLES = ("fc1", "fc2")
+FFN_ROLES = ("fc1", "gate", "fc2")  # a gated MLP has fc1 and gate side by side, or both in one fc1
 _ROLES_OF = {"mhsa": MHSA_ROLES, "ffn": FFN_ROLES, "all": MHSA_ROLES + FFN_ROLES}
+
+_TIMM = {"attn.qkv": "qkv", "attn.proj": "o", "mlp.fc1": "fc1", "mlp.fc2": "fc2"}
+#: transformers 5: ViT, DeiT, DINOv2, BEiT, Swin.
+_VIT = {f"attention.{part}_proj": part for part in "qkvo"} | {"mlp.fc1": "fc1", "mlp.fc2": "fc2"}
+#: transformers: BERT and its like; before version 5 the above, too (`attention.attention` in all but Swin).
+_BERT = {
+    f"attention.{inner}.{name}": name[0] for inner in ("self", "attention") for name in ("query", "key", "value")
+} | {"attention.output.dense": "o", "intermediate.dense": "fc1", "output.dense": "fc2"}
+#: transformers: gated MLPs of LLaMA and its like, DINOv2 and DINOv3; LLaMA's and CLIP's attention.
+_LLAMA = {"mlp.up_proj": "fc1", "mlp.gate_proj": "gate", "mlp.down_proj": "fc2"}
+_LLAMA |= {f"self_attn.{part}_proj": part for part in "qkvo"} | {"self_attn.out_proj": "o"}
 
 #: Known architectures: the pattern of a block's name (with its stage, where widths change) and the roles in the block.
 #: To support another family, add a row here and a test.
 FAMILIES: tuple[tuple[str, dict[str, str]], ...] = (
-    # timm Swin and other staged ViTs
-    (
-        r"(?:layers|stages)\.(?P<stage>\d+)\.blocks\.\d+",
-        {"attn.qkv": "qkv", "attn.proj": "o", "mlp.fc1": "fc1", "mlp.fc2": "fc2"},
-    ),
+    # Swin and other staged ViTs
+    (r"(?:layers|stages)\.(?P<stage>\d+)\.blocks\.\d+", _TIMM | _VIT | _BERT),
     # timm ViT, DeiT, DINOv2
-    (r"blocks\.\d+", {"attn.qkv": "qkv", "attn.proj": "o", "mlp.fc1": "fc1", "mlp.fc2": "fc2"}),
+    (r"blocks\.\d+", _TIMM),
+    # transformers
+    (r"layers?\.\d+", _VIT | _BERT | _LLAMA),
 )
+
+#: Attributes that hold the classifier, the first that a model has; distilled models have a pair.
+_HEADS = (("classifier",), ("head",), ("fc",), ("score",), ("cls_classifier", "distillation_classifier"))
 
 
 @dataclass(frozen=True)
@@ -93,8 +106,10 @@ def find_head(model: nn.Module, config_head: list[str] | None) -> list[str]:
                 near = difflib.get_close_matches(name, names, 3)
                 raise ValueError(f"head: no module named {name!r}; nearest: {', '.join(near) or 'none'}")
         return list(config_head)
-    usual = [getattr(model, attribute, None) for attribute in ("classifier", "head", "fc", "score")]
-    found = [m for m in usual if isinstance(m, nn.Module) and next(m.parameters(), None) is not None][:1]
+    found: list[Any] = []
+    for attributes in _HEADS:
+        usual = [getattr(model, attribute, None) for attribute in attributes]
+        found = found or [m for m in usual if isinstance(m, nn.Module) and next(m.parameters(), None) is not None]
     of_timm: list[Any] = [module for module in model.modules() if hasattr(module, "get_classifier")]
     if of_timm and (of_timm[0] is model or not found):  # the model, or one inside it
         classifier = of_timm[0].get_classifier()
@@ -116,8 +131,9 @@ def _chosen_by_role(model: str, targets: str, linears: dict[str, nn.Linear]) -> 
     chosen = [t for t in classified if t.role in _ROLES_OF[targets]]
     if not chosen:
         raise ValueError(
-            f"targets={targets!r} needs a known architecture (timm ViT, DeiT, DINOv2, Swin), and no layer of this "
-            f"{model} is named like one; name the layers: EfftConfig(targets=[...]). {_present(linears)}"
+            f"targets={targets!r} needs a known architecture (of timm: ViT, DeiT, DINOv2, Swin; of transformers: "
+            f"these, BEiT, CLIP, BERT, LLaMA and their like), and no layer of this {model} is named like one; name the "
+            f"layers: EfftConfig(targets=[...]). {_present(linears)}"
         )
     blocks: dict[str, set[str]] = {}
     for target in chosen:

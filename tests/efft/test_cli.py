@@ -95,6 +95,14 @@ def test_merge_writes_a_plain_model(trained: Path, tmp_path: Path, capsys: pytes
     assert (expected - base).abs().max() > 1e-3  # there was something to merge
 
 
+def test_export_writes_a_lora_checkpoint(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(trained)]) == 0
+    folder = trained / "lora"
+    assert f"wrote {folder} (0.1 MB)" in capsys.readouterr().out
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["r"], len(config["target_modules"])) == ("test_vit", 4, 24)
+
+
 def test_inspect_saved_adapter(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(trained)]) == 0
     out = capsys.readouterr().out
@@ -138,6 +146,7 @@ def test_flags_override_the_configuration_file(tmp_path: Path, capsys: pytest.Ca
     accuracy = json.loads((other / "result.json").read_text())["val_accuracy"]
     assert f"val accuracy {accuracy:.2%}" in capsys.readouterr().out
     assert "only method 'efft' has something to merge" in fails(capsys, "merge", str(other))
+    assert "only method 'efft' has something to export" in fails(capsys, "export", str(other))
 
 
 def test_full_run_is_restored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -228,7 +237,7 @@ def test_two_processes(tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["trian"], "unknown command 'trian'; did you mean 'train'?"),
-        (["zzzz"], "unknown command 'zzzz'; commands: train, eval, merge, inspect, data, bench, env"),
+        (["zzzz"], "unknown command 'zzzz'; commands: train, eval, merge, export, inspect, data, bench, env"),
         (["env", "now"], "env takes no arguments, got now"),
         (["train", "--config", "nope.json"], "there is no configuration file nope.json"),
         (["train", "--lr", "-1"], "lr must be at least 0, got -1.0"),

@@ -75,8 +75,9 @@ def test_swin_presets_leave_the_downsampling_alone(tiny_swin: Make) -> None:
 def test_unknown_architecture_lists_its_layers() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     message = (
-        "targets='all' needs a known architecture (timm ViT, DeiT, DINOv2, Swin), and no layer of this Sequential is "
-        "named like one; name the layers: EfftConfig(targets=[...]). Linear layers present: 0, 1"
+        "targets='all' needs a known architecture (of timm: ViT, DeiT, DINOv2, Swin; of transformers: these, BEiT, "
+        "CLIP, BERT, LLaMA and their like), and no layer of this Sequential is named like one; name the layers: "
+        "EfftConfig(targets=[...]). Linear layers present: 0, 1"
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         names(model)
@@ -161,6 +162,34 @@ def test_head_of_a_distilled_model() -> None:
         img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=5
     )
     assert find_head(model, None) == ["head", "head_dist"]
+
+
+@pytest.mark.parametrize(
+    ("attention", "mlp"),
+    [
+        (["attention.attention.query", "attention.attention.key", "attention.attention.value"], True),
+        (["attention.self.query", "attention.self.key", "attention.self.value"], False),
+    ],
+)
+@pytest.mark.parametrize("block", ["vit.encoder.layer.0", "swin.encoder.layers.0.blocks.0"])
+def test_names_before_transformers_5(block: str, attention: list[str], mlp: bool) -> None:
+    """ViT, DeiT, BEiT and DINOv2 of transformers 4 (two attentions), and its Swin."""
+    roles = dict(zip([*attention, "attention.output.dense"], "qkvo", strict=True))
+    fc1, fc2 = ("mlp.fc1", "mlp.fc2") if mlp else ("intermediate.dense", "output.dense")
+    roles |= {fc1: "fc1", fc2: "fc2"}
+    model = nn.Module()
+    for name in roles:
+        *path, last = f"{block}.{name}".split(".")
+        parent = model
+        for part in path:
+            if part not in parent._modules:
+                parent.add_module(part, nn.Module())
+            parent = parent.get_submodule(part)
+        parent.add_module(last, nn.Linear(4, 4))
+    targets = find_targets(model, efft.EfftConfig(), [])
+    assert {t.name: t.role for t in targets} == {f"{block}.{name}": role for name, role in roles.items()}
+    assert {t.block for t in targets} == {block}
+    assert {t.stage for t in targets} == {0 if "swin" in block else None}
 
 
 @pytest.mark.parametrize("attribute", ["classifier", "head", "fc", "score"])

@@ -11,6 +11,7 @@ _SUMMARY = {
     "train": "fine-tune a model; resumes after any interruption",
     "eval": "accuracy of a trained model on a split",
     "merge": "fold an adapter into its base model's weights",
+    "export": "write an adapter as a LoRA checkpoint of peft, exactly",
     "inspect": "trainable parameters of a model if adapted, or of a saved adapter",
     "data": "list or fetch data sets",
     "bench": "measure speed and memory (in a source checkout)",
@@ -102,7 +103,12 @@ def _dispatch(name: str, words: list[str]) -> int:
     elif name == "train":
         commands.train(words)
     else:
-        function = {"eval": commands.evaluate, "merge": commands.merge, "inspect": commands.inspect}[name]
+        function = {
+            "eval": commands.evaluate,
+            "merge": commands.merge,
+            "export": commands.export,
+            "inspect": commands.inspect,
+        }[name]
         tyro.cli(function, args=words, prog=f"efft {name}", config=(tyro.conf.OmitArgPrefixes,))
     return 0
 

@@ -127,6 +127,25 @@ def merge(path: tyro.conf.Positional[Path], /, out: Path | None = None, checkpoi
     print(f"wrote {target} ({target.stat().st_size / 1e6:.1f} MB)")
 
 
+def export(path: tyro.conf.Positional[Path], /, out: Path | None = None, checkpoint: Path | None = None) -> None:
+    """Write an adapter as an exact LoRA checkpoint, which `peft` loads onto the plain timm model.
+
+    Args:
+        path: folder of a finished run (method efft), or an adapter folder.
+        out: folder of the checkpoint; by default lora in the same folder.
+        checkpoint: file with the base's weights, if it is not where it was in training.
+    """
+    import efft
+    from efft.train.restore import load_trained
+
+    model, config = load_trained(path, checkpoint)
+    if config.method != "efft":
+        raise ValueError(f"{path} is a run of method {config.method!r}; only method 'efft' has something to export")
+    folder = efft.export_lora(model, out or path / "lora", base_model=config.model)
+    size = sum(file.stat().st_size for file in folder.glob("adapter_*"))
+    print(f"wrote {folder} ({size / 1e6:.1f} MB)")
+
+
 def inspect(
     model: tyro.conf.Positional[str] = DEFAULT,
     /,

@@ -1,0 +1,84 @@
+"""Adapters on the Hugging Face hub: the files of :mod:`efft.io` as a repository."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from efft.io import CARD, CONFIG, WEIGHTS, load_adapter, save_adapter
+from efft_kernels import __version__
+
+
+def from_pretrained(
+    model: nn.Module, name: str | os.PathLike[str], revision: str | None = None, strict: bool = True
+) -> nn.Module:
+    """:func:`efft.load_adapter` from a folder or, by a name such as ``"owner/adapter"``, from the hub.
+
+    A folder that exists, a ``Path`` and whatever else is not two words with a slash between them never touch the
+    network. Of a repository only the adapter's three files are fetched.
+
+    Args:
+        model: the base the adapter was trained on.
+        name: folder, or repository on the hub.
+        revision: branch, tag or commit of the repository; a commit pins what is loaded.
+        strict: as in :func:`efft.load_adapter`.
+
+    Returns:
+        The same ``model``.
+
+    Raises:
+        FileNotFoundError: no adapter in that folder or repository.
+        OSError: the repository does not exist, or cannot be reached.
+        ImportError: a name of the hub, and huggingface_hub is not installed.
+        ValueError: as in :func:`efft.load_adapter`.
+    """
+    if not isinstance(name, str) or Path(name).exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        return load_adapter(model, name, strict)
+    try:
+        folder = _hub().snapshot_download(
+            name,
+            revision=revision,
+            allow_patterns=[WEIGHTS, CONFIG, CARD],
+            library_name="efft-kernels",
+            library_version=__version__,
+        )
+    except OSError as error:
+        raise OSError(
+            f"{name!r} is no folder here, and fetching it from the Hugging Face hub failed ({type(error).__name__}: "
+            f"{error}); check the name, the connection and, for a private repository, `hf auth login`"
+        ) from error
+    return load_adapter(model, folder, strict)
+
+
+def push_to_hub(model: nn.Module, name: str, info: dict[str, Any] | None = None, private: bool = False) -> str:
+    """Write the adapter to the repository ``name`` on the hub, which is made if needed. Returns the commit's address.
+
+    Args:
+        model: adapted by :func:`efft.apply`; may be merged.
+        name: ``"owner/adapter"``, or ``"adapter"`` of your own.
+        info: as in :func:`efft.save_adapter`.
+        private: whether a new repository is private.
+
+    Raises:
+        ValueError: the model is not adapted; nothing is sent then.
+        ImportError: huggingface_hub is not installed.
+    """
+    hub = _hub()
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(model, folder, info)
+        repository = hub.create_repo(name, private=private, exist_ok=True).repo_id
+        commit = hub.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload EFFT adapter")
+    return str(commit.commit_url)
+
+
+def _hub() -> Any:
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise ImportError("the hub needs huggingface_hub: pip install 'efft-kernels[hf]'") from error
+    return huggingface_hub

@@ -1,0 +1,1 @@
+"""EFFT as a part of other libraries; each module needs the library it is named after."""

@@ -1,0 +1,111 @@
+"""Export to a LoRA checkpoint of ``peft``, exactly: ``A = Dᵀ`` and ``B = Gᵀ`` of every adapted layer, scaling 1."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as serialize
+from torch import Tensor, nn
+
+from efft.inject import adapted_layers, bank_of
+from efft.io import CONFIG, WEIGHTS, replace_file
+from efft_kernels import EfftLinear
+
+#: What peft puts before the names of the base's modules.
+_PREFIX = "base_model.model."
+
+
+@torch.no_grad()
+def export_lora(model: nn.Module, folder: str | os.PathLike[str], base_model: str | None = None) -> Path:
+    """Write an adapted model's update and head as a LoRA checkpoint, for anything that reads those of ``peft``.
+
+    Nothing is approximated: the update of a layer is ``D G`` of rank r, so ``lora_A [r, in_features]`` is ``Dᵀ`` and
+    ``lora_B [out_features, r]`` is ``Gᵀ`` with s inside, both in the factors' dtype; ``lora_alpha = r`` makes peft's
+    scaling 1. The file is larger than the adapter's own: LoRA shares nothing between layers.
+    ``peft.PeftModel.from_pretrained(base, folder)`` loads it, without this library.
+
+    Args:
+        model: adapted by :func:`efft.apply`; may be merged.
+        folder: made if needed; a LoRA checkpoint in it is replaced, each of the two files atomically.
+        base_model: name or path of the base to record; by default what a model of transformers was loaded from.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: the model is not adapted, ``folder`` holds an adapter of another method, or peft would understand
+            the names of layers and head differently.
+    """
+    bank, folder = bank_of(model), Path(folder)
+    layers = adapted_layers(model)
+    _check_names(model, layers, bank.head)
+    _check_replaceable(folder / CONFIG)
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    for name, layer in layers.items():
+        D, G = layer.factors.evaluated(layer.site)  # [in_features, r], [r, out_features]
+        ranks[name] = D.shape[1]
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = D.t()
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = G.t()
+    for head in bank.head:
+        state = model.get_submodule(head).state_dict()
+        tensors.update({f"{_PREFIX}{head}.{name}": tensor for name, tensor in state.items()})
+    # A copy each: D is one tensor in all layers, which safetensors refuses.
+    content = serialize({n: t.clone(memory_format=torch.contiguous_format).cpu() for n, t in tensors.items()})
+    config = _config(ranks, bank.head, base_model or getattr(model, "name_or_path", None))
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_file(folder / WEIGHTS, content)
+    replace_file(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    return folder
+
+
+def _config(ranks: dict[str, int], head: list[str], base_model: str | None) -> dict[str, Any]:
+    """peft's ``LoraConfig``; the fields that are not here have their defaults."""
+    (usual, _), *_ = Counter(ranks.values()).most_common(1)
+    # peft takes the first key that ends a layer's name: longer names go first.
+    others = {name: r for name, r in sorted(ranks.items(), key=lambda item: -len(item[0])) if r != usual}
+    return {
+        "peft_type": "LORA",
+        "base_model_name_or_path": base_model or None,
+        "inference_mode": True,
+        "r": usual,
+        "lora_alpha": usual,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": list(ranks),
+        "modules_to_save": head or None,
+    }
+
+
+def _check_names(model: nn.Module, layers: dict[str, EfftLinear], head: list[str]) -> None:
+    """peft adapts a layer at one of its places, and trains every module whose name *ends* like one of the head's."""
+    names = {module: name for name, module in layers.items()}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if names.get(module, name) != name:
+            raise ValueError(
+                f"{names[module]} and {name} are one layer, and peft would adapt only the first; merge the update "
+                "instead (efft.merged_state_dict)"
+            )
+        ends = [h for h in head if name.endswith(h) and name not in head]
+        if ends and any(f"{layer}.".startswith(f"{name}.") for layer in layers):
+            raise ValueError(
+                f"peft would take {name} for the head {ends[0]!r}, since its name ends so, and not adapt it; merge the "
+                "update instead (efft.merged_state_dict)"
+            )
+
+
+def _check_replaceable(path: Path) -> None:
+    """Never overwrite the adapter that the checkpoint comes from."""
+    try:
+        method = json.loads(path.read_text()).get("peft_type", "EFFT") if path.exists() else "LORA"
+    except (ValueError, AttributeError):
+        method = "unknown"
+    if method != "LORA":
+        raise ValueError(f"{path.parent} holds an adapter of method {method}, expected an empty folder or one of LORA")

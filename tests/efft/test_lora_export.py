@@ -1,0 +1,180 @@
+"""Export to LoRA: what ``peft`` alone computes from the checkpoint is what the adapted model computes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import efft
+
+Make = Callable[..., nn.Module]
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+#: A stranger's program: it rebuilds the base, and knows peft.
+LOAD = """
+import sys, torch, warnings
+folder, base, inputs, out = sys.argv[1:]
+import peft
+torch.set_num_threads(1)
+model = torch.load(base, weights_only=False).eval()
+warnings.simplefilter("error", UserWarning)  # as of keys that are missing
+model = peft.PeftModel.from_pretrained(model, folder).eval()
+x = torch.load(inputs)
+with torch.no_grad():
+    y = model(x)
+    y = getattr(y, "logits", y)
+    merged = model.merge_and_unload()(x)
+    torch.save((y, getattr(merged, "logits", merged)), out)
+assert "efft" not in sys.modules and "efft_kernels" not in sys.modules
+"""
+
+
+def in_peft_alone(base: nn.Module, folder: Path, x: Tensor, scratch: Path) -> tuple[Tensor, Tensor]:
+    """Logits of the checkpoint in a new process without efft, as LoRA and merged by peft."""
+    pytest.importorskip("peft", reason="needs the dev extra")
+    torch.save(base, scratch / "base.pt")
+    torch.save(x, scratch / "x.pt")
+    files = [folder, scratch / "base.pt", scratch / "x.pt", scratch / "y.pt"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", LOAD, *map(str, files)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=scratch)
+    assert done.returncode == 0, done.stderr
+    unmerged, merged = torch.load(scratch / "y.pt")
+    return unmerged, merged
+
+
+def check(model: nn.Module, base: nn.Module, x: Tensor, scratch: Path) -> None:
+    with torch.no_grad():
+        for name in model.efft.head:
+            for parameter in model.get_submodule(name).parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        expected, plain = model(x), base(x)
+    expected, plain = getattr(expected, "logits", expected), getattr(plain, "logits", plain)
+    folder = efft.export_lora(model, scratch / "lora")
+    unmerged, merged = in_peft_alone(base, folder, x, scratch)
+    error = max((unmerged - expected).abs().max(), (merged - expected).abs().max()).item()
+    print(f"largest logit difference {error:.1e}, of the update {(expected - plain).abs().max():.1e}")
+    assert (expected - plain).abs().max() > 0.05, "an update that matters"
+    assert error <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"rank": {"mhsa": 3, "ffn": (2, 5)}, "trainable_scale": True},
+        {"rank": (4, 3), "variant": "efft1", "scale": 0.7, "core_sharing": "shared"},
+    ],
+    ids=str,
+)
+def test_timm_vit(config: dict[str, Any], adapted_vit: Make, tiny_vit: Make, images: Tensor, tmp_path: Path) -> None:
+    """r1 != r2, transposed sites, column ranges, several ranks, a trained scale."""
+    model = adapted_vit(std=0.3, **config)
+    with torch.no_grad():
+        for factors in model.efft.values():
+            if isinstance(factors.scale, nn.Parameter):
+                factors.scale.fill_(-1.5)
+    check(model, tiny_vit().eval(), images, tmp_path)
+
+
+def test_timm_swin(tiny_swin: Make, randomize: Make, tmp_path: Path) -> None:
+    config = efft.EfftConfig(rank={"mhsa": 2, "ffn": (2, 4)})
+    model = randomize(efft.apply(tiny_swin().eval(), config), std=0.4)
+    check(model, tiny_swin().eval(), torch.randn(2, 3, 32, 32), tmp_path)
+
+
+def test_transformers_vit(randomize: Make, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="needs the hf extra")
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "image_size": 16, "patch_size": 8, "num_labels": 5}
+    config = transformers.ViTConfig(num_hidden_layers=2, num_attention_heads=2, **sizes)
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        model: nn.Module = transformers.ViTForImageClassification(config).eval()
+        return model
+
+    model = randomize(efft.apply(make(), efft.EfftConfig(rank=(3, 4))), std=0.4)
+    check(model, make(), torch.randn(2, 3, 16, 16), tmp_path)
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_contents(adapted_vit: Make, tmp_path: Path) -> None:
+    model = adapted_vit(rank={"mhsa": 3, "ffn": (2, 5)}, targets="all")
+    folder = efft.export_lora(model, tmp_path / "new" / "lora", base_model="some/base")
+    assert sorted(path.name for path in folder.iterdir()) == [CONFIG, WEIGHTS]
+    config = json.loads((folder / CONFIG).read_text())
+    assert config["base_model_name_or_path"] == "some/base"
+    assert sorted(config["target_modules"]) == sorted(model.efft.layers)
+    assert config["modules_to_save"] == ["head"]
+    assert config["r"] == config["lora_alpha"]
+    ranks = {name: config["rank_pattern"].get(name, config["r"]) for name in model.efft.layers}
+    assert ranks == {n: 3 if "attn" in n else 2 if "fc1" in n else 5 for n in model.efft.layers}
+    assert config["alpha_pattern"] == config["rank_pattern"]
+    tensors = load_file(folder / WEIGHTS)
+    name = "base_model.model.blocks.1.mlp.fc2"
+    A, B = tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"]
+    assert (A.shape, B.shape) == ((5, 64), (16, 5))
+    torch.testing.assert_close(B @ A, model.blocks[1].mlp.fc2.delta_weight())
+    assert torch.equal(tensors["base_model.model.head.weight"], model.head.weight)
+    assert len(tensors) == 2 * len(model.efft.layers) + 2
+
+
+def test_merged_models_export_the_same(adapted_vit: Make, tmp_path: Path) -> None:
+    model = adapted_vit().train()
+    efft.export_lora(model, tmp_path / "1")
+    efft.merge(model)
+    efft.export_lora(model, tmp_path / "2")
+    assert (tmp_path / "1" / WEIGHTS).read_bytes() == (tmp_path / "2" / WEIGHTS).read_bytes()
+
+
+def test_an_adapter_is_not_overwritten(saved: tuple[nn.Module, Path], tmp_path: Path) -> None:
+    model, folder = saved
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(ValueError, match=r"holds an adapter of method EFFT, expected an empty folder or one of LORA"):
+        efft.export_lora(model, folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    efft.export_lora(model, tmp_path / "lora")
+    efft.export_lora(model, tmp_path / "lora")
+
+
+def test_a_crash_leaves_whole_files(
+    saved: tuple[nn.Module, Path], randomize: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = saved
+    folder = efft.export_lora(model, tmp_path / "lora")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    randomize(model, seed=9)
+
+    def failing(self: Path, content: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", failing)
+    with pytest.raises(OSError, match="No space left"):
+        efft.export_lora(model, folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_what_peft_would_misunderstand_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"is not adapted: call efft\.apply"):
+        efft.export_lora(nn.Linear(2, 2), tmp_path)
+    model = nn.ModuleDict({"a": nn.Linear(8, 8)})
+    model["b"] = model["a"]
+    efft.apply(model, efft.EfftConfig(rank=2, targets=["a"]))
+    with pytest.raises(ValueError, match="a and b are one layer, and peft would adapt only the first"):
+        efft.export_lora(model, tmp_path)
+    model = nn.ModuleDict({"mlp_fc": nn.Linear(8, 8), "fc": nn.Linear(8, 2)})
+    efft.apply(model, efft.EfftConfig(rank=2, targets=["mlp_fc"], head=["fc"]))
+    with pytest.raises(ValueError, match="peft would take mlp_fc for the head 'fc'"):
+        efft.export_lora(model, tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,129 @@
+"""Training loops of others, unchanged: the Trainer of transformers, and accelerate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+import efft
+
+transformers = pytest.importorskip("transformers", reason="needs the hf extra")
+accelerate = pytest.importorskip("accelerate", reason="needs the train extra")
+
+
+def make(adapted: bool = True) -> nn.Module:
+    """A tiny ViT, adapted, with the head's and the factors' first values always the same."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "image_size": 16, "patch_size": 8, "num_labels": 3}
+    config = transformers.ViTConfig(num_hidden_layers=2, num_attention_heads=2, **sizes)
+    model: nn.Module = transformers.ViTForImageClassification(config)
+    return efft.apply(model, efft.EfftConfig(rank=4)) if adapted else model
+
+
+def examples(n: int = 12) -> list[dict[str, Any]]:
+    """Images that tell their class by their mean."""
+    generator = torch.Generator().manual_seed(1)
+    return [
+        {"pixel_values": torch.randn(3, 16, 16, generator=generator) + i % 3 - 1, "labels": i % 3} for i in range(n)
+    ]
+
+
+def trainer(model: nn.Module, out: Path, steps: int) -> Any:
+    arguments = transformers.TrainingArguments(
+        str(out),
+        max_steps=steps,
+        per_device_train_batch_size=6,
+        learning_rate=2e-2,
+        lr_scheduler_type="constant",
+        save_steps=4,
+        logging_steps=1,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        seed=0,
+    )
+    return transformers.Trainer(model, arguments, train_dataset=examples())
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        y: Tensor = model.eval()(torch.stack([e["pixel_values"] for e in examples()])).logits
+    return y
+
+
+def test_trainer_trains_resumes_and_saves(tmp_path: Path) -> None:
+    whole = trainer(make(), tmp_path / "whole", steps=8)
+    whole.train()
+    losses = [line["loss"] for line in whole.state.log_history if "loss" in line]
+    assert losses[-1] < 0.7 * losses[0]
+    expected = logits(whole.model)
+    untrained = make()
+    frozen = {n: p for n, p in untrained.named_parameters() if not p.requires_grad}
+    assert all(torch.equal(p, frozen[n]) for n, p in whole.model.named_parameters() if n in frozen)
+
+    trainer(make(), tmp_path / "parts", steps=4).train()
+    resumed = trainer(make(), tmp_path / "parts", steps=8)
+    # transformers 5 renames the base's tensors in a checkpoint and, resuming, does not find them; they are frozen, so
+    # those of the model that was given are the same.
+    resumed.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-4"))
+    assert torch.equal(logits(resumed.model), expected)
+
+    efft.save_adapter(resumed.model, tmp_path / "adapter")
+    assert torch.equal(logits(efft.load_adapter(make(adapted=False), tmp_path / "adapter")), expected)
+    efft.merge(resumed.model)
+    resumed.model.save_pretrained(tmp_path / "merged", state_dict=efft.merged_state_dict(resumed.model))
+    merged = transformers.ViTForImageClassification.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_trainer_checkpoints_only_the_adapter_under_peft(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="needs the hf extra")
+    from efft.integrations.peft import EfftPeftConfig
+
+    def under_peft() -> Any:
+        base = make(adapted=False)
+        return peft.get_peft_model(base, EfftPeftConfig(rank=4))
+
+    whole = trainer(under_peft(), tmp_path / "whole", steps=8)
+    whole.train()
+    trainer(under_peft(), tmp_path / "parts", steps=4).train()
+    checkpoint = tmp_path / "parts" / "checkpoint-4"
+    assert not (checkpoint / "model.safetensors").exists()
+    with safe_open(checkpoint / "adapter_model.safetensors", "pt") as file:
+        assert all("efft_banks" in name or "classifier" in name for name in file.keys())  # noqa: SIM118  # no mapping
+    resumed = trainer(under_peft(), tmp_path / "parts", steps=8)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert torch.equal(logits(resumed.model), logits(whole.model))
+
+
+def test_accelerate(tmp_path: Path) -> None:
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = make()
+    loader = torch.utils.data.DataLoader(examples(), batch_size=6)
+    optimizer = torch.optim.AdamW(efft.parameter_groups(model, lr=1e-2))
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    losses = []
+    for _ in range(8):
+        for batch in loader:
+            with accelerator.accumulate(model):
+                loss = model(**batch).loss
+                accelerator.backward(loss)
+                accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+                losses.append(loss.item())
+    assert sum(losses[-2:]) < 0.7 * sum(losses[:2])
+    expected = logits(model)
+    accelerator.save_state(tmp_path / "state")
+    with torch.no_grad():
+        for _, factor in efft.named_factors(accelerator.unwrap_model(model)):
+            factor.zero_()
+    accelerator.load_state(tmp_path / "state")
+    assert torch.equal(logits(model), expected)
+    efft.save_adapter(accelerator.unwrap_model(model), tmp_path / "adapter")
+    assert torch.equal(logits(efft.load_adapter(make(adapted=False), tmp_path / "adapter")), expected)

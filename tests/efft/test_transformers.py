@@ -1,0 +1,183 @@
+"""Models of transformers that ``targets="all"`` knows, each tiny and random."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import efft
+from efft_kernels import EfftLinear
+
+transformers = pytest.importorskip("transformers", reason="needs the hf extra")
+
+Make = Callable[..., nn.Module]
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
+    "num_labels": 5,
+}
+TEXT: dict[str, Any] = {
+    "vocab_size": 50,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    **{name: size for name, size in SIZES.items() if name not in ("image_size", "patch_size")},
+}
+DINOV2 = {**{name: size for name, size in SIZES.items() if name != "intermediate_size"}, "mlp_ratio": 2}
+SWIN = {"image_size": 32, "patch_size": 2, "embed_dim": 8, "depths": [2, 2], "num_heads": [1, 2], "window_size": 2}
+CLIP = {"vision_config": SIZES, "text_config": TEXT, "num_labels": 5}
+ATTENTION = [f"attention.{part}_proj" for part in "qkvo"]
+BERT = [f"attention.self.{part}" for part in ("query", "key", "value")] + ["attention.output.dense"]
+MLP = ["mlp.fc1", "mlp.fc2"]
+GATED = [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
+
+#: Model class, configuration, pattern of its blocks, layers of each, head.
+MODELS: dict[str, tuple[str, dict[str, Any], str, list[str], list[str]]] = {
+    "vit": ("ViTForImageClassification", SIZES, "vit.layers.{}", ATTENTION + MLP, ["classifier"]),
+    "deit": (
+        "DeiTForImageClassificationWithTeacher",
+        SIZES,
+        "deit.layers.{}",
+        ATTENTION + MLP,
+        ["cls_classifier", "distillation_classifier"],
+    ),
+    "beit": ("BeitForImageClassification", SIZES, "beit.layers.{}", ATTENTION + MLP, ["classifier"]),
+    "dinov2": ("Dinov2ForImageClassification", DINOV2, "dinov2.encoder.layer.{}", ATTENTION + MLP, ["classifier"]),
+    "dinov2_giant": (
+        "Dinov2ForImageClassification",
+        {**DINOV2, "use_swiglu_ffn": True},
+        "dinov2.encoder.layer.{}",
+        ATTENTION + GATED,
+        ["classifier"],
+    ),
+    "dinov3": ("DINOv3ViTModel", SIZES, "model.layer.{}", [*ATTENTION, "mlp.up_proj", "mlp.down_proj"], []),
+    "dinov3_gated": ("DINOv3ViTModel", {**SIZES, "use_gated_mlp": True}, "model.layer.{}", ATTENTION + GATED, []),
+    "clip": (
+        "CLIPForImageClassification",
+        CLIP,
+        "vision_model.encoder.layers.{}",
+        [f"self_attn.{part}_proj" for part in ("q", "k", "v", "out")] + MLP,
+        ["classifier"],
+    ),
+    "swin": (
+        "SwinForImageClassification",
+        {**SWIN, "num_labels": 5, "drop_path_rate": 0.0},
+        "swin.encoder.layers.{}.blocks.{}",
+        ATTENTION + MLP,
+        ["classifier"],
+    ),
+    "bert": (
+        "BertForSequenceClassification",
+        TEXT,
+        "bert.encoder.layer.{}",
+        [*BERT, "intermediate.dense", "output.dense"],
+        ["classifier"],
+    ),
+    "llama": ("LlamaForCausalLM", TEXT, "model.layers.{}", [f"self_attn.{p}_proj" for p in "qkvo"] + GATED, []),
+    "llama_grouped": (
+        "LlamaForSequenceClassification",
+        {**TEXT, "num_key_value_heads": 1},
+        "model.layers.{}",
+        [f"self_attn.{part}_proj" for part in "qkvo"] + GATED,
+        ["score"],
+    ),
+}
+
+
+def make(name: str) -> nn.Module:
+    kind, sizes = MODELS[name][:2]
+    if not hasattr(transformers, kind):
+        pytest.skip(f"this transformers has no {kind}")
+    model_class = getattr(transformers, kind)
+    torch.manual_seed(0)
+    model: nn.Module = model_class(model_class.config_class(**copy.deepcopy(sizes))).eval()
+    return model
+
+
+def run(name: str, model: nn.Module) -> Tensor:
+    if "vocab_size" in MODELS[name][1]:
+        output = model(input_ids=torch.arange(3, 17).view(2, 7))
+    else:
+        pixels = SWIN["image_size"] if name == "swin" else SIZES["image_size"]
+        output = model(pixel_values=torch.randn(2, 3, pixels, pixels, generator=torch.Generator().manual_seed(1)))
+    y: Tensor = output.logits if hasattr(output, "logits") else output.last_hidden_state
+    return y
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_all_of(name: str, randomize: Make, tmp_path: Path) -> None:
+    """A no-op at first; every layer of every block adapted; gradients to every factor; saved, loaded and merged."""
+    _, _, block, endings, head = MODELS[name]
+    model = make(name)
+    with torch.no_grad():
+        base = run(name, model)
+    efft.apply(model, efft.EfftConfig(rank=(2, 3), dropout=0.0))
+    blocks = [(i, j) for i in (0, 1) for j in (0, 1)] if name == "swin" else [(0,), (1,)]
+    assert sorted(model.efft.layers) == sorted(
+        f"{block.format(*index)}.{ending}" for index in blocks for ending in endings
+    )
+    assert model.efft.head == head
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # as of layers that did not run
+        torch.testing.assert_close(run(name, model), base, rtol=1e-6, atol=1e-7)
+
+    randomize(model)
+    y = run(name, model)
+    assert (y - base).abs().max() > 0.1 * base.abs().max()
+    y.square().sum().backward()
+    for factor, parameter in efft.named_factors(model):
+        assert parameter.grad is not None, factor
+        assert parameter.grad.flatten(0, -3).any(-1).any(-1).all() if factor.endswith("C") else parameter.grad.any()
+    efft.save_adapter(model, tmp_path)
+    again = efft.load_adapter(make(name), tmp_path)
+    assert torch.equal(run(name, again), y)
+    efft.merge(again)
+    torch.testing.assert_close(run(name, again), y, rtol=1e-4, atol=1e-4 * float(base.abs().max()))
+
+
+def test_grouped_queries_use_the_first_columns(randomize: Make) -> None:
+    """k and v have half of q's outputs: V's first columns, and cores of their own."""
+    model = randomize(efft.apply(make("llama_grouped"), efft.EfftConfig(rank=(2, 3))))
+    mhsa, ffn = model.efft["mhsa"], model.efft["ffn"]
+    assert (mhsa.C.shape, mhsa.V.shape) == ((2, 4, 2, 3), (3, 16))
+    assert (ffn.C.shape, ffn.V.shape) == ((2, 3, 2, 3), (3, 32)), "up, gate, down"
+    block = model.model.layers[1]
+    with torch.no_grad():
+        for core, (name, width) in enumerate({"q": 16, "k": 8, "v": 8, "o": 16}.items()):
+            layer = getattr(block.self_attn, f"{name}_proj")
+            assert isinstance(layer, EfftLinear)
+            torch.testing.assert_close(layer.delta_weight(), (mhsa.U @ mhsa.C[1, core] @ mhsa.V[:, :width]).t())
+        for core, name in enumerate(("up", "gate")):
+            delta = getattr(block.mlp, f"{name}_proj").delta_weight()
+            torch.testing.assert_close(delta, (ffn.U @ ffn.C[1, core] @ ffn.V).t())
+        torch.testing.assert_close(block.mlp.down_proj.delta_weight(), ffn.U @ ffn.C[1, 2] @ ffn.V)
+
+
+def test_efft1_of_a_gated_model(randomize: Make) -> None:
+    """One train for attention and MLP, where the hidden size is four times the width."""
+    config = transformers.LlamaConfig(**{**TEXT, "intermediate_size": 64, "num_key_value_heads": 1})
+    torch.manual_seed(0)
+    model = transformers.LlamaForSequenceClassification(config).eval()
+    randomize(efft.apply(model, efft.EfftConfig(variant="efft1", rank=2)))
+    bank = model.efft["joint"]
+    assert bank.C.shape == (2, 4, 2, 2)
+    train = [(bank.U @ bank.C[0, core] @ bank.V).t() for core in range(4)]  # [64, 16]
+    block = model.model.layers[0]
+    for name, first, last in (("q", 0, 16), ("k", 16, 24), ("v", 32, 40), ("o", 48, 64)):
+        delta = getattr(block.self_attn, f"{name}_proj").delta_weight()
+        torch.testing.assert_close(delta, train[0][first:last])
+    torch.testing.assert_close(block.mlp.up_proj.delta_weight(), train[1])
+    torch.testing.assert_close(block.mlp.gate_proj.delta_weight(), train[2])
+    torch.testing.assert_close(block.mlp.down_proj.delta_weight(), train[3].t())
