@@ -7,7 +7,7 @@ with an adapter a sample (:func:`tt_linear_grouped`), :func:`tt_contract`, :func
 """
 
 from efft_kernels.backends import Backend, can_run, explain, use_backend
-from efft_kernels.nn import EfftLinear, Site, TTFactors
+from efft_kernels.nn import EfftLinear, FactorBank, Site, TTFactors
 from efft_kernels.ops import tt_contract, tt_gelu_linear, tt_linear, tt_linear_grouped, tt_merge_, tt_norm_linear
 
 __version__ = "0.1.0"
@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Backend",
     "EfftLinear",
+    "FactorBank",
     "Site",
     "TTFactors",
     "__version__",

@@ -1,6 +1,7 @@
 """Layers on the ops: the bank of shared factors and the linear layer that uses a part of it."""
 
+from efft_kernels.nn.bank import FactorBank
 from efft_kernels.nn.factors import Site, TTFactors
 from efft_kernels.nn.linear import EfftLinear
 
-__all__ = ["EfftLinear", "Site", "TTFactors"]
+__all__ = ["EfftLinear", "FactorBank", "Site", "TTFactors"]
