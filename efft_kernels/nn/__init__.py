@@ -3,5 +3,6 @@
 from efft_kernels.nn.bank import FactorBank
 from efft_kernels.nn.factors import Site, TTFactors
 from efft_kernels.nn.linear import EfftLinear
+from efft_kernels.nn.operands import tt_chain
 
-__all__ = ["EfftLinear", "FactorBank", "Site", "TTFactors"]
+__all__ = ["EfftLinear", "FactorBank", "Site", "TTFactors", "tt_chain"]

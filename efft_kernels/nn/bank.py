@@ -63,7 +63,7 @@ class FactorBank(nn.Module, ABC):
 
     def describe(self, site: Any) -> str:
         """The site in the words of this bank, for the ``repr`` of the layer that uses it."""
-        return f"site={site}"
+        return f"{type(self).__name__}, site={site}"
 
     def bind(self, site: Any) -> Binding:
         """Register a layer that uses ``site``; returns what to pass to :meth:`down_up`."""

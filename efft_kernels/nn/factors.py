@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from efft_kernels.nn.bank import Binding, FactorBank
 from efft_kernels.nn.initialization import initialize
+from efft_kernels.nn.operands import take
 from efft_kernels.ops import tt_contract
 
 
@@ -181,16 +182,16 @@ class TTFactors(FactorBank):
         keep = 1.0 - self.dropout
         first, last = site.columns or (0, self.d_out)
         V = self.V[:, first:last] if site.columns else self.V
-        C = _take(self.C, 1, list(site.cores))
+        C = take(self.C, 1, list(site.cores))
         if self.core_sharing == "per_layer":
-            C = _take(C, 0, [layers[row] for row in rows])
+            C = take(C, 0, [layers[row] for row in rows])
         if masks is None:
             if site.transpose:
                 return V.t(), tt_contract(C.transpose(-1, -2), self.U.t(), scale=self.scale)
             return self.U, tt_contract(C, V, scale=self.scale)
-        keep_U = _take(masks.U[:, site.mask_scope], 0, rows)
-        keep_C = _take(_take(masks.C, 1, list(site.cores)), 0, rows)
-        keep_V = _take(masks.V[:, site.mask_scope, :, first:last], 0, rows)
+        keep_U = take(masks.U[:, site.mask_scope], 0, rows)
+        keep_C = take(take(masks.C, 1, list(site.cores)), 0, rows)
+        keep_V = take(masks.V[:, site.mask_scope, :, first:last], 0, rows)
         C = C.expand_as(keep_C)
         scale = self.scale / keep**2
         if site.transpose:
@@ -210,11 +211,3 @@ class TTFactors(FactorBank):
             f"n_cores={self.n_cores}, core_sharing={self.core_sharing!r}, scale={self.scale_value:g}, "
             f"dropout={self.dropout}"
         )
-
-
-def _take(tensor: Tensor, dim: int, indices: list[int]) -> Tensor:
-    """Rows ``indices`` of dimension ``dim``: the tensor itself or a view where possible."""
-    first, n = indices[0], len(indices)
-    if indices == list(range(first, first + n)):
-        return tensor if n == tensor.shape[dim] else tensor.narrow(dim, first, n)
-    return torch.stack([tensor.select(dim, i) for i in indices], dim)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from efft.config import EfftConfig
+from efft.config import AdapterConfig
 from efft_kernels.nn.linear import cannot_wrap
 
 MHSA_ROLES = ("qkv", "q", "k", "v", "o")
@@ -40,7 +40,7 @@ class Target:
     stage: int | None
 
 
-def find_targets(model: nn.Module, config: EfftConfig, head: list[str]) -> list[Target]:
+def find_targets(model: nn.Module, config: AdapterConfig, head: list[str]) -> list[Target]:
     """The layers that ``config`` selects, in the model's order; never one inside the ``head`` modules.
 
     Raises:
@@ -52,7 +52,7 @@ def find_targets(model: nn.Module, config: EfftConfig, head: list[str]) -> list[
         if isinstance(module, nn.Linear) and not any(name == h or name.startswith(h + ".") for h in head)
     }
     if isinstance(config.targets, str):
-        chosen = _chosen_by_role(type(model).__name__, config.targets, linears)
+        chosen = _chosen_by_role(type(model).__name__, config.targets, linears, type(config).__name__)
     else:
         for pattern in config.targets:
             if not any(_matches(pattern, name) for name in linears):
@@ -106,7 +106,7 @@ def find_head(model: nn.Module, config_head: list[str] | None) -> list[str]:
     ]
 
 
-def _chosen_by_role(model: str, targets: str, linears: dict[str, nn.Linear]) -> list[Target]:
+def _chosen_by_role(model: str, targets: str, linears: dict[str, nn.Linear], config: str) -> list[Target]:
     """The layers that play the roles of ``targets`` ("all", "mhsa" or "ffn") in the blocks of a known architecture.
 
     Raises:
@@ -117,7 +117,7 @@ def _chosen_by_role(model: str, targets: str, linears: dict[str, nn.Linear]) -> 
     if not chosen:
         raise ValueError(
             f"targets={targets!r} needs a known architecture (timm ViT, DeiT, DINOv2, Swin), and no layer of this "
-            f"{model} is named like one; name the layers: EfftConfig(targets=[...]). {_present(linears)}"
+            f"{model} is named like one; name the layers: {config}(targets=[...]). {_present(linears)}"
         )
     blocks: dict[str, set[str]] = {}
     for target in chosen:
@@ -130,14 +130,14 @@ def _chosen_by_role(model: str, targets: str, linears: dict[str, nn.Linear]) -> 
             raise ValueError(
                 f"targets={targets!r} knows {', '.join(sorted(roles))} of {block} in this {model}, but not which of "
                 f"{', '.join(others)} complete its {' and '.join(incomplete)}; name the layers: "
-                "EfftConfig(targets=[...])"
+                f"{config}(targets=[...])"
             )
     known = dict.fromkeys(t.block for t in classified if t.role != "linear")
     strange = [t.name for t in classified if t.role == "linear" and _in_another_block(t.name, known)]
     if strange:
         raise ValueError(
             f"targets={targets!r} knows the layers of {next(iter(known))}, ... in this {model}, but not those of other "
-            f"blocks: {', '.join(strange[:4])}, ... ({len(strange)} in all); name the layers: EfftConfig(targets=[...])"
+            f"blocks: {', '.join(strange[:4])}, ... ({len(strange)} in all); name the layers: {config}(targets=[...])"
         )
     return chosen
 

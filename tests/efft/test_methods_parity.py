@@ -1,0 +1,130 @@
+"""The updates of every method against its formula written out densely, matrix by matrix, and against ``peft``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import efft
+from efft import methods
+from efft.config import AdapterConfig
+from efft.inject import adapted_layers
+
+Make = Callable[..., nn.Module]
+Factors = dict[str, Tensor]
+Dense = Callable[[Factors], dict[str, Tensor]]
+
+R, S = 3, 0.7
+L = 2  # blocks of the tiny ViT
+ROLES = {"qkv": "attn.qkv", "o": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
+
+
+def by_layer(matrix: Callable[[str, int], Tensor]) -> dict[str, Tensor]:
+    """ΔW [d_in, d_out] of every layer from that of a role in block l."""
+    return {f"blocks.{l}.{ending}": S * matrix(role, l) for role, ending in ROLES.items() for l in range(L)}
+
+
+def of_blocks(matrix: Callable[[int, int], Tensor]) -> dict[str, Tensor]:
+    """ΔW of every layer from d x d matrices m of block l: q, k, v, o, four of fc1, four of fc2."""
+
+    def assemble(role: str, l: int) -> Tensor:
+        first, last = {"qkv": (0, 3), "o": (3, 4), "fc1": (4, 8), "fc2": (8, 12)}[role]
+        return torch.cat([matrix(l, m) for m in range(first, last)], dim=0 if role == "fc2" else 1)
+
+    return by_layer(assemble)
+
+
+def lora(p: Factors) -> dict[str, Tensor]:
+    return by_layer(lambda role, l: p[f"{role}.A"][l] @ p[f"{role}.B"][l])
+
+
+def fact_tt(p: Factors) -> dict[str, Tensor]:
+    return of_blocks(lambda l, m: p["joint.U"] @ p["joint.C"][l, m] @ p["joint.V"])
+
+
+def fact_tk(p: Factors) -> dict[str, Tensor]:
+    def matrix(l: int, m: int) -> Tensor:
+        core = sum(p["joint.K"][:, :, k] * p["joint.P"][k, l, m] for k in range(R))
+        return p["joint.U"] @ core @ p["joint.V"]
+
+    return of_blocks(matrix)
+
+
+def vera(p: Factors) -> dict[str, Tensor]:
+    def matrix(role: str, l: int) -> Tensor:
+        d, b = (torch.diag(p[f"{role}.lambda_{letter}"][l]) for letter in "db")
+        return p[f"{role}.A"] @ d @ p[f"{role}.B"] @ b
+
+    return by_layer(matrix)
+
+
+CASES: dict[str, tuple[AdapterConfig, Dense]] = {
+    "lora": (methods.LoRAConfig(rank=R, scale=S), lora),
+    "fact_tt": (methods.FacTTTConfig(rank=R, scale=S), fact_tt),
+    "fact_tk": (methods.FacTTKConfig(rank=R, scale=S), fact_tk),
+    "vera": (methods.VeRAConfig(rank=R, scale=S), vera),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_updates_are_those_of_the_formula(case: str, tiny_vit: Make, randomize: Callable[..., nn.Module]) -> None:
+    config, dense = CASES[case]
+    model = randomize(efft.apply(tiny_vit().double(), config))
+    expected = dense(model.efft.state_dict())
+    layers = adapted_layers(model)
+    assert layers.keys() == expected.keys()
+    for name, layer in layers.items():
+        torch.testing.assert_close(layer.delta_weight().t(), expected[name], rtol=1e-10, atol=1e-12)
+
+
+def with_peft(model: nn.Module, **settings: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """``model`` with an adapter of ``peft`` on every qkv, and these layers by name."""
+    peft = pytest.importorskip("peft")
+    config = getattr(peft, settings.pop("config"))(target_modules=["qkv"], **settings)
+    adapted = peft.get_peft_model(model, config).base_model.model
+    return adapted, {n: m for n, m in adapted.named_modules() if n.endswith("attn.qkv")}
+
+
+def gradients(model: nn.Module, x: Tensor, parameters: list[Tensor]) -> list[Tensor]:
+    return list(torch.autograd.grad(model(x).square().sum(), parameters))
+
+
+def test_lora_of_peft(tiny_vit: Make, randomize: Callable[..., nn.Module], images: Tensor) -> None:
+    ours = randomize(
+        efft.apply(tiny_vit().double().eval(), methods.LoRAConfig(rank=R, scale=2.0, targets=["attn.qkv"]))
+    )
+    theirs, layers = with_peft(tiny_vit().double().eval(), config="LoraConfig", r=R, lora_alpha=2 * R)
+    A, B = ours.efft["qkv"].A, ours.efft["qkv"].B
+    pairs = [(layer.lora_A["default"].weight, layer.lora_B["default"].weight) for layer in layers.values()]
+    with torch.no_grad():
+        for i, (theirs_A, theirs_B) in enumerate(pairs):
+            theirs_A.copy_(A[i].t())
+            theirs_B.copy_(B[i].t())
+    x = images.double()
+    torch.testing.assert_close(ours(x), theirs(x))
+    dA, dB = gradients(ours, x, [A, B])
+    reference = gradients(theirs, x, [p for pair in pairs for p in pair])
+    torch.testing.assert_close(dA, torch.stack([g.t() for g in reference[::2]]))
+    torch.testing.assert_close(dB, torch.stack([g.t() for g in reference[1::2]]))
+
+
+def test_vera_of_peft(tiny_vit: Make, randomize: Callable[..., nn.Module], images: Tensor) -> None:
+    ours = randomize(efft.apply(tiny_vit().double().eval(), methods.VeRAConfig(rank=R, targets=["attn.qkv"])))
+    theirs, layers = with_peft(tiny_vit().double().eval(), config="VeraConfig", r=R)
+    bank = ours.efft["qkv"]
+    pairs = [(layer.vera_lambda_d["default"], layer.vera_lambda_b["default"]) for layer in layers.values()]
+    with torch.no_grad():
+        for i, (layer, (lambda_d, lambda_b)) in enumerate(zip(layers.values(), pairs, strict=True)):
+            layer.vera_A["default"], layer.vera_B["default"] = bank.A.t().contiguous(), bank.B.t().contiguous()
+            lambda_d.copy_(bank.lambda_d[i])
+            lambda_b.copy_(bank.lambda_b[i])
+    x = images.double()
+    torch.testing.assert_close(ours(x), theirs(x))
+    dd, db = gradients(ours, x, [bank.lambda_d, bank.lambda_b])
+    reference = gradients(theirs, x, [p for pair in pairs for p in pair])
+    torch.testing.assert_close(dd, torch.stack(reference[::2]))
+    torch.testing.assert_close(db, torch.stack(reference[1::2]))
