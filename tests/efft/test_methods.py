@@ -23,12 +23,30 @@ Make = Callable[..., nn.Module]
 R = 4
 D, L, H = 16, 2, 2  # of the tiny ViT: width, blocks, heads; the MLP is 4 D wide
 SHAPES = ((D, 3 * D), (D, D), (D, 4 * D), (4 * D, D))  # qkv, o, fc1, fc2
+FACTORS = {16: (2, 2, 4), 48: (3, 4, 4), 64: (4, 4, 4)}  # factors of the sizes
+
+
+def train(*sizes: int) -> int:
+    """Parameters of a tensor train whose outer ranks are 1 and whose inner ones R."""
+    first, *inner, last = sizes
+    return first * R + sum(inner) * R**2 + R * last
+
 
 #: Configuration, and the number of trainable parameters by the formula of the method's paper.
 METHODS: dict[str, tuple[AdapterConfig, int]] = {
     "lora": (methods.LoRAConfig(rank=R, scale=0.7), L * sum(R * (m + n) for m, n in SHAPES)),
     "fact_tt": (methods.FacTTTConfig(rank=R, scale=0.7), 2 * D * R + 12 * L * R**2),
     "fact_tk": (methods.FacTTKConfig(rank=R, scale=0.7), 2 * D * R + 12 * L * R + R**3),
+    "lotr": (methods.LoTRConfig(rank=R, scale=0.7), sum(R * (m + n) + L * R**2 for m, n in SHAPES)),
+    "metatt_4d": (methods.MetaTT4DConfig(rank=R, scale=0.7), 2 * D * R + (L + 12) * R**2),
+    "metatt_5d": (methods.MetaTT5DConfig(rank=R, scale=0.7), (D + D // H) * R + (L + 12 + H) * R**2),
+    "lorta": (methods.LoRTAConfig(rank=R, scale=0.7), R * (D + D // H + L + 12 + H)),
+    "tt_lora": (methods.TTLoRAConfig(rank=R, scale=0.7), L * sum(train(*FACTORS[m], *FACTORS[n]) for m, n in SHAPES)),
+    "loretta_rep": (
+        methods.LoRETTARepConfig(rank=R, bottleneck=6, scale=0.7),
+        L * sum(train(*FACTORS[m], 6) + train(6, *FACTORS[n]) for m, n in SHAPES),
+    ),
+    "lora_xs": (methods.LoRAXSConfig(rank=R, scale=0.7), L * 4 * R**2),
     "vera": (methods.VeRAConfig(rank=R, scale=0.7), L * sum(R + n for _, n in SHAPES)),
 }
 
@@ -68,7 +86,7 @@ def test_nothing_changes_at_the_start(name: str, tiny_vit: Make, images: Tensor)
 def test_training_changes_the_factors_and_the_head_alone(name: str, tiny_vit: Make, images: Tensor) -> None:
     model = efft.apply(tiny_vit(), config_of(name))
     before, labels = tensors(model), torch.tensor([0, 3, 1])
-    optimizer = torch.optim.AdamW(efft.parameter_groups(model, lr=0.02))
+    optimizer = torch.optim.AdamW(efft.parameter_groups(model, lr=0.002))
     losses = []
     for _ in range(4):
         loss = nn.functional.cross_entropy(model(images), labels)
@@ -171,6 +189,7 @@ def test_part_of_the_layers(name: str, tiny_vit: Make, randomize: Callable[..., 
 @pytest.mark.slow
 def test_compiles_without_graph_breaks(adapted: nn.Module, images: Tensor) -> None:
     expected = adapted(images)
+    torch._dynamo.reset()  # it makes at most 8 graphs of a function, and every method needs its own
     compiled = torch.compile(adapted, fullgraph=True, backend="aot_eager")
     actual = compiled(images)
     torch.testing.assert_close(actual, expected)

@@ -19,7 +19,7 @@ Factors = dict[str, Tensor]
 Dense = Callable[[Factors], dict[str, Tensor]]
 
 R, S = 3, 0.7
-L = 2  # blocks of the tiny ViT
+L, H = 2, 2  # blocks and heads of the tiny ViT
 ROLES = {"qkv": "attn.qkv", "o": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
 
 
@@ -54,6 +54,48 @@ def fact_tk(p: Factors) -> dict[str, Tensor]:
     return of_blocks(matrix)
 
 
+def lotr(p: Factors) -> dict[str, Tensor]:
+    return by_layer(lambda role, l: p[f"{role}.U"] @ p[f"{role}.C"][l] @ p[f"{role}.V"])
+
+
+def metatt_4d(p: Factors) -> dict[str, Tensor]:
+    G1, G2, G3, G4 = (p[f"joint.G{k}"] for k in range(1, 5))
+    return of_blocks(lambda l, m: G1 @ G2[l] @ G3[m] @ G4)
+
+
+def metatt_5d(p: Factors) -> dict[str, Tensor]:
+    G1, G2, G3, G4, G5 = (p[f"joint.G{k}"] for k in range(1, 6))
+    return of_blocks(lambda l, m: torch.cat([G1 @ G2[l] @ G3[m] @ G4[h] @ G5 for h in range(H)], dim=1))
+
+
+def lorta(p: Factors) -> dict[str, Tensor]:
+    def matrix(l: int, m: int) -> Tensor:
+        c = p["joint.C_l"][l] * p["joint.C_m"][m]
+        heads = [p["joint.A"] @ torch.diag(c * p["joint.C_h"][h]) @ p["joint.B"] for h in range(H)]
+        return torch.cat(heads, dim=1)
+
+    return of_blocks(matrix)
+
+
+def tt_lora(p: Factors) -> dict[str, Tensor]:
+    def matrix(role: str, l: int) -> Tensor:
+        a, b, c, d, e, f = (p[f"{role}.cores.{k}"][l] for k in range(6))
+        dense = torch.einsum("oiq,qjr,rks,sxt,tyu,uzv->kjixyz", a, b, c, d, e, f)  # input indices reversed
+        return dense.reshape(dense[..., 0, 0, 0].numel(), -1)
+
+    return by_layer(matrix)
+
+
+def loretta_rep(p: Factors) -> dict[str, Tensor]:
+    def matrix(role: str, l: int) -> Tensor:
+        down, up = ([p[f"{role}.{side}.{k}"][l] for k in range(4)] for side in ("down", "up"))
+        A = torch.einsum("oiq,qjr,rks,sbt->ijkb", *down)
+        B = torch.einsum("obq,qir,rjs,skt->bijk", *up)
+        return A.reshape(-1, A.shape[-1]) @ B.reshape(B.shape[0], -1)
+
+    return by_layer(matrix)
+
+
 def vera(p: Factors) -> dict[str, Tensor]:
     def matrix(role: str, l: int) -> Tensor:
         d, b = (torch.diag(p[f"{role}.lambda_{letter}"][l]) for letter in "db")
@@ -66,6 +108,12 @@ CASES: dict[str, tuple[AdapterConfig, Dense]] = {
     "lora": (methods.LoRAConfig(rank=R, scale=S), lora),
     "fact_tt": (methods.FacTTTConfig(rank=R, scale=S), fact_tt),
     "fact_tk": (methods.FacTTKConfig(rank=R, scale=S), fact_tk),
+    "lotr": (methods.LoTRConfig(rank=R, scale=S), lotr),
+    "metatt_4d": (methods.MetaTT4DConfig(rank=R, scale=S), metatt_4d),
+    "metatt_5d": (methods.MetaTT5DConfig(rank=R, scale=S), metatt_5d),
+    "lorta": (methods.LoRTAConfig(rank=R, scale=S), lorta),
+    "tt_lora": (methods.TTLoRAConfig(rank=R, scale=S), tt_lora),
+    "loretta_rep": (methods.LoRETTARepConfig(rank=R, bottleneck=5, scale=S), loretta_rep),
     "vera": (methods.VeRAConfig(rank=R, scale=S), vera),
 }
 
@@ -79,6 +127,17 @@ def test_updates_are_those_of_the_formula(case: str, tiny_vit: Make, randomize: 
     assert layers.keys() == expected.keys()
     for name, layer in layers.items():
         torch.testing.assert_close(layer.delta_weight().t(), expected[name], rtol=1e-10, atol=1e-12)
+
+
+def test_lora_xs_works_between_singular_vectors(tiny_vit: Make, randomize: Callable[..., nn.Module]) -> None:
+    model = randomize(efft.apply(tiny_vit().double(), methods.LoRAXSConfig(rank=R, scale=S)))
+    for name, layer in adapted_layers(model).items():
+        bank, i = layer.factors, layer.site
+        torch.testing.assert_close(layer.delta_weight().t(), S * bank.A[i] @ bank.R[i] @ bank.B[i])
+        # W read through A and B alone is the best approximation of rank R, by Eckart and Young.
+        lost = (layer.weight - (bank.A[i] @ bank.B[i]).t()).norm()
+        torch.testing.assert_close(lost, torch.linalg.svdvals(layer.weight)[R:].norm(), msg=name)
+        torch.testing.assert_close(bank.A[i].t() @ bank.A[i], torch.eye(R, dtype=torch.float64))
 
 
 def with_peft(model: nn.Module, **settings: Any) -> tuple[nn.Module, dict[str, Any]]:

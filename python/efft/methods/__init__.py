@@ -14,11 +14,31 @@ from efft.config import AdapterConfig, EfftConfig
 from efft.methods.fact_tk import FacTTKConfig
 from efft.methods.fact_tt import FacTTTConfig
 from efft.methods.lora import LoRAConfig
+from efft.methods.lora_xs import LoRAXSConfig
+from efft.methods.loretta import LoRETTARepConfig
+from efft.methods.lorta import LoRTAConfig
+from efft.methods.lotr import LoTRConfig
+from efft.methods.metatt import MetaTT4DConfig, MetaTT5DConfig
+from efft.methods.tt_lora import TTLoRAConfig
 from efft.methods.vera import VeRAConfig
 
 #: Every method by its name in adapter files.
 METHODS: dict[str, type[AdapterConfig]] = {
-    config.method: config for config in (EfftConfig, LoRAConfig, FacTTTConfig, FacTTKConfig, VeRAConfig)
+    config.method: config
+    for config in (
+        EfftConfig,
+        LoRAConfig,
+        FacTTTConfig,
+        FacTTKConfig,
+        LoTRConfig,
+        MetaTT4DConfig,
+        MetaTT5DConfig,
+        LoRTAConfig,
+        TTLoRAConfig,
+        LoRETTARepConfig,
+        VeRAConfig,
+        LoRAXSConfig,
+    )
 }
 
 __all__ = [
@@ -26,6 +46,13 @@ __all__ = [
     "FacTTKConfig",
     "FacTTTConfig",
     "LoRAConfig",
+    "LoRAXSConfig",
+    "LoRETTARepConfig",
+    "LoRTAConfig",
+    "LoTRConfig",
+    "MetaTT4DConfig",
+    "MetaTT5DConfig",
+    "TTLoRAConfig",
     "VeRAConfig",
     "config_from_dict",
     "config_type",

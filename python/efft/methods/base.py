@@ -266,3 +266,21 @@ def uniform(*shape: int, bound: float, **kw: Any) -> nn.Parameter:
 def zeros(*shape: int, **kw: Any) -> nn.Parameter:
     """A parameter of zeros: what makes the first step a no-op."""
     return nn.Parameter(torch.zeros(shape, **kw))
+
+
+def heads_of(given: int | None, layers: list[Layer], d: int) -> int:
+    """The number of heads: that of the configuration, else that of the layers' attention.
+
+    Raises:
+        ValueError: neither is there, or the width d is no multiple of it.
+    """
+    found = {layer.heads for layer in layers} - {None}
+    if given is None and len(found) != 1:
+        raise ValueError(
+            f"expected attention modules with one num_heads around the layers, found {sorted(map(str, found))}; "
+            "set heads in the configuration, or name the layers of one kind of attention (targets=[...])"
+        )
+    heads = given if given is not None else next(iter(found))
+    if type(heads) is not int or heads < 1 or d % heads:
+        raise ValueError(f"heads must be an integer that divides the layers' width {d}, got {heads!r}")
+    return heads
