@@ -41,6 +41,10 @@ METHODS: dict[str, tuple[AdapterConfig, int]] = {
     "metatt_4d": (methods.MetaTT4DConfig(rank=R, scale=0.7), 2 * D * R + (L + 12) * R**2),
     "metatt_5d": (methods.MetaTT5DConfig(rank=R, scale=0.7), (D + D // H) * R + (L + 12 + H) * R**2),
     "lorta": (methods.LoRTAConfig(rank=R, scale=0.7), R * (D + D // H + L + 12 + H)),
+    "tenslora": (
+        methods.TensLoRAConfig(ranks=[4, 3, 2, 2], targets="all", scale=0.7),
+        4 * 3 * 2 * 2 + 4 * D + 3 * D + 2 * 12 + 2 * L,
+    ),
     "tt_lora": (methods.TTLoRAConfig(rank=R, scale=0.7), L * sum(train(*FACTORS[m], *FACTORS[n]) for m, n in SHAPES)),
     "loretta_rep": (
         methods.LoRETTARepConfig(rank=R, bottleneck=6, scale=0.7),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -77,6 +78,25 @@ def lorta(p: Factors) -> dict[str, Tensor]:
     return of_blocks(matrix)
 
 
+def tenslora(tensor: str, p: Factors) -> dict[str, Tensor]:
+    """Every tensor made whole, [in, d / heads, heads, matrices, blocks], and sliced."""
+    modes = tensor.split("_")
+
+    def whole(x: int, y: int) -> Tensor:
+        one = torch.ones(1, 1, dtype=torch.float64)
+        heads, matrices, blocks = (p[f"joint.modes.{m}"][x, y] if m in modes else one for m in ("att", "qkv", "depth"))
+        U, V, core = (p[f"joint.{name}"][x, y] for name in ("U", "V", "core"))
+        return torch.einsum("abhml,ia,bo,nh,jm,kl->ionjk", core, U, V, heads, matrices, blocks)
+
+    def matrix(l: int, m: int) -> Tensor:
+        x, k = (0, l) if "depth" in modes else (l, 0)
+        y, j = (0, m) if "qkv" in modes else (m, 0)
+        dense = whole(x, y)[..., j, k]
+        return torch.cat([dense[:, :, h] for h in range(dense.shape[2])], dim=1)
+
+    return of_blocks(matrix)
+
+
 def tt_lora(p: Factors) -> dict[str, Tensor]:
     def matrix(role: str, l: int) -> Tensor:
         a, b, c, d, e, f = (p[f"{role}.cores.{k}"][l] for k in range(6))
@@ -104,6 +124,16 @@ def vera(p: Factors) -> dict[str, Tensor]:
     return by_layer(matrix)
 
 
+TENSORS = {
+    "att": [4, 3, 2],
+    "qkv": [4, 3, 2],
+    "depth": [4, 3, 2],
+    "att_qkv": [4, 3, 2, 5],
+    "att_depth": [4, 3, 2, 1],
+    "qkv_depth": [4, 3, 5, 2],
+    "att_qkv_depth": [4, 3, 2, 5, 2],
+}
+
 CASES: dict[str, tuple[AdapterConfig, Dense]] = {
     "lora": (methods.LoRAConfig(rank=R, scale=S), lora),
     "fact_tt": (methods.FacTTTConfig(rank=R, scale=S), fact_tt),
@@ -116,6 +146,10 @@ CASES: dict[str, tuple[AdapterConfig, Dense]] = {
     "loretta_rep": (methods.LoRETTARepConfig(rank=R, bottleneck=5, scale=S), loretta_rep),
     "vera": (methods.VeRAConfig(rank=R, scale=S), vera),
 }
+
+for tensor, ranks in TENSORS.items():
+    tenslora_config = methods.TensLoRAConfig(tensor=tensor, ranks=ranks, targets="all", scale=S)
+    CASES[f"tenslora {tensor}"] = (tenslora_config, functools.partial(tenslora, tensor))
 
 
 @pytest.mark.parametrize("case", CASES)

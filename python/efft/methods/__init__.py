@@ -19,6 +19,7 @@ from efft.methods.loretta import LoRETTARepConfig
 from efft.methods.lorta import LoRTAConfig
 from efft.methods.lotr import LoTRConfig
 from efft.methods.metatt import MetaTT4DConfig, MetaTT5DConfig
+from efft.methods.tenslora import TensLoRAConfig
 from efft.methods.tt_lora import TTLoRAConfig
 from efft.methods.vera import VeRAConfig
 
@@ -34,6 +35,7 @@ METHODS: dict[str, type[AdapterConfig]] = {
         MetaTT4DConfig,
         MetaTT5DConfig,
         LoRTAConfig,
+        TensLoRAConfig,
         TTLoRAConfig,
         LoRETTARepConfig,
         VeRAConfig,
@@ -53,6 +55,7 @@ __all__ = [
     "MetaTT4DConfig",
     "MetaTT5DConfig",
     "TTLoRAConfig",
+    "TensLoRAConfig",
     "VeRAConfig",
     "config_from_dict",
     "config_type",

@@ -229,8 +229,15 @@ class BlockBank(MethodBank):
         return sites
 
     @abstractmethod
-    def factors(self) -> tuple[Tensor, Tensor, Tensor]:
+    def factors(self) -> tuple[Tensor, ...]:
         """U ``[d, r1]``, C ``[n_blocks, n_matrices, r1, r2]``, V ``[r2, d]``."""
+
+    def operands(self, factors: tuple[Tensor, ...], like: Blocks, blocks: list[int]) -> tuple[Tensor, Tensor]:
+        """D and G of the sites that are ``like`` one but for their block, stacked; without the first dimension where
+        all have the same."""
+        U, C, V = factors
+        C = take(C[:, like.first : like.last], 0, blocks)
+        return (row_blocks(U, C), self.scale * V) if like.rows else (U, column_blocks(C, self.scale * V))
 
     def features(self, site: Blocks) -> tuple[int, int]:
         """(in_features, out_features) of a layer of these matrices."""
@@ -239,19 +246,15 @@ class BlockBank(MethodBank):
 
     def compose(self, sites: Sequence[Blocks]) -> list[tuple[Tensor, Tensor]]:
         """(D, G) of each site, those of like matrices together."""
-        U, C, V = self.factors()
-        kinds: dict[tuple[int, int, bool], list[int]] = {}
+        factors = self.factors()
+        kinds: dict[Blocks, list[int]] = {}
         for i, site in enumerate(sites):
-            kinds.setdefault((site.first, site.last, site.rows), []).append(i)
+            kinds.setdefault(dataclasses.replace(site, block=0), []).append(i)
         pairs: dict[int, tuple[Tensor, Tensor]] = {}
-        scaled = self.scale * V
-        for (first, last, rows), members in kinds.items():
-            cores = take(C[:, first:last], 0, [sites[i].block for i in members])
-            if rows:
-                each = [(D, scaled) for D in row_blocks(U, cores).unbind(0)]
-            else:
-                each = [(U, G) for G in column_blocks(cores, scaled).unbind(0)]
-            pairs.update(zip(members, each, strict=True))
+        for like, members in kinds.items():
+            stacked = self.operands(factors, like, [sites[i].block for i in members])
+            D, G = (t.unbind(0) if t.dim() == 3 else [t] * len(members) for t in stacked)
+            pairs.update(zip(members, zip(D, G, strict=True), strict=True))
         return [pairs[i] for i in range(len(sites))]
 
 
