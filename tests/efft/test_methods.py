@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -219,3 +220,26 @@ def test_unknown_methods_are_refused() -> None:
 def test_wrong_values_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         methods.LoRAConfig(**values)
+
+
+def test_the_page_on_adding_a_method(
+    tiny_vit: Make, images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "add-a-method.md").read_text()
+    code = page.split("```python\n")[1].split("```")[0]
+    assert len(code.splitlines()) < 80
+    (tmp_path / "tied_lora.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    config = importlib.import_module("tied_lora").TiedLoRAConfig(rank=R)
+    monkeypatch.setitem(methods.METHODS, config.method, type(config))
+    model = tiny_vit().eval()
+    before = model(images)
+    efft.apply(model, config)
+    torch.testing.assert_close(model(images), before)
+    assert efft.count_parameters(model).factors == sum(R * (m + n) + L * (R + n) for m, n in SHAPES)
+    with torch.no_grad():
+        for _, factor in efft.named_factors(model):
+            factor.add_(0.1)
+    fresh = efft.load_adapter(tiny_vit().eval(), efft.save_adapter(model, tmp_path / "adapter"))
+    assert torch.equal(fresh(images), model(images))
+    assert not torch.allclose(model(images), before)
