@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from torch import nn
 
+from efft_kernels import EfftLinear
 from efft_kernels.nn.initialization import CORE_LAYOUTS
 
 if TYPE_CHECKING:
@@ -33,6 +34,9 @@ class AdapterConfig:
 
     training_only: ClassVar[frozenset[str]] = frozenset()
     """Fields that only matter while training: an adapter may be loaded into a model that sets them differently."""
+
+    layer: ClassVar[type[EfftLinear]] = EfftLinear
+    """What a layer becomes."""
 
     targets: str | list[str]
     exclude: list[str]

@@ -83,7 +83,7 @@ def apply(model: nn.Module, config: AdapterConfig | None = None) -> nn.Module:
         for name, site in group.sites.items():
             linear = model.get_submodule(name)
             assert isinstance(linear, nn.Linear)
-            layers[name] = (linear, EfftLinear(linear, banks[group.name], site))
+            layers[name] = (linear, config.layer(linear, banks[group.name], site))
     bank = Bank(banks, config, plan.head)
     bank.train(model.training)
     bank._requires_grad = requires_grad

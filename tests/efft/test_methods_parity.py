@@ -163,6 +163,18 @@ def test_updates_are_those_of_the_formula(case: str, tiny_vit: Make, randomize: 
         torch.testing.assert_close(layer.delta_weight().t(), expected[name], rtol=1e-10, atol=1e-12)
 
 
+def test_loretta_adp_is_an_adapter_behind_the_layer(tiny_vit: Make, randomize: Callable[..., nn.Module]) -> None:
+    config = methods.LoRETTAAdpConfig(rank=R, bottleneck=5, scale=S)
+    model = randomize(efft.apply(tiny_vit().double(), config))
+    assert set(model.efft.layers) == {f"blocks.{l}.{ending}" for l in range(L) for ending in ("attn.proj", "mlp.fc2")}
+    p, layer = model.efft.state_dict(), model.blocks[1].mlp.fc2
+    A = torch.einsum("oiq,qjr,rks,sbt->ijkb", *(p[f"fc2.down.{k}"][1] for k in range(4))).reshape(16, 5)
+    B = torch.einsum("obq,qir,rjs,skt->bijk", *(p[f"fc2.up.{k}"][1] for k in range(4))).reshape(5, 16)
+    x = torch.randn(7, 64, dtype=torch.float64)
+    z = x @ layer.weight.t() + layer.bias
+    torch.testing.assert_close(layer(x), z + S * (z @ A).clamp(min=0) @ B)
+
+
 def test_lora_xs_works_between_singular_vectors(tiny_vit: Make, randomize: Callable[..., nn.Module]) -> None:
     model = randomize(efft.apply(tiny_vit().double(), methods.LoRAXSConfig(rank=R, scale=S)))
     for name, layer in adapted_layers(model).items():

@@ -15,7 +15,7 @@ from efft.methods.fact_tk import FacTTKConfig
 from efft.methods.fact_tt import FacTTTConfig
 from efft.methods.lora import LoRAConfig
 from efft.methods.lora_xs import LoRAXSConfig
-from efft.methods.loretta import LoRETTARepConfig
+from efft.methods.loretta import LoRETTAAdpConfig, LoRETTARepConfig
 from efft.methods.lorta import LoRTAConfig
 from efft.methods.lotr import LoTRConfig
 from efft.methods.metatt import MetaTT4DConfig, MetaTT5DConfig
@@ -38,6 +38,7 @@ METHODS: dict[str, type[AdapterConfig]] = {
         TensLoRAConfig,
         TTLoRAConfig,
         LoRETTARepConfig,
+        LoRETTAAdpConfig,
         VeRAConfig,
         LoRAXSConfig,
     )
@@ -49,6 +50,7 @@ __all__ = [
     "FacTTTConfig",
     "LoRAConfig",
     "LoRAXSConfig",
+    "LoRETTAAdpConfig",
     "LoRETTARepConfig",
     "LoRTAConfig",
     "LoTRConfig",
