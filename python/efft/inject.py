@@ -75,11 +75,13 @@ def apply(model: nn.Module, config: AdapterConfig | None = None) -> nn.Module:
         raise ValueError(f"this {type(model).__name__} has an attribute 'efft' of its own, where the factors would go")
     plan = make_plan(model, config)
     requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
-    banks, layers = {}, {}
+    banks = {}
+    for group in plan.groups:  # all of them, before a layer is touched: what does not fit is found here at the latest
+        weight = model.get_submodule(next(iter(group.sites))).weight
+        assert isinstance(weight, Tensor)
+        banks[group.name] = group.build(weight.device, torch.promote_types(weight.dtype, torch.float32))
+    layers = {}
     for group in plan.groups:
-        weights = [model.get_submodule(name).weight for name in group.sites]
-        assert isinstance(weights[0], Tensor)
-        banks[group.name] = group.build(weights[0].device, torch.promote_types(weights[0].dtype, torch.float32))
         for name, site in group.sites.items():
             linear = model.get_submodule(name)
             assert isinstance(linear, nn.Linear)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -233,3 +234,76 @@ def test_vera_of_peft(tiny_vit: Make, randomize: Callable[..., nn.Module], image
     reference = gradients(theirs, x, [p for pair in pairs for p in pair])
     torch.testing.assert_close(dd, torch.stack(reference[::2]))
     torch.testing.assert_close(db, torch.stack(reference[1::2]))
+
+
+@pytest.mark.parametrize("tensor", TENSORS)
+def test_number_of_parameters_of_tenslora(tensor: str, tiny_vit: Make) -> None:
+    ranks, modes = TENSORS[tensor], tensor.split("_")
+    sizes = {"att": H, "qkv": 12, "depth": L}
+    model = efft.apply(tiny_vit(), methods.TensLoRAConfig(tensor=tensor, ranks=ranks, targets="all"))
+    tensors = math.prod(sizes[mode] for mode in ("qkv", "depth") if mode not in modes)
+    lengths = [16, 16 // H if "att" in modes else 16, *(sizes[mode] for mode in modes)]
+    each = math.prod(ranks) + sum(n * r for n, r in zip(lengths, ranks, strict=True))
+    assert efft.count_parameters(model).factors == tensors * each
+
+
+def bank_of(config: AdapterConfig, make: Make, group: str) -> nn.Module:
+    return efft.apply(make(embed_dim=64, depth=4), config).efft[group]
+
+
+UNIFORM = {  # of factors that start uniform: the bound, for width 64
+    "lora A": (methods.LoRAConfig(rank=8), "fc2", lambda bank: bank.A, 256**-0.5),
+    "fact_tt U": (methods.FacTTTConfig(rank=8), "joint", lambda bank: bank.U, 64**-0.5),
+    "fact_tt C of fc1": (methods.FacTTTConfig(rank=8), "joint", lambda bank: bank.C[:, 4:8], 8**-0.5),
+    "fact_tt C of fc2": (methods.FacTTTConfig(rank=8), "joint", lambda bank: bank.C[:, 8:], 32**-0.5),
+    "fact_tk K": (methods.FacTTKConfig(rank=8), "joint", lambda bank: bank.K, (3 / 64) ** 0.5),
+    "fact_tk P": (methods.FacTTKConfig(rank=8), "joint", lambda bank: bank.P, (6 / (8 + 48)) ** 0.5),
+    "lorta A": (methods.LoRTAConfig(rank=8), "joint", lambda bank: bank.A, 8**-0.5),
+    "vera A": (methods.VeRAConfig(rank=8), "fc1", lambda bank: bank.A, (6 / 64) ** 0.5),
+    "vera B": (methods.VeRAConfig(rank=8), "fc1", lambda bank: bank.B, (6 / 8) ** 0.5),
+}
+
+
+@pytest.mark.parametrize("factor", UNIFORM)
+def test_factors_that_start_uniform(factor: str, tiny_vit: Make) -> None:
+    config, group, select, bound = UNIFORM[factor]
+    values = select(bank_of(config, tiny_vit, group)).detach()
+    assert 0.97 * bound < values.abs().max() <= bound
+    assert values.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
+
+
+def test_factors_that_start_otherwise(tiny_vit: Make) -> None:
+    lotr = bank_of(methods.LoTRConfig(rank=8), tiny_vit, "fc1")
+    assert lotr.U.std().item() == pytest.approx(1, rel=0.1)
+    assert lotr.V.std().item() == pytest.approx(1, rel=0.1)
+    metatt = bank_of(methods.MetaTT5DConfig(rank=8), tiny_vit, "joint")
+    for cores in (metatt.G2, metatt.G3, metatt.G4):
+        assert torch.equal(cores.detach(), torch.eye(8).expand_as(cores))
+    assert torch.equal(metatt.G5.detach(), torch.eye(8, 32))
+    tenslora = bank_of(methods.TensLoRAConfig(rank=3), tiny_vit, "joint")
+    for factor in (tenslora.U[0, 0], tenslora.V[0, 0].t(), tenslora.modes["depth"][0, 0]):
+        torch.testing.assert_close(factor.t() @ factor, torch.eye(3))
+    vera = bank_of(methods.VeRAConfig(rank=8), tiny_vit, "fc1")
+    assert torch.equal(vera.lambda_d.detach(), torch.full((4, 8), 0.1))
+
+
+REFUSED: dict[str, tuple[AdapterConfig, float, str]] = {  # with the ratio of the MLP's width to the model's
+    "no heads": (methods.LoRTAConfig(targets="ffn"), 4, r"found \[\]; set heads in the configuration"),
+    "heads": (methods.MetaTT5DConfig(heads=3), 4, "heads must be an integer that divides the layers' width 16, got 3"),
+    "rank": (methods.LoRAXSConfig(rank=17), 4, "LoRAXSConfig.rank must be at most .*, got 17 and blocks.0.attn.qkv is"),
+    "later": (methods.LoRAXSConfig(rank=16), 0.5, "got 16 and blocks.0.mlp.fc1 is 16x8"),
+    "width": (methods.FacTTTConfig(), 2.5, "'joint': layers that share U and V must be of one width d, .* is 16x40"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_fit_is_refused(case: str, tiny_vit: Make, unchanged: Callable[..., Any]) -> None:
+    config, ratio, message = REFUSED[case]
+    model = tiny_vit(mlp_ratio=ratio)
+    with unchanged(model), pytest.raises(ValueError, match=message):
+        efft.apply(model, config)
+
+
+def test_ranks_are_one_for_each_mode() -> None:
+    with pytest.raises(ValueError, match=r"ranks must be None or 4 integers >= 1 for tensor 'att_qkv', got \[4, 3\]"):
+        methods.TensLoRAConfig(tensor="att_qkv", ranks=[4, 3])
