@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from efft_kernels.nn.bank import Binding, FactorBank
 from efft_kernels.nn.initialization import initialize
+from efft_kernels.nn.operands import take
 from efft_kernels.ops import tt_contract
 
 
@@ -40,29 +42,10 @@ class Masks(NamedTuple):
     V: Tensor  # [n_layers, n_scopes, r2, d_out]
 
 
-class Binding:
-    """One layer's hold on a bank: its site and, between :meth:`TTFactors.prepare` and ``release``, its factors.
-
-    A layer finds everything through an object of its own, not by an index into a list, so that torch.compile can
-    reuse one graph for all blocks of a model.
-    """
-
-    def __init__(self, site: Site) -> None:
-        self.site = site
-        self.prepared: tuple[Tensor, Tensor] | None = None
-        self.used = False  # in the pass that runs, or in the last one
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Copies and pickles are taken between passes: what belongs to a running one stays behind.
-        return {**self.__dict__, "prepared": None}
-
-
-class TTFactors(nn.Module):
+class TTFactors(FactorBank):
     """The factors of ``ΔW = s · U C V``: U and V shared by all layers, one small core per matrix.
 
-    Layers do not own factors: they :meth:`bind` a :class:`Site` and ask for its :meth:`down_up` pair. Contracting per
-    layer is always right; :meth:`prepare` contracts all bound sites at once for the forward pass that follows, until
-    :meth:`release` (``efft.apply`` calls both by hooks on the model).
+    Layers :meth:`bind` a :class:`Site` of this :class:`FactorBank`; all are contracted in one launch per kind of site.
 
     Args:
         d_in, d_out: sizes of the two outer sides, ``U [d_in, r1]`` and ``V [r2, d_out]``.
@@ -117,10 +100,6 @@ class TTFactors(nn.Module):
         self.scale: float | nn.Parameter = scale
         if trainable_scale:
             self.scale = nn.Parameter(torch.full((), scale, **kw))
-        self.bindings: list[Binding] = []
-        self._passes: list[weakref.ref[_Pass]] = []  # their graphs hold them
-        self._without_graph: _Pass | None = None  # the last pass, if none of its factors needs a gradient
-        self._running: _Pass | None = None  # between prepare and release, where gradients are wanted
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -147,8 +126,7 @@ class TTFactors(nn.Module):
             raise ValueError(f"{site}: a transposed train has one core, its output is U's one block of rows")
         if site.mask_scope < 0:
             raise ValueError(f"{site}: mask_scope must be 0 or more")
-        self.bindings.append(Binding(site))
-        return self.bindings[-1]
+        return super().bind(site)
 
     def features(self, site: Site) -> tuple[int, int]:
         """(in_features, out_features) of a linear layer that ``site`` fits."""
@@ -157,50 +135,14 @@ class TTFactors(nn.Module):
             return last - first, self.d_in
         return self.d_in, (last - first) * len(site.cores)
 
-    def down_up(self, binding: Binding) -> tuple[Tensor, Tensor]:
-        """(D [in_features, r], G [r, out_features]) of a bound site, with this pass's dropout if training."""
-        prepared = binding.prepared  # read once: another thread may release it
-        if prepared is not None:
-            if not torch.compiler.is_compiling():  # a side effect, which a compiled checkpoint refuses
-                binding.used = True
-                if self._running is not None and not torch.is_grad_enabled():
-                    self._running.without_grad.add(binding)
-            return prepared
-        if not torch.compiler.is_compiling():
-            node = torch._C._current_autograd_node()
-            if node is not None:  # activation checkpointing runs the layer again, inside backward
-                return self._replay(node, binding)
-        return self._contract([binding.site])[0][0]
-
-    def evaluated(self, site: Site) -> tuple[Tensor, Tensor]:
-        """(D, G) of a site from the factors as they are now, without dropout."""
-        training, self.training = self.training, False
-        try:
-            return self._contract([site])[0][0]
-        finally:
-            self.training = training
-
-    def prepare(self) -> None:
-        """Contract all bound sites in one launch per kind of site; :meth:`down_up` serves them until
-        :meth:`release`."""
-        pairs, stacked = self._contract([binding.site for binding in self.bindings])
-        for binding, pair in zip(self.bindings, pairs, strict=True):
-            binding.prepared = pair
-        if torch.compiler.is_compiling():
-            return
-        for binding in self.bindings:
-            binding.used = False
-        self._running = self._remember(pairs, stacked) if torch.is_grad_enabled() else None
-
-    def release(self) -> list[Binding]:
-        """End of the forward pass that :meth:`prepare` began. Returns the bindings that it did not use."""
-        for binding in self.bindings:
-            binding.prepared = None
-        if torch.compiler.is_compiling():
-            return []
-        if self._running is not None:
-            self._running.last, self._running = _sequence_number(), None
-        return [binding for binding in self.bindings if not binding.used]
+    def describe(self, site: Site) -> str:
+        """The site's part of this train."""
+        parts = [f"rank=({self.r1}, {self.r2})", f"layer={site.layer}", f"cores={site.cores}"]
+        if site.transpose:
+            parts.append("transpose=True")
+        if site.columns:
+            parts.append(f"columns={site.columns}")
+        return ", ".join([*parts, f"scale={self.scale_value:g}"])
 
     def draw_masks(self, n_layers: int) -> Masks | None:
         """Fresh dropout masks for ``n_layers`` layers; None where nothing is dropped (p = 0 or eval mode)."""
@@ -214,65 +156,21 @@ class TTFactors(nn.Module):
         )
         return Masks(*(torch.rand(shape, device=self.U.device) >= self.dropout for shape in shapes))
 
-    def _remember(self, pairs: list[tuple[Tensor, Tensor]], stacked: list[Tensor]) -> _Pass:
-        """Keep the values of a pass as long as its graph lives, for layers that run again inside its backward."""
-        this = _Pass(dict(zip(self.bindings, ((_leaf(D), _leaf(G)) for D, G in pairs), strict=True)))
-        nodes: list[Any] = [t.grad_fn for t in stacked if t.grad_fn is not None]
-        for node in nodes:
-            node.metadata[self] = this  # the pass must not hold the graph in turn
-        self._without_graph = None if nodes else this
-        self._passes = [ref for ref in self._passes if ref() is not None] + [weakref.ref(this)] * bool(nodes)
-        return this
-
-    def _replay(self, node: Any, binding: Binding) -> tuple[Tensor, Tensor]:
-        """The factors that a layer had in the pass whose backward, now at ``node``, runs it again."""
-        this = self._find_pass(node)
-        reentrant = node.name() == "CheckpointFunctionBackward" and torch.is_grad_enabled()
-        if reentrant and (this is None or binding in this.without_grad):
-            # Its forward left no graph to send gradients to: they go to the factors themselves.
-            if self.training and self.dropout > 0:
-                raise RuntimeError(
-                    "activation checkpointing with use_reentrant=True cannot repeat the factors' dropout; use "
-                    "torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or set dropout=0"
-                )
-            this = None
-        if this is None:  # the layer ran outside of a pass
-            return self._contract([binding.site])[0][0]
-        this.replayed = (torch._C._current_graph_task_id(), _sequence_number())
-        return this.values[binding]
-
-    def _find_pass(self, node: Any) -> _Pass | None:
-        """The pass that ``node`` was made in: while it ran, or while a part of it was run again (nested checkpoints).
-
-        Autograd numbers its nodes in the order they are made.
-        """
-        number, task = node._sequence_nr(), torch._C._current_graph_task_id()
-        living = [this for ref in self._passes if (this := ref()) is not None]
-        living += [self._without_graph] if self._without_graph is not None else []
-        for this in living:
-            if this.first < number <= this.last:
-                return this
-        again = [this for this in living if this.replayed[0] == task and this.replayed[1] < number]
-        return max(again, key=lambda this: this.replayed[1], default=None)
-
-    def _contract(self, sites: list[Site]) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
-        """(D, G) of each site, and the stacked tensors they are slices of."""
+    def compose(self, sites: Sequence[Site]) -> list[tuple[Tensor, Tensor]]:
+        """(D, G) of each site, contracted with those that are alike."""
         layers = sorted({site.layer for site in sites})
         masks = self.draw_masks(len(layers))
         kinds: dict[tuple[Any, ...], list[int]] = {}
         for i, site in enumerate(sites):
             kinds.setdefault((site.cores, site.transpose, site.columns, site.mask_scope), []).append(i)
         pairs: dict[int, tuple[Tensor, Tensor]] = {}
-        stacked = []
         for members in kinds.values():
-            D, G = self._contract_kind(
-                sites[members[0]], [layers.index(sites[i].layer) for i in members], layers, masks
-            )
-            stacked += [G] if D is self.U else [D, G]
+            rows = [layers.index(sites[i].layer) for i in members]
+            D, G = self._contract_kind(sites[members[0]], rows, layers, masks)
             ups = G.unbind(0) if len(G) == len(members) else [G[0]] * len(members)
             downs = D.unbind(0) if D.dim() == 3 else [D] * len(members)
             pairs.update(zip(members, zip(downs, ups, strict=True), strict=True))
-        return [pairs[i] for i in range(len(sites))], stacked
+        return [pairs[i] for i in range(len(sites))]
 
     def _contract_kind(
         self, site: Site, rows: list[int], layers: list[int], masks: Masks | None
@@ -284,16 +182,16 @@ class TTFactors(nn.Module):
         keep = 1.0 - self.dropout
         first, last = site.columns or (0, self.d_out)
         V = self.V[:, first:last] if site.columns else self.V
-        C = _take(self.C, 1, list(site.cores))
+        C = take(self.C, 1, list(site.cores))
         if self.core_sharing == "per_layer":
-            C = _take(C, 0, [layers[row] for row in rows])
+            C = take(C, 0, [layers[row] for row in rows])
         if masks is None:
             if site.transpose:
                 return V.t(), tt_contract(C.transpose(-1, -2), self.U.t(), scale=self.scale)
             return self.U, tt_contract(C, V, scale=self.scale)
-        keep_U = _take(masks.U[:, site.mask_scope], 0, rows)
-        keep_C = _take(_take(masks.C, 1, list(site.cores)), 0, rows)
-        keep_V = _take(masks.V[:, site.mask_scope, :, first:last], 0, rows)
+        keep_U = take(masks.U[:, site.mask_scope], 0, rows)
+        keep_C = take(take(masks.C, 1, list(site.cores)), 0, rows)
+        keep_V = take(masks.V[:, site.mask_scope, :, first:last], 0, rows)
         C = C.expand_as(keep_C)
         scale = self.scale / keep**2
         if site.transpose:
@@ -307,49 +205,9 @@ class TTFactors(nn.Module):
             return (V * keep_V).transpose(-1, -2) / keep, G
         return self.U * keep_U / keep, tt_contract(C, V, scale=scale, keep_C=keep_C, keep_V=keep_V)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_passes": [], "_without_graph": None, "_running": None}
-
     def extra_repr(self) -> str:
         return (
             f"d_in={self.d_in}, d_out={self.d_out}, rank=({self.r1}, {self.r2}), n_layers={self.n_layers}, "
             f"n_cores={self.n_cores}, core_sharing={self.core_sharing!r}, scale={self.scale_value:g}, "
             f"dropout={self.dropout}"
         )
-
-
-class _Pass:
-    """The values of all factors in one forward pass.
-
-    Attributes:
-        values: (D, G) of every binding, outside the graph.
-        first, last: numbers of the autograd nodes before the pass and at its end.
-        without_grad: bindings that ran under ``no_grad`` in it.
-        replayed: where a part of it was last run again: backward (autograd's id of it), number of a node then.
-    """
-
-    def __init__(self, values: dict[Binding, tuple[Tensor, Tensor]]) -> None:
-        self.values = values
-        self.first = self.last = _sequence_number()
-        self.without_grad: set[Binding] = set()
-        self.replayed = (-1, -1)
-
-
-@torch.enable_grad()
-def _sequence_number() -> int:
-    """The number of an autograd node made now."""
-    node: Any = torch.zeros((), requires_grad=True).view(()).grad_fn
-    return int(node._sequence_nr())
-
-
-def _leaf(tensor: Tensor) -> Tensor:
-    """The same values outside the graph, requiring a gradient as before, so that a layer saves the same again."""
-    return tensor.detach().requires_grad_(tensor.requires_grad)
-
-
-def _take(tensor: Tensor, dim: int, indices: list[int]) -> Tensor:
-    """Rows ``indices`` of dimension ``dim``: the tensor itself or a view where possible."""
-    first, n = indices[0], len(indices)
-    if indices == list(range(first, first + n)):
-        return tensor if n == tensor.shape[dim] else tensor.narrow(dim, first, n)
-    return torch.stack([tensor.select(dim, i) for i in indices], dim)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from efft_kernels._autocast import no_autocast
+from efft_kernels.nn.bank import FactorBank
 from efft_kernels.nn.deferred import Deferred
 from efft_kernels.nn.factors import Site, TTFactors
 from efft_kernels.ops import tt_linear, tt_merge_
@@ -36,10 +38,10 @@ class EfftLinear(nn.Linear):
     once, elsewhere.
     """
 
-    factors: TTFactors
+    factors: FactorBank
     base_weight: Tensor | None
 
-    def __init__(self, linear: nn.Linear, factors: TTFactors, site: Site, *, own_factors: bool = False) -> None:
+    def __init__(self, linear: nn.Linear, factors: FactorBank, site: Any, *, own_factors: bool = False) -> None:
         reason = cannot_wrap(linear)
         if reason is not None:
             raise TypeError(f"EfftLinear: {reason}")
@@ -67,8 +69,8 @@ class EfftLinear(nn.Linear):
     def from_linear(
         cls,
         linear: nn.Linear,
-        factors: TTFactors | None = None,
-        site: Site | None = None,
+        factors: FactorBank | None = None,
+        site: Any = None,
         *,
         rank: int | tuple[int, int] = 16,
         n_cores: int = 1,
@@ -163,13 +165,7 @@ class EfftLinear(nn.Linear):
         return self.factors.evaluated(self.site)
 
     def extra_repr(self) -> str:
-        f, s = self.factors, self.site
-        parts = [super().extra_repr(), f"rank=({f.r1}, {f.r2})", f"layer={s.layer}", f"cores={s.cores}"]
-        if s.transpose:
-            parts.append("transpose=True")
-        if s.columns:
-            parts.append(f"columns={s.columns}")
-        parts.append(f"scale={f.scale_value:g}")
+        parts = [super().extra_repr(), self.factors.describe(self.site)]
         if self.merged:
             parts.append("merged")
         if not self.enabled:

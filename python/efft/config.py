@@ -1,28 +1,116 @@
-"""``EfftConfig``: everything that decides which layers EFFT adapts and how; it is what an adapter file stores."""
+"""What says which layers are adapted and how, as adapter files store it: ``AdapterConfig`` and that of EFFT."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
+from torch import nn
+
+from efft_kernels import EfftLinear
 from efft_kernels.nn.initialization import CORE_LAYOUTS
+
+if TYPE_CHECKING:
+    from efft.plan import Group
+    from efft.targets import Target
+
+Config = TypeVar("Config", bound="AdapterConfig")
 
 #: Version of the JSON form; raised when a reader of the old form would misread the new one.
 FORMAT_VERSION = 1
 
 
+class AdapterConfig:
+    """What the configurations of all methods have in common; each is a dataclass with these fields and its own."""
+
+    method: ClassVar[str]
+    """The method's name in adapter files."""
+
+    training_only: ClassVar[frozenset[str]] = frozenset()
+    """Fields that only matter while training: an adapter may be loaded into a model that sets them differently."""
+
+    layer: ClassVar[type[EfftLinear]] = EfftLinear
+    """What a layer becomes."""
+
+    targets: str | list[str]
+    exclude: list[str]
+    head: list[str] | None
+
+    def groups(self, model: nn.Module, targets: list[Target]) -> Sequence[Group]:
+        """The banks of factors for the layers that were selected, not allocated yet.
+
+        Raises:
+            ValueError: layers that this method cannot adapt together; it says which and what to do.
+        """
+        raise NotImplementedError
+
+    def summary(self) -> str:
+        """The settings in a line, for a model card."""
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict, with the format version."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        return {"format_version": FORMAT_VERSION, "method": self.method, **copy.deepcopy(fields)}
+
+    @classmethod
+    def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
+        """The config a :meth:`to_dict` came from. Keys this version does not know are reported by a warning and
+        ignored.
+
+        Raises:
+            ValueError: a value out of range, or another method's config.
+        """
+        values = dict(values)
+        version, method = values.pop("format_version", FORMAT_VERSION), values.pop("method", cls.method)
+        cls._check(type(version) is int, "format_version", "an integer", version)
+        if method != cls.method:
+            raise ValueError(f"expected a config of method {cls.method!r}, got method {method!r}")
+        names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        unknown = [k for k in values if k not in names]
+        if unknown or version > FORMAT_VERSION:
+            hints = {k: difflib.get_close_matches(k, names, 1) for k in unknown}
+            listed = ", ".join(f"{k!r}" + (f" (near {h[0]!r})" if h else "") for k, h in hints.items())
+            warnings.warn(
+                f"{cls.__name__} of format version {version} (this library reads {FORMAT_VERSION}): "
+                f"ignored unknown keys: {listed or 'none'}",
+                stacklevel=2,
+            )
+        return cls(**{k: v for k, v in values.items() if k in names})
+
+    def _check_layers(self) -> None:
+        self._check(_is_names(self.exclude), "exclude", "a list of layer names or patterns", self.exclude)
+        self._check(self.head is None or _is_names(self.head), "head", "None or a list of module names", self.head)
+        known = isinstance(self.targets, str) and self.targets in ("all", "mhsa", "ffn")
+        self._check(
+            known or _is_names(self.targets),
+            "targets",
+            "'all', 'mhsa', 'ffn' or a list of layer names or patterns",
+            self.targets,
+        )
+
+    @classmethod
+    def _check(cls, ok: bool, name: str, expected: str, got: object) -> None:
+        if not ok:
+            raise ValueError(f"{cls.__name__}.{name} must be {expected}, got {got!r}")
+
+
 @dataclass
-class EfftConfig:
+class EfftConfig(AdapterConfig):
     """How to adapt a model. Factors come in groups (for a ViT ``mhsa`` and ``ffn``, or ``joint`` under efft1; for
     Swin one of each per stage, ``stage1_mhsa`` ...; layers given by name outside the tables ``linear_<in>x<out>``).
     Where a field may be a dict, its keys are group names or, for every stage at once, ``mhsa``, ``ffn``, ``joint``
     and ``linear``.
     """
+
+    method: ClassVar[str] = "efft"
+    training_only: ClassVar[frozenset[str]] = frozenset({"init", "core_init", "dropout"})
 
     variant: Literal["efft1", "efft2"] = "efft2"
     """efft2: one train for attention and one for the MLP. efft1: one train for both, [Wq|Wk|Wv|Wo] taken as one d x
@@ -68,9 +156,9 @@ class EfftConfig:
             ("core_init", CORE_LAYOUTS),
             ("core_sharing", ("per_layer", "shared")),
         ):
-            _check(getattr(self, name) in allowed, name, f"one of {allowed}", getattr(self, name))
+            self._check(getattr(self, name) in allowed, name, f"one of {allowed}", getattr(self, name))
         letters = (1, 2) if self.variant == "efft2" else (1,)
-        _check(
+        self._check(
             isinstance(self.init, str) and len(self.init) in letters and set(self.init) <= {"u", "v"},
             "init",
             "'u' or 'v'" + (", or two of them (attention and MLP)" if self.variant == "efft2" else ""),
@@ -79,20 +167,12 @@ class EfftConfig:
         for rank in _values(self.rank):
             pair = rank if isinstance(rank, tuple) else (rank, rank)
             ok = len(pair) == 2 and all(type(r) is int and r >= 1 for r in pair)
-            _check(ok, "rank", "an integer >= 1, a pair of them, or a dict of these", self.rank)
+            self._check(ok, "rank", "an integer >= 1, a pair of them, or a dict of these", self.rank)
         for scale in _values(self.scale):
-            _check(_is_number(scale), "scale", "a number or a dict of numbers", self.scale)
-        _check(_is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", "in [0, 1)", self.dropout)
-        _check(isinstance(self.trainable_scale, bool), "trainable_scale", "True or False", self.trainable_scale)
-        _check(_is_names(self.exclude), "exclude", "a list of layer names or patterns", self.exclude)
-        _check(self.head is None or _is_names(self.head), "head", "None or a list of module names", self.head)
-        known = isinstance(self.targets, str) and self.targets in ("all", "mhsa", "ffn")
-        _check(
-            known or _is_names(self.targets),
-            "targets",
-            "'all', 'mhsa', 'ffn' or a list of layer names or patterns",
-            self.targets,
-        )
+            self._check(is_number(scale), "scale", "a number or a dict of numbers", self.scale)
+        self._check(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", "in [0, 1)", self.dropout)
+        self._check(isinstance(self.trainable_scale, bool), "trainable_scale", "True or False", self.trainable_scale)
+        self._check_layers()
 
     def rank_of(self, group: str, kind: str) -> tuple[int, int]:
         """(r1, r2) of a group."""
@@ -107,42 +187,22 @@ class EfftConfig:
         """'u' or 'v' for a kind of group."""
         return self.init[-1] if kind == "ffn" else self.init[0]
 
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dict, with the format version."""
-        return {"format_version": FORMAT_VERSION, "method": "efft", **dataclasses.asdict(self)}
+    def groups(self, model: nn.Module, targets: list[Target]) -> Sequence[Group]:
+        """The trains of ``variant`` for these layers."""
+        from efft.plan import efft_groups  # which needs this class
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> EfftConfig:
-        """The config a :meth:`to_dict` came from. Keys this version does not know are reported by a warning and
-        ignored.
+        return efft_groups(self, model, targets)
 
-        Raises:
-            ValueError: a value out of range, or another method's config.
-        """
-        values = dict(values)
-        version, method = values.pop("format_version", FORMAT_VERSION), values.pop("method", "efft")
-        _check(type(version) is int, "format_version", "an integer", version)
-        if method != "efft":
-            raise ValueError(f"expected an EFFT config (method 'efft'), got method {method!r}")
-        names = [f.name for f in dataclasses.fields(cls)]
-        unknown = [k for k in values if k not in names]
-        if unknown or version > FORMAT_VERSION:
-            hints = {k: difflib.get_close_matches(k, names, 1) for k in unknown}
-            listed = ", ".join(f"{k!r}" + (f" (near {h[0]!r})" if h else "") for k, h in hints.items())
-            warnings.warn(
-                f"EFFT config of format version {version} (this library reads {FORMAT_VERSION}): "
-                f"ignored unknown keys: {listed or 'none'}",
-                stacklevel=2,
-            )
-        return cls(**{k: v for k, v in values.items() if k in names})
+    def summary(self) -> str:
+        """The settings in a line, for a model card."""
+        return (
+            f"{self.variant} ([arXiv 2311.06749](https://arxiv.org/abs/2311.06749)), rank {self.rank}, scale\n"
+            f"{self.scale}, targets {self.targets}, cores {self.core_sharing}"
+        )
 
 
-def _check(ok: bool, name: str, expected: str, got: object) -> None:
-    if not ok:
-        raise ValueError(f"EfftConfig.{name} must be {expected}, got {got!r}")
-
-
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Whether ``value`` is a finite number, and no bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 

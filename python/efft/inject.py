@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from efft.config import EfftConfig
+from efft.config import AdapterConfig, EfftConfig
 from efft.plan import make_plan
 from efft.targets import find_head
-from efft_kernels import EfftLinear, TTFactors
+from efft_kernels import EfftLinear, FactorBank
 from efft_kernels.nn.deferred import undefer
 from efft_kernels.nn.linear import share_attributes
 
 
 class Bank(nn.ModuleDict):
-    """All factors of an adapted model, its submodule ``efft``: group name to :class:`TTFactors`.
+    """All factors of an adapted model, its submodule ``efft``: group name to :class:`FactorBank`.
 
     Attributes:
         config: the configuration the model was adapted with.
@@ -29,7 +29,7 @@ class Bank(nn.ModuleDict):
         enabled: False while the update is switched off or merged.
     """
 
-    def __init__(self, factors: dict[str, TTFactors], config: EfftConfig, head: list[str]) -> None:
+    def __init__(self, factors: dict[str, FactorBank], config: AdapterConfig, head: list[str]) -> None:
         super().__init__(factors)
         self.config, self.head, self.enabled = config, head, True
         self.layers: list[str] = []
@@ -42,18 +42,20 @@ class Bank(nn.ModuleDict):
         """The identity: an ``nn.Sequential`` that was adapted runs the bank too, as its last child."""
         return x
 
-    def banks(self) -> list[TTFactors]:
+    def banks(self) -> list[FactorBank]:
         """The groups' factors."""
-        return [factors for factors in self.values() if isinstance(factors, TTFactors)]
+        return [factors for factors in self.values() if isinstance(factors, FactorBank)]
 
 
-def apply(model: nn.Module, config: EfftConfig | None = None) -> nn.Module:
+def apply(model: nn.Module, config: AdapterConfig | None = None) -> nn.Module:
     """Adapt ``model`` in place: every selected ``nn.Linear`` becomes an ``EfftLinear``, all but factors and head is
     frozen.
 
     The factors are owned once, by the new submodule ``model.efft``; parameter names of the base stay as they are.
-    While the model runs, all cores are contracted together at its start (a forward hook); parts of the model called
-    alone contract their own. The first step is a no-op: one side of each train starts at zero.
+    While the model runs, all factors are composed together at its start (a forward hook); parts of the model called
+    alone compose their own. The first step is a no-op: some factor of every update starts at zero.
+
+    ``config`` is an :class:`EfftConfig`, the default, or that of another method (:mod:`efft.methods`).
 
     Returns:
         The same ``model``.
@@ -62,7 +64,7 @@ def apply(model: nn.Module, config: EfftConfig | None = None) -> nn.Module:
         TypeError: not a module and a configuration.
         ValueError: the model is adapted already, or ``config`` does not fit it; the model is then unchanged.
     """
-    if not isinstance(model, nn.Module) or not isinstance(config, (EfftConfig, type(None))):
+    if not isinstance(model, nn.Module) or not isinstance(config, (AdapterConfig, type(None))):
         raise TypeError(
             f"expected efft.apply(model, EfftConfig(...)), got {type(model).__name__} and {type(config).__name__}"
         )
@@ -73,15 +75,17 @@ def apply(model: nn.Module, config: EfftConfig | None = None) -> nn.Module:
         raise ValueError(f"this {type(model).__name__} has an attribute 'efft' of its own, where the factors would go")
     plan = make_plan(model, config)
     requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
-    banks, layers = {}, {}
+    banks = {}
+    for group in plan.groups:  # all of them, before a layer is touched: what does not fit is found here at the latest
+        weight = model.get_submodule(next(iter(group.sites))).weight
+        assert isinstance(weight, Tensor)
+        banks[group.name] = group.build(weight.device, torch.promote_types(weight.dtype, torch.float32))
+    layers = {}
     for group in plan.groups:
-        weights = [model.get_submodule(name).weight for name in group.sites]
-        assert isinstance(weights[0], Tensor)
-        banks[group.name] = group.build(weights[0].device, torch.promote_types(weights[0].dtype, torch.float32))
         for name, site in group.sites.items():
             linear = model.get_submodule(name)
             assert isinstance(linear, nn.Linear)
-            layers[name] = (linear, EfftLinear(linear, banks[group.name], site))
+            layers[name] = (linear, config.layer(linear, banks[group.name], site))
     bank = Bank(banks, config, plan.head)
     bank.train(model.training)
     bank._requires_grad = requires_grad

@@ -15,16 +15,14 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from efft.config import FORMAT_VERSION, EfftConfig
+from efft.config import FORMAT_VERSION, AdapterConfig
 from efft.inject import Bank, adapted_layers, apply, bank_of
+from efft.methods import config_from_dict, config_type
 from efft.params import count_parameters
 from efft.plan import Plan, make_plan
 from efft_kernels import __version__
 
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
-
-#: Fields that only matter while training: an adapter may be loaded into a model that sets them differently.
-_TRAINING_ONLY = {"init", "core_init", "dropout"}
 
 #: What is recorded about the model that was adapted.
 _BASE = {"architecture", "layers", "dtype", "fingerprint"}
@@ -73,7 +71,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = 
     """
     folder = Path(path)
     description, tensors = _read(folder)
-    config = EfftConfig.from_dict(description["config"])
+    config = config_from_dict(description["config"])
     if config.head is None:
         config.head = description["head"]
     bank = getattr(model, "efft", None)
@@ -124,9 +122,9 @@ def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _trained(model: nn.Module, bank: Bank) -> dict[str, Tensor]:
-    """Every tensor an adapter stores, by its name in the model's state dict: factors, then the head with its
-    buffers."""
-    tensors: dict[str, Tensor] = {f"efft.{name}": p for name, p in bank.named_parameters()}
+    """Every tensor an adapter stores, by its name in the model's state dict: factors (also a method's frozen ones),
+    then the head with its buffers."""
+    tensors: dict[str, Tensor] = {f"efft.{name}": t for name, t in bank.state_dict(keep_vars=True).items()}
     for head in bank.head:
         state = model.get_submodule(head).state_dict(keep_vars=True)
         tensors.update({f"{head}.{name}": t for name, t in state.items()})
@@ -138,7 +136,7 @@ def _planned_shapes(model: nn.Module, plan: Plan) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for group in plan.groups:
         factors = group.build(torch.device("meta"), torch.float32)
-        shapes.update({f"efft.{group.name}.{n}": tuple(p.shape) for n, p in factors.named_parameters()})
+        shapes.update({f"efft.{group.name}.{n}": tuple(t.shape) for n, t in factors.state_dict().items()})
     for head in plan.head:
         state = model.get_submodule(head).state_dict()
         shapes.update({f"{head}.{name}": tuple(t.shape) for name, t in state.items()})
@@ -161,7 +159,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             isinstance(name, str) for name in description["head"]
         ):
             raise ValueError("'base.layers' must be an object and 'head' a list of names")
-        for part, keys in (("config", set(EfftConfig().to_dict())), ("base", _BASE)):
+        for part, keys in (("config", set(config_type(description["config"])().to_dict())), ("base", _BASE)):
             lacking = keys - description[part].keys()
             if lacking:
                 raise ValueError(f"its {part!r} lacks {', '.join(sorted(lacking))}")
@@ -177,13 +175,13 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return description, tensors
 
 
-def _compare_configs(bank: Bank, saved: EfftConfig, folder: Path) -> None:
+def _compare_configs(bank: Bank, saved: AdapterConfig, folder: Path) -> None:
     ours, theirs = bank.config.to_dict(), saved.to_dict()
     ours["head"] = bank.head
     different = [
-        f"{k}: model {ours[k]!r}, adapter {theirs[k]!r}"
+        f"{k}: model {ours[k]!r}, adapter {theirs.get(k)!r}"
         for k in ours
-        if k not in _TRAINING_ONLY and ours[k] != theirs[k]
+        if k not in bank.config.training_only and ours[k] != theirs.get(k)
     ]
     if different:
         raise ValueError(
@@ -251,7 +249,7 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def _card(model: nn.Module, description: dict[str, Any]) -> str:
-    config, base = description["config"], description["base"]
+    base = description["base"]
     facts = "\n".join(f"- {key}: {value}" for key, value in description["info"].items())
     layers = len(adapted_layers(model))
     return f"""---
@@ -260,8 +258,7 @@ tags: [efft, tensor-train, parameter-efficient-fine-tuning]
 ---
 # EFFT adapter for {base["architecture"]}
 
-Method: {config["variant"]} ([arXiv 2311.06749](https://arxiv.org/abs/2311.06749)), rank {config["rank"]}, scale
-{config["scale"]}, targets {config["targets"]}, cores {config["core_sharing"]}; {layers} layers adapted. Written by
+Method: {bank_of(model).config.summary()}; {layers} layers adapted. Written by
 {description["library"]}.
 
 ```

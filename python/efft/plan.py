@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from efft.config import EfftConfig
+from efft.config import AdapterConfig, EfftConfig
 from efft.targets import FFN_ROLES, MHSA_ROLES, Target, find_head, find_targets
-from efft_kernels import Site, TTFactors
+from efft_kernels import FactorBank, Site, TTFactors
+
+
+class Group(Protocol):
+    """One bank of factors and the layers that use it; ``sites`` maps their names to what the bank knows them by."""
+
+    name: str
+    sites: dict[str, Any]
+
+    @property
+    def n_parameters(self) -> int:
+        """Number of trainable parameters of the bank."""
+
+    def build(self, device: torch.device, dtype: torch.dtype) -> FactorBank:
+        """Allocate and initialise the bank."""
 
 
 @dataclass
-class Group:
-    """One bank of factors and the layers that use it.
+class TrainGroup:
+    """One train of EFFT.
 
     ``U [d_in, r1]``, ``C [n_layers or 1, n_cores, r1, r2]``, ``V [r2, d_out]``; ``sites`` maps layer names to their
     part.
@@ -61,11 +76,11 @@ class Group:
 class Plan:
     """What ``efft.apply`` would do to a model: the groups of factors and the head modules to train."""
 
-    groups: list[Group]
+    groups: Sequence[Any]  # of Group; those of EFFT can be asked for the sizes of their trains
     head: list[str]
 
 
-def make_plan(model: nn.Module, config: EfftConfig) -> Plan:
+def make_plan(model: nn.Module, config: AdapterConfig) -> Plan:
     """Plan the adaptation of ``model``; works on the meta device too.
 
     Raises:
@@ -74,15 +89,20 @@ def make_plan(model: nn.Module, config: EfftConfig) -> Plan:
     if any("_orig_mod" in module._modules for module in model.modules()):
         raise ValueError("the model is compiled already: adapt it (or load the adapter) first, then torch.compile it")
     head = find_head(model, config.head)
+    return Plan(config.groups(model, find_targets(model, config, head)), head)
+
+
+def efft_groups(config: EfftConfig, model: nn.Module, targets: list[Target]) -> list[TrainGroup]:
+    """The trains of EFFT for these layers (see :meth:`EfftConfig.groups`)."""
     members: dict[tuple[str, str], list[Target]] = {}
-    for target in find_targets(model, config, head):
+    for target in targets:
         members.setdefault(_group_of(target, model, config), []).append(target)
     groups = []
-    for (name, kind), targets in members.items():
-        layers = {t.name: _Shape(model, t) for t in targets}
+    for (name, kind), together in members.items():
+        layers = {t.name: _Shape(model, t) for t in together}
         d_in, d_out, n_cores, sites = _LAYOUTS[kind](name, layers)
-        n_layers = len({t.block for t in targets})
-        groups.append(Group(name, kind, d_in, d_out, n_layers, n_cores, sites, config.rank_of(name, kind), config))
+        n_layers = len({t.block for t in together})
+        groups.append(TrainGroup(name, kind, d_in, d_out, n_layers, n_cores, sites, config.rank_of(name, kind), config))
     for field in ("rank", "scale"):
         value = getattr(config, field)
         known = {g.name for g in groups} | {g.kind for g in groups}
@@ -91,7 +111,7 @@ def make_plan(model: nn.Module, config: EfftConfig) -> Plan:
                 f"EfftConfig.{field} names {sorted(set(value) - known)}, but the groups of this model are "
                 f"{sorted(known)}"
             )
-    return Plan(groups, head)
+    return groups
 
 
 class _Shape:

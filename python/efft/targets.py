@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from efft.config import EfftConfig
+from efft.config import AdapterConfig
 from efft_kernels.nn.linear import cannot_wrap
 
 MHSA_ROLES = ("qkv", "q", "k", "v", "o")
@@ -53,7 +53,7 @@ class Target:
     stage: int | None
 
 
-def find_targets(model: nn.Module, config: EfftConfig, head: list[str]) -> list[Target]:
+def find_targets(model: nn.Module, config: AdapterConfig, head: list[str]) -> list[Target]:
     """The layers that ``config`` selects, in the model's order; never one inside the ``head`` modules.
 
     Raises:
@@ -65,7 +65,7 @@ def find_targets(model: nn.Module, config: EfftConfig, head: list[str]) -> list[
         if isinstance(module, nn.Linear) and not any(name == h or name.startswith(h + ".") for h in head)
     }
     if isinstance(config.targets, str):
-        chosen = _chosen_by_role(type(model).__name__, config.targets, linears)
+        chosen = _chosen_by_role(type(model).__name__, config.targets, linears, type(config).__name__)
     else:
         for pattern in config.targets:
             if not any(_matches(pattern, name) for name in linears):
@@ -121,7 +121,7 @@ def find_head(model: nn.Module, config_head: list[str] | None) -> list[str]:
     ]
 
 
-def _chosen_by_role(model: str, targets: str, linears: dict[str, nn.Linear]) -> list[Target]:
+def _chosen_by_role(model: str, targets: str, linears: dict[str, nn.Linear], config: str) -> list[Target]:
     """The layers that play the roles of ``targets`` ("all", "mhsa" or "ffn") in the blocks of a known architecture.
 
     Raises:
@@ -133,7 +133,7 @@ def _chosen_by_role(model: str, targets: str, linears: dict[str, nn.Linear]) -> 
         raise ValueError(
             f"targets={targets!r} needs a known architecture (of timm: ViT, DeiT, DINOv2, Swin; of transformers: "
             f"these, BEiT, CLIP, BERT, LLaMA and their like), and no layer of this {model} is named like one; name the "
-            f"layers: EfftConfig(targets=[...]). {_present(linears)}"
+            f"layers: {config}(targets=[...]). {_present(linears)}"
         )
     blocks: dict[str, set[str]] = {}
     for target in chosen:
@@ -146,14 +146,14 @@ def _chosen_by_role(model: str, targets: str, linears: dict[str, nn.Linear]) -> 
             raise ValueError(
                 f"targets={targets!r} knows {', '.join(sorted(roles))} of {block} in this {model}, but not which of "
                 f"{', '.join(others)} complete its {' and '.join(incomplete)}; name the layers: "
-                "EfftConfig(targets=[...])"
+                f"{config}(targets=[...])"
             )
     known = dict.fromkeys(t.block for t in classified if t.role != "linear")
     strange = [t.name for t in classified if t.role == "linear" and _in_another_block(t.name, known)]
     if strange:
         raise ValueError(
             f"targets={targets!r} knows the layers of {next(iter(known))}, ... in this {model}, but not those of other "
-            f"blocks: {', '.join(strange[:4])}, ... ({len(strange)} in all); name the layers: EfftConfig(targets=[...])"
+            f"blocks: {', '.join(strange[:4])}, ... ({len(strange)} in all); name the layers: {config}(targets=[...])"
         )
     return chosen
 

@@ -303,3 +303,14 @@ def test_light_commands_load_no_heavy_package() -> None:
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "torch " in done.stdout
+
+
+def test_training_by_another_method(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, out = tmp_path / "lora.json", tmp_path / "run"
+    file.write_text('{"method": "lora", "adapter": {"rank": 2, "targets": ["attn.qkv"]}}')
+    words = SMALL[: SMALL.index("--rank")]  # which, with --scale, are of method efft
+    assert main(["train", "--config", str(file), *words, "--epochs", "1", "--out", str(out)]) == 0
+    model, config = load_trained(out)
+    assert config.adapter == {"rank": 2, "targets": ["attn.qkv"]}
+    assert efft.count_parameters(model).groups == {"qkv": len(model.efft.layers) * 2 * (64 + 3 * 64)}
+    assert main(["eval", str(out)]) == 0

@@ -169,12 +169,12 @@ def test_unknown_keys_are_reported_and_ignored() -> None:
 
 def test_newer_format_is_reported() -> None:
     values = {**EfftConfig(rank=4).to_dict(), "format_version": 2}
-    with pytest.warns(UserWarning, match=r"EFFT config of format version 2 \(this library reads 1\)"):
+    with pytest.warns(UserWarning, match=r"EfftConfig of format version 2 \(this library reads 1\)"):
         assert EfftConfig.from_dict(values) == EfftConfig(rank=4)
 
 
 def test_configs_of_other_methods_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"expected an EFFT config \(method 'efft'\), got method 'lora'"):
+    with pytest.raises(ValueError, match=r"expected a config of method 'efft', got method 'lora'"):
         EfftConfig.from_dict({"method": "lora", "r": 8})
 
 

@@ -231,7 +231,7 @@ def test_unknown_keys_are_reported(saved: tuple[nn.Module, Path], tiny_vit: Make
 def test_newer_format_is_reported(saved: tuple[nn.Module, Path], tiny_vit: Make) -> None:
     _, folder = saved
     edit_config(folder, lambda d: d["config"].update(format_version=2))
-    with pytest.warns(UserWarning, match=r"EFFT config of format version 2 \(this library reads 1\)"):
+    with pytest.warns(UserWarning, match=r"EfftConfig of format version 2 \(this library reads 1\)"):
         efft.load_adapter(tiny_vit(), folder)
 
 

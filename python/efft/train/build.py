@@ -76,8 +76,9 @@ def create_model(config: TrainConfig, classes: int, weights: bool = True) -> nn.
 
 def choose_trainable(model: nn.Module, config: TrainConfig) -> nn.Module:
     """Adapts or freezes the model, in place, as the method of the configuration says."""
-    if config.method == "efft":
-        efft.apply(model, config.efft)
+    adapter = config.adapter_config()
+    if adapter is not None:
+        efft.apply(model, adapter)
         efft.fuse(model)
     elif config.method == "linear":
         efft.freeze_backbone(model)

@@ -3,11 +3,13 @@
 import dataclasses
 import difflib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from efft.config import EfftConfig
+from efft.config import AdapterConfig, EfftConfig
+from efft.methods import METHODS
 from efft.models import DEFAULT
 
 _ADAPTER_MARKS = ("format_version", "method")  # what EfftConfig.to_dict adds to its fields
@@ -44,11 +46,15 @@ class TrainConfig:
     normalization: Literal["imagenet", "half", "none"] = "imagenet"
     """Of pixels: ImageNet mean and std; mean and std 0.5; or plain 0..1."""
 
-    method: Literal["efft", "linear", "full"] = "efft"
-    """Train EFFT factors and the head, the head alone, or every weight."""
+    method: str = "efft"
+    """efft, or another method of `efft.methods`: train its factors and the head. linear: the head alone. full: every
+    weight."""
 
     efft: EfftConfig = field(default_factory=EfftConfig)
     """The adapter (method efft only)."""
+
+    adapter: dict[str, Any] | None = None
+    """The adapter of another method: fields of its configuration; None for its defaults."""
 
     protocol: Literal["select", "final"] = "select"
     """select: train on the train split (VTAB-1K: 800 images), keep the epoch that is best on the val split (200).
@@ -104,6 +110,10 @@ class TrainConfig:
             value = getattr(self, name)
             if get_origin(hint) is Literal and value not in get_args(hint):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(hint))}, got {value!r}")
+        methods = (*METHODS, "linear", "full")
+        if self.method not in methods:
+            raise ValueError(f"method must be one of {', '.join(methods)}, got {self.method!r}")
+        self.adapter_config()  # raises, if it cannot be made
         at_least = {
             "epochs": 1,
             "batch_size": 1,
@@ -124,6 +134,22 @@ class TrainConfig:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
 
+    def adapter_config(self) -> AdapterConfig | None:
+        """What `efft.apply` puts into the model; None for the methods without factors.
+
+        Raises:
+            ValueError: `adapter` has an unknown field (with the nearest known one) or an unusable value.
+        """
+        if self.method not in METHODS:
+            return None
+        if self.method == EfftConfig.method:
+            if self.adapter:
+                raise ValueError(f"adapter is for other methods than efft, whose settings are in efft: {self.adapter}")
+            return self.efft
+        adapter = self.adapter or {}
+        _check_names(adapter, METHODS[self.method])
+        return METHODS[self.method].from_dict(adapter)
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values."""
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
@@ -138,11 +164,7 @@ class TrainConfig:
         """
         adapter = values.get("efft", {})
         for given, known in ((values, cls), (adapter, EfftConfig)):
-            names = [item.name for item in dataclasses.fields(known)]
-            for name in given.keys() - {*names, *_ADAPTER_MARKS}:
-                near = difflib.get_close_matches(name, names, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
-                raise ValueError(f"unknown field {name!r} in the training configuration; {hint}")
+            _check_names(given, known)
         return cls(**values | {"efft": EfftConfig.from_dict(adapter)})
 
     def save(self, path: str | Path) -> None:
@@ -166,3 +188,11 @@ class TrainConfig:
         if not isinstance(values, dict):
             raise ValueError(f"{path} must hold a JSON object, got {type(values).__name__}")
         return cls.from_dict(values)
+
+
+def _check_names(given: Mapping[str, Any], known: Any) -> None:
+    names = [item.name for item in dataclasses.fields(known)]
+    for name in given.keys() - {*names, *_ADAPTER_MARKS}:
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
+        raise ValueError(f"unknown field {name!r} in the training configuration; {hint}")

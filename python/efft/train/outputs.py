@@ -86,7 +86,7 @@ def write(
     """
     from safetensors.torch import save_file
 
-    if config.method == "efft":
+    if config.adapter_config() is not None:
         facts = {} if run["own_model"] else {name: getattr(config, name) for name in BASE_FIELDS}
         saved = efft.save_adapter(model, out / ADAPTER, info={**facts, "classes": classes, **scores})
     else:

@@ -51,7 +51,7 @@ def load_trained(path: str | Path, checkpoint: str | Path | None = None) -> tupl
     if checkpoint is not None:
         config = replace(config, checkpoint=str(checkpoint))
     model = build.create_model(config, classes, weights=config.method != "full")
-    if config.method == "efft":
+    if config.adapter_config() is not None:
         efft.load_adapter(model, saved)
         efft.fuse(model)  # as it was in training: the same rounding
     elif config.method == "linear":

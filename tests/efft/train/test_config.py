@@ -14,6 +14,7 @@ import pytest
 from torch import nn
 
 from efft import EfftConfig
+from efft.methods import LoRAConfig
 from efft.train import TrainConfig, checkpoint, read_metrics, run
 from efft.train import config as module
 from efft.train.batches import EpochBatches
@@ -33,6 +34,13 @@ def test_json_round_trip(tmp_path: Path) -> None:
     assert TrainConfig.load(tmp_path / "config.json") == config
 
 
+def test_json_round_trip_of_another_method(tmp_path: Path) -> None:
+    config = TrainConfig(method="lora", adapter={"rank": 2, "targets": ["attn.qkv"]})
+    config.save(tmp_path / "config.json")
+    assert TrainConfig.load(tmp_path / "config.json") == config
+    assert config.adapter_config() == LoRAConfig(rank=2, targets=["attn.qkv"])
+
+
 def test_fields_left_out_keep_their_defaults(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"lr": 0.25, "efft": {"rank": 4}}')
     assert TrainConfig.load(tmp_path / "config.json") == TrainConfig(lr=0.25, efft=EfftConfig(rank=4))
@@ -44,7 +52,10 @@ def test_fields_left_out_keep_their_defaults(tmp_path: Path) -> None:
         ('{"epoch": 3}', "unknown field 'epoch' in the training configuration; did you mean 'epochs'?"),
         ('{"efft": {"rnk": 3}}', "unknown field 'rnk' in the training configuration; did you mean 'rank'?"),
         ('{"zzz": 3}', "unknown field 'zzz' in the training configuration; known: data, "),
-        ('{"method": "lora"}', "method must be one of efft, linear, full, got 'lora'"),
+        ('{"method": "prefix"}', "method must be one of efft, lora, .*, linear, full, got 'prefix'"),
+        ('{"method": "lora", "adapter": {"rnk": 3}}', "unknown field 'rnk' in the .*; did you mean 'rank'?"),
+        ('{"method": "lora", "adapter": {"rank": 0}}', "LoRAConfig.rank must be an integer >= 1, got 0"),
+        ('{"adapter": {"rank": 3}}', "adapter is for other methods than efft, whose settings are in efft: {'rank': 3}"),
         ('{"epochs": 0}', "epochs must be at least 1, got 0"),
         ('{"warmup": 1}', r"warmup must be in \[0, 1\), got 1"),
         ("[1]", "must hold a JSON object, got list"),

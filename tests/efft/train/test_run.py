@@ -32,7 +32,8 @@ class Guarded(Dataset[Any]):
 
 
 @pytest.mark.parametrize(
-    ("method", "saved"), [("efft", "adapter"), ("linear", "head.safetensors"), ("full", "model.safetensors")]
+    ("method", "saved"),
+    [("efft", "adapter"), ("fact_tk", "adapter"), ("linear", "head.safetensors"), ("full", "model.safetensors")],
 )
 def test_run_learns_and_writes_its_folder(
     method: Any, saved: str, config: TrainConfig, task: Any, make_model: Callable[[], nn.Module], tmp_path: Path
@@ -56,14 +57,15 @@ def test_run_learns_and_writes_its_folder(
     else:
         assert changed == {"head.weight", "head.bias"}
         assert result["trainable_parameters"] == result["factor_parameters"] + 32 * 4 + 4
-    assert (result["factor_parameters"] > 0) == (method == "efft")
+    assert (result["factor_parameters"] > 0) == (saved == "adapter")
 
 
+@pytest.mark.parametrize("change", [{}, {"method": "vera", "adapter": {"rank": 4}}], ids=["efft", "vera"])
 def test_saved_adapter_reproduces_the_live_model(
-    config: TrainConfig, task: Any, make_model: Callable[[], nn.Module], tmp_path: Path
+    change: dict[str, Any], config: TrainConfig, task: Any, make_model: Callable[[], nn.Module], tmp_path: Path
 ) -> None:
     model, images = make_model(), torch.randn(5, 3, 28, 28)
-    run(config, tmp_path, model=model, task=task)
+    run(replace(config, **change), tmp_path, model=model, task=task)
     fresh = efft.load_adapter(make_model(), tmp_path / "adapter").eval()
     efft.fuse(fresh)
     with torch.no_grad():

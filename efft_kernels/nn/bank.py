@@ -1,0 +1,192 @@
+"""``FactorBank``: what all banks of factors have in common: the layers they serve and the passes these run in."""
+
+from __future__ import annotations
+
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from efft_kernels._autocast import no_autocast
+
+
+class Binding:
+    """One layer's hold on a bank: its site and, between :meth:`FactorBank.prepare` and ``release``, its factors.
+
+    A layer finds everything through an object of its own, not by an index into a list, so that torch.compile can
+    reuse one graph for all blocks of a model.
+    """
+
+    def __init__(self, site: Any) -> None:
+        self.site = site
+        self.prepared: tuple[Tensor, Tensor] | None = None
+        self.used = False  # in the pass that runs, or in the last one
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles are taken between passes: what belongs to a running one stays behind.
+        return {**self.__dict__, "prepared": None}
+
+
+class FactorBank(nn.Module, ABC):
+    """Factors of many linear layers, owned once: any method whose update of a layer is ``ΔW = D G``.
+
+    A subclass owns parameters, knows what its sites are (any value that tells a layer's part of the bank), and says in
+    :meth:`features` and :meth:`compose` what linear layer a site fits and what its operands are. Frozen tensors that an
+    adapter must carry are its persistent buffers.
+
+    Layers do not own factors: they :meth:`bind` a site and ask for its :meth:`down_up` pair. Composing per layer is
+    always right; :meth:`prepare` composes all bound sites at once for the forward pass that follows, until
+    :meth:`release` (``efft.apply`` calls both by hooks on the model).
+    """
+
+    dropout: float = 0.0
+    """Probability of zeroing an element of a factor in training; :meth:`compose` does it, if anything does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bindings: list[Binding] = []
+        self._passes: list[weakref.ref[_Pass]] = []  # their graphs hold them
+        self._without_graph: _Pass | None = None  # the last pass, if none of its factors needs a gradient
+        self._running: _Pass | None = None  # between prepare and release, where gradients are wanted
+
+    @abstractmethod
+    def features(self, site: Any) -> tuple[int, int]:
+        """(in_features, out_features) of a linear layer that ``site`` fits."""
+
+    @abstractmethod
+    def compose(self, sites: Sequence[Any]) -> list[tuple[Tensor, Tensor]]:
+        """(D [in_features, r], G [r, out_features]) of each site, differentiable in the factors, with the scale in one
+        of them. Called with autocast off: the factors are tiny and their rounding would be the update's."""
+
+    def describe(self, site: Any) -> str:
+        """The site in the words of this bank, for the ``repr`` of the layer that uses it."""
+        return f"{type(self).__name__}, site={site}"
+
+    def bind(self, site: Any) -> Binding:
+        """Register a layer that uses ``site``; returns what to pass to :meth:`down_up`."""
+        self.bindings.append(Binding(site))
+        return self.bindings[-1]
+
+    def down_up(self, binding: Binding) -> tuple[Tensor, Tensor]:
+        """(D [in_features, r], G [r, out_features]) of a bound site, with this pass's dropout if training."""
+        prepared = binding.prepared  # read once: another thread may release it
+        if prepared is not None:
+            if not torch.compiler.is_compiling():  # a side effect, which a compiled checkpoint refuses
+                binding.used = True
+                if self._running is not None and not torch.is_grad_enabled():
+                    self._running.without_grad.add(binding)
+            return prepared
+        if not torch.compiler.is_compiling():
+            node = torch._C._current_autograd_node()
+            if node is not None:  # activation checkpointing runs the layer again, inside backward
+                return self._replay(node, binding)
+        return self._composed([binding.site])[0]
+
+    def evaluated(self, site: Any) -> tuple[Tensor, Tensor]:
+        """(D, G) of a site from the factors as they are now, without dropout."""
+        training, self.training = self.training, False
+        try:
+            return self._composed([site])[0]
+        finally:
+            self.training = training
+
+    def prepare(self) -> None:
+        """Compose all bound sites at once; :meth:`down_up` serves them until :meth:`release`."""
+        pairs = self._composed([binding.site for binding in self.bindings])
+        for binding, pair in zip(self.bindings, pairs, strict=True):
+            binding.prepared = pair
+        if torch.compiler.is_compiling():
+            return
+        for binding in self.bindings:
+            binding.used = False
+        self._running = self._remember(pairs) if torch.is_grad_enabled() else None
+
+    def release(self) -> list[Binding]:
+        """End of the forward pass that :meth:`prepare` began. Returns the bindings that it did not use."""
+        for binding in self.bindings:
+            binding.prepared = None
+        if torch.compiler.is_compiling():
+            return []
+        if self._running is not None:
+            self._running.last, self._running = _sequence_number(), None
+        return [binding for binding in self.bindings if not binding.used]
+
+    def _composed(self, sites: list[Any]) -> list[tuple[Tensor, Tensor]]:
+        with no_autocast(next(self.parameters()).device):
+            return self.compose(sites)
+
+    def _remember(self, pairs: list[tuple[Tensor, Tensor]]) -> _Pass:
+        """Keep the values of a pass as long as its graph lives, for layers that run again inside its backward."""
+        this = _Pass(dict(zip(self.bindings, ((_leaf(D), _leaf(G)) for D, G in pairs), strict=True)))
+        nodes: list[Any] = [t.grad_fn for pair in pairs for t in pair if t.grad_fn is not None]
+        for node in nodes:
+            node.metadata[self] = this  # the pass must not hold the graph in turn
+        self._without_graph = None if nodes else this
+        self._passes = [ref for ref in self._passes if ref() is not None] + [weakref.ref(this)] * bool(nodes)
+        return this
+
+    def _replay(self, node: Any, binding: Binding) -> tuple[Tensor, Tensor]:
+        """The factors that a layer had in the pass whose backward, now at ``node``, runs it again."""
+        this = self._find_pass(node)
+        reentrant = node.name() == "CheckpointFunctionBackward" and torch.is_grad_enabled()
+        if reentrant and (this is None or binding in this.without_grad):
+            # Its forward left no graph to send gradients to: they go to the factors themselves.
+            if self.training and self.dropout > 0:
+                raise RuntimeError(
+                    "activation checkpointing with use_reentrant=True cannot repeat the factors' dropout; use "
+                    "torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or set dropout=0"
+                )
+            this = None
+        if this is None:  # the layer ran outside of a pass
+            return self._composed([binding.site])[0]
+        this.replayed = (torch._C._current_graph_task_id(), _sequence_number())
+        return this.values[binding]
+
+    def _find_pass(self, node: Any) -> _Pass | None:
+        """The pass that ``node`` was made in: while it ran, or while a part of it was run again (nested checkpoints).
+
+        Autograd numbers its nodes in the order they are made.
+        """
+        number, task = node._sequence_nr(), torch._C._current_graph_task_id()
+        living = [this for ref in self._passes if (this := ref()) is not None]
+        living += [self._without_graph] if self._without_graph is not None else []
+        for this in living:
+            if this.first < number <= this.last:
+                return this
+        again = [this for this in living if this.replayed[0] == task and this.replayed[1] < number]
+        return max(again, key=lambda this: this.replayed[1], default=None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_passes": [], "_without_graph": None, "_running": None}
+
+
+class _Pass:
+    """The values of all factors in one forward pass.
+
+    Attributes:
+        values: (D, G) of every binding, outside the graph.
+        first, last: numbers of the autograd nodes before the pass and at its end.
+        without_grad: bindings that ran under ``no_grad`` in it.
+        replayed: where a part of it was last run again: backward (autograd's id of it), number of a node then.
+    """
+
+    def __init__(self, values: dict[Binding, tuple[Tensor, Tensor]]) -> None:
+        self.values = values
+        self.first = self.last = _sequence_number()
+        self.without_grad: set[Binding] = set()
+        self.replayed = (-1, -1)
+
+
+@torch.enable_grad()
+def _sequence_number() -> int:
+    """The number of an autograd node made now."""
+    node: Any = torch.zeros((), requires_grad=True).view(()).grad_fn
+    return int(node._sequence_nr())
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    """The same values outside the graph, requiring a gradient as before, so that a layer saves the same again."""
+    return tensor.detach().requires_grad_(tensor.requires_grad)

@@ -1,0 +1,89 @@
+"""Composing the operands D and G of a layer from smaller factors.
+
+Plain differentiable torch, not ops with kernels: what they compute is of the size of the factors, a thousandth of the
+products that ``tt_linear`` does with the result.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def tt_chain(cores: Sequence[Tensor], side: str = "left", order: str = "C") -> Tensor:
+    """Contract a chain of tensor-train cores into one matrix, A or B of ``ΔW = A B``.
+
+    Args:
+        cores: ``[..., r_0, n_1, r_1], [..., r_1, n_2, r_2], ...`` in one floating-point dtype; leading dimensions are a
+            batch of chains.
+        side: ``"left"``: the train of an input, r_0 = 1. ``"right"``: that of an output, whose last rank is 1.
+        order: how the indices of the cores make up the matrix's: ``"C"``, the last core's varies fastest, or ``"F"``,
+            the first core's does (as in numpy's reshape).
+
+    Returns:
+        A ``[..., n_1 n_2 ..., r]`` of a left chain, B ``[..., r, n_1 n_2 ...]`` of a right one.
+
+    Raises:
+        ValueError: ranks that do not match, or an unknown side or order.
+    """
+    if side not in ("left", "right") or order not in ("C", "F"):
+        raise ValueError(f"tt_chain: side must be 'left' or 'right' and order 'C' or 'F', got {side!r} and {order!r}")
+    ranks = [(core.shape[-3], core.shape[-1]) for core in cores if core.dim() >= 3]
+    linked = len(ranks) == len(cores) > 0 and all(a[1] == b[0] for a, b in itertools.pairwise(ranks))
+    if not linked or (ranks[0][0] if side == "left" else ranks[-1][1]) != 1:
+        outer = "first" if side == "left" else "last"
+        raise ValueError(
+            "tt_chain: expected cores [..., r_0, n_1, r_1], [..., r_1, n_2, r_2], ... with 1 for the "
+            f"{outer} rank of a {side} chain, got shapes {[list(core.shape) for core in cores]}"
+        )
+    if side == "left":
+        chain = cores[0]
+        for core in cores[1:]:
+            chain = _join(chain, core, order)
+        return chain.squeeze(-3)
+    chain = cores[-1]
+    for core in reversed(cores[:-1]):
+        chain = _join(core, chain, order)
+    return chain.squeeze(-1)
+
+
+def _join(a: Tensor, b: Tensor, order: str) -> Tensor:
+    """``[..., r0, n, r1]`` and ``[..., r1, m, r2]`` to ``[..., r0, n m, r2]``."""
+    return torch.einsum("...anb,...bmc->...anmc" if order == "C" else "...anb,...bmc->...amnc", a, b).flatten(-3, -2)
+
+
+def column_blocks(C: Tensor, V: Tensor) -> Tensor:
+    """``[C_1 V | C_2 V | ...]``: the G of a layer whose output has several blocks (matrices, heads) beside each other.
+
+    Args:
+        C: ``[..., n_blocks, r1, r2]``.
+        V: ``[r2, d]``, the same for all blocks.
+
+    Returns:
+        ``[..., r1, n_blocks * d]``.
+    """
+    return torch.einsum("...nab,bd->...and", C, V).flatten(-2)
+
+
+def row_blocks(U: Tensor, C: Tensor) -> Tensor:
+    """``[U C_1; U C_2; ...]``: the D of a layer whose input has several blocks below each other.
+
+    Args:
+        U: ``[d, r1]``, the same for all blocks.
+        C: ``[..., n_blocks, r1, r2]``.
+
+    Returns:
+        ``[..., n_blocks * d, r2]``.
+    """
+    return torch.einsum("da,...nab->...ndb", U, C).flatten(-3, -2)
+
+
+def take(tensor: Tensor, dim: int, indices: Sequence[int]) -> Tensor:
+    """Rows ``indices`` of dimension ``dim``: the tensor itself or a view where possible."""
+    first, n = indices[0], len(indices)
+    if list(indices) == list(range(first, first + n)):
+        return tensor if n == tensor.shape[dim] else tensor.narrow(dim, first, n)
+    return torch.stack([tensor.select(dim, i) for i in indices], dim)

@@ -1,0 +1,85 @@
+"""Other tensor methods on the same layers: each a configuration for ``efft.apply`` and a bank of factors.
+
+efft.apply(model, efft.methods.LoRAConfig(rank=8, scale=2.0))
+
+``docs/add-a-method.md`` says how to add one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from efft.config import AdapterConfig, EfftConfig
+from efft.methods.fact_tk import FacTTKConfig
+from efft.methods.fact_tt import FacTTTConfig
+from efft.methods.lora import LoRAConfig
+from efft.methods.lora_xs import LoRAXSConfig
+from efft.methods.loretta import LoRETTAAdpConfig, LoRETTARepConfig
+from efft.methods.lorta import LoRTAConfig
+from efft.methods.lotr import LoTRConfig
+from efft.methods.metatt import MetaTT4DConfig, MetaTT5DConfig
+from efft.methods.tenslora import TensLoRAConfig
+from efft.methods.tt_lora import TTLoRAConfig
+from efft.methods.vera import VeRAConfig
+
+#: Every method by its name in adapter files.
+METHODS: dict[str, type[AdapterConfig]] = {
+    config.method: config
+    for config in (
+        EfftConfig,
+        LoRAConfig,
+        FacTTTConfig,
+        FacTTKConfig,
+        LoTRConfig,
+        MetaTT4DConfig,
+        MetaTT5DConfig,
+        LoRTAConfig,
+        TensLoRAConfig,
+        TTLoRAConfig,
+        LoRETTARepConfig,
+        LoRETTAAdpConfig,
+        VeRAConfig,
+        LoRAXSConfig,
+    )
+}
+
+__all__ = [
+    "METHODS",
+    "FacTTKConfig",
+    "FacTTTConfig",
+    "LoRAConfig",
+    "LoRAXSConfig",
+    "LoRETTAAdpConfig",
+    "LoRETTARepConfig",
+    "LoRTAConfig",
+    "LoTRConfig",
+    "MetaTT4DConfig",
+    "MetaTT5DConfig",
+    "TTLoRAConfig",
+    "TensLoRAConfig",
+    "VeRAConfig",
+    "config_from_dict",
+    "config_type",
+]
+
+
+def config_type(values: Mapping[str, Any]) -> type[AdapterConfig]:
+    """The class of the config that ``values`` came from, by its ``method`` (without one, EFFT).
+
+    Raises:
+        ValueError: a method that is not known.
+    """
+    method = values.get("method", EfftConfig.method)
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; this version knows {', '.join(METHODS)}")
+    return METHODS[method]
+
+
+def config_from_dict(values: Mapping[str, Any]) -> AdapterConfig:
+    """The config of any method that :meth:`AdapterConfig.to_dict` made ``values`` of.
+
+    Raises:
+        ValueError: an unknown method, or a value out of range.
+    """
+    return config_type(values).from_dict(values)

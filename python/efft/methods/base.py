@@ -1,0 +1,289 @@
+"""What the methods share: fields of their configurations, and the two ways in which layers share a bank.
+
+:class:`StackedBank`: layers of one shape, each with factors of its own along the first dimension of the parameters.
+:class:`BlockBank`: layers of one width d, cut into d x d matrices with one U and V for all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from efft.config import AdapterConfig, is_number
+from efft.targets import Target
+from efft_kernels import FactorBank
+from efft_kernels.nn.operands import column_blocks, row_blocks, take
+
+
+@dataclass
+class MethodConfig(AdapterConfig):
+    """Fields of every method. No activation is dropped in training: the methods whose papers do so train without."""
+
+    bank: ClassVar[type[MethodBank]]
+    """The factors that the method trains."""
+
+    paper: ClassVar[str]
+    """arXiv number."""
+
+    rank: int = 8
+    """r."""
+
+    scale: float = 1.0
+    """s, a plain multiplier of the update; alpha / r in the notation of LoRA."""
+
+    targets: str | list[str] = "all"
+    """"all", "mhsa" or "ffn" of a known architecture, or layers: names or their endings (after a dot), as they are or
+    as regular expressions."""
+
+    exclude: list[str] = dataclasses.field(default_factory=list)
+    """Layers to leave alone, named in the same ways."""
+
+    head: list[str] | None = None
+    """Modules trained and saved beside the factors; None finds the classifier, [] trains none."""
+
+    def __post_init__(self) -> None:
+        self._check(type(self.rank) is int and self.rank >= 1, "rank", "an integer >= 1", self.rank)
+        self._check(is_number(self.scale), "scale", "a number", self.scale)
+        self._check_layers()
+
+    def groups(self, model: nn.Module, targets: list[Target]) -> list[MethodGroup]:
+        """The banks of :attr:`bank` for these layers."""
+        members: dict[str, list[Layer]] = {}
+        for layer in (Layer.of(model, target) for target in targets):
+            members.setdefault(self.bank.group_of(layer), []).append(layer)
+        return [MethodGroup(name, self, layers, self.bank.sites(name, layers)) for name, layers in members.items()]
+
+    def summary(self) -> str:
+        """The settings in a line, for a model card."""
+        own = {f.name for f in dataclasses.fields(self)} - {"targets", "exclude", "head"}
+        settings = ", ".join(f"{f.name} {getattr(self, f.name)}" for f in dataclasses.fields(self) if f.name in own)
+        source = f"([arXiv {self.paper}](https://arxiv.org/abs/{self.paper}))"
+        return f"{self.method} {source}, {settings}, targets {self.targets}"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer to adapt: its :class:`Target`, its sizes, the frozen layer itself.
+
+    ``heads`` is the number of heads of the attention module it belongs to, None where there is none.
+    """
+
+    target: Target
+    d_in: int
+    d_out: int
+    heads: int | None
+    linear: nn.Linear
+
+    @classmethod
+    def of(cls, model: nn.Module, target: Target) -> Layer:
+        """The layer of ``model`` that ``target`` names."""
+        linear = model.get_submodule(target.name)
+        assert isinstance(linear, nn.Linear)
+        heads = getattr(model.get_submodule(target.name.rpartition(".")[0]), "num_heads", None)
+        return cls(target, linear.in_features, linear.out_features, heads if isinstance(heads, int) else None, linear)
+
+    def group(self, of_known_roles: str) -> str:
+        """Name of the layer's group: by stage, where there are several; by shape, outside known architectures."""
+        target = self.target
+        if target.role == "linear":
+            return f"linear_{self.d_in}x{self.d_out}"
+        return of_known_roles if target.stage is None else f"stage{target.stage + 1}_{of_known_roles}"
+
+
+@dataclass
+class MethodGroup:
+    """One bank of a method, not allocated yet."""
+
+    name: str
+    config: MethodConfig
+    layers: list[Layer]
+    sites: dict[str, Any]
+
+    @property
+    def n_parameters(self) -> int:
+        """Number of trainable parameters of the bank."""
+        return sum(p.numel() for p in self.build(torch.device("meta"), torch.float32).parameters())
+
+    def build(self, device: torch.device, dtype: torch.dtype) -> FactorBank:
+        """Allocate and initialise the bank."""
+        return self.config.bank(self.config, self.layers, device=device, dtype=dtype)
+
+
+class MethodBank(FactorBank):
+    """A bank made from a configuration and the layers it is for (tensors get ``device=`` and ``dtype=``)."""
+
+    def __init__(self, config: Any, layers: list[Layer], **kw: Any) -> None:
+        super().__init__()
+        self.scale = float(config.scale)
+
+    @staticmethod
+    @abstractmethod
+    def group_of(layer: Layer) -> str:
+        """Name of the bank that a layer belongs to."""
+
+    @staticmethod
+    @abstractmethod
+    def sites(name: str, layers: list[Layer]) -> dict[str, Any]:
+        """Name of each layer of bank ``name`` to its site; ValueError if they do not fit together."""
+
+
+class StackedBank(MethodBank):
+    """Factors of n layers of one shape; site i is the i-th of them."""
+
+    def __init__(self, config: Any, layers: list[Layer], **kw: Any) -> None:
+        super().__init__(config, layers, **kw)
+        self.n, self.d_in, self.d_out = len(layers), layers[0].d_in, layers[0].d_out
+
+    @staticmethod
+    def group_of(layer: Layer) -> str:
+        """By role (qkv, o, fc1, ...), or shape."""
+        return layer.group(layer.target.role)
+
+    @staticmethod
+    def sites(name: str, layers: list[Layer]) -> dict[str, int]:
+        """Position in the stack."""
+        first = layers[0]
+        for layer in layers:
+            if (layer.d_in, layer.d_out) != (first.d_in, first.d_out):
+                raise ValueError(
+                    f"group {name!r}: layers of one role must have one shape, but {first.target.name} is "
+                    f"{first.d_in}x{first.d_out} and {layer.target.name} is {layer.d_in}x{layer.d_out}; exclude one "
+                    "of them"
+                )
+        return {layer.target.name: i for i, layer in enumerate(layers)}
+
+    @abstractmethod
+    def operands(self) -> tuple[Tensor, Tensor]:
+        """D ``[n, d_in, r]`` and G ``[n, r, d_out]`` of all layers, G with the scale; without the first dimension where
+        all layers have the same."""
+
+    def features(self, site: int) -> tuple[int, int]:
+        """(in_features, out_features), of any site."""
+        return self.d_in, self.d_out
+
+    def compose(self, sites: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """(D, G) of each site."""
+        D, G = ([t] * self.n if t.dim() == 2 else t.unbind(0) for t in self.operands())
+        return [(D[i], G[i]) for i in sites]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The d x d matrices ``first`` to ``last`` of a block, beside each other (or with ``rows`` below each other)."""
+
+    block: int
+    first: int
+    last: int
+    rows: bool = False
+
+
+class BlockBank(MethodBank):
+    """``ΔW = s · U C[l, m] V`` for matrix m of block l, all of them d x d.
+
+    A layer d -> n d is n matrices beside each other (fused qkv 3, fc1 4), a layer n d -> d is n below each other (fc2):
+    ``[U C_1 V | U C_2 V | ...] = U [C_1 V | C_2 V | ...]`` and ``[U C_1 V; U C_2 V; ...] = [U C_1; U C_2; ...] V``.
+    """
+
+    def __init__(self, config: Any, layers: list[Layer], **kw: Any) -> None:
+        super().__init__(config, layers, **kw)
+        sites = self.sites("", layers).values()
+        self.d = min(min(layer.d_in, layer.d_out) for layer in layers)
+        self.n_blocks = 1 + max(site.block for site in sites)
+        self.n_matrices = max(site.last for site in sites)
+
+    @staticmethod
+    def group_of(layer: Layer) -> str:
+        """All layers (of a stage), or by shape."""
+        return layer.group("joint")
+
+    @staticmethod
+    def sites(name: str, layers: list[Layer]) -> dict[str, Blocks]:
+        """Matrices counted in the order of the roles: q, k, v, o, fc1, fc2."""
+        d = min(min(layer.d_in, layer.d_out) for layer in layers)
+        counts: dict[str, int] = {}
+        for layer in layers:
+            if min(layer.d_in, layer.d_out) != d or max(layer.d_in, layer.d_out) % d:
+                raise ValueError(
+                    f"group {name!r}: layers that share U and V must be of one width d, {d} here, or d -> n d or "
+                    f"n d -> d, but {layer.target.name} is {layer.d_in}x{layer.d_out}; exclude it, or name the layers "
+                    "of each width (targets=[...])"
+                )
+            counts[layer.target.role] = max(counts.get(layer.target.role, 0), max(layer.d_in, layer.d_out) // d)
+        first = 0
+        start: dict[str, int] = {}
+        for role in (r for r in _ROLES if r in counts):
+            start[role], first = first, first + counts[role]
+        block = {b: i for i, b in enumerate(dict.fromkeys(layer.target.block for layer in layers))}
+        sites = {}
+        for layer in layers:
+            role, n = layer.target.role, max(layer.d_in, layer.d_out) // d
+            sites[layer.target.name] = Blocks(
+                block[layer.target.block], start[role], start[role] + n, rows=layer.d_in > d
+            )
+        return sites
+
+    @abstractmethod
+    def factors(self) -> tuple[Tensor, ...]:
+        """U ``[d, r1]``, C ``[n_blocks, n_matrices, r1, r2]``, V ``[r2, d]``."""
+
+    def operands(self, factors: tuple[Tensor, ...], like: Blocks, blocks: list[int]) -> tuple[Tensor, Tensor]:
+        """D and G of the sites that are ``like`` one but for their block, stacked; without the first dimension where
+        all have the same."""
+        U, C, V = factors
+        C = take(C[:, like.first : like.last], 0, blocks)
+        return (row_blocks(U, C), self.scale * V) if like.rows else (U, column_blocks(C, self.scale * V))
+
+    def features(self, site: Blocks) -> tuple[int, int]:
+        """(in_features, out_features) of a layer of these matrices."""
+        n = (site.last - site.first) * self.d
+        return (n, self.d) if site.rows else (self.d, n)
+
+    def compose(self, sites: Sequence[Blocks]) -> list[tuple[Tensor, Tensor]]:
+        """(D, G) of each site, those of like matrices together."""
+        factors = self.factors()
+        kinds: dict[Blocks, list[int]] = {}
+        for i, site in enumerate(sites):
+            kinds.setdefault(dataclasses.replace(site, block=0), []).append(i)
+        pairs: dict[int, tuple[Tensor, Tensor]] = {}
+        for like, members in kinds.items():
+            stacked = self.operands(factors, like, [sites[i].block for i in members])
+            D, G = (t.unbind(0) if t.dim() == 3 else [t] * len(members) for t in stacked)
+            pairs.update(zip(members, zip(D, G, strict=True), strict=True))
+        return [pairs[i] for i in range(len(sites))]
+
+
+_ROLES = ("qkv", "q", "k", "v", "o", "fc1", "fc2", "linear")
+
+
+def uniform(*shape: int, bound: float, **kw: Any) -> nn.Parameter:
+    """A parameter drawn from U(-bound, bound)."""
+    return nn.Parameter(torch.empty(shape, **kw).uniform_(-bound, bound))
+
+
+def zeros(*shape: int, **kw: Any) -> nn.Parameter:
+    """A parameter of zeros: what makes the first step a no-op."""
+    return nn.Parameter(torch.zeros(shape, **kw))
+
+
+def heads_of(given: int | None, layers: list[Layer], d: int) -> int:
+    """The number of heads: that of the configuration, else that of the layers' attention.
+
+    Raises:
+        ValueError: neither is there, or the width d is no multiple of it.
+    """
+    found = {layer.heads for layer in layers} - {None}
+    if given is None and len(found) != 1:
+        raise ValueError(
+            f"expected attention modules with one num_heads around the layers, found {sorted(map(str, found))}; "
+            "set heads in the configuration, or name the layers of one kind of attention (targets=[...])"
+        )
+    heads = given if given is not None else next(iter(found))
+    if type(heads) is not int or heads < 1 or d % heads:
+        raise ValueError(f"heads must be an integer that divides the layers' width {d}, got {heads!r}")
+    return heads

@@ -1,0 +1,23 @@
+"""Sizes and ranks of the trains that methods make of a layer's sizes."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+
+def factorize(n: int, parts: int) -> list[int]:
+    """``n`` as a product of ``parts`` integers as near to each other as its divisors allow, the smallest first.
+
+    768 in 3 parts is 8 · 8 · 12.
+    """
+    if parts == 1:
+        return [n]
+    divisors = [d for d in range(1, n + 1) if n % d == 0]
+    first = min(divisors, key=lambda d: (abs(math.log(d) - math.log(n) / parts), d))
+    return sorted([first, *factorize(n // first, parts - 1)])
+
+
+def train_ranks(n_cores: int, rank: int) -> list[tuple[int, int]]:
+    """(r_{k-1}, r_k) of every core of a train whose outer ranks are 1 and whose inner ones are ``rank``."""
+    return list(itertools.pairwise([1, *[rank] * (n_cores - 1), 1]))

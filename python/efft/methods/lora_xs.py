@@ -1,0 +1,52 @@
+"""LoRA-XS (arXiv 2405.17604): ``ΔW = s · A R B`` between frozen singular vectors of the layer's own weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from efft.methods.base import Layer, MethodConfig, StackedBank, zeros
+
+
+class LoRAXSBank(StackedBank):
+    """Frozen A ``[n, d_in, r]`` and B ``[n, r, d_out]``, trained R ``[n, r, r]``: r² parameters a layer.
+
+    With ``W = P diag(σ) Q`` (W is ``[d_out, d_in]``, σ in descending order) A is the first r rows of Q, transposed, and
+    B the first r columns of P diag(σ), transposed. Singular vectors have no definite sign, so the adapter's file has A
+    and B too. R starts at zero, where the authors draw from N(0, 1e-10): its gradient is the same.
+    """
+
+    A: Tensor
+    B: Tensor
+
+    def __init__(self, config: LoRAXSConfig, layers: list[Layer], **kw: Any) -> None:
+        super().__init__(config, layers, **kw)
+        r = config.rank
+        if r > min(self.d_in, self.d_out):
+            raise ValueError(
+                f"LoRAXSConfig.rank must be at most the smaller size of every layer, got {r} and "
+                f"{layers[0].target.name} is {self.d_in}x{self.d_out}"
+            )
+        self.register_buffer("A", torch.empty(self.n, self.d_in, r, **kw))
+        self.register_buffer("B", torch.empty(self.n, r, self.d_out, **kw))
+        self.R = zeros(self.n, r, r, **kw)
+        if not self.A.is_meta:
+            for i, layer in enumerate(layers):
+                P, sigma, Q = torch.linalg.svd(layer.linear.weight.detach().to(self.A.dtype), full_matrices=False)
+                self.A[i], self.B[i] = Q[:r].t(), (P[:, :r] * sigma[:r]).t()
+
+    def operands(self) -> tuple[Tensor, Tensor]:
+        """D = A, G = s R B."""
+        return self.A, self.scale * (self.R @ self.B)
+
+
+@dataclass
+class LoRAXSConfig(MethodConfig):
+    """Extremely small low-rank adaptation."""
+
+    method = "lora_xs"
+    paper = "2405.17604"
+    bank = LoRAXSBank

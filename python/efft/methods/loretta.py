@@ -1,0 +1,117 @@
+"""LoRETTA (arXiv 2402.11417): A and B are tensor trains, of LoRA (rep) or of an adapter behind a layer (adp)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from efft.methods.base import Layer, MethodConfig, MethodGroup, StackedBank
+from efft.methods.factorize import factorize, train_ranks
+from efft.targets import Target
+from efft_kernels import EfftLinear, tt_chain
+
+
+class LoRETTABank(StackedBank):
+    """Cores ``[n, r_{k-1}, n_k, r_k]`` of A (its input size m_1 m_2 ..., then the bottleneck) and of B (the bottleneck,
+    then d_out = n_1 n_2 ...), inner ranks r: the sum of ``r_{k-1} n_k r_k`` parameters a layer.
+
+    All cores start from N(0, 1/r), the last of B at zero, so that the first step changes nothing. (In the authors' code
+    this is commented out for rep, and training starts from another model than the base.)
+    """
+
+    def __init__(self, config: LoRETTAConfig, layers: list[Layer], **kw: Any) -> None:
+        super().__init__(config, layers, **kw)
+        down = [*factorize(self.d_out if config.behind else self.d_in, config.n_factors), config.bottleneck]
+        up = [config.bottleneck, *factorize(self.d_out, config.n_factors)]
+        self.down, self.up = (
+            nn.ParameterList(
+                torch.empty(self.n, a, size, b, **kw).normal_(std=config.rank**-0.5)
+                for (a, b), size in zip(train_ranks(len(sizes), config.rank), sizes, strict=True)
+            )
+            for sizes in (down, up)
+        )
+        nn.init.zeros_(self.up[-1])
+
+    def operands(self) -> tuple[Tensor, Tensor]:
+        """D = A, G = s B."""
+        (*inputs, last), (first, *outputs) = self.down, self.up
+        A = tt_chain(inputs, "left") @ last.squeeze(-1)
+        return A, self.scale * (first.squeeze(-3) @ tt_chain(outputs, "right"))
+
+
+class AdapterLinear(EfftLinear):
+    """``y = z + relu(z D) G`` with ``z = x Wᵀ + b``: an adapter behind a frozen layer, no update of its weight."""
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., in_features] -> [..., out_features]
+        z = F.linear(x, self.weight, self.bias)
+        if not self.enabled:
+            return z
+        D, G = (operand.to(z.dtype) for operand in self.factors.down_up(self.binding))
+        return z + F.relu(z @ D) @ G
+
+    def delta_weight(self) -> Tensor:
+        """There is none."""
+        raise ValueError(
+            "an adapter with a nonlinearity is no update of a weight, so it can be neither merged nor shown as one; "
+            "keep it beside the base model"
+        )
+
+    def merge(self) -> None:
+        """Refused, for there is no update of the weight."""
+        self.delta_weight()
+
+
+@dataclass
+class LoRETTAConfig(MethodConfig):
+    """Fields of both forms."""
+
+    paper = "2402.11417"
+    bank = LoRETTABank
+    behind: ClassVar[bool]
+    """Whether A's input is the layer's output."""
+
+    rank: int = 5
+    """TT rank r."""
+
+    bottleneck: int = 8
+    """Width between A and B."""
+
+    n_factors: int = 3
+    """Numbers that each size is factored into."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("bottleneck", "n_factors"):
+            value = getattr(self, name)
+            self._check(type(value) is int and value >= 1, name, "an integer >= 1", value)
+
+
+@dataclass
+class LoRETTARepConfig(LoRETTAConfig):
+    """Low-rank economic tensor-train adaptation, by reparametrisation: ``ΔW = s · A B``. The authors' s is alpha /
+    bottleneck."""
+
+    method = "loretta_rep"
+    behind = False
+
+
+@dataclass
+class LoRETTAAdpConfig(LoRETTAConfig):
+    """Low-rank economic tensor-train adaptation, by adapters ``z + s · relu(z A) B`` behind the attention and the MLP
+    of every block (behind all layers that ``targets`` lists). It cannot be merged."""
+
+    method = "loretta_adp"
+    behind = True
+    layer = AdapterLinear
+
+    bottleneck: int = 64
+    """Width between A and B."""
+
+    def groups(self, model: nn.Module, targets: list[Target]) -> list[MethodGroup]:
+        """Of the roles of a known architecture, those that end the attention or the MLP."""
+        last = targets if isinstance(self.targets, list) else [t for t in targets if t.role in ("o", "fc2")]
+        return super().groups(model, last)

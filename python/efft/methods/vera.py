@@ -1,0 +1,57 @@
+"""VeRA (arXiv 2310.11454): ``ΔW = s · A diag(λ_d) B diag(λ_b)``, A and B random, frozen, one pair a shape of layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from efft.config import is_number
+from efft.methods.base import Layer, MethodConfig, StackedBank, zeros
+
+
+class VeRABank(StackedBank):
+    """Frozen A ``[d_in, r]``, B ``[r, d_out]``; trained lambda_d ``[n, r]``, lambda_b ``[n, d_out]``, zero: r + d_out
+    parameters a layer.
+
+    A and B are Kaiming-uniform as in ``peft``, where layers of all shapes take them from one pair. They are saved with
+    the adapter: no other machine need draw the same numbers.
+    """
+
+    A: Tensor
+    B: Tensor
+
+    def __init__(self, config: VeRAConfig, layers: list[Layer], **kw: Any) -> None:
+        super().__init__(config, layers, **kw)
+        r = config.rank
+        for name, shape, fan_in in (("A", (self.d_in, r), self.d_in), ("B", (r, self.d_out), r)):
+            bound = (6 / fan_in) ** 0.5
+            self.register_buffer(name, torch.empty(shape, **kw).uniform_(-bound, bound))
+        self.lambda_d = nn.Parameter(torch.full((self.n, r), config.d_initial, **kw))
+        self.lambda_b = zeros(self.n, self.d_out, **kw)
+
+    def operands(self) -> tuple[Tensor, Tensor]:
+        """D = A, the same for all layers, G = s diag(λ_d) B diag(λ_b)."""
+        return self.A, self.scale * self.lambda_d[:, :, None] * self.B * self.lambda_b[:, None, :]
+
+
+@dataclass
+class VeRAConfig(MethodConfig):
+    """Vector-based random matrix adaptation."""
+
+    method = "vera"
+    paper = "2310.11454"
+    bank = VeRABank
+    training_only = frozenset({"d_initial"})
+
+    rank: int = 256
+    """r of the frozen matrices; large, for it costs r parameters a layer."""
+
+    d_initial: float = 0.1
+    """What lambda_d starts at."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check(is_number(self.d_initial), "d_initial", "a number", self.d_initial)
