@@ -127,7 +127,7 @@ class EfftLinear(nn.Linear):
     def delta_weight(self) -> Tensor:
         """The dense update ΔW ``[out_features, in_features]`` in the factors' dtype, without dropout: for
         inspection."""
-        D, G = self._evaluated()
+        D, G = self.evaluated()
         with no_autocast(D.device):
             return (D @ G).t()
 
@@ -140,7 +140,7 @@ class EfftLinear(nn.Linear):
         if self.merged:
             return None
         base = self.weight.detach().clone()
-        D, G = self._evaluated()
+        D, G = self.evaluated()
         tt_merge_(self.weight, D, G)
         self.base_weight = base
         with no_autocast(D.device):
@@ -160,8 +160,9 @@ class EfftLinear(nn.Linear):
             self.weight.copy_(self.base_weight)
             self.base_weight = None
 
-    def _evaluated(self) -> tuple[Tensor, Tensor]:
-        """(D, G) as they are now and without dropout, whatever runs and whatever mode the bank is in."""
+    def evaluated(self) -> tuple[Tensor, Tensor]:
+        """(D [in_features, r], G [r, out_features]) as they are now and without dropout, whatever runs and whatever
+        mode the bank is in."""
         return self.factors.evaluated(self.site)
 
     def extra_repr(self) -> str:

@@ -38,8 +38,8 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], base_model: st
         The folder.
 
     Raises:
-        ValueError: the model is not adapted, ``folder`` holds an adapter of another method, or peft would understand
-            the names of layers and head differently.
+        ValueError: the model is not adapted, or by a method that updates no weight; ``folder`` holds an adapter of
+            another method; or peft would understand the names of layers and head differently.
     """
     bank, folder = bank_of(model), Path(folder)
     layers = adapted_layers(model)
@@ -48,7 +48,7 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], base_model: st
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     for name, layer in layers.items():
-        D, G = layer.factors.evaluated(layer.site)  # [in_features, r], [r, out_features]
+        D, G = layer.evaluated()  # [in_features, r], [r, out_features]
         ranks[name] = D.shape[1]
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = D.t()
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = G.t()

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import efft
@@ -163,6 +164,21 @@ def test_merged_state_dict_is_that_of_the_plain_model(
     plain = tiny_vit().eval()
     plain.load_state_dict(efft.merged_state_dict(adapted))
     torch.testing.assert_close(plain(images), adapted(images), rtol=1e-4, atol=1e-4)
+
+
+def test_export_as_lora(name: str, adapted: nn.Module, tmp_path: Path) -> None:
+    if name in NOT_MERGED:
+        with pytest.raises(
+            ValueError, match="is no update of a weight, so it can be neither merged nor shown or export"
+        ):
+            efft.export_lora(adapted, tmp_path)
+        assert not list(tmp_path.iterdir())
+        return
+    efft.export_lora(adapted, tmp_path)
+    lora = load_file(tmp_path / "adapter_model.safetensors")
+    for layer_name, layer in adapted_layers(adapted).items():
+        A, B = (lora[f"base_model.model.{layer_name}.lora_{side}.weight"] for side in "AB")
+        torch.testing.assert_close(B @ A, layer.delta_weight())
 
 
 def test_adapters_are_not_merged(tiny_vit: Make, randomize: Callable[..., nn.Module], images: Tensor) -> None:

@@ -204,7 +204,7 @@ class BlockBank(MethodBank):
 
     @staticmethod
     def sites(name: str, layers: list[Layer]) -> dict[str, Blocks]:
-        """Matrices counted in the order of the roles: q, k, v, o, fc1, fc2."""
+        """Matrices counted in the order of the roles: q, k, v, o, fc1, gate, fc2."""
         d = min(min(layer.d_in, layer.d_out) for layer in layers)
         counts: dict[str, int] = {}
         for layer in layers:
@@ -258,7 +258,7 @@ class BlockBank(MethodBank):
         return [pairs[i] for i in range(len(sites))]
 
 
-_ROLES = ("qkv", "q", "k", "v", "o", "fc1", "fc2", "linear")
+_ROLES = ("qkv", "q", "k", "v", "o", "fc1", "gate", "fc2", "linear")
 
 
 def uniform(*shape: int, bound: float, **kw: Any) -> nn.Parameter:

@@ -53,16 +53,12 @@ class AdapterLinear(EfftLinear):
         D, G = (operand.to(z.dtype) for operand in self.factors.down_up(self.binding))
         return z + F.relu(z @ D) @ G
 
-    def delta_weight(self) -> Tensor:
-        """There is none."""
+    def evaluated(self) -> tuple[Tensor, Tensor]:
+        """Refused to what would add them to the weight, or take them for an update of it."""
         raise ValueError(
-            "an adapter with a nonlinearity is no update of a weight, so it can be neither merged nor shown as one; "
-            "keep it beside the base model"
+            "an adapter with a nonlinearity is no update of a weight, so it can be neither merged nor shown or "
+            "exported as one; keep it beside the base model"
         )
-
-    def merge(self) -> None:
-        """Refused, for there is no update of the weight."""
-        self.delta_weight()
 
 
 @dataclass
