@@ -310,6 +310,7 @@ def test_training_by_another_method(tmp_path: Path, capsys: pytest.CaptureFixtur
     file.write_text('{"method": "lora", "adapter": {"rank": 2, "targets": ["attn.qkv"]}}')
     words = SMALL[: SMALL.index("--rank")]  # which, with --scale, are of method efft
     assert main(["train", "--config", str(file), *words, "--epochs", "1", "--out", str(out)]) == 0
+    assert "Unrecognized options: --rnk" in fails(capsys, "train", "--config", str(file), "--rnk", "3")
     model, config = load_trained(out)
     assert config.adapter == {"rank": 2, "targets": ["attn.qkv"]}
     assert efft.count_parameters(model).groups == {"qkv": len(model.efft.layers) * 2 * (64 + 3 * 64)}

@@ -23,7 +23,7 @@ from efft_kernels.nn.operands import column_blocks, row_blocks, take
 
 @dataclass
 class MethodConfig(AdapterConfig):
-    """Fields of every method. No activation is dropped in training: the methods whose papers do so train without."""
+    """Fields of every method. Nothing is dropped in training, not even the activations that some of the papers drop."""
 
     bank: ClassVar[type[MethodBank]]
     """The factors that the method trains."""

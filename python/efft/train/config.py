@@ -53,8 +53,8 @@ class TrainConfig:
     efft: EfftConfig = field(default_factory=EfftConfig)
     """The adapter (method efft only)."""
 
-    adapter: dict[str, Any] | None = None
-    """The adapter of another method: fields of its configuration; None for its defaults."""
+    adapter: dict[str, int | float | str | list[int] | list[str] | None] | None = None
+    """The adapter of another method, for configuration files: fields of its configuration; None for its defaults."""
 
     protocol: Literal["select", "final"] = "select"
     """select: train on the train split (VTAB-1K: 800 images), keep the epoch that is best on the val split (200).
