@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from efft.config import EfftConfig
 from efft.models import DEFAULT
+from efft.train import methods
 
 _ADAPTER_MARKS = ("format_version", "method")  # what EfftConfig.to_dict adds to its fields
 
@@ -25,6 +26,12 @@ class TrainConfig:
 
     data_root: str | None = None
     """Folder with the data set's files, where it is not one that can be fetched."""
+
+    data_seed: int = 0
+    """Which images of a packaged, generated or torchvision set train and which validate; VTAB-1K's are fixed."""
+
+    max_test: int | None = None
+    """Use at most so many test images, always the same ones; by default all."""
 
     allow_non_commercial: bool = False
     """Accept data sets whose licence forbids commercial use."""
@@ -44,11 +51,15 @@ class TrainConfig:
     normalization: Literal["imagenet", "half", "none"] = "imagenet"
     """Of pixels: ImageNet mean and std; mean and std 0.5; or plain 0..1."""
 
-    method: Literal["efft", "linear", "full"] = "efft"
-    """Train EFFT factors and the head, the head alone, or every weight."""
+    method: str = "efft"
+    """What to train: efft (factors and the head), linear (the head alone), full (every weight), or a method to compare
+    with: adapter, adaptformer, bitfit, peft_lora, ssf, vpt_deep."""
 
     efft: EfftConfig = field(default_factory=EfftConfig)
     """The adapter (method efft only)."""
+
+    adapter: dict[str, Any] = field(default_factory=dict)
+    """Settings of a method to compare with, such as {"rank": 8}; those left out keep the method's defaults."""
 
     protocol: Literal["select", "final"] = "select"
     """select: train on the train split (VTAB-1K: 800 images), keep the epoch that is best on the val split (200).
@@ -100,6 +111,7 @@ class TrainConfig:
     """Updates between checkpoints; by default, and in any case, one is written after each epoch."""
 
     def __post_init__(self) -> None:
+        methods.check(self)
         for name, hint in get_type_hints(type(self)).items():
             value = getattr(self, name)
             if get_origin(hint) is Literal and value not in get_args(hint):

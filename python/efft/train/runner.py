@@ -40,7 +40,8 @@ def run(
     """Trains, tests once at the very end, and writes everything to a folder.
 
     The folder gets ``config.json``, ``metrics.jsonl`` (as it happens), ``checkpoint.pt``, ``result.json`` and the
-    trained part: ``adapter/`` (method efft), ``head.safetensors`` (linear) or ``model.safetensors`` (full).
+    trained part: ``adapter/`` (method efft), ``head.safetensors`` (linear), ``model.safetensors`` (full) or
+    ``trained.safetensors`` (any other method).
     A resumed run ends with the same weights and metrics as an unbroken one, bit for bit on a CPU.
     Works under ``accelerate launch`` with several processes.
 

@@ -44,7 +44,12 @@ def test_fields_left_out_keep_their_defaults(tmp_path: Path) -> None:
         ('{"epoch": 3}', "unknown field 'epoch' in the training configuration; did you mean 'epochs'?"),
         ('{"efft": {"rnk": 3}}', "unknown field 'rnk' in the training configuration; did you mean 'rank'?"),
         ('{"zzz": 3}', "unknown field 'zzz' in the training configuration; known: data, "),
-        ('{"method": "lora"}', "method must be one of efft, linear, full, got 'lora'"),
+        ('{"method": "nope"}', "method must be one of efft, linear, full, .*vpt_deep, got 'nope'"),
+        ('{"adapter": {"rank": 8}}', r"adapter is not read by method 'efft' \(its settings are those of efft\)"),
+        (
+            '{"method": "full", "adapter": {"rank": 8}}',
+            r"not read by method 'full' \(it has no settings\), got {'rank'",
+        ),
         ('{"epochs": 0}', "epochs must be at least 1, got 0"),
         ('{"warmup": 1}', r"warmup must be in \[0, 1\), got 1"),
         ("[1]", "must hold a JSON object, got list"),
