@@ -36,6 +36,7 @@ def run(
     task: "TaskData | None" = None,
     resume: bool = False,
     overwrite: bool = False,
+    progress: bool = True,
 ) -> RunResult:
     """Trains, tests once at the very end, and writes everything to a folder.
 
@@ -52,6 +53,7 @@ def run(
         task: data in place of the configuration's.
         resume: go on from the folder's checkpoint, if there is one.
         overwrite: forget what the folder holds.
+        progress: show a bar.
 
     Raises:
         FileExistsError: the folder holds a run, and neither `resume` nor `overwrite` is given.
@@ -65,7 +67,7 @@ def run(
     if held is not None and finished:
         accelerator.print(f"{out}: this run is finished")
         return RunResult(held, None)
-    trainer = Trainer(config, out, accelerator, model, task)
+    trainer = Trainer(config, out, accelerator, model, task, progress)
     try:
         if held is not None:
             trainer.restore(held)
