@@ -18,6 +18,7 @@ def compare(
     data: str | None = None,
     model: str | None = None,
     checkpoint: str | None = None,
+    image_size: int | None = None,
     epochs: int | None = None,
     batch_size: int | None = None,
     jobs: int = 1,
@@ -35,6 +36,7 @@ def compare(
         data: folder with the data sets' files, for tasks that cannot be fetched.
         model: another backbone than the suite's.
         checkpoint: file with its weights.
+        image_size: input height and width in pixels, in place of the suite's.
         epochs: passes over the training images, in place of the suite's.
         batch_size: images per update, in place of the suite's.
         jobs: runs at a time; each gets an equal share of the processors.
@@ -49,16 +51,17 @@ def compare(
         raise ValueError(f"there is no suite {suite!r}; there are {', '.join(suites.names())}")
     if quick and full:
         raise ValueError("give either --quick or --full, not both")
-    given = {"model": model, "checkpoint": checkpoint, "epochs": epochs, "batch_size": batch_size}
-    train: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    given: dict[str, Any] = {"model": model, "checkpoint": checkpoint, "image_size": image_size}
+    given |= {"epochs": epochs, "batch_size": batch_size}
+    train = {name: value for name, value in given.items() if value is not None}
     chosen = suites.load(file or str(suite), quick, train)
     plan = Plan(chosen)
     folder = ROOT / "benchmarks" / "results"
     results = out or (folder if folder.is_dir() else Path()) / f"compare_{chosen.name}.jsonl"
     if report:
-        from efft.compare import report as reports
+        from efft.compare.report import write
 
-        for path in reports.write(plan, results):
+        for path in write(plan, results):
             print(f"wrote {path}")
         return
     from efft.compare.runner import compare as run

@@ -30,7 +30,7 @@ class Worker:
     """
 
     def __init__(self, threads: int, log: IO[bytes], answers: "queue.SimpleQueue[Any]") -> None:
-        roots = [str(Path(package.__file__).parents[1]) for package in (efft, efft_kernels)]
+        roots = [str(Path(str(package.__file__)).parents[1]) for package in (efft, efft_kernels)]
         path = os.pathsep.join([*roots, *filter(None, [os.environ.get("PYTHONPATH")])])
         limits = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
         self.process = subprocess.Popen(

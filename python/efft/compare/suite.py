@@ -99,6 +99,7 @@ def load(path_or_name: str | Path, quick: bool = False, train: Mapping[str, Any]
         raise ValueError(f"the suite {name} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"the suite {name} must hold a JSON object, got {type(values).__name__}")
+    values = {"name": Path(name).stem, **values}
     small = values.pop("quick", None)
     if quick and small is None:
         raise ValueError(f"the suite {name} has no quick variant; leave out --quick")
@@ -112,7 +113,7 @@ def load(path_or_name: str | Path, quick: bool = False, train: Mapping[str, Any]
         values[group] = {
             entry: {key: value for key, value in each.items() if key not in over} for entry, each in entries.items()
         }
-    return Suite(**{"name": Path(name).stem, **values, "train": merged(values.get("train", {}), over)})
+    return Suite(**{**values, "train": merged(values.get("train", {}), over)})
 
 
 def _quick(values: dict[str, Any], small: dict[str, Any]) -> dict[str, Any]:

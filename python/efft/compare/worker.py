@@ -19,6 +19,13 @@ from efft.train import build, read_metrics, run
 from efft.train.config import TrainConfig
 from efft.train.probe import FeatureTask, Head, WithoutTest
 
+# What decides a data set, and what decides the features of a frozen model on it.
+_DATA = (
+    *("data", "data_root", "allow_non_commercial", "model", "image_size", "normalization"),
+    *("data_seed", "max_test"),
+)
+_BASE = (*_DATA, "checkpoint", "pretrained", "amp", "seed")
+
 
 def execute(stage: str, fields: dict[str, Any]) -> dict[str, Any]:
     """Does one run.
@@ -38,7 +45,7 @@ def execute(stage: str, fields: dict[str, Any]) -> dict[str, Any]:
     else:
         config = TrainConfig.from_dict(fields)
         result = _train(stage, config)
-    task = _task(*_data_of(config))
+    task = _task(config)
     group, images = task.info.group, len(task.test)
     took = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - used}
     cost = {name: round(value, 2) for name, value in took.items()}
@@ -48,16 +55,16 @@ def execute(stage: str, fields: dict[str, Any]) -> dict[str, Any]:
 def _trivial(name: str, config: TrainConfig) -> float:
     from efft.data import nearest_neighbours, trivial_baselines
 
-    task = _task(*_data_of(config))
+    task = _task(config)
     return (nearest_neighbours(task) if name == "knn" else trivial_baselines(task)[name]) / 100
 
 
 def _train(stage: str, config: TrainConfig) -> dict[str, Any]:
     """With its result only: folder, checkpoints and weights of the run are thrown away."""
-    task: Any = _task(*_data_of(config))
+    task: Any = _task(config)
     model = None
     if config.method == "linear" and config.drop_path == 0:
-        task = _features(config.model, config.checkpoint, config.pretrained, config.amp, *_data_of(config))
+        task = _features(config)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             model = Head(task.width, task.classes)
@@ -80,24 +87,25 @@ def _train(stage: str, config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def _data_of(config: TrainConfig) -> tuple[Any, ...]:
-    names = ("data", "data_root", "allow_non_commercial", "model", "image_size", "normalization")
-    return tuple(getattr(config, name) for name in (*names, "data_seed", "max_test"))
-
-
 @lru_cache(maxsize=2)
-def _task(*data: Any) -> Any:
-    names = ("data", "data_root", "allow_non_commercial", "model", "image_size", "normalization")
-    return build.load_task(TrainConfig(**dict(zip((*names, "data_seed", "max_test"), data, strict=True))))
+def _load(values: tuple[Any, ...]) -> Any:
+    return build.load_task(TrainConfig(**dict(zip(_DATA, values, strict=True))))
+
+
+def _task(config: TrainConfig) -> Any:
+    """The data, kept for the runs that follow."""
+    return _load(tuple(getattr(config, name) for name in _DATA))
 
 
 @lru_cache(maxsize=1)
-def _features(model: str, checkpoint: str | None, pretrained: bool, amp: str, *data: Any) -> "_Features":
-    """What the classifier of the frozen model sees, computed once for all settings and seeds of a task."""
-    config = TrainConfig(
-        model=model, checkpoint=checkpoint, pretrained=pretrained, amp=amp, image_size=data[4], drop_path=0.0
-    )  # type: ignore[arg-type]
-    return _Features(build.create_model(config, 0), _task(*data), amp)
+def _load_features(values: tuple[Any, ...]) -> "_Features":
+    config = TrainConfig(**dict(zip(_BASE, values, strict=True)), drop_path=0.0)
+    return _Features(build.create_model(config, 0), _task(config), config.amp)
+
+
+def _features(config: TrainConfig) -> "_Features":
+    """What the classifier of the frozen model sees, computed once for all points of a grid."""
+    return _load_features(tuple(getattr(config, name) for name in _BASE))
 
 
 class _Features(FeatureTask):
@@ -124,6 +132,7 @@ def main() -> None:
     while True:
         job = json.loads(lines.get())
         print(job["name"], file=sys.stderr, flush=True)
+        answer: dict[str, Any]
         try:
             answer = {"result": execute(job["stage"], job["config"])}
         except Exception as error:
