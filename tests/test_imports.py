@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 OPTIONAL = (
     *("triton", "timm", "torchvision", "PIL", "accelerate", "tqdm", "tyro", "matplotlib", "onnx", "transformers"),
-    *("peft", "huggingface_hub"),
+    *("peft", "huggingface_hub", "scipy"),
 )
 
 BLOCK = """
@@ -41,7 +41,8 @@ def test_the_block_works() -> None:
         ("efft_kernels", {*OPTIONAL, "efft"}),
         ("efft_kernels.env, efft_kernels.testing", {*OPTIONAL, "efft"}),
         ("efft", {*OPTIONAL}),
-        ("efft.cli, efft.train, efft.data", {*OPTIONAL}),
+        ("efft.cli, efft.train, efft.data, efft.baselines", {*OPTIONAL}),
+        ("efft.compare.runner, efft.compare.worker, efft.compare.report", {*OPTIONAL}),
     ],
 )
 def test_imports_with_torch_alone(packages: str, unwanted: set[str]) -> None:

@@ -70,8 +70,8 @@ def test_wheel_holds_both_packages_and_nothing_else(wheel: zipfile.ZipFile) -> N
         for package, folder in (("efft_kernels", "efft_kernels"), ("efft", "python/efft"))
         for name in python_files(ROOT / folder)
     }
-    data = {f"efft/data/{path.name}" for path in (ROOT / "python/efft/data").glob("*.json")}
-    assert data, "no JSON files in python/efft/data"
+    data = {path.relative_to(ROOT / "python").as_posix() for path in (ROOT / "python/efft").rglob("*.json")}
+    assert {name.rpartition("/")[0] for name in data} == {"efft/data", "efft/compare", "efft/compare/suites"}
     native = {f"efft_kernels/csrc/{path.relative_to(ROOT / 'csrc')}" for path in (ROOT / "csrc").rglob("*.*")}
     assert native, "no sources in csrc"
     assert names == sources | data | native | {"efft_kernels/py.typed", "efft_kernels/measured.json", "efft/py.typed"}

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 _SUMMARY = {
     "train": "fine-tune a model; resumes after any interruption",
     "eval": "accuracy of a trained model on a split",
+    "compare": "methods side by side: tasks x methods x seeds, resumable, with a report",
     "merge": "fold an adapter into its base model's weights",
     "export": "write an adapter as a LoRA checkpoint of peft, exactly",
     "inspect": "trainable parameters of a model if adapted, or of a saved adapter",
@@ -48,8 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = f"did you mean {near[0]!r}?" if near else f"commands: {', '.join(_SUMMARY)}"
         print(f"efft: error: unknown command {name!r}; {hint}", file=sys.stderr)
         return 2
-    hint = "; the same command with --resume goes on from the last checkpoint" if name == "train" else ""
-    return run_command(lambda: _dispatch(name, rest), hint)
+    hints = {
+        "train": "; the same command with --resume goes on from the last checkpoint",
+        "compare": "; the same command goes on with what is not done",
+    }
+    return run_command(lambda: _dispatch(name, rest), hints.get(name, ""))
 
 
 def run_command(command: Callable[[], int], after_interrupt: str = "") -> int:
@@ -102,6 +106,10 @@ def _dispatch(name: str, words: list[str]) -> int:
         tyro.extras.subcommand_cli_from_dict(functions, args=words, prog="efft data")
     elif name == "train":
         commands.train(words)
+    elif name == "compare":
+        from efft.cli.compare import compare
+
+        tyro.cli(compare, args=words, prog="efft compare")
     else:
         function = {
             "eval": commands.evaluate,

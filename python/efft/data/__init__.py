@@ -4,7 +4,7 @@
 is downloaded by an import; `load` and `fetch` say on stderr when they do.
 """
 
-from efft.data.baselines import trivial_baselines
+from efft.data.baselines import nearest_neighbours, trivial_baselines
 
 # The submodule `efft.data.fetch` is loaded by the next line, so that the function of the same name stays on the
 # package; `from efft.data.fetch import fetch_pypi` still finds the module.
@@ -23,6 +23,7 @@ __all__ = [
     "list_table",
     "load",
     "names",
+    "nearest_neighbours",
     "trivial_baselines",
     "vtab_hyperparameters",
 ]

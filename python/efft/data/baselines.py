@@ -1,5 +1,7 @@
 """Accuracy of predictors that understand nothing about an image: what a model's accuracy has to be read against."""
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -7,6 +9,7 @@ from efft.data.task import ImageDataset, TaskData
 
 _SIDE = 16  # pixels of the thumbnails
 _PENALTIES = (1e1, 1e2, 1e3, 1e4, 1e5)
+_NEIGHBOURS = (1, 3, 5, 9, 15)
 
 Floats = npt.NDArray[np.float64]
 
@@ -18,20 +21,23 @@ def trivial_baselines(task: TaskData) -> dict[str, float]:
     - ``ink``: nearest class mean of one number, how far the pixels are from the image's median colour on average.
     - ``pixels``: ridge regression on 16 x 16 thumbnails, its penalty chosen on val, then fitted on trainval.
     """
-    thumbnails = {
-        role: _thumbnails(data)
-        for role, data in (("train", task.train), ("val", task.val), ("trainval", task.trainval), ("test", task.test))
+    thumbnails = _all_thumbnails(task)
+    predictions = {
+        "majority": np.full_like(task.test.labels, np.bincount(task.trainval.labels).argmax()),
+        "ink": _nearest_mean(_ink(thumbnails["trainval"]), task.trainval.labels, _ink(thumbnails["test"])),
+        "pixels": _chosen(_ridge, _PENALTIES, task, thumbnails),
     }
-    truth = task.test.labels
+    return {name: _percent(predicted, task.test.labels) for name, predicted in predictions.items()}
 
-    majority = np.bincount(task.trainval.labels).argmax()
-    return {
-        "majority": _percent(np.full_like(truth, majority), truth),
-        "ink": _percent(
-            _nearest_mean(_ink(thumbnails["trainval"]), task.trainval.labels, _ink(thumbnails["test"])), truth
-        ),
-        "pixels": _percent(_pixels(task, thumbnails), truth),
-    }
+
+def nearest_neighbours(task: TaskData) -> float:
+    """Test accuracy in percent of k-NN on 16 x 16 thumbnails: k chosen on val, the neighbours those of trainval."""
+    return _percent(_chosen(_vote, _NEIGHBOURS, task, _all_thumbnails(task)), task.test.labels)
+
+
+def _all_thumbnails(task: TaskData) -> dict[str, Floats]:
+    roles = (("train", task.train), ("val", task.val), ("trainval", task.trainval), ("test", task.test))
+    return {role: _thumbnails(data) for role, data in roles}
 
 
 def _percent(predicted: npt.NDArray[np.int64], truth: npt.NDArray[np.int64]) -> float:
@@ -53,13 +59,28 @@ def _nearest_mean(values: Floats, labels: npt.NDArray[np.int64], queries: Floats
     return classes[np.abs(queries[:, None] - means).argmin(axis=1)]
 
 
-def _pixels(task: TaskData, thumbnails: dict[str, Floats]) -> npt.NDArray[np.int64]:
-    def accuracy(penalty: float) -> float:
-        predicted = _ridge(thumbnails["train"], task.train.labels, thumbnails["val"], penalty)
+def _chosen(
+    predict: Callable[..., npt.NDArray[np.int64]],
+    settings: Sequence[float],
+    task: TaskData,
+    thumbnails: dict[str, Floats],
+) -> npt.NDArray[np.int64]:
+    """Predictions for test with the setting that is best on val."""
+
+    def accuracy(setting: float) -> float:
+        predicted = predict(thumbnails["train"], task.train.labels, thumbnails["val"], setting)
         return _percent(predicted, task.val.labels)
 
-    best = max(_PENALTIES, key=accuracy)
-    return _ridge(thumbnails["trainval"], task.trainval.labels, thumbnails["test"], best)
+    best = max(settings, key=accuracy)
+    return predict(thumbnails["trainval"], task.trainval.labels, thumbnails["test"], best)
+
+
+def _vote(images: Floats, labels: npt.NDArray[np.int64], queries: Floats, k: int) -> npt.NDArray[np.int64]:
+    """Classes of the queries by the vote of the k nearest images; a tie goes to the smallest class number."""
+    x, q = images.reshape(len(images), -1), queries.reshape(len(queries), -1)
+    distances = (x**2).sum(axis=1) - 2 * q @ x.T  # [queries, images], short of a constant of each query
+    nearest = labels[np.argsort(distances, axis=1, kind="stable")[:, :k]]
+    return np.array([np.bincount(row).argmax() for row in nearest], dtype=np.int64)
 
 
 def _ridge(images: Floats, labels: npt.NDArray[np.int64], queries: Floats, penalty: float) -> npt.NDArray[np.int64]:

@@ -8,6 +8,7 @@ from torch import nn
 import efft
 from efft import models
 from efft.train.config import TrainConfig
+from efft.train.methods import METHODS
 
 if TYPE_CHECKING:
     from efft.data import TaskData
@@ -48,6 +49,8 @@ def load_task(config: TrainConfig) -> "TaskData":
         root=config.data_root,
         image_size=models.resolve_image_size(config.model, config.image_size),
         normalization=config.normalization,
+        seed=config.data_seed,
+        max_test=config.max_test,
         allow_non_commercial=config.allow_non_commercial,
     )
 
@@ -76,14 +79,7 @@ def create_model(config: TrainConfig, classes: int, weights: bool = True) -> nn.
 
 def choose_trainable(model: nn.Module, config: TrainConfig) -> nn.Module:
     """Adapts or freezes the model, in place, as the method of the configuration says."""
-    adapter = config.adapter_config()
-    if adapter is not None:
-        efft.apply(model, adapter)
-        efft.fuse(model)
-    elif config.method == "linear":
-        efft.freeze_backbone(model)
-    else:
-        model.requires_grad_(True)
+    METHODS[config.method](model, config)
     return model
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from efft.config import AdapterConfig, EfftConfig
 from efft.methods import METHODS
 from efft.models import DEFAULT
+from efft.train import methods
 
 _ADAPTER_MARKS = ("format_version", "method")  # what EfftConfig.to_dict adds to its fields
 
@@ -27,6 +28,12 @@ class TrainConfig:
 
     data_root: str | None = None
     """Folder with the data set's files, where it is not one that can be fetched."""
+
+    data_seed: int = 0
+    """Which images of a packaged, generated or torchvision set train and which validate; VTAB-1K's are fixed."""
+
+    max_test: int | None = None
+    """Use at most so many test images, always the same ones; by default all."""
 
     allow_non_commercial: bool = False
     """Accept data sets whose licence forbids commercial use."""
@@ -47,14 +54,14 @@ class TrainConfig:
     """Of pixels: ImageNet mean and std; mean and std 0.5; or plain 0..1."""
 
     method: str = "efft"
-    """efft, or another method of `efft.methods`: train its factors and the head. linear: the head alone. full: every
-    weight."""
+    """What to train: efft or another method of `efft.methods` (its factors and the head), linear (the head alone), full
+    (every weight), or a method to compare with: adapter, adaptformer, bitfit, peft_lora, ssf, vpt_deep."""
 
     efft: EfftConfig = field(default_factory=EfftConfig)
     """The adapter (method efft only)."""
 
     adapter: dict[str, int | float | str | list[int] | list[str] | None] | None = None
-    """The adapter of another method, for configuration files: fields of its configuration; None for its defaults."""
+    """Settings of another method than efft, for configuration files; those left out keep the method's defaults."""
 
     protocol: Literal["select", "final"] = "select"
     """select: train on the train split (VTAB-1K: 800 images), keep the epoch that is best on the val split (200).
@@ -106,14 +113,11 @@ class TrainConfig:
     """Updates between checkpoints; by default, and in any case, one is written after each epoch."""
 
     def __post_init__(self) -> None:
+        methods.check(self)
         for name, hint in get_type_hints(type(self)).items():
             value = getattr(self, name)
             if get_origin(hint) is Literal and value not in get_args(hint):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(hint))}, got {value!r}")
-        methods = (*METHODS, "linear", "full")
-        if self.method not in methods:
-            raise ValueError(f"method must be one of {', '.join(methods)}, got {self.method!r}")
-        self.adapter_config()  # raises, if it cannot be made
         at_least = {
             "epochs": 1,
             "batch_size": 1,
@@ -143,8 +147,6 @@ class TrainConfig:
         if self.method not in METHODS:
             return None
         if self.method == EfftConfig.method:
-            if self.adapter:
-                raise ValueError(f"adapter is for other methods than efft, whose settings are in efft: {self.adapter}")
             return self.efft
         adapter = self.adapter or {}
         _check_names(adapter, METHODS[self.method])

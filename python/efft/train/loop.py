@@ -23,7 +23,13 @@ class Trainer:
     """The state of a run. `epoch` counts finished epochs, `batch` consumed batches of the current one."""
 
     def __init__(
-        self, config: TrainConfig, out: Path, accelerator: Any, model: nn.Module | None, task: "TaskData | None"
+        self,
+        config: TrainConfig,
+        out: Path,
+        accelerator: Any,
+        model: nn.Module | None,
+        task: "TaskData | None",
+        progress: bool = True,
     ) -> None:
         from accelerate.utils import set_seed
         from tqdm.auto import tqdm
@@ -54,7 +60,8 @@ class Trainer:
         self.seconds, self.clock = 0.0, time.perf_counter()
         main = accelerator.is_main_process
         self.log = MetricsLog(out / outputs.METRICS if main else None)
-        self.bar = tqdm(total=self.updates * config.batch_size, unit="img", disable=not main, dynamic_ncols=True)
+        hidden = not (main and progress)
+        self.bar = tqdm(total=self.updates * config.batch_size, unit="img", disable=hidden, dynamic_ncols=True)
 
     def loader(self, data: Dataset[Any], **options: Any) -> DataLoader[Any]:
         workers = self.config.workers

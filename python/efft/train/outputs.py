@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 import efft
+from efft.targets import find_head
 from efft.train import checkpoint
 from efft.train.config import TrainConfig
 
 CONFIG, METRICS, CHECKPOINT, RESULT = "config.json", "metrics.jsonl", "checkpoint.pt", "result.json"
-ADAPTER, HEAD, MODEL = "adapter", "head.safetensors", "model.safetensors"
+ADAPTER, HEAD, MODEL, TRAINED = "adapter", "head.safetensors", "model.safetensors", "trained.safetensors"
 
 #: Fields of TrainConfig that an adapter keeps as its info: they rebuild its base model and the images it expects.
 BASE_FIELDS = (
@@ -26,6 +27,7 @@ BASE_FIELDS = (
     "normalization",
     "data",
     "data_root",
+    "data_seed",
     "allow_non_commercial",
     "protocol",
     "seed",
@@ -59,7 +61,7 @@ def open_folder(
         return held, finished
     if main_process:
         out.mkdir(parents=True, exist_ok=True)
-        for name in (RESULT, CHECKPOINT, METRICS, HEAD, MODEL):
+        for name in (RESULT, CHECKPOINT, METRICS, HEAD, MODEL, TRAINED):
             (out / name).unlink(missing_ok=True)
         shutil.rmtree(out / ADAPTER, ignore_errors=True)
         config.save(out / CONFIG)
@@ -90,7 +92,7 @@ def write(
         facts = {} if run["own_model"] else {name: getattr(config, name) for name in BASE_FIELDS}
         saved = efft.save_adapter(model, out / ADAPTER, info={**facts, "classes": classes, **scores})
     else:
-        saved = out / (MODEL if config.method == "full" else HEAD)
+        saved = out / {"full": MODEL, "linear": HEAD}.get(config.method, TRAINED)
         state = model.state_dict() if config.method == "full" else checkpoint.trained_state(model)
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, saved)
     files = saved.iterdir() if saved.is_dir() else [saved]
@@ -98,6 +100,9 @@ def write(
         **scores,
         "classes": classes,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "head_parameters": sum(
+            p.numel() for name in find_head(model, None) for p in model.get_submodule(name).parameters()
+        ),
         "factor_parameters": efft.count_parameters(model).factors,
         "total_parameters": sum(p.numel() for p in model.parameters()),
         "saved": saved.name,

@@ -55,10 +55,14 @@ class FeatureTask:
         return self._of("test")
 
 
-class _WithoutTest:
-    """A task for choosing hyperparameters: its test split is the validation split."""
+class WithoutTest:
+    """A task for choosing hyperparameters: its test split is the validation split.
 
-    def __init__(self, task: FeatureTask) -> None:
+    Args:
+        task: a `TaskData`, or what stands for one.
+    """
+
+    def __init__(self, task: Any) -> None:
         self.train: Dataset[Any] = task.train
         self.val = self.trainval = self.test = task.val
         self.classes = task.classes
@@ -104,7 +108,7 @@ def linear_probe(
     scores = {}
     for lr in learning_rates:
         folder = Path(out) / "search" / f"lr-{lr:g}"
-        choice: Any = _WithoutTest(features)
+        choice: Any = WithoutTest(features)
         trial = replace(config, lr=lr, protocol="select")
         result = run(trial, folder, model=Head(width, task.classes), task=choice, overwrite=True)
         scores[lr] = result.summary["val_accuracy"]

@@ -28,6 +28,7 @@ def load_trained(path: str | Path, checkpoint: str | Path | None = None) -> tupl
     path = Path(path)
     if (path / io.CONFIG).is_file():
         info = io.read_description(path)["info"]
+        info = {"data_seed": 0, **info}  # adapters from before this field existed had its default
         missing = [name for name in ("classes", *outputs.BASE_FIELDS) if name not in info]
         if missing:
             raise ValueError(
@@ -54,10 +55,10 @@ def load_trained(path: str | Path, checkpoint: str | Path | None = None) -> tupl
     if config.adapter_config() is not None:
         efft.load_adapter(model, saved)
         efft.fuse(model)  # as it was in training: the same rounding
-    elif config.method == "linear":
-        restore_trained_state(model, outputs.read_tensors(saved))
-    else:
+    elif config.method == "full":
         load_strict(model, outputs.read_tensors(saved), str(saved))
+    else:
+        restore_trained_state(build.choose_trainable(model, config), outputs.read_tensors(saved))
     return model.eval(), config
 
 

@@ -36,11 +36,13 @@ def run(
     task: "TaskData | None" = None,
     resume: bool = False,
     overwrite: bool = False,
+    progress: bool = True,
 ) -> RunResult:
     """Trains, tests once at the very end, and writes everything to a folder.
 
     The folder gets ``config.json``, ``metrics.jsonl`` (as it happens), ``checkpoint.pt``, ``result.json`` and the
-    trained part: ``adapter/`` (methods with factors), ``head.safetensors`` (linear) or ``model.safetensors`` (full).
+    trained part: ``adapter/`` (methods with factors), ``head.safetensors`` (linear), ``model.safetensors`` (full) or
+    ``trained.safetensors`` (a method to compare with).
     A resumed run ends with the same weights and metrics as an unbroken one, bit for bit on a CPU.
     Works under ``accelerate launch`` with several processes.
 
@@ -51,6 +53,7 @@ def run(
         task: data in place of the configuration's.
         resume: go on from the folder's checkpoint, if there is one.
         overwrite: forget what the folder holds.
+        progress: show a bar.
 
     Raises:
         FileExistsError: the folder holds a run, and neither `resume` nor `overwrite` is given.
@@ -64,7 +67,7 @@ def run(
     if held is not None and finished:
         accelerator.print(f"{out}: this run is finished")
         return RunResult(held, None)
-    trainer = Trainer(config, out, accelerator, model, task)
+    trainer = Trainer(config, out, accelerator, model, task, progress)
     try:
         if held is not None:
             trainer.restore(held)

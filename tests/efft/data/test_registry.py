@@ -3,6 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import efft.data
@@ -81,8 +82,24 @@ def test_baselines_of_a_task_that_is_trivial(tmp_path: Path) -> None:
             image.paste(255, (0, 0, 4, 4))
         (tmp_path / name).mkdir(exist_ok=True)
         image.save(tmp_path / name / f"{number}.png")
-    scores = efft.data.trivial_baselines(efft.data.load(tmp_path))
-    assert scores == {"majority": 75.0, "ink": 100.0, "pixels": 100.0}
+    task = efft.data.load(tmp_path)
+    assert efft.data.trivial_baselines(task) == {"majority": 75.0, "ink": 100.0, "pixels": 100.0}
+    assert efft.data.nearest_neighbours(task) == 100.0
+
+
+def test_nearest_neighbours_against_scikit_learn(drawn: Path) -> None:
+    neighbors = pytest.importorskip("sklearn.neighbors", reason="the oracle is scikit-learn's")
+    task = efft.data.load("x-location", root=drawn, max_test=200)
+
+    def pixels(data: efft.data.ImageDataset) -> np.ndarray:
+        return np.stack([np.asarray(data.raw(i).resize((16, 16), resample=4)).ravel() / 255 for i in range(len(data))])
+
+    def score(fit: efft.data.ImageDataset, judge: efft.data.ImageDataset, k: int) -> float:
+        return neighbors.KNeighborsClassifier(k).fit(pixels(fit), fit.labels).score(pixels(judge), judge.labels)
+
+    best = max((1, 3, 5, 9, 15), key=lambda k: score(task.train, task.val, k))
+    found = efft.data.nearest_neighbours(task)
+    assert found == pytest.approx(100 * score(task.trainval, task.test, best), abs=1)  # equal distances may swap
 
 
 def test_name_wins_over_a_folder_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drawn: Path) -> None:

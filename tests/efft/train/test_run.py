@@ -13,7 +13,9 @@ from torch import nn
 from torch.utils.data import Dataset
 
 import efft
+from efft import EfftConfig
 from efft.train import TrainConfig, read_metrics, run
+from efft.train.restore import load_trained
 
 
 class Guarded(Dataset[Any]):
@@ -58,6 +60,34 @@ def test_run_learns_and_writes_its_folder(
         assert changed == {"head.weight", "head.bias"}
         assert result["trainable_parameters"] == result["factor_parameters"] + 32 * 4 + 4
     assert (result["factor_parameters"] > 0) == (saved == "adapter")
+
+
+@pytest.mark.parametrize(
+    ("method", "adapter", "lr"),
+    [("adapter", {"width": 4}, 2e-2), ("bitfit", {}, 2e-2), ("vpt_deep", {"tokens": 3}, 2e-2), ("ssf", {}, 5e-3)],
+)
+def test_methods_to_compare_with_learn_and_are_rebuilt(
+    method: str, adapter: dict[str, Any], lr: float, config: TrainConfig, task: Any, tmp_path: Path
+) -> None:
+    sizes: dict[str, Any] = {"model": "test_vit", "pretrained": False, "image_size": 32, "efft": EfftConfig()}
+    config = replace(config, method=method, adapter=adapter, epochs=8, lr=lr, **sizes)
+    task = replace(task, **{name: _enlarged(getattr(task, name)) for name in ("train", "val", "trainval", "test")})
+    result = run(config, tmp_path, task=task)
+    assert result.summary["test_accuracy"] > 0.4  # chance is 0.25
+    assert result.summary["saved"] == "trained.safetensors"
+    assert result.summary["head_parameters"] == 64 * 4 + 4
+    again, found = load_trained(tmp_path)
+    assert found == config
+    images = torch.randn(5, 3, 32, 32)
+    assert result.model is not None
+    with torch.no_grad():
+        torch.testing.assert_close(again(images), result.model(images), rtol=0, atol=0)
+
+
+def _enlarged(data: Dataset[Any]) -> Dataset[Any]:
+    """The same images with a border of two pixels: test_vit takes 32 x 32."""
+    images, labels = torch.utils.data.default_collate([data[i] for i in range(len(data))])  # type: ignore[arg-type]
+    return torch.utils.data.TensorDataset(torch.nn.functional.pad(images, (2, 2, 2, 2)), labels)
 
 
 @pytest.mark.parametrize("change", [{}, {"method": "vera", "adapter": {"rank": 4}}], ids=["efft", "vera"])

@@ -1,0 +1,22 @@
+"""What the methods need to know of a timm ViT."""
+
+from typing import Any
+
+from torch import nn
+
+_PARTS = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+
+
+def blocks(model: nn.Module) -> list[Any]:
+    """The transformer blocks of a timm ViT.
+
+    Raises:
+        ValueError: the model is built in another way.
+    """
+    found = list(getattr(model, "blocks", ()))
+    names = [{name for name, _ in block.named_modules()} for block in found]
+    missing = {part for modules in names for part in _PARTS if part not in modules}
+    if not found or missing:
+        reason = f"whose blocks lack {', '.join(sorted(missing))}" if found else "that has no blocks"
+        raise ValueError(f"this method is written for timm's ViTs, got a {type(model).__name__} {reason}")
+    return found

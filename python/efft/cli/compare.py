@@ -1,0 +1,70 @@
+"""`efft compare`: what is run or reported, and where results lie."""
+
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from efft.cli.bench import ROOT
+
+
+def compare(
+    file: tyro.conf.Positional[Path | None] = None,
+    /,
+    suite: str | None = None,
+    quick: bool = False,
+    full: bool = False,
+    report: bool = False,
+    data: str | None = None,
+    model: str | None = None,
+    checkpoint: str | None = None,
+    image_size: int | None = None,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    jobs: int = 1,
+    out: Path | None = None,
+) -> None:
+    """Compare methods side by side: tasks x methods x seeds. Run again after any interruption: what is done stays done.
+
+    Args:
+        file: JSON file that says what is compared; see efft.compare.suite.Suite.
+        suite: one that comes with the library instead: local (small tasks and a backbone that can be fetched) or
+            vtab1k (the paper's 19 tasks; needs --data).
+        quick: the small variant of a suite.
+        full: all of a suite that has a small variant.
+        report: write tables, tests and pictures of the results that are there, beside them; runs nothing.
+        data: folder with the data sets' files, for tasks that cannot be fetched.
+        model: another backbone than the suite's.
+        checkpoint: file with its weights.
+        image_size: input height and width in pixels, in place of the suite's.
+        epochs: passes over the training images, in place of the suite's.
+        batch_size: images per update, in place of the suite's.
+        jobs: runs at a time; each gets an equal share of the processors.
+        out: result file; by default compare_NAME.jsonl, in a source checkout in benchmarks/results.
+    """
+    from efft.compare import suite as suites
+    from efft.compare.plan import Plan
+
+    if (file is None) == (suite is None):
+        raise ValueError(f"give either a file or --suite, one of {', '.join(suites.names())}")
+    if suite is not None and suite not in suites.names():
+        raise ValueError(f"there is no suite {suite!r}; there are {', '.join(suites.names())}")
+    if quick and full:
+        raise ValueError("give either --quick or --full, not both")
+    given: dict[str, Any] = {"model": model, "checkpoint": checkpoint, "image_size": image_size}
+    given |= {"epochs": epochs, "batch_size": batch_size}
+    train = {name: value for name, value in given.items() if value is not None}
+    chosen = suites.load(file or str(suite), quick, train)
+    plan = Plan(chosen)
+    folder = ROOT / "benchmarks" / "results"
+    results = out or (folder if folder.is_dir() else Path()) / f"compare_{chosen.name}.jsonl"
+    if report:
+        from efft.compare.report import write
+
+        for path in write(plan, results):
+            print(f"wrote {path}")
+        return
+    from efft.compare.runner import compare as run
+
+    count = run(plan, results, jobs, data)
+    print(f"{count} runs done, results in {results}; the same command with --report sums them up")

@@ -1,0 +1,242 @@
+"""What a suite's results say, in Markdown, with pictures where matplotlib is installed."""
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from efft.compare import plots
+from efft.compare.plan import Plan, Record
+from efft.compare.scores import Scores, collect, groups, weights
+from efft.compare.statistics import Comparison, compare, holm, seed_interval
+from efft.compare.store import read
+from efft.compare.suite import TRIVIAL
+from efft.data.vtab import INFOS as VTAB
+
+Row = Sequence[str]
+
+
+def write(plan: Plan, results: Path) -> list[Path]:
+    """Writes NAME.md, and pictures NAME-*.png, beside the result file NAME.jsonl.
+
+    Args:
+        plan: the runs to report on; others in the file are left out.
+        results: the result file.
+
+    Returns:
+        What was written.
+
+    Raises:
+        FileNotFoundError: there are no results yet.
+    """
+    done = read(results) if results.is_file() else {}
+    records = plan.records(done)
+    if not records:
+        raise FileNotFoundError(f"no final run of {plan.suite.name} is in {results}; run the suite first")
+    scores = collect(records, plan.suite.tasks)
+    pictures = {}
+    if find_spec("matplotlib") is not None:
+        target = results.with_name(f"{results.stem}-parameters.png")
+        plots.accuracy_against_parameters(scores, _parameters(records), target)
+        pictures["Accuracy against trained parameters"] = target
+    page = results.with_suffix(".md")
+    page.write_text(text(plan, done, pictures), encoding="utf-8")
+    return [page, *pictures.values()]
+
+
+def text(plan: Plan, done: Mapping[str, Record], pictures: Mapping[str, Path]) -> str:
+    """The report.
+
+    Args:
+        plan: the runs to report on.
+        done: key of a run to its result.
+        pictures: title to file.
+    """
+    suite, records = plan.suite, plan.records(done)
+    scores = collect(records, suite.tasks)
+    methods = [method for method in suite.methods if method in scores.values]
+    wanted = len(suite.tasks) * len(suite.methods) * len(suite.seeds)
+    parts = [
+        f"# {suite.name}",
+        suite.about,
+        f"{len(records)} of {wanted} final runs. Test accuracy in percent, mean ± standard deviation over seeds; the "
+        "test split was read once a run, after its hyperparameters were chosen on the validation split.",
+        *_leaks(scores, methods, suite.methods),
+        "## Tasks",
+        table(["method", *_headings(scores)], [_task_row(scores, method) for method in methods]),
+        "## Means",
+        "In brackets: 95 % bootstrap interval over seeds, the tasks being fixed. Categorical: the mean of the group "
+        "means. Trained parameters are those beside the classifier.",
+        _means(scores, methods, records),
+        *_tests(plan, scores, methods),
+        "## Chosen on the validation split",
+        _choices(plan, done, methods),
+    ]
+    if set(suite.tasks) <= set(VTAB):
+        parts += _published(list(suite.tasks))
+    parts += [f"![{title}]({path.name})" for title, path in pictures.items()]
+    parts += ["## Where it was measured", _origin(records)]
+    if scores.failed:
+        lost = "\n".join(f"- {method} on {task}, seed {seed}" for method, task, seed in scores.failed)
+        parts += ["## Diverged", lost]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def table(heading: Row, rows: Sequence[Row]) -> str:
+    """A Markdown table."""
+    lines = [heading, ["---"] * len(heading), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _headings(scores: Scores) -> list[str]:
+    return [f"{task} ({group or '-'})" for task, group in scores.tasks.items()]
+
+
+def _task_row(scores: Scores, method: str) -> Row:
+    cells = []
+    for task in scores.tasks:
+        if not scores.values[method].get(task):
+            cells.append("-")
+            continue
+        sd = scores.sd(method, task)
+        cells.append(f"{scores.mean(method, task):.1f}" + ("" if sd is None else f" ± {sd:.1f}"))
+    return [method, *cells]
+
+
+def _parameters(records: Sequence[Record]) -> dict[str, float]:
+    """Method to its trained parameters beside the classifier (which depends on the task), as a mean over runs."""
+    counts: dict[str, list[int]] = {}
+    for record in records:
+        if not record.get("failed"):
+            own = record["trainable_parameters"] - record["head_parameters"]
+            counts.setdefault(record["method"], []).append(own)
+    return {method: fmean(values) for method, values in counts.items()}
+
+
+def _means(scores: Scores, methods: Sequence[str], records: Sequence[Record]) -> str:
+    parameters, members = _parameters(records), groups(scores.tasks)
+    seconds: dict[str, list[float]] = {}
+    for record in records:
+        seconds.setdefault(record["method"], []).append(record["seconds"])
+    rows = []
+    for method in methods:
+        row = [method, f"{parameters.get(method, 0):,.0f}"]
+        by_task = scores.means(method)
+        for own in members.values():
+            complete = all(task in by_task for task in own)
+            row.append(f"{fmean(by_task[task] for task in own):.1f}" if complete else "-")
+        for categorical in (True, False):
+            row.append(_with_interval(scores, method, categorical) if scores.complete(method) else "-")
+        rows.append([*row, f"{fmean(seconds[method]):.0f}"])
+    heading = ["method", "trained parameters", *members, "categorical mean", "overall mean", "seconds a run"]
+    return table(heading, rows)
+
+
+def _with_interval(scores: Scores, method: str, categorical: bool) -> str:
+    by_task, share = scores.means(method), weights(scores.tasks, categorical)
+    mean = sum(share[task] * value for task, value in by_task.items())
+    interval = seed_interval(scores.values[method], share)
+    return f"{mean:.1f}" + ("" if interval is None else f" [{interval[0]:.1f}, {interval[1]:.1f}]")
+
+
+def _tests(plan: Plan, scores: Scores, methods: Sequence[str]) -> list[str]:
+    reference = plan.suite.reference or next(iter(plan.suite.methods))
+    if reference not in scores.values:
+        return []
+    others = [method for method in methods if method != reference]
+    found: list[Comparison] = [c for other in others if (c := compare(scores, reference, other)) is not None]
+    if not found:
+        return []
+    signed, paired = holm([c.wilcoxon for c in found]), holm([c.t_test for c in found])
+    rows = [
+        [
+            c.method,
+            str(c.tasks),
+            f"{c.difference:+.1f} [{c.interval[0]:+.1f}, {c.interval[1]:+.1f}]",
+            f"{c.wins} / {c.ties} / {c.losses}",
+            f"{c.wilcoxon:.3f} ({corrected:.3f})",
+            f"{c.t_test:.3f} ({t_corrected:.3f})",
+        ]
+        for c, corrected, t_corrected in zip(found, signed, paired, strict=True)
+    ]
+    heading = ["against", "tasks", "mean difference", "win / tie / loss", "Wilcoxon p (Holm)", "paired t p (Holm)"]
+    tasks = max(c.tasks for c in found)
+    return [
+        f"## {reference} against the others",
+        "Positive differences, in points, favour it. The unit of interval and tests is the task, its seeds averaged; "
+        f"Holm corrects for the number of rows. With {tasks} tasks the smallest possible Wilcoxon p is "
+        f"{2 / 2**tasks:.2g}. A tie: the 95 % t-interval of the differences of equal seeds has zero in it.",
+        table(heading, rows),
+    ]
+
+
+def _leaks(scores: Scores, methods: Sequence[str], entries: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Tasks on which a predictor that sees no objects is as good as a method: what they measure is in doubt."""
+    trivial = [method for method in methods if entries[method]["method"] in TRIVIAL]
+    lines = []
+    for task in scores.tasks:
+        known = {method: scores.mean(method, task) for method in methods if scores.values[method].get(task)}
+        easy = {method: known.pop(method) for method in trivial if method in known}
+        if easy and known:
+            best = max(easy, key=lambda method: easy[method])
+            beaten = [method for method, value in known.items() if value <= easy[best]]
+            if beaten:
+                lines.append(f"- {task}: {best} reaches {easy[best]:.1f}, no less than {', '.join(beaten)}.")
+    note = "Tasks on which a predictor that sees no objects keeps up with a method; read them with care:"
+    return ["\n".join([note, "", *lines])] if lines else []
+
+
+def _choices(plan: Plan, done: Mapping[str, Record], methods: Sequence[str]) -> str:
+    rows = []
+    for method in methods:
+        cells = []
+        for task in plan.suite.tasks:
+            point = plan.chosen(task, method, done)
+            cells.append("-" if not point else ", ".join(f"{name} {value:g}" for name, value in point.items()))
+        if set(cells) != {"-"}:
+            rows.append([method, *cells])
+    return table(["method", *plan.suite.tasks], rows) if rows else "Nothing was searched."
+
+
+def _published(tasks: list[str]) -> list[str]:
+    """The literature's figures, in tables of their own: they are never averaged or tested with ours."""
+    published = json.loads((files("efft.compare") / "published_vtab1k.json").read_text("utf-8"))
+    rows, share = [], weights({task: VTAB[task].group for task in VTAB}, categorical=True)
+    for entry in published["methods"]:
+        categorical = sum(share[task] * value for task, value in entry["accuracy"].items())
+        cells = [f"{entry['accuracy'][task]:.1f}" for task in tasks]
+        sources = "; ".join(entry["sources"])
+        rows.append([entry["method"], entry["parameters"], *cells, f"{categorical:.1f}", sources])
+    names = ("natural", "specialized", "structured")
+    group_rows = [
+        [entry["method"], entry["parameters"], *(str(entry[name]) for name in names), "; ".join(entry["sources"])]
+        for entry in published["groups"]
+    ]
+    return [
+        "## Published figures, not ours",
+        published["about"],
+        table(["method", "parameters", *tasks, "categorical mean", "source"], rows),
+        "Of EFFT itself only group means were published in readable form:",
+        table(["method", "parameters", *names, "source"], group_rows),
+    ]
+
+
+def _origin(records: Sequence[Record]) -> str:
+    def each(name: str) -> str:
+        return "; ".join(sorted({str(record[name]) for record in records if name in record}))
+
+    versions = sorted({", ".join(f"{k} {v}" for k, v in record["versions"].items()) for record in records})
+    configs = [record["config"] for record in records if "config" in record]
+    models = "; ".join(sorted({f"{c['model']} at {c['image_size'] or 'its own'} pixels, {c['amp']}" for c in configs}))
+    lines = [
+        f"- backbone: {models}" if models else "",
+        f"- machine: {each('machine')}" + (f"; GPU {each('gpu')}" if each("gpu") else ""),
+        f"- versions: {'; '.join(versions)}",
+        f"- commit: {each('commit')}",
+        *(f"- command: `{command}`" for command in sorted({record["command"] for record in records})),
+        f"- dates: {min(record['date'] for record in records)} to {max(record['date'] for record in records)}",
+    ]
+    return "\n".join(line for line in lines if line)

@@ -1,0 +1,78 @@
+"""Results on disk: one JSON line a finished run, whole or absent whenever the process is killed."""
+
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+
+def read(path: Path) -> dict[str, dict[str, Any]]:
+    """Key of a run to its record. A last line that was cut off by a crash is left out.
+
+    Raises:
+        ValueError: another line is damaged.
+    """
+    records = {}
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            record = json.loads(line)
+            records[record["key"]] = record
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {number} is no result of a run ({error!r}); remove that line") from error
+    return records
+
+
+class Store:
+    """A result file that one process appends to.
+
+    Args:
+        path: the file; made where it is missing.
+
+    Attributes:
+        records: key of a run to its record.
+
+    Raises:
+        RuntimeError: another process writes to the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            _lock(self._file, path)
+            content = path.read_bytes()
+            os.ftruncate(self._file, content.rfind(b"\n") + 1)  # a line that a crash cut off is done again
+            self.records = read(path)
+        except BaseException:
+            os.close(self._file)
+            raise
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Adds a record; when this returns, it survives a power cut."""
+        line = json.dumps(record).encode() + b"\n"
+        written = os.write(self._file, line)
+        if written != len(line):
+            raise OSError(f"the disk is full: {written} of {len(line)} bytes of a result were written")
+        os.fsync(self._file)
+        self.records[record["key"]] = record
+
+    def __enter__(self) -> "Store":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._file)
+
+
+def _lock(file: int, path: Path) -> None:
+    """The operating system releases the lock when the process ends, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise RuntimeError(f"another process is adding results to {path}; wait for it, or give another file") from error

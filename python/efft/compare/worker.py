@@ -1,0 +1,144 @@
+"""A process that does runs: ``python -m efft.compare.worker`` reads one a line from stdin, answers with one a line."""
+
+import json
+import os
+import queue
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from efft.compare.suite import TRIVIAL
+from efft.train import build, read_metrics, run
+from efft.train.config import TrainConfig
+from efft.train.probe import FeatureTask, Head, WithoutTest
+
+# What decides a data set, and what decides the features of a frozen model on it.
+_DATA = (
+    *("data", "data_root", "allow_non_commercial", "model", "image_size", "normalization"),
+    *("data_seed", "max_test"),
+)
+_BASE = (*_DATA, "checkpoint", "pretrained", "amp", "seed")
+
+
+def execute(stage: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """Does one run.
+
+    Args:
+        stage: search (train on train, judged on val after the last epoch) or final (train on both, tested once).
+        fields: of `TrainConfig`; ``method`` may be a trivial predictor.
+
+    Returns:
+        Accuracies from 0 to 1 (None where not taken), parameters, seconds; ``failed`` says why a run has none.
+    """
+    started, used = time.perf_counter(), time.process_time()
+    method = fields["method"]
+    if method in TRIVIAL:
+        config = TrainConfig.from_dict({**fields, "method": "linear"})
+        result = {"test_accuracy": _trivial(method, config), "trainable_parameters": 0, "head_parameters": 0}
+    else:
+        config = TrainConfig.from_dict(fields)
+        result = _train(stage, config)
+    task = _task(config)
+    group, images = task.info.group, len(task.test)
+    took = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - used}
+    cost = {name: round(value, 2) for name, value in took.items()}
+    return {**result, "group": group, "test_images": images, **cost}
+
+
+def _trivial(name: str, config: TrainConfig) -> float:
+    from efft.data import nearest_neighbours, trivial_baselines
+
+    task = _task(config)
+    return (nearest_neighbours(task) if name == "knn" else trivial_baselines(task)[name]) / 100
+
+
+def _train(stage: str, config: TrainConfig) -> dict[str, Any]:
+    """With its result only: folder, checkpoints and weights of the run are thrown away."""
+    task: Any = _task(config)
+    model = None
+    if config.method == "linear" and config.drop_path == 0:
+        task = _features(config)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            model = Head(task.width, task.classes)
+    if stage == "search":
+        task = WithoutTest(task)
+    with tempfile.TemporaryDirectory(prefix="efft-compare-") as folder:
+        try:
+            result = run(config, folder, model=model, task=task, progress=False).summary
+        except FloatingPointError as error:
+            return {"failed": str(error), "config": config.to_dict()}
+        epochs = read_metrics(Path(folder) / "metrics.jsonl", "epoch")
+    kept = ("trainable_parameters", "head_parameters", "factor_parameters", "updates")
+    return {
+        "val_accuracy": epochs[-1]["val_accuracy"],
+        "test_accuracy": None if stage == "search" else result["test_accuracy"],
+        "train_loss": epochs[-1]["loss"],
+        "images_per_second": round(epochs[-1]["images_per_second"], 2),
+        **{name: result[name] for name in kept},
+        "config": config.to_dict(),
+    }
+
+
+@lru_cache(maxsize=2)
+def _load(values: tuple[Any, ...]) -> Any:
+    return build.load_task(TrainConfig(**dict(zip(_DATA, values, strict=True))))
+
+
+def _task(config: TrainConfig) -> Any:
+    """The data, kept for the runs that follow."""
+    return _load(tuple(getattr(config, name) for name in _DATA))
+
+
+@lru_cache(maxsize=1)
+def _load_features(values: tuple[Any, ...]) -> "_Features":
+    config = TrainConfig(**dict(zip(_BASE, values, strict=True)), drop_path=0.0)
+    return _Features(build.create_model(config, 0), _task(config), config.amp)
+
+
+def _features(config: TrainConfig) -> "_Features":
+    """What the classifier of the frozen model sees, computed once for all points of a grid."""
+    return _load_features(tuple(getattr(config, name) for name in _BASE))
+
+
+class _Features(FeatureTask):
+    @property
+    def width(self) -> int:
+        return int(self.train.tensors[0].shape[1])
+
+
+def main() -> None:
+    """Answers every line of stdin until it ends; then, even in the middle of a run, the process ends.
+
+    So nothing goes on working for a parent that was killed.
+    """
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what training prints must not mix with the answers
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def listen() -> None:
+        for line in sys.stdin:
+            lines.put(line)
+        os._exit(0)
+
+    threading.Thread(target=listen, daemon=True).start()
+    while True:
+        job = json.loads(lines.get())
+        print(job["name"], file=sys.stderr, flush=True)
+        answer: dict[str, Any]
+        try:
+            answer = {"result": execute(job["stage"], job["config"])}
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+"""The whole command on tiny runs: kill and resume, several processes, determinism, failures, the report."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import efft
+from efft.cli import main
+from efft.compare import suite as suites
+from efft.compare import worker
+from efft.compare.plan import Plan
+from efft.compare.store import Store, read
+
+ROOT = Path(efft.__file__).parents[1]
+Write = Callable[[dict[str, Any]], Path]
+
+
+def start(*words: str) -> "subprocess.Popen[str]":
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT.parent), str(ROOT)])}
+    command = [sys.executable, "-m", "efft", "compare", *words]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def children(parent: int) -> list[int]:
+    return [int(p) for p in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+
+
+def alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
+def test_killed_at_once_it_goes_on_without_losing_or_repeating_a_run(
+    tiny: dict[str, Any], write: Write, tmp_path: Path
+) -> None:
+    file, results = write(tiny), tmp_path / "results.jsonl"
+    words = [str(file), "--out", str(results), "--jobs", "2"]
+    first = start(*words)
+    deadline = time.monotonic() + 240
+    while not (results.exists() and results.read_bytes().count(b"\n") >= 3):
+        assert first.poll() is None, first.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    workers = children(first.pid)
+    assert len(workers) == 2
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    deadline = time.monotonic() + 30
+    while any(map(alive, workers)):  # nobody goes on working for a dead parent
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    kept = results.read_bytes()
+    lines = kept.count(b"\n")
+    assert lines < 8
+    with open(results, "ab") as broken:
+        broken.write(b'{"key": "half a li')  # what a power cut may leave
+
+    second = start(*words)
+    output = second.communicate()[0]
+    assert second.returncode == 0, output
+    assert f"tiny: {8 - lines} of 8 runs to do, 2 at a time" in output
+    content = results.read_bytes()
+    assert content.startswith(kept)
+    assert content.count(b"\n") == 8
+    records = read(results)
+    plan = Plan(suites.load(file))
+    assert len(records) == 8
+    assert len(plan.records(records)) == 6
+    assert plan.ready(records) == []
+    chosen = plan.chosen("digits", "EFFT2", records)
+    best = max((r for r in records.values() if r["stage"] == "search"), key=lambda r: r["val_accuracy"])
+    assert chosen == best["settings"]
+    for record in records.values():
+        assert record["suite"] == "tiny"
+        assert record["commit"]
+        assert "--jobs 2" in record["command"]
+        assert {"python", "torch", "timm"} <= record["versions"].keys()
+        assert record["machine"]
+        assert record["seconds"] > 0
+        assert (record["test_accuracy"] is None) == (record["stage"] == "search")
+
+    third = start(*words)
+    assert "0 runs done" in third.communicate()[0]
+    assert results.read_bytes() == content
+
+
+def test_same_task_and_seed_give_the_same_numbers(tiny: dict[str, Any]) -> None:
+    from efft.compare.suite import Suite
+
+    timing = ("seconds", "cpu_seconds", "images_per_second")
+    for run in Plan(Suite(**tiny)).ready({}):
+        if run.seed == 3:
+            twice = []
+            for _ in range(2):
+                worker._load.cache_clear()
+                worker._load_features.cache_clear()
+                result = worker.execute(run.stage, run.config)
+                twice.append({name: value for name, value in result.items() if name not in timing})
+            assert twice[0] == twice[1], run
+
+
+def test_search_never_reads_the_test_split(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from efft.compare.suite import Suite
+    from efft.train import build
+
+    load = build.load_task
+
+    def without_test(config: Any) -> Any:
+        task = load(config)
+
+        def refuse(index: int) -> Any:
+            raise AssertionError("the test split was read")
+
+        monkeypatch.setattr(task.test, "raw", refuse)
+        return task
+
+    worker._load.cache_clear()
+    monkeypatch.setattr(build, "load_task", without_test)
+    plan = Plan(Suite(**tiny))
+    for run in plan.search("digits", "EFFT2"):
+        assert worker.execute(run.stage, run.config)["val_accuracy"] > 0
+    (final, *_) = plan.finals("digits", "probe", {})
+    with pytest.raises(AssertionError, match="the test split was read"):
+        worker.execute(final.stage, final.config)
+    worker._load.cache_clear()
+
+
+def test_probe_on_cached_features_is_the_probe_of_the_trainer(tiny: dict[str, Any], tmp_path: Path) -> None:
+    from efft.compare.suite import Suite
+    from efft.train import TrainConfig, run
+
+    tiny["train"]["epochs"] = 3
+    (planned, *_) = Plan(Suite(**tiny)).finals("digits", "probe", {})
+    fast = worker.execute("final", planned.config)
+    slow = run(TrainConfig.from_dict(planned.config), tmp_path / "slow", progress=False).summary
+    assert fast["trainable_parameters"] == slow["trainable_parameters"]
+    assert fast["head_parameters"] == slow["head_parameters"] == fast["trainable_parameters"]
+    assert fast["test_accuracy"] == pytest.approx(slow["test_accuracy"], abs=0.1)  # another random head
+
+
+@pytest.mark.slow
+def test_divergence_is_a_result_and_other_failures_stop(
+    tiny: dict[str, Any], write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny["methods"] = {"full": {"method": "full", "grid": {"lr": [1e30, 1e-3]}}, "pixels": {"method": "pixels"}}
+    tiny["train"]["log_every"] = 1
+    tiny["seeds"] = [0]
+    results = tmp_path / "results.jsonl"
+    assert main(["compare", str(write(tiny)), "--out", str(results), "--jobs", "2"]) == 0
+    by_rate = {r["settings"].get("lr"): r for r in read(results).values() if r["stage"] == "search"}
+    assert "the loss is" in by_rate[1e30]["failed"]
+    (final,) = (r for r in read(results).values() if r["method"] == "full" and r["stage"] == "final")
+    assert final["settings"] == {"lr": 1e-3}
+
+    tiny["train"]["batch_size"] = 100_000
+    assert main(["compare", str(write(tiny)), "--out", str(results), "--jobs", "2"]) == 2
+    error = capsys.readouterr().err
+    assert "digits, full, search seed 0, lr=" in error
+    assert ": ValueError: the training split has 800 images, fewer than one batch" in error
+    assert "details in" in error
+    assert "Traceback" in results.with_suffix(".log").read_text()
+
+
+def test_result_files(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    with Store(path) as store:
+        store.append({"key": "a"})
+        with pytest.raises(RuntimeError, match="another process is adding results to"):
+            Store(path)
+    path.write_bytes(path.read_bytes() + b'{"key": "b"')
+    assert set(read(path)) == {"a"}
+    with Store(path) as store:
+        store.append({"key": "c"})
+    assert path.read_text() == '{"key": "a"}\n{"key": "c"}\n'
+    path.write_text('{"key": "a"}\n[3]\n')
+    with pytest.raises(ValueError, match=r"r\.jsonl, line 2 is no result of a run .*; remove that line"):
+        Store(path)
+
+
+def test_report(tiny: dict[str, Any], write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny["tasks"] = {"digits": {}, "count": {}}
+    file, results = write(tiny), tmp_path / "r.jsonl"
+    plan = Plan(suites.load(file))
+    with Store(results) as store:
+        for accuracy, run in enumerate(plan.ready({})):
+            store.append(_record(run, 0.4 + accuracy / 100))
+        for run in plan.ready(store.records):
+            store.append(_record(run, 0.9 if run.seed == 3 else 0.8))
+    assert main(["compare", str(file), "--out", str(results), "--report"]) == 0
+    page = (tmp_path / "r.md").read_text()
+    assert "12 of 12 final runs." in page
+    assert "| EFFT2 | 85.0 ± 7.1 | 85.0 ± 7.1 |" in page
+    assert "| EFFT2 | 1,000 | 85.0 | 85.0 | 85.0 [80.0, 90.0] | 85.0 [80.0, 90.0] | 2 |" in page
+    assert "| probe | 2 | +" in page  # against the reference, over two tasks
+    assert "- digits: pixels reaches 44.5, no less than probe." in page
+    assert "| EFFT2 | lr 0.01 | lr 0.01 |" in page
+    assert "- commit: abc" in page
+    assert "![Accuracy against trained parameters](r-parameters.png)" in page
+    assert (tmp_path / "r-parameters.png").stat().st_size > 10_000
+    assert "Published" not in page
+    capsys.readouterr()
+    assert main(["compare", str(file), "--out", str(tmp_path / "no.jsonl"), "--report"]) == 2
+    assert "no final run of tiny is in" in capsys.readouterr().err
+
+
+def _record(run: Any, accuracy: float) -> dict[str, Any]:
+    facts = {"commit": "abc", "command": "efft", "versions": {"torch": "2"}, "machine": "m", "date": "d"}
+    validation = run.settings.get("lr", 0)
+    return {
+        **{name: getattr(run, name) for name in ("key", "task", "method", "stage", "seed", "settings")},
+        **{"test_accuracy": accuracy, "val_accuracy": validation, "group": efft.data.describe(run.task).group},
+        **{"trainable_parameters": 1650, "head_parameters": 650, "seconds": 2, **facts},
+    }
+
+
+def test_wrong_words(tiny: dict[str, Any], write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(write(tiny))
+    for words, message in (
+        ([], "give either a file or --suite, one of local, local_efft2, vtab1k"),
+        ([file, "--suite", "local"], "give either a file or --suite"),
+        (["--suite", "nope"], "there is no suite 'nope'"),
+        (["--suite", "local", "--quick", "--full"], "either --quick or --full"),
+        ([file, "--jobs", "0"], "jobs must be at least 1, got 0"),
+    ):
+        assert main(["compare", *words]) == 2
+        assert message in capsys.readouterr().err

@@ -1,0 +1,97 @@
+"""The VTAB-1K suite from end to end: 19 tasks in the published layout, a few generated images each, a tiny ViT."""
+
+import json
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from efft.cli import main
+from efft.compare.scores import groups, weights
+from efft.compare.store import read
+from efft.data.vtab import INFOS, LISTS
+
+Image = pytest.importorskip("PIL.Image", reason="reading images needs the vision extra")
+SIZES = {"train": 6, "val": 3, "trainval": 9, "test": 5}
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """<root>/<task>/{train800,val200,train800val200,test}.txt and the images they list."""
+    root = tmp_path / "vtab-1k"
+    for task, info in INFOS.items():
+        rng = np.random.RandomState(0)
+        for role, name in LISTS.items():
+            split = name.removesuffix(".txt")
+            folder = root / task / "images" / split
+            folder.mkdir(parents=True)
+            lines = []
+            for number in range(SIZES[role]):
+                pixels = rng.randint(0, 256, (12, 10, 3)).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number:06d}.jpg")
+                lines.append(f"images/{split}/{number:06d}.jpg {number % info.classes}\n")
+            (root / task / name).write_text("".join(lines))
+    return root
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """Weights of the tiny model, as a user would give those of ViT-B/16."""
+    import timm
+
+    torch.manual_seed(0)
+    path = tmp_path / "vit_tiny.safetensors"
+    save_file(timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32).state_dict(), path)
+    return path
+
+
+@pytest.mark.slow
+def test_all_tasks(data: Path, checkpoint: Path, tmp_path: Path) -> None:
+    results = tmp_path / "vtab.jsonl"
+    words = ["compare", "--suite", "vtab1k", "--data", str(data), "--model", "vit_tiny_patch16_224"]
+    words += ["--checkpoint", str(checkpoint), "--batch-size", "4", "--jobs", "2", "--out", str(results)]
+    words += ["--image-size", "32", "--epochs", "1"]
+    assert main(words) == 0
+    records = list(read(results).values())
+    methods = ["EFFT2", "EFFT1", "linear probe", "raw pixels, linear", "raw pixels, k-NN"]
+    assert {(r["task"], r["method"]) for r in records} == {(task, method) for task in INFOS for method in methods}
+    assert len(records) == 19 * 5
+    assert {r["stage"] for r in records} == {"final"}
+    assert {r["group"] for r in records} == {"natural", "specialized", "structured"}
+    assert all(round(r["test_accuracy"] * 5) == pytest.approx(r["test_accuracy"] * 5) for r in records)
+    assert {r["test_images"] for r in records} == {5}
+    (svhn,) = (r for r in records if (r["task"], r["method"]) == ("svhn", "EFFT2"))
+    own = {name: svhn["config"]["efft"][name] for name in ("rank", "scale", "init")}
+    assert own == {"rank": 32, "scale": 80, "init": "vu"}
+    assert svhn["updates"] == 2  # of 9 images, in batches of 4
+    assert svhn["trainable_parameters"] - svhn["head_parameters"] == 7 * 192 * 32 + 6 * 12 * 32**2
+
+    assert main([*words, "--report"]) == 0
+    page = results.with_suffix(".md").read_text()
+    assert "95 of 95 final runs" in page
+    assert "## Published figures, not ours" in page
+    assert "| EFFT2 | 0.25 M | 81.5 | 85.5 | 60.8 | EFFT repository (figures/Combined.png) |" in page
+    heading = next(line for line in page.splitlines() if line.startswith("| method |"))
+    assert all(f"{task} ({info.group})" in heading for task, info in INFOS.items())
+
+
+def test_published_table_has_the_published_averages() -> None:
+    """Categorical means as the literature prints them: a slip in copying 19 numbers would show."""
+    published = json.loads((files("efft.compare") / "published_vtab1k.json").read_text("utf-8"))
+    tasks = {name: info.group for name, info in INFOS.items()}
+    share = weights(tasks, categorical=True)
+    printed = {
+        **{"Full": 68.9, "Linear": 57.6, "BitFit": 65.2, "VPT-Deep": 72.0, "Adapter": 73.9, "AdaptFormer": 74.75},
+        **{"LoRA r=8": 74.6, "NOAH": 75.5, "FacT-TT r<=16": 75.3, "FacT-TK r<=32": 75.6, "SSF": 75.69},
+        **{"RepAdapter": 76.1, "Convpass": 76.56},
+    }
+    assert [len(own) for own in groups(tasks).values()] == [7, 4, 8]
+    found = {}
+    for entry in published["methods"]:
+        assert list(entry["accuracy"]) == list(INFOS)
+        assert entry["sources"]
+        found[entry["method"]] = sum(share[task] * value for task, value in entry["accuracy"].items())
+    assert {name: found[name] for name in printed} == pytest.approx(printed, abs=0.1)
