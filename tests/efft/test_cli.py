@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 import efft
 from efft.cli import main
@@ -103,10 +105,19 @@ def test_export_writes_a_lora_checkpoint(trained: Path, capsys: pytest.CaptureFi
     assert (config["base_model_name_or_path"], config["r"], len(config["target_modules"])) == ("test_vit", 4, 24)
 
 
+def test_inspect_an_adapter_of_another_method(
+    tiny_vit: Callable[..., nn.Module], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    efft.save_adapter(efft.apply(tiny_vit(), efft.methods.LoRAConfig(rank=4, scale=0.5)), tmp_path)
+    assert main(["inspect", str(tmp_path)]) == 0
+    expected = "adapter for VisionTransformer: lora, rank 4, scale 0.5, targets all; 8 layers, head head\n"
+    assert capsys.readouterr().out.startswith(expected)
+
+
 def test_inspect_saved_adapter(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(trained)]) == 0
     out = capsys.readouterr().out
-    assert "efft2, rank 4, scale 10.0, 24 layers, head head" in out
+    assert "efft2, rank 4, scale 10.0, targets all, cores per_layer; 24 layers, head head" in out
     assert "efft.mhsa.C         384  [6, 4, 4, 4]" in out
 
 
@@ -145,8 +156,8 @@ def test_flags_override_the_configuration_file(tmp_path: Path, capsys: pytest.Ca
     assert main(["eval", str(other)]) == 0
     accuracy = json.loads((other / "result.json").read_text())["val_accuracy"]
     assert f"val accuracy {accuracy:.2%}" in capsys.readouterr().out
-    assert "only method 'efft' has something to merge" in fails(capsys, "merge", str(other))
-    assert "only method 'efft' has something to export" in fails(capsys, "export", str(other))
+    assert "which trains no factors: there is nothing to merge" in fails(capsys, "merge", str(other))
+    assert "which trains no factors: there is nothing to export" in fails(capsys, "export", str(other))
 
 
 def test_full_run_is_restored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -237,7 +248,7 @@ def test_two_processes(tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["trian"], "unknown command 'trian'; did you mean 'train'?"),
-        (["zzzz"], "unknown command 'zzzz'; commands: train, eval, merge, export, inspect, data, bench, env"),
+        (["zzzz"], "unknown command 'zzzz'; commands: train, eval, compare, merge, export, inspect, data, bench, env"),
         (["env", "now"], "env takes no arguments, got now"),
         (["train", "--config", "nope.json"], "there is no configuration file nope.json"),
         (["train", "--lr", "-1"], "lr must be at least 0, got -1.0"),

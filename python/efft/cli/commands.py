@@ -105,7 +105,7 @@ def merge(path: tyro.conf.Positional[Path], /, out: Path | None = None, checkpoi
     """Fold an adapter into its base model's weights, and write them under the names of the plain timm model.
 
     Args:
-        path: folder of a finished run (method efft), or an adapter folder.
+        path: folder of a finished run with factors, or an adapter folder.
         out: the file; by default merged.safetensors in the same folder.
         checkpoint: file with the base's weights, if it is not where it was in training.
     """
@@ -115,8 +115,10 @@ def merge(path: tyro.conf.Positional[Path], /, out: Path | None = None, checkpoi
     from efft.train.restore import load_trained
 
     model, config = load_trained(path, checkpoint)
-    if config.method != "efft":
-        raise ValueError(f"{path} is a run of method {config.method!r}; only method 'efft' has something to merge")
+    if config.adapter_config() is None:
+        raise ValueError(
+            f"{path} is a run of method {config.method!r}, which trains no factors: there is nothing to merge"
+        )
     print(efft.merge(model))
     target = out or path / "merged.safetensors"
     if target.suffix != ".safetensors":
@@ -131,7 +133,7 @@ def export(path: tyro.conf.Positional[Path], /, out: Path | None = None, checkpo
     """Write an adapter as an exact LoRA checkpoint, which `peft` loads onto the plain timm model.
 
     Args:
-        path: folder of a finished run (method efft), or an adapter folder.
+        path: folder of a finished run with factors, or an adapter folder.
         out: folder of the checkpoint; by default lora in the same folder.
         checkpoint: file with the base's weights, if it is not where it was in training.
     """
@@ -139,8 +141,10 @@ def export(path: tyro.conf.Positional[Path], /, out: Path | None = None, checkpo
     from efft.train.restore import load_trained
 
     model, config = load_trained(path, checkpoint)
-    if config.method != "efft":
-        raise ValueError(f"{path} is a run of method {config.method!r}; only method 'efft' has something to export")
+    if config.adapter_config() is None:
+        raise ValueError(
+            f"{path} is a run of method {config.method!r}, which trains no factors: there is nothing to export"
+        )
     folder = efft.export_lora(model, out or path / "lora", base_model=config.model)
     size = sum(file.stat().st_size for file in folder.glob("adapter_*"))
     print(f"wrote {folder} ({size / 1e6:.1f} MB)")

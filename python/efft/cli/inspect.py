@@ -1,11 +1,13 @@
 """The tables of `efft inspect`."""
 
+import re
 from pathlib import Path
 
 import torch
 
 from efft import io, models
 from efft.config import EfftConfig
+from efft.methods import config_from_dict
 from efft.params import count_plan
 from efft.plan import make_plan
 
@@ -28,7 +30,9 @@ def adapter_table(folder: Path) -> str:
     """Tensors and facts of a saved adapter, read from its files alone."""
     folder = folder if (folder / io.CONFIG).is_file() else folder / "adapter"
     description = io.read_description(folder)
-    config, base = description["config"], description["base"]
+    base = description["base"]
+    summary = " ".join(config_from_dict(description["config"]).summary().split())
+    settings = re.sub(r" \(\[[^)]*\)\)", "", summary)  # the paper's link is for the model card
     from safetensors import safe_open
 
     with safe_open(folder / io.WEIGHTS, "pt") as file:
@@ -40,7 +44,7 @@ def adapter_table(folder: Path) -> str:
     facts = [f"{key}: {value}" for key, value in description["info"].items()]
     return "\n".join(
         [
-            f"adapter for {base['architecture']}: {config['variant']}, rank {config['rank']}, scale {config['scale']}, "
+            f"adapter for {base['architecture']}: {settings}; "
             f"{len(base['layers'])} layers, head {', '.join(description['head']) or 'none'}",
             *facts,
             "",
