@@ -99,7 +99,7 @@ EFFT_INLINE void store(bf16* to, Floats value, int count = LANES) {
 
 // `value` with its lanes from `count` on set to zero.
 inline Floats first(Floats value, int count) {
-  Ints lane;
+  Ints lane{};  // cppcheck does not see that the loop fills it
   for (int i = 0; i < LANES; ++i) lane[i] = i;
   return select(lane < count, value, Floats{});
 }

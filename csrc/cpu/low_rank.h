@@ -147,8 +147,9 @@ Block<T> input_block(const LowRank& op, int64_t t, int64_t rows, bool is_forward
 template <class E, class Init, class Out>
 void up(int64_t rows, int64_t columns, int64_t rank, Rows<const E> left, const void* right, Rows<const Init> init,
     Rows<Out> C) {
-  constexpr int64_t width = STRIP_COLUMNS * TOGETHER<E>;
-  const int64_t strip = (rank + TOGETHER<E> - 1) / TOGETHER<E> * width;
+  constexpr int64_t together = TOGETHER<E>;  // by a name without brackets, which cppcheck takes for comparisons here
+  constexpr int64_t width = STRIP_COLUMNS * together;
+  const int64_t strip = (rank + together - 1) / together * width;
   for (int64_t i = 0; i < rows; i += TILE_ROWS) {
     const int64_t count = std::min<int64_t>(TILE_ROWS, rows - i);
     Ahead ahead;
