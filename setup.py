@@ -26,7 +26,8 @@ sys.modules[spec.name] = builder
 spec.loader.exec_module(builder)
 
 BUILDING = any(command in sys.argv for command in ("bdist_wheel", "editable_wheel", "build_ext", "install", "develop"))
-TARGETS, SUMMARY = builder.plan(builder.wished(os.environ)) if BUILDING else ([], [])
+WISH = builder.wished(os.environ)
+TARGETS, SUMMARY = builder.plan(WISH) if BUILDING else ([], [])
 
 
 class WithSources(build_py):
@@ -45,14 +46,27 @@ class Libraries(build_ext):
 
     def run(self) -> None:
         print("\n".join(SUMMARY))
+        for target in list(TARGETS):
+            try:
+                self._build(target)
+            except builder.BuildError as error:
+                if WISH != "auto":
+                    raise
+                TARGETS.remove(target)  # nobody asked for it, and everything works without
+                print(f"{error}\nefft-kernels: going on without {target}; try again: python -m efft_kernels build")
+
+    def _build(self, target: str) -> None:
         if self.editable_mode or self.inplace:
-            builder.build_into_cache(TARGETS)
+            builder.build_into_cache([target])
         else:
-            builder.build(TARGETS, Path(self.build_lib) / "efft_kernels" / "lib")
+            builder.build([target], self._folder)
+
+    @property
+    def _folder(self) -> Path:
+        return Path(self.build_lib) / "efft_kernels" / "lib"
 
     def get_outputs(self) -> list[str]:
-        folder = Path(self.build_lib) / "efft_kernels" / "lib"
-        return [str(folder / builder.library_name(target)) for target in TARGETS]
+        return [str(self._folder / builder.library_name(target)) for target in TARGETS]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}

@@ -86,8 +86,12 @@ def test_the_tests_of_the_ops(library: Path) -> None:
 
 
 @pytest.mark.slow
-def test_addresses_and_undefined_behaviour(folders: dict[bool, Path], sanitized: dict[str, str]) -> None:
-    done = ragged(emulator.build(emulator.sources(), folders[True], sanitize=True), **sanitized)
+@ORDERS
+def test_addresses_and_undefined_behaviour(
+    folders: dict[bool, Path], sanitized: dict[str, str], order: dict[str, str]
+) -> None:
+    done = ragged(emulator.build(emulator.sources(), folders[True], sanitize=True), **sanitized, **order)
+    print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr[-5000:]
 
 

@@ -176,6 +176,24 @@ def test_an_installation_fails_if_its_wish_cannot_be_met(tmp_path: Path) -> None
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("wish", "code"), [("auto", 0), ("cpu", 1)])
+def test_a_compiler_that_fails(wish: str, code: int, tmp_path: Path) -> None:
+    """It fails an installation that asked for the extension, and no other."""
+    if missing_tools("cpu"):
+        pytest.skip(missing_tools("cpu") or "")
+    environment = {**os.environ, "EFFT_BUILD_EXT": wish, "CXX": "/bin/false"}
+    folders = ["--bdist-dir", str(tmp_path / "files"), "--dist-dir", str(tmp_path / "out")]
+    command = [sys.executable, "setup.py", "build", "--build-base", str(tmp_path / "build"), "bdist_wheel", *folders]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert "building the cpu extension failed" in done.stdout + done.stderr
+    if wish == "auto":
+        assert "efft-kernels: going on without cpu; try again: python -m efft_kernels build" in done.stdout
+        (wheel,) = (tmp_path / "out").glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            assert not [name for name in archive.namelist() if name.endswith(".so")]
+
+
 @pytest.mark.parametrize("words", [["--targets", "cpu"], []])
 def test_the_command(words: list[str], tmp_path: Path) -> None:
     environment = {**os.environ, "EFFT_BUILD_EXT": "cpu", "PATH": str(tmp_path), "CXX": "no-such-compiler"}
