@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from efft.config import AdapterConfig, EfftConfig
 from efft.plan import make_plan
+from efft.sharding import is_sharded
 from efft.targets import find_head
 from efft_kernels import EfftLinear, FactorBank
 from efft_kernels.nn.deferred import undefer
@@ -62,7 +63,7 @@ def apply(model: nn.Module, config: AdapterConfig | None = None) -> nn.Module:
 
     Raises:
         TypeError: not a module and a configuration.
-        ValueError: the model is adapted already, or ``config`` does not fit it; the model is then unchanged.
+        ValueError: the model is adapted or sharded already, or ``config`` does not fit it; the model is then unchanged.
     """
     if not isinstance(model, nn.Module) or not isinstance(config, (AdapterConfig, type(None))):
         raise TypeError(
@@ -73,6 +74,7 @@ def apply(model: nn.Module, config: AdapterConfig | None = None) -> nn.Module:
         raise ValueError("this model is adapted already; call efft.remove(model) first to adapt it differently")
     if hasattr(model, "efft"):
         raise ValueError(f"this {type(model).__name__} has an attribute 'efft' of its own, where the factors would go")
+    _check_whole(model, "apply")
     plan = make_plan(model, config)
     requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
     banks = {}
@@ -107,9 +109,10 @@ def remove(model: nn.Module) -> nn.Module:
     The head keeps what it learned. A merged model is unmerged first. Returns the same ``model``.
 
     Raises:
-        ValueError: the model is not adapted, or a ``forward`` was set on an adapted layer itself.
+        ValueError: the model is not adapted, it is sharded, or a ``forward`` was set on an adapted layer itself.
     """
     bank = bank_of(model)
+    _check_whole(model, "remove")
     changed = [name for name, layer in adapted_layers(model).items() if "forward" in layer.__dict__]
     if changed:
         raise ValueError(f"a forward was set on {', '.join(changed)} after efft.apply; undo that before efft.remove")
@@ -208,6 +211,14 @@ def parameter_groups(
         {"name": "scales", "params": scales, "lr": lr, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def _check_whole(model: nn.Module, operation: str) -> None:
+    if is_sharded(model):
+        raise ValueError(
+            f"expected a whole model, this {type(model).__name__} is sharded by fully_shard, which holds on to its layers: "
+            f"call efft.{operation} before fully_shard (a plain model gets the factors by save_adapter, load_adapter)"
+        )
 
 
 def _prepare(model: nn.Module, args: Any) -> None:
