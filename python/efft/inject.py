@@ -18,6 +18,7 @@ from efft.targets import find_head
 from efft_kernels import EfftLinear, FactorBank
 from efft_kernels.nn.deferred import undefer
 from efft_kernels.nn.linear import share_attributes
+from efft_kernels.nn.weights import is_plain
 
 
 class Bank(nn.ModuleDict):
@@ -76,6 +77,7 @@ def apply(model: nn.Module, config: AdapterConfig | None = None) -> nn.Module:
         raise ValueError(f"this {type(model).__name__} has an attribute 'efft' of its own, where the factors would go")
     _check_whole(model, "apply")
     plan = make_plan(model, config)
+    _check_trainable(model, plan.head)
     requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
     banks = {}
     for group in plan.groups:  # all of them, before a layer is touched: what does not fit is found here at the latest
@@ -156,6 +158,7 @@ def freeze_backbone(model: nn.Module, head: list[str] | None = None) -> list[str
         ValueError: the model has no head to train.
     """
     names = find_head(model, head)
+    _check_trainable(model, names)
     if not names:
         raise ValueError(
             f"found no classifier in this {type(model).__name__}: create it with num_classes=..., or pass head=[names]"
@@ -213,10 +216,20 @@ def parameter_groups(
     return [group for group in groups if group["params"]]
 
 
+def _check_trainable(model: nn.Module, head: list[str]) -> None:
+    for name in head:
+        for parameter in model.get_submodule(name).parameters():
+            if not is_plain(parameter):
+                raise ValueError(
+                    f"the head {name!r} is to be trained, but has a {type(parameter).__name__} for a weight: leave it "
+                    "out when you quantise, or pass head=[] to train factors alone"
+                )
+
+
 def _check_whole(model: nn.Module, operation: str) -> None:
     if is_sharded(model):
         raise ValueError(
-            f"expected a whole model, this {type(model).__name__} is sharded by fully_shard, which holds on to its layers: "
+            f"expected a whole model, this {type(model).__name__} is sharded by fully_shard, which holds its layers: "
             f"call efft.{operation} before fully_shard (a plain model gets the factors by save_adapter, load_adapter)"
         )
 

@@ -22,6 +22,7 @@ from efft.params import count_parameters
 from efft.plan import Plan, make_plan
 from efft.sharding import architecture, copy_whole_, is_sharded, reshard, whole
 from efft_kernels import __version__
+from efft_kernels.nn.weights import dequantized
 
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 
@@ -32,7 +33,7 @@ _BASE = {"architecture", "layers", "dtype", "fingerprint"}
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], info: dict[str, Any] | None = None) -> Path:
     """Write the trained part of an adapted model (factors once, head) to the folder ``path``.
 
-    A model sharded by ``fully_shard`` is gathered tensor by tensor: every process must call this, that of rank 0 writes.
+    A model sharded by ``fully_shard`` is gathered tensor by tensor: every process must call this, rank 0's writes.
 
     Args:
         model: adapted by :func:`efft.apply`; may be merged.
@@ -241,7 +242,7 @@ def _fingerprint(model: nn.Module, layers: list[str]) -> str:
     milliseconds."""
     digest = hashlib.sha256()
     for name in sorted(layers):
-        digest.update(whole(_base_weight(model, name)[0]).double().cpu().numpy().tobytes())
+        digest.update(dequantized(whole(_base_weight(model, name)))[0].double().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

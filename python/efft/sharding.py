@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 # By what they can do, not by type: torch.distributed is not part of every build of torch, and slow to import.
@@ -14,6 +16,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 def reshard(model: nn.Module) -> None:
     """Make all parameters shards: a pass without backward leaves the root's whole, in memory that is thrown away."""
+    module: Any
     for module in model.modules():
         if hasattr(module, "reshard"):
             module.reshard()
@@ -25,9 +28,10 @@ def architecture(model: nn.Module) -> str:
     return name.removeprefix("FSDP") if hasattr(model, "reshard") else name
 
 
-def whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Any) -> Tensor:
     """The tensor that a shard is of, gathered, so every process must ask for it; any other tensor as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return full
 
 
 def copy_whole_(target: Tensor, source: Tensor) -> None:

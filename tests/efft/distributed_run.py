@@ -1,8 +1,8 @@
 """What each process of ``test_distributed.py`` runs: the same steps plainly, by DDP, by accelerate and by FSDP2.
 
 ``python -m torch.distributed.run --nproc-per-node 2 distributed_run.py FOLDER WAY...`` writes a file a way and process,
-``FOLDER/ddp0.pt``: losses, trained tensors and what each step sent, without checkpointing and with it; and adapter files
-of FSDP2.
+``FOLDER/ddp0.pt``: losses, trained tensors and what each step sent, without checkpointing and with it; and
+adapter files of FSDP2.
 """
 
 # No postponed annotations: DDP reads those of its communication hook.
