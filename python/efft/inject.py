@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from efft.config import AdapterConfig, EfftConfig
 from efft.plan import make_plan
-from efft.sharding import is_sharded
+from efft.sharding import check_whole
 from efft.targets import find_head
 from efft_kernels import EfftLinear, FactorBank
 from efft_kernels.nn.deferred import undefer
@@ -75,7 +75,7 @@ def apply(model: nn.Module, config: AdapterConfig | None = None) -> nn.Module:
         raise ValueError("this model is adapted already; call efft.remove(model) first to adapt it differently")
     if hasattr(model, "efft"):
         raise ValueError(f"this {type(model).__name__} has an attribute 'efft' of its own, where the factors would go")
-    _check_whole(model, "apply")
+    check_whole(model, "apply")
     plan = make_plan(model, config)
     _check_trainable(model, plan.head)
     requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -114,7 +114,7 @@ def remove(model: nn.Module) -> nn.Module:
         ValueError: the model is not adapted, it is sharded, or a ``forward`` was set on an adapted layer itself.
     """
     bank = bank_of(model)
-    _check_whole(model, "remove")
+    check_whole(model, "remove")
     changed = [name for name, layer in adapted_layers(model).items() if "forward" in layer.__dict__]
     if changed:
         raise ValueError(f"a forward was set on {', '.join(changed)} after efft.apply; undo that before efft.remove")
@@ -224,14 +224,6 @@ def _check_trainable(model: nn.Module, head: list[str]) -> None:
                     f"the head {name!r} is to be trained, but has a {type(parameter).__name__} for a weight: leave it "
                     "out when you quantise, or pass head=[] to train factors alone"
                 )
-
-
-def _check_whole(model: nn.Module, operation: str) -> None:
-    if is_sharded(model):
-        raise ValueError(
-            f"expected a whole model, this {type(model).__name__} is sharded by fully_shard, which holds its layers: "
-            f"call efft.{operation} before fully_shard (a plain model gets the factors by save_adapter, load_adapter)"
-        )
 
 
 def _prepare(model: nn.Module, args: Any) -> None:

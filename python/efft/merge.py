@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from efft.inject import adapted_layers, bank_of
+from efft.sharding import check_whole
 from efft_kernels import EfftLinear
 from efft_kernels.nn.linear import MergeLoss
 from efft_kernels.nn.weights import dequantized, is_plain
@@ -48,10 +49,12 @@ def merge(model: nn.Module, dequantize: bool = False) -> MergeReport:
 
     Raises:
         TypeError: a weight is quantised, and ``dequantize`` is not set (nothing is changed then).
-        ValueError: the model is not adapted, or an update has non-finite entries (nothing is changed then).
+        ValueError: the model is not adapted, it is sharded, or an update has non-finite entries (nothing is changed
+            then).
         RuntimeError: the update is switched off by :func:`efft.disabled`.
     """
     bank = bank_of(model)
+    check_whole(model, "merge")
     layers = adapted_layers(model)
     if not bank.enabled and not any(layer.merged for layer in layers.values()):
         raise RuntimeError("the update is switched off by efft.disabled; merge outside its with block")
@@ -87,7 +90,9 @@ def merged_state_dict(
 
     Raises:
         TypeError: a weight is quantised, and ``dequantize`` is not set.
+        ValueError: the model is not adapted, or it is sharded.
     """
+    check_whole(model, "merged_state_dict")
     # By every name: a layer may be registered in several places.
     adapted = {layer: layer for layer in adapted_layers(model).values()}
     layers = {n: adapted[m] for n, m in model.named_modules(remove_duplicate=False) if m in adapted}

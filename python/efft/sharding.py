@@ -14,6 +14,15 @@ def is_sharded(model: nn.Module) -> bool:
     return any(hasattr(module, "reshard") for module in model.modules())
 
 
+def check_whole(model: nn.Module, operation: str) -> None:
+    """Raise ValueError if ``model`` is sharded, for an ``efft.operation`` that changes layers or reads all factors."""
+    if is_sharded(model):
+        raise ValueError(
+            f"expected a whole model, this {type(model).__name__} is sharded by fully_shard, which holds its layers: "
+            f"call efft.{operation} before fully_shard (a plain model gets the factors by save_adapter, load_adapter)"
+        )
+
+
 def reshard(model: nn.Module) -> None:
     """Make all parameters shards: a pass without backward leaves the root's whole, in memory that is thrown away."""
     module: Any

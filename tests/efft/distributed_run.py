@@ -21,6 +21,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.distributed.fsdp import fully_shard
 
 import efft
+from tests.quantized import Int8, to_int8
 
 STEPS = 3
 SIZES = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 5}
@@ -71,7 +72,7 @@ def plain(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Any]:
 
 def ddp(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Any]:
     """Each process its part, in two halves of which only the second sends anything."""
-    parallel = nn.parallel.DistributedDataParallel(model)
+    parallel = nn.parallel.DistributedDataParallel(model, init_sync=not is_quantized(model))
     sent: list[int] = []
 
     def count(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
@@ -150,7 +151,8 @@ def adapter_files(folder: Path) -> None:
     plain = sharded(timm.models.VisionTransformer(**SIZES))
     refused = {}
     for name, function in {
-        "merge": lambda: efft.merge(sharded(adapted(0, False))),
+        "merge": lambda: efft.merge(model),
+        "merged_state_dict": lambda: efft.merged_state_dict(model),
         "remove": lambda: efft.remove(model),
         "apply": lambda: efft.apply(plain, efft.EfftConfig(rank=4)),
         "alone": lambda: alone(x),
@@ -170,10 +172,30 @@ def mean(value: Tensor) -> float:
     return value.item() / dist.get_world_size()
 
 
-WAYS: dict[str, Callable[[nn.Module, Tensor, Tensor], dict[str, Any]]] = {
-    "ddp": ddp,
-    "accelerate": accelerated,
-    "fsdp": fsdp,
+def same(rank: int, checkpointing: bool) -> nn.Module:
+    """For ways that do not hand out the factors: every process has made the same."""
+    return adapted(0, checkpointing)
+
+
+def quantized(rank: int, checkpointing: bool) -> nn.Module:
+    """The same in every process too: DDP cannot send such weights."""
+    model = adapted(0, checkpointing)
+    for module in model.blocks.modules():
+        if isinstance(module, nn.Linear):
+            to_int8(module)
+    return model
+
+
+def is_quantized(model: nn.Module) -> bool:
+    return any(isinstance(p, Int8) for p in model.parameters())
+
+
+#: What makes the model of a process, and what trains it.
+WAYS: dict[str, tuple[Callable[[int, bool], nn.Module], Callable[[nn.Module, Tensor, Tensor], dict[str, Any]]]] = {
+    "ddp": (adapted, ddp),
+    "accelerate": (adapted, accelerated),
+    "quantized": (quantized, ddp),
+    "fsdp": (same, fsdp),
 }
 
 
@@ -183,7 +205,8 @@ def main(folder: Path, ways: list[str]) -> None:
     rank = dist.get_rank()
     x, y = (t.chunk(dist.get_world_size())[rank] for t in batch())
     for way in ways:
-        results = [WAYS[way](adapted(0 if way == "fsdp" else rank, again), x, y) for again in (False, True)]
+        make, train = WAYS[way]
+        results = [train(make(rank, checkpointing), x, y) for checkpointing in (False, True)]
         torch.save(results, folder / f"{way}{rank}.pt")
     adapter_files(folder)
     dist.destroy_process_group()
