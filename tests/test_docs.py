@@ -49,6 +49,27 @@ def test_errors_of_the_troubleshooting_page_exist() -> None:
             assert part in joined, part
 
 
+def test_figures_of_the_scaling_page(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its counts are the library's, and its modelled shares what its own formula gives."""
+    import timm
+
+    import efft
+    from efft.params import count_plan
+    from efft.plan import make_plan
+
+    page = (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
+    for name in re.findall(r"^\| `(vit_\w+)`", page, re.MULTILINE):
+        with torch.device("meta"):
+            model = timm.create_model(name, num_classes=100)
+        count = count_plan(model, make_plan(model, efft.paper_config(name)))
+        ours, full = count.factors + count.head, count.backbone + count.head
+        row = f"| `{name}` | {count.factors:,} | {count.head:,} | {4e-6 * ours:.2f} MB | {4e-6 * full:.1f} MB | "
+        assert f"{row}{full / ours:.0f} |" in page
+    exec(compile(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0], "scaling.md", "exec"), {})
+    for line in capsys.readouterr().out.splitlines():
+        assert "| {} | {} | {} |".format(line.split()[0], *re.findall(r"[\d.]+%", line)) in page
+
+
 def test_site_builds(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs", reason="needs the docs extra")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]

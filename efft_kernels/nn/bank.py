@@ -115,6 +115,12 @@ class FactorBank(nn.Module, ABC):
         return [binding for binding in self.bindings if not binding.used]
 
     def _composed(self, sites: list[Any]) -> list[tuple[Tensor, Tensor]]:
+        if not torch.compiler.is_compiling() and any(hasattr(p, "full_tensor") for p in self.parameters()):
+            raise RuntimeError(
+                f"the factors of this {type(self).__name__} are sharded (DTensor). fully_shard makes them whole while "
+                "the module runs that they are part of: shard the whole adapted model, not its factors on their own, "
+                "and call it as a whole; to merge or export, save the adapter and load it into a plain model"
+            )
         with no_autocast(next(self.parameters()).device):
             return self.compose(sites)
 

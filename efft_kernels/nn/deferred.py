@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from efft_kernels.ops import tt_gelu_linear, tt_linear, tt_norm_linear
+from efft_kernels.nn.weights import adapted_linear, is_plain
+from efft_kernels.ops import tt_gelu_linear, tt_norm_linear
 
 
 class Deferred(Tensor):
@@ -54,8 +55,8 @@ class Deferred(Tensor):
 
     def linear(self, W: Tensor, b: Tensor | None, D: Tensor, G: Tensor) -> Tensor:
         """``tt_linear(value, W, b, D, G)``, without computing the value first where the base is frozen."""
-        if W.requires_grad or (b is not None and b.requires_grad):
-            return tt_linear(self.value(), W, b, D, G)
+        if not is_plain(W) or W.requires_grad or (b is not None and b.requires_grad):
+            return adapted_linear(self.value(), W, b, D, G)
         if isinstance(self.module, nn.GELU):
             return tt_gelu_linear(self._input(), W, b, D, G, approximate=self.module.approximate)
         norm = self.module

@@ -13,7 +13,8 @@ from efft_kernels._autocast import no_autocast
 from efft_kernels.nn.bank import FactorBank
 from efft_kernels.nn.deferred import Deferred
 from efft_kernels.nn.factors import Site, TTFactors
-from efft_kernels.ops import tt_linear, tt_merge_
+from efft_kernels.nn.weights import adapted_linear, dequantized, is_plain
+from efft_kernels.ops import tt_merge_
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class EfftLinear(nn.Linear):
         D, G = self.factors.down_up(self.binding)
         if isinstance(x, Deferred):
             return x.linear(self.weight, self.bias, D, G)
-        return tt_linear(x, self.weight, self.bias, D, G)
+        return adapted_linear(x, self.weight, self.bias, D, G)
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
@@ -132,17 +133,32 @@ class EfftLinear(nn.Linear):
             return (D @ G).t()
 
     @torch.no_grad()
-    def merge(self) -> MergeLoss | None:
+    def merge(self, dequantize: bool = False) -> MergeLoss | None:
         """Add the delta to ``weight``, in fp32 with one rounding, keeping the base weight so that unmerge is exact.
 
+        A quantised weight holds no such sum: with ``dequantize`` a dense one in its dtype takes its place until then.
+
         Returns what rounding cost; None if the layer was merged already.
+
+        Raises:
+            TypeError: the weight is quantised (or another tensor subclass), and ``dequantize`` is not set or not known
+                to it; nothing is changed.
         """
         if self.merged:
             return None
-        base = self.weight.detach().clone()
         D, G = self.evaluated()
+        if is_plain(self.weight):
+            kept = base = self.weight.detach().clone()
+        elif dequantize:
+            kept, base = self.weight.detach(), dequantized(self.weight.detach())
+            self.weight = nn.Parameter(base.clone(), requires_grad=False)
+        else:
+            raise TypeError(
+                f"the weight is a {type(self.weight).__name__}, to which no update can be added: merge with "
+                "dequantize=True (a dense weight takes its place), or keep the update beside it"
+            )
         tt_merge_(self.weight, D, G)
-        self.base_weight = base
+        self.base_weight = kept
         with no_autocast(D.device):
             delta = (D @ G).t()
         wide = torch.promote_types(base.dtype, delta.dtype)
@@ -156,9 +172,13 @@ class EfftLinear(nn.Linear):
     @torch.no_grad()
     def unmerge(self) -> None:
         """Put the base weight back, bit for bit. Does nothing on a layer that is not merged."""
-        if self.base_weight is not None:
+        if self.base_weight is None:
+            return
+        if is_plain(self.base_weight):
             self.weight.copy_(self.base_weight)
-            self.base_weight = None
+        else:
+            self.weight = nn.Parameter(self.base_weight, requires_grad=False)
+        self.base_weight = None
 
     def evaluated(self) -> tuple[Tensor, Tensor]:
         """(D [in_features, r], G [r, out_features]) as they are now and without dropout, whatever runs and whatever
@@ -184,6 +204,7 @@ def share_attributes(source: nn.Linear, target: nn.Linear) -> None:
 
 _NOT_SHARED = {
     *("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules", "forward", "_compiled_call_impl"),
+    "extra_repr",  # torchao sets one that is bound to the layer
     *("factors", "site", "binding", "enabled"),
 }
 

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from efft.config import AdapterConfig, EfftConfig
 from efft.plan import make_plan
+from efft.sharding import check_whole
 from efft.targets import find_head
 from efft_kernels import EfftLinear, FactorBank
 from efft_kernels.nn.deferred import undefer
 from efft_kernels.nn.linear import share_attributes
+from efft_kernels.nn.weights import is_plain
 
 
 class Bank(nn.ModuleDict):
@@ -62,7 +64,7 @@ def apply(model: nn.Module, config: AdapterConfig | None = None) -> nn.Module:
 
     Raises:
         TypeError: not a module and a configuration.
-        ValueError: the model is adapted already, or ``config`` does not fit it; the model is then unchanged.
+        ValueError: the model is adapted or sharded already, or ``config`` does not fit it; the model is then unchanged.
     """
     if not isinstance(model, nn.Module) or not isinstance(config, (AdapterConfig, type(None))):
         raise TypeError(
@@ -73,7 +75,9 @@ def apply(model: nn.Module, config: AdapterConfig | None = None) -> nn.Module:
         raise ValueError("this model is adapted already; call efft.remove(model) first to adapt it differently")
     if hasattr(model, "efft"):
         raise ValueError(f"this {type(model).__name__} has an attribute 'efft' of its own, where the factors would go")
+    check_whole(model, "apply")
     plan = make_plan(model, config)
+    _check_trainable(model, plan.head)
     requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
     banks = {}
     for group in plan.groups:  # all of them, before a layer is touched: what does not fit is found here at the latest
@@ -107,9 +111,10 @@ def remove(model: nn.Module) -> nn.Module:
     The head keeps what it learned. A merged model is unmerged first. Returns the same ``model``.
 
     Raises:
-        ValueError: the model is not adapted, or a ``forward`` was set on an adapted layer itself.
+        ValueError: the model is not adapted, it is sharded, or a ``forward`` was set on an adapted layer itself.
     """
     bank = bank_of(model)
+    check_whole(model, "remove")
     changed = [name for name, layer in adapted_layers(model).items() if "forward" in layer.__dict__]
     if changed:
         raise ValueError(f"a forward was set on {', '.join(changed)} after efft.apply; undo that before efft.remove")
@@ -153,6 +158,7 @@ def freeze_backbone(model: nn.Module, head: list[str] | None = None) -> list[str
         ValueError: the model has no head to train.
     """
     names = find_head(model, head)
+    _check_trainable(model, names)
     if not names:
         raise ValueError(
             f"found no classifier in this {type(model).__name__}: create it with num_classes=..., or pass head=[names]"
@@ -208,6 +214,16 @@ def parameter_groups(
         {"name": "scales", "params": scales, "lr": lr, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def _check_trainable(model: nn.Module, head: list[str]) -> None:
+    for name in head:
+        for parameter in model.get_submodule(name).parameters():
+            if not is_plain(parameter):
+                raise ValueError(
+                    f"the head {name!r} is to be trained, but has a {type(parameter).__name__} for a weight: leave it "
+                    "out when you quantise, or pass head=[] to train factors alone"
+                )
 
 
 def _prepare(model: nn.Module, args: Any) -> None:

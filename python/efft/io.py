@@ -20,7 +20,9 @@ from efft.inject import Bank, adapted_layers, apply, bank_of
 from efft.methods import config_from_dict, config_type
 from efft.params import count_parameters
 from efft.plan import Plan, make_plan
+from efft.sharding import architecture, copy_whole_, is_sharded, reshard, whole
 from efft_kernels import __version__
+from efft_kernels.nn.weights import dequantized
 
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 
@@ -30,6 +32,8 @@ _BASE = {"architecture", "layers", "dtype", "fingerprint"}
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], info: dict[str, Any] | None = None) -> Path:
     """Write the trained part of an adapted model (factors once, head) to the folder ``path``.
+
+    A model sharded by ``fully_shard`` is gathered tensor by tensor: every process must call this, rank 0's writes.
 
     Args:
         model: adapted by :func:`efft.apply`; may be merged.
@@ -41,7 +45,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], info: dict[str,
     """
     bank, folder = bank_of(model), Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: t.detach().contiguous().cpu() for name, t in _trained(model, bank).items()}
+    reshard(model)
+    tensors = {name: whole(t.detach()).contiguous().cpu() for name, t in _trained(model, bank).items()}
     description = {
         "config": bank.config.to_dict(),
         "base": _describe_base(model, bank.layers),
@@ -50,6 +55,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], info: dict[str,
         "info": info or {},
     }
     text, card = json.dumps(description, indent=2) + "\n", _card(model, description)  # fails before anything is written
+    if is_sharded(model) and torch.distributed.get_rank() != 0:
+        return folder
     replace_file(folder / WEIGHTS, serialize(tensors, {"format_version": str(FORMAT_VERSION)}))
     replace_file(folder / CONFIG, text.encode())
     replace_file(folder / CARD, card.encode())
@@ -108,11 +115,12 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = 
         warnings.warn(message, stacklevel=2)
     if not adapted:
         apply(model, config)
+    reshard(model)
     target = _trained(model, bank_of(model))
     with torch.no_grad():
         for name, tensor in tensors.items():
             if name in target:
-                target[name].copy_(tensor)
+                copy_whole_(target[name], tensor)
     return model
 
 
@@ -192,7 +200,7 @@ def _compare_configs(bank: Bank, saved: AdapterConfig, folder: Path) -> None:
 
 def _describe_base(model: nn.Module, layers: list[str]) -> dict[str, Any]:
     return {
-        "architecture": type(model).__name__,
+        "architecture": architecture(model),
         "layers": {name: list(_base_weight(model, name).shape) for name in layers},
         "dtype": str(_base_weight(model, layers[0]).dtype),
         "fingerprint": _fingerprint(model, layers),
@@ -234,7 +242,7 @@ def _fingerprint(model: nn.Module, layers: list[str]) -> str:
     milliseconds."""
     digest = hashlib.sha256()
     for name in sorted(layers):
-        digest.update(_base_weight(model, name)[0].double().cpu().numpy().tobytes())
+        digest.update(dequantized(whole(_base_weight(model, name)))[0].double().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from efft.inject import adapted_layers, bank_of
 from efft.io import CONFIG, WEIGHTS, replace_file
+from efft.sharding import check_whole
 from efft_kernels import EfftLinear
 
 #: What peft puts before the names of the base's modules.
@@ -38,10 +39,11 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], base_model: st
         The folder.
 
     Raises:
-        ValueError: the model is not adapted, or by a method that updates no weight; ``folder`` holds an adapter of
-            another method; or peft would understand the names of layers and head differently.
+        ValueError: the model is not adapted, or by a method that updates no weight; it is sharded; ``folder`` holds an
+            adapter of another method; or peft would understand the names of layers and head differently.
     """
     bank, folder = bank_of(model), Path(folder)
+    check_whole(model, "export_lora")
     layers = adapted_layers(model)
     _check_names(model, layers, bank.head)
     _check_replaceable(folder / CONFIG)

@@ -8,7 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from efft.inject import adapted_layers, bank_of
+from efft.sharding import check_whole
+from efft_kernels import EfftLinear
 from efft_kernels.nn.linear import MergeLoss
+from efft_kernels.nn.weights import dequantized, is_plain
 
 
 @dataclass(frozen=True)
@@ -38,17 +41,20 @@ class MergeReport:
         return text
 
 
-def merge(model: nn.Module) -> MergeReport:
+def merge(model: nn.Module, dequantize: bool = False) -> MergeReport:
     """Add every update to its weight (fp32 arithmetic, one rounding) so that inference costs what the base costs.
 
     The base weights are kept (doubling the adapted layers' memory), so :func:`unmerge` is exact. Merging a merged model
-    does nothing.
+    does nothing. With ``dequantize`` quantised weights become dense ones until then.
 
     Raises:
-        ValueError: the model is not adapted, or an update has non-finite entries (nothing is changed then).
+        TypeError: a weight is quantised, and ``dequantize`` is not set (nothing is changed then).
+        ValueError: the model is not adapted, it is sharded, or an update has non-finite entries (nothing is changed
+            then).
         RuntimeError: the update is switched off by :func:`efft.disabled`.
     """
     bank = bank_of(model)
+    check_whole(model, "merge")
     layers = adapted_layers(model)
     if not bank.enabled and not any(layer.merged for layer in layers.values()):
         raise RuntimeError("the update is switched off by efft.disabled; merge outside its with block")
@@ -58,7 +64,8 @@ def merge(model: nn.Module) -> MergeReport:
     for name, layer in layers.items():
         if not torch.isfinite(layer.delta_weight()).all():
             raise ValueError(f"the update of {name} has NaN or infinite entries; nothing was merged")
-    losses = {name: layer.merge() for name, layer in layers.items()}
+    _check_plain(layers, dequantize)
+    losses = {name: layer.merge(dequantize) for name, layer in layers.items()}
     bank.enabled = False
     return MergeReport({name: loss for name, loss in losses.items() if loss is not None})
 
@@ -73,14 +80,23 @@ def unmerge(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def merged_state_dict(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+def merged_state_dict(
+    model: nn.Module, dtype: torch.dtype | None = None, dequantize: bool = False
+) -> dict[str, Tensor]:
     """A state dict for the plain architecture with the update inside the weights; the model stays as it is.
 
-    Floating-point tensors are cast to ``dtype`` (default: kept). Weights are merged in fp32 and rounded once.
+    Floating-point tensors are cast to ``dtype`` (default: kept). Weights are merged in fp32 and rounded once. With
+    ``dequantize`` quantised weights of adapted layers come out dense.
+
+    Raises:
+        TypeError: a weight is quantised, and ``dequantize`` is not set.
+        ValueError: the model is not adapted, or it is sharded.
     """
+    check_whole(model, "merged_state_dict")
     # By every name: a layer may be registered in several places.
     adapted = {layer: layer for layer in adapted_layers(model).values()}
     layers = {n: adapted[m] for n, m in model.named_modules(remove_duplicate=False) if m in adapted}
+    _check_plain(layers, dequantize)
     state = {}
     for name, value in model.state_dict().items():
         owner, _, kind = name.rpartition(".")
@@ -89,6 +105,16 @@ def merged_state_dict(model: nn.Module, dtype: torch.dtype | None = None) -> dic
         target = dtype if dtype is not None and value.is_floating_point() else value.dtype
         if owner in layers and kind == "weight" and not (layers[owner].merged and target == value.dtype):
             delta, base = layers[owner].delta_weight(), layers[owner].base_weight
-            value = (value if base is None else base).to(delta.dtype) + delta
+            value = dequantized(value if base is None else base).to(delta.dtype) + delta
         state[name] = value.detach().to(target, copy=True)
     return state
+
+
+def _check_plain(layers: dict[str, EfftLinear], dequantize: bool) -> None:
+    quantized = [n for n, layer in layers.items() if not layer.merged and not is_plain(layer.weight)]
+    if quantized and not dequantize:
+        raise TypeError(
+            f"{len(quantized)} weights are no plain dense tensors ({quantized[0]} first, a "
+            f"{type(layers[quantized[0]].weight).__name__}) and cannot hold an update: pass dequantize=True for dense "
+            "weights in their place, or keep the update beside them"
+        )

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from efft.config import EfftConfig
 from efft.plan import make_plan
-from efft_kernels import Site, TTFactors, tt_linear, tt_merge_
+from efft_kernels import Site, TTFactors, tt_merge_
+from efft_kernels.nn.weights import adapted_linear, is_plain
 
 try:
     from peft import PeftConfig, PeftType
@@ -98,7 +99,7 @@ class EfftLayer(nn.Module, BaseTunerLayer):
         D, G = pairs[0]
         if len(pairs) > 1:
             D, G = torch.cat([D for D, _ in pairs], 1), torch.cat([G for _, G in pairs], 0)
-        return tt_linear(x, linear.weight, linear.bias, D, G)
+        return adapted_linear(x, linear.weight, linear.bias, D, G)
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -114,12 +115,18 @@ class EfftLayer(nn.Module, BaseTunerLayer):
 
         Raises:
             ValueError: ``safe_merge``, and the update has NaN or infinite entries; the layer is then unchanged.
+            TypeError: the weight is quantised, so no update can be added to it.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.efft_factors]
         for name in names:
             if safe_merge and not torch.isfinite(self.get_delta_weight(name)).all():
                 raise ValueError(f"the update of adapter {name!r} has NaN or infinite entries; it was not merged")
         weight = self.base_layer.weight
+        if not is_plain(weight):
+            raise TypeError(
+                f"the weight is a {type(weight).__name__}, to which no update can be added: keep the adapter beside "
+                "it, or load it onto the dense base and merge there"
+            )
         if names and self.base_weight is None:
             self.base_weight = weight.detach().clone()
         for name in names:

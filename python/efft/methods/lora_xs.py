@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from efft.methods.base import Layer, MethodConfig, StackedBank, zeros
+from efft_kernels.nn.weights import dequantized
 
 
 class LoRAXSBank(StackedBank):
@@ -35,7 +36,8 @@ class LoRAXSBank(StackedBank):
         self.R = zeros(self.n, r, r, **kw)
         if not self.A.is_meta:
             for i, layer in enumerate(layers):
-                P, sigma, Q = torch.linalg.svd(layer.linear.weight.detach().to(self.A.dtype), full_matrices=False)
+                W = dequantized(layer.linear.weight.detach()).to(self.A.dtype)
+                P, sigma, Q = torch.linalg.svd(W, full_matrices=False)
                 self.A[i], self.B[i] = Q[:r].t(), (P[:, :r] * sigma[:r]).t()
 
     def operands(self) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,216 @@
+"""What each process of ``test_distributed.py`` runs: the same steps plainly, by DDP, by accelerate and by FSDP2.
+
+``python -m torch.distributed.run --nproc-per-node 2 distributed_run.py FOLDER WAY...`` writes a file a way and process,
+``FOLDER/ddp0.pt``: losses, trained tensors and what each step sent, without checkpointing and with it; and
+adapter files of FSDP2.
+"""
+
+# No postponed annotations: DDP reads those of its communication hook.
+import contextlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.fsdp import fully_shard
+
+import efft
+from tests.quantized import Int8, to_int8
+
+STEPS = 3
+SIZES = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 5}
+
+
+def adapted(rank: int, checkpointing: bool) -> nn.Module:
+    """A model with factors that matter; other ones in every process, which somebody must make the same."""
+    torch.manual_seed(0)
+    model = efft.apply(timm.models.VisionTransformer(**SIZES), efft.EfftConfig(rank=4, dropout=0.0))
+    torch.manual_seed(rank)
+    with torch.no_grad():
+        for _, factor in efft.named_factors(model):
+            factor.normal_(0, 0.2)
+    model.set_grad_checkpointing(checkpointing)
+    return model.train()
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    """Images and labels that every process can have an equal, even part of."""
+    x = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    return x, torch.arange(8) % 5
+
+
+def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(model(x), y)
+
+
+def optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(efft.parameter_groups(model, lr=0.01))
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    tensors = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in tensors.items()}
+
+
+def plain(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Any]:
+    """One process, the whole batch."""
+    steps, losses = optimizer(model), []
+    for _ in range(STEPS):
+        steps.zero_grad()
+        value = loss(model, x, y)
+        value.backward()
+        steps.step()
+        losses.append(value.item())
+    return {"losses": losses, "trained": trained(model)}
+
+
+def ddp(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Any]:
+    """Each process its part, in two halves of which only the second sends anything."""
+    parallel = nn.parallel.DistributedDataParallel(model, init_sync=not is_quantized(model))
+    sent: list[int] = []
+
+    def count(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        sent.append(bucket.buffer().nbytes)
+        return allreduce_hook(dist.group.WORLD, bucket)
+
+    parallel.register_comm_hook(None, count)
+    steps, losses, per_step = optimizer(model), [], []
+    for _ in range(STEPS):
+        steps.zero_grad()
+        sent.clear()
+        values = []
+        for i, (part, target) in enumerate(zip(x.chunk(2), y.chunk(2), strict=True)):
+            with parallel.no_sync() if i == 0 else contextlib.nullcontext():
+                values.append(loss(parallel, part, target) / 2)
+                values[-1].backward()
+        steps.step()
+        losses.append(mean(torch.stack(values).sum()))
+        per_step.append(sum(sent))
+    return {"losses": losses, "trained": trained(model), "sent": per_step}
+
+
+def accelerated(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Any]:
+    """accelerate wraps the model itself; it finds the processes that the launcher started."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    parallel, steps = accelerator.prepare(model, optimizer(model))
+    assert isinstance(parallel, nn.parallel.DistributedDataParallel)
+    losses = []
+    for _ in range(STEPS):
+        steps.zero_grad()
+        value = loss(parallel, x, y)
+        accelerator.backward(value)
+        steps.step()
+        losses.append(mean(value))
+    return {"losses": losses, "trained": trained(accelerator.unwrap_model(parallel))}
+
+
+def fsdp(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Any]:
+    """Every block a unit, the rest (embedding, head, factors) the root's."""
+    sharded(model)
+    steps, losses = optimizer(model), []
+    for _ in range(STEPS):
+        steps.zero_grad()
+        value = loss(model, x, y)
+        value.backward()
+        steps.step()
+        losses.append(mean(value))
+    return {"losses": losses, "trained": trained(model)}
+
+
+def sharded(model: nn.Module) -> nn.Module:
+    """The model as FSDP2 wants it."""
+    for block in model.blocks:
+        fully_shard(block)
+    fully_shard(model)
+    return model
+
+
+def adapter_files(folder: Path) -> None:
+    """Save and load in a sharded model, and what it refuses: ``folder/refused.json``."""
+    x, _ = batch()
+    model = sharded(adapted(0, False)).eval()
+    with torch.no_grad():
+        model(x)  # the root's parameters are whole now
+    efft.save_adapter(model, folder / "saved")
+    dist.barrier()
+    other = sharded(adapted(1, False)).eval()
+    with torch.no_grad():
+        assert not torch.allclose(other(x), model(x), atol=1e-3)
+        efft.load_adapter(other, folder / "saved")
+        torch.testing.assert_close(other(x), model(x), rtol=0, atol=0)
+    alone = adapted(0, False)
+    fully_shard(alone.efft)
+    plain = sharded(timm.models.VisionTransformer(**SIZES))
+    refused = {}
+    for name, function in {
+        "merge": lambda: efft.merge(model),
+        "merged_state_dict": lambda: efft.merged_state_dict(model),
+        "remove": lambda: efft.remove(model),
+        "apply": lambda: efft.apply(plain, efft.EfftConfig(rank=4)),
+        "alone": lambda: alone(x),
+    }.items():
+        try:
+            function()
+        except (ValueError, RuntimeError) as error:
+            refused[name] = str(error)
+    if dist.get_rank() == 0:
+        (folder / "refused.json").write_text(json.dumps(refused))
+
+
+def mean(value: Tensor) -> float:
+    """The mean of all processes' values."""
+    value = value.detach().clone()
+    dist.all_reduce(value)
+    return value.item() / dist.get_world_size()
+
+
+def same(rank: int, checkpointing: bool) -> nn.Module:
+    """For ways that do not hand out the factors: every process has made the same."""
+    return adapted(0, checkpointing)
+
+
+def quantized(rank: int, checkpointing: bool) -> nn.Module:
+    """The same in every process too: DDP cannot send such weights."""
+    model = adapted(0, checkpointing)
+    for module in model.blocks.modules():
+        if isinstance(module, nn.Linear):
+            to_int8(module)
+    return model
+
+
+def is_quantized(model: nn.Module) -> bool:
+    return any(isinstance(p, Int8) for p in model.parameters())
+
+
+#: What makes the model of a process, and what trains it.
+WAYS: dict[str, tuple[Callable[[int, bool], nn.Module], Callable[[nn.Module, Tensor, Tensor], dict[str, Any]]]] = {
+    "ddp": (adapted, ddp),
+    "accelerate": (adapted, accelerated),
+    "quantized": (quantized, ddp),
+    "fsdp": (same, fsdp),
+}
+
+
+def main(folder: Path, ways: list[str]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    x, y = (t.chunk(dist.get_world_size())[rank] for t in batch())
+    for way in ways:
+        make, train = WAYS[way]
+        results = [train(make(rank, checkpointing), x, y) for checkpointing in (False, True)]
+        torch.save(results, folder / f"{way}{rank}.pt")
+    adapter_files(folder)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,80 @@
+"""Two processes (gloo, on the CPU) train as one does with the whole batch: DDP, accelerate, a quantised base, FSDP2."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import efft
+
+pytest.importorskip("timm", reason="needs the vision extra")
+pytest.importorskip("accelerate", reason="needs the train extra")
+
+from tests.efft import distributed_run as run
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where two processes, started once by torchrun, left the results of every way."""
+    folder = tmp_path_factory.mktemp("distributed")
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python")]),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", run.__file__]
+    done = subprocess.run(
+        [*command, str(folder), *run.WAYS], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def results(folder: Path, way: str, checkpointing: bool) -> list[dict[str, Any]]:
+    return [torch.load(folder / f"{way}{rank}.pt")[checkpointing] for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("way", run.WAYS)
+def test_two_processes_train_as_one(way: str, checkpointing: bool, folder: Path) -> None:
+    make, _ = run.WAYS[way]
+    expected = run.plain(make(0, checkpointing), *run.batch())
+    for result in results(folder, way, checkpointing):
+        assert result["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+        assert result["trained"].keys() == expected["trained"].keys()
+        worst = {n: (t - expected["trained"][n]).abs().max().item() for n, t in result["trained"].items()}
+        assert max(worst.values()) < 1e-5, worst  # three steps of Adam move an entry by 3e-2
+
+
+def test_ddp_sends_gradients_of_factors_and_head_once_a_step(folder: Path) -> None:
+    """Two backward passes a step, the first under no_sync: each trained tensor once, in fp32, and nothing else."""
+    count = efft.count_parameters(run.adapted(0, False))
+    for checkpointing in (False, True):
+        for result in results(folder, "ddp", checkpointing):
+            assert result["sent"] == [4 * (count.factors + count.head)] * run.STEPS
+
+
+def test_a_sharded_model_saves_the_same_files(folder: Path, tmp_path: Path) -> None:
+    efft.save_adapter(run.adapted(0, False), tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {path.name for path in (folder / "saved").iterdir()} == names
+    for name in names:
+        assert (folder / "saved" / name).read_bytes() == (tmp_path / name).read_bytes(), name
+
+
+def test_what_a_sharded_model_refuses(folder: Path) -> None:
+    refused = json.loads((folder / "refused.json").read_text())
+    for name in ("apply", "remove", "merge", "merged_state_dict"):
+        assert (
+            f"is sharded by fully_shard, which holds its layers: call efft.{name} before fully_shard" in refused[name]
+        )
+    assert "shard the whole adapted model, not its factors on their own" in refused["alone"]

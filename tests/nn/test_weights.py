@@ -1,0 +1,138 @@
+"""Adapted layers on quantised weights, against the dequantised weight in fp64."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from efft_kernels import EfftLinear
+from efft_kernels.nn.deferred import Deferred
+from efft_kernels.nn.weights import dequantized
+from tests.quantized import WAYS, to_int8
+
+Quantize = Callable[[nn.Linear], None]
+D_IN, D_OUT = 64, 96
+
+
+@pytest.fixture(params=WAYS)
+def quantize(request: pytest.FixtureRequest) -> Quantize:
+    return WAYS[request.param]
+
+
+def make(quantize: Quantize, dtype: torch.dtype = torch.float32) -> EfftLinear:
+    """A quantised layer with an update as large as its weight."""
+    linear = nn.Linear(D_IN, D_OUT, dtype=dtype)
+    quantize(linear)
+    layer = EfftLinear.from_linear(linear, rank=4, n_cores=3)
+    for factor in layer.factors.parameters():
+        nn.init.normal_(factor, std=0.5)
+    return layer
+
+
+def dense(layer: EfftLinear, x: Tensor, gy: Tensor) -> tuple[Tensor, ...]:
+    """y and the gradients of x, U, C, V in fp64, with the update as a matrix."""
+    x = x.detach().double().requires_grad_()
+    U, C, V = (p.detach().double().requires_grad_() for p in layer.factors.parameters())
+    update = torch.cat([U @ core @ V for core in C[0]], 1)
+    y = x @ (layer.weight.dequantize().double().t() + update) + layer.bias.double()
+    return y, *torch.autograd.grad(y, (x, U, C, V), gy.double())
+
+
+def close(got: Tensor, expected: Tensor, tolerance: float) -> None:
+    error = ((got - expected).norm() / expected.norm()).item()
+    assert error < tolerance, error
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)], ids=str)
+def test_output_and_every_gradient(quantize: Quantize, dtype: torch.dtype, tolerance: float) -> None:
+    layer = make(quantize, dtype)
+    x, gy = torch.randn(2, 5, D_IN, dtype=dtype, requires_grad=True), torch.randn(2, 5, D_OUT, dtype=dtype)
+    y = layer(x)
+    assert y.dtype == dtype
+    y.backward(gy)
+    got = (y, x.grad, *(p.grad for p in layer.factors.parameters()))
+    assert {p.grad.dtype for p in layer.factors.parameters() if p.grad is not None} == {torch.float32}
+    for ours, expected in zip(got, dense(layer, x, gy), strict=True):
+        close(ours, expected, tolerance)
+    base = nn.Linear(D_IN, D_OUT, dtype=dtype)
+    base.weight, base.bias = layer.weight, layer.bias
+    layer.enabled = False
+    assert torch.equal(layer(x), base(x))
+
+
+def test_autocast(quantize: Quantize) -> None:
+    layer = make(quantize)
+    x = torch.randn(5, D_IN, requires_grad=True)
+    gy = torch.randn(5, D_OUT)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    y.backward(gy.to(y.dtype))
+    for ours, expected in zip(
+        (y, x.grad, *(p.grad for p in layer.factors.parameters())), dense(layer, x, gy), strict=True
+    ):
+        close(ours, expected, 2e-2)
+
+
+def test_no_dense_update_is_kept() -> None:
+    layer = make(to_int8)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer(torch.randn(5, D_IN, requires_grad=True))
+    dense = [t for t in kept if t.numel() == D_IN * D_OUT]
+    assert all(
+        torch.equal(t, layer.weight.dequantize()) or torch.equal(t.t(), layer.weight.dequantize()) for t in dense
+    )
+
+
+@pytest.mark.parametrize("module", [nn.LayerNorm(D_IN), nn.GELU()], ids=["norm", "gelu"])
+def test_behind_a_deferred_producer(quantize: Quantize, module: nn.Module) -> None:
+    layer, x = make(quantize), torch.randn(5, D_IN, requires_grad=True)
+    module.requires_grad_(False)
+    y = layer(Deferred.of(module, x))
+    torch.testing.assert_close(y, layer(module(x)), rtol=0, atol=0)
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(dx, torch.autograd.grad(layer(module(x)).sum(), x)[0])
+
+
+def test_merging_is_refused_or_dequantises(quantize: Quantize) -> None:
+    layer, x = make(quantize), torch.randn(5, D_IN)
+    weight, base, y = layer.weight, layer.weight.dequantize(), layer(x)
+    with pytest.raises(TypeError, match=f"the weight is a {type(weight).__name__}.*dequantize=True"):
+        layer.merge()
+    assert layer.weight is weight
+    loss = layer.merge(dequantize=True)
+    assert loss is not None
+    assert loss.relative_error < 1e-6
+    assert type(layer.weight) is nn.Parameter
+    close(layer.weight, base.double() + layer.delta_weight().double(), 1e-6)
+    close(layer(x), y, 1e-6)
+    copied = copy.deepcopy(layer)
+    for each in (copied, layer):
+        each.unmerge()
+        assert type(each.weight) is type(weight)
+        assert not each.weight.requires_grad
+        assert torch.equal(each(x), y)
+
+
+def test_a_subclass_that_cannot_be_dequantised(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = make(to_int8)
+    weight = layer.weight
+    monkeypatch.delattr(type(weight), "dequantize")
+    with pytest.raises(TypeError, match="expected a weight that dequantize"):
+        layer.merge(dequantize=True)
+    assert layer.weight is weight
+    assert not layer.merged
+
+
+def test_a_plain_weight_is_its_own_dense_form() -> None:
+    weight = nn.Linear(3, 4).weight
+    assert dequantized(weight) is weight
+
+
+def test_compiles_whole(quantize: Quantize) -> None:
+    layer, x = make(quantize), torch.randn(5, D_IN)
+    y = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(y, layer(x))
+    torch._dynamo.reset()

@@ -1,0 +1,75 @@
+"""Ways to quantise linear layers: a tensor subclass as small as one can be, and torchao's where that is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Int8(Tensor):
+    """A frozen weight as int8 with a scale a row: it has ``linear``, ``dequantize`` and what copies need."""
+
+    q: Tensor
+    row_scale: Tensor
+
+    @staticmethod
+    def __new__(cls, q: Tensor, row_scale: Tensor) -> Int8:
+        return Tensor._make_wrapper_subclass(cls, q.shape, dtype=row_scale.dtype, device=q.device)
+
+    def __init__(self, q: Tensor, row_scale: Tensor) -> None:
+        self.q, self.row_scale = q, row_scale
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["q", "row_scale"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], meta: None, size: Any, stride: Any) -> Int8:
+        return Int8(**inner)
+
+    def dequantize(self) -> Tensor:
+        return self.q * self.row_scale
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear:
+            x, W, b = args
+            return F.linear(x, W.dequantize().to(x.dtype), b)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.clone.default, torch.ops.aten._to_copy.default):
+            return cls(func(args[0].q), args[0].row_scale.clone())
+        raise NotImplementedError(f"{func} of a quantised weight")
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"Int8({list(self.shape)})"
+
+
+def to_int8(linear: nn.Linear) -> None:
+    """Quantise one layer in place by :class:`Int8`."""
+    W = linear.weight.detach()
+    row_scale = W.abs().amax(1, keepdim=True) / 127
+    linear.weight = nn.Parameter(Int8((W / row_scale).round().to(torch.int8), row_scale), requires_grad=False)
+
+
+def torchao(config: str) -> Callable[[nn.Linear], None]:
+    """Quantise one layer in place by a configuration of torchao."""
+
+    def quantize(linear: nn.Linear) -> None:
+        library = pytest.importorskip("torchao.quantization", reason="needs torchao")
+        library.quantize_(linear, getattr(library, config)())
+
+    return quantize
+
+
+WAYS = {
+    "subclass": to_int8,
+    "torchao-int8": torchao("Int8WeightOnlyConfig"),
+    "torchao-float8": torchao("Float8WeightOnlyConfig"),
+}
