@@ -177,14 +177,14 @@ class EfftLinear(nn.Linear):
 def share_attributes(source: nn.Linear, target: nn.Linear) -> None:
     """Let ``target`` stand in for ``source``: its mode, its hooks and whatever was set on it, but no parameters.
 
-    What only an EfftLinear has, and a compiled form of the other's forward, stays where it is.
+    What only the adapted layer has, and a compiled form of the other's forward, stays where it is.
     """
     target.__dict__.update({name: value for name, value in source.__dict__.items() if name not in _NOT_SHARED})
 
 
 _NOT_SHARED = {
     *("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules", "forward", "_compiled_call_impl"),
-    *("factors", "site", "binding", "enabled"),
+    *("factors", "site", "binding", "enabled", "selected", "stacks"),
 }
 
 
