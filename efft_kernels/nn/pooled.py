@@ -87,7 +87,7 @@ class PooledDelta(PooledLinear):
         """``D = [D_1 | D_2 | ...]`` and ``G = [w_1 G_1; w_2 G_2; ...]``: exact, at the rank of all together."""
         D, G = self._factors()
         D = D[slots].transpose(0, 1).flatten(1)  # [in_features, k r]
-        G = (weights[:, None, None] * G[slots]).flatten(0, 1)  # [k r, out_features]
+        G = (weights[:, None, None] * G[slots]).flatten(0, 1).to(D.dtype)  # [k r, out_features]
         return tt_linear(x, self.weight, self.bias, D, G)
 
     def one_each(self, x: Tensor, slots: Tensor) -> Tensor:
