@@ -167,7 +167,7 @@ class AdapterPool:
                 self._in_use.subtract(names)
 
     def detach(self) -> nn.Module:
-        """Give the model its own layers back, bit for bit, and forget all adapters; the pool is done. Returns the model.
+        """End of the pool: the model gets its own layers back, bit for bit. Returns the model.
 
         Raises:
             RuntimeError: an adapter is in use.
