@@ -57,7 +57,7 @@ def jobs(device: str, quick: bool, results: Path | None) -> list[Job]:
             bench("layers", 0.3, "ops --quick --images 1 --case o --dtype float32 --repeats 1"),
             bench("training step", 0.3, "model --model test_vit --batch 2 --rank 4 --dtype float32 --repeats 1"),
             bench("memory", 0.3, "memory --level model --model test_vit --rank 4 --rows efft:eager --quick"),
-            bench("inference", 0.3, "serve --model test_vit --batch 1 --rank 4 --dtype float32 --repeats 1"),
+            bench("inference", 0.3, f"serve --model test_vit --batch 1 --rank 4 --dtype float32 --repeats 1 {_SERVED}"),
             bench("scaling", 0.3, "scaling --quick --case o --sweep rank --repeats 1"),
         ]
     return [
@@ -70,7 +70,7 @@ def jobs(device: str, quick: bool, results: Path | None) -> list[Job]:
         bench("layers of ViT-B, bf16, by rank", 0.2, "ops --model vit_b --images 64 --rank 8 16 64 --dtype bfloat16"),
         bench("layers of ViT-B, fp16 and fp32", 0.2, "ops --model vit_b --images 64 --rank 32 --dtype float16 float32"),
         bench("layers of ViT-B, bf16, by batch", 0.2, "ops --model vit_b --images 1 8 256 --rank 32 --dtype bfloat16"),
-        bench("inference of ViT-B", 0.2, "serve"),
+        bench("inference of ViT-B", 0.2, f"serve {_SERVED} pool:100"),
         bench("scaling", 0.2, "scaling --dtype bfloat16"),
         bench(
             "training step of ViT-L and Swin-B, bf16",
@@ -82,6 +82,8 @@ def jobs(device: str, quick: bool, results: Path | None) -> list[Job]:
     ]
 
 
+#: All but what only runs on CPUs or takes long to fill.
+_SERVED = "--rows base efft:eager efft:triton efft:cuda merged peft pool:1 pool:10"
 _OTHERS = "vit_l vit_h swin_b.1 swin_b.2 swin_b.3 swin_b.4"
 
 

@@ -3,12 +3,16 @@
     python -m benchmarks serve --quick
 
 Weights and images are of the dtype named; every row sees the same images, interleaved. The rows that compute the EFFT
-update are checked first: their logits against fp64, with W + dW in the same dtype as the yardstick.
+update are checked first: their logits against fp64, with W + dW in the same dtype as the yardstick. Rows ``pool:n`` use
+another of n adapters for every image (:class:`efft.AdapterPool`); all rows are compared with ``pool:1`` and the merged
+model too.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +29,51 @@ from benchmarks.record import append, machine_facts, quantiles
 from benchmarks.timing import ratios, time_rows
 from efft_kernels import Backend, can_run, use_backend
 from efft_kernels.testing import assert_close_budget, backends
+
+
+class ManyAdapters(nn.Module):
+    """A model that every image goes through with one of n adapters, all of them in turn; n copies of one adapter take
+    as much time and memory as any others, and their output is known."""
+
+    pool: efft.AdapterPool
+
+    def __init__(self, model: nn.Module, n: int) -> None:
+        super().__init__()
+        self.model, self.n, self.next = model, n, 0
+        self.default_cfg = model.default_cfg
+
+    def fill(self) -> None:
+        """Put the adapter of the model into a pool, n times.
+
+        Raises:
+            RuntimeError: there is no memory for so many.
+        """
+        adapter = copy.deepcopy(self.model)
+        self.pool = efft.AdapterPool(efft.remove(self.model), capacity=1)
+        self.pool.add("0", adapter)
+        needed = self.n * self.pool.bytes_per_adapter
+        if next(adapter.parameters()).device.type == "cpu" and needed > _free_memory():
+            raise RuntimeError(f"{self.n} adapters need {needed / 2**30:.1f} GiB of memory, more than is free")
+        self.pool.detach()
+        self.pool = efft.AdapterPool(self.model, capacity=self.n)
+        for i in range(self.n):
+            self.pool.add(str(i), adapter)
+
+    def forward(self, images: Tensor) -> Tensor:
+        names = [str((self.next + i) % self.n) for i in range(len(images))]
+        self.next += len(images)
+        with self.pool.use(names) as model:
+            logits: Tensor = model(images)
+        return logits
+
+
+def pooled(n: int) -> Callable[[nn.Module, int], nn.Module]:
+    """EFFT2 of the same factors, to be put into a pool n times."""
+    return lambda model, rank: ManyAdapters(adapted(model, rank), n)
+
+
+def _free_memory() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 @dataclass(frozen=True)
@@ -64,9 +113,17 @@ ROWS: dict[str, Row] = {
             for b in backends()
         ),
         Row("merged", "EFFT2 merged into the weights", adapted, efft.merge, is_efft=True),
+        *(
+            Row(f"pool:{n}", f"one of {n} adapters for every image", pooled(n), ManyAdapters.fill, is_efft=True)
+            for n in (1, 10, 100, 1000)
+        ),
         Row("peft", "LoRA of the peft library not merged, same rank, same layers", lora),
     )
 }
+
+
+#: What times are divided by, by its name in the results.
+_COMPARED_WITH = {"base": "base", "merged": "merged", "one_adapter": "pool:1"}
 
 
 def logits_of(row: Row, model: nn.Module, images: Tensor) -> Callable[[], Tensor]:
@@ -123,7 +180,7 @@ def measure(setting: Setting, rows: Sequence[Row], batches: Sequence[int], repea
         common = {**machine_facts(), "suite": "serve", **asdict(replace(setting, batch=batch))}
         runs = {name: logits_of(ROWS[name], m, images_for(setting, m, batch)) for name, m in models.items()}
         samples = time_rows(runs, repeats, warmup=2, device=setting.device)
-        relative = ratios(samples, "base") if "base" in samples else {}
+        relative = {f"ratio_to_{b}": ratios(samples, name) for b, name in _COMPARED_WITH.items() if name in samples}
         for name, model in built.items():
             line = {**common, "row": name}
             if isinstance(model, str):
@@ -131,7 +188,9 @@ def measure(setting: Setting, rows: Sequence[Row], batches: Sequence[int], repea
                 continue
             seconds = quantiles(samples[name])
             line |= {"seconds": seconds, "images_per_s": batch / seconds["p50"]}
-            lines.append({**line, "ratio_to_base": quantiles(relative[name])} if relative else line)
+            if isinstance(model, ManyAdapters):
+                line["bytes_per_adapter"] = model.pool.bytes_per_adapter
+            lines.append(line | {ratio: quantiles(of_rows[name]) for ratio, of_rows in relative.items()})
     return lines
 
 
@@ -139,13 +198,19 @@ def show(lines: Sequence[dict[str, Any]]) -> None:
     """The table of one setting."""
     first = lines[0]
     print(f"\n{first['model']}, rank {first['rank']}, {first['dtype']}, {first['device']}")
-    print(f"{'batch':>5} {'row':<16} {'ms':>9} {'images/s':>9} {'ratio to base':>21}")
+    print(
+        f"{'batch':>5} {'row':<16} {'ms':>9} {'images/s':>9} {'ratio to base':>21} {'to merged':>9} {'to pool:1':>9} "
+        "KiB an adapter"
+    )
     for line in lines:
         figures = line.get("reason")
         if figures is None:
             ratio = line.get("ratio_to_base")
             relative = "-" if ratio is None else f"{ratio['p50']:.3f} [{ratio['p20']:.3f}, {ratio['p80']:.3f}]"
+            others = (line.get(f"ratio_to_{of}", {}).get("p50") for of in ("merged", "one_adapter"))
             figures = f"{1e3 * line['seconds']['p50']:>9.2f} {line['images_per_s']:>9.1f} {relative:>21}"
+            figures += "".join(f" {'-' if x is None else f'{x:.3f}':>9}" for x in others)
+            figures += f" {line['bytes_per_adapter'] / 1024:.1f}" if "bytes_per_adapter" in line else ""
         print(f"{line['batch']:>5} {line['row']:<16} {figures}")
 
 

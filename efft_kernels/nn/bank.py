@@ -87,9 +87,13 @@ class FactorBank(nn.Module, ABC):
 
     def evaluated(self, site: Any) -> tuple[Tensor, Tensor]:
         """(D, G) of a site from the factors as they are now, without dropout."""
+        return self.evaluated_together([site])[0]
+
+    def evaluated_together(self, sites: Sequence[Any]) -> list[tuple[Tensor, Tensor]]:
+        """The same of several sites; what the method shares between them is one tensor."""
         training, self.training = self.training, False
         try:
-            return self._composed([site])[0]
+            return self._composed(list(sites))
         finally:
             self.training = training
 

@@ -197,7 +197,7 @@ class EfftLinear(nn.Linear):
 def share_attributes(source: nn.Linear, target: nn.Linear) -> None:
     """Let ``target`` stand in for ``source``: its mode, its hooks and whatever was set on it, but no parameters.
 
-    What only an EfftLinear has, and a compiled form of the other's forward, stays where it is.
+    What only the adapted layer has, and a compiled form of the other's forward, stays where it is.
     """
     target.__dict__.update({name: value for name, value in source.__dict__.items() if name not in _NOT_SHARED})
 
@@ -205,7 +205,7 @@ def share_attributes(source: nn.Linear, target: nn.Linear) -> None:
 _NOT_SHARED = {
     *("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules", "forward", "_compiled_call_impl"),
     "extra_repr",  # torchao sets one that is bound to the layer
-    *("factors", "site", "binding", "enabled"),
+    *("factors", "site", "binding", "enabled", "selected", "stacks"),
 }
 
 

@@ -58,7 +58,10 @@ def tt_linear_grouped(
         raise ValueError(f"tt_linear_grouped: adapter must be int64, got {adapter.dtype}")
     if adapter.device != x.device:
         raise RuntimeError(f"tt_linear_grouped: all tensors must be on one device, got {x.device} and {adapter.device}")
-    if adapter.device.type == "cpu" and adapter.numel() and int(adapter.max()) >= D.shape[0]:
+    if torch.compiler.is_compiling():  # the values are not known yet
+        if adapter.device.type == "cpu":
+            torch._assert_async((adapter < D.shape[0]).all(), "tt_linear_grouped: an index beyond the adapters")
+    elif adapter.device.type == "cpu" and adapter.numel() and int(adapter.max()) >= D.shape[0]:
         raise ValueError(f"tt_linear_grouped: there are {D.shape[0]} adapters, got index {int(adapter.max())}")
     check_linear("tt_linear_grouped", "x", x, W, b, D[0], G[0])
     x, W, b = autocast_like_linear(x, W, b)

@@ -19,10 +19,12 @@ from efft.io import load_adapter, save_adapter
 from efft.lora_export import export_lora
 from efft.merge import MergeReport, merge, merged_state_dict, unmerge
 from efft.params import ParameterCount, count_parameters, print_trainable_parameters
+from efft.pool import AdapterPool
 from efft.presets import paper_config
 from efft_kernels import __version__
 
 __all__ = [
+    "AdapterPool",
     "EfftConfig",
     "MergeReport",
     "ParameterCount",

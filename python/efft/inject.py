@@ -94,7 +94,7 @@ def apply(model: nn.Module, config: AdapterConfig | None = None) -> nn.Module:
     bank.train(model.training)
     bank._requires_grad = requires_grad
     bank._originals = {name: linear for name, (linear, _) in layers.items()}
-    _replace(model, dict(layers.values()))
+    replace_modules(model, dict(layers.values()))
     bank.layers = [name for name, _ in model.named_modules() if name in layers]
     _freeze_all_but(model, plan.head)
     model.efft = bank
@@ -125,7 +125,7 @@ def remove(model: nn.Module) -> nn.Module:
         original.weight, original.bias = layer.weight, layer.bias
         share_attributes(layer, original)
         originals[layer] = original
-    _replace(model, originals)
+    replace_modules(model, originals)
     for module in model.modules():
         undefer(module)
     for hook in bank._hooks:
@@ -277,7 +277,7 @@ def _freeze_all_but(model: nn.Module, head: Iterable[str]) -> None:
         model.get_submodule(name).requires_grad_(True)
 
 
-def _replace(model: nn.Module, new_of: Mapping[nn.Module, nn.Module]) -> None:
+def replace_modules(model: nn.Module, new_of: Mapping[nn.Module, nn.Module]) -> None:
     """Put the new modules in, wherever the old ones are registered."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):

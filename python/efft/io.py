@@ -49,7 +49,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], info: dict[str,
     tensors = {name: whole(t.detach()).contiguous().cpu() for name, t in _trained(model, bank).items()}
     description = {
         "config": bank.config.to_dict(),
-        "base": _describe_base(model, bank.layers),
+        "base": describe_base(model, bank.layers),
         "head": bank.head,
         "library": f"efft-kernels {__version__}",
         "info": info or {},
@@ -94,7 +94,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = 
         except ValueError as error:
             raise ValueError(f"the adapter in {folder} does not fit this {type(model).__name__}: {error}") from None
         layers, shapes = [n for g in plan.groups for n in g.sites], _planned_shapes(model, plan)
-    problems = _base_problems(model, layers, description["base"])
+    problems = [f"{p}, or pass strict=False if you mean it" for p in base_problems(model, layers, description["base"])]
     missing, unexpected = sorted(set(shapes) - set(tensors)), sorted(set(tensors) - set(shapes))
     if missing:
         problems.append(f"missing tensors: {', '.join(missing)}")
@@ -198,7 +198,8 @@ def _compare_configs(bank: Bank, saved: AdapterConfig, folder: Path) -> None:
         )
 
 
-def _describe_base(model: nn.Module, layers: list[str]) -> dict[str, Any]:
+def describe_base(model: nn.Module, layers: list[str]) -> dict[str, Any]:
+    """What an adapter records about the model it was trained on: these layers and their weights."""
     return {
         "architecture": architecture(model),
         "layers": {name: list(_base_weight(model, name).shape) for name in layers},
@@ -207,9 +208,9 @@ def _describe_base(model: nn.Module, layers: list[str]) -> dict[str, Any]:
     }
 
 
-def _base_problems(model: nn.Module, layers: list[str], saved: dict[str, Any]) -> list[str]:
+def base_problems(model: nn.Module, layers: list[str], saved: dict[str, Any]) -> list[str]:
     """How the model differs from the base an adapter was trained on; empty if it does not."""
-    ours = _describe_base(model, layers)
+    ours = describe_base(model, layers)
     if ours["layers"] != saved["layers"]:
         names = set(ours["layers"]) ^ set(saved["layers"])
         sizes = [n for n in ours["layers"] if n not in names and ours["layers"][n] != saved["layers"][n]]
@@ -222,8 +223,7 @@ def _base_problems(model: nn.Module, layers: list[str], saved: dict[str, Any]) -
         ]
     if ours["dtype"] == saved["dtype"] and ours["fingerprint"] != saved["fingerprint"]:
         return [
-            "the base weights are not those it was trained on (fingerprints differ); load the same pretrained weights, "
-            "or pass strict=False if you mean it"
+            "the base weights are not those it was trained on (fingerprints differ); load the same pretrained weights"
         ]
     return []
 

@@ -11,7 +11,7 @@ from benchmarks.__main__ import main
 from benchmarks.model.rows import adapted
 from benchmarks.model.step import Setting
 from benchmarks.record import read
-from benchmarks.serve import ROWS, Row, build_checked, measure
+from benchmarks.serve import ROWS, ManyAdapters, Row, build_checked, measure
 from efft_kernels import can_run
 
 pytest.importorskip("timm", reason="needs the vision extra")
@@ -21,11 +21,12 @@ TINY = Setting("test_vit", batch=2, rank=4)
 
 
 def test_every_row_is_measured_at_every_batch_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [row for row in ROWS if row not in ("pool:100", "pool:1000")]  # which only take longer
     command = ["serve", "--model", "test_vit", "--batch", "1", "2", "--rank", "4", "--device", "cpu"]
-    assert main([*command, "--repeats", "1", "--results", str(tmp_path)]) == 0
+    assert main([*command, "--repeats", "1", "--results", str(tmp_path), "--rows", *rows]) == 0
     lines = read(tmp_path / "serve.jsonl")
     assert [(x["dtype"], x["batch"], x["row"]) for x in lines] == [
-        (dtype, batch, row) for dtype in ("float32", "bfloat16") for batch in (1, 2) for row in ROWS
+        (dtype, batch, row) for dtype in ("float32", "bfloat16") for batch in (1, 2) for row in rows
     ]
     for line in lines:
         backend = ROWS[line["row"]].backend
@@ -36,6 +37,9 @@ def test_every_row_is_measured_at_every_batch_size(tmp_path: Path, capsys: pytes
         assert "reason" not in line, line
         assert line["images_per_s"] == pytest.approx(line["batch"] / line["seconds"]["p50"])
         assert line["ratio_to_base"]["n"] == 1
+        assert line["ratio_to_merged"]["n"] == 1
+        assert line["ratio_to_one_adapter"]["n"] == 1
+        assert ("bytes_per_adapter" in line) == line["row"].startswith("pool:")
     assert "ratio to base" in capsys.readouterr().out
 
 
@@ -48,6 +52,27 @@ def test_merged_is_what_was_merged() -> None:
     images, _ = TINY.examples(base)
     with torch.inference_mode():
         assert not torch.allclose(merged(images), base(images))
+
+
+def test_adapters_of_a_pool_are_many_and_used_in_turn() -> None:
+    model = build_checked(TINY, [ROWS["pool:10"]])["pool:10"]
+    assert isinstance(model, ManyAdapters)
+    assert len(model.pool.names) == 10
+    used: list[list[str]] = []
+    use = model.pool.use
+    model.pool.use = lambda names: used.append(names) or use(names)  # type: ignore[method-assign,assignment,func-returns-value]
+    model.next = 0
+    images, _ = TINY.examples(model, 4)
+    for _ in range(3):
+        model(images)
+    assert used == [list("0123"), list("4567"), list("8901")]
+
+
+def test_adapters_that_do_not_fit_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.serve._free_memory", lambda: 100)
+    reason = build_checked(TINY, [ROWS["pool:100"]])["pool:100"]
+    assert isinstance(reason, str)
+    assert reason.startswith("failed: 100 adapters need")
 
 
 def _wrong(model: nn.Module) -> None:

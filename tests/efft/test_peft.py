@@ -260,8 +260,8 @@ def test_cores_are_contracted_once_a_pass(monkeypatch: pytest.MonkeyPatch) -> No
     from efft_kernels import TTFactors
 
     calls = []
-    contract = TTFactors._contract
-    monkeypatch.setattr(TTFactors, "_contract", lambda self, sites: calls.append(len(sites)) or contract(self, sites))
+    compose = TTFactors.compose
+    monkeypatch.setattr(TTFactors, "compose", lambda self, sites: calls.append(len(sites)) or compose(self, sites))
     model = under_peft()
     run(model)
     assert calls == [4, 4]  # mhsa and ffn: two layers in each of two blocks

@@ -93,6 +93,19 @@ def test_registered_op(kernels: Backend, device: str) -> None:
     torch.library.opcheck(getattr(torch.ops.efft.tt_linear_grouped, kernels.value), tuple(inputs.values()))
 
 
+def test_compiled_without_graph_break(kernels: Backend, device: str) -> None:
+    inputs = make_inputs("tt_linear_grouped", device=device)
+    compiled = torch.compile(tt_linear_grouped, fullgraph=True, backend="aot_eager")
+    for adapter in ([2, -1, 0, 2, 1], [0, 0, 1, -1, -1]):
+        inputs["adapter"] = torch.tensor(adapter, device=device)
+        expected = tt_linear_grouped(**inputs, backend=kernels)
+        torch.testing.assert_close(compiled(**inputs, backend=kernels), expected)
+    if device == "cpu":
+        inputs["adapter"][0] = 3
+        with pytest.raises(RuntimeError, match="an index beyond the adapters"):
+            compiled(**inputs, backend=kernels)
+
+
 def test_wrong_calls(backend: Backend) -> None:
     inputs = make_inputs("tt_linear_grouped")
     for changes, message in (

@@ -1,0 +1,356 @@
+"""Many adapters beside one frozen model, in memory together: one at a time, mixed, or another for every sample."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import functools
+import os
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from efft.config import is_number
+from efft.inject import adapted_layers, bank_of, remove, replace_modules
+from efft.io import base_problems, describe_base, load_adapter, read_description
+from efft_kernels import EfftLinear, FactorBank
+from efft_kernels.nn.linear import share_attributes
+from efft_kernels.nn.pooled import PooledDelta, PooledLinear, PooledWeights, Selection
+
+_Place = tuple[str, int]  # layer, 0 for D or a head's weight, 1 for G or a head's bias
+_Parts = dict[str, tuple[Tensor, Tensor | None]]  # what is at the places of a layer
+
+
+class AdapterPool:
+    """Named adapters of one model, for inference.
+
+    Outside of :meth:`use` the model computes as its base. The layers that adapters change are replaced where the first
+    adapter that changes them comes; names in the state dict stay as they are. Of each adapter the composed operands are
+    kept, in the dtype of the weights: D ``[n, in_features, r]`` and G ``[n, r, out_features]`` of a layer for all
+    adapters together, a stack that layers share wherever every adapter does (EFFT's D). Lower ranks are padded with
+    zeros to the largest. A head is its linear layers, whole.
+
+    Adding and removing adapters changes the stacks in place, so code that torch.compile made stays valid, except where
+    there is no room: for more adapters than ever before (the room doubles), a higher rank, or an adapter of other
+    layers or that shares otherwise. Threads may use different adapters at the same time; adding and removing is safe
+    meanwhile.
+
+    Args:
+        model: a plain model on its device, in its dtype; compile it after the first adapter is in.
+        capacity: how many adapters to make room for at first.
+
+    Attributes:
+        model: the same model.
+
+    Raises:
+        ValueError: the model is adapted, compiled or in a pool already, or ``capacity`` is less than 1.
+    """
+
+    def __init__(self, model: nn.Module, capacity: int = 8) -> None:
+        if capacity < 1:
+            raise ValueError(f"AdapterPool: capacity must be at least 1, got {capacity}")
+        if any("_orig_mod" in module._modules for module in model.modules()):
+            raise ValueError("the model is compiled already: make the pool first, then torch.compile the model")
+        if hasattr(model, "efft"):
+            raise ValueError(
+                "this model is adapted already: a pool needs the plain model; call efft.remove(model) first"
+            )
+        if any(isinstance(h, functools.partial) and h.func is _check_batch for h in model._forward_pre_hooks.values()):
+            raise ValueError("this model is in a pool already; call detach() on that pool first")
+        self.model = model
+        self._twin = _twin(model)
+        self._selected: ContextVar[Selection | None] = ContextVar("selected", default=None)
+        self._hook = model.register_forward_pre_hook(
+            functools.partial(_check_batch, self._selected), prepend=True, with_kwargs=True
+        )
+        self._changing = threading.RLock()  # one adapter comes at a time; nobody else waits for that
+        self._lock = threading.RLock()
+        self._rows = capacity + 1  # row 0 is the base
+        self._slots: dict[str, int] = {}
+        self._in_use: Counter[str] = Counter()
+        self._layers: dict[str, PooledLinear] = {}
+        self._originals: dict[str, nn.Linear] = {}
+        self._stacks: dict[_Place, Tensor] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """The adapters, in the order in which they came."""
+        return list(self._slots)
+
+    @property
+    def bytes_per_adapter(self) -> int:
+        """Memory that each adapter takes, head included, in bytes."""
+        stacks = {id(stack): stack for stack in self._stacks.values()}
+        return sum(stack[0].numel() * stack.element_size() for stack in stacks.values())
+
+    def load(self, name: str, folder: str | os.PathLike[str], strict: bool = True) -> None:
+        """Add the adapter that :func:`efft.save_adapter` wrote to ``folder``.
+
+        All checks of :func:`efft.load_adapter` are made, with the same ``strict``, before any change.
+
+        Raises:
+            FileNotFoundError, ValueError: as there, and as in :meth:`add`.
+        """
+        with self._changing, torch.inference_mode(False):
+            self._check_new(name)
+            heads = {h: m for h in read_description(folder)["head"] if (m := _find(self._twin, h)) is not None}
+            try:
+                for head, module in heads.items():  # load into copies: these have the weights that the model has
+                    self._twin.set_submodule(head, copy.deepcopy(module))
+                load_adapter(self._twin, folder, strict)
+                self._insert(name, self._twin)
+            finally:
+                if hasattr(self._twin, "efft"):
+                    remove(self._twin)
+                for head, module in heads.items():
+                    self._twin.set_submodule(head, module)
+
+    def add(self, name: str, adapted: nn.Module) -> None:
+        """Add the adapter of ``adapted``, a model of the same base that :func:`efft.apply` adapted; it is copied.
+
+        Raises:
+            ValueError: ``name`` is taken; ``adapted`` is not adapted, by a method that updates no weight, or has
+                another base; its head is not made of linear layers like those of the model.
+        """
+        with self._changing, torch.inference_mode(False):  # stacks are written again, in whatever mode
+            self._check_new(name)
+            layers = bank_of(adapted).layers
+            missing = [n for n in layers if _find(self._twin, n) is None]
+            problems = [f"the model has no {', '.join(missing[:3])}"] if missing else []
+            problems = problems or base_problems(self._twin, layers, describe_base(adapted, layers))
+            if problems:
+                raise ValueError(f"adapter {name!r} does not fit the model of this pool: {'; '.join(problems)}")
+            self._insert(name, adapted)
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter; its place is taken by the next that comes.
+
+        Raises:
+            ValueError: there is no such adapter.
+            RuntimeError: it is in use.
+        """
+        with self._lock:
+            self._slot(name)
+            if self._in_use[name]:
+                raise RuntimeError(f"adapter {name!r} is in use: leave the with blocks that use it before removing it")
+            del self._slots[name]
+
+    @contextmanager
+    def use(self, adapters: str | Mapping[str, float] | Sequence[str | None] | None) -> Iterator[nn.Module]:
+        """Within the ``with`` block the model computes with these adapters, in this thread, without gradients.
+
+        Args:
+            adapters: a name, for all samples; ``{name: weight, ...}``, for the weighted sum of updates (and of what
+                heads differ by from the base's), at a rank of all together; or a list with a name for every sample of
+                the batch, so that sample i is the i-th entry of the first dimension. None is the base.
+
+        Raises:
+            ValueError: there is no such adapter; an empty list or mix, or a weight that is no finite number; when the
+                model is called, a batch of another size.
+        """
+        with self._lock:
+            selection, names = self._select(adapters)
+            self._in_use.update(names)
+        token = self._selected.set(selection)
+        try:
+            with torch.no_grad():
+                yield self.model
+        finally:
+            self._selected.reset(token)
+            with self._lock:
+                self._in_use.subtract(names)
+
+    def detach(self) -> nn.Module:
+        """End of the pool: the model gets its own layers back, bit for bit. Returns the model.
+
+        Raises:
+            RuntimeError: an adapter is in use.
+        """
+        with self._changing, self._lock:
+            for name in self.names:
+                self.remove(name)
+            for name, layer in self._layers.items():
+                original = self._originals[name]
+                original.weight, original.bias = layer.weight, layer.bias
+                share_attributes(layer, original)
+            replace_modules(self.model, {layer: self._originals[name] for name, layer in self._layers.items()})
+            self._layers, self._stacks = {}, {}
+            self._hook.remove()
+            return self.model
+
+    def _select(
+        self, adapters: str | Mapping[str, float] | Sequence[str | None] | None
+    ) -> tuple[Selection | None, list[str]]:
+        """What to use, and the names of the adapters in it."""
+        device = next(self.model.parameters()).device
+        if adapters is None:
+            return None, []
+        if isinstance(adapters, str):
+            adapters = {adapters: 1.0}
+        if not adapters:
+            raise ValueError(
+                "AdapterPool.use: expected a name, {name: weight} or a name for each sample, got nothing; use(None) "
+                "is the base"
+            )
+        if not isinstance(adapters, Mapping):
+            slots = [0 if name is None else self._slot(name) for name in adapters]
+            names = [name for name in set(adapters) if name is not None]
+            return Selection(torch.tensor(slots, device=device), None), names
+        slots, weights = [self._slot(name) for name in adapters], list(adapters.values())
+        if not all(map(is_number, weights)):
+            raise ValueError(f"AdapterPool.use: expected a finite weight for each adapter, got {dict(adapters)}")
+        if sum(weights) != 1:  # the base's part in a head
+            slots, weights = [*slots, 0], [*weights, 1 - sum(weights)]
+        return Selection(torch.tensor(slots, device=device), torch.tensor(weights, device=device).float()), [*adapters]
+
+    def _slot(self, name: str) -> int:
+        if name not in self._slots:
+            near = difflib.get_close_matches(name, self._slots, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(self._slots) or 'none'}"
+            raise ValueError(f"no adapter {name!r} in this pool: {hint}")
+        return self._slots[name]
+
+    def _check_new(self, name: str) -> None:
+        if not isinstance(name, str) or name in self._slots:
+            raise ValueError(f"expected a name that no adapter of this pool has, got {name!r}; remove that one first")
+
+    @torch.no_grad()
+    def _insert(self, name: str, adapted: nn.Module) -> None:
+        """Take an adapter in. All that can fail comes before any change."""
+        parts = _operands(adapted), self._head_layers(adapted)
+        with self._lock:
+            self._write(name, *parts)
+
+    def _write(self, name: str, operands: _Parts, heads: _Parts) -> None:
+        """Give an adapter its row."""
+        layers, originals = dict(self._layers), dict(self._originals)
+        for layer, kind in (dict.fromkeys(operands, PooledDelta) | dict.fromkeys(heads, PooledWeights)).items():
+            if layer not in layers:
+                originals[layer] = _linear(self.model, layer)
+                layers[layer] = kind(originals[layer], self._selected)
+            if type(layers[layer]) is not kind:
+                raise ValueError(f"{layer} is head of one adapter and updated by another: use a pool for each")
+        parts = {(n, part): t for n, pair in (operands | heads).items() for part, t in enumerate(pair) if t is not None}
+        taken = set(self._slots.values())
+        slot = next(i for i in range(1, len(taken) + 2) if i not in taken)
+        rows = self._rows if slot < self._rows else 2 * self._rows - 1
+        stacks = _written(self._stacks, parts, layers, slot, rows)
+        for layer, pooled in layers.items():
+            pooled.stacks = (stacks[layer, 0], stacks.get((layer, 1)))
+        replace_modules(self.model, {originals[n]: pooled for n, pooled in layers.items() if n not in self._layers})
+        self._originals, self._layers, self._stacks, self._rows = originals, layers, stacks, rows
+        self._slots[name] = slot
+
+    def _head_layers(self, adapted: nn.Module) -> _Parts:
+        """Weight and bias of every linear layer in the head of ``adapted``."""
+        found: _Parts = {}
+        for head in bank_of(adapted).head:
+            for inner, module in adapted.get_submodule(head).named_modules():
+                name = f"{head}.{inner}" if inner else head
+                if not module.state_dict(keep_vars=True) or any(module.children()):
+                    continue
+                ours = _find(self._twin, name)
+                if type(module) is not nn.Linear or type(ours) is not nn.Linear:
+                    raise ValueError(
+                        f"expected a head of nn.Linear layers, got {name}: {type(module).__name__} (in the model "
+                        f"{type(ours).__name__}); adapt with head=[...] that leaves it out"
+                    )
+                if module.weight.shape != ours.weight.shape or (module.bias is None) != (ours.bias is None):
+                    raise ValueError(f"expected {name} to be {ours} as in the model of this pool, got {module}")
+                found[name] = (module.weight, module.bias)
+        return found
+
+
+def _operands(adapted: nn.Module) -> _Parts:
+    """D and G of every adapted layer; what the layers share is one tensor."""
+    together: dict[nn.Module, dict[str, EfftLinear]] = {}
+    for name, layer in adapted_layers(adapted).items():
+        together.setdefault(layer.factors, {})[name] = layer
+    found: _Parts = {}
+    for factors, layers in together.items():
+        next(iter(layers.values())).evaluated()  # refused by a method that updates no weight
+        assert isinstance(factors, FactorBank)
+        found |= zip(layers, factors.evaluated_together([layer.site for layer in layers.values()]), strict=True)
+    return found
+
+
+def _written(
+    stacks: dict[_Place, Tensor], new: dict[_Place, Tensor], layers: Mapping[str, PooledLinear], slot: int, rows: int
+) -> dict[_Place, Tensor]:
+    """The stacks with ``new`` in row ``slot``: the same tensors where there is room, else larger copies.
+
+    Places go on sharing a stack if they share a tensor in the new adapter too.
+    """
+    sharing: dict[tuple[Any, ...], list[_Place]] = {}
+    for place in stacks | new:
+        tensor = new.get(place)
+        same = None if tensor is None else (tensor.data_ptr(), tensor.shape, tensor.stride())
+        sharing.setdefault((id(stacks.get(place)), same), []).append(place)
+    users = Counter(id(stack) for stack in stacks.values())
+    written: dict[_Place, Tensor] = {}
+    for places in sharing.values():
+        old, tensor = stacks.get(places[0]), new.get(places[0])
+        sizes = [t for t in (None if old is None else old.shape[1:], None if tensor is None else tensor.shape) if t]
+        shape = (rows, *map(max, zip(*sizes, strict=True)))
+        if old is not None and old.shape == shape and users[id(old)] == len(places):
+            stack = old
+        else:
+            name, part = places[0]
+            stack = layers[name].weight.new_zeros(shape)
+            if old is not None:
+                _corner(stack, old.shape).copy_(old)
+            elif isinstance(layers[name], PooledWeights):
+                stack.copy_((layers[name].weight, layers[name].bias)[part])
+        stack[slot] = stack[0]
+        if tensor is not None:
+            _corner(stack[slot], tensor.shape).copy_(tensor)
+        written |= dict.fromkeys(places, stack)
+    return written
+
+
+def _corner(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """The part of ``tensor`` that begins at its first element and has this shape."""
+    return tensor[tuple(slice(size) for size in shape)]
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    """The modules of ``model`` again, around the same memory: adapters are loaded into it while the model serves.
+
+    Its parameters are other objects, whose requires_grad is their own.
+    """
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, memo | {id(b): b for b in model.buffers()})
+
+
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    linear = model.get_submodule(name)
+    assert isinstance(linear, nn.Linear)
+    return linear
+
+
+def _find(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _check_batch(
+    selected: ContextVar[Selection | None], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Before the model runs: one adapter a sample needs a batch of as many samples."""
+    selection = selected.get()
+    if selection is None or selection.weights is not None:
+        return
+    batch = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+    if batch is not None and (batch.dim() == 0 or batch.shape[0] != len(selection.slots)):
+        raise ValueError(
+            f"expected a batch of {len(selection.slots)} samples, one for each name given to AdapterPool.use, got an "
+            f"input of shape {list(batch.shape)}"
+        )
