@@ -49,7 +49,7 @@ lint: $(VENV)/.efft-dev ## Check style and types, change nothing
 	$(RUN) mypy
 
 docs: $(VENV)/.efft-dev ## Build the documentation into build/site
-	$(BIN)/mkdocs build --quiet
+	$(BIN)/mkdocs build
 
 format: $(VENV)/.efft-dev ## Format the code and apply safe fixes
 	$(RUN) ruff check --fix

@@ -72,7 +72,7 @@ def test_figures_of_the_scaling_page(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_site_builds(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs", reason="needs the docs extra")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     api = (tmp_path / "site/api/ops/index.html").read_text(encoding="utf-8")

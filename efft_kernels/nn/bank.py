@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -42,6 +43,7 @@ class FactorBank(nn.Module, ABC):
     :meth:`release` (``efft.apply`` calls both by hooks on the model).
     """
 
+    _lock = threading.Lock()  # of all banks: held for an instant, and copies and pickles have none of their own
     dropout: float = 0.0
     """Probability of zeroing an element of a factor in training; :meth:`compose` does it, if anything does."""
 
@@ -51,6 +53,7 @@ class FactorBank(nn.Module, ABC):
         self._passes: list[weakref.ref[_Pass]] = []  # their graphs hold them
         self._without_graph: _Pass | None = None  # the last pass, if none of its factors needs a gradient
         self._running: _Pass | None = None  # between prepare and release, where gradients are wanted
+        self._thread: int | None = None  # whose pass this is: another's composes layer by layer meanwhile
 
     @abstractmethod
     def features(self, site: Any) -> tuple[int, int]:
@@ -73,7 +76,7 @@ class FactorBank(nn.Module, ABC):
     def down_up(self, binding: Binding) -> tuple[Tensor, Tensor]:
         """(D [in_features, r], G [r, out_features]) of a bound site, with this pass's dropout if training."""
         prepared = binding.prepared  # read once: another thread may release it
-        if prepared is not None:
+        if prepared is not None and (torch.compiler.is_compiling() or self._thread == threading.get_ident()):
             if not torch.compiler.is_compiling():  # a side effect, which a compiled checkpoint refuses
                 binding.used = True
                 if self._running is not None and not torch.is_grad_enabled():
@@ -98,7 +101,12 @@ class FactorBank(nn.Module, ABC):
             self.training = training
 
     def prepare(self) -> None:
-        """Compose all bound sites at once; :meth:`down_up` serves them until :meth:`release`."""
+        """Compose all bound sites at once; :meth:`down_up` serves them to this thread until :meth:`release`."""
+        if not torch.compiler.is_compiling():
+            with self._lock:
+                if self._thread not in (None, threading.get_ident()):
+                    return
+                self._thread = threading.get_ident()
         pairs = self._composed([binding.site for binding in self.bindings])
         for binding, pair in zip(self.bindings, pairs, strict=True):
             binding.prepared = pair
@@ -110,12 +118,15 @@ class FactorBank(nn.Module, ABC):
 
     def release(self) -> list[Binding]:
         """End of the forward pass that :meth:`prepare` began. Returns the bindings that it did not use."""
+        if not torch.compiler.is_compiling() and self._thread != threading.get_ident():
+            return []
         for binding in self.bindings:
             binding.prepared = None
         if torch.compiler.is_compiling():
             return []
         if self._running is not None:
             self._running.last, self._running = _sequence_number(), None
+        self._thread = None
         return [binding for binding in self.bindings if not binding.used]
 
     def _composed(self, sites: list[Any]) -> list[tuple[Tensor, Tensor]]:
@@ -170,7 +181,7 @@ class FactorBank(nn.Module, ABC):
         return max(again, key=lambda this: this.replayed[1], default=None)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_passes": [], "_without_graph": None, "_running": None}
+        return {**self.__dict__, "_passes": [], "_without_graph": None, "_running": None, "_thread": None}
 
 
 class _Pass:

@@ -92,7 +92,9 @@ class EfftLinear(nn.Linear):
         if factors is not None:
             if (rank, n_cores, scale, dropout, init) != (16, 1, 1.0, 0.0, "v"):
                 raise ValueError("rank, n_cores, scale, dropout and init belong to the bank: set them on factors")
-            return cls(linear, factors, site or Site())
+            if site is None and not isinstance(factors, TTFactors):
+                raise ValueError(f"site must say which part of this {type(factors).__name__} the layer uses, got None")
+            return cls(linear, factors, Site() if site is None else site)
         reason = cannot_wrap(linear)
         if reason is not None:
             raise TypeError(f"EfftLinear: {reason}")
@@ -109,7 +111,7 @@ class EfftLinear(nn.Linear):
             device=linear.weight.device,
             dtype=torch.promote_types(linear.weight.dtype, torch.float32),
         )
-        return cls(linear, own, site or Site(cores=tuple(range(n_cores))), own_factors=True)
+        return cls(linear, own, Site(cores=tuple(range(n_cores))) if site is None else site, own_factors=True)
 
     @property
     def merged(self) -> bool:

@@ -178,7 +178,11 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS} is damaged or not a safetensors file: {error}") from None
     for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
+        if tensor.is_complex() or (name.startswith("efft.") and not tensor.is_floating_point()):
+            raise ValueError(
+                f"{folder / WEIGHTS} is damaged: {name} is {tensor.dtype}, expected floating-point numbers"
+            )
+        if not torch.isfinite(tensor.double()).all():
             raise ValueError(f"{folder / WEIGHTS} is damaged: {name} has NaN or infinite entries")
     return description, tensors
 

@@ -69,8 +69,9 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], base_model: st
 def _config(ranks: dict[str, int], head: list[str], base_model: str | None) -> dict[str, Any]:
     """peft's ``LoraConfig``; the fields that are not here have their defaults."""
     (usual, _), *_ = Counter(ranks.values()).most_common(1)
-    # peft takes the first key that ends a layer's name: longer names go first.
-    others = {name: r for name, r in sorted(ranks.items(), key=lambda item: -len(item[0])) if r != usual}
+    # peft takes the first key that ends a layer's name: longer names go first, those of the usual rank among them.
+    longest_first = dict(sorted(ranks.items(), key=lambda item: -len(item[0])))
+    others = longest_first if len(set(ranks.values())) > 1 else {}
     return {
         "peft_type": "LORA",
         "base_model_name_or_path": base_model or None,
@@ -94,6 +95,12 @@ def _check_names(model: nn.Module, layers: dict[str, EfftLinear], head: list[str
             raise ValueError(
                 f"{names[module]} and {name} are one layer, and peft would adapt only the first; merge the update "
                 "instead (efft.merged_state_dict)"
+            )
+        of = next((layer for layer in layers if name.endswith(f".{layer}")), None)
+        if of is not None and name not in layers:
+            raise ValueError(
+                f"peft would adapt {name} too, since its name ends like {of}'s; merge the update instead "
+                "(efft.merged_state_dict)"
             )
         ends = [h for h in head if name.endswith(h) and name not in head]
         if ends and any(f"{layer}.".startswith(f"{name}.") for layer in layers):

@@ -8,6 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -284,6 +285,58 @@ def test_factors_alone_learn(architecture: str, variant: Any, tiny_vit: Make, ti
 
 
 # --- two processes ----------------------------------------------------------------------------------------------------
+
+
+class Gated(nn.Module):
+    """Two layers, and a place between the hooks and the layers where the main thread can be held."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.gate: Callable[[], None] = lambda: None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if threading.current_thread() is threading.main_thread():
+            self.gate()
+        return self.second(self.first(x))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_threads_do_not_mix_their_passes(mode: Callable[[], Any], randomize: Make) -> None:
+    """A whole pass of another thread between the start of a pass and its layers, and half of one."""
+    model: Any = randomize(efft.apply(Gated(), efft.EfftConfig(targets=["first", "second"], rank=2, head=[])).eval())
+    factors, x = [p for _, p in efft.named_factors(model)], torch.randn(3, 8)
+    expected = torch.autograd.grad(model(x).sum(), factors)
+    started, resume, outputs = threading.Event(), threading.Event(), []
+
+    def other() -> None:
+        def hold(*_: object) -> None:
+            if threading.current_thread() is not threading.main_thread():
+                started.set()
+                resume.wait(30)
+
+        with mode():
+            outputs.append(model(x))
+            handle = model.second.register_forward_pre_hook(hold)
+            outputs.append(model(x))
+            handle.remove()
+
+    thread = threading.Thread(target=other)
+
+    def gate() -> None:
+        thread.start()
+        started.wait(30)
+
+    model.gate = gate
+    got = torch.autograd.grad(model(x).sum(), factors)
+    resume.set()
+    thread.join(30)
+    torch.testing.assert_close(got, expected)
+    model.gate = lambda: None
+    for y in outputs:
+        torch.testing.assert_close(y, model(x))
+    assert model.efft["linear_8x8"]._thread is None, "the next pass is anybody's"
+
 
 DDP = """
 import sys, torch, timm, efft

@@ -151,6 +151,15 @@ def test_nonfinite_tensors(
     refuse(model, folder, r"is damaged: efft\.ffn\.C has NaN or infinite entries", unchanged)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.complex64], ids=str)
+def test_factors_that_are_no_floating_point_numbers(
+    dtype: torch.dtype, saved: tuple[nn.Module, Path], tiny_vit: Make, unchanged: Unchanged
+) -> None:
+    _, folder = saved
+    edit_weights(folder, lambda tensors: tensors.update({"efft.mhsa.U": tensors["efft.mhsa.U"].to(dtype)}))
+    refuse(tiny_vit(), folder, f"is damaged: efft.mhsa.U is {dtype}, expected floating-point numbers", unchanged)
+
+
 def test_missing_and_unexpected_tensors(
     saved: tuple[nn.Module, Path], tiny_vit: Make, adapted_vit: Make, unchanged: Unchanged
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -136,6 +137,35 @@ def test_merged_models_export_the_same(adapted_vit: Make, tmp_path: Path) -> Non
     efft.merge(model)
     efft.export_lora(model, tmp_path / "2")
     assert (tmp_path / "1" / WEIGHTS).read_bytes() == (tmp_path / "2" / WEIGHTS).read_bytes()
+
+
+class Nested(nn.Module):
+    """Layers whose names end alike, ``fc`` and ``enc.fc``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 16)
+        self.enc = nn.ModuleDict({"fc": nn.Linear(16, 16), "fd": nn.Linear(16, 16)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.enc["fd"](self.enc["fc"](self.fc(x)))
+
+
+def test_ranks_of_layers_whose_names_end_alike(randomize: Make, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="needs the dev extra")
+    base = Nested()
+    config = efft.EfftConfig(targets=["fc", "fd"], rank={"linear_8x16": 2, "linear_16x16": 4}, head=[])
+    model = randomize(efft.apply(copy.deepcopy(base).eval(), config))
+    loaded = peft.PeftModel.from_pretrained(base, efft.export_lora(model, tmp_path)).eval()
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(loaded(x), model(x))
+
+
+def test_layers_that_peft_would_adapt_too_are_refused(tmp_path: Path) -> None:
+    model = efft.apply(Nested(), efft.EfftConfig(targets=["fc"], exclude=["enc.fc"], rank=2, head=[]))
+    with pytest.raises(ValueError, match="peft would adapt enc.fc too, since its name ends like fc's"):
+        efft.export_lora(model, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_adapter_is_not_overwritten(saved: tuple[nn.Module, Path], tmp_path: Path) -> None:

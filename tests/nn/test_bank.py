@@ -91,3 +91,11 @@ def test_half_a_bank_is_none() -> None:
 
     with pytest.raises(TypeError, match=r"abstract method '?compose"):
         Half()
+
+
+def test_a_site_that_is_zero_and_one_that_is_missing() -> None:
+    layer = EfftLinear.from_linear(nn.Linear(6, 4), Pair(), 0)
+    assert layer.site == 0
+    layer(torch.randn(2, 6))
+    with pytest.raises(ValueError, match="site must say which part of this Pair the layer uses, got None"):
+        EfftLinear.from_linear(nn.Linear(6, 4), Pair())

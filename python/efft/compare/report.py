@@ -230,7 +230,9 @@ def _origin(records: Sequence[Record]) -> str:
 
     versions = sorted({", ".join(f"{k} {v}" for k, v in record["versions"].items()) for record in records})
     configs = [record["config"] for record in records if "config" in record]
-    models = "; ".join(sorted({f"{c['model']} at {c['image_size'] or 'its own'} pixels, {c['amp']}" for c in configs}))
+    models = "; ".join(
+        sorted({f"{c['model']} at {c['image_size'] or 'its own'} pixels, autocast {c['amp']}" for c in configs})
+    )
     lines = [
         f"- backbone: {models}" if models else "",
         f"- machine: {each('machine')}" + (f"; GPU {each('gpu')}" if each("gpu") else ""),
