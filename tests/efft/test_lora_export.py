@@ -163,7 +163,7 @@ def test_ranks_of_layers_whose_names_end_alike(randomize: Make, tmp_path: Path) 
 
 def test_layers_that_peft_would_adapt_too_are_refused(tmp_path: Path) -> None:
     model = efft.apply(Nested(), efft.EfftConfig(targets=["fc"], exclude=["enc.fc"], rank=2, head=[]))
-    with pytest.raises(ValueError, match="peft would adapt enc.fc too, since its name ends like fc's"):
+    with pytest.raises(ValueError, match=r"peft would adapt enc\.fc too, since its name ends like fc's"):
         efft.export_lora(model, tmp_path)
     assert not list(tmp_path.iterdir())
 
