@@ -26,6 +26,9 @@ from efft_kernels.nn.weights import dequantized
 
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 
+#: What values of a right type but beyond all sizes, of a wrong type, or nested too deeply make Python and torch raise.
+_OUT_OF_BOUNDS = (TypeError, OverflowError, RecursionError)
+
 #: What is recorded about the model that was adapted.
 _BASE = {"architecture", "layers", "dtype", "fingerprint"}
 
@@ -78,7 +81,10 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = 
     """
     folder = Path(path)
     description, tensors = _read(folder)
-    config = config_from_dict(description["config"])
+    try:
+        config = config_from_dict(description["config"])
+    except _OUT_OF_BOUNDS as error:
+        raise ValueError(f"{folder / CONFIG} is not an EFFT adapter configuration: {error!r}") from None
     if config.head is None:
         config.head = description["head"]
     bank = getattr(model, "efft", None)
@@ -91,9 +97,9 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = 
     else:
         try:
             plan = make_plan(model, config)
-        except ValueError as error:
+            layers, shapes = [n for g in plan.groups for n in g.sites], _planned_shapes(model, plan)
+        except (ValueError, RuntimeError, *_OUT_OF_BOUNDS) as error:  # RuntimeError: sizes that no storage has
             raise ValueError(f"the adapter in {folder} does not fit this {type(model).__name__}: {error}") from None
-        layers, shapes = [n for g in plan.groups for n in g.sites], _planned_shapes(model, plan)
     problems = [f"{p}, or pass strict=False if you mean it" for p in base_problems(model, layers, description["base"])]
     missing, unexpected = sorted(set(shapes) - set(tensors)), sorted(set(tensors) - set(shapes))
     if missing:
@@ -171,7 +177,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             lacking = keys - description[part].keys()
             if lacking:
                 raise ValueError(f"its {part!r} lacks {', '.join(sorted(lacking))}")
-    except ValueError as error:
+    except (ValueError, *_OUT_OF_BOUNDS) as error:
         raise ValueError(f"{folder / CONFIG} is not an EFFT adapter configuration: {error}") from None
     try:
         tensors = load_file(folder / WEIGHTS)

@@ -140,6 +140,27 @@ def test_damaged_types_in_the_configuration(
     refuse(tiny_vit(), folder, r"adapter_config\.json|EfftConfig\.", unchanged)
 
 
+@pytest.mark.parametrize(
+    "values",
+    [{"method": []}, {"rank": 10**9}, {"rank": 10**30}, {"scale": 10**400}, {"method": "tenslora", "ranks": 5}],
+    ids=str,
+)
+def test_values_beyond_all_bounds(
+    values: dict[str, Any], saved: tuple[nn.Module, Path], tiny_vit: Make, unchanged: Unchanged
+) -> None:
+    _, folder = saved
+    edit_config(folder, lambda d: d["config"].update(values))
+    refuse(tiny_vit(), folder, r"is not an EFFT adapter configuration|does not fit this|must be", unchanged)
+
+
+def test_a_configuration_that_is_nested_too_deeply(
+    saved: tuple[nn.Module, Path], tiny_vit: Make, unchanged: Unchanged
+) -> None:
+    _, folder = saved
+    (folder / CONFIG).write_text("[" * 200_000)
+    refuse(tiny_vit(), folder, r"is not an EFFT adapter configuration", unchanged)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("adapted", [False, True])
 def test_nonfinite_tensors(

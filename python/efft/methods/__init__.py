@@ -71,7 +71,7 @@ def config_type(values: Mapping[str, Any]) -> type[AdapterConfig]:
         ValueError: a method that is not known.
     """
     method = values.get("method", EfftConfig.method)
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise ValueError(f"unknown method {method!r}; this version knows {', '.join(METHODS)}")
     return METHODS[method]
 
