@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import datetime
 import functools
-import importlib.metadata
 import json
 import os
 import platform
@@ -22,6 +21,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from efft.compare.facts import commit, processor, versions
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -51,10 +52,10 @@ def machine_facts() -> dict[str, Any]:
     """Where and with what a figure was taken; asked once a process, so that the lines of a run share a ``date``."""
     facts: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "machine": f"{_processor()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "machine": f"{processor()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
         "cores": os.cpu_count(),
-        "versions": {"python": platform.python_version(), **_versions()},
-        "commit": _commit(),
+        "versions": {"python": platform.python_version(), **versions(_PACKAGES)},
+        "commit": commit(Path(__file__).parent) or "unknown",
         "command": " ".join(["python", *sys.orig_argv[1:]]),
     }
     if torch.cuda.is_available():
@@ -83,37 +84,9 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def _driver() -> str:
     if shutil.which("nvidia-smi") is None:
         return "unknown"
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     lines = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()
     return lines[0].strip() if lines else "unknown"
-
-
-def _commit() -> str:
-    """The commit measured; marked where the tree had changes on top of it (other than results)."""
-    here = Path(__file__).parent
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
-    if head.returncode:
-        return "unknown"
-    status = ["git", "status", "--porcelain", "-uno", "--", ":/", ":!/benchmarks/results", ":!/README.md"]
-    dirty = subprocess.run(status, cwd=here, capture_output=True, text=True).stdout
-    return head.stdout.strip() + ("+changes" if dirty else "")
