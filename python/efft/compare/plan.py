@@ -75,8 +75,8 @@ class Plan:
         return len(self.suite.tasks) * (searches + seeds * len(self.grids))
 
     def pairs(self) -> list[tuple[str, str]]:
-        """Every (task, method), in the order of the suite."""
-        return [(task, method) for task in self.suite.tasks for method in self.suite.methods]
+        """Every (task, method): one method after the other, so that the first ones can soon be compared on all tasks."""
+        return [(task, method) for method in self.suite.methods for task in self.suite.tasks]
 
     def search(self, task: str, method: str) -> list[Run]:
         """The runs that choose a point of the method's grid; none where there is nothing to choose."""
