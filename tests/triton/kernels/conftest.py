@@ -1,5 +1,6 @@
 """Collected where Triton interprets (see tests/triton/test_interpreter.py) and, compiled, where there is a GPU."""
 
+import importlib.util
 import os
 from collections.abc import Iterator
 
@@ -8,7 +9,8 @@ import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 OF_THE_INTERPRETER = ["test_checks.py", "test_layers.py"]
-collect_ignore_glob = [] if INTERPRETED else OF_THE_INTERPRETER if torch.cuda.is_available() else ["test_*.py"]
+ON_A_GPU = torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
+collect_ignore_glob = [] if INTERPRETED else OF_THE_INTERPRETER if ON_A_GPU else ["test_*.py"]
 
 
 @pytest.fixture(autouse=True)
