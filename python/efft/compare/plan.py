@@ -75,7 +75,7 @@ class Plan:
         return len(self.suite.tasks) * (searches + seeds * len(self.grids))
 
     def pairs(self) -> list[tuple[str, str]]:
-        """Every (task, method): one method after the other, so that the first ones can soon be compared on all tasks."""
+        """Every (task, method): one method after the other, so that the first can soon be compared on all tasks."""
         return [(task, method) for method in self.suite.methods for task in self.suite.tasks]
 
     def search(self, task: str, method: str) -> list[Run]:
