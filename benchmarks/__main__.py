@@ -14,6 +14,7 @@ COMMANDS = {
     "memory": ("benchmarks.memory", "what is kept for the backward pass, and the process's peak"),
     "serve": ("benchmarks.serve", "inference: base, adapted, merged"),
     "scaling": ("benchmarks.scaling", "how time grows with tokens and rank"),
+    "subspaces": ("benchmarks.studies.subspaces", "what shared factors can express of a full fine-tuning update"),
     "compare": ("benchmarks.compare", "what got slower between two result files or revisions"),
     "plot": ("benchmarks.plots", "pictures from result files"),
     "tables": ("benchmarks.readme", "the README's tables from result files"),

@@ -1,0 +1,165 @@
+"""How much of a full fine-tuning update shared factors can express, by matrix type.
+
+    python -m benchmarks subspaces --tasks cifar10 orientation count
+
+Fine-tunes the whole backbone of the suite ``local``, takes the update of every attention and MLP matrix, and the mean
+gradient before the first step, and asks of both:
+
+- effective rank: exp of the entropy of the squared singular values' shares, mean over blocks;
+- own: the share of the squared norm that the best rank-r approximation of each matrix keeps (what LoRA can express);
+- shared: the share that the best pair of bases, r directions in and r out for all matrices of the set and all blocks,
+  keeps (what one train with a core per matrix can express);
+- independent: the same for matrices with the same singular values but directions drawn anew for each. What ``shared``
+  has more than that is structure that the blocks have in common.
+
+The sets are the matrix types, and what EFFT2 puts into one train: ``mhsa`` (Q, K, V, O) and ``ffn`` (W1, W2 transposed).
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from benchmarks.record import append, machine_facts
+from efft.compare import suite as suites
+from efft.train import build, run
+from efft.train.config import TrainConfig
+
+#: What a set of matrices is called, and the types in it.
+SETS = {name: (name,) for name in ("q", "k", "v", "o", "fc1", "fc2")} | {
+    "mhsa": ("q", "k", "v", "o"),
+    "ffn": ("fc1", "fc2"),
+}
+SWEEPS = 8
+"""Alternations that improve the pair of bases; the energy changes by less than 1e-3 after 5."""
+
+
+def matrices(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Type to matrices [blocks, d_in, d_out] (fc2: [blocks, d_out, d_in], as in its train) of a timm ViT's state."""
+    blocks = sorted({int(name.split(".")[1]) for name in state if name.startswith("blocks.")})
+
+    def stacked(name: str) -> Tensor:
+        return torch.stack([state[f"blocks.{block}.{name}.weight"].double() for block in blocks])
+
+    q, k, v = stacked("attn.qkv").chunk(3, dim=1)  # [blocks, d, d] each, rows are outputs
+    found = {"q": q, "k": k, "v": v, "o": stacked("attn.proj"), "fc1": stacked("mlp.fc1")}
+    return {name: each.mT for name, each in found.items()} | {"fc2": stacked("mlp.fc2")}
+
+
+def effective_rank(values: Tensor) -> float:
+    """Of matrices with singular values [n, m], as a mean over them."""
+    share = values.square() / values.square().sum(-1, keepdim=True)
+    return float((-(share * share.clamp_min(1e-300).log()).sum(-1)).exp().mean())
+
+
+def own_energy(values: Tensor, rank: int) -> float:
+    """Share of the squared norm of matrices with singular values [n, m] in the best approximation of each."""
+    return float(values[:, :rank].square().sum() / values.square().sum())
+
+
+def shared_energy(each: Tensor, rank: int) -> float:
+    """Share of the squared norm of matrices [n, a, b] that one pair of bases, [a, rank] and [b, rank], keeps.
+
+    By alternating between the two, each time the best for the other, from the best without the other.
+    """
+
+    def best(of: Tensor) -> Tensor:  # [n, a, m] -> [a, rank]
+        return torch.linalg.eigh(torch.einsum("nam,nbm->ab", of, of))[1][:, -rank:]
+
+    right = best(each.mT)
+    for _ in range(SWEEPS):
+        left = best(each @ right)
+        right = best(each.mT @ left)
+    return float((left.T @ each @ right).square().sum() / each.square().sum())
+
+
+def independent(each: Tensor, values: Tensor, generator: torch.Generator) -> Tensor:
+    """Matrices of the shape of these and with singular values [n, m], with directions drawn anew for each."""
+
+    def directions(size: int) -> Tensor:
+        normal = torch.randn(len(each), size, values.shape[1], dtype=each.dtype, generator=generator)
+        return torch.linalg.qr(normal)[0]
+
+    return directions(each.shape[1]) * values[:, None] @ directions(each.shape[2]).mT
+
+
+def measure(found: Mapping[str, Tensor], rank: int, seed: int) -> list[dict[str, object]]:
+    """A row for each of `SETS`; see the module's description."""
+    generator = torch.Generator().manual_seed(seed)
+    singular = {kind: torch.linalg.svdvals(each) for kind, each in found.items()}
+    rows: list[dict[str, object]] = []
+    for name, types in SETS.items():
+        each, values = (torch.cat([of[kind] for kind in types]) for of in (found, singular))
+        row = {
+            "effective_rank": effective_rank(values),
+            "own": own_energy(values, rank),
+            "shared": shared_energy(each, rank),
+            "independent": shared_energy(independent(each, values, generator), rank),
+            "norm": float(values.square().sum(1).sqrt().mean()),
+        }
+        rows.append({"set": name, **row})
+    return rows
+
+
+def mean_gradient(model: nn.Module, config: TrainConfig) -> dict[str, Tensor]:
+    """Of the loss over the training images of a task, with respect to every weight, before the first step."""
+    data = build.load_task(config).trainval
+    loader = torch.utils.data.DataLoader(data, batch_size=config.eval_batch_size)
+    model.requires_grad_(True).eval()
+    for images, labels in loader:
+        (functional.cross_entropy(model(images), labels, reduction="sum") / len(data)).backward()
+    return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+def study(task: str, seed: int, lr: float, rank: int) -> list[dict[str, object]]:
+    """Rows of one training run: of its update, and of the gradient before it.
+
+    The gradient is taken behind a trained classifier: a random one would send back directions without meaning.
+    """
+    fields = {**suites.load("local").train, "data": task, "seed": seed, "data_seed": seed, "protocol": "final"}
+    fields.pop("efft")
+    config = TrainConfig.from_dict({**fields, "method": "full", "lr": lr})
+    classes = build.load_task(config).classes
+    with tempfile.TemporaryDirectory() as folder:
+        probe = TrainConfig.from_dict({**fields, "method": "linear", "lr": 1e-2})
+        model = run(probe, Path(folder) / "probe", progress=False).model
+        assert model is not None
+        gradient = measure(matrices(mean_gradient(model, probe)), rank, seed)
+        before = build.create_model(config, classes).state_dict()
+        result = run(config, Path(folder) / "full", progress=False)
+        assert result.model is not None
+        after = result.model.state_dict()
+    update = measure(matrices({name: after[name] - before[name] for name in before}), rank, seed)
+    common = {"task": task, "seed": seed, "rank": rank, "lr": lr, "test_accuracy": result.summary["test_accuracy"]}
+    return [
+        {**common, "of": of, **row, **machine_facts()}
+        for of, rows in (("gradient", gradient), ("update", update))
+        for row in rows
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the study and appends to ``subspaces.jsonl``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks subspaces", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tasks", nargs="+", default=["cifar10", "orientation", "count"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--lr", type=float, default=1e-4, help="of full fine-tuning")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--results", type=Path, metavar="FOLDER", help="for subspaces.jsonl")
+    args = parser.parse_args(arguments)
+    for task in args.tasks:
+        for seed in args.seeds:
+            rows = study(task, seed, args.lr, args.rank)
+            append("subspaces", rows, args.results)
+            for row in rows:
+                numbers = " ".join(f"{name} {row[name]:8.3f}" for name in ("effective_rank", "own", "shared", "independent"))
+                print(f"{task:<20} seed {seed} {row['of']:<9}{row['set']:<5}{numbers}", flush=True)
+    return 0
