@@ -12,7 +12,8 @@ gradient before the first step, and asks of both:
 - independent: the same for matrices with the same singular values but directions drawn anew for each. What ``shared``
   has more than that is structure that the blocks have in common.
 
-The sets are the matrix types, and what EFFT2 puts into one train: ``mhsa`` (Q, K, V, O) and ``ffn`` (W1, W2 transposed).
+The sets are the matrix types, and what EFFT2 puts into one train: ``mhsa`` (Q, K, V, O) and ``ffn`` (W1, W2
+transposed).
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ SETS = {name: (name,) for name in ("q", "k", "v", "o", "fc1", "fc2")} | {
     "mhsa": ("q", "k", "v", "o"),
     "ffn": ("fc1", "fc2"),
 }
+#: The fields of a row that are measured.
+MEASURES = ("effective_rank", "own", "shared", "independent", "norm")
 SWEEPS = 8
 """Alternations that improve the pair of bases; the energy changes by less than 1e-3 after 5."""
 
@@ -160,6 +163,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rows = study(task, seed, args.lr, args.rank)
             append("subspaces", rows, args.results)
             for row in rows:
-                numbers = " ".join(f"{name} {row[name]:8.3f}" for name in ("effective_rank", "own", "shared", "independent"))
+                numbers = " ".join(f"{name} {row[name]:8.3f}" for name in MEASURES)
                 print(f"{task:<20} seed {seed} {row['of']:<9}{row['set']:<5}{numbers}", flush=True)
     return 0
