@@ -50,6 +50,9 @@ class AdapterConfig:
         """
         raise NotImplementedError
 
+    def settle(self, groups: Sequence[Any]) -> None:
+        """Replace, in place, what the configuration left to the library by what it came to in these groups."""
+
     def summary(self) -> str:
         """The settings in a line, for a model card."""
         raise NotImplementedError
@@ -119,8 +122,9 @@ class EfftConfig(AdapterConfig):
     rank: int | tuple[int, int] | dict[str, int | tuple[int, int]] = 32
     """TT rank r, or (r1, r2) for rectangular cores, or either per group."""
 
-    scale: float | dict[str, float] = 1.0
-    """s, a plain multiplier of the update (not divided by the rank)."""
+    scale: float | Literal["auto"] | dict[str, float | Literal["auto"]] = 1.0
+    """s, a plain multiplier of the update (not divided by the rank). "auto": as much as moves the weights like full
+    fine-tuning does (see :meth:`auto`); ``efft.apply`` replaces it by the number."""
 
     trainable_scale: bool = False
     """Train s, starting from ``scale``."""
@@ -169,7 +173,7 @@ class EfftConfig(AdapterConfig):
             ok = len(pair) == 2 and all(type(r) is int and r >= 1 for r in pair)
             self._check(ok, "rank", "an integer >= 1, a pair of them, or a dict of these", self.rank)
         for scale in _values(self.scale):
-            self._check(is_number(scale), "scale", "a number or a dict of numbers", self.scale)
+            self._check(is_number(scale) or scale == "auto", "scale", "a number, 'auto' or a dict of these", self.scale)
         self._check(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", "in [0, 1)", self.dropout)
         self._check(isinstance(self.trainable_scale, bool), "trainable_scale", "True or False", self.trainable_scale)
         self._check_layers()
@@ -179,19 +183,35 @@ class EfftConfig(AdapterConfig):
         rank: int | tuple[int, int] = _of_group(self.rank, "rank", group, kind)
         return (rank, rank) if isinstance(rank, int) else rank
 
-    def scale_of(self, group: str, kind: str) -> float:
-        """s of a group."""
-        return float(_of_group(self.scale, "scale", group, kind))
+    def scale_of(self, group: str, kind: str) -> float | Literal["auto"]:
+        """s of a group, or who decides it."""
+        scale: float | Literal["auto"] = _of_group(self.scale, "scale", group, kind)
+        return scale if isinstance(scale, str) else float(scale)
 
     def init_of(self, kind: str) -> str:
         """'u' or 'v' for a kind of group."""
         return self.init[-1] if kind == "ffn" else self.init[0]
+
+    @classmethod
+    def auto(cls, **fields: Any) -> EfftConfig:
+        """A configuration that needs no search: ``scale="auto"``, the other fields as usual.
+
+        The paper searches s between 0.01 and 100 for every task. What decides is how far a step of the optimizer moves
+        the weights, and that depends on s, the width, the ranks and the number of cores together;
+        :func:`efft_kernels.nn.initialization.automatic_scale` solves it for s. Meant for learning rates around 1e-3.
+        """
+        return cls(**{"scale": "auto", **fields})
 
     def groups(self, model: nn.Module, targets: list[Target]) -> Sequence[Group]:
         """The trains of ``variant`` for these layers."""
         from efft.plan import efft_groups  # which needs this class
 
         return efft_groups(self, model, targets)
+
+    def settle(self, groups: Sequence[Any]) -> None:
+        """Write down the scales of a plan, so that an adapter file holds numbers."""
+        if "auto" in _values(self.scale):
+            self.scale = {group.name: group.scale for group in groups}
 
     def summary(self) -> str:
         """The settings in a line, for a model card."""

@@ -90,6 +90,7 @@ def apply(model: nn.Module, config: AdapterConfig | None = None) -> nn.Module:
             linear = model.get_submodule(name)
             assert isinstance(linear, nn.Linear)
             layers[name] = (linear, config.layer(linear, banks[group.name], site))
+    config.settle(plan.groups)
     bank = Bank(banks, config, plan.head)
     bank.train(model.training)
     bank._requires_grad = requires_grad

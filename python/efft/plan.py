@@ -12,6 +12,7 @@ from torch import nn
 from efft.config import AdapterConfig, EfftConfig
 from efft.targets import FFN_ROLES, MHSA_ROLES, Target, find_head, find_targets
 from efft_kernels import FactorBank, Site, TTFactors
+from efft_kernels.nn.initialization import automatic_scale
 
 
 class Group(Protocol):
@@ -50,8 +51,20 @@ class TrainGroup:
     def n_parameters(self) -> int:
         """Number of trainable parameters of the bank."""
         r1, r2 = self.rank
-        owners = self.n_layers if self.config.core_sharing == "per_layer" else 1
-        return self.d_in * r1 + owners * self.n_cores * r1 * r2 + r2 * self.d_out + self.config.trainable_scale
+        return self.d_in * r1 + self._all_cores * r1 * r2 + r2 * self.d_out + self.config.trainable_scale
+
+    @property
+    def _all_cores(self) -> int:
+        return self.n_cores * (self.n_layers if self.config.core_sharing == "per_layer" else 1)
+
+    @property
+    def scale(self) -> float:
+        """s, computed where the configuration leaves it to the library."""
+        scale = self.config.scale_of(self.name, self.kind)
+        if not isinstance(scale, str):
+            return scale
+        init = self.config.init_of(self.kind)
+        return automatic_scale(self.d_in, self.d_out, self._all_cores, *self.rank, init, self.config.core_init)
 
     def build(self, device: torch.device, dtype: torch.dtype) -> TTFactors:
         """Allocate and initialise the bank."""
@@ -62,7 +75,7 @@ class TrainGroup:
             n_layers=self.n_layers,
             n_cores=self.n_cores,
             core_sharing=self.config.core_sharing,
-            scale=self.config.scale_of(self.name, self.kind),
+            scale=self.scale,
             trainable_scale=self.config.trainable_scale,
             dropout=self.config.dropout,
             init=self.config.init_of(self.kind),

@@ -32,7 +32,7 @@ INVALID: list[tuple[dict[str, Any], str]] = [
     ({"rank": (4, 0)}, "got (4, 0)"),
     ({"rank": (4, 4, 4)}, "got (4, 4, 4)"),
     ({"rank": {"mhsa": 4, "ffn": 0}}, "got {'mhsa': 4, 'ffn': 0}"),
-    ({"scale": "1"}, "EfftConfig.scale must be a number or a dict of numbers, got '1'"),
+    ({"scale": "1"}, "EfftConfig.scale must be a number, 'auto' or a dict of these, got '1'"),
     ({"scale": True}, "got True"),
     ({"scale": {"mhsa": None}}, "got {'mhsa': None}"),
     ({"dropout": 1.0}, "EfftConfig.dropout must be in [0, 1), got 1.0"),
