@@ -1,6 +1,7 @@
 """What a suite's results say, in Markdown, with pictures where matplotlib is installed."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from importlib.util import find_spec
@@ -42,6 +43,11 @@ def write(plan: Plan, results: Path) -> list[Path]:
         target = results.with_name(f"{results.stem}-parameters.png")
         plots.accuracy_against_parameters(scores, _parameters(records), target)
         pictures["Accuracy against trained parameters"] = target
+        for name, entry in plan.suite.methods.items():
+            if len(entry.get("grid", {})) == 2:
+                target = results.with_name(f"{results.stem}-{_slug(name)}.png")
+                plots.heat_map(plan, name, done, target)
+                pictures[f"{name}: validation accuracy by {' and '.join(entry['grid'])}"] = target
     page = results.with_suffix(".md")
     page.write_text(text(plan, done, pictures), encoding="utf-8")
     return [page, *pictures.values()]
@@ -83,6 +89,10 @@ def text(plan: Plan, done: Mapping[str, Record], pictures: Mapping[str, Path]) -
         lost = "\n".join(f"- {method} on {task}, seed {seed}" for method, task, seed in scores.failed)
         parts += ["## Diverged", lost]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"\W+", "-", name).strip("-").lower()
 
 
 def table(heading: Row, rows: Sequence[Row]) -> str:

@@ -138,7 +138,7 @@ def test_mistakes_are_named(change: dict[str, Any], message: str | None, tiny: d
 
 def test_missing_files_and_variants(tiny: dict[str, Any], write: Write) -> None:
     with pytest.raises(
-        FileNotFoundError, match=r"no suite file nope; the suites by name are local, local_efft2, vtab1k"
+        FileNotFoundError, match=r"no suite file nope; the suites by name are local, local_efft2, local_grid, vtab1k"
     ):
         suites.load("nope")
     with pytest.raises(ValueError, match="has no quick variant; leave out --quick"):
