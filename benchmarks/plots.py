@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from benchmarks.model_roofline import block_times, vit_block
@@ -119,20 +120,47 @@ def roofline(lines: Sequence[Line]) -> Pictures:
         yield "_".join(["roofline", *map(str, key)]), figure
 
 
+def subspaces(lines: Sequence[Line]) -> Pictures:
+    """What one pair of bases for all blocks keeps of gradients and updates, as means over tasks."""
+    newest = {(line["of"], line["set"], line["task"], line["seed"]): line for line in lines}
+    if not newest:
+        return
+    rank = lines[-1]["rank"]
+    figure, axes = _new(f"full fine-tuning seen through rank {rank}, mean over tasks", lines[-1:])
+    labels = {
+        "own": "bases of each matrix's own",
+        "shared": "one pair of bases",
+        "independent": "the same, random directions",
+    }
+    sets = [(of, name) for of in ("gradient", "update") for name in dict.fromkeys(line["set"] for line in lines)]
+    for i, (measure, label) in enumerate(labels.items()):
+        kept = [fmean(line[measure] for key, line in newest.items() if key[:2] == each) for each in sets]
+        axes.barh([at + 0.27 * i for at in range(len(sets))], kept, 0.27, label=label)
+    axes.set_yticks([at + 0.27 for at in range(len(sets))], [f"{of}: {name}" for of, name in sets])
+    axes.invert_yaxis()
+    axes.set_xlabel(f"share of the squared norm within rank {rank}")
+    axes.legend()
+    yield "subspaces", figure
+
+
 #: What to draw from which result file.
 PICTURES: tuple[tuple[str, Callable[[Sequence[Line]], Pictures]], ...] = (
     ("ops", ops_ratios),
     ("ops", roofline),
     ("model", model_ratios),
     ("scaling", scaling),
+    ("subspaces", subspaces),
 )
 
 
-def draw(results: Path | None, out: Path) -> list[Path]:
-    """Writes every picture that the result files in ``results`` allow into ``out``; returns the files."""
+def draw(results: Path | None, out: Path, names: Sequence[str] = ()) -> list[Path]:
+    """Writes every picture that the result files in ``results`` (all, or those named) allow into ``out``; returns the
+    files."""
     out.mkdir(parents=True, exist_ok=True)
     written = []
     for name, pictures in PICTURES:
+        if names and name not in names:
+            continue
         for stem, figure in pictures(read(name, results)):
             path = out / f"{stem}.png"
             figure.savefig(path, dpi=150, bbox_inches="tight")
@@ -149,7 +177,7 @@ def _new(title: str, run: Sequence[Line]) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.add_subplot()
     line = run[0]
-    machine = line["gpu"]["name"] if line["device"] == "cuda" else line["machine"]
+    machine = line["gpu"]["name"] if line.get("device") == "cuda" else line["machine"]
     figure.suptitle(title)
     axes.set_title(f"{machine}; commit {line['commit']}; {line['date'][:10]}", fontsize="small")
     return figure, axes
@@ -179,10 +207,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    known = sorted({name for name, _ in PICTURES})
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"result files to draw: {', '.join(known)}; default: all"
+    )
     parser.add_argument("--results", type=Path, metavar="FOLDER", help="of the result files")
     parser.add_argument("--out", type=Path, metavar="FOLDER", default=Path("build/plots"))
     args = parser.parse_args(arguments)
-    written = draw(args.results, args.out)
+    unknown = [name for name in args.names if name not in known]
+    if unknown:
+        parser.error(f"nothing to draw from {unknown[0]!r}; there are {', '.join(known)}")
+    written = draw(args.results, args.out, args.names)
     print("\n".join(map(str, written)) or "nothing to draw: no result file has a figure")
     return 0
 

@@ -10,7 +10,7 @@ import pytest
 from benchmarks import record, tables
 from benchmarks.__main__ import main
 from benchmarks.model_roofline import block_times, vit_block
-from benchmarks.plots import draw, model_ratios, ops_ratios, roofline, scaling
+from benchmarks.plots import draw, model_ratios, ops_ratios, roofline, scaling, subspaces
 from benchmarks.readme import render
 from benchmarks.roofline_gpu import Machine
 
@@ -125,6 +125,22 @@ def test_scaling_is_drawn_in_order_of_size_with_its_exponent() -> None:
     assert list(line.get_xdata()) == [197, 394]
     assert list(line.get_ydata()) == pytest.approx([0.01, 0.02])
     assert line.get_label() == "naive, measured, exponent 1.00"
+
+
+def test_subspaces_are_means_over_the_newest_runs_of_all_tasks(results: Path) -> None:
+    def line(of: str, task: str, shared: float) -> dict[str, Any]:
+        measured = {"own": 0.9, "shared": shared, "independent": 0.1}
+        return {**FACTS, "of": of, "set": "mhsa", "task": task, "seed": 0, "rank": 16, **measured}
+
+    lines = [line("update", "a", 0.9), line("update", "a", 0.2), line("update", "b", 0.4), line("gradient", "a", 0.6)]
+    ((stem, figure),) = subspaces(lines)
+    axes = figure.axes[0]
+    shared = axes.containers[1]
+    assert (stem, shared.get_label()) == ("subspaces", "one pair of bases")
+    assert [bar.get_width() for bar in shared] == pytest.approx([0.6, 0.3])
+    write(results, "subspaces", lines)
+    assert main(["plot", "subspaces", "--results", str(results), "--out", str(results / "out")]) == 0
+    assert [path.name for path in (results / "out").iterdir()] == ["subspaces.png"]
 
 
 def test_command_draws_every_result_file(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
