@@ -1,9 +1,10 @@
-"""``EfftLinear``: a frozen ``nn.Linear`` with a tensor-train delta, a drop-in replacement."""
+"""``EfftLinear``: a frozen ``nn.Linear`` with a tensor-train delta, and what it shares with other adapted layers."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -31,32 +32,37 @@ class MergeLoss:
     relative_error: float
 
 
-class EfftLinear(nn.Linear):
-    """``y = x Wᵀ + b + (x D) G`` with frozen ``W`` and ``b``; ``D`` and ``G`` come from a bank of factors.
+class AdaptedLayer(nn.Module):
+    """A frozen layer whose weight, as a matrix ``[d_out, d_in]``, has the update ``(D G)ᵀ`` from a bank of factors.
 
-    It is an ``nn.Linear`` with the same ``weight``, ``bias`` and hooks (the very objects of the layer it replaces), so
+    It stands in for the layer it is made from, with the same ``weight``, ``bias`` and hooks (the very objects), so
     state-dict names stay as they are and handles stay valid. A shared bank is referenced, not registered: it is owned
     once, elsewhere.
     """
 
+    adapts: ClassVar[type[nn.Linear | nn.Conv2d]]
+    """What a layer must have been."""
+
+    weight: Tensor
     factors: FactorBank
     base_weight: Tensor | None
 
-    def __init__(self, linear: nn.Linear, factors: FactorBank, site: Any, *, own_factors: bool = False) -> None:
-        reason = cannot_wrap(linear)
+    def __init__(self, layer: nn.Module, factors: FactorBank, site: Any, *, own_factors: bool = False) -> None:
+        name = type(self).__name__
+        reason = cannot_wrap(layer, self.adapts)
         if reason is not None:
-            raise TypeError(f"EfftLinear: {reason}")
-        expected = factors.features(site)
-        if expected != (linear.in_features, linear.out_features):
+            raise TypeError(f"{name}: {reason}")
+        expected, sizes = factors.features(site), features(layer)
+        if expected != sizes:
             raise ValueError(
-                f"EfftLinear: {site} of this bank fits a linear layer with (in_features, out_features) = {expected}, "
-                f"got {(linear.in_features, linear.out_features)}"
+                f"{name}: {site} of this bank fits a linear layer with (in_features, out_features) = {expected}, "
+                f"got {sizes}"
             )
-        nn.Module.__init__(self)  # nn.Linear's own would allocate and draw a weight
-        share_attributes(linear, self)
-        self.weight = linear.weight
-        self.register_parameter("bias", linear.bias)
-        for parameter in linear.parameters():
+        nn.Module.__init__(self)  # the layer's own would allocate and draw a weight
+        share_attributes(layer, self)
+        self.weight = cast(nn.Parameter, layer.weight)
+        self.register_parameter("bias", cast("nn.Parameter | None", layer.bias))
+        for parameter in layer.parameters():
             parameter.requires_grad_(False)
         if own_factors:
             self.factors = factors
@@ -65,6 +71,86 @@ class EfftLinear(nn.Linear):
         self.site, self.binding = site, factors.bind(site)
         self.enabled = True
         self.register_buffer("base_weight", None, persistent=False)
+
+    @property
+    def merged(self) -> bool:
+        """Whether the delta is part of ``weight`` now."""
+        return self.base_weight is not None
+
+    @torch.no_grad()
+    def delta_weight(self) -> Tensor:
+        """The dense update ΔW of the weight's shape in the factors' dtype, without dropout: for inspection."""
+        D, G = self.evaluated()
+        with no_autocast(D.device):
+            return (D @ G).t().reshape(self.weight.shape)
+
+    @torch.no_grad()
+    def merge(self, dequantize: bool = False) -> MergeLoss | None:
+        """Add the delta to ``weight``, in fp32 with one rounding, keeping the base weight so that unmerge is exact.
+
+        A quantised weight holds no such sum: with ``dequantize`` a dense one in its dtype takes its place until then.
+
+        Returns what rounding cost; None if the layer was merged already.
+
+        Raises:
+            TypeError: the weight is quantised (or another tensor subclass), and ``dequantize`` is not set or not known
+                to it; nothing is changed.
+        """
+        if self.merged:
+            return None
+        D, G = self.evaluated()
+        if is_plain(self.weight):
+            kept = base = self.weight.detach().clone()
+        elif dequantize:
+            kept, base = self.weight.detach(), dequantized(self.weight.detach())
+            self.weight = nn.Parameter(base.clone(), requires_grad=False)
+        else:
+            raise TypeError(
+                f"the weight is a {type(self.weight).__name__}, to which no update can be added: merge with "
+                "dequantize=True (a dense weight takes its place), or keep the update beside it"
+            )
+        matrix = self.weight.flatten(1)  # of a convolution whose channels come last this is a copy
+        tt_merge_(matrix, D, G)
+        self.weight.copy_(matrix.view(self.weight.shape))
+        self.base_weight = kept
+        delta = self.delta_weight()
+        wide = torch.promote_types(base.dtype, delta.dtype)
+        lost = (self.weight.to(wide) - base.to(wide)) - delta
+        size = delta.norm()
+        return MergeLoss(
+            relative_update=(size / base.to(wide).norm()).item(),
+            relative_error=(lost.norm() / size).item() if size > 0 else 0.0,
+        )
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put the base weight back, bit for bit. Does nothing on a layer that is not merged."""
+        if self.base_weight is None:
+            return
+        if is_plain(self.base_weight):
+            self.weight.copy_(self.base_weight)
+        else:
+            self.weight = nn.Parameter(self.base_weight, requires_grad=False)
+        self.base_weight = None
+
+    def evaluated(self) -> tuple[Tensor, Tensor]:
+        """(D [in_features, r], G [r, out_features]) as they are now and without dropout, whatever runs and whatever
+        mode the bank is in."""
+        return self.factors.evaluated(self.site)
+
+    def extra_repr(self) -> str:
+        parts = [super().extra_repr(), self.factors.describe(self.site)]
+        if self.merged:
+            parts.append("merged")
+        if not self.enabled:
+            parts.append("disabled")
+        return ", ".join(parts)
+
+
+class EfftLinear(AdaptedLayer, nn.Linear):
+    """``y = x Wᵀ + b + (x D) G`` with frozen ``W`` and ``b``; an ``nn.Linear``, see :class:`AdaptedLayer`."""
+
+    adapts = nn.Linear
 
     @classmethod
     def from_linear(
@@ -113,11 +199,6 @@ class EfftLinear(nn.Linear):
         )
         return cls(linear, own, Site(cores=tuple(range(n_cores))) if site is None else site, own_factors=True)
 
-    @property
-    def merged(self) -> bool:
-        """Whether the delta is part of ``weight`` now."""
-        return self.base_weight is not None
-
     def forward(self, x: Tensor) -> Tensor:  # [..., in_features] -> [..., out_features]
         if not self.enabled or self.merged:
             return F.linear(x, self.weight, self.bias)
@@ -126,77 +207,16 @@ class EfftLinear(nn.Linear):
             return x.linear(self.weight, self.bias, D, G)
         return adapted_linear(x, self.weight, self.bias, D, G)
 
-    @torch.no_grad()
-    def delta_weight(self) -> Tensor:
-        """The dense update ΔW ``[out_features, in_features]`` in the factors' dtype, without dropout: for
-        inspection."""
-        D, G = self.evaluated()
-        with no_autocast(D.device):
-            return (D @ G).t()
 
-    @torch.no_grad()
-    def merge(self, dequantize: bool = False) -> MergeLoss | None:
-        """Add the delta to ``weight``, in fp32 with one rounding, keeping the base weight so that unmerge is exact.
-
-        A quantised weight holds no such sum: with ``dequantize`` a dense one in its dtype takes its place until then.
-
-        Returns what rounding cost; None if the layer was merged already.
-
-        Raises:
-            TypeError: the weight is quantised (or another tensor subclass), and ``dequantize`` is not set or not known
-                to it; nothing is changed.
-        """
-        if self.merged:
-            return None
-        D, G = self.evaluated()
-        if is_plain(self.weight):
-            kept = base = self.weight.detach().clone()
-        elif dequantize:
-            kept, base = self.weight.detach(), dequantized(self.weight.detach())
-            self.weight = nn.Parameter(base.clone(), requires_grad=False)
-        else:
-            raise TypeError(
-                f"the weight is a {type(self.weight).__name__}, to which no update can be added: merge with "
-                "dequantize=True (a dense weight takes its place), or keep the update beside it"
-            )
-        tt_merge_(self.weight, D, G)
-        self.base_weight = kept
-        with no_autocast(D.device):
-            delta = (D @ G).t()
-        wide = torch.promote_types(base.dtype, delta.dtype)
-        lost = (self.weight.to(wide) - base.to(wide)) - delta
-        size = delta.norm()
-        return MergeLoss(
-            relative_update=(size / base.to(wide).norm()).item(),
-            relative_error=(lost.norm() / size).item() if size > 0 else 0.0,
-        )
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Put the base weight back, bit for bit. Does nothing on a layer that is not merged."""
-        if self.base_weight is None:
-            return
-        if is_plain(self.base_weight):
-            self.weight.copy_(self.base_weight)
-        else:
-            self.weight = nn.Parameter(self.base_weight, requires_grad=False)
-        self.base_weight = None
-
-    def evaluated(self) -> tuple[Tensor, Tensor]:
-        """(D [in_features, r], G [r, out_features]) as they are now and without dropout, whatever runs and whatever
-        mode the bank is in."""
-        return self.factors.evaluated(self.site)
-
-    def extra_repr(self) -> str:
-        parts = [super().extra_repr(), self.factors.describe(self.site)]
-        if self.merged:
-            parts.append("merged")
-        if not self.enabled:
-            parts.append("disabled")
-        return ", ".join(parts)
+def features(layer: nn.Module) -> tuple[int, int]:
+    """(d_in, d_out) of the matrix that a linear layer, or a convolution over the kernel's positions, multiplies by."""
+    if isinstance(layer, nn.Conv2d):
+        return layer.in_channels // layer.groups * math.prod(layer.kernel_size), layer.out_channels
+    assert isinstance(layer, nn.Linear)
+    return layer.in_features, layer.out_features
 
 
-def share_attributes(source: nn.Linear, target: nn.Linear) -> None:
+def share_attributes(source: nn.Module, target: nn.Module) -> None:
     """Let ``target`` stand in for ``source``: its mode, its hooks and whatever was set on it, but no parameters.
 
     What only the adapted layer has, and a compiled form of the other's forward, stays where it is.
@@ -211,18 +231,20 @@ _NOT_SHARED = {
 }
 
 
-def cannot_wrap(linear: nn.Module) -> str | None:
-    """None if ``linear`` can become an EfftLinear, else the reason."""
-    if isinstance(linear, EfftLinear):
-        return "this layer is an EfftLinear already"
-    if not isinstance(linear, nn.Linear):
-        return f"expected an nn.Linear, got {type(linear).__name__}"
+def cannot_wrap(linear: nn.Module, kind: type[nn.Linear | nn.Conv2d] = nn.Linear) -> str | None:
+    """None if a layer of this kind can be adapted, else the reason."""
+    if isinstance(linear, AdaptedLayer):
+        return f"this layer is an {type(linear).__name__} already"
+    if not isinstance(linear, kind):
+        return f"expected an nn.{kind.__name__}, got {type(linear).__name__}"
+    if isinstance(linear, nn.Conv2d) and linear.groups != 1:
+        return f"a convolution of {linear.groups} groups is no product with one matrix; expected groups=1"
     if isinstance(linear, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return (
             "this is the out_proj of nn.MultiheadAttention, which reads the weight and never calls the layer, so a "
             "delta on it would be ignored; use an attention module with separate linear layers"
         )
-    if type(linear).forward is not nn.Linear.forward:
+    if type(linear).forward is not kind.forward:
         return f"{type(linear).__name__} has a forward of its own, which an EfftLinear would drop"
     if "forward" in linear.__dict__:
         return "a forward was set on the layer itself, which an EfftLinear would drop; undo that first"

@@ -141,7 +141,7 @@ class EfftConfig(AdapterConfig):
 
     targets: str | list[str] = "all"
     """"all", "mhsa" or "ffn" of a known architecture, or layers: names or their endings (after a dot), as they are or
-    as regular expressions."""
+    as regular expressions. What names no linear layer may name two-dimensional convolutions (groups=1)."""
 
     exclude: list[str] = dataclasses.field(default_factory=list)
     """Layers to leave alone, named in the same ways."""

@@ -15,9 +15,9 @@ from efft.config import AdapterConfig, EfftConfig
 from efft.plan import make_plan
 from efft.sharding import check_whole
 from efft.targets import find_head
-from efft_kernels import EfftLinear, FactorBank
+from efft_kernels import EfftConv2d, FactorBank
 from efft_kernels.nn.deferred import undefer
-from efft_kernels.nn.linear import share_attributes
+from efft_kernels.nn.linear import AdaptedLayer, share_attributes
 from efft_kernels.nn.weights import is_plain
 
 
@@ -36,7 +36,7 @@ class Bank(nn.ModuleDict):
         self.config, self.head, self.enabled = config, head, True
         self.layers: list[str] = []
         self._idle_checked = False
-        self._originals: dict[str, nn.Linear] = {}
+        self._originals: dict[str, Any] = {}
         self._requires_grad: dict[str, bool] = {}
         self._hooks: list[Any] = []
 
@@ -87,9 +87,9 @@ def apply(model: nn.Module, config: AdapterConfig | None = None) -> nn.Module:
     layers = {}
     for group in plan.groups:
         for name, site in group.sites.items():
-            linear = model.get_submodule(name)
-            assert isinstance(linear, nn.Linear)
-            layers[name] = (linear, config.layer(linear, banks[group.name], site))
+            layer = model.get_submodule(name)
+            kind = EfftConv2d if isinstance(layer, nn.Conv2d) else config.layer
+            layers[name] = (layer, kind(layer, banks[group.name], site))
     config.settle(plan.groups)
     bank = Bank(banks, config, plan.head)
     bank.train(model.training)
@@ -179,10 +179,10 @@ def bank_of(model: nn.Module) -> Bank:
     return bank
 
 
-def adapted_layers(model: nn.Module) -> dict[str, EfftLinear]:
+def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
     """The adapted layers by name."""
     layers = {name: model.get_submodule(name) for name in bank_of(model).layers}
-    return {name: layer for name, layer in layers.items() if isinstance(layer, EfftLinear)}
+    return {name: layer for name, layer in layers.items() if isinstance(layer, AdaptedLayer)}
 
 
 def named_factors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

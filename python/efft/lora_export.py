@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from efft.inject import adapted_layers, bank_of
 from efft.io import CONFIG, WEIGHTS, replace_file
 from efft.sharding import check_whole
-from efft_kernels import EfftLinear
+from efft_kernels import EfftConv2d
+from efft_kernels.nn.linear import AdaptedLayer
 
 #: What peft puts before the names of the base's modules.
 _PREFIX = "base_model.model."
@@ -52,8 +53,11 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], base_model: st
     for name, layer in layers.items():
         D, G = layer.evaluated()  # [in_features, r], [r, out_features]
         ranks[name] = D.shape[1]
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = D.t()
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = G.t()
+        A, B = D.t(), G.t()
+        if isinstance(layer, EfftConv2d):  # peft's are a kernel and one of 1 x 1
+            A, B = A.unflatten(1, layer.weight.shape[1:]), B[..., None, None]
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = A
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = B
     for head in bank.head:
         state = model.get_submodule(head).state_dict()
         tensors.update({f"{_PREFIX}{head}.{name}": tensor for name, tensor in state.items()})
@@ -87,7 +91,7 @@ def _config(ranks: dict[str, int], head: list[str], base_model: str | None) -> d
     }
 
 
-def _check_names(model: nn.Module, layers: dict[str, EfftLinear], head: list[str]) -> None:
+def _check_names(model: nn.Module, layers: dict[str, AdaptedLayer], head: list[str]) -> None:
     """peft adapts a layer at one of its places, and trains every module whose name *ends* like one of the head's."""
     names = {module: name for name, module in layers.items()}
     for name, module in model.named_modules(remove_duplicate=False):

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from efft.inject import adapted_layers, bank_of
 from efft.sharding import check_whole
-from efft_kernels import EfftLinear
-from efft_kernels.nn.linear import MergeLoss
+from efft_kernels.nn.linear import AdaptedLayer, MergeLoss
 from efft_kernels.nn.weights import dequantized, is_plain
 
 
@@ -110,7 +109,7 @@ def merged_state_dict(
     return state
 
 
-def _check_plain(layers: dict[str, EfftLinear], dequantize: bool) -> None:
+def _check_plain(layers: dict[str, AdaptedLayer], dequantize: bool) -> None:
     quantized = [n for n, layer in layers.items() if not layer.merged and not is_plain(layer.weight)]
     if quantized and not dequantize:
         raise TypeError(

@@ -13,6 +13,7 @@ from efft.config import AdapterConfig, EfftConfig
 from efft.targets import FFN_ROLES, MHSA_ROLES, Target, find_head, find_targets
 from efft_kernels import FactorBank, Site, TTFactors
 from efft_kernels.nn.initialization import automatic_scale
+from efft_kernels.nn.linear import features
 
 
 class Group(Protocol):
@@ -131,10 +132,8 @@ class _Shape:
     """A target with its sizes."""
 
     def __init__(self, model: nn.Module, target: Target) -> None:
-        linear = model.get_submodule(target.name)
-        assert isinstance(linear, nn.Linear)
         self.role, self.block = target.role, target.block
-        self.d_in, self.d_out = linear.in_features, linear.out_features
+        self.d_in, self.d_out = features(model.get_submodule(target.name))
 
 
 _Layers = dict[str, _Shape]

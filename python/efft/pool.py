@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from efft.config import is_number
 from efft.inject import adapted_layers, bank_of, remove, replace_modules
 from efft.io import base_problems, describe_base, load_adapter, read_description
-from efft_kernels import EfftLinear, FactorBank
-from efft_kernels.nn.linear import share_attributes
+from efft_kernels import FactorBank
+from efft_kernels.nn.linear import AdaptedLayer, share_attributes
 from efft_kernels.nn.pooled import PooledDelta, PooledLinear, PooledWeights, Selection
 
 _Place = tuple[str, int]  # layer, 0 for D or a head's weight, 1 for G or a head's bias
@@ -269,7 +269,7 @@ class AdapterPool:
 
 def _operands(adapted: nn.Module) -> _Parts:
     """D and G of every adapted layer; what the layers share is one tensor."""
-    together: dict[nn.Module, dict[str, EfftLinear]] = {}
+    together: dict[nn.Module, dict[str, AdaptedLayer]] = {}
     for name, layer in adapted_layers(adapted).items():
         together.setdefault(layer.factors, {})[name] = layer
     found: _Parts = {}
@@ -329,9 +329,10 @@ def _twin(model: nn.Module) -> nn.Module:
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:
-    linear = model.get_submodule(name)
-    assert isinstance(linear, nn.Linear)
-    return linear
+    layer = model.get_submodule(name)
+    if not isinstance(layer, nn.Linear):
+        raise ValueError(f"a pool serves adapters of linear layers, and {name} is a {type(layer).__name__}")
+    return layer
 
 
 def _find(model: nn.Module, name: str) -> nn.Module | None:

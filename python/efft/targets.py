@@ -1,4 +1,4 @@
-"""Which linear layers to adapt, and the role each plays in its block."""
+"""Which layers to adapt, and the role each plays in its block."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from efft.config import AdapterConfig
+from efft_kernels import EfftLinear
 from efft_kernels.nn.linear import cannot_wrap
 
 MHSA_ROLES = ("qkv", "q", "k", "v", "o")
@@ -45,7 +46,7 @@ _HEADS = (("classifier",), ("head",), ("fc",), ("score",), ("cls_classifier", "d
 
 @dataclass(frozen=True)
 class Target:
-    """A linear layer to adapt: its module name, its role ("linear" outside the tables), its block and its stage."""
+    """A layer to adapt: its module name, its role ("linear" outside the tables), its block and its stage."""
 
     name: str
     role: str
@@ -59,25 +60,33 @@ def find_targets(model: nn.Module, config: AdapterConfig, head: list[str]) -> li
     Raises:
         ValueError: nothing matches (a pattern, or at all), or a match cannot be adapted; it lists what is there.
     """
-    linears = {
+    outside = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not any(name == h or name.startswith(h + ".") for h in head)
+        if not any(name == h or name.startswith(h + ".") for h in head)
     }
+    linears = {name: module for name, module in outside.items() if isinstance(module, nn.Linear)}
+    convolutions = {name: module for name, module in outside.items() if isinstance(module, nn.Conv2d)}
+    layers: dict[str, nn.Module] = dict(linears)
     if isinstance(config.targets, str):
         chosen = _chosen_by_role(type(model).__name__, config.targets, linears, type(config).__name__)
     else:
         for pattern in config.targets:
-            if not any(_matches(pattern, name) for name in linears):
-                near = difflib.get_close_matches(pattern, _endings(linears), 3, 0.5)
+            named = [name for name in linears if _matches(pattern, name)]
+            if not named and config.layer is EfftLinear:  # what names no linear layer may name convolutions
+                named = [name for name in convolutions if _matches(pattern, name)]
+                layers.update({name: convolutions[name] for name in named})
+            if not named:
+                near = difflib.get_close_matches(pattern, _endings([*linears, *convolutions]), 3, 0.5)
                 raise ValueError(
                     f"targets: {pattern!r} matches no linear layer of this {type(model).__name__}"
                     + (f"; nearest: {', '.join(near)}" if near else "")
                     + f". {_present(linears)}"
+                    + (f". Convolutions present: {_listed(convolutions)}" if convolutions and not linears else "")
                 )
-        chosen = [_classify(n) for n in linears if any(_matches(p, n) for p in config.targets)]
+        chosen = [_classify(n) for n in layers if any(_matches(p, n) for p in config.targets)]
     for pattern in config.exclude:
-        if not any(_matches(pattern, name) for name in linears):
+        if not any(_matches(pattern, name) for name in layers):
             raise ValueError(f"exclude: {pattern!r} matches no linear layer. {_present(linears)}")
     chosen = [t for t in chosen if not any(_matches(p, t.name) for p in config.exclude)]
     if not chosen:
@@ -85,8 +94,9 @@ def find_targets(model: nn.Module, config: AdapterConfig, head: list[str]) -> li
             f"targets={config.targets!r} without exclude={config.exclude!r} leaves no layer. {_present(linears)}"
         )
     for target in chosen:
-        linear = linears[target.name]
-        reason = cannot_wrap(linear) or _bypassed(model, target) or _tied(model, linear)
+        linear = layers[target.name]
+        kind = nn.Conv2d if isinstance(linear, nn.Conv2d) else nn.Linear
+        reason = cannot_wrap(linear, kind) or _bypassed(model, target) or _tied(model, linear)
         if reason is not None:
             raise ValueError(f"layer {target.name!r} cannot be adapted: {reason}")
     return chosen
@@ -171,9 +181,10 @@ def _in_another_block(name: str, known: Iterable[str]) -> bool:
 _COMPLETE: dict[str, tuple[set[str], ...]] = {"mhsa": ({"qkv", "o"}, {"q", "k", "v", "o"}), "ffn": ({"fc1", "fc2"},)}
 
 
-def _tied(model: nn.Module, linear: nn.Linear) -> str | None:
+def _tied(model: nn.Module, linear: nn.Module) -> str | None:
     """Why merging would change more than this layer: its weight is some other module's too."""
     weight = linear.weight
+    assert isinstance(weight, Tensor)
     owners = [
         name
         for name, module in model.named_modules()
@@ -219,13 +230,17 @@ def _matches(pattern: str, name: str) -> bool:
         raise ValueError(f"{pattern!r} is neither a layer name nor a regular expression: {error}") from None
 
 
-def _endings(linears: dict[str, nn.Linear]) -> list[str]:
+def _endings(names: Iterable[str]) -> list[str]:
     """Full names and their endings, for near misses."""
-    parts = [name.split(".") for name in linears]
+    parts = [name.split(".") for name in names]
     return sorted({".".join(p[i:]) for p in parts for i in range(len(p))})
 
 
 def _present(linears: dict[str, nn.Linear]) -> str:
-    names = list(linears)
+    return f"Linear layers present: {_listed(linears)}"
+
+
+def _listed(layers: Iterable[str]) -> str:
+    names = list(layers)
     more = f", ... ({len(names)} in all)" if len(names) > 12 else ""
-    return f"Linear layers present: {', '.join(names[:12]) or 'none'}{more}"
+    return f"{', '.join(names[:12]) or 'none'}{more}"

@@ -215,7 +215,11 @@ class EfftModel(BaseTuner):
         if isinstance(target, EfftLayer):
             target.update_layer(adapter_name, *self._sites[current_key])
         else:
-            assert isinstance(target, nn.Linear)  # as in every plan
+            if not isinstance(target, nn.Linear):
+                raise ValueError(
+                    f"EFFT under peft adapts linear layers, got {current_key}: {type(target).__name__}; adapt "
+                    "convolutions by efft.apply"
+                )
             layer = EfftLayer(target)
             layer.update_layer(adapter_name, *self._sites[current_key])
             self._replace_module(parent, target_name, layer, target)

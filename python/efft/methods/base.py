@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from efft.config import AdapterConfig, is_number
 from efft.targets import Target
 from efft_kernels import FactorBank
+from efft_kernels.nn.linear import features
 from efft_kernels.nn.operands import column_blocks, row_blocks, take
 
 
@@ -78,15 +79,15 @@ class Layer:
     d_in: int
     d_out: int
     heads: int | None
-    linear: nn.Linear
+    linear: nn.Linear | nn.Conv2d
 
     @classmethod
     def of(cls, model: nn.Module, target: Target) -> Layer:
         """The layer of ``model`` that ``target`` names."""
         linear = model.get_submodule(target.name)
-        assert isinstance(linear, nn.Linear)
+        assert isinstance(linear, (nn.Linear, nn.Conv2d))
         heads = getattr(model.get_submodule(target.name.rpartition(".")[0]), "num_heads", None)
-        return cls(target, linear.in_features, linear.out_features, heads if isinstance(heads, int) else None, linear)
+        return cls(target, *features(linear), heads if isinstance(heads, int) else None, linear)
 
     def group(self, of_known_roles: str) -> str:
         """Name of the layer's group: by stage, where there are several; by shape, outside known architectures."""

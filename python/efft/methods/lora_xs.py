@@ -36,7 +36,7 @@ class LoRAXSBank(StackedBank):
         self.R = zeros(self.n, r, r, **kw)
         if not self.A.is_meta:
             for i, layer in enumerate(layers):
-                W = dequantized(layer.linear.weight.detach()).to(self.A.dtype)
+                W = dequantized(layer.linear.weight.detach()).flatten(1).to(self.A.dtype)
                 P, sigma, Q = torch.linalg.svd(W, full_matrices=False)
                 self.A[i], self.B[i] = Q[:r].t(), (P[:, :r] * sigma[:r]).t()
 
