@@ -56,9 +56,6 @@ def test_train_save_load_merge_remove(images: Tensor, tmp_path: Path) -> None:
     base, before = plain(images), copy.deepcopy(plain.state_dict())
     model = efft.apply(plain, efft.EfftConfig(targets=TARGETS, rank=4, scale=2.0, dropout=0.0))
     torch.testing.assert_close(model(images), base)
-    with efft.disabled(model):
-        frozen = model(images)
-    assert torch.equal(model(images), frozen)
     optimizer = torch.optim.AdamW(efft.parameter_groups(model, lr=1e-2, weight_decay=0.0), lr=1e-2)
     for _ in range(3):
         nn.functional.cross_entropy(model(images), torch.tensor([1, 3])).backward()
