@@ -64,7 +64,7 @@ class Faults:
         for report in terminalreporter.getreports("passed"):
             for name, row in report.user_properties:
                 if name == "fault":
-                    terminalreporter.write_line(row)
+                    terminalreporter.write_line(str(row)[:200])
 
 
 def pytest_configure(config: pytest.Config) -> None:

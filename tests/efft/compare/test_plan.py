@@ -122,7 +122,7 @@ def test_what_the_command_line_gives_goes_over_everything(tiny: dict[str, Any], 
         ({"methods": {"x": {"lr": 1}}}, "method 'x' must say which: method = efft, full, ..., or majority"),
         ({"methods": {"x": {"method": "nope"}}}, "method must be one of efft, .*, got 'nope'"),
         ({"methods": {"x": {"method": "full", "grid": {"lr": 1}}}}, "a grid maps a setting to a list of values"),
-        ({"reference": "nope"}, "unknown method 'nope' in reference; known: EFFT2, pixels, probe"),
+        ({"reference": "nope"}, "unknown method 'nope' in reference; known: EFFT2, probe, pixels"),
         # the kind of every part
         ({"name": "../x"}, r"name must begin with a letter or digit and have no slash, got '\.\./x'"),
         ({"about": 3}, "about must be a string, got 3"),
