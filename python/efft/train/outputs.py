@@ -16,7 +16,7 @@ from efft.train import checkpoint
 from efft.train.config import TrainConfig
 
 CONFIG, METRICS, CHECKPOINT, RESULT = "config.json", "metrics.jsonl", "checkpoint.pt", "result.json"
-ADAPTER, HEAD, MODEL, TRAINED = "adapter", "head.safetensors", "model.safetensors", "trained.safetensors"
+SAVED = ADAPTER, HEAD, MODEL, TRAINED = "adapter", "head.safetensors", "model.safetensors", "trained.safetensors"
 
 #: Fields of TrainConfig that an adapter keeps as its info: they rebuild its base model and the images it expects.
 BASE_FIELDS = (

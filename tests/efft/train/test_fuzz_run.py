@@ -19,6 +19,7 @@ from torch import nn
 
 from efft.train import CheckpointError, TrainConfig, build, checkpoint, outputs
 from efft.train.loop import Trainer
+from efft.train.restore import load_trained
 from tests.hostile import altered, at_most, damaged, fuzz
 
 
@@ -158,3 +159,26 @@ def test_results(data: st.DataObject, tmp_path: Path) -> None:
         assert isinstance(outputs.read_result(tmp_path)["config"], dict)
     except ValueError as error:
         assert "result.json" in str(error)  # noqa: PT017
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"saved": "../../x"}, "result.json is damaged: it names '../../x' as what was saved"),
+        ({"saved": None}, "it names None as what was saved"),
+        ({"classes": 10**12}, "is damaged: expected a number of classes, got 1000000000000"),
+        ({"classes": "5"}, "expected a number of classes, got '5'"),
+        ({"config": {"epochs": "3"}}, "epochs must be an integer, got '3'"),
+        ({"config": 3}, r"result\.json is damaged: it must hold a JSON object with the run's 'config'"),
+    ],
+    ids=str,
+)
+def test_results_that_nobody_wrote(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    result = {"config": TrainConfig().to_dict(), "saved": "adapter", "classes": 5, "own_model": False, **changes}
+    (tmp_path / outputs.RESULT).write_text(json.dumps(result))
+    with pytest.raises(ValueError, match=message):
+        load_trained(tmp_path)
+    del result["saved"]
+    (tmp_path / outputs.RESULT).write_text(json.dumps(result))
+    with pytest.raises(ValueError, match=r"result\.json is damaged: it (lacks saved|must hold)"):
+        load_trained(tmp_path)
