@@ -83,13 +83,24 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = 
         ValueError: a damaged file, another configuration, other layers or weights than the adapter was trained on.
     """
     folder = Path(path)
-    description = read_description(folder)
+    while not load_described(model, folder, read_description(folder), strict):
+        pass
+    return model
+
+
+def load_described(model: nn.Module, folder: Path, description: dict[str, Any], strict: bool) -> bool:
+    """:func:`load_adapter` of the adapter that :func:`read_description` told of; False, and no change, if another one
+    has been saved there meanwhile."""
     try:
         config = config_from_dict(description["config"])
     except _OUT_OF_BOUNDS as error:
         raise ValueError(f"{folder / CONFIG} is not an EFFT adapter configuration: {error!r}") from None
-    if config.head is None:
-        config.head = description["head"]
+    if config.head not in (None, description["head"]):
+        raise ValueError(
+            f"{folder / CONFIG} is not an EFFT adapter configuration: its 'head' {description['head']} is not the one "
+            f"in its 'config', {config.head}"
+        )
+    config.head = description["head"]
     bank = getattr(model, "efft", None)
     adapted = isinstance(bank, Bank)
     if isinstance(bank, Bank):
@@ -104,8 +115,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = 
         except (ValueError, RuntimeError, *_OUT_OF_BOUNDS) as error:  # RuntimeError: sizes that no storage has
             raise ValueError(f"the adapter in {folder} does not fit this {type(model).__name__}: {error}") from None
     content = files.read_weights(folder, description, 8 * sum(map(math.prod, shapes.values())))
-    if content is None:  # another process has saved meanwhile
-        return load_adapter(model, folder, strict)
+    if content is None:
+        return False
     tensors = _tensors(folder / WEIGHTS, content)
     problems = [f"{p}, or pass strict=False if you mean it" for p in base_problems(model, layers, description["base"])]
     missing, unexpected = sorted(set(shapes) - set(tensors)), sorted(set(tensors) - set(shapes))
@@ -125,7 +136,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = 
     if wrong or (problems and strict):
         raise ValueError(message)
     if problems:
-        warnings.warn(message, stacklevel=2)
+        warnings.warn(message, stacklevel=3)
     if not adapted:
         apply(model, config)
     reshard(model)
@@ -134,7 +145,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = 
         for name, tensor in tensors.items():
             if name in target:
                 copy_whole_(target[name], tensor)
-    return model
+    return True
 
 
 def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:

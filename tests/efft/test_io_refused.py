@@ -92,6 +92,10 @@ DAMAGE: dict[str, tuple[Edit, str]] = {
         lambda d: d["config"].update(targets=["nowhere"]),
         "does not fit this VisionTransformer: targets: 'nowhere'",
     ),
+    "two heads": (
+        lambda d: (d["config"].update(head=["head"]), d.update(head=[])),
+        r"its 'head' \[\] is not the one in its 'config', \['head'\]",
+    ),
     "head": (
         lambda d: d.update(head=["nowhere"]),
         "does not fit this VisionTransformer: head: no module named 'nowhere'",
