@@ -36,6 +36,8 @@ OPS = ("tt_linear", "tt_gelu_linear", "tt_norm_linear")
 RIVALS = ("eager", "triton", "cuda")
 #: A row speaks for sizes up to this factor away: tiles and waves change little within it.
 NEAR = 2.0
+#: Bytes of a table: as many as ten thousands of rows have.
+_LARGEST = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -73,10 +75,24 @@ def generation(device: torch.device | str) -> int:
 def read(path: Path) -> tuple[Row, ...]:
     """The rows of a table; ValueError, naming the file, if it is none."""
     try:
-        found = json.loads(path.read_text())
-        return tuple(Row(Case(**row["case"]), dict(row["microseconds"]), str(row["origin"])) for row in found)
-    except (ValueError, TypeError, KeyError) as error:
+        if path.stat().st_size > _LARGEST:
+            raise ValueError(f"it has more than {_LARGEST} bytes")
+        return tuple(map(_row, json.loads(path.read_text())))
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"{path} is no table of measurements ({error!r}): delete it, or name another file") from None
+
+
+def _row(values: dict[str, Any]) -> Row:
+    """A row from its JSON; ValueError, TypeError or KeyError if a part is missing or of another kind."""
+    row = Row(Case(**values["case"]), dict(values["microseconds"]), values["origin"])
+    names, numbers = asdict(row.case), ("tokens", "d_in", "d_out", "r1", "capability")
+    sizes = {name: names.pop(name) for name in numbers}
+    wrong = [name for name, value in names.items() if not isinstance(value, str)]
+    wrong += [name for name, value in sizes.items() if type(value) is not int or abs(value) >= 2**40]
+    wrong += [name for name, us in row.microseconds.items() if not 0 <= us < math.inf]
+    if wrong or not isinstance(row.origin, str):
+        raise ValueError(f"{wrong[0] if wrong else 'origin'} has a value of another kind")
+    return row
 
 
 def write(path: Path, rows: Sequence[Row]) -> None:

@@ -18,6 +18,8 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 # busy one.
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, database=None, max_examples=40)
 hypothesis.settings.load_profile("fixed")
+# For the fuzzers, by hand: pytest --hypothesis-profile=long tests/efft -k fuzz
+hypothesis.settings.register_profile("long", deadline=None, max_examples=2000)
 
 
 class FailuresAtOnce:
@@ -55,8 +57,19 @@ class Budgets:
             )
 
 
+class Faults:
+    """Ends a run with what went wrong on purpose in it, and what came of that: the rows of docs/faults.md."""
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        for report in terminalreporter.getreports("passed"):
+            for name, row in report.user_properties:
+                if name == "fault":
+                    terminalreporter.write_line(str(row)[:200])
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Budgets())
+    config.pluginmanager.register(Faults())
     if config.getoption("markexpr") == "gpu":
         config.pluginmanager.register(FailuresAtOnce(config))
     # The tests' matrices are small: more threads only wait for one another.

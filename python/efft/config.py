@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
-import math
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +24,9 @@ Config = TypeVar("Config", bound="AdapterConfig")
 
 #: Version of the JSON form; raised when a reader of the old form would misread the new one.
 FORMAT_VERSION = 1
+
+#: Beyond these a setting is a mistake: no layer that is adapted is as wide, and no 16-bit update holds such numbers.
+_LARGEST_SIZE, _LARGEST_NUMBER = 2**16, 10**6
 
 
 class AdapterConfig:
@@ -78,8 +81,9 @@ class AdapterConfig:
         names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
         unknown = [k for k in values if k not in names]
         if unknown or version > FORMAT_VERSION:
-            hints = {k: difflib.get_close_matches(k, names, 1) for k in unknown}
-            listed = ", ".join(f"{k!r}" + (f" (near {h[0]!r})" if h else "") for k, h in hints.items())
+            hints = {k: difflib.get_close_matches(k[:50], names, 1) for k in unknown[:10]}
+            listed = ", ".join(f"{k[:50]!r}" + (f" (near {h[0]!r})" if h else "") for k, h in hints.items())
+            listed += f", ... ({len(unknown)} in all)" if len(unknown) > 10 else ""
             warnings.warn(
                 f"{cls.__name__} of format version {version} (this library reads {FORMAT_VERSION}): "
                 f"ignored unknown keys: {listed or 'none'}",
@@ -98,10 +102,20 @@ class AdapterConfig:
             self.targets,
         )
 
+    def _check_sizes(self, *names: str, largest: int = _LARGEST_SIZE) -> None:
+        for name in names:
+            value = getattr(self, name)
+            self._check(is_size(value, largest), name, f"an integer from 1 to {largest}", value)
+
+    def _check_numbers(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            self._check(_is_setting(value), name, f"a number from -{_LARGEST_NUMBER} to {_LARGEST_NUMBER}", value)
+
     @classmethod
     def _check(cls, ok: bool, name: str, expected: str, got: object) -> None:
         if not ok:
-            raise ValueError(f"{cls.__name__}.{name} must be {expected}, got {got!r}")
+            raise ValueError(f"{cls.__name__}.{name} must be {expected}, got {shown(got)}")
 
 
 @dataclass
@@ -170,10 +184,13 @@ class EfftConfig(AdapterConfig):
         )
         for rank in _values(self.rank):
             pair = rank if isinstance(rank, tuple) else (rank, rank)
-            ok = len(pair) == 2 and all(type(r) is int and r >= 1 for r in pair)
-            self._check(ok, "rank", "an integer >= 1, a pair of them, or a dict of these", self.rank)
+            ok = len(pair) == 2 and all(map(is_size, pair))
+            of_size = f"an integer from 1 to {_LARGEST_SIZE}"
+            self._check(ok, "rank", f"{of_size}, a pair of them, or a dict of these", self.rank)
         for scale in _values(self.scale):
-            self._check(is_number(scale) or scale == "auto", "scale", "a number, 'auto' or a dict of these", self.scale)
+            of_scale = f"a number from -{_LARGEST_NUMBER} to {_LARGEST_NUMBER}"
+            ok = scale == "auto" or _is_setting(scale)
+            self._check(ok, "scale", f"{of_scale}, 'auto' or a dict of these", self.scale)
         self._check(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", "in [0, 1)", self.dropout)
         self._check(isinstance(self.trainable_scale, bool), "trainable_scale", "True or False", self.trainable_scale)
         self._check_layers()
@@ -223,7 +240,25 @@ class EfftConfig(AdapterConfig):
 
 def is_number(value: object) -> bool:
     """Whether ``value`` is a finite number, and no bool."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def is_size(value: object, largest: int = _LARGEST_SIZE) -> bool:
+    """Whether ``value`` is an integer from 1 to ``largest``, and no bool."""
+    return type(value) is int and 1 <= value <= largest
+
+
+def _is_setting(value: Any) -> bool:
+    return is_number(value) and abs(value) <= _LARGEST_NUMBER
+
+
+def shown(value: object) -> str:
+    """A value for an error message: as Python writes it, as far as that is readable."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more digits than Python writes
+        return "an integer of thousands of digits"
+    return text if len(text) <= 500 else f"{text[:500]}..."
 
 
 def _is_names(value: object) -> bool:
@@ -236,9 +271,11 @@ def _values(value: object) -> list[Any]:
 
 def _pairs(rank: Any) -> Any:
     """JSON has no tuples: turn lists into pairs."""
-    if isinstance(rank, dict):
-        return {k: _pairs(v) for k, v in rank.items()}
-    return tuple(rank) if isinstance(rank, list) else rank
+
+    def pair(value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    return {k: pair(v) for k, v in rank.items()} if isinstance(rank, dict) else pair(rank)
 
 
 def _of_group(value: Any, field: str, group: str, kind: str) -> Any:

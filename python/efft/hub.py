@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from efft.io import CARD, CONFIG, WEIGHTS, load_adapter, save_adapter
+from efft.files import CARD, CONFIG, WEIGHTS
+from efft.io import load_adapter, save_adapter
 from efft_kernels import __version__
 
 

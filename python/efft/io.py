@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 import os
 import warnings
 from pathlib import Path
@@ -11,20 +11,20 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load as deserialize
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
+from efft import files
 from efft.config import FORMAT_VERSION, AdapterConfig
+from efft.files import CONFIG, WEIGHTS
 from efft.inject import Bank, adapted_layers, apply, bank_of
 from efft.methods import config_from_dict, config_type
 from efft.params import count_parameters
 from efft.plan import Plan, make_plan
-from efft.sharding import architecture, copy_whole_, is_sharded, reshard, whole
+from efft.sharding import architecture, copy_whole_, once, reshard, whole
 from efft_kernels import __version__
 from efft_kernels.nn.weights import dequantized
-
-WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 
 #: What values of a right type but beyond all sizes, of a wrong type, or nested too deeply make Python and torch raise.
 _OUT_OF_BOUNDS = (TypeError, OverflowError, RecursionError)
@@ -36,18 +36,25 @@ _BASE = {"architecture", "layers", "dtype", "fingerprint"}
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], info: dict[str, Any] | None = None) -> Path:
     """Write the trained part of an adapted model (factors once, head) to the folder ``path``.
 
-    A model sharded by ``fully_shard`` is gathered tensor by tensor: every process must call this, rank 0's writes.
+    A model sharded by ``fully_shard`` is gathered tensor by tensor: every process must call this, rank 0's writes, and
+    none returns before.
 
     Args:
         model: adapted by :func:`efft.apply`; may be merged.
-        path: folder, made if needed; earlier adapter files in it are replaced, each atomically.
+        path: folder, made if needed; an earlier adapter in it is replaced as a whole: whenever this is killed, that one
+            or the new one loads (:func:`efft.files.write_adapter`).
         info: JSON-ready facts to keep beside the weights (accuracy, command, ...); shown in the model card.
 
     Returns:
         The folder.
+
+    Raises:
+        ValueError: the model is not adapted; ``info`` is too long.
+        TypeError: ``info`` is not JSON-ready.
+        OSError: no room, no permission. In each case the folder's adapter is the one that was there.
+        RuntimeError: in the other processes, where rank 0 could not write.
     """
     bank, folder = bank_of(model), Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
     reshard(model)
     tensors = {name: whole(t.detach()).contiguous().cpu() for name, t in _trained(model, bank).items()}
     description = {
@@ -57,12 +64,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], info: dict[str,
         "library": f"efft-kernels {__version__}",
         "info": info or {},
     }
-    text, card = json.dumps(description, indent=2) + "\n", _card(model, description)  # fails before anything is written
-    if is_sharded(model) and torch.distributed.get_rank() != 0:
-        return folder
-    replace_file(folder / WEIGHTS, serialize(tensors, {"format_version": str(FORMAT_VERSION)}))
-    replace_file(folder / CONFIG, text.encode())
-    replace_file(folder / CARD, card.encode())
+    weights, card = serialize(tensors, {"format_version": str(FORMAT_VERSION)}), _card(model, description)
+    once(model, lambda: files.write_adapter(folder, weights, description, card))
     return folder
 
 
@@ -80,13 +83,24 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = 
         ValueError: a damaged file, another configuration, other layers or weights than the adapter was trained on.
     """
     folder = Path(path)
-    description, tensors = _read(folder)
+    while not load_described(model, folder, read_description(folder), strict):
+        pass
+    return model
+
+
+def load_described(model: nn.Module, folder: Path, description: dict[str, Any], strict: bool) -> bool:
+    """:func:`load_adapter` of the adapter that :func:`read_description` told of; False, and no change, if another one
+    has been saved there meanwhile."""
     try:
         config = config_from_dict(description["config"])
     except _OUT_OF_BOUNDS as error:
         raise ValueError(f"{folder / CONFIG} is not an EFFT adapter configuration: {error!r}") from None
-    if config.head is None:
-        config.head = description["head"]
+    if config.head not in (None, description["head"]):
+        raise ValueError(
+            f"{folder / CONFIG} is not an EFFT adapter configuration: its 'head' {description['head']} is not the one "
+            f"in its 'config', {config.head}"
+        )
+    config.head = description["head"]
     bank = getattr(model, "efft", None)
     adapted = isinstance(bank, Bank)
     if isinstance(bank, Bank):
@@ -100,6 +114,10 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = 
             layers, shapes = [n for g in plan.groups for n in g.sites], _planned_shapes(model, plan)
         except (ValueError, RuntimeError, *_OUT_OF_BOUNDS) as error:  # RuntimeError: sizes that no storage has
             raise ValueError(f"the adapter in {folder} does not fit this {type(model).__name__}: {error}") from None
+    content = files.read_weights(folder, description, 8 * sum(map(math.prod, shapes.values())))
+    if content is None:
+        return False
+    tensors = _tensors(folder / WEIGHTS, content)
     problems = [f"{p}, or pass strict=False if you mean it" for p in base_problems(model, layers, description["base"])]
     missing, unexpected = sorted(set(shapes) - set(tensors)), sorted(set(tensors) - set(shapes))
     if missing:
@@ -118,7 +136,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = 
     if wrong or (problems and strict):
         raise ValueError(message)
     if problems:
-        warnings.warn(message, stacklevel=2)
+        warnings.warn(message, stacklevel=3)
     if not adapted:
         apply(model, config)
     reshard(model)
@@ -127,12 +145,35 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = 
         for name, tensor in tensors.items():
             if name in target:
                 copy_whole_(target[name], tensor)
-    return model
+    return True
 
 
 def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The contents of an adapter's ``adapter_config.json``: config, base, head, library, info."""
-    return _read(Path(path))[0]
+    """The contents of an adapter's ``adapter_config.json``: config, base, head, library, info, weights (their hash).
+
+    Raises:
+        FileNotFoundError: no adapter at ``path``.
+        ValueError: a damaged file.
+    """
+    folder = Path(path)
+    description = files.read_description(folder)
+    try:
+        _check_description(description)
+    except (ValueError, *_OUT_OF_BOUNDS) as error:
+        raise ValueError(f"{folder / CONFIG} is not an EFFT adapter configuration: {error}") from None
+    return {"info": {}, **description}
+
+
+def read_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The description and the tensors of an adapter, without a model.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`read_description`.
+    """
+    folder = Path(path)
+    description = read_description(folder)
+    content = files.read_weights(folder, description)
+    return read_adapter(folder) if content is None else (description, _tensors(folder / WEIGHTS, content))
 
 
 def _trained(model: nn.Module, bank: Bank) -> dict[str, Tensor]:
@@ -157,40 +198,41 @@ def _planned_shapes(model: nn.Module, plan: Plan) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            there = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else "no such folder"
-            raise FileNotFoundError(f"no adapter in {folder}: expected {CONFIG} and {WEIGHTS}, found {there}")
+def _check_description(description: Any) -> None:
+    """Raise ValueError if keys are missing, or of another kind than what reads them needs."""
+    if not isinstance(description, dict):
+        raise ValueError("it is no JSON object")
+    for key, kind in (("config", dict), ("base", dict), ("head", list)):
+        if not isinstance(description.get(key), kind):
+            raise ValueError(f"it needs the keys config, base, head, and {key!r} must be a {kind.__name__}")
+    for part, keys in (("config", set(config_type(description["config"])().to_dict())), ("base", _BASE)):
+        lacking = keys - description[part].keys()
+        if lacking:
+            raise ValueError(f"its {part!r} lacks {', '.join(sorted(lacking))}")
+    if not isinstance(description["base"]["layers"], dict):
+        raise ValueError("'base.layers' must be an object")
+    if not all(isinstance(name, str) for name in description["head"]):
+        raise ValueError("'head' must be a list of names")
+    if not isinstance(description.get("info", {}), dict):
+        raise ValueError("'info' must be an object")
+
+
+def _tensors(path: Path, content: bytes) -> dict[str, Tensor]:
+    """What is in a weights file.
+
+    Raises:
+        ValueError: it is damaged, or has something else than finite numbers.
+    """
     try:
-        description = json.loads((folder / CONFIG).read_text())
-        if not isinstance(description, dict):
-            raise ValueError("it is no JSON object")
-        for key, kind in (("config", dict), ("base", dict), ("head", list)):
-            if not isinstance(description.get(key), kind):
-                raise ValueError(f"it needs the keys config, base, head, and {key!r} must be a {kind.__name__}")
-        if not isinstance(description["base"].get("layers", {}), dict) or not all(
-            isinstance(name, str) for name in description["head"]
-        ):
-            raise ValueError("'base.layers' must be an object and 'head' a list of names")
-        for part, keys in (("config", set(config_type(description["config"])().to_dict())), ("base", _BASE)):
-            lacking = keys - description[part].keys()
-            if lacking:
-                raise ValueError(f"its {part!r} lacks {', '.join(sorted(lacking))}")
-    except (ValueError, *_OUT_OF_BOUNDS) as error:
-        raise ValueError(f"{folder / CONFIG} is not an EFFT adapter configuration: {error}") from None
-    try:
-        tensors = load_file(folder / WEIGHTS)
+        tensors = dict(sorted(deserialize(content).items()))  # in every process in the same order
     except SafetensorError as error:
-        raise ValueError(f"{folder / WEIGHTS} is damaged or not a safetensors file: {error}") from None
+        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from None
     for name, tensor in tensors.items():
         if tensor.is_complex() or (name.startswith("efft.") and not tensor.is_floating_point()):
-            raise ValueError(
-                f"{folder / WEIGHTS} is damaged: {name} is {tensor.dtype}, expected floating-point numbers"
-            )
+            raise ValueError(f"{path} is damaged: {name} is {tensor.dtype}, expected floating-point numbers")
         if not torch.isfinite(tensor.double()).all():
-            raise ValueError(f"{folder / WEIGHTS} is damaged: {name} has NaN or infinite entries")
-    return description, tensors
+            raise ValueError(f"{path} is damaged: {name} has NaN or infinite entries")
+    return tensors
 
 
 def _compare_configs(bank: Bank, saved: AdapterConfig, folder: Path) -> None:
@@ -254,16 +296,6 @@ def _fingerprint(model: nn.Module, layers: list[str]) -> str:
     for name in sorted(layers):
         digest.update(dequantized(whole(_base_weight(model, name)))[0].double().cpu().numpy().tobytes())
     return digest.hexdigest()
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write through a temporary file, so that a crash leaves the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _card(model: nn.Module, description: dict[str, Any]) -> str:

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
+from efft.files import CONFIG, read_json, write_pair
 from efft.inject import adapted_layers, bank_of
-from efft.io import CONFIG, WEIGHTS, replace_file
 from efft.sharding import check_whole
 from efft_kernels import EfftConv2d
 from efft_kernels.nn.linear import AdaptedLayer
@@ -33,7 +33,8 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], base_model: st
 
     Args:
         model: adapted by :func:`efft.apply`; may be merged.
-        folder: made if needed; a LoRA checkpoint in it is replaced, each of the two files atomically.
+        folder: made if needed; a LoRA checkpoint in it is replaced. Killed meanwhile, the folder lacks the
+            configuration, and nothing loads.
         base_model: name or path of the base to record; by default what a model of transformers was loaded from.
 
     Returns:
@@ -64,9 +65,7 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], base_model: st
     # A copy each: D is one tensor in all layers, which safetensors refuses.
     content = serialize({n: t.clone(memory_format=torch.contiguous_format).cpu() for n, t in tensors.items()})
     config = _config(ranks, bank.head, base_model or getattr(model, "name_or_path", None))
-    folder.mkdir(parents=True, exist_ok=True)
-    replace_file(folder / WEIGHTS, content)
-    replace_file(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    write_pair(folder, content, (json.dumps(config, indent=2) + "\n").encode())
     return folder
 
 
@@ -117,7 +116,7 @@ def _check_names(model: nn.Module, layers: dict[str, AdaptedLayer], head: list[s
 def _check_replaceable(path: Path) -> None:
     """Never overwrite the adapter that the checkpoint comes from."""
     try:
-        method = json.loads(path.read_text()).get("peft_type", "EFFT") if path.exists() else "LORA"
+        method = read_json(path).get("peft_type", "EFFT") if path.exists() else "LORA"
     except (ValueError, AttributeError):
         method = "unknown"
     if method != "LORA":

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from efft.config import is_number
 from efft.inject import adapted_layers, bank_of, remove, replace_modules
-from efft.io import base_problems, describe_base, load_adapter, read_description
+from efft.io import base_problems, describe_base, load_described, read_description
 from efft_kernels import FactorBank
 from efft_kernels.nn.linear import AdaptedLayer, share_attributes
 from efft_kernels.nn.pooled import PooledDelta, PooledLinear, PooledWeights, Selection
@@ -99,17 +100,25 @@ class AdapterPool:
         """
         with self._changing, torch.inference_mode(False):
             self._check_new(name)
-            heads = {h: m for h in read_description(folder)["head"] if (m := _find(self._twin, h)) is not None}
-            try:
-                for head, module in heads.items():  # load into copies: these have the weights that the model has
-                    self._twin.set_submodule(head, copy.deepcopy(module))
-                load_adapter(self._twin, folder, strict)
+            while not self._load(name, Path(folder), strict):
+                pass
+
+    def _load(self, name: str, folder: Path, strict: bool) -> bool:
+        """Whether the adapter is the one whose description was read; else nothing is changed."""
+        description = read_description(folder)
+        heads = {h: m for h in description["head"] if (m := _find(self._twin, h)) is not None}
+        try:
+            for head, module in heads.items():  # load into copies: these have the weights that the model has
+                self._twin.set_submodule(head, copy.deepcopy(module))
+            loaded = load_described(self._twin, folder, description, strict)
+            if loaded:
                 self._insert(name, self._twin)
-            finally:
-                if hasattr(self._twin, "efft"):
-                    remove(self._twin)
-                for head, module in heads.items():
-                    self._twin.set_submodule(head, module)
+            return loaded
+        finally:
+            if hasattr(self._twin, "efft"):
+                remove(self._twin)
+            for head, module in heads.items():
+                self._twin.set_submodule(head, module)
 
     def add(self, name: str, adapted: nn.Module) -> None:
         """Add the adapter of ``adapted``, a model of the same base that :func:`efft.apply` adapted; it is copied.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 # By what they can do, not by type: torch.distributed is not part of every build of torch, and slow to import.
@@ -51,3 +53,29 @@ def copy_whole_(target: Tensor, source: Tensor) -> None:
         assert isinstance(target, DTensor)
         source = distribute_tensor(source.to(target.device), target.device_mesh, target.placements)
     target.copy_(source)
+
+
+def once(model: nn.Module, action: Callable[[], None]) -> None:
+    """Run ``action``: in rank 0 alone if ``model`` is sharded, and no process goes on before it is done.
+
+    Raises:
+        RuntimeError: in the other processes, if it failed there.
+    """
+    mesh = next((p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")), None)
+    if mesh is None:
+        action()
+        return
+    dist = torch.distributed
+    failed = torch.zeros(1, device=mesh.device_type)
+    if dist.get_rank() != 0:
+        dist.all_reduce(failed)
+        if failed:
+            raise RuntimeError("rank 0 failed; what it raised says why")
+        return
+    try:
+        action()
+    except BaseException:
+        failed += 1
+        raise
+    finally:
+        dist.all_reduce(failed)

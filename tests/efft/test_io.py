@@ -15,31 +15,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import efft
 from efft.io import read_description
+from tests.adapter_files import CARD, CONFIG, WEIGHTS, edit_config, edit_weights
 
 Make = Callable[..., nn.Module]
 Unchanged = Callable[[nn.Module], AbstractContextManager[None]]
-Edit = Callable[[dict[str, Any]], Any]
-
 ROOT = Path(__file__).parents[2]
-WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
-
-
-def edit_config(folder: Path, edit: Edit) -> None:
-    description = json.loads((folder / CONFIG).read_text())
-    edit(description)
-    (folder / CONFIG).write_text(json.dumps(description))
-
-
-def edit_weights(folder: Path, edit: Callable[[dict[str, Tensor]], Any]) -> None:
-    tensors = load_file(folder / WEIGHTS)
-    edit(tensors)
-    save_file(tensors, folder / WEIGHTS)
-
 
 # --- what is written --------------------------------------------------------------------------------------------------
 
@@ -241,51 +226,7 @@ def test_saving_a_plain_model(tiny_vit: Make, tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
 
 
-# --- crashes while saving ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("step", ["write_bytes", "replace"])
-@pytest.mark.parametrize("file", [WEIGHTS, CONFIG, CARD])
-def test_crash_while_writing_leaves_whole_files(
-    file: str,
-    step: str,
-    saved: tuple[nn.Module, Path],
-    randomize: Make,
-    tiny_vit: Make,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    model, folder = saved
-    old = {name: (folder / name).read_bytes() for name in (WEIGHTS, CONFIG, CARD)}
-    randomize(model, seed=9)
-    efft.save_adapter(model, folder.with_name("new"), info={"x": 1})
-    new = {name: (folder.with_name("new") / name).read_bytes() for name in (WEIGHTS, CONFIG, CARD)}
-    assert all(old[name] != new[name] for name in old)
-    write, replace = Path.write_bytes, os.replace
-
-    def failing_write(self: Path, content: bytes) -> int:
-        if content == new[file]:
-            write(self, content[: len(content) // 2])
-            raise OSError(28, "No space left on device")
-        return write(self, content)
-
-    def failing_replace(source: Any, target: Any) -> None:
-        if Path(target).name == file:
-            raise OSError(5, "Input/output error")
-        replace(source, target)
-
-    if step == "replace":
-        monkeypatch.setattr(os, "replace", failing_replace)
-    else:
-        monkeypatch.setattr(Path, "write_bytes", failing_write)
-    with pytest.raises(OSError, match=r"No space left|Input/output error"):
-        efft.save_adapter(model, folder, info={"x": 1})
-    monkeypatch.undo()
-
-    done = [WEIGHTS, CONFIG, CARD].index(file)
-    for i, name in enumerate((WEIGHTS, CONFIG, CARD)):
-        assert (folder / name).read_bytes() == (new if i < done else old)[name]
-    assert sorted(p.name for p in folder.iterdir()) == [CARD, CONFIG, WEIGHTS], "no temporary file stays"
-    efft.load_adapter(tiny_vit(), folder)
+# --- saving over what is there ----------------------------------------------------------------------------------------
 
 
 def test_info_that_is_no_json_leaves_the_old_files(saved: tuple[nn.Module, Path], randomize: Make) -> None:

@@ -10,28 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import efft
+from tests.adapter_files import CONFIG, WEIGHTS, edit_config, edit_weights, write_weights
 
 Make = Callable[..., nn.Module]
 Unchanged = Callable[[nn.Module], AbstractContextManager[None]]
 Edit = Callable[[dict[str, Any]], Any]
-
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-
-
-def edit_config(folder: Path, edit: Edit) -> None:
-    description = json.loads((folder / CONFIG).read_text())
-    edit(description)
-    (folder / CONFIG).write_text(json.dumps(description))
-
-
-def edit_weights(folder: Path, edit: Callable[[dict[str, Tensor]], Any]) -> None:
-    tensors = load_file(folder / WEIGHTS)
-    edit(tensors)
-    save_file(tensors, folder / WEIGHTS)
 
 
 def refuse(model: nn.Module, folder: Path, message: str, unchanged: Unchanged, **options: Any) -> None:
@@ -57,6 +43,8 @@ def test_truncated_weights(length: int, saved: tuple[nn.Module, Path], tiny_vit:
     _, folder = saved
     content = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(content[:length])
+    refuse(tiny_vit(), folder, r"adapter_model\.safetensors is damaged or of another save: ", unchanged)
+    write_weights(folder, content[:length])
     refuse(tiny_vit(), folder, r"adapter_model\.safetensors is damaged or not a safetensors file: ", unchanged)
 
 
@@ -73,7 +61,7 @@ def test_flipped_bits_in_the_header(
     for i in range(header):
         flipped = bytearray(content)
         flipped[i] ^= 1 << (i % 8)
-        (folder / WEIGHTS).write_bytes(flipped)
+        write_weights(folder, flipped)
         try:
             efft.load_adapter(fresh, folder)
         except ValueError:
@@ -91,7 +79,7 @@ def test_flipped_bits_in_the_header(
 def test_damaged_configuration(text: str, saved: tuple[nn.Module, Path], tiny_vit: Make, unchanged: Unchanged) -> None:
     _, folder = saved
     (folder / CONFIG).write_bytes(text.encode("latin-1"))
-    refuse(tiny_vit(), folder, r"adapter_config\.json is not an EFFT adapter configuration: ", unchanged)
+    refuse(tiny_vit(), folder, r"adapter_config\.json is not (JSON|an EFFT adapter configuration): ", unchanged)
 
 
 DAMAGE: dict[str, tuple[Edit, str]] = {
@@ -103,6 +91,10 @@ DAMAGE: dict[str, tuple[Edit, str]] = {
     "targets": (
         lambda d: d["config"].update(targets=["nowhere"]),
         "does not fit this VisionTransformer: targets: 'nowhere'",
+    ),
+    "two heads": (
+        lambda d: (d["config"].update(head=["head"]), d.update(head=[])),
+        r"its 'head' \[\] is not the one in its 'config', \['head'\]",
     ),
     "head": (
         lambda d: d.update(head=["nowhere"]),
@@ -158,7 +150,7 @@ def test_a_configuration_that_is_nested_too_deeply(
 ) -> None:
     _, folder = saved
     (folder / CONFIG).write_text("[" * 200_000)
-    refuse(tiny_vit(), folder, r"is not an EFFT adapter configuration", unchanged)
+    refuse(tiny_vit(), folder, r"is no usable JSON: it is nested too deeply", unchanged)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

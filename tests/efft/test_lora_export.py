@@ -186,10 +186,10 @@ def test_a_crash_leaves_whole_files(
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     randomize(model, seed=9)
 
-    def failing(self: Path, content: bytes) -> int:
+    def failing(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", failing)
+    monkeypatch.setattr(os, "fsync", failing)
     with pytest.raises(OSError, match="No space left"):
         efft.export_lora(model, folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

@@ -288,8 +288,16 @@ def test_factors_that_start_otherwise(tiny_vit: Make) -> None:
 
 
 REFUSED: dict[str, tuple[AdapterConfig, float, str]] = {  # with the ratio of the MLP's width to the model's
-    "no heads": (methods.LoRTAConfig(targets="ffn"), 4, r"found \[\]; set heads in the configuration"),
-    "heads": (methods.MetaTT5DConfig(heads=3), 4, "heads must be an integer that divides the layers' width 16, got 3"),
+    "no heads": (
+        methods.LoRTAConfig(targets="ffn"),
+        4,
+        r"config, found none; set heads=\.\.\. in the method's configuration",
+    ),
+    "heads": (
+        methods.MetaTT5DConfig(heads=3),
+        4,
+        "the number of heads must divide the layers' width 16, got 3; set heads=",
+    ),
     "rank": (methods.LoRAXSConfig(rank=17), 4, "LoRAXSConfig.rank must be at most .*, got 17 and blocks.0.attn.qkv is"),
     "later": (methods.LoRAXSConfig(rank=16), 0.5, "got 16 and blocks.0.mlp.fc1 is 16x8"),
     "width": (methods.FacTTTConfig(), 2.5, "'joint': layers that share U and V must be of one width d, .* is 16x40"),
@@ -305,5 +313,7 @@ def test_what_does_not_fit_is_refused(case: str, tiny_vit: Make, unchanged: Call
 
 
 def test_ranks_are_one_for_each_mode() -> None:
-    with pytest.raises(ValueError, match=r"ranks must be None or 4 integers >= 1 for tensor 'att_qkv', got \[4, 3\]"):
+    with pytest.raises(
+        ValueError, match=r"ranks must be None or 4 integers, each a rank, for tensor 'att_qkv', got \[4, 3\]"
+    ):
         methods.TensLoRAConfig(tensor="att_qkv", ranks=[4, 3])

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 import efft
-from efft import methods
+from efft import files, methods
 from efft.config import AdapterConfig
 from efft.inject import bank_of
 from efft_kernels.nn.pooled import PooledLinear
 from efft_kernels.testing import assert_close_budget
+from tests.adapter_files import edit_config
 
 Make = Callable[..., nn.Module]
 Adapter = Callable[..., nn.Module]
@@ -157,6 +158,35 @@ def test_load_checks_like_load_adapter(
         elsewhere.load("mine", folder, strict=False)
     with pytest.raises(FileNotFoundError, match="no adapter in"):
         pool.load("other", tmp_path / "nowhere")
+
+
+def test_a_head_that_the_description_conceals_does_not_reach_the_model(
+    pool: efft.AdapterPool, saved: tuple[nn.Module, Path]
+) -> None:
+    _, folder = saved
+    edit_config(folder, lambda d: (d["config"].update(head=["head"]), d.update(head=[])))
+    before = {name: tensor.clone() for name, tensor in pool.model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"its 'head' \[\] is not the one in its 'config', \['head'\]"):
+        pool.load("mine", folder)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in pool.model.state_dict().items())
+
+
+def test_an_adapter_that_is_replaced_while_it_is_loaded(
+    pool: efft.AdapterPool, saved: tuple[nn.Module, Path], adapted_vit: Make, images: Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Between its description and its weights: the new one is loaded then, whole."""
+    _, folder = saved
+    other, read = adapted_vit(rank=2, head=[]), files.read_weights
+
+    def slow(*arguments: Any) -> bytes | None:
+        monkeypatch.undo()
+        efft.save_adapter(other, folder)
+        return read(*arguments)
+
+    monkeypatch.setattr(files, "read_weights", slow)
+    pool.load("mine", folder)
+    torch.testing.assert_close(under(pool, "mine", images), alone(other, images), **CLOSE)
 
 
 def test_memory_by_formula(pool: efft.AdapterPool, adapter: Adapter, tiny_vit: Make) -> None:

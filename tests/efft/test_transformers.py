@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import efft
+from efft.methods import LoRTAConfig, MetaTT5DConfig, TensLoRAConfig
+from efft.methods.base import HeadedConfig
 from efft_kernels import EfftLinear
 
 transformers = pytest.importorskip("transformers", reason="needs the hf extra")
@@ -181,3 +184,35 @@ def test_efft1_of_a_gated_model(randomize: Make) -> None:
     torch.testing.assert_close(block.mlp.up_proj.delta_weight(), train[1])
     torch.testing.assert_close(block.mlp.gate_proj.delta_weight(), train[2])
     torch.testing.assert_close(block.mlp.down_proj.delta_weight(), train[3].t())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [LoRTAConfig(), MetaTT5DConfig(), TensLoRAConfig(tensor="att_qkv", targets="all")],
+    ids=lambda config: config.method,
+)
+@pytest.mark.parametrize("name", ["vit", "bert", "clip", "llama", "swin"])
+def test_the_number_of_heads_is_the_models(name: str, config: HeadedConfig, randomize: Make) -> None:
+    model = make(name)
+    heads = SWIN["num_heads"] if name == "swin" else [SIZES["num_attention_heads"]]
+    if name == "swin":  # MLPs have no heads of their own, so those of the attention in the stage hold
+        config = dataclasses.replace(config, targets="mhsa")
+    efft.apply(model, config)
+    modes = {"lorta": "C_h", "metatt_5d": "G4"}
+    found = [
+        bank.modes["att"].shape[-2] if config.method == "tenslora" else getattr(bank, modes[config.method]).shape[0]
+        for bank in model.efft.values()
+    ]
+    assert found == heads
+    before = run(name, model)
+    assert not torch.allclose(run(name, randomize(model)), before)
+
+
+def test_heads_that_no_module_names_must_be_given(tiny_vit: Make) -> None:
+    model = tiny_vit()
+    for block in model.blocks:
+        del block.attn.num_heads
+    with pytest.raises(ValueError, match=r"expected one number of heads .* around blocks\.0\.attn\.qkv, .*set heads="):
+        efft.apply(model, LoRTAConfig())
+    efft.apply(model, LoRTAConfig(heads=4))
+    assert model.efft["joint"].C_h.shape[0] == 4

@@ -5,11 +5,12 @@ leaves trainable what the method trains and the classifier. The parts it adds ha
 hooks, so the names and the forward of the base stay as they are.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, get_type_hints
 
 from torch import nn
 
+from efft import typed
 from efft.baselines import adapter, adaptformer, bitfit, peft_lora, ssf, vpt
 
 #: Name of a method to the function that applies it.
@@ -28,16 +29,33 @@ def names() -> list[str]:
     return list(METHODS)
 
 
+def settings_of(name: str) -> dict[str, Any]:
+    """Name of each setting of a method to its type."""
+    hints = get_type_hints(METHODS[name])
+    return {setting: hint for setting, hint in hints.items() if setting not in ("model", "return")}
+
+
+def check(name: str, settings: Mapping[str, Any]) -> None:
+    """Refuses settings that a method cannot have, whatever the model.
+
+    Raises:
+        ValueError: one that the method does not have, or a value of the wrong type.
+    """
+    known = settings_of(name)
+    unknown = sorted(settings.keys() - known.keys())
+    if unknown:
+        raise ValueError(f"method {name!r} has no setting {', '.join(unknown)}; it has: {', '.join(known) or 'none'}")
+    for setting, value in settings.items():
+        typed.check(f"{setting} of method {name!r}", value, known[setting])
+        if known[setting] is int and value < 1:
+            raise ValueError(f"{setting} of method {name!r} must be at least 1, got {value}")
+
+
 def apply(name: str, model: nn.Module, settings: dict[str, Any]) -> nn.Module:
     """Applies a method by name, in place.
 
     Raises:
-        ValueError: a setting that the method does not have, or a model that it does not fit.
+        ValueError: settings that `check` refuses, or a model that the method does not fit.
     """
-    import inspect
-
-    known = list(inspect.signature(METHODS[name]).parameters)[1:]
-    unknown = sorted(settings.keys() - set(known))
-    if unknown:
-        raise ValueError(f"method {name!r} has no setting {', '.join(unknown)}; it has: {', '.join(known) or 'none'}")
+    check(name, settings)
     return METHODS[name](model, **settings)

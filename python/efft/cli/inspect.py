@@ -7,6 +7,7 @@ import torch
 
 from efft import io, models
 from efft.config import EfftConfig
+from efft.files import CONFIG
 from efft.methods import config_from_dict
 from efft.params import count_plan
 from efft.plan import make_plan
@@ -28,18 +29,14 @@ def model_table(name: str, classes: int, image_size: int | None, config: EfftCon
 
 def adapter_table(folder: Path) -> str:
     """Tensors and facts of a saved adapter, read from its files alone."""
-    folder = folder if (folder / io.CONFIG).is_file() else folder / "adapter"
-    description = io.read_description(folder)
+    folder = folder if (folder / CONFIG).is_file() else folder / "adapter"
+    description, tensors = io.read_adapter(folder)
     base = description["base"]
     summary = " ".join(config_from_dict(description["config"]).summary().split())
     settings = re.sub(r" \(\[[^)]*\)\)", "", summary)  # the paper's link is for the model card
-    from safetensors import safe_open
-
-    with safe_open(folder / io.WEIGHTS, "pt") as file:
-        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  # not a dict
-    width = max(map(len, shapes))
-    rows = [f"{name:<{width}}  {torch.Size(shape).numel():>10,}  {shape}" for name, shape in sorted(shapes.items())]
-    total = sum(torch.Size(shape).numel() for shape in shapes.values())
+    width = max(map(len, tensors))
+    rows = [f"{name:<{width}}  {t.numel():>10,}  {list(t.shape)}" for name, t in sorted(tensors.items())]
+    total = sum(t.numel() for t in tensors.values())
     size = sum(file.stat().st_size for file in folder.iterdir())
     facts = [f"{key}: {value}" for key, value in description["info"].items()]
     return "\n".join(

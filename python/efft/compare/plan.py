@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from efft.compare.suite import TRIVIAL, Suite, merged
+from efft.config import is_number
 from efft.data import vtab_hyperparameters
 from efft.train.config import TrainConfig
 
@@ -46,7 +47,9 @@ class Run:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     def __str__(self) -> str:
-        chosen = ", ".join(f"{name}={value:g}" for name, value in self.settings.items())
+        chosen = ", ".join(
+            f"{name}={value:g}" if is_number(value) else f"{name}={value}" for name, value in self.settings.items()
+        )
         return f"{self.task}, {self.method}, {self.stage} seed {self.seed}" + (f", {chosen}" if chosen else "")
 
 
@@ -57,7 +60,7 @@ class Plan:
         suite: what is compared.
 
     Raises:
-        ValueError: settings that no run can have.
+        ValueError: settings that no run can have; it names task, method and the point of the grid.
     """
 
     def __init__(self, suite: Suite) -> None:
@@ -65,9 +68,8 @@ class Plan:
         self.grids = {name: _points(entry.get("grid", {})) for name, entry in suite.methods.items()}
         self.search_seeds = suite.search_seeds or suite.seeds[:1]
         for task, method in self.pairs():
-            for run in self.search(task, method) or [self._run(task, method, "final", suite.seeds[0], {})]:
-                if run.config["method"] not in TRIVIAL:
-                    TrainConfig.from_dict(run.config)  # a wrong value must not show up after hours
+            for point in self.grids[method]:
+                self._check(self._run(task, method, "final", suite.seeds[0], point))
 
     def __len__(self) -> int:
         seeds = len(self.suite.seeds)
@@ -124,6 +126,15 @@ class Plan:
         keys = [run.key for task, method in self.pairs() for run in self.finals(task, method, done)]
         return [done[key] for key in keys if key in done]
 
+    def _check(self, run: Run) -> None:
+        """Refuse settings of the wrong kind: they must not show up after hours."""
+        trivial = {"method": "linear"} if run.config["method"] in TRIVIAL else {}
+        try:
+            TrainConfig.from_dict({**run.config, **trivial})
+        except ValueError as error:
+            of_grid = f", grid {run.settings}" if run.settings else ""
+            raise ValueError(f"task {run.task!r}, method {run.method!r}{of_grid}: {error}") from None
+
     def _run(self, task: str, method: str, stage: str, seed: int, point: dict[str, Any]) -> Run:
         entry = {name: value for name, value in self.suite.methods[method].items() if name != "grid"}
         variant = entry.pop("vtab_settings", None)
@@ -138,7 +149,4 @@ class Plan:
 
 
 def _points(grid: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
-    for name, values in grid.items():
-        if not isinstance(values, list) or not values:
-            raise ValueError(f"a grid maps a setting to a list of values, got {name!r}: {values!r}")
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]

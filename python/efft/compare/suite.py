@@ -1,25 +1,34 @@
 """The file that says what is compared: tasks, methods, seeds and grids."""
 
 import dataclasses
-import difflib
 import json
+import math
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_type_hints
 
+from efft import baselines, data, typed
+from efft.files import read_json
+from efft.methods import METHODS
 from efft.train.config import TrainConfig
 
 #: Predictors that see no objects: they need no model and no trainer.
 TRIVIAL = ("majority", "pixels", "knn")
 _RECIPE = {item.name for item in dataclasses.fields(TrainConfig)} - {"data", "seed", "data_seed", "protocol"}
 _METHOD = _RECIPE | {"grid", "vtab_settings"}
+#: Of a grid: more would never be done.
+_MOST_POINTS = 1000
 
 
 @dataclass(frozen=True)
 class Suite:
     """What is compared. Settings are fields of `TrainConfig`; a task's go before a method's, a method's before `train`.
+
+    Everything is checked here and in `efft.compare.plan.Plan`, before anything runs.
 
     Attributes:
         name: of the suite, and of its result file.
@@ -44,18 +53,74 @@ class Suite:
     reference: str = ""
 
     def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            typed.check(name, getattr(self, name), hint)
+        if not re.fullmatch(r"\w[^/\\\0]*", self.name):
+            raise ValueError(f"name must begin with a letter or digit and have no slash, got {self.name!r}")
         for name in ("tasks", "methods", "seeds"):
             if not getattr(self, name):
                 raise ValueError(f"suite {self.name!r} has no {name}")
-        _known("train", self.train, _RECIPE)
+        for name in ("seeds", "search_seeds"):
+            seeds = getattr(self, name)
+            if min(seeds, default=0) < 0 or len(set(seeds)) < len(seeds):
+                raise ValueError(f"{name} must be distinct integers >= 0, got {seeds}: a repeated one is no new run")
+        typed.check_names("train", self.train, _RECIPE)
         for task, settings in self.tasks.items():
-            _known(f"task {task!r}", settings, _RECIPE)
+            _check_task(task)
+            typed.check(f"task {task!r}", settings, dict)
+            typed.check_names(f"task {task!r}", settings, _RECIPE)
         for method, settings in self.methods.items():
-            _known(f"method {method!r}", settings, _METHOD)
-            if "method" not in settings:
-                raise ValueError(f"method {method!r} must say which: method = efft, full, ..., or {', '.join(TRIVIAL)}")
-        if self.reference and self.reference not in self.methods:
-            raise ValueError(f"reference must be one of {', '.join(self.methods)}, got {self.reference!r}")
+            _check_method(f"method {method!r}", settings)
+        if self.reference:
+            typed.check_names("reference", [self.reference], self.methods, "method")
+
+
+def _check_task(name: str) -> None:
+    """Refuses what is neither a known data set nor a folder."""
+    if not os.path.isdir(name):
+        try:
+            data.describe(name)
+        except ValueError as error:
+            raise ValueError(f"tasks: {error}, nor is there a folder of that name") from None
+
+
+def _check_method(where: str, settings: Any) -> None:
+    typed.check(where, settings, dict)
+    typed.check_names(where, settings, _METHOD)
+    kind = settings.get("method")
+    if kind is None:
+        raise ValueError(f"{where} must say which: method = efft, full, ..., or {', '.join(TRIVIAL)}")
+    typed.check(f"{where}, vtab_settings", settings.get("vtab_settings"), Literal["efft1", "efft2"] | None)
+    grid = settings.get("grid", {})
+    typed.check(f"{where}, grid", grid, dict)
+    if grid and kind in TRIVIAL:
+        raise ValueError(f"{where} has a grid, but {kind} has nothing to set; take the grid out")
+    for setting, values in grid.items():
+        _check_setting(f"{where}, grid", setting, str(kind))
+        if not isinstance(values, list) or not values:
+            raise ValueError(f"{where}: a grid maps a setting to a list of values, got {setting!r}: {values!r}")
+        if any(value in values[:i] for i, value in enumerate(values)):
+            raise ValueError(f"{where}, grid {setting!r} has a value twice: {values}")
+    points = math.prod(map(len, grid.values()))
+    if points > _MOST_POINTS:
+        raise ValueError(f"{where}: the grid has {points} combinations, expected at most {_MOST_POINTS}")
+
+
+def _check_setting(where: str, setting: str, method: str) -> None:
+    """Refuses what is no setting of the method: ``lr``, or ``efft.scale``, or ``adapter.rank``."""
+    head, dot, field_name = setting.partition(".")
+    if not dot:
+        typed.check_names(where, [setting], _RECIPE - {"efft", "adapter", "method"}, "setting")
+        return
+    typed.check_names(where, [head], {"efft", "adapter"}, "group of settings")
+    if (head == "efft") != (method == "efft"):
+        own = "efft." if method == "efft" else "adapter."
+        raise ValueError(f"{where}: {setting!r} is not read by method {method!r}, whose own settings are {own}...")
+    if method in METHODS:
+        known = {item.name for item in dataclasses.fields(METHODS[method])}  # type: ignore[arg-type]
+    else:
+        known = set(baselines.settings_of(method)) if method in baselines.METHODS else set()
+    typed.check_names(f"{where} ({head}.)", [field_name], known, "setting")
 
 
 def merged(*settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,46 +153,45 @@ def load(path_or_name: str | Path, quick: bool = False, train: Mapping[str, Any]
     """
     name = str(path_or_name)
     if name in names():
-        text = (files("efft.compare") / "suites" / f"{name}.json").read_text("utf-8")
+        values = json.loads((files("efft.compare") / "suites" / f"{name}.json").read_text("utf-8"))
     elif Path(name).is_file():
-        text = Path(name).read_text("utf-8")
+        values = read_json(Path(name))
     else:
         raise FileNotFoundError(f"there is no suite file {name}; the suites by name are {', '.join(names())}")
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"the suite {name} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"the suite {name} must hold a JSON object, got {type(values).__name__}")
-    values = {"name": Path(name).stem, **values}
+    typed.check(f"the suite {name}", values, dict)
+    known = {item.name for item in dataclasses.fields(Suite)}
     small = values.pop("quick", None)
-    if quick and small is None:
+    typed.check_names(f"suite {name!r}", values, known)
+    empty: dict[str, Any] = {"name": Path(name).stem, "tasks": {}, "methods": {}, "seeds": []}
+    suite = Suite(**{**empty, **values})
+    if small is None and quick:
         raise ValueError(f"the suite {name} has no quick variant; leave out --quick")
-    if quick:
-        values = _quick(values, small)
-    _known(f"suite {name!r}", values, {item.name for item in dataclasses.fields(Suite)})
+    if small is not None:
+        variant = _quick(suite, small)
+        suite = variant if quick else suite
+    if not train:
+        return suite
     # What the caller gives goes over everything, what single tasks and methods set included.
-    over = dict(train or {})
-    keep = {"tasks": values.get("tasks", {}), "methods": values.get("methods", {})}
-    for group, entries in keep.items():
-        values[group] = {
-            entry: {key: value for key, value in each.items() if key not in over} for entry, each in entries.items()
+    groups: dict[str, Any] = {
+        group: {
+            entry: {key: value for key, value in each.items() if key not in train} for entry, each in entries.items()
         }
-    return Suite(**{**values, "train": merged(values.get("train", {}), over)})
+        for group, entries in (("tasks", suite.tasks), ("methods", suite.methods))
+    }
+    return dataclasses.replace(suite, **groups, train=merged(suite.train, train))
 
 
-def _quick(values: dict[str, Any], small: dict[str, Any]) -> dict[str, Any]:
+def _quick(suite: Suite, small: Any) -> Suite:
+    values = {item.name: getattr(suite, item.name) for item in dataclasses.fields(Suite)}
+    typed.check("quick", small, dict)
+    typed.check_names("quick", small, values.keys() - {"name"})
+    chosen: dict[str, Any] = {}
     for group in ("tasks", "methods"):
-        chosen = small.get(group, list(values[group]))
-        _known(f"quick.{group}", dict.fromkeys(chosen), set(values[group]))
-        values[group] = {name: values[group][name] for name in chosen}
-    rest = {name: value for name, value in small.items() if name not in ("tasks", "methods")}
-    return merged(values, rest) | {"name": f"{values['name']}-quick"}
-
-
-def _known(where: str, given: Mapping[str, Any], known: set[str]) -> None:
-    for name in given:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
-            raise ValueError(f"unknown field {name!r} in {where}; {hint}")
+        names = small.get(group, list(values[group]))
+        typed.check(f"quick.{group}", names, list[str])
+        typed.check_names(f"quick.{group}", names, values[group], group.removesuffix("s"))
+        chosen[group] = {name: values[group][name] for name in names}
+    try:
+        return Suite(**{**merged(values, small), **chosen, "name": f"{suite.name}-quick"})
+    except ValueError as error:
+        raise ValueError(f"quick: {error}") from None

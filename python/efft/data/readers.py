@@ -118,27 +118,37 @@ def read_elpv(archive: Path) -> tuple[Labelled, None]:
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """A pickle can call anything; this reader can only build NumPy arrays."""
+    """A pickle can call anything; this reader can only build NumPy arrays, of as many bytes as it brings."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in {("numpy", "ndarray"), ("numpy", "dtype")}:
-            return getattr(np, name)
+        if (module, name) == ("numpy", "ndarray"):
+            return "numpy.ndarray"  # what _reconstruct is told to make; called, it would take any amount of memory
+        if (module, name) == ("numpy", "dtype"):
+            return np.dtype
         if name == "_reconstruct" and module in {"numpy.core.multiarray", "numpy._core.multiarray"}:
             return _reconstruct
         raise pickle.UnpicklingError(f"refused to load {module}.{name}: only a NumPy array is allowed here")
 
 
-def _reconstruct(kind: type, shape: tuple[int, ...], code: bytes) -> npt.NDArray[Any]:
-    return np.ndarray.__new__(np.ndarray, shape, code.decode())
+def _reconstruct(kind: str, shape: tuple[int, ...], code: bytes) -> npt.NDArray[Any]:
+    """An empty array, as NumPy makes one before its content is set."""
+    if shape != (0,):
+        raise pickle.UnpicklingError(f"expected a new array of shape (0,), got {shape!r}")
+    return np.empty(shape, np.uint8)
 
 
 def unpickle_array(data: bytes) -> npt.NDArray[Any]:
     """Read a pickled array of numbers without trusting the pickle.
 
     Raises:
-        pickle.UnpicklingError: The pickle asks for anything but an array of numbers.
+        pickle.UnpicklingError: The pickle is damaged, or asks for anything but an array of numbers.
     """
-    array = _ArrayUnpickler(io.BytesIO(data)).load()
+    try:
+        array = _ArrayUnpickler(io.BytesIO(data)).load()
+    except pickle.UnpicklingError:
+        raise
+    except Exception as error:  # there is none that a damaged pickle could not raise
+        raise pickle.UnpicklingError(f"the pickle is damaged: {error!r}") from None
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "uif":
         raise pickle.UnpicklingError(f"expected a pickled array of numbers, got {type(array).__name__}")
     return array

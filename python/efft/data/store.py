@@ -1,7 +1,5 @@
 """Prepared image sets on disk: one compressed file with a training pool and a fixed test set."""
 
-import os
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +9,7 @@ import numpy.typing as npt
 
 from efft.data.splits import stratified_split
 from efft.data.task import ArrayImages, Split, Splits
+from efft.files import replacing
 
 TRAIN, VAL = 800, 200  # VTAB-1K's sizes
 
@@ -33,17 +32,26 @@ def load_or_build(path: Path, build: Callable[[], Prepared]) -> Prepared:
     if not path.exists():
         prepared = build()
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.npz")
-        try:
-            np.savez_compressed(temporary, **prepared._asdict())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(path) as file:
+            np.savez_compressed(file, **prepared._asdict())
     try:
         with np.load(path, allow_pickle=False) as file:
-            return Prepared(*(file[name] for name in Prepared._fields))
-    except (zipfile.BadZipFile, KeyError, ValueError, EOFError, OSError) as error:
+            return _checked(Prepared(*(file[name] for name in Prepared._fields)))
+    except Exception as error:  # a damaged archive can raise nearly anything
         raise RuntimeError(f"the prepared set {path} is damaged ({error}); delete it and try again") from error
+
+
+def _checked(prepared: Prepared) -> Prepared:
+    """Refuse arrays that are not what the class says."""
+    for images, labels in (prepared[:2], prepared[2:]):
+        colours = images.shape[3:]
+        if images.dtype != np.uint8 or images.ndim < 3 or colours not in ((), (3,)):
+            raise ValueError(
+                f"expected images of 8 bits, [n, height, width] or [n, height, width, 3], got {images.shape}"
+            )
+        if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
+            raise ValueError(f"expected {len(images)} integer labels, got {labels.dtype} {list(labels.shape)}")
+    return prepared
 
 
 def vtab_style_splits(prepared: Prepared, seed: int) -> Splits:

@@ -100,7 +100,7 @@ class FileImages:
         try:
             with pillow().open(path) as image:
                 return image.convert("RGB")
-        except OSError as error:  # missing, truncated or not an image: Pillow's own text may not name the file
+        except Exception as error:  # missing, damaged or too large: Pillow has many errors, and few name the file
             raise OSError(f"cannot read the image {path}: {error}") from error
 
 

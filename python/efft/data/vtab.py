@@ -8,6 +8,7 @@ sets need a registration.
 
 import difflib
 import json
+import re
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -102,14 +103,20 @@ def _check_folders(name: str, root: Path, folder: Path) -> None:
 
 def _read_list(file: Path, folder: Path, classes: int) -> FileImages:
     paths, labels = [], []
-    for number, line in enumerate(file.read_text("utf-8").splitlines(), start=1):
+    try:
+        text = file.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no text in UTF-8: {error}") from None
+    for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue
         image, _, label = line.strip().rpartition(" ")
-        if not image or not label.isdecimal():
+        if not image or not re.fullmatch("[0-9]{1,9}", label):
             raise ValueError(f"{file}, line {number}: expected 'images/<split>/000000.jpg 3', got {line!r}")
         if int(label) >= classes:
             raise ValueError(f"{file}, line {number}: label {label} is out of range 0..{classes - 1}")
+        if "\0" in image or ".." in Path(image).parts or Path(image).is_absolute():
+            raise ValueError(f"{file}, line {number}: expected a path below {folder}, got {image!r}")
         paths.append(folder / image.strip())
         labels.append(int(label))
     if not paths:

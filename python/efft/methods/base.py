@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from efft.config import AdapterConfig, is_number
+from efft.config import AdapterConfig
 from efft.targets import Target
 from efft_kernels import FactorBank
 from efft_kernels.nn.linear import features
@@ -49,8 +49,8 @@ class MethodConfig(AdapterConfig):
     """Modules trained and saved beside the factors; None finds the classifier, [] trains none."""
 
     def __post_init__(self) -> None:
-        self._check(type(self.rank) is int and self.rank >= 1, "rank", "an integer >= 1", self.rank)
-        self._check(is_number(self.scale), "scale", "a number", self.scale)
+        self._check_sizes("rank")
+        self._check_numbers("scale")
         self._check_layers()
 
     def groups(self, model: nn.Module, targets: list[Target]) -> list[MethodGroup]:
@@ -68,11 +68,29 @@ class MethodConfig(AdapterConfig):
         return f"{self.method} {source}, {settings}, targets {self.targets}"
 
 
+@dataclass
+class HeadedConfig(MethodConfig):
+    """Fields of a method that has a mode for the heads of the attention."""
+
+    heads: int | None = None
+    """Heads of the attention; None takes them from the model."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.heads is not None:
+            self._check_sizes("heads")
+
+
+#: What attention modules, or the configurations of models, call the number of their heads.
+_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
+
+
 @dataclass(frozen=True)
 class Layer:
     """A linear layer to adapt: its :class:`Target`, its sizes, the frozen layer itself.
 
-    ``heads`` is the number of heads of the attention module it belongs to, None where there is none.
+    ``heads`` is the number of heads that the nearest module around it names, itself or by its ``config``; None where
+    none does.
     """
 
     target: Target
@@ -86,8 +104,12 @@ class Layer:
         """The layer of ``model`` that ``target`` names."""
         linear = model.get_submodule(target.name)
         assert isinstance(linear, (nn.Linear, nn.Conv2d))
-        heads = getattr(model.get_submodule(target.name.rpartition(".")[0]), "num_heads", None)
-        return cls(target, *features(linear), heads if isinstance(heads, int) else None, linear)
+        parts = target.name.split(".")
+        around = [model.get_submodule(".".join(parts[:n])) for n in reversed(range(len(parts)))]
+        holders = [holder for module in around for holder in (module, getattr(module, "config", None))]
+        named = [getattr(holder, name, None) for holder in holders for name in _HEADS]
+        heads = next((number for number in named if type(number) is int), None)
+        return cls(target, *features(linear), heads, linear)
 
     def group(self, of_known_roles: str) -> str:
         """Name of the layer's group: by stage, where there are several; by shape, outside known architectures."""
@@ -278,13 +300,18 @@ def heads_of(given: int | None, layers: list[Layer], d: int) -> int:
     Raises:
         ValueError: neither is there, or the width d is no multiple of it.
     """
-    found = {layer.heads for layer in layers} - {None}
+    found = {layer.heads for layer in layers if layer.heads is not None}
     if given is None and len(found) != 1:
+        names = ", ".join(layer.target.name for layer in layers[:2])
         raise ValueError(
-            f"expected attention modules with one num_heads around the layers, found {sorted(map(str, found))}; "
-            "set heads in the configuration, or name the layers of one kind of attention (targets=[...])"
+            f"expected one number of heads ({', '.join(_HEADS)}) in the modules around {names}, ... or in the model's "
+            f"config, found {sorted(found) or 'none'}; set heads=... in the method's configuration, or name the layers "
+            "of one kind of attention (targets=[...])"
         )
-    heads = given if given is not None else next(iter(found))
-    if type(heads) is not int or heads < 1 or d % heads:
-        raise ValueError(f"heads must be an integer that divides the layers' width {d}, got {heads!r}")
+    heads = next(iter(found)) if given is None else given
+    if heads < 1 or d % heads:
+        raise ValueError(
+            f"the number of heads must divide the layers' width {d}, got {heads}; set heads=... in the method's "
+            "configuration"
+        )
     return heads

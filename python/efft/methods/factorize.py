@@ -5,6 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 
+#: More parts of a size than this are ones: 2¹⁶ has sixteen factors.
+MOST_FACTORS = 16
+
 
 def factorize(n: int, parts: int) -> list[int]:
     """``n`` as a product of ``parts`` integers as near to each other as its divisors allow, the smallest first.

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from efft.methods.base import Layer, MethodConfig, MethodGroup, StackedBank
-from efft.methods.factorize import factorize, train_ranks
+from efft.methods.factorize import MOST_FACTORS, factorize, train_ranks
 from efft.targets import Target
 from efft_kernels import EfftLinear, tt_chain
 
@@ -81,9 +81,8 @@ class LoRETTAConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("bottleneck", "n_factors"):
-            value = getattr(self, name)
-            self._check(type(value) is int and value >= 1, name, "an integer >= 1", value)
+        self._check_sizes("bottleneck")
+        self._check_sizes("n_factors", largest=MOST_FACTORS)
 
 
 @dataclass

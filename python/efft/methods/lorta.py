@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efft.methods.base import BlockBank, Layer, MethodConfig, heads_of, uniform, zeros
+from efft.methods.base import BlockBank, HeadedConfig, Layer, heads_of, uniform, zeros
 from efft_kernels.nn.operands import column_blocks
 
 
@@ -35,12 +35,9 @@ class LoRTABank(BlockBank):
 
 
 @dataclass
-class LoRTAConfig(MethodConfig):
+class LoRTAConfig(HeadedConfig):
     """Low-rank tensor adaptation. The authors adapt q, k, v and o (``targets="mhsa"``)."""
 
     method = "lorta"
     paper = "2410.04060"
     bank = LoRTABank
-
-    heads: int | None = None
-    """Heads of the attention; None takes them from the model."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from efft.methods.base import BlockBank, Layer, MethodConfig, heads_of, zeros
+from efft.methods.base import BlockBank, HeadedConfig, Layer, MethodConfig, heads_of, zeros
 from efft_kernels.nn.operands import column_blocks
 
 
@@ -63,15 +63,12 @@ class MetaTT4DConfig(MethodConfig):
 
 
 @dataclass
-class MetaTT5DConfig(MethodConfig):
+class MetaTT5DConfig(HeadedConfig):
     """A global tensor train with a mode for heads."""
 
     method = "metatt_5d"
     paper = "2506.09105"
     bank = MetaTT5DBank
-
-    heads: int | None = None
-    """Heads of the attention; None takes them from the model."""
 
 
 def _identities(n: int, *shape: int, **kw: Any) -> nn.Parameter:

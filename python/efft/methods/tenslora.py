@@ -8,7 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from efft.methods.base import BlockBank, Blocks, Layer, MethodConfig, heads_of, zeros
+from efft.config import is_size
+from efft.methods.base import BlockBank, Blocks, HeadedConfig, Layer, heads_of, zeros
 from efft_kernels.nn.operands import take
 
 _TENSORS = ("att", "qkv", "depth", "att_qkv", "att_depth", "qkv_depth", "att_qkv_depth")
@@ -57,7 +58,7 @@ class TensLoRABank(BlockBank):
 
 
 @dataclass
-class TensLoRAConfig(MethodConfig):
+class TensLoRAConfig(HeadedConfig):
     """Tensor alternatives for LoRA, with the Tucker decomposition.
 
     A head's columns are those that the attention gives it; the authors' code takes every H-th column.
@@ -76,15 +77,13 @@ class TensLoRAConfig(MethodConfig):
     targets: str | list[str] = "mhsa"
     """As in other methods; the authors adapt q, k and v."""
 
-    heads: int | None = None
-    """Heads of the attention; None takes them from the model."""
-
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check(self.tensor in _TENSORS, "tensor", f"one of {_TENSORS}", self.tensor)
         n = 2 + len(self.tensor.split("_"))
-        ok = self.ranks is None or (len(self.ranks) == n and all(type(r) is int and r >= 1 for r in self.ranks))
-        self._check(ok, "ranks", f"None or {n} integers >= 1 for tensor {self.tensor!r}", self.ranks)
+        given = self.ranks if isinstance(self.ranks, (list, tuple)) else []
+        ok = self.ranks is None or (len(given) == n and all(map(is_size, given)))
+        self._check(ok, "ranks", f"None or {n} integers, each a rank, for tensor {self.tensor!r}", self.ranks)
 
 
 def _orthogonal(*shape: int, **kw: Any) -> nn.Parameter:

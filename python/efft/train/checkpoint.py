@@ -1,8 +1,6 @@
 """The state of a training run in one file that is either whole or the previous one, whenever the run is killed."""
 
 import json
-import os
-import pickle
 import random
 import zipfile
 from collections.abc import Mapping
@@ -12,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+
+from efft.files import replacing
 
 _FORMAT = 1
 # Fields of TrainConfig that only say how fast a run goes or how often it is saved.
@@ -24,39 +24,37 @@ class CheckpointError(RuntimeError):
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
     """Writes a state (tensors and plain Python values) to a file, atomically and durably."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
+    with replacing(path) as file:
         torch.save({**state, "format": _FORMAT}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)  # the new name survives a power cut
-    finally:
-        os.close(directory)
 
 
 def load(path: Path) -> dict[str, Any]:
     """Reads a file written by `save`, onto the CPU.
 
     Raises:
+        FileNotFoundError: there is no such file.
         CheckpointError: the file is damaged or has another format.
     """
     try:
         with zipfile.ZipFile(path) as archive:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                raise ValueError("it is compressed")  # a small file could take all memory
             damaged = archive.testzip()  # torch does not check the sums it stores
         if damaged is not None:
             raise ValueError(f"wrong checksum of {damaged}")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, RuntimeError, ValueError) as error:
+    except (FileNotFoundError, PermissionError):
+        raise
+    except Exception as error:  # a damaged archive or pickle can raise nearly anything
         raise CheckpointError(
             f"checkpoint {path} is damaged ({error}); start the run again with overwrite (--overwrite)"
         ) from error
-    if not isinstance(state, dict) or state.get("format") != _FORMAT:
-        found = state.get("format") if isinstance(state, dict) else None
+    found = state.get("format") if isinstance(state, dict) else None
+    if type(found) is not int or found != _FORMAT:
         raise CheckpointError(f"checkpoint {path} has format {found}; this version reads {_FORMAT}")
-    return state
+    if not isinstance(state.get("config"), dict):
+        raise CheckpointError(f"checkpoint {path} does not hold the configuration of its run")
+    return dict(state)
 
 
 def check_config(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
@@ -89,16 +87,34 @@ def check_config(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
 
 def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """A copy, on the CPU, of what training changes: all of the state dict but the frozen parameters."""
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    return {name: tensor.cpu().clone() for name, tensor in model.state_dict().items() if name not in frozen}
+    return {name: tensor.cpu().clone() for name, tensor in _trained(model).items()}
 
 
 @torch.no_grad()
 def restore_trained_state(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
-    """Copies a `trained_state` back into the model, in place."""
-    own = model.state_dict()  # its tensors share the model's memory
+    """Copies a `trained_state` back into the model, in place.
+
+    Raises:
+        ValueError: the state is another model's; nothing is changed then.
+    """
+    own = _trained(model)  # its tensors share the model's memory
+    shapes = {name: list(value.shape) for name, value in state.items() if isinstance(value, torch.Tensor)}
+    wrong = sorted(
+        name for name in own.keys() | state.keys() if name not in own or shapes.get(name) != [*own[name].shape]
+    )
+    if wrong:
+        expected = list(own[wrong[0]].shape) if wrong[0] in own else "nothing"
+        raise ValueError(
+            f"the saved state does not fit this {type(model).__name__}: expected {expected} for {wrong[0]}, got "
+            f"{shapes.get(wrong[0], 'nothing')} ({len(wrong)} such tensors)"
+        )
     for name, value in state.items():
         own[name].copy_(value)
+
+
+def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
 
 
 def random_state() -> dict[str, Any]:

@@ -1,14 +1,15 @@
 """``TrainConfig``: everything that decides the outcome of a training run; it goes through JSON unchanged."""
 
 import dataclasses
-import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
+from efft import typed
 from efft.config import AdapterConfig, EfftConfig
+from efft.files import read_json, replace_file
 from efft.methods import METHODS
 from efft.models import DEFAULT
 from efft.train import methods
@@ -113,11 +114,9 @@ class TrainConfig:
     """Updates between checkpoints; by default, and in any case, one is written after each epoch."""
 
     def __post_init__(self) -> None:
-        methods.check(self)
         for name, hint in get_type_hints(type(self)).items():
-            value = getattr(self, name)
-            if get_origin(hint) is Literal and value not in get_args(hint):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(hint))}, got {value!r}")
+            typed.check(name, getattr(self, name), hint)
+        methods.check(self)
         at_least = {
             "epochs": 1,
             "batch_size": 1,
@@ -165,13 +164,14 @@ class TrainConfig:
             ValueError: unknown field (with the nearest known one) or unusable value.
         """
         adapter = values.get("efft", {})
+        typed.check("efft", adapter, dict)
         for given, known in ((values, cls), (adapter, EfftConfig)):
             _check_names(given, known)
         return cls(**values | {"efft": EfftConfig.from_dict(adapter)})
 
     def save(self, path: str | Path) -> None:
         """Writes the fields to a JSON file."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        replace_file(Path(path), (json.dumps(self.to_dict(), indent=2) + "\n").encode())
 
     @classmethod
     def load(cls, path: str | Path) -> "TrainConfig":
@@ -183,10 +183,7 @@ class TrainConfig:
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"there is no configuration file {path}")
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not JSON: {error}") from error
+        values = read_json(Path(path))
         if not isinstance(values, dict):
             raise ValueError(f"{path} must hold a JSON object, got {type(values).__name__}")
         return cls.from_dict(values)
@@ -194,7 +191,4 @@ class TrainConfig:
 
 def _check_names(given: Mapping[str, Any], known: Any) -> None:
     names = [item.name for item in dataclasses.fields(known)]
-    for name in given.keys() - {*names, *_ADAPTER_MARKS}:
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
-        raise ValueError(f"unknown field {name!r} in the training configuration; {hint}")
+    typed.check_names("the training configuration", [n for n in given if n not in _ADAPTER_MARKS], names)

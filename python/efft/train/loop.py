@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
+from efft import typed
 from efft.train import build, checkpoint, outputs
 from efft.train.batches import EpochBatches
 from efft.train.config import TrainConfig
@@ -197,13 +198,29 @@ class Trainer:
             checkpoint.save(self.out / outputs.CHECKPOINT, state)
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes to the point where `save` made the state."""
+        """Goes to the point where `save` made the state.
+
+        Raises:
+            CheckpointError: the state is another run's, or not what `save` makes; this trainer is of no use then.
+        """
+        try:
+            self._restore(state)
+        except checkpoint.CheckpointError:
+            raise
+        except Exception as error:  # what is in the state can be of any kind
+            raise checkpoint.CheckpointError(
+                f"the checkpoint does not fit this run ({error!r}); start it again with overwrite (--overwrite)"
+            ) from error
+
+    def _restore(self, state: dict[str, Any]) -> None:
         processes, index = state["processes"], self.accelerator.process_index
         if len(processes) != self.accelerator.num_processes:
             raise checkpoint.CheckpointError(
                 f"the run was started with {len(processes)} processes and must go on with as many, "
                 f"not {self.accelerator.num_processes}"
             )
+        for name in ("epoch", "batch", "update", "metrics_bytes"):
+            typed.check(name, state[name], int)
         self.epoch, self.batch, self.update = state["epoch"], state["batch"], state["update"]
         checkpoint.restore_trained_state(self.plain, state["weights"])
         self.optimizer.load_state_dict(state["optimizer"])

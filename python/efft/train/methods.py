@@ -43,11 +43,13 @@ def check(config: "TrainConfig") -> None:
     """Refuses a method that does not exist, and settings that it would not read.
 
     Raises:
-        ValueError: one of these, or a setting that a method with factors does not have.
+        ValueError: one of these, or a setting that the method does not have.
     """
     if config.method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {config.method!r}")
     if config.adapter and config.method in ("efft", "linear", "full"):
         where = "its settings are those of efft" if config.method == "efft" else "it has no settings"
         raise ValueError(f"adapter is not read by method {config.method!r} ({where}), got {config.adapter!r}")
+    if config.method in baselines.METHODS:
+        baselines.check(config.method, config.adapter or {})
     config.adapter_config()

@@ -1,7 +1,6 @@
 """The folder of a run: opening it safely, and what is written there at the end."""
 
 import json
-import os
 import platform
 import shutil
 from pathlib import Path
@@ -11,12 +10,13 @@ import torch
 from torch import nn
 
 import efft
+from efft.files import read_json, replace_file
 from efft.targets import find_head
 from efft.train import checkpoint
 from efft.train.config import TrainConfig
 
 CONFIG, METRICS, CHECKPOINT, RESULT = "config.json", "metrics.jsonl", "checkpoint.pt", "result.json"
-ADAPTER, HEAD, MODEL, TRAINED = "adapter", "head.safetensors", "model.safetensors", "trained.safetensors"
+SAVED = ADAPTER, HEAD, MODEL, TRAINED = "adapter", "head.safetensors", "model.safetensors", "trained.safetensors"
 
 #: Fields of TrainConfig that an adapter keeps as its info: they rebuild its base model and the images it expects.
 BASE_FIELDS = (
@@ -69,8 +69,15 @@ def open_folder(
 
 
 def read_result(out: Path) -> dict[str, Any]:
-    """The content of a run's ``result.json``."""
-    return dict(json.loads((out / RESULT).read_text(encoding="utf-8")))
+    """The content of a run's ``result.json``.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    result = read_json(out / RESULT)
+    if not isinstance(result, dict) or not isinstance(result.get("config"), dict):
+        raise ValueError(f"{out / RESULT} is damaged: it must hold a JSON object with the run's 'config'")
+    return result
 
 
 def write(
@@ -86,7 +93,7 @@ def write(
         scores: accuracies and the epoch they belong to.
         run: updates, seconds, device and the like; ``own_model`` says that the model is not the configuration's.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save as serialize
 
     if config.adapter_config() is not None:
         facts = {} if run["own_model"] else {name: getattr(config, name) for name in BASE_FIELDS}
@@ -94,7 +101,7 @@ def write(
     else:
         saved = out / {"full": MODEL, "linear": HEAD}.get(config.method, TRAINED)
         state = model.state_dict() if config.method == "full" else checkpoint.trained_state(model)
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, saved)
+        replace_file(saved, serialize({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}))
     files = saved.iterdir() if saved.is_dir() else [saved]
     result = {
         **scores,
@@ -111,9 +118,7 @@ def write(
         "versions": _versions(),
         "config": config.to_dict(),
     }
-    temporary = out / (RESULT + ".tmp")
-    temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, out / RESULT)
+    replace_file(out / RESULT, (json.dumps(result, indent=2) + "\n").encode())
     (out / CHECKPOINT).unlink(missing_ok=True)
     return result
 

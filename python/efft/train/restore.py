@@ -7,7 +7,9 @@ from typing import Any
 from torch import nn
 
 import efft
-from efft import io
+from efft.config import is_size, shown
+from efft.files import CONFIG
+from efft.io import read_description
 from efft.models import load_strict
 from efft.train import build, outputs
 from efft.train.checkpoint import restore_trained_state
@@ -26,8 +28,8 @@ def load_trained(path: str | Path, checkpoint: str | Path | None = None) -> tupl
         ValueError: the base cannot be rebuilt, or the adapter does not fit it.
     """
     path = Path(path)
-    if (path / io.CONFIG).is_file():
-        info = io.read_description(path)["info"]
+    if (path / CONFIG).is_file():
+        info = read_description(path)["info"]
         info = {"data_seed": 0, **info}  # adapters from before this field existed had its default
         missing = [name for name in ("classes", *outputs.BASE_FIELDS) if name not in info]
         if missing:
@@ -39,6 +41,10 @@ def load_trained(path: str | Path, checkpoint: str | Path | None = None) -> tupl
         classes = info["classes"]
     elif (path / outputs.RESULT).is_file():
         result = outputs.read_result(path)
+        lacking = [name for name in ("own_model", "saved", "classes") if name not in result]
+        if lacking or result["saved"] not in outputs.SAVED:
+            what = f"lacks {', '.join(lacking)}" if lacking else f"names {shown(result['saved'])} as what was saved"
+            raise ValueError(f"{path / outputs.RESULT} is damaged: it {what}")
         if result["own_model"]:
             raise ValueError(
                 f"the run in {path} was given its model in Python, so it cannot be rebuilt from the configuration; "
@@ -48,7 +54,9 @@ def load_trained(path: str | Path, checkpoint: str | Path | None = None) -> tupl
         classes = result["classes"]
     else:
         hint = "; it is unfinished: go on with --resume" if (path / outputs.CHECKPOINT).exists() else ""
-        raise FileNotFoundError(f"{path} holds no {outputs.RESULT} of a run and no {io.CONFIG} of an adapter{hint}")
+        raise FileNotFoundError(f"{path} holds no {outputs.RESULT} of a run and no {CONFIG} of an adapter{hint}")
+    if not is_size(classes):
+        raise ValueError(f"{path} is damaged: expected a number of classes, got {shown(classes)}")
     if checkpoint is not None:
         config = replace(config, checkpoint=str(checkpoint))
     model = build.create_model(config, classes, weights=config.method != "full")

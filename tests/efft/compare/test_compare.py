@@ -203,7 +203,7 @@ def test_report(tiny: dict[str, Any], write: Write, tmp_path: Path, capsys: pyte
     assert "| EFFT2 | 85.0 ± 7.1 | 85.0 ± 7.1 |" in page
     assert "| EFFT2 | 1,000 | 85.0 | 85.0 | 85.0 [80.0, 90.0] | 85.0 [80.0, 90.0] | 2 |" in page
     assert "| probe | 2 | +" in page  # against the reference, over two tasks
-    assert "- digits: pixels reaches 44.5, no less than probe." in page
+    assert "- digits: pixels reaches 48.5, no less than probe." in page
     assert "| EFFT2 | lr 0.01 | lr 0.01 |" in page
     assert "- commit: abc" in page
     assert "![Accuracy against trained parameters](r-parameters.png)" in page

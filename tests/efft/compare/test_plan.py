@@ -118,22 +118,86 @@ def test_what_the_command_line_gives_goes_over_everything(tiny: dict[str, Any], 
         ({"seeds": []}, "suite 'tiny' has no seeds"),
         ({"train": {"epoch": 3}}, "unknown field 'epoch' in train; did you mean 'epochs'?"),
         ({"tasks": {"digits": {"seed": 3}}}, "unknown field 'seed' in task 'digits'"),
-        ({"tasks": {"digitz": {}}, "methods": {"x": {"method": "efft", "vtab_settings": "efft1"}}}, "no published"),
+        ({"tasks": {"digits": {}}, "methods": {"x": {"method": "efft", "vtab_settings": "efft1"}}}, "no published"),
         ({"methods": {"x": {"lr": 1}}}, "method 'x' must say which: method = efft, full, ..., or majority"),
         ({"methods": {"x": {"method": "nope"}}}, "method must be one of efft, .*, got 'nope'"),
         ({"methods": {"x": {"method": "full", "grid": {"lr": 1}}}}, "a grid maps a setting to a list of values"),
-        ({"reference": "nope"}, "reference must be one of EFFT2, probe, pixels, got 'nope'"),
-        ({"quick": {"methods": ["prob"]}}, None),
+        ({"reference": "nope"}, "unknown method 'nope' in reference; known: EFFT2, probe, pixels"),
+        # the kind of every part
+        ({"name": "../x"}, r"name must begin with a letter or digit and have no slash, got '\.\./x'"),
+        ({"about": 3}, "about must be a string, got 3"),
+        ({"tasks": ["digits"]}, r"tasks must be an object, got \['digits'\]"),
+        ({"tasks": {"digits": 3}}, "task 'digits' must be an object, got 3"),
+        ({"methods": []}, r"methods must be an object, got \[\]"),
+        ({"methods": {"x": "efft"}}, "method 'x' must be an object, got 'efft'"),
+        ({"methods": {"x": {"method": ["efft"]}}}, r"method must be a string, got \['efft'\]"),
+        ({"methods": {"x": {"method": "full", "vtab_settings": 3}}}, "method 'x', vtab_settings must be one of efft1"),
+        ({"train": [1]}, r"train must be an object, got \[1\]"),
+        ({"train": {"efft": 3}}, "task 'digits', method '.*': efft must be an object, got 3"),
+        ({"train": {"lr": "1"}}, "task 'digits', method 'EFFT2', .*: lr must be a number, got '1'|must be a number"),
+        ({"quick": 3}, "quick must be an object, got 3"),
+        ({"quick": {"tasks": "digits"}}, "quick.tasks must be a list, each entry a string, got 'digits'"),
+        ({"quick": {"methods": ["prob"]}}, "unknown method 'prob' in quick.methods; did you mean 'probe'"),
+        ({"quick": {"seed": [1]}}, "unknown field 'seed' in quick; did you mean 'seeds'"),
+        ({"quick": {"seeds": [1, 1]}}, "quick: seeds must be distinct integers >= 0"),
+        # tasks and seeds
+        ({"tasks": {"digitz": {}}}, "tasks: 'digitz' is no known task .near names: digits.*, nor is there a folder"),
+        ({"seeds": 3}, "seeds must be a list, each entry an integer, got 3"),
+        ({"seeds": [0, 1.5]}, r"seeds must be a list, each entry an integer, got \[0, 1.5\]"),
+        ({"seeds": [0, True]}, "seeds must be a list, each entry an integer"),
+        ({"seeds": [0, -1]}, r"seeds must be distinct integers >= 0, got \[0, -1\]"),
+        ({"seeds": [3, 4, 3]}, r"seeds must be distinct integers >= 0, got \[3, 4, 3\]"),
+        ({"search_seeds": [3, 3]}, r"search_seeds must be distinct integers >= 0, got \[3, 3\]"),
+        ({"search_seeds": "3"}, "search_seeds must be a list, each entry an integer, got '3'"),
     ],
 )
-def test_mistakes_are_named(change: dict[str, Any], message: str | None, tiny: dict[str, Any], write: Write) -> None:
+def test_mistakes_are_named(change: dict[str, Any], message: str, tiny: dict[str, Any], write: Write) -> None:
     path = write({**tiny, **change})
-    if message is None:
-        with pytest.raises(ValueError, match=r"unknown field 'prob' in quick\.methods; did you mean 'probe'"):
-            suites.load(path, quick=True)
-        return
     with pytest.raises(ValueError, match=message):
         Plan(suites.load(path))
+
+
+@pytest.mark.parametrize(
+    ("method", "grid", "message"),
+    [
+        ("efft", 3, "method 'x', grid must be an object, got 3"),
+        ("efft", {"lrr": [1]}, "unknown setting 'lrr' in method 'x', grid; did you mean 'lr'"),
+        ("efft", {"seed": [1]}, "unknown setting 'seed' in method 'x', grid"),
+        ("efft", {"eft.scale": [1]}, "unknown group of settings 'eft' in method 'x', grid; did you mean 'efft'"),
+        ("efft", {"efft.scal": [1]}, r"unknown setting 'scal' in method 'x', grid \(efft\.\); did you mean 'scale'"),
+        ("efft", {"adapter.scale": [1]}, "'adapter.scale' is not read by method 'efft', whose own settings are efft"),
+        (
+            "fact_tt",
+            {"efft.scale": [1]},
+            "'efft.scale' is not read by method 'fact_tt', whose own settings are adapter",
+        ),
+        ("vera", {"adapter.d_init": [1]}, r"unknown setting 'd_init' in .*\(adapter\.\); did you mean 'd_initial'"),
+        ("peft_lora", {"adapter.rnk": [1]}, r"unknown setting 'rnk' in .*\(adapter\.\); did you mean 'rank'"),
+        ("full", {"adapter.rank": [1]}, r"unknown setting 'rank' in method 'x', grid \(adapter\.\); known: none"),
+        ("knn", {"lr": [1]}, "method 'x' has a grid, but knn has nothing to set"),
+        ("efft", {"lr": []}, "a grid maps a setting to a list of values"),
+        ("efft", {"lr": [1, 2, 1]}, "method 'x', grid 'lr' has a value twice"),
+        ("efft", {"lr": list(range(1, 50)), "epochs": list(range(1, 50))}, "the grid has 2401 combinations, expected"),
+        ("efft", {"lr": [1, "2"]}, "task 'digits', method 'x', grid {'lr': '2'}: lr must be a number, got '2'"),
+        ("efft", {"epochs": [1.5]}, "task 'digits', method 'x', grid {'epochs': 1.5}: epochs must be an integer"),
+        ("efft", {"efft.rank": [4, "4"]}, "task 'digits', method 'x', grid .*: EfftConfig.rank must be an integer"),
+        ("vera", {"adapter.rank": [4, 0]}, "task 'digits', method 'x', grid .*: VeRAConfig.rank must be an integer"),
+        ("peft_lora", {"adapter.rank": ["4"]}, "grid .*: rank of method 'peft_lora' must be an integer, got '4'"),
+        ("vpt_deep", {"adapter.tokens": [0]}, "grid .*: tokens of method 'vpt_deep' must be at least 1, got 0"),
+    ],
+)
+def test_mistakes_in_a_grid_are_named(method: str, grid: Any, message: str, tiny: dict[str, Any], write: Write) -> None:
+    tiny["methods"] = {"x": {"method": method, "grid": grid}}
+    with pytest.raises(ValueError, match=message):
+        Plan(suites.load(write(tiny)))
+
+
+def test_points_of_a_grid_that_are_no_numbers_can_be_shown(tiny: dict[str, Any]) -> None:
+    tiny["methods"] = {
+        "x": {"method": "efft", "grid": {"efft.variant": ["efft1", "efft2"], "pretrained": [True, False]}}
+    }
+    shown = str(Plan(Suite(**tiny)).search("digits", "x")[0])
+    assert shown == "digits, x, search seed 3, efft.variant=efft1, pretrained=True"
 
 
 def test_missing_files_and_variants(tiny: dict[str, Any], write: Write) -> None:

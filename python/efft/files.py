@@ -1,0 +1,264 @@
+"""Files that are whole whenever a process is killed: single ones, and an adapter's, which belong together."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import secrets
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
+
+#: No configuration is longer. What a parser makes of JSON can take thirty times the memory of the text.
+LARGEST_JSON = 2 * 2**20
+#: What a weights file has beside its tensors: names, shapes and free text.
+_LARGEST_HEADER = 16 * 2**20
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file through another one: a crash, even of the machine, leaves the old content or the new one."""
+    with replacing(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write to, which takes the place of ``path`` when the block ends without an error.
+
+    Whoever else writes to its folder waits for the end of the block.
+    """
+    with _alone(path.parent) as alone, _staged(path) as staged:
+        if alone:
+            _sweep(path, ".tmp")
+        with open(staged, "xb") as file:
+            yield file
+            _sync(file)
+        os.replace(staged, path)
+        _sync_folder(path.parent)
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is longer than :data:`LARGEST_JSON`, or no JSON.
+    """
+    content = _read(path, LARGEST_JSON)
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise ValueError(f"{path} is no usable JSON: it is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+
+
+def write_adapter(folder: Path, weights: bytes, description: dict[str, Any], card: str) -> None:
+    """Write the files of an adapter, all or none: killed at any moment, the folder holds the old adapter or the new.
+
+    The configuration records the hash of its weights. These lie, under a name made of the hash, beside the old ones
+    before the configuration is replaced; then they take their place. Processes that write to one folder take turns,
+    where the file system has locks, and the last one's adapter stays.
+
+    Raises:
+        OSError: no room, no permission; the old adapter is still there.
+        ValueError: the description is too long.
+        TypeError: it is no JSON.
+    """
+    digest = hashlib.sha256(weights).hexdigest()
+    text = json.dumps({**description, "weights": {"sha256": digest}}, indent=2) + "\n"
+    contents = {WEIGHTS: weights, CONFIG: text.encode(), CARD: card.encode()}
+    if len(contents[CONFIG]) > LARGEST_JSON:
+        raise ValueError(f"{CONFIG} may have {LARGEST_JSON} bytes, got {len(contents[CONFIG])}: give a shorter info")
+    pending = _pending(folder, digest)
+    with _all_staged(folder, contents) as (staged, alone):
+        os.replace(staged[WEIGHTS], pending)
+        _sync_folder(folder)
+        os.replace(staged[CONFIG], folder / CONFIG)  # from here on the new adapter is the one that loads
+        _sync_folder(folder)
+        os.replace(pending, folder / WEIGHTS)
+        os.replace(staged[CARD], folder / CARD)
+        if alone:
+            for name in contents:
+                _sweep(folder / name)
+
+
+def write_pair(folder: Path, weights: bytes, config: bytes) -> None:
+    """The same for readers that know no hash: killed between the two files, the folder lacks a configuration.
+
+    Raises:
+        OSError: no room, no permission; the old files are still there.
+    """
+    with _all_staged(folder, {WEIGHTS: weights, CONFIG: config}) as (staged, _):
+        (folder / CONFIG).unlink(missing_ok=True)
+        os.replace(staged[WEIGHTS], folder / WEIGHTS)
+        os.replace(staged[CONFIG], folder / CONFIG)
+        _sync_folder(folder)
+
+
+def read_description(folder: Path) -> Any:
+    """The content of an adapter's configuration file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is no JSON, or longer than :data:`LARGEST_JSON`.
+    """
+    try:
+        return read_json(folder / CONFIG)
+    except FileNotFoundError:
+        raise _no_adapter(folder) from None
+
+
+def read_weights(
+    folder: Path, description: dict[str, Any], largest: int = sys.maxsize - _LARGEST_HEADER
+) -> bytes | None:
+    """The weights that belong to a configuration: those with the hash that it records, if it does.
+
+    Args:
+        folder: of the adapter.
+        description: what :func:`read_description` gave.
+        largest: bytes that the tensors can have; a file of more is not read.
+
+    Returns:
+        The content of the file; None if the adapter was replaced after its description was read.
+
+    Raises:
+        FileNotFoundError: there are none.
+        ValueError: a file that is too large, damaged, or of another save.
+    """
+    digest, content = _recorded(folder, description), None
+    # In this order: another process that saves moves weights from the first name to the second.
+    for path in (*([] if digest is None else [_pending(folder, digest)]), folder / WEIGHTS):
+        try:
+            content = _read(path, largest + _LARGEST_HEADER)
+        except FileNotFoundError:
+            continue
+        if digest == hashlib.sha256(content).hexdigest():
+            return content
+    if _recorded(folder, read_description(folder)) != digest:
+        return None
+    if content is None:
+        raise _no_adapter(folder)
+    if digest is None:  # written before hashes were recorded
+        return content
+    raise ValueError(
+        f"{folder / WEIGHTS} is damaged or of another save: its SHA-256 is not the one in {CONFIG}; copy both again "
+        "from where they came from, save the adapter again or, if you changed the weights, delete 'weights' there"
+    )
+
+
+def _recorded(folder: Path, description: Any) -> str | None:
+    """The hash of the weights, as the configuration has it."""
+    weights = description.get("weights") if isinstance(description, dict) else None
+    if weights is None:
+        return None
+    digest = weights.get("sha256") if isinstance(weights, dict) else None
+    if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+        raise ValueError(f"{folder / CONFIG}: 'weights' must be an object with a 'sha256' of 64 hexadecimal digits")
+    return digest
+
+
+def _pending(folder: Path, digest: str) -> Path:
+    """Where weights lie while they are not in their place yet."""
+    return folder / f".{WEIGHTS}.{digest}"
+
+
+def _no_adapter(folder: Path) -> FileNotFoundError:
+    there = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else "no such folder"
+    return FileNotFoundError(f"no adapter in {folder}: expected {CONFIG} and {WEIGHTS}, found {there}")
+
+
+def _read(path: Path, largest: int) -> bytes:
+    if not path.is_file():  # a pipe or a device would not end
+        raise FileNotFoundError(f"there is no file {path}")
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > largest:
+            raise ValueError(f"{path} has {size} bytes, expected at most {largest}: it is damaged or another file")
+        return file.read(size)
+
+
+@contextmanager
+def _staged(path: Path) -> Iterator[Path]:
+    """The name of a new file beside ``path``, which is gone after the block."""
+    staged = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        yield staged
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+@contextmanager
+def _all_staged(folder: Path, contents: dict[str, bytes]) -> Iterator[tuple[dict[str, Path], bool]]:
+    """New files beside those of the same names, all on disk before anything is changed; and what _alone says."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        alone = stack.enter_context(_alone(folder))
+        staged = {name: stack.enter_context(_staged(folder / name)) for name in contents}
+        for name, content in contents.items():
+            with open(staged[name], "xb") as file:
+                file.write(content)
+                _sync(file)
+        yield staged, alone
+
+
+def _sweep(path: Path, suffix: str = "") -> None:
+    """Remove what killed processes left beside ``path``."""
+    for other in path.parent.iterdir():
+        if other.name.startswith(f".{path.name}.") and other.name.endswith(suffix):
+            other.unlink(missing_ok=True)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[bool]:
+    """Keeps other writers out of the folder; False where there is no lock for that (Windows, some network disks)."""
+    descriptor = _locked(folder)
+    try:
+        yield descriptor is not None
+    finally:
+        if descriptor is not None:
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing does not, where a process forked meanwhile has it open
+            os.close(descriptor)
+
+
+def _locked(folder: Path) -> int | None:
+    try:
+        import fcntl
+
+        descriptor = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):  # where the folder is the reason, writing will say so
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _sync(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Names survive a power cut."""
+    if os.name == "nt":  # where folders cannot be opened
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot
+            raise
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,68 @@
+"""Values from files against the types of the fields that they are for."""
+
+import difflib
+import types
+from collections.abc import Collection, Iterable, Sequence, Set
+from typing import Any, Literal, Union, get_args, get_origin
+
+from efft.config import is_number, shown
+
+_NAMES: dict[Any, str] = {
+    bool: "true or false",
+    dict: "an object",
+    float: "a number",
+    int: "an integer",
+    list: "a list",
+    str: "a string",
+    type(None): "nothing",
+    Sequence: "a list",
+}
+
+
+def check(where: str, value: object, hint: Any) -> None:
+    """Refuse a value that is not of type ``hint``. Integers are numbers, and truth values neither.
+
+    Raises:
+        ValueError: it begins with ``where``, and says what was expected.
+    """
+    if not _fits(value, hint):
+        raise ValueError(f"{where} must be {_described(hint)}, got {shown(value)}")
+
+
+def check_names(where: str, given: Iterable[Any], known: Collection[str], what: str = "field") -> None:
+    """Refuse names that are not among those known.
+
+    Raises:
+        ValueError: it gives the nearest known name, or all of them.
+    """
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(str(name)[:50], known, n=1)
+            listed = sorted(known) if isinstance(known, Set) else known
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(listed) or 'none'}"
+            raise ValueError(f"unknown {what} {shown(name)} in {where}; {hint}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin = get_origin(hint) or hint
+    if origin is Literal:
+        return value in get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, each) for each in get_args(hint))
+    if origin in (int, float):
+        return type(value) is int if origin is int else is_number(value)
+    if origin in (list, Sequence):
+        each = (*get_args(hint), Any)[0]
+        return isinstance(value, (list, tuple)) and (each is Any or all(_fits(item, each) for item in value))
+    return isinstance(value, origin)
+
+
+def _described(hint: Any) -> str:
+    origin = get_origin(hint) or hint
+    if origin is Literal:
+        return f"one of {', '.join(map(str, get_args(hint)))}"
+    if origin in (Union, types.UnionType):
+        return " or ".join(map(_described, get_args(hint)))
+    if origin in (list, Sequence) and get_args(hint):
+        return f"a list, each entry {_described(get_args(hint)[0])}"
+    return _NAMES.get(origin) or f"of type {origin.__name__}"

@@ -1,0 +1,41 @@
+"""An adapter's files, and how tests change them: as another program that keeps their hash right, or as damage."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
+
+
+def edit_config(folder: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
+    """Change the description."""
+    description = json.loads((folder / CONFIG).read_text())
+    edit(description)
+    (folder / CONFIG).write_text(json.dumps(description))
+
+
+def edit_weights(folder: Path, edit: Callable[[dict[str, Tensor]], Any]) -> None:
+    """Change tensors and the recorded hash with them."""
+    tensors = load_file(folder / WEIGHTS)
+    edit(tensors)
+    save_file(tensors, folder / WEIGHTS)
+    record(folder)
+
+
+def write_weights(folder: Path, content: bytes) -> None:
+    """Put anything in place of the weights, with its hash."""
+    (folder / WEIGHTS).write_bytes(content)
+    record(folder)
+
+
+def record(folder: Path) -> None:
+    """Record the hash of the weights that are there."""
+    digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+    edit_config(folder, lambda description: description.update(weights={"sha256": digest}))
