@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from contextvars import ContextVar
 from typing import NamedTuple
@@ -50,7 +51,7 @@ class PooledLinear(FrozenLayer, nn.Linear):
         slots, weights = selection
         if weights is not None:
             return self.summed(x, slots, weights)
-        rows, samples = x.shape[:-1].numel(), len(slots)
+        rows, samples = math.prod(x.shape[:-1]), len(slots)
         if rows % samples:
             raise ValueError(
                 f"{type(self).__name__}: expected the rows of {samples} samples, one after the other, got an input of "

@@ -28,27 +28,31 @@ assert not {"efft", "efft_kernels"} & set(sys.modules)
 """
 
 
-def merged(model: nn.Module) -> nn.Module:
-    efft.merge(model)
-    return model
+def as_it_is(model: nn.Module) -> None:
+    """Update beside the weights."""
 
 
-def fused(model: nn.Module) -> nn.Module:
-    return efft.fuse(model)
+Export = tuple[nn.Module, Tensor]
+FORMS: dict[str, Callable[[nn.Module], Any]] = {"adapted": as_it_is, "fused": efft.fuse, "merged": efft.merge}
 
 
-FORMS = {"adapted": lambda model: model, "fused": fused, "merged": merged, "removed": efft.remove}
-
-
-@pytest.fixture(params=["vit", "swin"])
-def architecture(request: pytest.FixtureRequest, tiny_vit: Make, tiny_swin: Make, randomize: Make) -> tuple[Any, ...]:
-    """An adapted model in eval mode with an update that matters, and images for it."""
-    if request.param == "vit":
+@pytest.fixture
+def architecture(request: pytest.FixtureRequest, tiny_vit: Make, tiny_swin: Make, randomize: Make) -> Export:
+    """A model in eval mode, adapted with an update that matters and brought into a form of FORMS, and images for it."""
+    name, _, form = request.param.partition(" ")
+    if name == "vit":
         model, x, config = tiny_vit(), torch.randn(2, 3, 16, 16), efft.EfftConfig(rank=4)
     else:
         model = tiny_swin(patch_size=4, depths=(2, 2), num_heads=(1, 2))
         x, config = torch.randn(2, 3, 32, 32), efft.EfftConfig(rank={"mhsa": 2, "ffn": (2, 4)})
-    return randomize(efft.apply(model, config), std=0.2).eval(), x
+    randomize(efft.apply(model, config), std=0.2).eval()
+    FORMS[form](model)
+    return model, x
+
+
+every_form = pytest.mark.parametrize(
+    "architecture", ["vit adapted", "vit fused", "vit merged", "swin adapted", "swin merged"], indirect=True
+)
 
 
 @torch.no_grad()
@@ -57,12 +61,9 @@ def logits(model: nn.Module, x: Tensor) -> Tensor:
     return result
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_a_program_of_torch_export_runs_without_this_library(
-    form: str, architecture: tuple[Any, ...], tmp_path: Path
-) -> None:
+@every_form
+def test_a_program_of_torch_export_runs_without_this_library(architecture: Export, tmp_path: Path) -> None:
     model, x = architecture
-    model = FORMS[form](model)
     with use_backend("reference"):
         torch.export.save(torch.export.export(model, (x,)), tmp_path / "model.pt2")
     torch.save(x, tmp_path / "x.pt")
@@ -73,28 +74,27 @@ def test_a_program_of_torch_export_runs_without_this_library(
     torch.testing.assert_close(torch.load(tmp_path / "y.pt"), logits(model, x), **CLOSE)
 
 
-def test_a_program_with_the_ops_of_this_library(architecture: tuple[Any, ...]) -> None:
-    """Of whatever backend runs: one call a layer, as in the model."""
+@pytest.mark.parametrize("architecture", ["vit adapted", "swin adapted"], indirect=True)
+def test_a_program_with_the_ops_of_this_library(architecture: Export) -> None:
+    """Of whatever backend runs: one call a layer, as in the model, for any number of images."""
     model, x = architecture
-    program = torch.export.export(model, (x,))
-    torch.testing.assert_close(program.module()(x), logits(model, x), **CLOSE)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    for images in (x, torch.randn(5, *x.shape[1:])):
+        torch.testing.assert_close(program.module()(images), logits(model, images), **CLOSE)
     ours = [str(node.target) for node in program.graph.nodes if str(node.target).startswith("efft.")]
     assert sum("tt_linear" in name for name in ours) == len(model.efft.layers)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_onnxruntime_agrees(form: str, architecture: tuple[Any, ...], tmp_path: Path) -> None:
+@every_form
+def test_onnxruntime_agrees(architecture: Export, tmp_path: Path) -> None:
     """On another number of images than it was exported with, too."""
     pytest.importorskip("onnxscript", reason="torch.onnx.export needs it: pip install 'efft-kernels[dev]'")
     runtime = pytest.importorskip("onnxruntime", reason="what runs it: pip install 'efft-kernels[dev]'")
     model, x = architecture
-    model = FORMS[form](model)
-    batch = torch.export.Dim("batch")
+    path, batch = tmp_path / "model.onnx", torch.export.Dim("batch")
     with use_backend("reference"):
-        torch.onnx.export(
-            model, (x,), tmp_path / "model.onnx", input_names=["images"], dynamic_shapes=({0: batch},), dynamo=True
-        )
-    session = runtime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+        torch.onnx.export(model, (x,), path, input_names=["images"], dynamic_shapes=({0: batch},), dynamo=True)
+    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
     for images in (x, torch.randn(5, *x.shape[1:])):
         (y,) = session.run(None, {"images": images.numpy()})
         torch.testing.assert_close(torch.from_numpy(y), logits(model, images), **CLOSE)
