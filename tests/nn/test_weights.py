@@ -28,7 +28,7 @@ def make(quantize: Quantize, dtype: torch.dtype = torch.float32) -> EfftLinear:
     quantize(linear)
     layer = EfftLinear.from_linear(linear, rank=4, n_cores=3)
     for factor in layer.factors.parameters():
-        nn.init.normal_(factor, std=0.5)
+        nn.init.normal_(factor, std=0.25)
     return layer
 
 
