@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from efft_kernels.nn.frozen import FrozenLayer
-from efft_kernels.nn.weights import adapted_linear, frozen_linear, multiplies_weight
+from efft_kernels.nn.weights import adapted_linear, frozen_linear, multiplies_plainly
 from efft_kernels.ops import tt_linear_grouped
 
 
@@ -94,7 +94,7 @@ class PooledDelta(PooledLinear):
 
     def one_each(self, x: Tensor, slots: Tensor) -> Tensor:
         D, G = self._factors()
-        if multiplies_weight(self):
+        if multiplies_plainly(self, self.weight):
             return tt_linear_grouped(x, self.weight, self.bias, D, G, slots)
         h = torch.bmm(x, D[slots].to(x.dtype))  # [samples, rows, r]
         return frozen_linear(self, x) + torch.bmm(h, G[slots].to(x.dtype))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,9 +19,15 @@ def is_plain(weight: Tensor) -> bool:
     return not hasattr(type(weight), "__tensor_flatten__") and not hasattr(type(weight), "_quantize")
 
 
-def multiplies_weight(linear: nn.Linear) -> bool:
-    """Whether ``linear`` computes ``F.linear`` with a plain weight, which kernels then can do in its place."""
-    return is_plain(linear.weight) and getattr(type(linear), "product", type(linear).forward) is nn.Linear.forward
+def multiplies_plainly(linear: nn.Linear, W: Tensor) -> bool:
+    """Whether ``linear`` is ``F.linear`` with its weight ``W``, and that is plain: kernels can do it in its place."""
+    return is_plain(W) and _forward_of(type(linear)) is nn.Linear.forward
+
+
+def _forward_of(kind: type[nn.Linear]) -> Callable[..., Tensor]:
+    """What layers of this class compute, or those that they stand in for."""
+    forward: Callable[..., Tensor] = getattr(kind, "product", kind.forward)
+    return forward
 
 
 def adapted_linear(linear: nn.Linear, x: Tensor, D: Tensor, G: Tensor) -> Tensor:
@@ -31,8 +38,9 @@ def adapted_linear(linear: nn.Linear, x: Tensor, D: Tensor, G: Tensor) -> Tensor
     computed in the dtype of ``x`` (autocast's under autocast) and without ever building ``D G``. Differentiable in
     ``x``, ``D``, ``G``.
     """
-    if multiplies_weight(linear):
-        return tt_linear(x, linear.weight, linear.bias, D, G)
+    W = linear.weight
+    if multiplies_plainly(linear, W):
+        return tt_linear(x, W, linear.bias, D, G)
     return frozen_linear(linear, x) + (x @ D.to(x.dtype)) @ G.to(x.dtype)
 
 
@@ -45,13 +53,12 @@ def frozen_linear(linear: nn.Linear, x: Tensor) -> Tensor:
     Raises:
         RuntimeError: the class of ``linear`` computes a product without the gradient that ``x`` asks for.
     """
-    W, b = linear.weight, linear.bias
-    if multiplies_weight(linear):
-        return F.linear(x, W, b)
-    if can_dequantize(W) and not is_plain(W):
-        result: Tensor = _OwnProduct.apply(x, W, b)
+    W, forward = linear.weight, _forward_of(type(linear))
+    if forward is nn.Linear.forward and can_dequantize(W):
+        product = F.linear if is_plain(W) else _OwnProduct.apply
+        result: Tensor = product(x, W, linear.bias)
         return result
-    y: Tensor = getattr(linear, "product", linear.forward)(x)
+    y = forward(linear, x)
     if x.requires_grad and torch.is_grad_enabled() and not y.requires_grad:
         raise RuntimeError(
             f"a {type(W).__name__} computed its product without a gradient for its input. After a pass for inference "

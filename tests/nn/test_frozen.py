@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from efft_kernels import EfftLinear
 from efft_kernels.nn.frozen import FrozenLayer
 from efft_kernels.nn.weights import dequantized
+from tests.quantized import to_int8
 
 
 class Nibbles(nn.Parameter):
@@ -75,6 +76,20 @@ def test_it_is_of_both_classes(layer: EfftLinear) -> None:
     assert type(layer) is type(EfftLinear.from_linear(NibbleLinear.of(nn.Linear(4, 4)), rank=2)), "made once"
     assert type(EfftLinear.from_linear(nn.Linear(4, 4), rank=2)) is EfftLinear
     assert "weight.scale" in layer.state_dict()
+
+
+def test_a_quantised_weight_inside_a_forward_of_its_own() -> None:
+    class Doubling(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    frozen = Doubling(8, 12)
+    to_int8(frozen)
+    layer = EfftLinear.from_linear(frozen, rank=2)
+    for factor in layer.factors.parameters():
+        nn.init.normal_(factor)
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(layer(x), frozen(x) + x @ layer.delta_weight().t())
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
