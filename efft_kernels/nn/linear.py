@@ -69,7 +69,7 @@ class AdaptedLayer(FrozenLayer):
         """The dense update ΔW of the weight's shape in the factors' dtype, without dropout: for inspection."""
         D, G = self.evaluated()
         with no_autocast(D.device):
-            return (D @ G).t().reshape(self.weight.shape)
+            return (D @ G).t()
 
     @torch.no_grad()
     def merge(self, dequantize: bool = False) -> MergeLoss | None:
