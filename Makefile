@@ -56,11 +56,12 @@ format: $(VENV)/.efft-dev ## Format the code and apply safe fixes
 	$(RUN) ruff format
 	$(BIN)/clang-format -i $(SOURCES)
 
-bench: extension ## Measure layers, models, memory, inference and scaling: hours, alone on the machine
+bench: extension ## Measure layers, models, memory, inference, quantised bases and scaling: hours, alone on the machine
 	$(RUN) benchmarks ops $(ARGS)
 	$(RUN) benchmarks model $(ARGS)
 	$(RUN) benchmarks memory $(ARGS)
 	$(RUN) benchmarks serve $(ARGS)
+	$(RUN) benchmarks quantized $(ARGS)
 	$(RUN) benchmarks scaling $(ARGS)
 
 bench-quick: extension ## Measure ViT-B's layers and its training step, in minutes

@@ -12,7 +12,8 @@ COMMANDS = {
     "ops": ("benchmarks.ops.run", "one adapted layer: every backend, naive, the paper's form, LoRA ..."),
     "model": ("benchmarks.model.run", "a training step of a whole model"),
     "memory": ("benchmarks.memory", "what is kept for the backward pass, and the process's peak"),
-    "serve": ("benchmarks.serve", "inference: base, adapted, merged"),
+    "serve": ("benchmarks.serve", "inference: base, adapted, merged, with 1 to 1000 adapters at hand"),
+    "quantized": ("benchmarks.quantized", "int8, fp8 and nf4 backbones: error, time, memory"),
     "scaling": ("benchmarks.scaling", "how time grows with tokens and rank"),
     "subspaces": ("benchmarks.studies.subspaces", "what shared factors can express of a full fine-tuning update"),
     "compare": ("benchmarks.compare", "what got slower between two result files or revisions"),
@@ -26,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code (0 done, 1 the comparison found slow-downs, 2 a wrong call)."""
     name, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help"):
-        lines = [f"  {command:<9}{text}" for command, (_, text) in COMMANDS.items()]
+        lines = [f"  {command:<11}{text}" for command, (_, text) in COMMANDS.items()]
         print("\n".join(["usage: python -m benchmarks COMMAND [options]", "", *lines]))
         return 0
     if name not in COMMANDS:

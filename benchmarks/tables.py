@@ -45,6 +45,14 @@ TITLES = {
     "bitfit": "BitFit",
     "full": "full fine-tuning",
 }
+_QUANTIZED = {
+    "dense": "not quantised",
+    "int8": "int8",
+    "int8-dynamic": "int8, activations too",
+    "fp8": "fp8",
+    "fp8-dynamic": "fp8, activations too",
+    "nf4": "nf4",
+}
 _LAYERS = ("qkv", "o", "fc1", "fc2")
 _VIT_B = "vit_base_patch16_224"
 _RANK = 32
@@ -146,6 +154,47 @@ def serve(device: str) -> str:
     return with_sources(["time / plain model", *(f"{dtype}, batch {batch}" for dtype, batch in columns)], rows, runs)
 
 
+def many_adapters(device: str) -> str:
+    """Another adapter of n for every image, ViT-B/16: ratios to one adapter and to merged weights, and memory."""
+    runs = newest("serve", model=_VIT_B, device=device)
+    names = [(name, title) for name, title in _present(runs) if name.startswith("pool:")]
+    if not names:
+        return NOTHING
+    columns = [(dtype, batch) for dtype, lines in runs.items() for batch in sorted({line["batch"] for line in lines})]
+    header = ["time", *(f"{dtype}, batch {batch}, / {of}" for dtype, batch in columns for of in ("one", "merged"))]
+    rows = []
+    for name, title in sorted(names, key=lambda row: int(row[0].removeprefix("pool:"))):
+        cells = [title]
+        for dtype, batch in columns:
+            line = _row((x for x in runs[dtype] if x["batch"] == batch), name)
+            cells.append(_cell(line, "ratio_to_one_adapter", lambda x: f"{x['ratio_to_one_adapter']['p50']:.2f}"))
+            cells.append(_cell(line, "ratio_to_merged", lambda x: f"{x['ratio_to_merged']['p50']:.2f}"))
+        for lines in runs.values():
+            size = _cell(_row(lines, name), "bytes_per_adapter", lambda x: f"{x['bytes_per_adapter'] / 2**20:.2f} MiB")
+            cells.append(size)
+        rows.append(cells)
+    return with_sources([*header, *(f"{dtype}, an adapter takes" for dtype in runs)], rows, runs)
+
+
+def quantized(device: str) -> str:
+    """Quantised weights under EFFT2, ViT-B/16: error of the logits, memory, and time against the dense model's."""
+    runs = newest("quantized", model=_VIT_B, device=device)
+    if not runs:
+        return NOTHING
+    header = ["frozen weights", *(f"{dtype}, {x}" for dtype in runs for x in ("error", "MiB", "inference", "step"))]
+    rows = []
+    for name, title in _QUANTIZED.items():
+        cells = [title]
+        for lines in runs.values():
+            line = _row(lines, name)
+            cells.append(_cell(line, "error", lambda x: f"{x['error']:.1e}"))
+            cells.append(_cell(line, "weight_bytes", lambda x: f"{x['weight_bytes'] / 2**20:.0f}"))
+            cells.append(_cell(line, "ratio", lambda x: f"{x['ratio']['fwd']['p50']:.2f}"))
+            cells.append(_cell(line, "ratio", lambda x: f"{x['ratio']['fwd_bwd']['p50']:.2f}"))
+        rows.append(cells)
+    return with_sources(header, rows, runs)
+
+
 def demo() -> str:
     """The newest run of the demonstration."""
     runs = newest_runs(read("demo"), [])
@@ -165,10 +214,11 @@ def demo() -> str:
     return with_sources(header, cells, {"": runs[()]})
 
 
+_BY_DEVICE = (train_step, ops, memory, serve, many_adapters, quantized)
 #: Every table by name.
 TABLES: dict[str, Callable[[], str]] = {
-    **{make.__name__: partial(make, "cpu") for make in (train_step, ops, memory, serve)},
-    **{f"{make.__name__}_gpu": partial(make, "cuda") for make in (train_step, ops, memory, serve)},
+    **{make.__name__: partial(make, "cpu") for make in _BY_DEVICE},
+    **{f"{make.__name__}_gpu": partial(make, "cuda") for make in _BY_DEVICE},
     "train_step_gpu_graphs": partial(train_step, "cuda", cuda_graphs=True),
     "demo": demo,
 }

@@ -68,8 +68,36 @@ def torchao(config: str) -> Callable[[nn.Linear], None]:
     return quantize
 
 
+def to_nf4(linear: nn.Linear) -> None:
+    """Quantise one layer in place to torchao's 4-bit normal floats, in blocks that tiny layers have too."""
+    library = pytest.importorskip("torchao.quantization", reason="needs torchao")
+    linear.weight = nn.Parameter(library.to_nf4(linear.weight.detach(), 16, 4), requires_grad=False)
+
+
+def to_float8_rows(linear: nn.Linear) -> None:
+    """What ``Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())`` does: it refuses CPUs, whose
+    ``torch._scaled_mm`` works all the same."""
+    library = pytest.importorskip("torchao.quantization", reason="needs torchao")
+    from torchao.float8.inference import Float8MMConfig
+    from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs
+
+    rows = {"granularity": library.PerRow()}
+    activations = QuantizeTensorToFloat8Kwargs(**rows)
+    weight = library.Float8Tensor.from_hp(
+        linear.weight.detach(), **rows, mm_config=Float8MMConfig(), act_quant_kwargs=activations
+    )
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+
+
+#: Weights that multiply what they are given.
 WAYS = {
     "subclass": to_int8,
     "torchao-int8": torchao("Int8WeightOnlyConfig"),
     "torchao-float8": torchao("Float8WeightOnlyConfig"),
+    "torchao-nf4": to_nf4,
+}
+#: Weights whose products round their other operand, too.
+ROUNDING_WAYS = {
+    "torchao-int8-int8": torchao("Int8DynamicActivationInt8WeightConfig"),
+    "torchao-float8-float8": to_float8_rows,
 }

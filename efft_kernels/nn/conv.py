@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from efft_kernels.nn.linear import AdaptedLayer
-from efft_kernels.nn.weights import adapted_linear
+from efft_kernels.nn.weights import is_plain
+from efft_kernels.ops import tt_linear
 
 
 class EfftConv2d(AdaptedLayer, nn.Conv2d):
@@ -25,11 +26,16 @@ class EfftConv2d(AdaptedLayer, nn.Conv2d):
             return self._conv_forward(x, self.weight, self.bias)
         D, G = self.factors.down_up(self.binding)  # [channels * kh * kw, r], [r, d_out]
         if self._is_linear() and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-            return adapted_linear(x.movedim(1, -1), self.weight.flatten(1), self.bias, D, G).movedim(-1, 1)
+            return tt_linear(x.movedim(1, -1), self.weight.flatten(1), self.bias, D, G).movedim(-1, 1)
         down = D.to(x.dtype).t().reshape(-1, *self.weight.shape[1:])
         up = G.to(x.dtype).t()[..., None, None]
         h = self._conv_forward(x, down, None)
         return self._conv_forward(x, self.weight, self.bias) + F.conv2d(h, up)
 
+    def delta_weight(self) -> Tensor:
+        """The dense update ΔW, a kernel like the weight, in the factors' dtype, without dropout: for inspection."""
+        return super().delta_weight().reshape(self.weight.shape)
+
     def _is_linear(self) -> bool:
-        return self.kernel_size == (1, 1) and self.stride == (1, 1) and self.padding in ((0, 0), "valid", "same")
+        one = self.kernel_size == self.stride == (1, 1) and self.padding in ((0, 0), "valid", "same")
+        return one and is_plain(self.weight)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from efft_kernels.nn.weights import adapted_linear, is_plain
+from efft_kernels.nn.weights import adapted_linear, multiplies_plainly
 from efft_kernels.ops import tt_gelu_linear, tt_norm_linear
 
 
@@ -53,10 +53,11 @@ class Deferred(Tensor):
         """The ordinary tensor, computed by the module's own forward, as it would have been."""
         return _computed(self.module, self._input())
 
-    def linear(self, W: Tensor, b: Tensor | None, D: Tensor, G: Tensor) -> Tensor:
-        """``tt_linear(value, W, b, D, G)``, without computing the value first where the base is frozen."""
-        if not is_plain(W) or W.requires_grad or (b is not None and b.requires_grad):
-            return adapted_linear(self.value(), W, b, D, G)
+    def linear(self, linear: nn.Linear, D: Tensor, G: Tensor) -> Tensor:
+        """``adapted_linear(linear, value, D, G)``, without computing the value first where the base is frozen."""
+        W, b = linear.weight, linear.bias
+        if not multiplies_plainly(linear, W) or W.requires_grad or (b is not None and b.requires_grad):
+            return adapted_linear(linear, self.value(), D, G)
         if isinstance(self.module, nn.GELU):
             return tt_gelu_linear(self._input(), W, b, D, G, approximate=self.module.approximate)
         norm = self.module

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from efft_kernels._autocast import no_autocast
 from efft_kernels.nn.bank import FactorBank
 from efft_kernels.nn.deferred import Deferred
 from efft_kernels.nn.factors import Site, TTFactors
-from efft_kernels.nn.weights import adapted_linear, dequantized, is_plain
+from efft_kernels.nn.frozen import FrozenLayer, cannot_wrap
+from efft_kernels.nn.weights import adapted_linear, dequantized, frozen_linear, is_plain
 from efft_kernels.ops import tt_merge_
 
 
@@ -32,36 +32,23 @@ class MergeLoss:
     relative_error: float
 
 
-class AdaptedLayer(nn.Module):
+class AdaptedLayer(FrozenLayer):
     """A frozen layer whose weight, as a matrix ``[d_out, d_in]``, has the update ``(D G)ᵀ`` from a bank of factors.
 
-    It stands in for the layer it is made from, with the same ``weight``, ``bias`` and hooks (the very objects), so
-    state-dict names stay as they are and handles stay valid. A shared bank is referenced, not registered: it is owned
-    once, elsewhere.
+    A shared bank is referenced, not registered: it is owned once, elsewhere.
     """
 
-    adapts: ClassVar[type[nn.Linear | nn.Conv2d]]
-    """What a layer must have been."""
-
-    weight: Tensor
     factors: FactorBank
     base_weight: Tensor | None
 
     def __init__(self, layer: nn.Module, factors: FactorBank, site: Any, *, own_factors: bool = False) -> None:
-        name = type(self).__name__
-        reason = cannot_wrap(layer, self.adapts)
-        if reason is not None:
-            raise TypeError(f"{name}: {reason}")
+        super().__init__(layer)
         expected, sizes = factors.features(site), features(layer)
         if expected != sizes:
             raise ValueError(
-                f"{name}: {site} of this bank fits a linear layer with (in_features, out_features) = {expected}, "
-                f"got {sizes}"
+                f"{type(self).__name__}: {site} of this bank fits a linear layer with (in_features, out_features) = "
+                f"{expected}, got {sizes}"
             )
-        nn.Module.__init__(self)  # the layer's own would allocate and draw a weight
-        share_attributes(layer, self)
-        self.weight = cast(nn.Parameter, layer.weight)
-        self.register_parameter("bias", cast("nn.Parameter | None", layer.bias))
         for parameter in layer.parameters():
             parameter.requires_grad_(False)
         if own_factors:
@@ -82,7 +69,7 @@ class AdaptedLayer(nn.Module):
         """The dense update ΔW of the weight's shape in the factors' dtype, without dropout: for inspection."""
         D, G = self.evaluated()
         with no_autocast(D.device):
-            return (D @ G).t().reshape(self.weight.shape)
+            return (D @ G).t()
 
     @torch.no_grad()
     def merge(self, dequantize: bool = False) -> MergeLoss | None:
@@ -102,7 +89,7 @@ class AdaptedLayer(nn.Module):
         if is_plain(self.weight):
             kept = base = self.weight.detach().clone()
         elif dequantize:
-            kept, base = self.weight.detach(), dequantized(self.weight.detach())
+            kept, base = self.weight.detach(), dequantized(self.weight)
             self.weight = nn.Parameter(base.clone(), requires_grad=False)
         else:
             raise TypeError(
@@ -148,9 +135,11 @@ class AdaptedLayer(nn.Module):
 
 
 class EfftLinear(AdaptedLayer, nn.Linear):
-    """``y = x Wᵀ + b + (x D) G`` with frozen ``W`` and ``b``; an ``nn.Linear``, see :class:`AdaptedLayer`."""
+    """``y = x Wᵀ + b + (x D) G`` with frozen ``W`` and ``b``; an ``nn.Linear`` with the same ``weight``, ``bias`` and
+    hooks as the one it replaces.
 
-    adapts = nn.Linear
+    Quantised weights compute their product in their own way, and the update comes beside it.
+    """
 
     @classmethod
     def from_linear(
@@ -201,11 +190,11 @@ class EfftLinear(AdaptedLayer, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in_features] -> [..., out_features]
         if not self.enabled or self.merged:
-            return F.linear(x, self.weight, self.bias)
+            return frozen_linear(self, x)
         D, G = self.factors.down_up(self.binding)
         if isinstance(x, Deferred):
-            return x.linear(self.weight, self.bias, D, G)
-        return adapted_linear(x, self.weight, self.bias, D, G)
+            return x.linear(self, D, G)
+        return adapted_linear(self, x, D, G)
 
 
 def features(layer: nn.Module) -> tuple[int, int]:
@@ -214,46 +203,3 @@ def features(layer: nn.Module) -> tuple[int, int]:
         return layer.in_channels // layer.groups * math.prod(layer.kernel_size), layer.out_channels
     assert isinstance(layer, nn.Linear)
     return layer.in_features, layer.out_features
-
-
-def share_attributes(source: nn.Module, target: nn.Module) -> None:
-    """Let ``target`` stand in for ``source``: its mode, its hooks and whatever was set on it, but no parameters.
-
-    What only the adapted layer has, and a compiled form of the other's forward, stays where it is.
-    """
-    target.__dict__.update({name: value for name, value in source.__dict__.items() if name not in _NOT_SHARED})
-
-
-_NOT_SHARED = {
-    *("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules", "forward", "_compiled_call_impl"),
-    "extra_repr",  # torchao sets one that is bound to the layer
-    *("factors", "site", "binding", "enabled", "selected", "stacks"),
-}
-
-
-def cannot_wrap(linear: nn.Module, kind: type[nn.Linear | nn.Conv2d] = nn.Linear) -> str | None:
-    """None if a layer of this kind can be adapted, else the reason."""
-    if isinstance(linear, AdaptedLayer):
-        return f"this layer is an {type(linear).__name__} already"
-    if not isinstance(linear, kind):
-        return f"expected an nn.{kind.__name__}, got {type(linear).__name__}"
-    if isinstance(linear, nn.Conv2d) and linear.groups != 1:
-        return f"a convolution of {linear.groups} groups is no product with one matrix; expected groups=1"
-    if isinstance(linear, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return (
-            "this is the out_proj of nn.MultiheadAttention, which reads the weight and never calls the layer, so a "
-            "delta on it would be ignored; use an attention module with separate linear layers"
-        )
-    if type(linear).forward is not kind.forward:
-        return f"{type(linear).__name__} has a forward of its own, which an EfftLinear would drop"
-    if "forward" in linear.__dict__:
-        return "a forward was set on the layer itself, which an EfftLinear would drop; undo that first"
-    if getattr(linear, "parametrizations", None):
-        return "the layer's weight is parametrized; remove the parametrization first"
-    more = {*linear._parameters, *linear._buffers, *linear._modules} - {"weight", "bias"}
-    if more or not isinstance(linear.weight, nn.Parameter):
-        return (
-            f"expected the parameters weight and bias alone, found {', '.join(sorted(more)) or 'a computed weight'} "
-            "too, as torch.nn.utils.weight_norm and its like add them; remove that first"
-        )
-    return None

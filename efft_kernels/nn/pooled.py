@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from contextvars import ContextVar
 from typing import NamedTuple
@@ -10,18 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from efft_kernels.nn.linear import cannot_wrap, share_attributes
-from efft_kernels.ops import tt_linear, tt_linear_grouped
+from efft_kernels.nn.frozen import FrozenLayer
+from efft_kernels.nn.weights import adapted_linear, frozen_linear, multiplies_plainly
+from efft_kernels.ops import tt_linear_grouped
 
 
 class Selection(NamedTuple):
     """Rows of the stacks: one for each sample of a batch, or with ``weights`` their weighted sum for all samples."""
 
     slots: Tensor  # int64 [samples] or [k]
-    weights: Tensor | None  # fp32 [k]
+    weights: Tensor | None  # fp32 (fp64 for an fp64 model) [k]
 
 
-class PooledLinear(nn.Linear):
+class PooledLinear(FrozenLayer, nn.Linear):
     """A frozen linear layer and two stacks of tensors, a row an adapter; row 0 is the base.
 
     It is an ``nn.Linear`` with the same ``weight``, ``bias`` and hooks (the very objects of the layer it replaces). The
@@ -39,23 +41,17 @@ class PooledLinear(nn.Linear):
     stacks: tuple[Tensor, Tensor | None]
 
     def __init__(self, linear: nn.Linear, selected: ContextVar[Selection | None]) -> None:
-        reason = cannot_wrap(linear)
-        if reason is not None:
-            raise TypeError(f"{type(self).__name__}: {reason}")
-        nn.Module.__init__(self)  # nn.Linear's own would allocate and draw a weight
-        share_attributes(linear, self)
-        self.weight = linear.weight
-        self.register_parameter("bias", linear.bias)
+        super().__init__(linear)
         self.selected = selected
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in_features] -> [..., out_features]
         selection = self.selected.get()
         if selection is None:
-            return F.linear(x, self.weight, self.bias)
+            return frozen_linear(self, x)
         slots, weights = selection
         if weights is not None:
             return self.summed(x, slots, weights)
-        rows, samples = x.shape[:-1].numel(), len(slots)
+        rows, samples = math.prod(x.shape[:-1]), len(slots)
         if rows % samples:
             raise ValueError(
                 f"{type(self).__name__}: expected the rows of {samples} samples, one after the other, got an input of "
@@ -63,6 +59,10 @@ class PooledLinear(nn.Linear):
             )
         y = self.one_each(x.reshape(samples, rows // samples, self.in_features), slots)
         return y.reshape(*x.shape[:-1], self.out_features)
+
+    @abstractmethod
+    def mixed(self, slots: Tensor, weights: Tensor) -> tuple[Tensor, Tensor | None]:
+        """A row for each of the stacks that stands for the weighted sum of the adapters in ``slots`` [k]."""
 
     @abstractmethod
     def summed(self, x: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
@@ -83,25 +83,34 @@ class PooledDelta(PooledLinear):
         rank = min(D.shape[2], G.shape[1])  # D may be shared with layers of higher rank
         return D[:, :, :rank], G[:, :rank]
 
-    def summed(self, x: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+    def mixed(self, slots: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """``D = [D_1 | D_2 | ...]`` and ``G = [w_1 G_1; w_2 G_2; ...]``: exact, at the rank of all together."""
         D, G = self._factors()
         D = D[slots].transpose(0, 1).flatten(1)  # [in_features, k r]
-        G = (weights[:, None, None] * G[slots]).flatten(0, 1).to(D.dtype)  # [k r, out_features]
-        return tt_linear(x, self.weight, self.bias, D, G)
+        return D, (weights[:, None, None] * G[slots]).flatten(0, 1).to(D.dtype)  # [k r, out_features]
+
+    def summed(self, x: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+        return adapted_linear(self, x, *self.mixed(slots, weights))
 
     def one_each(self, x: Tensor, slots: Tensor) -> Tensor:
-        return tt_linear_grouped(x, self.weight, self.bias, *self._factors(), slots)
+        D, G = self._factors()
+        if multiplies_plainly(self, self.weight):
+            return tt_linear_grouped(x, self.weight, self.bias, D, G, slots)
+        h = torch.bmm(x, D[slots].to(x.dtype))  # [samples, rows, r]
+        return frozen_linear(self, x) + torch.bmm(h, G[slots].to(x.dtype))
 
 
 class PooledWeights(PooledLinear):
     """``y = x Wᵀ + b`` with whole weights of each adapter's own, as in a classifier; the stacks are W ``[n,
     out_features, in_features]`` and b ``[n, out_features]`` or None, the base's in row 0."""
 
-    def summed(self, x: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+    def mixed(self, slots: Tensor, weights: Tensor) -> tuple[Tensor, Tensor | None]:
         W, b = self.stacks
         summed = (weights[:, None, None] * W[slots]).sum(0).to(W.dtype)
-        return F.linear(x, summed, None if b is None else (weights[:, None] * b[slots]).sum(0).to(b.dtype))
+        return summed, None if b is None else (weights[:, None] * b[slots]).sum(0).to(b.dtype)
+
+    def summed(self, x: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+        return F.linear(x, *self.mixed(slots, weights))
 
     def one_each(self, x: Tensor, slots: Tensor) -> Tensor:
         W, b = self.stacks

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -29,7 +31,7 @@ def check_linear(op: str, name: str, x: Tensor, W: Tensor, b: Tensor | None, D: 
 
 def linear_sizes(x: Tensor, W: Tensor, D: Tensor) -> tuple[int, int, int, int]:
     """(tokens, d_in, d_out, r1): what the choice of a backend depends on."""
-    return x.shape[:-1].numel(), W.shape[1], W.shape[0], D.shape[1]
+    return math.prod(x.shape[:-1]), W.shape[1], W.shape[0], D.shape[1]
 
 
 def check_dtypes(op: str, like: str, dtype: torch.dtype, **others: Tensor | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +14,8 @@ def flat(tensor: Tensor) -> Tensor:
 
     Detach what is saved for backward: of a view made without gradients, autograd would report a change in other words.
     """
-    return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
+    # Not by Size.numel(), which would fix what an export leaves open.
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
 def unflat(tensor: Tensor, leading: Sequence[int]) -> Tensor:

@@ -17,7 +17,8 @@ from efft.sharding import check_whole
 from efft.targets import find_head
 from efft_kernels import EfftConv2d, FactorBank
 from efft_kernels.nn.deferred import undefer
-from efft_kernels.nn.linear import AdaptedLayer, share_attributes
+from efft_kernels.nn.frozen import share_attributes
+from efft_kernels.nn.linear import AdaptedLayer
 from efft_kernels.nn.weights import is_plain
 
 

@@ -24,7 +24,7 @@ from efft.params import count_parameters
 from efft.plan import Plan, make_plan
 from efft.sharding import architecture, copy_whole_, once, reshard, whole
 from efft_kernels import __version__
-from efft_kernels.nn.weights import dequantized
+from efft_kernels.nn.weights import can_dequantize, dequantized
 
 #: What values of a right type but beyond all sizes, of a wrong type, or nested too deeply make Python and torch raise.
 _OUT_OF_BOUNDS = (TypeError, OverflowError, RecursionError)
@@ -254,7 +254,7 @@ def describe_base(model: nn.Module, layers: list[str]) -> dict[str, Any]:
     """What an adapter records about the model it was trained on: these layers and their weights."""
     return {
         "architecture": architecture(model),
-        "layers": {name: list(_base_weight(model, name).shape) for name in layers},
+        "layers": {name: _shape(model, name) for name in layers},
         "dtype": str(_base_weight(model, layers[0]).dtype),
         "fingerprint": _fingerprint(model, layers),
     }
@@ -286,15 +286,29 @@ def _base_weight(model: nn.Module, name: str) -> Tensor:
     merged = getattr(layer, "base_weight", None)
     weight = layer.weight if merged is None else merged
     assert isinstance(weight, Tensor)
-    return weight.detach()
+    return weight
 
 
+def _shape(model: nn.Module, name: str) -> list[int]:
+    """That of a layer's weight, also where it is packed."""
+    weight, layer = _base_weight(model, name), model.get_submodule(name)
+    if isinstance(layer, nn.Linear) and not can_dequantize(weight):
+        return [layer.out_features, layer.in_features]
+    return list(weight.shape)
+
+
+@torch.no_grad()
 def _fingerprint(model: nn.Module, layers: list[str]) -> str:
-    """SHA-256 over the first row of every adapted layer's base weight: tells pretrained weights apart in
-    milliseconds."""
+    """SHA-256 over the first row of every adapted layer's base weight (where it is packed, over its first bytes): tells
+    pretrained weights apart in milliseconds."""
     digest = hashlib.sha256()
     for name in sorted(layers):
-        digest.update(dequantized(whole(_base_weight(model, name)))[0].double().cpu().numpy().tobytes())
+        weight = whole(_base_weight(model, name))
+        if can_dequantize(weight):
+            first = dequantized(weight)[0].double()
+        else:  # as the layer saves it
+            first = model.get_submodule(name).state_dict()["weight"].flatten().view(torch.uint8)[:4096]
+        digest.update(first.detach().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

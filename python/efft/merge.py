@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from efft.inject import adapted_layers, bank_of
 from efft.sharding import check_whole
 from efft_kernels.nn.linear import AdaptedLayer, MergeLoss
-from efft_kernels.nn.weights import dequantized, is_plain
+from efft_kernels.nn.weights import can_dequantize, dequantized, is_plain
 
 
 @dataclass(frozen=True)
@@ -110,10 +110,16 @@ def merged_state_dict(
 
 
 def _check_plain(layers: dict[str, AdaptedLayer], dequantize: bool) -> None:
-    quantized = [n for n, layer in layers.items() if not layer.merged and not is_plain(layer.weight)]
+    quantized = {n: layer.weight for n, layer in layers.items() if not layer.merged and not is_plain(layer.weight)}
     if quantized and not dequantize:
+        name, weight = next(iter(quantized.items()))
         raise TypeError(
-            f"{len(quantized)} weights are no plain dense tensors ({quantized[0]} first, a "
-            f"{type(layers[quantized[0]].weight).__name__}) and cannot hold an update: pass dequantize=True for dense "
-            "weights in their place, or keep the update beside them"
+            f"{len(quantized)} weights are no plain dense tensors ({name} first, a {type(weight).__name__}) and cannot "
+            "hold an update: pass dequantize=True for dense weights in their place, or keep the update beside them"
         )
+    for name, weight in quantized.items():
+        if not can_dequantize(weight):
+            raise TypeError(
+                f"{name} has a {type(weight).__name__} for a weight, which does not say how to make it dense: save the "
+                "adapter, load it onto the base before it was quantised, and merge there"
+            )

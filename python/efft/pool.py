@@ -21,8 +21,10 @@ from efft.config import is_number
 from efft.inject import adapted_layers, bank_of, remove, replace_modules
 from efft.io import base_problems, describe_base, load_described, read_description
 from efft_kernels import FactorBank
-from efft_kernels.nn.linear import AdaptedLayer, share_attributes
+from efft_kernels.nn.frozen import share_attributes
+from efft_kernels.nn.linear import AdaptedLayer
 from efft_kernels.nn.pooled import PooledDelta, PooledLinear, PooledWeights, Selection
+from efft_kernels.nn.weights import is_plain
 
 _Place = tuple[str, int]  # layer, 0 for D or a head's weight, 1 for G or a head's bias
 _Parts = dict[str, tuple[Tensor, Tensor | None]]  # what is at the places of a layer
@@ -137,6 +139,35 @@ class AdapterPool:
                 raise ValueError(f"adapter {name!r} does not fit the model of this pool: {'; '.join(problems)}")
             self._insert(name, adapted)
 
+    def add_mix(self, name: str, weights: Mapping[str, float]) -> None:
+        """Add the weighted sum of adapters of this pool as one more, so that a batch can use it beside others.
+
+        It is exact: the sum of their updates, at the rank of all together, and of what their heads differ by from the
+        base's. Removing them leaves it as it is. There is no file of a mix: keep ``weights`` beside the folders of the
+        adapters, and add it again.
+
+        Raises:
+            ValueError: ``name`` is taken; no mix, or an adapter or weight that :meth:`use` refuses.
+        """
+        if not isinstance(weights, Mapping):
+            raise ValueError(f"AdapterPool.add_mix: expected {{name: weight, ...}}, got {weights!r}")
+        with self._changing, torch.inference_mode(False), torch.no_grad(), self._lock:
+            self._check_new(name)
+            selection, _ = self._select(weights)
+            assert selection is not None
+            assert selection.weights is not None
+            updates: _Parts = {}
+            heads: _Parts = {}
+            shared: dict[int, Tensor] = {}
+            for layer, pooled in self._layers.items():
+                first, second = pooled.mixed(selection.slots, selection.weights)
+                if second is None or isinstance(pooled, PooledWeights):
+                    heads[layer] = first, second
+                    continue
+                used = first.any(0)  # without the zeros that fill up lower ranks
+                updates[layer] = shared.setdefault(id(pooled.stacks[0]), first[:, used]), second[used]
+            self._write(name, updates, heads)
+
     def remove(self, name: str) -> None:
         """Forget an adapter; its place is taken by the next that comes.
 
@@ -197,7 +228,8 @@ class AdapterPool:
         self, adapters: str | Mapping[str, float] | Sequence[str | None] | None
     ) -> tuple[Selection | None, list[str]]:
         """What to use, and the names of the adapters in it."""
-        device = next(self.model.parameters()).device
+        parameter = next(self.model.parameters())
+        device = parameter.device
         if adapters is None:
             return None, []
         if isinstance(adapters, str):
@@ -216,7 +248,9 @@ class AdapterPool:
             raise ValueError(f"AdapterPool.use: expected a finite weight for each adapter, got {dict(adapters)}")
         if sum(weights) != 1:  # the base's part in a head
             slots, weights = [*slots, 0], [*weights, 1 - sum(weights)]
-        return Selection(torch.tensor(slots, device=device), torch.tensor(weights, device=device).float()), [*adapters]
+        wide = torch.promote_types(parameter.dtype, torch.float32)
+        summands = torch.tensor(weights, device=device, dtype=wide)
+        return Selection(torch.tensor(slots, device=device), summands), [*adapters]
 
     def _slot(self, name: str) -> int:
         if name not in self._slots:
@@ -243,7 +277,7 @@ class AdapterPool:
             if layer not in layers:
                 originals[layer] = _linear(self.model, layer)
                 layers[layer] = kind(originals[layer], self._selected)
-            if type(layers[layer]) is not kind:
+            if not isinstance(layers[layer], kind):
                 raise ValueError(f"{layer} is head of one adapter and updated by another: use a pool for each")
         parts = {(n, part): t for n, pair in (operands | heads).items() for part, t in enumerate(pair) if t is not None}
         taken = set(self._slots.values())
@@ -311,7 +345,10 @@ def _written(
             stack = old
         else:
             name, part = places[0]
-            stack = layers[name].weight.new_zeros(shape)
+            weight, known = layers[name].weight, tensor if old is None else old
+            assert known is not None
+            dtype = weight.dtype if weight.is_floating_point() else known.dtype  # a packed weight's says nothing
+            stack = torch.zeros(shape, dtype=dtype, device=weight.device)
             if old is not None:
                 _corner(stack, old.shape).copy_(old)
             elif isinstance(layers[name], PooledWeights):
@@ -331,9 +368,11 @@ def _corner(tensor: Tensor, shape: Sequence[int]) -> Tensor:
 def _twin(model: nn.Module) -> nn.Module:
     """The modules of ``model`` again, around the same memory: adapters are loaded into it while the model serves.
 
-    Its parameters are other objects, whose requires_grad is their own.
+    Its parameters are other objects, whose requires_grad is their own, but for quantised ones, which nobody trains.
     """
-    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()}
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach(), p.requires_grad) if is_plain(p) else p for p in model.parameters()
+    }
     return copy.deepcopy(model, memo | {id(b): b for b in model.buffers()})
 
 

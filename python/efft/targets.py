@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from efft.config import AdapterConfig
 from efft_kernels import EfftLinear
-from efft_kernels.nn.linear import cannot_wrap
+from efft_kernels.nn.frozen import cannot_wrap
 
 MHSA_ROLES = ("qkv", "q", "k", "v", "o")
 FFN_ROLES = ("fc1", "gate", "fc2")  # a gated MLP has fc1 and gate side by side, or both in one fc1

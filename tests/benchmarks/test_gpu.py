@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu, memory, serve
+from benchmarks import gpu, memory, quantized, serve
 from benchmarks.__main__ import COMMANDS, main
 from benchmarks.gpu import Job, jobs, run_all
 from benchmarks.model import run as model_run
@@ -19,6 +19,7 @@ PARSERS = {
     "model": model_run.parser,
     "memory": memory.parser,
     "serve": serve.parser,
+    "quantized": quantized.parser,
     "scaling": scaling_parser,
 }
 

@@ -197,6 +197,34 @@ def test_memory_and_inference_tables(results: Path) -> None:
     ]
 
 
+def test_table_of_many_adapters(results: Path) -> None:
+    size = {"bytes_per_adapter": 3 * 2**19}
+    lines = [model_line("merged", 1.0, ratio_to_base=q(1.0)), refused(model_line("pool:100", 1.0))]
+    for name, one, merged in (("pool:1000", 1.5, 3.0), ("pool:1", 1.0, 2.0)):
+        lines.append(model_line(name, 1.0, ratio_to_one_adapter=q(one), ratio_to_merged=q(merged), **size))
+    write(results, "serve", lines[:1])
+    assert tables.many_adapters("cpu") == tables.NOTHING
+    write(results, "serve", lines)
+    assert tables.many_adapters("cpu").splitlines()[:4] == [
+        "| time | float32, batch 8, / one | float32, batch 8, / merged | float32, an adapter takes |",
+        "| --- | --- | --- | --- |",
+        "| EFFT2, an adapter from a pool | 1.00 | 2.00 | 1.50 MiB |",
+        "| EFFT2, one of 1000 adapters for every image | 1.50 | 3.00 | 1.50 MiB |",
+    ]
+    assert tables.many_adapters("cuda") == tables.NOTHING
+
+
+def test_table_of_quantised_backbones(results: Path) -> None:
+    more = {"error": 0.0123, "weight_bytes": 85 * 2**20, "ratio": {"fwd": q(1.25), "fwd_bwd": q(1.5)}}
+    int8 = model_line("int8", 1.0) | more
+    write(results, "quantized", [int8, refused(model_line("fp8-dynamic", 1.0))])
+    dense, eight, *_, nf4 = tables.quantized("cpu").splitlines()[2:8]
+    assert dense == "| not quantised | - | - | - | - |"
+    assert eight == "| int8 | 1.2e-02 | 85 | 1.25 | 1.50 |"
+    assert nf4 == "| nf4 | - | - | - | - |"
+    assert tables.quantized("cuda") == tables.NOTHING
+
+
 def test_blocks_of_a_text_are_filled(results: Path) -> None:
     write(results, "model", [model_line("floor", 1.0)])
     text = "before\n<!-- table: train_step -->\nold\n<!-- end -->\nafter\n"

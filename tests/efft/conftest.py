@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import efft
+from efft.config import AdapterConfig
+from efft.inject import bank_of
 
 Make = Callable[..., nn.Module]
 
@@ -82,6 +84,28 @@ def adapted_vit(tiny_vit: Make, randomize: Callable[..., nn.Module]) -> Make:
         return randomize(efft.apply(model, efft.EfftConfig(**{"rank": 4, **changes})), std)
 
     return make
+
+
+@pytest.fixture
+def adapter(tiny_vit: Make, randomize: Make) -> Make:
+    """An adapted tiny ViT in eval mode with factors and a head of its own, by a number."""
+
+    def make(seed: int, config: AdapterConfig | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
+        model = efft.apply(tiny_vit().to(dtype).eval(), config or efft.EfftConfig(rank=4, scale=0.7))
+        randomize(model, 0.2, seed)
+        with torch.no_grad():
+            for name in bank_of(model).head:
+                weight = model.get_submodule(name).weight
+                weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed)))
+        return model
+
+    return make
+
+
+@pytest.fixture
+def pool(tiny_vit: Make) -> efft.AdapterPool:
+    """A pool around the plain tiny ViT."""
+    return efft.AdapterPool(tiny_vit().eval())
 
 
 @pytest.fixture

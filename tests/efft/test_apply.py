@@ -291,7 +291,7 @@ def test_applying_twice(adapted_vit: Make, unchanged: Unchanged) -> None:
 
 def test_applying_around_an_adapted_model(adapted_vit: Make, unchanged: Unchanged) -> None:
     outer = nn.ModuleDict({"net": adapted_vit()})
-    message = "layer 'net.blocks.0.attn.qkv' cannot be adapted: this layer is an EfftLinear already"
+    message = "layer 'net.blocks.0.attn.qkv' cannot be adapted: this layer is adapted already: it is of"
     with unchanged(outer), pytest.raises(ValueError, match=re.escape(message)):
         efft.apply(outer, efft.EfftConfig(rank=2))
 

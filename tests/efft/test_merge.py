@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -274,15 +273,3 @@ def test_merged_state_dict_of_a_merged_bf16_model_in_fp32(tiny_vit: Make, random
     efft.merge(model)
     merged = efft.merged_state_dict(model, torch.float32)
     torch.testing.assert_close(merged, unmerged, rtol=1e-6, atol=1e-8)
-
-
-def test_onnx_of_a_merged_model(adapted_vit: Make, tiny_vit: Make, images: Tensor, tmp_path: Path) -> None:
-    pytest.importorskip("onnxscript", reason="torch.onnx.export needs it")
-    runtime = pytest.importorskip("onnxruntime", reason="what an exported model is run with")
-    model = adapted_vit(std=0.2)
-    plain = tiny_vit().eval()
-    plain.load_state_dict(efft.merged_state_dict(model))
-    torch.onnx.export(plain, (images,), tmp_path / "merged.onnx", input_names=["images"], dynamo=True)
-    session = runtime.InferenceSession(tmp_path / "merged.onnx", providers=["CPUExecutionProvider"])
-    (logits,) = session.run(None, {"images": images.numpy()})
-    torch.testing.assert_close(torch.from_numpy(logits), model(images).detach(), rtol=1e-4, atol=1e-4)

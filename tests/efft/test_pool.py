@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 import efft
 from efft import files, methods
-from efft.config import AdapterConfig
-from efft.inject import bank_of
 from efft_kernels.nn.pooled import PooledLinear
 from efft_kernels.testing import assert_close_budget
 from tests.adapter_files import edit_config
@@ -22,27 +20,6 @@ from tests.adapter_files import edit_config
 Make = Callable[..., nn.Module]
 Adapter = Callable[..., nn.Module]
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
-
-
-@pytest.fixture
-def adapter(tiny_vit: Make, randomize: Make) -> Adapter:
-    """An adapted tiny ViT in eval mode with factors and a head of its own."""
-
-    def make(seed: int, config: AdapterConfig | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
-        model = efft.apply(tiny_vit().to(dtype).eval(), config or efft.EfftConfig(rank=4, scale=0.7))
-        randomize(model, 0.2, seed)
-        with torch.no_grad():
-            for name in bank_of(model).head:
-                weight = model.get_submodule(name).weight
-                weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed)))
-        return model
-
-    return make
-
-
-@pytest.fixture
-def pool(tiny_vit: Make) -> efft.AdapterPool:
-    return efft.AdapterPool(tiny_vit().eval())
 
 
 def alone(model: nn.Module, images: Tensor) -> Tensor:

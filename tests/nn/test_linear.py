@@ -131,7 +131,10 @@ class OtherLinear(nn.Linear):
             nn.MultiheadAttention(8, 2).out_proj,
             "out_proj of nn.MultiheadAttention, .* would be ignored; use",
         ),
-        (EfftLinear.from_linear(nn.Linear(8, 8)), "EfftLinear: this layer is an EfftLinear already"),
+        (
+            EfftLinear.from_linear(nn.Linear(8, 8)),
+            "this layer is adapted already: it is of type EfftLinear",
+        ),
         (nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), "weight is parametrized; remove the parametrization"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,

@@ -99,7 +99,7 @@ class EfftLayer(nn.Module, BaseTunerLayer):
         D, G = pairs[0]
         if len(pairs) > 1:
             D, G = torch.cat([D for D, _ in pairs], 1), torch.cat([G for _, G in pairs], 0)
-        return adapted_linear(x, linear.weight, linear.bias, D, G)
+        return adapted_linear(linear, x, D, G)
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:

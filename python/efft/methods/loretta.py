@@ -13,6 +13,7 @@ from efft.methods.base import Layer, MethodConfig, MethodGroup, StackedBank
 from efft.methods.factorize import MOST_FACTORS, factorize, train_ranks
 from efft.targets import Target
 from efft_kernels import EfftLinear, tt_chain
+from efft_kernels.nn.weights import frozen_linear
 
 
 class LoRETTABank(StackedBank):
@@ -47,7 +48,7 @@ class AdapterLinear(EfftLinear):
     """``y = z + relu(z D) G`` with ``z = x Wᵀ + b``: an adapter behind a frozen layer, no update of its weight."""
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in_features] -> [..., out_features]
-        z = F.linear(x, self.weight, self.bias)
+        z = frozen_linear(self, x)
         if not self.enabled:
             return z
         D, G = (operand.to(z.dtype) for operand in self.factors.down_up(self.binding))

@@ -1,0 +1,199 @@
+"""Quantised backbones under EFFT2: what the rounding of the frozen weights does to logits, time and memory.
+
+    python -m benchmarks quantized --quick
+
+The layers that are adapted are quantised, by torchao; all rows have the same factors (in fp32) and see the same images,
+interleaved. ``error`` is ``|logits - dense| / |dense|`` over all of them, where ``dense`` are those of the model in
+fp32 that is not quantised; the first row is that model in the dtype measured. Times are of a forward pass for
+inference, and of forward and backward in training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.model.rows import adapted
+from benchmarks.model.step import Setting, default_device
+from benchmarks.record import append, machine_facts, quantiles
+from benchmarks.timing import Samples, ratios, time_rows
+from efft.inject import adapted_layers
+
+
+@dataclass(frozen=True)
+class Row:
+    """A way to keep frozen weights; ``quantize`` does it to one layer in place."""
+
+    name: str
+    explains: str
+    quantize: Callable[[nn.Module], object] | None = None
+
+
+def torchao(config: str, **options: Any) -> Callable[[nn.Module], None]:
+    """By this configuration of torchao."""
+
+    def quantize(layer: nn.Module) -> None:
+        from torchao import quantization
+
+        quantization.quantize_(layer, getattr(quantization, config)(**options))
+
+    return quantize
+
+
+def per_row_float8(layer: nn.Module) -> None:
+    """Weights and activations as e4m3 with a scale a row: the product is ``torch._scaled_mm`` where the GPU has it."""
+    from torchao.quantization import PerRow
+
+    torchao("Float8DynamicActivationFloat8WeightConfig", granularity=PerRow())(layer)
+
+
+def nf4(layer: nn.Module) -> None:
+    """QLoRA's format in blocks of 64, the scales of 256 blocks (of fewer if they do not divide) quantised together."""
+    from torchao.quantization import to_nf4
+
+    weight: Any = layer.weight
+    scales = math.gcd(256, weight.numel() // 64)
+    layer.weight = nn.Parameter(to_nf4(weight.detach(), 64, scales), requires_grad=False)
+
+
+ROWS: dict[str, Row] = {
+    row.name: row
+    for row in (
+        Row("dense", "not quantised"),
+        Row("int8", "int8 weights", torchao("Int8WeightOnlyConfig")),
+        Row("int8-dynamic", "int8 weights and activations", torchao("Int8DynamicActivationInt8WeightConfig")),
+        Row("fp8", "e4m3 weights", torchao("Float8WeightOnlyConfig")),
+        Row("fp8-dynamic", "e4m3 weights and activations", per_row_float8),
+        Row("nf4", "4-bit normal-float weights", nf4),
+    )
+}
+_PHASES = ("fwd", "fwd_bwd")
+
+
+def stored_bytes(tensor: Tensor) -> int:
+    """What a tensor takes, in bytes: of a subclass, what its parts take."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return tensor.numel() * tensor.element_size()
+    return sum(stored_bytes(getattr(tensor, part)) for part in tensor.__tensor_flatten__()[0])
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """What the frozen weights of the adapted layers take, in bytes."""
+    return sum(stored_bytes(layer.weight) for layer in adapted_layers(model).values())
+
+
+def build(setting: Setting, row: Row) -> nn.Module:
+    """The model of ``row`` in the setting's dtype, with factors in fp32."""
+    model = adapted(setting.plain().to(setting.device, getattr(torch, setting.dtype)), setting.rank)
+    for layer in adapted_layers(model).values() if row.quantize else ():
+        row.quantize(layer)
+    return model
+
+
+def passes(model: nn.Module, setting: Setting) -> dict[str, Callable[[], Tensor]]:
+    """Logits of a batch for inference, and the loss of a training step after its backward, each as one call."""
+    images, labels = setting.examples(model)
+    images = images.to(getattr(torch, setting.dtype))
+
+    @torch.no_grad()
+    def forward() -> Tensor:
+        logits: Tensor = model.eval()(images)
+        return logits
+
+    def step() -> Tensor:
+        model.zero_grad()
+        loss = nn.functional.cross_entropy(model.train()(images).float(), labels)
+        loss.backward()
+        return loss
+
+    return dict(zip(_PHASES, (forward, step), strict=True))
+
+
+def measure(setting: Setting, rows: Sequence[Row], repeats: int) -> list[dict[str, Any]]:
+    """A line of the result file for each row."""
+    wide = replace(setting, dtype="float32")
+    exact = passes(build(wide, ROWS["dense"]), wide)["fwd"]()
+    common = {**machine_facts(), "suite": "quantized", **asdict(setting)}
+    built: dict[str, dict[str, Callable[[], Tensor]]] = {}
+    lines: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        lines[row.name] = {**common, "row": row.name}
+        try:
+            model = build(setting, row)
+            runs = passes(model, setting)
+            logits = runs["fwd"]()
+            runs["fwd_bwd"]()
+        except (AssertionError, ImportError, RuntimeError) as error:  # no such format here: the other rows go on
+            lines[row.name]["reason"] = f"failed: {error}"
+            continue
+        built[row.name] = runs
+        error = (logits.float() - exact).norm() / exact.norm()
+        lines[row.name] |= {"error": error.item(), "weight_bytes": weight_bytes(model)}
+    samples: dict[str, Samples] = {
+        phase: time_rows({name: of[phase] for name, of in built.items()}, repeats, device=setting.device)
+        for phase in _PHASES
+    }
+    for name in built:
+        lines[name]["seconds"] = {phase: quantiles(of[name]) for phase, of in samples.items()}
+        lines[name]["ratio"] = {phase: quantiles(ratios(of, "dense")[name]) for phase, of in samples.items()}
+    return list(lines.values())
+
+
+def show(lines: Sequence[dict[str, Any]]) -> None:
+    """The table of one setting."""
+    first = lines[0]
+    print(f"\n{first['model']}, batch {first['batch']}, rank {first['rank']}, {first['dtype']}, {first['device']}")
+    print(f"{'weights':<13} {'MiB':>8} {'error':>9} {'inference ms':>13} {'/ dense':>8} {'step ms':>9} {'/ dense':>8}")
+    for line in lines:
+        if "reason" in line:
+            print(f"{line['row']:<13} {line['reason']}")
+            continue
+        ms = [1e3 * line["seconds"][phase]["p50"] for phase in _PHASES]
+        relative = [line["ratio"][phase]["p50"] for phase in _PHASES]
+        print(
+            f"{line['row']:<13} {line['weight_bytes'] / 2**20:>8.1f} {line['error']:>9.1e} {ms[0]:>13.2f} "
+            f"{relative[0]:>8.3f} {ms[1]:>9.2f} {relative[1]:>8.3f}"
+        )
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    options = argparse.ArgumentParser(
+        prog="python -m benchmarks quantized", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--model", default=Setting.model, help="timm name; ViT or Swin")
+    options.add_argument("--batch", type=int, help="images; default: 8, on a GPU 64")
+    options.add_argument("--rank", type=int, default=Setting.rank)
+    options.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["bfloat16"])
+    options.add_argument("--device", default=default_device())
+    options.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    options.add_argument("--repeats", type=int, help="default: 20, with --quick 3")
+    options.add_argument("--quick", action="store_true", help="few repeats")
+    options.add_argument("--results", type=Path, help="folder for quantized.jsonl")
+    return options
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Measures, prints and records every setting."""
+    args = parser().parse_args(words)
+    batch = args.batch or (8 if args.device == "cpu" else 64)
+    rows = [row for row in ROWS.values() if row.name in {"dense", *args.rows}]
+    for dtype in args.dtype:
+        lines = measure(
+            Setting(args.model, batch, args.rank, dtype, args.device), rows, args.repeats or (3 if args.quick else 20)
+        )
+        path = append("quantized", lines, args.results)
+        show(lines)
+    print(f"\nwritten to {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,100 @@
+"""Adapted and merged models as programs of torch.export and ONNX: they compute what the model does, without efft."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import efft
+from efft_kernels import use_backend
+
+Make = Callable[..., nn.Module]
+CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
+
+#: A stranger's program, that knows torch.
+RUN = """
+import sys, torch
+program, inputs, out = sys.argv[1:]
+torch.save(torch.export.load(program).module()(torch.load(inputs)), out)
+assert not {"efft", "efft_kernels"} & set(sys.modules)
+"""
+
+
+def as_it_is(model: nn.Module) -> None:
+    """Update beside the weights."""
+
+
+Export = tuple[nn.Module, Tensor]
+FORMS: dict[str, Callable[[nn.Module], Any]] = {"adapted": as_it_is, "fused": efft.fuse, "merged": efft.merge}
+
+
+@pytest.fixture
+def architecture(request: pytest.FixtureRequest, tiny_vit: Make, tiny_swin: Make, randomize: Make) -> Export:
+    """A model in eval mode, adapted with an update that matters and brought into a form of FORMS, and images for it."""
+    name, _, form = request.param.partition(" ")
+    if name == "vit":
+        model, x, config = tiny_vit(), torch.randn(2, 3, 16, 16), efft.EfftConfig(rank=4)
+    else:
+        model = tiny_swin(patch_size=4, depths=(2, 2), num_heads=(1, 2))
+        x, config = torch.randn(2, 3, 32, 32), efft.EfftConfig(rank={"mhsa": 2, "ffn": (2, 4)})
+    randomize(efft.apply(model, config), std=0.2).eval()
+    FORMS[form](model)
+    return model, x
+
+
+every_form = pytest.mark.parametrize(
+    "architecture", ["vit adapted", "vit fused", "vit merged", "swin adapted", "swin merged"], indirect=True
+)
+
+
+@torch.no_grad()
+def logits(model: nn.Module, x: Tensor) -> Tensor:
+    result: Tensor = model(x)
+    return result
+
+
+@every_form
+def test_a_program_of_torch_export_runs_without_this_library(architecture: Export, tmp_path: Path) -> None:
+    model, x = architecture
+    with use_backend("reference"):
+        torch.export.save(torch.export.export(model, (x,)), tmp_path / "model.pt2")
+    torch.save(x, tmp_path / "x.pt")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    files = [str(tmp_path / name) for name in ("model.pt2", "x.pt", "y.pt")]
+    done = subprocess.run([sys.executable, "-c", RUN, *files], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    torch.testing.assert_close(torch.load(tmp_path / "y.pt"), logits(model, x), **CLOSE)
+
+
+@pytest.mark.parametrize("architecture", ["vit adapted", "swin adapted"], indirect=True)
+def test_a_program_with_the_ops_of_this_library(architecture: Export) -> None:
+    """Of whatever backend runs: one call a layer, as in the model, for any number of images."""
+    model, x = architecture
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    for images in (x, torch.randn(5, *x.shape[1:])):
+        torch.testing.assert_close(program.module()(images), logits(model, images), **CLOSE)
+    ours = [str(node.target) for node in program.graph.nodes if str(node.target).startswith("efft.")]
+    assert sum("tt_linear" in name for name in ours) == len(model.efft.layers)
+
+
+@every_form
+def test_onnxruntime_agrees(architecture: Export, tmp_path: Path) -> None:
+    """On another number of images than it was exported with, too."""
+    pytest.importorskip("onnxscript", reason="torch.onnx.export needs it: pip install 'efft-kernels[dev]'")
+    runtime = pytest.importorskip("onnxruntime", reason="what runs it: pip install 'efft-kernels[dev]'")
+    model, x = architecture
+    path, batch = tmp_path / "model.onnx", torch.export.Dim("batch")
+    with use_backend("reference"):
+        torch.onnx.export(model, (x,), path, input_names=["images"], dynamic_shapes=({0: batch},), dynamo=True)
+    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for images in (x, torch.randn(5, *x.shape[1:])):
+        (y,) = session.run(None, {"images": images.numpy()})
+        torch.testing.assert_close(torch.from_numpy(y), logits(model, images), **CLOSE)
