@@ -16,6 +16,7 @@ from typing import Literal
 
 from benchmarks import tables
 from benchmarks.markdown import table
+from benchmarks.record import RESULTS
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -58,7 +59,17 @@ def parameters() -> str:
     return table(["model, the paper's ranks", "EFFT1", "EFFT2", "EFFT2, shared cores"], rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {"parameters": parameters, **tables.TABLES}
+def accuracy() -> str:
+    """Means over the tasks of the suite ``local``, as far as it has been run."""
+    from efft.compare import report, suite
+    from efft.compare.plan import Plan
+    from efft.compare.store import read
+
+    results = RESULTS / "compare_local.jsonl"
+    return report.means(Plan(suite.load("local")), read(results)) if results.is_file() else "Not run."
+
+
+TABLES: dict[str, Callable[[], str]] = {"parameters": parameters, "accuracy": accuracy, **tables.TABLES}
 
 
 def render(text: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from efft.compare import plots
@@ -95,6 +95,18 @@ def _slug(name: str) -> str:
     return re.sub(r"\W+", "-", name).strip("-").lower()
 
 
+def means(plan: Plan, done: Mapping[str, Record]) -> str:
+    """The report's table of means over tasks, with where it was measured; a dash where a task is still missing.
+
+    Args:
+        plan: the runs to report on.
+        done: key of a run to its result.
+    """
+    records = plan.records(done)
+    scores = collect(records, plan.suite.tasks)
+    return f"{_means(scores, [m for m in plan.suite.methods if m in scores.values], records)}\n\n{_origin(records)}"
+
+
 def table(heading: Row, rows: Sequence[Row]) -> str:
     """A Markdown table."""
     lines = [heading, ["---"] * len(heading), *rows]
@@ -140,7 +152,7 @@ def _means(scores: Scores, methods: Sequence[str], records: Sequence[Record]) ->
             row.append(f"{fmean(by_task[task] for task in own):.1f}" if complete else "-")
         for categorical in (True, False):
             row.append(_with_interval(scores, method, categorical) if scores.complete(method) else "-")
-        rows.append([*row, f"{fmean(seconds[method]):.0f}"])
+        rows.append([*row, f"{median(seconds[method]):.0f}"])
     heading = ["method", "trained parameters", *members, "categorical mean", "overall mean", "seconds a run"]
     return table(heading, rows)
 
