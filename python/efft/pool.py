@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from efft.config import is_number
 from efft.inject import adapted_layers, bank_of, remove, replace_modules
 from efft.io import base_problems, describe_base, load_described, read_description
+from efft.stacks import Place, written
 from efft_kernels import FactorBank
 from efft_kernels.nn.frozen import share_attributes
 from efft_kernels.nn.linear import AdaptedLayer
 from efft_kernels.nn.pooled import PooledDelta, PooledLinear, PooledWeights, Selection
 from efft_kernels.nn.weights import is_plain
 
-_Place = tuple[str, int]  # layer, 0 for D or a head's weight, 1 for G or a head's bias
 _Parts = dict[str, tuple[Tensor, Tensor | None]]  # what is at the places of a layer
 
 
@@ -79,7 +79,7 @@ class AdapterPool:
         self._in_use: Counter[str] = Counter()
         self._layers: dict[str, PooledLinear] = {}
         self._originals: dict[str, nn.Linear] = {}
-        self._stacks: dict[_Place, Tensor] = {}
+        self._stacks: dict[Place, Tensor] = {}
 
     @property
     def names(self) -> list[str]:
@@ -283,7 +283,7 @@ class AdapterPool:
         taken = set(self._slots.values())
         slot = next(i for i in range(1, len(taken) + 2) if i not in taken)
         rows = self._rows if slot < self._rows else 2 * self._rows - 1
-        stacks = _written(self._stacks, parts, layers, slot, rows)
+        stacks = written(self._stacks, parts, layers, slot, rows)
         for layer, pooled in layers.items():
             pooled.stacks = (stacks[layer, 0], stacks.get((layer, 1)))
         replace_modules(self.model, {originals[n]: pooled for n, pooled in layers.items() if n not in self._layers})
@@ -321,48 +321,6 @@ def _operands(adapted: nn.Module) -> _Parts:
         assert isinstance(factors, FactorBank)
         found |= zip(layers, factors.evaluated_together([layer.site for layer in layers.values()]), strict=True)
     return found
-
-
-def _written(
-    stacks: dict[_Place, Tensor], new: dict[_Place, Tensor], layers: Mapping[str, PooledLinear], slot: int, rows: int
-) -> dict[_Place, Tensor]:
-    """The stacks with ``new`` in row ``slot``: the same tensors where there is room, else larger copies.
-
-    Places go on sharing a stack if they share a tensor in the new adapter too.
-    """
-    sharing: dict[tuple[Any, ...], list[_Place]] = {}
-    for place in stacks | new:
-        tensor = new.get(place)
-        same = None if tensor is None else (tensor.data_ptr(), tensor.shape, tensor.stride())
-        sharing.setdefault((id(stacks.get(place)), same), []).append(place)
-    users = Counter(id(stack) for stack in stacks.values())
-    written: dict[_Place, Tensor] = {}
-    for places in sharing.values():
-        old, tensor = stacks.get(places[0]), new.get(places[0])
-        sizes = [t for t in (None if old is None else old.shape[1:], None if tensor is None else tensor.shape) if t]
-        shape = (rows, *map(max, zip(*sizes, strict=True)))
-        if old is not None and old.shape == shape and users[id(old)] == len(places):
-            stack = old
-        else:
-            name, part = places[0]
-            weight, known = layers[name].weight, tensor if old is None else old
-            assert known is not None
-            dtype = weight.dtype if weight.is_floating_point() else known.dtype  # a packed weight's says nothing
-            stack = torch.zeros(shape, dtype=dtype, device=weight.device)
-            if old is not None:
-                _corner(stack, old.shape).copy_(old)
-            elif isinstance(layers[name], PooledWeights):
-                stack.copy_((layers[name].weight, layers[name].bias)[part])
-        stack[slot] = stack[0]
-        if tensor is not None:
-            _corner(stack[slot], tensor.shape).copy_(tensor)
-        written |= dict.fromkeys(places, stack)
-    return written
-
-
-def _corner(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    """The part of ``tensor`` that begins at its first element and has this shape."""
-    return tensor[tuple(slice(size) for size in shape)]
 
 
 def _twin(model: nn.Module) -> nn.Module:

@@ -1,0 +1,57 @@
+"""What the adapters of a pool have at each place of a model, stacked: row i belongs to the adapter in slot i."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from efft_kernels.nn.pooled import PooledLinear, PooledWeights
+
+Place = tuple[str, int]
+"""Layer, and 0 for D or a head's weight, 1 for G or a head's bias."""
+
+
+def written(
+    stacks: dict[Place, Tensor], new: dict[Place, Tensor], layers: Mapping[str, PooledLinear], slot: int, rows: int
+) -> dict[Place, Tensor]:
+    """The stacks with ``new`` in row ``slot``: the same tensors where there is room, else larger copies.
+
+    Places go on sharing a stack if they share a tensor in the new adapter too.
+    """
+    sharing: dict[tuple[Any, ...], list[Place]] = {}
+    for place in stacks | new:
+        tensor = new.get(place)
+        same = None if tensor is None else (tensor.data_ptr(), tensor.shape, tensor.stride())
+        sharing.setdefault((id(stacks.get(place)), same), []).append(place)
+    users = Counter(id(stack) for stack in stacks.values())
+    written: dict[Place, Tensor] = {}
+    for places in sharing.values():
+        old, tensor = stacks.get(places[0]), new.get(places[0])
+        sizes = [t for t in (None if old is None else old.shape[1:], None if tensor is None else tensor.shape) if t]
+        shape = (rows, *map(max, zip(*sizes, strict=True)))
+        if old is not None and old.shape == shape and users[id(old)] == len(places):
+            stack = old
+        else:
+            name, part = places[0]
+            weight, known = layers[name].weight, tensor if old is None else old
+            assert known is not None
+            dtype = weight.dtype if weight.is_floating_point() else known.dtype  # a packed weight's says nothing
+            stack = torch.zeros(shape, dtype=dtype, device=weight.device)
+            if old is not None:
+                _corner(stack, old.shape).copy_(old)
+            elif isinstance(layers[name], PooledWeights):
+                stack.copy_((layers[name].weight, layers[name].bias)[part])
+        stack[slot] = stack[0]
+        if tensor is not None:
+            _corner(stack[slot], tensor.shape).copy_(tensor)
+        written |= dict.fromkeys(places, stack)
+    return written
+
+
+def _corner(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """The part of ``tensor`` that begins at its first element and has this shape."""
+    return tensor[tuple(slice(size) for size in shape)]
