@@ -69,7 +69,7 @@ def accuracy() -> str:
     return report.means(Plan(suite.load("local")), read(results)) if results.is_file() else "Not run."
 
 
-TABLES: dict[str, Callable[[], str]] = {"parameters": parameters, "accuracy": accuracy, **tables.TABLES}
+TABLES: dict[str, Callable[[], str]] = {"parameters": parameters, **tables.TABLES, "accuracy": accuracy}
 
 
 def render(text: str) -> str:
