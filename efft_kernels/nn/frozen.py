@@ -92,9 +92,9 @@ def cannot_wrap(linear: nn.Module, kind: type[nn.Linear | nn.Conv2d] = nn.Linear
             "delta on it would be ignored; use an attention module with separate linear layers"
         )
     if type(linear).forward is not kind.forward and (kind is not nn.Linear or is_plain(linear.weight)):
-        return f"{type(linear).__name__} has a forward of its own, which an EfftLinear would drop"
+        return f"{type(linear).__name__} has a forward of its own, which the adapted layer would drop"
     if "forward" in linear.__dict__:
-        return "a forward was set on the layer itself, which an EfftLinear would drop; undo that first"
+        return "a forward was set on the layer itself, which the adapted layer would drop; undo that first"
     if getattr(linear, "parametrizations", None):
         return "the layer's weight is parametrized; remove the parametrization first"
     more = {*linear._parameters, *linear._buffers, *linear._modules} - {"weight", "bias"}

@@ -126,7 +126,7 @@ class OtherLinear(nn.Linear):
     [
         (nn.ReLU(), "EfftLinear: expected an nn.Linear, got ReLU"),
         (nn.Conv2d(8, 8, 1), "EfftLinear: expected an nn.Linear, got Conv2d"),
-        (OtherLinear(8, 8), "EfftLinear: OtherLinear has a forward of its own, which an EfftLinear would drop"),
+        (OtherLinear(8, 8), "EfftLinear: OtherLinear has a forward of its own, which the adapted layer would drop"),
         (
             nn.MultiheadAttention(8, 2).out_proj,
             "out_proj of nn.MultiheadAttention, .* would be ignored; use",
