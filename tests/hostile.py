@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -98,3 +99,19 @@ def at_most(megabytes: float) -> Iterator[None]:
 def _memory(name: str) -> float:
     (line,) = [line for line in _STATUS.read_text().splitlines() if line.startswith(name)]
     return int(line.split()[1]) / 1024
+
+
+@contextlib.contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """The block fails if it takes longer; also Python's ``re``, once for ever, can be interrupted so."""
+
+    def late(*_: object) -> None:
+        raise AssertionError(f"took more than {seconds} seconds")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

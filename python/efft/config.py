@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from torch import nn
 
+from efft.patterns import MOST_CHARACTERS, are_short
 from efft_kernels import EfftLinear
 from efft_kernels.nn.initialization import CORE_LAYOUTS
 
@@ -101,6 +102,10 @@ class AdapterConfig:
             "'all', 'mhsa', 'ffn' or a list of layer names or patterns",
             self.targets,
         )
+        for name in ("targets", "exclude"):
+            patterns = getattr(self, name)
+            ok = isinstance(patterns, str) or are_short(patterns)
+            self._check(ok, name, f"of at most {MOST_CHARACTERS} characters of regular expressions", patterns)
 
     def _check_sizes(self, *names: str, largest: int = _LARGEST_SIZE) -> None:
         for name in names:
@@ -110,7 +115,7 @@ class AdapterConfig:
     def _check_numbers(self, *names: str) -> None:
         for name in names:
             value = getattr(self, name)
-            self._check(_is_setting(value), name, f"a number from -{_LARGEST_NUMBER} to {_LARGEST_NUMBER}", value)
+            self._check(is_setting(value), name, f"a number from -{_LARGEST_NUMBER} to {_LARGEST_NUMBER}", value)
 
     @classmethod
     def _check(cls, ok: bool, name: str, expected: str, got: object) -> None:
@@ -189,7 +194,7 @@ class EfftConfig(AdapterConfig):
             self._check(ok, "rank", f"{of_size}, a pair of them, or a dict of these", self.rank)
         for scale in _values(self.scale):
             of_scale = f"a number from -{_LARGEST_NUMBER} to {_LARGEST_NUMBER}"
-            ok = scale == "auto" or _is_setting(scale)
+            ok = scale == "auto" or is_setting(scale)
             self._check(ok, "scale", f"{of_scale}, 'auto' or a dict of these", self.scale)
         self._check(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", "in [0, 1)", self.dropout)
         self._check(isinstance(self.trainable_scale, bool), "trainable_scale", "True or False", self.trainable_scale)
@@ -248,7 +253,8 @@ def is_size(value: object, largest: int = _LARGEST_SIZE) -> bool:
     return type(value) is int and 1 <= value <= largest
 
 
-def _is_setting(value: Any) -> bool:
+def is_setting(value: Any) -> bool:
+    """Whether ``value`` is a number of a size that settings have."""
     return is_number(value) and abs(value) <= _LARGEST_NUMBER
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from efft.config import AdapterConfig
+from efft.patterns import matcher
 from efft_kernels import EfftLinear
 from efft_kernels.nn.frozen import cannot_wrap
 
@@ -71,10 +72,12 @@ def find_targets(model: nn.Module, config: AdapterConfig, head: list[str]) -> li
     if isinstance(config.targets, str):
         chosen = _chosen_by_role(type(model).__name__, config.targets, linears, type(config).__name__)
     else:
+        wanted: set[str] = set()
         for pattern in config.targets:
-            named = [name for name in linears if _matches(pattern, name)]
+            matches = matcher(pattern)
+            named = list(filter(matches, linears))
             if not named and config.layer is EfftLinear:  # what names no linear layer may name convolutions
-                named = [name for name in convolutions if _matches(pattern, name)]
+                named = list(filter(matches, convolutions))
                 layers.update({name: convolutions[name] for name in named})
             if not named:
                 near = difflib.get_close_matches(pattern, _endings([*linears, *convolutions]), 3, 0.5)
@@ -84,11 +87,13 @@ def find_targets(model: nn.Module, config: AdapterConfig, head: list[str]) -> li
                     + f". {_present(linears)}"
                     + (f". Convolutions present: {_listed(convolutions)}" if convolutions and not linears else "")
                 )
-        chosen = [_classify(n) for n in layers if any(_matches(p, n) for p in config.targets)]
+            wanted.update(named)
+        chosen = [_classify(name) for name in layers if name in wanted]
     for pattern in config.exclude:
-        if not any(_matches(pattern, name) for name in layers):
+        excluded = set(filter(matcher(pattern), layers))
+        if not excluded:
             raise ValueError(f"exclude: {pattern!r} matches no linear layer. {_present(linears)}")
-    chosen = [t for t in chosen if not any(_matches(p, t.name) for p in config.exclude)]
+        chosen = [target for target in chosen if target.name not in excluded]
     if not chosen:
         raise ValueError(
             f"targets={config.targets!r} without exclude={config.exclude!r} leaves no layer. {_present(linears)}"
@@ -218,16 +223,6 @@ def _classify(name: str) -> Target:
                 stage = match.groupdict().get("stage")
                 return Target(name, role, match.group(1), None if stage is None else int(stage))
     return Target(name, "linear", name, None)
-
-
-def _matches(pattern: str, name: str) -> bool:
-    """Whether ``pattern`` is the name or its last components, as they are or as a regular expression."""
-    if name == pattern or name.endswith("." + pattern):
-        return True
-    try:
-        return re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) is not None
-    except re.error as error:
-        raise ValueError(f"{pattern!r} is neither a layer name nor a regular expression: {error}") from None
 
 
 def _endings(names: Iterable[str]) -> list[str]:

@@ -26,7 +26,7 @@ import efft
 from efft.files import write_adapter
 from efft_kernels import choice
 from tests.adapter_files import CONFIG, WEIGHTS, edit_config, edit_weights, write_weights
-from tests.hostile import at_most
+from tests.hostile import at_most, within
 
 Make = Callable[..., nn.Module]
 Unchanged = Callable[[nn.Module], AbstractContextManager[None]]
@@ -53,11 +53,11 @@ def case(record_property: Callable[[str, object], None]) -> Case:
 
 @pytest.fixture
 def refused(case: Case, tmp_path: Path) -> Refused:
-    """Within the block an error is raised, and little memory taken; what it says goes into the table."""
+    """Within the block an error is raised, and little memory and time taken; what it says goes into the table."""
 
     @contextmanager
     def check(name: str, kind: type[Exception] = ValueError) -> Iterator[None]:
-        with at_most(100), pytest.raises(kind) as caught:
+        with at_most(100), within(10), pytest.raises(kind) as caught:
             yield
         text = " ".join(str(caught.value).replace(str(tmp_path), "…").splitlines())
         case(name, f"`{caught.type.__name__}: {text}`")
@@ -117,6 +117,12 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
     "head named like a path": lambda folder: edit_config(folder, lambda d: d.update(head=["../../x"])),
     "hash that is a path": lambda folder: edit_config(folder, lambda d: d.update(weights={"sha256": "../x"})),
     "rank of 10³⁰": lambda folder: edit_config(folder, lambda d: d["config"].update(rank=10**30)),
+    "pattern that Python's `re` matches for ever": lambda folder: edit_config(
+        folder, lambda d: d["config"].update(targets=["(((((.+)+)+)+)+)+!"])
+    ),
+    "patterns without end": lambda folder: edit_config(
+        folder, lambda d: d["config"].update(exclude=["(.*)*"] * 200_000)
+    ),
     "scale that is no number": lambda folder: edit_config(folder, lambda d: d["config"].update(scale=float("nan"))),
 }
 
