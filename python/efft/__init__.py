@@ -17,6 +17,7 @@ from efft.inject import (
 )
 from efft.io import load_adapter, save_adapter
 from efft.lora_export import export_lora
+from efft.lora_import import import_lora
 from efft.merge import MergeReport, merge, merged_state_dict, unmerge
 from efft.params import ParameterCount, count_parameters, print_trainable_parameters
 from efft.pool import AdapterPool
@@ -36,6 +37,7 @@ __all__ = [
     "freeze_backbone",
     "from_pretrained",
     "fuse",
+    "import_lora",
     "load_adapter",
     "merge",
     "merged_state_dict",

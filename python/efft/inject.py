@@ -72,10 +72,7 @@ def apply(model: nn.Module, config: AdapterConfig | None = None) -> nn.Module:
             f"expected efft.apply(model, EfftConfig(...)), got {type(model).__name__} and {type(config).__name__}"
         )
     config = copy.deepcopy(config) if config else EfftConfig()  # the caller may go on changing its own
-    if isinstance(getattr(model, "efft", None), Bank):
-        raise ValueError("this model is adapted already; call efft.remove(model) first to adapt it differently")
-    if hasattr(model, "efft"):
-        raise ValueError(f"this {type(model).__name__} has an attribute 'efft' of its own, where the factors would go")
+    check_plain(model)
     check_whole(model, "apply")
     plan = make_plan(model, config)
     _check_trainable(model, plan.head)
@@ -167,6 +164,14 @@ def freeze_backbone(model: nn.Module, head: list[str] | None = None) -> list[str
         )
     _freeze_all_but(model, names)
     return names
+
+
+def check_plain(model: nn.Module) -> None:
+    """Raise ValueError if ``model`` is adapted, or has its own idea of what ``model.efft`` is."""
+    if isinstance(getattr(model, "efft", None), Bank):
+        raise ValueError("this model is adapted already; call efft.remove(model) first to adapt it differently")
+    if hasattr(model, "efft"):
+        raise ValueError(f"this {type(model).__name__} has an attribute 'efft' of its own, where the factors would go")
 
 
 def bank_of(model: nn.Module) -> Bank:

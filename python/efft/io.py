@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,9 @@ from efft_kernels.nn.weights import can_dequantize, dequantized
 
 #: What values of a right type but beyond all sizes, of a wrong type, or nested too deeply make Python and torch raise.
 _OUT_OF_BOUNDS = (TypeError, OverflowError, RecursionError)
+
+#: Names of factors, this library's and those of the checkpoints that it imports.
+_FACTOR = re.compile(r"efft\.|.*\.lora_[AB]\.|.*FacT")
 
 #: What is recorded about the model that was adapted.
 _BASE = {"architecture", "layers", "dtype", "fingerprint"}
@@ -117,21 +122,10 @@ def load_described(model: nn.Module, folder: Path, description: dict[str, Any], 
     content = files.read_weights(folder, description, 8 * sum(map(math.prod, shapes.values())))
     if content is None:
         return False
-    tensors = _tensors(folder / WEIGHTS, content)
+    tensors = read_tensors(folder / WEIGHTS, content)
     problems = [f"{p}, or pass strict=False if you mean it" for p in base_problems(model, layers, description["base"])]
-    missing, unexpected = sorted(set(shapes) - set(tensors)), sorted(set(tensors) - set(shapes))
-    if missing:
-        problems.append(f"missing tensors: {', '.join(missing)}")
-    if unexpected:
-        problems.append(f"unexpected tensors: {', '.join(unexpected)}")
-    wrong = [
-        f"{n}: expected {list(shapes[n])}, adapter has {list(t.shape)}"
-        for n, t in tensors.items()
-        if n in shapes and tuple(t.shape) != shapes[n]
-    ]
-    if wrong:
-        hint = " (create the model with the adapter's num_classes)" if any("efft." not in w for w in wrong) else ""
-        problems.append(f"wrong shapes: {'; '.join(wrong)}{hint}")
+    names, wrong = misfits(tensors, shapes)
+    problems += names + wrong
     message = f"the adapter in {folder} does not fit this {type(model).__name__}:\n- " + "\n- ".join(problems)
     if wrong or (problems and strict):
         raise ValueError(message)
@@ -173,7 +167,7 @@ def read_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str
     folder = Path(path)
     description = read_description(folder)
     content = files.read_weights(folder, description)
-    return read_adapter(folder) if content is None else (description, _tensors(folder / WEIGHTS, content))
+    return read_adapter(folder) if content is None else (description, read_tensors(folder / WEIGHTS, content))
 
 
 def _trained(model: nn.Module, bank: Bank) -> dict[str, Tensor]:
@@ -217,7 +211,7 @@ def _check_description(description: Any) -> None:
         raise ValueError("'info' must be an object")
 
 
-def _tensors(path: Path, content: bytes) -> dict[str, Tensor]:
+def read_tensors(path: Path, content: bytes) -> dict[str, Tensor]:
     """What is in a weights file.
 
     Raises:
@@ -228,11 +222,24 @@ def _tensors(path: Path, content: bytes) -> dict[str, Tensor]:
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from None
     for name, tensor in tensors.items():
-        if tensor.is_complex() or (name.startswith("efft.") and not tensor.is_floating_point()):
+        if tensor.is_complex() or (_FACTOR.match(name) and not tensor.is_floating_point()):
             raise ValueError(f"{path} is damaged: {name} is {tensor.dtype}, expected floating-point numbers")
         if not torch.isfinite(tensor.double()).all():
             raise ValueError(f"{path} is damaged: {name} has NaN or infinite entries")
     return tensors
+
+
+def misfits(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> tuple[list[str], list[str]]:
+    """How a file's tensors differ from those that are expected: in names, and in shapes."""
+    missing, unexpected = sorted(set(shapes) - set(tensors)), sorted(set(tensors) - set(shapes))
+    names = [f"missing tensors: {', '.join(missing)}"] if missing else []
+    names += [f"unexpected tensors: {', '.join(unexpected)}"] if unexpected else []
+    wrong = {n: t.shape for n, t in tensors.items() if n in shapes and tuple(t.shape) != shapes[n]}
+    if not wrong:
+        return names, []
+    listed = "; ".join(f"{n}: expected {list(shapes[n])}, adapter has {list(shape)}" for n, shape in wrong.items())
+    hint = "" if all(map(_FACTOR.match, wrong)) else " (create the model with the adapter's num_classes)"
+    return names, [f"wrong shapes: {listed}{hint}"]
 
 
 def _compare_configs(bank: Bank, saved: AdapterConfig, folder: Path) -> None:

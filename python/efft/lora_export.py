@@ -19,7 +19,7 @@ from efft_kernels import EfftConv2d
 from efft_kernels.nn.linear import AdaptedLayer
 
 #: What peft puts before the names of the base's modules.
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 
 
 @torch.no_grad()
@@ -57,11 +57,11 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], base_model: st
         A, B = D.t(), G.t()
         if isinstance(layer, EfftConv2d):  # peft's are a kernel and one of 1 x 1
             A, B = A.unflatten(1, layer.weight.shape[1:]), B[..., None, None]
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = A
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = B
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = A
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = B
     for head in bank.head:
         state = model.get_submodule(head).state_dict()
-        tensors.update({f"{_PREFIX}{head}.{name}": tensor for name, tensor in state.items()})
+        tensors.update({f"{PREFIX}{head}.{name}": tensor for name, tensor in state.items()})
     # A copy each: D is one tensor in all layers, which safetensors refuses.
     content = serialize({n: t.clone(memory_format=torch.contiguous_format).cpu() for n, t in tensors.items()})
     config = _config(ranks, bank.head, base_model or getattr(model, "name_or_path", None))

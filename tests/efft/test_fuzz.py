@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -32,11 +33,11 @@ def offered(tiny_vit: Make, unchanged: Unchanged) -> Callable[..., None]:
     """Offers an adapter to a plain model, and takes what loads out again."""
     model = tiny_vit().eval()
 
-    def load(folder: Path, strict: bool = True) -> None:
+    def offer(folder: Path, load: Callable[..., Any] = efft.load_adapter, **options: Any) -> None:
         with unchanged(model), at_most(150), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                efft.load_adapter(model, folder, strict)
+                load(model, folder, **options)
             except (ValueError, FileNotFoundError) as error:
                 assert str(error)  # noqa: PT017
             else:
@@ -45,7 +46,7 @@ def offered(tiny_vit: Make, unchanged: Unchanged) -> Callable[..., None]:
                 model.head.load_state_dict(fresh.head.state_dict())
                 efft.remove(model)
 
-    return load
+    return offer
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def test_weights(data: st.DataObject, recorded: bool, strict: bool, folder: Path
         (folder / WEIGHTS).write_bytes(data.draw(damaged(whole)))
         if recorded:
             record(folder)
-        offered(folder, strict)
+        offered(folder, strict=strict)
     finally:
         write_weights(folder, whole)
 
@@ -74,7 +75,7 @@ def test_headers_of_weights(data: st.DataObject, strict: bool, folder: Path, off
     header = json.dumps(data.draw(altered(json.loads(whole[8 : 8 + size])))).encode()
     try:
         write_weights(folder, len(header).to_bytes(8, "little") + header + whole[8 + size :])
-        offered(folder, strict)
+        offered(folder, strict=strict)
     finally:
         write_weights(folder, whole)
 
@@ -98,7 +99,7 @@ def test_values_in_the_configuration(
     whole = (folder / CONFIG).read_text()
     try:
         (folder / CONFIG).write_text(json.dumps(data.draw(altered(json.loads(whole)))))
-        offered(folder, strict)
+        offered(folder, strict=strict)
     finally:
         (folder / CONFIG).write_text(whole)
 
@@ -133,6 +134,27 @@ def test_descriptions_of_every_method(
     description["config"] = data.draw(altered(description["config"]))
     (folder / CONFIG).write_text(json.dumps(description))
     offered(folder)
+
+
+@fuzz
+@given(data=st.data(), part=st.sampled_from(["weights", "header", "configuration", "settings"]))
+def test_lora_checkpoints(
+    data: st.DataObject, part: str, saved: tuple[nn.Module, Path], tmp_path: Path, offered: Callable[..., None]
+) -> None:
+    folder = efft.export_lora(saved[0], tmp_path / "lora")
+    weights, config = (folder / WEIGHTS).read_bytes(), (folder / CONFIG).read_bytes()
+    if part == "weights":
+        (folder / WEIGHTS).write_bytes(data.draw(damaged(weights)))
+    elif part == "header":
+        size = int.from_bytes(weights[:8], "little")
+        header = json.dumps(data.draw(altered(json.loads(weights[8 : 8 + size])))).encode()
+        (folder / WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header + weights[8 + size :])
+    elif part == "configuration":
+        (folder / CONFIG).write_bytes(data.draw(damaged(config)))
+    else:
+        (folder / CONFIG).write_text(json.dumps(data.draw(altered(json.loads(config)))))
+    offered(folder, load=efft.import_lora)
+    shutil.rmtree(folder)
 
 
 @fuzz

@@ -1,0 +1,226 @@
+"""Import of LoRA checkpoints of ``peft``, exactly: ``A = lora_Aᵀ`` and ``B = lora_Bᵀ`` of every layer."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from efft import files
+from efft.config import is_setting, is_size, shown
+from efft.files import CONFIG, WEIGHTS
+from efft.inject import apply, bank_of, check_plain
+from efft.io import misfits, read_tensors
+from efft.lora_export import PREFIX
+from efft.methods.lora import LoRABank, LoRAConfig
+from efft.patterns import MOST_CHARACTERS, are_short, matcher
+from efft.plan import Plan, make_plan
+from efft.sharding import check_whole
+from efft_kernels.nn.linear import features
+
+Value = TypeVar("Value")
+
+_LAYER = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_[AB]\.weight")
+
+#: Settings that a checkpoint's numbers do not depend on: how it came about, and how peft finds its layers.
+_ASIDE = {
+    *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "inference_mode"),
+    *("lora_dropout", "eva_config", "megatron_core", "qalora_group_size"),
+}
+#: Those that are read here; beyond them a setting must not be set.
+_READ = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save"}
+#: What neither changes the base nor leads to another formula.
+_SIMPLE: dict[str, tuple[Any, ...]] = {
+    "bias": ("none", None),
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
+}
+
+
+@torch.no_grad()
+def import_lora(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
+    """Adapt ``model`` by LoRA (:class:`efft.methods.LoRAConfig`) with the factors and heads of peft's checkpoint.
+
+    Nothing is approximated. A layer of a lower rank than others has zeros for the rest of its factors, and they stay
+    zeros in training, since their gradients are. lora_alpha / r (or / √r, by ``use_rslora``) becomes the scale s; where
+    layers differ in it, s is 1 and B has it inside. ``modules_to_save`` become the head. Dropout of activations is left
+    out. Then the model is like any that :func:`efft.apply` adapted: to train, save, merge, or for a pool.
+
+    Args:
+        model: the base that the checkpoint was trained on, with the same names of layers; not adapted.
+        folder: with ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Returns:
+        The same ``model``.
+
+    Raises:
+        FileNotFoundError: no checkpoint in ``folder``.
+        ValueError: a damaged file or another one; settings that are no plain LoRA (DoRA, biases, a changed base, ...);
+            layers or heads that this model has not, or of other sizes; the model is adapted. It is then unchanged.
+    """
+    folder = Path(folder)
+    check_plain(model)
+    check_whole(model, "import_lora")
+    description = files.read_description(folder)
+    settings = _settings(folder / CONFIG, description)
+    content = files.read_weights(folder, description, settings.largest(model))
+    if content is None:
+        return import_lora(model, folder)
+    tensors = read_tensors(folder / WEIGHTS, content)
+    try:
+        config, plan, shapes = _planned(model, settings, tensors)
+    except (ValueError, RuntimeError) as error:  # RuntimeError: sizes that no storage has
+        raise ValueError(_does_not_fit(folder, model, f" {error}")) from None
+    problems = [problem for kind in misfits(tensors, shapes) for problem in kind]
+    pairs = {} if problems else _pairs(settings, config, plan, tensors)
+    problems += [f"the update of {n} is too large" for n, (_, B) in pairs.items() if not B.float().isfinite().all()]
+    if problems:
+        raise ValueError(_does_not_fit(folder, model, "".join(f"\n- {problem}" for problem in problems)))
+    apply(model, config)
+    for group in plan.groups:
+        factors = bank_of(model)[group.name]
+        assert isinstance(factors, LoRABank)
+        factors.A.zero_()
+        for name, i in group.sites.items():
+            A, B = pairs[name]
+            factors.A[i, :, : len(B)], factors.B[i, : len(B)] = A, B
+    for head in config.head or []:
+        for name, tensor in model.get_submodule(head).state_dict(keep_vars=True).items():
+            tensor.copy_(tensors[f"{PREFIX}{head}.{name}"])
+    return model
+
+
+def _pairs(
+    settings: _Settings, config: LoRAConfig, plan: Plan, tensors: dict[str, Tensor]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """A ``[d_in, r]`` and B ``[r, d_out]`` of every layer, B with what its scaling differs from s by."""
+    pairs = {}
+    for name in (name for group in plan.groups for name in group.sites):
+        A, B = (tensors[f"{PREFIX}{name}.lora_{side}.weight"].flatten(1).t() for side in "AB")
+        scaling = settings.scaling(name)
+        pairs[name] = A, B if scaling == config.scale else scaling * B.double()
+    return pairs
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What a checkpoint's configuration says about its numbers: rank and lora_alpha of a layer, the ends of heads'
+    names."""
+
+    rank: Callable[[str], int]
+    alpha: Callable[[str], float]
+    rooted: bool
+    ends: tuple[str, ...]
+    largest_rank: int
+
+    def scaling(self, name: str) -> float:
+        """What peft multiplies the update of a layer by."""
+        rank = self.rank(name)
+        return self.alpha(name) / (math.sqrt(rank) if self.rooted else rank)
+
+    def largest(self, model: nn.Module) -> int:
+        """Bytes that the tensors of a checkpoint for ``model`` can have."""
+        layers = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+        sizes = sum(sum(features(layer)) for layer in layers)
+        return 8 * (self.largest_rank * sizes + sum(t.numel() for t in model.state_dict().values()))
+
+
+def _settings(path: Path, values: Any) -> _Settings:
+    def check(ok: bool, name: str, expected: str) -> None:
+        if not ok:
+            raise ValueError(f"{path}: {name!r} must be {expected}, got {shown(values.get(name))}")
+
+    if not isinstance(values, dict) or values.get("peft_type") != "LORA":
+        raise ValueError(
+            f"{path} is not the configuration of a LoRA checkpoint of peft: expected 'peft_type' to be 'LORA' (what "
+            "efft.save_adapter wrote is for efft.load_adapter)"
+        )
+    odd = {name: value for name, value in values.items() if value and name not in _ASIDE | _READ | set(_SIMPLE)}
+    odd |= {n: values[n] for n, simple in _SIMPLE.items() if n in values and values[n] not in simple}
+    if odd:
+        settings = ", ".join(f"{shown(name)}: {shown(value)}" for name, value in odd.items())
+        raise ValueError(
+            f"{path} has settings beyond those of a plain LoRA, which is all that can be imported: {settings}; let "
+            "peft merge the checkpoint into the base (merge_and_unload), or convert it to a plain one"
+        )
+    values = {"r": 8, "lora_alpha": 8, **values}  # as peft takes what is not there
+    check(is_size(values["r"]), "r", "an integer from 1 to 65536")
+    check(is_setting(values["lora_alpha"]), "lora_alpha", "a number")
+    patterns: dict[str, dict[str, Any]] = {}
+    for name, ok in (("rank_pattern", is_size), ("alpha_pattern", is_setting)):
+        patterns[name] = values.get(name) or {}
+        check(isinstance(patterns[name], dict) and all(map(ok, patterns[name].values())), name, "names to numbers")
+        check(are_short(patterns[name]), name, f"of at most {MOST_CHARACTERS} characters of regular expressions")
+    ends = values.get("modules_to_save") or []
+    check(isinstance(ends, list) and all(isinstance(end, str) for end in ends), "modules_to_save", "a list of names")
+    return _Settings(
+        _by_name(patterns["rank_pattern"], values["r"]),
+        _by_name(patterns["alpha_pattern"], values["lora_alpha"]),
+        bool(values.get("use_rslora")),
+        tuple(filter(None, ends)),
+        max(values["r"], *patterns["rank_pattern"].values(), 0),
+    )
+
+
+def _by_name(patterns: dict[str, Value], default: Value) -> Callable[[str], Value]:
+    """The value of the first pattern that matches a layer's name, as peft takes it."""
+    matchers = [(matcher(pattern), value) for pattern, value in patterns.items()]
+    return lambda name: next((value for matches, value in matchers if matches(name)), default)
+
+
+def _planned(
+    model: nn.Module, settings: _Settings, tensors: dict[str, Tensor]
+) -> tuple[LoRAConfig, Plan, dict[str, tuple[int, ...]]]:
+    """How to adapt ``model``, and the names and shapes of the tensors for that."""
+    layers = list(dict.fromkeys(match[1] for name in tensors if (match := _LAYER.fullmatch(name))))
+    if not layers:
+        raise ValueError(f"none of its tensors is named {PREFIX}<layer>.lora_A.weight")
+    scalings = {settings.scaling(name) for name in layers}
+    config = LoRAConfig(
+        rank=max(map(settings.rank, layers)),
+        scale=scalings.pop() if len(scalings) == 1 else 1.0,
+        targets=layers,
+        head=_heads(model, settings.ends, tensors),
+    )
+    plan = make_plan(model, config)
+    more = {name for group in plan.groups for name in group.sites} - set(layers)
+    if more:  # a name stands for those that end with it, too
+        config = dataclasses.replace(config, exclude=[f"^{re.escape(name)}$" for name in sorted(more)])
+        plan = make_plan(model, config)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for group in plan.groups:
+        for layer in group.layers:
+            rank, name, linear = settings.rank(layer.target.name), f"{PREFIX}{layer.target.name}", layer.linear
+            kernel = linear.weight.shape[1:] if isinstance(linear, nn.Conv2d) else (layer.d_in,)
+            shapes[f"{name}.lora_A.weight"] = (rank, *kernel)
+            shapes[f"{name}.lora_B.weight"] = (layer.d_out, rank, *[1] * (len(kernel) - 1))
+    for head in config.head or []:
+        state = model.get_submodule(head).state_dict()
+        shapes.update({f"{PREFIX}{head}.{name}": tuple(tensor.shape) for name, tensor in state.items()})
+    return config, plan, shapes
+
+
+def _heads(model: nn.Module, ends: tuple[str, ...], tensors: dict[str, Tensor]) -> list[str]:
+    """The modules that a checkpoint has whole: those whose names end so."""
+    heads: list[str] = []
+    for name, _ in model.named_modules():
+        inside = any(name.startswith(f"{head}.") for head in heads)
+        if name.endswith(ends) and not inside and any(tensor.startswith(f"{PREFIX}{name}.") for tensor in tensors):
+            heads.append(name)
+    of_heads = {p for head in heads for p in model.get_submodule(head).parameters()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter in of_heads and not any(name.startswith(f"{head}.") for head in heads):
+            raise ValueError(f"{name} is the same parameter as one of {', '.join(heads)}, of which peft trains a copy")
+    return heads
+
+
+def _does_not_fit(folder: Path, model: nn.Module, problems: str) -> str:
+    return f"the LoRA checkpoint in {folder} does not fit this {type(model).__name__}:{problems}"
