@@ -2,7 +2,9 @@
 
 import collections
 import os
+import re
 import statistics
+from collections.abc import Callable
 
 import hypothesis
 import pytest
@@ -57,19 +59,37 @@ class Budgets:
             )
 
 
-class Faults:
-    """Ends a run with what went wrong on purpose in it, and what came of that: the rows of docs/faults.md."""
+class Shows:
+    """Ends a run with what its tests noted by the fixture ``show``, a table for each kind of thing."""
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        tables: dict[str, dict[str, dict[str, str]]] = {}
         for report in terminalreporter.getreports("passed"):
-            for name, row in report.user_properties:
-                if name == "fault":
-                    terminalreporter.write_line(str(row)[:200])
+            for noted, cell in report.user_properties:
+                if noted == "show":
+                    table, row, column, value = cell
+                    tables.setdefault(table, {}).setdefault(row, {})[column] = value
+        for table, rows in tables.items():
+            columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+            lines = [[table, *columns], *([name, *(row.get(c, "-") for c in columns)] for name, row in rows.items())]
+            widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+            terminalreporter.write_line("")
+            for line in lines:
+                cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+                terminalreporter.write_line("  ".join(cells).rstrip())
+            terminalreporter.write_line(f"({len(rows)} rows)")
+        found = {
+            report.nodeid: sum(map(int, re.findall(r"(\d+) passing", getattr(report, "_hypothesis_stats", ""))))
+            for report in terminalreporter.getreports("")
+            if "fuzz" in report.nodeid and report.when == "teardown"
+        }
+        if found:
+            terminalreporter.write_line(f"\n{len(found)} fuzzers made {sum(found.values()):,} inputs")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Budgets())
-    config.pluginmanager.register(Faults())
+    config.pluginmanager.register(Shows())
     if config.getoption("markexpr") == "gpu":
         config.pluginmanager.register(FailuresAtOnce(config))
     # The tests' matrices are small: more threads only wait for one another.
@@ -88,3 +108,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def show(record_property: Callable[[str, object], None]) -> Callable[[str, str, str, object], None]:
+    """Notes a figure, or what happened, for the tables that end a run: table, row, column, value."""
+
+    def note(table: str, row: str, column: str, value: object) -> None:
+        text = f"{value:.1e}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
+        record_property("show", [table, row, column, text])
+
+    return note

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 import efft
 from efft.config import AdapterConfig
@@ -116,6 +117,19 @@ def saved(adapted_vit: Make, tmp_path: Path) -> tuple[nn.Module, Path]:
         model.head.weight.mul_(2)
         model.head.bias.add_(1)
     return model, efft.save_adapter(model, tmp_path / "adapter")
+
+
+@pytest.fixture
+def graph_breaks() -> Callable[..., int]:
+    """Runs a model under torch.compile, and counts what interrupts it."""
+
+    def count(model: nn.Module, *args: Tensor, **inputs: Tensor) -> int:
+        torch.compiler.reset()
+        counters["graph_break"].clear()
+        torch.compile(model, backend="eager")(*args, **inputs)
+        return sum(counters["graph_break"].values())
+
+    return count
 
 
 @pytest.fixture

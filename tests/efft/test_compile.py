@@ -59,6 +59,24 @@ def test_equals_eager(architecture: str, training: bool, tiny_vit: Make, tiny_sw
     assert torch.equal(first, second) != training, "new dropout masks at every pass, in training"
 
 
+@pytest.mark.parametrize("architecture", ["vit", "swin"])
+def test_no_graph_breaks(
+    architecture: str, tiny_vit: Make, tiny_swin: Make, graph_breaks: Callable[..., int], show: Callable[..., None]
+) -> None:
+    breaks = graph_breaks(*make(architecture, tiny_vit, tiny_swin))
+    show("Adapted models under torch.compile", f"timm, {architecture}", "graph breaks", breaks)
+    assert breaks == 0
+
+
+def test_graph_breaks_are_counted(graph_breaks: Callable[..., int]) -> None:
+    class Printing(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            print("printing cannot be compiled")
+            return x + 1
+
+    assert graph_breaks(Printing(), torch.ones(2)) == 1
+
+
 def test_equals_eager_under_autocast(tiny_vit: Make, tiny_swin: Make, randomize: Make) -> None:
     model, x = make("vit", tiny_vit, tiny_swin, dropout=0.0)
     randomize(model, std=0.2).train()

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,9 @@ def results(folder: Path, way: str, checkpointing: bool) -> list[dict[str, Any]]
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("way", run.WAYS)
-def test_two_processes_train_as_one(way: str, checkpointing: bool, folder: Path) -> None:
+def test_two_processes_train_as_one(
+    way: str, checkpointing: bool, folder: Path, show: Callable[[str, str, str, object], None]
+) -> None:
     make, _ = run.WAYS[way]
     expected = run.plain(make(0, checkpointing), *run.batch())
     for result in results(folder, way, checkpointing):
@@ -53,6 +56,12 @@ def test_two_processes_train_as_one(way: str, checkpointing: bool, folder: Path)
         assert result["trained"].keys() == expected["trained"].keys()
         worst = {n: (t - expected["trained"][n]).abs().max().item() for n, t in result["trained"].items()}
         assert max(worst.values()) < 1e-5, worst  # three steps of Adam move an entry by 3e-2
+        row, of_losses = (
+            f"{way}{', checkpointing' * checkpointing}",
+            zip(result["losses"], expected["losses"], strict=True),
+        )
+        show("Two processes, largest difference from one", row, "of a loss", max(abs(a - b) for a, b in of_losses))
+        show("Two processes, largest difference from one", row, "of a trained entry", max(worst.values()))
 
 
 def test_ddp_sends_gradients_of_factors_and_head_once_a_step(folder: Path) -> None:

@@ -39,11 +39,12 @@ GB = 2**30
 
 
 @pytest.fixture
-def case(record_property: Callable[[str, object], None]) -> Case:
+def case(show: Callable[..., None]) -> Case:
     """Notes a row of the table, which the page must have; there "…" stands for anything."""
 
     def note(name: str, happened: str, earlier: str = "unchanged") -> None:
-        record_property("fault", f"{name}: {happened}, earlier files {earlier}")
+        show("What went wrong on purpose", name, "what was there", earlier)
+        show("What went wrong on purpose", name, "what happened", happened[:120])
         assert name in ROWS, f"docs/faults.md lacks the row\n| {name} | {happened} | {earlier} |"
         pattern = ".*".join(map(re.escape, ROWS[name].split("…")))
         assert re.fullmatch(pattern, f"{happened} | {earlier}"), f"{ROWS[name]}\n{happened} | {earlier}"

@@ -78,6 +78,12 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
+def contract(name: str, show: Callable[..., None]) -> Callable[..., None]:
+    """Notes that the method keeps a part of the contract, or a figure of it."""
+    return lambda column, value="yes": show("Methods", name, column, value)
+
+
+@pytest.fixture
 def adapted(name: str, tiny_vit: Make, randomize: Callable[..., nn.Module]) -> nn.Module:
     """The tiny ViT in eval mode, adapted, with random factors."""
     return randomize(efft.apply(tiny_vit().eval(), config_of(name)))
@@ -88,16 +94,19 @@ def test_every_method_is_tested() -> None:
     assert all(config.method == name for name, (config, _) in METHODS.items())
 
 
-def test_nothing_changes_at_the_start(name: str, tiny_vit: Make, images: Tensor) -> None:
+def test_nothing_changes_at_the_start(name: str, tiny_vit: Make, images: Tensor, contract: Callable[..., None]) -> None:
     model = tiny_vit().eval()
     before = model(images)
     efft.apply(model, config_of(name))
     if name not in NOT_MERGED:
         assert all(not layer.delta_weight().any() for layer in adapted_layers(model).values())
     torch.testing.assert_close(model(images), before)
+    contract("apply")
 
 
-def test_training_changes_the_factors_and_the_head_alone(name: str, tiny_vit: Make, images: Tensor) -> None:
+def test_training_changes_the_factors_and_the_head_alone(
+    name: str, tiny_vit: Make, images: Tensor, contract: Callable[..., None]
+) -> None:
     model = efft.apply(tiny_vit(), config_of(name))
     before, labels = tensors(model), torch.tensor([0, 3, 1])
     optimizer = torch.optim.AdamW(efft.parameter_groups(model, lr=0.002))
@@ -112,6 +121,7 @@ def test_training_changes_the_factors_and_the_head_alone(name: str, tiny_vit: Ma
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trained == {n for n, _ in efft.named_factors(model)} | {"head.weight", "head.bias"}
     assert {n for n, t in model.state_dict().items() if not torch.equal(t, before[n])} == trained
+    contract("train")
 
 
 def test_every_factor_has_a_gradient(name: str, adapted: nn.Module, images: Tensor) -> None:
@@ -130,7 +140,12 @@ def test_layers_that_run_again_in_backward(adapted: nn.Module, images: Tensor) -
 
 
 def test_a_loaded_adapter_computes_the_same(
-    name: str, adapted: nn.Module, tiny_vit: Make, images: Tensor, tmp_path: Path
+    name: str,
+    adapted: nn.Module,
+    tiny_vit: Make,
+    images: Tensor,
+    tmp_path: Path,
+    contract: Callable[..., None],
 ) -> None:
     efft.save_adapter(adapted, tmp_path, info={"top-1": 0.5})
     fresh = tiny_vit().eval()
@@ -142,18 +157,21 @@ def test_a_loaded_adapter_computes_the_same(
     card = (tmp_path / "README.md").read_text()
     assert f"Method: {name} ([arXiv " in card
     efft.load_adapter(adapted, tmp_path)  # fits an adapted model too
+    contract("save and load")
 
 
-def test_merging(name: str, adapted: nn.Module, images: Tensor) -> None:
+def test_merging(name: str, adapted: nn.Module, images: Tensor, contract: Callable[..., None]) -> None:
     if name in NOT_MERGED:
         pytest.skip("a nonlinearity: see test_adapters_are_not_merged")
     before, weights = adapted(images), tensors(adapted)
     assert "nothing" not in str(efft.merge(adapted))
     assert not torch.equal(adapted.blocks[0].attn.qkv.weight, weights["blocks.0.attn.qkv.weight"])
-    torch.testing.assert_close(adapted(images), before, rtol=1e-4, atol=1e-4)
+    merged = adapted(images)
+    torch.testing.assert_close(merged, before, rtol=1e-4, atol=1e-4)
     efft.unmerge(adapted)
     assert torch.equal(adapted(images), before)
     assert all(torch.equal(t, weights[n]) for n, t in adapted.state_dict().items())
+    contract("merged - unmerged", (merged - before).abs().max().item())
 
 
 def test_merged_state_dict_is_that_of_the_plain_model(
@@ -192,20 +210,22 @@ def test_adapters_are_not_merged(tiny_vit: Make, randomize: Callable[..., nn.Mod
         torch.testing.assert_close(model(images), tiny_vit().eval()(images))
 
 
-def test_removing(adapted: nn.Module, tiny_vit: Make, images: Tensor) -> None:
+def test_removing(adapted: nn.Module, tiny_vit: Make, images: Tensor, contract: Callable[..., None]) -> None:
     plain = tiny_vit().eval()
     efft.remove(adapted)
     state = plain.state_dict()
     assert adapted.state_dict().keys() == state.keys()
     assert all(torch.equal(t, state[n]) for n, t in adapted.state_dict().items())
     assert torch.equal(adapted(images), plain(images))
+    contract("remove")
 
 
-def test_number_of_parameters(name: str, tiny_vit: Make) -> None:
+def test_number_of_parameters(name: str, tiny_vit: Make, contract: Callable[..., None]) -> None:
     model, config = tiny_vit(), config_of(name)
     planned = count_plan(model, make_plan(model, config))
     assert planned.factors == METHODS[name][1]
     assert efft.count_parameters(efft.apply(model, config)) == planned
+    contract("parameters, as by the formula", planned.factors)
 
 
 def test_config_goes_through_its_dict(name: str) -> None:
@@ -234,7 +254,7 @@ def test_part_of_the_layers(name: str, tiny_vit: Make, randomize: Callable[..., 
 
 
 @pytest.mark.slow
-def test_compiles_without_graph_breaks(adapted: nn.Module, images: Tensor) -> None:
+def test_compiles_without_graph_breaks(adapted: nn.Module, images: Tensor, contract: Callable[..., None]) -> None:
     expected = adapted(images)
     torch._dynamo.reset()  # it makes at most 8 graphs of a function, and every method needs its own
     compiled = torch.compile(adapted, fullgraph=True, backend="aot_eager")
@@ -243,6 +263,7 @@ def test_compiles_without_graph_breaks(adapted: nn.Module, images: Tensor) -> No
     factors = [p for _, p in efft.named_factors(adapted)]
     gradients: list[Any] = [torch.autograd.grad(y.square().sum(), factors) for y in (actual, adapted(images))]
     torch.testing.assert_close(*gradients)
+    contract("one piece for torch.compile")
 
 
 def test_unknown_methods_are_refused() -> None:

@@ -109,12 +109,15 @@ def make(name: str) -> nn.Module:
     return model
 
 
-def run(name: str, model: nn.Module) -> Tensor:
+def inputs(name: str) -> dict[str, Tensor]:
     if "vocab_size" in MODELS[name][1]:
-        output = model(input_ids=torch.arange(3, 17).view(2, 7))
-    else:
-        pixels = SWIN["image_size"] if name == "swin" else SIZES["image_size"]
-        output = model(pixel_values=torch.randn(2, 3, pixels, pixels, generator=torch.Generator().manual_seed(1)))
+        return {"input_ids": torch.arange(3, 17).view(2, 7)}
+    pixels = SWIN["image_size"] if name == "swin" else SIZES["image_size"]
+    return {"pixel_values": torch.randn(2, 3, pixels, pixels, generator=torch.Generator().manual_seed(1))}
+
+
+def run(name: str, model: nn.Module) -> Tensor:
+    output = model(**inputs(name))
     y: Tensor = output.logits if hasattr(output, "logits") else output.last_hidden_state
     return y
 
@@ -148,6 +151,14 @@ def test_all_of(name: str, randomize: Make, tmp_path: Path) -> None:
     assert torch.equal(run(name, again), y)
     efft.merge(again)
     torch.testing.assert_close(run(name, again), y, rtol=1e-4, atol=1e-4 * float(base.abs().max()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_compiles_without_graph_breaks(name: str, graph_breaks: Callable[..., int], show: Callable[..., None]) -> None:
+    breaks = graph_breaks(efft.apply(make(name), efft.EfftConfig(rank=2)), **inputs(name))
+    show("Adapted models under torch.compile", f"transformers, {name}", "graph breaks", breaks)
+    assert breaks == 0
 
 
 def test_grouped_queries_use_the_first_columns(randomize: Make) -> None:
