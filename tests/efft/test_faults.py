@@ -151,6 +151,15 @@ def test_a_pickle_in_place_of_the_weights(
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_lora_checkpoint_cut_off(
+    adapted_vit: Make, tiny_vit: Make, refused: Refused, unchanged: Unchanged, tmp_path: Path
+) -> None:
+    folder, model = efft.export_lora(adapted_vit(), tmp_path), tiny_vit()
+    os.truncate(folder / WEIGHTS, 3000)
+    with unchanged(model), refused("LoRA checkpoint of peft cut off"):
+        efft.import_lora(model, folder)
+
+
 # --- saving -----------------------------------------------------------------------------------------------------------
 
 
