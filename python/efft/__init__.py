@@ -5,6 +5,7 @@ efft.save_adapter(model, "out/")
 """
 
 from efft.config import EfftConfig
+from efft.fact_import import import_fact
 from efft.fusion import fuse, unfuse
 from efft.hub import from_pretrained, push_to_hub
 from efft.inject import (
@@ -37,6 +38,7 @@ __all__ = [
     "freeze_backbone",
     "from_pretrained",
     "fuse",
+    "import_fact",
     "import_lora",
     "load_adapter",
     "merge",

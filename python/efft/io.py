@@ -221,12 +221,17 @@ def read_tensors(path: Path, content: bytes) -> dict[str, Tensor]:
         tensors = dict(sorted(deserialize(content).items()))  # in every process in the same order
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from None
+    check_numbers(tensors, str(path))
+    return tensors
+
+
+def check_numbers(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Raise ValueError if something is no finite number."""
     for name, tensor in tensors.items():
         if tensor.is_complex() or (_FACTOR.match(name) and not tensor.is_floating_point()):
-            raise ValueError(f"{path} is damaged: {name} is {tensor.dtype}, expected floating-point numbers")
+            raise ValueError(f"{source} is damaged: {name} is {tensor.dtype}, expected floating-point numbers")
         if not torch.isfinite(tensor.double()).all():
-            raise ValueError(f"{path} is damaged: {name} has NaN or infinite entries")
-    return tensors
+            raise ValueError(f"{source} is damaged: {name} has NaN or infinite entries")
 
 
 def misfits(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> tuple[list[str], list[str]]:

@@ -1,0 +1,115 @@
+"""Import of what FacT's authors' code saves (https://github.com/JieShibo/PETL-ViT, FacT-TT and FacT-TK), exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from efft.inject import apply, bank_of, check_plain
+from efft.io import check_numbers, misfits
+from efft.methods.base import MethodGroup
+from efft.methods.fact_tt import FacTTTBank, FacTTTConfig
+from efft.plan import make_plan
+from efft.sharding import check_whole
+
+_U, _V, _K, _P = "FacTu.weight", "FacTv.weight", "FacTc", "FacTp"  # [r, d], [d, r]; Tucker: [r, r, r], [r, 12 blocks]
+
+_ATTENTION = ("q", "k", "v", "proj")
+#: Of a block: those, four of fc1 and four of fc2.
+_MATRICES = 12
+
+
+@torch.no_grad()
+def import_fact(model: nn.Module, tensors: Mapping[str, Tensor], scale: float) -> nn.Module:
+    """Adapt a ViT by FacT-TT (:class:`efft.methods.FacTTTConfig`) with the factors and head of a checkpoint of FacT.
+
+    Nothing is approximated. The cores of the Tucker form are multiplied out: its code arranges those of fc1 and fc2 as
+    no :class:`efft.methods.FacTTKConfig` does. What they compute stays the same, and goes on training as FacT-TT.
+
+    Args:
+        model: timm's ViT that the checkpoint was trained on, with its number of classes; not adapted.
+        tensors: what that code saved, from ``torch.load(path, weights_only=True)``: this library reads no pickles.
+        scale: s, which the checkpoint lacks: ``scale`` of the task's configuration there, or of the command.
+
+    Returns:
+        The same ``model``.
+
+    Raises:
+        TypeError: no tensors by name.
+        ValueError: other names or shapes than such a checkpoint has for this model, or something else than finite
+            numbers; the model is no such ViT, or adapted. It is then unchanged.
+    """
+    check_plain(model)
+    check_whole(model, "import_fact")
+    if not isinstance(tensors, Mapping) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise TypeError("expected the tensors of a FacT checkpoint by name: torch.load(path, weights_only=True)")
+    check_numbers(tensors, "the FacT checkpoint")
+    if _U not in tensors or tensors[_U].dim() != 2:
+        raise ValueError(f"expected the tensors of a FacT checkpoint, among them {_U!r} [r, d], got {sorted(tensors)}")
+    config = FacTTTConfig(rank=tensors[_U].shape[0], scale=scale)
+    plan = make_plan(model, config)
+    group, *others = plan.groups
+    blocks = dict.fromkeys(layer.target.block for layer in group.layers)
+    matrices = [(site.last - site.first, site.last) for site in group.sites.values()]
+    whole = sum(n for n, _ in matrices) == _MATRICES * len(blocks) == len(blocks) * max(last for _, last in matrices)
+    if others or not whole:
+        raise ValueError(
+            f"a FacT checkpoint is for ViTs with q, k, v, o and an MLP four times as wide in every block, which this "
+            f"{type(model).__name__} is not"
+        )
+    names, wrong = misfits(tensors, _shapes(model, group, plan.head, tucker=_K in tensors))
+    if names or wrong:
+        problems = "\n- ".join(names + wrong)
+        raise ValueError(f"the FacT checkpoint does not fit this {type(model).__name__}:\n- {problems}")
+    cores = _tucker(tensors) if _K in tensors else [_train(tensors, block) for block in blocks]
+    apply(model, config)
+    factors = bank_of(model)[group.name]
+    assert isinstance(factors, FacTTTBank)
+    factors.U.copy_(tensors[_U].t())
+    factors.V.copy_(tensors[_V].t())
+    for block, core in zip(factors.C, cores, strict=True):
+        block.copy_(core)
+    for head in plan.head:
+        for name, tensor in model.get_submodule(head).state_dict(keep_vars=True).items():
+            tensor.copy_(tensors[f"{head}.{name}"])
+    return model
+
+
+def _shapes(model: nn.Module, group: MethodGroup, head: list[str], tucker: bool) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a checkpoint for ``model``."""
+    r, d = group.config.rank, min(layer.d_in for layer in group.layers)
+    blocks = dict.fromkeys(layer.target.block for layer in group.layers)
+    shapes: dict[str, tuple[int, ...]] = {_U: (r, d), _V: (d, r)}
+    if tucker:
+        shapes |= {_K: (r, r, r), _P: (r, _MATRICES * len(blocks))}
+    else:
+        for block in blocks:
+            shapes |= {f"{block}.attn.{part}_FacTs.weight": (r, r) for part in _ATTENTION}
+            shapes |= {f"{block}.mlp.fc1_FacTs.weight": (4 * r, r), f"{block}.mlp.fc2_FacTs.weight": (r, 4 * r)}
+    for name in head:
+        state = model.get_submodule(name).state_dict()
+        shapes |= {f"{name}.{key}": tuple(tensor.shape) for key, tensor in state.items()}
+    return shapes
+
+
+def _train(tensors: Mapping[str, Tensor], block: str) -> Tensor:
+    """The cores ``[12, r, r]`` of a block, from the weights of linear layers between FacTu and FacTv."""
+    attention = [tensors[f"{block}.attn.{part}_FacTs.weight"].t() for part in _ATTENTION]
+    up, down = (tensors[f"{block}.mlp.fc{i}_FacTs.weight"] for i in (1, 2))  # [4 r, r], [r, 4 r]
+    r = len(down)
+    return torch.cat([torch.stack(attention), up.view(4, r, r).mT, down.t().reshape(4, r, r)])
+
+
+def _tucker(tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    """The same of every block, from a Tucker product; for fc1 and fc2 the code reshapes [r, r, 4] of it to [r, 4 r]."""
+    K, P = tensors[_K], tensors[_P]
+    r = len(K)
+    cores = []
+    for columns in P.split(_MATRICES, dim=1):
+        product = K @ columns  # [r, r, 12]
+        up, down = (product[:, :, first : first + 4].reshape(r, 4 * r) for first in (4, 8))
+        attention = product[:, :, :4].permute(2, 0, 1)
+        cores.append(torch.cat([attention, up.view(r, 4, r).transpose(0, 1), down.t().reshape(4, r, r)]))
+    return cores
