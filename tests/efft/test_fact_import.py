@@ -88,7 +88,9 @@ FORMS: dict[str, tuple[Callable[[], Tensors], Callable[[Tensors, int], Tensors]]
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_updates_of_the_formula(form: str, tiny_vit: Make, images: Tensor, tmp_path: Path) -> None:
+def test_the_updates_of_the_formula(
+    form: str, tiny_vit: Make, images: Tensor, tmp_path: Path, show: Callable[..., None]
+) -> None:
     make, dense = FORMS[form]
     tensors = make()
     model = efft.import_fact(tiny_vit().eval(), tensors, scale=S)
@@ -105,6 +107,8 @@ def test_the_updates_of_the_formula(form: str, tiny_vit: Make, images: Tensor, t
         expected = plain(images)
     assert (expected - before).abs().max() > 0.1 * expected.abs().max(), "an update that matters"
     torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-5)
+    error = ((model(images) - expected).abs().max() / expected.abs().max()).item()
+    show("Imported checkpoints, of the largest logit", form, "difference", error)
     again = efft.load_adapter(tiny_vit().eval(), efft.save_adapter(model, tmp_path))
     assert torch.equal(again(images), model(images))
 

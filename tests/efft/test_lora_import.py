@@ -115,7 +115,7 @@ def under_peft(case: str, **changes: Any) -> nn.Module:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_numbers_of_peft(case: str, tmp_path: Path) -> None:
+def test_the_numbers_of_peft(case: str, tmp_path: Path, show: Callable[..., None]) -> None:
     make, x, _ = CASES[case]
     theirs = under_peft(case)
     theirs.save_pretrained(tmp_path / "lora")
@@ -124,6 +124,7 @@ def test_the_numbers_of_peft(case: str, tmp_path: Path) -> None:
     error, size = (run(model, x) - expected).abs().max().item(), expected.abs().max().item()
     assert (expected - plain).abs().max() > 0.05 * size, "an update that matters"
     assert error <= 1e-5 * size
+    show("Imported checkpoints, of the largest logit", f"LoRA of peft, {case}", "difference", error / size)
     again = efft.load_adapter(base(make), efft.save_adapter(model, tmp_path / "ours"))
     assert torch.equal(run(again, x), run(model, x))
     trained = sum(p.numel() for p in theirs.parameters() if p.requires_grad)
