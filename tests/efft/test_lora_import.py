@@ -24,7 +24,8 @@ Make = Callable[..., nn.Module]
 Unchanged = Callable[[nn.Module], AbstractContextManager[None]]
 PREFIX = "base_model.model."
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_labels": 5}
-PIXELS = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+_generator = torch.Generator().manual_seed(1)
+PIXELS, VECTORS = torch.randn(3, 3, 16, 16, generator=_generator), torch.randn(3, 8, generator=_generator)
 
 
 class Nested(nn.Module):
@@ -82,9 +83,9 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, Any]]] = {
         torch.arange(14).view(2, 7),
         {"r": 4, "target_modules": ["query", "value", "output.dense"], "task_type": "SEQ_CLS"},
     ),
-    "convolutions": (convolutions, torch.randn(2, 3, 6, 6), {"r": 2, "target_modules": ["0", "2"]}),
-    "names that end alike": (Nested, torch.randn(3, 8), {"r": 2, "target_modules": r"(enc\.)?fc"}),
-    "one of those that end alike": (Nested, torch.randn(3, 8), {"r": 2, "target_modules": r"^fc$"}),
+    "convolutions": (convolutions, PIXELS, {"r": 2, "target_modules": ["0", "2"]}),
+    "names that end alike": (Nested, VECTORS, {"r": 2, "target_modules": r"(enc\.)?fc"}),
+    "one of those that end alike": (Nested, VECTORS, {"r": 2, "target_modules": r"^fc$"}),
 }
 
 
