@@ -1,4 +1,4 @@
-"""Patterns of layer names, which a stranger's file may have: none takes longer than its length times that of the name.
+"""Patterns of layer names, which a stranger's file may have: each character of a name costs a bounded time.
 
 Python's ``re`` tries one way through a pattern after the other, and there can be more of them than there is time for.
 Here all are followed at once: an expression becomes its characters, and which of them may follow which (Glushkov's

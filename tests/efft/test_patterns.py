@@ -1,4 +1,4 @@
-"""Patterns of layer names: the language of ``re``, as far as it is understood, in a time that no pattern drags out."""
+"""Patterns of layer names: the language of ``re``, as far as it is understood, in a bounded time."""
 
 from __future__ import annotations
 
