@@ -300,9 +300,9 @@ def main(arguments: list[str]) -> int:
         prog="python -m efft_kernels build", description="Compile the extension, csrc/, into a cache."
     )
     parser.add_argument("--targets", choices=("auto", *TARGETS), help="what to build; default: EFFT_BUILD_EXT, or auto")
-    wish = parser.parse_args(arguments).targets or wished(os.environ)
+    named = parser.parse_args(arguments).targets
     try:
-        targets, summary = plan(wish)
+        targets, summary = plan(named or wished(os.environ))
         print("\n".join(summary))
         for path in build_into_cache(targets):
             print(f"built {path} ({path.stat().st_size / 1024:.0f} KiB)")

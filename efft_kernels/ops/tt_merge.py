@@ -37,10 +37,14 @@ def tt_merge_(
         backend: see :mod:`efft_kernels.backends`.
 
     Raises:
-        ValueError: shapes do not fit together.
+        ValueError: shapes do not fit together, or W is an expanded tensor.
         RuntimeError: the backend asked for cannot run this call.
     """
     check_delta("tt_merge_", W, D, G)
+    if any(stride == 0 and size > 1 for size, stride in zip(W.shape, W.stride(), strict=True)):
+        raise ValueError(
+            "tt_merge_: entries of W share memory (it is expanded), so it cannot be changed in place; clone it"
+        )
     chosen = resolve("tt_merge_", backend, W, D, G)
     if chosen is Backend.REFERENCE:
         return reference.tt_merge_(W, D, G, sign)

@@ -203,9 +203,15 @@ def parameter_groups(
     ``scales``.
 
     As in the paper's recipe the weight decay acts on factors and head; scales have none. Works on a model without
-    factors (linear probe) too. Empty groups are left out.
+    factors (linear probe) too; a UserWarning says so where nothing is frozen. Empty groups are left out.
     """
     bank = getattr(model, "efft", None)
+    if bank is None and all(p.requires_grad for p in model.parameters()):
+        warnings.warn(
+            f"this {type(model).__name__} is not adapted and nothing in it is frozen, so all of it will be trained: "
+            "call efft.apply(model, ...) first (for full fine-tuning, pass model.parameters() to the optimizer)",
+            stacklevel=2,
+        )
     factors = dict(bank.named_parameters("efft")) if isinstance(bank, Bank) else {}
     scales = [p for n, p in factors.items() if n.endswith(".scale")]
     own = {id(p) for p in factors.values()}  # not by name: a compiled model's start with _orig_mod.

@@ -238,4 +238,4 @@ def _present(linears: dict[str, nn.Linear]) -> str:
 def _listed(layers: Iterable[str]) -> str:
     names = list(layers)
     more = f", ... ({len(names)} in all)" if len(names) > 12 else ""
-    return f"{', '.join(names[:12]) or 'none'}{more}"
+    return f"{', '.join(map(repr, names[:12])) or 'none'}{more}"

@@ -376,6 +376,11 @@ def test_parameter_groups_default_and_empty(tiny_vit: Make) -> None:
     assert [g["name"] for g in efft.parameter_groups(probe, lr=1e-3)] == ["head"]
 
 
+def test_parameter_groups_warn_where_nothing_is_frozen(tiny_vit: Make) -> None:
+    with pytest.warns(UserWarning, match="is not adapted and nothing in it is frozen, so all of it will be trained"):
+        efft.parameter_groups(tiny_vit(), lr=1e-3)
+
+
 def test_head_learning_rate_of_zero(tiny_vit: Make) -> None:
     groups = efft.parameter_groups(efft.apply(tiny_vit(), efft.EfftConfig(rank=4)), lr=1e-3, head_lr=0.0)
     assert {g["name"]: g["lr"] for g in groups} == {"factors": 1e-3, "head": 0.0}

@@ -77,7 +77,7 @@ def test_unknown_architecture_lists_its_layers() -> None:
     message = (
         "targets='all' needs a known architecture (of timm: ViT, DeiT, DINOv2, Swin; of transformers: these, BEiT, "
         "CLIP, BERT, LLaMA and their like), and no layer of this Sequential is named like one; name the layers: "
-        "EfftConfig(targets=[...]). Linear layers present: 0, 1"
+        "EfftConfig(targets=[...]). Linear layers present: '0', '1'"
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         names(model)
@@ -88,7 +88,7 @@ def test_unknown_architecture_lists_its_layers() -> None:
 def test_typo_names_the_nearest(tiny_vit: Make) -> None:
     message = (
         r"targets: 'attn.qvk' matches no linear layer of this VisionTransformer; nearest: .*attn.qkv.*"
-        r"Linear layers present: blocks.0.attn.qkv"
+        r"Linear layers present: 'blocks.0.attn.qkv'"
     )
     with pytest.raises(ValueError, match=message):
         names(tiny_vit(), targets=["qkv", "attn.qvk"])
@@ -224,6 +224,6 @@ def test_head_is_never_adapted() -> None:
     model.head = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     assert names(model, targets=[".*"]) == ["body", "header"]
     with pytest.raises(
-        ValueError, match=r"targets: 'head.0' matches no linear layer.*Linear layers present: body, header"
+        ValueError, match=r"targets: 'head.0' matches no linear layer.*Linear layers present: 'body', 'header'"
     ):
         names(model, targets=["head.0"])

@@ -118,6 +118,13 @@ def test_tensors_of_another_device_or_kind(backend: Backend, name: str) -> None:
         tt_merge_(**{**inputs, name: inputs[name].long()}, backend=backend)
 
 
+def test_expanded_weight_is_refused(backend: Backend) -> None:
+    inputs = make_inputs("tt_merge_")
+    expanded = inputs["W"][:1].expand_as(inputs["W"])
+    with pytest.raises(ValueError, match=r"tt_merge_: entries of W share memory .*; clone it"):
+        tt_merge_(**{**inputs, "W": expanded}, backend=backend)
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
 def test_registered_op_is_well_behaved(kernels: Backend, layout: str, dtype: torch.dtype) -> None:
     inputs = make_inputs("tt_merge_", dtype=dtype, factor_dtype=torch.float32)

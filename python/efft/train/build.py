@@ -85,7 +85,8 @@ def choose_trainable(model: nn.Module, config: TrainConfig) -> nn.Module:
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW on everything trainable."""
-    groups = efft.parameter_groups(model, lr=config.lr, weight_decay=config.weight_decay)
+    full = config.method == "full"
+    groups = model.parameters() if full else efft.parameter_groups(model, config.lr, config.weight_decay)
     return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
 
 
