@@ -70,7 +70,7 @@ def inspect(source: Path, flags: Sequence[str], target: str, tools: Tools) -> li
         if done.returncode != 0:
             error = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[-200:])
             return [Report(source.name, target, faults=[f"does not compile: {error}"])]
-        code = _run(_tool("nvdisasm", tools), "-c", str(cubin))
+        code = _run(find_tool("nvdisasm", tools), "-c", str(cubin))
     reports = read(done.stderr, code, target)
     if not reports:
         return [Report(source.name, target, faults=["nothing could be read from the compiled code"])]
@@ -153,7 +153,7 @@ def _readable(name: str) -> str:
     return re.sub(r"\((?:const )?[A-Z]\w+[,)].*|(?<=>)\(.*", "", name)
 
 
-def _tool(name: str, tools: Tools) -> str:
+def find_tool(name: str, tools: Tools) -> str:
     """A tool of the CUDA toolkit, or of Triton's wheel."""
     assert tools.nvcc is not None
     spec = importlib.util.find_spec("triton")

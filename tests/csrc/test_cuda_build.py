@@ -25,6 +25,15 @@ def tools() -> Tools:
         pytest.skip(str(missing))
 
 
+@pytest.fixture(scope="module")
+def tools_of_report(tools: Tools) -> Tools:
+    try:
+        cuda_report.find_tool("nvdisasm", tools)
+    except BuildError as missing:
+        pytest.skip(str(missing))
+    return tools
+
+
 def kernels(name: str, tools: Tools) -> tuple[Path, list[str]]:
     return next((path, flags) for path, flags in build.cuda_sources(tools.cutlass) if path.name == name)
 
@@ -140,19 +149,20 @@ def test_what_is_a_fault(change: dict[str, object], said: str, fault: str) -> No
     ids=["no products", "too many stages", "too few registers", "an error"],
 )
 def test_planted_faults_are_reported(
-    tools: Tools, tmp_path: Path, file: str, what: str, instead: str, fault: str
+    tools_of_report: Tools, tmp_path: Path, file: str, what: str, instead: str, fault: str
 ) -> None:
     folder = shutil.copytree(build.sources() / "cuda", tmp_path / "cuda")
     text = (folder / file).read_text()
     assert what in text
     (folder / file).write_text(text.replace(what, instead))
-    reports = inspect(folder / "lowrank_gemm.cu", [], "80", tools)
+    reports = inspect(folder / "lowrank_gemm.cu", [], "80", tools_of_report)
     assert any(fault in found for report in reports for found in report.faults), reports
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", cuda_report.TARGETS)
-def test_no_kernel_has_a_fault(tools: Tools, target: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.usefixtures("tools_of_report")
+def test_no_kernel_has_a_fault(target: str, capsys: pytest.CaptureFixture[str]) -> None:
     code = main(["--targets", target])
     said = capsys.readouterr().out
     print(said)
