@@ -118,6 +118,28 @@ class TTFactors(FactorBank):
         if self.log_scale is not None:
             nn.init.zeros_(self.log_scale)
 
+    @torch.no_grad()
+    def replace(self, U: Tensor, C: Tensor, V: Tensor) -> None:
+        """Put in other factors, of any ranks, as new parameters: an optimizer must be made anew.
+
+        Args:
+            U, C, V: ``[d_in, r1]``, ``[n_layers or 1, n_cores, r1, r2]``, ``[r2, d_out]``; copies get the dtype and
+                device of those that go.
+
+        Raises:
+            ValueError: the shapes do not fit together or this bank.
+        """
+        r1, r2 = C.shape[-2:]
+        expected = (self.d_in, r1), (*self.C.shape[:2], r1, r2), (r2, self.d_out)
+        got = tuple(tuple(factor.shape) for factor in (U, C, V))
+        if got != expected:
+            raise ValueError(f"TTFactors.replace: expected U, C, V of shapes {expected}, got {got}")
+        for name, factor in (("U", U), ("C", C), ("V", V)):
+            old = getattr(self, name)
+            new = factor.detach().to(old.device, old.dtype, copy=True, memory_format=torch.contiguous_format)
+            setattr(self, name, nn.Parameter(new, requires_grad=old.requires_grad))
+        self.r1, self.r2 = r1, r2
+
     def follow_scale(self, leader: TTFactors) -> None:
         """Multiply s by what training makes of that of ``leader``, which owns the parameter."""
         self.__dict__["leader"] = leader  # not registered: owned once
