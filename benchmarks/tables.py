@@ -244,11 +244,9 @@ def text() -> str:
     for name, lines in groups.items():
         accuracies = [100 * line["test_accuracy"] for line in lines]
         spread = f" ± {stdev(accuracies):.1f}" if len(lines) > 1 else ""
-        parameters, seconds = (
-            _cell(lines[0], field, lambda x, field=field: f"{x[field]:,.0f}") for field in ("parameters", "seconds")
-        )
-        rows.append([name, parameters, f"{fmean(accuracies):.1f}{spread}", str(len(lines)), seconds])
-    header = ["method", "trained parameters", "test accuracy, %", "seeds", "seconds a run"]
+        parameters = _cell(lines[0], "parameters", lambda x: f"{x['parameters']:,}")
+        rows.append([name, parameters, f"{fmean(accuracies):.1f}{spread}", str(len(lines))])
+    header = ["method", "trained parameters", "test accuracy, %", "seeds"]
     return with_sources(header, rows, _by_command(newest.values())) if rows else NOTHING
 
 

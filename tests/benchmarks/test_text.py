@@ -94,10 +94,10 @@ def write(path: Path, lines: list[dict[str, Any]]) -> None:
 def test_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(record, "RESULTS", tmp_path)
     assert tables.text() == tables.NOTHING
-    common = {"task": "docstrings", "row": "EFFT2", "parameters": 12345, "seconds": 30.4}
+    common = {"task": "docstrings", "row": "EFFT2", "parameters": 12345}
     words = {"task": "docstrings", "row": "bag of words", "seed": 0, "test_accuracy": 0.61}
     runs = [(0, 0.1), (0, 0.8), (1, 0.9)]  # the first was repeated
     write(tmp_path / "text.jsonl", [*({**common, "seed": s, "test_accuracy": a} for s, a in runs), words])
     shown = tables.text().splitlines()
-    assert shown[2:4] == ["| EFFT2 | 12,345 | 85.0 ± 7.1 | 2 | 30 |", "| bag of words | - | 61.0 | 1 | - |"]
+    assert shown[2:4] == ["| EFFT2 | 12,345 | 85.0 ± 7.1 | 2 |", "| bag of words | - | 61.0 | 1 |"]
     assert shown[-1] == "- docstrings: `x`, commit abc1234, Test CPU; torch 2.10; 2026-01-02"
