@@ -16,9 +16,10 @@ COMMANDS = {
     "quantized": ("benchmarks.quantized", "int8, fp8 and nf4 backbones: error, time, memory"),
     "scaling": ("benchmarks.scaling", "how time grows with tokens and rank"),
     "subspaces": ("benchmarks.studies.subspaces", "what shared factors can express of a full fine-tuning update"),
+    "text": ("benchmarks.studies.text", "EFFT2, LoRA and a linear probe on a text transformer"),
     "compare": ("benchmarks.compare", "what got slower between two result files or revisions"),
     "plot": ("benchmarks.plots", "pictures from result files"),
-    "tables": ("benchmarks.readme", "the README's tables from result files"),
+    "tables": ("benchmarks.readme", "the documentation's tables from result files"),
     "gpu": ("benchmarks.gpu", "everything, in order of importance, within a time budget"),
 }
 

@@ -1,6 +1,7 @@
-"""The README's tables, written from result files and from the library itself; a test fails when they differ.
+"""The tables of the README and of docs/experiments.md, from result files and from the library itself; tests fail when
+they differ.
 
-    python -m benchmarks tables          # rewrite the tables in README.md
+    python -m benchmarks tables          # rewrite the tables in both
     python -m benchmarks tables ops_gpu  # print one of them
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``.
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +20,8 @@ from benchmarks import tables
 from benchmarks.markdown import table
 from benchmarks.record import RESULTS
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", ROOT / "docs/experiments.md")
 
 
 def parameters() -> str:
@@ -59,17 +62,27 @@ def parameters() -> str:
     return table(["model, the paper's ranks", "EFFT1", "EFFT2", "EFFT2, shared cores"], rows)
 
 
-def accuracy() -> str:
-    """Means over the tasks of the suite ``local``, as far as it has been run."""
-    from efft.compare import report, suite
+def accuracy(suite: str, what: Literal["means", "comparisons"] = "means") -> str:
+    """Means over the tasks of a suite, or the paired tests of its methods, as far as it has been run."""
+    from efft.compare import report
+    from efft.compare import suite as suites
     from efft.compare.plan import Plan
     from efft.compare.store import read
 
-    results = RESULTS / "compare_local.jsonl"
-    return report.means(Plan(suite.load("local")), read(results)) if results.is_file() else "Not run."
+    results = RESULTS / f"compare_{suite}.jsonl"
+    found = getattr(report, what)(Plan(suites.load(suite)), read(results)) if results.is_file() else ""
+    return found or tables.NOTHING
 
 
-TABLES: dict[str, Callable[[], str]] = {"parameters": parameters, **tables.TABLES, "accuracy": accuracy}
+TABLES: dict[str, Callable[[], str]] = {
+    "parameters": parameters,
+    **tables.TABLES,
+    "accuracy": partial(accuracy, "local"),
+    "comparisons": partial(accuracy, "local", "comparisons"),
+    "accuracy_efft2": partial(accuracy, "local_efft2"),
+    "comparisons_efft2": partial(accuracy, "local_efft2", "comparisons"),
+    "accuracy_grid": partial(accuracy, "local_grid"),
+}
 
 
 def render(text: str) -> str:
@@ -82,7 +95,7 @@ def render(text: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Rewrites the README, or prints the tables named."""
+    """Rewrites the pages, or prints the tables named."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks tables", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -93,8 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"no table {unknown[0]!r}; there are {', '.join(TABLES)}")
     for name in names:
         print(f"{TABLES[name]()}\n")
-    if not names:
-        README.write_text(render(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES if not names else ():
+        page.write_text(render(page.read_text(encoding="utf-8")), encoding="utf-8")
     return 0
 
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from benchmarks import record
@@ -214,6 +215,41 @@ def demo() -> str:
     return with_sources(header, cells, {"": runs[()]})
 
 
+def subspaces() -> str:
+    """Full fine-tuning's updates and gradients seen through bases of low rank, means over tasks and seeds."""
+    newest = {(x["of"], x["set"], x["task"], x["seed"]): x for x in read("subspaces")}
+    if not newest:
+        return NOTHING
+    groups: dict[tuple[str, str], list[Line]] = {}
+    for (of, name, *_), line in newest.items():
+        groups.setdefault((of, name), []).append(line)
+    measures = ("effective_rank", "own", "shared", "independent")
+    rows = []
+    for (of, name), lines in groups.items():
+        means = [fmean(line[measure] for line in lines) for measure in measures]
+        rows.append([of, name, f"{means[0]:.0f}", *(f"{mean:.1%}" for mean in means[1:])])
+    rank = next(iter(newest.values()))["rank"]
+    kept = ("bases of each matrix's own", "one pair of bases", "one pair, random directions")
+    header = ["of", "matrices", "effective rank", *(f"kept at rank {rank} by {bases}" for bases in kept)]
+    return with_sources(header, rows, _by_command(newest.values()))
+
+
+def text() -> str:
+    """Accuracy on docstrings of a text transformer, mean and standard deviation over seeds."""
+    newest = {(x["row"], x["seed"]): x for x in read("text")}
+    groups: dict[str, list[Line]] = {}
+    for (name, _), line in newest.items():
+        groups.setdefault(name, []).append(line)
+    rows = []
+    for name, lines in groups.items():
+        accuracies = [100 * line["test_accuracy"] for line in lines]
+        spread = f" ± {stdev(accuracies):.1f}" if len(lines) > 1 else ""
+        parameters = _cell(lines[0], "parameters", lambda x: f"{x['parameters']:,}")
+        rows.append([name, parameters, f"{fmean(accuracies):.1f}{spread}", str(len(lines))])
+    header = ["method", "trained parameters", "test accuracy, %", "seeds"]
+    return with_sources(header, rows, _by_command(newest.values())) if rows else NOTHING
+
+
 _BY_DEVICE = (train_step, ops, memory, serve, many_adapters, quantized)
 #: Every table by name.
 TABLES: dict[str, Callable[[], str]] = {
@@ -221,6 +257,8 @@ TABLES: dict[str, Callable[[], str]] = {
     **{f"{make.__name__}_gpu": partial(make, "cuda") for make in _BY_DEVICE},
     "train_step_gpu_graphs": partial(train_step, "cuda", cuda_graphs=True),
     "demo": demo,
+    "subspaces": subspaces,
+    "text": text,
 }
 
 
@@ -228,6 +266,15 @@ def with_sources(header: Sequence[str], rows: Iterable[Sequence[str]], runs: dic
     """A table, and below it where the figures of each run come from."""
     notes = [f"- {f'{key}: ' if key else ''}{provenance(lines[0])}" for key, lines in runs.items()]
     return table(header, rows) + "\n\n" + "\n".join(notes)
+
+
+def _by_command(lines: Iterable[Line]) -> dict[str, list[Line]]:
+    """The lines of each run, for :func:`with_sources`; where there are several, by what they were about."""
+    runs: dict[str, list[Line]] = {}
+    for line in lines:
+        runs.setdefault(line["date"], []).append(line)
+    titles = [", ".join(dict.fromkeys(str(line["task"]) for line in run)) for run in runs.values()]
+    return dict(zip(titles, runs.values(), strict=True))
 
 
 def provenance(line: Line) -> str:

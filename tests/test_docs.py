@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.readme import render
+
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.py"))
@@ -79,6 +81,11 @@ def test_figures_of_the_scaling_page(capsys: pytest.CaptureFixture[str]) -> None
     exec(compile(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0], "scaling.md", "exec"), {})
     for line in capsys.readouterr().out.splitlines():
         assert "| {} | {} | {} |".format(line.split()[0], *re.findall(r"[\d.]+%", line)) in page
+
+
+def test_tables_of_the_experiments_page_are_those_of_the_result_files() -> None:
+    page = (ROOT / "docs/experiments.md").read_text(encoding="utf-8")
+    assert render(page) == page, "run: python -m benchmarks tables"
 
 
 def test_site_builds(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_make_targets_exist() -> None:
 
 
 def test_tables_are_those_of_the_result_files() -> None:
-    assert render(README) == README, "run: python -m benchmarks.readme"
+    assert render(README) == README, "run: python -m benchmarks tables"
 
 
 def test_links_lead_to_files() -> None:

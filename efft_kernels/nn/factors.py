@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -55,12 +55,18 @@ class TTFactors(FactorBank):
         core_sharing: ``"per_layer"`` (cores ``[n_layers, n_cores, r1, r2]``) or ``"shared"`` (``[1, n_cores, r1, r2]``
             serve every layer, as in the paper's public code).
         scale: s, a plain multiplier.
-        trainable_scale: make s a parameter that starts at ``scale``.
+        trainable_scale: train the scale, one of the whole train (True) or one of each core of each layer
+            (``"matrix"``, also where layers share their cores). It is ``scale · exp(log_scale)``, from zero on: useful
+            scales lie between 0.01 and 100, and a step of the optimizer changes each of them by the same share, none
+            comes to zero (where all else would stop learning), and a weight decay pulls towards ``scale``.
         dropout: probability of zeroing an element of U, C and V in training (never of an activation); kept elements are
             rescaled by 1/(1-p).
         init: ``"v"`` or ``"u"``: the side that starts at zero.
         core_init: see :mod:`efft_kernels.nn.initialization`.
     """
+
+    leader: TTFactors | None = None
+    """See :meth:`follow_scale`."""
 
     def __init__(
         self,
@@ -72,7 +78,7 @@ class TTFactors(FactorBank):
         n_cores: int = 1,
         core_sharing: str = "per_layer",
         scale: float = 1.0,
-        trainable_scale: bool = False,
+        trainable_scale: bool | Literal["matrix"] = False,
         dropout: float = 0.0,
         init: str = "v",
         core_init: str = "last",
@@ -87,6 +93,8 @@ class TTFactors(FactorBank):
             raise ValueError(f"TTFactors: sizes and ranks must be at least 1, got {wrong}")
         if core_sharing not in ("per_layer", "shared"):
             raise ValueError(f"core_sharing must be 'per_layer' or 'shared', got {core_sharing!r}")
+        if trainable_scale not in (False, True, "matrix"):
+            raise ValueError(f"trainable_scale must be False, True or 'matrix', got {trainable_scale!r}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
         self.d_in, self.d_out, self.r1, self.r2 = d_in, d_out, r1, r2
@@ -97,19 +105,59 @@ class TTFactors(FactorBank):
         owners = n_layers if core_sharing == "per_layer" else 1
         self.C = nn.Parameter(torch.empty(owners, n_cores, r1, r2, **kw))
         self.V = nn.Parameter(torch.empty(r2, d_out, **kw))
-        self.scale: float | nn.Parameter = scale
+        self.initial_scale = scale
+        self.log_scale: nn.Parameter | None = None
         if trainable_scale:
-            self.scale = nn.Parameter(torch.full((), scale, **kw))
+            sizes_of_scale = (n_layers, n_cores) if trainable_scale == "matrix" else (1, 1)
+            self.log_scale = nn.Parameter(torch.empty(sizes_of_scale, **kw))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw U, C and V anew (see :func:`efft_kernels.nn.initialization.initialize`)."""
+        """Draw U, C and V anew (see :func:`efft_kernels.nn.initialization.initialize`); s is that of the start."""
         initialize(self.U, self.C, self.V, self.init, self.core_init)
+        if self.log_scale is not None:
+            nn.init.zeros_(self.log_scale)
+
+    @torch.no_grad()
+    def replace(self, U: Tensor, C: Tensor, V: Tensor) -> None:
+        """Put in other factors, of any ranks, as new parameters: an optimizer must be made anew.
+
+        Args:
+            U, C, V: ``[d_in, r1]``, ``[n_layers or 1, n_cores, r1, r2]``, ``[r2, d_out]``; copies get the dtype and
+                device of those that go.
+
+        Raises:
+            ValueError: the shapes do not fit together or this bank.
+        """
+        r1, r2 = C.shape[-2:]
+        expected = (self.d_in, r1), (*self.C.shape[:2], r1, r2), (r2, self.d_out)
+        got = tuple(tuple(factor.shape) for factor in (U, C, V))
+        if got != expected:
+            raise ValueError(f"TTFactors.replace: expected U, C, V of shapes {expected}, got {got}")
+        for name, factor in (("U", U), ("C", C), ("V", V)):
+            old = getattr(self, name)
+            new = factor.detach().to(old.device, old.dtype, copy=True, memory_format=torch.contiguous_format)
+            setattr(self, name, nn.Parameter(new, requires_grad=old.requires_grad))
+        self.r1, self.r2 = r1, r2
+
+    def follow_scale(self, leader: TTFactors) -> None:
+        """Multiply s by what training makes of that of ``leader``, which owns the parameter."""
+        self.__dict__["leader"] = leader  # not registered: owned once
+
+    def _log_scale(self) -> Tensor | None:  # [1, 1] or [n_layers, n_cores]
+        return (self if self.leader is None else self.leader).log_scale
+
+    @property
+    def scale(self) -> float | Tensor:
+        """s: a number or, where it is trained, a tensor [1, 1] or [n_layers, n_cores]."""
+        log_scale = self._log_scale()
+        return self.initial_scale if log_scale is None else self.initial_scale * log_scale.exp()
 
     @property
     def scale_value(self) -> float:
-        """s as a number, whether it is trained or not."""
-        return self.scale.item() if isinstance(self.scale, Tensor) else self.scale
+        """s as a number, whether it is trained or not; of several their geometric mean."""
+        log_scale = self._log_scale()
+        return self.initial_scale if log_scale is None else self.initial_scale * log_scale.mean().exp().item()
 
     def bind(self, site: Site) -> Binding:
         """Register a layer that uses ``site``; returns what to pass to :meth:`down_up`.
@@ -182,18 +230,16 @@ class TTFactors(FactorBank):
         keep = 1.0 - self.dropout
         first, last = site.columns or (0, self.d_out)
         V = self.V[:, first:last] if site.columns else self.V
-        C = take(self.C, 1, list(site.cores))
-        if self.core_sharing == "per_layer":
-            C = take(C, 0, [layers[row] for row in rows])
+        C = self._scaled_cores([layers[row] for row in rows], list(site.cores))
         if masks is None:
             if site.transpose:
-                return V.t(), tt_contract(C.transpose(-1, -2), self.U.t(), scale=self.scale)
-            return self.U, tt_contract(C, V, scale=self.scale)
+                return V.t(), tt_contract(C.transpose(-1, -2), self.U.t(), scale=self.initial_scale)
+            return self.U, tt_contract(C, V, scale=self.initial_scale)
         keep_U = take(masks.U[:, site.mask_scope], 0, rows)
         keep_C = take(take(masks.C, 1, list(site.cores)), 0, rows)
         keep_V = take(masks.V[:, site.mask_scope, :, first:last], 0, rows)
         C = C.expand_as(keep_C)
-        scale = self.scale / keep**2
+        scale = self.initial_scale / keep**2
         if site.transpose:
             G = tt_contract(
                 C.transpose(-1, -2),
@@ -204,6 +250,18 @@ class TTFactors(FactorBank):
             )
             return (V * keep_V).transpose(-1, -2) / keep, G
         return self.U * keep_U / keep, tt_contract(C, V, scale=scale, keep_C=keep_C, keep_V=keep_V)
+
+    def _scaled_cores(self, layers: list[int], cores: list[int]) -> Tensor:  # [len(layers) or 1, len(cores), r1, r2]
+        """The cores of these layers, times what training has made of the scale."""
+        C = take(self.C, 1, cores)
+        if self.core_sharing == "per_layer":
+            C = take(C, 0, layers)
+        log_scale = self._log_scale()
+        if log_scale is None:
+            return C
+        if log_scale.numel() > 1:
+            log_scale = take(take(log_scale, 1, cores), 0, layers)
+        return C * log_scale.exp().to(C)[..., None, None]
 
     def extra_repr(self) -> str:
         return (

@@ -23,6 +23,7 @@ from efft.merge import MergeReport, merge, merged_state_dict, unmerge
 from efft.params import ParameterCount, count_parameters, print_trainable_parameters
 from efft.pool import AdapterPool
 from efft.presets import paper_config
+from efft.prune import PruneReport, prune
 from efft_kernels import __version__
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "EfftConfig",
     "MergeReport",
     "ParameterCount",
+    "PruneReport",
     "__version__",
     "apply",
     "count_parameters",
@@ -47,6 +49,7 @@ __all__ = [
     "paper_config",
     "parameter_groups",
     "print_trainable_parameters",
+    "prune",
     "push_to_hub",
     "remove",
     "save_adapter",

@@ -54,8 +54,9 @@ class AdapterConfig:
         """
         raise NotImplementedError
 
-    def settle(self, groups: Sequence[Any]) -> None:
-        """Replace, in place, what the configuration left to the library by what it came to in these groups."""
+    def settle(self, groups: Sequence[Any], banks: Mapping[str, Any]) -> None:
+        """Replace, in place, what the configuration left to the library by what it came to in these groups, and connect
+        their banks."""
 
     def summary(self) -> str:
         """The settings in a line, for a model card."""
@@ -145,8 +146,9 @@ class EfftConfig(AdapterConfig):
     """s, a plain multiplier of the update (not divided by the rank). "auto": as much as moves the weights like full
     fine-tuning does (see :meth:`auto`); ``efft.apply`` replaces it by the number."""
 
-    trainable_scale: bool = False
-    """Train s, starting from ``scale``."""
+    trainable_scale: bool | Literal["global", "group", "matrix"] = False
+    """Train s too, as a multiple of ``scale`` that starts at 1: one multiple for all groups ("global"), for each group
+    ("group", or True), or for each core of each block ("matrix")."""
 
     init: str = "v"
     """The side that starts at zero: "v" or "u"; for efft2 also two letters, attention and MLP ("vu")."""
@@ -197,7 +199,10 @@ class EfftConfig(AdapterConfig):
             ok = scale == "auto" or is_setting(scale)
             self._check(ok, "scale", f"{of_scale}, 'auto' or a dict of these", self.scale)
         self._check(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", "in [0, 1)", self.dropout)
-        self._check(isinstance(self.trainable_scale, bool), "trainable_scale", "True or False", self.trainable_scale)
+        known = isinstance(self.trainable_scale, bool) or self.trainable_scale in ("global", "group", "matrix")
+        of_scales = "False, 'global', 'group' (or True) or 'matrix'"
+        self._check(known, "trainable_scale", of_scales, self.trainable_scale)
+        self.trainable_scale = "group" if self.trainable_scale is True else self.trainable_scale
         self._check_layers()
 
     def rank_of(self, group: str, kind: str) -> tuple[int, int]:
@@ -230,10 +235,14 @@ class EfftConfig(AdapterConfig):
 
         return efft_groups(self, model, targets)
 
-    def settle(self, groups: Sequence[Any]) -> None:
-        """Write down the scales of a plan, so that an adapter file holds numbers."""
+    def settle(self, groups: Sequence[Any], banks: Mapping[str, Any]) -> None:
+        """Write down the scales of a plan, so that an adapter file holds numbers; the first bank owns a global one."""
         if "auto" in _values(self.scale):
             self.scale = {group.name: group.scale for group in groups}
+        if self.trainable_scale == "global":
+            leader, *others = banks.values()
+            for bank in others:
+                bank.follow_scale(leader)
 
     def summary(self) -> str:
         """The settings in a line, for a model card."""

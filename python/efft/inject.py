@@ -88,7 +88,7 @@ def apply(model: nn.Module, config: AdapterConfig | None = None) -> nn.Module:
             layer = model.get_submodule(name)
             kind = EfftConv2d if isinstance(layer, nn.Conv2d) else config.layer
             layers[name] = (layer, kind(layer, banks[group.name], site))
-    config.settle(plan.groups)
+    config.settle(plan.groups, banks)
     bank = Bank(banks, config, plan.head)
     bank.train(model.training)
     bank._requires_grad = requires_grad
@@ -197,13 +197,19 @@ def named_factors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def parameter_groups(
-    model: nn.Module, lr: float, weight_decay: float = 1e-4, head_lr: float | None = None
+    model: nn.Module,
+    lr: float,
+    weight_decay: float = 1e-4,
+    head_lr: float | None = None,
+    scale_lr: float | None = None,
 ) -> list[dict[str, Any]]:
     """Optimizer parameter groups of everything trainable: ``factors``, ``head`` (and any other) and trainable
     ``scales``.
 
-    As in the paper's recipe the weight decay acts on factors and head; scales have none. Works on a model without
-    factors (linear probe) too; a UserWarning says so where nothing is frozen. Empty groups are left out.
+    As in the paper's recipe the weight decay acts on factors and head; scales have none. ``scale_lr`` is by default
+    10 lr: a step of Adam changes a scale by about this share of it, so that at 1e-3 it can double in 70 steps. Works
+    on a model without factors (linear probe) too; a UserWarning says so where nothing is frozen. Empty groups are left
+    out.
     """
     bank = getattr(model, "efft", None)
     if bank is None and all(p.requires_grad for p in model.parameters()):
@@ -213,18 +219,18 @@ def parameter_groups(
             stacklevel=2,
         )
     factors = dict(bank.named_parameters("efft")) if isinstance(bank, Bank) else {}
-    scales = [p for n, p in factors.items() if n.endswith(".scale")]
+    scales = [p for n, p in factors.items() if n.endswith(".log_scale")]
     own = {id(p) for p in factors.values()}  # not by name: a compiled model's start with _orig_mod.
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
     groups: list[dict[str, Any]] = [
         {
             "name": "factors",
-            "params": [p for n, p in factors.items() if not n.endswith(".scale")],
+            "params": [p for n, p in factors.items() if not n.endswith(".log_scale")],
             "lr": lr,
             "weight_decay": weight_decay,
         },
         {"name": "head", "params": others, "lr": lr if head_lr is None else head_lr, "weight_decay": weight_decay},
-        {"name": "scales", "params": scales, "lr": lr, "weight_decay": 0.0},
+        {"name": "scales", "params": scales, "lr": 10 * lr if scale_lr is None else scale_lr, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 

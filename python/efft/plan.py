@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -47,12 +47,14 @@ class TrainGroup:
     sites: dict[str, Site]
     rank: tuple[int, int]
     config: EfftConfig
+    trainable_scale: bool | Literal["matrix"]
 
     @property
     def n_parameters(self) -> int:
         """Number of trainable parameters of the bank."""
         r1, r2 = self.rank
-        return self.d_in * r1 + self._all_cores * r1 * r2 + r2 * self.d_out + self.config.trainable_scale
+        scales = self.n_layers * self.n_cores if self.trainable_scale == "matrix" else int(self.trainable_scale)
+        return self.d_in * r1 + self._all_cores * r1 * r2 + r2 * self.d_out + scales
 
     @property
     def _all_cores(self) -> int:
@@ -77,7 +79,7 @@ class TrainGroup:
             n_cores=self.n_cores,
             core_sharing=self.config.core_sharing,
             scale=self.scale,
-            trainable_scale=self.config.trainable_scale,
+            trainable_scale=self.trainable_scale,
             dropout=self.config.dropout,
             init=self.config.init_of(self.kind),
             core_init=self.config.core_init,
@@ -111,12 +113,15 @@ def efft_groups(config: EfftConfig, model: nn.Module, targets: list[Target]) -> 
     members: dict[tuple[str, str], list[Target]] = {}
     for target in targets:
         members.setdefault(_group_of(target, model, config), []).append(target)
-    groups = []
+    groups: list[TrainGroup] = []
     for (name, kind), together in members.items():
         layers = {t.name: _Shape(model, t) for t in together}
         d_in, d_out, n_cores, sites = _LAYOUTS[kind](name, layers)
         n_layers = len({t.block for t in together})
-        groups.append(TrainGroup(name, kind, d_in, d_out, n_layers, n_cores, sites, config.rank_of(name, kind), config))
+        rank = config.rank_of(name, kind)
+        scales: dict[Any, bool | Literal["matrix"]] = {"group": True, "matrix": "matrix", "global": not groups}
+        trained = scales.get(config.trainable_scale, False)
+        groups.append(TrainGroup(name, kind, d_in, d_out, n_layers, n_cores, sites, rank, config, trained))
     for field in ("rank", "scale"):
         value = getattr(config, field)
         known = {g.name for g in groups} | {g.kind for g in groups}

@@ -68,9 +68,8 @@ def randomize() -> Callable[..., nn.Module]:
     def fill(model: nn.Module, std: float = 0.5, seed: int = 2) -> nn.Module:
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            for name, factor in efft.named_factors(model):
-                if not name.endswith(".scale"):
-                    factor.copy_(std * torch.randn(factor.shape, generator=generator, dtype=torch.float64))
+            for _, factor in efft.named_factors(model):
+                factor.copy_(std * torch.randn(factor.shape, generator=generator, dtype=torch.float64))
         return model
 
     return fill

@@ -31,7 +31,9 @@ SIZES = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_head
 def adapted(rank: int, checkpointing: bool) -> nn.Module:
     """A model with factors that matter; other ones in every process, which somebody must make the same."""
     torch.manual_seed(0)
-    model = efft.apply(timm.models.VisionTransformer(**SIZES), efft.EfftConfig(rank=4, dropout=0.0))
+    model = efft.apply(
+        timm.models.VisionTransformer(**SIZES), efft.EfftConfig(rank=4, dropout=0.0, trainable_scale="global")
+    )
     torch.manual_seed(rank)
     with torch.no_grad():
         for _, factor in efft.named_factors(model):

@@ -59,7 +59,7 @@ def test_only_the_zero_side_learns_at_step_0(variant: Any, init: str, tiny_vit: 
             parameter = getattr(factors, factor)
             assert bool(parameter.any()) == (factor != zero), f"{name}.{factor} at the start"
             assert bool(parameter.grad.any()) == (factor == zero), f"gradient of {name}.{factor}"
-        assert not factors.scale.grad.any()
+        assert not factors.log_scale.grad.any()
 
 
 def test_core_init_follows_the_papers_layouts(tiny_vit: Make) -> None:
@@ -360,12 +360,13 @@ def test_parameter_groups(tiny_vit: Make) -> None:
     model = efft.apply(tiny_vit(), efft.EfftConfig(rank=4, trainable_scale=True))
     groups = {g["name"]: g for g in efft.parameter_groups(model, lr=1e-3, weight_decay=0.02, head_lr=5e-3)}
     settings = {n: (g["lr"], g["weight_decay"], len(g["params"])) for n, g in groups.items()}
-    assert settings == {"factors": (1e-3, 0.02, 6), "head": (5e-3, 0.02, 2), "scales": (1e-3, 0.0, 2)}
+    assert settings == {"factors": (1e-3, 0.02, 6), "head": (5e-3, 0.02, 2), "scales": (1e-2, 0.0, 2)}
     grouped = [id(p) for g in groups.values() for p in g["params"]]
     trainable = [id(p) for p in model.parameters() if p.requires_grad]
     assert sorted(grouped) == sorted(trainable), "every trainable parameter once"
     assert {id(p) for p in groups["head"]["params"]} == {id(p) for p in model.head.parameters()}
-    assert all(p.dim() == 0 for p in groups["scales"]["params"])
+    assert all(p.numel() == 1 for p in groups["scales"]["params"])
+    assert efft.parameter_groups(model, lr=1e-3, scale_lr=0.0)[-1]["lr"] == 0.0
 
 
 def test_parameter_groups_default_and_empty(tiny_vit: Make) -> None:

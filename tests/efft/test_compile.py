@@ -97,7 +97,8 @@ def test_inductor(tiny_vit: Make, randomize: Make) -> None:
 
 def test_efft1_and_shared_cores_compile(tiny_vit: Make, randomize: Make) -> None:
     x = torch.randn(2, 3, 16, 16)
-    for config in ({"variant": "efft1"}, {"core_sharing": "shared", "trainable_scale": True}):
+    efft1 = {"variant": "efft1", "trainable_scale": "matrix"}
+    for config in (efft1, {"core_sharing": "shared", "trainable_scale": "global"}):
         model = randomize(efft.apply(tiny_vit(depth=1), efft.EfftConfig(rank=4, dropout=0.2, **config)), std=0.2)
         compiled = torch.compile(model.train(), fullgraph=True, backend="aot_eager")
         torch.manual_seed(5)

@@ -61,7 +61,7 @@ UNNOTICED: list[tuple[dict[str, Any], str]] = [
     ({"exclude": "qkv"}, "EfftConfig.exclude must be"),
     ({"exclude": None}, "EfftConfig.exclude must be"),
     ({"head": "head"}, "EfftConfig.head must be"),
-    ({"trainable_scale": "no"}, "EfftConfig.trainable_scale must be"),
+    ({"trainable_scale": "no"}, "EfftConfig.trainable_scale must be False, 'global', 'group' (or True) or 'matrix'"),
 ]
 
 
@@ -69,6 +69,10 @@ UNNOTICED: list[tuple[dict[str, Any], str]] = [
 def test_values_that_should_be_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         EfftConfig(**values)
+
+
+def test_true_is_a_scale_for_each_group() -> None:
+    assert EfftConfig(trainable_scale=True) == EfftConfig(trainable_scale="group") != EfftConfig()
 
 
 def test_unknown_field() -> None:
@@ -125,7 +129,7 @@ def configs(draw: st.DrawFn) -> EfftConfig:
         variant=variant,
         rank=draw(st.one_of(ranks, st.dictionaries(names, ranks, min_size=1))),
         scale=draw(st.one_of(scales, st.dictionaries(names, scales, min_size=1))),
-        trainable_scale=draw(st.booleans()),
+        trainable_scale=draw(st.sampled_from([False, True, "global", "group", "matrix"])),
         init=draw(st.sampled_from(["u", "v"] if variant == "efft1" else ["u", "v", "uu", "uv", "vu", "vv"])),
         core_init=draw(st.sampled_from(["last", "first", "matrix"])),
         dropout=draw(st.floats(0, 1, exclude_max=True)),

@@ -119,6 +119,8 @@ def test_same_logits_in_a_new_process(saved: tuple[nn.Module, Path], images: Ten
         {"variant": "efft1", "rank": (3, 5)},
         {"rank": {"mhsa": 2, "ffn": (3, 6)}, "scale": {"mhsa": 2.0, "ffn": -0.5}, "core_sharing": "shared"},
         {"targets": [r"blocks\.1\..*", "qkv"], "exclude": ["fc2"], "trainable_scale": True, "core_init": "matrix"},
+        {"scale": {"mhsa": 2.0, "ffn": -0.5}, "trainable_scale": "global"},
+        {"core_sharing": "shared", "trainable_scale": "matrix"},
         {"head": ["norm", "head"]},
         {"head": []},
     ],
@@ -130,8 +132,8 @@ def test_round_trip(config: dict[str, Any], adapted_vit: Make, tiny_vit: Make, i
         for name in model.efft.head:
             model.get_submodule(name).weight.mul_(1.5)
         for factors in model.efft.values():
-            if isinstance(factors.scale, nn.Parameter):
-                factors.scale.fill_(0.25)
+            if factors.log_scale is not None:
+                factors.log_scale.normal_()
     efft.save_adapter(model, tmp_path / "1")
     again = tiny_vit().eval()
     with warnings.catch_warnings():

@@ -72,7 +72,7 @@ def check(model: nn.Module, base: nn.Module, x: Tensor, scratch: Path) -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        {"rank": {"mhsa": 3, "ffn": (2, 5)}, "trainable_scale": True},
+        {"rank": {"mhsa": 3, "ffn": (2, 5)}, "scale": -1.5, "trainable_scale": "matrix"},
         {"rank": (4, 3), "variant": "efft1", "scale": 0.7, "core_sharing": "shared"},
     ],
     ids=str,
@@ -82,8 +82,8 @@ def test_timm_vit(config: dict[str, Any], adapted_vit: Make, tiny_vit: Make, ima
     model = adapted_vit(std=0.3, **config)
     with torch.no_grad():
         for factors in model.efft.values():
-            if isinstance(factors.scale, nn.Parameter):
-                factors.scale.fill_(-1.5)
+            if factors.log_scale is not None:
+                factors.log_scale.normal_(std=0.5)
     check(model, tiny_vit().eval(), images, tmp_path)
 
 

@@ -36,7 +36,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Tensor], dict[str, An
             img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=5
         ),
         {"x": PIXELS["pixel_values"]},
-        {"rank": {"mhsa": 3, "ffn": (2, 5)}, "trainable_scale": True},
+        {"rank": {"mhsa": 3, "ffn": (2, 5)}, "trainable_scale": "global"},
     ),
     "vit": (
         lambda: transformers.ViTForImageClassification(transformers.ViTConfig(image_size=16, patch_size=8, **SIZES)),

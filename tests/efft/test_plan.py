@@ -108,6 +108,9 @@ def test_parts_of_a_vit() -> None:
         "mhsa": d * 4 + 4 * depth * 24 + 6 * d + 1,
         "ffn": d * 8 + 2 * depth * 64 + 8 * 4 * d + 1,
     }
+    plain = count(name, efft.EfftConfig(rank=r)).factors
+    for trained, scales in (("global", 1), ("group", 2), ("matrix", 6 * depth)):
+        assert count(name, efft.EfftConfig(rank=r, trainable_scale=trained)).factors == plain + scales
 
 
 def test_distilled_deit_has_two_heads() -> None:
@@ -185,6 +188,8 @@ CONFIGS = [
     efft.EfftConfig(rank=4, core_sharing="shared"),
     efft.EfftConfig(rank=(3, 5), variant="efft1"),
     efft.EfftConfig(rank={"mhsa": 2, "ffn": (2, 4)}, trainable_scale=True),
+    efft.EfftConfig(rank=4, trainable_scale="global"),
+    efft.EfftConfig(rank=4, trainable_scale="matrix", core_sharing="shared"),
     efft.EfftConfig(rank=4, targets="mhsa"),
     efft.EfftConfig(rank=4, targets=["fc2"]),
     efft.EfftConfig(rank=4, head=[]),

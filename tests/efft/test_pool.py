@@ -36,7 +36,7 @@ def under(pool: efft.AdapterPool, adapters: Any, images: Tensor) -> Tensor:
 
 CONFIGS = {
     "efft2": efft.EfftConfig(rank=4),
-    "rectangular": efft.EfftConfig(rank=(2, 5), trainable_scale=True),
+    "rectangular": efft.EfftConfig(rank=(2, 5), trainable_scale="matrix"),
     "efft1": efft.EfftConfig(variant="efft1", rank=3),
     "shared cores": efft.EfftConfig(rank=4, core_sharing="shared"),
     "attention only": efft.EfftConfig(rank=4, targets="mhsa", head=[]),

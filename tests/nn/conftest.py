@@ -34,7 +34,7 @@ def _make_bank(kind: str, n_layers: int = 3, **kwargs: Any) -> tuple[TTFactors, 
     d_out = WIDTH if kind == "attention" else 4 * WIDTH
     kwargs = {"rank": (3, 5), "scale": 0.7, "dtype": torch.float64, **kwargs}
     bank = TTFactors(WIDTH, d_out, n_layers=n_layers, n_cores=n_cores, **kwargs)
-    for factor in (bank.U, bank.C, bank.V):
+    for factor in bank.parameters():
         nn.init.normal_(factor, std=0.5)
     return bank, sites
 
@@ -50,7 +50,8 @@ def _update(bank: TTFactors, site: Site, masks: Masks | None = None) -> Tensor:
         V = V * masks.V[site.layer, site.mask_scope] / kept
     if site.columns is not None:
         V = V[:, slice(*site.columns)]
-    blocks = [bank.scale * (U @ C[core] @ V) for core in site.cores]
+    scales = torch.as_tensor(bank.scale, dtype=U.dtype).expand(bank.n_layers, bank.n_cores)
+    blocks = [scales[site.layer, core] * (U @ C[core] @ V) for core in site.cores]
     return blocks[0].t() if site.transpose else torch.cat(blocks, 1)
 
 

@@ -39,9 +39,17 @@ def test_shapes() -> None:
         "U": (6, 2),
         "C": (3, 5, 2, 4),
         "V": (4, 10),
-        "scale": (),
+        "log_scale": (1, 1),
     }
-    assert bank.scale.item() == 2.5
+    assert bank.scale.item() == bank.scale_value == 2.5
+    bank = TTFactors(6, 10, 3, n_layers=3, n_cores=5, core_sharing="shared", trainable_scale="matrix", scale=-2.0)
+    assert bank.log_scale.shape == (3, 5)
+    assert (bank.scale == -2).all()
+    with torch.no_grad():
+        bank.log_scale.add_(1)
+    assert bank.scale_value == pytest.approx(-5.43656366)
+    bank.reset_parameters()
+    assert (bank.scale == -2).all()
     bank = TTFactors(6, 10, 3, n_layers=3, core_sharing="shared", device="meta", dtype=torch.bfloat16)
     assert bank.C.shape == (1, 1, 3, 3)
     assert {p.device.type for p in bank.parameters()} == {"meta"}
@@ -74,26 +82,64 @@ def test_sites_in_any_order_and_number(make_bank: Callable[..., Any], update: Ca
         torch.testing.assert_close(D @ G, update(bank, site))
 
 
-@pytest.mark.parametrize("trainable_scale", [False, True])
+@pytest.mark.parametrize("trainable_scale", [False, True, "matrix"])
 def test_contracting_at_once_or_one_by_one(
-    make_stack: Callable[..., Any], kind: str, core_sharing: str, trainable_scale: bool
+    make_stack: Callable[..., Any], kind: str, core_sharing: str, trainable_scale: bool | str
 ) -> None:
     stack = make_stack(kind, core_sharing=core_sharing, trainable_scale=trainable_scale)
     at_once = stack.gradients()
     stack.prepare = False
     one_by_one = stack.gradients()
-    assert ("scale" in at_once) == trainable_scale
+    assert ("log_scale" in at_once) == bool(trainable_scale)
     for name, value in at_once.items():
         torch.testing.assert_close(value, one_by_one[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_gradients(make_stack: Callable[..., Any], update: Callable[..., Tensor], kind: str, core_sharing: str) -> None:
+@pytest.mark.parametrize("trainable_scale", [True, "matrix"])
+def test_gradients(
+    make_stack: Callable[..., Any],
+    update: Callable[..., Tensor],
+    kind: str,
+    core_sharing: str,
+    trainable_scale: bool | str,
+) -> None:
     """Of every factor and the scale, through the ops, against autograd through the dense updates."""
-    stack = make_stack(kind, core_sharing=core_sharing, trainable_scale=True)
+    stack = make_stack(kind, core_sharing=core_sharing, trainable_scale=trainable_scale)
     got = stack.gradients()
     dense = stack.gradients(lambda layer, x: x @ (layer.weight.t() + update(stack.bank, layer.site)) + layer.bias)
     for name, value in got.items():
         torch.testing.assert_close(value, dense[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("trainable_scale", [True, "matrix"])
+def test_scales_against_finite_differences(make_stack: Callable[..., Any], kind: str, trainable_scale: Any) -> None:
+    stack = make_stack(kind, trainable_scale=trainable_scale)
+    gradient, step = stack.gradients()["log_scale"].flatten(), 1e-5
+    flat = stack.bank.log_scale.detach().view(-1)
+    for i in range(len(flat)):
+        losses = []
+        for change in (step, -2 * step):
+            flat[i] += change
+            losses.append(stack.gradients()["loss"])
+        flat[i] += step
+        torch.testing.assert_close((losses[0] - losses[1]) / (2 * step), gradient[i], rtol=1e-6, atol=1e-8)
+
+
+def test_a_scale_that_follows_another(make_bank: Callable[..., Any], update: Callable[..., Tensor]) -> None:
+    """It is owned once, moves both updates by the same factor, and gets the gradient of both."""
+    leader, sites = make_bank("mlp", trainable_scale=True)
+    bank, _ = make_bank("mlp", scale=-3.0)
+    bank.follow_scale(leader)
+    assert [name for name, _ in bank.named_parameters()] == ["U", "C", "V"]
+    assert bank.scale.item() == pytest.approx(-3 * leader.log_scale.exp().item())
+    of_both = [one.down_up(one.bind(sites[0])) for one in (leader, bank)]
+    (together,) = torch.autograd.grad(sum((D @ G).square().sum() for D, G in of_both), leader.log_scale)
+    dense = sum(update(one, sites[0]).square().sum() for one in (leader, bank))
+    torch.testing.assert_close(together, torch.autograd.grad(dense, leader.log_scale)[0])
+    copied_leader, copied = copy.deepcopy(torch.nn.ModuleList([leader, bank]))
+    with torch.no_grad():
+        copied_leader.log_scale.add_(1)
+    assert copied.scale_value == pytest.approx(bank.scale_value * 2.718281828)
 
 
 def test_one_launch_for_each_kind_of_site(make_stack: Callable[..., Any]) -> None:
@@ -152,15 +198,17 @@ def given_masks(bank: TTFactors, sites: list[Site], monkeypatch: pytest.MonkeyPa
     return masks
 
 
+@pytest.mark.parametrize("trainable_scale", [True, "matrix"])
 def test_dropout_on_every_site(
     make_stack: Callable[..., Any],
     update: Callable[..., Tensor],
     monkeypatch: pytest.MonkeyPatch,
     kind: str,
     core_sharing: str,
+    trainable_scale: bool | str,
 ) -> None:
     """Each site uses the masks of its layer, its scope and its cores, rescaled by 1/(1-p), forward and backward."""
-    stack = make_stack(kind, core_sharing=core_sharing, dropout=0.4, trainable_scale=True)
+    stack = make_stack(kind, core_sharing=core_sharing, dropout=0.4, trainable_scale=trainable_scale)
     masks = given_masks(stack.bank, [layer.site for layer in stack.layers], monkeypatch)
     got = stack.gradients()
     dense = stack.gradients(
@@ -262,6 +310,7 @@ def test_a_bank_that_nothing_is_bound_to() -> None:
         ({"core_sharing": "layers"}, "core_sharing must be 'per_layer' or 'shared', got 'layers'"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"dropout": -0.1}, r"dropout must be in \[0, 1\), got -0.1"),
+        ({"trainable_scale": "group"}, "trainable_scale must be False, True or 'matrix', got 'group'"),
     ],
 )
 def test_wrong_arguments(changed: dict[str, Any], message: str) -> None:

@@ -107,6 +107,17 @@ def means(plan: Plan, done: Mapping[str, Record]) -> str:
     return f"{_means(scores, [m for m in plan.suite.methods if m in scores.values], records)}\n\n{_origin(records)}"
 
 
+def comparisons(plan: Plan, done: Mapping[str, Record]) -> str:
+    """The report's paired tests of the reference method against the others; empty where there is none.
+
+    Args:
+        plan: the runs to report on.
+        done: key of a run to its result.
+    """
+    scores = collect(plan.records(done), plan.suite.tasks)
+    return "\n\n".join(_tests(plan, scores, [m for m in plan.suite.methods if m in scores.values])[1:])
+
+
 def table(heading: Row, rows: Sequence[Row]) -> str:
     """A Markdown table."""
     lines = [heading, ["---"] * len(heading), *rows]

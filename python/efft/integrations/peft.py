@@ -173,7 +173,7 @@ class EfftModel(BaseTuner):
                 banks[group.name] = factors
         self._check_names(adapter_name, banks)
         config.head = config.modules_to_save = plan.head
-        config.settle(plan.groups)
+        config.settle(plan.groups, banks)
         if not hasattr(self, "efft_banks"):
             self.efft_banks = nn.ModuleDict()
             self._hooks = [  # on the model, which peft calls itself

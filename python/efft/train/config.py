@@ -86,6 +86,13 @@ class TrainConfig:
     drop_path: float = 0.1
     """Rate of stochastic depth."""
 
+    prune_at: int | None = None
+    """Epochs after which the ranks are cut to what the update then needs (method efft, one process only): the
+    optimizer's moments start anew, and only later epochs can be selected."""
+
+    prune_keep: float = 0.99
+    """Share of each group's squared update that the cut keeps; see `efft.prune`."""
+
     warmup: float = 0.1
     """Share of the schedule that is linear warm-up. By epoch, the first two epochs run at warmup_lr."""
 
@@ -133,6 +140,13 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+        if self.prune_at is not None and not (self.method == "efft" and 1 <= self.prune_at < self.epochs):
+            raise ValueError(
+                f"prune_at must be an epoch of method efft before the last, 1 to {self.epochs - 1}, got "
+                f"{self.prune_at} with method {self.method!r}"
+            )
+        if not 0 < self.prune_keep <= 1:
+            raise ValueError(f"prune_keep must be in (0, 1], got {self.prune_keep}")
         for name in ("drop_path", "warmup"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")

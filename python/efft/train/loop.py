@@ -11,6 +11,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 from efft import typed
+from efft.prune import prune, set_ranks
 from efft.train import build, checkpoint, outputs
 from efft.train.batches import EpochBatches
 from efft.train.config import TrainConfig
@@ -35,6 +36,8 @@ class Trainer:
         from accelerate.utils import set_seed
         from tqdm.auto import tqdm
 
+        if config.prune_at is not None and accelerator.num_processes > 1:
+            raise ValueError(f"prune_at needs a single process, got {accelerator.num_processes}: train without it")
         self.config, self.out, self.accelerator = config, out, accelerator
         with accelerator.main_process_first():  # one process downloads, the others find it in the cache
             self.task = build.load_task(config) if task is None else task
@@ -46,8 +49,7 @@ class Trainer:
         self.batches = EpochBatches(len(train), config.batch_size, config.seed)
         # A generator of its own: making an iterator must not draw from the stream that dropout uses.
         loader: DataLoader[Any] = self.loader(train, batch_sampler=self.batches, generator=torch.Generator())
-        optimizer = build.make_optimizer(self.plain, config)
-        self.scheduler = build.make_scheduler(optimizer, config, len(self.batches))
+        optimizer, self.scheduler = self.make_optimizer()
         self.model, self.optimizer, self.train_loader = accelerator.prepare(self.plain, optimizer, loader)
         set_seed(config.seed, device_specific=True)  # processes must not share their dropout masks
 
@@ -58,6 +60,7 @@ class Trainer:
         self.updates = config.epochs * len(self.batches)
         self.totals = torch.zeros(3, dtype=torch.float64, device=accelerator.device)  # loss, correct, images
         self.best: dict[str, Any] | None = None
+        self.ranks: dict[str, tuple[int, int]] | None = None  # that pruning has left
         self.seconds, self.clock = 0.0, time.perf_counter()
         main = accelerator.is_main_process
         self.log = MetricsLog(out / outputs.METRICS if main else None)
@@ -68,6 +71,16 @@ class Trainer:
         workers = self.config.workers
         pin = self.accelerator.device.type == "cuda"
         return DataLoader(data, num_workers=workers, pin_memory=pin, persistent_workers=workers > 0, **options)
+
+    def make_optimizer(self) -> tuple[torch.optim.AdamW, Any]:
+        """A fresh optimizer for what is trainable now, and the schedule of the whole run."""
+        optimizer = build.make_optimizer(self.plain, self.config)
+        return optimizer, build.make_scheduler(optimizer, self.config, len(self.batches))
+
+    def renew_optimizer(self) -> None:
+        """After the factors were replaced by others."""
+        optimizer, self.scheduler = self.make_optimizer()
+        self.optimizer = self.accelerator.prepare(optimizer)
 
     def train_epoch(self) -> None:
         """Trains to the end of the current epoch, validates, and writes the epoch's record and checkpoint."""
@@ -101,7 +114,19 @@ class Trainer:
         self.scheduler.step(self.epoch)
         self.epoch, self.batch = self.epoch + 1, 0
         self.totals.zero_()
+        if self.epoch == config.prune_at:
+            self.prune()
         self.save()
+
+    def prune(self) -> None:
+        """Cuts the ranks; what was selected before has others, and is forgotten."""
+        report = prune(self.plain, self.config.prune_keep)
+        self.best, self.ranks = None, report.ranks
+        self.renew_optimizer()
+        self.scheduler.step_update(self.update)
+        self.scheduler.step(self.epoch - 1)
+        lost = report.relative_error
+        self.log.write(kind="prune", epoch=self.epoch, update=self.update, ranks=self.ranks, relative_error=lost)
 
     def step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
         """One update; images [batch, 3, size, size], labels [batch]."""
@@ -191,6 +216,7 @@ class Trainer:
             "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
             "processes": gather_object([own]),
             "best": self.best,
+            "ranks": self.ranks,
             "metrics_bytes": self.log.sync(),
             "seconds": self.elapsed(),
         }
@@ -222,6 +248,10 @@ class Trainer:
         for name in ("epoch", "batch", "update", "metrics_bytes"):
             typed.check(name, state[name], int)
         self.epoch, self.batch, self.update = state["epoch"], state["batch"], state["update"]
+        self.ranks = state.get("ranks")
+        if self.ranks is not None:
+            set_ranks(self.plain, self.ranks)
+            self.renew_optimizer()
         checkpoint.restore_trained_state(self.plain, state["weights"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])

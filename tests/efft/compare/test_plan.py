@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 
 import efft.data
+from benchmarks.record import RESULTS
 from efft.compare import suite as suites
 from efft.compare.plan import Plan
+from efft.compare.store import read
 from efft.compare.suite import Suite, merged
 
 Write = Callable[[dict[str, Any]], Path]
@@ -90,6 +92,23 @@ def test_published_settings_of_the_paper_by_task() -> None:
             given = {name: run.config["efft"][name] for name in ("rank", "scale", "init")}
             assert given == efft.data.vtab_hyperparameters(task, variant)
             assert run.config["efft"].get("variant", "efft2") == variant
+
+
+@pytest.mark.parametrize("name", ["local", "local_efft2"])
+def test_results_on_record_are_of_their_suite(name: str) -> None:
+    """Methods may be added to a suite; what was run must go on being a part of it."""
+    done = read(RESULTS / f"compare_{name}.jsonl")
+    plan = Plan(suites.load(name))
+    runs = [run for pair in plan.pairs() for run in [*plan.search(*pair), *plan.finals(*pair, done)]]
+    assert done
+    assert set(done) <= {run.key for run in runs}
+
+
+def test_scales_and_ranks_that_training_finds_are_compared() -> None:
+    plan = Plan(suites.load("local_efft2"))
+    settings = [plan.finals("count", method, {})[0].config for method in plan.suite.methods if "auto" in method]
+    assert [run["efft"].get("trainable_scale") for run in settings] == [None, "global", "group", "matrix", None]
+    assert [run.get("prune_at") for run in settings] == [None] * 4 + [1]
 
 
 def test_local_suite_is_what_it_says() -> None:

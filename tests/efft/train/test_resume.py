@@ -42,16 +42,24 @@ def kill_after(monkeypatch: pytest.MonkeyPatch, writes: int) -> None:
     monkeypatch.setattr(MetricsLog, "write", limited)
 
 
-# Writes: four step records and an epoch record for each of the four epochs.
+# Writes: four step records and an epoch record for each of the four epochs; with pruning, one more after the second.
+PRUNED = {"prune_at": 2, "prune_keep": 0.7}
+
+
 @pytest.mark.parametrize(
-    ("writes", "checkpoint_every"),
-    [(0, 1), (1, 1), (4, 1), (5, 1), (19, 1), (3, 3), (9, 3), (13, 3), (5, None), (13, None)],
+    ("writes", "changed"),
+    [(writes, {"checkpoint_every": 1}) for writes in (0, 1, 4, 5, 19)]
+    + [(writes, {"checkpoint_every": 3}) for writes in (3, 9, 13)]
+    + [(writes, {"checkpoint_every": None}) for writes in (5, 13)]
+    + [(writes, {"checkpoint_every": 1, **PRUNED}) for writes in (10, 11, 13)]
+    + [(11, {"checkpoint_every": None, "schedule_per": "epoch", **PRUNED})],
+    ids=str,
 )
 def test_resumed_run_equals_unbroken_run(
-    writes: int, checkpoint_every: int | None, config: TrainConfig, task: Any,
+    writes: int, changed: dict[str, Any], config: TrainConfig, task: Any,
     make_model: Callable[[], nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    config = replace(config, checkpoint_every=checkpoint_every)
+    config = replace(config, **changed)
     expected, broken = make_model(), tmp_path / "broken"
     result = run(config, tmp_path / "unbroken", model=expected, task=task).summary
 

