@@ -166,9 +166,6 @@ def lora(model: nn.Module, config: TrainConfig) -> None:
         model.get_submodule(name).requires_grad_(True)
 
 
-methods.METHODS[LORA] = lora
-
-
 def bag_of_words(texts: Texts) -> float:
     """Test accuracy; the regularisation is chosen on the validation split."""
     from sklearn.feature_extraction.text import TfidfVectorizer
@@ -188,6 +185,7 @@ def study(weights: Path, seeds: Sequence[int]) -> Iterator[dict[str, Any]]:
     """A row for each method and seed; see the module's description."""
     from transformers import BertModel
 
+    methods.METHODS[LORA] = lora  # in this process alone, and not by importing this module
     (folder,) = {path.parent for path in weights.rglob("model.safetensors")}
     files = {}
     for package in PACKAGES:

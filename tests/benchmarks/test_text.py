@@ -74,7 +74,7 @@ def test_padding_does_not_count(model: text.Classifier) -> None:
 
 
 def test_lora_of_peft_on_the_layers_of_efft(model: text.Classifier) -> None:
-    text.lora(model, TrainConfig(method=text.LORA))
+    text.lora(model, TrainConfig())
     adapted = [n for n, p in model.named_parameters() if p.requires_grad and "lora_A" in n]
     assert len(adapted) == 2 * 6
     others = {n for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n}
