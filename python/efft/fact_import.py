@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from efft.inject import apply, bank_of, check_plain
-from efft.io import check_numbers, misfits
+from efft.io import check_numbers, head_tensors, misfits
 from efft.methods.base import MethodGroup
 from efft.methods.fact_tt import FacTTTBank, FacTTTConfig
 from efft.plan import make_plan
@@ -71,9 +71,8 @@ def import_fact(model: nn.Module, tensors: Mapping[str, Tensor], scale: float) -
     factors.V.copy_(tensors[_V].t())
     for block, core in zip(factors.C, cores, strict=True):
         block.copy_(core)
-    for head in plan.head:
-        for name, tensor in model.get_submodule(head).state_dict(keep_vars=True).items():
-            tensor.copy_(tensors[f"{head}.{name}"])
+    for name, tensor in head_tensors(model, plan.head).items():
+        tensor.copy_(tensors[name])
     return model
 
 
@@ -88,10 +87,7 @@ def _shapes(model: nn.Module, group: MethodGroup, head: list[str], tucker: bool)
         for block in blocks:
             shapes |= {f"{block}.attn.{part}_FacTs.weight": (r, r) for part in _ATTENTION}
             shapes |= {f"{block}.mlp.fc1_FacTs.weight": (4 * r, r), f"{block}.mlp.fc2_FacTs.weight": (r, 4 * r)}
-    for name in head:
-        state = model.get_submodule(name).state_dict()
-        shapes |= {f"{name}.{key}": tuple(tensor.shape) for key, tensor in state.items()}
-    return shapes
+    return shapes | {name: tuple(tensor.shape) for name, tensor in head_tensors(model, head).items()}
 
 
 def _train(tensors: Mapping[str, Tensor], block: str) -> Tensor:

@@ -7,7 +7,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -174,10 +174,16 @@ def _trained(model: nn.Module, bank: Bank) -> dict[str, Tensor]:
     """Every tensor an adapter stores, by its name in the model's state dict: factors (also a method's frozen ones),
     then the head with its buffers."""
     tensors: dict[str, Tensor] = {f"efft.{name}": t for name, t in bank.state_dict(keep_vars=True).items()}
-    for head in bank.head:
-        state = model.get_submodule(head).state_dict(keep_vars=True)
-        tensors.update({f"{head}.{name}": t for name, t in state.items()})
-    return tensors
+    return tensors | head_tensors(model, bank.head)
+
+
+def head_tensors(model: nn.Module, head: Iterable[str]) -> dict[str, Tensor]:
+    """The parameters and buffers of these modules themselves, by their names in the model's state dict."""
+    return {
+        f"{module}.{name}": tensor
+        for module in head
+        for name, tensor in model.get_submodule(module).state_dict(keep_vars=True).items()
+    }
 
 
 def _planned_shapes(model: nn.Module, plan: Plan) -> dict[str, tuple[int, ...]]:
@@ -186,10 +192,7 @@ def _planned_shapes(model: nn.Module, plan: Plan) -> dict[str, tuple[int, ...]]:
     for group in plan.groups:
         factors = group.build(torch.device("meta"), torch.float32)
         shapes.update({f"efft.{group.name}.{n}": tuple(t.shape) for n, t in factors.state_dict().items()})
-    for head in plan.head:
-        state = model.get_submodule(head).state_dict()
-        shapes.update({f"{head}.{name}": tuple(t.shape) for name, t in state.items()})
-    return shapes
+    return shapes | {name: tuple(t.shape) for name, t in head_tensors(model, plan.head).items()}
 
 
 def _check_description(description: Any) -> None:

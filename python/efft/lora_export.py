@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from efft.files import CONFIG, read_json, write_pair
 from efft.inject import adapted_layers, bank_of
+from efft.io import head_tensors
 from efft.sharding import check_whole
 from efft_kernels import EfftConv2d
 from efft_kernels.nn.linear import AdaptedLayer
@@ -59,9 +60,7 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], base_model: st
             A, B = A.unflatten(1, layer.weight.shape[1:]), B[..., None, None]
         tensors[f"{PREFIX}{name}.lora_A.weight"] = A
         tensors[f"{PREFIX}{name}.lora_B.weight"] = B
-    for head in bank.head:
-        state = model.get_submodule(head).state_dict()
-        tensors.update({f"{PREFIX}{head}.{name}": tensor for name, tensor in state.items()})
+    tensors.update({f"{PREFIX}{name}": tensor for name, tensor in head_tensors(model, bank.head).items()})
     # A copy each: D is one tensor in all layers, which safetensors refuses.
     content = serialize({n: t.clone(memory_format=torch.contiguous_format).cpu() for n, t in tensors.items()})
     config = _config(ranks, bank.head, base_model or getattr(model, "name_or_path", None))

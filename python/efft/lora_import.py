@@ -18,7 +18,7 @@ from efft import files
 from efft.config import is_setting, is_size, shown
 from efft.files import CONFIG, WEIGHTS
 from efft.inject import apply, bank_of, check_plain
-from efft.io import misfits, read_tensors
+from efft.io import head_tensors, misfits, read_tensors
 from efft.lora_export import PREFIX
 from efft.methods.lora import LoRABank, LoRAConfig
 from efft.patterns import MOST_CHARACTERS, are_short, matcher
@@ -92,9 +92,8 @@ def import_lora(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
         for name, i in group.sites.items():
             A, B = pairs[name]
             factors.A[i, :, : len(B)], factors.B[i, : len(B)] = A, B
-    for head in config.head or []:
-        for name, tensor in model.get_submodule(head).state_dict(keep_vars=True).items():
-            tensor.copy_(tensors[f"{PREFIX}{head}.{name}"])
+    for name, tensor in head_tensors(model, plan.head).items():
+        tensor.copy_(tensors[f"{PREFIX}{name}"])
     return model
 
 
@@ -202,9 +201,7 @@ def _planned(
             kernel = linear.weight.shape[1:] if isinstance(linear, nn.Conv2d) else (layer.d_in,)
             shapes[f"{name}.lora_A.weight"] = (rank, *kernel)
             shapes[f"{name}.lora_B.weight"] = (layer.d_out, rank, *[1] * (len(kernel) - 1))
-    for head in config.head or []:
-        state = model.get_submodule(head).state_dict()
-        shapes.update({f"{PREFIX}{head}.{name}": tuple(tensor.shape) for name, tensor in state.items()})
+    shapes.update({f"{PREFIX}{name}": tuple(t.shape) for name, t in head_tensors(model, plan.head).items()})
     return config, plan, shapes
 
 
