@@ -17,6 +17,7 @@ COMMANDS = {
     "scaling": ("benchmarks.scaling", "how time grows with tokens and rank"),
     "subspaces": ("benchmarks.studies.subspaces", "what shared factors can express of a full fine-tuning update"),
     "text": ("benchmarks.studies.text", "EFFT2, LoRA and a linear probe on a text transformer"),
+    "convolutions": ("benchmarks.studies.convolutions", "the same on a convolutional network"),
     "compare": ("benchmarks.compare", "what got slower between two result files or revisions"),
     "plot": ("benchmarks.plots", "pictures from result files"),
     "tables": ("benchmarks.readme", "the documentation's tables from result files"),
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code (0 done, 1 the comparison found slow-downs, 2 a wrong call)."""
     name, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help"):
-        lines = [f"  {command:<11}{text}" for command, (_, text) in COMMANDS.items()]
+        lines = [f"  {command:<13}{text}" for command, (_, text) in COMMANDS.items()]
         print("\n".join(["usage: python -m benchmarks COMMAND [options]", "", *lines]))
         return 0
     if name not in COMMANDS:

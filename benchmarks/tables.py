@@ -234,18 +234,18 @@ def subspaces() -> str:
     return with_sources(header, rows, _by_command(newest.values()))
 
 
-def text() -> str:
-    """Accuracy on docstrings of a text transformer, mean and standard deviation over seeds."""
-    newest = {(x["row"], x["seed"]): x for x in read("text")}
+def study(name: str) -> str:
+    """Accuracy of the rows of `benchmarks.studies.side_by_side`, mean and standard deviation over seeds."""
+    newest = {(x["row"], x["seed"]): x for x in read(name)}
     groups: dict[str, list[Line]] = {}
-    for (name, _), line in newest.items():
-        groups.setdefault(name, []).append(line)
+    for (row, _), line in newest.items():
+        groups.setdefault(row, []).append(line)
     rows = []
-    for name, lines in groups.items():
+    for row, lines in groups.items():
         accuracies = [100 * line["test_accuracy"] for line in lines]
         spread = f" ± {stdev(accuracies):.1f}" if len(lines) > 1 else ""
         parameters = _cell(lines[0], "parameters", lambda x: f"{x['parameters']:,}")
-        rows.append([name, parameters, f"{fmean(accuracies):.1f}{spread}", str(len(lines))])
+        rows.append([row, parameters, f"{fmean(accuracies):.1f}{spread}", str(len(lines))])
     header = ["method", "trained parameters", "test accuracy, %", "seeds"]
     return with_sources(header, rows, _by_command(newest.values())) if rows else NOTHING
 
@@ -258,7 +258,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "train_step_gpu_graphs": partial(train_step, "cuda", cuda_graphs=True),
     "demo": demo,
     "subspaces": subspaces,
-    "text": text,
+    "text": partial(study, "text"),
+    "convolutions": partial(study, "convolutions"),
 }
 
 

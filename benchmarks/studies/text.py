@@ -20,12 +20,10 @@ import functools
 import importlib.util
 import random
 import re
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -34,8 +32,7 @@ from torch.utils.data import ConcatDataset, Dataset, TensorDataset
 
 import efft
 from benchmarks.record import append, machine_facts
-from efft.train import TrainConfig, methods, run
-from efft.train.probe import WithoutTest, linear_probe
+from benchmarks.studies.side_by_side import LORA, report, rows
 
 #: Package to what its name looks like in its own texts.
 PACKAGES = {
@@ -53,10 +50,8 @@ TOKENS = 32
 PER_FILE = 5
 """Docstrings of one file, so that none makes up a class."""
 
-RECIPE: dict[str, Any] = {"epochs": 3, "batch_size": 16, "schedule_per": "update", "protocol": "final"}
-RATES = (1e-3, 3e-3)
-LORA = "peft_lora_text"
-
+LAYERS = r"encoder\.encoder\.layer\.\d+\..*\.(query|key|value|dense)"
+"""What EFFT2 adapts, for LoRA."""
 
 #: Split to docstrings, each with the number of its package.
 Texts = dict[str, list[tuple[str, int]]]
@@ -155,17 +150,6 @@ def tokenized(texts: Texts, folder: Path) -> TextTask:
     return TextTask(**data, classes=len(PACKAGES))
 
 
-def lora(model: nn.Module, config: TrainConfig) -> None:
-    """LoRA of `peft` on the linear layers that EFFT2 adapts, in place."""
-    import peft
-
-    head = efft.freeze_backbone(model)
-    layers = r"encoder\.encoder\.layer\.\d+\..*\.(query|key|value|dense)"
-    peft.inject_adapter_in_model(peft.LoraConfig(r=8, lora_alpha=8, target_modules=layers), model)
-    for name in head:  # peft freezes all but its own
-        model.get_submodule(name).requires_grad_(True)
-
-
 def bag_of_words(texts: Texts) -> float:
     """Test accuracy; the regularisation is chosen on the validation split."""
     from sklearn.feature_extraction.text import TfidfVectorizer
@@ -185,7 +169,6 @@ def study(weights: Path, seeds: Sequence[int]) -> Iterator[dict[str, Any]]:
     """A row for each method and seed; see the module's description."""
     from transformers import BertModel
 
-    methods.METHODS[LORA] = lora  # in this process alone, and not by importing this module
     (folder,) = {path.parent for path in weights.rglob("model.safetensors")}
     files = {}
     for package in PACKAGES:
@@ -194,37 +177,20 @@ def study(weights: Path, seeds: Sequence[int]) -> Iterator[dict[str, Any]]:
             raise ValueError(f"{package} is not installed, whose docstrings are a class of the task")
         files[package] = sources(Path(spec.submodule_search_locations[0]))
 
-    def train(config: TrainConfig, task: Any) -> dict[str, Any]:
-        torch.manual_seed(config.seed)
-        model = Classifier(BertModel.from_pretrained(folder, add_pooling_layer=False), task.classes)
-        with tempfile.TemporaryDirectory() as out:
-            if config.method == "linear":
-                return linear_probe(config, out, model, task, (1e-3, 1e-2, 1e-1)).summary
-            return run(config, out, model=model, task=task, progress=False).summary
+    def create(classes: int) -> nn.Module:
+        return Classifier(BertModel.from_pretrained(folder, add_pooling_layer=False), classes)
 
+    texts = {seed: splits(files, seed) for seed in seeds}
+    tasks = {seed: tokenized(of_seed, folder) for seed, of_seed in texts.items()}
     recipes = {
         "EFFT2": {"method": "efft", "efft": efft.EfftConfig.auto(rank=16, dropout=0.0)},
         "LoRA (peft)": {"method": LORA},
         "linear probe": {"method": "linear", "epochs": 40},
     }
-    for seed in seeds:
-        texts = splits(files, seed)
-        task = tokenized(texts, folder)
-        for name, recipe in recipes.items():
-            config = {**RECIPE, "seed": seed, **recipe}
-            if seed == seeds[0] and config["method"] != "linear":
-                trials = [TrainConfig(**{**config, "lr": lr, "protocol": "select"}) for lr in RATES]
-                best = max(trials, key=lambda trial: train(trial, WithoutTest(task))["val_accuracy"])
-                recipe["lr"] = config["lr"] = best.lr
-            summary = train(TrainConfig(**config), task)
-            parameters = summary["trainable_parameters"] - summary["head_parameters"]
-            lr = summary["config"]["lr"]
-            yield _row(name, seed, summary["test_accuracy"], parameters=parameters, lr=lr, seconds=summary["seconds"])
-        yield _row("bag of words", seed, bag_of_words(texts))
-
-
-def _row(name: str, seed: int, accuracy: float, **facts: Any) -> dict[str, Any]:
-    return {"task": "docstrings", "row": name, "seed": seed, "test_accuracy": accuracy, **facts, **machine_facts()}
+    yield from rows("docstrings", tasks, create, recipes, LAYERS)
+    for seed, of_seed in texts.items():
+        accuracy = bag_of_words(of_seed)
+        yield {"task": "docstrings", "row": "bag of words", "seed": seed, "test_accuracy": accuracy, **machine_facts()}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -236,11 +202,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--results", type=Path, metavar="FOLDER", help="for text.jsonl")
     args = parser.parse_args(arguments)
-    accuracies: dict[str, list[float]] = {}
+    done = []
     for row in study(args.weights, args.seeds):
         append("text", [row], args.results)
-        accuracies.setdefault(row["row"], []).append(row["test_accuracy"])
-        print(f"{row['row']:<14}seed {row['seed']}: {row['test_accuracy']:.1%}", flush=True)
-    for name, values in accuracies.items():
-        print(f"{name:<14}mean of {len(values)}: {fmean(values):.1%}")
+        done.append(row)
+        print(f"{row['row']:<16}seed {row['seed']}: {row['test_accuracy']:.1%}", flush=True)
+    print(report(done))
     return 0

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from benchmarks import record, tables
-from benchmarks.studies import text
-from efft.train import TrainConfig
+from benchmarks.studies import side_by_side, text
 
 transformers = pytest.importorskip("transformers", reason="needs the hf extra")
 
@@ -74,7 +73,7 @@ def test_padding_does_not_count(model: text.Classifier) -> None:
 
 
 def test_lora_of_peft_on_the_layers_of_efft(model: text.Classifier) -> None:
-    text.lora(model, TrainConfig())
+    side_by_side.lora(model, text.LAYERS)
     adapted = [n for n, p in model.named_parameters() if p.requires_grad and "lora_A" in n]
     assert len(adapted) == 2 * 6
     others = {n for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n}
@@ -93,11 +92,11 @@ def write(path: Path, lines: list[dict[str, Any]]) -> None:
 
 def test_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(record, "RESULTS", tmp_path)
-    assert tables.text() == tables.NOTHING
+    assert tables.study("text") == tables.NOTHING
     common = {"task": "docstrings", "row": "EFFT2", "parameters": 12345}
     words = {"task": "docstrings", "row": "bag of words", "seed": 0, "test_accuracy": 0.61}
     runs = [(0, 0.1), (0, 0.8), (1, 0.9)]  # the first was repeated
     write(tmp_path / "text.jsonl", [*({**common, "seed": s, "test_accuracy": a} for s, a in runs), words])
-    shown = tables.text().splitlines()
+    shown = tables.study("text").splitlines()
     assert shown[2:4] == ["| EFFT2 | 12,345 | 85.0 ± 7.1 | 2 |", "| bag of words | - | 61.0 | 1 |"]
     assert shown[-1] == "- docstrings: `x`, commit abc1234, Test CPU; torch 2.10; 2026-01-02"

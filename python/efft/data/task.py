@@ -143,12 +143,16 @@ class Preprocess:
 
 
 class ImageDataset(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
-    """One role of a task as a map-style data set of (float tensor [3, image_size, image_size], int label)."""
+    """One role of a task as a map-style data set of (float tensor [3, image_size, image_size], int label).
+
+    Attributes:
+        images: the collection that this role's images are drawn from; other roles may share it.
+    """
 
     def __init__(self, split: Split, preprocess: Preprocess) -> None:
-        self._images, self._indices = split
+        self.images, self._indices = split
         self.preprocess = preprocess
-        self.labels: npt.NDArray[np.int64] = self._images.labels[self._indices]
+        self.labels: npt.NDArray[np.int64] = self.images.labels[self._indices]
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -158,7 +162,7 @@ class ImageDataset(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
 
     def raw(self, index: int) -> Any:
         """The image before preprocessing: an RGB ``PIL.Image.Image`` of its own size."""
-        return self._images.image(int(self._indices[index]))
+        return self.images.image(int(self._indices[index]))
 
 
 class TaskData:

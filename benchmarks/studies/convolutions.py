@@ -1,0 +1,108 @@
+"""EFFT2 on a convolutional network: a ResNet-18 that knows clothes learns silhouettes of animals.
+
+    python -m benchmarks convolutions
+
+No package ships a convolutional network's weights, so the study trains its own first, as a whole, on 10,000 images of
+Fashion-MNIST (group norm in place of batch norm, whose statistics no adapter would carry). Then each method learns
+another task from 1,000 images, by another seed each; a kernel [out, in, 3, 3] is a matrix [out, 9 in]:
+
+- EFFT2: `EfftConfig.auto`, rank 8, and LoRA (peft): rank 8, both on the 3x3 convolutions of all blocks, with the
+  learning rate that is better on the validation split of the first seed;
+- full fine-tuning, a tenth of these learning rates, chosen in the same way;
+- linear probe: the classifier alone, with a learning rate chosen for each seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from torch import nn
+
+import efft
+import efft.data
+from benchmarks.record import append
+from benchmarks.studies.side_by_side import LORA, RECIPE, report, rows
+from efft.data.task import ImageDataset, Split
+from efft.train import TrainConfig, run
+
+SOURCE, TASK = "fashion-mnist", "animal-silhouettes"
+SIZE = 48
+LAYERS = r"layer\d\.\d\.conv[12]"
+
+
+class Whole:
+    """A task whose training images are all that its pool has, not the 1,000 that a seed draws."""
+
+    def __init__(self, task: efft.data.TaskData) -> None:
+        pool = task.train.images
+        self.train = self.trainval = ImageDataset(Split(pool, np.arange(len(pool.labels))), task.train.preprocess)
+        self.val = self.test = task.test
+        self.classes = task.classes
+
+
+def resnet(classes: int) -> nn.Module:
+    """ResNet-18 with group norm and nothing learned."""
+    return timm.create_model("resnet18", num_classes=classes, norm_layer="groupnorm")
+
+
+def pretrained(source: Any, epochs: int) -> tuple[nn.Module, float]:
+    """A network trained as a whole on `source`, and its test accuracy there."""
+    torch.manual_seed(0)
+    config = TrainConfig(**{**RECIPE, "method": "full", "epochs": epochs, "batch_size": 64, "lr": 1e-3, "amp": "no"})
+    with tempfile.TemporaryDirectory() as out:
+        result = run(config, out, model=resnet(source.classes), task=source, progress=False)
+    assert result.model is not None
+    return result.model, result.summary["test_accuracy"]
+
+
+def study(source: Any, tasks: dict[int, Any], epochs: int) -> Iterator[dict[str, Any]]:
+    """A row for each seed and method; see the module's description.
+
+    Args:
+        source: the task to train on first.
+        tasks: seed to the task that follows, with that seed's training images.
+        epochs: of the first training.
+    """
+    network, accuracy = pretrained(source, epochs)
+    state = {name: value for name, value in network.state_dict().items() if not name.startswith("fc.")}
+
+    def create(classes: int) -> nn.Module:
+        model = resnet(classes)
+        model.load_state_dict(state, strict=False)
+        return model
+
+    recipes = {
+        "EFFT2": {"method": "efft", "efft": efft.EfftConfig.auto(rank=8, dropout=0.0, targets=[LAYERS])},
+        "LoRA (peft)": {"method": LORA},
+        "full fine-tuning": {"method": "full", "rates": (1e-4, 3e-4)},
+        "linear probe": {"method": "linear", "epochs": 40},
+    }
+    for row in rows(TASK, tasks, create, recipes, LAYERS):
+        yield {**row, "source": SOURCE, "source_accuracy": accuracy}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the study and appends to ``convolutions.jsonl``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks convolutions",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--results", type=Path, metavar="FOLDER", help="for convolutions.jsonl")
+    args = parser.parse_args(arguments)
+    tasks = {seed: efft.data.load(TASK, image_size=SIZE, seed=seed, max_test=1000) for seed in args.seeds}
+    done = []
+    for row in study(Whole(efft.data.load(SOURCE, image_size=SIZE)), tasks, epochs=3):
+        append("convolutions", [row], args.results)
+        done.append(row)
+        print(f"{row['row']:<18}seed {row['seed']}: {row['test_accuracy']:.1%}", flush=True)
+    print(report(done))
+    return 0

@@ -1,0 +1,88 @@
+"""EFFT2, LoRA of `peft` and others on any model and task, with learning rates chosen on the validation split."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+import efft
+from benchmarks.record import machine_facts
+from efft.train import TrainConfig, methods, run
+from efft.train.probe import WithoutTest, linear_probe
+
+RECIPE: dict[str, Any] = {"epochs": 3, "batch_size": 16, "schedule_per": "update", "protocol": "final"}
+RATES = (1e-3, 3e-3)
+"""Learning rates to choose from, unless a recipe has its own ``rates``; the probe tries `PROBE_RATES` for each seed."""
+PROBE_RATES = (1e-3, 1e-2, 1e-1)
+LORA = "peft_lora_elsewhere"
+"""The method that :func:`rows` registers, in its process alone."""
+
+
+def lora(model: nn.Module, layers: str) -> None:
+    """LoRA of `peft`, rank 8, on the layers whose whole name matches, in place; the classifier trains too."""
+    import peft
+
+    head = efft.freeze_backbone(model)
+    peft.inject_adapter_in_model(peft.LoraConfig(r=8, lora_alpha=8, target_modules=layers), model)
+    for name in head:  # peft freezes all but its own
+        model.get_submodule(name).requires_grad_(True)
+
+
+def rows(
+    name: str,
+    tasks: Mapping[int, Any],
+    create: Callable[[int], nn.Module],
+    recipes: Mapping[str, Mapping[str, Any]],
+    layers: str,
+) -> Iterator[dict[str, Any]]:
+    """A row for each seed and method.
+
+    Args:
+        name: of the task, for the rows.
+        tasks: seed to the task with that seed's training data.
+        create: number of classes to the pretrained model, with a fresh classifier.
+        recipes: title to the fields of `TrainConfig` in which a row differs from `RECIPE`, and its ``rates``.
+        layers: of the LoRA row, see :func:`lora`.
+    """
+    methods.METHODS[LORA] = lambda model, config: lora(model, layers)
+    chosen: dict[str, float] = {}
+    for seed, task in tasks.items():
+        for title, recipe in recipes.items():
+            config = {**RECIPE, "seed": seed, **recipe}
+            rates = config.pop("rates", RATES)
+            if title not in chosen and config["method"] != "linear":
+                trials = [TrainConfig(**{**config, "lr": lr, "protocol": "select"}) for lr in rates]
+                best = max(trials, key=lambda trial: _train(trial, WithoutTest(task), create)["val_accuracy"])
+                chosen[title] = best.lr
+            summary = _train(TrainConfig(**{**config, "lr": chosen.get(title, rates[0])}), task, create)
+            yield {
+                "task": name,
+                "row": title,
+                "seed": seed,
+                "test_accuracy": summary["test_accuracy"],
+                "parameters": summary["trainable_parameters"] - summary["head_parameters"],
+                "lr": summary["config"]["lr"],
+                "seconds": summary["seconds"],
+                **machine_facts(),
+            }
+
+
+def _train(config: TrainConfig, task: Any, create: Callable[[int], nn.Module]) -> dict[str, Any]:
+    torch.manual_seed(config.seed)
+    model = create(task.classes)
+    with tempfile.TemporaryDirectory() as out:
+        if config.method == "linear":
+            return linear_probe(config, out, model, task, PROBE_RATES).summary
+        return run(config, out, model=model, task=task, progress=False).summary
+
+
+def report(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Mean accuracies by row."""
+    accuracies: dict[str, list[float]] = {}
+    for row in rows:
+        accuracies.setdefault(row["row"], []).append(row["test_accuracy"])
+    return "\n".join(f"{row:<16}mean of {len(all_)}: {sum(all_) / len(all_):.1%}" for row, all_ in accuracies.items())
