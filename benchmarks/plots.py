@@ -1,4 +1,4 @@
-"""Pictures of what was measured: ratios to the floor, growth with tokens and rank, achieved FLOP/s.
+"""Pictures of what was measured: ratios to the floor, growth with tokens and rank, achieved FLOP/s, accuracies.
 
     python -m benchmarks plot --out build/plots
 
@@ -14,10 +14,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
+from benchmarks import record
 from benchmarks.model_roofline import block_times, vit_block
 from benchmarks.ops.cases import MODELS
 from benchmarks.roofline_gpu import Machine
 from benchmarks.tables import Line, newest_runs, read
+from efft.compare import report, store
+from efft.compare import suite as suites
+from efft.compare.plan import Plan
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -153,6 +157,10 @@ PICTURES: tuple[tuple[str, Callable[[Sequence[Line]], Pictures]], ...] = (
 )
 
 
+#: Suites of ``efft compare`` whose results are drawn, from ``compare_NAME.jsonl``.
+COMPARED = ("local", "local_efft2", "local_grid")
+
+
 def draw(results: Path | None, out: Path, names: Sequence[str] = ()) -> list[Path]:
     """Writes every picture that the result files in ``results`` (all, or those named) allow into ``out``; returns the
     files."""
@@ -165,6 +173,11 @@ def draw(results: Path | None, out: Path, names: Sequence[str] = ()) -> list[Pat
             path = out / f"{stem}.png"
             figure.savefig(path, dpi=150, bbox_inches="tight")
             written.append(path)
+    for suite in COMPARED:
+        name = f"compare_{suite}"
+        file = (results or record.RESULTS) / f"{name}.jsonl"
+        if file.is_file() and (not names or name in names):
+            written += report.draw(Plan(suites.load(suite)), store.read(file), out / name).values()
     return written
 
 
@@ -207,7 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    known = sorted({name for name, _ in PICTURES})
+    known = sorted({*(name for name, _ in PICTURES), *(f"compare_{suite}" for suite in COMPARED)})
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help=f"result files to draw: {', '.join(known)}; default: all"
     )

@@ -153,6 +153,13 @@ def test_command_draws_every_result_file(results: Path, capsys: pytest.CaptureFi
     assert draw(results / "nowhere", out) == []
 
 
+def test_accuracies_on_record_are_drawn(tmp_path: Path) -> None:
+    written = draw(None, tmp_path, ["compare_local_grid", "compare_local"])
+    names = {path.name for path in written}
+    assert {"compare_local-parameters.png", "compare_local_grid-efft2.png"} <= names
+    assert all(path.parent == tmp_path and path.read_bytes().startswith(b"\x89PNG") for path in written)
+
+
 def test_tables_of_what_was_not_run_say_so(results: Path) -> None:
     assert all(make() == tables.NOTHING for make in tables.TABLES.values())
 

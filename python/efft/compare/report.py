@@ -37,20 +37,35 @@ def write(plan: Plan, results: Path) -> list[Path]:
     records = plan.records(done)
     if not records:
         raise FileNotFoundError(f"no final run of {plan.suite.name} is in {results}; run the suite first")
-    scores = collect(records, plan.suite.tasks)
-    pictures = {}
-    if find_spec("matplotlib") is not None:
-        target = results.with_name(f"{results.stem}-parameters.png")
-        plots.accuracy_against_parameters(scores, _parameters(records), target)
-        pictures["Accuracy against trained parameters"] = target
-        for name, entry in plan.suite.methods.items():
-            if len(entry.get("grid", {})) == 2:
-                target = results.with_name(f"{results.stem}-{_slug(name)}.png")
-                plots.heat_map(plan, name, done, target)
-                pictures[f"{name}: validation accuracy by {' and '.join(entry['grid'])}"] = target
+    pictures = draw(plan, done, results.with_suffix(""))
     page = results.with_suffix(".md")
     page.write_text(text(plan, done, pictures), encoding="utf-8")
     return [page, *pictures.values()]
+
+
+def draw(plan: Plan, done: Mapping[str, Record], stem: Path) -> dict[str, Path]:
+    """Writes the pictures STEM-*.png: accuracy against parameters, and a heat map of every grid of two settings.
+
+    Args:
+        plan: the runs to report on.
+        done: key of a run to its result.
+        stem: the files' path and how their names begin.
+
+    Returns:
+        Title to file; nothing where matplotlib is not installed.
+    """
+    if find_spec("matplotlib") is None:
+        return {}
+    records = plan.records(done)
+    target = stem.with_name(f"{stem.name}-parameters.png")
+    plots.accuracy_against_parameters(collect(records, plan.suite.tasks), _parameters(records), target)
+    pictures = {"Accuracy against trained parameters": target}
+    for name, entry in plan.suite.methods.items():
+        if len(entry.get("grid", {})) == 2:
+            target = stem.with_name(f"{stem.name}-{_slug(name)}.png")
+            plots.heat_map(plan, name, done, target)
+            pictures[f"{name}: validation accuracy by {' and '.join(entry['grid'])}"] = target
+    return pictures
 
 
 def text(plan: Plan, done: Mapping[str, Record], pictures: Mapping[str, Path]) -> str:
