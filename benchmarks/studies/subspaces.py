@@ -154,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--tasks", nargs="+", default=["cifar10", "orientation", "count"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--lr", type=float, default=3e-5, help="of full fine-tuning; the default is what the suite chose")
+    parser.add_argument("--lr", type=float, default=3e-5, help="of full fine-tuning; default: what the suite chose")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--results", type=Path, metavar="FOLDER", help="for subspaces.jsonl")
     args = parser.parse_args(arguments)
