@@ -28,9 +28,9 @@ def accuracy_against_parameters(scores: Scores, parameters: Mapping[str, float],
         mean = sum(share[task] * value for task, value in scores.means(method).items())
         low, high = seed_interval(scores.values[method], share) or (mean, mean)
         x = parameters[method]
-        axes.errorbar(x, mean, [[mean - low], [high - mean]], fmt="o", capsize=3)
-        axes.annotate(method, (x, mean), textcoords="offset points", xytext=(6, 4), fontsize=8)
-    axes.set_xscale("symlog", linthresh=1000)  # the probe and the predictors without a model have none
+        axes.errorbar(x, mean, [[mean - low], [high - mean]], fmt="o", capsize=3, label=method)
+    figure.legend(loc="outside right center", fontsize=8)
+    axes.set_xscale("symlog", linthresh=10_000)  # the probe and the predictors without a model have none
     axes.set_xlabel("trained parameters beside the classifier")
     axes.set_ylabel("mean test accuracy, %")
     axes.grid(alpha=0.3)

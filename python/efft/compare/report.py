@@ -2,11 +2,12 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any
 
 from efft.compare import plots
@@ -166,9 +167,6 @@ def _parameters(records: Sequence[Record]) -> dict[str, float]:
 
 def _means(scores: Scores, methods: Sequence[str], records: Sequence[Record]) -> str:
     parameters, members = _parameters(records), groups(scores.tasks)
-    seconds: dict[str, list[float]] = {}
-    for record in records:
-        seconds.setdefault(record["method"], []).append(record["seconds"])
     rows = []
     for method in methods:
         row = [method, f"{parameters.get(method, 0):,.0f}"]
@@ -178,8 +176,8 @@ def _means(scores: Scores, methods: Sequence[str], records: Sequence[Record]) ->
             row.append(f"{fmean(by_task[task] for task in own):.1f}" if complete else "-")
         for categorical in (True, False):
             row.append(_with_interval(scores, method, categorical) if scores.complete(method) else "-")
-        rows.append([*row, f"{median(seconds[method]):.0f}"])
-    heading = ["method", "trained parameters", *members, "categorical mean", "overall mean", "seconds a run"]
+        rows.append(row)
+    heading = ["method", "trained parameters", *members, "categorical mean", "overall mean"]
     return table(heading, rows)
 
 
@@ -283,10 +281,25 @@ def _origin(records: Sequence[Record]) -> str:
     )
     lines = [
         f"- backbone: {models}" if models else "",
-        f"- machine: {each('machine')}" + (f"; GPU {each('gpu')}" if each("gpu") else ""),
+        *(f"- machine: {machine}" for machine in _machines(records)),
         f"- versions: {'; '.join(versions)}",
         f"- commit: {each('commit')}",
         *(f"- command: `{command}`" for command in sorted({record["command"] for record in records})),
         f"- dates: {min(record['date'] for record in records)} to {max(record['date'] for record in records)}",
     ]
     return "\n".join(line for line in lines if line)
+
+
+def _machines(records: Sequence[Record]) -> list[str]:
+    """Each machine, and what it did: runs, processor time, and where others took part, how many runs of each method."""
+    owns: dict[str, list[Record]] = {}
+    for record in records:
+        gpu = f" with {record['gpu']}" if "gpu" in record else ""
+        owns.setdefault(f"{record['machine']}{gpu}", []).append(record)
+    lines = []
+    for machine, own in owns.items():
+        hours = sum(record.get("cpu_seconds", 0) for record in own) / 3600
+        by_method = Counter(record["method"] for record in own)
+        parts = "; ".join(f"{method} {count}" for method, count in by_method.items()) if len(owns) > 1 else ""
+        lines.append(f"{machine}: {len(own)} final runs, {hours:.1f} hours of processors" + (parts and f" ({parts})"))
+    return lines
