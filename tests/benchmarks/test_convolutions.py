@@ -11,9 +11,15 @@ from efft.data.task import ROLES, ArrayImages, Preprocess, Split
 from efft_kernels.nn.conv import EfftConv2d
 
 #: d_in = 9 channels, d_out and number of ResNet-18's kernels of one shape.
-SHAPES = [
-    *((576, 64, 4), (576, 128, 1), (1152, 128, 3), (1152, 256, 1), (2304, 256, 3), (2304, 512, 1), (4608, 512, 3)),
-]
+SHAPES = (
+    (576, 64, 4),
+    (576, 128, 1),
+    (1152, 128, 3),
+    (1152, 256, 1),
+    (2304, 256, 3),
+    (2304, 512, 1),
+    (4608, 512, 3),
+)
 PARAMETERS = {
     "EFFT2": sum(8 * (d_in + d_out) + n * 8 * 8 for d_in, d_out, n in SHAPES),
     "LoRA (peft)": sum(n * 8 * (d_in + d_out) for d_in, d_out, n in SHAPES),
