@@ -196,16 +196,19 @@ def test_report(tiny: dict[str, Any], write: Write, tmp_path: Path, capsys: pyte
         for accuracy, run in enumerate(plan.ready({})):
             store.append(_record(run, 0.4 + accuracy / 100))
         for run in plan.ready(store.records):
-            store.append(_record(run, 0.9 if run.seed == 3 else 0.8))
+            elsewhere = {"machine": "n", "gpu": "G", "cpu_seconds": 1800} if run.seed == 3 else {}
+            store.append({**_record(run, 0.9 if run.seed == 3 else 0.8), **elsewhere})
     assert main(["compare", str(file), "--out", str(results), "--report"]) == 0
     page = (tmp_path / "r.md").read_text()
     assert "12 of 12 final runs." in page
     assert "| EFFT2 | 85.0 ± 7.1 | 85.0 ± 7.1 |" in page
-    assert "| EFFT2 | 1,000 | 85.0 | 85.0 | 85.0 [80.0, 90.0] | 85.0 [80.0, 90.0] | 2 |" in page
+    assert "| EFFT2 | 1,000 | 85.0 | 85.0 | 85.0 [80.0, 90.0] | 85.0 [80.0, 90.0] |" in page
     assert "| probe | 2 | +" in page  # against the reference, over two tasks
     assert "- digits: pixels reaches 48.5, no less than probe." in page
     assert "| EFFT2 | lr 0.01 | lr 0.01 |" in page
     assert "- commit: abc" in page
+    assert "- machine: n with G: 2 final runs, 1.0 hours of processors (EFFT2 2)" in page
+    assert "- machine: m: 10 final runs, 0.0 hours of processors (EFFT2 2; probe 4; pixels 4)" in page
     assert "![Accuracy against trained parameters](r-parameters.png)" in page
     assert (tmp_path / "r-parameters.png").stat().st_size > 10_000
     assert "Published" not in page
