@@ -29,8 +29,7 @@ from torch import nn
 
 import efft
 import efft.data
-from benchmarks.record import append
-from benchmarks.studies.side_by_side import LORA, RECIPE, report, rows
+from benchmarks.studies.side_by_side import LORA, RECIPE, record, rows
 from efft.data.task import ImageDataset, Split
 from efft.train import TrainConfig, run
 
@@ -102,10 +101,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, metavar="FOLDER", help="for convolutions.jsonl")
     args = parser.parse_args(arguments)
     tasks = {seed: efft.data.load(TASK, image_size=SIZE, seed=seed, max_test=1000) for seed in args.seeds}
-    done = []
-    for row in study(Whole(efft.data.load(SOURCE, image_size=SIZE)), tasks, epochs=3):
-        append("convolutions", [row], args.results)
-        done.append(row)
-        print(f"{row['row']:<18}seed {row['seed']}: {row['test_accuracy']:.1%}", flush=True)
-    print(report(done))
+    source = Whole(efft.data.load(SOURCE, image_size=SIZE))
+    record("convolutions", study(source, tasks, epochs=3), args.results)
     return 0

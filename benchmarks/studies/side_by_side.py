@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import nn
 
-import efft
-from benchmarks.record import machine_facts
+from benchmarks.record import append, machine_facts
+from efft.baselines import peft_lora
 from efft.train import TrainConfig, methods, run
 from efft.train.probe import WithoutTest, linear_probe
 
@@ -26,10 +28,7 @@ def lora(model: nn.Module, layers: str) -> None:
     """LoRA of `peft`, rank 8, on the layers whose whole name matches, in place; the classifier trains too."""
     import peft
 
-    head = efft.freeze_backbone(model)
-    peft.inject_adapter_in_model(peft.LoraConfig(r=8, lora_alpha=8, target_modules=layers), model)
-    for name in head:  # peft freezes all but its own
-        model.get_submodule(name).requires_grad_(True)
+    peft_lora.inject(model, peft.LoraConfig(r=8, lora_alpha=8, target_modules=layers))
 
 
 def rows(
@@ -80,9 +79,18 @@ def _train(config: TrainConfig, task: Any, create: Callable[[int], nn.Module]) -
         return run(config, out, model=model, task=task, progress=False).summary
 
 
-def report(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Mean accuracies by row."""
+def record(study: str, rows: Iterable[dict[str, Any]], results: Path | None) -> None:
+    """Appends rows to ``STUDY.jsonl`` as they come and prints them, then the mean accuracies.
+
+    Args:
+        study: name of the result file.
+        rows: of :func:`rows`, and others like these.
+        results: folder of the file; by default the repository's.
+    """
     accuracies: dict[str, list[float]] = {}
     for row in rows:
+        append(study, [row], results)
         accuracies.setdefault(row["row"], []).append(row["test_accuracy"])
-    return "\n".join(f"{row:<16}mean of {len(all_)}: {sum(all_) / len(all_):.1%}" for row, all_ in accuracies.items())
+        print(f"{row['row']:<18}seed {row['seed']}: {row['test_accuracy']:.1%}", flush=True)
+    for name, values in accuracies.items():
+        print(f"{name:<18}mean of {len(values)}: {fmean(values):.1%}")

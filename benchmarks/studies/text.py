@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Dataset, TensorDataset
 
 import efft
-from benchmarks.record import append, machine_facts
-from benchmarks.studies.side_by_side import LORA, report, rows
+from benchmarks.record import machine_facts
+from benchmarks.studies.side_by_side import LORA, record, rows
 
 #: Package to what its name looks like in its own texts.
 PACKAGES = {
@@ -202,10 +202,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--results", type=Path, metavar="FOLDER", help="for text.jsonl")
     args = parser.parse_args(arguments)
-    done = []
-    for row in study(args.weights, args.seeds):
-        append("text", [row], args.results)
-        done.append(row)
-        print(f"{row['row']:<16}seed {row['seed']}: {row['test_accuracy']:.1%}", flush=True)
-    print(report(done))
+    record("text", study(args.weights, args.seeds), args.results)
     return 0

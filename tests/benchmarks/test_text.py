@@ -100,3 +100,10 @@ def test_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = tables.study("text").splitlines()
     assert shown[2:4] == ["| EFFT2 | 12,345 | 85.0 ± 7.1 | 2 |", "| bag of words | - | 61.0 | 1 |"]
     assert shown[-1] == "- docstrings: `x`, commit abc1234, Test CPU; torch 2.10; 2026-01-02"
+
+
+def test_rows_are_kept_as_they_come_and_summed_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"row": "EFFT2", "seed": seed, "test_accuracy": accuracy} for seed, accuracy in enumerate((0.5, 0.7))]
+    side_by_side.record("some", iter(rows), tmp_path)
+    assert [json.loads(line) for line in (tmp_path / "some.jsonl").read_text().splitlines()] == rows
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["EFFT2", "mean", "of", "2:", "60.0%"]

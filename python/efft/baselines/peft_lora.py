@@ -5,6 +5,7 @@ Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022 (arXi
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -41,13 +42,25 @@ def apply(
     if unknown or isinstance(targets, str) or not targets:
         raise ValueError(f"targets must be a list of {', '.join(_LAYERS)}, got {targets!r}")
     blocks(model)
-    head = efft.freeze_backbone(model)
     config = peft.LoraConfig(
         r=rank,
         lora_alpha=rank if alpha is None else alpha,
         lora_dropout=dropout,
         target_modules=rf"blocks\.\d+\..*\.({'|'.join(targets)})",
     )
+    return inject(model, config)
+
+
+def inject(model: nn.Module, config: Any) -> nn.Module:
+    """Puts an adapter of `peft` into any model with a known classifier, in place; trains it and the classifier.
+
+    Args:
+        model: the model.
+        config: peft's own configuration, a `peft.LoraConfig` say.
+    """
+    import peft
+
+    head = efft.freeze_backbone(model)
     peft.inject_adapter_in_model(config, model)
     for name in head:  # peft freezes all but its own
         model.get_submodule(name).requires_grad_(True)
