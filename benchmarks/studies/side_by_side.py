@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -21,7 +22,7 @@ RATES = (1e-3, 3e-3)
 """Learning rates to choose from, unless a recipe has its own ``rates``; the probe tries `PROBE_RATES` for each seed."""
 PROBE_RATES = (1e-3, 1e-2, 1e-1)
 LORA = "peft_lora_elsewhere"
-"""The method that :func:`rows` registers, in its process alone."""
+"""The name of :func:`lora` as a method, while :func:`rows` trains."""
 
 
 def lora(model: nn.Module, layers: str) -> None:
@@ -47,17 +48,17 @@ def rows(
         recipes: title to the fields of `TrainConfig` in which a row differs from `RECIPE`, and its ``rates``.
         layers: of the LoRA row, see :func:`lora`.
     """
-    methods.METHODS[LORA] = lambda model, config: lora(model, layers)
     chosen: dict[str, float] = {}
     for seed, task in tasks.items():
         for title, recipe in recipes.items():
             config = {**RECIPE, "seed": seed, **recipe}
             rates = config.pop("rates", RATES)
-            if title not in chosen and config["method"] != "linear":
-                trials = [TrainConfig(**{**config, "lr": lr, "protocol": "select"}) for lr in rates]
-                best = max(trials, key=lambda trial: _train(trial, WithoutTest(task), create)["val_accuracy"])
-                chosen[title] = best.lr
-            summary = _train(TrainConfig(**{**config, "lr": chosen.get(title, rates[0])}), task, create)
+            with _lora_is_a_method(layers):
+                if title not in chosen and config["method"] != "linear":
+                    trials = [TrainConfig(**{**config, "lr": lr, "protocol": "select"}) for lr in rates]
+                    best = max(trials, key=lambda trial: _train(trial, WithoutTest(task), create)["val_accuracy"])
+                    chosen[title] = best.lr
+                summary = _train(TrainConfig(**{**config, "lr": chosen.get(title, rates[0])}), task, create)
             yield {
                 "task": name,
                 "row": title,
@@ -68,6 +69,15 @@ def rows(
                 "seconds": summary["seconds"],
                 **machine_facts(),
             }
+
+
+@contextmanager
+def _lora_is_a_method(layers: str) -> Iterator[None]:
+    methods.METHODS[LORA] = lambda model, config: lora(model, layers)
+    try:
+        yield
+    finally:
+        del methods.METHODS[LORA]
 
 
 def _train(config: TrainConfig, task: Any, create: Callable[[int], nn.Module]) -> dict[str, Any]:

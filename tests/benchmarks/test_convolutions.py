@@ -8,6 +8,7 @@ import efft
 import efft.data
 from benchmarks.studies import convolutions, side_by_side
 from efft.data.task import ROLES, ArrayImages, Preprocess, Split
+from efft.train.methods import METHODS
 from efft_kernels.nn.conv import EfftConv2d
 
 #: d_in = 9 channels, d_out and number of ResNet-18's kernels of one shape.
@@ -59,6 +60,7 @@ def test_rows_of_all_methods() -> None:
     assert rows[0]["source_accuracy"] > 0.9
     assert all(row["test_accuracy"] > 0.9 for row in rows), rows
     assert {row["lr"] for row in rows if row["row"] == "full fine-tuning"} < {1e-4, 3e-4}
+    assert side_by_side.LORA not in METHODS
 
 
 def test_lora_and_efft_adapt_the_same_kernels() -> None:
