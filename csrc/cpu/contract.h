@@ -35,7 +35,7 @@ void contract(const Contraction& op) {
   Scratch& space = scratch();
   const auto C = masked<T>(op.C, op.rows, op.depth, op.keep_C, op.scale, false, space.a);
   const auto V = masked<T>(op.V, op.depth, op.columns, op.keep_V, 1, false, space.wide);
-  product(op.rows, op.columns, op.depth, Operand<float>{C.data, C.row, 1}, V, Rows<const float>{},
+  product(op.rows, op.columns, op.depth, Operand<float>{C.data, C.row, 1}, V, Base<float>{},
       Rows<T>{row_of<T>(op.G, 0), op.G.row});
 }
 
@@ -45,7 +45,7 @@ void contract_dC(const Contraction& op, Matrix dC) {
   const auto dG = widen<T>(op.G, 0, op.rows, op.columns, space.gy);
   const auto Vt = masked<T>(op.V, op.depth, op.columns, op.keep_V, 1, true, space.wide);
   const Rows<float> all{space.narrow.room(op.rows * Vt.row), Vt.row};
-  product(op.rows, Vt.row, op.columns, Operand<float>{dG.data, dG.row, 1}, Vt, Rows<const float>{}, all);
+  product(op.rows, Vt.row, op.columns, Operand<float>{dG.data, dG.row, 1}, Vt, Base<float>{}, all);
   const auto kept = masked<float>({all.data, all.row}, op.rows, op.depth, op.keep_C, op.scale, false, space.a);
   for (int64_t i = 0; i < op.rows; ++i)
     for_registers(op.depth,
@@ -60,7 +60,7 @@ void contract_dV(const Contraction& op, int64_t begin, int64_t end, float* dV) {
   const Matrix part{row_of<T>(op.G, 0) + begin, op.G.row, op.G.type};
   const auto dG = widen<T>(part, 0, op.rows, columns, space.gy);
   const Rows<float> all{space.wide.room(op.depth * columns), columns};
-  product(op.depth, columns, op.rows, Operand<float>{C.data, 1, C.row}, dG, Rows<const float>{}, all);
+  product(op.depth, columns, op.rows, Operand<float>{C.data, 1, C.row}, dG, Base<float>{}, all);
   for (int64_t k = 0; k < op.depth; ++k)
     for (int64_t j = 0; j < columns; ++j)
       if (!op.keep_V || op.keep_V[k * op.columns + begin + j]) dV[k * columns + j] += all.data[k * columns + j];
@@ -69,7 +69,7 @@ void contract_dV(const Contraction& op, int64_t begin, int64_t end, float* dV) {
 template <class T>
 void merge(Matrix W, const float* G, int64_t G_row, Matrix Dt, int64_t d_in, int64_t rank, int64_t begin, int64_t end) {
   product(end - begin, d_in, rank, Operand<float>{G + begin, 1, G_row},
-      Rows<const float>{row_of<const float>(Dt, 0), Dt.row}, Rows<const T>{row_of<const T>(W, begin), W.row},
+      Rows<const float>{row_of<const float>(Dt, 0), Dt.row}, Base<T>{row_of<const T>(W, begin), W.row},
       Rows<T>{row_of<T>(W, begin), W.row});
 }
 

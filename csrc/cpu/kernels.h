@@ -36,9 +36,11 @@ struct LowRank {
   float eps = 0;
   float* mean = nullptr;  // [tokens]
   float* rstd = nullptr;  // [tokens]
+  Matrix base;            // the base product, in the type of the result, which it may lie in
 };
 
-// h = a D and y = b + h G, where a is x behind its input stage; the base product is added to y by the caller.
+// h = a D and y = base + b + h G, where a is x behind its input stage. base: x W^T, or null where a is yet to be made,
+// and a W^T is added to y by the caller.
 struct Forward : LowRank {
   Matrix a;                  // [tokens, d_in], written unless the input is plain
   Matrix y;                  // [tokens, d_out]
@@ -47,12 +49,10 @@ struct Forward : LowRank {
   const void* G = nullptr;   // panel [rank, d_out], in strips
 };
 
-// dh = gy G^T, dD^T = dh^T a, dG = h^T gy and dx: of a plain input dh D^T, to which the caller adds gy W; of another
-// base + dh D^T through the input stage, where base comes in as gy W.
+// dh = gy G^T, dD^T = dh^T a, dG = h^T gy and dx = base + dh D^T, through the input stage if there is one. base: gy W.
 struct Backward : LowRank {
   Matrix gy;                 // [tokens, d_out]
-  Matrix base;               // [tokens, d_in], in the type of gy
-  Matrix dx;                 // [tokens, d_in], in the type of x; may be base itself; data null: not wanted
+  Matrix dx;                 // [tokens, d_in], in the type of x; data null: not wanted
   const void* Gt = nullptr;  // panel [d_out, padded_rank]
   const void* Dt = nullptr;  // panel [rank, d_in], in strips
   bool need_dD = false, need_dG = false;

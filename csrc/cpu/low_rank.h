@@ -145,8 +145,8 @@ Block<T> input_block(const LowRank& op, int64_t t, int64_t rows, bool is_forward
 // C [rows, columns] = init + left right, where right [rank, columns] lies in strips: a few rows from end to end, so
 // that the next ones, which lie behind them, can be fetched meanwhile.
 template <class E, class Init, class Out>
-void up(int64_t rows, int64_t columns, int64_t rank, Rows<const E> left, const void* right, Rows<const Init> init,
-    Rows<Out> C) {
+void up(
+    int64_t rows, int64_t columns, int64_t rank, Rows<const E> left, const void* right, Base<Init> init, Rows<Out> C) {
   constexpr int64_t together = TOGETHER<E>;  // by a name without brackets, which cppcheck takes for comparisons here
   constexpr int64_t width = STRIP_COLUMNS * together;
   const int64_t strip = (rank + together - 1) / together * width;
@@ -159,10 +159,15 @@ void up(int64_t rows, int64_t columns, int64_t rank, Rows<const E> left, const v
     const E* at = static_cast<const E*>(right);
     for (int64_t j = 0; j < columns; j += STRIP_COLUMNS, at += strip)
       product(count, std::min(STRIP_COLUMNS, columns - j), rank,
-          Operand<E>{left.data + i * left.row, left.row, TOGETHER<E>}, Rows<const E>{at, width},
-          Rows<const Init>{init.data ? init.data + i * init.row + j : nullptr, init.row},
+          Operand<E>{left.data + i * left.row, left.row, TOGETHER<E>}, Rows<const E>{at, width}, init.from(i, j),
           Rows<Out>{C.data + i * C.row + j, C.row}, ahead);
   }
+}
+
+// The base product from row t on, and a bias.
+template <class T>
+Base<T> base_of(const LowRank& op, int64_t t, const float* bias = nullptr) {
+  return {op.base.data ? row_of<const T>(op.base, t) : nullptr, op.base.row, bias};
 }
 
 // C [rows, padded_rank] = left right, where right is a panel [depth, padded_rank].
@@ -170,7 +175,7 @@ template <class E>
 void down(int64_t rows, int64_t depth, int64_t padded_rank, Rows<const E> left, const void* right, Rows<float> C,
     Ahead ahead = {}) {
   product(rows, padded_rank, depth, Operand<E>{left.data, left.row, TOGETHER<E>},
-      Rows<const E>{static_cast<const E*>(right), padded_rank * TOGETHER<E>}, Rows<const float>{}, C, ahead);
+      Rows<const E>{static_cast<const E*>(right), padded_rank * TOGETHER<E>}, Base<float>{}, C, ahead);
 }
 
 // T: of W, y and h. X: of x.
@@ -186,7 +191,7 @@ void forward(const Forward& op, int64_t begin, int64_t end) {
     down(rows, op.d_in, op.padded_rank, a, op.D, wide,
         next_block<X, E>(op.x, t, rows, end, op.d_in, rows, op.padded_rank, op.d_in));
     const Rows<const E> h = round_rows<T>(wide, rows, op.rank, op.h, t, space.half_narrow);
-    up(rows, op.d_out, op.rank, h, op.G, Rows<const float>{op.b, 0}, Rows<T>{row_of<T>(op.y, t), op.y.row});
+    up(rows, op.d_out, op.rank, h, op.G, base_of<T>(op, t, op.b), Rows<T>{row_of<T>(op.y, t), op.y.row});
   }
 }
 
@@ -207,7 +212,7 @@ void share(int64_t rank, int64_t columns, int64_t rows, Rows<const E> left, Rows
     Rows<const E> B{right.data + j, right.row};
     if constexpr (TOGETHER<E> == 2)
       B = interleave(B, rows, width, STRIP_COLUMNS, scratch().right.room(depth * STRIP_COLUMNS));
-    product(rank, width, depth, A, B, Rows<const float>{is_first ? nullptr : total, STRIP_COLUMNS},
+    product(rank, width, depth, A, B, Base<float>{is_first ? nullptr : total, STRIP_COLUMNS},
         Rows<float>{total, STRIP_COLUMNS}, ahead);
   }
 }
@@ -216,8 +221,7 @@ void share(int64_t rank, int64_t columns, int64_t rows, Rows<const E> left, Rows
 template <class X, class T>
 void through_input(const Backward& op, int64_t t, int64_t rows, Rows<const Element<T>> dh, const Block<T>& input) {
   float* const gradient = scratch().da.room(rows * op.d_in);
-  const Rows<const T> base{row_of<const T>(op.base, t), op.base.row};
-  up(rows, op.d_in, op.rank, dh, op.Dt, base, Rows<float>{gradient, op.d_in});
+  up(rows, op.d_in, op.rank, dh, op.Dt, base_of<T>(op, t), Rows<float>{gradient, op.d_in});
   for (int64_t i = 0; i < rows; ++i) {
     const float* da = gradient + i * op.d_in;
     X* dx = row_of<X>(op.dx, t + i);
@@ -258,7 +262,7 @@ void backward(const Backward& op, int64_t begin, int64_t end, float* dDt, float*
       share(op.rank, op.d_in, rows, dh, input.a, dDt, t == begin,
           next_block<X, E>(op.x, t, rows, end, op.d_in, op.rank, op.d_in, rows));
     if (need_dx && plain)
-      up(rows, op.d_in, op.rank, dh, op.Dt, Rows<const float>{}, Rows<T>{row_of<T>(op.dx, t), op.dx.row});
+      up(rows, op.d_in, op.rank, dh, op.Dt, base_of<T>(op, t), Rows<T>{row_of<T>(op.dx, t), op.dx.row});
     else if (need_dx)
       through_input<X, T>(op, t, rows, dh, input);
   }

@@ -2,9 +2,9 @@
 //
 // One tile of registers serves the three shapes that a low-rank update is made of:
 //   h = x D, dh = gy G^T    N = rank:    B is a panel of the factor
-//   y = b + h G, dx + dh D^T    K = rank:    C is written in the same pass
+//   y = base + b + h G, dx = base + dh D^T    K = rank:    C is written in the same pass
 //   dG = h^T gy, dD^T = dh^T x    M = rank, K = tokens:    A is read across its rows
-// so A has two strides, B and C are rows, and C may start from another matrix than it ends in.
+// so A has two strides, B and C are rows, and C may start from another matrix than it ends in, or from a bias.
 #pragma once
 
 #include <algorithm>
@@ -33,6 +33,18 @@ template <class T>
 struct Rows {
   T* data;
   int64_t row;
+};
+
+// What a product is added to: a matrix, and one row for all rows; either may be absent.
+template <class T>
+struct Base {
+  const T* data = nullptr;
+  int64_t row = 0;
+  const float* bias = nullptr;
+
+  Base from(int64_t i, int64_t j) const {
+    return {data ? data + i * row + j : nullptr, row, bias ? bias + j : nullptr};
+  }
 };
 
 // What the inner loop asks of memory ahead of its use, `step` bytes on with every step of k: in bursts the same
@@ -80,7 +92,7 @@ EFFT_INLINE Floats row_of_right(const bf16* from, int) {
 
 // `last`: lanes of the last register that exist, where WHOLE is false.
 template <int M, int N, bool WHOLE, class E, class Init, class Out>
-void tile(int64_t depth, Operand<E> A, Rows<const E> B, Rows<const Init> init, Rows<Out> C, int last, Ahead ahead) {
+void tile(int64_t depth, Operand<E> A, Rows<const E> B, Base<Init> init, Rows<Out> C, int last, Ahead ahead) {
   const auto lanes = [last](int64_t j) { return WHOLE || j < N - 1 ? LANES : last; };
   Floats sums[M][N];
 #pragma GCC unroll 8
@@ -110,16 +122,17 @@ void tile(int64_t depth, Operand<E> A, Rows<const E> B, Rows<const Init> init, R
 #pragma GCC unroll 3
     for (int j = 0; j < N; ++j) {
       if (init.data) sums[i][j] += load(init.data + i * init.row + j * LANES, lanes(j));
+      if (init.bias) sums[i][j] += load(init.bias + j * LANES, lanes(j));
       store(C.data + i * C.row + j * LANES, sums[i][j], lanes(j));
     }
 }
 
 template <int M, int N, class E, class Init, class Out>
-inline void down_rows(int64_t rows, int64_t depth, Operand<E> A, Rows<const E> B, Rows<const Init> init, Rows<Out> C,
-    int last, Ahead& ahead) {
+inline void down_rows(
+    int64_t rows, int64_t depth, Operand<E> A, Rows<const E> B, Base<Init> init, Rows<Out> C, int last, Ahead& ahead) {
   int64_t i = 0;
   for (; i + M <= rows; i += M) {
-    const Rows<const Init> from{init.data ? init.data + i * init.row : nullptr, init.row};
+    const Base<Init> from = init.from(i, 0);
     const Operand<E> a{A.data + i * A.row, A.row, A.step};
     const Rows<Out> to{C.data + i * C.row, C.row};
     if (last == LANES)
@@ -130,17 +143,15 @@ inline void down_rows(int64_t rows, int64_t depth, Operand<E> A, Rows<const E> B
   }
   if constexpr (M > 1) {
     if (i == rows) return;
-    const Rows<const Init> from{init.data ? init.data + i * init.row : nullptr, init.row};
-    down_rows<M / 2, N>(rows - i, depth, Operand<E>{A.data + i * A.row, A.row, A.step}, B, from,
+    down_rows<M / 2, N>(rows - i, depth, Operand<E>{A.data + i * A.row, A.row, A.step}, B, init.from(i, 0),
         Rows<Out>{C.data + i * C.row, C.row}, last, ahead);
   }
 }
 
-// init.data == nullptr: zero. init.row == 0: one row for all, such as a bias. With depth > BLOCK_K the partial sums
-// pass through C, which must then be float.
+// With depth > BLOCK_K the partial sums pass through C, which must then be float.
 template <class E, class Init, class Out>
-void product(int64_t rows, int64_t columns, int64_t depth, Operand<E> A, Rows<const E> B, Rows<const Init> init,
-    Rows<Out> C, Ahead& ahead) {
+void product(int64_t rows, int64_t columns, int64_t depth, Operand<E> A, Rows<const E> B, Base<Init> init, Rows<Out> C,
+    Ahead& ahead) {
   const auto tiles = [&](int64_t width, int64_t size, Operand<E> a, Rows<const E> b, auto from, Rows<Out> to) {
     const int last = static_cast<int>(width % LANES ? width % LANES : LANES);
     if (width > TILE_COLUMNS - LANES)
@@ -158,15 +169,15 @@ void product(int64_t rows, int64_t columns, int64_t depth, Operand<E> A, Rows<co
       const Rows<const E> b{B.data + k / TOGETHER<E> * B.row + j * TOGETHER<E>, B.row};
       const Rows<Out> to{C.data + j, C.row};
       if (k == 0)
-        tiles(width, size, a, b, Rows<const Init>{init.data ? init.data + j : nullptr, init.row}, to);
+        tiles(width, size, a, b, init.from(0, j), to);
       else
-        tiles(width, size, a, b, Rows<const Out>{to.data, to.row}, to);
+        tiles(width, size, a, b, Base<Out>{to.data, to.row}, to);
     }
 }
 
 template <class E, class Init, class Out>
 void product(
-    int64_t rows, int64_t columns, int64_t depth, Operand<E> A, Rows<const E> B, Rows<const Init> init, Rows<Out> C) {
+    int64_t rows, int64_t columns, int64_t depth, Operand<E> A, Rows<const E> B, Base<Init> init, Rows<Out> C) {
   Ahead nothing;
   product(rows, columns, depth, A, B, init, C, nothing);
 }

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <memory>
 #include <optional>
+#include <vector>
 
 #include "kernels.h"
 
@@ -39,10 +40,14 @@ inline Matrix matrix(const Tensor& t, int64_t offset = 0) {
   return {data + offset * (type == Type::float32 ? 4 : 2), t.dim() < 2 ? 0 : t.stride(-2), type};
 }
 
+// Elements brought into another order in about the time that it takes to wake a thread, some 10 us.
+constexpr int64_t WORTH_A_THREAD = 1 << 16;
+
 // `op` by all of torch's threads.
 inline void gather(const Gather& op) {
   constexpr int64_t width = 16;
-  torch::stable::parallel_for(0, (op.columns + width - 1) / width, 32,
+  const int64_t grain = std::max<int64_t>(WORTH_A_THREAD / (width * std::max<int64_t>(op.rows, 1)), 1);
+  torch::stable::parallel_for(0, (op.columns + width - 1) / width, grain,
       [&](int64_t first, int64_t last) { kernels().gather(op, first * width, std::min(op.columns, last * width)); });
 }
 
@@ -60,7 +65,8 @@ class Panel {
     // [strips][length][unit]: every strip interleaved on its own
     const int64_t even = (length_ + 1) / 2 * 2, unit = row_ != 0 ? row_ : STRIP_COLUMNS;
     pairs_.reset(new uint16_t[even * padded_]);
-    torch::stable::parallel_for(0, padded_ / unit * even / 2, 256, [&](int64_t first, int64_t last) {
+    const int64_t grain = std::max<int64_t>(WORTH_A_THREAD / (2 * unit), 1);
+    torch::stable::parallel_for(0, padded_ / unit * even / 2, grain, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last;) {
         const int64_t strip = i / (even / 2), row = i % (even / 2), count = std::min(last - i, even / 2 - row);
         kernels().interleave(data_ + strip * length_ * unit, length_, unit, pairs_.get() + strip * even * unit, 2 * row,
@@ -102,8 +108,8 @@ class Panel {
   int64_t row_ = 0, length_ = 0, padded_ = 0;
 };
 
-// out = left right, or added to out, by the library that torch multiplies matrices with.
-inline void add_product(const Tensor& out, const Tensor& left, const Tensor& right, bool accumulate) {
+// out = left right, or out += left right, by the library that torch multiplies matrices with.
+inline void multiply(const Tensor& out, const Tensor& left, const Tensor& right, bool accumulate) {
   if (out.numel() == 0) return;
   const AOTITorchError failed = accumulate
                                     ? aoti_torch_cpu_addmm_out(out.get(), out.get(), left.get(), right.get(), 1, 1)
@@ -111,9 +117,38 @@ inline void add_product(const Tensor& out, const Tensor& left, const Tensor& rig
   STD_TORCH_CHECK(!failed, "torch's matrix product failed, and printed why");
 }
 
+// The calls of torch's C interface that make a tensor cost a microsecond or two; those by an operator's name about ten.
 inline Tensor empty(
     const Tensor& like, std::initializer_list<int64_t> sizes, std::optional<ScalarType> type = std::nullopt) {
-  return torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, type);
+  int32_t dtype = 0, device_type = 0, device_index = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  if (type.has_value()) dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes.begin()[i], 1)) strides[i] = stride;
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.begin(), strides.data(), dtype, device_type, device_index, &made));
+  return Tensor(made);
+}
+
+// A view, from the first element of `t` on.
+inline Tensor view(const Tensor& t, std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides) {
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
+      t.get(), static_cast<int64_t>(sizes.size()), sizes.begin(), strides.begin(), 0, &made));
+  return Tensor(made);
+}
+
+inline Tensor transposed(const Tensor& t) {
+  return view(t, {t.size(1), t.size(0)}, {t.stride(1), t.stride(0)});
+}
+
+// A vector as a matrix of one row.
+inline Tensor as_row(const Tensor& t) {
+  return view(t, {1, t.size(0)}, {t.size(0), t.stride(0)});
 }
 
 // Tokens for each of torch's threads, whole tiles, and no thread for less than is worth waking it.

@@ -1,8 +1,8 @@
 // efft::tt_linear_{fwd,bwd}.cpu and, through another input stage, the gelu and norm forms.
 //
-// Forward: y = b + h G block by block, then y += x W^T by the library torch uses, which would otherwise have filled y
-// with the bias. Backward: one pass over blocks of tokens for everything of rank r, dh D^T included, then dx += gy W by
-// the library; behind a GELU or a norm the library comes first, because the pass ends with that stage's own gradient.
+// The base product is that of the library torch uses, and comes first: writing a result costs it less than adding to
+// one. Then one pass over blocks of tokens does everything of rank r: y += b + h G in forward, dx += dh D^T in
+// backward. Only the forward pass behind a GELU or a norm comes before the product, whose input it makes.
 #include "tt_linear.h"
 
 #include <vector>
@@ -16,7 +16,7 @@ class Vector {
  public:
   explicit Vector(const std::optional<Tensor>& from) {
     if (!from.has_value()) return;
-    panel_.emplace(torch::stable::unsqueeze(*from, 0), Panel::Order::rows, false);
+    panel_.emplace(as_row(*from), Panel::Order::rows, false);
   }
   const float* data() const { return panel_ ? panel_->data() : nullptr; }
 
@@ -60,8 +60,12 @@ Linear linear_forward(const Tensor& x_, const Stage& stage, const Tensor& W, con
   op.b = bias.data();
   op.D = down.elements();
   op.G = up.elements();
+  if (plain) {
+    multiply(y, x, transposed(W), false);
+    op.base = op.y;
+  }
   Parts(tokens).run([&](int64_t, int64_t begin, int64_t end) { kernels().forward(op, begin, end); });
-  add_product(y, a, torch::stable::transpose(W, 0, 1), true);
+  if (!plain) multiply(y, a, transposed(W), true);
   return {y, h};
 }
 
@@ -90,11 +94,11 @@ LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x
   const bool plain = stage.input == Input::plain;
   const Tensor& like = x && !plain ? *x : gy;
   Tensor dx = need_dx ? empty(like, {tokens, d_in}) : empty(like, {0}), base = dx;
-  if (need_dx) op.dx = matrix(dx);
-  if (need_dx && !plain) {
-    if (op.x.type != op.gy.type) base = empty(gy, {tokens, d_in});
-    add_product(base, gy, *W, false);
+  if (need_dx) {
+    if (!plain && op.x.type != op.gy.type) base = empty(gy, {tokens, d_in});
+    multiply(base, gy, *W, false);
     op.base = matrix(base);
+    op.dx = matrix(dx);
   }
   const Parts parts(tokens);
   const auto strips = [rank](int64_t columns) {
@@ -110,7 +114,6 @@ LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x
   parts.run([&](int64_t part, int64_t begin, int64_t end) {
     kernels().backward(op, begin, end, shares_D + part * size_D, shares_G + part * size_G);
   });
-  if (need_dx && plain) add_product(dx, gy, *W, true);
   Tensor dD = need_dD ? empty(D, {d_in, rank}) : empty(D, {0});
   Tensor dG = need_dG ? empty(G, {rank, d_out}) : empty(G, {0});
   if (tokens == 0) {

@@ -1,4 +1,4 @@
-// efft::tt_linear_grouped.cpu: every sample with its adapter's factors, then one base product for all of them.
+// efft::tt_linear_grouped.cpu: one base product for all samples, then each with its adapter's factors.
 #include "tensors.h"
 
 namespace efft {
@@ -9,8 +9,10 @@ Tensor tt_linear_grouped(Tensor x_, Tensor W, std::optional<Tensor> b, Tensor D,
   const Tensor x = torch::stable::contiguous(x_), adapter = torch::stable::contiguous(adapter_);
   const int64_t samples = x.size(0), tokens = x.size(1), d_in = x.size(2), d_out = W.size(0);
   Tensor y = empty(W, {samples, tokens, d_out});
+  multiply(view(y, {samples * tokens, d_out}, {d_out, 1}), view(x, {samples * tokens, d_in}, {d_in, 1}), transposed(W),
+      false);
   std::optional<Panel> bias;
-  if (b.has_value()) bias.emplace(torch::stable::unsqueeze(*b, 0), Panel::Order::rows, false);
+  if (b.has_value()) bias.emplace(as_row(*b), Panel::Order::rows, false);
   const auto* ids = static_cast<const int64_t*>(adapter.data_ptr());
   const Type type = type_of(x);
   const int64_t size = type == Type::float32 ? 4 : 2;
@@ -21,6 +23,7 @@ Tensor tt_linear_grouped(Tensor x_, Tensor W, std::optional<Tensor> b, Tensor D,
       op.d_out = d_out;
       op.x = {static_cast<char*>(x.data_ptr()) + i * tokens * d_in * size, d_in, type};
       op.y = {static_cast<char*>(y.data_ptr()) + i * tokens * d_out * size, d_out, type};
+      op.base = op.y;
       op.b = bias ? bias->data() : nullptr;
       if (ids[i] < 0) {  // rank 0
         kernels().forward(op, 0, tokens);
@@ -35,8 +38,6 @@ Tensor tt_linear_grouped(Tensor x_, Tensor W, std::optional<Tensor> b, Tensor D,
       kernels().forward(op, 0, tokens);
     }
   });
-  add_product(torch::stable::view(y, {samples * tokens, d_out}), torch::stable::view(x, {samples * tokens, d_in}),
-      torch::stable::transpose(W, 0, 1), true);
   return y;
 }
 
