@@ -220,7 +220,11 @@ def _tests(plan: Plan, scores: Scores, methods: Sequence[str]) -> list[str]:
 
 
 def _leaks(scores: Scores, methods: Sequence[str], entries: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Tasks on which a predictor that sees no objects is as good as a method: what they measure is in doubt."""
+    """Tasks on which a predictor that sees no objects is as good as a method: what they measure is in doubt.
+
+    Training from scratch is no such method: it has nothing but these few images.
+    """
+    methods = [method for method in methods if entries[method].get("pretrained", True)]
     trivial = [method for method in methods if entries[method]["method"] in TRIVIAL]
     lines = []
     for task in scores.tasks:
