@@ -158,7 +158,7 @@ PICTURES: tuple[tuple[str, Callable[[Sequence[Line]], Pictures]], ...] = (
 
 
 #: Suites of ``efft compare`` whose results are drawn, from ``compare_NAME.jsonl``.
-COMPARED = ("local", "local_efft2", "local_grid")
+COMPARED = ("local", "local_efft2", "local_long", "local_grid")
 
 
 def draw(results: Path | None, out: Path, names: Sequence[str] = ()) -> list[Path]:

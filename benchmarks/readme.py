@@ -81,6 +81,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "comparisons": partial(accuracy, "local", "comparisons"),
     "accuracy_efft2": partial(accuracy, "local_efft2"),
     "comparisons_efft2": partial(accuracy, "local_efft2", "comparisons"),
+    "accuracy_long": partial(accuracy, "local_long"),
+    "comparisons_long": partial(accuracy, "local_long", "comparisons"),
     "accuracy_grid": partial(accuracy, "local_grid"),
 }
 

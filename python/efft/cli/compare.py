@@ -29,8 +29,8 @@ def compare(
     Args:
         file: JSON file that says what is compared; see efft.compare.suite.Suite.
         suite: one that comes with the library instead: local (small tasks and a backbone that can be fetched),
-            local_efft2 (the same tasks, variants of EFFT2), local_grid (rank against scale) or
-            vtab1k (the paper's 19 tasks; needs --data).
+            local_efft2 (the same tasks, variants of EFFT2), local_long (ten epochs, beside LoRA), local_grid (rank
+            against scale) or vtab1k (the paper's 19 tasks; needs --data).
         quick: the small variant of a suite.
         full: all of a suite that has a small variant.
         report: write tables, tests and pictures of the results that are there, beside them; runs nothing.

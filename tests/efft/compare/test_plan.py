@@ -94,7 +94,7 @@ def test_published_settings_of_the_paper_by_task() -> None:
             assert run.config["efft"].get("variant", "efft2") == variant
 
 
-@pytest.mark.parametrize("name", ["local", "local_efft2"])
+@pytest.mark.parametrize("name", ["local", "local_efft2", "local_long"])
 def test_results_on_record_are_of_their_suite(name: str) -> None:
     """Methods may be added to a suite; what was run must go on being a part of it."""
     done = read(RESULTS / f"compare_{name}.jsonl")
@@ -221,7 +221,7 @@ def test_points_of_a_grid_that_are_no_numbers_can_be_shown(tiny: dict[str, Any])
 
 def test_missing_files_and_variants(tiny: dict[str, Any], write: Write) -> None:
     with pytest.raises(
-        FileNotFoundError, match=r"no suite file nope; the suites by name are local, local_efft2, local_grid, vtab1k"
+        FileNotFoundError, match=r"no suite file nope; the suites by name are local, local_efft2, local_grid, local_long, vtab1k"
     ):
         suites.load("nope")
     with pytest.raises(ValueError, match="has no quick variant; leave out --quick"):
