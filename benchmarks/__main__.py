@@ -16,6 +16,7 @@ COMMANDS = {
     "quantized": ("benchmarks.quantized", "int8, fp8 and nf4 backbones: error, time, memory"),
     "scaling": ("benchmarks.scaling", "how time grows with tokens and rank"),
     "subspaces": ("benchmarks.studies.subspaces", "what shared factors can express of a full fine-tuning update"),
+    "starts": ("benchmarks.studies.starts", "EFFT2 from directions of the gradient or of the pretrained weights"),
     "text": ("benchmarks.studies.text", "EFFT2, LoRA and a linear probe on a text transformer"),
     "convolutions": ("benchmarks.studies.convolutions", "the same on a convolutional network"),
     "compare": ("benchmarks.compare", "what got slower between two result files or revisions"),

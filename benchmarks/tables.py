@@ -234,6 +234,26 @@ def subspaces() -> str:
     return with_sources(header, rows, _by_command(newest.values()))
 
 
+_STARTS = {"side": "one side, random cores", "cores": "both sides, zero cores"}
+
+
+def starts() -> str:
+    """Accuracy of EFFT2 by where its factors start, mean over seeds."""
+    newest = {(x["kind"], x["source"], x["task"], x["seed"]): x for x in read("starts")}
+    if not newest:
+        return NOTHING
+    lines = list(newest.values())
+    tasks = list(dict.fromkeys(line["task"] for line in lines))
+    rows = []
+    for kind, source in dict.fromkeys((line["kind"], line["source"]) for line in lines):
+        of_start = [line for line in lines if (line["kind"], line["source"]) == (kind, source)]
+        by_task = [[100 * line["test_accuracy"] for line in of_start if line["task"] == task] for task in tasks]
+        means = [fmean(accuracies) if accuracies else None for accuracies in by_task]
+        overall = None if None in means else fmean(mean for mean in means if mean is not None)
+        rows.append([_STARTS[kind], source, *("-" if mean is None else f"{mean:.1f}" for mean in [*means, overall])])
+    return with_sources(["directions in", "of the", *tasks, "mean"], rows, _by_command(lines))
+
+
 def study(name: str) -> str:
     """Accuracy of the rows of `benchmarks.studies.side_by_side`, mean and standard deviation over seeds."""
     newest = {(x["row"], x["seed"]): x for x in read(name)}
@@ -258,6 +278,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "train_step_gpu_graphs": partial(train_step, "cuda", cuda_graphs=True),
     "demo": demo,
     "subspaces": subspaces,
+    "starts": starts,
     "text": partial(study, "text"),
     "convolutions": partial(study, "convolutions"),
 }

@@ -53,7 +53,7 @@ def rows(
         for title, recipe in recipes.items():
             config = {**RECIPE, "seed": seed, **recipe}
             rates = config.pop("rates", RATES)
-            with _lora_is_a_method(layers):
+            with method(LORA, lambda model, config: lora(model, layers)):
                 if title not in chosen and config["method"] != "linear":
                     trials = [TrainConfig(**{**config, "lr": lr, "protocol": "select"}) for lr in rates]
                     best = max(trials, key=lambda trial: _train(trial, WithoutTest(task), create)["val_accuracy"])
@@ -72,12 +72,15 @@ def rows(
 
 
 @contextmanager
-def _lora_is_a_method(layers: str) -> Iterator[None]:
-    methods.METHODS[LORA] = lambda model, config: lora(model, layers)
+def method(name: str, adapt: Callable[[nn.Module, TrainConfig], None]) -> Iterator[None]:
+    """While it lasts, training adapts models by ``adapt`` where the method is ``name``."""
+    before = dict(methods.METHODS)
+    methods.METHODS[name] = adapt
     try:
         yield
     finally:
-        del methods.METHODS[LORA]
+        methods.METHODS.clear()
+        methods.METHODS.update(before)
 
 
 def _train(config: TrainConfig, task: Any, create: Callable[[int], nn.Module]) -> dict[str, Any]:

@@ -22,9 +22,10 @@ import argparse
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.record import append, machine_facts
@@ -66,8 +67,8 @@ def own_energy(values: Tensor, rank: int) -> float:
     return float(values[:, :rank].square().sum() / values.square().sum())
 
 
-def shared_energy(each: Tensor, rank: int) -> float:
-    """Share of the squared norm of matrices [n, a, b] that one pair of bases, [a, rank] and [b, rank], keeps.
+def shared_bases(each: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The orthonormal bases, [a, rank] and [b, rank], that together keep most of matrices [n, a, b].
 
     By alternating between the two, each time the best for the other, from the best without the other.
     """
@@ -79,6 +80,12 @@ def shared_energy(each: Tensor, rank: int) -> float:
     for _ in range(SWEEPS):
         left = best(each @ right)
         right = best(each.mT @ left)
+    return left, right
+
+
+def shared_energy(each: Tensor, rank: int) -> float:
+    """Share of the squared norm of matrices [n, a, b] in :func:`shared_bases`."""
+    left, right = shared_bases(each, rank)
     return float((left.T @ each @ right).square().sum() / each.square().sum())
 
 
@@ -110,34 +117,41 @@ def measure(found: Mapping[str, Tensor], rank: int, seed: int) -> list[dict[str,
     return rows
 
 
-def mean_gradient(model: nn.Module, config: TrainConfig) -> dict[str, Tensor]:
-    """Of the loss over the training images of a task, with respect to every weight, before the first step."""
+def recipe(task: str, seed: int) -> dict[str, Any]:
+    """Fields of `TrainConfig` for a final run as in the suite ``local``."""
+    return {**suites.load("local").train, "data": task, "seed": seed, "data_seed": seed, "protocol": "final"}
+
+
+def mean_gradient(task: str, seed: int) -> dict[str, Tensor]:
+    """Of the loss over the training images of a task, before the first step, with respect to all :func:`matrices`.
+
+    It is taken behind a trained classifier: a random one would send back directions without meaning.
+    """
+    fields = recipe(task, seed)
+    fields.pop("efft")
+    config = TrainConfig.from_dict({**fields, "method": "linear", "lr": 1e-2})
+    with tempfile.TemporaryDirectory() as folder:
+        model = run(config, folder, progress=False).model
+    assert model is not None
     data = build.load_task(config).trainval
     loader = torch.utils.data.DataLoader(data, batch_size=config.eval_batch_size)
     model.requires_grad_(True).eval()
     for images, labels in loader:
         (functional.cross_entropy(model(images), labels, reduction="sum") / len(data)).backward()
-    return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    return matrices({name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None})
 
 
 def study(task: str, seed: int, lr: float, rank: int) -> list[dict[str, object]]:
-    """Rows of one training run: of its update, and of the gradient before it.
-
-    The gradient is taken behind a trained classifier: a random one would send back directions without meaning.
-    """
-    fields = {**suites.load("local").train, "data": task, "seed": seed, "data_seed": seed, "protocol": "final"}
+    """Rows of one training run: of its update, and of the gradient before it."""
+    gradient = measure(mean_gradient(task, seed), rank, seed)
+    fields = recipe(task, seed)
     fields.pop("efft")
     config = TrainConfig.from_dict({**fields, "method": "full", "lr": lr})
-    classes = build.load_task(config).classes
+    before = build.create_model(config, build.load_task(config).classes).state_dict()
     with tempfile.TemporaryDirectory() as folder:
-        probe = TrainConfig.from_dict({**fields, "method": "linear", "lr": 1e-2})
-        model = run(probe, Path(folder) / "probe", progress=False).model
-        assert model is not None
-        gradient = measure(matrices(mean_gradient(model, probe)), rank, seed)
-        before = build.create_model(config, classes).state_dict()
-        result = run(config, Path(folder) / "full", progress=False)
-        assert result.model is not None
-        after = result.model.state_dict()
+        result = run(config, folder, progress=False)
+    assert result.model is not None
+    after = result.model.state_dict()
     update = measure(matrices({name: after[name] - before[name] for name in before}), rank, seed)
     common = {"task": task, "seed": seed, "rank": rank, "lr": lr, "test_accuracy": result.summary["test_accuracy"]}
     return [

@@ -1,0 +1,112 @@
+"""Does EFFT2 learn better from directions of the gradient, or of the pretrained weights, than from random ones?
+
+    python -m benchmarks starts --tasks cifar10 orientation count
+
+Trains EFFT2 with the recipe of the suite ``local`` and its computed scale, from several starts. The directions are the
+pair of bases that keeps most of all matrices of a train (`benchmarks.studies.subspaces.shared_bases`): of their mean
+gradient before the first step, or of the pretrained weights. Two kinds of start, both leaving the model as it was:
+
+- ``side``: as published, cores random and one of U and V zero; the other one holds the directions;
+- ``cores``: the cores are zero, U and V hold the directions, and s is such that Adam's first step moves a weight as far
+  as the computed scale lets it.
+
+What holds directions has the norm that it has where they are random, the third source, which is each kind's reference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.record import append, machine_facts
+from benchmarks.studies.side_by_side import method
+from benchmarks.studies.subspaces import SETS, matrices, mean_gradient, recipe, shared_bases
+from efft.train import TrainConfig, build, methods, run
+from efft_kernels import TTFactors
+from efft_kernels.nn.initialization import MOVEMENT
+
+KINDS = ("side", "cores")
+SOURCES = ("random", "gradient", "weights")
+RANK = 16
+
+#: Group of EFFT2 to the two bases [d_in, r] and [d_out, r] of its train.
+Bases = Mapping[str, tuple[Tensor, Tensor]]
+
+
+def bases_of(found: Mapping[str, Tensor], rank: int) -> Bases:
+    """Of the matrices of each train; ``found``: see `subspaces.matrices`."""
+    trains = {name: torch.cat([found[kind] for kind in SETS[name]]) for name in ("mhsa", "ffn")}
+    return {name: shared_bases(each, rank) for name, each in trains.items()}
+
+
+@torch.no_grad()
+def start(factors: TTFactors, kind: str, bases: tuple[Tensor, Tensor] | None) -> None:
+    """Put ``bases`` into factors just initialised, or leave them random where there are none."""
+    if kind == "cores":
+        for side in (factors.U, factors.V):
+            nn.init.xavier_uniform_(side)
+        factors.C.zero_()
+        rms = [float(side.square().mean().sqrt()) for side in (factors.U, factors.V)]
+        factors.initial_scale = MOVEMENT / (math.prod(rms) * math.sqrt(factors.r1 * factors.r2))
+    if bases is not None:
+        for side, basis in ((factors.U, bases[0]), (factors.V, bases[1].T)):
+            side.copy_(basis * (side.norm() / basis.norm()))
+
+
+def study(task: str, seed: int, kind: str, bases: Bases | None) -> dict[str, object]:
+    """What one training run gives."""
+    fields = recipe(task, seed)
+    efft = {**fields["efft"], "rank": RANK, "scale": "auto"}
+    config = TrainConfig.from_dict({**fields, "method": "efft", "efft": efft})
+    adapt = methods.METHODS["efft"]
+
+    def adapt_and_start(model: nn.Module, config: TrainConfig) -> None:
+        adapt(model, config)
+        groups: Any = model.efft
+        for name, factors in groups.items():
+            start(factors, kind, None if bases is None else bases[name])
+
+    with tempfile.TemporaryDirectory() as folder, method("efft", adapt_and_start):
+        summary = run(config, folder, progress=False).summary
+    return {"test_accuracy": summary["test_accuracy"], "seconds": summary["seconds"]}
+
+
+def sources(task: str, seed: int) -> dict[str, Callable[[], Bases | None]]:
+    """By name, see `SOURCES`."""
+
+    def weights() -> Bases:
+        model = build.create_model(TrainConfig.from_dict({**recipe(task, seed), "method": "efft"}), 0)
+        return bases_of(matrices(model.state_dict()), RANK)
+
+    return {
+        "random": lambda: None,
+        "gradient": lambda: bases_of(mean_gradient(task, seed), RANK),
+        "weights": weights,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the study and appends to ``starts.jsonl``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks starts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tasks", nargs="+", default=["cifar10", "orientation", "count"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--results", type=Path, metavar="FOLDER", help="for starts.jsonl")
+    args = parser.parse_args(arguments)
+    for task, seed in product(args.tasks, args.seeds):
+        for source, bases in ((name, make()) for name, make in sources(task, seed).items()):
+            for kind in KINDS:
+                what = {"task": task, "seed": seed, "kind": kind, "source": source, "rank": RANK}
+                row = {**what, **study(task, seed, kind, bases)}
+                append("starts", [{**row, **machine_facts()}], args.results)
+                print(f"{task:<20} seed {seed} {kind:<6} {source:<9} {row['test_accuracy']:.1%}", flush=True)
+    return 0
