@@ -8,20 +8,32 @@ import torch
 from torch import Tensor
 
 
+def check_tensor(op: str, name: str, argument: object) -> None:
+    """Raise TypeError unless ``argument`` is a tensor."""
+    if not isinstance(argument, Tensor):
+        raise TypeError(
+            f"{op}: {name} must be a torch.Tensor, got {type(argument).__name__}; torch.as_tensor makes one of a NumPy "
+            "array or of numbers"
+        )
+
+
 def check_shape(op: str, name: str, tensor: Tensor, expected: tuple[int, ...], symbols: str) -> None:
     """Raise ValueError unless ``tensor`` has exactly the ``expected`` shape, written ``symbols`` in the docs."""
+    check_tensor(op, name, tensor)
     if tuple(tensor.shape) != expected:
         raise ValueError(f"{op}: {name} must be {symbols} = {list(expected)}, got shape {list(tensor.shape)}")
 
 
 def check_matrix(op: str, name: str, tensor: Tensor, symbols: str) -> None:
     """Raise ValueError unless ``tensor`` has two dimensions."""
+    check_tensor(op, name, tensor)
     if tensor.dim() != 2:
         raise ValueError(f"{op}: {name} must be {symbols}, got shape {list(tensor.shape)}")
 
 
 def check_linear(op: str, name: str, x: Tensor, W: Tensor, b: Tensor | None, D: Tensor, G: Tensor) -> None:
     """Raise ValueError unless ``x`` (called ``name``) [..., d_in] fits a linear layer and its delta."""
+    check_tensor(op, name, x)
     check_delta(op, W, D, G)
     if x.dim() == 0 or x.shape[-1] != W.shape[1]:
         raise ValueError(f"{op}: {name} must be [..., d_in={W.shape[1]}], got shape {list(x.shape)}")

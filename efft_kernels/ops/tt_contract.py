@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from efft_kernels import reference
 from efft_kernels._autocast import no_autocast
 from efft_kernels.backends import Backend, resolve
-from efft_kernels.ops._checks import check_shape
+from efft_kernels.ops._checks import check_shape, check_tensor
 from efft_kernels.ops._schemas import overloads
 
 _FORWARD = overloads("tt_contract_fwd")
@@ -48,9 +48,12 @@ def tt_contract(
         ``G [n_layers, r1, n_cores * d_out]`` in the dtype of ``C``.
 
     Raises:
+        TypeError: an argument is no tensor.
         ValueError: shapes or dtypes do not fit together.
         RuntimeError: the backend asked for cannot run this call.
     """
+    check_tensor("tt_contract", "C", C)
+    check_tensor("tt_contract", "V", V)
     if C.dim() != 4 or V.dim() != 2 or C.shape[3] != V.shape[0]:
         raise ValueError(
             f"tt_contract: expected C [n_layers, n_cores, r1, r2] and V [r2, d_out] of one r2, "

@@ -47,6 +47,7 @@ def tt_gelu_linear(
         to ``z``, ``D`` and ``G``.
 
     Raises:
+        TypeError: an argument is no tensor.
         ValueError: shapes or dtypes do not fit together, ``W`` or ``b`` wants a gradient, unknown ``approximate``.
         RuntimeError: the backend asked for cannot run this call.
     """

@@ -50,6 +50,7 @@ def tt_linear(
         ``y [..., d_out]`` in the dtype of ``x`` (the autocast dtype under autocast).
 
     Raises:
+        TypeError: an argument is no tensor.
         ValueError: shapes or dtypes do not fit together.
         RuntimeError: the backend asked for cannot run this call.
     """

@@ -8,7 +8,7 @@ from torch import Tensor
 from efft_kernels import reference
 from efft_kernels._autocast import autocast_like_linear, no_autocast
 from efft_kernels.backends import Backend, resolve
-from efft_kernels.ops._checks import check_dtypes, check_linear, check_shape
+from efft_kernels.ops._checks import check_dtypes, check_linear, check_shape, check_tensor
 from efft_kernels.ops._schemas import overloads
 
 _IMPLEMENTATION = overloads("tt_linear_grouped")
@@ -45,9 +45,12 @@ def tt_linear_grouped(
         ``y [samples, tokens, d_out]`` in the dtype of ``x`` (the autocast dtype under autocast).
 
     Raises:
+        TypeError: an argument is no tensor.
         ValueError: shapes, dtypes or indices do not fit together.
         RuntimeError: the backend asked for cannot run this call.
     """
+    for name, tensor in (("x", x), ("D", D), ("G", G)):
+        check_tensor("tt_linear_grouped", name, tensor)
     if x.dim() != 3 or D.dim() != 3 or G.dim() != 3 or not D.shape[0] == G.shape[0] > 0:
         raise ValueError(
             "tt_linear_grouped: expected x [samples, tokens, d_in], D [n_adapters >= 1, d_in, r1] and "

@@ -37,6 +37,7 @@ def tt_merge_(
         backend: see :mod:`efft_kernels.backends`.
 
     Raises:
+        TypeError: an argument is no tensor.
         ValueError: shapes do not fit together, or W is an expanded tensor.
         RuntimeError: the backend asked for cannot run this call.
     """

@@ -50,6 +50,7 @@ def tt_norm_linear(
         to ``x``, ``D`` and ``G``.
 
     Raises:
+        TypeError: an argument is no tensor.
         ValueError: shapes or dtypes do not fit together, or a frozen argument wants a gradient.
         RuntimeError: the backend asked for cannot run this call.
     """

@@ -1,0 +1,34 @@
+"""What is no tensor is refused by every op, by name."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import efft_kernels
+
+SHAPES: dict[Callable[..., Any], dict[str, tuple[int, ...]]] = {
+    efft_kernels.tt_contract: {"C": (2, 1, 3, 3), "V": (3, 5), "keep_C": (2, 1, 3, 3), "keep_V": (2, 3, 5)},
+    efft_kernels.tt_linear: {"x": (2, 4), "W": (5, 4), "b": (5,), "D": (4, 3), "G": (3, 5)},
+    efft_kernels.tt_gelu_linear: {"z": (2, 4), "W": (5, 4), "b": (5,), "D": (4, 3), "G": (3, 5)},
+    efft_kernels.tt_norm_linear: {
+        **{"x": (2, 4), "gamma": (4,), "beta": (4,), "W": (5, 4), "b": (5,), "D": (4, 3), "G": (3, 5)}
+    },
+    efft_kernels.tt_linear_grouped: {
+        **{"x": (2, 1, 4), "W": (5, 4), "b": (5,), "D": (2, 4, 3), "G": (2, 3, 5), "adapter": (2,)}
+    },
+    efft_kernels.tt_merge_: {"W": (5, 4), "D": (4, 3), "G": (3, 5)},
+}
+
+
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op, shapes in SHAPES.items() for name in shapes])
+def test_an_array_is_refused(op: Callable[..., Any], name: str) -> None:
+    arguments = {of: torch.ones(shape) for of, shape in SHAPES[op].items()}
+    for of in {"keep_C", "keep_V"} & set(arguments):
+        arguments[of] = arguments[of].bool()
+    if "adapter" in arguments:
+        arguments["adapter"] = arguments["adapter"].long()
+    op(**arguments)
+    with pytest.raises(TypeError, match=f"^{op.__name__}: {name} must be a torch.Tensor, got ndarray; torch.as_tensor"):
+        op(**{**arguments, name: arguments[name].numpy()})
