@@ -27,11 +27,13 @@ TARGETS = ("cpu", "cuda")
 _PACKAGE = Path(__file__).parent
 OLDEST_TORCH = "0x020a000000000000"  # 2.10, as TORCH_TARGET_VERSION spells it
 
+_AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512"
 #: Flags of each instruction set that csrc/cpu/kernels.cpp is compiled for; dispatch.cpp chooses among the same.
 _ISAS = {
     "x86_64": {
-        "avx512bf16": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -mfma -mprefer-vector-width=512",
-        "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512",
+        "amx": f"{_AVX512} -mavx512bf16 -mamx-tile -mamx-bf16",
+        "avx512bf16": f"{_AVX512} -mavx512bf16",
+        "avx512": _AVX512,
         "avx2": "-mavx2 -mfma",
         "portable": "",
     },

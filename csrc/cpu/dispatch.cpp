@@ -1,4 +1,10 @@
 // Chooses the instruction set, once, by what the processor says; EFFT_CPU_ISA names a lesser one, for tests.
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -9,6 +15,9 @@
 namespace efft {
 
 #if defined(__x86_64__)
+namespace amx {
+extern const Kernels table;
+}
 namespace avx512bf16 {
 extern const Kernels table;
 }
@@ -25,6 +34,17 @@ extern const Kernels table;
 
 namespace {
 
+#if defined(__x86_64__)
+// A process has to ask for them, once: the system then keeps room for theirs in every thread's state.
+bool has_matrix_registers() {
+  constexpr unsigned bf16 = 1U << 22, tiles = 1U << 24;
+  constexpr int request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  const bool has = __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & bf16) != 0 && (d & tiles) != 0;
+  return has && syscall(SYS_arch_prctl, request, tile_data) == 0;
+}
+#endif
+
 const Kernels& best() {
   const char* named = std::getenv("EFFT_CPU_ISA");
   bool allowed = !named || !*named;
@@ -36,7 +56,9 @@ const Kernels& best() {
 #if defined(__x86_64__)
   const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  consider(avx512bf16::table, has_avx512 && __builtin_cpu_supports("avx512bf16"));
+  const bool has_pairs = has_avx512 && __builtin_cpu_supports("avx512bf16");
+  consider(amx::table, has_pairs && has_matrix_registers());
+  consider(avx512bf16::table, has_pairs);
   consider(avx512::table, has_avx512);
   consider(avx2::table, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"));
 #endif

@@ -7,7 +7,7 @@
 #include "activations.h"
 #include "buffer.h"
 #include "kernels.h"
-#include "product.h"
+#include "matrix_tiles.h"
 
 namespace efft::EFFT_ISA {
 
@@ -84,7 +84,7 @@ Rows<const Element<T>> round_rows(
 // but never less than 16 rows), or the factors of one layer of a contraction.
 struct Scratch {
   Buffer<float> x, a, slope, da, gy, h, narrow, wide;
-  Buffer<bf16> half_a, half_narrow, left, right;
+  Buffer<bf16> half_a, half_narrow, left, turned, right;
 };
 
 inline Scratch& scratch() {
@@ -96,7 +96,7 @@ inline Scratch& scratch() {
 template <class E>
 int64_t block_rows(const LowRank& op) {
   const int64_t per_row = sizeof(E) * ((op.input == Input::plain ? 1 : 3) * op.d_in + op.d_out);
-  return std::clamp<int64_t>((1 << 20) / std::max<int64_t>(per_row, 1) / 8 * 8, 16, 128);
+  return std::clamp<int64_t>((1 << 20) / std::max<int64_t>(per_row, 1) / ROWS_TOGETHER<E> * ROWS_TOGETHER<E>, 16, 128);
 }
 
 // A block of x as floats, where there is an input stage, and of a: x behind that stage, rounded to T.
@@ -150,12 +150,12 @@ void up(
   constexpr int64_t together = TOGETHER<E>;  // by a name without brackets, which cppcheck takes for comparisons here
   constexpr int64_t width = STRIP_COLUMNS * together;
   const int64_t strip = (rank + together - 1) / together * width;
-  for (int64_t i = 0; i < rows; i += TILE_ROWS) {
-    const int64_t count = std::min<int64_t>(TILE_ROWS, rows - i);
+  constexpr int64_t step = ROWS_TOGETHER<E>;
+  for (int64_t i = 0; i < rows; i += step) {
+    const int64_t count = std::min(step, rows - i);
     Ahead ahead;
     if (C.row == columns)
-      ahead =
-          ahead_of<E>(C.data + (i + TILE_ROWS) * C.row, TILE_ROWS * columns * sizeof(Out), TILE_ROWS, columns, rank);
+      ahead = ahead_of<E>(C.data + (i + step) * C.row, step * columns * sizeof(Out), step, columns, rank);
     const E* at = static_cast<const E*>(right);
     for (int64_t j = 0; j < columns; j += STRIP_COLUMNS, at += strip)
       product(count, std::min(STRIP_COLUMNS, columns - j), rank,
@@ -182,6 +182,7 @@ void down(int64_t rows, int64_t depth, int64_t padded_rank, Rows<const E> left, 
 template <class X, class T>
 void forward(const Forward& op, int64_t begin, int64_t end) {
   using E = Element<T>;
+  const MatrixRegisters<E> registers;
   Scratch& space = scratch();
   const int64_t block = block_rows<E>(op);
   const Rows<float> wide{space.narrow.room(block * op.padded_rank), op.padded_rank};
@@ -203,9 +204,8 @@ void share(int64_t rank, int64_t columns, int64_t rows, Rows<const E> left, Rows
   int64_t depth = rows;
   if constexpr (TOGETHER<E> == 2) {
     Scratch& space = scratch();
-    const int64_t width = (rank + LANES - 1) / LANES * LANES;
     depth = (rows + 1) / 2 * 2;
-    A = {interleave(left, rows, rank, width, space.left.room(depth * width)).data, 2, 2 * width};
+    A = transposed(left, rows, rank, space.left, space.turned);
   }
   for (int64_t j = 0; j < columns; j += STRIP_COLUMNS, total += rank * STRIP_COLUMNS) {
     const int64_t width = std::min(STRIP_COLUMNS, columns - j);
@@ -238,6 +238,7 @@ void through_input(const Backward& op, int64_t t, int64_t rows, Rows<const Eleme
 template <class X, class T>
 void backward(const Backward& op, int64_t begin, int64_t end, float* dDt, float* dG) {
   using E = Element<T>;
+  const MatrixRegisters<E> registers;
   Scratch& space = scratch();
   const int64_t block = block_rows<E>(op);
   const bool need_dx = op.dx.data != nullptr, plain = op.input == Input::plain;
