@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <new>
 
 namespace efft::EFFT_ISA {
 
@@ -14,21 +15,23 @@ class Buffer {
   Buffer() = default;
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { delete[] data_; }
+  ~Buffer() { ::operator delete[](data_, ALIGNED); }
 
   // Room for `size` elements, whatever is in it.
   T* room(int64_t size) {
     if (size > size_) {
-      delete[] data_;
+      ::operator delete[](data_, ALIGNED);
       data_ = nullptr;
       size_ = 0;
-      data_ = new T[size];
+      data_ = static_cast<T*>(::operator new[](size * sizeof(T), ALIGNED));
       size_ = size;
     }
     return data_;
   }
 
  private:
+  static constexpr std::align_val_t ALIGNED{64};  // a register, and a row of a tile, lie in one line of the cache
+
   T* data_ = nullptr;
   int64_t size_ = 0;
 };

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -53,6 +53,15 @@ inline Floats select(Ints where, Floats yes, Floats no) {
   return where ? yes : no;
 }
 
+// GCC 12 makes several instructions of the conversion.
+EFFT_INLINE Bits widened(Halves half) {
+#if defined(__AVX512F__)
+  return (Bits)_mm512_cvtepu16_epi32((__m256i)half);
+#else
+  return __builtin_convertvector(half, Bits);
+#endif
+}
+
 // Only the first `count` lanes are read or written where it is given; the others come back as zero.
 EFFT_INLINE Floats load(const float* from, int count = LANES) {
   Floats value{};
@@ -63,7 +72,7 @@ EFFT_INLINE Floats load(const float* from, int count = LANES) {
 EFFT_INLINE Floats load(const bf16* from, int count = LANES) {
   Halves half{};
   std::memcpy(&half, from, sizeof(bf16) * count);
-  return (Floats)(__builtin_convertvector(half, Bits) << 16);
+  return (Floats)(widened(half) << 16);
 }
 
 EFFT_INLINE void store(float* to, Floats value, int count = LANES) {
@@ -89,7 +98,7 @@ EFFT_INLINE Bits load_bits(const float* from, int count) {
 EFFT_INLINE Bits load_bits(const bf16* from, int count) {
   Halves half{};
   std::memcpy(&half, from, sizeof(bf16) * count);
-  return __builtin_convertvector(half, Bits);
+  return widened(half);
 }
 
 EFFT_INLINE void store(bf16* to, Floats value, int count = LANES) {

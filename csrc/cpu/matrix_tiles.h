@@ -51,9 +51,6 @@ EFFT_INLINE void zero_tile() {
   __asm__ volatile("tilezero %%tmm%c0" ::"i"(REGISTER));
 }
 
-template <int I>
-using Index = std::integral_constant<int, I>;
-
 template <int SUMS, int LEFT, int RIGHT>
 EFFT_INLINE void multiply_tiles() {
   __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUMS), "i"(LEFT), "i"(RIGHT));
@@ -61,67 +58,90 @@ EFFT_INLINE void multiply_tiles() {
 
 // `rows` rows of `elements` elements, whatever lies beyond them.
 template <int REGISTER>
-EFFT_INLINE void load_tile(const bf16* from, int64_t row, int64_t rows, int64_t elements) {
-  if (rows >= TILE && elements == TILE_K) return load_tile<REGISTER>(from, row);
-  bf16 whole[TILE][TILE_K] = {};
+void load_part(const bf16* from, int64_t row, int64_t rows, int64_t elements) {
+  alignas(64) bf16 whole[TILE][TILE_K] = {};
   for (int64_t i = 0; i < std::min(rows, TILE); ++i) std::memcpy(whole[i], from + i * row, elements * sizeof(bf16));
   load_tile<REGISTER>(whole[0], TILE_K);
 }
 
-// C [rows, columns], of at most M x N tiles. Registers: 0 to 5 sums, 6 left, 7 right.
-template <int M, int N, class Init, class Out>
-void matrix_tiles(int64_t rows, int64_t columns, int64_t depth, Operand<bf16> A, Rows<const bf16> B, Base<Init> init,
-    Rows<Out> C, Ahead& ahead) {
-  const auto each_sum = [](const auto& f) {  // f(register, i, j)
-    f(Index<0>{}, 0, 0);
-    if constexpr (N > 1) f(Index<1>{}, 0, 1);
-    if constexpr (N > 2) f(Index<2>{}, 0, 2);
-    if constexpr (M > 1) f(Index<3>{}, 1, 0);
-    if constexpr (M > 1 && N > 1) f(Index<4>{}, 1, 1);
-    if constexpr (M > 1 && N > 2) f(Index<5>{}, 1, 2);
+// Sums of M x N tiles += left right, where these are `depth` deep and left has `rows` rows: whole tiles or less.
+// Registers: 0 to 5 sums, 6 left, 7 right.
+template <int M, int N, bool WHOLE, int J = 0>
+EFFT_INLINE void multiply_columns(
+    const bf16* left, int64_t left_row, int64_t rows, const bf16* right, int64_t right_row, int64_t depth) {
+  const auto load_left = [&](int64_t i) {
+    const bf16* from = left + i * left_row;
+    WHOLE ? load_tile<6>(from, left_row) : load_part<6>(from, left_row, rows - i, depth);
   };
-  each_sum([](auto sum, int, int) { zero_tile<sum()>(); });
+  const bf16* from = right + J * TILE_K;
+  WHOLE ? load_tile<7>(from, right_row) : load_part<7>(from, right_row, (depth + 1) / 2, TILE_K);
+  load_left(0);
+  multiply_tiles<J, 6, 7>();
+  if constexpr (M > 1) {
+    load_left(TILE);
+    multiply_tiles<3 + J, 6, 7>();
+  }
+  if constexpr (J + 1 < N) multiply_columns<M, N, WHOLE, J + 1>(left, left_row, rows, right, right_row, depth);
+}
+
+template <int M, int N>
+EFFT_INLINE void zero_sums() {
+  zero_tile<N - 1>();
+  if constexpr (M > 1) zero_tile<3 + N - 1>();
+  if constexpr (N > 1) zero_sums<M, N - 1>();
+}
+
+template <int M, int N>
+EFFT_INLINE void store_sums(float* to, int64_t row) {
+  store_tile<N - 1>(to + (N - 1) * TILE, row);
+  if constexpr (M > 1) store_tile<3 + N - 1>(to + TILE * row + (N - 1) * TILE, row);
+  if constexpr (N > 1) store_sums<M, N - 1>(to, row);
+}
+
+// C [rows, columns], of at most M x N tiles.
+template <int M, int N, class Init, class Out>
+void matrix_tiles(
+    int64_t rows, int64_t columns, int64_t depth, Operand<bf16> A, Rows<const bf16> B, Base<Init> init, Rows<Out> C) {
+  zero_sums<M, N>();
+  const bool whole_rows = rows == M * TILE;
   for (int64_t k = 0; k < depth; k += TILE_K) {
-    const int64_t width = std::min(TILE_K, depth - k), pairs = (width + 1) / 2;
     const bf16* a = A.data + k;
     const bf16* b = B.data + k / 2 * B.row;
-    const auto by_column = [&](auto j) {
-      load_tile<7>(b + j * TILE_K, B.row, pairs, TILE_K);
-      load_tile<6>(a, A.row, rows, width);
-      multiply_tiles<j, 6, 7>();
-      if constexpr (M > 1) {
-        load_tile<6>(a + TILE * A.row, A.row, rows - TILE, width);
-        multiply_tiles<3 + j, 6, 7>();
-      }
-    };
-    by_column(Index<0>{});
-    if constexpr (N > 1) by_column(Index<1>{});
-    if constexpr (N > 2) by_column(Index<2>{});
-    for (int64_t byte = 0; byte < ahead.step; byte += 64) __builtin_prefetch(ahead.at + byte, 0, 2);
-    ahead.at += ahead.step;
+    if (whole_rows && k + TILE_K <= depth)
+      multiply_columns<M, N, true>(a, A.row, rows, b, B.row, TILE_K);
+    else
+      multiply_columns<M, N, false>(a, A.row, rows, b, B.row, std::min(TILE_K, depth - k));
   }
   alignas(64) float sums[M * TILE][N * TILE];
-  each_sum([&](auto sum, int i, int j) { store_tile<sum()>(sums[i * TILE] + j * TILE, N * TILE); });
-  for (int64_t i = 0; i < rows; ++i)
-    for_registers(columns, [&](int64_t j, int count) {
+  store_sums<M, N>(sums[0], N * TILE);
+  for (int64_t i = 0; i < rows; ++i) {
+    const auto finish = [&](int64_t j, int count) {
       Floats sum = load(sums[i] + j, count);
       if (init.data) sum += load(init.data + i * init.row + j, count);
       if (init.bias) sum += load(init.bias + j, count);
       store(C.data + i * C.row + j, sum, count);
-    });
+    };
+    if (columns == N * TILE) {
+#pragma GCC unroll 3
+      for (int64_t j = 0; j < N; ++j) finish(j * TILE, TILE);
+    } else {
+      for_registers(columns, finish);
+    }
+  }
 }
 
-// A's pairs must lie side by side along k.
+// As for other elements; A's pairs must lie side by side along k. Nothing is asked of memory ahead of its use: where
+// there are matrix registers, that has made nothing faster.
 template <class Init, class Out>
 void product(int64_t rows, int64_t columns, int64_t depth, Operand<bf16> A, Rows<const bf16> B, Base<Init> init,
-    Rows<Out> C, Ahead& ahead) {
+    Rows<Out> C, Ahead&) {
   constexpr int64_t height = ROWS_TOGETHER<bf16>;
   for (int64_t i = 0; i < rows; i += height)
     for (int64_t j = 0; j < columns; j += TILE_COLUMNS) {
       const int64_t m = std::min(rows - i, height), n = std::min(columns - j, TILE_COLUMNS);
       const auto of_width = [&](auto tiles) {
         tiles(m, n, depth, Operand<bf16>{A.data + i * A.row, A.row, A.step}, Rows<const bf16>{B.data + 2 * j, B.row},
-            init.from(i, j), Rows<Out>{C.data + i * C.row + j, C.row}, ahead);
+            init.from(i, j), Rows<Out>{C.data + i * C.row + j, C.row});
       };
       if (n > 2 * TILE)
         of_width(m > TILE ? matrix_tiles<2, 3, Init, Out> : matrix_tiles<1, 3, Init, Out>);

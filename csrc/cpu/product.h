@@ -17,17 +17,13 @@ namespace efft::EFFT_ISA {
 constexpr int TILE_ROWS = LANES == 16 ? 8 : 4;  // with TILE_LANES and one column of A they fill the register file
 constexpr int TILE_LANES = 3;
 constexpr int64_t TILE_COLUMNS = int64_t{TILE_LANES} * LANES;
-// Rows of a product that are made together, and multiplications along k; in matrix registers more.
+// Rows of a product that are made together, where it has that many.
 #if defined(__AMX_BF16__)
 template <class E>
 constexpr int64_t ROWS_TOGETHER = std::is_same_v<E, bf16> ? 32 : TILE_ROWS;
-template <class E>
-constexpr int64_t DEPTH_TOGETHER = std::is_same_v<E, bf16> ? 32 : 1;
 #else
 template <class E>
 constexpr int64_t ROWS_TOGETHER = TILE_ROWS;
-template <class E>
-constexpr int64_t DEPTH_TOGETHER = TOGETHER<E>;
 #endif
 // Rows of B, or pairs of them, that stay in the first-level cache, for up to 32 columns.
 constexpr int64_t BLOCK_K = 192;
@@ -69,10 +65,9 @@ struct Ahead {
 // The `bytes` from `from` on, spread over a product of these sizes.
 template <class E>
 Ahead ahead_of(const void* from, int64_t bytes, int64_t rows, int64_t columns, int64_t depth) {
-  constexpr int64_t height = ROWS_TOGETHER<E>, length = DEPTH_TOGETHER<E>;
-  const int64_t tiles = ((rows + height - 1) / height) * ((columns + TILE_COLUMNS - 1) / TILE_COLUMNS);
-  const int64_t steps = std::max<int64_t>(tiles * (depth / length), 1);
-  return {static_cast<const char*>(from), std::min<int64_t>(bytes / steps, length > 2 ? 64 * height : 64)};
+  const int64_t tiles = ((rows + TILE_ROWS - 1) / TILE_ROWS) * ((columns + TILE_COLUMNS - 1) / TILE_COLUMNS);
+  const int64_t steps = std::max<int64_t>(tiles * (depth / TOGETHER<E>), 1);
+  return {static_cast<const char*>(from), std::min<int64_t>(bytes / steps, 64)};
 }
 
 // sums += left right. Of bf16, every lane holds a pair.

@@ -40,6 +40,14 @@ inline Matrix matrix(const Tensor& t, int64_t offset = 0) {
   return {data + offset * (type == Type::float32 ? 4 : 2), t.dim() < 2 ? 0 : t.stride(-2), type};
 }
 
+// The first element that begins a line of the cache: reads of whole registers and tiles then touch one each. `data` has
+// LINE elements more than are used.
+constexpr int64_t LINE = 64;
+template <class T>
+T* at_line(T* data) {
+  return data + (LINE - reinterpret_cast<uintptr_t>(data) % LINE) % LINE / sizeof(T);
+}
+
 // Elements brought into another order in about the time that it takes to wake a thread, some 10 us.
 constexpr int64_t WORTH_A_THREAD = 1 << 16;
 
@@ -64,13 +72,14 @@ class Panel {
     if (type != Type::bfloat16 || !kernels().pairs) return;
     // [strips][length][unit]: every strip interleaved on its own
     const int64_t even = (length_ + 1) / 2 * 2, unit = row_ != 0 ? row_ : STRIP_COLUMNS;
-    pairs_.reset(new uint16_t[even * padded_]);
+    pairs_.reset(new uint16_t[even * padded_ + LINE]);
+    uint16_t* const pairs = at_line(pairs_.get());
     const int64_t grain = std::max<int64_t>(WORTH_A_THREAD / (2 * unit), 1);
     torch::stable::parallel_for(0, padded_ / unit * even / 2, grain, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last;) {
         const int64_t strip = i / (even / 2), row = i % (even / 2), count = std::min(last - i, even / 2 - row);
-        kernels().interleave(data_ + strip * length_ * unit, length_, unit, pairs_.get() + strip * even * unit, 2 * row,
-            2 * (row + count));
+        kernels().interleave(
+            data_ + strip * length_ * unit, length_, unit, pairs + strip * even * unit, 2 * row, 2 * (row + count));
         i += count;
       }
     });
@@ -96,7 +105,7 @@ class Panel {
   }
 
   const float* data() const { return data_; }
-  const void* elements() const { return pairs_ ? static_cast<const void*>(pairs_.get()) : data_; }
+  const void* elements() const { return pairs_ ? static_cast<const void*>(at_line(pairs_.get())) : data_; }
   int64_t row() const { return row_; }
   Matrix as_matrix() const { return {const_cast<float*>(data_), row_, Type::float32}; }
 

@@ -108,8 +108,8 @@ LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x
   // Of this thread, and kept: fresh memory of this size would fault in its pages on every call. As large as the largest
   // call: rank (d_in + d_out) floats for each of torch's threads.
   thread_local std::vector<float> shares;
-  shares.resize(std::max<size_t>(shares.size(), parts.count * (size_D + size_G)));
-  float* const shares_D = shares.data();
+  shares.resize(std::max<size_t>(shares.size(), parts.count * (size_D + size_G) + LINE));
+  float* const shares_D = at_line(shares.data());
   float* const shares_G = shares_D + parts.count * size_D;
   parts.run([&](int64_t part, int64_t begin, int64_t end) {
     kernels().backward(op, begin, end, shares_D + part * size_D, shares_G + part * size_G);

@@ -26,8 +26,9 @@ def instruction_sets() -> list[str]:
     best = torch.backends.cpu.get_cpu_capability().lower()
     found = next((names[i:] for i, name in enumerate(names) if best.startswith(name)), names[-1:])
     facts = Path("/proc/cpuinfo")
-    pairs = found[0] == "avx512" and facts.is_file() and "avx512_bf16" in facts.read_text()
-    return ["avx512bf16", *found] if pairs else found
+    has = facts.read_text().split() if found[0] == "avx512" and facts.is_file() else []
+    more = {"amx": "amx_bf16", "avx512bf16": "avx512_bf16"}
+    return [*(name for name, flag in more.items() if flag in has), *found]
 
 
 def build_sanitized(root: Path, cache: Path) -> None:
