@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from efft.compare.facts import commit, processor, versions
+from efft.compare.facts import commit, instruction_set, processor, versions
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -52,7 +52,7 @@ def machine_facts() -> dict[str, Any]:
     """Where and with what a figure was taken; asked once a process, so that the lines of a run share a ``date``."""
     facts: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "machine": f"{processor()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "machine": f"{processor()}, {torch.get_num_threads()} threads, {instruction_set()}",
         "cores": os.cpu_count(),
         "versions": {"python": platform.python_version(), **versions(_PACKAGES)},
         "commit": commit(Path(__file__).parent) or "unknown",

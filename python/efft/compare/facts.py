@@ -28,7 +28,7 @@ def facts() -> dict[str, Any]:
         "commit": commit(Path(__file__).parent) or __version__,
         "command": " ".join(["python", *sys.orig_argv[1:]]),
         "versions": {"python": platform.python_version(), **versions(_PACKAGES)},
-        "machine": f"{processor()}, {cores()} cores, {torch.backends.cpu.get_cpu_capability()}",
+        "machine": f"{processor()}, {cores()} cores, {instruction_set()}",
         **gpu,
     }
 
@@ -46,10 +46,20 @@ def versions(packages: Sequence[str]) -> dict[str, str]:
 
 def processor() -> str:
     """The processor's name."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def instruction_set() -> str:
+    """The widest that PyTorch uses, and whether the processor multiplies bfloat16 in matrix registers too."""
+    amx = " + AMX" if "amx_bf16" in _cpuinfo("flags").split() else ""
+    return torch.backends.cpu.get_cpu_capability() + amx
+
+
+def _cpuinfo(field: str) -> str:
+    """What Linux says of the first processor, if anything."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")
 
 
 def commit(here: Path) -> str | None:
