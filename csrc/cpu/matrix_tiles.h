@@ -41,7 +41,7 @@ EFFT_INLINE void load_tile(const bf16* from, int64_t row) {
 }
 
 template <int REGISTER>
-EFFT_INLINE void store_tile(float* to, int64_t row) {
+EFFT_INLINE void store_tile(float* to, int64_t row) {  // NOLINT(readability-non-const-parameter)
   const int64_t bytes = row * static_cast<int64_t>(sizeof(float));
   __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(bytes), "i"(REGISTER) : "memory");
 }
@@ -155,14 +155,14 @@ void product(int64_t rows, int64_t columns, int64_t depth, Operand<bf16> A, Rows
 // Of 16 rows of 16 pairs.
 inline void transpose_pairs(Bits rows[TILE]) {
 #pragma GCC unroll 4
-  for (int distance = 1; distance < TILE; distance *= 2) {
+  for (int distance = 1; distance < LANES; distance *= 2) {
     Ints upper{}, lower{};  // lanes of the first operand, and from 16 on of the second
-    for (int lane = 0; lane < TILE; ++lane) {
-      upper[lane] = lane & distance ? TILE + (lane ^ distance) : lane;
-      lower[lane] = lane & distance ? TILE + lane : lane ^ distance;
+    for (int lane = 0; lane < LANES; ++lane) {
+      upper[lane] = lane & distance ? LANES + (lane ^ distance) : lane;
+      lower[lane] = lane & distance ? LANES + lane : lane ^ distance;
     }
 #pragma GCC unroll 16
-    for (int i = 0; i < TILE; ++i) {
+    for (int i = 0; i < LANES; ++i) {
       if (i & distance) continue;
       const auto first = (__m512i)rows[i], second = (__m512i)rows[i | distance];
       rows[i] = (Bits)_mm512_permutex2var_epi32(first, (__m512i)upper, second);

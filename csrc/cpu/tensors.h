@@ -45,7 +45,9 @@ inline Matrix matrix(const Tensor& t, int64_t offset = 0) {
 constexpr int64_t LINE = 64;
 template <class T>
 T* at_line(T* data) {
-  return data + (LINE - reinterpret_cast<uintptr_t>(data) % LINE) % LINE / sizeof(T);
+  void* at = data;
+  size_t room = 2 * LINE;
+  return static_cast<T*>(std::align(LINE, LINE, at, room));
 }
 
 // Elements brought into another order in about the time that it takes to wake a thread, some 10 us.
