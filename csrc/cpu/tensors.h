@@ -101,8 +101,9 @@ class Panel {
       data_ = static_cast<const float*>(from.data);
       return;
     }
-    copy_.reset(width == padded ? new float[length * padded] : new float[length * padded]());
-    data_ = copy_.get();
+    const int64_t room = length * padded + LINE;
+    copy_.reset(width == padded ? new float[room] : new float[room]());
+    data_ = at_line(copy_.get());
     gather({from, 1, 0, rows, columns, scale, transpose, as_matrix()});
   }
 
