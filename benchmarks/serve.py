@@ -114,7 +114,7 @@ ROWS: dict[str, Row] = {
         ),
         Row("merged", "EFFT2 merged into the weights", adapted, efft.merge, is_efft=True),
         *(
-            Row(f"pool:{n}", f"one of {n} adapters for every image", pooled(n), ManyAdapters.fill, is_efft=True)
+            Row(f"pool:{n}", f"another of {n} adapters for every image", pooled(n), ManyAdapters.fill, is_efft=True)
             for n in (1, 10, 100, 1000)
         ),
         Row("peft", "LoRA of the peft library not merged, same rank, same layers", lora),

@@ -34,7 +34,7 @@ TITLES = {
     "fused:eager": "the same after `efft.fuse`",
     "efft:reference": "EFFT2, backend reference",
     "merged": "EFFT2 merged into the weights",
-    **{f"pool:{n}": f"EFFT2, one of {n} adapters for every image" for n in (10, 100, 1000)},
+    **{f"pool:{n}": f"EFFT2, another of {n} adapters for every image" for n in (10, 100, 1000)},
     "pool:1": "EFFT2, an adapter from a pool",
     "peft": "LoRA of `peft`",
     "addmm": "LoRA by hand, `addmm_`",

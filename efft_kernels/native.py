@@ -6,6 +6,8 @@ compiled here. Its schemas are those of :mod:`efft_kernels.ops`.
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 
 from efft_kernels.build import TARGETS, find
@@ -23,6 +25,14 @@ def _load(target: str) -> str | None:
     except OSError as error:
         return f"{path} does not load: {error}; build it on this machine: {_HOW} --targets {target}"
     return None
+
+
+def instruction_set() -> str:
+    """The one that the ``cpu`` library uses on this processor (see ``EFFT_CPU_ISA``); the library must be loaded."""
+    ask = ctypes.CDLL(str(find("cpu"))).efft_cpu_instruction_set
+    ask.restype = ctypes.c_char_p
+    name: bytes | None = ask()
+    return "none, EFFT_CPU_ISA names no known one" if name is None else name.decode()
 
 
 #: Why the library of a target, ``cpu`` or ``cuda``, is not loaded; None if it is.

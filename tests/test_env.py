@@ -13,6 +13,7 @@ import torch
 from efft_kernels import Backend, __version__, can_run, env, testing
 from efft_kernels.build import TARGETS, find
 from efft_kernels.native import MISSING
+from tests.native.check import instruction_sets
 
 ROOT = Path(__file__).parents[1]
 
@@ -48,10 +49,11 @@ def test_backend_choice(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("target", TARGETS)
 def test_what_is_loaded_or_why_not(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     path, reason = find(target), MISSING[target]
-    assert (
-        lines()[f"{target} library"]
-        == f"{target + ' library':<13} {path if reason is None else f'not loaded: {reason}'}"
-    )
+    shown = lines()[f"{target} library"]
+    if target == "cpu" and reason is None:
+        shown, _, isa = shown.partition(", instruction set: ")
+        assert isa == instruction_sets()[0]
+    assert shown == f"{target + ' library':<13} {path if reason is None else f'not loaded: {reason}'}"
     monkeypatch.setitem(MISSING, target, "it is broken")
     assert lines()[f"{target} library"] == f"{target + ' library':<13} not loaded: it is broken"
 
@@ -63,6 +65,16 @@ def test_every_backend_passes_on_every_device() -> None:
             reason = can_run(backend, torch.ones(1, device=device))
             expected = "self-test passed" if reason is None else f"cannot run: {reason}"
             assert expected in report[f"{backend.value} on {device}"]
+
+
+@pytest.mark.skipif(MISSING["cpu"] is not None, reason=MISSING["cpu"] or "")
+def test_a_setting_that_stops_a_backend_is_in_the_report() -> None:
+    environment = {**os.environ, "EFFT_CPU_ISA": "sse9"}
+    command = [sys.executable, "-m", "efft_kernels"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "instruction set: none, EFFT_CPU_ISA names no known one" in done.stdout
+    assert "cpu on cpu         self-test FAILED: RuntimeError: EFFT_CPU_ISA must be one of " in done.stdout
 
 
 @pytest.mark.parametrize("wrong", [1.001, float("nan")])

@@ -49,7 +49,9 @@ const Kernels& best() {
   const char* named = std::getenv("EFFT_CPU_ISA");
   bool allowed = !named || !*named;
   const Kernels* chosen = nullptr;
+  std::string names;
   const auto consider = [&](const Kernels& set, bool has) {  // the best first
+    names += (names.empty() ? "" : ", ") + std::string(set.isa);
     allowed = allowed || !std::strcmp(named, set.isa);
     if (!chosen && allowed && has) chosen = &set;
   };
@@ -63,7 +65,7 @@ const Kernels& best() {
   consider(avx2::table, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"));
 #endif
   consider(portable::table, true);
-  if (!chosen) throw std::runtime_error(std::string("EFFT_CPU_ISA names no instruction set of this machine: ") + named);
+  if (!chosen) throw std::runtime_error("EFFT_CPU_ISA must be one of " + names + ", got " + named);
   return *chosen;
 }
 
@@ -72,6 +74,15 @@ const Kernels& best() {
 const Kernels& kernels() {
   static const Kernels& chosen = best();
   return chosen;
+}
+
+// For efft_kernels/native.py; null where EFFT_CPU_ISA is wrong.
+extern "C" __attribute__((visibility("default"))) const char* efft_cpu_instruction_set() {
+  try {
+    return kernels().isa;
+  } catch (const std::runtime_error&) {
+    return nullptr;
+  }
 }
 
 }  // namespace efft

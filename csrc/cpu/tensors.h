@@ -163,7 +163,7 @@ inline Tensor as_row(const Tensor& t) {
   return view(t, {1, t.size(0)}, {t.size(0), t.stride(0)});
 }
 
-// Tokens for each of torch's threads, whole tiles, and no thread for less than is worth waking it.
+// Tokens for each of torch's threads, whole tiles of vectors, and no thread for less than is worth waking it.
 struct Parts {
   int64_t tokens, size, count;
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -15,6 +16,12 @@ def check_tensor(op: str, name: str, argument: object) -> None:
             f"{op}: {name} must be a torch.Tensor, got {type(argument).__name__}; torch.as_tensor makes one of a NumPy "
             "array or of numbers"
         )
+
+
+def check_number(op: str, name: str, argument: object) -> None:
+    """Raise TypeError unless ``argument`` is a real number."""
+    if not isinstance(argument, (int, float)) and not isinstance(argument, Real):
+        raise TypeError(f"{op}: {name} must be a number, got {type(argument).__name__}")
 
 
 def check_shape(op: str, name: str, tensor: Tensor, expected: tuple[int, ...], symbols: str) -> None:

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from efft_kernels import reference
 from efft_kernels._autocast import no_autocast
 from efft_kernels.backends import Backend, resolve
-from efft_kernels.ops._checks import check_shape, check_tensor
+from efft_kernels.ops._checks import check_number, check_shape, check_tensor
 from efft_kernels.ops._schemas import overloads
 
 _FORWARD = overloads("tt_contract_fwd")
@@ -48,7 +48,7 @@ def tt_contract(
         ``G [n_layers, r1, n_cores * d_out]`` in the dtype of ``C``.
 
     Raises:
-        TypeError: an argument is no tensor.
+        TypeError: an argument is no tensor, or no number.
         ValueError: shapes or dtypes do not fit together.
         RuntimeError: the backend asked for cannot run this call.
     """
@@ -70,7 +70,9 @@ def tt_contract(
         check_shape("tt_contract", name, keep, shape, symbols)
         if keep.dtype != torch.bool:
             raise ValueError(f"tt_contract: {name} must be a bool mask (True keeps), got {keep.dtype}")
-    if isinstance(scale, Tensor) and scale.numel() != 1:
+    if not isinstance(scale, Tensor):
+        check_number("tt_contract", "scale", scale)
+    elif scale.numel() != 1:
         raise ValueError(
             f"tt_contract: scale must be a number or a tensor of one element, got shape {list(scale.shape)}"
         )

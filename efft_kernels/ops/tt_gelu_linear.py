@@ -35,7 +35,7 @@ def tt_gelu_linear(
     longer kept twice.
 
     Args:
-        z: input of the GELU ``[..., d_in]``, any floating dtype and strides.
+        z: input of the GELU ``[..., d_in]``, any floating dtype (``cpu``: float32 or bfloat16) and strides.
         W, b: weight ``[d_out, d_in]`` and bias ``[d_out]`` or None, of one dtype (under autocast cast to its dtype);
             both frozen. The product is computed in their dtype.
         D, G: factors ``[d_in, r1]`` and ``[r1, d_out]`` as in :func:`efft_kernels.tt_linear`.

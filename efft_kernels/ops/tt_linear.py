@@ -38,7 +38,8 @@ def tt_linear(
         x: activations ``[..., d_in]``; any leading shape, any strides, also no token at all.
         W: weight ``[d_out, d_in]`` as in ``torch.nn.Linear``, in the dtype of ``x``.
         b: bias ``[d_out]`` or None, in the dtype of ``x``.
-        D: down factor ``[d_in, r1]``, any floating dtype; computed with in the dtype of ``x``.
+        D: down factor ``[d_in, r1]``, any floating dtype (``cpu``: float32 or bfloat16); computed with in the dtype of
+            ``x``.
         G: up factor ``[r1, d_out]``, likewise.
         backend: see :mod:`efft_kernels.backends`.
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from efft_kernels import reference
 from efft_kernels._autocast import no_autocast
 from efft_kernels.backends import Backend, resolve
-from efft_kernels.ops._checks import check_delta
+from efft_kernels.ops._checks import check_delta, check_number
 from efft_kernels.ops._schemas import overloads
 
 _IMPLEMENTATION = overloads("tt_merge_")
@@ -37,11 +37,12 @@ def tt_merge_(
         backend: see :mod:`efft_kernels.backends`.
 
     Raises:
-        TypeError: an argument is no tensor.
+        TypeError: an argument is no tensor, or no number.
         ValueError: shapes do not fit together, or W is an expanded tensor.
         RuntimeError: the backend asked for cannot run this call.
     """
     check_delta("tt_merge_", W, D, G)
+    check_number("tt_merge_", "sign", sign)
     if any(stride == 0 and size > 1 for size, stride in zip(W.shape, W.stride(), strict=True)):
         raise ValueError(
             "tt_merge_: entries of W share memory (it is expanded), so it cannot be changed in place; clone it"

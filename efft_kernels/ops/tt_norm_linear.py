@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from efft_kernels import reference
 from efft_kernels._autocast import autocast_like_linear, no_autocast
 from efft_kernels.backends import Backend, resolve
-from efft_kernels.ops._checks import check_dtypes, check_frozen, check_linear, check_shape, linear_sizes
+from efft_kernels.ops._checks import check_dtypes, check_frozen, check_linear, check_number, check_shape, linear_sizes
 from efft_kernels.ops._flat import flat, unflat
 from efft_kernels.ops._schemas import overloads
 
@@ -37,7 +37,7 @@ def tt_norm_linear(
     anyway. The norm's output is made again where it is needed.
 
     Args:
-        x: input of the norm ``[..., d_in]``, any floating dtype and strides.
+        x: input of the norm ``[..., d_in]``, any floating dtype (``cpu``: float32 or bfloat16) and strides.
         gamma, beta: the norm's weight and bias ``[d_in]``, either or both None; frozen.
         W, b: weight ``[d_out, d_in]`` and bias ``[d_out]`` or None, of one dtype (under autocast cast to its dtype);
             frozen. The product is computed in their dtype, the norm in fp32 (fp64 for fp64).
@@ -50,11 +50,12 @@ def tt_norm_linear(
         to ``x``, ``D`` and ``G``.
 
     Raises:
-        TypeError: an argument is no tensor.
+        TypeError: an argument is no tensor, or no number.
         ValueError: shapes or dtypes do not fit together, or a frozen argument wants a gradient.
         RuntimeError: the backend asked for cannot run this call.
     """
     check_linear("tt_norm_linear", "x", x, W, b, D, G)
+    check_number("tt_norm_linear", "eps", eps)
     W, b = autocast_like_linear(W, b)
     check_dtypes("tt_norm_linear", "W", W.dtype, b=b)
     for name, parameter in (("gamma", gamma), ("beta", beta)):

@@ -216,7 +216,7 @@ def test_table_of_many_adapters(results: Path) -> None:
         "| time | float32, batch 8, / one | float32, batch 8, / merged | float32, an adapter takes |",
         "| --- | --- | --- | --- |",
         "| EFFT2, an adapter from a pool | 1.00 | 2.00 | 1.50 MiB |",
-        "| EFFT2, one of 1000 adapters for every image | 1.50 | 3.00 | 1.50 MiB |",
+        "| EFFT2, another of 1000 adapters for every image | 1.50 | 3.00 | 1.50 MiB |",
     ]
     assert tables.many_adapters("cuda") == tables.NOTHING
 

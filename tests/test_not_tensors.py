@@ -1,8 +1,9 @@
-"""What is no tensor is refused by every op, by name."""
+"""What is no tensor, or no number, is refused by every op, by name."""
 
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -32,3 +33,15 @@ def test_an_array_is_refused(op: Callable[..., Any], name: str) -> None:
     op(**arguments)
     with pytest.raises(TypeError, match=f"^{op.__name__}: {name} must be a torch.Tensor, got ndarray; torch.as_tensor"):
         op(**{**arguments, name: arguments[name].numpy()})
+
+
+@pytest.mark.parametrize("wrong", [None, "1", [2.0]])
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [(efft_kernels.tt_contract, "scale"), (efft_kernels.tt_norm_linear, "eps"), (efft_kernels.tt_merge_, "sign")],
+)
+def test_what_is_no_number_is_refused(op: Callable[..., Any], name: str, wrong: object) -> None:
+    arguments = {of: torch.ones(shape) for of, shape in SHAPES[op].items() if not of.startswith("keep")}
+    op(**arguments, **{name: np.float32(0.5)})
+    with pytest.raises(TypeError, match=f"^{op.__name__}: {name} must be a number, got {type(wrong).__name__}"):
+        op(**arguments, **{name: wrong})
