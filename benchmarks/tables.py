@@ -73,11 +73,13 @@ def newest_runs(lines: Iterable[Line], fields: Sequence[str]) -> dict[tuple[Any,
 def newest(name: str, **wanted: object) -> dict[str, list[Line]]:
     """By dtype, the lines of the newest run in ``<name>.jsonl`` among those whose fields are as ``wanted``.
 
-    CPUs with AMX are apart from those without: their bfloat16 products take a fraction of the time, all else does not.
+    One more field is ``amx``, true of a run on a CPU that has it: there bfloat16 products take a fraction of the time
+    and all else does not, so that its ratios are others.
     """
-    lines = (x for x in read(name) if all(x.get(field, False) == value for field, value in wanted.items()))
-    runs = newest_runs(({**x, "amx": " with AMX" if "AMX" in x["machine"] else ""} for x in lines), ["dtype", "amx"])
-    return {dtype + amx: run for (dtype, amx), run in runs.items()}
+    lines = ({**x, "amx": x.get("device") == "cpu" and "AMX" in x["machine"]} for x in read(name))
+    wanted = {"amx": False, **wanted}
+    lines = (x for x in lines if all(x.get(field, False) == value for field, value in wanted.items()))
+    return {dtype: run for (dtype,), run in newest_runs(lines, ["dtype"]).items()}
 
 
 def read(name: str, folder: Path | None = None) -> list[Line]:
@@ -86,9 +88,9 @@ def read(name: str, folder: Path | None = None) -> list[Line]:
     return record.read(path) if path.exists() else []
 
 
-def train_step(device: str, cuda_graphs: bool = False) -> str:
+def train_step(device: str, cuda_graphs: bool = False, amx: bool = False) -> str:
     """A training step of ViT-B/16: ratios to the floor of the same repetition, and images/s."""
-    runs = newest("model", model=_VIT_B, device=device, cuda_graphs=cuda_graphs)
+    runs = newest("model", model=_VIT_B, device=device, cuda_graphs=cuda_graphs, amx=amx)
     if not runs:
         return NOTHING
     header = ["step of", *(f"{dtype}, {what}" for dtype in runs for what in ("time / floor", "images/s"))]
@@ -125,9 +127,9 @@ def memory(device: str) -> str:
     return with_sources(header, rows, runs)
 
 
-def ops(device: str) -> str:
+def ops(device: str, amx: bool = False) -> str:
     """The layers of a ViT-B block, forward and backward, as ratios to the floor; on a GPU beside the paper model's."""
-    runs = newest("ops", model="vit_b", images=8 if device == "cpu" else 64, rank=_RANK, device=device)
+    runs = newest("ops", model="vit_b", images=8 if device == "cpu" else 64, rank=_RANK, device=device, amx=amx)
     if not runs:
         return NOTHING
     header = ["forward and backward", *(f"{layer}, {' / '.join(runs)}" for layer in _LAYERS)]
@@ -280,6 +282,8 @@ TABLES: dict[str, Callable[[], str]] = {
     **{make.__name__: partial(make, "cpu") for make in _BY_DEVICE},
     **{f"{make.__name__}_gpu": partial(make, "cuda") for make in _BY_DEVICE},
     "train_step_gpu_graphs": partial(train_step, "cuda", cuda_graphs=True),
+    "train_step_amx": partial(train_step, "cpu", amx=True),
+    "ops_amx": partial(ops, "cpu", amx=True),
     "demo": demo,
     "subspaces": subspaces,
     "starts": starts,
