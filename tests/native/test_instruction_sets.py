@@ -51,6 +51,7 @@ def test_no_function_is_shared_between_sets(tmp_path: Path) -> None:
     for isa, path in sets.items():
         done = subprocess.run(["nm", "--defined-only", str(path)], capture_output=True, text=True, check=True)
         kinds = [line.split()[1:] for line in done.stdout.splitlines()]
-        shared = [name for kind, name in kinds if kind in "TWVuDB" and f"4efft{len(isa)}{isa}" not in name]
+        own = f"4efft{len(isa)}{isa}", "DW.ref."  # the latter are pointers for the unwinder, no code
+        shared = [name for kind, name in kinds if kind in "TWVuDB" and not any(mark in name for mark in own)]
         assert any(kind in "TWVuDB" for kind, _ in kinds)
         assert not shared, f"{path.name} defines {shared}"
