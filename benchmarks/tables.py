@@ -300,9 +300,9 @@ def with_sources(header: Sequence[str], rows: Iterable[Sequence[str]], runs: dic
 
 def _by_command(lines: Iterable[Line]) -> dict[str, list[Line]]:
     """The lines of each run, for :func:`with_sources`; where there are several, by what they were about."""
-    runs: dict[str, list[Line]] = {}
+    runs: dict[tuple[str, str], list[Line]] = {}
     for line in lines:
-        runs.setdefault(line["date"], []).append(line)
+        runs.setdefault((line["date"], line["command"]), []).append(line)
     titles = [", ".join(dict.fromkeys(str(line["task"]) for line in run)) for run in runs.values()]
     return dict(zip(titles, runs.values(), strict=True))
 
