@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -147,6 +148,30 @@ def subspaces(lines: Sequence[Line]) -> Pictures:
     yield "subspaces", figure
 
 
+def accuracies(stem: str, lines: Sequence[Line]) -> Pictures:
+    """Bars by row and task of a study: means over seeds, from the lowest to the highest of them."""
+    seeds: dict[tuple[str, str], dict[int, float]] = {}
+    for line in lines:  # of a run repeated, the newest
+        row = line["row"] if "row" in line else f"{line['source']}, {line['kind']}"
+        seeds.setdefault((row, line["task"]), {})[line["seed"]] = 100 * line["test_accuracy"]
+    if not seeds:
+        return
+    rows, tasks = (list(dict.fromkeys(key[at] for key in seeds)) for at in (0, 1))
+    figure, axes = _new(f"{stem}: test accuracy, mean and range of seeds", lines[-1:])
+    height = 0.8 / len(tasks)
+    for i, task in enumerate(tasks):
+        of_task = {row: [*values.values()] for (row, of), values in seeds.items() if of == task}
+        means = [fmean(values) for values in of_task.values()]
+        ranges = list(zip(means, of_task.values(), strict=True))
+        spread = [[mean - min(values) for mean, values in ranges], [max(values) - mean for mean, values in ranges]]
+        axes.barh([rows.index(row) + i * height for row in of_task], means, height, xerr=spread, label=task)
+    axes.set_yticks([i + 0.4 - height / 2 for i in range(len(rows))], rows)
+    axes.invert_yaxis()
+    axes.set_xlabel("%")
+    axes.legend()
+    yield stem, figure
+
+
 #: What to draw from which result file.
 PICTURES: tuple[tuple[str, Callable[[Sequence[Line]], Pictures]], ...] = (
     ("ops", ops_ratios),
@@ -154,6 +179,7 @@ PICTURES: tuple[tuple[str, Callable[[Sequence[Line]], Pictures]], ...] = (
     ("model", model_ratios),
     ("scaling", scaling),
     ("subspaces", subspaces),
+    *((study, partial(accuracies, study)) for study in ("starts", "text", "convolutions")),
 )
 
 

@@ -10,7 +10,7 @@ import pytest
 from benchmarks import record, tables
 from benchmarks.__main__ import main
 from benchmarks.model_roofline import block_times, vit_block
-from benchmarks.plots import draw, model_ratios, ops_ratios, roofline, scaling, subspaces
+from benchmarks.plots import accuracies, draw, model_ratios, ops_ratios, roofline, scaling, subspaces
 from benchmarks.readme import render
 from benchmarks.roofline_gpu import Machine
 
@@ -141,6 +141,22 @@ def test_subspaces_are_means_over_the_newest_runs_of_all_tasks(results: Path) ->
     write(results, "subspaces", lines)
     assert main(["plot", "subspaces", "--results", str(results), "--out", str(results / "out")]) == 0
     assert [path.name for path in (results / "out").iterdir()] == ["subspaces.png"]
+
+
+def test_accuracies_of_a_study_are_means_over_seeds_within_their_range(results: Path) -> None:
+    def line(row: str, task: str, seed: int, accuracy: float) -> dict[str, Any]:
+        return {**FACTS, "row": row, "task": task, "seed": seed, "test_accuracy": accuracy}
+
+    lines = [line("a", "x", 0, 0.1), line("a", "x", 0, 0.5), line("a", "x", 1, 0.7), line("b", "y", 0, 0.9)]
+    ((stem, figure),) = accuracies("text", lines)
+    x, y = (each for each in figure.axes[0].containers if hasattr(each, "patches"))
+    assert (stem, x.get_label(), y.get_label()) == ("text", "x", "y")
+    assert [bar.get_width() for bar in [*x, *y]] == pytest.approx([60, 90])
+    (whisker,) = x.errorbar.lines[2][0].get_segments()
+    assert [at for at, _ in whisker] == pytest.approx([50, 70])
+    assert list(accuracies("text", [])) == []
+    write(results, "starts", [{**lines[0], "kind": "side", "source": "random"}])
+    assert [path.name for path in draw(results, results / "out", ["starts"])] == ["starts.png"]
 
 
 def test_command_draws_every_result_file(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
