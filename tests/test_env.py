@@ -52,7 +52,7 @@ def test_what_is_loaded_or_why_not(target: str, monkeypatch: pytest.MonkeyPatch)
     shown = lines()[f"{target} library"]
     if target == "cpu" and reason is None:
         shown, _, isa = shown.partition(", instruction set: ")
-        assert isa == instruction_sets()[0]
+        assert isa in instruction_sets()  # the best, unless the system refuses the matrix registers
     assert shown == f"{target + ' library':<13} {path if reason is None else f'not loaded: {reason}'}"
     monkeypatch.setitem(MISSING, target, "it is broken")
     assert lines()[f"{target} library"] == f"{target + ' library':<13} not loaded: it is broken"
