@@ -29,7 +29,7 @@ OLDEST_TORCH = "0x020a000000000000"  # 2.10, as TORCH_TARGET_VERSION spells it
 
 _AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512"
 #: Flags of each instruction set that csrc/cpu/kernels.cpp is compiled for; dispatch.cpp chooses among the same.
-INSTRUCTION_SETS = {
+_ISAS = {
     "x86_64": {
         "amx": f"{_AVX512} -mavx512bf16 -mamx-tile -mamx-bf16",
         "avx512bf16": f"{_AVX512} -mavx512bf16",
@@ -201,6 +201,11 @@ def _ninja(target: str, tools: Tools) -> str:
     return "\n".join(lines) + "\n"
 
 
+def isa_flags() -> dict[str, str]:
+    """Compiler flags of each instruction set that the cpu library has on this kind of machine, the best first."""
+    return _ISAS.get(platform.machine(), _ISAS["other"])
+
+
 def _cpu_objects(lines: list[str]) -> list[str]:
     lines += [
         # CXXFLAGS and LDFLAGS are not in the library's name: a wheel's must be found where they are not set.
@@ -218,7 +223,7 @@ def _cpu_objects(lines: list[str]) -> list[str]:
         if source.suffix == ".cpp" and source.name != "kernels.cpp":
             objects.append(f"cpu-{source.stem}.o")
             lines.append(f"build {objects[-1]}: compile {_escape(str(source))}")
-    for isa, flags in INSTRUCTION_SETS.get(platform.machine(), INSTRUCTION_SETS["other"]).items():
+    for isa, flags in isa_flags().items():
         objects.append(f"cpu-{isa}.o")
         lines += [f"build {objects[-1]}: compile {_escape(str(sources() / 'cpu/kernels.cpp'))}"]
         lines += [f"  set = -DEFFT_ISA={isa} {flags}"]

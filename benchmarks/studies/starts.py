@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -79,18 +79,14 @@ def study(task: str, seed: int, kind: str, bases: Bases | None) -> dict[str, obj
     return {"test_accuracy": summary["test_accuracy"], "seconds": summary["seconds"]}
 
 
-def sources(task: str, seed: int) -> dict[str, Callable[[], Bases | None]]:
-    """By name, see `SOURCES`."""
-
-    def weights() -> Bases:
-        model = build.create_model(TrainConfig.from_dict({**recipe(task, seed), "method": "efft"}), 0)
-        return bases_of(matrices(model.state_dict()), RANK)
-
-    return {
-        "random": lambda: None,
-        "gradient": lambda: bases_of(mean_gradient(task, seed), RANK),
-        "weights": weights,
-    }
+def bases_from(source: str, task: str, seed: int) -> Bases | None:
+    """Of one of `SOURCES`; none where directions are random."""
+    if source == "random":
+        return None
+    if source == "gradient":
+        return bases_of(mean_gradient(task, seed), RANK)
+    model = build.create_model(TrainConfig.from_dict({**recipe(task, seed), "method": "efft"}), 0)
+    return bases_of(matrices(model.state_dict()), RANK)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -102,11 +98,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--results", type=Path, metavar="FOLDER", help="for starts.jsonl")
     args = parser.parse_args(arguments)
-    for task, seed in product(args.tasks, args.seeds):
-        for source, bases in ((name, make()) for name, make in sources(task, seed).items()):
-            for kind in KINDS:
-                what = {"task": task, "seed": seed, "kind": kind, "source": source, "rank": RANK}
-                row = {**what, **study(task, seed, kind, bases)}
-                append("starts", [{**row, **machine_facts()}], args.results)
-                print(f"{task:<20} seed {seed} {kind:<6} {source:<9} {row['test_accuracy']:.1%}", flush=True)
+    for task, seed, source in product(args.tasks, args.seeds, SOURCES):
+        bases = bases_from(source, task, seed)
+        for kind in KINDS:
+            what = {"task": task, "seed": seed, "kind": kind, "source": source, "rank": RANK}
+            row = {**what, **study(task, seed, kind, bases)}
+            append("starts", [{**row, **machine_facts()}], args.results)
+            print(f"{task:<20} seed {seed} {kind:<6} {source:<9} {row['test_accuracy']:.1%}", flush=True)
     return 0

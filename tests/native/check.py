@@ -5,7 +5,6 @@ tests run once for every instruction set that this processor has. Arguments are 
 """
 
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -65,7 +64,7 @@ def read_sources() -> list[list[str]]:
     flags = ["-std=c++20", f"-DTORCH_TARGET_VERSION={build.OLDEST_TORCH}", "-isystem", str(include)]
     commands = [["clang-tidy", "--quiet", *files, "--", *flags, "-DEFFT_ISA=portable"]]
     # The kernels once more for the set with most code of its own, whether this processor has it or not.
-    best, of_best = next(iter(build.INSTRUCTION_SETS.get(platform.machine(), {"portable": ""}).items()))
+    best, of_best = next(iter(build.isa_flags().items()))
     kernels = str(ROOT / "csrc/cpu/kernels.cpp")
     commands.append(["clang-tidy", "--quiet", kernels, "--", *flags, f"-DEFFT_ISA={best}", *of_best.split()])
     if shutil.which("cppcheck") is None:
