@@ -2,8 +2,19 @@
 
 from efft_kernels.nn.bank import FactorBank
 from efft_kernels.nn.conv import EfftConv2d
+from efft_kernels.nn.experts import ExpertWeight, Routing, expert_linear
 from efft_kernels.nn.factors import Site, TTFactors
 from efft_kernels.nn.linear import EfftLinear
 from efft_kernels.nn.operands import tt_chain
 
-__all__ = ["EfftConv2d", "EfftLinear", "FactorBank", "Site", "TTFactors", "tt_chain"]
+__all__ = [
+    "EfftConv2d",
+    "EfftLinear",
+    "ExpertWeight",
+    "FactorBank",
+    "Routing",
+    "Site",
+    "TTFactors",
+    "expert_linear",
+    "tt_chain",
+]
