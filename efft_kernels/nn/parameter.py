@@ -186,7 +186,7 @@ def restore_module(module: nn.Module) -> None:
     """Undo every :func:`adapt_parameter` of ``module``; merged ones are unmerged. Does nothing to other modules."""
     for parameter in list(getattr(module, "adapted_parameters", {}).values()):
         parameter.unmerge()
-    if _original(type(module)) is not type(module):
+    if hasattr(type(module), "_adapted_base"):
         module.__class__ = _original(type(module))
         del module.__dict__["adapted_parameters"]
 
