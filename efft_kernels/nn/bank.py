@@ -22,12 +22,17 @@ class Binding:
 
     A layer finds everything through an object of its own, not by an index into a list, so that torch.compile can
     reuse one graph for all blocks of a model.
+
+    Attributes:
+        used: whether the factors had an effect in the pass that runs, or in the last one.
+        read: whether a module has ever read the weight itself, with the update, in place of calling the layer.
+        dense: whether that has ever taken a dense copy of the weight.
     """
 
     def __init__(self, site: Any) -> None:
         self.site = site
         self.prepared: Operands | None = None
-        self.used = False  # in the pass that runs, or in the last one
+        self.used = self.read = self.dense = False
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles are taken between passes: what belongs to a running one stays behind.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from efft_kernels.nn.weights import adapted_linear, multiplies_plainly
+from efft_kernels.nn.weights import adapted_linear, multiplies_plainly, stored_in
 from efft_kernels.ops import tt_gelu_linear, tt_norm_linear
 
 
@@ -55,7 +55,7 @@ class Deferred(Tensor):
 
     def linear(self, linear: nn.Linear, D: Tensor, G: Tensor) -> Tensor:
         """``adapted_linear(linear, value, D, G)``, without computing the value first where the base is frozen."""
-        W, b = linear.weight, linear.bias
+        W, b = stored_in(linear, "weight"), linear.bias
         if not multiplies_plainly(linear, W) or W.requires_grad or (b is not None and b.requires_grad):
             return adapted_linear(linear, self.value(), D, G)
         if isinstance(self.module, nn.GELU):

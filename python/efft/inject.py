@@ -121,7 +121,7 @@ def remove(model: nn.Module) -> nn.Module:
     for name, layer in adapted_layers(model).items():
         layer.unmerge()
         original = bank._originals[name]
-        original.weight, original.bias = layer.weight, layer.bias
+        original.weight, original.bias = layer.stored, layer.bias
         share_attributes(layer, original)
         originals[layer] = original
     replace_modules(model, originals)

@@ -26,7 +26,7 @@ from efft.params import count_parameters
 from efft.plan import Plan, make_plan
 from efft.sharding import architecture, copy_whole_, once, reshard, whole
 from efft_kernels import __version__
-from efft_kernels.nn.weights import can_dequantize, dequantized
+from efft_kernels.nn.weights import can_dequantize, dequantized, stored_in
 
 #: What values of a right type but beyond all sizes, of a wrong type, or nested too deeply make Python and torch raise.
 _OUT_OF_BOUNDS = (TypeError, OverflowError, RecursionError)
@@ -299,7 +299,7 @@ def _base_weight(model: nn.Module, name: str) -> Tensor:
     """A layer's frozen weight, also while merged."""
     layer = model.get_submodule(name)
     merged = getattr(layer, "base_weight", None)
-    weight = layer.weight if merged is None else merged
+    weight = stored_in(layer, "weight") if merged is None else merged
     assert isinstance(weight, Tensor)
     return weight
 

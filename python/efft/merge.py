@@ -110,7 +110,7 @@ def merged_state_dict(
 
 
 def _check_plain(layers: dict[str, AdaptedLayer], dequantize: bool) -> None:
-    quantized = {n: layer.weight for n, layer in layers.items() if not layer.merged and not is_plain(layer.weight)}
+    quantized = {n: layer.stored for n, layer in layers.items() if not layer.merged and not is_plain(layer.stored)}
     if quantized and not dequantize:
         name, weight = next(iter(quantized.items()))
         raise TypeError(

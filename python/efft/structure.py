@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from efft.integrations.experts import ExpertParameter, experts_of
 from efft_kernels.nn.frozen import FrozenLayer, cannot_wrap, is_conv1d
-from efft_kernels.nn.linear import LAYERS, features
+from efft_kernels.nn.linear import features
 from efft_kernels.nn.weights import is_plain
 
 

@@ -54,6 +54,16 @@ class AdapterLinear(EfftLinear):
         D, G = (operand.to(z.dtype) for operand in self.factors.down_up(self.binding))
         return z + F.relu(z @ D) @ G
 
+    def matrix(self, weight: Tensor) -> Tensor:
+        """Refused, as :meth:`evaluated` is: who multiplies by the weight itself would miss the adapter."""
+        self.evaluated()
+        return weight
+
+    def update(self, D: Tensor, G: Tensor) -> Tensor:
+        """Refused likewise."""
+        self.evaluated()
+        return super().update(D, G)
+
     def evaluated(self) -> tuple[Tensor, Tensor]:
         """Refused to what would add them to the weight, or take them for an update of it."""
         raise ValueError(
