@@ -100,7 +100,11 @@ def _line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stderr(io.StringIO()),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
         warnings.simplefilter("ignore")
         yield
 
@@ -162,7 +166,13 @@ def page(outcomes: Sequence[Outcome], command: str) -> str:
                 f"| {o.name} | {f'{o.share:.1%}' if o.verdict == 'in part' else 'refused'} | {_cell(o.said)} |"
                 for o in rest
             ]
-        lines += ["", f"## {library}: wholly", "", "| architecture | trained at rank 16 | of the backbone |", "|---|---|---|"]
+        lines += [
+            "",
+            f"## {library}: wholly",
+            "",
+            "| architecture | trained at rank 16 | of the backbone |",
+            "|---|---|---|",
+        ]
         lines += [
             f"| {o.name} | {o.parameters:,} | {o.parameters / max(o.backbone, 1):.2%} |"
             for o in own
@@ -190,7 +200,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--every", type=int, default=1, help="only every n-th architecture (default: all)")
     parser.add_argument("--names", nargs="+", help="only these")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--out", type=Path, help="the page to write; without it only what is not wholly adapted is shown")
+    parser.add_argument(
+        "--out", type=Path, help="the page to write; without it only what is not wholly adapted is shown"
+    )
     args = parser.parse_args(arguments)
     outcomes = []
     for library in args.library:

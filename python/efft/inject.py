@@ -9,13 +9,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from efft.config import AdapterConfig, EfftConfig
-from efft.plan import make_plan
+from efft.placing import Update, adapt_in_place, find_update, make_layers
+from efft.plan import Plan, make_plan, warn_of_untouched
 from efft.sharding import check_whole
 from efft.targets import find_head
-from efft_kernels import EfftConv2d, FactorBank
+from efft_kernels import FactorBank
 from efft_kernels.nn.deferred import undefer
 from efft_kernels.nn.frozen import share_attributes
 from efft_kernels.nn.linear import AdaptedLayer
@@ -27,7 +28,8 @@ class Bank(nn.ModuleDict):
 
     Attributes:
         config: the configuration the model was adapted with.
-        layers: names of the adapted layers.
+        layers: names of the adapted weights: of layers their modules', of other weights the parameters'.
+        plan: the groups as adapter files keep them.
         head: names of the modules trained beside the factors.
         enabled: False while the update is switched off or merged.
     """
@@ -36,6 +38,7 @@ class Bank(nn.ModuleDict):
         super().__init__(factors)
         self.config, self.head, self.enabled = config, head, True
         self.layers: list[str] = []
+        self.plan: list[dict[str, Any]] = []
         self._idle_checked = False
         self._originals: dict[str, Any] = {}
         self._requires_grad: dict[str, bool] = {}
@@ -75,26 +78,32 @@ def apply(model: nn.Module, config: AdapterConfig | None = None) -> nn.Module:
     check_plain(model)
     check_whole(model, "apply")
     plan = make_plan(model, config)
+    warn_of_untouched(model, plan, config)
+    return apply_plan(model, config, plan)
+
+
+def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> nn.Module:
+    """:func:`apply` by a plan that is made already."""
     _check_trainable(model, plan.head)
     requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
     banks = {}
     for group in plan.groups:  # all of them, before a layer is touched: what does not fit is found here at the latest
-        weight = model.get_submodule(next(iter(group.sites))).weight
-        assert isinstance(weight, Tensor)
+        first = plan.targets[next(iter(group.sites))].weight
+        weight = model.get_submodule(first.module)._parameters[first.parameter]
+        assert weight is not None
         banks[group.name] = group.build(weight.device, torch.promote_types(weight.dtype, torch.float32))
-    layers = {}
-    for group in plan.groups:
-        for name, site in group.sites.items():
-            layer = model.get_submodule(name)
-            kind = EfftConv2d if isinstance(layer, nn.Conv2d) else config.layer
-            layers[name] = (layer, kind(layer, banks[group.name], site))
+    sites = {name: (banks[group.name], site) for group in plan.groups for name, site in group.sites.items()}
+    weights = {name: (plan.targets[name].weight, *sites[name]) for name in plan.in_order(model)}
+    layers = make_layers(model, weights, config)
     config.settle(plan.groups, banks)
     bank = Bank(banks, config, plan.head)
     bank.train(model.training)
     bank._requires_grad = requires_grad
-    bank._originals = {name: linear for name, (linear, _) in layers.items()}
+    bank._originals = {name: layer for name, (layer, _) in layers.items()}
+    adapt_in_place(model, weights)
     replace_modules(model, dict(layers.values()))
-    bank.layers = [name for name, _ in model.named_modules() if name in layers]
+    bank.layers = list(weights)
+    bank.plan = plan.to_dict()
     _freeze_all_but(model, plan.head)
     model.efft = bank
     bank._hooks = [
@@ -114,7 +123,7 @@ def remove(model: nn.Module) -> nn.Module:
     """
     bank = bank_of(model)
     check_whole(model, "remove")
-    changed = [name for name, layer in adapted_layers(model).items() if "forward" in layer.__dict__]
+    changed = [name for name, layer in _modules_put_in(model).items() if "forward" in layer.__dict__]
     if changed:
         raise ValueError(f"a forward was set on {', '.join(changed)} after efft.apply; undo that before efft.remove")
     originals: dict[nn.Module, nn.Module] = {}
@@ -185,10 +194,19 @@ def bank_of(model: nn.Module) -> Bank:
     return bank
 
 
-def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
-    """The adapted layers by name."""
-    layers = {name: model.get_submodule(name) for name in bank_of(model).layers}
-    return {name: layer for name, layer in layers.items() if isinstance(layer, AdaptedLayer)}
+def adapted_layers(model: nn.Module) -> dict[str, Update]:
+    """The updates of an adapted model by the names of their weights: of layers the modules', of others the parameters'.
+
+    Each has ``delta_weight()`` (the dense update), ``merge()``, ``unmerge()``, ``merged``, ``enabled``, ``evaluated()``
+    (D and G) and ``weight`` (the stored parameter). A layer's is the adapted layer itself.
+    """
+    updates = {name: find_update(model, name) for name in bank_of(model).layers}
+    return {name: update for name, update in updates.items() if update is not None}
+
+
+def _modules_put_in(model: nn.Module) -> dict[str, AdaptedLayer]:
+    """The adapted layers that stand in for others."""
+    return {name: layer for name, layer in adapted_layers(model).items() if isinstance(layer, AdaptedLayer)}
 
 
 def named_factors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from efft import files
 from efft.config import FORMAT_VERSION, AdapterConfig
 from efft.files import CONFIG, WEIGHTS
-from efft.inject import Bank, adapted_layers, apply, bank_of
+from efft.inject import Bank, adapted_layers, apply_plan, bank_of, check_plain
 from efft.methods import config_from_dict, config_type
 from efft.params import count_parameters
-from efft.plan import Plan, make_plan
+from efft.placing import find_update, locate
+from efft.plan import Plan, check_saved_plan, plan_of_file
 from efft.sharding import architecture, copy_whole_, once, reshard, whole
 from efft_kernels import __version__
-from efft_kernels.nn.weights import can_dequantize, dequantized, stored_in
+from efft_kernels.nn.weights import can_dequantize, dequantized
 
 #: What values of a right type but beyond all sizes, of a wrong type, or nested too deeply make Python and torch raise.
 _OUT_OF_BOUNDS = (TypeError, OverflowError, RecursionError)
@@ -66,6 +67,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], info: dict[str,
         "config": bank.config.to_dict(),
         "base": describe_base(model, bank.layers),
         "head": bank.head,
+        "plan": bank.plan,
         "library": f"efft-kernels {__version__}",
         "info": info or {},
     }
@@ -115,7 +117,8 @@ def load_described(model: nn.Module, folder: Path, description: dict[str, Any], 
         layers, shapes = bank.layers, {name: tuple(t.shape) for name, t in _trained(model, bank).items()}
     else:
         try:
-            plan = make_plan(model, config)
+            check_plain(model)
+            plan = plan_of_file(model, config, description.get("plan", []), description["base"]["layers"])
             layers, shapes = [n for g in plan.groups for n in g.sites], _planned_shapes(model, plan)
         except (ValueError, RuntimeError, *_OUT_OF_BOUNDS) as error:  # RuntimeError: sizes that no storage has
             raise ValueError(f"the adapter in {folder} does not fit this {type(model).__name__}: {error}") from None
@@ -132,7 +135,7 @@ def load_described(model: nn.Module, folder: Path, description: dict[str, Any], 
     if problems:
         warnings.warn(message, stacklevel=3)
     if not adapted:
-        apply(model, config)
+        apply_plan(model, config, plan)
     reshard(model)
     target = _trained(model, bank_of(model))
     with torch.no_grad():
@@ -210,6 +213,7 @@ def _check_description(description: Any) -> None:
         raise ValueError("'base.layers' must be an object")
     if not all(isinstance(name, str) for name in description["head"]):
         raise ValueError("'head' must be a list of names")
+    check_saved_plan(description.get("plan", []))
     if not isinstance(description.get("info", {}), dict):
         raise ValueError("'info' must be an object")
 
@@ -296,17 +300,17 @@ def base_problems(model: nn.Module, layers: list[str], saved: dict[str, Any]) ->
 
 
 def _base_weight(model: nn.Module, name: str) -> Tensor:
-    """A layer's frozen weight, also while merged."""
-    layer = model.get_submodule(name)
-    merged = getattr(layer, "base_weight", None)
-    weight = stored_in(layer, "weight") if merged is None else merged
-    assert isinstance(weight, Tensor)
+    """An adapted weight without the update, also while that is merged; or the weight of this name in a plain model."""
+    module, parameter = locate(model, name)
+    update = find_update(model, name)
+    weight = update.base_weight if update is not None and update.merged else module._parameters[parameter]
+    assert weight is not None
     return weight
 
 
 def _shape(model: nn.Module, name: str) -> list[int]:
-    """That of a layer's weight, also where it is packed."""
-    weight, layer = _base_weight(model, name), model.get_submodule(name)
+    """That of a weight, also where it is packed."""
+    weight, layer = _base_weight(model, name), locate(model, name)[0]
     if isinstance(layer, nn.Linear) and not can_dequantize(weight):
         return [layer.out_features, layer.in_features]
     return list(weight.shape)
@@ -314,7 +318,7 @@ def _shape(model: nn.Module, name: str) -> list[int]:
 
 @torch.no_grad()
 def _fingerprint(model: nn.Module, layers: list[str]) -> str:
-    """SHA-256 over the first row of every adapted layer's base weight (where it is packed, over its first bytes): tells
+    """SHA-256 over the first row of every adapted weight of the base (where it is packed, over its first bytes): tells
     pretrained weights apart in milliseconds."""
     digest = hashlib.sha256()
     for name in sorted(layers):
@@ -322,7 +326,8 @@ def _fingerprint(model: nn.Module, layers: list[str]) -> str:
         if can_dequantize(weight):
             first = dequantized(weight)[0].double()
         else:  # as the layer saves it
-            first = model.get_submodule(name).state_dict()["weight"].flatten().view(torch.uint8)[:4096]
+            module, parameter = locate(model, name)
+            first = module.state_dict()[parameter].flatten().view(torch.uint8)[:4096]
         digest.update(first.detach().cpu().numpy().tobytes())
     return digest.hexdigest()
 

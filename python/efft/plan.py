@@ -67,6 +67,11 @@ class Plan:
         """Trainable parameters of all factors."""
         return sum(group.n_parameters for group in self.groups)
 
+    def in_order(self, model: nn.Module) -> list[str]:
+        """The names of the weights in the order of the model's modules."""
+        place = {name: i for i, (name, _) in enumerate(model.named_modules())}
+        return sorted(self.targets, key=lambda name: place[self.targets[name].weight.module])
+
     def missing(self) -> str:
         """What stays untouched in the blocks, by name and share; empty where that is nothing."""
         if not self.left_out:
@@ -219,7 +224,8 @@ def check_saved_plan(saved: Any) -> None:
         if not isinstance(weights, dict) or not weights:
             raise ValueError("every group of 'plan' must have weights")
         for fields in weights.values():
-            known = isinstance(fields, dict) and {"role", "block"} <= fields.keys() <= {"role", "block", "stage", "part"}
+            names = fields.keys() if isinstance(fields, dict) else set()
+            known = {"role", "block"} <= names <= {"role", "block", "stage", "part"}
             if not known or not all(isinstance(fields[key], str) for key in fields if key != "stage"):
                 raise ValueError("every weight of 'plan' must have a role and a block")
             stage = fields.get("stage")

@@ -1,9 +1,9 @@
 """Trains that follow from shapes alone, for any architecture.
 
-Weights of one shape share a train, those of the transposed shape its transposed form: within one tower (the encoder, the
-decoder, the vision part), and apart for attention and MLP where these can be told, as in the paper. A packed projection
-(qkv in one weight, gate and value in one) is taken apart where a matrix of its parts' shape is in the same block. The
-experts of a mixture share a train with a core for each expert.
+Weights of one shape share a train, and those of the transposed shape its transposed form: within one tower (the
+encoder, the decoder, the vision part), and apart for attention and MLP where these can be told, as in the paper. A
+packed projection (qkv in one weight, gate and value in one) is taken apart where a matrix of its parts' shape is in the
+same block. The experts of a mixture share a train with a core for each expert.
 """
 
 from __future__ import annotations

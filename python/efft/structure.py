@@ -1,8 +1,8 @@
 """What a model is made of, read off its modules: weights that can be adapted, repeated blocks, parts of a block.
 
 Nothing here knows an architecture by name. Modules of one class that stand side by side (in a list, in a sequence, or
-numbered: ``layer1``, ``layer2``) are repeated, and what they hold is in a block. A weight's place is the path to it from
-the innermost repeated module around it.
+numbered: ``layer1``, ``layer2``) are repeated, and what they hold is in a block. A weight's place is the path to it
+from the innermost repeated module around it.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from efft.integrations.experts import ExpertParameter, experts_of
-from efft_kernels.nn.frozen import FrozenLayer, cannot_wrap, is_conv1d
-from efft_kernels.nn.linear import features
+from efft_kernels import EfftConv1D, EfftConv1d, EfftConv2d, EfftConv3d, EfftEmbedding, EfftLinear
+from efft_kernels.nn.frozen import FrozenLayer
+from efft_kernels.nn.linear import AdaptedLayer, features
+from efft_kernels.nn.parameter import cannot_adapt_parameter
 from efft_kernels.nn.weights import is_plain
 
 
@@ -50,6 +52,11 @@ class Weight:
     experts: ExpertParameter | None = None
     block: str | None = None
     tower: str | None = None
+
+    @property
+    def read_as(self) -> str:
+        """How the matrix lies in a parameter that is read."""
+        return "linear" if self.view == "linear" else "convolution"
 
     @property
     def place(self) -> str:
@@ -101,7 +108,7 @@ def structure_of(model: nn.Module, head: Iterable[str] = ()) -> Structure:
         if name in inside_head or isinstance(module, (FrozenLayer, *_NORMS)):
             continue
         block, tower = repeated.get(name, (None, None))
-        for weight, reason in _weights_of(name, module, modules):
+        for weight, reason in _weights_of(name, module):
             parameter = module._parameters[weight.parameter]
             assert parameter is not None
             others = owners[_key(parameter)]
@@ -136,7 +143,7 @@ _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.RMSNorm
 _DOUBTFUL = "doubtful"
 
 
-def _weights_of(name: str, module: nn.Module, modules: Mapping[str, nn.Module]) -> list[tuple[Weight, str | None]]:
+def _weights_of(name: str, module: nn.Module) -> list[tuple[Weight, str | None]]:
     """The parameters of two or more dimensions of a module itself, each with the reason why it cannot be adapted."""
     if isinstance(module, nn.utils.parametrize.ParametrizationList):
         return []
@@ -144,9 +151,8 @@ def _weights_of(name: str, module: nn.Module, modules: Mapping[str, nn.Module]) 
     if not own:
         return []
     if nn.utils.parametrize.is_parametrized(module):
-        return [(_read(name, p, t), "the weight is parametrized; remove the parametrization first") for p, t in own.items()]
-    if isinstance(module, nn.RNNBase):
-        return [(_read(name, p, t), "a recurrent layer reads its weights below Python") for p, t in own.items()]
+        reason = "the weight is parametrized; remove the parametrization first"
+        return [(_read(name, p, t), reason) for p, t in own.items()]
     experts = experts_of(module)
     of_experts = {} if experts is None else {e.name: e for e in experts.parameters}
     found: list[tuple[Weight, str | None]] = []
@@ -159,35 +165,31 @@ def _weights_of(name: str, module: nn.Module, modules: Mapping[str, nn.Module]) 
             found.append((weight, None))
         elif p == "weight" and isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             weight = Weight(name, name, p, "embedding", *t.shape, t.numel())
-            plain = type(module).forward is nn.Embedding.forward
-            found.append((weight, None if plain else f"{type(module).__name__} has a forward of its own"))
-        elif p == "weight" and (kind := _called(name, module, modules)) is not None:
+            found.append((weight, EfftEmbedding.refusal(module)))
+        elif p == "weight" and stand_in_for(module) is not None:
+            kind = "convolution" if isinstance(module, nn.modules.conv._ConvNd) else "linear"
             d_in, d_out = features(module)
             view = "linear" if kind == "linear" or _is_one_by_one(module) else "convolution"
             found.append((Weight(name, name, p, kind, d_in, d_out, d_in * d_out, view), None))
-        elif p.endswith("weight") and "bias" not in p and min(_matrix(t)) > 1:
-            found.append((_read(name, p, t), None if is_plain(t) else f"a {type(t).__name__} is not a dense tensor"))
         else:
-            found.append((_read(name, p, t), _DOUBTFUL if min(_matrix(t)) > 1 else _TABLE))
+            weight = _read(name, p, t)
+            product = None if p.endswith("weight") else _DOUBTFUL
+            reason = _TABLE if min(weight.d_in, weight.d_out) == 1 else product
+            found.append((weight, cannot_adapt_parameter(module, p, weight.read_as) or reason))
     return found
 
 
 _TABLE = "a parameter that multiplies entry by entry"
 
 
-def _called(name: str, module: nn.Module, modules: Mapping[str, nn.Module]) -> str | None:
-    """The kind of a module that an adapted layer can stand in for; None for others."""
-    if not isinstance(module, LAYERS) and not is_conv1d(module):
-        return None
-    if cannot_wrap(module, type(module)) is not None and not _is_out_proj(name, module, modules):
-        return None
-    return "convolution" if isinstance(module, nn.modules.conv._ConvNd) else "linear"
+#: What can stand in for layers that are called.
+_STAND_INS: tuple[type[AdaptedLayer], ...] = (EfftLinear, EfftConv2d, EfftConv1d, EfftConv3d, EfftConv1D)
 
 
-def _is_out_proj(name: str, module: nn.Module, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether a module is the output projection of an ``nn.MultiheadAttention``, whose adapted form calls it."""
-    parent = modules[name.rpartition(".")[0]]
-    return isinstance(parent, nn.MultiheadAttention) and parent.out_proj is module
+def stand_in_for(layer: nn.Module) -> type[AdaptedLayer] | None:
+    """The class of adapted layers that can stand in for ``layer``; None where none can."""
+    kinds = (EfftEmbedding,) if isinstance(layer, nn.Embedding) else _STAND_INS
+    return next((kind for kind in kinds if kind.refusal(layer) is None), None)
 
 
 def _is_one_by_one(module: Any) -> bool:

@@ -114,11 +114,10 @@ def _by_keyword(model: nn.Module, structure: Structure, config: AdapterConfig) -
         raise ValueError(f"targets={config.targets!r} finds nothing to adapt. {_present(structure)}")
     if config.targets == "all-linear":
         output = getattr(model, "get_output_embeddings", lambda: None)()
-        return [
-            Target(weight, block=weight.name)
-            for weight in structure.weights.values()
-            if weight.view == "linear" and weight.kind != "embedding" and model.get_submodule(weight.module) is not output
+        linear = [
+            w for w in structure.weights.values() if w.view == "linear" and w.kind in config.kinds - {"embedding"}
         ]
+        return [Target(w, block=w.name) for w in linear if model.get_submodule(w.module) is not output]
     weights = {n: w for n, w in structure.in_blocks.items() if w.kind in config.kinds}
     targets = _grouped_as_published(structure) or _by_structure(model, weights)
     if config.targets == "all":
