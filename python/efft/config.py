@@ -20,6 +20,7 @@ from efft_kernels.nn.initialization import CORE_LAYOUTS
 
 if TYPE_CHECKING:
     from efft.plan import Group
+    from efft.structure import Weight
     from efft.targets import Target
 
 Config = TypeVar("Config", bound="AdapterConfig")
@@ -61,8 +62,8 @@ class AdapterConfig:
         """
         raise NotImplementedError
 
-    def group_of_file(self, model: nn.Module, saved: dict[str, Any], targets: list[Target]) -> Group:
-        """The bank that an adapter file describes (:meth:`efft.plan.Plan.to_dict`), for these weights.
+    def group_of_file(self, model: nn.Module, saved: dict[str, Any], weights: list[Weight]) -> Group:
+        """The bank that an adapter file describes (a group's ``to_dict``), for these weights.
 
         Raises:
             ValueError: the description is damaged, or does not fit the weights.
@@ -259,11 +260,11 @@ class EfftConfig(AdapterConfig):
 
         return efft_groups(self, targets)
 
-    def group_of_file(self, model: nn.Module, saved: dict[str, Any], targets: list[Target]) -> Group:
+    def group_of_file(self, model: nn.Module, saved: dict[str, Any], weights: list[Weight]) -> Group:
         """The train that the file describes."""
         from efft.trains import group_of_file  # which needs this class
 
-        return group_of_file(self, saved, targets)
+        return group_of_file(self, saved)
 
     def settle(self, groups: Sequence[Any], banks: Mapping[str, Any]) -> None:
         """Write down the scales of a plan, so that an adapter file holds numbers; the first bank owns a global one."""

@@ -18,7 +18,7 @@ from efft.sharding import check_whole
 from efft.targets import find_head
 from efft_kernels import FactorBank
 from efft_kernels.nn.deferred import undefer
-from efft_kernels.nn.frozen import share_attributes
+from efft_kernels.nn.frozen import FrozenLayer, share_attributes
 from efft_kernels.nn.linear import AdaptedLayer
 from efft_kernels.nn.weights import is_plain
 
@@ -88,12 +88,12 @@ def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> nn.Module
     requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
     banks = {}
     for group in plan.groups:  # all of them, before a layer is touched: what does not fit is found here at the latest
-        first = plan.targets[next(iter(group.sites))].weight
+        first = plan.weights[next(iter(group.sites))]
         weight = model.get_submodule(first.module)._parameters[first.parameter]
         assert weight is not None
         banks[group.name] = group.build(weight.device, torch.promote_types(weight.dtype, torch.float32))
     sites = {name: (banks[group.name], site) for group in plan.groups for name, site in group.sites.items()}
-    weights = {name: (plan.targets[name].weight, *sites[name]) for name in plan.in_order(model)}
+    weights = {name: (plan.weights[name], *sites[name]) for name in plan.in_order(model)}
     layers = make_layers(model, weights, config)
     config.settle(plan.groups, banks)
     bank = Bank(banks, config, plan.head)
@@ -103,7 +103,7 @@ def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> nn.Module
     adapt_in_place(model, weights)
     replace_modules(model, dict(layers.values()))
     bank.layers = list(weights)
-    bank.plan = plan.to_dict()
+    bank.plan = [group.to_dict() for group in plan.groups]
     _freeze_all_but(model, plan.head)
     model.efft = bank
     bank._hooks = [
@@ -179,6 +179,11 @@ def check_plain(model: nn.Module) -> None:
     """Raise ValueError if ``model`` is adapted, or has its own idea of what ``model.efft`` is."""
     if isinstance(getattr(model, "efft", None), Bank):
         raise ValueError("this model is adapted already; call efft.remove(model) first to adapt it differently")
+    inner = next((name for name, module in model.named_modules() if isinstance(module, (Bank, FrozenLayer))), None)
+    if inner is not None:
+        raise ValueError(
+            f"{inner!r} in this {type(model).__name__} is adapted already: call efft.remove on the model inside first"
+        )
     if hasattr(model, "efft"):
         raise ValueError(f"this {type(model).__name__} has an attribute 'efft' of its own, where the factors would go")
 

@@ -93,6 +93,7 @@ def merged_state_dict(
         TypeError: a weight is quantised, and ``dequantize`` is not set.
         ValueError: the model is not adapted, or it is sharded.
     """
+    bank_of(model)
     check_whole(model, "merged_state_dict")
     updates = updates_by_parameter(model)
     _check_plain(updates, dequantize)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +35,9 @@ class Group(Protocol):
     def describe(self) -> str:
         """The group in one line."""
 
+    def to_dict(self) -> dict[str, Any]:
+        """The group as an adapter file keeps it: its name, its weights, and what its method needs."""
+
 
 @dataclass
 class Plan:
@@ -44,7 +46,7 @@ class Plan:
     Attributes:
         groups: the banks of factors, not allocated yet (:class:`Group`); those of EFFT tell the sizes of their trains.
         head: names of the modules trained beside the factors.
-        targets: the weights to adapt, by name.
+        weights: what is adapted, by name.
         left_out: parameters of the blocks that stay untouched, with their number of entries, largest first.
         reasons: why some of them cannot be adapted.
         in_blocks: entries of all weights in blocks.
@@ -52,7 +54,7 @@ class Plan:
 
     groups: Sequence[Any]
     head: list[str]
-    targets: dict[str, Target]
+    weights: dict[str, Weight]
     left_out: dict[str, int] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     in_blocks: int = 0
@@ -70,7 +72,7 @@ class Plan:
     def in_order(self, model: nn.Module) -> list[str]:
         """The names of the weights in the order of the model's modules."""
         place = {name: i for i, (name, _) in enumerate(model.named_modules())}
-        return sorted(self.targets, key=lambda name: place[self.targets[name].weight.module])
+        return sorted(self.weights, key=lambda name: place[self.weights[name].module])
 
     def missing(self) -> str:
         """What stays untouched in the blocks, by name and share; empty where that is nothing."""
@@ -98,22 +100,6 @@ class Plan:
         if self.left_out:
             lines.append(f"left out: {self.missing()}")
         return "\n".join(lines)
-
-    def to_dict(self) -> list[dict[str, Any]]:
-        """The groups as an adapter file keeps them, so that loading need not plan again."""
-        return [
-            {
-                "name": group.name,
-                "weights": {name: _fields(self.targets[name]) for name in group.sites},
-                **(group.layout() if hasattr(group, "layout") else {}),
-            }
-            for group in self.groups
-        ]
-
-
-def _fields(target: Target) -> dict[str, Any]:
-    fields = {"role": target.role, "block": target.block, "stage": target.stage, "part": target.part}
-    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _without_numbers(name: str) -> str:
@@ -145,11 +131,12 @@ def make_plan(model: nn.Module, config: AdapterConfig) -> Plan:
     structure = structure_of(model, head)
     targets = select(model, structure, config)
     groups = config.groups(model, targets)
-    by_name = {target.name: target for target in targets}
     sizes = _blocks_of_roles(structure.sizes, targets)
-    left_out = {name: size for name, size in structure.untouched(by_name).items() if name in sizes}
+    untouched = structure.untouched(target.name for target in targets)
+    left_out = {name: size for name, size in untouched.items() if name in sizes}
     ordered = dict(sorted(left_out.items(), key=lambda item: -item[1]))
-    return Plan(groups, head, by_name, ordered, structure.reasons, sum(sizes.values()))
+    weights = {name: structure.weights[name] for group in groups for name in group.sites}
+    return Plan(groups, head, weights, ordered, structure.reasons, sum(sizes.values()))
 
 
 def _blocks_of_roles(sizes: Mapping[str, int], targets: Sequence[Target]) -> dict[str, int]:
@@ -181,7 +168,7 @@ def plan_of_file(model: nn.Module, config: AdapterConfig, saved: Sequence[Any], 
     Args:
         model: what the adapter is to be loaded into.
         config: the file's configuration.
-        saved: :meth:`Plan.to_dict`; empty in files of the first format.
+        saved: every group's ``to_dict``; empty in files of the first format.
         layers: names of the adapted layers, in the model's order, in files of the first format.
 
     Raises:
@@ -199,20 +186,17 @@ def plan_of_file(model: nn.Module, config: AdapterConfig, saved: Sequence[Any], 
 
     if not saved:
         targets = [known_target(weight(name)) for name in layers]
-        return Plan(config.groups(model, targets), head, {t.name: t for t in targets})
+        return Plan(config.groups(model, targets), head, {t.name: t.weight for t in targets})
     groups, found = [], {}
     for group in saved:
-        members = {
-            name: Target(weight(name), role["role"], role["block"], role.get("stage"), role.get("part"))
-            for name, role in group["weights"].items()
-        }
+        members = {name: weight(name) for name in group["weights"]}
         groups.append(config.group_of_file(model, group, list(members.values())))
         found |= members
     return Plan(groups, head, found)
 
 
 def check_saved_plan(saved: Any) -> None:
-    """Raise ValueError if this is not what :meth:`Plan.to_dict` gives, as far as reading it depends on."""
+    """Raise ValueError if this is not a list of groups' ``to_dict``, as far as reading them depends on it."""
     if not isinstance(saved, list):
         raise ValueError("'plan' must be a list of groups")
     for group in saved:
@@ -221,13 +205,5 @@ def check_saved_plan(saved: Any) -> None:
         if not group["name"].isidentifier():
             raise ValueError(f"'plan' has a group of the name {group['name'][:50]!r}, which no module can have")
         weights = group.get("weights")
-        if not isinstance(weights, dict) or not weights:
-            raise ValueError("every group of 'plan' must have weights")
-        for fields in weights.values():
-            names = fields.keys() if isinstance(fields, dict) else set()
-            known = {"role", "block"} <= names <= {"role", "block", "stage", "part"}
-            if not known or not all(isinstance(fields[key], str) for key in fields if key != "stage"):
-                raise ValueError("every weight of 'plan' must have a role and a block")
-            stage = fields.get("stage")
-            if not (stage is None or (type(stage) is int and 0 <= stage < math.inf)):
-                raise ValueError("a stage in 'plan' must be a number")
+        if not isinstance(weights, dict) or not weights or not all(isinstance(v, str) for v in weights.values()):
+            raise ValueError("every group of 'plan' must say what its weights are")

@@ -6,6 +6,7 @@ they follow from shapes (:mod:`efft.shapes`).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -58,14 +59,15 @@ class TrainGroup:
             f"{per}, V [{r2}, {self.d_out}]; {self.n_parameters:,} parameters"
         )
 
-    def layout(self) -> dict[str, Any]:
-        """What an adapter file keeps of the group, beside its name and its weights' roles."""
+    def to_dict(self) -> dict[str, Any]:
+        """The group as an adapter file keeps it."""
         return {
+            "name": self.name,
             "kind": self.kind,
             "sizes": [self.d_in, self.d_out, self.n_layers, self.n_cores],
             "rank": list(self.rank),
             "trainable_scale": self.trainable_scale,
-            "sites": {name: _site_to_list(site) for name, site in self.sites.items()},
+            "weights": {name: _text_of(site) for name, site in self.sites.items()},
         }
 
     @property
@@ -96,50 +98,58 @@ class TrainGroup:
         )
 
 
-def group_of_file(config: EfftConfig, saved: dict[str, Any], targets: list[Target]) -> TrainGroup:
-    """The group that :meth:`TrainGroup.layout` wrote down.
+def group_of_file(config: EfftConfig, saved: dict[str, Any]) -> TrainGroup:
+    """The group that :meth:`TrainGroup.to_dict` wrote down.
 
     Raises:
         ValueError: it is damaged.
     """
     kind, sizes, rank, trained = saved.get("kind"), saved.get("sizes"), saved.get("rank"), saved.get("trainable_scale")
-    sites = saved.get("sites")
-    if (
-        not isinstance(kind, str)
-        or not _are_sizes(sizes, 4)
-        or not _are_sizes(rank, 2)
-        or trained not in (False, True, "matrix")
-        or not isinstance(sites, dict)
-        or sites.keys() != {target.name for target in targets}
-    ):
+    fine = isinstance(kind, str) and _are_sizes(sizes, 4) and _are_sizes(rank, 2) and trained in (False, True, "matrix")
+    if not fine:
         raise ValueError(f"the plan of group {saved['name']!r} is damaged")
-    found = {name: _site_of_list(values, saved["name"]) for name, values in sites.items()}
-    return TrainGroup(saved["name"], kind, *sizes, found, tuple(rank), config, trained)
+    sites = {name: _site_of(text) for name, text in saved["weights"].items()}
+    return TrainGroup(saved["name"], str(kind), *sizes, sites, (rank[0], rank[1]), config, trained)
 
 
 def _are_sizes(values: Any, n: int) -> bool:
     return isinstance(values, list) and len(values) == n and all(is_size(value, 2**24) for value in values)
 
 
-def _site_to_list(site: Site) -> list[Any]:
-    """[layer, first core, number of cores, transpose, columns, mask scope, experts, interleaved]."""
+def _text_of(site: Site) -> str:
+    """``layer=3 cores=0:3 ...``: what differs from a plain site, in words."""
     first, n = site.cores[0], len(site.cores)
-    assert site.cores == tuple(range(first, first + n)), "a plan takes cores that follow one another"
-    columns = None if site.columns is None else list(site.columns)
-    return [site.layer, first, n, site.transpose, columns, site.mask_scope, site.experts, site.interleaved]
+    assert site.cores == tuple(range(first, first + n)), "a site takes cores that follow one another"
+    words = [f"layer={site.layer}", f"cores={first}:{first + n}"]
+    words += [f"columns={site.columns[0]}:{site.columns[1]}"] if site.columns else []
+    words += [f"mask_scope={site.mask_scope}"] if site.mask_scope else []
+    words += [f"experts={site.experts}"] if site.experts else []
+    words += [name for name in ("transpose", "interleaved") if getattr(site, name)]
+    return " ".join(words)
 
 
-def _site_of_list(values: Any, group: str) -> Site:
-    try:
-        layer, first, n, transpose, columns, scope, experts, interleaved = values
-        numbers = [layer, first, n, scope, experts, *(columns or ())]
-        wrong = [v for v in numbers if type(v) is not int or not 0 <= v < 2**24]
-        if wrong or type(transpose) is not bool or type(interleaved) is not bool or len(columns or (0, 1)) != 2:
-            raise ValueError
-    except (TypeError, ValueError):
-        raise ValueError(f"the plan of group {group!r} has a damaged site: {str(values)[:80]}") from None
-    cores = tuple(range(first, first + n))
-    return Site(layer, cores, transpose, tuple(columns) if columns else None, scope, experts, interleaved)
+_SITE = re.compile(
+    r"layer=(?P<layer>\d{1,7}) cores=(?P<first>\d{1,7}):(?P<end>\d{1,7})"
+    r"(?: columns=(?P<left>\d{1,7}):(?P<right>\d{1,7}))?"
+    r"(?: mask_scope=(?P<mask_scope>\d))?(?: experts=(?P<experts>\d{1,7}))?(?P<transpose> transpose)?"
+    r"(?P<interleaved> interleaved)?"
+)
+
+
+def _site_of(text: str) -> Site:
+    match = _SITE.fullmatch(text)
+    if match is None:
+        raise ValueError(f"'plan' has a site that is not one: {text[:80]!r}")
+    numbers = {name: int(value or 0) for name, value in match.groupdict().items() if not (value or "").startswith(" ")}
+    return Site(
+        numbers["layer"],
+        tuple(range(numbers["first"], numbers["end"])),
+        bool(match["transpose"]),
+        (numbers["left"], numbers["right"]) if match["left"] else None,
+        numbers["mask_scope"],
+        numbers["experts"],
+        bool(match["interleaved"]),
+    )
 
 
 def efft_groups(config: EfftConfig, targets: list[Target]) -> list[TrainGroup]:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from efft.config import AdapterConfig
+from efft.structure import Weight
 from efft.targets import Target
 from efft_kernels import FactorBank
 from efft_kernels.nn.operands import column_blocks, row_blocks, take
@@ -58,9 +60,9 @@ class MethodConfig(AdapterConfig):
             members.setdefault(self.bank.group_of(layer), []).append(layer)
         return [MethodGroup(name, self, layers, self.bank.sites(name, layers)) for name, layers in members.items()]
 
-    def group_of_file(self, model: nn.Module, saved: dict[str, Any], targets: list[Target]) -> MethodGroup:
+    def group_of_file(self, model: nn.Module, saved: dict[str, Any], weights: list[Weight]) -> MethodGroup:
         """The bank of :attr:`bank` for the weights of a saved group."""
-        layers = [Layer.of(model, target) for target in targets]
+        layers = [Layer.of(model, _target_of(weight, saved["weights"][weight.name])) for weight in weights]
         return MethodGroup(saved["name"], self, layers, self.bank.sites(saved["name"], layers))
 
     def summary(self) -> str:
@@ -139,9 +141,26 @@ class MethodGroup:
         """The group in one line."""
         return f"{self.name}: {len(self.sites)} weights, {self.n_parameters:,} parameters"
 
+    def to_dict(self) -> dict[str, Any]:
+        """The group as an adapter file keeps it."""
+        return {"name": self.name, "weights": {layer.target.name: _text_of(layer.target) for layer in self.layers}}
+
     def build(self, device: torch.device, dtype: torch.dtype) -> FactorBank:
         """Allocate and initialise the bank."""
         return self.config.bank(self.config, self.layers, device=device, dtype=dtype)
+
+
+def _text_of(target: Target) -> str:
+    """``role=qkv block=blocks.0 ...``"""
+    words = [f"role={target.role}", f"block={target.block}"]
+    return " ".join(words if target.stage is None else [*words, f"stage={target.stage}"])
+
+
+def _target_of(weight: Weight, text: str) -> Target:
+    match = re.fullmatch(r"role=(\w+) block=(\S*)(?: stage=(\d{1,4}))?", text)
+    if match is None:
+        raise ValueError(f"'plan' has a role that is not one: {text[:80]!r}")
+    return Target(weight, match[1], match[2], None if match[3] is None else int(match[3]))
 
 
 class MethodBank(FactorBank):
