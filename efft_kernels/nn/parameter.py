@@ -193,7 +193,7 @@ def restore_module(module: nn.Module) -> None:
 
 def cannot_adapt_parameter(module: nn.Module, name: str, view: str = "linear") -> str | None:
     """None if the parameter ``name`` of ``module`` can have an update, else the reason."""
-    parameter = module._parameters.get(name)
+    parameter: Any = module._parameters.get(name)
     if isinstance(module, FrozenLayer) or name in getattr(module, "adapted_parameters", {}):
         return "it is adapted already"
     if name in getattr(module, "parametrizations", {}):
