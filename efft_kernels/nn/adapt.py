@@ -16,6 +16,7 @@ from efft_kernels.nn.linear import AdaptedLayer, EfftLinear
 from efft_kernels.nn.parameter import (
     AdaptedModule,
     AdaptedParameter,
+    adapted_weights_of,
     become_adapted,
     cannot_adapt_parameter,
     put_update,
@@ -105,7 +106,8 @@ def mark_readers(model: nn.Module) -> dict[str, str]:
     """Prepare the modules of ``model`` that read weights of adapted layers in place of calling these.
 
     Such a layer's ``weight`` is its effective weight from then on, at any time; an ``nn.MultiheadAttention`` whose
-    ``out_proj`` is adapted computes with it in its own way. To be called once all layers are replaced.
+    ``out_proj`` is adapted computes with it in its own way, and an ``nn.TransformerEncoder`` keeps off nested tensors
+    while an update counts. To be called once all layers are replaced.
 
     Returns:
         By the name of each adapted layer that may be read, the class of the module that reads it.
@@ -120,9 +122,10 @@ def mark_readers(model: nn.Module) -> dict[str, str]:
             if isinstance(layer, AdaptedLayer):
                 layer.read = True
                 readers[f"{path}.{child}" if path else child] = type(module).__name__
-        if type(module).forward is nn.MultiheadAttention.forward and isinstance(
-            module._modules["out_proj"], AdaptedLayer
-        ):
+        forward = type(module).forward
+        if forward is nn.MultiheadAttention.forward and isinstance(module._modules["out_proj"], AdaptedLayer):
+            become_adapted(module)
+        if forward is nn.TransformerEncoder.forward and any(adapted_weights_of(m) for m in module.modules()):
             become_adapted(module)
     return readers
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from efft_kernels.nn.adapted import AdaptedWeight
-from efft_kernels.nn.parameter import AdaptedModule, runs_for
+from efft_kernels.nn.parameter import AdaptedModule, adapted_weights_of, runs_for
 from efft_kernels.nn.weights import stored_in
 from efft_kernels.ops import tt_linear
 
@@ -99,8 +99,7 @@ class EfftMultiheadAttention(AdaptedModule):
 
     def _is_active(self) -> bool:
         out = self._modules["out_proj"]  # type: ignore[attr-defined]
-        here = [*self.adapted_parameters.values(), *([out] if isinstance(out, AdaptedWeight) else [])]
-        return any(weight.enabled and not weight.merged for weight in here)
+        return any(_counts(weight) for module in (self, out) for weight in adapted_weights_of(module))
 
     def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The projections, in as few products as the identities of the inputs allow."""
@@ -127,7 +126,7 @@ class EfftMultiheadAttention(AdaptedModule):
         """``x`` times these rows of a projection's weight, with their update."""
         W = stored_in(self, name)[rows]  # type: ignore[arg-type]
         adapted = self.adapted_parameters.get(name)
-        if adapted is None or not adapted.enabled or adapted.merged:
+        if adapted is None or not _counts(adapted):
             return F.linear(x, W, b)
         D, G = adapted.factors.down_up(adapted.binding)
         return tt_linear(x, W, b, D, G[:, rows])
@@ -168,6 +167,27 @@ class EfftMultiheadAttention(AdaptedModule):
             k, v = (torch.cat([t, t.new_zeros(samples, 1, t.shape[-1])], 1) for t in (k, v))
         added = (mha.bias_k is not None) + bool(mha.add_zero_attn)
         return k, v, mask if mask is None or added == 0 else F.pad(mask, (0, added))
+
+
+@runs_for(nn.TransformerEncoder.forward)
+class EfftTransformerEncoder(AdaptedModule):
+    """What an ``nn.TransformerEncoder`` is too while weights inside it are adapted: it packs no padded batch into
+    nested tensors then, which the layers take in their fast path alone, and no update can come in there."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """That of ``nn.TransformerEncoder``."""
+        encoder: Any = self
+        before = encoder.use_nested_tensor
+        active = any(_counts(weight) for module in encoder.modules() for weight in adapted_weights_of(module))
+        encoder.use_nested_tensor = before and not active
+        try:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            encoder.use_nested_tensor = before
+
+
+def _counts(weight: AdaptedWeight) -> bool:
+    return weight.enabled and not weight.merged
 
 
 def _added(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
