@@ -1,5 +1,6 @@
 """Layers on the ops: the bank of shared factors and the linear layer that uses a part of it."""
 
+from efft_kernels.nn.attention import EfftMultiheadAttention
 from efft_kernels.nn.bank import FactorBank
 from efft_kernels.nn.conv import EfftConv1d, EfftConv2d, EfftConv3d
 from efft_kernels.nn.experts import ExpertWeight, Routing, expert_linear
@@ -15,6 +16,7 @@ __all__ = [
     "EfftConv3d",
     "EfftEmbedding",
     "EfftLinear",
+    "EfftMultiheadAttention",
     "ExpertWeight",
     "FactorBank",
     "Routing",

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from efft_kernels._autocast import autocast_dtype
 from efft_kernels.nn.linear import AdaptedLayer
 from efft_kernels.nn.weights import is_plain, stored_in
 from efft_kernels.ops import tt_linear
@@ -52,8 +53,7 @@ class _EfftConv(AdaptedLayer):
         and so is its update. A sum rounded to less than fp32 would lose the update; there it is convolved on its own.
         """
         conv: Any = self
-        computed = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        if computed.itemsize < 4:
+        if (autocast_dtype(x.device) or x.dtype).itemsize < 4:
             y, update = conv._conv_forward(x, W, conv.bias), self.update(D, G).to(x.dtype)
             return y + conv._conv_forward(x, update, None)
         return conv._conv_forward(x, self.summed(W, D, G), conv.bias)

@@ -96,6 +96,13 @@ class AdaptedModule:
         return _empty, (_original(type(self)), tuple(self.adapted_parameters)), *reduced[2:]
 
 
+def adapted_weights_of(module: object) -> list[AdaptedWeight]:
+    """What of ``module`` itself is adapted: the weight of a layer, or parameters."""
+    if isinstance(module, AdaptedWeight):
+        return [module]
+    return [*module.adapted_parameters.values()] if isinstance(module, AdaptedModule) else []
+
+
 _own_forwards: dict[Callable[..., Any], type[AdaptedModule]] = {}
 _classes: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
 
@@ -126,7 +133,7 @@ def _owner(name: str) -> Callable[[Any], AdaptedWeight | None]:
 
 
 def _original(kind: type) -> type[nn.Module]:
-    return getattr(kind, "_adapted_base", kind)
+    return vars(kind).get("_adapted_base", kind)  # not what another subclass inherits
 
 
 def _empty(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
@@ -183,17 +190,25 @@ def put_update(parameter: AdaptedParameter) -> AdaptedParameter:
 
 
 def restore_module(module: nn.Module) -> None:
-    """Undo every :func:`adapt_parameter` of ``module``; merged ones are unmerged. Does nothing to other modules."""
-    for parameter in list(getattr(module, "adapted_parameters", {}).values()):
+    """Undo every :func:`adapt_parameter` of ``module``; merged ones are unmerged. Does nothing to other modules.
+
+    Raises:
+        RuntimeError: something has changed the class of the module since (a parametrization, ``fully_shard``).
+    """
+    adapted: dict[str, AdaptedParameter] | None = getattr(module, "adapted_parameters", None)
+    if adapted is None:
+        return
+    if _original(type(module)) is type(module):
+        raise RuntimeError(f"a {type(module).__name__} got another class after it was adapted; undo that first")
+    for parameter in adapted.values():
         parameter.unmerge()
-    if hasattr(type(module), "_adapted_base"):
-        module.__class__ = _original(type(module))
-        del module.__dict__["adapted_parameters"]
+    module.__class__ = _original(type(module))
+    del module.__dict__["adapted_parameters"]
 
 
 def cannot_adapt_parameter(module: nn.Module, name: str, view: str = "linear") -> str | None:
     """None if the parameter ``name`` of ``module`` can have an update, else the reason."""
-    parameter = module._parameters.get(name)
+    parameter: Any = module._parameters.get(name)
     if isinstance(module, FrozenLayer) or name in getattr(module, "adapted_parameters", {}):
         return "it is adapted already"
     if name in getattr(module, "parametrizations", {}):
