@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from efft_kernels._autocast import no_autocast
 
+Operands = tuple[Tensor, ...]
+"""What a layer multiplies by: (D, G), or more where the update of one site is a product of more."""
+
 
 class Binding:
     """One layer's hold on a bank: its site and, between :meth:`FactorBank.prepare` and ``release``, its factors.
@@ -28,7 +31,7 @@ class Binding:
 
     def __init__(self, site: Any) -> None:
         self.site = site
-        self.prepared: tuple[Tensor, Tensor] | None = None
+        self.prepared: Operands | None = None
         self.used = self.read = self.dense = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -65,9 +68,12 @@ class FactorBank(nn.Module, ABC):
         """(in_features, out_features) of a linear layer that ``site`` fits."""
 
     @abstractmethod
-    def compose(self, sites: Sequence[Any]) -> list[tuple[Tensor, Tensor]]:
+    def compose(self, sites: Sequence[Any]) -> Sequence[Operands]:
         """(D [in_features, r], G [r, out_features]) of each site, differentiable in the factors, with the scale in one
-        of them. Called with autocast off: the factors are tiny and their rounding would be the update's."""
+        of them. Called with autocast off: the factors are tiny and their rounding would be the update's.
+
+        The operands of a site that stands for many matrices may be others (:meth:`TTFactors.compose`).
+        """
 
     def describe(self, site: Any) -> str:
         """The site in the words of this bank, for the ``repr`` of the layer that uses it."""
@@ -78,8 +84,9 @@ class FactorBank(nn.Module, ABC):
         self.bindings.append(Binding(site))
         return self.bindings[-1]
 
-    def down_up(self, binding: Binding) -> tuple[Tensor, Tensor]:
-        """(D [in_features, r], G [r, out_features]) of a bound site, with this pass's dropout if training."""
+    def down_up(self, binding: Binding) -> Operands:
+        """(D [in_features, r], G [r, out_features]) of a bound site, or what else :meth:`compose` gives for it, with
+        this pass's dropout if training."""
         prepared = binding.prepared  # read once: another thread may release it
         if prepared is not None and (torch.compiler.is_compiling() or self._thread == threading.get_ident()):
             if not torch.compiler.is_compiling():  # a side effect, which a compiled checkpoint refuses
@@ -101,9 +108,16 @@ class FactorBank(nn.Module, ABC):
         """The same of several sites; what the method shares between them is one tensor."""
         training, self.training = self.training, False
         try:
-            return self._composed(list(sites))
+            operands = self._composed(list(sites))
+            with no_autocast(next(self.parameters()).device):
+                return [self.pair(site, *factors) for site, factors in zip(sites, operands, strict=True)]
         finally:
             self.training = training
+
+    def pair(self, site: Any, D: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        """(D, G) of a site from what :meth:`compose` gives for it."""
+        (G,) = rest
+        return D, G
 
     def prepare(self) -> None:
         """Compose all bound sites at once; :meth:`down_up` serves them to this thread until :meth:`release`."""
@@ -134,7 +148,7 @@ class FactorBank(nn.Module, ABC):
         self._thread = None
         return [binding for binding in self.bindings if not binding.used]
 
-    def _composed(self, sites: list[Any]) -> list[tuple[Tensor, Tensor]]:
+    def _composed(self, sites: list[Any]) -> Sequence[Operands]:
         if not torch.compiler.is_compiling() and any(hasattr(p, "full_tensor") for p in self.parameters()):
             raise RuntimeError(
                 f"the factors of this {type(self).__name__} are sharded (DTensor). fully_shard makes them whole while "
@@ -144,9 +158,9 @@ class FactorBank(nn.Module, ABC):
         with no_autocast(next(self.parameters()).device):
             return self.compose(sites)
 
-    def _remember(self, pairs: list[tuple[Tensor, Tensor]]) -> _Pass:
+    def _remember(self, pairs: Sequence[Operands]) -> _Pass:
         """Keep the values of a pass as long as its graph lives, for layers that run again inside its backward."""
-        this = _Pass(dict(zip(self.bindings, ((_leaf(D), _leaf(G)) for D, G in pairs), strict=True)))
+        this = _Pass(dict(zip(self.bindings, (tuple(map(_leaf, pair)) for pair in pairs), strict=True)))
         nodes: list[Any] = [t.grad_fn for pair in pairs for t in pair if t.grad_fn is not None]
         for node in nodes:
             node.metadata[self] = this  # the pass must not hold the graph in turn
@@ -154,7 +168,7 @@ class FactorBank(nn.Module, ABC):
         self._passes = [ref for ref in self._passes if ref() is not None] + [weakref.ref(this)] * bool(nodes)
         return this
 
-    def _replay(self, node: Any, binding: Binding) -> tuple[Tensor, Tensor]:
+    def _replay(self, node: Any, binding: Binding) -> Operands:
         """The factors that a layer had in the pass whose backward, now at ``node``, runs it again."""
         this = self._find_pass(node)
         reentrant = node.name() == "CheckpointFunctionBackward" and torch.is_grad_enabled()
@@ -193,13 +207,13 @@ class _Pass:
     """The values of all factors in one forward pass.
 
     Attributes:
-        values: (D, G) of every binding, outside the graph.
+        values: the operands of every binding, outside the graph.
         first, last: numbers of the autograd nodes before the pass and at its end.
         without_grad: bindings that ran under ``no_grad`` in it.
         replayed: where a part of it was last run again: backward (autograd's id of it), number of a node then.
     """
 
-    def __init__(self, values: dict[Binding, tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, values: dict[Binding, Operands]) -> None:
         self.values = values
         self.first = self.last = _sequence_number()
         self.without_grad: set[Binding] = set()
