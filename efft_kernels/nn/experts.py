@@ -135,10 +135,9 @@ class ExpertWeight:
             D, C, V = (operand.to(y.dtype) for operand in self.factors.down_up(self.binding))
             h = x.to(y.dtype) @ D
             h = expert_mm(h if tokens is None else h[tokens], C, offsets)  # [rows, blocks * r']
-            blocks, rows = self.site.blocks, len(y)
-            if blocks > 1 and self.site.interleaved:
-                return y + (h.unflatten(1, (blocks, -1)) @ V).transpose(1, 2).flatten(1)
-            return torch.addmm(y.reshape(rows * blocks, -1), h.reshape(rows * blocks, -1), V).view(rows, -1)
+            if self.site.blocks > 1 and self.site.interleaved:
+                return y + (h.unflatten(1, (self.site.blocks, -1)) @ V).transpose(1, 2).flatten(1)
+            return torch.addmm(y.reshape(-1, V.shape[1]), h.reshape(-1, V.shape[0]), V).view(y.shape)
 
     def evaluated(self) -> tuple[Tensor, Tensor]:
         """(D [d_in, r], G [experts, r, d_out]) as they are now and without dropout."""
