@@ -49,7 +49,7 @@ def test_a_row_that_computes_something_else(monkeypatch: pytest.MonkeyPatch) -> 
     def half(inputs: Inputs) -> Trained:
         row = ROWS["efft"](inputs)
         with torch.no_grad():
-            row.run.efft_weights["down_proj"].enabled = False
+            row.run.adapted_parameters["down_proj"].enabled = False
         return row
 
     def missing(inputs: Inputs) -> Trained:

@@ -68,7 +68,7 @@ def test_as_an_operator() -> None:
     torch.library.opcheck(torch.ops.efft.expert_mm_weight.default, (x, gy, offsets))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 def test_on_a_gpu(counts: list[int], dtype: torch.dtype) -> None:

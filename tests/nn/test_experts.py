@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from efft_kernels import ExpertWeight, Routing, Site, TTFactors, expert_linear
 from efft_kernels.nn.factors import Masks
+from efft_kernels.nn.parameter import put_update, restore_module
 
 N_EXPERTS, D_IN, D_OUT = 4, 8, 12
 EACH = tuple(range(N_EXPERTS))
@@ -44,6 +45,15 @@ def dense(update: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return blocks.flatten(-2)
 
     return of
+
+
+def draw_masks(bank: TTFactors, monkeypatch: pytest.MonkeyPatch) -> Masks:
+    """Masks of all layers, of which ``bank`` from now on has layer 1."""
+    shapes = (3, 2, *bank.U.shape), (3, *bank.C.shape[1:]), (3, 2, *bank.V.shape)
+    masks = Masks(*(torch.rand(shape) > bank.dropout for shape in shapes))
+    drawn = Masks(*(mask[1:2] for mask in masks))
+    monkeypatch.setattr(bank, "draw_masks", lambda n: drawn)
+    return masks
 
 
 class Product(nn.Module):
@@ -113,12 +123,7 @@ def test_product_and_gradients(
     """Against autograd through the sum of weight and dense update; with dropout, of the factors that were drawn."""
     bank = make_bank(dropout=dropout, trainable_scale="matrix")
     model = Product(bank, SITES[site], transposed="columns" in site)
-    masks = None
-    if dropout:
-        shapes = (3, 2, *bank.U.shape), (3, *bank.C.shape[1:]), (3, 2, *bank.V.shape)
-        masks = Masks(*(torch.rand(shape) > dropout for shape in shapes))
-        drawn = Masks(*(mask[1:2] for mask in masks))
-        monkeypatch.setattr(bank, "draw_masks", lambda n: drawn)
+    masks = draw_masks(bank, monkeypatch) if dropout else None
     x = torch.randn(5, bank.features(SITES[site])[0], dtype=torch.float64, requires_grad=True)
     routing = Routing.of(torch.tensor(CHOICES["mixed"]), N_EXPERTS)
     if prepared:
@@ -183,7 +188,8 @@ def test_the_merged_base_moves_with_the_module_and_is_not_saved() -> None:
     model.to(torch.float32)
     assert names == ["matrices"]
     assert model.update.base_weight.dtype == torch.float32
-    model.update.release()
+    assert [name for name, _ in model.named_buffers()] == ["base_matrices"]
+    model.update.unmerge()
     assert not list(model.named_buffers())
 
 
@@ -233,10 +239,65 @@ def test_what_is_refused() -> None:
         with pytest.raises(ValueError, match=reason):
             bank.bind(site)
     model = Product(bank, SITES["one block"])
-    with pytest.raises(ValueError, match=r"fits 4 experts with .* = \(8, 24\), got 4 with \(8, 12\)"):
-        ExpertWeight(model, "matrices", bank, SITES["two blocks"])
-    with pytest.raises(TypeError, match="found none"):
+    for site, reason in (
+        (SITES["two blocks"], r"\(in_features, out_features\) = \(8, 24\), got \(8, 12\)"),
+        (Site(0, (0, 1), experts=2), "experts, not 4"),
+        (Site(0, (0,)), "experts, not 4"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            ExpertWeight(model, "matrices", bank, site)
+    with pytest.raises(TypeError, match="there is no such parameter"):
         ExpertWeight(model, "weight", bank, SITES["one block"])
-    linear = nn.Linear(D_IN, D_OUT)
-    with pytest.raises(TypeError, match=r"found a Parameter \[12, 8\]"):
-        ExpertWeight(linear, "weight", bank, SITES["one block"])
+    with pytest.raises(TypeError, match=r"expected floating-point matrices .* got \[12, 8\]"):
+        ExpertWeight(nn.Linear(D_IN, D_OUT), "weight", bank, SITES["one block"])
+    model.matrices = nn.Parameter(model.matrices.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(TypeError, match="float8_e4m3fn"):
+        ExpertWeight(model, "matrices", bank, SITES["one block"])
+    put_update(Product(bank, SITES["one block"]).update)
+    adapted = Product(bank, SITES["one block"])
+    put_update(adapted.update)
+    with pytest.raises(TypeError, match="adapted already"):
+        ExpertWeight(adapted, "matrices", bank, SITES["one block"])
+
+
+class Reader(nn.Module):
+    """A module that multiplies by all experts at once, as no one else can for it."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.matrices = nn.Parameter(torch.randn(shape, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:  # [experts, rows, d_in]
+        return torch.bmm(x, self.matrices.transpose(1, 2)) + x @ self.matrices[1].t()
+
+
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_a_module_that_reads_the_parameter_itself(
+    dense: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch, site: str, dropout: float
+) -> None:
+    """It gets effective weights, those of the pass that runs."""
+    bank = make_bank(dropout=dropout)
+    d_in, d_out = bank.features(SITES[site])
+    model = Reader((N_EXPERTS, d_out, d_in))
+    x = torch.randn(N_EXPERTS, 3, d_in, dtype=torch.float64, requires_grad=True)
+    weight = ExpertWeight(model, "matrices", bank, SITES[site])
+    plain = model(x)
+    put_update(weight)
+    masks = draw_masks(bank, monkeypatch) if dropout else None
+    bank.prepare()
+    y = model(x)
+    assert not bank.release()
+    exact = torch.func.functional_call(
+        Reader((1,)), {"matrices": weight.stored + dense(bank, SITES[site], masks).transpose(1, 2)}, (x,)
+    )
+    torch.testing.assert_close(y, exact)
+    wanted = [x, *bank.parameters()]
+    for got, right in zip(
+        torch.autograd.grad(y.sin().sum(), wanted), torch.autograd.grad(exact.sin().sum(), wanted), strict=True
+    ):
+        torch.testing.assert_close(got, right)
+    weight.enabled = False
+    assert torch.equal(model(x), plain)
+    restore_module(model)
+    assert type(model) is Reader
