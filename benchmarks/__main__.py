@@ -13,6 +13,7 @@ COMMANDS = {
     "model": ("benchmarks.model.run", "a training step of a whole model"),
     "memory": ("benchmarks.memory", "what is kept for the backward pass, and the process's peak"),
     "serve": ("benchmarks.serve", "inference: base, adapted, merged, with 1 to 1000 adapters at hand"),
+    "experts": ("benchmarks.experts", "a mixture of experts: low-rank products, LoRA of peft, dense updates"),
     "quantized": ("benchmarks.quantized", "int8, fp8 and nf4 backbones: error, time, memory"),
     "scaling": ("benchmarks.scaling", "how time grows with tokens and rank"),
     "subspaces": ("benchmarks.studies.subspaces", "what shared factors can express of a full fine-tuning update"),

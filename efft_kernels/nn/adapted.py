@@ -72,6 +72,10 @@ class AdaptedWeight:
         is in."""
         return self.factors.evaluated(self.site)
 
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """(D [d_in, r], G [r, d_out]) of the pass that runs, with its dropout; differentiable."""
+        return self.factors.pair(self.site, *self.factors.down_up(self.binding))
+
     def update(self, D: Tensor, G: Tensor) -> Tensor:
         """The dense update of the weight's shape, in the dtype of the factors; differentiable."""
         with no_autocast(D.device):

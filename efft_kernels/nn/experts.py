@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from efft_kernels._autocast import no_autocast
 from efft_kernels.nn.expert_mm import expert_mm
 from efft_kernels.nn.factors import Site, TTFactors
-from efft_kernels.nn.linear import MergeLoss
-from efft_kernels.nn.weights import is_plain
+from efft_kernels.nn.parameter import AdaptedParameter, cannot_adapt_parameter
 from efft_kernels.ops import tt_merge_
 
 
@@ -46,78 +45,55 @@ class Routing(NamedTuple):
         return weighted[back].unflatten(0, weights.shape).sum(1)
 
 
-class ExpertWeight:
-    """The update of one parameter of a module, the matrices of its experts ``[experts, d_out, d_in]``.
+class ExpertWeight(AdaptedParameter):
+    """The matrices of experts ``[experts, d_out, d_in]``, one parameter of a module, with an update of each.
 
     All experts share D, so that it multiplies every token once, whatever the number of experts it goes to. Each has
     its own core, and all cores share V: the update is ``(x D) C[e] V``, and no matrix of the size of an expert's is
-    built. What multiplies by the parameter adds the update with :meth:`add_update`.
+    built. What multiplies by the stored parameter adds the update with :meth:`add_update`; whoever reads the parameter
+    otherwise gets the effective weights of all experts, densely.
 
     Args:
-        module, name: the parameter and the module that has it. It is frozen.
-        factors, site: the part of a bank; a bank is referenced, and owned elsewhere.
+        module, name: whose parameter it is, and which.
+        factors, site: the bank, and the part of it that the experts use.
         transposed: the parameter is stored as ``[experts, d_in, d_out]``.
 
-    Attributes:
-        enabled: False while the update is switched off.
-
     Raises:
-        TypeError: the module has no such parameter of three dimensions, or it is quantised.
-        ValueError: the site does not fit the parameter.
+        TypeError: it is not a plain floating-point parameter of three dimensions, or adapted already.
+        ValueError: the sizes do not fit.
     """
+
+    factors: TTFactors
+    site: Site
 
     def __init__(
         self, module: nn.Module, name: str, factors: TTFactors, site: Site, *, transposed: bool = False
     ) -> None:
+        reason = cannot_adapt_parameter(module, name, "convolution")  # of any number of dimensions
         weight = module._parameters.get(name)
-        if weight is None or weight.dim() != 3 or not weight.is_floating_point() or not is_plain(weight):
-            found = "none" if weight is None else f"a {type(weight).__name__} {list(weight.shape)} of {weight.dtype}"
-            raise TypeError(
-                f"{type(module).__name__}.{name}: expected a plain floating-point parameter [experts, d_out, d_in], "
-                f"found {found}"
-            )
-        n_experts, rows, columns = weight.shape
-        sizes = (rows, columns) if transposed else (columns, rows)
-        if site.experts != n_experts or factors.features(site) != sizes:
+        if reason is None and weight is not None and (weight.dim() != 3 or not holds_numbers(weight)):
+            reason = f"expected floating-point matrices [experts, d_out, d_in], got {list(weight.shape)} {weight.dtype}"
+        if reason is not None:
+            raise TypeError(f"{name} of {type(module).__name__}: {reason}")
+        assert weight is not None
+        if site.experts != len(weight):
             raise ValueError(
-                f"{type(module).__name__}.{name}: {site} of this bank fits {site.experts} experts with (in_features, "
-                f"out_features) = {factors.features(site)}, got {n_experts} with {sizes}"
+                f"{name} of {type(module).__name__}: {site} is of {site.experts} experts, not {len(weight)}"
             )
-        weight.requires_grad_(False)
-        self.module, self.name, self.transposed = module, name, transposed
-        self.factors, self.site, self.binding = factors, site, factors.bind(site)
-        self.enabled = True
-        module.register_buffer(self._buffer, None, persistent=False)
+        super().__init__(module, name, factors, site, "experts transposed" if transposed else "experts")
 
-    @property
-    def _buffer(self) -> str:  # where the base weight is while the update is merged, so that it moves with the module
-        return f"efft_base_{self.name}"
-
-    @property
-    def weight(self) -> nn.Parameter:
-        """The stored parameter."""
-        parameter: nn.Parameter = getattr(self.module, self.name)
-        return parameter
-
-    @property
-    def base_weight(self) -> Tensor | None:
-        """The parameter without the update, while that is merged."""
-        base: Tensor | None = getattr(self.module, self._buffer)
-        return base
-
-    @property
-    def merged(self) -> bool:
-        """Whether the update is part of the parameter now."""
-        return self.base_weight is not None
+    def _features(self) -> tuple[int, int]:
+        d_in, d_out = self.matrices(self.stored).shape[1:]
+        return d_in, d_out
 
     @property
     def live(self) -> bool:
-        """Whether the update has to be added to products with the parameter."""
+        """Whether the update has to be added to products with the stored parameter."""
         return self.enabled and not self.merged
 
     def matrices(self, weight: Tensor) -> Tensor:
-        """``weight``, laid out like the parameter, as ``[experts, d_in, d_out]``: a view."""
-        return weight if self.transposed else weight.transpose(1, 2)
+        """``weight``, laid out like the parameter, as ``[experts, d_in, d_out]``, or the other way round: a view."""
+        return weight if self.view == "experts transposed" else weight.transpose(1, 2)
 
     def add_update(self, y: Tensor, x: Tensor, offsets: Tensor, tokens: Tensor | None = None) -> Tensor:
         """``y`` plus the update of every expert times its rows.
@@ -135,61 +111,23 @@ class ExpertWeight:
             D, C, V = (operand.to(y.dtype) for operand in self.factors.down_up(self.binding))
             h = x.to(y.dtype) @ D
             h = expert_mm(h if tokens is None else h[tokens], C, offsets)  # [rows, blocks * r']
-            blocks, rows = self.site.blocks, len(y)
-            if blocks > 1 and self.site.interleaved:
-                return y + (h.unflatten(1, (blocks, -1)) @ V).transpose(1, 2).flatten(1)
-            return torch.addmm(y.reshape(rows * blocks, -1), h.reshape(rows * blocks, -1), V).view(rows, -1)
+            if self.site.blocks > 1 and self.site.interleaved:
+                return y + (h.unflatten(1, (self.site.blocks, -1)) @ V).transpose(1, 2).flatten(1)
+            return torch.addmm(y.reshape(-1, V.shape[1]), h.reshape(-1, V.shape[0]), V).view(y.shape)
 
-    def evaluated(self) -> tuple[Tensor, Tensor]:
-        """(D [d_in, r], G [experts, r, d_out]) as they are now and without dropout."""
-        return self.factors.evaluated(self.site)
-
-    @torch.no_grad()
-    def delta_weight(self) -> Tensor:
-        """The dense update, laid out like the parameter, in the factors' dtype, without dropout: for inspection."""
-        D, G = self.evaluated()
+    def update(self, D: Tensor, G: Tensor) -> Tensor:
+        """The dense update of all experts, of the parameter's shape, from D and G [experts, r, d_out]."""
         with no_autocast(D.device):
             return self.matrices(D @ G)
 
-    @torch.no_grad()
-    def merge(self, dequantize: bool = False) -> MergeLoss | None:
-        """Add the update to the parameter, expert by expert in fp32 with one rounding, keeping the base weight so that
-        unmerge is exact. ``dequantize`` is there for the sake of other weights: none of these is quantised.
+    def _add(self, W: Tensor, D: Tensor, G: Tensor) -> None:
+        for matrix, up in zip(self.matrices(W), G, strict=True):
+            tt_merge_(matrix.t(), D, up)
 
-        Returns what rounding cost; None if the update was merged already.
-        """
-        if self.merged:
-            return None
-        D, G = self.evaluated()
-        kept = self.weight.detach().clone()
-        wide = torch.promote_types(kept.dtype, D.dtype)
-        sums = torch.zeros(3, dtype=torch.float64, device=kept.device)  # of squares: base, update, lost
-        with no_autocast(D.device):
-            for W, base, up in zip(self.matrices(self.weight.detach()), self.matrices(kept), G, strict=True):
-                tt_merge_(W.t(), D, up)
-                delta = D @ up
-                lost = (W.to(wide) - base.to(wide)) - delta
-                sums += torch.stack([part.to(wide).norm().double() ** 2 for part in (base, delta, lost)])
-        setattr(self.module, self._buffer, kept)
-        base_norm, size, error = sums.sqrt().tolist()
-        return MergeLoss(size / base_norm if base_norm else float("inf"), error / size if size else 0.0)
 
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Put the base weight back, bit for bit. Does nothing while the update is not merged."""
-        if self.base_weight is None:
-            return
-        self.weight.copy_(self.base_weight)
-        setattr(self.module, self._buffer, None)
-
-    def release(self) -> None:
-        """Unmerge, and leave nothing behind in the module."""
-        self.unmerge()
-        delattr(self.module, self._buffer)
-
-    def __repr__(self) -> str:
-        state = "".join(f", {word}" for word, true in (("merged", self.merged), ("disabled", not self.enabled)) if true)
-        return f"{type(self).__name__}({self.name}, {self.factors.describe(self.site)}{state})"
+def holds_numbers(weight: Tensor) -> bool:
+    """Whether a sum can be rounded to the dtype of ``weight``: to 8 bits and fewer it is not without a scale."""
+    return weight.is_floating_point() and weight.element_size() > 1
 
 
 def expert_linear(x: Tensor, W: Tensor, offsets: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -1,6 +1,6 @@
 """Mixtures of experts of transformers, whose matrices are three-dimensional parameters.
 
-Two kinds of modules are recognized by what they are made of; transformers itself is not imported.
+Modules are recognized by what they are made of; transformers itself is not imported.
 
 - Experts whose forward transformers dispatches to one of several implementations (``eager``, ``grouped_mm``,
   ``batched_mm``, ...), by ``config._experts_implementation``: Mixtral, Qwen3-MoE, OLMoE, GraniteMoE, DeepSeek, GPT-OSS
@@ -8,7 +8,9 @@ Two kinds of modules are recognized by what they are made of; transformers itsel
   ``is_transposed``, ...), so one implementation serves them all: it adds the update to the products in between. It runs
   whichever one is chosen, as long as an update is live; the chosen one runs otherwise.
 - One product of a mixture (``ParallelExperts``, called with its rows sorted by expert and their numbers): JetMoE, and
-  GraniteMoE before transformers 5. The module goes on computing the product, and the update comes beside it.
+  GraniteMoE before transformers 5.
+- Others with the same parameters and a forward of their own (Llama 4, Step 3): they read the effective weights of all
+  experts, which are made densely in every pass, with the cost of that in time and memory.
 """
 
 from __future__ import annotations
@@ -22,6 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from efft_kernels import ExpertWeight, Routing, Site, TTFactors, expert_linear
+from efft_kernels.nn import parameter as parameters
+from efft_kernels.nn.experts import holds_numbers
+from efft_kernels.nn.parameter import AdaptedModule, put_update, runs_for
+from efft_kernels.nn.weights import is_plain, stored_in
 
 
 @dataclass(frozen=True)
@@ -53,25 +59,25 @@ class Experts:
     Attributes:
         n_experts: how many there are.
         parameters: those that can be adapted.
+        kind: the class that the module is made of too, once it is adapted; None where it reads dense effective weights.
     """
 
     n_experts: int
     parameters: tuple[ExpertParameter, ...]
+    kind: type[AdaptedModule] | None
 
 
 def experts_of(module: nn.Module) -> Experts | None:
-    """The experts that ``module`` holds as three-dimensional parameters, or None where there are none, or none that
-    :func:`adapt_experts` can adapt."""
-    if isinstance(module, AdaptedExperts):
+    """The experts that ``module`` holds as three-dimensional parameters; None where there are none, or they are adapted
+    or quantised."""
+    if getattr(module, "adapted_parameters", None):
         return None
-    return _dispatched(module) or _parallel(module)
+    return _gated(module) or _parallel(module)
 
 
 def adapt_experts(module: nn.Module, sites: Mapping[str, tuple[TTFactors, Site]]) -> dict[str, ExpertWeight]:
-    """Adapt experts in place, so that whatever refers to the module goes on doing so.
-
-    The module becomes of a class made from its own and :class:`AdaptedExperts`; its parameters are frozen and keep
-    their names.
+    """Adapt experts in place: the module stays the same object, with the same names, and its parameters are frozen.
+    :func:`efft_kernels.nn.parameter.restore_module` undoes it.
 
     Args:
         module: of which :func:`experts_of` knows the experts.
@@ -87,7 +93,7 @@ def adapt_experts(module: nn.Module, sites: Mapping[str, tuple[TTFactors, Site]]
     found = experts_of(module)
     if found is None:
         raise TypeError(
-            f"expected experts as three-dimensional parameters, of a kind that efft.integrations.experts describes and "
+            "expected experts as three-dimensional parameters, of a kind that efft.integrations.experts describes and "
             f"not adapted yet, got {type(module).__name__}"
         )
     if "forward" in module.__dict__:
@@ -95,42 +101,32 @@ def adapt_experts(module: nn.Module, sites: Mapping[str, tuple[TTFactors, Site]]
     known = {parameter.name: parameter for parameter in found.parameters}
     if not sites or set(sites) - set(known):
         raise ValueError(f"{type(module).__name__}: expected some of {sorted(known)}, got {sorted(sites)}")
-    before = {name: parameter.requires_grad for name, parameter in module.named_parameters(recurse=False)}
-    weights: dict[str, ExpertWeight] = {}
-    try:
-        for name, (factors, site) in sites.items():
-            weights[name] = ExpertWeight(module, name, factors, site, transposed=known[name].transposed)
-    except ValueError:
-        for name, weight in weights.items():
-            weight.release()
-            weight.weight.requires_grad_(before[name])
-        raise
+    weights = {
+        name: ExpertWeight(module, name, factors, site, transposed=known[name].transposed)
+        for name, (factors, site) in sites.items()
+    }
+    if found.kind is not None:
+        runs_for(type(module).forward)(found.kind)
+    for weight in weights.values():
+        put_update(weight)
     for parameter in module.parameters(recurse=False):
         parameter.requires_grad_(False)
-    module.__class__ = _of_both(DispatchedExperts if _dispatched(module) else ParallelExperts, type(module))
-    module.__dict__["efft_weights"] = weights
     return weights
 
 
-def restore_experts(module: nn.Module) -> None:
-    """Undo :func:`adapt_experts`: the module is of its own class again, its parameters as they were, and frozen."""
-    assert isinstance(module, AdaptedExperts)
-    for weight in module.efft_weights.values():
-        weight.release()
-    del module.__dict__["efft_weights"]
-    module.__class__ = module.plain  # type: ignore[assignment]
+class AdaptedExperts(AdaptedModule):
+    """A module of experts with updates of its parameters, whose forward knows them."""
 
+    prefix = "Efft"
 
-class AdaptedExperts(nn.Module):
-    """A module of experts with updates of its parameters; its class is made from this one and its own."""
+    def live_updates(self) -> dict[str, ExpertWeight]:
+        """The updates that count now, by name of the parameter."""
+        found = self.adapted_parameters.items()
+        return {name: weight for name, weight in found if isinstance(weight, ExpertWeight) and weight.live}
 
-    efft_weights: dict[str, ExpertWeight]
-    """The updates by name of the parameter."""
-    plain: type[nn.Module]
-    """The module's own class."""
-
-    def extra_repr(self) -> str:
-        return "\n".join([super().extra_repr(), *map(repr, self.efft_weights.values())]).strip()
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        _, made_from, *state = super().__reduce_ex__(protocol)
+        return _empty, made_from, *state
 
 
 class DispatchedExperts(AdaptedExperts):
@@ -146,28 +142,25 @@ class DispatchedExperts(AdaptedExperts):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Any:
         """``[tokens, d] -> [tokens, d]``; the router's choice and weights are ``[tokens, k]``."""
-        if not any(weight.live for weight in self.efft_weights.values()):
-            return super().forward(hidden_states, top_k_index, top_k_weights)
+        live = self.live_updates()
+        if not live:
+            return super().forward(hidden_states, top_k_index, top_k_weights)  # type: ignore[misc]
         if getattr(self, "_is_expert_parallel", False):
             raise RuntimeError("these experts were split over several devices after they were adapted: adapt them last")
         routing = Routing.of(top_k_index, self.num_experts)
-        y = self._product("gate_up_proj" if self.has_gate else "up_proj", hidden_states, routing, routing.tokens)
-        y = self._apply_gate(y) if self.has_gate else self.act_fn(y)
-        y = self._product("down_proj", y, routing)
+
+        def product(name: str, x: Tensor, tokens: Tensor | None = None) -> Tensor:
+            W = stored_in(self, name)  # type: ignore[arg-type]
+            W = W if getattr(self, "is_transposed", False) else W.transpose(1, 2)
+            bias = getattr(self, f"{name}_bias")[routing.experts] if self.has_bias else None
+            y = expert_linear(x if tokens is None else x[tokens], W, routing.offsets, bias)
+            return live[name].add_update(y, x, routing.offsets, tokens) if name in live else y
+
+        y = product("gate_up_proj" if self.has_gate else "up_proj", hidden_states, routing.tokens)
+        y = product("down_proj", self._apply_gate(y) if self.has_gate else self.act_fn(y))
         if getattr(self, "has_post_expert_norm", False):
             y = self.post_expert_norm(y)
         return routing.combine(y, top_k_weights).to(hidden_states.dtype)
-
-    def _product(self, name: str, x: Tensor, routing: Routing, tokens: Tensor | None = None) -> Tensor:
-        """``x W_e + b_e`` of every row ``[rows, d_out]``; ``x`` is ``[rows, d_in]``, or ``[tokens, d_in]`` with the
-        token of each row."""
-        weight = self.efft_weights.get(name)
-        W: Tensor = getattr(self, name)
-        bias = getattr(self, f"{name}_bias")[routing.experts] if self.has_bias else None
-        rows = x if tokens is None else x[tokens]
-        transposed = getattr(self, "is_transposed", False)
-        y = expert_linear(rows, W if transposed else W.transpose(1, 2), routing.offsets, bias)
-        return weight.add_update(y, x, routing.offsets, tokens) if weight is not None and weight.live else y
 
 
 class ParallelExperts(AdaptedExperts):
@@ -175,40 +168,56 @@ class ParallelExperts(AdaptedExperts):
 
     def forward(self, inputs: Tensor, expert_size: Any) -> Any:
         """``[rows, d_in] -> [rows, d_out]``; rows are sorted by expert, ``expert_size`` is how many each has."""
-        y = super().forward(inputs, expert_size)
-        weight = self.efft_weights["weight"]
-        if not weight.live:
-            return y
-        sizes = torch.as_tensor(expert_size, device=inputs.device)
-        return weight.add_update(y, inputs, sizes.cumsum(0).to(torch.int32))
+        live = self.live_updates()
+        if not live:
+            return super().forward(inputs, expert_size)  # type: ignore[misc]
+        offsets = torch.as_tensor(expert_size, device=inputs.device).cumsum(0).to(torch.int32)
+        y = expert_linear(inputs, stored_in(self, "weight").transpose(1, 2), offsets)  # type: ignore[arg-type]
+        return live["weight"].add_update(y, inputs, offsets)
 
 
-def _dispatched(module: nn.Module) -> Experts | None:
-    first = "gate_up_proj" if getattr(module, "has_gate", None) else "up_proj"
+def _empty(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    """For pickle: in another process nobody may have adapted such experts yet."""
+    runs_for(base.forward)(DispatchedExperts if _is_dispatched(base) else ParallelExperts)
+    return parameters._empty(base, names)
+
+
+def _is_dispatched(kind: type[nn.Module]) -> bool:
+    """Whether modules of this class may be those whose forward transformers dispatches."""
+    return hasattr(kind.forward, "__wrapped__") and len(inspect.signature(kind.forward).parameters) == 4
+
+
+def _gated(module: nn.Module) -> Experts | None:
+    """Two products with an activation between them: gate and value, or the value alone, and down again."""
+    first = "gate_up_proj" if "gate_up_proj" in module._parameters else "up_proj"
     up, down = module._parameters.get(first), module._parameters.get("down_proj")
-    promised = ("num_experts", "has_gate", "has_bias", "config")
-    forward = type(module).forward
-    if (
-        up is None
-        or down is None
-        or not all(hasattr(module, name) for name in promised)
-        or not hasattr(forward, "__wrapped__")
-        or len(inspect.signature(forward).parameters) != 4
-        or not (_holds_matrices(up) and _holds_matrices(down) and len(up) == len(down) == module.num_experts)
-    ):
+    if up is None or down is None or not (_holds_matrices(up) and _holds_matrices(down)) or len(up) != len(down):
         return None
-    transposed, blocks = bool(getattr(module, "is_transposed", False)), 1 + bool(module.has_gate)
-    (d_in, inner), (d_down, d_out) = (w.shape[1:] if transposed else w.shape[:0:-1] for w in (up, down))
-    if inner != blocks * d_down:
+    blocks = 2 if first == "gate_up_proj" else 1
+    ways = [transposed for transposed in (False, True) if _fit(up, down, blocks, transposed)]
+    promised = all(hasattr(module, name) for name in ("num_experts", "has_gate", "has_bias", "config"))
+    if promised and getattr(module, "is_transposed", None) in ways:
+        ways = [bool(module.is_transposed)]  # said by the module: of square matrices nothing else tells
+    if len(ways) != 1:
         return None
+    (transposed,) = ways
+    (d_in, inner), (d_down, d_out) = (weight.shape[1:] if transposed else weight.shape[:0:-1] for weight in (up, down))
     interleaved = blocks > 1 and not getattr(module, "is_concatenated", True)
+    intercepted = promised and _is_dispatched(type(module)) and module.num_experts == len(up)
     return Experts(
         len(up),
         (
             ExpertParameter(first, d_in, inner, blocks, interleaved, transposed),
             ExpertParameter("down_proj", d_down, d_out, transposed=transposed, second=True),
         ),
+        DispatchedExperts if intercepted else None,
     )
+
+
+def _fit(up: Tensor, down: Tensor, blocks: int, transposed: bool) -> bool:
+    """Whether one product goes on from the other where the parameters are stored this way."""
+    (d_in, inner), (d_down, d_out) = (weight.shape[1:] if transposed else weight.shape[:0:-1] for weight in (up, down))
+    return inner == blocks * d_down and d_in == d_out
 
 
 def _parallel(module: nn.Module) -> Experts | None:
@@ -216,31 +225,11 @@ def _parallel(module: nn.Module) -> Experts | None:
     if weight is None or len(module._parameters) != 1 or not _holds_matrices(weight):
         return None
     sizes = tuple(getattr(module, name, None) for name in ("num_experts", "output_size", "input_size"))
-    parameters = list(inspect.signature(type(module).forward).parameters)[1:]
-    if sizes != tuple(weight.shape) or parameters != ["inputs", "expert_size"]:
+    called = list(inspect.signature(type(module).forward).parameters)[1:]
+    if sizes != tuple(weight.shape) or called != ["inputs", "expert_size"]:
         return None
-    return Experts(len(weight), (ExpertParameter("weight", weight.shape[2], weight.shape[1]),))
+    return Experts(len(weight), (ExpertParameter("weight", weight.shape[2], weight.shape[1]),), ParallelExperts)
 
 
 def _holds_matrices(weight: Tensor) -> bool:
-    return weight.dim() == 3 and weight.is_floating_point() and weight.dtype.itemsize > 1
-
-
-_of_both_kinds: dict[tuple[type, type], type[AdaptedExperts]] = {}
-
-
-def _of_both(adapted: type[AdaptedExperts], experts: type[nn.Module]) -> type[AdaptedExperts]:
-    """The class of adapted experts of that class."""
-
-    def reduce(self: AdaptedExperts, protocol: object) -> tuple[Any, ...]:  # pickle finds classes by their names alone
-        return _empty, (adapted, experts), self.__dict__
-
-    if (adapted, experts) not in _of_both_kinds:
-        parts = {"plain": experts, "__reduce_ex__": reduce, "__doc__": adapted.__doc__}
-        _of_both_kinds[adapted, experts] = type(f"Efft{experts.__name__}", (adapted, experts), parts)
-    return _of_both_kinds[adapted, experts]
-
-
-def _empty(adapted: type[AdaptedExperts], experts: type[nn.Module]) -> AdaptedExperts:
-    kind = _of_both(adapted, experts)
-    return kind.__new__(kind)
+    return weight.dim() == 3 and holds_numbers(weight) and is_plain(weight)
