@@ -1,5 +1,6 @@
 """tt_gelu_linear and tt_norm_linear against their formulas with the dense update in fp64 and gradients by hand."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -183,6 +184,33 @@ def test_gradcheck(fp64: Backend, case: Any) -> None:
         return op(**{**inputs, name: first, "D": D, "G": G}, **options, backend=fp64)
 
     assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradgradcheck(lambda *values: function(*values).sin(), leaves)
+
+
+@pytest.mark.parametrize("need", [("D",), ("G",), ("producer",)], ids=str)
+def test_a_second_derivative(
+    backend: Backend, exact: torch.dtype, assert_exact: Callable[..., None], case: Any, need: tuple[str, ...]
+) -> None:
+    """Of one gradient alone, by all that it depends on, also where another argument is frozen."""
+    op, name, options = case
+    (of,) = (name if n == "producer" else n for n in need)
+    inputs = inputs_of(op, tokens=6, d_in=8, d_out=5, r1=3, dtype=exact)
+    for frozen in (None, *(k for k in (name, "D", "G") if k != of)):
+        leaves = [inputs[k].detach().requires_grad_(k != frozen) for k in (name, "D", "G")]
+        results = []
+        for layer, arguments in (
+            (functools.partial(op, backend=backend, **options), inputs),
+            (unfused(op, **options), {k: v.double() for k, v in inputs.items()}),
+        ):
+            given = dict(zip((name, "D", "G"), leaves, strict=True))
+            if arguments is not inputs:
+                given = {k: v.detach().double().requires_grad_(v.requires_grad) for k, v in given.items()}
+            y = layer(**arguments | given)
+            (grad,) = torch.autograd.grad(y.sin().sum(), given[of], create_graph=True)
+            wanted = [v for v in given.values() if v.requires_grad]
+            results.append(torch.autograd.grad(grad.square().sum(), wanted))
+        for value, formula in zip(*results, strict=True):
+            assert_exact(value, formula, terms=10 * formula.abs().max().item())
 
 
 def test_what_is_kept_for_backward(kernels: Backend, case: Any) -> None:
