@@ -95,9 +95,7 @@ class _TTLinearGrouped(torch.autograd.Function):
         backend: Backend,
     ) -> Tensor:
         need_dx, need_dW, _, need_dD, need_dG = ctx.needs_input_grad[:5]
-        ctx.save_for_backward(
-            x if need_dW or need_dD or need_dG else None, W if need_dx else None, D, G, adapter
-        )
+        ctx.save_for_backward(x if need_dW or need_dD or need_dG else None, W if need_dx else None, D, G, adapter)
         with no_autocast(x.device):
             y: Tensor = _IMPLEMENTATION[backend](x, W, b, D, G, adapter)
         return y

@@ -37,9 +37,10 @@ def tt_norm_linear(
 
     Args:
         x: input of the norm ``[..., d_in]``, any floating dtype (``cpu``: float32 or bfloat16) and strides.
-        gamma, beta: the norm's weight and bias ``[d_in]``, either or both None; frozen.
+        gamma, beta: the norm's weight and bias ``[d_in]``, either or both None; frozen, of one dtype, any.
         W, b: weight ``[d_out, d_in]`` and bias ``[d_out]`` or None, of one dtype (under autocast cast to its dtype);
-            frozen. The product is computed in their dtype, the norm in fp32 (fp64 for fp64).
+            frozen. The norm is computed in fp32 (fp64 for fp64) and rounded once, to their dtype, in which the product
+            is computed.
         D, G: factors ``[d_in, r1]`` and ``[r1, d_out]`` as in :func:`efft_kernels.tt_linear`.
         eps: added to the variance.
         backend: see :mod:`efft_kernels.backends`.

@@ -253,9 +253,7 @@ def test_a_second_derivative(backend: Backend, exact: torch.dtype, assert_exact:
     wide_C, wide_V = (t.detach().double().requires_grad_() for t in (C, V))
     G = 0.75 * torch.einsum("lnab,lbd->land", wide_C * inputs["keep_C"], wide_V * inputs["keep_V"])
     (dC,) = torch.autograd.grad(G.square().sum(), wide_C, create_graph=True)
-    for name, value, formula in zip(
-        "CV", got, torch.autograd.grad(dC.square().sum(), (wide_C, wide_V)), strict=True
-    ):
+    for name, value, formula in zip("CV", got, torch.autograd.grad(dC.square().sum(), (wide_C, wide_V)), strict=True):
         assert_exact(value, formula, name)
 
 

@@ -99,7 +99,9 @@ def test_autocast(backend: Backend, device: str) -> None:
         assert not tt_linear_grouped(**inputs, backend=backend).requires_grad
 
 
-@pytest.mark.parametrize("need", [("x", "W", "b", "D", "G"), ("x",), ("D",), ("G",), ("W",), ("x", "G"), ("b",)], ids=str)
+@pytest.mark.parametrize(
+    "need", [("x", "W", "b", "D", "G"), ("x",), ("D",), ("G",), ("W",), ("x", "G"), ("b",)], ids=str
+)
 def test_gradients(
     backend: Backend, device: str, exact: torch.dtype, assert_exact: Callable[..., None], need: tuple[str, ...]
 ) -> None:
