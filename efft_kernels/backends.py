@@ -3,8 +3,8 @@
 A backend is chosen, in this order, by the ``backend=`` argument of a call, an enclosing :func:`use_backend`, the
 environment variable ``EFFT_BACKEND`` (read once at import) and, failing all three, ``auto``. ``auto`` takes ``triton``
 or ``cuda`` where a measurement says that it is the fastest (:mod:`efft_kernels.choice`), else the first backend of
-:data:`AUTO_ORDER` that can run the call; inside the transforms of ``torch.func`` the reference alone can; an explicitly named backend never falls back: it raises with the reason that
-:func:`can_run` gives.
+:data:`AUTO_ORDER` that can run the call; inside the transforms of ``torch.func`` the reference alone can. An explicitly
+named backend never falls back: it raises with the reason that :func:`can_run` gives.
 """
 
 from __future__ import annotations

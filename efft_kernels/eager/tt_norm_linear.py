@@ -79,13 +79,13 @@ def _layer_norm(
 def _alike(
     x: Tensor, gamma: Tensor | None, beta: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """All in the one dtype that the vendor's kernel wants; it rounds its result to that, which must not be narrower than
-    ``dtype``."""
+    """All in the one dtype that the vendor's kernel wants; it rounds its result to that, so it holds ``dtype``."""
     others = {dtype, *(parameter.dtype for parameter in (gamma, beta) if parameter is not None)}
     if others == {x.dtype}:
         return x, gamma, beta
     dtype = functools.reduce(torch.promote_types, others, x.dtype)
-    return x.to(dtype), *(None if parameter is None else parameter.to(dtype) for parameter in (gamma, beta))
+    gamma, beta = (None if parameter is None else parameter.to(dtype) for parameter in (gamma, beta))
+    return x.to(dtype), gamma, beta
 
 
 implement("tt_norm_linear_fwd", Backend.EAGER, _tt_norm_linear_fwd)

@@ -99,7 +99,7 @@ class AdaptedLayer(FrozenLayer):
         matrix = self.weight.flatten(1)  # of a convolution whose channels come last this is a copy
         tt_merge_(matrix, D, G)
         self.weight.copy_(matrix.view(self.weight.shape))
-        self.base_weight = kept
+        self.base_weight, self.binding.merged = kept, True
         delta = self.delta_weight()
         wide = torch.promote_types(base.dtype, delta.dtype)
         lost = (self.weight.to(wide) - base.to(wide)) - delta
@@ -118,7 +118,7 @@ class AdaptedLayer(FrozenLayer):
             self.weight.copy_(self.base_weight)
         else:
             self.weight = nn.Parameter(self.base_weight, requires_grad=False)
-        self.base_weight = None
+        self.base_weight, self.binding.merged = None, False
 
     def evaluated(self) -> tuple[Tensor, Tensor]:
         """(D [in_features, r], G [r, out_features]) as they are now and without dropout, whatever runs and whatever

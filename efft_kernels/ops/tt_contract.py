@@ -109,7 +109,8 @@ class _TTContract(torch.autograd.Function):
         need_dC, need_dV = ctx.needs_input_grad[:2]
         with no_autocast(dG.device):
             if torch.is_grad_enabled():  # this backward will be differentiated
-                dC, dV = reference.tt_contract_bwd(dG, *ctx.saved_tensors, ctx.scale)
+                C, V, keep_C, keep_V = ctx.saved_tensors
+                dC, dV = reference.tt_contract_bwd(dG, C, V, keep_C, keep_V, ctx.scale)
             else:
                 dC, dV = _BACKWARD[ctx.backend](dG, *ctx.saved_tensors, ctx.scale, need_dC, need_dV)
         return dC if need_dC else None, dV if need_dV else None, None, None, None, None

@@ -99,7 +99,6 @@ class _TTLinear(torch.autograd.Function):
             gy = gh.new_zeros(ctx.shape)
         leading, gy = gy.shape[:-1], flat(gy)
         x = None if x is None else flat(x)
-        dx: Tensor | None
         with no_autocast(gy.device):
             if gh is not None or torch.is_grad_enabled():  # in a second derivative, or this will be differentiated
                 h = h if x is None or h is None else x @ D.to(x.dtype)
@@ -107,10 +106,10 @@ class _TTLinear(torch.autograd.Function):
             else:
                 dx, dD, dG = _BACKWARD[ctx.backend](gy, x, W, h, D, G, need_dx, need_dD, need_dG)
             # The base is frozen in every PEFT use; a caller who does train it gets the plain products.
-            dW = gy.t() @ x if need_dW else None
+            dW = gy.t() @ x if x is not None and need_dW else None
             db = gy.sum(0) if need_db else None
         return (
-            dx.view(*leading, dx.shape[-1]) if need_dx else None,
+            None if dx is None or not need_dx else dx.view(*leading, dx.shape[-1]),
             dW,
             db,
             dD if need_dD else None,

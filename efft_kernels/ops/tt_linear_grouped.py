@@ -74,7 +74,8 @@ def tt_linear_grouped(
     chosen = resolve("tt_linear_grouped", backend, x, W, b, D, G)
     if chosen is Backend.REFERENCE:
         return reference.tt_linear_grouped(x, W, b, D, G, adapter)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, W, b, D, G)):
+    differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, W, b, D, G))
+    if differentiated or torch.autograd.forward_ad._current_level >= 0:
         return _TTLinearGrouped.apply(x, W, b, D, G, adapter, chosen)
     with no_autocast(x.device):
         return _IMPLEMENTATION[chosen](x, W, b, D, G, adapter)

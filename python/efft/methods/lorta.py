@@ -48,8 +48,8 @@ class LoRTAConfig(HeadedConfig):
     meant_before: ClassVar[dict[str, Any]] = {"heads_on": "output"}
 
     heads_on: Literal["input", "output"] = "input"
-    """The side of a matrix that the heads divide: the input, as in the authors' code, which multiplies by the transposed
-    tensor, or the output, as in their formula."""
+    """The side of a matrix that the heads divide: the input, as in the authors' code, which multiplies by the
+    transposed tensor, or the output, as in their formula."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
