@@ -10,11 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import _symbolic_trace
 
 from efft_kernels._autocast import no_autocast
 
 Operands = tuple[Tensor, ...]
 """What a layer multiplies by: (D, G), or more where the update of one site is a product of more."""
+
+#: Whether torch.fx traces; the older name, where there is no other, warns of what it means in a newer torch.
+_is_traced = getattr(_symbolic_trace, "is_fx_symbolic_tracing", None) or _symbolic_trace.is_fx_tracing
 
 
 class Binding:
@@ -33,6 +37,7 @@ class Binding:
         self.site = site
         self.prepared: Operands | None = None
         self.used = self.read = self.dense = False
+        self.merged = False  # whether the weight has the update, which a graph of torch.fx must not add again
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles are taken between passes: what belongs to a running one stays behind.
@@ -95,10 +100,30 @@ class FactorBank(nn.Module, ABC):
                     self._running.without_grad.add(binding)
             return prepared
         if not torch.compiler.is_compiling():
+            if _is_traced():
+                return self._traced(binding)
             node = torch._C._current_autograd_node()
             if node is not None:  # activation checkpointing runs the layer again, inside backward
                 return self._replay(node, binding)
         return self._composed([binding.site])[0]
+
+    def forward(self, index: int) -> tuple[Tensor, Tensor]:
+        """(D, G) of the ``index``-th binding, with dropout if training; G is zero while its layer is merged.
+
+        For graphs of torch.fx, of which the bank is a module that is called: layers ask :meth:`down_up`.
+        """
+        binding = self.bindings[index]
+        D, G = self._composed([binding.site])[0]
+        return D, torch.zeros_like(G) if binding.merged else G
+
+    def _traced(self, binding: Binding) -> tuple[Tensor, Tensor]:
+        """A call of this bank in the graph that torch.fx traces, whose tracer takes modules of torch.nn for leaves."""
+        self.__dict__["__module__"] = "torch.nn"
+        try:
+            pair = self(self.bindings.index(binding))
+        finally:
+            del self.__dict__["__module__"]
+        return pair[0], pair[1]
 
     def evaluated(self, site: Any) -> tuple[Tensor, Tensor]:
         """(D, G) of a site from the factors as they are now, without dropout."""
@@ -133,7 +158,9 @@ class FactorBank(nn.Module, ABC):
             return
         for binding in self.bindings:
             binding.used = False
-        self._running = self._remember(pairs) if torch.is_grad_enabled() else None
+        # Inside torch.func there is no backward to run a layer again in.
+        graph = torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
+        self._running = self._remember(pairs) if graph else None
 
     def release(self) -> list[Binding]:
         """End of the forward pass that :meth:`prepare` began. Returns the bindings that it did not use."""

@@ -44,6 +44,9 @@ class AdapterConfig:
     training_only: ClassVar[frozenset[str]] = frozenset()
     """Fields that only matter while training: an adapter may be loaded into a model that sets them differently."""
 
+    meant_before: ClassVar[Mapping[str, Any]] = {}
+    """Of fields that the method did not always have: what an adapter meant that was saved without them."""
+
     layer: ClassVar[type[EfftLinear]] = EfftLinear
     """What a linear layer becomes."""
 
@@ -86,12 +89,12 @@ class AdapterConfig:
     @classmethod
     def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
         """The config a :meth:`to_dict` came from. Keys this version does not know are reported by a warning and
-        ignored.
+        ignored; those that an earlier version did not know have the meaning they had then (:attr:`meant_before`).
 
         Raises:
             ValueError: a value out of range, or another method's config.
         """
-        values = dict(values)
+        values = {**cls.meant_before, **values} if "format_version" in values else dict(values)
         version, method = values.pop("format_version", FORMAT_VERSION), values.pop("method", cls.method)
         cls._check(type(version) is int, "format_version", "an integer", version)
         if method != cls.method:

@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from efft.config import AdapterConfig, EfftConfig
-from efft.placing import Update, adapt_in_place, find_update, make_layers
+from efft.placing import adapt_in_place, find_update, make_layers
 from efft.plan import Plan, make_plan, warn_of_untouched
 from efft.sharding import check_whole
 from efft.targets import find_head
 from efft_kernels import FactorBank
+from efft_kernels.nn.adapted import AdaptedWeight
 from efft_kernels.nn.deferred import undefer
 from efft_kernels.nn.frozen import FrozenLayer, share_attributes
 from efft_kernels.nn.linear import AdaptedLayer
@@ -199,7 +200,7 @@ def bank_of(model: nn.Module) -> Bank:
     return bank
 
 
-def adapted_layers(model: nn.Module) -> dict[str, Update]:
+def adapted_layers(model: nn.Module) -> dict[str, AdaptedWeight]:
     """The updates of an adapted model by the names of their weights: of layers the modules', of others the parameters'.
 
     Each has ``delta_weight()`` (the dense update), ``merge()``, ``unmerge()``, ``merged``, ``enabled``, ``evaluated()``

@@ -202,10 +202,11 @@ def _check_description(description: Any) -> None:
     """Raise ValueError if keys are missing, or of another kind than what reads them needs."""
     if not isinstance(description, dict):
         raise ValueError("it is no JSON object")
-    for key, kind in (("config", dict), ("base", dict), ("head", list)):
-        if not isinstance(description.get(key), kind):
-            raise ValueError(f"it needs the keys config, base, head, and {key!r} must be a {kind.__name__}")
-    for part, keys in (("config", set(config_type(description["config"])().to_dict())), ("base", _BASE)):
+    for key, expected in (("config", dict), ("base", dict), ("head", list)):
+        if not isinstance(description.get(key), expected):
+            raise ValueError(f"it needs the keys config, base, head, and {key!r} must be a {expected.__name__}")
+    kind = config_type(description["config"])
+    for part, keys in (("config", kind().to_dict().keys() - kind.meant_before.keys()), ("base", _BASE)):
         lacking = keys - description[part].keys()
         if lacking:
             raise ValueError(f"its {part!r} lacks {', '.join(sorted(lacking))}")

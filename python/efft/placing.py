@@ -8,15 +8,12 @@ from typing import Any
 from torch import nn
 
 from efft.config import AdapterConfig
-from efft.integrations.experts import AdaptedExperts, adapt_experts, restore_experts
+from efft.integrations.experts import adapt_experts
 from efft.structure import Weight, stand_in_for
 from efft_kernels import FactorBank
 from efft_kernels.nn.adapted import AdaptedWeight
-from efft_kernels.nn.experts import ExpertWeight
 from efft_kernels.nn.linear import AdaptedLayer
 from efft_kernels.nn.parameter import AdaptedModule, adapt_parameter, restore_module
-
-Update = AdaptedWeight | ExpertWeight
 
 
 def make_layers(
@@ -49,11 +46,7 @@ def adapt_in_place(model: nn.Module, weights: Mapping[str, tuple[Weight, FactorB
 def restore_in_place(model: nn.Module) -> None:
     """Undo :func:`adapt_in_place`."""
     for module in list(model.modules()):
-        if isinstance(module, AdaptedExperts):
-            for weight in module.efft_weights.values():
-                weight.unmerge()
-            restore_experts(module)
-        elif isinstance(module, AdaptedModule):
+        if isinstance(module, AdaptedModule):
             restore_module(module)
 
 
@@ -74,21 +67,21 @@ def locate(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return module, "weight"
 
 
-def updates_by_parameter(model: nn.Module) -> dict[str, Update]:
+def updates_by_parameter(model: nn.Module) -> dict[str, AdaptedWeight]:
     """Every update by each full name of its parameter in the state dict."""
-    found: dict[str, Update] = {}
+    found: dict[str, AdaptedWeight] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        own: dict[str, Update] = {**getattr(module, "adapted_parameters", {}), **getattr(module, "efft_weights", {})}
+        own: dict[str, AdaptedWeight] = {**getattr(module, "adapted_parameters", {})}
         if isinstance(module, AdaptedLayer):
             own["weight"] = module
         found |= {f"{name}.{parameter}".lstrip("."): update for parameter, update in own.items()}
     return found
 
 
-def find_update(model: nn.Module, name: str) -> Update | None:
+def find_update(model: nn.Module, name: str) -> AdaptedWeight | None:
     """The update of the adapted weight ``name``; None where there is none."""
     module, parameter = locate(model, name)
     if isinstance(module, AdaptedLayer):
         return module
-    found: Update | None = getattr(module, "adapted_parameters", {}).get(parameter)
-    return found or getattr(module, "efft_weights", {}).get(parameter)
+    found: AdaptedWeight | None = getattr(module, "adapted_parameters", {}).get(parameter)
+    return found

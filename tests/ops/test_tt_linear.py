@@ -248,17 +248,53 @@ def test_no_dense_delta_is_ever_built(
     assert len(seen.registered) in (0, 2)
 
 
-def test_differentiating_twice(backend: Backend, exact: torch.dtype) -> None:
-    inputs = make_inputs("tt_linear", tokens=2, d_in=3, d_out=4, r1=2, dtype=exact)
-    x, D = inputs["x"].requires_grad_(), inputs["D"].requires_grad_()
-    y = tt_linear(**inputs, backend=backend)
-    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    if backend is Backend.REFERENCE:
-        dx.sum().backward()
-        assert D.grad.abs().max() > 0
-    else:
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            dx.sum().backward()
+@pytest.mark.parametrize("frozen", [(), ("D",), ("G",), ("x",), ("W", "b"), ("D", "W", "b"), ("x", "D")], ids=str)
+def test_gradients_of_gradients(fp64: Backend, frozen: tuple[str, ...]) -> None:
+    """Whatever is frozen, and so not kept for backward."""
+    inputs = make_inputs("tt_linear", tokens=2, d_in=3, d_out=4, r1=2, dtype=torch.float64)
+    names = [k for k in LEAVES if k not in frozen]
+
+    def function(*values: Tensor) -> Tensor:
+        return tt_linear(**inputs | dict(zip(names, values, strict=True)), backend=fp64).sin()
+
+    assert torch.autograd.gradgradcheck(function, [inputs[k].requires_grad_() for k in names])
+
+
+@pytest.mark.parametrize("frozen", [(), ("D",)], ids=str)
+def test_a_third_derivative(backend: Backend, exact: torch.dtype, frozen: tuple[str, ...]) -> None:
+    """Of a factor by way of two layers, the input of the second of which depends on it too."""
+    inputs = make_inputs("tt_linear", tokens=3, d_in=4, d_out=4, r1=2, dtype=exact)
+    leaves = [inputs[k].requires_grad_() for k in ("x", "D", "G") if k not in frozen]
+
+    def nth(layer: Callable[..., Tensor], arguments: dict[str, Tensor], inputs: list[Tensor]) -> list[Tensor]:
+        y = layer(**arguments).tanh()
+        value = layer(**arguments | {"x": y}).sin().sum()
+        for _ in range(2):
+            grads = torch.autograd.grad(value, inputs, create_graph=True)
+            value = sum((grad.square().sum() for grad in grads), torch.zeros_like(value))
+        return list(torch.autograd.grad(value, inputs))
+
+    with use_backend(backend):
+        got = nth(tt_linear, inputs, leaves)
+    wide_inputs = wide(inputs)
+    wide_leaves = [wide_inputs[k].requires_grad_() for k in ("x", "D", "G") if k not in frozen]
+    for value, formula in zip(got, nth(unfused, wide_inputs, wide_leaves), strict=True):
+        error = (value.double() - formula).norm() / formula.norm()
+        assert error < (1e-12 if exact == torch.float64 else 1e-4)
+
+
+def test_a_second_derivative_in_half_precision(backend: Backend, device: str) -> None:
+    inputs = make_inputs("tt_linear", dtype=torch.bfloat16, factor_dtype=torch.float32, device=device)
+    leaves = [inputs[k].requires_grad_() for k in ADAPTED]
+    (dx,) = torch.autograd.grad(tt_linear(**inputs, backend=backend).square().sum(), leaves[0], create_graph=True)
+    grads = torch.autograd.grad(dx.float().square().sum(), leaves)
+    exact = {k: v.detach().double().requires_grad_() for k, v in inputs.items()}
+    (of_x,) = torch.autograd.grad(unfused(**exact).square().sum(), exact["x"], create_graph=True)
+    for name, grad, right in zip(
+        ADAPTED, grads, torch.autograd.grad(of_x.square().sum(), [exact[k] for k in ADAPTED]), strict=True
+    ):
+        assert grad.dtype == inputs[name].dtype
+        assert (grad.double() - right).norm() / right.norm() < 0.02, name
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
