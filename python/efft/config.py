@@ -94,6 +94,10 @@ class AdapterConfig:
         return cls(**{k: v for k, v in values.items() if k in names})
 
     def _check_layers(self) -> None:
+        for name in ("targets", "exclude"):
+            value = getattr(self, name)
+            if isinstance(value, str) and value not in ("all", "mhsa", "ffn"):
+                setattr(self, name, [value])
         self._check(_is_names(self.exclude), "exclude", "a list of layer names or patterns", self.exclude)
         self._check(self.head is None or _is_names(self.head), "head", "None or a list of module names", self.head)
         known = isinstance(self.targets, str) and self.targets in ("all", "mhsa", "ffn")

@@ -1,6 +1,7 @@
 """What the commands do. Function signatures and docstrings are the options and their help."""
 
 import argparse
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -34,6 +35,8 @@ class TrainCommand:
 
 def train(words: list[str]) -> None:
     """`efft train`: reads the configuration file first, so that its values are the defaults of the flags."""
+    # Configuration files and messages say efft.scale for what is --scale here.
+    words = [re.sub(r"^--efft\.", "--", word) for word in words]
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config")
     path = early.parse_known_args(words)[0].config

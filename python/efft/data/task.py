@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from efft.data.pictures import as_rgb, pillow
+
 Role = Literal["train", "val", "trainval", "test"]
 ROLES: tuple[Role, ...] = ("train", "val", "trainval", "test")
 
@@ -58,15 +60,6 @@ class Images(Protocol):
         """The image as it is stored, as an RGB ``PIL.Image.Image`` of its own size."""
 
 
-def pillow() -> Any:
-    """The module ``PIL.Image``, or an error that says how to install it."""
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError("reading images needs Pillow: pip install 'efft-kernels[vision]'") from error
-    return Image
-
-
 class ArrayImages:
     """Images in memory.
 
@@ -99,7 +92,7 @@ class FileImages:
         path = self.paths[index]
         try:
             with pillow().open(path) as image:
-                return image.convert("RGB")
+                return as_rgb(image)
         except Exception as error:  # missing, damaged or too large: Pillow has many errors, and few name the file
             raise OSError(f"cannot read the image {path}: {error}") from error
 
