@@ -32,6 +32,9 @@ class TrainCommand:
     overwrite: bool = False
     """Start again, and forget what the folder holds."""
 
+    log_with: tuple[str, ...] = ()
+    """Experiment trackers that get the metrics, too: tensorboard, wandb or another one that accelerate knows."""
+
 
 def train(words: list[str]) -> None:
     """`efft train`: reads the configuration file first, so that its values are the defaults of the flags."""
@@ -48,14 +51,22 @@ def train(words: list[str]) -> None:
 
     config = command.train
     out = command.out or Path("runs") / f"{Path(config.data).name}-{config.method}"
-    result = run(config, out, resume=command.resume, overwrite=command.overwrite).summary
+    options: dict[str, Any] = {"resume": command.resume, "overwrite": command.overwrite, "log_with": command.log_with}
+    result = run(config, out, **options).summary
     from accelerate import PartialState  # after `run`, which explains its absence
 
     if not PartialState().is_main_process:
         return
-    chosen = "" if result["val_accuracy"] is None else f", validation {result['val_accuracy']:.2%}"
+    from efft.train.goals import shown
+
+    test, validation = (
+        {name.removeprefix(part): value for name, value in result.items() if name.startswith(part)}
+        for part in ("test_", "val_")
+    )
+    score = next(iter(test))
+    chosen = "" if validation[score] is None else f", validation {shown({score: validation[score]}).split()[-1]}"
     facts = (
-        f"test accuracy {result['test_accuracy']:.2%}{chosen}",
+        f"test {shown(test)}{chosen}",
         f"{result['trainable_parameters']:,} trainable parameters",
         f"{result['saved']} of {result['saved_bytes'] / 1e3:,.0f} kB",
         f"{result['seconds']:.0f} s",

@@ -6,7 +6,7 @@ folders (``.ipynb_checkpoints``, ``._x.png``, ``__MACOSX``) does not count.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy as np
 from efft.data.fetch import notify
 from efft.data.pictures import SUFFIXES, check_readable, files, folders
 from efft.data.splits import Indices, duplicate_groups, file_keys, stratified_split
-from efft.data.task import FileImages, Split, Splits, TaskInfo
+from efft.data.task import FileImages, Kind, Split, Splits, TaskInfo
 
 #: What the folder of a part may be called, in any case.
 PARTS = {
@@ -40,14 +40,30 @@ def read(folder: Path, seed: int) -> tuple[TaskInfo, Splits]:
     """
     parts = find_parts(folder)
     names = _classes(parts.get("train", folder))
-    train = _images(parts.get("train", folder), names)
-    images, given_val, test = train, None, None
+    images = {part: _images(place, names) for part, place in (parts or {"train": folder}).items()}
+    return describe(folder, "classification", names), roles(folder, images, names, seed)
+
+
+def describe(folder: Path, kind: Kind, names: Sequence[str]) -> TaskInfo:
+    """What is known about a user's own data, with the names of classes or values."""
+    name = folder.stem if folder.is_file() else folder.resolve().name
+    return TaskInfo(name, None, len(names), f"folder {folder}", "your own", tuple(names), kind=kind)
+
+
+def roles(folder: Path, parts: Mapping[str, FileImages], names: Sequence[str], seed: int) -> Splits:
+    """The parts that are given, and those that are missing divided from "train"; see `read`.
+
+    Args:
+        folder: where the images are, for messages.
+        parts: "train", and "val" and "test" where these are given.
+        names: of the classes, by label.
+        seed: decides the validation images where they are not given.
+    """
+    train, test = parts["train"], parts.get("test")
+    images, given_val = train, None
     if "val" in parts:
-        val = _images(parts["val"], names)
-        images = FileImages([*train.paths, *val.paths], [*train.labels.tolist(), *val.labels.tolist()])
+        images = train.joined(parts["val"])
         given_val = np.arange(len(train.paths), len(images.paths))
-    if "test" in parts:
-        test = _images(parts["test"], names)
     every = [*images.paths, *(test.paths if test else [])]
     check_readable(every)
     notify(f"{folder}: {len(every)} images checked")
@@ -57,18 +73,23 @@ def read(folder: Path, seed: int) -> tuple[TaskInfo, Splits]:
         _refuse_shared(images, test, folder)
         held = Split(test, np.arange(len(test.paths)))
     else:
-        few = [f"{name} ({n})" for name, n in zip(names, np.bincount(train.labels), strict=True) if n < 3]
+        few = [f"{name} ({n})" for name, n in zip(names, np.bincount(train.labels), strict=False) if n < 3]
         if few:
             raise ValueError(f"dividing {folder} into train, val and test needs 3 images per class; too few: {few}")
-        if parts:
-            notify(f"{folder} has no test folder: a fifth of {parts['train'].name}/ is kept apart for it")
+        if given_val is not None:
+            notify(f"{folder} has no test part: a fifth of the training images is kept apart for it")
         # Copies of images for validation cannot be tested on.
         free = pool if given_val is None else pool[~np.isin(groups[pool], groups[given_val])]
-        pool, chosen = divide(train.labels, pool, free, groups, round(TEST_SHARE * len(pool)), 0)
+        pool, chosen = _divide(train.labels, pool, free, groups, round(TEST_SHARE * len(pool)), 0)
         held = Split(images, chosen)
     if given_val is None:
-        pool, given_val = divide(images.labels, pool, pool, groups, round(VAL_SHARE * len(pool)), seed)
-    return task(folder, names, images, (pool, given_val), held)
+        pool, given_val = _divide(images.labels, pool, pool, groups, round(VAL_SHARE * len(pool)), seed)
+    return {
+        "train": Split(images, pool),
+        "val": Split(images, given_val),
+        "trainval": Split(images, np.sort(np.concatenate([pool, given_val]))),
+        "test": held,
+    }
 
 
 def find_parts(folder: Path) -> dict[str, Path]:
@@ -100,7 +121,7 @@ def find_parts(folder: Path) -> dict[str, Path]:
     return {part: paths[0] for part, paths in parts.items()}
 
 
-def divide(
+def _divide(
     labels: Indices, pool: Indices, free: Indices, groups: Indices, size: int, seed: int
 ) -> tuple[Indices, Indices]:
     """What is left of a pool of positions, and what is drawn from it, in the class proportions.
@@ -117,20 +138,6 @@ def divide(
     (chosen,) = stratified_split(labels[free], [min(max(size, classes), len(free))], seed, groups[free])
     drawn = free[chosen]
     return pool[~np.isin(pool, drawn)], drawn
-
-
-def task(
-    folder: Path, names: Sequence[str], images: FileImages, chosen: tuple[Indices, Indices], test: Split
-) -> tuple[TaskInfo, Splits]:
-    """A folder as a task: its training and validation images are positions in `images`."""
-    train, val = chosen
-    info = TaskInfo(folder.resolve().name, None, len(names), f"folder {folder}", "your own", tuple(names))
-    return info, {
-        "train": Split(images, train),
-        "val": Split(images, val),
-        "trainval": Split(images, np.sort(np.concatenate([train, val]))),
-        "test": test,
-    }
 
 
 def _classes(folder: Path) -> list[str]:

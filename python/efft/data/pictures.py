@@ -16,7 +16,7 @@ _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
 
 # TIFF tags that say how stored numbers are to be understood.
 _BITS, _PHOTOMETRIC, _LEAST, _GREATEST = 258, 262, (340, 280), (341, 281)
-_WHITE_IS_ZERO = 0
+_WHITE_IS_ZERO, _ORIENTATION = 0, 274
 
 
 def pillow() -> Any:
@@ -51,6 +51,12 @@ def files(folder: Path) -> list[Path]:
 def pictures(folder: Path) -> list[Path]:
     """Those of `files` whose ending is that of a picture."""
     return [path for path in files(folder) if path.suffix.lower() in SUFFIXES]
+
+
+def size_upright(image: Any) -> tuple[int, int]:
+    """Width and height that an opened picture has once its EXIF orientation is applied; reads the header alone."""
+    width, height = image.size
+    return (height, width) if image.getexif().get(_ORIENTATION, 1) >= 5 else (width, height)
 
 
 def as_rgb(image: Any) -> Any:

@@ -18,8 +18,11 @@ from efft.train.config import TrainConfig
 CONFIG, METRICS, CHECKPOINT, RESULT = "config.json", "metrics.jsonl", "checkpoint.pt", "result.json"
 SAVED = ADAPTER, HEAD, MODEL, TRAINED = "adapter", "head.safetensors", "model.safetensors", "trained.safetensors"
 
+TRACKED = "tracked"  # files of experiment trackers
+
 #: Fields of TrainConfig that an adapter keeps as its info: they rebuild its base model and the images it expects.
 BASE_FIELDS = (
+    "task",
     "model",
     "checkpoint",
     "pretrained",
@@ -57,13 +60,14 @@ def open_folder(
                 "(--resume), start again with overwrite=True (--overwrite), or choose another folder"
             )
         held = read_result(out) if finished else checkpoint.load(out / CHECKPOINT)
-        checkpoint.check_config(held["config"], config.to_dict())
+        checkpoint.check_config({**TrainConfig().to_dict(), **held["config"]}, config.to_dict())
         return held, finished
     if main_process:
         out.mkdir(parents=True, exist_ok=True)
         for name in (RESULT, CHECKPOINT, METRICS, HEAD, MODEL, TRAINED):
             (out / name).unlink(missing_ok=True)
-        shutil.rmtree(out / ADAPTER, ignore_errors=True)
+        for name in (ADAPTER, TRACKED):
+            shutil.rmtree(out / name, ignore_errors=True)
         config.save(out / CONFIG)
     return None, False
 
