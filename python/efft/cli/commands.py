@@ -86,26 +86,37 @@ def evaluate(
     amp: Literal["no", "bf16", "fp16"] = "no",
     checkpoint: Path | None = None,
 ) -> None:
-    """Accuracy of a trained model. The test split is read only if asked for by name.
+    """Scores of a trained model. The test split is read only if asked for by name.
 
     Args:
         path: folder of a finished run, or an adapter folder.
         split: images to read.
         data: another data set than the one it was trained on.
         data_root: folder with that data set's files.
-        per_class: also print the accuracy of each class.
+        per_class: also print the accuracy of each class; its intersection over union in segmentation, the mean
+            absolute error of each value in regression.
         batch_size: images per step.
         amp: autocast type.
         checkpoint: file with the base's weights, if it is not where it was in training.
     """
-    from efft.train.inference import predict
+    from efft.train.goals import make_goal, shown
+    from efft.train.inference import measure, predict
     from efft.train.restore import load_trained, task_for
 
     model, config = load_trained(path, checkpoint)
     task = task_for(config, data, data_root)
     if config.protocol == "final" and data is None and split != "test":
         print(f"note: this model was trained on the images of {split!r} (protocol 'final')")
-    predictions, labels = predict(model, getattr(task, split), batch_size=batch_size, amp=amp, title=split)
+    images = getattr(task, split)
+    if config.task != "classification":
+        goal = make_goal(config, task)
+        sums = measure(model, images, goal, batch_size=batch_size, amp=amp, title=split)
+        print(f"{split} {shown(goal.scores(sums))} ({len(images)} images)")
+        for value, name in zip(goal.details(sums), task.class_names, strict=True):
+            if per_class:
+                print(f"{value:8.2%}  {name}" if config.task == "segmentation" else f"{value:8.4g}  {name}")
+        return
+    predictions, labels = predict(model, images, batch_size=batch_size, amp=amp, title=split)
     right = predictions == labels
     print(f"{split} accuracy {right.float().mean():.2%} ({int(right.sum())} of {len(right)} images)")
     if per_class:

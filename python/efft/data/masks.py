@@ -1,9 +1,10 @@
 """Segmentation: a folder of images and a folder of masks with the same names.
 
-``images/a/1.jpg`` belongs to ``masks/a/1.png``. The two lie side by side, or so in each of ``train/``, ``val/`` and
-``test/``, or have these inside (``images/train/``, ``masks/train/``); see `efft.data.folder` for their names and for what is
-done about missing ones. A mask has one channel of class numbers from 0 on, in 1, 8 or 16 bits or as a palette; 255 is a
-pixel that does not count. ``classes.txt`` beside the folders may name the classes, one a line.
+``images/a/1.jpg`` belongs to ``masks/a/1.png``. The two folders lie side by side, or so in each of ``train/``,
+``val/`` and ``test/``, or have these inside (``images/train/``, ``masks/train/``); `efft.data.folder` says what parts
+may be called and what is done about missing ones. A mask has one channel of class numbers from 0 on, in 1, 8 or 16 bits
+or as a palette; 255 is a pixel that does not count. ``classes.txt`` beside the folders may name the classes, one per
+line.
 """
 
 from collections.abc import Sequence
@@ -86,9 +87,7 @@ def _pairs(images: Path, masks: Path) -> MaskedImages:
         found = f"{len(missing)} of {len(ours)} have none, e.g. {ours[missing[0]]}" if missing else "found no images"
         raise ValueError(f"expected a mask of the same name in {masks} for every image in {images}; {found}")
     if len(ours) < len(pictures(images)) or len(theirs) < len(pictures(masks)):
-        raise ValueError(
-            f"files in {images} or {masks} differ by their endings alone: give each image a name of its own"
-        )
+        raise ValueError(f"files in {images} or {masks} differ by their endings alone: give each image its own name")
     extra = sorted(theirs.keys() - ours.keys())
     if extra:
         notify(f"{masks}: ignored {len(extra)} masks without an image, e.g. {theirs[extra[0]].name}")
@@ -115,8 +114,8 @@ def _class_names(folder: Path, parts: Sequence[MaskedImages]) -> list[str]:
         names = [str(number) for number in range(count)]
     if len(names) < 2 or len(names) > IGNORED:
         raise ValueError(
-            f"expected 2 to {IGNORED} classes, numbered from 0, found the numbers {sorted(numbers)[:9]} in the masks of "
-            f"{folder}; {IGNORED} is a pixel that does not count, so masks of two classes have 0 and 1"
+            f"expected 2 to {IGNORED} classes, numbered from 0, found the numbers {sorted(numbers)[:9]} in the masks "
+            f"of {folder}; {IGNORED} is a pixel that does not count, so masks of two classes have 0 and 1"
         )
     return names
 
@@ -148,7 +147,7 @@ def _numbers(mask: Any) -> np.typing.NDArray[np.int64]:
         )
     if mask.format == "JPEG":
         raise ValueError("JPEG changes the numbers at every edge; store masks as PNG")
-    stored = mask.tile[0][3] if mask.tile else None
+    stored: Any = mask.tile[0][3] if mask.tile else None
     spread = _SPREAD.get(stored[0] if isinstance(stored, tuple) else stored, 1)
     numbers = np.asarray(mask).astype(np.int64) // spread
     if numbers.min() < 0 or numbers.max() > IGNORED:

@@ -1,7 +1,8 @@
 """Regression: a CSV file whose first column names image files and whose other columns are the values to predict.
 
-Its first line names the columns; image files are found from the folder of the CSV file. Either one file, or a folder with
-``train.csv`` and perhaps ``val.csv`` and ``test.csv``; see `efft.data.folder` for their names and for missing ones.
+Its first line names the columns; image files are found from the folder of the CSV file. Either one file, or a folder
+with ``train.csv`` and perhaps ``val.csv`` and ``test.csv``; `efft.data.folder` says what parts may be called and what is
+done about missing ones.
 """
 
 import csv
@@ -75,8 +76,8 @@ def _read(file: Path) -> tuple[list[str], ValuedImages]:
         rows = [(number, row) for number, row in enumerate(csv.reader(lines), 1) if any(map(str.strip, row))]
     if len(rows) < 2 or len(rows[0][1]) < 2:
         raise ValueError(
-            f"{file} has {len(rows)} lines and {len(rows[0][1]) if rows else 0} columns: expected a line that names the "
-            "columns, separated by commas, and a line for each image with its file and at least one value"
+            f"{file} has {len(rows)} lines and {len(rows[0][1]) if rows else 0} columns: expected a line that names "
+            "the columns, separated by commas, and a line for each image with its file and at least one value"
         )
     header = rows[0][1]
     if any(_number(cell) is not None for cell in header[1:]):

@@ -149,9 +149,10 @@ class Preprocess:
 
 
 class ImageDataset(torch.utils.data.Dataset[tuple[torch.Tensor, Any]]):
-    """One role of a task as a map-style data set of (float tensor [3, image_size, image_size], what is to be predicted).
+    """One role of a task as a map-style data set of (float tensor [3, image_size, image_size], target).
 
-    That is an int label; in segmentation a tensor of ints [image_size, image_size]; in regression of floats [values].
+    A target is an int label, in segmentation a tensor of class numbers [image_size, image_size], and in regression one
+    of numbers [values].
 
     Attributes:
         images: the collection that this role's images are drawn from; other roles may share it.

@@ -42,7 +42,7 @@ def make_accelerator(config: TrainConfig, trackers: Sequence[Any] = (), folder: 
     AcceleratorState._reset_state()
     accelerator = Accelerator(
         mixed_precision=config.amp,
-        log_with=list(trackers),
+        log_with=list(trackers) or None,
         project_dir=folder,
         dataloader_config=DataLoaderConfiguration(split_batches=True),
         step_scheduler_with_optimizer=False,

@@ -13,7 +13,7 @@ from torch import nn
 
 from efft.files import replacing
 
-_FORMAT = 1
+_FORMAT = 2
 # Fields of TrainConfig that only say how fast a run goes or how often it is saved.
 _FREE_FIELDS = ("checkpoint_every", "workers")
 

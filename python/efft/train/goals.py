@@ -135,7 +135,8 @@ class Regression:
         return outputs.float() * self.std.to(outputs.device) + self.mean.to(outputs.device)
 
     def statistics(self, predictions: Tensor, labels: Tensor) -> Tensor:
-        """Of each value: images, sums of the error's size and square, of the value less the mean and its square; flat."""
+        """Of each value: images, sums of the error's size and square, of the value less its mean and of the square of
+        that; flat."""
         error = predictions.double() - labels.double()
         value = labels.double() - self.mean.to(labels.device)
         return torch.stack([torch.ones_like(value), error.abs(), error**2, value, value**2]).sum(1).flatten()
@@ -205,8 +206,8 @@ def last_layer(model: nn.Module, values: int) -> nn.Linear:
     linear = [m for head in heads for m in head.modules() if isinstance(m, nn.Linear) and m.bias is not None]
     if not linear or linear[-1].out_features != values:
         raise ValueError(
-            f"regression of {values} values needs a head that ends in a linear layer with bias and as many outputs; this "
-            f"{type(model).__name__} has {heads or 'no head'}"
+            f"regression of {values} values needs a head that ends in a linear layer with bias and as many outputs; "
+            f"this {type(model).__name__} has {heads or 'no head'}"
         )
     return linear[-1]
 

@@ -98,10 +98,8 @@ class Trainer:
         loss, scores = self.show()
         images_per_second = (self.batch - skipped) * config.batch_size / max(self.elapsed() - started, 1e-9)
         validation = self.evaluate(self.task.val, "validation") if config.protocol == "select" else None
-        better = validation and (
-            self.best is None or validation[self.goal.score] > self.best["scores"][self.goal.score]
-        )
-        if better:
+        name = self.goal.score
+        if validation is not None and (self.best is None or validation[name] > self.best["scores"][name]):
             weights = checkpoint.trained_state(self.plain)
             self.best = {"scores": validation, "epoch": self.epoch, "weights": weights}
         self.log.write(

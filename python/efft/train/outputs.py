@@ -3,6 +3,7 @@
 import json
 import platform
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 
 import efft
 from efft.files import read_json, replace_file
+from efft.models import DEFAULT
 from efft.targets import find_head
 from efft.train import checkpoint
 from efft.train.config import TrainConfig
@@ -101,7 +103,8 @@ def write(
 
     if config.adapter_config() is not None:
         facts = {} if run["own_model"] else {name: getattr(config, name) for name in BASE_FIELDS}
-        saved = efft.save_adapter(model, out / ADAPTER, info={**facts, "classes": classes, **scores})
+        facts |= {"classes": classes, **scores, **_card_facts(config, model, scores, run["own_model"])}
+        saved = efft.save_adapter(model, out / ADAPTER, info=facts)
     else:
         saved = out / {"full": MODEL, "linear": HEAD}.get(config.method, TRAINED)
         state = model.state_dict() if config.method == "full" else checkpoint.trained_state(model)
@@ -125,6 +128,19 @@ def write(
     replace_file(out / RESULT, (json.dumps(result, indent=2) + "\n").encode())
     (out / CHECKPOINT).unlink(missing_ok=True)
     return result
+
+
+def _card_facts(config: TrainConfig, model: nn.Module, scores: Mapping[str, Any], own_model: bool) -> dict[str, Any]:
+    """What the model card says at its top, as far as it is known: base_model, license, datasets, metrics."""
+    test = {name.removeprefix("test_"): score for name, score in scores.items() if name.startswith("test_")}
+    facts: dict[str, Any] = {"datasets": [Path(config.data).name], "metrics": test}
+    published: Any = getattr(getattr(model, "backbone", model), "pretrained_cfg", None)
+    if own_model or config.checkpoint or not config.pretrained or config.model == DEFAULT or not published:
+        return facts
+    name = published.get("hf_hub_id") or ""
+    if name.endswith("/"):  # an owner, whose models are called like timm's
+        name += ".".join(filter(None, (published["architecture"], published.get("tag"))))
+    return {"base_model": name or config.model, "license": published.get("license"), **facts}
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -78,7 +78,7 @@ def run(
         if held is not None:
             trainer.restore(held)
             accelerator.print(f"{out}: going on after update {trainer.update} of {trainer.updates}")
-        trackers.start(accelerator, out, config, trainer.update)
+        trackers.start(accelerator, out / outputs.TRACKED, config, trainer.update)
         while trainer.epoch < config.epochs:
             trainer.train_epoch()
         return RunResult(trainer.finish(), trainer.plain)

@@ -23,12 +23,13 @@ class Segmenter(nn.Module):
     def __init__(self, backbone: nn.Module, classes: int) -> None:
         super().__init__()
         self.backbone: Any = backbone
-        if not (hasattr(backbone, "forward_features") and hasattr(backbone, "num_features")):
+        width = getattr(backbone, "num_features", None)
+        if not (hasattr(backbone, "forward_features") and isinstance(width, int)):
             raise ValueError(
-                f"segmentation needs a model of timm with forward_features and num_features, got a "
+                "segmentation needs a model of timm, with forward_features and num_features, got a "
                 f"{type(backbone).__name__}"
             )
-        self.head = nn.Conv2d(int(self.backbone.num_features), classes, 1)
+        self.head = nn.Conv2d(width, classes, 1)
 
     def get_classifier(self) -> nn.Conv2d:
         """What is trained beside the factors, as timm's models say it."""

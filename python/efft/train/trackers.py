@@ -32,21 +32,22 @@ def check_trackers(trackers: Sequence[Any]) -> None:
         raise ImportError(f"logging with {', '.join(missing)} needs its package: pip install {' '.join(missing)}")
 
 
-def start(accelerator: Any, out: Path, config: TrainConfig, update: int) -> None:
+def start(accelerator: Any, folder: Path, config: TrainConfig, update: int) -> None:
     """Begins the trackers of a run with its configuration.
 
     Args:
         accelerator: made by `efft.train.build.make_accelerator`.
-        out: the folder of the run, whose name W&B shows.
+        folder: for their files; W&B shows the name of the folder around it.
         config: the run.
         update: where a resumed run goes on; TensorBoard forgets what came after.
     """
     if not accelerator.log_with:
         return
-    (out / "tracked").mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True)
     values = {
         name: value if isinstance(value, (bool, int, float, str)) else str(value)
         for name, value in flat(config.to_dict()).items()
     }
-    options = {"wandb": {"name": out.resolve().name}, "tensorboard": {"purge_step": update + 1 if update else None}}
+    wandb = {"name": folder.resolve().parent.name, "dir": str(folder)}
+    options = {"wandb": wandb, "tensorboard": {"purge_step": update + 1 if update else None}}
     accelerator.init_trackers(PROJECT, values, options)
