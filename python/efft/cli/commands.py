@@ -127,7 +127,8 @@ def evaluate(
 
 
 def merge(path: tyro.conf.Positional[Path], /, out: Path | None = None, checkpoint: Path | None = None) -> None:
-    """Fold an adapter into its base model's weights, and write them under the names of the plain timm model.
+    """Fold an adapter into its base model's weights, and write them under the names of the plain timm model (of
+    `efft.train.Segmenter` around it for segmentation).
 
     Args:
         path: folder of a finished run with factors, or an adapter folder.

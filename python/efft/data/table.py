@@ -1,8 +1,8 @@
 """Regression: a CSV file whose first column names image files and whose other columns are the values to predict.
 
 Its first line names the columns; image files are found from the folder of the CSV file. Either one file, or a folder
-with ``train.csv`` and perhaps ``val.csv`` and ``test.csv``; `efft.data.folder` says what parts may be called and what is
-done about missing ones.
+with ``train.csv`` and perhaps ``val.csv`` and ``test.csv``; `efft.data.folder` says what parts may be called and
+what is done about missing ones.
 """
 
 import csv

@@ -204,7 +204,7 @@ class Trainer:
             "own_model": self.own_model,
         }
         if self.accelerator.is_main_process:
-            outputs.write(self.out, self.config, self.plain, self.task.classes, scores, run)
+            outputs.write(self.out, self.config, self.plain, self.task, scores, run)
         self.accelerator.wait_for_everyone()
         return outputs.read_result(self.out)
 

@@ -87,7 +87,7 @@ def read_result(out: Path) -> dict[str, Any]:
 
 
 def write(
-    out: Path, config: TrainConfig, model: nn.Module, classes: int, scores: dict[str, Any], run: dict[str, Any]
+    out: Path, config: TrainConfig, model: nn.Module, task: Any, scores: dict[str, Any], run: dict[str, Any]
 ) -> dict[str, Any]:
     """Saves what was trained and then ``result.json``, which marks the run as finished.
 
@@ -95,15 +95,15 @@ def write(
         out: folder of the run.
         config: configuration of the run.
         model: the trained model, out of Accelerate's wrappers.
-        classes: outputs of its classifier.
-        scores: accuracies and the epoch they belong to.
+        task: what it was trained on.
+        scores: of test and validation, and the epoch they belong to.
         run: updates, seconds, device and the like; ``own_model`` says that the model is not the configuration's.
     """
     from safetensors.torch import save as serialize
 
     if config.adapter_config() is not None:
         facts = {} if run["own_model"] else {name: getattr(config, name) for name in BASE_FIELDS}
-        facts |= {"classes": classes, **scores, **_card_facts(config, model, scores, run["own_model"])}
+        facts |= {"classes": task.classes, **scores, **_card_facts(config, model, task, scores, run["own_model"])}
         saved = efft.save_adapter(model, out / ADAPTER, info=facts)
     else:
         saved = out / {"full": MODEL, "linear": HEAD}.get(config.method, TRAINED)
@@ -112,7 +112,7 @@ def write(
     files = saved.iterdir() if saved.is_dir() else [saved]
     result = {
         **scores,
-        "classes": classes,
+        "classes": task.classes,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "head_parameters": sum(
             p.numel() for name in find_head(model, None) for p in model.get_submodule(name).parameters()
@@ -130,17 +130,18 @@ def write(
     return result
 
 
-def _card_facts(config: TrainConfig, model: nn.Module, scores: Mapping[str, Any], own_model: bool) -> dict[str, Any]:
+def _card_facts(
+    config: TrainConfig, model: nn.Module, task: Any, scores: Mapping[str, Any], own_model: bool
+) -> dict[str, Any]:
     """What the model card says at its top, as far as it is known: base_model, license, datasets, metrics."""
     test = {name.removeprefix("test_"): score for name, score in scores.items() if name.startswith("test_")}
-    facts: dict[str, Any] = {"datasets": [Path(config.data).name], "metrics": test}
+    facts: dict[str, Any] = {"datasets": [task.info.name]} if hasattr(task, "info") else {}
+    facts["metrics"] = test
     published: Any = getattr(getattr(model, "backbone", model), "pretrained_cfg", None)
     if own_model or config.checkpoint or not config.pretrained or config.model == DEFAULT or not published:
         return facts
-    name = published.get("hf_hub_id") or ""
-    if name.endswith("/"):  # an owner, whose models are called like timm's
-        name += ".".join(filter(None, (published["architecture"], published.get("tag"))))
-    return {"base_model": name or config.model, "license": published.get("license"), **facts}
+    known = {"base_model": published.get("hf_hub_id"), "license": published.get("license")}
+    return {name: fact for name, fact in known.items() if fact} | facts
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
