@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
-#: What ends a whole file of a format. Only these two are accepted by their ends; every other file is decoded.
-_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
+#: What ends a whole file of a format. Only these are accepted by their ends; every other file is decoded.
+_ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
 
 # TIFF tags that say how stored numbers are to be understood.
 _BITS, _PHOTOMETRIC, _LEAST, _GREATEST = 258, 262, (340, 280), (341, 281)

@@ -103,7 +103,7 @@ def write(
 
     if config.adapter_config() is not None:
         facts = {} if run["own_model"] else {name: getattr(config, name) for name in BASE_FIELDS}
-        facts |= {"classes": task.classes, **scores, **_card_facts(config, model, task, scores, run["own_model"])}
+        facts |= {"classes": task.classes, **scores, **card_facts(config, model, task, scores, run["own_model"])}
         saved = efft.save_adapter(model, out / ADAPTER, info=facts)
     else:
         saved = out / {"full": MODEL, "linear": HEAD}.get(config.method, TRAINED)
@@ -130,7 +130,7 @@ def write(
     return result
 
 
-def _card_facts(
+def card_facts(
     config: TrainConfig, model: nn.Module, task: Any, scores: Mapping[str, Any], own_model: bool
 ) -> dict[str, Any]:
     """What the model card says at its top, as far as it is known: base_model, license, datasets, metrics."""

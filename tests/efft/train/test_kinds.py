@@ -13,7 +13,7 @@ from torch import nn
 
 import efft
 from efft.cli import main
-from efft.train import TrainConfig, read_metrics, run
+from efft.train import TrainConfig, build, outputs, read_metrics, run
 from efft.train.loop import Trainer
 from efft.train.restore import load_trained
 
@@ -168,3 +168,21 @@ def test_facts_for_the_model_card(grey: Path, tmp_path: Path) -> None:
     assert info["datasets"] == ["doses"]
     assert info["metrics"] == {name: result[f"test_{name}"] for name in ("r2", "mae", "rmse")}
     assert "base_model" not in info  # its weights are random
+
+
+@pytest.mark.parametrize("kind", ["classification", "segmentation"])
+def test_published_weights_are_named_with_their_license(kind: Any) -> None:
+    """Without downloading them."""
+    config = TrainConfig(model="vit_base_patch16_224.augreg_in21k", task=kind)
+    with torch.device("meta"):
+        model = build.create_model(config, 3, weights=False)
+    facts = outputs.card_facts(config, model, None, {"test_accuracy": 0.5, "val_accuracy": 0.4}, own_model=False)
+    assert facts == {
+        "base_model": "timm/vit_base_patch16_224.augreg_in21k",
+        "license": "apache-2.0",
+        "metrics": {"accuracy": 0.5},
+    }
+    for change in ({"checkpoint": "mine.pth"}, {"pretrained": False}):
+        other = replace(config, **change)
+        assert "base_model" not in outputs.card_facts(other, model, None, {}, own_model=False)
+    assert "base_model" not in outputs.card_facts(config, model, None, {}, own_model=True)
