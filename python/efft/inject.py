@@ -17,6 +17,7 @@ from efft.plan import Plan, make_plan, warn_of_untouched
 from efft.sharding import check_whole
 from efft.targets import find_head
 from efft_kernels import FactorBank
+from efft_kernels.nn.adapt import mark_readers
 from efft_kernels.nn.adapted import AdaptedWeight
 from efft_kernels.nn.deferred import undefer
 from efft_kernels.nn.frozen import FrozenLayer, share_attributes
@@ -103,6 +104,7 @@ def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> nn.Module
     bank._originals = {name: layer for name, (layer, _) in layers.items()}
     adapt_in_place(model, weights)
     replace_modules(model, dict(layers.values()))
+    mark_readers(model)
     bank.layers = list(weights)
     bank.plan = [group.to_dict() for group in plan.groups]
     _freeze_all_but(model, plan.head)
@@ -147,10 +149,14 @@ def remove(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Within the ``with`` block the model computes without the update, exactly as its base (with the trained head)."""
+    """Within the ``with`` block the model computes without the update, exactly as its base (with the trained head).
+
+    An update that is merged is taken out of the weights meanwhile.
+    """
     bank = bank_of(model)
-    if any(layer.merged for layer in adapted_layers(model).values()):
-        raise RuntimeError("the update is merged into the weights; call efft.unmerge(model) before disabling it")
+    merged = [update for update in adapted_layers(model).values() if update.merged]
+    for update in merged:
+        update.unmerge()
     before = bank.enabled
     _enable(model, bank, False)
     try:
@@ -158,6 +164,9 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         if getattr(model, "efft", None) is bank:  # not removed meanwhile
             _enable(model, bank, before)
+            for update in merged:
+                update.enabled = True
+                update.merge(dequantize=True)
 
 
 def freeze_backbone(model: nn.Module, head: list[str] | None = None) -> list[str]:

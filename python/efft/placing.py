@@ -9,8 +9,9 @@ from torch import nn
 
 from efft.config import AdapterConfig
 from efft.integrations.experts import adapt_experts
-from efft.structure import Weight, stand_in_for
+from efft.structure import Weight
 from efft_kernels import FactorBank
+from efft_kernels.nn.adapt import layer_class
 from efft_kernels.nn.adapted import AdaptedWeight
 from efft_kernels.nn.linear import AdaptedLayer
 from efft_kernels.nn.parameter import AdaptedModule, adapt_parameter, restore_module
@@ -25,7 +26,7 @@ def make_layers(
         if weight.kind in ("parameter", "experts"):
             continue
         layer = model.get_submodule(weight.module)
-        kind = config.layer if isinstance(layer, nn.Linear) else stand_in_for(layer)
+        kind = config.layer if isinstance(layer, nn.Linear) else layer_class(layer)
         assert kind is not None
         made[name] = layer, kind(layer, bank, site)
     return made

@@ -17,9 +17,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from efft.integrations.experts import ExpertParameter, experts_of
-from efft_kernels import EfftConv1D, EfftConv1d, EfftConv2d, EfftConv3d, EfftEmbedding, EfftLinear
+from efft_kernels import EfftEmbedding
+from efft_kernels.nn.adapt import layer_class
 from efft_kernels.nn.frozen import FrozenLayer
-from efft_kernels.nn.linear import AdaptedLayer, features
+from efft_kernels.nn.linear import features
 from efft_kernels.nn.parameter import cannot_adapt_parameter
 from efft_kernels.nn.weights import is_plain
 
@@ -111,6 +112,8 @@ def structure_of(model: nn.Module, head: Iterable[str] = ()) -> Structure:
         for weight, reason in _weights_of(name, module):
             parameter = module._parameters[weight.parameter]
             assert parameter is not None
+            if parameter.numel() == 0 and is_plain(parameter):
+                continue
             others = owners[_key(parameter)]
             if reason is None and len(others) > 1:
                 reason = (
@@ -166,7 +169,7 @@ def _weights_of(name: str, module: nn.Module) -> list[tuple[Weight, str | None]]
         elif p == "weight" and isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             weight = Weight(name, name, p, "embedding", *t.shape, t.numel())
             found.append((weight, EfftEmbedding.refusal(module)))
-        elif p == "weight" and stand_in_for(module) is not None:
+        elif p == "weight" and _stands_for(module):
             kind = "convolution" if isinstance(module, nn.modules.conv._ConvNd) else "linear"
             d_in, d_out = features(module)
             view = "linear" if kind == "linear" or _is_one_by_one(module) else "convolution"
@@ -182,14 +185,10 @@ def _weights_of(name: str, module: nn.Module) -> list[tuple[Weight, str | None]]
 _TABLE = "a parameter that multiplies entry by entry"
 
 
-#: What can stand in for layers that are called.
-_STAND_INS: tuple[type[AdaptedLayer], ...] = (EfftLinear, EfftConv2d, EfftConv1d, EfftConv3d, EfftConv1D)
-
-
-def stand_in_for(layer: nn.Module) -> type[AdaptedLayer] | None:
-    """The class of adapted layers that can stand in for ``layer``; None where none can."""
-    kinds = (EfftEmbedding,) if isinstance(layer, nn.Embedding) else _STAND_INS
-    return next((kind for kind in kinds if kind.refusal(layer) is None), None)
+def _stands_for(layer: nn.Module) -> bool:
+    """Whether an adapted layer can stand in for ``layer``."""
+    kind = layer_class(layer)
+    return kind is not None and kind.refusal(layer) is None
 
 
 def _is_one_by_one(module: Any) -> bool:
