@@ -11,7 +11,11 @@ from efft_kernels._autocast import no_autocast
 from efft_kernels.nn.expert_mm import expert_mm
 from efft_kernels.nn.factors import Site, TTFactors
 from efft_kernels.nn.parameter import AdaptedParameter, cannot_adapt_parameter
+from efft_kernels.nn.weights import stored_in
 from efft_kernels.ops import tt_merge_
+
+#: How the matrices of experts lie in a parameter: ``[experts, d_out, d_in]``, ``[experts, d_in, d_out]``.
+EXPERT_VIEWS = ("experts", "experts transposed")
 
 
 class Routing(NamedTuple):
@@ -69,18 +73,15 @@ class ExpertWeight(AdaptedParameter):
     def __init__(
         self, module: nn.Module, name: str, factors: TTFactors, site: Site, *, transposed: bool = False
     ) -> None:
-        reason = cannot_adapt_parameter(module, name, "convolution")  # of any number of dimensions
-        weight = module._parameters.get(name)
-        if reason is None and weight is not None and (weight.dim() != 3 or not holds_numbers(weight)):
-            reason = f"expected floating-point matrices [experts, d_out, d_in], got {list(weight.shape)} {weight.dtype}"
+        reason = cannot_adapt_experts(module, name)
         if reason is not None:
             raise TypeError(f"{name} of {type(module).__name__}: {reason}")
-        assert weight is not None
+        weight = stored_in(module, name)
         if site.experts != len(weight):
             raise ValueError(
                 f"{name} of {type(module).__name__}: {site} is of {site.experts} experts, not {len(weight)}"
             )
-        super().__init__(module, name, factors, site, "experts transposed" if transposed else "experts")
+        super().__init__(module, name, factors, site, EXPERT_VIEWS[transposed])
 
     def _features(self) -> tuple[int, int]:
         d_in, d_out = self.matrices(self.stored).shape[1:]
@@ -93,7 +94,7 @@ class ExpertWeight(AdaptedParameter):
 
     def matrices(self, weight: Tensor) -> Tensor:
         """``weight``, laid out like the parameter, as ``[experts, d_in, d_out]``, or the other way round: a view."""
-        return weight if self.view == "experts transposed" else weight.transpose(1, 2)
+        return weight if self.view == EXPERT_VIEWS[True] else weight.transpose(1, 2)
 
     def add_update(self, y: Tensor, x: Tensor, offsets: Tensor, tokens: Tensor | None = None) -> Tensor:
         """``y`` plus the update of every expert times its rows.
@@ -123,6 +124,15 @@ class ExpertWeight(AdaptedParameter):
     def _add(self, W: Tensor, D: Tensor, G: Tensor) -> None:
         for matrix, up in zip(self.matrices(W), G, strict=True):
             tt_merge_(matrix.t(), D, up)
+
+
+def cannot_adapt_experts(module: nn.Module, name: str) -> str | None:
+    """None if the parameter ``name`` of ``module`` can be that of an :class:`ExpertWeight`, else the reason."""
+    reason = cannot_adapt_parameter(module, name, "convolution")  # which may have any number of dimensions
+    weight = module._parameters.get(name)
+    if reason is None and weight is not None and (weight.dim() != 3 or not holds_numbers(weight)):
+        return f"expected floating-point matrices [experts, d_out, d_in], got {list(weight.shape)} {weight.dtype}"
+    return reason
 
 
 def holds_numbers(weight: Tensor) -> bool:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from efft.integrations.experts import AdaptedExperts, adapt_experts, experts_of
+from efft.integrations.experts import AdaptedExperts, adapt_experts, experts_of, intercept
 from efft_kernels import ExpertWeight, Site, TTFactors
+from efft_kernels.nn.adapt import adapt, cannot_adapt, named_adapted_weights, restore
 from efft_kernels.nn.parameter import restore_module
 from tests.adapted_experts import AdaptedModel
 
@@ -149,3 +150,36 @@ def test_products_that_are_called() -> None:
     for weight in weights.values():
         weight.merge()
     assert torch.equal(logits(model), logits(plain))
+
+
+def test_by_the_names_of_parameters(name: str) -> None:
+    """As a plan would adapt them, beside other layers of the model."""
+    model = make_model(name)
+    base = logits(model)
+    sites: dict[str, Any] = {}
+    views: dict[str, str] = {}
+    for path, module in model.named_modules():
+        found = experts_of(module)
+        for p in found.parameters if found is not None else ():
+            cores = tuple(range(found.n_experts * p.blocks))
+            bank = TTFactors(p.d_in, p.d_out // p.blocks, 3, n_cores=len(cores), init="u")
+            nn.init.normal_(bank.U, std=0.3)
+            site = Site(0, cores, experts=found.n_experts, interleaved=p.interleaved)
+            sites[f"{path}.{p.name}"], views[f"{path}.{p.name}"] = (bank, site), p.view
+            assert intercept(module)
+    query = next(n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.endswith(("q_proj", "q_a_proj")))
+    layer = model.get_submodule(query)
+    sites[query] = TTFactors(layer.in_features, layer.out_features, 2), Site()
+    assert all(cannot_adapt(model, n, views.get(n, "linear")) is None for n in sites)
+    weights = adapt(model, sites, views=views)
+    assert dict(named_adapted_weights(model)) == weights
+    live = logits(model)
+    assert not any(weight.binding.read for weight in weights.values()), "a dense weight was made"
+    for weight in weights.values():
+        assert weight.weight.shape == weight.delta_weight().shape
+        weight.merge()
+    merged = logits(model)
+    assert (merged - base).norm() > 0.1 * base.norm()
+    torch.testing.assert_close(live, merged, atol=2e-5 * base.abs().max().item(), rtol=1e-4)
+    restore(model, {weights[query]: layer})
+    assert torch.equal(logits(model), base)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from efft_kernels import ExpertWeight, Routing, Site, TTFactors, expert_linear
 from efft_kernels.nn import parameter as parameters
-from efft_kernels.nn.experts import holds_numbers
+from efft_kernels.nn.experts import EXPERT_VIEWS, holds_numbers
 from efft_kernels.nn.parameter import AdaptedModule, put_update, runs_for
 from efft_kernels.nn.weights import is_plain, stored_in
 
@@ -51,6 +51,11 @@ class ExpertParameter:
     transposed: bool = False
     second: bool = False
 
+    @property
+    def view(self) -> str:
+        """The same for :func:`efft_kernels.nn.adapt.adapt`."""
+        return EXPERT_VIEWS[self.transposed]
+
 
 @dataclass(frozen=True)
 class Experts:
@@ -73,6 +78,17 @@ def experts_of(module: nn.Module) -> Experts | None:
     if getattr(module, "adapted_parameters", None):
         return None
     return _gated(module) or _parallel(module)
+
+
+def intercept(module: nn.Module) -> bool:
+    """Let experts run a forward that knows their updates, once they are adapted: by :func:`adapt_experts`, which calls
+    this, or by :func:`efft_kernels.nn.adapt.adapt`. Returns False where nothing can be done: where the module reads
+    effective weights."""
+    found = experts_of(module)
+    if found is None or found.kind is None:
+        return False
+    runs_for(type(module).forward)(found.kind)
+    return True
 
 
 def adapt_experts(module: nn.Module, sites: Mapping[str, tuple[TTFactors, Site]]) -> dict[str, ExpertWeight]:
@@ -105,8 +121,7 @@ def adapt_experts(module: nn.Module, sites: Mapping[str, tuple[TTFactors, Site]]
         name: ExpertWeight(module, name, factors, site, transposed=known[name].transposed)
         for name, (factors, site) in sites.items()
     }
-    if found.kind is not None:
-        runs_for(type(module).forward)(found.kind)
+    intercept(module)
     for weight in weights.values():
         put_update(weight)
     for parameter in module.parameters(recurse=False):
