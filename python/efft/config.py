@@ -36,8 +36,11 @@ class AdapterConfig:
     method: ClassVar[str]
     """The method's name in adapter files."""
 
-    training_only: ClassVar[frozenset[str]] = frozenset()
+    training_only: ClassVar[frozenset[str]] = frozenset({"freeze_statistics"})
     """Fields that only matter while training: an adapter may be loaded into a model that sets them differently."""
+
+    later: ClassVar[frozenset[str]] = frozenset({"freeze_statistics"})
+    """Fields that older adapter files lack; what those meant is the default."""
 
     layer: ClassVar[type[EfftLinear]] = EfftLinear
     """What a layer becomes."""
@@ -45,6 +48,7 @@ class AdapterConfig:
     targets: str | list[str]
     exclude: list[str]
     head: list[str] | None
+    freeze_statistics: bool
 
     def groups(self, model: nn.Module, targets: list[Target]) -> Sequence[Group]:
         """The banks of factors for the layers that were selected, not allocated yet.
@@ -96,6 +100,7 @@ class AdapterConfig:
     def _check_layers(self) -> None:
         self._check(_is_names(self.exclude), "exclude", "a list of layer names or patterns", self.exclude)
         self._check(self.head is None or _is_names(self.head), "head", "None or a list of module names", self.head)
+        self._check(isinstance(self.freeze_statistics, bool), "freeze_statistics", "a bool", self.freeze_statistics)
         known = isinstance(self.targets, str) and self.targets in ("all", "mhsa", "ffn")
         self._check(
             known or _is_names(self.targets),
@@ -133,7 +138,7 @@ class EfftConfig(AdapterConfig):
     """
 
     method: ClassVar[str] = "efft"
-    training_only: ClassVar[frozenset[str]] = frozenset({"init", "core_init", "dropout"})
+    training_only: ClassVar[frozenset[str]] = AdapterConfig.training_only | {"init", "core_init", "dropout"}
 
     variant: Literal["efft1", "efft2"] = "efft2"
     """efft2: one train for attention and one for the MLP. efft1: one train for both, [Wq|Wk|Wv|Wo] taken as one d x
@@ -172,7 +177,11 @@ class EfftConfig(AdapterConfig):
     code does."""
 
     head: list[str] | None = None
-    """Modules trained and saved beside the factors; None finds the classifier, [] trains none."""
+    """Modules trained and saved beside the factors; None finds the head of the task, [] trains none."""
+
+    freeze_statistics: bool = False
+    """Keep batch norms, and whatever else updates buffers in training, in eval mode. Otherwise these buffers change as
+    usual, are saved with the adapter, and ``efft.remove`` puts them back."""
 
     def __post_init__(self) -> None:
         self.rank = _pairs(self.rank)

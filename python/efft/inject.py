@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from efft import buffers
 from efft.config import AdapterConfig, EfftConfig
+from efft.heads import find_head, is_language_model
 from efft.plan import make_plan
 from efft.sharding import check_whole
-from efft.targets import find_head
+from efft.wrappers import check_unwrapped, plain_name, unwrap
 from efft_kernels import EfftConv2d, FactorBank
 from efft_kernels.nn.deferred import undefer
 from efft_kernels.nn.frozen import share_attributes
@@ -38,12 +40,21 @@ class Bank(nn.ModuleDict):
         self.layers: list[str] = []
         self._idle_checked = False
         self._originals: dict[str, Any] = {}
+        self._base_buffers: dict[str, Tensor] = {}  # what training may change, as it was
+        self._still: list[nn.Module] = []  # kept in eval mode; no children, so that they keep their names
         self._requires_grad: dict[str, bool] = {}
         self._hooks: list[Any] = []
 
     def forward(self, x: Any) -> Any:
         """The identity: an ``nn.Sequential`` that was adapted runs the bank too, as its last child."""
         return x
+
+    def train(self, mode: bool = True) -> Bank:
+        """As ever; the bank is the model's last child, so this comes after the modules whose statistics are frozen."""
+        super().train(mode)
+        for module in self._still:
+            module.training = False
+        return self
 
     def banks(self) -> list[FactorBank]:
         """The groups' factors."""
@@ -65,7 +76,8 @@ def apply(model: nn.Module, config: AdapterConfig | None = None) -> nn.Module:
 
     Raises:
         TypeError: not a module and a configuration.
-        ValueError: the model is adapted or sharded already, or ``config`` does not fit it; the model is then unchanged.
+        ValueError: the model is adapted, sharded, or wrapped by DDP or its like already, or ``config`` does not fit it;
+            the model is then unchanged.
     """
     if not isinstance(model, nn.Module) or not isinstance(config, (AdapterConfig, type(None))):
         raise TypeError(
@@ -74,6 +86,7 @@ def apply(model: nn.Module, config: AdapterConfig | None = None) -> nn.Module:
     config = copy.deepcopy(config) if config else EfftConfig()  # the caller may go on changing its own
     check_plain(model)
     check_whole(model, "apply")
+    check_unwrapped(model, "apply")
     plan = make_plan(model, config)
     _check_trainable(model, plan.head)
     requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -90,6 +103,8 @@ def apply(model: nn.Module, config: AdapterConfig | None = None) -> nn.Module:
             layers[name] = (layer, kind(layer, banks[group.name], site))
     config.settle(plan.groups, banks)
     bank = Bank(banks, config, plan.head)
+    bank._base_buffers = buffers.snapshot(model, plan.head)
+    bank._still = buffers.statistics(model, plan.head) if config.freeze_statistics else []
     bank.train(model.training)
     bank._requires_grad = requires_grad
     bank._originals = {name: linear for name, (linear, _) in layers.items()}
@@ -100,12 +115,20 @@ def apply(model: nn.Module, config: AdapterConfig | None = None) -> nn.Module:
     bank._hooks = [
         model.register_forward_pre_hook(_prepare),
         model.register_forward_hook(_release, always_call=True),
+        model.register_load_state_dict_post_hook(_base_loaded),
     ]
+    if config.head is None and not plan.head and not is_language_model(model):
+        warnings.warn(
+            f"found no head in this {type(model).__name__}, so nothing but the factors is trained: name what else is "
+            "to be trained by head=[...], or say that nothing is by head=[]",
+            stacklevel=2,
+        )
     return model
 
 
 def remove(model: nn.Module) -> nn.Module:
-    """Undo :func:`apply`: the original linear layers come back bit for bit, and so does what required gradients.
+    """Undo :func:`apply`: the original linear layers come back bit for bit, and so do buffers that training changed and
+    what required gradients.
 
     The head keeps what it learned. A merged model is unmerged first. Returns the same ``model``.
 
@@ -129,6 +152,9 @@ def remove(model: nn.Module) -> nn.Module:
         undefer(module)
     for hook in bank._hooks:
         hook.remove()
+    buffers.put_back(model, bank.head, bank._base_buffers)
+    for module in bank._still:
+        module.training = model.training
     del model.efft
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(bank._requires_grad.get(name, parameter.requires_grad))
@@ -137,14 +163,19 @@ def remove(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Within the ``with`` block the model computes without the update, exactly as its base (with the trained head)."""
+    """Within the ``with`` block the model computes without the update, exactly as its base (with the trained head).
+
+    So buffers that training changed have the values of the base there, too. ``model`` may be wrapped by DDP or its like.
+    """
+    wrapper, model = model, unwrap(model)
     bank = bank_of(model)
     if any(layer.merged for layer in adapted_layers(model).values()):
         raise RuntimeError("the update is merged into the weights; call efft.unmerge(model) before disabling it")
     before = bank.enabled
     _enable(model, bank, False)
     try:
-        yield model
+        with buffers.as_in_base(model, bank.head, bank._base_buffers):
+            yield wrapper
     finally:
         if getattr(model, "efft", None) is bank:  # not removed meanwhile
             _enable(model, bank, before)
@@ -186,14 +217,18 @@ def bank_of(model: nn.Module) -> Bank:
 
 
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
-    """The adapted layers by name."""
+    """The adapted layers by name. ``model`` may be wrapped by DDP or its like."""
+    model = unwrap(model)
     layers = {name: model.get_submodule(name) for name in bank_of(model).layers}
     return {name: layer for name, layer in layers.items() if isinstance(layer, AdaptedLayer)}
 
 
 def named_factors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """(name in the state dict, parameter) of every trainable factor, each once."""
-    return bank_of(model).named_parameters("efft")
+    """(name in the state dict, parameter) of every trainable factor, each once.
+
+    ``model`` may be wrapped by DDP or its like; names are those of the model inside.
+    """
+    return bank_of(unwrap(model)).named_parameters("efft")
 
 
 def parameter_groups(
@@ -209,8 +244,9 @@ def parameter_groups(
     As in the paper's recipe the weight decay acts on factors and head; scales have none. ``scale_lr`` is by default
     10 lr: a step of Adam changes a scale by about this share of it, so that at 1e-3 it can double in 70 steps. Works
     on a model without factors (linear probe) too; a UserWarning says so where nothing is frozen. Empty groups are left
-    out.
+    out. ``model`` may be wrapped by DDP or its like.
     """
+    model = unwrap(model)
     bank = getattr(model, "efft", None)
     if bank is None and all(p.requires_grad for p in model.parameters()):
         warnings.warn(
@@ -282,6 +318,21 @@ def _release(model: nn.Module, args: Any, output: Any) -> None:
             "A module that reads the weight without calling its layer ignores the update: exclude such layers",
             stacklevel=2,
         )
+
+
+def _base_loaded(model: nn.Module, incompatible: Any) -> None:
+    """After a checkpoint without factors was loaded: its buffers are the base's."""
+    bank = getattr(model, "efft", None)
+    missing = [plain_name(name) for name in incompatible.missing_keys]
+    if not isinstance(bank, Bank) or not all(_among(f"efft.{name}", missing) for name in bank.state_dict()):
+        return
+    loaded = buffers.snapshot(model, bank.head)
+    bank._base_buffers.update({name: value for name, value in loaded.items() if not _among(name, missing)})
+
+
+def _among(name: str, names: list[str]) -> bool:
+    """Whether a name is among those of this model, or of a larger one around it."""
+    return any(other == name or other.endswith(f".{name}") for other in names)
 
 
 def _enable(model: nn.Module, bank: Bank, enabled: bool) -> None:
