@@ -91,9 +91,7 @@ def statistics(model: nn.Module, head: Iterable[str]) -> list[nn.Module]:
     return list(found.values())
 
 
-def _changed(
-    model: nn.Module, head: Iterable[str], base: Mapping[str, Tensor]
-) -> Iterator[tuple[str, nn.Module, str]]:
+def _changed(model: nn.Module, head: Iterable[str], base: Mapping[str, Tensor]) -> Iterator[tuple[str, nn.Module, str]]:
     for name, module, key in _places(model, head):
         buffer, before = module._buffers[key], base.get(name)
         assert buffer is not None

@@ -68,7 +68,7 @@ def _of_transformers(model: nn.Module) -> list[nn.Module]:
         bases = [child for child in children if _is_transformers(child)]
     inputs = _input_embeddings(model)
     beside = [child for child in children if child is not inputs and all(child is not b for b in bases)]
-    if not bases or base is None and 2 * _size(bases) < _size(children):  # the base is somewhere else
+    if not bases or (base is None and 2 * _size(bases) < _size(children)):  # the base is somewhere else
         return _of_root(model)
     return beside + [module for b in bases for module in _of_transformers(b)]  # a base may be a task model too
 
@@ -91,7 +91,8 @@ def _of_timm(model: nn.Module) -> list[nn.Module]:
     """The classifier of a model of timm; distilled models have a pair."""
     if not hasattr(model, "get_classifier"):
         return []
-    classifier: Any = model.get_classifier()
+    of_timm: Any = model
+    classifier = of_timm.get_classifier()
     return [m for m in (classifier if isinstance(classifier, tuple) else [classifier]) if isinstance(m, nn.Module)]
 
 

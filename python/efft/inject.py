@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,8 +15,10 @@ from torch import Tensor, nn
 from efft import buffers
 from efft.config import AdapterConfig, EfftConfig
 from efft.heads import find_head, is_language_model
-from efft.plan import make_plan
+from efft.offload import Aside, device_of, follow, hooks_aside
+from efft.plan import Plan, make_plan
 from efft.sharding import check_whole
+from efft.stored import check_stored
 from efft.wrappers import check_unwrapped, plain_name, unwrap
 from efft_kernels import EfftConv2d, FactorBank
 from efft_kernels.nn.deferred import undefer
@@ -87,14 +90,37 @@ def apply(model: nn.Module, config: AdapterConfig | None = None) -> nn.Module:
     check_plain(model)
     check_whole(model, "apply")
     check_unwrapped(model, "apply")
-    plan = make_plan(model, config)
-    _check_trainable(model, plan.head)
+    with hooks_aside(model) as aside:
+        plan = make_plan(model, config)
+        _check_trainable(model, plan.head, aside)
+        _adapt(model, config, plan, aside)
+    if config.head is None and not plan.head and not is_language_model(model):
+        warnings.warn(
+            f"found no head in this {type(model).__name__}, so nothing but the factors is trained: name what else is "
+            "to be trained by head=[...], or say that nothing is by head=[]",
+            stacklevel=2,
+        )
+    return model
+
+
+def _adapt(model: nn.Module, config: AdapterConfig, plan: Plan, aside: Aside) -> None:
     requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
     banks = {}
     for group in plan.groups:  # all of them, before a layer is touched: what does not fit is found here at the latest
-        weight = model.get_submodule(next(iter(group.sites))).weight
+        together = {name: model.get_submodule(name) for name in group.sites}
+        weight = next(iter(together.values())).weight
         assert isinstance(weight, Tensor)
-        banks[group.name] = group.build(weight.device, torch.promote_types(weight.dtype, torch.float32))
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        device = device_of(aside, together)
+        try:
+            banks[group.name] = group.build(device, dtype)
+        except NotImplementedError:  # there is nothing to read on the meta device
+            if not weight.is_meta or device.type == "meta":
+                raise
+            raise ValueError(
+                f"{config.method} makes its factors from the weights of {', '.join(group.sites)}, which are offloaded: "
+                "load the model without offloading, or use another method"
+            ) from None
     layers = {}
     for group in plan.groups:
         for name, site in group.sites.items():
@@ -109,6 +135,7 @@ def apply(model: nn.Module, config: AdapterConfig | None = None) -> nn.Module:
     bank._requires_grad = requires_grad
     bank._originals = {name: linear for name, (linear, _) in layers.items()}
     replace_modules(model, dict(layers.values()))
+    follow(aside, dict(layers.values()))
     bank.layers = [name for name, _ in model.named_modules() if name in layers]
     _freeze_all_but(model, plan.head)
     model.efft = bank
@@ -117,13 +144,6 @@ def apply(model: nn.Module, config: AdapterConfig | None = None) -> nn.Module:
         model.register_forward_hook(_release, always_call=True),
         model.register_load_state_dict_post_hook(_base_loaded),
     ]
-    if config.head is None and not plan.head and not is_language_model(model):
-        warnings.warn(
-            f"found no head in this {type(model).__name__}, so nothing but the factors is trained: name what else is "
-            "to be trained by head=[...], or say that nothing is by head=[]",
-            stacklevel=2,
-        )
-    return model
 
 
 def remove(model: nn.Module) -> nn.Module:
@@ -133,21 +153,27 @@ def remove(model: nn.Module) -> nn.Module:
     The head keeps what it learned. A merged model is unmerged first. Returns the same ``model``.
 
     Raises:
-        ValueError: the model is not adapted, it is sharded, or a ``forward`` was set on an adapted layer itself.
+        ValueError: the model is not adapted, it is sharded, a ``forward`` was set on an adapted layer itself, or one
+            computes its weight from others.
     """
     bank = bank_of(model)
     check_whole(model, "remove")
-    changed = [name for name, layer in adapted_layers(model).items() if "forward" in layer.__dict__]
-    if changed:
-        raise ValueError(f"a forward was set on {', '.join(changed)} after efft.apply; undo that before efft.remove")
-    originals: dict[nn.Module, nn.Module] = {}
-    for name, layer in adapted_layers(model).items():
-        layer.unmerge()
-        original = bank._originals[name]
-        original.weight, original.bias = layer.weight, layer.bias
-        share_attributes(layer, original)
-        originals[layer] = original
-    replace_modules(model, originals)
+    check_stored(adapted_layers(model), "remove")
+    with hooks_aside(model) as aside:
+        changed = [name for name, layer in adapted_layers(model).items() if "forward" in layer.__dict__]
+        if changed:
+            raise ValueError(
+                f"a forward was set on {', '.join(changed)} after efft.apply; undo that before efft.remove"
+            )
+        originals: dict[nn.Module, nn.Module] = {}
+        for name, layer in adapted_layers(model).items():
+            layer.unmerge()
+            original = bank._originals[name]
+            original.weight, original.bias = layer.weight, layer.bias
+            share_attributes(layer, original)
+            originals[layer] = original
+        replace_modules(model, originals)
+        follow(aside, originals)
     for module in model.modules():
         undefer(module)
     for hook in bank._hooks:
@@ -165,7 +191,8 @@ def remove(model: nn.Module) -> nn.Module:
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Within the ``with`` block the model computes without the update, exactly as its base (with the trained head).
 
-    So buffers that training changed have the values of the base there, too. ``model`` may be wrapped by DDP or its like.
+    So buffers that training changed have the values of the base there, too. ``model`` may be wrapped by DDP or its
+    like.
     """
     wrapper, model = model, unwrap(model)
     bank = bank_of(model)
@@ -188,7 +215,8 @@ def freeze_backbone(model: nn.Module, head: list[str] | None = None) -> list[str
         ValueError: the model has no head to train.
     """
     names = find_head(model, head)
-    _check_trainable(model, names)
+    with hooks_aside(model) as aside:
+        _check_trainable(model, names, aside)
     if not names:
         raise ValueError(
             f"found no classifier in this {type(model).__name__}: create it with num_classes=..., or pass head=[names]"
@@ -271,9 +299,14 @@ def parameter_groups(
     return [group for group in groups if group["params"]]
 
 
-def _check_trainable(model: nn.Module, head: list[str]) -> None:
+def _check_trainable(model: nn.Module, head: list[str], aside: Aside) -> None:
     for name in head:
         for parameter in model.get_submodule(name).parameters():
+            if parameter.is_meta and any(m in aside for m in model.get_submodule(name).modules()):
+                raise ValueError(
+                    f"the head {name!r} is to be trained, but its weights are offloaded: keep it on the device (by "
+                    "device_map), or pass head=[] to train factors alone"
+                )
             if not is_plain(parameter):
                 raise ValueError(
                     f"the head {name!r} is to be trained, but has a {type(parameter).__name__} for a weight: leave it "
@@ -306,18 +339,25 @@ def _release(model: nn.Module, args: Any, output: Any) -> None:
     if any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in model.modules()):
         bank._idle_checked = True  # compiled blocks leave no trace of having run
         return
-    names = [
-        name
-        for name, layer in adapted_layers(model).items()
-        if layer.binding in idle and layer.enabled and not layer.merged
-    ]
+    names = _never_run(adapted_layers(model), idle)
     if names:
         bank._idle_checked = True
         warnings.warn(
-            f"{len(names)} of {len(bank.layers)} adapted layers did not run in this pass, {names[0]!r} first. "
-            "A module that reads the weight without calling its layer ignores the update: exclude such layers",
+            f"{len(names)} of {len(bank.layers)} adapted layers did not run in this pass, {names[0]!r} first, nor any "
+            "like it in another block. A module that reads the weight without calling its layer ignores the update: "
+            "exclude such layers",
             stacklevel=2,
         )
+
+
+def _never_run(layers: Mapping[str, AdaptedLayer], idle: list[Any]) -> list[str]:
+    """The layers that were passed by in every block alike: what reads their weights itself does so everywhere, whereas
+    a block that is skipped at random (LayerDrop) runs at other places."""
+    ran: dict[str, bool] = {}
+    for name, layer in layers.items():
+        place = re.sub(r"(?<=\.)\d+(?=\.)", "*", f".{name}.")
+        ran[place] = ran.get(place, False) or layer.binding not in idle or not layer.enabled or layer.merged
+    return [name for name in layers if not ran[re.sub(r"(?<=\.)\d+(?=\.)", "*", f".{name}.")]]
 
 
 def _base_loaded(model: nn.Module, incompatible: Any) -> None:

@@ -22,10 +22,11 @@ from efft.config import FORMAT_VERSION, AdapterConfig
 from efft.files import CONFIG, WEIGHTS
 from efft.inject import Bank, adapted_layers, apply, bank_of
 from efft.methods import config_from_dict, config_type
+from efft.offload import hooks_aside, stored
 from efft.params import count_parameters
 from efft.plan import Plan, make_plan
 from efft.sharding import architecture, copy_whole_, once, reshard, whole
-from efft.wrappers import plain_name, unwrap
+from efft.wrappers import check_unwrapped, plain_name, unwrap
 from efft_kernels import __version__
 from efft_kernels.nn.weights import can_dequantize, dequantized
 
@@ -112,16 +113,19 @@ def load_described(model: nn.Module, folder: Path, description: dict[str, Any], 
             f"in its 'config', {config.head}"
         )
     config.head = description["head"]
-    bank = getattr(model, "efft", None)
+    bank = getattr(unwrap(model), "efft", None)
     adapted = isinstance(bank, Bank)
     if isinstance(bank, Bank):
+        model = unwrap(model)
         if any(layer.merged for layer in adapted_layers(model).values()):
             raise ValueError("an update is merged into this model's weights; call efft.unmerge(model) before loading")
         _compare_configs(bank, config, folder)
         layers, shapes = bank.layers, {name: tuple(t.shape) for name, t in _trained(model, bank).items()}
     else:
+        check_unwrapped(model, "load_adapter")
         try:
-            plan = make_plan(model, config)
+            with hooks_aside(model):
+                plan = make_plan(model, config)
             layers, shapes = [n for g in plan.groups for n in g.sites], _planned_shapes(model, plan)
         except (ValueError, RuntimeError, *_OUT_OF_BOUNDS) as error:  # RuntimeError: sizes that no storage has
             raise ValueError(f"the adapter in {folder} does not fit this {type(model).__name__}: {error}") from None
@@ -325,7 +329,7 @@ def _base_weight(model: nn.Module, name: str) -> Tensor:
     merged = getattr(layer, "base_weight", None)
     weight = layer.weight if merged is None else merged
     assert isinstance(weight, Tensor)
-    return weight
+    return stored(layer, "weight", weight)
 
 
 def _shape(model: nn.Module, name: str) -> list[int]:

@@ -8,7 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from efft.inject import adapted_layers, bank_of
+from efft.offload import check_present
 from efft.sharding import check_whole
+from efft.stored import check_stored
+from efft.wrappers import plain_name, unwrap
 from efft_kernels.nn.linear import AdaptedLayer, MergeLoss
 from efft_kernels.nn.weights import can_dequantize, dequantized, is_plain
 
@@ -48,13 +51,16 @@ def merge(model: nn.Module, dequantize: bool = False) -> MergeReport:
 
     Raises:
         TypeError: a weight is quantised, and ``dequantize`` is not set (nothing is changed then).
-        ValueError: the model is not adapted, it is sharded, or an update has non-finite entries (nothing is changed
-            then).
+        ValueError: the model is not adapted, it is sharded, an update has non-finite entries, or a layer computes with
+            another weight than the stored one (nothing is changed then).
         RuntimeError: the update is switched off by :func:`efft.disabled`.
     """
+    model = unwrap(model)
     bank = bank_of(model)
     check_whole(model, "merge")
     layers = adapted_layers(model)
+    check_stored(layers, "merge")
+    check_present(model, "merge")
     if not bank.enabled and not any(layer.merged for layer in layers.values()):
         raise RuntimeError("the update is switched off by efft.disabled; merge outside its with block")
     for name, factor in bank.named_parameters("efft"):
@@ -71,6 +77,7 @@ def merge(model: nn.Module, dequantize: bool = False) -> MergeReport:
 
 def unmerge(model: nn.Module) -> None:
     """Put the base weights back, bit for bit, and compute with the factors again."""
+    model = unwrap(model)
     merged = [layer for layer in adapted_layers(model).values() if layer.merged]
     for layer in merged:
         layer.unmerge()
@@ -89,15 +96,21 @@ def merged_state_dict(
 
     Raises:
         TypeError: a weight is quantised, and ``dequantize`` is not set.
-        ValueError: the model is not adapted, or it is sharded.
+        ValueError: the model is not adapted, it is sharded, or a layer computes with another weight than the stored
+            one.
     """
+    model = unwrap(model)
     check_whole(model, "merged_state_dict")
+    check_stored(adapted_layers(model), "merged_state_dict")
+    check_present(model, "merged_state_dict")
     # By every name: a layer may be registered in several places.
     adapted = {layer: layer for layer in adapted_layers(model).values()}
-    layers = {n: adapted[m] for n, m in model.named_modules(remove_duplicate=False) if m in adapted}
+    named = [(plain_name(n), m) for n, m in model.named_modules(remove_duplicate=False)]
+    layers = {n: adapted[m] for n, m in named if m in adapted}
     _check_plain(layers, dequantize)
     state = {}
-    for name, value in model.state_dict().items():
+    for full, value in model.state_dict().items():
+        name = plain_name(full)
         owner, _, kind = name.rpartition(".")
         if name.startswith("efft."):
             continue

@@ -8,7 +8,7 @@ import functools
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from efft import buffers
 from efft.config import is_number
 from efft.inject import adapted_layers, bank_of, remove, replace_modules
 from efft.io import base_problems, describe_base, load_described, read_description
@@ -108,6 +109,7 @@ class AdapterPool:
     def _load(self, name: str, folder: Path, strict: bool) -> bool:
         """Whether the adapter is the one whose description was read; else nothing is changed."""
         description = read_description(folder)
+        _check_buffers(name, description["buffers"] or ())
         heads = {h: m for h in description["head"] if (m := _find(self._twin, h)) is not None}
         try:
             for head, module in heads.items():  # load into copies: these have the weights that the model has
@@ -127,11 +129,14 @@ class AdapterPool:
 
         Raises:
             ValueError: ``name`` is taken; ``adapted`` is not adapted, by a method that updates no weight, or has
-                another base; its head is not made of linear layers like those of the model.
+                another base; its training changed buffers (statistics of batch norms); its head is not made of linear
+                layers like those of the model.
         """
         with self._changing, torch.inference_mode(False):  # stacks are written again, in whatever mode
             self._check_new(name)
-            layers = bank_of(adapted).layers
+            bank = bank_of(adapted)
+            _check_buffers(name, buffers.changed(adapted, bank.head, bank._base_buffers))
+            layers = bank.layers
             missing = [n for n in layers if _find(self._twin, n) is None]
             problems = [f"the model has no {', '.join(missing[:3])}"] if missing else []
             problems = problems or base_problems(self._twin, layers, describe_base(adapted, layers))
@@ -308,6 +313,15 @@ class AdapterPool:
                     raise ValueError(f"expected {name} to be {ours} as in the model of this pool, got {module}")
                 found[name] = (module.weight, module.bias)
         return found
+
+
+def _check_buffers(name: str, changed: Collection[str]) -> None:
+    if changed:
+        raise ValueError(
+            f"adapter {name!r} comes with buffers that its training changed ({len(changed)}, {min(changed)} first): a "
+            "pool's adapters share one base, statistics of batch norms included; train with freeze_statistics=True, or "
+            "serve this adapter by efft.load_adapter in a model of its own"
+        )
 
 
 def _operands(adapted: nn.Module) -> _Parts:

@@ -40,11 +40,11 @@ def check_unwrapped(model: nn.Module, operation: str) -> None:
     holder = within or around
     if holder is None:
         return
-    where = "is" if holder is model else "contains" if within is not None else "is inside"
     kind = type(holder).__name__
+    got = f"this {type(model).__name__} " + ("contains" if within is not None else "is inside") + f" a {kind}"
     raise ValueError(
-        f"expected a plain model, this {type(model).__name__} {where} a {kind}, which would not know the factors, so "
-        f"that every process trained its own: call efft.{operation} on the plain model, then wrap it in {kind}"
+        f"expected a plain model, {f'got a {kind}' if holder is model else got}, which would not know the factors, so "
+        f"that every process trained its own: call efft.{operation} on the plain model, then wrap it"
     )
 
 
