@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -78,6 +78,16 @@ def as_in_base(model: nn.Module, head: Iterable[str], base: Mapping[str, Tensor]
     finally:
         for module, key, buffer in trained:
             module._buffers[key] = buffer
+
+
+def check_none(adapter: str, changed: Collection[str]) -> None:
+    """Raise ValueError if an adapter that is to share its base with others comes with buffers."""
+    if changed:
+        raise ValueError(
+            f"adapter {adapter!r} comes with buffers that its training changed ({len(changed)}, {min(changed)} first): "
+            "a pool's adapters share one base, statistics of batch norms included; train with freeze_statistics=True, "
+            "or serve this adapter by efft.load_adapter in a model of its own"
+        )
 
 
 def statistics(model: nn.Module, head: Iterable[str]) -> list[nn.Module]:
