@@ -41,10 +41,10 @@ class AdapterConfig:
     method: ClassVar[str]
     """The method's name in adapter files."""
 
-    training_only: ClassVar[frozenset[str]] = frozenset()
+    training_only: ClassVar[frozenset[str]] = frozenset({"freeze_statistics"})
     """Fields that only matter while training: an adapter may be loaded into a model that sets them differently."""
 
-    meant_before: ClassVar[Mapping[str, Any]] = {}
+    meant_before: ClassVar[Mapping[str, Any]] = {"freeze_statistics": False}
     """Of fields that the method did not always have: what an adapter meant that was saved without them."""
 
     layer: ClassVar[type[EfftLinear]] = EfftLinear
@@ -56,6 +56,7 @@ class AdapterConfig:
     targets: str | list[str]
     exclude: list[str]
     head: list[str] | None
+    freeze_statistics: bool
 
     def groups(self, model: nn.Module, targets: list[Target]) -> Sequence[Group]:
         """The banks of factors for the layers that were selected, not allocated yet.
@@ -119,6 +120,7 @@ class AdapterConfig:
             self.targets = _names(self.targets)
         self._check(_is_names(self.exclude), "exclude", "a list of layer names or patterns", self.exclude)
         self._check(self.head is None or _is_names(self.head), "head", "None or a list of module names", self.head)
+        self._check(isinstance(self.freeze_statistics, bool), "freeze_statistics", "a bool", self.freeze_statistics)
         known = isinstance(self.targets, str) and self.targets in TARGETS
         self._check(
             known or _is_names(self.targets),
@@ -156,7 +158,7 @@ class EfftConfig(AdapterConfig):
     """
 
     method: ClassVar[str] = "efft"
-    training_only: ClassVar[frozenset[str]] = frozenset({"init", "core_init", "dropout"})
+    training_only: ClassVar[frozenset[str]] = AdapterConfig.training_only | {"init", "core_init", "dropout"}
     kinds: ClassVar[frozenset[str]] = AdapterConfig.kinds | {"experts"}
 
     variant: Literal["efft1", "efft2"] = "efft2"
@@ -198,7 +200,11 @@ class EfftConfig(AdapterConfig):
     code does."""
 
     head: list[str] | None = None
-    """Modules trained and saved beside the factors; None finds the classifier, [] trains none."""
+    """Modules trained and saved beside the factors; None finds the head of the task, [] trains none."""
+
+    freeze_statistics: bool = False
+    """Keep batch norms, and whatever else updates buffers in training, in eval mode. Otherwise these buffers change as
+    usual, are saved with the adapter, and ``efft.remove`` puts them back."""
 
     def __post_init__(self) -> None:
         self.rank = _pairs(self.rank)

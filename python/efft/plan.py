@@ -69,6 +69,10 @@ class Plan:
         """Trainable parameters of all factors."""
         return sum(group.n_parameters for group in self.groups)
 
+    def weights_of(self, group: Group) -> dict[str, Weight]:
+        """The weights that use a group's factors."""
+        return {name: self.weights[name] for name in group.sites}
+
     def in_order(self, model: nn.Module) -> list[str]:
         """The names of the weights in the order of the model's modules."""
         place = {name: i for i, (name, _) in enumerate(model.named_modules())}

@@ -46,7 +46,11 @@ class MethodConfig(AdapterConfig):
     """Layers to leave alone, named in the same ways."""
 
     head: list[str] | None = None
-    """Modules trained and saved beside the factors; None finds the classifier, [] trains none."""
+    """Modules trained and saved beside the factors; None finds the head of the task, [] trains none."""
+
+    freeze_statistics: bool = False
+    """Keep batch norms, and whatever else updates buffers in training, in eval mode. Otherwise these buffers change as
+    usual, are saved with the adapter, and ``efft.remove`` puts them back."""
 
     def __post_init__(self) -> None:
         self._check_sizes("rank")
@@ -67,7 +71,7 @@ class MethodConfig(AdapterConfig):
 
     def summary(self) -> str:
         """The settings in a line, for a model card."""
-        own = {f.name for f in dataclasses.fields(self)} - {"targets", "exclude", "head"}
+        own = {f.name for f in dataclasses.fields(self)} - {"targets", "exclude", "head", "freeze_statistics"}
         settings = ", ".join(f"{f.name} {getattr(self, f.name)}" for f in dataclasses.fields(self) if f.name in own)
         source = f"([arXiv {self.paper}](https://arxiv.org/abs/{self.paper}))"
         return f"{self.method} {source}, {settings}, targets {self.targets}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -130,7 +131,7 @@ class LoRETTAAdpConfig(LoRETTAConfig):
     method = "loretta_adp"
     behind = True
     layer = AdapterLinear
-    meant_before: ClassVar[dict[str, Any]] = {"bias": False}
+    meant_before: ClassVar[Mapping[str, Any]] = {**MethodConfig.meant_before, "bias": False}
 
     bottleneck: int = 64
     """Width between A and B."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -45,7 +46,7 @@ class LoRTAConfig(HeadedConfig):
     method = "lorta"
     paper = "2410.04060"
     bank = LoRTABank
-    meant_before: ClassVar[dict[str, Any]] = {"heads_on": "output"}
+    meant_before: ClassVar[Mapping[str, Any]] = {**HeadedConfig.meant_before, "heads_on": "output"}
 
     heads_on: Literal["input", "output"] = "input"
     """The side of a matrix that the heads divide: the input, as in the authors' code, which multiplies by the
