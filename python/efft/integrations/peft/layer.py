@@ -124,7 +124,10 @@ class EfftLayer(nn.Module, BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.efft_bindings]
         for name in names:
             if safe_merge and not torch.isfinite(self.get_delta_weight(name)).all():
-                raise ValueError(f"the update of adapter {name!r} has NaN or infinite entries; it was not merged")
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken: "  # peft's words
+                    f"the update of adapter {name!r} has NaN or infinite entries; it was not merged"
+                )
         weight = self.base_layer.weight
         if not is_plain(weight):
             raise TypeError(

@@ -208,7 +208,8 @@ def _dtype(layer: nn.Module, autocast_adapter_dtype: bool) -> torch.dtype:
 
 @contextmanager
 def _plain(model: nn.Module) -> Iterator[None]:
-    """Within the ``with`` block the model has its own layers, whatever adapters it was given before."""
+    """Within the ``with`` block the model has its own layers, whatever adapters it was given before, and their classes'
+    ``forward`` (an adapted layer calls one that was set on the layer itself, as accelerate's offloading does)."""
     wrapped = [
         (parent, name, child)
         for parent in model.modules()
@@ -217,8 +218,11 @@ def _plain(model: nn.Module) -> Iterator[None]:
     ]
     for parent, name, child in wrapped:
         parent._modules[name] = child.base_layer if isinstance(child, EfftLayer) else child.original_module
+    forwards = [(module, module.__dict__.pop("forward")) for module in model.modules() if "forward" in module.__dict__]
     try:
         yield
     finally:
+        for module, forward in forwards:
+            module.__dict__["forward"] = forward
         for parent, name, child in wrapped:
             parent._modules[name] = child
