@@ -18,6 +18,18 @@ from efft.integrations.peft.planning import plan_adapter
 from efft_kernels import Site, TTFactors
 
 
+class _Banks(nn.ModuleDict):
+    """Adapter name to group to bank."""
+
+    configs: dict[str, Any]
+
+    @property
+    def scaling(self) -> dict[str, float]:
+        """Adapter name to s, in the words of ``peft.utils.hotswap``, which compares it."""
+        known = {name: config for name, config in self.configs.items() if config.lora_alpha is not None}
+        return {name: config.lora_alpha / config.r for name, config in known.items()}
+
+
 class EfftModel(BaseTuner):
     """A model adapted by EFFT under peft. It owns the factors: ``efft_banks``, adapter name to group to bank."""
 
@@ -42,7 +54,8 @@ class EfftModel(BaseTuner):
         if state_dict is not None:
             raise ValueError("the tensors of EFFT do not name the layers they adapt: inject it by its configuration")
         if "efft_banks" not in self._modules:  # the model may have a module of this name
-            self.efft_banks = nn.ModuleDict()
+            self.efft_banks = _Banks()
+            self.efft_banks.__dict__["configs"] = self.peft_config
         config: EfftPeftConfig = self.peft_config[adapter_name]
         sites: dict[str, tuple[TTFactors, Site]] = {}
         banks: Any = nn.ModuleDict()
