@@ -49,7 +49,9 @@ def cannot_adapt(model: nn.Module, name: str, view: str = "linear") -> str | Non
         return kind.refusal(layer)
     owner, _, parameter = name.rpartition(".")
     module = _module_at(model, owner)
-    return "there is nothing of this name" if module is None else cannot_adapt_parameter(module, parameter, view)
+    if module is None or not hasattr(module, parameter):
+        return "there is no layer and no parameter of this name"
+    return cannot_adapt_parameter(module, parameter, view)
 
 
 def adapt(
