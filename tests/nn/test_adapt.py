@@ -1,5 +1,6 @@
 """Any weight adapted by its name: what stands in for which layer, what is refused, who reads a layer's weight."""
 
+from contextvars import ContextVar
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from efft_kernels import EfftConv1D, EfftConv1d, EfftConv2d, EfftConv3d, EfftEmbedding, EfftLinear, Site, TTFactors
 from efft_kernels.nn.adapt import adapt, cannot_adapt, layer_class, mark_readers, named_adapted_weights, restore
 from efft_kernels.nn.effective import Effective
+from efft_kernels.nn.pooled import PooledDelta
 
 
 class Conv1D(nn.Module):
@@ -135,3 +137,9 @@ def test_the_row_of_padding_has_no_update() -> None:
     layer.merge()
     torch.testing.assert_close(layer(ids), y)
     assert not layer.base_weight[2].any()
+
+
+def test_a_layer_that_holds_no_sum_refuses_what_its_parent_reads() -> None:
+    out = nn.MultiheadAttention(4, 2).out_proj
+    with pytest.raises(TypeError, match="PooledDelta: this is the out_proj of nn.MultiheadAttention, which reads the"):
+        PooledDelta(out, ContextVar("selected"))

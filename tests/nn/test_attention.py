@@ -106,7 +106,7 @@ def check(pair: Pair, qkv: tuple[Tensor, Tensor, Tensor], **kwargs: Any) -> None
         torch.testing.assert_close(ours, theirs)
 
 
-KINDS = ["self", "cross", "three", "unbatched self", "unbatched cross"]
+KINDS = ["self", "cross", "three", "unbatched cross"]
 MASKS = ["none", "bool", "float", "bool 3-D", "float 3-D", "padding", "bool padding", "float 3-D padding", "causal"]
 
 

@@ -75,6 +75,17 @@ def test_metadata_costs_nothing_and_tells_nobody() -> None:
     assert repr(W) == "Effective(AdaptedParameter, shape=[5, 7])"
 
 
+def test_putting_a_weight_away_takes_none_of_its_values() -> None:
+    """As accelerate's offloading does, in the middle of a pass."""
+    module, parameter, _ = adapted()
+    for away in (module.W.to("meta"), module.W.to(device=torch.device("meta"))):
+        assert away.is_meta
+        assert not away.requires_grad
+    assert not parameter.binding.read
+    assert module.W.to(torch.float32).dtype == torch.float32
+    assert parameter.binding.read
+
+
 def test_a_product_is_computed_without_the_dense_weight() -> None:
     module, parameter, x = adapted(F.linear)
     torch.testing.assert_close(module(x), F.linear(x, dense(parameter)))

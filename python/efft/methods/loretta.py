@@ -13,6 +13,7 @@ from efft.methods.base import Layer, MethodConfig, MethodGroup, StackedBank
 from efft.methods.factorize import MOST_FACTORS, factorize, train_ranks
 from efft.targets import Target
 from efft_kernels import EfftLinear, tt_chain
+from efft_kernels.nn.frozen import read_by_its_parent
 from efft_kernels.nn.weights import frozen_linear
 
 
@@ -46,6 +47,10 @@ class LoRETTABank(StackedBank):
 
 class AdapterLinear(EfftLinear):
     """``y = z + relu(z D) G`` with ``z = x Wᵀ + b``: an adapter behind a frozen layer, no update of its weight."""
+
+    @classmethod
+    def refusal(cls, layer: nn.Module) -> str | None:
+        return super().refusal(layer) or read_by_its_parent(layer)
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in_features] -> [..., out_features]
         z = frozen_linear(self, x)
