@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ from efft.wrappers import plain_name, unwrap
 from efft_kernels import ExpertWeight
 from efft_kernels.nn.adapted import AdaptedWeight
 from efft_kernels.nn.experts import EXPERT_VIEWS
+from efft_kernels.nn.linear import AdaptedLayer
 from efft_kernels.nn.parameter import AdaptedParameter
 
 #: What peft puts before the names of the base's modules.
@@ -59,8 +61,8 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], base_model: st
     model = unwrap(model)
     bank, folder = bank_of(model), Path(folder)
     check_whole(model, "export_lora")
+    check_stored(adapted_layers(model), "export_lora")
     layers = adapted_layers(model)
-    check_stored(layers, "export_lora")
     head = bank.head + _changed_modules(model, bank, layers)
     _check_names(model, layers, head)
     _check_replaceable(folder / CONFIG)
@@ -79,7 +81,7 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], base_model: st
     return folder
 
 
-def _changed_modules(model: nn.Module, bank: Bank, layers: dict[str, AdaptedWeight]) -> list[str]:
+def _changed_modules(model: nn.Module, bank: Bank, layers: Mapping[str, AdaptedWeight]) -> list[str]:
     """The modules outside the head with buffers that training changed: peft stores modules, not buffers."""
     changed = buffers.changed(model, bank.head, bank._base_buffers)
     modules = dict.fromkeys(name.rpartition(".")[0] for name in changed)
@@ -150,7 +152,7 @@ def _config(ranks: dict[str, int], parameters: list[str], head: list[str], base_
     }
 
 
-def _check_names(model: nn.Module, layers: dict[str, AdaptedWeight], head: list[str]) -> None:
+def _check_names(model: nn.Module, layers: Mapping[str, AdaptedWeight], head: list[str]) -> None:
     """peft adapts a layer at one of its places, and trains every module whose name *ends* like one of the head's."""
     names: dict[Any, str] = {}
     for name, layer in layers.items():
@@ -158,6 +160,19 @@ def _check_names(model: nn.Module, layers: dict[str, AdaptedWeight], head: list[
             names[layer.module] = name.rpartition(".")[0]
         else:
             names[layer] = name
+    for name, layer in layers.items():
+        if isinstance(layer, AdaptedLayer) and layer.read:
+            raise ValueError(
+                f"the module around {name} reads its weight, and would not read the update of peft's layer; {_MERGE}"
+            )
+        if not isinstance(layer, AdaptedParameter):
+            continue
+        inside = [other for other in layers if other.startswith(f"{names[layer.module]}.") and other in names.values()]
+        if isinstance(layer.module, nn.MultiheadAttention) or inside:
+            raise ValueError(
+                f"{name} is a parameter of a {type(layer.module).__name__} that "
+                f"{f'has {inside[0]} inside' if inside else 'reads more of itself'}, which peft does not wrap; {_MERGE}"
+            )
     experts = [n for n, module in model.named_modules() if "gate_up_proj" in module._parameters]
     former = [n for n in layers if experts and n.rpartition(".")[2] in _OF_FORMER_EXPERTS and n in names.values()]
     if former:
@@ -165,21 +180,22 @@ def _check_names(model: nn.Module, layers: dict[str, AdaptedWeight], head: list[
             f"peft would take {former[0]} for a part of {experts[0]}, where layers of that name were in checkpoints of "
             f"transformers 4, and not adapt it; {_MERGE}"
         )
+    parameters = [name for name, layer in layers.items() if isinstance(layer, AdaptedParameter)]
+    for name in map(plain_name, dict(model.named_parameters()) if parameters else ()):
+        of = next((parameter for parameter in parameters if name.endswith(f".{parameter}")), None)
+        if of is not None:
+            raise ValueError(f"peft would adapt {name} too, since its name ends like {of}'s; {_MERGE}")
     for full, module in model.named_modules(remove_duplicate=False):
         name = plain_name(full)
         if names.get(module, name) != name:
             raise ValueError(f"{names[module]} and {name} are one layer, and peft would adapt only the first; {_MERGE}")
         of = next((layer for layer in layers if name.endswith(f".{layer}")), None)
         if of is not None and name not in layers:
-            raise ValueError(
-                f"peft would adapt {name} too, since its name ends like {of}'s; merge the update instead "
-                "(efft.merged_state_dict)"
-            )
+            raise ValueError(f"peft would adapt {name} too, since its name ends like {of}'s; {_MERGE}")
         ends = [h for h in head if name.endswith(h) and name not in head]
         if ends and any(f"{layer}.".startswith(f"{name}.") for layer in layers):
             raise ValueError(
-                f"peft would take {name} for the head {ends[0]!r}, since its name ends so, and not adapt it; merge the "
-                "update instead (efft.merged_state_dict)"
+                f"peft would take {name} for the head {ends[0]!r}, since its name ends so, and not adapt it; {_MERGE}"
             )
 
 
