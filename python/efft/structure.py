@@ -165,6 +165,8 @@ def _weights_of(name: str, module: nn.Module) -> list[tuple[Weight, str | None]]
             full = f"{name}.{p}".lstrip(".")
             weight = Weight(full, name, p, "experts", *sizes, n_experts=experts.n_experts, experts=one)
             found.append((weight, None))
+        elif experts is not None:  # the experts' biases, which are one parameter too
+            continue
         elif p == "weight" and isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             weight = Weight(name, name, p, "embedding", t.shape[0], t.shape[1], t.numel())
             found.append((weight, EfftEmbedding.refusal(module)))
