@@ -16,108 +16,89 @@ from efft.heads import find_head, is_language_model
 
 Make = Callable[..., nn.Module]
 
-ONE, TOKENS = ["classifier"], ["qa_outputs"]
-#: Classes of transformers and their heads, each with the default configuration on the meta device.
-TRANSFORMERS: dict[str, list[str]] = {
-    **dict.fromkeys(
-        (
-            *("ViTForImageClassification", "DeiTForImageClassification", "SwinForImageClassification"),
-            *("Dinov2ForImageClassification", "ConvNextForImageClassification", "ResNetForImageClassification"),
-            *("CLIPForImageClassification", "SiglipForImageClassification", "VivitForVideoClassification"),
-            *("BertForSequenceClassification", "RobertaForSequenceClassification", "ElectraForSequenceClassification"),
-            *("BertForTokenClassification", "BertForMultipleChoice", "CanineForSequenceClassification"),
-            *("LongformerForSequenceClassification", "ASTForAudioClassification", "GPT2ForTokenClassification"),
-            "SegformerForImageClassification",
-        ),
-        ONE,
-    ),
-    **dict.fromkeys(
-        ("BertForQuestionAnswering", "BartForQuestionAnswering", "LlamaForQuestionAnswering", "T5ForQuestionAnswering"),
-        TOKENS,
-    ),
-    **dict.fromkeys(("GPT2ForSequenceClassification", "LlamaForSequenceClassification"), ["score"]),
-    **dict.fromkeys(("Wav2Vec2ForCTC", "HubertForCTC", "WavLMForCTC"), ["lm_head"]),
-    **dict.fromkeys(
-        ("Wav2Vec2ForSequenceClassification", "WhisperForAudioClassification"), ["projector", "classifier"]
-    ),
-    **dict.fromkeys(
-        ("DetrForObjectDetection", "TableTransformerForObjectDetection", "YolosForObjectDetection"),
-        ["class_labels_classifier", "bbox_predictor"],
-    ),
-    **dict.fromkeys(
-        # Language models, whose heads are as pretrained as the rest; and bases, which have none.
-        (
-            *("BertForMaskedLM", "DistilBertForMaskedLM", "GPT2LMHeadModel", "LlamaForCausalLM", "BertForPreTraining"),
-            *("T5ForConditionalGeneration", "BartForConditionalGeneration", "WhisperForConditionalGeneration"),
-            *("ViTModel", "BertModel", "DetrModel", "CLIPModel", "SiglipVisionModel", "DINOv3ViTModel", "SwinBackbone"),
-        ),
-        [],
-    ),
-    "DistilBertForSequenceClassification": ["pre_classifier", "classifier"],
-    "DebertaV2ForSequenceClassification": ["pooler", "classifier"],
-    "BartForSequenceClassification": ["classification_head"],
-    "XLNetForSequenceClassification": ["sequence_summary", "logits_proj"],
-    "DeiTForImageClassificationWithTeacher": ["cls_classifier", "distillation_classifier"],
-    "SegformerForSemanticSegmentation": ["decode_head"],
-    "UperNetForSemanticSegmentation": ["decode_head", "auxiliary_head"],
-    "DPTForDepthEstimation": ["neck", "head"],
-    "DetrForSegmentation": [
-        *("detr.class_labels_classifier", "detr.bbox_predictor", "mask_head", "bbox_attention"),
-    ],
-    "MaskFormerForInstanceSegmentation": ["class_predictor", "mask_embedder"],
-    "ViTMAEForPreTraining": ["decoder"],
-    "VitPoseForPoseEstimation": ["head"],
-    "RTDetrForObjectDetection": [],  # its heads are inside what it calls its base: a warning says so
+#: Heads, and classes of transformers that have them, with the default configuration on the meta device.
+TRANSFORMERS = {
+    ("classifier",): """
+        ViTForImageClassification DeiTForImageClassification SwinForImageClassification Dinov2ForImageClassification
+        ConvNextForImageClassification ResNetForImageClassification CLIPForImageClassification
+        SiglipForImageClassification SegformerForImageClassification VivitForVideoClassification
+        BertForSequenceClassification RobertaForSequenceClassification ElectraForSequenceClassification
+        CanineForSequenceClassification LongformerForSequenceClassification BertForTokenClassification
+        GPT2ForTokenClassification BertForMultipleChoice ASTForAudioClassification""",
+    ("qa_outputs",): """
+        BertForQuestionAnswering BartForQuestionAnswering LlamaForQuestionAnswering T5ForQuestionAnswering""",
+    ("score",): "GPT2ForSequenceClassification LlamaForSequenceClassification",
+    ("lm_head",): "Wav2Vec2ForCTC HubertForCTC WavLMForCTC",
+    ("projector", "classifier"): "Wav2Vec2ForSequenceClassification WhisperForAudioClassification",
+    ("class_labels_classifier", "bbox_predictor"): """
+        DetrForObjectDetection TableTransformerForObjectDetection YolosForObjectDetection""",
+    # Language models, whose heads are as pretrained as the rest; bases, which have none; and one whose heads are inside
+    # what it calls its base: a warning says so.
+    (): """
+        BertForMaskedLM DistilBertForMaskedLM GPT2LMHeadModel LlamaForCausalLM BertForPreTraining
+        T5ForConditionalGeneration BartForConditionalGeneration WhisperForConditionalGeneration
+        ViTModel BertModel DetrModel CLIPModel SiglipVisionModel DINOv3ViTModel SwinBackbone RTDetrForObjectDetection""",
+    ("pre_classifier", "classifier"): "DistilBertForSequenceClassification",
+    ("pooler", "classifier"): "DebertaV2ForSequenceClassification",
+    ("classification_head",): "BartForSequenceClassification",
+    ("sequence_summary", "logits_proj"): "XLNetForSequenceClassification",
+    ("cls_classifier", "distillation_classifier"): "DeiTForImageClassificationWithTeacher",
+    ("decode_head",): "SegformerForSemanticSegmentation",
+    ("decode_head", "auxiliary_head"): "UperNetForSemanticSegmentation",
+    ("neck", "head"): "DPTForDepthEstimation",
+    ("detr.class_labels_classifier", "detr.bbox_predictor", "mask_head", "bbox_attention"): "DetrForSegmentation",
+    ("class_predictor", "mask_embedder"): "MaskFormerForInstanceSegmentation",
+    ("decoder",): "ViTMAEForPreTraining",
+    ("head",): "VitPoseForPoseEstimation",
 }
-
 TORCHVISION = {
-    **dict.fromkeys(("resnet18", "googlenet", "shufflenet_v2_x0_5", "r3d_18"), ["fc"]),
-    **dict.fromkeys(("vit_b_32",), ["heads"]),
-    **dict.fromkeys(
-        ("swin_t", "swin_v2_t", "mvit_v2_s", "swin3d_t", "retinanet_resnet50_fpn", "ssd300_vgg16"), ["head"]
-    ),
-    **dict.fromkeys(("convnext_tiny", "efficientnet_b0", "densenet121", "vgg11", "fcn_resnet50", "maxvit_t"), ONE),
-    "fasterrcnn_resnet50_fpn": ["rpn", "roi_heads"],
+    ("fc",): "resnet18 googlenet shufflenet_v2_x0_5 r3d_18",
+    ("heads",): "vit_b_32",
+    ("head",): "swin_t swin_v2_t mvit_v2_s swin3d_t retinanet_resnet50_fpn ssd300_vgg16",
+    ("classifier",): "convnext_tiny efficientnet_b0 densenet121 vgg11 fcn_resnet50 maxvit_t",
+    ("rpn", "roi_heads"): "fasterrcnn_resnet50_fpn",
 }
-
 TIMM = {
-    **dict.fromkeys(("beit_base_patch16_224", "cait_xxs24_224", "pit_ti_224", "xcit_nano_12_p16_224"), ["head"]),
-    **dict.fromkeys(("swin_tiny_patch4_window7_224", "convnext_atto", "mvitv2_tiny", "hiera_tiny_224"), ["head.fc"]),
-    **dict.fromkeys(("resnet18", "dla34", "selecsls42"), ["fc"]),
-    **dict.fromkeys(("densenet121", "efficientnet_b0", "ghostnet_050"), ONE),
-    **dict.fromkeys(("levit_128", "efficientformer_l1", "swiftformer_xs"), ["head", "head_dist"]),
-    "inception_v4": ["last_linear"],
-    "samvit_base_patch16": [],
+    ("head",): "beit_base_patch16_224 cait_xxs24_224 pit_ti_224 xcit_nano_12_p16_224 volo_d1_224 crossvit_9_240",
+    ("head.fc",): "swin_tiny_patch4_window7_224 convnext_atto mvitv2_tiny hiera_tiny_224 fastvit_t8 gcvit_xxtiny",
+    ("fc",): "resnet18 dla34 selecsls42",
+    ("classifier",): "densenet121 efficientnet_b0 ghostnet_050 hrnet_w18",
+    ("head", "head_dist"): "levit_128 efficientformer_l1 swiftformer_xs",
+    ("last_linear",): "inception_v4",
+    (): "samvit_base_patch16",
 }
 
 
-@pytest.mark.parametrize("name", TRANSFORMERS)
-def test_transformers(name: str) -> None:
+def cases(table: dict[tuple[str, ...], str]) -> list[tuple[str, list[str]]]:
+    return [(name, list(head)) for head, names in table.items() for name in names.split()]
+
+
+@pytest.mark.parametrize(("name", "head"), cases(TRANSFORMERS))
+def test_transformers(name: str, head: list[str]) -> None:
     transformers = pytest.importorskip("transformers", reason="needs the hf extra")
     kind = getattr(transformers, name)
     with torch.device("meta"):
         model = kind(kind.config_class())
-    assert find_head(model, None) == TRANSFORMERS[name]
+    assert find_head(model, None) == head
 
 
-@pytest.mark.parametrize("name", TORCHVISION)
-def test_torchvision(name: str) -> None:
+@pytest.mark.parametrize(("name", "head"), cases(TORCHVISION))
+def test_torchvision(name: str, head: list[str]) -> None:
     models = pytest.importorskip("torchvision", reason="needs the vision extra").models
-    backbone = (
-        {"weights_backbone": None} if (TORCHVISION[name] != ["fc"] and "_resnet50" in name) or "ssd" in name else {}
-    )
-    extra = {"aux_logits": False} if name == "googlenet" else {}
+    whole = any(kind in name for kind in ("resnet50", "vgg16"))  # of those in the table
+    backbone: dict[str, Any] = {"weights_backbone": None} if whole else {}
+    extra: dict[str, Any] = {"aux_logits": False} if name == "googlenet" else {}
     with torch.device("meta"):
         model = models.get_model(name, weights=None, **backbone, **extra)
-    assert find_head(model, None) == TORCHVISION[name]
+    assert find_head(model, None) == head
 
 
-@pytest.mark.parametrize("name", TIMM)
-def test_timm(name: str) -> None:
+@pytest.mark.parametrize(("name", "head"), cases(TIMM))
+def test_timm(name: str, head: list[str]) -> None:
     timm = pytest.importorskip("timm", reason="needs the vision extra")
     with torch.device("meta"):
         model = timm.create_model(name)
-    assert find_head(model, None) == TIMM[name]
+    assert find_head(model, None) == head
 
 
 def test_auxiliary_heads() -> None:
