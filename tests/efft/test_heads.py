@@ -37,7 +37,8 @@ TRANSFORMERS = {
     (): """
         BertForMaskedLM DistilBertForMaskedLM GPT2LMHeadModel LlamaForCausalLM BertForPreTraining
         T5ForConditionalGeneration BartForConditionalGeneration WhisperForConditionalGeneration
-        ViTModel BertModel DetrModel CLIPModel SiglipVisionModel DINOv3ViTModel SwinBackbone RTDetrForObjectDetection""",
+        ViTModel BertModel DetrModel CLIPModel SiglipVisionModel DINOv3ViTModel SwinBackbone
+        RTDetrForObjectDetection""",
     ("pre_classifier", "classifier"): "DistilBertForSequenceClassification",
     ("pooler", "classifier"): "DebertaV2ForSequenceClassification",
     ("classification_head",): "BartForSequenceClassification",
