@@ -16,13 +16,16 @@ from efft import buffers
 from efft.config import AdapterConfig, EfftConfig
 from efft.heads import find_head, is_language_model
 from efft.offload import Aside, device_of, follow, hooks_aside
-from efft.plan import Plan, make_plan
+from efft.placing import adapt_in_place, find_update, make_layers, restore_in_place
+from efft.plan import Plan, make_plan, warn_of_untouched
 from efft.sharding import check_whole
 from efft.stored import check_stored
 from efft.wrappers import check_unwrapped, plain_name, unwrap
-from efft_kernels import EfftConv2d, FactorBank
+from efft_kernels import FactorBank
+from efft_kernels.nn.adapt import mark_readers
+from efft_kernels.nn.adapted import AdaptedWeight
 from efft_kernels.nn.deferred import undefer
-from efft_kernels.nn.frozen import share_attributes
+from efft_kernels.nn.frozen import FrozenLayer, share_attributes
 from efft_kernels.nn.linear import AdaptedLayer
 from efft_kernels.nn.weights import is_plain
 
@@ -32,7 +35,8 @@ class Bank(nn.ModuleDict):
 
     Attributes:
         config: the configuration the model was adapted with.
-        layers: names of the adapted layers.
+        layers: names of the adapted weights: of layers their modules', of other weights the parameters'.
+        plan: the groups as adapter files keep them.
         head: names of the modules trained beside the factors.
         enabled: False while the update is switched off or merged.
     """
@@ -41,6 +45,7 @@ class Bank(nn.ModuleDict):
         super().__init__(factors)
         self.config, self.head, self.enabled = config, head, True
         self.layers: list[str] = []
+        self.plan: list[dict[str, Any]] = []
         self._idle_checked = False
         self._originals: dict[str, Any] = {}
         self._base_buffers: dict[str, Tensor] = {}  # what training may change, as it was
@@ -90,53 +95,47 @@ def apply(model: nn.Module, config: AdapterConfig | None = None) -> nn.Module:
     check_plain(model)
     check_whole(model, "apply")
     check_unwrapped(model, "apply")
-    with hooks_aside(model) as aside:
+    with hooks_aside(model):
         plan = make_plan(model, config)
-        _check_trainable(model, plan.head, aside)
-        _adapt(model, config, plan, aside)
+    warn_of_untouched(model, plan, config)
     if config.head is None and not plan.head and not is_language_model(model):
         warnings.warn(
             f"found no head in this {type(model).__name__}, so nothing but the factors is trained: name what else is "
             "to be trained by head=[...], or say that nothing is by head=[]",
             stacklevel=2,
         )
+    return apply_plan(model, config, plan)
+
+
+def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> nn.Module:
+    """:func:`apply` by a plan that is made already."""
+    with hooks_aside(model) as aside:
+        _check_trainable(model, plan.head, aside)
+        _adapt(model, config, plan, aside)
     return model
 
 
 def _adapt(model: nn.Module, config: AdapterConfig, plan: Plan, aside: Aside) -> None:
     requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
-    banks = {}
-    for group in plan.groups:  # all of them, before a layer is touched: what does not fit is found here at the latest
-        together = {name: model.get_submodule(name) for name in group.sites}
-        weight = next(iter(together.values())).weight
-        assert isinstance(weight, Tensor)
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        device = device_of(aside, together)
-        try:
-            banks[group.name] = group.build(device, dtype)
-        except NotImplementedError:  # there is nothing to read on the meta device
-            if not weight.is_meta or device.type == "meta":
-                raise
-            raise ValueError(
-                f"{config.method} makes its factors from the weights of {', '.join(group.sites)}, which are offloaded: "
-                "load the model without offloading, or use another method"
-            ) from None
-    layers = {}
-    for group in plan.groups:
-        for name, site in group.sites.items():
-            layer = model.get_submodule(name)
-            kind = EfftConv2d if isinstance(layer, nn.Conv2d) else config.layer
-            layers[name] = (layer, kind(layer, banks[group.name], site))
+    banks = _build_banks(
+        model, config, plan, aside
+    )  # all of them, before a layer is touched: what does not fit is seen
+    sites = {name: (banks[group.name], site) for group in plan.groups for name, site in group.sites.items()}
+    weights = {name: (plan.weights[name], *sites[name]) for name in plan.in_order(model)}
+    layers = make_layers(model, weights, config)
     config.settle(plan.groups, banks)
     bank = Bank(banks, config, plan.head)
     bank._base_buffers = buffers.snapshot(model, plan.head)
     bank._still = buffers.statistics(model, plan.head) if config.freeze_statistics else []
     bank.train(model.training)
     bank._requires_grad = requires_grad
-    bank._originals = {name: linear for name, (linear, _) in layers.items()}
+    bank._originals = {name: layer for name, (layer, _) in layers.items()}
+    adapt_in_place(model, weights)
     replace_modules(model, dict(layers.values()))
     follow(aside, dict(layers.values()))
-    bank.layers = [name for name, _ in model.named_modules() if name in layers]
+    mark_readers(model)
+    bank.layers = list(weights)
+    bank.plan = [group.to_dict() for group in plan.groups]
     _freeze_all_but(model, plan.head)
     model.efft = bank
     bank._hooks = [
@@ -144,6 +143,26 @@ def _adapt(model: nn.Module, config: AdapterConfig, plan: Plan, aside: Aside) ->
         model.register_forward_hook(_release, always_call=True),
         model.register_load_state_dict_post_hook(_base_loaded),
     ]
+
+
+def _build_banks(model: nn.Module, config: AdapterConfig, plan: Plan, aside: Aside) -> dict[str, FactorBank]:
+    banks: dict[str, FactorBank] = {}
+    for group in plan.groups:
+        owners = {name: (model.get_submodule(w.module), w.parameter) for name, w in plan.weights_of(group).items()}
+        module, parameter = next(iter(owners.values()))
+        weight = module._parameters[parameter]
+        assert weight is not None
+        device = device_of(aside, owners)
+        try:
+            banks[group.name] = group.build(device, torch.promote_types(weight.dtype, torch.float32))
+        except NotImplementedError:  # there is nothing to read on the meta device
+            if not weight.is_meta or device.type == "meta":
+                raise
+            raise ValueError(
+                f"{config.method} makes its factors from the weights of {', '.join(group.sites)}, which are offloaded: "
+                "load the model without offloading, or use another method"
+            ) from None
+    return banks
 
 
 def remove(model: nn.Module) -> nn.Module:
@@ -160,19 +179,21 @@ def remove(model: nn.Module) -> nn.Module:
     check_whole(model, "remove")
     check_stored(adapted_layers(model), "remove")
     with hooks_aside(model) as aside:
-        changed = [name for name, layer in adapted_layers(model).items() if "forward" in layer.__dict__]
+        put_in = {n: u for n, u in adapted_layers(model).items() if isinstance(u, AdaptedLayer)}
+        changed = [name for name, layer in put_in.items() if "forward" in layer.__dict__]
         if changed:
             raise ValueError(
                 f"a forward was set on {', '.join(changed)} after efft.apply; undo that before efft.remove"
             )
         originals: dict[nn.Module, nn.Module] = {}
-        for name, layer in adapted_layers(model).items():
+        for name, layer in put_in.items():
             layer.unmerge()
             original = bank._originals[name]
-            original.weight, original.bias = layer.weight, layer.bias
+            original._parameters.update(layer._parameters)
             share_attributes(layer, original)
             originals[layer] = original
         replace_modules(model, originals)
+        restore_in_place(model)
         follow(aside, originals)
     for module in model.modules():
         undefer(module)
@@ -191,13 +212,14 @@ def remove(model: nn.Module) -> nn.Module:
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Within the ``with`` block the model computes without the update, exactly as its base (with the trained head).
 
-    So buffers that training changed have the values of the base there, too. ``model`` may be wrapped by DDP or its
-    like.
+    An update that is merged is taken out of the weights meanwhile, and buffers that training changed have the values of
+    the base. ``model`` may be wrapped by DDP or its like.
     """
     wrapper, model = model, unwrap(model)
     bank = bank_of(model)
-    if any(layer.merged for layer in adapted_layers(model).values()):
-        raise RuntimeError("the update is merged into the weights; call efft.unmerge(model) before disabling it")
+    merged = [update for update in adapted_layers(model).values() if update.merged]
+    for update in merged:
+        update.unmerge()
     before = bank.enabled
     _enable(model, bank, False)
     try:
@@ -206,6 +228,9 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         if getattr(model, "efft", None) is bank:  # not removed meanwhile
             _enable(model, bank, before)
+            for update in merged:
+                update.enabled = True
+                update.merge(dequantize=True)
 
 
 def freeze_backbone(model: nn.Module, head: list[str] | None = None) -> list[str]:
@@ -229,6 +254,11 @@ def check_plain(model: nn.Module) -> None:
     """Raise ValueError if ``model`` is adapted, or has its own idea of what ``model.efft`` is."""
     if isinstance(getattr(model, "efft", None), Bank):
         raise ValueError("this model is adapted already; call efft.remove(model) first to adapt it differently")
+    inner = next((name for name, module in model.named_modules() if isinstance(module, (Bank, FrozenLayer))), None)
+    if inner is not None:
+        raise ValueError(
+            f"{inner!r} in this {type(model).__name__} is adapted already: call efft.remove on the model inside first"
+        )
     if hasattr(model, "efft"):
         raise ValueError(f"this {type(model).__name__} has an attribute 'efft' of its own, where the factors would go")
 
@@ -244,11 +274,15 @@ def bank_of(model: nn.Module) -> Bank:
     return bank
 
 
-def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
-    """The adapted layers by name. ``model`` may be wrapped by DDP or its like."""
+def adapted_layers(model: nn.Module) -> dict[str, AdaptedWeight]:
+    """The updates of an adapted model by the names of their weights: of layers the modules', of others the parameters'.
+
+    Each has ``delta_weight()`` (the dense update), ``merge()``, ``unmerge()``, ``merged``, ``enabled`` and
+    ``evaluated()`` (D and G). A layer's is the adapted layer itself. ``model`` may be wrapped by DDP or its like.
+    """
     model = unwrap(model)
-    layers = {name: model.get_submodule(name) for name in bank_of(model).layers}
-    return {name: layer for name, layer in layers.items() if isinstance(layer, AdaptedLayer)}
+    updates = {name: find_update(model, name) for name in bank_of(model).layers}
+    return {name: update for name, update in updates.items() if update is not None}
 
 
 def named_factors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -350,7 +384,7 @@ def _release(model: nn.Module, args: Any, output: Any) -> None:
         )
 
 
-def _never_run(layers: Mapping[str, AdaptedLayer], idle: list[Any]) -> list[str]:
+def _never_run(layers: Mapping[str, AdaptedWeight], idle: list[Any]) -> list[str]:
     """The layers that were passed by in every block alike: what reads their weights itself does so everywhere, whereas
     a block that is skipped at random (LayerDrop) runs at other places."""
     ran: dict[str, bool] = {}

@@ -21,10 +21,11 @@ from efft import buffers, files, fingerprint
 from efft.card import model_card
 from efft.config import FORMAT_VERSION, AdapterConfig
 from efft.files import CONFIG, WEIGHTS
-from efft.inject import Bank, adapted_layers, apply, bank_of
+from efft.inject import Bank, adapted_layers, apply_plan, bank_of, check_plain
 from efft.methods import config_from_dict, config_type
 from efft.offload import hooks_aside, stored
-from efft.plan import Plan, make_plan
+from efft.placing import find_update, locate
+from efft.plan import Plan, check_saved_plan, plan_of_file
 from efft.sharding import architecture, copy_whole_, once, reshard, whole
 from efft.wrappers import check_unwrapped, plain_name, unwrap
 from efft_kernels import __version__
@@ -72,6 +73,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], info: dict[str,
         "config": bank.config.to_dict(),
         "base": describe_base(model, bank.layers),
         "head": bank.head,
+        "plan": bank.plan,
         "buffers": sorted(others),
         "library": f"efft-kernels {__version__}",
         "info": info or {},
@@ -124,8 +126,9 @@ def load_described(model: nn.Module, folder: Path, description: dict[str, Any], 
     else:
         check_unwrapped(model, "load_adapter")
         try:
+            check_plain(model)
             with hooks_aside(model):
-                plan = make_plan(model, config)
+                plan = plan_of_file(model, config, description.get("plan", []), description["base"]["layers"])
             layers, shapes = [n for g in plan.groups for n in g.sites], _planned_shapes(model, plan)
         except (ValueError, RuntimeError, *_OUT_OF_BOUNDS) as error:  # RuntimeError: sizes that no storage has
             raise ValueError(f"the adapter in {folder} does not fit this {type(model).__name__}: {error}") from None
@@ -144,7 +147,7 @@ def load_described(model: nn.Module, folder: Path, description: dict[str, Any], 
     if problems:
         warnings.warn(message, stacklevel=3)
     if not adapted:
-        apply(model, config)
+        apply_plan(model, config, plan)
     reshard(model)
     bank = bank_of(model)
     target = _trained(model, bank) | others
@@ -218,9 +221,9 @@ def _check_description(description: Any) -> None:
     """Raise ValueError if keys are missing, or of another kind than what reads them needs."""
     if not isinstance(description, dict):
         raise ValueError("it is no JSON object")
-    for key, kind in (("config", dict), ("base", dict), ("head", list)):
-        if not isinstance(description.get(key), kind):
-            raise ValueError(f"it needs the keys config, base, head, and {key!r} must be a {kind.__name__}")
+    for key, expected in (("config", dict), ("base", dict), ("head", list)):
+        if not isinstance(description.get(key), expected):
+            raise ValueError(f"it needs the keys config, base, head, and {key!r} must be a {expected.__name__}")
     for part, keys in (("config", _fields(description["config"])), ("base", _BASE)):
         lacking = keys - description[part].keys()
         if lacking:
@@ -230,6 +233,7 @@ def _check_description(description: Any) -> None:
     if not all(isinstance(name, str) for name in description["head"]):
         raise ValueError("'head' must be a list of names")
     fingerprint.check(description["base"].get("sketch", {}))
+    check_saved_plan(description.get("plan", []))
     saved = description.get("buffers", [])
     if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
         raise ValueError("'buffers' must be a list of names")
@@ -240,7 +244,7 @@ def _check_description(description: Any) -> None:
 def _fields(config: dict[str, Any]) -> set[str]:
     """The keys that a configuration of its method must have."""
     kind = config_type(config)
-    return set(kind().to_dict()) - kind.later
+    return set(kind().to_dict()) - set(kind.meant_before)
 
 
 def read_tensors(path: Path, content: bytes) -> dict[str, Tensor]:
@@ -332,17 +336,17 @@ def base_problems(model: nn.Module, layers: list[str], saved: dict[str, Any]) ->
 
 
 def _base_weight(model: nn.Module, name: str) -> Tensor:
-    """A layer's frozen weight, also while merged."""
-    layer = model.get_submodule(name)
-    merged = getattr(layer, "base_weight", None)
-    weight = layer.weight if merged is None else merged
-    assert isinstance(weight, Tensor)
-    return stored(layer, "weight", weight)
+    """An adapted weight without the update, also while that is merged; or the weight of this name in a plain model."""
+    module, parameter = locate(model, name)
+    update = find_update(model, name)
+    weight = update.base_weight if update is not None and update.merged else module._parameters[parameter]
+    assert weight is not None
+    return stored(module, parameter, weight)
 
 
 def _shape(model: nn.Module, name: str) -> list[int]:
-    """That of a layer's weight, also where it is packed."""
-    weight, layer = _base_weight(model, name), model.get_submodule(name)
+    """That of a weight, also where it is packed."""
+    weight, layer = _base_weight(model, name), locate(model, name)[0]
     if isinstance(layer, nn.Linear) and not can_dequantize(weight):
         return [layer.out_features, layer.in_features]
     return list(weight.shape)
@@ -356,7 +360,7 @@ def _sketch(model: nn.Module, layers: list[str]) -> dict[str, list[float]]:
 
 @torch.no_grad()
 def _fingerprint(model: nn.Module, layers: list[str]) -> str:
-    """SHA-256 over the first row of every adapted layer's base weight (where it is packed, over its first bytes): tells
+    """SHA-256 over the first row of every adapted weight of the base (where it is packed, over its first bytes): tells
     pretrained weights apart in milliseconds."""
     digest = hashlib.sha256()
     for name in sorted(layers):
@@ -364,6 +368,7 @@ def _fingerprint(model: nn.Module, layers: list[str]) -> str:
         if can_dequantize(weight):
             first = dequantized(weight)[0].double()
         else:  # as the layer saves it
-            first = model.get_submodule(name).state_dict()["weight"].flatten().view(torch.uint8)[:4096]
+            module, parameter = locate(model, name)
+            first = module.state_dict()[parameter].flatten().view(torch.uint8)[:4096]
         digest.update(first.detach().cpu().numpy().tobytes())
     return digest.hexdigest()

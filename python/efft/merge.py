@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,10 +10,11 @@ from torch import Tensor, nn
 
 from efft.inject import adapted_layers, bank_of
 from efft.offload import check_present
+from efft.placing import updates_by_parameter
 from efft.sharding import check_whole
 from efft.stored import check_stored
 from efft.wrappers import plain_name, unwrap
-from efft_kernels.nn.linear import AdaptedLayer, MergeLoss
+from efft_kernels.nn.adapted import AdaptedWeight, MergeLoss
 from efft_kernels.nn.weights import can_dequantize, dequantized, is_plain
 
 
@@ -103,27 +105,24 @@ def merged_state_dict(
     check_whole(model, "merged_state_dict")
     check_stored(adapted_layers(model), "merged_state_dict")
     check_present(model, "merged_state_dict")
-    # By every name: a layer may be registered in several places.
-    adapted = {layer: layer for layer in adapted_layers(model).values()}
-    named = [(plain_name(n), m) for n, m in model.named_modules(remove_duplicate=False)]
-    layers = {n: adapted[m] for n, m in named if m in adapted}
-    _check_plain(layers, dequantize)
+    updates = {plain_name(name): update for name, update in updates_by_parameter(model).items()}
+    _check_plain(updates, dequantize)
     state = {}
     for full, value in model.state_dict().items():
         name = plain_name(full)
-        owner, _, kind = name.rpartition(".")
         if name.startswith("efft."):
             continue
         target = dtype if dtype is not None and value.is_floating_point() else value.dtype
-        if owner in layers and kind == "weight" and not (layers[owner].merged and target == value.dtype):
-            delta, base = layers[owner].delta_weight(), layers[owner].base_weight
+        update = updates.get(name)
+        if update is not None and not (update.merged and target == value.dtype):
+            delta, base = update.delta_weight(), update.base_weight
             value = dequantized(value if base is None else base).to(delta.dtype) + delta
         state[name] = value.detach().to(target, copy=True)
     return state
 
 
-def _check_plain(layers: dict[str, AdaptedLayer], dequantize: bool) -> None:
-    quantized = {n: layer.weight for n, layer in layers.items() if not layer.merged and not is_plain(layer.weight)}
+def _check_plain(layers: Mapping[str, AdaptedWeight], dequantize: bool) -> None:
+    quantized = {n: layer.stored for n, layer in layers.items() if not layer.merged and not is_plain(layer.stored)}
     if quantized and not dequantize:
         name, weight = next(iter(quantized.items()))
         raise TypeError(

@@ -44,18 +44,18 @@ def follow(aside: Aside, replaced: Mapping[nn.Module, nn.Module]) -> None:
             aside[new] = {**attributes, "_old_forward": own, "forward": functools.update_wrapper(forward, own)}
 
 
-def device_of(aside: Aside, layers: Mapping[str, nn.Module]) -> torch.device:
-    """Where layers that share factors compute.
+def device_of(aside: Aside, owners: Mapping[str, tuple[nn.Module, str]]) -> torch.device:
+    """Where the weights compute that share factors, by name; ``owners`` are their modules and parameters.
 
     Raises:
         ValueError: on several devices.
     """
     devices = {}
-    for name, layer in layers.items():
+    for name, (layer, parameter) in owners.items():
         hook = aside.get(layer, {}).get("_hf_hook")
         execution = getattr(hook, "execution_device", None)
-        weight = layer.weight
-        assert isinstance(weight, Tensor)
+        weight = layer._parameters[parameter]
+        assert weight is not None
         devices[name] = weight.device if execution is None else torch.empty(0, device=execution).device
     first, device = next(iter(devices.items()))
     other = next((name for name in devices if devices[name] != device), None)

@@ -6,16 +6,21 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from efft_kernels.nn.linear import AdaptedLayer
+from efft_kernels.nn.parameter import AdaptedParameter
+
 #: What adapted layers have of their own.
 _OWN = ("weight", "bias", "base_weight", "factors")
 
 
-def check_stored(layers: Mapping[str, object], operation: str) -> None:
-    """Raise ValueError if a layer computes its weight from others, for an ``efft.operation`` on the stored one."""
-    for name, layer in layers.items():
-        if not isinstance(layer, nn.Module) or "weight" in layer._parameters:
+def check_stored(updates: Mapping[str, AdaptedLayer | AdaptedParameter], operation: str) -> None:
+    """Raise ValueError if a weight is computed from others, for an ``efft.operation`` on the stored one."""
+    for name, update in updates.items():
+        module = update if isinstance(update, nn.Module) else update.module
+        parameter = "weight" if isinstance(update, nn.Module) else update.name
+        if parameter in module._parameters:
             continue
-        kept = [key for key in (*layer._parameters, *layer._buffers, *layer._modules) if key not in _OWN]
+        kept = [key for key in (*module._parameters, *module._buffers, *module._modules) if key not in _OWN]
         raise ValueError(
             f"efft.{operation}: {name} computes its weight anew in each pass, from {', '.join(kept)} (a pruning mask, "
             "weight_norm, spectral_norm or their like, put on after efft.apply), and the stored weight is another: "
