@@ -45,7 +45,7 @@ class Effective(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is _REQUIRES_GRAD:  # the parameter's answer: who moves weights about makes a new one like it
+        if func == _REQUIRES_GRAD:  # the parameter's answer: who moves weights about makes a new one like it
             return args[0].W.requires_grad
         if func in _METADATA:
             return super().__torch_function__(func, types, args, kwargs)
