@@ -232,7 +232,7 @@ def _check_description(description: Any) -> None:
         raise ValueError("'base.layers' must be an object")
     if not all(isinstance(name, str) for name in description["head"]):
         raise ValueError("'head' must be a list of names")
-    fingerprint.check(description["base"].get("sketch", {}))
+    fingerprint.check(description["base"].get("sketch", ""))
     check_saved_plan(description.get("plan", []))
     saved = description.get("buffers", [])
     if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
@@ -326,7 +326,7 @@ def base_problems(model: nn.Module, layers: list[str], saved: dict[str, Any]) ->
         return [
             "the base weights are not those it was trained on (fingerprints differ); load the same pretrained weights"
         ]
-    others = fingerprint.differing(ours["sketch"], saved.get("sketch", {}), ours["dtype"], saved["dtype"])
+    others = fingerprint.differing(layers, ours["sketch"], saved.get("sketch", ""), ours["dtype"], saved["dtype"])
     if ours["dtype"] != saved["dtype"] and others:
         return [
             f"the base weights are not those it was trained on ({len(others)} layers, {min(others)} first, differ by "
@@ -352,10 +352,10 @@ def _shape(model: nn.Module, name: str) -> list[int]:
     return list(weight.shape)
 
 
-def _sketch(model: nn.Module, layers: list[str]) -> dict[str, list[float]]:
-    """What :func:`efft.fingerprint.sketch` gives of the layers whose weights are plain."""
+def _sketch(model: nn.Module, layers: list[str]) -> str:
+    """What :func:`efft.fingerprint.sketch` gives of the weights that are plain."""
     weights = {name: whole(_base_weight(model, name)) for name in layers}
-    return fingerprint.sketch({name: weight for name, weight in weights.items() if is_plain(weight)})
+    return fingerprint.sketch({name: weight if is_plain(weight) else None for name, weight in weights.items()})
 
 
 @torch.no_grad()
