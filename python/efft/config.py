@@ -341,12 +341,14 @@ def _pairs(rank: Any) -> Any:
 
 
 def _integer(value: Any) -> Any:
-    return int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else value
+    kind = type(value)
+    return int(value) if kind is not bool and issubclass(kind, numbers.Integral) else value
 
 
 def _number(value: Any) -> Any:
     """A float for another library's real number; anything else as it is."""
-    return float(value) if isinstance(value, numbers.Real) and type(value) not in (int, bool) else value
+    kind = type(value)
+    return float(value) if kind is not int and kind is not bool and issubclass(kind, numbers.Real) else value
 
 
 def _of_group(value: Any, field: str, group: str, kind: str) -> Any:

@@ -191,7 +191,8 @@ def plan_of_file(model: nn.Module, config: AdapterConfig, saved: Sequence[Any], 
     if not saved:
         targets = [known_target(weight(name)) for name in layers]
         return Plan(config.groups(model, targets), head, {t.name: t.weight for t in targets})
-    groups, found = [], {}
+    groups: list[Any] = []
+    found: dict[str, Weight] = {}
     for group in saved:
         members = {name: weight(name) for name in group["weights"]}
         groups.append(config.group_of_file(model, group, list(members.values())))

@@ -167,7 +167,7 @@ def _weights_of(name: str, module: nn.Module) -> list[tuple[Weight, str | None]]
             weight = Weight(full, name, p, "experts", *sizes, n_experts=experts.n_experts, experts=one)
             found.append((weight, None))
         elif p == "weight" and isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-            weight = Weight(name, name, p, "embedding", *t.shape, t.numel())
+            weight = Weight(name, name, p, "embedding", t.shape[0], t.shape[1], t.numel())
             found.append((weight, EfftEmbedding.refusal(module)))
         elif p == "weight" and _stands_for(module):
             kind = "convolution" if isinstance(module, nn.modules.conv._ConvNd) else "linear"
@@ -176,9 +176,8 @@ def _weights_of(name: str, module: nn.Module) -> list[tuple[Weight, str | None]]
             found.append((Weight(name, name, p, kind, d_in, d_out, d_in * d_out, view), None))
         else:
             weight = _read(name, p, t)
-            product = None if p.endswith("weight") else _DOUBTFUL
-            reason = _TABLE if min(weight.d_in, weight.d_out) == 1 else product
-            found.append((weight, cannot_adapt_parameter(module, p, weight.read_as) or reason))
+            unlikely = _TABLE if min(weight.d_in, weight.d_out) == 1 else None if p.endswith("weight") else _DOUBTFUL
+            found.append((weight, cannot_adapt_parameter(module, p, weight.read_as) or unlikely))
     return found
 
 
