@@ -46,7 +46,7 @@ def follow(aside: Aside, replaced: Mapping[nn.Module, nn.Module]) -> None:
         if attributes is not None:
             own: Any = new.forward
             forward = functools.update_wrapper(functools.partial(attributes["forward"].func, new), own)
-            hook = getattr(attributes["_hf_hook"], "_of", attributes["_hf_hook"])
+            hook: Any = getattr(attributes["_hf_hook"], "_of", attributes["_hf_hook"])
             hook = _past_updates(hook) if adapted_weights_of(new) else hook
             aside[new] = {"_hf_hook": hook, "_old_forward": own, "forward": forward}
 
@@ -67,7 +67,8 @@ class _PastUpdates:
 def _past_updates(hook: Any) -> Any:
     """A copy of a hook, which moves the same weights."""
     new = copy.copy(hook)
-    new.__class__ = _kind(type(hook))
+    kind: type = type(hook)
+    new.__class__ = _kind(kind)
     new._of = hook
     return new
 
