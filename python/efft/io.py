@@ -17,19 +17,19 @@ from safetensors.torch import load as deserialize
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from efft import buffers, files
+from efft import buffers, files, fingerprint
+from efft.card import model_card
 from efft.config import FORMAT_VERSION, AdapterConfig
 from efft.files import CONFIG, WEIGHTS
 from efft.inject import Bank, adapted_layers, apply_plan, bank_of, check_plain
 from efft.methods import config_from_dict, config_type
 from efft.offload import hooks_aside, stored
-from efft.params import count_parameters
 from efft.placing import find_update, locate
 from efft.plan import Plan, check_saved_plan, plan_of_file
 from efft.sharding import architecture, copy_whole_, once, reshard, whole
 from efft.wrappers import check_unwrapped, plain_name, unwrap
 from efft_kernels import __version__
-from efft_kernels.nn.weights import can_dequantize, dequantized
+from efft_kernels.nn.weights import can_dequantize, dequantized, is_plain
 
 #: What values of a right type but beyond all sizes, of a wrong type, or nested too deeply make Python and torch raise.
 _OUT_OF_BOUNDS = (TypeError, OverflowError, RecursionError)
@@ -78,7 +78,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], info: dict[str,
         "library": f"efft-kernels {__version__}",
         "info": info or {},
     }
-    weights, card = serialize(tensors, {"format_version": str(FORMAT_VERSION)}), _card(model, description)
+    weights, card = serialize(tensors, {"format_version": str(FORMAT_VERSION)}), model_card(model, description)
     once(model, lambda: files.write_adapter(folder, weights, description, card))
     return folder
 
@@ -253,6 +253,7 @@ def _check_description(description: Any) -> None:
         raise ValueError("'base.layers' must be an object")
     if not all(isinstance(name, str) for name in description["head"]):
         raise ValueError("'head' must be a list of names")
+    fingerprint.check(description["base"].get("sketch", ""))
     check_saved_plan(description.get("plan", []))
     saved = description.get("buffers", [])
     if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
@@ -325,6 +326,7 @@ def describe_base(model: nn.Module, layers: list[str]) -> dict[str, Any]:
         "layers": {name: _shape(model, name) for name in layers},
         "dtype": str(_base_weight(model, layers[0]).dtype),
         "fingerprint": _fingerprint(model, layers),
+        "sketch": _sketch(model, layers),
     }
 
 
@@ -344,6 +346,12 @@ def base_problems(model: nn.Module, layers: list[str], saved: dict[str, Any]) ->
     if ours["dtype"] == saved["dtype"] and ours["fingerprint"] != saved["fingerprint"]:
         return [
             "the base weights are not those it was trained on (fingerprints differ); load the same pretrained weights"
+        ]
+    others = fingerprint.differing(layers, ours["sketch"], saved.get("sketch", ""), ours["dtype"], saved["dtype"])
+    if ours["dtype"] != saved["dtype"] and others:
+        return [
+            f"the base weights are not those it was trained on ({len(others)} layers, {min(others)} first, differ by "
+            f"more than {saved['dtype']} and {ours['dtype']} explain); load the same pretrained weights"
         ]
     return []
 
@@ -365,6 +373,12 @@ def _shape(model: nn.Module, name: str) -> list[int]:
     return list(weight.shape)
 
 
+def _sketch(model: nn.Module, layers: list[str]) -> str:
+    """What :func:`efft.fingerprint.sketch` gives of the weights that are plain."""
+    weights = {name: whole(_base_weight(model, name)) for name in layers}
+    return fingerprint.sketch({name: weight if is_plain(weight) else None for name, weight in weights.items()})
+
+
 @torch.no_grad()
 def _fingerprint(model: nn.Module, layers: list[str]) -> str:
     """SHA-256 over the first row of every adapted weight of the base (where it is packed, over its first bytes): tells
@@ -379,32 +393,3 @@ def _fingerprint(model: nn.Module, layers: list[str]) -> str:
             first = module.state_dict()[parameter].flatten().view(torch.uint8)[:4096]
         digest.update(first.detach().cpu().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _card(model: nn.Module, description: dict[str, Any]) -> str:
-    base = description["base"]
-    facts = "\n".join(f"- {key}: {value}" for key, value in description["info"].items())
-    layers = len(adapted_layers(model))
-    return f"""---
-library_name: efft-kernels
-tags: [efft, tensor-train, parameter-efficient-fine-tuning]
----
-# EFFT adapter for {base["architecture"]}
-
-Method: {bank_of(model).config.summary()}; {layers} layers adapted. Written by
-{description["library"]}.
-
-```
-{count_parameters(model)}
-```
-
-{facts}
-
-Load it onto the same pretrained base:
-
-```python
-import efft
-
-efft.load_adapter(model, "path/to/this/folder")
-```
-"""

@@ -34,7 +34,7 @@ ABSURD: dict[str, list[Any]] = {
     "targets": [3, None, ["qkv", 3], {}],
     "exclude": [None, [3], {}],
     "head": [3, [3], {}],
-    "freeze_statistics": [0, "yes", None],
+    "freeze_statistics": [0, "no", None, [], {}],
     "bias": [0, "yes", None],
     "heads_on": ["both", 1, None],
 }
