@@ -1,41 +1,87 @@
-"""``EfftConv2d``: a frozen convolution with a tensor-train delta."""
+"""``EfftConv1d``, ``EfftConv2d``, ``EfftConv3d``: frozen convolutions with a tensor-train delta."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from efft_kernels._autocast import autocast_dtype
 from efft_kernels.nn.linear import AdaptedLayer
-from efft_kernels.nn.weights import is_plain
+from efft_kernels.nn.weights import is_plain, stored_in
 from efft_kernels.ops import tt_linear
 
 
-class EfftConv2d(AdaptedLayer, nn.Conv2d):
-    """``y = conv(x; W) + b + conv(x; D) G`` with frozen ``W`` and ``b``; an ``nn.Conv2d``, see :class:`AdaptedLayer`.
+class _EfftConv(AdaptedLayer):
+    """``y = conv(x; W) + b + conv(x; D) G`` with frozen ``W`` and ``b``.
 
-    The matrix of a kernel ``[d_out, channels, kh, kw]`` is ``[d_out, channels * kh * kw]``, so D is a kernel with r
-    outputs and G one of 1 x 1; the update is never built. A 1 x 1 convolution whose channels come last in memory is a
-    linear layer, and computed by its kernels.
+    The matrix of a kernel ``[d_out, channels, *kernel_size]`` is ``[d_out, channels * prod(kernel_size)]``, so D is a
+    kernel with r outputs and G one of one position; the update is never built. A convolution of one position whose
+    channels come last in memory is a linear layer, and computed by its kernels. The kernel of one in groups is built
+    with its update: see :meth:`_in_groups`.
     """
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight.flatten(1)
+
+    def shaped(self, matrix: Tensor) -> Tensor:
+        return matrix.reshape(self._parameters["weight"].shape)  # type: ignore[union-attr]
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., channels, *positions] -> [..., d_out, *positions']
+        conv: Any = self
+        W, b = stored_in(self, "weight"), conv.bias
+        if not self.enabled or self.merged:
+            return conv._conv_forward(x, W, b)
+        D, G = self.factors.down_up(self.binding)  # [channels / groups * prod(kernel_size), r], [r, d_out]
+        if conv.groups > 1:
+            return self._in_groups(x, W, D, G)
+        if self._is_linear() and x.dim() == W.dim():
+            last = x.movedim(1, -1)
+            if last.is_contiguous():
+                return tt_linear(last, W.flatten(1), b, D, G).movedim(-1, 1)
+        down = D.to(x.dtype).t().reshape(-1, *W.shape[1:])
+        up = G.to(x.dtype).t().reshape(-1, G.shape[0], *(1 for _ in W.shape[2:]))
+        h = conv._conv_forward(x, down, None)
+        return conv._conv_forward(x, W, b) + _AT_EACH_POSITION[W.dim()](h, up)
+
+    def _in_groups(self, x: Tensor, W: Tensor, D: Tensor, G: Tensor) -> Tensor:
+        """The convolution with the dense sum of kernel and update.
+
+        In groups (depthwise at the extreme) D would be a kernel for each of them, with r outputs where the layer has
+        d_out / groups: more work and activations than the layer itself has. The kernel is tiny beside the activations,
+        and so is its update. A sum rounded to less than fp32 would lose the update; there it is convolved on its own.
+        """
+        conv: Any = self
+        if (autocast_dtype(x.device) or x.dtype).itemsize < 4:
+            y, update = conv._conv_forward(x, W, conv.bias), self.update(D, G).to(x.dtype)
+            return y + conv._conv_forward(x, update, None)
+        return conv._conv_forward(x, self.summed(W, D, G), conv.bias)
+
+    def _is_linear(self) -> bool:
+        conv: Any = self
+        one = all(size == 1 for size in (*conv.kernel_size, *conv.stride))
+        still = conv.padding in ("valid", "same") or not any(conv.padding)
+        return one and still and is_plain(stored_in(self, "weight"))
+
+
+_AT_EACH_POSITION = {3: torch.conv1d, 4: torch.conv2d, 5: torch.conv3d}
+"""By the dimensions of a kernel."""
+
+
+class EfftConv1d(_EfftConv, nn.Conv1d):
+    """``y = conv(x; W) + b + conv(x; D) G`` with frozen ``W`` and ``b``; an ``nn.Conv1d``."""
+
+    adapts = nn.Conv1d
+
+
+class EfftConv2d(_EfftConv, nn.Conv2d):
+    """``y = conv(x; W) + b + conv(x; D) G`` with frozen ``W`` and ``b``; an ``nn.Conv2d``."""
 
     adapts = nn.Conv2d
 
-    def forward(self, x: Tensor) -> Tensor:  # [..., channels, height, width] -> [..., d_out, height', width']
-        if not self.enabled or self.merged:
-            return self._conv_forward(x, self.weight, self.bias)
-        D, G = self.factors.down_up(self.binding)  # [channels * kh * kw, r], [r, d_out]
-        if self._is_linear() and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-            return tt_linear(x.movedim(1, -1), self.weight.flatten(1), self.bias, D, G).movedim(-1, 1)
-        down = D.to(x.dtype).t().reshape(-1, *self.weight.shape[1:])
-        up = G.to(x.dtype).t()[..., None, None]
-        h = self._conv_forward(x, down, None)
-        return self._conv_forward(x, self.weight, self.bias) + F.conv2d(h, up)
 
-    def delta_weight(self) -> Tensor:
-        """The dense update ΔW, a kernel like the weight, in the factors' dtype, without dropout: for inspection."""
-        return super().delta_weight().reshape(self.weight.shape)
+class EfftConv3d(_EfftConv, nn.Conv3d):
+    """``y = conv(x; W) + b + conv(x; D) G`` with frozen ``W`` and ``b``; an ``nn.Conv3d``."""
 
-    def _is_linear(self) -> bool:
-        one = self.kernel_size == self.stride == (1, 1) and self.padding in ((0, 0), "valid", "same")
-        return one and is_plain(self.weight)
+    adapts = nn.Conv3d

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
-from efft_kernels.nn.weights import is_plain
+from efft_kernels.nn.weights import is_plain, stored_in
 
 
 class FrozenLayer(nn.Module):
@@ -21,7 +21,7 @@ class FrozenLayer(nn.Module):
         TypeError: :func:`cannot_wrap` has a reason.
     """
 
-    adapts: ClassVar[type[nn.Linear | nn.Conv2d]] = nn.Linear
+    adapts: ClassVar[type[nn.Module]] = nn.Linear
     """What a layer must have been."""
     product: ClassVar[Callable[..., Tensor]] = nn.Linear.forward
     """What the class of a linear layer computes (:func:`efft_kernels.nn.weights.frozen_linear` asks for it)."""
@@ -29,38 +29,60 @@ class FrozenLayer(nn.Module):
     weight: Tensor
 
     def __new__(cls, layer: Any = None, *args: Any, **kwargs: Any) -> FrozenLayer:
-        own = isinstance(layer, nn.Linear) and not isinstance(layer, FrozenLayer) and not is_plain(layer.weight)
-        return super().__new__(_of_both(cls, type(layer)) if own and type(layer) is not nn.Linear else cls)
+        return super().__new__(_of_both(cls, type(layer)) if _has_class_of_its_own(layer) else cls)
+
+    @classmethod
+    def refusal(cls, layer: nn.Module) -> str | None:
+        """None if this class can stand in for ``layer``, else the reason."""
+        return cannot_wrap(layer, cls.adapts)
 
     def __init__(self, layer: nn.Module) -> None:
-        reason = cannot_wrap(layer, self.adapts)
+        reason = self.refusal(layer)
         if reason is not None:
             raise TypeError(f"{type(self).__name__}: {reason}")
         nn.Module.__init__(self)  # the layer's own would allocate and draw a weight
         share_attributes(layer, self)
-        self.weight = cast(nn.Parameter, layer.weight)
-        self.register_parameter("bias", cast("nn.Parameter | None", layer.bias))
+        for name in ("weight", "bias"):
+            if name == "weight" or name in layer._parameters:
+                self.register_parameter(name, layer._parameters[name])
+
+
+def _has_class_of_its_own(layer: Any) -> bool:
+    """Whether what ``layer`` is is known by its class alone, so that its stand-in must be of it too."""
+    if isinstance(layer, FrozenLayer):
+        return False
+    quantized = isinstance(layer, nn.Linear) and not is_plain(layer.weight) and type(layer) is not nn.Linear
+    return quantized or is_conv1d(layer)
 
 
 _of_both_kinds: dict[tuple[type, type], type[FrozenLayer]] = {}
 
 
-def _of_both(stand_in: type[FrozenLayer], linear: type[nn.Linear]) -> type[FrozenLayer]:
+def _of_both(stand_in: type[FrozenLayer], kind: type[nn.Module]) -> type[FrozenLayer]:
     """The class of stand-ins of this class for layers of that one."""
 
     def reduce(self: FrozenLayer, protocol: object) -> tuple[Any, ...]:  # pickle finds classes by their names alone
-        return _empty, (stand_in, linear), self.__dict__
+        return _empty, (stand_in, kind), self.__dict__
 
-    if (stand_in, linear) not in _of_both_kinds:
-        parts = {"product": linear.forward, "__reduce_ex__": reduce, "__doc__": stand_in.__doc__}
-        name = f"{stand_in.__name__}{linear.__name__}"
-        _of_both_kinds[stand_in, linear] = type(name, (stand_in, linear), parts)
-    return _of_both_kinds[stand_in, linear]
+    if (stand_in, kind) not in _of_both_kinds:
+        parts: dict[str, Any] = {"product": kind.forward, "__reduce_ex__": reduce, "__doc__": stand_in.__doc__}
+        if issubclass(kind, nn.Linear):  # its own product reads the weight, and means the stored one
+            parts["weight"] = property(lambda layer: _stored_weight(layer))
+        own_name = stand_in.__name__.endswith(kind.__name__)
+        name = stand_in.__name__ if own_name else f"{stand_in.__name__}{kind.__name__}"
+        _of_both_kinds[stand_in, kind] = type(name, (stand_in, kind), parts)
+    return _of_both_kinds[stand_in, kind]
 
 
-def _empty(stand_in: type[FrozenLayer], linear: type[nn.Linear]) -> FrozenLayer:
-    kind = _of_both(stand_in, linear)
-    return kind.__new__(kind)
+def _stored_weight(layer: nn.Module) -> Tensor:
+    if layer._parameters.get("weight") is None:
+        raise AttributeError("weight")
+    return stored_in(layer, "weight")
+
+
+def _empty(stand_in: type[FrozenLayer], kind: type[nn.Module]) -> FrozenLayer:
+    both = _of_both(stand_in, kind)
+    return both.__new__(both)
 
 
 def share_attributes(source: nn.Module, target: nn.Module) -> None:
@@ -74,31 +96,43 @@ def share_attributes(source: nn.Module, target: nn.Module) -> None:
 _NOT_SHARED = {
     *("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules", "forward", "_compiled_call_impl"),
     "extra_repr",  # torchao sets one that is bound to the layer
-    *("factors", "site", "binding", "enabled", "selected", "stacks"),
+    *("factors", "site", "binding", "enabled", "read", "selected", "stacks", "layouts", "learned"),
 }
 
 
-def cannot_wrap(linear: nn.Module, kind: type[nn.Linear | nn.Conv2d] = nn.Linear) -> str | None:
+def is_conv1d(layer: object) -> bool:
+    """Whether ``layer`` is a ``Conv1D`` of transformers (GPT-2), a linear layer whose weight is ``[d_in, d_out]``."""
+    if not (isinstance(layer, nn.Module) and any(kind.__name__ == "Conv1D" for kind in type(layer).__mro__)):
+        return False
+    weight = layer._parameters.get("weight")
+    return hasattr(layer, "nf") and weight is not None and weight.dim() == 2 and weight.shape[1] == layer.nf
+
+
+def cannot_wrap(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> str | None:
     """None if a :class:`FrozenLayer` can stand in for a layer of this kind, else the reason."""
-    if isinstance(linear, FrozenLayer):
-        return f"this layer is adapted already: it is of type {type(linear).__name__}"
-    if not isinstance(linear, kind):
-        return f"expected an nn.{kind.__name__}, got {type(linear).__name__}"
-    if isinstance(linear, nn.Conv2d) and linear.groups != 1:
-        return f"a convolution of {linear.groups} groups is no product with one matrix; expected groups=1"
-    if isinstance(linear, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return (
-            "this is the out_proj of nn.MultiheadAttention, which reads the weight and never calls the layer, so a "
-            "delta on it would be ignored; use an attention module with separate linear layers"
-        )
-    if type(linear).forward is not kind.forward and (kind is not nn.Linear or is_plain(linear.weight)):
-        return f"{type(linear).__name__} has a forward of its own, which the adapted layer would drop"
-    if "forward" in linear.__dict__:
+    if isinstance(layer, FrozenLayer):
+        return f"this layer is adapted already: it is of type {type(layer).__name__}"
+    if not isinstance(layer, kind):
+        return f"expected an nn.{kind.__name__}, got {type(layer).__name__}"
+    return not_only_a_weight(layer, kind)
+
+
+def not_only_a_weight(layer: nn.Module, kind: type[nn.Module]) -> str | None:
+    """None if ``layer`` computes what those of this kind do, from the parameters weight and bias alone, else the
+    reason why nothing can stand in for it."""
+    own = any(
+        getattr(type(layer), name) is not getattr(kind, name)
+        for name in ("forward", "_conv_forward")
+        if hasattr(kind, name)
+    )
+    if own and (kind is not nn.Linear or is_plain(cast(Tensor, layer.weight))):
+        return f"{type(layer).__name__} has a forward of its own, which the adapted layer would drop"
+    if "forward" in layer.__dict__:
         return "a forward was set on the layer itself, which the adapted layer would drop; undo that first"
-    if getattr(linear, "parametrizations", None):
+    if getattr(layer, "parametrizations", None):
         return "the layer's weight is parametrized; remove the parametrization first"
-    more = {*linear._parameters, *linear._buffers, *linear._modules} - {"weight", "bias"}
-    if more or not isinstance(linear.weight, nn.Parameter):
+    more = {*layer._parameters, *layer._buffers, *layer._modules} - {"weight", "bias"}
+    if more or not isinstance(layer.weight, nn.Parameter):
         return (
             f"expected the parameters weight and bias alone, found {', '.join(sorted(more)) or 'a computed weight'} "
             "too, as torch.nn.utils.weight_norm and its like add them; remove that first"

@@ -3,52 +3,47 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from efft_kernels._autocast import no_autocast
+from efft_kernels.nn.adapted import AdaptedWeight, MergeLoss
 from efft_kernels.nn.bank import FactorBank
 from efft_kernels.nn.deferred import Deferred
+from efft_kernels.nn.effective import effective_property, in_pass
 from efft_kernels.nn.factors import Site, TTFactors
-from efft_kernels.nn.frozen import FrozenLayer, cannot_wrap
-from efft_kernels.nn.weights import adapted_linear, dequantized, frozen_linear, is_plain
-from efft_kernels.ops import tt_merge_
+from efft_kernels.nn.frozen import FrozenLayer, is_conv1d
+from efft_kernels.nn.weights import adapted_linear, frozen_linear, stored_in
+
+__all__ = ["AdaptedLayer", "EfftLinear", "MergeLoss", "features"]
 
 
-@dataclass(frozen=True)
-class MergeLoss:
-    """What merging did to one weight; norms are Frobenius norms in fp32.
-
-    Attributes:
-        relative_update: |ΔW| / |W|.
-        relative_error: |achieved - ΔW| / |ΔW|, where achieved is the change of the stored weight: the part of the
-            update lost by rounding to the weight's dtype. 0 for a zero update.
-    """
-
-    relative_update: float
-    relative_error: float
+def _reader(layer: AdaptedLayer) -> AdaptedLayer | None:
+    """The layer, where reading its weight means reading the update too."""
+    return layer if layer.read or in_pass(layer.binding) else None
 
 
-class AdaptedLayer(FrozenLayer):
-    """A frozen layer whose weight, as a matrix ``[d_out, d_in]``, has the update ``(D G)ᵀ`` from a bank of factors.
+class AdaptedLayer(FrozenLayer, AdaptedWeight):
+    """A frozen layer that is called, whose weight has an update from a bank of factors.
 
     A shared bank is referenced, not registered: it is owned once, elsewhere.
+
+    While the model runs, ``weight`` is the effective weight (:mod:`efft_kernels.nn.effective`) for whoever reads it, so
+    that no module which never calls the layer can miss the update. At any other time it is the stored parameter, which
+    :attr:`stored` always is.
+
+    Attributes:
+        read: True lets ``weight`` be the effective weight at any time: for layers that their parent never calls, so
+            that parts of a model, too, are right on their own.
     """
 
-    factors: FactorBank
-    base_weight: Tensor | None
+    weight = effective_property("weight", _reader)
+    __jit_unused_properties__ = ("merged", "stored", "weight")
 
     def __init__(self, layer: nn.Module, factors: FactorBank, site: Any, *, own_factors: bool = False) -> None:
         super().__init__(layer)
-        expected, sizes = factors.features(site), features(layer)
-        if expected != sizes:
-            raise ValueError(
-                f"{type(self).__name__}: {site} of this bank fits a linear layer with (in_features, out_features) = "
-                f"{expected}, got {sizes}"
-            )
+        self._check_sizes(factors, site, features(layer), type(self).__name__)
         for parameter in layer.parameters():
             parameter.requires_grad_(False)
         if own_factors:
@@ -57,81 +52,19 @@ class AdaptedLayer(FrozenLayer):
             self.__dict__["factors"] = factors
         self.site, self.binding = site, factors.bind(site)
         self.enabled = True
+        self.read = isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear)  # by nn.MultiheadAttention
         self.register_buffer("base_weight", None, persistent=False)
 
     @property
-    def merged(self) -> bool:
-        """Whether the delta is part of ``weight`` now."""
-        return self.base_weight is not None
+    def stored(self) -> Tensor:
+        """The weight that the layer owns, without the update unless it is merged."""
+        return stored_in(self, "weight")
 
-    @torch.no_grad()
-    def delta_weight(self) -> Tensor:
-        """The dense update ΔW of the weight's shape in the factors' dtype, without dropout: for inspection."""
-        D, G = self.evaluated()
-        with no_autocast(D.device):
-            return (D @ G).t()
-
-    @torch.no_grad()
-    def merge(self, dequantize: bool = False) -> MergeLoss | None:
-        """Add the delta to ``weight``, in fp32 with one rounding, keeping the base weight so that unmerge is exact.
-
-        A quantised weight holds no such sum: with ``dequantize`` a dense one in its dtype takes its place until then.
-
-        Returns what rounding cost; None if the layer was merged already.
-
-        Raises:
-            TypeError: the weight is quantised (or another tensor subclass), and ``dequantize`` is not set or not known
-                to it; nothing is changed.
-        """
-        if self.merged:
-            return None
-        D, G = self.evaluated()
-        if is_plain(self.weight):
-            kept = base = self.weight.detach().clone()
-        elif dequantize:
-            kept, base = self.weight.detach(), dequantized(self.weight)
-            self.weight = nn.Parameter(base.clone(), requires_grad=False)
-        else:
-            raise TypeError(
-                f"the weight is a {type(self.weight).__name__}, to which no update can be added: merge with "
-                "dequantize=True (a dense weight takes its place), or keep the update beside it"
-            )
-        matrix = self.weight.flatten(1)  # of a convolution whose channels come last this is a copy
-        tt_merge_(matrix, D, G)
-        self.weight.copy_(matrix.view(self.weight.shape))
-        self.base_weight = kept
-        delta = self.delta_weight()
-        wide = torch.promote_types(base.dtype, delta.dtype)
-        lost = (self.weight.to(wide) - base.to(wide)) - delta
-        size = delta.norm()
-        return MergeLoss(
-            relative_update=(size / base.to(wide).norm()).item(),
-            relative_error=(lost.norm() / size).item() if size > 0 else 0.0,
-        )
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Put the base weight back, bit for bit. Does nothing on a layer that is not merged."""
-        if self.base_weight is None:
-            return
-        if is_plain(self.base_weight):
-            self.weight.copy_(self.base_weight)
-        else:
-            self.weight = nn.Parameter(self.base_weight, requires_grad=False)
-        self.base_weight = None
-
-    def evaluated(self) -> tuple[Tensor, Tensor]:
-        """(D [in_features, r], G [r, out_features]) as they are now and without dropout, whatever runs and whatever
-        mode the bank is in."""
-        return self.factors.evaluated(self.site)
+    def store(self, weight: nn.Parameter) -> None:
+        self.register_parameter("weight", weight)
 
     def extra_repr(self) -> str:
-        parts = [super().extra_repr(), self.factors.describe(self.site)]
-        if self.merged:
-            parts.append("merged")
-        if not self.enabled:
-            parts.append("disabled")
-        return ", ".join(parts)
+        return f"{super().extra_repr()}, {self.describe()}"
 
 
 class EfftLinear(AdaptedLayer, nn.Linear):
@@ -170,7 +103,7 @@ class EfftLinear(AdaptedLayer, nn.Linear):
             if site is None and not isinstance(factors, TTFactors):
                 raise ValueError(f"site must say which part of this {type(factors).__name__} the layer uses, got None")
             return cls(linear, factors, Site() if site is None else site)
-        reason = cannot_wrap(linear)
+        reason = cls.refusal(linear)
         if reason is not None:
             raise TypeError(f"EfftLinear: {reason}")
         if n_cores < 1 or linear.out_features % n_cores:
@@ -197,9 +130,20 @@ class EfftLinear(AdaptedLayer, nn.Linear):
         return adapted_linear(self, x, D, G)
 
 
-def features(layer: nn.Module) -> tuple[int, int]:
-    """(d_in, d_out) of the matrix that a linear layer, or a convolution over the kernel's positions, multiplies by."""
-    if isinstance(layer, nn.Conv2d):
+def features(weight: nn.Module | Tensor, view: str = "linear") -> tuple[int, int]:
+    """(d_in, d_out) of the matrix that a layer, or a convolution over the kernel's positions, multiplies by.
+
+    Of a parameter ``view`` says how the matrix lies in it: see :func:`efft_kernels.nn.parameter.adapt_parameter`.
+    """
+    if isinstance(weight, Tensor):
+        rows, columns = weight.shape[0], math.prod(weight.shape[1:])
+        return (rows, columns) if view == "transposed" else (columns, rows)
+    layer: Any = weight
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return layer.in_channels // layer.groups * math.prod(layer.kernel_size), layer.out_channels
+    if isinstance(layer, nn.Embedding):
+        return layer.num_embeddings, layer.embedding_dim
+    if is_conv1d(layer):
+        return tuple(stored_in(layer, "weight").shape)  # type: ignore[return-value]
     assert isinstance(layer, nn.Linear)
     return layer.in_features, layer.out_features

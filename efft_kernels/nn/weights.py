@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from efft_kernels._autocast import no_autocast
 from efft_kernels.ops import tt_linear
+
+torch.fx.wrap("tt_linear")  # one node of a traced graph
 
 
 def is_plain(weight: Tensor) -> bool:
@@ -38,7 +40,7 @@ def adapted_linear(linear: nn.Linear, x: Tensor, D: Tensor, G: Tensor) -> Tensor
     computed in the dtype of ``x`` (autocast's under autocast) and without ever building ``D G``. Differentiable in
     ``x``, ``D``, ``G``.
     """
-    W = linear.weight
+    W = stored_in(linear, "weight")
     if multiplies_plainly(linear, W):
         return tt_linear(x, W, linear.bias, D, G)
     return frozen_linear(linear, x) + (x @ D.to(x.dtype)) @ G.to(x.dtype)
@@ -53,7 +55,7 @@ def frozen_linear(linear: nn.Linear, x: Tensor) -> Tensor:
     Raises:
         RuntimeError: the class of ``linear`` computes a product without the gradient that ``x`` asks for.
     """
-    W, forward = linear.weight, _forward_of(type(linear))
+    W, forward = stored_in(linear, "weight"), _forward_of(type(linear))
     if forward is nn.Linear.forward and can_dequantize(W):
         product = F.linear if is_plain(W) else _OwnProduct.apply
         result: Tensor = product(x, W, linear.bias)
@@ -106,3 +108,17 @@ def dequantized(weight: Tensor) -> Tensor:
         )
     dense: Tensor = getattr(weight, "get_original_weight", weight.dequantize)()  # NF4Tensor's dequantize is another's
     return dense.to(weight.dtype)
+
+
+def stored_in(module: nn.Module, name: str) -> Tensor:
+    """What ``module`` owns under the name of an adapted parameter, past the property that stands before it.
+
+    Raises:
+        AttributeError: nothing.
+    """
+    W = module._parameters.get(name)
+    if W is None:  # pruned, or of a module that FSDP has flattened: a plain tensor is set in the place of the parameter
+        W = module.__dict__.get(name)
+    if W is None:  # parametrized: the property is torch's
+        W = getattr(module, name)
+    return cast(Tensor, W)

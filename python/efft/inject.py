@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,13 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from efft import buffers
 from efft.config import AdapterConfig, EfftConfig
-from efft.plan import make_plan
+from efft.heads import find_head, is_language_model
+from efft.offload import Aside, device_of, follow, hooks_aside
+from efft.placing import Update, adapt_in_place, find_update, make_layers, restore_in_place
+from efft.plan import Plan, make_plan, warn_of_untouched
 from efft.sharding import check_whole
-from efft.targets import find_head
-from efft_kernels import EfftConv2d, FactorBank
+from efft.stored import check_stored
+from efft.wrappers import check_unwrapped, plain_name, unwrap
+from efft_kernels import FactorBank
+from efft_kernels.nn.adapt import mark_readers
 from efft_kernels.nn.deferred import undefer
-from efft_kernels.nn.frozen import share_attributes
+from efft_kernels.nn.frozen import FrozenLayer, share_attributes
 from efft_kernels.nn.linear import AdaptedLayer
 from efft_kernels.nn.weights import is_plain
 
@@ -27,7 +34,8 @@ class Bank(nn.ModuleDict):
 
     Attributes:
         config: the configuration the model was adapted with.
-        layers: names of the adapted layers.
+        layers: names of the adapted weights: of layers their modules', of other weights the parameters'.
+        plan: the groups as adapter files keep them.
         head: names of the modules trained beside the factors.
         enabled: False while the update is switched off or merged.
     """
@@ -36,14 +44,24 @@ class Bank(nn.ModuleDict):
         super().__init__(factors)
         self.config, self.head, self.enabled = config, head, True
         self.layers: list[str] = []
+        self.plan: list[dict[str, Any]] = []
         self._idle_checked = False
         self._originals: dict[str, Any] = {}
+        self._base_buffers: dict[str, Tensor] = {}  # what training may change, as it was
+        self._still: list[nn.Module] = []  # kept in eval mode; no children, so that they keep their names
         self._requires_grad: dict[str, bool] = {}
         self._hooks: list[Any] = []
 
     def forward(self, x: Any) -> Any:
         """The identity: an ``nn.Sequential`` that was adapted runs the bank too, as its last child."""
         return x
+
+    def train(self, mode: bool = True) -> Bank:
+        """As ever; the bank is the model's last child, so this comes after the modules whose statistics are frozen."""
+        super().train(mode)
+        for module in self._still:
+            module.training = False
+        return self
 
     def banks(self) -> list[FactorBank]:
         """The groups' factors."""
@@ -65,7 +83,8 @@ def apply(model: nn.Module, config: AdapterConfig | None = None) -> nn.Module:
 
     Raises:
         TypeError: not a module and a configuration.
-        ValueError: the model is adapted or sharded already, or ``config`` does not fit it; the model is then unchanged.
+        ValueError: the model is adapted, sharded, or wrapped by DDP or its like already, or ``config`` does not fit it;
+            the model is then unchanged.
     """
     if not isinstance(model, nn.Module) or not isinstance(config, (AdapterConfig, type(None))):
         raise TypeError(
@@ -74,61 +93,114 @@ def apply(model: nn.Module, config: AdapterConfig | None = None) -> nn.Module:
     config = copy.deepcopy(config) if config else EfftConfig()  # the caller may go on changing its own
     check_plain(model)
     check_whole(model, "apply")
-    plan = make_plan(model, config)
-    _check_trainable(model, plan.head)
+    check_unwrapped(model, "apply")
+    with hooks_aside(model):
+        plan = make_plan(model, config)
+    warn_of_untouched(model, plan, config)
+    if config.head is None and not plan.head and not is_language_model(model):
+        warnings.warn(
+            f"found no head in this {type(model).__name__}, so nothing but the factors is trained: name what else is "
+            "to be trained by head=[...], or say that nothing is by head=[]",
+            stacklevel=2,
+        )
+    return apply_plan(model, config, plan)
+
+
+def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> nn.Module:
+    """:func:`apply` by a plan that is made already."""
+    with hooks_aside(model) as aside:
+        _check_trainable(model, plan.head, aside)
+        _adapt(model, config, plan, aside)
+    return model
+
+
+def _adapt(model: nn.Module, config: AdapterConfig, plan: Plan, aside: Aside) -> None:
     requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
-    banks = {}
-    for group in plan.groups:  # all of them, before a layer is touched: what does not fit is found here at the latest
-        weight = model.get_submodule(next(iter(group.sites))).weight
-        assert isinstance(weight, Tensor)
-        banks[group.name] = group.build(weight.device, torch.promote_types(weight.dtype, torch.float32))
-    layers = {}
-    for group in plan.groups:
-        for name, site in group.sites.items():
-            layer = model.get_submodule(name)
-            kind = EfftConv2d if isinstance(layer, nn.Conv2d) else config.layer
-            layers[name] = (layer, kind(layer, banks[group.name], site))
+    banks = _build_banks(
+        model, config, plan, aside
+    )  # all of them, before a layer is touched: what does not fit is seen
+    sites = {name: (banks[group.name], site) for group in plan.groups for name, site in group.sites.items()}
+    weights = {name: (plan.weights[name], *sites[name]) for name in plan.in_order(model)}
+    layers = make_layers(model, weights, config)
     config.settle(plan.groups, banks)
     bank = Bank(banks, config, plan.head)
+    bank._base_buffers = buffers.snapshot(model, plan.head)
+    bank._still = buffers.statistics(model, plan.head) if config.freeze_statistics else []
     bank.train(model.training)
     bank._requires_grad = requires_grad
-    bank._originals = {name: linear for name, (linear, _) in layers.items()}
+    bank._originals = {name: layer for name, (layer, _) in layers.items()}
+    adapt_in_place(model, weights)
     replace_modules(model, dict(layers.values()))
-    bank.layers = [name for name, _ in model.named_modules() if name in layers]
+    follow(aside, dict(layers.values()))
+    mark_readers(model)
+    bank.layers = list(weights)
+    bank.plan = [group.to_dict() for group in plan.groups]
     _freeze_all_but(model, plan.head)
     model.efft = bank
     bank._hooks = [
         model.register_forward_pre_hook(_prepare),
         model.register_forward_hook(_release, always_call=True),
+        model.register_load_state_dict_post_hook(_base_loaded),
     ]
-    return model
+
+
+def _build_banks(model: nn.Module, config: AdapterConfig, plan: Plan, aside: Aside) -> dict[str, FactorBank]:
+    banks: dict[str, FactorBank] = {}
+    for group in plan.groups:
+        owners = {name: (model.get_submodule(w.module), w.parameter) for name, w in plan.weights_of(group).items()}
+        module, parameter = next(iter(owners.values()))
+        weight = module._parameters[parameter]
+        assert weight is not None
+        device = device_of(aside, owners)
+        try:
+            banks[group.name] = group.build(device, torch.promote_types(weight.dtype, torch.float32))
+        except NotImplementedError:  # there is nothing to read on the meta device
+            if not weight.is_meta or device.type == "meta":
+                raise
+            raise ValueError(
+                f"{config.method} makes its factors from the weights of {', '.join(group.sites)}, which are offloaded: "
+                "load the model without offloading, or use another method"
+            ) from None
+    return banks
 
 
 def remove(model: nn.Module) -> nn.Module:
-    """Undo :func:`apply`: the original linear layers come back bit for bit, and so does what required gradients.
+    """Undo :func:`apply`: the original linear layers come back bit for bit, and so do buffers that training changed and
+    what required gradients.
 
     The head keeps what it learned. A merged model is unmerged first. Returns the same ``model``.
 
     Raises:
-        ValueError: the model is not adapted, it is sharded, or a ``forward`` was set on an adapted layer itself.
+        ValueError: the model is not adapted, it is sharded, a ``forward`` was set on an adapted layer itself, or one
+            computes its weight from others.
     """
     bank = bank_of(model)
     check_whole(model, "remove")
-    changed = [name for name, layer in adapted_layers(model).items() if "forward" in layer.__dict__]
-    if changed:
-        raise ValueError(f"a forward was set on {', '.join(changed)} after efft.apply; undo that before efft.remove")
-    originals: dict[nn.Module, nn.Module] = {}
-    for name, layer in adapted_layers(model).items():
-        layer.unmerge()
-        original = bank._originals[name]
-        original.weight, original.bias = layer.weight, layer.bias
-        share_attributes(layer, original)
-        originals[layer] = original
-    replace_modules(model, originals)
+    check_stored(adapted_layers(model), "remove")
+    with hooks_aside(model) as aside:
+        put_in = {n: u for n, u in adapted_layers(model).items() if isinstance(u, AdaptedLayer)}
+        changed = [name for name, layer in put_in.items() if "forward" in layer.__dict__]
+        if changed:
+            raise ValueError(
+                f"a forward was set on {', '.join(changed)} after efft.apply; undo that before efft.remove"
+            )
+        originals: dict[nn.Module, nn.Module] = {}
+        for name, layer in put_in.items():
+            layer.unmerge()
+            original = bank._originals[name]
+            original._parameters.update(layer._parameters)
+            share_attributes(layer, original)
+            originals[layer] = original
+        replace_modules(model, originals)
+        restore_in_place(model)
+        follow(aside, originals)
     for module in model.modules():
         undefer(module)
     for hook in bank._hooks:
         hook.remove()
+    buffers.put_back(model, bank.head, bank._base_buffers)
+    for module in bank._still:
+        module.training = model.training
     del model.efft
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(bank._requires_grad.get(name, parameter.requires_grad))
@@ -137,17 +209,27 @@ def remove(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Within the ``with`` block the model computes without the update, exactly as its base (with the trained head)."""
+    """Within the ``with`` block the model computes without the update, exactly as its base (with the trained head).
+
+    An update that is merged is taken out of the weights meanwhile, and buffers that training changed have the values of
+    the base. ``model`` may be wrapped by DDP or its like.
+    """
+    wrapper, model = model, unwrap(model)
     bank = bank_of(model)
-    if any(layer.merged for layer in adapted_layers(model).values()):
-        raise RuntimeError("the update is merged into the weights; call efft.unmerge(model) before disabling it")
+    merged = [update for update in adapted_layers(model).values() if update.merged]
+    for update in merged:
+        update.unmerge()
     before = bank.enabled
     _enable(model, bank, False)
     try:
-        yield model
+        with buffers.as_in_base(model, bank.head, bank._base_buffers):
+            yield wrapper
     finally:
         if getattr(model, "efft", None) is bank:  # not removed meanwhile
             _enable(model, bank, before)
+            for update in merged:
+                update.enabled = True
+                update.merge(dequantize=True)
 
 
 def freeze_backbone(model: nn.Module, head: list[str] | None = None) -> list[str]:
@@ -157,7 +239,8 @@ def freeze_backbone(model: nn.Module, head: list[str] | None = None) -> list[str
         ValueError: the model has no head to train.
     """
     names = find_head(model, head)
-    _check_trainable(model, names)
+    with hooks_aside(model) as aside:
+        _check_trainable(model, names, aside)
     if not names:
         raise ValueError(
             f"found no classifier in this {type(model).__name__}: create it with num_classes=..., or pass head=[names]"
@@ -170,6 +253,11 @@ def check_plain(model: nn.Module) -> None:
     """Raise ValueError if ``model`` is adapted, or has its own idea of what ``model.efft`` is."""
     if isinstance(getattr(model, "efft", None), Bank):
         raise ValueError("this model is adapted already; call efft.remove(model) first to adapt it differently")
+    inner = next((name for name, module in model.named_modules() if isinstance(module, (Bank, FrozenLayer))), None)
+    if inner is not None:
+        raise ValueError(
+            f"{inner!r} in this {type(model).__name__} is adapted already: call efft.remove on the model inside first"
+        )
     if hasattr(model, "efft"):
         raise ValueError(f"this {type(model).__name__} has an attribute 'efft' of its own, where the factors would go")
 
@@ -185,15 +273,23 @@ def bank_of(model: nn.Module) -> Bank:
     return bank
 
 
-def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
-    """The adapted layers by name."""
-    layers = {name: model.get_submodule(name) for name in bank_of(model).layers}
-    return {name: layer for name, layer in layers.items() if isinstance(layer, AdaptedLayer)}
+def adapted_layers(model: nn.Module) -> dict[str, Update]:
+    """The updates of an adapted model by the names of their weights: of layers the modules', of others the parameters'.
+
+    Each has ``delta_weight()`` (the dense update), ``merge()``, ``unmerge()``, ``merged``, ``enabled`` and
+    ``evaluated()`` (D and G). A layer's is the adapted layer itself. ``model`` may be wrapped by DDP or its like.
+    """
+    model = unwrap(model)
+    updates = {name: find_update(model, name) for name in bank_of(model).layers}
+    return {name: update for name, update in updates.items() if update is not None}
 
 
 def named_factors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """(name in the state dict, parameter) of every trainable factor, each once."""
-    return bank_of(model).named_parameters("efft")
+    """(name in the state dict, parameter) of every trainable factor, each once.
+
+    ``model`` may be wrapped by DDP or its like; names are those of the model inside.
+    """
+    return bank_of(unwrap(model)).named_parameters("efft")
 
 
 def parameter_groups(
@@ -209,8 +305,9 @@ def parameter_groups(
     As in the paper's recipe the weight decay acts on factors and head; scales have none. ``scale_lr`` is by default
     10 lr: a step of Adam changes a scale by about this share of it, so that at 1e-3 it can double in 70 steps. Works
     on a model without factors (linear probe) too; a UserWarning says so where nothing is frozen. Empty groups are left
-    out.
+    out. ``model`` may be wrapped by DDP or its like.
     """
+    model = unwrap(model)
     bank = getattr(model, "efft", None)
     if bank is None and all(p.requires_grad for p in model.parameters()):
         warnings.warn(
@@ -235,9 +332,14 @@ def parameter_groups(
     return [group for group in groups if group["params"]]
 
 
-def _check_trainable(model: nn.Module, head: list[str]) -> None:
+def _check_trainable(model: nn.Module, head: list[str], aside: Aside) -> None:
     for name in head:
         for parameter in model.get_submodule(name).parameters():
+            if parameter.is_meta and any(m in aside for m in model.get_submodule(name).modules()):
+                raise ValueError(
+                    f"the head {name!r} is to be trained, but its weights are offloaded: keep it on the device (by "
+                    "device_map), or pass head=[] to train factors alone"
+                )
             if not is_plain(parameter):
                 raise ValueError(
                     f"the head {name!r} is to be trained, but has a {type(parameter).__name__} for a weight: leave it "
@@ -270,18 +372,40 @@ def _release(model: nn.Module, args: Any, output: Any) -> None:
     if any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in model.modules()):
         bank._idle_checked = True  # compiled blocks leave no trace of having run
         return
-    names = [
-        name
-        for name, layer in adapted_layers(model).items()
-        if layer.binding in idle and layer.enabled and not layer.merged
-    ]
+    names = _never_run(adapted_layers(model), idle)
     if names:
         bank._idle_checked = True
         warnings.warn(
-            f"{len(names)} of {len(bank.layers)} adapted layers did not run in this pass, {names[0]!r} first. "
-            "A module that reads the weight without calling its layer ignores the update: exclude such layers",
+            f"{len(names)} of {len(bank.layers)} adapted layers did not run in this pass, {names[0]!r} first, nor any "
+            "like it in another block. A module that reads the weight without calling its layer ignores the update: "
+            "exclude such layers",
             stacklevel=2,
         )
+
+
+def _never_run(layers: Mapping[str, Update], idle: list[Any]) -> list[str]:
+    """The layers that were passed by in every block alike: what reads their weights itself does so everywhere, whereas
+    a block that is skipped at random (LayerDrop) runs at other places."""
+    ran: dict[str, bool] = {}
+    for name, layer in layers.items():
+        place = re.sub(r"(?<=\.)\d+(?=\.)", "*", f".{name}.")
+        ran[place] = ran.get(place, False) or layer.binding not in idle or not layer.enabled or layer.merged
+    return [name for name in layers if not ran[re.sub(r"(?<=\.)\d+(?=\.)", "*", f".{name}.")]]
+
+
+def _base_loaded(model: nn.Module, incompatible: Any) -> None:
+    """After a checkpoint without factors was loaded: its buffers are the base's."""
+    bank = getattr(model, "efft", None)
+    missing = [plain_name(name) for name in incompatible.missing_keys]
+    if not isinstance(bank, Bank) or not all(_among(f"efft.{name}", missing) for name in bank.state_dict()):
+        return
+    loaded = buffers.snapshot(model, bank.head)
+    bank._base_buffers.update({name: value for name, value in loaded.items() if not _among(name, missing)})
+
+
+def _among(name: str, names: list[str]) -> bool:
+    """Whether a name is among those of this model, or of a larger one around it."""
+    return any(other == name or other.endswith(f".{name}") for other in names)
 
 
 def _enable(model: nn.Module, bank: Bank, enabled: bool) -> None:

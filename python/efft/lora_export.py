@@ -12,12 +12,15 @@ import torch
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
+from efft import buffers
 from efft.files import CONFIG, read_json, write_pair
-from efft.inject import adapted_layers, bank_of
+from efft.inject import Bank, adapted_layers, bank_of
 from efft.io import head_tensors
 from efft.sharding import check_whole
-from efft_kernels import EfftConv2d
+from efft.stored import check_stored
+from efft.wrappers import plain_name, unwrap
 from efft_kernels.nn.linear import AdaptedLayer
+from efft_kernels.nn.parameter import AdaptedParameter
 
 #: What peft puts before the names of the base's modules.
 PREFIX = "base_model.model."
@@ -30,7 +33,8 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], base_model: st
     Nothing is approximated: the update of a layer is ``D G`` of rank r, so ``lora_A [r, in_features]`` is ``Dᵀ`` and
     ``lora_B [out_features, r]`` is ``Gᵀ`` with s inside, both in the factors' dtype; ``lora_alpha = r`` makes peft's
     scaling 1. The file is larger than the adapter's own: LoRA shares nothing between layers.
-    ``peft.PeftModel.from_pretrained(base, folder)`` loads it, without this library.
+    ``peft.PeftModel.from_pretrained(base, folder)`` loads it, without this library. Modules whose buffers training
+    changed, such as batch norms, are written whole, like the head.
 
     Args:
         model: adapted by :func:`efft.apply`; may be merged.
@@ -43,12 +47,16 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], base_model: st
 
     Raises:
         ValueError: the model is not adapted, or by a method that updates no weight; it is sharded; ``folder`` holds an
-            adapter of another method; or peft would understand the names of layers and head differently.
+            adapter of another method; a layer computes with another weight than the stored one; or peft would
+            understand the names of layers and head differently.
     """
+    model = unwrap(model)
     bank, folder = bank_of(model), Path(folder)
     check_whole(model, "export_lora")
-    layers = adapted_layers(model)
-    _check_names(model, layers, bank.head)
+    check_stored(adapted_layers(model), "export_lora")
+    layers = _exportable(model)
+    head = bank.head + _changed_modules(model, bank, layers)
+    _check_names(model, layers, head)
     _check_replaceable(folder / CONFIG)
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
@@ -56,16 +64,44 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], base_model: st
         D, G = layer.evaluated()  # [in_features, r], [r, out_features]
         ranks[name] = D.shape[1]
         A, B = D.t(), G.t()
-        if isinstance(layer, EfftConv2d):  # peft's are a kernel and one of 1 x 1
-            A, B = A.unflatten(1, layer.weight.shape[1:]), B[..., None, None]
+        if isinstance(layer, nn.modules.conv._ConvNd):  # peft's are a kernel and one of size 1
+            A, B = A.unflatten(1, layer.stored.shape[1:]), B.reshape(*B.shape, *[1] * len(layer.kernel_size))
         tensors[f"{PREFIX}{name}.lora_A.weight"] = A
         tensors[f"{PREFIX}{name}.lora_B.weight"] = B
-    tensors.update({f"{PREFIX}{name}": tensor for name, tensor in head_tensors(model, bank.head).items()})
+    tensors.update({f"{PREFIX}{name}": tensor for name, tensor in head_tensors(model, head).items()})
     # A copy each: D is one tensor in all layers, which safetensors refuses.
     content = serialize({n: t.clone(memory_format=torch.contiguous_format).cpu() for n, t in tensors.items()})
-    config = _config(ranks, bank.head, base_model or getattr(model, "name_or_path", None))
+    config = _config(ranks, head, base_model or getattr(model, "name_or_path", None))
     write_pair(folder, content, (json.dumps(config, indent=2) + "\n").encode())
     return folder
+
+
+def _exportable(model: nn.Module) -> dict[str, AdaptedLayer]:
+    """The adapted layers; ValueError if a weight is adapted whose update peft's LoRA of a layer cannot express."""
+    layers = {}
+    for name, update in adapted_layers(model).items():
+        grouped = isinstance(update, nn.modules.conv._ConvNd) and update.groups > 1
+        if not isinstance(update, AdaptedLayer) or isinstance(update, nn.Embedding) or grouped:
+            kind = "a parameter that a module reads" if isinstance(update, AdaptedParameter) else type(update).__name__
+            raise ValueError(
+                f"{name} is {kind}, for which peft's LoRA has no equal form: merge the update instead "
+                "(efft.merged_state_dict), or adapt with targets that leave it out"
+            )
+        layers[name] = update
+    return layers
+
+
+def _changed_modules(model: nn.Module, bank: Bank, layers: dict[str, AdaptedLayer]) -> list[str]:
+    """The modules outside the head with buffers that training changed: peft stores modules, not buffers."""
+    changed = buffers.changed(model, bank.head, bank._base_buffers)
+    modules = dict.fromkeys(name.rpartition(".")[0] for name in changed)
+    for name in modules:
+        if not name or any(f"{layer}.".startswith(f"{name}.") for layer in layers):
+            raise ValueError(
+                f"training changed buffers of {name or 'the model itself'}, which has adapted layers inside, and a "
+                "LoRA checkpoint has no place for them; merge the update instead (efft.merged_state_dict)"
+            )
+    return list(modules)
 
 
 def _config(ranks: dict[str, int], head: list[str], base_model: str | None) -> dict[str, Any]:
@@ -92,7 +128,8 @@ def _config(ranks: dict[str, int], head: list[str], base_model: str | None) -> d
 def _check_names(model: nn.Module, layers: dict[str, AdaptedLayer], head: list[str]) -> None:
     """peft adapts a layer at one of its places, and trains every module whose name *ends* like one of the head's."""
     names = {module: name for name, module in layers.items()}
-    for name, module in model.named_modules(remove_duplicate=False):
+    for full, module in model.named_modules(remove_duplicate=False):
+        name = plain_name(full)
         if names.get(module, name) != name:
             raise ValueError(
                 f"{names[module]} and {name} are one layer, and peft would adapt only the first; merge the update "

@@ -8,6 +8,7 @@ from torch import nn
 
 from efft.inject import Bank
 from efft.plan import Plan
+from efft.wrappers import unwrap
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class ParameterCount:
 
 def count_parameters(model: nn.Module) -> ParameterCount:
     """Count an adapted model's parameters; on another model everything trainable counts as head."""
+    model = unwrap(model)
     bank = getattr(model, "efft", None)
     groups = {}
     if isinstance(bank, Bank):
@@ -63,7 +65,15 @@ def count_plan(model: nn.Module, plan: Plan) -> ParameterCount:
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
-    """Print the table of trainable parameters by group of factors, with head and backbone."""
+    """Print the table of trainable parameters by group of factors, with head and backbone, and the line that ``peft``
+    prints."""
+    model = unwrap(model)
     if not isinstance(getattr(model, "efft", None), Bank):
         print(f"this {type(model).__name__} is not adapted: everything that requires a gradient counts as head")
-    print(count_parameters(model))
+    count = count_parameters(model)
+    trainable = count.factors + count.head
+    print(count)
+    print(
+        f"trainable params: {trainable:,d} || all params: {trainable + count.backbone:,d} || "
+        f"trainable%: {100 * trainable / max(trainable + count.backbone, 1):.4f}"
+    )

@@ -174,23 +174,56 @@ def test_attention_that_reads_its_weight_is_refused(name: str, unchanged: Unchan
     assert torch.equal(model(x), base)
 
 
-def test_layers_that_never_run_are_reported_once(tiny_vit: Make, images: Tensor) -> None:
-    class Lazy(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.vit = tiny_vit()
+class Part(nn.Module):
+    """A ViT of which only some blocks run, as LayerDrop does it at random."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            out: Tensor = self.vit.blocks[1](self.vit.patch_embed(x))
-            return out
+    def __init__(self, vit: nn.Module, *blocks: int) -> None:
+        super().__init__()
+        self.vit, self.blocks = vit, blocks
 
-    model = efft.apply(Lazy(), efft.EfftConfig(rank=4))
-    with pytest.warns(UserWarning, match=r"4 of 8 adapted layers did not run .*'vit\.blocks\.0\.attn\.qkv' first"):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.vit.patch_embed(x)
+        for i in self.blocks:
+            x = self.vit.blocks[i](x)
+        return x
+
+
+def test_blocks_that_do_not_run_are_no_fault(tiny_vit: Make, images: Tensor) -> None:
+    model = efft.apply(Part(tiny_vit(), 1), efft.EfftConfig(rank=4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(images).sum().backward()
+    gradient = model.efft["mhsa"].C.grad
+    assert gradient is not None
+    assert not gradient[0].any(), "block 0 took no part"
+
+
+def test_layers_that_run_in_no_block_are_reported_once(tiny_vit: Make, images: Tensor) -> None:
+    """The same places in all blocks: as where a module reads the weights itself."""
+    model = efft.apply(Part(tiny_vit()), efft.EfftConfig(rank=4))
+    with pytest.warns(UserWarning, match=r"8 of 8 adapted layers did not run .*'vit\.blocks\.0\.attn\.qkv' first"):
         model(images)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(images)
         efft.apply(tiny_vit(), efft.EfftConfig(rank=4))(images)
+
+
+def test_layer_drop_warns_of_nothing() -> None:
+    """Wav2Vec2 skips layers at random in training."""
+    transformers = pytest.importorskip("transformers", reason="needs the hf extra")
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 4}
+    convolutions = {"conv_dim": (8,), "conv_stride": (5,), "conv_kernel": (10,), "num_conv_pos_embeddings": 4}
+    config = transformers.Wav2Vec2Config(
+        **sizes, **convolutions, num_conv_pos_embedding_groups=2, layerdrop=0.2, apply_spec_augment=False
+    )
+    model = transformers.Wav2Vec2ForSequenceClassification(config)
+    efft.apply(model, efft.EfftConfig(rank=2, targets=[r"layers\.\d+\.feed_forward\..*"]))
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(6):
+            model.train()(torch.randn(2, 200))
 
 
 @pytest.mark.parametrize("first", ["eval", "train"])

@@ -105,10 +105,8 @@ def test_one_graph_under_compile() -> None:
         torch.testing.assert_close(compiled(x), layer(x))
 
 
-def test_what_is_no_product_with_one_matrix_is_refused() -> None:
+def test_what_is_no_such_convolution_is_refused() -> None:
     factors = TTFactors(9, 6, 2)
-    with pytest.raises(TypeError, match="a convolution of 6 groups is no product with one matrix; expected groups=1"):
-        EfftConv2d(nn.Conv2d(6, 6, 3, groups=6), factors, None)
     with pytest.raises(ValueError, match=r"\(in_features, out_features\) = \(9, 6\), got \(54, 6\)"):
         EfftConv2d(nn.Conv2d(6, 6, 3), factors, Site())
     with pytest.raises(TypeError, match=r"expected an nn\.Conv2d, got Conv1d"):

@@ -106,7 +106,7 @@ def test_gradients(
     """Of every factor and the scale, through the ops, against autograd through the dense updates."""
     stack = make_stack(kind, core_sharing=core_sharing, trainable_scale=trainable_scale)
     got = stack.gradients()
-    dense = stack.gradients(lambda layer, x: x @ (layer.weight.t() + update(stack.bank, layer.site)) + layer.bias)
+    dense = stack.gradients(lambda layer, x: x @ (layer.stored.t() + update(stack.bank, layer.site)) + layer.bias)
     for name, value in got.items():
         torch.testing.assert_close(value, dense[name], msg=lambda text, name=name: f"{name}: {text}")
 
@@ -212,7 +212,7 @@ def test_dropout_on_every_site(
     masks = given_masks(stack.bank, [layer.site for layer in stack.layers], monkeypatch)
     got = stack.gradients()
     dense = stack.gradients(
-        lambda layer, x: x @ (layer.weight.t() + update(stack.bank, layer.site, masks)) + layer.bias
+        lambda layer, x: x @ (layer.stored.t() + update(stack.bank, layer.site, masks)) + layer.bias
     )
     for name, value in got.items():
         torch.testing.assert_close(value, dense[name], msg=lambda text, name=name: f"{name}: {text}")

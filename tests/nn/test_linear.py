@@ -128,10 +128,6 @@ class OtherLinear(nn.Linear):
         (nn.Conv2d(8, 8, 1), "EfftLinear: expected an nn.Linear, got Conv2d"),
         (OtherLinear(8, 8), "EfftLinear: OtherLinear has a forward of its own, which the adapted layer would drop"),
         (
-            nn.MultiheadAttention(8, 2).out_proj,
-            "out_proj of nn.MultiheadAttention, .* would be ignored; use",
-        ),
-        (
             EfftLinear.from_linear(nn.Linear(8, 8)),
             "this layer is adapted already: it is of type EfftLinear",
         ),

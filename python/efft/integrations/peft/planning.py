@@ -13,7 +13,8 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from efft.integrations.peft.config import EfftPeftConfig
-from efft.plan import Plan, make_plan
+from efft.plan import Plan, make_plan, warn_of_untouched
+from efft.structure import Weight
 from efft.targets import find_head
 
 #: Names that a pattern may have as they are.
@@ -29,6 +30,7 @@ def plan_adapter(model: nn.Module, config: EfftPeftConfig) -> Plan:
     head = _head(model, config)
     if config.chosen_by_targets and config.exclude_modules is None and config.layers_to_transform is None:
         plan = make_plan(model, config.own(head=head))
+        warn_of_untouched(model, plan, config)
         if not config.rank_pattern:
             return plan
         names = [name for group in plan.groups for name in group.sites]
@@ -64,18 +66,21 @@ def _plan_of(model: nn.Module, config: EfftPeftConfig, names: list[str], head: l
         layers.setdefault(rank if isinstance(rank, int) else 0, []).append(name)
     ends = {rank: "" if rank in (0, config.rank) else f"_r{rank}" for rank in layers}
     groups: list[Any] = []
+    weights: dict[str, Weight] = {}
     for rank, members in layers.items():
         changes: dict[str, Any] = {"rank": rank} if rank else {}
         if isinstance(config.scale, dict) and config.rank_pattern:
             own = {k: s for k, s in config.scale.items() if _end(k, ends.values()) == ends[rank]}
             changes["scale"] = {k.removesuffix(ends[rank]): s for k, s in own.items()}
         exact = [f"^{name if _PLAIN.fullmatch(name) else re.escape(name)}$" for name in members]
-        for group in make_plan(model, config.own(targets=exact, head=head, **changes)).groups:
+        plan = make_plan(model, config.own(targets=exact, head=head, **changes))
+        weights |= plan.weights
+        for group in plan.groups:
             group.name += ends[rank]
             if config.trainable_scale == "global" and groups:
                 group.trainable_scale = False  # the first group owns it
             groups.append(group)
-    return Plan(groups, head)
+    return Plan(groups, head, weights)
 
 
 def _end(name: str, ends: Iterable[str]) -> str:

@@ -1,0 +1,191 @@
+"""Any weight of a model, adapted by its name and put back: which class stands in for a layer, or what becomes of a
+parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from efft_kernels.nn.adapted import AdaptedWeight
+from efft_kernels.nn.bank import FactorBank
+from efft_kernels.nn.conv import EfftConv1d, EfftConv2d, EfftConv3d
+from efft_kernels.nn.experts import EXPERT_VIEWS, ExpertWeight, cannot_adapt_experts
+from efft_kernels.nn.factors import TTFactors
+from efft_kernels.nn.frozen import is_conv1d, share_attributes
+from efft_kernels.nn.linear import AdaptedLayer, EfftLinear
+from efft_kernels.nn.parameter import (
+    AdaptedModule,
+    AdaptedParameter,
+    adapted_weights_of,
+    become_adapted,
+    cannot_adapt_parameter,
+    put_update,
+    restore_module,
+)
+from efft_kernels.nn.reads import reads_weight_of_children
+from efft_kernels.nn.transposed import EfftConv1D, EfftEmbedding
+
+_KINDS: tuple[type[AdaptedLayer], ...] = (EfftLinear, EfftConv1d, EfftConv2d, EfftConv3d, EfftEmbedding)
+
+
+def layer_class(layer: nn.Module) -> type[AdaptedLayer] | None:
+    """The class that stands in for layers of this kind, None where there is none. Its ``refusal`` may still have a
+    reason against this very layer."""
+    if is_conv1d(layer):
+        return EfftConv1D
+    return next((kind for kind in _KINDS if isinstance(layer, kind.adapts)), None)
+
+
+def cannot_adapt(model: nn.Module, name: str, view: str = "linear") -> str | None:
+    """None if :func:`adapt` can adapt the layer or parameter ``name``, else the reason, in words."""
+    layer = _module_at(model, name)
+    if layer is not None:
+        kind = layer_class(layer)
+        if kind is None:
+            return (
+                f"expected a linear layer, a convolution, a Conv1D of transformers or an embedding, got "
+                f"{type(layer).__name__}; name its parameters"
+            )
+        return kind.refusal(layer)
+    owner, _, parameter = name.rpartition(".")
+    module = _module_at(model, owner)
+    if module is None:
+        return "there is nothing of this name"
+    if view in EXPERT_VIEWS:
+        return cannot_adapt_experts(module, parameter)
+    return cannot_adapt_parameter(module, parameter, view)
+
+
+def adapt(
+    model: nn.Module,
+    sites: Mapping[str, tuple[FactorBank, Any]],
+    *,
+    views: Mapping[str, str] | None = None,
+    kind: type[AdaptedLayer] = EfftLinear,
+) -> dict[str, AdaptedWeight]:
+    """Adapt weights of ``model``, in place.
+
+    Args:
+        model: the model.
+        sites: by the name of a layer that is called, as ``"blocks.0.attn.qkv"``, or of a parameter of any other module,
+            as ``"layers.0.self_attn.in_proj_weight"``: a bank, and the part of it that the weight uses.
+        views: how the matrix lies in a parameter, where that is not ``"linear"``
+            (:func:`efft_kernels.nn.parameter.adapt_parameter`). ``"experts"``: the matrices ``[experts, d_out, d_in]``
+            of a site of experts, ``"experts transposed"`` ``[experts, d_in, d_out]``.
+        kind: the class that stands in for linear layers.
+
+    Returns:
+        By name the stand-in of each layer, which is registered wherever the layer was, and what stands for each
+        parameter.
+
+    Raises:
+        TypeError: :func:`cannot_adapt` has a reason; nothing is changed.
+        ValueError: sizes do not fit; no module is replaced.
+    """
+    views = views or {}
+    for name in sites:
+        reason = cannot_adapt(model, name, views.get(name, "linear"))
+        if reason is not None:
+            raise TypeError(f"{name}: {reason}")
+    adapted: dict[str, AdaptedWeight] = {}
+    stand_ins: dict[nn.Module, nn.Module] = {}
+    for name, (factors, site) in sites.items():
+        layer = _module_at(model, name)
+        if layer is None:
+            owner, _, parameter = name.rpartition(".")
+            module, view = model.get_submodule(owner), views.get(name, "linear")
+            if view in EXPERT_VIEWS:
+                assert isinstance(factors, TTFactors)
+                transposed = view == EXPERT_VIEWS[True]
+                adapted[name] = ExpertWeight(module, parameter, factors, site, transposed=transposed)
+            else:
+                adapted[name] = AdaptedParameter(module, parameter, factors, site, view)
+        else:
+            chosen = layer_class(layer)
+            assert chosen is not None
+            adapted[name] = stand_ins[layer] = (kind if chosen is EfftLinear else chosen)(layer, factors, site)
+    for weight in adapted.values():
+        if isinstance(weight, AdaptedParameter):
+            put_update(weight)
+    _replace(model, stand_ins)
+    mark_readers(model)
+    return adapted
+
+
+def mark_readers(model: nn.Module) -> dict[str, str]:
+    """Prepare the modules of ``model`` that read weights of adapted layers in place of calling these.
+
+    Such a layer's ``weight`` is its effective weight from then on, at any time; an ``nn.MultiheadAttention`` whose
+    ``out_proj`` is adapted computes with it in its own way, and an ``nn.TransformerEncoder`` keeps off nested tensors
+    while an update counts. To be called once all layers are replaced.
+
+    Returns:
+        By the name of each adapted layer that may be read, the class of the module that reads it.
+    """
+    readers = {}
+    for path, module in model.named_modules():
+        if isinstance(module, AdaptedLayer):
+            continue
+        for read in reads_weight_of_children(type(module)):  # type: ignore[arg-type]
+            child, _, parameter = read.rpartition(".")
+            layer = _module_at(module, child) if child and parameter == "weight" else None
+            if isinstance(layer, AdaptedLayer):
+                layer.read = True
+                readers[f"{path}.{child}" if path else child] = type(module).__name__
+        forward = type(module).forward
+        if forward is nn.MultiheadAttention.forward and isinstance(module._modules["out_proj"], AdaptedLayer):
+            become_adapted(module)
+        if forward is nn.TransformerEncoder.forward and any(adapted_weights_of(m) for m in module.modules()):
+            become_adapted(module)
+    return readers
+
+
+def restore(model: nn.Module, originals: Mapping[nn.Module, nn.Module]) -> None:
+    """Undo every adaptation in ``model``, merged or not; parameters stay frozen.
+
+    Args:
+        originals: by each stand-in the layer that it stands in for, which gets its weight, hooks and mode back.
+    """
+    for stand_in, layer in originals.items():
+        assert isinstance(stand_in, AdaptedLayer)
+        stand_in.unmerge()
+        for name, parameter in stand_in._parameters.items():
+            layer.register_parameter(name, parameter)
+        share_attributes(stand_in, layer)
+    _replace(model, originals)
+    for module in model.modules():
+        if isinstance(module, AdaptedModule):
+            restore_module(module)
+
+
+def named_adapted_weights(model: nn.Module) -> Iterator[tuple[str, AdaptedWeight]]:
+    """(name, adapted weight) of each adapted layer and parameter of ``model``, each once."""
+    for path, module in model.named_modules():
+        if isinstance(module, AdaptedLayer):
+            yield path, module
+        if isinstance(module, AdaptedModule):
+            for name, parameter in module.adapted_parameters.items():
+                yield f"{path}.{name}" if path else name, parameter
+
+
+def state_name(name: str, weight: AdaptedWeight) -> str:
+    """The name in a state dict of the weight that :func:`named_adapted_weights` calls ``name``."""
+    return f"{name}.weight" if isinstance(weight, AdaptedLayer) else name
+
+
+def _module_at(model: nn.Module, name: str) -> nn.Module | None:
+    for part in name.split(".") if name else []:
+        child = model._modules.get(part)
+        if child is None:
+            return None
+        model = child
+    return model
+
+
+def _replace(model: nn.Module, new_of: Mapping[nn.Module, nn.Module]) -> None:
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None and child in new_of:
+                parent._modules[name] = new_of[child]

@@ -1,0 +1,203 @@
+"""Weights that include their update when somebody else than their layer reads them.
+
+A module may read a parameter itself, of its own or of a child (``F.linear(x, self.qkv.weight)``), and never call a
+layer that could add the update. :func:`effective_property` gives it ``W + (D G)ᵀ`` then, as an :class:`Effective`: a
+tensor that is not computed before it is needed. Where it is the weight of an ``F.linear``, it never is: the product is
+that of :func:`efft_kernels.tt_linear`. Anything else makes it dense, which costs memory and a sum of the weight's size,
+and rounds the sum to the weight's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from efft_kernels.nn.adapted import AdaptedWeight
+from efft_kernels.nn.bank import Binding
+from efft_kernels.nn.weights import is_plain
+from efft_kernels.ops import tt_linear
+
+
+class Effective(Tensor):
+    """``W + (D G)ᵀ`` in the shape of the weight ``W``, not computed yet; it has the weight's shape, dtype and device.
+
+    A gradient that reaches it past torch's functions (in a custom autograd.Function) goes on to D and G.
+    """
+
+    owner: AdaptedWeight
+    W: Tensor
+    D: Tensor
+    G: Tensor
+    dense: dict[bool, Tensor]  # by whether it has a graph
+
+    @staticmethod
+    def of(owner: AdaptedWeight, W: Tensor, D: Tensor, G: Tensor) -> Effective:
+        """The effective weight of ``owner``, whose stored weight is ``W``."""
+        wanted = torch.is_grad_enabled() and (D.requires_grad or G.requires_grad or W.requires_grad)
+        effective = _Lazy.apply(W, D, G, owner) if wanted else _wrapper(W)
+        effective.owner, effective.W, effective.D, effective.G, effective.dense = owner, W, D, G, {}
+        return effective
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is _REQUIRES_GRAD:  # the parameter's answer: who moves weights about makes a new one like it
+            return args[0].W.requires_grad
+        if func in _METADATA:
+            return super().__torch_function__(func, types, args, kwargs)
+        if func in _CHANGES:
+            raise RuntimeError(f"{func.__name__} of a weight with an update changes nothing that lasts: {_LASTING}")
+        if func is F.linear:
+            y = _linear(*args, **kwargs)
+            if y is not None:
+                return y
+        made: list[tuple[Tensor, int]] = []
+
+        def value(effective: Effective) -> Tensor:
+            tensor = effective.value()
+            if not tensor.is_inference():
+                made.append((tensor, tensor._version))
+            return tensor
+
+        args, kwargs = torch.utils._pytree.tree_map_only(Effective, value, (args, kwargs))
+        result = func(*args, **kwargs)
+        if any(tensor._version != version for tensor, version in made):
+            raise RuntimeError(f"a weight with an update was changed in place, which does not last: {_LASTING}")
+        return result
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        args, kwargs = torch.utils._pytree.tree_map_only(Effective, Effective.value, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def value(self) -> Tensor:
+        """The dense tensor; made once with a graph, and once without."""
+        graph = torch.is_grad_enabled()
+        if graph not in self.dense:
+            self.owner.binding.used = self.owner.binding.read = self.owner.binding.dense = True
+            self.dense[graph] = self.owner.summed(self.W, self.D, self.G)
+        return self.dense[graph]
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"Effective({type(self.owner).__name__}, shape={list(self.shape)})"
+
+
+def _wrapper(W: Tensor) -> Any:
+    return Tensor._make_wrapper_subclass(Effective, W.shape, strides=W.stride(), dtype=W.dtype, device=W.device)
+
+
+class _Lazy(torch.autograd.Function):
+    """Makes the tensor, and is its node in the graph: nobody's, if the product or the dense tensor takes its place."""
+
+    @staticmethod
+    def forward(ctx: Any, W: Tensor, D: Tensor, G: Tensor, owner: AdaptedWeight) -> Tensor:
+        ctx.save_for_backward(W, D, G)
+        ctx.owner = owner
+        return _wrapper(W)
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[:3]
+        with torch.enable_grad():
+            leaves = [t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, needed, strict=True)]
+            dense = ctx.owner.summed(*leaves)
+            wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
+            found = iter(torch.autograd.grad(dense, wanted, gy))
+        return *(next(found) if need else None for need in needed), None
+
+
+def _linear(input: Any, weight: Any, bias: Any = None) -> Tensor | None:
+    """``F.linear`` without the dense weight; None if it cannot be done so."""
+    if not isinstance(weight, Effective) or isinstance(input, Effective) or isinstance(bias, Effective):
+        return None
+    owner, W = weight.owner, weight.W
+    if W.dim() != 2 or owner.matrix(W) is not W or not is_plain(W) or input.is_nested:
+        return None
+    owner.binding.used = owner.binding.read = True
+    return tt_linear(input, W, bias, weight.D, weight.G)
+
+
+_REQUIRES_GRAD = getattr(Tensor, "requires_grad").__get__  # noqa: B009
+_METADATA = {
+    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_meta")),
+    *(getattr(Tensor, name).__get__ for name in ("is_nested", "is_sparse", "is_quantized", "itemsize")),
+    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.element_size, Tensor.stride),
+    *(Tensor.is_contiguous, Tensor.is_complex, Tensor.get_device),
+}
+_CHANGES = {
+    *(getattr(Tensor, name).__set__ for name in ("data", "grad", "requires_grad")),
+    Tensor.requires_grad_,
+}
+_LASTING = "change the stored parameter (module._parameters), or switch the update off first"
+
+
+def effective_property(name: str, owner_of: Callable[[Any], AdaptedWeight | None]) -> property:
+    """A property in the place of the parameter ``name`` of a class of modules.
+
+    Whoever reads it gets the stored parameter itself where the update does not count, else the effective weight: an
+    :class:`Effective`, or a dense tensor in compiled, exported and traced code and under ``torch.func``. ``owner_of``
+    finds the adapted weight that stands for the parameter, None where the stored one is meant.
+    """
+
+    def read(module: Any) -> Tensor:
+        W = module._parameters.get(name)
+        if W is None:
+            W = module.__dict__.get(name)
+        if W is None:
+            raise AttributeError(f"{type(module).__name__!r} object has no attribute {name!r}")
+        owner = owner_of(module)
+        if owner is None or not owner.enabled or owner.merged:
+            return W
+        if _is_symbolically_traced():
+            raise AttributeError(name)  # nn.Module.__getattr__ follows, which torch.fx watches
+        try:
+            return effective(owner, W)
+        except AttributeError as error:  # would be taken for no property, and the stored weight come in silence
+            raise RuntimeError(f"the effective {name} of a {type(module).__name__} failed: {error}") from error
+
+    # What torch's prune and FSDP set and delete here is no parameter: nn.Module leaves it to the class.
+    def write(module: nn.Module, value: Any) -> None:
+        module.__dict__[name] = value
+
+    def delete(module: nn.Module) -> None:
+        if name not in module.__dict__:
+            raise AttributeError(name)
+        del module.__dict__[name]
+
+    return property(read, write, delete, f"The parameter {name}, with its update where that counts.")
+
+
+def effective(owner: AdaptedWeight, W: Tensor) -> Tensor:
+    """The effective weight of ``owner``, whose stored weight is ``W``; differentiable."""
+    if torch.compiler.is_compiling():
+        return owner.summed(W, *owner.pair())
+    binding = owner.binding
+    used = binding.used
+    D, G = owner.pair()
+    binding.used = used  # not before more than its dtype or shape is asked for
+    if (
+        torch.jit.is_tracing()  # type: ignore[attr-defined]
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0  # fake tensors, make_fx
+    ):
+        binding.used = binding.read = binding.dense = True
+        return owner.summed(W, D, G)
+    return Effective.of(owner, W, D, G)
+
+
+def in_pass(binding: Binding) -> bool:
+    """Whether the model runs that a binding belongs to, or a part of it again, inside backward (checkpointing)."""
+    if binding.prepared is not None:
+        return True
+    return not torch.compiler.is_compiling() and torch._C._current_autograd_node() is not None
+
+
+def _is_symbolically_traced() -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    symbolic = torch.fx._symbolic_trace.is_fx_symbolic_tracing()
+    return symbolic and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None  # make_fx has one

@@ -1,0 +1,231 @@
+"""Parameters with an update, of any module that reads them itself: :func:`adapt_parameter`.
+
+A module whose forward is its own (a weight-standardised convolution, an attention with packed projections) cannot be
+replaced by a layer. It stays, and only its class changes, to one of the same name in which the parameter is a property
+that has the update (:mod:`efft_kernels.nn.effective`). Names in the state dict, hooks and handles stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from efft_kernels.nn.adapted import AdaptedWeight
+from efft_kernels.nn.bank import FactorBank
+from efft_kernels.nn.effective import effective_property
+from efft_kernels.nn.frozen import FrozenLayer
+from efft_kernels.nn.linear import features
+from efft_kernels.nn.weights import is_plain, stored_in
+
+VIEWS = ("linear", "transposed", "convolution")
+
+
+class AdaptedParameter(AdaptedWeight):
+    """A parameter of a module, with an update; no module itself, it is found in the module's ``adapted_parameters``.
+
+    Args:
+        module, name: whose parameter it is, and which.
+        factors, site: the bank, and the part of it that the parameter uses.
+        view: see :func:`adapt_parameter`.
+
+    Raises:
+        ValueError: the sizes do not fit.
+    """
+
+    def __init__(self, module: nn.Module, name: str, factors: FactorBank, site: Any, view: str) -> None:
+        self.module, self.name, self.view = module, name, view
+        self._check_sizes(factors, site, self._features(), f"{name} of {type(module).__name__}")
+        self.factors, self.site, self.binding = factors, site, factors.bind(site)
+        self.enabled = True
+
+    def _features(self) -> tuple[int, int]:
+        return features(self.stored, self.view)
+
+    @property
+    def stored(self) -> Tensor:
+        return stored_in(self.module, self.name)
+
+    def store(self, weight: nn.Parameter) -> None:
+        self.module.register_parameter(self.name, weight)
+
+    @property
+    def weight(self) -> Tensor:
+        """The stored parameter."""
+        return self.stored
+
+    @property
+    def base_weight(self) -> Tensor | None:
+        """The parameter before the update was merged into it: a buffer of the module, which moves with it."""
+        return self.module._buffers.get(self._base_name)
+
+    @base_weight.setter
+    def base_weight(self, weight: Tensor | None) -> None:
+        if weight is None:
+            delattr(self.module, self._base_name)
+        else:
+            self.module.register_buffer(self._base_name, weight, persistent=False)
+
+    @property
+    def _base_name(self) -> str:
+        return f"base_{self.name}"
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        if self.view == "transposed":
+            return weight.t()
+        return weight.flatten(1) if weight.dim() > 2 else weight
+
+    def shaped(self, matrix: Tensor) -> Tensor:
+        return matrix.t() if self.view == "transposed" else matrix.reshape(self.stored.shape)
+
+
+class AdaptedModule:
+    """What a module is too while parameters of it are adapted. :func:`adapt_parameter` makes the classes."""
+
+    adapted_parameters: dict[str, AdaptedParameter]
+    prefix: ClassVar[str] = ""
+    """What the name of the class begins with, before that of the module's own."""
+
+    def extra_repr(self) -> str:
+        own: str = super().extra_repr()  # type: ignore[misc]
+        return ", ".join([own] * bool(own) + [f"{n}: {p.describe()}" for n, p in self.adapted_parameters.items()])
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced: Any = super().__reduce_ex__(protocol)
+        return _empty, (_original(type(self)), tuple(self.adapted_parameters)), *reduced[2:]
+
+
+def adapted_weights_of(module: object) -> list[AdaptedWeight]:
+    """What of ``module`` itself is adapted: the weight of a layer, or parameters."""
+    if isinstance(module, AdaptedWeight):
+        return [module]
+    return [*module.adapted_parameters.values()] if isinstance(module, AdaptedModule) else []
+
+
+_own_forwards: dict[Callable[..., Any], type[AdaptedModule]] = {}
+_classes: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
+
+
+def runs_for(forward: Callable[..., Any]) -> Callable[[type[AdaptedModule]], type[AdaptedModule]]:
+    """A class decorator: modules with this forward become of that class while they are adapted, for a better one."""
+
+    def register(kind: type[AdaptedModule]) -> type[AdaptedModule]:
+        _own_forwards[forward] = kind
+        return kind
+
+    return register
+
+
+def _class_of(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    """The class of modules of class ``base`` whose parameters ``names`` are adapted."""
+    if (base, names) not in _classes:
+        parts: dict[str, Any] = {name: effective_property(name, _owner(name)) for name in names}
+        parts |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+        parts |= {"_adapted_base": base, "__jit_unused_properties__": [*names]}
+        kind = _own_forwards.get(base.forward, AdaptedModule)
+        _classes[base, names] = type(kind.prefix + base.__name__, (kind, base), parts)
+    return _classes[base, names]
+
+
+def _owner(name: str) -> Callable[[Any], AdaptedWeight | None]:
+    return lambda module: module.adapted_parameters.get(name)
+
+
+def _original(kind: type) -> type[nn.Module]:
+    return vars(kind).get("_adapted_base", kind)  # not what another subclass inherits
+
+
+def _empty(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    kind = _class_of(base, names)
+    return kind.__new__(kind)
+
+
+def become_adapted(module: nn.Module) -> None:
+    """Give a module of which no parameter is adapted, yet, the class it would have: for a better forward."""
+    _take_class(module, getattr(module, "adapted_parameters", {}))
+
+
+def _take_class(module: nn.Module, adapted: dict[str, AdaptedParameter]) -> None:
+    module.__dict__["adapted_parameters"] = adapted
+    module.__class__ = _class_of(_original(type(module)), tuple(adapted))
+
+
+def adapt_parameter(
+    module: nn.Module, name: str, factors: FactorBank, site: Any, view: str = "linear"
+) -> AdaptedParameter:
+    """Give the parameter ``name`` of ``module`` the update of ``site``; it is frozen.
+
+    Whatever reads ``module.<name>`` then gets the effective weight; ``parameters()``, the state dict, ``.to()`` and
+    optimizers go on with the stored one. Each read that is not the weight of an ``F.linear`` makes a dense copy.
+
+    Args:
+        module, name: the parameter, of two or more dimensions.
+        factors, site: the bank of the factors, and the part of it that the parameter uses.
+        view: how the matrix lies in the parameter: ``"linear"`` ``[d_out, d_in]``, ``"transposed"`` ``[d_in, d_out]``,
+            ``"convolution"`` ``[d_out, ...]``, where all dimensions but the first are d_in.
+
+    Returns:
+        What stands for the parameter, also found in ``module.adapted_parameters``.
+
+    Raises:
+        TypeError: :func:`cannot_adapt_parameter` has a reason.
+        ValueError: the sizes do not fit, or there is no such view.
+    """
+    if view not in VIEWS:
+        raise ValueError(f"view must be one of {', '.join(map(repr, VIEWS))}, got {view!r}")
+    reason = cannot_adapt_parameter(module, name, view)
+    if reason is not None:
+        raise TypeError(f"{name} of {type(module).__name__}: {reason}")
+    return put_update(AdaptedParameter(module, name, factors, site, view))
+
+
+def put_update(parameter: AdaptedParameter) -> AdaptedParameter:
+    """Let the module of ``parameter`` have it."""
+    module = parameter.module
+    module._parameters[parameter.name].requires_grad_(False)  # type: ignore[union-attr]
+    adapted = getattr(module, "adapted_parameters", {})
+    _take_class(module, {**adapted, parameter.name: parameter})
+    return parameter
+
+
+def restore_module(module: nn.Module) -> None:
+    """Undo every :func:`adapt_parameter` of ``module``; merged ones are unmerged. Does nothing to other modules.
+
+    Raises:
+        RuntimeError: something has changed the class of the module since (a parametrization, ``fully_shard``).
+    """
+    adapted: dict[str, AdaptedParameter] | None = getattr(module, "adapted_parameters", None)
+    if adapted is None:
+        return
+    if _original(type(module)) is type(module):
+        raise RuntimeError(f"a {type(module).__name__} got another class after it was adapted; undo that first")
+    for parameter in adapted.values():
+        parameter.unmerge()
+    module.__class__ = _original(type(module))
+    del module.__dict__["adapted_parameters"]
+
+
+def cannot_adapt_parameter(module: nn.Module, name: str, view: str = "linear") -> str | None:
+    """None if the parameter ``name`` of ``module`` can have an update, else the reason."""
+    parameter: Any = module._parameters.get(name)
+    if isinstance(module, FrozenLayer) or name in getattr(module, "adapted_parameters", {}):
+        return "it is adapted already"
+    if name in getattr(module, "parametrizations", {}):
+        return "it is parametrized; remove the parametrization first"
+    if parameter is None:
+        return "there is no such parameter"
+    if is_lazy(parameter):
+        return "its shape is not known before the module's first call; run the model once first"
+    if not is_plain(parameter):
+        return f"it is a {type(parameter).__name__}, no plain dense tensor, which holds no sum with an update"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "the module is TorchScript, which reads it past Python"
+    if isinstance(module, nn.RNNBase):
+        return "recurrent layers of torch keep a list of their weights, and read that"
+    expected = "2" if view in ("linear", "transposed") else "2 or more"
+    if parameter.dim() != 2 and (parameter.dim() < 2 or view != "convolution"):
+        return f"expected {expected} dimensions, got shape {list(parameter.shape)}"
+    return None

@@ -1,0 +1,75 @@
+"""Which parameters a class of modules reads itself, found in the bytecode of its methods."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import inspect
+import types
+from collections.abc import Iterator
+
+from torch import nn
+
+#: Methods that read parameters to fill, load or show them.
+_ASIDE = ("reset", "init", "_init", "_load", "load", "_save", "extra_repr", "__init__", "__setstate__", "__repr__")
+
+#: What of a tensor says nothing of its values.
+_METADATA = {"dtype", "device", "shape", "size", "ndim", "dim", "numel", "layout", "is_cuda", "requires_grad", "stride"}
+_METADATA |= {"is_meta", "is_floating_point", "get_device", "element_size", "itemsize", "is_nested", "is_quantized"}
+
+
+@functools.cache
+def reads_weight_of_children(kind: type[nn.Module]) -> frozenset[str]:
+    """Names of attributes, from a module of class ``kind`` on, that its methods read and that may be parameters.
+
+    ``"qkv.weight"`` where one has ``self.qkv.weight``, ``"in_proj_weight"`` for ``self.in_proj_weight``; reads of a
+    dtype or shape alone do not count. Which of the names are parameters the caller must ask the module. What is read by
+    way of a variable (``qkv = self.qkv``) is not found here, only while the model runs.
+    """
+    own = [cls for cls in kind.__mro__ if issubclass(cls, nn.Module) and cls is not nn.Module]
+    codes: list[types.CodeType] = []
+    overridden: set[str] = set()
+    for cls in own:
+        for name, value in vars(cls).items():
+            function = value.fget if isinstance(value, property) else inspect.unwrap(value)
+            if isinstance(function, types.FunctionType) and not name.startswith(_ASIDE) and name not in overridden:
+                codes.append(function.__code__)
+                if "super" not in function.__code__.co_names:
+                    overridden.add(name)
+    return frozenset(".".join(chain) for code in codes for chain in _chains(code))
+
+
+def _chains(code: types.CodeType, module: str | None = None) -> Iterator[list[str]]:
+    """The attributes after attributes of the first argument of a method, in it and in the functions inside it."""
+    module = module or (code.co_varnames[0] if code.co_argcount else None)
+    if module is None:
+        return
+    chain: list[str] | None = None
+    for instruction in dis.get_instructions(code):
+        if chain is not None and instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            chain.append(instruction.argval)
+            continue
+        if instruction.opname in ("CACHE", "EXTENDED_ARG"):
+            continue
+        if chain is not None:
+            yield from _values(chain)
+        chain = [] if _loads(instruction, module) else None
+    if chain is not None:
+        yield from _values(chain)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType) and module in constant.co_freevars:
+            yield from _chains(constant, module)
+
+
+def _loads(instruction: dis.Instruction, variable: str) -> bool:
+    if not instruction.opname.startswith(("LOAD_FAST", "LOAD_DEREF", "LOAD_CLASSDEREF")):
+        return False
+    loaded = instruction.argval if isinstance(instruction.argval, tuple) else (instruction.argval,)
+    return bool(loaded[-1] == variable)  # the last of several is on top of the stack
+
+
+def _values(chain: list[str]) -> Iterator[list[str]]:
+    """The beginnings of a chain that can be a parameter whose values are read: ``self.a.weight.t`` is ``a.weight``."""
+    for i in range(1, len(chain) + 1):
+        if i == len(chain) or chain[i] not in _METADATA:
+            yield chain[:i]

@@ -1,0 +1,100 @@
+"""Layers whose weight is ``[d_in, d_out]``: ``EfftConv1D`` for the linear layers of GPT-2, and ``EfftEmbedding``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from efft_kernels._autocast import no_autocast
+from efft_kernels.nn.frozen import FrozenLayer, cannot_wrap, is_conv1d, not_only_a_weight
+from efft_kernels.nn.linear import AdaptedLayer
+from efft_kernels.nn.weights import is_plain, stored_in
+from efft_kernels.ops import tt_linear
+
+
+class _Transposed(AdaptedLayer):
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight.t()
+
+    def shaped(self, matrix: Tensor) -> Tensor:
+        return matrix.t()
+
+
+class EfftConv1D(_Transposed):
+    """``y = x W + b + (x D) G`` with frozen ``W [d_in, d_out]`` and ``b``, for a ``Conv1D`` of transformers.
+
+    It is one too: its class is made from both.
+    """
+
+    @classmethod
+    def refusal(cls, layer: nn.Module) -> str | None:
+        if isinstance(layer, FrozenLayer):
+            return cannot_wrap(layer)
+        if not is_conv1d(layer):
+            return f"expected a Conv1D of transformers, got {type(layer).__name__}"
+        if not is_plain(stored_in(layer, "weight")):
+            return f"the weight of this Conv1D is a {type(stored_in(layer, 'weight')).__name__}, no plain dense tensor"
+        return not_only_a_weight(layer, next(kind for kind in type(layer).__mro__ if kind.__name__ == "Conv1D"))
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., d_in] -> [..., d_out]
+        if not self.enabled or self.merged:
+            return self.product(x)
+        D, G = self.factors.down_up(self.binding)
+        return tt_linear(x, stored_in(self, "weight").t(), self.bias, D, G)  # type: ignore[arg-type]
+
+    __repr__ = nn.Module.__repr__  # Conv1D's own hides what was added
+
+    def extra_repr(self) -> str:
+        d_in, d_out = stored_in(self, "weight").shape
+        return f"nf={d_out}, nx={d_in}, {self.describe()}"
+
+
+class EfftEmbedding(_Transposed, nn.Embedding):
+    """``y = W[ids] + D[ids] G`` with frozen ``W [num, dim]``: d_in = num, d_out = dim; an ``nn.Embedding``.
+
+    The row of ``padding_idx`` has no update, as it has no gradient in ``nn.Embedding``.
+    """
+
+    adapts = nn.Embedding
+
+    @classmethod
+    def refusal(cls, layer: nn.Module) -> str | None:
+        reason = cannot_wrap(layer, nn.Embedding)
+        if reason is not None:
+            return reason
+        embedding: Any = layer
+        if embedding.max_norm is not None:
+            return "an embedding with max_norm changes its weight in each call; expected max_norm=None"
+        if embedding.sparse or embedding.scale_grad_by_freq:
+            return "expected an embedding with dense gradients: sparse=False and scale_grad_by_freq=False"
+        if not is_plain(embedding.weight):
+            return f"the weight of this embedding is a {type(embedding.weight).__name__}, no plain dense tensor"
+        return None
+
+    def forward(self, ids: Tensor) -> Tensor:  # [...] -> [..., dim]
+        W = stored_in(self, "weight")
+        y = F.embedding(ids, W, self.padding_idx)
+        if not self.enabled or self.merged:
+            return y
+        D, G = self.factors.down_up(self.binding)
+        h = F.embedding(ids, D)  # [..., r]
+        if self.padding_idx is not None:
+            h = h.masked_fill((ids == self.padding_idx)[..., None], 0)
+        with no_autocast(y.device):  # which leaves an embedding in the dtype of its weight
+            return y + (h @ G.to(h.dtype)).to(y.dtype)
+
+    def update(self, D: Tensor, G: Tensor) -> Tensor:
+        return super().update(self._without_padding(D), G)
+
+    def evaluated(self) -> tuple[Tensor, Tensor]:
+        D, G = super().evaluated()
+        return self._without_padding(D), G
+
+    def _without_padding(self, D: Tensor) -> Tensor:
+        if self.padding_idx is None:
+            return D
+        row = torch.tensor([self.padding_idx], device=D.device)
+        return D.index_fill(0, row, 0)
