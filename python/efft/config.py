@@ -317,10 +317,10 @@ def shown(value: object) -> str:
 
 
 def _names(value: Any) -> Any:
-    """One name, or names in a tuple or a set, as a list; anything else as it is."""
+    """One name, or names in a tuple, as a list; anything else as it is."""
     if isinstance(value, str):
         return [value]
-    return list(value) if isinstance(value, (tuple, frozenset, set)) else value
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _is_names(value: object) -> bool:
@@ -341,12 +341,14 @@ def _pairs(rank: Any) -> Any:
 
 
 def _integer(value: Any) -> Any:
-    return int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else value
+    kind = type(value)
+    return int(value) if kind is not bool and issubclass(kind, numbers.Integral) else value
 
 
 def _number(value: Any) -> Any:
     """A float for another library's real number; anything else as it is."""
-    return float(value) if isinstance(value, numbers.Real) and type(value) not in (int, bool) else value
+    kind = type(value)
+    return float(value) if kind is not int and kind is not bool and issubclass(kind, numbers.Real) else value
 
 
 def _of_group(value: Any, field: str, group: str, kind: str) -> Any:

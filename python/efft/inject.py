@@ -16,14 +16,13 @@ from efft import buffers
 from efft.config import AdapterConfig, EfftConfig
 from efft.heads import find_head, is_language_model
 from efft.offload import Aside, device_of, follow, hooks_aside
-from efft.placing import adapt_in_place, find_update, make_layers, restore_in_place
+from efft.placing import Update, adapt_in_place, find_update, make_layers, restore_in_place
 from efft.plan import Plan, make_plan, warn_of_untouched
 from efft.sharding import check_whole
 from efft.stored import check_stored
 from efft.wrappers import check_unwrapped, plain_name, unwrap
 from efft_kernels import FactorBank
 from efft_kernels.nn.adapt import mark_readers
-from efft_kernels.nn.adapted import AdaptedWeight
 from efft_kernels.nn.deferred import undefer
 from efft_kernels.nn.frozen import FrozenLayer, share_attributes
 from efft_kernels.nn.linear import AdaptedLayer
@@ -274,7 +273,7 @@ def bank_of(model: nn.Module) -> Bank:
     return bank
 
 
-def adapted_layers(model: nn.Module) -> dict[str, AdaptedWeight]:
+def adapted_layers(model: nn.Module) -> dict[str, Update]:
     """The updates of an adapted model by the names of their weights: of layers the modules', of others the parameters'.
 
     Each has ``delta_weight()`` (the dense update), ``merge()``, ``unmerge()``, ``merged``, ``enabled`` and
@@ -384,7 +383,7 @@ def _release(model: nn.Module, args: Any, output: Any) -> None:
         )
 
 
-def _never_run(layers: Mapping[str, AdaptedWeight], idle: list[Any]) -> list[str]:
+def _never_run(layers: Mapping[str, Update], idle: list[Any]) -> list[str]:
     """The layers that were passed by in every block alike: what reads their weights itself does so everywhere, whereas
     a block that is skipped at random (LayerDrop) runs at other places."""
     ran: dict[str, bool] = {}

@@ -129,7 +129,7 @@ def load_described(model: nn.Module, folder: Path, description: dict[str, Any], 
         try:
             check_plain(model)
             with hooks_aside(model):
-                plan = plan_of_file(model, config, description.get("plan", []), description["base"]["layers"])
+                plan = plan_of_file(model, config, description.get("plan", []), description["base"])
             layers, shapes = [n for g in plan.groups for n in g.sites], _planned_shapes(model, plan)
         except (ValueError, RuntimeError, *_OUT_OF_BOUNDS) as error:  # RuntimeError: sizes that no storage has
             raise ValueError(f"the adapter in {folder} does not fit this {type(model).__name__}: {error}") from None
@@ -142,6 +142,9 @@ def load_described(model: nn.Module, folder: Path, description: dict[str, Any], 
     problems = [f"{p}, or pass strict=False if you mean it" for p in base_problems(model, layers, description["base"])]
     names, wrong = misfits(tensors, shapes)
     problems += names + wrong
+    if not adapted and not problems:
+        wrong = _misplaced(plan)
+        problems += wrong
     message = f"the adapter in {folder} does not fit this {type(model).__name__}:\n- " + "\n- ".join(problems)
     if wrong or (problems and strict):
         raise ValueError(message)
@@ -210,12 +213,30 @@ def head_tensors(model: nn.Module, head: Iterable[str]) -> dict[str, Tensor]:
 
 
 def _planned_shapes(model: nn.Module, plan: Plan) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what :func:`_trained` would give after applying ``plan``."""
+    """Names and shapes of what :func:`_trained` would give after applying ``plan``.
+
+    Raises:
+        ValueError: a site lies outside its bank.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     for group in plan.groups:
         factors = group.build(torch.device("meta"), torch.float32)
+        for site in group.sites.values():
+            factors.bind(site)
         shapes.update({f"efft.{group.name}.{n}": tuple(t.shape) for n, t in factors.state_dict().items()})
     return shapes | {name: tuple(t.shape) for name, t in head_tensors(model, plan.head).items()}
+
+
+def _misplaced(plan: Plan) -> list[str]:
+    """The weights that do not have the sizes of the parts of their banks, which only a damaged file has."""
+    found = []
+    for group in plan.groups:
+        factors = group.build(torch.device("meta"), torch.float32)
+        for name, weight in plan.weights_of(group).items():
+            expected, sizes = factors.features(group.sites[name]), (weight.d_in, weight.d_out)
+            if expected != sizes or getattr(group.sites[name], "experts", 0) != weight.n_experts:
+                found.append(f"{name} is of size {sizes}, and what the adapter has for it of {expected}")
+    return found
 
 
 def _check_description(description: Any) -> None:

@@ -19,8 +19,8 @@ from efft.io import head_tensors
 from efft.sharding import check_whole
 from efft.stored import check_stored
 from efft.wrappers import plain_name, unwrap
-from efft_kernels import EfftConv2d
 from efft_kernels.nn.linear import AdaptedLayer
+from efft_kernels.nn.parameter import AdaptedParameter
 
 #: What peft puts before the names of the base's modules.
 PREFIX = "base_model.model."
@@ -53,8 +53,8 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], base_model: st
     model = unwrap(model)
     bank, folder = bank_of(model), Path(folder)
     check_whole(model, "export_lora")
-    layers = adapted_layers(model)
-    check_stored(layers, "export_lora")
+    check_stored(adapted_layers(model), "export_lora")
+    layers = _exportable(model)
     head = bank.head + _changed_modules(model, bank, layers)
     _check_names(model, layers, head)
     _check_replaceable(folder / CONFIG)
@@ -64,8 +64,8 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], base_model: st
         D, G = layer.evaluated()  # [in_features, r], [r, out_features]
         ranks[name] = D.shape[1]
         A, B = D.t(), G.t()
-        if isinstance(layer, EfftConv2d):  # peft's are a kernel and one of 1 x 1
-            A, B = A.unflatten(1, layer.weight.shape[1:]), B[..., None, None]
+        if isinstance(layer, nn.modules.conv._ConvNd):  # peft's are a kernel and one of size 1
+            A, B = A.unflatten(1, layer.stored.shape[1:]), B.reshape(*B.shape, *[1] * len(layer.kernel_size))
         tensors[f"{PREFIX}{name}.lora_A.weight"] = A
         tensors[f"{PREFIX}{name}.lora_B.weight"] = B
     tensors.update({f"{PREFIX}{name}": tensor for name, tensor in head_tensors(model, head).items()})
@@ -74,6 +74,21 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], base_model: st
     config = _config(ranks, head, base_model or getattr(model, "name_or_path", None))
     write_pair(folder, content, (json.dumps(config, indent=2) + "\n").encode())
     return folder
+
+
+def _exportable(model: nn.Module) -> dict[str, AdaptedLayer]:
+    """The adapted layers; ValueError if a weight is adapted whose update peft's LoRA of a layer cannot express."""
+    layers = {}
+    for name, update in adapted_layers(model).items():
+        grouped = isinstance(update, nn.modules.conv._ConvNd) and update.groups > 1
+        if not isinstance(update, AdaptedLayer) or isinstance(update, nn.Embedding) or grouped:
+            kind = "a parameter that a module reads" if isinstance(update, AdaptedParameter) else type(update).__name__
+            raise ValueError(
+                f"{name} is {kind}, for which peft's LoRA has no equal form: merge the update instead "
+                "(efft.merged_state_dict), or adapt with targets that leave it out"
+            )
+        layers[name] = update
+    return layers
 
 
 def _changed_modules(model: nn.Module, bank: Bank, layers: dict[str, AdaptedLayer]) -> list[str]:

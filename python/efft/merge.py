@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from efft.inject import adapted_layers, bank_of
 from efft.offload import check_present
-from efft.placing import updates_by_parameter
+from efft.placing import Update, updates_by_parameter
 from efft.sharding import check_whole
 from efft.stored import check_stored
 from efft.wrappers import plain_name, unwrap
-from efft_kernels.nn.adapted import AdaptedWeight, MergeLoss
+from efft_kernels.nn.adapted import MergeLoss
 from efft_kernels.nn.weights import can_dequantize, dequantized, is_plain
 
 
@@ -121,7 +121,7 @@ def merged_state_dict(
     return state
 
 
-def _check_plain(layers: Mapping[str, AdaptedWeight], dequantize: bool) -> None:
+def _check_plain(layers: Mapping[str, Update], dequantize: bool) -> None:
     quantized = {n: layer.stored for n, layer in layers.items() if not layer.merged and not is_plain(layer.stored)}
     if quantized and not dequantize:
         name, weight = next(iter(quantized.items()))

@@ -12,9 +12,11 @@ from efft.integrations.experts import adapt_experts
 from efft.structure import Weight
 from efft_kernels import FactorBank
 from efft_kernels.nn.adapt import layer_class
-from efft_kernels.nn.adapted import AdaptedWeight
 from efft_kernels.nn.linear import AdaptedLayer
-from efft_kernels.nn.parameter import AdaptedModule, adapt_parameter, restore_module
+from efft_kernels.nn.parameter import AdaptedModule, AdaptedParameter, adapt_parameter, restore_module
+
+#: What stands for an adapted weight: the adapted layer itself, or an object beside the module.
+Update = AdaptedLayer | AdaptedParameter
 
 
 def make_layers(
@@ -68,21 +70,21 @@ def locate(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return module, "weight"
 
 
-def updates_by_parameter(model: nn.Module) -> dict[str, AdaptedWeight]:
+def updates_by_parameter(model: nn.Module) -> dict[str, Update]:
     """Every update by each full name of its parameter in the state dict."""
-    found: dict[str, AdaptedWeight] = {}
+    found: dict[str, Update] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        own: dict[str, AdaptedWeight] = {**getattr(module, "adapted_parameters", {})}
+        own: dict[str, Update] = {**getattr(module, "adapted_parameters", {})}
         if isinstance(module, AdaptedLayer):
             own["weight"] = module
         found |= {f"{name}.{parameter}".lstrip("."): update for parameter, update in own.items()}
     return found
 
 
-def find_update(model: nn.Module, name: str) -> AdaptedWeight | None:
+def find_update(model: nn.Module, name: str) -> Update | None:
     """The update of the adapted weight ``name``; None where there is none."""
     module, parameter = locate(model, name)
     if isinstance(module, AdaptedLayer):
         return module
-    found: AdaptedWeight | None = getattr(module, "adapted_parameters", {}).get(parameter)
+    found: Update | None = getattr(module, "adapted_parameters", {}).get(parameter)
     return found

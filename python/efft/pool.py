@@ -140,6 +140,7 @@ class AdapterPool:
             bank = bank_of(adapted)
             buffers.check_none(name, buffers.changed(adapted, bank.head, bank._base_buffers))
             layers = bank.layers
+            check_linear(adapted)
             missing = [n for n in layers if _find(self._twin, n) is None]
             problems = [f"the model has no {', '.join(missing[:3])}"] if missing else []
             problems = problems or base_problems(self._twin, layers, describe_base(adapted, layers))
@@ -333,10 +334,23 @@ class AdapterPool:
         return found
 
 
+def check_linear(adapted: nn.Module) -> dict[str, AdaptedLayer]:
+    """The adapted layers; ValueError if anything else than a linear layer is adapted."""
+    layers: dict[str, AdaptedLayer] = {}
+    for name, update in adapted_layers(adapted).items():
+        if not isinstance(update, AdaptedLayer) or not isinstance(update, nn.Linear):
+            kind = type(update).__name__ if isinstance(update, AdaptedLayer) else "a parameter that a module reads"
+            raise ValueError(
+                f"a pool serves adapters of linear layers, and {name} is {kind}: adapt with targets that leave it out"
+            )
+        layers[name] = update
+    return layers
+
+
 def _operands(adapted: nn.Module) -> _Parts:
     """D and G of every adapted layer; what the layers share is one tensor."""
     together: dict[nn.Module, dict[str, AdaptedLayer]] = {}
-    for name, layer in adapted_layers(adapted).items():
+    for name, layer in check_linear(adapted).items():
         together.setdefault(layer.factors, {})[name] = layer
     found: _Parts = {}
     for factors, layers in together.items():

@@ -6,14 +6,13 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from efft_kernels.nn.linear import AdaptedLayer
-from efft_kernels.nn.parameter import AdaptedParameter
+from efft.placing import Update
 
 #: What adapted layers have of their own.
 _OWN = ("weight", "bias", "base_weight", "factors")
 
 
-def check_stored(updates: Mapping[str, AdaptedLayer | AdaptedParameter], operation: str) -> None:
+def check_stored(updates: Mapping[str, Update], operation: str) -> None:
     """Raise ValueError if a weight is computed from others, for an ``efft.operation`` on the stored one."""
     for name, update in updates.items():
         module = update if isinstance(update, nn.Module) else update.module

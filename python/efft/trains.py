@@ -104,12 +104,16 @@ def group_of_file(config: EfftConfig, saved: dict[str, Any]) -> TrainGroup:
     Raises:
         ValueError: it is damaged.
     """
-    kind, sizes, rank, trained = saved.get("kind"), saved.get("sizes"), saved.get("rank"), saved.get("trainable_scale")
+    kind: Any = saved.get("kind")
+    sizes: Any = saved.get("sizes")
+    rank: Any = saved.get("rank")
+    trained: Any = saved.get("trainable_scale")
     fine = isinstance(kind, str) and _are_sizes(sizes, 4) and _are_sizes(rank, 2) and trained in (False, True, "matrix")
     if not fine:
         raise ValueError(f"the plan of group {saved['name']!r} is damaged")
     sites = {name: _site_of(text) for name, text in saved["weights"].items()}
-    return TrainGroup(saved["name"], str(kind), *sizes, sites, (rank[0], rank[1]), config, trained)
+    d_in, d_out, n_layers, n_cores = sizes
+    return TrainGroup(saved["name"], kind, d_in, d_out, n_layers, n_cores, sites, (rank[0], rank[1]), config, trained)
 
 
 def _are_sizes(values: Any, n: int) -> bool:

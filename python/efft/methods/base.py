@@ -20,7 +20,9 @@ from efft.config import AdapterConfig
 from efft.structure import Weight
 from efft.targets import Target
 from efft_kernels import FactorBank
+from efft_kernels.nn.frozen import is_conv1d
 from efft_kernels.nn.operands import column_blocks, row_blocks, take
+from efft_kernels.nn.weights import dequantized
 
 
 @dataclass
@@ -118,6 +120,13 @@ class Layer:
         named = [getattr(holder, name, None) for holder in holders for name in _HEADS]
         heads = next((number for number in named if type(number) is int), None)
         return cls(target, target.weight.d_in, target.weight.d_out, heads, linear)
+
+    def matrix(self) -> Tensor:
+        """The frozen weight as a matrix ``[d_out, d_in]``, dense."""
+        weight = self.linear._parameters[self.target.weight.parameter]
+        assert weight is not None
+        dense = dequantized(weight.detach()).flatten(1)
+        return dense if dense.shape == (self.d_out, self.d_in) and not is_conv1d(self.linear) else dense.t()
 
     def group(self, of_known_roles: str) -> str:
         """Name of the layer's group: by stage, where there are several; by shape, outside known architectures."""

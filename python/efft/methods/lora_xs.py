@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from efft.methods.base import Layer, MethodConfig, StackedBank, zeros
-from efft_kernels.nn.weights import dequantized
 
 
 class LoRAXSBank(StackedBank):
@@ -37,7 +36,7 @@ class LoRAXSBank(StackedBank):
         self.R = zeros(self.n, r, r, **kw)
         if not self.A.is_meta:
             for i, layer in enumerate(layers):
-                W = dequantized(layer.linear.weight.detach()).flatten(1).to(self.A.dtype)
+                W = layer.matrix().to(self.A.dtype)
                 P, sigma, Q = torch.linalg.svd(W.t(), full_matrices=False)
                 self.A[i], self.B[i] = P[:, :r] * sigma[:r], Q[:r]
 

@@ -156,8 +156,14 @@ without it, `targets` chooses |
         return self.__dict__["_modules"] is None
 
     def own(self, **changes: Any) -> EfftConfig:
-        """The same settings as an :class:`efft.EfftConfig`, with these changed."""
-        return EfftConfig(**{f.name: getattr(self, f.name) for f in fields(EfftConfig)} | changes)
+        """The same settings as an :class:`efft.EfftConfig` of linear layers alone, with these changed."""
+        return _OfLinearLayers(**{f.name: getattr(self, f.name) for f in fields(EfftConfig)} | changes)
+
+
+class _OfLinearLayers(EfftConfig):
+    """What peft's tuners can put a layer in the place of."""
+
+    kinds = frozenset({"linear"})
 
 
 def _listed(value: Any) -> Any:

@@ -13,7 +13,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from efft.integrations.peft.config import EfftPeftConfig
-from efft.plan import Plan, make_plan
+from efft.plan import Plan, make_plan, warn_of_untouched
 from efft.structure import Weight
 from efft.targets import find_head
 
@@ -30,6 +30,7 @@ def plan_adapter(model: nn.Module, config: EfftPeftConfig) -> Plan:
     head = _head(model, config)
     if config.chosen_by_targets and config.exclude_modules is None and config.layers_to_transform is None:
         plan = make_plan(model, config.own(head=head))
+        warn_of_untouched(model, plan, config)
         if not config.rank_pattern:
             return plan
         names = [name for group in plan.groups for name in group.sites]
