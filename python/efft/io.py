@@ -26,7 +26,7 @@ from efft.methods import config_from_dict, config_type
 from efft.offload import hooks_aside, stored
 from efft.placing import find_update, locate
 from efft.plan import Plan, check_saved_plan, plan_of_file
-from efft.sharding import architecture, copy_whole_, once, reshard, whole
+from efft.sharding import architecture, check_not_zeros, copy_whole_, full_shape, once, reshard, whole
 from efft.wrappers import check_unwrapped, plain_name, unwrap
 from efft_kernels import __version__
 from efft_kernels.nn.weights import can_dequantize, dequantized, is_plain
@@ -45,8 +45,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], info: dict[str,
     """Write the trained part of an adapted model (factors once, head, buffers that training changed) to the folder
     ``path``.
 
-    A model sharded by ``fully_shard`` is gathered tensor by tensor: every process must call this, rank 0's writes, and
-    none returns before.
+    A model sharded by ``fully_shard`` or ZeRO-3 is gathered tensor by tensor: every process must call this, rank 0's
+    writes, and none returns before.
 
     Args:
         model: adapted by :func:`efft.apply`; may be merged, and wrapped by DDP or its like.
@@ -68,7 +68,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], info: dict[str,
     reshard(model)
     others = buffers.changed(model, bank.head, bank._base_buffers)
     trained = _trained(model, bank) | others
-    tensors = {name: whole(t.detach()).contiguous().cpu() for name, t in trained.items()}
+    tensors = {name: whole(t).detach().contiguous().cpu() for name, t in trained.items()}
     description = {
         "config": bank.config.to_dict(),
         "base": describe_base(model, bank.layers),
@@ -115,6 +115,7 @@ def load_described(model: nn.Module, folder: Path, description: dict[str, Any], 
             f"in its 'config', {config.head}"
         )
     config.head = description["head"]
+    check_not_zeros(model, "load_adapter")
     bank = getattr(unwrap(model), "efft", None)
     adapted = isinstance(bank, Bank)
     if isinstance(bank, Bank):
@@ -370,7 +371,7 @@ def _shape(model: nn.Module, name: str) -> list[int]:
     weight, layer = _base_weight(model, name), locate(model, name)[0]
     if isinstance(layer, nn.Linear) and not can_dequantize(weight):
         return [layer.out_features, layer.in_features]
-    return list(weight.shape)
+    return list(full_shape(weight))
 
 
 def _sketch(model: nn.Module, layers: list[str]) -> str:
