@@ -123,6 +123,9 @@ def inspect(model: nn.Module, config: AdapterConfig | None = None) -> Plan:
     return make_plan(model, config or EfftConfig())
 
 
+_TOO_SMALL = "an update would have more parameters than the weight has entries"
+
+
 def make_plan(model: nn.Module, config: AdapterConfig) -> Plan:
     """Plan the adaptation of ``model``; works on the meta device too.
 
@@ -136,11 +139,12 @@ def make_plan(model: nn.Module, config: AdapterConfig) -> Plan:
     targets = select(model, structure, config)
     groups = config.groups(model, targets)
     sizes = _blocks_of_roles(structure.sizes, targets)
-    untouched = structure.untouched(target.name for target in targets)
+    weights = {name: structure.weights[name] for group in groups for name in group.sites}
+    untouched = structure.untouched(weights)
+    reasons = {**structure.reasons, **dict.fromkeys((t.name for t in targets if t.name not in weights), _TOO_SMALL)}
     left_out = {name: size for name, size in untouched.items() if name in sizes}
     ordered = dict(sorted(left_out.items(), key=lambda item: -item[1]))
-    weights = {name: structure.weights[name] for group in groups for name in group.sites}
-    return Plan(groups, head, weights, ordered, structure.reasons, sum(sizes.values()))
+    return Plan(groups, head, weights, ordered, reasons, sum(sizes.values()))
 
 
 def _blocks_of_roles(sizes: Mapping[str, int], targets: Sequence[Target]) -> dict[str, int]:

@@ -100,7 +100,7 @@ def structure_of(model: nn.Module, head: Iterable[str] = ()) -> Structure:
     """
     modules = dict(model.named_modules())
     inside_head = {name for h in head for name in modules if name == h or name.startswith(f"{h}.")} if head else set()
-    repeated = _repeated(modules)
+    repeated = _repeated(modules) or _repeated(modules, least=1)
     owners = _owners(modules)
     widths: dict[str, set[int]] = defaultdict(set)  # of each block
     found = Structure()
@@ -233,13 +233,16 @@ def _owners(modules: Mapping[str, nn.Module]) -> dict[Any, list[str]]:
     return owners
 
 
-def _repeated(modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]:
-    """(block, tower) of every module in a repeated one: the innermost around it, and what holds the outermost."""
+def _repeated(modules: Mapping[str, nn.Module], least: int = 2) -> dict[str, tuple[str, str]]:
+    """(block, tower) of every module in a repeated one: the innermost around it, and what holds the outermost.
+
+    ``least`` is the number of modules in a list that are repeated.
+    """
     found: dict[str, tuple[str, str]] = {}
     repeats: set[str] = set()
     for name, module in modules.items():
         if module._modules:
-            repeats |= {f"{name}.{child}".lstrip(".") for child in _alike(module)}
+            repeats |= {f"{name}.{child}".lstrip(".") for child in _alike(module, least)}
         parent = name.rpartition(".")[0]
         if name in repeats:
             found[name] = (name, found[parent][1] if parent in found else parent)
@@ -248,14 +251,15 @@ def _repeated(modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]:
     return found
 
 
-def _alike(module: nn.Module) -> list[str]:
+def _alike(module: nn.Module, least: int) -> list[str]:
     """Children that are repeated: of one class, with children of their own, in a list, a sequence or numbered."""
     of_class: dict[type, list[str]] = defaultdict(list)
     listed = isinstance(module, (nn.ModuleList, nn.Sequential, nn.ModuleDict))
     for name, child in module._modules.items():
         if child is not None and child._modules and (listed or re.search(r"\d$", name)):
             of_class[type(child)].append(name)
-    return [name for names in of_class.values() if len(names) > 1 for name in names]
+    enough = least if isinstance(module, nn.ModuleList) else 2
+    return [name for names in of_class.values() if len(names) >= enough for name in names]
 
 
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
@@ -265,14 +269,14 @@ _MLP = re.compile(r"mlp|ffn|feed_?forward|expert|moe|glu", re.IGNORECASE)
 def parts_of(model: nn.Module, weights: Mapping[str, Weight]) -> dict[str, str]:
     """Which of the weights belong to the attention ("mhsa") and which to the MLP ("ffn") of a block.
 
-    Told by what the modules around a weight are called, and in a block with attention by shape: of the other weights
-    those that come back from where another one goes. A weight of which neither can be told is left out.
+    Told by what the modules around a weight in its block are called, else by those around the block (experts in a
+    list), and in a block with attention by shape: of the other weights those that come back from where another one
+    goes. A weight of which neither can be told is left out.
     """
     found: dict[str, str] = {}
     rest: dict[str, list[Weight]] = defaultdict(list)
     for name, weight in weights.items():
-        words = _words(model, weight)
-        part = "mhsa" if _ATTENTION.search(words) else "ffn" if _MLP.search(words) else None
+        part = next((part for words in _words(model, weight) if (part := _part_called(words)) is not None), None)
         if part is not None:
             found[name] = part
         elif weight.block is not None:
@@ -285,9 +289,19 @@ def parts_of(model: nn.Module, weights: Mapping[str, Weight]) -> dict[str, str]:
     return found
 
 
-def _words(model: nn.Module, weight: Weight) -> str:
-    """Names and classes of the modules between a weight and its block, and the weight's own name."""
+def _part_called(words: str) -> str | None:
+    return "mhsa" if _ATTENTION.search(words) else "ffn" if _MLP.search(words) else None
+
+
+def _words(model: nn.Module, weight: Weight) -> list[str]:
+    """Names and classes of the modules between a weight and its block, with the weight's own name; then those of what
+    the block is in, from the block outwards to the outermost repeated module."""
     parts = weight.module.split(".")
     depth = len(weight.block.split(".")) if weight.block is not None else 0
-    classes = [type(model.get_submodule(".".join(parts[:n]))).__name__ for n in range(depth + 1, len(parts))]
-    return " ".join([*parts[depth:-1], *classes, weight.place])
+    outermost = len(weight.tower.split(".")) + 1 if weight.tower else 1
+
+    def called(n: int) -> str:
+        return type(model.get_submodule(".".join(parts[:n]))).__name__
+
+    inside = " ".join([*parts[depth:-1], *map(called, range(depth + 1, len(parts))), weight.place])
+    return [inside, *(f"{parts[n - 1]} {called(n)}" for n in range(depth, outermost, -1))]
