@@ -176,7 +176,9 @@ def efft_groups(config: EfftConfig, targets: list[Target]) -> list[TrainGroup]:
                 continue
         groups.append(group)
     if not groups:
-        raise ValueError(f"targets={config.targets!r} finds weights alone that have fewer entries than an update of them")
+        raise ValueError(
+            f"targets={config.targets!r} finds weights alone that have fewer entries than an update of them"
+        )
     for field in ("rank", "scale"):
         value = getattr(config, field)
         known = {g.name for g in groups} | {g.kind for g in groups}
