@@ -250,8 +250,9 @@ def _check_description(description: Any) -> None:
         lacking = keys - description[part].keys()
         if lacking:
             raise ValueError(f"its {part!r} lacks {', '.join(sorted(lacking))}")
-    if not isinstance(description["base"]["layers"], dict):
-        raise ValueError("'base.layers' must be an object")
+    for key in sorted(_BASE):
+        if not isinstance(description["base"][key], dict if key == "layers" else str):
+            raise ValueError(f"'base.{key}' must be {'an object' if key == 'layers' else 'a string'}")
     if not all(isinstance(name, str) for name in description["head"]):
         raise ValueError("'head' must be a list of names")
     fingerprint.check(description["base"].get("sketch", ""))

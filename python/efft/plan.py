@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -10,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from efft.bank import Bank
 from efft.config import AdapterConfig, EfftConfig
 from efft.structure import Weight, structure_of
 from efft.targets import Target, find_head, known_target, select
@@ -140,8 +142,10 @@ def make_plan(model: nn.Module, config: AdapterConfig) -> Plan:
     groups = config.groups(model, targets)
     sizes = _blocks_of_roles(structure.sizes, targets)
     weights = {name: structure.weights[name] for group in groups for name in group.sites}
-    untouched = structure.untouched(weights)
-    reasons = {**structure.reasons, **dict.fromkeys((t.name for t in targets if t.name not in weights), _TOO_SMALL)}
+    # Another method may change what a weight gives, and no weight.
+    dropped = {t.name for t in targets if t.name not in weights} if isinstance(config, EfftConfig) else set()
+    untouched = structure.untouched(t.name for t in targets if t.name not in dropped)
+    reasons = {**structure.reasons, **dict.fromkeys(dropped, _TOO_SMALL)}
     left_out = {name: size for name, size in untouched.items() if name in sizes}
     ordered = dict(sorted(left_out.items(), key=lambda item: -item[1]))
     return Plan(groups, head, weights, ordered, reasons, sum(sizes.values()))
@@ -212,11 +216,16 @@ def check_saved_plan(saved: Any) -> None:
     """Raise ValueError if this is not a list of groups' ``to_dict``, as far as reading them depends on it."""
     if not isinstance(saved, list):
         raise ValueError("'plan' must be a list of groups")
+    nothing = Bank({}, EfftConfig(), [])
     for group in saved:
         if not isinstance(group, dict) or not isinstance(group.get("name"), str):
             raise ValueError("every group of 'plan' must be an object with a name")
-        if not group["name"].isidentifier():
+        if not group["name"].isidentifier() or hasattr(nothing, group["name"]):
             raise ValueError(f"'plan' has a group of the name {group['name'][:50]!r}, which no module can have")
         weights = group.get("weights")
         if not isinstance(weights, dict) or not weights or not all(isinstance(v, str) for v in weights.values()):
             raise ValueError("every group of 'plan' must say what its weights are")
+    for names in ([group["name"] for group in saved], [name for group in saved for name in group["weights"]]):
+        name, times = Counter(names).most_common(1)[0] if names else ("", 1)
+        if times > 1:
+            raise ValueError(f"'plan' has {name[:50]!r} {times} times")

@@ -8,6 +8,7 @@ same block. The experts of a mixture share a train with a core for each expert.
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -188,9 +189,9 @@ def _names(
     for (tower, part, _, n_experts), (d_in, d_out) in trains:
         kind = "experts" if n_experts else part or "linear"
         shaped = f"{kind}_{d_in}x{d_out}"
-        candidates.append(
-            [*([kind] if kind != "linear" else []), shaped, f"{(tower or 'model').replace('.', '_')}_{shaped}"]
-        )
+        around = re.sub(r"\W", "_", tower or "model")  # modules are called "0", or "left-hand side"
+        around = around if around.isidentifier() else f"part_{around}"
+        candidates.append([*([kind] if kind != "linear" else []), shaped, f"{around}_{shaped}"])
     names: list[str] = []
     counts = Counter(name for own in candidates for name in dict.fromkeys(own))
     for i, own in enumerate(candidates):

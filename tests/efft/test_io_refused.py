@@ -94,6 +94,12 @@ DAMAGE: dict[str, tuple[Edit, str]] = {
     ),
     "a plan without names": (lambda d: d["plan"][0].pop("name"), "every group of 'plan' must be an object with a name"),
     "a group that no module can be": (lambda d: d["plan"][0].update(name="a.b"), "which no module can have"),
+    "a group that is called as what the model has": (
+        lambda d: d["plan"][0].update(name="forward"),
+        "which no module can",
+    ),
+    "a group twice": (lambda d: d["plan"].append(d["plan"][0]), "'plan' has '.*' 2 times"),
+    "a dtype that is no name": (lambda d: d["base"].update(dtype=None), "'base.dtype' must be a string"),
     "a plan without weights": (lambda d: d["plan"][0].update(weights={}), "must say what its weights are"),
     "a site that is none": (
         lambda d: d["plan"][0]["weights"].update({"blocks.0.attn.qkv": "layer=-1"}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,6 +34,10 @@ class Mixture(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.self_attn["o"](self.self_attn["q"](x))
         return x + sum(expert(x) for expert in self.experts)
+
+
+class Tail(nn.Sequential):
+    """A tower of another class."""
 
 
 class Held(nn.Module):
@@ -127,3 +132,22 @@ def test_modules_held_in_plain_lists_are_adapted_and_come_back() -> None:
     efft.remove(model)
     assert [*model[0].layers, *model[0].pair["last"]] == originals
     assert torch.equal(model(x), base)
+
+
+@pytest.mark.parametrize("names", [("0", "1"), ("left-hand side", "left_hand side"), ("a_b", "a b")])
+def test_towers_of_any_name_are_saved_and_loaded(names: tuple[str, str], tmp_path: Path) -> None:
+    """A group is called after its tower where two are alike, and is a module itself."""
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Sequential()
+        for name, kind in zip(names, (nn.Sequential, Tail), strict=True):
+            model.add_module(name, kind(Expert(), Expert()))
+        return model.eval()
+
+    x, model = torch.randn(4, 16), efft.apply(make(), efft.EfftConfig(rank=2, head=[]))
+    assert len(model.efft) == 2
+    assert all(name.isidentifier() for name in model.efft)
+    randomize(model)
+    efft.save_adapter(model, tmp_path)
+    torch.testing.assert_close(efft.load_adapter(make(), tmp_path)(x), model(x))
