@@ -67,7 +67,7 @@ def _mvit() -> tuple[nn.Module, Inputs]:
 
 def _regnet() -> tuple[nn.Module, Inputs]:
     regnet = pytest.importorskip("timm", reason="needs the vision extra").models.regnet
-    sizes = regnet.RegNetCfg(w0=16, wa=8, wm=2, group_size=8, depth=8, se_ratio=0.25)
+    sizes = regnet.RegNetCfg(w0=8, wa=8, wm=2, group_size=8, depth=8, se_ratio=0.25)
     return regnet.RegNet(sizes, num_classes=5), {"x": _images(32)}
 
 
@@ -157,18 +157,59 @@ FAMILIES: dict[str, Family] = {
     "pit": _timm("pit_ti_224", 64, img_size=64, base_dims=(8, 8), depth=(2, 2), heads=(1, 2), mlp_ratio=2),
     "mvitv2": _mvit,
     "hiera": _timm(
-        "hiera_tiny_224", 32, img_size=(32, 32), embed_dim=8, num_heads=1, stages=(1, 2), q_pool=1, mask_unit_size=(4, 4)
+        "hiera_tiny_224",
+        32,
+        img_size=(32, 32),
+        embed_dim=8,
+        num_heads=1,
+        stages=(1, 2),
+        q_pool=1,
+        mask_unit_size=(4, 4),
     ),
-    "gcvit": _timm("gcvit.GlobalContextVit", 32, embed_dim=8, num_heads=(1, 2), window_ratio=(8, 16), mlp_ratio=2, **_STAGES),
+    "gcvit": _timm(
+        "gcvit.GlobalContextVit", 32, embed_dim=8, num_heads=(1, 2), window_ratio=(8, 16), mlp_ratio=2, **_STAGES
+    ),
     "cait": _timm("cait_xxs24_224", 32, **_VIT),
     "xcit": _timm("xcit_nano_12_p16_224", 32, **_VIT),
-    "volo": _timm("volo.VOLO", 32, img_size=32, layers=(2, 2), embed_dims=(16, 16), num_heads=(2, 2), stem_hidden_dim=8),
-    "tnt": _timm("tnt.TNT", 32, img_size=32, patch_size=8, embed_dim=16, inner_dim=8, depth=2, num_heads_inner=2, num_heads_outer=2),
+    "volo": _timm(
+        "volo.VOLO", 32, img_size=32, layers=(2, 2), embed_dims=(16, 16), num_heads=(2, 2), stem_hidden_dim=8
+    ),
+    "tnt": _timm(
+        "tnt.TNT",
+        32,
+        img_size=32,
+        patch_size=8,
+        embed_dim=16,
+        inner_dim=8,
+        depth=2,
+        num_heads_inner=2,
+        num_heads_outer=2,
+    ),
     "crossvit": _timm("crossvit_tiny_240", 240, embed_dim=(16, 32), num_heads=(2, 2), depth=((1, 2, 0), (1, 2, 0))),
-    "twins": _timm("twins_svt_small", 64, img_size=64, embed_dims=(8, 16, 16, 16), depths=(2, 2, 2, 2), num_heads=(1, 2, 2, 2)),
-    "levit": _timm("levit_128s", 64, img_size=64, embed_dim=(16, 16, 16), key_dim=8, num_heads=(2, 2, 2), depth=(2, 2, 2)),
-    "coatnet": _timm("coatnet_nano_rw_224", 64, img_size=64, embed_dim=(32, 64), depths=(2, 2), stem_width=(8, 8), block_type=("C", "T")),
-    "maxvit": _timm("maxvit_tiny_rw_224", 64, img_size=64, embed_dim=(32, 32), depths=(2, 2), stem_width=(8, 8), block_type=("M", "M")),
+    "twins": _timm(
+        "twins_svt_small", 64, img_size=64, embed_dims=(8, 16, 16, 16), depths=(2, 2, 2, 2), num_heads=(1, 2, 2, 2)
+    ),
+    "levit": _timm(
+        "levit_128s", 64, img_size=64, embed_dim=(16, 16, 16), key_dim=8, num_heads=(2, 2, 2), depth=(2, 2, 2)
+    ),
+    "coatnet": _timm(
+        "coatnet_nano_rw_224",
+        64,
+        img_size=64,
+        embed_dim=(32, 64),
+        depths=(2, 2),
+        stem_width=(8, 8),
+        block_type=("C", "T"),
+    ),
+    "maxvit": _timm(
+        "maxvit_tiny_rw_224",
+        64,
+        img_size=64,
+        embed_dim=(32, 32),
+        depths=(2, 2),
+        stem_width=(8, 8),
+        block_type=("M", "M"),
+    ),
     "edgenext": _timm("edgenext_xx_small", 64, dims=(8, 16, 16, 16), depths=(2, 2, 2, 2), heads=(2, 2, 2, 2)),
     "fastvit": _timm("fastvit_sa12", 64, embed_dims=(16, 16, 16, 32), layers=(2, 2, 2, 2)),
     "davit": _timm("davit.DaVit", 64, embed_dims=(8, 16), depths=(2, 2), num_heads=(1, 2), window_size=4),
@@ -178,7 +219,9 @@ FAMILIES: dict[str, Family] = {
     "resmlp": _resmlp,
     "poolformer": _timm("metaformer.MetaFormer", 64, dims=(8, 16, 16, 16), depths=(2, 2, 2, 2)),
     "convnext": _timm("convnext.ConvNeXt", 64, dims=(8, 16, 16, 16), depths=(2, 2, 2, 2)),
-    "convnextv2": _timm("convnext.ConvNeXt", 64, dims=(8, 16, 16, 16), depths=(2, 2, 2, 2), use_grn=True, ls_init_value=None),
+    "convnextv2": _timm(
+        "convnext.ConvNeXt", 64, dims=(8, 16, 16, 16), depths=(2, 2, 2, 2), use_grn=True, ls_init_value=None
+    ),
     "mambaout": _timm("test_mambaout", 32),
     "resnet": _timm("test_resnet", 32),
     "resnetv2": _timm("resnetv2.ResNetV2", 32, layers=(2, 2), channels=(32, 64), stem_chs=32, bottle_ratio=1),
@@ -192,7 +235,14 @@ FAMILIES: dict[str, Family] = {
     # transformers: text
     "bert": _encoder("Bert"),
     "distilbert": _hugging_face(
-        "DistilBertForSequenceClassification", "DistilBert", _text, n_layers=2, dim=16, hidden_dim=32, n_heads=2, vocab_size=64
+        "DistilBertForSequenceClassification",
+        "DistilBert",
+        _text,
+        n_layers=2,
+        dim=16,
+        hidden_dim=32,
+        n_heads=2,
+        vocab_size=64,
     ),
     "albert": _encoder("Albert", embedding_size=8),
     "deberta-v2": _encoder("DebertaV2", relative_attention=True, position_buckets=4, pos_att_type=["p2c", "c2p"]),
@@ -200,7 +250,7 @@ FAMILIES: dict[str, Family] = {
         "XLNetForSequenceClassification", "XLNet", _text, d_model=16, n_layer=2, n_head=2, d_inner=32, vocab_size=64
     ),
     "funnel": _hugging_face(
-        "FunnelForSequenceClassification",
+        "FunnelForTokenClassification",
         "Funnel",
         _text,
         **{"block_sizes": [2, 2], "d_model": 16, "n_head": 2, "d_head": 8, "d_inner": 32, "vocab_size": 64},
@@ -213,7 +263,9 @@ FAMILIES: dict[str, Family] = {
     "llama": _causal("Llama"),
     "qwen3": _causal("Qwen3", head_dim=16),
     "gemma": _causal("Gemma", head_dim=16),
-    "gpt-oss": _causal("GptOss", head_dim=8, num_local_experts=4, num_experts_per_tok=2, layer_types=["full_attention"] * 2),
+    "gpt-oss": _causal(
+        "GptOss", head_dim=8, num_local_experts=4, num_experts_per_tok=2, layer_types=["full_attention"] * 2
+    ),
     "mixtral": _causal("Mixtral", num_local_experts=4),
     "qwen3-moe": _causal("Qwen3Moe", head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
     "deepseek-v3": _causal(
@@ -230,7 +282,14 @@ FAMILIES: dict[str, Family] = {
         **{"num_local_experts": 4, "use_cache": False, "pad_token_id": 0, "interleave_moe_layer_step": 1},
     ),
     "mamba": _hugging_face(
-        "MambaForCausalLM", "Mamba", _text, hidden_size=16, num_hidden_layers=2, state_size=4, vocab_size=64, use_cache=False
+        "MambaForCausalLM",
+        "Mamba",
+        _text,
+        hidden_size=16,
+        num_hidden_layers=2,
+        state_size=4,
+        vocab_size=64,
+        use_cache=False,
     ),
     "jamba": _causal(
         "Jamba",
@@ -268,13 +327,26 @@ FAMILIES: dict[str, Family] = {
     "wav2vec2": _hugging_face(
         "Wav2Vec2ForSequenceClassification",
         "Wav2Vec2",
-        lambda: {"input_values": _images(20)[:, 0].flatten(1)},
-        **{**_SMALL, "conv_dim": (8, 8), "conv_stride": (5, 2), "conv_kernel": (10, 3), "num_conv_pos_embeddings": 4},
+        lambda: {"input_values": _images(24)[:, 0].flatten(1)},
+        **{
+            **_SMALL,
+            "conv_dim": (8, 8, 8),
+            "conv_stride": (5, 2, 2),
+            "conv_kernel": (10, 3, 3),
+            "num_conv_pos_embeddings": 4,
+        },
         **{"num_conv_pos_embedding_groups": 2, "classifier_proj_size": 8},
     ),
-    "vit of transformers": _pictures("ViT", 16, **_SMALL, image_size=16, patch_size=8),
+    "vit-of-transformers": _pictures("ViT", 16, **_SMALL, image_size=16, patch_size=8),
     "dinov2": _pictures(
-        "Dinov2", 16, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8, use_swiglu_ffn=True
+        "Dinov2",
+        16,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+        use_swiglu_ffn=True,
     ),
     "clip": _hugging_face(
         "CLIPModel",
@@ -296,11 +368,17 @@ FAMILIES: dict[str, Family] = {
         64,
         "ForSemanticSegmentation",
         **{"num_encoder_blocks": 2, "depths": [2, 2], "hidden_sizes": [8, 16], "num_attention_heads": [1, 2]},
-        **{"sr_ratios": [4, 2], "patch_sizes": [7, 3], "strides": [4, 2], "mlp_ratios": [2, 2], "decoder_hidden_size": 16},
+        **{
+            "sr_ratios": [4, 2],
+            "patch_sizes": [7, 3],
+            "strides": [4, 2],
+            "mlp_ratios": [2, 2],
+            "decoder_hidden_size": 16,
+        },
     ),
     "detr": _pictures(
         "Detr",
-        32,
+        64,
         "ForObjectDetection",
         **{"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "num_queries": 4},
         **{"decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32},
@@ -308,9 +386,11 @@ FAMILIES: dict[str, Family] = {
         | {"depths": [1, 1, 1, 1], "layer_type": "basic", "out_features": ["stage4"]},
     ),
     # torchvision and torch
-    "vit of torchvision": _torchvision(lambda m: m.VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=5), 32),
-    "swin of torchvision": _torchvision(lambda m: m.SwinTransformer([4, 4], 8, [2, 2], [1, 2], [2, 2], num_classes=5), 32),
-    "torch's encoder": _torchs_encoder,
-    "torch's decoder": _torchs_decoder,
-    "torch's transformer": _torchs_transformer,
+    "vit-of-torchvision": _torchvision(lambda m: m.VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=5), 32),
+    "swin-of-torchvision": _torchvision(
+        lambda m: m.SwinTransformer([4, 4], 8, [2, 2], [1, 2], [2, 2], num_classes=5), 32
+    ),
+    "torch's-encoder": _torchs_encoder,
+    "torch's-decoder": _torchs_decoder,
+    "torch's-transformer": _torchs_transformer,
 }
