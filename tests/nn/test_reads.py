@@ -39,7 +39,7 @@ class Base(nn.Module):
 
 class Asks(Base):
     def forward(self, x: Tensor) -> Tensor:
-        known = isinstance(self.b.weight, Tensor) and len(self.a.weight) + id(self.w) != type(self.d.weight)
+        known = isinstance(self.b.weight, Tensor) and len(self.a.weight) + id(self.w) != hash(type(self.d.weight))
         return self.a(x) if known else x @ self.e.weight
 
 
