@@ -231,10 +231,6 @@ def with_own_efft(model: nn.Module) -> None:
     model.efft = nn.Linear(1, 1)
 
 
-def with_attention_of_torch(model: nn.Module) -> None:
-    model.blocks[1].attn.proj = nn.MultiheadAttention(16, 2).out_proj
-
-
 ERRORS: list[tuple[str, Callable[[nn.Module], None] | None, dict[str, Any], str]] = [
     (
         "typo",
@@ -255,7 +251,6 @@ ERRORS: list[tuple[str, Callable[[nn.Module], None] | None, dict[str, Any], str]
     ("own attribute", with_own_efft, {}, "this VisionTransformer has an attribute 'efft' of its own"),
     ("unequal widths", unequal_widths, {}, "group 'ffn': layers that share factors must agree in hidden size"),
     ("efft1 on gated MLP", gated, {"variant": "efft1"}, "efft1 takes [q|k|v|o] and the MLP as matrices of one size"),
-    ("MHA", with_attention_of_torch, {}, "layer 'blocks.1.attn.proj' cannot be adapted: this is the out_proj of"),
 ]
 
 

@@ -194,16 +194,21 @@ def test_layers_that_never_run_are_reported_once(tiny_vit: Make, images: Tensor)
 
 
 @pytest.mark.parametrize("first", ["eval", "train"])
-def test_fast_path_of_torchs_encoder_is_reported(first: str) -> None:
+@pytest.mark.filterwarnings("error")
+def test_fast_path_of_torchs_encoder_has_the_update(first: str) -> None:
     """In training the layers are called, in evaluation their weights are read."""
     model, x = TorchEncoder(), torch.randn(2, 3, 4, 4)
     efft.apply(model, efft.EfftConfig(rank=4, targets=["linear1", "linear2"]))
+    for _, factor in efft.named_factors(model):
+        nn.init.normal_(factor, std=0.3)
     if first == "train":
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            model.train()(x)
-    with torch.no_grad(), pytest.warns(UserWarning, match="4 of 4 adapted layers did not run .* ignores the update"):
-        model.eval()(x)
+        model.train()(x)
+    with torch.no_grad():
+        live = model.eval()(x)
+        efft.merge(model)
+        torch.testing.assert_close(model(x), live, rtol=1e-4, atol=1e-4)
+        with pytest.raises(AssertionError):
+            torch.testing.assert_close(efft.remove(model)(x), live, rtol=1e-2, atol=1e-2)
 
 
 def test_all_of_a_half_known_architecture_is_refused(unchanged: Unchanged, tiny_vit: Make) -> None:
