@@ -3,7 +3,8 @@
 Ops: :func:`tt_linear`, its forms behind a GELU (:func:`tt_gelu_linear`) and a layer norm (:func:`tt_norm_linear`) and
 with an adapter a sample (:func:`tt_linear_grouped`), :func:`tt_contract`, :func:`tt_merge_`. Layers:
 :class:`EfftLinear`, :class:`EfftConv2d` and the like, and the bank of shared factors, :class:`TTFactors`; for other
-methods its base :class:`FactorBank` and :func:`tt_chain`. Backends: :mod:`efft_kernels.backends`.
+methods its base :class:`FactorBank` and :func:`tt_chain`. Mixtures of experts: :class:`ExpertWeight`, :class:`Routing`
+and :func:`expert_linear`. Backends: :mod:`efft_kernels.backends`.
 ``python -m efft_kernels`` reports the environment.
 """
 
@@ -15,9 +16,12 @@ from efft_kernels.nn import (
     EfftConv3d,
     EfftEmbedding,
     EfftLinear,
+    ExpertWeight,
     FactorBank,
+    Routing,
     Site,
     TTFactors,
+    expert_linear,
     tt_chain,
 )
 from efft_kernels.ops import tt_contract, tt_gelu_linear, tt_linear, tt_linear_grouped, tt_merge_, tt_norm_linear
@@ -32,11 +36,14 @@ __all__ = [
     "EfftConv3d",
     "EfftEmbedding",
     "EfftLinear",
+    "ExpertWeight",
     "FactorBank",
+    "Routing",
     "Site",
     "TTFactors",
     "__version__",
     "can_run",
+    "expert_linear",
     "explain",
     "tt_chain",
     "tt_contract",

@@ -3,8 +3,8 @@
 A backend is chosen, in this order, by the ``backend=`` argument of a call, an enclosing :func:`use_backend`, the
 environment variable ``EFFT_BACKEND`` (read once at import) and, failing all three, ``auto``. ``auto`` takes ``triton``
 or ``cuda`` where a measurement says that it is the fastest (:mod:`efft_kernels.choice`), else the first backend of
-:data:`AUTO_ORDER` that can run the call; an explicitly named backend never falls back: it raises with the reason that
-:func:`can_run` gives.
+:data:`AUTO_ORDER` that can run the call; inside the transforms of ``torch.func`` the reference alone can. An explicitly
+named backend never falls back: it raises with the reason that :func:`can_run` gives.
 """
 
 from __future__ import annotations
@@ -50,6 +50,12 @@ class Backend(str, enum.Enum):
 
 #: What ``auto`` tries, in this order, where no measurement prefers kernels for GPUs (:mod:`efft_kernels.choice`).
 AUTO_ORDER = (Backend.CPU, Backend.EAGER, Backend.REFERENCE)
+
+#: Why no backend but the reference runs inside ``torch.func.grad``, ``vjp``, ``vmap``, ...
+_TRANSFORMED = (
+    "it is not torch's own operations, which torch.func transforms; leave the choice to 'auto', which takes "
+    "'reference' there, or ask for that"
+)
 
 #: Whether Triton's kernels run in its interpreter, on the CPU; Triton too reads the variable once.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -154,6 +160,10 @@ def resolve(
     ``auto``, every backend) cannot run.
     """
     wanted = current_backend() if backend is None else Backend.parse(backend)
+    if torch._C._are_functorch_transforms_active():
+        if wanted not in (Backend.AUTO, Backend.REFERENCE):
+            raise RuntimeError(f"{op}: backend {wanted.value!r} was asked for but cannot run: {_TRANSFORMED}")
+        wanted = Backend.REFERENCE
     if wanted is not Backend.AUTO:
         reason = can_run(wanted, *tensors)
         if reason is not None:

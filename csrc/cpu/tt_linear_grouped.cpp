@@ -14,6 +14,8 @@ Tensor tt_linear_grouped(Tensor x_, Tensor W, std::optional<Tensor> b, Tensor D,
   std::optional<Panel> bias;
   if (b.has_value()) bias.emplace(as_row(*b), Panel::Order::rows, false);
   const auto* ids = static_cast<const int64_t*>(adapter.data_ptr());
+  for (int64_t i = 0; i < samples; ++i)
+    STD_TORCH_CHECK(ids[i] < D.size(0), "tt_linear_grouped: there are ", D.size(0), " adapters, got index ", ids[i]);
   const Type type = type_of(x);
   const int64_t size = type == Type::float32 ? 4 : 2;
   torch::stable::parallel_for(0, samples, 1, [&](int64_t first, int64_t last) {

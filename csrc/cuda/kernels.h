@@ -110,6 +110,7 @@ struct Pack {
   Type type{};
   int64_t from_sample = 0, from_row = 0, from_column = 0;
   const int64_t* adapter = nullptr;  // [samples]: which of from's samples to take, negative: zeros; null: each its own
+  int64_t adapters = 0;              // how many from has; an index of as many or more: NaN
   Matrix to;                         // [samples, rows, to.row], contiguous
 };
 // Several, in one launch.

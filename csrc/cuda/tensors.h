@@ -122,7 +122,10 @@ inline Tensor packed(
   op.from_sample = batched ? t.stride(0) : 0;
   op.from_row = t.stride(-2);
   op.from_column = t.stride(-1);
-  if (adapter) op.adapter = static_cast<const int64_t*>(adapter->data_ptr());
+  if (adapter) {
+    op.adapter = static_cast<const int64_t*>(adapter->data_ptr());
+    op.adapters = t.size(0);
+  }
   op.to = matrix(to);
   op.to.row = (op.columns + 7) / 8 * 8;
   launches.pack(op);

@@ -1,5 +1,6 @@
 // efft::tt_linear_grouped.cuda: the forward with factors a sample. Those that `adapter` names are copied side by side,
-// as the cast would copy them anyway, zeros for none; the products then know nothing of adapters.
+// as the cast would copy them anyway, zeros for none, NaN for one that is not there; the products then know nothing of
+// adapters.
 #include "tt_linear.h"
 
 namespace efft {

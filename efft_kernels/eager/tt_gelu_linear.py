@@ -19,7 +19,7 @@ def _tt_gelu_linear_fwd(
     G: Tensor,  # [r1, d_out]
     approximate: str,
 ) -> tuple[Tensor, Tensor]:  # y [tokens, d_out], h [tokens, r1]
-    return linear_fwd(F.gelu(z, approximate=approximate).to(W.dtype), W, b, D, G)
+    return linear_fwd(_gelu(z, approximate, W.dtype), W, b, D, G)
 
 
 def _tt_gelu_linear_bwd(
@@ -34,11 +34,21 @@ def _tt_gelu_linear_bwd(
     need_dD: bool,
     need_dG: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    a = F.gelu(z, approximate=approximate).to(gy.dtype) if need_dD else None
+    a = _gelu(z, approximate, gy.dtype) if need_dD else None
     da, dD, dG = linear_bwd(gy, a, W, h, D, G, need_dz, need_dD, need_dG)
     if not need_dz:
         return z.new_empty(0), dD, dG
-    return torch.ops.aten.gelu_backward(da.to(z.dtype), z, approximate=approximate), dD, dG
+    if da.dtype == z.dtype:
+        return torch.ops.aten.gelu_backward(da, z, approximate=approximate), dD, dG
+    wide = torch.promote_types(z.dtype, da.dtype)
+    return torch.ops.aten.gelu_backward(da.to(wide), z.to(wide), approximate=approximate).to(z.dtype), dD, dG
+
+
+def _gelu(z: Tensor, approximate: str, dtype: torch.dtype) -> Tensor:
+    """The GELU, rounded once, to ``dtype``."""
+    if z.dtype != dtype:
+        z = z.to(torch.promote_types(z.dtype, dtype))
+    return F.gelu(z, approximate=approximate).to(dtype)
 
 
 implement("tt_gelu_linear_fwd", Backend.EAGER, _tt_gelu_linear_fwd)

@@ -20,10 +20,11 @@ def _tt_linear_grouped(
     y = torch.nn.functional.linear(x, W, b)
     if x.numel() == 0 or D.shape[0] == 0:
         return y
-    used = adapter.clamp(min=0)
+    used = adapter.clamp(0, D.shape[0] - 1)
+    none, missing = (adapter < 0)[:, None, None], (adapter >= D.shape[0])[:, None, None]
     h = torch.bmm(x, D[used].to(x.dtype))  # [samples, tokens, r1]
-    h.masked_fill_((adapter < 0)[:, None, None], 0)
-    return y.baddbmm_(h, G[used].to(x.dtype))
+    h.masked_fill_(none, 0).masked_fill_(missing, torch.nan)
+    return y.baddbmm_(h, G[used].masked_fill_(none, 0).to(x.dtype))
 
 
 implement("tt_linear_grouped", Backend.EAGER, _tt_linear_grouped)

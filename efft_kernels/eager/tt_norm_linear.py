@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,7 @@ def _tt_norm_linear_fwd(
     D: Tensor,  # [d_in, r1]
     G: Tensor,  # [r1, d_out]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # y [tokens, d_out], h [tokens, r1], mean and rstd [tokens]
-    n, mean, rstd = _layer_norm(x, gamma, beta, eps)
+    n, mean, rstd = _layer_norm(x, gamma, beta, eps, W.dtype)
     y, h = linear_fwd(n.to(W.dtype), W, b, D, G)
     wide = torch.promote_types(x.dtype, torch.float32)
     return y, h, mean.to(wide).flatten(), rstd.to(wide).flatten()
@@ -42,7 +44,7 @@ def _tt_norm_linear_bwd(
     need_dD: bool,
     need_dG: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    n = _layer_norm(x, gamma, beta, eps)[0].to(gy.dtype) if need_dD else None
+    n = _layer_norm(x, gamma, beta, eps, gy.dtype)[0].to(gy.dtype) if need_dD else None
     dn, dD, dG = linear_bwd(gy, n, W, h, D, G, need_dx, need_dD, need_dG)
     return layer_norm_bwd(dn, x, gamma, beta, mean, rstd) if need_dx else x.new_empty(0), dD, dG
 
@@ -56,7 +58,7 @@ def layer_norm_bwd(
     rstd: Tensor,  # [tokens]
 ) -> Tensor:  # [tokens, d_in], dtype of x
     """dx of a layer norm by the vendor's kernel, which wants everything in one dtype but the statistics."""
-    wide = _like_parameters(x, gamma)
+    wide, gamma, beta = _alike(x, gamma, beta, dn.dtype)
     if x.device.type == "cpu":
         mean, rstd = mean.to(wide.dtype), rstd.to(wide.dtype)
     statistics = (mean[:, None], rstd[:, None])
@@ -66,12 +68,24 @@ def layer_norm_bwd(
     return dx.to(x.dtype)
 
 
-def _layer_norm(x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.native_layer_norm(_like_parameters(x, gamma), x.shape[1:], gamma, beta, eps)
+def _layer_norm(
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The norm, to be rounded to ``dtype``, and its statistics."""
+    wide, gamma, beta = _alike(x, gamma, beta, dtype)
+    return torch.native_layer_norm(wide, x.shape[1:], gamma, beta, eps)
 
 
-def _like_parameters(x: Tensor, gamma: Tensor | None) -> Tensor:
-    return x if gamma is None else x.to(torch.promote_types(x.dtype, gamma.dtype))
+def _alike(
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """All in the one dtype that the vendor's kernel wants; it rounds its result to that, so it holds ``dtype``."""
+    others = {dtype, *(parameter.dtype for parameter in (gamma, beta) if parameter is not None)}
+    if others == {x.dtype}:
+        return x, gamma, beta
+    dtype = functools.reduce(torch.promote_types, others, x.dtype)
+    gamma, beta = (None if parameter is None else parameter.to(dtype) for parameter in (gamma, beta))
+    return x.to(dtype), gamma, beta
 
 
 implement("tt_norm_linear_fwd", Backend.EAGER, _tt_norm_linear_fwd)

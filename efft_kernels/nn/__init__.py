@@ -3,6 +3,7 @@
 from efft_kernels.nn.attention import EfftMultiheadAttention
 from efft_kernels.nn.bank import FactorBank
 from efft_kernels.nn.conv import EfftConv1d, EfftConv2d, EfftConv3d
+from efft_kernels.nn.experts import ExpertWeight, Routing, expert_linear
 from efft_kernels.nn.factors import Site, TTFactors
 from efft_kernels.nn.linear import EfftLinear
 from efft_kernels.nn.operands import tt_chain
@@ -16,8 +17,11 @@ __all__ = [
     "EfftEmbedding",
     "EfftLinear",
     "EfftMultiheadAttention",
+    "ExpertWeight",
     "FactorBank",
+    "Routing",
     "Site",
     "TTFactors",
+    "expert_linear",
     "tt_chain",
 ]

@@ -11,6 +11,8 @@ from torch import nn
 from efft_kernels.nn.adapted import AdaptedWeight
 from efft_kernels.nn.bank import FactorBank
 from efft_kernels.nn.conv import EfftConv1d, EfftConv2d, EfftConv3d
+from efft_kernels.nn.experts import EXPERT_VIEWS, ExpertWeight, cannot_adapt_experts
+from efft_kernels.nn.factors import TTFactors
 from efft_kernels.nn.frozen import is_conv1d, share_attributes
 from efft_kernels.nn.linear import AdaptedLayer, EfftLinear
 from efft_kernels.nn.parameter import (
@@ -51,6 +53,8 @@ def cannot_adapt(model: nn.Module, name: str, view: str = "linear") -> str | Non
     module = _module_at(model, owner)
     if module is None or not hasattr(module, parameter):
         return "there is no layer and no parameter of this name"
+    if view in EXPERT_VIEWS:
+        return cannot_adapt_experts(module, parameter)
     return cannot_adapt_parameter(module, parameter, view)
 
 
@@ -68,7 +72,8 @@ def adapt(
         sites: by the name of a layer that is called, as ``"blocks.0.attn.qkv"``, or of a parameter of any other module,
             as ``"layers.0.self_attn.in_proj_weight"``: a bank, and the part of it that the weight uses.
         views: how the matrix lies in a parameter, where that is not ``"linear"``
-            (:func:`efft_kernels.nn.parameter.adapt_parameter`).
+            (:func:`efft_kernels.nn.parameter.adapt_parameter`). ``"experts"``: the matrices ``[experts, d_out, d_in]``
+            of a site of experts, ``"experts transposed"`` ``[experts, d_in, d_out]``.
         kind: the class that stands in for linear layers.
 
     Returns:
@@ -91,7 +96,12 @@ def adapt(
         if layer is None:
             owner, _, parameter = name.rpartition(".")
             module, view = model.get_submodule(owner), views.get(name, "linear")
-            adapted[name] = AdaptedParameter(module, parameter, factors, site, view)
+            if view in EXPERT_VIEWS:
+                assert isinstance(factors, TTFactors)
+                transposed = view == EXPERT_VIEWS[True]
+                adapted[name] = ExpertWeight(module, parameter, factors, site, transposed=transposed)
+            else:
+                adapted[name] = AdaptedParameter(module, parameter, factors, site, view)
         else:
             chosen = layer_class(layer)
             assert chosen is not None

@@ -72,6 +72,10 @@ class AdaptedWeight:
         is in."""
         return self.factors.evaluated(self.site)
 
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """(D [d_in, r], G [r, d_out]) of the pass that runs, with its dropout; differentiable."""
+        return self.factors.pair(self.site, *self.factors.down_up(self.binding))
+
     def update(self, D: Tensor, G: Tensor) -> Tensor:
         """The dense update of the weight's shape, in the dtype of the factors; differentiable."""
         with no_autocast(D.device):
@@ -115,7 +119,7 @@ class AdaptedWeight:
                 "dequantize=True (a dense weight takes its place), or keep the update beside it"
             )
         self._add(W, *pair)
-        self.base_weight = kept
+        self.base_weight, self.binding.merged = kept, True
         delta = self.update(*pair)
         wide = torch.promote_types(base.dtype, delta.dtype)
         lost = (W.to(wide) - base.to(wide)) - delta
@@ -140,7 +144,7 @@ class AdaptedWeight:
             self.stored.copy_(self.base_weight)
         else:
             self.store(nn.Parameter(self.base_weight, requires_grad=False))
-        self.base_weight = None
+        self.base_weight, self.binding.merged = None, False
 
     def describe(self) -> str:
         """The update in the words of its bank, and what has become of it."""

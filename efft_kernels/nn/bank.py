@@ -10,8 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import _symbolic_trace
 
 from efft_kernels._autocast import no_autocast
+
+Operands = tuple[Tensor, ...]
+"""What a layer multiplies by: (D, G), or more where the update of one site is a product of more."""
+
+#: Whether torch.fx traces; the older name, where there is no other, warns of what it means in a newer torch.
+_is_traced = getattr(_symbolic_trace, "is_fx_symbolic_tracing", None) or _symbolic_trace.is_fx_tracing
 
 
 class Binding:
@@ -28,8 +35,9 @@ class Binding:
 
     def __init__(self, site: Any) -> None:
         self.site = site
-        self.prepared: tuple[Tensor, Tensor] | None = None
+        self.prepared: Operands | None = None
         self.used = self.read = self.dense = False
+        self.merged = False  # whether the weight has the update, which a graph of torch.fx must not add again
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles are taken between passes: what belongs to a running one stays behind.
@@ -65,9 +73,12 @@ class FactorBank(nn.Module, ABC):
         """(in_features, out_features) of a linear layer that ``site`` fits."""
 
     @abstractmethod
-    def compose(self, sites: Sequence[Any]) -> list[tuple[Tensor, Tensor]]:
+    def compose(self, sites: Sequence[Any]) -> Sequence[Operands]:
         """(D [in_features, r], G [r, out_features]) of each site, differentiable in the factors, with the scale in one
-        of them. Called with autocast off: the factors are tiny and their rounding would be the update's."""
+        of them. Called with autocast off: the factors are tiny and their rounding would be the update's.
+
+        The operands of a site that stands for many matrices may be others (:meth:`TTFactors.compose`).
+        """
 
     def describe(self, site: Any) -> str:
         """The site in the words of this bank, for the ``repr`` of the layer that uses it."""
@@ -78,8 +89,9 @@ class FactorBank(nn.Module, ABC):
         self.bindings.append(Binding(site))
         return self.bindings[-1]
 
-    def down_up(self, binding: Binding) -> tuple[Tensor, Tensor]:
-        """(D [in_features, r], G [r, out_features]) of a bound site, with this pass's dropout if training."""
+    def down_up(self, binding: Binding) -> Operands:
+        """(D [in_features, r], G [r, out_features]) of a bound site, or what else :meth:`compose` gives for it, with
+        this pass's dropout if training."""
         prepared = binding.prepared  # read once: another thread may release it
         if prepared is not None and (torch.compiler.is_compiling() or self._thread == threading.get_ident()):
             if not torch.compiler.is_compiling():  # a side effect, which a compiled checkpoint refuses
@@ -88,10 +100,36 @@ class FactorBank(nn.Module, ABC):
                     self._running.without_grad.add(binding)
             return prepared
         if not torch.compiler.is_compiling():
+            if _is_traced():
+                return self._traced(binding)
             node = torch._C._current_autograd_node()
             if node is not None:  # activation checkpointing runs the layer again, inside backward
                 return self._replay(node, binding)
         return self._composed([binding.site])[0]
+
+    def forward(self, which: Any) -> Any:
+        """(D, G) of the ``which``-th binding, with dropout if training; G is zero while its layer is merged. Of a list
+        of sites the operands, as :meth:`compose` gives them.
+
+        The former is for graphs of torch.fx, of which the bank is a module that is called, the latter for what makes
+        parameters whole while their module is called, and again in its backward (ZeRO-3): layers ask :meth:`down_up`.
+        """
+        if isinstance(which, list):
+            # Parameters lose their content after the call, what is made from them does not.
+            aliases = {id(p): p.view_as(p) for p in self.parameters()}
+            return [tuple(aliases.get(id(t), t) for t in operands) for operands in self.compose(which)]
+        binding = self.bindings[which]
+        D, G = self._composed([binding.site])[0]
+        return D, torch.zeros_like(G) if binding.merged else G
+
+    def _traced(self, binding: Binding) -> tuple[Tensor, Tensor]:
+        """A call of this bank in the graph that torch.fx traces, whose tracer takes modules of torch.nn for leaves."""
+        self.__dict__["__module__"] = "torch.nn"
+        try:
+            pair = self(self.bindings.index(binding))
+        finally:
+            del self.__dict__["__module__"]
+        return pair[0], pair[1]
 
     def evaluated(self, site: Any) -> tuple[Tensor, Tensor]:
         """(D, G) of a site from the factors as they are now, without dropout."""
@@ -101,9 +139,16 @@ class FactorBank(nn.Module, ABC):
         """The same of several sites; what the method shares between them is one tensor."""
         training, self.training = self.training, False
         try:
-            return self._composed(list(sites))
+            operands = self._composed(list(sites))
+            with no_autocast(next(self.parameters()).device):
+                return [self.pair(site, *factors) for site, factors in zip(sites, operands, strict=True)]
         finally:
             self.training = training
+
+    def pair(self, site: Any, D: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        """(D, G) of a site from what :meth:`compose` gives for it."""
+        (G,) = rest
+        return D, G
 
     def prepare(self) -> None:
         """Compose all bound sites at once; :meth:`down_up` serves them to this thread until :meth:`release`."""
@@ -119,7 +164,9 @@ class FactorBank(nn.Module, ABC):
             return
         for binding in self.bindings:
             binding.used = False
-        self._running = self._remember(pairs) if torch.is_grad_enabled() else None
+        # Inside torch.func there is no backward to run a layer again in.
+        graph = torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
+        self._running = self._remember(pairs) if graph else None
 
     def release(self) -> list[Binding]:
         """End of the forward pass that :meth:`prepare` began. Returns the bindings that it did not use."""
@@ -134,7 +181,7 @@ class FactorBank(nn.Module, ABC):
         self._thread = None
         return [binding for binding in self.bindings if not binding.used]
 
-    def _composed(self, sites: list[Any]) -> list[tuple[Tensor, Tensor]]:
+    def _composed(self, sites: list[Any]) -> Sequence[Operands]:
         if not torch.compiler.is_compiling() and any(hasattr(p, "full_tensor") for p in self.parameters()):
             raise RuntimeError(
                 f"the factors of this {type(self).__name__} are sharded (DTensor). fully_shard makes them whole while "
@@ -142,11 +189,13 @@ class FactorBank(nn.Module, ABC):
                 "and call it as a whole; to merge or export, save the adapter and load it into a plain model"
             )
         with no_autocast(next(self.parameters()).device):
+            if self._forward_pre_hooks and not torch.compiler.is_compiling():
+                return self(sites)
             return self.compose(sites)
 
-    def _remember(self, pairs: list[tuple[Tensor, Tensor]]) -> _Pass:
+    def _remember(self, pairs: Sequence[Operands]) -> _Pass:
         """Keep the values of a pass as long as its graph lives, for layers that run again inside its backward."""
-        this = _Pass(dict(zip(self.bindings, ((_leaf(D), _leaf(G)) for D, G in pairs), strict=True)))
+        this = _Pass(dict(zip(self.bindings, (tuple(map(_leaf, pair)) for pair in pairs), strict=True)))
         nodes: list[Any] = [t.grad_fn for pair in pairs for t in pair if t.grad_fn is not None]
         for node in nodes:
             node.metadata[self] = this  # the pass must not hold the graph in turn
@@ -154,7 +203,7 @@ class FactorBank(nn.Module, ABC):
         self._passes = [ref for ref in self._passes if ref() is not None] + [weakref.ref(this)] * bool(nodes)
         return this
 
-    def _replay(self, node: Any, binding: Binding) -> tuple[Tensor, Tensor]:
+    def _replay(self, node: Any, binding: Binding) -> Operands:
         """The factors that a layer had in the pass whose backward, now at ``node``, runs it again."""
         this = self._find_pass(node)
         reentrant = node.name() == "CheckpointFunctionBackward" and torch.is_grad_enabled()
@@ -193,13 +242,13 @@ class _Pass:
     """The values of all factors in one forward pass.
 
     Attributes:
-        values: (D, G) of every binding, outside the graph.
+        values: the operands of every binding, outside the graph.
         first, last: numbers of the autograd nodes before the pass and at its end.
         without_grad: bindings that ran under ``no_grad`` in it.
         replayed: where a part of it was last run again: backward (autograd's id of it), number of a node then.
     """
 
-    def __init__(self, values: dict[Binding, tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, values: dict[Binding, Operands]) -> None:
         self.values = values
         self.first = self.last = _sequence_number()
         self.without_grad: set[Binding] = set()

@@ -87,9 +87,10 @@ class _Defer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
+        differentiated = torch.is_grad_enabled()
         with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            return torch.autograd.grad(_computed(ctx.module, x), x, gy)[0], None
+            x = x.view_as(x) if differentiated else x.detach().requires_grad_()
+            return torch.autograd.grad(_computed(ctx.module, x), x, gy, create_graph=differentiated)[0], None
 
 
 def _computed(module: Any, x: Tensor) -> Tensor:
@@ -109,8 +110,8 @@ def _drops_nothing(input: Any, p: float = 0.5, training: bool = True, inplace: b
 def defer(module: nn.Module) -> bool:
     """Let ``module`` hand its work on; False (and nothing is changed) if it is no layer norm or GELU that can.
 
-    It goes on doing its work itself where that is of use to somebody: in compiled, exported or traced code, under
-    inference mode, with hooks on it, and if it is trained.
+    It goes on doing its work itself where that is of use to somebody: in compiled, exported or traced code, in the
+    transforms of ``torch.func``, under inference mode, with hooks on it, and if it is trained.
     """
     if "forward" in module.__dict__ or not (
         isinstance(module, nn.GELU) or (isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1)
@@ -131,6 +132,7 @@ def _forward(module: Any, x: Tensor) -> Tensor:
     if (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()  # type: ignore[attr-defined]
+        or torch._C._are_functorch_transforms_active()
         or type(x) is not Tensor
         or x.is_inference()
         or any(parameter.requires_grad for parameter in module.parameters())

@@ -184,10 +184,10 @@ def effective_property(name: str, owner_of: Callable[[Any], AdaptedWeight | None
 def effective(owner: AdaptedWeight, W: Tensor) -> Tensor:
     """The effective weight of ``owner``, whose stored weight is ``W``; differentiable."""
     if torch.compiler.is_compiling():
-        return owner.summed(W, *owner.factors.down_up(owner.binding))
+        return owner.summed(W, *owner.pair())
     binding = owner.binding
     used = binding.used
-    D, G = owner.factors.down_up(binding)
+    D, G = owner.pair()
     binding.used = used  # not before more than its dtype or shape is asked for
     if (
         torch.jit.is_tracing()  # type: ignore[attr-defined]

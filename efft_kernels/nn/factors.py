@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from efft_kernels.nn.bank import Binding, FactorBank
+from efft_kernels.nn.bank import Binding, FactorBank, Operands
 from efft_kernels.nn.initialization import initialize
 from efft_kernels.nn.operands import take
 from efft_kernels.ops import tt_contract
@@ -17,7 +17,7 @@ from efft_kernels.ops import tt_contract
 
 @dataclass(frozen=True)
 class Site:
-    """Which part of a train one linear layer uses.
+    """Which part of a train one linear layer uses, or one parameter that holds the matrices of many experts.
 
     Attributes:
         layer: index into the cores' first dimension (ignored where cores are shared by all layers).
@@ -25,6 +25,10 @@ class Site:
         transpose: use the transposed train, ``D = Vᵀ`` and ``G = s Cᵀ Uᵀ`` (fc2 beside fc1).
         columns: half-open range of V's columns this layer uses; None for all.
         mask_scope: sites of one layer with the same scope share one draw of the dropout masks of U and V.
+        experts: number of matrices that the site stands for, which share the outer side of the train that is their
+            input; 0 for one plain matrix. ``cores`` then lists those of the first expert, of the second, ...
+        interleaved: the outputs of an expert's column blocks alternate, ``[block 0's first, block 1's first, ...]``,
+            as the gates and the values of some models do; otherwise one block follows the other.
     """
 
     layer: int = 0
@@ -32,6 +36,13 @@ class Site:
     transpose: bool = False
     columns: tuple[int, int] | None = None
     mask_scope: int = 0
+    experts: int = 0
+    interleaved: bool = False
+
+    @property
+    def blocks(self) -> int:
+        """Column blocks of one matrix."""
+        return len(self.cores) // (self.experts or 1)
 
 
 class Masks(NamedTuple):
@@ -170,22 +181,27 @@ class TTFactors(FactorBank):
         first, last = site.columns or (0, self.d_out)
         if not 0 <= first < last <= self.d_out or not site.cores:
             raise ValueError(f"{site} does not fit a train with {self.d_out} output columns")
-        if site.transpose and len(site.cores) > 1:
+        if site.experts < 0 or len(site.cores) % (site.experts or 1):
+            raise ValueError(f"{site}: every one of the experts needs as many cores, got {len(site.cores)} cores")
+        if site.interleaved and not site.experts:
+            raise ValueError(f"{site}: only the column blocks of experts can be interleaved")
+        if site.transpose and site.blocks > 1:
             raise ValueError(f"{site}: a transposed train has one core, its output is U's one block of rows")
         if site.mask_scope < 0:
             raise ValueError(f"{site}: mask_scope must be 0 or more")
         return super().bind(site)
 
     def features(self, site: Site) -> tuple[int, int]:
-        """(in_features, out_features) of a linear layer that ``site`` fits."""
+        """(in_features, out_features) of a linear layer that ``site`` fits, or of each of its experts."""
         first, last = site.columns or (0, self.d_out)
         if site.transpose:
             return last - first, self.d_in
-        return self.d_in, (last - first) * len(site.cores)
+        return self.d_in, (last - first) * site.blocks
 
     def describe(self, site: Site) -> str:
         """The site's part of this train."""
-        parts = [f"rank=({self.r1}, {self.r2})", f"layer={site.layer}", f"cores={site.cores}"]
+        cores = f"cores={site.cores}" if not site.experts else f"experts={site.experts}, cores per expert={site.blocks}"
+        parts = [f"rank=({self.r1}, {self.r2})", f"layer={site.layer}", cores]
         if site.transpose:
             parts.append("transpose=True")
         if site.columns:
@@ -204,21 +220,32 @@ class TTFactors(FactorBank):
         )
         return Masks(*(torch.rand(shape, device=self.U.device) >= self.dropout for shape in shapes))
 
-    def compose(self, sites: Sequence[Site]) -> list[tuple[Tensor, Tensor]]:
-        """(D, G) of each site, contracted with those that are alike."""
+    def compose(self, sites: Sequence[Site]) -> list[Operands]:
+        """(D, G) of each site, contracted with those that are alike.
+
+        Of a site of experts, whose products share both outer sides, nothing is contracted:
+        (D [in_features, r], C [experts, r, blocks * r'], V [r', out_features / blocks]) with the scale in the cores C;
+        the update of expert e, block b is ``D C[e, :, b r' : (b + 1) r'] V``. :meth:`evaluated` has G
+        [experts, r, out_features] of it.
+        """
         layers = sorted({site.layer for site in sites})
         masks = self.draw_masks(len(layers))
         kinds: dict[tuple[Any, ...], list[int]] = {}
         for i, site in enumerate(sites):
-            kinds.setdefault((site.cores, site.transpose, site.columns, site.mask_scope), []).append(i)
-        pairs: dict[int, tuple[Tensor, Tensor]] = {}
+            kinds.setdefault((site.cores, site.transpose, site.columns, site.mask_scope, site.experts), []).append(i)
+        found: dict[int, Operands] = {}
         for members in kinds.values():
             rows = [layers.index(sites[i].layer) for i in members]
-            D, G = self._contract_kind(sites[members[0]], rows, layers, masks)
-            ups = G.unbind(0) if len(G) == len(members) else [G[0]] * len(members)
-            downs = D.unbind(0) if D.dim() == 3 else [D] * len(members)
-            pairs.update(zip(members, zip(downs, ups, strict=True), strict=True))
-        return [pairs[i] for i in range(len(sites))]
+            site, n = sites[members[0]], len(members)
+            operands: list[Sequence[Tensor]]
+            if site.experts:
+                D, C, V = self._expert_kind(site, rows, layers, masks)
+                operands = [_each(D, n, 3), _each(C, n, 4), _each(V, n, 3)]
+            else:
+                D, G = self._contract_kind(site, rows, layers, masks)
+                operands = [_each(D, n, 3), _each(G, n, 3)]
+            found.update(zip(members, zip(*operands, strict=True), strict=True))
+        return [found[i] for i in range(len(sites))]
 
     def _contract_kind(
         self, site: Site, rows: list[int], layers: list[int], masks: Masks | None
@@ -251,6 +278,35 @@ class TTFactors(FactorBank):
             return (V * keep_V).transpose(-1, -2) / keep, G
         return self.U * keep_U / keep, tt_contract(C, V, scale=scale, keep_C=keep_C, keep_V=keep_V)
 
+    def _expert_kind(
+        self, site: Site, rows: list[int], layers: list[int], masks: Masks | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """D [in, r], C [len(rows), experts, r, blocks * r'] and V [r', out] of sites of experts alike but for the
+        layer; D and V have a first dimension of len(rows) under dropout. ``rows`` are as in :meth:`_contract_kind`."""
+        keep = 1.0 - self.dropout
+        first, last = site.columns or (0, self.d_out)
+        U: Tensor = self.U
+        V: Tensor = self.V[:, first:last]
+        C = self._scaled_cores([layers[row] for row in rows], list(site.cores))
+        scale = self.initial_scale
+        if masks is not None:
+            U = U * take(masks.U[:, site.mask_scope], 0, rows) / keep
+            C = C * take(take(masks.C, 1, list(site.cores)), 0, rows)
+            V = V * take(masks.V[:, site.mask_scope, :, first:last], 0, rows) / keep
+            scale = scale / keep
+        if site.transpose:
+            U, C, V = V.transpose(-1, -2), C.transpose(-1, -2), U.transpose(-1, -2)
+        C = C.unflatten(1, (site.experts, site.blocks)).transpose(2, 3).flatten(3)
+        return U, C * scale, V
+
+    def pair(self, site: Site, D: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        """(D [in_features, r], G [r, out_features]), or G [experts, r, out_features] of a site of experts."""
+        if not site.experts:
+            return super().pair(site, D, *rest)
+        C, V = rest
+        G = C.unflatten(-1, (site.blocks, -1)) @ V  # [experts, r, blocks, out]
+        return D, (G.transpose(-1, -2) if site.interleaved else G).flatten(-2)
+
     def _scaled_cores(self, layers: list[int], cores: list[int]) -> Tensor:  # [len(layers) or 1, len(cores), r1, r2]
         """The cores of these layers, times what training has made of the scale."""
         C = take(self.C, 1, cores)
@@ -269,3 +325,10 @@ class TTFactors(FactorBank):
             f"n_cores={self.n_cores}, core_sharing={self.core_sharing!r}, scale={self.scale_value:g}, "
             f"dropout={self.dropout}"
         )
+
+
+def _each(operand: Tensor, n: int, dim: int) -> Sequence[Tensor]:
+    """That of each of n sites: one tensor, or one row of it, may serve all."""
+    if operand.dim() < dim:
+        return [operand] * n
+    return operand.unbind(0) if len(operand) == n else [operand[0]] * n

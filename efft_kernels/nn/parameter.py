@@ -8,7 +8,7 @@ that has the update (:mod:`efft_kernels.nn.effective`). Names in the state dict,
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -86,6 +86,8 @@ class AdaptedModule:
     """What a module is too while parameters of it are adapted. :func:`adapt_parameter` makes the classes."""
 
     adapted_parameters: dict[str, AdaptedParameter]
+    prefix: ClassVar[str] = ""
+    """What the name of the class begins with, before that of the module's own."""
 
     def extra_repr(self) -> str:
         own: str = super().extra_repr()  # type: ignore[misc]
@@ -127,7 +129,7 @@ def _class_of(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
             "__jit_unused_properties__": [*getattr(base, "__jit_unused_properties__", ()), *names],
         }
         kind = _own_forwards.get(base.forward, AdaptedModule)
-        _classes[base, names] = type(base.__name__, (kind, base), parts)
+        _classes[base, names] = type(kind.prefix + base.__name__, (kind, base), parts)
     return _classes[base, names]
 
 

@@ -23,6 +23,11 @@ class Selection(NamedTuple):
     weights: Tensor | None  # fp32 (fp64 for an fp64 model) [k]
 
 
+#: Where the samples of a batch are in an input [..., in_features]: the dimension; 0 also where each sample has several
+#: entries of it, one after the other; -1 where rows that follow each other belong to different samples; None nowhere.
+Layout = int | None
+
+
 class PooledLinear(FrozenLayer, nn.Linear):
     """A frozen linear layer and two stacks of tensors, a row an adapter; row 0 is the base.
 
@@ -39,6 +44,11 @@ class PooledLinear(FrozenLayer, nn.Linear):
     """
 
     stacks: tuple[Tensor, Tensor | None]
+    layouts: dict[int, Layout]
+    """Number of dimensions of an input to where it has the samples, unless they are the first dimension."""
+    learned: bool
+    """Whether ``layouts`` is known. Until then, the first dimension must be the only one of as many entries as there
+    are samples."""
 
     @classmethod
     def refusal(cls, layer: nn.Module) -> str | None:
@@ -46,7 +56,7 @@ class PooledLinear(FrozenLayer, nn.Linear):
 
     def __init__(self, linear: nn.Linear, selected: ContextVar[Selection | None]) -> None:
         super().__init__(linear)
-        self.selected = selected
+        self.selected, self.layouts, self.learned = selected, {}, False
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in_features] -> [..., out_features]
         selection = self.selected.get()
@@ -55,14 +65,35 @@ class PooledLinear(FrozenLayer, nn.Linear):
         slots, weights = selection
         if weights is not None:
             return self.summed(x, slots, weights)
-        rows, samples = math.prod(x.shape[:-1]), len(slots)
-        if rows % samples:
+        samples = len(slots)
+        place = self._place(x, samples)
+        if place == -1:
+            x_of = x.reshape(-1, samples, self.in_features).transpose(0, 1)
+            y = self.one_each(x_of, slots).transpose(0, 1)  # [rows / samples, samples, out_features]
+            return y.reshape(*x.shape[:-1], self.out_features)
+        first = x.movedim(place, 0)
+        y = self.one_each(first.reshape(samples, -1, self.in_features), slots)
+        return y.reshape(*first.shape[:-1], self.out_features).movedim(0, place)
+
+    def _place(self, x: Tensor, samples: int) -> int:
+        """Where the samples are in ``x``.
+
+        Raises:
+            ValueError: they are not there, or it is not known where.
+        """
+        rows = math.prod(x.shape[:-1])
+        if rows == samples:
+            return 0
+        # In this order: code that torch.compile made when nothing was learned stays valid for what needs no learning.
+        usual = x.shape[0] == samples and (samples not in x.shape[1:-1] or self.learned)
+        place = self.layouts.get(x.dim(), 0 if usual else None)
+        if place is None or rows % samples or (place > 0 and x.shape[place] != samples):
             raise ValueError(
                 f"{type(self).__name__}: expected the rows of {samples} samples, one after the other, got an input of "
-                f"shape {list(x.shape)}; a layer that mixes samples cannot use an adapter for each"
+                f"shape {list(x.shape)}; a layer that mixes samples, or is not known to keep them in order, cannot use "
+                "an adapter for each (a call of the whole model, not compiled, finds the order)"
             )
-        y = self.one_each(x.reshape(samples, rows // samples, self.in_features), slots)
-        return y.reshape(*x.shape[:-1], self.out_features)
+        return place
 
     @abstractmethod
     def mixed(self, slots: Tensor, weights: Tensor) -> tuple[Tensor, Tensor | None]:

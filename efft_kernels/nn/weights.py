@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from efft_kernels._autocast import no_autocast
 from efft_kernels.ops import tt_linear
 
+torch.fx.wrap("tt_linear")  # one node of a traced graph
+
 
 def is_plain(weight: Tensor) -> bool:
     """Whether the entries of ``weight`` are in its memory as its dtype says, so that a kernel can read them."""

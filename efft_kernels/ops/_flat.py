@@ -12,7 +12,8 @@ from torch import Tensor
 def flat(tensor: Tensor) -> Tensor:
     """``tensor`` [..., d] as [tokens, d].
 
-    Detach what is saved for backward: of a view made without gradients, autograd would report a change in other words.
+    Save the tensor itself for backward, not this: of a view made without gradients autograd would report a change in
+    other words, and a second derivative would not find what it was made from.
     """
     # Not by Size.numel(), which would fix what an export leaves open.
     return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])

@@ -174,6 +174,26 @@ for _op, _arguments in SCHEMAS.items():
         torch.library.register_fake(f"efft::{_op}.{_backend.value}", _FAKES[_op], lib=_library)
 
 
+def _tell_autograd(op: str, backend: Backend) -> None:
+    """Raise the versions of the tensors that ``op`` changes in place, which torch does for its own operators alone:
+    autograd notices by it that what was saved for backward is no longer what it was."""
+    overload = getattr(getattr(torch.ops.efft, op), backend.value)
+    changed = [i for i, argument in enumerate(overload._schema.arguments) if argument.is_write]
+
+    def kernel(keys: Any, *arguments: Any) -> Any:
+        for i in changed:
+            torch.autograd.graph.increment_version(arguments[i])
+        return overload.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *arguments)
+
+    if changed:
+        _library.impl(f"{op}.{backend.value}", kernel, "ADInplaceOrView", with_keyset=True)
+
+
+for _op in SCHEMAS:
+    for _backend in REGISTERED:
+        _tell_autograd(_op, _backend)
+
+
 def implement(op: str, backend: Backend, kernel: Callable[..., object]) -> None:
     """Register ``kernel`` as ``backend``'s implementation of ``op`` on every device."""
     _library.impl(f"{op}.{backend.value}", kernel, "CompositeExplicitAutograd")

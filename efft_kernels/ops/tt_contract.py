@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from efft_kernels import reference
 from efft_kernels._autocast import no_autocast
@@ -106,9 +105,12 @@ class _TTContract(torch.autograd.Function):
             return _FORWARD[backend](C, V, keep_C, keep_V, scale)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dG: Tensor) -> tuple[Tensor | None, ...]:
         need_dC, need_dV = ctx.needs_input_grad[:2]
         with no_autocast(dG.device):
-            dC, dV = _BACKWARD[ctx.backend](dG, *ctx.saved_tensors, ctx.scale, need_dC, need_dV)
+            if torch.is_grad_enabled():  # this backward will be differentiated
+                C, V, keep_C, keep_V = ctx.saved_tensors
+                dC, dV = reference.tt_contract_bwd(dG, C, V, keep_C, keep_V, ctx.scale)
+            else:
+                dC, dV = _BACKWARD[ctx.backend](dG, *ctx.saved_tensors, ctx.scale, need_dC, need_dV)
         return dC if need_dC else None, dV if need_dV else None, None, None, None, None

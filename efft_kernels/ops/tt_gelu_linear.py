@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from efft_kernels import reference
 from efft_kernels._autocast import autocast_like_linear, no_autocast
@@ -43,8 +42,8 @@ def tt_gelu_linear(
         backend: see :mod:`efft_kernels.backends`.
 
     Returns:
-        ``y [..., d_out]`` in the dtype of ``W`` (the autocast dtype under autocast). Differentiable once, with respect
-        to ``z``, ``D`` and ``G``.
+        ``y [..., d_out]`` in the dtype of ``W`` (the autocast dtype under autocast). Differentiable with respect to
+        ``z``, ``D`` and ``G``, any number of times.
 
     Raises:
         TypeError: an argument is no tensor.
@@ -77,20 +76,23 @@ class _TTGeluLinear(torch.autograd.Function):
         approximate: str,
         backend: Backend,
     ) -> Tensor:
-        leading, z = z.shape[:-1], flat(z.detach())
         with no_autocast(z.device):
-            y, h = _FORWARD[backend](z, W, b, D, G, approximate)
+            y, h = _FORWARD[backend](flat(z), W, b, D, G, approximate)
         need_dz, need_dG = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
         ctx.save_for_backward(z, W if need_dz else None, h if need_dG else None, D, G)
         ctx.approximate, ctx.backend = approximate, backend
-        return unflat(y, leading)
+        return unflat(y, z.shape[:-1])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         need_dz, _, _, need_dD, need_dG = needs = ctx.needs_input_grad[:5]
-        leading, gy = gy.shape[:-1], flat(gy)
+        z, W, h, D, G = ctx.saved_tensors
+        leading, gy, z = gy.shape[:-1], flat(gy), flat(z)
+        grads: tuple[Tensor | None, ...]
         with no_autocast(gy.device):
-            grads = _BACKWARD[ctx.backend](gy, *ctx.saved_tensors, ctx.approximate, need_dz, need_dD, need_dG)
+            if torch.is_grad_enabled():  # this backward will be differentiated
+                grads = reference.tt_gelu_linear_bwd(gy, z, W, D, G, ctx.approximate)
+            else:
+                grads = _BACKWARD[ctx.backend](gy, z, W, h, D, G, ctx.approximate, need_dz, need_dD, need_dG)
         dz, dD, dG = (grad if need else None for grad, need in zip(grads, (needs[0], *needs[3:]), strict=True))
         return None if dz is None else dz.view(*leading, dz.shape[-1]), None, None, dD, dG, None, None

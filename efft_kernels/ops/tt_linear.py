@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from efft_kernels import reference
 from efft_kernels._autocast import autocast_like_linear, no_autocast
@@ -44,8 +43,8 @@ def tt_linear(
         backend: see :mod:`efft_kernels.backends`.
 
     Under autocast ``x``, ``W`` and ``b`` are cast as ``torch.nn.functional.linear`` casts them; the gradients of fp32
-    factors stay fp32. Only gradients that are asked for are computed. All backends but ``reference`` are
-    differentiable once.
+    factors stay fp32. Only gradients that are asked for are computed.
+    Differentiable any number of times.
 
     Returns:
         ``y [..., d_out]`` in the dtype of ``x`` (the autocast dtype under autocast).
@@ -61,34 +60,56 @@ def tt_linear(
     chosen = resolve("tt_linear", backend, W, x, b, D, G, sizes=linear_sizes(x, W, D))
     if chosen is Backend.REFERENCE:
         return reference.tt_linear(x, W, b, D, G)
-    return _TTLinear.apply(x, W, b, D, G, chosen)
+    outputs = _TTLinear.apply(x, W, b, D, G, chosen)
+    y: Tensor = outputs[0] if isinstance(outputs, tuple) else outputs
+    return y
 
 
 class _TTLinear(torch.autograd.Function):
-    """Autograd of tt_linear, above the backends: one registered op forward, one backward."""
+    """Autograd of tt_linear, above the backends: one registered op forward, one backward.
+
+    A backward that is to be differentiated is the reference's, on saved tensors that are still part of the graph: the
+    inputs, or ``h`` where ``x`` is not kept for want of dD. ``h`` is an output then, so that autograd knows whence it
+    comes.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, D: Tensor, G: Tensor, backend: Backend) -> Tensor:
-        leading, x = x.shape[:-1], flat(x.detach())
-        y, h = _FORWARD[backend](x, W, b, D, G)  # x, y [tokens, ...]
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, D: Tensor, G: Tensor, backend: Backend
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        y, h = _FORWARD[backend](flat(x), W, b, D, G)  # [tokens, ...]
         need_dx, need_dW, _, need_dD, need_dG, _ = ctx.needs_input_grad
-        ctx.save_for_backward(x if need_dD or need_dW else None, W if need_dx else None, h if need_dG else None, D, G)
+        keep_x = need_dD or need_dW
+        ctx.save_for_backward(x if keep_x else None, W if need_dx else None, h if need_dG else None, D, G)
         ctx.backend = backend
-        return unflat(y, leading)
+        y = unflat(y, x.shape[:-1])
+        if need_dx and need_dG and not keep_x and not torch.compiler.is_compiling():
+            ctx.set_materialize_grads(False)
+            ctx.shape = y.shape
+            return y, h
+        return y
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gy: Tensor | None, gh: Tensor | None = None) -> tuple[Tensor | None, ...]:
         x, W, h, D, G = ctx.saved_tensors
         need_dx, need_dW, need_db, need_dD, need_dG, _ = ctx.needs_input_grad
+        if gy is None:
+            if gh is None:
+                return (None,) * 6
+            gy = gh.new_zeros(ctx.shape)
         leading, gy = gy.shape[:-1], flat(gy)
+        x = None if x is None else flat(x)
         with no_autocast(gy.device):
-            dx, dD, dG = _BACKWARD[ctx.backend](gy, x, W, h, D, G, need_dx, need_dD, need_dG)
+            if gh is not None or torch.is_grad_enabled():  # in a second derivative, or this will be differentiated
+                h = h if x is None or h is None else x @ D.to(x.dtype)
+                dx, dD, dG = reference.tt_linear_bwd(gy, x, W, h, D, G, gh)
+            else:
+                dx, dD, dG = _BACKWARD[ctx.backend](gy, x, W, h, D, G, need_dx, need_dD, need_dG)
             # The base is frozen in every PEFT use; a caller who does train it gets the plain products.
-            dW = gy.t() @ x if need_dW else None
+            dW = gy.t() @ x if x is not None and need_dW else None
             db = gy.sum(0) if need_db else None
         return (
-            dx.view(*leading, dx.shape[-1]) if need_dx else None,
+            None if dx is None or not need_dx else dx.view(*leading, dx.shape[-1]),
             dW,
             db,
             dD if need_dD else None,

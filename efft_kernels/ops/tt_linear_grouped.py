@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,6 @@ from efft_kernels.ops._schemas import overloads
 _IMPLEMENTATION = overloads("tt_linear_grouped")
 
 
-@torch.no_grad()
 def tt_linear_grouped(
     x: Tensor,  # [samples, tokens, d_in]
     W: Tensor,  # [d_out, d_in]
@@ -27,8 +28,8 @@ def tt_linear_grouped(
 ) -> Tensor:  # [samples, tokens, d_out]
     """Linear layer plus each sample's own delta: ``y[i] = x[i] Wᵀ + b + (x[i] D[a]) G[a]`` with ``a = adapter[i]``.
 
-    One batch, one frozen model, many adapters: only the factors of the adapters in the batch are read. For inference:
-    no gradient is recorded.
+    One batch, one frozen model, many adapters: only the factors of the adapters in the batch are read. For inference
+    first: the gradients are plain matrix products in every backend.
 
     Args:
         x: activations ``[samples, tokens, d_in]``, any strides.
@@ -37,12 +38,13 @@ def tt_linear_grouped(
         D: down factors of all adapters ``[n_adapters, d_in, r1]``, any floating dtype; pad adapters of lower rank with
             zeros.
         G: up factors ``[n_adapters, r1, d_out]``, likewise.
-        adapter: int64 ``[samples]``, which adapter a sample uses; negative for none. That every index is less than
-            ``n_adapters`` is checked on the CPU only: on a GPU the check would wait for it.
+        adapter: int64 ``[samples]``, which adapter a sample uses; negative for none. An index of ``n_adapters`` or more
+            is an error on the CPU; on a GPU, where a check would wait for it, that sample's output is NaN.
         backend: see :mod:`efft_kernels.backends`.
 
     Returns:
-        ``y [samples, tokens, d_out]`` in the dtype of ``x`` (the autocast dtype under autocast).
+        ``y [samples, tokens, d_out]`` in the dtype of ``x`` (the autocast dtype under autocast). Differentiable any
+        number of times.
 
     Raises:
         TypeError: an argument is no tensor.
@@ -72,5 +74,40 @@ def tt_linear_grouped(
     chosen = resolve("tt_linear_grouped", backend, x, W, b, D, G)
     if chosen is Backend.REFERENCE:
         return reference.tt_linear_grouped(x, W, b, D, G, adapter)
+    differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, W, b, D, G))
+    if differentiated or torch.autograd.forward_ad._current_level >= 0:
+        return _TTLinearGrouped.apply(x, W, b, D, G, adapter, chosen)
     with no_autocast(x.device):
         return _IMPLEMENTATION[chosen](x, W, b, D, G, adapter)
+
+
+class _TTLinearGrouped(torch.autograd.Function):
+    """Autograd of tt_linear_grouped, above the backends; backward is the reference's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W: Tensor,
+        b: Tensor | None,
+        D: Tensor,
+        G: Tensor,
+        adapter: Tensor,
+        backend: Backend,
+    ) -> Tensor:
+        need_dx, need_dW, _, need_dD, need_dG = ctx.needs_input_grad[:5]
+        ctx.save_for_backward(x if need_dW or need_dD or need_dG else None, W if need_dx else None, D, G, adapter)
+        with no_autocast(x.device):
+            y: Tensor = _IMPLEMENTATION[backend](x, W, b, D, G, adapter)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+        x, W, D, G, adapter = ctx.saved_tensors
+        _, need_dW, need_db, need_dD, need_dG = ctx.needs_input_grad[:5]
+        with no_autocast(gy.device):
+            of_factors = x if need_dD or need_dG else None
+            dx, dD, dG = reference.tt_linear_grouped_bwd(gy, of_factors, W, D, G, adapter)
+            dW = gy.flatten(0, 1).t() @ x.flatten(0, 1) if need_dW else None
+            db = gy.sum((0, 1)) if need_db else None
+        return dx, dW, db, dD if need_dD else None, dG if need_dG else None, None, None

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from efft_kernels import reference
 from efft_kernels._autocast import autocast_like_linear, no_autocast
@@ -38,16 +37,17 @@ def tt_norm_linear(
 
     Args:
         x: input of the norm ``[..., d_in]``, any floating dtype (``cpu``: float32 or bfloat16) and strides.
-        gamma, beta: the norm's weight and bias ``[d_in]``, either or both None; frozen.
+        gamma, beta: the norm's weight and bias ``[d_in]``, either or both None; frozen, of one dtype, any.
         W, b: weight ``[d_out, d_in]`` and bias ``[d_out]`` or None, of one dtype (under autocast cast to its dtype);
-            frozen. The product is computed in their dtype, the norm in fp32 (fp64 for fp64).
+            frozen. The norm is computed in fp32 (fp64 for fp64) and rounded once, to their dtype, in which the product
+            is computed.
         D, G: factors ``[d_in, r1]`` and ``[r1, d_out]`` as in :func:`efft_kernels.tt_linear`.
         eps: added to the variance.
         backend: see :mod:`efft_kernels.backends`.
 
     Returns:
-        ``y [..., d_out]`` in the dtype of ``W`` (the autocast dtype under autocast). Differentiable once, with respect
-        to ``x``, ``D`` and ``G``.
+        ``y [..., d_out]`` in the dtype of ``W`` (the autocast dtype under autocast). Differentiable with respect to
+        ``x``, ``D`` and ``G``, any number of times.
 
     Raises:
         TypeError: an argument is no tensor, or no number.
@@ -86,21 +86,23 @@ class _TTNormLinear(torch.autograd.Function):
         eps: float,
         backend: Backend,
     ) -> Tensor:
-        leading, x = x.shape[:-1], flat(x.detach())
         with no_autocast(x.device):
-            y, h, mean, rstd = _FORWARD[backend](x, gamma, beta, eps, W, b, D, G)
+            y, h, mean, rstd = _FORWARD[backend](flat(x), gamma, beta, eps, W, b, D, G)
         need_dx, need_dG = ctx.needs_input_grad[0], ctx.needs_input_grad[6]
         ctx.save_for_backward(x, gamma, beta, mean, rstd, W if need_dx else None, h if need_dG else None, D, G)
         ctx.eps, ctx.backend = eps, backend
-        return unflat(y, leading)
+        return unflat(y, x.shape[:-1])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-        x, gamma, beta, *rest = ctx.saved_tensors
+        x, gamma, beta, mean, rstd, W, h, D, G = ctx.saved_tensors
         needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[5:7])
-        leading, gy = gy.shape[:-1], flat(gy)
+        leading, gy, x = gy.shape[:-1], flat(gy), flat(x)
+        grads: tuple[Tensor | None, ...]
         with no_autocast(gy.device):
-            grads = _BACKWARD[ctx.backend](gy, x, gamma, beta, ctx.eps, *rest, *needs)
+            if torch.is_grad_enabled():  # this backward will be differentiated
+                grads = reference.tt_norm_linear_bwd(gy, x, gamma, beta, W, D, G, ctx.eps)
+            else:
+                grads = _BACKWARD[ctx.backend](gy, x, gamma, beta, ctx.eps, mean, rstd, W, h, D, G, *needs)
         dx, dD, dG = (grad if need else None for grad, need in zip(grads, needs, strict=True))
         return None if dx is None else dx.view(*leading, dx.shape[-1]), None, None, None, None, dD, dG, None, None

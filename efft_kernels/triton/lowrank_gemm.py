@@ -17,7 +17,7 @@ written twice, read again or concatenated. H comes in one of two ways:
 Behind a GELU the backward's epilogue multiplies Y by the GELU's slope at z, so that dz is what is stored; always in the
 split form, since such outputs are wide and the slope needs the registers. In the
 grouped form every sample has P and T of its own: a program's rows belong to one sample, and P and T are found by its
-adapter's number.
+adapter's number; a number beyond the last makes NaN.
 
 Numbers: products in A's dtype with fp32 accumulation; P and T are cast to A's dtype as they are loaded; H is rounded to
 A's dtype once, in both forms; Y is rounded once.
@@ -49,6 +49,7 @@ def lowrank_gemm_kernel(
     Z,  # [M, N] or None: what the GELU in front of the layer got, in the backward
     Y,  # [M, N], contiguous
     adapter,  # [samples] or None: which of P [n, K, R] and T [n, R, N] the rows of a sample take, A is [samples, M, K]
+    n_adapters,
     samples,
     M,
     N,
@@ -91,7 +92,8 @@ def lowrank_gemm_kernel(
         tile_m = tile_m % of_sample
         which = tl.load(adapter + sample)
         A, H, Y = A + sample * stride_as, H + sample * M * R, Y + sample * M * N
-        R = tl.where(which < 0, 0, R)  # none: no column of P and T is read
+        missing = which >= n_adapters
+        R = tl.where((which < 0) | missing, 0, R)  # none: no column of P and T is read
         P, T = P + which * stride_ps, T + which * stride_ts
 
     m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # int64: M * K may pass 2^31
@@ -136,6 +138,8 @@ def lowrank_gemm_kernel(
     if Z is not None:
         z = tl.load(Z + m[:, None] * stride_zm + n[None, :] * stride_zn, mask=in_m & in_n, other=0.0)
         y *= gelu_slope(z, PRODUCER, H.dtype.element_ty)
+    if adapter is not None:
+        y = tl.where(missing, float("nan"), y)
     tl.store(Y + m[:, None] * N + n[None, :], y.to(Y.dtype.element_ty), mask=in_m & in_n)
 
 
@@ -151,6 +155,7 @@ def project_kernel(
     rstd,  # [M] or None, written
     eps,
     adapter,  # [samples] or None: as in the product
+    n_adapters,
     M,
     K,
     R,
@@ -175,7 +180,7 @@ def project_kernel(
         sample = tl.program_id(2).to(tl.int64)
         which = tl.load(adapter + sample)
         A, H = A + sample * stride_as, H + sample * M * R
-        in_p = (r < tl.where(which < 0, 0, R))[None, :]
+        in_p = (r < tl.where((which < 0) | (which >= n_adapters), 0, R))[None, :]
         P += which * stride_ps
     a_at = A + m[:, None] * stride_am + k[None, :] * stride_ak
     p_at = P + k[:, None] * stride_pk + r[None, :] * stride_pr
@@ -242,7 +247,7 @@ def lowrank_gemm(
     grid = (samples * triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n),)
     with on_device(A):
         lowrank_gemm_kernel[grid](
-            *(A, B, bias, P, T, H, Z, Y, adapter, samples, M, N, K, R),
+            *(A, B, bias, P, T, H, Z, Y, adapter, 1 if adapter is None else P.shape[0], samples, M, N, K, R),
             *(*A.stride()[-2:], *B.stride(), 0 if bias is None else bias.stride(0)),
             *(*P.stride()[-2:], *T.stride()[-2:], *((0, 0) if Z is None else Z.stride())),
             *((0, 0, 0) if adapter is None else (A.stride(0), P.stride(0), T.stride(0))),
@@ -311,7 +316,8 @@ def _project(
     grid = (triton.cdiv(M, PROJECT_M), triton.cdiv(R, rank_block(R)), samples)
     with on_device(A):
         project_kernel[grid](
-            *(A, P, H, out, gamma, beta, mean, rstd, eps, adapter, M, K, R, *A.stride()[-2:], *P.stride()[-2:]),
+            *(A, P, H, out, gamma, beta, mean, rstd, eps, adapter, 1 if adapter is None else P.shape[0], M, K, R),
+            *(*A.stride()[-2:], *P.stride()[-2:]),
             *((0, 0) if adapter is None else (A.stride(0), P.stride(0))),
             PRODUCER=producer,
             PRECISION=precision(H),

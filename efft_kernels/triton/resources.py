@@ -136,7 +136,8 @@ def _gemm_form(dtype: str, precision: str, tile: GemmTile, rank: int, recompute:
         **{f"stride_{name}": 1 for name in ones},
         **({} if forward else {"bias": None, "stride_bias": 0}),
         **({"stride_zn": 1} if use in SLOPES else {"Z": None, "stride_zm": 0, "stride_zn": 0}),
-        **({} if use == "grouped" else {"adapter": None, "stride_as": 0, "stride_ps": 0, "stride_ts": 0, "samples": 1}),
+        **({} if use == "grouped" else dict.fromkeys(("stride_as", "stride_ps", "stride_ts"), 0)),
+        **({} if use == "grouped" else {"adapter": None, "n_adapters": 1, "samples": 1}),
         **{"PRODUCER": SLOPES.get(use, "none"), "TRANSPOSED": forward, "PRECISION": precision},
         **{"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP_M": 8, "RECOMPUTE": recompute},
         "BLOCK_R": rank_block(rank) if recompute else TAIL_R,
@@ -176,7 +177,7 @@ def _other_forms() -> Iterable[Form]:
                 **dict.fromkeys(("P", "partial"), "*fp32"),
             }
             constants = {
-                **{"stride_ak": 1, "stride_pr": 1, "stride_as": 0, "stride_ps": 0, "adapter": None},
+                **{"stride_ak": 1, "stride_pr": 1, "stride_as": 0, "stride_ps": 0, "adapter": None, "n_adapters": 1},
                 **{"stride_gn": 1, "stride_xn": 1, "PRODUCER": producer, "PRECISION": "ieee", "BLOCK_R": rank},
                 **absent,
             }

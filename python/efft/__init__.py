@@ -9,6 +9,7 @@ from efft.fact_import import import_fact
 from efft.fusion import fuse, unfuse
 from efft.hub import from_pretrained, push_to_hub
 from efft.inject import (
+    adapted_layers,
     apply,
     disabled,
     freeze_backbone,
@@ -21,6 +22,7 @@ from efft.lora_export import export_lora
 from efft.lora_import import import_lora
 from efft.merge import MergeReport, merge, merged_state_dict, unmerge
 from efft.params import ParameterCount, count_parameters, print_trainable_parameters
+from efft.plan import Plan, inspect
 from efft.pool import AdapterPool
 from efft.presets import paper_config
 from efft.prune import PruneReport, prune
@@ -31,8 +33,10 @@ __all__ = [
     "EfftConfig",
     "MergeReport",
     "ParameterCount",
+    "Plan",
     "PruneReport",
     "__version__",
+    "adapted_layers",
     "apply",
     "count_parameters",
     "disabled",
@@ -42,6 +46,7 @@ __all__ = [
     "fuse",
     "import_fact",
     "import_lora",
+    "inspect",
     "load_adapter",
     "merge",
     "merged_state_dict",

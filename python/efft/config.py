@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import numbers
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -19,12 +20,16 @@ from efft_kernels.nn.initialization import CORE_LAYOUTS
 
 if TYPE_CHECKING:
     from efft.plan import Group
+    from efft.structure import Weight
     from efft.targets import Target
 
 Config = TypeVar("Config", bound="AdapterConfig")
 
 #: Version of the JSON form; raised when a reader of the old form would misread the new one.
 FORMAT_VERSION = 1
+
+#: What ``targets`` may be instead of names.
+TARGETS = ("all", "all-linear", "mhsa", "ffn")
 
 #: Beyond these a setting is a mistake: no layer that is adapted is as wide, and no 16-bit update holds such numbers.
 _LARGEST_SIZE, _LARGEST_NUMBER = 2**16, 10**6
@@ -36,21 +41,36 @@ class AdapterConfig:
     method: ClassVar[str]
     """The method's name in adapter files."""
 
-    training_only: ClassVar[frozenset[str]] = frozenset()
+    training_only: ClassVar[frozenset[str]] = frozenset({"freeze_statistics"})
     """Fields that only matter while training: an adapter may be loaded into a model that sets them differently."""
 
+    meant_before: ClassVar[Mapping[str, Any]] = {"freeze_statistics": False}
+    """Of fields that the method did not always have: what an adapter meant that was saved without them."""
+
     layer: ClassVar[type[EfftLinear]] = EfftLinear
-    """What a layer becomes."""
+    """What a linear layer becomes."""
+
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "convolution", "parameter", "embedding"})
+    """Kinds of weights that the method can adapt (:class:`efft.structure.Weight`)."""
 
     targets: str | list[str]
     exclude: list[str]
     head: list[str] | None
+    freeze_statistics: bool
 
     def groups(self, model: nn.Module, targets: list[Target]) -> Sequence[Group]:
         """The banks of factors for the layers that were selected, not allocated yet.
 
         Raises:
             ValueError: layers that this method cannot adapt together; it says which and what to do.
+        """
+        raise NotImplementedError
+
+    def group_of_file(self, model: nn.Module, saved: dict[str, Any], weights: list[Weight]) -> Group:
+        """The bank that an adapter file describes (a group's ``to_dict``), for these weights.
+
+        Raises:
+            ValueError: the description is damaged, or does not fit the weights.
         """
         raise NotImplementedError
 
@@ -70,12 +90,12 @@ class AdapterConfig:
     @classmethod
     def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
         """The config a :meth:`to_dict` came from. Keys this version does not know are reported by a warning and
-        ignored.
+        ignored; those that an earlier version did not know have the meaning they had then (:attr:`meant_before`).
 
         Raises:
             ValueError: a value out of range, or another method's config.
         """
-        values = dict(values)
+        values = {**cls.meant_before, **values} if "format_version" in values else dict(values)
         version, method = values.pop("format_version", FORMAT_VERSION), values.pop("method", cls.method)
         cls._check(type(version) is int, "format_version", "an integer", version)
         if method != cls.method:
@@ -94,13 +114,18 @@ class AdapterConfig:
         return cls(**{k: v for k, v in values.items() if k in names})
 
     def _check_layers(self) -> None:
+        self.exclude = _names(self.exclude)
+        self.head = _names(self.head)
+        if self.targets not in TARGETS:
+            self.targets = _names(self.targets)
         self._check(_is_names(self.exclude), "exclude", "a list of layer names or patterns", self.exclude)
         self._check(self.head is None or _is_names(self.head), "head", "None or a list of module names", self.head)
-        known = isinstance(self.targets, str) and self.targets in ("all", "mhsa", "ffn")
+        self._check(isinstance(self.freeze_statistics, bool), "freeze_statistics", "a bool", self.freeze_statistics)
+        known = isinstance(self.targets, str) and self.targets in TARGETS
         self._check(
             known or _is_names(self.targets),
             "targets",
-            "'all', 'mhsa', 'ffn' or a list of layer names or patterns",
+            f"{', '.join(map(repr, TARGETS))} or a list of layer names or patterns",
             self.targets,
         )
         for name in ("targets", "exclude"):
@@ -133,7 +158,8 @@ class EfftConfig(AdapterConfig):
     """
 
     method: ClassVar[str] = "efft"
-    training_only: ClassVar[frozenset[str]] = frozenset({"init", "core_init", "dropout"})
+    training_only: ClassVar[frozenset[str]] = AdapterConfig.training_only | {"init", "core_init", "dropout"}
+    kinds: ClassVar[frozenset[str]] = AdapterConfig.kinds | {"experts"}
 
     variant: Literal["efft1", "efft2"] = "efft2"
     """efft2: one train for attention and one for the MLP. efft1: one train for both, [Wq|Wk|Wv|Wo] taken as one d x
@@ -161,8 +187,10 @@ class EfftConfig(AdapterConfig):
     """Probability of zeroing an element of a factor in training (activations are never dropped)."""
 
     targets: str | list[str] = "all"
-    """"all", "mhsa" or "ffn" of a known architecture, or layers: names or their endings (after a dot), as they are or
-    as regular expressions. What names no linear layer may name two-dimensional convolutions (groups=1)."""
+    """"all": every weight of the repeated blocks, of any architecture. "all-linear": every linear layer and 1 x 1
+    convolution outside the head. "mhsa" or "ffn": those of "all" in attentions or in MLPs. Or names of layers or
+    parameters, or their endings (after a dot), as they are or as regular expressions; what names no linear layer may
+    name a convolution, a parameter or an embedding."""
 
     exclude: list[str] = dataclasses.field(default_factory=list)
     """Layers to leave alone, named in the same ways."""
@@ -172,10 +200,16 @@ class EfftConfig(AdapterConfig):
     code does."""
 
     head: list[str] | None = None
-    """Modules trained and saved beside the factors; None finds the classifier, [] trains none."""
+    """Modules trained and saved beside the factors; None finds the head of the task, [] trains none."""
+
+    freeze_statistics: bool = False
+    """Keep batch norms, and whatever else updates buffers in training, in eval mode. Otherwise these buffers change as
+    usual, are saved with the adapter, and ``efft.remove`` puts them back."""
 
     def __post_init__(self) -> None:
         self.rank = _pairs(self.rank)
+        scales = self.scale
+        self.scale = {k: _number(v) for k, v in scales.items()} if isinstance(scales, dict) else _number(scales)
         for name, allowed in (
             ("variant", ("efft1", "efft2")),
             ("core_init", CORE_LAYOUTS),
@@ -231,9 +265,15 @@ class EfftConfig(AdapterConfig):
 
     def groups(self, model: nn.Module, targets: list[Target]) -> Sequence[Group]:
         """The trains of ``variant`` for these layers."""
-        from efft.plan import efft_groups  # which needs this class
+        from efft.trains import efft_groups  # which needs this class
 
-        return efft_groups(self, model, targets)
+        return efft_groups(self, targets)
+
+    def group_of_file(self, model: nn.Module, saved: dict[str, Any], weights: list[Weight]) -> Group:
+        """The train that the file describes."""
+        from efft.trains import group_of_file  # which needs this class
+
+        return group_of_file(self, saved)
 
     def settle(self, groups: Sequence[Any], banks: Mapping[str, Any]) -> None:
         """Write down the scales of a plan, so that an adapter file holds numbers; the first bank owns a global one."""
@@ -276,6 +316,13 @@ def shown(value: object) -> str:
     return text if len(text) <= 500 else f"{text[:500]}..."
 
 
+def _names(value: Any) -> Any:
+    """One name, or names in a tuple, as a list; anything else as it is."""
+    if isinstance(value, str):
+        return [value]
+    return list(value) if isinstance(value, tuple) else value
+
+
 def _is_names(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
@@ -285,12 +332,23 @@ def _values(value: object) -> list[Any]:
 
 
 def _pairs(rank: Any) -> Any:
-    """JSON has no tuples: turn lists into pairs."""
+    """JSON has no tuples: turn lists into pairs, and what counts as an integer (NumPy's) into one."""
 
     def pair(value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
+        return tuple(map(_integer, value)) if isinstance(value, (list, tuple)) else _integer(value)
 
     return {k: pair(v) for k, v in rank.items()} if isinstance(rank, dict) else pair(rank)
+
+
+def _integer(value: Any) -> Any:
+    kind = type(value)
+    return int(value) if kind is not bool and issubclass(kind, numbers.Integral) else value
+
+
+def _number(value: Any) -> Any:
+    """A float for another library's real number; anything else as it is."""
+    kind = type(value)
+    return float(value) if kind is not int and kind is not bool and issubclass(kind, numbers.Real) else value
 
 
 def _of_group(value: Any, field: str, group: str, kind: str) -> Any:

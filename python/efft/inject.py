@@ -9,45 +9,28 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from efft import buffers
+from efft.bank import Bank as Bank
+from efft.bank import adapted_layers as adapted_layers
+from efft.bank import bank_of as bank_of
+from efft.bank import base_loaded, prepare, release
+from efft.bank import named_factors as named_factors
 from efft.config import AdapterConfig, EfftConfig
-from efft.plan import make_plan
+from efft.heads import find_head, is_language_model
+from efft.offload import Aside, device_of, follow, hooks_aside
+from efft.placing import adapt_in_place, make_layers, restore_in_place
+from efft.plan import Plan, make_plan, warn_of_untouched
 from efft.sharding import check_whole
-from efft.targets import find_head
-from efft_kernels import EfftConv2d, FactorBank
+from efft.stored import check_stored
+from efft.wrappers import check_unwrapped, unwrap
+from efft_kernels import FactorBank
+from efft_kernels.nn.adapt import mark_readers
 from efft_kernels.nn.deferred import undefer
-from efft_kernels.nn.frozen import share_attributes
+from efft_kernels.nn.frozen import FrozenLayer, share_attributes
 from efft_kernels.nn.linear import AdaptedLayer
 from efft_kernels.nn.weights import is_plain
-
-
-class Bank(nn.ModuleDict):
-    """All factors of an adapted model, its submodule ``efft``: group name to :class:`FactorBank`.
-
-    Attributes:
-        config: the configuration the model was adapted with.
-        layers: names of the adapted layers.
-        head: names of the modules trained beside the factors.
-        enabled: False while the update is switched off or merged.
-    """
-
-    def __init__(self, factors: dict[str, FactorBank], config: AdapterConfig, head: list[str]) -> None:
-        super().__init__(factors)
-        self.config, self.head, self.enabled = config, head, True
-        self.layers: list[str] = []
-        self._idle_checked = False
-        self._originals: dict[str, Any] = {}
-        self._requires_grad: dict[str, bool] = {}
-        self._hooks: list[Any] = []
-
-    def forward(self, x: Any) -> Any:
-        """The identity: an ``nn.Sequential`` that was adapted runs the bank too, as its last child."""
-        return x
-
-    def banks(self) -> list[FactorBank]:
-        """The groups' factors."""
-        return [factors for factors in self.values() if isinstance(factors, FactorBank)]
 
 
 def apply(model: nn.Module, config: AdapterConfig | None = None) -> nn.Module:
@@ -65,7 +48,8 @@ def apply(model: nn.Module, config: AdapterConfig | None = None) -> nn.Module:
 
     Raises:
         TypeError: not a module and a configuration.
-        ValueError: the model is adapted or sharded already, or ``config`` does not fit it; the model is then unchanged.
+        ValueError: the model is adapted, sharded, or wrapped by DDP or its like already, or ``config`` does not fit it;
+            the model is then unchanged.
     """
     if not isinstance(model, nn.Module) or not isinstance(config, (AdapterConfig, type(None))):
         raise TypeError(
@@ -74,61 +58,114 @@ def apply(model: nn.Module, config: AdapterConfig | None = None) -> nn.Module:
     config = copy.deepcopy(config) if config else EfftConfig()  # the caller may go on changing its own
     check_plain(model)
     check_whole(model, "apply")
-    plan = make_plan(model, config)
-    _check_trainable(model, plan.head)
-    requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
-    banks = {}
-    for group in plan.groups:  # all of them, before a layer is touched: what does not fit is found here at the latest
-        weight = model.get_submodule(next(iter(group.sites))).weight
-        assert isinstance(weight, Tensor)
-        banks[group.name] = group.build(weight.device, torch.promote_types(weight.dtype, torch.float32))
-    layers = {}
-    for group in plan.groups:
-        for name, site in group.sites.items():
-            layer = model.get_submodule(name)
-            kind = EfftConv2d if isinstance(layer, nn.Conv2d) else config.layer
-            layers[name] = (layer, kind(layer, banks[group.name], site))
-    config.settle(plan.groups, banks)
-    bank = Bank(banks, config, plan.head)
-    bank.train(model.training)
-    bank._requires_grad = requires_grad
-    bank._originals = {name: linear for name, (linear, _) in layers.items()}
-    replace_modules(model, dict(layers.values()))
-    bank.layers = [name for name, _ in model.named_modules() if name in layers]
-    _freeze_all_but(model, plan.head)
-    model.efft = bank
-    bank._hooks = [
-        model.register_forward_pre_hook(_prepare),
-        model.register_forward_hook(_release, always_call=True),
-    ]
+    check_unwrapped(model, "apply")
+    with hooks_aside(model):
+        plan = make_plan(model, config)
+    warn_of_untouched(model, plan, config)
+    if config.head is None and not plan.head and not is_language_model(model):
+        warnings.warn(
+            f"found no head in this {type(model).__name__}, so nothing but the factors is trained: name what else is "
+            "to be trained by head=[...], or say that nothing is by head=[]",
+            stacklevel=2,
+        )
+    return apply_plan(model, config, plan)
+
+
+def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> nn.Module:
+    """:func:`apply` by a plan that is made already."""
+    with hooks_aside(model) as aside:
+        _check_trainable(model, plan.head, aside)
+        _adapt(model, config, plan, aside)
     return model
 
 
+def _adapt(model: nn.Module, config: AdapterConfig, plan: Plan, aside: Aside) -> None:
+    requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+    banks = _build_banks(
+        model, config, plan, aside
+    )  # all of them, before a layer is touched: what does not fit is seen
+    sites = {name: (banks[group.name], site) for group in plan.groups for name, site in group.sites.items()}
+    weights = {name: (plan.weights[name], *sites[name]) for name in plan.in_order(model)}
+    layers = make_layers(model, weights, config)
+    config.settle(plan.groups, banks)
+    bank = Bank(banks, config, plan.head)
+    bank._base_buffers = buffers.snapshot(model, plan.head)
+    bank._still = buffers.statistics(model, plan.head) if config.freeze_statistics else []
+    bank.train(model.training)
+    bank._requires_grad = requires_grad
+    bank._originals = {name: layer for name, (layer, _) in layers.items()}
+    adapt_in_place(model, weights)
+    replace_modules(model, dict(layers.values()))
+    follow(aside, dict(layers.values()))
+    mark_readers(model)
+    bank.layers = list(weights)
+    bank.plan = [group.to_dict() for group in plan.groups]
+    _freeze_all_but(model, plan.head)
+    model.efft = bank
+    bank._hooks = [
+        model.register_forward_pre_hook(prepare),
+        model.register_forward_hook(release, always_call=True),
+        model.register_load_state_dict_post_hook(base_loaded),
+    ]
+
+
+def _build_banks(model: nn.Module, config: AdapterConfig, plan: Plan, aside: Aside) -> dict[str, FactorBank]:
+    banks: dict[str, FactorBank] = {}
+    for group in plan.groups:
+        owners = {name: (model.get_submodule(w.module), w.parameter) for name, w in plan.weights_of(group).items()}
+        module, parameter = next(iter(owners.values()))
+        weight = module._parameters[parameter]
+        assert weight is not None
+        device = device_of(aside, owners)
+        try:
+            banks[group.name] = group.build(device, torch.promote_types(weight.dtype, torch.float32))
+        except NotImplementedError:  # there is nothing to read on the meta device
+            if not weight.is_meta or device.type == "meta":
+                raise
+            raise ValueError(
+                f"{config.method} makes its factors from the weights of {', '.join(group.sites)}, which are offloaded: "
+                "load the model without offloading, or use another method"
+            ) from None
+    return banks
+
+
 def remove(model: nn.Module) -> nn.Module:
-    """Undo :func:`apply`: the original linear layers come back bit for bit, and so does what required gradients.
+    """Undo :func:`apply`: the original linear layers come back bit for bit, and so do buffers that training changed and
+    what required gradients.
 
     The head keeps what it learned. A merged model is unmerged first. Returns the same ``model``.
 
     Raises:
-        ValueError: the model is not adapted, it is sharded, or a ``forward`` was set on an adapted layer itself.
+        ValueError: the model is not adapted, it is sharded, a ``forward`` was set on an adapted layer itself, or one
+            computes its weight from others.
     """
     bank = bank_of(model)
     check_whole(model, "remove")
-    changed = [name for name, layer in adapted_layers(model).items() if "forward" in layer.__dict__]
-    if changed:
-        raise ValueError(f"a forward was set on {', '.join(changed)} after efft.apply; undo that before efft.remove")
-    originals: dict[nn.Module, nn.Module] = {}
-    for name, layer in adapted_layers(model).items():
-        layer.unmerge()
-        original = bank._originals[name]
-        original.weight, original.bias = layer.stored, layer.bias
-        share_attributes(layer, original)
-        originals[layer] = original
-    replace_modules(model, originals)
+    check_stored(adapted_layers(model), "remove")
+    with hooks_aside(model) as aside:
+        put_in = {n: u for n, u in adapted_layers(model).items() if isinstance(u, AdaptedLayer)}
+        changed = [name for name, layer in put_in.items() if "forward" in layer.__dict__]
+        if changed:
+            raise ValueError(
+                f"a forward was set on {', '.join(changed)} after efft.apply; undo that before efft.remove"
+            )
+        originals: dict[nn.Module, nn.Module] = {}
+        for name, layer in put_in.items():
+            layer.unmerge()
+            original = bank._originals[name]
+            original._parameters.update(layer._parameters)
+            share_attributes(layer, original)
+            originals[layer] = original
+        replace_modules(model, originals)
+        restore_in_place(model)
+        follow(aside, originals)
     for module in model.modules():
         undefer(module)
     for hook in bank._hooks:
         hook.remove()
+    buffers.put_back(model, bank.head, bank._base_buffers)
+    for module in bank._still:
+        module.training = model.training
     del model.efft
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(bank._requires_grad.get(name, parameter.requires_grad))
@@ -137,17 +174,27 @@ def remove(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Within the ``with`` block the model computes without the update, exactly as its base (with the trained head)."""
+    """Within the ``with`` block the model computes without the update, exactly as its base (with the trained head).
+
+    An update that is merged is taken out of the weights meanwhile, and buffers that training changed have the values of
+    the base. ``model`` may be wrapped by DDP or its like.
+    """
+    wrapper, model = model, unwrap(model)
     bank = bank_of(model)
-    if any(layer.merged for layer in adapted_layers(model).values()):
-        raise RuntimeError("the update is merged into the weights; call efft.unmerge(model) before disabling it")
+    merged = [update for update in adapted_layers(model).values() if update.merged]
+    for update in merged:
+        update.unmerge()
     before = bank.enabled
     _enable(model, bank, False)
     try:
-        yield model
+        with buffers.as_in_base(model, bank.head, bank._base_buffers):
+            yield wrapper
     finally:
         if getattr(model, "efft", None) is bank:  # not removed meanwhile
             _enable(model, bank, before)
+            for update in merged:
+                update.enabled = True
+                update.merge(dequantize=True)
 
 
 def freeze_backbone(model: nn.Module, head: list[str] | None = None) -> list[str]:
@@ -157,7 +204,8 @@ def freeze_backbone(model: nn.Module, head: list[str] | None = None) -> list[str
         ValueError: the model has no head to train.
     """
     names = find_head(model, head)
-    _check_trainable(model, names)
+    with hooks_aside(model) as aside:
+        _check_trainable(model, names, aside)
     if not names:
         raise ValueError(
             f"found no classifier in this {type(model).__name__}: create it with num_classes=..., or pass head=[names]"
@@ -170,30 +218,13 @@ def check_plain(model: nn.Module) -> None:
     """Raise ValueError if ``model`` is adapted, or has its own idea of what ``model.efft`` is."""
     if isinstance(getattr(model, "efft", None), Bank):
         raise ValueError("this model is adapted already; call efft.remove(model) first to adapt it differently")
+    inner = next((name for name, module in model.named_modules() if isinstance(module, (Bank, FrozenLayer))), None)
+    if inner is not None:
+        raise ValueError(
+            f"{inner!r} in this {type(model).__name__} is adapted already: call efft.remove on the model inside first"
+        )
     if hasattr(model, "efft"):
         raise ValueError(f"this {type(model).__name__} has an attribute 'efft' of its own, where the factors would go")
-
-
-def bank_of(model: nn.Module) -> Bank:
-    """The factors of an adapted model; ValueError if it is not adapted."""
-    bank = getattr(model, "efft", None)
-    if not isinstance(bank, Bank):
-        raise ValueError(
-            f"this {type(model).__name__} is not adapted: call efft.apply(model, config) or efft.load_adapter(model, "
-            f"path) first"
-        )
-    return bank
-
-
-def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
-    """The adapted layers by name."""
-    layers = {name: model.get_submodule(name) for name in bank_of(model).layers}
-    return {name: layer for name, layer in layers.items() if isinstance(layer, AdaptedLayer)}
-
-
-def named_factors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """(name in the state dict, parameter) of every trainable factor, each once."""
-    return bank_of(model).named_parameters("efft")
 
 
 def parameter_groups(
@@ -209,8 +240,9 @@ def parameter_groups(
     As in the paper's recipe the weight decay acts on factors and head; scales have none. ``scale_lr`` is by default
     10 lr: a step of Adam changes a scale by about this share of it, so that at 1e-3 it can double in 70 steps. Works
     on a model without factors (linear probe) too; a UserWarning says so where nothing is frozen. Empty groups are left
-    out.
+    out. ``model`` may be wrapped by DDP or its like.
     """
+    model = unwrap(model)
     bank = getattr(model, "efft", None)
     if bank is None and all(p.requires_grad for p in model.parameters()):
         warnings.warn(
@@ -235,53 +267,19 @@ def parameter_groups(
     return [group for group in groups if group["params"]]
 
 
-def _check_trainable(model: nn.Module, head: list[str]) -> None:
+def _check_trainable(model: nn.Module, head: list[str], aside: Aside) -> None:
     for name in head:
         for parameter in model.get_submodule(name).parameters():
+            if parameter.is_meta and any(m in aside for m in model.get_submodule(name).modules()):
+                raise ValueError(
+                    f"the head {name!r} is to be trained, but its weights are offloaded: keep it on the device (by "
+                    "device_map), or pass head=[] to train factors alone"
+                )
             if not is_plain(parameter):
                 raise ValueError(
                     f"the head {name!r} is to be trained, but has a {type(parameter).__name__} for a weight: leave it "
                     "out when you quantise, or pass head=[] to train factors alone"
                 )
-
-
-def _prepare(model: nn.Module, args: Any) -> None:
-    # A module-level function that finds the bank in its argument: copies and pickles of the model use their own.
-    bank = bank_of(model)
-    if bank.enabled:
-        for factors in bank.banks():
-            factors.prepare()
-    elif (
-        model.training
-        and torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and any(layer.merged for layer in adapted_layers(model).values())
-    ):
-        warnings.warn(
-            "training a merged model: its factors get no gradient; call efft.unmerge(model) first", stacklevel=2
-        )
-
-
-def _release(model: nn.Module, args: Any, output: Any) -> None:
-    bank = bank_of(model)
-    idle = [binding for factors in bank.banks() for binding in factors.release()]
-    if not idle or not bank.enabled or output is None or bank._idle_checked:
-        return
-    if any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in model.modules()):
-        bank._idle_checked = True  # compiled blocks leave no trace of having run
-        return
-    names = [
-        name
-        for name, layer in adapted_layers(model).items()
-        if layer.binding in idle and layer.enabled and not layer.merged
-    ]
-    if names:
-        bank._idle_checked = True
-        warnings.warn(
-            f"{len(names)} of {len(bank.layers)} adapted layers did not run in this pass, {names[0]!r} first. "
-            "A module that reads the weight without calling its layer ignores the update: exclude such layers",
-            stacklevel=2,
-        )
 
 
 def _enable(model: nn.Module, bank: Bank, enabled: bool) -> None:

@@ -17,16 +17,19 @@ from safetensors.torch import load as deserialize
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from efft import files
+from efft import buffers, files, fingerprint
+from efft.card import model_card
 from efft.config import FORMAT_VERSION, AdapterConfig
 from efft.files import CONFIG, WEIGHTS
-from efft.inject import Bank, adapted_layers, apply, bank_of
+from efft.inject import Bank, adapted_layers, apply_plan, bank_of, check_plain
 from efft.methods import config_from_dict, config_type
-from efft.params import count_parameters
-from efft.plan import Plan, make_plan
-from efft.sharding import architecture, copy_whole_, once, reshard, whole
+from efft.offload import hooks_aside, stored
+from efft.placing import find_update, locate
+from efft.plan import Plan, check_saved_plan, plan_of_file
+from efft.sharding import architecture, check_not_zeros, copy_whole_, full_shape, once, reshard, whole
+from efft.wrappers import check_unwrapped, plain_name, unwrap
 from efft_kernels import __version__
-from efft_kernels.nn.weights import can_dequantize, dequantized, stored_in
+from efft_kernels.nn.weights import can_dequantize, dequantized, is_plain
 
 #: What values of a right type but beyond all sizes, of a wrong type, or nested too deeply make Python and torch raise.
 _OUT_OF_BOUNDS = (TypeError, OverflowError, RecursionError)
@@ -39,13 +42,14 @@ _BASE = {"architecture", "layers", "dtype", "fingerprint"}
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], info: dict[str, Any] | None = None) -> Path:
-    """Write the trained part of an adapted model (factors once, head) to the folder ``path``.
+    """Write the trained part of an adapted model (factors once, head, buffers that training changed) to the folder
+    ``path``.
 
-    A model sharded by ``fully_shard`` is gathered tensor by tensor: every process must call this, rank 0's writes, and
-    none returns before.
+    A model sharded by ``fully_shard`` or ZeRO-3 is gathered tensor by tensor: every process must call this, rank 0's
+    writes, and none returns before.
 
     Args:
-        model: adapted by :func:`efft.apply`; may be merged.
+        model: adapted by :func:`efft.apply`; may be merged, and wrapped by DDP or its like.
         path: folder, made if needed; an earlier adapter in it is replaced as a whole: whenever this is killed, that one
             or the new one loads (:func:`efft.files.write_adapter`).
         info: JSON-ready facts to keep beside the weights (accuracy, command, ...); shown in the model card.
@@ -59,17 +63,22 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], info: dict[str,
         OSError: no room, no permission. In each case the folder's adapter is the one that was there.
         RuntimeError: in the other processes, where rank 0 could not write.
     """
+    model = unwrap(model)
     bank, folder = bank_of(model), Path(path)
     reshard(model)
-    tensors = {name: whole(t.detach()).contiguous().cpu() for name, t in _trained(model, bank).items()}
+    others = buffers.changed(model, bank.head, bank._base_buffers)
+    trained = _trained(model, bank) | others
+    tensors = {name: whole(t).detach().contiguous().cpu() for name, t in trained.items()}
     description = {
         "config": bank.config.to_dict(),
         "base": describe_base(model, bank.layers),
         "head": bank.head,
+        "plan": bank.plan,
+        "buffers": sorted(others),
         "library": f"efft-kernels {__version__}",
         "info": info or {},
     }
-    weights, card = serialize(tensors, {"format_version": str(FORMAT_VERSION)}), _card(model, description)
+    weights, card = serialize(tensors, {"format_version": str(FORMAT_VERSION)}), model_card(model, description)
     once(model, lambda: files.write_adapter(folder, weights, description, card))
     return folder
 
@@ -106,19 +115,26 @@ def load_described(model: nn.Module, folder: Path, description: dict[str, Any], 
             f"in its 'config', {config.head}"
         )
     config.head = description["head"]
-    bank = getattr(model, "efft", None)
+    check_not_zeros(model, "load_adapter")
+    bank = getattr(unwrap(model), "efft", None)
     adapted = isinstance(bank, Bank)
     if isinstance(bank, Bank):
+        model = unwrap(model)
         if any(layer.merged for layer in adapted_layers(model).values()):
             raise ValueError("an update is merged into this model's weights; call efft.unmerge(model) before loading")
         _compare_configs(bank, config, folder)
         layers, shapes = bank.layers, {name: tuple(t.shape) for name, t in _trained(model, bank).items()}
     else:
+        check_unwrapped(model, "load_adapter")
         try:
-            plan = make_plan(model, config)
+            check_plain(model)
+            with hooks_aside(model):
+                plan = plan_of_file(model, config, description.get("plan", []), description["base"])
             layers, shapes = [n for g in plan.groups for n in g.sites], _planned_shapes(model, plan)
         except (ValueError, RuntimeError, *_OUT_OF_BOUNDS) as error:  # RuntimeError: sizes that no storage has
             raise ValueError(f"the adapter in {folder} does not fit this {type(model).__name__}: {error}") from None
+    others = buffers.of_names(model, description["head"], description["buffers"] or ())
+    shapes |= {name: tuple(t.shape) for name, t in others.items()}
     content = files.read_weights(folder, description, 8 * sum(map(math.prod, shapes.values())))
     if content is None:
         return False
@@ -126,15 +142,21 @@ def load_described(model: nn.Module, folder: Path, description: dict[str, Any], 
     problems = [f"{p}, or pass strict=False if you mean it" for p in base_problems(model, layers, description["base"])]
     names, wrong = misfits(tensors, shapes)
     problems += names + wrong
+    if not adapted and not problems:
+        wrong = _misplaced(plan)
+        problems += wrong
     message = f"the adapter in {folder} does not fit this {type(model).__name__}:\n- " + "\n- ".join(problems)
     if wrong or (problems and strict):
         raise ValueError(message)
     if problems:
         warnings.warn(message, stacklevel=3)
     if not adapted:
-        apply(model, config)
+        apply_plan(model, config, plan)
     reshard(model)
-    target = _trained(model, bank_of(model))
+    bank = bank_of(model)
+    target = _trained(model, bank) | others
+    if description["buffers"] is not None:  # the adapter was trained beside the base's, but for its own
+        buffers.put_back(model, bank.head, bank._base_buffers)
     with torch.no_grad():
         for name, tensor in tensors.items():
             if name in target:
@@ -143,7 +165,8 @@ def load_described(model: nn.Module, folder: Path, description: dict[str, Any], 
 
 
 def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The contents of an adapter's ``adapter_config.json``: config, base, head, library, info, weights (their hash).
+    """The contents of an adapter's ``adapter_config.json``: config, base, head, buffers (names of those in the file;
+    None in one written before there were any), library, info, weights (their hash).
 
     Raises:
         FileNotFoundError: no adapter at ``path``.
@@ -155,7 +178,7 @@ def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
         _check_description(description)
     except (ValueError, *_OUT_OF_BOUNDS) as error:
         raise ValueError(f"{folder / CONFIG} is not an EFFT adapter configuration: {error}") from None
-    return {"info": {}, **description}
+    return {"info": {}, "buffers": None, **description}
 
 
 def read_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -178,31 +201,52 @@ def _trained(model: nn.Module, bank: Bank) -> dict[str, Tensor]:
 
 
 def head_tensors(model: nn.Module, head: Iterable[str]) -> dict[str, Tensor]:
-    """The parameters and buffers of these modules themselves, by their names in the model's state dict."""
-    return {
-        f"{module}.{name}": tensor
-        for module in head
-        for name, tensor in model.get_submodule(module).state_dict(keep_vars=True).items()
-    }
+    """The parameters and buffers of these modules themselves, by their names in the model's state dict.
+
+    What several names share, as the heads of detectors do, is there once, by the first.
+    """
+    tensors: dict[int, tuple[str, Tensor]] = {}
+    for module in head:
+        for name, tensor in model.get_submodule(module).state_dict(keep_vars=True).items():
+            tensors.setdefault(id(tensor), (plain_name(f"{module}.{name}"), tensor))
+    return dict(tensors.values())
 
 
 def _planned_shapes(model: nn.Module, plan: Plan) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what :func:`_trained` would give after applying ``plan``."""
+    """Names and shapes of what :func:`_trained` would give after applying ``plan``.
+
+    Raises:
+        ValueError: a site lies outside its bank.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     for group in plan.groups:
         factors = group.build(torch.device("meta"), torch.float32)
+        for site in group.sites.values():
+            factors.bind(site)
         shapes.update({f"efft.{group.name}.{n}": tuple(t.shape) for n, t in factors.state_dict().items()})
     return shapes | {name: tuple(t.shape) for name, t in head_tensors(model, plan.head).items()}
+
+
+def _misplaced(plan: Plan) -> list[str]:
+    """The weights that do not have the sizes of the parts of their banks, which only a damaged file has."""
+    found = []
+    for group in plan.groups:
+        factors = group.build(torch.device("meta"), torch.float32)
+        for name, weight in plan.weights_of(group).items():
+            expected, sizes = factors.features(group.sites[name]), (weight.d_in, weight.d_out)
+            if expected != sizes or getattr(group.sites[name], "experts", 0) != weight.n_experts:
+                found.append(f"{name} is of size {sizes}, and what the adapter has for it of {expected}")
+    return found
 
 
 def _check_description(description: Any) -> None:
     """Raise ValueError if keys are missing, or of another kind than what reads them needs."""
     if not isinstance(description, dict):
         raise ValueError("it is no JSON object")
-    for key, kind in (("config", dict), ("base", dict), ("head", list)):
-        if not isinstance(description.get(key), kind):
-            raise ValueError(f"it needs the keys config, base, head, and {key!r} must be a {kind.__name__}")
-    for part, keys in (("config", set(config_type(description["config"])().to_dict())), ("base", _BASE)):
+    for key, expected in (("config", dict), ("base", dict), ("head", list)):
+        if not isinstance(description.get(key), expected):
+            raise ValueError(f"it needs the keys config, base, head, and {key!r} must be a {expected.__name__}")
+    for part, keys in (("config", _fields(description["config"])), ("base", _BASE)):
         lacking = keys - description[part].keys()
         if lacking:
             raise ValueError(f"its {part!r} lacks {', '.join(sorted(lacking))}")
@@ -210,8 +254,19 @@ def _check_description(description: Any) -> None:
         raise ValueError("'base.layers' must be an object")
     if not all(isinstance(name, str) for name in description["head"]):
         raise ValueError("'head' must be a list of names")
+    fingerprint.check(description["base"].get("sketch", ""))
+    check_saved_plan(description.get("plan", []))
+    saved = description.get("buffers", [])
+    if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
+        raise ValueError("'buffers' must be a list of names")
     if not isinstance(description.get("info", {}), dict):
         raise ValueError("'info' must be an object")
+
+
+def _fields(config: dict[str, Any]) -> set[str]:
+    """The keys that a configuration of its method must have."""
+    kind = config_type(config)
+    return set(kind().to_dict()) - set(kind.meant_before)
 
 
 def read_tensors(path: Path, content: bytes) -> dict[str, Tensor]:
@@ -272,6 +327,7 @@ def describe_base(model: nn.Module, layers: list[str]) -> dict[str, Any]:
         "layers": {name: _shape(model, name) for name in layers},
         "dtype": str(_base_weight(model, layers[0]).dtype),
         "fingerprint": _fingerprint(model, layers),
+        "sketch": _sketch(model, layers),
     }
 
 
@@ -292,29 +348,41 @@ def base_problems(model: nn.Module, layers: list[str], saved: dict[str, Any]) ->
         return [
             "the base weights are not those it was trained on (fingerprints differ); load the same pretrained weights"
         ]
+    others = fingerprint.differing(layers, ours["sketch"], saved.get("sketch", ""), ours["dtype"], saved["dtype"])
+    if ours["dtype"] != saved["dtype"] and others:
+        return [
+            f"the base weights are not those it was trained on ({len(others)} layers, {min(others)} first, differ by "
+            f"more than {saved['dtype']} and {ours['dtype']} explain); load the same pretrained weights"
+        ]
     return []
 
 
 def _base_weight(model: nn.Module, name: str) -> Tensor:
-    """A layer's frozen weight, also while merged."""
-    layer = model.get_submodule(name)
-    merged = getattr(layer, "base_weight", None)
-    weight = stored_in(layer, "weight") if merged is None else merged
-    assert isinstance(weight, Tensor)
-    return weight
+    """An adapted weight without the update, also while that is merged; or the weight of this name in a plain model."""
+    module, parameter = locate(model, name)
+    update = find_update(model, name)
+    weight = update.base_weight if update is not None and update.merged else module._parameters[parameter]
+    assert weight is not None
+    return stored(module, parameter, weight)
 
 
 def _shape(model: nn.Module, name: str) -> list[int]:
-    """That of a layer's weight, also where it is packed."""
-    weight, layer = _base_weight(model, name), model.get_submodule(name)
+    """That of a weight, also where it is packed."""
+    weight, layer = _base_weight(model, name), locate(model, name)[0]
     if isinstance(layer, nn.Linear) and not can_dequantize(weight):
         return [layer.out_features, layer.in_features]
-    return list(weight.shape)
+    return list(full_shape(weight))
+
+
+def _sketch(model: nn.Module, layers: list[str]) -> str:
+    """What :func:`efft.fingerprint.sketch` gives of the weights that are plain."""
+    weights = {name: whole(_base_weight(model, name)) for name in layers}
+    return fingerprint.sketch({name: weight if is_plain(weight) else None for name, weight in weights.items()})
 
 
 @torch.no_grad()
 def _fingerprint(model: nn.Module, layers: list[str]) -> str:
-    """SHA-256 over the first row of every adapted layer's base weight (where it is packed, over its first bytes): tells
+    """SHA-256 over the first row of every adapted weight of the base (where it is packed, over its first bytes): tells
     pretrained weights apart in milliseconds."""
     digest = hashlib.sha256()
     for name in sorted(layers):
@@ -322,35 +390,7 @@ def _fingerprint(model: nn.Module, layers: list[str]) -> str:
         if can_dequantize(weight):
             first = dequantized(weight)[0].double()
         else:  # as the layer saves it
-            first = model.get_submodule(name).state_dict()["weight"].flatten().view(torch.uint8)[:4096]
+            module, parameter = locate(model, name)
+            first = module.state_dict()[parameter].flatten().view(torch.uint8)[:4096]
         digest.update(first.detach().cpu().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _card(model: nn.Module, description: dict[str, Any]) -> str:
-    base = description["base"]
-    facts = "\n".join(f"- {key}: {value}" for key, value in description["info"].items())
-    layers = len(adapted_layers(model))
-    return f"""---
-library_name: efft-kernels
-tags: [efft, tensor-train, parameter-efficient-fine-tuning]
----
-# EFFT adapter for {base["architecture"]}
-
-Method: {bank_of(model).config.summary()}; {layers} layers adapted. Written by
-{description["library"]}.
-
-```
-{count_parameters(model)}
-```
-
-{facts}
-
-Load it onto the same pretrained base:
-
-```python
-import efft
-
-efft.load_adapter(model, "path/to/this/folder")
-```
-"""

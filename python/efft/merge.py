@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from efft.inject import adapted_layers, bank_of
+from efft.offload import check_present
+from efft.placing import Update, updates_by_parameter
 from efft.sharding import check_whole
-from efft_kernels.nn.linear import AdaptedLayer, MergeLoss
+from efft.stored import check_stored
+from efft.wrappers import plain_name, unwrap
+from efft_kernels.nn.adapted import MergeLoss
 from efft_kernels.nn.weights import can_dequantize, dequantized, is_plain
 
 
@@ -48,13 +53,16 @@ def merge(model: nn.Module, dequantize: bool = False) -> MergeReport:
 
     Raises:
         TypeError: a weight is quantised, and ``dequantize`` is not set (nothing is changed then).
-        ValueError: the model is not adapted, it is sharded, or an update has non-finite entries (nothing is changed
-            then).
+        ValueError: the model is not adapted, it is sharded, an update has non-finite entries, or a layer computes with
+            another weight than the stored one (nothing is changed then).
         RuntimeError: the update is switched off by :func:`efft.disabled`.
     """
+    model = unwrap(model)
     bank = bank_of(model)
     check_whole(model, "merge")
     layers = adapted_layers(model)
+    check_stored(layers, "merge")
+    check_present(model, "merge")
     if not bank.enabled and not any(layer.merged for layer in layers.values()):
         raise RuntimeError("the update is switched off by efft.disabled; merge outside its with block")
     for name, factor in bank.named_parameters("efft"):
@@ -71,6 +79,7 @@ def merge(model: nn.Module, dequantize: bool = False) -> MergeReport:
 
 def unmerge(model: nn.Module) -> None:
     """Put the base weights back, bit for bit, and compute with the factors again."""
+    model = unwrap(model)
     merged = [layer for layer in adapted_layers(model).values() if layer.merged]
     for layer in merged:
         layer.unmerge()
@@ -89,27 +98,30 @@ def merged_state_dict(
 
     Raises:
         TypeError: a weight is quantised, and ``dequantize`` is not set.
-        ValueError: the model is not adapted, or it is sharded.
+        ValueError: the model is not adapted, it is sharded, or a layer computes with another weight than the stored
+            one.
     """
+    model = unwrap(model)
     check_whole(model, "merged_state_dict")
-    # By every name: a layer may be registered in several places.
-    adapted = {layer: layer for layer in adapted_layers(model).values()}
-    layers = {n: adapted[m] for n, m in model.named_modules(remove_duplicate=False) if m in adapted}
-    _check_plain(layers, dequantize)
+    check_stored(adapted_layers(model), "merged_state_dict")
+    check_present(model, "merged_state_dict")
+    updates = {plain_name(name): update for name, update in updates_by_parameter(model).items()}
+    _check_plain(updates, dequantize)
     state = {}
-    for name, value in model.state_dict().items():
-        owner, _, kind = name.rpartition(".")
+    for full, value in model.state_dict().items():
+        name = plain_name(full)
         if name.startswith("efft."):
             continue
         target = dtype if dtype is not None and value.is_floating_point() else value.dtype
-        if owner in layers and kind == "weight" and not (layers[owner].merged and target == value.dtype):
-            delta, base = layers[owner].delta_weight(), layers[owner].base_weight
+        update = updates.get(name)
+        if update is not None and not (update.merged and target == value.dtype):
+            delta, base = update.delta_weight(), update.base_weight
             value = dequantized(value if base is None else base).to(delta.dtype) + delta
         state[name] = value.detach().to(target, copy=True)
     return state
 
 
-def _check_plain(layers: dict[str, AdaptedLayer], dequantize: bool) -> None:
+def _check_plain(layers: Mapping[str, Update], dequantize: bool) -> None:
     quantized = {n: layer.stored for n, layer in layers.items() if not layer.merged and not is_plain(layer.stored)}
     if quantized and not dequantize:
         name, weight = next(iter(quantized.items()))

@@ -8,6 +8,8 @@ from torch import nn
 
 from efft.inject import Bank
 from efft.plan import Plan
+from efft.sharding import full_shape
+from efft.wrappers import unwrap
 
 
 @dataclass(frozen=True)
@@ -44,14 +46,15 @@ class ParameterCount:
 
 def count_parameters(model: nn.Module) -> ParameterCount:
     """Count an adapted model's parameters; on another model everything trainable counts as head."""
+    model = unwrap(model)
     bank = getattr(model, "efft", None)
     groups = {}
     if isinstance(bank, Bank):
-        groups = {name: sum(p.numel() for p in factors.parameters()) for name, factors in bank.items()}
+        groups = {name: sum(full_shape(p).numel() for p in factors.parameters()) for name, factors in bank.items()}
     factors = {id(p) for p in bank.parameters()} if isinstance(bank, Bank) else set()
     others = [p for p in model.parameters() if id(p) not in factors]
-    head = sum(p.numel() for p in others if p.requires_grad)
-    return ParameterCount(groups, head, sum(p.numel() for p in others) - head)
+    head = sum(full_shape(p).numel() for p in others if p.requires_grad)
+    return ParameterCount(groups, head, sum(full_shape(p).numel() for p in others) - head)
 
 
 def count_plan(model: nn.Module, plan: Plan) -> ParameterCount:
@@ -63,7 +66,15 @@ def count_plan(model: nn.Module, plan: Plan) -> ParameterCount:
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
-    """Print the table of trainable parameters by group of factors, with head and backbone."""
+    """Print the table of trainable parameters by group of factors, with head and backbone, and the line that ``peft``
+    prints."""
+    model = unwrap(model)
     if not isinstance(getattr(model, "efft", None), Bank):
         print(f"this {type(model).__name__} is not adapted: everything that requires a gradient counts as head")
-    print(count_parameters(model))
+    count = count_parameters(model)
+    trainable = count.factors + count.head
+    print(count)
+    print(
+        f"trainable params: {trainable:,d} || all params: {trainable + count.backbone:,d} || "
+        f"trainable%: {100 * trainable / max(trainable + count.backbone, 1):.4f}"
+    )

@@ -1,23 +1,26 @@
-"""Which layers share which factors: from targets to groups, before anything is changed or allocated."""
+"""What adapting a model would do: which weights share which factors, what is left out and why."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from efft.config import AdapterConfig, EfftConfig
-from efft.targets import FFN_ROLES, MHSA_ROLES, Target, find_head, find_targets
-from efft_kernels import FactorBank, Site, TTFactors
-from efft_kernels.nn.initialization import automatic_scale
-from efft_kernels.nn.linear import features
+from efft.structure import Weight, structure_of
+from efft.targets import Target, find_head, known_target, select
+from efft_kernels import FactorBank
+
+#: The share of the weights in blocks that may stay untouched without a word.
+SILENT_SHARE = 0.01
 
 
 class Group(Protocol):
-    """One bank of factors and the layers that use it; ``sites`` maps their names to what the bank knows them by."""
+    """One bank of factors and the weights that use it; ``sites`` maps their names to what the bank knows them by."""
 
     name: str
     sites: dict[str, Any]
@@ -29,269 +32,187 @@ class Group(Protocol):
     def build(self, device: torch.device, dtype: torch.dtype) -> FactorBank:
         """Allocate and initialise the bank."""
 
+    def describe(self) -> str:
+        """The group in one line."""
 
-@dataclass
-class TrainGroup:
-    """One train of EFFT.
-
-    ``U [d_in, r1]``, ``C [n_layers or 1, n_cores, r1, r2]``, ``V [r2, d_out]``; ``sites`` maps layer names to their
-    part.
-    """
-
-    name: str
-    kind: str
-    d_in: int
-    d_out: int
-    n_layers: int
-    n_cores: int
-    sites: dict[str, Site]
-    rank: tuple[int, int]
-    config: EfftConfig
-    trainable_scale: bool | Literal["matrix"]
-
-    @property
-    def n_parameters(self) -> int:
-        """Number of trainable parameters of the bank."""
-        r1, r2 = self.rank
-        scales = self.n_layers * self.n_cores if self.trainable_scale == "matrix" else int(self.trainable_scale)
-        return self.d_in * r1 + self._all_cores * r1 * r2 + r2 * self.d_out + scales
-
-    @property
-    def _all_cores(self) -> int:
-        return self.n_cores * (self.n_layers if self.config.core_sharing == "per_layer" else 1)
-
-    @property
-    def scale(self) -> float:
-        """s, computed where the configuration leaves it to the library."""
-        scale = self.config.scale_of(self.name, self.kind)
-        if not isinstance(scale, str):
-            return scale
-        init = self.config.init_of(self.kind)
-        return automatic_scale(self.d_in, self.d_out, self._all_cores, *self.rank, init, self.config.core_init)
-
-    def build(self, device: torch.device, dtype: torch.dtype) -> TTFactors:
-        """Allocate and initialise the bank."""
-        return TTFactors(
-            self.d_in,
-            self.d_out,
-            self.rank,
-            n_layers=self.n_layers,
-            n_cores=self.n_cores,
-            core_sharing=self.config.core_sharing,
-            scale=self.scale,
-            trainable_scale=self.trainable_scale,
-            dropout=self.config.dropout,
-            init=self.config.init_of(self.kind),
-            core_init=self.config.core_init,
-            device=device,
-            dtype=dtype,
-        )
+    def to_dict(self) -> dict[str, Any]:
+        """The group as an adapter file keeps it: its name, its weights, and what its method needs."""
 
 
 @dataclass
 class Plan:
-    """What ``efft.apply`` would do to a model: the groups of factors and the head modules to train."""
+    """What ``efft.apply`` would do to a model; printing it gives a table.
 
-    groups: Sequence[Any]  # of Group; those of EFFT can be asked for the sizes of their trains
+    Attributes:
+        groups: the banks of factors, not allocated yet (:class:`Group`); those of EFFT tell the sizes of their trains.
+        head: names of the modules trained beside the factors.
+        weights: what is adapted, by name.
+        left_out: parameters of the blocks that stay untouched, with their number of entries, largest first.
+        reasons: why some of them cannot be adapted.
+        in_blocks: entries of all weights in blocks.
+    """
+
+    groups: Sequence[Any]
     head: list[str]
+    weights: dict[str, Weight]
+    left_out: dict[str, int] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    in_blocks: int = 0
+
+    @property
+    def untouched_share(self) -> float:
+        """The part of the weights in blocks that stays untouched."""
+        return sum(self.left_out.values()) / self.in_blocks if self.in_blocks else 0.0
+
+    @property
+    def n_parameters(self) -> int:
+        """Trainable parameters of all factors."""
+        return sum(group.n_parameters for group in self.groups)
+
+    def weights_of(self, group: Group) -> dict[str, Weight]:
+        """The weights that use a group's factors."""
+        return {name: self.weights[name] for name in group.sites}
+
+    def in_order(self, model: nn.Module) -> list[str]:
+        """The names of the weights in the order of the model's modules."""
+        place = {name: i for i, (name, _) in enumerate(model.named_modules())}
+        return sorted(self.weights, key=lambda name: place[self.weights[name].module])
+
+    def missing(self) -> str:
+        """What stays untouched in the blocks, by name and share; empty where that is nothing."""
+        if not self.left_out:
+            return ""
+        kinds: dict[str, list[str]] = {}
+        for name in self.left_out:
+            kinds.setdefault(_without_numbers(name), []).append(name)
+        rows = []
+        for kind, names in sorted(kinds.items(), key=lambda item: -sum(self.left_out[n] for n in item[1])):
+            share = sum(self.left_out[n] for n in names) / self.in_blocks
+            reason = next((r for n in names if (r := self._reason(n))), "")
+            rows.append(f"{kind} ({len(names)}, {share:.1%})" + (f": {reason}" if reason else ""))
+        more = f"; and {len(rows) - 8} more" if len(rows) > 8 else ""
+        return "; ".join(rows[:8]) + more
+
+    def _reason(self, parameter: str) -> str | None:
+        return self.reasons.get(parameter) or self.reasons.get(parameter.rpartition(".")[0])
+
+    def __str__(self) -> str:
+        lines = [group.describe() for group in self.groups]
+        lines.append(f"head: {', '.join(self.head) or 'none'}")
+        if self.in_blocks:
+            lines.append(f"adapted: {1 - self.untouched_share:.1%} of the weights in blocks")
+        if self.left_out:
+            lines.append(f"left out: {self.missing()}")
+        return "\n".join(lines)
+
+
+def _without_numbers(name: str) -> str:
+    """The name with a star for every number, so that what the blocks have alike is said once."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def inspect(model: nn.Module, config: AdapterConfig | None = None) -> Plan:
+    """What :func:`efft.apply` would do with ``config`` (default: :class:`EfftConfig`); nothing is changed.
+
+    Works on the meta device. Printing the result shows the groups, their shapes and parameters, the head, and what is
+    left out of the repeated blocks and why.
+
+    Raises:
+        ValueError: as :func:`efft.apply`.
+    """
+    return make_plan(model, config or EfftConfig())
 
 
 def make_plan(model: nn.Module, config: AdapterConfig) -> Plan:
     """Plan the adaptation of ``model``; works on the meta device too.
 
     Raises:
-        ValueError: no such layers, or layers that cannot share a train; it says which and what to do.
+        ValueError: no such weights, or weights that cannot share a train; it says which and what to do.
     """
     if any("_orig_mod" in module._modules for module in model.modules()):
         raise ValueError("the model is compiled already: adapt it (or load the adapter) first, then torch.compile it")
     head = find_head(model, config.head)
-    return Plan(config.groups(model, find_targets(model, config, head)), head)
+    structure = structure_of(model, head)
+    targets = select(model, structure, config)
+    groups = config.groups(model, targets)
+    sizes = _blocks_of_roles(structure.sizes, targets)
+    untouched = structure.untouched(target.name for target in targets)
+    left_out = {name: size for name, size in untouched.items() if name in sizes}
+    ordered = dict(sorted(left_out.items(), key=lambda item: -item[1]))
+    weights = {name: structure.weights[name] for group in groups for name in group.sites}
+    return Plan(groups, head, weights, ordered, structure.reasons, sum(sizes.values()))
 
 
-def efft_groups(config: EfftConfig, model: nn.Module, targets: list[Target]) -> list[TrainGroup]:
-    """The trains of EFFT for these layers (see :meth:`EfftConfig.groups`)."""
-    members: dict[tuple[str, str], list[Target]] = {}
-    for target in targets:
-        members.setdefault(_group_of(target, model, config), []).append(target)
-    groups: list[TrainGroup] = []
-    for (name, kind), together in members.items():
-        layers = {t.name: _Shape(model, t) for t in together}
-        d_in, d_out, n_cores, sites = _LAYOUTS[kind](name, layers)
-        n_layers = len({t.block for t in together})
-        rank = config.rank_of(name, kind)
-        scales: dict[Any, bool | Literal["matrix"]] = {"group": True, "matrix": "matrix", "global": not groups}
-        trained = scales.get(config.trainable_scale, False)
-        groups.append(TrainGroup(name, kind, d_in, d_out, n_layers, n_cores, sites, rank, config, trained))
-    for field in ("rank", "scale"):
-        value = getattr(config, field)
-        known = {g.name for g in groups} | {g.kind for g in groups}
-        if isinstance(value, dict) and not set(value) <= known:
+def _blocks_of_roles(sizes: Mapping[str, int], targets: Sequence[Target]) -> dict[str, int]:
+    """Of the parameters in blocks those in the blocks of the targets' roles, where tables know these."""
+    blocks = {target.block for target in targets if target.role != "linear"}
+    if not blocks:
+        return dict(sizes)
+    return {name: size for name, size in sizes.items() if any(block in blocks for block in _prefixes(name))}
+
+
+def _prefixes(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:n]) for n in range(1, len(parts))]
+
+
+def warn_of_untouched(model: nn.Module, plan: Plan, config: AdapterConfig) -> None:
+    """Say once what ``targets="all"`` leaves out of the blocks, if it is more than :data:`SILENT_SHARE`."""
+    if config.targets == "all" and not config.exclude and plan.untouched_share > SILENT_SHARE:
+        warnings.warn(
+            f"{plan.untouched_share:.1%} of the weights in the blocks of this {type(model).__name__} stay untouched: "
+            f"{plan.missing()}",
+            stacklevel=3,
+        )
+
+
+def plan_of_file(model: nn.Module, config: AdapterConfig, saved: Sequence[Any], base: Mapping[str, Any]) -> Plan:
+    """The plan that an adapter file holds, for ``model``.
+
+    Args:
+        model: what the adapter is to be loaded into.
+        config: the file's configuration.
+        saved: every group's ``to_dict``; empty in files of the first format.
+        base: what the file says of the model that the adapter was trained on.
+
+    Raises:
+        ValueError: the model lacks one of the weights, or the plan is damaged.
+    """
+    head = find_head(model, config.head)
+    structure = structure_of(model, head)
+
+    def weight(name: str) -> Weight:
+        found = structure.weights.get(name)
+        if found is None:
+            reason = structure.reasons.get(name)
+            if reason is not None:
+                raise ValueError(f"layer {name!r} cannot be adapted: {reason}")
             raise ValueError(
-                f"EfftConfig.{field} names {sorted(set(value) - known)}, but the groups of this model are "
-                f"{sorted(known)}"
+                f"it has no layer {name!r}, which the adapter changes (it was trained on a {base['architecture']})"
             )
-    return groups
+        return found
+
+    if not saved:
+        targets = [known_target(weight(name)) for name in base["layers"]]
+        return Plan(config.groups(model, targets), head, {t.name: t.weight for t in targets})
+    groups: list[Any] = []
+    found: dict[str, Weight] = {}
+    for group in saved:
+        members = {name: weight(name) for name in group["weights"]}
+        groups.append(config.group_of_file(model, group, list(members.values())))
+        found |= members
+    return Plan(groups, head, found)
 
 
-class _Shape:
-    """A target with its sizes."""
-
-    def __init__(self, model: nn.Module, target: Target) -> None:
-        self.role, self.block = target.role, target.block
-        self.d_in, self.d_out = features(model.get_submodule(target.name))
-
-
-_Layers = dict[str, _Shape]
-_Layout = tuple[int, int, int, dict[str, Site]]  # d_in, d_out, n_cores, sites
-
-
-def _group_of(target: Target, model: nn.Module, config: EfftConfig) -> tuple[str, str]:
-    """(name, kind) of the group that a target belongs to."""
-    if target.role == "linear":
-        linear = _Shape(model, target)
-        return f"linear_{linear.d_in}x{linear.d_out}", "linear"
-    kind = "joint" if config.variant == "efft1" else "mhsa" if target.role in MHSA_ROLES else "ffn"
-    return kind if target.stage is None else f"stage{target.stage + 1}_{kind}", kind
-
-
-def _block_index(layers: _Layers) -> dict[str, int]:
-    return {block: i for i, block in enumerate(dict.fromkeys(s.block for s in layers.values()))}
-
-
-def _width(name: str, what: str, layers: _Layers, size: Callable[[_Shape], int | None]) -> int | None:
-    """The one value of ``size`` over all layers that have one; ValueError if they disagree."""
-    sizes = {n: v for n, s in layers.items() if (v := size(s)) is not None}
-    if len(set(sizes.values())) > 1:
-        first = next(iter(sizes))
-        other = next(n for n in sizes if sizes[n] != sizes[first])
-        raise ValueError(
-            f"group {name!r}: layers that share factors must agree in {what}, but {first} has {sizes[first]} and "
-            f"{other} has "
-            f"{sizes[other]}; exclude one of them or name the layers of each size (targets=[...])"
-        )
-    return next(iter(sizes.values()), None)
-
-
-def _attention_parts(role: str) -> tuple[str, ...]:
-    return ("q", "k", "v") if role == "qkv" else (role,)
-
-
-def _attention_width(name: str, layers: _Layers) -> int:
-    """d of attention layers [d, d], with fused qkv counted as three."""
-    for layer, shape in layers.items():
-        n_parts = len(_attention_parts(shape.role))
-        if shape.d_out % n_parts:
-            raise ValueError(
-                f"group {name!r}: {layer} has {shape.d_out} outputs, no multiple of its {n_parts} matrices"
-            )
-    d = _width(name, "input size", layers, lambda s: s.d_in)
-    # Keys and values may be narrower (grouped queries): they use the first columns of V.
-    outs = {n: s for n, s in layers.items() if not (s.role in ("k", "v") and s.d_out < s.d_in)}
-    out = _width(name, "output size of each of q, k, v, o", outs, lambda s: s.d_out // len(_attention_parts(s.role)))
-    assert d is not None
-    if out not in (d, None):
-        raise ValueError(
-            f"group {name!r}: attention matrices must be square, got {d} inputs and {out} outputs of each of q, k, "
-            f"v, o; "
-            "give these layers by name (targets=[...])"
-        )
-    return d
-
-
-def _mhsa(name: str, layers: _Layers) -> _Layout:
-    """U [d, r1], one core for each of q, k, v, o that is adapted, V [r2, d]."""
-    d = _attention_width(name, layers)
-    present = {part for s in layers.values() for part in _attention_parts(s.role)}
-    core = {part: i for i, part in enumerate(p for p in "qkvo" if p in present)}
-    index = _block_index(layers)
-    sites = {}
-    for n, s in layers.items():
-        parts = _attention_parts(s.role)
-        columns = None if s.d_out == d * len(parts) else (0, s.d_out)
-        sites[n] = Site(index[s.block], tuple(core[p] for p in parts), columns=columns)
-    return d, d, len(core), sites
-
-
-def _mlp_sizes(name: str, layers: _Layers) -> tuple[int, int, int]:
-    """(d, hidden size, blocks of fc1): a gated fc1 has two output blocks of the hidden size."""
-    d = _width(name, "model width", layers, lambda s: s.d_out if s.role == "fc2" else s.d_in)
-    hidden = _width(name, "hidden size of fc2", layers, lambda s: s.d_in if s.role == "fc2" else None)
-    up = _width(name, "output size of fc1", layers, lambda s: None if s.role == "fc2" else s.d_out)
-    hidden = hidden or up
-    assert d is not None
-    assert hidden is not None
-    if up is not None and up % hidden:
-        raise ValueError(
-            f"group {name!r}: fc1's {up} outputs are no multiple of fc2's {hidden} inputs, so they cannot share a "
-            f"train; "
-            "give these layers by name (targets=[...])"
-        )
-    return d, hidden, (up or hidden) // hidden
-
-
-def _ffn(name: str, layers: _Layers) -> _Layout:
-    """U [d, r1], V [r2, hidden]; fc1 and gate = U C V, fc2 = (U C V)ᵀ with a core and dropout masks of its own."""
-    d, hidden, up_blocks = _mlp_sizes(name, layers)
-    roles = {s.role for s in layers.values()}
-    cores: dict[str, tuple[int, ...]] = {}
-    n_cores = 0
-    for role, n_blocks in (("fc1", up_blocks), ("gate", up_blocks), ("fc2", 1)):
-        if role in roles:
-            cores[role] = tuple(range(n_cores, n_cores + n_blocks))
-            n_cores += n_blocks
-    index = _block_index(layers)
-    sites = {
-        n: Site(index[s.block], cores[s.role], transpose=s.role == "fc2", mask_scope=int(s.role == "fc2"))
-        for n, s in layers.items()
-    }
-    return d, hidden, n_cores, sites
-
-
-def _joint(name: str, layers: _Layers) -> _Layout:
-    """EFFT1: U [d, r1], V [r2, 4 d]; [q|k|v|o] = U C V in four column blocks, fc1 = U C V, fc2 = (U C V)ᵀ."""
-    attention = {n: s for n, s in layers.items() if s.role in MHSA_ROLES}
-    mlp = {n: s for n, s in layers.items() if s.role in FFN_ROLES}
-    widths = []
-    if attention:
-        d = _attention_width(name, attention)
-        widths.append((d, 4 * d))
-    if mlp:
-        d, hidden, up_blocks = _mlp_sizes(name, mlp)
-        widths.append((d, hidden * up_blocks))
-        if up_blocks != 1:
-            widths.append((d, hidden))
-    if len(set(widths)) > 1:
-        raise ValueError(
-            f"group {name!r}: efft1 takes [q|k|v|o] and the MLP as matrices of one size, got {widths}; use "
-            f"variant='efft2'"
-        )
-    d, d_out = widths[0]
-    present = {("qkvo" if n in attention else s.role) for n, s in layers.items()}
-    parts_in_order: list[str] = [part for part in ("qkvo", *FFN_ROLES) if part in present]
-    core = {part: i for i, part in enumerate(parts_in_order)}
-    scope = {"qkvo": 0, "fc1": 1, "fc2": 2, "gate": 3}
-    index = _block_index(layers)
-    sites = {}
-    for n, s in layers.items():
-        if n in attention:
-            parts = _attention_parts(s.role)
-            first = "qkvo".index(parts[0]) * d
-            columns = (first, first + s.d_out)
-            sites[n] = Site(index[s.block], (core["qkvo"],), columns=columns, mask_scope=scope["qkvo"])
-        else:
-            sites[n] = Site(index[s.block], (core[s.role],), transpose=s.role == "fc2", mask_scope=scope[s.role])
-    return d, d_out, len(core), sites
-
-
-def _linear(name: str, layers: _Layers) -> _Layout:
-    """Layers of one shape given by name: U [d_in, r1], one core each, V [r2, d_out]."""
-    shape = next(iter(layers.values()))
-    return shape.d_in, shape.d_out, 1, {n: Site(i) for i, n in enumerate(layers)}
-
-
-_LAYOUTS: dict[str, Callable[[str, _Layers], _Layout]] = {
-    "mhsa": _mhsa,
-    "ffn": _ffn,
-    "joint": _joint,
-    "linear": _linear,
-}
+def check_saved_plan(saved: Any) -> None:
+    """Raise ValueError if this is not a list of groups' ``to_dict``, as far as reading them depends on it."""
+    if not isinstance(saved, list):
+        raise ValueError("'plan' must be a list of groups")
+    for group in saved:
+        if not isinstance(group, dict) or not isinstance(group.get("name"), str):
+            raise ValueError("every group of 'plan' must be an object with a name")
+        if not group["name"].isidentifier():
+            raise ValueError(f"'plan' has a group of the name {group['name'][:50]!r}, which no module can have")
+        weights = group.get("weights")
+        if not isinstance(weights, dict) or not weights or not all(isinstance(v, str) for v in weights.values()):
+            raise ValueError("every group of 'plan' must say what its weights are")

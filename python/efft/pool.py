@@ -8,7 +8,7 @@ import functools
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from efft import buffers
+from efft.batches import Layouts, find_layouts
 from efft.config import is_number
 from efft.inject import adapted_layers, bank_of, remove, replace_modules
 from efft.io import base_problems, describe_base, load_described, read_description
@@ -70,8 +72,10 @@ class AdapterPool:
         self._twin = _twin(model)
         self._selected: ContextVar[Selection | None] = ContextVar("selected", default=None)
         self._hook = model.register_forward_pre_hook(
-            functools.partial(_check_batch, self._selected), prepend=True, with_kwargs=True
+            functools.partial(_check_batch, self._selected, self._learn_layouts), prepend=True, with_kwargs=True
         )
+        self._layouts: dict[str, Layouts] | None = None
+        self._attempts = 3  # to find them
         self._changing = threading.RLock()  # one adapter comes at a time; nobody else waits for that
         self._lock = threading.RLock()
         self._rows = capacity + 1  # row 0 is the base
@@ -108,6 +112,7 @@ class AdapterPool:
     def _load(self, name: str, folder: Path, strict: bool) -> bool:
         """Whether the adapter is the one whose description was read; else nothing is changed."""
         description = read_description(folder)
+        buffers.check_none(name, description["buffers"] or ())
         heads = {h: m for h in description["head"] if (m := _find(self._twin, h)) is not None}
         try:
             for head, module in heads.items():  # load into copies: these have the weights that the model has
@@ -127,11 +132,15 @@ class AdapterPool:
 
         Raises:
             ValueError: ``name`` is taken; ``adapted`` is not adapted, by a method that updates no weight, or has
-                another base; its head is not made of linear layers like those of the model.
+                another base; its training changed buffers (statistics of batch norms); its head is not made of linear
+                layers like those of the model.
         """
         with self._changing, torch.inference_mode(False):  # stacks are written again, in whatever mode
             self._check_new(name)
-            layers = bank_of(adapted).layers
+            bank = bank_of(adapted)
+            buffers.check_none(name, buffers.changed(adapted, bank.head, bank._base_buffers))
+            layers = bank.layers
+            check_linear(adapted)
             missing = [n for n in layers if _find(self._twin, n) is None]
             problems = [f"the model has no {', '.join(missing[:3])}"] if missing else []
             problems = problems or base_problems(self._twin, layers, describe_base(adapted, layers))
@@ -188,11 +197,12 @@ class AdapterPool:
         Args:
             adapters: a name, for all samples; ``{name: weight, ...}``, for the weighted sum of updates (and of what
                 heads differ by from the base's), at a rank of all together; or a list with a name for every sample of
-                the batch, so that sample i is the i-th entry of the first dimension. None is the base.
+                the batch, so that sample i is the i-th entry of the first dimension. None is the base. The first
+                call with such a list runs the base twice more, to find where the layers have the samples.
 
         Raises:
             ValueError: there is no such adapter; an empty list or mix, or a weight that is no finite number; when the
-                model is called, a batch of another size.
+                model is called, a batch of another size, or a layer that mixes samples.
         """
         with self._lock:
             selection, names = self._select(adapters)
@@ -223,6 +233,18 @@ class AdapterPool:
             self._layers, self._stacks = {}, {}
             self._hook.remove()
             return self.model
+
+    def _learn_layouts(self, args: tuple[Any, ...], kwargs: dict[str, Any], samples: int) -> None:
+        """Before the first call with an adapter for each sample: find where the layers have the samples."""
+        if samples < 2 or self._attempts < 1:
+            return
+        with self._changing:
+            found = find_layouts(self._twin, args, kwargs, samples) if self._attempts > 0 else None
+            self._attempts -= 1
+            if found is not None:
+                self._layouts, self._attempts = found, 0
+                for name, layer in self._layers.items():
+                    layer.layouts, layer.learned = found.get(name, {}), True
 
     def _select(
         self, adapters: str | Mapping[str, float] | Sequence[str | None] | None
@@ -286,6 +308,8 @@ class AdapterPool:
         stacks = written(self._stacks, parts, layers, slot, rows)
         for layer, pooled in layers.items():
             pooled.stacks = (stacks[layer, 0], stacks.get((layer, 1)))
+            if self._layouts is not None and not pooled.learned:
+                pooled.layouts, pooled.learned = self._layouts.get(layer, {}), True
         replace_modules(self.model, {originals[n]: pooled for n, pooled in layers.items() if n not in self._layers})
         self._originals, self._layers, self._stacks, self._rows = originals, layers, stacks, rows
         self._slots[name] = slot
@@ -310,10 +334,23 @@ class AdapterPool:
         return found
 
 
+def check_linear(adapted: nn.Module) -> dict[str, AdaptedLayer]:
+    """The adapted layers; ValueError if anything else than a linear layer is adapted."""
+    layers: dict[str, AdaptedLayer] = {}
+    for name, update in adapted_layers(adapted).items():
+        if not isinstance(update, AdaptedLayer) or not isinstance(update, nn.Linear):
+            kind = type(update).__name__ if isinstance(update, AdaptedLayer) else "a parameter that a module reads"
+            raise ValueError(
+                f"a pool serves adapters of linear layers, and {name} is {kind}: adapt with targets that leave it out"
+            )
+        layers[name] = update
+    return layers
+
+
 def _operands(adapted: nn.Module) -> _Parts:
     """D and G of every adapted layer; what the layers share is one tensor."""
     together: dict[nn.Module, dict[str, AdaptedLayer]] = {}
-    for name, layer in adapted_layers(adapted).items():
+    for name, layer in check_linear(adapted).items():
         together.setdefault(layer.factors, {})[name] = layer
     found: _Parts = {}
     for factors, layers in together.items():
@@ -335,9 +372,10 @@ def _twin(model: nn.Module) -> nn.Module:
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:
-    layer = model.get_submodule(name)
+    layer = _find(model, name)
     if not isinstance(layer, nn.Linear):
-        raise ValueError(f"a pool serves adapters of linear layers, and {name} is a {type(layer).__name__}")
+        kind = "parameter that no linear layer has" if layer is None else type(layer).__name__
+        raise ValueError(f"a pool serves adapters of linear layers, and {name} is a {kind}")
     return layer
 
 
@@ -349,7 +387,11 @@ def _find(model: nn.Module, name: str) -> nn.Module | None:
 
 
 def _check_batch(
-    selected: ContextVar[Selection | None], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    selected: ContextVar[Selection | None],
+    learn: Callable[[tuple[Any, ...], dict[str, Any], int], None],
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> None:
     """Before the model runs: one adapter a sample needs a batch of as many samples."""
     selection = selected.get()
@@ -361,3 +403,5 @@ def _check_batch(
             f"expected a batch of {len(selection.slots)} samples, one for each name given to AdapterPool.use, got an "
             f"input of shape {list(batch.shape)}"
         )
+    if not torch.compiler.is_compiling():
+        learn(args, kwargs, len(selection.slots))

@@ -68,7 +68,8 @@ def prune(model: nn.Module, keep: float = 0.99) -> PruneReport:
         raise ValueError(f"prune: keep must be a share in (0, 1], got {shown(keep)}")
     check_whole(model, "prune")
     bank = bank_of(model)
-    config, trains = _config(bank), _trains(bank)
+    _config(bank)
+    trains = _trains(bank)
     if any(layer.merged for layer in adapted_layers(model).values()):
         raise ValueError("the update is merged into this model's weights; call efft.unmerge(model) before pruning it")
     cuts = {name: _cut(name, factors, keep) for name, factors in trains.items()}
@@ -77,7 +78,7 @@ def prune(model: nn.Module, keep: float = 0.99) -> PruneReport:
     for name, factors in trains.items():
         if ranks[name] != before[name]:
             factors.replace(*cuts[name].factors)
-    config.rank = dict(ranks)
+    _note_ranks(bank, ranks)
     return PruneReport(before, ranks, {name: cut.relative_error for name, cut in cuts.items()})
 
 
@@ -88,7 +89,14 @@ def set_ranks(model: nn.Module, ranks: Mapping[str, Rank]) -> None:
         r1, r2 = ranks[name]
         C = torch.zeros(*factors.C.shape[:2], r1, r2)
         factors.replace(torch.zeros(factors.d_in, r1), C, torch.zeros(r2, factors.d_out))
+    _note_ranks(bank, ranks)
+
+
+def _note_ranks(bank: Bank, ranks: Mapping[str, Rank]) -> None:
+    """Write down the ranks where adapter files take them from."""
     _config(bank).rank = dict(ranks)
+    for group in bank.plan:
+        group["rank"] = list(ranks[group["name"]])
 
 
 def _config(bank: Bank) -> EfftConfig:

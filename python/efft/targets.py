@@ -1,23 +1,24 @@
-"""Which layers to adapt, and the role each plays in its block."""
+"""Which weights to adapt, and the part each plays in its block."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from efft.config import AdapterConfig
+from efft.heads import find_head
 from efft.patterns import matcher
-from efft_kernels import EfftLinear
-from efft_kernels.nn.frozen import cannot_wrap
+from efft.structure import Structure, Weight, parts_of, structure_of
+
+__all__ = ["FFN_ROLES", "MHSA_ROLES", "Target", "find_head", "find_targets", "select"]
 
 MHSA_ROLES = ("qkv", "q", "k", "v", "o")
 FFN_ROLES = ("fc1", "gate", "fc2")  # a gated MLP has fc1 and gate side by side, or both in one fc1
-_ROLES_OF = {"mhsa": MHSA_ROLES, "ffn": FFN_ROLES, "all": MHSA_ROLES + FFN_ROLES}
+_PART_OF = dict.fromkeys(MHSA_ROLES, "mhsa") | dict.fromkeys(FFN_ROLES, "ffn")
 
 _TIMM = {"attn.qkv": "qkv", "attn.proj": "o", "mlp.fc1": "fc1", "mlp.fc2": "fc2"}
 #: transformers 5: ViT, DeiT, DINOv2, BEiT, Swin.
@@ -30,8 +31,9 @@ _BERT = {
 _LLAMA = {"mlp.up_proj": "fc1", "mlp.gate_proj": "gate", "mlp.down_proj": "fc2"}
 _LLAMA |= {f"self_attn.{part}_proj": part for part in "qkvo"} | {"self_attn.out_proj": "o"}
 
-#: Known architectures: the pattern of a block's name (with its stage, where widths change) and the roles in the block.
-#: To support another family, add a row here and a test.
+#: Architectures whose weights are grouped exactly as the paper groups them, whatever their shapes: the pattern of a
+#: block's name (with its stage, where widths change) and the roles in the block. Others need no row here: their trains
+#: follow from the structure (:mod:`efft.structure`).
 FAMILIES: tuple[tuple[str, dict[str, str]], ...] = (
     # Swin and other staged ViTs
     (r"(?:layers|stages)\.(?P<stage>\d+)\.blocks\.\d+", _TIMM | _VIT | _BERT),
@@ -41,188 +43,171 @@ FAMILIES: tuple[tuple[str, dict[str, str]], ...] = (
     (r"layers?\.\d+", _VIT | _BERT | _LLAMA),
 )
 
-#: Attributes that hold the classifier, the first that a model has; distilled models have a pair.
-_HEADS = (("classifier",), ("head",), ("fc",), ("score",), ("cls_classifier", "distillation_classifier"))
-
 
 @dataclass(frozen=True)
 class Target:
-    """A layer to adapt: its module name, its role ("linear" outside the tables), its block and its stage."""
+    """A weight to adapt.
 
-    name: str
-    role: str
-    block: str
-    stage: int | None
+    Attributes:
+        weight: what it is and where.
+        role: what it does in its block ("qkv", "fc2", ...); "linear" where only its shape counts.
+        block, stage: the block of a role, and the stage where widths change.
+        part: "mhsa", "ffn", or None where neither can be told.
+    """
+
+    weight: Weight
+    role: str = "linear"
+    block: str = ""
+    stage: int | None = None
+    part: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The weight's name."""
+        return self.weight.name
 
 
 def find_targets(model: nn.Module, config: AdapterConfig, head: list[str]) -> list[Target]:
-    """The layers that ``config`` selects, in the model's order; never one inside the ``head`` modules.
+    """The weights that ``config`` selects, in the model's order; never one inside the ``head`` modules.
 
     Raises:
         ValueError: nothing matches (a pattern, or at all), or a match cannot be adapted; it lists what is there.
     """
-    outside = {
-        name: module
-        for name, module in model.named_modules()
-        if not any(name == h or name.startswith(h + ".") for h in head)
-    }
-    linears = {name: module for name, module in outside.items() if isinstance(module, nn.Linear)}
-    convolutions = {name: module for name, module in outside.items() if isinstance(module, nn.Conv2d)}
-    layers: dict[str, nn.Module] = dict(linears)
+    return select(model, structure_of(model, head), config)
+
+
+def select(model: nn.Module, structure: Structure, config: AdapterConfig) -> list[Target]:
+    """:func:`find_targets` in a structure that is known already."""
     if isinstance(config.targets, str):
-        chosen = _chosen_by_role(type(model).__name__, config.targets, linears, type(config).__name__)
+        chosen = _by_keyword(model, structure, config)
     else:
-        wanted: set[str] = set()
-        for pattern in config.targets:
-            matches = matcher(pattern)
-            named = list(filter(matches, linears))
-            if not named and config.layer is EfftLinear:  # what names no linear layer may name convolutions
-                named = list(filter(matches, convolutions))
-                layers.update({name: convolutions[name] for name in named})
-            if not named:
-                near = difflib.get_close_matches(pattern, _endings([*linears, *convolutions]), 3, 0.5)
-                raise ValueError(
-                    f"targets: {pattern!r} matches no linear layer of this {type(model).__name__}"
-                    + (f"; nearest: {', '.join(near)}" if near else "")
-                    + f". {_present(linears)}"
-                    + (f". Convolutions present: {_listed(convolutions)}" if convolutions and not linears else "")
-                )
-            wanted.update(named)
-        chosen = [_classify(name) for name in layers if name in wanted]
+        chosen = _by_name(model, structure, config)
     for pattern in config.exclude:
-        excluded = set(filter(matcher(pattern), layers))
+        excluded = set(filter(matcher(pattern), {**structure.weights, **structure.reasons}))
         if not excluded:
-            raise ValueError(f"exclude: {pattern!r} matches no linear layer. {_present(linears)}")
+            raise ValueError(f"exclude: {pattern!r} matches no linear layer. {_present(structure)}")
         chosen = [target for target in chosen if target.name not in excluded]
     if not chosen:
         raise ValueError(
-            f"targets={config.targets!r} without exclude={config.exclude!r} leaves no layer. {_present(linears)}"
-        )
-    for target in chosen:
-        linear = layers[target.name]
-        kind = nn.Conv2d if isinstance(linear, nn.Conv2d) else nn.Linear
-        reason = cannot_wrap(linear, kind) or _bypassed(model, target) or _tied(model, linear)
-        if reason is not None:
-            raise ValueError(f"layer {target.name!r} cannot be adapted: {reason}")
-    return chosen
-
-
-def find_head(model: nn.Module, config_head: list[str] | None) -> list[str]:
-    """Names of the modules trained beside the factors: those given, else the classifier (an empty list if there is
-    none).
-
-    Raises:
-        ValueError: a given name is no module of the model.
-    """
-    names = [name for name, _ in model.named_modules() if name]
-    if config_head is not None:
-        for name in config_head:
-            if name not in names:
-                near = difflib.get_close_matches(name, names, 3)
-                raise ValueError(f"head: no module named {name!r}; nearest: {', '.join(near) or 'none'}")
-        return list(config_head)
-    found: list[Any] = []
-    for attributes in _HEADS:
-        usual = [getattr(model, attribute, None) for attribute in attributes]
-        found = found or [m for m in usual if isinstance(m, nn.Module) and next(m.parameters(), None) is not None]
-    of_timm: list[Any] = [module for module in model.modules() if hasattr(module, "get_classifier")]
-    if of_timm and (of_timm[0] is model or not found):  # the model, or one inside it
-        classifier = of_timm[0].get_classifier()
-        found = list(classifier) if isinstance(classifier, tuple) else [classifier]  # distilled models have a pair
-    return [
-        name
-        for name, module in model.named_modules()
-        if name and any(module is m for m in found) and next(module.parameters(), None) is not None
-    ]
-
-
-def _chosen_by_role(model: str, targets: str, linears: dict[str, nn.Linear], config: str) -> list[Target]:
-    """The layers that play the roles of ``targets`` ("all", "mhsa" or "ffn") in the blocks of a known architecture.
-
-    Raises:
-        ValueError: there is none, or a block has other layers where some of these should be.
-    """
-    classified = [_classify(name) for name in linears]
-    chosen = [t for t in classified if t.role in _ROLES_OF[targets]]
-    if not chosen:
-        raise ValueError(
-            f"targets={targets!r} needs a known architecture (of timm: ViT, DeiT, DINOv2, Swin; of transformers: "
-            f"these, BEiT, CLIP, BERT, LLaMA and their like), and no layer of this {model} is named like one; name the "
-            f"layers: {config}(targets=[...]). {_present(linears)}"
-        )
-    blocks: dict[str, set[str]] = {}
-    for target in chosen:
-        blocks.setdefault(target.block, set()).add(target.role)
-    kinds = ("mhsa", "ffn") if targets == "all" else (targets,)
-    for block, roles in blocks.items():
-        others = [t.name for t in classified if t.role == "linear" and t.name.startswith(block + ".")]
-        incomplete = [kind for kind in kinds if not any(form <= roles for form in _COMPLETE[kind])]
-        if incomplete and others:
-            raise ValueError(
-                f"targets={targets!r} knows {', '.join(sorted(roles))} of {block} in this {model}, but not which of "
-                f"{', '.join(others)} complete its {' and '.join(incomplete)}; name the layers: "
-                f"{config}(targets=[...])"
-            )
-    known = dict.fromkeys(t.block for t in classified if t.role != "linear")
-    strange = [t.name for t in classified if t.role == "linear" and _in_another_block(t.name, known)]
-    if strange:
-        raise ValueError(
-            f"targets={targets!r} knows the layers of {next(iter(known))}, ... in this {model}, but not those of other "
-            f"blocks: {', '.join(strange[:4])}, ... ({len(strange)} in all); name the layers: {config}(targets=[...])"
+            f"targets={config.targets!r} without exclude={config.exclude!r} leaves no layer. {_present(structure)}"
         )
     return chosen
 
 
-def _in_another_block(name: str, known: Iterable[str]) -> bool:
-    """Whether a layer lies in one of several like blocks (blocks.3, layers.0, ...) that has no known block in or
-    around it."""
-    match = re.match(r"((?:.*\.)?(?:\w*blocks\w*|layers?)\.\d+)\.", name)
-    return match is not None and not any(
-        block.startswith(match[1] + ".") or name.startswith(block + ".") for block in known
-    )
-
-
-#: Roles that make a block's attention or MLP whole.
-_COMPLETE: dict[str, tuple[set[str], ...]] = {"mhsa": ({"qkv", "o"}, {"q", "k", "v", "o"}), "ffn": ({"fc1", "fc2"},)}
-
-
-def _tied(model: nn.Module, linear: nn.Module) -> str | None:
-    """Why merging would change more than this layer: its weight is some other module's too."""
-    weight = linear.weight
-    assert isinstance(weight, Tensor)
-    owners = [
-        name
-        for name, module in model.named_modules()
-        for p in module._parameters.values()
-        if p is weight or (p is not None and not p.is_meta and p.data_ptr() == weight.data_ptr() != 0)
-    ]
-    if len(owners) == 1:
-        return None
-    return (
-        f"its weight is tied: {' and '.join(owners)} have the same one; leave the layer out (exclude=[...]), or give "
-        "it its own: layer.weight = nn.Parameter(layer.weight.detach().clone())"
-    )
-
-
-def _bypassed(model: nn.Module, target: Target) -> str | None:
-    """Why the layer's own forward would not run: timm's BEiT and Swin v2 add separate q and v biases by hand."""
-    parent = model.get_submodule(target.name.rpartition(".")[0])
-    if target.role != "qkv" or getattr(parent, "q_bias", None) is None or getattr(parent, "qkv_bias_separate", False):
-        return None
-    return (
-        f"{type(parent).__name__} reads its weight and never calls the layer, so the update would be ignored; "
-        "leave it out with exclude=['attn.qkv']"
-    )
-
-
-def _classify(name: str) -> Target:
-    for block, roles in FAMILIES:
+def known_target(weight: Weight) -> Target:
+    """The weight with the role that the tables know it by, if any."""
+    for block, roles in FAMILIES if weight.kind == "linear" else ():
         for ending, role in roles.items():
-            match = re.fullmatch(rf"((?:.*\.)?{block})\.{re.escape(ending)}", name)
+            if not weight.name.endswith(ending):
+                continue
+            match = re.fullmatch(rf"((?:.*\.)?{block})\.{re.escape(ending)}", weight.name)
             if match:
                 stage = match.groupdict().get("stage")
-                return Target(name, role, match.group(1), None if stage is None else int(stage))
-    return Target(name, "linear", name, None)
+                number = None if stage is None else int(stage)
+                return Target(weight, role, match.group(1), number, _PART_OF[role])
+    return Target(weight, block=weight.name)
+
+
+def _by_keyword(model: nn.Module, structure: Structure, config: AdapterConfig) -> list[Target]:
+    """The weights of "all", "all-linear", "mhsa" or "ffn"."""
+    if not structure.weights:
+        raise ValueError(f"targets={config.targets!r} finds nothing to adapt. {_present(structure)}")
+    if config.targets == "all-linear":
+        output = getattr(model, "get_output_embeddings", lambda: None)()
+        linear = [
+            w for w in structure.weights.values() if w.view == "linear" and w.kind in config.kinds - {"embedding"}
+        ]
+        return [Target(w, block=w.name) for w in linear if model.get_submodule(w.module) is not output]
+    weights = {n: w for n, w in structure.in_blocks.items() if w.kind in config.kinds}
+    targets = _grouped_as_published(structure) or _by_structure(model, weights)
+    if config.targets == "all":
+        return targets
+    chosen = [target for target in targets if target.part == config.targets]
+    if not chosen:
+        raise ValueError(
+            f"targets={config.targets!r} finds no weight of this {type(model).__name__} that can be told to be in "
+            f"{'an attention' if config.targets == 'mhsa' else 'an MLP'}; name the layers: "
+            f"{type(config).__name__}(targets=[...]). {_present(structure)}"
+        )
+    return chosen
+
+
+def _grouped_as_published(structure: Structure) -> list[Target]:
+    """The weights with their roles in a ViT, a Swin or their like; none if a block has a weight without a role.
+
+    What lies between blocks (the downsampling of a Swin) is left alone, as in the paper.
+    """
+    targets = [known_target(weight) for weight in structure.in_blocks.values()]
+    roles: dict[str, set[str]] = {}
+    for target in targets:
+        if target.role != "linear":
+            roles.setdefault(target.block, set()).add(target.role)
+    for target in targets:
+        within = target.weight.block or ""
+        if target.role == "linear" and not any(block.startswith(within + ".") for block in roles):
+            return []
+    known = [target for target in targets if target.role != "linear"]
+    complete = all({"qkv", "o"} <= own or {"q", "k", "v", "o"} <= own for own in roles.values())
+    return known if roles and complete and _are_published_shapes(known) else []
+
+
+def _are_published_shapes(targets: list[Target]) -> bool:
+    """Whether the attention is square and the MLP goes out and back, with the same sizes throughout a stage."""
+    shapes: dict[tuple[int | None, str], set[tuple[int, int]]] = {}
+    for target in targets:
+        shapes.setdefault((target.stage, target.role), set()).add((target.weight.d_in, target.weight.d_out))
+    if any(len(own) > 1 for own in shapes.values()):
+        return False
+    for (stage, role), own in shapes.items():
+        (shape,) = own
+        d = next(iter(shapes[stage, "o"]))[0]
+        hidden = next(iter(shapes.get((stage, "fc2"), {(0, d)})))[0]
+        fits = {
+            "qkv": shape == (d, 3 * d),
+            "q": shape == (d, d),
+            "k": shape[0] == d and shape[1] <= d,
+            "v": shape[0] == d and shape[1] <= d,
+            "o": shape == (d, d),
+            "fc2": shape == (hidden, d),
+        }
+        if not fits.get(role, hidden > 0 and shape[0] == d and shape[1] % hidden == 0):
+            return False
+    return True
+
+
+def _by_structure(model: nn.Module, weights: Mapping[str, Weight]) -> list[Target]:
+    parts = parts_of(model, weights)
+    return [Target(weight, block=weight.block or name, part=parts.get(name)) for name, weight in weights.items()]
+
+
+def _by_name(model: nn.Module, structure: Structure, config: AdapterConfig) -> list[Target]:
+    """The weights that the patterns name: linear layers, or where a pattern names none of them, others."""
+    everything = {**structure.weights, **structure.reasons}
+    linears = {n: w for n, w in structure.weights.items() if w.kind == "linear"}
+    wanted: set[str] = set()
+    for pattern in config.targets:
+        matches = matcher(pattern)
+        named = list(filter(matches, linears)) or [
+            n for n, w in structure.weights.items() if w.kind in config.kinds and (matches(n) or matches(w.module))
+        ]
+        for name in filter(matches, structure.reasons):
+            if (not named or _is_layer(model, name)) and not any(matcher(pattern)(name) for pattern in config.exclude):
+                raise ValueError(f"layer {name!r} cannot be adapted: {structure.reasons[name]}")
+        if not named:
+            near = difflib.get_close_matches(pattern, _endings(everything), 3, 0.5)
+            raise ValueError(
+                f"targets: {pattern!r} matches no linear layer of this {type(model).__name__}"
+                + (f"; nearest: {', '.join(near)}" if near else "")
+                + f". {_present(structure)}"
+            )
+        wanted.update(named)
+    return [known_target(weight) for name, weight in structure.weights.items() if name in wanted]
+
+
+def _is_layer(model: nn.Module, name: str) -> bool:
+    """Whether a name is that of a linear layer, which a pattern must not pass over."""
+    parent, _, last = name.rpartition(".")
+    return isinstance(model.get_submodule(parent)._modules.get(last), nn.Linear)
 
 
 def _endings(names: Iterable[str]) -> list[str]:
@@ -231,8 +216,11 @@ def _endings(names: Iterable[str]) -> list[str]:
     return sorted({".".join(p[i:]) for p in parts for i in range(len(p))})
 
 
-def _present(linears: dict[str, nn.Linear]) -> str:
-    return f"Linear layers present: {_listed(linears)}"
+def _present(structure: Structure) -> str:
+    linears = [name for name, weight in structure.weights.items() if weight.kind == "linear"]
+    others = [name for name, weight in structure.weights.items() if weight.kind != "linear"]
+    listed = f"Linear layers present: {_listed(linears)}"
+    return listed if linears or not others else f"{listed}. Other weights present: {_listed(others)}"
 
 
 def _listed(layers: Iterable[str]) -> str:

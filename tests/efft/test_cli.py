@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -242,6 +244,63 @@ def test_two_processes(tmp_path: Path) -> None:
     for ours, theirs in zip(one, two, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
     assert json.loads((tmp_path / "two" / "result.json").read_text())["processes"] == 2
+
+
+DOCUMENTED = sorted(
+    {
+        line.split("#")[0].strip()
+        for page in (ROOT.parent / "README.md", *sorted((ROOT.parent / "docs").glob("*.md")))
+        for block in re.findall(r"```console\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+        for line in block.splitlines()
+        if re.match(r"efft |accelerate launch .*-m efft ", line)
+    }
+)
+
+
+@pytest.mark.parametrize("line", DOCUMENTED)
+def test_documented_commands_are_understood(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Up to the function that does the work."""
+
+    def reached(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("the work begins")
+
+    launcher, efft_words = line.split("efft ", 1)
+    if launcher:
+        from accelerate.commands.launch import launch_command_parser
+
+        launch_command_parser().parse_args([*shlex.split(launcher)[2:], "efft"])
+    (tmp_path / "my_suite.json").write_text((ROOT / "efft/compare/suites/local.json").read_text())
+    monkeypatch.chdir(tmp_path)
+    for function in (
+        *("efft.train.run", "efft.train.restore.load_trained", "efft.data.list_table", "efft_kernels.env.report"),
+        *("efft.compare.runner.compare", "efft.compare.report.write", "efft.cli.inspect.model_table"),
+    ):
+        monkeypatch.setattr(function, reached)
+    assert fails(capsys, *shlex.split(efft_words)) == "efft: error: the work begins\n"
+
+
+def test_documented_commands_are_found() -> None:
+    assert {line.split()[1] for line in DOCUMENTED} >= {"train", "eval", "compare", "merge", "export", "inspect", "env"}
+
+
+def test_options_by_their_names_in_configuration_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one layer name in place of a list."""
+    seen: list[TrainConfig] = []
+
+    def note(config: TrainConfig, *_: Any, **__: Any) -> Any:
+        seen.append(config)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("efft.train.run", note)
+    assert (
+        main(["train", "--efft.scale", "auto", "--efft.rank=4", "--targets", "attn.qkv", "--exclude", "mlp.fc1"]) == 130
+    )
+    assert (seen[0].efft.scale, seen[0].efft.rank) == ("auto", 4)
+    assert (seen[0].efft.targets, seen[0].efft.exclude) == (["attn.qkv"], ["mlp.fc1"])
+    assert main(["train", "--targets", "mhsa"]) == 130
+    assert seen[1].efft.targets == "mhsa"
 
 
 @pytest.mark.parametrize(

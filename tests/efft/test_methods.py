@@ -19,6 +19,7 @@ from efft.config import AdapterConfig
 from efft.inject import adapted_layers
 from efft.params import count_plan
 from efft.plan import make_plan
+from tests.adapter_files import edit_config
 
 Make = Callable[..., nn.Module]
 
@@ -54,7 +55,7 @@ METHODS: dict[str, tuple[AdapterConfig, int]] = {
     ),
     "loretta_adp": (
         methods.LoRETTAAdpConfig(rank=R, bottleneck=6, scale=0.7),
-        L * 2 * (train(*FACTORS[D], 6) + train(6, *FACTORS[D])),
+        L * 2 * (train(*FACTORS[D], 6) + train(6, *FACTORS[D]) + 6 + D),
     ),
     "lora_xs": (methods.LoRAXSConfig(rank=R, scale=0.7), L * 4 * R**2),
     "vera": (methods.VeRAConfig(rank=R, scale=0.7), L * sum(R + n for _, n in SHAPES)),
@@ -158,6 +159,41 @@ def test_a_loaded_adapter_computes_the_same(
     assert f"Method: {name} ([arXiv " in card
     efft.load_adapter(adapted, tmp_path)  # fits an adapted model too
     contract("save and load")
+
+
+BEFORE = {  # fields that files did not always have, and what one without them means
+    "lorta": (methods.LoRTAConfig(rank=R, scale=0.7, heads_on="output"), "heads_on"),
+    "loretta_adp": (methods.LoRETTAAdpConfig(rank=R, bottleneck=6, scale=0.7, bias=False), "bias"),
+}
+
+
+@pytest.mark.parametrize("old", BEFORE)
+def test_an_adapter_saved_before_a_field_was_there(
+    old: str, tiny_vit: Make, randomize: Callable[..., nn.Module], images: Tensor, tmp_path: Path
+) -> None:
+    config, field = BEFORE[old]
+    model = randomize(efft.apply(tiny_vit().eval(), config))
+    efft.save_adapter(model, tmp_path)
+    edit_config(tmp_path, lambda description: description["config"].pop(field))
+    again = efft.load_adapter(tiny_vit().eval(), tmp_path)
+    assert getattr(again.efft.config, field) == getattr(config, field)
+    assert torch.equal(again(images), model(images))
+    default = type(config)()
+    assert getattr(default, field) != getattr(config, field)
+    assert getattr(type(config).from_dict({"rank": R}), field) == getattr(default, field), "no file: today's meaning"
+
+
+def test_an_adapter_saved_with_the_singular_values_on_the_other_side(
+    tiny_vit: Make, randomize: Callable[..., nn.Module], images: Tensor, tmp_path: Path
+) -> None:
+    model = randomize(efft.apply(tiny_vit().eval(), config_of("lora_xs")))
+    for layer in adapted_layers(model).values():
+        A, B = layer.factors.A[layer.site], layer.factors.B[layer.site]
+        sigma = A.norm(dim=0)
+        A /= sigma
+        B *= sigma[:, None]
+    efft.save_adapter(model, tmp_path)
+    assert torch.equal(efft.load_adapter(tiny_vit().eval(), tmp_path)(images), model(images))
 
 
 def test_merging(name: str, adapted: nn.Module, images: Tensor, contract: Callable[..., None]) -> None:
@@ -276,8 +312,8 @@ def test_unknown_methods_are_refused() -> None:
     [
         ({"rank": 0}, "LoRAConfig.rank must be an integer from 1 to 65536, got 0"),
         ({"scale": float("nan")}, "LoRAConfig.scale must be a number from -1000000 to 1000000, got nan"),
-        ({"targets": "mlp"}, "LoRAConfig.targets must be 'all', 'mhsa', 'ffn' or a list"),
-        ({"head": "head"}, "LoRAConfig.head must be None or a list of module names, got 'head'"),
+        ({"targets": 3}, "LoRAConfig.targets must be 'all', 'all-linear', 'mhsa', 'ffn' or a list"),
+        ({"head": 3}, "LoRAConfig.head must be None or a list of module names, got 3"),
     ],
 )
 def test_wrong_values_are_refused(values: dict[str, Any], message: str) -> None:

@@ -70,11 +70,14 @@ def metatt_5d(p: Factors) -> dict[str, Tensor]:
     return of_blocks(lambda l, m: torch.cat([G1 @ G2[l] @ G3[m] @ G4[h] @ G5 for h in range(H)], dim=1))
 
 
-def lorta(p: Factors) -> dict[str, Tensor]:
+def lorta(p: Factors, heads_on: str = "input") -> dict[str, Tensor]:
+    """As the authors' code makes the matrix, by which it multiplies transposed: ``x @ dW.T``."""
+
     def matrix(l: int, m: int) -> Tensor:
         c = p["joint.C_l"][l] * p["joint.C_m"][m]
         heads = [p["joint.A"] @ torch.diag(c * p["joint.C_h"][h]) @ p["joint.B"] for h in range(H)]
-        return torch.cat(heads, dim=1)
+        dW = torch.cat(heads, dim=1)
+        return dW.T if heads_on == "input" else dW
 
     return of_blocks(matrix)
 
@@ -143,6 +146,10 @@ CASES: dict[str, tuple[AdapterConfig, Dense]] = {
     "metatt_4d": (methods.MetaTT4DConfig(rank=R, scale=S), metatt_4d),
     "metatt_5d": (methods.MetaTT5DConfig(rank=R, scale=S), metatt_5d),
     "lorta": (methods.LoRTAConfig(rank=R, scale=S), lorta),
+    "lorta output": (
+        methods.LoRTAConfig(rank=R, scale=S, heads_on="output"),
+        functools.partial(lorta, heads_on="output"),
+    ),
     "tt_lora": (methods.TTLoRAConfig(rank=R, scale=S), tt_lora),
     "loretta_rep": (methods.LoRETTARepConfig(rank=R, bottleneck=5, scale=S), loretta_rep),
     "vera": (methods.VeRAConfig(rank=R, scale=S), vera),
@@ -175,14 +182,15 @@ def test_updates_are_those_of_the_formula(
     assert layers.keys() == expected.keys()
     for name, layer in layers.items():
         torch.testing.assert_close(layer.delta_weight().t(), expected[name], rtol=1e-10, atol=1e-12)
-    default = case.removesuffix(f" {methods.TensLoRAConfig.tensor}")
+    default = case.removesuffix(f" {methods.TensLoRAConfig.tensor}").removesuffix(" output")
     parity(default, *((layer.delta_weight().t(), expected[name]) for name, layer in layers.items()))
 
 
+@pytest.mark.parametrize("bias", [True, False])
 def test_loretta_adp_is_an_adapter_behind_the_layer(
-    tiny_vit: Make, randomize: Callable[..., nn.Module], parity: Callable[..., None]
+    bias: bool, tiny_vit: Make, randomize: Callable[..., nn.Module], parity: Callable[..., None]
 ) -> None:
-    config = methods.LoRETTAAdpConfig(rank=R, bottleneck=5, scale=S)
+    config = methods.LoRETTAAdpConfig(rank=R, bottleneck=5, scale=S, bias=bias)
     model = randomize(efft.apply(tiny_vit().double(), config))
     assert set(model.efft.layers) == {f"blocks.{l}.{ending}" for l in range(L) for ending in ("attn.proj", "mlp.fc2")}
     p, layer = model.efft.state_dict(), model.blocks[1].mlp.fc2
@@ -190,7 +198,8 @@ def test_loretta_adp_is_an_adapter_behind_the_layer(
     B = torch.einsum("obq,qir,rjs,skt->bijk", *(p[f"fc2.up.{k}"][1] for k in range(4))).reshape(5, 16)
     x = torch.randn(7, 64, dtype=torch.float64)
     z = x @ layer.weight.t() + layer.bias
-    expected = z + S * (z @ A).clamp(min=0) @ B
+    b_A, b_B = (p[f"fc2.{side}_bias"][1] for side in ("down", "up")) if bias else (0, 0)
+    expected = z + S * ((z @ A + b_A).clamp(min=0) @ B + b_B)
     torch.testing.assert_close(layer(x), expected)
     parity("loretta_adp", (layer(x), expected))
 
@@ -207,7 +216,10 @@ def test_lora_xs_works_between_singular_vectors(
         # W read through A and B alone is the best approximation of rank R, by Eckart and Young.
         lost = (layer.weight - (bank.A[i] @ bank.B[i]).t()).norm()
         torch.testing.assert_close(lost, torch.linalg.svdvals(layer.weight)[R:].norm(), msg=name)
-        torch.testing.assert_close(bank.A[i].t() @ bank.A[i], torch.eye(R, dtype=torch.float64))
+        torch.testing.assert_close(bank.B[i] @ bank.B[i].t(), torch.eye(R, dtype=torch.float64))
+        # As the authors' code: the encoder is TruncatedSVD's transform of Wᵀ, which has the singular values.
+        torch.testing.assert_close(bank.A[i], layer.weight.t() @ bank.B[i].t())
+        torch.testing.assert_close(bank.A[i].norm(dim=0), torch.linalg.svdvals(layer.weight)[:R])
 
 
 def with_peft(model: nn.Module, **settings: Any) -> tuple[nn.Module, dict[str, Any]]:

@@ -52,6 +52,7 @@ def test_table(tiny_vit: Make, capsys: pytest.CaptureFixture[str]) -> None:
         "all factors            640     6.547 %",
         "head                    85     0.869 %",
         "backbone             9,776   100.000 %",
+        f"trainable params: {640 + 85} || all params: {640 + 85 + 9776:,} || trainable%: {72500 / 10501:.4f}",
     ]
 
 

@@ -303,7 +303,7 @@ def test_of_a_task_of_peft() -> None:
 def test_configurations() -> None:
     config = EfftPeftConfig(rank=[2, 3], head=["head"])
     assert (config.rank, config.modules_to_save, config.peft_type) == ((2, 3), ["head"], "EFFT")
-    assert EfftPeftConfig(targets=["a", "b"]).target_modules == ("a", "b")
+    assert EfftPeftConfig(targets=["a", "b"]).target_modules == ["a", "b"]
     with pytest.raises(ValueError, match=r"Config\.rank must be an integer from 1 to"):
         EfftPeftConfig(rank=0)
     with pytest.raises(ValueError, match=r"head and modules_to_save name the same modules: give one, got \['a'\]"):

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import efft
+from efft.integrations.trainer import AdapterCheckpoints
 
 transformers = pytest.importorskip("transformers", reason="needs the hf extra")
 accelerate = pytest.importorskip("accelerate", reason="needs the train extra")
@@ -33,21 +34,25 @@ def examples(n: int = 12) -> list[dict[str, Any]]:
     ]
 
 
-def trainer(model: nn.Module, out: Path, steps: int) -> Any:
+def trainer(model: nn.Module, out: Path, steps: int, kind: Any = None, **settings: Any) -> Any:
+    usual: dict[str, Any] = {"learning_rate": 2e-2, "lr_scheduler_type": "constant", "save_steps": 4}
     arguments = transformers.TrainingArguments(
         str(out),
         max_steps=steps,
         per_device_train_batch_size=6,
-        learning_rate=2e-2,
-        lr_scheduler_type="constant",
-        save_steps=4,
         logging_steps=1,
         report_to=[],
         disable_tqdm=True,
         use_cpu=True,
         seed=0,
+        **usual | settings,
     )
-    return transformers.Trainer(model, arguments, train_dataset=examples())
+    kind = kind or transformers.Trainer
+    return kind(model, arguments, train_dataset=examples(), eval_dataset=examples())
+
+
+class AdapterTrainer(AdapterCheckpoints, transformers.Trainer):  # type: ignore[misc]
+    """As the documentation of the mixin has it."""
 
 
 def logits(model: nn.Module) -> Tensor:
@@ -99,6 +104,58 @@ def test_trainer_checkpoints_only_the_adapter_under_peft(tmp_path: Path) -> None
     resumed = trainer(under_peft(), tmp_path / "parts", steps=8)
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert torch.equal(logits(resumed.model), logits(whole.model))
+
+
+def test_trainer_checkpoints_only_the_adapter(tmp_path: Path) -> None:
+    whole = trainer(make(), tmp_path / "whole", 8, AdapterTrainer)
+    whole.train()
+    trainer(make(), tmp_path / "parts", 4, AdapterTrainer).train()
+    checkpoint = tmp_path / "parts" / "checkpoint-4"
+    assert not list(checkpoint.glob("model*")) + list(checkpoint.glob("pytorch_model*"))
+    with safe_open(checkpoint / "adapter_model.safetensors", "pt") as file:
+        assert all(name.startswith(("efft.", "classifier.")) for name in file.keys())  # noqa: SIM118  # no mapping
+    resumed = trainer(make(), tmp_path / "parts", 8, AdapterTrainer)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    expected = logits(whole.model)
+    assert torch.equal(logits(resumed.model), expected)
+    resumed.save_model(str(tmp_path / "saved"))
+    assert torch.equal(logits(efft.load_adapter(make(adapted=False), tmp_path / "saved")), expected)
+
+
+def test_trainer_loads_the_best_adapter(tmp_path: Path) -> None:
+    """A rate at which the loss explodes after the first evaluation: the best checkpoint is not the last one."""
+    best = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "metric_for_best_model": "loss"}
+    runner = trainer(make(), tmp_path, 6, AdapterTrainer, **best, save_steps=2, learning_rate=3.0)
+    runner.train()
+    checkpoint = Path(runner.state.best_model_checkpoint)
+    losses = {line["step"]: line["eval_loss"] for line in runner.state.log_history if "eval_loss" in line}
+    assert checkpoint.name == f"checkpoint-{min(losses, key=losses.__getitem__)}"
+    assert min(losses, key=losses.__getitem__) != 6, "else this tests nothing"
+    assert torch.equal(logits(runner.model), logits(efft.load_adapter(make(adapted=False), checkpoint)))
+
+
+def test_trainer_reads_checkpoints_of_whole_models(tmp_path: Path) -> None:
+    trainer(make(adapted=False), tmp_path, 4, AdapterTrainer).train()
+    assert (tmp_path / "checkpoint-4" / "model.safetensors").exists(), "a model without an adapter is saved as ever"
+    resumed = trainer(make(adapted=False), tmp_path, 4, AdapterTrainer)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+def test_trainer_takes_a_quantized_model(tmp_path: Path) -> None:
+    """Trainer refuses what it thinks has nothing but quantised weights; with the mixin it trains the adapter."""
+    torchao = pytest.importorskip("torchao.quantization", reason="needs torchao")
+    make(adapted=False).save_pretrained(tmp_path / "base")
+    settings = transformers.TorchAoConfig(torchao.Int8WeightOnlyConfig(), modules_to_not_convert=["classifier"])
+    model = transformers.ViTForImageClassification.from_pretrained(tmp_path / "base", quantization_config=settings)
+    efft.apply(model, efft.EfftConfig(rank=4))
+    with pytest.raises(ValueError, match="purely quantized"):
+        trainer(model, tmp_path, 2)
+    before = logits(model)
+    runner = trainer(model, tmp_path, 4, AdapterTrainer)
+    runner.train()
+    assert not torch.equal(logits(model), before)
+    again = transformers.ViTForImageClassification.from_pretrained(tmp_path / "base", quantization_config=settings)
+    assert torch.equal(logits(efft.load_adapter(again, tmp_path / "checkpoint-4")), logits(model))
 
 
 def test_accelerate(tmp_path: Path) -> None:

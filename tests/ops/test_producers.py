@@ -1,5 +1,7 @@
 """tt_gelu_linear and tt_norm_linear against their formulas with the dense update in fp64 and gradients by hand."""
 
+import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -183,6 +185,33 @@ def test_gradcheck(fp64: Backend, case: Any) -> None:
         return op(**{**inputs, name: first, "D": D, "G": G}, **options, backend=fp64)
 
     assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradgradcheck(lambda *values: function(*values).sin(), leaves)
+
+
+@pytest.mark.parametrize("need", [("D",), ("G",), ("producer",)], ids=str)
+def test_a_second_derivative(
+    backend: Backend, exact: torch.dtype, assert_exact: Callable[..., None], case: Any, need: tuple[str, ...]
+) -> None:
+    """Of one gradient alone, by all that it depends on, also where another argument is frozen."""
+    op, name, options = case
+    (of,) = (name if n == "producer" else n for n in need)
+    inputs = inputs_of(op, tokens=6, d_in=8, d_out=5, r1=3, dtype=exact)
+    for frozen in (None, *(k for k in (name, "D", "G") if k != of)):
+        leaves = [inputs[k].detach().requires_grad_(k != frozen) for k in (name, "D", "G")]
+        results = []
+        for layer, arguments in (
+            (functools.partial(op, backend=backend, **options), inputs),
+            (unfused(op, **options), {k: v.double() for k, v in inputs.items()}),
+        ):
+            given = dict(zip((name, "D", "G"), leaves, strict=True))
+            if arguments is not inputs:
+                given = {k: v.detach().double().requires_grad_(v.requires_grad) for k, v in given.items()}
+            y = layer(**arguments | given)
+            (grad,) = torch.autograd.grad(y.sin().sum(), given[of], create_graph=True)
+            wanted = [v for v in given.values() if v.requires_grad]
+            results.append(torch.autograd.grad(grad.square().sum(), wanted))
+        for value, formula in zip(*results, strict=True):
+            assert_exact(value, formula, terms=10 * formula.abs().max().item())
 
 
 def test_what_is_kept_for_backward(kernels: Backend, case: Any) -> None:
@@ -222,17 +251,50 @@ def test_autocast(backend: Backend, device: str, autocast: torch.dtype, case: An
         assert_close_budget(value, exact[key], peer[key], name=key)
 
 
-def test_half_activations_behind_a_norm_in_fp32(backend: Backend, device: str) -> None:
-    inputs = inputs_of(tt_norm_linear, dtype=torch.bfloat16, factor_dtype=torch.float32, device=device)
-    inputs |= {name: inputs[name].float() for name in ("gamma", "beta")}
+NARROW, WIDE = torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize("dtypes", itertools.product((NARROW, WIDE), repeat=4), ids=lambda d: " ".join(map(str, d)))
+def test_dtypes_mixed(backend: Backend, device: str, case: Any, dtypes: tuple[torch.dtype, ...]) -> None:
+    """One rule: the producer in fp32, rounded once to the weight's dtype; results in the dtypes of what they are of."""
+    op, name, options = case
+    need = (name, "D", "G")
+    inputs = inputs_of(op, device=device)
+    of = dict(
+        zip(
+            (name, "gamma", "beta", "W", "b", "D", "G"),
+            (dtypes[0], *dtypes[1:2] * 2, *dtypes[2:3] * 2, *dtypes[3:] * 2),
+            strict=True,
+        )
+    )
+    inputs = {key: tensor.to(of[key]) for key, tensor in inputs.items()}
+    gy = upstream(inputs, name)
+    with use_backend(backend):
+        got = run(op, need, inputs, gy, **options)
+    exact = dense(op, name, inputs, gy, options)
+    product = {key: inputs[key].to(of["W"]) for key in ("W", "b", "D", "G")}
+
+    def once_rounded(**leaves: Tensor) -> Tensor:
+        a = output(op, {key: tensor.float() for key, tensor in leaves.items()}, **options).to(of["W"])
+        D, G = (leaves[key].to(of["W"]) for key in ("D", "G"))
+        return F.linear(a, product["W"], product["b"]) + (a @ D) @ G
+
+    peer = run(once_rounded, need, inputs, gy)
+    assert got["y"].dtype == of["W"]
+    for key, value in got.items():
+        assert_close_budget(value, exact[key], peer[key], name=key)
+
+
+@pytest.mark.parametrize("absent", ["gamma", "beta"])
+def test_dtypes_mixed_of_a_norm_with_one_parameter(backend: Backend, device: str, absent: str) -> None:
+    inputs = inputs_of(tt_norm_linear, device=device) | {absent: None}
+    given = next(key for key in ("gamma", "beta") if key != absent)
+    inputs[given] = inputs[given].bfloat16()
     gy = upstream(inputs, "x")
     with use_backend(backend):
         got = run(tt_norm_linear, ("x", "D", "G"), inputs, gy)
-    exact = dense(tt_norm_linear, "x", inputs, gy, {"eps": 1e-5})
-    narrow = {**inputs, **{name: inputs[name].bfloat16() for name in ("gamma", "beta")}}
-    peer = run(unfused(tt_norm_linear, eps=1e-5), ("x", "D", "G"), narrow, gy)
-    for key, value in got.items():
-        assert_close_budget(value, exact[key], peer[key], name=key)
+    for key, formula in dense(tt_norm_linear, "x", inputs, gy, {"eps": 1e-5}).items():
+        assert (got[key].double() - formula).norm() < 1e-5 * formula.norm(), key
 
 
 def test_registered_ops(kernels: Backend, device: str) -> None:

@@ -232,16 +232,29 @@ def test_gradcheck(fp64: Backend, masks: bool) -> None:
         assert torch.autograd.gradcheck(lambda C, V, scale: tt_contract(C, V, scale=scale, **keep), leaves)
 
 
-def test_differentiating_twice(backend: Backend, exact: torch.dtype) -> None:
-    inputs = make_inputs("tt_contract", dtype=exact)
+@pytest.mark.parametrize("masks", [False, True])
+def test_gradients_of_gradients(fp64: Backend, masks: bool) -> None:
+    sizes = {"n_layers": 2, "n_cores": 2, "r1": 2, "r2": 3, "d_out": 2}
+    inputs = make_inputs("tt_contract", **sizes, masks=masks, dtype=torch.float64)
+    keep = {name: inputs[name] for name in ("keep_C", "keep_V")}
+    leaves = (inputs["C"].requires_grad_(), inputs["V"].requires_grad_(), torch.tensor(0.7).double().requires_grad_())
+
+    def function(C: Tensor, V: Tensor, scale: Tensor) -> Tensor:
+        return tt_contract(C, V, scale=scale, **keep, backend=fp64).sin()
+
+    assert torch.autograd.gradgradcheck(function, leaves)
+
+
+def test_a_second_derivative(backend: Backend, exact: torch.dtype, assert_exact: Callable[..., None]) -> None:
+    inputs = make_inputs("tt_contract", dtype=exact, masks=True)
     C, V = inputs["C"].requires_grad_(), inputs["V"].requires_grad_()
     (dC,) = torch.autograd.grad(tt_contract(**inputs, backend=backend).square().sum(), C, create_graph=True)
-    if backend is Backend.REFERENCE:
-        dC.sum().backward()
-        assert V.grad.abs().max() > 0
-    else:
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            dC.sum().backward()
+    got = torch.autograd.grad(dC.square().sum(), (C, V))
+    wide_C, wide_V = (t.detach().double().requires_grad_() for t in (C, V))
+    G = 0.75 * torch.einsum("lnab,lbd->land", wide_C * inputs["keep_C"], wide_V * inputs["keep_V"])
+    (dC,) = torch.autograd.grad(G.square().sum(), wide_C, create_graph=True)
+    for name, value, formula in zip("CV", got, torch.autograd.grad(dC.square().sum(), (wide_C, wide_V)), strict=True):
+        assert_exact(value, formula, name)
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)

@@ -248,17 +248,42 @@ def test_no_dense_delta_is_ever_built(
     assert len(seen.registered) in (0, 2)
 
 
-def test_differentiating_twice(backend: Backend, exact: torch.dtype) -> None:
-    inputs = make_inputs("tt_linear", tokens=2, d_in=3, d_out=4, r1=2, dtype=exact)
-    x, D = inputs["x"].requires_grad_(), inputs["D"].requires_grad_()
-    y = tt_linear(**inputs, backend=backend)
-    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    if backend is Backend.REFERENCE:
-        dx.sum().backward()
-        assert D.grad.abs().max() > 0
-    else:
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            dx.sum().backward()
+@pytest.mark.parametrize("frozen", [(), ("D",), ("G",), ("x",), ("W", "b"), ("D", "W", "b"), ("x", "D")], ids=str)
+def test_gradients_of_gradients(fp64: Backend, frozen: tuple[str, ...]) -> None:
+    """Whatever is frozen, and so not kept for backward."""
+    inputs = make_inputs("tt_linear", tokens=2, d_in=3, d_out=4, r1=2, dtype=torch.float64)
+    names = [k for k in LEAVES if k not in frozen]
+
+    def function(*values: Tensor) -> Tensor:
+        return tt_linear(**inputs | dict(zip(names, values, strict=True)), backend=fp64).sin()
+
+    assert torch.autograd.gradgradcheck(function, [inputs[k].requires_grad_() for k in names])
+
+
+def repeated(layer: Callable[..., Tensor], inputs: dict[str, Any], names: list[str], times: int) -> tuple[Tensor, ...]:
+    """Of two layers, the input of the second of which depends on the same factors: gradients of |gradients|²."""
+    leaves = [inputs[k].requires_grad_() for k in names]
+    value = layer(**inputs | {"x": layer(**inputs).tanh()}).sin().sum()
+    for _ in range(times):
+        grads = torch.autograd.grad(value, leaves, create_graph=True)
+        value = torch.stack([grad.to(inputs["G"].dtype).square().sum() for grad in grads]).sum()
+    return torch.autograd.grad(value, leaves)
+
+
+@pytest.mark.parametrize("frozen", [(), ("D",)], ids=str)
+@pytest.mark.parametrize(("half", "times"), [(False, 1), (False, 2), (True, 1)])
+def test_higher_derivatives(
+    backend: Backend, device: str, exact: torch.dtype, frozen: tuple[str, ...], half: bool, times: int
+) -> None:
+    dtypes = {"dtype": torch.bfloat16, "factor_dtype": torch.float32} if half else {"dtype": exact}
+    inputs = make_inputs("tt_linear", tokens=5, d_in=24, d_out=24, **dtypes, device=device)
+    names = [k for k in ADAPTED if k not in frozen]
+    tolerance = 0.05 if half else 1e-10 if exact == torch.float64 else 1e-4
+    with use_backend(backend):
+        got = repeated(tt_linear, inputs, names, times)
+    for name, value, formula in zip(names, got, repeated(unfused, wide(inputs), names, times), strict=True):
+        assert value.dtype == inputs[name].dtype
+        assert (value.double() - formula).norm() < tolerance * formula.norm()
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)

@@ -73,19 +73,76 @@ def test_only_factors_in_use_are_read(backend: Backend, device: str) -> None:
     inputs = make_inputs("tt_linear_grouped", device=device)
     inputs["adapter"] = torch.tensor([2, -1, 2, 2, -1], device=device)
     inputs["D"][:2] = inputs["G"][:2] = float("nan")
-    if backend is not Backend.EAGER:  # gathers adapter 0 for samples that have none
-        assert tt_linear_grouped(**inputs, backend=backend).isfinite().all()
-    inputs["D"][0] = inputs["G"][0] = 0
     assert tt_linear_grouped(**inputs, backend=backend).isfinite().all()
 
 
-def test_autocast_and_no_gradient(backend: Backend, device: str) -> None:
+@pytest.mark.parametrize("factor", ["D", "G"])
+def test_one_factor_that_is_not_finite_stays_with_its_adapter(backend: Backend, device: str, factor: str) -> None:
+    inputs = make_inputs("tt_linear_grouped", device=device)
+    inputs["adapter"] = torch.tensor([0, -1, 2, -7, 1], device=device)
+    expected = dense(**inputs)
+    inputs[factor][0] = float("inf")
+    y = tt_linear_grouped(**inputs, backend=backend).double()
+    torch.testing.assert_close(y[1:], expected[1:], rtol=1e-5, atol=1e-4)
+    assert not y[0].isfinite().any()
+
+
+def test_autocast(backend: Backend, device: str) -> None:
     inputs = make_inputs("tt_linear_grouped", device=device)
     inputs["D"].requires_grad_()
     with torch.autocast(device, torch.bfloat16):
         y = tt_linear_grouped(**inputs, backend=backend)
     assert y.dtype == torch.bfloat16
-    assert not y.requires_grad
+    (dD,) = torch.autograd.grad(y.sum(), inputs["D"])
+    assert dD.dtype == torch.float32
+    with torch.no_grad():
+        assert not tt_linear_grouped(**inputs, backend=backend).requires_grad
+
+
+@pytest.mark.parametrize(
+    "need", [("x", "W", "b", "D", "G"), ("x",), ("D",), ("G",), ("W",), ("x", "G"), ("b",)], ids=str
+)
+def test_gradients(
+    backend: Backend, device: str, exact: torch.dtype, assert_exact: Callable[..., None], need: tuple[str, ...]
+) -> None:
+    inputs = make_inputs("tt_linear_grouped", dtype=exact, device=device)
+    inputs["adapter"] = torch.tensor([2, -1, 0, 2, -3], device=device)
+    wide = {k: v.double().requires_grad_(k in need) if v.is_floating_point() else v for k, v in inputs.items()}
+    narrow = {k: v.requires_grad_(k in need) if v.is_floating_point() else v for k, v in inputs.items()}
+    y, formula = tt_linear_grouped(**narrow, backend=backend), dense(**wide)
+    gy = torch.randn(formula.shape, dtype=exact, device=device)
+    got = torch.autograd.grad(y, [narrow[k] for k in need], gy)
+    expected = torch.autograd.grad(formula, [wide[k] for k in need], gy.double())
+    for name, value, right in zip(need, got, expected, strict=True):
+        assert_exact(value, right, name)
+
+
+def test_gradients_of_gradients(fp64: Backend) -> None:
+    sizes: dict[str, Any] = {"tokens": 2, "d_in": 3, "d_out": 2, "r1": 2, "samples": 3, "n_adapters": 2}
+    inputs = make_inputs("tt_linear_grouped", **sizes, dtype=torch.float64)
+    inputs["adapter"] = torch.tensor([1, -1, 1])
+    names = ("x", "W", "b", "D", "G")
+    leaves = [inputs[k].requires_grad_() for k in names]
+
+    def function(*values: Tensor) -> Tensor:
+        return tt_linear_grouped(*values, inputs["adapter"], backend=fp64).sin()
+
+    assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradgradcheck(function, leaves)
+
+
+def test_an_adapter_that_does_not_exist(kernels: Backend, device: str) -> None:
+    """Below the check of the public op, which would wait for a GPU: NaN or an error, never another's factors."""
+    inputs = make_inputs("tt_linear_grouped", device=device)
+    inputs["adapter"] = torch.tensor([0, 3, -1, 2, 10**12], device=device)
+    op = getattr(torch.ops.efft.tt_linear_grouped, kernels.value)
+    if kernels is Backend.CPU:
+        with pytest.raises(RuntimeError, match="there are 3 adapters"):
+            op(*inputs.values())
+        return
+    y = op(*inputs.values())
+    assert y[[1, 4]].isnan().all()
+    assert y[[0, 2, 3]].isfinite().all()
 
 
 def test_registered_op(kernels: Backend, device: str) -> None:

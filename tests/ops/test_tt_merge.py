@@ -144,3 +144,26 @@ def test_compiles_without_graph_breaks(backend: Backend) -> None:
     with use_backend(backend):
         torch.compile(tt_merge_, fullgraph=True, backend="aot_eager")(**inputs)
     assert torch.equal(inputs["W"], expected)
+
+
+@pytest.mark.parametrize("direct", [False, True], ids=["tt_merge_", "the registered op"])
+def test_autograd_notices_the_change(backend: Backend, direct: bool) -> None:
+    """What was saved for backward is no longer what it was: an error, as of torch's own operators in place."""
+    inputs = make_inputs("tt_merge_")
+    x = torch.randn(3, 24, requires_grad=True)
+    y = torch.nn.functional.linear(x, inputs["W"])
+    before = inputs["W"]._version
+    if direct and backend is not Backend.REFERENCE:
+        getattr(torch.ops.efft.tt_merge_, backend.value)(*inputs.values())
+    else:
+        tt_merge_(**inputs, backend=backend)
+    assert inputs["W"]._version > before
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_a_weight_of_inference_mode(backend: Backend) -> None:
+    with torch.inference_mode():
+        inputs = make_inputs("tt_merge_")
+        exact = dense(**inputs)
+        torch.testing.assert_close(tt_merge_(**inputs, backend=backend), exact.float())

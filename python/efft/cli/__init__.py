@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 _SUMMARY = {
     "train": "fine-tune a model; resumes after any interruption",
-    "eval": "accuracy of a trained model on a split",
+    "eval": "scores of a trained model on a split",
     "compare": "methods side by side: tasks x methods x seeds, resumable, with a report",
     "merge": "fold an adapter into its base model's weights",
     "export": "write an adapter as a LoRA checkpoint of peft, exactly",

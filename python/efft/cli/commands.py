@@ -1,6 +1,7 @@
 """What the commands do. Function signatures and docstrings are the options and their help."""
 
 import argparse
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -31,9 +32,14 @@ class TrainCommand:
     overwrite: bool = False
     """Start again, and forget what the folder holds."""
 
+    log_with: tuple[str, ...] = ()
+    """Experiment trackers that get the metrics, too: tensorboard, wandb or another one that accelerate knows."""
+
 
 def train(words: list[str]) -> None:
     """`efft train`: reads the configuration file first, so that its values are the defaults of the flags."""
+    # Configuration files and messages say efft.scale for what is --scale here.
+    words = [re.sub(r"^--efft\.", "--", word) for word in words]
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config")
     path = early.parse_known_args(words)[0].config
@@ -45,14 +51,22 @@ def train(words: list[str]) -> None:
 
     config = command.train
     out = command.out or Path("runs") / f"{Path(config.data).name}-{config.method}"
-    result = run(config, out, resume=command.resume, overwrite=command.overwrite).summary
+    options: dict[str, Any] = {"resume": command.resume, "overwrite": command.overwrite, "log_with": command.log_with}
+    result = run(config, out, **options).summary
     from accelerate import PartialState  # after `run`, which explains its absence
 
     if not PartialState().is_main_process:
         return
-    chosen = "" if result["val_accuracy"] is None else f", validation {result['val_accuracy']:.2%}"
+    from efft.train.goals import shown
+
+    test, validation = (
+        {name.removeprefix(part): value for name, value in result.items() if name.startswith(part)}
+        for part in ("test_", "val_")
+    )
+    score = next(iter(test))
+    chosen = "" if validation[score] is None else f", validation {shown({score: validation[score]}).split()[-1]}"
     facts = (
-        f"test accuracy {result['test_accuracy']:.2%}{chosen}",
+        f"test {shown(test)}{chosen}",
         f"{result['trainable_parameters']:,} trainable parameters",
         f"{result['saved']} of {result['saved_bytes'] / 1e3:,.0f} kB",
         f"{result['seconds']:.0f} s",
@@ -72,26 +86,37 @@ def evaluate(
     amp: Literal["no", "bf16", "fp16"] = "no",
     checkpoint: Path | None = None,
 ) -> None:
-    """Accuracy of a trained model. The test split is read only if asked for by name.
+    """Scores of a trained model. The test split is read only if asked for by name.
 
     Args:
         path: folder of a finished run, or an adapter folder.
         split: images to read.
         data: another data set than the one it was trained on.
         data_root: folder with that data set's files.
-        per_class: also print the accuracy of each class.
+        per_class: also print the accuracy of each class; its intersection over union in segmentation, the mean
+            absolute error of each value in regression.
         batch_size: images per step.
         amp: autocast type.
         checkpoint: file with the base's weights, if it is not where it was in training.
     """
-    from efft.train.inference import predict
+    from efft.train.goals import make_goal, shown
+    from efft.train.inference import measure, predict
     from efft.train.restore import load_trained, task_for
 
     model, config = load_trained(path, checkpoint)
     task = task_for(config, data, data_root)
     if config.protocol == "final" and data is None and split != "test":
         print(f"note: this model was trained on the images of {split!r} (protocol 'final')")
-    predictions, labels = predict(model, getattr(task, split), batch_size=batch_size, amp=amp, title=split)
+    images = getattr(task, split)
+    if config.task != "classification":
+        goal = make_goal(config, task)
+        sums = measure(model, images, goal, batch_size=batch_size, amp=amp, title=split)
+        print(f"{split} {shown(goal.scores(sums))} ({len(images)} images)")
+        for value, name in zip(goal.details(sums), task.class_names, strict=True):
+            if per_class:
+                print(f"{value:8.2%}  {name}" if config.task == "segmentation" else f"{value:8.4g}  {name}")
+        return
+    predictions, labels = predict(model, images, batch_size=batch_size, amp=amp, title=split)
     right = predictions == labels
     print(f"{split} accuracy {right.float().mean():.2%} ({int(right.sum())} of {len(right)} images)")
     if per_class:
@@ -102,7 +127,8 @@ def evaluate(
 
 
 def merge(path: tyro.conf.Positional[Path], /, out: Path | None = None, checkpoint: Path | None = None) -> None:
-    """Fold an adapter into its base model's weights, and write them under the names of the plain timm model.
+    """Fold an adapter into its base model's weights, and write them under the names of the plain timm model (of
+    `efft.train.Segmenter` around it for segmentation).
 
     Args:
         path: folder of a finished run with factors, or an adapter folder.

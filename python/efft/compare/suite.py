@@ -19,6 +19,7 @@ from efft.train.config import TrainConfig
 #: Predictors that see no objects: they need no model and no trainer.
 TRIVIAL = ("majority", "pixels", "knn")
 _RECIPE = {item.name for item in dataclasses.fields(TrainConfig)} - {"data", "seed", "data_seed", "protocol"}
+_RECIPE -= {"task", "regression_loss"}  # results, tables and tests are those of accuracies
 _METHOD = _RECIPE | {"grid", "vtab_settings"}
 #: Of a grid: more would never be done.
 _MOST_POINTS = 1000

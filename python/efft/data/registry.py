@@ -1,13 +1,14 @@
 """All known tasks by name, and the functions that load, fetch and list them."""
 
 import difflib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from efft.data import folder, generated, packaged, torchvision_sets, vtab
+from efft.data import folder, generated, masks, packaged, table, torchvision_sets, vtab
 from efft.data.fetch import cache_dir
 from efft.data.splits import stratified_split
-from efft.data.task import Normalization, Preprocess, Split, Splits, TaskData, TaskInfo
+from efft.data.task import Kind, Normalization, Preprocess, Split, Splits, TaskData, TaskInfo
 
 
 class _Source(Protocol):
@@ -21,6 +22,11 @@ class _Source(Protocol):
     def read(self, name: str, root: Path, seed: int) -> tuple[TaskInfo, Splits]: ...
 
 
+_READERS: dict[Kind, Callable[[Path, int], tuple[TaskInfo, Splits]]] = {
+    "classification": folder.read,
+    "segmentation": masks.read,
+    "regression": table.read,
+}
 _SOURCES: tuple[_Source, ...] = (packaged, generated, torchvision_sets, vtab)
 
 
@@ -46,6 +52,7 @@ def load(
     seed: int = 0,
     allow_non_commercial: bool = False,
     max_test: int | None = None,
+    kind: Kind = "classification",
 ) -> TaskData:
     """Load a task; fetches or draws it first where that is possible and has not been done.
 
@@ -54,8 +61,8 @@ def load(
     the authors of FacT. ``"half"`` (mean and std 0.5) is what timm records for the ImageNet-21k ViT weights.
 
     Args:
-        name_or_path: A name of `names`, or a folder of images (see `efft.data.folder`); a name wins over a folder,
-            so write ``./count`` for a folder called count.
+        name_or_path: A name of `names`, or a folder of images (see `efft.data.folder`, `efft.data.masks` and
+            `efft.data.table`); a name wins over a folder, so write ``./count`` for a folder called count.
         root: Folder that holds the data, or will: of VTAB-1K's tasks, of torchvision, or of prepared sets.
             Default: below ``$EFFT_HOME``, or ``~/.cache/efft``.
         image_size: Height and width of the images, in pixels.
@@ -64,6 +71,8 @@ def load(
             training images are for validation. It never changes a test set, nor anything of VTAB-1K.
         allow_non_commercial: Accept a licence that forbids commercial use.
         max_test: Use at most so many test images: always the same ones, in the class proportions of all.
+        kind: What your own data are for: ``"classification"`` (a folder per class), ``"segmentation"`` (images and
+            masks) or ``"regression"`` (a CSV file of images and values).
 
     Raises:
         ValueError: No such name or folder, or wrong contents; the message says what is near or what was found.
@@ -75,10 +84,12 @@ def load(
     name = str(name_or_path)
     if name in names():
         source = _source(name)
+        if source.INFOS[name].kind != kind:
+            raise ValueError(f"{name} is a task of {source.INFOS[name].kind}, not of {kind}: give a folder of your own")
         _check_licence(source.INFOS[name], allow_non_commercial)
         info, splits = source.read(name, _root(source, root), seed)
-    elif Path(name).is_dir():
-        info, splits = folder.read(Path(name), seed)
+    elif Path(name).is_dir() or (kind == "regression" and Path(name).is_file()):
+        info, splits = _READERS[kind](Path(name), seed)
     else:
         raise ValueError(f"{_unknown(name)}, nor is there a folder of that name")
     if max_test is not None:

@@ -9,8 +9,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from efft.data.pictures import as_rgb, pillow
+
 Role = Literal["train", "val", "trainval", "test"]
 ROLES: tuple[Role, ...] = ("train", "val", "trainval", "test")
+
+Kind = Literal["classification", "segmentation", "regression"]
+IGNORED = 255  # in a mask: a pixel that counts for nothing
 
 Group = Literal["natural", "specialized", "structured"]  # VTAB's three
 Normalization = str | tuple[Sequence[float], Sequence[float]]
@@ -29,13 +34,14 @@ class TaskInfo:
     Args:
         name: The name that `efft.data.load` takes, or the folder's name.
         group: VTAB group; None for a user's own folder.
-        classes: Number of classes.
+        classes: Number of classes; of values in regression.
         source: Where the images come from, with the pinned version where there is one.
         licence: Licence or terms of use, in a few words.
-        class_names: One name per class, where known.
+        class_names: One name per class or value, where known.
         download_bytes: Size of what `efft.data.fetch` downloads; None where that is nothing or unknown.
         non_commercial: The licence forbids commercial use; loading needs ``allow_non_commercial=True``.
         baselines: Test accuracy in percent of `efft.data.trivial_baselines` for seed 0, where measured.
+        kind: What is predicted: a class for each image, a class for each pixel, or values for each image.
     """
 
     name: str
@@ -47,6 +53,7 @@ class TaskInfo:
     download_bytes: int | None = None
     non_commercial: bool = False
     baselines: dict[str, float] | None = None
+    kind: Kind = "classification"
 
 
 class Images(Protocol):
@@ -57,17 +64,12 @@ class Images(Protocol):
     def image(self, index: int) -> Any:
         """The image as it is stored, as an RGB ``PIL.Image.Image`` of its own size."""
 
-
-def pillow() -> Any:
-    """The module ``PIL.Image``, or an error that says how to install it."""
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError("reading images needs Pillow: pip install 'efft-kernels[vision]'") from error
-    return Image
+    def target(self, index: int, image_size: int) -> Any:
+        """What is to be predicted for an image that is resized to a square of `image_size` pixels: its label."""
+        return int(self.labels[index])
 
 
-class ArrayImages:
+class ArrayImages(Images):
     """Images in memory.
 
     Args:
@@ -83,7 +85,7 @@ class ArrayImages:
         return pillow().fromarray(self.pixels[index]).convert("RGB")
 
 
-class FileImages:
+class FileImages(Images):
     """Image files, opened when they are asked for.
 
     Args:
@@ -99,9 +101,13 @@ class FileImages:
         path = self.paths[index]
         try:
             with pillow().open(path) as image:
-                return image.convert("RGB")
+                return as_rgb(image)
         except Exception as error:  # missing, damaged or too large: Pillow has many errors, and few name the file
             raise OSError(f"cannot read the image {path}: {error}") from error
+
+    def joined(self, other: "FileImages") -> "FileImages":
+        """These images and then those of another collection of the same kind."""
+        return FileImages([*self.paths, *other.paths], [*self.labels.tolist(), *other.labels.tolist()])
 
 
 class Split(NamedTuple):
@@ -142,27 +148,32 @@ class Preprocess:
         return tensor.sub_(self.mean).div_(self.std)
 
 
-class ImageDataset(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
-    """One role of a task as a map-style data set of (float tensor [3, image_size, image_size], int label).
+class ImageDataset(torch.utils.data.Dataset[tuple[torch.Tensor, Any]]):
+    """One role of a task as a map-style data set of (float tensor [3, image_size, image_size], target).
+
+    A target is an int label, in segmentation a tensor of class numbers [image_size, image_size], and in regression one
+    of numbers [values].
 
     Attributes:
         images: the collection that this role's images are drawn from; other roles may share it.
+        indices: positions in it.
     """
 
     def __init__(self, split: Split, preprocess: Preprocess) -> None:
-        self.images, self._indices = split
+        self.images, self.indices = split
         self.preprocess = preprocess
-        self.labels: npt.NDArray[np.int64] = self.images.labels[self._indices]
+        self.labels: npt.NDArray[np.int64] = self.images.labels[self.indices]
 
     def __len__(self) -> int:
-        return len(self._indices)
+        return len(self.indices)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return self.preprocess(self.raw(index)), int(self.labels[index])
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, Any]:
+        target = self.images.target(int(self.indices[index]), self.preprocess.image_size)
+        return self.preprocess(self.raw(index)), target
 
     def raw(self, index: int) -> Any:
         """The image before preprocessing: an RGB ``PIL.Image.Image`` of its own size."""
-        return self.images.image(int(self._indices[index]))
+        return self.images.image(int(self.indices[index]))
 
 
 class TaskData:
@@ -184,12 +195,12 @@ class TaskData:
 
     @property
     def classes(self) -> int:
-        """Number of classes."""
+        """Number of classes, or of values in regression."""
         return self.info.classes
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """One name per class; the class numbers where no names are known."""
+        """One name per class or value; their numbers where no names are known."""
         return self.info.class_names or tuple(str(label) for label in range(self.classes))
 
     def raw(self, role: Role, index: int) -> Any:

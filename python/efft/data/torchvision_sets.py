@@ -75,7 +75,7 @@ INFOS = {
 }
 
 
-class _TorchvisionImages:
+class _TorchvisionImages(Images):
     """Images of one or more torchvision data sets, one after the other."""
 
     def __init__(self, parts: list[Any], labels: str) -> None:

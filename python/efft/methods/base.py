@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,10 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from efft.config import AdapterConfig
+from efft.structure import Weight
 from efft.targets import Target
 from efft_kernels import FactorBank
-from efft_kernels.nn.linear import features
+from efft_kernels.nn.frozen import is_conv1d
 from efft_kernels.nn.operands import column_blocks, row_blocks, take
+from efft_kernels.nn.weights import dequantized
 
 
 @dataclass
@@ -39,14 +42,17 @@ class MethodConfig(AdapterConfig):
     """s, a plain multiplier of the update; alpha / r in the notation of LoRA."""
 
     targets: str | list[str] = "all"
-    """"all", "mhsa" or "ffn" of a known architecture, or layers: names or their endings (after a dot), as they are or
-    as regular expressions."""
+    """"all", "all-linear", "mhsa" or "ffn", or names of layers, as in :class:`efft.EfftConfig`."""
 
     exclude: list[str] = dataclasses.field(default_factory=list)
     """Layers to leave alone, named in the same ways."""
 
     head: list[str] | None = None
-    """Modules trained and saved beside the factors; None finds the classifier, [] trains none."""
+    """Modules trained and saved beside the factors; None finds the head of the task, [] trains none."""
+
+    freeze_statistics: bool = False
+    """Keep batch norms, and whatever else updates buffers in training, in eval mode. Otherwise these buffers change as
+    usual, are saved with the adapter, and ``efft.remove`` puts them back."""
 
     def __post_init__(self) -> None:
         self._check_sizes("rank")
@@ -60,9 +66,14 @@ class MethodConfig(AdapterConfig):
             members.setdefault(self.bank.group_of(layer), []).append(layer)
         return [MethodGroup(name, self, layers, self.bank.sites(name, layers)) for name, layers in members.items()]
 
+    def group_of_file(self, model: nn.Module, saved: dict[str, Any], weights: list[Weight]) -> MethodGroup:
+        """The bank of :attr:`bank` for the weights of a saved group."""
+        layers = [Layer.of(model, _target_of(weight, saved["weights"][weight.name])) for weight in weights]
+        return MethodGroup(saved["name"], self, layers, self.bank.sites(saved["name"], layers))
+
     def summary(self) -> str:
         """The settings in a line, for a model card."""
-        own = {f.name for f in dataclasses.fields(self)} - {"targets", "exclude", "head"}
+        own = {f.name for f in dataclasses.fields(self)} - {"targets", "exclude", "head", "freeze_statistics"}
         settings = ", ".join(f"{f.name} {getattr(self, f.name)}" for f in dataclasses.fields(self) if f.name in own)
         source = f"([arXiv {self.paper}](https://arxiv.org/abs/{self.paper}))"
         return f"{self.method} {source}, {settings}, targets {self.targets}"
@@ -97,19 +108,25 @@ class Layer:
     d_in: int
     d_out: int
     heads: int | None
-    linear: nn.Linear | nn.Conv2d
+    linear: nn.Module
 
     @classmethod
     def of(cls, model: nn.Module, target: Target) -> Layer:
         """The layer of ``model`` that ``target`` names."""
-        linear = model.get_submodule(target.name)
-        assert isinstance(linear, (nn.Linear, nn.Conv2d))
+        linear = model.get_submodule(target.weight.module)
         parts = target.name.split(".")
         around = [model.get_submodule(".".join(parts[:n])) for n in reversed(range(len(parts)))]
         holders = [holder for module in around for holder in (module, getattr(module, "config", None))]
         named = [getattr(holder, name, None) for holder in holders for name in _HEADS]
         heads = next((number for number in named if type(number) is int), None)
-        return cls(target, *features(linear), heads, linear)
+        return cls(target, target.weight.d_in, target.weight.d_out, heads, linear)
+
+    def matrix(self) -> Tensor:
+        """The frozen weight as a matrix ``[d_out, d_in]``, dense."""
+        weight = self.linear._parameters[self.target.weight.parameter]
+        assert weight is not None
+        dense = dequantized(weight.detach()).flatten(1)
+        return dense if dense.shape == (self.d_out, self.d_in) and not is_conv1d(self.linear) else dense.t()
 
     def group(self, of_known_roles: str) -> str:
         """Name of the layer's group: by stage, where there are several; by shape, outside known architectures."""
@@ -133,9 +150,30 @@ class MethodGroup:
         """Number of trainable parameters of the bank."""
         return sum(p.numel() for p in self.build(torch.device("meta"), torch.float32).parameters())
 
+    def describe(self) -> str:
+        """The group in one line."""
+        return f"{self.name}: {len(self.sites)} weights, {self.n_parameters:,} parameters"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The group as an adapter file keeps it."""
+        return {"name": self.name, "weights": {layer.target.name: _text_of(layer.target) for layer in self.layers}}
+
     def build(self, device: torch.device, dtype: torch.dtype) -> FactorBank:
         """Allocate and initialise the bank."""
         return self.config.bank(self.config, self.layers, device=device, dtype=dtype)
+
+
+def _text_of(target: Target) -> str:
+    """``role=qkv block=blocks.0 ...``"""
+    words = [f"role={target.role}", f"block={target.block}"]
+    return " ".join(words if target.stage is None else [*words, f"stage={target.stage}"])
+
+
+def _target_of(weight: Weight, text: str) -> Target:
+    match = re.fullmatch(r"role=(\w+) block=(\S*)(?: stage=(\d{1,4}))?", text)
+    if match is None:
+        raise ValueError(f"'plan' has a role that is not one: {text[:80]!r}")
+    return Target(weight, match[1], match[2], None if match[3] is None else int(match[3]))
 
 
 class MethodBank(FactorBank):

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from efft.methods.base import Layer, MethodConfig, StackedBank, zeros
-from efft_kernels.nn.weights import dequantized
 
 
 class LoRAXSBank(StackedBank):
     """Frozen A ``[n, d_in, r]`` and B ``[n, r, d_out]``, trained R ``[n, r, r]``: r² parameters a layer.
 
-    With ``W = P diag(σ) Q`` (W is ``[d_out, d_in]``, σ in descending order) A is the first r rows of Q, transposed, and
-    B the first r columns of P diag(σ), transposed. Singular vectors have no definite sign, so the adapter's file has A
-    and B too. R starts at zero, where the authors draw from N(0, 1e-10): its gradient is the same.
+    With ``Wᵀ = P diag(σ) Q`` (W is ``[d_out, d_in]``, σ in descending order) A is the first r columns of P diag(σ) and
+    B the first r rows of Q, as in the authors' code. Singular vectors have no definite sign, so the adapter's file has
+    A and B too; one saved while the singular values were B's keeps them there. R starts at zero, where the authors draw
+    from N(0, 1e-10): its gradient is the same.
     """
 
     A: Tensor
@@ -36,9 +36,9 @@ class LoRAXSBank(StackedBank):
         self.R = zeros(self.n, r, r, **kw)
         if not self.A.is_meta:
             for i, layer in enumerate(layers):
-                W = dequantized(layer.linear.weight.detach()).flatten(1).to(self.A.dtype)
-                P, sigma, Q = torch.linalg.svd(W, full_matrices=False)
-                self.A[i], self.B[i] = Q[:r].t(), (P[:, :r] * sigma[:r]).t()
+                W = layer.matrix().to(self.A.dtype)
+                P, sigma, Q = torch.linalg.svd(W.t(), full_matrices=False)
+                self.A[i], self.B[i] = P[:, :r] * sigma[:r], Q[:r]
 
     def operands(self) -> tuple[Tensor, Tensor]:
         """D = A, G = s R B."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from efft.methods.base import Layer, MethodConfig, MethodGroup, StackedBank
+from efft.methods.base import Layer, MethodConfig, MethodGroup, StackedBank, uniform, zeros
 from efft.methods.factorize import MOST_FACTORS, factorize, train_ranks
 from efft.targets import Target
 from efft_kernels import EfftLinear, tt_chain
@@ -23,7 +24,13 @@ class LoRETTABank(StackedBank):
 
     All cores start from N(0, 1/r), the last of B at zero, so that the first step changes nothing. (In the authors' code
     this is commented out for rep, and training starts from another model than the base.)
+
+    Adapters have biases b_A ``[n, bottleneck]``, which starts uniform, and b_B ``[n, d_out]``, which starts at zero (in
+    the authors' code uniform too, to the same end).
     """
+
+    down_bias: nn.Parameter | None
+    up_bias: nn.Parameter | None
 
     def __init__(self, config: LoRETTAConfig, layers: list[Layer], **kw: Any) -> None:
         super().__init__(config, layers, **kw)
@@ -37,6 +44,10 @@ class LoRETTABank(StackedBank):
             for sizes in (down, up)
         )
         nn.init.zeros_(self.up[-1])
+        self.down_bias = self.up_bias = None
+        if isinstance(config, LoRETTAAdpConfig) and config.bias:
+            self.down_bias = uniform(self.n, config.bottleneck, bound=config.bottleneck**-0.5, **kw)
+            self.up_bias = zeros(self.n, self.d_out, **kw)
 
     def operands(self) -> tuple[Tensor, Tensor]:
         """D = A, G = s B."""
@@ -46,7 +57,10 @@ class LoRETTABank(StackedBank):
 
 
 class AdapterLinear(EfftLinear):
-    """``y = z + relu(z D) G`` with ``z = x Wᵀ + b``: an adapter behind a frozen layer, no update of its weight."""
+    """``y = z + relu(z D + b_A) G + s b_B`` with ``z = x Wᵀ + b``: an adapter behind a frozen layer, no update of its
+    weight."""
+
+    factors: LoRETTABank
 
     @classmethod
     def refusal(cls, layer: nn.Module) -> str | None:
@@ -57,7 +71,11 @@ class AdapterLinear(EfftLinear):
         if not self.enabled:
             return z
         D, G = (operand.to(z.dtype) for operand in self.factors.down_up(self.binding))
-        return z + F.relu(z @ D) @ G
+        bank, i = self.factors, self.site
+        if bank.down_bias is None or bank.up_bias is None:
+            return z + F.relu(z @ D) @ G
+        down, up = bank.down_bias[i].to(z.dtype), (bank.scale * bank.up_bias[i]).to(z.dtype)
+        return z + F.linear(F.relu(F.linear(z, D.t(), down)), G.t(), up)
 
     def matrix(self, weight: Tensor) -> Tensor:
         """Refused, as :meth:`evaluated` is: who multiplies by the weight itself would miss the adapter."""
@@ -112,15 +130,23 @@ class LoRETTARepConfig(LoRETTAConfig):
 
 @dataclass
 class LoRETTAAdpConfig(LoRETTAConfig):
-    """Low-rank economic tensor-train adaptation, by adapters ``z + s · relu(z A) B`` behind the attention and the MLP
-    of every block (behind all layers that ``targets`` lists). It cannot be merged."""
+    """Low-rank economic tensor-train adaptation, by adapters ``z + s · (relu(z A + b_A) B + b_B)`` behind the attention
+    and the MLP of every block (behind all layers that ``targets`` lists). It cannot be merged."""
 
     method = "loretta_adp"
     behind = True
     layer = AdapterLinear
+    meant_before: ClassVar[Mapping[str, Any]] = {**MethodConfig.meant_before, "bias": False}
 
     bottleneck: int = 64
     """Width between A and B."""
+
+    bias: bool = True
+    """Whether the adapters have biases, as the authors' have."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check(isinstance(self.bias, bool), "bias", "True or False", self.bias)
 
     def groups(self, model: nn.Module, targets: list[Target]) -> list[MethodGroup]:
         """Of the roles of a known architecture, those that end the attention or the MLP."""

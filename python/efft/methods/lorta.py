@@ -1,26 +1,29 @@
-"""LoRTA (arXiv 2410.04060): one CP decomposition over input, output within a head, heads, layers and matrices."""
+"""LoRTA (arXiv 2410.04060): one CP decomposition over output, input within a head, heads, layers and matrices."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from efft.methods.base import BlockBank, HeadedConfig, Layer, heads_of, uniform, zeros
-from efft_kernels.nn.operands import column_blocks
+from efft_kernels.nn.operands import column_blocks, row_blocks
 
 
 class LoRTABank(BlockBank):
-    """``ΔW[l, m]`` has a column block ``s · A diag(c_l ∘ c_m ∘ c_h) B`` for each head h: r (d + d/H + L + M + H)
-    parameters for L blocks of M matrices with H heads.
+    """``ΔW[l, m]`` (of ``y = x ΔW``) has a block of rows ``s · (A diag(c_l ∘ c_m ∘ c_h) B)ᵀ`` for each head h, or with
+    heads on the output the column block ``s · A diag(c_l ∘ c_m ∘ c_h) B``: r (d + d/H + L + M + H) parameters for L
+    blocks of M matrices with H heads.
 
     A ``[d, r]`` and the c_l, c_m, c_h (rows ``[., r]`` of C_l, C_m, C_h) start Kaiming-uniform, B ``[r, d/H]`` at zero.
     """
 
     def __init__(self, config: LoRTAConfig, layers: list[Layer], **kw: Any) -> None:
         super().__init__(config, layers, **kw)
+        self.heads_on = config.heads_on
         r, heads = config.rank, heads_of(config.heads, layers, self.d)
         self.A = uniform(self.d, r, bound=r**-0.5, **kw)
         self.C_l = uniform(self.n_blocks, r, bound=r**-0.5, **kw)
@@ -30,8 +33,10 @@ class LoRTABank(BlockBank):
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor]:
         """Diagonal cores, and B with those of the heads."""
-        C = torch.diag_embed(self.C_l[:, None] * self.C_m)
-        return self.A, C, column_blocks(torch.diag_embed(self.C_h), self.B)
+        C, of_heads = torch.diag_embed(self.C_l[:, None] * self.C_m), torch.diag_embed(self.C_h)
+        if self.heads_on == "output":
+            return self.A, C, column_blocks(of_heads, self.B)
+        return row_blocks(self.B.t(), of_heads), C, self.A.t()
 
 
 @dataclass
@@ -41,3 +46,12 @@ class LoRTAConfig(HeadedConfig):
     method = "lorta"
     paper = "2410.04060"
     bank = LoRTABank
+    meant_before: ClassVar[Mapping[str, Any]] = {**HeadedConfig.meant_before, "heads_on": "output"}
+
+    heads_on: Literal["input", "output"] = "input"
+    """The side of a matrix that the heads divide: the input, as in the authors' code, which multiplies by the
+    transposed tensor, or the output, as in their formula."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check(self.heads_on in ("input", "output"), "heads_on", "'input' or 'output'", self.heads_on)

@@ -43,7 +43,7 @@ class VeRAConfig(MethodConfig):
     method = "vera"
     paper = "2310.11454"
     bank = VeRABank
-    training_only = frozenset({"d_initial"})
+    training_only = MethodConfig.training_only | {"d_initial"}
 
     rank: int = 256
     """r of the frozen matrices; large, for it costs r parameters a layer."""

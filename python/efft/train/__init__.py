@@ -12,5 +12,6 @@ from efft.train.checkpoint import CheckpointError
 from efft.train.config import TrainConfig
 from efft.train.metrics import read_metrics
 from efft.train.runner import RunResult, run
+from efft.train.segmentation import Segmenter
 
-__all__ = ["CheckpointError", "RunResult", "TrainConfig", "read_metrics", "run"]
+__all__ = ["CheckpointError", "RunResult", "Segmenter", "TrainConfig", "read_metrics", "run"]

@@ -1,5 +1,7 @@
 """The parts of a run that a configuration names: data, model, optimizer, schedule, device."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,17 +11,24 @@ import efft
 from efft import models
 from efft.train.config import TrainConfig
 from efft.train.methods import METHODS
+from efft.train.segmentation import Segmenter
+from efft.train.trackers import check_trackers
 
 if TYPE_CHECKING:
     from efft.data import TaskData
 
 
-def make_accelerator(config: TrainConfig) -> Any:
+def make_accelerator(config: TrainConfig, trackers: Sequence[Any] = (), folder: Path | None = None) -> Any:
     """Accelerate's view of device, precision and processes; batch sizes are totals over the processes.
 
+    Args:
+        config: the run.
+        trackers: names or objects of experiment trackers, see `efft.train.run`.
+        folder: where trackers put files.
+
     Raises:
-        ImportError: accelerate is not installed.
-        ValueError: the precision needs another device.
+        ImportError: accelerate is not installed, or what a tracker needs.
+        ValueError: the precision needs another device, or there is no such tracker.
     """
     try:
         from accelerate import Accelerator
@@ -28,10 +37,13 @@ def make_accelerator(config: TrainConfig) -> Any:
     except ImportError as error:
         raise ImportError("training needs accelerate: pip install 'efft-kernels[train]'") from error
 
+    check_trackers(trackers)
     # The precision is process-wide state in Accelerate, which refuses to change it for a second run.
     AcceleratorState._reset_state()
     accelerator = Accelerator(
         mixed_precision=config.amp,
+        log_with=list(trackers) or None,
+        project_dir=folder,
         dataloader_config=DataLoaderConfiguration(split_batches=True),
         step_scheduler_with_optimizer=False,
     )
@@ -52,29 +64,32 @@ def load_task(config: TrainConfig) -> "TaskData":
         seed=config.data_seed,
         max_test=config.max_test,
         allow_non_commercial=config.allow_non_commercial,
+        kind=config.task,
     )
 
 
 def create_model(config: TrainConfig, classes: int, weights: bool = True) -> nn.Module:
-    """The backbone of the configuration with a fresh classifier, nothing frozen yet.
+    """The backbone of the configuration with a fresh head for its kind of task, nothing frozen yet.
 
     What is random in it depends on the seed of the configuration alone, so a random backbone can be made again.
 
     Args:
         config: names the model.
-        classes: outputs of the classifier.
+        classes: outputs of the head.
         weights: load the configuration's weights; False where they are about to be replaced.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return models.create(
+        dense = config.task == "segmentation"
+        model = models.create(
             config.model,
-            classes,
+            0 if dense else classes,
             image_size=config.image_size,
             checkpoint=config.checkpoint if weights else None,
             drop_path=config.drop_path,
             pretrained=weights and config.pretrained and config.checkpoint is None,
         )
+        return Segmenter(model, classes) if dense else model
 
 
 def choose_trainable(model: nn.Module, config: TrainConfig) -> nn.Module:

@@ -13,7 +13,7 @@ from torch import nn
 
 from efft.files import replacing
 
-_FORMAT = 1
+_FORMAT = 2
 # Fields of TrainConfig that only say how fast a run goes or how often it is saved.
 _FREE_FIELDS = ("checkpoint_every", "workers")
 
@@ -57,6 +57,14 @@ def load(path: Path) -> dict[str, Any]:
     return dict(state)
 
 
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with names such as ``efft.rank``."""
+    out: dict[str, Any] = {}
+    for name, value in values.items():
+        out |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return out
+
+
 def check_config(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     """Refuses to resume a run with another configuration.
 
@@ -67,13 +75,6 @@ def check_config(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: names every field that differs, with both values.
     """
-
-    def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-        out: dict[str, Any] = {}
-        for name, value in values.items():
-            out |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-        return out
-
     # Through JSON, which knows no tuples.
     old, new = (flat(json.loads(json.dumps(values))) for values in (saved, current))
     differing = [

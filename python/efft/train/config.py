@@ -27,6 +27,13 @@ class TrainConfig:
     data: str = "mnist5k"
     """Data set: a known name or a folder; see `efft data list`."""
 
+    task: Literal["classification", "segmentation", "regression"] = "classification"
+    """A class for each image, a class for each pixel (a folder of images and masks), or values for each image (a CSV
+    file of images and values)."""
+
+    regression_loss: Literal["mse", "l1"] = "mse"
+    """What regression lowers: the squared error or its size, of values divided by their standard deviation."""
+
     data_root: str | None = None
     """Folder with the data set's files, where it is not one that can be fetched."""
 

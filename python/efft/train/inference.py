@@ -1,11 +1,13 @@
 """A model over a whole data set, without gradients."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+
+from efft.train.goals import Goal
 
 
 def device() -> torch.device:
@@ -14,30 +16,47 @@ def device() -> torch.device:
 
 
 @torch.no_grad()
-def collect(
+def _batches(
     function: Callable[[Tensor], Tensor], data: Dataset[Any], batch_size: int = 256, amp: str = "no", title: str = ""
-) -> tuple[Tensor, Tensor]:
+) -> Iterator[tuple[Tensor, Tensor]]:
+    from tqdm.auto import tqdm
+
+    dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+    for images, targets in tqdm(DataLoader(data, batch_size), title, leave=False, dynamic_ncols=True):
+        with torch.autocast(device().type, dtype, enabled=amp != "no"):
+            outputs = function(images.to(device()))
+        yield outputs.float(), targets
+
+
+def collect(function: Callable[[Tensor], Tensor], data: Dataset[Any], **options: Any) -> tuple[Tensor, Tensor]:
     """Outputs of a function for every image.
 
     Args:
         function: of images [batch, 3, size, size] on `device()`.
         data: map-style, of (image [3, size, size], label).
-        batch_size: images per step.
-        amp: autocast type: "no", "bf16" or "fp16".
-        title: of the progress bar.
+        options: `batch_size` (images per step), `amp` (autocast type: "no", "bf16" or "fp16"), `title` (of the progress
+            bar).
 
     Returns:
         Outputs [n, ...] and labels [n], on the CPU.
     """
-    from tqdm.auto import tqdm
+    pairs = [(outputs.cpu(), targets) for outputs, targets in _batches(function, data, **options)]
+    outputs, targets = zip(*pairs, strict=True)
+    return torch.cat(outputs), torch.cat(targets)
 
-    dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
-    outputs, labels = [], []
-    for images, targets in tqdm(DataLoader(data, batch_size), title, leave=False, dynamic_ncols=True):
-        with torch.autocast(device().type, dtype, enabled=amp != "no"):
-            outputs.append(function(images.to(device())).float().cpu())
-        labels.append(targets)
-    return torch.cat(outputs), torch.cat(labels)
+
+def measure(model: nn.Module, data: Dataset[Any], goal: Goal, **options: Any) -> Tensor:
+    """The statistics of a goal, summed over a data set.
+
+    Args:
+        model: in evaluation mode; it is moved to `device()`.
+        data: map-style, of (image [3, size, size], target).
+        goal: what the model was trained for.
+        options: as for `collect`.
+    """
+    batches = _batches(model.to(device()), data, **options)
+    sums = [goal.statistics(goal.predict(outputs), targets.to(device())) for outputs, targets in batches]
+    return torch.stack(sums).sum(0).cpu()
 
 
 def predict(model: nn.Module, data: Dataset[Any], **options: Any) -> tuple[Tensor, Tensor]:

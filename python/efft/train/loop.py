@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 from efft import typed
@@ -15,6 +14,7 @@ from efft.prune import prune, set_ranks
 from efft.train import build, checkpoint, outputs
 from efft.train.batches import EpochBatches
 from efft.train.config import TrainConfig
+from efft.train.goals import make_goal, shown
 from efft.train.metrics import MetricsLog
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ class Trainer:
             self.task = build.load_task(config) if task is None else task
             self.own_model = model is not None
             model = build.create_model(config, self.task.classes) if model is None else model
+        self.goal = make_goal(config, self.task, model)
         set_seed(config.seed)
         self.plain = build.choose_trainable(model.train(), config)
         train = self.task.trainval if config.protocol == "final" else self.task.train
@@ -58,12 +59,12 @@ class Trainer:
         self.epoch = self.batch = self.update = 0
         self.lr = 0.0  # of the last update
         self.updates = config.epochs * len(self.batches)
-        self.totals = torch.zeros(3, dtype=torch.float64, device=accelerator.device)  # loss, correct, images
+        self.totals = torch.zeros(0)  # of the epoch: loss, images, and the statistics of the goal
         self.best: dict[str, Any] | None = None
         self.ranks: dict[str, tuple[int, int]] | None = None  # that pruning has left
         self.seconds, self.clock = 0.0, time.perf_counter()
         main = accelerator.is_main_process
-        self.log = MetricsLog(out / outputs.METRICS if main else None)
+        self.log = MetricsLog(out / outputs.METRICS if main else None, accelerator)
         hidden = not (main and progress)
         self.bar = tqdm(total=self.updates * config.batch_size, unit="img", disable=hidden, dynamic_ncols=True)
 
@@ -94,26 +95,27 @@ class Trainer:
             due = config.checkpoint_every and self.update % config.checkpoint_every == 0
             if due and self.batch < len(self.batches):  # after the last batch comes the epoch's own checkpoint
                 self.save()
-        loss, accuracy = self.show()
+        loss, scores = self.show()
         images_per_second = (self.batch - skipped) * config.batch_size / max(self.elapsed() - started, 1e-9)
-        validation = self.accuracy(self.task.val, "validation") if config.protocol == "select" else None
-        if validation is not None and (self.best is None or validation > self.best["accuracy"]):
+        validation = self.evaluate(self.task.val, "validation") if config.protocol == "select" else None
+        name = self.goal.score
+        if validation is not None and (self.best is None or validation[name] > self.best["scores"][name]):
             weights = checkpoint.trained_state(self.plain)
-            self.best = {"accuracy": validation, "epoch": self.epoch, "weights": weights}
+            self.best = {"scores": validation, "epoch": self.epoch, "weights": weights}
         self.log.write(
             kind="epoch",
             epoch=self.epoch,
             update=self.update,
             loss=loss,
-            train_accuracy=accuracy,
-            val_accuracy=validation,
+            **{f"train_{name}": score for name, score in scores.items()},
+            **{f"val_{name}": (validation or {}).get(name) for name in scores},
             lr=self.lr,
             images_per_second=images_per_second,
             seconds=self.elapsed(),
         )
         self.scheduler.step(self.epoch)
         self.epoch, self.batch = self.epoch + 1, 0
-        self.totals.zero_()
+        self.totals = torch.zeros(0)
         if self.epoch == config.prune_at:
             self.prune()
         self.save()
@@ -129,17 +131,17 @@ class Trainer:
         self.log.write(kind="prune", epoch=self.epoch, update=self.update, ranks=self.ranks, relative_error=lost)
 
     def step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
-        """One update; images [batch, 3, size, size], labels [batch]."""
+        """One update; images [batch, 3, size, size], labels [batch, ...]."""
         config, self.lr = self.config, float(self.optimizer.param_groups[0]["lr"])
-        logits = self.model(images)  # [batch, classes]
-        loss = functional.cross_entropy(logits, labels)
+        predicted = self.model(images)  # [batch, outputs, ...]
+        loss = self.goal.loss(predicted, labels)
         self.accelerator.backward(loss)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.update += 1
         self.scheduler.step_update(self.update)
-        loss, correct = loss.detach(), (logits.argmax(-1) == labels).sum()
-        self.totals += torch.stack([loss * len(labels), correct, torch.full_like(loss, len(labels))])
+        loss, sums = loss.detach(), self.goal.statistics(self.goal.predict(predicted.detach()), labels)
+        self.add(torch.cat([torch.stack([loss * len(labels), torch.full_like(loss, len(labels))]), sums]))
         self.bar.update(config.batch_size)
         if (self.update - 1) % config.log_every == 0:
             value = self.accelerator.reduce(loss, "mean").item()
@@ -149,19 +151,25 @@ class Trainer:
             self.log.write(kind="step", **record, seconds=self.elapsed())
             self.show()
 
-    def show(self) -> tuple[float, float]:
-        """Puts the epoch's mean loss and accuracy so far on the progress bar, and returns them.
+    def add(self, sums: torch.Tensor) -> None:
+        """Adds a batch's loss and statistics to those of the epoch."""
+        self.totals = sums.double() if len(self.totals) == 0 else self.totals + sums
+
+    def show(self) -> tuple[float, dict[str, float]]:
+        """Puts the epoch's mean loss and scores so far on the progress bar, and returns them.
 
         Both are over all processes, in training mode.
         """
-        loss, correct, images = self.accelerator.reduce(self.totals, "sum").tolist()
-        best = {} if self.best is None else {"val": f"{self.best['accuracy']:.1%}"}
-        self.bar.set_postfix(loss=f"{loss / images:.3f}", acc=f"{correct / images:.1%}", **best)
-        return loss / images, correct / images
+        totals, name = self.accelerator.reduce(self.totals, "sum"), self.goal.score
+        loss, images = totals[:2].tolist()
+        scores = self.goal.scores(totals[2:])
+        best = [] if self.best is None else [f"val {shown({name: self.best['scores'][name]})}"]
+        self.bar.set_postfix_str(", ".join([f"loss {loss / images:.3f}", shown({name: scores[name]}), *best]))
+        return loss / images, scores
 
     @torch.no_grad()
-    def accuracy(self, data: Dataset[Any], name: str) -> float:
-        """Share of images classified correctly, in evaluation mode."""
+    def evaluate(self, data: Dataset[Any], name: str) -> dict[str, float]:
+        """Scores over a data set, in evaluation mode."""
         from tqdm.auto import tqdm
 
         if name not in self.eval_loaders:
@@ -169,24 +177,24 @@ class Trainer:
             self.eval_loaders[name] = self.accelerator.prepare(loader)
         loader = self.eval_loaders[name]
         self.model.eval()
-        correct = seen = 0
+        sums: Any = 0
         for images, labels in tqdm(loader, name, leave=False, disable=self.bar.disable, dynamic_ncols=True):
-            pair = self.model(images).argmax(-1), labels
-            predictions, labels = self.accelerator.gather_for_metrics(pair)
-            correct += int((predictions == labels).sum())
-            seen += len(labels)
+            pair = self.goal.predict(self.model(images)), labels
+            sums = sums + self.goal.statistics(*self.accelerator.gather_for_metrics(pair))
         self.model.train()
-        return correct / seen
+        return self.goal.scores(sums)
 
     def finish(self) -> dict[str, Any]:
         """Takes the selected weights, reads the test split for the first and only time, writes the results."""
         if self.best is not None:
             checkpoint.restore_trained_state(self.plain, self.best["weights"])
-        test = self.accuracy(self.task.test, "test")
+        self.goal.settle(self.plain)
+        test = self.evaluate(self.task.test, "test")
         self.plain = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False).eval()  # without autocast
-        scores = {"test_accuracy": test, "val_accuracy": None, "best_epoch": None}
-        if self.best is not None:
-            scores |= {"val_accuracy": self.best["accuracy"], "best_epoch": self.best["epoch"]}
+        best = self.best or {"scores": dict.fromkeys(test), "epoch": None}
+        scores = {f"test_{name}": score for name, score in test.items()}
+        scores |= {f"val_{name}": score for name, score in best["scores"].items()} | {"best_epoch": best["epoch"]}
+        self.log.track("test", test, self.update)
         run = {
             "epochs": self.epoch,
             "updates": self.update,
@@ -196,7 +204,7 @@ class Trainer:
             "own_model": self.own_model,
         }
         if self.accelerator.is_main_process:
-            outputs.write(self.out, self.config, self.plain, self.task.classes, scores, run)
+            outputs.write(self.out, self.config, self.plain, self.task, scores, run)
         self.accelerator.wait_for_everyone()
         return outputs.read_result(self.out)
 
@@ -257,7 +265,7 @@ class Trainer:
         self.scheduler.load_state_dict(state["scheduler"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.totals.copy_(processes[index]["totals"])
+        self.totals = processes[index]["totals"].to(self.accelerator.device)
         self.best, self.seconds = state["best"], state["seconds"]
         self.log.cut(state["metrics_bytes"])
         self.bar.n = self.bar.initial = self.update * self.config.batch_size

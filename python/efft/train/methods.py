@@ -50,6 +50,8 @@ def check(config: "TrainConfig") -> None:
     if config.adapter and config.method in ("efft", "linear", "full"):
         where = "its settings are those of efft" if config.method == "efft" else "it has no settings"
         raise ValueError(f"adapter is not read by method {config.method!r} ({where}), got {config.adapter!r}")
+    if config.method in baselines.METHODS and config.task == "segmentation":
+        raise ValueError(f"method {config.method!r} changes whole timm models and cannot train one for segmentation")
     if config.method in baselines.METHODS:
         baselines.check(config.method, config.adapter or {})
     config.adapter_config()

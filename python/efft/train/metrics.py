@@ -2,20 +2,24 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from efft.config import is_number
 from efft.train.checkpoint import CheckpointError
 
 
 class MetricsLog:
-    """Appends records to a JSONL file as they happen.
+    """Appends records to a JSONL file as they happen, and hands their numbers to the trackers of a run.
 
     Args:
         path: the file; None writes nothing (every process but the first).
+        accelerator: has the trackers, if there are any.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, accelerator: Any = None) -> None:
+        self._accelerator = accelerator
         self._file = None if path is None else open(path, "ab")  # noqa: SIM115  # closed at the end of the run
 
     def cut(self, size: int) -> None:
@@ -37,6 +41,13 @@ class MetricsLog:
         if self._file is not None:
             self._file.write(json.dumps(record).encode() + b"\n")
             self._file.flush()
+        self.track(record["kind"], record, record["update"])
+
+    def track(self, kind: str, values: Mapping[str, Any], step: int) -> None:
+        """Hands the numbers among some values to the trackers."""
+        numbers = {f"{kind}/{name}": value for name, value in values.items() if is_number(value) and name != "update"}
+        if self._accelerator is not None and self._accelerator.trackers:
+            self._accelerator.log(numbers, step=step)
 
     def sync(self) -> int:
         """Makes the records durable; returns the length of the file in bytes."""
@@ -46,7 +57,9 @@ class MetricsLog:
         return self._file.tell()
 
     def close(self) -> None:
-        """Closes the file."""
+        """Closes the file and the trackers."""
+        for tracker in getattr(self._accelerator, "trackers", ()):
+            tracker.finish()
         if self._file is not None:
             self._file.close()
 

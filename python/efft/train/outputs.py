@@ -3,6 +3,7 @@
 import json
 import platform
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 
 import efft
 from efft.files import read_json, replace_file
+from efft.models import DEFAULT
 from efft.targets import find_head
 from efft.train import checkpoint
 from efft.train.config import TrainConfig
@@ -18,8 +20,11 @@ from efft.train.config import TrainConfig
 CONFIG, METRICS, CHECKPOINT, RESULT = "config.json", "metrics.jsonl", "checkpoint.pt", "result.json"
 SAVED = ADAPTER, HEAD, MODEL, TRAINED = "adapter", "head.safetensors", "model.safetensors", "trained.safetensors"
 
+TRACKED = "tracked"  # files of experiment trackers
+
 #: Fields of TrainConfig that an adapter keeps as its info: they rebuild its base model and the images it expects.
 BASE_FIELDS = (
+    "task",
     "model",
     "checkpoint",
     "pretrained",
@@ -57,13 +62,14 @@ def open_folder(
                 "(--resume), start again with overwrite=True (--overwrite), or choose another folder"
             )
         held = read_result(out) if finished else checkpoint.load(out / CHECKPOINT)
-        checkpoint.check_config(held["config"], config.to_dict())
+        checkpoint.check_config({**TrainConfig().to_dict(), **held["config"]}, config.to_dict())
         return held, finished
     if main_process:
         out.mkdir(parents=True, exist_ok=True)
         for name in (RESULT, CHECKPOINT, METRICS, HEAD, MODEL, TRAINED):
             (out / name).unlink(missing_ok=True)
-        shutil.rmtree(out / ADAPTER, ignore_errors=True)
+        for name in (ADAPTER, TRACKED):
+            shutil.rmtree(out / name, ignore_errors=True)
         config.save(out / CONFIG)
     return None, False
 
@@ -81,7 +87,7 @@ def read_result(out: Path) -> dict[str, Any]:
 
 
 def write(
-    out: Path, config: TrainConfig, model: nn.Module, classes: int, scores: dict[str, Any], run: dict[str, Any]
+    out: Path, config: TrainConfig, model: nn.Module, task: Any, scores: dict[str, Any], run: dict[str, Any]
 ) -> dict[str, Any]:
     """Saves what was trained and then ``result.json``, which marks the run as finished.
 
@@ -89,15 +95,16 @@ def write(
         out: folder of the run.
         config: configuration of the run.
         model: the trained model, out of Accelerate's wrappers.
-        classes: outputs of its classifier.
-        scores: accuracies and the epoch they belong to.
+        task: what it was trained on.
+        scores: of test and validation, and the epoch they belong to.
         run: updates, seconds, device and the like; ``own_model`` says that the model is not the configuration's.
     """
     from safetensors.torch import save as serialize
 
     if config.adapter_config() is not None:
         facts = {} if run["own_model"] else {name: getattr(config, name) for name in BASE_FIELDS}
-        saved = efft.save_adapter(model, out / ADAPTER, info={**facts, "classes": classes, **scores})
+        facts |= {"classes": task.classes, **scores, **card_facts(config, model, task, scores, run["own_model"])}
+        saved = efft.save_adapter(model, out / ADAPTER, info=facts)
     else:
         saved = out / {"full": MODEL, "linear": HEAD}.get(config.method, TRAINED)
         state = model.state_dict() if config.method == "full" else checkpoint.trained_state(model)
@@ -105,7 +112,7 @@ def write(
     files = saved.iterdir() if saved.is_dir() else [saved]
     result = {
         **scores,
-        "classes": classes,
+        "classes": task.classes,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "head_parameters": sum(
             p.numel() for name in find_head(model, None) for p in model.get_submodule(name).parameters()
@@ -121,6 +128,20 @@ def write(
     replace_file(out / RESULT, (json.dumps(result, indent=2) + "\n").encode())
     (out / CHECKPOINT).unlink(missing_ok=True)
     return result
+
+
+def card_facts(
+    config: TrainConfig, model: nn.Module, task: Any, scores: Mapping[str, Any], own_model: bool
+) -> dict[str, Any]:
+    """What the model card says at its top, as far as it is known: base_model, license, datasets, metrics."""
+    test = {name.removeprefix("test_"): score for name, score in scores.items() if name.startswith("test_")}
+    facts: dict[str, Any] = {"datasets": [task.info.name]} if hasattr(task, "info") else {}
+    facts["metrics"] = test
+    published: Any = getattr(getattr(model, "backbone", model), "pretrained_cfg", None)
+    if own_model or config.checkpoint or not config.pretrained or config.model == DEFAULT or not published:
+        return facts
+    known = {"base_model": published.get("hf_hub_id"), "license": published.get("license")}
+    return {name: fact for name, fact in known.items() if fact} | facts
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

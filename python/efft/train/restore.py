@@ -30,7 +30,8 @@ def load_trained(path: str | Path, checkpoint: str | Path | None = None) -> tupl
     path = Path(path)
     if (path / CONFIG).is_file():
         info = read_description(path)["info"]
-        info = {"data_seed": 0, **info}  # adapters from before this field existed had its default
+        # Adapters from before these fields existed had their defaults.
+        info = {"data_seed": 0, "task": "classification", **info}
         missing = [name for name in ("classes", *outputs.BASE_FIELDS) if name not in info]
         if missing:
             raise ValueError(

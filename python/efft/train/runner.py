@@ -1,12 +1,13 @@
 """One training run: adapt, train, select, test once, save. Killed at any moment, it resumes to the same bits."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from efft.train import build, outputs
+from efft.train import build, outputs, trackers
 from efft.train.config import TrainConfig
 from efft.train.loop import Trainer
 
@@ -37,6 +38,7 @@ def run(
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = True,
+    log_with: Sequence[Any] = (),
 ) -> RunResult:
     """Trains, tests once at the very end, and writes everything to a folder.
 
@@ -54,14 +56,18 @@ def run(
         resume: go on from the folder's checkpoint, if there is one.
         overwrite: forget what the folder holds.
         progress: show a bar.
+        log_with: experiment trackers of accelerate that also get the numbers of ``metrics.jsonl``, by name
+            ("tensorboard", "wandb", ...) or as objects derived from its `GeneralTracker`; those that write files do so
+            in the folder's ``tracked``.
 
     Raises:
         FileExistsError: the folder holds a run, and neither `resume` nor `overwrite` is given.
         CheckpointError: the checkpoint is damaged or of another configuration.
         FloatingPointError: the loss is not finite.
+        ImportError: what a tracker needs is not installed.
     """
     out = Path(out)
-    accelerator = build.make_accelerator(config)
+    accelerator = build.make_accelerator(config, log_with, out / outputs.TRACKED)
     with accelerator.main_process_first():
         held, finished = outputs.open_folder(out, config, resume, overwrite, accelerator.is_main_process)
     if held is not None and finished:
@@ -72,6 +78,7 @@ def run(
         if held is not None:
             trainer.restore(held)
             accelerator.print(f"{out}: going on after update {trainer.update} of {trainer.updates}")
+        trackers.start(accelerator, out / outputs.TRACKED, config, trainer.update)
         while trainer.epoch < config.epochs:
             trainer.train_epoch()
         return RunResult(trainer.finish(), trainer.plain)

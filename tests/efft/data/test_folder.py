@@ -84,9 +84,72 @@ def test_training_image_in_the_test_set_is_refused(divided: Path, write_image: W
         efft.data.load(divided)
 
 
-def test_missing_part(divided: Path) -> None:
+def test_missing_test_folder_is_divided_from_train(divided: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (divided / "test").rename(divided / "val")
-    with pytest.raises(ValueError, match="has train/, val/ but no test/: expected train/, test/ and perhaps val/"):
+    first, other = (efft.data.load(divided, seed=seed) for seed in (0, 1))
+    assert [len(first.train), len(first.val), len(first.trainval), len(first.test)] == [24, 10, 34, 6]
+    assert np.bincount(first.test.labels).tolist() == [3, 3]
+    assert contents(first.test) == contents(other.test)
+    assert len(contents(first.trainval) | contents(first.test)) == 40
+    assert "has no test part: a fifth of the training images is kept apart" in capsys.readouterr().err
+
+
+def test_copies_of_validation_images_are_not_tested_on(divided: Path) -> None:
+    (divided / "test").rename(divided / "val")
+    for path in sorted((divided / "train").rglob("*.png")):  # but two of each class
+        if path.stem not in ("0", "1", "2", "3"):
+            (divided / "val" / path.parent.parent.name / path.name).write_bytes(path.read_bytes())
+    task = efft.data.load(divided)
+    assert len(task.test) == 4
+    assert not contents(task.test) & contents(task.val)
+
+
+def test_missing_training_folder(divided: Path) -> None:
+    (divided / "train").rename(divided / "val")
+    with pytest.raises(ValueError, match="has val/, test/ but no train/: expected train/ and perhaps val/ and test/"):
+        efft.data.load(divided)
+
+
+@pytest.mark.parametrize("names", [("Train", "valid", "TEST"), ("training", "Validation", "testing")])
+def test_names_of_parts(names: tuple[str, str, str], divided: Path, write_image: Write) -> None:
+    (divided / "train").rename(divided / "x").rename(divided / names[0])
+    (divided / "test").rename(divided / "y").rename(divided / names[2])
+    for number, name in enumerate(("cat", "dog")):
+        write_image(divided / names[1] / name / "1.png", 100 + number)
+    task = efft.data.load(divided)
+    assert [len(task.train), len(task.val), len(task.test)] == [30, 2, 10]
+
+
+def test_two_folders_of_one_part(divided: Path, write_image: Write) -> None:
+    write_image(divided / "Training/cat/1.png", 99)
+    with pytest.raises(ValueError, match=r"has Training/, train/ for the part 'train': keep one of them"):
+        efft.data.load(divided)
+
+
+def test_a_class_may_be_called_like_a_part(tmp_path: Path, write_image: Write) -> None:
+    for number in range(20):
+        write_image(tmp_path / ("training" if number % 2 else "match") / f"{number}.png", number)
+    assert efft.data.load(tmp_path).class_names == ("match", "training")
+
+
+def test_hidden_files_and_folders_do_not_count(divided: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = contents(efft.data.load(divided).trainval)
+    for hidden in ("train/.ipynb_checkpoints", "test/__MACOSX", "train/cat/.cache", "train/cat/deep/@eaDir", ".git"):
+        (divided / hidden).mkdir()
+        (divided / hidden / "1.png").write_bytes(b"no image")
+    (divided / "train/cat/._0.png").write_bytes(b"no image")
+    assert contents(efft.data.load(divided).trainval) == before
+    assert "ignored" not in capsys.readouterr().err
+    (divided / "train/cat/Thumbs.db").write_bytes(b"")
+    efft.data.load(divided)
+    assert "train: ignored files that are no images: .db (1)" in capsys.readouterr().err
+
+
+def test_images_that_cannot_be_read_are_named_at_the_start(divided: Path, write_image: Write) -> None:
+    whole = (divided / "train/cat/deep/0.png").read_bytes()
+    (divided / "train/cat/cut.png").write_bytes(whole[:-30])
+    (divided / "test/dog/empty.jpg").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"2 of 42 images cannot be read: .*train/cat/cut\.png: .*test/dog/empty\.jpg"):
         efft.data.load(divided)
 
 

@@ -169,7 +169,7 @@ def test_damaged_checkpoint(stopped: Path, config: TrainConfig, damage: str) -> 
     path.write_bytes(content)
     if damage == "foreign":
         torch.save({"epoch": 1}, path)
-        with pytest.raises(CheckpointError, match="has format None; this version reads 1"):
+        with pytest.raises(CheckpointError, match="has format None; this version reads 2"):
             run(config, stopped, resume=True)
     else:
         with pytest.raises(

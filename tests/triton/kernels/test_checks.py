@@ -45,7 +45,7 @@ def plain_launch(A: Tensor, B: Tensor, Y: Tensor, M: int, stride_am: int, N: int
     """The product of [32, 32] matrices with sizes and strides as told, right or wrong."""
     P, T, H = torch.ones(32, 16), torch.ones(16, 32), torch.empty(64, 16)
     lowrank_gemm_kernel[(triton.cdiv(M, 32) * triton.cdiv(N, 32),)](
-        *(A, B, None, P, T, H, None, Y, None, 1, M, N, 32, 16, stride_am, 1, 32, 1, 0, 16, 1, 32, 1, 0, 0, 0, 0, 0),
+        *(A, B, None, P, T, H, None, Y, None, 1, 1, M, N, 32, 16, stride_am, 1, 32, 1, 0, 16, 1, 32, 1, 0, 0, 0, 0, 0),
         **{"PRODUCER": "none", "RECOMPUTE": True, "PRECISION": "ieee", "GROUP_M": 8},
         **{"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "BLOCK_R": 16},
     )

@@ -1,0 +1,323 @@
+"""One module of experts, as transformers has them: forward and backward with an update of all its matrices.
+
+    python -m benchmarks experts --quick
+    python -m benchmarks experts --model qwen3_30b --device cuda --dtype bfloat16
+
+The module is Mixtral's, at the sizes of several models, with random weights and a random router. Every row trains an
+update of both parameters, of one rank: this library's, LoRA of ``peft`` (``target_parameters``), and this library's
+factors as dense effective weights. A row is timed only after its output and every gradient are as exact as effective
+weights computed densely in the same precision, against fp64; otherwise it gets its reason and no figure. ``saved`` is
+what a forward pass keeps for backward, ``trained`` how many numbers are trained.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.budget import FACTOR
+from benchmarks.memory import peak, saved_for_backward
+from benchmarks.model.step import default_device
+from benchmarks.record import append, machine_facts, quantiles
+from benchmarks.timing import Samples, ratios, time_rows
+from efft.integrations.experts import adapt_experts
+from efft_kernels import Site, TTFactors
+
+#: Width, inner width, experts and experts for a token.
+MODELS = {
+    "tiny": (64, 32, 4, 2),
+    "granite_1b": (1024, 512, 32, 8),
+    "olmoe_1b_7b": (2048, 1024, 64, 8),
+    "qwen3_30b": (2048, 768, 128, 8),
+    "mixtral_8x7b": (4096, 14336, 8, 2),
+}
+_PARAMETERS = ("gate_up_proj", "down_proj")
+_PHASES = ("fwd", "fwd_bwd")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A module of experts and how many tokens it gets."""
+
+    model: str = "granite_1b"
+    tokens: int = 512
+    rank: int = 16
+    dtype: str = "float32"
+    device: str = "cpu"
+
+    def inputs(self) -> Inputs:
+        """Random weights, tokens and a random router's choice."""
+        d, inner, n_experts, k = MODELS[self.model]
+        like: dict[str, Any] = {"device": self.device, "dtype": getattr(torch, self.dtype)}
+        torch.manual_seed(0)
+        shapes = {"gate_up_proj": (n_experts, 2 * inner, d), "down_proj": (n_experts, d, inner)}
+        stored = {name: torch.randn(shape, **like).mul_(shape[-1] ** -0.5) for name, shape in shapes.items()}
+        scores, chosen = torch.rand(self.tokens, n_experts, device=self.device).topk(k)
+        x, gy = (torch.randn(self.tokens, d, **like) for _ in range(2))
+        return Inputs(self, stored, x, chosen, scores.softmax(-1).to(x.dtype), gy)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What every row of a case gets."""
+
+    case: Case
+    stored: dict[str, Tensor]  # [experts, d_out, d_in] each
+    x: Tensor  # [tokens, d]
+    chosen: Tensor  # [tokens, k]
+    weights: Tensor  # [tokens, k]
+    gy: Tensor  # [tokens, d]
+
+    def module(self, implementation: str = "grouped_mm") -> nn.Module:
+        """The frozen module, on the weights themselves."""
+        import transformers
+        from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+        d, inner, n_experts, _ = MODELS[self.case.model]
+        config = transformers.MixtralConfig(hidden_size=d, intermediate_size=inner, num_local_experts=n_experts)
+        config._experts_implementation = implementation
+        with torch.device("meta"):
+            module: nn.Module = MixtralExperts(config)
+        for name, weight in self.stored.items():
+            setattr(module, name, nn.Parameter(weight, requires_grad=False))
+        return module
+
+
+@dataclass
+class Trained:
+    """A row on one case's inputs, ready to run.
+
+    Attributes:
+        inputs: of the case.
+        run: the module, called with x, the router's choice and its weights.
+        factors: what is trained, by name.
+        deltas: the updates by name of the parameter, from the factors; differentiable in any dtype.
+    """
+
+    inputs: Inputs
+    run: Callable[..., Tensor]
+    factors: dict[str, Tensor]
+    deltas: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+    def __post_init__(self) -> None:
+        self.x = self.inputs.x.detach().requires_grad_()
+        self.leaves = [self.x, *self.factors.values()]
+
+    def forward(self) -> Tensor:
+        """y, recorded for backward."""
+        return self.run(self.x, self.inputs.chosen, self.inputs.weights)
+
+    def forward_backward(self) -> tuple[Tensor, ...]:
+        """One forward pass and its gradients."""
+        return torch.autograd.grad(self.forward(), self.leaves, self.inputs.gy)
+
+    def results(self) -> dict[str, Tensor]:
+        """``y`` and the gradients of x and of every factor."""
+        y = self.forward()
+        return self._named(y, torch.autograd.grad(y, self.leaves, self.inputs.gy))
+
+    def densely(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The same from weights plus dense updates in the class's own forward, all in ``dtype``."""
+        leaves = [leaf.detach().to(dtype).requires_grad_() for leaf in self.leaves]
+        deltas = self.deltas(dict(zip(self.factors, leaves[1:], strict=True)))
+        sums = {name: weight.to(dtype) + deltas.get(name, 0) for name, weight in self.inputs.stored.items()}
+        arguments = leaves[0], self.inputs.chosen, self.inputs.weights.to(dtype)
+        y = torch.func.functional_call(self.inputs.module("eager"), sums, arguments)
+        return self._named(y, torch.autograd.grad(y, leaves, self.inputs.gy.to(dtype)))
+
+    def _named(self, y: Tensor, gradients: Sequence[Tensor]) -> dict[str, Tensor]:
+        names = ["y", "dx", *(f"d{name}" for name in self.factors)]
+        return dict(zip(names, [y.detach(), *gradients], strict=True))
+
+    def errors(self) -> dict[str, float]:
+        """Error of each result, as a multiple of what dense weights make in the same precision."""
+        got, exact, plain = self.results(), self.densely(torch.float64), self.densely(self.x.dtype)
+        found = {}
+        for name, value in exact.items():
+            rounding = torch.finfo(got[name].dtype).eps / 2 * value.norm()
+            yardstick = torch.maximum((plain[name].double() - value).norm(), rounding)
+            found[name] = ((got[name].double() - value).norm() / yardstick).item()
+        return found
+
+
+def floor(inputs: Inputs) -> Trained:
+    """The frozen module: forward and dx, what no method can avoid."""
+    return Trained(inputs, inputs.module(), {}, lambda factors: {})
+
+
+def efft(inputs: Inputs) -> Trained:
+    """Products of low rank beside the experts' own."""
+    bank, sites = _bank(inputs)
+    module = inputs.module()
+    adapt_experts(module, {name: (bank, site) for name, site in sites.items()})
+    return Trained(inputs, module, dict(bank.named_parameters()), _of_bank(bank, sites))
+
+
+def dense(inputs: Inputs) -> Trained:
+    """The same factors, the update built and added to the weights, W + dW, under autograd."""
+    bank, sites = _bank(inputs)
+    module, factors, deltas = inputs.module(), dict(bank.named_parameters()), _of_bank(bank, sites)
+
+    def run(*arguments: Tensor) -> Tensor:
+        sums = {name: inputs.stored[name] + delta.to(inputs.x.dtype) for name, delta in deltas(factors).items()}
+        y: Tensor = torch.func.functional_call(module, sums, arguments)
+        return y
+
+    return Trained(inputs, run, factors, deltas)
+
+
+def lora(inputs: Inputs) -> Trained:
+    """LoRA of peft on the same parameters, factors of each expert's own."""
+    import peft
+
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = inputs.module()
+
+        def forward(self, *arguments: Tensor) -> Tensor:
+            y: Tensor = self.experts(*arguments)
+            return y
+
+    names = [f"experts.{name}" for name in _PARAMETERS]
+    config = peft.LoraConfig(
+        r=inputs.case.rank, lora_alpha=inputs.case.rank, target_modules=[], target_parameters=names
+    )
+    model = peft.get_peft_model(Holder(), config)
+    layers = {m.parameter_name: m for m in model.modules() if hasattr(m, "parameter_name")}
+    factors = {}
+    for name, layer in layers.items():
+        for side in ("lora_A", "lora_B"):
+            factors[f"{name}.{side}"] = factor = getattr(layer, side)["default"].weight
+            n = inputs.case.rank if side == "lora_B" else factor.shape[1]
+            nn.init.normal_(factor, std=n**-0.5)  # |dW| is about |W|: an error of the update cannot hide
+    n_experts = MODELS[inputs.case.model][2]
+
+    def deltas(factors: dict[str, Tensor]) -> dict[str, Tensor]:
+        found = {}
+        for name in layers:
+            A, B = factors[f"{name}.lora_A"], factors[f"{name}.lora_B"]
+            A, B = A.unflatten(0, (n_experts, -1)), B.unflatten(1, (-1, n_experts))
+            found[name] = torch.einsum("ore,eri->eoi", B, A)
+        return found
+
+    return Trained(inputs, model, factors, deltas)
+
+
+ROWS: dict[str, Callable[[Inputs], Trained]] = {"floor": floor, "efft": efft, "lora:peft": lora, "dense": dense}
+
+
+def _bank(inputs: Inputs) -> tuple[TTFactors, dict[str, Site]]:
+    """A train for both parameters, with a core for every matrix, |dW| about |W|; the same each time."""
+    d, inner, n, _ = MODELS[inputs.case.model]
+    bank = TTFactors(d, inner, inputs.case.rank, n_cores=3 * n, device=inputs.case.device)
+    torch.manual_seed(1)
+    for factor, size in ((bank.U, d), (bank.C, 1), (bank.V, inputs.case.rank**2)):
+        nn.init.normal_(factor, std=size**-0.5)
+    first = Site(0, tuple(range(2 * n)), experts=n)
+    second = Site(0, tuple(range(2 * n, 3 * n)), transpose=True, mask_scope=1, experts=n)
+    return bank, dict(zip(_PARAMETERS, (first, second), strict=True))
+
+
+def _of_bank(bank: TTFactors, sites: dict[str, Site]) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    def deltas(factors: dict[str, Tensor]) -> dict[str, Tensor]:
+        first, second = (factors["C"][0, list(site.cores)] for site in sites.values())
+        up = (factors["U"] @ first @ factors["V"]).unflatten(0, (-1, 2))  # [experts, 2, d, inner]
+        down = factors["U"] @ second @ factors["V"]  # [experts, d, inner], as down_proj is stored
+        return {"gate_up_proj": up.transpose(2, 3).flatten(1, 2), "down_proj": down}
+
+    return deltas
+
+
+def measure(case: Case, names: Sequence[str], repeats: int) -> list[dict[str, Any]]:
+    """A line of the result file for each row: times, ratios and bytes, or the reason why there are none."""
+    inputs = case.inputs()
+    common = {**machine_facts(), "suite": "experts", **asdict(case)}
+    lines: dict[str, dict[str, Any]] = {}
+    ready: dict[str, Trained] = {}
+    for name in names:
+        lines[name] = {**common, "row": name, "reason": None}
+        try:
+            row = ROWS[name](inputs)
+            errors = row.errors()
+        except (ImportError, RuntimeError, TypeError, ValueError) as error:  # the other rows go on
+            lines[name]["reason"] = f"failed: {(str(error).splitlines() or [type(error).__name__])[0]}"
+            continue
+        lines[name] |= {"errors": errors, "trained": sum(factor.numel() for factor in row.factors.values())}
+        over = [f"{result} {error:.3g}" for result, error in errors.items() if not error <= FACTOR]  # NaN is not <= 2
+        if over:
+            lines[name]["reason"] = f"error over {FACTOR:g} times that of dense weights: {', '.join(over)}"
+            continue
+        ready[name] = row
+        lines[name]["saved_bytes"] = saved_for_backward(row.forward, [row.x])
+        if torch.device(case.device).type == "cuda":  # of a process on the CPU it would be that of all rows so far
+            lines[name] |= peak(row.forward_backward, case.device)
+    samples: dict[str, Samples] = {
+        phase: time_rows({name: getattr(row, run) for name, row in ready.items()}, repeats, device=case.device)
+        for phase, run in zip(_PHASES, ("forward", "forward_backward"), strict=True)
+    }
+    for name in ready:
+        lines[name]["seconds"] = {phase: quantiles(of[name]) for phase, of in samples.items()}
+        if "floor" in ready:
+            lines[name]["ratio"] = {phase: quantiles(ratios(of)[name]) for phase, of in samples.items()}
+    return list(lines.values())
+
+
+def show(lines: Sequence[dict[str, Any]]) -> None:
+    """The table of one case."""
+    first = lines[0]
+    print(f"\n{first['model']}, {first['tokens']} tokens, rank {first['rank']}, {first['dtype']}, {first['device']}")
+    print(f"{'row':<11} {'both ms':>9} {'/ floor':>8} {'fwd / floor':>12} {'saved MiB':>10} {'trained':>12}")
+    for line in lines:
+        if line["reason"] is not None or "ratio" not in line:
+            print(f"{line['row']:<11} -- {line['reason'] or 'the floor it is compared with was refused'}")
+            continue
+        ratio, seconds = line["ratio"], line["seconds"]["fwd_bwd"]["p50"]
+        print(
+            f"{line['row']:<11} {1e3 * seconds:>9.2f} {ratio['fwd_bwd']['p50']:>8.3f} {ratio['fwd']['p50']:>12.3f} "
+            f"{line['saved_bytes'] / 2**20:>10.1f} {line['trained']:>12,}"
+        )
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    options = argparse.ArgumentParser(
+        prog="python -m benchmarks experts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--model", nargs="+", choices=list(MODELS), default=[Case.model])
+    options.add_argument("--tokens", nargs="+", type=int, default=[Case.tokens])
+    options.add_argument("--rank", nargs="+", type=int, default=[Case.rank])
+    options.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
+    options.add_argument("--device", default=default_device())
+    options.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), help="beside the floor")
+    options.add_argument("--repeats", type=int, help="default: 10, with --quick 3")
+    options.add_argument("--quick", action="store_true", help="few repeats")
+    options.add_argument("--results", type=Path, help="folder for experts.jsonl")
+    return options
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Measures, prints and records every case."""
+    args = parser().parse_args(words)
+    names = [name for name in ROWS if name in {"floor", *args.rows}]
+    path = None
+    for model in args.model:
+        for tokens in args.tokens:
+            for rank in args.rank:
+                for dtype in args.dtype:
+                    case = Case(model, tokens, rank, dtype, args.device)
+                    lines = measure(case, names, args.repeats or (3 if args.quick else 10))
+                    path = append("experts", lines, args.results)
+                    show(lines)
+    print(f"\nwritten to {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

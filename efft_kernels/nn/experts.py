@@ -1,0 +1,157 @@
+"""Experts held as one three-dimensional parameter: which rows go to which expert, and the update of their matrices."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from efft_kernels._autocast import no_autocast
+from efft_kernels.nn.expert_mm import expert_mm
+from efft_kernels.nn.factors import Site, TTFactors
+from efft_kernels.nn.parameter import AdaptedParameter, cannot_adapt_parameter
+from efft_kernels.nn.weights import stored_in
+from efft_kernels.ops import tt_merge_
+
+#: How the matrices of experts lie in a parameter: ``[experts, d_out, d_in]``, ``[experts, d_in, d_out]``.
+EXPERT_VIEWS = ("experts", "experts transposed")
+
+
+class Routing(NamedTuple):
+    """Tokens sorted by the experts they go to: a row for every token and expert that the router chose for it.
+
+    Attributes:
+        order: ``[rows]``, the place of each row in the router's ``[tokens, k]``, flattened.
+        tokens: ``[rows]``, the token of each row.
+        experts: ``[rows]``, the expert of each row, ascending.
+        offsets: int32 ``[experts]``, where the rows of each expert end.
+    """
+
+    order: Tensor
+    tokens: Tensor
+    experts: Tensor
+    offsets: Tensor
+
+    @classmethod
+    def of(cls, chosen: Tensor, n_experts: int) -> Routing:
+        """The routing for the router's choice ``[tokens, k]`` of experts."""
+        experts, order = torch.sort(chosen.reshape(-1), stable=True)
+        each = torch.arange(n_experts, device=chosen.device, dtype=experts.dtype)
+        offsets = torch.searchsorted(experts, each, right=True, out_int32=True)
+        return cls(order, order // chosen.shape[-1], experts, offsets)
+
+    def combine(self, y: Tensor, weights: Tensor) -> Tensor:
+        """The rows ``y [rows, d]`` of each token, weighted by the router's ``weights [tokens, k]`` and summed
+        ``[tokens, d]``."""
+        weighted = y * weights.reshape(-1)[self.order].unsqueeze(-1)
+        back = torch.empty_like(self.order).scatter_(0, self.order, torch.arange(len(y), device=y.device))
+        return weighted[back].unflatten(0, weights.shape).sum(1)
+
+
+class ExpertWeight(AdaptedParameter):
+    """The matrices of experts ``[experts, d_out, d_in]``, one parameter of a module, with an update of each.
+
+    All experts share D, so that it multiplies every token once, whatever the number of experts it goes to. Each has
+    its own core, and all cores share V: the update is ``(x D) C[e] V``, and no matrix of the size of an expert's is
+    built. What multiplies by the stored parameter adds the update with :meth:`add_update`; whoever reads the parameter
+    otherwise gets the effective weights of all experts, densely.
+
+    Args:
+        module, name: whose parameter it is, and which.
+        factors, site: the bank, and the part of it that the experts use.
+        transposed: the parameter is stored as ``[experts, d_in, d_out]``.
+
+    Raises:
+        TypeError: it is not a plain floating-point parameter of three dimensions, or adapted already.
+        ValueError: the sizes do not fit.
+    """
+
+    factors: TTFactors
+    site: Site
+
+    def __init__(
+        self, module: nn.Module, name: str, factors: TTFactors, site: Site, *, transposed: bool = False
+    ) -> None:
+        reason = cannot_adapt_experts(module, name)
+        if reason is not None:
+            raise TypeError(f"{name} of {type(module).__name__}: {reason}")
+        weight = stored_in(module, name)
+        if site.experts != len(weight):
+            raise ValueError(
+                f"{name} of {type(module).__name__}: {site} is of {site.experts} experts, not {len(weight)}"
+            )
+        super().__init__(module, name, factors, site, EXPERT_VIEWS[transposed])
+
+    def _features(self) -> tuple[int, int]:
+        d_in, d_out = self.matrices(self.stored).shape[1:]
+        return d_in, d_out
+
+    @property
+    def live(self) -> bool:
+        """Whether the update has to be added to products with the stored parameter."""
+        return self.enabled and not self.merged
+
+    def matrices(self, weight: Tensor) -> Tensor:
+        """``weight``, laid out like the parameter, as ``[experts, d_in, d_out]``, or the other way round: a view."""
+        return weight if self.view == EXPERT_VIEWS[True] else weight.transpose(1, 2)
+
+    def add_update(self, y: Tensor, x: Tensor, offsets: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """``y`` plus the update of every expert times its rows.
+
+        Args:
+            y: ``[rows, d_out]``, the product with the parameter.
+            x: ``[rows, d_in]``; with ``tokens`` instead ``[tokens, d_in]``, and row i is that of token ``tokens[i]``.
+            offsets: see :func:`expert_mm`.
+
+        Returns:
+            ``[rows, d_out]`` in the dtype of ``y``, in which the update is computed. Differentiable in ``y``, ``x`` and
+            the factors.
+        """
+        with no_autocast(x.device):
+            D, C, V = (operand.to(y.dtype) for operand in self.factors.down_up(self.binding))
+            h = x.to(y.dtype) @ D
+            h = expert_mm(h if tokens is None else h[tokens], C, offsets)  # [rows, blocks * r']
+            if self.site.blocks > 1 and self.site.interleaved:
+                return y + (h.unflatten(1, (self.site.blocks, -1)) @ V).transpose(1, 2).flatten(1)
+            return torch.addmm(y.reshape(-1, V.shape[1]), h.reshape(-1, V.shape[0]), V).view(y.shape)
+
+    def update(self, D: Tensor, G: Tensor) -> Tensor:
+        """The dense update of all experts, of the parameter's shape, from D and G [experts, r, d_out]."""
+        with no_autocast(D.device):
+            return self.matrices(D @ G)
+
+    def _add(self, W: Tensor, D: Tensor, G: Tensor) -> None:
+        for matrix, up in zip(self.matrices(W), G, strict=True):
+            tt_merge_(matrix.t(), D, up)
+
+
+def cannot_adapt_experts(module: nn.Module, name: str) -> str | None:
+    """None if the parameter ``name`` of ``module`` can be that of an :class:`ExpertWeight`, else the reason."""
+    reason = cannot_adapt_parameter(module, name, "convolution")  # which may have any number of dimensions
+    weight = module._parameters.get(name)
+    if reason is None and weight is not None and (weight.dim() != 3 or not holds_numbers(weight)):
+        return f"expected floating-point matrices [experts, d_out, d_in], got {list(weight.shape)} {weight.dtype}"
+    return reason
+
+
+def holds_numbers(weight: Tensor) -> bool:
+    """Whether a sum can be rounded to the dtype of ``weight``: to 8 bits and fewer it is not without a scale."""
+    return weight.is_floating_point() and weight.element_size() > 1
+
+
+def expert_linear(x: Tensor, W: Tensor, offsets: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x[i] W[e] + bias[i]`` for the rows i of every expert e, in the dtype of ``W``.
+
+    Args:
+        x: ``[rows, d_in]``, sorted by expert.
+        W: ``[experts, d_in, d_out]``.
+        offsets: see :func:`expert_mm`.
+        bias: ``[rows, d_out]`` or None.
+    """
+    with no_autocast(x.device):
+        y = expert_mm(x.to(W.dtype), W, offsets)
+        return y if bias is None else y + bias
+
+
+__all__ = ["ExpertWeight", "Routing", "expert_linear"]

@@ -1,0 +1,125 @@
+"""Which rows of a layer's input belong to which sample of the batch, found by changing a sample."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from efft_kernels.nn.pooled import Layout
+
+#: A row has changed if it did by more than this share of the largest: rounding does less, another input more.
+_CHANGE = 1e-3
+
+#: Dimensions of an input to where the samples are in it; see :class:`efft_kernels.nn.pooled.PooledLinear`.
+Layouts = dict[int, Layout]
+
+
+@torch.no_grad()
+def find_layouts(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], samples: int
+) -> dict[str, Layouts] | None:
+    """Where each linear layer of ``model`` has the samples of a batch, found by running it twice: on these inputs, and
+    with the first sample changed.
+
+    Args:
+        model: run in eval mode, without gradients.
+        args, kwargs: its inputs; in tensors the first dimension is the batch of ``samples``.
+        samples: at least 2.
+
+    Returns:
+        Layer name to number of dimensions to place, for what could be told and is not the first dimension. None if
+        nothing could: the inputs have nothing to change, or the model does not run like this.
+    """
+    other_args = tuple(_changed(x, samples) for x in args)
+    other_kwargs = {key: _changed(x, samples) for key, x in kwargs.items()}
+    pairs = zip((*args, *kwargs.values()), (*other_args, *other_kwargs.values()), strict=True)
+    if not any(isinstance(a, Tensor) and not torch.equal(a, b) for a, b in pairs):
+        return None
+    modes = {module: module.training for module in model.modules()}
+    device = next(model.parameters()).device
+    try:
+        model.eval()
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            first = _run(
+                model, *copy.deepcopy((tuple(args), dict(kwargs)))
+            )  # a cache of keys and values grows in a run
+            second = _run(model, *copy.deepcopy((other_args, other_kwargs)))
+    except Exception:  # whatever is wrong with the inputs, the model itself will say
+        return None
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    if [(name, shape) for name, shape, _, _ in first] != [(name, shape) for name, shape, _, _ in second]:
+        return None
+    found: dict[str, Layouts] = {}
+    for (name, shape, before, size), (_, _, after, _) in zip(first, second, strict=True):
+        unchanged = (after - before).abs() <= _CHANGE * size
+        layout = _layout(shape, ~unchanged, samples)
+        if layout != _UNKNOWN and math.prod(shape[:-1]) != samples:
+            entry = _USUAL if layout == 0 and shape[0] == samples else layout
+            layouts = found.setdefault(name, {})
+            layouts[len(shape)] = entry if layouts.get(len(shape), entry) == entry else None
+    unusual = {name: {n: x for n, x in layouts.items() if x != _USUAL} for name, layouts in found.items()}
+    return {name: layouts for name, layouts in unusual.items() if layouts}
+
+
+def _changed(x: Any, samples: int) -> Any:
+    """An input whose first sample is another, as far as one can make it up."""
+    if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[0] != samples or x.dtype == torch.bool:
+        return x
+    if not x.is_floating_point():  # numbers of tokens: others of the same sample are valid, too
+        return x if x.dim() == 1 else torch.cat([x[:1].roll(1, -1), x[1:]])
+    return torch.cat([0.5 - 1.3 * x[:1].flip(-1), x[1:]]) if bool(x.isfinite().all()) else x
+
+
+_Run = list[tuple[str, torch.Size, Tensor, Tensor]]
+
+
+def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Run:
+    """(layer, shape of its input, a number of each row [rows], size of the largest row) of all calls."""
+    calls: _Run = []
+
+    def watch(name: str) -> Any:
+        def hook(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+            x = inputs[0]
+            rows = x.reshape(-1, x.shape[-1]).float()
+            direction = torch.arange(x.shape[-1], device=x.device, dtype=torch.float32).mul(0.7).cos()
+            calls.append((name, x.shape, rows @ direction, rows.norm(dim=1).amax() if len(rows) else rows.sum()))
+
+        return hook
+
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in linears.items()]
+    try:
+        torch.manual_seed(0)
+        model(*args, **kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+_UNKNOWN, _USUAL = -2, -3
+
+
+def _layout(shape: torch.Size, changed: Tensor, samples: int) -> Layout:
+    """Where the samples are in an input, of which these rows changed with the first one; None if nowhere."""
+    rows, sizes = math.prod(shape[:-1]), shape[:-1]
+    places: dict[int, Tensor] = {}
+    if rows % samples == 0:
+        number = torch.arange(rows, device=changed.device)
+        places[0] = number < rows // samples
+        for dim, size in enumerate(sizes):
+            if dim and size == samples:
+                places[dim] = number // math.prod(sizes[dim + 1 :]) % samples == 0
+        places[-1] = number % samples == 0
+    fitting = [place for place, expected in places.items() if not (changed & ~expected).any()]
+    exact = [place for place in fitting if torch.equal(places[place], changed)]
+    if not fitting or not changed.any():
+        return None
+    return exact[0] if exact else fitting[0] if len(fitting) == 1 else _UNKNOWN

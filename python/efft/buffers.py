@@ -1,0 +1,116 @@
+"""Buffers that training changes, such as the running statistics of batch norms: kept beside the factors."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from efft.wrappers import plain_name
+from efft_kernels.nn.linear import AdaptedLayer
+from efft_kernels.nn.weights import is_plain
+
+#: Larger buffers of integers are tables and packed weights, which no training changes.
+_LARGEST_COUNTERS = 2**12
+
+
+def _places(model: nn.Module, head: Iterable[str]) -> Iterator[tuple[str, nn.Module, str]]:
+    """(name in the state dict, module, name there) of every buffer that training might change, outside head and bank.
+
+    These are the persistent ones: floating-point numbers, and few integers, as counters are.
+    """
+    apart: set[int] = set()
+    for name in head:
+        apart |= {id(m) for m in model.get_submodule(name).modules()}
+    for prefix, module in model.named_modules():
+        if id(module) in apart or isinstance(module, AdaptedLayer) or plain_name(prefix).split(".")[0] == "efft":
+            continue
+        for name, buffer in module._buffers.items():
+            if buffer is None or name in module._non_persistent_buffers_set or not is_plain(buffer):
+                continue
+            if buffer.is_floating_point() or buffer.is_complex() or buffer.numel() <= _LARGEST_COUNTERS:
+                yield plain_name(f"{prefix}.{name}" if prefix else name), module, name
+
+
+def snapshot(model: nn.Module, head: Iterable[str]) -> dict[str, Tensor]:
+    """Copies of the buffers that training might change, by their names in the state dict."""
+    return {name: module._buffers[key].detach().clone() for name, module, key in _places(model, head)}  # type: ignore
+
+
+def changed(model: nn.Module, head: Iterable[str], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The buffers whose values are no longer those of ``base``, which :func:`snapshot` gave.
+
+    Those of a model that was on the meta device then count as changed: their values came later.
+    """
+    return {name: module._buffers[key] for name, module, key in _changed(model, head, base)}  # type: ignore
+
+
+def of_names(model: nn.Module, head: Iterable[str], names: Iterable[str]) -> dict[str, Tensor]:
+    """The buffers of these names, as far as the model has them and training might change them."""
+    wanted = set(names)
+    return {n: module._buffers[key] for n, module, key in _places(model, head) if n in wanted}  # type: ignore
+
+
+@torch.no_grad()
+def put_back(model: nn.Module, head: Iterable[str], base: Mapping[str, Tensor]) -> None:
+    """Give the buffers the values of ``base`` again, bit for bit."""
+    for name, module, key in list(_changed(model, head, base)):
+        buffer = module._buffers[key]
+        assert buffer is not None
+        if not base[name].is_meta:
+            buffer.copy_(base[name])
+
+
+@contextmanager
+def as_in_base(model: nn.Module, head: Iterable[str], base: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within the ``with`` block the buffers are others, with the values of ``base``; what changes these is lost."""
+    trained = []
+    for name, module, key in list(_changed(model, head, base)):
+        buffer = module._buffers[key]
+        assert buffer is not None
+        if not base[name].is_meta:
+            trained.append((module, key, buffer))
+            module._buffers[key] = base[name].to(buffer, copy=True)
+    try:
+        yield
+    finally:
+        for module, key, buffer in trained:
+            module._buffers[key] = buffer
+
+
+def check_none(adapter: str, changed: Collection[str]) -> None:
+    """Raise ValueError if an adapter that is to share its base with others comes with buffers."""
+    if changed:
+        raise ValueError(
+            f"adapter {adapter!r} comes with buffers that its training changed ({len(changed)}, {min(changed)} first): "
+            "a pool's adapters share one base, statistics of batch norms included; train with freeze_statistics=True, "
+            "or serve this adapter by efft.load_adapter in a model of its own"
+        )
+
+
+def statistics(model: nn.Module, head: Iterable[str]) -> list[nn.Module]:
+    """The modules that update floating-point buffers of theirs in training: batch norms, and leaves like them."""
+    found = {
+        id(module): module
+        for _, module, key in _places(model, head)
+        if (isinstance(module, nn.modules.batchnorm._NormBase) or not any(module.children()))
+        and module._buffers[key].is_floating_point()  # type: ignore[union-attr]
+    }
+    return list(found.values())
+
+
+def _changed(model: nn.Module, head: Iterable[str], base: Mapping[str, Tensor]) -> Iterator[tuple[str, nn.Module, str]]:
+    for name, module, key in _places(model, head):
+        buffer, before = module._buffers[key], base.get(name)
+        assert buffer is not None
+        if before is None or buffer.is_meta:
+            continue
+        if before.is_meta or not _same(buffer, before.to(buffer)):
+            yield name, module, key
+
+
+def _same(buffer: Tensor, before: Tensor) -> bool:
+    """Whether two tensors of one dtype are the same, bit for bit, as far as numbers go: NaN is NaN."""
+    return torch.equal(buffer, before) or bool(((buffer == before) | ((buffer != buffer) & (before != before))).all())

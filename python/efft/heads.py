@@ -1,0 +1,119 @@
+"""The task head of a model: the modules that are new for its task and are trained beside the factors."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from torch import nn
+
+#: Attributes that hold the head of a model that has no other way to say so, those of one row together. The first row
+#: that a model has counts.
+_USUAL = (
+    ("classifier", "aux_classifier"),
+    ("heads",),
+    ("head",),
+    ("fc", "AuxLogits", "aux1", "aux2"),
+    ("score",),
+    ("cls_classifier", "distillation_classifier"),
+)
+
+
+def find_head(model: nn.Module, config_head: list[str] | None) -> list[str]:
+    """Names of the modules trained beside the factors: those given, else what belongs to the task alone.
+
+    That is, for a task model of transformers, everything outside the base that its class names, but for the output
+    embeddings of a language model, which are pretrained; the classifier that a model of timm names; else a module of
+    the root with the usual name of a head, or everything beside a module called ``backbone``. An empty list if nothing
+    is found.
+
+    Raises:
+        ValueError: a given name is no module of the model.
+    """
+    names = {module: name for name, module in model.named_modules()}  # of a shared module the last
+    if config_head is not None:
+        known = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+        for name in config_head:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 3)
+                raise ValueError(f"head: no module named {name!r}; nearest: {', '.join(near) or 'none'}")
+        return list(config_head)
+    found = _of_transformers(model) if _is_transformers(model) else _of_timm(model) or _of_root(model)
+    for inside in [] if found or _is_bare(model) else list(model.modules())[1:]:  # a library's model inside another one
+        found = found or _of_timm(inside) or ([] if _is_transformers(model) else _of_transformers(inside))
+    chosen = {id(module) for module in found if _is_trainable(module)}
+    head = [name for module, name in names.items() if name and id(module) in chosen]
+    # What has no weights is no head by itself: a temperature, a final norm.
+    matrices = any(p.dim() > 1 for name in head for p in model.get_submodule(name).parameters())
+    return head if matrices else []
+
+
+def is_language_model(model: nn.Module) -> bool:
+    """Whether a model of transformers ends in the output embeddings of a language model, pretrained like the rest."""
+    if not _is_transformers(model):
+        return False
+    embeddings: Any = model
+    return embeddings.get_output_embeddings() is not None
+
+
+def _of_transformers(model: nn.Module) -> list[nn.Module]:
+    """What a task model has beside its pretrained base, or bases."""
+    if not _is_transformers(model) or _is_bare(model) or is_language_model(model):
+        return []
+    base = getattr(model, str(model.base_model_prefix), None)
+    children = list(model.children())
+    if isinstance(base, nn.Module) and base is not model:
+        bases = [base]
+    else:
+        bases = [child for child in children if _is_transformers(child)]
+    inputs = _input_embeddings(model)
+    beside = [child for child in children if child is not inputs and all(child is not b for b in bases)]
+    if not bases or (base is None and 2 * _size(bases) < _size(children)):  # the base is somewhere else
+        return _of_root(model)
+    return beside + [module for b in bases for module in _of_transformers(b)]  # a base may be a task model too
+
+
+def _input_embeddings(model: Any) -> nn.Module | None:
+    """The embeddings of the tokens, which an encoder-decoder holds beside its parts."""
+    try:
+        embeddings: nn.Module | None = model.get_input_embeddings()
+    except (NotImplementedError, AttributeError):  # models of pictures and sound
+        return None
+    return embeddings
+
+
+def _is_bare(model: nn.Module) -> bool:
+    """Whether a model of transformers is one without a task: the library calls the others XxxForTask."""
+    return _is_transformers(model) and "For" not in type(model).__name__
+
+
+def _of_timm(model: nn.Module) -> list[nn.Module]:
+    """The classifier of a model of timm; distilled models have a pair."""
+    if not hasattr(model, "get_classifier"):
+        return []
+    of_timm: Any = model
+    classifier = of_timm.get_classifier()
+    return [m for m in (classifier if isinstance(classifier, tuple) else [classifier]) if isinstance(m, nn.Module)]
+
+
+def _of_root(model: nn.Module) -> list[nn.Module]:
+    """What has the usual name of a head, or lies beside a backbone."""
+    for attributes in _USUAL:
+        named = [m for a in attributes if isinstance(m := getattr(model, a, None), nn.Module) and _is_trainable(m)]
+        if named:
+            return named
+    backbone = getattr(model, "backbone", None)
+    return [child for child in model.children() if child is not backbone] if isinstance(backbone, nn.Module) else []
+
+
+def _is_transformers(model: nn.Module) -> bool:
+    return hasattr(model, "base_model_prefix") and hasattr(model, "get_output_embeddings")
+
+
+def _size(modules: list[nn.Module]) -> int:
+    return sum({id(p): p.numel() for module in modules for p in module.parameters()}.values())
+
+
+def _is_trainable(module: nn.Module) -> bool:
+    """Whether there is anything to train in a module: an Identity in a head's place has nothing."""
+    return next(module.parameters(), None) is not None

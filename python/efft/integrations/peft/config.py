@@ -1,0 +1,210 @@
+"""``EfftPeftConfig``: the settings of EFFT under the names that peft's users know, and under its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+from peft import PeftConfig, PeftType
+
+from efft.config import EfftConfig
+
+
+class _Alias:
+    """A field that is another name of a field of :class:`EfftConfig`, and has no value of its own.
+
+    ``read`` computes the value from the configuration and ``write`` the other field's value from it. When a
+    configuration is made, both may be given only if they agree; later either may be set.
+    """
+
+    def __init__(self, of: str, read: Callable[[Any], Any], write: Callable[[Any, Any], Any]) -> None:
+        self.of, self.read, self.write = of, read, write
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, config: Any, owner: type) -> Any:
+        return None if config is None else self.read(config)  # of the class it is the default
+
+    def __set__(self, config: Any, value: Any) -> None:
+        complete = "_complete" in config.__dict__
+        if not complete and (value is None or _same(self.read(config), value)):
+            return
+        if not complete and getattr(config, self.of) != getattr(EfftConfig, self.of):
+            raise ValueError(
+                f"{self.of} and {self.name} name the same {_MEANINGS[self.name]}: give one, got "
+                f"{getattr(config, self.of)} and {value}"
+            )
+        setattr(config, self.of, self.write(config, value))
+
+
+_MEANINGS = {"r": "rank", "lora_alpha": "scale", "lora_dropout": "probability", "modules_to_save": "modules"}
+
+
+class _TargetModules:
+    """Layers by peft's rules; None where ``targets`` chooses them, and then the names that this came to in a model."""
+
+    def __get__(self, config: Any, owner: type) -> Any:
+        if config is None:
+            return None
+        modules = config.__dict__.get("_modules")
+        if modules is not None:
+            return modules
+        return config.__dict__.get("_planned") or (None if isinstance(config.targets, str) else list(config.targets))
+
+    def __set__(self, config: Any, value: Any) -> None:
+        config.__dict__["_modules"] = _listed(value)
+
+
+_r: Any = _Alias("rank", lambda config: _largest(config.rank), lambda config, r: r)
+_lora_alpha: Any = _Alias("scale", lambda config: _alpha(config), lambda config, alpha: _quotient(alpha, config.rank))
+_lora_dropout: Any = _Alias("dropout", lambda config: config.dropout, lambda config, p: p)
+_modules_to_save: Any = _Alias("head", lambda config: config.head, lambda config, names: _listed(names))
+_target_modules: Any = _TargetModules()
+
+
+@dataclass
+class EfftPeftConfig(PeftConfig, EfftConfig):
+    """The settings of EFFT as a configuration of peft, under peft's names and under those of :class:`efft.EfftConfig`.
+
+    | peft | here | remarks |
+    |---|---|---|
+    | `r` | `rank` | the same setting; of several ranks `r` reads the largest |
+    | `lora_alpha` | `scale` | the update is (`lora_alpha` / `r`) U C V, so `scale` is their quotient, whatever \
+`rank_pattern` says; setting `r` later keeps `scale` |
+    | `lora_dropout` | `dropout` | elements of the *factors* are dropped, never activations |
+    | `target_modules` | `targets` | peft's rules: names, ends of names, one regular expression, `"all-linear"`; \
+without it, `targets` chooses |
+    | `exclude_modules` | `exclude` | names, ends of names or one regular expression; beside `exclude` |
+    | `layers_to_transform`, `layers_pattern` | - | as in LoRA; they narrow `targets` too |
+    | `rank_pattern` | `rank` of a group | layers of another rank share a train of their own |
+    | `modules_to_save` | `head` | ends of names; None finds the classifier, [] trains none |
+    | `bias` | - | `"none"`, `"all"` or `"efft_only"`: biases that are trained and saved too |
+    | `init_weights` | `init` | False draws all factors, so that the update is not zero: for tests |
+
+    Raises:
+        ValueError: a value out of range, a setting given under both of its names with different values, or settings
+            that exclude one another.
+    """
+
+    use_rslora: ClassVar[bool] = False
+    alpha_pattern: ClassVar[dict[str, float]] = {}
+
+    r: int | None = _r
+    lora_alpha: float | None = _lora_alpha
+    lora_dropout: float | None = _lora_dropout
+    target_modules: str | list[str] | None = _target_modules
+    exclude_modules: str | list[str] | None = None
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    modules_to_save: list[str] | None = _modules_to_save
+    bias: str = "none"
+    init_weights: bool = True
+
+    def __post_init__(self) -> None:
+        PeftConfig.__post_init__(self)
+        EfftConfig.__post_init__(self)
+        self.peft_type = PeftType.EFFT
+        for name in ("exclude_modules", "layers_to_transform", "layers_pattern"):
+            setattr(self, name, _listed(getattr(self, name)))
+        self.rank_pattern = dict(self.rank_pattern or {})
+        self.__dict__["_complete"] = True
+        modules = self.__dict__["_modules"]
+        known = modules is None or isinstance(modules, str) or _are(str, modules)
+        self._check(known, "target_modules", "None, a list of names, 'all-linear' or a regular expression", modules)
+        if modules is not None and self.targets not in ("all", modules):
+            raise ValueError(
+                f"targets and target_modules both choose the layers: give one, got {self.targets} and {modules}"
+            )
+        self._check(self.bias in ("none", "all", "efft_only"), "bias", "'none', 'all' or 'efft_only'", self.bias)
+        if self.rank_pattern:
+            self._check(isinstance(self.rank, int), "rank", "one integer beside a rank_pattern", self.rank)
+            for rank in self.rank_pattern.values():
+                self._check(type(rank) is int and rank > 0, "rank_pattern", "a dict of names to ranks", rank)
+        layers = self.layers_to_transform
+        known = layers is None or isinstance(layers, int) or _are(int, layers)
+        self._check(known, "layers_to_transform", "None, an index or a list of them", layers)
+        if layers is not None and isinstance(modules, str):
+            raise ValueError(
+                f"layers_to_transform narrows a list of target_modules, got the string {modules!r}: say the indices "
+                "in the expression, or list the names"
+            )
+        if self.layers_pattern and layers is None:
+            raise ValueError("layers_pattern says where the indices of layers_to_transform stand: give both, or none")
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict, without the names that ``targets`` came to in a model."""
+        values: dict[str, Any] = PeftConfig.to_dict(self)
+        return {**values, "target_modules": self.__dict__["_modules"]}
+
+    def choose(self, names: Iterable[str]) -> None:
+        """Note which layers of a model the settings came to."""
+        self.__dict__["_planned"] = list(names)
+
+    @property
+    def planned(self) -> list[str]:
+        """The layers that the settings came to in the last model they were used on."""
+        names: list[str] = self.__dict__.get("_planned", [])
+        return names
+
+    @property
+    def chosen_by_targets(self) -> bool:
+        """Whether ``targets`` chooses the layers, not ``target_modules``."""
+        return self.__dict__["_modules"] is None
+
+    def own(self, **changes: Any) -> EfftConfig:
+        """The same settings as an :class:`efft.EfftConfig` of linear layers alone, with these changed."""
+        return _OfLinearLayers(**{f.name: getattr(self, f.name) for f in fields(EfftConfig)} | changes)
+
+
+class _OfLinearLayers(EfftConfig):
+    """What peft's tuners can put a layer in the place of."""
+
+    kinds = frozenset({"linear"})
+
+
+def _listed(value: Any) -> Any:
+    """A set or a tuple as a list, which JSON gives back as it is."""
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _are(kind: type, values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is kind for value in values)
+
+
+def _flat(value: Any) -> list[Any]:
+    """The numbers in a number, a pair, or a dict of these."""
+    if isinstance(value, dict):
+        return [number for part in value.values() for number in _flat(part)]
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _largest(value: Any) -> Any:
+    return max(_flat(value), key=abs, default=None)
+
+
+def _alpha(config: Any) -> float | None:
+    """lora_alpha of a scale (of several the largest), None as long as the library is to find it."""
+    if "auto" in _flat(config.scale):
+        return None
+    alpha: float = _largest(config.scale) * _largest(config.rank)
+    return alpha
+
+
+def _quotient(alpha: Any, rank: Any) -> float:
+    """The scale that LoRA would use."""
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+        raise ValueError(f"EfftPeftConfig.lora_alpha must be a number, got {alpha!r}")
+    if not isinstance(rank, int):
+        raise ValueError(f"lora_alpha is divided by one rank, got {rank}: give the scale itself (scale=...)")
+    return alpha / rank
+
+
+def _same(a: Any, b: Any) -> bool:
+    numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in (a, b))
+    return math.isclose(a, b, rel_tol=1e-12) if numbers else bool(a == b)

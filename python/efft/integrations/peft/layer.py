@@ -1,0 +1,209 @@
+"""``EfftLayer``: a layer under peft, with any number of adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from efft.integrations.peft import kinds
+from efft_kernels import Site, TTFactors
+from efft_kernels.nn.weights import adapted_linear, is_plain
+
+
+class EfftLayer(nn.Module, BaseTunerLayer):
+    """A frozen layer with any number of adapters: ``y = x Wᵀ + b + (x D) G``, summed over the active ones.
+
+    It may be an ``nn.Linear``, transformers' ``Conv1D``, a convolution or an embedding. The factors belong to the
+    :class:`EfftModel`; the layer refers to them by dicts that are no part of its state, adapter name to its bank and to
+    the binding in it.
+
+    One op computes ``y`` of an ``nn.Linear``, without calling the layer that was adapted. Where that has hooks, a
+    forward of its own (as accelerate's offloading sets one) or a bias that is trained, and where it is of another kind,
+    it is called, and the update is added to its output.
+    """
+
+    adapter_layer_names = ("efft_factors",)
+    other_param_names = ("efft_bindings",)
+
+    active_adapters: list[str]
+    efft_factors: nn.ModuleDict
+    base_layer: Any
+    base_weight: Tensor | None
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features, self.out_features = kinds.sizes(base_layer)
+        self.__dict__["efft_factors"] = nn.ModuleDict()  # of the type that peft looks for, but not registered
+        self.efft_bindings: dict[str, Any] = {}
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._active_adapter: str | list[str] = []
+        self.register_buffer("base_weight", None, persistent=False)
+
+    def update_layer(self, adapter_name: str, factors: TTFactors, site: Site) -> None:
+        """Add an adapter: this layer is ``site`` of the bank ``factors``."""
+        self.efft_factors[adapter_name], self.efft_bindings[adapter_name] = factors, factors.bind(site)
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        """The input of the adapted layer to its output, as ``[..., in_features]`` to ``[..., out_features]``; further
+        arguments are that layer's.
+
+        With ``adapter_names``, a name per sample (the first dimension), each sample has the update of its own adapter,
+        or none under the name ``"__base__"``.
+        """
+        if adapter_names is not None:
+            return self._forward_mixed(x, adapter_names, *args, **kwargs)
+        layer = self.base_layer
+        names = [name for name in self.active_adapters if name in self.efft_bindings]
+        if self._disable_adapters and self.base_weight is not None:
+            base: Tensor = torch.func.functional_call(layer, {"weight": self.base_weight}, (x, *args), kwargs)
+            return base
+        if self._disable_adapters or self.merged_adapters or not names:
+            base = layer(x, *args, **kwargs)
+            return base
+        pairs = [self._bank(name).down_up(self.efft_bindings[name]) for name in names]
+        D, G = pairs[0]
+        if len(pairs) > 1:
+            D, G = torch.cat([D for D, _ in pairs], 1), torch.cat([G for _, G in pairs], 0)
+        if not (args or kwargs or _must_be_called(layer)):
+            return adapted_linear(layer, x, D, G)
+        y: Tensor = layer(x, *args, **kwargs)
+        return y + kinds.beside(layer, x, D, G, y)
+
+    def _forward_mixed(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        y: Tensor = self.base_layer(x, *args, **kwargs)
+        for name in sorted({*adapter_names} & {*self.efft_bindings}):
+            rows = torch.tensor([i for i, own in enumerate(adapter_names) if own == name], device=y.device)
+            D, G = self._bank(name).down_up(self.efft_bindings[name])
+            y = y.index_add(0, rows, kinds.beside(self.base_layer, x[rows.to(x.device)], D, G, y))
+        return y
+
+    def _bank(self, adapter: str) -> Any:
+        return self.efft_factors[adapter]
+
+    def _evaluated(self, adapter: str) -> tuple[Tensor, Tensor]:
+        with loaded(self._bank(adapter)) as factors:
+            pair: tuple[Tensor, Tensor] = factors.evaluated(self.efft_bindings[adapter].site)
+        return pair
+
+    @torch.no_grad()
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The dense update of the weight's shape, of an adapter in its factors' dtype, without dropout; zero for an
+        adapter that leaves this layer alone."""
+        if adapter not in self.efft_bindings:
+            return torch.zeros(self.base_layer.weight.shape, device=device_of(self.base_layer))
+        return kinds.dense(self.base_layer, *self._evaluated(adapter))
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether ``peft.convert_to_lora`` can make LoRA of this layer, as it does of linear layers. At the adapter's
+        rank the result is exact."""
+        return kinds.is_linear(self.base_layer)
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add adapters (default: the active ones) to the weight, in fp32 with one rounding each.
+
+        The base weight is kept, so that :meth:`unmerge` is exact.
+
+        Raises:
+            ValueError: ``safe_merge``, and the update has NaN or infinite entries; the layer is then unchanged.
+            TypeError: the weight is quantised, or computed from others, so no update can be added to it.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.efft_bindings]
+        for name in names:
+            if safe_merge and not torch.isfinite(self.get_delta_weight(name)).all():
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken: "  # peft's words
+                    f"the update of adapter {name!r} has NaN or infinite entries; it was not merged"
+                )
+        weight = self.base_layer.weight
+        if not is_plain(weight):
+            raise TypeError(
+                f"the weight is a {type(weight).__name__}, to which no update can be added: keep the adapter beside "
+                "it, or load it onto the dense base and merge there"
+            )
+        if self.base_layer._parameters.get("weight") is not weight:
+            raise TypeError(
+                "the layer's weight is computed anew from other tensors (a mask of pruning, a parametrization), so an "
+                "update that is added to it would be lost: remove that first, or keep the adapter beside it"
+            )
+        if names and self.base_weight is None:
+            self.base_weight = weight.detach().clone()
+        for name in names:
+            D, G = self._evaluated(name)
+            kinds.merge_(self.base_layer, D.to(weight.device), G.to(weight.device))
+            self.merged_adapters.append(name)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put the base weight back, bit for bit. Does nothing on a layer that is not merged."""
+        if self.base_weight is not None:
+            self.base_layer.weight.copy_(self.base_weight)
+            self.base_weight = None
+            self.merged_adapters.clear()
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # The bank serves many layers: it goes where the first of them is, and keeps its dtype.
+        if adapter_name in self.efft_bindings:
+            factors, binding = self._bank(adapter_name), self.efft_bindings[adapter_name]
+            if factors.bindings[0] is binding and not factors.U.is_meta:
+                factors.to(device or device_of(self.base_layer))
+
+
+def device_of(layer: nn.Module) -> torch.device:
+    """Where a layer computes, which is not where its weight is while accelerate offloads it."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    execution = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
+    return torch.device(execution) if weight.is_meta and execution is not None else weight.device
+
+
+@contextmanager
+def loaded(factors: Any) -> Iterator[Any]:
+    """Within the ``with`` block the tensors of a bank that accelerate offloads are there."""
+    load(factors)
+    try:
+        yield factors
+    finally:
+        offload(factors)
+
+
+def load(factors: Any) -> None:
+    """What accelerate's hook, if any, does before a module is called; a bank never is."""
+    if hasattr(factors, "_hf_hook"):
+        factors._hf_hook.pre_forward(factors)
+
+
+def offload(factors: Any) -> None:
+    """What it does afterwards."""
+    if hasattr(factors, "_hf_hook"):
+        factors._hf_hook.post_forward(factors, None)
+
+
+def _must_be_called(layer: Any) -> bool:
+    """Whether calling the layer is more than the product of an ``nn.Linear`` with frozen parameters."""
+    return bool(
+        not isinstance(layer, nn.Linear)
+        or layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+        or "forward" in layer.__dict__
+        or layer.weight.requires_grad
+        or (layer.bias is not None and layer.bias.requires_grad)
+    )

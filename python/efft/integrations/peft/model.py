@@ -1,0 +1,249 @@
+"""``EfftModel``: the tuner that peft makes around a model, and the owner of the factors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from efft.integrations.peft import kinds
+from efft.integrations.peft.config import EfftPeftConfig
+from efft.integrations.peft.layer import EfftLayer, device_of, load, offload
+from efft.integrations.peft.planning import plan_adapter
+from efft_kernels import Site, TTFactors
+
+
+class _Banks(nn.ModuleDict):
+    """Adapter name to group to bank."""
+
+    configs: dict[str, Any]
+
+    @property
+    def scaling(self) -> dict[str, float]:
+        """Adapter name to s, in the words of ``peft.utils.hotswap``, which compares it."""
+        known = {name: config for name, config in self.configs.items() if config.lora_alpha is not None}
+        return {name: config.lora_alpha / config.r for name, config in known.items()}
+
+
+class EfftModel(BaseTuner):
+    """A model adapted by EFFT under peft. It owns the factors: ``efft_banks``, adapter name to group to bank."""
+
+    prefix = "efft_"
+    tuner_layer_cls = EfftLayer
+    uses_shared_state = True
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Plan the adapter as :func:`efft.apply` does, allocate its factors, and adapt the layers of the plan.
+
+        Raises:
+            ValueError: the configuration does not fit the model, which is then unchanged; or a ``state_dict`` to find
+                the layers by, which has the names of groups and not those of layers.
+        """
+        if state_dict is not None:
+            raise ValueError("the tensors of EFFT do not name the layers they adapt: inject it by its configuration")
+        if "efft_banks" not in self._modules:  # the model may have a module of this name
+            self.efft_banks = _Banks()
+            self.efft_banks.__dict__["configs"] = self.peft_config
+        config: EfftPeftConfig = self.peft_config[adapter_name]
+        sites: dict[str, tuple[TTFactors, Site]] = {}
+        banks: Any = nn.ModuleDict()
+        with _plain(model):
+            plan = plan_adapter(model, config)
+            _check_kinds(model, [name for group in plan.groups for name in group.sites])
+            for group in plan.groups:
+                layer = model.get_submodule(next(iter(group.sites)))
+                device = torch.device("meta") if low_cpu_mem_usage else device_of(layer)
+                factors = group.build(device, _dtype(layer, autocast_adapter_dtype))
+                if not (config.init_weights or low_cpu_mem_usage):
+                    nn.init.xavier_uniform_(factors.U)
+                    nn.init.xavier_uniform_(factors.V)
+                sites.update({name: (factors, site) for name, site in group.sites.items()})
+                banks[group.name] = factors
+        self._check_names(adapter_name, banks)
+        config.modules_to_save = plan.head
+        config.settle(plan.groups, banks)
+        config.choose(sites)
+        earlier = {p: p.requires_grad for p in self.efft_banks.parameters()}
+        self.efft_banks[adapter_name] = banks.train(model.training)
+        self._sites: dict[str, tuple[TTFactors, Site]] = sites
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+        self._sites = {}
+        for parameter, requires_grad in earlier.items():  # peft does the same for what lies inside the model
+            parameter.requires_grad_(requires_grad)
+        if "_hooks" not in self.__dict__:
+            self._mixed: list[str] = []
+            self._hooks = [  # on the model, which peft calls itself
+                model.register_forward_pre_hook(self._prepare),
+                model.register_forward_hook(self._release, always_call=True),
+            ]
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget an adapter and its factors."""
+        super().delete_adapter(adapter_name)
+        for layer in self._layers():
+            if adapter_name in layer.efft_bindings:  # peft passes over names that have this method's prefix
+                BaseTunerLayer.delete_adapter(layer, adapter_name)
+        del self.efft_banks[adapter_name]
+
+    def _check_names(self, adapter_name: str, banks: nn.ModuleDict) -> None:
+        """peft finds an adapter's tensors by leaving out those with another adapter's name among their names."""
+        adapters = {**getattr(self, "efft_banks", {}), adapter_name: banks}
+        for groups in adapters.values():
+            if clash := set(groups) & set(adapters):
+                raise ValueError(f"an adapter may not be named like a group of factors, {clash.pop()!r}; rename it")
+
+    def _prepare_adapter_config(self, peft_config: EfftPeftConfig, model_config: dict[str, Any]) -> EfftPeftConfig:
+        return peft_config  # the plan is made
+
+    def _check_target_module_exists(self, peft_config: EfftPeftConfig, key: str) -> Any:
+        if peft_config.target_modules is not None and key in peft_config.planned:
+            return True
+        return BaseTuner._check_target_module_exists(peft_config, key) and False
+
+    def _create_and_replace(
+        self,
+        peft_config: EfftPeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+    ) -> None:
+        if isinstance(target, EfftLayer):
+            target.update_layer(adapter_name, *self._sites[current_key])
+        else:
+            layer = EfftLayer(target)
+            layer.update_layer(adapter_name, *self._sites[current_key])
+            self._replace_module(parent, target_name, layer, target)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        for layer in self._layers():
+            if adapter_name in layer.efft_bindings:
+                layer.efft_factors[adapter_name].to(_dtype(layer.base_layer, autocast_adapter_dtype))
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)
+        for hook in self._hooks:
+            hook.remove()
+        return model
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Let a batch with ``adapter_names`` use the adapter of each sample, in layers and heads.
+
+        Raises:
+            ValueError: in training, or a name that no adapter has.
+        """
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        self._mixed = sorted({*names} - {"__base__"})
+        if unknown := [name for name in self._mixed if name not in self.efft_banks]:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        beams = kwargs.get("num_beams")
+        in_decoder = [name for name in names for _ in range(beams)] if isinstance(beams, int) else names
+        encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
+        in_encoder = set() if encoder in (None, self.model) else set(encoder.modules())  # it runs before beams part
+        handles = [
+            module.register_forward_pre_hook(
+                partial(_name_adapters, adapter_names=names if module in in_encoder else in_decoder), with_kwargs=True
+            )
+            for module in self.modules()
+            if isinstance(module, (EfftLayer, AuxiliaryTrainingWrapper))
+        ]
+        try:
+            yield
+        finally:
+            self._mixed = []
+            for handle in handles:
+                handle.remove()
+
+    def _layers(self) -> Iterator[EfftLayer]:
+        return (module for module in self.model.modules() if isinstance(module, EfftLayer))
+
+    def _prepare(self, model: nn.Module, args: Any) -> None:
+        """Contract all cores of the active adapters together, unless they are merged or switched off."""
+        layer = next(self._layers())
+        if not (layer.disable_adapters or layer.merged):
+            for name in self._mixed or self.active_adapters:
+                for factors in self._banks(name):
+                    load(factors)
+                    factors.prepare()
+
+    def _release(self, model: nn.Module, args: Any, output: Any) -> None:
+        for name in self.efft_banks:
+            for factors in self._banks(name):
+                factors.release()
+                offload(factors)
+
+    def _banks(self, adapter_name: str) -> list[TTFactors]:
+        banks: Any = self.efft_banks[adapter_name]
+        return list(banks.values())
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        for bank in (f"base_model.efft_banks.{adapter_name}.", f"efft_banks.{adapter_name}."):
+            if key.startswith(bank):
+                return key.replace(f"efft_banks.{adapter_name}.", "efft_banks.", 1)
+        return BaseTuner._remove_adapter_name_from_key(key, adapter_name)
+
+
+def _check_kinds(model: nn.Module, names: list[str]) -> None:
+    layers = dict(model.named_modules())
+    for name in names:
+        reason = kinds.why_not(layers[name]) if name in layers else "it is a parameter of a module that is not a layer"
+        if reason is not None:
+            raise ValueError(
+                f"EFFT under peft adapts layers that are called, not {name!r}: {reason}; leave it out "
+                f"(exclude_modules=[{name!r}]), or adapt the model by efft.apply"
+            )
+
+
+def _name_adapters(module: nn.Module, args: Any, kwargs: Any, *, adapter_names: list[str]) -> tuple[Any, Any]:
+    return args, {**kwargs, "adapter_names": adapter_names}
+
+
+def _dtype(layer: nn.Module, autocast_adapter_dtype: bool) -> torch.dtype:
+    """The dtype of factors beside a layer: its own, or at least fp32, as for any weight that is not of floats."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    narrow = weight.is_floating_point() and not autocast_adapter_dtype
+    return weight.dtype if narrow else torch.promote_types(weight.dtype, torch.float32)
+
+
+@contextmanager
+def _plain(model: nn.Module) -> Iterator[None]:
+    """Within the ``with`` block the model has its own layers, whatever adapters it was given before, and their classes'
+    ``forward`` (an adapted layer calls one that was set on the layer itself, as accelerate's offloading does)."""
+    wrapped = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent._modules.items()
+        if isinstance(child, (EfftLayer, ModulesToSaveWrapper))
+    ]
+    for parent, name, child in wrapped:
+        parent._modules[name] = child.base_layer if isinstance(child, EfftLayer) else child.original_module
+    forwards = [(module, module.__dict__.pop("forward")) for module in model.modules() if "forward" in module.__dict__]
+    try:
+        yield
+    finally:
+        for module, forward in forwards:
+            module.__dict__["forward"] = forward
+        for parent, name, child in wrapped:
+            parent._modules[name] = child

@@ -1,0 +1,115 @@
+"""Which layers of a model a configuration of peft adapts, and which of them share factors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from types import SimpleNamespace
+from typing import Any
+
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils.error import NoMatchingPeftModuleError
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from efft.integrations.peft.config import EfftPeftConfig
+from efft.plan import Plan, make_plan, warn_of_untouched
+from efft.structure import Weight
+from efft.targets import find_head
+
+#: Names that a pattern may have as they are.
+_PLAIN = re.compile(r"[\w.-]*")
+
+
+def plan_adapter(model: nn.Module, config: EfftPeftConfig) -> Plan:
+    """Plan the adapter, on a model that has its own layers; ``config.target_modules="all-linear"`` becomes names.
+
+    Raises:
+        ValueError: the configuration does not fit the model; it says why.
+    """
+    head = _head(model, config)
+    if config.chosen_by_targets and config.exclude_modules is None and config.layers_to_transform is None:
+        plan = make_plan(model, config.own(head=head))
+        warn_of_untouched(model, plan, config)
+        if not config.rank_pattern:
+            return plan
+        names = [name for group in plan.groups for name in group.sites]
+    elif config.chosen_by_targets:
+        plan = make_plan(model, config.own(head=head))
+        names = [name for group in plan.groups for name in group.sites]
+        # An entry that is a whole name would not be narrowed by layers_to_transform.
+        found = _matcher(config, [name.rpartition(".")[2] for name in names], head)
+        names = [name for name in names if found(name)]
+    else:
+        if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
+            every = _maybe_include_all_linear_layers(_settings(config, config.target_modules, head), model)
+            config.target_modules = [name for name, _ in model.named_modules() if name in every.target_modules]
+        found = _matcher(config, config.target_modules, head)
+        names = [name for name, _ in model.named_modules() if name and found(name)]
+        if config.modules_to_save is None:  # a classifier that is to be adapted is not trained as a whole
+            head = [h for h in head if not any(f"{name}.".startswith(f"{h}.") for name in names)]
+    if not names:
+        raise NoMatchingPeftModuleError(
+            f"target_modules={config.target_modules!r} with exclude_modules={config.exclude_modules!r}, "
+            f"layers_to_transform={config.layers_to_transform!r}, layers_pattern={config.layers_pattern!r} and the "
+            f"modules that are trained as a whole ({head}) leaves no layer of this {type(model).__name__} to adapt; "
+            "give names of its layers, their ends, a regular expression of whole names, or 'all-linear'"
+        )
+    return _plan_of(model, config, names, head)
+
+
+def _plan_of(model: nn.Module, config: EfftPeftConfig, names: list[str], head: list[str]) -> Plan:
+    """The plan of exactly these layers, where layers of different rank do not share factors."""
+    layers: dict[int, list[str]] = {}
+    for name in names:
+        rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.rank)
+        layers.setdefault(rank if isinstance(rank, int) else 0, []).append(name)
+    ends = {rank: "" if rank in (0, config.rank) else f"_r{rank}" for rank in layers}
+    groups: list[Any] = []
+    weights: dict[str, Weight] = {}
+    for rank, members in layers.items():
+        changes: dict[str, Any] = {"rank": rank} if rank else {}
+        if isinstance(config.scale, dict) and config.rank_pattern:
+            own = {k: s for k, s in config.scale.items() if _end(k, ends.values()) == ends[rank]}
+            changes["scale"] = {k.removesuffix(ends[rank]): s for k, s in own.items()}
+        exact = [f"^{name if _PLAIN.fullmatch(name) else re.escape(name)}$" for name in members]
+        plan = make_plan(model, config.own(targets=exact, head=head, **changes))
+        weights |= plan.weights
+        for group in plan.groups:
+            group.name += ends[rank]
+            if config.trainable_scale == "global" and groups:
+                group.trainable_scale = False  # the first group owns it
+            groups.append(group)
+    return Plan(groups, head, weights)
+
+
+def _end(name: str, ends: Iterable[str]) -> str:
+    """Which of the ends of groups' names this one has."""
+    return next((end for end in ends if end and name.endswith(end)), "")
+
+
+def _head(model: nn.Module, config: EfftPeftConfig) -> list[str]:
+    """Modules to train as a whole: peft matches the ends of names, and for some tasks adds the usual classifiers'."""
+    if config.modules_to_save is None:
+        return find_head(model, None)
+    ends = tuple(config.modules_to_save)
+    return [name for name, _ in model.named_modules() if name.endswith(ends)] if ends else []
+
+
+def _settings(config: EfftPeftConfig, target_modules: Any, head: list[str]) -> SimpleNamespace:
+    """The settings that peft's own rules read."""
+    return SimpleNamespace(
+        target_modules=target_modules,
+        exclude_modules=config.exclude_modules,
+        layers_to_transform=config.layers_to_transform,
+        layers_pattern=config.layers_pattern,
+        modules_to_save=[re.escape(name) for name in head],
+        target_parameters=None,
+        task_type=config.task_type,
+    )
+
+
+def _matcher(config: EfftPeftConfig, target_modules: Any, head: list[str]) -> Callable[[str], bool]:
+    """Whether peft's rules choose a name."""
+    settings = _settings(config, target_modules, head if config.modules_to_save is not None else [])
+    return lambda name: bool(check_target_module_exists(settings, name))

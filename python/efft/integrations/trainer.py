@@ -1,0 +1,90 @@
+"""Checkpoints of transformers' Trainer that hold the adapter alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from efft.files import CONFIG
+from efft.inject import Bank
+from efft.io import load_adapter, save_adapter
+from efft.sharding import is_sharded
+from efft.wrappers import unwrap
+
+if TYPE_CHECKING:  # beside the Trainer, which has the methods that this calls
+    from transformers import Trainer
+else:
+    Trainer = object
+
+
+class AdapterCheckpoints(Trainer):
+    """Mixed into a Trainer, makes its checkpoints adapters of a few MiB, as those of ``peft`` are::
+
+        class AdapterTrainer(AdapterCheckpoints, transformers.Trainer): ...
+
+        trainer = AdapterTrainer(efft.apply(model, efft.EfftConfig()), arguments, ...)
+
+    ``save_model``, ``load_best_model_at_end`` and ``resume_from_checkpoint`` then write and read what
+    :func:`efft.save_adapter` writes, beside optimizer, scheduler and random states as ever. Checkpoints of whole models
+    are still read. Models that are not adapted are saved as usual.
+
+    The Trainer also accepts a quantised model, which it otherwise refuses as "purely quantized": it does not know these
+    adapters.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        model = kwargs.get("model", args[0] if args else None)
+        with _known_as_adapted(model):
+            super().__init__(*args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        model = self.model
+        if not isinstance(getattr(unwrap(model), "efft", None), Bank):
+            super()._save(output_dir, state_dict)
+            return
+        if not self.args.should_save and not is_sharded(model):
+            return
+        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+        save_adapter(model, folder)  # of a sharded model by all processes together
+        if not self.args.should_save:
+            return
+        tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        torch.save(self.args, folder / "training_args.bin")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self._load_adapter_of(resume_from_checkpoint, model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if not self._load_adapter_of(self.state.best_model_checkpoint, None):
+            super()._load_best_model()
+
+    def _load_adapter_of(self, folder: str | os.PathLike[str], model: nn.Module | None) -> bool:
+        """Whether there was an adapter to load."""
+        target = unwrap(self.model if model is None else model)
+        if not isinstance(getattr(target, "efft", None), Bank) or not (Path(folder) / CONFIG).is_file():
+            return False
+        load_adapter(target, folder)
+        return True
+
+
+@contextmanager
+def _known_as_adapted(model: Any) -> Iterator[None]:
+    """Within the ``with`` block a quantised model that is adapted says so in the way of transformers."""
+    adapted = isinstance(model, nn.Module) and isinstance(getattr(unwrap(model), "efft", None), Bank)
+    if not adapted or not getattr(model, "is_quantized", False) or "_hf_peft_config_loaded" in model.__dict__:
+        yield
+        return
+    model._hf_peft_config_loaded = True
+    try:
+        yield
+    finally:
+        del model._hf_peft_config_loaded

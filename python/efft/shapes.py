@@ -1,0 +1,199 @@
+"""Trains that follow from shapes alone, for any architecture.
+
+Weights of one shape share a train, and those of the transposed shape its transposed form: within one tower (the
+encoder, the decoder, the vision part), and apart for attention and MLP where these can be told, as in the paper. A
+packed projection (qkv in one weight, gate and value in one) is taken apart where a matrix of its parts' shape is in the
+same block. The experts of a mixture share a train with a core for each expert.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from efft.targets import Target
+from efft_kernels import Site
+
+#: Parts that a packed projection may have: q, k, v and a gate.
+_MOST_PARTS = 4
+
+
+@dataclass(frozen=True)
+class Train:
+    """A train before it has a rank: ``U [d_in, r1]``, ``C [n_layers, n_cores, r1, r2]``, ``V [r2, d_out]``."""
+
+    name: str
+    kind: str
+    d_in: int
+    d_out: int
+    n_layers: int
+    n_cores: int
+    sites: dict[str, Site]
+
+
+@dataclass(frozen=True)
+class _Member:
+    """A weight as ``n`` matrices ``[d_in, d_out]`` beside each other."""
+
+    target: Target
+    d_in: int
+    d_out: int
+    n: int
+
+    @property
+    def key(self) -> tuple[str | None, str | None, frozenset[int], int]:
+        """What the members of a train have in common."""
+        weight = self.target.weight
+        return weight.tower, self.target.part, frozenset((self.d_in, self.d_out)), weight.n_experts
+
+
+def trains_by_shape(targets: Iterable[Target]) -> list[Train]:
+    """The trains of these weights; names tell part and, where there are several of one part, shape and tower."""
+    groups: dict[tuple[str | None, str | None, frozenset[int], int], list[_Member]] = defaultdict(list)
+    for member in _members(list(targets)):
+        groups[member.key].append(member)
+    found = []
+    for key, members in groups.items():
+        for layout in _layouts(members):
+            found.append((key, layout))
+    return [
+        Train(name, key[1] or "linear", *layout)
+        for name, (key, layout) in zip(_names([(key, layout[:2]) for key, layout in found]), found, strict=True)
+    ]
+
+
+_Layout = tuple[int, int, int, int, dict[str, Site]]  # d_in, d_out, n_layers, n_cores, sites
+
+
+def _members(targets: list[Target]) -> list[_Member]:
+    shapes: dict[str | None, set[tuple[int, int]]] = defaultdict(set)
+    for target in targets:
+        shapes[target.weight.block].add((target.weight.d_in, target.weight.d_out))
+    members = []
+    for target in targets:
+        weight = target.weight
+        if weight.experts is not None:
+            blocks = weight.experts.blocks
+            members.append(_Member(target, weight.d_in, weight.d_out // blocks, blocks))
+            continue
+        n = _parts(weight.d_in, weight.d_out, shapes[weight.block]) if weight.kind in ("linear", "parameter") else 1
+        members.append(_Member(target, weight.d_in, weight.d_out // n, n))
+    return members
+
+
+def _parts(d_in: int, d_out: int, shapes: set[tuple[int, int]]) -> int:
+    """Matrices beside each other in a weight, told by the other shapes in its block; 1 for one that is not packed."""
+    if (d_out, d_in) in shapes:  # something comes back from all of its outputs: they are one
+        return 1
+    for n in range(2, _MOST_PARTS + 1):
+        part = d_out // n
+        if d_out % n == 0 and ((d_in, part) in shapes or (part, d_in) in shapes):
+            return n
+    return 1
+
+
+def _layouts(members: list[_Member]) -> list[_Layout]:
+    """One train for the members; more where packed ones stand in blocks that are not alike."""
+    if members[0].target.weight.n_experts:
+        return [_expert_layout(members)]
+    if all(member.n == 1 for member in members):
+        return [_flat_layout(members)]
+    blocks: dict[str | None, list[_Member]] = defaultdict(list)
+    for member in members:
+        blocks[member.target.weight.block].append(member)
+    first = members[next(i for i, member in enumerate(members) if member.n > 1)]
+    places = {tuple((m.target.weight.place, m.n, _turned(m, first)) for m in own) for own in blocks.values()}
+    if len(places) == 1 and not any(n > 1 and turned for _, n, turned in next(iter(places))):
+        return [_block_layout(list(blocks.values()), first)]
+    plain = [member for member in members if member.n == 1]
+    packed: dict[tuple[int, int], list[_Member]] = defaultdict(list)
+    for member in members:
+        if member.n > 1:
+            packed[member.d_in, member.d_out * member.n].append(
+                _Member(member.target, member.d_in, member.d_out * member.n, 1)
+            )
+    return [_flat_layout(own) for own in [plain, *packed.values()] if own]
+
+
+def _turned(member: _Member, first: _Member) -> bool:
+    """Whether a member uses the transposed form of a train in the direction of ``first``."""
+    return (member.d_in, member.d_out) != (first.d_in, first.d_out)
+
+
+def _flat_layout(members: list[_Member]) -> _Layout:
+    """A core for each member, one after the other."""
+    first = members[0]
+    sites = {}
+    for i, member in enumerate(members):
+        turned = _turned(member, first)
+        sites[member.target.name] = Site(i, transpose=turned, mask_scope=int(turned))
+    return first.d_in, first.d_out, len(members), 1, sites
+
+
+def _block_layout(blocks: list[list[_Member]], first: _Member) -> _Layout:
+    """As many cores for each block; its members take them in turn."""
+    sites = {}
+    n_cores = sum(member.n for member in blocks[0])
+    for layer, own in enumerate(blocks):
+        core = 0
+        for member in own:
+            turned = _turned(member, first)
+            cores = tuple(range(core, core + member.n))
+            sites[member.target.name] = Site(layer, cores, transpose=turned, mask_scope=int(turned))
+            core += member.n
+    return first.d_in, first.d_out, len(blocks), n_cores, sites
+
+
+def _expert_layout(members: list[_Member]) -> _Layout:
+    """For each mixture the cores of all experts of its first parameter, then those of the next."""
+    mixtures: dict[str, list[_Member]] = defaultdict(list)
+    for member in members:
+        mixtures[member.target.weight.module].append(member)
+    counts = {tuple(m.n for m in own) for own in mixtures.values()}
+    if len(counts) > 1:  # mixtures that are not alike: each parameter is a layer of its own
+        mixtures = {member.target.name: [member] for member in members}
+    if len({sum(m.n for m in own) for own in mixtures.values()}) > 1:
+        raise ValueError(
+            f"experts of one size are packed differently in {members[0].target.name} and in other mixtures of this "
+            "model: name those of each kind (targets=[...])"
+        )
+    first = members[0]
+    sites = {}
+    for layer, own in enumerate(mixtures.values()):
+        core = 0
+        for member in own:
+            weight = member.target.weight
+            assert weight.experts is not None
+            cores = tuple(range(core, core + member.n * weight.n_experts))
+            turned = _turned(member, first)
+            sites[weight.name] = Site(
+                layer,
+                cores,
+                transpose=turned,
+                mask_scope=int(turned),
+                experts=weight.n_experts,
+                interleaved=weight.experts.interleaved,
+            )
+            core += len(cores)
+    n_cores = sum(member.n * member.target.weight.n_experts for member in next(iter(mixtures.values())))
+    return first.d_in, first.d_out, len(mixtures), n_cores, sites
+
+
+def _names(
+    trains: list[tuple[tuple[str | None, str | None, frozenset[int], int], tuple[int, int]]],
+) -> list[str]:
+    """A name for each train: its part; its part and shape; or with the tower in front: the first that is its own."""
+    candidates = []
+    for (tower, part, _, n_experts), (d_in, d_out) in trains:
+        kind = "experts" if n_experts else part or "linear"
+        shaped = f"{kind}_{d_in}x{d_out}"
+        candidates.append(
+            [*([kind] if kind != "linear" else []), shaped, f"{(tower or 'model').replace('.', '_')}_{shaped}"]
+        )
+    names: list[str] = []
+    counts = Counter(name for own in candidates for name in dict.fromkeys(own))
+    for i, own in enumerate(candidates):
+        name = next((name for name in own if counts[name] == 1), own[-1])
+        names.append(name if name not in names else f"{name}_{i}")
+    return names

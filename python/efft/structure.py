@@ -1,0 +1,293 @@
+"""What a model is made of, read off its modules: weights that can be adapted, repeated blocks, parts of a block.
+
+Nothing here knows an architecture by name. Modules of one class that stand side by side (in a list, in a sequence, or
+numbered: ``layer1``, ``layer2``) are repeated, and what they hold is in a block. A weight's place is the path to it
+from the innermost repeated module around it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from efft.integrations.experts import ExpertParameter, experts_of
+from efft_kernels import EfftEmbedding
+from efft_kernels.nn.adapt import layer_class
+from efft_kernels.nn.frozen import FrozenLayer, not_only_a_weight
+from efft_kernels.nn.linear import features
+from efft_kernels.nn.parameter import cannot_adapt_parameter
+from efft_kernels.nn.weights import is_plain
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight that multiplies activations, as a matrix ``[d_out, d_in]`` or one for each of many experts.
+
+    Attributes:
+        name: what it is known by: the module's name where a layer can stand in for the module, else the parameter's.
+        module, parameter: where it is.
+        kind: "linear", "convolution" or "embedding" (layers that are called), "parameter" (the module's own forward
+            reads it) or "experts" (a batch of matrices, one per expert).
+        numel: number of entries.
+        view: "linear" where the matrix maps the features of one position to those of the same, else "convolution".
+        experts: what the parameter holds, for those of experts; sizes are those of one expert's matrix.
+        block: name of the innermost repeated module around it; None outside of blocks.
+        tower: name of the module that holds the outermost repeated modules around it.
+    """
+
+    name: str
+    module: str
+    parameter: str
+    kind: str
+    d_in: int
+    d_out: int
+    numel: int
+    view: str = "linear"
+    n_experts: int = 0
+    experts: ExpertParameter | None = None
+    block: str | None = None
+    tower: str | None = None
+
+    @property
+    def read_as(self) -> str:
+        """How the matrix lies in a parameter that is read."""
+        return "linear" if self.view == "linear" else "convolution"
+
+    @property
+    def place(self) -> str:
+        """The path from the block."""
+        return self.name if self.block is None else self.name[len(self.block) + 1 :]
+
+
+@dataclass
+class Structure:
+    """The weights of a model outside its head.
+
+    Attributes:
+        weights: those that can be adapted, by name, in the model's order.
+        reasons: why others cannot, by name.
+        sizes: number of entries of every parameter of two or more dimensions in blocks, by full name.
+    """
+
+    weights: dict[str, Weight] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def in_blocks(self) -> dict[str, Weight]:
+        """The weights in repeated blocks; all of them where nothing is repeated. Embeddings are not among them."""
+        matrices = {name: w for name, w in self.weights.items() if w.kind != "embedding"}
+        inside = {name: w for name, w in matrices.items() if w.block is not None}
+        return inside or matrices
+
+    def untouched(self, names: Iterable[str]) -> dict[str, int]:
+        """Entries of the parameters in blocks that are not among the weights ``names``, by full parameter name."""
+        taken = {f"{w.module}.{w.parameter}".lstrip(".") for n in names if (w := self.weights.get(n)) is not None}
+        return {name: size for name, size in self.sizes.items() if name not in taken}
+
+
+def structure_of(model: nn.Module, head: Iterable[str] = ()) -> Structure:
+    """Read off what ``model`` is made of, outside of the modules ``head``; linear in the number of modules.
+
+    Works on the meta device too. Weights that several modules own are among the reasons, not among the weights:
+    merging an update into one would change the other.
+    """
+    modules = dict(model.named_modules())
+    inside_head = {name for h in head for name in modules if name == h or name.startswith(f"{h}.")} if head else set()
+    repeated = _repeated(modules)
+    owners = _owners(modules)
+    widths: dict[str, set[int]] = defaultdict(set)  # of each block
+    found = Structure()
+    doubtful: list[Weight] = []
+    for name, module in modules.items():
+        if name in inside_head or isinstance(module, (FrozenLayer, *_NORMS)):
+            continue
+        block, tower = repeated.get(name, (None, None))
+        for weight, reason in _weights_of(name, module):
+            parameter = module._parameters.get(weight.parameter)
+            if parameter is not None and parameter.numel() == 0 and is_plain(parameter):
+                continue
+            others = [] if parameter is None else owners[_key(parameter)]
+            if reason is None and len(others) > 1:
+                reason = (
+                    f"its weight is tied: {' and '.join(others)} have the same one; leave the layer out "
+                    "(exclude=[...]), or give it its own: layer.weight = nn.Parameter(layer.weight.detach().clone())"
+                )
+            weight = Weight(**{**vars(weight), "block": block, "tower": tower})
+            if block is not None and weight.kind != "embedding":
+                found.sizes[f"{name}.{weight.parameter}".lstrip(".")] = weight.numel
+            if reason == _DOUBTFUL:
+                doubtful.append(weight)
+                continue
+            if reason is not None:
+                found.reasons[weight.name] = reason
+                continue
+            found.weights[weight.name] = weight
+            if block is not None:
+                widths[block] |= {weight.d_in, weight.d_out}
+    for weight in doubtful:  # a bare parameter multiplies activations if it maps one of their widths to another
+        if weight.block is not None and {weight.d_in, weight.d_out} <= widths[weight.block]:
+            found.weights[weight.name] = weight
+        else:
+            found.reasons[weight.name] = "a parameter whose sizes are not those of a product of activations"
+    order = {name: i for i, name in enumerate(modules)}
+    found.weights = dict(sorted(found.weights.items(), key=lambda item: order[item[1].module]))
+    return found
+
+
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.RMSNorm, nn.ParameterList)
+_DOUBTFUL = "doubtful"
+
+
+def _weights_of(name: str, module: nn.Module) -> list[tuple[Weight, str | None]]:
+    """The parameters of two or more dimensions of a module itself, each with the reason why it cannot be adapted."""
+    if isinstance(module, nn.utils.parametrize.ParametrizationList):
+        return []
+    computed = _computed(name, module)
+    if computed is not None:
+        return [computed]
+    own = {p: t for p, t in module._parameters.items() if t is not None and (t.dim() > 1 or not is_plain(t))}
+    if not own:
+        return []
+    experts = experts_of(module)
+    of_experts = {} if experts is None else {e.name: e for e in experts.parameters}
+    found: list[tuple[Weight, str | None]] = []
+    for p, t in own.items():
+        if experts is not None and p in of_experts:
+            one = of_experts[p]
+            sizes = one.d_in, one.d_out, t.numel()
+            full = f"{name}.{p}".lstrip(".")
+            weight = Weight(full, name, p, "experts", *sizes, n_experts=experts.n_experts, experts=one)
+            found.append((weight, None))
+        elif experts is not None:  # the experts' biases, which are one parameter too
+            continue
+        elif p == "weight" and isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            weight = Weight(name, name, p, "embedding", t.shape[0], t.shape[1], t.numel())
+            found.append((weight, EfftEmbedding.refusal(module)))
+        elif p == "weight" and _stands_for(module):
+            kind = "convolution" if isinstance(module, nn.modules.conv._ConvNd) else "linear"
+            d_in, d_out = features(module)
+            view = "linear" if kind == "linear" or _is_one_by_one(module) else "convolution"
+            found.append((Weight(name, name, p, kind, d_in, d_out, d_in * d_out, view), None))
+        else:
+            weight = _read(name, p, t)
+            unlikely = _TABLE if min(weight.d_in, weight.d_out) == 1 else None if p.endswith("weight") else _DOUBTFUL
+            found.append((weight, cannot_adapt_parameter(module, p, weight.read_as) or unlikely))
+    return found
+
+
+_TABLE = "a parameter that multiplies entry by entry"
+
+
+def _computed(name: str, module: nn.Module) -> tuple[Weight, str] | None:
+    """A weight that is computed from others, by a parametrization or by a hook, and why it cannot be adapted."""
+    parametrized = nn.utils.parametrize.is_parametrized(module)
+    hooked = layer_class(module) is not None and "weight" not in module._parameters
+    if not parametrized and not hooked:
+        return None
+    reason = not_only_a_weight(module, type(module)) if hooked else None
+    reason = reason or "the weight is parametrized; remove the parametrization first"
+    originals = [p for p in module.parameters() if p.dim() > 1]
+    sizes = max((p.numel() for p in originals), default=0)
+    return Weight(name, name, "weight", "parameter", 0, 0, sizes), reason
+
+
+def _stands_for(layer: nn.Module) -> bool:
+    """Whether an adapted layer can stand in for ``layer``."""
+    kind = layer_class(layer)
+    return kind is not None and kind.refusal(layer) is None
+
+
+def _is_one_by_one(module: Any) -> bool:
+    return module.groups == 1 and all(size == 1 for size in module.kernel_size)
+
+
+def _read(name: str, parameter: str, tensor: Tensor) -> Weight:
+    d_out, d_in = _matrix(tensor)
+    view = "linear" if tensor.dim() == 2 else "convolution"
+    return Weight(f"{name}.{parameter}".lstrip("."), name, parameter, "parameter", d_in, d_out, tensor.numel(), view)
+
+
+def _matrix(tensor: Tensor) -> tuple[int, int]:
+    return (tensor.shape[0], math.prod(tensor.shape[1:])) if tensor.dim() > 1 else (1, tensor.numel())
+
+
+def _key(parameter: Tensor) -> Any:
+    """What two names of one weight have in common."""
+    pointer = 0 if parameter.is_meta or not is_plain(parameter) else parameter.data_ptr()
+    return pointer or id(parameter)
+
+
+def _owners(modules: Mapping[str, nn.Module]) -> dict[Any, list[str]]:
+    owners: dict[Any, list[str]] = defaultdict(list)
+    for name, module in modules.items():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners[_key(parameter)].append(name)
+    return owners
+
+
+def _repeated(modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]:
+    """(block, tower) of every module in a repeated one: the innermost around it, and what holds the outermost."""
+    found: dict[str, tuple[str, str]] = {}
+    repeats: set[str] = set()
+    for name, module in modules.items():
+        if module._modules:
+            repeats |= {f"{name}.{child}".lstrip(".") for child in _alike(module)}
+        parent = name.rpartition(".")[0]
+        if name in repeats:
+            found[name] = (name, found[parent][1] if parent in found else parent)
+        elif parent in found and name:
+            found[name] = found[parent]
+    return found
+
+
+def _alike(module: nn.Module) -> list[str]:
+    """Children that are repeated: of one class, with children of their own, in a list, a sequence or numbered."""
+    of_class: dict[type, list[str]] = defaultdict(list)
+    listed = isinstance(module, (nn.ModuleList, nn.Sequential, nn.ModuleDict))
+    for name, child in module._modules.items():
+        if child is not None and child._modules and (listed or re.search(r"\d$", name)):
+            of_class[type(child)].append(name)
+    return [name for names in of_class.values() if len(names) > 1 for name in names]
+
+
+_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+_MLP = re.compile(r"mlp|ffn|feed_?forward|expert|moe|glu", re.IGNORECASE)
+
+
+def parts_of(model: nn.Module, weights: Mapping[str, Weight]) -> dict[str, str]:
+    """Which of the weights belong to the attention ("mhsa") and which to the MLP ("ffn") of a block.
+
+    Told by what the modules around a weight are called, and in a block with attention by shape: of the other weights
+    those that come back from where another one goes. A weight of which neither can be told is left out.
+    """
+    found: dict[str, str] = {}
+    rest: dict[str, list[Weight]] = defaultdict(list)
+    for name, weight in weights.items():
+        words = _words(model, weight)
+        part = "mhsa" if _ATTENTION.search(words) else "ffn" if _MLP.search(words) else None
+        if part is not None:
+            found[name] = part
+        elif weight.block is not None:
+            rest[weight.block].append(weight)
+    attending = {weights[name].block for name, part in found.items() if part == "mhsa"}
+    for block, others in rest.items():
+        shapes = {(w.d_in, w.d_out) for w in others}
+        if block in attending:
+            found |= {w.name: "ffn" for w in others if (w.d_out, w.d_in) in shapes}
+    return found
+
+
+def _words(model: nn.Module, weight: Weight) -> str:
+    """Names and classes of the modules between a weight and its block, and the weight's own name."""
+    parts = weight.module.split(".")
+    depth = len(weight.block.split(".")) if weight.block is not None else 0
+    classes = [type(model.get_submodule(".".join(parts[:n]))).__name__ for n in range(depth + 1, len(parts))]
+    return " ".join([*parts[depth:-1], *classes, weight.place])

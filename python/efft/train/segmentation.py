@@ -1,0 +1,58 @@
+"""A timm model that gives a class to each pixel."""
+
+import math
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class Segmenter(nn.Module):
+    """A backbone of timm and a linear layer on each position of its last feature map, enlarged bilinearly.
+
+    Args:
+        backbone: with `forward_features` and `num_features`. Its features are the tokens of a ViT, [batch, tokens,
+            width] with class and register tokens first, a map [batch, height, width, width] like Swin's, or a map
+            [batch, width, height, width] like that of a convolutional network.
+        classes: outputs for each pixel.
+
+    Raises:
+        ValueError: the backbone has no such features.
+    """
+
+    def __init__(self, backbone: nn.Module, classes: int) -> None:
+        super().__init__()
+        self.backbone: Any = backbone
+        width = getattr(backbone, "num_features", None)
+        if not (hasattr(backbone, "forward_features") and isinstance(width, int)):
+            raise ValueError(
+                "segmentation needs a model of timm, with forward_features and num_features, got a "
+                f"{type(backbone).__name__}"
+            )
+        self.head = nn.Conv2d(width, classes, 1)
+
+    def get_classifier(self) -> nn.Conv2d:
+        """What is trained beside the factors, as timm's models say it."""
+        return self.head
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [batch, 3, height, width] to logits [batch, classes, height, width]."""
+        logits = self.head(self._map(self.backbone.forward_features(images)))
+        return functional.interpolate(logits, images.shape[-2:], mode="bilinear")
+
+    def _map(self, features: Tensor) -> Tensor:
+        """To [batch, width, rows, columns]."""
+        width = self.head.in_channels
+        if features.ndim == 4 and (features.shape[1] != width or getattr(self.backbone, "output_fmt", "") == "NHWC"):
+            features = features.permute(0, 3, 1, 2)
+        elif features.ndim == 3:
+            patches = features[:, getattr(self.backbone, "num_prefix_tokens", 0) :]
+            side = math.isqrt(patches.shape[1])
+            if side**2 == patches.shape[1]:
+                features = patches.transpose(1, 2).unflatten(2, (side, side))
+        if features.ndim != 4 or features.shape[1] != width:
+            raise ValueError(
+                f"segmentation needs a map of features of width {width} or a square of tokens, and the "
+                f"{type(self.backbone).__name__} gives {list(features.shape)}"
+            )
+        return features

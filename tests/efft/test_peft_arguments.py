@@ -1,0 +1,262 @@
+"""peft's own arguments on EFFT: which layers they choose, and what the settings become."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import efft
+
+peft = pytest.importorskip("peft", reason="needs the hf extra")
+transformers = pytest.importorskip("transformers", reason="needs the hf extra")
+
+from efft.integrations.peft import EfftLayer, EfftPeftConfig  # noqa: E402  # it needs peft
+
+SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+IDS = torch.arange(14).view(2, 7)
+
+
+def llama() -> nn.Module:
+    torch.manual_seed(0)
+    model: nn.Module = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=50, **SIZES)).eval()
+    return model
+
+
+def adapted(model: nn.Module, kind: type = EfftLayer) -> set[str]:
+    return {name for name, layer in model.base_model.model.named_modules() if isinstance(layer, kind)}
+
+
+def output(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model(input_ids=IDS).logits
+    return logits
+
+
+CHOICES: dict[str, dict[str, Any]] = {
+    "ends of names": {"target_modules": ["q_proj", "v_proj"]},
+    "a set": {"target_modules": {"q_proj", "down_proj"}},
+    "an expression": {"target_modules": r".*\.1\.(mlp\.up|self_attn\.[qk])_proj"},
+    "all-linear": {"target_modules": "all-linear"},
+    "exclusion by list": {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["layers.0.self_attn.q_proj"]},
+    "exclusion by expression": {"target_modules": "all-linear", "exclude_modules": r".*\.mlp\..*"},
+    "one layer": {"target_modules": ["q_proj", "o_proj"], "layers_to_transform": 1},
+    "layers by pattern": {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "layers"},
+    "a module that is saved whole": {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["lm_head"]},
+}
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_layers_are_chosen_as_by_lora(choice: str) -> None:
+    lora = peft.get_peft_model(llama(), peft.LoraConfig(**CHOICES[choice]))
+    model = peft.get_peft_model(llama(), EfftPeftConfig(r=2, **CHOICES[choice]))
+    assert adapted(model) == adapted(lora, peft.tuners.lora.LoraLayer) != set()
+    torch.testing.assert_close(output(model), output(llama()))
+
+
+def test_layers_of_targets_are_narrowed_too() -> None:
+    config = EfftPeftConfig(r=2, targets="mhsa", layers_to_transform=[1], exclude_modules=["o_proj"])
+    model = peft.get_peft_model(llama(), config)
+    assert adapted(model) == {f"model.layers.1.self_attn.{part}_proj" for part in "qkv"}
+    assert adapted(peft.get_peft_model(llama(), EfftPeftConfig(r=2, exclude_modules=["mlp.gate_proj"]))) == {
+        name for name, layer in llama().named_modules() if isinstance(layer, nn.Linear) and "gate" not in name
+    } - {"lm_head"}
+
+
+def test_names_that_end_others() -> None:
+    """What one expression chooses is adapted alone, though its names end those of other layers."""
+
+    class Net(nn.Module):
+        def __init__(self, inner: bool = True) -> None:
+            super().__init__()
+            self.lin = nn.Linear(4, 4)
+            self.sub = Net(False) if inner else nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.sub(self.lin(x))
+            return y
+
+    model = peft.get_peft_model(Net(), EfftPeftConfig(r=2, target_modules="lin"))
+    assert adapted(model) == {"lin"}
+    assert adapted(peft.get_peft_model(Net(), EfftPeftConfig(r=2, target_modules=["lin"]))) == {"lin", "sub.lin"}
+
+
+def test_settings_have_both_names() -> None:
+    config = EfftPeftConfig(r=8, lora_alpha=16, lora_dropout=0.05, modules_to_save=["lm_head"])
+    assert (config.rank, config.scale, config.dropout, config.head) == (8, 2.0, 0.05, ["lm_head"])
+    config = EfftPeftConfig(rank=4, scale=0.5, dropout=0.2, head=[])
+    assert (config.r, config.lora_alpha, config.lora_dropout, config.modules_to_save) == (4, 2.0, 0.2, [])
+    config.r = 2
+    assert (config.rank, config.scale, config.lora_alpha) == (2, 0.5, 1.0)
+    assert EfftPeftConfig(rank={"mhsa": 3, "ffn": (2, 5)}).r == 5
+    assert EfftPeftConfig(scale="auto").lora_alpha is None
+
+
+def test_lora_alpha_scales_the_update() -> None:
+    """(lora_alpha / r) U C V, on the factors themselves."""
+    torch.manual_seed(1)
+    config = EfftPeftConfig(r=4, lora_alpha=12, target_modules=["q_proj"], init_weights=False, lora_dropout=0.0)
+    model = peft.get_peft_model(llama(), config)
+    bank = model.base_model.efft_banks.default.mhsa
+    for i in range(2):
+        layer = model.base_model.model.model.layers[i].self_attn.q_proj
+        expected = 12 / 4 * (bank.U.double() @ bank.C[i, 0].double() @ bank.V.double()).t()
+        assert expected.norm() > 0.1
+        torch.testing.assert_close(layer.get_delta_weight("default").double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"r": 4, "rank": 8}, "rank and r name the same rank: give one, got 8 and 4"),
+        ({"lora_alpha": 16, "scale": 2.0}, "scale and lora_alpha name the same scale: give one, got 2.0 and 16"),
+        ({"lora_dropout": 0.3, "dropout": 0.2}, "dropout and lora_dropout name the same probability"),
+        ({"targets": "mhsa", "target_modules": ["q_proj"]}, "targets and target_modules both choose the layers"),
+        ({"r": 0}, r"Config\.rank must be an integer from 1"),
+        ({"lora_alpha": "8"}, r"EfftPeftConfig\.lora_alpha must be a number, got '8'"),
+        ({"lora_alpha": 8, "rank": (2, 4)}, r"lora_alpha is divided by one rank, got \(2, 4\): give the scale itself"),
+        ({"bias": "lora_only"}, "bias must be 'none', 'all' or 'efft_only', got 'lora_only'"),
+        ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern must be a dict of names to ranks, got 0"),
+        ({"rank_pattern": {"q_proj": 2}, "rank": (2, 3)}, r"one integer beside a rank_pattern, got \(2, 3\)"),
+        ({"layers_to_transform": 0, "target_modules": "q_proj"}, "layers_to_transform narrows a list of target_mod"),
+        ({"layers_to_transform": ["0"]}, r"layers_to_transform must be None, an index or a list of them, got \['0'\]"),
+        ({"layers_pattern": "layers"}, "layers_pattern says where the indices of layers_to_transform stand"),
+        ({"target_modules": 3}, "target_modules must be None, a list of names, 'all-linear' or a regular expression"),
+    ],
+)
+def test_settings_that_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EfftPeftConfig(**changes)
+
+
+def test_nothing_to_adapt_is_an_error() -> None:
+    expected = (
+        r"target_modules=\['nothing'\] with exclude_modules=None.*leaves no layer of this LlamaForCausalLM to adapt"
+    )
+    with pytest.raises(ValueError, match=expected):
+        peft.get_peft_model(llama(), EfftPeftConfig(target_modules=["nothing"]))
+    with pytest.raises(ValueError, match=r"\['model.layers.0.self_attn.q_proj'"):
+        peft.get_peft_model(llama(), EfftPeftConfig(target_modules=["q_proj"], modules_to_save=["q_proj"]))
+
+
+SAVED: dict[str, dict[str, Any]] = {
+    **{name: {"r": 2, **choice} for name, choice in CHOICES.items()},
+    "targets": {"targets": ["q_proj", "up_proj"], "rank": {"mhsa": (2, 3), "ffn": 2}, "scale": 0.7},
+    "ranks": {"r": 2, "target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": 3}, "scale": "auto"},
+    "scale found": {"r": 2, "scale": "auto", "trainable_scale": "global"},
+}
+
+
+@pytest.mark.parametrize("choice", SAVED)
+def test_the_file_has_the_same_settings(choice: str, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    config = EfftPeftConfig(**SAVED[choice], init_weights=False)
+    model = peft.get_peft_model(llama(), config).eval()
+    expected = output(model)
+    assert not torch.allclose(expected, output(llama()))
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (saved["target_modules"] is None) == ("target_modules" not in SAVED[choice])
+    again = EfftPeftConfig.from_pretrained(tmp_path)
+    by_peft = {"inference_mode": None, "auto_mapping": None}
+    assert {**again.to_dict(), **by_peft} == {**config.to_dict(), **by_peft}
+    loaded = peft.PeftModel.from_pretrained(llama(), tmp_path).eval()
+    assert adapted(loaded) == adapted(model)
+    torch.testing.assert_close(output(loaded), expected)
+
+
+def test_tuples_become_lists() -> None:
+    config = EfftPeftConfig(target_modules=("q_proj", "v_proj"), modules_to_save=("lm_head",))
+    assert (config.target_modules, config.modules_to_save) == (["q_proj", "v_proj"], ["lm_head"])
+
+
+def test_layers_of_another_rank_have_a_train_of_their_own() -> None:
+    config = EfftPeftConfig(
+        r=4, target_modules="all-linear", rank_pattern={"v_proj": 2, r"layers\.1\.mlp\..*": 3}, init_weights=False
+    )
+    model = peft.get_peft_model(llama(), config)
+    banks = model.base_model.efft_banks.default
+    assert {name: bank.r1 for name, bank in banks.items()} == {"mhsa": 4, "ffn": 4, "mhsa_r2": 2, "ffn_r3": 3}
+    assert banks["mhsa_r2"].C.shape == (2, 1, 2, 2)
+    layer = model.base_model.model.model.layers[1]
+    assert torch.linalg.matrix_rank(layer.self_attn.v_proj.get_delta_weight("default"), rtol=1e-4) == 2
+    assert torch.linalg.matrix_rank(layer.mlp.up_proj.get_delta_weight("default"), rtol=1e-4) == 3
+    globally = EfftPeftConfig(r=4, target_modules="all-linear", rank_pattern={"v_proj": 2}, trainable_scale="global")
+    trained = peft.get_peft_model(llama(), globally)
+    assert sum("log_scale" in name for name, _ in trained.named_parameters()) == 1
+
+
+@pytest.mark.parametrize("bias", ["none", "all", "efft_only"])
+def test_biases_are_trained_and_saved(bias: str, tmp_path: Path) -> None:
+    def base() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 3)).eval()
+
+    torch.manual_seed(1)
+    config = EfftPeftConfig(r=2, target_modules=["0"], bias=bias, dropout=0.0, init_weights=False)
+    model, x = peft.get_peft_model(base(), config), torch.randn(5, 4, dtype=torch.float64).float()
+    inner = model.base_model.model
+    trained = {"none": [], "all": [inner[0].bias, inner[2].bias], "efft_only": [inner[0].bias]}[bias]
+    assert [p for p in (inner[0].bias, inner[2].bias) if p.requires_grad] == trained
+    model(x).sum().backward()
+    expected = base()  # the dense layer's gradient, which shares nothing with ours
+    expected[0].weight.data += inner[0].get_delta_weight("default")
+    expected(x).sum().backward()
+    if trained:
+        torch.testing.assert_close(inner[0].bias.grad, expected[0].bias.grad)
+    for parameter in trained:
+        parameter.data += 1
+    with torch.no_grad():
+        y = model(x)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(peft.PeftModel.from_pretrained(base(), tmp_path)(x), y)
+
+
+def test_the_dtype_of_factors() -> None:
+    for autocast, dtype in ((True, torch.float32), (False, torch.bfloat16)):
+        model = peft.get_peft_model(
+            llama().bfloat16(), EfftPeftConfig(r=2, init_weights=False), autocast_adapter_dtype=autocast
+        )
+        model.add_adapter("other", EfftPeftConfig(r=2), autocast_adapter_dtype=autocast)
+        assert {p.dtype for p in model.base_model.efft_banks.parameters()} == {dtype}
+        assert output(model).dtype == torch.bfloat16
+        assert (output(model) - output(llama().bfloat16())).abs().max() > 1e-2
+
+
+def test_a_child_named_like_the_bank(tmp_path: Path) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.efft_banks = nn.ModuleDict({"default": nn.Linear(4, 4), "other": nn.Linear(4, 4)})
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.efft_banks["other"](self.efft_banks["default"](x))
+            return y
+
+    torch.manual_seed(1)
+    x, config = torch.randn(3, 4), {"r": 2, "target_modules": ["default"], "init_weights": False}
+    model = peft.get_peft_model(Net(), EfftPeftConfig(**config, modules_to_save=["efft_banks.other"])).eval()
+    y = model(x)
+    assert not torch.allclose(y, Net()(x))
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(peft.PeftModel.from_pretrained(Net(), tmp_path).eval()(x), y)
+    torch.testing.assert_close(model.merge_and_unload()(x), y, rtol=1e-5, atol=1e-6)
+    two = peft.get_peft_model(Net(), EfftPeftConfig(**config)).eval()
+    two.add_adapter("second", EfftPeftConfig(**config))
+    two.delete_adapter("second")
+    assert peft.get_model_status(two).available_adapters == ["default"]
+
+
+def test_the_same_settings_by_apply() -> None:
+    """peft's names and ours give the same plan: as many parameters as efft.apply counts."""
+    config = efft.EfftConfig(rank=4, scale=2.0, dropout=0.05, targets=["q_proj", "v_proj"], head=[])
+    ours = efft.count_parameters(efft.apply(llama(), config)).factors
+    theirs = peft.get_peft_model(
+        llama(), EfftPeftConfig(r=4, lora_alpha=8, lora_dropout=0.05, target_modules=["q_proj", "v_proj"])
+    )
+    assert theirs.get_nb_trainable_parameters()[0] == ours
