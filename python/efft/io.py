@@ -26,7 +26,7 @@ from efft.methods import config_from_dict, config_type
 from efft.offload import hooks_aside, stored
 from efft.placing import find_update, locate
 from efft.plan import Plan, check_saved_plan, plan_of_file
-from efft.sharding import architecture, copy_whole_, once, reshard, whole
+from efft.sharding import architecture, check_not_zeros, copy_whole_, full_shape, once, reshard, whole
 from efft.wrappers import check_unwrapped, plain_name, unwrap
 from efft_kernels import __version__
 from efft_kernels.nn.weights import can_dequantize, dequantized, is_plain
@@ -45,8 +45,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], info: dict[str,
     """Write the trained part of an adapted model (factors once, head, buffers that training changed) to the folder
     ``path``.
 
-    A model sharded by ``fully_shard`` is gathered tensor by tensor: every process must call this, rank 0's writes, and
-    none returns before.
+    A model sharded by ``fully_shard`` or ZeRO-3 is gathered tensor by tensor: every process must call this, rank 0's
+    writes, and none returns before.
 
     Args:
         model: adapted by :func:`efft.apply`; may be merged, and wrapped by DDP or its like.
@@ -68,7 +68,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], info: dict[str,
     reshard(model)
     others = buffers.changed(model, bank.head, bank._base_buffers)
     trained = _trained(model, bank) | others
-    tensors = {name: whole(t.detach()).contiguous().cpu() for name, t in trained.items()}
+    tensors = {name: whole(t).detach().contiguous().cpu() for name, t in trained.items()}
     description = {
         "config": bank.config.to_dict(),
         "base": describe_base(model, bank.layers),
@@ -115,6 +115,7 @@ def load_described(model: nn.Module, folder: Path, description: dict[str, Any], 
             f"in its 'config', {config.head}"
         )
     config.head = description["head"]
+    check_not_zeros(model, "load_adapter")
     bank = getattr(unwrap(model), "efft", None)
     adapted = isinstance(bank, Bank)
     if isinstance(bank, Bank):
@@ -128,7 +129,7 @@ def load_described(model: nn.Module, folder: Path, description: dict[str, Any], 
         try:
             check_plain(model)
             with hooks_aside(model):
-                plan = plan_of_file(model, config, description.get("plan", []), description["base"]["layers"])
+                plan = plan_of_file(model, config, description.get("plan", []), description["base"])
             layers, shapes = [n for g in plan.groups for n in g.sites], _planned_shapes(model, plan)
         except (ValueError, RuntimeError, *_OUT_OF_BOUNDS) as error:  # RuntimeError: sizes that no storage has
             raise ValueError(f"the adapter in {folder} does not fit this {type(model).__name__}: {error}") from None
@@ -141,6 +142,9 @@ def load_described(model: nn.Module, folder: Path, description: dict[str, Any], 
     problems = [f"{p}, or pass strict=False if you mean it" for p in base_problems(model, layers, description["base"])]
     names, wrong = misfits(tensors, shapes)
     problems += names + wrong
+    if not adapted and not problems:
+        wrong = _misplaced(plan)
+        problems += wrong
     message = f"the adapter in {folder} does not fit this {type(model).__name__}:\n- " + "\n- ".join(problems)
     if wrong or (problems and strict):
         raise ValueError(message)
@@ -209,12 +213,30 @@ def head_tensors(model: nn.Module, head: Iterable[str]) -> dict[str, Tensor]:
 
 
 def _planned_shapes(model: nn.Module, plan: Plan) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what :func:`_trained` would give after applying ``plan``."""
+    """Names and shapes of what :func:`_trained` would give after applying ``plan``.
+
+    Raises:
+        ValueError: a site lies outside its bank.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     for group in plan.groups:
         factors = group.build(torch.device("meta"), torch.float32)
+        for site in group.sites.values():
+            factors.bind(site)
         shapes.update({f"efft.{group.name}.{n}": tuple(t.shape) for n, t in factors.state_dict().items()})
     return shapes | {name: tuple(t.shape) for name, t in head_tensors(model, plan.head).items()}
+
+
+def _misplaced(plan: Plan) -> list[str]:
+    """The weights that do not have the sizes of the parts of their banks, which only a damaged file has."""
+    found = []
+    for group in plan.groups:
+        factors = group.build(torch.device("meta"), torch.float32)
+        for name, weight in plan.weights_of(group).items():
+            expected, sizes = factors.features(group.sites[name]), (weight.d_in, weight.d_out)
+            if expected != sizes or getattr(group.sites[name], "experts", 0) != weight.n_experts:
+                found.append(f"{name} is of size {sizes}, and what the adapter has for it of {expected}")
+    return found
 
 
 def _check_description(description: Any) -> None:
@@ -349,7 +371,7 @@ def _shape(model: nn.Module, name: str) -> list[int]:
     weight, layer = _base_weight(model, name), locate(model, name)[0]
     if isinstance(layer, nn.Linear) and not can_dequantize(weight):
         return [layer.out_features, layer.in_features]
-    return list(weight.shape)
+    return list(full_shape(weight))
 
 
 def _sketch(model: nn.Module, layers: list[str]) -> str:

@@ -10,18 +10,21 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from efft_kernels import Site, TTFactors, tt_merge_
+from efft.integrations.peft import kinds
+from efft_kernels import Site, TTFactors
 from efft_kernels.nn.weights import adapted_linear, is_plain
 
 
 class EfftLayer(nn.Module, BaseTunerLayer):
-    """A frozen ``nn.Linear`` with any number of adapters: ``y = x Wᵀ + b + (x D) G``, summed over the active ones.
+    """A frozen layer with any number of adapters: ``y = x Wᵀ + b + (x D) G``, summed over the active ones.
 
-    The factors belong to the :class:`EfftModel`; the layer refers to them by dicts that are no part of its state,
-    adapter name to its bank and to the binding in it.
+    It may be an ``nn.Linear``, transformers' ``Conv1D``, a convolution or an embedding. The factors belong to the
+    :class:`EfftModel`; the layer refers to them by dicts that are no part of its state, adapter name to its bank and to
+    the binding in it.
 
-    One op computes ``y``, without calling the layer that was adapted. Where that has hooks, a forward of its own (as
-    accelerate's offloading sets one) or a bias that is trained, it is called, and the update is added to its output.
+    One op computes ``y`` of an ``nn.Linear``, without calling the layer that was adapted. Where that has hooks, a
+    forward of its own (as accelerate's offloading sets one) or a bias that is trained, and where it is of another kind,
+    it is called, and the update is added to its output.
     """
 
     adapter_layer_names = ("efft_factors",)
@@ -29,13 +32,13 @@ class EfftLayer(nn.Module, BaseTunerLayer):
 
     active_adapters: list[str]
     efft_factors: nn.ModuleDict
-    base_layer: nn.Linear
+    base_layer: Any
     base_weight: Tensor | None
 
-    def __init__(self, base_layer: nn.Linear) -> None:
+    def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        self.in_features, self.out_features = kinds.sizes(base_layer)
         self.__dict__["efft_factors"] = nn.ModuleDict()  # of the type that peft looks for, but not registered
         self.efft_bindings: dict[str, Any] = {}
         self.merged_adapters: list[str] = []
@@ -48,29 +51,30 @@ class EfftLayer(nn.Module, BaseTunerLayer):
         self.efft_factors[adapter_name], self.efft_bindings[adapter_name] = factors, factors.bind(site)
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
-        """``[..., in_features]`` to ``[..., out_features]``; further arguments are those of the adapted layer.
+        """The input of the adapted layer to its output, as ``[..., in_features]`` to ``[..., out_features]``; further
+        arguments are that layer's.
 
         With ``adapter_names``, a name per sample (the first dimension), each sample has the update of its own adapter,
         or none under the name ``"__base__"``.
         """
         if adapter_names is not None:
             return self._forward_mixed(x, adapter_names, *args, **kwargs)
-        linear = self.base_layer
+        layer = self.base_layer
         names = [name for name in self.active_adapters if name in self.efft_bindings]
         if self._disable_adapters and self.base_weight is not None:
-            base: Tensor = torch.func.functional_call(linear, {"weight": self.base_weight}, (x, *args), kwargs)
+            base: Tensor = torch.func.functional_call(layer, {"weight": self.base_weight}, (x, *args), kwargs)
             return base
         if self._disable_adapters or self.merged_adapters or not names:
-            base = linear(x, *args, **kwargs)
+            base = layer(x, *args, **kwargs)
             return base
         pairs = [self._bank(name).down_up(self.efft_bindings[name]) for name in names]
         D, G = pairs[0]
         if len(pairs) > 1:
             D, G = torch.cat([D for D, _ in pairs], 1), torch.cat([G for _, G in pairs], 0)
-        if not (args or kwargs or _must_be_called(linear)):
-            return adapted_linear(linear, x, D, G)
-        y = linear(x, *args, **kwargs)
-        return y + _update(x, D, G, y)
+        if not (args or kwargs or _must_be_called(layer)):
+            return adapted_linear(layer, x, D, G)
+        y: Tensor = layer(x, *args, **kwargs)
+        return y + kinds.beside(layer, x, D, G, y)
 
     def _forward_mixed(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         if len(x) != len(adapter_names):
@@ -86,7 +90,7 @@ class EfftLayer(nn.Module, BaseTunerLayer):
         for name in sorted({*adapter_names} & {*self.efft_bindings}):
             rows = torch.tensor([i for i, own in enumerate(adapter_names) if own == name], device=y.device)
             D, G = self._bank(name).down_up(self.efft_bindings[name])
-            y = y.index_add(0, rows, _update(x[rows.to(x.device)], D, G, y))
+            y = y.index_add(0, rows, kinds.beside(self.base_layer, x[rows.to(x.device)], D, G, y))
         return y
 
     def _bank(self, adapter: str) -> Any:
@@ -99,17 +103,16 @@ class EfftLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """The dense update ``[out_features, in_features]`` of an adapter in its factors' dtype, without dropout; zero
-        for an adapter that leaves this layer alone."""
+        """The dense update of the weight's shape, of an adapter in its factors' dtype, without dropout; zero for an
+        adapter that leaves this layer alone."""
         if adapter not in self.efft_bindings:
-            return torch.zeros(self.out_features, self.in_features, device=device_of(self.base_layer))
-        D, G = self._evaluated(adapter)
-        return (D @ G).t()
+            return torch.zeros(self.base_layer.weight.shape, device=device_of(self.base_layer))
+        return kinds.dense(self.base_layer, *self._evaluated(adapter))
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether ``peft.convert_to_lora`` can make LoRA of this layer: the update is added to the weight, so it can.
-        At the adapter's rank the result is exact."""
-        return True
+        """Whether ``peft.convert_to_lora`` can make LoRA of this layer, as it does of linear layers. At the adapter's
+        rank the result is exact."""
+        return kinds.is_linear(self.base_layer)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -143,7 +146,7 @@ class EfftLayer(nn.Module, BaseTunerLayer):
             self.base_weight = weight.detach().clone()
         for name in names:
             D, G = self._evaluated(name)
-            tt_merge_(weight, D.to(weight.device), G.to(weight.device))
+            kinds.merge_(self.base_layer, D.to(weight.device), G.to(weight.device))
             self.merged_adapters.append(name)
 
     @torch.no_grad()
@@ -192,21 +195,15 @@ def offload(factors: Any) -> None:
         factors._hf_hook.post_forward(factors, None)
 
 
-def _must_be_called(layer: nn.Module) -> bool:
-    """Whether calling the layer is more than the product of its class with frozen parameters."""
-    bias = layer.bias
+def _must_be_called(layer: Any) -> bool:
+    """Whether calling the layer is more than the product of an ``nn.Linear`` with frozen parameters."""
     return bool(
-        layer._forward_hooks
+        not isinstance(layer, nn.Linear)
+        or layer._forward_hooks
         or layer._forward_pre_hooks
         or layer._backward_hooks
         or layer._backward_pre_hooks
         or "forward" in layer.__dict__
         or layer.weight.requires_grad
-        or (bias is not None and bias.requires_grad)
+        or (layer.bias is not None and layer.bias.requires_grad)
     )
-
-
-def _update(x: Tensor, D: Tensor, G: Tensor, y: Tensor) -> Tensor:
-    """``(x D) G`` where and in the dtype that ``y`` is."""
-    h = x.to(y.device, y.dtype) @ D.to(y.device, y.dtype)
-    return h @ G.to(y.device, y.dtype)

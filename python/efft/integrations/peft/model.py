@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from efft.integrations.peft import kinds
 from efft.integrations.peft.config import EfftPeftConfig
 from efft.integrations.peft.layer import EfftLayer, device_of, load, offload
 from efft.integrations.peft.planning import plan_adapter
@@ -61,6 +62,7 @@ class EfftModel(BaseTuner):
         banks: Any = nn.ModuleDict()
         with _plain(model):
             plan = plan_adapter(model, config)
+            _check_kinds(model, [name for group in plan.groups for name in group.sites])
             for group in plan.groups:
                 layer = model.get_submodule(next(iter(group.sites)))
                 device = torch.device("meta") if low_cpu_mem_usage else device_of(layer)
@@ -123,11 +125,6 @@ class EfftModel(BaseTuner):
         if isinstance(target, EfftLayer):
             target.update_layer(adapter_name, *self._sites[current_key])
         else:
-            if not isinstance(target, nn.Linear):
-                raise ValueError(
-                    f"EFFT under peft adapts linear layers, got {current_key}: {type(target).__name__}; adapt "
-                    "convolutions by efft.apply"
-                )
             layer = EfftLayer(target)
             layer.update_layer(adapter_name, *self._sites[current_key])
             self._replace_module(parent, target_name, layer, target)
@@ -205,6 +202,17 @@ class EfftModel(BaseTuner):
             if key.startswith(bank):
                 return key.replace(f"efft_banks.{adapter_name}.", "efft_banks.", 1)
         return BaseTuner._remove_adapter_name_from_key(key, adapter_name)
+
+
+def _check_kinds(model: nn.Module, names: list[str]) -> None:
+    layers = dict(model.named_modules())
+    for name in names:
+        reason = kinds.why_not(layers[name]) if name in layers else "it is a parameter of a module that is not a layer"
+        if reason is not None:
+            raise ValueError(
+                f"EFFT under peft adapts layers that are called, not {name!r}: {reason}; leave it out "
+                f"(exclude_modules=[{name!r}]), or adapt the model by efft.apply"
+            )
 
 
 def _name_adapters(module: nn.Module, args: Any, kwargs: Any, *, adapter_names: list[str]) -> tuple[Any, Any]:

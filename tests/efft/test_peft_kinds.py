@@ -1,0 +1,145 @@
+"""Kinds of layers under peft: each against itself with the dense sum of weight and update."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from efft_kernels import Site, TTFactors
+
+peft = pytest.importorskip("peft", reason="needs the hf extra")
+transformers = pytest.importorskip("transformers", reason="needs the hf extra")
+
+from efft.integrations.peft import EfftLayer, EfftPeftConfig  # noqa: E402  # it needs peft
+
+IMAGE, IDS = torch.randn(3, 4, 6, 6), torch.tensor([[1, 0, 5], [2, 2, 1], [6, 3, 0]])
+
+#: Name to the layer, an input, and (d_in, d_out) of its weight as a matrix.
+KINDS: dict[str, tuple[Callable[[], nn.Module], Tensor, tuple[int, int]]] = {
+    "linear": (lambda: nn.Linear(6, 5), torch.randn(3, 7, 6), (6, 5)),
+    "Conv1D": (lambda: transformers.pytorch_utils.Conv1D(5, 6), torch.randn(3, 7, 6), (6, 5)),
+    "embedding": (lambda: nn.Embedding(7, 5), IDS, (7, 5)),
+    "embedding with padding": (lambda: nn.Embedding(7, 5, padding_idx=0), IDS, (7, 5)),
+    "conv1d": (lambda: nn.Conv1d(4, 5, 3, padding=1), IMAGE[..., 0], (12, 5)),
+    "conv2d": (lambda: nn.Conv2d(4, 5, 3, stride=2, padding=1, padding_mode="reflect"), IMAGE, (36, 5)),
+    "conv2d in groups": (lambda: nn.Conv2d(4, 8, 3, groups=2, dilation=2), IMAGE, (18, 8)),
+    "conv2d, channels last": (
+        lambda: nn.Conv2d(4, 5, (2, 3)).to(memory_format=torch.channels_last),
+        IMAGE.to(memory_format=torch.channels_last),
+        (24, 5),
+    ),
+    "conv3d": (lambda: nn.Conv3d(4, 5, (2, 1, 2)), IMAGE[..., None].expand(-1, -1, -1, -1, 3), (16, 5)),
+}
+
+
+def dense_update(kind: str, layer: nn.Module, U: Tensor, C: Tensor, V: Tensor) -> Tensor:
+    """The update by the formula, in the layout of the layer's weight."""
+    update = 1.7 * U @ C[0, 0] @ V  # [d_in, d_out]
+    if kind == "embedding with padding":
+        update = update * (torch.arange(7) > 0)[:, None]
+    return update if kind.startswith(("Conv1D", "embedding")) else update.t().reshape(layer.weight.shape)
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+def adapted(kind: str) -> tuple[EfftLayer, nn.Module, TTFactors]:
+    """The layer with an adapter, a plain copy of it in fp64 with the update in its weight, and the factors."""
+    torch.manual_seed(0)
+    layer = KINDS[kind][0]().requires_grad_(False)
+    factors = TTFactors(*KINDS[kind][2], rank=(2, 3), scale=1.7)
+    nn.init.normal_(factors.V)
+    expected = copy.deepcopy(layer).double()
+    expected.weight.data += dense_update(kind, layer, *doubles(factors))
+    wrapped = EfftLayer(layer)
+    wrapped.update_layer("a", factors, Site())
+    wrapped.set_adapter("a")
+    return wrapped, expected, factors
+
+
+def doubles(factors: TTFactors) -> list[Tensor]:
+    return [p.detach().double().requires_grad_() for p in (factors.U, factors.C, factors.V)]
+
+
+def double(x: Tensor) -> Tensor:
+    return x.double() if x.is_floating_point() else x
+
+
+def test_forward_merge_and_delta(kind: str) -> None:
+    layer, expected, factors = adapted(kind)
+    x = KINDS[kind][1]
+    plain = layer.base_layer(x)
+    wanted = expected(double(x)).float()
+    assert (wanted - plain).abs().max() > 0.1
+    torch.testing.assert_close(layer(x), wanted, rtol=1e-4, atol=1e-5)
+    update = dense_update(kind, layer.base_layer, *doubles(factors))
+    torch.testing.assert_close(layer.get_delta_weight("a"), update.float(), rtol=1e-5, atol=1e-5)
+    before = layer.weight.clone()
+    layer.merge()
+    torch.testing.assert_close(layer(x), wanted, rtol=1e-4, atol=1e-5)
+    layer.enable_adapters(False)
+    assert torch.equal(layer(x), plain)
+    layer.enable_adapters(True)
+    layer.unmerge()
+    assert torch.equal(layer.weight, before)
+
+
+def test_gradients_of_the_factors(kind: str) -> None:
+    layer, _, factors = adapted(kind)
+    x = KINDS[kind][1]
+    layer(x).square().sum().backward()
+    wide, wanted = copy.deepcopy(layer.base_layer).double(), doubles(factors)
+    weight = wide.weight + dense_update(kind, wide, *wanted)
+    torch.func.functional_call(wide, {"weight": weight}, (double(x),)).square().sum().backward()
+    for factor, leaf in zip((factors.U, factors.C, factors.V), wanted, strict=True):
+        torch.testing.assert_close(factor.grad, leaf.grad.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_per_sample(kind: str) -> None:
+    layer, expected, _ = adapted(kind)
+    x = KINDS[kind][1]
+    mixed = layer(x, adapter_names=["a", "__base__", "a"])
+    torch.testing.assert_close(mixed[1], layer.base_layer(x)[1])
+    torch.testing.assert_close(mixed[::2], expected(double(x)).float()[::2], rtol=1e-4, atol=1e-5)
+
+
+def test_what_the_output_of_an_embedding_is_scaled_by() -> None:
+    embedding = transformers.models.gemma3.modeling_gemma3.Gemma3TextScaledWordEmbedding(7, 5, 0, embed_scale=3.0)
+    factors = TTFactors(7, 5, rank=2)
+    nn.init.normal_(factors.V)
+    layer = EfftLayer(embedding)
+    layer.update_layer("a", factors, Site())
+    layer.set_adapter("a")
+    live = layer(IDS)
+    layer.merge()
+    torch.testing.assert_close(layer(IDS), live)
+
+
+def test_a_convolution_of_a_model() -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Conv2d(4, 6, 3), nn.GELU(), nn.Conv2d(6, 6, 1), nn.Flatten(), nn.Linear(96, 3)).eval()
+    plain = copy.deepcopy(base)
+    config = EfftPeftConfig(r=2, target_modules=["0", "2"], modules_to_save=["4"], init_weights=False)
+    model = peft.get_peft_model(base, config).eval()
+    with torch.no_grad():
+        live = model(IMAGE)
+        assert (live - plain(IMAGE)).abs().max() > 0.1
+        torch.testing.assert_close(model.merge_and_unload()(IMAGE), live, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_that_are_refused() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention, self.norm = nn.MultiheadAttention(8, 2), nn.LayerNorm(8)
+
+    for name in ("attention.out_proj", "norm", "attention"):
+        with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+            peft.get_peft_model(Attention(), EfftPeftConfig(r=2, target_modules=[name]))
