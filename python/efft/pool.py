@@ -8,7 +8,7 @@ import functools
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from efft import buffers
-from efft.batches import Layouts, find_layouts
+from efft.batches import Layouts, check_batch, find_layouts
 from efft.config import is_number
 from efft.inject import adapted_layers, bank_of, remove, replace_modules
 from efft.io import base_problems, describe_base, load_described, read_description
@@ -67,13 +67,13 @@ class AdapterPool:
             raise ValueError(
                 "this model is adapted already: a pool needs the plain model; call efft.remove(model) first"
             )
-        if any(isinstance(h, functools.partial) and h.func is _check_batch for h in model._forward_pre_hooks.values()):
+        if any(isinstance(h, functools.partial) and h.func is check_batch for h in model._forward_pre_hooks.values()):
             raise ValueError("this model is in a pool already; call detach() on that pool first")
         self.model = model
         self._twin = _twin(model)
         self._selected: ContextVar[Selection | None] = ContextVar("selected", default=None)
         self._hook = model.register_forward_pre_hook(
-            functools.partial(_check_batch, self._selected, self._learn_layouts), prepend=True, with_kwargs=True
+            functools.partial(check_batch, self._selected, self._learn_layouts), prepend=True, with_kwargs=True
         )
         self._layouts: dict[str, Layouts] | None = None
         self._attempts = 3  # to find them
@@ -372,24 +372,3 @@ def _find(model: nn.Module, name: str) -> nn.Module | None:
         return model.get_submodule(name)
     except AttributeError:
         return None
-
-
-def _check_batch(
-    selected: ContextVar[Selection | None],
-    learn: Callable[[tuple[Any, ...], dict[str, Any], int], None],
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> None:
-    """Before the model runs: one adapter a sample needs a batch of as many samples."""
-    selection = selected.get()
-    if selection is None or selection.weights is not None:
-        return
-    batch = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
-    if batch is not None and (batch.dim() == 0 or batch.shape[0] != len(selection.slots)):
-        raise ValueError(
-            f"expected a batch of {len(selection.slots)} samples, one for each name given to AdapterPool.use, got an "
-            f"input of shape {list(batch.shape)}"
-        )
-    if not torch.compiler.is_compiling():
-        learn(args, kwargs, len(selection.slots))
