@@ -139,8 +139,8 @@ def page(outcomes: Sequence[Outcome], command: str) -> str:
         "# Architectures",
         "",
         "This page says what `efft.apply(model, efft.EfftConfig(rank=16))` adapts in every architecture of timm and",
-        "transformers. Models were made on the meta device with their default configurations. *Wholly*: at least 99 % of",
-        "the weights in the repeated blocks. For the others the table says what is left and why;",
+        "transformers. Models were made on the meta device with their default configurations. *Wholly* means at least",
+        "99 % of the weights in the repeated blocks. For the others the tables say what is left and why;",
         "`print(efft.inspect(model))` says it for yours.",
         "",
         f"Written by `{command}` with "

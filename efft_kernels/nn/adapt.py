@@ -51,8 +51,8 @@ def cannot_adapt(model: nn.Module, name: str, view: str = "linear") -> str | Non
         return kind.refusal(layer)
     owner, _, parameter = name.rpartition(".")
     module = _module_at(model, owner)
-    if module is None:
-        return "there is nothing of this name"
+    if module is None or not hasattr(module, parameter):
+        return "there is no layer and no parameter of this name"
     if view in EXPERT_VIEWS:
         return cannot_adapt_experts(module, parameter)
     return cannot_adapt_parameter(module, parameter, view)

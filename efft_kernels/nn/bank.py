@@ -107,12 +107,18 @@ class FactorBank(nn.Module, ABC):
                 return self._replay(node, binding)
         return self._composed([binding.site])[0]
 
-    def forward(self, index: int) -> tuple[Tensor, Tensor]:
-        """(D, G) of the ``index``-th binding, with dropout if training; G is zero while its layer is merged.
+    def forward(self, which: Any) -> Any:
+        """(D, G) of the ``which``-th binding, with dropout if training; G is zero while its layer is merged. Of a list
+        of sites the operands, as :meth:`compose` gives them.
 
-        For graphs of torch.fx, of which the bank is a module that is called: layers ask :meth:`down_up`.
+        The former is for graphs of torch.fx, of which the bank is a module that is called, the latter for what makes
+        parameters whole while their module is called, and again in its backward (ZeRO-3): layers ask :meth:`down_up`.
         """
-        binding = self.bindings[index]
+        if isinstance(which, list):
+            # Parameters lose their content after the call, what is made from them does not.
+            aliases = {id(p): p.view_as(p) for p in self.parameters()}
+            return [tuple(aliases.get(id(t), t) for t in operands) for operands in self.compose(which)]
+        binding = self.bindings[which]
         D, G = self._composed([binding.site])[0]
         return D, torch.zeros_like(G) if binding.merged else G
 
@@ -183,6 +189,8 @@ class FactorBank(nn.Module, ABC):
                 "and call it as a whole; to merge or export, save the adapter and load it into a plain model"
             )
         with no_autocast(next(self.parameters()).device):
+            if self._forward_pre_hooks and not torch.compiler.is_compiling():
+                return self(sites)
             return self.compose(sites)
 
     def _remember(self, pairs: Sequence[Operands]) -> _Pass:

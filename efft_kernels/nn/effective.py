@@ -45,10 +45,12 @@ class Effective(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is _REQUIRES_GRAD:  # the parameter's answer: who moves weights about makes a new one like it
+        if func == _REQUIRES_GRAD:  # the parameter's answer: who moves weights about makes a new one like it
             return args[0].W.requires_grad
         if func in _METADATA:
             return super().__torch_function__(func, types, args, kwargs)
+        if func is Tensor.to and torch.device("meta") in map(_as_device, (*args[1:], *kwargs.values())):
+            return args[0].W.to(*args[1:], **kwargs)  # a weight is put away, which takes none of its values
         if func in _CHANGES:
             raise RuntimeError(f"{func.__name__} of a weight with an update changes nothing that lasts: {_LASTING}")
         if func is F.linear:
@@ -71,16 +73,20 @@ class Effective(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        args, kwargs = torch.utils._pytree.tree_map_only(Effective, Effective.value, (args, kwargs or {}))
+        # Below autograd, whose node is this tensor's own: a value made here has no graph, and is not kept for others.
+        args, kwargs = torch.utils._pytree.tree_map_only(Effective, Effective._made, (args, kwargs or {}))
         return func(*args, **kwargs)
 
     def value(self) -> Tensor:
         """The dense tensor; made once with a graph, and once without."""
         graph = torch.is_grad_enabled()
         if graph not in self.dense:
-            self.owner.binding.used = self.owner.binding.read = self.owner.binding.dense = True
-            self.dense[graph] = self.owner.summed(self.W, self.D, self.G)
+            self.dense[graph] = self._made()
         return self.dense[graph]
+
+    def _made(self) -> Tensor:
+        self.owner.binding.used = self.owner.binding.read = self.owner.binding.dense = True
+        return self.owner.summed(self.W, self.D, self.G)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Effective({type(self.owner).__name__}, shape={list(self.shape)})"
@@ -119,6 +125,10 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Tensor | None:
         return None
     owner.binding.used = owner.binding.read = True
     return tt_linear(input, W, bias, weight.D, weight.G)
+
+
+def _as_device(argument: Any) -> Any:
+    return torch.device(argument) if isinstance(argument, str) else argument
 
 
 _REQUIRES_GRAD = getattr(Tensor, "requires_grad").__get__  # noqa: B009

@@ -25,7 +25,7 @@ def expert_mm(x: Tensor, W: Tensor, offsets: Tensor) -> Tensor:
         ``y [rows, d_out]`` in the dtype of ``x``; rows of no expert have any value. Differentiable in ``x`` and ``W``,
         any number of times.
     """
-    if _has_kernel(x):
+    if _has_kernel(x) and len(x) > 0:
         step = 16 // x.element_size()
         missing_in, missing_out = -x.shape[1] % step, -W.shape[2] % step
         if missing_in or missing_out:
@@ -46,12 +46,13 @@ def _has_kernel(x: Tensor) -> bool:
 
 @torch.library.custom_op("efft::expert_mm", mutates_args=())
 def _by_expert(x: Tensor, W: Tensor, offsets: Tensor) -> Tensor:
-    y = x.new_zeros(x.shape[0], W.shape[2])
+    y = x.new_empty(x.shape[0], W.shape[2])
     first = 0
     for e, last in enumerate(offsets.tolist()):
         if first < last:
             torch.mm(x[first:last], W[e], out=y[first:last])
         first = last
+    y[first:].zero_()
     return y
 
 

@@ -108,6 +108,16 @@ def is_conv1d(layer: object) -> bool:
     return hasattr(layer, "nf") and weight is not None and weight.dim() == 2 and weight.shape[1] == layer.nf
 
 
+def read_by_its_parent(layer: nn.Module) -> str | None:
+    """Why nothing but a sum can be done to the weight of ``layer``: its parent reads it and never calls the layer."""
+    if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return (
+            "this is the out_proj of nn.MultiheadAttention, which reads the weight and never calls the layer, so what "
+            "the layer does beside it would be ignored; use an attention module with separate linear layers"
+        )
+    return None
+
+
 def cannot_wrap(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> str | None:
     """None if a :class:`FrozenLayer` can stand in for a layer of this kind, else the reason."""
     if isinstance(layer, FrozenLayer):

@@ -124,7 +124,10 @@ def _class_of(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     if (base, names) not in _classes:
         parts: dict[str, Any] = {name: effective_property(name, _owner(name)) for name in names}
         parts |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-        parts |= {"_adapted_base": base, "__jit_unused_properties__": [*names]}
+        parts |= {
+            "_adapted_base": base,
+            "__jit_unused_properties__": [*getattr(base, "__jit_unused_properties__", ()), *names],
+        }
         kind = _own_forwards.get(base.forward, AdaptedModule)
         _classes[base, names] = type(kind.prefix + base.__name__, (kind, base), parts)
     return _classes[base, names]

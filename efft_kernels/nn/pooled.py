@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from efft_kernels.nn.frozen import FrozenLayer
+from efft_kernels.nn.frozen import FrozenLayer, read_by_its_parent
 from efft_kernels.nn.weights import adapted_linear, frozen_linear, multiplies_plainly
 from efft_kernels.ops import tt_linear_grouped
 
@@ -49,6 +49,10 @@ class PooledLinear(FrozenLayer, nn.Linear):
     learned: bool
     """Whether ``layouts`` is known. Until then, the first dimension must be the only one of as many entries as there
     are samples."""
+
+    @classmethod
+    def refusal(cls, layer: nn.Module) -> str | None:
+        return super().refusal(layer) or read_by_its_parent(layer)
 
     def __init__(self, linear: nn.Linear, selected: ContextVar[Selection | None]) -> None:
         super().__init__(linear)

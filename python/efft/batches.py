@@ -64,10 +64,8 @@ def find_layouts(
             entry = _USUAL if layout == 0 and shape[0] == samples else layout
             layouts = found.setdefault(name, {})
             layouts[len(shape)] = entry if layouts.get(len(shape), entry) == entry else None
-    for layouts in found.values():
-        for dimensions in [n for n, layout in layouts.items() if layout == _USUAL]:
-            del layouts[dimensions]
-    return found
+    unusual = {name: {n: x for n, x in layouts.items() if x != _USUAL} for name, layouts in found.items()}
+    return {name: layouts for name, layouts in unusual.items() if layouts}
 
 
 def _changed(x: Any, samples: int) -> Any:

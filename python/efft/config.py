@@ -317,10 +317,10 @@ def shown(value: object) -> str:
 
 
 def _names(value: Any) -> Any:
-    """One name, or names in a tuple or a set, as a list; anything else as it is."""
+    """One name, or names in a tuple, as a list; anything else as it is."""
     if isinstance(value, str):
         return [value]
-    return list(value) if isinstance(value, (tuple, frozenset, set)) else value
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _is_names(value: object) -> bool:

@@ -17,19 +17,19 @@ from safetensors.torch import load as deserialize
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from efft import buffers, files
+from efft import buffers, files, fingerprint
+from efft.card import model_card
 from efft.config import FORMAT_VERSION, AdapterConfig
 from efft.files import CONFIG, WEIGHTS
 from efft.inject import Bank, adapted_layers, apply_plan, bank_of, check_plain
 from efft.methods import config_from_dict, config_type
 from efft.offload import hooks_aside, stored
-from efft.params import count_parameters
 from efft.placing import find_update, locate
 from efft.plan import Plan, check_saved_plan, plan_of_file
-from efft.sharding import architecture, copy_whole_, once, reshard, whole
+from efft.sharding import architecture, check_not_zeros, copy_whole_, full_shape, once, reshard, whole
 from efft.wrappers import check_unwrapped, plain_name, unwrap
 from efft_kernels import __version__
-from efft_kernels.nn.weights import can_dequantize, dequantized
+from efft_kernels.nn.weights import can_dequantize, dequantized, is_plain
 
 #: What values of a right type but beyond all sizes, of a wrong type, or nested too deeply make Python and torch raise.
 _OUT_OF_BOUNDS = (TypeError, OverflowError, RecursionError)
@@ -45,8 +45,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], info: dict[str,
     """Write the trained part of an adapted model (factors once, head, buffers that training changed) to the folder
     ``path``.
 
-    A model sharded by ``fully_shard`` is gathered tensor by tensor: every process must call this, rank 0's writes, and
-    none returns before.
+    A model sharded by ``fully_shard`` or ZeRO-3 is gathered tensor by tensor: every process must call this, rank 0's
+    writes, and none returns before.
 
     Args:
         model: adapted by :func:`efft.apply`; may be merged, and wrapped by DDP or its like.
@@ -68,7 +68,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], info: dict[str,
     reshard(model)
     others = buffers.changed(model, bank.head, bank._base_buffers)
     trained = _trained(model, bank) | others
-    tensors = {name: whole(t.detach()).contiguous().cpu() for name, t in trained.items()}
+    tensors = {name: whole(t).detach().contiguous().cpu() for name, t in trained.items()}
     description = {
         "config": bank.config.to_dict(),
         "base": describe_base(model, bank.layers),
@@ -78,7 +78,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], info: dict[str,
         "library": f"efft-kernels {__version__}",
         "info": info or {},
     }
-    weights, card = serialize(tensors, {"format_version": str(FORMAT_VERSION)}), _card(model, description)
+    weights, card = serialize(tensors, {"format_version": str(FORMAT_VERSION)}), model_card(model, description)
     once(model, lambda: files.write_adapter(folder, weights, description, card))
     return folder
 
@@ -115,6 +115,7 @@ def load_described(model: nn.Module, folder: Path, description: dict[str, Any], 
             f"in its 'config', {config.head}"
         )
     config.head = description["head"]
+    check_not_zeros(model, "load_adapter")
     bank = getattr(unwrap(model), "efft", None)
     adapted = isinstance(bank, Bank)
     if isinstance(bank, Bank):
@@ -128,7 +129,7 @@ def load_described(model: nn.Module, folder: Path, description: dict[str, Any], 
         try:
             check_plain(model)
             with hooks_aside(model):
-                plan = plan_of_file(model, config, description.get("plan", []), description["base"]["layers"])
+                plan = plan_of_file(model, config, description.get("plan", []), description["base"])
             layers, shapes = [n for g in plan.groups for n in g.sites], _planned_shapes(model, plan)
         except (ValueError, RuntimeError, *_OUT_OF_BOUNDS) as error:  # RuntimeError: sizes that no storage has
             raise ValueError(f"the adapter in {folder} does not fit this {type(model).__name__}: {error}") from None
@@ -141,6 +142,9 @@ def load_described(model: nn.Module, folder: Path, description: dict[str, Any], 
     problems = [f"{p}, or pass strict=False if you mean it" for p in base_problems(model, layers, description["base"])]
     names, wrong = misfits(tensors, shapes)
     problems += names + wrong
+    if not adapted and not problems:
+        wrong = _misplaced(plan)
+        problems += wrong
     message = f"the adapter in {folder} does not fit this {type(model).__name__}:\n- " + "\n- ".join(problems)
     if wrong or (problems and strict):
         raise ValueError(message)
@@ -209,12 +213,30 @@ def head_tensors(model: nn.Module, head: Iterable[str]) -> dict[str, Tensor]:
 
 
 def _planned_shapes(model: nn.Module, plan: Plan) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what :func:`_trained` would give after applying ``plan``."""
+    """Names and shapes of what :func:`_trained` would give after applying ``plan``.
+
+    Raises:
+        ValueError: a site lies outside its bank.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     for group in plan.groups:
         factors = group.build(torch.device("meta"), torch.float32)
+        for site in group.sites.values():
+            factors.bind(site)
         shapes.update({f"efft.{group.name}.{n}": tuple(t.shape) for n, t in factors.state_dict().items()})
     return shapes | {name: tuple(t.shape) for name, t in head_tensors(model, plan.head).items()}
+
+
+def _misplaced(plan: Plan) -> list[str]:
+    """The weights that do not have the sizes of the parts of their banks, which only a damaged file has."""
+    found = []
+    for group in plan.groups:
+        factors = group.build(torch.device("meta"), torch.float32)
+        for name, weight in plan.weights_of(group).items():
+            expected, sizes = factors.features(group.sites[name]), (weight.d_in, weight.d_out)
+            if expected != sizes or getattr(group.sites[name], "experts", 0) != weight.n_experts:
+                found.append(f"{name} is of size {sizes}, and what the adapter has for it of {expected}")
+    return found
 
 
 def _check_description(description: Any) -> None:
@@ -232,6 +254,7 @@ def _check_description(description: Any) -> None:
         raise ValueError("'base.layers' must be an object")
     if not all(isinstance(name, str) for name in description["head"]):
         raise ValueError("'head' must be a list of names")
+    fingerprint.check(description["base"].get("sketch", ""))
     check_saved_plan(description.get("plan", []))
     saved = description.get("buffers", [])
     if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
@@ -304,6 +327,7 @@ def describe_base(model: nn.Module, layers: list[str]) -> dict[str, Any]:
         "layers": {name: _shape(model, name) for name in layers},
         "dtype": str(_base_weight(model, layers[0]).dtype),
         "fingerprint": _fingerprint(model, layers),
+        "sketch": _sketch(model, layers),
     }
 
 
@@ -324,6 +348,12 @@ def base_problems(model: nn.Module, layers: list[str], saved: dict[str, Any]) ->
         return [
             "the base weights are not those it was trained on (fingerprints differ); load the same pretrained weights"
         ]
+    others = fingerprint.differing(layers, ours["sketch"], saved.get("sketch", ""), ours["dtype"], saved["dtype"])
+    if ours["dtype"] != saved["dtype"] and others:
+        return [
+            f"the base weights are not those it was trained on ({len(others)} layers, {min(others)} first, differ by "
+            f"more than {saved['dtype']} and {ours['dtype']} explain); load the same pretrained weights"
+        ]
     return []
 
 
@@ -341,7 +371,13 @@ def _shape(model: nn.Module, name: str) -> list[int]:
     weight, layer = _base_weight(model, name), locate(model, name)[0]
     if isinstance(layer, nn.Linear) and not can_dequantize(weight):
         return [layer.out_features, layer.in_features]
-    return list(weight.shape)
+    return list(full_shape(weight))
+
+
+def _sketch(model: nn.Module, layers: list[str]) -> str:
+    """What :func:`efft.fingerprint.sketch` gives of the weights that are plain."""
+    weights = {name: whole(_base_weight(model, name)) for name in layers}
+    return fingerprint.sketch({name: weight if is_plain(weight) else None for name, weight in weights.items()})
 
 
 @torch.no_grad()
@@ -358,32 +394,3 @@ def _fingerprint(model: nn.Module, layers: list[str]) -> str:
             first = module.state_dict()[parameter].flatten().view(torch.uint8)[:4096]
         digest.update(first.detach().cpu().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _card(model: nn.Module, description: dict[str, Any]) -> str:
-    base = description["base"]
-    facts = "\n".join(f"- {key}: {value}" for key, value in description["info"].items())
-    layers = len(adapted_layers(model))
-    return f"""---
-library_name: efft-kernels
-tags: [efft, tensor-train, parameter-efficient-fine-tuning]
----
-# EFFT adapter for {base["architecture"]}
-
-Method: {bank_of(model).config.summary()}; {layers} layers adapted. Written by
-{description["library"]}.
-
-```
-{count_parameters(model)}
-```
-
-{facts}
-
-Load it onto the same pretrained base:
-
-```python
-import efft
-
-efft.load_adapter(model, "path/to/this/folder")
-```
-"""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save as serialize
@@ -19,11 +20,17 @@ from efft.io import head_tensors
 from efft.sharding import check_whole
 from efft.stored import check_stored
 from efft.wrappers import plain_name, unwrap
+from efft_kernels import ExpertWeight
+from efft_kernels.nn.adapted import AdaptedWeight
+from efft_kernels.nn.experts import EXPERT_VIEWS
 from efft_kernels.nn.linear import AdaptedLayer
 from efft_kernels.nn.parameter import AdaptedParameter
 
 #: What peft puts before the names of the base's modules.
 PREFIX = "base_model.model."
+#: Layers that peft, on models with experts as parameters, takes for those that the experts once consisted of.
+_OF_FORMER_EXPERTS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+_MERGE = "merge the update instead (efft.merged_state_dict)"
 
 
 @torch.no_grad()
@@ -33,8 +40,9 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], base_model: st
     Nothing is approximated: the update of a layer is ``D G`` of rank r, so ``lora_A [r, in_features]`` is ``Dᵀ`` and
     ``lora_B [out_features, r]`` is ``Gᵀ`` with s inside, both in the factors' dtype; ``lora_alpha = r`` makes peft's
     scaling 1. The file is larger than the adapter's own: LoRA shares nothing between layers.
-    ``peft.PeftModel.from_pretrained(base, folder)`` loads it, without this library. Modules whose buffers training
-    changed, such as batch norms, are written whole, like the head.
+    ``peft.PeftModel.from_pretrained(base, folder)`` loads it, without this library. What is not a layer of its own, as
+    the experts of a mixture, is among its ``target_parameters``, with factors of every expert's own. Modules whose
+    buffers training changed, such as batch norms, are written whole, like the head.
 
     Args:
         model: adapted by :func:`efft.apply`; may be merged.
@@ -54,44 +62,26 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], base_model: st
     bank, folder = bank_of(model), Path(folder)
     check_whole(model, "export_lora")
     check_stored(adapted_layers(model), "export_lora")
-    layers = _exportable(model)
+    layers = adapted_layers(model)
     head = bank.head + _changed_modules(model, bank, layers)
     _check_names(model, layers, head)
     _check_replaceable(folder / CONFIG)
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     for name, layer in layers.items():
-        D, G = layer.evaluated()  # [in_features, r], [r, out_features]
+        D, G = layer.evaluated()
         ranks[name] = D.shape[1]
-        A, B = D.t(), G.t()
-        if isinstance(layer, nn.modules.conv._ConvNd):  # peft's are a kernel and one of size 1
-            A, B = A.unflatten(1, layer.stored.shape[1:]), B.reshape(*B.shape, *[1] * len(layer.kernel_size))
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = A
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = B
+        tensors.update({f"{PREFIX}{key}": tensor for key, tensor in _pair(name, layer, D, G).items()})
     tensors.update({f"{PREFIX}{name}": tensor for name, tensor in head_tensors(model, head).items()})
     # A copy each: D is one tensor in all layers, which safetensors refuses.
     content = serialize({n: t.clone(memory_format=torch.contiguous_format).cpu() for n, t in tensors.items()})
-    config = _config(ranks, head, base_model or getattr(model, "name_or_path", None))
+    parameters = [name for name, layer in layers.items() if isinstance(layer, AdaptedParameter)]
+    config = _config(ranks, parameters, head, base_model or getattr(model, "name_or_path", None))
     write_pair(folder, content, (json.dumps(config, indent=2) + "\n").encode())
     return folder
 
 
-def _exportable(model: nn.Module) -> dict[str, AdaptedLayer]:
-    """The adapted layers; ValueError if a weight is adapted whose update peft's LoRA of a layer cannot express."""
-    layers = {}
-    for name, update in adapted_layers(model).items():
-        grouped = isinstance(update, nn.modules.conv._ConvNd) and update.groups > 1
-        if not isinstance(update, AdaptedLayer) or isinstance(update, nn.Embedding) or grouped:
-            kind = "a parameter that a module reads" if isinstance(update, AdaptedParameter) else type(update).__name__
-            raise ValueError(
-                f"{name} is {kind}, for which peft's LoRA has no equal form: merge the update instead "
-                "(efft.merged_state_dict), or adapt with targets that leave it out"
-            )
-        layers[name] = update
-    return layers
-
-
-def _changed_modules(model: nn.Module, bank: Bank, layers: dict[str, AdaptedLayer]) -> list[str]:
+def _changed_modules(model: nn.Module, bank: Bank, layers: Mapping[str, AdaptedWeight]) -> list[str]:
     """The modules outside the head with buffers that training changed: peft stores modules, not buffers."""
     changed = buffers.changed(model, bank.head, bank._base_buffers)
     modules = dict.fromkeys(name.rpartition(".")[0] for name in changed)
@@ -104,7 +94,43 @@ def _changed_modules(model: nn.Module, bank: Bank, layers: dict[str, AdaptedLaye
     return list(modules)
 
 
-def _config(ranks: dict[str, int], head: list[str], base_model: str | None) -> dict[str, Any]:
+def _pair(name: str, layer: AdaptedWeight, D: Tensor, G: Tensor) -> dict[str, Tensor]:
+    """What peft calls ``lora_A`` and ``lora_B``, by its names, for D [in_features, r] and G [r, out_features]."""
+    if isinstance(layer, AdaptedParameter):
+        return _pair_of_parameter(name, layer, D, G)
+    A, B = D.t(), G.t()
+    if isinstance(layer, nn.Embedding):
+        return {f"{name}.lora_embedding_A": A, f"{name}.lora_embedding_B": B}
+    if isinstance(layer, nn.modules.conv._ConvNd):  # peft's are a kernel and one of one entry
+        if layer.groups > 1:
+            raise ValueError(f"{name} is a convolution in groups, whose update is none of peft's; {_MERGE}")
+        A, B = A.unflatten(1, layer.weight.shape[1:]), B[(..., *[None] * (layer.weight.dim() - 2))]
+    return {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
+
+
+def _pair_of_parameter(name: str, layer: AdaptedParameter, D: Tensor, G: Tensor) -> dict[str, Tensor]:
+    """The same of one of peft's ``target_parameters``: A is the side of the last dimension, except that of experts
+    whose module says ``is_transposed`` it is that of the one before."""
+    owner, _, parameter = name.rpartition(".")
+    turned = layer.view in ("transposed", EXPERT_VIEWS[True])
+    if isinstance(layer, ExpertWeight):  # peft has factors of each expert's own: those of A below each other
+        inside, outside = D.t().expand(len(G), -1, -1), G.transpose(1, 2)  # [experts, r, d_in], [experts, d_out, r]
+        if turned and not getattr(layer.module, "is_transposed", False):
+            inside, outside = outside.transpose(1, 2), inside.transpose(1, 2)
+        A, B = inside.flatten(0, 1), outside.permute(1, 2, 0).flatten(1)
+    elif layer.stored.dim() == 2:
+        A, B = (G, D) if turned else (D.t(), G.t())
+    else:
+        raise ValueError(f"{name} has {layer.stored.dim()} dimensions, and peft takes it for no matrix; {_MERGE}")
+    # One wrapper around another: the module's first parameter is the innermost.
+    adapted = cast(Any, layer.module).adapted_parameters
+    order = [n for n in layer.module._parameters if n in adapted]
+    depth = len(order) - 1 - order.index(parameter)
+    key = ".".join([owner, *["base_layer"] * depth])
+    return {f"{key}.lora_A.weight": A, f"{key}.lora_B.weight": B}
+
+
+def _config(ranks: dict[str, int], parameters: list[str], head: list[str], base_model: str | None) -> dict[str, Any]:
     """peft's ``LoraConfig``; the fields that are not here have their defaults."""
     (usual, _), *_ = Counter(ranks.values()).most_common(1)
     # peft takes the first key that ends a layer's name: longer names go first, those of the usual rank among them.
@@ -120,32 +146,56 @@ def _config(ranks: dict[str, int], head: list[str], base_model: str | None) -> d
         "alpha_pattern": others,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": list(ranks),
+        "target_modules": [name for name in ranks if name not in parameters],
+        **({"target_parameters": parameters} if parameters else {}),
         "modules_to_save": head or None,
     }
 
 
-def _check_names(model: nn.Module, layers: dict[str, AdaptedLayer], head: list[str]) -> None:
+def _check_names(model: nn.Module, layers: Mapping[str, AdaptedWeight], head: list[str]) -> None:
     """peft adapts a layer at one of its places, and trains every module whose name *ends* like one of the head's."""
-    names = {module: name for name, module in layers.items()}
+    names: dict[Any, str] = {}
+    for name, layer in layers.items():
+        if isinstance(layer, AdaptedParameter):
+            names[layer.module] = name.rpartition(".")[0]
+        else:
+            names[layer] = name
+    for name, layer in layers.items():
+        if isinstance(layer, AdaptedLayer) and layer.read:
+            raise ValueError(
+                f"the module around {name} reads its weight, and would not read the update of peft's layer; {_MERGE}"
+            )
+        if not isinstance(layer, AdaptedParameter):
+            continue
+        inside = [other for other in layers if other.startswith(f"{names[layer.module]}.") and other in names.values()]
+        if isinstance(layer.module, nn.MultiheadAttention) or inside:
+            raise ValueError(
+                f"{name} is a parameter of a {type(layer.module).__name__} that "
+                f"{f'has {inside[0]} inside' if inside else 'reads more of itself'}, which peft does not wrap; {_MERGE}"
+            )
+    experts = [n for n, module in model.named_modules() if "gate_up_proj" in module._parameters]
+    former = [n for n in layers if experts and n.rpartition(".")[2] in _OF_FORMER_EXPERTS and n in names.values()]
+    if former:
+        raise ValueError(
+            f"peft would take {former[0]} for a part of {experts[0]}, where layers of that name were in checkpoints of "
+            f"transformers 4, and not adapt it; {_MERGE}"
+        )
+    parameters = [name for name, layer in layers.items() if isinstance(layer, AdaptedParameter)]
+    for name in map(plain_name, dict(model.named_parameters()) if parameters else ()):
+        of = next((parameter for parameter in parameters if name.endswith(f".{parameter}")), None)
+        if of is not None:
+            raise ValueError(f"peft would adapt {name} too, since its name ends like {of}'s; {_MERGE}")
     for full, module in model.named_modules(remove_duplicate=False):
         name = plain_name(full)
         if names.get(module, name) != name:
-            raise ValueError(
-                f"{names[module]} and {name} are one layer, and peft would adapt only the first; merge the update "
-                "instead (efft.merged_state_dict)"
-            )
+            raise ValueError(f"{names[module]} and {name} are one layer, and peft would adapt only the first; {_MERGE}")
         of = next((layer for layer in layers if name.endswith(f".{layer}")), None)
         if of is not None and name not in layers:
-            raise ValueError(
-                f"peft would adapt {name} too, since its name ends like {of}'s; merge the update instead "
-                "(efft.merged_state_dict)"
-            )
+            raise ValueError(f"peft would adapt {name} too, since its name ends like {of}'s; {_MERGE}")
         ends = [h for h in head if name.endswith(h) and name not in head]
         if ends and any(f"{layer}.".startswith(f"{name}.") for layer in layers):
             raise ValueError(
-                f"peft would take {name} for the head {ends[0]!r}, since its name ends so, and not adapt it; merge the "
-                "update instead (efft.merged_state_dict)"
+                f"peft would take {name} for the head {ends[0]!r}, since its name ends so, and not adapt it; {_MERGE}"
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from efft_kernels.nn.parameter import adapted_weights_of
 
 #: What accelerate sets on a module, whose forward it replaces.
 _SET = ("_hf_hook", "_old_forward", "forward")
@@ -27,9 +30,11 @@ def hooks_aside(model: nn.Module) -> Iterator[Aside]:
         for module in model.modules()
         if all(key in module.__dict__ for key in _SET)
     }
+    kinds = {module: type(module) for module in aside}
     try:
         yield aside
     finally:
+        follow(aside, {module: module for module, kind in kinds.items() if type(module) is not kind})
         for module, attributes in aside.items():
             module.__dict__.update(attributes)
 
@@ -40,8 +45,49 @@ def follow(aside: Aside, replaced: Mapping[nn.Module, nn.Module]) -> None:
         attributes = aside.pop(old, None)
         if attributes is not None:
             own: Any = new.forward
-            forward = functools.partial(attributes["forward"].func, new)
-            aside[new] = {**attributes, "_old_forward": own, "forward": functools.update_wrapper(forward, own)}
+            forward = functools.update_wrapper(functools.partial(attributes["forward"].func, new), own)
+            hook: Any = getattr(attributes["_hf_hook"], "_of", attributes["_hf_hook"])
+            hook = _past_updates(hook) if adapted_weights_of(new) else hook
+            aside[new] = {"_hf_hook": hook, "_old_forward": own, "forward": forward}
+
+
+class _PastUpdates:
+    """What a hook of accelerate is too that moves the weights of an adapted module: it moves the stored ones, not those
+    that include the update."""
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with _switched_off(module):
+            return super().pre_forward(module, *args, **kwargs)  # type: ignore[misc]
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        with _switched_off(module):
+            return super().post_forward(module, output)  # type: ignore[misc]
+
+
+def _past_updates(hook: Any) -> Any:
+    """A copy of a hook, which moves the same weights."""
+    new = copy.copy(hook)
+    kind: type = type(hook)
+    new.__class__ = _kind(kind)
+    new._of = hook
+    return new
+
+
+@functools.cache
+def _kind(hook: type) -> type:
+    return type(hook.__name__, (_PastUpdates, hook), {"__module__": hook.__module__})
+
+
+@contextmanager
+def _switched_off(module: nn.Module) -> Iterator[None]:
+    updates = [(update, update.enabled) for update in adapted_weights_of(module)]
+    for update, _ in updates:
+        update.enabled = False
+    try:
+        yield
+    finally:
+        for update, enabled in updates:
+            update.enabled = enabled
 
 
 def device_of(aside: Aside, owners: Mapping[str, tuple[nn.Module, str]]) -> torch.device:

@@ -8,6 +8,7 @@ from torch import nn
 
 from efft.inject import Bank
 from efft.plan import Plan
+from efft.sharding import full_shape
 from efft.wrappers import unwrap
 
 
@@ -49,11 +50,11 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     bank = getattr(model, "efft", None)
     groups = {}
     if isinstance(bank, Bank):
-        groups = {name: sum(p.numel() for p in factors.parameters()) for name, factors in bank.items()}
+        groups = {name: sum(full_shape(p).numel() for p in factors.parameters()) for name, factors in bank.items()}
     factors = {id(p) for p in bank.parameters()} if isinstance(bank, Bank) else set()
     others = [p for p in model.parameters() if id(p) not in factors]
-    head = sum(p.numel() for p in others if p.requires_grad)
-    return ParameterCount(groups, head, sum(p.numel() for p in others) - head)
+    head = sum(full_shape(p).numel() for p in others if p.requires_grad)
+    return ParameterCount(groups, head, sum(full_shape(p).numel() for p in others) - head)
 
 
 def count_plan(model: nn.Module, plan: Plan) -> ParameterCount:

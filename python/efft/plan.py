@@ -166,14 +166,14 @@ def warn_of_untouched(model: nn.Module, plan: Plan, config: AdapterConfig) -> No
         )
 
 
-def plan_of_file(model: nn.Module, config: AdapterConfig, saved: Sequence[Any], layers: Mapping[str, Any]) -> Plan:
+def plan_of_file(model: nn.Module, config: AdapterConfig, saved: Sequence[Any], base: Mapping[str, Any]) -> Plan:
     """The plan that an adapter file holds, for ``model``.
 
     Args:
         model: what the adapter is to be loaded into.
         config: the file's configuration.
         saved: every group's ``to_dict``; empty in files of the first format.
-        layers: names of the adapted layers, in the model's order, in files of the first format.
+        base: what the file says of the model that the adapter was trained on.
 
     Raises:
         ValueError: the model lacks one of the weights, or the plan is damaged.
@@ -185,11 +185,15 @@ def plan_of_file(model: nn.Module, config: AdapterConfig, saved: Sequence[Any], 
         found = structure.weights.get(name)
         if found is None:
             reason = structure.reasons.get(name)
-            raise ValueError(f"layer {name!r} cannot be adapted: {reason}" if reason else f"it has no layer {name!r}")
+            if reason is not None:
+                raise ValueError(f"layer {name!r} cannot be adapted: {reason}")
+            raise ValueError(
+                f"it has no layer {name!r}, which the adapter changes (it was trained on a {base['architecture']})"
+            )
         return found
 
     if not saved:
-        targets = [known_target(weight(name)) for name in layers]
+        targets = [known_target(weight(name)) for name in base["layers"]]
         return Plan(config.groups(model, targets), head, {t.name: t.weight for t in targets})
     groups: list[Any] = []
     found: dict[str, Weight] = {}

@@ -372,9 +372,10 @@ def _twin(model: nn.Module) -> nn.Module:
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:
-    layer = model.get_submodule(name)
+    layer = _find(model, name)
     if not isinstance(layer, nn.Linear):
-        raise ValueError(f"a pool serves adapters of linear layers, and {name} is a {type(layer).__name__}")
+        kind = "parameter that no linear layer has" if layer is None else type(layer).__name__
+        raise ValueError(f"a pool serves adapters of linear layers, and {name} is a {kind}")
     return layer
 
 

@@ -1,4 +1,4 @@
-"""Models whose parameters ``torch.distributed.fsdp.fully_shard`` has spread over the processes."""
+"""Models whose parameters torch's ``fully_shard`` or DeepSpeed's ZeRO-3 has spread over the processes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,34 @@ def is_sharded(model: nn.Module) -> bool:
     return any(hasattr(module, "reshard") for module in model.modules())
 
 
+def _is_zeros(tensor: Any) -> bool:
+    """Whether DeepSpeed's ZeRO-3 keeps this parameter, which then is empty unless its module runs."""
+    return hasattr(tensor, "ds_id")
+
+
+def full_shape(tensor: Any) -> torch.Size:
+    """The shape of the tensor that a shard is of."""
+    shape: torch.Size = tensor.ds_shape if _is_zeros(tensor) else tensor.shape
+    return shape
+
+
 def check_whole(model: nn.Module, operation: str) -> None:
     """Raise ValueError if ``model`` is sharded, for an ``efft.operation`` that changes layers or reads all factors."""
     if is_sharded(model):
         raise ValueError(
             f"expected a whole model, this {type(model).__name__} is sharded by fully_shard, which holds its layers: "
             f"call efft.{operation} before fully_shard (a plain model gets the factors by save_adapter, load_adapter)"
+        )
+    check_not_zeros(model, operation)
+
+
+def check_not_zeros(model: nn.Module, operation: str) -> None:
+    """Raise ValueError if the parameters of ``model`` are ZeRO-3's, which has copies of its own beside them."""
+    if any(map(_is_zeros, model.parameters())):
+        raise ValueError(
+            f"expected a whole model, DeepSpeed's ZeRO-3 keeps the parameters of this {type(model).__name__}: call "
+            f"efft.{operation} before deepspeed.initialize (a plain model gets the factors by save_adapter, "
+            "load_adapter)"
         )
 
 
@@ -41,6 +63,11 @@ def architecture(model: nn.Module) -> str:
 
 def whole(tensor: Any) -> Tensor:
     """The tensor that a shard is of, gathered, so every process must ask for it; any other tensor as it is."""
+    if _is_zeros(tensor):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor]), torch.no_grad():
+            return tensor.clone()
     full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return full
 
@@ -61,12 +88,13 @@ def once(model: nn.Module, action: Callable[[], None]) -> None:
     Raises:
         RuntimeError: in the other processes, if it failed there.
     """
-    mesh = next((p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")), None)
-    if mesh is None:
+    kinds = [p.device_mesh.device_type for p in model.parameters() if hasattr(p, "device_mesh")]
+    kinds += [p.device for p in model.parameters() if _is_zeros(p)]
+    if not kinds:
         action()
         return
     dist = torch.distributed
-    failed = torch.zeros(1, device=mesh.device_type)
+    failed = torch.zeros(1, device=kinds[0])
     if dist.get_rank() != 0:
         dist.all_reduce(failed)
         if failed:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from efft.integrations.experts import ExpertParameter, experts_of
 from efft_kernels import EfftEmbedding
 from efft_kernels.nn.adapt import layer_class
-from efft_kernels.nn.frozen import FrozenLayer
+from efft_kernels.nn.frozen import FrozenLayer, not_only_a_weight
 from efft_kernels.nn.linear import features
 from efft_kernels.nn.parameter import cannot_adapt_parameter
 from efft_kernels.nn.weights import is_plain
@@ -110,11 +110,10 @@ def structure_of(model: nn.Module, head: Iterable[str] = ()) -> Structure:
             continue
         block, tower = repeated.get(name, (None, None))
         for weight, reason in _weights_of(name, module):
-            parameter = module._parameters[weight.parameter]
-            assert parameter is not None
-            if parameter.numel() == 0 and is_plain(parameter):
+            parameter = module._parameters.get(weight.parameter)
+            if parameter is not None and parameter.numel() == 0 and is_plain(parameter):
                 continue
-            others = owners[_key(parameter)]
+            others = [] if parameter is None else owners[_key(parameter)]
             if reason is None and len(others) > 1:
                 reason = (
                     f"its weight is tied: {' and '.join(others)} have the same one; leave the layer out "
@@ -150,12 +149,12 @@ def _weights_of(name: str, module: nn.Module) -> list[tuple[Weight, str | None]]
     """The parameters of two or more dimensions of a module itself, each with the reason why it cannot be adapted."""
     if isinstance(module, nn.utils.parametrize.ParametrizationList):
         return []
+    computed = _computed(name, module)
+    if computed is not None:
+        return [computed]
     own = {p: t for p, t in module._parameters.items() if t is not None and (t.dim() > 1 or not is_plain(t))}
     if not own:
         return []
-    if nn.utils.parametrize.is_parametrized(module):
-        reason = "the weight is parametrized; remove the parametrization first"
-        return [(_read(name, p, t), reason) for p, t in own.items()]
     experts = experts_of(module)
     of_experts = {} if experts is None else {e.name: e for e in experts.parameters}
     found: list[tuple[Weight, str | None]] = []
@@ -166,6 +165,8 @@ def _weights_of(name: str, module: nn.Module) -> list[tuple[Weight, str | None]]
             full = f"{name}.{p}".lstrip(".")
             weight = Weight(full, name, p, "experts", *sizes, n_experts=experts.n_experts, experts=one)
             found.append((weight, None))
+        elif experts is not None:  # the experts' biases, which are one parameter too
+            continue
         elif p == "weight" and isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             weight = Weight(name, name, p, "embedding", t.shape[0], t.shape[1], t.numel())
             found.append((weight, EfftEmbedding.refusal(module)))
@@ -182,6 +183,19 @@ def _weights_of(name: str, module: nn.Module) -> list[tuple[Weight, str | None]]
 
 
 _TABLE = "a parameter that multiplies entry by entry"
+
+
+def _computed(name: str, module: nn.Module) -> tuple[Weight, str] | None:
+    """A weight that is computed from others, by a parametrization or by a hook, and why it cannot be adapted."""
+    parametrized = nn.utils.parametrize.is_parametrized(module)
+    hooked = layer_class(module) is not None and "weight" not in module._parameters
+    if not parametrized and not hooked:
+        return None
+    reason = not_only_a_weight(module, type(module)) if hooked else None
+    reason = reason or "the weight is parametrized; remove the parametrization first"
+    originals = [p for p in module.parameters() if p.dim() > 1]
+    sizes = max((p.numel() for p in originals), default=0)
+    return Weight(name, name, "weight", "parameter", 0, 0, sizes), reason
 
 
 def _stands_for(layer: nn.Module) -> bool:

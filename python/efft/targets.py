@@ -190,9 +190,9 @@ def _by_name(model: nn.Module, structure: Structure, config: AdapterConfig) -> l
         named = list(filter(matches, linears)) or [
             n for n, w in structure.weights.items() if w.kind in config.kinds and (matches(n) or matches(w.module))
         ]
-        refused = [] if named else list(filter(matches, structure.reasons))
-        if refused:
-            raise ValueError(f"layer {refused[0]!r} cannot be adapted: {structure.reasons[refused[0]]}")
+        for name in filter(matches, structure.reasons):
+            if (not named or _is_layer(model, name)) and not any(matcher(pattern)(name) for pattern in config.exclude):
+                raise ValueError(f"layer {name!r} cannot be adapted: {structure.reasons[name]}")
         if not named:
             near = difflib.get_close_matches(pattern, _endings(everything), 3, 0.5)
             raise ValueError(
@@ -202,6 +202,12 @@ def _by_name(model: nn.Module, structure: Structure, config: AdapterConfig) -> l
             )
         wanted.update(named)
     return [known_target(weight) for name, weight in structure.weights.items() if name in wanted]
+
+
+def _is_layer(model: nn.Module, name: str) -> bool:
+    """Whether a name is that of a linear layer, which a pattern must not pass over."""
+    parent, _, last = name.rpartition(".")
+    return isinstance(model.get_submodule(parent)._modules.get(last), nn.Linear)
 
 
 def _endings(names: Iterable[str]) -> list[str]:

@@ -31,9 +31,12 @@ ABSURD: dict[str, list[Any]] = {
     **dict.fromkeys(("variant", "init", "core_init", "core_sharing", "tensor"), TEXTS),
     "ranks": [3, "4444", [4, 4, 4], [4, 4, 4, 0], [4, 4, 4, True], [4, 4, 4, 10**9], {}],
     "trainable_scale": [1, "yes", None],
-    "targets": ["everything", 3, None, ["qkv", 3], {}],
-    "exclude": ["qkv", None, [3], {}],
-    "head": ["head", 3, [3], {}],
+    "targets": [3, None, ["qkv", 3], {}],
+    "exclude": [None, [3], {}],
+    "head": [3, [3], {}],
+    "freeze_statistics": [0, "no", None, [], {}],
+    "bias": [0, "yes", None],
+    "heads_on": ["both", 1, None],
 }
 CASES = [
     (method, field.name, value)

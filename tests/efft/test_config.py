@@ -41,7 +41,10 @@ INVALID: list[tuple[dict[str, Any], str]] = [
     ({"dropout": 1.0}, "EfftConfig.dropout must be in [0, 1), got 1.0"),
     ({"dropout": -0.1}, "got -0.1"),
     ({"dropout": float("nan")}, "got nan"),
-    ({"targets": 7}, "EfftConfig.targets must be 'all', 'mhsa', 'ffn' or a list of layer names or patterns, got"),
+    (
+        {"targets": 7},
+        "EfftConfig.targets must be 'all', 'all-linear', 'mhsa', 'ffn' or a list of layer names or patterns, got",
+    ),
     ({"targets": [1]}, "got [1]"),
     ({"targets": None}, "got None"),
 ]
@@ -60,7 +63,7 @@ UNNOTICED: list[tuple[dict[str, Any], str]] = [
     ({"dropout": "0.1"}, "EfftConfig.dropout must be"),
     ({"exclude": {"qkv"}}, "EfftConfig.exclude must be"),
     ({"exclude": None}, "EfftConfig.exclude must be"),
-    ({"head": "head"}, "EfftConfig.head must be"),
+    ({"head": 3}, "EfftConfig.head must be"),
     ({"trainable_scale": "no"}, "EfftConfig.trainable_scale must be False, 'global', 'group' (or True) or 'matrix'"),
 ]
 
@@ -133,7 +136,7 @@ def configs(draw: st.DrawFn) -> EfftConfig:
         init=draw(st.sampled_from(["u", "v"] if variant == "efft1" else ["u", "v", "uu", "uv", "vu", "vv"])),
         core_init=draw(st.sampled_from(["last", "first", "matrix"])),
         dropout=draw(st.floats(0, 1, exclude_max=True)),
-        targets=draw(st.one_of(st.sampled_from(["all", "mhsa", "ffn"]), patterns)),
+        targets=draw(st.one_of(st.sampled_from(["all", "all-linear", "mhsa", "ffn"]), patterns)),
         exclude=draw(patterns),
         core_sharing=draw(st.sampled_from(["per_layer", "shared"])),
         head=draw(st.one_of(st.none(), patterns)),

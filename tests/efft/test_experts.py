@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import efft
 from efft.integrations.experts import AdaptedExperts, adapt_experts, experts_of, intercept
 from efft_kernels import ExpertWeight, Site, TTFactors
 from efft_kernels.nn.adapt import adapt, cannot_adapt, named_adapted_weights, restore
@@ -183,3 +186,50 @@ def test_by_the_names_of_parameters(name: str) -> None:
     torch.testing.assert_close(live, merged, atol=2e-5 * base.abs().max().item(), rtol=1e-4)
     restore(model, {weights[query]: layer})
     assert torch.equal(logits(model), base)
+
+
+def test_as_lora_of_peft(name: str, tmp_path: Path) -> None:
+    """All that is adapted in the model, by the checkpoint alone: experts and routers are parameters there too."""
+    peft = pytest.importorskip("peft", reason="needs the dev extra")
+    model, base = make_model(name), make_model(name)
+    shared = [r".*shared_experts.*"] if name == "DeepseekV3" else []
+    efft.apply(model, efft.EfftConfig(rank=(3, 4), exclude=shared, head=[])).eval()
+    for _, factor in efft.named_factors(model):
+        nn.init.normal_(factor, std=0.1)
+    assert sum("experts" in n for n in efft.adapted_layers(model)) == 4
+    live = logits(model)
+    efft.export_lora(model, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # as of keys that are missing
+        loaded = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    assert (logits(make_model(name)) - live).norm() > 0.1 * live.norm()
+    torch.testing.assert_close(logits(loaded), live, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(logits(loaded.merge_and_unload()), live, atol=1e-5, rtol=1e-4)
+
+
+def test_what_peft_takes_for_experts_is_refused(tmp_path: Path) -> None:
+    model = efft.apply(make_model("DeepseekV3"), efft.EfftConfig(rank=2, head=[]))
+    with pytest.raises(ValueError, match=r"peft would take .*shared_experts.* for a part of .*mlp\.experts"):
+        efft.export_lora(model, tmp_path)
+
+
+def test_all_of_a_model(name: str, tmp_path: Path) -> None:
+    """By one call, without a word about what is left out; saved, loaded and removed again."""
+    model, base = make_model(name), make_model(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        efft.apply(model, efft.EfftConfig(rank=3, head=[])).eval()
+    matrices = {n for n, p in base.named_parameters() if p.dim() == 3}
+    assert {n for n in efft.adapted_layers(model) if n.endswith(("gate_up_proj", "down_proj"))} >= matrices
+    assert not any("bias" in n for n in efft.adapted_layers(model))
+    assert not any(update.binding.dense for update in efft.adapted_layers(model).values())
+    torch.testing.assert_close(logits(model), logits(base), atol=1e-6, rtol=1e-5)
+    for _, factor in efft.named_factors(model):
+        nn.init.normal_(factor, std=0.1)
+    live = logits(model)
+    efft.save_adapter(model, tmp_path)
+    assert torch.equal(logits(efft.load_adapter(make_model(name), tmp_path).eval()), live)
+    plain = make_model(name)
+    plain.load_state_dict(efft.merged_state_dict(model))
+    torch.testing.assert_close(logits(plain), live, atol=1e-5, rtol=1e-4)
+    assert torch.equal(logits(efft.remove(model)), logits(base))

@@ -60,6 +60,31 @@ def test_info_is_kept_and_shown(adapted_vit: Make, tmp_path: Path) -> None:
     assert card.startswith("---\nlibrary_name: efft-kernels\n")
 
 
+def test_card_has_the_metadata_of_the_hub(adapted_vit: Make, tmp_path: Path) -> None:
+    yaml = pytest.importorskip("yaml", reason="needs the hf extra")
+
+    def metadata(model: nn.Module, **info: Any) -> Any:
+        folder = efft.save_adapter(model, tmp_path / "card", info)
+        return yaml.safe_load((folder / CARD).read_text().split("---")[1])
+
+    common = {"library_name": "efft-kernels", "tags": ["efft", "tensor-train", "parameter-efficient-fine-tuning"]}
+    model = adapted_vit()
+    model.pretrained_cfg = {}
+    assert metadata(model) == common, "what is not known is left out"
+    facts = {"base_model": "timm/a: b", "license": "apache-2.0", "dataset": "beans", "metrics": {"accuracy": 0.9}}
+    assert metadata(model, **facts) == common | {
+        "base_model": "timm/a: b",
+        "license": "apache-2.0",
+        "datasets": ["beans"],
+        "metrics": ["accuracy"],
+    }
+    assert metadata(model, license=3, datasets=["yes", 1]) == common, "not what the hub reads"
+    model.pretrained_cfg = {"hf_hub_id": "timm/vit_tiny"}
+    assert metadata(model)["base_model"] == "timm/vit_tiny"
+    model.name_or_path = "/home/me/vit"
+    assert metadata(model)["base_model"] == "timm/vit_tiny", "a folder says nothing to others"
+
+
 def test_size_for_vit_base(tmp_path: Path) -> None:
     """Below 1 MB: r = 32 with its 245,760 factors, and r = 16 with a head of 100 classes."""
     timm = pytest.importorskip("timm", reason="needs the vision extra")

@@ -88,10 +88,30 @@ DAMAGE: dict[str, tuple[Edit, str]] = {
         lambda d: d["config"].update(method="prefix"),
         r"unknown method 'prefix'; this version knows efft, lora, ",
     ),
-    "targets": (
-        lambda d: d["config"].update(targets=["nowhere"]),
-        "does not fit this VisionTransformer: targets: 'nowhere'",
+    "a layer that is not there": (
+        lambda d: d["plan"][0]["weights"].update(nowhere="layer=0 cores=0:3"),
+        "does not fit this VisionTransformer: it has no layer 'nowhere'",
     ),
+    "a plan without names": (lambda d: d["plan"][0].pop("name"), "every group of 'plan' must be an object with a name"),
+    "a group that no module can be": (lambda d: d["plan"][0].update(name="a.b"), "which no module can have"),
+    "a plan without weights": (lambda d: d["plan"][0].update(weights={}), "must say what its weights are"),
+    "a site that is none": (
+        lambda d: d["plan"][0]["weights"].update({"blocks.0.attn.qkv": "layer=-1"}),
+        "'plan' has a site that is not one: 'layer=-1'",
+    ),
+    "a site outside its train": (
+        lambda d: d["plan"][0]["weights"].update({"blocks.0.attn.qkv": "layer=7 cores=0:3"}),
+        "does not fit a bank of 2 layers",
+    ),
+    "a site of other sizes": (
+        lambda d: d["plan"][0]["weights"].update({"blocks.0.attn.qkv": "layer=0 cores=0:2"}),
+        r"blocks.0.attn.qkv is of size \(16, 48\), and what the adapter has for it of \(16, 32\)",
+    ),
+    "sizes of a train": (
+        lambda d: d["plan"][0].update(sizes=[16, 16, 2, 2**40]),
+        "the plan of group 'mhsa' is damaged",
+    ),
+    "a rank": (lambda d: d["plan"][0].update(rank=[4, "4"]), "the plan of group 'mhsa' is damaged"),
     "two heads": (
         lambda d: (d["config"].update(head=["head"]), d.update(head=[])),
         r"its 'head' \[\] is not the one in its 'config', \['head'\]",
@@ -240,13 +260,13 @@ def test_other_depth_width_and_architecture(
     refuse(
         tiny_vit(depth=3),
         folder,
-        r"- trained on a VisionTransformer with other layers: blocks\.2\.attn\.proj only in the model; ",
+        r"- the base weights are not those it was trained on \(fingerprints differ\)",
         unchanged,
     )
     refuse(
         tiny_vit(depth=1),
         folder,
-        r"- trained on a VisionTransformer with other layers: blocks\.1\.attn\.proj only in the adapter; ",
+        r"it has no layer 'blocks\.1\.attn\.qkv', which the adapter changes \(it was trained on a VisionTransformer\)",
         unchanged,
     )
     refuse(
@@ -255,10 +275,8 @@ def test_other_depth_width_and_architecture(
         r"with other layers: blocks\.0\.attn\.qkv is \[96, 32\], adapter's base had \[48, 16\]; ",
         unchanged,
     )
-    refuse(tiny_swin(), folder, r"does not fit this SwinTransformer:\n- trained on a VisionTransformer with", unchanged)
-    message = (
-        r"the adapter in .* does not fit this Sequential: (head: no module named 'head'|targets='all' needs a known)"
-    )
+    refuse(tiny_swin(), folder, r"does not fit this SwinTransformer: it has no layer 'blocks\.0\.attn\.qkv'", unchanged)
+    message = r"the adapter in .* does not fit this Sequential: head: no module named 'head'"
     refuse(nn.Sequential(nn.Linear(4, 4)), folder, message, unchanged)
 
 

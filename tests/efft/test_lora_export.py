@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import efft
+from efft_kernels import Site, TTFactors
+from efft_kernels.nn.adapt import adapt
 
 Make = Callable[..., nn.Module]
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -108,6 +111,73 @@ def test_transformers_vit(randomize: Make, tmp_path: Path) -> None:
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
+
+
+class Product(nn.Module):
+    """Multiplies by a parameter of its own, ``[d_out, d_in]`` or the other way round."""
+
+    def __init__(self, d_in: int, d_out: int, turned: bool) -> None:
+        super().__init__()
+        self.weight, self.turned = nn.Parameter(torch.randn((d_in, d_out) if turned else (d_out, d_in))), turned
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.weight if self.turned else self.weight.t())
+
+
+class Kinds(nn.Module):
+    """A layer of every kind that peft has too, beside a linear one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.line, self.linear = nn.Embedding(11, 8), nn.Conv1d(8, 8, 3, padding=1), nn.Linear(8, 6)
+        self.product, self.turned, self.volume = Product(6, 10, False), Product(10, 8, True), nn.Conv3d(1, 4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.linear(self.line(self.words(x).transpose(1, 2)).transpose(1, 2))
+        h = self.turned(self.product(h))
+        return self.volume(h[:, None, None].expand(-1, 1, 2, -1, -1)).flatten(1)
+
+
+def test_every_kind_of_weight(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="needs the dev extra")
+    torch.manual_seed(0)
+    base = Kinds().eval()
+    model, x = copy.deepcopy(base), torch.randint(11, (2, 5))
+    sites, views = {}, {"product.weight": "linear", "turned.weight": "transposed"}
+    names = ["words", "line", "linear", "volume", *views]
+    efft.apply(model, efft.EfftConfig(targets=["words", "line", "linear", "volume"], rank=3, head=[]))
+    for name, (d_in, d_out) in {"product": (6, 10), "turned": (10, 8)}.items():
+        sites[f"{name}.weight"] = model.efft[name] = TTFactors(d_in, d_out, 2 + (name == "turned"))
+    adapt(model, {name: (bank, Site()) for name, bank in sites.items()}, views=views)
+    model.efft.layers += list(sites)
+    for factor in model.efft.parameters():
+        nn.init.normal_(factor, std=0.3)
+    assert list(efft.adapted_layers(model)) == names
+    live = model.eval()(x)
+    efft.export_lora(model, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    assert (live - base(x)).norm() > 0.1 * base(x).norm()
+    torch.testing.assert_close(loaded(x), live, atol=1e-5, rtol=1e-4)
+
+
+def test_weights_that_peft_would_read_without_their_update_are_refused(tmp_path: Path) -> None:
+    def attention(**more: Any) -> nn.Module:
+        model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2)
+        return efft.apply(model, efft.EfftConfig(rank=2, head=[], **more))
+
+    for model, reason in (
+        (attention(), "in_proj_weight is a parameter of a MultiheadAttention .* which peft does not wrap"),
+        (attention(exclude=["in_proj_weight"]), "the module around .*out_proj reads its weight"),
+        (
+            attention(exclude=["out_proj"]),
+            "in_proj_weight is a parameter of a MultiheadAttention .* peft does not wrap",
+        ),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            efft.export_lora(model, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_contents(adapted_vit: Make, tmp_path: Path) -> None:

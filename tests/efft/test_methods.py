@@ -312,8 +312,8 @@ def test_unknown_methods_are_refused() -> None:
     [
         ({"rank": 0}, "LoRAConfig.rank must be an integer from 1 to 65536, got 0"),
         ({"scale": float("nan")}, "LoRAConfig.scale must be a number from -1000000 to 1000000, got nan"),
-        ({"targets": 3}, "LoRAConfig.targets must be 'all', 'mhsa', 'ffn' or a list"),
-        ({"head": "head"}, "LoRAConfig.head must be None or a list of module names, got 'head'"),
+        ({"targets": 3}, "LoRAConfig.targets must be 'all', 'all-linear', 'mhsa', 'ffn' or a list"),
+        ({"head": 3}, "LoRAConfig.head must be None or a list of module names, got 3"),
     ],
 )
 def test_wrong_values_are_refused(values: dict[str, Any], message: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -299,33 +300,35 @@ def test_ranks_for_unknown_groups(tiny_vit: Make) -> None:
         make_plan(tiny_vit(), efft.EfftConfig(scale={"mhsa": 1.0, "ffn": 2, "stage5_mhsa": 3}))
 
 
+def sizes(model: nn.Module, **changes: Any) -> dict[str, tuple[int, int, int, int]]:
+    """Of each group d_in, d_out, layers and cores for each."""
+    groups = make_plan(model, efft.EfftConfig(rank=4, **changes)).groups
+    return {g.name: (g.d_in, g.d_out, g.n_layers, g.n_cores) for g in groups}
+
+
 def test_layers_of_unequal_sizes(tiny_vit: Make) -> None:
+    """There is a train for each size of the MLP, and one for the attention."""
     model = tiny_vit()
     model.blocks[1].mlp.fc1 = nn.Linear(16, 32)
     model.blocks[1].mlp.fc2 = nn.Linear(32, 16)
-    message = (
-        r"group 'ffn': layers that share factors must agree in hidden size of fc2, but blocks.0.mlp.fc2 has 64 and "
-        r"blocks.1.mlp.fc2 has 32; exclude one of them or name the layers of each size"
-    )
-    with pytest.raises(ValueError, match=message):
-        make_plan(model, efft.EfftConfig(rank=4))
-    plan = make_plan(model, efft.EfftConfig(rank=4, exclude=[r"blocks\.1\.mlp.*"]))
-    assert [g.name for g in plan.groups] == ["mhsa", "ffn"]
+    assert sizes(model) == {"mhsa": (16, 16, 2, 4), "ffn_16x64": (16, 64, 2, 1), "ffn_16x32": (16, 32, 2, 1)}
+    assert sizes(model, exclude=[r"blocks\.1\.mlp.*"]) == {"mhsa": (16, 16, 2, 4), "ffn": (16, 64, 2, 1)}
 
 
 def test_attention_that_is_not_square(tiny_vit: Make) -> None:
+    """Three matrices 16 x 8 in a qkv, and the output projection back: one train."""
     model = tiny_vit()
     for block in model.blocks:
-        block.attn.qkv = nn.Linear(16, 3 * 8)
-    with pytest.raises(ValueError, match="must agree in output size of each of q, k, v, o"):
-        make_plan(model, efft.EfftConfig(rank=4))
-    with pytest.raises(ValueError, match="attention matrices must be square, got 16 inputs and 8 outputs"):
-        make_plan(model, efft.EfftConfig(rank=4, exclude=["attn.proj"]))
+        block.attn.qkv, block.attn.proj = nn.Linear(16, 3 * 8), nn.Linear(8, 16)
+    assert sizes(model) == {"mhsa": (16, 8, 2, 4), "ffn": (16, 64, 4, 1)}
+    (mhsa, _) = make_plan(model, efft.EfftConfig(rank=4)).groups
+    assert mhsa.sites["blocks.1.attn.qkv"] == Site(1, (0, 1, 2))
+    assert mhsa.sites["blocks.1.attn.proj"] == Site(1, (3,), transpose=True, mask_scope=1)
 
 
-def test_gate_that_is_no_multiple(tiny_vit: Make) -> None:
+def test_a_packed_projection_without_a_like_matrix_is_one_matrix(tiny_vit: Make) -> None:
     model = tiny_vit()
     for block in model.blocks:
         block.mlp.fc1 = nn.Linear(16, 80)
-    with pytest.raises(ValueError, match="fc1's 80 outputs are no multiple of fc2's 64 inputs"):
-        make_plan(model, efft.EfftConfig(rank=4))
+    assert sizes(model)["ffn_16x80"] == (16, 80, 2, 1)
+    assert sizes(model)["ffn_64x16"] == (64, 16, 2, 1)

@@ -75,9 +75,9 @@ class Experts:
 def experts_of(module: nn.Module) -> Experts | None:
     """The experts that ``module`` holds as three-dimensional parameters; None where there are none, or they are adapted
     or quantised."""
-    if getattr(module, "adapted_parameters", None):
-        return None
-    return _gated(module) or _parallel(module)
+    found = _gated(module) or _parallel(module)
+    adapted = getattr(module, "adapted_parameters", {})
+    return None if found is not None and any(p.name in adapted for p in found.parameters) else found
 
 
 def intercept(module: nn.Module) -> bool:

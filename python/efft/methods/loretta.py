@@ -14,6 +14,7 @@ from efft.methods.base import Layer, MethodConfig, MethodGroup, StackedBank, uni
 from efft.methods.factorize import MOST_FACTORS, factorize, train_ranks
 from efft.targets import Target
 from efft_kernels import EfftLinear, tt_chain
+from efft_kernels.nn.frozen import read_by_its_parent
 from efft_kernels.nn.weights import frozen_linear
 
 
@@ -60,6 +61,10 @@ class AdapterLinear(EfftLinear):
     weight."""
 
     factors: LoRETTABank
+
+    @classmethod
+    def refusal(cls, layer: nn.Module) -> str | None:
+        return super().refusal(layer) or read_by_its_parent(layer)
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in_features] -> [..., out_features]
         z = frozen_linear(self, x)
