@@ -22,6 +22,7 @@ from efft.batches import Layouts, check_batch, find_layouts
 from efft.config import is_number
 from efft.inject import adapted_layers, bank_of, remove, replace_modules
 from efft.io import base_problems, describe_base, load_described, read_description
+from efft.placing import linear_layers
 from efft.stacks import Place, written
 from efft_kernels import FactorBank
 from efft_kernels.nn.frozen import share_attributes
@@ -140,7 +141,7 @@ class AdapterPool:
             bank = bank_of(adapted)
             buffers.check_none(name, buffers.changed(adapted, bank.head, bank._base_buffers))
             layers = bank.layers
-            check_linear(adapted)
+            linear_layers(adapted_layers(adapted))
             missing = [n for n in layers if _find(self._twin, n) is None]
             problems = [f"the model has no {', '.join(missing[:3])}"] if missing else []
             problems = problems or base_problems(self._twin, layers, describe_base(adapted, layers))
@@ -334,23 +335,10 @@ class AdapterPool:
         return found
 
 
-def check_linear(adapted: nn.Module) -> dict[str, AdaptedLayer]:
-    """The adapted layers; ValueError if anything else than a linear layer is adapted."""
-    layers: dict[str, AdaptedLayer] = {}
-    for name, update in adapted_layers(adapted).items():
-        if not isinstance(update, AdaptedLayer) or not isinstance(update, nn.Linear):
-            kind = type(update).__name__ if isinstance(update, AdaptedLayer) else "a parameter that a module reads"
-            raise ValueError(
-                f"a pool serves adapters of linear layers, and {name} is {kind}: adapt with targets that leave it out"
-            )
-        layers[name] = update
-    return layers
-
-
 def _operands(adapted: nn.Module) -> _Parts:
     """D and G of every adapted layer; what the layers share is one tensor."""
     together: dict[nn.Module, dict[str, AdaptedLayer]] = {}
-    for name, layer in check_linear(adapted).items():
+    for name, layer in linear_layers(adapted_layers(adapted)).items():
         together.setdefault(layer.factors, {})[name] = layer
     found: _Parts = {}
     for factors, layers in together.items():

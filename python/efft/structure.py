@@ -286,8 +286,12 @@ def parts_of(model: nn.Module, weights: Mapping[str, Weight]) -> dict[str, str]:
 
 
 def _words(model: nn.Module, weight: Weight) -> str:
-    """Names and classes of the modules between a weight and its block, and the weight's own name."""
-    parts = weight.module.split(".")
-    depth = len(weight.block.split(".")) if weight.block is not None else 0
-    classes = [type(model.get_submodule(".".join(parts[:n]))).__name__ for n in range(depth + 1, len(parts))]
-    return " ".join([*parts[depth:-1], *classes, weight.place])
+    """Names and classes of the modules between a weight and the outermost repeated module around it, and its own
+    name."""
+    parts = weight.name.split(".")
+    if weight.tower is None:
+        return weight.name
+    depth = len(weight.tower.split(".")) + 1 if weight.tower else 1
+    inside = weight.module.split(".")
+    classes = [type(model.get_submodule(".".join(inside[:n]))).__name__ for n in range(depth + 1, len(inside))]
+    return " ".join([*parts[depth:], *classes])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from efft.integrations.peft import kinds
 from efft.integrations.peft.config import EfftPeftConfig
 from efft.integrations.peft.layer import EfftLayer, device_of, load, offload
+from efft.integrations.peft.mixing import fill, mixed_config
 from efft.integrations.peft.planning import plan_adapter
 from efft_kernels import Site, TTFactors
 
@@ -89,6 +90,34 @@ class EfftModel(BaseTuner):
                 model.register_forward_pre_hook(self._prepare),
                 model.register_forward_hook(self._release, always_call=True),
             ]
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "cat"
+    ) -> None:
+        """Add the weighted sum of adapters as one more adapter, exactly: its ranks are the sums of theirs.
+
+        Args:
+            adapters: names of adapters of the same layers.
+            weights: one factor per adapter.
+            adapter_name: name of the sum; where there is one already, nothing is done, as in LoRA.
+            combination_type: ``"cat"``.
+
+        Raises:
+            ValueError: unknown names, another combination, or adapters that cannot be added up; it says why.
+        """
+        if combination_type != "cat":
+            raise ValueError(f"combination_type must be 'cat', which is exact, got {combination_type!r}")
+        if adapter_name in self.peft_config:
+            return
+        if unknown := [name for name in adapters if name not in self.peft_config]:
+            raise ValueError(f"Adapter {unknown[0]} does not exist")
+        if not adapters or len(adapters) != len(weights):
+            raise ValueError(f"expected a weight per adapter, got {len(adapters)} adapters and {len(weights)} weights")
+        banks: Any = self.efft_banks
+        self.peft_config[adapter_name] = mixed_config(adapters, self.peft_config, banks)
+        self.inject_adapter(self.model, adapter_name)
+        for group, bank in banks[adapter_name].items():
+            fill(bank, [banks[name][group] for name in adapters], weights)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter and its factors."""
