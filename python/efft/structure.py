@@ -175,7 +175,7 @@ def _weights_of(name: str, module: nn.Module) -> list[tuple[Weight, str | None]]
             d_in, d_out = features(module)
             view = "linear" if kind == "linear" or _is_one_by_one(module) else "convolution"
             found.append((Weight(name, name, p, kind, d_in, d_out, d_in * d_out, view), None))
-        else:
+        elif sum(size > 1 for size in t.shape) > 1:  # the others are vectors, of whatever shape
             weight = _read(name, p, t)
             unlikely = _TABLE if min(weight.d_in, weight.d_out) == 1 else None if p.endswith("weight") else _DOUBTFUL
             found.append((weight, cannot_adapt_parameter(module, p, weight.read_as) or unlikely))
