@@ -119,7 +119,7 @@ def _by_keyword(model: nn.Module, structure: Structure, config: AdapterConfig) -
         ]
         return [Target(w, block=w.name) for w in linear if model.get_submodule(w.module) is not output]
     weights = {n: w for n, w in structure.in_blocks.items() if w.kind in config.kinds}
-    targets = _grouped_as_published(structure) or _by_structure(model, weights)
+    targets = _grouped_as_published(structure) or by_structure(model, weights)
     if config.targets == "all":
         return targets
     chosen = [target for target in targets if target.part == config.targets]
@@ -175,7 +175,8 @@ def _are_published_shapes(targets: list[Target]) -> bool:
     return True
 
 
-def _by_structure(model: nn.Module, weights: Mapping[str, Weight]) -> list[Target]:
+def by_structure(model: nn.Module, weights: Mapping[str, Weight]) -> list[Target]:
+    """The weights with the block and the part of it that each is found in, whatever their names."""
     parts = parts_of(model, weights)
     return [Target(weight, block=weight.block or name, part=parts.get(name)) for name, weight in weights.items()]
 

@@ -156,14 +156,17 @@ without it, `targets` chooses |
         return self.__dict__["_modules"] is None
 
     def own(self, **changes: Any) -> EfftConfig:
-        """The same settings as an :class:`efft.EfftConfig` of linear layers alone, with these changed."""
-        return _OfLinearLayers(**{f.name: getattr(self, f.name) for f in fields(EfftConfig)} | changes)
+        """The same settings as an :class:`efft.EfftConfig` of layers that are called alone, with these changed."""
+        return _OfLayers(**{f.name: getattr(self, f.name) for f in fields(EfftConfig)} | changes)
 
 
-class _OfLinearLayers(EfftConfig):
-    """What peft's tuners can put a layer in the place of."""
+class _OfLayers(EfftConfig):
+    """What peft's tuners can put a layer in the place of: no parameters that a module reads itself."""
 
-    kinds = frozenset({"linear"})
+    kinds = frozenset({"linear", "convolution", "embedding"})
+
+
+_OfLayers.__name__ = EfftPeftConfig.__name__  # for error messages
 
 
 def _listed(value: Any) -> Any:

@@ -50,6 +50,11 @@ class EfftLayer(nn.Module, BaseTunerLayer):
         """Add an adapter: this layer is ``site`` of the bank ``factors``."""
         self.efft_factors[adapter_name], self.efft_bindings[adapter_name] = factors, factors.bind(site)
 
+    @property
+    def bindings(self) -> list[Any]:
+        """The layer's hold on the bank of each adapter."""
+        return list(self.efft_bindings.values())
+
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """The input of the adapted layer to its output, as ``[..., in_features]`` to ``[..., out_features]``; further
         arguments are that layer's.

@@ -14,8 +14,8 @@ from torch import nn
 
 from efft.integrations.peft.config import EfftPeftConfig
 from efft.plan import Plan, make_plan, warn_of_untouched
-from efft.structure import Weight
-from efft.targets import find_head
+from efft.structure import Weight, structure_of
+from efft.targets import by_structure, find_head
 
 #: Names that a pattern may have as they are.
 _PLAIN = re.compile(r"[\w.-]*")
@@ -72,8 +72,7 @@ def _plan_of(model: nn.Module, config: EfftPeftConfig, names: list[str], head: l
         if isinstance(config.scale, dict) and config.rank_pattern:
             own = {k: s for k, s in config.scale.items() if _end(k, ends.values()) == ends[rank]}
             changes["scale"] = {k.removesuffix(ends[rank]): s for k, s in own.items()}
-        exact = [f"^{name if _PLAIN.fullmatch(name) else re.escape(name)}$" for name in members]
-        plan = make_plan(model, config.own(targets=exact, head=head, **changes))
+        plan = _plan_of_rank(model, config, members, head, changes)
         weights |= plan.weights
         for group in plan.groups:
             group.name += ends[rank]
@@ -81,6 +80,22 @@ def _plan_of(model: nn.Module, config: EfftPeftConfig, names: list[str], head: l
                 group.trainable_scale = False  # the first group owns it
             groups.append(group)
     return Plan(groups, head, weights)
+
+
+def _plan_of_rank(
+    model: nn.Module, config: EfftPeftConfig, names: list[str], head: list[str], changes: dict[str, Any]
+) -> Plan:
+    """The plan of these layers in the paper's groups, or where their shapes do not allow these, by shape."""
+    exact = [f"^{name if _PLAIN.fullmatch(name) else re.escape(name)}$" for name in names]
+    try:
+        return make_plan(model, config.own(targets=exact, head=head, **changes))
+    except ValueError:
+        found = structure_of(model, head).weights
+        weights = {name: found[name] for name in names if name in found and found[name].kind == "linear"}
+        if len(weights) < len(names) or config.exclude:
+            raise
+        groups = config.own(targets="all", head=head, **changes).groups(model, by_structure(model, weights))
+        return Plan(groups, head, weights)
 
 
 def _end(name: str, ends: Iterable[str]) -> str:
