@@ -129,8 +129,7 @@ def make_plan(model: nn.Module, config: AdapterConfig) -> Plan:
     Raises:
         ValueError: no such weights, or weights that cannot share a train; it says which and what to do.
     """
-    if any("_orig_mod" in module._modules for module in model.modules()):
-        raise ValueError("the model is compiled already: adapt it (or load the adapter) first, then torch.compile it")
+    _check_not_compiled(model)
     head = find_head(model, config.head)
     structure = structure_of(model, head)
     targets = select(model, structure, config)
@@ -141,6 +140,11 @@ def make_plan(model: nn.Module, config: AdapterConfig) -> Plan:
     ordered = dict(sorted(left_out.items(), key=lambda item: -item[1]))
     weights = {name: structure.weights[name] for group in groups for name in group.sites}
     return Plan(groups, head, weights, ordered, structure.reasons, sum(sizes.values()))
+
+
+def _check_not_compiled(model: nn.Module) -> None:
+    if any("_orig_mod" in module._modules for module in model.modules()):
+        raise ValueError("the model is compiled already: adapt it (or load the adapter) first, then torch.compile it")
 
 
 def _blocks_of_roles(sizes: Mapping[str, int], targets: Sequence[Target]) -> dict[str, int]:
@@ -176,8 +180,9 @@ def plan_of_file(model: nn.Module, config: AdapterConfig, saved: Sequence[Any], 
         base: what the file says of the model that the adapter was trained on.
 
     Raises:
-        ValueError: the model lacks one of the weights, or the plan is damaged.
+        ValueError: the model lacks one of the weights, or is compiled, or the plan is damaged.
     """
+    _check_not_compiled(model)
     head = find_head(model, config.head)
     structure = structure_of(model, head)
 
