@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from efft.config import AdapterConfig, EfftConfig
-from efft.structure import Weight, structure_of
+from efft.structure import Structure, Weight, structure_of
 from efft.targets import Target, find_head, known_target, select
 from efft_kernels import FactorBank
 
@@ -47,6 +47,7 @@ class Plan:
         groups: the banks of factors, not allocated yet (:class:`Group`); those of EFFT tell the sizes of their trains.
         head: names of the modules trained beside the factors.
         weights: what is adapted, by name.
+        tied: of these, layers that have the weight of another one, whose name follows, and share its update.
         left_out: parameters of the blocks that stay untouched, with their number of entries, largest first.
         reasons: why some of them cannot be adapted.
         in_blocks: entries of all weights in blocks.
@@ -58,6 +59,7 @@ class Plan:
     left_out: dict[str, int] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     in_blocks: int = 0
+    tied: dict[str, str] = field(default_factory=dict)
 
     @property
     def untouched_share(self) -> float:
@@ -120,18 +122,19 @@ def inspect(model: nn.Module, config: AdapterConfig | None = None) -> Plan:
     Raises:
         ValueError: as :func:`efft.apply`.
     """
-    return make_plan(model, config or EfftConfig())
+    return make_plan(model, config or EfftConfig(), share_tied=True)
 
 
-def make_plan(model: nn.Module, config: AdapterConfig) -> Plan:
-    """Plan the adaptation of ``model``; works on the meta device too.
+def make_plan(model: nn.Module, config: AdapterConfig, share_tied: bool = False) -> Plan:
+    """Plan the adaptation of ``model``; works on the meta device too. Layers with one weight in common are adapted
+    together with ``share_tied``, else not at all.
 
     Raises:
         ValueError: no such weights, or weights that cannot share a train; it says which and what to do.
     """
     _check_not_compiled(model)
     head = find_head(model, config.head)
-    structure = structure_of(model, head)
+    structure = structure_of(model, head, share_tied)
     targets = select(model, structure, config)
     groups = config.groups(model, targets)
     sizes = _blocks_of_roles(structure.sizes, targets)
@@ -139,7 +142,14 @@ def make_plan(model: nn.Module, config: AdapterConfig) -> Plan:
     left_out = {name: size for name, size in untouched.items() if name in sizes}
     ordered = dict(sorted(left_out.items(), key=lambda item: -item[1]))
     weights = {name: structure.weights[name] for group in groups for name in group.sites}
-    return Plan(groups, head, weights, ordered, structure.reasons, sum(sizes.values()))
+    weights, tied = _with_tied(structure, weights)
+    return Plan(groups, head, weights, ordered, structure.reasons, sum(sizes.values()), tied)
+
+
+def _with_tied(structure: Structure, weights: dict[str, Weight]) -> tuple[dict[str, Weight], dict[str, str]]:
+    """The weights with those that are theirs too, and the latter's names with the former's."""
+    tied = {name: first for name, first in structure.tied.items() if first in weights}
+    return weights | {n: replace(weights[first], name=n, module=n) for n, first in tied.items()}, tied
 
 
 def _check_not_compiled(model: nn.Module) -> None:
@@ -184,7 +194,7 @@ def plan_of_file(model: nn.Module, config: AdapterConfig, saved: Sequence[Any], 
     """
     _check_not_compiled(model)
     head = find_head(model, config.head)
-    structure = structure_of(model, head)
+    structure = structure_of(model, head, share_tied=True)
 
     def weight(name: str) -> Weight:
         found = structure.weights.get(name)
@@ -199,14 +209,15 @@ def plan_of_file(model: nn.Module, config: AdapterConfig, saved: Sequence[Any], 
 
     if not saved:
         targets = [known_target(weight(name)) for name in base["layers"]]
-        return Plan(config.groups(model, targets), head, {t.name: t.weight for t in targets})
+        return Plan(config.groups(model, targets), head, {t.name: t.weight for t in targets})  # before any were tied
     groups: list[Any] = []
     found: dict[str, Weight] = {}
     for group in saved:
         members = {name: weight(name) for name in group["weights"]}
         groups.append(config.group_of_file(model, group, list(members.values())))
         found |= members
-    return Plan(groups, head, found)
+    found, tied = _with_tied(structure, found)
+    return Plan(groups, head, found, tied=tied)
 
 
 def check_saved_plan(saved: Any) -> None:

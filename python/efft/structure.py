@@ -72,11 +72,13 @@ class Structure:
     Attributes:
         weights: those that can be adapted, by name, in the model's order.
         reasons: why others cannot, by name.
+        tied: weights that are another layer's too, to the name of the first of them, which stands for all.
         sizes: number of entries of every parameter of two or more dimensions in blocks, by full name.
     """
 
     weights: dict[str, Weight] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
+    tied: dict[str, str] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -88,15 +90,18 @@ class Structure:
 
     def untouched(self, names: Iterable[str]) -> dict[str, int]:
         """Entries of the parameters in blocks that are not among the weights ``names``, by full parameter name."""
+        names = set(names)
         taken = {f"{w.module}.{w.parameter}".lstrip(".") for n in names if (w := self.weights.get(n)) is not None}
+        taken |= {f"{name}.weight" for name, first in self.tied.items() if first in names}
         return {name: size for name, size in self.sizes.items() if name not in taken}
 
 
-def structure_of(model: nn.Module, head: Iterable[str] = ()) -> Structure:
+def structure_of(model: nn.Module, head: Iterable[str] = (), share_tied: bool = False) -> Structure:
     """Read off what ``model`` is made of, outside of the modules ``head``; linear in the number of modules.
 
     Works on the meta device too. Weights that several modules own are among the reasons, not among the weights:
-    merging an update into one would change the other.
+    merging an update into one would change the other. With ``share_tied`` that holds only where they are not all
+    linear layers outside the head, which can share one update.
     """
     modules = dict(model.named_modules())
     inside_head = {name for h in head for name in modules if name == h or name.startswith(f"{h}.")} if head else set()
@@ -105,6 +110,7 @@ def structure_of(model: nn.Module, head: Iterable[str] = ()) -> Structure:
     widths: dict[str, set[int]] = defaultdict(set)  # of each block
     found = Structure()
     doubtful: list[Weight] = []
+    sharing: dict[Any, list[tuple[Weight, Tensor]]] = defaultdict(list)
     for name, module in modules.items():
         if name in inside_head or isinstance(module, (FrozenLayer, *_NORMS)):
             continue
@@ -114,7 +120,8 @@ def structure_of(model: nn.Module, head: Iterable[str] = ()) -> Structure:
             if parameter is not None and parameter.numel() == 0 and is_plain(parameter):
                 continue
             others = [] if parameter is None else owners[_key(parameter)]
-            if reason is None and len(others) > 1:
+            tied = reason is None and len(others) > 1
+            if tied:
                 reason = (
                     f"its weight is tied: {' and '.join(others)} have the same one; leave the layer out "
                     "(exclude=[...]), or give it its own: layer.weight = nn.Parameter(layer.weight.detach().clone())"
@@ -127,6 +134,8 @@ def structure_of(model: nn.Module, head: Iterable[str] = ()) -> Structure:
                 continue
             if reason is not None:
                 found.reasons[weight.name] = reason
+                if share_tied and tied and parameter is not None and weight.kind == "linear":
+                    sharing[_key(parameter)].append((weight, parameter))
                 continue
             found.weights[weight.name] = weight
             if block is not None:  # a kernel's positions are no width of activations
@@ -136,6 +145,13 @@ def structure_of(model: nn.Module, head: Iterable[str] = ()) -> Structure:
             found.weights[weight.name] = weight
         else:
             found.reasons[weight.name] = "a parameter whose sizes are not those of a product of activations"
+    for key, layers in sharing.items():
+        names = [weight.name for weight, _ in layers]
+        if names == owners[key] and all(parameter is layers[0][1] for _, parameter in layers):
+            found.weights[names[0]] = layers[0][0]
+            found.tied |= dict.fromkeys(names[1:], names[0])
+            for name in names:
+                del found.reasons[name]
     order = {name: i for i, name in enumerate(modules)}
     found.weights = dict(sorted(found.weights.items(), key=lambda item: order[item[1].module]))
     return found

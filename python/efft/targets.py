@@ -83,7 +83,8 @@ def select(model: nn.Module, structure: Structure, config: AdapterConfig) -> lis
     else:
         chosen = _by_name(model, structure, config)
     for pattern in config.exclude:
-        excluded = set(filter(matcher(pattern), {**structure.weights, **structure.reasons}))
+        excluded = set(filter(matcher(pattern), {**structure.weights, **structure.reasons, **structure.tied}))
+        excluded |= {structure.tied[name] for name in excluded & structure.tied.keys()}
         if not excluded:
             raise ValueError(f"exclude: {pattern!r} matches no linear layer. {_present(structure)}")
         chosen = [target for target in chosen if target.name not in excluded]
@@ -188,7 +189,8 @@ def _by_name(model: nn.Module, structure: Structure, config: AdapterConfig) -> l
     wanted: set[str] = set()
     for pattern in config.targets:
         matches = matcher(pattern)
-        named = list(filter(matches, linears)) or [
+        tied = [first for name, first in structure.tied.items() if matches(name)]
+        named = [*filter(matches, linears), *tied] or [
             n for n, w in structure.weights.items() if w.kind in config.kinds and (matches(n) or matches(w.module))
         ]
         for name in filter(matches, structure.reasons):

@@ -17,7 +17,7 @@ def model_table(name: str, classes: int, image_size: int | None, config: EfftCon
     """What `efft.apply` would train, on a model without storage: groups of factors, head, backbone."""
     with torch.device("meta"):
         model = models.create(name, classes, image_size=image_size, pretrained=False)
-    plan = make_plan(model, config)
+    plan = make_plan(model, config, share_tied=True)
     title = f"{name}, {config.variant}, cores {config.core_sharing}, {classes} classes"
     return "\n".join([title, str(plan), "", str(count_plan(model, plan))])
 
