@@ -107,12 +107,15 @@ class _Lazy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[:3]
+        needed, differentiated = ctx.needs_input_grad[:3], torch.is_grad_enabled()
         with torch.enable_grad():
-            leaves = [t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, needed, strict=True)]
+            leaves = [
+                t.view_as(t) if differentiated else t.detach().requires_grad_(need)
+                for t, need in zip(ctx.saved_tensors, needed, strict=True)
+            ]
             dense = ctx.owner.summed(*leaves)
             wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
-            found = iter(torch.autograd.grad(dense, wanted, gy))
+            found = iter(torch.autograd.grad(dense, wanted, gy, create_graph=differentiated))
         return *(next(found) if need else None for need in needed), None
 
 

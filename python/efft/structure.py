@@ -1,8 +1,8 @@
 """What a model is made of, read off its modules: weights that can be adapted, repeated blocks, parts of a block.
 
 Nothing here knows an architecture by name. Modules of one class that stand side by side (in a list, in a sequence, or
-numbered: ``layer1``, ``layer2``) are repeated, and what they hold is in a block. A weight's place is the path to it
-from the innermost repeated module around it.
+numbered: ``layer1``, ``layer2``) are repeated, and what they hold is in a block; so is what stands beside them there. A
+weight's place is the path to it from the innermost repeated module around it.
 """
 
 from __future__ import annotations
@@ -249,13 +249,16 @@ def _repeated(modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]:
 
 
 def _alike(module: nn.Module) -> list[str]:
-    """Children that are repeated: of one class, with children of their own, in a list, a sequence or numbered."""
-    of_class: dict[type, list[str]] = defaultdict(list)
+    """The children that are repeated, of those with children of their own: all in a ``ModuleList``; in a sequence, a
+    ``ModuleDict`` or numbered ones where two are of one class."""
     listed = isinstance(module, (nn.ModuleList, nn.Sequential, nn.ModuleDict))
-    for name, child in module._modules.items():
-        if child is not None and child._modules and (listed or re.search(r"\d$", name)):
-            of_class[type(child)].append(name)
-    return [name for names in of_class.values() if len(names) > 1 for name in names]
+    names = [
+        name
+        for name, child in module._modules.items()
+        if child is not None and child._modules and (listed or re.search(r"\d$", name))
+    ]
+    classes = {type(module._modules[name]) for name in names}
+    return names if isinstance(module, nn.ModuleList) or len(classes) < len(names) else []
 
 
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
@@ -286,8 +289,12 @@ def parts_of(model: nn.Module, weights: Mapping[str, Weight]) -> dict[str, str]:
 
 
 def _words(model: nn.Module, weight: Weight) -> str:
-    """Names and classes of the modules between a weight and its block, and the weight's own name."""
-    parts = weight.module.split(".")
-    depth = len(weight.block.split(".")) if weight.block is not None else 0
-    classes = [type(model.get_submodule(".".join(parts[:n]))).__name__ for n in range(depth + 1, len(parts))]
-    return " ".join([*parts[depth:-1], *classes, weight.place])
+    """Names and classes of the modules between a weight and the outermost repeated module around it, and its own
+    name."""
+    parts = weight.name.split(".")
+    if weight.tower is None:
+        return weight.name
+    depth = len(weight.tower.split(".")) + 1 if weight.tower else 1
+    inside = weight.module.split(".")
+    classes = [type(model.get_submodule(".".join(inside[:n]))).__name__ for n in range(depth + 1, len(inside))]
+    return " ".join([*parts[depth:], *classes])

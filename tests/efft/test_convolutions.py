@@ -110,5 +110,17 @@ def test_a_name_of_a_linear_layer_does_not_catch_convolutions() -> None:
     model = efft.apply(vit, efft.EfftConfig(targets=["proj"], rank=4))
     assert all(isinstance(layer, EfftLinear) for layer in adapted_layers(model).values())
     assert "patch_embed.proj" not in adapted_layers(model)
-    with pytest.raises(ValueError, match=r"a convolution of .* groups is no product with one matrix"):
-        efft.apply(timm.create_model("test_convnext", num_classes=5), efft.EfftConfig(targets=["conv_dw"]))
+
+
+def test_depthwise_convolutions() -> None:
+    model = timm.create_model("test_convnext", num_classes=5).eval()
+    efft.apply(model, efft.EfftConfig.auto(targets=["stages.0.blocks.0.conv_dw"], rank=4))
+    (layer,) = adapted_layers(model).values()
+    assert layer.groups == layer.in_channels > 1
+    for _, factor in efft.named_factors(model):
+        torch.nn.init.normal_(factor)
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        y = model(x)
+        efft.merge(model)
+        torch.testing.assert_close(model(x), y, rtol=1e-4, atol=1e-4)
