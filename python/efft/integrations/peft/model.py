@@ -221,7 +221,10 @@ class EfftModel(BaseTuner):
             for factors in self._banks(name):
                 unused.update(factors.release())
                 offload(factors)
-        missed = {name: reader for name, (layer, reader) in self._readers.items() if unused & set(layer.bindings)}
+        read = {name: own for name, own in self._readers.items() if own[0].was_read}
+        for layer, _ in read.values():
+            layer.was_read = False
+        missed = {name: reader for name, (layer, reader) in read.items() if unused & set(layer.bindings)}
         if missed and output is not None:  # None where the pass has failed
             name, reader = next(iter(missed.items()))
             raise RuntimeError(
