@@ -87,6 +87,11 @@ class AdaptedWeight:
         wide = torch.promote_types(W.dtype, delta.dtype)
         return (dequantized(W).to(wide) + delta.to(wide)).to(W.dtype)
 
+    def batched(self, x: Tensor, W: Tensor, D: Tensor, G: Tensor) -> Tensor | None:
+        """The batch of products ``x[i] W[i]`` with the update of each and without the dense sums; None where ``W`` is
+        no batch of matrices ``[d_in, d_out]``."""
+        return None
+
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
         """The dense update ΔW of the weight's shape in the factors' dtype, without dropout: for inspection."""

@@ -97,7 +97,7 @@ def _adapt(model: nn.Module, config: AdapterConfig, plan: Plan, aside: Aside) ->
     adapt_in_place(model, weights)
     replace_modules(model, dict(layers.values()))
     follow(aside, dict(layers.values()))
-    mark_readers(model)
+    bank._readers = mark_readers(model)
     bank.layers = list(weights)
     bank.plan = [group.to_dict() for group in plan.groups]
     _freeze_all_but(model, plan.head)

@@ -129,8 +129,8 @@ def structure_of(model: nn.Module, head: Iterable[str] = ()) -> Structure:
                 found.reasons[weight.name] = reason
                 continue
             found.weights[weight.name] = weight
-            if block is not None:
-                widths[block] |= {weight.d_in, weight.d_out}
+            if block is not None:  # a kernel's positions are no width of activations
+                widths[block] |= {weight.d_in, weight.d_out} if weight.view == "linear" else {weight.d_out}
     for weight in doubtful:  # a bare parameter multiplies activations if it maps one of their widths to another
         if weight.block is not None and {weight.d_in, weight.d_out} <= widths[weight.block]:
             found.weights[weight.name] = weight

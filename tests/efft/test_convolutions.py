@@ -1,6 +1,7 @@
 """Convolutional networks: layers by name, 1 x 1 and larger kernels, every call that a transformer has."""
 
 import copy
+import warnings
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,21 @@ def test_exported_lora_runs_in_peft(images: Tensor, tmp_path: Path) -> None:
     efft.export_lora(model, tmp_path)
     alone = peft.PeftModel.from_pretrained(network(), str(tmp_path)).eval()
     torch.testing.assert_close(alone(images), model(images))
+
+
+def test_kernels_that_are_standardised_are_told_of_once_with_their_size(images: Tensor) -> None:
+    """A module that computes with a function of its weight reads it: with the update, as a dense tensor."""
+    model = efft.apply(timm.create_model("test_nfnet", num_classes=5), efft.EfftConfig(rank=2))
+    read = {n: u for n, u in adapted_layers(model).items() if not isinstance(u, nn.Module)}
+    size = 4 * sum(update.weight.numel() for update in read.values()) / 2**20
+    message = rf"{len(read)} of {len(adapted_layers(model))} adapted weights, 'stages.* read by ScaledStdConv2d, where"
+    with pytest.warns(UserWarning, match=rf"{message} .* {size:.3g} MiB in all"):
+        model(images)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(images)
+        model.eval()(images)
+        efft.apply(network(), efft.EfftConfig(rank=2))(images)
 
 
 def test_a_name_of_a_linear_layer_does_not_catch_convolutions() -> None:
