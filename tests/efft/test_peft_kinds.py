@@ -167,3 +167,11 @@ def test_weights_that_are_read_and_layers_that_are_not_called() -> None:
         live = model.eval()(x)
         assert (live - base()(x)).abs().max() > 1e-3
         torch.testing.assert_close(model.merge_and_unload()(x), live, rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_pass_leaves_out_is_no_error() -> None:
+    """T5 asks for the dtype of a weight in its way, and its decoder runs many times after one run of the encoder."""
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
+    t5 = transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=50, **sizes)).eval()
+    model = peft.get_peft_model(t5, EfftPeftConfig(r=2, target_modules=["wo", "q"], init_weights=False)).eval()
+    assert model.generate(input_ids=IDS, max_new_tokens=3).shape[0] == len(IDS)

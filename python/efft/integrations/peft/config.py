@@ -52,7 +52,8 @@ class _TargetModules:
         modules = config.__dict__.get("_modules")
         if modules is not None:
             return modules
-        return config.__dict__.get("_planned") or (None if isinstance(config.targets, str) else list(config.targets))
+        own = None if isinstance(config.targets, str) else list(config.targets)
+        return list(config.planned) or own
 
     def __set__(self, config: Any, value: Any) -> None:
         config.__dict__["_modules"] = _listed(value)
@@ -142,12 +143,12 @@ without it, `targets` chooses |
 
     def choose(self, names: Iterable[str]) -> None:
         """Note which layers of a model the settings came to."""
-        self.__dict__["_planned"] = list(names)
+        self.__dict__["_planned"] = dict.fromkeys(names)
 
     @property
-    def planned(self) -> list[str]:
-        """The layers that the settings came to in the last model they were used on."""
-        names: list[str] = self.__dict__.get("_planned", [])
+    def planned(self) -> dict[str, None]:
+        """The layers that the settings came to in the last model they were used on, in its order."""
+        names: dict[str, None] = self.__dict__.get("_planned", {})
         return names
 
     @property

@@ -44,7 +44,17 @@ class EfftLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
+        self.was_read = False
         self.register_buffer("base_weight", None, persistent=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight of the layer that was adapted, without any update that is not merged. That it was read while the
+        model runs is noted in ``was_read``: whoever computes with it misses the update."""
+        if not torch.compiler.is_compiling() and any(binding.prepared is not None for binding in self.bindings):
+            self.was_read = True
+        weight: Tensor = BaseTunerLayer.get_base_layer(self).weight
+        return weight
 
     def update_layer(self, adapter_name: str, factors: TTFactors, site: Site) -> None:
         """Add an adapter: this layer is ``site`` of the bank ``factors``."""

@@ -16,7 +16,7 @@ from efft.integrations.peft import kinds
 from efft.integrations.peft.config import EfftPeftConfig
 from efft.integrations.peft.layer import EfftLayer, device_of, load, offload
 from efft.integrations.peft.mixing import fill, mixed_config
-from efft.integrations.peft.planning import plan_adapter
+from efft.integrations.peft.planning import exclusion, plan_adapter
 from efft_kernels import Site, TTFactors
 from efft_kernels.nn.reads import reads_weight_of_children
 
@@ -140,9 +140,7 @@ class EfftModel(BaseTuner):
         return peft_config  # the plan is made
 
     def _check_target_module_exists(self, peft_config: EfftPeftConfig, key: str) -> Any:
-        if peft_config.target_modules is not None and key in peft_config.planned:
-            return True
-        return BaseTuner._check_target_module_exists(peft_config, key) and False
+        return key in peft_config.planned or exclusion(peft_config, key)
 
     def _create_and_replace(
         self,
@@ -223,7 +221,10 @@ class EfftModel(BaseTuner):
             for factors in self._banks(name):
                 unused.update(factors.release())
                 offload(factors)
-        missed = {name: reader for name, (layer, reader) in self._readers.items() if unused & set(layer.bindings)}
+        read = {name: own for name, own in self._readers.items() if own[0].was_read}
+        for layer, _ in read.values():
+            layer.was_read = False
+        missed = {name: reader for name, (layer, reader) in read.items() if unused & set(layer.bindings)}
         if missed and output is not None:  # None where the pass has failed
             name, reader = next(iter(missed.items()))
             raise RuntimeError(
