@@ -189,3 +189,34 @@ def _replace(model: nn.Module, new_of: Mapping[nn.Module, nn.Module]) -> None:
         for name, child in list(parent._modules.items()):
             if child is not None and child in new_of:
                 parent._modules[name] = new_of[child]
+        replace_in_attributes(parent, new_of)
+
+
+def replace_in_attributes(parent: nn.Module, new_of: Mapping[nn.Module, nn.Module]) -> None:
+    """Put the new modules in where ``parent`` holds the old ones beside the registered ones: in lists, tuples and
+    dictionaries, which a forward may go through."""
+    for name, value in list(parent.__dict__.items()):
+        if name not in _REGISTRIES:
+            held = _held(value, new_of)
+            if held is not value:
+                parent.__dict__[name] = held
+
+
+_REGISTRIES = frozenset(vars(nn.Module()))
+
+
+def _held(value: Any, new_of: Mapping[nn.Module, nn.Module], depth: int = 3) -> Any:
+    """``value`` with the new modules; lists and dictionaries are changed themselves, as others may hold them too."""
+    if isinstance(value, nn.Module):
+        return new_of.get(value, value)
+    if depth == 0:
+        return value
+    if type(value) is tuple:
+        parts = tuple(_held(part, new_of, depth - 1) for part in value)
+        return parts if any(new is not old for new, old in zip(parts, value, strict=True)) else value
+    if type(value) in (list, dict):
+        for key, part in list(enumerate(value) if type(value) is list else value.items()):
+            held = _held(part, new_of, depth - 1)
+            if held is not part:
+                value[key] = held
+    return value

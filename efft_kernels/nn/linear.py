@@ -140,10 +140,10 @@ def features(weight: nn.Module | Tensor, view: str = "linear") -> tuple[int, int
         return (rows, columns) if view == "transposed" else (columns, rows)
     layer: Any = weight
     if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return layer.in_channels // layer.groups * math.prod(layer.kernel_size), layer.out_channels
+        return int(layer.in_channels // layer.groups * math.prod(layer.kernel_size)), int(layer.out_channels)
     if isinstance(layer, nn.Embedding):
-        return layer.num_embeddings, layer.embedding_dim
+        return int(layer.num_embeddings), int(layer.embedding_dim)
     if is_conv1d(layer):
         return tuple(stored_in(layer, "weight").shape)  # type: ignore[return-value]
     assert isinstance(layer, nn.Linear)
-    return layer.in_features, layer.out_features
+    return int(layer.in_features), int(layer.out_features)  # some models compute these as tensors

@@ -126,8 +126,8 @@ def release(model: nn.Module, args: Any, output: Any) -> None:
         bank._idle_checked = True
         warnings.warn(
             f"{len(names)} of {len(bank.layers)} adapted layers did not run in this pass, {names[0]!r} first, nor any "
-            "like it in another block. A module that reads the weight without calling its layer ignores the update: "
-            "exclude such layers",
+            "like it in another block. That is as it should be if this input has nothing for them (a text without "
+            "pictures); if no input has, exclude them",
             stacklevel=2,
         )
 

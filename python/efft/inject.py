@@ -26,7 +26,7 @@ from efft.sharding import check_whole
 from efft.stored import check_stored
 from efft.wrappers import check_unwrapped, unwrap
 from efft_kernels import FactorBank
-from efft_kernels.nn.adapt import mark_readers
+from efft_kernels.nn.adapt import mark_readers, replace_in_attributes
 from efft_kernels.nn.deferred import undefer
 from efft_kernels.nn.frozen import FrozenLayer, share_attributes
 from efft_kernels.nn.linear import AdaptedLayer
@@ -297,8 +297,9 @@ def _freeze_all_but(model: nn.Module, head: Iterable[str]) -> None:
 
 
 def replace_modules(model: nn.Module, new_of: Mapping[nn.Module, nn.Module]) -> None:
-    """Put the new modules in, wherever the old ones are registered."""
+    """Put the new modules in, wherever the old ones are registered or held beside that."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child is not None and child in new_of:
                 setattr(parent, name, new_of[child])
+        replace_in_attributes(parent, new_of)

@@ -125,6 +125,9 @@ def inspect(model: nn.Module, config: AdapterConfig | None = None) -> Plan:
     return make_plan(model, config or EfftConfig(), share_tied=True)
 
 
+_TOO_SMALL = "an update would have more parameters than the weight has entries"
+
+
 def make_plan(model: nn.Module, config: AdapterConfig, share_tied: bool = False) -> Plan:
     """Plan the adaptation of ``model``; works on the meta device too. Layers with one weight in common are adapted
     together with ``share_tied``, else not at all.
@@ -138,12 +141,17 @@ def make_plan(model: nn.Module, config: AdapterConfig, share_tied: bool = False)
     targets = select(model, structure, config)
     groups = config.groups(model, targets)
     sizes = _blocks_of_roles(structure.sizes, targets)
-    untouched = structure.untouched(target.name for target in targets)
+    weights = {name: structure.weights[name] for group in groups for name in group.sites}
+    reasons = structure.reasons
+    reached = {target.name for target in targets}
+    if isinstance(config, EfftConfig):  # another method may reach several weights by one bank, behind the last of them
+        reasons = {**reasons, **dict.fromkeys(reached - weights.keys(), _TOO_SMALL)}
+        reached = set(weights)
+    untouched = structure.untouched(reached)
     left_out = {name: size for name, size in untouched.items() if name in sizes}
     ordered = dict(sorted(left_out.items(), key=lambda item: -item[1]))
-    weights = {name: structure.weights[name] for group in groups for name in group.sites}
     weights, tied = _with_tied(structure, weights)
-    return Plan(groups, head, weights, ordered, structure.reasons, sum(sizes.values()), tied)
+    return Plan(groups, head, weights, ordered, reasons, sum(sizes.values()), tied)
 
 
 def _with_tied(structure: Structure, weights: dict[str, Weight]) -> tuple[dict[str, Weight], dict[str, str]]:

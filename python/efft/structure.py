@@ -284,14 +284,14 @@ _MLP = re.compile(r"mlp|ffn|feed_?forward|expert|moe|glu", re.IGNORECASE)
 def parts_of(model: nn.Module, weights: Mapping[str, Weight]) -> dict[str, str]:
     """Which of the weights belong to the attention ("mhsa") and which to the MLP ("ffn") of a block.
 
-    Told by what the modules around a weight are called, and in a block with attention by shape: of the other weights
-    those that come back from where another one goes. A weight of which neither can be told is left out.
+    Told by what the modules around a weight in its block are called, else by those around the block (experts in a
+    list), and in a block with attention by shape: of the other weights those that come back from where another one
+    goes. A weight of which neither can be told is left out.
     """
     found: dict[str, str] = {}
     rest: dict[str, list[Weight]] = defaultdict(list)
     for name, weight in weights.items():
-        words = _words(model, weight)
-        part = "mhsa" if _ATTENTION.search(words) else "ffn" if _MLP.search(words) else None
+        part = next((part for words in _words(model, weight) if (part := _part_called(words)) is not None), None)
         if part is not None:
             found[name] = part
         elif weight.block is not None:
@@ -304,13 +304,19 @@ def parts_of(model: nn.Module, weights: Mapping[str, Weight]) -> dict[str, str]:
     return found
 
 
-def _words(model: nn.Module, weight: Weight) -> str:
-    """Names and classes of the modules between a weight and the outermost repeated module around it, and its own
-    name."""
-    parts = weight.name.split(".")
-    if weight.tower is None:
-        return weight.name
-    depth = len(weight.tower.split(".")) + 1 if weight.tower else 1
-    inside = weight.module.split(".")
-    classes = [type(model.get_submodule(".".join(inside[:n]))).__name__ for n in range(depth + 1, len(inside))]
-    return " ".join([*parts[depth:], *classes])
+def _part_called(words: str) -> str | None:
+    return "mhsa" if _ATTENTION.search(words) else "ffn" if _MLP.search(words) else None
+
+
+def _words(model: nn.Module, weight: Weight) -> list[str]:
+    """Names and classes of the modules between a weight and its block, with the weight's own name; then those of what
+    the block is in, from the block outwards to the outermost repeated module."""
+    parts = weight.module.split(".")
+    depth = len(weight.block.split(".")) if weight.block is not None else 0
+    outermost = len(weight.tower.split(".")) + 1 if weight.tower else 1
+
+    def called(n: int) -> str:
+        return type(model.get_submodule(".".join(parts[:n]))).__name__
+
+    inside = " ".join([*parts[depth:-1], *map(called, range(depth + 1, len(parts))), weight.place])
+    return [inside, *(f"{parts[n - 1]} {called(n)}" for n in range(depth, outermost, -1))]

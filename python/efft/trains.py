@@ -163,12 +163,22 @@ def efft_groups(config: EfftConfig, targets: list[Target]) -> list[TrainGroup]:
     scales: dict[Any, bool | Literal["matrix"]] = {"group": True, "matrix": "matrix", "global": True}
     trained = scales.get(config.trainable_scale, False)
     groups: list[TrainGroup] = []
+    entries = {target.name: target.weight.numel for target in targets}
     for train in trains:
-        r1, r2 = config.rank_of(train.name, train.kind)
-        rank = (min(r1, train.d_in), min(r2, train.d_out)) if by_shape else (r1, r2)
+        rank = config.rank_of(train.name, train.kind)
         scale = False if groups and config.trainable_scale == "global" else trained
         sizes = train.d_in, train.d_out, train.n_layers, train.n_cores
-        groups.append(TrainGroup(train.name, train.kind, *sizes, train.sites, rank, config, scale))
+        group = TrainGroup(train.name, train.kind, *sizes, train.sites, rank, config, scale)
+        if by_shape:
+            size = sum(entries[name] for name in train.sites)
+            _cut_rank(group, size)
+            if group.n_parameters >= size and config.targets != "all-linear":  # vectors, by any name
+                continue
+        groups.append(group)
+    if not groups:
+        raise ValueError(
+            f"targets={config.targets!r} finds weights alone that have fewer entries than an update of them"
+        )
     for field in ("rank", "scale"):
         value = getattr(config, field)
         known = {g.name for g in groups} | {g.kind for g in groups}
@@ -178,6 +188,16 @@ def efft_groups(config: EfftConfig, targets: list[Target]) -> list[TrainGroup]:
                 f"{sorted(known)}"
             )
     return groups
+
+
+def _cut_rank(group: TrainGroup, size: int) -> None:
+    """Bound the rank by the sizes, and such that the group has fewer parameters than the ``size`` entries of its
+    weights, if any rank does that."""
+    r1, r2 = group.rank
+    for r in range(max(r1, r2), 0, -1):
+        group.rank = min(r, r1, group.d_in), min(r, r2, group.d_out)
+        if group.n_parameters < size:
+            return
 
 
 def _of_experts(targets: list[Target]) -> list[Train]:

@@ -1,0 +1,129 @@
+"""Models that are built in unusual ways: what is read off them, and that the update counts wherever they use it."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import efft
+from efft.structure import parts_of, structure_of
+
+
+class Expert(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1, self.w2 = nn.Linear(16, 24, bias=False), nn.Linear(24, 16, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.w2(self.w1(x).relu())
+        return y
+
+
+class Mixture(nn.Module):
+    """A block with attention, a router of the attention's shape, and experts in a list, as Mixtral had them once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.self_attn = nn.ModuleDict({"q": nn.Linear(16, 16), "o": nn.Linear(16, 16)})
+        self.experts = nn.ModuleList(Expert() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn["o"](self.self_attn["q"](x))
+        return x + sum(expert(x) for expert in self.experts)
+
+
+class Held(nn.Module):
+    """A forward that goes through its own list, not through the registered modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = [nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16)]
+        self.pair = {"last": (nn.Linear(16, 16),)}
+        for i, layer in enumerate([*self.layers, *self.pair["last"]]):
+            self.add_module(str(i), layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in [*self.layers, *self.pair["last"]]:
+            x = layer(x)
+        return x
+
+
+def randomize(model: nn.Module) -> None:
+    torch.manual_seed(3)
+    for _, factor in efft.named_factors(model):
+        nn.init.normal_(factor, std=0.5)
+
+
+def test_experts_in_a_list_belong_to_the_mlp() -> None:
+    model = nn.Sequential(Mixture(), Mixture())
+    parts = parts_of(model, structure_of(model).weights)
+    assert {name for name, part in parts.items() if part == "mhsa"} == {
+        f"{i}.self_attn.{n}" for i in range(2) for n in "qo"
+    }
+    plan = efft.inspect(model, efft.EfftConfig(rank=2, targets="ffn", head=[]))
+    assert set(plan.weights) == {f"{i}.experts.{j}.w{k}" for i in range(2) for j in range(3) for k in (1, 2)}
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_list_of_one_block_is_planned_as_one_of_two(n: int) -> None:
+    """Not so as if it had no blocks: what is beside the list is left alone."""
+    model = nn.ModuleDict({"layers": nn.ModuleList(Expert() for _ in range(n)), "pooler": nn.Linear(16, 16)})
+    plan = efft.inspect(model, efft.EfftConfig(rank=2, head=[]))
+    assert set(plan.weights) == {f"layers.{i}.w{k}" for i in range(n) for k in (1, 2)}
+
+
+def test_sizes_that_are_tensors_are_numbers_in_the_plan() -> None:
+    """As where a model computes its widths by torch."""
+    width = torch.tensor(48)
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(width // 3, width), nn.Linear(width, width // 3)) for _ in "ab"))
+    plan = efft.inspect(model, efft.EfftConfig(rank=2, head=[]))
+    assert [(g.d_in, g.d_out, type(g.d_in), type(plan.untouched_share)) for g in plan.groups] == [(16, 48, int, float)]
+
+
+def test_no_group_has_more_parameters_than_its_weights() -> None:
+    def block() -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(64, 64, 3, groups=64), nn.Conv2d(64, 1, 1), nn.Conv2d(1, 64, 1), nn.Linear(64, 64)
+        )
+
+    model = nn.Sequential(block(), block(), nn.Conv2d(64, 64, 1, groups=64))
+    plan = efft.inspect(model, efft.EfftConfig(rank=32, head=[]))
+    for group in plan.groups:
+        weights = sum(weight.numel for weight in plan.weights_of(group).values())
+        assert group.n_parameters < weights
+    ranks = {(group.d_in, group.d_out): group.rank for group in plan.groups}
+    assert ranks[64, 64] == (32, 32), "where the rank pays, it is kept"
+    assert ranks[9, 64][1] < 32
+
+
+def test_weights_too_small_for_an_update_are_left_out_and_the_plan_says_so() -> None:
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"a": nn.Linear(64, 64), "b": nn.Linear(64, 1)})])})
+    plan = efft.inspect(model, efft.EfftConfig(rank=4, head=[]))
+    assert list(plan.weights) == ["layers.0.a"]
+    assert "layers.*.b.weight (1, 1.5%): an update would have more parameters than the weight" in str(plan)
+    everything = efft.inspect(model, efft.EfftConfig(rank=4, targets="all-linear", head=[]))
+    assert list(everything.weights) == ["layers.0.a", "layers.0.b"], "what is asked for is adapted"
+
+
+def test_modules_held_in_plain_lists_are_adapted_and_come_back() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Held(), Held()).double().eval(), torch.randn(5, 16, dtype=torch.float64)
+    plain, base = copy.deepcopy(model), model(x)
+    originals = [*model[0].layers, *model[0].pair["last"]]
+    efft.apply(model, efft.EfftConfig(rank=2, targets="all-linear", head=[]))
+    randomize(model)
+    with torch.no_grad():
+        for name, update in efft.adapted_layers(model).items():
+            plain.get_submodule(name).weight.add_(update.delta_weight())
+    assert len(efft.adapted_layers(model)) == 6
+    assert (plain(x) - base).abs().max() > 1e-3
+    torch.testing.assert_close(model(x), plain(x))
+    torch.testing.assert_close(copy.deepcopy(model)(x), plain(x))
+    efft.merge(model)
+    torch.testing.assert_close(model(x), plain(x))
+    efft.remove(model)
+    assert [*model[0].layers, *model[0].pair["last"]] == originals
+    assert torch.equal(model(x), base)
