@@ -28,7 +28,7 @@ extension: $(VENV)/.efft-dev ## Compile csrc/, as far as this machine has the to
 	$(RUN) efft_kernels build
 
 test: extension ## Run the test suite, all but the emulated CUDA kernels
-	$(RUN) pytest --ignore tests/csrc/test_emulated.py $(ARGS)
+	$(RUN) pytest -n auto --dist worksteal --ignore tests/csrc/test_emulated.py $(ARGS)
 
 check-triton: $(VENV)/.efft-dev ## Interpreter tests and resource report with the oldest Triton supported
 	$(RUN) pip install --quiet --upgrade --no-deps --target $(VENV)/triton-$(OLDEST_TRITON) triton==$(OLDEST_TRITON)

@@ -20,6 +20,8 @@ COMMANDS = {
     "starts": ("benchmarks.studies.starts", "EFFT2 from directions of the gradient or of the pretrained weights"),
     "text": ("benchmarks.studies.text", "EFFT2, LoRA and a linear probe on a text transformer"),
     "convolutions": ("benchmarks.studies.convolutions", "the same on a convolutional network"),
+    "kinds": ("benchmarks.kinds", "adapted attention and Conv1D against LoRA and dense updates"),
+    "planning": ("benchmarks.planning", "how long planning takes on models of thousands of layers"),
     "models": ("benchmarks.models", "what is adapted in every architecture of timm and transformers"),
     "compare": ("benchmarks.compare", "what got slower between two result files or revisions"),
     "plot": ("benchmarks.plots", "pictures from result files"),

@@ -1,7 +1,7 @@
-"""The tables of the README and of docs/experiments.md, from result files and from the library itself; tests fail when
+"""The tables of the README and of the pages in docs/, from result files and from the library itself; tests fail when
 they differ.
 
-    python -m benchmarks tables          # rewrite the tables in both
+    python -m benchmarks tables          # rewrite the tables
     python -m benchmarks tables ops_gpu  # print one of them
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``.
@@ -21,7 +21,7 @@ from benchmarks.markdown import table
 from benchmarks.record import RESULTS
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs/experiments.md")
+PAGES = (ROOT / "README.md", ROOT / "docs/experiments.md", ROOT / "docs/performance.md")
 
 
 def parameters() -> str:

@@ -202,6 +202,37 @@ def quantized(device: str) -> str:
     return with_sources(header, rows, runs)
 
 
+_KINDS = {"floor": "frozen", "efft": "EFFT2", "lora:peft": "LoRA of `peft`", "dense": "EFFT2 as `W + dW`"}
+
+
+def kinds(device: str) -> str:
+    """Layers that are not linear ones: time of forward and backward, and what is kept, beside the frozen layer's."""
+    runs: dict[str, list[Line]] = {}
+    for name, case in (("kinds", "kind"), ("experts", "model")):
+        lines = [line for line in read(name) if line["device"] == device]
+        for (kind, dtype), run in newest_runs(lines, [case, "dtype"]).items():
+            runs[f"{kind}, {dtype}"] = run
+    if not runs:
+        return NOTHING
+    header = ["time / frozen layer; MiB kept; trained", *_KINDS.values()]
+    rows = [[title, *(_kind_cell(_row(run, row)) for row in _KINDS)] for title, run in runs.items()]
+    return with_sources(header, rows, runs)
+
+
+def _kind_cell(line: Line | None) -> str:
+    if line is None or "ratio" not in line:
+        return "-" if line is None else str(line["reason"])
+    return f"{line['ratio']['fwd_bwd']['p50']:.2f}; {line['saved_bytes'] / 2**20:.1f}; {line['trained']:,}"
+
+
+def planning() -> str:
+    """How long a plan takes."""
+    runs = newest_runs(read("planning"), [])
+    lines = runs.get((), [])
+    rows = [[f"{line['layers']:,}", f"{line['seconds']['p50']:.2f}"] for line in lines]
+    return with_sources(["linear layers", "seconds to plan"], rows, {"": lines}) if lines else NOTHING
+
+
 def demo() -> str:
     """The newest run of the demonstration."""
     runs = newest_runs(read("demo"), [])
@@ -287,6 +318,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "subspaces": subspaces,
     "starts": starts,
+    "kinds": partial(kinds, "cpu"),
+    "planning": planning,
     "text": partial(study, "text"),
     "convolutions": partial(study, "convolutions"),
 }

@@ -5,6 +5,7 @@ import os
 import re
 import statistics
 from collections.abc import Callable
+from typing import Any
 
 import hypothesis
 import pytest
@@ -51,6 +52,15 @@ class Budgets:
 
         testing.errors = noted
 
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if hasattr(session.config, "workeroutput"):  # of pytest-xdist: what goes to the process that sums up
+            session.config.workeroutput["budgets"] = {str(dtype): ratios for dtype, ratios in self._ratios.items()}
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        for dtype, ratios in getattr(node, "workeroutput", {}).get("budgets", {}).items():
+            self._ratios[getattr(torch, dtype.removeprefix("torch."))].extend(ratios)
+
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         for dtype, ratios in self._ratios.items():
             terminalreporter.write_line(
@@ -92,8 +102,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Shows())
     if config.getoption("markexpr") == "gpu":
         config.pluginmanager.register(FailuresAtOnce(config))
-    # The tests' matrices are small: more threads only wait for one another.
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    # The tests' matrices are small: more threads only wait for one another, and for those of other processes.
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,7 @@ class AdaptedWeight:
         factors, site, binding: the bank, the part of it that this weight uses, and the hold on that part.
         enabled: whether the update counts.
         base_weight: the weight as it was before the update was merged into it; None if it is not merged.
+        sharing: all that have this update and this weight in common, if any.
     """
 
     factors: FactorBank
@@ -44,6 +46,7 @@ class AdaptedWeight:
     binding: Binding
     enabled: bool
     base_weight: Tensor | None
+    sharing: Sequence[AdaptedWeight] = ()
 
     @property
     def stored(self) -> Tensor:
@@ -67,6 +70,15 @@ class AdaptedWeight:
         """Whether the update is part of the stored weight now."""
         return self.base_weight is not None
 
+    def share(self, other: AdaptedWeight) -> None:
+        """Have the update of ``other``, whose stored weight is this one's too: what is merged into one is merged into
+        both."""
+        self.factors.bindings.remove(self.binding)
+        self.binding = other.binding
+        together = [*(other.sharing or (other,)), self]
+        for weight in together:
+            weight.sharing = together
+
     def evaluated(self) -> tuple[Tensor, Tensor]:
         """(D [d_in, r], G [r, d_out]) as they are now and without dropout, whatever runs and whatever mode the bank
         is in."""
@@ -86,6 +98,11 @@ class AdaptedWeight:
         delta = self.update(D, G)
         wide = torch.promote_types(W.dtype, delta.dtype)
         return (dequantized(W).to(wide) + delta.to(wide)).to(W.dtype)
+
+    def batched(self, x: Tensor, W: Tensor, D: Tensor, G: Tensor) -> Tensor | None:
+        """The batch of products ``x[i] W[i]`` with the update of each and without the dense sums; None where ``W`` is
+        no batch of matrices ``[d_in, d_out]``."""
+        return None
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
@@ -119,7 +136,7 @@ class AdaptedWeight:
                 "dequantize=True (a dense weight takes its place), or keep the update beside it"
             )
         self._add(W, *pair)
-        self.base_weight, self.binding.merged = kept, True
+        self._keep(kept)
         delta = self.update(*pair)
         wide = torch.promote_types(base.dtype, delta.dtype)
         lost = (W.to(wide) - base.to(wide)) - delta
@@ -144,7 +161,12 @@ class AdaptedWeight:
             self.stored.copy_(self.base_weight)
         else:
             self.store(nn.Parameter(self.base_weight, requires_grad=False))
-        self.base_weight, self.binding.merged = None, False
+        self._keep(None)
+
+    def _keep(self, base: Tensor | None) -> None:
+        for weight in self.sharing or (self,):
+            weight.base_weight = base
+        self.binding.merged = base is not None
 
     def describe(self) -> str:
         """The update in the words of its bank, and what has become of it."""

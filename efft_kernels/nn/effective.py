@@ -3,7 +3,8 @@
 A module may read a parameter itself, of its own or of a child (``F.linear(x, self.qkv.weight)``), and never call a
 layer that could add the update. :func:`effective_property` gives it ``W + (D G)ᵀ`` then, as an :class:`Effective`: a
 tensor that is not computed before it is needed. Where it is the weight of an ``F.linear``, it never is: the product is
-that of :func:`efft_kernels.tt_linear`. Anything else makes it dense, which costs memory and a sum of the weight's size,
+that of :func:`efft_kernels.tt_linear`; nor where it is the second factor, all experts' matrices, of a ``torch.bmm`` or
+``matmul``. Anything else makes it dense, which costs memory and a sum of the weight's size,
 and rounds the sum to the weight's dtype.
 """
 
@@ -57,6 +58,10 @@ class Effective(Tensor):
             y = _linear(*args, **kwargs)
             if y is not None:
                 return y
+        if func in _BATCHED and len(args) == 2 and not kwargs:
+            y = _batched(*args)
+            if y is not None:
+                return y
         made: list[tuple[Tensor, int]] = []
 
         def value(effective: Effective) -> Tensor:
@@ -107,12 +112,15 @@ class _Lazy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[:3]
+        needed, differentiated = ctx.needs_input_grad[:3], torch.is_grad_enabled()
         with torch.enable_grad():
-            leaves = [t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, needed, strict=True)]
+            leaves = [
+                t.view_as(t) if differentiated else t.detach().requires_grad_(need)
+                for t, need in zip(ctx.saved_tensors, needed, strict=True)
+            ]
             dense = ctx.owner.summed(*leaves)
             wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
-            found = iter(torch.autograd.grad(dense, wanted, gy))
+            found = iter(torch.autograd.grad(dense, wanted, gy, create_graph=differentiated))
         return *(next(found) if need else None for need in needed), None
 
 
@@ -127,10 +135,22 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Tensor | None:
     return tt_linear(input, W, bias, weight.D, weight.G)
 
 
+def _batched(input: Any, weights: Any) -> Tensor | None:
+    """A batch of products without the dense weights; None if it cannot be done so."""
+    if not isinstance(weights, Effective) or isinstance(input, Effective) or not is_plain(weights.W):
+        return None
+    owner = weights.owner
+    y = owner.batched(input, weights.W, weights.D, weights.G)
+    if y is not None:
+        owner.binding.used = owner.binding.read = True
+    return y
+
+
 def _as_device(argument: Any) -> Any:
     return torch.device(argument) if isinstance(argument, str) else argument
 
 
+_BATCHED = {torch.bmm, torch.matmul, Tensor.bmm, Tensor.matmul, Tensor.__matmul__}
 _REQUIRES_GRAD = getattr(Tensor, "requires_grad").__get__  # noqa: B009
 _METADATA = {
     *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_meta")),

@@ -55,7 +55,8 @@ class ExpertWeight(AdaptedParameter):
     All experts share D, so that it multiplies every token once, whatever the number of experts it goes to. Each has
     its own core, and all cores share V: the update is ``(x D) C[e] V``, and no matrix of the size of an expert's is
     built. What multiplies by the stored parameter adds the update with :meth:`add_update`; whoever reads the parameter
-    otherwise gets the effective weights of all experts, densely.
+    otherwise gets the effective weights of all experts: as low-rank products where they are matrices
+    ``[experts, d_in, d_out]`` of a ``torch.bmm`` or ``matmul``, else densely.
 
     Args:
         module, name: whose parameter it is, and which.
@@ -115,6 +116,14 @@ class ExpertWeight(AdaptedParameter):
             if self.site.blocks > 1 and self.site.interleaved:
                 return y + (h.unflatten(1, (self.site.blocks, -1)) @ V).transpose(1, 2).flatten(1)
             return torch.addmm(y.reshape(-1, V.shape[1]), h.reshape(-1, V.shape[0]), V).view(y.shape)
+
+    def batched(self, x: Tensor, W: Tensor, D: Tensor, G: Tensor) -> Tensor | None:
+        if x.dim() != 3 or self.view != EXPERT_VIEWS[True]:
+            return None
+        y = torch.bmm(x, W)
+        with no_autocast(x.device):
+            x, D, G = (operand.to(y.dtype) for operand in (x, D, G))
+            return torch.baddbmm(y, x @ D, G)
 
     def update(self, D: Tensor, G: Tensor) -> Tensor:
         """The dense update of all experts, of the parameter's shape, from D and G [experts, r, d_out]."""

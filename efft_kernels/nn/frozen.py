@@ -96,7 +96,7 @@ def share_attributes(source: nn.Module, target: nn.Module) -> None:
 _NOT_SHARED = {
     *("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules", "forward", "_compiled_call_impl"),
     "extra_repr",  # torchao sets one that is bound to the layer
-    *("factors", "site", "binding", "enabled", "read", "selected", "stacks", "layouts", "learned"),
+    *("factors", "site", "binding", "enabled", "read", "sharing", "selected", "stacks", "layouts", "learned"),
 }
 
 

@@ -17,6 +17,9 @@ _ASIDE = ("reset", "init", "_init", "_load", "load", "_save", "extra_repr", "__i
 _METADATA = {"dtype", "device", "shape", "size", "ndim", "dim", "numel", "layout", "is_cuda", "requires_grad", "stride"}
 _METADATA |= {"is_meta", "is_floating_point", "get_device", "element_size", "itemsize", "is_nested", "is_quantized"}
 
+#: Functions that ask nothing of the values of their first argument.
+_ASKS = {"isinstance", "type", "id", "len"}
+
 
 @functools.cache
 def reads_weight_of_children(kind: type[nn.Module]) -> frozenset[str]:
@@ -45,15 +48,20 @@ def _chains(code: types.CodeType, module: str | None = None) -> Iterator[list[st
     if module is None:
         return
     chain: list[str] | None = None
+    called = False  # one of _ASKS, with what follows
     for instruction in dis.get_instructions(code):
         if chain is not None and instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
             chain.append(instruction.argval)
             continue
         if instruction.opname in ("CACHE", "EXTENDED_ARG"):
             continue
-        if chain is not None:
+        if chain is not None and not called:
             yield from _values(chain)
-        chain = [] if _loads(instruction, module) else None
+        if instruction.opname == "PUSH_NULL":
+            continue
+        starts = _loads(instruction, module)
+        called = instruction.argval in _ASKS if instruction.opname == "LOAD_GLOBAL" else called and starts
+        chain = [] if starts else None
     if chain is not None:
         yield from _values(chain)
     for constant in code.co_consts:

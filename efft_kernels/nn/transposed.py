@@ -14,6 +14,8 @@ from efft_kernels.nn.linear import AdaptedLayer
 from efft_kernels.nn.weights import is_plain, stored_in
 from efft_kernels.ops import tt_linear
 
+torch.fx.wrap("tt_linear")  # one node of a traced graph
+
 
 class _Transposed(AdaptedLayer):
     def matrix(self, weight: Tensor) -> Tensor:

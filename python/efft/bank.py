@@ -15,6 +15,7 @@ from efft.config import AdapterConfig
 from efft.placing import Update, find_update
 from efft.wrappers import plain_name, unwrap
 from efft_kernels import FactorBank
+from efft_kernels.nn.parameter import AdaptedParameter
 
 
 class Bank(nn.ModuleDict):
@@ -34,6 +35,8 @@ class Bank(nn.ModuleDict):
         self.layers: list[str] = []
         self.plan: list[dict[str, Any]] = []
         self._idle_checked = False
+        self._reads_checked: set[bool] = set()  # in which modes a pass has shown what is read
+        self._readers: dict[str, str] = {}  # classes of the modules that read layers' weights, by names of the layers
         self._originals: dict[str, Any] = {}
         self._base_buffers: dict[str, Tensor] = {}  # what training may change, as it was
         self._still: list[nn.Module] = []  # kept in eval mode; no children, so that they keep their names
@@ -105,9 +108,14 @@ def prepare(model: nn.Module, args: Any) -> None:
 
 
 def release(model: nn.Module, args: Any, output: Any) -> None:
-    """After a pass: let go of what was composed, and tell once of layers that no pass reaches."""
+    """After a pass: let go of what was composed, and tell once of layers that no pass reaches, and of dense weights."""
     bank = bank_of(model)
     idle = [binding for factors in bank.banks() for binding in factors.release()]
+    if torch.compiler.is_compiling():
+        return
+    if bank.enabled and output is not None and bank.training not in bank._reads_checked:
+        bank._reads_checked.add(bank.training)
+        _tell_of_dense(bank, adapted_layers(model))
     if not idle or not bank.enabled or output is None or bank._idle_checked:
         return
     if any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in model.modules()):
@@ -122,6 +130,29 @@ def release(model: nn.Module, args: Any, output: Any) -> None:
             "pictures); if no input has, exclude them",
             stacklevel=2,
         )
+
+
+#: The part of the adapted weights that may be made dense in a pass without a word.
+SILENT_DENSE = 0.01
+
+
+def _tell_of_dense(bank: Bank, layers: Mapping[str, Update]) -> None:
+    """Tell once of weights that modules read, so that every pass makes dense ones that include the update."""
+    dense = {name: update for name, update in layers.items() if update.binding.dense}
+    entries = sum(update.stored.numel() for update in dense.values())
+    if entries <= SILENT_DENSE * sum(update.stored.numel() for update in layers.values()):
+        return
+    bank._reads_checked |= {False, True}
+    size = sum(update.stored.numel() * update.stored.element_size() for update in dense.values())
+    readers = {name: bank._readers.get(name) for name in dense}
+    readers |= {name: type(u.module).__name__ for name, u in dense.items() if isinstance(u, AdaptedParameter)}
+    known = ", ".join(sorted({reader for reader in readers.values() if reader})) or "the modules around them"
+    warnings.warn(
+        f"{len(dense)} of {len(layers)} adapted weights, {next(iter(dense))!r} first, are read by {known}, where no "
+        f"call can be intercepted: every pass makes dense ones that include the update, {size / 2**20:.3g} MiB in all. "
+        "The result is right; to save the time and memory, exclude these weights, or merge the update for inference",
+        stacklevel=2,
+    )
 
 
 def _never_run(layers: Mapping[str, Update], idle: list[Any]) -> list[str]:

@@ -1,16 +1,17 @@
-"""Which rows of a layer's input belong to which sample of the batch, found by changing a sample."""
+"""Batches with an adapter for each sample: as many as adapters, and which rows of a layer's input are whose."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from efft_kernels.nn.pooled import Layout
+from efft_kernels.nn.pooled import Layout, Selection
 
 #: A row has changed if it did by more than this share of the largest: rounding does less, another input more.
 _CHANGE = 1e-3
@@ -123,3 +124,24 @@ def _layout(shape: torch.Size, changed: Tensor, samples: int) -> Layout:
     if not fitting or not changed.any():
         return None
     return exact[0] if exact else fitting[0] if len(fitting) == 1 else _UNKNOWN
+
+
+def check_batch(
+    selected: ContextVar[Selection | None],
+    learn: Callable[[tuple[Any, ...], dict[str, Any], int], None],
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    """Before the model runs: one adapter a sample needs a batch of as many samples."""
+    selection = selected.get()
+    if selection is None or selection.weights is not None:
+        return
+    batch = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+    if batch is not None and (batch.dim() == 0 or batch.shape[0] != len(selection.slots)):
+        raise ValueError(
+            f"expected a batch of {len(selection.slots)} samples, one for each name given to AdapterPool.use, got an "
+            f"input of shape {list(batch.shape)}"
+        )
+    if not torch.compiler.is_compiling():
+        learn(args, kwargs, len(selection.slots))

@@ -60,7 +60,7 @@ def apply(model: nn.Module, config: AdapterConfig | None = None) -> nn.Module:
     check_whole(model, "apply")
     check_unwrapped(model, "apply")
     with hooks_aside(model):
-        plan = make_plan(model, config)
+        plan = make_plan(model, config, share_tied=True)
     warn_of_untouched(model, plan, config)
     if config.head is None and not plan.head and not is_language_model(model):
         warnings.warn(
@@ -85,8 +85,10 @@ def _adapt(model: nn.Module, config: AdapterConfig, plan: Plan, aside: Aside) ->
         model, config, plan, aside
     )  # all of them, before a layer is touched: what does not fit is seen
     sites = {name: (banks[group.name], site) for group in plan.groups for name, site in group.sites.items()}
-    weights = {name: (plan.weights[name], *sites[name]) for name in plan.in_order(model)}
+    weights = {name: (plan.weights[name], *sites[plan.tied.get(name, name)]) for name in plan.in_order(model)}
     layers = make_layers(model, weights, config)
+    for name, first in plan.tied.items():
+        layers[name][1].share(layers[first][1])
     config.settle(plan.groups, banks)
     bank = Bank(banks, config, plan.head)
     bank._base_buffers = buffers.snapshot(model, plan.head)
@@ -97,7 +99,7 @@ def _adapt(model: nn.Module, config: AdapterConfig, plan: Plan, aside: Aside) ->
     adapt_in_place(model, weights)
     replace_modules(model, dict(layers.values()))
     follow(aside, dict(layers.values()))
-    mark_readers(model)
+    bank._readers = mark_readers(model)
     bank.layers = list(weights)
     bank.plan = [group.to_dict() for group in plan.groups]
     _freeze_all_but(model, plan.head)

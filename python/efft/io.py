@@ -130,7 +130,7 @@ def load_described(model: nn.Module, folder: Path, description: dict[str, Any], 
             check_plain(model)
             with hooks_aside(model):
                 plan = plan_of_file(model, config, description.get("plan", []), description["base"])
-            layers, shapes = [n for g in plan.groups for n in g.sites], _planned_shapes(model, plan)
+            layers, shapes = list(plan.weights), _planned_shapes(model, plan)
         except (ValueError, RuntimeError, *_OUT_OF_BOUNDS) as error:  # RuntimeError: sizes that no storage has
             raise ValueError(f"the adapter in {folder} does not fit this {type(model).__name__}: {error}") from None
     others = buffers.of_names(model, description["head"], description["buffers"] or ())

@@ -63,7 +63,7 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], base_model: st
     check_whole(model, "export_lora")
     check_stored(adapted_layers(model), "export_lora")
     layers = adapted_layers(model)
-    head = bank.head + _changed_modules(model, bank, layers)
+    head = _saved_by_peft(model, bank.head + _changed_modules(model, bank, layers), layers)
     _check_names(model, layers, head)
     _check_replaceable(folder / CONFIG)
     tensors: dict[str, Tensor] = {}
@@ -92,6 +92,23 @@ def _changed_modules(model: nn.Module, bank: Bank, layers: Mapping[str, AdaptedW
                 "LoRA checkpoint has no place for them; merge the update instead (efft.merged_state_dict)"
             )
     return list(modules)
+
+
+def _saved_by_peft(model: nn.Module, head: list[str], layers: Mapping[str, AdaptedWeight]) -> list[str]:
+    """The modules to store as peft's ``modules_to_save``: no lists, but what they hold; and whatever else has a name
+    that ends like theirs, which peft takes for them, and misses in the file otherwise."""
+    names: list[str] = []
+    for name in head:
+        module = model.get_submodule(name)
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            names += _saved_by_peft(model, [f"{name}.{child}" for child in module._modules], {})
+        else:
+            names.append(name)
+    for name in map(plain_name, dict(model.named_modules()) if layers else ()):
+        inside = any(f"{other}.".startswith(f"{name}.") for other in layers)  # _check_names tells of it
+        if not inside and name.endswith(tuple(names)) and not any(f"{name}.".startswith(f"{n}.") for n in names):
+            names.append(name)
+    return names
 
 
 def _pair(name: str, layer: AdaptedWeight, D: Tensor, G: Tensor) -> dict[str, Tensor]:

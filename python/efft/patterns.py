@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 #: What the regular expressions of a list may have together; the time to match them grows with it.
 MOST_CHARACTERS = 2000
 
-_NAME = re.compile(r"\^?[\w.-]*\$?")  # with ^ and $ it is the whole name
+_NAME = re.compile(r"[\w.-]*")
 _TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?:|.", re.DOTALL)
 _NO_CHARACTER = re.compile(r"[*+?{]|\\[\dAbBZz]")
 #: Around a name, for ^ and $.

@@ -88,3 +88,20 @@ def find_update(model: nn.Module, name: str) -> Update | None:
         return module
     found: Update | None = getattr(module, "adapted_parameters", {}).get(parameter)
     return found
+
+
+def linear_layers(updates: Mapping[str, Update]) -> dict[str, AdaptedLayer]:
+    """The updates, if all are of linear layers, for what serves those alone.
+
+    Raises:
+        ValueError: one is of another weight.
+    """
+    layers: dict[str, AdaptedLayer] = {}
+    for name, update in updates.items():
+        if not isinstance(update, AdaptedLayer) or not isinstance(update, nn.Linear):
+            kind = type(update).__name__ if isinstance(update, AdaptedLayer) else "a parameter that a module reads"
+            raise ValueError(
+                f"a pool serves adapters of linear layers, and {name} is {kind}: adapt with targets that leave it out"
+            )
+        layers[name] = update
+    return layers

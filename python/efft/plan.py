@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 
 from efft.bank import Bank
 from efft.config import AdapterConfig, EfftConfig
-from efft.structure import Weight, structure_of
+from efft.structure import Structure, Weight, structure_of
 from efft.targets import Target, find_head, known_target, select
 from efft_kernels import FactorBank
 
@@ -49,6 +49,7 @@ class Plan:
         groups: the banks of factors, not allocated yet (:class:`Group`); those of EFFT tell the sizes of their trains.
         head: names of the modules trained beside the factors.
         weights: what is adapted, by name.
+        tied: of these, layers that have the weight of another one, whose name follows, and share its update.
         left_out: parameters of the blocks that stay untouched, with their number of entries, largest first.
         reasons: why some of them cannot be adapted.
         in_blocks: entries of all weights in blocks.
@@ -60,6 +61,7 @@ class Plan:
     left_out: dict[str, int] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     in_blocks: int = 0
+    tied: dict[str, str] = field(default_factory=dict)
 
     @property
     def untouched_share(self) -> float:
@@ -122,33 +124,49 @@ def inspect(model: nn.Module, config: AdapterConfig | None = None) -> Plan:
     Raises:
         ValueError: as :func:`efft.apply`.
     """
-    return make_plan(model, config or EfftConfig())
+    return make_plan(model, config or EfftConfig(), share_tied=True)
 
 
+_NO_UPDATE = "the method {!r} has no update for weights of this kind"
 _TOO_SMALL = "an update would have more parameters than the weight has entries"
 
 
-def make_plan(model: nn.Module, config: AdapterConfig) -> Plan:
-    """Plan the adaptation of ``model``; works on the meta device too.
+def make_plan(model: nn.Module, config: AdapterConfig, share_tied: bool = False) -> Plan:
+    """Plan the adaptation of ``model``; works on the meta device too. Layers with one weight in common are adapted
+    together with ``share_tied``, else not at all.
 
     Raises:
         ValueError: no such weights, or weights that cannot share a train; it says which and what to do.
     """
-    if any("_orig_mod" in module._modules for module in model.modules()):
-        raise ValueError("the model is compiled already: adapt it (or load the adapter) first, then torch.compile it")
+    _check_not_compiled(model)
     head = find_head(model, config.head)
-    structure = structure_of(model, head)
+    structure = structure_of(model, head, share_tied)
     targets = select(model, structure, config)
     groups = config.groups(model, targets)
     sizes = _blocks_of_roles(structure.sizes, targets)
     weights = {name: structure.weights[name] for group in groups for name in group.sites}
-    # Another method may change what a weight gives, and no weight.
-    dropped = {t.name for t in targets if t.name not in weights} if isinstance(config, EfftConfig) else set()
-    untouched = structure.untouched(t.name for t in targets if t.name not in dropped)
-    reasons = {**structure.reasons, **dict.fromkeys(dropped, _TOO_SMALL)}
+    others = (name for name, weight in structure.weights.items() if weight.kind not in config.kinds)
+    reasons = {**structure.reasons, **dict.fromkeys(others, _NO_UPDATE.format(config.method))}
+    reached = {target.name for target in targets}
+    if isinstance(config, EfftConfig):  # another method may reach several weights by one bank, behind the last of them
+        reasons = {**reasons, **dict.fromkeys(reached - weights.keys(), _TOO_SMALL)}
+        reached = set(weights)
+    untouched = structure.untouched(reached)
     left_out = {name: size for name, size in untouched.items() if name in sizes}
     ordered = dict(sorted(left_out.items(), key=lambda item: -item[1]))
-    return Plan(groups, head, weights, ordered, reasons, sum(sizes.values()))
+    weights, tied = _with_tied(structure, weights)
+    return Plan(groups, head, weights, ordered, reasons, sum(sizes.values()), tied)
+
+
+def _with_tied(structure: Structure, weights: dict[str, Weight]) -> tuple[dict[str, Weight], dict[str, str]]:
+    """The weights with those that are theirs too, and the latter's names with the former's."""
+    tied = {name: first for name, first in structure.tied.items() if first in weights}
+    return weights | {n: replace(weights[first], name=n, module=n) for n, first in tied.items()}, tied
+
+
+def _check_not_compiled(model: nn.Module) -> None:
+    if any("_orig_mod" in module._modules for module in model.modules()):
+        raise ValueError("the model is compiled already: adapt it (or load the adapter) first, then torch.compile it")
 
 
 def _blocks_of_roles(sizes: Mapping[str, int], targets: Sequence[Target]) -> dict[str, int]:
@@ -165,8 +183,12 @@ def _prefixes(name: str) -> list[str]:
 
 
 def warn_of_untouched(model: nn.Module, plan: Plan, config: AdapterConfig) -> None:
-    """Say once what ``targets="all"`` leaves out of the blocks, if it is more than :data:`SILENT_SHARE`."""
-    if config.targets == "all" and not config.exclude and plan.untouched_share > SILENT_SHARE:
+    """Say once what ``targets="all"`` leaves out of the blocks, if it is more than :data:`SILENT_SHARE`; of
+    ``"all-linear"`` the linear weights that the method cannot adapt, as those of experts."""
+    if config.targets == "all-linear":
+        reason = _NO_UPDATE.format(config.method)
+        plan = replace(plan, left_out={n: size for n, size in plan.left_out.items() if plan.reasons.get(n) == reason})
+    if config.targets in ("all", "all-linear") and not config.exclude and plan.untouched_share > SILENT_SHARE:
         warnings.warn(
             f"{plan.untouched_share:.1%} of the weights in the blocks of this {type(model).__name__} stay untouched: "
             f"{plan.missing()}",
@@ -184,10 +206,11 @@ def plan_of_file(model: nn.Module, config: AdapterConfig, saved: Sequence[Any], 
         base: what the file says of the model that the adapter was trained on.
 
     Raises:
-        ValueError: the model lacks one of the weights, or the plan is damaged.
+        ValueError: the model lacks one of the weights, or is compiled, or the plan is damaged.
     """
+    _check_not_compiled(model)
     head = find_head(model, config.head)
-    structure = structure_of(model, head)
+    structure = structure_of(model, head, share_tied=True)
 
     def weight(name: str) -> Weight:
         found = structure.weights.get(name)
@@ -202,14 +225,15 @@ def plan_of_file(model: nn.Module, config: AdapterConfig, saved: Sequence[Any], 
 
     if not saved:
         targets = [known_target(weight(name)) for name in base["layers"]]
-        return Plan(config.groups(model, targets), head, {t.name: t.weight for t in targets})
+        return Plan(config.groups(model, targets), head, {t.name: t.weight for t in targets})  # before any were tied
     groups: list[Any] = []
     found: dict[str, Weight] = {}
     for group in saved:
         members = {name: weight(name) for name in group["weights"]}
         groups.append(config.group_of_file(model, group, list(members.values())))
         found |= members
-    return Plan(groups, head, found)
+    found, tied = _with_tied(structure, found)
+    return Plan(groups, head, found, tied=tied)
 
 
 def check_saved_plan(saved: Any) -> None:

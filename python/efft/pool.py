@@ -8,7 +8,7 @@ import functools
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from efft import buffers
-from efft.batches import Layouts, find_layouts
+from efft.batches import Layouts, check_batch, find_layouts
 from efft.config import is_number
 from efft.inject import adapted_layers, bank_of, remove, replace_modules
 from efft.io import base_problems, describe_base, load_described, read_description
+from efft.placing import linear_layers
 from efft.stacks import Place, written
 from efft_kernels import FactorBank
 from efft_kernels.nn.frozen import share_attributes
@@ -66,13 +67,13 @@ class AdapterPool:
             raise ValueError(
                 "this model is adapted already: a pool needs the plain model; call efft.remove(model) first"
             )
-        if any(isinstance(h, functools.partial) and h.func is _check_batch for h in model._forward_pre_hooks.values()):
+        if any(isinstance(h, functools.partial) and h.func is check_batch for h in model._forward_pre_hooks.values()):
             raise ValueError("this model is in a pool already; call detach() on that pool first")
         self.model = model
         self._twin = _twin(model)
         self._selected: ContextVar[Selection | None] = ContextVar("selected", default=None)
         self._hook = model.register_forward_pre_hook(
-            functools.partial(_check_batch, self._selected, self._learn_layouts), prepend=True, with_kwargs=True
+            functools.partial(check_batch, self._selected, self._learn_layouts), prepend=True, with_kwargs=True
         )
         self._layouts: dict[str, Layouts] | None = None
         self._attempts = 3  # to find them
@@ -140,7 +141,7 @@ class AdapterPool:
             bank = bank_of(adapted)
             buffers.check_none(name, buffers.changed(adapted, bank.head, bank._base_buffers))
             layers = bank.layers
-            check_linear(adapted)
+            linear_layers(adapted_layers(adapted))
             missing = [n for n in layers if _find(self._twin, n) is None]
             problems = [f"the model has no {', '.join(missing[:3])}"] if missing else []
             problems = problems or base_problems(self._twin, layers, describe_base(adapted, layers))
@@ -334,23 +335,10 @@ class AdapterPool:
         return found
 
 
-def check_linear(adapted: nn.Module) -> dict[str, AdaptedLayer]:
-    """The adapted layers; ValueError if anything else than a linear layer is adapted."""
-    layers: dict[str, AdaptedLayer] = {}
-    for name, update in adapted_layers(adapted).items():
-        if not isinstance(update, AdaptedLayer) or not isinstance(update, nn.Linear):
-            kind = type(update).__name__ if isinstance(update, AdaptedLayer) else "a parameter that a module reads"
-            raise ValueError(
-                f"a pool serves adapters of linear layers, and {name} is {kind}: adapt with targets that leave it out"
-            )
-        layers[name] = update
-    return layers
-
-
 def _operands(adapted: nn.Module) -> _Parts:
     """D and G of every adapted layer; what the layers share is one tensor."""
     together: dict[nn.Module, dict[str, AdaptedLayer]] = {}
-    for name, layer in check_linear(adapted).items():
+    for name, layer in linear_layers(adapted_layers(adapted)).items():
         together.setdefault(layer.factors, {})[name] = layer
     found: _Parts = {}
     for factors, layers in together.items():
@@ -384,24 +372,3 @@ def _find(model: nn.Module, name: str) -> nn.Module | None:
         return model.get_submodule(name)
     except AttributeError:
         return None
-
-
-def _check_batch(
-    selected: ContextVar[Selection | None],
-    learn: Callable[[tuple[Any, ...], dict[str, Any], int], None],
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> None:
-    """Before the model runs: one adapter a sample needs a batch of as many samples."""
-    selection = selected.get()
-    if selection is None or selection.weights is not None:
-        return
-    batch = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
-    if batch is not None and (batch.dim() == 0 or batch.shape[0] != len(selection.slots)):
-        raise ValueError(
-            f"expected a batch of {len(selection.slots)} samples, one for each name given to AdapterPool.use, got an "
-            f"input of shape {list(batch.shape)}"
-        )
-    if not torch.compiler.is_compiling():
-        learn(args, kwargs, len(selection.slots))

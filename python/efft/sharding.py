@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether some module of ``model`` is a unit of ``fully_shard``."""
-    return any(hasattr(module, "reshard") for module in model.modules())
+    """Whether some module of ``model`` is a unit of ``fully_shard``, or inside one."""
+    units = any(hasattr(module, "reshard") for module in model.modules())
+    return units or any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
 
 
 def _is_zeros(tensor: Any) -> bool:

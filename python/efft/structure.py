@@ -1,8 +1,8 @@
 """What a model is made of, read off its modules: weights that can be adapted, repeated blocks, parts of a block.
 
 Nothing here knows an architecture by name. Modules of one class that stand side by side (in a list, in a sequence, or
-numbered: ``layer1``, ``layer2``) are repeated, and what they hold is in a block. A weight's place is the path to it
-from the innermost repeated module around it.
+numbered: ``layer1``, ``layer2``) are repeated, and what they hold is in a block; so is what stands beside them there. A
+weight's place is the path to it from the innermost repeated module around it.
 """
 
 from __future__ import annotations
@@ -72,11 +72,13 @@ class Structure:
     Attributes:
         weights: those that can be adapted, by name, in the model's order.
         reasons: why others cannot, by name.
+        tied: weights that are another layer's too, to the name of the first of them, which stands for all.
         sizes: number of entries of every parameter of two or more dimensions in blocks, by full name.
     """
 
     weights: dict[str, Weight] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
+    tied: dict[str, str] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -88,23 +90,27 @@ class Structure:
 
     def untouched(self, names: Iterable[str]) -> dict[str, int]:
         """Entries of the parameters in blocks that are not among the weights ``names``, by full parameter name."""
+        names = set(names)
         taken = {f"{w.module}.{w.parameter}".lstrip(".") for n in names if (w := self.weights.get(n)) is not None}
+        taken |= {f"{name}.weight" for name, first in self.tied.items() if first in names}
         return {name: size for name, size in self.sizes.items() if name not in taken}
 
 
-def structure_of(model: nn.Module, head: Iterable[str] = ()) -> Structure:
+def structure_of(model: nn.Module, head: Iterable[str] = (), share_tied: bool = False) -> Structure:
     """Read off what ``model`` is made of, outside of the modules ``head``; linear in the number of modules.
 
     Works on the meta device too. Weights that several modules own are among the reasons, not among the weights:
-    merging an update into one would change the other.
+    merging an update into one would change the other. With ``share_tied`` that holds only where they are not all
+    linear layers outside the head, which can share one update.
     """
     modules = dict(model.named_modules())
     inside_head = {name for h in head for name in modules if name == h or name.startswith(f"{h}.")} if head else set()
-    repeated = _repeated(modules) or _repeated(modules, least=1)
+    repeated = _repeated(modules)
     owners = _owners(modules)
     widths: dict[str, set[int]] = defaultdict(set)  # of each block
     found = Structure()
     doubtful: list[Weight] = []
+    sharing: dict[Any, list[tuple[Weight, Tensor]]] = defaultdict(list)
     for name, module in modules.items():
         if name in inside_head or isinstance(module, (FrozenLayer, *_NORMS)):
             continue
@@ -114,7 +120,8 @@ def structure_of(model: nn.Module, head: Iterable[str] = ()) -> Structure:
             if parameter is not None and parameter.numel() == 0 and is_plain(parameter):
                 continue
             others = [] if parameter is None else owners[_key(parameter)]
-            if reason is None and len(others) > 1:
+            tied = reason is None and len(others) > 1
+            if tied:
                 reason = (
                     f"its weight is tied: {' and '.join(others)} have the same one; leave the layer out "
                     "(exclude=[...]), or give it its own: layer.weight = nn.Parameter(layer.weight.detach().clone())"
@@ -127,15 +134,24 @@ def structure_of(model: nn.Module, head: Iterable[str] = ()) -> Structure:
                 continue
             if reason is not None:
                 found.reasons[weight.name] = reason
+                if share_tied and tied and parameter is not None and weight.kind == "linear":
+                    sharing[_key(parameter)].append((weight, parameter))
                 continue
             found.weights[weight.name] = weight
-            if block is not None:
-                widths[block] |= {weight.d_in, weight.d_out}
+            if block is not None:  # a kernel's positions are no width of activations
+                widths[block] |= {weight.d_in, weight.d_out} if weight.view == "linear" else {weight.d_out}
     for weight in doubtful:  # a bare parameter multiplies activations if it maps one of their widths to another
         if weight.block is not None and {weight.d_in, weight.d_out} <= widths[weight.block]:
             found.weights[weight.name] = weight
         else:
             found.reasons[weight.name] = "a parameter whose sizes are not those of a product of activations"
+    for key, layers in sharing.items():
+        names = [weight.name for weight, _ in layers]
+        if names == owners[key] and all(parameter is layers[0][1] for _, parameter in layers):
+            found.weights[names[0]] = layers[0][0]
+            found.tied |= dict.fromkeys(names[1:], names[0])
+            for name in names:
+                del found.reasons[name]
     order = {name: i for i, name in enumerate(modules)}
     found.weights = dict(sorted(found.weights.items(), key=lambda item: order[item[1].module]))
     return found
@@ -175,7 +191,7 @@ def _weights_of(name: str, module: nn.Module) -> list[tuple[Weight, str | None]]
             d_in, d_out = features(module)
             view = "linear" if kind == "linear" or _is_one_by_one(module) else "convolution"
             found.append((Weight(name, name, p, kind, d_in, d_out, d_in * d_out, view), None))
-        else:
+        elif sum(size > 1 for size in t.shape) > 1:  # the others are vectors, of whatever shape
             weight = _read(name, p, t)
             unlikely = _TABLE if min(weight.d_in, weight.d_out) == 1 else None if p.endswith("weight") else _DOUBTFUL
             found.append((weight, cannot_adapt_parameter(module, p, weight.read_as) or unlikely))
@@ -233,16 +249,13 @@ def _owners(modules: Mapping[str, nn.Module]) -> dict[Any, list[str]]:
     return owners
 
 
-def _repeated(modules: Mapping[str, nn.Module], least: int = 2) -> dict[str, tuple[str, str]]:
-    """(block, tower) of every module in a repeated one: the innermost around it, and what holds the outermost.
-
-    ``least`` is the number of modules in a list that are repeated.
-    """
+def _repeated(modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]:
+    """(block, tower) of every module in a repeated one: the innermost around it, and what holds the outermost."""
     found: dict[str, tuple[str, str]] = {}
     repeats: set[str] = set()
     for name, module in modules.items():
         if module._modules:
-            repeats |= {f"{name}.{child}".lstrip(".") for child in _alike(module, least)}
+            repeats |= {f"{name}.{child}".lstrip(".") for child in _alike(module)}
         parent = name.rpartition(".")[0]
         if name in repeats:
             found[name] = (name, found[parent][1] if parent in found else parent)
@@ -251,15 +264,17 @@ def _repeated(modules: Mapping[str, nn.Module], least: int = 2) -> dict[str, tup
     return found
 
 
-def _alike(module: nn.Module, least: int) -> list[str]:
-    """Children that are repeated: of one class, with children of their own, in a list, a sequence or numbered."""
-    of_class: dict[type, list[str]] = defaultdict(list)
+def _alike(module: nn.Module) -> list[str]:
+    """The children that are repeated, of those with children of their own: all in a ``ModuleList``; in a sequence, a
+    ``ModuleDict`` or numbered ones where two are of one class."""
     listed = isinstance(module, (nn.ModuleList, nn.Sequential, nn.ModuleDict))
-    for name, child in module._modules.items():
-        if child is not None and child._modules and (listed or re.search(r"\d$", name)):
-            of_class[type(child)].append(name)
-    enough = least if isinstance(module, nn.ModuleList) else 2
-    return [name for names in of_class.values() if len(names) >= enough for name in names]
+    names = [
+        name
+        for name, child in module._modules.items()
+        if child is not None and child._modules and (listed or re.search(r"\d$", name))
+    ]
+    classes = {type(module._modules[name]) for name in names}
+    return names if isinstance(module, nn.ModuleList) or len(classes) < len(names) else []
 
 
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)

@@ -83,7 +83,8 @@ def select(model: nn.Module, structure: Structure, config: AdapterConfig) -> lis
     else:
         chosen = _by_name(model, structure, config)
     for pattern in config.exclude:
-        excluded = set(filter(matcher(pattern), {**structure.weights, **structure.reasons}))
+        excluded = set(filter(matcher(pattern), {**structure.weights, **structure.reasons, **structure.tied}))
+        excluded |= {structure.tied[name] for name in excluded & structure.tied.keys()}
         if not excluded:
             raise ValueError(f"exclude: {pattern!r} matches no linear layer. {_present(structure)}")
         chosen = [target for target in chosen if target.name not in excluded]
@@ -119,7 +120,7 @@ def _by_keyword(model: nn.Module, structure: Structure, config: AdapterConfig) -
         ]
         return [Target(w, block=w.name) for w in linear if model.get_submodule(w.module) is not output]
     weights = {n: w for n, w in structure.in_blocks.items() if w.kind in config.kinds}
-    targets = _grouped_as_published(structure) or _by_structure(model, weights)
+    targets = _grouped_as_published(structure) or by_structure(model, weights)
     if config.targets == "all":
         return targets
     chosen = [target for target in targets if target.part == config.targets]
@@ -175,7 +176,8 @@ def _are_published_shapes(targets: list[Target]) -> bool:
     return True
 
 
-def _by_structure(model: nn.Module, weights: Mapping[str, Weight]) -> list[Target]:
+def by_structure(model: nn.Module, weights: Mapping[str, Weight]) -> list[Target]:
+    """The weights with the block and the part of it that each is found in, whatever their names."""
     parts = parts_of(model, weights)
     return [Target(weight, block=weight.block or name, part=parts.get(name)) for name, weight in weights.items()]
 
@@ -187,7 +189,8 @@ def _by_name(model: nn.Module, structure: Structure, config: AdapterConfig) -> l
     wanted: set[str] = set()
     for pattern in config.targets:
         matches = matcher(pattern)
-        named = list(filter(matches, linears)) or [
+        tied = [first for name, first in structure.tied.items() if matches(name)]
+        named = [*filter(matches, linears), *tied] or [
             n for n, w in structure.weights.items() if w.kind in config.kinds and (matches(n) or matches(w.module))
         ]
         for name in filter(matches, structure.reasons):

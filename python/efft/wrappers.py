@@ -36,7 +36,7 @@ def check_unwrapped(model: nn.Module, operation: str) -> None:
     Gradients of factors that a wrapper does not know are not averaged: every process would train its own.
     """
     within = next((module for module in model.modules() if _is_holder(module)), None)
-    around = None if within is not None else next((h for h in _holders() if _holds(h, model)), None)
+    around = None if within is not None else _around(model)
     holder = within or around
     if holder is None:
         return
@@ -50,6 +50,13 @@ def check_unwrapped(model: nn.Module, operation: str) -> None:
 
 def _is_holder(module: nn.Module) -> bool:
     return any(kind.__name__ in _HOLDERS for kind in type(module).__mro__)
+
+
+def _around(model: nn.Module) -> nn.Module | None:
+    """What holds ``model``, not counting what nobody uses any more."""
+    if next((True for holder in _holders() if _holds(holder, model)), False):
+        gc.collect()
+    return next((holder for holder in _holders() if _holds(holder, model)), None)
 
 
 def _holders() -> Iterator[nn.Module]:

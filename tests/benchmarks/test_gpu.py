@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu, memory, quantized, serve
+from benchmarks import experts, gpu, memory, quantized, serve
 from benchmarks.__main__ import COMMANDS, main
 from benchmarks.gpu import Job, jobs, run_all
 from benchmarks.model import run as model_run
@@ -20,6 +20,7 @@ PARSERS = {
     "memory": memory.parser,
     "serve": serve.parser,
     "quantized": quantized.parser,
+    "experts": experts.parser,
     "scaling": scaling_parser,
 }
 

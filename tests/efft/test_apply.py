@@ -231,10 +231,6 @@ def with_own_efft(model: nn.Module) -> None:
     model.efft = nn.Linear(1, 1)
 
 
-def with_attention_of_torch(model: nn.Module) -> None:
-    model.blocks[1].attn.proj = nn.MultiheadAttention(16, 2).out_proj
-
-
 ERRORS: list[tuple[str, Callable[[nn.Module], None] | None, dict[str, Any], str]] = [
     (
         "typo",

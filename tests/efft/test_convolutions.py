@@ -1,6 +1,7 @@
 """Convolutional networks: layers by name, 1 x 1 and larger kernels, every call that a transformer has."""
 
 import copy
+import warnings
 from pathlib import Path
 
 import pytest
@@ -105,10 +106,37 @@ def test_exported_lora_runs_in_peft(images: Tensor, tmp_path: Path) -> None:
     torch.testing.assert_close(alone(images), model(images))
 
 
+def test_kernels_that_are_standardised_are_told_of_once_with_their_size(images: Tensor) -> None:
+    """A module that computes with a function of its weight reads it: with the update, as a dense tensor."""
+    model = efft.apply(timm.create_model("test_nfnet", num_classes=5), efft.EfftConfig(rank=2))
+    read = {n: u for n, u in adapted_layers(model).items() if not isinstance(u, nn.Module)}
+    size = 4 * sum(update.weight.numel() for update in read.values()) / 2**20
+    message = rf"{len(read)} of {len(adapted_layers(model))} adapted weights, 'stages.* read by ScaledStdConv2d, where"
+    with pytest.warns(UserWarning, match=rf"{message} .* {size:.3g} MiB in all"):
+        model(images)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(images)
+        model.eval()(images)
+        efft.apply(network(), efft.EfftConfig(rank=2))(images)
+
+
 def test_a_name_of_a_linear_layer_does_not_catch_convolutions() -> None:
     vit = timm.create_model("test_vit", num_classes=5)
     model = efft.apply(vit, efft.EfftConfig(targets=["proj"], rank=4))
     assert all(isinstance(layer, EfftLinear) for layer in adapted_layers(model).values())
     assert "patch_embed.proj" not in adapted_layers(model)
-    with pytest.raises(ValueError, match=r"a convolution of .* groups is no product with one matrix"):
-        efft.apply(timm.create_model("test_convnext", num_classes=5), efft.EfftConfig(targets=["conv_dw"]))
+
+
+def test_depthwise_convolutions() -> None:
+    model = timm.create_model("test_convnext", num_classes=5).eval()
+    efft.apply(model, efft.EfftConfig.auto(targets=["stages.0.blocks.0.conv_dw"], rank=4))
+    (layer,) = adapted_layers(model).values()
+    assert layer.groups == layer.in_channels > 1
+    for _, factor in efft.named_factors(model):
+        torch.nn.init.normal_(factor)
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        y = model(x)
+        efft.merge(model)
+        torch.testing.assert_close(model(x), y, rtol=1e-4, atol=1e-4)

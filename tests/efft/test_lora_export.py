@@ -162,6 +162,35 @@ def test_every_kind_of_weight(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(x), live, atol=1e-5, rtol=1e-4)
 
 
+class Heads(nn.Module):
+    """As CrossViT: a list of heads; and as VOLO: another layer whose name ends like a head's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8)) for _ in range(2))
+        self.heads = nn.ModuleList([nn.Linear(8, 3), nn.ModuleList([nn.Linear(8, 3)])])
+        self.last, self.before_last = nn.Linear(8, 3), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        y: Tensor = self.heads[0](x) + self.heads[1][0](x) + self.last(x) * self.before_last(x)
+        return y
+
+
+def test_heads_in_a_list_and_names_that_end_alike(randomize: Make, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="needs the dev extra")
+    torch.manual_seed(0)
+    base, x = Heads().eval(), torch.randn(4, 8)
+    model = randomize(efft.apply(copy.deepcopy(base), efft.EfftConfig(rank=2, head=["heads", "last"])))
+    for layer in (model.heads[0], model.heads[1][0], model.last):
+        nn.init.normal_(layer.weight)
+    efft.export_lora(model, tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"]
+    assert saved == ["heads.0", "heads.1.0", "last", "before_last"]
+    torch.testing.assert_close(peft.PeftModel.from_pretrained(base, tmp_path)(x), model(x))
+
+
 def test_weights_that_peft_would_read_without_their_update_are_refused(tmp_path: Path) -> None:
     def attention(**more: Any) -> nn.Module:
         model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2)

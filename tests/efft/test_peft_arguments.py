@@ -260,3 +260,23 @@ def test_the_same_settings_by_apply() -> None:
         llama(), EfftPeftConfig(r=4, lora_alpha=8, lora_dropout=0.05, target_modules=["q_proj", "v_proj"])
     )
     assert theirs.get_nb_trainable_parameters()[0] == ours
+
+
+@pytest.mark.parametrize("modules", [["q_proj", "v_proj"], "all-linear"])
+def test_attention_that_is_not_square(modules: Any, tmp_path: Path) -> None:
+    """Layers that cannot share the paper's train share one with those of their shape."""
+    sizes = {"num_key_value_heads": 1, "head_dim": 16, **SIZES}
+
+    def base() -> nn.Module:
+        torch.manual_seed(0)
+        model: nn.Module = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(vocab_size=50, **sizes)).eval()
+        return model
+
+    torch.manual_seed(1)
+    model = peft.get_peft_model(base(), EfftPeftConfig(r=2, target_modules=modules, init_weights=False)).eval()
+    assert adapted(model) == adapted(
+        peft.get_peft_model(base(), peft.LoraConfig(target_modules=modules)), peft.tuners.lora.LoraLayer
+    )
+    assert (output(model) - output(base())).abs().max() > 1e-3
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(output(peft.PeftModel.from_pretrained(base(), tmp_path).eval()), output(model))

@@ -143,3 +143,35 @@ def test_layers_that_are_refused() -> None:
     for name in ("attention.out_proj", "norm", "attention"):
         with pytest.raises(ValueError, match=name.replace(".", r"\.")):
             peft.get_peft_model(Attention(), EfftPeftConfig(r=2, target_modules=[name]))
+
+
+def test_weights_that_are_read_and_layers_that_are_not_called() -> None:
+    """torchvision's Swin reads the weights of its attention: that an update there is lost is an error."""
+    torchvision = pytest.importorskip("torchvision", reason="needs the vision extra")
+
+    def base() -> nn.Module:
+        torch.manual_seed(0)
+        model: nn.Module = torchvision.models.SwinTransformer([4, 4], 24, [2, 2], [2, 4], [4, 4], num_classes=5)
+        return model.eval()
+
+    x = torch.randn(2, 3, 64, 64)
+    model = peft.get_peft_model(base(), EfftPeftConfig(r=2, target_modules=["attn.qkv", "mlp.0"], init_weights=False))
+    with pytest.raises(
+        RuntimeError, match=r"the update of 'features\.1\.0\.attn\.qkv' had no effect: ShiftedWindowAtt"
+    ):
+        model(x)
+    with model.disable_adapter():
+        torch.testing.assert_close(model(x), base()(x))
+    model = peft.get_peft_model(base(), EfftPeftConfig(r=2, target_modules=["mlp.0", "mlp.3"], init_weights=False))
+    with torch.no_grad():
+        live = model.eval()(x)
+        assert (live - base()(x)).abs().max() > 1e-3
+        torch.testing.assert_close(model.merge_and_unload()(x), live, rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_pass_leaves_out_is_no_error() -> None:
+    """T5 asks for the dtype of a weight in its way, and its decoder runs many times after one run of the encoder."""
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
+    t5 = transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=50, **sizes)).eval()
+    model = peft.get_peft_model(t5, EfftPeftConfig(r=2, target_modules=["wo", "q"], init_weights=False)).eval()
+    assert model.generate(input_ids=IDS, max_new_tokens=3).shape[0] == len(IDS)

@@ -264,3 +264,46 @@ def test_adapted_models_that_are_offloaded(how: str, tmp_path: Path) -> None:
     assert all(p.is_meta for p in model.base_model.efft_banks.parameters())
     for _ in range(2):
         torch.testing.assert_close(output(model), expected)
+
+
+# --- weighted sums ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [False, "group", "matrix"])
+def test_a_weighted_sum(scale: str | bool, tmp_path: Path) -> None:
+    """2 times the first less half of the second: the same weights as the two deltas make by hand."""
+    changes = {"trainable_scale": scale, "target_modules": ["q_proj", "o_proj", "down_proj"]}
+    model = under_peft(llama(), settings(**changes))
+    model.add_adapter("second", settings(r=5, lora_alpha=10, **changes))
+    for name, parameter in model.base_model.efft_banks.named_parameters():
+        if name.endswith("log_scale"):
+            parameter.data.normal_()
+    model.add_weighted_adapter(["default", "second"], [2.0, -0.5], "sum")
+    model.set_adapter("sum")
+    expected = llama()
+    for name, layer in model.base_model.model.named_modules():
+        if isinstance(layer, EfftLayer):
+            first, second = layer.get_delta_weight("default"), layer.get_delta_weight("second")
+            expected.get_submodule(name).weight.data += 2 * first - 0.5 * second
+    assert differ(output(model), output(llama()))
+    torch.testing.assert_close(output(model), output(expected), rtol=1e-4, atol=1e-5)
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    again = peft.PeftModel.from_pretrained(llama(), tmp_path / "sum").eval()
+    torch.testing.assert_close(output(again), output(model))
+
+
+def test_sums_that_are_refused() -> None:
+    model = under_peft(llama(), settings())
+    model.add_adapter("other", settings(target_modules=["v_proj"]))
+    model.add_adapter("head", settings(modules_to_save=["lm_head"]))
+    for names, weights, message in (
+        (["default", "other"], [1.0, 1.0], "adapters 'default' and 'other' adapt other layers"),
+        (["default", "head"], [1.0, 1.0], "adapter 'head' has modules or biases of its own"),
+        (["default", "none"], [1.0, 1.0], "Adapter none does not exist"),
+        (["default"], [1.0, 1.0], "a weight per adapter, got 1 adapters and 2 weights"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.add_weighted_adapter(names, weights, "sum")
+    with pytest.raises(ValueError, match="combination_type must be 'cat', which is exact, got 'svd'"):
+        model.add_weighted_adapter(["default"], [1.0], "sum", combination_type="svd")
+    assert set(model.peft_config) == {"default", "other", "head"}

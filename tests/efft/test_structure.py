@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import efft
+from efft.methods import LoRAConfig
 from efft.structure import parts_of, structure_of
 
 
@@ -151,3 +153,18 @@ def test_towers_of_any_name_are_saved_and_loaded(names: tuple[str, str], tmp_pat
     randomize(model)
     efft.save_adapter(model, tmp_path)
     torch.testing.assert_close(efft.load_adapter(make(), tmp_path)(x), model(x))
+
+
+def test_experts_that_a_method_cannot_adapt_are_named_with_every_keyword() -> None:
+    """What is linear to a user may be a parameter of many matrices."""
+    transformers = pytest.importorskip("transformers", reason="needs the hf extra")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.MixtralConfig(**sizes, num_key_value_heads=2, vocab_size=64, num_local_experts=4)
+    for targets in ("all", "all-linear"):
+        with pytest.warns(
+            UserWarning, match=r"8\d\.\d% .*experts\.gate_up_proj .*'lora' has no update for weights of this"
+        ):
+            efft.apply(transformers.MixtralForCausalLM(config), LoRAConfig(rank=2, targets=targets))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            efft.apply(transformers.MixtralForCausalLM(config), efft.EfftConfig(rank=2, targets=targets))

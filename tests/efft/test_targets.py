@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 import efft
@@ -126,6 +127,19 @@ def test_multihead_attention(where: str) -> None:
     assert {name.rpartition(".")[2] for name in chosen} == {"in_proj_weight", "out_proj"}
     assert names(model, targets=["out_proj"]) == [name for name in chosen if name.endswith("out_proj")]
     assert names(model, targets=["in_proj_weight"]) == [name for name in chosen if name.endswith("in_proj_weight")]
+
+
+def test_a_bare_parameter_of_another_size_than_activations_is_left_out() -> None:
+    """As the decays of a state space model beside its depthwise convolution, whose kernel happens to be as wide."""
+
+    class Mixer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside, self.conv = nn.Linear(8, 16), nn.Conv1d(16, 16, 4, groups=16)
+            self.A_log, self.mixes = nn.Parameter(torch.zeros(16, 4)), nn.Parameter(torch.zeros(16, 8))
+
+    model = nn.ModuleList(Mixer() for _ in range(2))
+    assert names(model, head=[]) == [f"{i}.{name}" for i in (0, 1) for name in ("mixes", "inside", "conv")]
 
 
 def test_layers_with_their_own_forward_are_known_by_their_parameter() -> None:

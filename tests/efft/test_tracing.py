@@ -94,3 +94,28 @@ def test_features_of_timm(tiny_vit: Make, randomize: Callable[..., nn.Module], i
     torch.testing.assert_close(got["second"], seen[1])
     got["second"].square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in model.efft.parameters())
+
+
+class Convolutions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 8, 1)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x).relu()
+        return x
+
+
+def test_convolutions(randomize: Callable[..., nn.Module]) -> None:
+    config = efft.EfftConfig(targets=["layers.0", "layers.1"], rank=2, head=[])
+    model = randomize(efft.apply(Convolutions().double(), config)).eval()
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), model(x))
+
+
+def test_conv1d_of_transformers(randomize: Callable[..., nn.Module]) -> None:
+    pytorch_utils = pytest.importorskip("transformers.pytorch_utils", reason="needs the hf extra")
+    base = nn.Sequential(pytorch_utils.Conv1D(12, 8), nn.GELU(), pytorch_utils.Conv1D(8, 12)).double()
+    model = randomize(efft.apply(base, efft.EfftConfig(targets=["0", "2"], rank=2, head=[]))).eval()
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(X), model(X))

@@ -63,8 +63,20 @@ def test_a_part_of_what_ddp_wraps_is_refused_and_another_model_is_not(tiny_vit: 
     with pytest.raises(ValueError, match="this VisionTransformer is inside a DistributedDataParallel"):
         efft.apply(model, efft.EfftConfig(rank=4))
     efft.apply(tiny_vit(), efft.EfftConfig(rank=4))
+    wrapped.itself = [wrapped]  # as closures and hooks make cycles, which outlive the last name for a while
     del wrapped
     efft.apply(model, efft.EfftConfig(rank=4))
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_part_of_what_fully_shard_shards_is_refused(tiny_vit: Make) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = tiny_vit()
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    with pytest.raises(ValueError, match="expected a whole model, this Sequential is sharded by fully_shard"):
+        efft.apply(model.blocks, efft.EfftConfig(targets=["qkv"], rank=4, head=[]))
 
 
 @pytest.mark.usefixtures("one_process")

@@ -141,5 +141,5 @@ def test_the_row_of_padding_has_no_update() -> None:
 
 def test_a_layer_that_holds_no_sum_refuses_what_its_parent_reads() -> None:
     out = nn.MultiheadAttention(4, 2).out_proj
-    with pytest.raises(TypeError, match="PooledDelta: this is the out_proj of nn.MultiheadAttention, which reads the"):
+    with pytest.raises(TypeError, match=r"PooledDelta: this is the out_proj of nn\.MultiheadAttention, which reads"):
         PooledDelta(out, ContextVar("selected"))

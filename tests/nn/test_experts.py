@@ -301,3 +301,36 @@ def test_a_module_that_reads_the_parameter_itself(
     assert torch.equal(model(x), plain)
     restore_module(model)
     assert type(model) is Reader
+
+
+class Batched(nn.Module):
+    """Experts whose rows are sorted into equal batches, as those of Llama 4."""
+
+    def __init__(self, matrices: Tensor) -> None:
+        super().__init__()
+        self.matrices = nn.Parameter(matrices)
+
+    def forward(self, x: Tensor) -> Tensor:  # [experts, rows, d_in]
+        return torch.bmm(x, self.matrices) * (x @ self.matrices) + x.matmul(self.matrices)
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_a_batch_of_products_takes_no_dense_weights(dense: Callable[..., Tensor], site: str) -> None:
+    bank = make_bank()
+    d_in, d_out = bank.features(SITES[site])
+    model = Batched(torch.randn(N_EXPERTS, d_in, d_out, dtype=torch.float64))
+    weight = put_update(ExpertWeight(model, "matrices", bank, SITES[site], transposed=True))
+    x = torch.randn(N_EXPERTS, 3, d_in, dtype=torch.float64, requires_grad=True)
+    y, exact = model(x), Batched(weight.stored + dense(bank, SITES[site]))
+    assert weight.binding.used
+    assert not weight.binding.dense
+    torch.testing.assert_close(y, exact(x))
+    wanted = [x, *bank.parameters()]
+    right = torch.func.functional_call(exact, {"matrices": weight.stored + dense(bank, SITES[site])}, (x,))
+    for got, expected in zip(
+        torch.autograd.grad(y.sin().sum(), wanted), torch.autograd.grad(right.sin().sum(), wanted), strict=True
+    ):
+        torch.testing.assert_close(got, expected)
+    one_row = torch.randn(3, d_in, dtype=torch.float64)  # of another number of dimensions: densely
+    torch.testing.assert_close(one_row @ model.matrices, one_row @ exact.matrices)
+    assert weight.binding.dense

@@ -17,14 +17,9 @@ def model_table(name: str, classes: int, image_size: int | None, config: EfftCon
     """What `efft.apply` would train, on a model without storage: groups of factors, head, backbone."""
     with torch.device("meta"):
         model = models.create(name, classes, image_size=image_size, pretrained=False)
-    plan = make_plan(model, config)
-    rows = [
-        f"{group.name}: {len(group.sites)} layers in {group.n_layers} blocks, U [{group.d_in}, {group.rank[0]}], "
-        f"{group.n_cores} cores [{group.rank[0]}, {group.rank[1]}] per block, V [{group.rank[1]}, {group.d_out}]"
-        for group in plan.groups
-    ]
+    plan = make_plan(model, config, share_tied=True)
     title = f"{name}, {config.variant}, cores {config.core_sharing}, {classes} classes"
-    return "\n".join([title, *rows, "", str(count_plan(model, plan))])
+    return "\n".join([title, str(plan), "", str(count_plan(model, plan))])
 
 
 def adapter_table(folder: Path) -> str:

@@ -9,8 +9,9 @@ Modules are recognized by what they are made of; transformers itself is not impo
   whichever one is chosen, as long as an update is live; the chosen one runs otherwise.
 - One product of a mixture (``ParallelExperts``, called with its rows sorted by expert and their numbers): JetMoE, and
   GraniteMoE before transformers 5.
-- Others with the same parameters and a forward of their own (Llama 4, Step 3): they read the effective weights of all
-  experts, which are made densely in every pass, with the cost of that in time and memory.
+- Others with the same parameters and a forward of their own read the effective weights of all experts. A batch of
+  products with them (Llama 4) stays one of low rank; elsewhere (Step 3) they are made densely in every pass, with the
+  cost of that in time and memory.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class Experts:
     Attributes:
         n_experts: how many there are.
         parameters: those that can be adapted.
-        kind: the class that the module is made of too, once it is adapted; None where it reads dense effective weights.
+        kind: the class that the module is made of too, once it is adapted; None where it reads effective weights.
     """
 
     n_experts: int

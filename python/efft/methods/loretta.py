@@ -134,6 +134,7 @@ class LoRETTAAdpConfig(LoRETTAConfig):
     and the MLP of every block (behind all layers that ``targets`` lists). It cannot be merged."""
 
     method = "loretta_adp"
+    kinds = frozenset({"linear"})  # what is not linear in its input replaces a layer as a whole
     behind = True
     layer = AdapterLinear
     meant_before: ClassVar[Mapping[str, Any]] = {**MethodConfig.meant_before, "bias": False}

@@ -52,7 +52,8 @@ class _TargetModules:
         modules = config.__dict__.get("_modules")
         if modules is not None:
             return modules
-        return config.__dict__.get("_planned") or (None if isinstance(config.targets, str) else list(config.targets))
+        own = None if isinstance(config.targets, str) else list(config.targets)
+        return list(config.planned) or own
 
     def __set__(self, config: Any, value: Any) -> None:
         config.__dict__["_modules"] = _listed(value)
@@ -142,12 +143,12 @@ without it, `targets` chooses |
 
     def choose(self, names: Iterable[str]) -> None:
         """Note which layers of a model the settings came to."""
-        self.__dict__["_planned"] = list(names)
+        self.__dict__["_planned"] = dict.fromkeys(names)
 
     @property
-    def planned(self) -> list[str]:
-        """The layers that the settings came to in the last model they were used on."""
-        names: list[str] = self.__dict__.get("_planned", [])
+    def planned(self) -> dict[str, None]:
+        """The layers that the settings came to in the last model they were used on, in its order."""
+        names: dict[str, None] = self.__dict__.get("_planned", {})
         return names
 
     @property
@@ -156,14 +157,17 @@ without it, `targets` chooses |
         return self.__dict__["_modules"] is None
 
     def own(self, **changes: Any) -> EfftConfig:
-        """The same settings as an :class:`efft.EfftConfig` of linear layers alone, with these changed."""
-        return _OfLinearLayers(**{f.name: getattr(self, f.name) for f in fields(EfftConfig)} | changes)
+        """The same settings as an :class:`efft.EfftConfig` of layers that are called alone, with these changed."""
+        return _OfLayers(**{f.name: getattr(self, f.name) for f in fields(EfftConfig)} | changes)
 
 
-class _OfLinearLayers(EfftConfig):
-    """What peft's tuners can put a layer in the place of."""
+class _OfLayers(EfftConfig):
+    """What peft's tuners can put a layer in the place of: no parameters that a module reads itself."""
 
-    kinds = frozenset({"linear"})
+    kinds = frozenset({"linear", "convolution", "embedding"})
+
+
+_OfLayers.__name__ = EfftPeftConfig.__name__  # for error messages
 
 
 def _listed(value: Any) -> Any:

@@ -44,11 +44,26 @@ class EfftLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
+        self.was_read = False
         self.register_buffer("base_weight", None, persistent=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight of the layer that was adapted, without any update that is not merged. That it was read while the
+        model runs is noted in ``was_read``: whoever computes with it misses the update."""
+        if not torch.compiler.is_compiling() and any(binding.prepared is not None for binding in self.bindings):
+            self.was_read = True
+        weight: Tensor = BaseTunerLayer.get_base_layer(self).weight
+        return weight
 
     def update_layer(self, adapter_name: str, factors: TTFactors, site: Site) -> None:
         """Add an adapter: this layer is ``site`` of the bank ``factors``."""
         self.efft_factors[adapter_name], self.efft_bindings[adapter_name] = factors, factors.bind(site)
+
+    @property
+    def bindings(self) -> list[Any]:
+        """The layer's hold on the bank of each adapter."""
+        return list(self.efft_bindings.values())
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """The input of the adapted layer to its output, as ``[..., in_features]`` to ``[..., out_features]``; further

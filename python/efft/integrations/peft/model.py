@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from efft.integrations.peft import kinds
 from efft.integrations.peft.config import EfftPeftConfig
 from efft.integrations.peft.layer import EfftLayer, device_of, load, offload
-from efft.integrations.peft.planning import plan_adapter
+from efft.integrations.peft.mixing import fill, mixed_config
+from efft.integrations.peft.planning import exclusion, plan_adapter
 from efft_kernels import Site, TTFactors
+from efft_kernels.nn.reads import reads_weight_of_children
 
 
 class _Banks(nn.ModuleDict):
@@ -83,12 +85,41 @@ class EfftModel(BaseTuner):
         self._sites = {}
         for parameter, requires_grad in earlier.items():  # peft does the same for what lies inside the model
             parameter.requires_grad_(requires_grad)
+        self._readers = _readers(model)
         if "_hooks" not in self.__dict__:
             self._mixed: list[str] = []
             self._hooks = [  # on the model, which peft calls itself
                 model.register_forward_pre_hook(self._prepare),
                 model.register_forward_hook(self._release, always_call=True),
             ]
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "cat"
+    ) -> None:
+        """Add the weighted sum of adapters as one more adapter, exactly: its ranks are the sums of theirs.
+
+        Args:
+            adapters: names of adapters of the same layers.
+            weights: one factor per adapter.
+            adapter_name: name of the sum; where there is one already, nothing is done, as in LoRA.
+            combination_type: ``"cat"``.
+
+        Raises:
+            ValueError: unknown names, another combination, or adapters that cannot be added up; it says why.
+        """
+        if combination_type != "cat":
+            raise ValueError(f"combination_type must be 'cat', which is exact, got {combination_type!r}")
+        if adapter_name in self.peft_config:
+            return
+        if unknown := [name for name in adapters if name not in self.peft_config]:
+            raise ValueError(f"Adapter {unknown[0]} does not exist")
+        if not adapters or len(adapters) != len(weights):
+            raise ValueError(f"expected a weight per adapter, got {len(adapters)} adapters and {len(weights)} weights")
+        banks: Any = self.efft_banks
+        self.peft_config[adapter_name] = mixed_config(adapters, self.peft_config, banks)
+        self.inject_adapter(self.model, adapter_name)
+        for group, bank in banks[adapter_name].items():
+            fill(bank, [banks[name][group] for name in adapters], weights)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter and its factors."""
@@ -109,9 +140,7 @@ class EfftModel(BaseTuner):
         return peft_config  # the plan is made
 
     def _check_target_module_exists(self, peft_config: EfftPeftConfig, key: str) -> Any:
-        if peft_config.target_modules is not None and key in peft_config.planned:
-            return True
-        return BaseTuner._check_target_module_exists(peft_config, key) and False
+        return key in peft_config.planned or exclusion(peft_config, key)
 
     def _create_and_replace(
         self,
@@ -187,10 +216,22 @@ class EfftModel(BaseTuner):
                     factors.prepare()
 
     def _release(self, model: nn.Module, args: Any, output: Any) -> None:
+        unused: set[Any] = set()
         for name in self.efft_banks:
             for factors in self._banks(name):
-                factors.release()
+                unused.update(factors.release())
                 offload(factors)
+        read = {name: own for name, own in self._readers.items() if own[0].was_read}
+        for layer, _ in read.values():
+            layer.was_read = False
+        missed = {name: reader for name, (layer, reader) in read.items() if unused & set(layer.bindings)}
+        if missed and output is not None:  # None where the pass has failed
+            name, reader = next(iter(missed.items()))
+            raise RuntimeError(
+                f"the update of {name!r} had no effect: {reader} reads the layer's weight and does not call the layer "
+                f"({len(missed)} layers in all); leave such layers out (exclude_modules=[...]), or adapt the model by "
+                "efft.apply"
+            )
 
     def _banks(self, adapter_name: str) -> list[TTFactors]:
         banks: Any = self.efft_banks[adapter_name]
@@ -213,6 +254,25 @@ def _check_kinds(model: nn.Module, names: list[str]) -> None:
                 f"EFFT under peft adapts layers that are called, not {name!r}: {reason}; leave it out "
                 f"(exclude_modules=[{name!r}]), or adapt the model by efft.apply"
             )
+
+
+def _readers(model: nn.Module) -> dict[str, tuple[EfftLayer, str]]:
+    """By its name each adapted layer whose weight a method of the modules around it reads, and the class of these."""
+    found = {}
+    for path, module in model.named_modules():
+        kind: Any = type(module)
+        for read in reads_weight_of_children(kind) if kind is not EfftLayer else ():
+            child, _, parameter = read.rpartition(".")
+            name = f"{path}.{child}".lstrip(".")
+            if child and parameter == "weight" and isinstance(layer := _at(module, child), EfftLayer):
+                found[name] = layer, kind.__name__
+    return found
+
+
+def _at(module: nn.Module | None, name: str) -> nn.Module | None:
+    for part in name.split("."):
+        module = None if module is None else module._modules.get(part)
+    return module
 
 
 def _name_adapters(module: nn.Module, args: Any, kwargs: Any, *, adapter_names: list[str]) -> tuple[Any, Any]:

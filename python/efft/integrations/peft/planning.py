@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,12 +13,10 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from efft.integrations.peft.config import EfftPeftConfig
+from efft.patterns import matcher
 from efft.plan import Plan, make_plan, warn_of_untouched
-from efft.structure import Weight
-from efft.targets import find_head
-
-#: Names that a pattern may have as they are.
-_PLAIN = re.compile(r"[\w.-]*")
+from efft.structure import Weight, structure_of
+from efft.targets import by_structure, find_head, known_target
 
 
 def plan_adapter(model: nn.Module, config: EfftPeftConfig) -> Plan:
@@ -41,11 +39,19 @@ def plan_adapter(model: nn.Module, config: EfftPeftConfig) -> Plan:
         found = _matcher(config, [name.rpartition(".")[2] for name in names], head)
         names = [name for name in names if found(name)]
     else:
+        candidates: Iterable[str]
         if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
             every = _maybe_include_all_linear_layers(_settings(config, config.target_modules, head), model)
             config.target_modules = [name for name, _ in model.named_modules() if name in every.target_modules]
-        found = _matcher(config, config.target_modules, head)
-        names = [name for name, _ in model.named_modules() if name and found(name)]
+            candidates, found = config.target_modules, _matcher(config, ".*", head)  # names as ends would take long
+        else:
+            candidates, found = dict(model.named_modules()), _matcher(config, config.target_modules, head)
+        names = [name for name in candidates if name and found(name)]
+        for pattern in config.exclude:
+            excluded = set(filter(matcher(pattern), names))
+            if not excluded:
+                raise ValueError(f"exclude: {pattern!r} matches none of the layers that target_modules names")
+            names = [name for name in names if name not in excluded]
         if config.modules_to_save is None:  # a classifier that is to be adapted is not trained as a whole
             head = [h for h in head if not any(f"{name}.".startswith(f"{h}.") for name in names)]
     if not names:
@@ -58,29 +64,55 @@ def plan_adapter(model: nn.Module, config: EfftPeftConfig) -> Plan:
     return _plan_of(model, config, names, head)
 
 
+def exclusion(config: EfftPeftConfig, name: str) -> Any:
+    """False, or what peft's own rules say, which is false too, of a name that ``exclude_modules`` has."""
+    return check_target_module_exists(_settings(config, ".*", []), name) and False
+
+
 def _plan_of(model: nn.Module, config: EfftPeftConfig, names: list[str], head: list[str]) -> Plan:
     """The plan of exactly these layers, where layers of different rank do not share factors."""
+    weights = _weights(model, config, names, head)
     layers: dict[int, list[str]] = {}
     for name in names:
         rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.rank)
         layers.setdefault(rank if isinstance(rank, int) else 0, []).append(name)
     ends = {rank: "" if rank in (0, config.rank) else f"_r{rank}" for rank in layers}
     groups: list[Any] = []
-    weights: dict[str, Weight] = {}
     for rank, members in layers.items():
         changes: dict[str, Any] = {"rank": rank} if rank else {}
         if isinstance(config.scale, dict) and config.rank_pattern:
             own = {k: s for k, s in config.scale.items() if _end(k, ends.values()) == ends[rank]}
             changes["scale"] = {k.removesuffix(ends[rank]): s for k, s in own.items()}
-        exact = [f"^{name if _PLAIN.fullmatch(name) else re.escape(name)}$" for name in members]
-        plan = make_plan(model, config.own(targets=exact, head=head, **changes))
-        weights |= plan.weights
-        for group in plan.groups:
+        for group in _groups(model, config, {name: weights[name] for name in members}, changes):
             group.name += ends[rank]
             if config.trainable_scale == "global" and groups:
                 group.trainable_scale = False  # the first group owns it
             groups.append(group)
     return Plan(groups, head, weights)
+
+
+def _weights(model: nn.Module, config: EfftPeftConfig, names: list[str], head: list[str]) -> dict[str, Weight]:
+    structure = structure_of(model, head)
+    for name in names:
+        weight = structure.weights.get(name)
+        if weight is None or weight.kind not in config.own().kinds:
+            reason = structure.reasons.get(name, f"it is a {type(model.get_submodule(name)).__name__}")
+            raise ValueError(
+                f"layer {name!r} cannot be adapted: {reason}; leave it out of target_modules, or name it in "
+                "exclude_modules"
+            )
+    return {name: structure.weights[name] for name in names}
+
+
+def _groups(
+    model: nn.Module, config: EfftPeftConfig, weights: dict[str, Weight], changes: dict[str, Any]
+) -> Sequence[Any]:
+    """The groups of these layers as in the paper, or where their shapes do not allow these, by shape."""
+    try:
+        own = config.own(targets=list(weights), **changes)
+        return own.groups(model, [known_target(weight) for weight in weights.values()])
+    except ValueError:
+        return config.own(targets="all", **changes).groups(model, by_structure(model, weights))
 
 
 def _end(name: str, ends: Iterable[str]) -> str:

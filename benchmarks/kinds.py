@@ -1,0 +1,298 @@
+"""Adapted layers that are not linear ones: attention with packed projections, and transformers' Conv1D.
+
+    python -m benchmarks kinds --kind attention conv1d
+
+Forward and backward of one module whose weights all have an update of one rank: this library's, LoRA of ``peft``, and
+this library's factors as dense effective weights. A row is timed only after its output and its gradients are as exact
+as dense weights in the same precision, against fp64. ``saved`` is what a forward pass keeps for backward.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import efft
+from benchmarks.budget import FACTOR
+from benchmarks.memory import saved_for_backward
+from benchmarks.model.step import default_device
+from benchmarks.record import append, machine_facts, quantiles
+from benchmarks.timing import Samples, ratios, time_rows
+
+_PHASES = ("fwd", "fwd_bwd")
+
+
+class Attention(nn.Module):
+    """Self-attention of ViT-B, as torch has it."""
+
+    targets = ("layer.in_proj_weight", "layer.out_proj")
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layer = nn.MultiheadAttention(width, width // 64 or 1, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:  # [batch, tokens, width] -> the same
+        y: Tensor = self.layer(x, x, x, need_weights=False)[0]
+        return y
+
+
+class Conv1D(nn.Module):
+    """The first layer of GPT-2's MLP, whose weight is stored transposed."""
+
+    targets = ("layer",)
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        from transformers.pytorch_utils import Conv1D
+
+        self.layer = Conv1D(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:  # [batch, tokens, width] -> [batch, tokens, 4 width]
+        y: Tensor = self.layer(x)
+        return y
+
+
+KINDS: dict[str, Any] = {"attention": Attention, "conv1d": Conv1D}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kind of module and what it gets."""
+
+    kind: str = "attention"
+    width: int = 768
+    batch: int = 8
+    tokens: int = 197
+    rank: int = 32
+    dtype: str = "float32"
+    device: str = "cpu"
+
+    def module(self) -> nn.Module:
+        """The frozen module, with the same random weights each time."""
+        torch.manual_seed(0)
+        module: nn.Module = KINDS[self.kind](self.width)
+        for parameter in module.parameters():
+            nn.init.normal_(parameter, std=self.width**-0.5)
+        return module.to(self.device, getattr(torch, self.dtype)).requires_grad_(False)
+
+    def inputs(self) -> tuple[Tensor, Tensor]:
+        """x and the gradient of y."""
+        torch.manual_seed(1)
+        like: dict[str, Any] = {"device": self.device, "dtype": getattr(torch, self.dtype)}
+        x = torch.randn(self.batch, self.tokens, self.width, **like)
+        with torch.no_grad():
+            return x, torch.randn_like(self.module()(x))
+
+
+@dataclass
+class Trained:
+    """A row, ready to run.
+
+    Attributes:
+        model: what is called with x.
+        factors: what is trained.
+        exact: y and dx, and the gradients of the factors where they are comparable, in fp64 from dense weights.
+        plain: the same in the row's own precision.
+    """
+
+    model: Callable[[Tensor], Tensor]
+    factors: list[Tensor]
+    x: Tensor
+    gy: Tensor
+    exact: dict[str, Tensor]
+    plain: dict[str, Tensor]
+
+    def __post_init__(self) -> None:
+        self.x = self.x.detach().requires_grad_()
+
+    def forward(self) -> Tensor:
+        """y, recorded for backward."""
+        return self.model(self.x)
+
+    def forward_backward(self) -> tuple[Tensor, ...]:
+        """One forward pass and its gradients."""
+        return torch.autograd.grad(self.forward(), [self.x, *self.factors], self.gy)
+
+    def errors(self) -> dict[str, float]:
+        """Error of each result as a multiple of what dense weights make in the same precision."""
+        y = self.forward()
+        dx, *rest = torch.autograd.grad(y, [self.x, *self.factors], self.gy)
+        got = {"y": y.detach(), "dx": dx, **{f"d{i}": g for i, g in enumerate(rest)}}
+        found = {}
+        for name, value in self.exact.items():
+            rounding = torch.finfo(got[name].dtype).eps / 2 * value.norm()
+            yardstick = torch.maximum((self.plain[name].double() - value).norm(), rounding)
+            found[name] = ((got[name].double() - value).norm() / yardstick).item()
+        return found
+
+
+def floor(case: Case) -> Trained:
+    """The frozen module: forward and dx."""
+    model = case.module()
+    return Trained(model, [], *case.inputs(), *_of_module(case, model))
+
+
+def _of_module(case: Case, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """y and dx of a module, in fp64 and in its own precision."""
+    found = []
+    for dtype in (torch.float64, getattr(torch, case.dtype)):
+        x, gy = (t.to(dtype) for t in case.inputs())
+        x.requires_grad_()
+        y = copy.deepcopy(model).to(dtype)(x)
+        found.append({"y": y.detach(), "dx": torch.autograd.grad(y, x, gy)[0]})
+    return found[0], found[1]
+
+
+def _adapted(case: Case) -> nn.Module:
+    model = case.module()
+    config = efft.EfftConfig(rank=case.rank, targets=list(KINDS[case.kind].targets), head=[], dropout=0.0)
+    efft.apply(model, config)
+    torch.manual_seed(2)
+    for _, factor in efft.named_factors(model):
+        nn.init.normal_(factor, std=factor.shape[-2] ** -0.5)  # |dW| is about |W|: an error of the update cannot hide
+    return model
+
+
+def _densely(case: Case, adapted: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The plain module with weights plus updates, built anew in each call, in the dtype of x."""
+    plain = case.module()
+    updates = efft.adapted_layers(adapted)
+
+    def run(x: Tensor) -> Tensor:
+        sums = {}
+        for name, update in updates.items():
+            full = f"{name}.weight" if isinstance(update, nn.Module) else name
+            D, G = update.factors.down_up(update.binding)
+            sums[full] = plain.get_parameter(full).to(x.dtype) + update.update(D, G).to(x.dtype)
+        rest = {name: p.to(x.dtype) for name, p in plain.named_parameters() if name not in sums}
+        y: Tensor = torch.func.functional_call(plain, sums | rest, (x,))
+        return y
+
+    return run
+
+
+def _dense_results(case: Case, adapted: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    model = copy.deepcopy(adapted)
+    model.efft.to(torch.promote_types(dtype, torch.float32))
+    x, gy = (t.to(dtype) for t in case.inputs())
+    x.requires_grad_()
+    y = _densely(case, model)(x)
+    dx, *rest = torch.autograd.grad(y, [x, *(p for _, p in efft.named_factors(model))], gy)
+    return {"y": y.detach(), "dx": dx, **{f"d{i}": g for i, g in enumerate(rest)}}
+
+
+def _of_factors(case: Case, adapted: nn.Module, model: Callable[[Tensor], Tensor]) -> Trained:
+    exact, plain = (_dense_results(case, adapted, t) for t in (torch.float64, getattr(torch, case.dtype)))
+    return Trained(model, [p for _, p in efft.named_factors(adapted)], *case.inputs(), exact, plain)
+
+
+def adapted(case: Case) -> Trained:
+    """This library."""
+    model = _adapted(case)
+    return _of_factors(case, model, model)
+
+
+def dense(case: Case) -> Trained:
+    """The same factors as dense effective weights, under autograd."""
+    model = _adapted(case)
+    return _of_factors(case, model, _densely(case, model))
+
+
+def lora(case: Case) -> Trained:
+    """LoRA of peft on the same module, at the same rank."""
+    import peft
+
+    model: Any = peft.get_peft_model(
+        case.module(), peft.LoraConfig(r=case.rank, lora_alpha=case.rank, target_modules=["layer"])
+    )
+    factors = [p for p in model.parameters() if p.requires_grad]
+    torch.manual_seed(2)
+    for factor in factors:
+        nn.init.normal_(factor, std=factor.shape[-1] ** -0.5)
+    merged = copy.deepcopy(model).double().merge_and_unload()
+    return Trained(model, factors, *case.inputs(), *_of_module(case, merged))
+
+
+ROWS: dict[str, Callable[[Case], Trained]] = {"floor": floor, "efft": adapted, "lora:peft": lora, "dense": dense}
+
+
+def measure(case: Case, names: Sequence[str], repeats: int) -> list[dict[str, Any]]:
+    """A line of the result file for each row: times, ratios and bytes, or the reason why there are none."""
+    common = {**machine_facts(), "suite": "kinds", "case": case.kind, **asdict(case)}
+    lines: dict[str, dict[str, Any]] = {}
+    ready: dict[str, Trained] = {}
+    for name in names:
+        lines[name] = {**common, "row": name, "reason": None}
+        try:
+            row = ROWS[name](case)
+            errors = row.errors()
+        except (ImportError, RuntimeError, TypeError, ValueError) as error:  # the other rows go on
+            lines[name]["reason"] = f"failed: {(str(error).splitlines() or [type(error).__name__])[0]}"
+            continue
+        lines[name] |= {"errors": errors, "trained": sum(factor.numel() for factor in row.factors)}
+        over = [f"{result} {error:.3g}" for result, error in errors.items() if not error <= FACTOR]  # NaN is not <= 2
+        if over:
+            lines[name]["reason"] = f"error over {FACTOR:g} times that of dense weights: {', '.join(over)}"
+            continue
+        ready[name] = row
+        lines[name]["saved_bytes"] = saved_for_backward(row.forward, [row.x])
+    samples: dict[str, Samples] = {
+        phase: time_rows({name: getattr(row, run) for name, row in ready.items()}, repeats, device=case.device)
+        for phase, run in zip(_PHASES, ("forward", "forward_backward"), strict=True)
+    }
+    for name in ready:
+        lines[name]["seconds"] = {phase: quantiles(of[name]) for phase, of in samples.items()}
+        lines[name]["ratio"] = {phase: quantiles(ratios(of)[name]) for phase, of in samples.items()}
+    return list(lines.values())
+
+
+def show(lines: Sequence[dict[str, Any]]) -> None:
+    """The table of one case."""
+    first = lines[0]
+    print(f"\n{first['kind']}, width {first['width']}, {first['batch']} x {first['tokens']} tokens, {first['dtype']}")
+    print(f"{'row':<11} {'both ms':>9} {'/ floor':>8} {'fwd / floor':>12} {'saved MiB':>10} {'trained':>10}")
+    for line in lines:
+        if line["reason"] is not None:
+            print(f"{line['row']:<11} -- {line['reason']}")
+            continue
+        ratio, seconds = line["ratio"], line["seconds"]["fwd_bwd"]["p50"]
+        print(
+            f"{line['row']:<11} {1e3 * seconds:>9.2f} {ratio['fwd_bwd']['p50']:>8.3f} {ratio['fwd']['p50']:>12.3f} "
+            f"{line['saved_bytes'] / 2**20:>10.1f} {line['trained']:>10,}"
+        )
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Measures, prints and records every case."""
+    options = argparse.ArgumentParser(
+        prog="python -m benchmarks kinds", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--kind", nargs="+", choices=list(KINDS), default=list(KINDS))
+    options.add_argument("--width", type=int, default=Case.width)
+    options.add_argument("--batch", type=int, default=Case.batch)
+    options.add_argument("--rank", type=int, default=Case.rank)
+    options.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
+    options.add_argument("--device", default=default_device())
+    options.add_argument("--repeats", type=int, default=10)
+    options.add_argument("--results", type=Path, help="folder for kinds.jsonl")
+    args = options.parse_args(words)
+    path = None
+    for kind in args.kind:
+        for dtype in args.dtype:
+            case = Case(kind, args.width, args.batch, rank=args.rank, dtype=dtype, device=args.device)
+            lines = measure(case, list(ROWS), args.repeats)
+            path = append("kinds", lines, args.results)
+            show(lines)
+    print(f"\nwritten to {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

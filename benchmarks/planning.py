@@ -1,0 +1,78 @@
+"""How long a plan takes: ``efft.inspect`` on mixtures of experts of more and more layers, on the meta device.
+
+    python -m benchmarks planning
+
+Every row is a model of blocks with attention and 64 experts of three linear layers. Time per linear layer must not grow
+with their number. Measure on an idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import efft
+from benchmarks.record import append, machine_facts, quantiles
+
+
+class _Expert(nn.Module):
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(width, hidden), nn.Linear(width, hidden)
+        self.down_proj = nn.Linear(hidden, width)
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int, hidden: int, n_experts: int) -> None:
+        super().__init__()
+        self.self_attn = nn.ModuleDict({f"{part}_proj": nn.Linear(width, width) for part in "qkvo"})
+        self.experts = nn.ModuleList(_Expert(width, hidden) for _ in range(n_experts))
+
+
+def mixture(blocks: int) -> nn.Module:
+    """A mixture of experts with 196 linear layers per block, on the meta device."""
+    with torch.device("meta"):
+        return nn.ModuleDict({"layers": nn.ModuleList(_Block(64, 128, 64) for _ in range(blocks))})
+
+
+def measure(blocks: Sequence[int], repeats: int) -> list[dict[str, Any]]:
+    """A line of the result file for each number of blocks."""
+    lines = []
+    for n in blocks:
+        model = mixture(n)
+        layers = sum(isinstance(module, nn.Linear) for module in model.modules())
+        seconds = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            plan = efft.inspect(model, efft.EfftConfig(rank=16))
+            seconds.append(time.perf_counter() - start)
+        assert len(plan.weights) == layers
+        facts = {**machine_facts(), "suite": "planning", "row": f"{layers} linear layers", "device": "meta"}
+        lines.append({**facts, "layers": layers, "seconds": quantiles(seconds)})
+        best = min(seconds)
+        print(f"{layers:>6} linear layers: {best:.2f} s, {1e6 * best / layers:.0f} microseconds per layer", flush=True)
+    return lines
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measures, shows and records."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks planning", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--blocks", type=int, nargs="+", default=[6, 13, 26, 52])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--results", type=Path, help="folder for planning.jsonl")
+    args = parser.parse_args(arguments)
+    path = append("planning", measure(args.blocks, args.repeats), args.results)
+    print(f"written to {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
