@@ -175,3 +175,36 @@ def test_what_a_pass_leaves_out_is_no_error() -> None:
     t5 = transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=50, **sizes)).eval()
     model = peft.get_peft_model(t5, EfftPeftConfig(r=2, target_modules=["wo", "q"], init_weights=False)).eval()
     assert model.generate(input_ids=IDS, max_new_tokens=3).shape[0] == len(IDS)
+
+
+class Held(nn.Module):
+    """A forward that goes through its own list, not through the registered modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = [nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)]
+        for i, layer in enumerate(self.layers):
+            self.add_module(str(i), layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_modules_held_in_plain_lists() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Held(), Held()).double(), torch.randn(3, 6, dtype=torch.float64)
+    expected, originals = copy.deepcopy(model), list(model[0].layers)
+    tuned = peft.get_peft_model(model, EfftPeftConfig(rank=2, target_modules=r"\d\.[02]")).eval()
+    for parameter in tuned.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter)
+    for name in ("0.0", "0.2", "1.0", "1.2"):
+        layer = tuned.base_model.model.get_submodule(name)
+        expected.get_submodule(name).weight.data.add_(layer.get_delta_weight("default"))
+    assert (tuned(x) - tuned.get_base_model()(x)).abs().max() == 0
+    torch.testing.assert_close(tuned(x), expected(x))
+    merged = tuned.merge_and_unload()
+    torch.testing.assert_close(merged(x), expected(x))
+    assert merged[0].layers == originals

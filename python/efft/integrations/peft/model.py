@@ -18,6 +18,7 @@ from efft.integrations.peft.layer import EfftLayer, device_of, load, offload
 from efft.integrations.peft.mixing import fill, mixed_config
 from efft.integrations.peft.planning import exclusion, plan_adapter
 from efft_kernels import Site, TTFactors
+from efft_kernels.nn.adapt import replace_in_attributes
 from efft_kernels.nn.reads import reads_weight_of_children
 
 
@@ -157,6 +158,10 @@ class EfftModel(BaseTuner):
             layer = EfftLayer(target)
             layer.update_layer(adapter_name, *self._sites[current_key])
             self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        super()._replace_module(parent, child_name, new_module, child)
+        replace_in_attributes(parent, {child: new_module})
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         for layer in self._layers():
