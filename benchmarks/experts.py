@@ -15,17 +15,16 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.budget import FACTOR
-from benchmarks.memory import peak, saved_for_backward
+from benchmarks import gated
 from benchmarks.model.step import default_device
-from benchmarks.record import append, machine_facts, quantiles
-from benchmarks.timing import Samples, ratios, time_rows
+from benchmarks.record import append, machine_facts
 from efft.integrations.experts import adapt_experts
 from efft_kernels import Site, TTFactors
 
@@ -38,7 +37,6 @@ MODELS = {
     "mixtral_8x7b": (4096, 14336, 8, 2),
 }
 _PARAMETERS = ("gate_up_proj", "down_proj")
-_PHASES = ("fwd", "fwd_bwd")
 
 
 @dataclass(frozen=True)
@@ -137,13 +135,12 @@ class Trained:
 
     def errors(self) -> dict[str, float]:
         """Error of each result, as a multiple of what dense weights make in the same precision."""
-        got, exact, plain = self.results(), self.densely(torch.float64), self.densely(self.x.dtype)
-        found = {}
-        for name, value in exact.items():
-            rounding = torch.finfo(got[name].dtype).eps / 2 * value.norm()
-            yardstick = torch.maximum((plain[name].double() - value).norm(), rounding)
-            found[name] = ((got[name].double() - value).norm() / yardstick).item()
-        return found
+        return gated.error_multiples(self.results(), self.densely(torch.float64), self.densely(self.x.dtype))
+
+    @property
+    def trained(self) -> int:
+        """How many numbers are trained."""
+        return sum(factor.numel() for factor in self.factors.values())
 
 
 def floor(inputs: Inputs) -> Trained:
@@ -236,53 +233,16 @@ def _of_bank(bank: TTFactors, sites: dict[str, Site]) -> Callable[[dict[str, Ten
 
 
 def measure(case: Case, names: Sequence[str], repeats: int) -> list[dict[str, Any]]:
-    """A line of the result file for each row: times, ratios and bytes, or the reason why there are none."""
-    inputs = case.inputs()
-    common = {**machine_facts(), "suite": "experts", **asdict(case)}
-    lines: dict[str, dict[str, Any]] = {}
-    ready: dict[str, Trained] = {}
-    for name in names:
-        lines[name] = {**common, "row": name, "reason": None}
-        try:
-            row = ROWS[name](inputs)
-            errors = row.errors()
-        except (ImportError, RuntimeError, TypeError, ValueError) as error:  # the other rows go on
-            lines[name]["reason"] = f"failed: {(str(error).splitlines() or [type(error).__name__])[0]}"
-            continue
-        lines[name] |= {"errors": errors, "trained": sum(factor.numel() for factor in row.factors.values())}
-        over = [f"{result} {error:.3g}" for result, error in errors.items() if not error <= FACTOR]  # NaN is not <= 2
-        if over:
-            lines[name]["reason"] = f"error over {FACTOR:g} times that of dense weights: {', '.join(over)}"
-            continue
-        ready[name] = row
-        lines[name]["saved_bytes"] = saved_for_backward(row.forward, [row.x])
-        if torch.device(case.device).type == "cuda":  # of a process on the CPU it would be that of all rows so far
-            lines[name] |= peak(row.forward_backward, case.device)
-    samples: dict[str, Samples] = {
-        phase: time_rows({name: getattr(row, run) for name, row in ready.items()}, repeats, device=case.device)
-        for phase, run in zip(_PHASES, ("forward", "forward_backward"), strict=True)
-    }
-    for name in ready:
-        lines[name]["seconds"] = {phase: quantiles(of[name]) for phase, of in samples.items()}
-        if "floor" in ready:
-            lines[name]["ratio"] = {phase: quantiles(ratios(of)[name]) for phase, of in samples.items()}
-    return list(lines.values())
+    """A line of the result file for each row."""
+    inputs, common = case.inputs(), {**machine_facts(), "suite": "experts", **asdict(case)}
+    return gated.measure({name: partial(ROWS[name], inputs) for name in names}, common, repeats, case.device)
 
 
-def show(lines: Sequence[dict[str, Any]]) -> None:
+def show(lines: list[dict[str, Any]]) -> None:
     """The table of one case."""
     first = lines[0]
-    print(f"\n{first['model']}, {first['tokens']} tokens, rank {first['rank']}, {first['dtype']}, {first['device']}")
-    print(f"{'row':<11} {'both ms':>9} {'/ floor':>8} {'fwd / floor':>12} {'saved MiB':>10} {'trained':>12}")
-    for line in lines:
-        if line["reason"] is not None or "ratio" not in line:
-            print(f"{line['row']:<11} -- {line['reason'] or 'the floor it is compared with was refused'}")
-            continue
-        ratio, seconds = line["ratio"], line["seconds"]["fwd_bwd"]["p50"]
-        print(
-            f"{line['row']:<11} {1e3 * seconds:>9.2f} {ratio['fwd_bwd']['p50']:>8.3f} {ratio['fwd']['p50']:>12.3f} "
-            f"{line['saved_bytes'] / 2**20:>10.1f} {line['trained']:>12,}"
-        )
+    title = f"{first['model']}, {first['tokens']} tokens, rank {first['rank']}, {first['dtype']}, {first['device']}"
+    gated.show(title, lines)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -13,6 +13,7 @@ import argparse
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,9 @@ import torch
 from torch import Tensor, nn
 
 import efft
-from benchmarks.budget import FACTOR
-from benchmarks.memory import saved_for_backward
+from benchmarks import gated
 from benchmarks.model.step import default_device
-from benchmarks.record import append, machine_facts, quantiles
-from benchmarks.timing import Samples, ratios, time_rows
-
-_PHASES = ("fwd", "fwd_bwd")
+from benchmarks.record import append, machine_facts
 
 
 class Attention(nn.Module):
@@ -125,12 +122,12 @@ class Trained:
         y = self.forward()
         dx, *rest = torch.autograd.grad(y, [self.x, *self.factors], self.gy)
         got = {"y": y.detach(), "dx": dx, **{f"d{i}": g for i, g in enumerate(rest)}}
-        found = {}
-        for name, value in self.exact.items():
-            rounding = torch.finfo(got[name].dtype).eps / 2 * value.norm()
-            yardstick = torch.maximum((self.plain[name].double() - value).norm(), rounding)
-            found[name] = ((got[name].double() - value).norm() / yardstick).item()
-        return found
+        return gated.error_multiples(got, self.exact, self.plain)
+
+    @property
+    def trained(self) -> int:
+        """How many numbers are trained."""
+        return sum(factor.numel() for factor in self.factors)
 
 
 def floor(case: Case) -> Trained:
@@ -224,49 +221,16 @@ ROWS: dict[str, Callable[[Case], Trained]] = {"floor": floor, "efft": adapted, "
 
 
 def measure(case: Case, names: Sequence[str], repeats: int) -> list[dict[str, Any]]:
-    """A line of the result file for each row: times, ratios and bytes, or the reason why there are none."""
+    """A line of the result file for each row."""
     common = {**machine_facts(), "suite": "kinds", "case": case.kind, **asdict(case)}
-    lines: dict[str, dict[str, Any]] = {}
-    ready: dict[str, Trained] = {}
-    for name in names:
-        lines[name] = {**common, "row": name, "reason": None}
-        try:
-            row = ROWS[name](case)
-            errors = row.errors()
-        except (ImportError, RuntimeError, TypeError, ValueError) as error:  # the other rows go on
-            lines[name]["reason"] = f"failed: {(str(error).splitlines() or [type(error).__name__])[0]}"
-            continue
-        lines[name] |= {"errors": errors, "trained": sum(factor.numel() for factor in row.factors)}
-        over = [f"{result} {error:.3g}" for result, error in errors.items() if not error <= FACTOR]  # NaN is not <= 2
-        if over:
-            lines[name]["reason"] = f"error over {FACTOR:g} times that of dense weights: {', '.join(over)}"
-            continue
-        ready[name] = row
-        lines[name]["saved_bytes"] = saved_for_backward(row.forward, [row.x])
-    samples: dict[str, Samples] = {
-        phase: time_rows({name: getattr(row, run) for name, row in ready.items()}, repeats, device=case.device)
-        for phase, run in zip(_PHASES, ("forward", "forward_backward"), strict=True)
-    }
-    for name in ready:
-        lines[name]["seconds"] = {phase: quantiles(of[name]) for phase, of in samples.items()}
-        lines[name]["ratio"] = {phase: quantiles(ratios(of)[name]) for phase, of in samples.items()}
-    return list(lines.values())
+    return gated.measure({name: partial(ROWS[name], case) for name in names}, common, repeats, case.device)
 
 
-def show(lines: Sequence[dict[str, Any]]) -> None:
+def show(lines: list[dict[str, Any]]) -> None:
     """The table of one case."""
     first = lines[0]
-    print(f"\n{first['kind']}, width {first['width']}, {first['batch']} x {first['tokens']} tokens, {first['dtype']}")
-    print(f"{'row':<11} {'both ms':>9} {'/ floor':>8} {'fwd / floor':>12} {'saved MiB':>10} {'trained':>10}")
-    for line in lines:
-        if line["reason"] is not None:
-            print(f"{line['row']:<11} -- {line['reason']}")
-            continue
-        ratio, seconds = line["ratio"], line["seconds"]["fwd_bwd"]["p50"]
-        print(
-            f"{line['row']:<11} {1e3 * seconds:>9.2f} {ratio['fwd_bwd']['p50']:>8.3f} {ratio['fwd']['p50']:>12.3f} "
-            f"{line['saved_bytes'] / 2**20:>10.1f} {line['trained']:>10,}"
-        )
+    title = f"{first['kind']}, width {first['width']}, {first['batch']} x {first['tokens']} tokens, {first['dtype']}"
+    gated.show(title, lines)
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -20,9 +20,10 @@ from efft_kernels import Site
 _MOST_PARTS = 4
 
 
-@dataclass(frozen=True)
+@dataclass
 class Train:
-    """A train before it has a rank: ``U [d_in, r1]``, ``C [n_layers, n_cores, r1, r2]``, ``V [r2, d_out]``."""
+    """Sizes of a train, ``U [d_in, r1]``, ``C [n_layers, n_cores, r1, r2]``, ``V [r2, d_out]``; ``sites`` maps the names
+    of weights to their part of it."""
 
     name: str
     kind: str

@@ -21,20 +21,9 @@ from efft_kernels.nn.initialization import automatic_scale
 
 
 @dataclass
-class TrainGroup:
-    """One train of EFFT.
+class TrainGroup(Train):
+    """One train of EFFT with what its configuration says of it; with shared cores C has one layer."""
 
-    ``U [d_in, r1]``, ``C [n_layers or 1, n_cores, r1, r2]``, ``V [r2, d_out]``; ``sites`` maps layer names to their
-    part.
-    """
-
-    name: str
-    kind: str
-    d_in: int
-    d_out: int
-    n_layers: int
-    n_cores: int
-    sites: dict[str, Site]
     rank: tuple[int, int]
     config: EfftConfig
     trainable_scale: bool | Literal["matrix"]
@@ -111,9 +100,15 @@ def group_of_file(config: EfftConfig, saved: dict[str, Any]) -> TrainGroup:
     fine = isinstance(kind, str) and _are_sizes(sizes, 4) and _are_sizes(rank, 2) and trained in (False, True, "matrix")
     if not fine:
         raise ValueError(f"the plan of group {saved['name']!r} is damaged")
-    sites = {name: _site_of(text) for name, text in saved["weights"].items()}
     d_in, d_out, n_layers, n_cores = sizes
+    if n_cores > _MOST_CORES:
+        raise ValueError(f"the plan of group {saved['name']!r} is damaged: {n_cores} cores for each layer")
+    sites = {name: _site_of(text, n_cores) for name, text in saved["weights"].items()}
     return TrainGroup(saved["name"], kind, d_in, d_out, n_layers, n_cores, sites, (rank[0], rank[1]), config, trained)
+
+
+#: Beyond this a file is damaged: a mixture of experts has three cores for each of at most thousands of experts.
+_MOST_CORES = 2**16
 
 
 def _are_sizes(values: Any, n: int) -> bool:
@@ -140,9 +135,9 @@ _SITE = re.compile(
 )
 
 
-def _site_of(text: str) -> Site:
+def _site_of(text: str, n_cores: int) -> Site:
     match = _SITE.fullmatch(text)
-    if match is None:
+    if match is None or int(match["end"]) > n_cores:
         raise ValueError(f"'plan' has a site that is not one: {text[:80]!r}")
     numbers = {name: int(value or 0) for name, value in match.groupdict().items() if not (value or "").startswith(" ")}
     return Site(
@@ -167,8 +162,7 @@ def efft_groups(config: EfftConfig, targets: list[Target]) -> list[TrainGroup]:
     for train in trains:
         rank = config.rank_of(train.name, train.kind)
         scale = False if groups and config.trainable_scale == "global" else trained
-        sizes = train.d_in, train.d_out, train.n_layers, train.n_cores
-        group = TrainGroup(train.name, train.kind, *sizes, train.sites, rank, config, scale)
+        group = TrainGroup(**vars(train), rank=rank, config=config, trainable_scale=scale)
         if by_shape:
             size = sum(entries[name] for name in train.sites)
             _cut_rank(group, size)
