@@ -22,8 +22,8 @@ _MOST_PARTS = 4
 
 @dataclass
 class Train:
-    """Sizes of a train, ``U [d_in, r1]``, ``C [n_layers, n_cores, r1, r2]``, ``V [r2, d_out]``; ``sites`` maps the names
-    of weights to their part of it."""
+    """Sizes of a train, ``U [d_in, r1]``, ``C [n_layers, n_cores, r1, r2]``, ``V [r2, d_out]``; ``sites`` maps the
+    names of weights to their part of it."""
 
     name: str
     kind: str

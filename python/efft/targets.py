@@ -90,7 +90,8 @@ def select(model: nn.Module, structure: Structure, config: AdapterConfig) -> lis
         chosen = [target for target in chosen if target.name not in excluded]
     if not chosen:
         raise ValueError(
-            f"targets={config.targets!r} without exclude={config.exclude!r} leaves no layer. {_present(structure)}"
+            f"targets={config.targets!r}{f' without exclude={config.exclude!r}' if config.exclude else ''} leaves no "
+            f"layer. {_present(structure)}"
         )
     return chosen
 

@@ -168,3 +168,9 @@ def test_experts_that_a_method_cannot_adapt_are_named_with_every_keyword() -> No
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             efft.apply(transformers.MixtralForCausalLM(config), efft.EfftConfig(rank=2, targets=targets))
+
+
+def test_a_model_without_linear_layers_is_refused_for_that() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    with pytest.raises(ValueError, match=r"^targets='all-linear' leaves no layer\. .*Other weights present: '0', '2'"):
+        efft.inspect(model, efft.EfftConfig(targets="all-linear", head=[]))
