@@ -28,7 +28,7 @@ def find_layouts(
     with the first sample changed.
 
     Args:
-        model: run in eval mode, without gradients.
+        model: run without dropout and without gradients.
         args, kwargs: its inputs; in tensors the first dimension is the batch of ``samples``.
         samples: at least 2.
 
@@ -44,7 +44,8 @@ def find_layouts(
     modes = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device
     try:
-        model.eval()
+        for module in modes:  # quantised layers compute otherwise in eval mode, also afterwards
+            module.training = module.training and isinstance(module, nn.Linear)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             first = _run(
                 model, *copy.deepcopy((tuple(args), dict(kwargs)))

@@ -356,7 +356,13 @@ def _twin(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {
         id(p): nn.Parameter(p.detach(), p.requires_grad) if is_plain(p) else p for p in model.parameters()
     }
-    return copy.deepcopy(model, memo | {id(b): b for b in model.buffers()})
+    memo |= {id(b): b for b in model.buffers()}
+    for (
+        module
+    ) in model.modules():  # bitsandbytes moves parts of a weight to an object of the layer, when that first runs
+        if isinstance(module, nn.Linear) and not is_plain(module.weight):
+            memo |= {id(value): value for value in vars(module).values() if hasattr(value, "__dict__")}
+    return copy.deepcopy(model, memo)
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:

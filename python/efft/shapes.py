@@ -2,8 +2,8 @@
 
 Weights of one shape share a train, and those of the transposed shape its transposed form: within one tower (the
 encoder, the decoder, the vision part), and apart for attention and MLP where these can be told, as in the paper. A
-packed projection (qkv in one weight, gate and value in one) is taken apart where a matrix of its parts' shape is in the
-same block. The experts of a mixture share a train with a core for each expert.
+packed projection (qkv in one weight, gate and value in one) is taken apart where a matrix of its parts' shape is beside
+it in the attention or MLP of the same block. The experts of a mixture share a train with a core for each expert.
 """
 
 from __future__ import annotations
@@ -69,9 +69,9 @@ _Layout = tuple[int, int, int, int, dict[str, Site]]  # d_in, d_out, n_layers, n
 
 
 def _members(targets: list[Target]) -> list[_Member]:
-    shapes: dict[str | None, set[tuple[int, int]]] = defaultdict(set)
+    shapes: dict[tuple[str | None, str | None], set[tuple[int, int]]] = defaultdict(set)  # of a block's attention, MLP
     for target in targets:
-        shapes[target.weight.block].add((target.weight.d_in, target.weight.d_out))
+        shapes[target.weight.block, target.part].add((target.weight.d_in, target.weight.d_out))
     members = []
     for target in targets:
         weight = target.weight
@@ -79,7 +79,11 @@ def _members(targets: list[Target]) -> list[_Member]:
             blocks = weight.experts.blocks
             members.append(_Member(target, weight.d_in, weight.d_out // blocks, blocks))
             continue
-        n = _parts(weight.d_in, weight.d_out, shapes[weight.block]) if weight.kind in ("linear", "parameter") else 1
+        n = (
+            _parts(weight.d_in, weight.d_out, shapes[weight.block, target.part])
+            if weight.kind in ("linear", "parameter")
+            else 1
+        )
         members.append(_Member(target, weight.d_in, weight.d_out // n, n))
     return members
 
