@@ -116,6 +116,11 @@ def read_description(folder: Path) -> Any:
         raise _no_adapter(folder) from None
 
 
+#: How often weights are read that are not the recorded ones before they count as damaged: between two readings an
+#: adapter may have been replaced by another one, and that by the first.
+_ATTEMPTS = 4
+
+
 def read_weights(
     folder: Path, description: dict[str, Any], largest: int = sys.maxsize - _LARGEST_HEADER
 ) -> bytes | None:
@@ -134,16 +139,17 @@ def read_weights(
         ValueError: a file that is too large, damaged, or of another save.
     """
     digest, content = _recorded(folder, description), None
-    # In this order: another process that saves moves weights from the first name to the second.
-    for path in (*([] if digest is None else [_pending(folder, digest)]), folder / WEIGHTS):
-        try:
-            content = _read(path, largest + _LARGEST_HEADER)
-        except FileNotFoundError:
-            continue
-        if digest == hashlib.sha256(content).hexdigest():
-            return content
-    if _recorded(folder, read_description(folder)) != digest:
-        return None
+    for _ in range(_ATTEMPTS):
+        # In this order: another process that saves moves weights from the first name to the second.
+        for path in (*([] if digest is None else [_pending(folder, digest)]), folder / WEIGHTS):
+            try:
+                content = _read(path, largest + _LARGEST_HEADER)
+            except FileNotFoundError:
+                continue
+            if digest == hashlib.sha256(content).hexdigest():
+                return content
+        if _recorded(folder, read_description(folder)) != digest:
+            return None
     if content is None:
         raise _no_adapter(folder)
     if digest is None:  # written before hashes were recorded
