@@ -137,6 +137,8 @@ def features(weight: nn.Module | Tensor, view: str = "linear") -> tuple[int, int
     """
     if isinstance(weight, Tensor):
         rows, columns = weight.shape[0], math.prod(weight.shape[1:])
+        if view == "stacked":
+            rows, columns = math.prod(weight.shape[:-1]), weight.shape[-1]
         return (rows, columns) if view == "transposed" else (columns, rows)
     layer: Any = weight
     if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):

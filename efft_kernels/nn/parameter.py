@@ -21,7 +21,7 @@ from efft_kernels.nn.frozen import FrozenLayer
 from efft_kernels.nn.linear import features
 from efft_kernels.nn.weights import is_plain, stored_in
 
-VIEWS = ("linear", "transposed", "convolution")
+VIEWS = ("linear", "transposed", "convolution", "stacked")
 
 
 class AdaptedParameter(AdaptedWeight):
@@ -76,6 +76,8 @@ class AdaptedParameter(AdaptedWeight):
     def matrix(self, weight: Tensor) -> Tensor:
         if self.view == "transposed":
             return weight.t()
+        if self.view == "stacked":
+            return weight.flatten(0, -2)
         return weight.flatten(1) if weight.dim() > 2 else weight
 
     def shaped(self, matrix: Tensor) -> Tensor:
@@ -168,7 +170,8 @@ def adapt_parameter(
         module, name: the parameter, of two or more dimensions.
         factors, site: the bank of the factors, and the part of it that the parameter uses.
         view: how the matrix lies in the parameter: ``"linear"`` ``[d_out, d_in]``, ``"transposed"`` ``[d_in, d_out]``,
-            ``"convolution"`` ``[d_out, ...]``, where all dimensions but the first are d_in.
+            ``"convolution"`` ``[d_out, ...]``, where all dimensions but the first are d_in, ``"stacked"``
+            ``[..., d_in]``, where all dimensions but the last are d_out.
 
     Returns:
         What stands for the parameter, also found in ``module.adapted_parameters``.
@@ -227,8 +230,8 @@ def cannot_adapt_parameter(module: nn.Module, name: str, view: str = "linear") -
     if isinstance(module, torch.jit.ScriptModule):
         return "the module is TorchScript, which reads it past Python"
     if isinstance(module, nn.RNNBase):
-        return "recurrent layers of torch keep a list of their weights, and read that"
+        return "torch's recurrent layers cannot be adapted: they read their weights from a list of their own"
     expected = "2" if view in ("linear", "transposed") else "2 or more"
-    if parameter.dim() != 2 and (parameter.dim() < 2 or view != "convolution"):
+    if parameter.dim() != 2 and (parameter.dim() < 2 or view not in ("convolution", "stacked")):
         return f"expected {expected} dimensions, got shape {list(parameter.shape)}"
     return None

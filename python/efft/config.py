@@ -50,8 +50,11 @@ class AdapterConfig:
     layer: ClassVar[type[EfftLinear]] = EfftLinear
     """What a linear layer becomes."""
 
-    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "convolution", "parameter", "embedding"})
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "convolution", "attention", "parameter", "embedding"})
     """Kinds of weights that the method can adapt (:class:`efft.structure.Weight`)."""
+
+    why_not: ClassVar[str] = "the method has no update for weights of this kind"
+    """Why weights of other kinds stay untouched."""
 
     targets: str | list[str]
     exclude: list[str]

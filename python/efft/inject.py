@@ -34,8 +34,10 @@ from efft_kernels.nn.weights import is_plain
 
 
 def apply(model: nn.Module, config: AdapterConfig | None = None) -> nn.Module:
-    """Adapt ``model`` in place: every selected ``nn.Linear`` becomes an ``EfftLinear``, all but factors and head is
-    frozen.
+    """Adapt ``model`` in place: the selected weights get an update, and everything except factors and head is frozen.
+
+    A layer that is called (linear, convolution, embedding) is replaced by an adapted one, ``EfftLinear`` and its like;
+    a module that reads its parameters itself stays, and reads them with the update.
 
     The factors are owned once, by the new submodule ``model.efft``; parameter names of the base stay as they are.
     While the model runs, all factors are composed together at its start (a forward hook); parts of the model called
@@ -132,7 +134,7 @@ def _build_banks(model: nn.Module, config: AdapterConfig, plan: Plan, aside: Asi
 
 
 def remove(model: nn.Module) -> nn.Module:
-    """Undo :func:`apply`: the original linear layers come back bit for bit, and so do buffers that training changed and
+    """Undo :func:`apply`: the original layers come back bit for bit, and so do buffers that training changed and
     what required gradients.
 
     The head keeps what it learned. A merged model is unmerged first. Returns the same ``model``.

@@ -53,6 +53,7 @@ class Plan:
         left_out: parameters of the blocks that stay untouched, with their number of entries, largest first.
         reasons: why some of them cannot be adapted.
         in_blocks: entries of all weights in blocks.
+        between: of the parameters between the blocks of a ViT or Swin, which the paper leaves alone, the same.
     """
 
     groups: Sequence[Any]
@@ -62,6 +63,7 @@ class Plan:
     reasons: dict[str, str] = field(default_factory=dict)
     in_blocks: int = 0
     tied: dict[str, str] = field(default_factory=dict)
+    between: dict[str, int] = field(default_factory=dict)
 
     @property
     def untouched_share(self) -> float:
@@ -107,6 +109,12 @@ class Plan:
             lines.append(f"adapted: {1 - self.untouched_share:.1%} of the weights in blocks")
         if self.left_out:
             lines.append(f"left out: {self.missing()}")
+        if self.between:
+            names = Counter(map(_without_numbers, self.between))
+            listed = ", ".join(f"{name} ({n})" for name, n in names.items())
+            lines.append(
+                f"between the blocks, left alone as in the paper: {listed}, {sum(self.between.values()):,} entries"
+            )
         return "\n".join(lines)
 
 
@@ -127,7 +135,6 @@ def inspect(model: nn.Module, config: AdapterConfig | None = None) -> Plan:
     return make_plan(model, config or EfftConfig(), share_tied=True)
 
 
-_NO_UPDATE = "the method {!r} has no update for weights of this kind"
 _TOO_SMALL = "an update would have more parameters than the weight has entries"
 
 
@@ -146,7 +153,7 @@ def make_plan(model: nn.Module, config: AdapterConfig, share_tied: bool = False)
     sizes = _blocks_of_roles(structure.sizes, targets)
     weights = {name: structure.weights[name] for group in groups for name in group.sites}
     others = (name for name, weight in structure.weights.items() if weight.kind not in config.kinds)
-    reasons = {**structure.reasons, **dict.fromkeys(others, _NO_UPDATE.format(config.method))}
+    reasons = {**structure.reasons, **dict.fromkeys(others, config.why_not)}
     reached = {target.name for target in targets}
     if isinstance(config, EfftConfig):  # another method may reach several weights by one bank, behind the last of them
         reasons = {**reasons, **dict.fromkeys(reached - weights.keys(), _TOO_SMALL)}
@@ -155,7 +162,8 @@ def make_plan(model: nn.Module, config: AdapterConfig, share_tied: bool = False)
     left_out = {name: size for name, size in untouched.items() if name in sizes}
     ordered = dict(sorted(left_out.items(), key=lambda item: -item[1]))
     weights, tied = _with_tied(structure, weights)
-    return Plan(groups, head, weights, ordered, reasons, sum(sizes.values()), tied)
+    between = {name: size for name, size in structure.sizes.items() if name not in sizes}
+    return Plan(groups, head, weights, ordered, reasons, sum(sizes.values()), tied, between)
 
 
 def _with_tied(structure: Structure, weights: dict[str, Weight]) -> tuple[dict[str, Weight], dict[str, str]]:
@@ -186,8 +194,8 @@ def warn_of_untouched(model: nn.Module, plan: Plan, config: AdapterConfig) -> No
     """Say once what ``targets="all"`` leaves out of the blocks, if it is more than :data:`SILENT_SHARE`; of
     ``"all-linear"`` the linear weights that the method cannot adapt, as those of experts."""
     if config.targets == "all-linear":
-        reason = _NO_UPDATE.format(config.method)
-        plan = replace(plan, left_out={n: size for n, size in plan.left_out.items() if plan.reasons.get(n) == reason})
+        left_out = {n: size for n, size in plan.left_out.items() if plan.reasons.get(n) == config.why_not}
+        plan = replace(plan, left_out=left_out)
     if config.targets in ("all", "all-linear") and not config.exclude and plan.untouched_share > SILENT_SHARE:
         warnings.warn(
             f"{plan.untouched_share:.1%} of the weights in the blocks of this {type(model).__name__} stay untouched: "

@@ -81,7 +81,7 @@ def _members(targets: list[Target]) -> list[_Member]:
             continue
         n = (
             _parts(weight.d_in, weight.d_out, shapes[weight.block, target.part])
-            if weight.kind in ("linear", "parameter")
+            if weight.kind in ("linear", "attention", "parameter")
             else 1
         )
         members.append(_Member(target, weight.d_in, weight.d_out // n, n))
@@ -90,7 +90,7 @@ def _members(targets: list[Target]) -> list[_Member]:
 
 def _parts(d_in: int, d_out: int, shapes: set[tuple[int, int]]) -> int:
     """Matrices beside each other in a weight, told by the other shapes in its block; 1 for one that is not packed."""
-    if (d_out, d_in) in shapes:  # something comes back from all of its outputs: they are one
+    if (d_out, d_in) in shapes:  # another weight takes all of its outputs: it is one matrix
         return 1
     for n in range(2, _MOST_PARTS + 1):
         part = d_out // n

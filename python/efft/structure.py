@@ -1,8 +1,8 @@
 """What a model is made of, read off its modules: weights that can be adapted, repeated blocks, parts of a block.
 
 Nothing here knows an architecture by name. Modules of one class that stand side by side (in a list, in a sequence, or
-numbered: ``layer1``, ``layer2``) are repeated, and what they hold is in a block; so is what stands beside them there. A
-weight's place is the path to it from the innermost repeated module around it.
+numbered: ``layer1``, ``layer2``) are repeated, and what they hold is in a block; so is what stands beside them in the
+same container. A weight's place is the path to it from the innermost repeated module around it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -32,10 +32,12 @@ class Weight:
     Attributes:
         name: what it is known by: the module's name where a layer can stand in for the module, else the parameter's.
         module, parameter: where it is.
-        kind: "linear", "convolution" or "embedding" (layers that are called), "parameter" (the module's own forward
+        kind: "linear", "convolution" or "embedding" (layers that are called), "attention" (the output projection of an
+            ``nn.MultiheadAttention``, which is called once it is adapted), "parameter" (the module's own forward
             reads it) or "experts" (a batch of matrices, one per expert).
         numel: number of entries.
-        view: "linear" where the matrix maps the features of one position to those of the same, else "convolution".
+        view: "linear" where the matrix maps the features of one position to those of the same, "stacked" for matrices
+            ``[..., d_in]`` below each other, else "convolution".
         experts: what the parameter holds, for those of experts; sizes are those of one expert's matrix.
         block: name of the innermost repeated module around it; None outside of blocks.
         tower: name of the module that holds the outermost repeated modules around it.
@@ -57,7 +59,13 @@ class Weight:
     @property
     def read_as(self) -> str:
         """How the matrix lies in a parameter that is read."""
-        return "linear" if self.view == "linear" else "convolution"
+        return self.view if self.view in ("linear", "stacked") else "convolution"
+
+    @property
+    def outer(self) -> str:
+        """The outermost repeated module around it; empty outside of blocks."""
+        depth = len(self.tower.split(".")) + 1 if self.tower else 1
+        return "" if self.tower is None else ".".join(self.module.split(".")[:depth])
 
     @property
     def place(self) -> str:
@@ -73,7 +81,8 @@ class Structure:
         weights: those that can be adapted, by name, in the model's order.
         reasons: why others cannot, by name.
         tied: weights that are another layer's too, to the name of the first of them, which stands for all.
-        sizes: number of entries of every parameter of two or more dimensions in blocks, by full name.
+        sizes: number of entries of every parameter of two or more dimensions in blocks, by full name; of every one
+            where nothing is repeated.
     """
 
     weights: dict[str, Weight] = field(default_factory=dict)
@@ -109,6 +118,7 @@ def structure_of(model: nn.Module, head: Iterable[str] = (), share_tied: bool = 
     owners = _owners(modules)
     widths: dict[str, set[int]] = defaultdict(set)  # of each block
     found = Structure()
+    sizes: dict[bool, dict[str, int]] = {True: {}, False: {}}  # in blocks or not
     doubtful: list[Weight] = []
     sharing: dict[Any, list[tuple[Weight, Tensor]]] = defaultdict(list)
     for name, module in modules.items():
@@ -127,8 +137,8 @@ def structure_of(model: nn.Module, head: Iterable[str] = (), share_tied: bool = 
                     "(exclude=[...]), or give it its own: layer.weight = nn.Parameter(layer.weight.detach().clone())"
                 )
             weight = Weight(**{**vars(weight), "block": block, "tower": tower})
-            if block is not None and weight.kind != "embedding":
-                found.sizes[f"{name}.{weight.parameter}".lstrip(".")] = weight.numel
+            if weight.kind != "embedding":
+                sizes[block is not None][f"{name}.{weight.parameter}".lstrip(".")] = weight.numel
             if reason == _DOUBTFUL:
                 doubtful.append(weight)
                 continue
@@ -144,7 +154,7 @@ def structure_of(model: nn.Module, head: Iterable[str] = (), share_tied: bool = 
         if weight.block is not None and {weight.d_in, weight.d_out} <= widths[weight.block]:
             found.weights[weight.name] = weight
         else:
-            found.reasons[weight.name] = "a parameter whose sizes are not those of a product of activations"
+            found.reasons[weight.name] = "a parameter whose shape does not tell which product it takes part in"
     for key, layers in sharing.items():
         names = [weight.name for weight, _ in layers]
         if names == owners[key] and all(parameter is layers[0][1] for _, parameter in layers):
@@ -152,6 +162,7 @@ def structure_of(model: nn.Module, head: Iterable[str] = (), share_tied: bool = 
             found.tied |= dict.fromkeys(names[1:], names[0])
             for name in names:
                 del found.reasons[name]
+    found.sizes = sizes[True] or sizes[False]
     order = {name: i for i, name in enumerate(modules)}
     found.weights = dict(sorted(found.weights.items(), key=lambda item: order[item[1].module]))
     return found
@@ -188,17 +199,22 @@ def _weights_of(name: str, module: nn.Module) -> list[tuple[Weight, str | None]]
             found.append((weight, EfftEmbedding.refusal(module)))
         elif p == "weight" and _stands_for(module):
             kind = "convolution" if isinstance(module, nn.modules.conv._ConvNd) else "linear"
+            if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+                kind = "attention"
             d_in, d_out = features(module)
-            view = "linear" if kind == "linear" or _is_one_by_one(module) else "convolution"
+            view = "linear" if kind != "convolution" or _is_one_by_one(module) else "convolution"
             found.append((Weight(name, name, p, kind, d_in, d_out, d_in * d_out, view), None))
         elif sum(size > 1 for size in t.shape) > 1:  # the others are vectors, of whatever shape
             weight = _read(name, p, t)
-            unlikely = _TABLE if min(weight.d_in, weight.d_out) == 1 else None if p.endswith("weight") else _DOUBTFUL
+            likely = None if p.endswith("weight") else _DOUBTFUL
+            unlikely = _TABLE if min(weight.d_in, weight.d_out) == 1 else likely
+            if t.dim() > 2 and likely is None and not isinstance(module, nn.modules.conv._ConvNd):  # one for each head
+                weight = replace(weight, d_in=t.shape[-1], d_out=math.prod(t.shape[:-1]), view="stacked")
             found.append((weight, cannot_adapt_parameter(module, p, weight.read_as) or unlikely))
     return found
 
 
-_TABLE = "a parameter that multiplies entry by entry"
+_TABLE = "a parameter that is added or multiplied entry by entry"
 
 
 def _computed(name: str, module: nn.Module) -> tuple[Weight, str] | None:
@@ -285,18 +301,18 @@ def parts_of(model: nn.Module, weights: Mapping[str, Weight]) -> dict[str, str]:
     """Which of the weights belong to the attention ("mhsa") and which to the MLP ("ffn") of a block.
 
     Told by what the modules around a weight in its block are called, else by those around the block (experts in a
-    list), and in a block with attention by shape: of the other weights those that come back from where another one
-    goes. A weight of which neither can be told is left out.
+    list), and in a block with attention by shape: the other weights there that come in pairs of transposed shapes are
+    its MLP. A weight of which neither can be told is left out.
     """
     found: dict[str, str] = {}
-    rest: dict[str, list[Weight]] = defaultdict(list)
+    rest: dict[str, list[Weight]] = defaultdict(list)  # by outermost block
     for name, weight in weights.items():
         part = next((part for words in _words(model, weight) if (part := _part_called(words)) is not None), None)
         if part is not None:
             found[name] = part
         elif weight.block is not None:
-            rest[weight.block].append(weight)
-    attending = {weights[name].block for name, part in found.items() if part == "mhsa"}
+            rest[weight.outer].append(weight)
+    attending = {weights[name].outer for name, part in found.items() if part == "mhsa"}
     for block, others in rest.items():
         shapes = {(w.d_in, w.d_out) for w in others}
         if block in attending:

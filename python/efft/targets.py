@@ -71,7 +71,7 @@ def find_targets(model: nn.Module, config: AdapterConfig, head: list[str]) -> li
     """The weights that ``config`` selects, in the model's order; never one inside the ``head`` modules.
 
     Raises:
-        ValueError: nothing matches (a pattern, or at all), or a match cannot be adapted; it lists what is there.
+        ValueError: a pattern matches nothing, no weight is left, or a match cannot be adapted; it lists what is there.
     """
     return select(model, structure_of(model, head), config)
 
@@ -113,7 +113,8 @@ def known_target(weight: Weight) -> Target:
 def _by_keyword(model: nn.Module, structure: Structure, config: AdapterConfig) -> list[Target]:
     """The weights of "all", "all-linear", "mhsa" or "ffn"."""
     if not structure.weights:
-        raise ValueError(f"targets={config.targets!r} finds nothing to adapt. {_present(structure)}")
+        why = next((f": {name}, because {reason}" for name, reason in structure.reasons.items()), "")
+        raise ValueError(f"targets={config.targets!r} finds nothing to adapt{why}. {_present(structure)}")
     if config.targets == "all-linear":
         output = getattr(model, "get_output_embeddings", lambda: None)()
         linear = [
@@ -186,7 +187,7 @@ def by_structure(model: nn.Module, weights: Mapping[str, Weight]) -> list[Target
 def _by_name(model: nn.Module, structure: Structure, config: AdapterConfig) -> list[Target]:
     """The weights that the patterns name: linear layers, or where a pattern names none of them, others."""
     everything = {**structure.weights, **structure.reasons}
-    linears = {n: w for n, w in structure.weights.items() if w.kind == "linear"}
+    linears = {n: w for n, w in structure.weights.items() if w.kind in {"linear", "attention"} & config.kinds}
     wanted: set[str] = set()
     for pattern in config.targets:
         matches = matcher(pattern)
@@ -194,7 +195,9 @@ def _by_name(model: nn.Module, structure: Structure, config: AdapterConfig) -> l
         named = [*filter(matches, linears), *tied] or [
             n for n, w in structure.weights.items() if w.kind in config.kinds and (matches(n) or matches(w.module))
         ]
-        for name in filter(matches, structure.reasons):
+        for name in structure.reasons:
+            if not matches(name) and not matches(name.rpartition(".")[0]):
+                continue
             if (not named or _is_layer(model, name)) and not any(matcher(pattern)(name) for pattern in config.exclude):
                 raise ValueError(f"layer {name!r} cannot be adapted: {structure.reasons[name]}")
         if not named:
@@ -221,8 +224,9 @@ def _endings(names: Iterable[str]) -> list[str]:
 
 
 def _present(structure: Structure) -> str:
-    linears = [name for name, weight in structure.weights.items() if weight.kind == "linear"]
-    others = [name for name, weight in structure.weights.items() if weight.kind != "linear"]
+    layers = ("linear", "attention")
+    linears = [name for name, weight in structure.weights.items() if weight.kind in layers]
+    others = [name for name, weight in structure.weights.items() if weight.kind not in layers]
     listed = f"Linear layers present: {_listed(linears)}"
     return listed if linears or not others else f"{listed}. Other weights present: {_listed(others)}"
 

@@ -42,10 +42,11 @@ class TrainGroup(Train):
     def describe(self) -> str:
         """The group in one line."""
         r1, r2 = self.rank
-        per = "all blocks" if self.config.core_sharing == "shared" else f"each of {self.n_layers}"
+        asked = self.config.rank_of(self.name, self.kind)
         return (
-            f"{self.name}: {len(self.sites)} weights; U [{self.d_in}, {r1}], {self.n_cores} cores [{r1}, {r2}] for "
-            f"{per}, V [{r2}, {self.d_out}]; {self.n_parameters:,} parameters"
+            f"{self.name}: {_counted(len(self.sites), 'weight')}; U [{self.d_in}, {r1}], "
+            f"{_counted(self._all_cores, 'core')} [{r1}, {r2}], V [{r2}, {self.d_out}]; "
+            f"{self.n_parameters:,} parameters" + ("" if asked == self.rank else f" (rank cut from {asked})")
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -87,6 +88,10 @@ class TrainGroup(Train):
         )
 
 
+def _counted(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+
+
 def group_of_file(config: EfftConfig, saved: dict[str, Any]) -> TrainGroup:
     """The group that :meth:`TrainGroup.to_dict` wrote down.
 
@@ -107,7 +112,7 @@ def group_of_file(config: EfftConfig, saved: dict[str, Any]) -> TrainGroup:
     return TrainGroup(saved["name"], kind, d_in, d_out, n_layers, n_cores, sites, (rank[0], rank[1]), config, trained)
 
 
-#: Beyond this a file is damaged: a mixture of experts has three cores for each of at most thousands of experts.
+#: A file with more is damaged: a mixture of experts has three cores for each of at most thousands of experts.
 _MOST_CORES = 2**16
 
 
@@ -258,7 +263,7 @@ def _attention_width(name: str, layers: _Layers) -> int:
         n_parts = len(_attention_parts(shape.role))
         if shape.d_out % n_parts:
             raise ValueError(
-                f"group {name!r}: {layer} has {shape.d_out} outputs, no multiple of its {n_parts} matrices"
+                f"group {name!r}: {layer} has {shape.d_out} outputs, not a multiple of its {n_parts} matrices"
             )
     d = _width(name, "input size", layers, lambda s: s.d_in)
     # Keys and values may be narrower (grouped queries): they use the first columns of V.
@@ -298,7 +303,7 @@ def _mlp_sizes(name: str, layers: _Layers) -> tuple[int, int, int]:
     assert hidden is not None
     if up is not None and up % hidden:
         raise ValueError(
-            f"group {name!r}: fc1's {up} outputs are no multiple of fc2's {hidden} inputs, so they cannot share a "
+            f"group {name!r}: fc1's {up} outputs are not a multiple of fc2's {hidden} inputs, so they cannot share a "
             f"train; "
             "give these layers by name (targets=[...])"
         )

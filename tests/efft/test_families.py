@@ -41,6 +41,7 @@ LEFT_OUT = {
     "funnel": "seg_embed",
     "mamba": "A_log",
     "jamba": "A_log",
+    "zamba": r"A_log|D$",
 }
 
 #: What legitimately has no gradient: the first attention of DETR's decoder has values of queries that are zero.

@@ -56,6 +56,17 @@ class Reads(nn.Module):
         return F.linear(y, self.packed.t()) @ self.packed[:4].t() + y @ self.stored
 
 
+class ReadsHeads(nn.Module):
+    """Multiplies by a matrix of each head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.Parameter(torch.randn(2, 3, 5))
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., 5] -> [..., 2, 3]
+        return torch.einsum("...i,hoi->...ho", x, self.heads)
+
+
 class ReadsChild(nn.Module):
     """Multiplies by the weight of its layer, and never calls it."""
 
@@ -106,6 +117,7 @@ CASES = {
         lambda: nn.Sequential(Standardised(3, 4, 3)), ("0.weight",), (2, 3, 6, 5), {"0.weight": "convolution"}
     ),
     "parameters": Case(Reads, ("packed", "stored"), (3, 5), {"stored": "transposed"}),
+    "parameter of several heads": Case(ReadsHeads, ("heads",), (4, 5), {"heads": "stacked"}),
     "read by the parent": Case(ReadsChild, ("qkv",), (3, 5)),
     "attention": Case(Attends, ("attention.in_proj_weight", "attention.out_proj"), (2, 4, 6)),
     "attention's output": Case(Attends, ("attention.out_proj",), (2, 4, 6)),

@@ -338,7 +338,7 @@ def cases_refused() -> list[tuple[nn.Module, str, str, str]]:
         (packed, "weight", "linear", "it is a Packed, no plain dense tensor"),
         (twice, "W", "linear", "it is adapted already"),
         (EfftLinear.from_linear(nn.Linear(3, 3)), "weight", "linear", "it is adapted already"),
-        (nn.LSTM(3, 3), "weight_ih_l0", "linear", ".* keep a list of their weights, and read that"),
+        (nn.LSTM(3, 3), "weight_ih_l0", "linear", "torch's recurrent layers cannot be adapted"),
         (nn.LazyLinear(3), "weight", "linear", "its shape is not known before the module's first call"),
     ]
 
@@ -356,7 +356,9 @@ def test_what_does_not_fit() -> None:
     module, factors = Own(), bank(5, 7)
     with pytest.raises(ValueError, match=r"W of Own: .* = \(5, 7\), got \(7, 5\)"):
         adapt_parameter(module, "W", factors, Site())
-    with pytest.raises(ValueError, match="view must be one of 'linear', 'transposed', 'convolution', got 'rows'"):
+    with pytest.raises(
+        ValueError, match="view must be one of 'linear', 'transposed', 'convolution', 'stacked', got 'rows'"
+    ):
         adapt_parameter(module, "W", factors, Site(), "rows")
     assert type(module) is Own
     assert factors.bindings == []

@@ -165,6 +165,7 @@ class _OfLayers(EfftConfig):
     """What peft's tuners can put a layer in the place of: no parameters that a module reads itself."""
 
     kinds = frozenset({"linear", "convolution", "embedding"})
+    why_not = "peft's tuners cannot adapt weights of this kind; efft.apply can"
 
 
 _OfLayers.__name__ = EfftPeftConfig.__name__  # for error messages
