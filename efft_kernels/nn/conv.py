@@ -36,7 +36,7 @@ class _EfftConv(AdaptedLayer):
         D, G = self.factors.down_up(self.binding)  # [channels / groups * prod(kernel_size), r], [r, d_out]
         if conv.groups > 1:
             return self._in_groups(x, W, D, G)
-        if self._is_linear() and isinstance(x, Tensor) and x.dim() == W.dim():  # torch.fx traces what is no tensor
+        if self._is_linear() and isinstance(x, Tensor) and x.dim() == W.dim():  # torch.fx has a proxy
             last = x.movedim(1, -1)
             if last.is_contiguous():
                 return tt_linear(last, W.flatten(1), b, D, G).movedim(-1, 1)

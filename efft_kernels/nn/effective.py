@@ -102,7 +102,7 @@ def _wrapper(W: Tensor) -> Any:
 
 
 class _Lazy(torch.autograd.Function):
-    """Makes the tensor, and is its node in the graph: nobody's, if the product or the dense tensor takes its place."""
+    """Makes the tensor, and is its node in the graph, which has no successor if the product or the dense tensor takes its place."""
 
     @staticmethod
     def forward(ctx: Any, W: Tensor, D: Tensor, G: Tensor, owner: AdaptedWeight) -> Tensor:
@@ -189,7 +189,7 @@ def effective_property(name: str, owner_of: Callable[[Any], AdaptedWeight | None
         except AttributeError as error:  # would be taken for no property, and the stored weight come in silence
             raise RuntimeError(f"the effective {name} of a {type(module).__name__} failed: {error}") from error
 
-    # What torch's prune and FSDP set and delete here is no parameter: nn.Module leaves it to the class.
+    # What torch's prune and FSDP set and delete here is not a parameter: nn.Module leaves it to the class.
     def write(module: nn.Module, value: Any) -> None:
         module.__dict__[name] = value
 

@@ -226,7 +226,7 @@ def cannot_adapt_parameter(module: nn.Module, name: str, view: str = "linear") -
     if is_lazy(parameter):
         return "its shape is not known before the module's first call; run the model once first"
     if not is_plain(parameter):
-        return f"it is a {type(parameter).__name__}, no plain dense tensor, which holds no sum with an update"
+        return f"it is a {type(parameter).__name__}, not a plain dense tensor, which holds no sum with an update"
     if isinstance(module, torch.jit.ScriptModule):
         return "the module is TorchScript, which reads it past Python"
     if isinstance(module, nn.RNNBase):

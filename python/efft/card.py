@@ -58,7 +58,7 @@ def _metadata(model: nn.Module, info: dict[str, Any]) -> dict[str, Any]:
 
 
 def _loaded_from(model: nn.Module) -> str | None:
-    """What a model of transformers or timm was loaded from, if that is no folder of this machine."""
+    """What a model of transformers or timm was loaded from, if that is not a folder of this machine."""
     pretrained: Any = getattr(model, "pretrained_cfg", None) or {}
     names = (
         getattr(model, "name_or_path", None),

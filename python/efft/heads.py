@@ -28,7 +28,7 @@ def find_head(model: nn.Module, config_head: list[str] | None) -> list[str]:
     is found.
 
     Raises:
-        ValueError: a given name is no module of the model.
+        ValueError: a given name is not a module of the model.
     """
     names = {module: name for name, module in model.named_modules()}  # of a shared module the last
     if config_head is not None:
@@ -43,7 +43,7 @@ def find_head(model: nn.Module, config_head: list[str] | None) -> list[str]:
         found = found or _of_timm(inside) or ([] if _is_transformers(model) else _of_transformers(inside))
     chosen = {id(module) for module in found if _is_trainable(module)}
     head = [name for module, name in names.items() if name and id(module) in chosen]
-    # What has no weights is no head by itself: a temperature, a final norm.
+    # A module without matrices is not a head by itself: a temperature, a final norm.
     matrices = any(p.dim() > 1 for name in head for p in model.get_submodule(name).parameters())
     return head if matrices else []
 

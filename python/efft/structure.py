@@ -148,7 +148,7 @@ def structure_of(model: nn.Module, head: Iterable[str] = (), share_tied: bool = 
                     sharing[_key(parameter)].append((weight, parameter))
                 continue
             found.weights[weight.name] = weight
-            if block is not None:  # a kernel's positions are no width of activations
+            if block is not None:  # the size of a kernel is not a width of activations
                 widths[block] |= {weight.d_in, weight.d_out} if weight.view == "linear" else {weight.d_out}
     for weight in doubtful:  # a bare parameter multiplies activations if it maps one of their widths to another
         if weight.block is not None and {weight.d_in, weight.d_out} <= widths[weight.block]:

@@ -335,7 +335,7 @@ def cases_refused() -> list[tuple[nn.Module, str, str, str]]:
         (nn.Conv1d(3, 3, 2), "weight", "linear", r"expected 2 dimensions, got shape \[3, 3, 2\]"),
         (nn.Linear(3, 3), "bias", "convolution", r"expected 2 or more dimensions, got shape \[3\]"),
         (parametrized, "weight", "linear", "it is parametrized; remove the parametrization first"),
-        (packed, "weight", "linear", "it is a Packed, no plain dense tensor"),
+        (packed, "weight", "linear", "it is a Packed, not a plain dense tensor"),
         (twice, "W", "linear", "it is adapted already"),
         (EfftLinear.from_linear(nn.Linear(3, 3)), "weight", "linear", "it is adapted already"),
         (nn.LSTM(3, 3), "weight_ih_l0", "linear", "torch's recurrent layers cannot be adapted"),

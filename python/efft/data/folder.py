@@ -172,7 +172,7 @@ def _images(folder: Path, names: Sequence[str]) -> FileImages:
         others += ignored
     if others:
         listed = ", ".join(f"{suffix or 'without ending'} ({count})" for suffix, count in sorted(others.items()))
-        notify(f"{folder}: ignored files that are no images: {listed}")
+        notify(f"{folder}: ignored files that are not images: {listed}")
     return FileImages(paths, labels)
 
 

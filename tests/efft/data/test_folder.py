@@ -142,7 +142,7 @@ def test_hidden_files_and_folders_do_not_count(divided: Path, capsys: pytest.Cap
     assert "ignored" not in capsys.readouterr().err
     (divided / "train/cat/Thumbs.db").write_bytes(b"")
     efft.data.load(divided)
-    assert "train: ignored files that are no images: .db (1)" in capsys.readouterr().err
+    assert "train: ignored files that are not images: .db (1)" in capsys.readouterr().err
 
 
 def test_images_that_cannot_be_read_are_named_at_the_start(divided: Path, write_image: Write) -> None:
