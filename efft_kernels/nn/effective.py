@@ -102,8 +102,8 @@ def _wrapper(W: Tensor) -> Any:
 
 
 class _Lazy(torch.autograd.Function):
-    """Makes the tensor, and is its node in the graph; the node stays unused if the product or the dense tensor takes the
-    tensor's place."""
+    """Makes the tensor, and is its node in the graph; the node is unused if the product or the dense tensor takes its
+    place."""
 
     @staticmethod
     def forward(ctx: Any, W: Tensor, D: Tensor, G: Tensor, owner: AdaptedWeight) -> Tensor:
