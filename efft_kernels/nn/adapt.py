@@ -109,7 +109,7 @@ def adapt(
     for weight in adapted.values():
         if isinstance(weight, AdaptedParameter):
             put_update(weight)
-    _replace(model, stand_ins)
+    replace_modules(model, stand_ins)
     mark_readers(model)
     return adapted
 
@@ -154,7 +154,7 @@ def restore(model: nn.Module, originals: Mapping[nn.Module, nn.Module]) -> None:
         for name, parameter in stand_in._parameters.items():
             layer.register_parameter(name, parameter)
         share_attributes(stand_in, layer)
-    _replace(model, originals)
+    replace_modules(model, originals)
     for module in model.modules():
         if isinstance(module, AdaptedModule):
             restore_module(module)
@@ -184,11 +184,12 @@ def _module_at(model: nn.Module, name: str) -> nn.Module | None:
     return model
 
 
-def _replace(model: nn.Module, new_of: Mapping[nn.Module, nn.Module]) -> None:
+def replace_modules(model: nn.Module, new_of: Mapping[nn.Module, nn.Module]) -> None:
+    """Put the new modules in, wherever the old ones are registered or held beside that."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child is not None and child in new_of:
-                parent._modules[name] = new_of[child]
+                setattr(parent, name, new_of[child])
         replace_in_attributes(parent, new_of)
 
 

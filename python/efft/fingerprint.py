@@ -48,7 +48,7 @@ def differing(names: Iterable[str], ours: str, theirs: str, *dtypes: str) -> lis
 
 
 def check(saved: object) -> None:
-    """Raise ValueError if this, from an adapter file, is no sketch."""
+    """Raise ValueError if this part of an adapter file is not a sketch."""
     try:
         if not isinstance(saved, str):
             raise ValueError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,15 +20,15 @@ from efft.bank import named_factors as named_factors
 from efft.config import AdapterConfig, EfftConfig
 from efft.heads import find_head, is_language_model
 from efft.offload import Aside, device_of, follow, hooks_aside
-from efft.placing import adapt_in_place, make_layers, restore_in_place
+from efft.placing import adapt_in_place, make_layers
 from efft.plan import Plan, make_plan, warn_of_untouched
 from efft.sharding import check_whole
 from efft.stored import check_stored
 from efft.wrappers import check_unwrapped, unwrap
 from efft_kernels import FactorBank
-from efft_kernels.nn.adapt import mark_readers, replace_in_attributes
+from efft_kernels.nn.adapt import mark_readers, replace_modules, restore
 from efft_kernels.nn.deferred import undefer
-from efft_kernels.nn.frozen import FrozenLayer, share_attributes
+from efft_kernels.nn.frozen import FrozenLayer
 from efft_kernels.nn.linear import AdaptedLayer
 from efft_kernels.nn.weights import is_plain
 
@@ -153,15 +153,8 @@ def remove(model: nn.Module) -> nn.Module:
             raise ValueError(
                 f"a forward was set on {', '.join(changed)} after efft.apply; undo that before efft.remove"
             )
-        originals: dict[nn.Module, nn.Module] = {}
-        for name, layer in put_in.items():
-            layer.unmerge()
-            original = bank._originals[name]
-            original._parameters.update(layer._parameters)
-            share_attributes(layer, original)
-            originals[layer] = original
-        replace_modules(model, originals)
-        restore_in_place(model)
+        originals: dict[nn.Module, nn.Module] = {layer: bank._originals[name] for name, layer in put_in.items()}
+        restore(model, originals)
         follow(aside, originals)
     for module in model.modules():
         undefer(module)
@@ -296,12 +289,3 @@ def _freeze_all_but(model: nn.Module, head: Iterable[str]) -> None:
     model.requires_grad_(False)
     for name in head:
         model.get_submodule(name).requires_grad_(True)
-
-
-def replace_modules(model: nn.Module, new_of: Mapping[nn.Module, nn.Module]) -> None:
-    """Put the new modules in, wherever the old ones are registered or held beside that."""
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child is not None and child in new_of:
-                setattr(parent, name, new_of[child])
-        replace_in_attributes(parent, new_of)

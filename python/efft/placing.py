@@ -13,7 +13,7 @@ from efft.structure import Weight
 from efft_kernels import FactorBank
 from efft_kernels.nn.adapt import layer_class
 from efft_kernels.nn.linear import AdaptedLayer
-from efft_kernels.nn.parameter import AdaptedModule, AdaptedParameter, adapt_parameter, restore_module
+from efft_kernels.nn.parameter import AdaptedParameter, adapt_parameter
 
 #: What stands for an adapted weight: the adapted layer itself, or an object beside the module.
 Update = AdaptedLayer | AdaptedParameter
@@ -44,13 +44,6 @@ def adapt_in_place(model: nn.Module, weights: Mapping[str, tuple[Weight, FactorB
             experts.setdefault(weight.module, {})[weight.parameter] = bank, site
     for name, sites in experts.items():
         adapt_experts(model.get_submodule(name), sites)
-
-
-def restore_in_place(model: nn.Module) -> None:
-    """Undo :func:`adapt_in_place`."""
-    for module in list(model.modules()):
-        if isinstance(module, AdaptedModule):
-            restore_module(module)
 
 
 def locate(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -139,7 +139,7 @@ def _numbers(mask: Any) -> np.typing.NDArray[np.int64]:
     """Class numbers, [height, width].
 
     Raises:
-        ValueError: it has several channels, or numbers that are no classes.
+        ValueError: it has several channels, or numbers that are not classes.
     """
     if mask.mode not in _MODES:
         raise ValueError(

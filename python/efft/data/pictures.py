@@ -67,7 +67,7 @@ def as_rgb(image: Any) -> Any:
       least and greatest value. Numbers of 12 bits in a file that says 16 are taken for 16 bits, so they come out dark:
       no single picture tells the two apart.
     - Floating-point numbers must be within 0..1, or the file must say their least and greatest value. So must it for
-      signed and 32-bit numbers, whose types are no ranges of brightness.
+      signed and 32-bit numbers, whose types are not ranges of brightness.
     - What is transparent shows white. Of an animation the first frame is taken.
 
     Args:
