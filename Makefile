@@ -21,7 +21,7 @@ help: ## List the targets
 	@echo "Options: VENV=$(VENV)  PYTHON=$(PYTHON)  BUDGET=$(BUDGET)  ARGS=... (passed to the demo, to pytest, to the benchmarks)"
 
 demo: $(VENV)/.efft-train ## Adapt, train, save and merge a small model on this machine
-	$(RUN) efft.demo $(ARGS)
+	$(RUN) efft_lab.demo $(ARGS)
 
 extension: $(VENV)/.efft-dev ## Compile csrc/, as far as this machine has the tools
 	@! command -v nvcc >/dev/null || $(RUN) pip install --quiet --no-deps nvidia-cutlass==$(CUTLASS)
@@ -32,10 +32,10 @@ test: extension ## Run the test suite, all but the emulated CUDA kernels
 
 check-triton: $(VENV)/.efft-dev ## Interpreter tests and resource report with the oldest Triton supported
 	$(RUN) pip install --quiet --upgrade --no-deps --target $(VENV)/triton-$(OLDEST_TRITON) triton==$(OLDEST_TRITON)
-	PYTHONPATH=$(abspath $(VENV)/triton-$(OLDEST_TRITON)) $(RUN) pytest tests/triton $(ARGS)
+	PYTHONPATH=$(abspath $(VENV)/triton-$(OLDEST_TRITON)) $(RUN) pytest tests/efft_kernels/triton $(ARGS)
 
 check-native: $(VENV)/.efft-dev ## Static checks of csrc/cpu, and its tests under the sanitizers: minutes
-	PATH="$(abspath $(BIN)):$$PATH" $(RUN) tests.native.check $(ARGS)
+	PATH="$(abspath $(BIN)):$$PATH" $(RUN) tests.csrc.cpu.check $(ARGS)
 
 check-cuda: $(VENV)/.efft-dev ## Run the CUDA kernels in the emulator, compile and report on them: no GPU, a quarter of an hour
 	$(RUN) pytest tests/csrc/test_emulated.py $(ARGS)

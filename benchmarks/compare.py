@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import IDENTITY, read
+from efft_lab.record import IDENTITY, read
 
 ROOT = Path(__file__).parents[1]
 THRESHOLD = 0.05

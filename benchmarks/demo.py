@@ -9,8 +9,8 @@ import argparse
 import json
 from pathlib import Path
 
-from benchmarks.record import append, machine_facts
-from efft.demo.settings import TASKS
+from efft_lab.demo.settings import TASKS
+from efft_lab.record import append, machine_facts
 
 METHODS = {"linear": "linear probe", "efft": "EFFT2"}
 KEPT = ("trainable_parameters", "factor_parameters", "saved_bytes", "test_accuracy", "seconds")

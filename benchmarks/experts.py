@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from benchmarks import gated
 from benchmarks.model.step import default_device
-from benchmarks.record import append, machine_facts
-from efft.integrations.experts import adapt_experts
+from efft.adapting.experts import adapt_experts
 from efft_kernels import Site, TTFactors
+from efft_lab.record import append, machine_facts
 
 #: Width, inner width, experts and experts for a token.
 MODELS = {

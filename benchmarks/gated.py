@@ -10,8 +10,8 @@ from torch import Tensor
 
 from benchmarks.budget import FACTOR
 from benchmarks.memory import peak, saved_for_backward
-from benchmarks.record import quantiles
 from benchmarks.timing import Samples, ratios, time_rows
+from efft_lab.record import quantiles
 
 
 class Row(Protocol):

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import efft
 from benchmarks import gated
 from benchmarks.model.step import default_device
-from benchmarks.record import append, machine_facts
+from efft_lab.record import append, machine_facts
 
 
 class Attention(nn.Module):

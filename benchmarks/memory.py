@@ -29,7 +29,7 @@ from benchmarks.model import rows as model_rows
 from benchmarks.model.step import Setting, default_device, training_step, unavailable
 from benchmarks.ops import cases
 from benchmarks.ops import rows as layer_rows
-from benchmarks.record import append, machine_facts
+from efft_lab.record import append, machine_facts
 
 ROOT = Path(__file__).parents[1]
 

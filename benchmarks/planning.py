@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import efft
-from benchmarks.record import append, machine_facts, quantiles
+from efft_lab.record import append, machine_facts, quantiles
 
 
 class _Expert(nn.Module):

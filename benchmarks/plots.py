@@ -15,14 +15,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from benchmarks import record
 from benchmarks.model_roofline import block_times, vit_block
 from benchmarks.ops.cases import MODELS
 from benchmarks.roofline_gpu import Machine
 from benchmarks.tables import Line, newest_runs, read
-from efft.compare import report, store
-from efft.compare import suite as suites
-from efft.compare.plan import Plan
+from efft_lab import record
+from efft_lab.compare import report, store
+from efft_lab.compare import suite as suites
+from efft_lab.compare.plan import Plan
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from benchmarks.model.rows import adapted
 from benchmarks.model.step import Setting, default_device
-from benchmarks.record import append, machine_facts, quantiles
 from benchmarks.timing import Samples, ratios, time_rows
-from efft.inject import adapted_layers
+from efft.adapting.inject import adapted_layers
+from efft_lab.record import append, machine_facts, quantiles
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import Literal
 
 from benchmarks import tables
 from benchmarks.markdown import table
-from benchmarks.record import RESULTS
+from efft_lab.record import RESULTS
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "docs/experiments.md", ROOT / "docs/performance.md")
@@ -31,7 +31,7 @@ def parameters() -> str:
 
     import efft
     from efft.params import count_plan
-    from efft.plan import make_plan
+    from efft.planning.plan import make_plan
 
     settings: tuple[tuple[Literal["efft1", "efft2"], str], ...] = (
         ("efft1", "per_layer"),
@@ -64,10 +64,10 @@ def parameters() -> str:
 
 def accuracy(suite: str, what: Literal["means", "comparisons"] = "means") -> str:
     """Means over the tasks of a suite, or the paired tests of its methods, as far as it has been run."""
-    from efft.compare import report
-    from efft.compare import suite as suites
-    from efft.compare.plan import Plan
-    from efft.compare.store import read
+    from efft_lab.compare import report
+    from efft_lab.compare import suite as suites
+    from efft_lab.compare.plan import Plan
+    from efft_lab.compare.store import read
 
     results = RESULTS / f"compare_{suite}.jsonl"
     found = getattr(report, what)(Plan(suites.load(suite)), read(results)) if results.is_file() else ""

@@ -23,7 +23,7 @@ from benchmarks.ops import rows
 from benchmarks.ops.cases import DTYPES, LAYERS, Case
 from benchmarks.ops.rows import ROWS
 from benchmarks.ops.run import Setting, measure
-from benchmarks.record import append, machine_facts
+from efft_lab.record import append, machine_facts
 
 #: The sizes of each sweep and of its quick version: images of 197 tokens, and ranks.
 SWEEPS = {

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 import efft
 from benchmarks.model.rows import NAIVE, adapted, lora
 from benchmarks.model.step import Setting, default_device
-from benchmarks.record import append, machine_facts, quantiles
 from benchmarks.timing import ratios, time_rows
 from efft_kernels import Backend, can_run, use_backend
 from efft_kernels.testing import assert_close_budget, backends
+from efft_lab.record import append, machine_facts, quantiles
 
 
 class ManyAdapters(nn.Module):

@@ -9,10 +9,10 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from benchmarks import record
 from benchmarks.markdown import table
 from benchmarks.model_roofline import block_times, vit_block
 from benchmarks.roofline_gpu import Machine
+from efft_lab import record
 
 Line = dict[str, Any]
 
@@ -292,7 +292,7 @@ def starts() -> str:
 
 
 def study(name: str) -> str:
-    """Accuracy of the rows of `benchmarks.studies.side_by_side`, mean and standard deviation over seeds."""
+    """Accuracy of the rows of `efft_lab.studies.side_by_side`, mean and standard deviation over seeds."""
     newest = {(x["row"], x["seed"]): x for x in read(name)}
     groups: dict[str, list[Line]] = {}
     for (row, _), line in newest.items():

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from efft.integrations.experts import adapt_experts, experts_of
+from efft.adapting.experts import adapt_experts, experts_of
 from efft_kernels import ExpertWeight, Site, TTFactors
 
 

@@ -68,7 +68,7 @@ def test_figures_of_the_scaling_page(capsys: pytest.CaptureFixture[str]) -> None
 
     import efft
     from efft.params import count_plan
-    from efft.plan import make_plan
+    from efft.planning.plan import make_plan
 
     page = (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
     for name in re.findall(r"^\| `(vit_\w+)`", page, re.MULTILINE):

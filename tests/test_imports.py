@@ -41,8 +41,8 @@ def test_the_block_works() -> None:
         ("efft_kernels", {*OPTIONAL, "efft"}),
         ("efft_kernels.env, efft_kernels.testing", {*OPTIONAL, "efft"}),
         ("efft", {*OPTIONAL}),
-        ("efft.cli, efft.train, efft.data, efft.baselines", {*OPTIONAL}),
-        ("efft.compare.runner, efft.compare.worker, efft.compare.report", {*OPTIONAL}),
+        ("efft_lab.cli, efft_lab.train, efft_lab.data, efft_lab.baselines", {*OPTIONAL}),
+        ("efft_lab.compare.runner, efft_lab.compare.worker, efft_lab.compare.report", {*OPTIONAL}),
     ],
 )
 def test_imports_with_torch_alone(packages: str, unwanted: set[str]) -> None:

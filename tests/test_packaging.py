@@ -104,15 +104,15 @@ def test_wheel_declares_the_command(wheel: zipfile.ZipFile) -> None:
     (name,) = (name for name in wheel.namelist() if name.endswith("entry_points.txt"))
     entry_points = configparser.ConfigParser()
     entry_points.read_string(wheel.read(name).decode())
-    assert dict(entry_points["console_scripts"]) == {"efft": "efft.cli:main"}
+    assert dict(entry_points["console_scripts"]) == {"efft": "efft_lab.cli:main"}
 
 
 def test_wheel_imports_outside_the_repository(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
     wheel.extractall(tmp_path)
     program = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
-        "import efft, efft.cli, efft_kernels\n"
-        "assert callable(efft.cli.main)\n"
+        "import efft, efft_lab.cli, efft_kernels\n"
+        "assert callable(efft_lab.cli.main)\n"
         "print(efft.__file__, efft_kernels.__file__, efft_kernels.__version__, sep='\\n')"
     )
     done = subprocess.run([sys.executable, "-I", "-c", program], cwd=tmp_path, capture_output=True, text=True)

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import efft
-from efft.inject import adapted_layers, bank_of
-from efft.targets import find_head, find_targets
+from efft.adapting.inject import adapted_layers, bank_of
+from efft.planning.targets import find_head, find_targets
 from efft_kernels import Backend, EfftLinear, use_backend
 from efft_kernels.testing import backends
 

@@ -22,8 +22,8 @@ from benchmarks.memory import saved_by
 from benchmarks.model.gate import Gate
 from benchmarks.model.rows import ROWS, Row, select
 from benchmarks.model.step import Setting, adapter_bytes, default_device, trainable, training_step, unavailable
-from benchmarks.record import append, machine_facts, quantiles
 from benchmarks.timing import Captured, ratios, time_rows
+from efft_lab.record import append, machine_facts, quantiles
 
 #: Without the slow specification, what needs hardly more than the floor, and auto, which is one of the others.
 QUICK_ROWS = [name for name in ROWS if name not in ("efft:reference", "bitfit", "efft:auto", "fused:auto")]

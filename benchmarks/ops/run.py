@@ -24,8 +24,8 @@ from benchmarks.counts import Peaks, measure_peaks
 from benchmarks.ops import cases, rows
 from benchmarks.ops.cases import DTYPES, LAYERS, MODELS, SETS, Case, Inputs
 from benchmarks.ops.rows import ROWS, Layer, Row
-from benchmarks.record import append, machine_facts, quantiles
 from benchmarks.timing import Samples, ratios, time_rows
+from efft_lab.record import append, machine_facts, quantiles
 
 #: What is timed, by its name in result files, and the method of :class:`Layer` that does it.
 PHASES = {"fwd": "forward", "bwd": "backward", "fwd_bwd": "forward_backward"}

@@ -5,7 +5,8 @@ multiplies those integers in ``tl.dot``, and truncates where hardware rounds. :f
 kernels use, products and conversions, and makes arithmetic on bfloat16 values an error (here it is done in fp32).
 :func:`checked` is a memory and race checker for kernel launches.
 
-Both reach into private classes; ``tests/triton`` says whether they still hold for an installed version of Triton.
+Both reach into private classes; ``tests/efft_kernels/triton`` says whether they still hold for an installed version of
+Triton.
 """
 
 from __future__ import annotations

@@ -4,11 +4,7 @@ efft.apply(model, efft.EfftConfig(rank=32))   # in place; train as usual
 efft.save_adapter(model, "out/")
 """
 
-from efft.config import EfftConfig
-from efft.fact_import import import_fact
-from efft.fusion import fuse, unfuse
-from efft.hub import from_pretrained, push_to_hub
-from efft.inject import (
+from efft.adapting.inject import (
     adapted_layers,
     apply,
     disabled,
@@ -17,15 +13,19 @@ from efft.inject import (
     parameter_groups,
     remove,
 )
-from efft.io import load_adapter, save_adapter
-from efft.lora_export import export_lora
-from efft.lora_import import import_lora
+from efft.config import EfftConfig
+from efft.fusion import fuse, unfuse
+from efft.integrations.fact_import import import_fact
+from efft.integrations.lora_export import export_lora
+from efft.integrations.lora_import import import_lora
 from efft.merge import MergeReport, merge, merged_state_dict, unmerge
 from efft.params import ParameterCount, count_parameters, print_trainable_parameters
-from efft.plan import Plan, inspect
+from efft.planning.plan import Plan, inspect
 from efft.pool import AdapterPool
 from efft.presets import paper_config
 from efft.prune import PruneReport, prune
+from efft.saving.hub import from_pretrained, push_to_hub
+from efft.saving.io import load_adapter, save_adapter
 from efft_kernels import __version__
 
 __all__ = [

@@ -1,7 +1,11 @@
-"""``python -m efft`` is the command `efft`."""
+"""``python -m efft`` is the command `efft`, found by its entry point: the library does not import the laboratory."""
 
 import sys
+from importlib.metadata import entry_points
 
-from efft.cli import main
-
-sys.exit(main())
+commands = entry_points(group="console_scripts", name="efft")
+if not commands:
+    sys.exit(
+        "the command `efft` is not installed: run `pip install efft-kernels`, or `python -m efft_lab` in a checkout"
+    )
+sys.exit(next(iter(commands)).load()())

@@ -19,9 +19,9 @@ from efft_kernels import EfftLinear
 from efft_kernels.nn.initialization import CORE_LAYOUTS
 
 if TYPE_CHECKING:
-    from efft.plan import Group
-    from efft.structure import Weight
-    from efft.targets import Target
+    from efft.planning.plan import Group
+    from efft.planning.structure import Weight
+    from efft.planning.targets import Target
 
 Config = TypeVar("Config", bound="AdapterConfig")
 
@@ -51,7 +51,7 @@ class AdapterConfig:
     """What a linear layer becomes."""
 
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "convolution", "attention", "parameter", "embedding"})
-    """Kinds of weights that the method can adapt (:class:`efft.structure.Weight`)."""
+    """Kinds of weights that the method can adapt (:class:`efft.planning.structure.Weight`)."""
 
     why_not: ClassVar[str] = "the method has no update for weights of this kind"
     """Why weights of other kinds stay untouched."""
@@ -268,13 +268,13 @@ class EfftConfig(AdapterConfig):
 
     def groups(self, model: nn.Module, targets: list[Target]) -> Sequence[Group]:
         """The trains of ``variant`` for these layers."""
-        from efft.trains import efft_groups  # which needs this class
+        from efft.planning.trains import efft_groups  # which needs this class
 
         return efft_groups(self, targets)
 
     def group_of_file(self, model: nn.Module, saved: dict[str, Any], weights: list[Weight]) -> Group:
         """The train that the file describes."""
-        from efft.trains import group_of_file  # which needs this class
+        from efft.planning.trains import group_of_file  # which needs this class
 
         return group_of_file(self, saved)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from efft.inject import adapted_layers, bank_of
+from efft.adapting.inject import adapted_layers, bank_of
 from efft_kernels.nn.deferred import defer, undefer
 
 

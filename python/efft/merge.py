@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from efft.inject import adapted_layers, bank_of
-from efft.offload import check_present
-from efft.placing import Update, updates_by_parameter
-from efft.sharding import check_whole
-from efft.stored import check_stored
-from efft.wrappers import plain_name, unwrap
+from efft.adapting.inject import adapted_layers, bank_of
+from efft.adapting.offload import check_present
+from efft.adapting.placing import Update, updates_by_parameter
+from efft.adapting.sharding import check_whole
+from efft.adapting.wrappers import plain_name, unwrap
+from efft.saving.stored import check_stored
 from efft_kernels.nn.adapted import MergeLoss
 from efft_kernels.nn.weights import can_dequantize, dequantized, is_plain
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from efft.inject import Bank
-from efft.plan import Plan
-from efft.sharding import full_shape
-from efft.wrappers import unwrap
+from efft.adapting.inject import Bank
+from efft.adapting.sharding import full_shape
+from efft.adapting.wrappers import unwrap
+from efft.planning.plan import Plan
 
 
 @dataclass(frozen=True)

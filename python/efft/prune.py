@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from efft.adapting.inject import Bank, adapted_layers, bank_of
+from efft.adapting.sharding import check_whole
 from efft.config import EfftConfig, is_number, shown
-from efft.inject import Bank, adapted_layers, bank_of
-from efft.sharding import check_whole
 from efft_kernels import TTFactors
 
 Rank = tuple[int, int]

@@ -9,7 +9,7 @@ import torch
 from benchmarks import experts
 from benchmarks.__main__ import main
 from benchmarks.experts import ROWS, Case, Inputs, Trained, measure
-from benchmarks.record import read
+from efft_lab.record import read
 
 pytest.importorskip("transformers", reason="needs the hf extra")
 pytest.importorskip("peft", reason="needs the hf extra")

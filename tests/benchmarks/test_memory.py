@@ -17,7 +17,7 @@ from benchmarks.memory import in_new_process, measure_layer, measure_model, save
 from benchmarks.model.step import Setting
 from benchmarks.ops import cases
 from benchmarks.ops.cases import Case
-from benchmarks.record import read
+from efft_lab.record import read
 
 pytest.importorskip("timm", reason="needs the vision extra")
 

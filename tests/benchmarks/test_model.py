@@ -14,9 +14,9 @@ from benchmarks.model import gate
 from benchmarks.model.rows import FLOOR, NAIVE, PAPER, ROWS, Row, adapted, select, targeted
 from benchmarks.model.run import measure
 from benchmarks.model.step import N_CLASSES, Setting, adapter_bytes, trainable, training_step
-from benchmarks.record import read
 from benchmarks.timing import Captured
 from efft_kernels import Backend, can_run
+from efft_lab.record import read
 
 timm = pytest.importorskip("timm", reason="needs the vision extra")
 pytest.importorskip("peft", reason="needs the dev extra")

@@ -18,8 +18,8 @@ from benchmarks.counts import Peaks, Sizes
 from benchmarks.ops import cases, rows, run
 from benchmarks.ops.cases import Case, Inputs, make_inputs
 from benchmarks.ops.rows import ROWS, Layer, Row, under_autograd
-from benchmarks.record import read
 from efft_kernels.native import MISSING
+from efft_lab.record import read
 
 ROOT = Path(__file__).parents[2]
 TINY = Case("qkv", "tiny", images=3, rank=4, dtype="float32")

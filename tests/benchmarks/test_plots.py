@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
-from benchmarks import record, tables
+from benchmarks import tables
 from benchmarks.__main__ import main
 from benchmarks.model_roofline import block_times, vit_block
 from benchmarks.plots import accuracies, draw, model_ratios, ops_ratios, roofline, scaling, subspaces
 from benchmarks.readme import render
 from benchmarks.roofline_gpu import Machine
+from efft_lab import record
 
 pytest.importorskip("matplotlib", reason="needs the train extra")
 

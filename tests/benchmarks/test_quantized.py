@@ -9,8 +9,8 @@ from torch import nn
 from benchmarks.__main__ import main
 from benchmarks.model.step import Setting
 from benchmarks.quantized import ROWS, Row, build, measure, stored_bytes, weight_bytes
-from benchmarks.record import read
-from efft.inject import adapted_layers
+from efft.adapting.inject import adapted_layers
+from efft_lab.record import read
 from tests.quantized import to_int8
 
 pytest.importorskip("timm", reason="needs the vision extra")

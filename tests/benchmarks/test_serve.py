@@ -10,9 +10,9 @@ import efft
 from benchmarks.__main__ import main
 from benchmarks.model.rows import adapted
 from benchmarks.model.step import Setting
-from benchmarks.record import read
 from benchmarks.serve import ROWS, ManyAdapters, Row, build_checked, measure
 from efft_kernels import can_run
+from efft_lab.record import read
 
 pytest.importorskip("timm", reason="needs the vision extra")
 pytest.importorskip("peft", reason="needs the dev extra")
@@ -48,7 +48,7 @@ def test_merged_is_what_was_merged() -> None:
     merged, base = models["merged"], models["base"]
     assert isinstance(merged, nn.Module)
     assert isinstance(base, nn.Module)
-    assert all(layer.merged for layer in efft.inject.adapted_layers(merged).values())
+    assert all(layer.merged for layer in efft.adapting.inject.adapted_layers(merged).values())
     images, _ = TINY.examples(base)
     with torch.inference_mode():
         assert not torch.allclose(merged(images), base(images))

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import record
 from benchmarks.timing import ratios, time_rows
+from efft_lab import record
 
 
 def test_every_round_runs_every_row_once_after_the_warm_up() -> None:

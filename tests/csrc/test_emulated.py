@@ -77,7 +77,7 @@ def test_every_op_on_ragged_sizes(library: Path, order: dict[str, str]) -> None:
 @pytest.mark.slow
 def test_the_tests_of_the_ops(library: Path) -> None:
     """All tests of the ops that the backend takes part in."""
-    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--show-capture=no", "tests/ops"]
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--show-capture=no", "tests/efft_kernels/ops"]
     done = python(*command, EFFT_EMULATED_CUDA=str(library))
     summary = done.stdout.strip().splitlines()[-1]
     print(summary)

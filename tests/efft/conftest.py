@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import efft
+from efft.adapting.inject import bank_of
 from efft.config import AdapterConfig
-from efft.inject import bank_of
 
 Make = Callable[..., nn.Module]
 

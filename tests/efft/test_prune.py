@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import efft
-from efft.inject import adapted_layers
+from efft.adapting.inject import adapted_layers
 from efft.prune import set_ranks
 
 Make = Callable[..., nn.Module]

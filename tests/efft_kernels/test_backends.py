@@ -21,7 +21,7 @@ from efft_kernels import Backend, backends, can_run, explain, testing, tt_linear
 from efft_kernels.backends import AUTO_ORDER, current_backend
 from efft_kernels.testing import assert_close_budget, make_inputs, poisoned_empty, with_layout
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NAMES = "'auto', 'reference', 'eager', 'cpu', 'triton', 'cuda'"
 OPS = ("tt_linear", "tt_contract", "tt_merge_")
 #: What ``auto`` takes here.

@@ -13,9 +13,9 @@ import torch
 from efft_kernels import Backend, __version__, can_run, env, testing
 from efft_kernels.build import TARGETS, find
 from efft_kernels.native import MISSING
-from tests.native.check import instruction_sets
+from tests.csrc.cpu.check import instruction_sets
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def lines() -> dict[str, str]:

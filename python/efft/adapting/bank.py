@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from efft import buffers
+from efft.adapting import buffers
+from efft.adapting.placing import Update, find_update
+from efft.adapting.wrappers import plain_name, unwrap
 from efft.config import AdapterConfig
-from efft.placing import Update, find_update
-from efft.wrappers import plain_name, unwrap
 from efft_kernels import FactorBank
 from efft_kernels.nn.parameter import AdaptedParameter
 

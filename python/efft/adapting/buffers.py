@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from efft.wrappers import plain_name
+from efft.adapting.wrappers import plain_name
 from efft_kernels.nn.linear import AdaptedLayer
 from efft_kernels.nn.weights import is_plain
 

@@ -110,7 +110,7 @@ def adapt_experts(module: nn.Module, sites: Mapping[str, tuple[TTFactors, Site]]
     found = experts_of(module)
     if found is None:
         raise TypeError(
-            "expected experts as three-dimensional parameters, of a kind that efft.integrations.experts describes and "
+            "expected experts as three-dimensional parameters, of a kind that efft.adapting.experts describes and "
             f"not adapted yet, got {type(module).__name__}"
         )
     if "forward" in module.__dict__:

@@ -11,20 +11,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from efft import buffers
-from efft.bank import Bank as Bank
-from efft.bank import adapted_layers as adapted_layers
-from efft.bank import bank_of as bank_of
-from efft.bank import base_loaded, prepare, release
-from efft.bank import named_factors as named_factors
+from efft.adapting import buffers
+from efft.adapting.bank import Bank as Bank
+from efft.adapting.bank import adapted_layers as adapted_layers
+from efft.adapting.bank import bank_of as bank_of
+from efft.adapting.bank import base_loaded, prepare, release
+from efft.adapting.bank import named_factors as named_factors
+from efft.adapting.heads import find_head, is_language_model
+from efft.adapting.offload import Aside, device_of, follow, hooks_aside
+from efft.adapting.placing import adapt_in_place, make_layers
+from efft.adapting.sharding import check_whole
+from efft.adapting.wrappers import check_unwrapped, unwrap
 from efft.config import AdapterConfig, EfftConfig
-from efft.heads import find_head, is_language_model
-from efft.offload import Aside, device_of, follow, hooks_aside
-from efft.placing import adapt_in_place, make_layers
-from efft.plan import Plan, make_plan, warn_of_untouched
-from efft.sharding import check_whole
-from efft.stored import check_stored
-from efft.wrappers import check_unwrapped, unwrap
+from efft.planning.plan import Plan, make_plan, warn_of_untouched
+from efft.saving.stored import check_stored
 from efft_kernels import FactorBank
 from efft_kernels.nn.adapt import mark_readers, replace_modules, restore
 from efft_kernels.nn.deferred import undefer

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
+from efft.adapting.experts import adapt_experts
 from efft.config import AdapterConfig
-from efft.integrations.experts import adapt_experts
-from efft.structure import Weight
+from efft.planning.structure import Weight
 from efft_kernels import FactorBank
 from efft_kernels.nn.adapt import layer_class
 from efft_kernels.nn.linear import AdaptedLayer

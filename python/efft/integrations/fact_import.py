@@ -7,12 +7,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from efft.inject import apply, bank_of, check_plain
-from efft.io import check_numbers, head_tensors, misfits
+from efft.adapting.inject import apply, bank_of, check_plain
+from efft.adapting.sharding import check_whole
 from efft.methods.base import MethodGroup
 from efft.methods.fact_tt import FacTTTBank, FacTTTConfig
-from efft.plan import make_plan
-from efft.sharding import check_whole
+from efft.planning.plan import make_plan
+from efft.saving.io import check_numbers, head_tensors, misfits
 
 _U, _V, _K, _P = "FacTu.weight", "FacTv.weight", "FacTc", "FacTp"  # [r, d], [d, r]; Tucker: [r, r, r], [r, 12 blocks]
 

@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from efft import buffers
-from efft.files import CONFIG, read_json, write_pair
-from efft.inject import Bank, adapted_layers, bank_of
-from efft.io import head_tensors
-from efft.sharding import check_whole
-from efft.stored import check_stored
-from efft.wrappers import plain_name, unwrap
+from efft.adapting import buffers
+from efft.adapting.inject import Bank, adapted_layers, bank_of
+from efft.adapting.sharding import check_whole
+from efft.adapting.wrappers import plain_name, unwrap
+from efft.saving.files import CONFIG, read_json, write_pair
+from efft.saving.io import head_tensors
+from efft.saving.stored import check_stored
 from efft_kernels import ExpertWeight
 from efft_kernels.nn.adapted import AdaptedWeight
 from efft_kernels.nn.experts import EXPERT_VIEWS

@@ -14,16 +14,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from efft import files
+from efft.adapting.inject import apply, bank_of, check_plain
+from efft.adapting.sharding import check_whole
 from efft.config import is_setting, is_size, shown
-from efft.files import CONFIG, WEIGHTS
-from efft.inject import apply, bank_of, check_plain
-from efft.io import head_tensors, misfits, read_tensors
-from efft.lora_export import PREFIX
+from efft.integrations.lora_export import PREFIX
 from efft.methods.lora import LoRABank, LoRAConfig
 from efft.patterns import MOST_CHARACTERS, are_short, matcher
-from efft.plan import Plan, make_plan
-from efft.sharding import check_whole
+from efft.planning.plan import Plan, make_plan
+from efft.saving import files
+from efft.saving.files import CONFIG, WEIGHTS
+from efft.saving.io import head_tensors, misfits, read_tensors
 from efft_kernels.nn.linear import features
 
 Value = TypeVar("Value")

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from efft.files import CONFIG
-from efft.inject import Bank
-from efft.io import load_adapter, save_adapter
-from efft.sharding import is_sharded
-from efft.wrappers import unwrap
+from efft.adapting.inject import Bank
+from efft.adapting.sharding import is_sharded
+from efft.adapting.wrappers import unwrap
+from efft.saving.files import CONFIG
+from efft.saving.io import load_adapter, save_adapter
 
 if TYPE_CHECKING:  # beside the Trainer, which has the methods that this calls
     from transformers import Trainer

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from efft.config import AdapterConfig
-from efft.structure import Weight
-from efft.targets import Target
+from efft.planning.structure import Weight
+from efft.planning.targets import Target
 from efft_kernels import FactorBank
 from efft_kernels.nn.frozen import is_conv1d
 from efft_kernels.nn.operands import column_blocks, row_blocks, take

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from efft.methods.base import Layer, MethodConfig, MethodGroup, StackedBank, uniform, zeros
 from efft.methods.factorize import MOST_FACTORS, factorize, train_ranks
-from efft.targets import Target
+from efft.planning.targets import Target
 from efft_kernels import EfftLinear, tt_chain
 from efft_kernels.nn.frozen import read_by_its_parent
 from efft_kernels.nn.weights import frozen_linear

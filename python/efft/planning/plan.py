@@ -11,10 +11,10 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from efft.bank import Bank
+from efft.adapting.bank import Bank
 from efft.config import AdapterConfig, EfftConfig
-from efft.structure import Structure, Weight, structure_of
-from efft.targets import Target, find_head, known_target, select
+from efft.planning.structure import Structure, Weight, structure_of
+from efft.planning.targets import Target, find_head, known_target, select
 from efft_kernels import FactorBank
 
 #: The share of the weights in blocks that may stay untouched without a word.

@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from efft.targets import Target
+from efft.planning.targets import Target
 from efft_kernels import Site
 
 #: Parts that a packed projection may have: q, k, v and a gate.

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from efft.integrations.experts import ExpertParameter, experts_of
+from efft.adapting.experts import ExpertParameter, experts_of
 from efft_kernels import EfftEmbedding
 from efft_kernels.nn.adapt import layer_class
 from efft_kernels.nn.frozen import FrozenLayer, not_only_a_weight

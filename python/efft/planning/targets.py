@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from efft.adapting.heads import find_head
 from efft.config import AdapterConfig
-from efft.heads import find_head
 from efft.patterns import matcher
-from efft.structure import Structure, Weight, parts_of, structure_of
+from efft.planning.structure import Structure, Weight, parts_of, structure_of
 
 __all__ = ["FFN_ROLES", "MHSA_ROLES", "Target", "find_head", "find_targets", "select"]
 
@@ -33,7 +33,7 @@ _LLAMA |= {f"self_attn.{part}_proj": part for part in "qkvo"} | {"self_attn.out_
 
 #: Architectures whose weights are grouped exactly as the paper groups them, whatever their shapes: the pattern of a
 #: block's name (with its stage, where widths change) and the roles in the block. Others need no row here: their trains
-#: follow from the structure (:mod:`efft.structure`).
+#: follow from the structure (:mod:`efft.planning.structure`).
 FAMILIES: tuple[tuple[str, dict[str, str]], ...] = (
     # Swin and other staged ViTs
     (r"(?:layers|stages)\.(?P<stage>\d+)\.blocks\.\d+", _TIMM | _VIT | _BERT),

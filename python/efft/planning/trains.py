@@ -1,7 +1,7 @@
 """The trains of EFFT: which weights share one, and which part of it each of them uses.
 
-Where a table knows the roles of a block's layers (:data:`efft.targets.FAMILIES`) the trains are the paper's. Elsewhere
-they follow from shapes (:mod:`efft.shapes`).
+Where a table knows the roles of a block's layers (:data:`efft.planning.targets.FAMILIES`) the trains are the paper's.
+Elsewhere they follow from shapes (:mod:`efft.planning.shapes`).
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any, Literal
 import torch
 
 from efft.config import EfftConfig, is_size
-from efft.shapes import Train, trains_by_shape
-from efft.targets import FFN_ROLES, MHSA_ROLES, Target
+from efft.planning.shapes import Train, trains_by_shape
+from efft.planning.targets import FFN_ROLES, MHSA_ROLES, Target
 from efft_kernels import Site, TTFactors
 from efft_kernels.nn.initialization import automatic_scale
 

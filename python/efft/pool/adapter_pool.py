@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from efft import buffers
-from efft.batches import Layouts, check_batch, find_layouts
+from efft.adapting import buffers
+from efft.adapting.inject import adapted_layers, bank_of, remove
+from efft.adapting.placing import linear_layers
 from efft.config import is_number
-from efft.inject import adapted_layers, bank_of, remove
-from efft.io import base_problems, describe_base, load_described, read_description
-from efft.placing import linear_layers
-from efft.stacks import Place, written
+from efft.pool.batches import Layouts, check_batch, find_layouts
+from efft.pool.stacks import Place, written
+from efft.saving.io import base_problems, describe_base, load_described, read_description
 from efft_kernels import FactorBank
 from efft_kernels.nn.adapt import replace_modules
 from efft_kernels.nn.frozen import share_attributes

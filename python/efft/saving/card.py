@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from efft.inject import adapted_layers, bank_of
+from efft.adapting.inject import adapted_layers, bank_of
 from efft.params import count_parameters
 
 #: What the Hugging Face hub calls facts that ``info`` may name in either way.

@@ -1,4 +1,4 @@
-"""Adapters on the Hugging Face hub: the files of :mod:`efft.io` as a repository."""
+"""Adapters on the Hugging Face hub: the files of :mod:`efft.saving.io` as a repository."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from efft.files import CARD, CONFIG, WEIGHTS
-from efft.io import load_adapter, save_adapter
+from efft.saving.files import CARD, CONFIG, WEIGHTS
+from efft.saving.io import load_adapter, save_adapter
 from efft_kernels import __version__
 
 

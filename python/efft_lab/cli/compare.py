@@ -5,7 +5,7 @@ from typing import Any
 
 import tyro
 
-from efft.cli.bench import ROOT
+from efft_lab.cli.bench import ROOT
 
 
 def compare(
@@ -27,7 +27,7 @@ def compare(
     """Compare methods side by side: tasks x methods x seeds. Run again after any interruption: what is done stays done.
 
     Args:
-        file: JSON file that says what is compared; see efft.compare.suite.Suite.
+        file: JSON file that says what is compared; see efft_lab.compare.suite.Suite.
         suite: one that comes with the library instead: local (small tasks and a backbone that can be fetched),
             local_efft2 (the same tasks, variants of EFFT2), local_long (ten epochs, beside LoRA), local_grid (rank
             against scale) or vtab1k (the paper's 19 tasks; needs --data).
@@ -43,8 +43,8 @@ def compare(
         jobs: runs at a time; each gets an equal share of the processors.
         out: result file; by default compare_NAME.jsonl, in a source checkout in benchmarks/results.
     """
-    from efft.compare import suite as suites
-    from efft.compare.plan import Plan
+    from efft_lab.compare import suite as suites
+    from efft_lab.compare.plan import Plan
 
     if (file is None) == (suite is None):
         raise ValueError(f"give either a file or --suite, one of {', '.join(suites.names())}")
@@ -60,12 +60,12 @@ def compare(
     folder = ROOT / "benchmarks" / "results"
     results = out or (folder if folder.is_dir() else Path()) / f"compare_{chosen.name}.jsonl"
     if report:
-        from efft.compare.report import write
+        from efft_lab.compare.report import write
 
         for path in write(plan, results):
             print(f"wrote {path}")
         return
-    from efft.compare.runner import compare as run
+    from efft_lab.compare.runner import compare as run
 
     count = run(plan, results, jobs, data)
     print(f"{count} runs done, results in {results}; the same command with --report sums them up")

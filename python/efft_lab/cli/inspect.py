@@ -5,18 +5,19 @@ from pathlib import Path
 
 import torch
 
-from efft import io, models
 from efft.config import EfftConfig
-from efft.files import CONFIG
 from efft.methods import config_from_dict
 from efft.params import count_plan
-from efft.plan import make_plan
+from efft.planning.plan import make_plan
+from efft.saving import io
+from efft.saving.files import CONFIG
+from efft_lab import backbones
 
 
 def model_table(name: str, classes: int, image_size: int | None, config: EfftConfig) -> str:
     """What `efft.apply` would train, on a model without storage: groups of factors, head, backbone."""
     with torch.device("meta"):
-        model = models.create(name, classes, image_size=image_size, pretrained=False)
+        model = backbones.create(name, classes, image_size=image_size, pretrained=False)
     plan = make_plan(model, config, share_tied=True)
     title = f"{name}, {config.variant}, cores {config.core_sharing}, {classes} classes"
     return "\n".join([title, str(plan), "", str(count_plan(model, plan))])

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from efft.compare.suite import TRIVIAL, Suite, merged
 from efft.config import is_number
-from efft.data import vtab_hyperparameters
-from efft.train.config import TrainConfig
+from efft_lab.compare.suite import TRIVIAL, Suite, merged
+from efft_lab.data import vtab_hyperparameters
+from efft_lab.train.config import TrainConfig
 
 #: Fields that say where something lies or how often something is written, and change no result.
 _PLACES = ("data_root", "workers", "log_every", "checkpoint_every")

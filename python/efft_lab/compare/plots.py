@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 
-from efft.compare.plan import Plan, Record
-from efft.compare.scores import Scores, weights
-from efft.compare.statistics import seed_interval
+from efft_lab.compare.plan import Plan, Record
+from efft_lab.compare.scores import Scores, weights
+from efft_lab.compare.statistics import seed_interval
 
 
 def accuracy_against_parameters(scores: Scores, parameters: Mapping[str, float], target: Path) -> None:

@@ -10,13 +10,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from efft.compare import plots
-from efft.compare.plan import Plan, Record
-from efft.compare.scores import Scores, collect, groups, weights
-from efft.compare.statistics import Comparison, compare, holm, seed_interval
-from efft.compare.store import read
-from efft.compare.suite import TRIVIAL
-from efft.data.vtab import INFOS as VTAB
+from efft_lab.compare import plots
+from efft_lab.compare.plan import Plan, Record
+from efft_lab.compare.scores import Scores, collect, groups, weights
+from efft_lab.compare.statistics import Comparison, compare, holm, seed_interval
+from efft_lab.compare.store import read
+from efft_lab.compare.suite import TRIVIAL
+from efft_lab.data.vtab import INFOS as VTAB
 
 Row = Sequence[str]
 
@@ -253,7 +253,7 @@ def _choices(plan: Plan, done: Mapping[str, Record], methods: Sequence[str]) -> 
 
 def _published(tasks: list[str]) -> list[str]:
     """The literature's figures, in tables of their own: they are never averaged or tested with ours."""
-    published = json.loads((files("efft.compare") / "published_vtab1k.json").read_text("utf-8"))
+    published = json.loads((files("efft_lab.compare") / "published_vtab1k.json").read_text("utf-8"))
     rows, share = [], weights({task: VTAB[task].group for task in VTAB}, categorical=True)
     for entry in published["methods"]:
         categorical = sum(share[task] * value for task, value in entry["accuracy"].items())

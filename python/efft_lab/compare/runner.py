@@ -15,13 +15,13 @@ from typing import IO, Any
 
 import efft
 import efft_kernels
-from efft.compare.facts import cores, facts
-from efft.compare.plan import Plan, Run
-from efft.compare.store import Store
+from efft_lab.compare.plan import Plan, Run
+from efft_lab.compare.store import Store
+from efft_lab.provenance import cores, facts
 
 
 class Worker:
-    """A process of `efft.compare.worker` with its own share of the processors.
+    """A process of `efft_lab.compare.worker` with its own share of the processors.
 
     Args:
         threads: of torch.
@@ -30,11 +30,11 @@ class Worker:
     """
 
     def __init__(self, threads: int, log: IO[bytes], answers: "queue.SimpleQueue[Any]") -> None:
-        roots = [str(Path(str(package.__file__)).parents[1]) for package in (efft, efft_kernels)]
+        roots = [str(Path(str(package.__file__)).parents[1]) for package in (efft_lab, efft, efft_kernels)]
         path = os.pathsep.join([*roots, *filter(None, [os.environ.get("PYTHONPATH")])])
         limits = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "efft.compare.worker"],
+            [sys.executable, "-m", "efft_lab.compare.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from efft.compare.scores import Scores
+from efft_lab.compare.scores import Scores
 
 RESAMPLES = 10_000
 
@@ -18,7 +18,7 @@ def seed_interval(
 
     Args:
         values: task to seed to accuracy; the seeds of each task are resampled on their own.
-        weights: task to its weight, see `efft.compare.scores.weights`.
+        weights: task to its weight, see `efft_lab.compare.scores.weights`.
         level: probability.
 
     Returns:

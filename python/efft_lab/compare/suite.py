@@ -11,10 +11,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-from efft import baselines, data, typed
-from efft.files import read_json
 from efft.methods import METHODS
-from efft.train.config import TrainConfig
+from efft.saving.files import read_json
+from efft_lab import baselines, data, typed
+from efft_lab.train.config import TrainConfig
 
 #: Predictors that see no objects: they need no model and no trainer.
 TRIVIAL = ("majority", "pixels", "knn")
@@ -29,7 +29,7 @@ _MOST_POINTS = 1000
 class Suite:
     """What is compared. Settings are fields of `TrainConfig`; a task's go before a method's, a method's before `train`.
 
-    Everything is checked here and in `efft.compare.plan.Plan`, before anything runs.
+    Everything is checked here and in `efft_lab.compare.plan.Plan`, before anything runs.
 
     Attributes:
         name: of the suite, and of its result file.
@@ -136,7 +136,7 @@ def merged(*settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def names() -> list[str]:
     """Names of the suites that come with the library."""
-    return sorted(path.name.removesuffix(".json") for path in (files("efft.compare") / "suites").iterdir())
+    return sorted(path.name.removesuffix(".json") for path in (files("efft_lab.compare") / "suites").iterdir())
 
 
 def load(path_or_name: str | Path, quick: bool = False, train: Mapping[str, Any] | None = None) -> Suite:
@@ -154,7 +154,7 @@ def load(path_or_name: str | Path, quick: bool = False, train: Mapping[str, Any]
     """
     name = str(path_or_name)
     if name in names():
-        values = json.loads((files("efft.compare") / "suites" / f"{name}.json").read_text("utf-8"))
+        values = json.loads((files("efft_lab.compare") / "suites" / f"{name}.json").read_text("utf-8"))
     elif Path(name).is_file():
         values = read_json(Path(name))
     else:

@@ -1,4 +1,4 @@
-"""A process that does runs: ``python -m efft.compare.worker`` reads one a line from stdin, answers with one a line."""
+"""A process that does runs: ``python -m efft_lab.compare.worker`` reads one run per line and answers with one line."""
 
 import json
 import os
@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from efft.compare.suite import TRIVIAL
-from efft.train import build, read_metrics, run
-from efft.train.config import TrainConfig
-from efft.train.probe import FeatureTask, Head, WithoutTest
+from efft_lab.compare.suite import TRIVIAL
+from efft_lab.train import build, read_metrics, run
+from efft_lab.train.config import TrainConfig
+from efft_lab.train.probe import FeatureTask, Head, WithoutTest
 
 # What decides a data set, and what decides the features of a frozen model on it.
 _DATA = (
@@ -53,7 +53,7 @@ def execute(stage: str, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _trivial(name: str, config: TrainConfig) -> float:
-    from efft.data import nearest_neighbours, trivial_baselines
+    from efft_lab.data import nearest_neighbours, trivial_baselines
 
     task = _task(config)
     return (nearest_neighbours(task) if name == "knn" else trivial_baselines(task)[name]) / 100

@@ -4,13 +4,13 @@
 is downloaded by an import; `load` and `fetch` say on stderr when they do.
 """
 
-from efft.data.baselines import nearest_neighbours, trivial_baselines
+from efft_lab.data.baselines import nearest_neighbours, trivial_baselines
 
-# The submodule `efft.data.fetch` is loaded by the next line, so that the function of the same name stays on the
-# package; `from efft.data.fetch import fetch_pypi` still finds the module.
-from efft.data.registry import describe, fetch, list_table, load, names
-from efft.data.task import NORMALIZATIONS, ROLES, ImageDataset, TaskData, TaskInfo
-from efft.data.vtab import vtab_hyperparameters
+# The submodule `efft_lab.data.fetch` is loaded by the next line, so that the function of the same name stays on the
+# package; `from efft_lab.data.fetch import fetch_pypi` still finds the module.
+from efft_lab.data.registry import describe, fetch, list_table, load, names
+from efft_lab.data.task import NORMALIZATIONS, ROLES, ImageDataset, TaskData, TaskInfo
+from efft_lab.data.vtab import vtab_hyperparameters
 
 __all__ = [
     "NORMALIZATIONS",

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from efft.data.task import ImageDataset, TaskData
+from efft_lab.data.task import ImageDataset, TaskData
 
 _SIDE = 16  # pixels of the thumbnails
 _PENALTIES = (1e1, 1e2, 1e3, 1e4, 1e5)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from efft.data.fetch import notify
-from efft.data.pictures import SUFFIXES, check_readable, files, folders
-from efft.data.splits import Indices, duplicate_groups, file_keys, stratified_split
-from efft.data.task import FileImages, Kind, Split, Splits, TaskInfo
+from efft_lab.data.fetch import notify
+from efft_lab.data.pictures import SUFFIXES, check_readable, files, folders
+from efft_lab.data.splits import Indices, duplicate_groups, file_keys, stratified_split
+from efft_lab.data.task import FileImages, Kind, Split, Splits, TaskInfo
 
 #: What the folder of a part may be called, in any case.
 PARTS = {

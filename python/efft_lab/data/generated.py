@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from efft.data.fetch import notify
-from efft.data.splits import stable_rng
-from efft.data.store import Prepared, load_or_build, vtab_style_splits
-from efft.data.task import Splits, TaskInfo
+from efft_lab.data.fetch import notify
+from efft_lab.data.splits import stable_rng
+from efft_lab.data.store import Prepared, load_or_build, vtab_style_splits
+from efft_lab.data.task import Splits, TaskInfo
 
 Floats = npt.NDArray[np.float64]
 

@@ -1,8 +1,8 @@
 """Segmentation: a folder of images and a folder of masks with the same names.
 
 ``images/a/1.jpg`` belongs to ``masks/a/1.png``. The two folders lie side by side, or so in each of ``train/``,
-``val/`` and ``test/``, or have these inside (``images/train/``, ``masks/train/``); `efft.data.folder` says what parts
-may be called and what is done about missing ones. A mask has one channel of class numbers from 0 on, in 1, 8 or 16 bits
+``val/`` and ``test/``, or have these inside (``images/train/``, ``masks/train/``); `efft_lab.data.folder` says what
+parts may be called and what is done about missing ones. A mask has one channel of class numbers from 0 on, in 1, 8 or 16 bits
 or as a palette; 255 is a pixel that does not count. ``classes.txt`` beside the folders may name the classes, one per
 line.
 """
@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from efft.data.fetch import notify
-from efft.data.folder import describe, find_parts, roles
-from efft.data.pictures import folders, pictures, pillow, size_upright
-from efft.data.task import IGNORED, FileImages, Splits, TaskInfo
+from efft_lab.data.fetch import notify
+from efft_lab.data.folder import describe, find_parts, roles
+from efft_lab.data.pictures import folders, pictures, pillow, size_upright
+from efft_lab.data.task import IGNORED, FileImages, Splits, TaskInfo
 
 IMAGES, MASKS = ("images", "image"), ("masks", "mask", "annotations", "labels")
 NAMES = "classes.txt"

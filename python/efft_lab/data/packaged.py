@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from efft.data import readers
-from efft.data.fetch import Archive, MissingToolError, fetch_archive, notify
-from efft.data.readers import Labelled
-from efft.data.splits import distinct, pixel_keys, stratified_split
-from efft.data.store import TRAIN, VAL, Prepared, load_or_build, vtab_style_splits
-from efft.data.task import Splits, TaskInfo
+from efft_lab.data import readers
+from efft_lab.data.fetch import Archive, MissingToolError, fetch_archive, notify
+from efft_lab.data.readers import Labelled
+from efft_lab.data.splits import distinct, pixel_keys, stratified_split
+from efft_lab.data.store import TRAIN, VAL, Prepared, load_or_build, vtab_style_splits
+from efft_lab.data.task import Splits, TaskInfo
 
 FOLDER = "packaged"
 POOL_LIMIT, TEST_LIMIT = 10_000, 2_000

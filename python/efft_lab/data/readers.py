@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from efft.data.fetch import extract_deb
-from efft.data.pictures import pillow
+from efft_lab.data.fetch import extract_deb
+from efft_lab.data.pictures import pillow
 
 DIGITS_SHA256 = "a19cb3d96bba7deace8ee5a513a6eb7bad0403d528f00bf4d351b6a7a55baa91"
 

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from efft.data import folder, generated, masks, packaged, table, torchvision_sets, vtab
-from efft.data.fetch import cache_dir
-from efft.data.splits import stratified_split
-from efft.data.task import Kind, Normalization, Preprocess, Split, Splits, TaskData, TaskInfo
+from efft_lab.data import folder, generated, masks, packaged, table, torchvision_sets, vtab
+from efft_lab.data.fetch import cache_dir
+from efft_lab.data.splits import stratified_split
+from efft_lab.data.task import Kind, Normalization, Preprocess, Split, Splits, TaskData, TaskInfo
 
 
 class _Source(Protocol):
@@ -61,8 +61,8 @@ def load(
     the authors of FacT. ``"half"`` (mean and std 0.5) is what timm records for the ImageNet-21k ViT weights.
 
     Args:
-        name_or_path: A name of `names`, or a folder of images (see `efft.data.folder`, `efft.data.masks` and
-            `efft.data.table`); a name wins over a folder, so write ``./count`` for a folder called count.
+        name_or_path: A name of `names`, or a folder of images (see `efft_lab.data.folder`, `efft_lab.data.masks` and
+            `efft_lab.data.table`); a name wins over a folder, so write ``./count`` for a folder called count.
         root: Folder that holds the data, or will: of VTAB-1K's tasks, of torchvision, or of prepared sets.
             Default: below ``$EFFT_HOME``, or ``~/.cache/efft``.
         image_size: Height and width of the images, in pixels.
@@ -118,7 +118,7 @@ def list_table() -> str:
     """A text table of all tasks.
 
     ``trivial`` is the best test accuracy, in percent, of predictors that see no objects: see
-    `efft.data.trivial_baselines`.
+    `efft_lab.data.trivial_baselines`.
     """
     rows = [("name", "group", "classes", "trivial", "download", "ready", "licence", "source")]
     for source in _SOURCES:

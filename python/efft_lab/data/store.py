@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from efft.data.splits import stratified_split
-from efft.data.task import ArrayImages, Split, Splits
-from efft.files import replacing
+from efft.saving.files import replacing
+from efft_lab.data.splits import stratified_split
+from efft_lab.data.task import ArrayImages, Split, Splits
 
 TRAIN, VAL = 800, 200  # VTAB-1K's sizes
 

@@ -1,7 +1,7 @@
 """Regression: a CSV file whose first column names image files and whose other columns are the values to predict.
 
 Its first line names the columns; image files are found from the folder of the CSV file. Either one file, or a folder
-with ``train.csv`` and perhaps ``val.csv`` and ``test.csv``; `efft.data.folder` says what parts may be called and
+with ``train.csv`` and perhaps ``val.csv`` and ``test.csv``; `efft_lab.data.folder` says what parts may be called and
 what is done about missing ones.
 """
 
@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from efft.data.folder import PARTS, describe, roles
-from efft.data.pictures import is_hidden
-from efft.data.task import FileImages, Splits, TaskInfo
+from efft_lab.data.folder import PARTS, describe, roles
+from efft_lab.data.pictures import is_hidden
+from efft_lab.data.task import FileImages, Splits, TaskInfo
 
 
 class ValuedImages(FileImages):

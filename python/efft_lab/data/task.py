@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from efft.data.pictures import as_rgb, pillow
+from efft_lab.data.pictures import as_rgb, pillow
 
 Role = Literal["train", "val", "trainval", "test"]
 ROLES: tuple[Role, ...] = ("train", "val", "trainval", "test")
@@ -32,15 +32,15 @@ class TaskInfo:
     """What is known about a task without reading its images.
 
     Args:
-        name: The name that `efft.data.load` takes, or the folder's name.
+        name: The name that `efft_lab.data.load` takes, or the folder's name.
         group: VTAB group; None for a user's own folder.
         classes: Number of classes; of values in regression.
         source: Where the images come from, with the pinned version where there is one.
         licence: Licence or terms of use, in a few words.
         class_names: One name per class or value, where known.
-        download_bytes: Size of what `efft.data.fetch` downloads; None where that is nothing or unknown.
+        download_bytes: Size of what `efft_lab.data.fetch` downloads; None where that is nothing or unknown.
         non_commercial: The licence forbids commercial use; loading needs ``allow_non_commercial=True``.
-        baselines: Test accuracy in percent of `efft.data.trivial_baselines` for seed 0, where measured.
+        baselines: Test accuracy in percent of `efft_lab.data.trivial_baselines` for seed 0, where measured.
         kind: What is predicted: a class for each image, a class for each pixel, or values for each image.
     """
 

@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from efft.data.fetch import notify
-from efft.data.splits import duplicate_groups, file_keys, stratified_split
-from efft.data.store import TRAIN, VAL
-from efft.data.task import Images, Split, Splits, TaskInfo
+from efft_lab.data.fetch import notify
+from efft_lab.data.splits import duplicate_groups, file_keys, stratified_split
+from efft_lab.data.store import TRAIN, VAL
+from efft_lab.data.task import Images, Split, Splits, TaskInfo
 
 FOLDER = "torchvision"
 _PREFIX = "torchvision:"

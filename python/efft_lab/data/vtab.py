@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from efft.data.task import FileImages, Role, Split, Splits, TaskInfo
+from efft_lab.data.task import FileImages, Role, Split, Splits, TaskInfo
 
 FOLDER = "vtab-1k"
 LISTS: dict[Role, str] = {
@@ -29,7 +29,7 @@ _HOW = (
     "or copy a folder built elsewhere"
 )
 
-_TASKS: dict[str, dict[str, Any]] = json.loads((files("efft.data") / "vtab1k.json").read_text("utf-8"))
+_TASKS: dict[str, dict[str, Any]] = json.loads((files("efft_lab.data") / "vtab1k.json").read_text("utf-8"))
 
 INFOS = {
     name: TaskInfo(

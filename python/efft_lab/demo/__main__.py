@@ -1,4 +1,4 @@
-"""``python -m efft.demo``: minutes on two CPU cores, and everything it claims is measured while it runs."""
+"""``python -m efft_lab.demo``: minutes on two CPU cores, and everything it claims is measured while it runs."""
 
 import argparse
 import sys
@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from torch.utils.data import Subset
 
-from efft.cli import run_command
-from efft.demo.settings import IMAGE_SIZE, TASKS, efft_config, fast_bf16, probe_config
+from efft_lab.cli import run_command
+from efft_lab.demo.settings import IMAGE_SIZE, TASKS, efft_config, fast_bf16, probe_config
 
 
 def main() -> int:
     """Parses the command line and runs the demo."""
-    parser = argparse.ArgumentParser(prog="python -m efft.demo", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m efft_lab.demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder to write (default: demo_out)")
     parser.add_argument(
         "--quick", action="store_true", help="a few minutes to see that everything works; accuracies mean little"
@@ -26,14 +26,14 @@ def main() -> int:
 
 def demo(out: Path, quick: bool) -> None:
     """Runs every task and writes report.md and demo.png."""
-    from efft.data import load
-    from efft.demo.report import TaskReport, draw, write_report
-    from efft.demo.verify import verify
-    from efft.models import resolve_image_size
-    from efft.models.dinov2 import NOTE
-    from efft.train import build, run
-    from efft.train.inference import predict
-    from efft.train.probe import linear_probe
+    from efft_lab.backbones import resolve_image_size
+    from efft_lab.backbones.dinov2 import NOTE
+    from efft_lab.data import load
+    from efft_lab.demo.report import TaskReport, draw, write_report
+    from efft_lab.demo.verify import verify
+    from efft_lab.train import build, run
+    from efft_lab.train.inference import predict
+    from efft_lab.train.probe import linear_probe
 
     started, reports = time.perf_counter(), []
     precision = "bf16 autocast: this machine is fast at it" if fast_bf16() else "fp32: no fast bf16 here"
@@ -65,7 +65,7 @@ def demo(out: Path, quick: bool) -> None:
         results = {"linear probe": probe.summary, "EFFT2": efft_run.summary}
         reports.append(TaskReport(task, folders, results, seconds, agreements, shown, predictions, labels))
 
-    command = " ".join(["python -m efft.demo", *sys.argv[1:]])
+    command = " ".join(["python -m efft_lab.demo", *sys.argv[1:]])
     print("\n" + write_report(reports, out, NOTE, command, time.perf_counter() - started))
     draw(reports, out / "demo.png")
     print(f"wrote {out / 'report.md'} and {out / 'demo.png'}")

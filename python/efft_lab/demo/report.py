@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 import efft_kernels
-from efft.demo.verify import Agreement
-from efft.train import read_metrics
+from efft_lab.demo.verify import Agreement
+from efft_lab.train import read_metrics
 
 if TYPE_CHECKING:
-    from efft.data import TaskData
+    from efft_lab.data import TaskData
 
 _SHOWN = 12  # test images per task, at most half of them wrong
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from efft.config import EfftConfig
-from efft.train.config import TrainConfig
+from efft_lab.train.config import TrainConfig
 
 TASKS = ("mnist5k", "count")
 IMAGE_SIZE = 70  # 26 tokens: minutes on two CPU cores

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import efft
-from efft import models
-from efft.train import build
-from efft.train.inference import device
-from efft.train.restore import load_trained
+from efft_lab import backbones
+from efft_lab.train import build
+from efft_lab.train.inference import device
+from efft_lab.train.restore import load_trained
 
 _IMAGES = 64
 _TOLERANCE = 1e-3  # of the largest logit; fp32 arithmetic in another order stays far below
@@ -64,7 +64,7 @@ def verify(model: nn.Module, run_folder: Path, data: Dataset[Any]) -> list[Agree
         base = _logits(model, images)
     given, answer = run_folder / "verify-images.safetensors", run_folder / "verify-logits.safetensors"
     save_file({"images": images}, given)
-    command = [sys.executable, "-m", "efft.demo.verify", str(run_folder), str(given), str(answer)]
+    command = [sys.executable, "-m", "efft_lab.demo.verify", str(run_folder), str(given), str(answer)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"`{' '.join(command)}` failed:\n{done.stderr}")
@@ -102,7 +102,7 @@ def _answer(run_folder: Path, given: Path, answer: Path) -> None:
     print(efft.merge(model))
     logits["merged"] = _logits(model, images)
     plain = build.create_model(config, model.get_classifier().out_features, weights=False).eval()  # type: ignore[operator]
-    models.load_strict(plain, load_file(run_folder / "merged.safetensors"), "merged.safetensors")
+    backbones.load_strict(plain, load_file(run_folder / "merged.safetensors"), "merged.safetensors")
     logits["merged file"] = _logits(plain, images)
     save_file(logits, answer)
 

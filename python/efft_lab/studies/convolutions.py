@@ -28,10 +28,10 @@ import torch
 from torch import nn
 
 import efft
-import efft.data
-from benchmarks.studies.side_by_side import LORA, RECIPE, record, rows
-from efft.data.task import ImageDataset, Split
-from efft.train import TrainConfig, run
+import efft_lab.data
+from efft_lab.data.task import ImageDataset, Split
+from efft_lab.studies.side_by_side import LORA, RECIPE, record, rows
+from efft_lab.train import TrainConfig, run
 
 SOURCE, TASK = "fashion-mnist", "animal-silhouettes"
 SIZE, EPOCHS = 48, 6
@@ -41,7 +41,7 @@ LAYERS = r"layer\d\.\d\.conv[12]"
 class Whole:
     """A task whose training images are all that its pool has, not the 1,000 that a seed draws."""
 
-    def __init__(self, task: efft.data.TaskData) -> None:
+    def __init__(self, task: efft_lab.data.TaskData) -> None:
         pool = task.train.images
         self.train = self.trainval = ImageDataset(Split(pool, np.arange(len(pool.labels))), task.train.preprocess)
         self.val = self.test = task.test
@@ -79,7 +79,7 @@ def study(source: Any, tasks: dict[int, Any], epochs: int) -> Iterator[dict[str,
         model.load_state_dict(state, strict=False)
         return model
 
-    recipes = {
+    recipes: dict[str, dict[str, Any]] = {
         "EFFT2": {"method": "efft", "efft": efft.EfftConfig.auto(rank=8, dropout=0.0, targets=[LAYERS])},
         "LoRA (peft)": {"method": LORA},
         "full fine-tuning": {"method": "full", "rates": (1e-4, 3e-4)},
@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--results", type=Path, metavar="FOLDER", help="for convolutions.jsonl")
     args = parser.parse_args(arguments)
-    tasks = {seed: efft.data.load(TASK, image_size=SIZE, seed=seed, max_test=1000) for seed in args.seeds}
-    source = Whole(efft.data.load(SOURCE, image_size=SIZE))
+    tasks = {seed: efft_lab.data.load(TASK, image_size=SIZE, seed=seed, max_test=1000) for seed in args.seeds}
+    source = Whole(efft_lab.data.load(SOURCE, image_size=SIZE))
     record("convolutions", study(source, tasks, epochs=3), args.results)
     return 0

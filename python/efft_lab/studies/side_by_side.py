@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.record import append, machine_facts
-from efft.baselines import peft_lora
-from efft.train import TrainConfig, methods, run
-from efft.train.probe import WithoutTest, linear_probe
+from efft_lab.baselines import peft_lora
+from efft_lab.record import append, machine_facts
+from efft_lab.train import TrainConfig, methods, run
+from efft_lab.train.probe import WithoutTest, linear_probe
 
 RECIPE: dict[str, Any] = {"epochs": 3, "batch_size": 16, "schedule_per": "update", "protocol": "final"}
 RATES = (1e-3, 3e-3)

@@ -3,7 +3,7 @@
     python -m benchmarks starts --tasks cifar10 orientation count
 
 Trains EFFT2 with the recipe of the suite ``local`` and its computed scale, from several starts. The directions are the
-pair of bases that keeps most of all matrices of a train (`benchmarks.studies.subspaces.shared_bases`): of their mean
+pair of bases that keeps most of all matrices of a train (`efft_lab.studies.subspaces.shared_bases`): of their mean
 gradient before the first step, or of the pretrained weights. Two kinds of start, both leaving the model as it was:
 
 - ``side``: as published, cores random and one of U and V zero; the other one holds the directions;
@@ -26,12 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.record import append, machine_facts
-from benchmarks.studies.side_by_side import method
-from benchmarks.studies.subspaces import SETS, matrices, mean_gradient, recipe, shared_bases
-from efft.train import TrainConfig, build, methods, run
 from efft_kernels import TTFactors
 from efft_kernels.nn.initialization import MOVEMENT
+from efft_lab.record import append, machine_facts
+from efft_lab.studies.side_by_side import method
+from efft_lab.studies.subspaces import SETS, matrices, mean_gradient, recipe, shared_bases
+from efft_lab.train import TrainConfig, build, methods, run
 
 KINDS = ("side", "cores")
 SOURCES = ("random", "gradient", "weights")

@@ -28,10 +28,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.record import append, machine_facts
-from efft.compare import suite as suites
-from efft.train import build, run
-from efft.train.config import TrainConfig
+from efft_lab.compare import suite as suites
+from efft_lab.record import append, machine_facts
+from efft_lab.train import build, run
+from efft_lab.train.config import TrainConfig
 
 #: What a set of matrices is called, and the types in it.
 SETS = {name: (name,) for name in ("q", "k", "v", "o", "fc1", "fc2")} | {

@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Dataset, TensorDataset
 
 import efft
-from benchmarks.record import machine_facts
-from benchmarks.studies.side_by_side import LORA, record, rows
+from efft_lab.record import machine_facts
+from efft_lab.studies.side_by_side import LORA, record, rows
 
 #: Package to what its name looks like in its own texts.
 PACKAGES = {
@@ -182,7 +182,7 @@ def study(weights: Path, seeds: Sequence[int]) -> Iterator[dict[str, Any]]:
 
     texts = {seed: splits(files, seed) for seed in seeds}
     tasks = {seed: tokenized(of_seed, folder) for seed, of_seed in texts.items()}
-    recipes = {
+    recipes: dict[str, dict[str, Any]] = {
         "EFFT2": {"method": "efft", "efft": efft.EfftConfig.auto(rank=16, dropout=0.0)},
         "LoRA (peft)": {"method": LORA},
         "linear probe": {"method": "linear", "epochs": 40},

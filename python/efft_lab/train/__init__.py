@@ -1,6 +1,6 @@
 """Training: one configuration, one function, one folder per run.
 
-    from efft.train import TrainConfig, run
+    from efft_lab.train import TrainConfig, run
 
     result = run(TrainConfig(data="mnist5k", epochs=10, schedule_per="update"), out="runs/mnist")
     print(result.summary["test_accuracy"])
@@ -8,10 +8,10 @@
 Importing this package loads neither timm nor accelerate; `run` does.
 """
 
-from efft.train.checkpoint import CheckpointError
-from efft.train.config import TrainConfig
-from efft.train.metrics import read_metrics
-from efft.train.runner import RunResult, run
-from efft.train.segmentation import Segmenter
+from efft_lab.train.checkpoint import CheckpointError
+from efft_lab.train.config import TrainConfig
+from efft_lab.train.metrics import read_metrics
+from efft_lab.train.runner import RunResult, run
+from efft_lab.train.segmentation import Segmenter
 
 __all__ = ["CheckpointError", "RunResult", "Segmenter", "TrainConfig", "read_metrics", "run"]

@@ -8,14 +8,14 @@ import torch
 from torch import nn
 
 import efft
-from efft import models
-from efft.train.config import TrainConfig
-from efft.train.methods import METHODS
-from efft.train.segmentation import Segmenter
-from efft.train.trackers import check_trackers
+from efft_lab import backbones
+from efft_lab.train.config import TrainConfig
+from efft_lab.train.methods import METHODS
+from efft_lab.train.segmentation import Segmenter
+from efft_lab.train.trackers import check_trackers
 
 if TYPE_CHECKING:
-    from efft.data import TaskData
+    from efft_lab.data import TaskData
 
 
 def make_accelerator(config: TrainConfig, trackers: Sequence[Any] = (), folder: Path | None = None) -> Any:
@@ -23,7 +23,7 @@ def make_accelerator(config: TrainConfig, trackers: Sequence[Any] = (), folder: 
 
     Args:
         config: the run.
-        trackers: names or objects of experiment trackers, see `efft.train.run`.
+        trackers: names or objects of experiment trackers, see `efft_lab.train.run`.
         folder: where trackers put files.
 
     Raises:
@@ -54,12 +54,12 @@ def make_accelerator(config: TrainConfig, trackers: Sequence[Any] = (), folder: 
 
 def load_task(config: TrainConfig) -> "TaskData":
     """The data set of the configuration, at the input size of its model."""
-    import efft.data
+    import efft_lab.data
 
-    return efft.data.load(
+    return efft_lab.data.load(
         config.data,
         root=config.data_root,
-        image_size=models.resolve_image_size(config.model, config.image_size),
+        image_size=backbones.resolve_image_size(config.model, config.image_size),
         normalization=config.normalization,
         seed=config.data_seed,
         max_test=config.max_test,
@@ -81,7 +81,7 @@ def create_model(config: TrainConfig, classes: int, weights: bool = True) -> nn.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         dense = config.task == "segmentation"
-        model = models.create(
+        model = backbones.create(
             config.model,
             0 if dense else classes,
             image_size=config.image_size,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from efft.files import replacing
+from efft.saving.files import replacing
 
 _FORMAT = 2
 # Fields of TrainConfig that only say how fast a run goes or how often it is saved.

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-from efft import typed
 from efft.config import AdapterConfig, EfftConfig
-from efft.files import read_json, replace_file
 from efft.methods import METHODS
-from efft.models import DEFAULT
-from efft.train import methods
+from efft.saving.files import read_json, replace_file
+from efft_lab import typed
+from efft_lab.backbones import DEFAULT
+from efft_lab.train import methods
 
 _ADAPTER_MARKS = ("format_version", "method")  # what EfftConfig.to_dict adds to its fields
 
@@ -21,7 +21,7 @@ _ADAPTER_MARKS = ("format_version", "method")  # what EfftConfig.to_dict adds to
 class TrainConfig:
     """A training run. The defaults are the recipe of the EFFT paper's public code (VTAB-1k: 1000 images, 100 epochs).
 
-    What cannot change a result (where to write, whether to resume) is an argument of `efft.train.run` instead.
+    What cannot change a result (where to write, whether to resume) is an argument of `efft_lab.train.run` instead.
     """
 
     data: str = "mnist5k"

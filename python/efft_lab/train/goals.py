@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from efft.targets import find_head
+from efft.planning.targets import find_head
 
 if TYPE_CHECKING:
-    from efft.train.config import TrainConfig
+    from efft_lab.train.config import TrainConfig
 
 IGNORED = 255  # in a mask: a pixel that counts for nothing
 

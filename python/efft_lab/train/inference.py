@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from efft.train.goals import Goal
+from efft_lab.train.goals import Goal
 
 
 def device() -> torch.device:

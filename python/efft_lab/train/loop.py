@@ -9,16 +9,16 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from efft import typed
 from efft.prune import prune, set_ranks
-from efft.train import build, checkpoint, outputs
-from efft.train.batches import EpochBatches
-from efft.train.config import TrainConfig
-from efft.train.goals import make_goal, shown
-from efft.train.metrics import MetricsLog
+from efft_lab import typed
+from efft_lab.train import build, checkpoint, outputs
+from efft_lab.train.batches import EpochBatches
+from efft_lab.train.config import TrainConfig
+from efft_lab.train.goals import make_goal, shown
+from efft_lab.train.metrics import MetricsLog
 
 if TYPE_CHECKING:
-    from efft.data import TaskData
+    from efft_lab.data import TaskData
 
 
 class Trainer:

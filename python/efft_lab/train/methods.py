@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 import efft
-from efft import baselines
+from efft_lab import baselines
 
 if TYPE_CHECKING:
-    from efft.train.config import TrainConfig
+    from efft_lab.train.config import TrainConfig
 
 
 def _factors(model: nn.Module, config: "TrainConfig") -> None:

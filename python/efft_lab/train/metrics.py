@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from efft.config import is_number
-from efft.train.checkpoint import CheckpointError
+from efft_lab.train.checkpoint import CheckpointError
 
 
 class MetricsLog:

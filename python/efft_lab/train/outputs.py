@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 import efft
-from efft.files import read_json, replace_file
-from efft.models import DEFAULT
-from efft.targets import find_head
-from efft.train import checkpoint
-from efft.train.config import TrainConfig
+from efft.planning.targets import find_head
+from efft.saving.files import read_json, replace_file
+from efft_lab.backbones import DEFAULT
+from efft_lab.train import checkpoint
+from efft_lab.train.config import TrainConfig
 
 CONFIG, METRICS, CHECKPOINT, RESULT = "config.json", "metrics.jsonl", "checkpoint.pt", "result.json"
 SAVED = ADAPTER, HEAD, MODEL, TRAINED = "adapter", "head.safetensors", "model.safetensors", "trained.safetensors"

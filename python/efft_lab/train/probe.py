@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-from efft.train.config import TrainConfig
-from efft.train.inference import collect, device
-from efft.train.runner import RunResult, run
+from efft_lab.train.config import TrainConfig
+from efft_lab.train.inference import collect, device
+from efft_lab.train.runner import RunResult, run
 
 if TYPE_CHECKING:
-    from efft.data import TaskData
+    from efft_lab.data import TaskData
 
 
 class FeatureTask:

@@ -8,12 +8,12 @@ from torch import nn
 
 import efft
 from efft.config import is_size, shown
-from efft.files import CONFIG
-from efft.io import read_description
-from efft.models import load_strict
-from efft.train import build, outputs
-from efft.train.checkpoint import restore_trained_state
-from efft.train.config import TrainConfig
+from efft.saving.files import CONFIG
+from efft.saving.io import read_description
+from efft_lab.backbones import load_strict
+from efft_lab.train import build, outputs
+from efft_lab.train.checkpoint import restore_trained_state
+from efft_lab.train.config import TrainConfig
 
 
 def load_trained(path: str | Path, checkpoint: str | Path | None = None) -> tuple[nn.Module, TrainConfig]:

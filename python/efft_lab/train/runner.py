@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from efft.train import build, outputs, trackers
-from efft.train.config import TrainConfig
-from efft.train.loop import Trainer
+from efft_lab.train import build, outputs, trackers
+from efft_lab.train.config import TrainConfig
+from efft_lab.train.loop import Trainer
 
 if TYPE_CHECKING:
-    from efft.data import TaskData
+    from efft_lab.data import TaskData
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class RunResult:
     Attributes:
         summary: the content of ``result.json``: accuracies, parameters, sizes, seconds, versions, configuration.
         model: the trained model in evaluation mode, with the selected weights; None if the folder held a finished
-            run, so that nothing was trained (`efft.train.restore.load_trained` reads it from there).
+            run, so that nothing was trained (`efft_lab.train.restore.load_trained` reads it from there).
     """
 
     summary: dict[str, Any]

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from efft import typed
-from efft.train.checkpoint import flat
-from efft.train.config import TrainConfig
+from efft_lab import typed
+from efft_lab.train.checkpoint import flat
+from efft_lab.train.config import TrainConfig
 
 PROJECT = "efft"
 
@@ -36,7 +36,7 @@ def start(accelerator: Any, folder: Path, config: TrainConfig, update: int) -> N
     """Begins the trackers of a run with its configuration.
 
     Args:
-        accelerator: made by `efft.train.build.make_accelerator`.
+        accelerator: made by `efft_lab.train.build.make_accelerator`.
         folder: for their files; W&B shows the name of the folder around it.
         config: the run.
         update: where a resumed run goes on; TensorBoard forgets what came after.

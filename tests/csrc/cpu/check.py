@@ -14,7 +14,7 @@ import torch
 
 from efft_kernels import build
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SANITIZERS = "-fsanitize=address,undefined"
 #: The backend of a test is the parameter called cpu, but so is the device of all others.
 OF_THE_BACKEND = "cpu and not (eager or reference or triton)"
@@ -81,7 +81,7 @@ def main(arguments: list[str]) -> None:
         subprocess.run(command, check=True)
     cache = ROOT / "build" / "sanitized"
     build_sanitized(ROOT, cache)
-    tests = ["tests/ops", *(str(path) for path in sorted((ROOT / "tests/native").glob("test_cpu_*.py")))]
+    tests = ["tests/efft_kernels/ops", *(str(path) for path in sorted((ROOT / "tests/csrc/cpu").glob("test_cpu_*.py")))]
     command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-k", OF_THE_BACKEND, *tests, *arguments]
     for isa in instruction_sets():
         print(f"the tests of the cpu backend under {SANITIZERS}, {isa}", flush=True)

@@ -1,4 +1,4 @@
-"""``python tests/native/portability.py WHEEL PYTHON...``: one wheel with the extension where Python and torch are not
+"""``python tests/csrc/cpu/portability.py WHEEL PYTHON...``: one wheel with the extension where Python and torch are not
 those that it was built with. Not part of the tests: the environments are several GB each.
 
 For each PYTHON, which has torch, numpy and safetensors: installs the wheel into an empty folder, runs the environment

@@ -13,7 +13,7 @@ import pytest
 
 from efft_kernels import build, native
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CPU = "libefft_cpu-"
 
 

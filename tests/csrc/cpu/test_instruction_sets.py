@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from efft_kernels import build, native
-from tests.native.check import OF_THE_BACKEND, ROOT, instruction_sets
+from tests.csrc.cpu.check import OF_THE_BACKEND, ROOT, instruction_sets
 
 pytestmark = pytest.mark.skipif(native.MISSING["cpu"] is not None, reason=native.MISSING["cpu"] or "")
 
@@ -34,7 +34,7 @@ def test_a_name_that_is_none_is_refused() -> None:
 @pytest.mark.parametrize("isa", instruction_sets()[1:])
 def test_lesser_sets(isa: str) -> None:
     """The best one is what all other tests use."""
-    tests = ["tests/native/test_cpu_numbers.py", "tests/ops"]
+    tests = ["tests/csrc/cpu/test_cpu_numbers.py", "tests/efft_kernels/ops"]
     done = run(isa, "-m", "pytest", "-q", "-m", "not slow", "-k", f"(any or numbers) and {OF_THE_BACKEND}", *tests)
     assert done.returncode == 0, done.stdout[-4000:]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.native.check import ROOT, build_sanitized, instruction_sets, sanitized
+from tests.csrc.cpu.check import ROOT, build_sanitized, instruction_sets, sanitized
 
 #: A line of low_rank.h, and what writes one float past the end of a buffer of its own.
 RIGHT = "store(target + j, load(source + j, count), count); });"

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import efft
-from efft.inject import adapted_layers
-from efft.io import read_description
+from efft.adapting.inject import adapted_layers
+from efft.saving.io import read_description
 from efft_kernels.nn.initialization import MOVEMENT
 
 Make = Callable[..., nn.Module]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import efft
-from efft.io import read_description
+from efft.saving.io import read_description
 from tests.adapter_files import edit_config
 
 CONFIG = {"targets": ["conv1", "conv2"], "rank": 2, "head": ["fc"]}

@@ -20,7 +20,7 @@ pytest.importorskip("accelerate", reason="needs the train extra")
 
 from tests.efft import distributed_run as run
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")

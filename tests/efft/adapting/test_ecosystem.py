@@ -21,7 +21,7 @@ import efft
 from efft_kernels import EfftLinear, TTFactors
 
 Make = Callable[..., nn.Module]
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from efft.integrations.experts import AdaptedExperts, DispatchedExperts, adapt_experts, experts_of
+from efft.adapting.experts import AdaptedExperts, DispatchedExperts, adapt_experts, experts_of
 from efft_kernels import Site, TTFactors
 from efft_kernels.nn.parameter import restore_module
 from tests.adapted_experts import AdaptedModel
@@ -183,7 +183,7 @@ def test_a_pickle_that_another_process_reads(tmp_path: Path) -> None:
     )
     torch.save((module, adapted.bank, arguments, module(*arguments)), tmp_path / "all")
     code = (
-        "import sys, torch; from efft.integrations.experts import DispatchedExperts\n"
+        "import sys, torch; from efft.adapting.experts import DispatchedExperts\n"
         "module, _, arguments, y = torch.load(sys.argv[1], weights_only=False)\n"
         "assert isinstance(module, DispatchedExperts) and torch.equal(module(*arguments), y)"
     )

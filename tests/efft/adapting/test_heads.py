@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import efft
-from efft.heads import find_head, is_language_model
+from efft.adapting.heads import find_head, is_language_model
 
 Make = Callable[..., nn.Module]
 
@@ -167,4 +167,4 @@ def test_shared_heads_are_saved_once(tmp_path: Any) -> None:
 
 
 def test_its_place_before() -> None:
-    assert importlib.import_module("efft.targets").find_head is find_head
+    assert importlib.import_module("efft.planning.targets").find_head is find_head

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import efft
 from efft_kernels import TTFactors
 from efft_kernels.nn.factors import Masks
-from tests.efft.paper_code import Draw, Kept, Train, attach_efft1, attach_efft2
+from tests.efft.adapting.paper_code import Draw, Kept, Train, attach_efft1, attach_efft2
 
 Make = Callable[..., nn.Module]
 

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.nn.utils import spectral_norm as old_spectral_norm
 
 import efft
-from efft.wrappers import unwrap
+from efft.adapting.wrappers import unwrap
 
 Make = Callable[..., nn.Module]
 

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 
 import efft
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 class _Again(torch.autograd.Function):

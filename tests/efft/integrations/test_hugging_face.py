@@ -19,9 +19,9 @@ peft = pytest.importorskip("peft", reason="needs the hf extra")
 pytest.importorskip("accelerate", reason="needs the train extra")
 
 from efft.integrations.peft import EfftPeftConfig  # noqa: E402  # it needs peft
-from tests.efft.test_transformers import inputs, make  # noqa: E402
+from tests.efft.planning.test_transformers import inputs, make  # noqa: E402
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 MODELS = ("vit", "swin", "clip", "bert")
 
 #: A process that loads what was saved: by this library, by peft with it, and by peft alone.

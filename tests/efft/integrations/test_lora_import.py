@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import efft
-from efft.inject import adapted_layers
+from efft.adapting.inject import adapted_layers
 from tests.adapter_files import CONFIG, WEIGHTS
 
 peft = pytest.importorskip("peft", reason="needs the hf extra")

@@ -25,7 +25,7 @@ timm = pytest.importorskip("timm", reason="needs the vision extra")
 
 from efft.integrations.peft import EfftLayer, EfftPeftConfig  # noqa: E402  # it needs peft
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_labels": 5}
 PIXELS = {"pixel_values": torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))}
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 import efft
 from efft import methods
+from efft.adapting.inject import adapted_layers
 from efft.config import AdapterConfig
-from efft.inject import adapted_layers
 from efft.params import count_plan
-from efft.plan import make_plan
+from efft.planning.plan import make_plan
 from tests.adapter_files import edit_config
 
 Make = Callable[..., nn.Module]
@@ -324,7 +324,7 @@ def test_wrong_values_are_refused(values: dict[str, Any], message: str) -> None:
 def test_the_page_on_adding_a_method(
     tiny_vit: Make, images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "add-a-method.md").read_text()
+    page = (Path(__file__).parents[3] / "docs" / "add-a-method.md").read_text()
     code = page.split("```python\n")[1].split("```")[0]
     assert len(code.splitlines()) < 80
     (tmp_path / "tied_lora.py").write_text(code)

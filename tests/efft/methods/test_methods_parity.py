@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import efft
 from efft import methods
+from efft.adapting.inject import adapted_layers
 from efft.config import AdapterConfig
-from efft.inject import adapted_layers
 
 Make = Callable[..., nn.Module]
 Factors = dict[str, Tensor]

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.models import architectures, examine
 
-PAGE = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+PAGE = (Path(__file__).parents[3] / "docs" / "models.md").read_text()
 #: Every n-th architecture; all of them take minutes (``python -m benchmarks models``).
 EVERY = {"timm": 60, "transformers": 60}
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import efft
-from efft.inject import adapted_layers
+from efft.adapting.inject import adapted_layers
 from efft.methods import LoRAConfig, LoRETTAAdpConfig
 from efft_kernels import EfftConv2d, EfftLinear
 

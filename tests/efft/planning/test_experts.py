@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import efft
-from efft.integrations.experts import AdaptedExperts, adapt_experts, experts_of, intercept
+from efft.adapting.experts import AdaptedExperts, adapt_experts, experts_of, intercept
 from efft_kernels import ExpertWeight, Site, TTFactors
 from efft_kernels.nn.adapt import adapt, cannot_adapt, named_adapted_weights, restore
 from efft_kernels.nn.parameter import restore_module

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import efft
 from efft_kernels import ExpertWeight
-from tests.efft.families import FAMILIES, Inputs, make, output_of
+from tests.efft.planning.families import FAMILIES, Inputs, make, output_of
 
 #: What is in a block, by the names that these families have for their blocks.
 BLOCKS = re.compile(r"(blocks?|layers?|stages|features|network|groups|\bh)\.\d+\.|layer_?\d+\.|\bs\d\.b\d+\.")

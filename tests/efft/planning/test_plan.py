@@ -16,7 +16,7 @@ from torch import nn
 
 import efft
 from efft.params import ParameterCount, count_plan
-from efft.plan import make_plan
+from efft.planning.plan import make_plan
 from efft_kernels import Site
 
 Make = Callable[..., nn.Module]

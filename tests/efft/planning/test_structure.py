@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import efft
 from efft.methods import LoRAConfig
-from efft.structure import parts_of, structure_of
+from efft.planning.structure import parts_of, structure_of
 
 
 class Expert(nn.Module):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import efft
-from efft.targets import find_head, find_targets
+from efft.planning.targets import find_head, find_targets
 
 Make = Callable[..., nn.Module]
 VIT_LAYERS = [f"blocks.{i}.{n}" for i in (0, 1) for n in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]

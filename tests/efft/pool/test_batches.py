@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import efft
-from efft.batches import find_layouts
+from efft.pool.batches import find_layouts
 
 Make = Callable[..., nn.Module]
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "vocab_size": 32}

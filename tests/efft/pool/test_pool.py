@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import efft
-from efft import files, methods
+from efft import methods
+from efft.saving import files
 from efft_kernels.nn.pooled import PooledLinear
 from efft_kernels.testing import assert_close_budget
 from tests.adapter_files import edit_config

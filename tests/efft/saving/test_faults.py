@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import efft
-from efft.files import write_adapter
+from efft.saving.files import write_adapter
 from efft_kernels import choice
 from tests.adapter_files import CONFIG, WEIGHTS, edit_config, edit_weights, write_weights
 from tests.hostile import at_most, within
@@ -33,7 +33,7 @@ Unchanged = Callable[[nn.Module], AbstractContextManager[None]]
 Case = Callable[..., None]
 Refused = Callable[..., AbstractContextManager[None]]
 
-PAGE = (Path(__file__).parents[2] / "docs" / "faults.md").read_text()
+PAGE = (Path(__file__).parents[3] / "docs" / "faults.md").read_text()
 ROWS = dict(re.findall(r"^\| (.+?) \| (.+ \| .+) \|$", PAGE, re.MULTILINE))
 GB = 2**30
 
@@ -225,7 +225,7 @@ def killing(calls: int) -> Callable[..., None]:
 def test_killed_while_saving(
     saved: tuple[nn.Module, Path], randomize: Make, tiny_vit: Make, images: Tensor, case: Case
 ) -> None:
-    """Wherever: tests/efft/test_files.py kills at every line."""
+    """Wherever: tests/efft/saving/test_files.py kills at every line."""
     model, folder = saved
     old = model(images)
     randomize(model, seed=9)
@@ -262,7 +262,7 @@ def test_two_processes_save_into_one_folder(tmp_path: Path, case: Case) -> None:
 
 
 def test_backbones_with_code_in_them(tiny_vit: Make, refused: Refused, unchanged: Unchanged, tmp_path: Path) -> None:
-    from efft.models import load_backbone
+    from efft_lab.backbones import load_backbone
 
     model, path = tiny_vit(num_classes=0), tmp_path / "backbone.pth"
     torch.save({"model": Code(tmp_path / "ran")}, path)
@@ -274,7 +274,7 @@ def test_backbones_with_code_in_them(tiny_vit: Make, refused: Refused, unchanged
 @pytest.mark.parametrize("name", ["training checkpoint cut off", "training checkpoint with code in it"])
 def test_training_checkpoints(name: str, refused: Refused, tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="needs the train extra")
-    from efft.train import CheckpointError, checkpoint
+    from efft_lab.train import CheckpointError, checkpoint
 
     path = tmp_path / "checkpoint.pt"
     if name.endswith("off"):
@@ -289,7 +289,7 @@ def test_training_checkpoints(name: str, refused: Refused, tmp_path: Path) -> No
 
 def test_suites_without_end(refused: Refused, tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="needs the train extra")
-    from efft.compare import suite
+    from efft_lab.compare import suite
 
     sparse(tmp_path / "suite.json", GB)
     with refused("suite of 1 GB"):
@@ -297,7 +297,7 @@ def test_suites_without_end(refused: Refused, tmp_path: Path) -> None:
 
 
 def test_damaged_images(refused: Refused, tmp_path: Path) -> None:
-    from efft.data.task import FileImages
+    from efft_lab.data.task import FileImages
 
     (tmp_path / "image.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     with refused("image cut off", OSError):

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 import efft
-from efft import files
-from efft.files import CARD, CONFIG, WEIGHTS, read_description, read_weights, replace_file, write_adapter
+from efft.saving import files
+from efft.saving.files import CARD, CONFIG, WEIGHTS, read_description, read_weights, replace_file, write_adapter
 
 Make = Callable[..., nn.Module]
 

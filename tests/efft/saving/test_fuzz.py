@@ -20,7 +20,7 @@ from torch import nn
 
 import efft
 from efft.methods import METHODS, config_from_dict
-from efft.models import load_backbone
+from efft_lab.backbones import load_backbone
 from tests.adapter_files import CONFIG, WEIGHTS, record, write_weights
 from tests.hostile import altered, at_most, damaged, fuzz
 

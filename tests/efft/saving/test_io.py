@@ -19,12 +19,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import efft
-from efft.io import read_description
+from efft.saving.io import read_description
 from tests.adapter_files import CARD, CONFIG, WEIGHTS, edit_config, edit_weights
 
 Make = Callable[..., nn.Module]
 Unchanged = Callable[[nn.Module], AbstractContextManager[None]]
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 # --- what is written --------------------------------------------------------------------------------------------------
 

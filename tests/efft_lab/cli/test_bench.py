@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks.__main__ import COMMANDS, main
-from efft.cli import bench
-from efft.cli import main as efft
+from efft_lab.cli import bench
+from efft_lab.cli import main as efft
 
 
 def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:

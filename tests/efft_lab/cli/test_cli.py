@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 import efft
-from efft.cli import main
-from efft.train import TrainConfig, read_metrics
-from efft.train.restore import load_trained
+from efft_lab.cli import main
+from efft_lab.train import TrainConfig, read_metrics
+from efft_lab.train.restore import load_trained
 
 for package in ("accelerate", "timm", "tyro", "sklearn"):
     pytest.importorskip(package, reason="needs the dev extra")
@@ -274,8 +274,13 @@ def test_documented_commands_are_understood(
     (tmp_path / "my_suite.json").write_text((ROOT / "efft/compare/suites/local.json").read_text())
     monkeypatch.chdir(tmp_path)
     for function in (
-        *("efft.train.run", "efft.train.restore.load_trained", "efft.data.list_table", "efft_kernels.env.report"),
-        *("efft.compare.runner.compare", "efft.compare.report.write", "efft.cli.inspect.model_table"),
+        *(
+            "efft_lab.train.run",
+            "efft_lab.train.restore.load_trained",
+            "efft_lab.data.list_table",
+            "efft_kernels.env.report",
+        ),
+        *("efft_lab.compare.runner.compare", "efft_lab.compare.report.write", "efft_lab.cli.inspect.model_table"),
     ):
         monkeypatch.setattr(function, reached)
     assert fails(capsys, *shlex.split(efft_words)) == "efft: error: the work begins\n"
@@ -293,14 +298,14 @@ def test_options_by_their_names_in_configuration_files(monkeypatch: pytest.Monke
         seen.append(config)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("efft.train.run", note)
+    monkeypatch.setattr("efft_lab.train.run", note)
     assert (
         main(["train", "--efft.scale", "auto", "--efft.rank=4", "--targets", "attn.qkv", "--exclude", "mlp.fc1"]) == 130
     )
     assert (seen[0].efft.scale, seen[0].efft.rank) == ("auto", 4)
-    assert (seen[0].efft.targets, seen[0].efft.exclude) == (["attn.qkv"], ["mlp.fc1"])
+    assert (seen[0].efft.planning.targets, seen[0].efft.exclude) == (["attn.qkv"], ["mlp.fc1"])
     assert main(["train", "--targets", "mhsa"]) == 130
-    assert seen[1].efft.targets == "mhsa"
+    assert seen[1].efft.planning.targets == "mhsa"
 
 
 @pytest.mark.parametrize(
@@ -337,7 +342,7 @@ def test_interrupt_points_to_resume(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("efft.train.run", interrupt)
+    monkeypatch.setattr("efft_lab.train.run", interrupt)
     assert main(["train", *SMALL]) == 130
     assert "interrupted; the same command with --resume goes on" in capsys.readouterr().err
 
@@ -355,7 +360,7 @@ def test_usage_and_lists(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_reader_may_stop_early() -> None:
     """As in `efft data list | head -1`: no traceback."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT.parent)])}
-    command = [sys.executable, "-c", "import sys; from efft.cli import main; sys.exit(main(['data', 'list']))"]
+    command = [sys.executable, "-c", "import sys; from efft_lab.cli import main; sys.exit(main(['data', 'list']))"]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as done:
         done.stdout.close()
         assert (done.stderr.read(), done.wait()) == ("", 141)
@@ -363,9 +368,9 @@ def test_a_reader_may_stop_early() -> None:
 
 def test_light_commands_load_no_heavy_package() -> None:
     program = (
-        "import sys\nfrom efft.cli import main\n"
+        "import sys\nfrom efft_lab.cli import main\n"
         "assert main(['env']) == 0 and main(['--help']) == 0\n"
-        "import efft.models, efft.train\n"
+        "import efft_lab.backbones, efft_lab.train\n"
         "loaded = {'timm', 'torchvision', 'accelerate', 'tyro', 'matplotlib', 'onnx'} & set(sys.modules)\n"
         "assert not loaded, loaded\n"
     )

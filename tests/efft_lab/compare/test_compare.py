@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-import efft
-from efft.cli import main
-from efft.compare import suite as suites
-from efft.compare import worker
-from efft.compare.plan import Plan
-from efft.compare.store import Store, read
+import efft_lab.data
+from efft_lab.cli import main
+from efft_lab.compare import suite as suites
+from efft_lab.compare import worker
+from efft_lab.compare.plan import Plan
+from efft_lab.compare.store import Store, read
 
-ROOT = Path(efft.__file__).parents[1]
+ROOT = Path(efft_lab.__file__).parents[1]
 Write = Callable[[dict[str, Any]], Path]
 
 
@@ -96,7 +96,7 @@ def test_killed_at_once_it_goes_on_without_losing_or_repeating_a_run(
 
 
 def test_same_task_and_seed_give_the_same_numbers(tiny: dict[str, Any]) -> None:
-    from efft.compare.suite import Suite
+    from efft_lab.compare.suite import Suite
 
     timing = ("seconds", "cpu_seconds", "images_per_second")
     for run in Plan(Suite(**tiny)).ready({}):
@@ -111,8 +111,8 @@ def test_same_task_and_seed_give_the_same_numbers(tiny: dict[str, Any]) -> None:
 
 
 def test_search_never_reads_the_test_split(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    from efft.compare.suite import Suite
-    from efft.train import build
+    from efft_lab.compare.suite import Suite
+    from efft_lab.train import build
 
     load = build.load_task
 
@@ -137,8 +137,8 @@ def test_search_never_reads_the_test_split(tiny: dict[str, Any], monkeypatch: py
 
 
 def test_probe_on_cached_features_is_the_probe_of_the_trainer(tiny: dict[str, Any], tmp_path: Path) -> None:
-    from efft.compare.suite import Suite
-    from efft.train import TrainConfig, run
+    from efft_lab.compare.suite import Suite
+    from efft_lab.train import TrainConfig, run
 
     tiny["train"]["epochs"] = 3
     (planned, *_) = Plan(Suite(**tiny)).finals("digits", "probe", {})
@@ -224,7 +224,7 @@ def _record(run: Any, accuracy: float) -> dict[str, Any]:
     validation = run.settings.get("lr", 0)
     return {
         **{name: getattr(run, name) for name in ("key", "task", "method", "stage", "seed", "settings")},
-        **{"test_accuracy": accuracy, "val_accuracy": validation, "group": efft.data.describe(run.task).group},
+        **{"test_accuracy": accuracy, "val_accuracy": validation, "group": efft_lab.data.describe(run.task).group},
         **{"trainable_parameters": 1650, "head_parameters": 650, "seconds": 2, **facts},
     }
 

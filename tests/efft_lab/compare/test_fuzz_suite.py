@@ -11,12 +11,12 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from efft.compare import store
-from efft.compare import suite as suites
-from efft.compare.plan import Plan
+from efft_lab.compare import store
+from efft_lab.compare import suite as suites
+from efft_lab.compare.plan import Plan
 from tests.hostile import altered, at_most, damaged, fuzz
 
-LOCAL = json.loads((files("efft.compare") / "suites" / "local.json").read_text("utf-8"))
+LOCAL = json.loads((files("efft_lab.compare") / "suites" / "local.json").read_text("utf-8"))
 
 
 def planned_or_refused(path: Path, quick: bool) -> None:

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-import efft.data
-from benchmarks.record import RESULTS
-from efft.compare import suite as suites
-from efft.compare.plan import Plan
-from efft.compare.store import read
-from efft.compare.suite import Suite, merged
+import efft_lab.data
+from efft_lab.compare import suite as suites
+from efft_lab.compare.plan import Plan
+from efft_lab.compare.store import read
+from efft_lab.compare.suite import Suite, merged
+from efft_lab.record import RESULTS
 
 Write = Callable[[dict[str, Any]], Path]
 
@@ -90,7 +90,7 @@ def test_published_settings_of_the_paper_by_task() -> None:
         for method, variant in (("EFFT1", "efft1"), ("EFFT2", "efft2")):
             (run,) = plan.finals(task, method, {})
             given = {name: run.config["efft"][name] for name in ("rank", "scale", "init")}
-            assert given == efft.data.vtab_hyperparameters(task, variant)
+            assert given == efft_lab.data.vtab_hyperparameters(task, variant)
             assert run.config["efft"].get("variant", "efft2") == variant
 
 
@@ -115,8 +115,8 @@ def test_local_suite_is_what_it_says() -> None:
     full, quick = Plan(suites.load("local")), Plan(suites.load("local", quick=True))
     tasks = full.suite.tasks
     assert len(tasks) >= 6
-    assert {efft.data.describe(task).group for task in tasks} == {"natural", "specialized", "structured"}
-    assert not any(efft.data.describe(task).non_commercial for task in tasks)
+    assert {efft_lab.data.describe(task).group for task in tasks} == {"natural", "specialized", "structured"}
+    assert not any(efft_lab.data.describe(task).non_commercial for task in tasks)
     assert len(full.suite.seeds) >= 5
     assert len(full.suite.methods) >= 8
     assert quick.suite.name == "local-quick"

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from efft.compare import plots
-from efft.compare.plan import Plan
-from efft.compare.suite import Suite
+from efft_lab.compare import plots
+from efft_lab.compare.plan import Plan
+from efft_lab.compare.suite import Suite
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from efft.compare import statistics
-from efft.compare.scores import Scores, collect, groups, weights
+from efft_lab.compare import statistics
+from efft_lab.compare.scores import Scores, collect, groups, weights
 
 TASKS = {"a": "natural", "b": "natural", "c": "structured"}
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from efft.cli import main
-from efft.compare.scores import groups, weights
-from efft.compare.store import read
-from efft.data.vtab import INFOS, LISTS
+from efft_lab.cli import main
+from efft_lab.compare.scores import groups, weights
+from efft_lab.compare.store import read
+from efft_lab.data.vtab import INFOS, LISTS
 
 Image = pytest.importorskip("PIL.Image", reason="reading images needs the vision extra")
 SIZES = {"train": 6, "val": 3, "trainval": 9, "test": 5}
@@ -80,7 +80,7 @@ def test_all_tasks(data: Path, checkpoint: Path, tmp_path: Path) -> None:
 
 def test_published_table_has_the_published_averages() -> None:
     """Categorical means as the literature prints them: a slip in copying 19 numbers would show."""
-    published = json.loads((files("efft.compare") / "published_vtab1k.json").read_text("utf-8"))
+    published = json.loads((files("efft_lab.compare") / "published_vtab1k.json").read_text("utf-8"))
     tasks = {name: info.group for name, info in INFOS.items()}
     share = weights(tasks, categorical=True)
     printed = {

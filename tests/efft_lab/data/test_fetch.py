@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-import efft.data
-from efft.data.fetch import Archive, MissingToolError, cache_dir, extract_deb, fetch_archive, fetch_pypi
+import efft_lab.data
+from efft_lab.data.fetch import Archive, MissingToolError, cache_dir, extract_deb, fetch_archive, fetch_pypi
 
 needs_pip = pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="this Python has no pip")
 
@@ -52,8 +52,8 @@ def files(folder: Path) -> list[str]:
 
 
 def test_function_and_module_of_the_same_name_both_work() -> None:
-    assert callable(efft.data.fetch)
-    assert sys.modules["efft.data.fetch"].fetch_pypi is fetch_pypi
+    assert callable(efft_lab.data.fetch)
+    assert sys.modules["efft_lab.data.fetch"].fetch_pypi is fetch_pypi
 
 
 def test_cache_folder(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,8 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from efft.data import readers, store, vtab
-from efft.data.task import FileImages
+from efft_lab.data import readers, store, vtab
+from efft_lab.data.task import FileImages
 from tests.hostile import at_most, damaged, fuzz
 
 PIXELS = np.arange(12 * 10 * 3, dtype=np.uint8).reshape(12, 10, 3)

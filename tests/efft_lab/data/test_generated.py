@@ -5,8 +5,8 @@ import hashlib
 import numpy as np
 import pytest
 
-from efft.data import generated
-from efft.data.splits import stable_rng
+from efft_lab.data import generated
+from efft_lab.data.splits import stable_rng
 
 N = 480
 HASHES = {

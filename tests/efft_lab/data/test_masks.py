@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import efft.data
+import efft_lab.data
 
 Write = Callable[[Path, int], Path]  # images of 5 x 6 pixels
 
@@ -35,8 +35,8 @@ def folder(tmp_path: Path, write_image: Write) -> Path:
     return tmp_path / "cells"
 
 
-def load(folder: Path, **options: Any) -> efft.data.TaskData:
-    return efft.data.load(folder, kind="segmentation", **options)
+def load(folder: Path, **options: Any) -> efft_lab.data.TaskData:
+    return efft_lab.data.load(folder, kind="segmentation", **options)
 
 
 def test_one_pair_of_folders_is_divided(folder: Path) -> None:
@@ -155,4 +155,4 @@ def test_other_folders(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"expected one folder masks/ in .*, found images/, other/"):
         load(folder)
     with pytest.raises(ValueError, match="digits is a task of classification, not of segmentation"):
-        efft.data.load("digits", kind="segmentation")
+        efft_lab.data.load("digits", kind="segmentation")

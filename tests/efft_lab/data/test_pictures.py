@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from efft.data.pictures import as_rgb, check_readable
-from efft.data.task import FileImages
+from efft_lab.data.pictures import as_rgb, check_readable
+from efft_lab.data.task import FileImages
 
 Array = Any
 

@@ -6,14 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import efft.data
+import efft_lab.data
 
 
 def test_names_are_unique_and_described() -> None:
-    names = efft.data.names()
+    names = efft_lab.data.names()
     assert len(names) == len(set(names)) == 39
     for name in names:
-        info = efft.data.describe(name)
+        info = efft_lab.data.describe(name)
         assert info.name == name
         assert info.classes > 1
         assert info.source
@@ -23,15 +23,15 @@ def test_names_are_unique_and_described() -> None:
 
 def test_unknown_name_lists_near_ones() -> None:
     with pytest.raises(ValueError, match=r"'cifar1' is no known task \(near names: .*cifar10"):
-        efft.data.describe("cifar1")
+        efft_lab.data.describe("cifar1")
     with pytest.raises(ValueError, match=r"near names: mnist5k, .*torchvision:mnist.*nor is there a folder"):
-        efft.data.load("mnist")
+        efft_lab.data.load("mnist")
     with pytest.raises(ValueError, match=r"'\?' is no known task \(known: mnist5k, digits, "):
-        efft.data.fetch("?")
+        efft_lab.data.fetch("?")
 
 
 def test_non_commercial_set_needs_consent_before_anything_is_fetched(home: Path) -> None:
-    for call in (efft.data.load, efft.data.fetch):
+    for call in (efft_lab.data.load, efft_lab.data.fetch):
         with pytest.raises(
             PermissionError, match=r"elpv \(CC-BY-NC-SA-4\.0\) forbids commercial use.*--allow-non-comm"
         ):
@@ -40,8 +40,8 @@ def test_non_commercial_set_needs_consent_before_anything_is_fetched(home: Path)
 
 
 def test_table_lists_every_task(home: Path) -> None:
-    lines = efft.data.list_table().splitlines()
-    assert [line.split()[0] for line in lines] == ["name", *efft.data.names()]
+    lines = efft_lab.data.list_table().splitlines()
+    assert [line.split()[0] for line in lines] == ["name", *efft_lab.data.names()]
     assert lines[0].split() == ["name", "group", "classes", "trivial", "download", "ready", "licence", "source"]
     row = next(line for line in lines if line.startswith("mnist5k"))
     assert row.split()[1:7] == ["natural", "10", "80.0", "1.4", "MB", "no"]
@@ -53,21 +53,21 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The generated tasks, drawn once for this file."""
     root = tmp_path_factory.mktemp("generated")
     for name in ("count", "x-location", "orientation"):
-        efft.data.fetch(name, root=root)
+        efft_lab.data.fetch(name, root=root)
     return root
 
 
 @pytest.mark.parametrize("name", ["count", "x-location", "orientation"])
 def test_generated_tasks_and_their_recorded_baselines(name: str, drawn: Path) -> None:
-    task = efft.data.load(name, root=drawn)
+    task = efft_lab.data.load(name, root=drawn)
     assert [len(task.train), len(task.val), len(task.trainval), len(task.test)] == [800, 200, 1000, 2000]
-    recorded = efft.data.describe(name).baselines
+    recorded = efft_lab.data.describe(name).baselines
     # Half a point of room: a rounding in the linear solver may turn a few of 2,000 predictions.
-    assert efft.data.trivial_baselines(task) == pytest.approx(recorded, abs=0.5)
+    assert efft_lab.data.trivial_baselines(task) == pytest.approx(recorded, abs=0.5)
 
 
 def test_generated_task_is_drawn_once(drawn: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    efft.data.load("x-location", root=drawn, seed=3)
+    efft_lab.data.load("x-location", root=drawn, seed=3)
     assert capfd.readouterr().err == ""
 
 
@@ -82,39 +82,39 @@ def test_baselines_of_a_task_that_is_trivial(tmp_path: Path) -> None:
             image.paste(255, (0, 0, 4, 4))
         (tmp_path / name).mkdir(exist_ok=True)
         image.save(tmp_path / name / f"{number}.png")
-    task = efft.data.load(tmp_path)
-    assert efft.data.trivial_baselines(task) == {"majority": 75.0, "ink": 100.0, "pixels": 100.0}
-    assert efft.data.nearest_neighbours(task) == 100.0
+    task = efft_lab.data.load(tmp_path)
+    assert efft_lab.data.trivial_baselines(task) == {"majority": 75.0, "ink": 100.0, "pixels": 100.0}
+    assert efft_lab.data.nearest_neighbours(task) == 100.0
 
 
 def test_nearest_neighbours_against_scikit_learn(drawn: Path) -> None:
     neighbors = pytest.importorskip("sklearn.neighbors", reason="the oracle is scikit-learn's")
-    task = efft.data.load("x-location", root=drawn, max_test=200)
+    task = efft_lab.data.load("x-location", root=drawn, max_test=200)
 
-    def pixels(data: efft.data.ImageDataset) -> np.ndarray:
+    def pixels(data: efft_lab.data.ImageDataset) -> np.ndarray:
         return np.stack([np.asarray(data.raw(i).resize((16, 16), resample=4)).ravel() / 255 for i in range(len(data))])
 
-    def score(fit: efft.data.ImageDataset, judge: efft.data.ImageDataset, k: int) -> float:
+    def score(fit: efft_lab.data.ImageDataset, judge: efft_lab.data.ImageDataset, k: int) -> float:
         return neighbors.KNeighborsClassifier(k).fit(pixels(fit), fit.labels).score(pixels(judge), judge.labels)
 
     best = max((1, 3, 5, 9, 15), key=lambda k: score(task.train, task.val, k))
-    found = efft.data.nearest_neighbours(task)
+    found = efft_lab.data.nearest_neighbours(task)
     assert found == pytest.approx(100 * score(task.trainval, task.test, best), abs=1)  # equal distances may swap
 
 
 def test_name_wins_over_a_folder_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drawn: Path) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "orientation").mkdir()
-    assert efft.data.load("orientation", root=drawn).info.name == "orientation"
+    assert efft_lab.data.load("orientation", root=drawn).info.name == "orientation"
     with pytest.raises(ValueError, match="expected at least two class folders"):
-        efft.data.load("./orientation", root=drawn)
+        efft_lab.data.load("./orientation", root=drawn)
 
 
 def test_import_fetches_nothing_and_loads_no_optional_package(tmp_path: Path) -> None:
     code = (
-        "import sys, efft.data; efft.data.names(); efft.data.list_table();"
+        "import sys, efft_lab.data; efft_lab.data.names(); efft_lab.data.list_table();"
         "heavy = {'torchvision', 'PIL', 'sklearn', 'timm', 'matplotlib', 'mlxtend'} & set(sys.modules);"
-        "assert not heavy, heavy; print(callable(efft.data.fetch))"
+        "assert not heavy, heavy; print(callable(efft_lab.data.fetch))"
     )
     environment = {"PATH": "", "EFFT_HOME": str(tmp_path / "none"), "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from efft.data.splits import distinct, duplicate_groups, file_keys, pixel_keys, quotas, stratified_split
+from efft_lab.data.splits import distinct, duplicate_groups, file_keys, pixel_keys, quotas, stratified_split
 
 LABELS = np.repeat([0, 1, 2], [600, 300, 100])
 
@@ -29,7 +29,7 @@ def test_the_seed_decides() -> None:
 
 def test_same_split_in_another_process_and_for_ever() -> None:
     code = (
-        "import numpy as np; from efft.data.splits import stratified_split as split;"
+        "import numpy as np; from efft_lab.data.splits import stratified_split as split;"
         "print(split(np.arange(30) % 3, [6], seed=5)[0].tolist())"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONHASHSEED": "1"}

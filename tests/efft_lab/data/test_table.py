@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import efft.data
+import efft_lab.data
 
 Write = Callable[[Path, int], Path]
 
@@ -23,7 +23,7 @@ def folder(tmp_path: Path, write_image: Write) -> Path:
 
 @pytest.mark.parametrize("name", ["", "ages.csv"])
 def test_one_file_is_divided(name: str, folder: Path) -> None:
-    task = efft.data.load(folder / name, image_size=8, kind="regression")
+    task = efft_lab.data.load(folder / name, image_size=8, kind="regression")
     assert [len(task.train), len(task.val), len(task.trainval), len(task.test)] == [19, 5, 24, 6]
     assert (task.info.kind, task.classes, task.class_names) == ("regression", 2, ("age", "height"))
     assert task.info.name == ("ages" if name else "people")
@@ -44,15 +44,15 @@ def test_files_of_parts(folder: Path) -> None:
     (folder / "ages.csv").rename(folder / "notes.csv")
     for name, own in (("Train.CSV", rows[:20]), ("valid.csv", rows[20:25]), ("testing.csv", rows[25:])):
         (folder / name).write_text("\n".join([head, *own]))
-    task = efft.data.load(folder, kind="regression")
+    task = efft_lab.data.load(folder, kind="regression")
     assert [len(task.train), len(task.val), len(task.test)] == [20, 5, 5]
     (folder / "valid.csv").write_text(f"file,height,age\n{rows[20]}")
     with pytest.raises(ValueError, match=r"valid\.csv has the columns \['height', 'age'\], but .* \['age', 'height'\]"):
-        efft.data.load(folder, kind="regression")
+        efft_lab.data.load(folder, kind="regression")
     (folder / "valid.csv").unlink()
     (folder / "testing.csv").write_text("\n".join([head, rows[0]]))
     with pytest.raises(ValueError, match=r"1 test images of .* are also training images"):
-        efft.data.load(folder, kind="regression")
+        efft_lab.data.load(folder, kind="regression")
 
 
 @pytest.mark.parametrize(
@@ -71,10 +71,10 @@ def test_files_of_parts(folder: Path) -> None:
 def test_mistakes(text: str, message: str, folder: Path) -> None:
     (folder / "ages.csv").write_text(text)
     with pytest.raises(ValueError, match=message):
-        efft.data.load(folder, kind="regression")
+        efft_lab.data.load(folder, kind="regression")
 
 
 def test_which_file(folder: Path) -> None:
     (folder / "more.csv").write_text("")
     with pytest.raises(ValueError, match=r"expected train\.csv and perhaps .*; found ages\.csv, more\.csv"):
-        efft.data.load(folder, kind="regression")
+        efft_lab.data.load(folder, kind="regression")

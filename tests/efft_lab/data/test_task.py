@@ -3,7 +3,16 @@ import pytest
 import torch
 from PIL import Image
 
-from efft.data.task import NORMALIZATIONS, ArrayImages, FileImages, ImageDataset, Preprocess, Split, TaskData, TaskInfo
+from efft_lab.data.task import (
+    NORMALIZATIONS,
+    ArrayImages,
+    FileImages,
+    ImageDataset,
+    Preprocess,
+    Split,
+    TaskData,
+    TaskInfo,
+)
 
 INFO = TaskInfo("toy", None, 3, "here", "none")
 

@@ -6,8 +6,8 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 
-import efft.data
-from efft.data import torchvision_sets
+import efft_lab.data
+from efft_lab.data import torchvision_sets
 
 datasets = pytest.importorskip("torchvision.datasets", reason="needs the vision extra")
 
@@ -39,7 +39,7 @@ def mnist(tmp_path: Path) -> Path:
 
 
 def test_thousand_training_images_and_the_whole_test_set(mnist: Path) -> None:
-    task = efft.data.load("torchvision:mnist", root=mnist, image_size=8)
+    task = efft_lab.data.load("torchvision:mnist", root=mnist, image_size=8)
     assert [len(task.train), len(task.val), len(task.trainval), len(task.test)] == [800, 200, 1000, 300]
     assert np.bincount(task.train.labels).tolist() == [80] * 10
     assert task.class_names[3] == "3 - three"
@@ -50,10 +50,10 @@ def test_thousand_training_images_and_the_whole_test_set(mnist: Path) -> None:
 
 
 def test_limited_test_set(mnist: Path) -> None:
-    task = efft.data.load("torchvision:mnist", root=mnist, max_test=50)
+    task = efft_lab.data.load("torchvision:mnist", root=mnist, max_test=50)
     assert np.bincount(task.test.labels).tolist() == [5] * 10
     with pytest.raises(ValueError, match="max_test must be at least 1, got 0"):
-        efft.data.load("torchvision:mnist", root=mnist, max_test=0)
+        efft_lab.data.load("torchvision:mnist", root=mnist, max_test=0)
 
 
 def test_own_test_set_of_eurosat_has_no_copies_of_training_images(
@@ -63,7 +63,7 @@ def test_own_test_set_of_eurosat_has_no_copies_of_training_images(
         write_image(tmp_path / f"eurosat/2750/class{number % 10}/{number}.png", number)
     for number in range(0, 100):
         write_image(tmp_path / f"eurosat/2750/class{number % 10}/copy-{number}.png", number)
-    first, other = (efft.data.load("torchvision:eurosat", root=tmp_path, seed=seed) for seed in (0, 1))
+    first, other = (efft_lab.data.load("torchvision:eurosat", root=tmp_path, seed=seed) for seed in (0, 1))
     assert len(first.trainval) == 1000
     assert len(first.test) == pytest.approx(280, abs=10)
     test = {first.raw("test", index).tobytes() for index in range(len(first.test))}
@@ -89,7 +89,7 @@ def test_several_official_parts_make_one_pool(tmp_path: Path, monkeypatch: pytes
             return Image.new("RGB", (1, 1), (self.red, index % 102, 0)), index % 102
 
     monkeypatch.setattr(datasets, "Flowers102", Flowers102)
-    task = efft.data.load("torchvision:flowers102", root=tmp_path, image_size=4)
+    task = efft_lab.data.load("torchvision:flowers102", root=tmp_path, image_size=4)
     drawn = [(task.raw("trainval", index).getpixel((0, 0)), task.trainval[index][1]) for index in range(1000)]
     assert {red for (red, _, _), _ in drawn} == {10, 20}
     assert all(green == label for (_, green, _), label in drawn)
@@ -103,10 +103,10 @@ def test_no_network(error: Exception, tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(datasets, "CIFAR100", offline)
     with pytest.raises(ConnectionError, match=r"could not provide torchvision:cifar100 .*needs a network once"):
-        efft.data.load("torchvision:cifar100", root=tmp_path)
+        efft_lab.data.load("torchvision:cifar100", root=tmp_path)
 
 
 def test_non_commercial_licences() -> None:
     for name in ("torchvision:svhn", "torchvision:aircraft"):
         with pytest.raises(PermissionError, match="forbids commercial use"):
-            efft.data.load(name)
+            efft_lab.data.load(name)

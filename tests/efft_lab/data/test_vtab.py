@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-import efft.data
-from efft.data.vtab import INFOS, LISTS, vtab_hyperparameters
+import efft_lab.data
+from efft_lab.data.vtab import INFOS, LISTS, vtab_hyperparameters
 
 Write = Callable[[Path, int], Path]
 
@@ -25,7 +25,7 @@ def root(tmp_path: Path, write_image: Write) -> Path:
 
 
 def test_published_layout(root: Path) -> None:
-    task = efft.data.load("kitti", root=root, image_size=8, seed=7)
+    task = efft_lab.data.load("kitti", root=root, image_size=8, seed=7)
     assert [len(task.train), len(task.val), len(task.trainval), len(task.test)] == [8, 4, 12, 6]
     assert task.test.labels.tolist() == [0, 1, 2, 3, 0, 1]
     assert task.test[5][0].shape == (3, 8, 8)
@@ -34,36 +34,36 @@ def test_published_layout(root: Path) -> None:
 
 
 def test_limited_test_set(root: Path) -> None:
-    task = efft.data.load("kitti", root=root, max_test=4)
+    task = efft_lab.data.load("kitti", root=root, max_test=4)
     assert task.test.labels.tolist() == [0, 1, 2, 3] or sorted(task.test.labels) == [0, 1, 2, 3]
-    assert task.test.labels.tolist() == efft.data.load("kitti", root=root, max_test=4, seed=1).test.labels.tolist()
+    assert task.test.labels.tolist() == efft_lab.data.load("kitti", root=root, max_test=4, seed=1).test.labels.tolist()
 
 
 def test_missing_root_says_what_to_pass(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere: pass root=.*, the folder that holds kitti/"):
-        efft.data.load("kitti", root=tmp_path / "nowhere")
+        efft_lab.data.load("kitti", root=tmp_path / "nowhere")
 
 
 def test_missing_task_lists_near_folders(root: Path) -> None:
     (root / "kitti").rename(root / "Kitti_dist")
     with pytest.raises(FileNotFoundError, match=r"no folder kitti/ in .*; rename Kitti_dist\?"):
-        efft.data.load("kitti", root=root)
+        efft_lab.data.load("kitti", root=root)
     with pytest.raises(FileNotFoundError, match=r"no folder svhn/ in .*; it holds: Kitti_dist\."):
-        efft.data.load("svhn", root=root)
+        efft_lab.data.load("svhn", root=root)
 
 
 def test_missing_lists_are_all_named(root: Path) -> None:
     (root / "kitti/test.txt").unlink()
     (root / "kitti/val200.txt").unlink()
     with pytest.raises(FileNotFoundError, match=r"kitti lacks val200\.txt, test\.txt"):
-        efft.data.load("kitti", root=root)
+        efft_lab.data.load("kitti", root=root)
 
 
 def test_missing_images_are_counted_and_named(root: Path) -> None:
     (root / "kitti/images/test/000002.jpg").unlink()
     (root / "kitti/images/test/000004.jpg").unlink()
     with pytest.raises(FileNotFoundError, match=r"test\.txt lists 2 images that do not exist: .*000002\.jpg, .*000004"):
-        efft.data.load("kitti", root=root)
+        efft_lab.data.load("kitti", root=root)
 
 
 @pytest.mark.parametrize("line", ["images/test/000001.jpg", "images/test/000001.jpg one", "3", "a.jpg -1"])
@@ -71,20 +71,20 @@ def test_bad_line_is_named_by_number(root: Path, line: str) -> None:
     file = root / "kitti/test.txt"
     file.write_text("\n".join([*file.read_text().splitlines()[:2], line]))
     with pytest.raises(ValueError, match=rf"test\.txt, line 3: expected 'images/.* 3', got '{line}'"):
-        efft.data.load("kitti", root=root)
+        efft_lab.data.load("kitti", root=root)
 
 
 def test_label_out_of_range(root: Path) -> None:
     file = root / "kitti/train800.txt"
     file.write_text(file.read_text().replace("000005.jpg 1", "000005.jpg 4"))
     with pytest.raises(ValueError, match=r"train800\.txt, line 6: label 4 is out of range 0\.\.3"):
-        efft.data.load("kitti", root=root)
+        efft_lab.data.load("kitti", root=root)
 
 
 def test_empty_list(root: Path) -> None:
     (root / "kitti/test.txt").write_text("\n")
     with pytest.raises(ValueError, match=r"test\.txt lists no images"):
-        efft.data.load("kitti", root=root)
+        efft_lab.data.load("kitti", root=root)
 
 
 def test_nineteen_tasks_with_the_published_numbers_of_classes() -> None:

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import efft
-from efft.demo import settings, verify
-from efft.train import TrainConfig, build, run
-from efft.train.probe import FeatureTask, linear_probe
+from efft_lab.demo import settings, verify
+from efft_lab.train import TrainConfig, build, run
+from efft_lab.train.probe import FeatureTask, linear_probe
 
 ROOT = Path(efft.__file__).parents[1]
 
@@ -39,11 +39,11 @@ def small(method: Any) -> TrainConfig:
 
 
 def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    demo: Any = importlib.import_module("efft.demo.__main__")
+    demo: Any = importlib.import_module("efft_lab.demo.__main__")
     monkeypatch.setattr(demo, "TASKS", ("digits",))
     monkeypatch.setattr(demo, "efft_config", lambda name, quick: small("efft"))
     monkeypatch.setattr(demo, "probe_config", lambda name, quick: small("linear"))
-    monkeypatch.setattr(sys, "argv", ["efft.demo", "--quick", "--out", str(tmp_path / "out")])
+    monkeypatch.setattr(sys, "argv", ["efft_lab.demo", "--quick", "--out", str(tmp_path / "out")])
     assert demo.main() == 0
     report = (tmp_path / "out" / "report.md").read_text()
     assert report in capsys.readouterr().out
@@ -75,7 +75,7 @@ def test_verification_fails_loudly(tmp_path: Path) -> None:
 
 
 def _info(folder: Path) -> dict[str, Any]:
-    from efft.io import read_description
+    from efft.saving.io import read_description
 
     info: dict[str, Any] = read_description(folder)["info"]
     return info

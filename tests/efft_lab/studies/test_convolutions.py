@@ -5,11 +5,11 @@ import torch
 from torch.utils.data import TensorDataset
 
 import efft
-import efft.data
-from benchmarks.studies import convolutions, side_by_side
-from efft.data.task import ROLES, ArrayImages, Preprocess, Split
-from efft.train.methods import METHODS
+import efft_lab.data
 from efft_kernels.nn.conv import EfftConv2d
+from efft_lab.data.task import ROLES, ArrayImages, Preprocess, Split
+from efft_lab.studies import convolutions, side_by_side
+from efft_lab.train.methods import METHODS
 
 #: d_in = 9 channels, d_out and number of ResNet-18's kernels of one shape.
 SHAPES = (
@@ -46,7 +46,7 @@ class Bars:
 def test_the_first_training_sees_the_whole_pool() -> None:
     pool = ArrayImages(np.zeros((30, 8, 8), np.uint8), np.arange(30) % 3)
     few = {role: Split(pool, np.arange(5)) for role in ROLES}
-    task = efft.data.TaskData(efft.data.TaskInfo("few", None, 3, "", ""), few, Preprocess(8, "none"))
+    task = efft_lab.data.TaskData(efft_lab.data.TaskInfo("few", None, 3, "", ""), few, Preprocess(8, "none"))
     whole = convolutions.Whole(task)
     assert whole.train.labels.tolist() == pool.labels.tolist()
     assert whole.trainval is whole.train

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import record, tables
-from benchmarks.studies import starts, subspaces
-from efft.train import TrainConfig, run
+from benchmarks import tables
 from efft_kernels import TTFactors
 from efft_kernels.nn.initialization import MOVEMENT
+from efft_lab import record
+from efft_lab.studies import starts, subspaces
+from efft_lab.train import TrainConfig, run
 
 for package in ("accelerate", "timm", "sklearn"):
     pytest.importorskip(package, reason="needs the dev extra")

@@ -7,8 +7,9 @@ import pytest
 import timm
 import torch
 
-from benchmarks import record, tables
-from benchmarks.studies import subspaces
+from benchmarks import tables
+from efft_lab import record
+from efft_lab.studies import subspaces
 
 GENERATOR = torch.Generator().manual_seed(0)
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import record, tables
-from benchmarks.studies import side_by_side, text
+from benchmarks import tables
+from efft_lab import record
+from efft_lab.studies import side_by_side, text
 
 transformers = pytest.importorskip("transformers", reason="needs the hf extra")
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 from efft import EfftConfig
-from efft.train import TrainConfig
+from efft_lab.train import TrainConfig
 
 pytest.importorskip("accelerate", reason="training needs the train extra")
 
@@ -19,7 +19,7 @@ CLASSES = 4
 
 @dataclass
 class TinyTask:
-    """What the trainer uses of efft.data.TaskData."""
+    """What the trainer uses of efft_lab.data.TaskData."""
 
     train: Dataset[Any]
     val: Dataset[Any]

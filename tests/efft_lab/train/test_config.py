@@ -15,9 +15,9 @@ from torch import nn
 
 from efft import EfftConfig
 from efft.methods import LoRAConfig
-from efft.train import TrainConfig, checkpoint, read_metrics, run
-from efft.train import config as module
-from efft.train.batches import EpochBatches
+from efft_lab.train import TrainConfig, checkpoint, read_metrics, run
+from efft_lab.train import config as module
+from efft_lab.train.batches import EpochBatches
 
 
 def test_defaults_are_the_recipe() -> None:

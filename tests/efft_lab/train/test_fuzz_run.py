@@ -17,9 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from efft.train import CheckpointError, TrainConfig, build, checkpoint, outputs
-from efft.train.loop import Trainer
-from efft.train.restore import load_trained
+from efft_lab.train import CheckpointError, TrainConfig, build, checkpoint, outputs
+from efft_lab.train.loop import Trainer
+from efft_lab.train.restore import load_trained
 from tests.hostile import altered, at_most, damaged, fuzz
 
 

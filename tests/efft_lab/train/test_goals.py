@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from efft.train import TrainConfig
-from efft.train.goals import Classification, Regression, Segmentation, last_layer, make_goal, shown
-from efft.train.segmentation import Segmenter
+from efft_lab.train import TrainConfig
+from efft_lab.train.goals import Classification, Regression, Segmentation, last_layer, make_goal, shown
+from efft_lab.train.segmentation import Segmenter
 
 timm = pytest.importorskip("timm", reason="needs the dev extra")
 metrics = pytest.importorskip("sklearn.metrics", reason="needs the dev extra")

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 import efft
-from efft.cli import main
-from efft.train import TrainConfig, build, outputs, read_metrics, run
-from efft.train.loop import Trainer
-from efft.train.restore import load_trained
+import efft_lab.data
+from efft_lab.cli import main
+from efft_lab.train import TrainConfig, build, outputs, read_metrics, run
+from efft_lab.train.loop import Trainer
+from efft_lab.train.restore import load_trained
 
 Image = pytest.importorskip("PIL.Image", reason="needs the dev extra")
 for package in ("timm", "tyro"):
@@ -86,7 +87,7 @@ def test_segmentation(cells: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     # Independent of goals and loops: the share of the pixels that the reloaded model gets right.
     model, found = load_trained(out)
     assert found == config
-    task = efft.data.load(cells, image_size=64, normalization="half", kind="segmentation")
+    task = efft_lab.data.load(cells, image_size=64, normalization="half", kind="segmentation")
     images, masks = (torch.stack(each) for each in zip(*task.test, strict=True))
     with torch.no_grad():
         right = (model(images).argmax(1) == masks).float().mean().item()
@@ -107,7 +108,7 @@ def test_regression(grey: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert lines[1].endswith("  dose")
 
     model, _ = load_trained(out)  # it gives doses, not standardized ones
-    task = efft.data.load(grey, image_size=64, normalization="half", kind="regression")
+    task = efft_lab.data.load(grey, image_size=64, normalization="half", kind="regression")
     images, doses = (torch.stack(each) for each in zip(*task.test, strict=True))
     with torch.no_grad():
         error = (model(images) - doses).abs().mean().item()
@@ -160,7 +161,7 @@ def test_resumed_in_the_middle(
 
 
 def test_facts_for_the_model_card(grey: Path, tmp_path: Path) -> None:
-    from efft.io import read_description
+    from efft.saving.io import read_description
 
     config = replace(TrainConfig(data=str(grey), task="regression", **SMALL), epochs=1)
     result = run(config, tmp_path / "run", progress=False).summary

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import efft
-from efft.train import TrainConfig, read_metrics, run
+from efft_lab.train import TrainConfig, read_metrics, run
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from torch import nn
 
-from efft.cli import main
-from efft.train import TrainConfig, read_metrics, run
+from efft_lab.cli import main
+from efft_lab.train import TrainConfig, read_metrics, run
 
 tracking = pytest.importorskip("accelerate.tracking", reason="training needs the train extra")
 

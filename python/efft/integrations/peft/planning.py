@@ -14,9 +14,9 @@ from torch import nn
 
 from efft.integrations.peft.config import EfftPeftConfig
 from efft.patterns import matcher
-from efft.plan import Plan, make_plan, warn_of_untouched
-from efft.structure import Weight, structure_of
-from efft.targets import by_structure, find_head, known_target
+from efft.planning.plan import Plan, make_plan, warn_of_untouched
+from efft.planning.structure import Weight, structure_of
+from efft.planning.targets import by_structure, find_head, known_target
 
 
 def plan_adapter(model: nn.Module, config: EfftPeftConfig) -> Plan:

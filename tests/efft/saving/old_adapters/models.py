@@ -1,6 +1,6 @@
 """Models and adapters of the first file format, and what they compute.
 
-    PYTHONPATH=.:python:<this checkout> python -m tests.efft.old_adapters.models FOLDER
+    PYTHONPATH=.:python:<this checkout> python -m tests.efft.saving.old_adapters.models FOLDER
 
 in a checkout of commit fd60874, the last that wrote this format, made the folders beside this file.
 """

@@ -1,4 +1,4 @@
-"""Collected where Triton interprets (see tests/triton/test_interpreter.py) and, compiled, where there is a GPU."""
+"""Collected where Triton interprets (tests/efft_kernels/triton/test_interpreter.py) and, compiled, where a GPU is."""
 
 import importlib.util
 import os

@@ -22,9 +22,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from efft.compare.facts import commit, instruction_set, processor, versions
+from efft_lab.provenance import commit, instruction_set, processor, versions
 
-RESULTS = Path(__file__).parent / "results"
+#: In a source checkout.
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 #: Fields that say what a line measures; two lines that agree in them measure the same thing.
 IDENTITY = (

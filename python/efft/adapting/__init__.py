@@ -1,0 +1,1 @@
+"""Placing updates in a model, in place, and taking them out again."""

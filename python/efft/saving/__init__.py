@@ -1,0 +1,1 @@
+"""Adapter files: writing, reading, checking and sharing them."""
