@@ -67,11 +67,19 @@ def test_wheel_holds_both_packages_and_nothing_else(wheel: zipfile.ZipFile) -> N
     names = {name for name in wheel.namelist() if ".dist-info/" not in name}
     sources = {
         f"{package}/{name}"
-        for package, folder in (("efft_kernels", "efft_kernels"), ("efft", "python/efft"))
+        for package, folder in (
+            ("efft_kernels", "efft_kernels"),
+            ("efft", "python/efft"),
+            ("efft_lab", "python/efft_lab"),
+        )
         for name in python_files(ROOT / folder)
     }
-    data = {path.relative_to(ROOT / "python").as_posix() for path in (ROOT / "python/efft").rglob("*.json")}
-    assert {name.rpartition("/")[0] for name in data} == {"efft/data", "efft/compare", "efft/compare/suites"}
+    data = {path.relative_to(ROOT / "python").as_posix() for path in (ROOT / "python").rglob("*.json")}
+    assert {name.rpartition("/")[0] for name in data} == {
+        "efft_lab/data",
+        "efft_lab/compare",
+        "efft_lab/compare/suites",
+    }
     native = {f"efft_kernels/csrc/{path.relative_to(ROOT / 'csrc')}" for path in (ROOT / "csrc").rglob("*.*")}
     assert native, "no sources in csrc"
     assert names == sources | data | native | {"efft_kernels/py.typed", "efft_kernels/measured.json", "efft/py.typed"}

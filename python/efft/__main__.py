@@ -5,7 +5,5 @@ from importlib.metadata import entry_points
 
 commands = entry_points(group="console_scripts", name="efft")
 if not commands:
-    sys.exit(
-        "the command `efft` is not installed: run `pip install efft-kernels`, or `python -m efft_lab` in a checkout"
-    )
+    sys.exit("the command `efft` is not installed: pip install efft-kernels (in a checkout: python -m efft_lab)")
 sys.exit(next(iter(commands)).load()())

@@ -13,8 +13,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import IO, Any
 
-import efft
 import efft_kernels
+import efft_lab
 from efft_lab.compare.plan import Plan, Run
 from efft_lab.compare.store import Store
 from efft_lab.provenance import cores, facts
@@ -30,7 +30,7 @@ class Worker:
     """
 
     def __init__(self, threads: int, log: IO[bytes], answers: "queue.SimpleQueue[Any]") -> None:
-        roots = [str(Path(str(package.__file__)).parents[1]) for package in (efft_lab, efft, efft_kernels)]
+        roots = [str(Path(str(package.__file__)).parents[1]) for package in (efft_lab, efft_kernels)]
         path = os.pathsep.join([*roots, *filter(None, [os.environ.get("PYTHONPATH")])])
         limits = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
         self.process = subprocess.Popen(

@@ -2,9 +2,9 @@
 
 ``images/a/1.jpg`` belongs to ``masks/a/1.png``. The two folders lie side by side, or so in each of ``train/``,
 ``val/`` and ``test/``, or have these inside (``images/train/``, ``masks/train/``); `efft_lab.data.folder` says what
-parts may be called and what is done about missing ones. A mask has one channel of class numbers from 0 on, in 1, 8 or 16 bits
-or as a palette; 255 is a pixel that does not count. ``classes.txt`` beside the folders may name the classes, one per
-line.
+parts may be called and what is done about missing ones. A mask has one channel of class numbers from 0 on, in 1, 8 or
+16 bits or as a palette; 255 is a pixel that does not count. ``classes.txt`` beside the folders may name the classes,
+one per line.
 """
 
 from collections.abc import Sequence

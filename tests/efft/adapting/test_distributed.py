@@ -18,7 +18,7 @@ import efft
 pytest.importorskip("timm", reason="needs the vision extra")
 pytest.importorskip("accelerate", reason="needs the train extra")
 
-from tests.efft import distributed_run as run
+from tests.efft.adapting import distributed_run as run
 
 ROOT = Path(__file__).parents[3]
 
