@@ -19,6 +19,7 @@ import efft_kernels
 build = pytest.importorskip("build", reason="needs the `build` package of the dev extra")
 
 ROOT = Path(__file__).parents[1]
+PACKAGES = {"efft_kernels": "efft_kernels", "efft": "python/efft", "efft_lab": "python/efft_lab"}
 FOLDERS = ("efft_kernels", "python", "csrc", "tests", "benchmarks", "docs", ".ci")
 GENERATED = shutil.ignore_patterns("__pycache__", "*.egg-info")
 
