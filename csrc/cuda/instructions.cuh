@@ -39,9 +39,9 @@ __device__ inline fp16 narrow(float value) {
   return __float2half_rn(value);
 }
 
-// The block's dynamic shared memory.
+// The block's dynamic shared memory, aligned as the swizzled tiles of tensor copies need it.
 __device__ inline unsigned char* shared_memory() {
-  extern __shared__ __align__(128) unsigned char bytes[];
+  extern __shared__ __align__(1024) unsigned char bytes[];
   return bytes;
 }
 

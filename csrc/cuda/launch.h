@@ -15,7 +15,8 @@ inline int64_t ceil_div(int64_t size, int64_t block) {
 // Bytes of shared memory that a block of every GPU from sm_80 on can have.
 constexpr size_t SHARED_EVERYWHERE = 99 * 1024;
 
-template <size_t SHARED, size_t LIMIT = SHARED_EVERYWHERE, class... Parameters, class... Arguments>
+// Blocks in clusters of CLUSTER, side by side along x.
+template <size_t SHARED, size_t LIMIT = SHARED_EVERYWHERE, unsigned CLUSTER = 1, class... Parameters, class... Arguments>
 cudaError_t launch(
     void (*kernel)(Parameters...), dim3 grid, int threads, cudaStream_t stream, Arguments&&... arguments) {
   static_assert(SHARED <= LIMIT, "more shared memory than a block can have");
@@ -30,6 +31,12 @@ cudaError_t launch(
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = SHARED;
   config.stream = stream;
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = CLUSTER;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  config.attrs = &cluster;
+  config.numAttrs = CLUSTER > 1 ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
 }
 

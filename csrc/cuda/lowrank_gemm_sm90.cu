@@ -236,10 +236,9 @@ __device__ void multiply_tiles(const LowRankGemm& op, const Tiles& tiles, typena
 }
 
 template <class P, class Out>
-__global__ void __cluster_dims__(PAIR, 1, 1) __launch_bounds__(P::THREADS, 1) lowrank_gemm_sm90_kernel(
+__global__ void __launch_bounds__(P::THREADS, 1) lowrank_gemm_sm90_kernel(
     const __grid_constant__ Operands<P> from, const __grid_constant__ LowRankGemm op, const Tiles tiles) {
-  extern __shared__ __align__(1024) unsigned char bytes[];
-  typename P::Shared& shared = *reinterpret_cast<typename P::Shared*>(bytes);
+  typename P::Shared& shared = *reinterpret_cast<typename P::Shared*>(shared_memory());
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < STAGES; ++stage) {
       shared.full[stage].init(1);
@@ -254,6 +253,7 @@ __global__ void __cluster_dims__(PAIR, 1, 1) __launch_bounds__(P::THREADS, 1) lo
   if (threadIdx.x < 128) {
     cutlass::arch::warpgroup_reg_dealloc<P::GROUPS == 3 ? 32 : 40>();
     if (threadIdx.x == 0) produce_tiles<P>(from, op, tiles, shared);
+    __syncwarp();  // The other lanes are ahead, and the cluster's barrier below wants whole warps.
   } else {
     cutlass::arch::warpgroup_reg_alloc<P::GROUPS == 3 ? 160 : 232>();
     multiply_tiles<P, Out>(op, tiles, shared);
@@ -276,7 +276,7 @@ cudaError_t launch_product(const LowRankGemm& op, cudaStream_t stream) {
     if (std::memcmp(map, &none, sizeof(none)) == 0) return cudaErrorInvalidValue;
   const Tiles tiles = Tiles::of<P>(op);
   const int pairs = std::min(tiles.count(), multiprocessors() / PAIR);
-  return launch<sizeof(typename P::Shared), SHARED_OF_SM90>(
+  return launch<sizeof(typename P::Shared), SHARED_OF_SM90, PAIR>(
       lowrank_gemm_sm90_kernel<P, Out>, dim3(static_cast<unsigned>(PAIR * pairs)), P::THREADS, stream, from, op, tiles);
 }
 

@@ -1,40 +1,70 @@
 """Compiles csrc/cuda for the CPU, against the emulated instructions and runtime beside this file."""
 
+from __future__ import annotations
+
+import os
 import re
 import subprocess
 import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
-from efft_kernels.build import find_tools
+from efft_kernels.build import BuildError, find_tools
 
 HERE = Path(__file__).parent
 SOURCES = HERE.parents[2] / "csrc" / "cuda"
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
 
 
-def sources() -> dict[str, str]:
-    """The files of csrc/cuda that the CPU can run: all but the kernel of sm_90's own instructions."""
-    return {p.name: p.read_text() for p in sorted(SOURCES.iterdir()) if not p.name.endswith("_sm90.cu")}
+@dataclass(frozen=True)
+class Hopper:
+    """What the kernel of compute capability 9.0 is compiled with: headers of the CUDA toolkit and of CUTLASS."""
+
+    toolkit: Path
+    cutlass: Path
 
 
-def planted(file: str, what: str, fault: str) -> dict[str, str]:
+def hopper() -> Hopper:
+    """BuildError where one of the two is missing: the emulator can then run everything else."""
+    tools = find_tools("cuda")
+    said = subprocess.run([str(tools.nvcc), "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    found = re.search(r'INCLUDES="-I([^"]+)"', said)
+    if found is None:
+        raise BuildError(f"the headers of {tools.nvcc} were not found: it names none with --dryrun")
+    return Hopper(Path(found[1].strip()), tools.cutlass)
+
+
+def sources(with_hopper: bool) -> dict[str, str]:
+    """The files of csrc/cuda; those of sm_90's own instructions only where the emulator has what they need."""
+    return {p.name: p.read_text() for p in sorted(SOURCES.iterdir()) if with_hopper or not is_hopper(p.name)}
+
+
+def is_hopper(name: str) -> bool:
+    return name.endswith("_sm90.cu")
+
+
+def planted(files: Mapping[str, str], file: str, what: str, fault: str) -> dict[str, str]:
     """The same with a fault: ``what`` must occur in ``file``, and becomes ``fault`` wherever it does."""
-    found = sources()
-    assert what in found[file], f"{file} has changed: {what!r} is no longer in it"
-    return {**found, file: found[file].replace(what, fault)}
+    assert what in files[file], f"{file} has changed: {what!r} is no longer in it"
+    return {**files, file: files[file].replace(what, fault)}
 
 
 def build(files: Mapping[str, str], folder: Path, sanitize: bool = False) -> Path:
     """A library whose ``efft::<op>.cuda`` run on CPU tensors; what ``folder`` holds unchanged is not compiled again."""
     tools = find_tools("cpu")
+    with_hopper = any(map(is_hopper, files))
     flags = ["-g", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", f"-I{HERE}", *SANITIZERS * sanitize]
     torch = ["-std=c++20", "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-isystem{tools.torch / 'include'}"]
-    kernel = ["-std=c++17", "-Wno-unknown-pragmas", "-include", str(HERE / "instructions.h"), "-x", "c++"]
+    kernel = ["-std=c++17", "-Wno-unknown-pragmas", "-Wno-psabi", "-include", str(HERE / "instructions.h"), "-x", "c++"]
+    kernel += ["-DEFFT_SM90"] * with_hopper
+    if not sanitize:  # the calls before every access, which end in accesses.cpp
+        kernel += ["-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0"]
+    own = {p.name: p.read_text() for p in sorted(HERE.glob("*.cpp"))}
     folder.mkdir(parents=True, exist_ok=True)
     changed = set()
-    for name, text in {**files, "emulation.cpp": (HERE / "emulation.cpp").read_text()}.items():
+    for name, text in {**files, **own}.items():
         path = folder / name
         # Kernels here are those of the CPU's dispatch key: torch's own name for a GPU tensor is not to be had.
         text = re.sub(r"STABLE_TORCH_LIBRARY_IMPL\(efft, CUDA,", "STABLE_TORCH_LIBRARY_IMPL(efft, CPU,", text)
@@ -47,17 +77,31 @@ def build(files: Mapping[str, str], folder: Path, sanitize: bool = False) -> Pat
         kinds = {".h", ".cuh"} if source.suffix == ".cu" else {".h"}
         headers = any(Path(name).suffix in kinds for name in changed)
         if source.name in changed or headers or not target.exists():
-            own = kernel if source.suffix == ".cu" else torch
-            _run(tools.cxx, *flags, *own, "-c", str(source), "-o", str(target))
+            extra = kernel if source.suffix == ".cu" else ["-O3", "-std=c++17"] if source.name in own else torch
+            if is_hopper(source.name):
+                extra = [*kernel, *_hopper_flags(hopper())]
+            _run(tools.cxx, *flags, *extra, "-c", str(source), "-o", str(target))
         return target
 
-    units = [folder / name for name in (*files, "emulation.cpp") if Path(name).suffix in {".cpp", ".cu"}]
+    units = [folder / name for name in (*files, *own) if Path(name).suffix in {".cpp", ".cu"}]
+    units.sort(key=lambda path: not is_hopper(path.name))  # what takes longest first
     with ThreadPoolExecutor(2) as pool:
         objects = [str(path) for path in pool.map(compile_one, units)]
     library = folder / "emulated.so"
     libraries = ["-Wl,--no-as-needed", f"-L{tools.torch / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
     _run(tools.cxx, "-shared", *SANITIZERS * sanitize, *objects, *libraries, "-o", str(library))
     return library
+
+
+def _hopper_flags(headers: Hopper) -> list[str]:
+    """For CuTe outside nvcc, with the emulator's files before CUTLASS's of the same names."""
+    shared_address = "__cvta_generic_to_shared=emulation::shared_address"
+    return [
+        *("-DNDEBUG", "-DEFFT_TOOLKIT", "-D__CUDACC_VER_MAJOR__=13", "-D__CUDACC_VER_MINOR__=0"),
+        *("-DCUTLASS_ENABLE_DIRECT_CUDA_DRIVER_CALL", "-DCUTE_CVTA_GENERIC_TO_SHARED_ACTIVATED=1", f"-D{shared_address}"),
+        *("-include", str(HERE / "hopper.h"), "-isystem", str(HERE / "cutlass"), "-isystem", str(headers.cutlass)),
+        *("-isystem", str(headers.toolkit), "-isystem", str(headers.toolkit / "cccl")),
+    ]
 
 
 def preload(cxx: str) -> str:

@@ -1,2 +1,2 @@
 #pragma once
-#include "cuda_runtime_api.h"
+#include <cuda_runtime_api.h>

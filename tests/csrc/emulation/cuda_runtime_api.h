@@ -1,52 +1,79 @@
-// The few names of the CUDA runtime that csrc/cuda uses, for the CPU: a GPU of compute capability 8.0 that is so small
-// that a few tiles fill it.
+// The few names of the CUDA runtime that csrc/cuda uses, for the CPU: a GPU of compute capability 8.0 or 9.0 that is so
+// small that a few tiles fill it. Where CuTe is used the types are the toolkit's, whose values these have too.
 #pragma once
 
 #include <cstddef>
 #include <functional>
 
-using cudaStream_t = void*;
+#ifdef EFFT_TOOLKIT
+#include_next <cuda_runtime_api.h>
+// instructions.h says what these are here.
+#undef __global__
+#undef __device__
+#undef __host__
+#undef __grid_constant__
+#undef __align__
+#else
 
-enum cudaError_t { cudaSuccess, cudaErrorLaunchFailure };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrComputeCapabilityMajor };
+using cudaStream_t = struct CUstream_st*;
+
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorLaunchFailure = 719 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrComputeCapabilityMajor = 75 };
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
 
 struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
+  } val;
+};
+
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes = 0;
   cudaStream_t stream = nullptr;
+  cudaLaunchAttribute* attrs = nullptr;
+  unsigned numAttrs = 0;
 };
+
+extern "C" {
+const char* cudaGetErrorString(cudaError_t error);
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
+cudaError_t cudaGetDevice(int* device);
+cudaError_t cudaSetDevice(int device);
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
+}
+
+#endif
 
 namespace emulation {
 
+struct Launch {
+  dim3 grid;
+  unsigned threads;
+  size_t shared_bytes;
+  unsigned cluster;  // blocks, side by side
+};
+
 // Runs `thread` for every thread of every block; what went wrong is what cudaGetErrorString says next.
-cudaError_t run(const cudaLaunchConfig_t& launch, const void* kernel, const std::function<void()>& thread);
+cudaError_t run(const Launch& launch, const void* kernel, const std::function<void()>& thread);
 
 }  // namespace emulation
-
-const char* cudaGetErrorString(cudaError_t error);
-cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
-
-inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
-  return cudaSuccess;
-}
-inline cudaError_t cudaSetDevice(int) {
-  return cudaSuccess;
-}
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? 2 : 8;
-  return cudaSuccess;
-}
 
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(
     const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
+  emulation::Launch launch{config->gridDim, config->blockDim.x, config->dynamicSmemBytes, 1};
+  for (unsigned i = 0; i < config->numAttrs; ++i)
+    if (config->attrs[i].id == cudaLaunchAttributeClusterDimension) launch.cluster = config->attrs[i].val.clusterDim.x;
   return emulation::run(
-      *config, reinterpret_cast<const void*>(kernel), [&] { kernel(static_cast<Parameters>(arguments)...); });
+      launch, reinterpret_cast<const void*>(kernel), [&] { kernel(static_cast<Parameters>(arguments)...); });
 }

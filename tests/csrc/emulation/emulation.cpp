@@ -1,319 +1,311 @@
-// Runs kernels on the CPU: a fiber for every thread of a block, blocks in turn. Shared memory starts full of NaN in
-// every block; an asynchronous copy leaves NaN behind at once and arrives when its thread waits for it; threads run in
-// order, or with EFFT_EMULATION_REVERSE in reverse, as far as they get, so that a missing barrier shows in one of the
-// two.
+// Runs kernels on the CPU: a fiber for every thread of a cluster of blocks, clusters in turn. Shared memory starts full of
+// NaN in every block. An asynchronous copy leaves NaN behind at once and arrives when its thread waits for it; what
+// compute capability 9.0 adds arrives when no thread can run, so as late as allowed.
+//
+// Threads run as far as they get, in order; with EFFT_EMULATION_REVERSE in reverse, so that a missing barrier shows in
+// one of the two; with EFFT_EMULATION_SEED in an order drawn anew each time, and what arrives late may arrive early.
+// EFFT_EMULATION_CAPABILITY=9 makes it a GPU of compute capability 9.0.
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstdlib>
-#include <deque>
 #include <map>
 #include <memory>
 #include <mutex>
-#include <string>
-#include <vector>
 
-#include "instructions.h"
+#include "machine.h"
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 #endif
 
+dim3 gridDim{0, 0, 0};
+
 namespace emulation {
+
+std::vector<Thread> threads;
+std::vector<Block> blocks;
+size_t running, threads_per_block, shared_bytes;
 
 namespace {
 
-constexpr int WARP = 32;
-constexpr size_t STACK = 96 << 10, SHARED_LIMIT = 166912, SHARED_UNASKED = 48 << 10;
+constexpr size_t STACK = 128 << 10, SHARED_UNASKED = 48 << 10;
 
-enum class State { ready, waits_for_block, waits_for_warp, finished };
-
-struct Copy {
-  void* to;
-  const void* from;
-  int bytes;
-};
-
-struct Thread {
-  dim3 index{0, 0, 0};
-  State state = State::ready;
+// Where a thread stopped.
+struct Fiber {
   bool started = false;
-  int line = 0;  // of the barrier it waits at
-  Lane* lane = nullptr;
-  std::vector<Copy> open;  // not yet in a group
-  std::deque<std::vector<Copy>> groups;
   ucontext_t start;
   void* here[5];
   std::unique_ptr<char[]> stack;
 };
 
-std::vector<Thread> threads;
-size_t running;
-dim3 block{0, 0, 0};
-unsigned char* shared;
-size_t shared_bytes;
+std::vector<Fiber> fibers;
 const std::function<void()>* body;
 void* scheduler[5];
 std::string error;
 std::map<const void*, size_t> asked;
 
-void fail(const std::string& what) {
-  if (error.empty())
-    error = what + " (block " + std::to_string(block.x) + "," + std::to_string(block.y) + "," +
-            std::to_string(block.z) + ", thread " + std::to_string(running) + ")";
+int capability() {
+  const char* const said = std::getenv("EFFT_EMULATION_CAPABILITY");
+  return said ? std::atoi(said) : 8;
+}
+size_t shared_limit() {
+  return capability() == 9 ? 232448 : 166912;
+}
+
+// The order in which threads run and late things happen.
+struct Order {
+  bool reverse = std::getenv("EFFT_EMULATION_REVERSE") != nullptr, drawn = std::getenv("EFFT_EMULATION_SEED") != nullptr;
+  std::mt19937 draw{drawn ? static_cast<unsigned>(std::atoi(std::getenv("EFFT_EMULATION_SEED"))) : 0};
+  unsigned copies_first = 0;  // of 4: how often a copy lands before products are done
+
+  size_t below(size_t count) { return draw() % count; }
+};
+Order& order() {
+  static Order one;
+  return one;
 }
 
 [[gnu::noinline]] void jump_to_scheduler() {
   __builtin_longjmp(scheduler, 1);
 }
-[[gnu::noinline]] void jump_to_thread(Thread& thread) {
-  __builtin_longjmp(thread.here, 1);
+[[gnu::noinline]] void jump_to_thread(Fiber& fiber) {
+  __builtin_longjmp(fiber.here, 1);
+}
+
+bool block_ended(size_t block) {
+  const auto first = threads.begin() + static_cast<std::ptrdiff_t>(block * threads_per_block);
+  return std::all_of(first, first + static_cast<std::ptrdiff_t>(threads_per_block),
+      [](const Thread& thread) { return thread.state == State::finished; });
 }
 
 void run_body() {
   (*body)();
-  Thread& me = threads[running];
-  me.groups.emplace_back(std::move(me.open));
-  for (const auto& group : me.groups)
+  Thread& thread = me();
+  thread.groups.emplace_back(std::move(thread.open));
+  for (const auto& group : thread.groups)
     if (!group.empty()) fail("a thread ends with copies under way");
-  me.state = State::finished;
+  end_products_of_thread();
+  thread.state = State::finished;
+  if (block_ended(my_block())) end_copies_of_block(my_block());
+  check_cluster_barrier();
   jump_to_scheduler();
-}
-
-[[gnu::noinline]] void pause() {
-  Thread& me = threads[running];
-  if (__builtin_setjmp(me.here) == 0) jump_to_scheduler();
 }
 
 [[gnu::noinline]] void resume(size_t number) {
   running = number;
-  Thread& thread = threads[number];
+  Fiber& fiber = fibers[number];
   if (__builtin_setjmp(scheduler) != 0) return;
-  if (thread.started) jump_to_thread(thread);
-  thread.started = true;
-  setcontext(&thread.start);
+  if (fiber.started) jump_to_thread(fiber);
+  fiber.started = true;
+  setcontext(&fiber.start);
 }
 
-void prepare(Thread& thread, size_t number) {
-  if (!thread.stack) thread.stack.reset(new char[STACK]);
+void prepare(size_t number) {
+  Fiber& fiber = fibers[number];
+  if (!fiber.stack) fiber.stack.reset(new char[STACK]);
 #if defined(__SANITIZE_ADDRESS__)
-  ASAN_UNPOISON_MEMORY_REGION(thread.stack.get(), STACK);
+  ASAN_UNPOISON_MEMORY_REGION(fiber.stack.get(), STACK);
 #endif
-  thread.index = dim3(static_cast<unsigned>(number), 0, 0);
-  thread.state = State::ready;
-  thread.started = false;
-  thread.open.clear();
-  thread.groups.clear();
-  getcontext(&thread.start);
-  thread.start.uc_stack.ss_sp = thread.stack.get();
-  thread.start.uc_stack.ss_size = STACK;
-  thread.start.uc_link = nullptr;
-  makecontext(&thread.start, run_body, 0);
+  threads[number] = {};
+  threads[number].index = dim3(static_cast<unsigned>(number % threads_per_block), 0, 0);
+  fiber.started = false;
+  getcontext(&fiber.start);
+  fiber.start.uc_stack.ss_sp = fiber.stack.get();
+  fiber.start.uc_stack.ss_size = STACK;
+  fiber.start.uc_link = nullptr;
+  makecontext(&fiber.start, run_body, 0);
 }
 
-// Whether everybody waits at one barrier, and may go on.
-bool opens_barrier(size_t count) {
+// Whether everybody in a block waits at one barrier, and may go on.
+bool opens_barrier(size_t block) {
+  const size_t first = block * threads_per_block, count = threads_per_block;
   size_t waiting = 0, finished = 0;
-  for (size_t i = 0; i < count; ++i) {
+  for (size_t i = first; i < first + count; ++i) {
     waiting += threads[i].state == State::waits_for_block;
     finished += threads[i].state == State::finished;
   }
   if (waiting == 0) return false;
   bool same = waiting == count;
-  for (size_t i = 0; i < count; ++i) same = same && threads[i].line == threads[0].line;
-  if (!same)
-    fail("divergent barrier: " + std::to_string(waiting) + " of " + std::to_string(count) + " threads wait at one, " +
-         std::to_string(finished) + " have ended");
-  for (size_t i = 0; same && i < count; ++i) threads[i].state = State::ready;
-  return same;
+  for (size_t i = first; i < first + count; ++i) same = same && threads[i].line == threads[first].line;
+  if (!same) {
+    if (waiting + finished == count)
+      fail("divergent barrier: " + std::to_string(waiting) + " of " + std::to_string(count) +
+           " threads wait at one, " + std::to_string(finished) + " have ended");
+    return false;
+  }
+  for (size_t i = first; i < first + count; ++i) {
+    if (threads[i].alone != threads[i / WARP * WARP].alone) fail("a barrier of the block by a warp that is not converged");
+    threads[i].state = State::ready;
+  }
+  for (size_t i = first; i < first + count; ++i) threads[i].alone = 0;
+  return true;
 }
 
-void run_block(size_t count) {
-  static const bool reverse = std::getenv("EFFT_EMULATION_REVERSE") != nullptr;
-  for (size_t i = 0; i < count; ++i) prepare(threads[i], i);
-  std::memset(shared, 0xff, shared_bytes);
+// A copy lands or products are done: whatever the order wants last.
+bool something_happens() {
+  const size_t copies = copies_under_way(), products = products_waited_for();
+  if (copies + products == 0) return false;
+  Order& by = order();
+  const bool copy = by.drawn ? by.below(4) < by.copies_first : !by.reverse;
+  if (copies > 0 && (copy || products == 0))
+    land_copy(by.drawn ? by.below(copies) : by.reverse ? copies - 1 : 0);
+  else
+    finish_products(by.drawn ? by.below(products) : by.reverse ? products - 1 : 0);
+  return true;
+}
+
+void fail_at_standstill() {
+  std::string where;
+  static constexpr const char* NAMES[] = {
+      "", "the block's barrier", "other lanes of the warp", "the cluster's barrier", "a barrier in shared memory", "", ""};
+  for (size_t i = 0; i < threads.size(); ++i) {
+    const State state = threads[i].state;
+    if (state == State::finished || (i > 0 && threads[i - 1].state == state)) continue;
+    where += "; thread " + std::to_string(i) + " and the next wait for " + NAMES[static_cast<int>(state)];
+  }
+  fail("deadlock: lanes of a warp, blocks or copies wait for others" + where);
+}
+
+void run_cluster() {
+  const size_t count = threads.size();
+  for (size_t i = 0; i < count; ++i) prepare(i);
+  for (const Block& one : blocks) std::memset(one.shared, 0xff, shared_bytes);
+  start_barriers();
+  start_copies();
+  start_products();
+  start_accesses();
+  std::vector<size_t> numbers(count);
+  for (size_t i = 0; i < count; ++i) numbers[i] = order().reverse ? count - 1 - i : i;
+  order().copies_first = static_cast<unsigned>(order().below(5));
   while (error.empty()) {
     bool ran = false, all_finished = true;
+    if (order().drawn) std::shuffle(numbers.begin(), numbers.end(), order().draw);
     for (size_t i = 0; i < count && error.empty(); ++i) {
-      const size_t number = reverse ? count - 1 - i : i;
-      if (threads[number].state == State::ready) {
-        resume(number);
+      if (threads[numbers[i]].state == State::ready) {
+        resume(numbers[i]);
         ran = true;
       }
-      all_finished = all_finished && threads[number].state == State::finished;
+      all_finished = all_finished && threads[numbers[i]].state == State::finished;
     }
-    if (all_finished) return;
-    if (!ran && !opens_barrier(count)) fail("deadlock: lanes of a warp wait for others");
-  }
-}
-
-struct Half2 {
-  float first, second;
-};
-
-template <class T>
-Half2 unpack(uint32_t bits) {
-  T values[2];
-  std::memcpy(values, &bits, sizeof bits);
-  return {efft::widen(values[0]), efft::widen(values[1])};
-}
-
-// ldmatrix .x4 of 8x8 elements of 16 bits: lane 8 i + j points at row j of matrix i.
-void load(Lane* const* lanes, bool transposed) {
-  uint16_t matrices[4][8][8];
-  for (int lane = 0; lane < WARP; ++lane) {
-    if (reinterpret_cast<uintptr_t>(lanes[lane]->row) % 16 != 0) fail("a matrix row is not aligned");
-    std::memcpy(matrices[lane / 8][lane % 8], lanes[lane]->row, 16);
-  }
-  for (int lane = 0; lane < WARP; ++lane)
-    for (int i = 0; i < 4; ++i) {
-      const int row = lane / 4, column = lane % 4 * 2;
-      uint32_t bits[2];
-      for (int next = 0; next < 2; ++next)
-        bits[next] = transposed ? matrices[i][column + next][row] : matrices[i][row][column + next];
-      lanes[lane]->loaded[i] = bits[0] | bits[1] << 16;
-    }
-}
-
-// mma.sync.m16n8k16.row.col: with g = lane / 4 and t = lane % 4, register i of a holds row g (+ 8 if i is odd), columns
-// 2 t and 2 t + 1 (+ 8 from i = 2 on); of b rows 2 t and 2 t + 1 (+ 8 for i = 1), column g; sums i are at row g (+ 8
-// from i = 2 on), column 2 t + i % 2.
-template <class T>
-void multiply(Lane* const* lanes) {
-  float a[16][16], b[16][8];
-  for (int lane = 0; lane < WARP; ++lane) {
-    const int g = lane / 4, t = lane % 4;
-    for (int i = 0; i < 4; ++i) {
-      const auto [first, second] = unpack<T>(lanes[lane]->a[i]);
-      a[g + i % 2 * 8][2 * t + i / 2 * 8] = first;
-      a[g + i % 2 * 8][2 * t + i / 2 * 8 + 1] = second;
-    }
-    for (int i = 0; i < 2; ++i) {
-      const auto [first, second] = unpack<T>(lanes[lane]->b[i]);
-      b[2 * t + i * 8][g] = first;
-      b[2 * t + i * 8 + 1][g] = second;
+    if (all_finished || !error.empty()) return;
+    bool opened = false;
+    for (size_t block = 0; !ran && block < blocks.size(); ++block) opened = opens_barrier(block) || opened;
+    if (ran ? order().drawn && order().below(8) == 0 : !opened && error.empty()) {
+      if (!something_happens() && !ran) fail_at_standstill();
     }
   }
-  for (int lane = 0; lane < WARP; ++lane)
-    for (int i = 0; i < 4; ++i) {
-      const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-      for (int k = 0; k < 16; ++k) lanes[lane]->sums[i] += a[row][k] * b[k][column];
-    }
 }
 
 }  // namespace
 
+void fail(const std::string& what) {
+  if (!error.empty()) return;
+  error = what;
+  if (blocks.empty()) return;
+  const dim3 block = blocks[my_block()].index;
+  error += " (block " + std::to_string(block.x) + "," + std::to_string(block.y) + "," + std::to_string(block.z) +
+           ", thread " + std::to_string(running % threads_per_block) + ")";
+}
+bool failed() {
+  return !error.empty();
+}
+
+[[gnu::noinline]] void pause() {
+  if (__builtin_setjmp(fibers[running].here) == 0) jump_to_scheduler();
+}
+
+unsigned char* shared_at(size_t block, uint32_t address, uint32_t bytes, const char* what) {
+  if (address >= SHARED_BASE && address + bytes <= SHARED_BASE + shared_bytes)
+    return blocks[block].shared + (address - SHARED_BASE);
+  fail(what);
+  return nullptr;
+}
+
+uint32_t shared_address(const void* place) {
+  const auto offset = static_cast<const unsigned char*>(place) - blocks[my_block()].shared;
+  if (offset < 0 || static_cast<size_t>(offset) >= shared_bytes)
+    fail("an address that is not in the block's shared memory");
+  return SHARED_BASE + static_cast<uint32_t>(offset);
+}
+
 dim3 thread_index() {
-  return threads[running].index;
+  return me().index;
 }
 dim3 block_index() {
-  return block;
+  return blocks[my_block()].index;
 }
 unsigned char* shared_memory() {
-  return shared;
+  return blocks[my_block()].shared;
 }
 
 void wait_for_block(int line) {
-  threads[running].state = State::waits_for_block;
-  threads[running].line = line;
+  me().state = State::waits_for_block;
+  me().line = line;
   pause();
 }
 
-void copy_async(void* to, const void* from, int bytes) {
-  auto* const place = static_cast<unsigned char*>(to);
-  if (place < shared || place + 16 > shared + shared_bytes) fail("a copy goes past the shared memory asked for");
-  if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0)
-    fail("a copy is not aligned to 16 bytes");
-  if (bytes < 0 || bytes > 16) fail("a copy of more than 16 bytes");
-  if (!error.empty()) return;
-  std::memset(to, 0xff, 16);
-  threads[running].open.push_back({to, from, bytes});
-}
-
-void commit_copies() {
-  Thread& me = threads[running];
-  me.groups.emplace_back(std::move(me.open));
-  me.open.clear();
-}
-
-void wait_copies(int under_way) {
-  auto& groups = threads[running].groups;
-  while (groups.size() > static_cast<size_t>(under_way)) {
-    for (const Copy& copy : groups.front()) {
-      std::memset(copy.to, 0, 16);
-      std::memcpy(copy.to, copy.from, copy.bytes);
-    }
-    groups.pop_front();
-  }
-}
-
-void together(Lane& lane) {
-  const size_t first = running / WARP * WARP;
-  threads[running].lane = &lane;
-  threads[running].state = State::waits_for_warp;
-  Lane* lanes[WARP];
-  for (int i = 0; i < WARP; ++i) {
-    if (threads[first + i].state != State::waits_for_warp) return pause();
-    lanes[i] = threads[first + i].lane;
-    if (lanes[i]->what != lane.what) return fail("lanes of a warp do different things together"), pause();
-  }
-  switch (lane.what) {
-    case Together::load:
-      load(lanes, false);
-      break;
-    case Together::load_transposed:
-      load(lanes, true);
-      break;
-    case Together::multiply_bf16:
-      multiply<efft::bf16>(lanes);
-      break;
-    case Together::multiply_fp16:
-      multiply<efft::fp16>(lanes);
-      break;
-    case Together::exchange:
-      for (int i = 0; i < WARP; ++i) lanes[i]->received = lanes[i ^ lanes[i]->other]->value;
-  }
-  for (int i = 0; i < WARP; ++i) threads[first + i].state = State::ready;
-}
-
-float exchange(unsigned mask, float value, int other) {
-  if (mask != 0xffffffffu) fail("an exchange without the whole warp");
-  Lane lane{Together::exchange};
-  lane.value = value;
-  lane.other = other;
-  together(lane);
-  return lane.received;
-}
-
-cudaError_t run(const cudaLaunchConfig_t& launch, const void* kernel, const std::function<void()>& thread) {
+cudaError_t run(const Launch& launch, const void* kernel, const std::function<void()>& thread) {
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   error.clear();
-  const dim3 grid = launch.gridDim;
-  const size_t count = launch.blockDim.x, allowed = asked.count(kernel) ? asked[kernel] : SHARED_UNASKED;
+  blocks.clear();
+  const dim3 grid = gridDim = launch.grid;
+  const size_t count = launch.threads, allowed = asked.count(kernel) ? asked[kernel] : SHARED_UNASKED;
   running = 0;
   if (grid.x * grid.y * grid.z == 0 || grid.y > 65535 || grid.z > 65535) fail("an impossible grid");
   if (count % WARP != 0 || count > 1024) fail("a block that is not whole warps");
-  if (launch.dynamicSmemBytes > allowed) fail("more shared memory than was asked for");
-  if (threads.size() < count) threads.resize(count);
-  shared_bytes = launch.dynamicSmemBytes;
+  if (launch.shared_bytes > allowed) fail("more shared memory than was asked for");
+  if (launch.cluster == 0 || grid.x % launch.cluster != 0) fail("a grid that is not whole clusters");
+  if (!error.empty()) return cudaErrorLaunchFailure;
+  threads_per_block = count;
+  shared_bytes = launch.shared_bytes;
+  threads.resize(count * launch.cluster);
+  if (fibers.size() < threads.size()) fibers.resize(threads.size());
+  blocks.resize(launch.cluster);
   // Of exactly this size, so that the address sanitizer sees an access past its end.
-  const std::unique_ptr<void, decltype(&std::free)> memory(
-      aligned_alloc(128, (shared_bytes + 127) / 128 * 128), &std::free);
-  shared = static_cast<unsigned char*>(memory.get());
+  std::vector<std::unique_ptr<void, decltype(&std::free)>> memory;
+  for (Block& block : blocks) {
+    void* bytes = nullptr;
+    if (posix_memalign(&bytes, 1024, shared_bytes) != 0) fail("no memory");
+    memory.emplace_back(bytes, &std::free);
+    block.shared = static_cast<unsigned char*>(bytes);
+  }
   body = &thread;
-  for (block.z = 0; block.z < grid.z && error.empty(); ++block.z)
-    for (block.y = 0; block.y < grid.y && error.empty(); ++block.y)
-      for (block.x = 0; block.x < grid.x && error.empty(); ++block.x) run_block(count);
+  for (unsigned z = 0; z < grid.z; ++z)
+    for (unsigned y = 0; y < grid.y; ++y)
+      for (unsigned x = 0; x < grid.x && error.empty(); x += launch.cluster) {
+        for (unsigned i = 0; i < launch.cluster; ++i) blocks[i].index = dim3(x + i, y, z);
+        run_cluster();
+      }
   return error.empty() ? cudaSuccess : cudaErrorLaunchFailure;
 }
 
 }  // namespace emulation
+
+extern "C" {
 
 const char* cudaGetErrorString(cudaError_t) {
   return emulation::error.c_str();
 }
 
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
-  if (value < 0 || static_cast<size_t>(value) > emulation::SHARED_LIMIT) return cudaErrorLaunchFailure;
+  if (value < 0 || static_cast<size_t>(value) > emulation::shared_limit()) return cudaErrorLaunchFailure;
   emulation::asked[kernel] = static_cast<size_t>(value);
   return cudaSuccess;
 }
+
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+cudaError_t cudaSetDevice(int) {
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount ? 2 : emulation::capability();
+  return cudaSuccess;
+}
+
+}  // extern "C"

@@ -8,19 +8,23 @@
 #include <cstring>
 #include <type_traits>
 
-#include "cuda_runtime.h"
+#include <cuda_runtime.h>
 
 #define __global__
 #define __device__
 #define __host__
 #define __grid_constant__
 #define __launch_bounds__(...)
+#define __align__(bytes) alignas(bytes)
 #define threadIdx (emulation::thread_index())
 #define blockIdx (emulation::block_index())
 #define __syncthreads() emulation::wait_for_block(__LINE__)
+#define __syncwarp() emulation::synchronize_warp()
 #define __expf(x) std::exp(x)
 #define __fdividef(a, b) ((a) / (b))
 #define __shfl_xor_sync(mask, value, other) emulation::exchange(mask, value, other)
+
+extern dim3 gridDim;
 
 namespace emulation {
 
@@ -32,7 +36,23 @@ void copy_async(void* to, const void* from, int bytes);
 void commit_copies();
 void wait_copies(int under_way);
 
-enum class Together { load, load_transposed, multiply_bf16, multiply_fp16, exchange };
+enum class Together {
+  load,
+  load_transposed,
+  multiply_bf16,
+  multiply_fp16,
+  exchange,
+  sync,
+  product,
+  products_fence,
+  products_commit,
+  products_wait,
+  registers,
+  cluster_arrive,
+  cluster_wait
+};
+
+struct Product;
 
 // What a lane brings to something that its warp does together, and where its part of the result goes.
 struct Lane {
@@ -44,10 +64,13 @@ struct Lane {
   const uint32_t* b = nullptr;  // multiply: [2]
   float value = 0, received = 0;
   int other = 0;
+  const Product* product = nullptr;
+  int number = 0;  // products_wait: that may be under way; registers: wanted
 };
 void together(Lane& lane);
 
 float exchange(unsigned mask, float value, int other);
+void synchronize_warp();
 
 }  // namespace emulation
 

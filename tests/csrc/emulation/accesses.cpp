@@ -1,0 +1,75 @@
+// What the threads themselves read and write. The kernels are compiled with -fsanitize=thread, whose calls before every
+// access end here and not in its library: shared memory that another block owns, or that a copy is filling, must not be
+// touched, and what was written must be fenced before copies and products, which read by another way, may see it.
+#include <algorithm>
+
+#include "machine.h"
+
+namespace emulation {
+
+namespace {
+
+std::vector<uint16_t> writers;                             // of each byte of each block, plus one; 0: fenced
+std::vector<std::vector<std::pair<size_t, size_t>>> wrote;  // by thread: ranges of bytes not fenced yet
+
+}  // namespace
+
+void start_accesses() {
+  writers.assign(blocks.size() * shared_bytes, 0);
+  wrote.assign(threads.size(), {});
+}
+
+size_t unfenced_writer(size_t block, uint32_t address, uint32_t bytes) {
+  const auto first = writers.begin() + static_cast<std::ptrdiff_t>(block * shared_bytes + (address - SHARED_BASE));
+  const auto found = std::find_if(first, first + bytes, [](uint16_t writer) { return writer != 0; });
+  return found == first + bytes ? 0 : *found;
+}
+
+void fence_async() {
+  for (const auto& [first, bytes] : wrote[running])
+    for (size_t i = first; i < first + bytes; ++i)
+      if (writers[i] == running + 1) writers[i] = 0;
+  wrote[running].clear();
+  fence_barrier_init();
+}
+
+void access(const void* place, size_t bytes, bool writes) {
+  const auto* const at = static_cast<const unsigned char*>(place);
+  for (size_t block = 0; block < blocks.size(); ++block) {
+    const unsigned char* const shared = blocks[block].shared;
+    if (at < shared || at >= shared + shared_bytes) continue;
+    if (block != my_block()) return fail("a thread touches the shared memory of another block");
+    const auto offset = static_cast<size_t>(at - shared);
+    if (offset + bytes > shared_bytes) return fail("a thread reads or writes past the shared memory");
+    if (is_copied_to(block, SHARED_BASE + static_cast<uint32_t>(offset), static_cast<uint32_t>(bytes)))
+      return fail("a thread touches what a copy has not brought yet");
+    if (!writes) return;
+    std::fill_n(writers.begin() + static_cast<std::ptrdiff_t>(block * shared_bytes + offset), bytes,
+        static_cast<uint16_t>(running + 1));
+    wrote[running].emplace_back(block * shared_bytes + offset, bytes);
+  }
+}
+
+}  // namespace emulation
+
+#define EFFT_ACCESS(bytes)                                                                               \
+  void __tsan_read##bytes(void* place) { emulation::access(place, bytes, false); }                       \
+  void __tsan_write##bytes(void* place) { emulation::access(place, bytes, true); }                       \
+  void __tsan_unaligned_read##bytes(void* place) { emulation::access(place, bytes, false); }             \
+  void __tsan_unaligned_write##bytes(void* place) { emulation::access(place, bytes, true); }             \
+  void __tsan_volatile_read##bytes(void* place) { emulation::access(place, bytes, false); }              \
+  void __tsan_volatile_write##bytes(void* place) { emulation::access(place, bytes, true); }
+extern "C" {
+EFFT_ACCESS(1)
+EFFT_ACCESS(2)
+EFFT_ACCESS(4)
+EFFT_ACCESS(8)
+EFFT_ACCESS(16)
+void __tsan_read_range(void* place, size_t bytes) { emulation::access(place, bytes, false); }
+void __tsan_write_range(void* place, size_t bytes) { emulation::access(place, bytes, true); }
+void __tsan_init() {}
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
+void __tsan_vptr_update(void**, void*) {}
+void __tsan_vptr_read(void**) {}
+}

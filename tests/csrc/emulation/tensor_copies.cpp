@@ -1,0 +1,135 @@
+// Copies of tiles by tensor maps: a map holds what the driver was given. A copy leaves NaN behind at once and lands when
+// the scheduler lets it, in each block of a multicast at another time.
+#include <algorithm>
+
+#include "machine.h"
+
+namespace emulation {
+
+namespace {
+
+constexpr uint32_t MOST_DIMENSIONS = 5;
+
+struct Map {
+  const unsigned char* data;
+  uint64_t sizes[MOST_DIMENSIONS], strides[MOST_DIMENSIONS - 1];  // elements, bytes
+  uint32_t box[MOST_DIMENSIONS];
+  uint8_t dimensions, element, swizzle, is_map;
+};
+static_assert(sizeof(Map) <= 128, "the size of a CUtensorMap");
+
+struct Flight {
+  Map map;
+  int column, row;
+  size_t block;
+  uint32_t to, barrier;
+
+  uint32_t bytes() const { return map.box[0] * map.box[1] * map.element; }
+};
+
+std::vector<Flight> flights;
+
+// The place of a byte in a tile that is stored with the swizzle of the map: 16-byte chunks of 2^n are exchanged by the
+// number of the 128-byte line.
+uint32_t swizzled(uint32_t address, int kind) {
+  return address ^ ((address >> 7 & ((1u << kind) - 1)) << 4);
+}
+
+}  // namespace
+
+void start_copies() {
+  flights.clear();
+}
+
+size_t copies_under_way() {
+  return flights.size();
+}
+
+bool is_copied_to(size_t block, uint32_t address, uint32_t bytes) {
+  return std::any_of(flights.begin(), flights.end(), [&](const Flight& flight) {
+    return flight.block == block && flight.to < address + bytes && address < flight.to + flight.bytes();
+  });
+}
+
+void end_copies_of_block(size_t block) {
+  for (const Flight& flight : flights)
+    if (flight.block == block) fail("a block ends with a copy to it under way");
+}
+
+void copy_tile(const void* from, const void* barrier, uint16_t mask, void* to, int column, int row) {
+  Map map;
+  std::memcpy(&map, from, sizeof map);
+  if (map.is_map != 1) return fail("a copy by something that is not a tensor map");
+  if (reinterpret_cast<uintptr_t>(from) % 64 != 0) return fail("a tensor map is not aligned to 64 bytes");
+  if (map.dimensions != 2) return fail("a copy of two coordinates by a map of another rank");
+  if (mask >> blocks.size() != 0) return fail("a multicast to a block that the cluster does not have");
+  const uint32_t address = shared_address(to), at = shared_address(barrier);
+  if (address % 128 != 0) return fail("a copy to a place that is not aligned to 128 bytes");
+  for (size_t block = 0; block < blocks.size(); ++block) {
+    if (mask == 0 ? block != my_block() : !(mask >> block & 1)) continue;
+    const Flight flight{map, column, row, block, address, at};
+    unsigned char* const place = shared_at(block, address, flight.bytes(), "a copy goes past the shared memory");
+    if (!place) return;
+    if (is_copied_to(block, address, flight.bytes())) return fail("two copies under way to the same place");
+    if (is_multiplied(block, address, flight.bytes()))
+      return fail("a copy overwrites what a product under way still reads");
+    if (const size_t writer = unfenced_writer(block, address, flight.bytes()))
+      return fail("a copy overwrites what thread " + std::to_string(writer - 1) + " wrote without a proxy fence");
+    if (barrier_between(block, address, flight.bytes())) return fail("a copy overwrites a barrier");
+    std::memset(place, 0xff, flight.bytes());
+    flights.push_back(flight);
+  }
+}
+
+void land_copy(size_t which) {
+  const Flight flight = flights[which];
+  flights.erase(flights.begin() + static_cast<std::ptrdiff_t>(which));
+  const Map& map = flight.map;
+  uint32_t to = flight.to;
+  for (uint32_t r = 0; r < map.box[1]; ++r)
+    for (uint32_t c = 0; c < map.box[0]; ++c, to += map.element) {
+      const int64_t row = int64_t{flight.row} + r, column = int64_t{flight.column} + c;
+      unsigned char* const place = blocks[flight.block].shared + (swizzled(to, map.swizzle) - SHARED_BASE);
+      const bool exists = row >= 0 && column >= 0 && row < static_cast<int64_t>(map.sizes[1]) &&
+                          column < static_cast<int64_t>(map.sizes[0]);
+      if (exists)
+        std::memcpy(place, map.data + row * static_cast<int64_t>(map.strides[0]) + column * map.element, map.element);
+      else
+        std::memset(place, 0, map.element);
+    }
+  complete_bytes(flight.block, flight.barrier, flight.bytes());
+}
+
+// The driver's checks, as its manual lists them; enumerators are cuda.h's.
+extern "C" __attribute__((visibility("default"))) int cuTensorMapEncodeTiled(void* to, int type, uint32_t dimensions,
+    void* data, const uint64_t* sizes, const uint64_t* strides, const uint32_t* box, const uint32_t* steps,
+    int interleave, int swizzle, int /*promotion*/, int fill) {
+  constexpr int INVALID = 1;
+  constexpr int BYTES[] = {1, 2, 4, 4, 8, 8, 2, 4, 8, 2};
+  if (type < 0 || type > 9 || dimensions == 0 || dimensions > MOST_DIMENSIONS || interleave != 0 || fill != 0 ||
+      swizzle < 0 || swizzle > 3 || reinterpret_cast<uintptr_t>(data) % 16 != 0 || !data)
+    return INVALID;
+  Map map{};
+  map.data = static_cast<const unsigned char*>(data);
+  map.dimensions = static_cast<uint8_t>(dimensions);
+  map.element = static_cast<uint8_t>(BYTES[type]);
+  map.swizzle = static_cast<uint8_t>(swizzle);
+  map.is_map = 1;
+  const uint32_t inner = box[0] * map.element;
+  if (inner % 16 != 0 || (swizzle != 0 && inner > 16u << swizzle)) return INVALID;
+  for (uint32_t i = 0; i < dimensions; ++i) {
+    if (sizes[i] == 0 || sizes[i] > uint64_t{1} << 32 || box[i] == 0 || box[i] > 256 || steps[i] != 1) return INVALID;
+    map.sizes[i] = sizes[i];
+    map.box[i] = box[i];
+    if (i == 0) continue;
+    const uint64_t stride = strides[i - 1];
+    if (stride % 16 != 0 || stride >= uint64_t{1} << 40) return INVALID;
+    if (i == 1 && sizes[1] > 1 && stride < sizes[0] * map.element) return INVALID;
+    map.strides[i - 1] = stride;
+  }
+  std::memset(to, 0, 128);
+  std::memcpy(to, &map, sizeof map);
+  return 0;
+}
+
+}  // namespace emulation
