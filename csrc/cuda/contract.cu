@@ -103,7 +103,7 @@ cudaError_t contract(const Contraction& op, void* G, cudaStream_t stream) {
   const int64_t blocks = op.n_layers * op.n_cores * ceil_div(op.r1, Product::ROWS);
   if (blocks * op.d_out == 0) return cudaSuccess;
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(ceil_div(op.d_out, Product::COLUMNS)));
-  return launch<Product::BYTES>(contract_kernel, grid, Product::THREADS, stream, op, G);
+  return launch<contract_kernel, Product::BYTES>(grid, Product::THREADS, stream, op, G);
 }
 
 cudaError_t contract_backward(const Contraction& op, Vector dG, void* dC, void* dV, cudaStream_t stream) {
@@ -111,8 +111,8 @@ cudaError_t contract_backward(const Contraction& op, Vector dG, void* dC, void* 
       dC ? op.n_layers * op.n_cores * ceil_div(op.r1, Product::ROWS) * ceil_div(op.r2, Product::COLUMNS) : 0;
   const int64_t blocks_dV = dV ? ceil_div(op.r2, Product::ROWS) * ceil_div(op.d_out, Product::COLUMNS) : 0;
   if (blocks_dC + blocks_dV == 0) return cudaSuccess;
-  return launch<Product::BYTES>(contract_backward_kernel, dim3(static_cast<unsigned>(blocks_dC + blocks_dV)),
-      Product::THREADS, stream, op, dG, dC, dV, blocks_dC);
+  return launch<contract_backward_kernel, Product::BYTES>(
+      dim3(static_cast<unsigned>(blocks_dC + blocks_dV)), Product::THREADS, stream, op, dG, dC, dV, blocks_dC);
 }
 
 }  // namespace efft

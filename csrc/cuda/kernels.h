@@ -10,6 +10,9 @@
 
 namespace efft {
 
+// Loads every kernel on the current GPU, the first time that it is called there; before any launch.
+cudaError_t load_kernels();
+
 enum class Type : uint8_t { float32, bfloat16, float16 };
 
 // Rows of unit stride that start at multiples of 16 bytes, so that 16 bytes can be copied at a time.

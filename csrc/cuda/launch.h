@@ -15,29 +15,38 @@ inline int64_t ceil_div(int64_t size, int64_t block) {
 // Bytes of shared memory that a block of every GPU from sm_80 on can have.
 constexpr size_t SHARED_EVERYWHERE = 99 * 1024;
 
-// Blocks in clusters of CLUSTER, side by side along x.
-template <size_t SHARED, size_t LIMIT = SHARED_EVERYWHERE, unsigned CLUSTER = 1, class... Parameters, class... Arguments>
-cudaError_t launch(
-    void (*kernel)(Parameters...), dim3 grid, int threads, cudaStream_t stream, Arguments&&... arguments) {
-  static_assert(SHARED <= LIMIT, "more shared memory than a block can have");
-  constexpr size_t without_asking = 48 * 1024;
-  if (SHARED > without_asking) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(SHARED));
-    if (error != cudaSuccess) return error;
+// A kernel that something launches, and the shared memory that its blocks get. The list is complete once the library is
+// loaded.
+struct Kernel {
+  const void* function;
+  size_t shared;
+  const Kernel* next;
+
+  Kernel(const void* function, size_t shared) : function(function), shared(shared), next(first()) { first() = this; }
+  static const Kernel*& first() {
+    static const Kernel* one = nullptr;
+    return one;
   }
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = SHARED;
-  config.stream = stream;
+};
+template <auto KERNEL, size_t SHARED>
+inline const Kernel listed{reinterpret_cast<const void*>(KERNEL), SHARED};
+
+// Blocks have SHARED bytes of shared memory, and come in clusters of CLUSTER that lie side by side along x.
+template <auto KERNEL, size_t SHARED = 0, size_t LIMIT = SHARED_EVERYWHERE, unsigned CLUSTER = 1, class... Arguments>
+cudaError_t launch(dim3 grid, int threads, cudaStream_t stream, Arguments&&... arguments) {
+  static_assert(SHARED <= LIMIT, "more shared memory than a block can have");
   cudaLaunchAttribute cluster = {};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim.x = CLUSTER;
   cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = listed<KERNEL, SHARED>.shared;
+  config.stream = stream;
   config.attrs = &cluster;
   config.numAttrs = CLUSTER > 1 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
+  return cudaLaunchKernelEx(&config, KERNEL, std::forward<Arguments>(arguments)...);
 }
 
 // Of the current GPU; 0 where it does not say, which a launch will then report.

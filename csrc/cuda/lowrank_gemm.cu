@@ -100,8 +100,8 @@ __global__ void __launch_bounds__(Sums::THREADS) lowrank_gemm_kernel(const __gri
 template <class T, class Sums>
 cudaError_t launch_tiles(const LowRankGemm& op, cudaStream_t stream) {
   const int64_t blocks = op.samples * ceil_div(op.M, Sums::M) * ceil_div(op.N, Sums::N);
-  return launch<STAGES*(Sums::A::BYTES + Sums::B::BYTES)>(
-      lowrank_gemm_kernel<T, Sums>, dim3(static_cast<unsigned>(blocks)), Sums::THREADS, stream, op);
+  return launch<lowrank_gemm_kernel<T, Sums>, STAGES*(Sums::A::BYTES + Sums::B::BYTES)>(
+      dim3(static_cast<unsigned>(blocks)), Sums::THREADS, stream, op);
 }
 
 template <class T, bool TRANSPOSED>

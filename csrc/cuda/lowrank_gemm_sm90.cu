@@ -276,8 +276,8 @@ cudaError_t launch_product(const LowRankGemm& op, cudaStream_t stream) {
     if (std::memcmp(map, &none, sizeof(none)) == 0) return cudaErrorInvalidValue;
   const Tiles tiles = Tiles::of<P>(op);
   const int pairs = std::min(tiles.count(), multiprocessors() / PAIR);
-  return launch<sizeof(typename P::Shared), SHARED_OF_SM90, PAIR>(
-      lowrank_gemm_sm90_kernel<P, Out>, dim3(static_cast<unsigned>(PAIR * pairs)), P::THREADS, stream, from, op, tiles);
+  return launch<lowrank_gemm_sm90_kernel<P, Out>, sizeof(typename P::Shared), SHARED_OF_SM90, PAIR>(
+      dim3(static_cast<unsigned>(PAIR * pairs)), P::THREADS, stream, from, op, tiles);
 }
 
 // Time of whole waves of tiles, in elements of output.

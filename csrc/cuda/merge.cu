@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(Product::THREADS) merge_kernel(const __grid_co
 cudaError_t merge(const Merge& op, cudaStream_t stream) {
   if (op.d_out * op.d_in == 0) return cudaSuccess;
   const int64_t blocks = ceil_div(op.d_out, Product::ROWS) * ceil_div(op.d_in, Product::COLUMNS);
-  return launch<Product::BYTES>(merge_kernel, dim3(static_cast<unsigned>(blocks)), Product::THREADS, stream, op);
+  return launch<merge_kernel, Product::BYTES>(dim3(static_cast<unsigned>(blocks)), Product::THREADS, stream, op);
 }
 
 }  // namespace efft

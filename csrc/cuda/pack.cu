@@ -34,7 +34,7 @@ cudaError_t pack(const Packs& all, cudaStream_t stream) {
     largest = std::max(largest, all.of[i].samples * all.of[i].rows * all.of[i].to.row);
   if (largest == 0) return cudaSuccess;
   const dim3 grid(static_cast<unsigned>(ceil_div(largest, THREADS)), static_cast<unsigned>(all.count));
-  return launch<0>(pack_kernel, grid, THREADS, stream, all);
+  return launch<pack_kernel>(grid, THREADS, stream, all);
 }
 
 }  // namespace efft

@@ -221,23 +221,23 @@ __global__ void __launch_bounds__(THREADS, 4) norm_backward_kernel(const __grid_
   });
 }
 
-template <class Op>
-cudaError_t launch_producer(void (*gelu)(Op), void (*norm)(Op), const Op& op, cudaStream_t stream) {
+template <auto GELU, auto NORM, class Op>
+cudaError_t launch_producer(const Op& op, cudaStream_t stream) {
   if (op.rows * op.columns == 0) return cudaSuccess;
   if (op.producer == Producer::norm)
-    return launch<0>(norm, dim3(static_cast<unsigned>(ceil_div(op.rows, WARPS))), THREADS, stream, op);
+    return launch<NORM>(dim3(static_cast<unsigned>(ceil_div(op.rows, WARPS))), THREADS, stream, op);
   const int64_t chunks = op.rows * ceil_div(op.columns, EACH);
-  return launch<0>(gelu, dim3(static_cast<unsigned>(ceil_div(chunks, THREADS))), THREADS, stream, op);
+  return launch<GELU>(dim3(static_cast<unsigned>(ceil_div(chunks, THREADS))), THREADS, stream, op);
 }
 
 template <class X, class T>
 cudaError_t forward(const Produce& op, cudaStream_t stream) {
-  return launch_producer(gelu_kernel<X, T>, norm_kernel<X, T>, op, stream);
+  return launch_producer<gelu_kernel<X, T>, norm_kernel<X, T>>(op, stream);
 }
 
 template <class X, class T>
 cudaError_t backward(const ProduceBackward& op, cudaStream_t stream) {
-  return launch_producer(gelu_backward_kernel<X, T>, norm_backward_kernel<X, T>, op, stream);
+  return launch_producer<gelu_backward_kernel<X, T>, norm_backward_kernel<X, T>>(op, stream);
 }
 
 }  // namespace

@@ -66,7 +66,7 @@ template <class T, int RANKS>
 cudaError_t launch_ranks(const Project& op, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(op.samples * ceil_div(op.M, ROWS)),
       static_cast<unsigned>(std::max<int64_t>(ceil_div(op.R, RANKS), 1)));
-  return launch<Layout<T, RANKS>::BYTES>(project_kernel<T, RANKS>, grid, WARPS * 32, stream, op);
+  return launch<project_kernel<T, RANKS>, Layout<T, RANKS>::BYTES>(grid, WARPS * 32, stream, op);
 }
 
 template <class T>

@@ -112,7 +112,7 @@ template <class T, int RANKS>
 cudaError_t launch_ranks(const ReduceTokens& op, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(column_blocks(op)), static_cast<unsigned>(op.splits),
       static_cast<unsigned>(ceil_div(op.rank, RANKS)));
-  return launch<Layout<T, RANKS>::BYTES>(reduce_tokens_kernel<T, RANKS>, grid, WARPS * 32, stream, op);
+  return launch<reduce_tokens_kernel<T, RANKS>, Layout<T, RANKS>::BYTES>(grid, WARPS * 32, stream, op);
 }
 
 template <class T>
@@ -138,7 +138,7 @@ cudaError_t reduce_tokens(const ReduceTokens& op, cudaStream_t stream) {
                                                      : launch_type<fp16>(op, stream);
   if (error != cudaSuccess) return error;
   const dim3 grid(static_cast<unsigned>(ceil_div(size, FINISH_THREADS)));
-  return launch<0>(finish_kernel, grid, FINISH_THREADS, stream, op);
+  return launch<finish_kernel>(grid, FINISH_THREADS, stream, op);
 }
 
 }  // namespace efft

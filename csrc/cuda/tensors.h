@@ -11,7 +11,7 @@
 
 #include "kernels.h"
 
-// Lives in torch's CUDA library alone: without one, nothing calls it.
+// Only torch's CUDA library has it. The library loads without, as torch does, but then launches nothing.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 
 namespace efft {
@@ -28,14 +28,19 @@ inline void check(cudaError_t error) {
 class Launches {
  public:
   explicit Launches(const Tensor& on) {
-    if (!on.is_cuda()) return;
-    device_ = on.get_device_index();
-    void* stream = nullptr;
-    if (aoti_torch_get_current_cuda_stream)
+    if (on.is_cuda()) {
+      device_ = on.get_device_index();
+      // On another stream than torch's, kernels would run before their operands are there.
+      STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream,
+          "efft, backend 'cuda': expected a torch with CUDA, which says what its current stream is, but the symbol "
+          "aoti_torch_get_current_cuda_stream is missing; install a CUDA build of torch 2.10 or newer");
+      void* stream = nullptr;
       STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
-    stream_ = static_cast<cudaStream_t>(stream);
-    check(cudaGetDevice(&before_));
-    check(cudaSetDevice(device_));  // also where it is current: a thread of autograd's may have no context yet
+      stream_ = static_cast<cudaStream_t>(stream);
+      check(cudaGetDevice(&before_));
+      check(cudaSetDevice(device_));  // also where it is current: a thread of autograd's may have no context yet
+    }
+    check(load_kernels());
   }
   ~Launches() {
     if (before_ != device_) cudaSetDevice(before_);  // nothing would be gained, but perhaps a context made

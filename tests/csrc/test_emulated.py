@@ -1,6 +1,7 @@
 """The CUDA kernels on the CPU: a fiber for every thread, tensor-core and copy instructions by their documented layouts.
 
-What runs is csrc/cuda itself, launchers and binding included, compiled against tests/csrc/emulation.
+What runs is csrc/cuda itself, launchers and binding included, compiled against tests/csrc/emulation: as on a GPU of
+compute capability 8.0 and, where nvcc and CUTLASS's headers are at hand, of 9.0.
 """
 
 import importlib.util
@@ -34,9 +35,19 @@ def emulation() -> ModuleType:
 emulator = emulation()
 
 
+try:
+    emulator.hopper()
+    HOPPER = ""
+except BuildError as missing:
+    HOPPER = str(missing)
+on_hopper = pytest.mark.skipif(HOPPER != "", reason=HOPPER)
+#: The environment of a run on the kernels of compute capability 9.0.
+SM90 = {"EFFT_EMULATION_CAPABILITY": "9"}
+
+
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return emulator.build(emulator.sources(), tmp_path_factory.mktemp("emulated"))
+    return emulator.build(emulator.sources(with_hopper=not HOPPER), tmp_path_factory.mktemp("emulated"))
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +73,7 @@ def sanitized() -> dict[str, str]:
     return {"LD_PRELOAD": emulator.preload(find_tools("cpu").cxx), "ASAN_OPTIONS": options}
 
 
+SEEDS = (1, 2, 3)
 ORDERS = pytest.mark.parametrize("order", [{}, {"EFFT_EMULATION_REVERSE": "1"}], ids=["forward", "reverse"])
 
 
@@ -90,7 +102,7 @@ def test_the_tests_of_the_ops(library: Path) -> None:
 def test_addresses_and_undefined_behaviour(
     folders: dict[bool, Path], sanitized: dict[str, str], order: dict[str, str]
 ) -> None:
-    done = ragged(emulator.build(emulator.sources(), folders[True], sanitize=True), **sanitized, **order)
+    done = ragged(emulator.build(emulator.sources(False), folders[True], sanitize=True), **sanitized, **order)
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr[-5000:]
 
@@ -211,7 +223,8 @@ def test_planted_faults_are_found(folders: dict[bool, Path], sanitized: dict[str
     """In one of the two orders of threads; those of addresses by the sanitizers."""
     file, what, fault, family, how = FAULTS[name]
     sanitize = "AddressSanitizer" in how
-    library = emulator.build(emulator.planted(file, what, fault), folders[sanitize], sanitize)
+    files = emulator.planted(emulator.sources(False), file, what, fault)
+    library = emulator.build(files, folders[sanitize], sanitize)
     for order in ({}, {"EFFT_EMULATION_REVERSE": "1"}):
         done = ragged(library, family, **order, **(sanitized if sanitize else {}))
         if done.returncode != 0:
@@ -219,3 +232,174 @@ def test_planted_faults_are_found(folders: dict[bool, Path], sanitized: dict[str
     said = done.stdout + done.stderr
     assert done.returncode != 0, f"not found: {said}"
     assert re.search(how, said), said[-5000:]
+
+
+# Compute capability 9.0.
+
+#: Of lowrank_gemm_sm90.cu: rank made or read, right operand in either order, two tiles, two types.
+INSTANCES = 16
+HOPPER_ORDERS = pytest.mark.parametrize(
+    "order",
+    [{}, {"EFFT_EMULATION_REVERSE": "1"}, *({"EFFT_EMULATION_SEED": str(seed)} for seed in SEEDS)],
+    ids=["forward", "reverse", *(f"seed {seed}" for seed in SEEDS)],
+)
+
+
+@pytest.mark.slow
+@on_hopper
+@HOPPER_ORDERS
+def test_every_op_on_ragged_sizes_on_sm90(library: Path, order: dict[str, str]) -> None:
+    """The kernels of 9.0 take what they can take of the same cases, and every instance of every kernel runs."""
+    done = ragged(library, **SM90, **order)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(re.search(r"(\d+) cases, 0 wrong", done.stdout)[1]) > 300
+    run, kernels, hopper = map(int, re.search(r"(\d+) of (\d+) kernels run, (\d+) of them", done.stdout).groups())
+    assert hopper == INSTANCES
+    assert run == kernels
+
+
+@pytest.mark.slow
+@on_hopper
+def test_the_tests_of_the_ops_on_sm90(library: Path) -> None:
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--show-capture=no", "tests/efft_kernels/ops"]
+    done = python(*command, EFFT_EMULATED_CUDA=str(library), EFFT_EMULATION_SEED="1", **SM90)
+    summary = done.stdout.strip().splitlines()[-1]
+    print(summary)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    assert int(re.search(r"(\d+) passed", summary)[1]) > 200
+
+
+def few_instances() -> dict[str, str]:
+    """The sources with 4 of the 16 instances, which compile in a fourth of the time: one type, one tile."""
+    files = emulator.sources(with_hopper=True)
+    types = """op.A.type == Type::bfloat16 ? launch_order<cutlass::bfloat16_t, bf16>(op, stream)
+                                     : launch_order<cutlass::half_t, fp16>(op, stream)"""
+    tiles = """wave_cost(op, 192, 192) < wave_cost(op, 128, 256)
+             ? launch_product<Product<T, TRANSPOSED, 3, 192, RANKS>, Out>(op, stream)
+             : launch_product"""
+    files = emulator.planted(files, "lowrank_gemm_sm90.cu", types, "launch_order<cutlass::bfloat16_t, bf16>(op, stream)")
+    return emulator.planted(files, "lowrank_gemm_sm90.cu", tiles, "(void)&wave_cost, launch_product")
+
+
+KERNEL, TYPES = "lowrank_gemm_sm90.cu", "product_sm90.cuh"
+#: A consumer writes to a buffer, and the next product reads it.
+WRITE = "if (thread == 0) shared.a[size_t(place.stage) * P::M{} * P::K{}] = typename P::T(shared.a[0]);\n"
+#: (file, what it says, what a mistake would say, how it shows)
+HOPPER_FAULTS = {
+    "a buffer released before its products are done": (
+        KERNEL,
+        "warpgroup_wait<1>();",
+        "warpgroup_wait<2>();",
+        "overwrites what a product under way still reads",
+    ),
+    "the wrong phase of full buffers": (
+        KERNEL,
+        "shared.full[place.stage].wait(place.round);",
+        "shared.full[place.stage].wait(place.round ^ 1);",
+        "what a copy has not brought yet|deadlock|barrier",
+    ),
+    "the wrong phase of empty buffers": (
+        KERNEL,
+        "shared.empty[stage].wait(place.round ^ 1);",
+        "shared.empty[stage].wait(place.round);",
+        "deadlock",
+    ),
+    "phases that never change": (KERNEL, "      round ^= 1;\n", "", "deadlock|overwrites|not brought|two copies"),
+    "one block of the pair not waited for": (
+        KERNEL,
+        "shared.empty[stage].init(PAIR * P::GROUPS);",
+        "shared.empty[stage].init(P::GROUPS);",
+        "overwrites|more arrivals|not brought|two copies",
+    ),
+    "too few bytes expected": (
+        KERNEL,
+        "P::BYTES_A + P::BYTES_B + P::BYTES_P",
+        "P::BYTES_A + P::BYTES_B",
+        "not brought|deadlock",
+    ),
+    "a copy in another swizzle than the product": (
+        TYPES,
+        "LayoutP{}(_, _, 0)",
+        "decltype(tile_to_shape(GMMA::Layout_K_SW64_Atom<T>{}, Shape<R, K>{})){}",
+        "WRONG",
+    ),
+    "lanes ahead of the one that copies": (KERNEL, "    __syncwarp();  // The other lanes", "    // The other lanes", "converged"),
+    "rows read before all lanes have written them": (
+        KERNEL,
+        "    __syncwarp();\n#pragma unroll\n    for (int half",
+        "#pragma unroll\n    for (int half",
+        "WRONG",
+    ),
+    "rows written before all lanes have read them": (
+        KERNEL,
+        "    __syncwarp();\n#pragma unroll\n    for (int j",
+        "#pragma unroll\n    for (int j",
+        "WRONG",
+    ),
+    "the last tile left out": (KERNEL, "tile < tiles.count();", "tile < tiles.count() - 1;", "WRONG"),
+    "a tile of the next column": (KERNEL, "n = within / height;", "n = (within + 1) / height;", "WRONG"),
+    "columns of H beyond the rank kept": (KERNEL, "< op.R ? h(i) : 0.0f", "< P::R{} ? h(i) : 0.0f", "WRONG infinite"),
+    "the tail left out": (KERNEL, "main_steps + blocks(op.R, typename P::K{})", "main_steps + op.R / 64", "WRONG|deadlock"),
+    "an output row too many": (
+        KERNEL,
+        "if (m < op.M && n < op.N)",
+        "if (m <= op.M && n < op.N)",
+        "AddressSanitizer: heap-buffer-overflow",
+    ),
+    "sums read before the products are done": (
+        KERNEL,
+        "      warpgroup_commit_batch();\n      warpgroup_wait<0>();\n",
+        "      warpgroup_commit_batch();\n",
+        "WRONG|under way",
+    ),
+    "registers not fenced before a product": (KERNEL, "      warpgroup_arrive();\n", "", "without a fence"),
+    "barriers not fenced": (KERNEL, "    cutlass::arch::fence_barrier_init();\n", "", "before a fence"),
+    "a block that starts before the other's barriers are there": (
+        KERNEL,
+        "  cluster_arrive_relaxed();\n  cluster_wait();  // the barriers",
+        "  // the barriers",
+        "no barrier|before a fence",
+    ),
+    "a block that ends before the other": (
+        KERNEL,
+        "  cluster_arrive();\n  cluster_wait();\n}",
+        "}",
+        "that has ended",
+    ),
+    "a write that products may not see": (
+        KERNEL,
+        "      warpgroup_arrive();\n",
+        f"      {WRITE}      warpgroup_arrive();\n",
+        "without a proxy fence",
+    ),
+}
+
+
+@pytest.mark.slow
+@on_hopper
+@pytest.mark.parametrize("name", HOPPER_FAULTS)
+def test_planted_faults_of_sm90_are_found(folders: dict[bool, Path], sanitized: dict[str, str], name: str) -> None:
+    """In one of the orders of threads, copies and products; those of addresses by the sanitizers."""
+    file, what, fault, how = HOPPER_FAULTS[name]
+    sanitize = "AddressSanitizer" in how
+    library = emulator.build(emulator.planted(few_instances(), file, what, fault), folders[sanitize], sanitize)
+    for order in ({}, {"EFFT_EMULATION_REVERSE": "1"}, *({"EFFT_EMULATION_SEED": str(seed)} for seed in SEEDS)):
+        done = ragged(library, "tiles bfloat16", **SM90, **order, **(sanitized if sanitize else {}))
+        if done.returncode != 0:
+            break
+    said = done.stdout + done.stderr
+    assert done.returncode != 0, f"not found: {said}"
+    print(f"found with {order or 'threads in order'}")
+    assert re.search(how, said), said[-5000:]
+
+
+@pytest.mark.slow
+@on_hopper
+def test_a_fenced_write_is_no_fault(folders: dict[bool, Path]) -> None:
+    """What the last planted fault lacks: the write below changes nothing, so with a fence the results are right."""
+    same = WRITE.replace("shared.a[0]", "shared.a[size_t(place.stage) * P::M{} * P::K{}]")
+    fenced = f"      {same}      cutlass::arch::fence_view_async_shared();\n      warpgroup_arrive();\n"
+    files = emulator.planted(few_instances(), KERNEL, "      warpgroup_arrive();\n", fenced)
+    done = ragged(emulator.build(files, folders[False]), "tiles bfloat16", **SM90, EFFT_EMULATION_SEED="1")
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -79,7 +79,7 @@ def build(files: Mapping[str, str], folder: Path, sanitize: bool = False) -> Pat
         if source.name in changed or headers or not target.exists():
             extra = kernel if source.suffix == ".cu" else ["-O3", "-std=c++17"] if source.name in own else torch
             if is_hopper(source.name):
-                extra = [*kernel, *_hopper_flags(hopper())]
+                extra = [*kernel, *_hopper_flags(hopper()), "-g0"]  # names of CuTe's types take longer than its code
             _run(tools.cxx, *flags, *extra, "-c", str(source), "-o", str(target))
         return target
 

@@ -27,6 +27,10 @@ struct dim3 {
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
+struct cudaFuncAttributes {
+  size_t sharedSizeBytes;
+};
+
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
   struct {
@@ -46,6 +50,8 @@ struct cudaLaunchConfig_t {
 
 extern "C" {
 const char* cudaGetErrorString(cudaError_t error);
+cudaError_t cudaGetLastError();
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel);
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
 cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaSetDevice(int device);

@@ -42,7 +42,8 @@ std::vector<Fiber> fibers;
 const std::function<void()>* body;
 void* scheduler[5];
 std::string error;
-std::map<const void*, size_t> asked;
+std::map<const void*, unsigned> launched;  // blocks per cluster
+std::map<const void*, size_t> asked;  // shared memory, by the kernels that were loaded
 
 int capability() {
   const char* const said = std::getenv("EFFT_EMULATION_CAPABILITY");
@@ -249,12 +250,15 @@ cudaError_t run(const Launch& launch, const void* kernel, const std::function<vo
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   error.clear();
   blocks.clear();
+  launched[kernel] = launch.cluster;
   const dim3 grid = gridDim = launch.grid;
-  const size_t count = launch.threads, allowed = asked.count(kernel) ? asked[kernel] : SHARED_UNASKED;
+  const size_t count = launch.threads;
   running = 0;
   if (grid.x * grid.y * grid.z == 0 || grid.y > 65535 || grid.z > 65535) fail("an impossible grid");
   if (count % WARP != 0 || count > 1024) fail("a block that is not whole warps");
-  if (launch.shared_bytes > allowed) fail("more shared memory than was asked for");
+  const auto loaded = asked.find(kernel);
+  if (loaded == asked.end()) fail("a kernel that a launch would have to load, which a capture forbids");
+  if (loaded != asked.end() && launch.shared_bytes > loaded->second) fail("more shared memory than was asked for");
   if (launch.cluster == 0 || grid.x % launch.cluster != 0) fail("a grid that is not whole clusters");
   if (!error.empty()) return cudaErrorLaunchFailure;
   threads_per_block = count;
@@ -284,8 +288,25 @@ cudaError_t run(const Launch& launch, const void* kernel, const std::function<vo
 
 extern "C" {
 
+// How many kernels have run, how many the library has, and how many of those that have run did so in clusters.
+__attribute__((visibility("default"))) void efft_emulation_coverage(int* run, int* all, int* in_clusters) {
+  *run = static_cast<int>(emulation::launched.size());
+  *all = static_cast<int>(emulation::asked.size());
+  *in_clusters = static_cast<int>(std::count_if(
+      emulation::launched.begin(), emulation::launched.end(), [](const auto& kernel) { return kernel.second > 1; }));
+}
+
 const char* cudaGetErrorString(cudaError_t) {
   return emulation::error.c_str();
+}
+
+cudaError_t cudaGetLastError() {
+  return cudaSuccess;
+}
+
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void* kernel) {
+  emulation::asked.emplace(kernel, emulation::SHARED_UNASKED);
+  return cudaSuccess;
 }
 
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {

@@ -1,5 +1,7 @@
-// Products of warp groups: a warp's 16 rows of each. They are computed when the warp waits for them, as late as can be;
-// until then the sums that threads hold are NaN, and registers and shared memory must stay as they are.
+// Products of warp groups, of which each warp has 16 rows. What one of the four warps commits is complete once all four
+// have issued it and it is done for all of them: CUTLASS, too, lets one warp say that a group is done with a buffer.
+// Products are computed when a warp waits for them, as late as can be; until a warp has waited itself, the sums that its
+// threads hold are NaN, and until the products are computed, registers and shared memory must stay as they are.
 #include <algorithm>
 #include <array>
 #include <map>
@@ -21,6 +23,7 @@ struct Issued {
 struct Sums {
   std::array<float*, WARP> of_lane;
   int columns = 0, under_way = 0;
+  size_t last_group = 0;  // of products that add to them
   std::vector<float> values;  // [16, columns]
 
   // Where value i of a lane lies.
@@ -35,11 +38,14 @@ struct Warp {
   std::deque<std::vector<Issued>> groups;
   std::map<float*, Sums> sums;  // by the first lane's
   bool is_fenced = false;       // since the registers of the last products could be touched
-  int waits_for = -1;           // groups that may be under way; -1: it does not wait
+  size_t committed = 0;         // groups, of which the last groups.size() are not computed yet
+  bool waits = false;
+  size_t waits_for = 0;  // groups, from the first on
   std::vector<std::array<uint64_t, 2>> said;  // descriptors, which must be the same in the four warps of a group
 };
 
 std::vector<Warp> warps;
+constexpr size_t IN_GROUP = WARP_GROUP / WARP;
 
 size_t block_of(size_t warp) {
   return warp * WARP / threads_per_block;
@@ -78,7 +84,7 @@ void each_chunk(uint64_t bits, bool by_columns, int first, int count, Visit visi
 }
 
 int rows_before(size_t warp) {
-  return static_cast<int>(warp % (WARP_GROUP / WARP)) * 16;
+  return static_cast<int>(warp % IN_GROUP) * 16;
 }
 
 template <class Visit>
@@ -128,10 +134,28 @@ void compute(size_t warp, const Issued& issued) {
     for (int k = 0; k < 16; ++k)
       for (int n = 0; n < product.columns; ++n) to[n] += left[row][k] * right[k][n];
   }
-  if (--sums.under_way > 0) return;
-  for (int lane = 0; lane < WARP; ++lane)
-    for (int i = 0; i < product.columns / 2; ++i) sums.of_lane[lane][i] = sums.at(lane, i);
-  warps[warp].sums.erase(issued.sums[0]);
+  --sums.under_way;
+}
+
+// Gives a warp the sums of the groups that it has waited for.
+void write_sums(Warp& warp, size_t groups) {
+  for (auto next = warp.sums.begin(); next != warp.sums.end();) {
+    Sums& sums = next->second;
+    if (sums.under_way > 0 || sums.last_group >= groups) {
+      ++next;
+      continue;
+    }
+    for (int lane = 0; lane < WARP; ++lane)
+      for (int i = 0; i < sums.columns / 2; ++i) sums.of_lane[lane][i] = sums.at(lane, i);
+    next = warp.sums.erase(next);
+  }
+}
+
+bool can_finish(size_t number) {
+  if (!warps[number].waits) return false;
+  const auto first = warps.begin() + static_cast<std::ptrdiff_t>(number / IN_GROUP * IN_GROUP);
+  return std::all_of(
+      first, first + IN_GROUP, [&](const Warp& other) { return other.committed >= warps[number].waits_for; });
 }
 
 bool same(const Product& a, const Product& b) {
@@ -159,7 +183,7 @@ void add_product(size_t number, Lane* const* lanes) {
   if (Descriptor(product.right).base != 0) return fail("a descriptor with a base offset, which is not emulated");
   if (!warp.is_fenced) return fail("a product without a fence of the registers before it");
   warp.said.push_back({product.left, product.right});
-  for (size_t other = number / 4 * 4; other < number / 4 * 4 + 4; ++other)
+  for (size_t other = number / IN_GROUP * IN_GROUP; other < (number / IN_GROUP + 1) * IN_GROUP; ++other)
     if (warps[other].said.size() >= warp.said.size() && warps[other].said[warp.said.size() - 1] != warp.said.back())
       return fail("the warps of a group issue different products");
   const size_t block = block_of(number);
@@ -172,8 +196,10 @@ void add_product(size_t number, Lane* const* lanes) {
     return fine;
   });
   if (!fine) return;
+  const bool are_here = warp.sums.count(issued.sums[0]) != 0;  // still, or computed and not waited for yet
   Sums& sums = warp.sums[issued.sums[0]];
-  if (sums.under_way++ == 0) {
+  ++sums.under_way;
+  if (!are_here) {
     sums.of_lane = issued.sums;
     sums.columns = product.columns;
     sums.values.resize(static_cast<size_t>(16 * product.columns));
@@ -185,12 +211,14 @@ void add_product(size_t number, Lane* const* lanes) {
   } else if (sums.columns != product.columns) {
     return fail("products of different shapes add to the same sums at once");
   }
+  sums.last_group = warp.committed;
   warp.open.push_back(issued);
 }
 
 void commit_products(size_t warp) {
   warps[warp].groups.push_back(std::move(warps[warp].open));
   warps[warp].open.clear();
+  ++warps[warp].committed;
 }
 
 void fence_products(size_t warp) {
@@ -200,26 +228,34 @@ void fence_products(size_t warp) {
 bool products_done(size_t number, int under_way) {
   Warp& warp = warps[number];
   warp.is_fenced = false;  // the registers may be touched from here on
-  if (warp.groups.size() <= static_cast<size_t>(under_way)) return true;
-  warp.waits_for = under_way;
+  const size_t groups = warp.committed - std::min(warp.committed, static_cast<size_t>(under_way));
+  if (warp.committed - warp.groups.size() >= groups) {
+    write_sums(warp, groups);
+    return true;
+  }
+  warp.waits = true;
+  warp.waits_for = groups;
   return false;
 }
 
 size_t products_waited_for() {
-  return static_cast<size_t>(
-      std::count_if(warps.begin(), warps.end(), [](const Warp& warp) { return warp.waits_for >= 0; }));
+  size_t count = 0;
+  for (size_t number = 0; number < warps.size(); ++number) count += can_finish(number);
+  return count;
 }
 
 void finish_products(size_t which) {
   size_t number = 0;
   for (; number < warps.size(); ++number)
-    if (warps[number].waits_for >= 0 && which-- == 0) break;
+    if (can_finish(number) && which-- == 0) break;
   Warp& warp = warps[number];
-  while (warp.groups.size() > static_cast<size_t>(warp.waits_for)) {
-    for (const Issued& issued : warp.groups.front()) compute(number, issued);
-    warp.groups.pop_front();
-  }
-  warp.waits_for = -1;
+  for (size_t other = number / IN_GROUP * IN_GROUP; other < (number / IN_GROUP + 1) * IN_GROUP; ++other)
+    while (warps[other].committed - warps[other].groups.size() < warp.waits_for) {
+      for (const Issued& issued : warps[other].groups.front()) compute(other, issued);
+      warps[other].groups.pop_front();
+    }
+  write_sums(warp, warp.waits_for);
+  warp.waits = false;
   for (size_t i = number * WARP; i < (number + 1) * WARP; ++i) threads[i].state = State::ready;
 }
 

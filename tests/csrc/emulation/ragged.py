@@ -5,6 +5,7 @@ what is left is the order of sums and the last rounding, and the tolerance can b
 judged: what is left of y without the base product.
 """
 
+import ctypes
 import itertools
 import sys
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ SIZES = (
     *((0, 24, 40, 5), (1, 16, 8, 1), (37, 40, 72, 17), (130, 136, 33, 33)),
     *((131, 70, 130, 100), (9, 13, 21, 129), (300, 24, 40, 5)),
 )
+#: Of tile_cases: tiles of 192 x 192 and of 128 x 256 are the better choice for two each, with h made and read.
+TILES = ((520, 264, 520, 5), (256, 200, 256, 33), (500, 520, 256, 5), (380, 264, 192, 40))
 #: Name, results, exact results, dtype, and the size of the terms of what may cancel.
 Case = tuple[str, dict[str, Tensor], dict[str, Tensor], torch.dtype, dict[str, float]]
 
@@ -76,6 +79,28 @@ def linear_cases(producer: str) -> Iterator[Case]:
         h_terms = a.abs() @ D_.abs()
         terms = {"h": h_terms.norm().item(), "dG": (h_terms.t() @ gy.double().abs()).norm().item()}
         yield f"{op} {producer} {tokens} {d_in} {d_out} {rank} {dtype} {layout}", got, exact, dtype, terms
+
+
+def tile_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """Several tiles each way and more steps than buffers, for every instance of the kernel of compute capability 9.0."""
+    for tokens, d_in, d_out, rank in TILES:
+        x, gy = random(tokens, d_in, dtype=dtype), random(tokens, d_out, dtype=dtype)
+        W, b = random(d_out, d_in, dtype=dtype, scale=d_in**-0.5), random(d_out, dtype=dtype)
+        D, G = random(d_in, rank, dtype=dtype, scale=d_in**-0.5), random(rank, d_out, dtype=dtype)
+        y, h = torch.ops.efft.tt_linear_fwd.cuda(x, W, b, D, G)
+        dx, _, _ = torch.ops.efft.tt_linear_bwd.cuda(gy, None, W, None, D, G, True, False, False)
+        h_, dh = rounded(x.double() @ D.double(), dtype), rounded(gy.double() @ G.double().t(), dtype)
+        exact = {"y": x.double() @ W.double().t() + b.double() + h_ @ G.double(), "h": h_}
+        exact["dx"] = gy.double() @ W.double() + dh @ D.double().t()
+        yield f"tiles {tokens} {d_in} {d_out} {rank} {dtype}", {"y": y, "h": h, "dx": dx}, exact, dtype, {}
+    # An infinite activation makes its own row infinite, and none of the columns beyond the rank may turn it into NaN.
+    x, W, D, G = (random(*shape, dtype=dtype).abs() for shape in ((9, 40), (72, 40), (40, 5), (5, 72)))
+    x[3, 7] = torch.inf
+    y, h = torch.ops.efft.tt_linear_fwd.cuda(x, W, None, D, G)
+    infinite = torch.zeros(9, 1, dtype=torch.float64)
+    infinite[3] = 1
+    exact = {"y": infinite.expand(9, 72), "h": infinite.expand(9, 5)}
+    yield f"infinite {dtype}", {"y": y.isinf().to(dtype), "h": h.isinf().to(dtype)}, exact, dtype, {}
 
 
 def update_cases() -> Iterator[Case]:
@@ -139,6 +164,8 @@ FAMILIES = {
     "linear": lambda: linear_cases(""),
     "gelu": lambda: itertools.chain(linear_cases("none"), linear_cases("tanh")),
     "norm": lambda: linear_cases("norm"),
+    "tiles bfloat16": lambda: tile_cases(torch.bfloat16),
+    "tiles float16": lambda: tile_cases(torch.float16),
     "update": update_cases,
     "grouped": grouped_cases,
     "contract": contract_cases,
@@ -171,6 +198,10 @@ def main(library: str, only: str = "", device: str = "cpu") -> int:
             if wrong:
                 break  # one case tells
     print(f"{count} cases, {wrong} wrong")
+    if device == "cpu":
+        run, kernels, clusters = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+        ctypes.CDLL(library).efft_emulation_coverage(*map(ctypes.byref, (run, kernels, clusters)))
+        print(f"{run.value} of {kernels.value} kernels run, {clusters.value} of them in clusters of blocks")
     return int(wrong > 0)
 
 
