@@ -29,7 +29,7 @@ struct Vector {
   Type type = Type::float32;
 };
 
-// What stands in front of a layer.
+// What computes the input of a layer in front of it.
 enum class Producer : uint8_t { none, gelu, gelu_tanh, norm };
 
 struct Norm {

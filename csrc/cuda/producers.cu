@@ -1,4 +1,4 @@
-// What stands in front of an adapted layer, a pass of its own: GELU by elements, layer norm by rows, a warp each.
+// The producers of a layer, each a pass of its own: GELU element by element, layer norm with a warp per row.
 // Forward puts out what the layer's products read; backward takes the gradient of that to the gradient of what came in
 // and, on the way, puts the same out again, so that it need not be kept.
 //

@@ -5,19 +5,19 @@ namespace efft {
 
 namespace {
 
-Stage stage(const std::string& approximate) {
-  Stage of;
-  of.producer = approximate == "tanh" ? Producer::gelu_tanh : Producer::gelu;
+LayerProducer producer_of(const std::string& approximate) {
+  LayerProducer of;
+  of.kind = approximate == "tanh" ? Producer::gelu_tanh : Producer::gelu;
   return of;
 }
 
 Linear tt_gelu_linear_fwd(Tensor z, Tensor W, std::optional<Tensor> b, Tensor D, Tensor G, std::string approximate) {
-  return linear_forward(z, stage(approximate), W, b, D, G);
+  return linear_forward(z, producer_of(approximate), W, b, D, G);
 }
 
 LinearBackward tt_gelu_linear_bwd(Tensor gy, Tensor z, std::optional<Tensor> W, std::optional<Tensor> h, Tensor D,
     Tensor G, std::string approximate, bool need_dz, bool need_dD, bool need_dG) {
-  return linear_backward(gy, z, stage(approximate), W, h, D, G, need_dz, need_dD, need_dG);
+  return linear_backward(gy, z, producer_of(approximate), W, h, D, G, need_dz, need_dD, need_dG);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(efft, CUDA, library) {

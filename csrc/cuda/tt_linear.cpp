@@ -9,13 +9,13 @@ namespace efft {
 
 namespace {
 
-Norm norm_of(const Stage& stage, const std::optional<Tensor>& gamma, const std::optional<Tensor>& beta) {
+Norm norm_of(const LayerProducer& producer, const std::optional<Tensor>& gamma, const std::optional<Tensor>& beta) {
   Norm norm;
   norm.gamma = vector_of(gamma);
   norm.beta = vector_of(beta);
-  norm.eps = static_cast<float>(stage.eps);
-  if (stage.mean) norm.mean = static_cast<float*>(stage.mean->data_ptr());
-  if (stage.rstd) norm.rstd = static_cast<float*>(stage.rstd->data_ptr());
+  norm.eps = static_cast<float>(producer.eps);
+  if (producer.mean) norm.mean = static_cast<float*>(producer.mean->data_ptr());
+  if (producer.rstd) norm.rstd = static_cast<float*>(producer.rstd->data_ptr());
   return norm;
 }
 
@@ -24,8 +24,9 @@ std::optional<Tensor> whole(const std::optional<Tensor>& t) {
 }
 
 // What a kernel reads through the producer: in its own type if that is the product's or float.
-Tensor with_readable_rows(const Tensor& x, const Stage& stage, ScalarType product, const Launches& launches) {
-  const bool own = stage.producer != Producer::none && x.scalar_type() != product;
+Tensor with_readable_rows(
+    const Tensor& x, const LayerProducer& producer, ScalarType product, const Launches& launches) {
+  const bool own = producer.kind != Producer::none && x.scalar_type() != product;
   return with_aligned_rows(x, own ? ScalarType::Float : product, launches);
 }
 
@@ -43,15 +44,16 @@ void make_h(const Tensor& h, const Tensor& a, const Tensor& P, const Launches& l
 
 }  // namespace
 
-Linear linear_forward(const Tensor& x_, const Stage& stage, const Tensor& W, const std::optional<Tensor>& b_,
+Linear linear_forward(const Tensor& x_, const LayerProducer& producer, const Tensor& W, const std::optional<Tensor>& b_,
     const Tensor& D, const Tensor& G) {
   const Launches launches(x_);
   const ScalarType type = W.scalar_type();
-  const std::optional<Tensor> b = whole(b_), gamma = whole(stage.gamma), beta = whole(stage.beta);
-  const Tensor x = with_readable_rows(x_, stage, type, launches), P = with_aligned_rows(transposed(D), type, launches);
+  const std::optional<Tensor> b = whole(b_), gamma = whole(producer.gamma), beta = whole(producer.beta);
+  const Tensor x = with_readable_rows(x_, producer, type, launches),
+               P = with_aligned_rows(transposed(D), type, launches);
   const Right right(transposed(W), launches);
   const Tensor tail = right.tail(G, launches);
-  const bool plain = stage.producer == Producer::none;
+  const bool plain = producer.kind == Producer::none;
 
   const int64_t tokens = x.size(0), d_in = x.size(1), rank = D.size(1);
   const Tensor h = empty_rows(W, {tokens}, rank, type), a = plain ? x : empty_rows(W, {tokens}, d_in, type);
@@ -61,8 +63,8 @@ Linear linear_forward(const Tensor& x_, const Stage& stage, const Tensor& W, con
     op.columns = d_in;
     op.x = matrix(x);
     op.out = matrix(a);
-    op.producer = stage.producer;
-    op.norm = norm_of(stage, gamma, beta);
+    op.producer = producer.kind;
+    op.norm = norm_of(producer, gamma, beta);
     check(produce(op, launches.stream()));
   }
   const Tensor y = empty(W, {tokens, W.size(0)});
@@ -87,15 +89,15 @@ Linear linear_forward(const Tensor& x_, const Stage& stage, const Tensor& W, con
   return {y, torch::stable::contiguous(h)};
 }
 
-LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x_, const Stage& stage,
+LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x_, const LayerProducer& producer,
     const std::optional<Tensor>& W, const std::optional<Tensor>& h_, const Tensor& D, const Tensor& G, bool need_dx,
     bool need_dD, bool need_dG) {
   const Launches launches(gy_);
   const ScalarType type = gy_.scalar_type();
   const Tensor gy = with_aligned_rows(gy_, type, launches);
-  const std::optional<Tensor> gamma = whole(stage.gamma), beta = whole(stage.beta);
-  const bool reads_x = x_.has_value() && (need_dD || (need_dx && stage.producer != Producer::none));
-  const Tensor x = reads_x ? with_readable_rows(*x_, stage, type, launches) : gy;
+  const std::optional<Tensor> gamma = whole(producer.gamma), beta = whole(producer.beta);
+  const bool reads_x = x_.has_value() && (need_dD || (need_dx && producer.kind != Producer::none));
+  const Tensor x = reads_x ? with_readable_rows(*x_, producer, type, launches) : gy;
   const Tensor like_x = x_.has_value() ? *x_ : gy_;
   const int64_t tokens = gy.size(0), d_in = D.size(0), d_out = G.size(1), rank = D.size(1);
 
@@ -103,7 +105,7 @@ LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x
   const Tensor P = need_dx || need_dD ? with_aligned_rows(G, type, launches) : G;
 
   // The gradient of what the products read, which without a producer is x.
-  const bool plain = stage.producer == Producer::none;
+  const bool plain = producer.kind == Producer::none;
   const Tensor dx = need_dx ? empty(like_x, {tokens, d_in}) : empty(like_x, {0});
   const Tensor da = plain || !need_dx ? dx : empty_rows(gy, {tokens}, d_in, type);
   if (need_dx) {
@@ -140,8 +142,8 @@ LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x
     }
     if (need_dD) op.out = matrix(a);
     op.type = type_of(type);
-    op.producer = stage.producer;
-    op.norm = norm_of(stage, gamma, beta);
+    op.producer = producer.kind;
+    op.norm = norm_of(producer, gamma, beta);
     check(produce_backward(op, launches.stream()));
   }
 

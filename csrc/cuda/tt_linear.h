@@ -11,9 +11,9 @@ namespace efft {
 using Linear = std::tuple<Tensor, Tensor>;                  // y, h
 using LinearBackward = std::tuple<Tensor, Tensor, Tensor>;  // dx, dD, dG
 
-// What stands in front, and what a norm brings.
-struct Stage {
-  Producer producer = Producer::none;
+// The producer of a layer, and what a norm brings.
+struct LayerProducer {
+  Producer kind = Producer::none;
   std::optional<Tensor> gamma, beta;
   double eps = 0;
   std::optional<Tensor> mean, rstd;
@@ -34,10 +34,10 @@ struct Right {
   }
 };
 
-Linear linear_forward(const Tensor& x, const Stage& stage, const Tensor& W, const std::optional<Tensor>& b,
+Linear linear_forward(const Tensor& x, const LayerProducer& producer, const Tensor& W, const std::optional<Tensor>& b,
     const Tensor& D, const Tensor& G);
 
-LinearBackward linear_backward(const Tensor& gy, const std::optional<Tensor>& x, const Stage& stage,
+LinearBackward linear_backward(const Tensor& gy, const std::optional<Tensor>& x, const LayerProducer& producer,
     const std::optional<Tensor>& W, const std::optional<Tensor>& h, const Tensor& D, const Tensor& G, bool need_dx,
     bool need_dD, bool need_dG);
 

@@ -15,8 +15,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tt_norm_linear_fwd(Tensor x, std::opt
 LinearBackward tt_norm_linear_bwd(Tensor gy, Tensor x, std::optional<Tensor> gamma, std::optional<Tensor> beta,
     double eps, Tensor mean, Tensor rstd, std::optional<Tensor> W, std::optional<Tensor> h, Tensor D, Tensor G,
     bool need_dx, bool need_dD, bool need_dG) {
-  const Stage stage{Producer::norm, gamma, beta, eps, torch::stable::contiguous(mean), torch::stable::contiguous(rstd)};
-  return linear_backward(gy, x, stage, W, h, D, G, need_dx, need_dD, need_dG);
+  const LayerProducer producer{
+      Producer::norm, gamma, beta, eps, torch::stable::contiguous(mean), torch::stable::contiguous(rstd)};
+  return linear_backward(gy, x, producer, W, h, D, G, need_dx, need_dD, need_dG);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(efft, CUDA, library) {

@@ -8,8 +8,8 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from efft_kernels.build import BuildError, find_tools
 
@@ -18,8 +18,7 @@ SOURCES = HERE.parents[2] / "csrc" / "cuda"
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
 
 
-@dataclass(frozen=True)
-class Hopper:
+class Hopper(NamedTuple):
     """What the kernel of compute capability 9.0 is compiled with: headers of the CUDA toolkit and of CUTLASS."""
 
     toolkit: Path
@@ -98,7 +97,11 @@ def _hopper_flags(headers: Hopper) -> list[str]:
     shared_address = "__cvta_generic_to_shared=emulation::shared_address"
     return [
         *("-DNDEBUG", "-DEFFT_TOOLKIT", "-D__CUDACC_VER_MAJOR__=13", "-D__CUDACC_VER_MINOR__=0"),
-        *("-DCUTLASS_ENABLE_DIRECT_CUDA_DRIVER_CALL", "-DCUTE_CVTA_GENERIC_TO_SHARED_ACTIVATED=1", f"-D{shared_address}"),
+        *(
+            "-DCUTLASS_ENABLE_DIRECT_CUDA_DRIVER_CALL",
+            "-DCUTE_CVTA_GENERIC_TO_SHARED_ACTIVATED=1",
+            f"-D{shared_address}",
+        ),
         *("-include", str(HERE / "hopper.h"), "-isystem", str(HERE / "cutlass"), "-isystem", str(headers.cutlass)),
         *("-isystem", str(headers.toolkit), "-isystem", str(headers.toolkit / "cccl")),
     ]

@@ -82,7 +82,7 @@ def linear_cases(producer: str) -> Iterator[Case]:
 
 
 def tile_cases(dtype: torch.dtype) -> Iterator[Case]:
-    """Several tiles each way and more steps than buffers, for every instance of the kernel of compute capability 9.0."""
+    """Several tiles each way, more steps than buffers: each instance of the kernel of compute capability 9.0."""
     for tokens, d_in, d_out, rank in TILES:
         x, gy = random(tokens, d_in, dtype=dtype), random(tokens, d_out, dtype=dtype)
         W, b = random(d_out, d_in, dtype=dtype, scale=d_in**-0.5), random(d_out, dtype=dtype)
