@@ -282,7 +282,7 @@ def few_instances() -> dict[str, str]:
     return emulator.planted(files, "lowrank_gemm_sm90.cu", tiles, "(void)&wave_cost, launch_product")
 
 
-KERNEL, TYPES = "lowrank_gemm_sm90.cu", "product_sm90.cuh"
+KERNEL = "lowrank_gemm_sm90.cu"
 #: A consumer writes to a buffer, and the next product reads it.
 WRITE = "if (thread == 0) shared.a[size_t(place.stage) * P::M{} * P::K{}] = typename P::T(shared.a[0]);\n"
 #: (file, what it says, what a mistake would say, how it shows)
@@ -305,7 +305,12 @@ HOPPER_FAULTS = {
         "shared.empty[stage].wait(place.round);",
         "deadlock",
     ),
-    "phases that never change": (KERNEL, "      round ^= 1;\n", "", "deadlock|overwrites|not brought|two copies"),
+    "phases that never change": (
+        KERNEL,
+        "      round ^= 1;\n",
+        "",
+        "deadlock|overwrites|not brought|two copies|more arrivals",
+    ),
     "one block of the pair not waited for": (
         KERNEL,
         "shared.empty[stage].init(PAIR * P::GROUPS);",
@@ -318,10 +323,11 @@ HOPPER_FAULTS = {
         "P::BYTES_A + P::BYTES_B",
         "not brought|deadlock",
     ),
-    "a copy in another swizzle than the product": (
-        TYPES,
-        "LayoutP{}(_, _, 0)",
-        "decltype(tile_to_shape(GMMA::Layout_K_SW64_Atom<T>{}, Shape<R, K>{})){}",
+    "a product in another swizzle than the copy": (
+        KERNEL,
+        "typename P::LayoutP{});\n  typename P::Mma mma;",
+        "tile_to_shape(GMMA::Layout_K_SW64_Atom<typename P::T>{}, "
+        "Shape<typename P::R, typename P::K, Int<STAGES>>{}));\n  typename P::Mma mma;",
         "WRONG",
     ),
     "lanes ahead of the one that copies": (
