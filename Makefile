@@ -40,7 +40,7 @@ check-native: $(VENV)/.efft-dev ## Static checks of csrc/cpu, and its tests unde
 check-cuda: $(VENV)/.efft-dev ## Run the CUDA kernels in the emulator, compile and report on them: no GPU, a quarter of an hour
 	$(RUN) pytest tests/csrc/test_emulated.py $(ARGS)
 	$(RUN) pip install --quiet --no-deps nvidia-cutlass==$(CUTLASS)
-	$(RUN) efft_kernels.cuda_report
+	$(RUN) tests.csrc.resource_report
 
 lint: $(VENV)/.efft-dev ## Check style and types, change nothing
 	$(RUN) ruff check

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from efft_kernels._autocast import no_autocast
+from efft_kernels._arguments import no_autocast
 from efft_kernels.nn.bank import Binding, FactorBank
 from efft_kernels.nn.weights import dequantized, is_plain
 from efft_kernels.ops import tt_merge_

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import _symbolic_trace
 
-from efft_kernels._autocast import no_autocast
+from efft_kernels._arguments import no_autocast
 
 Operands = tuple[Tensor, ...]
 """What a layer multiplies by: (D, G), or more where the update of one site is a product of more."""

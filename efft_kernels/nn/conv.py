@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from efft_kernels._autocast import autocast_dtype
+from efft_kernels._arguments import autocast_dtype
 from efft_kernels.nn.linear import AdaptedLayer
 from efft_kernels.nn.weights import is_plain, stored_in
 from efft_kernels.ops import tt_linear

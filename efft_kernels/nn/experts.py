@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from efft_kernels._autocast import no_autocast
+from efft_kernels._arguments import no_autocast
 from efft_kernels.nn.expert_mm import expert_mm
 from efft_kernels.nn.factors import Site, TTFactors
 from efft_kernels.nn.parameter import AdaptedParameter, cannot_adapt_parameter

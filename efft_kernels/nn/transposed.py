@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from efft_kernels._autocast import no_autocast
+from efft_kernels._arguments import no_autocast
 from efft_kernels.nn.frozen import FrozenLayer, cannot_wrap, is_conv1d, not_only_a_weight
 from efft_kernels.nn.linear import AdaptedLayer
 from efft_kernels.nn.weights import is_plain, stored_in

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from efft_kernels._autocast import no_autocast
+from efft_kernels._arguments import no_autocast
 from efft_kernels.ops import tt_linear
 
 torch.fx.wrap("tt_linear")  # one node of a traced graph

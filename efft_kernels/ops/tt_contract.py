@@ -2,19 +2,58 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from efft_kernels import reference
-from efft_kernels._autocast import no_autocast
-from efft_kernels.backends import Backend, resolve
-from efft_kernels.ops._checks import check_number, check_shape, check_tensor
-from efft_kernels.ops._schemas import overloads
+from efft_kernels import eager, reference
+from efft_kernels._arguments import check_number, check_shape, check_tensor, no_autocast
+from efft_kernels.backends import Backend, declare, resolve
 
-_FORWARD = overloads("tt_contract_fwd")
-_BACKWARD = overloads("tt_contract_bwd")
+
+def _fake_fwd(C: Tensor, V: Tensor, keep_C: Tensor | None, keep_V: Tensor | None, scale: float) -> Tensor:
+    n_layers, n_cores, r1, _ = C.shape
+    return C.new_empty(n_layers, r1, n_cores * V.shape[1])
+
+
+def _fake_bwd(
+    dG: Tensor,
+    C: Tensor,
+    V: Tensor,
+    keep_C: Tensor | None,
+    keep_V: Tensor | None,
+    scale: float,
+    need_dC: bool,
+    need_dV: bool,
+) -> tuple[Tensor, Tensor]:
+    return C.new_empty(C.shape if need_dC else 0), V.new_empty(V.shape if need_dV else 0)
+
+
+def _triton() -> ModuleType:
+    from efft_kernels.triton import tt_contract
+
+    return tt_contract
+
+
+_FORWARD = declare(
+    "tt_contract_fwd",
+    # C [n_layers, n_cores, r1, r2], V [r2, d_out], keep_C like C, keep_V [n_layers, r2, d_out] (bool)
+    # -> G [n_layers, r1, n_cores * d_out]
+    "(Tensor C, Tensor V, Tensor? keep_C, Tensor? keep_V, float scale) -> Tensor",
+    _fake_fwd,
+    eager=eager.tt_contract_fwd,
+    triton=_triton,
+)
+_BACKWARD = declare(
+    "tt_contract_bwd",
+    "(Tensor dG, Tensor C, Tensor V, Tensor? keep_C, Tensor? keep_V, float scale, bool need_dC, bool need_dV) "
+    "-> (Tensor dC, Tensor dV)",
+    _fake_bwd,
+    eager=eager.tt_contract_bwd,
+    triton=_triton,
+)
 
 
 def tt_contract(

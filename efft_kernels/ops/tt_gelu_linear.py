@@ -2,20 +2,71 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from efft_kernels import reference
-from efft_kernels._autocast import autocast_like_linear, no_autocast
-from efft_kernels.backends import Backend, resolve
-from efft_kernels.ops._checks import check_dtypes, check_frozen, check_linear, linear_sizes
-from efft_kernels.ops._flat import flat, unflat
-from efft_kernels.ops._schemas import overloads
+from efft_kernels import eager, reference
+from efft_kernels._arguments import (
+    autocast_like_linear,
+    check_dtypes,
+    check_frozen,
+    check_linear,
+    flatten_tokens,
+    linear_sizes,
+    no_autocast,
+    unflatten_tokens,
+)
+from efft_kernels.backends import Backend, declare, resolve
 
-_FORWARD = overloads("tt_gelu_linear_fwd")
-_BACKWARD = overloads("tt_gelu_linear_bwd")
+
+def _fake_fwd(z: Tensor, W: Tensor, b: Tensor | None, D: Tensor, G: Tensor, approximate: str) -> tuple[Tensor, Tensor]:
+    return W.new_empty(z.shape[0], W.shape[0]), W.new_empty(z.shape[0], D.shape[1])
+
+
+def _fake_bwd(
+    gy: Tensor,
+    z: Tensor,
+    W: Tensor | None,
+    h: Tensor | None,
+    D: Tensor,
+    G: Tensor,
+    approximate: str,
+    need_dz: bool,
+    need_dD: bool,
+    need_dG: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        z.new_empty(z.shape if need_dz else 0),
+        D.new_empty(D.shape if need_dD else 0),
+        G.new_empty(G.shape if need_dG else 0),
+    )
+
+
+def _triton() -> ModuleType:
+    from efft_kernels.triton import tt_gelu_linear
+
+    return tt_gelu_linear
+
+
+_FORWARD = declare(
+    "tt_gelu_linear_fwd",
+    # As tt_linear_fwd on gelu(z), which neither direction keeps; z [tokens, d_in] in its own dtype, the product in W's.
+    "(Tensor z, Tensor W, Tensor? b, Tensor D, Tensor G, str approximate) -> (Tensor y, Tensor h)",
+    _fake_fwd,
+    eager=eager.tt_gelu_linear_fwd,
+    triton=_triton,
+)
+_BACKWARD = declare(
+    "tt_gelu_linear_bwd",
+    "(Tensor gy, Tensor z, Tensor? W, Tensor? h, Tensor D, Tensor G, str approximate, "
+    "bool need_dz, bool need_dD, bool need_dG) -> (Tensor dz, Tensor dD, Tensor dG)",
+    _fake_bwd,
+    eager=eager.tt_gelu_linear_bwd,
+    triton=_triton,
+)
 
 
 def tt_gelu_linear(
@@ -77,17 +128,17 @@ class _TTGeluLinear(torch.autograd.Function):
         backend: Backend,
     ) -> Tensor:
         with no_autocast(z.device):
-            y, h = _FORWARD[backend](flat(z), W, b, D, G, approximate)
+            y, h = _FORWARD[backend](flatten_tokens(z), W, b, D, G, approximate)
         need_dz, need_dG = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
         ctx.save_for_backward(z, W if need_dz else None, h if need_dG else None, D, G)
         ctx.approximate, ctx.backend = approximate, backend
-        return unflat(y, z.shape[:-1])
+        return unflatten_tokens(y, z.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         need_dz, _, _, need_dD, need_dG = needs = ctx.needs_input_grad[:5]
         z, W, h, D, G = ctx.saved_tensors
-        leading, gy, z = gy.shape[:-1], flat(gy), flat(z)
+        leading, gy, z = gy.shape[:-1], flatten_tokens(gy), flatten_tokens(z)
         grads: tuple[Tensor | None, ...]
         with no_autocast(gy.device):
             if torch.is_grad_enabled():  # this backward will be differentiated

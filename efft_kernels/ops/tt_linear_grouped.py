@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from efft_kernels import reference
-from efft_kernels._autocast import autocast_like_linear, no_autocast
-from efft_kernels.backends import Backend, resolve
-from efft_kernels.ops._checks import check_dtypes, check_linear, check_shape, check_tensor
-from efft_kernels.ops._schemas import overloads
+from efft_kernels import eager, reference
+from efft_kernels._arguments import (
+    autocast_like_linear,
+    check_dtypes,
+    check_linear,
+    check_shape,
+    check_tensor,
+    no_autocast,
+)
+from efft_kernels.backends import Backend, declare, resolve
 
-_IMPLEMENTATION = overloads("tt_linear_grouped")
+
+def _fake(x: Tensor, W: Tensor, b: Tensor | None, D: Tensor, G: Tensor, adapter: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:2], W.shape[0])
+
+
+def _triton() -> ModuleType:
+    from efft_kernels.triton import tt_linear_grouped
+
+    return tt_linear_grouped
+
+
+_IMPLEMENTATION = declare(
+    "tt_linear_grouped",
+    # x [samples, tokens, d_in], D [n_adapters, d_in, r1], G [n_adapters, r1, d_out], adapter [samples] (int64, negative
+    # for none) -> [samples, tokens, d_out]
+    "(Tensor x, Tensor W, Tensor? b, Tensor D, Tensor G, Tensor adapter) -> Tensor",
+    _fake,
+    eager=eager.tt_linear_grouped,
+    triton=_triton,
+)
 
 
 def tt_linear_grouped(

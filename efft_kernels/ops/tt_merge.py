@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
-from efft_kernels import reference
-from efft_kernels._autocast import no_autocast
-from efft_kernels.backends import Backend, resolve
-from efft_kernels.ops._checks import check_delta, check_number
-from efft_kernels.ops._schemas import overloads
+from efft_kernels import eager, reference
+from efft_kernels._arguments import check_delta, check_number, no_autocast
+from efft_kernels.backends import Backend, declare, resolve
 
-_IMPLEMENTATION = overloads("tt_merge_")
+
+def _fake(W: Tensor, D: Tensor, G: Tensor, sign: float) -> None:
+    return None
+
+
+def _triton() -> ModuleType:
+    from efft_kernels.triton import tt_merge
+
+    return tt_merge
+
+
+_IMPLEMENTATION = declare(
+    "tt_merge_",
+    # W [d_out, d_in], D [d_in, r1], G [r1, d_out]
+    "(Tensor(a!) W, Tensor D, Tensor G, float sign) -> ()",
+    _fake,
+    eager=eager.tt_merge_,
+    triton=_triton,
+)
 
 
 @torch.no_grad()

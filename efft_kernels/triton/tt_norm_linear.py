@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from efft_kernels.eager.tt_norm_linear import layer_norm_bwd
+from efft_kernels.eager import layer_norm_bwd
 from efft_kernels.triton.lowrank_gemm import lowrank_gemm, norm_project, project
 from efft_kernels.triton.tt_linear import factor_gradients
 

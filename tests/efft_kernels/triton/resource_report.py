@@ -1,7 +1,7 @@
 """What every kernel costs on every target, compiled without a GPU: registers, spills, shared memory, instructions.
 
-    python -m efft_kernels.triton.resources                      # all forms, all targets, a table and the faults found
-    python -m efft_kernels.triton.resources --targets 90 --only lowrank_gemm
+    python -m tests.efft_kernels.triton.resource_report  # all forms, all targets, a table and the faults found
+    python -m tests.efft_kernels.triton.resource_report --targets 90 --only lowrank_gemm
 
 A form is a kernel with one entry of the tables, for one use (forward, backward, backward behind a GELU, one adapter a
 sample), by pointers or by TMA, for the strides and alignments of a real layer. A fault is what must
@@ -377,7 +377,7 @@ def table(reports: Iterable[Report]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command: exit code 1 if there is a fault."""
-    parser = argparse.ArgumentParser(prog="python -m efft_kernels.triton.resources", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.efft_kernels.triton.resource_report", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--targets", nargs="+", choices=SHARED_MEMORY, default=list(SHARED_MEMORY))
     parser.add_argument("--only", default="", help="forms whose name contains this")

@@ -7,8 +7,8 @@ import triton.language as tl
 from torch import Tensor
 
 from efft_kernels.testing import poisoned_empty
-from efft_kernels.triton.interpreter import AddressError, checked
 from efft_kernels.triton.lowrank_gemm import lowrank_gemm_kernel
+from tests.efft_kernels.triton.address_checker import AddressError, checked
 
 
 @triton.jit

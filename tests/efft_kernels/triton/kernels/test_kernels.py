@@ -20,7 +20,7 @@ from efft_kernels.triton.launch import FP32_TILES, HALF_TILES, RECOMPUTE_RANK, T
 from efft_kernels.triton.lowrank_gemm import gelu_project, lowrank_gemm, norm_project, project
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    from efft_kernels.triton.interpreter import checked
+    from tests.efft_kernels.triton.address_checker import checked
 
     GPU = launch.Device(132, 2**31, 9)
 else:

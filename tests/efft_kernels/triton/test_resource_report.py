@@ -9,7 +9,7 @@ triton = pytest.importorskip("triton", reason="needs the triton extra")
 if triton.knobs.runtime.interpret:
     pytest.skip("the interpreter cannot compile", allow_module_level=True)
 
-from efft_kernels.triton.resources import SHARED_MEMORY, Form, forms, inspect, inspect_all, main, table  # noqa: E402
+from tests.efft_kernels.triton.resource_report import SHARED_MEMORY, Form, forms, inspect, inspect_all, main, table  # noqa: E402
 
 
 def form(name: str) -> Form:
