@@ -1,4 +1,5 @@
-// One layer's and one core's part of tt_contract and of its gradients: tiny products of masked, scaled copies.
+// The part of tt_contract and of its gradients that belongs to one layer and one core: small products of masked, scaled
+// copies.
 #pragma once
 
 #include <cstring>
@@ -7,8 +8,8 @@
 
 namespace efft::EFFT_ISA {
 
-// `from` in float, times `scale`, zero where `keep` is false; transposed into rows of `columns` padded to whole panels
-// if `transpose`.
+// `from` as floats, times `scale`, and zero where `keep` is false. With `transpose` the result is transposed, with rows
+// padded to whole panels.
 template <class T>
 Rows<const float> masked(const Matrix& from, int64_t rows, int64_t columns, const bool* keep, float scale,
     bool transpose, Buffer<float>& buffer) {

@@ -1,4 +1,5 @@
-// The table of one instruction set. Compiled once a set, with EFFT_ISA its name and the flags of csrc/build.json.
+// The table of functions of one instruction set. efft_kernels/build.py compiles this file once per set, with EFFT_ISA
+// set to the name of the set and with the flags that it lists for it.
 #include "kernels.h"
 
 #include "contract.h"
