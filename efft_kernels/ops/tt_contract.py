@@ -67,28 +67,28 @@ def tt_contract(
 ) -> Tensor:  # [n_layers, r1, n_cores * d_out]
     """Contract cores with V for all layers: ``G[l] = scale · [C[l,0] V | C[l,1] V | ...]``.
 
-    Call it once a step and hand ``G.unbind(0)`` to the layers: autograd then stacks the layers' dG and the backward
-    makes dC and dV once. The several cores of a layer become column blocks, so that fused qkv needs one ``tt_linear``.
+    Call it once per step and give ``G.unbind(0)`` to the layers: autograd then stacks the dG of the layers, and one
+    backward makes dC and dV. The cores of a layer become column blocks, so that fused qkv needs one ``tt_linear``.
 
     Args:
         C: cores ``[n_layers, n_cores, r1, r2]``.
         V: right factor ``[r2, d_out]``, shared by all layers, in the dtype of ``C``.
         scale: a number, or a tensor of one element to train it.
         keep_C, keep_V: dropout masks on the factors (True keeps), ``[n_layers, n_cores, r1, r2]`` and
-            ``[n_layers, r2, d_out]``, one draw a layer. Kept elements are not rescaled here: fold 1/(1-p) of each
-            dropped factor into ``scale``.
+            ``[n_layers, r2, d_out]``, one draw per layer. Kept elements are not rescaled here: fold 1/(1-p) of
+            each dropped factor into ``scale``.
         backend: see :mod:`efft_kernels.backends`.
 
-    For the transposed train of fc2 pass ``C.transpose(-1, -2)`` and ``U.t()``. Computed in the factors' own dtype, also
-    under autocast: they are tiny and their rounding would be the update's.
+    For the transposed train of fc2 pass ``C.transpose(-1, -2)`` and ``U.t()``. The op computes in
+    the factors' own dtype, also under autocast: they are tiny, and their rounding would become that of the update.
 
     Returns:
         ``G [n_layers, r1, n_cores * d_out]`` in the dtype of ``C``.
 
     Raises:
-        TypeError: an argument is no tensor, or no number.
+        TypeError: an argument is not a tensor, or not a number.
         ValueError: shapes or dtypes do not fit together.
-        RuntimeError: the backend asked for cannot run this call.
+        RuntimeError: the requested backend cannot run this call.
     """
     check_tensor("tt_contract", "C", C)
     check_tensor("tt_contract", "V", V)

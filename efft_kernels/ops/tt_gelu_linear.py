@@ -1,4 +1,4 @@
-"""``tt_gelu_linear``: GELU and the adapted linear layer behind it, without keeping the GELU's output."""
+"""``tt_gelu_linear``: a GELU and the adapted linear layer behind it, without keeping the GELU's output."""
 
 from __future__ import annotations
 
@@ -81,8 +81,8 @@ def tt_gelu_linear(
 ) -> Tensor:  # [..., d_out]
     """``tt_linear(gelu(z), W, b, D, G)`` that keeps ``z`` for backward and makes ``gelu(z)`` again where it is needed.
 
-    For the second layer of an MLP: GELU's own backward needs ``z`` anyway, so the widest activation of a block is no
-    longer kept twice.
+    It is for the second layer of an MLP. The backward of the GELU needs ``z`` anyway, so the widest activation of a
+    block is not kept twice.
 
     Args:
         z: input of the GELU ``[..., d_in]``, any floating dtype (``cpu``: float32 or bfloat16) and strides.
@@ -97,9 +97,10 @@ def tt_gelu_linear(
         ``z``, ``D`` and ``G``, any number of times.
 
     Raises:
-        TypeError: an argument is no tensor.
-        ValueError: shapes or dtypes do not fit together, ``W`` or ``b`` wants a gradient, unknown ``approximate``.
-        RuntimeError: the backend asked for cannot run this call.
+        TypeError: an argument is not a tensor.
+        ValueError: shapes or dtypes do not fit together, ``W`` or ``b`` requires a gradient, or ``approximate`` is
+            unknown.
+        RuntimeError: the requested backend cannot run this call.
     """
     if approximate not in ("none", "tanh"):
         raise ValueError(f"tt_gelu_linear: approximate must be 'none' or 'tanh', got {approximate!r}")

@@ -85,25 +85,25 @@ def tt_linear(
     A fused qkv projection is one call with ``d_out = 3 d`` and ``G = [C_q V | C_k V | C_v V]``.
 
     Args:
-        x: activations ``[..., d_in]``; any leading shape, any strides, also no token at all.
+        x: activations ``[..., d_in]``; any leading shape (also without a token) and any strides.
         W: weight ``[d_out, d_in]`` as in ``torch.nn.Linear``, in the dtype of ``x``.
         b: bias ``[d_out]`` or None, in the dtype of ``x``.
-        D: down factor ``[d_in, r1]``, any floating dtype (``cpu``: float32 or bfloat16); computed with in the dtype of
-            ``x``.
+        D: down factor ``[d_in, r1]``, any floating dtype (``cpu``: float32 or bfloat16); the product with it is
+            computed in the dtype of ``x``.
         G: up factor ``[r1, d_out]``, likewise.
         backend: see :mod:`efft_kernels.backends`.
 
     Under autocast ``x``, ``W`` and ``b`` are cast as ``torch.nn.functional.linear`` casts them; the gradients of fp32
-    factors stay fp32. Only gradients that are asked for are computed.
-    Differentiable any number of times.
+    factors stay fp32. Only the gradients that autograd asks for are computed. The op is differentiable any number of
+    times.
 
     Returns:
         ``y [..., d_out]`` in the dtype of ``x`` (the autocast dtype under autocast).
 
     Raises:
-        TypeError: an argument is no tensor.
+        TypeError: an argument is not a tensor.
         ValueError: shapes or dtypes do not fit together.
-        RuntimeError: the backend asked for cannot run this call.
+        RuntimeError: the requested backend cannot run this call.
     """
     check_linear("tt_linear", "x", x, W, b, D, G)
     x, W, b = autocast_like_linear(x, W, b)
@@ -119,9 +119,9 @@ def tt_linear(
 class _TTLinear(torch.autograd.Function):
     """Autograd of tt_linear, above the backends: one registered op forward, one backward.
 
-    A backward that is to be differentiated is the reference's, on saved tensors that are still part of the graph: the
-    inputs, or ``h`` where ``x`` is not kept for want of dD. ``h`` is an output then, so that autograd knows whence it
-    comes.
+    A backward that will itself be differentiated is the reference's, on saved tensors that are still part of the graph:
+    the inputs, or ``h`` where ``x`` is not kept because nothing needs dD. In that case ``h`` is an output, so that
+    autograd knows where it comes from.
     """
 
     @staticmethod
@@ -156,7 +156,7 @@ class _TTLinear(torch.autograd.Function):
                 dx, dD, dG = reference.tt_linear_bwd(gy, x, W, h, D, G, gh)
             else:
                 dx, dD, dG = _BACKWARD[ctx.backend](gy, x, W, h, D, G, need_dx, need_dD, need_dG)
-            # The base is frozen in every PEFT use; a caller who does train it gets the plain products.
+            # The base is frozen in every use for fine-tuning; a caller who does train it gets the plain products.
             dW = gy.t() @ x if x is not None and need_dW else None
             db = gy.sum(0) if need_db else None
         return (

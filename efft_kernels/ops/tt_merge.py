@@ -55,9 +55,9 @@ def tt_merge_(
         backend: see :mod:`efft_kernels.backends`.
 
     Raises:
-        TypeError: an argument is no tensor, or no number.
+        TypeError: an argument is not a tensor, or not a number.
         ValueError: shapes do not fit together, or W is an expanded tensor.
-        RuntimeError: the backend asked for cannot run this call.
+        RuntimeError: the requested backend cannot run this call.
     """
     check_delta("tt_merge_", W, D, G)
     check_number("tt_merge_", "sign", sign)

@@ -1,4 +1,4 @@
-"""``tt_norm_linear``: layer norm and the adapted linear layer behind it, without keeping the norm's output."""
+"""``tt_norm_linear``: a layer norm and the adapted linear layer behind it, without keeping the norm's output."""
 
 from __future__ import annotations
 
@@ -101,12 +101,12 @@ def tt_norm_linear(
 ) -> Tensor:  # [..., d_out]
     """``tt_linear(layer_norm(x, gamma, beta, eps), W, b, D, G)`` that keeps ``x`` alone for backward.
 
-    For the first layer of an attention or MLP block: ``x`` is the residual stream, which the norm's own backward needs
-    anyway. The norm's output is made again where it is needed.
+    It is for the first layer of an attention or MLP block, where ``x`` is the residual stream, which the backward of
+    the norm needs anyway. The output of the norm is made again where it is needed.
 
     Args:
         x: input of the norm ``[..., d_in]``, any floating dtype (``cpu``: float32 or bfloat16) and strides.
-        gamma, beta: the norm's weight and bias ``[d_in]``, either or both None; frozen, of one dtype, any.
+        gamma, beta: the norm's weight and bias ``[d_in]``, either or both None; frozen, of one dtype, which may be any.
         W, b: weight ``[d_out, d_in]`` and bias ``[d_out]`` or None, of one dtype (under autocast cast to its dtype);
             frozen. The norm is computed in fp32 (fp64 for fp64) and rounded once, to their dtype, in which the product
             is computed.
@@ -119,9 +119,9 @@ def tt_norm_linear(
         ``x``, ``D`` and ``G``, any number of times.
 
     Raises:
-        TypeError: an argument is no tensor, or no number.
-        ValueError: shapes or dtypes do not fit together, or a frozen argument wants a gradient.
-        RuntimeError: the backend asked for cannot run this call.
+        TypeError: an argument is not a tensor, or not a number.
+        ValueError: shapes or dtypes do not fit together, or a frozen argument requires a gradient.
+        RuntimeError: the requested backend cannot run this call.
     """
     check_linear("tt_norm_linear", "x", x, W, b, D, G)
     check_number("tt_norm_linear", "eps", eps)

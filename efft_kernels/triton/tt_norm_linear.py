@@ -1,7 +1,8 @@
-"""tt_linear behind a layer norm: forward makes the norm, its statistics and h in one launch.
+"""tt_linear behind a layer norm: in forward one launch makes the norm, its statistics and h.
 
-Backward takes dh Dᵀ in the product that makes the gradient of the norm's output; the sums over tokens read that output
-through x. The norm's own backward is torch's kernel: it is one pass over rows, which fits no product's tiles.
+In backward the product that makes the gradient of the norm's output adds dh Dᵀ, and the sums over tokens read that
+output through x. The backward of the norm itself is torch's kernel: it is one pass over rows, which does not fit the
+tiles of a product.
 """
 
 from __future__ import annotations
