@@ -38,6 +38,7 @@ def small(method: Any) -> TrainConfig:
     )
 
 
+@pytest.mark.slow
 def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     demo: Any = importlib.import_module("efft_lab.demo.__main__")
     monkeypatch.setattr(demo, "TASKS", ("digits",))
