@@ -14,6 +14,8 @@ from efft_lab.demo import settings, verify
 from efft_lab.train import TrainConfig, build, run
 from efft_lab.train.probe import FeatureTask, linear_probe
 
+pytestmark = pytest.mark.slow  # runs the demo
+
 ROOT = Path(efft.__file__).parents[1]
 
 
@@ -38,7 +40,6 @@ def small(method: Any) -> TrainConfig:
     )
 
 
-@pytest.mark.slow
 def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     demo: Any = importlib.import_module("efft_lab.demo.__main__")
     monkeypatch.setattr(demo, "TASKS", ("digits",))
