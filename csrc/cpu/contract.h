@@ -74,4 +74,21 @@ void merge(Matrix W, const float* G, int64_t G_row, Matrix Dt, int64_t d_in, int
       Rows<T>{row_of<T>(W, begin), W.row});
 }
 
+inline void contract(const Contraction& op) {
+  with_type(op.C.type, [&](auto c) { contract<decltype(c)>(op); });
+}
+
+inline void contract_dC(const Contraction& op, Matrix dC) {
+  with_type(op.C.type, [&](auto c) { contract_dC<decltype(c)>(op, dC); });
+}
+
+inline void contract_dV(const Contraction& op, int64_t begin, int64_t end, float* dV) {
+  with_type(op.C.type, [&](auto c) { contract_dV<decltype(c)>(op, begin, end, dV); });
+}
+
+inline void merge(
+    Matrix W, const float* G, int64_t G_row, Matrix Dt, int64_t d_in, int64_t rank, int64_t begin, int64_t end) {
+  with_type(W.type, [&](auto w) { merge<decltype(w)>(W, G, G_row, Dt, d_in, rank, begin, end); });
+}
+
 }  // namespace efft::EFFT_ISA

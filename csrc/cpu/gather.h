@@ -46,4 +46,15 @@ void gather(const Gather& op, int64_t begin, int64_t end) {
     }
 }
 
+inline void gather(const Gather& op, int64_t begin, int64_t end) {
+  with_type(op.from.type, [&](auto from) {
+    with_type(op.to.type, [&](auto to) { gather<decltype(from), decltype(to)>(op, begin, end); });
+  });
+}
+
+inline void interleave(const float* from, int64_t rows, int64_t columns, void* to, int64_t begin, int64_t end) {
+  interleave(Rows<const float>{from + begin * columns, columns}, std::min(end, rows) - begin, columns, columns,
+      static_cast<bf16*>(to) + begin * columns);
+}
+
 }  // namespace efft::EFFT_ISA

@@ -81,6 +81,8 @@ struct Gather {
   Matrix to;  // row 0: in strips
 };
 
+// The functions are those of the same names: forward and backward in low_rank.h, gather and interleave in gather.h, the
+// others in contract.h.
 struct Kernels {
   const char* isa;
   bool pairs;  // products of bf16 take panels of interleaved bf16

@@ -11,6 +11,12 @@
 
 namespace efft::EFFT_ISA {
 
+// f(float{}) or f(bf16{}), as `type` says.
+template <class F>
+auto with_type(Type type, F f) {
+  return type == Type::float32 ? f(float{}) : f(bf16{});
+}
+
 template <class T>
 T* row_of(const Matrix& matrix, int64_t i) {
   return static_cast<T*>(matrix.data) + i * matrix.row;
@@ -183,7 +189,7 @@ void down(int64_t rows, int64_t depth, int64_t padded_rank, Rows<const E> left, 
 template <class X, class T>
 void forward(const Forward& op, int64_t begin, int64_t end) {
   using E = Element<T>;
-  const MatrixRegisters<E> registers;
+  [[maybe_unused]] const MatrixRegisters<E> registers;
   Scratch& space = scratch();
   const int64_t block = block_rows<E>(op);
   const Rows<float> wide{space.narrow.room(block * op.padded_rank), op.padded_rank};
@@ -239,7 +245,7 @@ void through_producer(const Backward& op, int64_t t, int64_t rows, Rows<const El
 template <class X, class T>
 void backward(const Backward& op, int64_t begin, int64_t end, float* dDt, float* dG) {
   using E = Element<T>;
-  const MatrixRegisters<E> registers;
+  [[maybe_unused]] const MatrixRegisters<E> registers;
   Scratch& space = scratch();
   const int64_t block = block_rows<E>(op);
   const bool need_dx = op.dx.data != nullptr, plain = op.producer == Producer::none;
@@ -268,6 +274,17 @@ void backward(const Backward& op, int64_t begin, int64_t end, float* dDt, float*
     else if (need_dx)
       through_producer<X, T>(op, t, rows, dh, current);
   }
+}
+
+inline void forward(const Forward& op, int64_t begin, int64_t end) {
+  with_type(op.x.type,
+      [&](auto x) { with_type(op.y.type, [&](auto y) { forward<decltype(x), decltype(y)>(op, begin, end); }); });
+}
+
+inline void backward(const Backward& op, int64_t begin, int64_t end, float* dDt, float* dG) {
+  with_type(op.x.type, [&](auto x) {
+    with_type(op.gy.type, [&](auto gy) { backward<decltype(x), decltype(gy)>(op, begin, end, dDt, dG); });
+  });
 }
 
 }  // namespace efft::EFFT_ISA
