@@ -25,7 +25,7 @@ class FrozenLayer(nn.Module):
     adapts: ClassVar[type[nn.Module]] = nn.Linear
     """What a layer must have been."""
     product: ClassVar[Callable[..., Tensor]] = nn.Linear.forward
-    """What the class of a linear layer computes (:func:`efft_kernels.nn.weights.frozen_linear` asks for it)."""
+    """What the class of a linear layer computes (:func:`efft_kernels.nn.linear.frozen_linear` asks for it)."""
 
     weight: Tensor
 
