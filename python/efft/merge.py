@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from efft.adapting.inject import adapted_layers, bank_of
+from efft.adapting.inject import adapted_layers, adapter_of
 from efft.adapting.offload import check_present
 from efft.adapting.placing import Update, updates_by_parameter
 from efft.adapting.sharding import check_whole
@@ -58,14 +58,14 @@ def merge(model: nn.Module, dequantize: bool = False) -> MergeReport:
         RuntimeError: the update is switched off by :func:`efft.disabled`.
     """
     model = unwrap(model)
-    bank = bank_of(model)
+    adapter = adapter_of(model)
     check_whole(model, "merge")
     layers = adapted_layers(model)
     check_stored(layers, "merge")
     check_present(model, "merge")
-    if not bank.enabled and not any(layer.merged for layer in layers.values()):
+    if not adapter.enabled and not any(layer.merged for layer in layers.values()):
         raise RuntimeError("the update is switched off by efft.disabled; merge outside its with block")
-    for name, factor in bank.named_parameters("efft"):
+    for name, factor in adapter.named_parameters("efft"):
         if not torch.isfinite(factor).all():
             raise ValueError(f"factor {name} has NaN or infinite entries; nothing was merged")
     for name, layer in layers.items():
@@ -73,7 +73,7 @@ def merge(model: nn.Module, dequantize: bool = False) -> MergeReport:
             raise ValueError(f"the update of {name} has NaN or infinite entries; nothing was merged")
     _check_plain(layers, dequantize)
     losses = {name: layer.merge(dequantize) for name, layer in layers.items()}
-    bank.enabled = False
+    adapter.enabled = False
     return MergeReport({name: loss for name, loss in losses.items() if loss is not None})
 
 
@@ -84,7 +84,7 @@ def unmerge(model: nn.Module) -> None:
     for layer in merged:
         layer.unmerge()
     if merged:
-        bank_of(model).enabled = True
+        adapter_of(model).enabled = True
 
 
 @torch.no_grad()

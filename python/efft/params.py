@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from efft.adapting.inject import Bank
+from efft.adapting.inject import Adapter
 from efft.adapting.sharding import full_shape
 from efft.adapting.wrappers import unwrap
 from efft.planning.plan import Plan
@@ -47,11 +47,11 @@ class ParameterCount:
 def count_parameters(model: nn.Module) -> ParameterCount:
     """Count an adapted model's parameters; on another model everything trainable counts as head."""
     model = unwrap(model)
-    bank = getattr(model, "efft", None)
+    adapter = getattr(model, "efft", None)
     groups = {}
-    if isinstance(bank, Bank):
-        groups = {name: sum(full_shape(p).numel() for p in factors.parameters()) for name, factors in bank.items()}
-    factors = {id(p) for p in bank.parameters()} if isinstance(bank, Bank) else set()
+    if isinstance(adapter, Adapter):
+        groups = {name: sum(full_shape(p).numel() for p in factors.parameters()) for name, factors in adapter.items()}
+    factors = {id(p) for p in adapter.parameters()} if isinstance(adapter, Adapter) else set()
     others = [p for p in model.parameters() if id(p) not in factors]
     head = sum(full_shape(p).numel() for p in others if p.requires_grad)
     return ParameterCount(groups, head, sum(full_shape(p).numel() for p in others) - head)
@@ -69,7 +69,7 @@ def print_trainable_parameters(model: nn.Module) -> None:
     """Print the table of trainable parameters by group of factors, with head and backbone, and the line that ``peft``
     prints."""
     model = unwrap(model)
-    if not isinstance(getattr(model, "efft", None), Bank):
+    if not isinstance(getattr(model, "efft", None), Adapter):
         print(f"this {type(model).__name__} is not adapted: everything that requires a gradient counts as head")
     count = count_parameters(model)
     trainable = count.factors + count.head

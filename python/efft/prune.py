@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from efft.adapting.inject import Bank, adapted_layers, bank_of
+from efft.adapting.inject import Adapter, adapted_layers, adapter_of
 from efft.adapting.sharding import check_whole
 from efft.config import EfftConfig, is_number, shown
 from efft_kernels import TTFactors
@@ -67,9 +67,9 @@ def prune(model: nn.Module, keep: float = 0.99) -> PruneReport:
     if not is_number(keep) or not 0 < keep <= 1:
         raise ValueError(f"prune: keep must be a share in (0, 1], got {shown(keep)}")
     check_whole(model, "prune")
-    bank = bank_of(model)
-    _config(bank)
-    trains = _trains(bank)
+    adapter = adapter_of(model)
+    _config(adapter)
+    trains = _trains(adapter)
     if any(layer.merged for layer in adapted_layers(model).values()):
         raise ValueError("the update is merged into this model's weights; call efft.unmerge(model) before pruning it")
     cuts = {name: _cut(name, factors, keep) for name, factors in trains.items()}
@@ -78,35 +78,37 @@ def prune(model: nn.Module, keep: float = 0.99) -> PruneReport:
     for name, factors in trains.items():
         if ranks[name] != before[name]:
             factors.replace(*cuts[name].factors)
-    _note_ranks(bank, ranks)
+    _note_ranks(adapter, ranks)
     return PruneReport(before, ranks, {name: cut.relative_error for name, cut in cuts.items()})
 
 
 def set_ranks(model: nn.Module, ranks: Mapping[str, Rank]) -> None:
     """Give the groups of a model these ranks, with zeros for factors: room for a pruned model's, which come next."""
-    bank = bank_of(model)
-    for name, factors in _trains(bank).items():
+    adapter = adapter_of(model)
+    for name, factors in _trains(adapter).items():
         r1, r2 = ranks[name]
         C = torch.zeros(*factors.C.shape[:2], r1, r2)
         factors.replace(torch.zeros(factors.d_in, r1), C, torch.zeros(r2, factors.d_out))
-    _note_ranks(bank, ranks)
+    _note_ranks(adapter, ranks)
 
 
-def _note_ranks(bank: Bank, ranks: Mapping[str, Rank]) -> None:
+def _note_ranks(adapter: Adapter, ranks: Mapping[str, Rank]) -> None:
     """Write down the ranks where adapter files take them from."""
-    _config(bank).rank = dict(ranks)
-    for group in bank.plan:
+    _config(adapter).rank = dict(ranks)
+    for group in adapter.plan:
         group["rank"] = list(ranks[group["name"]])
 
 
-def _config(bank: Bank) -> EfftConfig:
-    if not isinstance(bank.config, EfftConfig):
-        raise ValueError(f"expected a model adapted by EFFT, got one of method {bank.config.method!r}: it has no cores")
-    return bank.config
+def _config(adapter: Adapter) -> EfftConfig:
+    if not isinstance(adapter.config, EfftConfig):
+        raise ValueError(
+            f"expected a model adapted by EFFT, got one of method {adapter.config.method!r}: it has no cores"
+        )
+    return adapter.config
 
 
-def _trains(bank: Bank) -> dict[str, TTFactors]:
-    return {name: factors for name, factors in bank.items() if isinstance(factors, TTFactors)}
+def _trains(adapter: Adapter) -> dict[str, TTFactors]:
+    return {name: factors for name, factors in adapter.items() if isinstance(factors, TTFactors)}
 
 
 class _Cut(NamedTuple):

@@ -26,9 +26,10 @@ from torch import Tensor, nn
 
 from efft_kernels import ExpertWeight, Routing, Site, TTFactors, expert_linear
 from efft_kernels.nn import parameter as parameters
+from efft_kernels.nn.adapt import adapt
 from efft_kernels.nn.experts import EXPERT_VIEWS, holds_numbers
 from efft_kernels.nn.frozen import is_plain, stored_in
-from efft_kernels.nn.parameter import AdaptedModule, put_update, runs_for
+from efft_kernels.nn.parameter import AdaptedModule, runs_for
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class ExpertParameter:
 
     @property
     def view(self) -> str:
-        """The same for :func:`efft_kernels.nn.adapt.adapt`."""
+        """How :func:`efft_kernels.nn.adapt.adapt` is to read the parameter."""
         return EXPERT_VIEWS[self.transposed]
 
 
@@ -82,9 +83,16 @@ def experts_of(module: nn.Module) -> Experts | None:
 
 
 def intercept(module: nn.Module) -> bool:
-    """Let experts run a forward that knows their updates, once they are adapted: by :func:`adapt_experts`, which calls
-    this, or by :func:`efft_kernels.nn.adapt.adapt`. Returns False where nothing can be done: where the module reads
-    effective weights."""
+    """Let experts run a forward that knows their updates once :func:`efft_kernels.nn.adapt.adapt` has adapted them.
+
+    Returns:
+        False if nothing can be done: the module then reads effective weights.
+
+    Raises:
+        TypeError: a forward was set on the module itself.
+    """
+    if "forward" in module.__dict__:
+        raise TypeError("a forward was set on the module itself, which would drop the update; undo that first")
     found = experts_of(module)
     if found is None or found.kind is None:
         return False
@@ -113,21 +121,14 @@ def adapt_experts(module: nn.Module, sites: Mapping[str, tuple[TTFactors, Site]]
             "expected experts as three-dimensional parameters, of a kind that efft.adapting.experts describes and "
             f"not adapted yet, got {type(module).__name__}"
         )
-    if "forward" in module.__dict__:
-        raise TypeError("a forward was set on the module itself, which would drop the update; undo that first")
     known = {parameter.name: parameter for parameter in found.parameters}
     if not sites or set(sites) - set(known):
         raise ValueError(f"{type(module).__name__}: expected some of {sorted(known)}, got {sorted(sites)}")
-    weights = {
-        name: ExpertWeight(module, name, factors, site, transposed=known[name].transposed)
-        for name, (factors, site) in sites.items()
-    }
     intercept(module)
-    for weight in weights.values():
-        put_update(weight)
+    weights: Mapping[str, Any] = adapt(module, sites, views={name: known[name].view for name in sites})
     for parameter in module.parameters(recurse=False):
         parameter.requires_grad_(False)
-    return weights
+    return dict(weights)
 
 
 class AdaptedExperts(AdaptedModule):

@@ -12,21 +12,21 @@ import torch
 from torch import nn
 
 from efft.adapting import buffers
-from efft.adapting.bank import Bank as Bank
-from efft.adapting.bank import adapted_layers as adapted_layers
-from efft.adapting.bank import bank_of as bank_of
-from efft.adapting.bank import base_loaded, prepare, release
-from efft.adapting.bank import named_factors as named_factors
+from efft.adapting.adapter import Adapter as Adapter
+from efft.adapting.adapter import adapted_layers as adapted_layers
+from efft.adapting.adapter import adapter_of as adapter_of
+from efft.adapting.adapter import base_loaded, prepare, release
+from efft.adapting.adapter import named_factors as named_factors
 from efft.adapting.heads import find_head, is_language_model
 from efft.adapting.offload import Aside, device_of, follow, hooks_aside
-from efft.adapting.placing import adapt_in_place, make_layers
+from efft.adapting.placing import place
 from efft.adapting.sharding import check_whole
 from efft.adapting.wrappers import check_unwrapped, unwrap
 from efft.config import AdapterConfig, EfftConfig
 from efft.planning.plan import Plan, make_plan, warn_of_untouched
 from efft.saving.stored import check_stored
 from efft_kernels import FactorBank
-from efft_kernels.nn.adapt import mark_readers, replace_modules, restore
+from efft_kernels.nn.adapt import restore
 from efft_kernels.nn.frozen import FrozenLayer, is_plain
 from efft_kernels.nn.linear import AdaptedLayer
 from efft_kernels.nn.producers import unfuse_producer
@@ -82,30 +82,27 @@ def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> nn.Module
 
 def _adapt(model: nn.Module, config: AdapterConfig, plan: Plan, aside: Aside) -> None:
     requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
-    banks = _build_banks(
-        model, config, plan, aside
-    )  # all of them, before a layer is touched: what does not fit is seen
+    banks = _build_banks(model, config, plan, aside)  # all of them before a layer is touched, so that errors come first
     sites = {name: (banks[group.name], site) for group in plan.groups for name, site in group.sites.items()}
     weights = {name: (plan.weights[name], *sites[plan.tied.get(name, name)]) for name in plan.in_order(model)}
-    layers = make_layers(model, weights, config)
+    adapter = Adapter(banks, config, plan.head)
+    adapter._base_buffers = buffers.snapshot(model, plan.head)
+    adapter._still = buffers.statistics(model, plan.head) if config.freeze_statistics else []
+    adapter._requires_grad = requires_grad
+    before = {name: model.get_submodule(weight.module) for name, (weight, _, _) in weights.items()}
+    updates = place(model, weights, config)
+    stand_ins = {name: layer for name, layer in updates.items() if isinstance(layer, AdaptedLayer)}
+    adapter._originals = {name: before[name] for name in stand_ins}
+    follow(aside, {before[name]: layer for name, layer in stand_ins.items()})
+    adapter.train(model.training)
     for name, first in plan.tied.items():
-        layers[name][1].share(layers[first][1])
+        updates[name].share(updates[first])
     config.settle(plan.groups, banks)
-    bank = Bank(banks, config, plan.head)
-    bank._base_buffers = buffers.snapshot(model, plan.head)
-    bank._still = buffers.statistics(model, plan.head) if config.freeze_statistics else []
-    bank.train(model.training)
-    bank._requires_grad = requires_grad
-    bank._originals = {name: layer for name, (layer, _) in layers.items()}
-    adapt_in_place(model, weights)
-    replace_modules(model, dict(layers.values()))
-    follow(aside, dict(layers.values()))
-    bank._readers = mark_readers(model)
-    bank.layers = list(weights)
-    bank.plan = [group.to_dict() for group in plan.groups]
+    adapter.layers = list(weights)
+    adapter.plan = [group.to_dict() for group in plan.groups]
     _freeze_all_but(model, plan.head)
-    model.efft = bank
-    bank._hooks = [
+    model.efft = adapter
+    adapter._hooks = [
         model.register_forward_pre_hook(prepare),
         model.register_forward_hook(release, always_call=True),
         model.register_load_state_dict_post_hook(base_loaded),
@@ -142,7 +139,7 @@ def remove(model: nn.Module) -> nn.Module:
         ValueError: the model is not adapted, it is sharded, a ``forward`` was set on an adapted layer itself, or one
             computes its weight from others.
     """
-    bank = bank_of(model)
+    adapter = adapter_of(model)
     check_whole(model, "remove")
     check_stored(adapted_layers(model), "remove")
     with hooks_aside(model) as aside:
@@ -152,19 +149,19 @@ def remove(model: nn.Module) -> nn.Module:
             raise ValueError(
                 f"a forward was set on {', '.join(changed)} after efft.apply; undo that before efft.remove"
             )
-        originals: dict[nn.Module, nn.Module] = {layer: bank._originals[name] for name, layer in put_in.items()}
+        originals: dict[nn.Module, nn.Module] = {layer: adapter._originals[name] for name, layer in put_in.items()}
         restore(model, originals)
         follow(aside, originals)
     for module in model.modules():
         unfuse_producer(module)
-    for hook in bank._hooks:
+    for hook in adapter._hooks:
         hook.remove()
-    buffers.put_back(model, bank.head, bank._base_buffers)
-    for module in bank._still:
+    buffers.put_back(model, adapter.head, adapter._base_buffers)
+    for module in adapter._still:
         module.training = model.training
     del model.efft
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(bank._requires_grad.get(name, parameter.requires_grad))
+        parameter.requires_grad_(adapter._requires_grad.get(name, parameter.requires_grad))
     return model
 
 
@@ -176,18 +173,18 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     the base. ``model`` may be wrapped by DDP or its like.
     """
     wrapper, model = model, unwrap(model)
-    bank = bank_of(model)
+    adapter = adapter_of(model)
     merged = [update for update in adapted_layers(model).values() if update.merged]
     for update in merged:
         update.unmerge()
-    before = bank.enabled
-    _enable(model, bank, False)
+    before = adapter.enabled
+    _enable(model, adapter, False)
     try:
-        with buffers.as_in_base(model, bank.head, bank._base_buffers):
+        with buffers.as_in_base(model, adapter.head, adapter._base_buffers):
             yield wrapper
     finally:
-        if getattr(model, "efft", None) is bank:  # not removed meanwhile
-            _enable(model, bank, before)
+        if getattr(model, "efft", None) is adapter:  # not removed meanwhile
+            _enable(model, adapter, before)
             for update in merged:
                 update.enabled = True
                 update.merge(dequantize=True)
@@ -212,9 +209,9 @@ def freeze_backbone(model: nn.Module, head: list[str] | None = None) -> list[str
 
 def check_plain(model: nn.Module) -> None:
     """Raise ValueError if ``model`` is adapted, or has its own idea of what ``model.efft`` is."""
-    if isinstance(getattr(model, "efft", None), Bank):
+    if isinstance(getattr(model, "efft", None), Adapter):
         raise ValueError("this model is adapted already; call efft.remove(model) first to adapt it differently")
-    inner = next((name for name, module in model.named_modules() if isinstance(module, (Bank, FrozenLayer))), None)
+    inner = next((name for name, module in model.named_modules() if isinstance(module, (Adapter, FrozenLayer))), None)
     if inner is not None:
         raise ValueError(
             f"{inner!r} in this {type(model).__name__} is adapted already: call efft.remove on the model inside first"
@@ -239,14 +236,14 @@ def parameter_groups(
     out. ``model`` may be wrapped by DDP or its like.
     """
     model = unwrap(model)
-    bank = getattr(model, "efft", None)
-    if bank is None and all(p.requires_grad for p in model.parameters()):
+    adapter = getattr(model, "efft", None)
+    if adapter is None and all(p.requires_grad for p in model.parameters()):
         warnings.warn(
             f"this {type(model).__name__} is not adapted and nothing in it is frozen, so all of it will be trained: "
             "call efft.apply(model, ...) first (for full fine-tuning, pass model.parameters() to the optimizer)",
             stacklevel=2,
         )
-    factors = dict(bank.named_parameters("efft")) if isinstance(bank, Bank) else {}
+    factors = dict(adapter.named_parameters("efft")) if isinstance(adapter, Adapter) else {}
     scales = [p for n, p in factors.items() if n.endswith(".log_scale")]
     own = {id(p) for p in factors.values()}  # not by name: a compiled model's start with _orig_mod.
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
@@ -278,8 +275,8 @@ def _check_trainable(model: nn.Module, head: list[str], aside: Aside) -> None:
                 )
 
 
-def _enable(model: nn.Module, bank: Bank, enabled: bool) -> None:
-    bank.enabled = enabled
+def _enable(model: nn.Module, adapter: Adapter, enabled: bool) -> None:
+    adapter.enabled = enabled
     for layer in adapted_layers(model).values():
         layer.enabled = enabled
 
