@@ -1,4 +1,4 @@
-"""Merging the update into the weights, and back."""
+"""Merge the update into the weights, and take it out again."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from efft_kernels.nn.frozen import can_dequantize, dequantized, is_plain
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What merging did, per layer; printing it gives a summary."""
+    """What merging did to each layer; printing it gives a summary."""
 
     layers: dict[str, MergeLoss]
 
     @property
     def worst(self) -> tuple[str, MergeLoss] | None:
-        """The layer that lost the largest part of its update to rounding; None if nothing was merged."""
+        """The layer that lost the largest part of its update to rounding, or None if nothing was merged."""
         if not self.layers:
             return None
         return max(self.layers.items(), key=lambda item: item[1].relative_error)
@@ -46,15 +46,15 @@ class MergeReport:
 
 
 def merge(model: nn.Module, dequantize: bool = False) -> MergeReport:
-    """Add every update to its weight (fp32 arithmetic, one rounding) so that inference costs what the base costs.
+    """Add every update to its weight (fp32 arithmetic, one rounding), so that inference costs what the base costs.
 
-    The base weights are kept (doubling the adapted layers' memory), so :func:`unmerge` is exact. Merging a merged model
-    does nothing. With ``dequantize`` quantised weights become dense ones until then.
+    The base weights are kept, which doubles the memory of the adapted layers, so that :func:`unmerge` is exact. Merging
+    a merged model does nothing. With ``dequantize``, quantized weights are dense until they are unmerged.
 
     Raises:
-        TypeError: a weight is quantised, and ``dequantize`` is not set (nothing is changed then).
+        TypeError: a weight is quantized, and ``dequantize`` is not set; nothing is changed.
         ValueError: the model is not adapted, it is sharded, an update has non-finite entries, or a layer computes with
-            another weight than the stored one (nothing is changed then).
+            another weight than the stored one; nothing is changed.
         RuntimeError: the update is switched off by :func:`efft.disabled`.
     """
     model = unwrap(model)
@@ -91,13 +91,13 @@ def unmerge(model: nn.Module) -> None:
 def merged_state_dict(
     model: nn.Module, dtype: torch.dtype | None = None, dequantize: bool = False
 ) -> dict[str, Tensor]:
-    """A state dict for the plain architecture with the update inside the weights; the model stays as it is.
+    """Return a state dict for the plain architecture with the update in the weights; the model stays as it is.
 
-    Floating-point tensors are cast to ``dtype`` (default: kept). Weights are merged in fp32 and rounded once. With
-    ``dequantize`` quantised weights of adapted layers come out dense.
+    Floating-point tensors are cast to ``dtype``; by default they keep their dtype. Weights are merged in fp32 and
+    rounded once. With ``dequantize``, the quantized weights of adapted layers are dense in the result.
 
     Raises:
-        TypeError: a weight is quantised, and ``dequantize`` is not set.
+        TypeError: a weight is quantized, and ``dequantize`` is not set.
         ValueError: the model is not adapted, it is sharded, or a layer computes with another weight than the stored
             one.
     """
@@ -133,5 +133,5 @@ def _check_plain(layers: Mapping[str, Update], dequantize: bool) -> None:
         if not can_dequantize(weight):
             raise TypeError(
                 f"{name} has a {type(weight).__name__} for a weight, which does not say how to make it dense: save the "
-                "adapter, load it onto the base before it was quantised, and merge there"
+                "adapter, load it onto the base before it was quantized, and merge there"
             )

@@ -1,4 +1,4 @@
-"""Adapting a model in place: put the factors in, take them out, switch them off."""
+"""Adapt a model in place: put the factors in, take them out, switch them off."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ from efft_kernels.nn.producers import unfuse_producer
 def apply(model: nn.Module, config: AdapterConfig | None = None) -> nn.Module:
     """Adapt ``model`` in place: the selected weights get an update, and everything except factors and head is frozen.
 
-    A layer that is called (linear, convolution, embedding) is replaced by an adapted one, ``EfftLinear`` and its like;
-    a module that reads its parameters itself stays, and reads them with the update.
+    A layer that is called (linear, convolution, embedding) is replaced by an adapted one, such as ``EfftLinear``. A
+    module that reads its parameters itself stays, and reads them with the update.
 
-    The factors are owned once, by the new submodule ``model.efft``; parameter names of the base stay as they are.
-    While the model runs, all factors are composed together at its start (a forward hook); parts of the model called
-    alone compose their own. The first step is a no-op: some factor of every update starts at zero.
+    The factors are owned once, by the new submodule ``model.efft``; parameter names of the base stay as they are. A
+    forward hook composes all factors together when the model starts to run; parts of the model that are called alone
+    compose their own. The update is zero at first: some factor of every update starts at zero.
 
-    ``config`` is an :class:`EfftConfig`, the default, or that of another method (:mod:`efft.methods`).
+    ``config`` is an :class:`EfftConfig` (the default) or the configuration of another method (:mod:`efft.methods`).
 
     Returns:
         The same ``model``.
 
     Raises:
-        TypeError: not a module and a configuration.
-        ValueError: the model is adapted, sharded, or wrapped by DDP or its like already, or ``config`` does not fit it;
-            the model is then unchanged.
+        TypeError: the arguments are not a module and a configuration.
+        ValueError: the model is already adapted, sharded or wrapped (by DDP or a similar wrapper), or ``config`` does
+            not fit it; the model is then unchanged.
     """
     if not isinstance(model, nn.Module) or not isinstance(config, (AdapterConfig, type(None))):
         raise TypeError(
@@ -73,7 +73,7 @@ def apply(model: nn.Module, config: AdapterConfig | None = None) -> nn.Module:
 
 
 def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> nn.Module:
-    """:func:`apply` by a plan that is made already."""
+    """Adapt ``model`` by a plan, as :func:`apply` does."""
     with hooks_aside(model) as aside:
         _check_trainable(model, plan.head, aside)
         _adapt(model, config, plan, aside)
@@ -130,14 +130,16 @@ def _build_banks(model: nn.Module, config: AdapterConfig, plan: Plan, aside: Asi
 
 
 def remove(model: nn.Module) -> nn.Module:
-    """Undo :func:`apply`: the original layers come back bit for bit, and so do buffers that training changed and
-    what required gradients.
+    """Undo :func:`apply`: restore the original layers and the buffers that training changed, bit for bit.
 
-    The head keeps what it learned. A merged model is unmerged first. Returns the same ``model``.
+    What required gradients before does so again. The head keeps what it learned. A merged model is unmerged first.
+
+    Returns:
+        The same ``model``.
 
     Raises:
-        ValueError: the model is not adapted, it is sharded, a ``forward`` was set on an adapted layer itself, or one
-            computes its weight from others.
+        ValueError: the model is not adapted, it is sharded, a ``forward`` was set on an adapted layer itself, or an
+            adapted layer computes its weight from other tensors.
     """
     adapter = adapter_of(model)
     check_whole(model, "remove")
@@ -167,10 +169,10 @@ def remove(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Within the ``with`` block the model computes without the update, exactly as its base (with the trained head).
+    """Within the ``with`` block, compute without the update, exactly as the base does (with the trained head).
 
-    An update that is merged is taken out of the weights meanwhile, and buffers that training changed have the values of
-    the base. ``model`` may be wrapped by DDP or its like.
+    A merged update is taken out of the weights for that time, and buffers that training changed have the values of the
+    base. ``model`` may be wrapped by DDP or a similar wrapper.
     """
     wrapper, model = model, unwrap(model)
     adapter = adapter_of(model)
@@ -191,7 +193,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def freeze_backbone(model: nn.Module, head: list[str] | None = None) -> list[str]:
-    """Freeze everything but the head (by name, else the classifier): a linear probe. Returns the head's names.
+    """Freeze everything but the head (by name, else the classifier), for a linear probe. Return the head's names.
 
     Raises:
         ValueError: the model has no head to train.
@@ -208,7 +210,11 @@ def freeze_backbone(model: nn.Module, head: list[str] | None = None) -> list[str
 
 
 def check_plain(model: nn.Module) -> None:
-    """Raise ValueError if ``model`` is adapted, or has its own idea of what ``model.efft`` is."""
+    """Check that ``model`` can be adapted.
+
+    Raises:
+        ValueError: it is adapted already, or it has its own attribute ``efft``.
+    """
     if isinstance(getattr(model, "efft", None), Adapter):
         raise ValueError("this model is adapted already; call efft.remove(model) first to adapt it differently")
     inner = next((name for name, module in model.named_modules() if isinstance(module, (Adapter, FrozenLayer))), None)
@@ -227,13 +233,12 @@ def parameter_groups(
     head_lr: float | None = None,
     scale_lr: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Optimizer parameter groups of everything trainable: ``factors``, ``head`` (and any other) and trainable
-    ``scales``.
+    """Return the optimizer's parameter groups: ``factors``, ``head`` (with all other trained ones) and ``scales``.
 
-    As in the paper's recipe the weight decay acts on factors and head; scales have none. ``scale_lr`` is by default
-    10 lr: a step of Adam changes a scale by about this share of it, so that at 1e-3 it can double in 70 steps. Works
-    on a model without factors (linear probe) too; a UserWarning says so where nothing is frozen. Empty groups are left
-    out. ``model`` may be wrapped by DDP or its like.
+    As in the paper's recipe, weight decay acts on factors and head, but not on scales. ``scale_lr`` is 10 lr by
+    default: a step of Adam changes a scale by about this share of it, so that at 1e-3 it can double in 70 steps. A
+    model without factors (a linear probe) has groups too, and a UserWarning is issued if nothing in it is frozen. Empty
+    groups are left out. ``model`` may be wrapped by DDP or a similar wrapper.
     """
     model = unwrap(model)
     adapter = getattr(model, "efft", None)
@@ -271,7 +276,7 @@ def _check_trainable(model: nn.Module, head: list[str], aside: Aside) -> None:
             if not is_plain(parameter):
                 raise ValueError(
                     f"the head {name!r} is to be trained, but has a {type(parameter).__name__} for a weight: leave it "
-                    "out when you quantise, or pass head=[] to train factors alone"
+                    "out when you quantize, or pass head=[] to train factors alone"
                 )
 
 
