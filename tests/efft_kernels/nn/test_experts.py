@@ -241,8 +241,8 @@ def test_what_is_refused() -> None:
     model = Product(bank, SITES["one block"])
     for site, reason in (
         (SITES["two blocks"], r"\(in_features, out_features\) = \(8, 24\), got \(8, 12\)"),
-        (Site(0, (0, 1), experts=2), "experts, not 4"),
-        (Site(0, (0,)), "experts, not 4"),
+        (Site(0, (0, 1), experts=2), "expected a site of 4 experts"),
+        (Site(0, (0,)), "expected a site of 4 experts"),
     ):
         with pytest.raises(ValueError, match=reason):
             ExpertWeight(model, "matrices", bank, site)
