@@ -235,3 +235,39 @@ def test_packed_runs_end_in_rows_and_a_summary(tmp_path: Path, monkeypatch: pyte
     best = max(row["dev_accuracy"] for row in rows)
     (line,) = [line for line in command.summarize(rows).splitlines() if line.startswith("a *")]
     assert f"{100 * best:.1f}" in line
+
+
+def test_every_structure_of_the_list_trains(base: nn.Module) -> None:
+    for variant in lists.smoke():
+        short = dataclasses.replace(variant, epochs=1)
+        of = stack([short], [0], base, Task())
+        of.train(6)
+        assert of.losses[:6].isfinite().all(), variant.name
+        assert not torch.equal(of.flat, of.forward.flat([start_of(short, 0, base, FIELDS)])), variant.name
+
+
+def test_stochastic_depth_drops_whole_images(base: nn.Module) -> None:
+    of = stack([plain("linear", "linear")], [0], base, Task()).forward
+    x = torch.ones(1, 40 * 17, 6)
+    assert of.kept(x, 0.0, 40) is x
+    per_image = of.kept(x, 0.5, 40).view(40, -1)
+    assert set(per_image.unique().tolist()) == {0.0, 2.0}
+    assert torch.equal(per_image, per_image[:, :1].expand_as(per_image))
+
+
+def test_rates_are_chosen_on_validation_images() -> None:
+    def row(name: str, task: str, **scores: float) -> dict[str, Any]:
+        return {"variant": name, "task": task, "trained": 5, **{f"{k}_accuracy": v for k, v in scores.items()}}
+
+    searched = [row("lora lr 1", "a", val=0.5), row("lora lr 2", "a", val=0.6), row("lora lr 1", "b", val=0.7)]
+    final = [row("lora lr 1", "a", test=0.9), row("lora lr 2", "a", test=0.2), row("lora lr 2", "a", test=0.4)]
+    final += [row("lora lr 1", "b", test=0.5), row("efft", "a", test=0.6), row("efft", "b", test=0.2)]
+    assert command.chosen([*searched, *final])["lora", "a"] == "lora lr 2"
+    lines = {
+        " ".join(line.split()[:-5]): line.split()[-3:]
+        for line in command.summarize([*searched, *final], "test").splitlines()
+    }
+    assert lines["lora *"] == ["40.00", "30.0", "50.0"]
+    assert lines["efft"] == ["40.00", "60.0", "20.0"]
+    failed = [{**row("lora lr 2", "a", val=0.9), "failed": "the loss is nan"}, *searched[:1]]
+    assert command.chosen(failed)["lora", "a"] == "lora lr 1"

@@ -116,6 +116,22 @@ def explore() -> list[Variant]:
     return found
 
 
+def rivals() -> list[Variant]:
+    """What the method has to beat, with the rates to choose from on validation images."""
+    rates = (3e-4, 1e-3, 3e-3)
+    return [
+        shared(16),
+        *(lora(8, lr) for lr in rates),
+        *(lora(8, lr, 1) for lr in rates),
+        *(lora(2, lr) for lr in rates),
+        *(lora(2, lr, 1) for lr in rates),
+        *(lora(1, lr) for lr in rates),
+        *(alone(lr, biases=1, norms=1) for lr in (1e-3, 3e-3, 1e-2)),
+        *(Variant(f"fact_tt r16 lr {lr:g}", "fact_tt", {"rank": 16, "scale": 10.0}, lr) for lr in rates),
+        *(Variant(f"full lr {lr:g}", "full", lr=lr) for lr in (3e-5, 1e-4, 3e-4)),
+    ]
+
+
 def smoke() -> list[Variant]:
     """One setting of every structure, to see that everything runs."""
     seen: dict[str, Variant] = {}

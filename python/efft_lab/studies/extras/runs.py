@@ -146,11 +146,11 @@ def work(
     device: str,
     graph: bool,
     facts: Mapping[str, Any],
+    fields: Mapping[str, Any],
 ) -> None:
     """Take stacks from a queue until it is empty or the time (of ``time.time``) is over."""
     torch.set_num_threads(1)
     torch.backends.cuda.matmul.allow_tf32 = False
-    fields = recipe()
     packed = Packed(folder, tasks, fields, device)
     starts: dict[Any, Start] = {}
     pace = 0.0  # seconds of a run's step
@@ -213,6 +213,7 @@ def run_list(
     device: str = "cpu",
     graph: bool = False,
     commit: str | None = None,
+    fields: Mapping[str, Any] | None = None,
 ) -> None:
     """Work off runs in order with several processes; rows are appended to ``out`` as stacks end.
 
@@ -226,6 +227,7 @@ def run_list(
         device: of all of them.
         graph: replay each step as a CUDA graph.
         commit: for the rows, where there is no checkout.
+        fields: of `TrainConfig`; by default the suite's.
     """
     deadline = time.time() + seconds
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -235,7 +237,7 @@ def run_list(
     for stack in stacks(runs, most, full):
         jobs.put(stack)
     tasks = list(dict.fromkeys(run.task for run in runs))
-    arguments = (jobs, folder, tasks, out, deadline, device, graph, facts)
+    arguments = (jobs, folder, tasks, out, deadline, device, graph, facts, fields or recipe())
     processes = [context.Process(target=work, args=(i, *arguments)) for i in range(workers)]
     for process in processes:
         process.start()

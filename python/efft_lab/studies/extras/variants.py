@@ -134,6 +134,7 @@ def start_of(variant: Variant, seed: int, base: nn.Module, fields: Mapping[str, 
     config = config_of(variant, seed, fields)
     build.choose_trainable(model.train(), config)
     start = Start.of(model)
+    start.parameters.update({n: p.detach() for n, p in base.named_parameters()})  # one copy of what no run changes
     generator = torch.Generator().manual_seed(seed)
     if variant.method == "efft":
         for name in model.efft:

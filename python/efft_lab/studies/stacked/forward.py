@@ -20,6 +20,7 @@ class Forward:
         classes: outputs of each run.
         kinds: name of each parameter that is trained to its kind; the others are those of the first start.
         amp: autocast type.
+        drop_path: rate of stochastic depth in the last block; it grows from 0 in the first, as in timm.
         device: where the runs are.
     """
 
@@ -30,9 +31,11 @@ class Forward:
         kinds: Mapping[str, str],
         amp: torch.dtype,
         device: torch.device,
+        drop_path: float = 0.0,
     ) -> None:
         self.runs, self.first, self.kinds, self.amp, self.device = len(starts), starts[0], kinds, amp, device
         self.depth = 1 + max(int(n.split(".")[1]) for n in self.first.parameters if n.startswith("blocks."))
+        self.drop_path = torch.linspace(0, drop_path, self.depth).tolist()
         self.scales = {
             name: torch.tensor([start.scales[name] for start in starts], device=device) for name in self.first.scales
         }
@@ -89,10 +92,10 @@ class Forward:
                 q, k, v = h.view(runs * batch, tokens, 3, self.first.heads, -1).permute(2, 0, 3, 1, 4)
                 h = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
                 h = self.linear(p, operands, f"{name}.attn.proj", h)
-                x = x + self.scaled(p, f"{name}.ls1.gamma", h)
+                x = x + self.kept(self.scaled(p, f"{name}.ls1.gamma", h), self.drop_path[i] * training, batch)
                 h = self.linear(p, operands, f"{name}.mlp.fc1", self.norm(p, f"{name}.norm2", x))
                 h = self.linear(p, operands, f"{name}.mlp.fc2", functional.gelu(h))
-                x = x + self.scaled(p, f"{name}.ls2.gamma", h)
+                x = x + self.kept(self.scaled(p, f"{name}.ls2.gamma", h), self.drop_path[i] * training, batch)
             x = self.norm(p, "norm", x.view(runs, batch, tokens, width)[:, :, 0])
             return self.linear(p, {}, "head", x).float() + self.forbidden
 
@@ -105,6 +108,13 @@ class Forward:
         while len(own) > 1 and own[0] == 1:  # timm's leading ones
             own = own[1:]
         return value.view(self.runs, *[1] * (dims - 1 - len(own)), *own)
+
+    def kept(self, x: Tensor, drop: float, batch: int) -> Tensor:  # [K, batch * tokens, d]
+        """Without the branch for some of the images."""
+        if drop == 0:
+            return x
+        keep = torch.rand(len(x), batch, 1, 1, device=x.device) >= drop
+        return (x.unflatten(1, (batch, -1)) * keep / (1 - drop)).flatten(1, 2)
 
     def scaled(self, p: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
         return x * self.aligned(p, name, x.dim()) if name in p else x

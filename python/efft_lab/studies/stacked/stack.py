@@ -52,7 +52,7 @@ class Stack:
         self.mean, self.std = (torch.tensor(v, device=device).view(3, 1, 1) for v in NORMALIZATIONS["imagenet"])
         self.kinds = kinds
         amp = {"no": torch.float32, "bf16": torch.bfloat16}[config.amp]
-        self.forward = Forward(starts, classes, kinds, amp, self.device)
+        self.forward = Forward(starts, classes, kinds, amp, self.device, config.drop_path)
         self.flat = self.forward.flat(starts)
         peaks = torch.tensor([[rate.get(kind, 0.0) for kind in kinds.values()] for rate in rates])
         self.peaks = peaks.repeat_interleave(torch.tensor(self.forward.sizes), dim=1).to(device)
