@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from efft.adapting.inject import apply, bank_of, check_plain
+from efft.adapting.inject import adapter_of, apply, check_plain
 from efft.adapting.sharding import check_whole
 from efft.config import is_setting, is_size, shown
 from efft.integrations.lora_export import PREFIX
@@ -24,7 +24,7 @@ from efft.planning.plan import Plan, make_plan
 from efft.saving import files
 from efft.saving.files import CONFIG, WEIGHTS
 from efft.saving.io import head_tensors, misfits, read_tensors
-from efft_kernels.nn.linear import features
+from efft_kernels.nn.adapted import matrix_sizes
 
 Value = TypeVar("Value")
 
@@ -86,7 +86,7 @@ def import_lora(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
         raise ValueError(_does_not_fit(folder, model, "".join(f"\n- {problem}" for problem in problems)))
     apply(model, config)
     for group in plan.groups:
-        factors = bank_of(model)[group.name]
+        factors = adapter_of(model)[group.name]
         assert isinstance(factors, LoRABank)
         factors.A.zero_()
         for name, i in group.sites.items():
@@ -128,7 +128,7 @@ class _Settings:
     def largest(self, model: nn.Module) -> int:
         """Bytes that the tensors of a checkpoint for ``model`` can have."""
         layers = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
-        sizes = sum(sum(features(layer)) for layer in layers)
+        sizes = sum(sum(matrix_sizes(layer)) for layer in layers)
         return 8 * (self.largest_rank * sizes + sum(t.numel() for t in model.state_dict().values()))
 
 

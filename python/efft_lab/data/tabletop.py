@@ -16,8 +16,9 @@ from efft_lab.data import raytracing
 from efft_lab.data.raytracing import Camera, Floats, Light, Shape
 
 FEWEST, MOST = 3, 10  # objects in an image of clevr-count, as in VTAB's task
-NEAR, STEP, BINS = 6.5, 0.5, 6  # of clevr-distance: where the first bin begins, the width of a bin, their number
-_FAR = 12.0  # no object's center is farther away
+NEAR, STEP, BINS = 7.0, 0.5, 6  # of clevr-distance: where the first bin begins, the width of a bin, their number
+_NEAREST, _FAR = 6.5, 12.0  # no object's center is nearer to the camera or farther away
+_RESTARTS = 1_000  # of the placement, before it is given up
 _BEHIND = 0.15  # in clevr-distance all others are at least so much farther away than the nearest
 _SIDEWAYS = 0.27  # radians: greatest angle of an object with the direction of view, seen from above
 _GAP = 0.12  # least distance between two objects on the ground
@@ -88,12 +89,15 @@ def _place(radius: Floats, camera: Camera, nearest: float | None, rng: np.random
     """Centers [objects, 3]; the first is the nearest where that is given.
 
     A scene that runs into a dead end starts again with the same sizes, so that neither they nor the number is biased.
+
+    Raises:
+        RuntimeError: No places were found.
     """
-    while True:
+    for _ in range(_RESTARTS):
         centers: list[Floats] = []
         for _ in range(300):
             own = float(radius[len(centers)])
-            low = NEAR if nearest is None else nearest + _BEHIND
+            low = _NEAREST if nearest is None else nearest + _BEHIND
             # Uniform over the area: the square of the distance is.
             distance = float(np.sqrt(rng.uniform(low**2, _FAR**2)))
             if nearest is not None and not centers:
@@ -105,6 +109,7 @@ def _place(radius: Floats, camera: Camera, nearest: float | None, rng: np.random
                 centers.append(center)
             if len(centers) == len(radius):
                 return np.array(centers)
+    raise RuntimeError(f"found no places for {len(radius)} objects, the nearest {nearest}, before {camera}")
 
 
 def _is_free(centers: Floats, radius: Floats, camera: Camera) -> bool:
