@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from efft_lab.data.splits import distinct, pixel_keys
+
 SIZE = 64  # pixels, height and width
 EDGES = (
     6.0,
@@ -62,6 +64,8 @@ def draw(n: int, test: bool, rng: np.random.RandomState) -> tuple[npt.NDArray[np
     views = [collect(level, places, rng) for level in levels(test)]
     images, depth = (np.concatenate(parts) for parts in zip(*views, strict=True))
     label = np.digitize(depth, EDGES) - 1
+    kept = distinct(pixel_keys(images), label)  # two turns may end in one direction
+    images, label = images[kept], label[kept]
     classes = len(EDGES) - 1
     chosen = []
     for c, share in enumerate(np.bincount(np.arange(n) % classes, minlength=classes).tolist()):

@@ -160,11 +160,15 @@ def test_views_are_drawn_in_equal_shares(monkeypatch: pytest.MonkeyPatch) -> Non
 
     def collect(level: int, most: int, rng: np.random.RandomState) -> first_person.Views:
         depth = rng.uniform(6, 68, 60)
-        return np.tile(np.rint(depth).astype(np.uint8)[:, None, None, None], (1, 64, 64, 3)), depth
+        images = np.tile(np.rint(depth).astype(np.uint8)[:, None, None, None], (1, 64, 64, 3))
+        images[:, 1, 1, :2] = np.stack([np.arange(len(depth)) // 2, np.full(len(depth), level)], 1)  # two of each ...
+        depth[1::2], images[1::2] = depth[::2], images[::2]  # ... that are the same
+        return images, depth
 
     monkeypatch.setattr(first_person, "collect", collect)
     images, labels = first_person.draw(62, True, stable_rng(0))
     assert sorted(np.bincount(labels).tolist()) == [10, 10, 10, 10, 11, 11]
+    assert len({image.tobytes() for image in images}) == 62
     low, high = np.array(first_person.EDGES)[labels], np.array(first_person.EDGES)[labels + 1]
     depth = images[:, 0, 0, 0]
     assert (low - 1 < depth).all()
