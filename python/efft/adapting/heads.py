@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 from torch import nn
+
+from efft.hints import nearest
 
 #: Attributes that hold the head of a model that has no other way to say so, those of one row together. The first row
 #: that a model has counts.
@@ -35,8 +36,10 @@ def find_head(model: nn.Module, config_head: list[str] | None) -> list[str]:
         known = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
         for name in config_head:
             if name not in known:
-                near = difflib.get_close_matches(name, known, 3)
-                raise ValueError(f"head: no module named {name!r}; nearest: {', '.join(near) or 'none'}")
+                near = nearest(name, known)
+                parts = f"this {type(model).__name__} consists of {', '.join(model._modules) or 'no modules'}"
+                hint = f"nearest: {', '.join(near)}" if near else parts
+                raise ValueError(f"head: no module named {name!r}; {hint}")
         return list(config_head)
     found = _of_transformers(model) if _is_transformers(model) else _of_timm(model) or _of_root(model)
     for inside in [] if found or _is_bare(model) else list(model.modules())[1:]:  # a library's model inside another one

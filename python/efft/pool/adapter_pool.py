@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import functools
 import os
 import threading
@@ -21,8 +20,9 @@ from efft.adapting import buffers
 from efft.adapting.inject import adapted_layers, bank_of, remove
 from efft.adapting.placing import linear_layers
 from efft.config import is_number
+from efft.hints import did_you_mean
 from efft.pool.batches import Layouts, check_batch, find_layouts
-from efft.pool.stacks import Place, written
+from efft.pool.stacks import Place, write_row
 from efft.saving.io import base_problems, describe_base, load_described, read_description
 from efft_kernels import FactorBank
 from efft_kernels.nn.adapt import replace_modules
@@ -278,9 +278,7 @@ class AdapterPool:
 
     def _slot(self, name: str) -> int:
         if name not in self._slots:
-            near = difflib.get_close_matches(name, self._slots, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(self._slots) or 'none'}"
-            raise ValueError(f"no adapter {name!r} in this pool: {hint}")
+            raise ValueError(f"no adapter {name!r} in this pool: {did_you_mean(name, self._slots)}")
         return self._slots[name]
 
     def _check_new(self, name: str) -> None:
@@ -307,7 +305,7 @@ class AdapterPool:
         taken = set(self._slots.values())
         slot = next(i for i in range(1, len(taken) + 2) if i not in taken)
         rows = self._rows if slot < self._rows else 2 * self._rows - 1
-        stacks = written(self._stacks, parts, layers, slot, rows)
+        stacks = write_row(self._stacks, parts, layers, slot, rows)
         for layer, pooled in layers.items():
             pooled.stacks = (stacks[layer, 0], stacks.get((layer, 1)))
             if self._layouts is not None and not pooled.learned:

@@ -36,8 +36,8 @@ def find_layouts(
         Layer name to number of dimensions to place, for what could be told and is not the first dimension. None if
         nothing could: the inputs have nothing to change, or the model does not run like this.
     """
-    other_args = tuple(_changed(x, samples) for x in args)
-    other_kwargs = {key: _changed(x, samples) for key, x in kwargs.items()}
+    other_args = tuple(_change_first_sample(x, samples) for x in args)
+    other_kwargs = {key: _change_first_sample(x, samples) for key, x in kwargs.items()}
     pairs = zip((*args, *kwargs.values()), (*other_args, *other_kwargs.values()), strict=True)
     if not any(isinstance(a, Tensor) and not torch.equal(a, b) for a, b in pairs):
         return None
@@ -70,7 +70,7 @@ def find_layouts(
     return {name: layouts for name, layouts in unusual.items() if layouts}
 
 
-def _changed(x: Any, samples: int) -> Any:
+def _change_first_sample(x: Any, samples: int) -> Any:
     """An input whose first sample is another, as far as one can make it up."""
     if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[0] != samples or x.dtype == torch.bool:
         return x

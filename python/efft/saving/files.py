@@ -34,7 +34,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
     Whoever else writes to its folder waits for the end of the block.
     """
-    with _alone(path.parent) as alone, _staged(path) as staged:
+    with _hold_folder(path.parent) as alone, _stage(path) as staged:
         if alone:
             _sweep(path, ".tmp")
         with open(staged, "xb") as file:
@@ -78,7 +78,7 @@ def write_adapter(folder: Path, weights: bytes, description: dict[str, Any], car
     if len(contents[CONFIG]) > LARGEST_JSON:
         raise ValueError(f"{CONFIG} may have {LARGEST_JSON} bytes, got {len(contents[CONFIG])}: give a shorter info")
     pending = _pending(folder, digest)
-    with _all_staged(folder, contents) as (staged, alone):
+    with _stage_all(folder, contents) as (staged, alone):
         os.replace(staged[WEIGHTS], pending)
         _sync_folder(folder)
         os.replace(staged[CONFIG], folder / CONFIG)  # from here on the new adapter is the one that loads
@@ -96,7 +96,7 @@ def write_pair(folder: Path, weights: bytes, config: bytes) -> None:
     Raises:
         OSError: no room, no permission; the old files are still there.
     """
-    with _all_staged(folder, {WEIGHTS: weights, CONFIG: config}) as (staged, _):
+    with _stage_all(folder, {WEIGHTS: weights, CONFIG: config}) as (staged, _):
         (folder / CONFIG).unlink(missing_ok=True)
         os.replace(staged[WEIGHTS], folder / WEIGHTS)
         os.replace(staged[CONFIG], folder / CONFIG)
@@ -138,7 +138,7 @@ def read_weights(
         FileNotFoundError: there are none.
         ValueError: a file that is too large, damaged, or of another save.
     """
-    digest, content = _recorded(folder, description), None
+    digest, content = _digest_in(folder, description), None
     for _ in range(_ATTEMPTS):
         # In this order: another process that saves moves weights from the first name to the second.
         for path in (*([] if digest is None else [_pending(folder, digest)]), folder / WEIGHTS):
@@ -148,7 +148,7 @@ def read_weights(
                 continue
             if digest == hashlib.sha256(content).hexdigest():
                 return content
-        if _recorded(folder, read_description(folder)) != digest:
+        if _digest_in(folder, read_description(folder)) != digest:
             return None
     if content is None:
         raise _no_adapter(folder)
@@ -160,7 +160,7 @@ def read_weights(
     )
 
 
-def _recorded(folder: Path, description: Any) -> str | None:
+def _digest_in(folder: Path, description: Any) -> str | None:
     """The hash of the weights, as the configuration has it."""
     weights = description.get("weights") if isinstance(description, dict) else None
     if weights is None:
@@ -192,7 +192,7 @@ def _read(path: Path, largest: int) -> bytes:
 
 
 @contextmanager
-def _staged(path: Path) -> Iterator[Path]:
+def _stage(path: Path) -> Iterator[Path]:
     """The name of a new file beside ``path``, which is gone after the block."""
     staged = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -202,12 +202,12 @@ def _staged(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _all_staged(folder: Path, contents: dict[str, bytes]) -> Iterator[tuple[dict[str, Path], bool]]:
+def _stage_all(folder: Path, contents: dict[str, bytes]) -> Iterator[tuple[dict[str, Path], bool]]:
     """New files beside those of the same names, all on disk before anything is changed; and what _alone says."""
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        alone = stack.enter_context(_alone(folder))
-        staged = {name: stack.enter_context(_staged(folder / name)) for name in contents}
+        alone = stack.enter_context(_hold_folder(folder))
+        staged = {name: stack.enter_context(_stage(folder / name)) for name in contents}
         for name, content in contents.items():
             with open(staged[name], "xb") as file:
                 file.write(content)
@@ -223,9 +223,9 @@ def _sweep(path: Path, suffix: str = "") -> None:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[bool]:
+def _hold_folder(folder: Path) -> Iterator[bool]:
     """Keeps other writers out of the folder; False where there is no lock for that (Windows, some network disks)."""
-    descriptor = _locked(folder)
+    descriptor = _lock(folder)
     try:
         yield descriptor is not None
     finally:
@@ -236,7 +236,7 @@ def _alone(folder: Path) -> Iterator[bool]:
             os.close(descriptor)
 
 
-def _locked(folder: Path) -> int | None:
+def _lock(folder: Path) -> int | None:
     try:
         import fcntl
 

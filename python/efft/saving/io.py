@@ -68,7 +68,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], info: dict[str,
     bank, folder = bank_of(model), Path(path)
     reshard(model)
     others = buffers.changed(model, bank.head, bank._base_buffers)
-    trained = _trained(model, bank) | others
+    trained = _adapter_tensors(model, bank) | others
     tensors = {name: whole(t).detach().contiguous().cpu() for name, t in trained.items()}
     description = {
         "config": bank.config.to_dict(),
@@ -124,7 +124,7 @@ def load_described(model: nn.Module, folder: Path, description: dict[str, Any], 
         if any(layer.merged for layer in adapted_layers(model).values()):
             raise ValueError("an update is merged into this model's weights; call efft.unmerge(model) before loading")
         _compare_configs(bank, config, folder)
-        layers, shapes = bank.layers, {name: tuple(t.shape) for name, t in _trained(model, bank).items()}
+        layers, shapes = bank.layers, {name: tuple(t.shape) for name, t in _adapter_tensors(model, bank).items()}
     else:
         check_unwrapped(model, "load_adapter")
         try:
@@ -144,7 +144,7 @@ def load_described(model: nn.Module, folder: Path, description: dict[str, Any], 
     names, wrong = misfits(tensors, shapes)
     problems += names + wrong
     if not adapted and not problems:
-        wrong = _misplaced(plan)
+        wrong = _find_misplaced(plan)
         problems += wrong
     message = f"the adapter in {folder} does not fit this {type(model).__name__}:\n- " + "\n- ".join(problems)
     if wrong or (problems and strict):
@@ -155,7 +155,7 @@ def load_described(model: nn.Module, folder: Path, description: dict[str, Any], 
         apply_plan(model, config, plan)
     reshard(model)
     bank = bank_of(model)
-    target = _trained(model, bank) | others
+    target = _adapter_tensors(model, bank) | others
     if description["buffers"] is not None:  # the adapter was trained beside the base's, but for its own
         buffers.put_back(model, bank.head, bank._base_buffers)
     with torch.no_grad():
@@ -194,7 +194,7 @@ def read_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str
     return read_adapter(folder) if content is None else (description, read_tensors(folder / WEIGHTS, content))
 
 
-def _trained(model: nn.Module, bank: Bank) -> dict[str, Tensor]:
+def _adapter_tensors(model: nn.Module, bank: Bank) -> dict[str, Tensor]:
     """Every tensor an adapter stores, by its name in the model's state dict: factors (also a method's frozen ones),
     then the head with its buffers."""
     tensors: dict[str, Tensor] = {f"efft.{name}": t for name, t in bank.state_dict(keep_vars=True).items()}
@@ -214,7 +214,7 @@ def head_tensors(model: nn.Module, head: Iterable[str]) -> dict[str, Tensor]:
 
 
 def _planned_shapes(model: nn.Module, plan: Plan) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what :func:`_trained` would give after applying ``plan``.
+    """Names and shapes of what :func:`_adapter_tensors` would give after applying ``plan``.
 
     Raises:
         ValueError: a site lies outside its bank.
@@ -228,7 +228,7 @@ def _planned_shapes(model: nn.Module, plan: Plan) -> dict[str, tuple[int, ...]]:
     return shapes | {name: tuple(t.shape) for name, t in head_tensors(model, plan.head).items()}
 
 
-def _misplaced(plan: Plan) -> list[str]:
+def _find_misplaced(plan: Plan) -> list[str]:
     """The weights that do not have the sizes of the parts of their banks, which only a damaged file has."""
     found = []
     for group in plan.groups:
@@ -303,7 +303,9 @@ def misfits(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
     if not wrong:
         return names, []
     listed = "; ".join(f"{n}: expected {list(shapes[n])}, adapter has {list(shape)}" for n, shape in wrong.items())
-    hint = "" if all(map(_FACTOR.match, wrong)) else " (create the model with the adapter's num_classes)"
+    # Another number of classes changes the first dimension of a head alone; other differences are another model's.
+    classes = all(not _FACTOR.match(n) and shape[1:] == shapes[n][1:] and len(shape) for n, shape in wrong.items())
+    hint = " (create the model with the adapter's num_classes)" if classes else ""
     return names, [f"wrong shapes: {listed}{hint}"]
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from efft.config import EfftConfig
+from efft.methods import EfftConfig
 from efft_lab.train.config import TrainConfig
 
 TASKS = ("mnist5k", "count")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import efft
-from efft.planning.targets import find_head
+from efft.adapting.heads import find_head
 from efft.saving.files import read_json, replace_file
 from efft_lab.backbones import DEFAULT
 from efft_lab.train import checkpoint

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 import efft
-from efft.config import is_size, shown
+from efft.config import is_size, quote
 from efft.saving.files import CONFIG
 from efft.saving.io import read_description
 from efft_lab.backbones import load_strict
@@ -44,7 +44,7 @@ def load_trained(path: str | Path, checkpoint: str | Path | None = None) -> tupl
         result = outputs.read_result(path)
         lacking = [name for name in ("own_model", "saved", "classes") if name not in result]
         if lacking or result["saved"] not in outputs.SAVED:
-            what = f"lacks {', '.join(lacking)}" if lacking else f"names {shown(result['saved'])} as what was saved"
+            what = f"lacks {', '.join(lacking)}" if lacking else f"names {quote(result['saved'])} as what was saved"
             raise ValueError(f"{path / outputs.RESULT} is damaged: it {what}")
         if result["own_model"]:
             raise ValueError(
@@ -57,7 +57,7 @@ def load_trained(path: str | Path, checkpoint: str | Path | None = None) -> tupl
         hint = "; it is unfinished: go on with --resume" if (path / outputs.CHECKPOINT).exists() else ""
         raise FileNotFoundError(f"{path} holds no {outputs.RESULT} of a run and no {CONFIG} of an adapter{hint}")
     if not is_size(classes):
-        raise ValueError(f"{path} is damaged: expected a number of classes, got {shown(classes)}")
+        raise ValueError(f"{path} is damaged: expected a number of classes, got {quote(classes)}")
     if checkpoint is not None:
         config = replace(config, checkpoint=str(checkpoint))
     model = build.create_model(config, classes, weights=config.method != "full")
