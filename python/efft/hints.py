@@ -14,7 +14,7 @@ _MOST_LISTED = 30
 
 def nearest(name: object, known: Iterable[str], n: int = 3) -> list[str]:
     """Return at most ``n`` of the ``known`` names that resemble ``name``, the most similar first."""
-    return difflib.get_close_matches(str(name)[:_LONGEST], known, n)
+    return difflib.get_close_matches(str(name)[:_LONGEST], known, n, cutoff=0.5)
 
 
 def did_you_mean(name: object, known: Collection[str], n: int = 1) -> str:

@@ -58,7 +58,7 @@ def vtab_hyperparameters(task: str, variant: str = "efft2") -> dict[str, Any]:
     """
     if task not in _TASKS:
         hint = did_you_mean(task, _TASKS, 3)
-        raise ValueError(f"no published settings for {task!r}, which is not a VTAB-1K task; {hint}")
+        raise ValueError(f"no published settings for {task!r}: it is not a VTAB-1K task; {hint}")
     if variant not in ("efft1", "efft2"):
         raise ValueError(f"unknown variant {variant!r}; settings are published for efft1 and efft2")
     return dict(_TASKS[task][variant])

@@ -111,7 +111,7 @@ DAMAGE: dict[str, tuple[Edit, str]] = {
     ),
     "a site of other sizes": (
         lambda d: d["plan"][0]["weights"].update({"blocks.0.attn.qkv": "layer=0 cores=0:2"}),
-        r"blocks.0.attn.qkv is of size \(16, 48\), and what the adapter has for it of \(16, 32\)",
+        r"blocks.0.attn.qkv is of size \(16, 48\), and what the adapter has for it is of size \(16, 32\)",
     ),
     "sizes of a train": (
         lambda d: d["plan"][0].update(sizes=[16, 16, 2, 2**40]),
@@ -176,7 +176,7 @@ def test_a_configuration_that_is_nested_too_deeply(
 ) -> None:
     _, folder = saved
     (folder / CONFIG).write_text("[" * 200_000)
-    refuse(tiny_vit(), folder, r"is no usable JSON: it is nested too deeply", unchanged)
+    refuse(tiny_vit(), folder, r"is not usable JSON: it is nested too deeply", unchanged)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
