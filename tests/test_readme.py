@@ -53,6 +53,7 @@ def test_python_block_runs(
     assert round((size - 4 * head) / 1e6, 1) == 1.0, "the README says 1.0 MB for the factors"
 
 
+@pytest.mark.slow
 def test_efft_commands_run_in_order(tmp_path: Path) -> None:
     shown = [line for line in commands("efft", COMMANDS) if line.split()[1] != "compare"]  # these take long
     assert {line.split()[1] for line in shown} == {"data", "inspect", "train", "eval", "merge", "export", "env"}

@@ -22,6 +22,8 @@ from efft_lab.train.loop import Trainer
 from efft_lab.train.restore import load_trained
 from tests.hostile import altered, at_most, damaged, fuzz
 
+pytestmark = pytest.mark.slow  # hundreds of generated inputs
+
 
 class Code:
     """A pickle that would write a file."""
