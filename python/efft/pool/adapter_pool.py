@@ -23,7 +23,8 @@ from efft.config import is_number
 from efft.hints import did_you_mean
 from efft.pool.batches import Layouts, check_batch, find_layouts
 from efft.pool.stacks import Place, write_row
-from efft.saving.io import base_problems, describe_base, load_described, read_description
+from efft.saving.base import base_problems, describe_base
+from efft.saving.io import load_described, read_description
 from efft_kernels import FactorBank
 from efft_kernels.nn.adapt import replace_modules
 from efft_kernels.nn.frozen import is_plain, share_attributes
