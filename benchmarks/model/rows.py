@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import efft
 from efft.adapting.heads import find_head
-from efft.adapting.inject import adapted_layers, bank_of
+from efft.adapting.inject import adapted_layers, adapter_of
 from efft.hints import did_you_mean
 from efft.planning.targets import find_targets
 from efft_kernels import Backend, EfftLinear, use_backend
@@ -99,7 +99,7 @@ def dense(form: str) -> Callable[[nn.Module, int], nn.Module]:
     def adapt(model: nn.Module, rank: int) -> nn.Module:
         for name, layer in adapted_layers(adapted(model, rank)).items():
             model.set_submodule(name, DenseDelta(layer, form))
-        bank_of(model).enabled = False  # the dense forms contract for themselves
+        adapter_of(model).enabled = False  # the dense forms contract for themselves
         return model
 
     return adapt

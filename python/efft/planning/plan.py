@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from efft.adapting.bank import Bank
+from efft.adapting.adapter import Adapter
 from efft.adapting.heads import find_head
 from efft.config import AdapterConfig, Group
 from efft.methods.efft import EfftConfig
@@ -232,7 +232,7 @@ def check_saved_plan(saved: Any) -> None:
     """Raise ValueError if this is not a list of groups' ``to_dict``, as far as all methods need it."""
     if not isinstance(saved, list):
         raise ValueError("'plan' must be a list of groups")
-    nothing = Bank({}, EfftConfig(), [])
+    nothing = Adapter({}, EfftConfig(), [])
     for group in saved:
         if not isinstance(group, dict) or not isinstance(group.get("name"), str):
             raise ValueError("every group of 'plan' must be an object with a name")

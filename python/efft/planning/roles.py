@@ -46,6 +46,7 @@ _Layout = tuple[int, int, int, dict[str, Site]]  # d_in, d_out, n_cores, sites
 def _group_of(target: Target, joint: bool) -> tuple[str, str]:
     """Return (name, kind) of the train that a target uses."""
     if target.role == "linear":
+        # Convolutions and embeddings are in such groups too. Adapter files and state dicts have the name, so it stays.
         return f"linear_{target.weight.d_in}x{target.weight.d_out}", "linear"
     kind = "joint" if joint else "mhsa" if target.role in MHSA_ROLES else "ffn"
     return kind if target.stage is None else f"stage{target.stage + 1}_{kind}", kind

@@ -17,7 +17,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from efft.adapting import buffers
-from efft.adapting.inject import Bank, adapted_layers, apply_plan, bank_of, check_plain
+from efft.adapting.inject import Adapter, adapted_layers, adapter_of, apply_plan, check_plain
 from efft.adapting.offload import hooks_aside
 from efft.adapting.sharding import check_not_zeros, copy_whole_, once, reshard, whole
 from efft.adapting.wrappers import check_unwrapped, plain_name, unwrap
@@ -62,16 +62,16 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], info: dict[str,
         RuntimeError: raised in the other processes if rank 0 could not write.
     """
     model = unwrap(model)
-    bank, folder = bank_of(model), Path(path)
+    adapter, folder = adapter_of(model), Path(path)
     reshard(model)
-    others = buffers.changed(model, bank.head, bank._base_buffers)
-    trained = _adapter_tensors(model, bank) | others
+    others = buffers.changed(model, adapter.head, adapter._base_buffers)
+    trained = _adapter_tensors(model, adapter) | others
     tensors = {name: whole(t).detach().contiguous().cpu() for name, t in trained.items()}
     description = {
-        "config": bank.config.to_dict(),
-        "base": describe_base(model, bank.layers),
-        "head": bank.head,
-        "plan": bank.plan,
+        "config": adapter.config.to_dict(),
+        "base": describe_base(model, adapter.layers),
+        "head": adapter.head,
+        "plan": adapter.plan,
         "buffers": sorted(others),
         "library": f"efft-kernels {__version__}",
         "info": info or {},
@@ -119,14 +119,14 @@ def load_described(model: nn.Module, folder: Path, description: dict[str, Any], 
         )
     config.head = description["head"]
     check_not_zeros(model, "load_adapter")
-    bank = getattr(unwrap(model), "efft", None)
-    adapted = isinstance(bank, Bank)
-    if isinstance(bank, Bank):
+    adapter = getattr(unwrap(model), "efft", None)
+    adapted = isinstance(adapter, Adapter)
+    if isinstance(adapter, Adapter):
         model = unwrap(model)
         if any(layer.merged for layer in adapted_layers(model).values()):
             raise ValueError("an update is merged into this model's weights; call efft.unmerge(model) before loading")
-        _compare_configs(bank, config, folder)
-        layers, shapes = bank.layers, {name: tuple(t.shape) for name, t in _adapter_tensors(model, bank).items()}
+        _compare_configs(adapter, config, folder)
+        layers, shapes = adapter.layers, {name: tuple(t.shape) for name, t in _adapter_tensors(model, adapter).items()}
     else:
         check_unwrapped(model, "load_adapter")
         try:
@@ -156,10 +156,10 @@ def load_described(model: nn.Module, folder: Path, description: dict[str, Any], 
     if not adapted:
         apply_plan(model, config, plan)
     reshard(model)
-    bank = bank_of(model)
-    target = _adapter_tensors(model, bank) | others
+    adapter = adapter_of(model)
+    target = _adapter_tensors(model, adapter) | others
     if description["buffers"] is not None:  # else the file is older than saved buffers
-        buffers.put_back(model, bank.head, bank._base_buffers)
+        buffers.put_back(model, adapter.head, adapter._base_buffers)
     with torch.no_grad():
         for name, tensor in tensors.items():
             if name in target:
@@ -198,13 +198,13 @@ def read_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str
     return read_adapter(folder) if content is None else (description, read_tensors(folder / WEIGHTS, content))
 
 
-def _adapter_tensors(model: nn.Module, bank: Bank) -> dict[str, Tensor]:
+def _adapter_tensors(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
     """Return every tensor that an adapter stores, by its name in the model's state dict.
 
     These are the factors, including a method's frozen ones, and the head with its buffers.
     """
-    tensors: dict[str, Tensor] = {f"efft.{name}": t for name, t in bank.state_dict(keep_vars=True).items()}
-    return tensors | head_tensors(model, bank.head)
+    tensors: dict[str, Tensor] = {f"efft.{name}": t for name, t in adapter.state_dict(keep_vars=True).items()}
+    return tensors | head_tensors(model, adapter.head)
 
 
 def head_tensors(model: nn.Module, head: Iterable[str]) -> dict[str, Tensor]:
@@ -315,13 +315,13 @@ def misfits(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
     return names, [f"wrong shapes: {listed}{hint}"]
 
 
-def _compare_configs(bank: Bank, saved: AdapterConfig, folder: Path) -> None:
-    ours, theirs = bank.config.to_dict(), saved.to_dict()
-    ours["head"] = bank.head
+def _compare_configs(adapter: Adapter, saved: AdapterConfig, folder: Path) -> None:
+    ours, theirs = adapter.config.to_dict(), saved.to_dict()
+    ours["head"] = adapter.head
     different = [
         f"{k}: model {ours[k]!r}, adapter {theirs.get(k)!r}"
         for k in ours
-        if k not in bank.config.training_only and ours[k] != theirs.get(k)
+        if k not in adapter.config.training_only and ours[k] != theirs.get(k)
     ]
     if different:
         raise ValueError(
