@@ -273,7 +273,7 @@ def test_documented_commands_are_understood(
         from accelerate.commands.launch import launch_command_parser
 
         launch_command_parser().parse_args([*shlex.split(launcher)[2:], "efft"])
-    (tmp_path / "my_suite.json").write_text((ROOT / "efft/compare/suites/local.json").read_text())
+    (tmp_path / "my_suite.json").write_text((ROOT / "efft_lab/compare/suites/local.json").read_text())
     monkeypatch.chdir(tmp_path)
     for function in (
         *(
