@@ -22,7 +22,7 @@ from benchmarks.tables import Line, newest_runs, read
 from efft_lab import record
 from efft_lab.compare import report, store
 from efft_lab.compare import suite as suites
-from efft_lab.compare.plan import Plan
+from efft_lab.compare.agenda import Agenda
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -203,7 +203,7 @@ def draw(results: Path | None, out: Path, names: Sequence[str] = ()) -> list[Pat
         name = f"compare_{suite}"
         file = (results or record.RESULTS) / f"{name}.jsonl"
         if file.is_file() and (not names or name in names):
-            written += report.draw(Plan(suites.load(suite)), store.read(file), out / name).values()
+            written += report.draw(Agenda(suites.load(suite)), store.read(file), out / name).values()
     return written
 
 

@@ -57,16 +57,16 @@ def train(words: list[str]) -> None:
 
     if not PartialState().is_main_process:
         return
-    from efft_lab.train.goals import shown
+    from efft_lab.train.goals import score_text
 
     test, validation = (
         {name.removeprefix(part): value for name, value in result.items() if name.startswith(part)}
         for part in ("test_", "val_")
     )
     score = next(iter(test))
-    chosen = "" if validation[score] is None else f", validation {shown({score: validation[score]}).split()[-1]}"
+    chosen = "" if validation[score] is None else f", validation {score_text({score: validation[score]}).split()[-1]}"
     facts = (
-        f"test {shown(test)}{chosen}",
+        f"test {score_text(test)}{chosen}",
         f"{result['trainable_parameters']:,} trainable parameters",
         f"{result['saved']} of {result['saved_bytes'] / 1e3:,.0f} kB",
         f"{result['seconds']:.0f} s",
@@ -99,19 +99,19 @@ def evaluate(
         amp: autocast type.
         checkpoint: file with the base's weights, if it is not where it was in training.
     """
-    from efft_lab.train.goals import make_goal, shown
+    from efft_lab.train.build import load_task_for, load_trained
+    from efft_lab.train.goals import make_goal, score_text
     from efft_lab.train.inference import measure, predict
-    from efft_lab.train.restore import load_trained, task_for
 
     model, config = load_trained(path, checkpoint)
-    task = task_for(config, data, data_root)
+    task = load_task_for(config, data, data_root)
     if config.protocol == "final" and data is None and split != "test":
         print(f"note: this model was trained on the images of {split!r} (protocol 'final')")
     images = getattr(task, split)
     if config.task != "classification":
         goal = make_goal(config, task)
         sums = measure(model, images, goal, batch_size=batch_size, amp=amp, title=split)
-        print(f"{split} {shown(goal.scores(sums))} ({len(images)} images)")
+        print(f"{split} {score_text(goal.scores(sums))} ({len(images)} images)")
         for value, name in zip(goal.details(sums), task.class_names, strict=True):
             if per_class:
                 print(f"{value:8.2%}  {name}" if config.task == "segmentation" else f"{value:8.4g}  {name}")
@@ -138,7 +138,7 @@ def merge(path: tyro.conf.Positional[Path], /, out: Path | None = None, checkpoi
     from safetensors.torch import save_file
 
     import efft
-    from efft_lab.train.restore import load_trained
+    from efft_lab.train.build import load_trained
 
     model, config = load_trained(path, checkpoint)
     if config.adapter_config() is None:
@@ -164,7 +164,7 @@ def export(path: tyro.conf.Positional[Path], /, out: Path | None = None, checkpo
         checkpoint: file with the base's weights, if it is not where it was in training.
     """
     import efft
-    from efft_lab.train.restore import load_trained
+    from efft_lab.train.build import load_trained
 
     model, config = load_trained(path, checkpoint)
     if config.adapter_config() is None:

@@ -44,7 +44,7 @@ def compare(
         out: result file; by default compare_NAME.jsonl, in a source checkout in benchmarks/results.
     """
     from efft_lab.compare import suite as suites
-    from efft_lab.compare.plan import Plan
+    from efft_lab.compare.agenda import Agenda
 
     if (file is None) == (suite is None):
         raise ValueError(f"give either a file or --suite, one of {', '.join(suites.names())}")
@@ -56,16 +56,16 @@ def compare(
     given |= {"epochs": epochs, "batch_size": batch_size}
     train = {name: value for name, value in given.items() if value is not None}
     chosen = suites.load(file or str(suite), quick, train)
-    plan = Plan(chosen)
+    agenda = Agenda(chosen)
     folder = ROOT / "benchmarks" / "results"
     results = out or (folder if folder.is_dir() else Path()) / f"compare_{chosen.name}.jsonl"
     if report:
         from efft_lab.compare.report import write
 
-        for path in write(plan, results):
+        for path in write(agenda, results):
             print(f"wrote {path}")
         return
     from efft_lab.compare.runner import compare as run
 
-    count = run(plan, results, jobs, data)
+    count = run(agenda, results, jobs, data)
     print(f"{count} runs done, results in {results}; the same command with --report sums them up")

@@ -53,7 +53,7 @@ class Run:
         return f"{self.task}, {self.method}, {self.stage} seed {self.seed}" + (f", {chosen}" if chosen else "")
 
 
-class Plan:
+class Agenda:
     """The runs of a suite. A final run is known once the search of its task and method is done.
 
     Args:

@@ -11,21 +11,21 @@ from statistics import fmean
 from typing import Any
 
 from efft_lab.compare import plots
-from efft_lab.compare.plan import Plan, Record
+from efft_lab.compare.agenda import Agenda, Record
 from efft_lab.compare.scores import Scores, collect, groups, weights
 from efft_lab.compare.statistics import Comparison, compare, holm, seed_interval
 from efft_lab.compare.store import read
 from efft_lab.compare.suite import TRIVIAL
 from efft_lab.data.vtab import INFOS as VTAB
 
-Row = Sequence[str]
+Cells = Sequence[str]
 
 
-def write(plan: Plan, results: Path) -> list[Path]:
+def write(agenda: Agenda, results: Path) -> list[Path]:
     """Writes NAME.md, and pictures NAME-*.png, beside the result file NAME.jsonl.
 
     Args:
-        plan: the runs to report on; others in the file are left out.
+        agenda: the runs to report on; others in the file are left out.
         results: the result file.
 
     Returns:
@@ -35,20 +35,20 @@ def write(plan: Plan, results: Path) -> list[Path]:
         FileNotFoundError: there are no results yet.
     """
     done = read(results) if results.is_file() else {}
-    records = plan.records(done)
+    records = agenda.records(done)
     if not records:
-        raise FileNotFoundError(f"no final run of {plan.suite.name} is in {results}; run the suite first")
-    pictures = draw(plan, done, results.with_suffix(""))
+        raise FileNotFoundError(f"no final run of {agenda.suite.name} is in {results}; run the suite first")
+    pictures = draw(agenda, done, results.with_suffix(""))
     page = results.with_suffix(".md")
-    page.write_text(text(plan, done, pictures), encoding="utf-8")
+    page.write_text(text(agenda, done, pictures), encoding="utf-8")
     return [page, *pictures.values()]
 
 
-def draw(plan: Plan, done: Mapping[str, Record], stem: Path) -> dict[str, Path]:
+def draw(agenda: Agenda, done: Mapping[str, Record], stem: Path) -> dict[str, Path]:
     """Writes the pictures STEM-*.png: accuracy against parameters, and a heat map of every grid of two settings.
 
     Args:
-        plan: the runs to report on.
+        agenda: the runs to report on.
         done: key of a run to its result.
         stem: the files' path and how their names begin.
 
@@ -57,27 +57,27 @@ def draw(plan: Plan, done: Mapping[str, Record], stem: Path) -> dict[str, Path]:
     """
     if find_spec("matplotlib") is None:
         return {}
-    records = plan.records(done)
+    records = agenda.records(done)
     target = stem.with_name(f"{stem.name}-parameters.png")
-    plots.accuracy_against_parameters(collect(records, plan.suite.tasks), _parameters(records), target)
+    plots.accuracy_against_parameters(collect(records, agenda.suite.tasks), _parameters(records), target)
     pictures = {"Accuracy against trained parameters": target}
-    for name, entry in plan.suite.methods.items():
+    for name, entry in agenda.suite.methods.items():
         if len(entry.get("grid", {})) == 2:
             target = stem.with_name(f"{stem.name}-{_slug(name)}.png")
-            plots.heat_map(plan, name, done, target)
+            plots.heat_map(agenda, name, done, target)
             pictures[f"{name}: validation accuracy by {' and '.join(entry['grid'])}"] = target
     return pictures
 
 
-def text(plan: Plan, done: Mapping[str, Record], pictures: Mapping[str, Path]) -> str:
+def text(agenda: Agenda, done: Mapping[str, Record], pictures: Mapping[str, Path]) -> str:
     """The report.
 
     Args:
-        plan: the runs to report on.
+        agenda: the runs to report on.
         done: key of a run to its result.
         pictures: title to file.
     """
-    suite, records = plan.suite, plan.records(done)
+    suite, records = agenda.suite, agenda.records(done)
     scores = collect(records, suite.tasks)
     methods = [method for method in suite.methods if method in scores.values]
     wanted = len(suite.tasks) * len(suite.methods) * len(suite.seeds)
@@ -93,9 +93,9 @@ def text(plan: Plan, done: Mapping[str, Record], pictures: Mapping[str, Path]) -
         "In brackets: 95 % bootstrap interval over seeds, the tasks being fixed. Categorical: the mean of the group "
         "means. Trained parameters are those beside the classifier.",
         _means(scores, methods, records),
-        *_tests(plan, scores, methods),
+        *_tests(agenda, scores, methods),
         "## Chosen on the validation split",
-        _choices(plan, done, methods),
+        _choices(agenda, done, methods),
     ]
     if set(suite.tasks) <= set(VTAB):
         parts += _published(list(suite.tasks))
@@ -111,30 +111,30 @@ def _slug(name: str) -> str:
     return re.sub(r"\W+", "-", name).strip("-").lower()
 
 
-def means(plan: Plan, done: Mapping[str, Record]) -> str:
+def means(agenda: Agenda, done: Mapping[str, Record]) -> str:
     """The report's table of means over tasks, with where it was measured; a dash where a task is still missing.
 
     Args:
-        plan: the runs to report on.
+        agenda: the runs to report on.
         done: key of a run to its result.
     """
-    records = plan.records(done)
-    scores = collect(records, plan.suite.tasks)
-    return f"{_means(scores, [m for m in plan.suite.methods if m in scores.values], records)}\n\n{_origin(records)}"
+    records = agenda.records(done)
+    scores = collect(records, agenda.suite.tasks)
+    return f"{_means(scores, [m for m in agenda.suite.methods if m in scores.values], records)}\n\n{_origin(records)}"
 
 
-def comparisons(plan: Plan, done: Mapping[str, Record]) -> str:
+def comparisons(agenda: Agenda, done: Mapping[str, Record]) -> str:
     """The report's paired tests of the reference method against the others; empty where there is none.
 
     Args:
-        plan: the runs to report on.
+        agenda: the runs to report on.
         done: key of a run to its result.
     """
-    scores = collect(plan.records(done), plan.suite.tasks)
-    return "\n\n".join(_tests(plan, scores, [m for m in plan.suite.methods if m in scores.values])[1:])
+    scores = collect(agenda.records(done), agenda.suite.tasks)
+    return "\n\n".join(_tests(agenda, scores, [m for m in agenda.suite.methods if m in scores.values])[1:])
 
 
-def table(heading: Row, rows: Sequence[Row]) -> str:
+def table(heading: Cells, rows: Sequence[Cells]) -> str:
     """A Markdown table."""
     lines = [heading, ["---"] * len(heading), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -144,7 +144,7 @@ def _headings(scores: Scores) -> list[str]:
     return [f"{task} ({group or '-'})" for task, group in scores.tasks.items()]
 
 
-def _task_row(scores: Scores, method: str) -> Row:
+def _task_row(scores: Scores, method: str) -> Cells:
     cells = []
     for task in scores.tasks:
         if not scores.values[method].get(task):
@@ -188,8 +188,8 @@ def _with_interval(scores: Scores, method: str, categorical: bool) -> str:
     return f"{mean:.1f}" + ("" if interval is None else f" [{interval[0]:.1f}, {interval[1]:.1f}]")
 
 
-def _tests(plan: Plan, scores: Scores, methods: Sequence[str]) -> list[str]:
-    reference = plan.suite.reference or next(iter(plan.suite.methods))
+def _tests(agenda: Agenda, scores: Scores, methods: Sequence[str]) -> list[str]:
+    reference = agenda.suite.reference or next(iter(agenda.suite.methods))
     if reference not in scores.values:
         return []
     others = [method for method in methods if method != reference]
@@ -239,16 +239,16 @@ def _leaks(scores: Scores, methods: Sequence[str], entries: Mapping[str, Mapping
     return ["\n".join([note, "", *lines])] if lines else []
 
 
-def _choices(plan: Plan, done: Mapping[str, Record], methods: Sequence[str]) -> str:
+def _choices(agenda: Agenda, done: Mapping[str, Record], methods: Sequence[str]) -> str:
     rows = []
     for method in methods:
         cells = []
-        for task in plan.suite.tasks:
-            point = plan.chosen(task, method, done)
+        for task in agenda.suite.tasks:
+            point = agenda.chosen(task, method, done)
             cells.append("-" if not point else ", ".join(f"{name} {value:g}" for name, value in point.items()))
         if set(cells) != {"-"}:
             rows.append([method, *cells])
-    return table(["method", *plan.suite.tasks], rows) if rows else "Nothing was searched."
+    return table(["method", *agenda.suite.tasks], rows) if rows else "Nothing was searched."
 
 
 def _published(tasks: list[str]) -> list[str]:
@@ -298,7 +298,8 @@ def _machines(records: Sequence[Record]) -> list[str]:
     """Each machine, and what it did: runs, processor time, and where others took part, how many runs of each method."""
     owns: dict[str, list[Record]] = {}
     for record in records:
-        gpu = f" with {record['gpu']}" if "gpu" in record else ""
+        gpu: Any = record.get("gpu")  # its name alone in older results
+        gpu = f" with {gpu['name'] if isinstance(gpu, Mapping) else gpu}" if gpu else ""
         owns.setdefault(f"{record['machine']}{gpu}", []).append(record)
     lines = []
     for machine, own in owns.items():

@@ -1,4 +1,4 @@
-"""Does the runs of a plan that are not done yet, several at a time, and writes each result as it comes."""
+"""Does the runs of an agenda that are not done yet, several at a time, and writes each result as it comes."""
 
 import datetime
 import json
@@ -15,9 +15,9 @@ from typing import IO, Any
 
 import efft_kernels
 import efft_lab
-from efft_lab.compare.plan import Plan, Run
+from efft_lab.compare.agenda import Agenda, Run
 from efft_lab.compare.store import Store
-from efft_lab.provenance import cores, facts
+from efft_lab.record import cores, machine_facts, now
 
 
 class Worker:
@@ -64,11 +64,11 @@ class Worker:
         self.process.wait()
 
 
-def compare(plan: Plan, results: Path, jobs: int = 1, data_root: str | None = None) -> int:
+def compare(agenda: Agenda, results: Path, jobs: int = 1, data_root: str | None = None) -> int:
     """Does what is not done yet. Killed at any moment, the same call goes on: no run is lost or done twice.
 
     Args:
-        plan: the runs.
+        agenda: the runs.
         results: the result file, JSON lines; a log is written beside it.
         jobs: processes; each gets an equal share of the processors.
         data_root: folder of the data sets' files.
@@ -86,14 +86,14 @@ def compare(plan: Plan, results: Path, jobs: int = 1, data_root: str | None = No
     answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
     workers: list[Worker] = []
     with Store(results) as store, open(results.with_suffix(".log"), "ab") as log:
-        progress = Progress(plan, store, jobs)
-        common = {"suite": plan.suite.name, **facts(), "jobs": jobs, "threads": threads}
+        progress = Progress(agenda, store, jobs)
+        common = {"suite": agenda.suite.name, **machine_facts(threads), "jobs": jobs, "threads": threads}
         error: str | None = None
         try:
             while True:
                 busy = [worker for worker in workers if worker.run is not None]
                 started = {worker.run.key for worker in busy if worker.run is not None}
-                for run in plan.ready(store.records, started)[: jobs - len(busy)] if error is None else []:
+                for run in agenda.ready(store.records, started)[: jobs - len(busy)] if error is None else []:
                     idle = next((worker for worker in workers if worker.run is None), None)
                     if idle is None:
                         workers.append(idle := Worker(threads, log, answers))
@@ -122,8 +122,7 @@ def compare(plan: Plan, results: Path, jobs: int = 1, data_root: str | None = No
 
 def _record(run: Run, result: dict[str, Any], common: dict[str, Any]) -> dict[str, Any]:
     identity = {name: getattr(run, name) for name in ("key", "task", "method", "stage", "seed", "settings")}
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    return {**identity, **result, **common, "date": now}
+    return {**identity, **result, **common, "date": now()}
 
 
 def _reason(worker: Worker, answer: dict[str, Any] | None) -> str:
@@ -135,16 +134,16 @@ def _reason(worker: Worker, answer: dict[str, Any] | None) -> str:
 class Progress:
     """One line a finished run, with the time that the rest will take."""
 
-    def __init__(self, plan: Plan, store: Store, jobs: int) -> None:
-        self.plan, self.store, self.jobs = plan, store, jobs
+    def __init__(self, agenda: Agenda, store: Store, jobs: int) -> None:
+        self.agenda, self.store, self.jobs = agenda, store, jobs
         self.count, self.started = 0, time.perf_counter()
-        left = len(plan) - self._done()
-        print(f"{plan.suite.name}: {left} of {len(plan)} runs to do, {jobs} at a time", flush=True)
+        left = len(agenda) - self._done()
+        print(f"{agenda.suite.name}: {left} of {len(agenda)} runs to do, {jobs} at a time", flush=True)
 
     def _done(self) -> int:
         keys: set[str] = set()
-        for task, method in self.plan.pairs():
-            runs = [*self.plan.search(task, method), *self.plan.finals(task, method, self.store.records)]
+        for task, method in self.agenda.pairs():
+            runs = [*self.agenda.search(task, method), *self.agenda.finals(task, method, self.store.records)]
             keys |= {run.key for run in runs}
         return len(keys & self.store.records.keys())
 
@@ -153,7 +152,7 @@ class Progress:
         names = {"search": ("validation", "val_accuracy"), "final": ("test", "test_accuracy")}
         word, field = names[run.stage]
         outcome = record.get("failed") or f"{word} {record[field]:.1%}"
-        done = f"[{self._done()}/{len(self.plan)}]"
+        done = f"[{self._done()}/{len(self.agenda)}]"
         print(f"{done} {run}: {outcome}, {record['seconds']:.0f} s; {self._left()} left", flush=True)
 
     def _left(self) -> str:
@@ -164,10 +163,10 @@ class Progress:
             kind = (record["method"], record["stage"])
             seconds[kind].append(record["seconds"])
             count[kind] += 1
-        suite, overall = self.plan.suite, fmean(s for values in seconds.values() for s in values)
+        suite, overall = self.agenda.suite, fmean(s for values in seconds.values() for s in values)
         total = 0.0
-        for method, points in self.plan.grids.items():
-            searches = len(points) * len(self.plan.search_seeds) if len(points) > 1 else 0
+        for method, points in self.agenda.grids.items():
+            searches = len(points) * len(self.agenda.search_seeds) if len(points) > 1 else 0
             for stage, each in (("search", searches), ("final", len(suite.seeds))):
                 kind = (method, stage)
                 mean = fmean(seconds[kind]) if seconds[kind] else overall

@@ -11,10 +11,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-from efft.methods import METHODS
 from efft.saving.files import read_json
-from efft_lab import baselines, data, typed
+from efft_lab import data, typed
 from efft_lab.train.config import TrainConfig
+from efft_lab.train.methods import METHODS
 
 #: Predictors that see no objects: they need no model and no trainer.
 TRIVIAL = ("majority", "pixels", "knn")
@@ -29,7 +29,7 @@ _MOST_POINTS = 1000
 class Suite:
     """What is compared. Settings are fields of `TrainConfig`; a task's go before a method's, a method's before `train`.
 
-    Everything is checked here and in `efft_lab.compare.plan.Plan`, before anything runs.
+    Everything is checked here and in `efft_lab.compare.agenda.Agenda`, before anything runs.
 
     Attributes:
         name: of the suite, and of its result file.
@@ -108,20 +108,19 @@ def _check_method(where: str, settings: Any) -> None:
 
 
 def _check_setting(where: str, setting: str, method: str) -> None:
-    """Refuses what is no setting of the method: ``lr``, or ``efft.scale``, or ``adapter.rank``."""
+    """Refuses a name that is not a setting of the method: ``lr``, or ``efft.scale``, or ``adapter.rank``."""
     head, dot, field_name = setting.partition(".")
+    groups = {each.group for each in METHODS.values() if each.group}
     if not dot:
-        typed.check_names(where, [setting], _RECIPE - {"efft", "adapter", "method"}, "setting")
+        typed.check_names(where, [setting], _RECIPE - groups - {"method"}, "setting")
         return
-    typed.check_names(where, [head], {"efft", "adapter"}, "group of settings")
-    if (head == "efft") != (method == "efft"):
-        own = "efft." if method == "efft" else "adapter."
-        raise ValueError(f"{where}: {setting!r} is not read by method {method!r}, whose own settings are {own}...")
-    if method in METHODS:
-        known = {item.name for item in dataclasses.fields(METHODS[method])}  # type: ignore[arg-type]
-    else:
-        known = set(baselines.settings_of(method)) if method in baselines.METHODS else set()
-    typed.check_names(f"{where} ({head}.)", [field_name], known, "setting")
+    typed.check_names(where, [head], groups, "group of settings")
+    known = METHODS.get(method)
+    own = known.group if known is not None and known.group else "adapter"
+    if head != own:
+        raise ValueError(f"{where}: {setting!r} is not read by method {method!r}, whose own settings are {own}....")
+    types = known.setting_types() if known is not None else {}
+    typed.check_names(f"{where} ({head}.)", [field_name], types, "setting")
 
 
 def merged(*settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import torch
 from efft_lab.compare.suite import TRIVIAL
 from efft_lab.train import build, read_metrics, run
 from efft_lab.train.config import TrainConfig
+from efft_lab.train.methods import METHODS
 from efft_lab.train.probe import FeatureTask, Head, WithoutTest
 
 # What decides a data set, and what decides the features of a frozen model on it.
@@ -63,7 +64,7 @@ def _train(stage: str, config: TrainConfig) -> dict[str, Any]:
     """With its result only: folder, checkpoints and weights of the run are thrown away."""
     task: Any = _task(config)
     model = None
-    if config.method == "linear" and config.drop_path == 0:
+    if METHODS[config.method].head_alone and config.drop_path == 0:
         task = _features(config)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)

@@ -1,15 +1,14 @@
 """What the demo leaves behind: a table with the facts of the machine, and a picture."""
 
-import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 import efft_kernels
 from efft_lab.demo.verify import Agreement
+from efft_lab.record import machine_facts
 from efft_lab.train import read_metrics
 
 if TYPE_CHECKING:
@@ -73,7 +72,7 @@ def write_report(reports: list[TaskReport], out: Path, note: str, command: str, 
         f"{config['batch_size']}, {config['epochs']} epochs, seed {config['seed']}, amp {config['amp']}",
         "linear probe": "learning rate (validation): "
         + ", ".join(f"{r.task.info.name} {r.results['linear probe']['config']['lr']:g}" for r in reports),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {efft_result['device']}",
+        "machine": f"{machine_facts()['machine']}, {efft_result['device']}",
         "versions": ", ".join(f"{name} {version}" for name, version in efft_result["versions"].items()),
         "command": f"`{command}`",
         "whole demo": f"{seconds:.0f} s",

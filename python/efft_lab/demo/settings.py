@@ -1,10 +1,9 @@
 """What the demo runs. Chosen on validation images only; see the comments for what was tried."""
 
-from pathlib import Path
-
 import torch
 
 from efft.config import EfftConfig
+from efft_lab.record import processor_flags
 from efft_lab.train.config import TrainConfig
 
 TASKS = ("mnist5k", "count")
@@ -18,8 +17,7 @@ def fast_bf16() -> bool:
     """
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
-    flags = Path("/proc/cpuinfo")
-    return flags.exists() and not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags.read_text().split())
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(processor_flags())
 
 
 def efft_config(task: str, quick: bool) -> TrainConfig:

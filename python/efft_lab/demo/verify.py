@@ -14,8 +14,8 @@ from torch.utils.data import Dataset
 import efft
 from efft_lab import backbones
 from efft_lab.train import build
+from efft_lab.train.build import load_trained
 from efft_lab.train.inference import device
-from efft_lab.train.restore import load_trained
 
 _IMAGES = 64
 _TOLERANCE = 1e-3  # of the largest logit; fp32 arithmetic in another order stays far below
