@@ -131,7 +131,11 @@ def write_result(
         "saved": saved.name,
         "saved_bytes": sum(file.stat().st_size for file in files),
         **run,
-        "versions": {"efft-kernels": efft_kernels.__version__, **versions("torch", "timm", "accelerate")},
+        "versions": {
+            "efft-kernels": efft_kernels.__version__,
+            "torch": torch.__version__,
+            **versions("timm", "accelerate"),
+        },
         "config": config.to_dict(),
     }
     replace_file(out / RESULT, (json.dumps(result, indent=2) + "\n").encode())
