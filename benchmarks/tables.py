@@ -55,7 +55,7 @@ _QUANTIZED = {
     "nf4": "nf4",
 }
 _LAYERS = ("qkv", "o", "fc1", "fc2")
-_VIT_B = "vit_base_patch16_224"
+VIT_B = "vit_base_patch16_224"
 _RANK = 32
 
 
@@ -90,7 +90,7 @@ def read(name: str, folder: Path | None = None) -> list[Line]:
 
 def train_step(device: str, cuda_graphs: bool = False, amx: bool = False) -> str:
     """A training step of ViT-B/16: ratios to the floor of the same repetition, and images/s."""
-    runs = newest("model", model=_VIT_B, device=device, cuda_graphs=cuda_graphs, amx=amx)
+    runs = newest("model", model=VIT_B, device=device, cuda_graphs=cuda_graphs, amx=amx)
     if not runs:
         return NOTHING
     header = ["step of", *(f"{dtype}, {what}" for dtype in runs for what in ("time / floor", "images/s"))]
@@ -107,10 +107,10 @@ def train_step(device: str, cuda_graphs: bool = False, amx: bool = False) -> str
 
 def memory(device: str) -> str:
     """What a training step of ViT-B/16 keeps for its backward, what it trains, and the file that would hold it."""
-    runs = newest("memory", level="model", model=_VIT_B, device=device)
+    runs = newest("memory", level="model", model=VIT_B, device=device)
     if not runs:
         return NOTHING
-    steps = [line for lines in newest("model", model=_VIT_B, device=device).values() for line in lines]
+    steps = [line for lines in newest("model", model=VIT_B, device=device).values() for line in lines]
     header = ["step of", *(f"{dtype}, {what}" for dtype in runs for what in ("kept for backward", "peak"))]
     header += ["trained, head included", "adapter"]
     rows = []
@@ -148,7 +148,7 @@ def ops(device: str, amx: bool = False) -> str:
 
 def serve(device: str) -> str:
     """Inference of ViT-B/16 as ratios to the plain model."""
-    runs = newest("serve", model=_VIT_B, device=device)
+    runs = newest("serve", model=VIT_B, device=device)
     if not runs:
         return NOTHING
     columns = [(dtype, batch) for dtype, lines in runs.items() for batch in sorted({line["batch"] for line in lines})]
@@ -163,7 +163,7 @@ def serve(device: str) -> str:
 
 def many_adapters(device: str) -> str:
     """Another adapter of n for every image, ViT-B/16: ratios to one adapter and to merged weights, and memory."""
-    runs = newest("serve", model=_VIT_B, device=device)
+    runs = newest("serve", model=VIT_B, device=device)
     names = [(name, title) for name, title in _present(runs) if name.startswith("pool:")]
     if not names:
         return NOTHING
@@ -185,7 +185,7 @@ def many_adapters(device: str) -> str:
 
 def quantized(device: str) -> str:
     """Quantised weights under EFFT2, ViT-B/16: error of the logits, memory, and time against the dense model's."""
-    runs = newest("quantized", model=_VIT_B, device=device)
+    runs = newest("quantized", model=VIT_B, device=device)
     if not runs:
         return NOTHING
     header = ["frozen weights", *(f"{dtype}, {x}" for dtype in runs for x in ("error", "MiB", "inference", "step"))]

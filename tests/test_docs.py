@@ -30,6 +30,7 @@ def skip_without_what_it_imports(code: str) -> None:
                 pytest.skip(f"needs {name}: pip install 'efft-kernels[dev]'")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("page", "block"), BLOCKS)
 def test_python_block_runs(page: Path, block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     skip_without_what_it_imports(block)
@@ -38,6 +39,7 @@ def test_python_block_runs(page: Path, block: str, tmp_path: Path, monkeypatch: 
     exec(compile(block, page.name, "exec"), {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_example_runs(example: Path, tmp_path: Path) -> None:
     skip_without_what_it_imports(example.read_text(encoding="utf-8"))
@@ -88,6 +90,7 @@ def test_tables_of_the_experiments_page_are_those_of_the_result_files() -> None:
     assert render(page) == page, "run: python -m benchmarks tables"
 
 
+@pytest.mark.slow
 def test_site_builds(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs", reason="needs the docs extra")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]

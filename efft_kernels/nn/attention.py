@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from efft_kernels.nn.adapted import AdaptedWeight
+from efft_kernels.nn.frozen import stored_in
 from efft_kernels.nn.parameter import AdaptedModule, adapted_weights_of, runs_for
-from efft_kernels.nn.weights import stored_in
 from efft_kernels.ops import tt_linear
 
 

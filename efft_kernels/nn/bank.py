@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -236,6 +236,53 @@ class FactorBank(nn.Module, ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_passes": [], "_without_graph": None, "_running": None, "_thread": None}
+
+
+def compose_by_kind(
+    sites: Sequence[Any],
+    kind_of: Callable[[Any], Hashable],
+    compose: Callable[[list[Any]], Sequence[Sequence[Tensor]]],
+) -> list[Operands]:
+    """Compose the operands of many sites, those of one kind together.
+
+    Args:
+        sites: the sites.
+        kind_of: the kind of a site.
+        compose: takes all sites of one kind, and returns for each operand one tensor per site (:func:`per_site`).
+
+    Returns:
+        The operands of each site, in the order of ``sites``.
+    """
+    kinds: dict[Hashable, list[int]] = {}
+    for i, site in enumerate(sites):
+        kinds.setdefault(kind_of(site), []).append(i)
+    found: dict[int, Operands] = {}
+    for members in kinds.values():
+        operands = compose([sites[i] for i in members])
+        found.update(zip(members, zip(*operands, strict=True), strict=True))
+    return [found[i] for i in range(len(sites))]
+
+
+def per_site(operand: Tensor, n: int, dim: int = 3) -> Sequence[Tensor]:
+    """Return the part of an operand that belongs to each of n sites.
+
+    Args:
+        operand: of ``dim`` dimensions, the first of which counts the sites; or of fewer dimensions, or with one entry
+            in the first: then all sites have the same.
+        n: the number of sites.
+        dim: the number of dimensions of the operand where sites have their own.
+    """
+    if operand.dim() < dim:
+        return [operand] * n
+    return operand.unbind(0) if len(operand) == n else [operand[0]] * n
+
+
+def take(tensor: Tensor, dim: int, indices: Sequence[int]) -> Tensor:
+    """Return the entries ``indices`` of dimension ``dim``: the tensor itself or a view where possible."""
+    first, n = indices[0], len(indices)
+    if list(indices) == list(range(first, first + n)):
+        return tensor if n == tensor.shape[dim] else tensor.narrow(dim, first, n)
+    return torch.stack([tensor.select(dim, i) for i in indices], dim)
 
 
 class _Pass:

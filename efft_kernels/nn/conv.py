@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from efft_kernels._autocast import autocast_dtype
+from efft_kernels.nn.frozen import is_plain, stored_in
 from efft_kernels.nn.linear import AdaptedLayer
-from efft_kernels.nn.weights import is_plain, stored_in
 from efft_kernels.ops import tt_linear
 
 
@@ -22,11 +22,7 @@ class _EfftConv(AdaptedLayer):
     with its update: see :meth:`_in_groups`.
     """
 
-    def matrix(self, weight: Tensor) -> Tensor:
-        return weight.flatten(1)
-
-    def shaped(self, matrix: Tensor) -> Tensor:
-        return matrix.reshape(self._parameters["weight"].shape)  # type: ignore[union-attr]
+    view = "convolution"
 
     def forward(self, x: Tensor) -> Tensor:  # [..., channels, *positions] -> [..., d_out, *positions']
         conv: Any = self

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from efft_kernels.nn.adapted import AdaptedWeight
 from efft_kernels.nn.bank import Binding
-from efft_kernels.nn.weights import is_plain
+from efft_kernels.nn.frozen import is_plain
 from efft_kernels.ops import tt_linear
 
 

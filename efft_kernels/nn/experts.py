@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from efft_kernels._autocast import no_autocast
 from efft_kernels.nn.expert_mm import expert_mm
 from efft_kernels.nn.factors import Site, TTFactors
+from efft_kernels.nn.frozen import stored_in
 from efft_kernels.nn.parameter import AdaptedParameter, cannot_adapt_parameter
-from efft_kernels.nn.weights import stored_in
 from efft_kernels.ops import tt_merge_
 
 #: How the matrices of experts lie in a parameter: ``[experts, d_out, d_in]``, ``[experts, d_in, d_out]``.
@@ -84,7 +84,7 @@ class ExpertWeight(AdaptedParameter):
             )
         super().__init__(module, name, factors, site, EXPERT_VIEWS[transposed])
 
-    def _features(self) -> tuple[int, int]:
+    def _sizes(self) -> tuple[int, int]:
         d_in, d_out = self.matrices(self.stored).shape[1:]
         return d_in, d_out
 

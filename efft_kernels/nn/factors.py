@@ -9,9 +9,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from efft_kernels.nn.bank import Binding, FactorBank, Operands
+from efft_kernels.nn.bank import Binding, FactorBank, Operands, compose_by_kind, per_site, take
 from efft_kernels.nn.initialization import initialize
-from efft_kernels.nn.operands import take
 from efft_kernels.ops import tt_contract
 
 
@@ -230,22 +229,18 @@ class TTFactors(FactorBank):
         """
         layers = sorted({site.layer for site in sites})
         masks = self.draw_masks(len(layers))
-        kinds: dict[tuple[Any, ...], list[int]] = {}
-        for i, site in enumerate(sites):
-            kinds.setdefault((site.cores, site.transpose, site.columns, site.mask_scope, site.experts), []).append(i)
-        found: dict[int, Operands] = {}
-        for members in kinds.values():
-            rows = [layers.index(sites[i].layer) for i in members]
-            site, n = sites[members[0]], len(members)
-            operands: list[Sequence[Tensor]]
+
+        def compose_alike(alike: list[Site]) -> list[Sequence[Tensor]]:
+            site, n = alike[0], len(alike)
+            rows = [layers.index(member.layer) for member in alike]
             if site.experts:
                 D, C, V = self._expert_kind(site, rows, layers, masks)
-                operands = [_each(D, n, 3), _each(C, n, 4), _each(V, n, 3)]
-            else:
-                D, G = self._contract_kind(site, rows, layers, masks)
-                operands = [_each(D, n, 3), _each(G, n, 3)]
-            found.update(zip(members, zip(*operands, strict=True), strict=True))
-        return [found[i] for i in range(len(sites))]
+                return [per_site(D, n), per_site(C, n, 4), per_site(V, n)]
+            return [per_site(operand, n) for operand in self._contract_kind(site, rows, layers, masks)]
+
+        return compose_by_kind(
+            sites, lambda s: (s.cores, s.transpose, s.columns, s.mask_scope, s.experts), compose_alike
+        )
 
     def _contract_kind(
         self, site: Site, rows: list[int], layers: list[int], masks: Masks | None
@@ -325,10 +320,3 @@ class TTFactors(FactorBank):
             f"n_cores={self.n_cores}, core_sharing={self.core_sharing!r}, scale={self.scale_value:g}, "
             f"dropout={self.dropout}"
         )
-
-
-def _each(operand: Tensor, n: int, dim: int) -> Sequence[Tensor]:
-    """That of each of n sites: one tensor, or one row of it, may serve all."""
-    if operand.dim() < dim:
-        return [operand] * n
-    return operand.unbind(0) if len(operand) == n else [operand[0]] * n

@@ -1,4 +1,7 @@
-"""``FrozenLayer``: what layers with an adapter have in common: they stand in for a frozen layer."""
+"""Frozen layers and weights: :class:`FrozenLayer`, the base of the adapted layers, and quantized weights.
+
+A weight may not be a plain dense tensor: those of torchao and bitsandbytes are quantized.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,6 @@ from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
-
-from efft_kernels.nn.weights import is_plain, stored_in
 
 
 class FrozenLayer(nn.Module):
@@ -24,7 +25,7 @@ class FrozenLayer(nn.Module):
     adapts: ClassVar[type[nn.Module]] = nn.Linear
     """What a layer must have been."""
     product: ClassVar[Callable[..., Tensor]] = nn.Linear.forward
-    """What the class of a linear layer computes (:func:`efft_kernels.nn.weights.frozen_linear` asks for it)."""
+    """What the class of a linear layer computes (:func:`efft_kernels.nn.linear.frozen_linear` asks for it)."""
 
     weight: Tensor
 
@@ -96,7 +97,7 @@ def share_attributes(source: nn.Module, target: nn.Module) -> None:
 _NOT_SHARED = {
     *("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules", "forward", "_compiled_call_impl"),
     "extra_repr",  # torchao sets one that is bound to the layer
-    *("factors", "site", "binding", "enabled", "read", "sharing", "selected", "stacks", "layouts", "learned"),
+    *("factors", "site", "binding", "enabled", "read", "sharing", "view", "selected", "stacks", "layouts", "learned"),
 }
 
 
@@ -148,3 +149,45 @@ def not_only_a_weight(layer: nn.Module, kind: type[nn.Module]) -> str | None:
             "too, as torch.nn.utils.weight_norm and its like add them; remove that first"
         )
     return None
+
+
+def is_plain(weight: Tensor) -> bool:
+    """Whether the entries of ``weight`` are in its memory as its dtype says, so that a kernel can read them."""
+    # By what torch's own is_traceable_wrapper_subclass looks for, and what bitsandbytes' parameters have.
+    return not hasattr(type(weight), "__tensor_flatten__") and not hasattr(type(weight), "_quantize")
+
+
+def can_dequantize(weight: Tensor) -> bool:
+    """Whether ``weight`` is plain, or its class says how to make it dense."""
+    return is_plain(weight) or type(weight).dequantize is not Tensor.dequantize
+
+
+def dequantized(weight: Tensor) -> Tensor:
+    """The dense values of ``weight`` ``[d_out, d_in]`` in its dtype; a plain weight itself.
+
+    Raises:
+        TypeError: a class that does not say how to make it dense, as bitsandbytes'.
+    """
+    if is_plain(weight):
+        return weight
+    if not can_dequantize(weight):
+        raise TypeError(
+            f"expected a weight whose class has dequantize(), as torchao's, got a {type(weight).__name__}: load the "
+            "adapter onto the dense base for dense weights"
+        )
+    dense: Tensor = getattr(weight, "get_original_weight", weight.dequantize)()  # NF4Tensor's dequantize is another's
+    return dense.to(weight.dtype)
+
+
+def stored_in(module: nn.Module, name: str) -> Tensor:
+    """What ``module`` owns under the name of an adapted parameter, past the property that stands before it.
+
+    Raises:
+        AttributeError: nothing.
+    """
+    W = module._parameters.get(name)
+    if W is None:  # pruned, or of a module that FSDP has flattened: a plain tensor is set in the place of the parameter
+        W = module.__dict__.get(name)
+    if W is None:  # parametrized: the property is torch's
+        W = getattr(module, name)
+    return cast(Tensor, W)

@@ -14,14 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from efft_kernels.nn.adapted import AdaptedWeight
+from efft_kernels.nn.adapted import VIEWS, AdaptedWeight, matrix_sizes
 from efft_kernels.nn.bank import FactorBank
 from efft_kernels.nn.effective import effective_property
-from efft_kernels.nn.frozen import FrozenLayer
-from efft_kernels.nn.linear import features
-from efft_kernels.nn.weights import is_plain, stored_in
-
-VIEWS = ("linear", "transposed", "convolution", "stacked")
+from efft_kernels.nn.frozen import FrozenLayer, is_plain, stored_in
 
 
 class AdaptedParameter(AdaptedWeight):
@@ -38,12 +34,12 @@ class AdaptedParameter(AdaptedWeight):
 
     def __init__(self, module: nn.Module, name: str, factors: FactorBank, site: Any, view: str) -> None:
         self.module, self.name, self.view = module, name, view
-        self._check_sizes(factors, site, self._features(), f"{name} of {type(module).__name__}")
+        self._check_sizes(factors, site, self._sizes(), f"{name} of {type(module).__name__}")
         self.factors, self.site, self.binding = factors, site, factors.bind(site)
         self.enabled = True
 
-    def _features(self) -> tuple[int, int]:
-        return features(self.stored, self.view)
+    def _sizes(self) -> tuple[int, int]:
+        return matrix_sizes(self.stored, self.view)
 
     @property
     def stored(self) -> Tensor:
@@ -72,16 +68,6 @@ class AdaptedParameter(AdaptedWeight):
     @property
     def _base_name(self) -> str:
         return f"base_{self.name}"
-
-    def matrix(self, weight: Tensor) -> Tensor:
-        if self.view == "transposed":
-            return weight.t()
-        if self.view == "stacked":
-            return weight.flatten(0, -2)
-        return weight.flatten(1) if weight.dim() > 2 else weight
-
-    def shaped(self, matrix: Tensor) -> Tensor:
-        return matrix.t() if self.view == "transposed" else matrix.reshape(self.stored.shape)
 
 
 class AdaptedModule:

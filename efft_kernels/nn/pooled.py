@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from efft_kernels.nn.frozen import FrozenLayer, read_by_its_parent
-from efft_kernels.nn.weights import adapted_linear, frozen_linear, multiplies_plainly
+from efft_kernels.nn.linear import adapted_linear, frozen_linear, multiplies_plainly
 from efft_kernels.ops import tt_linear_grouped
 
 

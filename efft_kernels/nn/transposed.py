@@ -9,27 +9,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from efft_kernels._autocast import no_autocast
-from efft_kernels.nn.frozen import FrozenLayer, cannot_wrap, is_conv1d, not_only_a_weight
+from efft_kernels.nn.frozen import FrozenLayer, cannot_wrap, is_conv1d, is_plain, not_only_a_weight, stored_in
 from efft_kernels.nn.linear import AdaptedLayer
-from efft_kernels.nn.weights import is_plain, stored_in
 from efft_kernels.ops import tt_linear
 
 torch.fx.wrap("tt_linear")  # one node of a traced graph
 
 
-class _Transposed(AdaptedLayer):
-    def matrix(self, weight: Tensor) -> Tensor:
-        return weight.t()
-
-    def shaped(self, matrix: Tensor) -> Tensor:
-        return matrix.t()
-
-
-class EfftConv1D(_Transposed):
+class EfftConv1D(AdaptedLayer):
     """``y = x W + b + (x D) G`` with frozen ``W [d_in, d_out]`` and ``b``, for a ``Conv1D`` of transformers.
 
     It is one too: its class is made from both.
     """
+
+    view = "transposed"
 
     @classmethod
     def refusal(cls, layer: nn.Module) -> str | None:
@@ -54,13 +47,14 @@ class EfftConv1D(_Transposed):
         return f"nf={d_out}, nx={d_in}, {self.describe()}"
 
 
-class EfftEmbedding(_Transposed, nn.Embedding):
+class EfftEmbedding(AdaptedLayer, nn.Embedding):
     """``y = W[ids] + D[ids] G`` with frozen ``W [num, dim]``: d_in = num, d_out = dim; an ``nn.Embedding``.
 
     The row of ``padding_idx`` has no update, as it has no gradient in ``nn.Embedding``.
     """
 
     adapts = nn.Embedding
+    view = "transposed"
 
     @classmethod
     def refusal(cls, layer: nn.Module) -> str | None:
@@ -89,14 +83,14 @@ class EfftEmbedding(_Transposed, nn.Embedding):
             return y + (h @ G.to(h.dtype)).to(y.dtype)
 
     def update(self, D: Tensor, G: Tensor) -> Tensor:
-        return super().update(self._without_padding(D), G)
+        return super().update(without_padding(self, D), G)
 
     def evaluated(self) -> tuple[Tensor, Tensor]:
         D, G = super().evaluated()
-        return self._without_padding(D), G
+        return without_padding(self, D), G
 
-    def _without_padding(self, D: Tensor) -> Tensor:
-        if self.padding_idx is None:
-            return D
-        row = torch.tensor([self.padding_idx], device=D.device)
-        return D.index_fill(0, row, 0)
+
+def without_padding(layer: nn.Module, D: Tensor) -> Tensor:
+    """Return D ``[num, r]`` of an embedding with zeros in the row of its ``padding_idx``, if it has one."""
+    padding = getattr(layer, "padding_idx", None)
+    return D if padding is None else D.index_fill(0, torch.tensor([padding], device=D.device), 0)

@@ -15,7 +15,7 @@ from efft.adapting.sharding import check_whole
 from efft.adapting.wrappers import plain_name, unwrap
 from efft.saving.stored import check_stored
 from efft_kernels.nn.adapted import MergeLoss
-from efft_kernels.nn.weights import can_dequantize, dequantized, is_plain
+from efft_kernels.nn.frozen import can_dequantize, dequantized, is_plain
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from efft.adapting.wrappers import plain_name
+from efft_kernels.nn.frozen import is_plain
 from efft_kernels.nn.linear import AdaptedLayer
-from efft_kernels.nn.weights import is_plain
 
 #: Larger buffers of integers are tables and packed weights, which no training changes.
 _LARGEST_COUNTERS = 2**12

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from efft_kernels import ExpertWeight, Routing, Site, TTFactors, expert_linear
 from efft_kernels.nn import parameter as parameters
 from efft_kernels.nn.experts import EXPERT_VIEWS, holds_numbers
+from efft_kernels.nn.frozen import is_plain, stored_in
 from efft_kernels.nn.parameter import AdaptedModule, put_update, runs_for
-from efft_kernels.nn.weights import is_plain, stored_in
 
 
 @dataclass(frozen=True)

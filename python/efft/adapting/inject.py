@@ -27,10 +27,9 @@ from efft.planning.plan import Plan, make_plan, warn_of_untouched
 from efft.saving.stored import check_stored
 from efft_kernels import FactorBank
 from efft_kernels.nn.adapt import mark_readers, replace_modules, restore
-from efft_kernels.nn.deferred import undefer
-from efft_kernels.nn.frozen import FrozenLayer
+from efft_kernels.nn.frozen import FrozenLayer, is_plain
 from efft_kernels.nn.linear import AdaptedLayer
-from efft_kernels.nn.weights import is_plain
+from efft_kernels.nn.producers import unfuse_producer
 
 
 def apply(model: nn.Module, config: AdapterConfig | None = None) -> nn.Module:
@@ -157,7 +156,7 @@ def remove(model: nn.Module) -> nn.Module:
         restore(model, originals)
         follow(aside, originals)
     for module in model.modules():
-        undefer(module)
+        unfuse_producer(module)
     for hook in bank._hooks:
         hook.remove()
     buffers.put_back(model, bank.head, bank._base_buffers)

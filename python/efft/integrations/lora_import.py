@@ -24,7 +24,7 @@ from efft.planning.plan import Plan, make_plan
 from efft.saving import files
 from efft.saving.files import CONFIG, WEIGHTS
 from efft.saving.io import head_tensors, misfits, read_tensors
-from efft_kernels.nn.linear import features
+from efft_kernels.nn.adapted import matrix_sizes
 
 Value = TypeVar("Value")
 
@@ -128,7 +128,7 @@ class _Settings:
     def largest(self, model: nn.Module) -> int:
         """Bytes that the tensors of a checkpoint for ``model`` can have."""
         layers = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
-        sizes = sum(sum(features(layer)) for layer in layers)
+        sizes = sum(sum(matrix_sizes(layer)) for layer in layers)
         return 8 * (self.largest_rank * sizes + sum(t.numel() for t in model.state_dict().values()))
 
 

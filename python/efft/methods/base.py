@@ -20,9 +20,9 @@ from efft.config import AdapterConfig
 from efft.planning.structure import Weight
 from efft.planning.targets import Target
 from efft_kernels import FactorBank
-from efft_kernels.nn.frozen import is_conv1d
-from efft_kernels.nn.operands import column_blocks, row_blocks, take
-from efft_kernels.nn.weights import dequantized
+from efft_kernels.nn.bank import Operands, compose_by_kind, per_site, take
+from efft_kernels.nn.frozen import dequantized, is_conv1d
+from efft_kernels.nn.operands import column_blocks, row_blocks
 
 
 @dataclass
@@ -230,7 +230,7 @@ class StackedBank(MethodBank):
 
     def compose(self, sites: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
         """(D, G) of each site."""
-        D, G = ([t] * self.n if t.dim() == 2 else t.unbind(0) for t in self.operands())
+        D, G = (per_site(operand, self.n) for operand in self.operands())
         return [(D[i], G[i]) for i in sites]
 
 
@@ -305,18 +305,15 @@ class BlockBank(MethodBank):
         n = (site.last - site.first) * self.d
         return (n, self.d) if site.rows else (self.d, n)
 
-    def compose(self, sites: Sequence[Blocks]) -> list[tuple[Tensor, Tensor]]:
+    def compose(self, sites: Sequence[Blocks]) -> list[Operands]:
         """(D, G) of each site, those of like matrices together."""
         factors = self.factors()
-        kinds: dict[Blocks, list[int]] = {}
-        for i, site in enumerate(sites):
-            kinds.setdefault(dataclasses.replace(site, block=0), []).append(i)
-        pairs: dict[int, tuple[Tensor, Tensor]] = {}
-        for like, members in kinds.items():
-            stacked = self.operands(factors, like, [sites[i].block for i in members])
-            D, G = (t.unbind(0) if t.dim() == 3 else [t] * len(members) for t in stacked)
-            pairs.update(zip(members, zip(D, G, strict=True), strict=True))
-        return [pairs[i] for i in range(len(sites))]
+
+        def compose_alike(alike: list[Blocks]) -> list[Sequence[Tensor]]:
+            stacked = self.operands(factors, alike[0], [site.block for site in alike])
+            return [per_site(operand, len(alike)) for operand in stacked]
+
+        return compose_by_kind(sites, lambda site: dataclasses.replace(site, block=0), compose_alike)
 
 
 _ROLES = ("qkv", "q", "k", "v", "o", "fc1", "gate", "fc2", "linear")

@@ -15,7 +15,7 @@ from efft.methods.factorize import MOST_FACTORS, factorize, train_ranks
 from efft.planning.targets import Target
 from efft_kernels import EfftLinear, tt_chain
 from efft_kernels.nn.frozen import read_by_its_parent
-from efft_kernels.nn.weights import frozen_linear
+from efft_kernels.nn.linear import frozen_linear
 
 
 class LoRETTABank(StackedBank):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from efft.config import is_size
 from efft.methods.base import BlockBank, Blocks, HeadedConfig, Layer, heads_of, zeros
-from efft_kernels.nn.operands import take
+from efft_kernels.nn.bank import take
 
 _TENSORS = ("att", "qkv", "depth", "att_qkv", "att_depth", "qkv_depth", "att_qkv_depth")
 

@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from efft.adapting.experts import ExpertParameter, experts_of
 from efft_kernels import EfftEmbedding
 from efft_kernels.nn.adapt import layer_class
-from efft_kernels.nn.frozen import FrozenLayer, not_only_a_weight
-from efft_kernels.nn.linear import features
+from efft_kernels.nn.adapted import matrix_sizes
+from efft_kernels.nn.frozen import FrozenLayer, is_plain, not_only_a_weight
 from efft_kernels.nn.parameter import cannot_adapt_parameter
-from efft_kernels.nn.weights import is_plain
 
 
 @dataclass(frozen=True)
@@ -201,7 +200,7 @@ def _weights_of(name: str, module: nn.Module) -> list[tuple[Weight, str | None]]
             kind = "convolution" if isinstance(module, nn.modules.conv._ConvNd) else "linear"
             if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
                 kind = "attention"
-            d_in, d_out = features(module)
+            d_in, d_out = matrix_sizes(module)
             view = "linear" if kind != "convolution" or _is_one_by_one(module) else "convolution"
             found.append((Weight(name, name, p, kind, d_in, d_out, d_in * d_out, view), None))
         elif sum(size > 1 for size in t.shape) > 1:  # the others are vectors, of whatever shape

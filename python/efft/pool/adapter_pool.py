@@ -26,10 +26,9 @@ from efft.pool.stacks import Place, written
 from efft.saving.io import base_problems, describe_base, load_described, read_description
 from efft_kernels import FactorBank
 from efft_kernels.nn.adapt import replace_modules
-from efft_kernels.nn.frozen import share_attributes
+from efft_kernels.nn.frozen import is_plain, share_attributes
 from efft_kernels.nn.linear import AdaptedLayer
 from efft_kernels.nn.pooled import PooledDelta, PooledLinear, PooledWeights, Selection
-from efft_kernels.nn.weights import is_plain
 
 _Parts = dict[str, tuple[Tensor, Tensor | None]]  # what is at the places of a layer
 

@@ -30,7 +30,7 @@ from efft.saving import files, fingerprint
 from efft.saving.card import model_card
 from efft.saving.files import CONFIG, WEIGHTS
 from efft_kernels import __version__
-from efft_kernels.nn.weights import can_dequantize, dequantized, is_plain
+from efft_kernels.nn.frozen import can_dequantize, dequantized, is_plain
 
 #: What values of a right type but beyond all sizes, of a wrong type, or nested too deeply make Python and torch raise.
 _OUT_OF_BOUNDS = (TypeError, OverflowError, RecursionError)

@@ -72,3 +72,7 @@ def _run(*command: str) -> str:
     if done.stderr:
         print(done.stderr, file=sys.stderr)
     return done.stdout
+
+
+if __name__ == "__main__":
+    print(build(sources(), Path(sys.argv[1])))

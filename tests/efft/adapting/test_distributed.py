@@ -20,6 +20,8 @@ pytest.importorskip("accelerate", reason="needs the train extra")
 
 from tests.efft.adapting import distributed_run as run
 
+pytestmark = pytest.mark.slow  # starts several processes
+
 ROOT = Path(__file__).parents[3]
 
 

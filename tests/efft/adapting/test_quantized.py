@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import efft
-from efft_kernels.nn import weights
+from efft_kernels.nn import frozen
 from tests.quantized import ROUNDING_WAYS, WAYS, to_int8, to_nf4
 
 Make = Callable[..., nn.Module]
@@ -43,7 +43,7 @@ def dequantized(model: nn.Module, make: Make) -> nn.Module:
     """The same values in plain layers."""
     plain = efft.apply(make(), efft.EfftConfig(**CONFIG)).eval()
     state = model.state_dict()
-    plain.load_state_dict({n: weights.dequantized(t) for n, t in state.items()})
+    plain.load_state_dict({n: frozen.dequantized(t) for n, t in state.items()})
     return plain
 
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 import efft
 from efft.integrations.trainer import AdapterCheckpoints
 
+pytestmark = pytest.mark.slow  # trains by transformers' Trainer
+
 transformers = pytest.importorskip("transformers", reason="needs the hf extra")
 accelerate = pytest.importorskip("accelerate", reason="needs the train extra")
 

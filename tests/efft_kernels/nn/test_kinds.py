@@ -14,8 +14,7 @@ from torch.func import functional_call
 
 from efft_kernels import Site, TTFactors
 from efft_kernels.nn.adapt import adapt, named_adapted_weights, restore, state_name
-from efft_kernels.nn.adapted import AdaptedWeight
-from efft_kernels.nn.linear import features
+from efft_kernels.nn.adapted import AdaptedWeight, matrix_sizes
 
 
 class Conv1D(nn.Module):
@@ -145,7 +144,7 @@ class Adapted:
         sites = {}
         for name in case.names:
             weight = modules[name] if name in modules else self.model.get_parameter(name)
-            sizes = features(weight, case.views.get(name, "linear"))
+            sizes = matrix_sizes(weight, case.views.get(name, "linear"))
             factors = TTFactors(*sizes, (2, 3), scale=0.7, dtype=torch.promote_types(dtype, torch.float32))
             for factor in factors.parameters():
                 nn.init.normal_(factor, std=0.5)

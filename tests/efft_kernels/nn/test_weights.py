@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from efft_kernels import EfftLinear
-from efft_kernels.nn.deferred import Deferred
-from efft_kernels.nn.weights import dequantized
+from efft_kernels.nn.frozen import dequantized
+from efft_kernels.nn.producers import ProducerOutput
 from tests.quantized import ROUNDING_WAYS, WAYS, to_int8, to_nf4
 
 Quantize = Callable[[nn.Linear], None]
@@ -135,7 +135,7 @@ def test_float8_product_is_that_of_the_hardware(device: str, monkeypatch: pytest
 def test_behind_a_deferred_producer(quantize: Quantize, module: nn.Module) -> None:
     layer, x = make(quantize), torch.randn(5, D_IN, requires_grad=True)
     module.requires_grad_(False)
-    y = layer(Deferred.of(module, x))
+    y = layer(ProducerOutput.of(module, x))
     torch.testing.assert_close(y, layer(module(x)), rtol=0, atol=0)
     (dx,) = torch.autograd.grad(y.sum(), x)
     torch.testing.assert_close(dx, torch.autograd.grad(layer(module(x)).sum(), x)[0])

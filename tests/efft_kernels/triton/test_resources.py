@@ -11,6 +11,8 @@ if triton.knobs.runtime.interpret:
 
 from efft_kernels.triton.resources import SHARED_MEMORY, Form, forms, inspect, inspect_all, main, table  # noqa: E402
 
+pytestmark = pytest.mark.slow  # compiles every kernel for every target
+
 
 def form(name: str) -> Form:
     return next(f for f in forms() if f.name == name)

@@ -188,6 +188,7 @@ def without_times(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in record.items() if k not in ("seconds", "images_per_second")} for record in records]
 
 
+@pytest.mark.slow
 def test_killed_process_resumes_to_the_same_bits(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -224,6 +225,7 @@ def test_killed_process_resumes_to_the_same_bits(
     assert without_times(out) == without_times(tmp_path / "unbroken")
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
     """Two processes share each batch, so without random masks they see what one sees."""
     words = ["train", *SMALL, "--epochs", "1", "--dropout", "0", "--drop-path", "0", "--out"]

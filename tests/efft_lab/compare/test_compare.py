@@ -95,6 +95,7 @@ def test_killed_at_once_it_goes_on_without_losing_or_repeating_a_run(
     assert results.read_bytes() == content
 
 
+@pytest.mark.slow
 def test_same_task_and_seed_give_the_same_numbers(tiny: dict[str, Any]) -> None:
     from efft_lab.compare.suite import Suite
 
@@ -188,6 +189,7 @@ def test_result_files(tmp_path: Path) -> None:
         Store(path)
 
 
+@pytest.mark.slow
 def test_report(tiny: dict[str, Any], write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny["tasks"] = {"digits": {}, "count": {}}
     tiny["methods"] = {"scratch": {"method": "linear", "pretrained": False}, **tiny["methods"]}

@@ -8,6 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,6 +16,8 @@ from efft_lab.compare import store
 from efft_lab.compare import suite as suites
 from efft_lab.compare.agenda import Agenda
 from tests.hostile import altered, at_most, damaged, fuzz
+
+pytestmark = pytest.mark.slow  # hundreds of generated inputs
 
 LOCAL = json.loads((files("efft_lab.compare") / "suites" / "local.json").read_text("utf-8"))
 

@@ -14,6 +14,8 @@ from efft_lab.demo import settings, verify
 from efft_lab.train import TrainConfig, build, run
 from efft_lab.train.probe import FeatureTask, linear_probe
 
+pytestmark = pytest.mark.slow  # runs the demo
+
 ROOT = Path(efft.__file__).parents[1]
 
 

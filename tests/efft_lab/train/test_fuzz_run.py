@@ -23,6 +23,8 @@ from efft_lab.train.methods import restore_trained_state, trained_state
 from efft_lab.train.trainer import Trainer, make_accelerator
 from tests.hostile import altered, at_most, damaged, fuzz
 
+pytestmark = pytest.mark.slow  # hundreds of generated inputs
+
 
 class Code:
     """A pickle that would write a file."""

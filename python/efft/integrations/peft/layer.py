@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from efft.integrations.peft import kinds
 from efft_kernels import Site, TTFactors
-from efft_kernels.nn.weights import adapted_linear, is_plain
+from efft_kernels.nn.frozen import is_plain
+from efft_kernels.nn.linear import adapted_linear
 
 
 class EfftLayer(nn.Module, BaseTunerLayer):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from efft_kernels import EfftLinear
-from efft_kernels.nn.deferred import Deferred, defer, undefer
+from efft_kernels.nn.producers import ProducerOutput, fuse_producer, unfuse_producer
 from efft_kernels.testing import assert_close_budget
 
 MODULES = {
@@ -27,7 +27,7 @@ def module(request: pytest.FixtureRequest) -> nn.Module:
     module = MODULES[request.param]()
     for parameter in module.parameters():
         nn.init.normal_(parameter)
-    assert defer(module.requires_grad_(False))
+    assert fuse_producer(module.requires_grad_(False))
     return module
 
 
@@ -60,7 +60,7 @@ def keep(forward: Any) -> tuple[Tensor, list[tuple[int, ...]]]:
 def test_an_adapted_layer_does_both(module: nn.Module, layer: EfftLinear) -> None:
     x = inputs()
     a = module(x)
-    assert isinstance(a, Deferred)
+    assert isinstance(a, ProducerOutput)
     assert (a.shape, a.dtype, a.device, a.requires_grad) == (x.shape, x.dtype, x.device, True)
     assert type(module).__name__ in repr(a)
     y, kept = keep(lambda: layer(module(x)))
@@ -138,7 +138,7 @@ def test_a_function_that_autograd_knows_nothing_of(module: nn.Module, way: str) 
     x, twin = inputs(), inputs()
     twin.data.copy_(x)
     a = module(x)
-    assert isinstance(a, Deferred)
+    assert isinstance(a, ProducerOutput)
     use(a).sum().backward()
     use(plain(module, twin)).sum().backward()
     torch.testing.assert_close(x.grad, twin.grad)
@@ -166,7 +166,7 @@ def test_where_somebody_needs_the_value(module: nn.Module) -> None:
     assert type(seen[-1]) is Tensor
     for handle in handles:
         handle.remove()
-    assert isinstance(module(x), Deferred)
+    assert isinstance(module(x), ProducerOutput)
     traced = torch.jit.trace(module, (x,), check_trace=False)
     assert torch.equal(traced(x), plain(module, x))
 
@@ -174,10 +174,10 @@ def test_where_somebody_needs_the_value(module: nn.Module) -> None:
 def test_what_changes_nothing_passes_it_on(module: nn.Module, layer: EfftLinear) -> None:
     x = inputs()
     between = nn.Sequential(module, nn.Identity(), nn.Dropout(0.0))
-    assert isinstance(between(x), Deferred)
+    assert isinstance(between(x), ProducerOutput)
     between[2].p = 0.5
-    assert not isinstance(between(x), Deferred), "computed, then dropped"
-    assert isinstance(between.eval()(x), Deferred)
+    assert not isinstance(between(x), ProducerOutput), "computed, then dropped"
+    assert isinstance(between.eval()(x), ProducerOutput)
     assert torch.equal(layer(between(x)), layer(module(x)))
 
 
@@ -192,7 +192,7 @@ def test_autocast(module: nn.Module, layer: EfftLinear) -> None:
 
 def test_a_norm_that_is_trained_computes_itself(layer: EfftLinear) -> None:
     norm, x = nn.LayerNorm(24), inputs()
-    assert defer(norm)
+    assert fuse_producer(norm)
     y = layer(norm(x))
     y.sum().backward()
     assert norm.weight.grad is not None
@@ -209,12 +209,12 @@ def test_a_base_weight_that_is_trained(module: nn.Module, layer: EfftLinear) -> 
 
 def test_what_cannot_hand_on() -> None:
     for other in (nn.ReLU(), nn.LayerNorm((4, 24)), nn.Linear(2, 2)):
-        assert not defer(other)
+        assert not fuse_producer(other)
         assert "forward" not in other.__dict__
     norm = nn.LayerNorm(3)
     norm.forward = lambda x: x
-    assert not defer(norm)
-    undefer(norm)
+    assert not fuse_producer(norm)
+    unfuse_producer(norm)
     assert norm.forward(7) == 7
 
 
@@ -222,10 +222,10 @@ def test_undone_copied_and_pickled(module: nn.Module) -> None:
     x = inputs()
     for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         a = twin(x)
-        assert isinstance(a, Deferred)
+        assert isinstance(a, ProducerOutput)
         assert a.module is twin
-    assert not defer(module), "already"
-    undefer(module)
+    assert not fuse_producer(module), "already"
+    unfuse_producer(module)
     assert type(module(x)) is Tensor
     assert "forward" not in module.__dict__
 
