@@ -1,5 +1,6 @@
 """The command `efft`, from training to merging, on scikit-learn's digits and a small random ViT."""
 
+import contextlib
 import json
 import os
 import re
@@ -273,7 +274,7 @@ def test_documented_commands_are_understood(
         from accelerate.commands.launch import launch_command_parser
 
         launch_command_parser().parse_args([*shlex.split(launcher)[2:], "efft"])
-    (tmp_path / "my_suite.json").write_text((ROOT / "efft/compare/suites/local.json").read_text())
+    (tmp_path / "my_suite.json").write_text((ROOT / "efft_lab/compare/suites/local.json").read_text())
     monkeypatch.chdir(tmp_path)
     for function in (
         *(
@@ -305,9 +306,9 @@ def test_options_by_their_names_in_configuration_files(monkeypatch: pytest.Monke
         main(["train", "--efft.scale", "auto", "--efft.rank=4", "--targets", "attn.qkv", "--exclude", "mlp.fc1"]) == 130
     )
     assert (seen[0].efft.scale, seen[0].efft.rank) == ("auto", 4)
-    assert (seen[0].efft.planning.targets, seen[0].efft.exclude) == (["attn.qkv"], ["mlp.fc1"])
+    assert (seen[0].efft.targets, seen[0].efft.exclude) == (["attn.qkv"], ["mlp.fc1"])
     assert main(["train", "--targets", "mhsa"]) == 130
-    assert seen[1].efft.planning.targets == "mhsa"
+    assert seen[1].efft.targets == "mhsa"
 
 
 @pytest.mark.parametrize(
@@ -357,6 +358,24 @@ def test_usage_and_lists(capsys: pytest.CaptureFixture[str]) -> None:
     assert "mnist5k" in capsys.readouterr().out
     assert main(["data", "fetch", "digits"]) == 0
     assert "digits: ready" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words", ["train", "eval", "compare", "merge", "export", "inspect", "data", "data list", "data fetch", "env"]
+)
+def test_help_has_no_markup(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.suppress(SystemExit):
+        main([*words.split(), "--help"])
+    out = capsys.readouterr().out
+    assert f"usage: efft {words}" in out
+    assert not re.findall(r"``|:[a-z]+:`|~[a-z]+\.", out)
+
+
+def test_help_wraps_paragraphs() -> None:
+    from efft_lab.cli.parsing import without_markup
+
+    text = "See :meth:`auto`; ``a`` or\n    :func:`~efft.apply`.\n\nAnother."
+    assert without_markup(text) == "See `auto`; `a` or `efft.apply`.\n\nAnother."
 
 
 def test_a_reader_may_stop_early() -> None:
