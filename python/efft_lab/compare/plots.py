@@ -1,4 +1,6 @@
-"""Pictures of a report; only for where matplotlib is installed."""
+"""Pictures of a report; they need matplotlib."""
+
+from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,11 +12,11 @@ from efft_lab.compare.statistics import seed_interval
 
 
 def accuracy_against_parameters(scores: Scores, parameters: Mapping[str, float], target: Path) -> None:
-    """Overall mean of every method that has all tasks, with its interval over seeds, against trained parameters.
+    """Draws the overall mean of every method that has all tasks, with its interval over seeds, against parameters.
 
     Args:
         scores: accuracies.
-        parameters: method to its trained parameters beside the classifier.
+        parameters: method to the number of its trained parameters without the classifier.
         target: the PNG file.
     """
     import matplotlib
@@ -39,11 +41,11 @@ def accuracy_against_parameters(scores: Scores, parameters: Mapping[str, float],
 
 
 def heat_map(agenda: Agenda, method: str, done: Mapping[str, Record], target: Path) -> None:
-    """Validation accuracy over a grid of two settings, as a mean over tasks; empty where a task is still missing.
+    """Draws validation accuracy over a grid of two settings, as a mean over tasks; a cell with a missing task is empty.
 
     Args:
         agenda: the runs.
-        method: one whose grid has two settings.
+        method: a method whose grid has two settings.
         done: key of a run to its result.
         target: the PNG file.
     """
@@ -68,7 +70,7 @@ def heat_map(agenda: Agenda, method: str, done: Mapping[str, Record], target: Pa
 
 
 def _validation(agenda: Agenda, method: str, done: Mapping[str, Record], point: Mapping[str, float]) -> float:
-    """In percent; a run that diverged counts as none right, and without one of the runs there is no mean."""
+    """Mean accuracy in percent. A run that diverged counts as 0; if a run is missing, the mean is NaN."""
     runs = [run for task in agenda.suite.tasks for run in agenda.search(task, method) if run.settings == point]
     if any(run.key not in done for run in runs):
         return float("nan")

@@ -1,4 +1,6 @@
-"""What a suite's results say, in Markdown, with pictures where matplotlib is installed."""
+"""The report of a suite's results in Markdown, with pictures if matplotlib is installed."""
+
+from __future__ import annotations
 
 import json
 import re
@@ -25,14 +27,14 @@ def write(agenda: Agenda, results: Path) -> list[Path]:
     """Writes NAME.md, and pictures NAME-*.png, beside the result file NAME.jsonl.
 
     Args:
-        agenda: the runs to report on; others in the file are left out.
+        agenda: the runs to report on; others in the file are ignored.
         results: the result file.
 
     Returns:
-        What was written.
+        The files that were written.
 
     Raises:
-        FileNotFoundError: there are no results yet.
+        FileNotFoundError: none of the final runs has a result yet.
     """
     done = read(results) if results.is_file() else {}
     records = agenda.records(done)
@@ -50,10 +52,10 @@ def draw(agenda: Agenda, done: Mapping[str, Record], stem: Path) -> dict[str, Pa
     Args:
         agenda: the runs to report on.
         done: key of a run to its result.
-        stem: the files' path and how their names begin.
+        stem: path and first part of the files' names.
 
     Returns:
-        Title to file; nothing where matplotlib is not installed.
+        Title to file; empty if matplotlib is not installed.
     """
     if find_spec("matplotlib") is None:
         return {}
@@ -85,7 +87,7 @@ def text(agenda: Agenda, done: Mapping[str, Record], pictures: Mapping[str, Path
         f"# {suite.name}",
         suite.about,
         f"{len(records)} of {wanted} final runs. Test accuracy in percent, mean ± standard deviation over seeds; the "
-        "test split was read once a run, after its hyperparameters were chosen on the validation split.",
+        "test split was read once per run, after its hyperparameters were chosen on the validation split.",
         *_leaks(scores, methods, suite.methods),
         "## Tasks",
         table(["method", *_headings(scores)], [_task_row(scores, method) for method in methods]),
@@ -112,7 +114,7 @@ def _slug(name: str) -> str:
 
 
 def means(agenda: Agenda, done: Mapping[str, Record]) -> str:
-    """The report's table of means over tasks, with where it was measured; a dash where a task is still missing.
+    """The report's table of means over tasks and the machines that measured them; a dash if a task is missing.
 
     Args:
         agenda: the runs to report on.
@@ -124,7 +126,7 @@ def means(agenda: Agenda, done: Mapping[str, Record]) -> str:
 
 
 def comparisons(agenda: Agenda, done: Mapping[str, Record]) -> str:
-    """The report's paired tests of the reference method against the others; empty where there is none.
+    """The report's paired tests of the reference method against the others; empty if there are none.
 
     Args:
         agenda: the runs to report on.
@@ -156,7 +158,8 @@ def _task_row(scores: Scores, method: str) -> Cells:
 
 
 def _parameters(records: Sequence[Record]) -> dict[str, float]:
-    """Method to its trained parameters beside the classifier (which depends on the task), as a mean over runs."""
+    """Method to the number of its trained parameters without the classifier (which depends on the task), averaged over
+    runs."""
     counts: dict[str, list[int]] = {}
     for record in records:
         if not record.get("failed"):
@@ -220,9 +223,9 @@ def _tests(agenda: Agenda, scores: Scores, methods: Sequence[str]) -> list[str]:
 
 
 def _leaks(scores: Scores, methods: Sequence[str], entries: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Tasks on which a predictor that sees no objects is as good as a method: what they measure is in doubt.
+    """Tasks on which a predictor that sees no objects is as good as a method, so that it is doubtful what they measure.
 
-    Training from scratch is no such method: it has nothing but these few images.
+    Training from scratch does not count as a method here, because it has only these few images.
     """
     methods = [method for method in methods if entries[method].get("pretrained", True)]
     trivial = [method for method in methods if entries[method]["method"] in TRIVIAL]
@@ -252,7 +255,7 @@ def _choices(agenda: Agenda, done: Mapping[str, Record], methods: Sequence[str])
 
 
 def _published(tasks: list[str]) -> list[str]:
-    """The literature's figures, in tables of their own: they are never averaged or tested with ours."""
+    """Figures from the literature, in tables of their own: they are never averaged with ours or tested against them."""
     published = json.loads((files("efft_lab.compare") / "published_vtab1k.json").read_text("utf-8"))
     rows, share = [], weights({task: VTAB[task].group for task in VTAB}, categorical=True)
     for entry in published["methods"]:
@@ -295,7 +298,7 @@ def _origin(records: Sequence[Record]) -> str:
 
 
 def _machines(records: Sequence[Record]) -> list[str]:
-    """Each machine, and what it did: runs, processor time, and where others took part, how many runs of each method."""
+    """Each machine with its number of runs and processor time; if there are several, with its runs of each method."""
     owns: dict[str, list[Record]] = {}
     for record in records:
         gpu: Any = record.get("gpu")  # its name alone in older results

@@ -1,4 +1,6 @@
-"""Does the runs of an agenda that are not done yet, several at a time, and writes each result as it comes."""
+"""Does the runs of an agenda that have no result yet, several at a time, and writes each result immediately."""
+
+from __future__ import annotations
 
 import datetime
 import json
@@ -21,15 +23,15 @@ from efft_lab.record import cores, machine_facts, now
 
 
 class Worker:
-    """A process of `efft_lab.compare.worker` with its own share of the processors.
+    """A process of :mod:`efft_lab.compare.worker` with its own share of the processors.
 
     Args:
-        threads: of torch.
-        log: where its warnings and tracebacks go.
-        answers: gets (this worker, its answer), the answer None if the process ended.
+        threads: number of torch threads.
+        log: file for its warnings and tracebacks.
+        answers: queue that receives (this worker, its answer); the answer is None if the process ended.
     """
 
-    def __init__(self, threads: int, log: IO[bytes], answers: "queue.SimpleQueue[Any]") -> None:
+    def __init__(self, threads: int, log: IO[bytes], answers: queue.SimpleQueue[Any]) -> None:
         roots = [str(Path(str(package.__file__)).parents[1]) for package in (efft_lab, efft_kernels)]
         path = os.pathsep.join([*roots, *filter(None, [os.environ.get("PYTHONPATH")])])
         limits = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
@@ -44,14 +46,14 @@ class Worker:
         self.run: Run | None = None
         threading.Thread(target=self._listen, args=(answers,), daemon=True).start()
 
-    def _listen(self, answers: "queue.SimpleQueue[Any]") -> None:
+    def _listen(self, answers: queue.SimpleQueue[Any]) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             answers.put((self, json.loads(line)))
         answers.put((self, None))
 
     def start(self, run: Run, places: dict[str, Any]) -> None:
-        """Gives the process something to do."""
+        """Sends a run to the process."""
         assert self.process.stdin is not None
         self.run = run
         job = {"name": str(run), "stage": run.stage, "config": {**run.config, **places}}
@@ -59,22 +61,23 @@ class Worker:
         self.process.stdin.flush()
 
     def stop(self) -> None:
-        """Ends the process, at once."""
+        """Ends the process immediately."""
         self.process.kill()
         self.process.wait()
 
 
 def compare(agenda: Agenda, results: Path, jobs: int = 1, data_root: str | None = None) -> int:
-    """Does what is not done yet. Killed at any moment, the same call goes on: no run is lost or done twice.
+    """Does the runs that have no result yet. After a kill at any moment, the same call continues: no run is lost or
+    done twice.
 
     Args:
         agenda: the runs.
         results: the result file, JSON lines; a log is written beside it.
-        jobs: processes; each gets an equal share of the processors.
-        data_root: folder of the data sets' files.
+        jobs: number of processes; each gets an equal share of the processors.
+        data_root: folder with the data sets' files.
 
     Returns:
-        How many runs it did.
+        The number of runs that it did.
 
     Raises:
         RuntimeError: a run failed for another reason than divergence, or another process writes to the file.
@@ -107,7 +110,7 @@ def compare(agenda: Agenda, results: Path, jobs: int = 1, data_root: str | None 
                     record = _record(run, answer["result"], common)
                     store.append(record)
                     progress.show(run, record)
-                elif error is None:  # what the other processes are doing is still kept
+                elif error is None:  # results of the other processes are still kept
                     error = f"{run}: {_reason(worker, answer)}; details in {log.name}, then run the same command again"
                     log.write(((answer or {}).get("trace") or "").encode())
                     if answer is None:
@@ -132,7 +135,7 @@ def _reason(worker: Worker, answer: dict[str, Any] | None) -> str:
 
 
 class Progress:
-    """One line a finished run, with the time that the rest will take."""
+    """Prints one line per finished run, with an estimate of the remaining time."""
 
     def __init__(self, agenda: Agenda, store: Store, jobs: int) -> None:
         self.agenda, self.store, self.jobs = agenda, store, jobs
@@ -148,6 +151,7 @@ class Progress:
         return len(keys & self.store.records.keys())
 
     def show(self, run: Run, record: dict[str, Any]) -> None:
+        """Prints the line of a finished run."""
         self.count += 1
         names = {"search": ("validation", "val_accuracy"), "final": ("test", "test_accuracy")}
         word, field = names[run.stage]
@@ -156,7 +160,7 @@ class Progress:
         print(f"{done} {run}: {outcome}, {record['seconds']:.0f} s; {self._left()} left", flush=True)
 
     def _left(self) -> str:
-        """By the mean time of finished runs of the same method and stage, else of all."""
+        """The remaining time, from the mean time of finished runs of the same method and stage, or of all runs."""
         seconds: dict[Any, list[float]] = defaultdict(list)
         count: dict[Any, int] = defaultdict(int)
         for record in self.store.records.values():

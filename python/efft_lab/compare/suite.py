@@ -1,4 +1,6 @@
-"""The file that says what is compared: tasks, methods, seeds and grids."""
+"""The file that describes a comparison: tasks, methods, seeds and grids."""
+
+from __future__ import annotations
 
 import dataclasses
 import json
@@ -16,32 +18,33 @@ from efft_lab import data, typed
 from efft_lab.train.config import TrainConfig
 from efft_lab.train.methods import METHODS
 
-#: Predictors that see no objects: they need no model and no trainer.
+#: Predictors that see no objects and need neither a model nor a trainer.
 TRIVIAL = ("majority", "pixels", "knn")
 _RECIPE = {item.name for item in dataclasses.fields(TrainConfig)} - {"data", "seed", "data_seed", "protocol"}
-_RECIPE -= {"task", "regression_loss"}  # results, tables and tests are those of accuracies
+_RECIPE -= {"task", "regression_loss"}  # results, tables and tests are about accuracies
 _METHOD = _RECIPE | {"grid", "vtab_settings"}
-#: Of a grid: more would never be done.
+#: Largest number of points of a grid; more would take too long to run.
 _MOST_POINTS = 1000
 
 
 @dataclass(frozen=True)
 class Suite:
-    """What is compared. Settings are fields of `TrainConfig`; a task's go before a method's, a method's before `train`.
+    """What is compared. Settings are fields of ``TrainConfig``; those of a task override those of a method, and these
+    override ``train``.
 
-    Everything is checked here and in `efft_lab.compare.agenda.Agenda`, before anything runs.
+    Everything is checked here and in :class:`efft_lab.compare.agenda.Agenda`, before anything runs.
 
     Attributes:
-        name: of the suite, and of its result file.
-        about: what it is for; the first lines of the report.
+        name: name of the suite and of its result file.
+        about: the purpose of the suite; the first lines of the report.
         tasks: name of a data set to settings of every run on it.
         methods: name in the tables to its settings: ``method`` and any other field; ``grid``, the values that are
             searched (``{"lr": [...], "efft.scale": [...]}``, every combination); ``vtab_settings``, which of the
-            paper's settings for each VTAB-1K task count (efft1 or efft2). ``method`` may also be one of `TRIVIAL`.
-        seeds: one final run each, per task and method; of the training images too, where the data set has a choice.
+            paper's settings for each VTAB-1K task are used (efft1 or efft2). ``method`` may also be one of ``TRIVIAL``.
+        seeds: one final run per seed, task and method. A seed also chooses the training images if the data set lets it.
         train: settings of every run.
-        search_seeds: seeds whose validation accuracies choose among a grid; by default the first of `seeds`.
-        reference: the method that the others are tested against; by default the first.
+        search_seeds: seeds whose validation accuracies choose a point of a grid; by default the first of ``seeds``.
+        reference: the method against which the others are tested; by default the first.
     """
 
     name: str
@@ -77,7 +80,7 @@ class Suite:
 
 
 def _check_task(name: str) -> None:
-    """Refuses what is neither a known data set nor a folder."""
+    """Refuses a name that is neither a known data set nor a folder."""
     if not os.path.isdir(name):
         try:
             data.describe(name)
@@ -124,7 +127,7 @@ def _check_setting(where: str, setting: str, method: str) -> None:
 
 
 def merged(*settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings over one another: later ones win, and dicts (``efft``, ``adapter``) are merged by key."""
+    """Merges settings: later ones override earlier ones, and dicts (``efft``, ``adapter``) are merged by key."""
     result: dict[str, Any] = {}
     for each in settings:
         for name, value in each.items():
@@ -171,7 +174,7 @@ def load(path_or_name: str | Path, quick: bool = False, train: Mapping[str, Any]
         suite = variant if quick else suite
     if not train:
         return suite
-    # What the caller gives goes over everything, what single tasks and methods set included.
+    # The caller's settings override everything, including those of single tasks and methods.
     groups: dict[str, Any] = {
         group: {
             entry: {key: value for key, value in each.items() if key not in train} for entry, each in entries.items()

@@ -1,4 +1,6 @@
-"""What the demo runs. Chosen on validation images only; see the comments for what was tried."""
+"""The settings of the demo. They were chosen on validation images only."""
+
+from __future__ import annotations
 
 import torch
 
@@ -11,7 +13,7 @@ IMAGE_SIZE = 70  # 26 tokens: minutes on two CPU cores
 
 
 def fast_bf16() -> bool:
-    """Whether bf16 is faster than fp32 here: GPUs that support it, and CPUs with its dot-product instructions.
+    """Whether bf16 is faster than fp32 here: on GPUs that support it, and on CPUs with its dot-product instructions.
 
     On a CPU with them a training step of the demo took two thirds of the fp32 time; elsewhere bf16 is emulated.
     """
@@ -37,7 +39,7 @@ def efft_config(task: str, quick: bool) -> TrainConfig:
 
 
 def probe_config(task: str, quick: bool) -> TrainConfig:
-    """The head alone, trained far longer than EFFT (its features are cached)."""
+    """The head alone; it trains for many more epochs than EFFT, because its features are cached."""
     return TrainConfig(
         data=task,
         image_size=IMAGE_SIZE,
