@@ -90,7 +90,7 @@ class Agenda:
         return [self._run(task, method, "search", seed, point) for point in points for seed in self.search_seeds]
 
     def chosen(self, task: str, method: str, done: Mapping[str, Record]) -> dict[str, Any] | None:
-        """The point of the grid with the best mean validation accuracy (the first of equals); None before the search ends.
+        """The point of the grid with the best mean validation accuracy, the first of equals; None before the search ends.
 
         Raises:
             ValueError: every point of the grid diverged.
