@@ -1,10 +1,10 @@
-"""Quantised backbones under EFFT2: what the rounding of the frozen weights does to logits, time and memory.
+"""Quantized backbones under EFFT2: what the rounding of the frozen weights does to logits, time and memory.
 
     python -m benchmarks quantized --quick
 
-The layers that are adapted are quantised, by torchao; all rows have the same factors (in fp32) and see the same images,
+The layers that are adapted are quantized, by torchao; all rows have the same factors (in fp32) and see the same images,
 interleaved. ``error`` is ``|logits - dense| / |dense|`` over all of them, where ``dense`` are those of the model in
-fp32 that is not quantised; the first row is that model in the dtype measured. Times are of a forward pass for
+fp32 that is not quantized; the first row is that model in the dtype measured. Times are of a forward pass for
 inference, and of forward and backward in training.
 """
 
@@ -55,7 +55,7 @@ def per_row_float8(layer: nn.Module) -> None:
 
 
 def nf4(layer: nn.Module) -> None:
-    """QLoRA's format in blocks of 64, the scales of 256 blocks (of fewer if they do not divide) quantised together."""
+    """QLoRA's format in blocks of 64, the scales of 256 blocks (of fewer if they do not divide) quantized together."""
     from torchao.quantization import to_nf4
 
     weight: Any = layer.weight
@@ -66,7 +66,7 @@ def nf4(layer: nn.Module) -> None:
 ROWS: dict[str, QuantizedRow] = {
     row.name: row
     for row in (
-        QuantizedRow("dense", "not quantised"),
+        QuantizedRow("dense", "not quantized"),
         QuantizedRow("int8", "int8 weights", torchao("Int8WeightOnlyConfig")),
         QuantizedRow("int8-dynamic", "int8 weights and activations", torchao("Int8DynamicActivationInt8WeightConfig")),
         QuantizedRow("fp8", "e4m3 weights", torchao("Float8WeightOnlyConfig")),

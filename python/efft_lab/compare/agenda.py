@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from efft.config import is_number
-from efft_lab.compare.suite import TRIVIAL, Suite, merged
+from efft_lab.compare.suite import TRIVIAL, Suite, merge_settings
 from efft_lab.data import vtab_hyperparameters
 from efft_lab.train.config import TrainConfig
 
@@ -89,8 +89,8 @@ class Agenda:
             return []
         return [self._run(task, method, "search", seed, point) for point in points for seed in self.search_seeds]
 
-    def chosen(self, task: str, method: str, done: Mapping[str, Record]) -> dict[str, Any] | None:
-        """The point of the grid with the best mean validation accuracy, the first of equals; None before the search ends.
+    def choose(self, task: str, method: str, done: Mapping[str, Record]) -> dict[str, Any] | None:
+        """The point of the grid with the best mean validation accuracy, the first of equals; None until all are done.
 
         Raises:
             ValueError: every point of the grid diverged.
@@ -111,7 +111,7 @@ class Agenda:
 
     def finals(self, task: str, method: str, done: Mapping[str, Record]) -> list[Run]:
         """The final runs, one per seed; none until the search is done."""
-        point = self.chosen(task, method, done)
+        point = self.choose(task, method, done)
         if point is None:
             return []
         return [self._run(task, method, "final", seed, point) for seed in self.suite.seeds]
@@ -144,9 +144,9 @@ class Agenda:
         nested: dict[str, Any] = {}
         for name, value in point.items():
             head, _, tail = name.partition(".")
-            nested = merged(nested, {head: {tail: value}} if tail else {head: value})
+            nested = merge_settings(nested, {head: {tail: value}} if tail else {head: value})
         fixed = {"data": task, "seed": seed, "data_seed": seed, "protocol": "select" if stage == "search" else "final"}
-        config = merged(self.suite.train, entry, published, self.suite.tasks[task], nested, fixed)
+        config = merge_settings(self.suite.train, entry, published, self.suite.tasks[task], nested, fixed)
         return Run(task, method, stage, seed, point, config)
 
 

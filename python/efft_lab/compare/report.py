@@ -100,7 +100,7 @@ def text(agenda: Agenda, done: Mapping[str, Record], pictures: Mapping[str, Path
         _choices(agenda, done, methods),
     ]
     if set(suite.tasks) <= set(VTAB):
-        parts += _published(list(suite.tasks))
+        parts += _literature(list(suite.tasks))
     parts += [f"![{title}]({path.name})" for title, path in pictures.items()]
     parts += ["## Where it was measured", _origin(records)]
     if scores.failed:
@@ -247,14 +247,14 @@ def _choices(agenda: Agenda, done: Mapping[str, Record], methods: Sequence[str])
     for method in methods:
         cells = []
         for task in agenda.suite.tasks:
-            point = agenda.chosen(task, method, done)
+            point = agenda.choose(task, method, done)
             cells.append("-" if not point else ", ".join(f"{name} {value:g}" for name, value in point.items()))
         if set(cells) != {"-"}:
             rows.append([method, *cells])
     return table(["method", *agenda.suite.tasks], rows) if rows else "Nothing was searched."
 
 
-def _published(tasks: list[str]) -> list[str]:
+def _literature(tasks: list[str]) -> list[str]:
     """Figures from the literature, in tables of their own: they are never averaged with ours or tested against them."""
     published = json.loads((files("efft_lab.compare") / "published_vtab1k.json").read_text("utf-8"))
     rows, share = [], weights({task: VTAB[task].group for task in VTAB}, categorical=True)

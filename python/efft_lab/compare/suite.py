@@ -126,7 +126,7 @@ def _check_setting(where: str, setting: str, method: str) -> None:
     typed.check_names(f"{where} ({head}.)", [field_name], types, "setting")
 
 
-def merged(*settings: Mapping[str, Any]) -> dict[str, Any]:
+def merge_settings(*settings: Mapping[str, Any]) -> dict[str, Any]:
     """Merges settings: later ones override earlier ones, and dicts (``efft``, ``adapter``) are merged by key."""
     result: dict[str, Any] = {}
     for each in settings:
@@ -181,7 +181,7 @@ def load(path_or_name: str | Path, quick: bool = False, train: Mapping[str, Any]
         }
         for group, entries in (("tasks", suite.tasks), ("methods", suite.methods))
     }
-    return dataclasses.replace(suite, **groups, train=merged(suite.train, train))
+    return dataclasses.replace(suite, **groups, train=merge_settings(suite.train, train))
 
 
 def _quick(suite: Suite, small: Any) -> Suite:
@@ -195,6 +195,6 @@ def _quick(suite: Suite, small: Any) -> Suite:
         typed.check_names(f"quick.{group}", names, values[group], group.removesuffix("s"))
         chosen[group] = {name: values[group][name] for name in names}
     try:
-        return Suite(**{**merged(values, small), **chosen, "name": f"{suite.name}-quick"})
+        return Suite(**{**merge_settings(values, small), **chosen, "name": f"{suite.name}-quick"})
     except ValueError as error:
         raise ValueError(f"quick: {error}") from None

@@ -338,7 +338,7 @@ def start_trackers(accelerator: Any, folder: Path, config: TrainConfig, update: 
     """Starts the trackers of a run and gives them its configuration.
 
     Args:
-        accelerator: from :func:`efft_lab.train.trainer.make_accelerator`.
+        accelerator: from :func:`efft_lab.train.build.make_accelerator`.
         folder: for their files; W&B shows the name of its parent folder.
         config: the run.
         update: number of updates after which a resumed run continues; TensorBoard drops later records.

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from efft.prune import prune, set_ranks
 from efft_lab import typed
-from efft_lab.train.build import create_model, load_task
+from efft_lab.train.build import EpochBatches, create_model, load_task, make_accelerator, make_scheduler
 from efft_lab.train.config import TrainConfig
 from efft_lab.train.folder import (
     CHECKPOINT,
@@ -28,7 +27,6 @@ from efft_lab.train.folder import (
     TRACKED,
     CheckpointError,
     MetricsLog,
-    check_trackers,
     load_random_state,
     open_folder,
     random_state,
@@ -122,7 +120,7 @@ class Trainer:
     Args:
         config: the run.
         out: its folder.
-        accelerator: from :func:`make_accelerator`.
+        accelerator: from :func:`efft_lab.train.build.make_accelerator`.
         model: a model to train instead of the configuration's; None creates that one.
         task: data to use instead of the configuration's; None loads that.
         progress: show a progress bar.
@@ -398,96 +396,3 @@ class Trainer:
         self.bar.close()
         self.log.close()
         self.accelerator.free_memory()
-
-
-class EpochBatches(Sampler[list[int]]):
-    """Shuffled batches of indices; an incomplete last batch is dropped.
-
-    The order is a pure function of seed and epoch, so a resumed run sees the same batches.
-
-    Args:
-        size: number of images.
-        batch_size: number of images per batch, over all processes.
-        seed: determines the order, together with the epoch.
-
-    Raises:
-        ValueError: there are fewer images than one batch needs.
-    """
-
-    drop_last = True
-
-    def __init__(self, size: int, batch_size: int, seed: int) -> None:
-        if size < batch_size:
-            raise ValueError(
-                f"the training split has {size} images, fewer than one batch of {batch_size}; lower batch_size"
-            )
-        self.size, self.batch_size, self.seed = size, batch_size, seed
-        self._epoch, self._skip = 0, 0
-
-    def start(self, epoch: int, skip: int = 0) -> None:
-        """Makes the next iteration that of the given epoch, without its first ``skip`` batches (they are not read)."""
-        self._epoch, self._skip = epoch, skip
-
-    def __len__(self) -> int:
-        return self.size // self.batch_size
-
-    def __iter__(self) -> Iterator[list[int]]:
-        order = np.random.default_rng((self.seed, self._epoch)).permutation(self.size).tolist()
-        for batch in range(self._skip, len(self)):
-            yield order[batch * self.batch_size : (batch + 1) * self.batch_size]
-
-
-def make_accelerator(config: TrainConfig, trackers: Sequence[Any] = (), folder: Path | None = None) -> Any:
-    """Accelerate's view of device, precision and processes; batch sizes are totals over the processes.
-
-    Args:
-        config: the run.
-        trackers: names or objects of experiment trackers, see :func:`run`.
-        folder: where trackers put files.
-
-    Raises:
-        ImportError: accelerate, or a package that a tracker needs, is not installed.
-        ValueError: the precision needs another device, or a tracker does not exist.
-    """
-    try:
-        from accelerate import Accelerator
-        from accelerate.state import AcceleratorState
-        from accelerate.utils import DataLoaderConfiguration
-    except ImportError as error:
-        raise ImportError("training needs accelerate: pip install 'efft-kernels[train]'") from error
-
-    check_trackers(trackers)
-    # Accelerate keeps the precision as process-wide state and refuses to change it for a second run.
-    AcceleratorState._reset_state()
-    accelerator = Accelerator(
-        mixed_precision=config.amp,
-        log_with=list(trackers) or None,
-        project_dir=folder,
-        dataloader_config=DataLoaderConfiguration(split_batches=True),
-        step_scheduler_with_optimizer=False,
-    )
-    if config.amp == "fp16" and accelerator.device.type == "cpu":
-        raise ValueError("amp='fp16' needs a GPU, and this run is on the CPU; use amp='bf16' or 'no'")
-    return accelerator
-
-
-def make_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, updates_per_epoch: int) -> Any:
-    """timm's cosine schedule with linear warm-up, counted in epochs or updates.
-
-    The trainer calls ``step_update(updates done)`` after every update and ``step(index of the epoch)`` after every
-    epoch; timm ignores the one that does not apply. Passing the index of the finished epoch is what the paper's code
-    does, so with ``schedule_per="epoch"`` the first two epochs both run at ``warmup_lr`` and the peak is never
-    reached.
-    """
-    from timm.scheduler import CosineLRScheduler
-
-    in_epochs = config.schedule_per == "epoch"
-    steps = config.epochs if in_epochs else config.epochs * updates_per_epoch
-    return CosineLRScheduler(
-        optimizer,
-        t_initial=steps,
-        warmup_t=round(config.warmup * steps),
-        lr_min=config.min_lr,
-        warmup_lr_init=config.warmup_lr,
-        t_in_epochs=in_epochs,
-    )

@@ -1,6 +1,5 @@
 """The command `efft`, from training to merging, on scikit-learn's digits and a small random ViT."""
 
-import contextlib
 import json
 import os
 import re
@@ -358,24 +357,6 @@ def test_usage_and_lists(capsys: pytest.CaptureFixture[str]) -> None:
     assert "mnist5k" in capsys.readouterr().out
     assert main(["data", "fetch", "digits"]) == 0
     assert "digits: ready" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "words", ["train", "eval", "compare", "merge", "export", "inspect", "data", "data list", "data fetch", "env"]
-)
-def test_help_has_no_markup(words: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with contextlib.suppress(SystemExit):
-        main([*words.split(), "--help"])
-    out = capsys.readouterr().out
-    assert f"usage: efft {words}" in out
-    assert not re.findall(r"``|:[a-z]+:`|~[a-z]+\.", out)
-
-
-def test_help_wraps_paragraphs() -> None:
-    from efft_lab.cli.parsing import without_markup
-
-    text = "See :meth:`auto`; ``a`` or\n    :func:`~efft.apply`.\n\nAnother."
-    assert without_markup(text) == "See `auto`; `a` or `efft.apply`.\n\nAnother."
 
 
 def test_a_reader_may_stop_early() -> None:

@@ -10,7 +10,7 @@ import efft_lab.data
 from efft_lab.compare import suite as suites
 from efft_lab.compare.agenda import Agenda
 from efft_lab.compare.store import read
-from efft_lab.compare.suite import Suite, merged
+from efft_lab.compare.suite import Suite, merge_settings
 from efft_lab.record import RESULTS
 
 Write = Callable[[dict[str, Any]], Path]
@@ -49,20 +49,23 @@ def test_choice_is_the_best_mean_over_search_seeds_and_the_first_of_equals(tiny:
 
     def choice(*validation: float) -> Any:
         done = {run.key: record(run, value) for run, value in zip(runs, validation, strict=False)}
-        return agenda.chosen("digits", "EFFT2", done)
+        return agenda.choose("digits", "EFFT2", done)
 
     assert choice(0.9, 0.1, 0.6, 0.6) == {"lr": 1e-2}
     assert choice(0.5, 0.5, 0.4, 0.6) == {"lr": 1e-4}
     assert choice(0.5, 0.5, 0.4) is None
     done = {run.key: record(run, 0.9) for run in runs}
     done[runs[0].key] = {"failed": "the loss is nan", "val_accuracy": None}
-    assert agenda.chosen("digits", "EFFT2", done) == {"lr": 1e-2}
+    assert agenda.choose("digits", "EFFT2", done) == {"lr": 1e-2}
     with pytest.raises(ValueError, match="every setting in the grid of 'EFFT2' diverged on digits"):
-        agenda.chosen("digits", "EFFT2", {run.key: {"failed": "the loss is nan"} for run in runs})
+        agenda.choose("digits", "EFFT2", {run.key: {"failed": "the loss is nan"} for run in runs})
 
 
 def test_settings_go_over_one_another(tiny: dict[str, Any]) -> None:
-    assert merged({"a": 1, "efft": {"x": 1, "y": 1}}, {"a": 2, "efft": {"y": 2}}) == {"a": 2, "efft": {"x": 1, "y": 2}}
+    assert merge_settings({"a": 1, "efft": {"x": 1, "y": 1}}, {"a": 2, "efft": {"y": 2}}) == {
+        "a": 2,
+        "efft": {"x": 1, "y": 2},
+    }
     tiny["train"]["efft"] = {"rank": 2, "init": "u"}
     tiny["tasks"]["digits"] = {"lr": 0.5, "efft": {"scale": 3.0}}
     tiny["methods"]["EFFT2"]["grid"] = {"lr": [1e-3, 2e-3], "efft.dropout": [0.0, 0.2]}

@@ -78,7 +78,7 @@ def test_killed_at_once_it_goes_on_without_losing_or_repeating_a_run(
     assert len(records) == 8
     assert len(agenda.records(records)) == 6
     assert agenda.ready(records) == []
-    chosen = agenda.chosen("digits", "EFFT2", records)
+    chosen = agenda.choose("digits", "EFFT2", records)
     best = max((r for r in records.values() if r["stage"] == "search"), key=lambda r: r["val_accuracy"])
     assert chosen == best["settings"]
     for record in records.values():

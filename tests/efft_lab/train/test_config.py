@@ -17,7 +17,7 @@ from efft import EfftConfig
 from efft.methods import LoRAConfig
 from efft_lab.train import TrainConfig, read_metrics, run, trainer
 from efft_lab.train import config as module
-from efft_lab.train.trainer import EpochBatches
+from efft_lab.train.build import EpochBatches
 
 
 def test_defaults_are_the_recipe() -> None:

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from efft_lab.train import CheckpointError, TrainConfig, folder
-from efft_lab.train.build import load_trained
+from efft_lab.train.build import load_trained, make_accelerator
 from efft_lab.train.methods import restore_trained_state, trained_state
-from efft_lab.train.trainer import Trainer, make_accelerator
+from efft_lab.train.trainer import Trainer
 from tests.hostile import altered, at_most, damaged, fuzz
 
 pytestmark = pytest.mark.slow  # hundreds of generated inputs

@@ -12,7 +12,7 @@ from torch import nn
 
 from efft import EfftConfig
 from efft_lab.train import CheckpointError, TrainConfig, read_metrics, run
-from efft_lab.train.trainer import EpochBatches
+from efft_lab.train.build import EpochBatches
 
 
 class Killed(BaseException):
