@@ -16,6 +16,8 @@ RUN := $(BIN)/python -m
 # One process per core, each with one thread: the tests' matrices are small. pytest-benchmark measures nothing then, and
 # every process would warn of it.
 TESTS := OMP_NUM_THREADS=1 $(RUN) pytest -n auto --dist worksteal -p no:benchmark
+# Each process of the tests reads what an earlier one compiled, whatever the caller's environment says.
+export PYTHONDONTWRITEBYTECODE :=
 # The emulated CUDA kernels take a quarter of an hour: `make check-cuda` runs them.
 UNEMULATED := --ignore tests/csrc/test_emulated.py
 # Triton decides once per process whether it interprets or compiles.
@@ -62,7 +64,7 @@ check-cuda: $(VENV)/.efft-dev ## Run the CUDA kernels in the emulator, compile a
 	EFFT_EMULATED_CUDA=$(abspath build/emulated/emulated.so) $(TESTS) tests/efft_kernels/ops \
 	  tests/csrc/test_emulated.py::test_the_tests_of_the_ops
 	$(RUN) pip install --quiet --no-deps nvidia-cutlass==$(CUTLASS)
-	$(RUN) efft_kernels.cuda_report
+	$(RUN) tests.csrc.resource_report
 
 lint: $(VENV)/.efft-dev ## Check style and types, change nothing
 	$(RUN) ruff check

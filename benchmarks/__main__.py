@@ -18,6 +18,7 @@ COMMANDS = {
     "scaling": ("benchmarks.scaling", "how time grows with tokens and rank"),
     "subspaces": ("efft_lab.studies.subspaces", "what shared factors can express of a full fine-tuning update"),
     "starts": ("efft_lab.studies.starts", "EFFT2 from directions of the gradient or of the pretrained weights"),
+    "extras": ("efft_lab.studies.extras.command", "what to train beside the shared factors, and at which rates"),
     "text": ("efft_lab.studies.text", "EFFT2, LoRA and a linear probe on a text transformer"),
     "convolutions": ("efft_lab.studies.convolutions", "the same on a convolutional network"),
     "kinds": ("benchmarks.kinds", "adapted attention and Conv1D against LoRA and dense updates"),

@@ -96,7 +96,7 @@ def _choice(results: Path | None) -> Job:
     table = (ROOT / "benchmarks" / "results" if results is None else results) / "choice.json"
     sizes = "--tokens 1576 12608 --d-in 768 3072 --d-out 768 2304 3072 --rank 16 32 64"
     ops = "--op tt_linear tt_gelu_linear tt_norm_linear"
-    return Job("choice", ("-m", "efft_kernels.choice", "--out", str(table), *f"{sizes} {ops}".split()), 0.3)
+    return Job("choice", ("-m", "efft_kernels.autotune", "--out", str(table), *f"{sizes} {ops}".split()), 0.3)
 
 
 def run_all(todo: Sequence[Job], budget: float) -> dict[str, str]:

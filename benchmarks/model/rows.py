@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import efft
-from efft.adapting.inject import adapted_layers, bank_of
+from efft.adapting.inject import adapted_layers, adapter_of
 from efft.planning.targets import find_head, find_targets
 from efft_kernels import Backend, EfftLinear, use_backend
 from efft_kernels.testing import backends
@@ -98,7 +98,7 @@ def dense(form: str) -> Callable[[nn.Module, int], nn.Module]:
     def adapt(model: nn.Module, rank: int) -> nn.Module:
         for name, layer in adapted_layers(adapted(model, rank)).items():
             model.set_submodule(name, DenseDelta(layer, form))
-        bank_of(model).enabled = False  # the dense forms contract for themselves
+        adapter_of(model).enabled = False  # the dense forms contract for themselves
         return model
 
     return adapt

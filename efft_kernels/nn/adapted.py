@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from efft_kernels._autocast import no_autocast
+from efft_kernels._arguments import no_autocast
 from efft_kernels.nn.bank import Binding, FactorBank
 from efft_kernels.nn.frozen import dequantized, is_conv1d, is_plain, stored_in
 from efft_kernels.ops import tt_merge_

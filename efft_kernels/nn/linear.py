@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from efft_kernels._autocast import no_autocast
+from efft_kernels._arguments import no_autocast
 from efft_kernels.nn.adapted import AdaptedWeight, MergeLoss, matrix_sizes
 from efft_kernels.nn.bank import FactorBank
 from efft_kernels.nn.effective import effective_property, in_pass
@@ -40,6 +40,7 @@ class AdaptedLayer(FrozenLayer, AdaptedWeight):
     Attributes:
         read: If True, ``weight`` is the effective weight at any time. This is for layers that their parent never calls:
             a part of the model that is called alone is then right, too.
+        reader: the name of the class of the module that reads the weight, if it is known.
     """
 
     weight = effective_property("weight", _reader)
@@ -57,6 +58,7 @@ class AdaptedLayer(FrozenLayer, AdaptedWeight):
         self.site, self.binding = site, factors.bind(site)
         self.enabled = True
         self.read = isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear)  # by nn.MultiheadAttention
+        self.reader: str | None = None
         self.register_buffer("base_weight", None, persistent=False)
 
     @property

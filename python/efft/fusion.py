@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from efft.adapting.inject import adapted_layers, bank_of
+from efft.adapting.inject import adapted_layers, adapter_of
 from efft_kernels.nn.producers import fuse_producer, unfuse_producer
 
 
@@ -22,7 +22,7 @@ def fuse(model: nn.Module) -> list[str]:
     Raises:
         ValueError: the model is not adapted.
     """
-    bank_of(model)
+    adapter_of(model)
     beside = {parent for name in adapted_layers(model) for parent in _parents(name)}
     near = [(name, module) for name, module in model.named_modules() if name.rpartition(".")[0] in beside]
     return [name for name, module in near if fuse_producer(module)]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from efft.adapting.inject import apply, bank_of, check_plain
+from efft.adapting.inject import adapter_of, apply, check_plain
 from efft.adapting.sharding import check_whole
 from efft.methods.base import MethodGroup
 from efft.methods.fact_tt import FacTTTBank, FacTTTConfig
@@ -65,7 +65,7 @@ def import_fact(model: nn.Module, tensors: Mapping[str, Tensor], scale: float) -
         raise ValueError(f"the FacT checkpoint does not fit this {type(model).__name__}:\n- {problems}")
     cores = _tucker(tensors) if _K in tensors else [_train(tensors, block) for block in blocks]
     apply(model, config)
-    factors = bank_of(model)[group.name]
+    factors = adapter_of(model)[group.name]
     assert isinstance(factors, FacTTTBank)
     factors.U.copy_(tensors[_U].t())
     factors.V.copy_(tensors[_V].t())

@@ -14,7 +14,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from efft.adapting import buffers
-from efft.adapting.inject import Bank, adapted_layers, bank_of
+from efft.adapting.inject import Adapter, adapted_layers, adapter_of
 from efft.adapting.sharding import check_whole
 from efft.adapting.wrappers import plain_name, unwrap
 from efft.saving.files import CONFIG, read_json, write_pair
@@ -59,11 +59,11 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], base_model: st
             understand the names of layers and head differently.
     """
     model = unwrap(model)
-    bank, folder = bank_of(model), Path(folder)
+    adapter, folder = adapter_of(model), Path(folder)
     check_whole(model, "export_lora")
     check_stored(adapted_layers(model), "export_lora")
     layers = adapted_layers(model)
-    head = _saved_by_peft(model, bank.head + _changed_modules(model, bank, layers), layers)
+    head = _saved_by_peft(model, adapter.head + _changed_modules(model, adapter, layers), layers)
     _check_names(model, layers, head)
     _check_replaceable(folder / CONFIG)
     tensors: dict[str, Tensor] = {}
@@ -81,9 +81,9 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], base_model: st
     return folder
 
 
-def _changed_modules(model: nn.Module, bank: Bank, layers: Mapping[str, AdaptedWeight]) -> list[str]:
+def _changed_modules(model: nn.Module, adapter: Adapter, layers: Mapping[str, AdaptedWeight]) -> list[str]:
     """The modules outside the head with buffers that training changed: peft stores modules, not buffers."""
-    changed = buffers.changed(model, bank.head, bank._base_buffers)
+    changed = buffers.changed(model, adapter.head, adapter._base_buffers)
     modules = dict.fromkeys(name.rpartition(".")[0] for name in changed)
     for name in modules:
         if not name or any(f"{layer}.".startswith(f"{name}.") for layer in layers):

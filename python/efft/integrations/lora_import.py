@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from efft.adapting.inject import apply, bank_of, check_plain
+from efft.adapting.inject import adapter_of, apply, check_plain
 from efft.adapting.sharding import check_whole
 from efft.config import is_setting, is_size, shown
 from efft.integrations.lora_export import PREFIX
@@ -86,7 +86,7 @@ def import_lora(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
         raise ValueError(_does_not_fit(folder, model, "".join(f"\n- {problem}" for problem in problems)))
     apply(model, config)
     for group in plan.groups:
-        factors = bank_of(model)[group.name]
+        factors = adapter_of(model)[group.name]
         assert isinstance(factors, LoRABank)
         factors.A.zero_()
         for name, i in group.sites.items():

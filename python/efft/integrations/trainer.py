@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from efft.adapting.inject import Bank
+from efft.adapting.inject import Adapter
 from efft.adapting.sharding import is_sharded
 from efft.adapting.wrappers import unwrap
 from efft.saving.files import CONFIG
@@ -45,7 +45,7 @@ class AdapterCheckpoints(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         model = self.model
-        if not isinstance(getattr(unwrap(model), "efft", None), Bank):
+        if not isinstance(getattr(unwrap(model), "efft", None), Adapter):
             super()._save(output_dir, state_dict)
             return
         if not self.args.should_save and not is_sharded(model):
@@ -70,7 +70,7 @@ class AdapterCheckpoints(Trainer):
     def _load_adapter_of(self, folder: str | os.PathLike[str], model: nn.Module | None) -> bool:
         """Whether there was an adapter to load."""
         target = unwrap(self.model if model is None else model)
-        if not isinstance(getattr(target, "efft", None), Bank) or not (Path(folder) / CONFIG).is_file():
+        if not isinstance(getattr(target, "efft", None), Adapter) or not (Path(folder) / CONFIG).is_file():
             return False
         load_adapter(target, folder)
         return True
@@ -79,7 +79,7 @@ class AdapterCheckpoints(Trainer):
 @contextmanager
 def _known_as_adapted(model: Any) -> Iterator[None]:
     """Within the ``with`` block a quantised model that is adapted says so in the way of transformers."""
-    adapted = isinstance(model, nn.Module) and isinstance(getattr(unwrap(model), "efft", None), Bank)
+    adapted = isinstance(model, nn.Module) and isinstance(getattr(unwrap(model), "efft", None), Adapter)
     if not adapted or not getattr(model, "is_quantized", False) or "_hf_peft_config_loaded" in model.__dict__:
         yield
         return

@@ -132,6 +132,7 @@ class Layer:
         """Name of the layer's group: by stage, where there are several; by shape, outside known architectures."""
         target = self.target
         if target.role == "linear":
+            # Convolutions are in such groups too. Adapter files and state dicts have the name: it stays.
             return f"linear_{self.d_in}x{self.d_out}"
         return of_known_roles if target.stage is None else f"stage{target.stage + 1}_{of_known_roles}"
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from efft.adapting.bank import Bank
+from efft.adapting.adapter import Adapter
 from efft.config import AdapterConfig, EfftConfig
 from efft.planning.structure import Structure, Weight, structure_of
 from efft.planning.targets import Target, find_head, known_target, select
@@ -248,7 +248,7 @@ def check_saved_plan(saved: Any) -> None:
     """Raise ValueError if this is not a list of groups' ``to_dict``, as far as reading them depends on it."""
     if not isinstance(saved, list):
         raise ValueError("'plan' must be a list of groups")
-    nothing = Bank({}, EfftConfig(), [])
+    nothing = Adapter({}, EfftConfig(), [])
     for group in saved:
         if not isinstance(group, dict) or not isinstance(group.get("name"), str):
             raise ValueError("every group of 'plan' must be an object with a name")

@@ -230,6 +230,7 @@ _Layout = tuple[int, int, int, dict[str, Site]]  # d_in, d_out, n_cores, sites
 def _group_of(target: Target, config: EfftConfig) -> tuple[str, str]:
     """(name, kind) of the group that a target belongs to."""
     if target.role == "linear":
+        # Convolutions and embeddings are in such groups too. Adapter files and state dicts have the name: it stays.
         return f"linear_{target.weight.d_in}x{target.weight.d_out}", "linear"
     kind = "joint" if config.variant == "efft1" else "mhsa" if target.role in MHSA_ROLES else "ffn"
     return kind if target.stage is None else f"stage{target.stage + 1}_{kind}", kind

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from efft.adapting import buffers
-from efft.adapting.inject import adapted_layers, bank_of, remove
+from efft.adapting.inject import adapted_layers, adapter_of, remove
 from efft.adapting.placing import linear_layers
 from efft.config import is_number
 from efft.pool.batches import Layouts, check_batch, find_layouts
@@ -138,9 +138,9 @@ class AdapterPool:
         """
         with self._changing, torch.inference_mode(False):  # stacks are written again, in whatever mode
             self._check_new(name)
-            bank = bank_of(adapted)
-            buffers.check_none(name, buffers.changed(adapted, bank.head, bank._base_buffers))
-            layers = bank.layers
+            adapter = adapter_of(adapted)
+            buffers.check_none(name, buffers.changed(adapted, adapter.head, adapter._base_buffers))
+            layers = adapter.layers
             linear_layers(adapted_layers(adapted))
             missing = [n for n in layers if _find(self._twin, n) is None]
             problems = [f"the model has no {', '.join(missing[:3])}"] if missing else []
@@ -318,7 +318,7 @@ class AdapterPool:
     def _head_layers(self, adapted: nn.Module) -> _Parts:
         """Weight and bias of every linear layer in the head of ``adapted``."""
         found: _Parts = {}
-        for head in bank_of(adapted).head:
+        for head in adapter_of(adapted).head:
             for inner, module in adapted.get_submodule(head).named_modules():
                 name = f"{head}.{inner}" if inner else head
                 if not module.state_dict(keep_vars=True) or any(module.children()):

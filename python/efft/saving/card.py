@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from efft.adapting.inject import adapted_layers, bank_of
+from efft.adapting.inject import adapted_layers, adapter_of
 from efft.params import count_parameters
 
 #: What the Hugging Face hub calls facts that ``info`` may name in either way.
@@ -28,7 +28,7 @@ tags: [efft, tensor-train, parameter-efficient-fine-tuning]
 ---
 # EFFT adapter for {base["architecture"]}
 
-Method: {bank_of(model).config.summary()}; {layers} layers adapted. Written by
+Method: {adapter_of(model).config.summary()}; {layers} layers adapted. Written by
 {description["library"]}.
 
 ```

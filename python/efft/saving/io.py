@@ -18,7 +18,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from efft.adapting import buffers
-from efft.adapting.inject import Bank, adapted_layers, apply_plan, bank_of, check_plain
+from efft.adapting.inject import Adapter, adapted_layers, adapter_of, apply_plan, check_plain
 from efft.adapting.offload import hooks_aside, stored
 from efft.adapting.placing import find_update, locate
 from efft.adapting.sharding import architecture, check_not_zeros, copy_whole_, full_shape, once, reshard, whole
@@ -65,16 +65,16 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], info: dict[str,
         RuntimeError: in the other processes, where rank 0 could not write.
     """
     model = unwrap(model)
-    bank, folder = bank_of(model), Path(path)
+    adapter, folder = adapter_of(model), Path(path)
     reshard(model)
-    others = buffers.changed(model, bank.head, bank._base_buffers)
-    trained = _trained(model, bank) | others
+    others = buffers.changed(model, adapter.head, adapter._base_buffers)
+    trained = _trained(model, adapter) | others
     tensors = {name: whole(t).detach().contiguous().cpu() for name, t in trained.items()}
     description = {
-        "config": bank.config.to_dict(),
-        "base": describe_base(model, bank.layers),
-        "head": bank.head,
-        "plan": bank.plan,
+        "config": adapter.config.to_dict(),
+        "base": describe_base(model, adapter.layers),
+        "head": adapter.head,
+        "plan": adapter.plan,
         "buffers": sorted(others),
         "library": f"efft-kernels {__version__}",
         "info": info or {},
@@ -117,14 +117,14 @@ def load_described(model: nn.Module, folder: Path, description: dict[str, Any], 
         )
     config.head = description["head"]
     check_not_zeros(model, "load_adapter")
-    bank = getattr(unwrap(model), "efft", None)
-    adapted = isinstance(bank, Bank)
-    if isinstance(bank, Bank):
+    adapter = getattr(unwrap(model), "efft", None)
+    adapted = isinstance(adapter, Adapter)
+    if isinstance(adapter, Adapter):
         model = unwrap(model)
         if any(layer.merged for layer in adapted_layers(model).values()):
             raise ValueError("an update is merged into this model's weights; call efft.unmerge(model) before loading")
-        _compare_configs(bank, config, folder)
-        layers, shapes = bank.layers, {name: tuple(t.shape) for name, t in _trained(model, bank).items()}
+        _compare_configs(adapter, config, folder)
+        layers, shapes = adapter.layers, {name: tuple(t.shape) for name, t in _trained(model, adapter).items()}
     else:
         check_unwrapped(model, "load_adapter")
         try:
@@ -154,10 +154,10 @@ def load_described(model: nn.Module, folder: Path, description: dict[str, Any], 
     if not adapted:
         apply_plan(model, config, plan)
     reshard(model)
-    bank = bank_of(model)
-    target = _trained(model, bank) | others
+    adapter = adapter_of(model)
+    target = _trained(model, adapter) | others
     if description["buffers"] is not None:  # the adapter was trained beside the base's, but for its own
-        buffers.put_back(model, bank.head, bank._base_buffers)
+        buffers.put_back(model, adapter.head, adapter._base_buffers)
     with torch.no_grad():
         for name, tensor in tensors.items():
             if name in target:
@@ -194,11 +194,11 @@ def read_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str
     return read_adapter(folder) if content is None else (description, read_tensors(folder / WEIGHTS, content))
 
 
-def _trained(model: nn.Module, bank: Bank) -> dict[str, Tensor]:
+def _trained(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
     """Every tensor an adapter stores, by its name in the model's state dict: factors (also a method's frozen ones),
     then the head with its buffers."""
-    tensors: dict[str, Tensor] = {f"efft.{name}": t for name, t in bank.state_dict(keep_vars=True).items()}
-    return tensors | head_tensors(model, bank.head)
+    tensors: dict[str, Tensor] = {f"efft.{name}": t for name, t in adapter.state_dict(keep_vars=True).items()}
+    return tensors | head_tensors(model, adapter.head)
 
 
 def head_tensors(model: nn.Module, head: Iterable[str]) -> dict[str, Tensor]:
@@ -307,13 +307,13 @@ def misfits(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
     return names, [f"wrong shapes: {listed}{hint}"]
 
 
-def _compare_configs(bank: Bank, saved: AdapterConfig, folder: Path) -> None:
-    ours, theirs = bank.config.to_dict(), saved.to_dict()
-    ours["head"] = bank.head
+def _compare_configs(adapter: Adapter, saved: AdapterConfig, folder: Path) -> None:
+    ours, theirs = adapter.config.to_dict(), saved.to_dict()
+    ours["head"] = adapter.head
     different = [
         f"{k}: model {ours[k]!r}, adapter {theirs.get(k)!r}"
         for k in ours
-        if k not in bank.config.training_only and ours[k] != theirs.get(k)
+        if k not in adapter.config.training_only and ours[k] != theirs.get(k)
     ]
     if different:
         raise ValueError(

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import efft
 from efft.saving.files import write_adapter
-from efft_kernels import choice
+from efft_kernels import measured
 from tests.adapter_files import CONFIG, WEIGHTS, edit_config, edit_weights, write_weights
 from tests.hostile import at_most, within
 
@@ -307,7 +307,7 @@ def test_damaged_images(refused: Refused, tmp_path: Path) -> None:
 def test_damaged_tables_of_measurements(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "table.json").write_text('[{"case": {"op": "tt_linear"}}]')
     with refused("damaged table in EFFT_AUTOTUNE"):
-        choice.read(tmp_path / "table.json")
+        measured.read(tmp_path / "table.json")
 
 
 # --- many at once -----------------------------------------------------------------------------------------------------

@@ -95,6 +95,7 @@ def no_room_after(writes: int, monkeypatch: pytest.MonkeyPatch) -> None:
 # --- killed -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("earlier", [True, False], ids=["over another", "in a new folder"])
 def test_killed_at_any_line_a_save_leaves_the_old_adapter_or_the_new(earlier: bool, tmp_path: Path) -> None:
     found = []

@@ -18,8 +18,7 @@ from efft.integrations.peft.layer import EfftLayer, device_of, load, offload
 from efft.integrations.peft.mixing import fill, mixed_config
 from efft.integrations.peft.planning import exclusion, plan_adapter
 from efft_kernels import Site, TTFactors
-from efft_kernels.nn.adapt import replace_in_attributes
-from efft_kernels.nn.reads import reads_weight_of_children
+from efft_kernels.nn.adapt import read_layers, replace_in_attributes
 
 
 class _Banks(nn.ModuleDict):
@@ -86,7 +85,7 @@ class EfftModel(BaseTuner):
         self._sites = {}
         for parameter, requires_grad in earlier.items():  # peft does the same for what lies inside the model
             parameter.requires_grad_(requires_grad)
-        self._readers = _readers(model)
+        self._readers = {name: (layer, type(module).__name__) for name, layer, module in read_layers(model, EfftLayer)}
         if "_hooks" not in self.__dict__:
             self._mixed: list[str] = []
             self._hooks = [  # on the model, which peft calls itself
@@ -259,25 +258,6 @@ def _check_kinds(model: nn.Module, names: list[str]) -> None:
                 f"EFFT under peft adapts layers that are called, not {name!r}: {reason}; leave it out "
                 f"(exclude_modules=[{name!r}]), or adapt the model by efft.apply"
             )
-
-
-def _readers(model: nn.Module) -> dict[str, tuple[EfftLayer, str]]:
-    """By its name each adapted layer whose weight a method of the modules around it reads, and the class of these."""
-    found = {}
-    for path, module in model.named_modules():
-        kind: Any = type(module)
-        for read in reads_weight_of_children(kind) if kind is not EfftLayer else ():
-            child, _, parameter = read.rpartition(".")
-            name = f"{path}.{child}".lstrip(".")
-            if child and parameter == "weight" and isinstance(layer := _at(module, child), EfftLayer):
-                found[name] = layer, kind.__name__
-    return found
-
-
-def _at(module: nn.Module | None, name: str) -> nn.Module | None:
-    for part in name.split("."):
-        module = None if module is None else module._modules.get(part)
-    return module
 
 
 def _name_adapters(module: nn.Module, args: Any, kwargs: Any, *, adapter_names: list[str]) -> tuple[Any, Any]:

@@ -1,7 +1,7 @@
 """What every kernel costs on every target, compiled without a GPU: registers, spills, shared memory, instructions.
 
-    python -m efft_kernels.triton.resources                      # all forms, all targets, a table and the faults found
-    python -m efft_kernels.triton.resources --targets 90 --only lowrank_gemm
+    python -m tests.efft_kernels.triton.resource_report  # all forms, all targets, a table and the faults found
+    python -m tests.efft_kernels.triton.resource_report --targets 90 --only lowrank_gemm
 
 A form is a kernel with one entry of the tables, for one use (forward, backward, backward behind a GELU, one adapter a
 sample), by pointers or by TMA, for the strides and alignments of a real layer. A fault is what must
@@ -30,16 +30,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from efft_kernels.triton import lowrank_gemm, lowrank_gemm_tma, reduce_tokens, tt_contract, tt_merge
+from efft_kernels.triton import lowrank_gemm, reduce_tokens, tt_contract, tt_merge
 from efft_kernels.triton.launch import (
     FP32_TILES,
     HALF_TILES,
-    RECOMPUTE_RANK,
     TAIL_R,
     TF32_TILES,
     TMA_TILES,
     GemmTile,
-    rank_block,
 )
 
 #: Bytes of shared memory that a program may use, by target: compute capability times ten, or an AMD architecture.
@@ -75,7 +73,6 @@ class Form:
         estimate: shared memory that the choice of a tile counts with; None where there is no choice.
         tensor_cores: whether its products must use them.
         capability: least compute capability on which it is chosen.
-        below: compute capability from which on it no longer is.
         wide_loads: whether its main loop must load 16 bytes at a time (by TMA none of its instructions does).
     """
 
@@ -88,7 +85,6 @@ class Form:
     estimate: int | None = None
     tensor_cores: bool = False
     capability: int = 8
-    below: int = 99
     wide_loads: bool = True
 
 
@@ -120,30 +116,29 @@ def _gemm_forms() -> Iterable[Form]:
     ]
     for dtype, tiles, precision, tma in tables:
         for tile in tiles:
-            for rank, recompute in ((RECOMPUTE_RANK, True), (64, False))[tma:]:
-                for use in ("forward", "backward", *SLOPES, "grouped")[: 4 if tma else 5]:
-                    if use in SLOPES and (recompute or SLOPES[use] not in tile.slopes):
-                        continue  # never chosen
-                    yield _gemm_form(dtype, precision, tile, rank, recompute, use, tma)
+            for use in ("forward", "backward", *SLOPES, "grouped")[: 4 if tma else 5]:
+                if use in SLOPES and SLOPES[use] not in tile.slopes:
+                    continue  # never chosen
+                yield _gemm_form(dtype, precision, tile, use, tma)
 
 
-def _gemm_form(dtype: str, precision: str, tile: GemmTile, rank: int, recompute: bool, use: str, tma: bool) -> Form:
-    kernel = lowrank_gemm_tma.lowrank_gemm_tma_kernel if tma else lowrank_gemm.lowrank_gemm_kernel
+def _gemm_form(dtype: str, precision: str, tile: GemmTile, use: str, tma: bool) -> Form:
+    kernel = lowrank_gemm.lowrank_gemm_tma_kernel if tma else lowrank_gemm.lowrank_gemm_kernel
     forward = use in ("forward", "grouped")
-    # In the forward B is a transposed weight, in the backward P and T are transposed factors.
-    ones = ("ak", "bk", "bias", "pr", "tn") if forward else ("ak", "bn", "pk", "tr")
+    # In the forward B is a transposed weight, in the backward T is a transposed factor.
+    ones = ("ak", "bk", "bias", "tn") if forward else ("ak", "bn", "tr")
     constants: dict[str, Any] = {
         **{f"stride_{name}": 1 for name in ones},
         **({} if forward else {"bias": None, "stride_bias": 0}),
         **({"stride_zn": 1} if use in SLOPES else {"Z": None, "stride_zm": 0, "stride_zn": 0}),
-        **({} if use == "grouped" else dict.fromkeys(("stride_as", "stride_ps", "stride_ts"), 0)),
+        **({} if use == "grouped" else dict.fromkeys(("stride_as", "stride_ts"), 0)),
         **({} if use == "grouped" else {"adapter": None, "n_adapters": 1, "samples": 1}),
         **{"PRODUCER": SLOPES.get(use, "none"), "TRANSPOSED": forward, "PRECISION": precision},
-        **{"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP_M": 8, "RECOMPUTE": recompute},
-        "BLOCK_R": rank_block(rank) if recompute else TAIL_R,
+        **{"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP_M": lowrank_gemm.GROUP_M},
+        "BLOCK_R": TAIL_R,
     }
     types = dict.fromkeys(kernel.arg_names, "i32")
-    types |= {**dict.fromkeys(("A", "B", "bias", "H", "Z", "Y"), f"*{dtype}"), "P": "*fp32", "T": "*fp32"}
+    types |= {**dict.fromkeys(("A", "B", "bias", "H", "Z", "Y"), f"*{dtype}"), "T": "*fp32"}
     types |= {"adapter": "*i64"}
     if tma:
         blocks = {"A": (tile.m, tile.k), "Y": (tile.m, tile.n // 2)}
@@ -152,16 +147,15 @@ def _gemm_form(dtype: str, precision: str, tile: GemmTile, rank: int, recompute:
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     return Form(
         f"lowrank_gemm{'_tma' if tma else ''} {dtype}{' tf32' if precision == 'tf32' else ''} "
-        f"{tile.m}x{tile.n}x{tile.k} {'recompute' if recompute else 'split'} {use}",
+        f"{tile.m}x{tile.n}x{tile.k} {use}",
         kernel,
         {name: types[name] for name in kernel.arg_names if name not in constants},
         constants,
         tile.warps,
         tile.stages,
-        tile.shared_memory(2 if dtype == "bf16" else 4, rank if recompute else 0, tma=tma),
+        tile.shared_memory(2 if dtype == "bf16" else 4, tma=tma),
         precision == "tf32" or dtype == "bf16",
         tile.capability,
-        9 if recompute else 99,
         wide_loads=not tma,
     )
 
@@ -260,9 +254,6 @@ def inspect(form: Form, target: str) -> Report:
         return report
     if form.capability > _capability(target):
         report.skipped = f"never chosen: for compute capability {form.capability}.0 and newer"
-        return report
-    if form.below <= _capability(target):
-        report.skipped = f"never chosen: for GPUs older than compute capability {form.below}.0"
         return report
     try:
         compiled = _compile(form, target)
@@ -377,7 +368,7 @@ def table(reports: Iterable[Report]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command: exit code 1 if there is a fault."""
-    parser = argparse.ArgumentParser(prog="python -m efft_kernels.triton.resources", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.efft_kernels.triton.resource_report", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--targets", nargs="+", choices=SHARED_MEMORY, default=list(SHARED_MEMORY))
     parser.add_argument("--only", default="", help="forms whose name contains this")

@@ -1,9 +1,15 @@
-"""Argument checks shared by the ops: a wrong call says what was expected, what came and what to do."""
+"""What every op does with its arguments: check them, cast them under autocast, flatten their leading dimensions.
+
+A wrong call raises with what was expected, what came and what to do.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +31,7 @@ def check_number(op: str, name: str, argument: object) -> None:
 
 
 def check_shape(op: str, name: str, tensor: Tensor, expected: tuple[int, ...], symbols: str) -> None:
-    """Raise ValueError unless ``tensor`` has exactly the ``expected`` shape, written ``symbols`` in the docs."""
+    """Raise ValueError unless ``tensor`` has exactly the ``expected`` shape, which the docs call ``symbols``."""
     check_tensor(op, name, tensor)
     if tuple(tensor.shape) != expected:
         raise ValueError(f"{op}: {name} must be {symbols} = {list(expected)}, got shape {list(tensor.shape)}")
@@ -39,7 +45,7 @@ def check_matrix(op: str, name: str, tensor: Tensor, symbols: str) -> None:
 
 
 def check_linear(op: str, name: str, x: Tensor, W: Tensor, b: Tensor | None, D: Tensor, G: Tensor) -> None:
-    """Raise ValueError unless ``x`` (called ``name``) [..., d_in] fits a linear layer and its delta."""
+    """Raise ValueError unless ``x`` [..., d_in], the argument called ``name``, fits a linear layer and its delta."""
     check_tensor(op, name, x)
     check_delta(op, W, D, G)
     if x.dim() == 0 or x.shape[-1] != W.shape[1]:
@@ -49,7 +55,7 @@ def check_linear(op: str, name: str, x: Tensor, W: Tensor, b: Tensor | None, D: 
 
 
 def linear_sizes(x: Tensor, W: Tensor, D: Tensor) -> tuple[int, int, int, int]:
-    """(tokens, d_in, d_out, r1): what the choice of a backend depends on."""
+    """(tokens, d_in, d_out, r1), on which the choice of a backend depends."""
     return math.prod(x.shape[:-1]), W.shape[1], W.shape[0], D.shape[1]
 
 
@@ -80,3 +86,47 @@ def check_delta(op: str, W: Tensor, D: Tensor, G: Tensor) -> None:
     d_out, d_in = W.shape
     check_shape(op, "D", D, (d_in, D.shape[1]), "[d_in, r1]")
     check_shape(op, "G", G, (D.shape[1], d_out), "[r1, d_out]")
+
+
+# The functions of autocast ask by the name of the device type: torch.amp.is_autocast_available breaks the graph of
+# torch.compile in torch 2.10. The meta device has no autocast.
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast casts to on ``device``; None where it is off or does not exist."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+def autocast_like_linear(first: Tensor, *others: Tensor | None) -> Any:
+    """Tensors of one device, cast as autocast casts the arguments of torch's linear; those in fp64 stay as they are."""
+    dtype = autocast_dtype(first.device)
+    if dtype is None:
+        return first, *others
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (first, *others))
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """A context in which autocast is off on ``device``."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):  # entering it costs more than asking
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+def flatten_tokens(tensor: Tensor) -> Tensor:
+    """``tensor`` [..., d] as [tokens, d], for use inside an autograd function, where it adds no node to the graph.
+
+    Save ``tensor`` itself for backward, not the result: autograd would report a change of a view that was made without
+    gradients in other words, and a second derivative would not find what the view was made from.
+    """
+    # Not by Size.numel(), which would fix sizes that an export leaves open.
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+
+
+def unflatten_tokens(tensor: Tensor, leading: Sequence[int]) -> Tensor:
+    """``tensor`` [tokens, d], which was made here and which nobody else uses, as [*leading, d].
+
+    Not by ``view``: autograd refuses to change a view in place that a forward returned.
+    """
+    return torch.ops.aten._unsafe_view(tensor, (*leading, tensor.shape[-1]))

@@ -1,7 +1,7 @@
 """What every CUDA kernel costs, compiled without a GPU: registers, spills, stack, shared memory, instructions.
 
-    python -m efft_kernels.cuda_report                              # all kernels, a table and the faults found
-    python -m efft_kernels.cuda_report --targets 90a --only project
+    python -m tests.csrc.resource_report                              # all kernels, a table and the faults found
+    python -m tests.csrc.resource_report --targets 90a --only project
 
 A fault is what must not happen: a compile error (launch.h checks dynamic shared memory there), registers spilled or a
 stack frame, a kernel of 16-bit products without tensor-core instructions or without asynchronous copies, a note of the
@@ -173,7 +173,7 @@ def _run(*command: str, silent: bool = False) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command: exit code 1 if there is a fault."""
-    parser = argparse.ArgumentParser(prog="python -m efft_kernels.cuda_report", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.csrc.resource_report", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--only", default="", help="files whose name contains this")

@@ -9,7 +9,7 @@ triton = pytest.importorskip("triton", reason="needs the triton extra")
 if triton.knobs.runtime.interpret:
     pytest.skip("the interpreter cannot compile", allow_module_level=True)
 
-from efft_kernels.triton.resources import SHARED_MEMORY, Form, forms, inspect, inspect_all, main, table  # noqa: E402
+from tests.efft_kernels.triton.resource_report import SHARED_MEMORY, Form, forms, inspect, inspect_all, main, table  # noqa: E402
 
 pytestmark = pytest.mark.slow  # compiles every kernel for every target
 
@@ -18,7 +18,7 @@ def form(name: str) -> Form:
     return next(f for f in forms() if f.name == name)
 
 
-FAST = "lowrank_gemm_tma bf16 128x256x64 split forward"
+FAST = "lowrank_gemm_tma bf16 128x256x64 forward"
 
 
 def test_no_fault_on_any_target() -> None:
@@ -34,8 +34,8 @@ def test_the_estimate_of_shared_memory_is_not_too_low() -> None:
     """Otherwise a tile would be chosen that cannot be launched."""
     for name in (
         FAST,
-        "lowrank_gemm bf16 128x128x32 recompute backward",
-        "lowrank_gemm fp32 tf32 128x128x32 split forward",
+        "lowrank_gemm bf16 128x128x32 backward",
+        "lowrank_gemm fp32 tf32 128x128x32 forward",
     ):
         chosen = form(name)
         assert chosen.estimate is not None
@@ -43,10 +43,9 @@ def test_the_estimate_of_shared_memory_is_not_too_low() -> None:
 
 
 def test_a_form_that_a_target_never_gets_is_not_compiled() -> None:
-    recomputes = form("lowrank_gemm bf16 128x256x64 recompute forward")
-    assert "never chosen: needs 172032 bytes" in str(inspect(recomputes, "80").skipped)
-    assert "for GPUs older than compute capability 9.0" in str(inspect(recomputes, "90").skipped)
-    assert "compute capability 9.0" in str(inspect(form("lowrank_gemm bf16 128x256x64 split forward"), "80").skipped)
+    large = form("lowrank_gemm bf16 128x256x64 forward")
+    assert "never chosen: needs 147456 bytes" in str(inspect(large, "89").skipped)
+    assert "compute capability 9.0" in str(inspect(large, "80").skipped)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +63,7 @@ def test_planted_faults_are_found(changes: dict[str, object], fault: str) -> Non
 
 
 def test_products_without_tensor_cores_are_found() -> None:
-    report = inspect(replace(form("lowrank_gemm fp32 32x32x16 split forward"), tensor_cores=True), "90")
+    report = inspect(replace(form("lowrank_gemm fp32 32x32x16 forward"), tensor_cores=True), "90")
     assert "no HGMMA instruction" in report.faults
 
 
