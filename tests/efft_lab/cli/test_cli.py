@@ -20,7 +20,7 @@ from torch import nn
 import efft
 from efft_lab.cli import main
 from efft_lab.train import TrainConfig, read_metrics
-from efft_lab.train.restore import load_trained
+from efft_lab.train.build import load_trained
 
 for package in ("accelerate", "timm", "tyro", "sklearn"):
     pytest.importorskip(package, reason="needs the dev extra")
@@ -278,7 +278,7 @@ def test_documented_commands_are_understood(
     for function in (
         *(
             "efft_lab.train.run",
-            "efft_lab.train.restore.load_trained",
+            "efft_lab.train.build.load_trained",
             "efft_lab.data.list_table",
             "efft_kernels.env.report",
         ),
