@@ -141,7 +141,7 @@ def upward(found: list[Edge]) -> list[Edge]:
 
 
 #: Temporary: packages with a circle that is being removed. Each entry goes with its circle.
-KNOWN_CIRCLES = ("efft", "efft_lab")
+KNOWN_CIRCLES = ("efft",)
 
 
 def package_with_mark(name: str) -> Any:

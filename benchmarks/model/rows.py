@@ -19,7 +19,7 @@ from efft_kernels.testing import backends
 
 
 @dataclass(frozen=True)
-class Row:
+class ModelRow:
     """A way to adapt a model.
 
     Attributes:
@@ -134,33 +134,33 @@ def full(model: nn.Module, rank: int) -> nn.Module:
     return model.requires_grad_()
 
 
-FLOOR = Row("floor", "backbone frozen, gradient flowing through it to the first adapted layer", floor)
-NAIVE = Row("naive", "EFFT2, each update built and added to its weight: x (W + dW)ᵀ", dense("naive"), is_efft=True)
-PAPER = Row("paper", "EFFT2 as the paper's code does it: x Wᵀ + s [x dW ...]", dense("paper"), is_efft=True)
+FLOOR = ModelRow("floor", "backbone frozen, gradient flowing through it to the first adapted layer", floor)
+NAIVE = ModelRow("naive", "EFFT2, each update built and added to its weight: x (W + dW)ᵀ", dense("naive"), is_efft=True)
+PAPER = ModelRow("paper", "EFFT2 as the paper's code does it: x Wᵀ + s [x dW ...]", dense("paper"), is_efft=True)
 
-ROWS: dict[str, Row] = {
+ROWS: dict[str, ModelRow] = {
     row.name: row
     for row in (
         FLOOR,
         *(
-            Row(f"efft:{b.value}", f"EFFT2 by this library, backend {b.value}", adapted, is_efft=True, backend=b)
+            ModelRow(f"efft:{b.value}", f"EFFT2 by this library, backend {b.value}", adapted, is_efft=True, backend=b)
             for b in (Backend.AUTO, *backends())
         ),
         *(
-            Row(f"fused:{b.value}", f"the same after efft.fuse, backend {b.value}", fused, is_efft=True, backend=b)
+            ModelRow(f"fused:{b.value}", f"the same after efft.fuse, backend {b.value}", fused, is_efft=True, backend=b)
             for b in (Backend.AUTO, *backends())
             if b is not Backend.REFERENCE
         ),
         NAIVE,
         PAPER,
-        Row("peft", "LoRA of the peft library, same rank, same layers; its cast of the input is off", lora),
-        Row("bitfit", "all biases", bitfit),
-        Row("full", "full fine-tuning", full),
+        ModelRow("peft", "LoRA of the peft library, same rank, same layers; its cast of the input is off", lora),
+        ModelRow("bitfit", "all biases", bitfit),
+        ModelRow("full", "full fine-tuning", full),
     )
 }
 
 
-def select(names: Iterable[str] | None) -> list[Row]:
+def select(names: Iterable[str] | None) -> list[ModelRow]:
     """The rows of these names, in the tables' order, the floor first; None for all.
 
     Raises:

@@ -1,4 +1,6 @@
-"""Values from files against the types of the fields that they are for."""
+"""Checks of values from files against the types of the fields that they are for."""
+
+from __future__ import annotations
 
 import difflib
 import types
@@ -20,20 +22,20 @@ _NAMES: dict[Any, str] = {
 
 
 def check(where: str, value: object, hint: Any) -> None:
-    """Refuse a value that is not of type ``hint``. Integers are numbers, and truth values neither.
+    """Refuses a value that is not of type ``hint``. An integer is a number; a truth value is neither.
 
     Raises:
-        ValueError: it begins with ``where``, and says what was expected.
+        ValueError: the text begins with ``where`` and says what was expected.
     """
     if not _fits(value, hint):
-        raise ValueError(f"{where} must be {_described(hint)}, got {shown(value)}")
+        raise ValueError(f"{where} must be {_description(hint)}, got {shown(value)}")
 
 
 def check_names(where: str, given: Iterable[Any], known: Collection[str], what: str = "field") -> None:
-    """Refuse names that are not among those known.
+    """Refuses names that are not among the known ones.
 
     Raises:
-        ValueError: it gives the nearest known name, or all of them.
+        ValueError: the text gives the nearest known name, or all of them.
     """
     for name in given:
         if name not in known:
@@ -57,12 +59,12 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, origin)
 
 
-def _described(hint: Any) -> str:
+def _description(hint: Any) -> str:
     origin = get_origin(hint) or hint
     if origin is Literal:
         return f"one of {', '.join(map(str, get_args(hint)))}"
     if origin in (Union, types.UnionType):
-        return " or ".join(map(_described, get_args(hint)))
+        return " or ".join(map(_description, get_args(hint)))
     if origin in (list, Sequence) and get_args(hint):
-        return f"a list, each entry {_described(get_args(hint)[0])}"
+        return f"a list, each entry {_description(get_args(hint)[0])}"
     return _NAMES.get(origin) or f"of type {origin.__name__}"

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from efft.adapting.bank import adapted_layers
+from efft.adapting.adapter import adapted_layers
 
 
 @dataclass(frozen=True)
