@@ -63,12 +63,12 @@ def test_paths_in_the_documentation_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_page_says_what_it_is_for(page: Path) -> None:
-    """Below the title stands a sentence, before anything else; pages that include another file leave it to that file."""
+    """A sentence comes right below the title. A page that only includes another file leaves that to the file."""
     text = page.read_text(encoding="utf-8")
     if text.startswith("--8<--"):
         text = (ROOT / text.split('"')[1]).read_text(encoding="utf-8")
     first = text.split("\n\n")[1]
-    assert re.match(r"This page [^|#]+\.", first), f"{page.name} begins with {first[:80]!r}"
+    assert re.match(r"(This page|Each section of this page) [^|#]+\.", first), f"it begins with {first[:80]!r}"
 
 
 def test_errors_of_the_troubleshooting_page_exist() -> None:
