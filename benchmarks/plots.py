@@ -2,7 +2,7 @@
 
     python -m benchmarks plot --out build/plots
 
-Each picture shows the newest run of its setting and names the machine. What is modelled rather than measured is drawn
+Each picture shows the newest run of its setting and names the machine. What is modeled rather than measured is drawn
 hollow and says so. Needs matplotlib, which ``pip install "efft-kernels[train]"`` brings.
 """
 
@@ -65,7 +65,7 @@ def _draw_model(
         for row in rows
         if row in times
     ]
-    label = "modelled (H200), not measured"
+    label = "modeled (H200), not measured"
     axes.plot(*zip(*points, strict=True), linestyle="none", marker="D", fillstyle="none", color="black", label=label)
 
 
