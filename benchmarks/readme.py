@@ -109,11 +109,11 @@ def accuracy(suite: str, what: Literal["means", "comparisons"] = "means") -> str
     """Means over the tasks of a suite, or the paired tests of its methods, as far as it has been run."""
     from efft_lab.compare import report
     from efft_lab.compare import suite as suites
-    from efft_lab.compare.plan import Plan
+    from efft_lab.compare.agenda import Agenda
     from efft_lab.compare.store import read
 
     results = RESULTS / f"compare_{suite}.jsonl"
-    found = getattr(report, what)(Plan(suites.load(suite)), read(results)) if results.is_file() else ""
+    found = getattr(report, what)(Agenda(suites.load(suite)), read(results)) if results.is_file() else ""
     return found or tables.NOTHING
 
 

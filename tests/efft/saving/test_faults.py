@@ -274,16 +274,16 @@ def test_backbones_with_code_in_them(tiny_vit: Make, refused: Refused, unchanged
 @pytest.mark.parametrize("name", ["training checkpoint cut off", "training checkpoint with code in it"])
 def test_training_checkpoints(name: str, refused: Refused, tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="needs the train extra")
-    from efft_lab.train import CheckpointError, checkpoint
+    from efft_lab.train.folder import CheckpointError, load_checkpoint, save_checkpoint
 
     path = tmp_path / "checkpoint.pt"
     if name.endswith("off"):
-        checkpoint.save(path, {"config": {}})
+        save_checkpoint(path, {"config": {}})
         os.truncate(path, 500)
     else:
         torch.save({"format": 1, "config": Code(tmp_path / "ran")}, path)
     with refused(name, CheckpointError):
-        checkpoint.load(path)
+        load_checkpoint(path)
     assert not (tmp_path / "ran").exists()
 
 

@@ -18,7 +18,7 @@ from efft_lab.record import machine_facts
 from efft_lab.studies.extras.packed import Packed
 from efft_lab.studies.extras.variants import Run, Variant, config_of, kind_of, recipe, start_of
 from efft_lab.studies.stacked import Stack, Start
-from efft_lab.train.batches import EpochBatches
+from efft_lab.train.build import EpochBatches
 
 #: Stage to the images that it trains on.
 ROLES = {"explore": "explore", "search": "train", "final": "trainval"}

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from efft_kernels.nn.initialization import MOVEMENT
 from efft_lab.compare import suite as suites
 from efft_lab.studies.stacked import Start
-from efft_lab.train import TrainConfig, build
+from efft_lab.train import TrainConfig
+from efft_lab.train.methods import METHODS
 
 #: The linear layers of a block.
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
@@ -132,7 +133,7 @@ def start_of(variant: Variant, seed: int, base: nn.Module, fields: Mapping[str, 
     model: Any = copy.deepcopy(base)
     set_seed(seed)
     config = config_of(variant, seed, fields)
-    build.choose_trainable(model.train(), config)
+    METHODS[config.method].apply(model.train(), config.settings())
     start = Start.of(model)
     start.parameters.update({n: p.detach() for n, p in base.named_parameters()})  # one copy of what no run changes
     generator = torch.Generator().manual_seed(seed)

@@ -8,9 +8,9 @@ import pytest
 
 import efft_lab.data
 from efft_lab.compare import suite as suites
-from efft_lab.compare.plan import Plan
+from efft_lab.compare.agenda import Agenda
 from efft_lab.compare.store import read
-from efft_lab.compare.suite import Suite, merged
+from efft_lab.compare.suite import Suite, merge_settings
 from efft_lab.record import RESULTS
 
 Write = Callable[[dict[str, Any]], Path]
@@ -21,21 +21,21 @@ def record(run: Any, validation: float = 0.5) -> dict[str, Any]:
 
 
 def test_search_comes_before_the_final_runs(tiny: dict[str, Any]) -> None:
-    plan = Plan(Suite(**tiny))
-    first = plan.ready({})
+    agenda = Agenda(Suite(**tiny))
+    first = agenda.ready({})
     stages = [(run.method, run.stage, run.seed, run.settings.get("lr")) for run in first]
     assert stages == [
         ("EFFT2", "search", 3, 1e-4), ("EFFT2", "search", 3, 1e-2), ("probe", "final", 3, None),
         ("probe", "final", 4, None), ("pixels", "final", 3, None), ("pixels", "final", 4, None),
     ]  # fmt: skip
     done = {run.key: record(run, 0.5 + run.settings.get("lr", 0)) for run in first}
-    second = plan.ready(done)
+    second = agenda.ready(done)
     assert [(run.method, run.stage, run.seed, run.config["lr"]) for run in second] == [
         ("EFFT2", "final", 3, 1e-2), ("EFFT2", "final", 4, 1e-2),
     ]  # fmt: skip
-    assert plan.ready(done, started={second[0].key}) == second[1:]
-    assert plan.ready(done | {run.key: record(run) for run in second}) == []
-    assert len(plan) == 8 == len(first) + len(second)
+    assert agenda.ready(done, started={second[0].key}) == second[1:]
+    assert agenda.ready(done | {run.key: record(run) for run in second}) == []
+    assert len(agenda) == 8 == len(first) + len(second)
     assert len({run.key for run in [*first, *second]}) == 8
     assert {run.config["protocol"] for run in first if run.stage == "search"} == {"select"}
     assert all(run.config["seed"] == run.config["data_seed"] == run.seed for run in [*first, *second])
@@ -43,30 +43,33 @@ def test_search_comes_before_the_final_runs(tiny: dict[str, Any]) -> None:
 
 def test_choice_is_the_best_mean_over_search_seeds_and_the_first_of_equals(tiny: dict[str, Any]) -> None:
     tiny["search_seeds"] = [7, 8]
-    plan = Plan(Suite(**tiny))
-    runs = plan.search("digits", "EFFT2")
+    agenda = Agenda(Suite(**tiny))
+    runs = agenda.search("digits", "EFFT2")
     assert [(run.settings["lr"], run.seed) for run in runs] == [(1e-4, 7), (1e-4, 8), (1e-2, 7), (1e-2, 8)]
 
     def choice(*validation: float) -> Any:
         done = {run.key: record(run, value) for run, value in zip(runs, validation, strict=False)}
-        return plan.chosen("digits", "EFFT2", done)
+        return agenda.choose("digits", "EFFT2", done)
 
     assert choice(0.9, 0.1, 0.6, 0.6) == {"lr": 1e-2}
     assert choice(0.5, 0.5, 0.4, 0.6) == {"lr": 1e-4}
     assert choice(0.5, 0.5, 0.4) is None
     done = {run.key: record(run, 0.9) for run in runs}
     done[runs[0].key] = {"failed": "the loss is nan", "val_accuracy": None}
-    assert plan.chosen("digits", "EFFT2", done) == {"lr": 1e-2}
+    assert agenda.choose("digits", "EFFT2", done) == {"lr": 1e-2}
     with pytest.raises(ValueError, match="every setting in the grid of 'EFFT2' diverged on digits"):
-        plan.chosen("digits", "EFFT2", {run.key: {"failed": "the loss is nan"} for run in runs})
+        agenda.choose("digits", "EFFT2", {run.key: {"failed": "the loss is nan"} for run in runs})
 
 
 def test_settings_go_over_one_another(tiny: dict[str, Any]) -> None:
-    assert merged({"a": 1, "efft": {"x": 1, "y": 1}}, {"a": 2, "efft": {"y": 2}}) == {"a": 2, "efft": {"x": 1, "y": 2}}
+    assert merge_settings({"a": 1, "efft": {"x": 1, "y": 1}}, {"a": 2, "efft": {"y": 2}}) == {
+        "a": 2,
+        "efft": {"x": 1, "y": 2},
+    }
     tiny["train"]["efft"] = {"rank": 2, "init": "u"}
     tiny["tasks"]["digits"] = {"lr": 0.5, "efft": {"scale": 3.0}}
     tiny["methods"]["EFFT2"]["grid"] = {"lr": [1e-3, 2e-3], "efft.dropout": [0.0, 0.2]}
-    runs = Plan(Suite(**tiny)).search("digits", "EFFT2")
+    runs = Agenda(Suite(**tiny)).search("digits", "EFFT2")
     assert [(r.config["lr"], r.config["efft"]["dropout"]) for r in runs] == [
         (1e-3, 0.0), (1e-3, 0.2), (2e-3, 0.0), (2e-3, 0.2),
     ]  # fmt: skip
@@ -76,7 +79,7 @@ def test_settings_go_over_one_another(tiny: dict[str, Any]) -> None:
 def test_key_depends_on_what_decides_a_result_and_not_on_places(tiny: dict[str, Any]) -> None:
     def key(**changes: Any) -> str:
         tiny["train"] = {**tiny["train"], **changes}
-        return Plan(Suite(**tiny)).search("digits", "EFFT2")[0].key
+        return Agenda(Suite(**tiny)).search("digits", "EFFT2")[0].key
 
     before = key()
     assert key(data_root="/somewhere", log_every=1) == before
@@ -84,11 +87,11 @@ def test_key_depends_on_what_decides_a_result_and_not_on_places(tiny: dict[str, 
 
 
 def test_published_settings_of_the_paper_by_task() -> None:
-    plan = Plan(suites.load("vtab1k"))
-    assert len(plan.suite.tasks) == 19
-    for task in plan.suite.tasks:
+    agenda = Agenda(suites.load("vtab1k"))
+    assert len(agenda.suite.tasks) == 19
+    for task in agenda.suite.tasks:
         for method, variant in (("EFFT1", "efft1"), ("EFFT2", "efft2")):
-            (run,) = plan.finals(task, method, {})
+            (run,) = agenda.finals(task, method, {})
             given = {name: run.config["efft"][name] for name in ("rank", "scale", "init")}
             assert given == efft_lab.data.vtab_hyperparameters(task, variant)
             assert run.config["efft"].get("variant", "efft2") == variant
@@ -98,21 +101,21 @@ def test_published_settings_of_the_paper_by_task() -> None:
 def test_results_on_record_are_of_their_suite(name: str) -> None:
     """Methods may be added to a suite; what was run must go on being a part of it."""
     done = read(RESULTS / f"compare_{name}.jsonl")
-    plan = Plan(suites.load(name))
-    runs = [run for pair in plan.pairs() for run in [*plan.search(*pair), *plan.finals(*pair, done)]]
+    agenda = Agenda(suites.load(name))
+    runs = [run for pair in agenda.pairs() for run in [*agenda.search(*pair), *agenda.finals(*pair, done)]]
     assert done
     assert set(done) <= {run.key for run in runs}
 
 
 def test_scales_and_ranks_that_training_finds_are_compared() -> None:
-    plan = Plan(suites.load("local_efft2"))
-    settings = [plan.finals("count", method, {})[0].config for method in plan.suite.methods if "auto" in method]
+    agenda = Agenda(suites.load("local_efft2"))
+    settings = [agenda.finals("count", method, {})[0].config for method in agenda.suite.methods if "auto" in method]
     assert [run["efft"].get("trainable_scale") for run in settings] == [None, "global", "group", "matrix", None]
     assert [run.get("prune_at") for run in settings] == [None] * 4 + [1]
 
 
 def test_local_suite_is_what_it_says() -> None:
-    full, quick = Plan(suites.load("local")), Plan(suites.load("local", quick=True))
+    full, quick = Agenda(suites.load("local")), Agenda(suites.load("local", quick=True))
     tasks = full.suite.tasks
     assert len(tasks) >= 6
     assert {efft_lab.data.describe(task).group for task in tasks} == {"natural", "specialized", "structured"}
@@ -126,8 +129,8 @@ def test_local_suite_is_what_it_says() -> None:
 
 def test_what_the_command_line_gives_goes_over_everything(tiny: dict[str, Any], write: Write) -> None:
     tiny["tasks"]["digits"] = {"epochs": 9}
-    plan = Plan(suites.load(write(tiny), train={"epochs": 2}))
-    assert {run.config["epochs"] for run in plan.ready({})} == {2}
+    agenda = Agenda(suites.load(write(tiny), train={"epochs": 2}))
+    assert {run.config["epochs"] for run in agenda.ready({})} == {2}
 
 
 @pytest.mark.parametrize(
@@ -173,7 +176,7 @@ def test_what_the_command_line_gives_goes_over_everything(tiny: dict[str, Any], 
 def test_mistakes_are_named(change: dict[str, Any], message: str, tiny: dict[str, Any], write: Write) -> None:
     path = write({**tiny, **change})
     with pytest.raises(ValueError, match=message):
-        Plan(suites.load(path))
+        Agenda(suites.load(path))
 
 
 @pytest.mark.parametrize(
@@ -208,14 +211,14 @@ def test_mistakes_are_named(change: dict[str, Any], message: str, tiny: dict[str
 def test_mistakes_in_a_grid_are_named(method: str, grid: Any, message: str, tiny: dict[str, Any], write: Write) -> None:
     tiny["methods"] = {"x": {"method": method, "grid": grid}}
     with pytest.raises(ValueError, match=message):
-        Plan(suites.load(write(tiny)))
+        Agenda(suites.load(write(tiny)))
 
 
 def test_points_of_a_grid_that_are_no_numbers_can_be_shown(tiny: dict[str, Any]) -> None:
     tiny["methods"] = {
         "x": {"method": "efft", "grid": {"efft.variant": ["efft1", "efft2"], "pretrained": [True, False]}}
     }
-    shown = str(Plan(Suite(**tiny)).search("digits", "x")[0])
+    shown = str(Agenda(Suite(**tiny)).search("digits", "x")[0])
     assert shown == "digits, x, search seed 3, efft.variant=efft1, pretrained=True"
 
 

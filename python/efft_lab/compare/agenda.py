@@ -1,4 +1,6 @@
-"""Which runs a suite means, and which of them can start."""
+"""The agenda of a suite: which runs it needs, and which of them can start."""
+
+from __future__ import annotations
 
 import hashlib
 import itertools
@@ -9,11 +11,11 @@ from statistics import fmean
 from typing import Any
 
 from efft.config import is_number
-from efft_lab.compare.suite import TRIVIAL, Suite, merged
+from efft_lab.compare.suite import TRIVIAL, Suite, merge_settings
 from efft_lab.data import vtab_hyperparameters
 from efft_lab.train.config import TrainConfig
 
-#: Fields that say where something lies or how often something is written, and change no result.
+#: Fields that say where something is stored or how often something is written; they do not change a result.
 _PLACES = ("data_root", "workers", "log_every", "checkpoint_every")
 
 Record = Mapping[str, Any]
@@ -27,9 +29,9 @@ class Run:
         task: name of the data set.
         method: name in the tables.
         stage: search (judged on the validation split; the test split is not read) or final.
-        seed: of everything random in it.
+        seed: seed of everything random in the run.
         settings: the point of the grid.
-        config: the run's fields of `TrainConfig`; for a trivial predictor ``method`` is its name.
+        config: the run's fields of ``TrainConfig``; for a trivial predictor, ``method`` is the predictor's name.
     """
 
     task: str
@@ -41,7 +43,7 @@ class Run:
 
     @property
     def key(self) -> str:
-        """A hash of everything above but places: two runs with the same key have the same result."""
+        """A hash of the attributes without places: two runs with the same key have the same result."""
         config = {name: value for name, value in self.config.items() if name not in _PLACES}
         parts = [self.task, self.method, self.stage, self.seed, config]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
@@ -53,14 +55,14 @@ class Run:
         return f"{self.task}, {self.method}, {self.stage} seed {self.seed}" + (f", {chosen}" if chosen else "")
 
 
-class Plan:
-    """The runs of a suite. A final run is known once the search of its task and method is done.
+class Agenda:
+    """The runs of a suite. The settings of a final run are known once the search of its task and method is done.
 
     Args:
         suite: what is compared.
 
     Raises:
-        ValueError: settings that no run can have; it names task, method and the point of the grid.
+        ValueError: settings that no run can have; the text names task, method and the point of the grid.
     """
 
     def __init__(self, suite: Suite) -> None:
@@ -81,14 +83,14 @@ class Plan:
         return [(task, method) for method in self.suite.methods for task in self.suite.tasks]
 
     def search(self, task: str, method: str) -> list[Run]:
-        """The runs that choose a point of the method's grid; none where there is nothing to choose."""
+        """The runs that choose a point of the method's grid; none if there is nothing to choose."""
         points = self.grids[method]
         if len(points) == 1:
             return []
         return [self._run(task, method, "search", seed, point) for point in points for seed in self.search_seeds]
 
-    def chosen(self, task: str, method: str, done: Mapping[str, Record]) -> dict[str, Any] | None:
-        """The point of the grid with the best mean validation accuracy, the first of equals; None before all is done.
+    def choose(self, task: str, method: str, done: Mapping[str, Record]) -> dict[str, Any] | None:
+        """The point of the grid with the best mean validation accuracy, the first of equals; None until all are done.
 
         Raises:
             ValueError: every point of the grid diverged.
@@ -108,26 +110,26 @@ class Plan:
         return points[scores.index(max(scores))]
 
     def finals(self, task: str, method: str, done: Mapping[str, Record]) -> list[Run]:
-        """The final runs, one a seed; none before the search is done."""
-        point = self.chosen(task, method, done)
+        """The final runs, one per seed; none until the search is done."""
+        point = self.choose(task, method, done)
         if point is None:
             return []
         return [self._run(task, method, "final", seed, point) for seed in self.suite.seeds]
 
     def ready(self, done: Mapping[str, Record], started: Collection[str] = ()) -> list[Run]:
-        """Runs that can start now, in order: neither done nor started, and what they depend on is done."""
+        """Runs that can start now, in order: they are neither done nor started, and what they depend on is done."""
         runs = []
         for task, method in self.pairs():
             runs += [*self.search(task, method), *self.finals(task, method, done)]
         return [run for run in runs if run.key not in done and run.key not in started]
 
     def records(self, done: Mapping[str, Record]) -> list[Record]:
-        """Results of this suite's final runs, as far as they are there."""
+        """The existing results of this suite's final runs."""
         keys = [run.key for task, method in self.pairs() for run in self.finals(task, method, done)]
         return [done[key] for key in keys if key in done]
 
     def _check(self, run: Run) -> None:
-        """Refuse settings of the wrong kind: they must not show up after hours."""
+        """Refuses settings of the wrong kind now, rather than when the run starts, hours later."""
         trivial = {"method": "linear"} if run.config["method"] in TRIVIAL else {}
         try:
             TrainConfig.from_dict({**run.config, **trivial})
@@ -142,9 +144,9 @@ class Plan:
         nested: dict[str, Any] = {}
         for name, value in point.items():
             head, _, tail = name.partition(".")
-            nested = merged(nested, {head: {tail: value}} if tail else {head: value})
+            nested = merge_settings(nested, {head: {tail: value}} if tail else {head: value})
         fixed = {"data": task, "seed": seed, "data_seed": seed, "protocol": "select" if stage == "search" else "final"}
-        config = merged(self.suite.train, entry, published, self.suite.tasks[task], nested, fixed)
+        config = merge_settings(self.suite.train, entry, published, self.suite.tasks[task], nested, fixed)
         return Run(task, method, stage, seed, point, config)
 
 
