@@ -83,10 +83,16 @@ def draw(n: int, labels: npt.NDArray[np.int64], faces: Sequence[Any], rng: np.ra
 
 
 def load_faces(archives: Sequence[Archive]) -> list[Any]:
-    """Regular and bold, upright and italic faces of families as Pillow's fonts; downloads what the cache lacks."""
+    """Regular and bold, upright and italic faces of families as Pillow's fonts.
+
+    Archives are downloaded where the cache lacks them, and deleted once all are read.
+    """
     with ThreadPoolExecutor(_CLIENTS) as pool:
         files = list(pool.map(fetch_archive, archives))
-    return [face for file in files for face in _faces(file)]
+    faces = [face for file in files for face in _faces(file)]
+    for file in files:
+        file.unlink(missing_ok=True)
+    return faces
 
 
 def _faces(file: Path) -> list[Any]:

@@ -224,6 +224,12 @@ def test_letters_are_drawn_from_the_seed_alone(archive: Path) -> None:
     assert min(image.std() for image in first) > 15  # a letter is seen in each
 
 
+def test_archives_are_deleted_once_they_are_read(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(letters, "fetch_archive", lambda which: archive)
+    assert len(letters.load_faces(letters.TEST[:1])) == 1
+    assert not archive.exists()
+
+
 def test_font_families_are_pinned_and_apart() -> None:
     names = [archive.package for archive in letters.TRAIN + letters.TEST]
     assert (len(letters.TRAIN), len(letters.TEST), len(set(names))) == (20, 10, 30)
