@@ -13,8 +13,18 @@ CUTLASS := 4.2.0.0
 BIN := $(VENV)/bin
 SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 RUN := $(BIN)/python -m
+# One process per core, each with one thread: the tests' matrices are small. pytest-benchmark measures nothing then, and
+# every process would warn of it.
+TESTS := OMP_NUM_THREADS=1 $(RUN) pytest -n auto --dist worksteal -p no:benchmark
+# Each process of the tests reads what an earlier one compiled, whatever the caller's environment says.
+export PYTHONDONTWRITEBYTECODE :=
+# The emulated CUDA kernels take a quarter of an hour: `make check-cuda` runs them.
+UNEMULATED := --ignore tests/csrc/test_emulated.py
+# Triton decides once per process whether it interprets or compiles.
+IN_TRITONS_INTERPRETER := tests/efft_kernels/ops tests/efft_kernels/triton
 
-.PHONY: help demo extension test check-triton check-native check-cuda lint docs format bench bench-quick bench-gpu clean
+.PHONY: help demo extension test test-long test-all check-isa check-triton check-native check-cuda lint docs dist format \
+  bench bench-quick bench-gpu clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,36 +37,59 @@ extension: $(VENV)/.efft-dev ## Compile csrc/, as far as this machine has the to
 	@! command -v nvcc >/dev/null || $(RUN) pip install --quiet --no-deps nvidia-cutlass==$(CUTLASS)
 	$(RUN) efft_kernels build
 
-test: extension ## Run the test suite, all but the emulated CUDA kernels
-	$(RUN) pytest -n auto --dist worksteal --ignore tests/csrc/test_emulated.py $(ARGS)
+test: extension ## Run the tests that tell whether the library works, in minutes
+	$(TESTS) -m "not slow" $(UNEMULATED) $(ARGS)
 
-check-triton: $(VENV)/.efft-dev ## Interpreter tests and resource report with the oldest Triton supported
+test-long: extension check-isa ## Run what `make test` leaves out, all but the emulated CUDA kernels
+	@if $(BIN)/python -c "import triton" 2>/dev/null; then TRITON_INTERPRET=1 $(TESTS) $(IN_TRITONS_INTERPRETER); else \
+	  echo "triton is not installed: its kernels are not tested"; fi
+	$(TESTS) -m slow $(UNEMULATED) $(ARGS)
+
+test-all: test test-long ## Run both
+
+check-isa: extension ## Run tests of the cpu backend with every instruction set that the processor has
+	OMP_NUM_THREADS=1 $(RUN) tests.csrc.cpu.check sets
+
+check-triton: $(VENV)/.efft-dev ## Run the interpreter's tests and the resource report with the oldest Triton supported
 	$(RUN) pip install --quiet --upgrade --no-deps --target $(VENV)/triton-$(OLDEST_TRITON) triton==$(OLDEST_TRITON)
-	PYTHONPATH=$(abspath $(VENV)/triton-$(OLDEST_TRITON)) $(RUN) pytest tests/efft_kernels/triton $(ARGS)
+	PYTHONPATH=$(abspath $(VENV)/triton-$(OLDEST_TRITON)) TRITON_INTERPRET=1 $(TESTS) $(IN_TRITONS_INTERPRETER) $(ARGS)
+	PYTHONPATH=$(abspath $(VENV)/triton-$(OLDEST_TRITON)) $(TESTS) tests/efft_kernels/triton $(ARGS)
 
 check-native: $(VENV)/.efft-dev ## Static checks of csrc/cpu, and its tests under the sanitizers: minutes
-	PATH="$(abspath $(BIN)):$$PATH" $(RUN) tests.csrc.cpu.check $(ARGS)
+	PATH="$(abspath $(BIN)):$$PATH" $(RUN) tests.csrc.cpu.check sanitizers $(ARGS)
 
-check-cuda: $(VENV)/.efft-dev ## Run the CUDA kernels in the emulator, compile and report on them: no GPU, a quarter of an hour
-	$(RUN) pytest tests/csrc/test_emulated.py $(ARGS)
+check-cuda: $(VENV)/.efft-dev ## Run the CUDA kernels in the emulator, compile and report on them: no GPU, half an hour
 	$(RUN) pip install --quiet --no-deps nvidia-cutlass==$(CUTLASS)
-	$(RUN) efft_kernels.cuda_report
+	$(RUN) pytest tests/csrc/test_emulated.py $(ARGS)
+	$(RUN) tests.csrc.emulation.build build/emulated
+	for capability in 8 9; do \
+	  EFFT_EMULATION_CAPABILITY=$$capability EFFT_EMULATED_CUDA=$(abspath build/emulated/emulated.so) \
+	    $(TESTS) tests/efft_kernels/ops tests/csrc/test_emulated.py::test_the_tests_of_the_ops || exit 1; \
+	done
+	$(RUN) tests.csrc.resource_report
 
 lint: $(VENV)/.efft-dev ## Check style and types, change nothing
 	$(RUN) ruff check
 	$(RUN) ruff format --check
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
 	$(RUN) mypy
+	@if command -v actionlint >/dev/null; then actionlint; else \
+	  echo "actionlint is not installed: the workflows in .github are checked where they run"; fi
 
 docs: $(VENV)/.efft-dev ## Build the documentation into build/site
 	$(BIN)/mkdocs build
+
+dist: $(VENV)/.efft-dev ## Build the source distribution and the pure wheel into dist/, and check their metadata
+	$(RUN) pip install --quiet 'twine>=6'
+	EFFT_BUILD_EXT=none $(RUN) build --outdir dist
+	$(RUN) twine check --strict dist/*
 
 format: $(VENV)/.efft-dev ## Format the code and apply safe fixes
 	$(RUN) ruff check --fix
 	$(RUN) ruff format
 	$(BIN)/clang-format -i $(SOURCES)
 
-bench: extension ## Measure layers, models, memory, inference, quantised bases and scaling: hours, alone on the machine
+bench: extension ## Measure layers, models, memory, inference, quantized bases and scaling: hours, alone on the machine
 	$(RUN) benchmarks ops $(ARGS)
 	$(RUN) benchmarks model $(ARGS)
 	$(RUN) benchmarks memory $(ARGS)

@@ -26,8 +26,8 @@ sys.modules[spec.name] = builder
 spec.loader.exec_module(builder)
 
 BUILDING = any(command in sys.argv for command in ("bdist_wheel", "editable_wheel", "build_ext", "install", "develop"))
-WISH = builder.wished(os.environ)
-TARGETS, SUMMARY = builder.plan(WISH) if BUILDING else ([], [])
+REQUEST = builder.requested_build(os.environ)
+TARGETS, SUMMARY = builder.plan(REQUEST) if BUILDING else ([], [])
 
 
 class WithSources(build_py):
@@ -50,7 +50,7 @@ class Libraries(build_ext):
             try:
                 self._build(target)
             except builder.BuildError as error:
-                if WISH != "auto":
+                if REQUEST != "auto":
                     raise
                 TARGETS.remove(target)  # nobody asked for it, and everything works without
                 print(f"{error}\nefft-kernels: going on without {target}; try again: python -m efft_kernels build")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
 from collections.abc import Sequence
+
+from efft.hints import did_you_mean
 
 #: The module of each command, whose ``main(arguments)`` runs it, and what it does.
 COMMANDS = {
@@ -18,6 +19,7 @@ COMMANDS = {
     "scaling": ("benchmarks.scaling", "how time grows with tokens and rank"),
     "subspaces": ("efft_lab.studies.subspaces", "what shared factors can express of a full fine-tuning update"),
     "starts": ("efft_lab.studies.starts", "EFFT2 from directions of the gradient or of the pretrained weights"),
+    "extras": ("efft_lab.studies.extras.command", "what to train beside the shared factors, and at which rates"),
     "text": ("efft_lab.studies.text", "EFFT2, LoRA and a linear probe on a text transformer"),
     "convolutions": ("efft_lab.studies.convolutions", "the same on a convolutional network"),
     "kinds": ("benchmarks.kinds", "adapted attention and Conv1D against LoRA and dense updates"),
@@ -38,9 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join(["usage: python -m benchmarks COMMAND [options]", "", *lines]))
         return 0
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"commands: {', '.join(COMMANDS)}"
-        print(f"benchmarks: error: unknown command {name!r}; {hint}", file=sys.stderr)
+        print(f"benchmarks: error: unknown command {name!r}; {did_you_mean(name, COMMANDS)}", file=sys.stderr)
         return 2
     try:
         return importlib.import_module(COMMANDS[name][0]).main(rest) or 0

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.ops.cases import Inputs
-from benchmarks.ops.rows import Row
+from benchmarks.ops.rows import LayerRow
 
 #: How much larger than the yardstick's an error may be.
 FACTOR = 2.0
@@ -32,7 +32,7 @@ class Budget:
         self._yardstick = {name: _error(value, self._exact[True][name]) for name, value in peer.items()}
         self._dtypes = {name: value.dtype for name, value in peer.items()}
 
-    def errors(self, row: Row, results: dict[str, Tensor]) -> dict[str, float]:
+    def errors(self, row: LayerRow, results: dict[str, Tensor]) -> dict[str, float]:
         """Each result's error (Frobenius norm) as a multiple of the yardstick, or of the rounding of an exact result
         if that is larger.
 
@@ -54,7 +54,7 @@ class Budget:
             found[name] = _error(got, expected[name]) / max(self._yardstick[name], rounding)
         return found
 
-    def verdict(self, row: Row, results: dict[str, Tensor]) -> str | None:
+    def verdict(self, row: LayerRow, results: dict[str, Tensor]) -> str | None:
         """None if ``results`` of ``row`` are within the budget, else what is wrong."""
         try:
             errors = self.errors(row, results)
@@ -66,12 +66,12 @@ class Budget:
         return f"error over {FACTOR:g} times that of the plain formula in the same precision: {', '.join(over)}"
 
 
-def verdict(row: Row, inputs: Inputs) -> str | None:
+def verdict(row: LayerRow, inputs: Inputs) -> str | None:
     """None if ``row`` computes what it should on ``inputs``, else what is wrong."""
     return Budget(inputs).verdict(row, row.build(inputs).results())
 
 
-def small_update_error(row: Row, inputs: Inputs) -> float:
+def small_update_error(row: LayerRow, inputs: Inputs) -> float:
     """Error of the update, as a multiple of the plain formula's, where |D G| is a hundredth of |W|: early in training.
 
     Measured where the base cancels, x = [u, u] and W = [M, -M], so that y is the update alone. A row that rounds

@@ -16,14 +16,13 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks import gated
-from benchmarks.model.step import default_device
+from benchmarks.options import parser_of_measurement
 from efft.adapting.experts import adapt_experts
 from efft_kernels import Site, TTFactors
 from efft_lab.record import append, machine_facts
@@ -247,18 +246,13 @@ def show(lines: list[dict[str, Any]]) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
-    options = argparse.ArgumentParser(
-        prog="python -m benchmarks experts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    options = parser_of_measurement("experts", __doc__, ["float32"])
     options.add_argument("--model", nargs="+", choices=list(MODELS), default=[Case.model])
     options.add_argument("--tokens", nargs="+", type=int, default=[Case.tokens])
     options.add_argument("--rank", nargs="+", type=int, default=[Case.rank])
-    options.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
-    options.add_argument("--device", default=default_device())
     options.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), help="beside the floor")
     options.add_argument("--repeats", type=int, help="default: 10, with --quick 3")
     options.add_argument("--quick", action="store_true", help="few repeats")
-    options.add_argument("--results", type=Path, help="folder for experts.jsonl")
     return options
 
 

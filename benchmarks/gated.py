@@ -14,7 +14,7 @@ from benchmarks.timing import Samples, ratios, time_rows
 from efft_lab.record import quantiles
 
 
-class Row(Protocol):
+class GatedRow(Protocol):
     """What is measured."""
 
     x: Tensor
@@ -46,12 +46,12 @@ def error_multiples(
 
 
 def measure(
-    rows: Mapping[str, Callable[[], Row]], common: Mapping[str, Any], repeats: int, device: str
+    rows: Mapping[str, Callable[[], GatedRow]], common: Mapping[str, Any], repeats: int, device: str
 ) -> list[dict[str, Any]]:
     """A line of a result file for each row: times, ratios to the row "floor" and bytes, or the reason why there are
     none."""
     lines: dict[str, dict[str, Any]] = {}
-    ready: dict[str, Row] = {}
+    ready: dict[str, GatedRow] = {}
     for name, build in rows.items():
         lines[name] = {**common, "row": name, "reason": None}
         try:

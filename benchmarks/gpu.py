@@ -58,7 +58,7 @@ def jobs(device: str, quick: bool, results: Path | None) -> list[Job]:
             bench("training step", 0.3, "model --model test_vit --batch 2 --rank 4 --dtype float32 --repeats 1"),
             bench("memory", 0.3, "memory --level model --model test_vit --rank 4 --rows efft:eager --quick"),
             bench("inference", 0.3, f"serve --model test_vit --batch 1 --rank 4 --dtype float32 --repeats 1 {_SERVED}"),
-            bench("quantised backbones", 0.3, "quantized --model test_vit --batch 2 --rank 4 --repeats 1"),
+            bench("quantized backbones", 0.3, "quantized --model test_vit --batch 2 --rank 4 --repeats 1"),
             bench("experts", 0.3, "experts --model tiny --tokens 64 --rank 4 --repeats 1"),
             bench("scaling", 0.3, "scaling --quick --case o --sweep rank --repeats 1"),
         ]
@@ -73,7 +73,7 @@ def jobs(device: str, quick: bool, results: Path | None) -> list[Job]:
         bench("layers of ViT-B, fp16 and fp32", 0.2, "ops --model vit_b --images 64 --rank 32 --dtype float16 float32"),
         bench("layers of ViT-B, bf16, by batch", 0.2, "ops --model vit_b --images 1 8 256 --rank 32 --dtype bfloat16"),
         bench("inference of ViT-B", 0.2, f"serve {_SERVED} pool:100"),
-        bench("quantised backbones of ViT-B", 0.2, "quantized"),
+        bench("quantized backbones of ViT-B", 0.2, "quantized"),
         bench("experts of Qwen3-30B, bf16", 0.2, "experts --model qwen3_30b --tokens 4096 --dtype bfloat16"),
         bench("scaling", 0.2, "scaling --dtype bfloat16"),
         bench(
@@ -96,7 +96,7 @@ def _choice(results: Path | None) -> Job:
     table = (ROOT / "benchmarks" / "results" if results is None else results) / "choice.json"
     sizes = "--tokens 1576 12608 --d-in 768 3072 --d-out 768 2304 3072 --rank 16 32 64"
     ops = "--op tt_linear tt_gelu_linear tt_norm_linear"
-    return Job("choice", ("-m", "efft_kernels.choice", "--out", str(table), *f"{sizes} {ops}".split()), 0.3)
+    return Job("choice", ("-m", "efft_kernels.autotune", "--out", str(table), *f"{sizes} {ops}".split()), 0.3)
 
 
 def run_all(todo: Sequence[Job], budget: float) -> dict[str, str]:

@@ -9,12 +9,10 @@ as dense weights in the same precision, against fp64. ``saved`` is what a forwar
 
 from __future__ import annotations
 
-import argparse
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +20,7 @@ from torch import Tensor, nn
 
 import efft
 from benchmarks import gated
-from benchmarks.model.step import default_device
+from benchmarks.options import parser_of_measurement
 from efft_lab.record import append, machine_facts
 
 
@@ -235,17 +233,12 @@ def show(lines: list[dict[str, Any]]) -> None:
 
 def main(words: Sequence[str] | None = None) -> int:
     """Measures, prints and records every case."""
-    options = argparse.ArgumentParser(
-        prog="python -m benchmarks kinds", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    options = parser_of_measurement("kinds", __doc__, ["float32"])
     options.add_argument("--kind", nargs="+", choices=list(KINDS), default=list(KINDS))
     options.add_argument("--width", type=int, default=Case.width)
     options.add_argument("--batch", type=int, default=Case.batch)
     options.add_argument("--rank", type=int, default=Case.rank)
-    options.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
-    options.add_argument("--device", default=default_device())
     options.add_argument("--repeats", type=int, default=10)
-    options.add_argument("--results", type=Path, help="folder for kinds.jsonl")
     args = options.parse_args(words)
     path = None
     for kind in args.kind:

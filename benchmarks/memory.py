@@ -26,9 +26,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.model import rows as model_rows
-from benchmarks.model.step import Setting, default_device, training_step, unavailable
+from benchmarks.model.step import Setting, training_step, unavailable
 from benchmarks.ops import cases
 from benchmarks.ops import rows as layer_rows
+from benchmarks.options import parser_of_measurement
 from efft_lab.record import append, machine_facts
 
 ROOT = Path(__file__).parents[1]
@@ -83,7 +84,7 @@ def measure_model(spec: dict[str, Any]) -> dict[str, Any]:
     return {"saved_bytes": saved_by(row, module, setting), **peaks}
 
 
-def saved_by(row: model_rows.Row, module: torch.nn.Module, setting: Setting) -> int:
+def saved_by(row: model_rows.ModelRow, module: torch.nn.Module, setting: Setting) -> int:
     """:func:`saved_for_backward` of a forward pass of ``row``'s model."""
     images, labels = setting.examples(module)
     with row.running():
@@ -143,18 +144,13 @@ def specifications(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, An
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
-    options = argparse.ArgumentParser(
-        prog="python -m benchmarks memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    options = parser_of_measurement("memory", __doc__)
     options.add_argument("--level", nargs="+", choices=list(LEVELS), default=list(LEVELS))
     options.add_argument("--model", default=Setting.model, help="timm name, at level model; layers are ViT-B's")
     options.add_argument("--batch", type=int, default=8, help="images")
     options.add_argument("--rank", type=int, default=Setting.rank)
-    options.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
-    options.add_argument("--device", default=default_device())
     options.add_argument("--rows", nargs="+", help="default: all")
     options.add_argument("--quick", action="store_true", help="2 images, float32, of the layers only fc1")
-    options.add_argument("--results", type=Path, help="folder for memory.jsonl")
     options.add_argument("--measure", nargs=2, metavar=("LEVEL", "JSON"), help=argparse.SUPPRESS)
     return options
 

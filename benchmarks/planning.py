@@ -8,16 +8,15 @@ with their number. Measure on an idle machine.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 import efft
+from benchmarks.options import parser_of
 from efft_lab.record import append, machine_facts, quantiles
 
 
@@ -62,12 +61,9 @@ def measure(blocks: Sequence[int], repeats: int) -> list[dict[str, Any]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures, shows and records."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks planning", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("planning", __doc__)
     parser.add_argument("--blocks", type=int, nargs="+", default=[6, 13, 26, 52])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--results", type=Path, help="folder for planning.jsonl")
     args = parser.parse_args(arguments)
     path = append("planning", measure(args.blocks, args.repeats), args.results)
     print(f"written to {path}")

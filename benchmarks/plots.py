@@ -2,7 +2,7 @@
 
     python -m benchmarks plot --out build/plots
 
-Each picture shows the newest run of its setting and names the machine. What is modelled rather than measured is drawn
+Each picture shows the newest run of its setting and names the machine. What is modeled rather than measured is drawn
 hollow and says so. Needs matplotlib, which ``pip install "efft-kernels[train]"`` brings.
 """
 
@@ -22,7 +22,7 @@ from benchmarks.tables import Line, newest_runs, read
 from efft_lab import record
 from efft_lab.compare import report, store
 from efft_lab.compare import suite as suites
-from efft_lab.compare.plan import Plan
+from efft_lab.compare.agenda import Agenda
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,12 +49,12 @@ def ops_ratios(lines: Sequence[Line]) -> Pictures:
             at = [rows.index(row) + i * height for row in of_layer]
             _bars(axes, at, list(of_layer.values()), height, f"{layer}, measured")
         if device == "cuda" and dtype == "bfloat16" and model.startswith("vit"):
-            _modelled(axes, run[0]["tokens"], rank, MODELS[model][0], rows, layers, height)
+            _draw_model(axes, run[0]["tokens"], rank, MODELS[model][0], rows, layers, height)
         _finish_ratios(axes, rows, 0.4 - height / 2)
         yield "_".join(["ops", *map(str, key)]), figure
 
 
-def _modelled(
+def _draw_model(
     axes: Axes, tokens: int, rank: int, width: int, rows: Sequence[str], layers: Sequence[str], height: float
 ) -> None:
     """What the paper model expects, at the places of the bars."""
@@ -65,7 +65,7 @@ def _modelled(
         for row in rows
         if row in times
     ]
-    label = "modelled (H200), not measured"
+    label = "modeled (H200), not measured"
     axes.plot(*zip(*points, strict=True), linestyle="none", marker="D", fillstyle="none", color="black", label=label)
 
 
@@ -203,7 +203,7 @@ def draw(results: Path | None, out: Path, names: Sequence[str] = ()) -> list[Pat
         name = f"compare_{suite}"
         file = (results or record.RESULTS) / f"{name}.jsonl"
         if file.is_file() and (not names or name in names):
-            written += report.draw(Plan(suites.load(suite)), store.read(file), out / name).values()
+            written += report.draw(Agenda(suites.load(suite)), store.read(file), out / name).values()
     return written
 
 

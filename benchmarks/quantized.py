@@ -1,10 +1,10 @@
-"""Quantised backbones under EFFT2: what the rounding of the frozen weights does to logits, time and memory.
+"""Quantized backbones under EFFT2: what the rounding of the frozen weights does to logits, time and memory.
 
     python -m benchmarks quantized --quick
 
-The layers that are adapted are quantised, by torchao; all rows have the same factors (in fp32) and see the same images,
+The layers that are adapted are quantized, by torchao; all rows have the same factors (in fp32) and see the same images,
 interleaved. ``error`` is ``|logits - dense| / |dense|`` over all of them, where ``dense`` are those of the model in
-fp32 that is not quantised; the first row is that model in the dtype measured. Times are of a forward pass for
+fp32 that is not quantized; the first row is that model in the dtype measured. Times are of a forward pass for
 inference, and of forward and backward in training.
 """
 
@@ -14,21 +14,21 @@ import argparse
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.model.rows import adapted
-from benchmarks.model.step import Setting, default_device
+from benchmarks.model.step import Setting
+from benchmarks.options import parser_of_measurement
 from benchmarks.timing import Samples, ratios, time_rows
 from efft.adapting.inject import adapted_layers
 from efft_lab.record import append, machine_facts, quantiles
 
 
 @dataclass(frozen=True)
-class Row:
+class QuantizedRow:
     """A way to keep frozen weights; ``quantize`` does it to one layer in place."""
 
     name: str
@@ -55,7 +55,7 @@ def per_row_float8(layer: nn.Module) -> None:
 
 
 def nf4(layer: nn.Module) -> None:
-    """QLoRA's format in blocks of 64, the scales of 256 blocks (of fewer if they do not divide) quantised together."""
+    """QLoRA's format in blocks of 64, the scales of 256 blocks (of fewer if they do not divide) quantized together."""
     from torchao.quantization import to_nf4
 
     weight: Any = layer.weight
@@ -63,15 +63,15 @@ def nf4(layer: nn.Module) -> None:
     layer.weight = nn.Parameter(to_nf4(weight.detach(), 64, scales), requires_grad=False)
 
 
-ROWS: dict[str, Row] = {
+ROWS: dict[str, QuantizedRow] = {
     row.name: row
     for row in (
-        Row("dense", "not quantised"),
-        Row("int8", "int8 weights", torchao("Int8WeightOnlyConfig")),
-        Row("int8-dynamic", "int8 weights and activations", torchao("Int8DynamicActivationInt8WeightConfig")),
-        Row("fp8", "e4m3 weights", torchao("Float8WeightOnlyConfig")),
-        Row("fp8-dynamic", "e4m3 weights and activations", per_row_float8),
-        Row("nf4", "4-bit normal-float weights", nf4),
+        QuantizedRow("dense", "not quantized"),
+        QuantizedRow("int8", "int8 weights", torchao("Int8WeightOnlyConfig")),
+        QuantizedRow("int8-dynamic", "int8 weights and activations", torchao("Int8DynamicActivationInt8WeightConfig")),
+        QuantizedRow("fp8", "e4m3 weights", torchao("Float8WeightOnlyConfig")),
+        QuantizedRow("fp8-dynamic", "e4m3 weights and activations", per_row_float8),
+        QuantizedRow("nf4", "4-bit normal-float weights", nf4),
     )
 }
 _PHASES = ("fwd", "fwd_bwd")
@@ -89,7 +89,7 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(stored_bytes(layer.weight) for layer in adapted_layers(model).values())
 
 
-def build(setting: Setting, row: Row) -> nn.Module:
+def build(setting: Setting, row: QuantizedRow) -> nn.Module:
     """The model of ``row`` in the setting's dtype, with factors in fp32."""
     model = adapted(setting.plain().to(setting.device, getattr(torch, setting.dtype)), setting.rank)
     for layer in adapted_layers(model).values() if row.quantize else ():
@@ -116,7 +116,7 @@ def passes(model: nn.Module, setting: Setting) -> dict[str, Callable[[], Tensor]
     return dict(zip(_PHASES, (forward, step), strict=True))
 
 
-def measure(setting: Setting, rows: Sequence[Row], repeats: int) -> list[dict[str, Any]]:
+def measure(setting: Setting, rows: Sequence[QuantizedRow], repeats: int) -> list[dict[str, Any]]:
     """A line of the result file for each row."""
     wide = replace(setting, dtype="float32")
     exact = passes(build(wide, ROWS["dense"]), wide)["fwd"]()
@@ -165,18 +165,13 @@ def show(lines: Sequence[dict[str, Any]]) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
-    options = argparse.ArgumentParser(
-        prog="python -m benchmarks quantized", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    options = parser_of_measurement("quantized", __doc__, ["bfloat16"])
     options.add_argument("--model", default=Setting.model, help="timm name; ViT or Swin")
     options.add_argument("--batch", type=int, help="images; default: 8, on a GPU 64")
     options.add_argument("--rank", type=int, default=Setting.rank)
-    options.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["bfloat16"])
-    options.add_argument("--device", default=default_device())
     options.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     options.add_argument("--repeats", type=int, help="default: 20, with --quick 3")
     options.add_argument("--quick", action="store_true", help="few repeats")
-    options.add_argument("--results", type=Path, help="folder for quantized.jsonl")
     return options
 
 

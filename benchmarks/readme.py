@@ -1,5 +1,6 @@
-"""The tables of the README and of the pages in docs/, from result files and from the library itself; tests fail when
-they differ.
+"""Fill the tables of the README and of the pages in docs/ from result files and from the library itself.
+
+The tests fail when a page differs from what this module writes.
 
     python -m benchmarks tables          # rewrite the tables
     python -m benchmarks tables ops_gpu  # print one of them
@@ -14,7 +15,8 @@ import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from statistics import fmean
+from typing import Any, Literal
 
 from benchmarks import tables
 from benchmarks.markdown import table
@@ -62,19 +64,61 @@ def parameters() -> str:
     return table(["model, the paper's ranks", "EFFT1", "EFFT2", "EFFT2, shared cores"], rows)
 
 
+def summary() -> str:
+    """This library beside LoRA of ``peft``: one row for each thing that people ask about, from several result files."""
+    memory = tables.newest("memory", level="model", model=tables.VIT_B, device="cpu")["float32"]
+    cpu = tables.newest("model", model=tables.VIT_B, device="cpu", cuda_graphs=False)["float32"]
+    gpu = tables.newest("model", model=tables.VIT_B, device="cuda", cuda_graphs=True)["bfloat16"]
+    trained = [_of(cpu, row, "trainable") - _of(cpu, "floor", "trainable") for row in _RIVALS]
+    kept = [_of(memory, row, "saved_bytes") / 2**20 for row in ("floor", "fused:cpu", "peft")]
+    accuracies = _accuracies("local_long", ("EFFT2, auto", "LoRA (peft), all layers"))
+    device = gpu[0]["gpu"]["name"]
+    rows = [
+        ["trained parameters, head apart", *(f"{n:,}" for n in trained)],
+        ["adapter file, head apart", *(f"{_of(cpu, row, 'adapter_bytes') / 1e6:.1f} MB" for row in _RIVALS)],
+        [
+            "training step on a CPU, over the frozen backbone",
+            *(f"{_of(cpu, row, 'ratio')['p50']:.2f}" for row in _RIVALS),
+        ],
+        [f"training step on an {device}, likewise", *(f"{_of(gpu, row, 'ratio')['p50']:.2f}" for row in _RIVALS)],
+        [f"kept for backward (frozen: {kept[0]:.0f} MiB)", *(f"{size:.0f} MiB" for size in kept[1:])],
+        ["mean accuracy of a ViT-S/14 on six tasks; trained parameters", *accuracies],
+    ]
+    return table(["", "EFFT, this library", "LoRA of `peft`"], rows)
+
+
+_RIVALS = ("efft:auto", "peft")
+
+
+def _of(lines: Sequence[tables.Line], row: str, field: str) -> Any:
+    return next(line[field] for line in lines if line["row"] == row)
+
+
+def _accuracies(suite: str, methods: Sequence[str]) -> list[str]:
+    """For each method its accuracy in percent, mean over the tasks, and what it trains beside the head."""
+    from efft_lab.compare import scores
+    from efft_lab.compare.store import read
+
+    final = [record for record in read(RESULTS / f"compare_{suite}.jsonl").values() if record["stage"] == "final"]
+    found = scores.collect(final, dict.fromkeys(record["task"] for record in final))
+    trained = {record["method"]: record["trainable_parameters"] - record["head_parameters"] for record in final}
+    return [f"{fmean(found.means(method).values()):.1f} %; {trained[method]:,}" for method in methods]
+
+
 def accuracy(suite: str, what: Literal["means", "comparisons"] = "means") -> str:
     """Means over the tasks of a suite, or the paired tests of its methods, as far as it has been run."""
     from efft_lab.compare import report
     from efft_lab.compare import suite as suites
-    from efft_lab.compare.plan import Plan
+    from efft_lab.compare.agenda import Agenda
     from efft_lab.compare.store import read
 
     results = RESULTS / f"compare_{suite}.jsonl"
-    found = getattr(report, what)(Plan(suites.load(suite)), read(results)) if results.is_file() else ""
+    found = getattr(report, what)(Agenda(suites.load(suite)), read(results)) if results.is_file() else ""
     return found or tables.NOTHING
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "summary": summary,
     "parameters": parameters,
     **tables.TABLES,
     "accuracy": partial(accuracy, "local"),

@@ -1,7 +1,7 @@
 """What one kernel should cost on a GPU, from FLOPs and bytes.
 
 A kernel takes a fixed time plus the larger of FLOPs over peak and bytes over bandwidth. Products of full size are
-quantised in tiles, waves of tiles over the multiprocessors, and k-steps, and calibrated so that 8192³ runs at peak.
+quantized in tiles, waves of tiles over the multiprocessors, and k-steps, and calibrated so that 8192³ runs at peak.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Machine:
         multiprocessors: tiles that run at once.
         fixed: microseconds a kernel costs beside its work.
         own: speed of a hand-written product relative to the vendor's.
-        tiled: quantise products; False takes the peak for every shape.
+        tiled: quantize products; False takes the peak for every shape.
     """
 
     flops: float = 790e12
@@ -32,7 +32,7 @@ class Machine:
     tiled: bool = True
 
     def __str__(self) -> str:
-        products = "quantised in tiles" if self.tiled else "at peak for every shape"
+        products = "quantized in tiles" if self.tiled else "at peak for every shape"
         return (
             f"{self.flops / 1e12:.0f} TFLOP/s, {self.bandwidth / 1e12:.1f} TB/s, {self.fixed:g} us a kernel, "
             f"own products at {self.own:g} of the vendor's, products {products}"

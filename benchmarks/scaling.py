@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from benchmarks.ops import rows
 from benchmarks.ops.cases import DTYPES, LAYERS, Case
 from benchmarks.ops.rows import ROWS
 from benchmarks.ops.run import Setting, measure
+from benchmarks.options import default_device, parser_of
 from efft_lab.record import append, machine_facts
 
 #: The sizes of each sweep and of its quick version: images of 197 tokens, and ranks.
@@ -41,7 +41,7 @@ def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float | None:
 
 
 def sweep(
-    name: str, sizes: Sequence[int], case: Case, wanted: Sequence[rows.Row], setting: Setting
+    name: str, sizes: Sequence[int], case: Case, wanted: Sequence[rows.LayerRow], setting: Setting
 ) -> list[dict[str, Any]]:
     """The measurements of ``case`` at all ``sizes``, and a fit for every row that has them all."""
     field = "images" if name == "tokens" else name
@@ -106,17 +106,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks scaling", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("scaling", __doc__)
     parser.add_argument("--quick", action="store_true", help="few sizes")
     parser.add_argument("--sweep", nargs="+", choices=SWEEPS, default=list(SWEEPS))
     parser.add_argument("--case", choices=LAYERS, default="qkv")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"])
     parser.add_argument("--rows", nargs="+", metavar="NAME", default=list(DEFAULT_ROWS), help=f"of {', '.join(ROWS)}")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=default_device())
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--results", type=Path, metavar="FOLDER", help="where to write (default benchmarks/results)")
     return parser
 
 

@@ -16,7 +16,6 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +23,8 @@ from torch import Tensor, nn
 
 import efft
 from benchmarks.model.rows import NAIVE, adapted, lora
-from benchmarks.model.step import Setting, default_device
+from benchmarks.model.step import Setting
+from benchmarks.options import parser_of_measurement
 from benchmarks.timing import ratios, time_rows
 from efft_kernels import Backend, can_run, use_backend
 from efft_kernels.testing import assert_close_budget, backends
@@ -77,7 +77,7 @@ def _free_memory() -> int:
 
 
 @dataclass(frozen=True)
-class Row:
+class ServeRow:
     """A way to serve an adapted model.
 
     ``adapt`` makes it from (plain model, rank); ``finish`` is called on it once it has its dtype; ``is_efft``: it
@@ -104,20 +104,22 @@ class Row:
         return nullcontext() if self.backend is None else use_backend(self.backend)
 
 
-ROWS: dict[str, Row] = {
+ROWS: dict[str, ServeRow] = {
     row.name: row
     for row in (
-        Row("base", "the plain model", lambda model, rank: model),
+        ServeRow("base", "the plain model", lambda model, rank: model),
         *(
-            Row(f"efft:{b.value}", f"EFFT2 not merged, backend {b.value}", adapted, is_efft=True, backend=b)
+            ServeRow(f"efft:{b.value}", f"EFFT2 not merged, backend {b.value}", adapted, is_efft=True, backend=b)
             for b in backends()
         ),
-        Row("merged", "EFFT2 merged into the weights", adapted, efft.merge, is_efft=True),
+        ServeRow("merged", "EFFT2 merged into the weights", adapted, efft.merge, is_efft=True),
         *(
-            Row(f"pool:{n}", f"another of {n} adapters for every image", pooled(n), ManyAdapters.fill, is_efft=True)
+            ServeRow(
+                f"pool:{n}", f"another of {n} adapters for every image", pooled(n), ManyAdapters.fill, is_efft=True
+            )
             for n in (1, 10, 100, 1000)
         ),
-        Row("peft", "LoRA of the peft library not merged, same rank, same layers", lora),
+        ServeRow("peft", "LoRA of the peft library not merged, same rank, same layers", lora),
     )
 }
 
@@ -126,7 +128,7 @@ ROWS: dict[str, Row] = {
 _COMPARED_WITH = {"base": "base", "merged": "merged", "one_adapter": "pool:1"}
 
 
-def logits_of(row: Row, model: nn.Module, images: Tensor) -> Callable[[], Tensor]:
+def logits_of(row: ServeRow, model: nn.Module, images: Tensor) -> Callable[[], Tensor]:
     """A forward pass of ``model`` as one call."""
 
     @torch.inference_mode()
@@ -142,11 +144,11 @@ def images_for(setting: Setting, model: nn.Module, n: int) -> Tensor:
     return setting.examples(model, n)[0].to(getattr(torch, setting.dtype))
 
 
-def build_checked(setting: Setting, rows: Sequence[Row]) -> dict[str, nn.Module | str]:
+def build_checked(setting: Setting, rows: Sequence[ServeRow]) -> dict[str, nn.Module | str]:
     """Each row's model, or the reason why there is none to measure."""
-    dense = Row(NAIVE.name, NAIVE.explains, NAIVE.adapt)
+    dense = ServeRow(NAIVE.name, NAIVE.explains, NAIVE.adapt)
 
-    def logits(row: Row, model: nn.Module, at: Setting) -> Tensor:
+    def logits(row: ServeRow, model: nn.Module, at: Setting) -> Tensor:
         return logits_of(row, model, images_for(at, model, 2))()
 
     double = replace(setting, dtype="float64")
@@ -171,7 +173,7 @@ def build_checked(setting: Setting, rows: Sequence[Row]) -> dict[str, nn.Module 
     return found
 
 
-def measure(setting: Setting, rows: Sequence[Row], batches: Sequence[int], repeats: int) -> list[dict[str, Any]]:
+def measure(setting: Setting, rows: Sequence[ServeRow], batches: Sequence[int], repeats: int) -> list[dict[str, Any]]:
     """A line of the result file for each row and batch size."""
     built = build_checked(setting, rows)
     models = {name: model for name, model in built.items() if isinstance(model, nn.Module)}
@@ -216,18 +218,13 @@ def show(lines: Sequence[dict[str, Any]]) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
-    options = argparse.ArgumentParser(
-        prog="python -m benchmarks serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    options = parser_of_measurement("serve", __doc__)
     options.add_argument("--model", default=Setting.model, help="timm name; ViT or Swin")
     options.add_argument("--batch", type=int, nargs="+", help="images; default: 1 8, on a GPU 1 8 64 256")
     options.add_argument("--rank", type=int, default=Setting.rank)
-    options.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
-    options.add_argument("--device", default=default_device())
     options.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     options.add_argument("--repeats", type=int, help="default: 20, with --quick 5")
     options.add_argument("--quick", action="store_true", help="few repeats")
-    options.add_argument("--results", type=Path, help="folder for serve.jsonl")
     return options
 
 

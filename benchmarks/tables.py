@@ -34,8 +34,8 @@ TITLES = {
     "fused:eager": "the same after `efft.fuse`",
     "efft:reference": "EFFT2, backend reference",
     "merged": "EFFT2 merged into the weights",
-    **{f"pool:{n}": f"EFFT2, another of {n} adapters for every image" for n in (10, 100, 1000)},
-    "pool:1": "EFFT2, an adapter from a pool",
+    **{f"pool:{n}": f"EFFT2, one of {n} adapters per image" for n in (10, 100, 1000)},
+    "pool:1": "EFFT2, one adapter from a pool",
     "peft": "LoRA of `peft`",
     "addmm": "LoRA by hand, `addmm_`",
     "lorafusion": "LoRA split as in LoRAFusion",
@@ -47,15 +47,15 @@ TITLES = {
     "full": "full fine-tuning",
 }
 _QUANTIZED = {
-    "dense": "not quantised",
+    "dense": "not quantized",
     "int8": "int8",
-    "int8-dynamic": "int8, activations too",
+    "int8-dynamic": "int8, weights and activations",
     "fp8": "fp8",
-    "fp8-dynamic": "fp8, activations too",
+    "fp8-dynamic": "fp8, weights and activations",
     "nf4": "nf4",
 }
 _LAYERS = ("qkv", "o", "fc1", "fc2")
-_VIT_B = "vit_base_patch16_224"
+VIT_B = "vit_base_patch16_224"
 _RANK = 32
 
 
@@ -90,7 +90,7 @@ def read(name: str, folder: Path | None = None) -> list[Line]:
 
 def train_step(device: str, cuda_graphs: bool = False, amx: bool = False) -> str:
     """A training step of ViT-B/16: ratios to the floor of the same repetition, and images/s."""
-    runs = newest("model", model=_VIT_B, device=device, cuda_graphs=cuda_graphs, amx=amx)
+    runs = newest("model", model=VIT_B, device=device, cuda_graphs=cuda_graphs, amx=amx)
     if not runs:
         return NOTHING
     header = ["step of", *(f"{dtype}, {what}" for dtype in runs for what in ("time / floor", "images/s"))]
@@ -107,10 +107,10 @@ def train_step(device: str, cuda_graphs: bool = False, amx: bool = False) -> str
 
 def memory(device: str) -> str:
     """What a training step of ViT-B/16 keeps for its backward, what it trains, and the file that would hold it."""
-    runs = newest("memory", level="model", model=_VIT_B, device=device)
+    runs = newest("memory", level="model", model=VIT_B, device=device)
     if not runs:
         return NOTHING
-    steps = [line for lines in newest("model", model=_VIT_B, device=device).values() for line in lines]
+    steps = [line for lines in newest("model", model=VIT_B, device=device).values() for line in lines]
     header = ["step of", *(f"{dtype}, {what}" for dtype in runs for what in ("kept for backward", "peak"))]
     header += ["trained, head included", "adapter"]
     rows = []
@@ -139,16 +139,16 @@ def ops(device: str, amx: bool = False) -> str:
         return with_sources(header, rows, runs)
     tokens = next(iter(runs.values()))[0]["tokens"]
     times = block_times(Machine(), tokens, _RANK, vit_block(768))
-    header += ["block, bfloat16", "block, modelled for an H200, not measured"]
+    header += ["block, bfloat16", "block, modeled for an H200, not measured"]
     for (name, _), cells in zip([*_present(runs), ("ideal", "")], rows, strict=True):
-        modelled = f"{times[name]['block'] / times['floor']['block']:.2f}" if name in times else "-"
-        cells += [_block_cell(runs.get("bfloat16", []), name), modelled]
+        modeled = f"{times[name]['block'] / times['floor']['block']:.2f}" if name in times else "-"
+        cells += [_block_cell(runs.get("bfloat16", []), name), modeled]
     return with_sources(header, rows, runs)
 
 
 def serve(device: str) -> str:
     """Inference of ViT-B/16 as ratios to the plain model."""
-    runs = newest("serve", model=_VIT_B, device=device)
+    runs = newest("serve", model=VIT_B, device=device)
     if not runs:
         return NOTHING
     columns = [(dtype, batch) for dtype, lines in runs.items() for batch in sorted({line["batch"] for line in lines})]
@@ -163,7 +163,7 @@ def serve(device: str) -> str:
 
 def many_adapters(device: str) -> str:
     """Another adapter of n for every image, ViT-B/16: ratios to one adapter and to merged weights, and memory."""
-    runs = newest("serve", model=_VIT_B, device=device)
+    runs = newest("serve", model=VIT_B, device=device)
     names = [(name, title) for name, title in _present(runs) if name.startswith("pool:")]
     if not names:
         return NOTHING
@@ -180,12 +180,12 @@ def many_adapters(device: str) -> str:
             size = _cell(_row(lines, name), "bytes_per_adapter", lambda x: f"{x['bytes_per_adapter'] / 2**20:.2f} MiB")
             cells.append(size)
         rows.append(cells)
-    return with_sources([*header, *(f"{dtype}, an adapter takes" for dtype in runs)], rows, runs)
+    return with_sources([*header, *(f"{dtype}, size of an adapter" for dtype in runs)], rows, runs)
 
 
 def quantized(device: str) -> str:
-    """Quantised weights under EFFT2, ViT-B/16: error of the logits, memory, and time against the dense model's."""
-    runs = newest("quantized", model=_VIT_B, device=device)
+    """Quantized weights under EFFT2, ViT-B/16: error of the logits, memory, and time against the dense model's."""
+    runs = newest("quantized", model=VIT_B, device=device)
     if not runs:
         return NOTHING
     header = ["frozen weights", *(f"{dtype}, {x}" for dtype in runs for x in ("error", "MiB", "inference", "step"))]
@@ -266,8 +266,8 @@ def subspaces() -> str:
         means = [fmean(line[measure] for line in lines) for measure in measures]
         rows.append([of, name, f"{means[0]:.0f}", *(f"{mean:.1%}" for mean in means[1:])])
     rank = next(iter(newest.values()))["rank"]
-    kept = ("bases of each matrix's own", "one pair of bases", "one pair, random directions")
-    header = ["of", "matrices", "effective rank", *(f"kept at rank {rank} by {bases}" for bases in kept)]
+    kept = ("separate bases per matrix", "one pair of bases", "one pair, random directions")
+    header = ["quantity", "matrices", "effective rank", *(f"kept at rank {rank} by {bases}" for bases in kept)]
     return with_sources(header, rows, _by_command(newest.values()))
 
 
@@ -288,7 +288,7 @@ def starts() -> str:
         means = [fmean(accuracies) if accuracies else None for accuracies in by_task]
         overall = None if None in means else fmean(mean for mean in means if mean is not None)
         rows.append([_STARTS[kind], source, *("-" if mean is None else f"{mean:.1f}" for mean in [*means, overall])])
-    return with_sources(["directions in", "of the", *tasks, "mean"], rows, _by_command(lines))
+    return with_sources(["directions in", "source", *tasks, "mean"], rows, _by_command(lines))
 
 
 def study(name: str) -> str:

@@ -1,12 +1,17 @@
 """Kernels and layers for tensor-train fine-tuning of frozen linear layers.
 
-Ops: :func:`tt_linear`, its forms behind a GELU (:func:`tt_gelu_linear`) and a layer norm (:func:`tt_norm_linear`) and
-with an adapter a sample (:func:`tt_linear_grouped`), :func:`tt_contract`, :func:`tt_merge_`. Layers:
-:class:`EfftLinear`, :class:`EfftConv2d` and the like, and the bank of shared factors, :class:`TTFactors`; for other
-methods its base :class:`FactorBank` and :func:`tt_chain`. Mixtures of experts: :class:`ExpertWeight`, :class:`Routing`
-and :func:`expert_linear`. Backends: :mod:`efft_kernels.backends`.
-``python -m efft_kernels`` reports the environment.
+Ops: :func:`tt_linear`, its forms behind a GELU (:func:`tt_gelu_linear`), behind a layer norm (:func:`tt_norm_linear`)
+and with one adapter per sample (:func:`tt_linear_grouped`), :func:`tt_contract`, :func:`tt_merge_`. Layers:
+:class:`EfftLinear`, :class:`EfftConv2d` and similar ones, and the bank of shared factors, :class:`TTFactors`; for other
+methods its base class :class:`FactorBank` and :func:`tt_chain`. Mixtures of experts: :class:`ExpertWeight`,
+:class:`Routing` and :func:`expert_linear`. Backends: :mod:`efft_kernels.backends`. ``python -m efft_kernels`` reports
+the environment.
 """
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
 
 from efft_kernels.backends import Backend, can_run, explain, use_backend
 from efft_kernels.nn import (
@@ -27,6 +32,11 @@ from efft_kernels.nn import (
 from efft_kernels.ops import tt_contract, tt_gelu_linear, tt_linear, tt_linear_grouped, tt_merge_, tt_norm_linear
 
 __version__ = "0.1.0"
+
+if os.environ.get("EFFT_AUTOTUNE"):
+    from efft_kernels.autotune import use_table
+
+    use_table(Path(os.environ["EFFT_AUTOTUNE"]).expanduser())
 
 __all__ = [
     "Backend",

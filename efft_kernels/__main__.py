@@ -1,7 +1,9 @@
-"""``python -m efft_kernels``: print the environment report; exit code 1 if a self-test failed.
+"""``python -m efft_kernels``: print the environment report; the exit code is 1 if a self-test failed.
 
 ``python -m efft_kernels build`` compiles the extension instead (:mod:`efft_kernels.build`).
 """
+
+from __future__ import annotations
 
 import sys
 

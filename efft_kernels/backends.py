@@ -1,10 +1,10 @@
-"""Which implementation of an op runs: the backends, how to choose one, and why one cannot run.
+"""Which implementation of an op runs: the backends, how one is chosen, why one cannot run, how an op declares them.
 
 A backend is chosen, in this order, by the ``backend=`` argument of a call, an enclosing :func:`use_backend`, the
-environment variable ``EFFT_BACKEND`` (read once at import) and, failing all three, ``auto``. ``auto`` takes ``triton``
-or ``cuda`` where a measurement says that it is the fastest (:mod:`efft_kernels.choice`), else the first backend of
-:data:`AUTO_ORDER` that can run the call; inside the transforms of ``torch.func`` the reference alone can. An explicitly
-named backend never falls back: it raises with the reason that :func:`can_run` gives.
+environment variable ``EFFT_BACKEND`` (read once, at import) and otherwise ``auto``. ``auto`` takes ``triton`` or
+``cuda`` where a measurement says that it is the fastest (:mod:`efft_kernels.measured`), else the first backend of
+:data:`AUTO_ORDER` that can run the call; inside the transforms of ``torch.func`` only the reference can. A backend that
+a caller names never falls back: it runs, or raises with the reason that :func:`can_run` gives.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from __future__ import annotations
 import enum
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from efft_kernels.choice import Case, fastest, generation, settled
+from efft_kernels.measured import Case, fastest, generation, is_final
 from efft_kernels.native import MISSING
 
 
@@ -48,21 +49,21 @@ class Backend(str, enum.Enum):
             raise ValueError(f"unknown backend {value!r}: expected one of {names}") from None
 
 
-#: What ``auto`` tries, in this order, where no measurement prefers kernels for GPUs (:mod:`efft_kernels.choice`).
+#: What ``auto`` tries, in this order, where no measurement prefers kernels for GPUs (:mod:`efft_kernels.measured`).
 AUTO_ORDER = (Backend.CPU, Backend.EAGER, Backend.REFERENCE)
 
 #: Why no backend but the reference runs inside ``torch.func.grad``, ``vjp``, ``vmap``, ...
 _TRANSFORMED = (
-    "it is not torch's own operations, which torch.func transforms; leave the choice to 'auto', which takes "
-    "'reference' there, or ask for that"
+    "torch.func transforms torch's own operations, which this backend does not consist of; leave the choice to 'auto', "
+    "which takes 'reference' there, or ask for 'reference'"
 )
 
 #: Whether Triton's kernels run in its interpreter, on the CPU; Triton too reads the variable once.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _TRITON = False
-with suppress(ImportError):  # of a finder that hides the package
+with suppress(ImportError):  # raised by an import hook that hides the package
     _TRITON = importlib.util.find_spec("triton") is not None
-#: Least major compute capability of both kinds of GPU kernels.
+#: The least major compute capability that the Triton and the CUDA kernels run on.
 _CAPABILITY = 8
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -78,13 +79,13 @@ _selected: Backend | None = None
 
 
 def current_backend() -> Backend:
-    """The backend that a call without ``backend=`` asks for: of ``use_backend``, else of ``EFFT_BACKEND``."""
+    """The backend that a call without ``backend=`` asks for: by ``use_backend``, else by ``EFFT_BACKEND``."""
     return _environment if _selected is None else _selected
 
 
 @contextmanager
 def use_backend(backend: str | Backend) -> Iterator[None]:
-    """Ask for ``backend`` in every op called inside the ``with`` block, by whatever thread."""
+    """Ask for ``backend`` in every op that any thread calls while the ``with`` block runs."""
     global _selected
     before, _selected = _selected, Backend.parse(backend)
     try:
@@ -154,21 +155,21 @@ def resolve(
 ) -> Backend:
     """The backend that runs ``op`` on ``tensors``; never ``AUTO``.
 
-    ``sizes`` (tokens, d_in, d_out, r1) let ``auto`` look for a measurement.
+    With ``sizes`` (tokens, d_in, d_out, r1) ``auto`` looks for a measurement.
 
-    Raises ValueError for an unknown name and RuntimeError, with the reason, where the backend asked for (or, under
-    ``auto``, every backend) cannot run.
+    Raises ValueError for an unknown name. Raises RuntimeError, with the reason, where the backend that was asked for
+    (or, under ``auto``, every backend) cannot run.
     """
-    wanted = current_backend() if backend is None else Backend.parse(backend)
+    requested = current_backend() if backend is None else Backend.parse(backend)
     if torch._C._are_functorch_transforms_active():
-        if wanted not in (Backend.AUTO, Backend.REFERENCE):
-            raise RuntimeError(f"{op}: backend {wanted.value!r} was asked for but cannot run: {_TRANSFORMED}")
-        wanted = Backend.REFERENCE
-    if wanted is not Backend.AUTO:
-        reason = can_run(wanted, *tensors)
+        if requested not in (Backend.AUTO, Backend.REFERENCE):
+            raise RuntimeError(f"{op}: backend {requested.value!r} was asked for but cannot run: {_TRANSFORMED}")
+        requested = Backend.REFERENCE
+    if requested is not Backend.AUTO:
+        reason = can_run(requested, *tensors)
         if reason is not None:
-            raise RuntimeError(f"{op}: backend {wanted.value!r} was asked for but cannot run: {reason}")
-        return wanted
+            raise RuntimeError(f"{op}: backend {requested.value!r} was asked for but cannot run: {reason}")
+        return requested
     if sizes is not None and (measured := _fastest(op, sizes, *tensors)) is not None:
         return measured
     for candidate in AUTO_ORDER:
@@ -177,23 +178,23 @@ def resolve(
     raise RuntimeError(f"{op}: no backend can run this call\n{explain(*tensors)}")
 
 
-#: What :func:`_fastest` answered before: asking the table takes longer than launching the kernels.
+#: Earlier answers of :func:`_fastest`, because a search of the table takes longer than launching the kernels.
 _answers: dict[tuple[Any, ...], Backend | None] = {}
-#: Answers kept: enough for a model, and an end where every batch has a length of its own.
+#: How many answers are kept: enough for a model, and a limit where every batch has another length.
 _MOST_ANSWERS = 4096
 
 
 def _fastest(op: str, sizes: tuple[int, int, int, int], *tensors: Tensor | None) -> Backend | None:
-    """What measured fastest of those that run on this GPU, the vendor's products among them; None: unmeasured."""
+    """The fastest by measurement of those that run on this GPU, the vendor's products included; None if unmeasured."""
     W = next(t for t in tensors if t is not None)
     if W.device.type != "cuda":
         return None
     if torch.compiler.is_compiling():
-        return _ask(op, sizes, W, *tensors)
+        return _look_up(op, sizes, W, *tensors)
     key = (op, sizes, *[None if t is None else (t.dtype, t.device) for t in tensors])
     if key not in _answers:
-        answer = _ask(op, sizes, W, *tensors)
-        if not settled(W.device):
+        answer = _look_up(op, sizes, W, *tensors)
+        if not is_final(W.device):
             return answer
         if len(_answers) == _MOST_ANSWERS:
             _answers.clear()
@@ -201,8 +202,8 @@ def _fastest(op: str, sizes: tuple[int, int, int, int], *tensors: Tensor | None)
     return _answers[key]
 
 
-def _ask(op: str, sizes: tuple[int, int, int, int], W: Tensor, *tensors: Tensor | None) -> Backend | None:
-    """:func:`_fastest`, by the table."""
+def _look_up(op: str, sizes: tuple[int, int, int, int], W: Tensor, *tensors: Tensor | None) -> Backend | None:
+    """The answer of :func:`_fastest` from the table."""
     able = [b for b in (Backend.EAGER, Backend.TRITON, Backend.CUDA) if can_run(b, *tensors) is None]
     if len(able) < 2:
         return None
@@ -213,9 +214,9 @@ def _ask(op: str, sizes: tuple[int, int, int, int], W: Tensor, *tensors: Tensor 
 
 
 def explain(*tensors: Tensor | None) -> str:
-    """What ``auto`` would take for ``tensors`` and why: one line a backend, the chosen one marked with ``*``.
+    """What ``auto`` would take for ``tensors`` and why: one line per backend, the chosen one marked with ``*``.
 
-    A backend that ``auto`` takes only where it measured faster comes last.
+    Backends that ``auto`` takes only where they measured faster come last.
     """
     lines, chosen = [], False
     for candidate in AUTO_ORDER:
@@ -230,3 +231,63 @@ def explain(*tensors: Tensor | None) -> str:
                 f"  {named.value}: {can_run(named, *tensors) or 'can run, by name or where it measured faster'}"
             )
     return "\n".join(lines)
+
+
+_library = torch.library.Library("efft", "DEF")
+#: The backends that run behind a registered operator. ``reference`` is plain torch and needs none.
+_REGISTERED = (Backend.EAGER, Backend.CPU, Backend.TRITON, Backend.CUDA)
+#: The names of all operators that were declared.
+OPERATORS: list[str] = []
+
+
+def declare(
+    operator: str,
+    arguments: str,
+    fake: Callable[..., object],
+    *,
+    eager: Callable[..., object],
+    triton: Callable[[], ModuleType],
+) -> dict[Backend, Callable[..., Any]]:
+    """Declare the operator ``efft::<operator>`` and return its overloads, one per backend.
+
+    All overloads have the same arguments, so that an op has one name in every layer, a profile shows which backend ran,
+    and the compiled extension can register its overloads without declaring anything.
+
+    Args:
+        operator: the name, such as ``tt_linear_fwd``.
+        arguments: the rest of the schema, ``(...) -> ...``.
+        fake: returns outputs of the right shapes and dtypes, from arguments that may have no data.
+        eager: the implementation of the backend ``eager``.
+        triton: imports the module whose function ``operator`` is the implementation of ``triton``; it is called when
+            the operator first runs, because Triton need not be installed.
+    """
+
+    def by_triton(*values: Any) -> Any:
+        return getattr(triton(), operator)(*values)
+
+    OPERATORS.append(operator)
+    for backend in _REGISTERED:
+        _library.define(f"{operator}.{backend.value}{arguments}")
+        torch.library.register_fake(f"efft::{operator}.{backend.value}", fake, lib=_library)
+    overloads = {backend: getattr(getattr(torch.ops.efft, operator), backend.value) for backend in _REGISTERED}
+    for backend, overload in overloads.items():
+        _mark_in_place(operator, backend, overload)
+    _library.impl(f"{operator}.eager", eager, "CompositeExplicitAutograd")
+    _library.impl(f"{operator}.triton", by_triton, "CompositeExplicitAutograd")
+    return overloads
+
+
+def _mark_in_place(operator: str, backend: Backend, overload: Any) -> None:
+    """Raise the versions of the tensors that the operator changes in place, which torch does only for its own.
+
+    By the versions autograd notices that a tensor is no longer what was saved for backward.
+    """
+    changed = [i for i, argument in enumerate(overload._schema.arguments) if argument.is_write]
+
+    def kernel(keys: Any, *values: Any) -> Any:
+        for i in changed:
+            torch.autograd.graph.increment_version(values[i])
+        return overload.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *values)
+
+    if changed:
+        _library.impl(f"{operator}.{backend.value}", kernel, "ADInplaceOrView", with_keyset=True)

@@ -1,9 +1,11 @@
-"""Builds the compiled extension, ``csrc/``: at installation (setup.py) or by ``python -m efft_kernels build``.
+"""Build the compiled extension, ``csrc/``, at installation (setup.py) or by ``python -m efft_kernels build``.
 
-One library a target, ``cpu`` and ``cuda``, for every torch from 2.10 on and every Python: nothing of Python and only
-torch's stable ABI is used. A library's name carries a hash of the sources, so one of other sources is never loaded.
+Each target, ``cpu`` and ``cuda``, is one library for every torch from 2.10 on and every Python, because it uses nothing
+of Python and only the stable ABI of torch. The name of a library contains a hash of the sources, so that a library
+built from other sources is never loaded.
 
-Standard library alone, and torch is looked for, not imported: setup.py runs this file before anything is installed.
+This module uses only the standard library and looks for torch without importing it, because setup.py runs it before
+anything is installed.
 """
 
 from __future__ import annotations
@@ -39,18 +41,18 @@ _ISAS = {
     },
     "other": {"portable": ""},
 }
-#: GPUs that csrc/cuda is compiled for: code for these, and PTX of the first for whatever comes later.
+#: GPUs that csrc/cuda is compiled for: code for these, and PTX of the first for later ones.
 _GENERATIONS = ("-gencode=arch=compute_80,code=[sm_80,compute_80]", "-gencode=arch=compute_90a,code=sm_90a")
 _BYTES_A_JOB = {"cpu": 1 << 30, "cuda": 4 << 30}
 
 
 class BuildError(RuntimeError):
-    """A target that was wished for cannot be built; the message says why and what to do."""
+    """A target that was requested cannot be built; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
 class Tools:
-    """What a build needs: paths, found once."""
+    """The paths of what a build needs."""
 
     ninja: str
     cxx: str
@@ -71,7 +73,7 @@ def cache() -> Path:
 
 
 def library_name(target: str) -> str:
-    """File name of a target's library, with a hash of everything it is made from."""
+    """The file name of a target's library, with a hash of everything that it is built from."""
     digest = hashlib.sha256(f"{target} {platform.machine()}".encode() + Path(__file__).read_bytes())
     for path in _inputs(target):
         digest.update(path.relative_to(sources()).as_posix().encode() + b"\0" + path.read_bytes())
@@ -79,7 +81,7 @@ def library_name(target: str) -> str:
 
 
 def find(target: str) -> Path | None:
-    """The library built from these sources: that of the installed package, else of the cache."""
+    """The library built from these sources, in the installed package or else in the cache; None if there is none."""
     if not sources().is_dir():
         return None
     for folder in (_PACKAGE / "lib", cache()):
@@ -88,43 +90,44 @@ def find(target: str) -> Path | None:
     return None
 
 
-def wished(environment: Mapping[str, str]) -> str:
-    """``EFFT_BUILD_EXT``: auto, none, cpu or cuda; ValueError for anything else."""
-    wish = environment.get("EFFT_BUILD_EXT") or "auto"
-    if wish not in ("auto", "none", *TARGETS):
-        raise ValueError(f"EFFT_BUILD_EXT must be auto, none, cpu or cuda, got {wish!r}")
-    return wish
+def requested_build(environment: Mapping[str, str]) -> str:
+    """The value of ``EFFT_BUILD_EXT``: auto, none, cpu or cuda. Raises ValueError for anything else."""
+    request = environment.get("EFFT_BUILD_EXT") or "auto"
+    if request not in ("auto", "none", *TARGETS):
+        raise ValueError(f"EFFT_BUILD_EXT must be auto, none, cpu or cuda, got {request!r}")
+    return request
 
 
-def plan(wish: str) -> tuple[list[str], list[str]]:
-    """(targets to build, three lines that say so and why); BuildError where an explicit wish cannot be met.
+def plan(request: str) -> tuple[list[str], list[str]]:
+    """(targets to build, three lines that say which and why).
 
-    ``cuda`` includes ``cpu``; ``auto`` builds what this machine has the tools for.
+    ``cuda`` includes ``cpu``; ``auto`` builds what this machine has the tools for. Raises BuildError if a target that
+    is requested by name cannot be built.
     """
     targets: list[str] = []
     lines = []
     for target in TARGETS:
-        if wish == "none" or (wish == "cpu" and target == "cuda"):
-            lines.append(f"  {target}: not asked for")
+        if request == "none" or (request == "cpu" and target == "cuda"):
+            lines.append(f"  {target}: not requested")
             continue
         try:
             tools = find_tools(target)
         except BuildError as missing:
-            if wish != "auto":
-                raise BuildError(f"EFFT_BUILD_EXT={wish}: {missing}") from None
+            if request != "auto":
+                raise BuildError(f"EFFT_BUILD_EXT={request}: {missing}") from None
             lines.append(f"  {target}: not built: {missing}")
             continue
         targets.append(target)
         lines.append(f"  {target}: {tools.nvcc or tools.cxx}, torch headers in {tools.torch}")
         if target == "cuda":
             lines[-1] += f", CUTLASS's in {tools.cutlass}"
-    return targets, [f"efft-kernels: EFFT_BUILD_EXT={wish}, building {', '.join(targets) or 'nothing'}", *lines]
+    return targets, [f"efft-kernels: EFFT_BUILD_EXT={request}, building {', '.join(targets) or 'nothing'}", *lines]
 
 
 def find_tools(target: str) -> Tools:
-    """The tools that ``target`` needs; BuildError names the first that is missing."""
+    """The tools that ``target`` needs. Raises BuildError, which names the first that is missing."""
     if sys.platform != "linux":
-        raise BuildError(f"the extension is built on Linux only, this is {sys.platform}")
+        raise BuildError(f"the extension can be built only on Linux, and this is {sys.platform}")
     cxx = next(
         (path for name in (os.environ.get("CXX"), "g++", "c++", "clang++") if name and (path := _which(name))), ""
     )
@@ -144,16 +147,16 @@ def find_tools(target: str) -> Tools:
     if nvcc is None:
         raise BuildError("nvcc not found: install the CUDA toolkit, or set CUDA_HOME")
     cutlass = _cutlass()
-    if cutlass is None:  # without the kernel that needs them a build would be slow on sm_90, where auto prefers it
+    if cutlass is None:  # a build without the kernel that needs them would be slow on sm_90, where auto prefers it
         raise BuildError("CUTLASS's headers not found: pip install --no-deps nvidia-cutlass")
     return Tools(ninja, cxx, torch, nvcc, cutlass)
 
 
 def build(targets: list[str], folder: Path, objects: Path | None = None) -> list[Path]:
-    """Compile ``targets`` into ``folder``; objects are kept in ``objects`` for the next build, if given.
+    """Compile ``targets`` into ``folder`` and return the paths of the libraries.
 
-    Returns the libraries' paths. A library appears under its name complete or not at all. Raises BuildError with the
-    compiler's output.
+    The objects stay in ``objects``, if given, for the next build. A library appears under its name complete or not at
+    all. Raises BuildError with the output of the compiler if it fails.
     """
     built = []
     for target in targets:
@@ -176,7 +179,7 @@ def build(targets: list[str], folder: Path, objects: Path | None = None) -> list
 
 
 def build_into_cache(targets: list[str]) -> list[Path]:
-    """Build those of ``targets`` that are not there yet; in a checkout unchanged files are not compiled again."""
+    """Build those of ``targets`` that do not exist yet; in a checkout, unchanged files are not compiled again."""
     objects = _PACKAGE.parent / "build" / "csrc" if sources().parent == _PACKAGE.parent else None
     return build([target for target in targets if find(target) is None], cache(), objects)
 
@@ -190,7 +193,7 @@ def _ninja(target: str, tools: Tools) -> str:
     stubs = ["libtorch.so", "libtorch_cpu.so", "libc10.so"]
     lines = [
         f"cxx = {_escape(tools.cxx)}",
-        # At run time the libraries are torch's own. Empty ones stand in for them: any torch may be built with.
+        # Empty libraries stand in for torch's own, which are loaded at run time, so that any torch can build this.
         "rule stub",
         "  command = $cxx -shared -nostdlib -x c /dev/null -Wl,-soname,$out -o $out",
         *(f"build {stub}: stub" for stub in stubs),
@@ -202,13 +205,13 @@ def _ninja(target: str, tools: Tools) -> str:
 
 
 def isa_flags() -> dict[str, str]:
-    """Compiler flags of each instruction set that the cpu library has on this kind of machine, the best first."""
+    """The compiler flags of each instruction set that the cpu library has on this kind of machine, the best first."""
     return _ISAS.get(platform.machine(), _ISAS["other"])
 
 
 def _cpu_objects(lines: list[str]) -> list[str]:
     lines += [
-        # CXXFLAGS and LDFLAGS are not in the library's name: a wheel's must be found where they are not set.
+        # CXXFLAGS and LDFLAGS are not part of the library's name: that of a wheel must be found where they are not set.
         f"flags = -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-psabi {_escape(os.environ.get('CXXFLAGS', ''))}",
         f"link_flags = {_escape(os.environ.get('LDFLAGS', '-s'))}",
         "rule compile",
@@ -249,12 +252,12 @@ def _cuda_objects(lines: list[str], tools: Tools) -> list[str]:
     return objects
 
 
-#: Of every file of csrc/cuda.
+#: Flags for every file of csrc/cuda.
 NVCC_FLAGS = "-O3 -DNDEBUG -Xcompiler=-fPIC,-fvisibility=hidden,-Wall"
 
 
 def cuda_sources(cutlass: Path) -> list[tuple[Path, list[str]]]:
-    """Files of csrc/cuda to compile, each with its own flags."""
+    """The files of csrc/cuda to compile, each with its own flags."""
     found: list[tuple[Path, list[str]]] = []
     for source in _inputs("cuda"):
         if source.suffix in (".cpp", ".cu"):
@@ -278,8 +281,10 @@ def _jobs(target: str) -> int:
 
 
 def _torch() -> Path:
-    """Folder of the torch that the extension is for: of the environment that pip installs into, also where pip builds
-    in isolation from it."""
+    """The folder of the torch that the extension is for.
+
+    It is the one in the environment that pip installs into, even where pip builds in isolation from that.
+    """
     installed = Path(sysconfig.get_path("platlib")) / "torch"
     if installed.is_dir():
         return installed
@@ -288,7 +293,7 @@ def _torch() -> Path:
 
 
 def _cutlass() -> Path | None:
-    """Headers of CUTLASS, of the package nvidia-cutlass in the environment of torch."""
+    """The headers of CUTLASS, from the package nvidia-cutlass in the environment of torch."""
     spec = importlib.util.find_spec("cutlass_library")
     folders = [Path(sysconfig.get_path("platlib")) / "cutlass_library"]
     folders += [Path(spec.origin).parent] if spec is not None and spec.origin else []
@@ -302,14 +307,14 @@ def _which(name: str) -> str | None:
 
 
 def main(arguments: list[str]) -> int:
-    """``python -m efft_kernels build``: exit code 1, and the reason, where a wish cannot be met."""
+    """Run ``python -m efft_kernels build``; the exit code is 1, with the reason, if a request cannot be met."""
     parser = argparse.ArgumentParser(
         prog="python -m efft_kernels build", description="Compile the extension, csrc/, into a cache."
     )
     parser.add_argument("--targets", choices=("auto", *TARGETS), help="what to build; default: EFFT_BUILD_EXT, or auto")
     named = parser.parse_args(arguments).targets
     try:
-        targets, summary = plan(named or wished(os.environ))
+        targets, summary = plan(named or requested_build(os.environ))
         print("\n".join(summary))
         for path in build_into_cache(targets):
             print(f"built {path} ({path.stat().st_size / 1024:.0f} KiB)")

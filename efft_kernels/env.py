@@ -1,4 +1,4 @@
-"""The environment report of ``python -m efft_kernels``: versions, devices, backends and why not, a self-test."""
+"""The report of ``python -m efft_kernels``: versions, devices, which backends run or why not, a self-test of each."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from efft_kernels.backends import AUTO_ORDER, Backend, can_run, current_backend
 from efft_kernels.build import find
 from efft_kernels.native import MISSING, instruction_set
 from efft_kernels.ops import tt_linear
-from efft_kernels.testing import backends
 
 _PACKAGES = (
     "efft-kernels",
@@ -29,8 +28,7 @@ _PACKAGES = (
 
 
 def report() -> str:
-    """A paste-ready description of this environment, ending with a numeric self-test of every backend on every
-    device."""
+    """A description of this environment to paste, which ends with a self-test of every backend on every device."""
     lines = [f"python        {platform.python_version()} on {platform.platform()}"]
     lines += [f"{name:<13} {_version(name)}" for name in _PACKAGES]
     lines.append(f"cpu           {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
@@ -46,7 +44,9 @@ def report() -> str:
     for device in ("cpu", "cuda"):
         if device == "cuda" and not torch.cuda.is_available():
             continue
-        for backend in backends():
+        for backend in Backend:
+            if backend is Backend.AUTO:
+                continue
             lines.append(f"{backend.value + ' on ' + device:<18} {_self_test(backend, device)}")
     return "\n".join(lines)
 
@@ -75,7 +75,7 @@ def _self_test(backend: Backend, device: str) -> str:
     for dtype in _BUDGET:
         try:
             error = _error(backend, device, dtype)
-        except Exception as failure:  # whatever it is, the report goes on
+        except Exception as failure:  # the report goes on, whatever it is
             return f"self-test FAILED: {type(failure).__name__}: {str(failure).strip().splitlines()[0]}"
         if isinstance(error, str):
             return f"cannot run: {error}"
@@ -86,7 +86,7 @@ def _self_test(backend: Backend, device: str) -> str:
 
 
 def _error(backend: Backend, device: str, dtype: torch.dtype) -> float | str:
-    """Of x, W in ``dtype`` and factors in fp32; or why the backend cannot run that."""
+    """The largest error, with x and W in ``dtype`` and factors in fp32; or why the backend cannot run that."""
     generator = torch.Generator().manual_seed(0)
     sizes = {"x": (17, 24), "W": (40, 24), "D": (24, 5), "G": (5, 40)}
     dtypes = {"x": dtype, "W": dtype, "D": torch.float32, "G": torch.float32}

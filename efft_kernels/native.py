@@ -1,7 +1,7 @@
-"""The compiled extension: loads its libraries, which register the implementations of ``cpu`` and ``cuda``.
+"""Load the libraries of the compiled extension, which register the implementations of ``cpu`` and ``cuda``.
 
-A library is looked for in the installed package and in the cache of ``python -m efft_kernels build``; nothing is ever
-compiled here. Its schemas are those of :mod:`efft_kernels.ops`.
+This module looks for a library in the installed package and in the cache of ``python -m efft_kernels build``; it never
+compiles anything. :mod:`efft_kernels.ops` declares the schemas.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ _HOW = "python -m efft_kernels build"
 
 
 def _load(target: str) -> str | None:
-    """None if the library of ``target`` was loaded, else why it was not."""
+    """Load the library of ``target``; None if that worked, else why it did not."""
     path = find(target)
     if path is None:
-        return f"the compiled extension is not there: {_HOW} --targets {target}"
+        return f"the compiled extension is not installed: {_HOW} --targets {target}"
     try:
         torch.ops.load_library(path)
     except OSError as error:
@@ -28,11 +28,11 @@ def _load(target: str) -> str | None:
 
 
 def instruction_set() -> str:
-    """The one that the ``cpu`` library uses on this processor (see ``EFFT_CPU_ISA``); the library must be loaded."""
+    """The instruction set that the ``cpu`` library, which must be loaded, uses here (see ``EFFT_CPU_ISA``)."""
     ask = ctypes.CDLL(str(find("cpu"))).efft_cpu_instruction_set
     ask.restype = ctypes.c_char_p
     name: bytes | None = ask()
-    return "none, EFFT_CPU_ISA names no known one" if name is None else name.decode()
+    return "none, because EFFT_CPU_ISA names an unknown one" if name is None else name.decode()
 
 
 #: Why the library of a target, ``cpu`` or ``cuda``, is not loaded; None if it is.

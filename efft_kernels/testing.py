@@ -1,7 +1,7 @@
-"""What the author of a backend checks it with: inputs of every op, memory layouts, an error budget, poisoned buffers.
+"""Tools to check a backend with: inputs for every op, memory layouts, an error budget, poisoned buffers.
 
-A check compares a backend with the op's formula written out densely in fp64, never with another backend, and takes its
-tolerance from data: the error of the plain formula computed in the backend's own precision
+A check compares a backend with the formula of the op, written out densely in fp64, and never with another backend. It
+takes its tolerance from data, namely from the error of the plain formula in the precision of the backend
 (:func:`assert_close_budget`).
 """
 
@@ -22,12 +22,12 @@ LAYOUTS = ("contiguous", "transposed", "sliced", "expanded")
 
 
 def backends() -> list[Backend]:
-    """Every backend there is, ``auto`` excepted. One that cannot run here says why (``can_run``)."""
+    """Every backend except ``auto``. ``can_run`` says why one of them cannot run here."""
     return [backend for backend in Backend if backend is not Backend.AUTO]
 
 
 def devices() -> list[str]:
-    """``cpu`` and, where there is one, ``cuda``."""
+    """``cpu``, and ``cuda`` where there is a GPU."""
     return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
@@ -51,19 +51,19 @@ def make_inputs(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Random arguments of ``op`` by name, the same numbers on every device: ``tt_linear(**make_inputs("tt_linear"))``.
+    """Make random arguments of ``op`` by name, the same on every device: ``tt_linear(**make_inputs("tt_linear"))``.
 
     Args:
         op: the name of a public op.
         tokens, d_in, d_out, r1, r2, n_layers, n_cores, samples, n_adapters: sizes, as far as the op has them.
-        update: size of the update relative to that of the base.
-        base_cancels: make ``W`` and ``x`` such that ``x Wᵀ = 0`` (and ``gy W = 0`` for ``gy = [g, -g]``), without bias:
-            ``y`` and ``dx`` are the update alone, so that what rounding does to it shows. ``d_in`` and ``d_out`` must
-            be even.
+        update: the size of the update relative to that of the base.
+        base_cancels: choose ``W`` and ``x`` such that ``x Wᵀ = 0`` (and ``gy W = 0`` for ``gy = [g, -g]``), without a
+            bias. ``y`` and ``dx`` are then the update alone, which shows what rounding does to it. ``d_in`` and
+            ``d_out`` must be even.
         masks: add dropout masks that drop a quarter of the factors' elements.
         dtype: of activations, weights and (by default) factors.
         factor_dtype: of the factors.
-        device, seed: where, and which numbers.
+        device, seed: the device of the tensors, and the seed of their numbers.
 
     Raises:
         ValueError: ``op`` does not exist, or a size must be even.
@@ -135,10 +135,10 @@ def make_inputs(
 
 
 def with_layout(tensor: Tensor, layout: str) -> Tensor:
-    """``tensor``'s values in memory of another layout, as a leaf without gradient; one of :data:`LAYOUTS`.
+    """Return the values of ``tensor`` in another memory layout, one of :data:`LAYOUTS`, as a leaf without gradient.
 
-    ``transposed`` swaps the strides of the last two dimensions, ``sliced`` takes every other element of a buffer whose
-    rest is NaN (True for masks), ``expanded`` repeats the first row with stride 0 (which changes the values).
+    ``transposed`` swaps the strides of the last two dimensions; ``sliced`` takes every other element of a buffer that
+    is NaN elsewhere (True for masks); ``expanded`` repeats the first row with stride 0, which changes the values.
     """
     tensor = tensor.detach()
     if layout == "transposed" and tensor.dim() > 1:
@@ -159,13 +159,13 @@ def assert_close_budget(
 ) -> None:
     """Raise AssertionError unless ``got`` is at most ``factor`` times as wrong as a plain computation would be.
 
-    Wrong is the Frobenius norm of the difference to ``reference_fp64``. The yardstick is the error of
-    ``same_precision_reference``, which an independent formula gives in the precision under test, but at least what
-    rounding the exact result to ``got``'s dtype can cost: a small tensor may come out exact by luck. Where both are
-    zero, ``got`` must be exact.
+    The error is the Frobenius norm of the difference from ``reference_fp64``. The yardstick is the error of
+    ``same_precision_reference``, which is an independent formula in the precision under test, or what rounding the
+    exact result to the dtype of ``got`` can cost if that is more, because a small tensor may be exact by luck. Where
+    both are zero, ``got`` must be exact.
 
-    Use it on each gradient and on the update (``base_cancels`` of :func:`make_inputs`): an error of the update is
-    invisible in ``y``. In fp64, where no reference is more exact, use ``torch.testing.assert_close``.
+    Use it on each gradient and on the update (``base_cancels`` of :func:`make_inputs`), because an error of the update
+    is invisible in ``y``. In fp64, where no reference is more exact, use ``torch.testing.assert_close``.
     """
     for what, other in (("reference_fp64", reference_fp64), ("same_precision_reference", same_precision_reference)):
         if got.shape != other.shape:
@@ -182,19 +182,22 @@ def assert_close_budget(
 
 
 def errors(got: Tensor, reference_fp64: Tensor, same_precision_reference: Tensor) -> tuple[float, float, float]:
-    """What :func:`assert_close_budget` compares: the error of ``got``, that of the plain computation, and what rounding
-    the exact result to ``got``'s dtype can cost."""
+    """The three norms that :func:`assert_close_budget` compares.
+
+    They are the error of ``got``, that of the plain computation, and what rounding the exact result to the dtype of
+    ``got`` can cost.
+    """
     exact = reference_fp64.detach().double().cpu()
     error, peer = ((t.detach().double().cpu() - exact).norm().item() for t in (got, same_precision_reference))
     return error, peer, torch.finfo(got.dtype).eps / 2 * exact.norm().item()
 
 
 def chained_matmul(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right`` in fp32 with every sum in one chain, as a GPU kernel that splits no sum adds up.
+    """``left @ right`` in fp32 with every sum in one chain, as a GPU kernel adds that does not split sums.
 
-    fp32 term by term, rounded to nearest; half precision as tensor cores do, sixteen terms at a time, truncated
-    (Fasi et al., doi.org/10.7717/peerj-cs.330). A yardstick for :func:`assert_close_budget` where the vendor's product
-    sums in several chains, which errs less.
+    fp32 is added term by term and rounded to nearest; half precision as tensor cores add it, sixteen terms at a time,
+    truncated (Fasi et al., doi.org/10.7717/peerj-cs.330). It is a yardstick for :func:`assert_close_budget` where the
+    vendor's product sums in several chains, which is more exact.
     """
     step, truncates = (1, False) if left.dtype == torch.float32 else (16, True)
     total = torch.zeros(left.shape[0], right.shape[1], device=left.device)
@@ -208,10 +211,10 @@ def chained_matmul(left: Tensor, right: Tensor) -> Tensor:
 
 @contextmanager
 def poisoned_empty() -> Iterator[None]:
-    """Inside the ``with`` block every uninitialised buffer is full of NaN (integers: their largest value).
+    """Fill every uninitialized buffer inside the ``with`` block with NaN, or with the largest value of an integer type.
 
     This holds for ``torch.empty`` and all its relatives, in Python, in C++ and in the outputs that torch's own ops
-    allocate, so that a kernel that reads what it never wrote cannot pass. Uses torch's deterministic mode.
+    allocate, so that a kernel that reads what it never wrote cannot pass. It uses torch's deterministic mode.
     """
     settings: Any = torch.utils.deterministic
     before = (

@@ -48,12 +48,33 @@ def test_the_block_works() -> None:
 def test_imports_with_torch_alone(packages: str, unwanted: set[str]) -> None:
     program = (
         f"import {packages}, torch\n"
-        "assert not torch.cuda.is_initialized(), 'CUDA was initialised'\n"
+        "assert not torch.cuda.is_initialized(), 'CUDA was initialized'\n"
         f"print(sorted({unwanted} & {{name.partition('.')[0] for name in sys.modules}}))"
     )
     done = fresh(program)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "[]\n"
+
+
+def test_every_module_of_the_library_imports_without_the_optional_packages() -> None:
+    """All but the tuner of peft, which is a class of peft's and says what to install."""
+    program = (
+        "import importlib, pkgutil, efft, efft_kernels\n"
+        "for package in (efft, efft_kernels):\n"
+        "    for module in pkgutil.walk_packages(package.__path__, package.__name__ + '.'):\n"
+        "        if module.name.startswith('efft_kernels.triton') or module.name.endswith('.__main__'):\n"
+        "            continue\n"
+        "        try:\n"
+        "            importlib.import_module(module.name)\n"
+        "        except Exception as error:\n"
+        "            print(module.name, type(error).__name__, error)\n"
+    )
+    done = fresh(program)
+    assert done.returncode == 0, done.stderr
+    needs_peft = (
+        "efft.integrations.peft ImportError efft.integrations.peft needs peft >= 0.21: pip install 'efft-kernels[hf]'"
+    )
+    assert done.stdout.splitlines() == [needs_peft]
 
 
 def test_a_layer_trains_with_torch_alone() -> None:

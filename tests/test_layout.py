@@ -1,6 +1,7 @@
 """Where code lives, and which way it may depend."""
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import efft_kernels
+from tests.import_graph import Edge, circles, edges, sources
 
 ROOT = Path(__file__).parents[1]
 KERNELS, EFFT = ROOT / "efft_kernels", ROOT / "python" / "efft"
@@ -17,6 +19,14 @@ SOURCES = [
     for path in sorted(folder.rglob("*"))
     if path.suffix in {".py", ".h", ".cpp", ".cu", ".cuh"}
 ]
+#: The packages in the order in which they may import one another: each only those before it.
+PACKAGES = {
+    "efft_kernels": KERNELS,
+    "efft": EFFT,
+    "efft_lab": ROOT / "python" / "efft_lab",
+    "benchmarks": ROOT / "benchmarks",
+    "tests": ROOT / "tests",
+}
 #: Submodules of efft_kernels that are public as a whole, beside the names in its __all__.
 PUBLIC = ("efft_kernels.nn", "efft_kernels.env", "efft_kernels.testing")
 
@@ -43,15 +53,20 @@ def packages(tree: ast.AST) -> set[str]:
     return {module.partition(".")[0] for module, _ in imports(tree)}
 
 
-#: What the triton folder holds beside a file an op: kernels that ops share, and tools.
-TRITON_PARTS = {"launch", "lowrank_gemm", "lowrank_gemm_tma", "producers", "reduce_tokens", "interpreter", "resources"}
+#: What the triton folder holds beside one file per op: the kernels that ops share, and what launches them.
+TRITON_PARTS = {"launch", "lowrank_gemm", "producers", "reduce_tokens", "interpreter"}
 
 
 @pytest.mark.parametrize("folder", ["reference", "eager", "triton"])
 def test_an_op_has_one_name_in_every_layer(folder: str) -> None:
     ops = public_modules(KERNELS / "ops")
     assert ops
-    assert public_modules(KERNELS / folder) == ops | (TRITON_PARTS if folder == "triton" else set())
+    if folder == "triton":
+        assert public_modules(KERNELS / folder) == ops | TRITON_PARTS
+        return
+    tree = ast.parse((KERNELS / f"{folder}.py").read_text())
+    defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    assert ops == {re.sub(r"(_fwd|_bwd|_)$", "", name) for name in defined if name.startswith("tt_")}
 
 
 @pytest.mark.parametrize("folder", ["cpu", "cuda"])
@@ -61,7 +76,7 @@ def test_an_op_has_one_name_in_the_extension(folder: str) -> None:
 
 
 def test_every_op_has_its_tests_and_nothing_else_has() -> None:
-    found = {path.stem for path in (ROOT / "tests" / "ops").glob("*.py")} - {"conftest"}
+    found = {path.stem for path in (ROOT / "tests" / "efft_kernels" / "ops").glob("*.py")} - {"conftest"}
     together = {
         "test_tt_gelu_linear": "test_producers",
         "test_tt_norm_linear": "test_producers",
@@ -76,11 +91,6 @@ def test_every_op_is_public() -> None:
 
 def test_no_drawer_for_everything() -> None:
     assert not [relative(path) for path in SOURCES if path.stem in {"utils", "util", "helpers", "misc", "common"}]
-
-
-def test_no_file_is_too_long() -> None:
-    lengths = {relative(path): len(path.read_text().splitlines()) for path in SOURCES}
-    assert not {path: length for path, length in lengths.items() if length > 400}
 
 
 @pytest.mark.parametrize("path", sorted(EFFT.rglob("*.py")), ids=relative)
@@ -109,3 +119,82 @@ def test_kernels_need_torch_only(path: Path) -> None:
 def test_public_names_exist() -> None:
     for name in efft_kernels.__all__:
         assert hasattr(efft_kernels, name)
+
+
+# --- imports ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def imported() -> list[Edge]:
+    return edges(sources(PACKAGES))
+
+
+def package_of(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def upward(found: list[Edge]) -> list[Edge]:
+    """Imports of a later package by an earlier one."""
+    order = list(PACKAGES)
+    return [e for e in found if order.index(package_of(e.source)) < order.index(package_of(e.target))]
+
+
+@pytest.mark.parametrize("package", [name for name in PACKAGES if name != "tests"])
+def test_no_circle_of_imports(package: str, imported: list[Edge]) -> None:
+    found = [sorted(circle) for circle in circles(imported) if package in map(package_of, circle)]
+    assert not found
+
+
+def test_packages_import_in_one_direction(imported: list[Edge]) -> None:
+    assert {package_of(e.source) for e in imported} == set(PACKAGES)
+    assert not upward(imported)
+
+
+#: Every way to import, as source in which the package and the module are to be filled in.
+PLANTED = {
+    "import": "import {p}.{m}\n",
+    "from": "from {p} import {m}\n",
+    "name": "from {p}.{m} import something\n",
+    "in a function": "def f():\n    import {p}.{m}\n",
+    "for types": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import {p}.{m}\n",
+    "import_module": "import importlib\nimportlib.import_module('{p}.{m}')\n",
+    "import_module by a table": "from importlib import import_module\nT = ['{p}.{m}']\nimport_module(T[0])\n",
+    "import_module by a pattern": "import importlib\nn = '{m}'\nimportlib.import_module(f'{p}.{{n}}')\n",
+    "__import__": "__import__('{p}.{m}')\n",
+}
+
+
+def planted(folder: Path, kind: str, target: str, into: str) -> list[Edge]:
+    """The imports of ``efft_kernels`` [a, b] and ``efft`` [c], where b imports a, with one of ``target`` added."""
+    text = {"efft_kernels.__init__": "", "efft_kernels.a": "", "efft_kernels.b": "import efft_kernels.a\n"}
+    text |= {"efft.__init__": "", "efft.c": ""}
+    package, _, module = target.partition(".")
+    text[into] += PLANTED[kind].format(p=package, m=module)
+    for name, source in text.items():
+        package, _, module = name.partition(".")
+        (folder / package).mkdir(exist_ok=True)
+        (folder / package / f"{module}.py").write_text(source)
+    return edges(sources({name: folder / name for name in ("efft_kernels", "efft")}))
+
+
+@pytest.mark.parametrize("kind", PLANTED)
+def test_a_planted_circle_is_found(kind: str, tmp_path: Path) -> None:
+    assert circles(planted(tmp_path, "import", "efft_kernels.a", "efft.c")) == []
+    found = circles(planted(tmp_path, kind, "efft_kernels.b", "efft_kernels.a"))
+    assert found == [{"efft_kernels.a", "efft_kernels.b"}]
+
+
+@pytest.mark.parametrize("kind", PLANTED)
+def test_a_planted_arrow_upward_is_found(kind: str, tmp_path: Path) -> None:
+    assert not upward(planted(tmp_path, kind, "efft_kernels.b", "efft.c"))
+    (found,) = upward(planted(tmp_path, kind, "efft.c", "efft_kernels.a"))
+    assert (found.source, found.target) == ("efft_kernels.a", "efft.c")
+
+
+def test_a_circle_through_a_package_that_exports_is_found(tmp_path: Path) -> None:
+    (tmp_path / "__init__.py").write_text("from efft.one import f\n")
+    (tmp_path / "one.py").write_text("def f(): ...\n")
+    (tmp_path / "two.py").write_text("from efft import one\n")
+    assert circles(edges(sources({"efft": tmp_path}))) == []
+    (tmp_path / "one.py").write_text("from efft import f as again\n\ndef f(): ...\n")
+    assert circles(edges(sources({"efft": tmp_path}))) == [{"efft", "efft.one"}]

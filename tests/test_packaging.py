@@ -59,11 +59,13 @@ def test_build_does_not_fetch_torch() -> None:
     assert build.ProjectBuilder(ROOT).build_system_requires == {"setuptools>=77", "ninja>=1.11"}
 
 
+@pytest.mark.slow
 def test_wheel_without_the_extension_is_pure_python(built: Path) -> None:
     (path,) = built.glob("*.whl")
     assert path.name == f"efft_kernels-{efft_kernels.__version__}-py3-none-any.whl"
 
 
+@pytest.mark.slow
 def test_wheel_holds_both_packages_and_nothing_else(wheel: zipfile.ZipFile) -> None:
     names = {name for name in wheel.namelist() if ".dist-info/" not in name}
     sources = {
@@ -86,15 +88,17 @@ def test_wheel_holds_both_packages_and_nothing_else(wheel: zipfile.ZipFile) -> N
     assert names == sources | data | native | {"efft_kernels/py.typed", "efft_kernels/measured.json", "efft/py.typed"}
 
 
+@pytest.mark.slow
 def test_wheel_metadata(metadata: Message) -> None:
     assert metadata["Name"] == "efft-kernels"
     assert metadata["Version"] == efft_kernels.__version__
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["License-File"] == "LICENSE"
     assert metadata["Requires-Python"] == ">=3.10"
-    assert metadata.get_all("Provides-Extra") == ["vision", "train", "compare", "hf", "triton", "docs", "dev"]
+    assert metadata.get_all("Provides-Extra") == ["vision", "train", "compare", "render", "hf", "triton", "docs", "dev"]
 
 
+@pytest.mark.slow
 def test_every_extra_that_is_named_exists(metadata: Message) -> None:
     """The messages that say what to install, and the documentation, name extras that can be installed."""
     texts = [*(ROOT / "efft_kernels").rglob("*.py"), *(ROOT / "python").rglob("*.py"), *ROOT.glob("*.md")]
@@ -103,12 +107,14 @@ def test_every_extra_that_is_named_exists(metadata: Message) -> None:
     assert named <= set(metadata.get_all("Provides-Extra", []))
 
 
+@pytest.mark.slow
 def test_run_time_dependencies_have_floors_and_no_ceilings(metadata: Message) -> None:
     required = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
     assert {re.match(r"[\w-]+", line)[0] for line in required} == {"torch", "safetensors", "numpy"}
     assert all(re.fullmatch(r"[\w-]+>=[\d.]+", line) for line in required), required
 
 
+@pytest.mark.slow
 def test_wheel_declares_the_command(wheel: zipfile.ZipFile) -> None:
     (name,) = (name for name in wheel.namelist() if name.endswith("entry_points.txt"))
     entry_points = configparser.ConfigParser()
@@ -116,6 +122,7 @@ def test_wheel_declares_the_command(wheel: zipfile.ZipFile) -> None:
     assert dict(entry_points["console_scripts"]) == {"efft": "efft_lab.cli:main"}
 
 
+@pytest.mark.slow
 def test_wheel_imports_outside_the_repository(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
     wheel.extractall(tmp_path)
     program = (
@@ -133,6 +140,7 @@ def test_wheel_imports_outside_the_repository(wheel: zipfile.ZipFile, tmp_path: 
     ]
 
 
+@pytest.mark.slow
 def test_sdist_is_a_complete_working_tree(built: Path) -> None:
     (path,) = built.glob("*.tar.gz")
     with tarfile.open(path) as sdist:

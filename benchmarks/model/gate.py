@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 import efft
-from benchmarks.model.rows import FLOOR, NAIVE, PAPER, Row
+from benchmarks.model.rows import FLOOR, NAIVE, PAPER, ModelRow
 from benchmarks.model.step import Setting
 from efft_kernels.testing import assert_close_budget
 
@@ -26,7 +26,7 @@ class Gate:
         self.setting = replace(setting, batch=min(images, setting.batch))
         self._rounded = {row: probe(row, self.setting.build(row), self.setting) for row in (FLOOR, NAIVE, PAPER)}
 
-    def verdict(self, row: Row, model: nn.Module) -> str | None:
+    def verdict(self, row: ModelRow, model: nn.Module) -> str | None:
         """None if ``model``, as ``setting.build(row)`` made it, computes what it should, else what is wrong."""
         yardstick = FLOOR if not row.is_efft else PAPER if row.name == NAIVE.name else NAIVE
         exact = in_fp64(NAIVE if row.is_efft else FLOOR, replace(self.setting, dtype="float64"))
@@ -39,7 +39,7 @@ class Gate:
         return None
 
 
-def probe(row: Row, model: nn.Module, setting: Setting) -> dict[str, Tensor]:
+def probe(row: ModelRow, model: nn.Module, setting: Setting) -> dict[str, Tensor]:
     """Logits of a batch and, of an EFFT row, the gradient of every factor."""
     with row.running():
         logits, loss = setting.loss(model, *setting.examples(model))
@@ -54,6 +54,6 @@ def probe(row: Row, model: nn.Module, setting: Setting) -> dict[str, Tensor]:
 
 
 @functools.cache
-def in_fp64(row: Row, setting: Setting) -> dict[str, Tensor]:
+def in_fp64(row: ModelRow, setting: Setting) -> dict[str, Tensor]:
     """:func:`probe` of ``row`` in fp64; kept, as the runs in fp32 and bf16 are both compared with it."""
     return probe(row, setting.build(row), setting)

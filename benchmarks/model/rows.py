@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -12,14 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import efft
-from efft.adapting.inject import adapted_layers, bank_of
-from efft.planning.targets import find_head, find_targets
+from efft.adapting.heads import find_head
+from efft.adapting.inject import adapted_layers, adapter_of
+from efft.hints import did_you_mean
+from efft.planning.targets import find_targets
 from efft_kernels import Backend, EfftLinear, use_backend
 from efft_kernels.testing import backends
 
 
 @dataclass(frozen=True)
-class Row:
+class ModelRow:
     """A way to adapt a model.
 
     Attributes:
@@ -64,7 +65,7 @@ class DenseDelta(nn.Module):
 
 def targeted(model: nn.Module) -> list[str]:
     """The layers that every row with an adapter adapts, in the order of the forward pass."""
-    return [target.name for target in find_targets(model, efft.EfftConfig(), find_head(model, None))]
+    return [target.name for target in find_targets(model, find_head(model, None))]
 
 
 def floor(model: nn.Module, rank: int) -> nn.Module:
@@ -98,7 +99,7 @@ def dense(form: str) -> Callable[[nn.Module, int], nn.Module]:
     def adapt(model: nn.Module, rank: int) -> nn.Module:
         for name, layer in adapted_layers(adapted(model, rank)).items():
             model.set_submodule(name, DenseDelta(layer, form))
-        bank_of(model).enabled = False  # the dense forms contract for themselves
+        adapter_of(model).enabled = False  # the dense forms contract for themselves
         return model
 
     return adapt
@@ -134,33 +135,33 @@ def full(model: nn.Module, rank: int) -> nn.Module:
     return model.requires_grad_()
 
 
-FLOOR = Row("floor", "backbone frozen, gradient flowing through it to the first adapted layer", floor)
-NAIVE = Row("naive", "EFFT2, each update built and added to its weight: x (W + dW)ᵀ", dense("naive"), is_efft=True)
-PAPER = Row("paper", "EFFT2 as the paper's code does it: x Wᵀ + s [x dW ...]", dense("paper"), is_efft=True)
+FLOOR = ModelRow("floor", "backbone frozen, gradient flowing through it to the first adapted layer", floor)
+NAIVE = ModelRow("naive", "EFFT2, each update built and added to its weight: x (W + dW)ᵀ", dense("naive"), is_efft=True)
+PAPER = ModelRow("paper", "EFFT2 as the paper's code does it: x Wᵀ + s [x dW ...]", dense("paper"), is_efft=True)
 
-ROWS: dict[str, Row] = {
+ROWS: dict[str, ModelRow] = {
     row.name: row
     for row in (
         FLOOR,
         *(
-            Row(f"efft:{b.value}", f"EFFT2 by this library, backend {b.value}", adapted, is_efft=True, backend=b)
+            ModelRow(f"efft:{b.value}", f"EFFT2 by this library, backend {b.value}", adapted, is_efft=True, backend=b)
             for b in (Backend.AUTO, *backends())
         ),
         *(
-            Row(f"fused:{b.value}", f"the same after efft.fuse, backend {b.value}", fused, is_efft=True, backend=b)
+            ModelRow(f"fused:{b.value}", f"the same after efft.fuse, backend {b.value}", fused, is_efft=True, backend=b)
             for b in (Backend.AUTO, *backends())
             if b is not Backend.REFERENCE
         ),
         NAIVE,
         PAPER,
-        Row("peft", "LoRA of the peft library, same rank, same layers; its cast of the input is off", lora),
-        Row("bitfit", "all biases", bitfit),
-        Row("full", "full fine-tuning", full),
+        ModelRow("peft", "LoRA of the peft library, same rank, same layers; its cast of the input is off", lora),
+        ModelRow("bitfit", "all biases", bitfit),
+        ModelRow("full", "full fine-tuning", full),
     )
 }
 
 
-def select(names: Iterable[str] | None) -> list[Row]:
+def select(names: Iterable[str] | None) -> list[ModelRow]:
     """The rows of these names, in the tables' order, the floor first; None for all.
 
     Raises:
@@ -168,7 +169,5 @@ def select(names: Iterable[str] | None) -> list[Row]:
     """
     wanted = set(ROWS if names is None else names)
     for name in sorted(wanted - set(ROWS)):
-        near = difflib.get_close_matches(name, ROWS, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(ROWS)}"
-        raise ValueError(f"no row {name!r}: {hint}")
+        raise ValueError(f"no row {name!r}: {did_you_mean(name, ROWS)}")
     return [row for row in ROWS.values() if row.name in wanted | {"floor"}]

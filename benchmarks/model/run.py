@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +19,9 @@ from torch import nn
 
 from benchmarks.memory import saved_by
 from benchmarks.model.gate import Gate
-from benchmarks.model.rows import ROWS, Row, select
-from benchmarks.model.step import Setting, adapter_bytes, default_device, trainable, training_step, unavailable
+from benchmarks.model.rows import ROWS, ModelRow, select
+from benchmarks.model.step import Setting, adapter_bytes, trainable, training_step, unavailable
+from benchmarks.options import parser_of_measurement
 from benchmarks.timing import Captured, ratios, time_rows
 from efft_lab.record import append, machine_facts, quantiles
 
@@ -29,7 +29,7 @@ from efft_lab.record import append, machine_facts, quantiles
 QUICK_ROWS = [name for name in ROWS if name not in ("efft:reference", "bitfit", "efft:auto", "fused:auto")]
 
 
-def measure(setting: Setting, rows: Sequence[Row], repeats: int) -> list[dict[str, Any]]:
+def measure(setting: Setting, rows: Sequence[ModelRow], repeats: int) -> list[dict[str, Any]]:
     """A line of the result file for each row; ``reason`` instead of times where there can be none."""
     gate, plain = Gate(setting), setting.plain()
     found: dict[str, dict[str, Any]] = {}
@@ -59,7 +59,7 @@ def measure(setting: Setting, rows: Sequence[Row], repeats: int) -> list[dict[st
     return [{**common, "row": name, **line} for name, line in found.items()]
 
 
-def _prepare(row: Row, setting: Setting, gate: Gate, plain: nn.Module) -> tuple[dict[str, Any], Any]:
+def _prepare(row: ModelRow, setting: Setting, gate: Gate, plain: nn.Module) -> tuple[dict[str, Any], Any]:
     """What is known of a row before it is timed, and its step; None where it must not be timed."""
     reason = unavailable(row, setting)
     if reason is not None:
@@ -108,14 +108,10 @@ def show(lines: Sequence[dict[str, Any]]) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
-    options = argparse.ArgumentParser(
-        prog="python -m benchmarks model", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    options = parser_of_measurement("model", __doc__)
     options.add_argument("--model", nargs="+", default=[Setting.model], help="timm names; ViT or Swin")
     options.add_argument("--batch", type=int, help="images; default: 8 on a CPU, 64 on a GPU")
     options.add_argument("--rank", type=int, default=Setting.rank)
-    options.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
-    options.add_argument("--device", default=default_device())
     options.add_argument(
         "--cuda-graphs", action="store_true", help="time replays of the captured step, without the host's work"
     )
@@ -124,7 +120,6 @@ def parser() -> argparse.ArgumentParser:
         "--rows", nargs="+", help="default: all, with --quick those that matter most; the floor is always measured"
     )
     options.add_argument("--quick", action="store_true", help="few repeats and rows")
-    options.add_argument("--results", type=Path, help="folder for model.jsonl")
     return options
 
 

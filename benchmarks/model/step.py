@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.model.rows import Row
-from efft.planning.targets import find_head
+from benchmarks.model.rows import ModelRow
+from efft.adapting.heads import find_head
 from efft_kernels import can_run
 
 N_CLASSES = 100
@@ -31,7 +31,7 @@ class Setting:
     device: str = "cpu"
     cuda_graphs: bool = False
 
-    def build(self, row: Row) -> nn.Module:
+    def build(self, row: ModelRow) -> nn.Module:
         """The model of ``row`` in training mode; weights and factors are the same numbers in every row and dtype."""
         model = row.adapt(self.plain(), self.rank).train()
         return model.to(self.device, torch.float64 if self.dtype == "float64" else torch.float32)
@@ -59,19 +59,14 @@ class Setting:
             return logits, F.cross_entropy(logits, labels)
 
 
-def default_device() -> str:
-    """The GPU where there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def unavailable(row: Row, setting: Setting) -> str | None:
+def unavailable(row: ModelRow, setting: Setting) -> str | None:
     """None if ``row`` can run in ``setting``, else the reason why it cannot."""
     if row.backend is None:
         return None
     return can_run(row.backend, torch.empty(1, dtype=getattr(torch, setting.dtype), device=setting.device))
 
 
-def training_step(row: Row, model: nn.Module, setting: Setting) -> Callable[[], None]:
+def training_step(row: ModelRow, model: nn.Module, setting: Setting) -> Callable[[], None]:
     """Forward, backward and optimizer step of one batch, as one call."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, capturable=setting.cuda_graphs)

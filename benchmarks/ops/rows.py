@@ -6,7 +6,6 @@ G (LoRA rows: of A = Dᵀ and B = Gᵀ). The exceptions, ``floor`` and ``merged`
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.ops.cases import Inputs
+from efft.hints import did_you_mean
 from efft_kernels import Backend, can_run, tt_linear
 from efft_kernels.testing import backends
 
@@ -62,7 +62,7 @@ class Layer:
         return found
 
 
-class Row:
+class LayerRow:
     """A way to compute the layer.
 
     Attributes:
@@ -105,7 +105,7 @@ def lora(compute: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: Inputs) ->
     return Layer(lambda: compute(x, A, B), {"x": x, "D": A, "G": B}, inputs, transposed=True)
 
 
-class Floor(Row):
+class Floor(LayerRow):
     name = "floor"
     explains = "the frozen layer: forward and dx, what no method can avoid"
     adapts = trains = False
@@ -114,7 +114,7 @@ class Floor(Row):
         return frozen(inputs.W, inputs)
 
 
-class Efft(Row):
+class Efft(LayerRow):
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
         self.name = f"efft:{backend.value}"
@@ -128,7 +128,7 @@ class Efft(Row):
         return under_autograd(lambda x, D, G: tt_linear(x, W, b, D, G, backend=self.backend), inputs)
 
 
-class Naive(Row):
+class Naive(LayerRow):
     name = "naive"
     explains = "the update built and added to the weight, W + (D G)ᵀ, under autograd"
 
@@ -136,7 +136,7 @@ class Naive(Row):
         return under_autograd(lambda x, D, G: F.linear(x, inputs.W + (D @ G).t(), inputs.b), inputs)
 
 
-class Paper(Row):
+class Paper(LayerRow):
     name = "paper"
     explains = "as the paper's code: one dense update per matrix, y += s [x dW_1 | x dW_2 | ...], under autograd"
     scale = 1.0
@@ -156,7 +156,7 @@ def chain(x: Tensor, W: Tensor, b: Tensor | None, D: Tensor, G: Tensor) -> Tenso
     return F.linear(x, W, b) + (x @ D) @ G
 
 
-class Chain(Row):
+class Chain(LayerRow):
     name = "chain"
     explains = "x Wᵀ + b + (x D) G under autograd"
 
@@ -164,7 +164,7 @@ class Chain(Row):
         return under_autograd(lambda x, D, G: chain(x, inputs.W, inputs.b, D, G), inputs)
 
 
-class ChainCompiled(Row):
+class ChainCompiled(LayerRow):
     name = "chain-compiled"
     explains = "the chain under torch.compile, for this very shape"
 
@@ -176,7 +176,7 @@ class ChainCompiled(Row):
         return under_autograd(lambda x, D, G: compiled(x, inputs.W, inputs.b, D, G), inputs)
 
 
-class Peft(Row):
+class Peft(LayerRow):
     name = "peft"
     explains = "LoRA layer of the peft library, same rank; its cast of the input to the factors' dtype is off"
 
@@ -198,7 +198,7 @@ class Peft(Row):
         return Layer(lambda: layer(x), {"x": x, "D": A, "G": B}, inputs, transposed=True)
 
 
-class Addmm(Row):
+class Addmm(LayerRow):
     name = "addmm"
     explains = "LoRA by hand: y.addmm_(x Aᵀ, Bᵀ), nothing of rank r kept, x Aᵀ and gy B computed again in backward"
 
@@ -226,7 +226,7 @@ class _AddmmLora(torch.autograd.Function):
         return dx, None, None, dA, dB
 
 
-class LoraFusion(Row):
+class LoraFusion(LayerRow):
     name = "lorafusion"
     explains = "LoRA split at the rank-r tensor with fused Triton kernels, after LoRAFusion, without dropout"
 
@@ -248,7 +248,7 @@ class LoraFusion(Row):
         return lora(lambda x, A, B: split_lora(x, inputs.W, inputs.b, A, B), inputs)
 
 
-class Merged(Row):
+class Merged(LayerRow):
     name = "merged"
     explains = "the update added to the weight beforehand (fp32, rounded once): dx only, no factor gradients"
     trains = False
@@ -258,7 +258,7 @@ class Merged(Row):
 
 
 #: Every row by name, in the order of the tables.
-ROWS: dict[str, Row] = {
+ROWS: dict[str, LayerRow] = {
     row.name: row
     for row in (
         Floor(),
@@ -275,12 +275,10 @@ ROWS: dict[str, Row] = {
 }
 
 
-def select(names: Iterable[str] | None) -> list[Row]:
+def select(names: Iterable[str] | None) -> list[LayerRow]:
     """The rows called ``names``, all by default, with the floor in front; ValueError for a name that does not exist."""
     wanted = list(ROWS if names is None else names)
     for name in wanted:
         if name not in ROWS:
-            near = difflib.get_close_matches(name, ROWS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"expected some of {', '.join(ROWS)}"
-            raise ValueError(f"unknown row {name!r}: {hint}")
+            raise ValueError(f"unknown row {name!r}: {did_you_mean(name, ROWS)}")
     return [row for row in ROWS.values() if row.name in {"floor", *wanted}]

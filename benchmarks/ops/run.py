@@ -14,7 +14,6 @@ import argparse
 import functools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,8 @@ from benchmarks.budget import SMALL, Budget, small_update_error
 from benchmarks.counts import Peaks, measure_peaks
 from benchmarks.ops import cases, rows
 from benchmarks.ops.cases import DTYPES, LAYERS, MODELS, SETS, Case, Inputs
-from benchmarks.ops.rows import ROWS, Layer, Row
+from benchmarks.ops.rows import ROWS, Layer, LayerRow
+from benchmarks.options import default_device, parser_of
 from benchmarks.timing import Samples, ratios, time_rows
 from efft_lab.record import append, machine_facts, quantiles
 
@@ -49,7 +49,7 @@ class Setting:
     cuda_graphs: bool = False
 
 
-def measure(case: Case, wanted: Sequence[Row], setting: Setting) -> list[dict[str, Any]]:
+def measure(case: Case, wanted: Sequence[LayerRow], setting: Setting) -> list[dict[str, Any]]:
     """One line for the result file per row: times and ratios, or the reason why there are none."""
     torch.compiler.reset()  # else the shapes of earlier cases count against the recompilation limit
     inputs = case.inputs(setting.device)
@@ -68,7 +68,7 @@ def measure(case: Case, wanted: Sequence[Row], setting: Setting) -> list[dict[st
     return lines
 
 
-def _judge(row: Row, inputs: Inputs, budget: Budget) -> tuple[Layer | None, dict[str, Any]]:
+def _judge(row: LayerRow, inputs: Inputs, budget: Budget) -> tuple[Layer | None, dict[str, Any]]:
     """The row ready to be timed, or None with a ``reason``; and what was found out about its errors."""
     reason = row.unavailable(inputs)
     if reason is not None:
@@ -122,7 +122,7 @@ def _about(case: Case, setting: Setting) -> dict[str, Any]:
     return {**machine_facts(), "suite": "ops", **asdict(case), **shape, **asdict(setting)}
 
 
-def _against_limits(row: Row, case: Case, seconds: dict[str, dict[str, float]], device: str) -> dict[str, Any]:
+def _against_limits(row: LayerRow, case: Case, seconds: dict[str, dict[str, float]], device: str) -> dict[str, Any]:
     """The arithmetic limit of the ratio, and the achieved fractions of the machine's measured peaks, by phase.
 
     The work credited is what the row's result needs: of the update only if the row computes it and its gradients.
@@ -203,9 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks ops", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("ops", __doc__)
     parser.add_argument("--set", choices=SETS, default="full", help="named set of cases")
     parser.add_argument("--quick", action="store_true", help="the set 'quick' with few repetitions")
     parser.add_argument("--case", nargs="+", metavar="NAME", help=f"of {', '.join(LAYERS)}")
@@ -214,11 +212,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rank", nargs="+", type=int, metavar="R")
     parser.add_argument("--dtype", nargs="+", metavar="NAME", help=f"of {', '.join(DTYPES)}")
     parser.add_argument("--rows", nargs="+", metavar="NAME", help=f"of {', '.join(ROWS)}; the floor is always measured")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=default_device())
     parser.add_argument("--repeats", type=int, help="samples of each row (default 10; 5 with --quick)")
     parser.add_argument("--l2", choices=("cold", "warm"), default="cold", help="state of the GPU's L2 cache")
     parser.add_argument("--no-cuda-graphs", action="store_true", help="include the cost of launching kernels")
-    parser.add_argument("--results", type=Path, metavar="FOLDER", help="where to write (default benchmarks/results)")
     return parser
 
 

@@ -1,4 +1,4 @@
-// GELU and layer norm on registers and rows of floats, with what their backward passes need.
+// GELU and layer norm on registers and rows of floats, and what their backward passes need.
 #pragma once
 
 #include <algorithm>
@@ -64,7 +64,7 @@ inline Moments moments(const float* x, int64_t size, float eps) {
   return {about + correction, 1.0f / __builtin_sqrtf(variance + eps)};
 }
 
-// gamma, beta: null for one and zero.
+// gamma and beta are null for one and zero.
 inline void normalize(const float* x, int64_t size, Moments of, const float* gamma, const float* beta, float* out) {
   for_registers(size, [&](int64_t j, int count) {
     Floats n = (load(x + j, count) - of.mean) * of.rstd;

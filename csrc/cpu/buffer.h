@@ -1,6 +1,6 @@
-// Memory of one thread that is kept from call to call. Not a std::vector: its functions would be compiled once an
-// instruction set under one name, and the linker, which keeps any one of them, could give a processor code that it
-// lacks.
+// Memory that one thread keeps from call to call. It is not a std::vector because the functions of that class would be
+// compiled once per instruction set under one name; the linker keeps any one of them, which a processor may not be able
+// to run.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 namespace efft::EFFT_ISA {
 
-// Grown, never shrunk: a fresh allocation of this size would fault in its pages on every call.
+// It grows and never shrinks: the pages of a fresh allocation of this size would fault on every call.
 template <class T>
 class Buffer {
  public:
@@ -17,7 +17,7 @@ class Buffer {
   Buffer& operator=(const Buffer&) = delete;
   ~Buffer() { ::operator delete[](data_, ALIGNED); }
 
-  // Room for `size` elements, whatever is in it.
+  // Room for `size` elements, with undefined contents.
   T* room(int64_t size) {
     if (size > size_) {
       ::operator delete[](data_, ALIGNED);
@@ -30,7 +30,7 @@ class Buffer {
   }
 
  private:
-  static constexpr std::align_val_t ALIGNED{64};  // a register, and a row of a tile, lie in one line of the cache
+  static constexpr std::align_val_t ALIGNED{64};  // so that a register, and a row of a tile, is in one cache line
 
   T* data_ = nullptr;
   int64_t size_ = 0;

@@ -1,4 +1,5 @@
-// One layer's and one core's part of tt_contract and of its gradients: tiny products of masked, scaled copies.
+// The part of tt_contract and of its gradients that belongs to one layer and one core: small products of masked, scaled
+// copies.
 #pragma once
 
 #include <cstring>
@@ -7,8 +8,8 @@
 
 namespace efft::EFFT_ISA {
 
-// `from` in float, times `scale`, zero where `keep` is false; transposed into rows of `columns` padded to whole panels
-// if `transpose`.
+// `from` as floats, times `scale`, and zero where `keep` is false. With `transpose` the result is transposed, with rows
+// padded to whole panels.
 template <class T>
 Rows<const float> masked(const Matrix& from, int64_t rows, int64_t columns, const bool* keep, float scale,
     bool transpose, Buffer<float>& buffer) {
@@ -71,6 +72,23 @@ void merge(Matrix W, const float* G, int64_t G_row, Matrix Dt, int64_t d_in, int
   product(end - begin, d_in, rank, Operand<float>{G + begin, 1, G_row},
       Rows<const float>{row_of<const float>(Dt, 0), Dt.row}, Base<T>{row_of<const T>(W, begin), W.row},
       Rows<T>{row_of<T>(W, begin), W.row});
+}
+
+inline void contract(const Contraction& op) {
+  with_type(op.C.type, [&](auto c) { contract<decltype(c)>(op); });
+}
+
+inline void contract_dC(const Contraction& op, Matrix dC) {
+  with_type(op.C.type, [&](auto c) { contract_dC<decltype(c)>(op, dC); });
+}
+
+inline void contract_dV(const Contraction& op, int64_t begin, int64_t end, float* dV) {
+  with_type(op.C.type, [&](auto c) { contract_dV<decltype(c)>(op, begin, end, dV); });
+}
+
+inline void merge(
+    Matrix W, const float* G, int64_t G_row, Matrix Dt, int64_t d_in, int64_t rank, int64_t begin, int64_t end) {
+  with_type(W.type, [&](auto w) { merge<decltype(w)>(W, G, G_row, Dt, d_in, rank, begin, end); });
 }
 
 }  // namespace efft::EFFT_ISA

@@ -1,4 +1,4 @@
-// Chooses the instruction set, once, by what the processor says; EFFT_CPU_ISA names a lesser one, for tests.
+// Chooses the instruction set once, by what the processor reports; EFFT_CPU_ISA names a lesser one, for tests.
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -35,7 +35,8 @@ extern const Kernels table;
 namespace {
 
 #if defined(__x86_64__)
-// A process has to ask for them, once: the system then keeps room for theirs in every thread's state.
+// A process has to ask the system once for these registers, which then reserves room for them in the state of every
+// thread.
 bool has_matrix_registers() {
   constexpr unsigned bf16 = 1U << 22, tiles = 1U << 24;
   constexpr int request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
@@ -76,7 +77,7 @@ const Kernels& kernels() {
   return chosen;
 }
 
-// For efft_kernels/native.py; null where EFFT_CPU_ISA is wrong.
+// Called by efft_kernels/native.py; null where EFFT_CPU_ISA names an unknown set.
 extern "C" __attribute__((visibility("default"))) const char* efft_cpu_instruction_set() {
   try {
     return kernels().isa;

@@ -1,4 +1,4 @@
-// Small matrices brought into another place, type and order: panels of factors, and sums of the threads' shares.
+// Moves small matrices to another place, type and order: panels of factors, and sums of the shares of the threads.
 #pragma once
 
 #include "low_rank.h"
@@ -12,7 +12,7 @@ T* place(const Matrix& matrix, int64_t rows, int64_t i, int64_t j) {
   return static_cast<T*>(matrix.data) + (j / STRIP_COLUMNS * rows + i) * STRIP_COLUMNS + j % STRIP_COLUMNS;
 }
 
-// In squares that both the rows read and the rows written stay in the first-level cache for.
+// It goes square by square, so that both the rows read and the rows written stay in the first-level cache.
 template <class From, class To>
 void gather(const Gather& op, int64_t begin, int64_t end) {
   constexpr int64_t SIDE = 16;
@@ -44,6 +44,17 @@ void gather(const Gather& op, int64_t begin, int64_t end) {
         }
       }
     }
+}
+
+inline void gather(const Gather& op, int64_t begin, int64_t end) {
+  with_type(op.from.type, [&](auto from) {
+    with_type(op.to.type, [&](auto to) { gather<decltype(from), decltype(to)>(op, begin, end); });
+  });
+}
+
+inline void interleave(const float* from, int64_t rows, int64_t columns, void* to, int64_t begin, int64_t end) {
+  interleave(Rows<const float>{from + begin * columns, columns}, std::min(end, rows) - begin, columns, columns,
+      static_cast<bf16*>(to) + begin * columns);
 }
 
 }  // namespace efft::EFFT_ISA

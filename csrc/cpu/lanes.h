@@ -1,6 +1,6 @@
-// One SIMD register of floats in the instruction set that this file is compiled for, on the compiler's vector types:
-// the same source gives AVX-512, AVX2, SSE and NEON. Every kernel file is compiled once a set, each time with another
-// EFFT_ISA, which names the namespace (see dispatch.cpp).
+// One SIMD register of floats in the instruction set that this file is compiled for. It is written with the compiler's
+// vector types, so that the same source gives AVX-512, AVX2, SSE and NEON. The kernels are compiled once per set, each
+// time with another EFFT_ISA, which names the namespace (see kernels.cpp and dispatch.cpp).
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 #include <immintrin.h>
 #endif
 
-// A constant `count` must stay one.
+// For functions in which a constant `count` must stay a constant.
 #define EFFT_INLINE inline __attribute__((always_inline))
 
 namespace efft::EFFT_ISA {
@@ -33,7 +33,8 @@ struct bf16 {
   uint16_t bits;
 };
 
-// What products of matrices in T multiply: bf16 where the instruction set multiplies pairs of them, else floats.
+// The elements that products of matrices in T multiply: bf16 where the instruction set multiplies pairs of them, else
+// floats.
 #if defined(__AVX512BF16__)
 constexpr bool PAIRS = true;
 #else
@@ -41,19 +42,19 @@ constexpr bool PAIRS = false;
 #endif
 template <class T>
 using Element = std::conditional_t<PAIRS && std::is_same_v<T, bf16>, bf16, float>;
-// Steps of k that one multiplication takes.
+// How many steps of k one multiplication takes.
 template <class E>
 constexpr int64_t TOGETHER = std::is_same_v<E, bf16> ? 2 : 1;
 
 inline Floats splat(float value) {
   return value - Floats{};
-}  // a sum would have to mind the sign of zero
+}  // a difference, because a sum would lose the sign of zero
 
 inline Floats select(Ints where, Floats yes, Floats no) {
   return where ? yes : no;
 }
 
-// GCC 12 makes several instructions of the conversion.
+// GCC 12 compiles the conversion to several instructions.
 EFFT_INLINE Bits widened(Halves half) {
 #if defined(__AVX512F__)
   return (Bits)_mm512_cvtepu16_epi32((__m256i)half);
@@ -62,7 +63,7 @@ EFFT_INLINE Bits widened(Halves half) {
 #endif
 }
 
-// Only the first `count` lanes are read or written where it is given; the others come back as zero.
+// With `count`, only that many lanes are read or written; a load fills the others with zero.
 EFFT_INLINE Floats load(const float* from, int count = LANES) {
   Floats value{};
   std::memcpy(&value, from, sizeof(float) * count);
@@ -90,7 +91,7 @@ inline Halves rounded(Floats value) {
 #endif
 }
 
-// The bits of elements as bf16.
+// The bits of elements converted to bf16.
 EFFT_INLINE Bits load_bits(const float* from, int count) {
   return __builtin_convertvector(rounded(load(from, count)), Bits);
 }
@@ -113,7 +114,7 @@ inline Floats first(Floats value, int count) {
   return select(lane < count, value, Floats{});
 }
 
-// f(j, count) for every register of a row: `count` is a constant but for the last one.
+// Calls f(j, count) for every register of a row; `count` is a constant except for the last one.
 template <class F>
 inline void for_registers(int64_t size, const F& f) {
   int64_t j = 0;
@@ -127,10 +128,10 @@ inline float sum(Floats value) {
   return total;
 }
 
-// exp of x <= 0 to about one unit in the last place; zero where it would not be a normal number.
+// exp(x) for x <= 0, to about one unit in the last place; zero where the result would not be a normal number.
 inline Floats exp(Floats x) {
-  x = select(x < -88.0f, splat(-88.0f), x);  // whose exponent, -127, is that of zero
-  // n = x / ln 2 rounded to an integer, by an addition that leaves no bits for a fraction.
+  x = select(x < -88.0f, splat(-88.0f), x);  // its exponent, -127, is that of zero
+  // n = x / ln 2, rounded to an integer by an addition that leaves no bits for a fraction.
   const float shift = 12582912.0f;  // 1.5 * 2^23
   const Floats shifted = x * 1.44269504088896341f + shift;
   const Floats n = shifted - shift;

@@ -1,5 +1,5 @@
-// Both passes of tt_linear and of its forms behind a GELU and a layer norm, over a range of tokens: block by block, so
-// that a block's rows, h, dh and both rank-r products meet in the second-level cache.
+// Both passes of tt_linear and of its forms behind a GELU and a layer norm, over a range of tokens. They go block by
+// block, so that the rows of a block, h, dh and both rank-r products stay in the second-level cache.
 #pragma once
 
 #include <type_traits>
@@ -11,12 +11,18 @@
 
 namespace efft::EFFT_ISA {
 
+// f(float{}) or f(bf16{}), as `type` says.
+template <class F>
+auto with_type(Type type, F f) {
+  return type == Type::float32 ? f(float{}) : f(bf16{});
+}
+
 template <class T>
 T* row_of(const Matrix& matrix, int64_t i) {
   return static_cast<T*>(matrix.data) + i * matrix.row;
 }
 
-// A block's floats: the matrix itself where it is float, else its rows widened into `buffer`.
+// A block as floats: the matrix itself where it holds floats, else its rows widened into `buffer`.
 template <class T>
 Rows<const float> widen(const Matrix& from, int64_t begin, int64_t rows, int64_t columns, Buffer<float>& buffer) {
   if constexpr (std::is_same_v<T, float>) {
@@ -32,7 +38,7 @@ Rows<const float> widen(const Matrix& from, int64_t begin, int64_t rows, int64_t
   }
 }
 
-// A block as what products multiply: the matrix itself, or its rows widened into `buffer`.
+// A block of the elements that products multiply: the matrix itself, or its rows widened into `buffer`.
 template <class T>
 Rows<const Element<T>> elements(
     const Matrix& from, int64_t begin, int64_t rows, int64_t columns, Buffer<float>& buffer) {
@@ -42,7 +48,7 @@ Rows<const Element<T>> elements(
     return widen<T>(from, begin, rows, columns, buffer);
 }
 
-// The block of `rows` rows behind those of row t, to be fetched during a product of the other sizes, in elements of E.
+// What to fetch during a product [m, n, k] in elements of E: the block of `rows` rows that follows the one at row t.
 template <class T, class E>
 Ahead next_block(
     const Matrix& of, int64_t t, int64_t rows, int64_t end, int64_t width, int64_t m, int64_t n, int64_t k) {
@@ -50,8 +56,8 @@ Ahead next_block(
   return ahead_of<E>(row_of<const T>(of, t + rows), std::min(rows, end - t - rows) * width * sizeof(T), m, n, k);
 }
 
-// Floats rounded to T: written to `to` where it has data, and returned as what products multiply, in place or in
-// `buffer`.
+// Rounds floats to T, writes them to `to` where it has data, and returns the elements that products multiply, which are
+// in place or in `buffer`.
 template <class T>
 Rows<const Element<T>> round_rows(
     Rows<float> values, int64_t rows, int64_t columns, const Matrix& to, int64_t begin, Buffer<bf16>& buffer) {
@@ -80,8 +86,8 @@ Rows<const Element<T>> round_rows(
   return {result.data, result.row};
 }
 
-// Of one thread, as large as its largest call: in each buffer a block of tokens (at most 128 rows and about a megabyte,
-// but never less than 16 rows), or the factors of one layer of a contraction.
+// The buffers of one thread, as large as its largest call needs: each holds a block of tokens (at most 128 rows and
+// about a megabyte, but at least 16 rows), or the factors of one layer of a contraction.
 struct Scratch {
   Buffer<float> x, a, slope, da, gy, h, narrow, wide;
   Buffer<bf16> half_a, half_narrow, left, turned, right;
@@ -92,43 +98,44 @@ inline Scratch& scratch() {
   return instance;
 }
 
-// Tokens such that a block of everything that is read and written takes about a megabyte.
+// The number of tokens for which everything that a block reads and writes takes about a megabyte.
 template <class E>
 int64_t block_rows(const LowRank& op) {
-  const int64_t per_row = sizeof(E) * ((op.input == Input::plain ? 1 : 3) * op.d_in + op.d_out);
+  const int64_t per_row = sizeof(E) * ((op.producer == Producer::none ? 1 : 3) * op.d_in + op.d_out);
   return std::clamp<int64_t>((1 << 20) / std::max<int64_t>(per_row, 1) / ROWS_TOGETHER<E> * ROWS_TOGETHER<E>, 16, 128);
 }
 
-// A block of x as floats, where there is an input stage, and of a: x behind that stage, rounded to T.
+// A block of x as floats, where there is a producer, and of its output a, rounded to T; without one, a is x.
 template <class T>
 struct Block {
   Rows<const float> x;
   Rows<const Element<T>> a;
-  const float* slope = nullptr;  // [rows, d_in], of a GELU in backward
+  const float* slope = nullptr;  // [rows, d_in], the slope of a GELU, in backward
 };
 
 // One row of a GELU, and of its slope where that has data.
 inline void gelu_row(const LowRank& op, const float* z, float* a, float* slope) {
   for_registers(op.d_in, [&](int64_t j, int count) {
     const Floats at = load(z + j, count);
-    const Gelu of = op.input == Input::gelu ? gelu(at) : gelu_tanh(at);
+    const Gelu of = op.producer == Producer::gelu ? gelu(at) : gelu_tanh(at);
     store(a + j, of.value, count);
     if (slope) store(slope + j, of.slope, count);
   });
 }
 
-// Forward fills mean, rstd and `out`, a in T; backward reads the former, and keeps a GELU's slopes.
+// The block at row t. Forward writes mean, rstd and `out`, which is a in T; backward reads mean and rstd, and keeps the
+// slopes of a GELU.
 template <class X, class T>
-Block<T> input_block(const LowRank& op, int64_t t, int64_t rows, bool is_forward, const Matrix& out) {
+Block<T> block_at(const LowRank& op, int64_t t, int64_t rows, bool is_forward, const Matrix& out) {
   Scratch& space = scratch();
-  if (op.input == Input::plain) return {{}, elements<T>(op.x, t, rows, op.d_in, space.x)};
+  if (op.producer == Producer::none) return {{}, elements<T>(op.x, t, rows, op.d_in, space.x)};
   const Rows<const float> x = widen<X>(op.x, t, rows, op.d_in, space.x);
   const Rows<float> a{space.a.room(rows * op.d_in), op.d_in};
-  float* const slopes = !is_forward && op.input != Input::norm ? space.slope.room(rows * op.d_in) : nullptr;
+  float* const slopes = !is_forward && op.producer != Producer::norm ? space.slope.room(rows * op.d_in) : nullptr;
   for (int64_t i = 0; i < rows; ++i) {
     const float* row = x.data + i * x.row;
     float* out_row = a.data + i * a.row;
-    if (op.input != Input::norm) {
+    if (op.producer != Producer::norm) {
       gelu_row(op, row, out_row, slopes ? slopes + i * op.d_in : nullptr);
       continue;
     }
@@ -142,8 +149,8 @@ Block<T> input_block(const LowRank& op, int64_t t, int64_t rows, bool is_forward
   return {x, round_rows<T>(a, rows, op.d_in, out, t, space.half_a), slopes};
 }
 
-// C [rows, columns] = init + left right, where right [rank, columns] lies in strips: a few rows from end to end, so
-// that the next ones, which lie behind them, can be fetched meanwhile.
+// C [rows, columns] = init + left right, where right [rank, columns] is stored in strips. It goes along a few whole
+// rows at a time, so that the following rows can be fetched meanwhile.
 template <class E, class Init, class Out>
 void up(
     int64_t rows, int64_t columns, int64_t rank, Rows<const E> left, const void* right, Base<Init> init, Rows<Out> C) {
@@ -164,7 +171,7 @@ void up(
   }
 }
 
-// The base product from row t on, and a bias.
+// The base product from row t on, with a bias.
 template <class T>
 Base<T> base_of(const LowRank& op, int64_t t, const float* bias = nullptr) {
   return {op.base.data ? row_of<const T>(op.base, t) : nullptr, op.base.row, bias};
@@ -178,17 +185,17 @@ void down(int64_t rows, int64_t depth, int64_t padded_rank, Rows<const E> left, 
       Rows<const E>{static_cast<const E*>(right), padded_rank * TOGETHER<E>}, Base<float>{}, C, ahead);
 }
 
-// T: of W, y and h. X: of x.
+// T is the type of W, y and h; X is that of x.
 template <class X, class T>
 void forward(const Forward& op, int64_t begin, int64_t end) {
   using E = Element<T>;
-  const MatrixRegisters<E> registers;
+  [[maybe_unused]] const MatrixRegisters<E> registers;
   Scratch& space = scratch();
   const int64_t block = block_rows<E>(op);
   const Rows<float> wide{space.narrow.room(block * op.padded_rank), op.padded_rank};
   for (int64_t t = begin; t < end; t += block) {
     const int64_t rows = std::min(block, end - t);
-    const Rows<const E> a = input_block<X, T>(op, t, rows, true, op.a).a;
+    const Rows<const E> a = block_at<X, T>(op, t, rows, true, op.a).a;
     down(rows, op.d_in, op.padded_rank, a, op.D, wide,
         next_block<X, E>(op.x, t, rows, end, op.d_in, rows, op.padded_rank, op.d_in));
     const Rows<const E> h = round_rows<T>(wide, rows, op.rank, op.h, t, space.half_narrow);
@@ -196,7 +203,7 @@ void forward(const Forward& op, int64_t begin, int64_t end) {
   }
 }
 
-// total [rank, columns], in strips, += left^T right over a block of tokens; the first one needs no zeros to start from.
+// total [rank, columns], in strips, += left^T right over a block of tokens. The first block overwrites it.
 template <class E>
 void share(int64_t rank, int64_t columns, int64_t rows, Rows<const E> left, Rows<const E> right, float* total,
     bool is_first, Ahead ahead) {
@@ -217,19 +224,19 @@ void share(int64_t rank, int64_t columns, int64_t rows, Rows<const E> left, Rows
   }
 }
 
-// dx = the gradient of the input stage, from that of its output, base + dh D^T.
+// dx from the gradient of the producer's output, base + dh D^T.
 template <class X, class T>
-void through_input(const Backward& op, int64_t t, int64_t rows, Rows<const Element<T>> dh, const Block<T>& input) {
+void through_producer(const Backward& op, int64_t t, int64_t rows, Rows<const Element<T>> dh, const Block<T>& block) {
   float* const gradient = scratch().da.room(rows * op.d_in);
   up(rows, op.d_in, op.rank, dh, op.Dt, base_of<T>(op, t), Rows<float>{gradient, op.d_in});
   for (int64_t i = 0; i < rows; ++i) {
     const float* da = gradient + i * op.d_in;
     X* dx = row_of<X>(op.dx, t + i);
-    if (op.input == Input::norm) {
-      normalize_backward(da, input.x.data + i * input.x.row, op.d_in, {op.mean[t + i], op.rstd[t + i]}, op.gamma, dx);
+    if (op.producer == Producer::norm) {
+      normalize_backward(da, block.x.data + i * block.x.row, op.d_in, {op.mean[t + i], op.rstd[t + i]}, op.gamma, dx);
       continue;
     }
-    const float* slope = input.slope + i * op.d_in;
+    const float* slope = block.slope + i * op.d_in;
     for_registers(
         op.d_in, [&](int64_t j, int count) { store(dx + j, load(da + j, count) * load(slope + j, count), count); });
   }
@@ -238,16 +245,16 @@ void through_input(const Backward& op, int64_t t, int64_t rows, Rows<const Eleme
 template <class X, class T>
 void backward(const Backward& op, int64_t begin, int64_t end, float* dDt, float* dG) {
   using E = Element<T>;
-  const MatrixRegisters<E> registers;
+  [[maybe_unused]] const MatrixRegisters<E> registers;
   Scratch& space = scratch();
   const int64_t block = block_rows<E>(op);
-  const bool need_dx = op.dx.data != nullptr, plain = op.input == Input::plain;
+  const bool need_dx = op.dx.data != nullptr, plain = op.producer == Producer::none;
   const Rows<float> wide{space.narrow.room(block * op.padded_rank), op.padded_rank};
   for (int64_t t = begin; t < end; t += block) {
     const int64_t rows = std::min(block, end - t);
     const Rows<const E> gy = elements<T>(op.gy, t, rows, op.d_out, space.gy);
     Rows<const E> dh{};
-    // First, because it reads gy row after row, and so brings it into the cache for dG.
+    // This comes first because it reads gy row after row, which brings it into the cache for dG.
     if (need_dx || op.need_dD) {
       down(rows, op.d_out, op.padded_rank, gy, op.Gt, wide);
       dh = round_rows<T>(wide, rows, op.rank, {}, t, space.half_narrow);
@@ -257,16 +264,27 @@ void backward(const Backward& op, int64_t begin, int64_t end, float* dDt, float*
       share(op.rank, op.d_out, rows, h, gy, dG, t == begin,
           next_block<T, E>(op.gy, t, rows, end, op.d_out, op.rank, op.d_out, rows));
     }
-    Block<T> input{};
-    if (op.need_dD || (need_dx && !plain)) input = input_block<X, T>(op, t, rows, false, {});
+    Block<T> current{};
+    if (op.need_dD || (need_dx && !plain)) current = block_at<X, T>(op, t, rows, false, {});
     if (op.need_dD)
-      share(op.rank, op.d_in, rows, dh, input.a, dDt, t == begin,
+      share(op.rank, op.d_in, rows, dh, current.a, dDt, t == begin,
           next_block<X, E>(op.x, t, rows, end, op.d_in, op.rank, op.d_in, rows));
     if (need_dx && plain)
       up(rows, op.d_in, op.rank, dh, op.Dt, base_of<T>(op, t), Rows<T>{row_of<T>(op.dx, t), op.dx.row});
     else if (need_dx)
-      through_input<X, T>(op, t, rows, dh, input);
+      through_producer<X, T>(op, t, rows, dh, current);
   }
+}
+
+inline void forward(const Forward& op, int64_t begin, int64_t end) {
+  with_type(op.x.type,
+      [&](auto x) { with_type(op.y.type, [&](auto y) { forward<decltype(x), decltype(y)>(op, begin, end); }); });
+}
+
+inline void backward(const Backward& op, int64_t begin, int64_t end, float* dDt, float* dG) {
+  with_type(op.x.type, [&](auto x) {
+    with_type(op.gy.type, [&](auto gy) { backward<decltype(x), decltype(gy)>(op, begin, end, dDt, dG); });
+  });
 }
 
 }  // namespace efft::EFFT_ISA

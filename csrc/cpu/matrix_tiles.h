@@ -1,5 +1,5 @@
 // The product of product.h for bf16 in matrix registers (AMX), where the instruction set has them: tiles of 16 rows of
-// 64 bytes. One configuration serves all products: what is less than a tile is first copied into a whole one of zeros.
+// 64 bytes. One configuration serves all products: a part of a tile is first copied into a whole tile of zeros.
 #pragma once
 
 #include "buffer.h"
@@ -7,7 +7,7 @@
 
 namespace efft::EFFT_ISA {
 
-// The calling thread's matrix registers, while it multiplies elements of E in them.
+// Configures the matrix registers of the calling thread, for as long as it multiplies elements of E in them.
 template <class E>
 class MatrixRegisters {};
 
@@ -56,7 +56,7 @@ EFFT_INLINE void multiply_tiles() {
   __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUMS), "i"(LEFT), "i"(RIGHT));
 }
 
-// `rows` rows of `elements` elements, whatever lies beyond them.
+// Loads `rows` rows of `elements` elements without reading beyond them.
 template <int REGISTER>
 void load_part(const bf16* from, int64_t row, int64_t rows, int64_t elements) {
   alignas(64) bf16 whole[TILE][TILE_K] = {};
@@ -64,7 +64,7 @@ void load_part(const bf16* from, int64_t row, int64_t rows, int64_t elements) {
   load_tile<REGISTER>(whole[0], TILE_K);
 }
 
-// Sums of M x N tiles += left right, where these are `depth` deep and left has `rows` rows: whole tiles or less.
+// Sums of M x N tiles += left right, where the depth is `depth` and left has `rows` rows: whole tiles or less.
 // Registers: 0 to 5 sums, 6 left, 7 right.
 template <int M, int N, bool WHOLE, int J = 0>
 EFFT_INLINE void multiply_columns(
@@ -130,8 +130,8 @@ void matrix_tiles(
   }
 }
 
-// As for other elements; A's pairs must lie side by side along k. Nothing is asked of memory ahead of its use: where
-// there are matrix registers, that has made nothing faster.
+// As for other elements, but the pairs of A must be adjacent along k. Nothing is fetched ahead of its use, which has
+// made nothing faster on processors with matrix registers.
 template <class Init, class Out>
 void product(int64_t rows, int64_t columns, int64_t depth, Operand<bf16> A, Rows<const bf16> B, Base<Init> init,
     Rows<Out> C, Ahead&) {
@@ -152,7 +152,7 @@ void product(int64_t rows, int64_t columns, int64_t depth, Operand<bf16> A, Rows
     }
 }
 
-// Of 16 rows of 16 pairs.
+// Transposes 16 rows of 16 pairs.
 inline void transpose_pairs(Bits rows[TILE]) {
 #pragma GCC unroll 4
   for (int distance = 1; distance < LANES; distance *= 2) {

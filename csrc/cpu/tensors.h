@@ -1,4 +1,4 @@
-// From torch's tensors to the kernels' plain matrices, on the stable ABI.
+// Conversions from torch's tensors to the kernels' plain matrices, on the stable ABI.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
@@ -25,8 +25,8 @@ inline Type type_of(const Tensor& t) {
   return type == ScalarType::Float ? Type::float32 : Type::bfloat16;
 }
 
-// `t` with elements of a row side by side and rows apart (a row distance of 0 means strips to the kernels): itself, or
-// the one documented copy.
+// `t` with adjacent elements in a row and distinct rows (to the kernels a row distance of 0 means strips): `t` itself,
+// or the one documented copy.
 inline Tensor with_unit_rows(const Tensor& t) {
   const bool unit = t.dim() == 0 || t.size(-1) <= 1 || t.stride(-1) == 1;
   const bool apart = t.dim() < 2 || t.size(-2) <= 1 || t.stride(-2) != 0;
@@ -40,8 +40,8 @@ inline Matrix matrix(const Tensor& t, int64_t offset = 0) {
   return {data + offset * (type == Type::float32 ? 4 : 2), t.dim() < 2 ? 0 : t.stride(-2), type};
 }
 
-// The first element that begins a line of the cache: reads of whole registers and tiles then touch one each. `data` has
-// LINE elements more than are used.
+// The first element at the beginning of a cache line, so that a read of a whole register or tile row touches only one
+// line. `data` has LINE more elements than are used.
 constexpr int64_t LINE = 64;
 template <class T>
 T* at_line(T* data) {
@@ -50,10 +50,10 @@ T* at_line(T* data) {
   return static_cast<T*>(std::align(LINE, LINE, at, room));
 }
 
-// Elements brought into another order in about the time that it takes to wake a thread, some 10 us.
+// How many elements are reordered in about the time that it takes to wake a thread, some 10 us.
 constexpr int64_t WORTH_A_THREAD = 1 << 16;
 
-// `op` by all of torch's threads.
+// Runs `op` on all of torch's threads.
 inline void gather(const Gather& op) {
   constexpr int64_t width = 16;
   const int64_t grain = std::max<int64_t>(WORTH_A_THREAD / (width * std::max<int64_t>(op.rows, 1)), 1);
@@ -61,18 +61,18 @@ inline void gather(const Gather& op) {
       [&](int64_t first, int64_t last) { kernels().gather(op, first * width, std::min(op.columns, last * width)); });
 }
 
-// A factor, or its transpose, in the order that a kernel reads it in.
+// A factor, or its transpose, in the order in which a kernel reads it.
 class Panel {
  public:
   enum class Order : uint8_t {
-    rows,    // padded with zeros to PANEL_COLUMNS; a view where the factor has that form already
-    strips,  // of STRIP_COLUMNS
+    rows,    // rows padded with zeros to PANEL_COLUMNS; a view where the factor has that form already
+    strips,  // strips of STRIP_COLUMNS
   };
 
-  // For products of `type`, which decides what the panel is made of.
+  // A panel for products in `type`, which decides the type of its elements.
   Panel(const Tensor& factor, Order order, bool transpose, Type type) : Panel(factor, order, transpose) {
     if (type != Type::bfloat16 || !kernels().pairs) return;
-    // [strips][length][unit]: every strip interleaved on its own
+    // [strips][length][unit]: every strip is interleaved separately
     const int64_t even = (length_ + 1) / 2 * 2, unit = row_ != 0 ? row_ : STRIP_COLUMNS;
     pairs_.reset(new uint16_t[even * padded_ + LINE]);
     uint16_t* const pairs = at_line(pairs_.get());
@@ -113,14 +113,14 @@ class Panel {
   Matrix as_matrix() const { return {const_cast<float*>(data_), row_, Type::float32}; }
 
  private:
-  Tensor tensor_;  // keeps a view's memory alive
+  Tensor tensor_;  // keeps the memory of a view alive
   std::unique_ptr<float[]> copy_;
   std::unique_ptr<uint16_t[]> pairs_;
   const float* data_ = nullptr;
   int64_t row_ = 0, length_ = 0, padded_ = 0;
 };
 
-// out = left right, or out += left right, by the library that torch multiplies matrices with.
+// out = left right, or out += left right, by the library with which torch multiplies matrices.
 inline void multiply(const Tensor& out, const Tensor& left, const Tensor& right, bool accumulate) {
   if (out.numel() == 0) return;
   const AOTITorchError failed = accumulate
@@ -129,7 +129,8 @@ inline void multiply(const Tensor& out, const Tensor& left, const Tensor& right,
   STD_TORCH_CHECK(!failed, "torch's matrix product failed, and printed why");
 }
 
-// The calls of torch's C interface that make a tensor cost a microsecond or two; those by an operator's name about ten.
+// Makes a tensor by torch's C interface, which costs a microsecond or two; a call by an operator's name costs about
+// ten.
 inline Tensor empty(
     const Tensor& like, std::initializer_list<int64_t> sizes, std::optional<ScalarType> type = std::nullopt) {
   int32_t dtype = 0, device_type = 0, device_index = 0;
@@ -146,7 +147,7 @@ inline Tensor empty(
   return Tensor(made);
 }
 
-// A view, from the first element of `t` on.
+// A view that begins at the first element of `t`.
 inline Tensor view(const Tensor& t, std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides) {
   AtenTensorHandle made = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
@@ -158,12 +159,12 @@ inline Tensor transposed(const Tensor& t) {
   return view(t, {t.size(1), t.size(0)}, {t.stride(1), t.stride(0)});
 }
 
-// A vector as a matrix of one row.
+// A vector as a matrix with one row.
 inline Tensor as_row(const Tensor& t) {
   return view(t, {1, t.size(0)}, {t.size(0), t.stride(0)});
 }
 
-// Tokens for each of torch's threads, whole tiles of vectors, and no thread for less than is worth waking it.
+// The tokens divided among torch's threads, in whole tiles, and without a thread for fewer than are worth waking it.
 struct Parts {
   int64_t tokens, size, count;
 

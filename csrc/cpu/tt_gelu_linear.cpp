@@ -1,23 +1,23 @@
-// efft::tt_gelu_linear_{fwd,bwd}.cpu: tt_linear whose blocks pass through a GELU first.
+// efft::tt_gelu_linear_{fwd,bwd}.cpu: tt_linear behind a GELU, which is applied block by block.
 #include "tt_linear.h"
 
 namespace efft {
 
 namespace {
 
-Stage stage(const std::string& approximate) {
-  Stage of;
-  of.input = approximate == "tanh" ? Input::gelu_tanh : Input::gelu;
-  return of;
+ProducerArguments gelu(const std::string& approximate) {
+  ProducerArguments producer;
+  producer.kind = approximate == "tanh" ? Producer::gelu_tanh : Producer::gelu;
+  return producer;
 }
 
 Linear tt_gelu_linear_fwd(Tensor z, Tensor W, std::optional<Tensor> b, Tensor D, Tensor G, std::string approximate) {
-  return linear_forward(z, stage(approximate), W, b, D, G);
+  return linear_forward(z, gelu(approximate), W, b, D, G);
 }
 
 LinearBackward tt_gelu_linear_bwd(Tensor gy, Tensor z, std::optional<Tensor> W, std::optional<Tensor> h, Tensor D,
     Tensor G, std::string approximate, bool need_dz, bool need_dD, bool need_dG) {
-  return linear_backward(gy, z, stage(approximate), W, h, D, G, need_dz, need_dD, need_dG);
+  return linear_backward(gy, z, gelu(approximate), W, h, D, G, need_dz, need_dD, need_dG);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(efft, CPU, library) {

@@ -1,8 +1,8 @@
-// efft::tt_linear_{fwd,bwd}.cpu and, through another input stage, the gelu and norm forms.
+// efft::tt_linear_{fwd,bwd}.cpu, and what the forms behind a producer (a GELU or a layer norm) share with it.
 //
-// The base product is that of the library torch uses, and comes first: writing a result costs it less than adding to
-// one. Then one pass over blocks of tokens does everything of rank r: y += b + h G in forward, dx += dh D^T in
-// backward. Only the forward pass behind a GELU or a norm comes before the product, whose input it makes.
+// The library that torch uses computes the base product, first, because it writes a result faster than it adds to one.
+// One pass over blocks of tokens then does everything of rank r: y += b + h G in forward, dx += dh D^T in backward.
+// Only the forward pass behind a producer comes before the product, whose input it makes.
 #include "tt_linear.h"
 
 #include <vector>
@@ -11,7 +11,7 @@ namespace efft {
 
 namespace {
 
-// A vector as floats; null if absent.
+// A vector converted to floats; its data is null if there is no vector.
 class Vector {
  public:
   explicit Vector(const std::optional<Tensor>& from) {
@@ -24,35 +24,35 @@ class Vector {
   std::optional<Panel> panel_;
 };
 
-void describe(
-    LowRank& op, const Stage& stage, const Tensor& D, const Tensor& G, const Vector& gamma, const Vector& beta) {
-  op.input = stage.input;
+void describe(LowRank& op, const ProducerArguments& producer, const Tensor& D, const Tensor& G, const Vector& gamma,
+    const Vector& beta) {
+  op.producer = producer.kind;
   op.d_in = D.size(0);
   op.d_out = G.size(1);
   op.rank = D.size(1);
   op.padded_rank = (op.rank + PANEL_COLUMNS - 1) / PANEL_COLUMNS * PANEL_COLUMNS;
   op.gamma = gamma.data();
   op.beta = beta.data();
-  op.eps = static_cast<float>(stage.eps);
-  if (stage.input != Input::norm) return;
-  op.mean = static_cast<float*>(stage.mean.data_ptr());
-  op.rstd = static_cast<float*>(stage.rstd.data_ptr());
+  op.eps = static_cast<float>(producer.eps);
+  if (producer.kind != Producer::norm) return;
+  op.mean = static_cast<float*>(producer.mean.data_ptr());
+  op.rstd = static_cast<float*>(producer.rstd.data_ptr());
 }
 
 }  // namespace
 
-Linear linear_forward(const Tensor& x_, const Stage& stage, const Tensor& W, const std::optional<Tensor>& b,
-    const Tensor& D, const Tensor& G) {
+Linear linear_forward(const Tensor& x_, const ProducerArguments& producer, const Tensor& W,
+    const std::optional<Tensor>& b, const Tensor& D, const Tensor& G) {
   const Tensor x = with_unit_rows(x_);
   const int64_t tokens = x.size(0);
-  const bool plain = stage.input == Input::plain;
+  const bool plain = producer.kind == Producer::none;
   Tensor y = empty(W, {tokens, W.size(0)}), h = empty(W, {tokens, D.size(1)});
   const Tensor a = plain ? x : empty(W, {tokens, W.size(1)});
-  const Vector bias(b), gamma(stage.gamma), beta(stage.beta);
+  const Vector bias(b), gamma(producer.gamma), beta(producer.beta);
   const Type type = type_of(W);
   const Panel down(D, Panel::Order::rows, false, type), up(G, Panel::Order::strips, false, type);
   Forward op;
-  describe(op, stage, D, G, gamma, beta);
+  describe(op, producer, D, G, gamma, beta);
   op.x = matrix(x);
   op.a = matrix(a);
   op.y = matrix(y);
@@ -69,18 +69,18 @@ Linear linear_forward(const Tensor& x_, const Stage& stage, const Tensor& W, con
   return {y, h};
 }
 
-LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x_, const Stage& stage,
+LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x_, const ProducerArguments& producer,
     const std::optional<Tensor>& W, const std::optional<Tensor>& h_, const Tensor& D, const Tensor& G, bool need_dx,
     bool need_dD, bool need_dG) {
   STD_TORCH_CHECK((!need_dx || W.has_value()) && (!need_dD || x_.has_value()) && (!need_dG || h_.has_value()),
       "dx needs W, dD needs x, dG needs h: one of them is missing");
   const Tensor gy = with_unit_rows(gy_);
   const int64_t tokens = gy.size(0), d_in = D.size(0), rank = D.size(1), d_out = G.size(1);
-  const Vector gamma(stage.gamma), beta(stage.beta);
+  const Vector gamma(producer.gamma), beta(producer.beta);
   const Type type = type_of(gy);
   const Panel Gt(G, Panel::Order::rows, true, type), Dt(D, Panel::Order::strips, true, type);
   Backward op;
-  describe(op, stage, D, G, gamma, beta);
+  describe(op, producer, D, G, gamma, beta);
   op.gy = matrix(gy);
   op.Gt = Gt.elements();
   op.Dt = Dt.elements();
@@ -91,7 +91,7 @@ LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x
   op.x = x ? matrix(*x) : Matrix{nullptr, 0, op.gy.type};
   if (h) op.h = matrix(*h);
 
-  const bool plain = stage.input == Input::plain;
+  const bool plain = producer.kind == Producer::none;
   const Tensor& like = x && !plain ? *x : gy;
   Tensor dx = need_dx ? empty(like, {tokens, d_in}) : empty(like, {0}), base = dx;
   if (need_dx) {
@@ -105,8 +105,8 @@ LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x
     return (columns + STRIP_COLUMNS - 1) / STRIP_COLUMNS * STRIP_COLUMNS * rank;
   };
   const int64_t size_D = need_dD ? strips(d_in) : 0, size_G = need_dG ? strips(d_out) : 0;
-  // Of this thread, and kept: fresh memory of this size would fault in its pages on every call. As large as the largest
-  // call: rank (d_in + d_out) floats for each of torch's threads.
+  // Kept by this thread from call to call, because the pages of fresh memory of this size would fault on every call. It
+  // is as large as the largest call needs: rank (d_in + d_out) floats for each of torch's threads.
   thread_local std::vector<float> shares;
   shares.resize(std::max<size_t>(shares.size(), parts.count * (size_D + size_G) + LINE));
   float* const shares_D = at_line(shares.data());
@@ -121,7 +121,7 @@ LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x
     torch::stable::zero_(dG);
     return {dx, dD, dG};
   }
-  // In the threads' order: the same sum on every run.
+  // Summed in the order of the threads, so that every run gives the same bits.
   if (need_dD) gather({{shares_D, 0, Type::float32}, parts.count, size_D, rank, d_in, 1, true, matrix(dD)});
   if (need_dG) gather({{shares_G, 0, Type::float32}, parts.count, size_G, rank, d_out, 1, false, matrix(dG)});
   return {dx, dD, dG};

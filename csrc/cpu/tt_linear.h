@@ -1,4 +1,4 @@
-// What tt_linear and its forms behind a GELU and a layer norm share in the binding.
+// The part of the binding that tt_linear shares with its forms behind a GELU and behind a layer norm.
 #pragma once
 
 #include <string>
@@ -11,18 +11,18 @@ namespace efft {
 using Linear = std::tuple<Tensor, Tensor>;                  // y, h
 using LinearBackward = std::tuple<Tensor, Tensor, Tensor>;  // dx, dD, dG
 
-// The input stage: which one, and what a norm brings.
-struct Stage {
-  Input input = Input::plain;
+// Which producer stands in front of the layer, and the tensors that belong to a norm.
+struct ProducerArguments {
+  Producer kind = Producer::none;
   std::optional<Tensor> gamma, beta;
   double eps = 0;
   Tensor mean, rstd;
 };
 
-Linear linear_forward(const Tensor& x, const Stage& stage, const Tensor& W, const std::optional<Tensor>& b,
-    const Tensor& D, const Tensor& G);
+Linear linear_forward(const Tensor& x, const ProducerArguments& producer, const Tensor& W,
+    const std::optional<Tensor>& b, const Tensor& D, const Tensor& G);
 
-LinearBackward linear_backward(const Tensor& gy, const std::optional<Tensor>& x, const Stage& stage,
+LinearBackward linear_backward(const Tensor& gy, const std::optional<Tensor>& x, const ProducerArguments& producer,
     const std::optional<Tensor>& W, const std::optional<Tensor>& h, const Tensor& D, const Tensor& G, bool need_dx,
     bool need_dD, bool need_dG);
 

@@ -1,4 +1,4 @@
-// efft::tt_norm_linear_{fwd,bwd}.cpu: tt_linear whose blocks pass through a layer norm first.
+// efft::tt_norm_linear_{fwd,bwd}.cpu: tt_linear behind a layer norm, which is applied block by block.
 #include "tt_linear.h"
 
 namespace efft {
@@ -7,17 +7,18 @@ namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> tt_norm_linear_fwd(Tensor x, std::optional<Tensor> gamma,
     std::optional<Tensor> beta, double eps, Tensor W, std::optional<Tensor> b, Tensor D, Tensor G) {
-  const Stage stage{Input::norm, gamma, beta, eps, empty(x, {x.size(0)}, ScalarType::Float),
+  const ProducerArguments producer{Producer::norm, gamma, beta, eps, empty(x, {x.size(0)}, ScalarType::Float),
       empty(x, {x.size(0)}, ScalarType::Float)};
-  const auto [y, h] = linear_forward(x, stage, W, b, D, G);
-  return {y, h, stage.mean, stage.rstd};
+  const auto [y, h] = linear_forward(x, producer, W, b, D, G);
+  return {y, h, producer.mean, producer.rstd};
 }
 
 LinearBackward tt_norm_linear_bwd(Tensor gy, Tensor x, std::optional<Tensor> gamma, std::optional<Tensor> beta,
     double eps, Tensor mean, Tensor rstd, std::optional<Tensor> W, std::optional<Tensor> h, Tensor D, Tensor G,
     bool need_dx, bool need_dD, bool need_dG) {
-  const Stage stage{Input::norm, gamma, beta, eps, torch::stable::contiguous(mean), torch::stable::contiguous(rstd)};
-  return linear_backward(gy, x, stage, W, h, D, G, need_dx, need_dD, need_dG);
+  const ProducerArguments producer{
+      Producer::norm, gamma, beta, eps, torch::stable::contiguous(mean), torch::stable::contiguous(rstd)};
+  return linear_backward(gy, x, producer, W, h, D, G, need_dx, need_dD, need_dG);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(efft, CPU, library) {

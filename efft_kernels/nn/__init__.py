@@ -1,4 +1,4 @@
-"""Layers on the ops: the bank of shared factors and the linear layer that uses a part of it."""
+"""Layers on the ops: banks of shared factors, and the adapted layers that each use a part of a bank."""
 
 from efft_kernels.nn.attention import EfftMultiheadAttention
 from efft_kernels.nn.bank import FactorBank

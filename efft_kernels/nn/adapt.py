@@ -1,10 +1,12 @@
-"""Any weight of a model, adapted by its name and put back: which class stands in for a layer, or what becomes of a
-parameter."""
+"""Adapt any weight of a model by its name, and put it back.
+
+A layer that is called is replaced by an adapted one; a parameter that its module reads stays in the module.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -27,19 +29,23 @@ from efft_kernels.nn.parameter import (
 from efft_kernels.nn.reads import reads_weight_of_children
 from efft_kernels.nn.transposed import EfftConv1D, EfftEmbedding
 
+Layer = TypeVar("Layer", bound=nn.Module)
+
 _KINDS: tuple[type[AdaptedLayer], ...] = (EfftLinear, EfftConv1d, EfftConv2d, EfftConv3d, EfftEmbedding)
 
 
 def layer_class(layer: nn.Module) -> type[AdaptedLayer] | None:
-    """The class that stands in for layers of this kind, None where there is none. Its ``refusal`` may still have a
-    reason against this very layer."""
+    """Return the class that stands in for layers of this kind, or None if there is none.
+
+    The ``refusal`` of that class may still have a reason against this layer.
+    """
     if is_conv1d(layer):
         return EfftConv1D
     return next((kind for kind in _KINDS if isinstance(layer, kind.adapts)), None)
 
 
 def cannot_adapt(model: nn.Module, name: str, view: str = "linear") -> str | None:
-    """None if :func:`adapt` can adapt the layer or parameter ``name``, else the reason, in words."""
+    """Return None if :func:`adapt` can adapt the layer or parameter ``name``, else the reason."""
     layer = _module_at(model, name)
     if layer is not None:
         kind = layer_class(layer)
@@ -69,16 +75,15 @@ def adapt(
 
     Args:
         model: the model.
-        sites: by the name of a layer that is called, as ``"blocks.0.attn.qkv"``, or of a parameter of any other module,
-            as ``"layers.0.self_attn.in_proj_weight"``: a bank, and the part of it that the weight uses.
-        views: how the matrix lies in a parameter, where that is not ``"linear"``
-            (:func:`efft_kernels.nn.parameter.adapt_parameter`). ``"experts"``: the matrices ``[experts, d_out, d_in]``
-            of a site of experts, ``"experts transposed"`` ``[experts, d_in, d_out]``.
+        sites: a bank, and the part of it that the weight uses, by the name of a layer that is called
+            (``"blocks.0.attn.qkv"``) or of a parameter of any other module (``"layers.0.attn.in_proj_weight"``).
+        views: how the matrix lies in a parameter, if that is not ``"linear"``
+            (:func:`efft_kernels.nn.parameter.adapt_parameter`). For a site of experts it is ``"experts"`` for matrices
+            ``[experts, d_out, d_in]``, ``"experts transposed"`` for ``[experts, d_in, d_out]``.
         kind: the class that stands in for linear layers.
 
     Returns:
-        By name the stand-in of each layer, which is registered wherever the layer was, and what stands for each
-        parameter.
+        By name, the stand-in of each layer, which is registered wherever the layer was, and each adapted parameter.
 
     Raises:
         TypeError: :func:`cannot_adapt` has a reason; nothing is changed.
@@ -115,25 +120,22 @@ def adapt(
 
 
 def mark_readers(model: nn.Module) -> dict[str, str]:
-    """Prepare the modules of ``model`` that read weights of adapted layers in place of calling these.
+    """Prepare the modules of ``model`` that read weights of adapted layers instead of calling the layers.
 
-    Such a layer's ``weight`` is its effective weight from then on, at any time; an ``nn.MultiheadAttention`` whose
-    ``out_proj`` is adapted computes with it in its own way, and an ``nn.TransformerEncoder`` keeps off nested tensors
-    while an update counts. To be called once all layers are replaced.
+    The ``weight`` of such a layer is its effective weight from then on, at any time. An ``nn.MultiheadAttention`` whose
+    ``out_proj`` is adapted gets a forward that calls it, and an ``nn.TransformerEncoder`` uses no nested tensors while
+    an update counts. Call this once all layers are replaced.
 
     Returns:
-        By the name of each adapted layer that may be read, the class of the module that reads it.
+        The class of the module that reads it, by the name of each adapted layer that may be read.
     """
     readers = {}
-    for path, module in model.named_modules():
+    for name, layer, reader in read_layers(model, AdaptedLayer):
+        layer.read, layer.reader = True, type(reader).__name__
+        readers[name] = layer.reader
+    for module in model.modules():
         if isinstance(module, AdaptedLayer):
             continue
-        for read in reads_weight_of_children(type(module)):  # type: ignore[arg-type]
-            child, _, parameter = read.rpartition(".")
-            layer = _module_at(module, child) if child and parameter == "weight" else None
-            if isinstance(layer, AdaptedLayer):
-                layer.read = True
-                readers[f"{path}.{child}" if path else child] = type(module).__name__
         forward = type(module).forward
         if forward is nn.MultiheadAttention.forward and isinstance(module._modules["out_proj"], AdaptedLayer):
             become_adapted(module)
@@ -142,11 +144,23 @@ def mark_readers(model: nn.Module) -> dict[str, str]:
     return readers
 
 
+def read_layers(model: nn.Module, kind: type[Layer]) -> Iterator[tuple[str, Layer, nn.Module]]:
+    """Yield (name, layer, reader) for each layer of class ``kind`` whose weight a module around it reads itself."""
+    for path, module in model.named_modules():
+        if isinstance(module, kind):
+            continue
+        for read in reads_weight_of_children(type(module)):  # type: ignore[arg-type]
+            child, _, parameter = read.rpartition(".")
+            layer = _module_at(module, child) if child and parameter == "weight" else None
+            if isinstance(layer, kind):
+                yield f"{path}.{child}".lstrip("."), layer, module
+
+
 def restore(model: nn.Module, originals: Mapping[nn.Module, nn.Module]) -> None:
     """Undo every adaptation in ``model``, merged or not; parameters stay frozen.
 
     Args:
-        originals: by each stand-in the layer that it stands in for, which gets its weight, hooks and mode back.
+        originals: maps each stand-in to the layer that it stands in for, which gets its weight, hooks and mode back.
     """
     for stand_in, layer in originals.items():
         assert isinstance(stand_in, AdaptedLayer)
@@ -161,7 +175,7 @@ def restore(model: nn.Module, originals: Mapping[nn.Module, nn.Module]) -> None:
 
 
 def named_adapted_weights(model: nn.Module) -> Iterator[tuple[str, AdaptedWeight]]:
-    """(name, adapted weight) of each adapted layer and parameter of ``model``, each once."""
+    """Yield (name, adapted weight) of each adapted layer and parameter of ``model``, each once."""
     for path, module in model.named_modules():
         if isinstance(module, AdaptedLayer):
             yield path, module
@@ -171,7 +185,7 @@ def named_adapted_weights(model: nn.Module) -> Iterator[tuple[str, AdaptedWeight
 
 
 def state_name(name: str, weight: AdaptedWeight) -> str:
-    """The name in a state dict of the weight that :func:`named_adapted_weights` calls ``name``."""
+    """Return the name in a state dict of the weight that :func:`named_adapted_weights` calls ``name``."""
     return f"{name}.weight" if isinstance(weight, AdaptedLayer) else name
 
 
@@ -185,7 +199,7 @@ def _module_at(model: nn.Module, name: str) -> nn.Module | None:
 
 
 def replace_modules(model: nn.Module, new_of: Mapping[nn.Module, nn.Module]) -> None:
-    """Put the new modules in, wherever the old ones are registered or held beside that."""
+    """Put the new modules in wherever the old ones are registered or held in other attributes."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child is not None and child in new_of:
@@ -194,8 +208,10 @@ def replace_modules(model: nn.Module, new_of: Mapping[nn.Module, nn.Module]) -> 
 
 
 def replace_in_attributes(parent: nn.Module, new_of: Mapping[nn.Module, nn.Module]) -> None:
-    """Put the new modules in where ``parent`` holds the old ones beside the registered ones: in lists, tuples and
-    dictionaries, which a forward may go through."""
+    """Put the new modules in where ``parent`` holds old ones that are not registered.
+
+    These may be in lists, tuples and dictionaries that its forward iterates over.
+    """
     for name, value in list(parent.__dict__.items()):
         if name not in _REGISTRIES:
             held = _held(value, new_of)
@@ -207,7 +223,7 @@ _REGISTRIES = frozenset(vars(nn.Module()))
 
 
 def _held(value: Any, new_of: Mapping[nn.Module, nn.Module], depth: int = 3) -> Any:
-    """``value`` with the new modules; lists and dictionaries are changed themselves, as others may hold them too."""
+    """Return ``value`` with the new modules. Lists and dictionaries are changed in place: others may hold them too."""
     if isinstance(value, nn.Module):
         return new_of.get(value, value)
     if depth == 0:

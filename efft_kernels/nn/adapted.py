@@ -1,7 +1,13 @@
-"""``AdaptedWeight``: a frozen weight with an update from a bank of factors, whatever module it belongs to."""
+"""``AdaptedWeight``: a frozen weight with an update from a bank of factors, whatever module it belongs to.
+
+The update is that of a matrix ``[d_out, d_in]``. A *view* says how this matrix lies in the weight: ``"linear"``
+``[d_out, d_in]``, ``"transposed"`` ``[d_in, d_out]``, ``"convolution"`` ``[d_out, ...]`` (all dimensions but the first
+make up d_in), ``"stacked"`` ``[..., d_in]`` (all dimensions but the last make up d_out).
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,10 +15,71 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from efft_kernels._autocast import no_autocast
+from efft_kernels._arguments import no_autocast
 from efft_kernels.nn.bank import Binding, FactorBank
-from efft_kernels.nn.weights import dequantized, is_plain
+from efft_kernels.nn.frozen import dequantized, is_conv1d, is_plain, stored_in
 from efft_kernels.ops import tt_merge_
+
+VIEWS = ("linear", "transposed", "convolution", "stacked")
+
+
+def as_matrix(weight: Tensor, view: str) -> Tensor:
+    """Return the matrix ``[d_out, d_in]`` of a weight; it is a view of the weight wherever it can be one."""
+    if view == "transposed":
+        return weight.t()
+    if view == "stacked":
+        return weight.flatten(0, -2)
+    return weight.flatten(1) if weight.dim() > 2 else weight
+
+
+def from_matrix(matrix: Tensor, view: str, shape: Sequence[int]) -> Tensor:
+    """Return a matrix ``[d_out, d_in]`` as a weight of this shape: the inverse of :func:`as_matrix`."""
+    if view == "linear":
+        return matrix  # the shape of a quantized weight is that of its packed values
+    return matrix.t() if view == "transposed" else matrix.reshape(shape)
+
+
+def view_of(layer: nn.Module) -> str:
+    """Return the view by which the matrix of a layer lies in its weight."""
+    if isinstance(layer, nn.Embedding) or is_conv1d(layer):
+        return "transposed"
+    return "convolution" if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else "linear"
+
+
+def matrix_sizes(weight: nn.Module | Tensor, view: str = "linear") -> tuple[int, int]:
+    """Return (d_in, d_out) of the matrix of a layer's weight, or of a parameter in which it lies by ``view``.
+
+    A convolution multiplies by its matrix at each position of the input: d_in counts channels and kernel positions.
+    """
+    if isinstance(weight, Tensor):
+        rows, columns = weight.shape[0], math.prod(weight.shape[1:])
+        if view == "stacked":
+            rows, columns = math.prod(weight.shape[:-1]), weight.shape[-1]
+        return (rows, columns) if view == "transposed" else (columns, rows)
+    layer: Any = weight
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return int(layer.in_channels // layer.groups * math.prod(layer.kernel_size)), int(layer.out_channels)
+    if isinstance(layer, nn.Embedding):
+        return int(layer.num_embeddings), int(layer.embedding_dim)
+    if is_conv1d(layer):
+        return tuple(stored_in(layer, "weight").shape)  # type: ignore[return-value]
+    assert isinstance(layer, nn.Linear)
+    return int(layer.in_features), int(layer.out_features)  # some models compute these as tensors
+
+
+def add_update_(weight: Tensor, view: str, D: Tensor, G: Tensor) -> None:
+    """Add the update ``(D G)ᵀ`` to a weight in place, in fp32 with one rounding.
+
+    Args:
+        weight: the weight, in which its matrix ``[d_out, d_in]`` lies by ``view``.
+        view: see above.
+        D: ``[d_in, r]``.
+        G: ``[r, d_out]``.
+    """
+    matrix = as_matrix(weight, view)
+    tt_merge_(matrix, D, G)
+    if view in ("convolution", "stacked"):  # the matrix of a convolution whose channels come last is a copy
+        weight.copy_(from_matrix(matrix, view, weight.shape))
 
 
 @dataclass(frozen=True)
@@ -22,7 +89,7 @@ class MergeLoss:
     Attributes:
         relative_update: |ΔW| / |W|.
         relative_error: |achieved - ΔW| / |ΔW|, where achieved is the change of the stored weight: the part of the
-            update lost by rounding to the weight's dtype. 0 for a zero update.
+            update that rounding to the weight's dtype loses. 0 for a zero update.
     """
 
     relative_update: float
@@ -30,27 +97,27 @@ class MergeLoss:
 
 
 class AdaptedWeight:
-    """A frozen weight that, as a matrix ``[d_out, d_in]``, has the update ``(D G)ᵀ`` from a bank of factors.
-
-    How the matrix lies in the weight is what :meth:`matrix` and :meth:`shaped` say; here the weight is the matrix.
+    """A frozen weight whose matrix ``[d_out, d_in]`` has the update ``(D G)ᵀ`` from a bank of factors.
 
     Attributes:
-        factors, site, binding: the bank, the part of it that this weight uses, and the hold on that part.
+        factors, site, binding: the bank, the part of it that this weight uses, and its hold on that part.
+        view: how the matrix lies in the weight.
         enabled: whether the update counts.
-        base_weight: the weight as it was before the update was merged into it; None if it is not merged.
-        sharing: all that have this update and this weight in common, if any.
+        base_weight: the weight before the update was merged into it; None if nothing is merged.
+        sharing: all adapted weights that have this update and this stored weight in common, if there are several.
     """
 
     factors: FactorBank
     site: Any
     binding: Binding
+    view: str = "linear"
     enabled: bool
     base_weight: Tensor | None
     sharing: Sequence[AdaptedWeight] = ()
 
     @property
     def stored(self) -> Tensor:
-        """The weight that the module owns, without the update unless it is merged."""
+        """The weight that the module owns, which has the update only while it is merged."""
         raise NotImplementedError
 
     def store(self, weight: nn.Parameter) -> None:
@@ -58,12 +125,12 @@ class AdaptedWeight:
         raise NotImplementedError
 
     def matrix(self, weight: Tensor) -> Tensor:
-        """A tensor of the weight's shape as the matrix ``[d_out, d_in]``; a view where there can be one."""
-        return weight
+        """Return the matrix ``[d_out, d_in]`` of a tensor of the weight's shape; a view wherever there can be one."""
+        return as_matrix(weight, self.view)
 
     def shaped(self, matrix: Tensor) -> Tensor:
-        """A matrix ``[d_out, d_in]`` in the shape of the weight."""
-        return matrix
+        """Return a matrix ``[d_out, d_in]`` in the shape of the weight."""
+        return from_matrix(matrix, self.view, self.stored.shape)
 
     @property
     def merged(self) -> bool:
@@ -71,8 +138,7 @@ class AdaptedWeight:
         return self.base_weight is not None
 
     def share(self, other: AdaptedWeight) -> None:
-        """Have the update of ``other``, whose stored weight is this one's too: what is merged into one is merged into
-        both."""
+        """Use the update of ``other``, which has the same stored weight: merging one of them then merges both."""
         self.factors.bindings.remove(self.binding)
         self.binding = other.binding
         together = [*(other.sharing or (other,)), self]
@@ -80,46 +146,49 @@ class AdaptedWeight:
             weight.sharing = together
 
     def evaluated(self) -> tuple[Tensor, Tensor]:
-        """(D [d_in, r], G [r, d_out]) as they are now and without dropout, whatever runs and whatever mode the bank
-        is in."""
+        """Return (D [d_in, r], G [r, d_out]) as they are now, without dropout, in any mode and during any pass."""
         return self.factors.evaluated(self.site)
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        """(D [d_in, r], G [r, d_out]) of the pass that runs, with its dropout; differentiable."""
+        """Return (D [d_in, r], G [r, d_out]) of the running pass, with its dropout; differentiable."""
         return self.factors.pair(self.site, *self.factors.down_up(self.binding))
 
     def update(self, D: Tensor, G: Tensor) -> Tensor:
-        """The dense update of the weight's shape, in the dtype of the factors; differentiable."""
+        """Return the dense update in the weight's shape and the factors' dtype; differentiable."""
         with no_autocast(D.device):
             return self.shaped((D @ G).t())
 
     def summed(self, W: Tensor, D: Tensor, G: Tensor) -> Tensor:
-        """``W`` with the update, dense and in its dtype, rounded once; differentiable."""
+        """Return ``W`` with the update, dense, in the dtype of ``W`` and rounded once; differentiable."""
         delta = self.update(D, G)
         wide = torch.promote_types(W.dtype, delta.dtype)
         return (dequantized(W).to(wide) + delta.to(wide)).to(W.dtype)
 
     def batched(self, x: Tensor, W: Tensor, D: Tensor, G: Tensor) -> Tensor | None:
-        """The batch of products ``x[i] W[i]`` with the update of each and without the dense sums; None where ``W`` is
-        no batch of matrices ``[d_in, d_out]``."""
+        """Return the products ``x[i] W[i]`` with the update of each, without building the dense sums.
+
+        None where ``W`` is not a batch of matrices ``[d_in, d_out]``.
+        """
         return None
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
-        """The dense update ΔW of the weight's shape in the factors' dtype, without dropout: for inspection."""
+        """Return the dense update ΔW in the weight's shape and the factors' dtype, without dropout: for inspection."""
         return self.update(*self.evaluated())
 
     @torch.no_grad()
     def merge(self, dequantize: bool = False) -> MergeLoss | None:
-        """Add the update to the weight, in fp32 with one rounding, keeping the base weight so that unmerge is exact.
+        """Add the update to the weight, in fp32 with one rounding; the base weight is kept, so that unmerge is exact.
 
-        A quantised weight holds no such sum: with ``dequantize`` a dense one in its dtype takes its place until then.
+        A quantized weight cannot hold such a sum. With ``dequantize`` a dense weight in its dtype takes its place until
+        the update is unmerged.
 
-        Returns what rounding cost; None if the update was merged already.
+        Returns:
+            What rounding cost; None if the update was merged already.
 
         Raises:
-            TypeError: the weight is quantised (or another tensor subclass), and ``dequantize`` is not set or not known
-                to it; nothing is changed.
+            TypeError: the weight is quantized (or another tensor subclass), and ``dequantize`` is not set or its class
+                does not say how; nothing is changed.
         """
         if self.merged:
             return None
@@ -148,13 +217,11 @@ class AdaptedWeight:
 
     def _add(self, W: Tensor, D: Tensor, G: Tensor) -> None:
         """Add the update to ``W`` in place, in fp32 with one rounding."""
-        matrix = self.matrix(W)  # of a convolution whose channels come last this is a copy
-        tt_merge_(matrix, D, G)
-        W.copy_(self.shaped(matrix))
+        add_update_(W, self.view, D, G)
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Put the base weight back, bit for bit. Does nothing where nothing is merged."""
+        """Put the base weight back, bit for bit. Do nothing if nothing is merged."""
         if self.base_weight is None:
             return
         if is_plain(self.base_weight):
@@ -169,7 +236,7 @@ class AdaptedWeight:
         self.binding.merged = base is not None
 
     def describe(self) -> str:
-        """The update in the words of its bank, and what has become of it."""
+        """Describe the update in the words of its bank, and say whether it is merged or switched off."""
         parts = [self.factors.describe(self.site)]
         if self.merged:
             parts.append("merged")

@@ -10,19 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from efft_kernels.nn.adapted import AdaptedWeight
+from efft_kernels.nn.frozen import stored_in
 from efft_kernels.nn.parameter import AdaptedModule, adapted_weights_of, runs_for
-from efft_kernels.nn.weights import stored_in
 from efft_kernels.ops import tt_linear
 
 
 @runs_for(nn.MultiheadAttention.forward)
 class EfftMultiheadAttention(AdaptedModule):
-    """What an ``nn.MultiheadAttention`` is too while it is adapted: its projections, which it computes from weights
-    that it reads, are then calls of ``tt_linear``, and no dense update is built.
+    """The second base class of an ``nn.MultiheadAttention`` while it is adapted.
 
-    Adapted are its parameters ``in_proj_weight`` ``[3 d, d]`` (or ``q_proj_weight``, ``k_proj_weight`` and
-    ``v_proj_weight``) and its layer ``out_proj``. Where none of them has an update that counts, torch's own forward
-    runs, fast paths included.
+    torch computes the projections from weights that it reads. Here they are calls of ``tt_linear``, so that no dense
+    update is built. The parameters ``in_proj_weight`` ``[3 d, d]`` (or ``q_proj_weight``, ``k_proj_weight`` and
+    ``v_proj_weight``) and the layer ``out_proj`` may be adapted. While none of them has an update that counts, torch's
+    own forward runs, with its fast paths.
     """
 
     def forward(
@@ -36,11 +36,11 @@ class EfftMultiheadAttention(AdaptedModule):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """That of ``nn.MultiheadAttention``.
+        """Compute what the forward of ``nn.MultiheadAttention`` does.
 
         Raises:
-            NotImplementedError: nested tensors, which torch has only its own fast path for.
-            RuntimeError: inputs or masks do not fit together, or ``is_causal`` without ``attn_mask``.
+            NotImplementedError: the inputs are nested tensors, which only torch's own fast path supports.
+            RuntimeError: inputs or masks do not fit together, or ``is_causal`` is set without ``attn_mask``.
         """
         mha: Any = self
         if not self._is_active():
@@ -74,7 +74,7 @@ class EfftMultiheadAttention(AdaptedModule):
             q, k, v = (t.transpose(0, 1) for t in (q, k, v))  # all [batch, positions, d] from here on
         samples, targets, _ = q.shape
         if is_causal and key_padding_mask is None and not need_weights:
-            mask = None  # the hint is enough
+            mask = None  # is_causal says it all
         else:
             mask = self._merged_mask(attn_mask, key_padding_mask, samples, targets, k.shape[1], query.dtype)
             is_causal = is_causal and key_padding_mask is None
@@ -102,7 +102,7 @@ class EfftMultiheadAttention(AdaptedModule):
         return any(_counts(weight) for module in (self, out) for weight in adapted_weights_of(module))
 
     def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The projections, in as few products as the identities of the inputs allow."""
+        """Return the projections, computed in as few products as the identities of the inputs allow."""
         mha: Any = self
         bias = mha.in_proj_bias
         if not mha._qkv_same_embed_dim:
@@ -123,7 +123,7 @@ class EfftMultiheadAttention(AdaptedModule):
         return part(query, 0, 1), part(key, 1, 2), part(value, 2, 3)
 
     def _product(self, name: str, x: Tensor, rows: slice, b: Tensor | None) -> Tensor:
-        """``x`` times these rows of a projection's weight, with their update."""
+        """Multiply ``x`` by these rows of a projection's weight, with their update."""
         W = stored_in(self, name)[rows]  # type: ignore[arg-type]
         adapted = self.adapted_parameters.get(name)
         if adapted is None or not _counts(adapted):
@@ -140,7 +140,7 @@ class EfftMultiheadAttention(AdaptedModule):
         sources: int,
         dtype: torch.dtype,
     ) -> Tensor | None:
-        """What is added to the scores [batch, heads, targets, sources], in a shape that broadcasts to theirs."""
+        """Return what to add to the scores [batch, heads, targets, sources], in a shape that broadcasts to theirs."""
         heads: int = self.num_heads  # type: ignore[attr-defined]
         mask = _added(attn_mask, dtype)
         if mask is not None:
@@ -157,7 +157,10 @@ class EfftMultiheadAttention(AdaptedModule):
         return padding if mask is None else mask + padding
 
     def _lengthened(self, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keys and values [batch, sources, d] with those of add_bias_kv and add_zero_attn, which no mask hides."""
+        """Append the entries of add_bias_kv and add_zero_attn, which no mask hides, to keys and values.
+
+        Keys and values are [batch, sources, d].
+        """
         mha: Any = self
         samples = k.shape[0]
         if mha.bias_k is not None:
@@ -171,11 +174,14 @@ class EfftMultiheadAttention(AdaptedModule):
 
 @runs_for(nn.TransformerEncoder.forward)
 class EfftTransformerEncoder(AdaptedModule):
-    """What an ``nn.TransformerEncoder`` is too while weights inside it are adapted: it packs no padded batch into
-    nested tensors then, which the layers take in their fast path alone, and no update can come in there."""
+    """The second base class of an ``nn.TransformerEncoder`` while weights inside it are adapted.
+
+    It does not pack padded batches into nested tensors while an update counts: the layers take these only in torch's
+    fast path, where no update can be added.
+    """
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """That of ``nn.TransformerEncoder``."""
+        """Compute what the forward of ``nn.TransformerEncoder`` does."""
         encoder: Any = self
         before = encoder.use_nested_tensor
         active = any(_counts(weight) for module in encoder.modules() for weight in adapted_weights_of(module))
@@ -191,7 +197,7 @@ def _counts(weight: AdaptedWeight) -> bool:
 
 
 def _added(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A mask as what is added to scores: minus infinity where a boolean one is True."""
+    """Return a mask as what is added to the scores: minus infinity where a boolean mask is True."""
     if mask is None or mask.is_floating_point():
         return mask
     if mask.dtype != torch.bool:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from efft_kernels._autocast import autocast_dtype
+from efft_kernels._arguments import autocast_dtype
+from efft_kernels.nn.frozen import is_plain, stored_in
 from efft_kernels.nn.linear import AdaptedLayer
-from efft_kernels.nn.weights import is_plain, stored_in
 from efft_kernels.ops import tt_linear
 
 
@@ -17,16 +17,12 @@ class _EfftConv(AdaptedLayer):
     """``y = conv(x; W) + b + conv(x; D) G`` with frozen ``W`` and ``b``.
 
     The matrix of a kernel ``[d_out, channels, *kernel_size]`` is ``[d_out, channels * prod(kernel_size)]``, so D is a
-    kernel with r outputs and G one of one position; the update is never built. A convolution of one position whose
-    channels come last in memory is a linear layer, and computed by its kernels. The kernel of one in groups is built
-    with its update: see :meth:`_in_groups`.
+    kernel with r outputs, G is a kernel of one position, and the update is never built. A convolution of one position
+    whose channels come last in memory is a linear layer, and is computed as one. A grouped convolution builds the
+    update of its kernel: see :meth:`_in_groups`.
     """
 
-    def matrix(self, weight: Tensor) -> Tensor:
-        return weight.flatten(1)
-
-    def shaped(self, matrix: Tensor) -> Tensor:
-        return matrix.reshape(self._parameters["weight"].shape)  # type: ignore[union-attr]
+    view = "convolution"
 
     def forward(self, x: Tensor) -> Tensor:  # [..., channels, *positions] -> [..., d_out, *positions']
         conv: Any = self
@@ -46,11 +42,12 @@ class _EfftConv(AdaptedLayer):
         return conv._conv_forward(x, W, b) + _AT_EACH_POSITION[W.dim()](h, up)
 
     def _in_groups(self, x: Tensor, W: Tensor, D: Tensor, G: Tensor) -> Tensor:
-        """The convolution with the dense sum of kernel and update.
+        """Convolve with the dense sum of kernel and update.
 
-        In groups (depthwise at the extreme) D would be a kernel for each of them, with r outputs where the layer has
-        d_out / groups: more work and activations than the layer itself has. The kernel is tiny beside the activations,
-        and so is its update. A sum rounded to less than fp32 would lose the update; there it is convolved on its own.
+        In a grouped (or depthwise) convolution D would be one kernel per group, with r outputs where the layer has
+        d_out / groups: more work and activations than the layer itself. The kernel is tiny compared with the
+        activations, and so is its update. Rounding the sum to less than fp32 would lose the update, so in such dtypes
+        the update is convolved on its own.
         """
         conv: Any = self
         if (autocast_dtype(x.device) or x.dtype).itemsize < 4:
@@ -66,7 +63,7 @@ class _EfftConv(AdaptedLayer):
 
 
 _AT_EACH_POSITION = {3: torch.conv1d, 4: torch.conv2d, 5: torch.conv3d}
-"""By the dimensions of a kernel."""
+"""The convolution of a kernel of one position, by the number of dimensions of the kernel."""
 
 
 class EfftConv1d(_EfftConv, nn.Conv1d):

@@ -1,11 +1,11 @@
-"""Weights that include their update when somebody else than their layer reads them.
+"""Weights that include their update when something other than their layer reads them.
 
-A module may read a parameter itself, of its own or of a child (``F.linear(x, self.qkv.weight)``), and never call a
-layer that could add the update. :func:`effective_property` gives it ``W + (D G)ᵀ`` then, as an :class:`Effective`: a
-tensor that is not computed before it is needed. Where it is the weight of an ``F.linear``, it never is: the product is
-that of :func:`efft_kernels.tt_linear`; nor where it is the second factor, all experts' matrices, of a ``torch.bmm`` or
-``matmul``. Anything else makes it dense, which costs memory and a sum of the weight's size,
-and rounds the sum to the weight's dtype.
+A module may read a parameter itself, its own or that of a child (``F.linear(x, self.qkv.weight)``), and never call a
+layer that could add the update. :func:`effective_property` then gives it ``W + (D G)ᵀ`` as an :class:`Effective`, a
+tensor that is computed only when it is needed. As the weight of an ``F.linear`` it is never computed, because
+:func:`efft_kernels.tt_linear` does the product; nor is it as the second factor of a ``torch.bmm`` or ``matmul`` that
+holds the matrices of all experts. Anything else makes it dense, which costs memory and a sum of the weight's size, and
+rounds the sum to the weight's dtype.
 """
 
 from __future__ import annotations
@@ -19,25 +19,30 @@ from torch import Tensor, nn
 
 from efft_kernels.nn.adapted import AdaptedWeight
 from efft_kernels.nn.bank import Binding
-from efft_kernels.nn.weights import is_plain
+from efft_kernels.nn.frozen import is_plain
 from efft_kernels.ops import tt_linear
 
 
 class Effective(Tensor):
-    """``W + (D G)ᵀ`` in the shape of the weight ``W``, not computed yet; it has the weight's shape, dtype and device.
+    """``W + (D G)ᵀ``, not computed yet, with the shape, dtype and device of the weight ``W``.
 
-    A gradient that reaches it past torch's functions (in a custom autograd.Function) goes on to D and G.
+    A gradient that reaches it past torch's functions (in a custom autograd.Function) is passed on to D and G.
+
+    Attributes:
+        owner: the adapted weight.
+        W, D, G: the stored weight and its operands.
+        dense: the dense tensors that were made, with a graph (True) and without (False).
     """
 
     owner: AdaptedWeight
     W: Tensor
     D: Tensor
     G: Tensor
-    dense: dict[bool, Tensor]  # by whether it has a graph
+    dense: dict[bool, Tensor]
 
     @staticmethod
     def of(owner: AdaptedWeight, W: Tensor, D: Tensor, G: Tensor) -> Effective:
-        """The effective weight of ``owner``, whose stored weight is ``W``."""
+        """Return the effective weight of ``owner``, whose stored weight is ``W``."""
         wanted = torch.is_grad_enabled() and (D.requires_grad or G.requires_grad or W.requires_grad)
         effective = _Lazy.apply(W, D, G, owner) if wanted else _wrapper(W)
         effective.owner, effective.W, effective.D, effective.G, effective.dense = owner, W, D, G, {}
@@ -46,12 +51,12 @@ class Effective(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func == _REQUIRES_GRAD:  # the parameter's answer: who moves weights about makes a new one like it
+        if func == _REQUIRES_GRAD:  # the parameter's answer: code that moves weights makes a new parameter like it
             return args[0].W.requires_grad
         if func in _METADATA:
             return super().__torch_function__(func, types, args, kwargs)
         if func is Tensor.to and torch.device("meta") in map(_as_device, (*args[1:], *kwargs.values())):
-            return args[0].W.to(*args[1:], **kwargs)  # a weight is put away, which takes none of its values
+            return args[0].W.to(*args[1:], **kwargs)  # the weight is put away, for which its values are not needed
         if func in _CHANGES:
             raise RuntimeError(f"{func.__name__} of a weight with an update changes nothing that lasts: {_LASTING}")
         if func is F.linear:
@@ -78,12 +83,12 @@ class Effective(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        # Below autograd, whose node is this tensor's own: a value made here has no graph, and is not kept for others.
+        # This is below autograd, where the node is this tensor's own. A value made here has no graph and is not kept.
         args, kwargs = torch.utils._pytree.tree_map_only(Effective, Effective._made, (args, kwargs or {}))
         return func(*args, **kwargs)
 
     def value(self) -> Tensor:
-        """The dense tensor; made once with a graph, and once without."""
+        """Return the dense tensor, which is made once with a graph and once without."""
         graph = torch.is_grad_enabled()
         if graph not in self.dense:
             self.dense[graph] = self._made()
@@ -102,8 +107,10 @@ def _wrapper(W: Tensor) -> Any:
 
 
 class _Lazy(torch.autograd.Function):
-    """Makes the tensor, and is its node in the graph; the node is unused if the product or the dense tensor takes its
-    place."""
+    """Create an :class:`Effective`, and be its node in the graph.
+
+    The node is unused if the product or the dense tensor takes the place of this tensor.
+    """
 
     @staticmethod
     def forward(ctx: Any, W: Tensor, D: Tensor, G: Tensor, owner: AdaptedWeight) -> Tensor:
@@ -126,7 +133,7 @@ class _Lazy(torch.autograd.Function):
 
 
 def _linear(input: Any, weight: Any, bias: Any = None) -> Tensor | None:
-    """``F.linear`` without the dense weight; None if it cannot be done so."""
+    """Compute ``F.linear`` without the dense weight; return None if that is not possible."""
     if not isinstance(weight, Effective) or isinstance(input, Effective) or isinstance(bias, Effective):
         return None
     owner, W = weight.owner, weight.W
@@ -137,7 +144,7 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Tensor | None:
 
 
 def _batched(input: Any, weights: Any) -> Tensor | None:
-    """A batch of products without the dense weights; None if it cannot be done so."""
+    """Compute a batch of products without the dense weights; return None if that is not possible."""
     if not isinstance(weights, Effective) or isinstance(input, Effective) or not is_plain(weights.W):
         return None
     owner = weights.owner
@@ -167,11 +174,14 @@ _LASTING = "change the stored parameter (module._parameters), or switch the upda
 
 
 def effective_property(name: str, owner_of: Callable[[Any], AdaptedWeight | None]) -> property:
-    """A property in the place of the parameter ``name`` of a class of modules.
+    """Return a property that takes the place of the parameter ``name`` of a class of modules.
 
-    Whoever reads it gets the stored parameter itself where the update does not count, else the effective weight: an
-    :class:`Effective`, or a dense tensor in compiled, exported and traced code and under ``torch.func``. ``owner_of``
-    finds the adapted weight that stands for the parameter, None where the stored one is meant.
+    Reading it gives the stored parameter where the update does not count, else the effective weight: an
+    :class:`Effective`, or a dense tensor in compiled, exported and traced code and under ``torch.func``.
+
+    Args:
+        name: the name of the parameter.
+        owner_of: finds the adapted weight that stands for the parameter in a module; None if the stored one is meant.
     """
 
     def read(module: Any) -> Tensor:
@@ -187,10 +197,12 @@ def effective_property(name: str, owner_of: Callable[[Any], AdaptedWeight | None
             raise AttributeError(name)  # nn.Module.__getattr__ follows, which torch.fx watches
         try:
             return effective(owner, W)
-        except AttributeError as error:  # would be taken for no property, and the stored weight come in silence
+        except (
+            AttributeError
+        ) as error:  # would mean that there is no such property, and the stored weight would be read in silence
             raise RuntimeError(f"the effective {name} of a {type(module).__name__} failed: {error}") from error
 
-    # What torch's prune and FSDP set and delete here is not a parameter: nn.Module leaves it to the class.
+    # What torch's prune and FSDP set and delete here is not a parameter, so nn.Module leaves it to the class.
     def write(module: nn.Module, value: Any) -> None:
         module.__dict__[name] = value
 
@@ -203,13 +215,13 @@ def effective_property(name: str, owner_of: Callable[[Any], AdaptedWeight | None
 
 
 def effective(owner: AdaptedWeight, W: Tensor) -> Tensor:
-    """The effective weight of ``owner``, whose stored weight is ``W``; differentiable."""
+    """Return the effective weight of ``owner``, whose stored weight is ``W``; differentiable."""
     if torch.compiler.is_compiling():
         return owner.summed(W, *owner.pair())
     binding = owner.binding
     used = binding.used
     D, G = owner.pair()
-    binding.used = used  # not before more than its dtype or shape is asked for
+    binding.used = used  # reading the dtype or shape alone does not count
     if (
         torch.jit.is_tracing()  # type: ignore[attr-defined]
         or torch._C._are_functorch_transforms_active()
@@ -221,7 +233,7 @@ def effective(owner: AdaptedWeight, W: Tensor) -> Tensor:
 
 
 def in_pass(binding: Binding) -> bool:
-    """Whether the model runs that a binding belongs to, or a part of it again, inside backward (checkpointing)."""
+    """Whether the model of a binding runs, or a part of it runs again inside the backward pass (checkpointing)."""
     if binding.prepared is not None:
         return True
     return not torch.compiler.is_compiling() and torch._C._current_autograd_node() is not None

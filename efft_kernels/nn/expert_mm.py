@@ -1,7 +1,8 @@
-"""``expert_mm``: the rows of every expert times that expert's matrix, the product that a mixture of experts is made of.
+"""``expert_mm``: the rows of every expert times that expert's matrix, the product that mixtures of experts consist of.
 
-torch's own grouped product does it on GPUs. It knows no fp64, no sizes that are not a multiple of 16 bytes and, in a
-compiled graph, no fp32; there, and on the CPU, an op of this module multiplies expert by expert.
+On GPUs torch's own grouped product computes it. That product does not support fp64, nor fp32 in a compiled graph, and
+needs sizes that are multiples of 16 bytes, to which the operands are padded. In the other cases, and on the CPU, an op
+of this module multiplies expert by expert.
 """
 
 from __future__ import annotations
@@ -14,16 +15,16 @@ from torch import Tensor
 
 
 def expert_mm(x: Tensor, W: Tensor, offsets: Tensor) -> Tensor:
-    """``y[i] = x[i] W[e]`` for the rows i of every expert e, those from ``offsets[e - 1]`` to ``offsets[e]``.
+    """Compute ``y[i] = x[i] W[e]`` for the rows i of every expert e, from ``offsets[e - 1]`` to ``offsets[e]``.
 
     Args:
         x: ``[rows, d_in]``, sorted by expert.
         W: ``[experts, d_in, d_out]`` in the dtype of ``x``, any strides.
-        offsets: int32 ``[experts]``, where the rows of each expert end. Rows after the last one belong to no expert.
+        offsets: int32 ``[experts]``, where the rows of each expert end. Rows after the last end belong to no expert.
 
     Returns:
-        ``y [rows, d_out]`` in the dtype of ``x``; rows of no expert have any value. Differentiable in ``x`` and ``W``,
-        any number of times.
+        ``y [rows, d_out]`` in the dtype of ``x``; the values of rows that belong to no expert are undefined.
+        Differentiable in ``x`` and ``W``, any number of times.
     """
     if _has_kernel(x) and len(x) > 0:
         step = 16 // x.element_size()
@@ -58,7 +59,7 @@ def _by_expert(x: Tensor, W: Tensor, offsets: Tensor) -> Tensor:
 
 @torch.library.custom_op("efft::expert_mm_weight", mutates_args=())
 def _weight_by_expert(x: Tensor, gy: Tensor, offsets: Tensor) -> Tensor:
-    """``x[i]ᵀ gy[i]`` summed over the rows of every expert ``[experts, d_in, d_out]``."""
+    """Sum ``x[i]ᵀ gy[i]`` over the rows of every expert: ``[experts, d_in, d_out]``."""
     gW = x.new_zeros(offsets.shape[0], x.shape[1], gy.shape[1])
     first = 0
     for e, last in enumerate(offsets.tolist()):

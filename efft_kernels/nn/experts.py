@@ -1,4 +1,4 @@
-"""Experts held as one three-dimensional parameter: which rows go to which expert, and the update of their matrices."""
+"""Experts held as one three-dimensional parameter: the routing of rows to experts, and the update of their matrices."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from efft_kernels._autocast import no_autocast
+from efft_kernels._arguments import no_autocast
 from efft_kernels.nn.expert_mm import expert_mm
 from efft_kernels.nn.factors import Site, TTFactors
+from efft_kernels.nn.frozen import stored_in
 from efft_kernels.nn.parameter import AdaptedParameter, cannot_adapt_parameter
-from efft_kernels.nn.weights import stored_in
 from efft_kernels.ops import tt_merge_
 
 #: How the matrices of experts lie in a parameter: ``[experts, d_out, d_in]``, ``[experts, d_in, d_out]``.
@@ -19,10 +19,10 @@ EXPERT_VIEWS = ("experts", "experts transposed")
 
 
 class Routing(NamedTuple):
-    """Tokens sorted by the experts they go to: a row for every token and expert that the router chose for it.
+    """Tokens sorted by expert, with one row for every token and every expert that the router chose for it.
 
     Attributes:
-        order: ``[rows]``, the place of each row in the router's ``[tokens, k]``, flattened.
+        order: ``[rows]``, the index of each row in the router's flattened ``[tokens, k]``.
         tokens: ``[rows]``, the token of each row.
         experts: ``[rows]``, the expert of each row, ascending.
         offsets: int32 ``[experts]``, where the rows of each expert end.
@@ -35,15 +35,14 @@ class Routing(NamedTuple):
 
     @classmethod
     def of(cls, chosen: Tensor, n_experts: int) -> Routing:
-        """The routing for the router's choice ``[tokens, k]`` of experts."""
+        """Return the routing for the router's choice ``[tokens, k]`` of experts."""
         experts, order = torch.sort(chosen.reshape(-1), stable=True)
         each = torch.arange(n_experts, device=chosen.device, dtype=experts.dtype)
         offsets = torch.searchsorted(experts, each, right=True, out_int32=True)
         return cls(order, order // chosen.shape[-1], experts, offsets)
 
     def combine(self, y: Tensor, weights: Tensor) -> Tensor:
-        """The rows ``y [rows, d]`` of each token, weighted by the router's ``weights [tokens, k]`` and summed
-        ``[tokens, d]``."""
+        """Sum the rows ``y [rows, d]`` of each token, weighted by ``weights [tokens, k]``, to ``[tokens, d]``."""
         weighted = y * weights.reshape(-1)[self.order].unsqueeze(-1)
         back = torch.empty_like(self.order).scatter_(0, self.order, torch.arange(len(y), device=y.device))
         return weighted[back].unflatten(0, weights.shape).sum(1)
@@ -52,16 +51,16 @@ class Routing(NamedTuple):
 class ExpertWeight(AdaptedParameter):
     """The matrices of experts ``[experts, d_out, d_in]``, one parameter of a module, with an update of each.
 
-    All experts share D, so that it multiplies every token once, whatever the number of experts it goes to. Each has
-    its own core, and all cores share V: the update is ``(x D) C[e] V``, and no matrix of the size of an expert's is
-    built. What multiplies by the stored parameter adds the update with :meth:`add_update`; whoever reads the parameter
-    otherwise gets the effective weights of all experts: as low-rank products where they are matrices
-    ``[experts, d_in, d_out]`` of a ``torch.bmm`` or ``matmul``, else densely.
+    All experts share D, so it multiplies every token once, whatever the number of experts that the token goes to. Each
+    expert has its own core, and all cores share V: the update is ``(x D) C[e] V``, and no matrix of the size of an
+    expert's is built. Code that multiplies by the stored parameter adds the update with :meth:`add_update`. Code that
+    reads the parameter in another way gets the effective weights of all experts: as low-rank products where they are
+    the matrices ``[experts, d_in, d_out]`` of a ``torch.bmm`` or ``matmul``, else as a dense tensor.
 
     Args:
-        module, name: whose parameter it is, and which.
+        module, name: the module, and the name of its parameter.
         factors, site: the bank, and the part of it that the experts use.
-        transposed: the parameter is stored as ``[experts, d_in, d_out]``.
+        transposed: whether the parameter is stored as ``[experts, d_in, d_out]``.
 
     Raises:
         TypeError: it is not a plain floating-point parameter of three dimensions, or adapted already.
@@ -79,12 +78,10 @@ class ExpertWeight(AdaptedParameter):
             raise TypeError(f"{name} of {type(module).__name__}: {reason}")
         weight = stored_in(module, name)
         if site.experts != len(weight):
-            raise ValueError(
-                f"{name} of {type(module).__name__}: {site} is of {site.experts} experts, not {len(weight)}"
-            )
+            raise ValueError(f"{name} of {type(module).__name__}: expected a site of {len(weight)} experts, got {site}")
         super().__init__(module, name, factors, site, EXPERT_VIEWS[transposed])
 
-    def _features(self) -> tuple[int, int]:
+    def _sizes(self) -> tuple[int, int]:
         d_in, d_out = self.matrices(self.stored).shape[1:]
         return d_in, d_out
 
@@ -94,15 +91,15 @@ class ExpertWeight(AdaptedParameter):
         return self.enabled and not self.merged
 
     def matrices(self, weight: Tensor) -> Tensor:
-        """``weight``, laid out like the parameter, as ``[experts, d_in, d_out]``, or the other way round: a view."""
+        """Return ``weight``, laid out like the parameter, as ``[experts, d_in, d_out]``, or the inverse: a view."""
         return weight if self.view == EXPERT_VIEWS[True] else weight.transpose(1, 2)
 
     def add_update(self, y: Tensor, x: Tensor, offsets: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """``y`` plus the update of every expert times its rows.
+        """Return ``y`` plus the update of every expert times its rows.
 
         Args:
             y: ``[rows, d_out]``, the product with the parameter.
-            x: ``[rows, d_in]``; with ``tokens`` instead ``[tokens, d_in]``, and row i is that of token ``tokens[i]``.
+            x: ``[rows, d_in]``; with ``tokens`` it is ``[tokens, d_in]``, and row i belongs to token ``tokens[i]``.
             offsets: see :func:`expert_mm`.
 
         Returns:
@@ -126,7 +123,7 @@ class ExpertWeight(AdaptedParameter):
             return torch.baddbmm(y, x @ D, G)
 
     def update(self, D: Tensor, G: Tensor) -> Tensor:
-        """The dense update of all experts, of the parameter's shape, from D and G [experts, r, d_out]."""
+        """Return the dense update of all experts in the parameter's shape, from D and G [experts, r, d_out]."""
         with no_autocast(D.device):
             return self.matrices(D @ G)
 
@@ -136,8 +133,8 @@ class ExpertWeight(AdaptedParameter):
 
 
 def cannot_adapt_experts(module: nn.Module, name: str) -> str | None:
-    """None if the parameter ``name`` of ``module`` can be that of an :class:`ExpertWeight`, else the reason."""
-    reason = cannot_adapt_parameter(module, name, "convolution")  # which may have any number of dimensions
+    """Return None if an :class:`ExpertWeight` can stand for the parameter ``name`` of ``module``, else the reason."""
+    reason = cannot_adapt_parameter(module, name, "convolution")  # this view allows any number of dimensions
     weight = module._parameters.get(name)
     if reason is None and weight is not None and (weight.dim() != 3 or not holds_numbers(weight)):
         return f"expected floating-point matrices [experts, d_out, d_in], got {list(weight.shape)} {weight.dtype}"
@@ -145,12 +142,12 @@ def cannot_adapt_experts(module: nn.Module, name: str) -> str | None:
 
 
 def holds_numbers(weight: Tensor) -> bool:
-    """Whether a sum can be rounded to the dtype of ``weight``: to 8 bits and fewer it is not without a scale."""
+    """Whether a sum can be rounded to the dtype of ``weight``; 8 bits and fewer would need a scale."""
     return weight.is_floating_point() and weight.element_size() > 1
 
 
 def expert_linear(x: Tensor, W: Tensor, offsets: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x[i] W[e] + bias[i]`` for the rows i of every expert e, in the dtype of ``W``.
+    """Compute ``x[i] W[e] + bias[i]`` for the rows i of every expert e, in the dtype of ``W``.
 
     Args:
         x: ``[rows, d_in]``, sorted by expert.

@@ -9,15 +9,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from efft_kernels.nn.bank import Binding, FactorBank, Operands
+from efft_kernels.nn.bank import Binding, FactorBank, Operands, compose_by_kind, per_site, take
 from efft_kernels.nn.initialization import initialize
-from efft_kernels.nn.operands import take
 from efft_kernels.ops import tt_contract
 
 
 @dataclass(frozen=True)
 class Site:
-    """Which part of a train one linear layer uses, or one parameter that holds the matrices of many experts.
+    """The part of a train that one linear layer uses, or one parameter that holds the matrices of many experts.
 
     Attributes:
         layer: index into the cores' first dimension (ignored where cores are shared by all layers).
@@ -25,10 +24,10 @@ class Site:
         transpose: use the transposed train, ``D = Vᵀ`` and ``G = s Cᵀ Uᵀ`` (fc2 beside fc1).
         columns: half-open range of V's columns this layer uses; None for all.
         mask_scope: sites of one layer with the same scope share one draw of the dropout masks of U and V.
-        experts: number of matrices that the site stands for, which share the outer side of the train that is their
-            input; 0 for one plain matrix. ``cores`` then lists those of the first expert, of the second, ...
-        interleaved: the outputs of an expert's column blocks alternate, ``[block 0's first, block 1's first, ...]``,
-            as the gates and the values of some models do; otherwise one block follows the other.
+        experts: number of experts whose matrices the site stands for; 0 for one plain matrix. The experts share the
+            side of the train that is their input. ``cores`` then lists those of the first expert, of the second, ...
+        interleaved: whether the outputs of an expert's column blocks alternate, ``[block 0's first, block 1's first,
+            ...]``, as the gates and values of some models do. Otherwise one block follows the other.
     """
 
     layer: int = 0
@@ -41,7 +40,7 @@ class Site:
 
     @property
     def blocks(self) -> int:
-        """Column blocks of one matrix."""
+        """The number of column blocks of one matrix."""
         return len(self.cores) // (self.experts or 1)
 
 
@@ -54,25 +53,26 @@ class Masks(NamedTuple):
 
 
 class TTFactors(FactorBank):
-    """The factors of ``ΔW = s · U C V``: U and V shared by all layers, one small core per matrix.
+    """The factors of ``ΔW = s · U C V``: all layers share U and V, and each matrix has one small core.
 
-    Layers :meth:`bind` a :class:`Site` of this :class:`FactorBank`; all are contracted in one launch per kind of site.
+    Layers :meth:`bind` a :class:`Site` of this :class:`FactorBank`; one launch contracts all sites of a kind.
 
     Args:
         d_in, d_out: sizes of the two outer sides, ``U [d_in, r1]`` and ``V [r2, d_out]``.
         rank: ``r`` or ``(r1, r2)``.
-        n_layers: layers that have cores of their own.
-        n_cores: cores of each layer.
+        n_layers: number of layers that have their own cores.
+        n_cores: number of cores of each layer.
         core_sharing: ``"per_layer"`` (cores ``[n_layers, n_cores, r1, r2]``) or ``"shared"`` (``[1, n_cores, r1, r2]``
             serve every layer, as in the paper's public code).
         scale: s, a plain multiplier.
-        trainable_scale: train the scale, one of the whole train (True) or one of each core of each layer
-            (``"matrix"``, also where layers share their cores). It is ``scale · exp(log_scale)``, from zero on: useful
-            scales lie between 0.01 and 100, and a step of the optimizer changes each of them by the same share, none
-            comes to zero (where all else would stop learning), and a weight decay pulls towards ``scale``.
+        trainable_scale: whether to train the scale: one for the whole train (True), or one per core of each layer
+            (``"matrix"``, also where layers share their cores). It is ``scale · exp(log_scale)``, and ``log_scale``
+            starts at zero. Useful scales lie between 0.01 and 100: in this form a step of the optimizer changes each of
+            them by the same share, none reaches zero (where everything else would stop learning), and weight decay
+            pulls towards ``scale``.
         dropout: probability of zeroing an element of U, C and V in training (never of an activation); kept elements are
             rescaled by 1/(1-p).
-        init: ``"v"`` or ``"u"``: the side that starts at zero.
+        init: the side that starts at zero, ``"v"`` or ``"u"``.
         core_init: see :mod:`efft_kernels.nn.initialization`.
     """
 
@@ -124,21 +124,21 @@ class TTFactors(FactorBank):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw U, C and V anew (see :func:`efft_kernels.nn.initialization.initialize`); s is that of the start."""
+        """Draw U, C and V again (:func:`efft_kernels.nn.initialization.initialize`), and reset the scale."""
         initialize(self.U, self.C, self.V, self.init, self.core_init)
         if self.log_scale is not None:
             nn.init.zeros_(self.log_scale)
 
     @torch.no_grad()
     def replace(self, U: Tensor, C: Tensor, V: Tensor) -> None:
-        """Put in other factors, of any ranks, as new parameters: an optimizer must be made anew.
+        """Put in other factors, of any ranks, as new parameters. An optimizer must then be made again.
 
         Args:
-            U, C, V: ``[d_in, r1]``, ``[n_layers or 1, n_cores, r1, r2]``, ``[r2, d_out]``; copies get the dtype and
-                device of those that go.
+            U, C, V: ``[d_in, r1]``, ``[n_layers or 1, n_cores, r1, r2]``, ``[r2, d_out]``. They are copied to the dtype
+                and device of the factors that they replace.
 
         Raises:
-            ValueError: the shapes do not fit together or this bank.
+            ValueError: the shapes do not fit together, or do not fit this bank.
         """
         r1, r2 = C.shape[-2:]
         expected = (self.d_in, r1), (*self.C.shape[:2], r1, r2), (r2, self.d_out)
@@ -152,26 +152,26 @@ class TTFactors(FactorBank):
         self.r1, self.r2 = r1, r2
 
     def follow_scale(self, leader: TTFactors) -> None:
-        """Multiply s by what training makes of that of ``leader``, which owns the parameter."""
-        self.__dict__["leader"] = leader  # not registered: owned once
+        """Multiply the scale by what training makes of the scale of ``leader``, which owns the parameter."""
+        self.__dict__["leader"] = leader  # not registered, so that it is owned once
 
     def _log_scale(self) -> Tensor | None:  # [1, 1] or [n_layers, n_cores]
         return (self if self.leader is None else self.leader).log_scale
 
     @property
     def scale(self) -> float | Tensor:
-        """s: a number or, where it is trained, a tensor [1, 1] or [n_layers, n_cores]."""
+        """The scale s: a number or, if it is trained, a tensor [1, 1] or [n_layers, n_cores]."""
         log_scale = self._log_scale()
         return self.initial_scale if log_scale is None else self.initial_scale * log_scale.exp()
 
     @property
     def scale_value(self) -> float:
-        """s as a number, whether it is trained or not; of several their geometric mean."""
+        """The scale s as a number, whether it is trained or not; the geometric mean if there are several."""
         log_scale = self._log_scale()
         return self.initial_scale if log_scale is None else self.initial_scale * log_scale.mean().exp().item()
 
     def bind(self, site: Site) -> Binding:
-        """Register a layer that uses ``site``; returns what to pass to :meth:`down_up`.
+        """Register a layer that uses ``site``, and return what to pass to :meth:`down_up`.
 
         Raises:
             ValueError: the site lies outside this bank.
@@ -182,24 +182,26 @@ class TTFactors(FactorBank):
         if not 0 <= first < last <= self.d_out or not site.cores:
             raise ValueError(f"{site} does not fit a train with {self.d_out} output columns")
         if site.experts < 0 or len(site.cores) % (site.experts or 1):
-            raise ValueError(f"{site}: every one of the experts needs as many cores, got {len(site.cores)} cores")
+            raise ValueError(f"{site}: every expert needs the same number of cores, got {len(site.cores)} cores")
         if site.interleaved and not site.experts:
             raise ValueError(f"{site}: only the column blocks of experts can be interleaved")
         if site.transpose and site.blocks > 1:
-            raise ValueError(f"{site}: a transposed train has one core, its output is U's one block of rows")
+            raise ValueError(
+                f"{site}: a transposed train has one core per matrix, because its output is the one block of U's rows"
+            )
         if site.mask_scope < 0:
             raise ValueError(f"{site}: mask_scope must be 0 or more")
         return super().bind(site)
 
     def features(self, site: Site) -> tuple[int, int]:
-        """(in_features, out_features) of a linear layer that ``site`` fits, or of each of its experts."""
+        """Return (in_features, out_features) of a linear layer that ``site`` fits, or of each of its experts."""
         first, last = site.columns or (0, self.d_out)
         if site.transpose:
             return last - first, self.d_in
         return self.d_in, (last - first) * site.blocks
 
     def describe(self, site: Site) -> str:
-        """The site's part of this train."""
+        """Describe the site's part of this train."""
         cores = f"cores={site.cores}" if not site.experts else f"experts={site.experts}, cores per expert={site.blocks}"
         parts = [f"rank=({self.r1}, {self.r2})", f"layer={site.layer}", cores]
         if site.transpose:
@@ -209,10 +211,12 @@ class TTFactors(FactorBank):
         return ", ".join([*parts, f"scale={self.scale_value:g}"])
 
     def draw_masks(self, n_layers: int) -> Masks | None:
-        """Fresh dropout masks for ``n_layers`` layers; None where nothing is dropped (p = 0 or eval mode)."""
+        """Draw dropout masks for ``n_layers`` layers; None if nothing is dropped (p = 0 or eval mode)."""
         if not self.training or self.dropout == 0:
             return None
-        n_scopes = 1 + max([0, *[binding.site.mask_scope for binding in self.bindings]])  # default=: not traced by 2.13
+        n_scopes = 1 + max(
+            [0, *[binding.site.mask_scope for binding in self.bindings]]
+        )  # torch 2.13 does not trace max(default=)
         shapes = (
             (n_layers, n_scopes, *self.U.shape),
             (n_layers, *self.C.shape[1:]),
@@ -221,38 +225,35 @@ class TTFactors(FactorBank):
         return Masks(*(torch.rand(shape, device=self.U.device) >= self.dropout for shape in shapes))
 
     def compose(self, sites: Sequence[Site]) -> list[Operands]:
-        """(D, G) of each site, contracted with those that are alike.
+        """Return (D, G) of each site; sites that are alike are contracted together.
 
-        Of a site of experts, whose products share both outer sides, nothing is contracted:
-        (D [in_features, r], C [experts, r, blocks * r'], V [r', out_features / blocks]) with the scale in the cores C;
-        the update of expert e, block b is ``D C[e, :, b r' : (b + 1) r'] V``. :meth:`evaluated` has G
-        [experts, r, out_features] of it.
+        For a site of experts, whose products share both outer sides, nothing is contracted. Its operands are
+        (D [in_features, r], C [experts, r, blocks * r'], V [r', out_features / blocks]) with the scale in the cores C,
+        and the update of block b of expert e is ``D C[e, :, b r' : (b + 1) r'] V``. :meth:`evaluated` returns
+        G [experts, r, out_features] for it.
         """
         layers = sorted({site.layer for site in sites})
         masks = self.draw_masks(len(layers))
-        kinds: dict[tuple[Any, ...], list[int]] = {}
-        for i, site in enumerate(sites):
-            kinds.setdefault((site.cores, site.transpose, site.columns, site.mask_scope, site.experts), []).append(i)
-        found: dict[int, Operands] = {}
-        for members in kinds.values():
-            rows = [layers.index(sites[i].layer) for i in members]
-            site, n = sites[members[0]], len(members)
-            operands: list[Sequence[Tensor]]
+
+        def compose_alike(alike: list[Site]) -> list[Sequence[Tensor]]:
+            site, n = alike[0], len(alike)
+            rows = [layers.index(member.layer) for member in alike]
             if site.experts:
                 D, C, V = self._expert_kind(site, rows, layers, masks)
-                operands = [_each(D, n, 3), _each(C, n, 4), _each(V, n, 3)]
-            else:
-                D, G = self._contract_kind(site, rows, layers, masks)
-                operands = [_each(D, n, 3), _each(G, n, 3)]
-            found.update(zip(members, zip(*operands, strict=True), strict=True))
-        return [found[i] for i in range(len(sites))]
+                return [per_site(D, n), per_site(C, n, 4), per_site(V, n)]
+            return [per_site(operand, n) for operand in self._contract_kind(site, rows, layers, masks)]
+
+        return compose_by_kind(
+            sites, lambda s: (s.cores, s.transpose, s.columns, s.mask_scope, s.experts), compose_alike
+        )
 
     def _contract_kind(
         self, site: Site, rows: list[int], layers: list[int], masks: Masks | None
     ) -> tuple[Tensor, Tensor]:
-        """D [in, r] (or [len(rows), in, r] under dropout) and G [len(rows), r, out] of sites alike but for the layer.
+        """Return D [in, r] and G [len(rows), r, out] of sites that differ only in the layer.
 
-        ``rows`` index into ``layers`` and the masks. With shared cores and no dropout all layers are one row.
+        With dropout D is [len(rows), in, r]. ``rows`` are indices into ``layers`` and the masks. With shared cores and
+        no dropout G has one row for all layers.
         """
         keep = 1.0 - self.dropout
         first, last = site.columns or (0, self.d_out)
@@ -281,8 +282,11 @@ class TTFactors(FactorBank):
     def _expert_kind(
         self, site: Site, rows: list[int], layers: list[int], masks: Masks | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """D [in, r], C [len(rows), experts, r, blocks * r'] and V [r', out] of sites of experts alike but for the
-        layer; D and V have a first dimension of len(rows) under dropout. ``rows`` are as in :meth:`_contract_kind`."""
+        """Return D [in, r], C [len(rows), experts, r, blocks * r'] and V [r', out] of sites of experts.
+
+        The sites differ only in the layer. With dropout D and V have a first dimension of len(rows). ``rows`` are as in
+        :meth:`_contract_kind`.
+        """
         keep = 1.0 - self.dropout
         first, last = site.columns or (0, self.d_out)
         U: Tensor = self.U
@@ -300,7 +304,7 @@ class TTFactors(FactorBank):
         return U, C * scale, V
 
     def pair(self, site: Site, D: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
-        """(D [in_features, r], G [r, out_features]), or G [experts, r, out_features] of a site of experts."""
+        """Return (D [in_features, r], G [r, out_features]); G is [experts, r, out_features] for a site of experts."""
         if not site.experts:
             return super().pair(site, D, *rest)
         C, V = rest
@@ -308,7 +312,7 @@ class TTFactors(FactorBank):
         return D, (G.transpose(-1, -2) if site.interleaved else G).flatten(-2)
 
     def _scaled_cores(self, layers: list[int], cores: list[int]) -> Tensor:  # [len(layers) or 1, len(cores), r1, r2]
-        """The cores of these layers, times what training has made of the scale."""
+        """Return the cores of these layers, times what training has made of the scale."""
         C = take(self.C, 1, cores)
         if self.core_sharing == "per_layer":
             C = take(C, 0, layers)
@@ -325,10 +329,3 @@ class TTFactors(FactorBank):
             f"n_cores={self.n_cores}, core_sharing={self.core_sharing!r}, scale={self.scale_value:g}, "
             f"dropout={self.dropout}"
         )
-
-
-def _each(operand: Tensor, n: int, dim: int) -> Sequence[Tensor]:
-    """That of each of n sites: one tensor, or one row of it, may serve all."""
-    if operand.dim() < dim:
-        return [operand] * n
-    return operand.unbind(0) if len(operand) == n else [operand[0]] * n

@@ -1,4 +1,7 @@
-"""``FrozenLayer``: what layers with an adapter have in common: they stand in for a frozen layer."""
+"""Frozen layers and weights: :class:`FrozenLayer`, the base of the adapted layers, and quantized weights.
+
+A weight may not be a plain dense tensor: those of torchao and bitsandbytes are quantized.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +10,22 @@ from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
-from efft_kernels.nn.weights import is_plain, stored_in
-
 
 class FrozenLayer(nn.Module):
-    """A layer in the place of another, with the same ``weight``, ``bias`` and hooks (the very objects), so state-dict
-    names stay as they are and handles stay valid.
+    """A layer that stands in for another one, with the very same ``weight``, ``bias`` and hooks.
 
-    A linear layer whose weight is quantised may have a product and a state dict of its class's own, as those of
-    bitsandbytes do. Its stand-in then is of a class made from both, so that it goes on having them.
+    Names in the state dict therefore stay as they are, and handles stay valid. The class of a linear layer with a
+    quantized weight may have its own product and state dict, as those of bitsandbytes do. The class of its stand-in is
+    then made from both classes, so that it keeps them.
 
     Raises:
         TypeError: :func:`cannot_wrap` has a reason.
     """
 
     adapts: ClassVar[type[nn.Module]] = nn.Linear
-    """What a layer must have been."""
+    """The class of the layers that this class can stand in for."""
     product: ClassVar[Callable[..., Tensor]] = nn.Linear.forward
-    """What the class of a linear layer computes (:func:`efft_kernels.nn.weights.frozen_linear` asks for it)."""
+    """The product of the linear layer that is stood in for (:func:`efft_kernels.nn.linear.frozen_linear` uses it)."""
 
     weight: Tensor
 
@@ -33,7 +34,7 @@ class FrozenLayer(nn.Module):
 
     @classmethod
     def refusal(cls, layer: nn.Module) -> str | None:
-        """None if this class can stand in for ``layer``, else the reason."""
+        """Return None if this class can stand in for ``layer``, else the reason."""
         return cannot_wrap(layer, cls.adapts)
 
     def __init__(self, layer: nn.Module) -> None:
@@ -48,7 +49,7 @@ class FrozenLayer(nn.Module):
 
 
 def _has_class_of_its_own(layer: Any) -> bool:
-    """Whether what ``layer`` is is known by its class alone, so that its stand-in must be of it too."""
+    """Whether only the class of ``layer`` says what it computes, so that its stand-in must be of that class too."""
     if isinstance(layer, FrozenLayer):
         return False
     quantized = isinstance(layer, nn.Linear) and not is_plain(layer.weight) and type(layer) is not nn.Linear
@@ -59,9 +60,9 @@ _of_both_kinds: dict[tuple[type, type], type[FrozenLayer]] = {}
 
 
 def _of_both(stand_in: type[FrozenLayer], kind: type[nn.Module]) -> type[FrozenLayer]:
-    """The class of stand-ins of this class for layers of that one."""
+    """Return the class of stand-ins of class ``stand_in`` for layers of class ``kind``."""
 
-    def reduce(self: FrozenLayer, protocol: object) -> tuple[Any, ...]:  # pickle finds classes by their names alone
+    def reduce(self: FrozenLayer, protocol: object) -> tuple[Any, ...]:  # pickle finds classes by name only
         return _empty, (stand_in, kind), self.__dict__
 
     if (stand_in, kind) not in _of_both_kinds:
@@ -86,9 +87,9 @@ def _empty(stand_in: type[FrozenLayer], kind: type[nn.Module]) -> FrozenLayer:
 
 
 def share_attributes(source: nn.Module, target: nn.Module) -> None:
-    """Let ``target`` stand in for ``source``: its mode, its hooks and whatever was set on it, but no parameters.
+    """Give ``target`` the mode, the hooks and all other attributes of ``source``, but no parameters.
 
-    What only the adapted layer has, and a compiled form of the other's forward, stays where it is.
+    Attributes that only adapted layers have stay where they are, and so does a compiled forward.
     """
     target.__dict__.update({name: value for name, value in source.__dict__.items() if name not in _NOT_SHARED})
 
@@ -96,7 +97,20 @@ def share_attributes(source: nn.Module, target: nn.Module) -> None:
 _NOT_SHARED = {
     *("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules", "forward", "_compiled_call_impl"),
     "extra_repr",  # torchao sets one that is bound to the layer
-    *("factors", "site", "binding", "enabled", "read", "sharing", "selected", "stacks", "layouts", "learned"),
+    *(
+        "factors",
+        "site",
+        "binding",
+        "enabled",
+        "read",
+        "reader",
+        "sharing",
+        "view",
+        "selected",
+        "stacks",
+        "layouts",
+        "learned",
+    ),
 }
 
 
@@ -109,17 +123,17 @@ def is_conv1d(layer: object) -> bool:
 
 
 def read_by_its_parent(layer: nn.Module) -> str | None:
-    """Why nothing but a sum can be done to the weight of ``layer``: its parent reads it and never calls the layer."""
+    """Return why only a sum with the weight of ``layer`` has an effect: its parent never calls it. None if it does."""
     if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return (
             "this is the out_proj of nn.MultiheadAttention, which reads the weight and never calls the layer, so what "
-            "the layer does beside it would be ignored; use an attention module with separate linear layers"
+            "the layer adds to the product would be ignored; use an attention module with separate linear layers"
         )
     return None
 
 
 def cannot_wrap(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> str | None:
-    """None if a :class:`FrozenLayer` can stand in for a layer of this kind, else the reason."""
+    """Return None if a :class:`FrozenLayer` can stand in for ``layer`` as one of class ``kind``, else the reason."""
     if isinstance(layer, FrozenLayer):
         return f"this layer is adapted already: it is of type {type(layer).__name__}"
     if not isinstance(layer, kind):
@@ -128,8 +142,7 @@ def cannot_wrap(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> str | No
 
 
 def not_only_a_weight(layer: nn.Module, kind: type[nn.Module]) -> str | None:
-    """None if ``layer`` computes what those of this kind do, from the parameters weight and bias alone, else the
-    reason why nothing can stand in for it."""
+    """Return None if ``layer`` computes what layers of class ``kind`` do, from weight and bias alone, else why not."""
     own = any(
         getattr(type(layer), name) is not getattr(kind, name)
         for name in ("forward", "_conv_forward")
@@ -148,3 +161,47 @@ def not_only_a_weight(layer: nn.Module, kind: type[nn.Module]) -> str | None:
             "too, as torch.nn.utils.weight_norm and its like add them; remove that first"
         )
     return None
+
+
+def is_plain(weight: Tensor) -> bool:
+    """Whether the memory of ``weight`` holds its entries in its dtype, so that a kernel can read them."""
+    # torch's own is_traceable_wrapper_subclass looks for the first attribute; bitsandbytes' parameters have the second.
+    return not hasattr(type(weight), "__tensor_flatten__") and not hasattr(type(weight), "_quantize")
+
+
+def can_dequantize(weight: Tensor) -> bool:
+    """Whether ``weight`` is plain, or its class says how to make it dense."""
+    return is_plain(weight) or type(weight).dequantize is not Tensor.dequantize
+
+
+def dequantized(weight: Tensor) -> Tensor:
+    """Return the dense values of ``weight`` ``[d_out, d_in]`` in its dtype; a plain weight is returned itself.
+
+    Raises:
+        TypeError: the class of the weight does not say how to make it dense (bitsandbytes' classes do not).
+    """
+    if is_plain(weight):
+        return weight
+    if not can_dequantize(weight):
+        raise TypeError(
+            f"expected a weight whose class has dequantize(), as torchao's, got a {type(weight).__name__}: load the "
+            "adapter onto the dense base for dense weights"
+        )
+    dense: Tensor = getattr(
+        weight, "get_original_weight", weight.dequantize
+    )()  # NF4Tensor's dequantize is something else
+    return dense.to(weight.dtype)
+
+
+def stored_in(module: nn.Module, name: str) -> Tensor:
+    """Return what ``module`` owns under the name of an adapted parameter, past the property that hides it.
+
+    Raises:
+        AttributeError: it owns nothing of this name.
+    """
+    W = module._parameters.get(name)
+    if W is None:  # torch's pruning and FSDP's flattening set a plain tensor in the place of the parameter
+        W = module.__dict__.get(name)
+    if W is None:  # parametrized: the property is torch's
+        W = getattr(module, name)
+    return cast(Tensor, W)

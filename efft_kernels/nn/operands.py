@@ -1,6 +1,6 @@
-"""Composing the operands D and G of a layer from smaller factors.
+"""Compose the operands D and G of a layer from smaller factors, for methods of your own.
 
-Plain differentiable torch, not ops with kernels: what they compute is of the size of the factors, a thousandth of the
+This is plain differentiable torch without kernels: it computes tensors of the size of the factors, a thousandth of the
 products that ``tt_linear`` does with the result.
 """
 
@@ -14,20 +14,21 @@ from torch import Tensor
 
 
 def tt_chain(cores: Sequence[Tensor], side: str = "left", order: str = "C") -> Tensor:
-    """Contract a chain of tensor-train cores into one matrix, A or B of ``ΔW = A B``.
+    """Contract a chain of tensor-train cores into one matrix, the A or B of ``ΔW = A B``.
 
     Args:
         cores: ``[..., r_0, n_1, r_1], [..., r_1, n_2, r_2], ...`` in one floating-point dtype; leading dimensions are a
             batch of chains.
-        side: ``"left"``: the train of an input, r_0 = 1. ``"right"``: that of an output, whose last rank is 1.
-        order: how the indices of the cores make up the matrix's: ``"C"``, the last core's varies fastest, or ``"F"``,
-            the first core's does (as in numpy's reshape).
+        side: ``"left"`` for the train of an input, where r_0 = 1; ``"right"`` for the train of an output, where the
+            last rank is 1.
+        order: how the indices of the cores make up the index of the matrix, as in numpy's reshape: in ``"C"`` the last
+            core's index varies fastest, in ``"F"`` the first core's.
 
     Returns:
-        A ``[..., n_1 n_2 ..., r]`` of a left chain, B ``[..., r, n_1 n_2 ...]`` of a right one.
+        A ``[..., n_1 n_2 ..., r]`` of a left chain, B ``[..., r, n_1 n_2 ...]`` of a right chain.
 
     Raises:
-        ValueError: ranks that do not match, or an unknown side or order.
+        ValueError: the ranks do not match, or the side or order is unknown.
     """
     if side not in ("left", "right") or order not in ("C", "F"):
         raise ValueError(f"tt_chain: side must be 'left' or 'right' and order 'C' or 'F', got {side!r} and {order!r}")
@@ -51,12 +52,12 @@ def tt_chain(cores: Sequence[Tensor], side: str = "left", order: str = "C") -> T
 
 
 def _join(a: Tensor, b: Tensor, order: str) -> Tensor:
-    """``[..., r0, n, r1]`` and ``[..., r1, m, r2]`` to ``[..., r0, n m, r2]``."""
+    """Contract ``[..., r0, n, r1]`` and ``[..., r1, m, r2]`` to ``[..., r0, n m, r2]``."""
     return torch.einsum("...anb,...bmc->...anmc" if order == "C" else "...anb,...bmc->...amnc", a, b).flatten(-3, -2)
 
 
 def column_blocks(C: Tensor, V: Tensor) -> Tensor:
-    """``[C_1 V | C_2 V | ...]``: the G of a layer whose output has several blocks (matrices, heads) beside each other.
+    """Return ``[C_1 V | C_2 V | ...]``: G of a layer whose output is several blocks (matrices, heads) side by side.
 
     Args:
         C: ``[..., n_blocks, r1, r2]``.
@@ -69,7 +70,7 @@ def column_blocks(C: Tensor, V: Tensor) -> Tensor:
 
 
 def row_blocks(U: Tensor, C: Tensor) -> Tensor:
-    """``[U C_1; U C_2; ...]``: the D of a layer whose input has several blocks below each other.
+    """Return ``[U C_1; U C_2; ...]``: D of a layer whose input is several blocks, one below the other.
 
     Args:
         U: ``[d, r1]``, the same for all blocks.
@@ -79,11 +80,3 @@ def row_blocks(U: Tensor, C: Tensor) -> Tensor:
         ``[..., n_blocks * d, r2]``.
     """
     return torch.einsum("da,...nab->...ndb", U, C).flatten(-3, -2)
-
-
-def take(tensor: Tensor, dim: int, indices: Sequence[int]) -> Tensor:
-    """Rows ``indices`` of dimension ``dim``: the tensor itself or a view where possible."""
-    first, n = indices[0], len(indices)
-    if list(indices) == list(range(first, first + n)):
-        return tensor if n == tensor.shape[dim] else tensor.narrow(dim, first, n)
-    return torch.stack([tensor.select(dim, i) for i in indices], dim)

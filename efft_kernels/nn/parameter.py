@@ -1,8 +1,8 @@
-"""Parameters with an update, of any module that reads them itself: :func:`adapt_parameter`.
+"""Parameters with an update, in any module that reads them itself: :func:`adapt_parameter`.
 
-A module whose forward is its own (a weight-standardised convolution, an attention with packed projections) cannot be
-replaced by a layer. It stays, and only its class changes, to one of the same name in which the parameter is a property
-that has the update (:mod:`efft_kernels.nn.effective`). Names in the state dict, hooks and handles stay as they are.
+No layer can replace a module that has its own forward (a weight-standardized convolution, an attention with packed
+projections). The module stays, and only its class changes, to one of the same name in which the parameter is a property
+with the update (:mod:`efft_kernels.nn.effective`). Names in the state dict, hooks and handles stay as they are.
 """
 
 from __future__ import annotations
@@ -14,21 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from efft_kernels.nn.adapted import AdaptedWeight
+from efft_kernels.nn.adapted import VIEWS, AdaptedWeight, matrix_sizes
 from efft_kernels.nn.bank import FactorBank
 from efft_kernels.nn.effective import effective_property
-from efft_kernels.nn.frozen import FrozenLayer
-from efft_kernels.nn.linear import features
-from efft_kernels.nn.weights import is_plain, stored_in
-
-VIEWS = ("linear", "transposed", "convolution", "stacked")
+from efft_kernels.nn.frozen import FrozenLayer, is_plain, stored_in
 
 
 class AdaptedParameter(AdaptedWeight):
-    """A parameter of a module, with an update; no module itself, it is found in the module's ``adapted_parameters``.
+    """A parameter of a module, with an update. It is kept in the ``adapted_parameters`` of the module.
 
     Args:
-        module, name: whose parameter it is, and which.
+        module, name: the module, and the name of its parameter.
         factors, site: the bank, and the part of it that the parameter uses.
         view: see :func:`adapt_parameter`.
 
@@ -38,12 +34,12 @@ class AdaptedParameter(AdaptedWeight):
 
     def __init__(self, module: nn.Module, name: str, factors: FactorBank, site: Any, view: str) -> None:
         self.module, self.name, self.view = module, name, view
-        self._check_sizes(factors, site, self._features(), f"{name} of {type(module).__name__}")
+        self._check_sizes(factors, site, self._sizes(), f"{name} of {type(module).__name__}")
         self.factors, self.site, self.binding = factors, site, factors.bind(site)
         self.enabled = True
 
-    def _features(self) -> tuple[int, int]:
-        return features(self.stored, self.view)
+    def _sizes(self) -> tuple[int, int]:
+        return matrix_sizes(self.stored, self.view)
 
     @property
     def stored(self) -> Tensor:
@@ -73,23 +69,13 @@ class AdaptedParameter(AdaptedWeight):
     def _base_name(self) -> str:
         return f"base_{self.name}"
 
-    def matrix(self, weight: Tensor) -> Tensor:
-        if self.view == "transposed":
-            return weight.t()
-        if self.view == "stacked":
-            return weight.flatten(0, -2)
-        return weight.flatten(1) if weight.dim() > 2 else weight
-
-    def shaped(self, matrix: Tensor) -> Tensor:
-        return matrix.t() if self.view == "transposed" else matrix.reshape(self.stored.shape)
-
 
 class AdaptedModule:
-    """What a module is too while parameters of it are adapted. :func:`adapt_parameter` makes the classes."""
+    """The second base of a module's class while parameters of it are adapted; :func:`adapt_parameter` makes it."""
 
     adapted_parameters: dict[str, AdaptedParameter]
     prefix: ClassVar[str] = ""
-    """What the name of the class begins with, before that of the module's own."""
+    """What precedes the name of the module's own class in the name of the class."""
 
     def extra_repr(self) -> str:
         own: str = super().extra_repr()  # type: ignore[misc]
@@ -101,7 +87,7 @@ class AdaptedModule:
 
 
 def adapted_weights_of(module: object) -> list[AdaptedWeight]:
-    """What of ``module`` itself is adapted: the weight of a layer, or parameters."""
+    """Return what is adapted of ``module`` itself: the weight of a layer, or parameters."""
     if isinstance(module, AdaptedWeight):
         return [module]
     return [*module.adapted_parameters.values()] if isinstance(module, AdaptedModule) else []
@@ -112,7 +98,7 @@ _classes: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
 
 
 def runs_for(forward: Callable[..., Any]) -> Callable[[type[AdaptedModule]], type[AdaptedModule]]:
-    """A class decorator: modules with this forward become of that class while they are adapted, for a better one."""
+    """Decorate a class whose forward replaces ``forward``: adapted modules with that forward get this class too."""
 
     def register(kind: type[AdaptedModule]) -> type[AdaptedModule]:
         _own_forwards[forward] = kind
@@ -122,7 +108,7 @@ def runs_for(forward: Callable[..., Any]) -> Callable[[type[AdaptedModule]], typ
 
 
 def _class_of(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
-    """The class of modules of class ``base`` whose parameters ``names`` are adapted."""
+    """Return the class of modules of class ``base`` whose parameters ``names`` are adapted."""
     if (base, names) not in _classes:
         parts: dict[str, Any] = {name: effective_property(name, _owner(name)) for name in names}
         parts |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
@@ -149,7 +135,7 @@ def _empty(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
 
 
 def become_adapted(module: nn.Module) -> None:
-    """Give a module of which no parameter is adapted, yet, the class it would have: for a better forward."""
+    """Give a module without adapted parameters the class that it would have with them, for its forward."""
     _take_class(module, getattr(module, "adapted_parameters", {}))
 
 
@@ -163,22 +149,22 @@ def adapt_parameter(
 ) -> AdaptedParameter:
     """Give the parameter ``name`` of ``module`` the update of ``site``; it is frozen.
 
-    Whatever reads ``module.<name>`` then gets the effective weight; ``parameters()``, the state dict, ``.to()`` and
-    optimizers go on with the stored one. Each read that is not the weight of an ``F.linear`` makes a dense copy.
+    Whatever reads ``module.<name>`` then gets the effective weight. ``parameters()``, the state dict, ``.to()`` and
+    optimizers still use the stored one. Each read that is not for the weight of an ``F.linear`` makes a dense copy.
 
     Args:
         module, name: the parameter, of two or more dimensions.
         factors, site: the bank of the factors, and the part of it that the parameter uses.
         view: how the matrix lies in the parameter: ``"linear"`` ``[d_out, d_in]``, ``"transposed"`` ``[d_in, d_out]``,
-            ``"convolution"`` ``[d_out, ...]``, where all dimensions but the first are d_in, ``"stacked"``
-            ``[..., d_in]``, where all dimensions but the last are d_out.
+            ``"convolution"`` ``[d_out, ...]`` (all dimensions but the first make up d_in), or ``"stacked"``
+            ``[..., d_in]`` (all dimensions but the last make up d_out).
 
     Returns:
-        What stands for the parameter, also found in ``module.adapted_parameters``.
+        The adapted parameter, which is also in ``module.adapted_parameters``.
 
     Raises:
         TypeError: :func:`cannot_adapt_parameter` has a reason.
-        ValueError: the sizes do not fit, or there is no such view.
+        ValueError: the sizes do not fit, or the view is unknown.
     """
     if view not in VIEWS:
         raise ValueError(f"view must be one of {', '.join(map(repr, VIEWS))}, got {view!r}")
@@ -189,7 +175,7 @@ def adapt_parameter(
 
 
 def put_update(parameter: AdaptedParameter) -> AdaptedParameter:
-    """Let the module of ``parameter`` have it."""
+    """Put an adapted parameter into its module."""
     module = parameter.module
     module._parameters[parameter.name].requires_grad_(False)  # type: ignore[union-attr]
     adapted = getattr(module, "adapted_parameters", {})
@@ -198,7 +184,7 @@ def put_update(parameter: AdaptedParameter) -> AdaptedParameter:
 
 
 def restore_module(module: nn.Module) -> None:
-    """Undo every :func:`adapt_parameter` of ``module``; merged ones are unmerged. Does nothing to other modules.
+    """Undo every :func:`adapt_parameter` of ``module``, merged or not. Other modules are left as they are.
 
     Raises:
         RuntimeError: something has changed the class of the module since (a parametrization, ``fully_shard``).
@@ -215,7 +201,7 @@ def restore_module(module: nn.Module) -> None:
 
 
 def cannot_adapt_parameter(module: nn.Module, name: str, view: str = "linear") -> str | None:
-    """None if the parameter ``name`` of ``module`` can have an update, else the reason."""
+    """Return None if the parameter ``name`` of ``module`` can have an update, else the reason."""
     parameter: Any = module._parameters.get(name)
     if isinstance(module, FrozenLayer) or name in getattr(module, "adapted_parameters", {}):
         return "it is adapted already"
@@ -226,9 +212,9 @@ def cannot_adapt_parameter(module: nn.Module, name: str, view: str = "linear") -
     if is_lazy(parameter):
         return "its shape is not known before the module's first call; run the model once first"
     if not is_plain(parameter):
-        return f"it is a {type(parameter).__name__}, not a plain dense tensor, which holds no sum with an update"
+        return f"it is a {type(parameter).__name__}, not a plain dense tensor, and cannot hold a sum with an update"
     if isinstance(module, torch.jit.ScriptModule):
-        return "the module is TorchScript, which reads it past Python"
+        return "the module is TorchScript, which reads it without Python"
     if isinstance(module, nn.RNNBase):
         return "torch's recurrent layers cannot be adapted: they read their weights from a list of their own"
     expected = "2" if view in ("linear", "transposed") else "2 or more"

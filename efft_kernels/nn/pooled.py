@@ -1,4 +1,4 @@
-"""Linear layers that hold what many adapters do to them, and use in each call what the running context selected."""
+"""Linear layers that hold the updates of many adapters; each call uses those that the running context selected."""
 
 from __future__ import annotations
 
@@ -12,43 +12,42 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from efft_kernels.nn.frozen import FrozenLayer, read_by_its_parent
-from efft_kernels.nn.weights import adapted_linear, frozen_linear, multiplies_plainly
+from efft_kernels.nn.linear import adapted_linear, frozen_linear, multiplies_plainly
 from efft_kernels.ops import tt_linear_grouped
 
 
 class Selection(NamedTuple):
-    """Rows of the stacks: one for each sample of a batch, or with ``weights`` their weighted sum for all samples."""
+    """Rows of the stacks: one for each sample of a batch or, with ``weights``, their weighted sum for all samples."""
 
     slots: Tensor  # int64 [samples] or [k]
     weights: Tensor | None  # fp32 (fp64 for an fp64 model) [k]
 
 
-#: Where the samples of a batch are in an input [..., in_features]: the dimension; 0 also where each sample has several
-#: entries of it, one after the other; -1 where rows that follow each other belong to different samples; None nowhere.
+#: The dimension of an input [..., in_features] that counts the samples of a batch. It is 0 also if each sample has
+#: several entries there, one after the other; -1 if consecutive rows belong to different samples; None if none does.
 Layout = int | None
 
 
 class PooledLinear(FrozenLayer, nn.Linear):
-    """A frozen linear layer and two stacks of tensors, a row an adapter; row 0 is the base.
+    """A frozen linear layer and two stacks of tensors with one row per adapter; row 0 is the base.
 
-    It is an ``nn.Linear`` with the same ``weight``, ``bias`` and hooks (the very objects of the layer it replaces). The
-    stacks may be shared with other layers and are no part of its state.
+    It is an ``nn.Linear`` with the very same ``weight``, ``bias`` and hooks as the layer that it replaces. The stacks
+    may be shared with other layers and are not part of its state.
 
     Args:
         linear: the layer to stand in for.
-        selected: the :class:`Selection` of the running context, None for the base alone. Threads and tasks each have
-            their own.
+        selected: the :class:`Selection` of the running context, None for the base alone. Each thread and each task has
+            its own.
 
     Raises:
-        TypeError: not a plain ``nn.Linear``.
+        TypeError: ``linear`` is not a plain ``nn.Linear``.
     """
 
     stacks: tuple[Tensor, Tensor | None]
     layouts: dict[int, Layout]
-    """Number of dimensions of an input to where it has the samples, unless they are the first dimension."""
+    """Where an input of so many dimensions has the samples, unless they are its first dimension."""
     learned: bool
-    """Whether ``layouts`` is known. Until then, the first dimension must be the only one of as many entries as there
-    are samples."""
+    """Whether ``layouts`` is known. Until it is, only the first dimension may have as many entries as samples."""
 
     @classmethod
     def refusal(cls, layer: nn.Module) -> str | None:
@@ -76,15 +75,15 @@ class PooledLinear(FrozenLayer, nn.Linear):
         return y.reshape(*first.shape[:-1], self.out_features).movedim(0, place)
 
     def _place(self, x: Tensor, samples: int) -> int:
-        """Where the samples are in ``x``.
+        """Return the dimension of the samples in ``x`` (:data:`Layout`).
 
         Raises:
-            ValueError: they are not there, or it is not known where.
+            ValueError: ``x`` does not have them, or it is not known where.
         """
         rows = math.prod(x.shape[:-1])
         if rows == samples:
             return 0
-        # In this order: code that torch.compile made when nothing was learned stays valid for what needs no learning.
+        # In this order, code compiled before anything was learned stays valid where nothing has to be learned.
         usual = x.shape[0] == samples and (samples not in x.shape[1:-1] or self.learned)
         place = self.layouts.get(x.dim(), 0 if usual else None)
         if place is None or rows % samples or (place > 0 and x.shape[place] != samples):
@@ -97,20 +96,22 @@ class PooledLinear(FrozenLayer, nn.Linear):
 
     @abstractmethod
     def mixed(self, slots: Tensor, weights: Tensor) -> tuple[Tensor, Tensor | None]:
-        """A row for each of the stacks that stands for the weighted sum of the adapters in ``slots`` [k]."""
+        """Return one row per stack that stands for the weighted sum of the adapters in ``slots`` [k]."""
 
     @abstractmethod
     def summed(self, x: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
-        """The output for ``x`` [..., in_features] under the weighted sum of the adapters in ``slots`` [k]."""
+        """Return the output for ``x`` [..., in_features] under the weighted sum of the adapters in ``slots`` [k]."""
 
     @abstractmethod
     def one_each(self, x: Tensor, slots: Tensor) -> Tensor:
-        """The output for ``x`` [samples, rows, in_features], each sample under the adapter in ``slots`` [samples]."""
+        """Return the output for ``x`` [samples, rows, in_features]; ``slots`` [samples] are the samples' adapters."""
 
 
 class PooledDelta(PooledLinear):
-    """``y = x Wᵀ + b + (x D) G``; the stacks are D ``[n, in_features, r]`` and G ``[n, r', out_features]``, zero in row
-    0 and beyond the rank of an adapter, which is no more than the smaller of r and r'."""
+    """``y = x Wᵀ + b + (x D) G``; the stacks are D ``[n, in_features, r]`` and G ``[n, r', out_features]``.
+
+    They are zero in row 0 and beyond the rank of each adapter, which is at most the smaller of r and r'.
+    """
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         D, G = self.stacks
@@ -119,7 +120,7 @@ class PooledDelta(PooledLinear):
         return D[:, :, :rank], G[:, :rank]
 
     def mixed(self, slots: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """``D = [D_1 | D_2 | ...]`` and ``G = [w_1 G_1; w_2 G_2; ...]``: exact, at the rank of all together."""
+        """Return ``D = [D_1 | D_2 | ...]`` and ``G = [w_1 G_1; w_2 G_2; ...]``: exact, of the sum of all ranks."""
         D, G = self._factors()
         D = D[slots].transpose(0, 1).flatten(1)  # [in_features, k r]
         return D, (weights[:, None, None] * G[slots]).flatten(0, 1).to(D.dtype)  # [k r, out_features]
@@ -136,8 +137,10 @@ class PooledDelta(PooledLinear):
 
 
 class PooledWeights(PooledLinear):
-    """``y = x Wᵀ + b`` with whole weights of each adapter's own, as in a classifier; the stacks are W ``[n,
-    out_features, in_features]`` and b ``[n, out_features]`` or None, the base's in row 0."""
+    """``y = x Wᵀ + b`` where each adapter has its own whole weights, as in a classifier.
+
+    The stacks are W ``[n, out_features, in_features]`` and b ``[n, out_features]`` or None, with the base's in row 0.
+    """
 
     def mixed(self, slots: Tensor, weights: Tensor) -> tuple[Tensor, Tensor | None]:
         W, b = self.stacks

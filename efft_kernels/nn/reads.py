@@ -1,4 +1,4 @@
-"""Which parameters a class of modules reads itself, found in the bytecode of its methods."""
+"""Find the parameters that a class of modules reads itself, in the bytecode of its methods."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from collections.abc import Iterator
 
 from torch import nn
 
-#: Methods that read parameters to fill, load or show them.
+#: Prefixes of the methods that read parameters only to fill, load or show them.
 _ASIDE = ("reset", "init", "_init", "_load", "load", "_save", "extra_repr", "__init__", "__setstate__", "__repr__")
 
-#: What of a tensor says nothing of its values.
+#: Attributes of a tensor that do not depend on its values.
 _METADATA = {"dtype", "device", "shape", "size", "ndim", "dim", "numel", "layout", "is_cuda", "requires_grad", "stride"}
 _METADATA |= {"is_meta", "is_floating_point", "get_device", "element_size", "itemsize", "is_nested", "is_quantized"}
 
-#: Functions that ask nothing of the values of their first argument.
+#: Functions that do not use the values of their first argument.
 _ASKS = {"isinstance", "type", "id", "len"}
 
 
 @functools.cache
 def reads_weight_of_children(kind: type[nn.Module]) -> frozenset[str]:
-    """Names of attributes, from a module of class ``kind`` on, that its methods read and that may be parameters.
+    """Return the names of attributes that methods of class ``kind`` read and that may be parameters.
 
-    ``"qkv.weight"`` where one has ``self.qkv.weight``, ``"in_proj_weight"`` for ``self.in_proj_weight``; reads of a
-    dtype or shape alone do not count. Which of the names are parameters the caller must ask the module. What is read by
-    way of a variable (``qkv = self.qkv``) is not found here, only while the model runs.
+    ``self.qkv.weight`` gives ``"qkv.weight"``, ``self.in_proj_weight`` gives ``"in_proj_weight"``; reads of a dtype or
+    shape alone do not count. The caller must find out from the module which of the names are parameters. Reads through
+    a variable (``qkv = self.qkv``) are not found here, but only while the model runs.
     """
     own = [cls for cls in kind.__mro__ if issubclass(cls, nn.Module) and cls is not nn.Module]
     codes: list[types.CodeType] = []
@@ -43,12 +43,12 @@ def reads_weight_of_children(kind: type[nn.Module]) -> frozenset[str]:
 
 
 def _chains(code: types.CodeType, module: str | None = None) -> Iterator[list[str]]:
-    """The attributes after attributes of the first argument of a method, in it and in the functions inside it."""
+    """Yield the chains of attributes of a method's first argument, in the method and in the functions inside it."""
     module = module or (code.co_varnames[0] if code.co_argcount else None)
     if module is None:
         return
     chain: list[str] | None = None
-    called = False  # one of _ASKS, with what follows
+    called = False  # whether what follows is the argument of one of _ASKS
     for instruction in dis.get_instructions(code):
         if chain is not None and instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
             chain.append(instruction.argval)
@@ -77,7 +77,7 @@ def _loads(instruction: dis.Instruction, variable: str) -> bool:
 
 
 def _values(chain: list[str]) -> Iterator[list[str]]:
-    """The beginnings of a chain that can be a parameter whose values are read: ``self.a.weight.t`` is ``a.weight``."""
+    """Yield the beginnings of a chain that can be a parameter whose values are read: ``a.weight`` of ``a.weight.t``."""
     for i in range(1, len(chain) + 1):
         if i == len(chain) or chain[i] not in _METADATA:
             yield chain[:i]

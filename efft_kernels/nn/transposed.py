@@ -8,28 +8,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from efft_kernels._autocast import no_autocast
-from efft_kernels.nn.frozen import FrozenLayer, cannot_wrap, is_conv1d, not_only_a_weight
+from efft_kernels._arguments import no_autocast
+from efft_kernels.nn.frozen import FrozenLayer, cannot_wrap, is_conv1d, is_plain, not_only_a_weight, stored_in
 from efft_kernels.nn.linear import AdaptedLayer
-from efft_kernels.nn.weights import is_plain, stored_in
 from efft_kernels.ops import tt_linear
 
 torch.fx.wrap("tt_linear")  # one node of a traced graph
 
 
-class _Transposed(AdaptedLayer):
-    def matrix(self, weight: Tensor) -> Tensor:
-        return weight.t()
-
-    def shaped(self, matrix: Tensor) -> Tensor:
-        return matrix.t()
-
-
-class EfftConv1D(_Transposed):
+class EfftConv1D(AdaptedLayer):
     """``y = x W + b + (x D) G`` with frozen ``W [d_in, d_out]`` and ``b``, for a ``Conv1D`` of transformers.
 
-    It is one too: its class is made from both.
+    Its class is made from this one and ``Conv1D``, so it is a ``Conv1D`` too.
     """
+
+    view = "transposed"
 
     @classmethod
     def refusal(cls, layer: nn.Module) -> str | None:
@@ -38,7 +31,9 @@ class EfftConv1D(_Transposed):
         if not is_conv1d(layer):
             return f"expected a Conv1D of transformers, got {type(layer).__name__}"
         if not is_plain(stored_in(layer, "weight")):
-            return f"the weight of this Conv1D is a {type(stored_in(layer, 'weight')).__name__}, no plain dense tensor"
+            return (
+                f"the weight of this Conv1D is a {type(stored_in(layer, 'weight')).__name__}, not a plain dense tensor"
+            )
         return not_only_a_weight(layer, next(kind for kind in type(layer).__mro__ if kind.__name__ == "Conv1D"))
 
     def forward(self, x: Tensor) -> Tensor:  # [..., d_in] -> [..., d_out]
@@ -47,20 +42,21 @@ class EfftConv1D(_Transposed):
         D, G = self.factors.down_up(self.binding)
         return tt_linear(x, stored_in(self, "weight").t(), self.bias, D, G)  # type: ignore[arg-type]
 
-    __repr__ = nn.Module.__repr__  # Conv1D's own hides what was added
+    __repr__ = nn.Module.__repr__  # Conv1D's own does not show extra_repr
 
     def extra_repr(self) -> str:
         d_in, d_out = stored_in(self, "weight").shape
         return f"nf={d_out}, nx={d_in}, {self.describe()}"
 
 
-class EfftEmbedding(_Transposed, nn.Embedding):
-    """``y = W[ids] + D[ids] G`` with frozen ``W [num, dim]``: d_in = num, d_out = dim; an ``nn.Embedding``.
+class EfftEmbedding(AdaptedLayer, nn.Embedding):
+    """``y = W[ids] + D[ids] G`` with frozen ``W [num, dim]``, where d_in = num and d_out = dim; an ``nn.Embedding``.
 
-    The row of ``padding_idx`` has no update, as it has no gradient in ``nn.Embedding``.
+    The row of ``padding_idx`` has no update, just as it has no gradient in ``nn.Embedding``.
     """
 
     adapts = nn.Embedding
+    view = "transposed"
 
     @classmethod
     def refusal(cls, layer: nn.Module) -> str | None:
@@ -73,7 +69,7 @@ class EfftEmbedding(_Transposed, nn.Embedding):
         if embedding.sparse or embedding.scale_grad_by_freq:
             return "expected an embedding with dense gradients: sparse=False and scale_grad_by_freq=False"
         if not is_plain(embedding.weight):
-            return f"the weight of this embedding is a {type(embedding.weight).__name__}, no plain dense tensor"
+            return f"the weight of this embedding is a {type(embedding.weight).__name__}, not a plain dense tensor"
         return None
 
     def forward(self, ids: Tensor) -> Tensor:  # [...] -> [..., dim]
@@ -85,18 +81,18 @@ class EfftEmbedding(_Transposed, nn.Embedding):
         h = F.embedding(ids, D)  # [..., r]
         if self.padding_idx is not None:
             h = h.masked_fill((ids == self.padding_idx)[..., None], 0)
-        with no_autocast(y.device):  # which leaves an embedding in the dtype of its weight
+        with no_autocast(y.device):  # autocast leaves the output of an embedding in the dtype of its weight
             return y + (h @ G.to(h.dtype)).to(y.dtype)
 
     def update(self, D: Tensor, G: Tensor) -> Tensor:
-        return super().update(self._without_padding(D), G)
+        return super().update(without_padding(self, D), G)
 
     def evaluated(self) -> tuple[Tensor, Tensor]:
         D, G = super().evaluated()
-        return self._without_padding(D), G
+        return without_padding(self, D), G
 
-    def _without_padding(self, D: Tensor) -> Tensor:
-        if self.padding_idx is None:
-            return D
-        row = torch.tensor([self.padding_idx], device=D.device)
-        return D.index_fill(0, row, 0)
+
+def without_padding(layer: nn.Module, D: Tensor) -> Tensor:
+    """Return D ``[num, r]`` of an embedding with zeros in the row of its ``padding_idx``, if it has one."""
+    padding = getattr(layer, "padding_idx", None)
+    return D if padding is None else D.index_fill(0, torch.tensor([padding], device=D.device), 0)

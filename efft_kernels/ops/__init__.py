@@ -1,7 +1,11 @@
-"""The public ops. Each is an ordinary function: it validates, picks a backend and carries autograd."""
+"""The public ops. Each is an ordinary function that checks its arguments, picks a backend and carries autograd.
 
-# Imported for what they register; the compiled backends register themselves when they are loaded.
-from efft_kernels import eager, triton  # noqa: F401
+The file of an op also declares its operators: their schemas, their fake (shape-only) kernels, and which function
+implements them. The compiled backends register their implementations when their libraries are loaded.
+"""
+
+from __future__ import annotations
+
 from efft_kernels.ops.tt_contract import tt_contract
 from efft_kernels.ops.tt_gelu_linear import tt_gelu_linear
 from efft_kernels.ops.tt_linear import tt_linear

@@ -2,19 +2,58 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from efft_kernels import reference
-from efft_kernels._autocast import no_autocast
-from efft_kernels.backends import Backend, resolve
-from efft_kernels.ops._checks import check_number, check_shape, check_tensor
-from efft_kernels.ops._schemas import overloads
+from efft_kernels import eager, reference
+from efft_kernels._arguments import check_number, check_shape, check_tensor, no_autocast
+from efft_kernels.backends import Backend, declare, resolve
 
-_FORWARD = overloads("tt_contract_fwd")
-_BACKWARD = overloads("tt_contract_bwd")
+
+def _fake_fwd(C: Tensor, V: Tensor, keep_C: Tensor | None, keep_V: Tensor | None, scale: float) -> Tensor:
+    n_layers, n_cores, r1, _ = C.shape
+    return C.new_empty(n_layers, r1, n_cores * V.shape[1])
+
+
+def _fake_bwd(
+    dG: Tensor,
+    C: Tensor,
+    V: Tensor,
+    keep_C: Tensor | None,
+    keep_V: Tensor | None,
+    scale: float,
+    need_dC: bool,
+    need_dV: bool,
+) -> tuple[Tensor, Tensor]:
+    return C.new_empty(C.shape if need_dC else 0), V.new_empty(V.shape if need_dV else 0)
+
+
+def _triton() -> ModuleType:
+    from efft_kernels.triton import tt_contract
+
+    return tt_contract
+
+
+_FORWARD = declare(
+    "tt_contract_fwd",
+    # C [n_layers, n_cores, r1, r2], V [r2, d_out], keep_C like C, keep_V [n_layers, r2, d_out] (bool)
+    # -> G [n_layers, r1, n_cores * d_out]
+    "(Tensor C, Tensor V, Tensor? keep_C, Tensor? keep_V, float scale) -> Tensor",
+    _fake_fwd,
+    eager=eager.tt_contract_fwd,
+    triton=_triton,
+)
+_BACKWARD = declare(
+    "tt_contract_bwd",
+    "(Tensor dG, Tensor C, Tensor V, Tensor? keep_C, Tensor? keep_V, float scale, bool need_dC, bool need_dV) "
+    "-> (Tensor dC, Tensor dV)",
+    _fake_bwd,
+    eager=eager.tt_contract_bwd,
+    triton=_triton,
+)
 
 
 def tt_contract(
@@ -28,28 +67,28 @@ def tt_contract(
 ) -> Tensor:  # [n_layers, r1, n_cores * d_out]
     """Contract cores with V for all layers: ``G[l] = scale · [C[l,0] V | C[l,1] V | ...]``.
 
-    Call it once a step and hand ``G.unbind(0)`` to the layers: autograd then stacks the layers' dG and the backward
-    makes dC and dV once. The several cores of a layer become column blocks, so that fused qkv needs one ``tt_linear``.
+    Call it once per step and give ``G.unbind(0)`` to the layers: autograd then stacks the dG of the layers, and one
+    backward makes dC and dV. The cores of a layer become column blocks, so that fused qkv needs one ``tt_linear``.
 
     Args:
         C: cores ``[n_layers, n_cores, r1, r2]``.
         V: right factor ``[r2, d_out]``, shared by all layers, in the dtype of ``C``.
         scale: a number, or a tensor of one element to train it.
         keep_C, keep_V: dropout masks on the factors (True keeps), ``[n_layers, n_cores, r1, r2]`` and
-            ``[n_layers, r2, d_out]``, one draw a layer. Kept elements are not rescaled here: fold 1/(1-p) of each
-            dropped factor into ``scale``.
+            ``[n_layers, r2, d_out]``, one draw per layer. Kept elements are not rescaled here: fold 1/(1-p) of
+            each dropped factor into ``scale``.
         backend: see :mod:`efft_kernels.backends`.
 
-    For the transposed train of fc2 pass ``C.transpose(-1, -2)`` and ``U.t()``. Computed in the factors' own dtype, also
-    under autocast: they are tiny and their rounding would be the update's.
+    For the transposed train of fc2 pass ``C.transpose(-1, -2)`` and ``U.t()``. The op computes in
+    the factors' own dtype, also under autocast: they are tiny, and their rounding would become that of the update.
 
     Returns:
         ``G [n_layers, r1, n_cores * d_out]`` in the dtype of ``C``.
 
     Raises:
-        TypeError: an argument is no tensor, or no number.
+        TypeError: an argument is not a tensor, or not a number.
         ValueError: shapes or dtypes do not fit together.
-        RuntimeError: the backend asked for cannot run this call.
+        RuntimeError: the requested backend cannot run this call.
     """
     check_tensor("tt_contract", "C", C)
     check_tensor("tt_contract", "V", V)

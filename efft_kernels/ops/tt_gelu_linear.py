@@ -1,21 +1,72 @@
-"""``tt_gelu_linear``: GELU and the adapted linear layer behind it, without keeping the GELU's output."""
+"""``tt_gelu_linear``: a GELU and the adapted linear layer behind it, without keeping the GELU's output."""
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from efft_kernels import reference
-from efft_kernels._autocast import autocast_like_linear, no_autocast
-from efft_kernels.backends import Backend, resolve
-from efft_kernels.ops._checks import check_dtypes, check_frozen, check_linear, linear_sizes
-from efft_kernels.ops._flat import flat, unflat
-from efft_kernels.ops._schemas import overloads
+from efft_kernels import eager, reference
+from efft_kernels._arguments import (
+    autocast_like_linear,
+    check_dtypes,
+    check_frozen,
+    check_linear,
+    flatten_tokens,
+    linear_sizes,
+    no_autocast,
+    unflatten_tokens,
+)
+from efft_kernels.backends import Backend, declare, resolve
 
-_FORWARD = overloads("tt_gelu_linear_fwd")
-_BACKWARD = overloads("tt_gelu_linear_bwd")
+
+def _fake_fwd(z: Tensor, W: Tensor, b: Tensor | None, D: Tensor, G: Tensor, approximate: str) -> tuple[Tensor, Tensor]:
+    return W.new_empty(z.shape[0], W.shape[0]), W.new_empty(z.shape[0], D.shape[1])
+
+
+def _fake_bwd(
+    gy: Tensor,
+    z: Tensor,
+    W: Tensor | None,
+    h: Tensor | None,
+    D: Tensor,
+    G: Tensor,
+    approximate: str,
+    need_dz: bool,
+    need_dD: bool,
+    need_dG: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        z.new_empty(z.shape if need_dz else 0),
+        D.new_empty(D.shape if need_dD else 0),
+        G.new_empty(G.shape if need_dG else 0),
+    )
+
+
+def _triton() -> ModuleType:
+    from efft_kernels.triton import tt_gelu_linear
+
+    return tt_gelu_linear
+
+
+_FORWARD = declare(
+    "tt_gelu_linear_fwd",
+    # As tt_linear_fwd on gelu(z), which neither direction keeps; z [tokens, d_in] in its own dtype, the product in W's.
+    "(Tensor z, Tensor W, Tensor? b, Tensor D, Tensor G, str approximate) -> (Tensor y, Tensor h)",
+    _fake_fwd,
+    eager=eager.tt_gelu_linear_fwd,
+    triton=_triton,
+)
+_BACKWARD = declare(
+    "tt_gelu_linear_bwd",
+    "(Tensor gy, Tensor z, Tensor? W, Tensor? h, Tensor D, Tensor G, str approximate, "
+    "bool need_dz, bool need_dD, bool need_dG) -> (Tensor dz, Tensor dD, Tensor dG)",
+    _fake_bwd,
+    eager=eager.tt_gelu_linear_bwd,
+    triton=_triton,
+)
 
 
 def tt_gelu_linear(
@@ -30,8 +81,8 @@ def tt_gelu_linear(
 ) -> Tensor:  # [..., d_out]
     """``tt_linear(gelu(z), W, b, D, G)`` that keeps ``z`` for backward and makes ``gelu(z)`` again where it is needed.
 
-    For the second layer of an MLP: GELU's own backward needs ``z`` anyway, so the widest activation of a block is no
-    longer kept twice.
+    It is for the second layer of an MLP. The backward of the GELU needs ``z`` anyway, so the widest activation of a
+    block is not kept twice.
 
     Args:
         z: input of the GELU ``[..., d_in]``, any floating dtype (``cpu``: float32 or bfloat16) and strides.
@@ -46,9 +97,10 @@ def tt_gelu_linear(
         ``z``, ``D`` and ``G``, any number of times.
 
     Raises:
-        TypeError: an argument is no tensor.
-        ValueError: shapes or dtypes do not fit together, ``W`` or ``b`` wants a gradient, unknown ``approximate``.
-        RuntimeError: the backend asked for cannot run this call.
+        TypeError: an argument is not a tensor.
+        ValueError: shapes or dtypes do not fit together, ``W`` or ``b`` requires a gradient, or ``approximate`` is
+            unknown.
+        RuntimeError: the requested backend cannot run this call.
     """
     if approximate not in ("none", "tanh"):
         raise ValueError(f"tt_gelu_linear: approximate must be 'none' or 'tanh', got {approximate!r}")
@@ -77,17 +129,17 @@ class _TTGeluLinear(torch.autograd.Function):
         backend: Backend,
     ) -> Tensor:
         with no_autocast(z.device):
-            y, h = _FORWARD[backend](flat(z), W, b, D, G, approximate)
+            y, h = _FORWARD[backend](flatten_tokens(z), W, b, D, G, approximate)
         need_dz, need_dG = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
         ctx.save_for_backward(z, W if need_dz else None, h if need_dG else None, D, G)
         ctx.approximate, ctx.backend = approximate, backend
-        return unflat(y, z.shape[:-1])
+        return unflatten_tokens(y, z.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         need_dz, _, _, need_dD, need_dG = needs = ctx.needs_input_grad[:5]
         z, W, h, D, G = ctx.saved_tensors
-        leading, gy, z = gy.shape[:-1], flat(gy), flat(z)
+        leading, gy, z = gy.shape[:-1], flatten_tokens(gy), flatten_tokens(z)
         grads: tuple[Tensor | None, ...]
         with no_autocast(gy.device):
             if torch.is_grad_enabled():  # this backward will be differentiated

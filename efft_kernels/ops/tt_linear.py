@@ -2,20 +2,71 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from efft_kernels import reference
-from efft_kernels._autocast import autocast_like_linear, no_autocast
-from efft_kernels.backends import Backend, resolve
-from efft_kernels.ops._checks import check_dtypes, check_linear, linear_sizes
-from efft_kernels.ops._flat import flat, unflat
-from efft_kernels.ops._schemas import overloads
+from efft_kernels import eager, reference
+from efft_kernels._arguments import (
+    autocast_like_linear,
+    check_dtypes,
+    check_linear,
+    flatten_tokens,
+    linear_sizes,
+    no_autocast,
+    unflatten_tokens,
+)
+from efft_kernels.backends import Backend, declare, resolve
 
-_FORWARD = overloads("tt_linear_fwd")
-_BACKWARD = overloads("tt_linear_bwd")
+
+def _fake_fwd(x: Tensor, W: Tensor, b: Tensor | None, D: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], W.shape[0]), x.new_empty(x.shape[0], D.shape[1])
+
+
+def _fake_bwd(
+    gy: Tensor,
+    x: Tensor | None,
+    W: Tensor | None,
+    h: Tensor | None,
+    D: Tensor,
+    G: Tensor,
+    need_dx: bool,
+    need_dD: bool,
+    need_dG: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        gy.new_empty((gy.shape[0], D.shape[0]) if need_dx else 0),
+        D.new_empty(D.shape if need_dD else 0),
+        G.new_empty(G.shape if need_dG else 0),
+    )
+
+
+def _triton() -> ModuleType:
+    from efft_kernels.triton import tt_linear
+
+    return tt_linear
+
+
+_FORWARD = declare(
+    "tt_linear_fwd",
+    # x [tokens, d_in], W [d_out, d_in], b [d_out], D [d_in, r1], G [r1, d_out] -> y [tokens, d_out], h [tokens, r1]
+    "(Tensor x, Tensor W, Tensor? b, Tensor D, Tensor G) -> (Tensor y, Tensor h)",
+    _fake_fwd,
+    eager=eager.tt_linear_fwd,
+    triton=_triton,
+)
+_BACKWARD = declare(
+    "tt_linear_bwd",
+    # gy [tokens, d_out]; x is read for dD, W for dx, h for dG. A gradient that is not needed comes back with 0
+    # elements.
+    "(Tensor gy, Tensor? x, Tensor? W, Tensor? h, Tensor D, Tensor G, bool need_dx, bool need_dD, bool need_dG) "
+    "-> (Tensor dx, Tensor dD, Tensor dG)",
+    _fake_bwd,
+    eager=eager.tt_linear_bwd,
+    triton=_triton,
+)
 
 
 def tt_linear(
@@ -30,29 +81,29 @@ def tt_linear(
     """Linear layer plus low-rank delta, ``y = x Wᵀ + b + (x D) G``, without ever building ``D G``.
 
     Any tensor-train update whose chain has one bond between its input and output sides is this op once its cores are
-    contracted (:func:`tt_contract`): for EFFT, ``D`` is ``U`` and ``G`` is ``s·C·V`` (Chen et al., arXiv 2311.06749).
+    contracted (:func:`tt_contract`): for EFFT, ``D`` is ``U`` and ``G`` is ``s·C·V`` (Chen, arXiv 2311.06749).
     A fused qkv projection is one call with ``d_out = 3 d`` and ``G = [C_q V | C_k V | C_v V]``.
 
     Args:
-        x: activations ``[..., d_in]``; any leading shape, any strides, also no token at all.
+        x: activations ``[..., d_in]``; any leading shape (also without a token) and any strides.
         W: weight ``[d_out, d_in]`` as in ``torch.nn.Linear``, in the dtype of ``x``.
         b: bias ``[d_out]`` or None, in the dtype of ``x``.
-        D: down factor ``[d_in, r1]``, any floating dtype (``cpu``: float32 or bfloat16); computed with in the dtype of
-            ``x``.
+        D: down factor ``[d_in, r1]``, any floating dtype (``cpu``: float32 or bfloat16); the product with it is
+            computed in the dtype of ``x``.
         G: up factor ``[r1, d_out]``, likewise.
         backend: see :mod:`efft_kernels.backends`.
 
     Under autocast ``x``, ``W`` and ``b`` are cast as ``torch.nn.functional.linear`` casts them; the gradients of fp32
-    factors stay fp32. Only gradients that are asked for are computed.
-    Differentiable any number of times.
+    factors stay fp32. Only the gradients that autograd asks for are computed. The op is differentiable any number of
+    times.
 
     Returns:
         ``y [..., d_out]`` in the dtype of ``x`` (the autocast dtype under autocast).
 
     Raises:
-        TypeError: an argument is no tensor.
+        TypeError: an argument is not a tensor.
         ValueError: shapes or dtypes do not fit together.
-        RuntimeError: the backend asked for cannot run this call.
+        RuntimeError: the requested backend cannot run this call.
     """
     check_linear("tt_linear", "x", x, W, b, D, G)
     x, W, b = autocast_like_linear(x, W, b)
@@ -68,21 +119,21 @@ def tt_linear(
 class _TTLinear(torch.autograd.Function):
     """Autograd of tt_linear, above the backends: one registered op forward, one backward.
 
-    A backward that is to be differentiated is the reference's, on saved tensors that are still part of the graph: the
-    inputs, or ``h`` where ``x`` is not kept for want of dD. ``h`` is an output then, so that autograd knows whence it
-    comes.
+    A backward that will itself be differentiated is the reference's, on saved tensors that are still part of the graph:
+    the inputs, or ``h`` where ``x`` is not kept because nothing needs dD. In that case ``h`` is an output, so that
+    autograd knows where it comes from.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, D: Tensor, G: Tensor, backend: Backend
     ) -> Tensor | tuple[Tensor, Tensor]:
-        y, h = _FORWARD[backend](flat(x), W, b, D, G)  # [tokens, ...]
+        y, h = _FORWARD[backend](flatten_tokens(x), W, b, D, G)  # [tokens, ...]
         need_dx, need_dW, _, need_dD, need_dG, _ = ctx.needs_input_grad
         keep_x = need_dD or need_dW
         ctx.save_for_backward(x if keep_x else None, W if need_dx else None, h if need_dG else None, D, G)
         ctx.backend = backend
-        y = unflat(y, x.shape[:-1])
+        y = unflatten_tokens(y, x.shape[:-1])
         if need_dx and need_dG and not keep_x and not torch.compiler.is_compiling():
             ctx.set_materialize_grads(False)
             ctx.shape = y.shape
@@ -97,15 +148,15 @@ class _TTLinear(torch.autograd.Function):
             if gh is None:
                 return (None,) * 6
             gy = gh.new_zeros(ctx.shape)
-        leading, gy = gy.shape[:-1], flat(gy)
-        x = None if x is None else flat(x)
+        leading, gy = gy.shape[:-1], flatten_tokens(gy)
+        x = None if x is None else flatten_tokens(x)
         with no_autocast(gy.device):
             if gh is not None or torch.is_grad_enabled():  # in a second derivative, or this will be differentiated
                 h = h if x is None or h is None else x @ D.to(x.dtype)
                 dx, dD, dG = reference.tt_linear_bwd(gy, x, W, h, D, G, gh)
             else:
                 dx, dD, dG = _BACKWARD[ctx.backend](gy, x, W, h, D, G, need_dx, need_dD, need_dG)
-            # The base is frozen in every PEFT use; a caller who does train it gets the plain products.
+            # The base is frozen in every use for fine-tuning; a caller who does train it gets the plain products.
             dW = gy.t() @ x if x is not None and need_dW else None
             db = gy.sum(0) if need_db else None
         return (

@@ -1,19 +1,44 @@
-"""``tt_linear_grouped``: one frozen linear layer with another low-rank delta for every sample, for serving."""
+"""``tt_linear_grouped``: one frozen linear layer with a different low-rank delta for every sample, for serving."""
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from efft_kernels import reference
-from efft_kernels._autocast import autocast_like_linear, no_autocast
-from efft_kernels.backends import Backend, resolve
-from efft_kernels.ops._checks import check_dtypes, check_linear, check_shape, check_tensor
-from efft_kernels.ops._schemas import overloads
+from efft_kernels import eager, reference
+from efft_kernels._arguments import (
+    autocast_like_linear,
+    check_dtypes,
+    check_linear,
+    check_shape,
+    check_tensor,
+    no_autocast,
+)
+from efft_kernels.backends import Backend, declare, resolve
 
-_IMPLEMENTATION = overloads("tt_linear_grouped")
+
+def _fake(x: Tensor, W: Tensor, b: Tensor | None, D: Tensor, G: Tensor, adapter: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:2], W.shape[0])
+
+
+def _triton() -> ModuleType:
+    from efft_kernels.triton import tt_linear_grouped
+
+    return tt_linear_grouped
+
+
+_IMPLEMENTATION = declare(
+    "tt_linear_grouped",
+    # x [samples, tokens, d_in], D [n_adapters, d_in, r1], G [n_adapters, r1, d_out], adapter [samples] (int64, negative
+    # for none) -> [samples, tokens, d_out]
+    "(Tensor x, Tensor W, Tensor? b, Tensor D, Tensor G, Tensor adapter) -> Tensor",
+    _fake,
+    eager=eager.tt_linear_grouped,
+    triton=_triton,
+)
 
 
 def tt_linear_grouped(
@@ -28,8 +53,8 @@ def tt_linear_grouped(
 ) -> Tensor:  # [samples, tokens, d_out]
     """Linear layer plus each sample's own delta: ``y[i] = x[i] Wᵀ + b + (x[i] D[a]) G[a]`` with ``a = adapter[i]``.
 
-    One batch, one frozen model, many adapters: only the factors of the adapters in the batch are read. For inference
-    first: the gradients are plain matrix products in every backend.
+    It serves many adapters of one frozen model in one batch, and reads only the factors of the adapters in the batch.
+    It is meant for inference: in every backend the gradients are plain matrix products.
 
     Args:
         x: activations ``[samples, tokens, d_in]``, any strides.
@@ -38,8 +63,9 @@ def tt_linear_grouped(
         D: down factors of all adapters ``[n_adapters, d_in, r1]``, any floating dtype; pad adapters of lower rank with
             zeros.
         G: up factors ``[n_adapters, r1, d_out]``, likewise.
-        adapter: int64 ``[samples]``, which adapter a sample uses; negative for none. An index of ``n_adapters`` or more
-            is an error on the CPU; on a GPU, where a check would wait for it, that sample's output is NaN.
+        adapter: int64 ``[samples]``, the adapter that each sample uses; negative for none. An index of ``n_adapters``
+            or more is an error on the CPU; on a GPU, where a check would have to wait for the device, the output of
+            that sample is NaN.
         backend: see :mod:`efft_kernels.backends`.
 
     Returns:
@@ -47,9 +73,9 @@ def tt_linear_grouped(
         number of times.
 
     Raises:
-        TypeError: an argument is no tensor.
+        TypeError: an argument is not a tensor.
         ValueError: shapes, dtypes or indices do not fit together.
-        RuntimeError: the backend asked for cannot run this call.
+        RuntimeError: the requested backend cannot run this call.
     """
     for name, tensor in (("x", x), ("D", D), ("G", G)):
         check_tensor("tt_linear_grouped", name, tensor)

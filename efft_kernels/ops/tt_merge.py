@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
-from efft_kernels import reference
-from efft_kernels._autocast import no_autocast
-from efft_kernels.backends import Backend, resolve
-from efft_kernels.ops._checks import check_delta, check_number
-from efft_kernels.ops._schemas import overloads
+from efft_kernels import eager, reference
+from efft_kernels._arguments import check_delta, check_number, no_autocast
+from efft_kernels.backends import Backend, declare, resolve
 
-_IMPLEMENTATION = overloads("tt_merge_")
+
+def _fake(W: Tensor, D: Tensor, G: Tensor, sign: float) -> None:
+    return None
+
+
+def _triton() -> ModuleType:
+    from efft_kernels.triton import tt_merge
+
+    return tt_merge
+
+
+_IMPLEMENTATION = declare(
+    "tt_merge_",
+    # W [d_out, d_in], D [d_in, r1], G [r1, d_out]
+    "(Tensor(a!) W, Tensor D, Tensor G, float sign) -> ()",
+    _fake,
+    eager=eager.tt_merge_,
+    triton=_triton,
+)
 
 
 @torch.no_grad()
@@ -37,9 +55,9 @@ def tt_merge_(
         backend: see :mod:`efft_kernels.backends`.
 
     Raises:
-        TypeError: an argument is no tensor, or no number.
+        TypeError: an argument is not a tensor, or not a number.
         ValueError: shapes do not fit together, or W is an expanded tensor.
-        RuntimeError: the backend asked for cannot run this call.
+        RuntimeError: the requested backend cannot run this call.
     """
     check_delta("tt_merge_", W, D, G)
     check_number("tt_merge_", "sign", sign)

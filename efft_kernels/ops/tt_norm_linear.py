@@ -1,21 +1,90 @@
-"""``tt_norm_linear``: layer norm and the adapted linear layer behind it, without keeping the norm's output."""
+"""``tt_norm_linear``: a layer norm and the adapted linear layer behind it, without keeping the norm's output."""
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from efft_kernels import reference
-from efft_kernels._autocast import autocast_like_linear, no_autocast
-from efft_kernels.backends import Backend, resolve
-from efft_kernels.ops._checks import check_dtypes, check_frozen, check_linear, check_number, check_shape, linear_sizes
-from efft_kernels.ops._flat import flat, unflat
-from efft_kernels.ops._schemas import overloads
+from efft_kernels import eager, reference
+from efft_kernels._arguments import (
+    autocast_like_linear,
+    check_dtypes,
+    check_frozen,
+    check_linear,
+    check_number,
+    check_shape,
+    flatten_tokens,
+    linear_sizes,
+    no_autocast,
+    unflatten_tokens,
+)
+from efft_kernels.backends import Backend, declare, resolve
 
-_FORWARD = overloads("tt_norm_linear_fwd")
-_BACKWARD = overloads("tt_norm_linear_bwd")
+
+def _fake_fwd(
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    W: Tensor,
+    b: Tensor | None,
+    D: Tensor,
+    G: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    mean, rstd = (x.new_empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32)) for _ in range(2))
+    return W.new_empty(x.shape[0], W.shape[0]), W.new_empty(x.shape[0], D.shape[1]), mean, rstd
+
+
+def _fake_bwd(
+    gy: Tensor,
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    mean: Tensor,
+    rstd: Tensor,
+    W: Tensor | None,
+    h: Tensor | None,
+    D: Tensor,
+    G: Tensor,
+    need_dx: bool,
+    need_dD: bool,
+    need_dG: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape if need_dx else 0),
+        D.new_empty(D.shape if need_dD else 0),
+        G.new_empty(G.shape if need_dG else 0),
+    )
+
+
+def _triton() -> ModuleType:
+    from efft_kernels.triton import tt_norm_linear
+
+    return tt_norm_linear
+
+
+_FORWARD = declare(
+    "tt_norm_linear_fwd",
+    # As tt_linear_fwd on the layer norm of x over d_in; gamma, beta [d_in], mean and rstd [tokens] in fp32 (fp64 for
+    # fp64).
+    "(Tensor x, Tensor? gamma, Tensor? beta, float eps, Tensor W, Tensor? b, Tensor D, Tensor G) "
+    "-> (Tensor y, Tensor h, Tensor mean, Tensor rstd)",
+    _fake_fwd,
+    eager=eager.tt_norm_linear_fwd,
+    triton=_triton,
+)
+_BACKWARD = declare(
+    "tt_norm_linear_bwd",
+    "(Tensor gy, Tensor x, Tensor? gamma, Tensor? beta, float eps, Tensor mean, Tensor rstd, Tensor? W, Tensor? h, "
+    "Tensor D, Tensor G, bool need_dx, bool need_dD, bool need_dG) -> (Tensor dx, Tensor dD, Tensor dG)",
+    _fake_bwd,
+    eager=eager.tt_norm_linear_bwd,
+    triton=_triton,
+)
 
 
 def tt_norm_linear(
@@ -32,12 +101,12 @@ def tt_norm_linear(
 ) -> Tensor:  # [..., d_out]
     """``tt_linear(layer_norm(x, gamma, beta, eps), W, b, D, G)`` that keeps ``x`` alone for backward.
 
-    For the first layer of an attention or MLP block: ``x`` is the residual stream, which the norm's own backward needs
-    anyway. The norm's output is made again where it is needed.
+    It is for the first layer of an attention or MLP block, where ``x`` is the residual stream, which the backward of
+    the norm needs anyway. The output of the norm is made again where it is needed.
 
     Args:
         x: input of the norm ``[..., d_in]``, any floating dtype (``cpu``: float32 or bfloat16) and strides.
-        gamma, beta: the norm's weight and bias ``[d_in]``, either or both None; frozen, of one dtype, any.
+        gamma, beta: the norm's weight and bias ``[d_in]``, either or both None; frozen, of one dtype, which may be any.
         W, b: weight ``[d_out, d_in]`` and bias ``[d_out]`` or None, of one dtype (under autocast cast to its dtype);
             frozen. The norm is computed in fp32 (fp64 for fp64) and rounded once, to their dtype, in which the product
             is computed.
@@ -50,9 +119,9 @@ def tt_norm_linear(
         ``x``, ``D`` and ``G``, any number of times.
 
     Raises:
-        TypeError: an argument is no tensor, or no number.
-        ValueError: shapes or dtypes do not fit together, or a frozen argument wants a gradient.
-        RuntimeError: the backend asked for cannot run this call.
+        TypeError: an argument is not a tensor, or not a number.
+        ValueError: shapes or dtypes do not fit together, or a frozen argument requires a gradient.
+        RuntimeError: the requested backend cannot run this call.
     """
     check_linear("tt_norm_linear", "x", x, W, b, D, G)
     check_number("tt_norm_linear", "eps", eps)
@@ -87,17 +156,17 @@ class _TTNormLinear(torch.autograd.Function):
         backend: Backend,
     ) -> Tensor:
         with no_autocast(x.device):
-            y, h, mean, rstd = _FORWARD[backend](flat(x), gamma, beta, eps, W, b, D, G)
+            y, h, mean, rstd = _FORWARD[backend](flatten_tokens(x), gamma, beta, eps, W, b, D, G)
         need_dx, need_dG = ctx.needs_input_grad[0], ctx.needs_input_grad[6]
         ctx.save_for_backward(x, gamma, beta, mean, rstd, W if need_dx else None, h if need_dG else None, D, G)
         ctx.eps, ctx.backend = eps, backend
-        return unflat(y, x.shape[:-1])
+        return unflatten_tokens(y, x.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         x, gamma, beta, mean, rstd, W, h, D, G = ctx.saved_tensors
         needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[5:7])
-        leading, gy, x = gy.shape[:-1], flat(gy), flat(x)
+        leading, gy, x = gy.shape[:-1], flatten_tokens(gy), flatten_tokens(x)
         grads: tuple[Tensor | None, ...]
         with no_autocast(gy.device):
             if torch.is_grad_enabled():  # this backward will be differentiated

@@ -5,22 +5,22 @@ Both directions of tt_linear are this product:
     forward    y  = x Wᵀ + b + h G,     h  = x D      A = x,  B = Wᵀ, P = D,  T = G
     backward   dx = gy W     + dh Dᵀ,   dh = gy Gᵀ    A = gy, B = W,  P = Gᵀ, T = Dᵀ
 
-Fused: the rank-r tail is one more product into the fp32 accumulator of the output tile, so nothing of Y's size is
-written twice, read again or concatenated. H comes in one of two ways:
+:func:`project` makes H in a kernel of its own, which reads A once. The rank-r tail H T is then one more product into
+the fp32 accumulator of the output tile, so that nothing of Y's size is written twice, read again or concatenated. Where
+a producer (a GELU or a layer norm) stands in front, the projection also applies it: it reads z and writes
+A = producer(z) and H. Behind a GELU, the epilogue of the backward multiplies Y by the slope of the GELU at z, so that
+dz is what is stored.
 
-``recompute``  every program makes its rows of H in the main loop, from the tiles of A that it has at hand anyway. No
-               second kernel and no second read of A, for r / BLOCK_N more arithmetic. The first column of programs
-               stores H for the backward.
-``split``      H is made by a kernel of its own (:func:`project`) that reads A once; the tail loads it. Where a GELU or
-               a layer norm stands in front, that kernel also is the producer: it reads z, writes A = gelu(z) and H.
+Two kernels compute the product. ``lowrank_gemm_kernel`` addresses its operands by pointers and takes any strides. It
+also has the grouped form, in which every sample has a P and a T of its own: the rows of a program belong to one sample,
+whose adapter's number says which P and T to read; a number beyond the last adapter gives NaN.
+``lowrank_gemm_tma_kernel`` is for compute capability 9.0 and newer. It moves tiles of A, B and Y through tensor-map
+descriptors (TMA), so that the copy engine and not the registers compute addresses and bounds, and it is persistent: one
+program per multiprocessor takes tile after tile, so that the loads of the next tile run under the epilogue of the last.
+The copy engine needs rows that are contiguous and begin at multiples of 16 bytes (:func:`takes`).
 
-Behind a GELU the backward's epilogue multiplies Y by the GELU's slope at z, so that dz is what is stored; always in the
-split form, since such outputs are wide and the slope needs the registers. In the
-grouped form every sample has P and T of its own: a program's rows belong to one sample, and P and T are found by its
-adapter's number; a number beyond the last makes NaN.
-
-Numbers: products in A's dtype with fp32 accumulation; P and T are cast to A's dtype as they are loaded; H is rounded to
-A's dtype once, in both forms; Y is rounded once.
+Numbers: products in the dtype of A with fp32 accumulation; P and T are cast to that dtype as they are loaded; H is
+rounded to it once; Y is rounded once.
 """
 
 from __future__ import annotations
@@ -29,13 +29,25 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from efft_kernels.triton import lowrank_gemm_tma
-from efft_kernels.triton.launch import TAIL_R, GemmTile, gemm_tile, on_device, precision, rank_block, recomputes
+from efft_kernels.triton.launch import TAIL_R, GemmTile, device, gemm_tile, on_device, precision, rank_block
 from efft_kernels.triton.producers import gelu_slope, produced, row_statistics
 
-# Rows of A that one program of the projection takes, and columns per step: it reads A once, whatever the rank.
+# Rows of A that one program of the projection takes, and steps in flight: it reads A once, whatever the rank.
 PROJECT_M, PROJECT_STAGES = 64, 3
+# Row blocks that programs go down before the next column block, so that both operands stay in the L2 cache.
+GROUP_M = 8
+
+
+@triton.jit
+def _place_of(tile, rows, columns, GROUP_M: tl.constexpr):
+    """(row block, column block) of the tile with this number, of ``rows`` times ``columns``, in groups of rows."""
+    group = tile // (GROUP_M * columns)
+    first = group * GROUP_M
+    height = tl.minimum(rows - first, GROUP_M)
+    within = tile % (GROUP_M * columns)
+    return first + within % height, within // height
 
 
 @triton.jit
@@ -43,12 +55,11 @@ def lowrank_gemm_kernel(
     A,  # [M, K]
     B,  # [K, N]
     bias,  # [N] or None
-    P,  # [K, R]
     T,  # [R, N]
-    H,  # [M, R], contiguous: written if RECOMPUTE and not None, else read
-    Z,  # [M, N] or None: what the GELU in front of the layer got, in the backward
+    H,  # [M, R], contiguous
+    Z,  # [M, N] or None: the input of the GELU in front of the layer, in the backward
     Y,  # [M, N], contiguous
-    adapter,  # [samples] or None: which of P [n, K, R] and T [n, R, N] the rows of a sample take, A is [samples, M, K]
+    adapter,  # [samples] or None: which T of [n, R, N] the rows of a sample take; A is then [samples, M, K]
     n_adapters,
     samples,
     M,
@@ -60,41 +71,30 @@ def lowrank_gemm_kernel(
     stride_bk,
     stride_bn,
     stride_bias,
-    stride_pk,
-    stride_pr,
     stride_tr,
     stride_tn,
     stride_zm,
     stride_zn,
     stride_as,
-    stride_ps,
     stride_ts,
     PRODUCER: tl.constexpr,  # of Z
-    RECOMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,  # RECOMPUTE needs BLOCK_R >= R
+    BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    # Programs go down GROUP_M row blocks before the next column block, so that both operands stay in the L2 cache.
-    tile = tl.program_id(0)
-    of_sample, columns = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    rows = samples * of_sample
-    group = tile // (GROUP_M * columns)
-    first = group * GROUP_M
-    height = tl.minimum(rows - first, GROUP_M)
-    tile_m = first + (tile % (GROUP_M * columns)) % height
-    tile_n = (tile % (GROUP_M * columns)) // height
+    of_sample = tl.cdiv(M, BLOCK_M)
+    tile_m, tile_n = _place_of(tl.program_id(0), samples * of_sample, tl.cdiv(N, BLOCK_N), GROUP_M)
     if adapter is not None:
         sample = (tile_m // of_sample).to(tl.int64)
         tile_m = tile_m % of_sample
         which = tl.load(adapter + sample)
         A, H, Y = A + sample * stride_as, H + sample * M * R, Y + sample * M * N
         missing = which >= n_adapters
-        R = tl.where((which < 0) | missing, 0, R)  # none: no column of P and T is read
-        P, T = P + which * stride_ps, T + which * stride_ts
+        R = tl.where((which < 0) | missing, 0, R)  # without an adapter no row of T is read
+        T += which * stride_ts
 
     m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # int64: M * K may pass 2^31
     n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -104,35 +104,21 @@ def lowrank_gemm_kernel(
 
     a_at = A + m[:, None] * stride_am + k[None, :] * stride_ak  # [BLOCK_M, BLOCK_K]
     b_at = B + k[:, None] * stride_bk + n[None, :] * stride_bn  # [BLOCK_K, BLOCK_N]
-    p_at = P + k[:, None] * stride_pk + r[None, :] * stride_pr  # [BLOCK_K, BLOCK_R]
     y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    h_sum = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for start in range(0, K, BLOCK_K):
         in_k = k < K - start
         a = tl.load(a_at, mask=in_m & in_k[None, :], other=0.0)
         b = tl.load(b_at, mask=in_k[:, None] & in_n, other=0.0)
         y = tl.dot(a, b, y, input_precision=PRECISION)
-        if RECOMPUTE:
-            p = tl.load(p_at, mask=in_k[:, None] & (r < R)[None, :], other=0.0).to(a.dtype)
-            h_sum = tl.dot(a, p, h_sum, input_precision=PRECISION)
-            p_at += BLOCK_K * stride_pk
         a_at += BLOCK_K * stride_ak
         b_at += BLOCK_K * stride_bk
 
-    if RECOMPUTE:
-        in_r = r < R
-        h = h_sum.to(H.dtype.element_ty)
-        if tile_n == 0 and adapter is None:
-            tl.store(H + m[:, None] * R + r[None, :], h, mask=in_m & in_r[None, :])
-        t = tl.load(T + r[:, None] * stride_tr + n[None, :] * stride_tn, mask=in_r[:, None] & in_n, other=0.0)
+    for start in tl.range(0, R, BLOCK_R, num_stages=1):  # few steps: buffers for more in flight would be wasted
+        in_r = r < R - start
+        h = tl.load(H + m[:, None] * R + (start + r)[None, :], mask=in_m & in_r[None, :], other=0.0)
+        t_at = T + (start + r)[:, None] * stride_tr + n[None, :] * stride_tn
+        t = tl.load(t_at, mask=in_r[:, None] & in_n, other=0.0)
         y = tl.dot(h, t.to(h.dtype), y, input_precision=PRECISION)
-    else:
-        for start in tl.range(0, R, BLOCK_R, num_stages=1):  # few steps: buffers for more in flight would be wasted
-            in_r = r < R - start
-            h = tl.load(H + m[:, None] * R + (start + r)[None, :], mask=in_m & in_r[None, :], other=0.0)
-            t_at = T + (start + r)[:, None] * stride_tr + n[None, :] * stride_tn
-            t = tl.load(t_at, mask=in_r[:, None] & in_n, other=0.0)
-            y = tl.dot(h, t.to(h.dtype), y, input_precision=PRECISION)
     if bias is not None:
         y += tl.load(bias + n * stride_bias, mask=n < N, other=0.0)[None, :].to(tl.float32)
     if Z is not None:
@@ -144,17 +130,82 @@ def lowrank_gemm_kernel(
 
 
 @triton.jit
+def lowrank_gemm_tma_kernel(
+    A,  # descriptor of [M, K] in blocks [BLOCK_M, BLOCK_K]
+    B,  # descriptor of [K, N] in blocks [BLOCK_K, BLOCK_N]; if TRANSPOSED of [N, K] in blocks [BLOCK_N, BLOCK_K]
+    bias,  # [N] or None
+    T,  # [R, N]
+    H,  # [M, R], contiguous
+    Z,  # [M, N] or None: the input of the GELU in front of the layer, in the backward
+    Y,  # descriptor of [M, N] in blocks [BLOCK_M, BLOCK_N // 2]
+    M,
+    N,
+    K,
+    R,
+    stride_bias,
+    stride_tr,
+    stride_tn,
+    stride_zm,
+    stride_zn,
+    PRODUCER: tl.constexpr,  # of Z
+    TRANSPOSED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    rows, columns = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), rows * columns, tl.num_programs(0)):
+        tile_m, tile_n = _place_of(tile, rows, columns, GROUP_M)
+        m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        r = tl.arange(0, BLOCK_R).to(tl.int64)
+        in_m, in_n = (m < M)[:, None], (n < N)[None, :]
+
+        y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for start in range(0, K, BLOCK_K):
+            a = A.load([tile_m * BLOCK_M, start])  # zeros beyond the edges, by the copy engine
+            if TRANSPOSED:  # noqa: SIM108  # the two have one type only after the branch is chosen
+                b = B.load([tile_n * BLOCK_N, start]).T
+            else:
+                b = B.load([start, tile_n * BLOCK_N])
+            y = tl.dot(a, b, y)
+        for start in tl.range(0, R, BLOCK_R, num_stages=1):
+            in_r = r < R - start
+            h = tl.load(H + m[:, None] * R + (start + r)[None, :], mask=in_m & in_r[None, :], other=0.0)
+            t_at = T + (start + r)[:, None] * stride_tr + n[None, :] * stride_tn
+            t = tl.load(t_at, mask=in_r[:, None] & in_n, other=0.0)
+            y = tl.dot(h, t.to(h.dtype), y)
+
+        # The epilogue takes one half of the columns after the other, to need half of the staging and of the registers.
+        halves = tl.split(tl.permute(tl.reshape(y, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+        for half in tl.static_range(2):
+            column = tile_n * BLOCK_N + half * (BLOCK_N // 2)
+            y_half = halves[half]
+            n_half = column.to(tl.int64) + tl.arange(0, BLOCK_N // 2)
+            in_half = n_half < N
+            if bias is not None:
+                y_half += tl.load(bias + n_half * stride_bias, mask=in_half, other=0.0)[None, :].to(tl.float32)
+            if Z is not None:
+                z_at = Z + m[:, None] * stride_zm + n_half[None, :] * stride_zn
+                z = tl.load(z_at, mask=in_m & in_half[None, :], other=0.0)
+                y_half *= gelu_slope(z, PRODUCER, Y.dtype)
+            Y.store([tile_m * BLOCK_M, column], y_half.to(Y.dtype))
+
+
+@triton.jit
 def project_kernel(
     A,  # [M, K]
     P,  # [K, R]
     H,  # [M, R], contiguous
-    out,  # [M, K], contiguous, or None: what the producer puts out
+    out,  # [M, K], contiguous, or None: the output of the producer
     gamma,  # [K] or None
     beta,  # [K] or None
-    mean,  # [M] or None, written
-    rstd,  # [M] or None, written
+    mean,  # [M] or None, output
+    rstd,  # [M] or None, output
     eps,
-    adapter,  # [samples] or None: as in the product
+    adapter,  # [samples] or None: which P of [n, K, R] the rows of a sample take; A is then [samples, M, K]
     n_adapters,
     M,
     K,
@@ -212,61 +263,103 @@ def lowrank_gemm(
     bias: Tensor | None,  # [N]
     P: Tensor,  # [K, R], or [n_adapters, K, R]; any strides and floating dtype
     T: Tensor,  # [R, N], or [n_adapters, R, N]; likewise
-    H: Tensor | None = None,  # [M, R], contiguous: if it is known already
+    H: Tensor | None = None,  # [M, R], contiguous, if the caller has it already
     *,
     Z: Tensor | None = None,  # [M, N]
     producer: str = "none",
     adapter: Tensor | None = None,  # [samples], int64
     tile: GemmTile | None = None,
-    recompute: bool | None = None,
     tma: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(Y [M, N], H [M, R]) of the product above, in A's dtype (Y in Z's, which the GELU's slope is taken at).
+    """(Y [M, N], H [M, R]) of the product above, in the dtype of A; with ``Z``, Y is in that of Z.
 
-    ``tile``, ``recompute`` and ``tma`` override the choice. With ``adapter`` Y is [samples, M, N], and H is of
-    use inside only.
+    With ``Z`` Y is multiplied by the slope of ``producer``, a GELU, at Z. With ``adapter`` Y is [samples, M, N] and H
+    [samples, M, R]. ``tile`` and ``tma`` override the choice.
     """
     (M, K), (R, N) = A.shape[-2:], T.shape[-2:]
     samples = A.shape[0] if adapter is not None else 1
     Y = A.new_empty(*A.shape[:-1], N, dtype=A.dtype if Z is None else Z.dtype)
+    if H is None:
+        H = project(A, P, adapter=adapter)
     if Y.numel() == 0:
-        return Y, A.new_empty(*A.shape[:-1], R) if adapter is not None else project(A, P)
+        return Y, H
     transposed = B.stride(0) == 1
     if tma is None:
-        tma = adapter is None and not recompute and lowrank_gemm_tma.takes(A, B.t() if transposed else B, Y)
-    if recompute is None:
-        recompute = H is None and Z is None and not tma and recomputes(A, R, N)
-    if H is None:
-        H = A.new_empty(*A.shape[:-1], R) if recompute else project(A, P, adapter=adapter)
-    slope = "none" if Z is None else producer
-    tile = tile or gemm_tile(A, N, rank_block(R) if recompute else 0, tma=tma, slope=slope)
+        tma = adapter is None and takes(A, B.t() if transposed else B, Y)
+    tile = tile or gemm_tile(A, N, tma=tma, slope="none" if Z is None else producer)
     if tma:
-        B = B.t() if transposed else B
-        lowrank_gemm_tma.launch(A, B, bias, T, H, Z, Y, transposed=transposed, producer=producer, tile=tile)
+        _launch_tma(
+            A, B.t() if transposed else B, bias, T, H, Z, Y, transposed=transposed, producer=producer, tile=tile
+        )
         return Y, H
     grid = (samples * triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n),)
     with on_device(A):
         lowrank_gemm_kernel[grid](
-            *(A, B, bias, P, T, H, Z, Y, adapter, 1 if adapter is None else P.shape[0], samples, M, N, K, R),
+            *(A, B, bias, T, H, Z, Y, adapter, 1 if adapter is None else T.shape[0], samples, M, N, K, R),
             *(*A.stride()[-2:], *B.stride(), 0 if bias is None else bias.stride(0)),
-            *(*P.stride()[-2:], *T.stride()[-2:], *((0, 0) if Z is None else Z.stride())),
-            *((0, 0, 0) if adapter is None else (A.stride(0), P.stride(0), T.stride(0))),
+            *(*T.stride()[-2:], *((0, 0) if Z is None else Z.stride())),
+            *((0, 0) if adapter is None else (A.stride(0), T.stride(0))),
             PRODUCER=producer,
-            RECOMPUTE=recompute,
             PRECISION=precision(A),
             BLOCK_M=tile.m,
             BLOCK_N=tile.n,
             BLOCK_K=tile.k,
-            BLOCK_R=rank_block(R) if recompute else min(rank_block(R), TAIL_R),
-            GROUP_M=8,
+            BLOCK_R=min(rank_block(R), TAIL_R),
+            GROUP_M=GROUP_M,
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
     return Y, H
 
 
+def takes(*matrices: Tensor) -> bool:
+    """Whether the kernel with TMA can be used: the GPU has the copy engine, and it can move tiles of these matrices.
+
+    The engine exists from compute capability 9.0 on. The matrices [rows, columns] must be in half precision, with rows
+    that are contiguous and begin at multiples of 16 bytes.
+    """
+    return device(matrices[0].device).capability >= 9 and all(
+        t.element_size() == 2 and t.stride(1) == 1 and t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0 and t.numel() > 0
+        for t in matrices
+    )
+
+
+def _launch_tma(
+    A: Tensor,  # [M, K]
+    B: Tensor,  # [K, N] or, transposed, [N, K]
+    bias: Tensor | None,  # [N]
+    T: Tensor,  # [R, N]
+    H: Tensor,  # [M, R]
+    Z: Tensor | None,  # [M, N]
+    Y: Tensor,  # [M, N]
+    *,
+    transposed: bool,
+    producer: str,
+    tile: GemmTile,
+) -> None:
+    """Run the kernel with TMA on A, B and Y that :func:`takes` accepts."""
+    (M, K), (R, N) = A.shape, T.shape
+    grid = (min(device(A.device).processors, triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n)),)
+    with on_device(A):
+        lowrank_gemm_tma_kernel[grid](
+            TensorDescriptor.from_tensor(A, [tile.m, tile.k]),
+            TensorDescriptor.from_tensor(B, [tile.n, tile.k] if transposed else [tile.k, tile.n]),
+            *(bias, T, H, Z, TensorDescriptor.from_tensor(Y, [tile.m, tile.n // 2]), M, N, K, R),
+            *(0 if bias is None else bias.stride(0), *T.stride(), *((0, 0) if Z is None else Z.stride())),
+            PRODUCER=producer,
+            TRANSPOSED=transposed,
+            BLOCK_M=tile.m,
+            BLOCK_N=tile.n,
+            BLOCK_K=tile.k,
+            BLOCK_R=min(rank_block(R), TAIL_R),
+            GROUP_M=GROUP_M,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+
+
 def project(A: Tensor, P: Tensor, *, adapter: Tensor | None = None) -> Tensor:
-    """H = A P: [M, K] times [K, R] of any strides, in A's dtype. With ``adapter`` a P a sample, as in the product."""
+    """H = A P: [M, K] times [K, R] of any strides, in the dtype of A; with ``adapter`` one P per sample."""
     H = A.new_empty(*A.shape[:-1], P.shape[-1])
     _project(A, P, H, adapter=adapter)
     return H
@@ -290,7 +383,7 @@ def norm_project(
 
 
 def columns_and_warps(producer: str) -> tuple[int, int]:
-    """BLOCK_K of a projection and its warps; a producer's arithmetic needs more registers (see the resource report)."""
+    """BLOCK_K and warps of a projection; by the resource report a producer needs more registers."""
     return (64, 4) if producer == "none" else (32, 8)
 
 

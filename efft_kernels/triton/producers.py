@@ -1,10 +1,10 @@
-"""What stands in front of an adapted layer, on tiles in fp32: GELU and its slope, layer norm.
+"""The producers in front of an adapted layer, on tiles in fp32: GELU and its slope, layer norm.
 
-A kernel that reads an activation through ``produced`` reads what the producer got instead of what it put out, so that
-its output need not be kept. ``PRODUCER`` is one of "none", "gelu", "gelu_tanh" (torch's ``approximate``), "norm".
+A kernel that reads an activation through ``produced`` reads the input of the producer instead of its output, so that
+the output need not be kept. ``PRODUCER`` is one of "none", "gelu", "gelu_tanh" (torch's ``approximate``) and "norm".
 
-``dtype`` is the product's. In half precision the exact GELU would cost more time than the memory traffic that it rides
-on: there the normal distribution's upper tail is one exponential of a polynomial (:func:`_upper_tail`).
+``dtype`` is that of the product. In half precision the exact GELU would take longer than the memory traffic beside it;
+there the upper tail of the normal distribution is one exponential of a polynomial (:func:`_upper_tail`).
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ import triton.language as tl
 
 @triton.jit
 def produced(
-    values,  # [rows, columns]: what the producer got
+    values,  # [rows, columns], the input of the producer
     gamma,  # [d] or None
     beta,  # [d] or None
-    mean,  # [rows], of "norm"
-    rstd,  # [rows], of "norm"
+    mean,  # [rows], for "norm"
+    rstd,  # [rows], for "norm"
     columns,
     in_columns,
     PRODUCER: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """What the producer puts out, in ``dtype``."""
+    """The output of the producer, in ``dtype``."""
     values = values.to(tl.float32)
     if PRODUCER == "gelu" or PRODUCER == "gelu_tanh":
         if dtype != tl.float32:
@@ -46,7 +46,7 @@ def produced(
 
 @triton.jit
 def gelu_slope(z, PRODUCER: tl.constexpr, dtype: tl.constexpr):
-    """d gelu(z) / dz in fp32, as exactly as a product in ``dtype`` needs it."""
+    """d gelu(z) / dz in fp32, as exact as a product in ``dtype`` needs it."""
     z = z.to(tl.float32)
     if dtype != tl.float32:
         size, tail = _upper_tail(z, PRODUCER)
@@ -65,15 +65,16 @@ def gelu_slope(z, PRODUCER: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit
 def _upper_tail(z, PRODUCER: tl.constexpr):
-    """(|z|, P(Z > |z|)) of a standard normal Z, or of what "gelu_tanh" takes for one, for half precision.
+    """(|z|, P(Z > |z|)) for half precision, of a standard normal Z or of the approximation to it that "gelu_tanh" uses.
 
-    The normal's tail is the exponential of a polynomial, of relative error 6e-6, a hundredth of float16's rounding.
-    From 6 on |z| stays 6: there gelu(-z) is -6e-9, less than half of float16's least number. NaN stays NaN.
+    The tail of the normal distribution is the exponential of a polynomial, with a relative error of 6e-6, a hundredth
+    of the rounding of float16. |z| is clamped to 6, where gelu(-z) is -6e-9, less than half of the least number of
+    float16. NaN stays NaN.
     """
     size = tl.minimum(tl.abs(z), 6.0, propagate_nan=tl.PropagateNan.ALL)
     if PRODUCER == "gelu_tanh":
         return size, tl.sigmoid(-_tanh_argument(size))
-    log2 = -1.834809040701657e-06 * size + 6.159824260976166e-05  # least maximum of the error over [0, 6]
+    log2 = -1.834809040701657e-06 * size + 6.159824260976166e-05  # minimizes the largest error over [0, 6]
     log2 = log2 * size - 0.000930524431169033
     log2 = log2 * size + 0.008507889695465565
     log2 = log2 * size - 0.05396006628870964
@@ -91,7 +92,7 @@ def _tanh_argument(z):
 
 @triton.jit
 def row_statistics(
-    rows_at,  # [BLOCK_M, BLOCK_K]: pointers to the first columns of the rows
+    rows_at,  # [BLOCK_M, BLOCK_K], pointers to the first columns of the rows
     in_m,  # [BLOCK_M, 1]
     k,  # [BLOCK_K]
     K,
@@ -100,10 +101,13 @@ def row_statistics(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """(mean, 1 / sqrt(var + eps)) of rows [BLOCK_M, K]; two reads, the second from the cache, because a variance from
-    the mean square would cancel."""
+    """(mean, 1 / sqrt(var + eps)) of rows [BLOCK_M, K].
+
+    It reads the rows twice, the second time from the cache, because the variance as the mean square minus the squared
+    mean would cancel.
+    """
     total = tl.zeros((BLOCK_M,), tl.float32)
-    for start in tl.range(0, K, BLOCK_K, num_stages=3):  # only products are pipelined unasked
+    for start in tl.range(0, K, BLOCK_K, num_stages=3):  # Triton pipelines only products by itself
         a = tl.load(rows_at + start * stride_k, mask=in_m & (k < K - start)[None, :], other=0.0).to(tl.float32)
         total += tl.sum(a, 1)
     mean = total / K

@@ -1,9 +1,9 @@
-"""dG = hᵀ gy and dD = xᵀ dh: two sums over all tokens in fp32, always in the same order, and both in the same launches.
+"""dG = hᵀ gy and dD = xᵀ dh: two sums over all tokens in fp32, in a fixed order, both in the same launches.
 
-Every program owns a block of columns of gy (or of x) and a range of tokens, reads each of its elements once, and keeps
-its [columns, r] sum in registers: there is no atomic addition. Ranges are as many as fill the GPU; their partial sums,
-some hundred kilobytes each, are added in a fixed order by a second, small kernel, so that the same call gives the same
-bits.
+Every program owns a block of columns of gy (or of x) and a range of tokens, reads each of its elements once and keeps
+its [columns, r] sum in registers, so that nothing is added atomically. There are as many ranges as fill the GPU. A
+second, small kernel adds their partial sums, some hundred kilobytes each, in a fixed order, so that the same call gives
+the same bits.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from torch import Tensor
 from efft_kernels.triton.launch import device, on_device, precision, rank_block
 from efft_kernels.triton.producers import produced
 
-# Tokens per step; enough bytes in flight to use the memory bandwidth, which is the limit. Two programs fit a
-# multiprocessor whatever the producer, and no third is launched: it would run alone, after all others.
+# Tokens per step and steps in flight: enough bytes to use the memory bandwidth, which is the limit. Two programs fit on
+# a multiprocessor with any producer. No third is launched, because it would run alone, after all others.
 BLOCK_M, STAGES = 64, 3
 PROGRAMS_A_PROCESSOR = 2
-# Sums that one program of the second kernel finishes.
+# How many sums one program of the second kernel finishes.
 FINISH_BLOCK, FINISH_WARPS = 512, 4
 
 
 def columns_and_warps(producer: str) -> tuple[int, int]:
-    """BLOCK_N and warps; a producer's arithmetic beside the sums needs more registers (the resource report tells)."""
+    """BLOCK_N and warps; by the resource report a producer beside the sums needs more registers."""
     return (128, 4) if producer == "none" else (64, 8)
 
 
@@ -45,7 +45,7 @@ def _sum_over_tokens(
     stride_wn,
     stride_on,
     stride_or,
-    begin,  # tokens begin .. begin + TOKENS belong to this program
+    begin,  # this program sums tokens begin .. begin + TOKENS
     column,
     rank,
     TOKENS,
@@ -98,7 +98,7 @@ def reduce_tokens_kernel(
     stride_xm,
     stride_xn,
     TOKENS,  # of a split, a multiple of BLOCK_M
-    columns_out,  # column blocks of gy; 0 where dG is not wanted
+    columns_out,  # column blocks of gy; 0 where dG is not needed
     PRODUCER: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -146,12 +146,12 @@ def reduce_tokens(
     mean: Tensor | None = None,  # [M]
     rstd: Tensor | None = None,  # [M]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(dG [R, d_out], dD [d_in, R]) in fp32; a pair of inputs that is None gives None. ``splits`` overrides the choice.
+    """(dG [R, d_out], dD [d_in, R]) in fp32; a pair of inputs that is None gives None.
 
-    At least one pair must be given. With a ``producer`` (see :mod:`efft_kernels.triton.producers`) ``x`` is
-    what the producer got.
+    The caller must give at least one pair. With a ``producer`` (see :mod:`efft_kernels.triton.producers`) ``x`` is its
+    input. ``splits``, the number of ranges of tokens, overrides the choice.
     """
-    h, dh = (None if t is None else t.contiguous() for t in (h, dh))  # made by these kernels they are
+    h, dh = (None if t is None else t.contiguous() for t in (h, dh))  # they are already, if these kernels made them
     gamma, beta = (None if t is None else t.contiguous() for t in (gamma, beta))
     given = h if h is not None else dh
     assert given is not None
@@ -168,7 +168,7 @@ def reduce_tokens(
     partial = given.new_empty(splits, R * (d_out + d_in), dtype=torch.float32)
     dG, dD = partial.new_empty(R, d_out), partial.new_empty(d_in, R)
     if partial.numel():
-        gy_, h_, x_, dh_ = (given if t is None else t for t in (gy, h, x, dh))  # never read where it stands in
+        gy_, h_, x_, dh_ = (given if t is None else t for t in (gy, h, x, dh))  # a stand-in is never read
         with on_device(given):
             reduce_tokens_kernel[(columns_out + columns_in, splits, ranks)](
                 *(gy_, h_, x_, gamma, beta, mean, rstd, dh_, partial, M, d_out, d_in, R),

@@ -3,10 +3,10 @@
     dC[l, c] = scale · keep_C[l, c] ∘ (dG[l, c] (keep_V[l] ∘ V)ᵀ)
     dV       = scale · Σ_l keep_V[l] ∘ Σ_c (keep_C[l, c] ∘ C[l, c])ᵀ dG[l, c]
 
-Factors are tiny and their rounding would be the update's, so everything is in fp32 (whatever their dtype), without
-tensor cores; what counts is that there is one launch and not one for every layer. The dropout masks are read, one byte
-an element, and never multiplied out into masked copies of the factors. Sums run in a fixed order: the same bits each
-time.
+Factors are tiny, and their rounding would become that of the update. Everything is therefore in fp32, whatever their
+dtype, without tensor cores; what matters is that there is one launch instead of one per layer. The kernels read the
+dropout masks, one byte per element, and never store masked copies of the factors. Sums run in a fixed order, so that
+every run gives the same bits.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from efft_kernels.triton.launch import on_device
 
-# A rank in blocks of 32 whatever it is, 64 columns of V: eight warps have the registers, without a pipeline.
+# Blocks of 32 of any rank and of 64 columns of V, for which eight warps have enough registers, without a pipeline.
 BLOCK_R, BLOCK_N, WARPS, STAGES = 32, 64, 8, 1
 
 
@@ -224,7 +224,7 @@ def contract_backward_kernel(
     stride_ml,
     stride_mj,
     stride_mn,
-    programs_dC,  # the first so many programs make dC, the others dV
+    programs_dC,  # this many programs, the first ones, make dC, the others dV
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):

@@ -1,7 +1,7 @@
-"""tt_linear behind a GELU: forward makes gelu(z) and h in one launch, backward dz with dh in one and dG with dD in one.
+"""tt_linear behind a GELU: one launch makes gelu(z) and h; in backward one makes dz, and one reduction both dG and dD.
 
-The slope of the GELU is taken in the epilogue of the product that makes dz, and the sums over tokens read gelu(z)
-through z: nothing of z's size is kept beside z or written between the two.
+The epilogue of the product that makes dz applies the slope of the GELU, and the sums over tokens read gelu(z) through
+z. Nothing of the size of z is kept beside z or written in between.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""tt_linear with an adapter a sample: one launch (two where H is split off), the factors found by number."""
+"""tt_linear with one adapter per sample: two launches, h and y, which find the factors by the adapter's number."""
 
 from __future__ import annotations
 

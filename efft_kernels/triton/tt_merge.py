@@ -1,4 +1,4 @@
-"""W ← W + sign · (D G)ᵀ: products and sum in fp32, rounded once to W's dtype, no temporary of W's size."""
+"""W ← W + sign · (D G)ᵀ in fp32, rounded once to W's dtype, without a temporary of W's size."""
 
 from __future__ import annotations
 

@@ -1,14 +1,15 @@
-"""tt_linear behind a layer norm: forward makes the norm, its statistics and h in one launch.
+"""tt_linear behind a layer norm: in forward one launch makes the norm, its statistics and h.
 
-Backward takes dh Dᵀ in the product that makes the gradient of the norm's output; the sums over tokens read that output
-through x. The norm's own backward is torch's kernel: it is one pass over rows, which fits no product's tiles.
+In backward the product that makes the gradient of the norm's output adds dh Dᵀ, and the sums over tokens read that
+output through x. The backward of the norm itself is torch's kernel: it is one pass over rows, which does not fit the
+tiles of a product.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from efft_kernels.eager.tt_norm_linear import layer_norm_bwd
+from efft_kernels.eager import layer_norm_bwd
 from efft_kernels.triton.lowrank_gemm import lowrank_gemm, norm_project, project
 from efft_kernels.triton.tt_linear import factor_gradients
 

@@ -1,39 +1,41 @@
-"""Training in less memory: layer norms and GELUs computed inside the adapted layers behind them."""
+"""Training in less memory: compute layer norms and GELUs inside the adapted layers after them."""
 
 from __future__ import annotations
 
 from torch import nn
 
-from efft.adapting.inject import adapted_layers, bank_of
-from efft_kernels.nn.deferred import defer, undefer
+from efft.adapting.inject import adapted_layers, adapter_of
+from efft_kernels.nn.producers import fuse_producer, unfuse_producer
 
 
 def fuse(model: nn.Module) -> list[str]:
-    """Let every LayerNorm and GELU beside the adapted layers of ``model`` be computed inside the layer behind it.
+    """Compute every LayerNorm and GELU beside the adapted layers of ``model`` inside the layer after it.
 
-    Their outputs are then not kept for the backward pass but made again in it, which saves a quarter to a third of what
-    a transformer block keeps, for the time of one more pass over each. Results are the same up to rounding. Parameters,
-    names and saved files do not change; code compiled by ``torch.compile`` is left alone. :func:`unfuse` and
-    ``efft.remove`` undo it.
+    The backward pass computes their outputs again instead of keeping them. This saves a quarter to a third of what a
+    transformer block keeps, for the time of one more pass over each output. Results are the same up to rounding.
+    Parameters, names and saved files do not change; code compiled by ``torch.compile`` is left alone. :func:`unfuse`
+    and ``efft.remove`` undo it.
 
     Returns:
-        The names of the modules that hand their work on.
+        The names of the modules that leave their work to the layer after them.
 
     Raises:
         ValueError: the model is not adapted.
     """
-    bank_of(model)
+    adapter_of(model)
     beside = {parent for name in adapted_layers(model) for parent in _parents(name)}
-    return [name for name, module in model.named_modules() if name.rpartition(".")[0] in beside and defer(module)]
+    near = [(name, module) for name, module in model.named_modules() if name.rpartition(".")[0] in beside]
+    return [name for name, module in near if fuse_producer(module)]
 
 
 def unfuse(model: nn.Module) -> nn.Module:
     """Undo :func:`fuse`. Returns the same ``model``."""
     for module in model.modules():
-        undefer(module)
+        unfuse_producer(module)
     return model
 
 
 def _parents(name: str) -> list[str]:
+    """Return the names of all modules around the module ``name``, the model itself ('') included."""
     parts = name.split(".")
     return [".".join(parts[:i]) for i in range(len(parts))]

@@ -1,4 +1,4 @@
-"""Merging the update into the weights, and back."""
+"""Merge the update into the weights, and take it out again."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from efft.adapting.inject import adapted_layers, bank_of
+from efft.adapting.inject import adapted_layers, adapter_of
 from efft.adapting.offload import check_present
 from efft.adapting.placing import Update, updates_by_parameter
 from efft.adapting.sharding import check_whole
 from efft.adapting.wrappers import plain_name, unwrap
 from efft.saving.stored import check_stored
 from efft_kernels.nn.adapted import MergeLoss
-from efft_kernels.nn.weights import can_dequantize, dequantized, is_plain
+from efft_kernels.nn.frozen import can_dequantize, dequantized, is_plain
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What merging did, per layer; printing it gives a summary."""
+    """What merging did to each layer; printing it gives a summary."""
 
     layers: dict[str, MergeLoss]
 
     @property
     def worst(self) -> tuple[str, MergeLoss] | None:
-        """The layer that lost the largest part of its update to rounding; None if nothing was merged."""
+        """The layer that lost the largest part of its update to rounding, or None if nothing was merged."""
         if not self.layers:
             return None
         return max(self.layers.items(), key=lambda item: item[1].relative_error)
@@ -46,26 +46,26 @@ class MergeReport:
 
 
 def merge(model: nn.Module, dequantize: bool = False) -> MergeReport:
-    """Add every update to its weight (fp32 arithmetic, one rounding) so that inference costs what the base costs.
+    """Add every update to its weight (fp32 arithmetic, one rounding), so that inference costs what the base costs.
 
-    The base weights are kept (doubling the adapted layers' memory), so :func:`unmerge` is exact. Merging a merged model
-    does nothing. With ``dequantize`` quantised weights become dense ones until then.
+    The base weights are kept, which doubles the memory of the adapted layers, so that :func:`unmerge` is exact. Merging
+    a merged model does nothing. With ``dequantize``, quantized weights are dense until they are unmerged.
 
     Raises:
-        TypeError: a weight is quantised, and ``dequantize`` is not set (nothing is changed then).
+        TypeError: a weight is quantized, and ``dequantize`` is not set; nothing is changed.
         ValueError: the model is not adapted, it is sharded, an update has non-finite entries, or a layer computes with
-            another weight than the stored one (nothing is changed then).
+            another weight than the stored one; nothing is changed.
         RuntimeError: the update is switched off by :func:`efft.disabled`.
     """
     model = unwrap(model)
-    bank = bank_of(model)
+    adapter = adapter_of(model)
     check_whole(model, "merge")
     layers = adapted_layers(model)
     check_stored(layers, "merge")
     check_present(model, "merge")
-    if not bank.enabled and not any(layer.merged for layer in layers.values()):
+    if not adapter.enabled and not any(layer.merged for layer in layers.values()):
         raise RuntimeError("the update is switched off by efft.disabled; merge outside its with block")
-    for name, factor in bank.named_parameters("efft"):
+    for name, factor in adapter.named_parameters("efft"):
         if not torch.isfinite(factor).all():
             raise ValueError(f"factor {name} has NaN or infinite entries; nothing was merged")
     for name, layer in layers.items():
@@ -73,7 +73,7 @@ def merge(model: nn.Module, dequantize: bool = False) -> MergeReport:
             raise ValueError(f"the update of {name} has NaN or infinite entries; nothing was merged")
     _check_plain(layers, dequantize)
     losses = {name: layer.merge(dequantize) for name, layer in layers.items()}
-    bank.enabled = False
+    adapter.enabled = False
     return MergeReport({name: loss for name, loss in losses.items() if loss is not None})
 
 
@@ -84,20 +84,20 @@ def unmerge(model: nn.Module) -> None:
     for layer in merged:
         layer.unmerge()
     if merged:
-        bank_of(model).enabled = True
+        adapter_of(model).enabled = True
 
 
 @torch.no_grad()
 def merged_state_dict(
     model: nn.Module, dtype: torch.dtype | None = None, dequantize: bool = False
 ) -> dict[str, Tensor]:
-    """A state dict for the plain architecture with the update inside the weights; the model stays as it is.
+    """Return a state dict for the plain architecture with the update in the weights; the model stays as it is.
 
-    Floating-point tensors are cast to ``dtype`` (default: kept). Weights are merged in fp32 and rounded once. With
-    ``dequantize`` quantised weights of adapted layers come out dense.
+    Floating-point tensors are cast to ``dtype``; by default they keep their dtype. Weights are merged in fp32 and
+    rounded once. With ``dequantize``, the quantized weights of adapted layers are dense in the result.
 
     Raises:
-        TypeError: a weight is quantised, and ``dequantize`` is not set.
+        TypeError: a weight is quantized, and ``dequantize`` is not set.
         ValueError: the model is not adapted, it is sharded, or a layer computes with another weight than the stored
             one.
     """
@@ -133,5 +133,5 @@ def _check_plain(layers: Mapping[str, Update], dequantize: bool) -> None:
         if not can_dequantize(weight):
             raise TypeError(
                 f"{name} has a {type(weight).__name__} for a weight, which does not say how to make it dense: save the "
-                "adapter, load it onto the base before it was quantised, and merge there"
+                "adapter, load it onto the base before it was quantized, and merge there"
             )

@@ -1,4 +1,4 @@
-"""Counting trainable parameters."""
+"""Count trainable parameters."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from efft.adapting.inject import Bank
+from efft.adapting.inject import Adapter
 from efft.adapting.sharding import full_shape
 from efft.adapting.wrappers import unwrap
 from efft.planning.plan import Plan
@@ -17,9 +17,9 @@ class ParameterCount:
     """Trainable parameters of an adapted model; printing it gives a table.
 
     Attributes:
-        groups: group of factors to its number of parameters, shared ones counted once.
-        head: parameters trained beside the factors.
-        backbone: parameters of the base without its head.
+        groups: the number of parameters of each group of factors; shared ones count once.
+        head: the number of parameters that are trained beside the factors.
+        backbone: the number of parameters of the base without its head.
     """
 
     groups: dict[str, int]
@@ -28,7 +28,7 @@ class ParameterCount:
 
     @property
     def factors(self) -> int:
-        """Parameters of all factors together."""
+        """The number of parameters of all factors together."""
         return sum(self.groups.values())
 
     def __str__(self) -> str:
@@ -45,20 +45,20 @@ class ParameterCount:
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
-    """Count an adapted model's parameters; on another model everything trainable counts as head."""
+    """Count an adapted model's parameters; in any other model, everything trainable counts as head."""
     model = unwrap(model)
-    bank = getattr(model, "efft", None)
+    adapter = getattr(model, "efft", None)
     groups = {}
-    if isinstance(bank, Bank):
-        groups = {name: sum(full_shape(p).numel() for p in factors.parameters()) for name, factors in bank.items()}
-    factors = {id(p) for p in bank.parameters()} if isinstance(bank, Bank) else set()
+    if isinstance(adapter, Adapter):
+        groups = {name: sum(full_shape(p).numel() for p in factors.parameters()) for name, factors in adapter.items()}
+    factors = {id(p) for p in adapter.parameters()} if isinstance(adapter, Adapter) else set()
     others = [p for p in model.parameters() if id(p) not in factors]
     head = sum(full_shape(p).numel() for p in others if p.requires_grad)
     return ParameterCount(groups, head, sum(full_shape(p).numel() for p in others) - head)
 
 
 def count_plan(model: nn.Module, plan: Plan) -> ParameterCount:
-    """What :func:`count_parameters` would give after applying ``plan``, without applying it (meta device included)."""
+    """Return what :func:`count_parameters` would after applying ``plan``, without applying it; meta models work too."""
     head = {id(p): p.numel() for name in plan.head for p in model.get_submodule(name).parameters()}
     total = sum(p.numel() for p in model.parameters())
     n_head = sum(head.values())
@@ -66,10 +66,9 @@ def count_plan(model: nn.Module, plan: Plan) -> ParameterCount:
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
-    """Print the table of trainable parameters by group of factors, with head and backbone, and the line that ``peft``
-    prints."""
+    """Print the parameters of each group of factors, of head and backbone, and the line that ``peft`` prints."""
     model = unwrap(model)
-    if not isinstance(getattr(model, "efft", None), Bank):
+    if not isinstance(getattr(model, "efft", None), Adapter):
         print(f"this {type(model).__name__} is not adapted: everything that requires a gradient counts as head")
     count = count_parameters(model)
     trainable = count.factors + count.head

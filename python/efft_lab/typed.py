@@ -1,11 +1,13 @@
-"""Values from files against the types of the fields that they are for."""
+"""Checks of values from files against the types of the fields that they are for."""
 
-import difflib
+from __future__ import annotations
+
 import types
 from collections.abc import Collection, Iterable, Sequence, Set
 from typing import Any, Literal, Union, get_args, get_origin
 
-from efft.config import is_number, shown
+from efft.config import is_number, quote
+from efft.hints import did_you_mean
 
 _NAMES: dict[Any, str] = {
     bool: "true or false",
@@ -20,27 +22,25 @@ _NAMES: dict[Any, str] = {
 
 
 def check(where: str, value: object, hint: Any) -> None:
-    """Refuse a value that is not of type ``hint``. Integers are numbers, and truth values neither.
+    """Refuses a value that is not of type ``hint``. An integer is a number; a truth value is neither.
 
     Raises:
-        ValueError: it begins with ``where``, and says what was expected.
+        ValueError: the text begins with ``where`` and says what was expected.
     """
     if not _fits(value, hint):
-        raise ValueError(f"{where} must be {_described(hint)}, got {shown(value)}")
+        raise ValueError(f"{where} must be {_description(hint)}, got {quote(value)}")
 
 
 def check_names(where: str, given: Iterable[Any], known: Collection[str], what: str = "field") -> None:
-    """Refuse names that are not among those known.
+    """Refuses names that are not among the known ones.
 
     Raises:
-        ValueError: it gives the nearest known name, or all of them.
+        ValueError: the text gives the nearest known name, or all of them.
     """
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(str(name)[:50], known, n=1)
-            listed = sorted(known) if isinstance(known, Set) else known
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(listed) or 'none'}"
-            raise ValueError(f"unknown {what} {shown(name)} in {where}; {hint}")
+            names = sorted(known) if isinstance(known, Set) else known
+            raise ValueError(f"unknown {what} {quote(name)} in {where}; {did_you_mean(name, names)}")
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -57,12 +57,12 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, origin)
 
 
-def _described(hint: Any) -> str:
+def _description(hint: Any) -> str:
     origin = get_origin(hint) or hint
     if origin is Literal:
         return f"one of {', '.join(map(str, get_args(hint)))}"
     if origin in (Union, types.UnionType):
-        return " or ".join(map(_described, get_args(hint)))
+        return " or ".join(map(_description, get_args(hint)))
     if origin in (list, Sequence) and get_args(hint):
-        return f"a list, each entry {_described(get_args(hint)[0])}"
+        return f"a list, each entry {_description(get_args(hint)[0])}"
     return _NAMES.get(origin) or f"of type {origin.__name__}"

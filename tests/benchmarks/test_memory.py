@@ -96,6 +96,7 @@ def test_peak_is_that_of_the_step() -> None:
     assert 190e6 < found["peak_bytes"] - found["before_bytes"] < 450e6
 
 
+@pytest.mark.slow
 def test_command_measures_each_row_in_its_own_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["memory", "--level", "model", "--model", "test_vit", "--rank", "4", "--rows", "efft:eager", "--quick"]
     assert main([*command, "--device", "cpu", "--results", str(tmp_path)]) == 0

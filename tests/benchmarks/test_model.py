@@ -11,7 +11,7 @@ from torch import nn
 import efft
 from benchmarks.__main__ import main
 from benchmarks.model import gate
-from benchmarks.model.rows import FLOOR, NAIVE, PAPER, ROWS, Row, adapted, select, targeted
+from benchmarks.model.rows import FLOOR, NAIVE, PAPER, ROWS, ModelRow, adapted, select, targeted
 from benchmarks.model.run import measure
 from benchmarks.model.step import N_CLASSES, Setting, adapter_bytes, trainable, training_step
 from benchmarks.timing import Captured
@@ -147,14 +147,14 @@ def _wrong_output(model: nn.Module, rank: int) -> nn.Module:
     ("planted", "reason"),
     [
         (
-            Row("planted", "", _wrong_gradient, is_efft=True, backend=Backend.EAGER),
+            ModelRow("planted", "", _wrong_gradient, is_efft=True, backend=Backend.EAGER),
             "wrong: gradient of efft.ffn.C: err",
         ),
-        (Row("planted", "", _wrong_output), "wrong: logits: error"),
+        (ModelRow("planted", "", _wrong_output), "wrong: logits: error"),
     ],
     ids=["gradient", "output"],
 )
-def test_a_wrong_row_gets_no_time(planted: Row, reason: str) -> None:
+def test_a_wrong_row_gets_no_time(planted: ModelRow, reason: str) -> None:
     floor, eager, wrong = measure(TINY, [FLOOR, EAGER, planted], repeats=1)
     assert wrong["reason"].startswith(reason)
     assert not {"seconds", "ratio", "images_per_s"} & wrong.keys()
@@ -166,7 +166,7 @@ def test_a_row_that_breaks_does_not_stop_the_others(monkeypatch: pytest.MonkeyPa
     def out_of_memory(model: nn.Module, rank: int) -> nn.Module:
         raise RuntimeError("out of memory")
 
-    floor, broken = measure(TINY, [FLOOR, Row("broken", "", out_of_memory)], repeats=1)
+    floor, broken = measure(TINY, [FLOOR, ModelRow("broken", "", out_of_memory)], repeats=1)
     assert broken["reason"] == "failed: out of memory"
     assert "ratio" in floor
 
@@ -199,7 +199,7 @@ def test_a_step_that_no_graph_can_capture_does_not_stop_the_others(monkeypatch: 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_captured_steps_train(dtype: str) -> None:
     setting = replace(TINY, dtype=dtype, device="cuda", cuda_graphs=True)
-    waits = Row("waits", "", lambda model, rank: _with_hook(model, lambda module, args, y: (y.sum().item(), y)[1]))
+    waits = ModelRow("waits", "", lambda model, rank: _with_hook(model, lambda module, args, y: (y.sum().item(), y)[1]))
     lines = measure(setting, [*select(["efft:eager", "peft"]), waits], repeats=2)
     assert ["ratio" in line for line in lines] == [True, True, True, False]
     assert lines[-1]["reason"].startswith("failed: no CUDA graph can capture it")

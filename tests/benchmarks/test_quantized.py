@@ -1,4 +1,4 @@
-"""Quantised backbones are measured with the adapter on them, and what cannot run here is named."""
+"""Quantized backbones are measured with the adapter on them, and what cannot run here is named."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from torch import nn
 
 from benchmarks.__main__ import main
 from benchmarks.model.step import Setting
-from benchmarks.quantized import ROWS, Row, build, measure, stored_bytes, weight_bytes
+from benchmarks.quantized import ROWS, QuantizedRow, build, measure, stored_bytes, weight_bytes
 from efft.adapting.inject import adapted_layers
 from efft_lab.record import read
 from tests.quantized import to_int8
@@ -43,7 +43,7 @@ def test_every_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_only_the_adapted_layers_are_quantised() -> None:
-    model = build(TINY, Row("", "", to_int8))
+    model = build(TINY, QuantizedRow("", "", to_int8))
     layers = list(adapted_layers(model).values())
     assert {type(layer.weight).__name__ for layer in layers} == {"Int8"}
     assert type(model.head.weight) is nn.Parameter
@@ -55,6 +55,6 @@ def test_a_format_that_is_missing_does_not_stop_the_others() -> None:
     def missing(layer: nn.Module) -> None:
         raise ImportError("no module named torchao")
 
-    dense, other = measure(TINY, [ROWS["dense"], Row("int8", "", missing)], repeats=1)
+    dense, other = measure(TINY, [ROWS["dense"], QuantizedRow("int8", "", missing)], repeats=1)
     assert other["reason"] == "failed: no module named torchao"
     assert dense["seconds"]["fwd_bwd"]["n"] == 1

@@ -10,7 +10,7 @@ import efft
 from benchmarks.__main__ import main
 from benchmarks.model.rows import adapted
 from benchmarks.model.step import Setting
-from benchmarks.serve import ROWS, ManyAdapters, Row, build_checked, measure
+from benchmarks.serve import ROWS, ManyAdapters, ServeRow, build_checked, measure
 from efft_kernels import can_run
 from efft_lab.record import read
 
@@ -82,7 +82,7 @@ def _wrong(model: nn.Module) -> None:
 
 
 def test_a_wrong_row_gets_no_time() -> None:
-    planted = Row("merged", "", adapted, _wrong, is_efft=True)
+    planted = ServeRow("merged", "", adapted, _wrong, is_efft=True)
     base, wrong = measure(TINY, [ROWS["base"], planted], [1], repeats=1)
     assert wrong["reason"].startswith("wrong: logits: error")
     assert not {"seconds", "ratio_to_base", "images_per_s"} & wrong.keys()
@@ -93,6 +93,6 @@ def test_a_row_that_breaks_does_not_stop_the_others() -> None:
     def broken(model: nn.Module, rank: int) -> nn.Module:
         raise ImportError("peft is not installed")
 
-    base, line = measure(TINY, [ROWS["base"], Row("peft", "", broken)], [1], repeats=1)
+    base, line = measure(TINY, [ROWS["base"], ServeRow("peft", "", broken)], [1], repeats=1)
     assert line["reason"] == "failed: peft is not installed"
     assert "seconds" in base

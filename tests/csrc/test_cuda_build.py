@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from efft_kernels import build, cuda_report
+from efft_kernels import build
+from efft_kernels.backends import OPERATORS
 from efft_kernels.build import BuildError, Tools, find_tools
-from efft_kernels.cuda_report import Report, faults, inspect, main, read
-from efft_kernels.ops._schemas import SCHEMAS
+from tests.csrc import resource_report
+from tests.csrc.resource_report import Report, faults, inspect, main, read
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,7 +29,7 @@ def tools() -> Tools:
 @pytest.fixture(scope="module")
 def tools_of_report(tools: Tools) -> Tools:
     try:
-        cuda_report.find_tool("nvdisasm", tools)
+        resource_report.find_tool("nvdisasm", tools)
     except BuildError as missing:
         pytest.skip(str(missing))
     return tools
@@ -45,7 +46,7 @@ def test_a_library_loads_without_a_gpu_and_registers_every_op(tools: Tools, tmp_
     program = (
         "import torch, efft_kernels\n"
         f"torch.ops.load_library({str(library)!r})\n"
-        f"for op in {list(SCHEMAS)}:\n"
+        f"for op in {OPERATORS}:\n"
         "    assert torch._C._dispatch_has_kernel_for_dispatch_key(f'efft::{op}.cuda', 'CUDA'), op\n"
         "assert not torch.cuda.is_initialized()\n"
     )
@@ -160,7 +161,7 @@ def test_planted_faults_are_reported(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", cuda_report.TARGETS)
+@pytest.mark.parametrize("target", resource_report.TARGETS)
 @pytest.mark.usefixtures("tools_of_report")
 def test_no_kernel_has_a_fault(target: str, capsys: pytest.CaptureFixture[str]) -> None:
     code = main(["--targets", target])
@@ -171,7 +172,9 @@ def test_no_kernel_has_a_fault(target: str, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_the_command_needs_nvcc(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(cuda_report, "find_tools", lambda target: (_ for _ in ()).throw(BuildError("nvcc not found")))
+    monkeypatch.setattr(
+        resource_report, "find_tools", lambda target: (_ for _ in ()).throw(BuildError("nvcc not found"))
+    )
     with pytest.raises(SystemExit):
         main([])
     assert "nvcc not found" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import efft
-from efft.adapting.inject import bank_of
+from efft.adapting.inject import adapter_of
 from efft.config import AdapterConfig
 
 Make = Callable[..., nn.Module]
@@ -94,7 +94,7 @@ def adapter(tiny_vit: Make, randomize: Make) -> Make:
         model = efft.apply(tiny_vit().to(dtype).eval(), config or efft.EfftConfig(rank=4, scale=0.7))
         randomize(model, 0.2, seed)
         with torch.no_grad():
-            for name in bank_of(model).head:
+            for name in adapter_of(model).head:
                 weight = model.get_submodule(name).weight
                 weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed)))
         return model

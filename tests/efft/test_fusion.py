@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import efft
-from efft_kernels.nn.deferred import Deferred
+from efft_kernels.nn.producers import ProducerOutput
 
 
 def adapted(name: str = "test_vit", **config: Any) -> nn.Module:
@@ -121,7 +121,7 @@ def test_hooks_see_ordinary_values() -> None:
     model(x)
     efft.fuse(model)
     model(x)
-    assert not isinstance(seen[1], Deferred)
+    assert not isinstance(seen[1], ProducerOutput)
     assert torch.equal(seen[0], seen[1])
 
 

@@ -1,5 +1,5 @@
 """The laboratory's tests use the tiny models of the library's."""
 
-from tests.efft.conftest import _one_thread, adapted_vit, randomize, saved, tiny_vit, unchanged
+from tests.efft.conftest import _one_thread, adapted_vit, images, randomize, saved, tiny_vit, unchanged
 
-__all__ = ["_one_thread", "adapted_vit", "randomize", "saved", "tiny_vit", "unchanged"]
+__all__ = ["_one_thread", "adapted_vit", "images", "randomize", "saved", "tiny_vit", "unchanged"]

@@ -1,1 +1,1 @@
-"""Placing updates in a model, in place, and taking them out again."""
+"""Put updates into a model, in place, and take them out again."""

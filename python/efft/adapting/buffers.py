@@ -1,4 +1,4 @@
-"""Buffers that training changes, such as the running statistics of batch norms: kept beside the factors."""
+"""Buffers that training changes, such as the running statistics of batch norms, which are kept with the factors."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from efft.adapting.wrappers import plain_name
+from efft_kernels.nn.frozen import is_plain
 from efft_kernels.nn.linear import AdaptedLayer
-from efft_kernels.nn.weights import is_plain
 
-#: Larger buffers of integers are tables and packed weights, which no training changes.
+#: Larger buffers of integers are tables and packed weights, which training does not change.
 _LARGEST_COUNTERS = 2**12
 
 
 def _places(model: nn.Module, head: Iterable[str]) -> Iterator[tuple[str, nn.Module, str]]:
-    """(name in the state dict, module, name there) of every buffer that training might change, outside head and bank.
+    """Yield (name in the state dict, module, name in the module) of every buffer that training might change.
 
-    These are the persistent ones: floating-point numbers, and few integers, as counters are.
+    These are persistent buffers of floating-point numbers, or of a few integers (counters), outside head and adapter.
     """
     apart: set[int] = set()
     for name in head:
@@ -35,27 +35,27 @@ def _places(model: nn.Module, head: Iterable[str]) -> Iterator[tuple[str, nn.Mod
 
 
 def snapshot(model: nn.Module, head: Iterable[str]) -> dict[str, Tensor]:
-    """Copies of the buffers that training might change, by their names in the state dict."""
+    """Return copies of the buffers that training might change, by their names in the state dict."""
     return {name: module._buffers[key].detach().clone() for name, module, key in _places(model, head)}  # type: ignore
 
 
 def changed(model: nn.Module, head: Iterable[str], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The buffers whose values are no longer those of ``base``, which :func:`snapshot` gave.
+    """Return the buffers whose values are no longer those of ``base``, a :func:`snapshot`.
 
-    Those of a model that was on the meta device then count as changed: their values came later.
+    Buffers that were on the meta device at the time of the snapshot count as changed: they got their values later.
     """
     return {name: module._buffers[key] for name, module, key in _changed(model, head, base)}  # type: ignore
 
 
 def of_names(model: nn.Module, head: Iterable[str], names: Iterable[str]) -> dict[str, Tensor]:
-    """The buffers of these names, as far as the model has them and training might change them."""
+    """Return the buffers of these names that the model has and that training might change."""
     wanted = set(names)
     return {n: module._buffers[key] for n, module, key in _places(model, head) if n in wanted}  # type: ignore
 
 
 @torch.no_grad()
 def put_back(model: nn.Module, head: Iterable[str], base: Mapping[str, Tensor]) -> None:
-    """Give the buffers the values of ``base`` again, bit for bit."""
+    """Restore the values of ``base`` in the buffers, bit for bit."""
     for name, module, key in list(_changed(model, head, base)):
         buffer = module._buffers[key]
         assert buffer is not None
@@ -65,7 +65,7 @@ def put_back(model: nn.Module, head: Iterable[str], base: Mapping[str, Tensor]) 
 
 @contextmanager
 def as_in_base(model: nn.Module, head: Iterable[str], base: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within the ``with`` block the buffers are others, with the values of ``base``; what changes these is lost."""
+    """Within the ``with`` block, replace the buffers by copies of ``base``; changes to these are lost."""
     trained = []
     for name, module, key in list(_changed(model, head, base)):
         buffer = module._buffers[key]
@@ -81,7 +81,11 @@ def as_in_base(model: nn.Module, head: Iterable[str], base: Mapping[str, Tensor]
 
 
 def check_none(adapter: str, changed: Collection[str]) -> None:
-    """Raise ValueError if an adapter that is to share its base with others comes with buffers."""
+    """Check that an adapter that is to share its base with others has no buffers.
+
+    Raises:
+        ValueError: it has some.
+    """
     if changed:
         raise ValueError(
             f"adapter {adapter!r} comes with buffers that its training changed ({len(changed)}, {min(changed)} first): "
@@ -91,7 +95,7 @@ def check_none(adapter: str, changed: Collection[str]) -> None:
 
 
 def statistics(model: nn.Module, head: Iterable[str]) -> list[nn.Module]:
-    """The modules that update floating-point buffers of theirs in training: batch norms, and leaves like them."""
+    """Return the modules that update their floating-point buffers in training: batch norms and similar leaves."""
     found = {
         id(module): module
         for _, module, key in _places(model, head)
@@ -112,5 +116,5 @@ def _changed(model: nn.Module, head: Iterable[str], base: Mapping[str, Tensor]) 
 
 
 def _same(buffer: Tensor, before: Tensor) -> bool:
-    """Whether two tensors of one dtype are the same, bit for bit, as far as numbers go: NaN is NaN."""
+    """Whether two tensors of one dtype have the same values; NaN equals NaN."""
     return torch.equal(buffer, before) or bool(((buffer == before) | ((buffer != buffer) & (before != before))).all())

@@ -4,14 +4,14 @@ Modules are recognized by what they are made of; transformers itself is not impo
 
 - Experts whose forward transformers dispatches to one of several implementations (``eager``, ``grouped_mm``,
   ``batched_mm``, ...), by ``config._experts_implementation``: Mixtral, Qwen3-MoE, OLMoE, GraniteMoE, DeepSeek, GPT-OSS
-  and some sixty more. What an implementation may rely on is stated by attributes of the module (``has_gate``,
-  ``is_transposed``, ...), so one implementation serves them all: it adds the update to the products in between. It runs
-  whichever one is chosen, as long as an update is live; the chosen one runs otherwise.
-- One product of a mixture (``ParallelExperts``, called with its rows sorted by expert and their numbers): JetMoE, and
-  GraniteMoE before transformers 5.
-- Others with the same parameters and a forward of their own read the effective weights of all experts. A batch of
-  products with them (Llama 4) stays one of low rank; elsewhere (Step 3) they are made densely in every pass, with the
-  cost of that in time and memory.
+  and about sixty more. Attributes of the module (``has_gate``, ``is_transposed``, ...) state what an implementation may
+  rely on, so one implementation here serves them all: it adds the update to each product. While an update is live it
+  runs instead of the chosen implementation.
+- One product of a mixture (``ParallelExperts``, called with its rows sorted by expert and the number of rows of each):
+  JetMoE, and GraniteMoE before transformers 5.
+- Other modules with the same parameters and their own forward read the effective weights of all experts. For a batch of
+  products with them (Llama 4) the update stays of low rank. Elsewhere (Step 3) every pass makes dense weights, which
+  costs time and memory.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from torch import Tensor, nn
 
 from efft_kernels import ExpertWeight, Routing, Site, TTFactors, expert_linear
 from efft_kernels.nn import parameter as parameters
+from efft_kernels.nn.adapt import adapt
 from efft_kernels.nn.experts import EXPERT_VIEWS, holds_numbers
-from efft_kernels.nn.parameter import AdaptedModule, put_update, runs_for
-from efft_kernels.nn.weights import is_plain, stored_in
+from efft_kernels.nn.frozen import is_plain, stored_in
+from efft_kernels.nn.parameter import AdaptedModule, runs_for
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,13 @@ class ExpertParameter:
     """One parameter with the matrices of all experts.
 
     Attributes:
-        name: of the parameter in its module.
-        d_in, d_out: sizes of each expert's matrix.
-        blocks: matrices beside each other in its output: 2 where gate and value are one parameter, else 1.
-        interleaved: their outputs alternate.
-        transposed: it is stored as ``[experts, d_in, d_out]``, not ``[experts, d_out, d_in]``.
-        second: it takes what the mixture's first product gives: the site to be transposed, where a train is shared.
+        name: the name of the parameter in its module.
+        d_in, d_out: the sizes of each expert's matrix.
+        blocks: the number of matrices side by side in its output: 2 if gate and value are one parameter, else 1.
+        interleaved: whether the outputs of the blocks alternate.
+        transposed: whether it is stored as ``[experts, d_in, d_out]`` instead of ``[experts, d_out, d_in]``.
+        second: whether its input is the output of the mixture's first product. If the two share a train, its site is
+            the transposed one.
     """
 
     name: str
@@ -54,7 +56,7 @@ class ExpertParameter:
 
     @property
     def view(self) -> str:
-        """The same for :func:`efft_kernels.nn.adapt.adapt`."""
+        """How :func:`efft_kernels.nn.adapt.adapt` is to read the parameter."""
         return EXPERT_VIEWS[self.transposed]
 
 
@@ -63,9 +65,9 @@ class Experts:
     """What a plan must know of a module of experts.
 
     Attributes:
-        n_experts: how many there are.
-        parameters: those that can be adapted.
-        kind: the class that the module is made of too, once it is adapted; None where it reads effective weights.
+        n_experts: the number of experts.
+        parameters: the parameters that can be adapted.
+        kind: the second base of the module's class once it is adapted; None if it reads effective weights.
     """
 
     n_experts: int
@@ -74,17 +76,26 @@ class Experts:
 
 
 def experts_of(module: nn.Module) -> Experts | None:
-    """The experts that ``module`` holds as three-dimensional parameters; None where there are none, or they are adapted
-    or quantised."""
+    """Return the experts that ``module`` holds as three-dimensional parameters.
+
+    None if there are none, or if they are adapted or quantized.
+    """
     found = _gated(module) or _parallel(module)
     adapted = getattr(module, "adapted_parameters", {})
     return None if found is not None and any(p.name in adapted for p in found.parameters) else found
 
 
 def intercept(module: nn.Module) -> bool:
-    """Let experts run a forward that knows their updates, once they are adapted: by :func:`adapt_experts`, which calls
-    this, or by :func:`efft_kernels.nn.adapt.adapt`. Returns False where nothing can be done: where the module reads
-    effective weights."""
+    """Let experts run a forward that knows their updates once :func:`efft_kernels.nn.adapt.adapt` has adapted them.
+
+    Returns:
+        False if nothing can be done: the module then reads effective weights.
+
+    Raises:
+        TypeError: a forward was set on the module itself.
+    """
+    if "forward" in module.__dict__:
+        raise TypeError("a forward was set on the module itself, which would drop the update; undo that first")
     found = experts_of(module)
     if found is None or found.kind is None:
         return False
@@ -93,15 +104,16 @@ def intercept(module: nn.Module) -> bool:
 
 
 def adapt_experts(module: nn.Module, sites: Mapping[str, tuple[TTFactors, Site]]) -> dict[str, ExpertWeight]:
-    """Adapt experts in place: the module stays the same object, with the same names, and its parameters are frozen.
+    """Adapt experts in place. The module stays the same object with the same names, and its parameters are frozen.
+
     :func:`efft_kernels.nn.parameter.restore_module` undoes it.
 
     Args:
-        module: of which :func:`experts_of` knows the experts.
-        sites: name of a parameter to the bank, and the part of it, that the update comes from.
+        module: a module whose experts :func:`experts_of` finds.
+        sites: the bank that the update comes from, and the part of it, by the name of the parameter.
 
     Returns:
-        The updates by name of the parameter.
+        The updates, by the name of the parameter.
 
     Raises:
         TypeError: there are no experts that can be adapted.
@@ -113,21 +125,14 @@ def adapt_experts(module: nn.Module, sites: Mapping[str, tuple[TTFactors, Site]]
             "expected experts as three-dimensional parameters, of a kind that efft.adapting.experts describes and "
             f"not adapted yet, got {type(module).__name__}"
         )
-    if "forward" in module.__dict__:
-        raise TypeError("a forward was set on the module itself, which would drop the update; undo that first")
     known = {parameter.name: parameter for parameter in found.parameters}
     if not sites or set(sites) - set(known):
         raise ValueError(f"{type(module).__name__}: expected some of {sorted(known)}, got {sorted(sites)}")
-    weights = {
-        name: ExpertWeight(module, name, factors, site, transposed=known[name].transposed)
-        for name, (factors, site) in sites.items()
-    }
     intercept(module)
-    for weight in weights.values():
-        put_update(weight)
+    weights: Mapping[str, Any] = adapt(module, sites, views={name: known[name].view for name in sites})
     for parameter in module.parameters(recurse=False):
         parameter.requires_grad_(False)
-    return weights
+    return dict(weights)
 
 
 class AdaptedExperts(AdaptedModule):
@@ -136,7 +141,7 @@ class AdaptedExperts(AdaptedModule):
     prefix = "Efft"
 
     def live_updates(self) -> dict[str, ExpertWeight]:
-        """The updates that count now, by name of the parameter."""
+        """Return the updates that count now, by the name of the parameter."""
         found = self.adapted_parameters.items()
         return {name: weight for name, weight in found if isinstance(weight, ExpertWeight) and weight.live}
 
@@ -148,7 +153,7 @@ class AdaptedExperts(AdaptedModule):
 class DispatchedExperts(AdaptedExperts):
     """Experts as transformers dispatches them."""
 
-    # What transformers' decorator of such classes promises:
+    # Transformers' decorator of such classes promises these:
     num_experts: int
     has_gate: bool
     has_bias: bool
@@ -183,7 +188,7 @@ class ParallelExperts(AdaptedExperts):
     """One product of a mixture of experts."""
 
     def forward(self, inputs: Tensor, expert_size: Any) -> Any:
-        """``[rows, d_in] -> [rows, d_out]``; rows are sorted by expert, ``expert_size`` is how many each has."""
+        """``[rows, d_in] -> [rows, d_out]``; rows are sorted by expert, and ``expert_size`` counts the rows of each."""
         live = self.live_updates()
         if not live:
             return super().forward(inputs, expert_size)  # type: ignore[misc]
@@ -193,7 +198,7 @@ class ParallelExperts(AdaptedExperts):
 
 
 def _empty(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
-    """For pickle: in another process nobody may have adapted such experts yet."""
+    """Make an empty module for pickle: in another process, such experts may not have been adapted yet."""
     runs_for(base.forward)(DispatchedExperts if _is_dispatched(base) else ParallelExperts)
     return parameters._empty(base, names)
 
@@ -204,7 +209,7 @@ def _is_dispatched(kind: type[nn.Module]) -> bool:
 
 
 def _gated(module: nn.Module) -> Experts | None:
-    """Two products with an activation between them: gate and value, or the value alone, and down again."""
+    """Find two products with an activation between them: up (gate and value, or the value alone), and down again."""
     first = "gate_up_proj" if "gate_up_proj" in module._parameters else "up_proj"
     up, down = module._parameters.get(first), module._parameters.get("down_proj")
     if up is None or down is None or not (_holds_matrices(up) and _holds_matrices(down)) or len(up) != len(down):
@@ -213,7 +218,7 @@ def _gated(module: nn.Module) -> Experts | None:
     ways = [transposed for transposed in (False, True) if _fit(up, down, blocks, transposed)]
     promised = all(hasattr(module, name) for name in ("num_experts", "has_gate", "has_bias", "config"))
     if promised and getattr(module, "is_transposed", None) in ways:
-        ways = [bool(module.is_transposed)]  # said by the module: of square matrices nothing else tells
+        ways = [bool(module.is_transposed)]  # the module says so; square matrices do not show it
     if len(ways) != 1:
         return None
     (transposed,) = ways
@@ -231,7 +236,7 @@ def _gated(module: nn.Module) -> Experts | None:
 
 
 def _fit(up: Tensor, down: Tensor, blocks: int, transposed: bool) -> bool:
-    """Whether one product goes on from the other where the parameters are stored this way."""
+    """Whether the sizes of the two products fit together if the parameters are stored this way."""
     (d_in, inner), (d_down, d_out) = (weight.shape[1:] if transposed else weight.shape[:0:-1] for weight in (up, down))
     return inner == blocks * d_down and d_in == d_out
 

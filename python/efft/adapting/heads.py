@@ -1,14 +1,15 @@
-"""The task head of a model: the modules that are new for its task and are trained beside the factors."""
+"""Find the task head of a model: the modules that are new for its task and are trained beside the factors."""
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 from torch import nn
 
-#: Attributes that hold the head of a model that has no other way to say so, those of one row together. The first row
-#: that a model has counts.
+from efft.hints import nearest
+
+#: Attributes that hold the head of a model that does not say in another way what its head is. Attributes of one row
+#: belong together, and the first row that a model has counts.
 _USUAL = (
     ("classifier", "aux_classifier"),
     ("heads",),
@@ -20,30 +21,33 @@ _USUAL = (
 
 
 def find_head(model: nn.Module, config_head: list[str] | None) -> list[str]:
-    """Names of the modules trained beside the factors: those given, else what belongs to the task alone.
+    """Return the names of the modules that are trained beside the factors: those given, else those of the task alone.
 
-    That is, for a task model of transformers, everything outside the base that its class names, but for the output
-    embeddings of a language model, which are pretrained; the classifier that a model of timm names; else a module of
-    the root with the usual name of a head, or everything beside a module called ``backbone``. An empty list if nothing
-    is found.
+    For a task model of transformers these are all modules outside of the base that its class names, except for the
+    output embeddings of a language model, which are pretrained. For a model of timm it is the classifier that the model
+    names. For any other model it is a child with a usual name of a head, or everything beside a child called
+    ``backbone``. The list is empty if nothing is found.
 
     Raises:
         ValueError: a given name is not a module of the model.
     """
-    names = {module: name for name, module in model.named_modules()}  # of a shared module the last
+    names = {module: name for name, module in model.named_modules()}  # the last one of a shared module
     if config_head is not None:
         known = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
         for name in config_head:
             if name not in known:
-                near = difflib.get_close_matches(name, known, 3)
-                raise ValueError(f"head: no module named {name!r}; nearest: {', '.join(near) or 'none'}")
+                near = nearest(name, known)
+                parts = f"this {type(model).__name__} consists of {', '.join(model._modules) or 'no modules'}"
+                hint = f"nearest: {', '.join(near)}" if near else parts
+                raise ValueError(f"head: no module named {name!r}; {hint}")
         return list(config_head)
     found = _of_transformers(model) if _is_transformers(model) else _of_timm(model) or _of_root(model)
-    for inside in [] if found or _is_bare(model) else list(model.modules())[1:]:  # a library's model inside another one
+    # A model of a library may be inside of another model.
+    for inside in [] if found or _is_bare(model) else list(model.modules())[1:]:
         found = found or _of_timm(inside) or ([] if _is_transformers(model) else _of_transformers(inside))
     chosen = {id(module) for module in found if _is_trainable(module)}
     head = [name for module, name in names.items() if name and id(module) in chosen]
-    # A module without matrices is not a head by itself: a temperature, a final norm.
+    # A module without matrices (a temperature, a final norm) is not a head by itself.
     matrices = any(p.dim() > 1 for name in head for p in model.get_submodule(name).parameters())
     return head if matrices else []
 
@@ -57,7 +61,7 @@ def is_language_model(model: nn.Module) -> bool:
 
 
 def _of_transformers(model: nn.Module) -> list[nn.Module]:
-    """What a task model has beside its pretrained base, or bases."""
+    """Return the modules that a task model has beside its pretrained base or bases."""
     if not _is_transformers(model) or _is_bare(model) or is_language_model(model):
         return []
     base = getattr(model, str(model.base_model_prefix), None)
@@ -74,7 +78,7 @@ def _of_transformers(model: nn.Module) -> list[nn.Module]:
 
 
 def _input_embeddings(model: Any) -> nn.Module | None:
-    """The embeddings of the tokens, which an encoder-decoder holds beside its parts."""
+    """Return the embeddings of the tokens, which an encoder-decoder holds beside its parts."""
     try:
         embeddings: nn.Module | None = model.get_input_embeddings()
     except (NotImplementedError, AttributeError):  # models of pictures and sound
@@ -83,12 +87,12 @@ def _input_embeddings(model: Any) -> nn.Module | None:
 
 
 def _is_bare(model: nn.Module) -> bool:
-    """Whether a model of transformers is one without a task: the library calls the others XxxForTask."""
+    """Whether a model of transformers has no task: the library calls the others XxxForTask."""
     return _is_transformers(model) and "For" not in type(model).__name__
 
 
 def _of_timm(model: nn.Module) -> list[nn.Module]:
-    """The classifier of a model of timm; distilled models have a pair."""
+    """Return the classifier of a model of timm; distilled models have two."""
     if not hasattr(model, "get_classifier"):
         return []
     of_timm: Any = model
@@ -97,7 +101,7 @@ def _of_timm(model: nn.Module) -> list[nn.Module]:
 
 
 def _of_root(model: nn.Module) -> list[nn.Module]:
-    """What has the usual name of a head, or lies beside a backbone."""
+    """Return the children that have a usual name of a head, or lie beside a backbone."""
     for attributes in _USUAL:
         named = [m for a in attributes if isinstance(m := getattr(model, a, None), nn.Module) and _is_trainable(m)]
         if named:
@@ -115,5 +119,5 @@ def _size(modules: list[nn.Module]) -> int:
 
 
 def _is_trainable(module: nn.Module) -> bool:
-    """Whether there is anything to train in a module: an Identity in a head's place has nothing."""
+    """Whether a module has parameters to train; an Identity in the place of a head has none."""
     return next(module.parameters(), None) is not None

@@ -1,4 +1,4 @@
-"""Adapting a model in place: put the factors in, take them out, switch them off."""
+"""Adapt a model in place: put the factors in, take them out, switch them off."""
 
 from __future__ import annotations
 
@@ -12,46 +12,46 @@ import torch
 from torch import nn
 
 from efft.adapting import buffers
-from efft.adapting.bank import Bank as Bank
-from efft.adapting.bank import adapted_layers as adapted_layers
-from efft.adapting.bank import bank_of as bank_of
-from efft.adapting.bank import base_loaded, prepare, release
-from efft.adapting.bank import named_factors as named_factors
+from efft.adapting.adapter import Adapter as Adapter
+from efft.adapting.adapter import adapted_layers as adapted_layers
+from efft.adapting.adapter import adapter_of as adapter_of
+from efft.adapting.adapter import base_loaded, prepare, release
+from efft.adapting.adapter import named_factors as named_factors
 from efft.adapting.heads import find_head, is_language_model
 from efft.adapting.offload import Aside, device_of, follow, hooks_aside
-from efft.adapting.placing import adapt_in_place, make_layers
+from efft.adapting.placing import place
 from efft.adapting.sharding import check_whole
 from efft.adapting.wrappers import check_unwrapped, unwrap
-from efft.config import AdapterConfig, EfftConfig
+from efft.config import AdapterConfig
+from efft.methods.efft import EfftConfig
 from efft.planning.plan import Plan, make_plan, warn_of_untouched
 from efft.saving.stored import check_stored
 from efft_kernels import FactorBank
-from efft_kernels.nn.adapt import mark_readers, replace_modules, restore
-from efft_kernels.nn.deferred import undefer
-from efft_kernels.nn.frozen import FrozenLayer
+from efft_kernels.nn.adapt import restore
+from efft_kernels.nn.frozen import FrozenLayer, is_plain
 from efft_kernels.nn.linear import AdaptedLayer
-from efft_kernels.nn.weights import is_plain
+from efft_kernels.nn.producers import unfuse_producer
 
 
 def apply(model: nn.Module, config: AdapterConfig | None = None) -> nn.Module:
     """Adapt ``model`` in place: the selected weights get an update, and everything except factors and head is frozen.
 
-    A layer that is called (linear, convolution, embedding) is replaced by an adapted one, ``EfftLinear`` and its like;
-    a module that reads its parameters itself stays, and reads them with the update.
+    A layer that is called (linear, convolution, embedding) is replaced by an adapted one, such as ``EfftLinear``. A
+    module that reads its parameters itself stays, and reads them with the update.
 
-    The factors are owned once, by the new submodule ``model.efft``; parameter names of the base stay as they are.
-    While the model runs, all factors are composed together at its start (a forward hook); parts of the model called
-    alone compose their own. The first step is a no-op: some factor of every update starts at zero.
+    The factors are owned once, by the new submodule ``model.efft``; parameter names of the base stay as they are. A
+    forward hook composes all factors together when the model starts to run; parts of the model that are called alone
+    compose their own. The update is zero at first: some factor of every update starts at zero.
 
-    ``config`` is an :class:`EfftConfig`, the default, or that of another method (:mod:`efft.methods`).
+    ``config`` is an :class:`EfftConfig` (the default) or the configuration of another method (:mod:`efft.methods`).
 
     Returns:
         The same ``model``.
 
     Raises:
-        TypeError: not a module and a configuration.
-        ValueError: the model is adapted, sharded, or wrapped by DDP or its like already, or ``config`` does not fit it;
-            the model is then unchanged.
+        TypeError: the arguments are not a module and a configuration.
+        ValueError: the model is already adapted, sharded or wrapped (by DDP or a similar wrapper), or ``config`` does
+            not fit it; the model is then unchanged.
     """
     if not isinstance(model, nn.Module) or not isinstance(config, (AdapterConfig, type(None))):
         raise TypeError(
@@ -74,7 +74,7 @@ def apply(model: nn.Module, config: AdapterConfig | None = None) -> nn.Module:
 
 
 def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> nn.Module:
-    """:func:`apply` by a plan that is made already."""
+    """Adapt ``model`` by a plan, as :func:`apply` does."""
     with hooks_aside(model) as aside:
         _check_trainable(model, plan.head, aside)
         _adapt(model, config, plan, aside)
@@ -83,30 +83,27 @@ def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> nn.Module
 
 def _adapt(model: nn.Module, config: AdapterConfig, plan: Plan, aside: Aside) -> None:
     requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
-    banks = _build_banks(
-        model, config, plan, aside
-    )  # all of them, before a layer is touched: what does not fit is seen
+    banks = _build_banks(model, config, plan, aside)  # all of them before a layer is touched, so that errors come first
     sites = {name: (banks[group.name], site) for group in plan.groups for name, site in group.sites.items()}
     weights = {name: (plan.weights[name], *sites[plan.tied.get(name, name)]) for name in plan.in_order(model)}
-    layers = make_layers(model, weights, config)
+    adapter = Adapter(banks, config, plan.head)
+    adapter._base_buffers = buffers.snapshot(model, plan.head)
+    adapter._still = buffers.statistics(model, plan.head) if config.freeze_statistics else []
+    adapter._requires_grad = requires_grad
+    before = {name: model.get_submodule(weight.module) for name, (weight, _, _) in weights.items()}
+    updates = place(model, weights, config)
+    stand_ins = {name: layer for name, layer in updates.items() if isinstance(layer, AdaptedLayer)}
+    adapter._originals = {name: before[name] for name in stand_ins}
+    follow(aside, {before[name]: layer for name, layer in stand_ins.items()})
+    adapter.train(model.training)
     for name, first in plan.tied.items():
-        layers[name][1].share(layers[first][1])
+        updates[name].share(updates[first])
     config.settle(plan.groups, banks)
-    bank = Bank(banks, config, plan.head)
-    bank._base_buffers = buffers.snapshot(model, plan.head)
-    bank._still = buffers.statistics(model, plan.head) if config.freeze_statistics else []
-    bank.train(model.training)
-    bank._requires_grad = requires_grad
-    bank._originals = {name: layer for name, (layer, _) in layers.items()}
-    adapt_in_place(model, weights)
-    replace_modules(model, dict(layers.values()))
-    follow(aside, dict(layers.values()))
-    bank._readers = mark_readers(model)
-    bank.layers = list(weights)
-    bank.plan = [group.to_dict() for group in plan.groups]
+    adapter.layers = list(weights)
+    adapter.plan = [group.to_dict() for group in plan.groups]
     _freeze_all_but(model, plan.head)
-    model.efft = bank
-    bank._hooks = [
+    model.efft = adapter
+    adapter._hooks = [
         model.register_forward_pre_hook(prepare),
         model.register_forward_hook(release, always_call=True),
         model.register_load_state_dict_post_hook(base_loaded),
@@ -134,16 +131,18 @@ def _build_banks(model: nn.Module, config: AdapterConfig, plan: Plan, aside: Asi
 
 
 def remove(model: nn.Module) -> nn.Module:
-    """Undo :func:`apply`: the original layers come back bit for bit, and so do buffers that training changed and
-    what required gradients.
+    """Undo :func:`apply`: restore the original layers and the buffers that training changed, bit for bit.
 
-    The head keeps what it learned. A merged model is unmerged first. Returns the same ``model``.
+    What required gradients before does so again. The head keeps what it learned. A merged model is unmerged first.
+
+    Returns:
+        The same ``model``.
 
     Raises:
-        ValueError: the model is not adapted, it is sharded, a ``forward`` was set on an adapted layer itself, or one
-            computes its weight from others.
+        ValueError: the model is not adapted, it is sharded, a ``forward`` was set on an adapted layer itself, or an
+            adapted layer computes its weight from other tensors.
     """
-    bank = bank_of(model)
+    adapter = adapter_of(model)
     check_whole(model, "remove")
     check_stored(adapted_layers(model), "remove")
     with hooks_aside(model) as aside:
@@ -153,49 +152,49 @@ def remove(model: nn.Module) -> nn.Module:
             raise ValueError(
                 f"a forward was set on {', '.join(changed)} after efft.apply; undo that before efft.remove"
             )
-        originals: dict[nn.Module, nn.Module] = {layer: bank._originals[name] for name, layer in put_in.items()}
+        originals: dict[nn.Module, nn.Module] = {layer: adapter._originals[name] for name, layer in put_in.items()}
         restore(model, originals)
         follow(aside, originals)
     for module in model.modules():
-        undefer(module)
-    for hook in bank._hooks:
+        unfuse_producer(module)
+    for hook in adapter._hooks:
         hook.remove()
-    buffers.put_back(model, bank.head, bank._base_buffers)
-    for module in bank._still:
+    buffers.put_back(model, adapter.head, adapter._base_buffers)
+    for module in adapter._still:
         module.training = model.training
     del model.efft
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(bank._requires_grad.get(name, parameter.requires_grad))
+        parameter.requires_grad_(adapter._requires_grad.get(name, parameter.requires_grad))
     return model
 
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Within the ``with`` block the model computes without the update, exactly as its base (with the trained head).
+    """Within the ``with`` block, compute without the update, exactly as the base does (with the trained head).
 
-    An update that is merged is taken out of the weights meanwhile, and buffers that training changed have the values of
-    the base. ``model`` may be wrapped by DDP or its like.
+    A merged update is taken out of the weights for that time, and buffers that training changed have the values of the
+    base. ``model`` may be wrapped by DDP or a similar wrapper.
     """
     wrapper, model = model, unwrap(model)
-    bank = bank_of(model)
+    adapter = adapter_of(model)
     merged = [update for update in adapted_layers(model).values() if update.merged]
     for update in merged:
         update.unmerge()
-    before = bank.enabled
-    _enable(model, bank, False)
+    before = adapter.enabled
+    _enable(model, adapter, False)
     try:
-        with buffers.as_in_base(model, bank.head, bank._base_buffers):
+        with buffers.as_in_base(model, adapter.head, adapter._base_buffers):
             yield wrapper
     finally:
-        if getattr(model, "efft", None) is bank:  # not removed meanwhile
-            _enable(model, bank, before)
+        if getattr(model, "efft", None) is adapter:  # not removed meanwhile
+            _enable(model, adapter, before)
             for update in merged:
                 update.enabled = True
                 update.merge(dequantize=True)
 
 
 def freeze_backbone(model: nn.Module, head: list[str] | None = None) -> list[str]:
-    """Freeze everything but the head (by name, else the classifier): a linear probe. Returns the head's names.
+    """Freeze everything but the head (by name, else the classifier), for a linear probe. Return the head's names.
 
     Raises:
         ValueError: the model has no head to train.
@@ -212,10 +211,14 @@ def freeze_backbone(model: nn.Module, head: list[str] | None = None) -> list[str
 
 
 def check_plain(model: nn.Module) -> None:
-    """Raise ValueError if ``model`` is adapted, or has its own idea of what ``model.efft`` is."""
-    if isinstance(getattr(model, "efft", None), Bank):
+    """Check that ``model`` can be adapted.
+
+    Raises:
+        ValueError: it is adapted already, or it has its own attribute ``efft``.
+    """
+    if isinstance(getattr(model, "efft", None), Adapter):
         raise ValueError("this model is adapted already; call efft.remove(model) first to adapt it differently")
-    inner = next((name for name, module in model.named_modules() if isinstance(module, (Bank, FrozenLayer))), None)
+    inner = next((name for name, module in model.named_modules() if isinstance(module, (Adapter, FrozenLayer))), None)
     if inner is not None:
         raise ValueError(
             f"{inner!r} in this {type(model).__name__} is adapted already: call efft.remove on the model inside first"
@@ -231,23 +234,22 @@ def parameter_groups(
     head_lr: float | None = None,
     scale_lr: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Optimizer parameter groups of everything trainable: ``factors``, ``head`` (and any other) and trainable
-    ``scales``.
+    """Return the optimizer's parameter groups: ``factors``, ``head`` (with all other trained ones) and ``scales``.
 
-    As in the paper's recipe the weight decay acts on factors and head; scales have none. ``scale_lr`` is by default
-    10 lr: a step of Adam changes a scale by about this share of it, so that at 1e-3 it can double in 70 steps. Works
-    on a model without factors (linear probe) too; a UserWarning says so where nothing is frozen. Empty groups are left
-    out. ``model`` may be wrapped by DDP or its like.
+    As in the paper's recipe, weight decay acts on factors and head, but not on scales. ``scale_lr`` is 10 lr by
+    default: a step of Adam changes a scale by about this share of it, so that at 1e-3 it can double in 70 steps. A
+    model without factors (a linear probe) has groups too, and a UserWarning is issued if nothing in it is frozen. Empty
+    groups are left out. ``model`` may be wrapped by DDP or a similar wrapper.
     """
     model = unwrap(model)
-    bank = getattr(model, "efft", None)
-    if bank is None and all(p.requires_grad for p in model.parameters()):
+    adapter = getattr(model, "efft", None)
+    if adapter is None and all(p.requires_grad for p in model.parameters()):
         warnings.warn(
             f"this {type(model).__name__} is not adapted and nothing in it is frozen, so all of it will be trained: "
             "call efft.apply(model, ...) first (for full fine-tuning, pass model.parameters() to the optimizer)",
             stacklevel=2,
         )
-    factors = dict(bank.named_parameters("efft")) if isinstance(bank, Bank) else {}
+    factors = dict(adapter.named_parameters("efft")) if isinstance(adapter, Adapter) else {}
     scales = [p for n, p in factors.items() if n.endswith(".log_scale")]
     own = {id(p) for p in factors.values()}  # not by name: a compiled model's start with _orig_mod.
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
@@ -275,12 +277,12 @@ def _check_trainable(model: nn.Module, head: list[str], aside: Aside) -> None:
             if not is_plain(parameter):
                 raise ValueError(
                     f"the head {name!r} is to be trained, but has a {type(parameter).__name__} for a weight: leave it "
-                    "out when you quantise, or pass head=[] to train factors alone"
+                    "out when you quantize, or pass head=[] to train factors alone"
                 )
 
 
-def _enable(model: nn.Module, bank: Bank, enabled: bool) -> None:
-    bank.enabled = enabled
+def _enable(model: nn.Module, adapter: Adapter, enabled: bool) -> None:
+    adapter.enabled = enabled
     for layer in adapted_layers(model).values():
         layer.enabled = enabled
 

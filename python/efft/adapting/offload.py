@@ -1,4 +1,4 @@
-"""Models whose weights accelerate brings from memory or disk when a layer runs, or spreads over devices."""
+"""Models whose weights accelerate loads from memory or disk when a layer runs, or spreads over devices."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ Aside = dict[nn.Module, dict[str, Any]]
 
 @contextmanager
 def hooks_aside(model: nn.Module) -> Iterator[Aside]:
-    """Within the ``with`` block the modules have their own forwards; after it accelerate's again.
+    """Within the ``with`` block, give the modules their own forwards; after it they have accelerate's again.
 
-    Modules that take the place of others get theirs by :func:`follow`.
+    Modules that take the place of others get them by :func:`follow`.
     """
     aside: Aside = {
         module: {key: module.__dict__.pop(key) for key in _SET}
@@ -91,10 +91,14 @@ def _switched_off(module: nn.Module) -> Iterator[None]:
 
 
 def device_of(aside: Aside, owners: Mapping[str, tuple[nn.Module, str]]) -> torch.device:
-    """Where the weights compute that share factors, by name; ``owners`` are their modules and parameters.
+    """Return the device on which weights that share factors compute.
+
+    Args:
+        aside: what :func:`hooks_aside` gave.
+        owners: the module and the parameter of each weight, by its name.
 
     Raises:
-        ValueError: on several devices.
+        ValueError: the weights compute on several devices.
     """
     devices = {}
     for name, (layer, parameter) in owners.items():
@@ -114,7 +118,7 @@ def device_of(aside: Aside, owners: Mapping[str, tuple[nn.Module, str]]) -> torc
 
 
 def stored(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
-    """A parameter of a module, from where it is while the module does not run."""
+    """Return a parameter of a module, from the place where accelerate keeps it while the module does not run."""
     weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
     if not tensor.is_meta or weights is None:
         return tensor
@@ -123,7 +127,11 @@ def stored(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
 
 
 def check_present(model: nn.Module, operation: str) -> None:
-    """Raise ValueError if weights are offloaded, for an ``efft.operation`` that reads or changes them."""
+    """Check that no weights are offloaded, for an ``efft.operation`` that reads or changes them.
+
+    Raises:
+        ValueError: some are.
+    """
     away = [
         name
         for name, module in model.named_modules()

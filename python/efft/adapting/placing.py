@@ -1,4 +1,4 @@
-"""Putting an update where a weight is, whatever kind of weight it is, and finding it again."""
+"""Put an update where a weight is, whatever kind of weight it is, and find it again."""
 
 from __future__ import annotations
 
@@ -7,47 +7,59 @@ from typing import Any
 
 from torch import nn
 
-from efft.adapting.experts import adapt_experts
+from efft.adapting.experts import intercept
 from efft.config import AdapterConfig
 from efft.planning.structure import Weight
 from efft_kernels import FactorBank
-from efft_kernels.nn.adapt import layer_class
+from efft_kernels.nn.adapt import adapt
 from efft_kernels.nn.linear import AdaptedLayer
-from efft_kernels.nn.parameter import AdaptedParameter, adapt_parameter
+from efft_kernels.nn.parameter import AdaptedParameter
 
 #: What stands for an adapted weight: the adapted layer itself, or an object beside the module.
 Update = AdaptedLayer | AdaptedParameter
 
 
-def make_layers(
+def place(
     model: nn.Module, weights: Mapping[str, tuple[Weight, FactorBank, Any]], config: AdapterConfig
-) -> dict[str, tuple[nn.Module, AdaptedLayer]]:
-    """For each weight of a layer that is called: the layer, and the adapted one to put in its place."""
-    made = {}
-    for name, (weight, bank, site) in weights.items():
-        if weight.kind in ("parameter", "experts"):
-            continue
-        layer = model.get_submodule(weight.module)
-        kind = config.layer if isinstance(layer, nn.Linear) else layer_class(layer)
-        assert kind is not None
-        made[name] = layer, kind(layer, bank, site)
-    return made
+) -> dict[str, Update]:
+    """Adapt weights of ``model`` in place.
+
+    Args:
+        model: the model.
+        weights: by its name each weight, its bank, and the part of the bank that it uses.
+        config: names the class that stands in for linear layers.
+
+    Returns:
+        The update of each weight, by its name.
+
+    Raises:
+        TypeError: a weight cannot be adapted; no module is replaced then.
+        ValueError: sizes do not fit; no module is replaced then.
+    """
+    sites: dict[str, tuple[FactorBank, Any]] = {}
+    views: dict[str, str] = {}
+    of: dict[str, str] = {}  # what adapt() is to call a weight: a parameter of a module that stays by its own name
+    # A bank composes its sites in the order in which they are bound: layers first, then parameters, experts last.
+    for name in sorted(weights, key=lambda name: _READ.get(weights[name][0].kind, 0)):
+        weight, bank, site = weights[name]
+        if weight.kind not in _READ:
+            of[name] = name
+        else:
+            of[name] = full = f"{weight.module}.{weight.parameter}".lstrip(".")
+            views[full] = weight.read_as if weight.experts is None else weight.experts.view
+        if weight.kind == "experts":
+            intercept(model.get_submodule(weight.module))
+        sites[of[name]] = bank, site
+    adapted: Mapping[str, Any] = adapt(model, sites, views=views, kind=config.layer)
+    return {name: adapted[of[name]] for name in weights}
 
 
-def adapt_in_place(model: nn.Module, weights: Mapping[str, tuple[Weight, FactorBank, Any]]) -> None:
-    """Adapt the weights of modules that stay where they are."""
-    experts: dict[str, dict[str, tuple[Any, Any]]] = {}
-    for weight, bank, site in weights.values():
-        if weight.kind == "parameter":
-            adapt_parameter(model.get_submodule(weight.module), weight.parameter, bank, site, weight.read_as)
-        elif weight.kind == "experts":
-            experts.setdefault(weight.module, {})[weight.parameter] = bank, site
-    for name, sites in experts.items():
-        adapt_experts(model.get_submodule(name), sites)
+#: The kinds of weights that their module reads, and which therefore stay where they are, in the order of their turn.
+_READ = {"parameter": 1, "experts": 2}
 
 
 def locate(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module that owns the weight ``name``, and the name of its parameter.
+    """Return the module that owns the weight ``name``, and the name of its parameter.
 
     Raises:
         AttributeError: there is neither a module nor a parameter of this name.
@@ -64,7 +76,7 @@ def locate(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def updates_by_parameter(model: nn.Module) -> dict[str, Update]:
-    """Every update by each full name of its parameter in the state dict."""
+    """Return every update under each full name that its parameter has in the state dict."""
     found: dict[str, Update] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         own: dict[str, Update] = {**getattr(module, "adapted_parameters", {})}
@@ -75,7 +87,7 @@ def updates_by_parameter(model: nn.Module) -> dict[str, Update]:
 
 
 def find_update(model: nn.Module, name: str) -> Update | None:
-    """The update of the adapted weight ``name``; None where there is none."""
+    """Return the update of the weight ``name``, or None if it has none."""
     module, parameter = locate(model, name)
     if isinstance(module, AdaptedLayer):
         return module
@@ -84,10 +96,10 @@ def find_update(model: nn.Module, name: str) -> Update | None:
 
 
 def linear_layers(updates: Mapping[str, Update]) -> dict[str, AdaptedLayer]:
-    """The updates, if all are of linear layers, for what serves those alone.
+    """Return the updates as those of linear layers, for code that serves only these.
 
     Raises:
-        ValueError: one is of another weight.
+        ValueError: one is the update of another kind of weight.
     """
     layers: dict[str, AdaptedLayer] = {}
     for name, update in updates.items():

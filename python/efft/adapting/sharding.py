@@ -23,13 +23,17 @@ def _is_zeros(tensor: Any) -> bool:
 
 
 def full_shape(tensor: Any) -> torch.Size:
-    """The shape of the tensor that a shard is of."""
+    """Return the shape of the whole tensor that a shard belongs to."""
     shape: torch.Size = tensor.ds_shape if _is_zeros(tensor) else tensor.shape
     return shape
 
 
 def check_whole(model: nn.Module, operation: str) -> None:
-    """Raise ValueError if ``model`` is sharded, for an ``efft.operation`` that changes layers or reads all factors."""
+    """Check that ``model`` is not sharded, for an ``efft.operation`` that changes layers or reads all factors.
+
+    Raises:
+        ValueError: it is sharded.
+    """
     if is_sharded(model):
         raise ValueError(
             f"expected a whole model, this {type(model).__name__} is sharded by fully_shard, which holds its layers: "
@@ -39,7 +43,11 @@ def check_whole(model: nn.Module, operation: str) -> None:
 
 
 def check_not_zeros(model: nn.Module, operation: str) -> None:
-    """Raise ValueError if the parameters of ``model`` are ZeRO-3's, which has copies of its own beside them."""
+    """Check that ZeRO-3, which has its own copies of parameters, does not keep those of ``model``.
+
+    Raises:
+        ValueError: it does.
+    """
     if any(map(_is_zeros, model.parameters())):
         raise ValueError(
             f"expected a whole model, DeepSpeed's ZeRO-3 keeps the parameters of this {type(model).__name__}: call "
@@ -49,7 +57,7 @@ def check_not_zeros(model: nn.Module, operation: str) -> None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Make all parameters shards: a pass without backward leaves the root's whole, in memory that is thrown away."""
+    """Shard all parameters again: a pass without backward leaves the root's whole, in memory that is then freed."""
     module: Any
     for module in model.modules():
         if hasattr(module, "reshard"):
@@ -57,13 +65,13 @@ def reshard(model: nn.Module) -> None:
 
 
 def architecture(model: nn.Module) -> str:
-    """The name of the model's class, without what ``fully_shard`` put before it."""
+    """Return the name of the model's class, without the prefix that ``fully_shard`` adds."""
     name = type(model).__name__
     return name.removeprefix("FSDP") if hasattr(model, "reshard") else name
 
 
 def whole(tensor: Any) -> Tensor:
-    """The tensor that a shard is of, gathered, so every process must ask for it; any other tensor as it is."""
+    """Gather the tensor that a shard belongs to, in all processes at once; return any other tensor as it is."""
     if _is_zeros(tensor):
         import deepspeed
 
@@ -74,7 +82,7 @@ def whole(tensor: Any) -> Tensor:
 
 
 def copy_whole_(target: Tensor, source: Tensor) -> None:
-    """Copy ``source``, the same and whole in every process, into ``target``, which may be a shard."""
+    """Copy ``source``, which is whole and the same in every process, into ``target``, which may be a shard."""
     if hasattr(target, "full_tensor"):
         from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -84,10 +92,10 @@ def copy_whole_(target: Tensor, source: Tensor) -> None:
 
 
 def once(model: nn.Module, action: Callable[[], None]) -> None:
-    """Run ``action``: in rank 0 alone if ``model`` is sharded, and no process goes on before it is done.
+    """Run ``action``. If ``model`` is sharded, only rank 0 runs it, and the other processes wait until it is done.
 
     Raises:
-        RuntimeError: in the other processes, if it failed there.
+        RuntimeError: in the other processes, if it failed in rank 0.
     """
     kinds = [p.device_mesh.device_type for p in model.parameters() if hasattr(p, "device_mesh")]
     kinds += [p.device for p in model.parameters() if _is_zeros(p)]

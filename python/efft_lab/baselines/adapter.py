@@ -1,25 +1,28 @@
 """Adapter: a bottleneck behind the MLP of every block, h + Up(GELU(Down(h))).
 
-Houlsby et al., "Parameter-Efficient Transfer Learning for NLP", ICML 2019 (arXiv 1902.00751); one a block, behind the
-MLP, as in Pfeiffer et al. (arXiv 2005.00247) and the VTAB-1K tables of NOAH (width 8: 0.16 M parameters on ViT-B).
+Houlsby et al., "Parameter-Efficient Transfer Learning for NLP", ICML 2019 (arXiv 1902.00751); one per block, behind
+the MLP, as in Pfeiffer et al. (arXiv 2005.00247) and in NOAH's VTAB-1K tables (width 8: 0.16 M parameters on ViT-B).
 """
+
+from __future__ import annotations
 
 from typing import Any
 
 from torch import Tensor, nn
 
 import efft
+from efft_lab.baselines.registry import baseline
 from efft_lab.baselines.vit import blocks
 
 
 class Bottleneck(nn.Module):
-    """scale * Up(activation(Down(h))), zero at the start.
+    """scale * Up(activation(Down(h))), which is zero at the start.
 
     Args:
         features: width of input and output.
-        width: of the bottleneck.
-        activation: between the two maps.
-        scale: a plain multiplier.
+        width: width of the bottleneck.
+        activation: the function between the two linear maps.
+        scale: a constant multiplier.
     """
 
     def __init__(self, features: int, width: int, activation: nn.Module, scale: float = 1.0) -> None:
@@ -35,8 +38,9 @@ class Bottleneck(nn.Module):
         return self.scale * result
 
 
+@baseline("adapter")
 def apply(model: nn.Module, width: int = 8) -> nn.Module:
-    """Puts an adapter of a width behind the MLP of every block, in place; trains adapters and classifier."""
+    """Puts an adapter behind the MLP of every block, in place; the adapters and the classifier train."""
     efft.freeze_backbone(model)
     for block in blocks(model):
         block.mlp.adapter = Bottleneck(block.mlp.fc2.out_features, width, nn.GELU())

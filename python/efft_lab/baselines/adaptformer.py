@@ -1,8 +1,10 @@
 """AdaptFormer: a bottleneck beside the MLP of every block, MLP(z) + s * Up(ReLU(Down(z))), z = LayerNorm(x).
 
 Chen et al., "AdaptFormer: Adapting Vision Transformers for Scalable Visual Recognition", NeurIPS 2022 (arXiv
-2205.13535). Where a model has LayerScale, it acts on the sum. Width 8 has the 0.16 M parameters of the VTAB-1K tables.
+2205.13535). In a model with LayerScale, that acts on the sum. Width 8 has the 0.16 M parameters of the VTAB-1K tables.
 """
+
+from __future__ import annotations
 
 from typing import Any
 
@@ -10,11 +12,13 @@ from torch import Tensor, nn
 
 import efft
 from efft_lab.baselines.adapter import Bottleneck
+from efft_lab.baselines.registry import baseline
 from efft_lab.baselines.vit import blocks
 
 
+@baseline("adaptformer")
 def apply(model: nn.Module, width: int = 8, scale: float = 0.1) -> nn.Module:
-    """Puts a bottleneck beside the MLP of every block, in place; trains bottlenecks and classifier."""
+    """Puts a bottleneck beside the MLP of every block, in place; the bottlenecks and the classifier train."""
     efft.freeze_backbone(model)
     for block in blocks(model):
         block.mlp.adaptformer = Bottleneck(block.mlp.fc1.in_features, width, nn.ReLU(), scale)

@@ -1,14 +1,18 @@
-"""BitFit: train the biases alone.
+"""BitFit: train only the biases.
 
 Ben Zaken et al., "BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models", ACL
 2022 (arXiv 2106.10199).
 """
 
+from __future__ import annotations
+
 from torch import nn
 
 import efft
+from efft_lab.baselines.registry import baseline
 
 
+@baseline("bitfit")
 def apply(model: nn.Module) -> nn.Module:
     """Makes every bias and the classifier trainable, and nothing else."""
     efft.freeze_backbone(model)

@@ -1,8 +1,10 @@
-"""LoRA as the library `peft` does it: W + (alpha / rank) * B A, on chosen linear layers of every block.
+"""LoRA as the library `peft` implements it: W + (alpha / rank) * B A, on chosen linear layers of every block.
 
 Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022 (arXiv 2106.09685). Rank 8 on qkv has the
 0.29 M parameters of the VTAB-1K tables.
 """
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,11 +12,13 @@ from typing import Any
 from torch import nn
 
 import efft
+from efft_lab.baselines.registry import baseline
 from efft_lab.baselines.vit import blocks
 
 _LAYERS = ("qkv", "proj", "fc1", "fc2")
 
 
+@baseline("peft_lora")
 def apply(
     model: nn.Module,
     rank: int = 8,
@@ -22,14 +26,14 @@ def apply(
     targets: Sequence[str] = ("qkv",),
     dropout: float = 0.0,
 ) -> nn.Module:
-    """Puts LoRA of `peft` on layers of every block, in place; trains it and the classifier.
+    """Puts LoRA of `peft` on layers of every block, in place; LoRA's matrices and the classifier train.
 
     Args:
         model: a timm ViT.
-        rank: of every update.
-        alpha: its scale is alpha / rank; by default the rank, so 1.
-        targets: of qkv, proj, fc1 and fc2.
-        dropout: of LoRA's input.
+        rank: rank of every update.
+        alpha: the scale of the updates is alpha / rank; by default alpha is the rank, and the scale 1.
+        targets: which of qkv, proj, fc1 and fc2 are adapted.
+        dropout: dropout rate of LoRA's input.
 
     Raises:
         ImportError: peft is not installed.
@@ -52,16 +56,16 @@ def apply(
 
 
 def inject(model: nn.Module, config: Any) -> nn.Module:
-    """Puts an adapter of `peft` into any model with a known classifier, in place; trains it and the classifier.
+    """Puts an adapter of `peft` into any model with a known classifier, in place; both train.
 
     Args:
         model: the model.
-        config: peft's own configuration, a `peft.LoraConfig` say.
+        config: a configuration of peft, such as ``peft.LoraConfig``.
     """
     import peft
 
     head = efft.freeze_backbone(model)
     peft.inject_adapter_in_model(config, model)
-    for name in head:  # peft freezes all but its own
+    for name in head:  # peft freezes everything else
         model.get_submodule(name).requires_grad_(True)
     return model

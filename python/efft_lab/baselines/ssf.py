@@ -1,8 +1,10 @@
 """SSF: scale and shift the output of every linear layer, norm and the patch embedding, y * gamma + beta.
 
 Lian et al., "Scaling & Shifting Your Features: A New Baseline for Efficient Model Tuning", NeurIPS 2022 (arXiv
-2210.08823). As in the authors' code gamma starts near one and beta near zero, not exactly there.
+2210.08823). As in the authors' code, gamma starts close to one and beta close to zero.
 """
+
+from __future__ import annotations
 
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import efft
+from efft_lab.baselines.registry import baseline
 from efft_lab.baselines.vit import blocks
 
 _STD = 0.02
@@ -27,8 +30,9 @@ class ScaleShift(nn.Module):
         return y * self.gamma + self.beta
 
 
+@baseline("ssf")
 def apply(model: nn.Module) -> nn.Module:
-    """Puts a scale and a shift behind every operation of a ViT, in place; trains them and the classifier."""
+    """Puts a scale and a shift behind every operation of a ViT, in place; they and the classifier train."""
     efft.freeze_backbone(model)
     each = blocks(model)
     features = each[0].attn.proj.out_features

@@ -1,4 +1,6 @@
-"""What the methods need to know of a timm ViT."""
+"""The structure of a timm ViT as far as the baselines need it."""
+
+from __future__ import annotations
 
 from typing import Any
 
@@ -11,7 +13,7 @@ def blocks(model: nn.Module) -> list[Any]:
     """The transformer blocks of a timm ViT.
 
     Raises:
-        ValueError: the model is built in another way.
+        ValueError: the model has another structure.
     """
     found = list(getattr(model, "blocks", ()))
     names = [{name for name, _ in block.named_modules()} for block in found]

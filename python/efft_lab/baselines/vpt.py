@@ -1,8 +1,10 @@
-"""VPT-deep: learned tokens in front of the patches, new ones in every block.
+"""VPT-deep: learned tokens in front of the patches, different ones in every block.
 
-Jia et al., "Visual Prompt Tuning", ECCV 2022 (arXiv 2203.12119). The prompts of a block replace what the block before
-made of its own; behind the last block they are taken out, so the classifier sees the tokens of the base.
+Jia et al., "Visual Prompt Tuning", ECCV 2022 (arXiv 2203.12119). The prompts of a block replace what the previous
+block computed from its own; they are removed behind the last block, so the classifier sees the tokens of the base.
 """
+
+from __future__ import annotations
 
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import efft
+from efft_lab.baselines.registry import baseline
 from efft_lab.baselines.vit import blocks
 
 
@@ -17,11 +20,11 @@ class Prompt(nn.Module):
     """Learned tokens of one block.
 
     Args:
-        tokens: how many.
+        tokens: number of learned tokens.
         features: width of a token.
-        start: position of the first, behind the class token.
-        bound: of the uniform distribution they start from.
-        replace: take the place of the tokens that the block before was given.
+        start: position of the first one, behind the class token.
+        bound: bound of the uniform distribution that they are initialized from.
+        replace: replace the learned tokens of the previous block instead of adding to the sequence.
     """
 
     def __init__(self, tokens: int, features: int, start: int, bound: float, replace: bool) -> None:
@@ -35,8 +38,9 @@ class Prompt(nn.Module):
         return torch.cat([x[:, : self.start], own, x[:, rest:]], dim=1)
 
 
+@baseline("vpt_deep")
 def apply(model: nn.Module, tokens: int = 10) -> nn.Module:
-    """Gives every block of a ViT learned tokens, in place; trains them and the classifier."""
+    """Gives every block of a ViT learned tokens, in place; they and the classifier train."""
     efft.freeze_backbone(model)
     each, whole = blocks(model), model
     features = each[0].attn.proj.out_features

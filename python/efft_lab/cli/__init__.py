@@ -3,6 +3,8 @@
 This module and the light commands import neither timm nor accelerate, so they answer at once.
 """
 
+from __future__ import annotations
+
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -13,24 +15,25 @@ _SUMMARY = {
     "compare": "methods side by side: tasks x methods x seeds, resumable, with a report",
     "merge": "fold an adapter into its base model's weights",
     "export": "write an adapter as a LoRA checkpoint of peft, exactly",
-    "inspect": "trainable parameters of a model if adapted, or of a saved adapter",
+    "inspect": "trainable parameters of a model once adapted, or of a saved adapter",
     "data": "list or fetch data sets",
     "bench": "measure speed and memory (in a source checkout)",
     "env": "versions, backends and why a backend is missing; paste it into bug reports",
 }
-# What users cause and can mend: wrong values, files and packages that are not there, failed downloads, full memory.
+# Errors that users cause and can fix: wrong values, missing files and packages, failed downloads, full memory.
 # Other exceptions are bugs and keep their traceback.
 _EXPECTED = (ValueError, OSError, ImportError, RuntimeError, ArithmeticError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0 done, 2 an error with one message, 130 interrupted, 141 nobody reads
-    its output any more; bench has its own.
+    """Runs one command and returns its exit code.
 
-    ``EFFT_DEBUG=1`` shows the traceback of every error.
+    The code is 0 for success, 2 for an error that was reported in one message, 130 for an interrupt and 141 if the
+    reader of the output has gone; the command bench has codes of its own. ``EFFT_DEBUG=1`` shows the traceback of every
+    error.
 
     Args:
-        arguments: the words after `efft`; by default those of this process.
+        arguments: the words after ``efft``; by default those of this process.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words == ["--version"]:
@@ -43,11 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if words else 2
     name, *rest = words
     if name not in _SUMMARY:
-        import difflib
+        from efft.hints import did_you_mean
 
-        near = difflib.get_close_matches(name, _SUMMARY, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"commands: {', '.join(_SUMMARY)}"
-        print(f"efft: error: unknown command {name!r}; {hint}", file=sys.stderr)
+        print(f"efft: error: unknown command {name!r}; {did_you_mean(name, _SUMMARY)}", file=sys.stderr)
         return 2
     hints = {
         "train": "; the same command with --resume goes on from the last checkpoint",
@@ -57,11 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_command(command: Callable[[], int], after_interrupt: str = "") -> int:
-    """Runs a function that returns an exit code; prints an expected error as one message, and returns 2.
+    """Runs a function that returns an exit code; prints an expected error as one message and returns 2.
 
     Args:
-        command: what to run.
-        after_interrupt: added to the message if the user interrupts it; the exit code is 130 then.
+        command: the function.
+        after_interrupt: added to the message if the user interrupts the function; the exit code is 130 then.
     """
     try:
         code = command()
@@ -70,7 +71,7 @@ def run_command(command: Callable[[], int], after_interrupt: str = "") -> int:
     except KeyboardInterrupt:
         print(f"\nefft: interrupted{after_interrupt}", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader, such as head, has seen enough
+    except BrokenPipeError:  # the reader, such as `head`, closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except _EXPECTED as error:
@@ -96,28 +97,26 @@ def _dispatch(name: str, words: list[str]) -> int:
         print(env.report())
         return 0
     try:
-        import tyro
+        import tyro  # noqa: F401  # the modules below import it
     except ImportError as error:
         raise ImportError(f"`efft {name}` needs tyro: pip install 'efft-kernels[train]'") from error
     from efft_lab.cli import commands
+    from efft_lab.cli.compare import compare
+    from efft_lab.cli.parsing import parse, parse_subcommand
 
     if name == "data":
-        functions = {"list": commands.data_list, "fetch": commands.data_fetch}
-        tyro.extras.subcommand_cli_from_dict(functions, args=words, prog="efft data")
+        parse_subcommand({"list": commands.data_list, "fetch": commands.data_fetch}, words, "efft data")
     elif name == "train":
         commands.train(words)
-    elif name == "compare":
-        from efft_lab.cli.compare import compare
-
-        tyro.cli(compare, args=words, prog="efft compare")
     else:
-        function = {
+        functions: dict[str, Callable[..., object]] = {
             "eval": commands.evaluate,
+            "compare": compare,
             "merge": commands.merge,
             "export": commands.export,
             "inspect": commands.inspect,
-        }[name]
-        tyro.cli(function, args=words, prog=f"efft {name}", config=(tyro.conf.OmitArgPrefixes,))
+        }
+        parse(functions[name], words, f"efft {name}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""`efft bench`: the checkout's benchmarks, which no wheel contains."""
+"""``efft bench``: the benchmarks of a source checkout, which are not part of a wheel."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import efft
 
-#: The source checkout that this package is imported from, if it is imported from one.
+#: The source checkout from which the package is imported, if it is imported from one.
 ROOT = Path(efft.__file__).parents[2]
 
 

@@ -1,4 +1,4 @@
-"""What the commands do. Function signatures and docstrings are the options and their help."""
+"""The commands. The parameters of a function are the options of its command, and its docstring is their help."""
 
 import argparse
 import re
@@ -8,9 +8,10 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from efft.config import EfftConfig
+from efft.methods import EfftConfig
 from efft.presets import paper_config
 from efft_lab.backbones import DEFAULT
+from efft_lab.cli.parsing import parse
 from efft_lab.train.config import TrainConfig
 
 
@@ -21,52 +22,50 @@ class TrainCommand:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     config: Path | None = None
-    """JSON file with a training configuration, such as the config.json of a run; flags override it."""
+    """JSON file with a training configuration, such as the config.json of a run; other options override it."""
 
     out: Path | None = None
     """Folder for everything the run writes; by default runs/DATA-METHOD."""
 
     resume: bool = False
-    """Go on from the folder's checkpoint, if there is one."""
+    """Continue from the folder's checkpoint, if there is one."""
 
     overwrite: bool = False
-    """Start again, and forget what the folder holds."""
+    """Delete what the folder holds and start again."""
 
     log_with: tuple[str, ...] = ()
-    """Experiment trackers that get the metrics, too: tensorboard, wandb or another one that accelerate knows."""
+    """Experiment trackers that also get the metrics: tensorboard, wandb or another one that accelerate knows."""
 
 
 def train(words: list[str]) -> None:
-    """`efft train`: reads the configuration file first, so that its values are the defaults of the flags."""
-    # Configuration files and messages say efft.scale for what is --scale here.
+    """Runs ``efft train``. The configuration file is read first: its values are the defaults of the options."""
+    # Configuration files and messages call efft.scale what is --scale here.
     words = [re.sub(r"^--efft\.", "--", word) for word in words]
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config")
     path = early.parse_known_args(words)[0].config
     defaults = TrainCommand(train=TrainConfig.load(path)) if path else TrainCommand()
-    command = tyro.cli(
-        TrainCommand, default=defaults, args=words, prog="efft train", config=(tyro.conf.OmitArgPrefixes,)
-    )
+    command = parse(TrainCommand, words, "efft train", default=defaults)
     from efft_lab.train import run
 
     config = command.train
     out = command.out or Path("runs") / f"{Path(config.data).name}-{config.method}"
     options: dict[str, Any] = {"resume": command.resume, "overwrite": command.overwrite, "log_with": command.log_with}
     result = run(config, out, **options).summary
-    from accelerate import PartialState  # after `run`, which explains its absence
+    from accelerate import PartialState  # after `run`, which explains how to install it
 
     if not PartialState().is_main_process:
         return
-    from efft_lab.train.goals import shown
+    from efft_lab.train.goals import score_text
 
     test, validation = (
         {name.removeprefix(part): value for name, value in result.items() if name.startswith(part)}
         for part in ("test_", "val_")
     )
     score = next(iter(test))
-    chosen = "" if validation[score] is None else f", validation {shown({score: validation[score]}).split()[-1]}"
+    chosen = "" if validation[score] is None else f", validation {score_text({score: validation[score]}).split()[-1]}"
     facts = (
-        f"test {shown(test)}{chosen}",
+        f"test {score_text(test)}{chosen}",
         f"{result['trainable_parameters']:,} trainable parameters",
         f"{result['saved']} of {result['saved_bytes'] / 1e3:,.0f} kB",
         f"{result['seconds']:.0f} s",
@@ -86,32 +85,32 @@ def evaluate(
     amp: Literal["no", "bf16", "fp16"] = "no",
     checkpoint: Path | None = None,
 ) -> None:
-    """Scores of a trained model. The test split is read only if asked for by name.
+    """Print the scores of a trained model. The test split is read only if it is named.
 
     Args:
         path: folder of a finished run, or an adapter folder.
-        split: images to read.
-        data: another data set than the one it was trained on.
+        split: the images to read.
+        data: a data set to use instead of the one it was trained on.
         data_root: folder with that data set's files.
-        per_class: also print the accuracy of each class; its intersection over union in segmentation, the mean
-            absolute error of each value in regression.
-        batch_size: images per step.
+        per_class: also print the accuracy of each class; in segmentation, the intersection over union of each class;
+            in regression, the mean absolute error of each value.
+        batch_size: number of images per step.
         amp: autocast type.
-        checkpoint: file with the base's weights, if it is not where it was in training.
+        checkpoint: file with the base's weights, if it has moved since training.
     """
-    from efft_lab.train.goals import make_goal, shown
+    from efft_lab.train.build import load_task_for, load_trained
+    from efft_lab.train.goals import make_goal, score_text
     from efft_lab.train.inference import measure, predict
-    from efft_lab.train.restore import load_trained, task_for
 
     model, config = load_trained(path, checkpoint)
-    task = task_for(config, data, data_root)
+    task = load_task_for(config, data, data_root)
     if config.protocol == "final" and data is None and split != "test":
         print(f"note: this model was trained on the images of {split!r} (protocol 'final')")
     images = getattr(task, split)
     if config.task != "classification":
         goal = make_goal(config, task)
         sums = measure(model, images, goal, batch_size=batch_size, amp=amp, title=split)
-        print(f"{split} {shown(goal.scores(sums))} ({len(images)} images)")
+        print(f"{split} {score_text(goal.scores(sums))} ({len(images)} images)")
         for value, name in zip(goal.details(sums), task.class_names, strict=True):
             if per_class:
                 print(f"{value:8.2%}  {name}" if config.task == "segmentation" else f"{value:8.4g}  {name}")
@@ -127,18 +126,18 @@ def evaluate(
 
 
 def merge(path: tyro.conf.Positional[Path], /, out: Path | None = None, checkpoint: Path | None = None) -> None:
-    """Fold an adapter into its base model's weights, and write them under the names of the plain timm model (of
-    `efft_lab.train.Segmenter` around it for segmentation).
+    """Fold an adapter into its base model's weights, and write them under the names of the plain timm model (for
+    segmentation, of efft_lab.train.Segmenter around it).
 
     Args:
         path: folder of a finished run with factors, or an adapter folder.
         out: the file; by default merged.safetensors in the same folder.
-        checkpoint: file with the base's weights, if it is not where it was in training.
+        checkpoint: file with the base's weights, if it has moved since training.
     """
     from safetensors.torch import save_file
 
     import efft
-    from efft_lab.train.restore import load_trained
+    from efft_lab.train.build import load_trained
 
     model, config = load_trained(path, checkpoint)
     if config.adapter_config() is None:
@@ -161,10 +160,10 @@ def export(path: tyro.conf.Positional[Path], /, out: Path | None = None, checkpo
     Args:
         path: folder of a finished run with factors, or an adapter folder.
         out: folder of the checkpoint; by default lora in the same folder.
-        checkpoint: file with the base's weights, if it is not where it was in training.
+        checkpoint: file with the base's weights, if it has moved since training.
     """
     import efft
-    from efft_lab.train.restore import load_trained
+    from efft_lab.train.build import load_trained
 
     model, config = load_trained(path, checkpoint)
     if config.adapter_config() is None:
@@ -184,13 +183,13 @@ def inspect(
     paper: bool = False,
     adapter: Annotated[EfftConfig, tyro.conf.arg(name="")] = EfftConfig(),  # noqa: B008  # tyro copies defaults
 ) -> None:
-    """Trainable parameters by group: of a model if it were adapted (no weights are read), or of a saved adapter.
+    """Print the trainable parameters by group, of a model once adapted (no weights are read) or of a saved adapter.
 
     Args:
         model: the embedded backbone, any timm model name, or the folder of an adapter or a run.
-        classes: outputs of the classifier.
+        classes: number of outputs of the classifier.
         image_size: input height and width in pixels; by default the model's own.
-        paper: the paper's ranks for this architecture, in place of --rank; every other option still counts.
+        paper: use the paper's ranks for this architecture instead of --rank; all other options still apply.
         adapter: the adapter.
     """
     from efft_lab.cli.inspect import adapter_table, model_table
@@ -207,18 +206,18 @@ def inspect(
 
 
 def data_list() -> None:
-    """List the known data sets with size, source and licence."""
+    """List the known data sets with size, source and license."""
     import efft_lab.data
 
     print(efft_lab.data.list_table())
 
 
 def data_fetch(names: tyro.conf.Positional[tuple[str, ...]], /, allow_non_commercial: bool = False) -> None:
-    """Download data sets into the cache (EFFT_HOME), verified by their hashes.
+    """Download data sets into the cache (EFFT_HOME) and verify their hashes.
 
     Args:
-        names: see `efft data list`.
-        allow_non_commercial: accept data sets whose licence forbids commercial use.
+        names: names of data sets; `efft data list` prints them.
+        allow_non_commercial: accept data sets whose license forbids commercial use.
     """
     import efft_lab.data
 

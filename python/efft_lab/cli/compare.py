@@ -1,4 +1,4 @@
-"""`efft compare`: what is run or reported, and where results lie."""
+"""``efft compare``: which suite is run or reported, and where its results are."""
 
 from pathlib import Path
 from typing import Any
@@ -24,27 +24,27 @@ def compare(
     jobs: int = 1,
     out: Path | None = None,
 ) -> None:
-    """Compare methods side by side: tasks x methods x seeds. Run again after any interruption: what is done stays done.
+    """Compare methods side by side: tasks x methods x seeds. After an interruption, the same command does what is left.
 
     Args:
         file: JSON file that says what is compared; see efft_lab.compare.suite.Suite.
-        suite: one that comes with the library instead: local (small tasks and a backbone that can be fetched),
+        suite: a suite of the library instead of a file: local (small tasks and a backbone that can be fetched),
             local_efft2 (the same tasks, variants of EFFT2), local_long (ten epochs, beside LoRA), local_grid (rank
             against scale) or vtab1k (the paper's 19 tasks; needs --data).
         quick: the small variant of a suite.
-        full: all of a suite that has a small variant.
-        report: write tables, tests and pictures of the results that are there, beside them; runs nothing.
+        full: the whole of a suite that has a small variant.
+        report: run nothing; write tables, tests and pictures of the existing results, beside them.
         data: folder with the data sets' files, for tasks that cannot be fetched.
-        model: another backbone than the suite's.
+        model: backbone to use instead of the suite's.
         checkpoint: file with its weights.
-        image_size: input height and width in pixels, in place of the suite's.
-        epochs: passes over the training images, in place of the suite's.
-        batch_size: images per update, in place of the suite's.
-        jobs: runs at a time; each gets an equal share of the processors.
+        image_size: input height and width in pixels, instead of the suite's.
+        epochs: passes over the training images, instead of the suite's.
+        batch_size: images per update, instead of the suite's.
+        jobs: number of simultaneous runs; each gets an equal share of the processors.
         out: result file; by default compare_NAME.jsonl, in a source checkout in benchmarks/results.
     """
     from efft_lab.compare import suite as suites
-    from efft_lab.compare.plan import Plan
+    from efft_lab.compare.agenda import Agenda
 
     if (file is None) == (suite is None):
         raise ValueError(f"give either a file or --suite, one of {', '.join(suites.names())}")
@@ -56,16 +56,16 @@ def compare(
     given |= {"epochs": epochs, "batch_size": batch_size}
     train = {name: value for name, value in given.items() if value is not None}
     chosen = suites.load(file or str(suite), quick, train)
-    plan = Plan(chosen)
+    agenda = Agenda(chosen)
     folder = ROOT / "benchmarks" / "results"
     results = out or (folder if folder.is_dir() else Path()) / f"compare_{chosen.name}.jsonl"
     if report:
         from efft_lab.compare.report import write
 
-        for path in write(plan, results):
+        for path in write(agenda, results):
             print(f"wrote {path}")
         return
     from efft_lab.compare.runner import compare as run
 
-    count = run(plan, results, jobs, data)
+    count = run(agenda, results, jobs, data)
     print(f"{count} runs done, results in {results}; the same command with --report sums them up")

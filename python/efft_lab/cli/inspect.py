@@ -1,12 +1,13 @@
-"""The tables of `efft inspect`."""
+"""The tables of ``efft inspect``."""
+
+from __future__ import annotations
 
 import re
 from pathlib import Path
 
 import torch
 
-from efft.config import EfftConfig
-from efft.methods import config_from_dict
+from efft.methods import EfftConfig, config_from_dict
 from efft.params import count_plan
 from efft.planning.plan import make_plan
 from efft.saving import io
@@ -15,7 +16,7 @@ from efft_lab import backbones
 
 
 def model_table(name: str, classes: int, image_size: int | None, config: EfftConfig) -> str:
-    """What `efft.apply` would train, on a model without storage: groups of factors, head, backbone."""
+    """The parameters that ``efft.apply`` would train, by group, found on a model without storage."""
     with torch.device("meta"):
         model = backbones.create(name, classes, image_size=image_size, pretrained=False)
     plan = make_plan(model, config, share_tied=True)
@@ -24,7 +25,7 @@ def model_table(name: str, classes: int, image_size: int | None, config: EfftCon
 
 
 def adapter_table(folder: Path) -> str:
-    """Tensors and facts of a saved adapter, read from its files alone."""
+    """Tensors and facts of a saved adapter, read from its files only."""
     folder = folder if (folder / CONFIG).is_file() else folder / "adapter"
     description, tensors = io.read_adapter(folder)
     base = description["base"]

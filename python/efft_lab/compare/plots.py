@@ -1,20 +1,22 @@
-"""Pictures of a report; only for where matplotlib is installed."""
+"""Pictures of a report; they need matplotlib."""
+
+from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 
-from efft_lab.compare.plan import Plan, Record
+from efft_lab.compare.agenda import Agenda, Record
 from efft_lab.compare.scores import Scores, weights
 from efft_lab.compare.statistics import seed_interval
 
 
 def accuracy_against_parameters(scores: Scores, parameters: Mapping[str, float], target: Path) -> None:
-    """Overall mean of every method that has all tasks, with its interval over seeds, against trained parameters.
+    """Draws the overall mean of every method that has all tasks, with its interval over seeds, against parameters.
 
     Args:
         scores: accuracies.
-        parameters: method to its trained parameters beside the classifier.
+        parameters: method to the number of its trained parameters without the classifier.
         target: the PNG file.
     """
     import matplotlib
@@ -38,12 +40,12 @@ def accuracy_against_parameters(scores: Scores, parameters: Mapping[str, float],
     pyplot.close(figure)
 
 
-def heat_map(plan: Plan, method: str, done: Mapping[str, Record], target: Path) -> None:
-    """Validation accuracy over a grid of two settings, as a mean over tasks; empty where a task is still missing.
+def heat_map(agenda: Agenda, method: str, done: Mapping[str, Record], target: Path) -> None:
+    """Draws validation accuracy over a grid of two settings, as a mean over tasks; a cell with a missing task is empty.
 
     Args:
-        plan: the runs.
-        method: one whose grid has two settings.
+        agenda: the runs.
+        method: a method whose grid has two settings.
         done: key of a run to its result.
         target: the PNG file.
     """
@@ -52,8 +54,8 @@ def heat_map(plan: Plan, method: str, done: Mapping[str, Record], target: Path) 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    (rows, across), (columns, along) = plan.suite.methods[method]["grid"].items()
-    values = [[_validation(plan, method, done, {rows: y, columns: x}) for x in along] for y in across]
+    (rows, across), (columns, along) = agenda.suite.methods[method]["grid"].items()
+    values = [[_validation(agenda, method, done, {rows: y, columns: x}) for x in along] for y in across]
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
     image = axes.imshow(values, aspect="auto", origin="lower")
     for i, row in enumerate(values):
@@ -61,15 +63,15 @@ def heat_map(plan: Plan, method: str, done: Mapping[str, Record], target: Path) 
             axes.text(j, i, f"{value:.1f}", ha="center", va="center", bbox={"facecolor": "white", "alpha": 0.6})
     axes.set_xticks(range(len(along)), [f"{x:g}" for x in along])
     axes.set_yticks(range(len(across)), [f"{y:g}" for y in across])
-    axes.set(xlabel=columns, ylabel=rows, title=f"{method}, mean over {', '.join(plan.suite.tasks)}")
+    axes.set(xlabel=columns, ylabel=rows, title=f"{method}, mean over {', '.join(agenda.suite.tasks)}")
     figure.colorbar(image, label="validation accuracy, %")
     figure.savefig(target, dpi=150)
     pyplot.close(figure)
 
 
-def _validation(plan: Plan, method: str, done: Mapping[str, Record], point: Mapping[str, float]) -> float:
-    """In percent; a run that diverged counts as none right, and without one of the runs there is no mean."""
-    runs = [run for task in plan.suite.tasks for run in plan.search(task, method) if run.settings == point]
+def _validation(agenda: Agenda, method: str, done: Mapping[str, Record], point: Mapping[str, float]) -> float:
+    """Mean accuracy in percent. A run that diverged counts as 0; if a run is missing, the mean is NaN."""
+    runs = [run for task in agenda.suite.tasks for run in agenda.search(task, method) if run.settings == point]
     if any(run.key not in done for run in runs):
         return float("nan")
     return 100 * fmean(0.0 if done[run.key].get("failed") else done[run.key]["val_accuracy"] for run in runs)

@@ -1,4 +1,6 @@
-"""What a suite's results say, in Markdown, with pictures where matplotlib is installed."""
+"""The report of a suite's results in Markdown, with pictures if matplotlib is installed."""
+
+from __future__ import annotations
 
 import json
 import re
@@ -11,73 +13,73 @@ from statistics import fmean
 from typing import Any
 
 from efft_lab.compare import plots
-from efft_lab.compare.plan import Plan, Record
+from efft_lab.compare.agenda import Agenda, Record
 from efft_lab.compare.scores import Scores, collect, groups, weights
 from efft_lab.compare.statistics import Comparison, compare, holm, seed_interval
 from efft_lab.compare.store import read
 from efft_lab.compare.suite import TRIVIAL
 from efft_lab.data.vtab import INFOS as VTAB
 
-Row = Sequence[str]
+Cells = Sequence[str]
 
 
-def write(plan: Plan, results: Path) -> list[Path]:
+def write(agenda: Agenda, results: Path) -> list[Path]:
     """Writes NAME.md, and pictures NAME-*.png, beside the result file NAME.jsonl.
 
     Args:
-        plan: the runs to report on; others in the file are left out.
+        agenda: the runs to report on; others in the file are ignored.
         results: the result file.
 
     Returns:
-        What was written.
+        The files that were written.
 
     Raises:
-        FileNotFoundError: there are no results yet.
+        FileNotFoundError: none of the final runs has a result yet.
     """
     done = read(results) if results.is_file() else {}
-    records = plan.records(done)
+    records = agenda.records(done)
     if not records:
-        raise FileNotFoundError(f"no final run of {plan.suite.name} is in {results}; run the suite first")
-    pictures = draw(plan, done, results.with_suffix(""))
+        raise FileNotFoundError(f"no final run of {agenda.suite.name} is in {results}; run the suite first")
+    pictures = draw(agenda, done, results.with_suffix(""))
     page = results.with_suffix(".md")
-    page.write_text(text(plan, done, pictures), encoding="utf-8")
+    page.write_text(text(agenda, done, pictures), encoding="utf-8")
     return [page, *pictures.values()]
 
 
-def draw(plan: Plan, done: Mapping[str, Record], stem: Path) -> dict[str, Path]:
+def draw(agenda: Agenda, done: Mapping[str, Record], stem: Path) -> dict[str, Path]:
     """Writes the pictures STEM-*.png: accuracy against parameters, and a heat map of every grid of two settings.
 
     Args:
-        plan: the runs to report on.
+        agenda: the runs to report on.
         done: key of a run to its result.
-        stem: the files' path and how their names begin.
+        stem: path and first part of the files' names.
 
     Returns:
-        Title to file; nothing where matplotlib is not installed.
+        Title to file; empty if matplotlib is not installed.
     """
     if find_spec("matplotlib") is None:
         return {}
-    records = plan.records(done)
+    records = agenda.records(done)
     target = stem.with_name(f"{stem.name}-parameters.png")
-    plots.accuracy_against_parameters(collect(records, plan.suite.tasks), _parameters(records), target)
+    plots.accuracy_against_parameters(collect(records, agenda.suite.tasks), _parameters(records), target)
     pictures = {"Accuracy against trained parameters": target}
-    for name, entry in plan.suite.methods.items():
+    for name, entry in agenda.suite.methods.items():
         if len(entry.get("grid", {})) == 2:
             target = stem.with_name(f"{stem.name}-{_slug(name)}.png")
-            plots.heat_map(plan, name, done, target)
+            plots.heat_map(agenda, name, done, target)
             pictures[f"{name}: validation accuracy by {' and '.join(entry['grid'])}"] = target
     return pictures
 
 
-def text(plan: Plan, done: Mapping[str, Record], pictures: Mapping[str, Path]) -> str:
+def text(agenda: Agenda, done: Mapping[str, Record], pictures: Mapping[str, Path]) -> str:
     """The report.
 
     Args:
-        plan: the runs to report on.
+        agenda: the runs to report on.
         done: key of a run to its result.
         pictures: title to file.
     """
-    suite, records = plan.suite, plan.records(done)
+    suite, records = agenda.suite, agenda.records(done)
     scores = collect(records, suite.tasks)
     methods = [method for method in suite.methods if method in scores.values]
     wanted = len(suite.tasks) * len(suite.methods) * len(suite.seeds)
@@ -85,7 +87,7 @@ def text(plan: Plan, done: Mapping[str, Record], pictures: Mapping[str, Path]) -
         f"# {suite.name}",
         suite.about,
         f"{len(records)} of {wanted} final runs. Test accuracy in percent, mean ± standard deviation over seeds; the "
-        "test split was read once a run, after its hyperparameters were chosen on the validation split.",
+        "test split was read once per run, after its hyperparameters were chosen on the validation split.",
         *_leaks(scores, methods, suite.methods),
         "## Tasks",
         table(["method", *_headings(scores)], [_task_row(scores, method) for method in methods]),
@@ -93,12 +95,12 @@ def text(plan: Plan, done: Mapping[str, Record], pictures: Mapping[str, Path]) -
         "In brackets: 95 % bootstrap interval over seeds, the tasks being fixed. Categorical: the mean of the group "
         "means. Trained parameters are those beside the classifier.",
         _means(scores, methods, records),
-        *_tests(plan, scores, methods),
+        *_tests(agenda, scores, methods),
         "## Chosen on the validation split",
-        _choices(plan, done, methods),
+        _choices(agenda, done, methods),
     ]
     if set(suite.tasks) <= set(VTAB):
-        parts += _published(list(suite.tasks))
+        parts += _literature(list(suite.tasks))
     parts += [f"![{title}]({path.name})" for title, path in pictures.items()]
     parts += ["## Where it was measured", _origin(records)]
     if scores.failed:
@@ -111,30 +113,30 @@ def _slug(name: str) -> str:
     return re.sub(r"\W+", "-", name).strip("-").lower()
 
 
-def means(plan: Plan, done: Mapping[str, Record]) -> str:
-    """The report's table of means over tasks, with where it was measured; a dash where a task is still missing.
+def means(agenda: Agenda, done: Mapping[str, Record]) -> str:
+    """The report's table of means over tasks and the machines that measured them; a dash if a task is missing.
 
     Args:
-        plan: the runs to report on.
+        agenda: the runs to report on.
         done: key of a run to its result.
     """
-    records = plan.records(done)
-    scores = collect(records, plan.suite.tasks)
-    return f"{_means(scores, [m for m in plan.suite.methods if m in scores.values], records)}\n\n{_origin(records)}"
+    records = agenda.records(done)
+    scores = collect(records, agenda.suite.tasks)
+    return f"{_means(scores, [m for m in agenda.suite.methods if m in scores.values], records)}\n\n{_origin(records)}"
 
 
-def comparisons(plan: Plan, done: Mapping[str, Record]) -> str:
-    """The report's paired tests of the reference method against the others; empty where there is none.
+def comparisons(agenda: Agenda, done: Mapping[str, Record]) -> str:
+    """The report's paired tests of the reference method against the others; empty if there are none.
 
     Args:
-        plan: the runs to report on.
+        agenda: the runs to report on.
         done: key of a run to its result.
     """
-    scores = collect(plan.records(done), plan.suite.tasks)
-    return "\n\n".join(_tests(plan, scores, [m for m in plan.suite.methods if m in scores.values])[1:])
+    scores = collect(agenda.records(done), agenda.suite.tasks)
+    return "\n\n".join(_tests(agenda, scores, [m for m in agenda.suite.methods if m in scores.values])[1:])
 
 
-def table(heading: Row, rows: Sequence[Row]) -> str:
+def table(heading: Cells, rows: Sequence[Cells]) -> str:
     """A Markdown table."""
     lines = [heading, ["---"] * len(heading), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -144,7 +146,7 @@ def _headings(scores: Scores) -> list[str]:
     return [f"{task} ({group or '-'})" for task, group in scores.tasks.items()]
 
 
-def _task_row(scores: Scores, method: str) -> Row:
+def _task_row(scores: Scores, method: str) -> Cells:
     cells = []
     for task in scores.tasks:
         if not scores.values[method].get(task):
@@ -156,7 +158,8 @@ def _task_row(scores: Scores, method: str) -> Row:
 
 
 def _parameters(records: Sequence[Record]) -> dict[str, float]:
-    """Method to its trained parameters beside the classifier (which depends on the task), as a mean over runs."""
+    """Method to the number of its trained parameters without the classifier (which depends on the task), averaged over
+    runs."""
     counts: dict[str, list[int]] = {}
     for record in records:
         if not record.get("failed"):
@@ -188,8 +191,8 @@ def _with_interval(scores: Scores, method: str, categorical: bool) -> str:
     return f"{mean:.1f}" + ("" if interval is None else f" [{interval[0]:.1f}, {interval[1]:.1f}]")
 
 
-def _tests(plan: Plan, scores: Scores, methods: Sequence[str]) -> list[str]:
-    reference = plan.suite.reference or next(iter(plan.suite.methods))
+def _tests(agenda: Agenda, scores: Scores, methods: Sequence[str]) -> list[str]:
+    reference = agenda.suite.reference or next(iter(agenda.suite.methods))
     if reference not in scores.values:
         return []
     others = [method for method in methods if method != reference]
@@ -212,17 +215,17 @@ def _tests(plan: Plan, scores: Scores, methods: Sequence[str]) -> list[str]:
     tasks = max(c.tasks for c in found)
     return [
         f"## {reference} against the others",
-        "Positive differences, in points, favour it. The unit of interval and tests is the task, its seeds averaged; "
-        f"Holm corrects for the number of rows. With {tasks} tasks the smallest possible Wilcoxon p is "
-        f"{2 / 2**tasks:.2g}. A tie: the 95 % t-interval of the differences of equal seeds has zero in it.",
+        "Positive differences, in points, favor it. The unit of the intervals and tests is the task, with its seeds "
+        f"averaged; Holm's method corrects for the number of rows. With {tasks} tasks the smallest possible Wilcoxon "
+        f"p is {2 / 2**tasks:.2g}. In a tie, the 95 % t-interval of the differences of equal seeds contains zero.",
         table(heading, rows),
     ]
 
 
 def _leaks(scores: Scores, methods: Sequence[str], entries: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Tasks on which a predictor that sees no objects is as good as a method: what they measure is in doubt.
+    """Tasks on which a predictor that sees no objects is as good as a method, so that it is doubtful what they measure.
 
-    Training from scratch is no such method: it has nothing but these few images.
+    Training from scratch does not count as a method here, because it has only these few images.
     """
     methods = [method for method in methods if entries[method].get("pretrained", True)]
     trivial = [method for method in methods if entries[method]["method"] in TRIVIAL]
@@ -239,20 +242,20 @@ def _leaks(scores: Scores, methods: Sequence[str], entries: Mapping[str, Mapping
     return ["\n".join([note, "", *lines])] if lines else []
 
 
-def _choices(plan: Plan, done: Mapping[str, Record], methods: Sequence[str]) -> str:
+def _choices(agenda: Agenda, done: Mapping[str, Record], methods: Sequence[str]) -> str:
     rows = []
     for method in methods:
         cells = []
-        for task in plan.suite.tasks:
-            point = plan.chosen(task, method, done)
+        for task in agenda.suite.tasks:
+            point = agenda.choose(task, method, done)
             cells.append("-" if not point else ", ".join(f"{name} {value:g}" for name, value in point.items()))
         if set(cells) != {"-"}:
             rows.append([method, *cells])
-    return table(["method", *plan.suite.tasks], rows) if rows else "Nothing was searched."
+    return table(["method", *agenda.suite.tasks], rows) if rows else "Nothing was searched."
 
 
-def _published(tasks: list[str]) -> list[str]:
-    """The literature's figures, in tables of their own: they are never averaged or tested with ours."""
+def _literature(tasks: list[str]) -> list[str]:
+    """Figures from the literature, in tables of their own: they are never averaged with ours or tested against them."""
     published = json.loads((files("efft_lab.compare") / "published_vtab1k.json").read_text("utf-8"))
     rows, share = [], weights({task: VTAB[task].group for task in VTAB}, categorical=True)
     for entry in published["methods"]:
@@ -295,10 +298,11 @@ def _origin(records: Sequence[Record]) -> str:
 
 
 def _machines(records: Sequence[Record]) -> list[str]:
-    """Each machine, and what it did: runs, processor time, and where others took part, how many runs of each method."""
+    """Each machine with its number of runs and processor time; if there are several, with its runs of each method."""
     owns: dict[str, list[Record]] = {}
     for record in records:
-        gpu = f" with {record['gpu']}" if "gpu" in record else ""
+        gpu: Any = record.get("gpu")  # its name alone in older results
+        gpu = f" with {gpu['name'] if isinstance(gpu, Mapping) else gpu}" if gpu else ""
         owns.setdefault(f"{record['machine']}{gpu}", []).append(record)
     lines = []
     for machine, own in owns.items():

@@ -1,4 +1,6 @@
-"""Does the runs of a plan that are not done yet, several at a time, and writes each result as it comes."""
+"""Does the runs of an agenda that have no result yet, several at a time, and writes each result immediately."""
+
+from __future__ import annotations
 
 import datetime
 import json
@@ -15,21 +17,21 @@ from typing import IO, Any
 
 import efft_kernels
 import efft_lab
-from efft_lab.compare.plan import Plan, Run
+from efft_lab.compare.agenda import Agenda, Run
 from efft_lab.compare.store import Store
-from efft_lab.provenance import cores, facts
+from efft_lab.record import cores, machine_facts, now
 
 
 class Worker:
-    """A process of `efft_lab.compare.worker` with its own share of the processors.
+    """A process of :mod:`efft_lab.compare.worker` with its own share of the processors.
 
     Args:
-        threads: of torch.
-        log: where its warnings and tracebacks go.
-        answers: gets (this worker, its answer), the answer None if the process ended.
+        threads: number of torch threads.
+        log: file for its warnings and tracebacks.
+        answers: queue that receives (this worker, its answer); the answer is None if the process ended.
     """
 
-    def __init__(self, threads: int, log: IO[bytes], answers: "queue.SimpleQueue[Any]") -> None:
+    def __init__(self, threads: int, log: IO[bytes], answers: queue.SimpleQueue[Any]) -> None:
         roots = [str(Path(str(package.__file__)).parents[1]) for package in (efft_lab, efft_kernels)]
         path = os.pathsep.join([*roots, *filter(None, [os.environ.get("PYTHONPATH")])])
         limits = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
@@ -44,14 +46,14 @@ class Worker:
         self.run: Run | None = None
         threading.Thread(target=self._listen, args=(answers,), daemon=True).start()
 
-    def _listen(self, answers: "queue.SimpleQueue[Any]") -> None:
+    def _listen(self, answers: queue.SimpleQueue[Any]) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             answers.put((self, json.loads(line)))
         answers.put((self, None))
 
     def start(self, run: Run, places: dict[str, Any]) -> None:
-        """Gives the process something to do."""
+        """Sends a run to the process."""
         assert self.process.stdin is not None
         self.run = run
         job = {"name": str(run), "stage": run.stage, "config": {**run.config, **places}}
@@ -59,22 +61,23 @@ class Worker:
         self.process.stdin.flush()
 
     def stop(self) -> None:
-        """Ends the process, at once."""
+        """Ends the process immediately."""
         self.process.kill()
         self.process.wait()
 
 
-def compare(plan: Plan, results: Path, jobs: int = 1, data_root: str | None = None) -> int:
-    """Does what is not done yet. Killed at any moment, the same call goes on: no run is lost or done twice.
+def compare(agenda: Agenda, results: Path, jobs: int = 1, data_root: str | None = None) -> int:
+    """Does the runs that have no result yet. After a kill at any moment, the same call continues: no run is lost or
+    done twice.
 
     Args:
-        plan: the runs.
+        agenda: the runs.
         results: the result file, JSON lines; a log is written beside it.
-        jobs: processes; each gets an equal share of the processors.
-        data_root: folder of the data sets' files.
+        jobs: number of processes; each gets an equal share of the processors.
+        data_root: folder with the data sets' files.
 
     Returns:
-        How many runs it did.
+        The number of runs that it did.
 
     Raises:
         RuntimeError: a run failed for another reason than divergence, or another process writes to the file.
@@ -86,14 +89,14 @@ def compare(plan: Plan, results: Path, jobs: int = 1, data_root: str | None = No
     answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
     workers: list[Worker] = []
     with Store(results) as store, open(results.with_suffix(".log"), "ab") as log:
-        progress = Progress(plan, store, jobs)
-        common = {"suite": plan.suite.name, **facts(), "jobs": jobs, "threads": threads}
+        progress = Progress(agenda, store, jobs)
+        common = {"suite": agenda.suite.name, **machine_facts(threads), "jobs": jobs, "threads": threads}
         error: str | None = None
         try:
             while True:
                 busy = [worker for worker in workers if worker.run is not None]
                 started = {worker.run.key for worker in busy if worker.run is not None}
-                for run in plan.ready(store.records, started)[: jobs - len(busy)] if error is None else []:
+                for run in agenda.ready(store.records, started)[: jobs - len(busy)] if error is None else []:
                     idle = next((worker for worker in workers if worker.run is None), None)
                     if idle is None:
                         workers.append(idle := Worker(threads, log, answers))
@@ -107,7 +110,7 @@ def compare(plan: Plan, results: Path, jobs: int = 1, data_root: str | None = No
                     record = _record(run, answer["result"], common)
                     store.append(record)
                     progress.show(run, record)
-                elif error is None:  # what the other processes are doing is still kept
+                elif error is None:  # results of the other processes are still kept
                     error = f"{run}: {_reason(worker, answer)}; details in {log.name}, then run the same command again"
                     log.write(((answer or {}).get("trace") or "").encode())
                     if answer is None:
@@ -122,8 +125,7 @@ def compare(plan: Plan, results: Path, jobs: int = 1, data_root: str | None = No
 
 def _record(run: Run, result: dict[str, Any], common: dict[str, Any]) -> dict[str, Any]:
     identity = {name: getattr(run, name) for name in ("key", "task", "method", "stage", "seed", "settings")}
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    return {**identity, **result, **common, "date": now}
+    return {**identity, **result, **common, "date": now()}
 
 
 def _reason(worker: Worker, answer: dict[str, Any] | None) -> str:
@@ -133,41 +135,42 @@ def _reason(worker: Worker, answer: dict[str, Any] | None) -> str:
 
 
 class Progress:
-    """One line a finished run, with the time that the rest will take."""
+    """Prints one line per finished run, with an estimate of the remaining time."""
 
-    def __init__(self, plan: Plan, store: Store, jobs: int) -> None:
-        self.plan, self.store, self.jobs = plan, store, jobs
+    def __init__(self, agenda: Agenda, store: Store, jobs: int) -> None:
+        self.agenda, self.store, self.jobs = agenda, store, jobs
         self.count, self.started = 0, time.perf_counter()
-        left = len(plan) - self._done()
-        print(f"{plan.suite.name}: {left} of {len(plan)} runs to do, {jobs} at a time", flush=True)
+        left = len(agenda) - self._done()
+        print(f"{agenda.suite.name}: {left} of {len(agenda)} runs to do, {jobs} at a time", flush=True)
 
     def _done(self) -> int:
         keys: set[str] = set()
-        for task, method in self.plan.pairs():
-            runs = [*self.plan.search(task, method), *self.plan.finals(task, method, self.store.records)]
+        for task, method in self.agenda.pairs():
+            runs = [*self.agenda.search(task, method), *self.agenda.finals(task, method, self.store.records)]
             keys |= {run.key for run in runs}
         return len(keys & self.store.records.keys())
 
     def show(self, run: Run, record: dict[str, Any]) -> None:
+        """Prints the line of a finished run."""
         self.count += 1
         names = {"search": ("validation", "val_accuracy"), "final": ("test", "test_accuracy")}
         word, field = names[run.stage]
         outcome = record.get("failed") or f"{word} {record[field]:.1%}"
-        done = f"[{self._done()}/{len(self.plan)}]"
+        done = f"[{self._done()}/{len(self.agenda)}]"
         print(f"{done} {run}: {outcome}, {record['seconds']:.0f} s; {self._left()} left", flush=True)
 
     def _left(self) -> str:
-        """By the mean time of finished runs of the same method and stage, else of all."""
+        """The remaining time, from the mean time of finished runs of the same method and stage, or of all runs."""
         seconds: dict[Any, list[float]] = defaultdict(list)
         count: dict[Any, int] = defaultdict(int)
         for record in self.store.records.values():
             kind = (record["method"], record["stage"])
             seconds[kind].append(record["seconds"])
             count[kind] += 1
-        suite, overall = self.plan.suite, fmean(s for values in seconds.values() for s in values)
+        suite, overall = self.agenda.suite, fmean(s for values in seconds.values() for s in values)
         total = 0.0
-        for method, points in self.plan.grids.items():
-            searches = len(points) * len(self.plan.search_seeds) if len(points) > 1 else 0
+        for method, points in self.agenda.grids.items():
+            searches = len(points) * len(self.agenda.search_seeds) if len(points) > 1 else 0
             for stage, each in (("search", searches), ("final", len(suite.seeds))):
                 kind = (method, stage)
                 mean = fmean(seconds[kind]) if seconds[kind] else overall

@@ -1,5 +1,7 @@
 """Accuracies of a suite in percent, as tables: by method, task and seed."""
 
+from __future__ import annotations
+
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +18,7 @@ class Scores:
 
     Attributes:
         tasks: task to its group.
-        values: method to task to seed to accuracy; what failed or has not been run is missing.
+        values: method to task to seed to accuracy; runs that failed or have no result are missing.
         failed: (method, task, seed) of runs that diverged.
     """
 
@@ -29,7 +31,7 @@ class Scores:
         return all(self.values.get(method, {}).get(task) for task in self.tasks)
 
     def mean(self, method: str, task: str) -> float:
-        """Over the seeds."""
+        """Mean over the seeds."""
         return fmean(self.values[method][task].values())
 
     def sd(self, method: str, task: str) -> float | None:
@@ -58,7 +60,7 @@ def collect(records: Iterable[Mapping[str, Any]], tasks: Iterable[str]) -> Score
 
 
 def groups(tasks: Mapping[str, str | None]) -> dict[str, list[str]]:
-    """Group to its tasks, in VTAB's order; tasks without a group are in the group "other"."""
+    """Group to its tasks, in VTAB's order; tasks without a group form the group "other"."""
     members: dict[str, list[str]] = defaultdict(list)
     for task, group in tasks.items():
         members[group or "other"].append(task)

@@ -1,4 +1,6 @@
-"""Intervals and tests. The unit of a comparison of two methods is the task: seeds of one task are averaged first."""
+"""Intervals and tests. Two methods are compared task by task: the seeds of one task are averaged first."""
+
+from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,12 +19,12 @@ def seed_interval(
     """Bootstrap percentile interval of a weighted sum of task means, over seeds: the tasks are fixed.
 
     Args:
-        values: task to seed to accuracy; the seeds of each task are resampled on their own.
-        weights: task to its weight, see `efft_lab.compare.scores.weights`.
-        level: probability.
+        values: task to seed to accuracy; the seeds of each task are resampled independently.
+        weights: task to its weight, see :func:`efft_lab.compare.scores.weights`.
+        level: probability that the interval covers.
 
     Returns:
-        The interval; None where every task has one seed.
+        The interval; None if every task has a single seed.
     """
     if all(len(seeds) < 2 for seeds in values.values()):
         return None
@@ -40,7 +42,7 @@ def task_interval(differences: Sequence[float], level: float = 0.95) -> tuple[fl
     return _percentiles(means, level)
 
 
-def _percentiles(values: "np.ndarray[Any, Any]", level: float) -> tuple[float, float]:
+def _percentiles(values: np.ndarray[Any, Any], level: float) -> tuple[float, float]:
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
@@ -60,11 +62,11 @@ class Comparison:
     """The reference method against another, over the tasks that both have.
 
     Attributes:
-        method: the other.
-        tasks: how many.
+        method: the other method.
+        tasks: number of tasks.
         difference: mean of (reference - other), in points.
         interval: its 95 % bootstrap interval over tasks.
-        wins, ties, losses: tasks where the reference is better, where nothing can be said, where it is worse.
+        wins, ties, losses: number of tasks on which the reference is better, undecided, or worse.
         wilcoxon: p-value of the signed-rank test over tasks.
         t_test: p-value of the paired t-test over tasks.
     """
@@ -81,7 +83,7 @@ class Comparison:
 
 
 def compare(scores: Scores, reference: str, other: str) -> Comparison | None:
-    """Compares two methods; None where they have fewer than two tasks in common.
+    """Compares two methods; None if they have fewer than two tasks in common.
 
     Raises:
         ImportError: scipy is not installed.
@@ -108,8 +110,8 @@ def compare(scores: Scores, reference: str, other: str) -> Comparison | None:
 
 
 def outcome(own: Mapping[int, float], other: Mapping[int, float]) -> int:
-    """1 for a win on one task, -1 for a loss, 0 for a tie: the 95 % t-interval of the differences of equal seeds has
-    zero in it. With a single seed in common the sign decides."""
+    """1 for a win on one task, -1 for a loss, 0 for a tie: the 95 % t-interval of the differences of equal seeds
+    contains zero. With a single common seed, the sign decides."""
     differences = np.array([own[seed] - other[seed] for seed in sorted(own.keys() & other.keys())])
     if not len(differences):
         return 0

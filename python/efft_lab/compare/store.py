@@ -1,4 +1,6 @@
-"""Results on disk: one JSON line a finished run, whole or absent whenever the process is killed."""
+"""Results on disk: one JSON line per finished run, which is whole or absent whenever the process is killed."""
+
+from __future__ import annotations
 
 import json
 import os
@@ -8,7 +10,7 @@ from typing import Any
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
-    """Key of a run to its record. A last line that was cut off by a crash is left out.
+    """Key of a run to its record. A last line that a crash cut off is ignored.
 
     Raises:
         ValueError: another line is damaged.
@@ -27,7 +29,7 @@ class Store:
     """A result file that one process appends to.
 
     Args:
-        path: the file; made where it is missing.
+        path: the file, which is created if it does not exist.
 
     Attributes:
         records: key of a run to its record.
@@ -42,22 +44,22 @@ class Store:
         try:
             _lock(self._file, path)
             content = path.read_bytes()
-            os.ftruncate(self._file, content.rfind(b"\n") + 1)  # a line that a crash cut off is done again
+            os.ftruncate(self._file, content.rfind(b"\n") + 1)  # the run of a line that a crash cut off is done again
             self.records = read(path)
         except BaseException:
             os.close(self._file)
             raise
 
     def append(self, record: dict[str, Any]) -> None:
-        """Adds a record; when this returns, it survives a power cut."""
+        """Adds a record; once this has returned, the record survives a power failure."""
         line = json.dumps(record).encode() + b"\n"
-        written = os.write(self._file, line)
-        if written != len(line):
-            raise OSError(f"the disk is full: {written} of {len(line)} bytes of a result were written")
+        n_bytes = os.write(self._file, line)
+        if n_bytes != len(line):
+            raise OSError(f"the disk is full: {n_bytes} of {len(line)} bytes of a result were written")
         os.fsync(self._file)
         self.records[record["key"]] = record
 
-    def __enter__(self) -> "Store":
+    def __enter__(self) -> Store:
         return self
 
     def __exit__(
@@ -67,7 +69,7 @@ class Store:
 
 
 def _lock(file: int, path: Path) -> None:
-    """The operating system releases the lock when the process ends, however it ends."""
+    """Locks a file. The operating system releases the lock when the process ends, however it ends."""
     try:
         import fcntl
     except ImportError:  # Windows

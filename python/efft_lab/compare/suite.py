@@ -1,4 +1,6 @@
-"""The file that says what is compared: tasks, methods, seeds and grids."""
+"""The file that describes a comparison: tasks, methods, seeds and grids."""
+
+from __future__ import annotations
 
 import dataclasses
 import json
@@ -11,37 +13,38 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-from efft.methods import METHODS
 from efft.saving.files import read_json
-from efft_lab import baselines, data, typed
+from efft_lab import data, typed
 from efft_lab.train.config import TrainConfig
+from efft_lab.train.methods import METHODS
 
-#: Predictors that see no objects: they need no model and no trainer.
+#: Predictors that see no objects and need neither a model nor a trainer.
 TRIVIAL = ("majority", "pixels", "knn")
 _RECIPE = {item.name for item in dataclasses.fields(TrainConfig)} - {"data", "seed", "data_seed", "protocol"}
-_RECIPE -= {"task", "regression_loss"}  # results, tables and tests are those of accuracies
+_RECIPE -= {"task", "regression_loss"}  # results, tables and tests are about accuracies
 _METHOD = _RECIPE | {"grid", "vtab_settings"}
-#: Of a grid: more would never be done.
+#: Largest number of points of a grid; more would take too long to run.
 _MOST_POINTS = 1000
 
 
 @dataclass(frozen=True)
 class Suite:
-    """What is compared. Settings are fields of `TrainConfig`; a task's go before a method's, a method's before `train`.
+    """What is compared. Settings are fields of ``TrainConfig``; those of a task override those of a method, and these
+    override ``train``.
 
-    Everything is checked here and in `efft_lab.compare.plan.Plan`, before anything runs.
+    Everything is checked here and in :class:`efft_lab.compare.agenda.Agenda`, before anything runs.
 
     Attributes:
-        name: of the suite, and of its result file.
-        about: what it is for; the first lines of the report.
+        name: name of the suite and of its result file.
+        about: the purpose of the suite; the first lines of the report.
         tasks: name of a data set to settings of every run on it.
         methods: name in the tables to its settings: ``method`` and any other field; ``grid``, the values that are
             searched (``{"lr": [...], "efft.scale": [...]}``, every combination); ``vtab_settings``, which of the
-            paper's settings for each VTAB-1K task count (efft1 or efft2). ``method`` may also be one of `TRIVIAL`.
-        seeds: one final run each, per task and method; of the training images too, where the data set has a choice.
+            paper's settings for each VTAB-1K task are used (efft1 or efft2). ``method`` may also be one of ``TRIVIAL``.
+        seeds: one final run per seed, task and method. A seed also chooses the training images if the data set lets it.
         train: settings of every run.
-        search_seeds: seeds whose validation accuracies choose among a grid; by default the first of `seeds`.
-        reference: the method that the others are tested against; by default the first.
+        search_seeds: seeds whose validation accuracies choose a point of a grid; by default the first of ``seeds``.
+        reference: the method against which the others are tested; by default the first.
     """
 
     name: str
@@ -77,7 +80,7 @@ class Suite:
 
 
 def _check_task(name: str) -> None:
-    """Refuses what is neither a known data set nor a folder."""
+    """Refuses a name that is neither a known data set nor a folder."""
     if not os.path.isdir(name):
         try:
             data.describe(name)
@@ -108,24 +111,23 @@ def _check_method(where: str, settings: Any) -> None:
 
 
 def _check_setting(where: str, setting: str, method: str) -> None:
-    """Refuses what is no setting of the method: ``lr``, or ``efft.scale``, or ``adapter.rank``."""
+    """Refuses a name that is not a setting of the method: ``lr``, or ``efft.scale``, or ``adapter.rank``."""
     head, dot, field_name = setting.partition(".")
+    groups = {each.group for each in METHODS.values() if each.group}
     if not dot:
-        typed.check_names(where, [setting], _RECIPE - {"efft", "adapter", "method"}, "setting")
+        typed.check_names(where, [setting], _RECIPE - groups - {"method"}, "setting")
         return
-    typed.check_names(where, [head], {"efft", "adapter"}, "group of settings")
-    if (head == "efft") != (method == "efft"):
-        own = "efft." if method == "efft" else "adapter."
-        raise ValueError(f"{where}: {setting!r} is not read by method {method!r}, whose own settings are {own}...")
-    if method in METHODS:
-        known = {item.name for item in dataclasses.fields(METHODS[method])}  # type: ignore[arg-type]
-    else:
-        known = set(baselines.settings_of(method)) if method in baselines.METHODS else set()
-    typed.check_names(f"{where} ({head}.)", [field_name], known, "setting")
+    typed.check_names(where, [head], groups, "group of settings")
+    known = METHODS.get(method)
+    own = known.group if known is not None and known.group else "adapter"
+    if head != own:
+        raise ValueError(f"{where}: {setting!r} is not read by method {method!r}, whose own settings are {own}....")
+    types = known.setting_types() if known is not None else {}
+    typed.check_names(f"{where} ({head}.)", [field_name], types, "setting")
 
 
-def merged(*settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings over one another: later ones win, and dicts (``efft``, ``adapter``) are merged by key."""
+def merge_settings(*settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Merges settings: later ones override earlier ones, and dicts (``efft``, ``adapter``) are merged by key."""
     result: dict[str, Any] = {}
     for each in settings:
         for name, value in each.items():
@@ -172,14 +174,14 @@ def load(path_or_name: str | Path, quick: bool = False, train: Mapping[str, Any]
         suite = variant if quick else suite
     if not train:
         return suite
-    # What the caller gives goes over everything, what single tasks and methods set included.
+    # The caller's settings override everything, including those of single tasks and methods.
     groups: dict[str, Any] = {
         group: {
             entry: {key: value for key, value in each.items() if key not in train} for entry, each in entries.items()
         }
         for group, entries in (("tasks", suite.tasks), ("methods", suite.methods))
     }
-    return dataclasses.replace(suite, **groups, train=merged(suite.train, train))
+    return dataclasses.replace(suite, **groups, train=merge_settings(suite.train, train))
 
 
 def _quick(suite: Suite, small: Any) -> Suite:
@@ -193,6 +195,6 @@ def _quick(suite: Suite, small: Any) -> Suite:
         typed.check_names(f"quick.{group}", names, values[group], group.removesuffix("s"))
         chosen[group] = {name: values[group][name] for name in names}
     try:
-        return Suite(**{**merged(values, small), **chosen, "name": f"{suite.name}-quick"})
+        return Suite(**{**merge_settings(values, small), **chosen, "name": f"{suite.name}-quick"})
     except ValueError as error:
         raise ValueError(f"quick: {error}") from None

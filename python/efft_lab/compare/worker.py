@@ -1,4 +1,6 @@
-"""A process that does runs: ``python -m efft_lab.compare.worker`` reads one run per line and answers with one line."""
+"""A process that does runs: ``python -m efft_lab.compare.worker`` reads one run per line and answers in one line."""
+
+from __future__ import annotations
 
 import json
 import os
@@ -17,9 +19,10 @@ import torch
 from efft_lab.compare.suite import TRIVIAL
 from efft_lab.train import build, read_metrics, run
 from efft_lab.train.config import TrainConfig
+from efft_lab.train.methods import METHODS
 from efft_lab.train.probe import FeatureTask, Head, WithoutTest
 
-# What decides a data set, and what decides the features of a frozen model on it.
+# Fields that determine a data set, and those that determine the features of a frozen model on it.
 _DATA = (
     *("data", "data_root", "allow_non_commercial", "model", "image_size", "normalization"),
     *("data_seed", "max_test"),
@@ -32,10 +35,11 @@ def execute(stage: str, fields: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         stage: search (train on train, judged on val after the last epoch) or final (train on both, tested once).
-        fields: of `TrainConfig`; ``method`` may be a trivial predictor.
+        fields: fields of ``TrainConfig``; ``method`` may be a trivial predictor.
 
     Returns:
-        Accuracies from 0 to 1 (None where not taken), parameters, seconds; ``failed`` says why a run has none.
+        Accuracies from 0 to 1 (None if they were not measured), parameters, seconds; ``failed`` gives the reason if a
+        run has no result.
     """
     started, used = time.perf_counter(), time.process_time()
     method = fields["method"]
@@ -60,10 +64,10 @@ def _trivial(name: str, config: TrainConfig) -> float:
 
 
 def _train(stage: str, config: TrainConfig) -> dict[str, Any]:
-    """With its result only: folder, checkpoints and weights of the run are thrown away."""
+    """Trains and keeps only the result: the folder with checkpoints and weights is deleted."""
     task: Any = _task(config)
     model = None
-    if config.method == "linear" and config.drop_path == 0:
+    if METHODS[config.method].head_alone and config.drop_path == 0:
         task = _features(config)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -93,18 +97,18 @@ def _load(values: tuple[Any, ...]) -> Any:
 
 
 def _task(config: TrainConfig) -> Any:
-    """The data, kept for the runs that follow."""
+    """The data, cached for the following runs."""
     return _load(tuple(getattr(config, name) for name in _DATA))
 
 
 @lru_cache(maxsize=1)
-def _load_features(values: tuple[Any, ...]) -> "_Features":
+def _load_features(values: tuple[Any, ...]) -> _Features:
     config = TrainConfig(**dict(zip(_BASE, values, strict=True)), drop_path=0.0)
     return _Features(build.create_model(config, 0), _task(config), config.amp)
 
 
-def _features(config: TrainConfig) -> "_Features":
-    """What the classifier of the frozen model sees, computed once for all points of a grid."""
+def _features(config: TrainConfig) -> _Features:
+    """The inputs of the frozen model's classifier, computed once for all points of a grid."""
     return _load_features(tuple(getattr(config, name) for name in _BASE))
 
 
@@ -115,12 +119,10 @@ class _Features(FeatureTask):
 
 
 def main() -> None:
-    """Answers every line of stdin until it ends; then, even in the middle of a run, the process ends.
-
-    So nothing goes on working for a parent that was killed.
-    """
+    """Answers every line of stdin. When stdin is closed, the process ends immediately, even in the middle of a run, so
+    that nothing keeps working for a parent that was killed."""
     if not torch.cuda.is_available():
-        # The bf16 backward of PyTorch's fused attention on CPUs takes 4 times as long as its products at 26 tokens.
+        # On CPUs, the bf16 backward of PyTorch's fused attention takes 4 times as long as plain products at 26 tokens.
         torch.backends.cuda.enable_flash_sdp(False)
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what training prints must not mix with the answers

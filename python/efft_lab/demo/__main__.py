@@ -1,4 +1,6 @@
-"""``python -m efft_lab.demo``: minutes on two CPU cores, and everything it claims is measured while it runs."""
+"""``python -m efft_lab.demo`` takes minutes on two CPU cores; everything that it reports is measured while it runs."""
+
+from __future__ import annotations
 
 import argparse
 import sys
@@ -58,7 +60,7 @@ def demo(out: Path, quick: bool) -> None:
         agreements = verify(efft_run.model, folders["EFFT2"], task.val)
         for agreement in agreements:
             print(f"  {agreement}")
-        # Not simply the first ones: a test set may be sorted by class.
+        # Not the first 200, because a test set may be sorted by class.
         shown = torch.randperm(len(task.test), generator=torch.Generator().manual_seed(0))[:200].tolist()
         predictions, labels = predict(efft_run.model, Subset(task.test, shown), title="pictures")
         seconds = {"linear probe": clock[1] - clock[0], "EFFT2": clock[2] - clock[1]}

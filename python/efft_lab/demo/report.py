@@ -1,15 +1,16 @@
-"""What the demo leaves behind: a table with the facts of the machine, and a picture."""
+"""What the demo writes: a report with a table and facts about the machine, and a picture."""
 
-import platform
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 import efft_kernels
 from efft_lab.demo.verify import Agreement
+from efft_lab.record import machine_facts
 from efft_lab.train import read_metrics
 
 if TYPE_CHECKING:
@@ -20,20 +21,20 @@ _SHOWN = 12  # test images per task, at most half of them wrong
 
 @dataclass(frozen=True)
 class TaskReport:
-    """Everything that is shown about one task.
+    """Everything that the report presents about one task.
 
     Attributes:
         task: the data.
         folders: method to the folder of its run.
         results: method to the summary of its run.
         seconds: method to wall-clock seconds, everything included.
-        agreements: what the verification found.
-        shown: positions in the test split of the images to choose from [n].
+        agreements: results of the verification.
+        shown: positions in the test split of the candidate images for the picture [n].
         predictions: EFFT's classes for them [n].
         labels: their true classes [n].
     """
 
-    task: "TaskData"
+    task: TaskData
     folders: dict[str, Path]
     results: dict[str, dict[str, Any]]
     seconds: dict[str, float]
@@ -73,7 +74,7 @@ def write_report(reports: list[TaskReport], out: Path, note: str, command: str, 
         f"{config['batch_size']}, {config['epochs']} epochs, seed {config['seed']}, amp {config['amp']}",
         "linear probe": "learning rate (validation): "
         + ", ".join(f"{r.task.info.name} {r.results['linear probe']['config']['lr']:g}" for r in reports),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {efft_result['device']}",
+        "machine": f"{machine_facts()['machine']}, {efft_result['device']}",
         "versions": ", ".join(f"{name} {version}" for name, version in efft_result["versions"].items()),
         "command": f"`{command}`",
         "whole demo": f"{seconds:.0f} s",
@@ -85,7 +86,7 @@ def write_report(reports: list[TaskReport], out: Path, note: str, command: str, 
             table(reports),
             "",
             "Trained on 800 images, the epoch (and the probe's learning rate) chosen on 200, tested once. One seed: a "
-            "difference of a point or two means nothing. Seconds include evaluation, and for the probe its search.",
+            "difference of a point or two is noise. Seconds include evaluation, and for the probe its search.",
             "",
             "![curves and test images](demo.png)",
             "",

@@ -1,10 +1,11 @@
-"""What the demo runs. Chosen on validation images only; see the comments for what was tried."""
+"""The settings of the demo. They were chosen on validation images only."""
 
-from pathlib import Path
+from __future__ import annotations
 
 import torch
 
-from efft.config import EfftConfig
+from efft.methods import EfftConfig
+from efft_lab.record import processor_flags
 from efft_lab.train.config import TrainConfig
 
 TASKS = ("mnist5k", "count")
@@ -12,14 +13,13 @@ IMAGE_SIZE = 70  # 26 tokens: minutes on two CPU cores
 
 
 def fast_bf16() -> bool:
-    """Whether bf16 is faster than fp32 here: GPUs that support it, and CPUs with its dot-product instructions.
+    """Whether bf16 is faster than fp32 here: on GPUs that support it, and on CPUs with its dot-product instructions.
 
     On a CPU with them a training step of the demo took two thirds of the fp32 time; elsewhere bf16 is emulated.
     """
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
-    flags = Path("/proc/cpuinfo")
-    return flags.exists() and not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags.read_text().split())
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(processor_flags())
 
 
 def efft_config(task: str, quick: bool) -> TrainConfig:
@@ -39,7 +39,7 @@ def efft_config(task: str, quick: bool) -> TrainConfig:
 
 
 def probe_config(task: str, quick: bool) -> TrainConfig:
-    """The head alone, trained far longer than EFFT (its features are cached)."""
+    """The head alone; it trains for many more epochs than EFFT, because its features are cached."""
     return TrainConfig(
         data=task,
         image_size=IMAGE_SIZE,

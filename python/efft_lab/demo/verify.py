@@ -1,4 +1,6 @@
-"""Is what was saved what was trained? The adapter is loaded in a new process, merged there, and logits are compared."""
+"""Checks that the saved adapter is the trained model: a new process loads and merges it, and logits are compared."""
+
+from __future__ import annotations
 
 import subprocess
 import sys
@@ -14,11 +16,11 @@ from torch.utils.data import Dataset
 import efft
 from efft_lab import backbones
 from efft_lab.train import build
+from efft_lab.train.build import load_trained
 from efft_lab.train.inference import device
-from efft_lab.train.restore import load_trained
 
 _IMAGES = 64
-_TOLERANCE = 1e-3  # of the largest logit; fp32 arithmetic in another order stays far below
+_TOLERANCE = 1e-3  # relative to the largest logit; the order of fp32 operations makes a far smaller difference
 
 
 @dataclass(frozen=True)
@@ -26,11 +28,11 @@ class Agreement:
     """How two ways to compute the same logits agree.
 
     Attributes:
-        name: what is compared with the live model.
+        name: the model that is compared with the live model.
         difference: largest absolute difference.
         scale: largest absolute logit.
-        same: images with the same class.
-        images: images compared.
+        same: number of images with the same class.
+        images: number of images compared.
     """
 
     name: str
@@ -50,12 +52,12 @@ def verify(model: nn.Module, run_folder: Path, data: Dataset[Any]) -> list[Agree
     """Compares the live model with the reloaded, the merged and the plain merged one of a new process, in fp32.
 
     Args:
-        model: trained, in evaluation mode.
-        run_folder: what the run wrote.
-        data: images to compare on.
+        model: the trained model, in evaluation mode.
+        run_folder: the folder that the run wrote.
+        data: images on which the models are compared.
 
     Raises:
-        RuntimeError: the logits or the classes differ, or the adapter changes nothing.
+        RuntimeError: the logits or the classes differ, or the adapter has no effect.
     """
     count = min(_IMAGES, len(data))  # type: ignore[arg-type]
     images = torch.stack([data[i][0] for i in range(count)])
@@ -93,7 +95,8 @@ def _logits(model: nn.Module, images: Tensor) -> Tensor:  # [n, 3, size, size] -
 
 
 def _answer(run_folder: Path, given: Path, answer: Path) -> None:
-    """In the new process: the reloaded model, the same merged, and the plain timm model with the merged weights."""
+    """Runs in the new process: logits of the reloaded model, of the merged one, and of the plain timm model with the
+    merged weights."""
     images = load_file(given)["images"]
     model, config = load_trained(run_folder / "adapter")
     logits = {"reloaded": _logits(model, images)}

@@ -14,7 +14,8 @@ from torch import nn
 
 from efft_lab.baselines import peft_lora
 from efft_lab.record import append, machine_facts
-from efft_lab.train import TrainConfig, methods, run
+from efft_lab.train import TrainConfig, run
+from efft_lab.train.methods import METHODS, Changed, Method
 from efft_lab.train.probe import WithoutTest, linear_probe
 
 RECIPE: dict[str, Any] = {"epochs": 3, "batch_size": 16, "schedule_per": "update", "protocol": "final"}
@@ -53,7 +54,7 @@ def rows(
         for title, recipe in recipes.items():
             config = {**RECIPE, "seed": seed, **recipe}
             rates = config.pop("rates", RATES)
-            with method(LORA, lambda model, config: lora(model, layers)):
+            with method(LORA, Changed(lambda model: lora(model, layers))):
                 if title not in chosen and config["method"] != "linear":
                     trials = [TrainConfig(**{**config, "lr": lr, "protocol": "select"}) for lr in rates]
                     best = max(trials, key=lambda trial: _train(trial, WithoutTest(task), create)["val_accuracy"])
@@ -72,15 +73,15 @@ def rows(
 
 
 @contextmanager
-def method(name: str, adapt: Callable[[nn.Module, TrainConfig], None]) -> Iterator[None]:
-    """While it lasts, training adapts models by ``adapt`` where the method is ``name``."""
-    before = dict(methods.METHODS)
-    methods.METHODS[name] = adapt
+def method(name: str, temporary: Method) -> Iterator[None]:
+    """Puts a method into the registry, or replaces the one of that name, for the duration of the context."""
+    before = dict(METHODS)
+    METHODS[name] = temporary
     try:
         yield
     finally:
-        methods.METHODS.clear()
-        methods.METHODS.update(before)
+        METHODS.clear()
+        METHODS.update(before)
 
 
 def _train(config: TrainConfig, task: Any, create: Callable[[int], nn.Module]) -> dict[str, Any]:

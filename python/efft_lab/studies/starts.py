@@ -26,12 +26,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from efft.config import AdapterConfig
 from efft_kernels import TTFactors
 from efft_kernels.nn.initialization import MOVEMENT
 from efft_lab.record import append, machine_facts
 from efft_lab.studies.side_by_side import method
 from efft_lab.studies.subspaces import SETS, matrices, mean_gradient, recipe, shared_bases
-from efft_lab.train import TrainConfig, build, methods, run
+from efft_lab.train import TrainConfig, build, run
+from efft_lab.train.methods import Efft
 
 KINDS = ("side", "cores")
 SOURCES = ("random", "gradient", "weights")
@@ -66,15 +68,15 @@ def study(task: str, seed: int, kind: str, bases: Bases | None) -> dict[str, obj
     fields = recipe(task, seed)
     efft = {**fields["efft"], "rank": RANK, "scale": "auto"}
     config = TrainConfig.from_dict({**fields, "method": "efft", "efft": efft})
-    adapt = methods.METHODS["efft"]
 
-    def adapt_and_start(model: nn.Module, config: TrainConfig) -> None:
-        adapt(model, config)
-        groups: Any = model.efft
-        for name, factors in groups.items():
-            start(factors, kind, None if bases is None else bases[name])
+    class Started(Efft):
+        def apply(self, model: nn.Module, settings: AdapterConfig) -> None:
+            super().apply(model, settings)
+            groups: Any = model.efft
+            for name, factors in groups.items():
+                start(factors, kind, None if bases is None else bases[name])
 
-    with tempfile.TemporaryDirectory() as folder, method("efft", adapt_and_start):
+    with tempfile.TemporaryDirectory() as folder, method("efft", Started()):
         summary = run(config, folder, progress=False).summary
     return {"test_accuracy": summary["test_accuracy"], "seconds": summary["seconds"]}
 

@@ -5,13 +5,14 @@
     result = run(TrainConfig(data="mnist5k", epochs=10, schedule_per="update"), out="runs/mnist")
     print(result.summary["test_accuracy"])
 
-Importing this package loads neither timm nor accelerate; `run` does.
+Importing this package loads neither timm nor accelerate; :func:`run` does.
 """
 
-from efft_lab.train.checkpoint import CheckpointError
+from __future__ import annotations
+
 from efft_lab.train.config import TrainConfig
-from efft_lab.train.metrics import read_metrics
-from efft_lab.train.runner import RunResult, run
+from efft_lab.train.folder import CheckpointError, read_metrics
 from efft_lab.train.segmentation import Segmenter
+from efft_lab.train.trainer import RunResult, run
 
 __all__ = ["CheckpointError", "RunResult", "Segmenter", "TrainConfig", "read_metrics", "run"]

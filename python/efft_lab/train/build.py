@@ -1,58 +1,31 @@
-"""The parts of a run that a configuration names: data, model, optimizer, schedule, device."""
+"""The parts of a run: data, model, batches, device and schedule of a configuration, and a model read back from disk."""
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import Sampler
 
-import efft
+from efft.config import is_size, quote
+from efft.saving.files import CONFIG
+from efft.saving.io import read_description
 from efft_lab import backbones
+from efft_lab.train import folder as run_folder
 from efft_lab.train.config import TrainConfig
-from efft_lab.train.methods import METHODS
+from efft_lab.train.methods import METHODS, saved_names
 from efft_lab.train.segmentation import Segmenter
-from efft_lab.train.trackers import check_trackers
 
 if TYPE_CHECKING:
     from efft_lab.data import TaskData
 
 
-def make_accelerator(config: TrainConfig, trackers: Sequence[Any] = (), folder: Path | None = None) -> Any:
-    """Accelerate's view of device, precision and processes; batch sizes are totals over the processes.
-
-    Args:
-        config: the run.
-        trackers: names or objects of experiment trackers, see `efft_lab.train.run`.
-        folder: where trackers put files.
-
-    Raises:
-        ImportError: accelerate is not installed, or what a tracker needs.
-        ValueError: the precision needs another device, or there is no such tracker.
-    """
-    try:
-        from accelerate import Accelerator
-        from accelerate.state import AcceleratorState
-        from accelerate.utils import DataLoaderConfiguration
-    except ImportError as error:
-        raise ImportError("training needs accelerate: pip install 'efft-kernels[train]'") from error
-
-    check_trackers(trackers)
-    # The precision is process-wide state in Accelerate, which refuses to change it for a second run.
-    AcceleratorState._reset_state()
-    accelerator = Accelerator(
-        mixed_precision=config.amp,
-        log_with=list(trackers) or None,
-        project_dir=folder,
-        dataloader_config=DataLoaderConfiguration(split_batches=True),
-        step_scheduler_with_optimizer=False,
-    )
-    if config.amp == "fp16" and accelerator.device.type == "cpu":
-        raise ValueError("amp='fp16' needs a GPU, and this run is on the CPU; use amp='bf16' or 'no'")
-    return accelerator
-
-
-def load_task(config: TrainConfig) -> "TaskData":
+def load_task(config: TrainConfig) -> TaskData:
     """The data set of the configuration, at the input size of its model."""
     import efft_lab.data
 
@@ -69,14 +42,14 @@ def load_task(config: TrainConfig) -> "TaskData":
 
 
 def create_model(config: TrainConfig, classes: int, weights: bool = True) -> nn.Module:
-    """The backbone of the configuration with a fresh head for its kind of task, nothing frozen yet.
+    """The backbone of the configuration with a fresh head for its kind of task; nothing is frozen yet.
 
-    What is random in it depends on the seed of the configuration alone, so a random backbone can be made again.
+    Everything random in it depends on the seed of the configuration alone, so a random backbone can be made again.
 
     Args:
         config: names the model.
-        classes: outputs of the head.
-        weights: load the configuration's weights; False where they are about to be replaced.
+        classes: number of outputs of the head.
+        weights: load the configuration's weights; False if they are about to be replaced.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -92,25 +65,84 @@ def create_model(config: TrainConfig, classes: int, weights: bool = True) -> nn.
         return Segmenter(model, classes) if dense else model
 
 
-def choose_trainable(model: nn.Module, config: TrainConfig) -> nn.Module:
-    """Adapts or freezes the model, in place, as the method of the configuration says."""
-    METHODS[config.method](model, config)
-    return model
+class EpochBatches(Sampler[list[int]]):
+    """Shuffled batches of indices; an incomplete last batch is dropped.
+
+    The order is a pure function of seed and epoch, so a resumed run sees the same batches.
+
+    Args:
+        size: number of images.
+        batch_size: number of images per batch, over all processes.
+        seed: determines the order, together with the epoch.
+
+    Raises:
+        ValueError: there are fewer images than one batch needs.
+    """
+
+    drop_last = True
+
+    def __init__(self, size: int, batch_size: int, seed: int) -> None:
+        if size < batch_size:
+            raise ValueError(
+                f"the training split has {size} images, fewer than one batch of {batch_size}; lower batch_size"
+            )
+        self.size, self.batch_size, self.seed = size, batch_size, seed
+        self._epoch, self._skip = 0, 0
+
+    def start(self, epoch: int, skip: int = 0) -> None:
+        """Makes the next iteration that of the given epoch, without its first ``skip`` batches (they are not read)."""
+        self._epoch, self._skip = epoch, skip
+
+    def __len__(self) -> int:
+        return self.size // self.batch_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = np.random.default_rng((self.seed, self._epoch)).permutation(self.size).tolist()
+        for batch in range(self._skip, len(self)):
+            yield order[batch * self.batch_size : (batch + 1) * self.batch_size]
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW on everything trainable."""
-    full = config.method == "full"
-    groups = model.parameters() if full else efft.parameter_groups(model, config.lr, config.weight_decay)
-    return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
+def make_accelerator(config: TrainConfig, trackers: Sequence[Any] = (), folder: Path | None = None) -> Any:
+    """Accelerate's view of device, precision and processes; batch sizes are totals over the processes.
+
+    Args:
+        config: the run.
+        trackers: names or objects of experiment trackers, see :func:`efft_lab.train.run`.
+        folder: where trackers put files.
+
+    Raises:
+        ImportError: accelerate, or a package that a tracker needs, is not installed.
+        ValueError: the precision needs another device, or a tracker does not exist.
+    """
+    try:
+        from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
+        from accelerate.utils import DataLoaderConfiguration
+    except ImportError as error:
+        raise ImportError("training needs accelerate: pip install 'efft-kernels[train]'") from error
+
+    run_folder.check_trackers(trackers)
+    # Accelerate keeps the precision as process-wide state and refuses to change it for a second run.
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(
+        mixed_precision=config.amp,
+        log_with=list(trackers) or None,
+        project_dir=folder,
+        dataloader_config=DataLoaderConfiguration(split_batches=True),
+        step_scheduler_with_optimizer=False,
+    )
+    if config.amp == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("amp='fp16' needs a GPU, and this run is on the CPU; use amp='bf16' or 'no'")
+    return accelerator
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, updates_per_epoch: int) -> Any:
     """timm's cosine schedule with linear warm-up, counted in epochs or updates.
 
     The trainer calls ``step_update(updates done)`` after every update and ``step(index of the epoch)`` after every
-    epoch; timm ignores the one that does not apply. Passing the finished epoch's index is what the paper's code
-    does, so with ``schedule_per="epoch"`` the first two epochs both run at `warmup_lr` and the peak is never reached.
+    epoch; timm ignores the one that does not apply. Passing the index of the finished epoch is what the paper's code
+    does, so with ``schedule_per="epoch"`` the first two epochs both run at ``warmup_lr`` and the peak is never
+    reached.
     """
     from timm.scheduler import CosineLRScheduler
 
@@ -124,3 +156,66 @@ def make_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, update
         warmup_lr_init=config.warmup_lr,
         t_in_epochs=in_epochs,
     )
+
+
+def load_trained(path: str | Path, checkpoint: str | Path | None = None) -> tuple[nn.Module, TrainConfig]:
+    """Rebuilds a trained model, in evaluation mode, and the configuration it was trained with.
+
+    Args:
+        path: folder of a finished run, or the adapter folder in it (which may have been moved elsewhere).
+        checkpoint: file with the base's weights, if it has moved since training.
+
+    Raises:
+        FileNotFoundError: the folder holds neither a finished run nor an adapter.
+        ValueError: the base cannot be rebuilt, or the adapter does not fit it.
+    """
+    path = Path(path)
+    if (path / CONFIG).is_file():
+        info = read_description(path)["info"]
+        # Adapters written before these fields existed used their defaults.
+        info = {"data_seed": 0, "task": "classification", **info}
+        missing = [name for name in ("classes", *run_folder.BASE_FIELDS) if name not in info]
+        if missing:
+            raise ValueError(
+                f"the adapter in {path} does not name its base (its info lacks {', '.join(missing)}); build the base "
+                "model and call efft.load_adapter(model, path)"
+            )
+        config, saved = TrainConfig(**{name: info[name] for name in run_folder.BASE_FIELDS}), path
+        classes = info["classes"]
+    elif (path / run_folder.RESULT).is_file():
+        result = run_folder.read_result(path)
+        lacking = [name for name in ("own_model", "saved", "classes") if name not in result]
+        if lacking or result["saved"] not in saved_names():
+            what = f"lacks {', '.join(lacking)}" if lacking else f"names {quote(result['saved'])} as what was saved"
+            raise ValueError(f"{path / run_folder.RESULT} is damaged: it {what}")
+        if result["own_model"]:
+            raise ValueError(
+                f"the run in {path} was given its model in Python, so it cannot be rebuilt from the configuration; "
+                f"build it and load {path / result['saved']} into it"
+            )
+        config, saved = TrainConfig.from_dict(result["config"]), path / result["saved"]
+        classes = result["classes"]
+    else:
+        hint = "; it is unfinished: go on with --resume" if (path / run_folder.CHECKPOINT).exists() else ""
+        raise FileNotFoundError(f"{path} holds no {run_folder.RESULT} of a run and no {CONFIG} of an adapter{hint}")
+    if not is_size(classes):
+        raise ValueError(f"{path} is damaged: expected a number of classes, got {quote(classes)}")
+    if checkpoint is not None:
+        config = replace(config, checkpoint=str(checkpoint))
+    method = METHODS[config.method]
+    model = create_model(config, classes, weights=not method.whole)
+    method.load(model, config.settings(), saved)
+    return model.eval(), config
+
+
+def load_task_for(config: TrainConfig, data: str | None = None, data_root: str | None = None) -> TaskData:
+    """The data set on which a model was trained, or another one that is prepared in the same way.
+
+    Args:
+        config: of the model, from :func:`load_trained`.
+        data: another data set; None for the configuration's own.
+        data_root: folder with that data set's files.
+    """
+    if data is not None:
+        config = replace(config, data=data, data_root=data_root)
+    return load_task(config)

@@ -1,107 +1,107 @@
-"""``TrainConfig``: everything that decides the outcome of a training run; it goes through JSON unchanged."""
+"""``TrainConfig``: everything that determines the outcome of a training run; a JSON file holds all of it."""
+
+from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-from efft.config import AdapterConfig, EfftConfig
-from efft.methods import METHODS
+from efft.config import AdapterConfig
+from efft.methods import EfftConfig
 from efft.saving.files import read_json, replace_file
 from efft_lab import typed
 from efft_lab.backbones import DEFAULT
-from efft_lab.train import methods
-
-_ADAPTER_MARKS = ("format_version", "method")  # what EfftConfig.to_dict adds to its fields
+from efft_lab.train.methods import ADAPTER_MARKS, METHODS
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """A training run. The defaults are the recipe of the EFFT paper's public code (VTAB-1k: 1000 images, 100 epochs).
 
-    What cannot change a result (where to write, whether to resume) is an argument of `efft_lab.train.run` instead.
+    What cannot change a result (where to write, whether to resume) is an option of the command instead.
     """
 
     data: str = "mnist5k"
     """Data set: a known name or a folder; see `efft data list`."""
 
     task: Literal["classification", "segmentation", "regression"] = "classification"
-    """A class for each image, a class for each pixel (a folder of images and masks), or values for each image (a CSV
-    file of images and values)."""
+    """What to predict: one class per image, one class per pixel (a folder of images and masks), or values per image (a
+    CSV file of images and values)."""
 
     regression_loss: Literal["mse", "l1"] = "mse"
-    """What regression lowers: the squared error or its size, of values divided by their standard deviation."""
+    """The loss of regression: the squared or the absolute error, of values divided by their standard deviation."""
 
     data_root: str | None = None
-    """Folder with the data set's files, where it is not one that can be fetched."""
+    """Folder with the files of a data set that cannot be fetched."""
 
     data_seed: int = 0
-    """Which images of a packaged, generated or torchvision set train and which validate; VTAB-1K's are fixed."""
+    """Seed of the split of a packaged, generated or torchvision set into training and validation images; VTAB-1K's
+    splits are fixed."""
 
     max_test: int | None = None
-    """Use at most so many test images, always the same ones; by default all."""
+    """Largest number of test images to use, always the same ones; by default all."""
 
     allow_non_commercial: bool = False
-    """Accept data sets whose licence forbids commercial use."""
+    """Accept data sets whose license forbids commercial use."""
 
     model: str = DEFAULT
-    """The embedded backbone or any timm model name."""
+    """The embedded backbone or the name of any timm model."""
 
     checkpoint: str | None = None
     """File with backbone weights: .npz, .pth, .pt or .safetensors."""
 
     pretrained: bool = True
-    """Load published weights if no checkpoint is given; otherwise start at random."""
+    """Load published weights if no checkpoint is given; if False, start from random weights."""
 
     image_size: int | None = None
     """Input height and width in pixels; by default the model's own."""
 
     normalization: Literal["imagenet", "half", "none"] = "imagenet"
-    """Of pixels: ImageNet mean and std; mean and std 0.5; or plain 0..1."""
+    """How pixels are normalized: by ImageNet's mean and standard deviation, by 0.5 and 0.5, or not at all (0 to 1)."""
 
     method: str = "efft"
-    """What to train: efft or another method of `efft.methods` (its factors and the head), linear (the head alone), full
-    (every weight), or a method to compare with: adapter, adaptformer, bitfit, peft_lora, ssf, vpt_deep."""
+    """What to train: efft or another method of efft.methods (its factors and the head), linear (the head alone), full
+    (every weight), or a baseline: adapter, adaptformer, bitfit, peft_lora, ssf, vpt_deep."""
 
     efft: EfftConfig = field(default_factory=EfftConfig)
-    """The adapter (method efft only)."""
+    """Settings of method efft."""
 
     adapter: dict[str, int | float | str | list[int] | list[str] | None] | None = None
-    """Settings of another method than efft, for configuration files; those left out keep the method's defaults."""
+    """Settings of a method other than efft, for configuration files; omitted ones keep the method's defaults."""
 
     protocol: Literal["select", "final"] = "select"
-    """select: train on the train split (VTAB-1K: 800 images), keep the epoch that is best on the val split (200).
-    final: train on both, keep the last epoch. The test split is read once, at the very end."""
+    """select: train on the train split (VTAB-1K: 800 images) and keep the epoch that is best on the val split (200).
+    final: train on both and keep the last epoch. The test split is read once, at the very end."""
 
     seed: int = 42
-    """Of initialisation, data order, dropout and stochastic depth."""
+    """Seed of initialization, data order, dropout and stochastic depth."""
 
     epochs: int = 100
     """Passes over the training images."""
 
     batch_size: int = 64
-    """Images per update, over all processes; an incomplete last batch is dropped."""
+    """Number of images per update, over all processes; an incomplete last batch is dropped."""
 
     lr: float = 1e-3
     """Peak learning rate of AdamW."""
 
     weight_decay: float = 1e-4
-    """Of AdamW, on factors and head."""
+    """Weight decay of AdamW, on factors and head."""
 
     drop_path: float = 0.1
     """Rate of stochastic depth."""
 
     prune_at: int | None = None
-    """Epochs after which the ranks are cut to what the update then needs (method efft, one process only): the
-    optimizer's moments start anew, and only later epochs can be selected."""
+    """Number of epochs after which the ranks are cut to what the update then needs (method efft, in a single process):
+    the optimizer's moments start at zero again, and only later epochs can be selected."""
 
     prune_keep: float = 0.99
-    """Share of each group's squared update that the cut keeps; see `efft.prune`."""
+    """Share of each group's squared update that the cut keeps; see efft.prune."""
 
     warmup: float = 0.1
-    """Share of the schedule that is linear warm-up. By epoch, the first two epochs run at warmup_lr."""
+    """Share of the schedule that is linear warm-up. With schedule_per epoch, the first two epochs run at warmup_lr."""
 
     warmup_lr: float = 1e-6
     """Learning rate at the start of the warm-up."""
@@ -116,21 +116,21 @@ class TrainConfig:
     """Autocast type, in training and evaluation; fp16 (with loss scaling) needs a GPU."""
 
     eval_batch_size: int = 256
-    """Images per evaluation step, over all processes."""
+    """Number of images per evaluation step, over all processes."""
 
     workers: int = 0
-    """Data loading processes."""
+    """Number of processes that load data."""
 
     log_every: int = 10
-    """Updates between step records in metrics.jsonl, starting with the first."""
+    """Number of updates between step records in metrics.jsonl; the first update is recorded."""
 
     checkpoint_every: int | None = None
-    """Updates between checkpoints; by default, and in any case, one is written after each epoch."""
+    """Number of updates between checkpoints within an epoch; one is always written after each epoch."""
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
             typed.check(name, getattr(self, name), hint)
-        methods.check(self)
+        self._check_method()
         at_least = {
             "epochs": 1,
             "batch_size": 1,
@@ -147,9 +147,10 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
-        if self.prune_at is not None and not (self.method == "efft" and 1 <= self.prune_at < self.epochs):
+        if self.prune_at is not None and not (METHODS[self.method].prunable and 1 <= self.prune_at < self.epochs):
+            known = " or ".join(name for name, method in METHODS.items() if method.prunable)
             raise ValueError(
-                f"prune_at must be an epoch of method efft before the last, 1 to {self.epochs - 1}, got "
+                f"prune_at must be an epoch of method {known} before the last, 1 to {self.epochs - 1}, got "
                 f"{self.prune_at} with method {self.method!r}"
             )
         if not 0 < self.prune_keep <= 1:
@@ -158,19 +159,31 @@ class TrainConfig:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
 
-    def adapter_config(self) -> AdapterConfig | None:
-        """What `efft.apply` puts into the model; None for the methods without factors.
+    def _check_method(self) -> None:
+        """Refuses a method that does not exist, and settings that the method does not read."""
+        if self.method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        method = METHODS[self.method]
+        if self.adapter and method.group != "adapter":
+            where = f"its settings are those of {method.group}" if method.group else "it has no settings"
+            raise ValueError(f"adapter is not read by method {self.method!r} ({where}), got {self.adapter!r}")
+        if self.task == "segmentation" and not method.any_model:
+            raise ValueError(f"method {self.method!r} changes whole timm models and cannot train one for segmentation")
+        self.settings()
+
+    def settings(self) -> Any:
+        """The settings of the method, in the form that its ``apply`` takes; None if it has none.
 
         Raises:
-            ValueError: `adapter` has an unknown field (with the nearest known one) or an unusable value.
+            ValueError: an unknown setting (the text names the nearest known one) or a value that cannot be used.
         """
-        if self.method not in METHODS:
-            return None
-        if self.method == EfftConfig.method:
-            return self.efft
-        adapter = self.adapter or {}
-        _check_names(adapter, METHODS[self.method])
-        return METHODS[self.method].from_dict(adapter)
+        method = METHODS[self.method]
+        return method.read(getattr(self, method.group)) if method.group else None
+
+    def adapter_config(self) -> AdapterConfig | None:
+        """The adapter that ``efft.apply`` puts into the model; None for a method without factors."""
+        settings = self.settings()
+        return settings if isinstance(settings, AdapterConfig) else None
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values."""
@@ -178,16 +191,17 @@ class TrainConfig:
         return values | {"efft": self.efft.to_dict()}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "TrainConfig":
-        """The inverse of `to_dict`; fields left out keep their defaults.
+    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
+        """The inverse of :meth:`to_dict`; omitted fields keep their defaults.
 
         Raises:
-            ValueError: unknown field (with the nearest known one) or unusable value.
+            ValueError: an unknown field (the text names the nearest known one) or a value that cannot be used.
         """
         adapter = values.get("efft", {})
         typed.check("efft", adapter, dict)
         for given, known in ((values, cls), (adapter, EfftConfig)):
-            _check_names(given, known)
+            names = [name for name in given if name not in ADAPTER_MARKS]
+            typed.check_names("the training configuration", names, [item.name for item in dataclasses.fields(known)])
         return cls(**values | {"efft": EfftConfig.from_dict(adapter)})
 
     def save(self, path: str | Path) -> None:
@@ -195,12 +209,12 @@ class TrainConfig:
         replace_file(Path(path), (json.dumps(self.to_dict(), indent=2) + "\n").encode())
 
     @classmethod
-    def load(cls, path: str | Path) -> "TrainConfig":
-        """Reads a JSON file written by `save` (or by hand: fields left out keep their defaults).
+    def load(cls, path: str | Path) -> TrainConfig:
+        """Reads a JSON file written by :meth:`save`, or by hand: omitted fields keep their defaults.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: not a JSON object, unknown field or unusable value.
+            FileNotFoundError: the file does not exist.
+            ValueError: the file does not hold a JSON object, or has an unknown field or a value that cannot be used.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"there is no configuration file {path}")
@@ -208,8 +222,3 @@ class TrainConfig:
         if not isinstance(values, dict):
             raise ValueError(f"{path} must hold a JSON object, got {type(values).__name__}")
         return cls.from_dict(values)
-
-
-def _check_names(given: Mapping[str, Any], known: Any) -> None:
-    names = [item.name for item in dataclasses.fields(known)]
-    typed.check_names("the training configuration", [n for n in given if n not in _ADAPTER_MARKS], names)

@@ -1,7 +1,9 @@
 """What a run learns, by kind of task: the loss, the prediction, and the scores by which it is judged.
 
-Scores come from statistics that add up over batches and processes.
+Scores are computed from statistics that add up over batches and processes.
 """
+
+from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
@@ -11,40 +13,40 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from efft.planning.targets import find_head
+from efft.adapting.heads import find_head
 
 if TYPE_CHECKING:
     from efft_lab.train.config import TrainConfig
 
-IGNORED = 255  # in a mask: a pixel that counts for nothing
+IGNORED = 255  # label of pixels in a mask that do not count
 
 
 class Goal(Protocol):
-    """One kind of task. `score` is the name of the score that chooses the epoch: the greater, the better."""
+    """One kind of task. ``score`` is the name of the score that selects the best epoch; greater is better."""
 
     score: str
 
     def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """What an update lowers, from the outputs of the model for a batch; a scalar."""
+        """The loss of a batch, from the outputs of the model; a scalar."""
 
     def predict(self, outputs: Tensor) -> Tensor:
-        """Outputs of the model to what is compared with labels, [batch, ...]."""
+        """Turns outputs of the model into predictions that are compared with labels, [batch, ...]."""
 
     def statistics(self, predictions: Tensor, labels: Tensor) -> Tensor:
-        """Sums over a batch, [n]."""
+        """Sums over a batch from which :meth:`scores` are computed, [n]."""
 
     def scores(self, statistics: Tensor) -> dict[str, float]:
-        """Scores by name, from the sum of statistics of all batches."""
+        """Scores by name, from the sum of the statistics of all batches."""
 
     def details(self, statistics: Tensor) -> list[float]:
         """One score for each class or value."""
 
-    def settle(self, model: nn.Module) -> None:
-        """After training: make the model's outputs what they are about, in place."""
+    def finish(self, model: nn.Module) -> None:
+        """Changes a trained model, in place, so that its outputs are the predicted quantities themselves."""
 
 
 class Classification:
-    """One class for each image: outputs [batch, classes], labels [batch]."""
+    """One class per image: outputs [batch, classes], labels [batch]."""
 
     score = "accuracy"
 
@@ -65,13 +67,13 @@ class Classification:
     def details(self, statistics: Tensor) -> list[float]:
         return []
 
-    def settle(self, model: nn.Module) -> None:
+    def finish(self, model: nn.Module) -> None:
         pass
 
 
 class Segmentation:
-    """One class for each pixel: outputs [batch, classes, height, width], labels [batch, height, width]. Pixels with the
-    label 255 do not count."""
+    """One class per pixel: outputs [batch, classes, height, width], labels [batch, height, width]. Pixels with label
+    255 do not count."""
 
     score = "miou"
 
@@ -86,13 +88,13 @@ class Segmentation:
         return outputs.argmax(1)
 
     def statistics(self, predictions: Tensor, labels: Tensor) -> Tensor:
-        """How often each class (row) was taken for which (column), flat."""
+        """The confusion matrix, flattened: how often each true class (row) was predicted as which class (column)."""
         cells = self.classes**2
         pairs = torch.where(labels == IGNORED, cells, labels * self.classes + predictions)
         return torch.bincount(pairs.flatten(), minlength=cells + 1)[:cells]
 
     def scores(self, statistics: Tensor) -> dict[str, float]:
-        """Mean intersection over union, of the classes that occur or were predicted; share of pixels that are right."""
+        """Mean intersection over union of the classes that occur or were predicted, and the share of correct pixels."""
         table = statistics.view(self.classes, self.classes).double()
         shares = self._shares(table)
         accuracy = (table.trace() / table.sum()).item() if table.sum() else 0.0
@@ -107,19 +109,19 @@ class Segmentation:
         right = table.diagonal()
         return right / (table.sum(0) + table.sum(1) - right)
 
-    def settle(self, model: nn.Module) -> None:
+    def finish(self, model: nn.Module) -> None:
         pass
 
 
 class Regression:
-    """Numbers for each image: outputs [batch, values], labels [batch, values].
+    """Numbers per image: outputs [batch, values], labels [batch, values].
 
-    The model learns values less `mean`, divided by `std`, so that learning rates suit values of any size; `settle` puts
-    the two into its last layer.
+    The model learns values minus ``mean``, divided by ``std``, so that the same learning rates suit values of any size;
+    :meth:`finish` folds both into the last layer.
 
     Args:
         mean, std: of each value over the training images, [values].
-        norm: of the error that training lowers, "mse" or "l1".
+        norm: the loss, "mse" or "l1".
     """
 
     score = "r2"
@@ -135,14 +137,14 @@ class Regression:
         return outputs.float() * self.std.to(outputs.device) + self.mean.to(outputs.device)
 
     def statistics(self, predictions: Tensor, labels: Tensor) -> Tensor:
-        """Of each value: images, sums of the error's size and square, of the value less its mean and of the square of
-        that; flat."""
+        """For each value: the number of images, and sums of the absolute and the squared error, of the value minus its
+        mean, and of the square of that difference; flattened."""
         error = predictions.double() - labels.double()
         value = labels.double() - self.mean.to(labels.device)
         return torch.stack([torch.ones_like(value), error.abs(), error**2, value, value**2]).sum(1).flatten()
 
     def scores(self, statistics: Tensor) -> dict[str, float]:
-        """R2 (0 where the values are all the same), mean absolute error, root of the mean squared error; means over the
+        """R2 (0 if all values are equal), mean absolute error and root mean squared error, each a mean over the
         values."""
         count, size, square, value, value_square = statistics.view(5, -1).double()
         spread = value_square - value**2 / count
@@ -159,24 +161,24 @@ class Regression:
         return [float(mean) for mean in size / count]
 
     @torch.no_grad()
-    def settle(self, model: nn.Module) -> None:
+    def finish(self, model: nn.Module) -> None:
         layer = last_layer(model, len(self.mean))
         layer.weight.mul_(self.std.to(layer.weight.device)[:, None])
         layer.bias.mul_(self.std.to(layer.bias.device)).add_(self.mean.to(layer.bias.device))
         self.mean, self.std = torch.zeros_like(self.mean), torch.ones_like(self.std)
 
 
-def make_goal(config: "TrainConfig", task: Any, model: nn.Module | None = None) -> Goal:
+def make_goal(config: TrainConfig, task: Any, model: nn.Module | None = None) -> Goal:
     """The goal of a configuration.
 
     Args:
         config: names the kind of task.
         task: the data.
-        model: the model to train, if it is going to be trained: its head is checked, and values are standardized by the
-            training images where these have an array of `values` (another data set's are taken as they are).
+        model: the model to train; None to evaluate only. If it is given, its head is checked, and the values of a
+            regression are standardized by the training images, provided that these have an array ``values``.
 
     Raises:
-        ValueError: the model's head does not suit the goal, or a value is the same in all training images.
+        ValueError: the model's head does not suit the goal, or a value is equal in all training images.
     """
     if config.task == "classification":
         return Classification()
@@ -197,10 +199,10 @@ def make_goal(config: "TrainConfig", task: Any, model: nn.Module | None = None) 
 
 
 def last_layer(model: nn.Module, values: int) -> nn.Linear:
-    """The linear layer that makes a model's outputs.
+    """The linear layer that computes a model's outputs.
 
     Raises:
-        ValueError: its head has none with a bias and as many outputs.
+        ValueError: the model's head has no linear layer with a bias and that number of outputs.
     """
     heads = [model.get_submodule(name) for name in find_head(model, None)]
     linear = [m for head in heads for m in head.modules() if isinstance(m, nn.Linear) and m.bias is not None]
@@ -212,7 +214,7 @@ def last_layer(model: nn.Module, values: int) -> nn.Linear:
     return linear[-1]
 
 
-def shown(scores: Mapping[str, float]) -> str:
-    """Scores in a line: shares in percent, others as they are."""
+def score_text(scores: Mapping[str, float]) -> str:
+    """Formats scores in one line: shares in percent, others as numbers."""
     shares = ("accuracy", "pixel_accuracy", "miou")
     return ", ".join(f"{k} {f'{v:.2%}' if k in shares else f'{v:.4g}'}" for k, v in scores.items())

@@ -1,4 +1,6 @@
-"""A model over a whole data set, without gradients."""
+"""A model's outputs over a whole data set, computed without gradients."""
+
+from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,7 +13,7 @@ from efft_lab.train.goals import Goal
 
 
 def device() -> torch.device:
-    """A GPU if there is one."""
+    """The first GPU if there is one, otherwise the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -32,10 +34,10 @@ def collect(function: Callable[[Tensor], Tensor], data: Dataset[Any], **options:
     """Outputs of a function for every image.
 
     Args:
-        function: of images [batch, 3, size, size] on `device()`.
+        function: of images [batch, 3, size, size] on :func:`device`.
         data: map-style, of (image [3, size, size], label).
-        options: `batch_size` (images per step), `amp` (autocast type: "no", "bf16" or "fp16"), `title` (of the progress
-            bar).
+        options: ``batch_size`` (images per step), ``amp`` (autocast type: "no", "bf16" or "fp16"), ``title`` (of the
+            progress bar).
 
     Returns:
         Outputs [n, ...] and labels [n], on the CPU.
@@ -49,10 +51,10 @@ def measure(model: nn.Module, data: Dataset[Any], goal: Goal, **options: Any) ->
     """The statistics of a goal, summed over a data set.
 
     Args:
-        model: in evaluation mode; it is moved to `device()`.
+        model: in evaluation mode; it is moved to :func:`device`.
         data: map-style, of (image [3, size, size], target).
         goal: what the model was trained for.
-        options: as for `collect`.
+        options: as for :func:`collect`.
     """
     batches = _batches(model.to(device()), data, **options)
     sums = [goal.statistics(goal.predict(outputs), targets.to(device())) for outputs, targets in batches]
@@ -60,12 +62,12 @@ def measure(model: nn.Module, data: Dataset[Any], goal: Goal, **options: Any) ->
 
 
 def predict(model: nn.Module, data: Dataset[Any], **options: Any) -> tuple[Tensor, Tensor]:
-    """Predicted classes [n] and labels [n]; `options` as for `collect`.
+    """Predicted classes [n] and labels [n].
 
     Args:
-        model: in evaluation mode; it is moved to `device()`.
+        model: in evaluation mode; it is moved to :func:`device`.
         data: map-style, of (image [3, size, size], label).
-        options: batch_size, amp, title.
+        options: as for :func:`collect`.
     """
     logits, labels = collect(model.to(device()), data, **options)
     return logits.argmax(-1), labels

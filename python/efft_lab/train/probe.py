@@ -1,4 +1,6 @@
-"""The linear probe, done fairly and fast: features computed once, the learning rate chosen on the validation split."""
+"""The linear probe, fair and fast: features are computed once, and the validation split chooses the learning rate."""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,22 +13,22 @@ from torch.utils.data import Dataset, TensorDataset
 
 from efft_lab.train.config import TrainConfig
 from efft_lab.train.inference import collect, device
-from efft_lab.train.runner import RunResult, run
+from efft_lab.train.trainer import RunResult, run
 
 if TYPE_CHECKING:
     from efft_lab.data import TaskData
 
 
 class FeatureTask:
-    """A task whose images are replaced by what the classifier of a frozen model sees, computed at the first use.
+    """A task whose images are replaced by the inputs of a frozen model's classifier, computed at the first use.
 
     Args:
         model: a timm model.
         task: the task.
-        amp: autocast type of the computation.
+        amp: autocast type in which the features are computed.
     """
 
-    def __init__(self, model: nn.Module, task: "TaskData", amp: str) -> None:
+    def __init__(self, model: nn.Module, task: TaskData, amp: str) -> None:
         self._model, self._task, self._amp = model.eval().to(device()), task, amp
         self.classes = task.classes
 
@@ -59,7 +61,7 @@ class WithoutTest:
     """A task for choosing hyperparameters: its test split is the validation split.
 
     Args:
-        task: a `TaskData`, or what stands for one.
+        task: a ``TaskData``, or an object with the same splits and number of classes.
     """
 
     def __init__(self, task: Any) -> None:
@@ -79,7 +81,7 @@ class Head(nn.Module):
         return self.head(features)
 
     def get_classifier(self) -> nn.Linear:
-        """Where timm models tell the trainer what to train."""
+        """The classifier, by the name that timm's models give it."""
         return self.head
 
 
@@ -87,20 +89,21 @@ def linear_probe(
     config: TrainConfig,
     out: str | Path,
     model: nn.Module,
-    task: "TaskData",
+    task: TaskData,
     learning_rates: Sequence[float] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
 ) -> RunResult:
-    """Trains a classifier on frozen features with the trainer of every other method.
+    """Trains a classifier on frozen features with the same trainer as every other method.
 
-    One run per learning rate on train, judged on val; then the best one again, tested once. Without stochastic depth,
-    as the features are computed once, in evaluation mode.
+    One run per learning rate trains on the train split and is judged on the validation split; then the best one is
+    trained again and tested once. There is no stochastic depth, because the features are computed once, in evaluation
+    mode.
 
     Args:
-        config: the run; its `lr` and `drop_path` do not matter.
-        out: folder of the final run; those that choose the rate go to its subfolder ``search``.
+        config: the run; its ``lr`` and ``drop_path`` are ignored.
+        out: folder of the final run; the runs that choose the rate go to its subfolder ``search``.
         model: the pretrained model, with or without classifier.
         task: the data.
-        learning_rates: what to choose from.
+        learning_rates: the rates to choose from.
     """
     features = FeatureTask(model, task, config.amp)
     width = features.train.tensors[0].shape[1]

@@ -1,4 +1,6 @@
-"""A timm model that gives a class to each pixel."""
+"""A timm model that predicts one class per pixel."""
+
+from __future__ import annotations
 
 import math
 from typing import Any
@@ -8,13 +10,14 @@ from torch.nn import functional
 
 
 class Segmenter(nn.Module):
-    """A backbone of timm and a linear layer on each position of its last feature map, enlarged bilinearly.
+    """A backbone of timm and a linear layer on every position of its last feature map; the result is enlarged
+    bilinearly.
 
     Args:
-        backbone: with `forward_features` and `num_features`. Its features are the tokens of a ViT, [batch, tokens,
-            width] with class and register tokens first, a map [batch, height, width, width] like Swin's, or a map
-            [batch, width, height, width] like that of a convolutional network.
-        classes: outputs for each pixel.
+        backbone: a model with ``forward_features`` and ``num_features``. Its features are the tokens of a ViT, [batch,
+            tokens, channels] with class and register tokens first, a map [batch, height, width, channels] as in Swin,
+            or a map [batch, channels, height, width] as in a convolutional network.
+        classes: number of outputs per pixel.
 
     Raises:
         ValueError: the backbone has no such features.
@@ -32,7 +35,7 @@ class Segmenter(nn.Module):
         self.head = nn.Conv2d(width, classes, 1)
 
     def get_classifier(self) -> nn.Conv2d:
-        """What is trained beside the factors, as timm's models say it."""
+        """The head, by the name that timm's models give it."""
         return self.head
 
     def forward(self, images: Tensor) -> Tensor:
@@ -41,7 +44,7 @@ class Segmenter(nn.Module):
         return functional.interpolate(logits, images.shape[-2:], mode="bilinear")
 
     def _map(self, features: Tensor) -> Tensor:
-        """To [batch, width, rows, columns]."""
+        """Brings features of any layout to [batch, channels, rows, columns]."""
         width = self.head.in_channels
         if features.ndim == 4 and (features.shape[1] != width or getattr(self.backbone, "output_fmt", "") == "NHWC"):
             features = features.permute(0, 3, 1, 2)

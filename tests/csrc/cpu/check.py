@@ -1,8 +1,14 @@
-"""``make check-native``: what reads the sources of the compiled cpu backend, then its tests under the sanitizers.
+"""Checks of the compiled cpu backend that need processes of their own; arguments are passed on to pytest.
 
-GCC's address and undefined-behaviour sanitizers stop a test, with file and line, at any access outside of a buffer. The
-tests run once for every instruction set that this processor has. Arguments are passed on to pytest.
+``python -m tests.csrc.cpu.check sanitizers`` (``make check-native``) reads the sources with static checkers, then runs
+the backend's tests under GCC's address and undefined-behavior sanitizers, once for every instruction set that this
+processor has. The sanitizers stop a test, with file and line, at any access outside of a buffer.
+
+``python -m tests.csrc.cpu.check sets`` (``make check-isa``) runs tests of numbers with every instruction set but the
+best, which is what all other tests use.
 """
+
+from __future__ import annotations
 
 import os
 import shutil
@@ -12,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from efft_kernels import build
+from efft_kernels import build, native
 
 ROOT = Path(__file__).parents[3]
 SANITIZERS = "-fsanitize=address,undefined"
@@ -32,7 +38,7 @@ def instruction_sets() -> list[str]:
 
 
 def build_sanitized(root: Path, cache: Path) -> None:
-    """The cpu library of the checkout ``root`` into ``cache``, as it is written: optimisation hides what it removes."""
+    """The cpu library of the checkout ``root`` into ``cache``, as it is written: optimization hides what it removes."""
     flags = {"CXXFLAGS": f"{SANITIZERS} -fno-sanitize-recover=undefined -g -O0", "LDFLAGS": SANITIZERS}
     environment = {**os.environ, **flags, "XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(root)}
     command = [sys.executable, "-m", "efft_kernels", "build", "--targets", "cpu"]
@@ -75,7 +81,24 @@ def read_sources() -> list[list[str]]:
     return [*commands, ["cppcheck", *options, "--error-exitcode=1", "-DEFFT_ISA=portable", f"-D{registration}", *files]]
 
 
-def main(arguments: list[str]) -> None:
+def check_sets(arguments: list[str]) -> None:
+    """Run the tests of numbers, of random shapes among them, with every instruction set but the best."""
+    if native.MISSING["cpu"] is not None:
+        print(f"skipped: {native.MISSING['cpu']}", flush=True)
+        return
+    tests = [
+        *("tests/csrc/cpu/test_instruction_sets.py", "tests/csrc/cpu/test_cpu_numbers.py"),
+        "tests/efft_kernels/ops",
+    ]
+    which = f"lesser_sets or ((any or numbers) and {OF_THE_BACKEND})"
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-k", which, *tests, *arguments]
+    for isa in instruction_sets()[1:]:
+        print(f"the tests of the cpu backend with {isa}", flush=True)
+        subprocess.run(command, cwd=ROOT, env={**os.environ, "EFFT_CPU_ISA": isa}, check=True)
+
+
+def check_sanitized(arguments: list[str]) -> None:
+    """Read the sources with static checkers, then run the backend's tests under the sanitizers."""
     for command in read_sources():
         print(command[0], flush=True)
         subprocess.run(command, check=True)
@@ -90,6 +113,6 @@ def main(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
+        {"sanitizers": check_sanitized, "sets": check_sets}[sys.argv[1]](sys.argv[2:])
     except subprocess.CalledProcessError as error:
         sys.exit(error.returncode)

@@ -35,11 +35,11 @@ def test_where_there_is_a_compiler_the_extension_is_tested() -> None:
 
 
 def test_nothing_is_built_without_a_wish_or_the_tools(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert build.wished({}) == build.wished({"EFFT_BUILD_EXT": ""}) == "auto"
+    assert build.requested_build({}) == build.requested_build({"EFFT_BUILD_EXT": ""}) == "auto"
     targets, summary = build.plan("none")
     assert targets == []
     assert summary[0] == "efft-kernels: EFFT_BUILD_EXT=none, building nothing"
-    assert summary[1] == "  cpu: not asked for"
+    assert summary[1] == "  cpu: not requested"
     monkeypatch.setattr(build, "_which", lambda name: None)
     targets, summary = build.plan("auto")
     assert targets == []
@@ -63,7 +63,7 @@ def test_a_wish_that_cannot_be_met(present: tuple[str, ...], reason: str, monkey
 
 def test_unknown_wish() -> None:
     with pytest.raises(ValueError, match="EFFT_BUILD_EXT must be auto, none, cpu or cuda, got 'gpu'"):
-        build.wished({"EFFT_BUILD_EXT": "gpu"})
+        build.requested_build({"EFFT_BUILD_EXT": "gpu"})
 
 
 def test_jobs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,6 +35,16 @@ def hopper() -> Hopper:
     return Hopper(Path(found[1].strip()), tools.cutlass)
 
 
+def runs_hopper() -> bool:
+    """Whether the emulator can be built as a GPU of compute capability 9.0; says on stderr what is missing for it."""
+    try:
+        hopper()
+    except BuildError as missing:
+        print(f"without the kernels of compute capability 9.0: {missing}", file=sys.stderr)
+        return False
+    return True
+
+
 def sources(with_hopper: bool) -> dict[str, str]:
     """The files of csrc/cuda; those of sm_90's own instructions only where the emulator has what they need."""
     return {p.name: p.read_text() for p in sorted(SOURCES.iterdir()) if with_hopper or not is_hopper(p.name)}
@@ -119,3 +129,7 @@ def _run(*command: str) -> str:
     if done.stderr:
         print(done.stderr, file=sys.stderr)
     return done.stdout
+
+
+if __name__ == "__main__":
+    print(build(sources(runs_hopper()), Path(sys.argv[1])))

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from efft_kernels.ops._schemas import SCHEMAS  # noqa: F401  # declares the ops
+import efft_kernels.ops  # noqa: F401  # declares the ops
 from efft_kernels.testing import poisoned_empty, with_layout
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

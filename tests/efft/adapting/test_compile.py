@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 import efft
 
+pytestmark = pytest.mark.slow  # compiles whole models
+
 Make = Callable[..., nn.Module]
 
 

@@ -1,4 +1,4 @@
-"""Two processes (gloo, on the CPU) train as one does with the whole batch: DDP, accelerate, a quantised base, FSDP2."""
+"""Two processes (gloo, on the CPU) train as one does with the whole batch: DDP, accelerate, a quantized base, FSDP2."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ pytest.importorskip("timm", reason="needs the vision extra")
 pytest.importorskip("accelerate", reason="needs the train extra")
 
 from tests.efft.adapting import distributed_run as run
+
+pytestmark = pytest.mark.slow  # starts several processes
 
 ROOT = Path(__file__).parents[3]
 

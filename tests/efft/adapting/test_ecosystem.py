@@ -366,6 +366,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_ddp_gradients_equal_those_of_the_whole_batch(adapted_vit: Make, images: Tensor, tmp_path: Path) -> None:
     model = adapted_vit(std=0.2, dropout=0.0).train()
     x, y = torch.cat([images, images.flip(-1)]), torch.tensor([0, 1, 2, 3, 4, 0])

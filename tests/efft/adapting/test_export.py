@@ -16,6 +16,8 @@ from torch import Tensor, nn
 import efft
 from efft_kernels import use_backend
 
+pytestmark = pytest.mark.slow  # exports whole models, and runs them in new processes
+
 Make = Callable[..., nn.Module]
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
 

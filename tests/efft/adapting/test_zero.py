@@ -126,6 +126,7 @@ assert (before - live).abs().max() > 1e-2
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
 def test_deepspeed(tmp_path: Path) -> None:
     (tmp_path / "run.py").write_text(DEEPSPEED)

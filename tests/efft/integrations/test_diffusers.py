@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 import efft
 
+pytestmark = pytest.mark.slow  # trains models of diffusers
+
 diffusers = pytest.importorskip("diffusers", reason="needs the dev extra")
 
 

@@ -21,6 +21,8 @@ pytest.importorskip("accelerate", reason="needs the train extra")
 from efft.integrations.peft import EfftPeftConfig  # noqa: E402  # it needs peft
 from tests.efft.planning.test_transformers import inputs, make  # noqa: E402
 
+pytestmark = pytest.mark.slow  # trains models of transformers, and loads them in new processes
+
 ROOT = Path(__file__).parents[3]
 MODELS = ("vit", "swin", "clip", "bert")
 

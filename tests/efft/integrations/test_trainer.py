@@ -13,6 +13,8 @@ from torch import Tensor, nn
 import efft
 from efft.integrations.trainer import AdapterCheckpoints
 
+pytestmark = pytest.mark.slow  # trains by transformers' Trainer
+
 transformers = pytest.importorskip("transformers", reason="needs the hf extra")
 accelerate = pytest.importorskip("accelerate", reason="needs the train extra")
 
@@ -142,7 +144,7 @@ def test_trainer_reads_checkpoints_of_whole_models(tmp_path: Path) -> None:
 
 
 def test_trainer_takes_a_quantized_model(tmp_path: Path) -> None:
-    """Trainer refuses what it thinks has nothing but quantised weights; with the mixin it trains the adapter."""
+    """Trainer refuses what it thinks has nothing but quantized weights; with the mixin it trains the adapter."""
     torchao = pytest.importorskip("torchao.quantization", reason="needs torchao")
     make(adapted=False).save_pretrained(tmp_path / "base")
     settings = transformers.TorchAoConfig(torchao.Int8WeightOnlyConfig(), modules_to_not_convert=["classifier"])

@@ -18,6 +18,8 @@ from efft.methods import METHODS
 from tests.adapter_files import CONFIG, edit_config
 from tests.hostile import at_most
 
+pytestmark = pytest.mark.slow  # tries every field of every method
+
 Make = Callable[..., nn.Module]
 Unchanged = Callable[[nn.Module], AbstractContextManager[None]]
 

@@ -9,6 +9,8 @@ import pytest
 
 from benchmarks.models import architectures, examine
 
+pytestmark = pytest.mark.slow  # makes a model of many architectures
+
 PAGE = (Path(__file__).parents[3] / "docs" / "models.md").read_text()
 #: Every n-th architecture; all of them take minutes (``python -m benchmarks models``).
 EVERY = {"timm": 60, "transformers": 60}

@@ -76,6 +76,7 @@ def test_train_save_load_merge_remove(images: Tensor, tmp_path: Path) -> None:
     assert not any(isinstance(module, EfftConv2d) for module in model.modules())
 
 
+@pytest.mark.slow
 def test_channels_last_and_one_graph(images: Tensor) -> None:
     model = trained(efft.apply(network(), efft.EfftConfig(targets=TARGETS, rank=4)))
     expected = model(images)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import efft
 from efft.saving.files import write_adapter
-from efft_kernels import choice
+from efft_kernels import measured
 from tests.adapter_files import CONFIG, WEIGHTS, edit_config, edit_weights, write_weights
 from tests.hostile import at_most, within
 
@@ -274,16 +274,16 @@ def test_backbones_with_code_in_them(tiny_vit: Make, refused: Refused, unchanged
 @pytest.mark.parametrize("name", ["training checkpoint cut off", "training checkpoint with code in it"])
 def test_training_checkpoints(name: str, refused: Refused, tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="needs the train extra")
-    from efft_lab.train import CheckpointError, checkpoint
+    from efft_lab.train.folder import CheckpointError, load_checkpoint, save_checkpoint
 
     path = tmp_path / "checkpoint.pt"
     if name.endswith("off"):
-        checkpoint.save(path, {"config": {}})
+        save_checkpoint(path, {"config": {}})
         os.truncate(path, 500)
     else:
         torch.save({"format": 1, "config": Code(tmp_path / "ran")}, path)
     with refused(name, CheckpointError):
-        checkpoint.load(path)
+        load_checkpoint(path)
     assert not (tmp_path / "ran").exists()
 
 
@@ -307,7 +307,7 @@ def test_damaged_images(refused: Refused, tmp_path: Path) -> None:
 def test_damaged_tables_of_measurements(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "table.json").write_text('[{"case": {"op": "tt_linear"}}]')
     with refused("damaged table in EFFT_AUTOTUNE"):
-        choice.read(tmp_path / "table.json")
+        measured.read(tmp_path / "table.json")
 
 
 # --- many at once -----------------------------------------------------------------------------------------------------

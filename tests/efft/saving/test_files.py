@@ -95,6 +95,7 @@ def no_room_after(writes: int, monkeypatch: pytest.MonkeyPatch) -> None:
 # --- killed -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("earlier", [True, False], ids=["over another", "in a new folder"])
 def test_killed_at_any_line_a_save_leaves_the_old_adapter_or_the_new(earlier: bool, tmp_path: Path) -> None:
     found = []
@@ -201,7 +202,7 @@ def test_what_is_too_long_to_be_read_is_not_written(saved: tuple[nn.Module, Path
 def locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Not every file system has them."""
     if not request.param:
-        monkeypatch.setattr(files, "_locked", lambda folder: None)
+        monkeypatch.setattr(files, "_lock", lambda folder: None)
     return bool(request.param)
 
 

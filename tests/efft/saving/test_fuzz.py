@@ -24,6 +24,8 @@ from efft_lab.backbones import load_backbone
 from tests.adapter_files import CONFIG, WEIGHTS, record, write_weights
 from tests.hostile import altered, at_most, damaged, fuzz
 
+pytestmark = pytest.mark.slow  # hundreds of generated inputs
+
 Make = Callable[..., nn.Module]
 Unchanged = Callable[[nn.Module], AbstractContextManager[None]]
 

@@ -231,7 +231,7 @@ def test_under_autocast_in_the_dtype_of_the_weight() -> None:
 def test_what_is_refused() -> None:
     bank = make_bank()
     for site, reason in (
-        (Site(0, (0, 1, 2), experts=2), "as many cores"),
+        (Site(0, (0, 1, 2), experts=2), "the same number of cores"),
         (Site(0, (0, 1), interleaved=True), "interleaved"),
         (Site(0, tuple(range(8)), transpose=True, experts=4), "transposed train has one core"),
         (Site(0, (0, 12), experts=2), "does not fit a bank"),
@@ -241,8 +241,8 @@ def test_what_is_refused() -> None:
     model = Product(bank, SITES["one block"])
     for site, reason in (
         (SITES["two blocks"], r"\(in_features, out_features\) = \(8, 24\), got \(8, 12\)"),
-        (Site(0, (0, 1), experts=2), "experts, not 4"),
-        (Site(0, (0,)), "experts, not 4"),
+        (Site(0, (0, 1), experts=2), "expected a site of 4 experts"),
+        (Site(0, (0,)), "expected a site of 4 experts"),
     ):
         with pytest.raises(ValueError, match=reason):
             ExpertWeight(model, "matrices", bank, site)

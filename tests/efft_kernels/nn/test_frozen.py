@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from efft_kernels import EfftLinear
-from efft_kernels.nn.frozen import FrozenLayer
-from efft_kernels.nn.weights import dequantized
+from efft_kernels.nn.frozen import FrozenLayer, dequantized
 from tests.quantized import to_int8
 
 

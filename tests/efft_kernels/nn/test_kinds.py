@@ -14,8 +14,7 @@ from torch.func import functional_call
 
 from efft_kernels import Site, TTFactors
 from efft_kernels.nn.adapt import adapt, named_adapted_weights, restore, state_name
-from efft_kernels.nn.adapted import AdaptedWeight
-from efft_kernels.nn.linear import features
+from efft_kernels.nn.adapted import AdaptedWeight, matrix_sizes
 
 
 class Conv1D(nn.Module):
@@ -33,7 +32,7 @@ class Conv1D(nn.Module):
         return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], self.nf)
 
 
-class Standardised(nn.Conv2d):
+class Standardized(nn.Conv2d):
     """A convolution with a forward of its own, as timm's StdConv2d."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -114,7 +113,7 @@ CASES = {
     "conv3d in groups": conv(nn.Conv3d, (3, 5, 4), kernel_size=2, groups=2, bias=False),
     "embedding": Case(lambda: nn.Sequential(nn.Embedding(5, 7)), ("0",), (3, 4), integers=True),
     "forward of its own": Case(
-        lambda: nn.Sequential(Standardised(3, 4, 3)), ("0.weight",), (2, 3, 6, 5), {"0.weight": "convolution"}
+        lambda: nn.Sequential(Standardized(3, 4, 3)), ("0.weight",), (2, 3, 6, 5), {"0.weight": "convolution"}
     ),
     "parameters": Case(Reads, ("packed", "stored"), (3, 5), {"stored": "transposed"}),
     "parameter of several heads": Case(ReadsHeads, ("heads",), (4, 5), {"heads": "stacked"}),
@@ -145,7 +144,7 @@ class Adapted:
         sites = {}
         for name in case.names:
             weight = modules[name] if name in modules else self.model.get_parameter(name)
-            sizes = features(weight, case.views.get(name, "linear"))
+            sizes = matrix_sizes(weight, case.views.get(name, "linear"))
             factors = TTFactors(*sizes, (2, 3), scale=0.7, dtype=torch.promote_types(dtype, torch.float32))
             for factor in factors.parameters():
                 nn.init.normal_(factor, std=0.5)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from efft_kernels import tt_chain
-from efft_kernels.nn.operands import column_blocks, row_blocks, take
+from efft_kernels.nn.bank import take
+from efft_kernels.nn.operands import column_blocks, row_blocks
 
 
 def chain(sizes: tuple[int, ...], ranks: tuple[int, ...], batch: tuple[int, ...] = ()) -> list[Tensor]:

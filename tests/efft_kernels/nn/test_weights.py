@@ -1,4 +1,4 @@
-"""Adapted layers on quantised weights, against the dequantised weight in fp64."""
+"""Adapted layers on quantized weights, against the dequantized weight in fp64."""
 
 import copy
 from collections.abc import Callable
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from efft_kernels import EfftLinear
-from efft_kernels.nn.deferred import Deferred
-from efft_kernels.nn.weights import dequantized
+from efft_kernels.nn.frozen import dequantized
+from efft_kernels.nn.producers import ProducerOutput
 from tests.quantized import ROUNDING_WAYS, WAYS, to_int8, to_nf4
 
 Quantize = Callable[[nn.Linear], None]
@@ -23,7 +23,7 @@ def quantize(request: pytest.FixtureRequest) -> Quantize:
 
 
 def make(quantize: Quantize, dtype: torch.dtype = torch.float32) -> EfftLinear:
-    """A quantised layer with an update as large as its weight."""
+    """A quantized layer with an update as large as its weight."""
     linear = nn.Linear(D_IN, D_OUT, dtype=dtype)
     quantize(linear)
     layer = EfftLinear.from_linear(linear, rank=4, n_cores=3)
@@ -78,7 +78,7 @@ def test_autocast(quantize: Quantize) -> None:
 
 @pytest.mark.parametrize("way", [*WAYS, *ROUNDING_WAYS])
 def test_nothing_dense_is_kept_for_backward(way: str) -> None:
-    """Neither the update nor the weight: it is dequantised again."""
+    """Neither the update nor the weight: it is dequantized again."""
     layer = make((WAYS | ROUNDING_WAYS)[way])
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -135,7 +135,7 @@ def test_float8_product_is_that_of_the_hardware(device: str, monkeypatch: pytest
 def test_behind_a_deferred_producer(quantize: Quantize, module: nn.Module) -> None:
     layer, x = make(quantize), torch.randn(5, D_IN, requires_grad=True)
     module.requires_grad_(False)
-    y = layer(Deferred.of(module, x))
+    y = layer(ProducerOutput.of(module, x))
     torch.testing.assert_close(y, layer(module(x)), rtol=0, atol=0)
     (dx,) = torch.autograd.grad(y.sum(), x)
     torch.testing.assert_close(dx, torch.autograd.grad(layer(module(x)).sum(), x)[0])
@@ -153,7 +153,7 @@ def test_merging_is_refused_or_dequantises(quantize: Quantize) -> None:
     assert type(layer.weight) is nn.Parameter
     close(layer.weight, base.double() + layer.delta_weight().double(), 1e-6)
     close(layer(x), y, 1e-6)
-    copies = [] if quantize is to_nf4 else [copy.deepcopy(layer)]  # torchao quantises what it copies again
+    copies = [] if quantize is to_nf4 else [copy.deepcopy(layer)]  # torchao quantizes what it copies again
     for each in (*copies, layer):
         each.unmerge()
         assert type(each.weight) is type(weight)

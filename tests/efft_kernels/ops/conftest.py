@@ -19,10 +19,9 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 IDS = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES}
 
 
-#: A library that runs the CUDA kernels on the CPU (tests/csrc/test_emulated.py builds it and starts these tests).
+#: A library that runs the CUDA kernels on the CPU (``make check-cuda`` builds it and runs these tests on it).
 EMULATED = os.environ.get("EFFT_EMULATED_CUDA")
-#: The backend that alone runs, on the CPU: in Triton's interpreter (tests/efft_kernels/triton/test_interpreter.py),
-#: or emulated.
+#: The only backend that runs, on the CPU: in Triton's interpreter (``make check-triton``), or emulated.
 ONLY = Backend.TRITON if os.environ.get("TRITON_INTERPRET") == "1" else Backend.CUDA if EMULATED else None
 if EMULATED:
     torch.ops.load_library(EMULATED)

@@ -20,7 +20,7 @@ from torch import nn
 import efft
 from efft_lab.cli import main
 from efft_lab.train import TrainConfig, read_metrics
-from efft_lab.train.restore import load_trained
+from efft_lab.train.build import load_trained
 
 for package in ("accelerate", "timm", "tyro", "sklearn"):
     pytest.importorskip(package, reason="needs the dev extra")
@@ -188,6 +188,7 @@ def without_times(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in record.items() if k not in ("seconds", "images_per_second")} for record in records]
 
 
+@pytest.mark.slow
 def test_killed_process_resumes_to_the_same_bits(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -224,6 +225,7 @@ def test_killed_process_resumes_to_the_same_bits(
     assert without_times(out) == without_times(tmp_path / "unbroken")
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
     """Two processes share each batch, so without random masks they see what one sees."""
     words = ["train", *SMALL, "--epochs", "1", "--dropout", "0", "--drop-path", "0", "--out"]
@@ -271,12 +273,12 @@ def test_documented_commands_are_understood(
         from accelerate.commands.launch import launch_command_parser
 
         launch_command_parser().parse_args([*shlex.split(launcher)[2:], "efft"])
-    (tmp_path / "my_suite.json").write_text((ROOT / "efft/compare/suites/local.json").read_text())
+    (tmp_path / "my_suite.json").write_text((ROOT / "efft_lab/compare/suites/local.json").read_text())
     monkeypatch.chdir(tmp_path)
     for function in (
         *(
             "efft_lab.train.run",
-            "efft_lab.train.restore.load_trained",
+            "efft_lab.train.build.load_trained",
             "efft_lab.data.list_table",
             "efft_kernels.env.report",
         ),
@@ -303,16 +305,16 @@ def test_options_by_their_names_in_configuration_files(monkeypatch: pytest.Monke
         main(["train", "--efft.scale", "auto", "--efft.rank=4", "--targets", "attn.qkv", "--exclude", "mlp.fc1"]) == 130
     )
     assert (seen[0].efft.scale, seen[0].efft.rank) == ("auto", 4)
-    assert (seen[0].efft.planning.targets, seen[0].efft.exclude) == (["attn.qkv"], ["mlp.fc1"])
+    assert (seen[0].efft.targets, seen[0].efft.exclude) == (["attn.qkv"], ["mlp.fc1"])
     assert main(["train", "--targets", "mhsa"]) == 130
-    assert seen[1].efft.planning.targets == "mhsa"
+    assert seen[1].efft.targets == "mhsa"
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["trian"], "unknown command 'trian'; did you mean 'train'?"),
-        (["zzzz"], "unknown command 'zzzz'; commands: train, eval, compare, merge, export, inspect, data, bench, env"),
+        (["zzzz"], "unknown command 'zzzz'; known: train, eval, compare, merge, export, inspect, data, bench, env"),
         (["env", "now"], "env takes no arguments, got now"),
         (["train", "--config", "nope.json"], "there is no configuration file nope.json"),
         (["train", "--lr", "-1"], "lr must be at least 0, got -1.0"),
@@ -320,7 +322,7 @@ def test_options_by_their_names_in_configuration_files(monkeypatch: pytest.Monke
         (["train", "--data", "digitz", *SMALL[2:]], "'digitz' is no known task"),
         (["train", *SMALL, "--targets", "attn.qvk", "nothing"], "matches no linear layer"),
         (["eval", "nowhere"], "nowhere holds no result.json of a run and no adapter_config.json of an adapter"),
-        (["inspect", "vit_base_patch16_223"], "did you mean vit_base_patch16_224"),
+        (["inspect", "vit_base_patch16_223"], "did you mean 'vit_base_patch16_224'"),
         (["inspect", "--rank", "0"], "rank must be"),
         (["data", "fetch", "elpv"], "--allow-non-commercial"),
     ],

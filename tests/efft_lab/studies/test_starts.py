@@ -68,6 +68,7 @@ def test_bases_are_those_of_the_trains() -> None:
             torch.testing.assert_close(basis @ basis.T, expected @ expected.T)
 
 
+@pytest.mark.slow
 def test_study_of_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def recipe(task: str, seed: int) -> dict[str, Any]:
         return {**RECIPE, "seed": seed, "data_seed": seed, "protocol": "final"}

@@ -15,9 +15,9 @@ from torch import nn
 
 from efft import EfftConfig
 from efft.methods import LoRAConfig
-from efft_lab.train import TrainConfig, checkpoint, read_metrics, run
+from efft_lab.train import TrainConfig, read_metrics, run, trainer
 from efft_lab.train import config as module
-from efft_lab.train.batches import EpochBatches
+from efft_lab.train.build import EpochBatches
 
 
 def test_defaults_are_the_recipe() -> None:
@@ -115,7 +115,7 @@ def test_paper_schedule(
     task: Any, make_model: Callable[[], nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Effective learning rates of the paper's code, computed by hand from its (timm 0.5.4) scheduler."""
-    monkeypatch.setattr(checkpoint, "save", lambda path, state: None)  # a hundred times is too slow
+    monkeypatch.setattr(trainer, "save_checkpoint", lambda path, state: None)  # a hundred times is too slow
     paper = TrainConfig()  # 64 images: one update per epoch
     rates = learning_rates(paper, make_model(), task, tmp_path)
     assert len(rates) == 100

@@ -17,10 +17,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from efft_lab.train import CheckpointError, TrainConfig, build, checkpoint, outputs
-from efft_lab.train.loop import Trainer
-from efft_lab.train.restore import load_trained
+from efft_lab.train import CheckpointError, TrainConfig, folder
+from efft_lab.train.build import load_trained, make_accelerator
+from efft_lab.train.methods import restore_trained_state, trained_state
+from efft_lab.train.trainer import Trainer
 from tests.hostile import altered, at_most, damaged, fuzz
+
+pytestmark = pytest.mark.slow  # hundreds of generated inputs
 
 
 class Code:
@@ -40,9 +43,9 @@ def state() -> dict[str, Any]:
     return {
         "config": TrainConfig().to_dict(),
         "epoch": 1,
-        "weights": checkpoint.trained_state(model),
+        "weights": trained_state(model),
         "optimizer": torch.optim.AdamW(model.parameters()).state_dict(),
-        "processes": [{"random": checkpoint.random_state()}],
+        "processes": [{"random": folder.random_state()}],
     }
 
 
@@ -50,12 +53,12 @@ def state() -> dict[str, Any]:
 @given(data=st.data())
 def test_checkpoints(data: st.DataObject, state: dict[str, Any], tmp_path: Path) -> None:
     path, model = tmp_path / "checkpoint.pt", nn.Linear(4, 3)
-    checkpoint.save(path, state)
+    folder.save_checkpoint(path, state)
     path.write_bytes(data.draw(damaged(path.read_bytes())))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with at_most(100):
         try:
-            found = checkpoint.load(path)
+            found = folder.load_checkpoint(path)
         except CheckpointError as error:
             assert "start the run again" in str(error) or "this version reads" in str(error)  # noqa: PT017
         else:
@@ -70,9 +73,9 @@ def trainer(
     """A trainer after an epoch, and its checkpoint."""
     (tmp_path / "run").mkdir()
     config = replace(config, checkpoint_every=None)
-    trainer = Trainer(config, tmp_path / "run", build.make_accelerator(config), make_model(), task, progress=False)
+    trainer = Trainer(config, tmp_path / "run", make_accelerator(config), make_model(), task, progress=False)
     trainer.train_epoch()
-    yield trainer, checkpoint.load(tmp_path / "run" / "checkpoint.pt")
+    yield trainer, folder.load_checkpoint(tmp_path / "run" / "checkpoint.pt")
     trainer.close()
 
 
@@ -102,9 +105,9 @@ STATES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("case", STATES)
 def test_states_of_other_models_change_nothing(case: str) -> None:
     model = nn.Linear(4, 3)
-    before = checkpoint.trained_state(model)
+    before = trained_state(model)
     with pytest.raises(ValueError, match=r"the saved state does not fit this Linear: expected .* for "):
-        checkpoint.restore_trained_state(model, STATES[case])
+        restore_trained_state(model, STATES[case])
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
@@ -116,12 +119,12 @@ def test_code_in_checkpoints_does_not_run(what: str, tmp_path: Path) -> None:
     else:
         torch.save({"format": 1, "config": Code(tmp_path / "ran")}, path)
     with pytest.raises(CheckpointError, match="is damaged"):
-        checkpoint.load(path)
+        folder.load_checkpoint(path)
     assert not (tmp_path / "ran").exists()
 
 
 def test_checkpoints_that_would_grow_in_memory_are_refused(state: dict[str, Any], tmp_path: Path) -> None:
-    checkpoint.save(tmp_path / "whole.pt", {**state, "weights": {"weight": torch.zeros(100_000_000)}})
+    folder.save_checkpoint(tmp_path / "whole.pt", {**state, "weights": {"weight": torch.zeros(100_000_000)}})
     path = tmp_path / "small.pt"
     with (
         zipfile.ZipFile(tmp_path / "whole.pt") as whole,
@@ -131,7 +134,7 @@ def test_checkpoints_that_would_grow_in_memory_are_refused(state: dict[str, Any]
             small.writestr(member.filename, whole.read(member))
     assert path.stat().st_size < 1_000_000
     with at_most(100), pytest.raises(CheckpointError, match="it is compressed"):
-        checkpoint.load(path)
+        folder.load_checkpoint(path)
 
 
 @fuzz
@@ -154,9 +157,9 @@ def test_configurations(data: st.DataObject, tmp_path: Path) -> None:
 @given(data=st.data())
 def test_results(data: st.DataObject, tmp_path: Path) -> None:
     whole = json.dumps({"config": TrainConfig().to_dict(), "saved": "adapter", "classes": 5}).encode()
-    (tmp_path / outputs.RESULT).write_bytes(data.draw(damaged(whole)))
+    (tmp_path / folder.RESULT).write_bytes(data.draw(damaged(whole)))
     try:
-        assert isinstance(outputs.read_result(tmp_path)["config"], dict)
+        assert isinstance(folder.read_result(tmp_path)["config"], dict)
     except ValueError as error:
         assert "result.json" in str(error)  # noqa: PT017
 
@@ -175,10 +178,10 @@ def test_results(data: st.DataObject, tmp_path: Path) -> None:
 )
 def test_results_that_nobody_wrote(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     result = {"config": TrainConfig().to_dict(), "saved": "adapter", "classes": 5, "own_model": False, **changes}
-    (tmp_path / outputs.RESULT).write_text(json.dumps(result))
+    (tmp_path / folder.RESULT).write_text(json.dumps(result))
     with pytest.raises(ValueError, match=message):
         load_trained(tmp_path)
     del result["saved"]
-    (tmp_path / outputs.RESULT).write_text(json.dumps(result))
+    (tmp_path / folder.RESULT).write_text(json.dumps(result))
     with pytest.raises(ValueError, match=r"result\.json is damaged: it (lacks saved|must hold)"):
         load_trained(tmp_path)

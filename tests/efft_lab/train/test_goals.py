@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from efft_lab.train import TrainConfig
-from efft_lab.train.goals import Classification, Regression, Segmentation, last_layer, make_goal, shown
+from efft_lab.train.goals import Classification, Regression, Segmentation, last_layer, make_goal, score_text
 from efft_lab.train.segmentation import Segmenter
 
 timm = pytest.importorskip("timm", reason="needs the dev extra")
@@ -96,9 +96,9 @@ def test_settling_gives_values_as_they_are(name: str) -> None:
     goal = Regression(torch.tensor([100.0, -7.0]), torch.tensor([20.0, 0.1]), "mse")
     with torch.no_grad():
         expected = goal.predict(model.eval()(images))
-        goal.settle(model)
+        goal.finish(model)
         torch.testing.assert_close(model(images), expected)
-        torch.testing.assert_close(goal.predict(model(images)), expected)  # settled, there is nothing more to add
+        torch.testing.assert_close(goal.predict(model(images)), expected)  # after that, nothing is left to add
 
 
 def test_heads_that_do_not_suit_regression() -> None:
@@ -166,5 +166,5 @@ def test_models_without_a_map() -> None:
 
 
 def test_scores_in_words() -> None:
-    assert shown({"miou": 0.5, "pixel_accuracy": 0.75}) == "miou 50.00%, pixel_accuracy 75.00%"
-    assert shown({"r2": 0.98765, "mae": 1234.5678}) == "r2 0.9877, mae 1235"
+    assert score_text({"miou": 0.5, "pixel_accuracy": 0.75}) == "miou 50.00%, pixel_accuracy 75.00%"
+    assert score_text({"r2": 0.98765, "mae": 1234.5678}) == "r2 0.9877, mae 1235"

@@ -14,9 +14,9 @@ from torch import nn
 import efft
 import efft_lab.data
 from efft_lab.cli import main
-from efft_lab.train import TrainConfig, build, outputs, read_metrics, run
-from efft_lab.train.loop import Trainer
-from efft_lab.train.restore import load_trained
+from efft_lab.train import TrainConfig, build, folder, read_metrics, run
+from efft_lab.train.build import load_trained
+from efft_lab.train.trainer import Trainer
 
 Image = pytest.importorskip("PIL.Image", reason="needs the dev extra")
 for package in ("timm", "tyro"):
@@ -177,7 +177,7 @@ def test_published_weights_are_named_with_their_license(kind: Any) -> None:
     config = TrainConfig(model="vit_base_patch16_224.augreg_in21k", task=kind)
     with torch.device("meta"):
         model = build.create_model(config, 3, weights=False)
-    facts = outputs.card_facts(config, model, None, {"test_accuracy": 0.5, "val_accuracy": 0.4}, own_model=False)
+    facts = folder.card_facts(config, model, None, {"test_accuracy": 0.5, "val_accuracy": 0.4}, own_model=False)
     assert facts == {
         "base_model": "timm/vit_base_patch16_224.augreg_in21k",
         "license": "apache-2.0",
@@ -185,5 +185,5 @@ def test_published_weights_are_named_with_their_license(kind: Any) -> None:
     }
     for change in ({"checkpoint": "mine.pth"}, {"pretrained": False}):
         other = replace(config, **change)
-        assert "base_model" not in outputs.card_facts(other, model, None, {}, own_model=False)
-    assert "base_model" not in outputs.card_facts(config, model, None, {}, own_model=True)
+        assert "base_model" not in folder.card_facts(other, model, None, {}, own_model=False)
+    assert "base_model" not in folder.card_facts(config, model, None, {}, own_model=True)

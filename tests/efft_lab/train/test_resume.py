@@ -12,7 +12,7 @@ from torch import nn
 
 from efft import EfftConfig
 from efft_lab.train import CheckpointError, TrainConfig, read_metrics, run
-from efft_lab.train.batches import EpochBatches
+from efft_lab.train.build import EpochBatches
 
 
 class Killed(BaseException):
@@ -29,7 +29,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 def kill_after(monkeypatch: pytest.MonkeyPatch, writes: int) -> None:
     """Ends the run just before one of its writes to metrics.jsonl, after `writes` of them."""
-    from efft_lab.train.metrics import MetricsLog
+    from efft_lab.train.folder import MetricsLog
 
     write, done = MetricsLog.write, []
 

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 import efft
 from efft import EfftConfig
 from efft_lab.train import TrainConfig, read_metrics, run
-from efft_lab.train.restore import load_trained
+from efft_lab.train.build import load_trained
 
 
 class Guarded(Dataset[Any]):

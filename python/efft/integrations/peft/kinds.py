@@ -1,4 +1,4 @@
-"""What an update ``(D G)ᵀ`` of a weight, as a matrix ``[d_out, d_in]``, is for each kind of layer."""
+"""What an update ``(D G)ᵀ`` of a matrix ``[d_out, d_in]`` is for each kind of layer that peft adapts."""
 
 from __future__ import annotations
 
@@ -9,26 +9,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from efft_kernels import tt_merge_
+from efft_kernels.nn.adapted import add_update_, from_matrix, view_of
+from efft_kernels.nn.transposed import without_padding
 
 _CONVOLUTIONS = {nn.Conv1d: torch.conv1d, nn.Conv2d: torch.conv2d, nn.Conv3d: torch.conv3d}
 _KINDS = (nn.Linear, Conv1D, nn.Embedding, *_CONVOLUTIONS)
 
 
 def why_not(layer: nn.Module) -> str | None:
-    """None if a layer under peft can have an update, else the reason."""
+    """Return why a layer under peft cannot have an update, or None if it can."""
     if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "it is read by its nn.MultiheadAttention and never called"
     return None if isinstance(layer, _KINDS) else f"it is of type {type(layer).__name__}"
 
 
 def is_linear(layer: nn.Module) -> bool:
-    """Whether the layer multiplies by one matrix, in whichever layout."""
+    """Return whether the layer multiplies by one matrix, in either layout."""
     return isinstance(layer, (nn.Linear, Conv1D))
 
 
 def sizes(layer: Any) -> tuple[int, int]:
-    """(in_features, out_features) in the sense of peft: of a convolution its channels."""
+    """Return (in_features, out_features) as peft counts them: for a convolution, its channels."""
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features
     if isinstance(layer, nn.Embedding):
@@ -37,44 +38,29 @@ def sizes(layer: Any) -> tuple[int, int]:
 
 
 def dense(layer: Any, D: Tensor, G: Tensor) -> Tensor:
-    """The update in the shape of the layer's weight, from D ``[d_in, r]`` and G ``[r, d_out]``."""
-    if isinstance(layer, (Conv1D, nn.Embedding)):  # weights are [d_in, d_out]
-        return _without_padding(layer, D) @ G
-    return (D @ G).t().reshape(layer.weight.shape)
+    """Return the update in the shape of the layer's weight, from D ``[d_in, r]`` and G ``[r, d_out]``."""
+    return from_matrix((without_padding(layer, D) @ G).t(), view_of(layer), layer.weight.shape)
 
 
 def merge_(layer: Any, D: Tensor, G: Tensor) -> None:
     """Add the update to the layer's weight in place, in fp32 with one rounding."""
-    if isinstance(layer, (Conv1D, nn.Embedding)):
-        tt_merge_(layer.weight, G.t(), _without_padding(layer, D).t())
-    elif isinstance(layer, nn.Linear):
-        tt_merge_(layer.weight, D, G)
-    else:
-        matrix = layer.weight.flatten(1)  # where channels come last this is a copy
-        tt_merge_(matrix, D, G)
-        layer.weight.copy_(matrix.view(layer.weight.shape))
+    add_update_(layer.weight, view_of(layer), without_padding(layer, D), G)
 
 
 def beside(layer: Any, x: Tensor, D: Tensor, G: Tensor, y: Tensor) -> Tensor:
-    """What the update adds to the layer's output ``y`` for the input ``x``, on its device and in its dtype."""
+    """Return what the update adds to the output ``y`` for the input ``x``, on the device and in the dtype of ``y``."""
     x = x.to(y.device)
     D, G = D.to(y.device, y.dtype), G.to(y.device, y.dtype)
     if isinstance(layer, nn.Embedding):
-        h = F.embedding(x, _without_padding(layer, D)) @ G
-        return h * torch.as_tensor(getattr(layer, "embed_scale", 1.0)).to(h)  # of Gemma's, which scale their output
+        h = F.embedding(x, without_padding(layer, D)) @ G
+        return h * torch.as_tensor(getattr(layer, "embed_scale", 1.0)).to(h)  # Gemma's embeddings scale their output
     x = x.to(y.dtype)
     if is_linear(layer):
         return (x @ D) @ G
     shape = layer.weight.shape
-    if layer.groups > 1:  # D would be a kernel for each group: more work than the small kernel itself
+    if layer.groups > 1:  # a kernel D for each group costs more than the dense kernel, which is small
         grouped: Tensor = layer._conv_forward(x, (D @ G).t().reshape(shape), None)
         return grouped
     h = layer._conv_forward(x, D.t().reshape(-1, *shape[1:]), None)
     at_each_position = next(conv for kind, conv in _CONVOLUTIONS.items() if isinstance(layer, kind))
     return at_each_position(h, G.t().reshape(-1, G.shape[0], *(1 for _ in shape[2:])))
-
-
-def _without_padding(layer: Any, D: Tensor) -> Tensor:
-    """Rows of D for the tokens of an embedding; that of padding, which never has a gradient, stays zero."""
-    padding = getattr(layer, "padding_idx", None)
-    return D if padding is None else D.index_fill(0, torch.tensor([padding], device=D.device), 0)

@@ -1,4 +1,4 @@
-"""Collected where Triton interprets (tests/efft_kernels/triton/test_interpreter.py) and, compiled, where a GPU is."""
+"""Collected where Triton interprets (``make check-triton``) and, compiled, where a GPU is."""
 
 import importlib.util
 import os

@@ -15,12 +15,12 @@ import triton
 from torch import Tensor
 
 from efft_kernels.testing import assert_close_budget, chained_matmul, poisoned_empty, with_layout
-from efft_kernels.triton import launch, lowrank_gemm_tma, reduce_tokens
-from efft_kernels.triton.launch import FP32_TILES, HALF_TILES, RECOMPUTE_RANK, TF32_TILES, TMA_TILES, GemmTile
+from efft_kernels.triton import launch, reduce_tokens
+from efft_kernels.triton.launch import FP32_TILES, HALF_TILES, TF32_TILES, TMA_TILES, GemmTile
 from efft_kernels.triton.lowrank_gemm import gelu_project, lowrank_gemm, norm_project, project
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    from efft_kernels.triton.interpreter import checked
+    from tests.efft_kernels.triton.address_checker import checked
 
     GPU = launch.Device(132, 2**31, 9)
 else:
@@ -42,9 +42,6 @@ else:
             triton.knobs.runtime.launch_enter_hook.remove(note)
 
 
-#: Ways to H: no kernel without TMA is asked to make it itself where there is TMA (see efft_kernels.triton.launch).
-RECOMPUTE = [True, False] if os.environ.get("TRITON_INTERPRET") == "1" or GPU.capability < 9 else [False]
-BY_RECOMPUTE = pytest.mark.parametrize("recompute", RECOMPUTE, ids=lambda value: "recompute" if value else "split")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 #: A GPU so small that a program gets several tiles.
 FEW = launch.Device(2, GPU.shared_memory, GPU.capability)
@@ -68,11 +65,11 @@ def summed(left: Tensor, right: Tensor) -> Tensor:
     return chained_matmul(left.t(), right) if left.is_cuda else left.float().t() @ right.float()
 
 
-def needs(tile: GemmTile, dtype: torch.dtype, recompute: bool, *, tma: bool = False) -> None:
+def needs(tile: GemmTile, dtype: torch.dtype, *, tma: bool = False) -> None:
     """Skip the test where this GPU would never be given the tile."""
     if GPU.capability < tile.capability:
         pytest.skip(f"for newer GPUs than one of compute capability {GPU.capability}")
-    if tile.shared_memory(dtype.itemsize, RECOMPUTE_RANK if recompute else 0, tma=tma) > GPU.shared_memory:
+    if tile.shared_memory(dtype.itemsize, tma=tma) > GPU.shared_memory:
         pytest.skip(f"for more shared memory than {GPU.shared_memory} bytes")
 
 
@@ -93,7 +90,6 @@ def unfused(A: Tensor, B: Tensor, bias: Tensor, P: Tensor, T: Tensor) -> tuple[T
     return product(A, B) + product(H, T.to(A.dtype)) + bias, H
 
 
-@BY_RECOMPUTE
 @pytest.mark.parametrize(
     ("dtype", "tile"),
     [
@@ -102,14 +98,14 @@ def unfused(A: Tensor, B: Tensor, bias: Tensor, P: Tensor, T: Tensor) -> tuple[T
     ],
     ids=lambda value: f"{value.m}x{value.n}x{value.k}" if isinstance(value, GemmTile) else str(value),
 )
-def test_gemm(dtype: torch.dtype, recompute: bool, tile: GemmTile) -> None:
-    needs(tile, dtype, recompute)
+def test_gemm(dtype: torch.dtype, tile: GemmTile) -> None:
+    needs(tile, dtype)
     for i, (M, N, K) in enumerate(SHAPES):
-        R = (5, 16, 31, 1, 32)[i] if recompute else (5, 65, 128, 1, 33)[i]
+        R = (5, 65, 128, 1, 33)[i]
         A, weight, bias, P, T = operands(M, N, K, R, dtype)
         with checked() as names, poisoned_empty():
-            Y, H = lowrank_gemm(A, weight.t(), bias, P, T, tile=tile, recompute=recompute, tma=False)
-        assert names == ["project_kernel"] * (not recompute) + ["lowrank_gemm_kernel"]
+            Y, H = lowrank_gemm(A, weight.t(), bias, P, T, tile=tile, tma=False)
+        assert names == ["project_kernel", "lowrank_gemm_kernel"]
         exact = unfused(A.double(), weight.double().t(), bias.double(), P.double(), T.double())
         for got, formula, peer in zip((Y, H), exact, unfused(A, weight.t(), bias, P, T), strict=True):
             assert_close_budget(got, formula, peer, name=f"{(M, N, K, R)}")
@@ -120,12 +116,16 @@ def test_gemm(dtype: torch.dtype, recompute: bool, tile: GemmTile) -> None:
 @pytest.mark.parametrize("tile", TMA_TILES, ids=lambda tile: f"{tile.m}x{tile.n}x{tile.k}")
 def test_gemm_by_tma(dtype: torch.dtype, tile: GemmTile, direction: str) -> None:
     """Ragged in M, N, K and R, as far as rows of whole 16 bytes can be; more tiles than programs too."""
-    needs(tile, dtype, False, tma=True)
+    needs(tile, dtype, tma=True)
     for M, N, K, R in [(70, 88, 104, 5), (1, 16, 296, 65), (129, 264, 40, 128), (64, 128, 64, 1)]:
         A, weight, bias, P, T = operands(M, N, K, R, dtype)
         B, bias = (weight.t(), bias) if direction == "forward" else (weight.t().contiguous(), None)
         Z = matrix(M, N, dtype, 8) if direction == "behind a gelu" else None
-        with checked() as names, poisoned_empty(), mock.patch.object(lowrank_gemm_tma, "device", return_value=FEW):
+        with (
+            checked() as names,
+            poisoned_empty(),
+            mock.patch("efft_kernels.triton.lowrank_gemm.device", return_value=FEW),
+        ):
             Y, H = lowrank_gemm(A, B, bias, P, T, Z=Z, producer="gelu", tile=tile)
         assert names == ["project_kernel", "lowrank_gemm_tma_kernel"]
         results = []
@@ -160,20 +160,18 @@ def test_the_update_alone(dtype: torch.dtype) -> None:
     """B and bias are zero: what comes out is the update, whose error is not hidden by the base."""
     A, weight, bias, P, T = operands(70, 90, 100, 24, dtype)
     zero, none = torch.zeros_like(weight), torch.zeros_like(bias)
-    for recompute in RECOMPUTE:
-        Y, _ = lowrank_gemm(A, zero.t(), None, P, T, recompute=recompute)
-        exact, peer = (A.double() @ P.double()) @ T.double(), unfused(A, zero.t(), none, P, T)[0]
-        assert_close_budget(Y, exact, peer)
+    Y, _ = lowrank_gemm(A, zero.t(), None, P, T)
+    exact, peer = (A.double() @ P.double()) @ T.double(), unfused(A, zero.t(), none, P, T)[0]
+    assert_close_budget(Y, exact, peer)
 
 
 @pytest.mark.parametrize("layout", ["transposed", "sliced"])
 def test_strides(layout: str) -> None:
     A, weight, bias, P, T = (with_layout(t, layout) for t in operands(70, 90, 100, 24, torch.float32))
     expected = unfused(A, weight.t(), bias, P, T)
-    for recompute in RECOMPUTE:
-        with checked():
-            got = lowrank_gemm(A, weight.t(), bias, P, T, recompute=recompute)
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    with checked():
+        got = lowrank_gemm(A, weight.t(), bias, P, T)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("splits", [1, 2, 3, 7, None])
@@ -209,11 +207,11 @@ def test_sums_over_tokens_of_any_strides() -> None:
 def test_a_choice_of_tile() -> None:
     """Big tiles for big products, what fits the shared memory for small GPUs, and never nothing."""
     A = torch.empty(12608, 768, dtype=torch.bfloat16)
-    assert launch.gemm_tile(A, 2304, 0).m == 128
-    assert all(launch.gemm_tile(A, N, 0, tma=True) == TMA_TILES[0] for N in (768, 2304, 3072)), "as measured"
-    assert launch.gemm_tile(A[:64], 64, 0).m == 64
+    assert launch.gemm_tile(A, 2304).m == 128
+    assert all(launch.gemm_tile(A, N, tma=True) == TMA_TILES[0] for N in (768, 2304, 3072)), "as measured"
+    assert launch.gemm_tile(A[:64], 64).m == 64
     for tiles, size in ((HALF_TILES, 2), (FP32_TILES, 4), (TF32_TILES, 4)):
-        smallest = min(tile.shared_memory(size, RECOMPUTE_RANK) for tile in tiles)
+        smallest = min(tile.shared_memory(size) for tile in tiles)
         assert smallest <= 64 * 1024, "AMD's 64 KiB"
 
 
@@ -279,15 +277,14 @@ def test_slope_in_the_epilogue(producer: str, dtype: torch.dtype, tile: GemmTile
     for M, N, K in SHAPES[:4]:  # the errors of five numbers say nothing
         A, weight, _, P, T = operands(M, N, K, 9, dtype)
         Z = with_layout(2 * matrix(M, N, dtype, 8), "transposed")
-        for recompute in RECOMPUTE:
-            with checked(), poisoned_empty():
-                Y, _ = lowrank_gemm(A, weight.t(), None, P, T, Z=Z, producer=producer, tile=tile, recompute=recompute)
-            results = []
-            for to in (torch.float64, dtype):
-                z = Z.detach().to(to).requires_grad_()
-                upstream = product(A.to(to), weight.to(to).t()) + product(product(A.to(to), P.to(to)), T.to(to))
-                results.append(torch.autograd.grad(put_out(z, producer), z, upstream)[0])
-            assert_close_budget(Y, *results, name=f"{(M, N, K)}")
+        with checked(), poisoned_empty():
+            Y, _ = lowrank_gemm(A, weight.t(), None, P, T, Z=Z, producer=producer, tile=tile)
+        results = []
+        for to in (torch.float64, dtype):
+            z = Z.detach().to(to).requires_grad_()
+            upstream = product(A.to(to), weight.to(to).t()) + product(product(A.to(to), P.to(to)), T.to(to))
+            results.append(torch.autograd.grad(put_out(z, producer), z, upstream)[0])
+        assert_close_budget(Y, *results, name=f"{(M, N, K)}")
 
 
 @pytest.mark.parametrize("producer", ["gelu", "gelu_tanh"])
@@ -313,20 +310,19 @@ def test_gelu_in_half_precision(producer: str, dtype: torch.dtype) -> None:
     assert gelu_project(torch.full((1, 1), torch.nan), zero, producer, dtype)[0].isnan().all()
 
 
-@BY_RECOMPUTE
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_an_adapter_a_sample(dtype: torch.dtype, recompute: bool) -> None:
+def test_an_adapter_a_sample(dtype: torch.dtype) -> None:
     adapter = torch.tensor([2, -1, 0])
     for i, (M, N, K) in enumerate(SHAPES[:4]):
-        R = (5, 16, 31, 1, 32)[i] if recompute else (5, 65, 128, 1, 33)[i]
+        R = (5, 65, 128, 1, 33)[i]
         _, weight, bias, _, _ = operands(M, N, K, R, dtype)
         A = torch.stack([matrix(M, K, dtype, seed) for seed in range(3)])
         P = torch.stack([matrix(K, R, torch.float32, 10 + seed, K**-0.5) for seed in range(3)])
         T = torch.stack([matrix(R, N, torch.float32, 20 + seed, R**-0.5) for seed in range(3)])
         P[1] = T[1] = float("nan")  # nobody's
         with checked() as names, poisoned_empty():
-            Y, _ = lowrank_gemm(A, weight.t(), bias, P, T, adapter=adapter, recompute=recompute)
-        assert names == ["project_kernel"] * (not recompute) + ["lowrank_gemm_kernel"]
+            Y, _ = lowrank_gemm(A, weight.t(), bias, P, T, adapter=adapter)
+        assert names == ["project_kernel", "lowrank_gemm_kernel"]
         pairs = [(P[2], T[2]), (torch.zeros(K, 1), torch.zeros(1, N)), (P[0], T[0])]
         exact, peer = (
             torch.stack(
@@ -351,11 +347,10 @@ def test_offsets_beyond_32_bits() -> None:
     A, weight, bias, P, T = operands(3, 20, 24, 5, torch.bfloat16)
     far = far_apart(A)
     expected = lowrank_gemm(A, weight.t(), bias, P, T)
-    for recompute in RECOMPUTE:
-        with checked():
-            got = lowrank_gemm(far, weight.t(), bias, P, T, recompute=recompute)
-        assert torch.equal(got[0], expected[0])
-        assert torch.equal(got[1], expected[1])
+    with checked():
+        got = lowrank_gemm(far, weight.t(), bias, P, T)
+    assert torch.equal(got[0], expected[0])
+    assert torch.equal(got[1], expected[1])
     h = expected[1]
     sums = reduce_tokens.reduce_tokens(A, h, A, h)
     with checked():

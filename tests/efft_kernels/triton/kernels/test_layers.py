@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 import efft
 from efft_kernels import EfftLinear, use_backend
-from efft_kernels.triton.interpreter import checked
+from tests.efft_kernels.triton.address_checker import checked
 
 
 def step(model: nn.Module, x: Tensor, backend: str) -> dict[str, Tensor]:

@@ -1,0 +1,132 @@
+"""What every op does with its arguments: check them, cast them under autocast, flatten their leading dimensions.
+
+A wrong call raises with what was expected, what came and what to do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def check_tensor(op: str, name: str, argument: object) -> None:
+    """Raise TypeError unless ``argument`` is a tensor."""
+    if not isinstance(argument, Tensor):
+        raise TypeError(
+            f"{op}: {name} must be a torch.Tensor, got {type(argument).__name__}; torch.as_tensor makes one of a NumPy "
+            "array or of numbers"
+        )
+
+
+def check_number(op: str, name: str, argument: object) -> None:
+    """Raise TypeError unless ``argument`` is a real number."""
+    if not isinstance(argument, (int, float)) and not isinstance(argument, Real):
+        raise TypeError(f"{op}: {name} must be a number, got {type(argument).__name__}")
+
+
+def check_shape(op: str, name: str, tensor: Tensor, expected: tuple[int, ...], symbols: str) -> None:
+    """Raise ValueError unless ``tensor`` has exactly the ``expected`` shape, which the docs call ``symbols``."""
+    check_tensor(op, name, tensor)
+    if tuple(tensor.shape) != expected:
+        raise ValueError(f"{op}: {name} must be {symbols} = {list(expected)}, got shape {list(tensor.shape)}")
+
+
+def check_matrix(op: str, name: str, tensor: Tensor, symbols: str) -> None:
+    """Raise ValueError unless ``tensor`` has two dimensions."""
+    check_tensor(op, name, tensor)
+    if tensor.dim() != 2:
+        raise ValueError(f"{op}: {name} must be {symbols}, got shape {list(tensor.shape)}")
+
+
+def check_linear(op: str, name: str, x: Tensor, W: Tensor, b: Tensor | None, D: Tensor, G: Tensor) -> None:
+    """Raise ValueError unless ``x`` [..., d_in], the argument called ``name``, fits a linear layer and its delta."""
+    check_tensor(op, name, x)
+    check_delta(op, W, D, G)
+    if x.dim() == 0 or x.shape[-1] != W.shape[1]:
+        raise ValueError(f"{op}: {name} must be [..., d_in={W.shape[1]}], got shape {list(x.shape)}")
+    if b is not None:
+        check_shape(op, "b", b, (W.shape[0],), "[d_out]")
+
+
+def linear_sizes(x: Tensor, W: Tensor, D: Tensor) -> tuple[int, int, int, int]:
+    """(tokens, d_in, d_out, r1), on which the choice of a backend depends."""
+    return math.prod(x.shape[:-1]), W.shape[1], W.shape[0], D.shape[1]
+
+
+def check_dtypes(op: str, like: str, dtype: torch.dtype, **others: Tensor | None) -> None:
+    """Raise ValueError unless all ``others`` have the ``dtype`` of the argument called ``like``."""
+    got = {name: tensor.dtype for name, tensor in others.items() if tensor is not None}
+    if any(other != dtype for other in got.values()):
+        raise ValueError(
+            f"{op}: {' and '.join(others)} must have the dtype of {like}, got {like} {dtype}, "
+            f"{', '.join(f'{name} {other}' for name, other in got.items())}; cast one of them or use torch.autocast"
+        )
+
+
+def check_frozen(op: str, **tensors: Tensor | None) -> None:
+    """Raise ValueError if a gradient would be recorded for one of ``tensors``."""
+    trained = [name for name, t in tensors.items() if t is not None and t.requires_grad]
+    if trained and torch.is_grad_enabled():
+        raise ValueError(
+            f"{op}: {', '.join(trained)} must be frozen, got requires_grad=True; freeze it, or call the layers one by "
+            "one with efft_kernels.tt_linear"
+        )
+
+
+def check_delta(op: str, W: Tensor, D: Tensor, G: Tensor) -> None:
+    """Raise ValueError unless D G has the shape of Wᵀ."""
+    check_matrix(op, "W", W, "[d_out, d_in]")
+    check_matrix(op, "D", D, "[d_in, r1]")
+    d_out, d_in = W.shape
+    check_shape(op, "D", D, (d_in, D.shape[1]), "[d_in, r1]")
+    check_shape(op, "G", G, (D.shape[1], d_out), "[r1, d_out]")
+
+
+# The functions of autocast ask by the name of the device type: torch.amp.is_autocast_available breaks the graph of
+# torch.compile in torch 2.10. The meta device has no autocast.
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast casts to on ``device``; None where it is off or does not exist."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+def autocast_like_linear(first: Tensor, *others: Tensor | None) -> Any:
+    """Tensors of one device, cast as autocast casts the arguments of torch's linear; those in fp64 stay as they are."""
+    dtype = autocast_dtype(first.device)
+    if dtype is None:
+        return first, *others
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (first, *others))
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """A context in which autocast is off on ``device``."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):  # entering it costs more than asking
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+def flatten_tokens(tensor: Tensor) -> Tensor:
+    """``tensor`` [..., d] as [tokens, d], for use inside an autograd function, where it adds no node to the graph.
+
+    Save ``tensor`` itself for backward, not the result: autograd would report a change of a view that was made without
+    gradients in other words, and a second derivative would not find what the view was made from.
+    """
+    # Not by Size.numel(), which would fix sizes that an export leaves open.
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+
+
+def unflatten_tokens(tensor: Tensor, leading: Sequence[int]) -> Tensor:
+    """``tensor`` [tokens, d], which was made here and which nobody else uses, as [*leading, d].
+
+    Not by ``view``: autograd refuses to change a view in place that a forward returned.
+    """
+    return torch.ops.aten._unsafe_view(tensor, (*leading, tensor.shape[-1]))

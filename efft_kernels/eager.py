@@ -1,0 +1,265 @@
+"""Each op's forward and backward by hand on the vendor's matrix products: on any device, without a compiler.
+
+``tt_linear`` keeps one h and makes one dh. Both rank-r products accumulate into the buffer that the frozen product
+wrote, so that neither direction has a temporary of size d_in x d_out. Factors are cast to the dtype of the activations,
+never the other way round.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def tt_linear_fwd(
+    x: Tensor,  # [tokens, d_in]
+    W: Tensor,  # [d_out, d_in]
+    b: Tensor | None,  # [d_out]
+    D: Tensor,  # [d_in, r1]
+    G: Tensor,  # [r1, d_out]
+) -> tuple[Tensor, Tensor]:  # y [tokens, d_out], h [tokens, r1]
+    """y = x Wᵀ + b + h G with h = x D."""
+    h = x @ D.to(x.dtype)
+    y = x @ W.t() if b is None else torch.addmm(b, x, W.t())
+    return y.addmm_(h, G.to(x.dtype)), h
+
+
+def tt_linear_bwd(
+    gy: Tensor,  # [tokens, d_out]
+    x: Tensor | None,  # [tokens, d_in]
+    W: Tensor | None,  # [d_out, d_in]
+    h: Tensor | None,  # [tokens, r1]
+    D: Tensor,  # [d_in, r1]
+    G: Tensor,  # [r1, d_out]
+    need_dx: bool,
+    need_dD: bool,
+    need_dG: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dh = gy Gᵀ, dx = gy W + dh Dᵀ, dD = xᵀ dh, dG = hᵀ gy."""
+    dx = dD = dG = None
+    if need_dx or need_dD:
+        dh = gy @ G.to(gy.dtype).t()  # [tokens, r1]
+        if need_dx:
+            assert W is not None
+            dx = (gy @ W).addmm_(dh, D.to(gy.dtype).t())
+        if need_dD:
+            assert x is not None
+            dD = _reduce_tokens(x, dh, D.dtype)
+    if need_dG:
+        assert h is not None
+        dG = _reduce_tokens(h, gy, G.dtype)
+    dx, dD, dG = (like.new_empty(0) if t is None else t for t, like in ((dx, gy), (dD, D), (dG, G)))
+    return dx, dD, dG
+
+
+def _reduce_tokens(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """aᵀ b in ``dtype``; where the vendor's product can write fp32, it is not rounded to the dtype of ``a`` first."""
+    if a.is_cuda and a.dtype != dtype == torch.float32:
+        return torch.mm(a.t(), b, out_dtype=dtype)
+    return (a.t() @ b).to(dtype)
+
+
+def tt_gelu_linear_fwd(
+    z: Tensor,  # [tokens, d_in]
+    W: Tensor,  # [d_out, d_in]
+    b: Tensor | None,  # [d_out]
+    D: Tensor,  # [d_in, r1]
+    G: Tensor,  # [r1, d_out]
+    approximate: str,
+) -> tuple[Tensor, Tensor]:  # y [tokens, d_out], h [tokens, r1]
+    """tt_linear on a = gelu(z)."""
+    return tt_linear_fwd(_gelu(z, approximate, W.dtype), W, b, D, G)
+
+
+def tt_gelu_linear_bwd(
+    gy: Tensor,  # [tokens, d_out]
+    z: Tensor,  # [tokens, d_in]
+    W: Tensor | None,  # [d_out, d_in]
+    h: Tensor | None,  # [tokens, r1]
+    D: Tensor,  # [d_in, r1]
+    G: Tensor,  # [r1, d_out]
+    approximate: str,
+    need_dz: bool,
+    need_dD: bool,
+    need_dG: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Makes a again, which costs one pass over z, instead of keeping it."""
+    a = _gelu(z, approximate, gy.dtype) if need_dD else None
+    da, dD, dG = tt_linear_bwd(gy, a, W, h, D, G, need_dz, need_dD, need_dG)
+    if not need_dz:
+        return z.new_empty(0), dD, dG
+    if da.dtype == z.dtype:
+        return torch.ops.aten.gelu_backward(da, z, approximate=approximate), dD, dG
+    wide = torch.promote_types(z.dtype, da.dtype)
+    return torch.ops.aten.gelu_backward(da.to(wide), z.to(wide), approximate=approximate).to(z.dtype), dD, dG
+
+
+def _gelu(z: Tensor, approximate: str, dtype: torch.dtype) -> Tensor:
+    """The GELU, rounded once, to ``dtype``."""
+    if z.dtype != dtype:
+        z = z.to(torch.promote_types(z.dtype, dtype))
+    return F.gelu(z, approximate=approximate).to(dtype)
+
+
+def tt_norm_linear_fwd(
+    x: Tensor,  # [tokens, d_in]
+    gamma: Tensor | None,  # [d_in]
+    beta: Tensor | None,  # [d_in]
+    eps: float,
+    W: Tensor,  # [d_out, d_in]
+    b: Tensor | None,  # [d_out]
+    D: Tensor,  # [d_in, r1]
+    G: Tensor,  # [r1, d_out]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # y [tokens, d_out], h [tokens, r1], mean and rstd [tokens]
+    """tt_linear on the layer norm of x."""
+    n, mean, rstd = _layer_norm(x, gamma, beta, eps, W.dtype)
+    y, h = tt_linear_fwd(n.to(W.dtype), W, b, D, G)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return y, h, mean.to(wide).flatten(), rstd.to(wide).flatten()
+
+
+def tt_norm_linear_bwd(
+    gy: Tensor,  # [tokens, d_out]
+    x: Tensor,  # [tokens, d_in]
+    gamma: Tensor | None,  # [d_in]
+    beta: Tensor | None,  # [d_in]
+    eps: float,
+    mean: Tensor,  # [tokens]
+    rstd: Tensor,  # [tokens]
+    W: Tensor | None,  # [d_out, d_in]
+    h: Tensor | None,  # [tokens, r1]
+    D: Tensor,  # [d_in, r1]
+    G: Tensor,  # [r1, d_out]
+    need_dx: bool,
+    need_dD: bool,
+    need_dG: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Makes the norm's output again from x instead of keeping it."""
+    n = _layer_norm(x, gamma, beta, eps, gy.dtype)[0].to(gy.dtype) if need_dD else None
+    dn, dD, dG = tt_linear_bwd(gy, n, W, h, D, G, need_dx, need_dD, need_dG)
+    return layer_norm_bwd(dn, x, gamma, beta, mean, rstd) if need_dx else x.new_empty(0), dD, dG
+
+
+def layer_norm_bwd(
+    dn: Tensor,  # [tokens, d_in]
+    x: Tensor,  # [tokens, d_in]
+    gamma: Tensor | None,  # [d_in]
+    beta: Tensor | None,  # [d_in]
+    mean: Tensor,  # [tokens]
+    rstd: Tensor,  # [tokens]
+) -> Tensor:  # [tokens, d_in], dtype of x
+    """dx of a layer norm by the vendor's kernel, which needs everything but the statistics in one dtype."""
+    wide, gamma, beta = _alike(x, gamma, beta, dn.dtype)
+    if x.device.type == "cpu":
+        mean, rstd = mean.to(wide.dtype), rstd.to(wide.dtype)
+    statistics = (mean[:, None], rstd[:, None])
+    dx, _, _ = torch.ops.aten.native_layer_norm_backward(
+        dn.to(wide.dtype), wide, x.shape[1:], *statistics, gamma, beta, [True, False, False]
+    )
+    return dx.to(x.dtype)
+
+
+def _layer_norm(
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The norm, to be rounded to ``dtype``, and its statistics."""
+    wide, gamma, beta = _alike(x, gamma, beta, dtype)
+    return torch.native_layer_norm(wide, x.shape[1:], gamma, beta, eps)
+
+
+def _alike(
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """All in the one dtype that the vendor's kernel needs and rounds its result to; it is wide enough for ``dtype``."""
+    others = {dtype, *(parameter.dtype for parameter in (gamma, beta) if parameter is not None)}
+    if others == {x.dtype}:
+        return x, gamma, beta
+    dtype = functools.reduce(torch.promote_types, others, x.dtype)
+    gamma, beta = (None if parameter is None else parameter.to(dtype) for parameter in (gamma, beta))
+    return x.to(dtype), gamma, beta
+
+
+def tt_linear_grouped(
+    x: Tensor,  # [samples, tokens, d_in]
+    W: Tensor,  # [d_out, d_in]
+    b: Tensor | None,  # [d_out]
+    D: Tensor,  # [n_adapters, d_in, r1]
+    G: Tensor,  # [n_adapters, r1, d_out]
+    adapter: Tensor,  # [samples], negative: none
+) -> Tensor:  # [samples, tokens, d_out]
+    """y[i] = x[i] Wᵀ + b + (x[i] D[a_i]) G[a_i], with the samples' factors gathered into batched products."""
+    y = torch.nn.functional.linear(x, W, b)
+    if x.numel() == 0 or D.shape[0] == 0:
+        return y
+    used = adapter.clamp(0, D.shape[0] - 1)
+    none, missing = (adapter < 0)[:, None, None], (adapter >= D.shape[0])[:, None, None]
+    h = torch.bmm(x, D[used].to(x.dtype))  # [samples, tokens, r1]
+    h.masked_fill_(none, 0).masked_fill_(missing, torch.nan)
+    return y.baddbmm_(h, G[used].masked_fill_(none, 0).to(x.dtype))
+
+
+def _rows(C: Tensor, keep_C: Tensor | None, scale: float) -> Tensor:
+    """scale · C, masked, as [n_layers, r1 * n_cores, r2]."""
+    C = C * scale if keep_C is None else C * keep_C * scale
+    return C.transpose(1, 2).flatten(1, 2)
+
+
+def tt_contract_fwd(
+    C: Tensor,  # [n_layers, n_cores, r1, r2]
+    V: Tensor,  # [r2, d_out]
+    keep_C: Tensor | None,  # [n_layers, n_cores, r1, r2], bool
+    keep_V: Tensor | None,  # [n_layers, r2, d_out], bool
+    scale: float,
+) -> Tensor:  # [n_layers, r1, n_cores * d_out]
+    """G[l] = scale · [C[l, 0] V | C[l, 1] V | ...] as one matrix product for all layers and cores.
+
+    Cores are laid out [n_layers, r1, n_cores, r2], so that the product has the layout of G and G[l] needs no copy. With
+    a mask on V every layer has its own right factor, and the product is batched over layers.
+    """
+    n_layers, n_cores, r1, _ = C.shape
+    G = _rows(C, keep_C, scale) @ (V if keep_V is None else V * keep_V)
+    return G.reshape(n_layers, r1, n_cores * V.shape[1])
+
+
+def tt_contract_bwd(
+    dG: Tensor,  # [n_layers, r1, n_cores * d_out]
+    C: Tensor,
+    V: Tensor,
+    keep_C: Tensor | None,
+    keep_V: Tensor | None,
+    scale: float,
+    need_dC: bool,
+    need_dV: bool,
+) -> tuple[Tensor, Tensor]:
+    n_layers, n_cores, r1, r2 = C.shape
+    dG = dG.reshape(n_layers, r1 * n_cores, V.shape[1])
+    dC, dV = C.new_empty(0), V.new_empty(0)
+    if need_dC:
+        right = V if keep_V is None else V * keep_V
+        dC = (dG @ right.transpose(-1, -2)).reshape(n_layers, r1, n_cores, r2).transpose(1, 2) * scale
+        dC = dC.contiguous() if keep_C is None else (dC * keep_C).contiguous()
+    if need_dV:
+        rows = _rows(C, keep_C, scale)
+        if keep_V is None:
+            dV = rows.flatten(0, 1).t() @ dG.flatten(0, 1)
+        else:
+            dV = (torch.bmm(rows.transpose(1, 2), dG) * keep_V).sum(0)
+    return dC, dV
+
+
+def tt_merge_(
+    W: Tensor,  # [d_out, d_in], changed in place
+    D: Tensor,  # [d_in, r1]
+    G: Tensor,  # [r1, d_out]
+    sign: float,
+) -> None:
+    """W ← W + sign · (D G)ᵀ in fp32 (fp64 for an fp64 W), rounded once to W's dtype."""
+    dtype = torch.promote_types(W.dtype, torch.float32)
+    Gt, Dt = G.to(dtype).t(), D.to(dtype).t()
+    if W.dtype == dtype:
+        W.addmm_(Gt, Dt, alpha=sign)
+    else:
+        W.copy_(torch.addmm(W.to(dtype), Gt, Dt, alpha=sign))

@@ -1,0 +1,158 @@
+"""Producers: the LayerNorm or GELU before an adapted layer, computed inside the layer so that its output is not kept.
+
+:func:`fuse_producer` makes a module return a :class:`ProducerOutput`: its input, and what remains to be done to it. An
+:class:`efft_kernels.EfftLinear` that receives one computes both in one op (``tt_norm_linear``, ``tt_gelu_linear``).
+Anything else that touches it first turns it into an ordinary tensor, so other modules need not know about it and cannot
+see a wrong value. A gradient that reaches it by another way (a custom autograd.Function) is passed on to the input as
+it would have been without the fusion.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from efft_kernels.ops import tt_gelu_linear, tt_norm_linear
+
+
+class ProducerOutput(Tensor):
+    """``module(x)``, not computed yet. It has the shape, dtype and device of the result, but no memory.
+
+    Attributes:
+        module: the producer.
+        x: its input.
+        version: the version counter of ``x`` when the producer was called.
+    """
+
+    module: nn.LayerNorm | nn.GELU
+    x: Tensor
+    version: int
+
+    @staticmethod
+    def of(module: nn.LayerNorm | nn.GELU, x: Tensor) -> ProducerOutput:
+        """Return ``module(x)`` without computing it."""
+        output = _Postpone.apply(x, module)
+        output.module, output.x, output.version = module, x, x._version
+        return output
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _METADATA:
+            return super().__torch_function__(func, types, args, kwargs)
+        if func is torch.nn.functional.dropout and _drops_nothing(*args, **kwargs):
+            return args[0]
+        args, kwargs = torch.utils._pytree.tree_map_only(ProducerOutput, ProducerOutput.value, (args, kwargs))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        raise RuntimeError(
+            f"{func} reached the output of a fused LayerNorm or GELU below torch's Python functions, where it has no "
+            "values; undo the fusion with efft.unfuse(model)"
+        )
+
+    def value(self) -> Tensor:
+        """Compute the ordinary tensor by the module's own forward."""
+        return _compute(self.module, self._input())
+
+    def linear(self, W: Tensor, b: Tensor | None, D: Tensor, G: Tensor) -> Tensor:
+        """Compute ``a Wᵀ + b + (a D) G`` ``[..., d_out]`` for the output ``a`` of the producer, without keeping ``a``.
+
+        ``W`` is a plain ``[d_out, d_in]``; neither it nor ``b`` gets a gradient.
+        """
+        if isinstance(self.module, nn.GELU):
+            return tt_gelu_linear(self._input(), W, b, D, G, approximate=self.module.approximate)
+        norm = self.module
+        return tt_norm_linear(self._input(), norm.weight, norm.bias, W, b, D, G, eps=norm.eps)
+
+    def _input(self) -> Tensor:
+        if self.x._version != self.version:
+            raise RuntimeError(
+                f"the input of a {type(self.module).__name__} was changed in place before its output was used; change "
+                "a copy, or undo the fusion with efft.unfuse(model)"
+            )
+        return self.x
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"ProducerOutput({type(self.module).__name__}, shape={list(self.shape)})"
+
+
+class _Postpone(torch.autograd.Function):
+    """Create a :class:`ProducerOutput`, and be its node in the graph.
+
+    If an adapted layer takes the producer's input from the tensor, nothing in the graph uses this node.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: nn.Module) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.module = module
+        return Tensor._make_wrapper_subclass(ProducerOutput, x.shape, dtype=x.dtype, device=x.device)
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        differentiated = torch.is_grad_enabled()
+        with torch.enable_grad():
+            x = x.view_as(x) if differentiated else x.detach().requires_grad_()
+            return torch.autograd.grad(_compute(ctx.module, x), x, gy, create_graph=differentiated)[0], None
+
+
+def _compute(module: Any, x: Tensor) -> Tensor:
+    # Past the forward that fuse_producer sets on the module.
+    return type(module).forward(module, x)
+
+
+_METADATA = {
+    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda")),
+    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point),
+}
+
+
+def _drops_nothing(input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> bool:
+    return isinstance(input, ProducerOutput) and (p == 0 or not training)
+
+
+def fuse_producer(module: nn.Module) -> bool:
+    """Leave the work of ``module`` to the adapted layer after it.
+
+    The module still does its work itself in compiled, exported and traced code, in the transforms of ``torch.func``,
+    under inference mode, while it has hooks, and if its parameters are trained.
+
+    Returns:
+        Whether it is a layer norm or a GELU that can be fused; if it is not, nothing is changed.
+    """
+    if "forward" in module.__dict__ or not (
+        isinstance(module, nn.GELU) or (isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1)
+    ):
+        return False
+    module.__dict__["forward"] = functools.partial(_forward, module)
+    return True
+
+
+def unfuse_producer(module: nn.Module) -> None:
+    """Undo :func:`fuse_producer`. Other modules are left as they are."""
+    forward = module.__dict__.get("forward")
+    if isinstance(forward, functools.partial) and forward.func is _forward:
+        del module.__dict__["forward"]
+
+
+def _forward(module: Any, x: Tensor) -> Tensor:
+    if (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]
+        or torch._C._are_functorch_transforms_active()
+        or type(x) is not Tensor
+        or x.is_inference()
+        or any(parameter.requires_grad for parameter in module.parameters())
+        or any(getattr(module, hooks) for hooks in _HOOKS)
+    ):
+        return _compute(module, x)
+    return ProducerOutput.of(module, x)
+
+
+_HOOKS = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")

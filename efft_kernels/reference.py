@@ -1,0 +1,241 @@
+"""The specification: each op as plain differentiable torch, computed in fp32 (fp64 for fp64 inputs).
+
+``<op>_bwd`` are the gradients of the op, also as differentiable torch, for derivatives of derivatives.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from efft_kernels._arguments import no_autocast
+
+
+def tt_linear(
+    x: Tensor,  # [..., d_in]
+    W: Tensor,  # [d_out, d_in]
+    b: Tensor | None,  # [d_out]
+    D: Tensor,  # [d_in, r1]
+    G: Tensor,  # [r1, d_out]
+) -> Tensor:  # [..., d_out], dtype of x
+    """y = x Wᵀ + b + (x D) G."""
+    dtype = _wide(x, D, G)
+    with no_autocast(x.device):
+        xw = x.to(dtype)
+        y = xw @ W.to(dtype).t() + (xw @ D.to(dtype)) @ G.to(dtype)
+        if b is not None:
+            y = y + b.to(dtype)
+        return y.to(x.dtype)
+
+
+def tt_linear_bwd(
+    gy: Tensor,  # [tokens, d_out]
+    x: Tensor | None,  # [tokens, d_in]; for dD
+    W: Tensor | None,  # [d_out, d_in]; for dx
+    h: Tensor | None,  # [tokens, r1]; for dG
+    D: Tensor,  # [d_in, r1]
+    G: Tensor,  # [r1, d_out]
+    gh: Tensor | None = None,  # [tokens, r1]: the gradient that reaches h other than through y
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # dx, dD, dG in the dtypes of gy, D, G
+    """The gradients, themselves differentiable; None for a gradient whose input is None."""
+    dtype = _wide(gy, D, G)
+    wide_gy, wide_D = gy.to(dtype), D.to(dtype)
+    dh = wide_gy @ G.to(dtype).t()  # [tokens, r1]
+    if gh is not None:
+        dh = dh + gh
+    dx = None if W is None else (wide_gy @ W.to(dtype) + dh @ wide_D.t()).to(gy.dtype)
+    dD = None if x is None else (x.to(dtype).t() @ dh).to(D.dtype)
+    dG = None if h is None else (h.to(dtype).t() @ wide_gy).to(G.dtype)
+    return dx, dD, dG
+
+
+def tt_gelu_linear(
+    z: Tensor,  # [..., d_in]
+    W: Tensor,  # [d_out, d_in]
+    b: Tensor | None,  # [d_out]
+    D: Tensor,  # [d_in, r1]
+    G: Tensor,  # [r1, d_out]
+    approximate: str,
+) -> Tensor:  # [..., d_out], dtype of W
+    """y = gelu(z) Wᵀ + b + (gelu(z) D) G."""
+    with no_autocast(z.device):
+        return tt_linear(F.gelu(z.to(_wide(z)), approximate=approximate), W, b, D, G).to(W.dtype)
+
+
+def tt_gelu_linear_bwd(
+    gy: Tensor,  # [tokens, d_out]
+    z: Tensor,  # [tokens, d_in]
+    W: Tensor | None,  # [d_out, d_in]; for dz
+    D: Tensor,  # [d_in, r1]
+    G: Tensor,  # [r1, d_out]
+    approximate: str,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # dz, dD, dG in the dtypes of z, D, G
+    """The gradients, themselves differentiable; no dz without W."""
+    wide_z = z.to(_wide(z, D, G))
+    a = F.gelu(wide_z, approximate=approximate)
+    da, dD, dG = tt_linear_bwd(gy.to(a.dtype), a, W, a @ D.to(a.dtype), D, G)
+    if da is None:
+        return None, dD, dG
+    return torch.ops.aten.gelu_backward(da, wide_z, approximate=approximate).to(z.dtype), dD, dG
+
+
+def tt_norm_linear(
+    x: Tensor,  # [..., d_in]
+    gamma: Tensor | None,  # [d_in]
+    beta: Tensor | None,  # [d_in]
+    W: Tensor,  # [d_out, d_in]
+    b: Tensor | None,  # [d_out]
+    D: Tensor,  # [d_in, r1]
+    G: Tensor,  # [r1, d_out]
+    eps: float,
+) -> Tensor:  # [..., d_out], dtype of W
+    """y = n Wᵀ + b + (n D) G with n = (x - mean(x)) / sqrt(var(x) + eps) · gamma + beta."""
+    with no_autocast(x.device):
+        n, _ = _standardized(x.to(_wide(x, gamma, beta)), eps)
+        return tt_linear(_scaled(n, gamma, beta), W, b, D, G).to(W.dtype)
+
+
+def tt_norm_linear_bwd(
+    gy: Tensor,  # [tokens, d_out]
+    x: Tensor,  # [tokens, d_in]
+    gamma: Tensor | None,  # [d_in]
+    beta: Tensor | None,  # [d_in]
+    W: Tensor | None,  # [d_out, d_in]; for dx
+    D: Tensor,  # [d_in, r1]
+    G: Tensor,  # [r1, d_out]
+    eps: float,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # dx, dD, dG in the dtypes of x, D, G
+    """The gradients, themselves differentiable; no dx without W."""
+    standardized, deviation = _standardized(x.to(_wide(x, gamma, beta, D, G)), eps)
+    n = _scaled(standardized, gamma, beta)
+    g, dD, dG = tt_linear_bwd(gy.to(n.dtype), n, W, n @ D.to(n.dtype), D, G)
+    if g is None:
+        return None, dD, dG
+    if gamma is not None:
+        g = g * gamma
+    along = (g * standardized).mean(-1, keepdim=True)
+    dx = (g - g.mean(-1, keepdim=True) - standardized * along) / deviation
+    return dx.to(x.dtype), dD, dG
+
+
+def _standardized(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x with mean 0 and deviation 1 along its last dimension, and the deviation that it had."""
+    centered = x - x.mean(-1, keepdim=True)
+    deviation = (centered.square().mean(-1, keepdim=True) + eps).sqrt()
+    return centered / deviation, deviation
+
+
+def _scaled(n: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
+    n = n if gamma is None else n * gamma
+    return n if beta is None else n + beta
+
+
+def tt_linear_grouped(
+    x: Tensor,  # [samples, tokens, d_in]
+    W: Tensor,  # [d_out, d_in]
+    b: Tensor | None,  # [d_out]
+    D: Tensor,  # [n_adapters, d_in, r1]
+    G: Tensor,  # [n_adapters, r1, d_out]
+    adapter: Tensor,  # [samples]
+) -> Tensor:  # [samples, tokens, d_out], dtype of x
+    """y[i] = x[i] Wᵀ + b + (x[i] D[a_i]) G[a_i], sample by sample; a negative a_i stands for no adapter."""
+    none = (D.new_zeros(D.shape[1:]), G.new_zeros(G.shape[1:]))
+    factors = [(D[i], G[i]) if i >= 0 else none for i in adapter.tolist()]
+    y = [tt_linear(sample, W, b, *pair) for sample, pair in zip(x, factors, strict=True)]
+    return torch.stack(y) if y else x.new_empty(*x.shape[:2], W.shape[0])
+
+
+def tt_linear_grouped_bwd(
+    gy: Tensor,  # [samples, tokens, d_out]
+    x: Tensor | None,  # [samples, tokens, d_in]; for dD and dG
+    W: Tensor | None,  # [d_out, d_in]; for dx
+    D: Tensor,  # [n_adapters, d_in, r1]
+    G: Tensor,  # [n_adapters, r1, d_out]
+    adapter: Tensor,  # [samples]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # dx, dD, dG in the dtypes of gy, D, G
+    """The gradients, themselves differentiable; None for a gradient whose input is None.
+
+    Samples whose adapter does not exist get NaN.
+    """
+    dtype = _wide(gy, D, G)
+    index = adapter.clamp(0, D.shape[0] - 1)
+
+    def of_samples(
+        factors: Tensor,
+    ) -> Tensor:  # not by a product with a mask: an adapter that no sample uses may hold NaN
+        rows = factors[index].to(dtype)
+        rows = rows.masked_fill((adapter < 0)[:, None, None], 0)
+        return rows.masked_fill((adapter >= len(factors))[:, None, None], torch.nan)
+
+    def of_adapters(rows: Tensor, like: Tensor) -> Tensor:
+        return like.new_zeros(like.shape, dtype=dtype).index_add(0, index, rows).to(like.dtype)
+
+    down, up, wide_gy = of_samples(D), of_samples(G), gy.to(dtype)
+    dh = wide_gy @ up.mT  # [samples, tokens, r1]; zero for a sample without adapter, as h is
+    dx = None if W is None else (wide_gy @ W.to(dtype) + dh @ down.mT).to(gy.dtype)
+    if x is None:
+        return dx, None, None
+    dD = of_adapters(x.to(dtype).mT @ dh, D)
+    dG = of_adapters((x.to(dtype) @ down).mT @ wide_gy, G)
+    return dx, dD, dG
+
+
+def tt_contract(
+    C: Tensor,  # [n_layers, n_cores, r1, r2]
+    V: Tensor,  # [r2, d_out]
+    keep_C: Tensor | None = None,  # [n_layers, n_cores, r1, r2], bool
+    keep_V: Tensor | None = None,  # [n_layers, r2, d_out], bool
+    scale: float = 1.0,
+) -> Tensor:  # [n_layers, r1, n_cores * d_out], dtype of C
+    """G[l] = scale · [C[l, 0] V | C[l, 1] V | ...], with dropped elements of C and V set to zero."""
+    dtype = _wide(C, V)
+    with no_autocast(C.device):
+        cores, right = _kept(C.to(dtype), V.to(dtype), keep_C, keep_V)
+        G = scale * torch.einsum("lnab,lbd->land", cores, right)
+        return G.flatten(2).to(C.dtype)
+
+
+def tt_contract_bwd(
+    dG: Tensor,  # [n_layers, r1, n_cores * d_out]
+    C: Tensor,  # [n_layers, n_cores, r1, r2]
+    V: Tensor,  # [r2, d_out]
+    keep_C: Tensor | None,  # [n_layers, n_cores, r1, r2], bool
+    keep_V: Tensor | None,  # [n_layers, r2, d_out], bool
+    scale: float,
+) -> tuple[Tensor, Tensor]:  # dC, dV in the dtypes of C, V
+    """The gradients, themselves differentiable."""
+    dtype = _wide(C, V)
+    cores, right = _kept(C.to(dtype), V.to(dtype), keep_C, keep_V)
+    blocks = scale * dG.to(dtype).unflatten(2, (C.shape[1], V.shape[1]))  # [n_layers, r1, n_cores, d_out]
+    dC = torch.einsum("land,lbd->lnab", blocks, right)
+    dV = torch.einsum("lnab,land->lbd", cores, blocks)
+    dC, dV = _masked(dC, keep_C), _masked(dV, keep_V).sum(0)
+    return dC.to(C.dtype), dV.to(V.dtype)
+
+
+def _kept(C: Tensor, V: Tensor, keep_C: Tensor | None, keep_V: Tensor | None) -> tuple[Tensor, Tensor]:
+    """C, and V of every layer, with dropped elements zero."""
+    return _masked(C, keep_C), _masked(V.expand(C.shape[0], *V.shape), keep_V)
+
+
+def _masked(tensor: Tensor, keep: Tensor | None) -> Tensor:
+    return tensor if keep is None else tensor * keep
+
+
+@torch.no_grad()
+def tt_merge_(
+    W: Tensor,  # [d_out, d_in], changed in place
+    D: Tensor,  # [d_in, r1]
+    G: Tensor,  # [r1, d_out]
+    sign: float = 1.0,
+) -> Tensor:  # W
+    """W ← W + sign · (D G)ᵀ, rounded once to W's dtype."""
+    dtype = _wide(W, D, G)
+    with no_autocast(W.device):
+        return W.copy_(W.to(dtype) + sign * (D.to(dtype) @ G.to(dtype)).t())
+
+
+def _wide(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype to compute in: float64 if any tensor is float64, else float32."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32

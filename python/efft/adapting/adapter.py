@@ -1,0 +1,189 @@
+"""``Adapter``: what an adapted model has beside its base, and what happens to its factors in each pass."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from efft.adapting import buffers
+from efft.adapting.placing import Update, find_update
+from efft.adapting.wrappers import plain_name, unwrap
+from efft.config import AdapterConfig
+from efft_kernels import FactorBank
+from efft_kernels.nn.parameter import AdaptedParameter
+
+
+class Adapter(nn.ModuleDict):
+    """The adapter of a model, its submodule ``efft``: the :class:`FactorBank` of each group, by the group's name.
+
+    Attributes:
+        config: the configuration that the model was adapted with.
+        layers: names of the adapted weights: the module's name for a layer, the parameter's name for any other weight.
+        plan: the groups as adapter files keep them.
+        head: names of the modules that are trained beside the factors.
+        enabled: False while the update is switched off or merged.
+    """
+
+    def __init__(self, factors: dict[str, FactorBank], config: AdapterConfig, head: list[str]) -> None:
+        super().__init__(factors)
+        self.config, self.head, self.enabled = config, head, True
+        self.layers: list[str] = []
+        self.plan: list[dict[str, Any]] = []
+        self._idle_checked = False
+        self._reads_checked: set[bool] = set()  # in which modes a pass has shown what is read
+        self._originals: dict[str, Any] = {}
+        self._base_buffers: dict[str, Tensor] = {}  # copies of what training may change
+        self._still: list[nn.Module] = []  # kept in eval mode; not registered, so that they keep their names
+        self._requires_grad: dict[str, bool] = {}
+        self._hooks: list[Any] = []
+
+    def forward(self, x: Any) -> Any:
+        """Return ``x``: an adapted ``nn.Sequential`` runs the adapter too, as its last child."""
+        return x
+
+    def train(self, mode: bool = True) -> Adapter:
+        """Set the mode, and keep the modules whose statistics are frozen in eval mode.
+
+        The adapter is the model's last child, so this runs after the mode of those modules was set.
+        """
+        super().train(mode)
+        for module in self._still:
+            module.training = False
+        return self
+
+    def banks(self) -> list[FactorBank]:
+        """Return the banks of all groups."""
+        return [factors for factors in self.values() if isinstance(factors, FactorBank)]
+
+
+def adapter_of(model: nn.Module) -> Adapter:
+    """Return the adapter of a model.
+
+    Raises:
+        ValueError: the model is not adapted.
+    """
+    adapter = getattr(model, "efft", None)
+    if not isinstance(adapter, Adapter):
+        raise ValueError(
+            f"this {type(model).__name__} is not adapted: call efft.apply(model, config) or efft.load_adapter(model, "
+            f"path) first"
+        )
+    return adapter
+
+
+def adapted_layers(model: nn.Module) -> dict[str, Update]:
+    """Return the updates of an adapted model by the names of their weights (:attr:`Adapter.layers`).
+
+    Each has ``delta_weight()`` (the dense update), ``merge()``, ``unmerge()``, ``merged``, ``enabled`` and
+    ``evaluated()`` (D and G). The update of a layer is the adapted layer itself. ``model`` may be wrapped by DDP or a
+    similar wrapper.
+    """
+    model = unwrap(model)
+    updates = {name: find_update(model, name) for name in adapter_of(model).layers}
+    return {name: update for name, update in updates.items() if update is not None}
+
+
+def named_factors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield (name in the state dict, parameter) of every trainable factor, each once.
+
+    ``model`` may be wrapped by DDP or a similar wrapper; the names are those of the model inside.
+    """
+    return adapter_of(unwrap(model)).named_parameters("efft")
+
+
+def prepare(model: nn.Module, args: Any) -> None:
+    """Compose all factors together, before a pass of the model."""
+    # This is a function that finds the adapter in its argument, so that copies and pickles of the model use their own.
+    adapter = adapter_of(model)
+    if adapter.enabled:
+        for factors in adapter.banks():
+            factors.prepare()
+    elif (
+        model.training
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and any(layer.merged for layer in adapted_layers(model).values())
+    ):
+        warnings.warn(
+            "training a merged model: its factors get no gradient; call efft.unmerge(model) first", stacklevel=2
+        )
+
+
+def release(model: nn.Module, args: Any, output: Any) -> None:
+    """Release what was composed, after a pass, and warn once of layers that did not run and of dense weights."""
+    adapter = adapter_of(model)
+    idle = [binding for factors in adapter.banks() for binding in factors.release()]
+    if torch.compiler.is_compiling():
+        return
+    if adapter.enabled and output is not None and adapter.training not in adapter._reads_checked:
+        adapter._reads_checked.add(adapter.training)
+        _tell_of_dense(adapter, adapted_layers(model))
+    if not idle or not adapter.enabled or output is None or adapter._idle_checked:
+        return
+    if any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in model.modules()):
+        adapter._idle_checked = True  # compiled blocks leave no trace of having run
+        return
+    names = _never_run(adapted_layers(model), idle)
+    if names:
+        adapter._idle_checked = True
+        warnings.warn(
+            f"{len(names)} of {len(adapter.layers)} adapted layers did not run in this pass, {names[0]!r} first, nor "
+            "did any like it in another block. That is as it should be if this input has nothing for them (a text "
+            "without pictures); if no input has, exclude them",
+            stacklevel=2,
+        )
+
+
+#: The share of the adapted weights that a pass may make dense without a warning.
+SILENT_DENSE = 0.01
+
+
+def _tell_of_dense(adapter: Adapter, layers: Mapping[str, Update]) -> None:
+    """Warn once of weights that modules read, for which every pass makes dense ones that include the update."""
+    dense = {name: update for name, update in layers.items() if update.binding.dense}
+    entries = sum(update.stored.numel() for update in dense.values())
+    if entries <= SILENT_DENSE * sum(update.stored.numel() for update in layers.values()):
+        return
+    adapter._reads_checked |= {False, True}
+    size = sum(update.stored.numel() * update.stored.element_size() for update in dense.values())
+    readers = {type(u.module).__name__ if isinstance(u, AdaptedParameter) else u.reader for u in dense.values()}
+    known = ", ".join(sorted(reader for reader in readers if reader)) or "the modules around them"
+    warnings.warn(
+        f"{len(dense)} of {len(layers)} adapted weights, {next(iter(dense))!r} first, are read by {known}, where no "
+        f"call can be intercepted: every pass makes dense ones that include the update, {size / 2**20:.3g} MiB in all. "
+        "The result is right; to save the time and memory, exclude these weights, or merge the update for inference",
+        stacklevel=2,
+    )
+
+
+def _never_run(layers: Mapping[str, Update], idle: list[Any]) -> list[str]:
+    """Return the idle layers whose like did not run in any block.
+
+    A module that reads the weights itself does so in every block, whereas of blocks that are skipped at random
+    (LayerDrop) others run.
+    """
+    ran: dict[str, bool] = {}
+    for name, layer in layers.items():
+        place = re.sub(r"(?<=\.)\d+(?=\.)", "*", f".{name}.")
+        ran[place] = ran.get(place, False) or layer.binding not in idle or not layer.enabled or layer.merged
+    return [name for name in layers if not ran[re.sub(r"(?<=\.)\d+(?=\.)", "*", f".{name}.")]]
+
+
+def base_loaded(model: nn.Module, incompatible: Any) -> None:
+    """Take the buffers for those of the base, after a checkpoint without factors was loaded."""
+    adapter = getattr(model, "efft", None)
+    missing = [plain_name(name) for name in incompatible.missing_keys]
+    if not isinstance(adapter, Adapter) or not all(_among(f"efft.{name}", missing) for name in adapter.state_dict()):
+        return
+    loaded = buffers.snapshot(model, adapter.head)
+    adapter._base_buffers.update({name: value for name, value in loaded.items() if not _among(name, missing)})
+
+
+def _among(name: str, names: list[str]) -> bool:
+    """Whether a name is among names of this model, or of a larger one around it."""
+    return any(other == name or other.endswith(f".{name}") for other in names)

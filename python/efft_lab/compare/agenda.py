@@ -1,0 +1,154 @@
+"""The agenda of a suite: which runs it needs, and which of them can start."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from efft.config import is_number
+from efft_lab.compare.suite import TRIVIAL, Suite, merge_settings
+from efft_lab.data import vtab_hyperparameters
+from efft_lab.train.config import TrainConfig
+
+#: Fields that say where something is stored or how often something is written; they do not change a result.
+_PLACES = ("data_root", "workers", "log_every", "checkpoint_every")
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run.
+
+    Attributes:
+        task: name of the data set.
+        method: name in the tables.
+        stage: search (judged on the validation split; the test split is not read) or final.
+        seed: seed of everything random in the run.
+        settings: the point of the grid.
+        config: the run's fields of ``TrainConfig``; for a trivial predictor, ``method`` is the predictor's name.
+    """
+
+    task: str
+    method: str
+    stage: str
+    seed: int
+    settings: dict[str, Any]
+    config: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        """A hash of the attributes without places: two runs with the same key have the same result."""
+        config = {name: value for name, value in self.config.items() if name not in _PLACES}
+        parts = [self.task, self.method, self.stage, self.seed, config]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+    def __str__(self) -> str:
+        chosen = ", ".join(
+            f"{name}={value:g}" if is_number(value) else f"{name}={value}" for name, value in self.settings.items()
+        )
+        return f"{self.task}, {self.method}, {self.stage} seed {self.seed}" + (f", {chosen}" if chosen else "")
+
+
+class Agenda:
+    """The runs of a suite. The settings of a final run are known once the search of its task and method is done.
+
+    Args:
+        suite: what is compared.
+
+    Raises:
+        ValueError: settings that no run can have; the text names task, method and the point of the grid.
+    """
+
+    def __init__(self, suite: Suite) -> None:
+        self.suite = suite
+        self.grids = {name: _points(entry.get("grid", {})) for name, entry in suite.methods.items()}
+        self.search_seeds = suite.search_seeds or suite.seeds[:1]
+        for task, method in self.pairs():
+            for point in self.grids[method]:
+                self._check(self._run(task, method, "final", suite.seeds[0], point))
+
+    def __len__(self) -> int:
+        seeds = len(self.suite.seeds)
+        searches = sum(len(points) * len(self.search_seeds) for points in self.grids.values() if len(points) > 1)
+        return len(self.suite.tasks) * (searches + seeds * len(self.grids))
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """Every (task, method): one method after the other, so that the first can soon be compared on all tasks."""
+        return [(task, method) for method in self.suite.methods for task in self.suite.tasks]
+
+    def search(self, task: str, method: str) -> list[Run]:
+        """The runs that choose a point of the method's grid; none if there is nothing to choose."""
+        points = self.grids[method]
+        if len(points) == 1:
+            return []
+        return [self._run(task, method, "search", seed, point) for point in points for seed in self.search_seeds]
+
+    def choose(self, task: str, method: str, done: Mapping[str, Record]) -> dict[str, Any] | None:
+        """The point of the grid with the best mean validation accuracy, the first of equals; None until all are done.
+
+        Raises:
+            ValueError: every point of the grid diverged.
+        """
+        points, runs = self.grids[method], self.search(task, method)
+        if not runs:
+            return points[0]
+        if any(run.key not in done for run in runs):
+            return None
+        scores = []
+        for point in points:
+            of_point = [done[run.key] for run in runs if run.settings == point]
+            failed = any(record.get("failed") for record in of_point)
+            scores.append(-1.0 if failed else fmean(record["val_accuracy"] for record in of_point))
+        if max(scores) < 0:
+            raise ValueError(f"every setting in the grid of {method!r} diverged on {task}: give it smaller values")
+        return points[scores.index(max(scores))]
+
+    def finals(self, task: str, method: str, done: Mapping[str, Record]) -> list[Run]:
+        """The final runs, one per seed; none until the search is done."""
+        point = self.choose(task, method, done)
+        if point is None:
+            return []
+        return [self._run(task, method, "final", seed, point) for seed in self.suite.seeds]
+
+    def ready(self, done: Mapping[str, Record], started: Collection[str] = ()) -> list[Run]:
+        """Runs that can start now, in order: they are neither done nor started, and what they depend on is done."""
+        runs = []
+        for task, method in self.pairs():
+            runs += [*self.search(task, method), *self.finals(task, method, done)]
+        return [run for run in runs if run.key not in done and run.key not in started]
+
+    def records(self, done: Mapping[str, Record]) -> list[Record]:
+        """The existing results of this suite's final runs."""
+        keys = [run.key for task, method in self.pairs() for run in self.finals(task, method, done)]
+        return [done[key] for key in keys if key in done]
+
+    def _check(self, run: Run) -> None:
+        """Refuses settings of the wrong kind now, rather than when the run starts, hours later."""
+        trivial = {"method": "linear"} if run.config["method"] in TRIVIAL else {}
+        try:
+            TrainConfig.from_dict({**run.config, **trivial})
+        except ValueError as error:
+            of_grid = f", grid {run.settings}" if run.settings else ""
+            raise ValueError(f"task {run.task!r}, method {run.method!r}{of_grid}: {error}") from None
+
+    def _run(self, task: str, method: str, stage: str, seed: int, point: dict[str, Any]) -> Run:
+        entry = {name: value for name, value in self.suite.methods[method].items() if name != "grid"}
+        variant = entry.pop("vtab_settings", None)
+        published = {"efft": vtab_hyperparameters(task, variant)} if variant else {}
+        nested: dict[str, Any] = {}
+        for name, value in point.items():
+            head, _, tail = name.partition(".")
+            nested = merge_settings(nested, {head: {tail: value}} if tail else {head: value})
+        fixed = {"data": task, "seed": seed, "data_seed": seed, "protocol": "select" if stage == "search" else "final"}
+        config = merge_settings(self.suite.train, entry, published, self.suite.tasks[task], nested, fixed)
+        return Run(task, method, stage, seed, point, config)
+
+
+def _points(grid: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
+    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]

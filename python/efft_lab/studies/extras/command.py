@@ -1,0 +1,139 @@
+"""``python -m benchmarks extras``: pack, run or sum up."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+
+from efft_lab.record import read
+from efft_lab.studies import extras
+from efft_lab.studies.extras import lists
+from efft_lab.studies.extras.packed import EXPLORED, SEEDS, pack_base, pack_task
+from efft_lab.studies.extras.runs import ROLES, run_list, runs_of
+from efft_lab.studies.extras.variants import Variant, recipe
+
+TASKS = ("orientation", "count", "cifar10", "x-location", "animal-silhouettes", "mnist5k")
+
+
+def family(name: str) -> str:
+    """Settings that differ in their rate alone are of one family: ``lora r8`` of ``lora r8 lr 0.001``."""
+    return name.split(" lr ")[0]
+
+
+def means(rows: Iterable[Mapping[str, Any]], role: str) -> dict[str, dict[str, float]]:
+    """Setting to task to mean accuracy over seeds, of the rows that have one; a failed run has 0."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        if row.get(f"{role}_accuracy") is not None:
+            value = 0.0 if row.get("failed") else row[f"{role}_accuracy"]
+            found.setdefault(row["variant"], {}).setdefault(row["task"], []).append(value)
+    return {name: {task: fmean(values) for task, values in scores.items()} for name, scores in found.items()}
+
+
+def chosen(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], str]:
+    """(family, task) to the setting whose validation accuracy is best, the first of equals; where no run of the stage
+    ``search`` is there, by the accuracy on ``dev``."""
+    best: dict[tuple[str, str], tuple[float, str]] = {}
+    for role in ("val", "dev"):
+        of_role: dict[tuple[str, str], tuple[float, str]] = {}
+        for name, scores in means(rows, role).items():
+            for task, score in scores.items():
+                key = family(name), task
+                if key not in of_role or score > of_role[key][0]:
+                    of_role[key] = score, name
+        best = {**of_role, **best}
+    return {key: name for key, (_, name) in best.items()}
+
+
+def summarize(rows: Sequence[Mapping[str, Any]], role: str = "dev") -> str:
+    """Mean accuracy of each setting over the tasks, best first. A family with several rates has a line with ``*``: each
+    task has the rate there that :func:`chosen` takes."""
+    table = means(rows, role)
+    trained = {row["variant"]: row["trained"] for row in rows}
+    runs = Counter(row["variant"] for row in rows if row.get(f"{role}_accuracy") is not None)
+    rates = Counter(map(family, {row["variant"] for row in rows}))
+    for (name, task), setting in chosen(rows).items():
+        if rates[name] > 1 and task in table.get(setting, {}):
+            table.setdefault(f"{name} *", {})[task] = table[setting][task]
+            trained[f"{name} *"] = trained[setting]
+    tasks = sorted({task for scores in table.values() for task in scores})
+    mean = {name: fmean(scores.get(task, 0.0) for task in tasks) for name, scores in table.items()}
+    lines = [f"{'setting':<46} {'trained':>8} {'n':>3}  mean  " + "  ".join(f"{task[:8]:>8}" for task in tasks)]
+    for name in sorted(table, key=lambda name: -mean[name]):
+        cells = "  ".join(f"{100 * table[name].get(task, math.nan):8.1f}" for task in tasks)
+        lines.append(f"{name:<46} {trained[name]:>8} {runs[name]:>3} {100 * mean[name]:5.2f}  {cells}")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Pack, run or sum up."""
+    parser = argparse.ArgumentParser(description=extras.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["pack", "run", "summary"])
+    parser.add_argument("--folder", type=Path, default=Path("packed"), help="of the packed files")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS))
+    parser.add_argument(
+        "--list", default="explore", help="a list of efft_lab.studies.extras.lists, or a JSON file of variants"
+    )
+    parser.add_argument("--names", nargs="+", help="only settings whose name begins with one of these")
+    parser.add_argument("--stage", choices=sorted(ROLES), default="explore")
+    parser.add_argument("--seeds", nargs="+", type=int)
+    parser.add_argument("--epochs", type=int, help="instead of those of the settings")
+    parser.add_argument("--drop-path", type=float, default=0.0)
+    parser.add_argument("--chosen", type=Path, help="rows that say which setting of each family to run on each task")
+    parser.add_argument("--seconds", type=float, default=200)
+    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--most", type=int, default=48, help="runs at once in a process")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--graph", action="store_true")
+    parser.add_argument("--commit")
+    parser.add_argument("--out", type=Path, default=Path("extras.jsonl"))
+    args = parser.parse_args(arguments)
+    if args.command == "summary":
+        rows = [*read(args.out), *(read(args.chosen) if args.chosen else [])]
+        print(summarize(rows, {"explore": "dev", "search": "val", "final": "test"}[args.stage]))
+        return 0
+    if args.command == "pack":
+        args.folder.mkdir(parents=True, exist_ok=True)
+        paths = [pack_task(task, args.folder, recipe()) for task in args.tasks]
+        classes = [int(np.load(path)["classes"]) for path in args.folder.glob("*.npz")]
+        for path in [*paths, pack_base(args.folder, recipe(), classes)]:
+            print(f"{path}: {os.path.getsize(path) / 2**20:.1f} MiB")
+        return 0
+    if args.list.endswith(".json"):
+        variants = [Variant(**values) for values in json.loads(Path(args.list).read_text())]
+    else:
+        variants = getattr(lists, args.list)()
+    if args.names:
+        variants = [v for v in variants if v.name.startswith(tuple(args.names))]
+    if args.epochs:
+        variants = [dataclasses.replace(v, epochs=args.epochs) for v in variants]
+    seeds = args.seeds or (EXPLORED[:2] if args.stage == "explore" else SEEDS[:1] if args.stage == "search" else SEEDS)
+    runs = runs_of(variants, args.tasks, seeds, args.stage)
+    if args.chosen:
+        best = chosen(read(args.chosen))
+        runs = [run for run in runs if best.get((family(run.variant.name), run.task), "") in ("", run.variant.name)]
+    print(f"{len(variants)} settings, {len(runs)} runs", flush=True)
+    run_list(
+        runs,
+        args.folder,
+        args.out,
+        args.seconds,
+        args.workers,
+        args.most,
+        device=args.device,
+        graph=args.graph,
+        commit=args.commit,
+        fields={**recipe(), "drop_path": args.drop_path},
+    )
+    return 0

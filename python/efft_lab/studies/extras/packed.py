@@ -1,0 +1,155 @@
+"""What a machine without network needs: the backbone, and the images of every seed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from efft_lab import data
+from efft_lab.train import TrainConfig, build
+
+#: Seeds of the suite, and seeds of the exploration.
+SEEDS, EXPLORED = (0, 1, 2, 3, 4), (10, 11, 12, 13)
+#: Images to judge settings by, at most.
+DEV = 800
+#: Images that a run of the exploration trains on.
+TRAINED = 1000
+
+
+def pack_task(name: str, folder: Path, fields: Mapping[str, Any]) -> Path:
+    """Write the images that the seeds use, at their own size or the model's, whichever is smaller, and which of them
+    have which role."""
+    size = fields["image_size"]
+    options: Any = {"image_size": size, "max_test": fields["max_test"]}
+    tasks = {seed: data.load(name, seed=seed, **options) for seed in SEEDS}
+    first = tasks[SEEDS[0]]
+    pool = first.train.images
+    used = np.unique(np.concatenate([task.trainval.indices for task in tasks.values()]))
+    sources = [(pool, i) for i in used] + [(first.test.images, i) for i in first.test.indices]
+    labels = np.array([images.labels[i] for images, i in sources])
+    drawn = [images.image(int(i)) for images, i in sources]
+    resize = drawn[0].size[0] > size or len({image.size for image in drawn}) > 1
+    pixels = np.stack([_resized(image, size) if resize else np.array(image) for image in drawn])  # [n, s, s, 3]
+    if (pixels == pixels[..., :1]).all():
+        pixels = pixels[..., :1]
+    roles = {
+        f"{role}/{seed}": np.searchsorted(used, getattr(t, role).indices)
+        for seed, t in tasks.items()
+        for role in ("train", "val", "trainval")
+    }
+    roles["test"] = np.arange(len(used), len(sources))
+    dev, *_ = data.splits.stratified_split(labels[: len(used)], [min(DEV, len(used) - TRAINED)], seed=77)
+    roles["dev"], rest = dev, np.setdiff1d(np.arange(len(used)), dev)
+    for seed in EXPLORED:
+        (chosen,) = data.splits.stratified_split(labels[rest], [TRAINED], seed)
+        roles[f"explore/{seed}"] = np.sort(rest[chosen])
+    path = folder / f"{name}.npz"
+    roles = {f"role/{role}": positions.astype(np.int32) for role, positions in roles.items()}
+    np.savez_compressed(path, pixels=pixels, labels=labels, classes=np.array(first.classes), **roles)
+    return path
+
+
+def _resized(image: Any, size: int) -> Any:
+    """As ``efft_lab.data.Preprocess`` does."""
+    from PIL import Image
+
+    return np.array(image.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def _all_resized(pixels: Any, size: int) -> Any:  # uint8 [n, s, s, 1 or 3]
+    from PIL import Image
+
+    if pixels.shape[1] == size:
+        return pixels
+    return np.stack(
+        [
+            _resized(Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image), size).reshape(
+                size, size, -1
+            )
+            for image in pixels
+        ]
+    )
+
+
+def pack_base(folder: Path, fields: Mapping[str, Any], classes: Iterable[int]) -> Path:
+    """Write the backbone, matrices in bf16 (as autocast reads them), and the classifiers that each seed starts from."""
+    config = TrainConfig.from_dict({**fields, "method": "linear"})
+    state = build.create_model(config, 0).state_dict()
+    rounded = {n: v.to(torch.bfloat16) if v.dim() > 1 and n.endswith(".weight") else v for n, v in state.items()}
+    blank = dataclasses.replace(config, pretrained=False)
+    for n in sorted(set(classes)):
+        for seed in (*SEEDS, *EXPLORED):
+            head: Any = build.create_model(dataclasses.replace(blank, seed=seed), n).get_submodule("head")
+            rounded |= {f"heads/{seed}/{n}.{k}": v.clone() for k, v in head.state_dict().items()}
+    path = folder / "base.npz"
+    arrays: dict[str, Any] = {}
+    for name, value in rounded.items():
+        plain = value.contiguous().view(torch.int16) if value.dtype == torch.bfloat16 else value
+        if value.dtype == torch.bfloat16:  # the bytes of the exponents pack well on their own
+            planes = plain.numpy().view(np.uint8).reshape(*value.shape, 2)
+            arrays |= {f"{name}/low": planes[..., 0].copy(), f"{name}/high": planes[..., 1].copy()}
+        else:
+            arrays[name] = plain.numpy()
+    np.savez_compressed(path, **arrays)
+    return path
+
+
+def read_base(folder: Path) -> dict[str, Tensor]:
+    """What :func:`pack_base` wrote, in fp32."""
+    found: dict[str, Tensor] = {}
+    with np.load(folder / "base.npz") as file:
+        for name in file.files:
+            if name.endswith("/low"):
+                stem = name.removesuffix("/low")
+                planes = np.stack([file[name], file[f"{stem}/high"]], -1).view(np.int16)[..., 0]
+                found[stem] = torch.from_numpy(planes.copy()).view(torch.bfloat16).float()
+            elif not name.endswith("/high"):
+                found[name] = torch.from_numpy(file[name])
+    return found
+
+
+class Packed:
+    """What was packed, on a device.
+
+    Args:
+        folder: with the files.
+        tasks: names of those to read.
+        fields: of `TrainConfig`.
+        device: where the images go.
+    """
+
+    def __init__(
+        self, folder: Path, tasks: Sequence[str], fields: Mapping[str, Any], device: torch.device | str = "cpu"
+    ) -> None:
+        state = read_base(folder)
+        self.heads = {name: value for name, value in state.items() if name.startswith("heads/")}
+        config = TrainConfig.from_dict({**fields, "method": "linear"})
+        self.base: Any = build.create_model(dataclasses.replace(config, pretrained=False), 2)
+        own = {name: value for name, value in state.items() if name not in self.heads}
+        missing = self.base.load_state_dict(own, strict=False).missing_keys
+        assert set(missing) <= {"head.weight", "head.bias"}, missing
+        self.classes: dict[str, int] = {}
+        self.roles: dict[tuple[str, str], Tensor] = {}
+        pixels, labels, first = [], [], 0
+        for task in tasks:
+            with np.load(folder / f"{task}.npz") as file:
+                images = torch.from_numpy(_all_resized(file["pixels"], fields["image_size"])).permute(0, 3, 1, 2)
+                pixels.append(images.expand(-1, 3, -1, -1).contiguous())
+                labels.append(torch.from_numpy(file["labels"]).long())
+                self.classes[task] = int(file["classes"])
+                for name in file.files:
+                    if name.startswith("role/"):
+                        role = name.removeprefix("role/")
+                        self.roles[task, role] = torch.from_numpy(file[name]).long() + first
+                first += len(labels[-1])
+        self.pixels, self.labels = torch.cat(pixels).to(device), torch.cat(labels).to(device)
+
+    def head(self, task: str, seed: int) -> dict[str, Tensor]:
+        """The classifier that a run starts with."""
+        return {f"head.{k}": self.heads[f"heads/{seed}/{self.classes[task]}.{k}"] for k in ("weight", "bias")}

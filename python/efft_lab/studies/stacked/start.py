@@ -1,0 +1,63 @@
+"""Where a run starts: the parameters of a model that the library, or peft, adapted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from efft.adapting.adapter import adapted_layers
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where one run starts.
+
+    Attributes:
+        parameters: every parameter by name; those of peft's layers have the names of plain ones.
+        sites: of EFFT and FacT-TT, name of the layer to (name of the bank, its site).
+        scales: factor of the update, by bank; of LoRA by ``lora``.
+        dropout: of EFFT's factors.
+        heads: attention heads.
+    """
+
+    parameters: dict[str, Tensor]
+    sites: dict[str, tuple[str, Any]]
+    scales: dict[str, float]
+    dropout: float
+    heads: int
+    patch: int
+    eps: float
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Start:
+        """Of a timm ViT that the library adapted, or peft, or nobody."""
+        vit: Any = model
+        sites: dict[str, tuple[str, Any]] = {}
+        scales: dict[str, float] = {}
+        dropout = 0.0
+        if hasattr(model, "efft"):
+            banks = dict(vit.efft.items())
+            names = {bank: name for name, bank in banks.items()}
+            sites = {name: (names[layer.factors], layer.site) for name, layer in adapted_layers(model).items()}
+            for name, bank in banks.items():
+                scales[name] = float(bank.initial_scale if hasattr(bank, "initial_scale") else bank.scale)
+                dropout = getattr(bank, "dropout", 0.0)
+        for module in model.modules():
+            if hasattr(module, "scaling") and isinstance(module.scaling, dict):
+                scales["lora"] = float(module.scaling["default"])
+        parameters = {
+            name.replace(".base_layer", "").replace(".default.weight", ""): value.detach().clone()
+            for name, value in model.named_parameters()
+        }
+        norm = vit.norm
+        return cls(
+            parameters,
+            sites,
+            scales,
+            dropout,
+            vit.blocks[0].attn.num_heads,
+            vit.patch_embed.patch_size[0],
+            float(norm.eps),
+        )

@@ -1,0 +1,193 @@
+"""What every CUDA kernel costs, compiled without a GPU: registers, spills, stack, shared memory, instructions.
+
+    python -m tests.csrc.resource_report                              # all kernels, a table and the faults found
+    python -m tests.csrc.resource_report --targets 90a --only project
+
+A fault is what must not happen: a compile error (launch.h checks dynamic shared memory there), registers spilled or a
+stack frame, a kernel of 16-bit products without tensor-core instructions or without asynchronous copies, a note of the
+compiler's that it serialized them. It says nothing about speed or correct results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from efft_kernels.build import NVCC_FLAGS, BuildError, Tools, cuda_sources, find_tools
+
+#: Architectures: those that are built, and 100, which gets the PTX of 80 and is a guide to what becomes of it.
+TARGETS = ("80", "90a", "100")
+#: Bytes of spills and stack that may be on a target that is not built: its compiler parks some values for occupancy.
+_PARKED = {"80": 0, "90a": 0, "100": 64}
+#: Bytes of shared memory that a kernel may declare statically.
+_STATIC_SHARED = 48 * 1024
+#: Kernels that are products of 16-bit types: what their names say, and what they then must hold by target.
+_PRODUCT = re.compile(r"(lowrank_gemm|project|reduce_tokens)_kernel<(__half|__nv_bfloat16)|lowrank_gemm_sm90")
+_CLASSES = {
+    "HMMA": r"HMMA",
+    "HGMMA": r"HGMMA",
+    "TMA": r"UTMALDG|UTMASTG|UBLKCP",
+    "LDGSTS": r"LDGSTS",
+    "LDSM": r"LDSM",
+    "FFMA": r"FFMA",
+    "local": r"LDL|STL",
+}
+
+
+@dataclass
+class Report:
+    """What one kernel needs on one target; ``faults`` is empty if all is well."""
+
+    kernel: str
+    target: str
+    registers: int = -1
+    stack: int = -1
+    spills: int = -1
+    shared_memory: int = 0
+    instructions: dict[str, int] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+
+
+def inspect(source: Path, flags: Sequence[str], target: str, tools: Tools) -> list[Report]:
+    """Compile one file for one target and read what came out."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernels.cubin"
+        own = [word for flag in flags if not flag.startswith("-gencode") for word in flag.split(" ", 1)]
+        code = f"-gencode=arch=compute_{target},code=sm_{target}"
+        command = [str(tools.nvcc), "-std=c++17", *NVCC_FLAGS.split(), *own, code, "-cubin"]
+        done = subprocess.run([*command, "-Xptxas=-v", "-o", cubin, source], capture_output=True, text=True)
+        if done.returncode != 0:
+            error = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[-200:])
+            return [Report(source.name, target, faults=[f"does not compile: {error}"])]
+        code = _run(find_tool("nvdisasm", tools), "-c", str(cubin))
+    reports = read(done.stderr, code, target)
+    if not reports:
+        return [Report(source.name, target, faults=["nothing could be read from the compiled code"])]
+    for report in reports:
+        report.faults = faults(report, done.stderr)
+    return reports
+
+
+def read(said: str, code: str, target: str) -> list[Report]:
+    """The kernels of a file, from what ptxas -v said and from the disassembled code."""
+    counts: dict[str, collections.Counter[str]] = {}
+    for part in re.split(r"^\s*\.section\s+\.text\.", code, flags=re.M)[1:]:
+        count = counts.setdefault(part.partition(",")[0], collections.Counter())
+        for name in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", part):
+            count["all"] += 1
+            for kind, pattern in _CLASSES.items():
+                count[kind] += re.fullmatch(pattern, name) is not None
+    reports = []
+    for part in said.split("Compiling entry function '")[1:]:
+        name = part.partition("'")[0]
+        report = Report(_readable(name), target, instructions=dict(counts.get(name, {})))
+        if found := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part):
+            report.stack, report.spills = int(found[1]), int(found[2]) + int(found[3])
+        if found := re.search(r"Used (\d+) registers", part):
+            report.registers = int(found[1])
+        if found := re.search(r"(\d+) bytes smem", part):
+            report.shared_memory = int(found[1])
+        reports.append(report)
+    return reports
+
+
+def faults(report: Report, said: str) -> list[str]:
+    """What must not be, given also what the compiler said about the file."""
+    found = []
+    has = report.instructions
+    if report.registers < 0 or report.stack < 0 or not has.get("all"):
+        found.append("nothing could be read from the compiled code")
+    if max(report.spills, report.stack, has.get("local", 0)) > _PARKED[report.target]:
+        found.append(f"{report.spills} bytes spilled, {report.stack} bytes of stack, {has.get('local', 0)} accesses")
+    if report.shared_memory > _STATIC_SHARED:
+        found.append(f"{report.shared_memory} bytes of static shared memory")
+    if _PRODUCT.search(report.kernel):
+        own = "sm90" in report.kernel
+        for needed in ("HGMMA", "TMA") if own else ("HMMA", "LDGSTS", "LDSM"):
+            if not has.get(needed):
+                found.append(f"no {needed} instruction")
+    found += sorted({note.strip() for note in re.findall(r".*(?:C75\d\d|serializ).*", said)})
+    return found
+
+
+def inspect_all(tools: Tools, targets: Iterable[str], only: str = "") -> list[Report]:
+    """The reports of all kernels whose file's name contains ``only``, as many at a time as there are cores."""
+    assert tools.cutlass is not None
+    work = [
+        (source, flags, target, tools)
+        for source, flags in cuda_sources(tools.cutlass)
+        for target in targets
+        if source.suffix == ".cu" and only in source.name and (target == "90a" or not source.stem.endswith("_sm90"))
+    ]
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+        return [report for reports in pool.map(lambda args: inspect(*args), work) for report in reports]
+
+
+def table(reports: Iterable[Report]) -> str:
+    """The reports as text."""
+    kinds = [kind for kind in _CLASSES if kind != "local"]
+    lines = [f"{'kernel':<62} {'target':>6} {'regs':>4} {'spill':>5} {'stack':>5}  " + ", ".join((*kinds, "all"))]
+    for r in reports:
+        counts = ", ".join(str(r.instructions.get(kind, 0)) for kind in (*kinds, "all"))
+        lines.append(f"{r.kernel:<62} {r.target:>6} {r.registers:>4} {r.spills:>5} {r.stack:>5}  {counts}")
+        lines += [f"  FAULT: {fault}" for fault in r.faults]
+    return "\n".join(lines)
+
+
+def _readable(name: str) -> str:
+    """A mangled kernel, demangled, without namespaces and parameters."""
+    name = _run("c++filt", name).strip()
+    name = re.sub(r"efft::|\(anonymous namespace\)::|^void ", "", name)
+    name = re.sub(r"\(Order\)(\d)", lambda order: ("outer", "sum")[int(order[1])], name)
+    return re.sub(r"\((?:const )?[A-Z]\w+[,)].*|(?<=>)\(.*", "", name)
+
+
+def find_tool(name: str, tools: Tools) -> str:
+    """A tool of the CUDA toolkit, or of Triton's wheel."""
+    assert tools.nvcc is not None
+    spec = importlib.util.find_spec("triton")
+    triton = Path(spec.origin).parent / "backends/nvidia/bin" if spec is not None and spec.origin else Path()
+    root = re.search(r"^#\$ TOP=(.*)$", _run(tools.nvcc, "--dryrun", "-c", "-x", "cu", "/dev/null", silent=True), re.M)
+    places = [*([Path(root[1]) / "bin"] if root else []), triton]
+    found = next((str(place / name) for place in places if (place / name).is_file()), None) or shutil.which(name)
+    if found is None:
+        raise BuildError(f"{name} not found: install it with the CUDA toolkit, or the triton package, which has it")
+    return found
+
+
+def _run(*command: str, silent: bool = False) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=not silent)
+    return done.stdout + done.stderr if silent else done.stdout
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command: exit code 1 if there is a fault."""
+    parser = argparse.ArgumentParser(prog="python -m tests.csrc.resource_report", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--only", default="", help="files whose name contains this")
+    options = parser.parse_args(arguments)
+    try:
+        tools = find_tools("cuda")
+    except BuildError as error:
+        parser.error(str(error))
+    reports = inspect_all(tools, options.targets, options.only)
+    count = sum(len(r.faults) for r in reports)
+    print(table(reports))
+    print(f"{len(reports)} kernels compiled for {len(options.targets)} targets, {count} faults")
+    return int(count > 0 or not reports)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,237 @@
+"""Layer norms and GELUs that hand their work on: to an adapted layer, and to whatever else may come."""
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from efft_kernels import EfftLinear
+from efft_kernels.nn.producers import ProducerOutput, fuse_producer, unfuse_producer
+from efft_kernels.testing import assert_close_budget
+
+MODULES = {
+    "norm": lambda: nn.LayerNorm(24, eps=1e-3),
+    "plain norm": lambda: nn.LayerNorm(24, elementwise_affine=False),
+    "gelu": nn.GELU,
+    "gelu tanh": lambda: nn.GELU(approximate="tanh"),
+}
+
+
+@pytest.fixture(params=MODULES)
+def module(request: pytest.FixtureRequest) -> nn.Module:
+    module = MODULES[request.param]()
+    for parameter in module.parameters():
+        nn.init.normal_(parameter)
+    assert fuse_producer(module.requires_grad_(False))
+    return module
+
+
+@pytest.fixture
+def layer() -> EfftLinear:
+    layer = EfftLinear.from_linear(nn.Linear(24, 40), rank=5)
+    nn.init.normal_(layer.factors.V)
+    return layer
+
+
+def plain(module: nn.Module, x: Tensor) -> Tensor:
+    return type(module).forward(module, x)
+
+
+def inputs(**options: Any) -> Tensor:
+    return (3 * torch.randn(2, 7, 24) + 1).to(**options).requires_grad_()
+
+
+def keep(forward: Any) -> tuple[Tensor, list[tuple[int, ...]]]:
+    kept: list[tuple[int, ...]] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        return forward(), kept
+
+
+def test_an_adapted_layer_does_both(module: nn.Module, layer: EfftLinear) -> None:
+    x = inputs()
+    a = module(x)
+    assert isinstance(a, ProducerOutput)
+    assert (a.shape, a.dtype, a.device, a.requires_grad) == (x.shape, x.dtype, x.device, True)
+    assert type(module).__name__ in repr(a)
+    y, kept = keep(lambda: layer(module(x)))
+    assert kept.count((2, 7, 24)) == 2, "its input, by the module's node and by the layer's, not its output"
+    assert (14, 24) not in kept
+    leaves = [x, *layer.factors.parameters()]
+    upstream = torch.randn_like(y)
+    got = [y, *torch.autograd.grad(y, leaves, upstream)]
+    peer_y = layer(plain(module, x))
+    peer = [peer_y, *torch.autograd.grad(peer_y, leaves, upstream)]
+    wide_module, wide_layer = copy.deepcopy(module).double(), copy.deepcopy(layer).double()
+    wide_x = x.detach().double().requires_grad_()
+    exact_y = wide_layer(plain(wide_module, wide_x))
+    exact = [exact_y, *torch.autograd.grad(exact_y, [wide_x, *wide_layer.factors.parameters()], upstream.double())]
+    for one, formula, usual in zip(got, exact, peer, strict=True):
+        assert_close_budget(one, formula, usual)
+
+
+@pytest.mark.parametrize("state", ["disabled", "merged"])
+def test_a_layer_without_its_update(module: nn.Module, layer: EfftLinear, state: str) -> None:
+    x = inputs()
+    if state == "merged":
+        layer.merge()
+    else:
+        layer.enabled = False
+    assert torch.equal(layer(module(x)), F.linear(plain(module, x), layer.weight, layer.bias))
+
+
+@pytest.mark.parametrize(
+    "touch",
+    [
+        lambda a: a + 1,
+        lambda a: 2 * a,
+        lambda a: a[:, 0],
+        lambda a: a.mT.contiguous(),
+        lambda a: torch.cat([a, a]),
+        lambda a: a.detach().clone(),
+        lambda a: F.linear(a, torch.ones(3, 24)),
+        lambda a: a.data,
+        lambda a: F.dropout(a, 0.0).sum(),
+        lambda a: torch.from_numpy(a.detach().numpy()),
+    ],
+)
+def test_whatever_else_touches_it(module: nn.Module, touch: Any) -> None:
+    x = inputs()
+    got, expected = touch(module(x)), touch(plain(module, x))
+    assert type(got) is Tensor
+    assert torch.equal(got, expected)
+    assert got.requires_grad == expected.requires_grad
+    if got.requires_grad:
+        grads = [torch.autograd.grad(y.square().sum(), x)[0] for y in (got, expected)]
+        assert torch.equal(*grads)
+
+
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * gy
+
+
+@pytest.mark.parametrize("way", ["function", "checkpoint", "reentrant checkpoint"])
+def test_a_function_that_autograd_knows_nothing_of(module: nn.Module, way: str) -> None:
+    """It gets the tensor past torch's Python functions; its gradient must still reach the input."""
+
+    def use(a: Tensor) -> Tensor:
+        if way == "function":
+            return Square.apply(a)
+        return checkpoint(lambda a: (a * a).sin(), a, use_reentrant=way.startswith("reentrant"))
+
+    x, twin = inputs(), inputs()
+    twin.data.copy_(x)
+    a = module(x)
+    assert isinstance(a, ProducerOutput)
+    use(a).sum().backward()
+    use(plain(module, twin)).sum().backward()
+    torch.testing.assert_close(x.grad, twin.grad)
+
+
+def test_an_input_changed_before_its_use(module: nn.Module, layer: EfftLinear) -> None:
+    x = inputs().detach()
+    a = module(x)
+    x += 1
+    for use in (layer, torch.sin):
+        with pytest.raises(RuntimeError, match="was changed in place before its output was used"):
+            use(a)
+
+
+def test_where_somebody_needs_the_value(module: nn.Module) -> None:
+    x = inputs()
+    with torch.inference_mode():
+        assert type(module(x * 1)) is Tensor
+    seen: list[Tensor] = []
+    handles = [module.register_full_backward_hook(lambda m, gx, gy: seen.extend(gx))]
+    module(x).sum().backward()
+    assert torch.equal(seen[0], x.grad)
+    handles += [module.register_forward_hook(lambda m, args, y: seen.append(y))]
+    module(x)
+    assert type(seen[-1]) is Tensor
+    for handle in handles:
+        handle.remove()
+    assert isinstance(module(x), ProducerOutput)
+    traced = torch.jit.trace(module, (x,), check_trace=False)
+    assert torch.equal(traced(x), plain(module, x))
+
+
+def test_what_changes_nothing_passes_it_on(module: nn.Module, layer: EfftLinear) -> None:
+    x = inputs()
+    between = nn.Sequential(module, nn.Identity(), nn.Dropout(0.0))
+    assert isinstance(between(x), ProducerOutput)
+    between[2].p = 0.5
+    assert not isinstance(between(x), ProducerOutput), "computed, then dropped"
+    assert isinstance(between.eval()(x), ProducerOutput)
+    assert torch.equal(layer(between(x)), layer(module(x)))
+
+
+def test_autocast(module: nn.Module, layer: EfftLinear) -> None:
+    x = inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        got, usual = layer(module(x)), layer(plain(module, x))
+    wide = copy.deepcopy(layer).double()
+    wide.weight.data, wide.bias.data = (t.bfloat16().double() for t in (layer.weight, layer.bias))
+    assert_close_budget(got, wide(plain(copy.deepcopy(module).double(), x.double())), usual)
+
+
+def test_a_norm_that_is_trained_computes_itself(layer: EfftLinear) -> None:
+    norm, x = nn.LayerNorm(24), inputs()
+    assert fuse_producer(norm)
+    y = layer(norm(x))
+    y.sum().backward()
+    assert norm.weight.grad is not None
+
+
+def test_a_base_weight_that_is_trained(module: nn.Module, layer: EfftLinear) -> None:
+    layer.weight.requires_grad_()
+    x = inputs()
+    layer(module(x)).sum().backward()
+    got, layer.weight.grad = layer.weight.grad, None
+    layer(plain(module, x)).sum().backward()
+    torch.testing.assert_close(got, layer.weight.grad)
+
+
+def test_what_cannot_hand_on() -> None:
+    for other in (nn.ReLU(), nn.LayerNorm((4, 24)), nn.Linear(2, 2)):
+        assert not fuse_producer(other)
+        assert "forward" not in other.__dict__
+    norm = nn.LayerNorm(3)
+    norm.forward = lambda x: x
+    assert not fuse_producer(norm)
+    unfuse_producer(norm)
+    assert norm.forward(7) == 7
+
+
+def test_undone_copied_and_pickled(module: nn.Module) -> None:
+    x = inputs()
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        a = twin(x)
+        assert isinstance(a, ProducerOutput)
+        assert a.module is twin
+    assert not fuse_producer(module), "already"
+    unfuse_producer(module)
+    assert type(module(x)) is Tensor
+    assert "forward" not in module.__dict__
+
+
+def test_compiled(module: nn.Module, layer: EfftLinear) -> None:
+    x = inputs()
+    model = nn.Sequential(module, layer)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), layer(plain(module, x)))

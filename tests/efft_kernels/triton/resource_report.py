@@ -1,0 +1,391 @@
+"""What every kernel costs on every target, compiled without a GPU: registers, spills, shared memory, instructions.
+
+    python -m tests.efft_kernels.triton.resource_report  # all forms, all targets, a table and the faults found
+    python -m tests.efft_kernels.triton.resource_report --targets 90 --only lowrank_gemm
+
+A form is a kernel with one entry of the tables, for one use (forward, backward, backward behind a GELU, one adapter a
+sample), by pointers or by TMA, for the strides and alignments of a real layer. A fault is what must
+not happen on a target on which :mod:`efft_kernels.triton.launch` would choose the form: a compile error, spilled
+registers, more shared memory than the tile's own estimate or than the target has, no tensor-core instruction in a half
+precision product, a main loop that does not load 16 bytes at a time. It says nothing about speed or correct results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from efft_kernels.triton import lowrank_gemm, reduce_tokens, tt_contract, tt_merge
+from efft_kernels.triton.launch import (
+    FP32_TILES,
+    HALF_TILES,
+    TAIL_R,
+    TF32_TILES,
+    TMA_TILES,
+    GemmTile,
+)
+
+#: Bytes of shared memory that a program may use, by target: compute capability times ten, or an AMD architecture.
+SHARED_MEMORY = {"80": 166912, "89": 101376, "90": 232448, "100": 232448, "gfx942": 65536}
+#: Accesses to local memory that a form without tensor cores may have: values parked outside its loops.
+PARKED = 8
+#: Uses of a product whose epilogue takes a GELU's slope, and which.
+SLOPES = {"backward gelu": "gelu", "backward gelu_tanh": "gelu_tanh"}
+#: Integer arguments that are no multiples of 16 in real layers.
+_UNALIGNED = ("columns_out", "samples", "splits")
+_TENSOR_CORE = {"80": "HMMA", "89": "HMMA", "90": "HGMMA", "100": "UTC*MMA", "gfx942": "MFMA"}
+_CLASSES = {
+    "HMMA": r"HMMA",
+    "HGMMA": r"HGMMA",
+    "UTC*MMA": r"UTC\w*MMA",
+    "FFMA": r"FFMA\w*",
+    "LDG": r"LDG|LDGSTS",
+    "TMA": r"UTMALDG",
+    "spill": r"LDL|STL",
+}
+
+
+@dataclass(frozen=True)
+class Form:
+    """A kernel as it would be launched.
+
+    Attributes:
+        name: for the report.
+        kernel: the jitted function.
+        types: Triton types of its arguments, constants excepted.
+        constants: compile-time arguments, and those that Triton specialises (strides of 1, absent tensors).
+        warps, stages: launch options.
+        estimate: shared memory that the choice of a tile counts with; None where there is no choice.
+        tensor_cores: whether its products must use them.
+        capability: least compute capability on which it is chosen.
+        wide_loads: whether its main loop must load 16 bytes at a time (by TMA none of its instructions does).
+    """
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    warps: int
+    stages: int
+    estimate: int | None = None
+    tensor_cores: bool = False
+    capability: int = 8
+    wide_loads: bool = True
+
+
+@dataclass
+class Report:
+    """What one form needs on one target; ``faults`` is empty if all is well."""
+
+    form: str
+    target: str
+    registers: int = 0
+    spills: int = 0
+    shared_memory: int = 0
+    instructions: dict[str, int] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+    skipped: str | None = None
+
+
+def forms() -> list[Form]:
+    """Every kernel with every entry of the tables."""
+    return [*_gemm_forms(), *_other_forms()]
+
+
+def _gemm_forms() -> Iterable[Form]:
+    tables = [
+        ("bf16", TMA_TILES, "ieee", True),
+        ("bf16", HALF_TILES, "ieee", False),
+        ("fp32", FP32_TILES, "ieee", False),
+        ("fp32", TF32_TILES, "tf32", False),
+    ]
+    for dtype, tiles, precision, tma in tables:
+        for tile in tiles:
+            for use in ("forward", "backward", *SLOPES, "grouped")[: 4 if tma else 5]:
+                if use in SLOPES and SLOPES[use] not in tile.slopes:
+                    continue  # never chosen
+                yield _gemm_form(dtype, precision, tile, use, tma)
+
+
+def _gemm_form(dtype: str, precision: str, tile: GemmTile, use: str, tma: bool) -> Form:
+    kernel = lowrank_gemm.lowrank_gemm_tma_kernel if tma else lowrank_gemm.lowrank_gemm_kernel
+    forward = use in ("forward", "grouped")
+    # In the forward B is a transposed weight, in the backward T is a transposed factor.
+    ones = ("ak", "bk", "bias", "tn") if forward else ("ak", "bn", "tr")
+    constants: dict[str, Any] = {
+        **{f"stride_{name}": 1 for name in ones},
+        **({} if forward else {"bias": None, "stride_bias": 0}),
+        **({"stride_zn": 1} if use in SLOPES else {"Z": None, "stride_zm": 0, "stride_zn": 0}),
+        **({} if use == "grouped" else dict.fromkeys(("stride_as", "stride_ts"), 0)),
+        **({} if use == "grouped" else {"adapter": None, "n_adapters": 1, "samples": 1}),
+        **{"PRODUCER": SLOPES.get(use, "none"), "TRANSPOSED": forward, "PRECISION": precision},
+        **{"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP_M": lowrank_gemm.GROUP_M},
+        "BLOCK_R": TAIL_R,
+    }
+    types = dict.fromkeys(kernel.arg_names, "i32")
+    types |= {**dict.fromkeys(("A", "B", "bias", "H", "Z", "Y"), f"*{dtype}"), "T": "*fp32"}
+    types |= {"adapter": "*i64"}
+    if tma:
+        blocks = {"A": (tile.m, tile.k), "Y": (tile.m, tile.n // 2)}
+        blocks["B"] = (tile.n, tile.k) if forward else (tile.k, tile.n)
+        types |= {name: f"tensordesc<{dtype}[{rows}, {columns}]>" for name, (rows, columns) in blocks.items()}
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    return Form(
+        f"lowrank_gemm{'_tma' if tma else ''} {dtype}{' tf32' if precision == 'tf32' else ''} "
+        f"{tile.m}x{tile.n}x{tile.k} {use}",
+        kernel,
+        {name: types[name] for name in kernel.arg_names if name not in constants},
+        constants,
+        tile.warps,
+        tile.stages,
+        tile.shared_memory(2 if dtype == "bf16" else 4, tma=tma),
+        precision == "tf32" or dtype == "bf16",
+        tile.capability,
+        wide_loads=not tma,
+    )
+
+
+def _other_forms() -> Iterable[Form]:
+    for rank in (16, 32, 64):
+        for producer in ("none", "gelu", "gelu_tanh", "norm"):
+            name = f"bf16 r{rank}{'' if producer == 'none' else ' ' + producer}"
+            absent = {n: None for n in ("gamma", "beta", "mean", "rstd") if producer != "norm"}
+            types = {
+                **{"gamma": "*fp32", "beta": "*fp32", "mean": "*fp32", "rstd": "*fp32", "eps": "fp32"},
+                **dict.fromkeys(("A", "H", "out", "gy", "h", "x", "dh"), "*bf16"),
+                **dict.fromkeys(("P", "partial"), "*fp32"),
+            }
+            constants = {
+                **{"stride_ak": 1, "stride_pr": 1, "stride_as": 0, "stride_ps": 0, "adapter": None, "n_adapters": 1},
+                **{"stride_gn": 1, "stride_xn": 1, "PRODUCER": producer, "PRECISION": "ieee", "BLOCK_R": rank},
+                **absent,
+            }
+            block_k, warps = lowrank_gemm.columns_and_warps(producer)
+            blocks: dict[str, Any] = {"BLOCK_M": lowrank_gemm.PROJECT_M, "BLOCK_K": block_k}
+            if producer == "none":
+                blocks["out"] = None
+            yield _plain_form(
+                f"project {name}",
+                lowrank_gemm.project_kernel,
+                types,
+                {**constants, **blocks},
+                (warps, lowrank_gemm.PROJECT_STAGES),
+            )
+            block_n, warps = reduce_tokens.columns_and_warps(producer)
+            yield _plain_form(
+                f"reduce_tokens {name}",
+                reduce_tokens.reduce_tokens_kernel,
+                types,
+                {**constants, "BLOCK_M": reduce_tokens.BLOCK_M, "BLOCK_N": block_n},
+                (warps, reduce_tokens.STAGES),
+            )
+    yield Form(
+        "finish",
+        reduce_tokens.finish_kernel,
+        {**dict.fromkeys(("partial", "dG", "dD"), "*fp32"), **dict.fromkeys(("n_G", "n", "splits"), "i32")},
+        {"BLOCK": reduce_tokens.FINISH_BLOCK},
+        reduce_tokens.FINISH_WARPS,
+        3,
+    )
+    blocks = {"BLOCK_R": tt_contract.BLOCK_R, "BLOCK_N": tt_contract.BLOCK_N}
+    for kernel in (tt_contract.contract_kernel, tt_contract.contract_backward_kernel):
+        for masks in (False, True):
+            names = [name for name in kernel.arg_names if name not in blocks]
+            pointers = ("C", "V", "G", "dG", "dC", "dV")
+            types = {n: "*fp32" if n in pointers else "fp32" if n == "scale" else "i32" for n in names}
+            absent = {} if masks else {"keep_C": None, "keep_V": None}
+            types |= {"keep_C": "*u8", "keep_V": "*u8"}
+            ones = {n: 1 for n in ("stride_cj", "stride_vn", "stride_gn") if n in names}
+            ones |= dict.fromkeys(("stride_kj", "stride_mn"), int(masks))
+            constants = {**blocks, **absent, **ones}
+            yield Form(
+                f"{kernel.__name__.removesuffix('_kernel')}{' dropout' if masks else ''}",
+                kernel,
+                {n: kind for n, kind in types.items() if n not in constants},
+                constants,
+                tt_contract.WARPS,
+                tt_contract.STAGES,
+            )
+    yield Form(
+        "merge bf16",
+        tt_merge.merge_kernel,
+        {
+            **{"W": "*bf16", "D": "*fp32", "G": "*fp32", "sign": "fp32"},
+            **dict.fromkeys(("d_out", "d_in", "R", "stride_wo", "stride_di", "stride_gr"), "i32"),
+        },
+        {
+            **{"stride_wi": 1, "stride_dr": 1, "stride_go": 1},
+            **{"BLOCK": tt_merge.BLOCK, "BLOCK_R": tt_merge.BLOCK_R},
+        },
+        tt_merge.WARPS,
+        3,
+    )
+
+
+def _plain_form(
+    name: str, kernel: Any, types: dict[str, str], constants: dict[str, Any], warps_stages: tuple[int, int]
+) -> Form:
+    """A form whose remaining arguments are 32-bit integers."""
+    constants = {n: value for n, value in constants.items() if n in kernel.arg_names}
+    types = {n: types.get(n, "i32") for n in kernel.arg_names if n not in constants}
+    return Form(name, kernel, types, constants, *warps_stages, tensor_cores=True)
+
+
+def inspect(form: Form, target: str) -> Report:
+    """Compile ``form`` for ``target`` and read what came out."""
+    report = Report(form.name, target)
+    if form.estimate is not None and form.estimate > SHARED_MEMORY[target]:
+        report.skipped = f"never chosen: needs {form.estimate} bytes of shared memory, has {SHARED_MEMORY[target]}"
+        return report
+    if form.capability > _capability(target):
+        report.skipped = f"never chosen: for compute capability {form.capability}.0 and newer"
+        return report
+    try:
+        compiled = _compile(form, target)
+        report.shared_memory = compiled.metadata.shared
+        if target.startswith("gfx"):
+            _read_amd(report, compiled.asm["amdgcn"])
+        else:
+            _read_cubin(report, compiled.asm["cubin"])
+    except Exception as error:  # whatever the compiler raises is this form's fault, and the others go on
+        report.faults.append(f"does not compile: {type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}")
+        return report
+    _judge(report, form)
+    return report
+
+
+def _capability(target: str) -> int:
+    return 8 if target.startswith("gfx") else int(target) // 10
+
+
+def _compile(form: Form, target: str) -> Any:
+    amd = target.startswith("gfx")
+    # All sizes and strides of real layers are multiples of 16, and so are addresses of tensors: wide loads need it.
+    names = form.kernel.arg_names
+    aligned = [n for n, kind in form.types.items() if (kind.startswith("*") or kind == "i32") and n not in _UNALIGNED]
+    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
+    signature = {n: form.types.get(n, "constexpr") for n in names}
+    source = ASTSource(fn=form.kernel, signature=signature, constexprs=form.constants, attrs=attributes)
+    gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target), 32)
+    return triton.compile(source, target=gpu, options={"num_warps": form.warps, "num_stages": form.stages})
+
+
+def _read_cubin(report: Report, cubin: bytes) -> None:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _run("cuobjdump", "-res-usage", file.name)
+        code = _run("nvdisasm", "-c", file.name)
+    registers = re.search(r"REG:(\d+)", usage)
+    report.registers = int(registers[1]) if registers else -1
+    counts: collections.Counter[str] = collections.Counter()
+    for name, modifiers in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)((?:\.\w+)*)", code):
+        counts["all"] += 1
+        for kind, pattern in _CLASSES.items():
+            counts[kind] += re.fullmatch(pattern, name) is not None
+        counts["LDG 16 bytes"] += name in ("LDG", "LDGSTS") and ".128" in modifiers
+    report.spills = counts.pop("spill", 0)
+    report.instructions = dict(counts)
+
+
+def _read_amd(report: Report, code: str) -> None:
+    def number(key: str) -> int:
+        found = re.search(rf"\.{key}:\s*(\d+)", code)
+        return int(found[1]) if found else -1
+
+    report.registers, report.spills = number("vgpr_count"), number("vgpr_spill_count")
+    words = re.findall(r"^\s+([a-z]\w+)", code, re.M)
+    report.instructions = {
+        "all": len(words),
+        "MFMA": sum(word.startswith("v_mfma") for word in words),
+        "LDG 16 bytes": sum(word.endswith("load_dwordx4") or word.endswith("load_b128") for word in words),
+    }
+
+
+def _judge(report: Report, form: Form) -> None:
+    found = report.instructions
+    limit = SHARED_MEMORY[report.target]
+    if not found.get("all") or report.registers < 0:
+        report.faults.append("nothing could be read from the compiled code")
+    if report.spills > (0 if form.tensor_cores else PARKED):
+        report.faults.append(f"{report.spills} spilled registers or accesses to them")
+    if report.shared_memory > limit:
+        report.faults.append(f"{report.shared_memory} bytes of shared memory, the target has {limit}")
+    if form.tensor_cores and not found.get(_TENSOR_CORE[report.target]):
+        report.faults.append(f"no {_TENSOR_CORE[report.target]} instruction")
+    if not form.wide_loads and not found.get("TMA"):
+        report.faults.append("no bulk tensor copy")
+    if form.tensor_cores and form.wide_loads and not found.get("LDG 16 bytes"):
+        report.faults.append("no load of 16 bytes")
+
+
+def _run(tool: str, *arguments: str) -> str:
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    return subprocess.run([str(path), *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def _inspect_named(name: str, target: str) -> Report:
+    return inspect(next(form for form in forms() if form.name == name), target)
+
+
+def inspect_all(wanted: Iterable[Form], targets: Sequence[str], processes: int | None = None) -> list[Report]:
+    """The reports of all forms on all targets, several at a time."""
+    pairs = [(form.name, target) for form in wanted for target in targets]
+    with ProcessPoolExecutor(processes or len(os.sched_getaffinity(0))) as pool:
+        return list(pool.map(_inspect_named, *zip(*pairs, strict=True)))
+
+
+def table(reports: Iterable[Report]) -> str:
+    """The reports as text."""
+    lines = [f"{'form':<52} {'target':>7} {'regs':>5} {'spills':>6} {'shared':>7}  tensor-core, 16-byte loads, all"]
+    for r in reports:
+        if r.skipped:
+            lines.append(f"{r.form:<52} {r.target:>7} {r.skipped}")
+            continue
+        counts = [r.instructions.get(key, 0) for key in (_TENSOR_CORE[r.target], "LDG 16 bytes", "all")]
+        lines.append(
+            f"{r.form:<52} {r.target:>7} {r.registers:>5} {r.spills:>6} {r.shared_memory:>7}  "
+            + ", ".join(map(str, counts))
+        )
+        lines += [f"  FAULT: {fault}" for fault in r.faults]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command: exit code 1 if there is a fault."""
+    parser = argparse.ArgumentParser(prog="python -m tests.efft_kernels.triton.resource_report", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--targets", nargs="+", choices=SHARED_MEMORY, default=list(SHARED_MEMORY))
+    parser.add_argument("--only", default="", help="forms whose name contains this")
+    parser.add_argument("--json", type=Path, help="also write the reports to this file")
+    options = parser.parse_args(arguments)
+    if triton.knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET=1 interprets kernels, it cannot compile them: unset it")
+    wanted = [form for form in forms() if options.only in form.name]
+    reports = inspect_all(wanted, options.targets)
+    print(f"triton {triton.__version__}\n{table(reports)}")
+    if options.json:
+        options.json.write_text(json.dumps([asdict(r) for r in reports], indent=1) + "\n")
+    faults = sum(len(r.faults) for r in reports)
+    compiled = sum(r.skipped is None for r in reports)
+    print(f"{len(wanted)} forms, {compiled} compiled for {len(options.targets)} targets, {faults} faults")
+    return int(faults > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

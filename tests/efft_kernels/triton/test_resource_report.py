@@ -1,0 +1,72 @@
+"""Every kernel with every entry of the tables, compiled for every target; and what the report must not overlook."""
+
+from dataclasses import replace
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="needs the triton extra")
+
+if triton.knobs.runtime.interpret:
+    pytest.skip("the interpreter cannot compile", allow_module_level=True)
+
+from tests.efft_kernels.triton.resource_report import SHARED_MEMORY, Form, forms, inspect, inspect_all, main, table  # noqa: E402
+
+pytestmark = pytest.mark.slow  # compiles every kernel for every target
+
+
+def form(name: str) -> Form:
+    return next(f for f in forms() if f.name == name)
+
+
+FAST = "lowrank_gemm_tma bf16 128x256x64 forward"
+
+
+def test_no_fault_on_any_target() -> None:
+    reports = inspect_all(forms(), list(SHARED_MEMORY))
+    print(table(reports))
+    assert not {f"{r.form} on {r.target}": r.faults for r in reports if r.faults}
+    compiled = [r for r in reports if r.skipped is None]
+    assert len(compiled) > 0.7 * len(reports)
+    assert all(any(r.target == target for r in compiled) for target in SHARED_MEMORY)
+
+
+def test_the_estimate_of_shared_memory_is_not_too_low() -> None:
+    """Otherwise a tile would be chosen that cannot be launched."""
+    for name in (
+        FAST,
+        "lowrank_gemm bf16 128x128x32 backward",
+        "lowrank_gemm fp32 tf32 128x128x32 forward",
+    ):
+        chosen = form(name)
+        assert chosen.estimate is not None
+        assert inspect(chosen, "90").shared_memory <= chosen.estimate
+
+
+def test_a_form_that_a_target_never_gets_is_not_compiled() -> None:
+    large = form("lowrank_gemm bf16 128x256x64 forward")
+    assert "never chosen: needs 147456 bytes" in str(inspect(large, "89").skipped)
+    assert "compute capability 9.0" in str(inspect(large, "80").skipped)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"warps": 4}, "spilled registers"),
+        ({"stages": 6}, "bytes of shared memory, the target has 232448"),
+        ({"types": {**form(FAST).types, "A": "tensordesc<fp32[128, 64]>"}}, "does not compile"),
+    ],
+    ids=["too few warps", "too many stages", "mixed dtypes"],
+)
+def test_planted_faults_are_found(changes: dict[str, object], fault: str) -> None:
+    report = inspect(replace(form(FAST), estimate=None, **changes), "90")
+    assert any(fault in found for found in report.faults), report
+
+
+def test_products_without_tensor_cores_are_found() -> None:
+    report = inspect(replace(form("lowrank_gemm fp32 32x32x16 forward"), tensor_cores=True), "90")
+    assert "no HGMMA instruction" in report.faults
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--only", "merge", "--targets", "80", "gfx942"]) == 0
+    assert "1 forms, 2 compiled for 2 targets, 0 faults" in capsys.readouterr().out

@@ -1,0 +1,51 @@
+"""Runs from before the laboratory was a package of its own: they load, compute the same, and a stopped one resumes.
+
+The folders beside this file were written in a checkout of commit 2572b1e by ``efft.train.run``: one run for each way of
+saving that is small enough to keep, the ``stopped`` one killed after 24 of 32 updates. ``logits.json`` holds what the
+models computed there.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from efft_lab.train import TrainConfig, run
+from efft_lab.train.build import load_trained
+
+pytest.importorskip("timm", reason="needs the vision extra")
+pytest.importorskip("sklearn", reason="the runs learn its digits")
+
+FOLDER = Path(__file__).parent / "old_runs"
+LOGITS = json.loads((FOLDER / "logits.json").read_text())
+
+
+def logits(model: nn.Module) -> Tensor:
+    """Of two images that no generator of random numbers decides."""
+    images = torch.arange(2 * 3 * 32 * 32, dtype=torch.float32).mul(1.7).sin().view(2, 3, 32, 32)
+    with torch.no_grad():
+        result: Tensor = model(images)
+    return result
+
+
+@pytest.mark.parametrize("name", [*LOGITS, "efft/adapter"])
+def test_an_old_run_computes_the_same(name: str) -> None:
+    model, config = load_trained(FOLDER / name)
+    torch.testing.assert_close(logits(model), torch.tensor(LOGITS[name.split("/")[0]]), rtol=1e-4, atol=1e-4)
+    assert config.model == "test_vit"
+
+
+def test_an_old_checkpoint_resumes_to_the_unbroken_run(tmp_path: Path) -> None:
+    shutil.copytree(FOLDER / "efft-stopped", tmp_path / "run")
+    config = TrainConfig.load(tmp_path / "run" / "config.json")
+    result = run(config, tmp_path / "run", resume=True, progress=False)
+    assert result.model is not None
+    torch.testing.assert_close(logits(result.model), torch.tensor(LOGITS["efft"]), rtol=1e-3, atol=1e-3)
+    before = json.loads((FOLDER / "efft" / "result.json").read_text())
+    for name in ("updates", "best_epoch", "trainable_parameters", "classes", "saved", "config"):
+        assert result.summary[name] == before[name], name
