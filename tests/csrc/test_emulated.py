@@ -264,8 +264,11 @@ def few_instances() -> dict[str, str]:
 
 
 KERNEL = "lowrank_gemm_sm90.cu"
-#: A consumer writes to a buffer, and the next product reads it.
-WRITE = "if (thread == 0) shared.a[size_t(place.stage) * P::M{} * P::K{}] = typename P::T(shared.a[0]);\n"
+#: A consumer writes an element of a buffer, its own value, and the next product reads it.
+WRITE = (
+    "{ volatile auto& one = reinterpret_cast<volatile uint16_t&>(shared.a[place.stage * P::BYTES_A / 2]); "
+    "if (thread == 0) one = one; }\n"
+)
 #: (file, what it says, what a mistake would say, how it shows)
 HOPPER_FAULTS = {
     "a buffer released before its products are done": (
@@ -331,7 +334,7 @@ HOPPER_FAULTS = {
     ),
     "the last tile left out": (KERNEL, "tile < tiles.count();", "tile < tiles.count() - 1;", "WRONG"),
     "a tile of the next column": (KERNEL, "n = within / height;", "n = (within + 1) / height;", "WRONG"),
-    "columns of H beyond the rank kept": (KERNEL, "< op.R ? h(i) : 0.0f", "< P::R{} ? h(i) : 0.0f", "WRONG infinite"),
+    "columns of H beyond the rank kept": (KERNEL, "< op.R ? h(i) : 0.0f", "< P::RANKS ? h(i) : 0.0f", "WRONG infinite"),
     "the tail left out": (
         KERNEL,
         "main_steps + blocks(op.R, typename P::K{})",
@@ -394,9 +397,8 @@ def test_planted_faults_of_sm90_are_found(folders: dict[bool, Path], sanitized: 
 @pytest.mark.slow
 @on_hopper
 def test_a_fenced_write_is_no_fault(folders: dict[bool, Path]) -> None:
-    """What the last planted fault lacks: the write below changes nothing, so with a fence the results are right."""
-    same = WRITE.replace("shared.a[0]", "shared.a[size_t(place.stage) * P::M{} * P::K{}]")
-    fenced = f"      {same}      cutlass::arch::fence_view_async_shared();\n      warpgroup_arrive();\n"
+    """What the last planted fault lacks: with a fence the write, which changes nothing, is seen."""
+    fenced = f"      {WRITE}      cutlass::arch::fence_view_async_shared();\n      warpgroup_arrive();\n"
     files = emulator.planted(few_instances(), KERNEL, "      warpgroup_arrive();\n", fenced)
     done = ragged(emulator.build(files, folders[False]), "tiles bfloat16", **SM90, EFFT_EMULATION_SEED="1")
     assert done.returncode == 0, done.stdout + done.stderr
