@@ -67,6 +67,7 @@ EFFT_ACCESS(8)
 EFFT_ACCESS(16)
 void __tsan_read_range(void* place, size_t bytes) { emulation::access(place, bytes, false); }
 void __tsan_write_range(void* place, size_t bytes) { emulation::access(place, bytes, true); }
+unsigned char __tsan_atomic8_load(const volatile unsigned char* place, int) { return *place; }  // static variables
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}

@@ -178,11 +178,15 @@ void run_cluster() {
   std::vector<size_t> numbers(count);
   for (size_t i = 0; i < count; ++i) numbers[i] = order().reverse ? count - 1 - i : i;
   order().copies_first = static_cast<unsigned>(order().below(5));
+  // A block that starts as late as can be, so that the others must wait for it to be there.
+  size_t late = order().reverse ? 0 : blocks.size() - 1;
+  if (order().drawn) late = order().below(blocks.size() + 1);
+  if (blocks.size() == 1) late = blocks.size();
   while (error.empty()) {
     bool ran = false, all_finished = true;
     if (order().drawn) std::shuffle(numbers.begin(), numbers.end(), order().draw);
     for (size_t i = 0; i < count && error.empty(); ++i) {
-      if (threads[numbers[i]].state == State::ready) {
+      if (threads[numbers[i]].state == State::ready && numbers[i] / threads_per_block != late) {
         resume(numbers[i]);
         ran = true;
       }
@@ -192,7 +196,9 @@ void run_cluster() {
     bool opened = false;
     for (size_t block = 0; !ran && block < blocks.size(); ++block) opened = opens_barrier(block) || opened;
     if (ran ? order().drawn && order().below(8) == 0 : !opened && error.empty()) {
-      if (!something_happens() && !ran) fail_at_standstill();
+      if (something_happens() || ran) continue;
+      if (late == blocks.size()) fail_at_standstill();
+      late = blocks.size();
     }
   }
 }
