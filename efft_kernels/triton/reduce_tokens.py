@@ -81,7 +81,8 @@ def _sum_over_tokens(
         total = tl.dot(tl.trans(w), t, total, input_precision=PRECISION)
     tl.store(out + n[:, None] * stride_on + r[None, :] * stride_or, total, mask=in_n[:, None] & in_r[None, :])
     if sums is not None:
-        tl.store(sums + n, of_rows, mask=in_n & (rank == 0))
+        if rank == 0:
+            tl.store(sums + n, of_rows, mask=in_n)
 
 
 @triton.jit
