@@ -80,7 +80,7 @@ def _sum_over_tokens(
         t = tl.load(thin + (m + start)[:, None] * R + r[None, :], mask=in_m[:, None] & in_r[None, :], other=0.0)
         total = tl.dot(tl.trans(w), t, total, input_precision=PRECISION)
     tl.store(out + n[:, None] * stride_on + r[None, :] * stride_or, total, mask=in_n[:, None] & in_r[None, :])
-    if sums is not None:
+    if sums is not None:  # noqa: SIM102  # it is decided at compile time, the rest at run time
         if rank == 0:
             tl.store(sums + n, of_rows, mask=in_n)
 
