@@ -365,6 +365,8 @@ def test_registered_ops(kernels: Backend, device: str) -> None:
     for needs in ((True,) * 6, *one_each):
         torch.library.opcheck(overload["tt_gelu_linear_bwd"], (y, z, W, h, D, G, "none", *needs[:4]))
         torch.library.opcheck(overload["tt_norm_linear_bwd"], (y, x, gamma, beta, 1e-5, mean, rstd, W, h, D, G, *needs))
+    plain = (y, x.bfloat16(), None, None, 1e-5, mean, rstd, W, h, D, G, *(True,) * 4, False, False)
+    torch.library.opcheck(overload["tt_norm_linear_bwd"], plain)
 
 
 def test_compiled_without_a_break(backend: Backend, case: Any) -> None:
