@@ -27,7 +27,7 @@ PAGES = (ROOT / "README.md", ROOT / "docs/experiments.md", ROOT / "docs/performa
 
 
 def parameters() -> str:
-    """Trainable parameters by architecture, counted on models without storage."""
+    """Return the trainable parameters by architecture, counted on models without storage."""
     import timm
     import torch
 
@@ -65,7 +65,7 @@ def parameters() -> str:
 
 
 def summary() -> str:
-    """This library beside LoRA of ``peft``: one row for each thing that people ask about, from several result files."""
+    """Return this library beside LoRA of ``peft``, from several result files; each row is about one question."""
     memory = tables.newest("memory", level="model", model=tables.VIT_B, device="cpu")["float32"]
     cpu = tables.newest("model", model=tables.VIT_B, device="cpu", cuda_graphs=False)["float32"]
     gpu = tables.newest("model", model=tables.VIT_B, device="cuda", cuda_graphs=True)["bfloat16"]
@@ -95,7 +95,7 @@ def _of(lines: Sequence[tables.Line], row: str, field: str) -> Any:
 
 
 def _accuracies(suite: str, methods: Sequence[str]) -> list[str]:
-    """For each method its accuracy in percent, mean over the tasks, and what it trains beside the head."""
+    """Return for each method its accuracy in percent, as the mean over tasks, and what it trains beside the head."""
     from efft_lab.compare import scores
     from efft_lab.compare.store import read
 
@@ -106,7 +106,7 @@ def _accuracies(suite: str, methods: Sequence[str]) -> list[str]:
 
 
 def accuracy(suite: str, what: Literal["means", "comparisons"] = "means") -> str:
-    """Means over the tasks of a suite, or the paired tests of its methods, as far as it has been run."""
+    """Return the means over the tasks of a suite, or the paired tests of its methods, as far as it has been run."""
     from efft_lab.compare import report
     from efft_lab.compare import suite as suites
     from efft_lab.compare.agenda import Agenda
@@ -132,7 +132,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def render(text: str) -> str:
-    """``text`` with every ``<!-- table: name -->`` ... ``<!-- end -->`` block filled in."""
+    """Return ``text`` with every ``<!-- table: name -->`` ... ``<!-- end -->`` block filled in."""
 
     def fill(match: re.Match[str]) -> str:
         return f"{match[1]}\n{TABLES[match[2]]()}\n{match[3]}"
@@ -141,15 +141,20 @@ def render(text: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Rewrites the pages, or prints the tables named."""
+    """Rewrite the pages, or print the named tables."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks tables", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"print it: {', '.join(TABLES)}")
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help=f"tables to print, instead of rewriting the pages: any of {', '.join(TABLES)}",
+    )
     names = parser.parse_args(arguments).names
     unknown = [name for name in names if name not in TABLES]
     if unknown:
-        parser.error(f"no table {unknown[0]!r}; there are {', '.join(TABLES)}")
+        parser.error(f"unknown table {unknown[0]!r}; expected some of {', '.join(TABLES)}")
     for name in names:
         print(f"{TABLES[name]()}\n")
     for page in PAGES if not names else ():

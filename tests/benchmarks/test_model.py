@@ -182,7 +182,7 @@ def test_a_step_that_no_graph_can_capture_does_not_stop_the_others(monkeypatch: 
     def capture(step: Any, warmup: int = 2, pool: Any = None) -> Captured:
         pools.append(pool)
         if len(pools) == 2:
-            raise RuntimeError("no CUDA graph can capture it: planted")
+            raise RuntimeError("a CUDA graph cannot capture the call: planted")
         return Captured(step, Graph())  # type: ignore[arg-type]
 
     monkeypatch.setattr(torch.optim, "AdamW", lambda *args, capturable, **options: adamw(*args, **options))
@@ -190,7 +190,7 @@ def test_a_step_that_no_graph_can_capture_does_not_stop_the_others(monkeypatch: 
     monkeypatch.setattr(Captured, "__call__", lambda self: self.run())
     rows = [FLOOR, EAGER, NAIVE, ROWS["peft"]]
     floor, failed, after, last = measure(replace(TINY, cuda_graphs=True), rows, repeats=1)
-    assert failed["reason"] == "failed: no CUDA graph can capture it: planted"
+    assert failed["reason"] == "failed: a CUDA graph cannot capture the call: planted"
     assert all("ratio" in line and line["cuda_graphs"] for line in (floor, after, last))
     assert pools == [None, "pool", None, "pool"], "a failed capture may leave its memory in use"
 
@@ -202,7 +202,7 @@ def test_captured_steps_train(dtype: str) -> None:
     waits = ModelRow("waits", "", lambda model, rank: _with_hook(model, lambda module, args, y: (y.sum().item(), y)[1]))
     lines = measure(setting, [*select(["efft:eager", "peft"]), waits], repeats=2)
     assert ["ratio" in line for line in lines] == [True, True, True, False]
-    assert lines[-1]["reason"].startswith("failed: no CUDA graph can capture it")
+    assert lines[-1]["reason"].startswith("failed: a CUDA graph cannot capture the call")
 
     model = setting.build(EAGER)
     step = Captured.of(training_step(EAGER, model, setting))
@@ -241,4 +241,4 @@ def test_cuda_graphs_need_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_unknown_row_names_the_near_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["model", "--rows", "naiv"]) == 2
-    assert "no row 'naiv': did you mean 'naive'?" in capsys.readouterr().err
+    assert "unknown row 'naiv': did you mean 'naive'?" in capsys.readouterr().err

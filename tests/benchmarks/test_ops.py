@@ -167,7 +167,7 @@ def test_without_a_floor_nothing_is_timed() -> None:
         name = "floor"
 
     lines = run.measure(TINY, [NoFloor(), ROWS["chain"]], run.Setting(repeats=1))
-    assert lines[1]["reason"] == "the floor it is compared with was refused"
+    assert lines[1]["reason"] == "the floor that it is compared with was refused"
     assert "seconds" not in lines[1]
 
 

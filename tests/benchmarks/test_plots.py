@@ -261,4 +261,4 @@ def test_command_prints_a_table_or_names_what_there_is(results: Path, capsys: py
     assert capsys.readouterr().out.strip() == tables.NOTHING
     with pytest.raises(SystemExit):
         main(["tables", "serv"])
-    assert "no table 'serv'; there are parameters, train_step, ops" in capsys.readouterr().err
+    assert "unknown table 'serv'; expected some of parameters, train_step, ops" in capsys.readouterr().err
