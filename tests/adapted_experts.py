@@ -38,7 +38,7 @@ class AdaptedModel:
             self.weights |= {f"{name}.{parameter}".lstrip("."): w for parameter, w in weights.items()}
 
     def dense(self, weight: ExpertWeight) -> Tensor:
-        """The update by the definition, laid out like the parameter; differentiable."""
+        """Return the update by the definition, laid out like the parameter; differentiable."""
         bank, site = self.bank, weight.site
         blocks = bank.initial_scale * (bank.U @ bank.C[site.layer, list(site.cores)] @ bank.V)
         blocks = (blocks.transpose(1, 2) if site.transpose else blocks).unflatten(0, (site.experts, -1))

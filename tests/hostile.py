@@ -57,7 +57,7 @@ def damaged(draw: st.DrawFn, content: bytes) -> bytes:
 
 @st.composite
 def altered(draw: st.DrawFn, value: Any) -> Any:
-    """A JSON value of which up to three parts, at whatever depth, were replaced, removed or added."""
+    """Return A JSON value of which up to three parts, at whatever depth, were replaced, removed or added."""
     value = copy.deepcopy(value)
     for _ in range(draw(st.integers(1, 3))):
         places = list(_places(value))

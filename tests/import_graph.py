@@ -32,7 +32,7 @@ class Edge:
 
 
 def sources(folders: Mapping[str, Path]) -> dict[str, Path]:
-    """The file of each module of the packages, by dotted name; a package stands for its ``__init__``."""
+    """Return the file of each module of the packages, by dotted name; a package stands for its ``__init__``."""
     found = {}
     for package, folder in folders.items():
         for path in sorted(folder.rglob("*.py")):
@@ -43,7 +43,7 @@ def sources(folders: Mapping[str, Path]) -> dict[str, Path]:
 
 
 def edges(modules: Mapping[str, Path]) -> list[Edge]:
-    """All imports among ``modules``, except of a module by itself."""
+    """Return all imports among ``modules``, except of a module by itself."""
     trees = {name: ast.parse(path.read_text() if path.is_file() else "") for name, path in modules.items()}
     bound = {name: set(_bound(tree)) for name, tree in trees.items()}
     return [
@@ -55,7 +55,7 @@ def edges(modules: Mapping[str, Path]) -> list[Edge]:
 
 
 def circles(found: list[Edge]) -> list[set[str]]:
-    """The sets of two and more modules that all reach one another."""
+    """Return the sets of two and more modules that all reach one another."""
     direct: dict[str, set[str]] = {}
     for edge in found:
         direct.setdefault(edge.source, set()).add(edge.target)
@@ -79,7 +79,7 @@ def circles(found: list[Edge]) -> list[set[str]]:
 
 
 def _bound(tree: ast.Module) -> Iterator[str]:
-    """Names that the module binds at its top level."""
+    """Yield the names that the module binds at its top level."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
             yield from (alias.asname or alias.name for alias in node.names)

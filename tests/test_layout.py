@@ -135,7 +135,7 @@ def package_of(module: str) -> str:
 
 
 def upward(found: list[Edge]) -> list[Edge]:
-    """Imports of a later package by an earlier one."""
+    """Return the imports of a later package by an earlier one."""
     order = list(PACKAGES)
     return [e for e in found if order.index(package_of(e.source)) < order.index(package_of(e.target))]
 
@@ -175,7 +175,7 @@ PLANTED = {
 
 
 def planted(folder: Path, kind: str, target: str, into: str) -> list[Edge]:
-    """The imports of ``efft_kernels`` [a, b] and ``efft`` [c], where b imports a, with one of ``target`` added."""
+    """Return the imports of ``efft_kernels`` [a, b] and ``efft`` [c], where b imports a, with one of ``target`` added."""
     text = {"efft_kernels.__init__": "", "efft_kernels.a": "", "efft_kernels.b": "import efft_kernels.a\n"}
     text |= {"efft.__init__": "", "efft.c": ""}
     package, _, module = target.partition(".")

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def lines() -> dict[str, str]:
-    """The report by the names its lines begin with."""
+    """Return the report by the names its lines begin with."""
     return {re.match(r"\w+ (on \w+|library)|\S+", line)[0]: line for line in env.report().splitlines()}
 
 

@@ -54,7 +54,7 @@ def resnet(classes: int) -> nn.Module:
 
 
 def pretrained(source: Any, epochs: int) -> tuple[nn.Module, float]:
-    """A network trained as a whole on `source`, and its test accuracy there."""
+    """Return a network trained as a whole on `source`, and its test accuracy there."""
     torch.manual_seed(0)
     config = TrainConfig(**{**RECIPE, "method": "full", "epochs": epochs, "batch_size": 64, "lr": 1e-3, "amp": "no"})
     with tempfile.TemporaryDirectory() as out:
@@ -91,7 +91,7 @@ def study(source: Any, tasks: dict[int, Any], epochs: int) -> Iterator[dict[str,
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the study and appends to ``convolutions.jsonl``."""
+    """Run the study and append to ``convolutions.jsonl``."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks convolutions",
         description=__doc__,

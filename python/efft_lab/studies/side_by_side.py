@@ -74,7 +74,7 @@ def rows(
 
 @contextmanager
 def method(name: str, temporary: Method) -> Iterator[None]:
-    """Puts a method into the registry, or replaces the one of that name, for the duration of the context."""
+    """Put a method into the registry, or replaces the one of that name, for the duration of the context."""
     before = dict(METHODS)
     METHODS[name] = temporary
     try:

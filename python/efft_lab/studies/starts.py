@@ -64,7 +64,7 @@ def start(factors: TTFactors, kind: str, bases: tuple[Tensor, Tensor] | None) ->
 
 
 def study(task: str, seed: int, kind: str, bases: Bases | None) -> dict[str, object]:
-    """What one training run gives."""
+    """Return what one training run gives."""
     fields = recipe(task, seed)
     efft = {**fields["efft"], "rank": RANK, "scale": "auto"}
     config = TrainConfig.from_dict({**fields, "method": "efft", "efft": efft})
@@ -92,7 +92,7 @@ def bases_from(source: str, task: str, seed: int) -> Bases | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the study and appends to ``starts.jsonl``."""
+    """Run the study and append to ``starts.jsonl``."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks starts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -68,7 +68,7 @@ def own_energy(values: Tensor, rank: int) -> float:
 
 
 def shared_bases(each: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The orthonormal bases, [a, rank] and [b, rank], that together keep most of matrices [n, a, b].
+    """Return the orthonormal bases, [a, rank] and [b, rank], that together keep most of matrices [n, a, b].
 
     By alternating between the two, each time the best for the other, from the best without the other.
     """
@@ -100,7 +100,7 @@ def independent(each: Tensor, values: Tensor, generator: torch.Generator) -> Ten
 
 
 def measure(found: Mapping[str, Tensor], rank: int, seed: int) -> list[dict[str, object]]:
-    """A row for each of `SETS`; see the module's description."""
+    """Return a row for each of `SETS`; see the module's description."""
     generator = torch.Generator().manual_seed(seed)
     singular = {kind: torch.linalg.svdvals(each) for kind, each in found.items()}
     rows: list[dict[str, object]] = []
@@ -162,7 +162,7 @@ def study(task: str, seed: int, lr: float, rank: int) -> list[dict[str, object]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the study and appends to ``subspaces.jsonl``."""
+    """Run the study and append to ``subspaces.jsonl``."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks subspaces", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

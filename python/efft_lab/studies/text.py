@@ -92,13 +92,13 @@ class Classifier(nn.Module):
 
 
 def sources(folder: Path) -> list[Path]:
-    """The files of a package, without tests."""
+    """Return the files of a package, without tests."""
     return [path for path in sorted(folder.rglob("*.py")) if "test" not in path.relative_to(folder).as_posix()]
 
 
 @functools.cache
 def docstrings(path: Path, names: str) -> list[str]:
-    """The first paragraphs, of 5 words or more, of a file's classes and functions, with a package's names masked."""
+    """Return the first paragraphs, of 5 words or more, of a file's classes and functions, with a package's names masked."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the package's own escape sequences
         tree = ast.parse(path.read_text("utf-8"))
@@ -138,7 +138,7 @@ def splits(files: dict[str, list[Path]], seed: int) -> Texts:
 
 
 def tokenized(texts: Texts, folder: Path) -> TextTask:
-    """The splits as token ids."""
+    """Return the splits as token ids."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -194,7 +194,7 @@ def study(weights: Path, seeds: Sequence[int]) -> Iterator[dict[str, Any]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the study and appends to ``text.jsonl``."""
+    """Run the study and append to ``text.jsonl``."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks text", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -27,7 +27,7 @@ OF_THE_BACKEND = "cpu and not (eager or reference or triton)"
 
 
 def instruction_sets() -> list[str]:
-    """Those of this processor, the best first."""
+    """Return those of this processor, the best first."""
     names = ["avx512", "avx2", "portable"]
     best = torch.backends.cpu.get_cpu_capability().lower()
     found = next((names[i:] for i, name in enumerate(names) if best.startswith(name)), names[-1:])

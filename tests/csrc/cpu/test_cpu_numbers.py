@@ -25,7 +25,7 @@ def _backend() -> object:
 
 
 def bare(op: object, x: Tensor, **options: object) -> Pair:
-    """The op's input stage alone, and its slope or gradient: the weight is the identity, the update zero."""
+    """Return the op's input stage alone, and its slope or gradient: the weight is the identity, the update zero."""
     d = x.shape[-1]
     x = x.detach().requires_grad_()
     identity = torch.eye(d, dtype=x.dtype)

@@ -36,7 +36,7 @@ def _threads() -> Iterator[None]:
 
 
 def results(op: str, backend: str = "cpu", wide: bool = False, **options: Any) -> dict[str, Tensor]:
-    """The output of ``op`` and its gradients; ``wide`` in fp64."""
+    """Return the output of ``op`` and its gradients; ``wide`` in fp64."""
     inputs = make_inputs(op, **{**SIZES, **options})
     if wide:
         inputs = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
@@ -80,7 +80,7 @@ def test_many_threads_at_once() -> None:
 
 
 def resident() -> int:
-    """Bytes of memory that this process occupies."""
+    """Return the bytes of memory that this process occupies."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 

@@ -28,7 +28,7 @@ def _sites(kind: str, layer: int) -> dict[str, Site]:
 
 
 def _make_bank(kind: str, n_layers: int = 3, **kwargs: Any) -> tuple[TTFactors, list[Site]]:
-    """A bank of ``n_layers`` layers and its sites, not bound yet. ``kind`` is a group of EFFT1 or EFFT2."""
+    """Return a bank of ``n_layers`` layers and its sites, not bound yet. ``kind`` is a group of EFFT1 or EFFT2."""
     sites = [site for layer in range(n_layers) for site in _sites(kind, layer).values()]
     n_cores = 1 + max(core for site in sites for core in site.cores)
     d_out = WIDTH if kind == "attention" else 4 * WIDTH
@@ -80,7 +80,7 @@ class Stack(nn.Module):
         return sum(y.square().sum() for y in outputs)
 
     def gradients(self, call: Callable[..., Tensor] = lambda layer, x: layer(x), seed: int = 0) -> dict[str, Tensor]:
-        """The loss and every gradient of it, of one pass that begins with ``seed``."""
+        """Return the loss and every gradient of it, of one pass that begins with ``seed``."""
         torch.manual_seed(seed)
         leaves = {n: p for n, p in self.bank.named_parameters() if p.requires_grad}
         leaves |= {f"x{i}": x for i, x in enumerate(self.inputs)}

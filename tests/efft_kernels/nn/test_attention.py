@@ -203,7 +203,7 @@ PARTS = ("self_attn.in_proj_weight", "self_attn.out_proj", "linear1", "linear2")
 
 
 def adapted_encoder(names: tuple[str, ...], n_layers: int = 2, **settings: Any) -> tuple[nn.Module, nn.Module]:
-    """An encoder with updates and the plain one that they are merged into, both in eval mode."""
+    """Return an encoder with updates and the plain one that they are merged into, both in eval mode."""
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(D, HEADS, 8, batch_first=True, dtype=torch.float64, **settings)
     ours = nn.TransformerEncoder(layer, n_layers).eval()

@@ -159,7 +159,7 @@ class Adapted:
         return torch.randn(self.case.shape, dtype=next(self.plain.parameters()).dtype)
 
     def dense(self, weight: AdaptedWeight) -> Tensor:
-        """The update by the train's own formula [d_in, d_out], laid as the parameter."""
+        """Return the update by the train's own formula [d_in, d_out], laid as the parameter."""
         f: Any = weight.factors
         delta = f.scale * f.U @ f.C[0, 0] @ f.V
         name = next(name for name, other in self.weights.items() if other is weight)
@@ -169,7 +169,7 @@ class Adapted:
         return delta.reshape(shape) if as_it_is else delta.t().reshape(shape)
 
     def reference(self, x: Tensor) -> Tensor:
-        """The plain module with the sums in the place of its parameters."""
+        """Return the plain module with the sums in the place of its parameters."""
         parameters = {state_name(name, weight): weight for name, weight in self.weights.items()}
         sums = {n: self.plain.get_parameter(n).detach() + self.dense(w) for n, w in parameters.items()}
         with torch.enable_grad():

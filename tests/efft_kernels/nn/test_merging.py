@@ -15,7 +15,7 @@ from efft_kernels.testing import assert_close_budget
 
 
 def make(dtype: torch.dtype, ratio: float = 0.1, sizes: tuple[int, int] = (48, 64), **kwargs: Any) -> EfftLinear:
-    """A layer whose update is ``ratio`` times the size of its weight."""
+    """Return a layer whose update is ``ratio`` times the size of its weight."""
     layer = EfftLinear.from_linear(nn.Linear(*sizes, dtype=dtype), rank=4, **kwargs)
     for factor in (layer.factors.U, layer.factors.C, layer.factors.V):
         nn.init.normal_(factor)

@@ -37,7 +37,7 @@ def bank(d_in: int = 7, d_out: int = 5) -> TTFactors:
 
 
 def adapted(*args: Any) -> tuple[Own, AdaptedParameter, Tensor]:
-    """The module, its parameter, and an input."""
+    """Return the module, its parameter, and an input."""
     module = Own(*args)
     return module, adapt_parameter(module, "W", bank(), Site()), torch.randn(3, 7, dtype=torch.float64)
 

@@ -11,7 +11,7 @@ from efft_kernels.nn.reads import reads_weight_of_children
 
 
 def reads(module: nn.Module) -> set[str]:
-    """The weights of ``module`` that its own methods read."""
+    """Return the weights of ``module`` that its own methods read."""
     parameters = dict(module.named_parameters())
     return {
         name for name in reads_weight_of_children(type(module)) if name in parameters and parameters[name].dim() > 1

@@ -23,7 +23,7 @@ def quantize(request: pytest.FixtureRequest) -> Quantize:
 
 
 def make(quantize: Quantize, dtype: torch.dtype = torch.float32) -> EfftLinear:
-    """A quantised layer with an update as large as its weight."""
+    """Return a quantised layer with an update as large as its weight."""
     linear = nn.Linear(D_IN, D_OUT, dtype=dtype)
     quantize(linear)
     layer = EfftLinear.from_linear(linear, rank=4, n_cores=3)

@@ -33,7 +33,7 @@ def inputs_of(op: Callable[..., Tensor], **options: Any) -> Inputs:
 
 
 def output(op: Callable[..., Tensor], inputs: Inputs, approximate: str = "none", eps: float = 0.0) -> Tensor:
-    """What the producer puts out, by torch's own function."""
+    """Return what the producer puts out, by torch's own function."""
     if op is tt_gelu_linear:
         return F.gelu(inputs["z"], approximate=approximate)
     return F.layer_norm(inputs["x"], inputs["x"].shape[-1:], inputs["gamma"], inputs["beta"], eps)
@@ -42,7 +42,7 @@ def output(op: Callable[..., Tensor], inputs: Inputs, approximate: str = "none",
 def slope(
     op: Callable[..., Tensor], inputs: Inputs, upstream: Tensor, approximate: str = "", eps: float = 0.0
 ) -> Tensor:
-    """The producer's backward, written out."""
+    """Return the producer's backward, written out."""
     if op is tt_norm_linear:
         x, g = inputs["x"], upstream if inputs["gamma"] is None else upstream * inputs["gamma"]
         # Not torch.var, which warns of an input without rows.

@@ -49,7 +49,7 @@ def dense(inputs: Arguments, dG: Tensor) -> dict[str, Tensor]:
 
 
 def plain(**inputs: Any) -> Tensor:
-    """The formula in the factors' own precision: one product for all matrices with one V."""
+    """Return the formula in the factors' own precision: one product for all matrices with one V."""
     C, V = dropped(inputs)
     rows = C.flatten(1, 2)  # [n_layers, n_cores * r1, r2]
     product = rows.flatten(0, 1) @ inputs["V"] if inputs["keep_V"] is None else rows @ V

@@ -33,12 +33,12 @@ def dense(inputs: dict[str, Any], gy: Tensor) -> dict[str, Tensor]:
 
 
 def unfused(x: Tensor, W: Tensor, b: Tensor | None, D: Tensor, G: Tensor) -> Tensor:
-    """The plain formula in the precision of x: how wrong an ordinary computation is."""
+    """Return the plain formula in the precision of x: how wrong an ordinary computation is."""
     return F.linear(x, W, b) + (x @ D.to(x.dtype)) @ G.to(x.dtype)
 
 
 def merged(x: Tensor, W: Tensor, b: Tensor | None, D: Tensor, G: Tensor) -> Tensor:
-    """The update added to the weight in the weight's dtype: what must not pass for tt_linear."""
+    """Return the update added to the weight in the weight's dtype: what must not pass for tt_linear."""
     return F.linear(x, W + (D @ G).t().to(W.dtype), b)
 
 

@@ -103,7 +103,7 @@ class Report:
 
 
 def forms() -> list[Form]:
-    """Every kernel with every entry of the tables."""
+    """Return every kernel with every entry of the tables."""
     return [*_gemm_forms(), *_other_forms()]
 
 
@@ -240,7 +240,7 @@ def _other_forms() -> Iterable[Form]:
 def _plain_form(
     name: str, kernel: Any, types: dict[str, str], constants: dict[str, Any], warps_stages: tuple[int, int]
 ) -> Form:
-    """A form whose remaining arguments are 32-bit integers."""
+    """Return a form whose remaining arguments are 32-bit integers."""
     constants = {n: value for n, value in constants.items() if n in kernel.arg_names}
     types = {n: types.get(n, "i32") for n in kernel.arg_names if n not in constants}
     return Form(name, kernel, types, constants, *warps_stages, tensor_cores=True)
@@ -344,14 +344,14 @@ def _inspect_named(name: str, target: str) -> Report:
 
 
 def inspect_all(wanted: Iterable[Form], targets: Sequence[str], processes: int | None = None) -> list[Report]:
-    """The reports of all forms on all targets, several at a time."""
+    """Return the reports of all forms on all targets, several at a time."""
     pairs = [(form.name, target) for form in wanted for target in targets]
     with ProcessPoolExecutor(processes or len(os.sched_getaffinity(0))) as pool:
         return list(pool.map(_inspect_named, *zip(*pairs, strict=True)))
 
 
 def table(reports: Iterable[Report]) -> str:
-    """The reports as text."""
+    """Return the reports as text."""
     lines = [f"{'form':<52} {'target':>7} {'regs':>5} {'spills':>6} {'shared':>7}  tensor-core, 16-byte loads, all"]
     for r in reports:
         if r.skipped:
@@ -367,7 +367,7 @@ def table(reports: Iterable[Report]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command: exit code 1 if there is a fault."""
+    """Run the command and return the exit code: 1 if there is a fault."""
     parser = argparse.ArgumentParser(prog="python -m tests.efft_kernels.triton.resource_report", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--targets", nargs="+", choices=SHARED_MEMORY, default=list(SHARED_MEMORY))

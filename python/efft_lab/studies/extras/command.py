@@ -78,7 +78,11 @@ def summarize(rows: Sequence[Mapping[str, Any]], role: str = "dev") -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Pack, run or sum up."""
-    parser = argparse.ArgumentParser(description=extras.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks extras",
+        description=extras.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("command", choices=["pack", "run", "summary"])
     parser.add_argument("--folder", type=Path, default=Path("packed"), help="of the packed files")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))

@@ -38,7 +38,7 @@ def best(rank: Any, label: str = "", **fields: Any) -> Variant:
 
 
 def explore() -> list[Variant]:
-    """What to look at first."""
+    """Return what to look at first."""
     found = [
         # Today's default, the rival with the rates of its grid, and the best of the first table.
         shared(16),
@@ -117,7 +117,7 @@ def explore() -> list[Variant]:
 
 
 def rivals() -> list[Variant]:
-    """What the method has to beat, with the rates to choose from on validation images."""
+    """Return what the method has to beat, with the rates to choose from on validation images."""
     rates = (3e-4, 1e-3, 3e-3)
     return [
         shared(16),
@@ -133,7 +133,7 @@ def rivals() -> list[Variant]:
 
 
 def smoke() -> list[Variant]:
-    """One setting of every structure, to see that everything runs."""
+    """Return one setting of every structure, to see that everything runs."""
     seen: dict[str, Variant] = {}
     for variant in explore():
         seen.setdefault(variant.structure(), variant)

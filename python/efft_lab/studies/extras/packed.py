@@ -101,7 +101,7 @@ def pack_base(folder: Path, fields: Mapping[str, Any], classes: Iterable[int]) -
 
 
 def read_base(folder: Path) -> dict[str, Tensor]:
-    """What :func:`pack_base` wrote, in fp32."""
+    """Return what :func:`pack_base` wrote, in fp32."""
     found: dict[str, Tensor] = {}
     with np.load(folder / "base.npz") as file:
         for name in file.files:
@@ -151,5 +151,5 @@ class Packed:
         self.pixels, self.labels = torch.cat(pixels).to(device), torch.cat(labels).to(device)
 
     def head(self, task: str, seed: int) -> dict[str, Tensor]:
-        """The classifier that a run starts with."""
+        """Return the classifier that a run starts with."""
         return {f"head.{k}": self.heads[f"heads/{seed}/{self.classes[task]}.{k}"] for k in ("weight", "bias")}

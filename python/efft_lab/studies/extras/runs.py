@@ -111,14 +111,14 @@ def train_stack(
 
 
 def settings_of(variant: Variant) -> dict[str, Any]:
-    """What differs from a plain variant."""
+    """Return what differs from a plain variant."""
     plain = Variant("")
     values = {f.name: getattr(variant, f.name) for f in dataclasses.fields(variant)}
     return {k: v for k, v in values.items() if k != "name" and v != getattr(plain, k)}
 
 
 def stacks(runs: Iterable[Run], most: int, full: int) -> Iterator[list[Run]]:
-    """Runs of a list in stacks of one structure and stage, in the order of the first of each.
+    """Yield the runs of a list in stacks of one structure and stage, in the order of the first of each.
 
     Args:
         runs: in order of importance.
@@ -247,5 +247,5 @@ def run_list(
 
 
 def runs_of(variants: Iterable[Variant], tasks: Sequence[str], seeds: Sequence[int], stage: str) -> list[Run]:
-    """Every setting on every task, one setting after the other."""
+    """Return every setting on every task, one setting after the other."""
     return [Run(variant, task, seed, stage) for variant in variants for seed in seeds for task in tasks]

@@ -63,14 +63,14 @@ class Variant:
         return self.lr * self.rates.get(kind, self.rates.get(family, default))
 
     def structure(self) -> str:
-        """What runs of one stack have in common."""
+        """Return what runs of one stack have in common."""
         settings = {k: v for k, v in self.settings.items() if k not in ("alpha", "core_init", "init", "scale")}
         settings["dropout"] = bool(settings.get("dropout"))
         special = sorted(kind for kind in SPECIAL if kind in self.rates)
         return json.dumps([self.method, settings, special, self.own, self.precondition, self.epochs])
 
     def key(self) -> str:
-        """What decides where its runs start."""
+        """Return what decides where its runs start."""
         special = sorted(kind for kind in SPECIAL if kind in self.rates)
         return json.dumps([self.method, self.settings, special, self.movement, self.own, self.start])
 
@@ -108,7 +108,7 @@ def recipe() -> dict[str, Any]:
 
 
 def config_of(variant: Variant, seed: int, fields: Mapping[str, Any]) -> TrainConfig:
-    """What the ordinary trainer would be given, the extras apart."""
+    """Return what the ordinary trainer would be given, the extras apart."""
     values: dict[str, Any] = {**fields, "method": variant.method, "seed": seed, "lr": variant.lr}
     values |= {"epochs": variant.epochs, "protocol": "final"}
     if variant.method == "efft":
@@ -120,7 +120,7 @@ def config_of(variant: Variant, seed: int, fields: Mapping[str, Any]) -> TrainCo
 
 
 def start_of(variant: Variant, seed: int, base: nn.Module, fields: Mapping[str, Any]) -> Start:
-    """Where the trainer would start, with the extras.
+    """Return where the trainer would start, with the extras.
 
     Args:
         variant: the setting.

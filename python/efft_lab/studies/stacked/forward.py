@@ -58,7 +58,7 @@ class Forward:
             self.forbidden[run, :, n:] = -torch.inf
 
     def flat(self, starts: Sequence[Start]) -> Tensor:
-        """What is trained, at its start: [K, parameters] in fp32; the classifier has rows of zeros for classes that
+        """Return what is trained, at its start: [K, parameters] in fp32; the classifier has rows of zeros for classes that
         another run has."""
         runs = []
         for start in starts:
@@ -74,7 +74,7 @@ class Forward:
         return {**self.frozen, **trained}
 
     def __call__(self, flat: Tensor, images: Tensor, training: bool) -> Tensor:  # -> [K, batch, most classes]
-        """Logits of every run for its own images [K, batch, 3, size, size]."""
+        """Return the logits of every run for its own images [K, batch, 3, size, size]."""
         p = self.parameters(flat)
         with torch.autocast(self.device.type, enabled=False):
             operands = operands_of(p, self.first, self.scales, self.keep if training else None)
@@ -100,7 +100,7 @@ class Forward:
             return self.linear(p, {}, "head", x).float() + self.forbidden
 
     def aligned(self, p: Mapping[str, Tensor], name: str, dims: int) -> Tensor:
-        """A parameter that broadcasts over the dimensions between the runs and its own."""
+        """Return a parameter that broadcasts over the dimensions between the runs and its own."""
         value = p[name]
         if name not in self.kinds:
             return value

@@ -18,7 +18,7 @@ Parameters = Mapping[str, Tensor]
 
 
 def operands_of(p: Parameters, start: Start, scales: Parameters, keep: Tensor | None) -> Operands:
-    """The updates of all layers.
+    """Return the updates of all layers.
 
     Args:
         p: parameters, trained ones [K, ...].

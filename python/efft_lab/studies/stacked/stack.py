@@ -67,7 +67,7 @@ class Stack:
         self.losses = torch.zeros(steps, len(starts), device=device)
 
     def images(self, positions: Tensor) -> Tensor:
-        """The model's inputs [K, batch, 3, size, size] for positions [K, batch]; as ``efft_lab.data.Preprocess``."""
+        """Return the model's inputs [K, batch, 3, size, size] for positions [K, batch]; as ``efft_lab.data.Preprocess``."""
         return self.pixels[positions].float().div(255).sub(self.mean).div(self.std)
 
     def step(self) -> None:
@@ -112,7 +112,7 @@ class Stack:
         return True
 
     def captured(self) -> Callable[[], None]:
-        """The step as a CUDA graph."""
+        """Return the step as a CUDA graph."""
         kept = [(x, x.clone()) for x in (self.flat, self.m, self.v, self.t, self.losses)]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())

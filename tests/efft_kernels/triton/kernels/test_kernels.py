@@ -29,7 +29,7 @@ else:
 
     @contextmanager
     def checked() -> Iterator[list[str]]:
-        """Yields the names of the kernels launched inside the ``with`` block, as the interpreter's own does."""
+        """Yield the names of the kernels launched inside the ``with`` block, as the interpreter's own does."""
         names: list[str] = []
 
         def note(metadata: triton.compiler.LazyDict) -> None:
@@ -74,7 +74,7 @@ def needs(tile: GemmTile, dtype: torch.dtype, *, tma: bool = False) -> None:
 
 
 def operands(M: int, N: int, K: int, R: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """A, Bᵀ (so that B is as a weight lies in memory), bias, P and T with fp32 factors."""
+    """Return A, Bᵀ (so that B is as a weight lies in memory), bias, P and T with fp32 factors."""
     return (
         matrix(M, K, dtype, 0),
         matrix(N, K, dtype, 1, K**-0.5),
@@ -337,7 +337,7 @@ def test_an_adapter_a_sample(dtype: torch.dtype) -> None:
 
 
 def far_apart(values: Tensor) -> Tensor:
-    """The same rows 2^30 elements from one another: the third begins beyond what 32 bits can count."""
+    """Return the same rows 2^30 elements from one another: the third begins beyond what 32 bits can count."""
     rows, columns = values.shape
     memory = torch.empty(2**30 * (rows - 1) + columns, dtype=values.dtype)  # the system gives only pages that are used
     return memory.as_strided((rows, columns), (2**30, 1)).copy_(values)

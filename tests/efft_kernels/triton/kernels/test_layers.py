@@ -10,7 +10,7 @@ from tests.efft_kernels.triton.address_checker import checked
 
 
 def step(model: nn.Module, x: Tensor, backend: str) -> dict[str, Tensor]:
-    """The output and every gradient, with the same dropout masks each time."""
+    """Return the output and every gradient, with the same dropout masks each time."""
     model.zero_grad()
     torch.manual_seed(1)
     with use_backend(backend):
