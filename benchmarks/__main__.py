@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
 from collections.abc import Sequence
+
+from efft.hints import did_you_mean
 
 #: The module of each command, whose ``main(arguments)`` runs it, and what it does.
 COMMANDS = {
@@ -44,9 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join(["usage: python -m benchmarks COMMAND [options]", "", *lines]))
         return 0
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"commands: {', '.join(COMMANDS)}"
-        print(f"benchmarks: error: unknown command {name!r}; {hint}", file=sys.stderr)
+        print(f"benchmarks: error: unknown command {name!r}; {did_you_mean(name, COMMANDS)}", file=sys.stderr)
         return 2
     try:
         return importlib.import_module(COMMANDS[name][0]).main(rest) or 0

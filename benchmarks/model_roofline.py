@@ -380,7 +380,7 @@ def render(machine: Machine, tokens: int, ranks: Sequence[int], width: int) -> s
             ]
             for name, of in times.items()
         ]
-        parts.append(f"Modelled, not measured: {tokens} tokens, width {width}, rank {rank}, bf16; {machine}\n")
+        parts.append(f"Modeled, not measured: {tokens} tokens, width {width}, rank {rank}, bf16; {machine}\n")
         parts.append(table(["design", "what", *times["floor"]], rows) + "\n")
     return "\n".join(parts)
 

@@ -65,7 +65,7 @@ def _draw_model(
         for row in rows
         if row in times
     ]
-    label = "modelled (H200), not measured"
+    label = "modeled (H200), not measured"
     axes.plot(*zip(*points, strict=True), linestyle="none", marker="D", fillstyle="none", color="black", label=label)
 
 

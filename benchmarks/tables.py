@@ -34,8 +34,8 @@ TITLES = {
     "fused:eager": "the same after `efft.fuse`",
     "efft:reference": "EFFT2, backend reference",
     "merged": "EFFT2 merged into the weights",
-    **{f"pool:{n}": f"EFFT2, another of {n} adapters for every image" for n in (10, 100, 1000)},
-    "pool:1": "EFFT2, an adapter from a pool",
+    **{f"pool:{n}": f"EFFT2, one of {n} adapters per image" for n in (10, 100, 1000)},
+    "pool:1": "EFFT2, one adapter from a pool",
     "peft": "LoRA of `peft`",
     "addmm": "LoRA by hand, `addmm_`",
     "lorafusion": "LoRA split as in LoRAFusion",
@@ -47,11 +47,11 @@ TITLES = {
     "full": "full fine-tuning",
 }
 _QUANTIZED = {
-    "dense": "not quantised",
+    "dense": "not quantized",
     "int8": "int8",
-    "int8-dynamic": "int8, activations too",
+    "int8-dynamic": "int8, weights and activations",
     "fp8": "fp8",
-    "fp8-dynamic": "fp8, activations too",
+    "fp8-dynamic": "fp8, weights and activations",
     "nf4": "nf4",
 }
 _LAYERS = ("qkv", "o", "fc1", "fc2")
@@ -141,10 +141,10 @@ def ops(device: str, amx: bool = False) -> str:
         return with_sources(header, rows, runs)
     tokens = next(iter(runs.values()))[0]["tokens"]
     times = block_times(Machine(), tokens, _RANK, vit_block(768))
-    header += ["block, bfloat16", "block, modelled for an H200, not measured"]
+    header += ["block, bfloat16", "block, modeled for an H200, not measured"]
     for (name, _), cells in zip([*_present(runs), ("ideal", "")], rows, strict=True):
-        modelled = f"{times[name]['block'] / times['floor']['block']:.2f}" if name in times else "-"
-        cells += [_block_cell(runs.get("bfloat16", []), name), modelled]
+        modeled = f"{times[name]['block'] / times['floor']['block']:.2f}" if name in times else "-"
+        cells += [_block_cell(runs.get("bfloat16", []), name), modeled]
     return with_sources(header, rows, runs)
 
 
@@ -182,7 +182,7 @@ def many_adapters(device: str) -> str:
             size = _cell(_row(lines, name), "bytes_per_adapter", lambda x: f"{x['bytes_per_adapter'] / 2**20:.2f} MiB")
             cells.append(size)
         rows.append(cells)
-    return with_sources([*header, *(f"{dtype}, an adapter takes" for dtype in runs)], rows, runs)
+    return with_sources([*header, *(f"{dtype}, size of an adapter" for dtype in runs)], rows, runs)
 
 
 def quantized(device: str) -> str:
@@ -268,8 +268,8 @@ def subspaces() -> str:
         means = [fmean(line[measure] for line in lines) for measure in measures]
         rows.append([of, name, f"{means[0]:.0f}", *(f"{mean:.1%}" for mean in means[1:])])
     rank = next(iter(newest.values()))["rank"]
-    kept = ("bases of each matrix's own", "one pair of bases", "one pair, random directions")
-    header = ["of", "matrices", "effective rank", *(f"kept at rank {rank} by {bases}" for bases in kept)]
+    kept = ("separate bases per matrix", "one pair of bases", "one pair, random directions")
+    header = ["quantity", "matrices", "effective rank", *(f"kept at rank {rank} by {bases}" for bases in kept)]
     return with_sources(header, rows, _by_command(newest.values()))
 
 
@@ -290,7 +290,7 @@ def starts() -> str:
         means = [fmean(accuracies) if accuracies else None for accuracies in by_task]
         overall = None if None in means else fmean(mean for mean in means if mean is not None)
         rows.append([_STARTS[kind], source, *("-" if mean is None else f"{mean:.1f}" for mean in [*means, overall])])
-    return with_sources(["directions in", "of the", *tasks, "mean"], rows, _by_command(lines))
+    return with_sources(["directions in", "source", *tasks, "mean"], rows, _by_command(lines))
 
 
 def study(name: str) -> str:

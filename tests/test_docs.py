@@ -1,4 +1,4 @@
-"""What the documentation shows works as shown, and the site builds: without network, like everything here."""
+"""The documentation's code works as shown, the files that it names exist, and the site builds."""
 
 import importlib.util
 import os
@@ -14,6 +14,12 @@ from benchmarks.readme import render
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
+#: Every page that people read, also outside the site.
+TEXTS = [*PAGES, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "ENVIRONMENT.md", "SECURITY.md"))]
+TEXTS += [ROOT / "csrc/README.md", ROOT / "benchmarks/README.md"]
+#: A path in backticks; ``<op>`` and ``x`` stand for names, as in "an op ``x`` consists of these files".
+PATH = re.compile(r"`((?:efft_kernels|python|csrc|tests|benchmarks|docs)/[^`\s]*)`")
+PLACEHOLDER = re.compile(r"<\w+>|(?:/|_)x\.\w+$")
 EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.py"))
 BLOCKS = [
     pytest.param(page, block, id=f"{page.stem}-{number}")
@@ -23,7 +29,7 @@ BLOCKS = [
 
 
 def skip_without_what_it_imports(code: str) -> None:
-    """Of the packages that not everyone has who runs the tests; that none is without, CI's installation sees to."""
+    """Skip the test if a package is missing that ``code`` imports; CI installs all of them."""
     for line in re.findall(r"^import (.+)$|^from (\w+)", code, re.MULTILINE):
         for name in "".join(line).split(", "):
             if importlib.util.find_spec(name.split()[0]) is None:
@@ -49,8 +55,24 @@ def test_example_runs(example: Path, tmp_path: Path) -> None:
     assert f"docs/examples/{example.name}" in (ROOT / "docs/recipes.md").read_text(encoding="utf-8"), "shown nowhere"
 
 
+@pytest.mark.parametrize("page", TEXTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_paths_in_the_documentation_exist(page: Path) -> None:
+    named = [path for path in PATH.findall(page.read_text(encoding="utf-8")) if not PLACEHOLDER.search(path)]
+    assert not [path for path in named if not (ROOT / path).exists()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_page_says_what_it_is_for(page: Path) -> None:
+    """A sentence comes right below the title. A page that only includes another file leaves that to the file."""
+    text = page.read_text(encoding="utf-8")
+    if text.startswith("--8<--"):
+        text = (ROOT / text.split('"')[1]).read_text(encoding="utf-8")
+    first = text.split("\n\n")[1]
+    assert re.match(r"(This page|Each section of this page) [^|#]+\.", first), f"it begins with {first[:80]!r}"
+
+
 def test_errors_of_the_troubleshooting_page_exist() -> None:
-    """Joined over the ends of lines and string literals, the sources hold every text that the page explains."""
+    """The sources contain every text that the page explains, once lines and adjacent string literals are joined."""
     sources = "".join(
         path.read_text(encoding="utf-8")
         for folder in ("efft_kernels", "python/efft")
@@ -65,7 +87,7 @@ def test_errors_of_the_troubleshooting_page_exist() -> None:
 
 
 def test_figures_of_the_scaling_page(capsys: pytest.CaptureFixture[str]) -> None:
-    """Its counts are the library's, and its modelled shares what its own formula gives."""
+    """The library gives its counts, and the formula on the page its modeled shares."""
     import timm
 
     import efft

@@ -5,7 +5,6 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -140,16 +139,7 @@ def upward(found: list[Edge]) -> list[Edge]:
     return [e for e in found if order.index(package_of(e.source)) < order.index(package_of(e.target))]
 
 
-#: Temporary: packages with a circle that is being removed. Each entry goes with its circle.
-KNOWN_CIRCLES = ("efft",)
-
-
-def package_with_mark(name: str) -> Any:
-    known = pytest.mark.xfail(strict=True, reason="a known circle, which is being removed")
-    return pytest.param(name, marks=known if name in KNOWN_CIRCLES else ())
-
-
-@pytest.mark.parametrize("package", [package_with_mark(name) for name in PACKAGES if name != "tests"])
+@pytest.mark.parametrize("package", [name for name in PACKAGES if name != "tests"])
 def test_no_circle_of_imports(package: str, imported: list[Edge]) -> None:
     found = [sorted(circle) for circle in circles(imported) if package in map(package_of, circle)]
     assert not found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -12,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import efft
+from efft.adapting.heads import find_head
 from efft.adapting.inject import adapted_layers, adapter_of
-from efft.planning.targets import find_head, find_targets
+from efft.hints import did_you_mean
+from efft.planning.targets import find_targets
 from efft_kernels import Backend, EfftLinear, use_backend
 from efft_kernels.testing import backends
 
@@ -66,7 +67,7 @@ class DenseDelta(nn.Module):
 
 def targeted(model: nn.Module) -> list[str]:
     """Return the layers that every row with an adapter adapts, in the order of the forward pass."""
-    return [target.name for target in find_targets(model, efft.EfftConfig(), find_head(model, None))]
+    return [target.name for target in find_targets(model, find_head(model, None))]
 
 
 def floor(model: nn.Module, rank: int) -> nn.Module:
@@ -171,7 +172,5 @@ def select(names: Iterable[str] | None) -> list[ModelRow]:
     """
     wanted = set(ROWS if names is None else names)
     for name in sorted(wanted - set(ROWS)):
-        near = difflib.get_close_matches(name, ROWS, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(ROWS)}"
-        raise ValueError(f"unknown row {name!r}: {hint}")
+        raise ValueError(f"unknown row {name!r}: {did_you_mean(name, ROWS)}")
     return [row for row in ROWS.values() if row.name in wanted | {"floor"}]

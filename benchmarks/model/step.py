@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.model.rows import ModelRow
-from efft.planning.targets import find_head
+from efft.adapting.heads import find_head
 from efft_kernels import can_run
 
 N_CLASSES = 100

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.counts import Sizes
+from efft.hints import did_you_mean
 
 #: Width of the tokens (without the MLP's expansion), and tokens per image of 224 x 224.
 MODELS = {
@@ -136,6 +136,4 @@ def _product(values: Mapping[str, Sequence[Any]]) -> Iterator[Case]:
 
 def _check(what: str, name: str, known: Mapping[str, object]) -> None:
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
-        raise ValueError(f"unknown {what} {name!r}: {hint}")
+        raise ValueError(f"unknown {what} {name!r}: {did_you_mean(name, known)}")

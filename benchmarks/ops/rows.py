@@ -6,7 +6,6 @@ G (LoRA rows: of A = Dᵀ and B = Gᵀ). The exceptions are ``floor`` and ``merg
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.ops.cases import Inputs
+from efft.hints import did_you_mean
 from efft_kernels import Backend, can_run, tt_linear
 from efft_kernels.testing import backends
 
@@ -284,7 +284,5 @@ def select(names: Iterable[str] | None) -> list[LayerRow]:
     wanted = list(ROWS if names is None else names)
     for name in wanted:
         if name not in ROWS:
-            near = difflib.get_close_matches(name, ROWS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(ROWS)}"
-            raise ValueError(f"unknown row {name!r}: {hint}")
+            raise ValueError(f"unknown row {name!r}: {did_you_mean(name, ROWS)}")
     return [row for row in ROWS.values() if row.name in {"floor", *wanted}]

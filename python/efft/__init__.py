@@ -13,12 +13,12 @@ from efft.adapting.inject import (
     parameter_groups,
     remove,
 )
-from efft.config import EfftConfig
 from efft.fusion import fuse, unfuse
 from efft.integrations.fact_import import import_fact
 from efft.integrations.lora_export import export_lora
 from efft.integrations.lora_import import import_lora
 from efft.merge import MergeReport, merge, merged_state_dict, unmerge
+from efft.methods.efft import EfftConfig
 from efft.params import ParameterCount, count_parameters, print_trainable_parameters
 from efft.planning.plan import Plan, inspect
 from efft.pool import AdapterPool

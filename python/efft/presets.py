@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from efft.config import EfftConfig
+from efft.methods.efft import EfftConfig
 
 _STAGES = range(4)
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from efft.adapting.inject import Adapter, adapted_layers, adapter_of
 from efft.adapting.sharding import check_whole
-from efft.config import EfftConfig, is_number, shown
+from efft.config import is_number, quote
+from efft.methods.efft import EfftConfig
 from efft_kernels import TTFactors
 
 Rank = tuple[int, int]
@@ -67,7 +68,7 @@ def prune(model: nn.Module, keep: float = 0.99) -> PruneReport:
             changed.
     """
     if not is_number(keep) or not 0 < keep <= 1:
-        raise ValueError(f"prune: keep must be a share in (0, 1], got {shown(keep)}")
+        raise ValueError(f"prune: keep must be a share in (0, 1], got {quote(keep)}")
     check_whole(model, "prune")
     adapter = adapter_of(model)
     _config(adapter)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import types
 from collections.abc import Collection, Iterable, Sequence, Set
 from typing import Any, Literal, Union, get_args, get_origin
 
-from efft.config import is_number, shown
+from efft.config import is_number, quote
+from efft.hints import did_you_mean
 
 _NAMES: dict[Any, str] = {
     bool: "true or false",
@@ -28,7 +28,7 @@ def check(where: str, value: object, hint: Any) -> None:
         ValueError: the text begins with ``where`` and says what was expected.
     """
     if not _fits(value, hint):
-        raise ValueError(f"{where} must be {_description(hint)}, got {shown(value)}")
+        raise ValueError(f"{where} must be {_description(hint)}, got {quote(value)}")
 
 
 def check_names(where: str, given: Iterable[Any], known: Collection[str], what: str = "field") -> None:
@@ -39,10 +39,8 @@ def check_names(where: str, given: Iterable[Any], known: Collection[str], what: 
     """
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(str(name)[:50], known, n=1)
-            listed = sorted(known) if isinstance(known, Set) else known
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(listed) or 'none'}"
-            raise ValueError(f"unknown {what} {shown(name)} in {where}; {hint}")
+            names = sorted(known) if isinstance(known, Set) else known
+            raise ValueError(f"unknown {what} {quote(name)} in {where}; {did_you_mean(name, names)}")
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -199,7 +199,7 @@ def test_command_writes_a_line_for_every_row_of_every_case(tmp_path: Path, capsy
     ("words", "message"),
     [
         (["--model", "vit_a"], "ops: error: unknown model 'vit_a': did you mean 'vit_"),
-        (["--case", "x"], "unknown case 'x': expected one of qkv, o, fc1, fc2"),
+        (["--case", "x"], "unknown case 'x': known: qkv, o, fc1, fc2"),
         (["--dtype", "float8"], "unknown dtype 'float8': did you mean 'float"),
         (["--rows", "naiv"], "unknown row 'naiv': did you mean 'naive'?"),
     ],

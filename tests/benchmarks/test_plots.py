@@ -1,4 +1,4 @@
-"""Pictures and tables show what the result files say, name the machine, and keep modelled figures apart."""
+"""Pictures and tables show what the result files say, name the machine, and keep modeled figures apart."""
 
 import json
 from collections.abc import Iterable
@@ -80,10 +80,10 @@ def test_modelled_ratios_stand_beside_those_of_a_gpu_only() -> None:
     ((_, figure),) = ops_ratios(lines)
     axes = figure.axes[0]
     assert "Test GPU" in axes.get_title()
-    (modelled,) = (line for line in axes.lines if "modelled" in str(line.get_label()))
+    (modeled,) = (line for line in axes.lines if "modeled" in str(line.get_label()))
     times = block_times(Machine(), 12608, 32, vit_block(768))
-    assert list(modelled.get_xdata()) == pytest.approx([1.0, times["naive"]["o"] / times["floor"]["o"]])
-    assert modelled.get_fillstyle() == "none"
+    assert list(modeled.get_xdata()) == pytest.approx([1.0, times["naive"]["o"] / times["floor"]["o"]])
+    assert modeled.get_fillstyle() == "none"
     assert any("not measured" in text.get_text() for text in axes.get_legend().get_texts())
 
 
@@ -202,7 +202,7 @@ def test_layer_table_on_a_gpu_has_the_block_measured_and_modelled(results: Path)
     lines = [ops_line(row, ratio, layer, "cuda") for row, ratio in (("floor", 1.0), ("naive", 2.0)) for layer in layers]
     write(results, "ops", lines)
     header, _, floor, naive, limit, *_ = tables.ops("cuda").splitlines()
-    assert header.endswith("| block, bfloat16 | block, modelled for an H200, not measured |")
+    assert header.endswith("| block, bfloat16 | block, modeled for an H200, not measured |")
     assert floor.endswith("| 1.00 | 1.00 | 1.00 | 1.00 | 1.00 | 1.00 |")
     assert naive.endswith("| 2.00 | 2.00 | 2.00 | 2.00 | 2.00 | 1.72 |")
     assert limit == "| arithmetic limit | 1.10 | 1.10 | 1.10 | 1.10 | - | 1.08 |"
@@ -230,10 +230,10 @@ def test_table_of_many_adapters(results: Path) -> None:
     assert tables.many_adapters("cpu") == tables.NOTHING
     write(results, "serve", lines)
     assert tables.many_adapters("cpu").splitlines()[:4] == [
-        "| time | float32, batch 8, / one | float32, batch 8, / merged | float32, an adapter takes |",
+        "| time | float32, batch 8, / one | float32, batch 8, / merged | float32, size of an adapter |",
         "| --- | --- | --- | --- |",
-        "| EFFT2, an adapter from a pool | 1.00 | 2.00 | 1.50 MiB |",
-        "| EFFT2, another of 1000 adapters for every image | 1.50 | 3.00 | 1.50 MiB |",
+        "| EFFT2, one adapter from a pool | 1.00 | 2.00 | 1.50 MiB |",
+        "| EFFT2, one of 1000 adapters per image | 1.50 | 3.00 | 1.50 MiB |",
     ]
     assert tables.many_adapters("cuda") == tables.NOTHING
 
@@ -243,7 +243,7 @@ def test_table_of_quantised_backbones(results: Path) -> None:
     int8 = model_line("int8", 1.0) | more
     write(results, "quantized", [int8, refused(model_line("fp8-dynamic", 1.0))])
     dense, eight, *_, nf4 = tables.quantized("cpu").splitlines()[2:8]
-    assert dense == "| not quantised | - | - | - | - |"
+    assert dense == "| not quantized | - | - | - | - |"
     assert eight == "| int8 | 1.2e-02 | 85 | 1.25 | 1.50 |"
     assert nf4 == "| nf4 | - | - | - | - |"
     assert tables.quantized("cuda") == tables.NOTHING
@@ -261,4 +261,4 @@ def test_command_prints_a_table_or_names_what_there_is(results: Path, capsys: py
     assert capsys.readouterr().out.strip() == tables.NOTHING
     with pytest.raises(SystemExit):
         main(["tables", "serv"])
-    assert "unknown table 'serv'; expected some of parameters, train_step, ops" in capsys.readouterr().err
+    assert "unknown table 'serv'; expected some of summary, parameters, train_step, ops" in capsys.readouterr().err

@@ -128,6 +128,6 @@ def test_impossible_sizes_are_refused() -> None:
 def test_command_says_that_nothing_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--ranks", "16", "--fixed", "4"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("Modelled, not measured: 12608 tokens, width 768, rank 16, bf16; 790 TFLOP/s")
+    assert out.startswith("Modeled, not measured: 12608 tokens, width 768, rank 16, bf16; 790 TFLOP/s")
     assert all(f"`{name}`" in out for name in DESIGNS)
     assert benchmarks_main(["--help"]) == 0

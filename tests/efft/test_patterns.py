@@ -1,4 +1,4 @@
-"""Patterns of layer names: the language of ``re``, as far as it is understood, in a bounded time."""
+"""Patterns of layer names: those of users are matched by ``re``, those of files in a bounded time or not at all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import efft
-from efft.patterns import MOST_CHARACTERS, are_short, matcher
+from efft.integrations.file_patterns import file_matchers
+from efft.planning.names import MOST_CHARACTERS, are_short, matcher
 from tests.hostile import within
 
 
@@ -36,8 +37,13 @@ EDGES = st.tuples(st.sampled_from(["", "^"]), st.recursive(CHARACTERS, larger), 
 
 @given(pattern=EDGES.map("".join), names=st.lists(NAMES, min_size=1, max_size=8))
 def test_as_re_matches(pattern: str, names: list[str]) -> None:
-    matches = matcher(pattern)
-    assert [matches(name) for name in names] == [by_re(pattern, name) for name in names]
+    expected = [by_re(pattern, name) for name in names]
+    assert list(map(matcher(pattern), names)) == expected
+    try:
+        (matches,) = file_matchers([pattern])
+    except ValueError:
+        return
+    assert list(map(matches, names)) == expected
 
 
 @pytest.mark.parametrize(
@@ -66,8 +72,9 @@ def test_examples(pattern: str, name: str, expected: bool | type[Exception]) -> 
     "pattern", ["(?=a)a", "(?P<n>a)", "a{2}", r"\bab*", r"(a)\1", "(?i)a", r"\Aa+", "(" * 500 + "a" + ")" * 500]
 )
 def test_other_expressions_are_refused(pattern: str) -> None:
+    """From a file; of what the user types only what ``re`` refuses is refused."""
     with pytest.raises(ValueError, match="neither a layer name nor a regular expression"):
-        matcher(pattern)
+        file_matchers([pattern])
 
 
 @pytest.mark.parametrize(
@@ -79,14 +86,36 @@ def test_other_expressions_are_refused(pattern: str) -> None:
         ".*" * (MOST_CHARACTERS // 2),
         "(a|" * 200 + ")" * 200 + "*!",
         "[" * 2000 + "]*",
+        ".*(" + "|".join(["."] * 40) + ").*!",
+        "(.|.|.|.)" * 8 + "!",
+        "|".join([".*!"] * 2),
+        ".?" * 40 + "!",
     ],
 )
 def test_expressions_that_drag(pattern: str) -> None:
+    """From a file they are refused at once, or matched in a bounded time."""
     with within(5), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # about sets within sets
-        matches = matcher(pattern)
+        try:
+            (matches,) = file_matchers([pattern])
+        except ValueError as error:
+            assert "names of the layers" in str(error)  # noqa: PT017
+            return
         for i in range(24):
-            matches(f"encoder.layers.{i}.self_attention.attention.output.dense")
+            assert not matches(f"encoder.layers.{i}.self_attention.attention.output.dense")
+
+
+def test_expressions_of_a_file_are_counted_together() -> None:
+    assert len(file_matchers([r"layers\.\d+\..*(q|v)_proj"] * 15)) == 15
+    with pytest.raises(ValueError, match="too many alternatives and repeated characters together"):
+        file_matchers([r"layers\.\d+\..*(q|v)_proj"] * 50)
+
+
+@pytest.mark.parametrize("pattern", ["(?=a)a", "(?P<n>a)", "a{1}", r"\ba", r"(a)\1?", "(?i)A", r"(?<!b\.)a$"])
+def test_users_may_write_every_expression(pattern: str) -> None:
+    assert matcher(pattern)("x.a")
+    assert matcher(pattern)("a")
+    assert not matcher(pattern)("b")
 
 
 def test_long_lists_of_expressions_are_refused() -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 from torch import nn
+
+from efft.hints import nearest
 
 #: Attributes that hold the head of a model that does not say in another way what its head is. Attributes of one row
 #: belong together, and the first row that a model has counts.
@@ -35,13 +36,14 @@ def find_head(model: nn.Module, config_head: list[str] | None) -> list[str]:
         known = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
         for name in config_head:
             if name not in known:
-                near = difflib.get_close_matches(name, known, 3)
-                raise ValueError(f"head: no module named {name!r}; nearest: {', '.join(near) or 'none'}")
+                near = nearest(name, known)
+                parts = f"this {type(model).__name__} consists of {', '.join(model._modules) or 'no modules'}"
+                hint = f"nearest: {', '.join(near)}" if near else parts
+                raise ValueError(f"head: no module named {name!r}; {hint}")
         return list(config_head)
     found = _of_transformers(model) if _is_transformers(model) else _of_timm(model) or _of_root(model)
-    for inside in (
-        [] if found or _is_bare(model) else list(model.modules())[1:]
-    ):  # a library's model inside of another model
+    # A model of a library may be inside of another model.
+    for inside in [] if found or _is_bare(model) else list(model.modules())[1:]:
         found = found or _of_timm(inside) or ([] if _is_transformers(model) else _of_transformers(inside))
     chosen = {id(module) for module in found if _is_trainable(module)}
     head = [name for module, name in names.items() if name and id(module) in chosen]

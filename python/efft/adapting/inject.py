@@ -22,7 +22,8 @@ from efft.adapting.offload import Aside, device_of, follow, hooks_aside
 from efft.adapting.placing import place
 from efft.adapting.sharding import check_whole
 from efft.adapting.wrappers import check_unwrapped, unwrap
-from efft.config import AdapterConfig, EfftConfig
+from efft.config import AdapterConfig
+from efft.methods.efft import EfftConfig
 from efft.planning.plan import Plan, make_plan, warn_of_untouched
 from efft.saving.stored import check_stored
 from efft_kernels import FactorBank

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -16,10 +17,11 @@ from torch import Tensor, nn
 
 from efft.adapting.inject import adapter_of, apply, check_plain
 from efft.adapting.sharding import check_whole
-from efft.config import is_setting, is_size, shown
+from efft.config import is_setting, is_size, quote
+from efft.integrations.file_patterns import file_matchers
 from efft.integrations.lora_export import PREFIX
 from efft.methods.lora import LoRABank, LoRAConfig
-from efft.patterns import MOST_CHARACTERS, are_short, matcher
+from efft.planning.names import MOST_CHARACTERS, are_short
 from efft.planning.plan import Plan, make_plan
 from efft.saving import files
 from efft.saving.files import CONFIG, WEIGHTS
@@ -76,7 +78,7 @@ def import_lora(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
         return import_lora(model, folder)
     tensors = read_tensors(folder / WEIGHTS, content)
     try:
-        config, plan, shapes = _planned(model, settings, tensors)
+        config, plan, shapes = _make_plan(model, settings, tensors)
     except (ValueError, RuntimeError) as error:  # RuntimeError: sizes that no storage has
         raise ValueError(_does_not_fit(folder, model, f" {error}")) from None
     problems = [problem for kind in misfits(tensors, shapes) for problem in kind]
@@ -135,7 +137,7 @@ class _Settings:
 def _settings(path: Path, values: Any) -> _Settings:
     def check(ok: bool, name: str, expected: str) -> None:
         if not ok:
-            raise ValueError(f"{path}: {name!r} must be {expected}, got {shown(values.get(name))}")
+            raise ValueError(f"{path}: {name!r} must be {expected}, got {quote(values.get(name))}")
 
     if not isinstance(values, dict) or values.get("peft_type") != "LORA":
         raise ValueError(
@@ -145,7 +147,7 @@ def _settings(path: Path, values: Any) -> _Settings:
     odd = {name: value for name, value in values.items() if value and name not in _ASIDE | _READ | set(_SIMPLE)}
     odd |= {n: values[n] for n, simple in _SIMPLE.items() if n in values and values[n] not in simple}
     if odd:
-        settings = ", ".join(f"{shown(name)}: {shown(value)}" for name, value in odd.items())
+        settings = ", ".join(f"{quote(name)}: {quote(value)}" for name, value in odd.items())
         raise ValueError(
             f"{path} has settings beyond those of a plain LoRA, which is all that can be imported: {settings}; let "
             "peft merge the checkpoint into the base (merge_and_unload), or convert it to a plain one"
@@ -171,11 +173,11 @@ def _settings(path: Path, values: Any) -> _Settings:
 
 def _by_name(patterns: dict[str, Value], default: Value) -> Callable[[str], Value]:
     """The value of the first pattern that matches a layer's name, as peft takes it."""
-    matchers = [(matcher(pattern), value) for pattern, value in patterns.items()]
-    return lambda name: next((value for matches, value in matchers if matches(name)), default)
+    matchers = list(zip(file_matchers(patterns), patterns.values(), strict=True))
+    return functools.cache(lambda name: next((value for matches, value in matchers if matches(name)), default))
 
 
-def _planned(
+def _make_plan(
     model: nn.Module, settings: _Settings, tensors: dict[str, Tensor]
 ) -> tuple[LoRAConfig, Plan, dict[str, tuple[int, ...]]]:
     """How to adapt ``model``, and the names and shapes of the tensors for that."""

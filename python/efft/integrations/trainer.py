@@ -40,7 +40,7 @@ class AdapterCheckpoints(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         model = kwargs.get("model", args[0] if args else None)
-        with _known_as_adapted(model):
+        with _mark_as_adapted(model):
             super().__init__(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -77,7 +77,7 @@ class AdapterCheckpoints(Trainer):
 
 
 @contextmanager
-def _known_as_adapted(model: Any) -> Iterator[None]:
+def _mark_as_adapted(model: Any) -> Iterator[None]:
     """Within the ``with`` block a quantised model that is adapted says so in the way of transformers."""
     adapted = isinstance(model, nn.Module) and isinstance(getattr(unwrap(model), "efft", None), Adapter)
     if not adapted or not getattr(model, "is_quantized", False) or "_hf_peft_config_loaded" in model.__dict__:

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from efft.config import AdapterConfig, EfftConfig
+from efft.config import AdapterConfig
+from efft.methods.efft import EfftConfig
 from efft.methods.fact_tk import FacTTKConfig
 from efft.methods.fact_tt import FacTTTConfig
 from efft.methods.lora import LoRAConfig
@@ -46,6 +47,7 @@ METHODS: dict[str, type[AdapterConfig]] = {
 
 __all__ = [
     "METHODS",
+    "EfftConfig",
     "FacTTKConfig",
     "FacTTTConfig",
     "LoRAConfig",

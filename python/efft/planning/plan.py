@@ -1,4 +1,4 @@
-"""What adapting a model would do: which weights share which factors, what is left out and why."""
+"""The plan of an adaptation: which weights share which factors, and which weights are left out and why."""
 
 from __future__ import annotations
 
@@ -6,54 +6,37 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from torch import nn
 
 from efft.adapting.adapter import Adapter
-from efft.config import AdapterConfig, EfftConfig
+from efft.adapting.heads import find_head
+from efft.config import AdapterConfig, Group
+from efft.methods.efft import EfftConfig
 from efft.planning.structure import Structure, Weight, structure_of
-from efft.planning.targets import Target, find_head, known_target, select
-from efft_kernels import FactorBank
+from efft.planning.targets import Target, known_target, select
 
-#: The share of the weights in blocks that may stay untouched without a word.
+#: No warning is given if at most this share of the weights in blocks stays untouched.
 SILENT_SHARE = 0.01
-
-
-class Group(Protocol):
-    """One bank of factors and the weights that use it; ``sites`` maps their names to what the bank knows them by."""
-
-    name: str
-    sites: dict[str, Any]
-
-    @property
-    def n_parameters(self) -> int:
-        """Number of trainable parameters of the bank."""
-
-    def build(self, device: torch.device, dtype: torch.dtype) -> FactorBank:
-        """Allocate and initialise the bank."""
-
-    def describe(self) -> str:
-        """The group in one line."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The group as an adapter file keeps it: its name, its weights, and what its method needs."""
 
 
 @dataclass
 class Plan:
-    """What ``efft.apply`` would do to a model; printing it gives a table.
+    """What ``efft.apply`` would do to a model. Printing it gives a table.
 
     Attributes:
-        groups: the banks of factors, not allocated yet (:class:`Group`); those of EFFT tell the sizes of their trains.
-        head: names of the modules trained beside the factors.
-        weights: what is adapted, by name.
-        tied: of these, layers that have the weight of another one, whose name follows, and share its update.
+        groups: the banks of factors, not allocated yet (:class:`efft.config.Group`); the groups of EFFT also have the
+            sizes of their trains.
+        head: names of the modules that are trained beside the factors.
+        weights: the adapted weights, by name.
         left_out: parameters of the blocks that stay untouched, with their number of entries, largest first.
-        reasons: why some of them cannot be adapted.
-        in_blocks: entries of all weights in blocks.
-        between: of the parameters between the blocks of a ViT or Swin, which the paper leaves alone, the same.
+        reasons: why some weights cannot be adapted, by name.
+        in_blocks: number of entries of all weights in blocks.
+        tied: names of adapted layers that share the weight of another layer, and the name of that layer, whose update
+            they share.
+        between: parameters between the blocks of a ViT or Swin, which the paper leaves alone, with their number of
+            entries.
     """
 
     groups: Sequence[Any]
@@ -67,25 +50,25 @@ class Plan:
 
     @property
     def untouched_share(self) -> float:
-        """The part of the weights in blocks that stays untouched."""
+        """The share of the weights in blocks that stays untouched."""
         return sum(self.left_out.values()) / self.in_blocks if self.in_blocks else 0.0
 
     @property
     def n_parameters(self) -> int:
-        """Trainable parameters of all factors."""
+        """Number of trainable parameters of all factors."""
         return sum(group.n_parameters for group in self.groups)
 
     def weights_of(self, group: Group) -> dict[str, Weight]:
-        """The weights that use a group's factors."""
+        """Return the weights that use a group's factors."""
         return {name: self.weights[name] for name in group.sites}
 
     def in_order(self, model: nn.Module) -> list[str]:
-        """The names of the weights in the order of the model's modules."""
+        """Return the names of the weights in the order of the model's modules."""
         place = {name: i for i, (name, _) in enumerate(model.named_modules())}
         return sorted(self.weights, key=lambda name: place[self.weights[name].module])
 
     def missing(self) -> str:
-        """What stays untouched in the blocks, by name and share; empty where that is nothing."""
+        """Describe what stays untouched in the blocks, by name and share; an empty text if nothing does."""
         if not self.left_out:
             return ""
         kinds: dict[str, list[str]] = {}
@@ -119,15 +102,15 @@ class Plan:
 
 
 def _without_numbers(name: str) -> str:
-    """The name with a star for every number, so that what the blocks have alike is said once."""
+    """Return the name with a star for every number, so that the same weight of all blocks is listed once."""
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def inspect(model: nn.Module, config: AdapterConfig | None = None) -> Plan:
-    """What :func:`efft.apply` would do with ``config`` (default: :class:`EfftConfig`); nothing is changed.
+    """Return what :func:`efft.apply` would do with ``config`` (default: :class:`EfftConfig`), without any change.
 
-    Works on the meta device. Printing the result shows the groups, their shapes and parameters, the head, and what is
-    left out of the repeated blocks and why.
+    ``model`` may be on the meta device. Printing the result shows the groups with their shapes and numbers of
+    parameters, the head, and the weights of the repeated blocks that are left out and why.
 
     Raises:
         ValueError: as :func:`efft.apply`.
@@ -135,30 +118,26 @@ def inspect(model: nn.Module, config: AdapterConfig | None = None) -> Plan:
     return make_plan(model, config or EfftConfig(), share_tied=True)
 
 
-_TOO_SMALL = "an update would have more parameters than the weight has entries"
-
-
 def make_plan(model: nn.Module, config: AdapterConfig, share_tied: bool = False) -> Plan:
-    """Plan the adaptation of ``model``; works on the meta device too. Layers with one weight in common are adapted
-    together with ``share_tied``, else not at all.
+    """Plan the adaptation of ``model``, which may be on the meta device.
+
+    With ``share_tied``, layers that share one weight are adapted together, otherwise not at all.
 
     Raises:
-        ValueError: no such weights, or weights that cannot share a train; it says which and what to do.
+        ValueError: the model has no such weights, or they cannot share a train. The error says which and what to do.
     """
     _check_not_compiled(model)
     head = find_head(model, config.head)
     structure = structure_of(model, head, share_tied)
-    targets = select(model, structure, config)
+    targets = select(model, structure, config.targets, config.exclude, config.kinds)
     groups = config.groups(model, targets)
     sizes = _blocks_of_roles(structure.sizes, targets)
     weights = {name: structure.weights[name] for group in groups for name in group.sites}
     others = (name for name, weight in structure.weights.items() if weight.kind not in config.kinds)
     reasons = {**structure.reasons, **dict.fromkeys(others, config.why_not)}
-    reached = {target.name for target in targets}
-    if isinstance(config, EfftConfig):  # another method may reach several weights by one bank, behind the last of them
-        reasons = {**reasons, **dict.fromkeys(reached - weights.keys(), _TOO_SMALL)}
-        reached = set(weights)
-    untouched = structure.untouched(reached)
+    unreached = config.unreached(targets, groups)
+    reasons |= unreached
+    untouched = structure.untouched({target.name for target in targets} - unreached.keys())
     left_out = {name: size for name, size in untouched.items() if name in sizes}
     ordered = dict(sorted(left_out.items(), key=lambda item: -item[1]))
     weights, tied = _with_tied(structure, weights)
@@ -167,7 +146,7 @@ def make_plan(model: nn.Module, config: AdapterConfig, share_tied: bool = False)
 
 
 def _with_tied(structure: Structure, weights: dict[str, Weight]) -> tuple[dict[str, Weight], dict[str, str]]:
-    """The weights with those that are theirs too, and the latter's names with the former's."""
+    """Return the weights with the tied layers that share them, and for each of these the layer it shares with."""
     tied = {name: first for name, first in structure.tied.items() if first in weights}
     return weights | {n: replace(weights[first], name=n, module=n) for n, first in tied.items()}, tied
 
@@ -178,7 +157,7 @@ def _check_not_compiled(model: nn.Module) -> None:
 
 
 def _blocks_of_roles(sizes: Mapping[str, int], targets: Sequence[Target]) -> dict[str, int]:
-    """Of the parameters in blocks those in the blocks of the targets' roles, where tables know these."""
+    """Return the parameters in the blocks whose roles are known, or all of ``sizes`` if no target has a role."""
     blocks = {target.block for target in targets if target.role != "linear"}
     if not blocks:
         return dict(sizes)
@@ -191,8 +170,10 @@ def _prefixes(name: str) -> list[str]:
 
 
 def warn_of_untouched(model: nn.Module, plan: Plan, config: AdapterConfig) -> None:
-    """Say once what ``targets="all"`` leaves out of the blocks, if it is more than :data:`SILENT_SHARE`; of
-    ``"all-linear"`` the linear weights that the method cannot adapt, as those of experts."""
+    """Warn of what ``targets="all"`` leaves out of the blocks, if that is more than :data:`SILENT_SHARE`.
+
+    For ``"all-linear"`` the warning is about linear weights that the method cannot adapt, such as those of experts.
+    """
     if config.targets == "all-linear":
         left_out = {n: size for n, size in plan.left_out.items() if plan.reasons.get(n) == config.why_not}
         plan = replace(plan, left_out=left_out)
@@ -205,16 +186,18 @@ def warn_of_untouched(model: nn.Module, plan: Plan, config: AdapterConfig) -> No
 
 
 def plan_of_file(model: nn.Module, config: AdapterConfig, saved: Sequence[Any], base: Mapping[str, Any]) -> Plan:
-    """The plan that an adapter file holds, for ``model``.
+    """Return the plan that an adapter file holds, for ``model``.
+
+    The file has the exact names of the adapted weights. The patterns in its configuration are never matched.
 
     Args:
-        model: what the adapter is to be loaded into.
+        model: the model that the adapter will be loaded into.
         config: the file's configuration.
-        saved: every group's ``to_dict``; empty in files of the first format.
-        base: what the file says of the model that the adapter was trained on.
+        saved: the ``to_dict`` of every group; empty in files of the first format, which have only the names.
+        base: what the file records about the model that the adapter was trained on.
 
     Raises:
-        ValueError: the model lacks one of the weights, or is compiled, or the plan is damaged.
+        ValueError: the model lacks one of the weights or is compiled, or the plan is damaged.
     """
     _check_not_compiled(model)
     head = find_head(model, config.head)
@@ -233,7 +216,8 @@ def plan_of_file(model: nn.Module, config: AdapterConfig, saved: Sequence[Any], 
 
     if not saved:
         targets = [known_target(weight(name)) for name in base["layers"]]
-        return Plan(config.groups(model, targets), head, {t.name: t.weight for t in targets})  # before any were tied
+        # In that format no weight was tied.
+        return Plan(config.groups(model, targets), head, {t.name: t.weight for t in targets})
     groups: list[Any] = []
     found: dict[str, Weight] = {}
     for group in saved:
@@ -245,7 +229,7 @@ def plan_of_file(model: nn.Module, config: AdapterConfig, saved: Sequence[Any], 
 
 
 def check_saved_plan(saved: Any) -> None:
-    """Raise ValueError if this is not a list of groups' ``to_dict``, as far as reading them depends on it."""
+    """Raise ValueError if this is not a list of groups' ``to_dict``, as far as all methods need it."""
     if not isinstance(saved, list):
         raise ValueError("'plan' must be a list of groups")
     nothing = Adapter({}, EfftConfig(), [])
@@ -253,10 +237,10 @@ def check_saved_plan(saved: Any) -> None:
         if not isinstance(group, dict) or not isinstance(group.get("name"), str):
             raise ValueError("every group of 'plan' must be an object with a name")
         if not group["name"].isidentifier() or hasattr(nothing, group["name"]):
-            raise ValueError(f"'plan' has a group of the name {group['name'][:50]!r}, which no module can have")
+            raise ValueError(f"'plan' has a group of the name {group['name'][:50]!r}, which a module cannot have")
         weights = group.get("weights")
         if not isinstance(weights, dict) or not weights or not all(isinstance(v, str) for v in weights.values()):
-            raise ValueError("every group of 'plan' must say what its weights are")
+            raise ValueError("every group of 'plan' must name its weights")
     for names in ([group["name"] for group in saved], [name for group in saved for name in group["weights"]]):
         name, times = Counter(names).most_common(1)[0] if names else ("", 1)
         if times > 1:

@@ -1,9 +1,9 @@
-"""Trains that follow from shapes alone, for any architecture.
+"""Tensor trains that follow from shapes alone, for any architecture.
 
-Weights of one shape share a train, and those of the transposed shape its transposed form: within one tower (the
-encoder, the decoder, the vision part), and apart for attention and MLP where these can be told, as in the paper. A
-packed projection (qkv in one weight, gate and value in one) is taken apart where a matrix of its parts' shape is beside
-it in the attention or MLP of the same block. The experts of a mixture share a train with a core for each expert.
+Weights of one shape share a train, and weights of the transposed shape share its transpose. Every tower (the encoder,
+the decoder, the vision part) has its own trains, and so do attention and MLP where they are known, as in the paper. A
+packed projection (qkv in one weight, gate and value in one) is split if the attention or MLP of the same block has a
+matrix of the shape of its parts. The experts of a mixture share a train that has a core for each expert.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ _MOST_PARTS = 4
 
 
 @dataclass
-class Train:
-    """Sizes of a train, ``U [d_in, r1]``, ``C [n_layers, n_cores, r1, r2]``, ``V [r2, d_out]``; ``sites`` maps the
-    names of weights to their part of it."""
+class TensorTrain:
+    """Sizes of a train: ``U [d_in, r1]``, ``C [n_layers, n_cores, r1, r2]``, ``V [r2, d_out]``.
+
+    ``sites`` maps the names of the weights to the part of the train that each of them uses.
+    """
 
     name: str
     kind: str
@@ -36,7 +38,7 @@ class Train:
 
 @dataclass(frozen=True)
 class _Member:
-    """A weight as ``n`` matrices ``[d_in, d_out]`` beside each other."""
+    """A weight, taken as ``n`` matrices ``[d_in, d_out]`` side by side."""
 
     target: Target
     d_in: int
@@ -45,13 +47,16 @@ class _Member:
 
     @property
     def key(self) -> tuple[str | None, str | None, frozenset[int], int]:
-        """What the members of a train have in common."""
+        """The properties that all members of a train share."""
         weight = self.target.weight
         return weight.tower, self.target.part, frozenset((self.d_in, self.d_out)), weight.n_experts
 
 
-def trains_by_shape(targets: Iterable[Target]) -> list[Train]:
-    """The trains of these weights; names tell part and, where there are several of one part, shape and tower."""
+def trains_by_shape(targets: Iterable[Target]) -> list[TensorTrain]:
+    """Return the trains of these weights.
+
+    A name tells the part and, if there are several trains for one part, also the shape and the tower.
+    """
     groups: dict[tuple[str | None, str | None, frozenset[int], int], list[_Member]] = defaultdict(list)
     for member in _members(list(targets)):
         groups[member.key].append(member)
@@ -60,7 +65,7 @@ def trains_by_shape(targets: Iterable[Target]) -> list[Train]:
         for layout in _layouts(members):
             found.append((key, layout))
     return [
-        Train(name, key[1] or "linear", *layout)
+        TensorTrain(name, key[1] or "linear", *layout)
         for name, (key, layout) in zip(_names([(key, layout[:2]) for key, layout in found]), found, strict=True)
     ]
 
@@ -69,7 +74,7 @@ _Layout = tuple[int, int, int, int, dict[str, Site]]  # d_in, d_out, n_layers, n
 
 
 def _members(targets: list[Target]) -> list[_Member]:
-    shapes: dict[tuple[str | None, str | None], set[tuple[int, int]]] = defaultdict(set)  # of a block's attention, MLP
+    shapes: dict[tuple[str | None, str | None], set[tuple[int, int]]] = defaultdict(set)  # by block and part
     for target in targets:
         shapes[target.weight.block, target.part].add((target.weight.d_in, target.weight.d_out))
     members = []
@@ -89,8 +94,8 @@ def _members(targets: list[Target]) -> list[_Member]:
 
 
 def _parts(d_in: int, d_out: int, shapes: set[tuple[int, int]]) -> int:
-    """Matrices beside each other in a weight, told by the other shapes in its block; 1 for one that is not packed."""
-    if (d_out, d_in) in shapes:  # another weight takes all of its outputs: it is one matrix
+    """Return how many matrices are packed side by side in a weight, judged by the other shapes in its block."""
+    if (d_out, d_in) in shapes:  # another weight takes all of its outputs, so it is one matrix
         return 1
     for n in range(2, _MOST_PARTS + 1):
         part = d_out // n
@@ -100,7 +105,7 @@ def _parts(d_in: int, d_out: int, shapes: set[tuple[int, int]]) -> int:
 
 
 def _layouts(members: list[_Member]) -> list[_Layout]:
-    """One train for the members; more where packed ones stand in blocks that are not alike."""
+    """Lay out one train for the members, or several if there are packed ones and the blocks differ."""
     if members[0].target.weight.n_experts:
         return [_expert_layout(members)]
     if all(member.n == 1 for member in members):
@@ -109,7 +114,7 @@ def _layouts(members: list[_Member]) -> list[_Layout]:
     for member in members:
         blocks[member.target.weight.block].append(member)
     first = members[next(i for i, member in enumerate(members) if member.n > 1)]
-    places = {tuple((m.target.weight.place, m.n, _turned(m, first)) for m in own) for own in blocks.values()}
+    places = {tuple((m.target.weight.place, m.n, _is_transposed(m, first)) for m in own) for own in blocks.values()}
     if len(places) == 1 and not any(n > 1 and turned for _, n, turned in next(iter(places))):
         return [_block_layout(list(blocks.values()), first)]
     plain = [member for member in members if member.n == 1]
@@ -122,29 +127,29 @@ def _layouts(members: list[_Member]) -> list[_Layout]:
     return [_flat_layout(own) for own in [plain, *packed.values()] if own]
 
 
-def _turned(member: _Member, first: _Member) -> bool:
-    """Whether a member uses the transposed form of a train in the direction of ``first``."""
+def _is_transposed(member: _Member, first: _Member) -> bool:
+    """Return whether a member uses the transpose of a train that has the shape of ``first``."""
     return (member.d_in, member.d_out) != (first.d_in, first.d_out)
 
 
 def _flat_layout(members: list[_Member]) -> _Layout:
-    """A core for each member, one after the other."""
+    """Give each member a core, one after the other."""
     first = members[0]
     sites = {}
     for i, member in enumerate(members):
-        turned = _turned(member, first)
+        turned = _is_transposed(member, first)
         sites[member.target.name] = Site(i, transpose=turned, mask_scope=int(turned))
     return first.d_in, first.d_out, len(members), 1, sites
 
 
 def _block_layout(blocks: list[list[_Member]], first: _Member) -> _Layout:
-    """As many cores for each block; its members take them in turn."""
+    """Give each block equally many cores, which its members take in turn."""
     sites = {}
     n_cores = sum(member.n for member in blocks[0])
     for layer, own in enumerate(blocks):
         core = 0
         for member in own:
-            turned = _turned(member, first)
+            turned = _is_transposed(member, first)
             cores = tuple(range(core, core + member.n))
             sites[member.target.name] = Site(layer, cores, transpose=turned, mask_scope=int(turned))
             core += member.n
@@ -152,12 +157,12 @@ def _block_layout(blocks: list[list[_Member]], first: _Member) -> _Layout:
 
 
 def _expert_layout(members: list[_Member]) -> _Layout:
-    """For each mixture the cores of all experts of its first parameter, then those of the next."""
+    """Give each mixture the cores of all experts of its first parameter, then those of the next parameter."""
     mixtures: dict[str, list[_Member]] = defaultdict(list)
     for member in members:
         mixtures[member.target.weight.module].append(member)
     counts = {tuple(m.n for m in own) for own in mixtures.values()}
-    if len(counts) > 1:  # mixtures that are not alike: each parameter is a layer of its own
+    if len(counts) > 1:  # the mixtures differ, so each parameter is a layer of its own
         mixtures = {member.target.name: [member] for member in members}
     if len({sum(m.n for m in own) for own in mixtures.values()}) > 1:
         raise ValueError(
@@ -172,7 +177,7 @@ def _expert_layout(members: list[_Member]) -> _Layout:
             weight = member.target.weight
             assert weight.experts is not None
             cores = tuple(range(core, core + member.n * weight.n_experts))
-            turned = _turned(member, first)
+            turned = _is_transposed(member, first)
             sites[weight.name] = Site(
                 layer,
                 cores,
@@ -189,7 +194,7 @@ def _expert_layout(members: list[_Member]) -> _Layout:
 def _names(
     trains: list[tuple[tuple[str | None, str | None, frozenset[int], int], tuple[int, int]]],
 ) -> list[str]:
-    """A name for each train: its part; its part and shape; or with the tower in front: the first that is its own."""
+    """Return a name for each train: the first that is unique of its part, part and shape, or tower, part and shape."""
     candidates = []
     for (tower, part, _, n_experts), (d_in, d_out) in trains:
         kind = "experts" if n_experts else part or "linear"

@@ -1,8 +1,8 @@
-"""What a model is made of, read off its modules: weights that can be adapted, repeated blocks, parts of a block.
+"""The structure of a model, found from its modules: weights that can be adapted, repeated blocks, parts of a block.
 
-Nothing here knows an architecture by name. Modules of one class that stand side by side (in a list, in a sequence, or
-numbered: ``layer1``, ``layer2``) are repeated, and what they hold is in a block; so is what stands beside them in the
-same container. A weight's place is the path to it from the innermost repeated module around it.
+Nothing here knows an architecture by name. Modules of one class that are siblings (in a list, in a sequence, or
+numbered: ``layer1``, ``layer2``) are repeated. Each of them is a block, and so is every sibling of them in the same
+container. The place of a weight is the path to it from the innermost repeated module around it.
 """
 
 from __future__ import annotations
@@ -23,23 +23,26 @@ from efft_kernels.nn.adapted import matrix_sizes
 from efft_kernels.nn.frozen import FrozenLayer, is_plain, not_only_a_weight
 from efft_kernels.nn.parameter import cannot_adapt_parameter
 
+#: The kinds of weights, see :attr:`Weight.kind`.
+KINDS = frozenset({"linear", "convolution", "attention", "parameter", "embedding", "experts"})
+
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight that multiplies activations, as a matrix ``[d_out, d_in]`` or one for each of many experts.
+    """A weight that multiplies activations: one matrix ``[d_out, d_in]``, or one matrix for each of many experts.
 
     Attributes:
-        name: what it is known by: the module's name where a layer can stand in for the module, else the parameter's.
-        module, parameter: where it is.
-        kind: "linear", "convolution" or "embedding" (layers that are called), "attention" (the output projection of an
-            ``nn.MultiheadAttention``, which is called once it is adapted), "parameter" (the module's own forward
-            reads it) or "experts" (a batch of matrices, one per expert).
+        name: the module's name where an adapted layer can replace the module, else the parameter's full name.
+        module, parameter: the module that owns the weight, and the parameter's name in it.
+        kind: "linear", "convolution" or "embedding" for layers that are called; "attention" for the output projection
+            of an ``nn.MultiheadAttention``, which is called once it is adapted; "parameter" if the forward of its
+            module reads it; "experts" for a batch of matrices, one per expert.
         numel: number of entries.
-        view: "linear" where the matrix maps the features of one position to those of the same, "stacked" for matrices
-            ``[..., d_in]`` below each other, else "convolution".
-        experts: what the parameter holds, for those of experts; sizes are those of one expert's matrix.
-        block: name of the innermost repeated module around it; None outside of blocks.
-        tower: name of the module that holds the outermost repeated modules around it.
+        view: "linear" if the matrix maps the features of each position to new features of the same position, "stacked"
+            for matrices ``[..., d_in]`` below each other, else "convolution".
+        experts: what the parameter of a mixture holds; the sizes are then those of one expert's matrix.
+        block: name of the innermost repeated module around the weight; None outside of blocks.
+        tower: name of the module that holds the outermost repeated modules around the weight.
     """
 
     name: str
@@ -57,18 +60,18 @@ class Weight:
 
     @property
     def read_as(self) -> str:
-        """How the matrix lies in a parameter that is read."""
+        """How the matrix is laid out in a parameter that a module reads."""
         return self.view if self.view in ("linear", "stacked") else "convolution"
 
     @property
     def outer(self) -> str:
-        """The outermost repeated module around it; empty outside of blocks."""
+        """The outermost repeated module around the weight; empty outside of blocks."""
         depth = len(self.tower.split(".")) + 1 if self.tower else 1
         return "" if self.tower is None else ".".join(self.module.split(".")[:depth])
 
     @property
     def place(self) -> str:
-        """The path from the block."""
+        """The path from the block to the weight."""
         return self.name if self.block is None else self.name[len(self.block) + 1 :]
 
 
@@ -77,11 +80,12 @@ class Structure:
     """The weights of a model outside its head.
 
     Attributes:
-        weights: those that can be adapted, by name, in the model's order.
-        reasons: why others cannot, by name.
-        tied: weights that are another layer's too, to the name of the first of them, which stands for all.
-        sizes: number of entries of every parameter of two or more dimensions in blocks, by full name; of every one
-            where nothing is repeated.
+        weights: the weights that can be adapted, by name, in the model's order.
+        reasons: the other weights, by name, and why they cannot be adapted.
+        tied: names of layers that share the weight of an earlier layer, and the name of that layer, which represents
+            all of them.
+        sizes: number of entries of every parameter of two or more dimensions in blocks, by full name; of the whole
+            model if nothing is repeated.
     """
 
     weights: dict[str, Weight] = field(default_factory=dict)
@@ -91,13 +95,13 @@ class Structure:
 
     @property
     def in_blocks(self) -> dict[str, Weight]:
-        """The weights in repeated blocks; all of them where nothing is repeated. Embeddings are not among them."""
+        """The weights in repeated blocks, or all weights if nothing is repeated; without embeddings."""
         matrices = {name: w for name, w in self.weights.items() if w.kind != "embedding"}
         inside = {name: w for name, w in matrices.items() if w.block is not None}
         return inside or matrices
 
     def untouched(self, names: Iterable[str]) -> dict[str, int]:
-        """Entries of the parameters in blocks that are not among the weights ``names``, by full parameter name."""
+        """Return the full names and sizes of the parameters in blocks that do not belong to the weights ``names``."""
         names = set(names)
         taken = {f"{w.module}.{w.parameter}".lstrip(".") for n in names if (w := self.weights.get(n)) is not None}
         taken |= {f"{name}.weight" for name, first in self.tied.items() if first in names}
@@ -105,15 +109,15 @@ class Structure:
 
 
 def structure_of(model: nn.Module, head: Iterable[str] = (), share_tied: bool = False) -> Structure:
-    """Read off what ``model`` is made of, outside of the modules ``head``; linear in the number of modules.
+    """Find the structure of ``model`` outside of the modules ``head``, in time linear in the number of modules.
 
-    Works on the meta device too. Weights that several modules own are among the reasons, not among the weights:
-    merging an update into one would change the other. With ``share_tied`` that holds only where they are not all
-    linear layers outside the head, which can share one update.
+    ``model`` may be on the meta device. A weight that several modules own is among the reasons, not among the weights,
+    because merging an update into one module would change the others. With ``share_tied`` that is so only if one of
+    the owners is not a linear layer outside the head, since linear layers can share one update.
     """
     modules = dict(model.named_modules())
     inside_head = {name for h in head for name in modules if name == h or name.startswith(f"{h}.")} if head else set()
-    repeated = _repeated(modules)
+    repeated = _find_repeated(modules)
     owners = _owners(modules)
     widths: dict[str, set[int]] = defaultdict(set)  # of each block
     found = Structure()
@@ -147,7 +151,7 @@ def structure_of(model: nn.Module, head: Iterable[str] = (), share_tied: bool = 
                     sharing[_key(parameter)].append((weight, parameter))
                 continue
             found.weights[weight.name] = weight
-            if block is not None:  # the size of a kernel is not a width of activations
+            if block is not None:  # a convolution maps channels: its kernel size is not a width of activations
                 widths[block] |= {weight.d_in, weight.d_out} if weight.view == "linear" else {weight.d_out}
     for weight in doubtful:  # a bare parameter multiplies activations if it maps one of their widths to another
         if weight.block is not None and {weight.d_in, weight.d_out} <= widths[weight.block]:
@@ -172,10 +176,10 @@ _DOUBTFUL = "doubtful"
 
 
 def _weights_of(name: str, module: nn.Module) -> list[tuple[Weight, str | None]]:
-    """The parameters of two or more dimensions of a module itself, each with the reason why it cannot be adapted."""
+    """Return a module's own parameters of two or more dimensions, and for each why it cannot be adapted, or None."""
     if isinstance(module, nn.utils.parametrize.ParametrizationList):
         return []
-    computed = _computed(name, module)
+    computed = _find_computed(name, module)
     if computed is not None:
         return [computed]
     own = {p: t for p, t in module._parameters.items() if t is not None and (t.dim() > 1 or not is_plain(t))}
@@ -191,7 +195,7 @@ def _weights_of(name: str, module: nn.Module) -> list[tuple[Weight, str | None]]
             full = f"{name}.{p}".lstrip(".")
             weight = Weight(full, name, p, "experts", *sizes, n_experts=experts.n_experts, experts=one)
             found.append((weight, None))
-        elif experts is not None:  # the experts' biases, which are one parameter too
+        elif experts is not None:  # the biases of all experts are one parameter too
             continue
         elif p == "weight" and isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             weight = Weight(name, name, p, "embedding", t.shape[0], t.shape[1], t.numel())
@@ -203,11 +207,12 @@ def _weights_of(name: str, module: nn.Module) -> list[tuple[Weight, str | None]]
             d_in, d_out = matrix_sizes(module)
             view = "linear" if kind != "convolution" or _is_one_by_one(module) else "convolution"
             found.append((Weight(name, name, p, kind, d_in, d_out, d_in * d_out, view), None))
-        elif sum(size > 1 for size in t.shape) > 1:  # the others are vectors, of whatever shape
+        elif sum(size > 1 for size in t.shape) > 1:  # the others are vectors in effect
             weight = _read(name, p, t)
             likely = None if p.endswith("weight") else _DOUBTFUL
             unlikely = _TABLE if min(weight.d_in, weight.d_out) == 1 else likely
-            if t.dim() > 2 and likely is None and not isinstance(module, nn.modules.conv._ConvNd):  # one for each head
+            # One matrix per head.
+            if t.dim() > 2 and likely is None and not isinstance(module, nn.modules.conv._ConvNd):
                 weight = replace(weight, d_in=t.shape[-1], d_out=math.prod(t.shape[:-1]), view="stacked")
             found.append((weight, cannot_adapt_parameter(module, p, weight.read_as) or unlikely))
     return found
@@ -216,8 +221,8 @@ def _weights_of(name: str, module: nn.Module) -> list[tuple[Weight, str | None]]
 _TABLE = "a parameter that is added or multiplied entry by entry"
 
 
-def _computed(name: str, module: nn.Module) -> tuple[Weight, str] | None:
-    """A weight that is computed from others, by a parametrization or by a hook, and why it cannot be adapted."""
+def _find_computed(name: str, module: nn.Module) -> tuple[Weight, str] | None:
+    """Return a weight that a parametrization or a hook computes from others, and why it cannot be adapted."""
     parametrized = nn.utils.parametrize.is_parametrized(module)
     hooked = layer_class(module) is not None and "weight" not in module._parameters
     if not parametrized and not hooked:
@@ -230,7 +235,7 @@ def _computed(name: str, module: nn.Module) -> tuple[Weight, str] | None:
 
 
 def _stands_for(layer: nn.Module) -> bool:
-    """Whether an adapted layer can stand in for ``layer``."""
+    """Return whether an adapted layer can replace ``layer``."""
     kind = layer_class(layer)
     return kind is not None and kind.refusal(layer) is None
 
@@ -250,7 +255,7 @@ def _matrix(tensor: Tensor) -> tuple[int, int]:
 
 
 def _key(parameter: Tensor) -> Any:
-    """What two names of one weight have in common."""
+    """Return a key that is equal for two names of one weight."""
     pointer = 0 if parameter.is_meta or not is_plain(parameter) else parameter.data_ptr()
     return pointer or id(parameter)
 
@@ -264,8 +269,11 @@ def _owners(modules: Mapping[str, nn.Module]) -> dict[Any, list[str]]:
     return owners
 
 
-def _repeated(modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]:
-    """(block, tower) of every module in a repeated one: the innermost around it, and what holds the outermost."""
+def _find_repeated(modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]:
+    """Return (block, tower) of every module inside a repeated one.
+
+    The block is the innermost repeated module around it, the tower the module that holds the outermost.
+    """
     found: dict[str, tuple[str, str]] = {}
     repeats: set[str] = set()
     for name, module in modules.items():
@@ -280,8 +288,11 @@ def _repeated(modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]:
 
 
 def _alike(module: nn.Module) -> list[str]:
-    """The children that are repeated, of those with children of their own: all in a ``ModuleList``; in a sequence, a
-    ``ModuleDict`` or numbered ones where two are of one class."""
+    """Return the children that are repeated. Only children that have children themselves can be.
+
+    All children of a ``ModuleList`` are repeated; those of a sequence or a ``ModuleDict``, and numbered ones, are if
+    two of them have the same class.
+    """
     listed = isinstance(module, (nn.ModuleList, nn.Sequential, nn.ModuleDict))
     names = [
         name
@@ -297,16 +308,18 @@ _MLP = re.compile(r"mlp|ffn|feed_?forward|expert|moe|glu", re.IGNORECASE)
 
 
 def parts_of(model: nn.Module, weights: Mapping[str, Weight]) -> dict[str, str]:
-    """Which of the weights belong to the attention ("mhsa") and which to the MLP ("ffn") of a block.
+    """Find which of the weights belong to the attention ("mhsa") and which to the MLP ("ffn") of a block.
 
-    Told by what the modules around a weight in its block are called, else by those around the block (experts in a
-    list), and in a block with attention by shape: the other weights there that come in pairs of transposed shapes are
-    its MLP. A weight of which neither can be told is left out.
+    The names and classes of the modules around a weight in its block decide; if they say nothing, those of the modules
+    around the block do (experts in a list). If these say nothing either and the block has an attention, shapes decide:
+    weights that come in pairs of transposed shapes are the MLP. Weights that remain undecided are left out.
+
+    A router in a mixture of experts counts as part of the MLP that it is in.
     """
     found: dict[str, str] = {}
     rest: dict[str, list[Weight]] = defaultdict(list)  # by outermost block
     for name, weight in weights.items():
-        part = next((part for words in _words(model, weight) if (part := _part_called(words)) is not None), None)
+        part = next((part for words in _words(model, weight) if (part := _part_from(words)) is not None), None)
         if part is not None:
             found[name] = part
         elif weight.block is not None:
@@ -319,19 +332,23 @@ def parts_of(model: nn.Module, weights: Mapping[str, Weight]) -> dict[str, str]:
     return found
 
 
-def _part_called(words: str) -> str | None:
+def _part_from(words: str) -> str | None:
     return "mhsa" if _ATTENTION.search(words) else "ffn" if _MLP.search(words) else None
 
 
 def _words(model: nn.Module, weight: Weight) -> list[str]:
-    """Names and classes of the modules between a weight and its block, with the weight's own name; then those of what
-    the block is in, from the block outwards to the outermost repeated module."""
+    """Return the texts that tell the part of a weight, the most telling first.
+
+    The first has the names and classes of the modules between the block and the weight, with the weight's own name.
+    Each of the others has the name and class of one module: the block, then the modules around it, outwards up to the
+    outermost repeated module.
+    """
     parts = weight.module.split(".")
     depth = len(weight.block.split(".")) if weight.block is not None else 0
     outermost = len(weight.tower.split(".")) + 1 if weight.tower else 1
 
-    def called(n: int) -> str:
+    def class_of(n: int) -> str:
         return type(model.get_submodule(".".join(parts[:n]))).__name__
 
-    inside = " ".join([*parts[depth:-1], *map(called, range(depth + 1, len(parts))), weight.place])
-    return [inside, *(f"{parts[n - 1]} {called(n)}" for n in range(depth, outermost, -1))]
+    inside = " ".join([*parts[depth:-1], *map(class_of, range(depth + 1, len(parts))), weight.place])
+    return [inside, *(f"{parts[n - 1]} {class_of(n)}" for n in range(depth, outermost, -1))]

@@ -1,20 +1,20 @@
-"""Which weights to adapt, and the part each plays in its block."""
+"""Which weights of a model to adapt, and the role of each in its block."""
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
-from efft.adapting.heads import find_head
-from efft.config import AdapterConfig
-from efft.patterns import matcher
-from efft.planning.structure import Structure, Weight, parts_of, structure_of
+from efft.adapting.heads import find_head as find_head
+from efft.hints import nearest
+from efft.planning.names import matcher
+from efft.planning.structure import KINDS, Structure, Weight, parts_of, structure_of
 
-__all__ = ["FFN_ROLES", "MHSA_ROLES", "Target", "find_head", "find_targets", "select"]
+#: What ``targets`` can be instead of a list of names.
+TARGETS = ("all", "all-linear", "mhsa", "ffn")
 
 MHSA_ROLES = ("qkv", "q", "k", "v", "o")
 FFN_ROLES = ("fc1", "gate", "fc2")  # a gated MLP has fc1 and gate side by side, or both in one fc1
@@ -23,17 +23,17 @@ _PART_OF = dict.fromkeys(MHSA_ROLES, "mhsa") | dict.fromkeys(FFN_ROLES, "ffn")
 _TIMM = {"attn.qkv": "qkv", "attn.proj": "o", "mlp.fc1": "fc1", "mlp.fc2": "fc2"}
 #: transformers 5: ViT, DeiT, DINOv2, BEiT, Swin.
 _VIT = {f"attention.{part}_proj": part for part in "qkvo"} | {"mlp.fc1": "fc1", "mlp.fc2": "fc2"}
-#: transformers: BERT and its like; before version 5 the above, too (`attention.attention` in all but Swin).
+#: transformers: BERT and its relatives; before version 5 also the models above (`attention.attention`, except in Swin).
 _BERT = {
     f"attention.{inner}.{name}": name[0] for inner in ("self", "attention") for name in ("query", "key", "value")
 } | {"attention.output.dense": "o", "intermediate.dense": "fc1", "output.dense": "fc2"}
-#: transformers: gated MLPs of LLaMA and its like, DINOv2 and DINOv3; LLaMA's and CLIP's attention.
+#: transformers: the gated MLPs of LLaMA, its relatives, DINOv2 and DINOv3; the attention of LLaMA and CLIP.
 _LLAMA = {"mlp.up_proj": "fc1", "mlp.gate_proj": "gate", "mlp.down_proj": "fc2"}
 _LLAMA |= {f"self_attn.{part}_proj": part for part in "qkvo"} | {"self_attn.out_proj": "o"}
 
-#: Architectures whose weights are grouped exactly as the paper groups them, whatever their shapes: the pattern of a
-#: block's name (with its stage, where widths change) and the roles in the block. Others need no row here: their trains
-#: follow from the structure (:mod:`efft.planning.structure`).
+#: Architectures whose weights are grouped exactly as in the paper: the pattern of a block's name (with its stage, where
+#: widths change) and the roles of the layers in the block. Other architectures need no row here, because their trains
+#: follow from the structure of the model (:mod:`efft.planning.structure`).
 FAMILIES: tuple[tuple[str, dict[str, str]], ...] = (
     # Swin and other staged ViTs
     (r"(?:layers|stages)\.(?P<stage>\d+)\.blocks\.\d+", _TIMM | _VIT | _BERT),
@@ -49,10 +49,10 @@ class Target:
     """A weight to adapt.
 
     Attributes:
-        weight: what it is and where.
-        role: what it does in its block ("qkv", "fc2", ...); "linear" where only its shape counts.
-        block, stage: the block of a role, and the stage where widths change.
-        part: "mhsa", "ffn", or None where neither can be told.
+        weight: the weight and its place in the model.
+        role: the role of the weight in its block ("qkv", "fc2", ...); "linear" where only its shape counts.
+        block, stage: the block that the role is in, and the block's stage where widths change between stages.
+        part: "mhsa", "ffn", or None if it is unknown which of them the weight is in.
     """
 
     weight: Weight
@@ -67,22 +67,42 @@ class Target:
         return self.weight.name
 
 
-def find_targets(model: nn.Module, config: AdapterConfig, head: list[str]) -> list[Target]:
-    """The weights that ``config`` selects, in the model's order; never one inside the ``head`` modules.
+def find_targets(
+    model: nn.Module,
+    head: Iterable[str],
+    targets: str | Sequence[str] = "all",
+    exclude: Sequence[str] = (),
+    kinds: Collection[str] = KINDS,
+) -> list[Target]:
+    """Return the weights of ``model`` that are selected, in the model's order; never one inside the ``head`` modules.
+
+    Args:
+        model: any module; it may be on the meta device.
+        head: names of the modules that are trained as a whole.
+        targets: one of :data:`TARGETS`, or patterns of names (:func:`efft.planning.names.matcher`).
+        exclude: patterns of names to leave out.
+        kinds: the kinds of weights that can be adapted (:attr:`efft.planning.structure.Weight.kind`).
 
     Raises:
-        ValueError: a pattern matches nothing, no weight is left, or a match cannot be adapted; it lists what is there.
+        ValueError: a pattern matches nothing, no weight is left, or a matching weight cannot be adapted. The error
+            lists what the model has.
     """
-    return select(model, structure_of(model, head), config)
+    return select(model, structure_of(model, head), targets, exclude, kinds)
 
 
-def select(model: nn.Module, structure: Structure, config: AdapterConfig) -> list[Target]:
-    """:func:`find_targets` in a structure that is known already."""
-    if isinstance(config.targets, str):
-        chosen = _by_keyword(model, structure, config)
+def select(
+    model: nn.Module,
+    structure: Structure,
+    targets: str | Sequence[str],
+    exclude: Sequence[str],
+    kinds: Collection[str],
+) -> list[Target]:
+    """Do what :func:`find_targets` does, in a structure that is known already."""
+    if isinstance(targets, str):
+        chosen = _by_keyword(model, structure, targets, kinds)
     else:
-        chosen = _by_name(model, structure, config)
-    for pattern in config.exclude:
+        chosen = _by_name(model, structure, targets, exclude, kinds)
+    for pattern in exclude:
         excluded = set(filter(matcher(pattern), {**structure.weights, **structure.reasons, **structure.tied}))
         excluded |= {structure.tied[name] for name in excluded & structure.tied.keys()}
         if not excluded:
@@ -90,14 +110,14 @@ def select(model: nn.Module, structure: Structure, config: AdapterConfig) -> lis
         chosen = [target for target in chosen if target.name not in excluded]
     if not chosen:
         raise ValueError(
-            f"targets={config.targets!r}{f' without exclude={config.exclude!r}' if config.exclude else ''} leaves no "
-            f"layer. {_present(structure)}"
+            f"targets={targets!r}{f' without exclude={exclude!r}' if exclude else ''} leaves no layer. "
+            f"{_present(structure)}"
         )
     return chosen
 
 
 def known_target(weight: Weight) -> Target:
-    """The weight with the role that the tables know it by, if any."""
+    """Return the weight with the role that :data:`FAMILIES` gives to its name, or with the role "linear"."""
     for block, roles in FAMILIES if weight.kind == "linear" else ():
         for ending, role in roles.items():
             if not weight.name.endswith(ending):
@@ -110,35 +130,33 @@ def known_target(weight: Weight) -> Target:
     return Target(weight, block=weight.name)
 
 
-def _by_keyword(model: nn.Module, structure: Structure, config: AdapterConfig) -> list[Target]:
-    """The weights of "all", "all-linear", "mhsa" or "ffn"."""
+def _by_keyword(model: nn.Module, structure: Structure, targets: str, kinds: Collection[str]) -> list[Target]:
+    """Return the weights of "all", "all-linear", "mhsa" or "ffn"."""
     if not structure.weights:
         why = next((f": {name}, because {reason}" for name, reason in structure.reasons.items()), "")
-        raise ValueError(f"targets={config.targets!r} finds nothing to adapt{why}. {_present(structure)}")
-    if config.targets == "all-linear":
+        raise ValueError(f"targets={targets!r} finds nothing to adapt{why}. {_present(structure)}")
+    if targets == "all-linear":
         output = getattr(model, "get_output_embeddings", lambda: None)()
-        linear = [
-            w for w in structure.weights.values() if w.view == "linear" and w.kind in config.kinds - {"embedding"}
-        ]
+        linear = [w for w in structure.weights.values() if w.view == "linear" and w.kind in {*kinds} - {"embedding"}]
         return [Target(w, block=w.name) for w in linear if model.get_submodule(w.module) is not output]
-    weights = {n: w for n, w in structure.in_blocks.items() if w.kind in config.kinds}
-    targets = _grouped_as_published(structure) or by_structure(model, weights)
-    if config.targets == "all":
-        return targets
-    chosen = [target for target in targets if target.part == config.targets]
+    weights = {n: w for n, w in structure.in_blocks.items() if w.kind in kinds}
+    found = _group_as_published(structure) or by_structure(model, weights)
+    if targets == "all":
+        return found
+    chosen = [target for target in found if target.part == targets]
     if not chosen:
         raise ValueError(
-            f"targets={config.targets!r} finds no weight of this {type(model).__name__} that can be told to be in "
-            f"{'an attention' if config.targets == 'mhsa' else 'an MLP'}; name the layers: "
-            f"{type(config).__name__}(targets=[...]). {_present(structure)}"
+            f"targets={targets!r} finds no weight of this {type(model).__name__} that is known to be in "
+            f"{'an attention' if targets == 'mhsa' else 'an MLP'}; name the layers: targets=[...]. "
+            f"{_present(structure)}"
         )
     return chosen
 
 
-def _grouped_as_published(structure: Structure) -> list[Target]:
-    """The weights with their roles in a ViT, a Swin or their like; none if a block has a weight without a role.
+def _group_as_published(structure: Structure) -> list[Target]:
+    """Return the weights with their roles in a ViT, a Swin or a relative; none if a block has a weight without a role.
 
-    What lies between blocks (the downsampling of a Swin) is left alone, as in the paper.
+    The weights between blocks (the downsampling of a Swin) are left alone, as in the paper.
     """
     targets = [known_target(weight) for weight in structure.in_blocks.values()]
     roles: dict[str, set[str]] = {}
@@ -155,7 +173,7 @@ def _grouped_as_published(structure: Structure) -> list[Target]:
 
 
 def _are_published_shapes(targets: list[Target]) -> bool:
-    """Whether the attention is square and the MLP goes out and back, with the same sizes throughout a stage."""
+    """Return whether, with the same sizes in a whole stage, the attention is square and fc2 has the shape of fc1ᵀ."""
     shapes: dict[tuple[int | None, str], set[tuple[int, int]]] = {}
     for target in targets:
         shapes.setdefault((target.stage, target.role), set()).add((target.weight.d_in, target.weight.d_out))
@@ -179,29 +197,32 @@ def _are_published_shapes(targets: list[Target]) -> bool:
 
 
 def by_structure(model: nn.Module, weights: Mapping[str, Weight]) -> list[Target]:
-    """The weights with the block and the part of it that each is found in, whatever their names."""
+    """Return the weights, whatever their names, with the block and the part of it that each is in."""
     parts = parts_of(model, weights)
     return [Target(weight, block=weight.block or name, part=parts.get(name)) for name, weight in weights.items()]
 
 
-def _by_name(model: nn.Module, structure: Structure, config: AdapterConfig) -> list[Target]:
-    """The weights that the patterns name: linear layers, or where a pattern names none of them, others."""
+def _by_name(
+    model: nn.Module, structure: Structure, targets: Sequence[str], exclude: Sequence[str], kinds: Collection[str]
+) -> list[Target]:
+    """Return the weights that the patterns match: linear layers or, for a pattern that matches none, other weights."""
     everything = {**structure.weights, **structure.reasons}
-    linears = {n: w for n, w in structure.weights.items() if w.kind in {"linear", "attention"} & config.kinds}
+    linears = {n: w for n, w in structure.weights.items() if w.kind in {"linear", "attention"} & {*kinds}}
+    excluding = [matcher(pattern) for pattern in exclude]
     wanted: set[str] = set()
-    for pattern in config.targets:
+    for pattern in targets:
         matches = matcher(pattern)
         tied = [first for name, first in structure.tied.items() if matches(name)]
         named = [*filter(matches, linears), *tied] or [
-            n for n, w in structure.weights.items() if w.kind in config.kinds and (matches(n) or matches(w.module))
+            n for n, w in structure.weights.items() if w.kind in kinds and (matches(n) or matches(w.module))
         ]
         for name in structure.reasons:
             if not matches(name) and not matches(name.rpartition(".")[0]):
                 continue
-            if (not named or _is_layer(model, name)) and not any(matcher(pattern)(name) for pattern in config.exclude):
+            if (not named or _is_layer(model, name)) and not any(excludes(name) for excludes in excluding):
                 raise ValueError(f"layer {name!r} cannot be adapted: {structure.reasons[name]}")
         if not named:
-            near = difflib.get_close_matches(pattern, _endings(everything), 3, 0.5)
+            near = nearest(pattern, _endings(everything))
             raise ValueError(
                 f"targets: {pattern!r} matches no linear layer of this {type(model).__name__}"
                 + (f"; nearest: {', '.join(near)}" if near else "")
@@ -212,13 +233,13 @@ def _by_name(model: nn.Module, structure: Structure, config: AdapterConfig) -> l
 
 
 def _is_layer(model: nn.Module, name: str) -> bool:
-    """Whether a name is that of a linear layer, which a pattern must not pass over."""
+    """Return whether a name is that of a linear layer, which a pattern that matches it must not skip."""
     parent, _, last = name.rpartition(".")
     return isinstance(model.get_submodule(parent)._modules.get(last), nn.Linear)
 
 
 def _endings(names: Iterable[str]) -> list[str]:
-    """Full names and their endings, for near misses."""
+    """Return the names and all their endings, to suggest the nearest."""
     parts = [name.split(".") for name in names]
     return sorted({".".join(p[i:]) for p in parts for i in range(len(p))})
 
@@ -227,11 +248,11 @@ def _present(structure: Structure) -> str:
     layers = ("linear", "attention")
     linears = [name for name, weight in structure.weights.items() if weight.kind in layers]
     others = [name for name, weight in structure.weights.items() if weight.kind not in layers]
-    listed = f"Linear layers present: {_listed(linears)}"
-    return listed if linears or not others else f"{listed}. Other weights present: {_listed(others)}"
+    listed = f"Linear layers present: {_list(linears)}"
+    return listed if linears or not others else f"{listed}. Other weights present: {_list(others)}"
 
 
-def _listed(layers: Iterable[str]) -> str:
+def _list(layers: Iterable[str]) -> str:
     names = list(layers)
     more = f", ... ({len(names)} in all)" if len(names) > 12 else ""
     return f"{', '.join(map(repr, names[:12])) or 'none'}{more}"

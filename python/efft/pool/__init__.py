@@ -1,4 +1,4 @@
-"""Many adapters on one model: :class:`AdapterPool` serves them, one or a different one per sample."""
+"""Serving many adapters on one model: :class:`AdapterPool`."""
 
 from efft.pool.adapter_pool import AdapterPool
 

@@ -1,9 +1,8 @@
-"""Many adapters beside one frozen model, in memory together: one at a time, mixed, or another for every sample."""
+"""Many adapters in memory beside one frozen model, used one at a time, mixed, or a different one per sample."""
 
 from __future__ import annotations
 
 import copy
-import difflib
 import functools
 import os
 import threading
@@ -21,35 +20,37 @@ from efft.adapting import buffers
 from efft.adapting.inject import adapted_layers, adapter_of, remove
 from efft.adapting.placing import linear_layers
 from efft.config import is_number
+from efft.hints import did_you_mean
 from efft.pool.batches import Layouts, check_batch, find_layouts
-from efft.pool.stacks import Place, written
-from efft.saving.io import base_problems, describe_base, load_described, read_description
+from efft.pool.stacks import Place, write_row
+from efft.saving.base import base_problems, describe_base
+from efft.saving.io import load_described, read_description
 from efft_kernels import FactorBank
 from efft_kernels.nn.adapt import replace_modules
 from efft_kernels.nn.frozen import is_plain, share_attributes
 from efft_kernels.nn.linear import AdaptedLayer
 from efft_kernels.nn.pooled import PooledDelta, PooledLinear, PooledWeights, Selection
 
-_Parts = dict[str, tuple[Tensor, Tensor | None]]  # what is at the places of a layer
+_Parts = dict[str, tuple[Tensor, Tensor | None]]  # the tensors at the places of a layer
 
 
 class AdapterPool:
     """Named adapters of one model, for inference.
 
-    Outside of :meth:`use` the model computes as its base. The layers that adapters change are replaced where the first
-    adapter that changes them comes; names in the state dict stay as they are. Of each adapter the composed operands are
-    kept, in the dtype of the weights: D ``[n, in_features, r]`` and G ``[n, r, out_features]`` of a layer for all
-    adapters together, a stack that layers share wherever every adapter does (EFFT's D). Lower ranks are padded with
-    zeros to the largest. A head is its linear layers, whole.
+    Outside of :meth:`use` the model computes as its base. A layer is replaced when the first adapter that changes it is
+    added; names in the state dict do not change. The pool keeps the composed operands of each adapter, in the dtype of
+    the weights: D ``[n, in_features, r]`` and G ``[n, r, out_features]`` of a layer, stacked for all adapters. Layers
+    share a stack if they do so in every adapter (as EFFT's D). Lower ranks are padded with zeros to the largest. The
+    linear layers of a head are kept whole.
 
-    Adding and removing adapters changes the stacks in place, so code that torch.compile made stays valid, except where
-    there is no room: for more adapters than ever before (the room doubles), a higher rank, or an adapter of other
-    layers or that shares otherwise. Threads may use different adapters at the same time; adding and removing is safe
-    meanwhile.
+    Adding and removing adapters changes the stacks in place, so code that torch.compile made stays valid. New stacks
+    are needed for more adapters than ever before (the room doubles), for a higher rank, and for an adapter of other
+    layers or with other sharing. Threads may use different adapters at the same time, while others add and remove
+    adapters.
 
     Args:
-        model: a plain model on its device, in its dtype; compile it after the first adapter is in.
-        capacity: how many adapters to make room for at first.
+        model: a plain model on its device, in its dtype. Compile it after the first adapter was added.
+        capacity: the number of adapters to make room for at first.
 
     Attributes:
         model: the same model.
@@ -77,7 +78,7 @@ class AdapterPool:
         )
         self._layouts: dict[str, Layouts] | None = None
         self._attempts = 3  # to find them
-        self._changing = threading.RLock()  # one adapter comes at a time; nobody else waits for that
+        self._changing = threading.RLock()  # adapters are added one at a time; users need not wait
         self._lock = threading.RLock()
         self._rows = capacity + 1  # row 0 is the base
         self._slots: dict[str, int] = {}
@@ -88,12 +89,12 @@ class AdapterPool:
 
     @property
     def names(self) -> list[str]:
-        """The adapters, in the order in which they came."""
+        """The adapters, in the order in which they were added."""
         return list(self._slots)
 
     @property
     def bytes_per_adapter(self) -> int:
-        """Memory that each adapter takes, head included, in bytes."""
+        """Memory that each adapter takes, including its head, in bytes."""
         stacks = {id(stack): stack for stack in self._stacks.values()}
         return sum(stack[0].numel() * stack.element_size() for stack in stacks.values())
 
@@ -103,7 +104,7 @@ class AdapterPool:
         All checks of :func:`efft.load_adapter` are made, with the same ``strict``, before any change.
 
         Raises:
-            FileNotFoundError, ValueError: as there, and as in :meth:`add`.
+            FileNotFoundError, ValueError: as in :func:`efft.load_adapter` and :meth:`add`.
         """
         with self._changing, torch.inference_mode(False):
             self._check_new(name)
@@ -111,12 +112,12 @@ class AdapterPool:
                 pass
 
     def _load(self, name: str, folder: Path, strict: bool) -> bool:
-        """Whether the adapter is the one whose description was read; else nothing is changed."""
+        """Return whether the adapter was loaded; if it was replaced meanwhile, nothing is changed."""
         description = read_description(folder)
         buffers.check_none(name, description["buffers"] or ())
         heads = {h: m for h in description["head"] if (m := _find(self._twin, h)) is not None}
         try:
-            for head, module in heads.items():  # load into copies: these have the weights that the model has
+            for head, module in heads.items():  # the twin shares the model's weights: load into copies
                 self._twin.set_submodule(head, copy.deepcopy(module))
             loaded = load_described(self._twin, folder, description, strict)
             if loaded:
@@ -129,14 +130,14 @@ class AdapterPool:
                 self._twin.set_submodule(head, module)
 
     def add(self, name: str, adapted: nn.Module) -> None:
-        """Add the adapter of ``adapted``, a model of the same base that :func:`efft.apply` adapted; it is copied.
+        """Add a copy of the adapter of ``adapted``, a model of the same base that :func:`efft.apply` adapted.
 
         Raises:
-            ValueError: ``name`` is taken; ``adapted`` is not adapted, by a method that updates no weight, or has
-                another base; its training changed buffers (statistics of batch norms); its head is not made of linear
-                layers like those of the model.
+            ValueError: ``name`` is taken; ``adapted`` is not adapted, has another base, or is adapted by a method that
+                does not update weights; its training changed buffers (statistics of batch norms); its head does not
+                consist of linear layers like those of the model.
         """
-        with self._changing, torch.inference_mode(False):  # stacks are written again, in whatever mode
+        with self._changing, torch.inference_mode(False):  # the stacks are written in every mode
             self._check_new(name)
             adapter = adapter_of(adapted)
             buffers.check_none(name, buffers.changed(adapted, adapter.head, adapter._base_buffers))
@@ -150,14 +151,14 @@ class AdapterPool:
             self._insert(name, adapted)
 
     def add_mix(self, name: str, weights: Mapping[str, float]) -> None:
-        """Add the weighted sum of adapters of this pool as one more, so that a batch can use it beside others.
+        """Add the weighted sum of adapters of this pool as another adapter, so that a batch can use it beside others.
 
-        It is exact: the sum of their updates, at the rank of all together, and of what their heads differ by from the
-        base's. Removing them leaves it as it is. There is no file of a mix: keep ``weights`` beside the folders of the
-        adapters, and add it again.
+        The sum is exact: it has the sum of the updates, whose rank is the sum of the ranks, and the sum of the
+        differences between the heads and the base's head. It does not change when its parts are removed. A mix cannot
+        be saved to a file: keep ``weights`` and the folders of the adapters, and add it again.
 
         Raises:
-            ValueError: ``name`` is taken; no mix, or an adapter or weight that :meth:`use` refuses.
+            ValueError: ``name`` is taken, ``weights`` is not a mix, or :meth:`use` refuses an adapter or a weight.
         """
         if not isinstance(weights, Mapping):
             raise ValueError(f"AdapterPool.add_mix: expected {{name: weight, ...}}, got {weights!r}")
@@ -174,12 +175,12 @@ class AdapterPool:
                 if second is None or isinstance(pooled, PooledWeights):
                     heads[layer] = first, second
                     continue
-                used = first.any(0)  # without the zeros that fill up lower ranks
+                used = first.any(0)  # without the zeros that lower ranks are padded with
                 updates[layer] = shared.setdefault(id(pooled.stacks[0]), first[:, used]), second[used]
             self._write(name, updates, heads)
 
     def remove(self, name: str) -> None:
-        """Forget an adapter; its place is taken by the next that comes.
+        """Remove an adapter. The next one that is added takes its place.
 
         Raises:
             ValueError: there is no such adapter.
@@ -193,17 +194,17 @@ class AdapterPool:
 
     @contextmanager
     def use(self, adapters: str | Mapping[str, float] | Sequence[str | None] | None) -> Iterator[nn.Module]:
-        """Within the ``with`` block the model computes with these adapters, in this thread, without gradients.
+        """Compute with these adapters within the ``with`` block, in this thread, without gradients.
 
         Args:
-            adapters: a name, for all samples; ``{name: weight, ...}``, for the weighted sum of updates (and of what
-                heads differ by from the base's), at a rank of all together; or a list with a name for every sample of
-                the batch, so that sample i is the i-th entry of the first dimension. None is the base. The first
-                call with such a list runs the base twice more, to find where the layers have the samples.
+            adapters: a name, for all samples; ``{name: weight, ...}``, for the weighted sum of the updates and of the
+                differences between the heads and the base's head; a list with one name per sample, where sample i is
+                entry i of the first dimension of the batch; or None, for the base. The first call with a list runs the
+                base two more times, to find where the layers have the samples.
 
         Raises:
-            ValueError: there is no such adapter; an empty list or mix, or a weight that is no finite number; when the
-                model is called, a batch of another size, or a layer that mixes samples.
+            ValueError: there is no such adapter, the list or mix is empty, or a weight is not a finite number. When the
+                model is called: the batch has another size, or a layer mixes samples.
         """
         with self._lock:
             selection, names = self._select(adapters)
@@ -218,7 +219,7 @@ class AdapterPool:
                 self._in_use.subtract(names)
 
     def detach(self) -> nn.Module:
-        """End of the pool: the model gets its own layers back, bit for bit. Returns the model.
+        """End the pool: put the model's own layers back, bit for bit, and return the model.
 
         Raises:
             RuntimeError: an adapter is in use.
@@ -236,7 +237,7 @@ class AdapterPool:
             return self.model
 
     def _learn_layouts(self, args: tuple[Any, ...], kwargs: dict[str, Any], samples: int) -> None:
-        """Before the first call with an adapter for each sample: find where the layers have the samples."""
+        """Find where the layers have the samples, before the first call with one adapter per sample."""
         if samples < 2 or self._attempts < 1:
             return
         with self._changing:
@@ -250,7 +251,7 @@ class AdapterPool:
     def _select(
         self, adapters: str | Mapping[str, float] | Sequence[str | None] | None
     ) -> tuple[Selection | None, list[str]]:
-        """What to use, and the names of the adapters in it."""
+        """Return the selection of adapters, and their names."""
         parameter = next(self.model.parameters())
         device = parameter.device
         if adapters is None:
@@ -259,8 +260,8 @@ class AdapterPool:
             adapters = {adapters: 1.0}
         if not adapters:
             raise ValueError(
-                "AdapterPool.use: expected a name, {name: weight} or a name for each sample, got nothing; use(None) "
-                "is the base"
+                "AdapterPool.use: expected a name, {name: weight} or one name per sample, got nothing; use(None) is "
+                "the base"
             )
         if not isinstance(adapters, Mapping):
             slots = [0 if name is None else self._slot(name) for name in adapters]
@@ -269,7 +270,7 @@ class AdapterPool:
         slots, weights = [self._slot(name) for name in adapters], list(adapters.values())
         if not all(map(is_number, weights)):
             raise ValueError(f"AdapterPool.use: expected a finite weight for each adapter, got {dict(adapters)}")
-        if sum(weights) != 1:  # the base's part in a head
+        if sum(weights) != 1:  # the share of the base's head
             slots, weights = [*slots, 0], [*weights, 1 - sum(weights)]
         wide = torch.promote_types(parameter.dtype, torch.float32)
         summands = torch.tensor(weights, device=device, dtype=wide)
@@ -277,9 +278,7 @@ class AdapterPool:
 
     def _slot(self, name: str) -> int:
         if name not in self._slots:
-            near = difflib.get_close_matches(name, self._slots, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(self._slots) or 'none'}"
-            raise ValueError(f"no adapter {name!r} in this pool: {hint}")
+            raise ValueError(f"no adapter {name!r} in this pool: {did_you_mean(name, self._slots)}")
         return self._slots[name]
 
     def _check_new(self, name: str) -> None:
@@ -288,25 +287,27 @@ class AdapterPool:
 
     @torch.no_grad()
     def _insert(self, name: str, adapted: nn.Module) -> None:
-        """Take an adapter in. All that can fail comes before any change."""
+        """Add an adapter. Everything that can fail comes before any change."""
         parts = _operands(adapted), self._head_layers(adapted)
         with self._lock:
             self._write(name, *parts)
 
     def _write(self, name: str, operands: _Parts, heads: _Parts) -> None:
-        """Give an adapter its row."""
+        """Write an adapter to a free row of the stacks."""
         layers, originals = dict(self._layers), dict(self._originals)
         for layer, kind in (dict.fromkeys(operands, PooledDelta) | dict.fromkeys(heads, PooledWeights)).items():
             if layer not in layers:
                 originals[layer] = _linear(self.model, layer)
                 layers[layer] = kind(originals[layer], self._selected)
             if not isinstance(layers[layer], kind):
-                raise ValueError(f"{layer} is head of one adapter and updated by another: use a pool for each")
+                raise ValueError(
+                    f"{layer} belongs to the head of one adapter and is updated by another: use one pool for each"
+                )
         parts = {(n, part): t for n, pair in (operands | heads).items() for part, t in enumerate(pair) if t is not None}
         taken = set(self._slots.values())
         slot = next(i for i in range(1, len(taken) + 2) if i not in taken)
         rows = self._rows if slot < self._rows else 2 * self._rows - 1
-        stacks = written(self._stacks, parts, layers, slot, rows)
+        stacks = write_row(self._stacks, parts, layers, slot, rows)
         for layer, pooled in layers.items():
             pooled.stacks = (stacks[layer, 0], stacks.get((layer, 1)))
             if self._layouts is not None and not pooled.learned:
@@ -316,7 +317,7 @@ class AdapterPool:
         self._slots[name] = slot
 
     def _head_layers(self, adapted: nn.Module) -> _Parts:
-        """Weight and bias of every linear layer in the head of ``adapted``."""
+        """Return weight and bias of every linear layer in the head of ``adapted``."""
         found: _Parts = {}
         for head in adapter_of(adapted).head:
             for inner, module in adapted.get_submodule(head).named_modules():
@@ -336,22 +337,22 @@ class AdapterPool:
 
 
 def _operands(adapted: nn.Module) -> _Parts:
-    """D and G of every adapted layer; what the layers share is one tensor."""
+    """Return D and G of every adapted layer. Layers that share an operand get the same tensor."""
     together: dict[nn.Module, dict[str, AdaptedLayer]] = {}
     for name, layer in linear_layers(adapted_layers(adapted)).items():
         together.setdefault(layer.factors, {})[name] = layer
     found: _Parts = {}
     for factors, layers in together.items():
-        next(iter(layers.values())).evaluated()  # refused by a method that updates no weight
+        next(iter(layers.values())).evaluated()  # raises for a method that does not update weights
         assert isinstance(factors, FactorBank)
         found |= zip(layers, factors.evaluated_together([layer.site for layer in layers.values()]), strict=True)
     return found
 
 
 def _twin(model: nn.Module) -> nn.Module:
-    """The modules of ``model`` again, around the same memory: adapters are loaded into it while the model serves.
+    """Return a copy of the modules of ``model`` that shares its memory, to load adapters into while the model serves.
 
-    Its parameters are other objects, whose requires_grad is their own, but for quantised ones, which nobody trains.
+    Its parameters are separate objects with their own ``requires_grad``, except quantized ones, which are not trained.
     """
     memo: dict[int, Any] = {
         id(p): nn.Parameter(p.detach(), p.requires_grad) if is_plain(p) else p for p in model.parameters()

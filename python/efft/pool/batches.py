@@ -1,4 +1,4 @@
-"""Batches with an adapter for each sample: as many as adapters, and which rows of a layer's input are whose."""
+"""Batches with one adapter per sample: checking their size, and finding which rows of an input belong to a sample."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from efft_kernels.nn.pooled import Layout, Selection
 
-#: A row has changed if it did by more than this share of the largest: rounding does less, another input more.
+#: A row counts as changed if it changed by more than this share of the largest row. Rounding changes less, another
+#: input more.
 _CHANGE = 1e-3
 
-#: Dimensions of an input to where the samples are in it; see :class:`efft_kernels.nn.pooled.PooledLinear`.
+#: Number of dimensions of an input, and where the samples are in it; see :class:`efft_kernels.nn.pooled.PooledLinear`.
 Layouts = dict[int, Layout]
 
 
@@ -24,34 +25,36 @@ Layouts = dict[int, Layout]
 def find_layouts(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], samples: int
 ) -> dict[str, Layouts] | None:
-    """Where each linear layer of ``model`` has the samples of a batch, found by running it twice: on these inputs, and
-    with the first sample changed.
+    """Find where the inputs of each linear layer of ``model`` have the samples of a batch.
+
+    The model runs twice: on these inputs, and with the first sample changed.
 
     Args:
-        model: run without dropout and without gradients.
-        args, kwargs: its inputs; in tensors the first dimension is the batch of ``samples``.
-        samples: at least 2.
+        model: the model, which runs without dropout and without gradients.
+        args, kwargs: its inputs; the first dimension of tensors is the batch of ``samples``.
+        samples: the number of samples, at least 2.
 
     Returns:
-        Layer name to number of dimensions to place, for what could be told and is not the first dimension. None if
-        nothing could: the inputs have nothing to change, or the model does not run like this.
+        For each layer's name the place of the samples by the number of dimensions of the input, for places that were
+        found and are not the first dimension. None if nothing could be found, because the inputs have nothing to change
+        or the model does not run on them.
     """
-    other_args = tuple(_changed(x, samples) for x in args)
-    other_kwargs = {key: _changed(x, samples) for key, x in kwargs.items()}
+    other_args = tuple(_change_first_sample(x, samples) for x in args)
+    other_kwargs = {key: _change_first_sample(x, samples) for key, x in kwargs.items()}
     pairs = zip((*args, *kwargs.values()), (*other_args, *other_kwargs.values()), strict=True)
     if not any(isinstance(a, Tensor) and not torch.equal(a, b) for a, b in pairs):
         return None
     modes = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device
     try:
-        for module in modes:  # quantised layers compute otherwise in eval mode, also afterwards
+        for module in modes:  # quantized layers compute differently in eval mode, also afterwards
             module.training = module.training and isinstance(module, nn.Linear)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             first = _run(
                 model, *copy.deepcopy((tuple(args), dict(kwargs)))
             )  # a cache of keys and values grows in a run
             second = _run(model, *copy.deepcopy((other_args, other_kwargs)))
-    except Exception:  # whatever is wrong with the inputs, the model itself will say
+    except Exception:  # if the inputs are wrong, the real call of the model says so
         return None
     finally:
         for module, mode in modes.items():
@@ -70,11 +73,11 @@ def find_layouts(
     return {name: layouts for name, layouts in unusual.items() if layouts}
 
 
-def _changed(x: Any, samples: int) -> Any:
-    """An input whose first sample is another, as far as one can make it up."""
+def _change_first_sample(x: Any, samples: int) -> Any:
+    """Return the input with another first sample, or unchanged if there is no valid other sample."""
     if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[0] != samples or x.dtype == torch.bool:
         return x
-    if not x.is_floating_point():  # numbers of tokens: others of the same sample are valid, too
+    if not x.is_floating_point():  # token numbers: a permutation of the same sample is valid
         return x if x.dim() == 1 else torch.cat([x[:1].roll(1, -1), x[1:]])
     return torch.cat([0.5 - 1.3 * x[:1].flip(-1), x[1:]]) if bool(x.isfinite().all()) else x
 
@@ -83,7 +86,7 @@ _Run = list[tuple[str, torch.Size, Tensor, Tensor]]
 
 
 def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Run:
-    """(layer, shape of its input, a number of each row [rows], size of the largest row) of all calls."""
+    """Return (layer, shape of its input, one number per row [rows], size of the largest row) of every call."""
     calls: _Run = []
 
     def watch(name: str) -> Any:
@@ -110,7 +113,7 @@ _UNKNOWN, _USUAL = -2, -3
 
 
 def _layout(shape: torch.Size, changed: Tensor, samples: int) -> Layout:
-    """Where the samples are in an input, of which these rows changed with the first one; None if nowhere."""
+    """Return where the samples are in an input, given the rows that changed with the first sample; None if nowhere."""
     rows, sizes = math.prod(shape[:-1]), shape[:-1]
     places: dict[int, Tensor] = {}
     if rows % samples == 0:
@@ -134,7 +137,7 @@ def check_batch(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> None:
-    """Before the model runs: one adapter a sample needs a batch of as many samples."""
+    """Check before the model runs that a batch has as many samples as there are adapters for them."""
     selection = selected.get()
     if selection is None or selection.weights is not None:
         return

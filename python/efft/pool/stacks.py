@@ -1,4 +1,4 @@
-"""What the adapters of a pool have at each place of a model, stacked: row i belongs to the adapter in slot i."""
+"""The stacks of a pool: the operands of all adapters for one place of a model. Row i belongs to slot i."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 from efft_kernels.nn.pooled import PooledLinear, PooledWeights
 
 Place = tuple[str, int]
-"""Layer, and 0 for D or a head's weight, 1 for G or a head's bias."""
+"""The layer's name, and 0 for D or a head's weight, or 1 for G or a head's bias."""
 
 
-def written(
+def write_row(
     stacks: dict[Place, Tensor], new: dict[Place, Tensor], layers: Mapping[str, PooledLinear], slot: int, rows: int
 ) -> dict[Place, Tensor]:
-    """The stacks with ``new`` in row ``slot``: the same tensors where there is room, else larger copies.
+    """Write ``new`` into row ``slot`` and return the stacks: the same tensors where there is room, else larger copies.
 
-    Places go on sharing a stack if they share a tensor in the new adapter too.
+    Places that share a stack continue to do so if they share a tensor in the new adapter too.
     """
     sharing: dict[tuple[Any, ...], list[Place]] = {}
     for place in stacks | new:
@@ -28,7 +28,7 @@ def written(
         same = None if tensor is None else (tensor.data_ptr(), tensor.shape, tensor.stride())
         sharing.setdefault((id(stacks.get(place)), same), []).append(place)
     users = Counter(id(stack) for stack in stacks.values())
-    written: dict[Place, Tensor] = {}
+    result: dict[Place, Tensor] = {}
     for places in sharing.values():
         old, tensor = stacks.get(places[0]), new.get(places[0])
         sizes = [t for t in (None if old is None else old.shape[1:], None if tensor is None else tensor.shape) if t]
@@ -39,7 +39,8 @@ def written(
             name, part = places[0]
             weight, known = layers[name].weight, tensor if old is None else old
             assert known is not None
-            dtype = weight.dtype if weight.is_floating_point() else known.dtype  # a packed weight's says nothing
+            # The dtype of a packed weight says nothing about the operands.
+            dtype = weight.dtype if weight.is_floating_point() else known.dtype
             stack = torch.zeros(shape, dtype=dtype, device=weight.device)
             if old is not None:
                 _corner(stack, old.shape).copy_(old)
@@ -48,10 +49,10 @@ def written(
         stack[slot] = stack[0]
         if tensor is not None:
             _corner(stack[slot], tensor.shape).copy_(tensor)
-        written |= dict.fromkeys(places, stack)
-    return written
+        result |= dict.fromkeys(places, stack)
+    return result
 
 
 def _corner(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    """The part of ``tensor`` that begins at its first element and has this shape."""
+    """Return the part of ``tensor`` that begins at its first element and has this shape."""
     return tensor[tuple(slice(size) for size in shape)]

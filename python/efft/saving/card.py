@@ -10,18 +10,18 @@ from torch import nn
 from efft.adapting.inject import adapted_layers, adapter_of
 from efft.params import count_parameters
 
-#: What the Hugging Face hub calls facts that ``info`` may name in either way.
+#: Names of facts on the Hugging Face hub, and the keys of ``info`` that may hold them.
 _FACTS = {"license": ("license",), "datasets": ("datasets", "dataset"), "metrics": ("metrics", "metric")}
 
 
 def model_card(model: nn.Module, description: dict[str, Any]) -> str:
-    """The text of an adapter's ``README.md``: metadata for the hub, as far as known, then what the adapter is."""
+    """Return the text of an adapter's ``README.md``: the metadata that are known for the hub, then a description."""
     base = description["base"]
     facts = "\n".join(f"- {key}: {value}" for key, value in description["info"].items())
     layers = len(adapted_layers(model))
     metadata = {"library_name": "efft-kernels", **_metadata(model, description["info"])}
-    # JSON is YAML, whatever is in a name.
-    header = "\n".join(f"{key}: {_written(value)}" for key, value in metadata.items())
+    # JSON is valid YAML, whatever characters a name has.
+    header = "\n".join(f"{key}: {_to_yaml(value)}" for key, value in metadata.items())
     return f"""---
 {header}
 tags: [efft, tensor-train, parameter-efficient-fine-tuning]
@@ -48,17 +48,17 @@ efft.load_adapter(model, "path/to/this/folder")
 
 
 def _metadata(model: nn.Module, info: dict[str, Any]) -> dict[str, Any]:
-    """What the hub shows and searches by: from ``info``, and the base also from the model itself."""
+    """Return what the hub shows and searches by, from ``info``; the base model also from the model itself."""
     found = {"base_model": info.get("base_model") or _loaded_from(model)}
     for name, keys in _FACTS.items():
         value = next((info[key] for key in keys if info.get(key)), None)
-        value = [*value] if isinstance(value, (list, dict)) else value  # metrics may come with their values
+        value = [*value] if isinstance(value, (list, dict)) else value  # metrics may be given with their values
         found[name] = [value] if isinstance(value, str) and name != "license" else value
     return {name: value for name, value in found.items() if _is_text(value)}
 
 
 def _loaded_from(model: nn.Module) -> str | None:
-    """What a model of transformers or timm was loaded from, if that is not a folder of this machine."""
+    """Return what a model of transformers or timm was loaded from, unless that is a folder of this machine."""
     pretrained: Any = getattr(model, "pretrained_cfg", None) or {}
     names = (
         getattr(model, "name_or_path", None),
@@ -73,7 +73,7 @@ def _is_text(value: object) -> bool:
     return bool(value) and all(isinstance(part, str) for part in (value if isinstance(value, list) else [value]))
 
 
-def _written(value: Any) -> str:
+def _to_yaml(value: Any) -> str:
     plain = (
         isinstance(value, str) and value.replace("-", "").replace("_", "").replace("/", "").replace(".", "").isalnum()
     )

@@ -1,4 +1,4 @@
-"""Files that are whole whenever a process is killed: single ones, and an adapter's, which belong together."""
+"""Writing files so that they are complete whenever the process is killed: single files, and those of an adapter."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from typing import IO, Any
 
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 
-#: No configuration is longer. What a parser makes of JSON can take thirty times the memory of the text.
+#: No configuration is longer. Parsed JSON can take thirty times the memory of its text.
 LARGEST_JSON = 2 * 2**20
-#: What a weights file has beside its tensors: names, shapes and free text.
+#: What a weights file can have beside its tensors: names, shapes and free text.
 _LARGEST_HEADER = 16 * 2**20
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file through another one: a crash, even of the machine, leaves the old content or the new one."""
+    """Replace the content of a file. After a crash, even of the machine, it has the old content or the new one."""
     with replacing(path) as file:
         file.write(content)
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write to, which takes the place of ``path`` when the block ends without an error.
+    """Open a file that replaces ``path`` when the block ends without an error.
 
-    Whoever else writes to its folder waits for the end of the block.
+    Other writers to the folder wait until the block has ended.
     """
-    with _alone(path.parent) as alone, _staged(path) as staged:
+    with _hold_folder(path.parent) as alone, _stage(path) as staged:
         if alone:
             _sweep(path, ".tmp")
         with open(staged, "xb") as file:
@@ -45,32 +45,32 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file.
+    """Return the content of a JSON file.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is longer than :data:`LARGEST_JSON`, or no JSON.
+        ValueError: it is longer than :data:`LARGEST_JSON`, or not JSON.
     """
     content = _read(path, LARGEST_JSON)
     try:
         return json.loads(content)
     except RecursionError:
-        raise ValueError(f"{path} is no usable JSON: it is nested too deeply") from None
+        raise ValueError(f"{path} is not usable JSON: it is nested too deeply") from None
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
 
 
 def write_adapter(folder: Path, weights: bytes, description: dict[str, Any], card: str) -> None:
-    """Write the files of an adapter, all or none: killed at any moment, the folder holds the old adapter or the new.
+    """Write all files of an adapter. Whenever the process is killed, the folder holds the old adapter or the new one.
 
-    The configuration records the hash of its weights. These lie, under a name made of the hash, beside the old ones
-    before the configuration is replaced; then they take their place. Processes that write to one folder take turns,
-    where the file system has locks, and the last one's adapter stays.
+    The configuration records the hash of its weights. The new weights are first written under a name made of the hash,
+    beside the old ones; then the configuration is replaced; then the new weights take the place of the old ones.
+    Processes that write to the same folder take turns if the file system has locks, and the last adapter stays.
 
     Raises:
-        OSError: no room, no permission; the old adapter is still there.
+        OSError: there is no room or no permission; the old adapter is still there.
         ValueError: the description is too long.
-        TypeError: it is no JSON.
+        TypeError: the description is not JSON-ready.
     """
     digest = hashlib.sha256(weights).hexdigest()
     text = json.dumps({**description, "weights": {"sha256": digest}}, indent=2) + "\n"
@@ -78,7 +78,7 @@ def write_adapter(folder: Path, weights: bytes, description: dict[str, Any], car
     if len(contents[CONFIG]) > LARGEST_JSON:
         raise ValueError(f"{CONFIG} may have {LARGEST_JSON} bytes, got {len(contents[CONFIG])}: give a shorter info")
     pending = _pending(folder, digest)
-    with _all_staged(folder, contents) as (staged, alone):
+    with _stage_all(folder, contents) as (staged, alone):
         os.replace(staged[WEIGHTS], pending)
         _sync_folder(folder)
         os.replace(staged[CONFIG], folder / CONFIG)  # from here on the new adapter is the one that loads
@@ -91,12 +91,14 @@ def write_adapter(folder: Path, weights: bytes, description: dict[str, Any], car
 
 
 def write_pair(folder: Path, weights: bytes, config: bytes) -> None:
-    """The same for readers that know no hash: killed between the two files, the folder lacks a configuration.
+    """Write weights and configuration for readers that do not check a hash.
+
+    If the process is killed between the two files, the folder has no configuration.
 
     Raises:
-        OSError: no room, no permission; the old files are still there.
+        OSError: there is no room or no permission; the old files are still there.
     """
-    with _all_staged(folder, {WEIGHTS: weights, CONFIG: config}) as (staged, _):
+    with _stage_all(folder, {WEIGHTS: weights, CONFIG: config}) as (staged, _):
         (folder / CONFIG).unlink(missing_ok=True)
         os.replace(staged[WEIGHTS], folder / WEIGHTS)
         os.replace(staged[CONFIG], folder / CONFIG)
@@ -104,11 +106,11 @@ def write_pair(folder: Path, weights: bytes, config: bytes) -> None:
 
 
 def read_description(folder: Path) -> Any:
-    """The content of an adapter's configuration file.
+    """Return the content of an adapter's configuration file.
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is no JSON, or longer than :data:`LARGEST_JSON`.
+        ValueError: it is not JSON, or longer than :data:`LARGEST_JSON`.
     """
     try:
         return read_json(folder / CONFIG)
@@ -116,31 +118,31 @@ def read_description(folder: Path) -> Any:
         raise _no_adapter(folder) from None
 
 
-#: How often weights are read that are not the recorded ones before they count as damaged: between two readings an
-#: adapter may have been replaced by another one, and that by the first.
+#: How often weights are read that do not have the recorded hash, before they count as damaged. Meanwhile the adapter
+#: may be replaced by another one, and that by the first again.
 _ATTEMPTS = 4
 
 
 def read_weights(
     folder: Path, description: dict[str, Any], largest: int = sys.maxsize - _LARGEST_HEADER
 ) -> bytes | None:
-    """The weights that belong to a configuration: those with the hash that it records, if it does.
+    """Return the weights that belong to a configuration: those with the hash that it records, if it records one.
 
     Args:
-        folder: of the adapter.
-        description: what :func:`read_description` gave.
-        largest: bytes that the tensors can have; a file of more is not read.
+        folder: the folder of the adapter.
+        description: what :func:`read_description` returned.
+        largest: the number of bytes that the tensors can have; a larger file is not read.
 
     Returns:
-        The content of the file; None if the adapter was replaced after its description was read.
+        The content of the file, or None if the adapter was replaced after its description was read.
 
     Raises:
-        FileNotFoundError: there are none.
-        ValueError: a file that is too large, damaged, or of another save.
+        FileNotFoundError: there are no weights.
+        ValueError: the file is too large, damaged, or of another save.
     """
-    digest, content = _recorded(folder, description), None
+    digest, content = _digest_in(folder, description), None
     for _ in range(_ATTEMPTS):
-        # In this order: another process that saves moves weights from the first name to the second.
+        # In this order, because another process that saves renames weights from the first name to the second.
         for path in (*([] if digest is None else [_pending(folder, digest)]), folder / WEIGHTS):
             try:
                 content = _read(path, largest + _LARGEST_HEADER)
@@ -148,7 +150,7 @@ def read_weights(
                 continue
             if digest == hashlib.sha256(content).hexdigest():
                 return content
-        if _recorded(folder, read_description(folder)) != digest:
+        if _digest_in(folder, read_description(folder)) != digest:
             return None
     if content is None:
         raise _no_adapter(folder)
@@ -160,8 +162,8 @@ def read_weights(
     )
 
 
-def _recorded(folder: Path, description: Any) -> str | None:
-    """The hash of the weights, as the configuration has it."""
+def _digest_in(folder: Path, description: Any) -> str | None:
+    """Return the hash of the weights that the configuration records, if any."""
     weights = description.get("weights") if isinstance(description, dict) else None
     if weights is None:
         return None
@@ -172,7 +174,7 @@ def _recorded(folder: Path, description: Any) -> str | None:
 
 
 def _pending(folder: Path, digest: str) -> Path:
-    """Where weights lie while they are not in their place yet."""
+    """Return the name of new weights before they replace the old ones."""
     return folder / f".{WEIGHTS}.{digest}"
 
 
@@ -182,7 +184,7 @@ def _no_adapter(folder: Path) -> FileNotFoundError:
 
 
 def _read(path: Path, largest: int) -> bytes:
-    if not path.is_file():  # a pipe or a device would not end
+    if not path.is_file():  # reading a pipe or a device might not end
         raise FileNotFoundError(f"there is no file {path}")
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -192,8 +194,8 @@ def _read(path: Path, largest: int) -> bytes:
 
 
 @contextmanager
-def _staged(path: Path) -> Iterator[Path]:
-    """The name of a new file beside ``path``, which is gone after the block."""
+def _stage(path: Path) -> Iterator[Path]:
+    """Yield the name of a new file beside ``path``. The file is removed after the block."""
     staged = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield staged
@@ -202,12 +204,12 @@ def _staged(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _all_staged(folder: Path, contents: dict[str, bytes]) -> Iterator[tuple[dict[str, Path], bool]]:
-    """New files beside those of the same names, all on disk before anything is changed; and what _alone says."""
+def _stage_all(folder: Path, contents: dict[str, bytes]) -> Iterator[tuple[dict[str, Path], bool]]:
+    """Write new files beside the old ones; yield their names by those of the old ones, and what _hold_folder yields."""
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        alone = stack.enter_context(_alone(folder))
-        staged = {name: stack.enter_context(_staged(folder / name)) for name in contents}
+        alone = stack.enter_context(_hold_folder(folder))
+        staged = {name: stack.enter_context(_stage(folder / name)) for name in contents}
         for name, content in contents.items():
             with open(staged[name], "xb") as file:
                 file.write(content)
@@ -223,25 +225,26 @@ def _sweep(path: Path, suffix: str = "") -> None:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[bool]:
-    """Keeps other writers out of the folder; False where there is no lock for that (Windows, some network disks)."""
-    descriptor = _locked(folder)
+def _hold_folder(folder: Path) -> Iterator[bool]:
+    """Keep other writers out of the folder. Yields False if there are no locks (Windows, some network disks)."""
+    descriptor = _lock(folder)
     try:
         yield descriptor is not None
     finally:
         if descriptor is not None:
             import fcntl
 
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing does not, where a process forked meanwhile has it open
+            # Closing is not enough if a process that was forked meanwhile has it open.
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
             os.close(descriptor)
 
 
-def _locked(folder: Path) -> int | None:
+def _lock(folder: Path) -> int | None:
     try:
         import fcntl
 
         descriptor = os.open(folder, os.O_RDONLY)
-    except (ImportError, OSError):  # where the folder is the reason, writing will say so
+    except (ImportError, OSError):  # if the folder is the reason, writing will say so
         return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -257,8 +260,8 @@ def _sync(file: IO[bytes]) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Names survive a power cut."""
-    if os.name == "nt":  # where folders cannot be opened
+    """Make sure that the names in a folder survive a power cut."""
+    if os.name == "nt":  # folders cannot be opened there
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -1,4 +1,4 @@
-"""What tells base weights apart that have been rounded to different dtypes."""
+"""Sketches of base weights, which can be compared although the weights were rounded to different dtypes."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-#: Roundings that a sum may be off by: of as many random ones it has the size of a fifth.
+#: How many rounding errors a sum may differ by; as many random ones add up to about a fifth of that.
 _ROUNDINGS = 2.0
-#: What a sketch is rounded to, as a share.
+#: Relative precision to which a sketch is rounded.
 _DIGITS = 2e-3
 _NONE = "-"
 
 
 @torch.no_grad()
 def sketch(weights: Mapping[str, Tensor | None]) -> str:
-    """Of each weight, in the order of their names, the product of the first row with a fixed direction, and its norm;
-    "-" where there is none, or no floating-point numbers. Short, since an adapter file has one."""
+    """Return two numbers for each weight, in the order of their names, as short text for an adapter file.
+
+    The numbers are the product of the weight's first row with a fixed direction and the norm of that row. "-" stands
+    for a weight that is missing or does not hold floating-point numbers.
+    """
     parts = []
     for _, weight in sorted(weights.items()):
         if weight is None or not weight.is_floating_point():
@@ -30,10 +33,10 @@ def sketch(weights: Mapping[str, Tensor | None]) -> str:
     return ", ".join(parts)
 
 
-def differing(names: Iterable[str], ours: str, theirs: str, *dtypes: str) -> list[str]:
-    """The weights, of these names, whose sketches differ by more than rounding to these dtypes explains.
+def find_differences(names: Iterable[str], ours: str, theirs: str, *dtypes: str) -> list[str]:
+    """Return those of the weights whose sketches differ by more than rounding to these dtypes explains.
 
-    Bases that differ by less, such as one fine-tuned a little from the other, are not told apart.
+    Smaller differences, such as those of a base that was fine-tuned a little from the other, are not found.
     """
     kinds = [getattr(torch, name.removeprefix("torch."), None) for name in dtypes]
     pairs = list(zip(sorted(names), _pairs(ours), _pairs(theirs), strict=False))

@@ -20,13 +20,13 @@ def from_pretrained(
 ) -> nn.Module:
     """:func:`efft.load_adapter` from a folder or, by a name such as ``"owner/adapter"``, from the hub.
 
-    A folder that exists, a ``Path`` and whatever else is not two words with a slash between them never touch the
-    network. Of a repository only the adapter's three files are fetched.
+    The network is not used if ``name`` is an existing folder, a ``Path``, or anything else than two words with a slash
+    between them. Only the adapter's three files of a repository are fetched.
 
     Args:
         model: the base the adapter was trained on.
-        name: folder, or repository on the hub.
-        revision: branch, tag or commit of the repository; a commit pins what is loaded.
+        name: a folder, or a repository on the hub.
+        revision: branch, tag or commit of the repository. A commit makes sure that always the same is loaded.
         strict: as in :func:`efft.load_adapter`.
 
     Returns:
@@ -35,7 +35,7 @@ def from_pretrained(
     Raises:
         FileNotFoundError: no adapter in that folder or repository.
         OSError: the repository does not exist, or cannot be reached.
-        ImportError: a name of the hub, and huggingface_hub is not installed.
+        ImportError: ``name`` is on the hub, and huggingface_hub is not installed.
         ValueError: as in :func:`efft.load_adapter`.
     """
     if not isinstance(name, str) or Path(name).exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
@@ -50,20 +50,23 @@ def from_pretrained(
         )
     except OSError as error:
         raise OSError(
-            f"{name!r} is no folder here, and fetching it from the Hugging Face hub failed ({type(error).__name__}: "
+            f"{name!r} is not a folder here, and fetching it from the Hugging Face hub failed ({type(error).__name__}: "
             f"{error}); check the name, the connection and, for a private repository, `hf auth login`"
         ) from error
     return load_adapter(model, folder, strict)
 
 
 def push_to_hub(model: nn.Module, name: str, info: dict[str, Any] | None = None, private: bool = False) -> str:
-    """Write the adapter to the repository ``name`` on the hub, which is made if needed. Returns the commit's address.
+    """Write the adapter to the repository ``name`` on the hub, which is created if needed.
 
     Args:
         model: adapted by :func:`efft.apply`; may be merged.
         name: ``"owner/adapter"``, or ``"adapter"`` of your own.
         info: as in :func:`efft.save_adapter`.
         private: whether a new repository is private.
+
+    Returns:
+        The address of the commit.
 
     Raises:
         ValueError: the model is not adapted; nothing is sent then.

@@ -1,4 +1,4 @@
-"""Adapted layers whose weight something put on after ``efft.apply`` computes from others."""
+"""Adapted layers whose weight is computed from other tensors, by something that was added after ``efft.apply``."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from torch import nn
 
 from efft.adapting.placing import Update
 
-#: What adapted layers have of their own.
+#: Parameters, buffers and modules that every adapted layer has.
 _OWN = ("weight", "bias", "base_weight", "factors")
 
 
 def check_stored(updates: Mapping[str, Update], operation: str) -> None:
-    """Raise ValueError if a weight is computed from others, for an ``efft.operation`` on the stored one."""
+    """Raise ValueError if a weight is computed from other tensors, since ``operation`` works on the stored weight."""
     for name, update in updates.items():
         module = update if isinstance(update, nn.Module) else update.module
         parameter = "weight" if isinstance(update, nn.Module) else update.name
@@ -21,7 +21,7 @@ def check_stored(updates: Mapping[str, Update], operation: str) -> None:
             continue
         kept = [key for key in (*module._parameters, *module._buffers, *module._modules) if key not in _OWN]
         raise ValueError(
-            f"efft.{operation}: {name} computes its weight anew in each pass, from {', '.join(kept)} (a pruning mask, "
-            "weight_norm, spectral_norm or their like, put on after efft.apply), and the stored weight is another: "
-            "make it an ordinary weight first (prune.remove, parametrize.remove_parametrizations)"
+            f"efft.{operation}: {name} computes its weight in each pass from {', '.join(kept)} (a pruning mask, "
+            "weight_norm, spectral_norm or something similar was added after efft.apply), so the stored weight is not "
+            "the one it uses: make it an ordinary weight first (prune.remove, parametrize.remove_parametrizations)"
         )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from efft.hints import did_you_mean, nearest
 from efft_lab.backbones import dinov2
 from efft_lab.backbones.checkpoint import load_backbone, load_strict
 
@@ -107,8 +107,7 @@ def _timm_config(name: str) -> Any:
         raise ImportError("building a model needs timm: pip install 'efft-kernels[vision]'") from error
     if not timm.is_model(name):
         known = [DEFAULT, *timm.list_models()]
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists the names"
+        hint = did_you_mean(name, known, 3) if nearest(name, known) else "timm.list_models() lists the names"
         raise ValueError(f"unknown model {name!r}; {hint}")
     try:
         return timm.models.get_pretrained_cfg(name)

@@ -46,11 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if words else 2
     name, *rest = words
     if name not in _SUMMARY:
-        import difflib
+        from efft.hints import did_you_mean
 
-        near = difflib.get_close_matches(name, _SUMMARY, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"commands: {', '.join(_SUMMARY)}"
-        print(f"efft: error: unknown command {name!r}; {hint}", file=sys.stderr)
+        print(f"efft: error: unknown command {name!r}; {did_you_mean(name, _SUMMARY)}", file=sys.stderr)
         return 2
     hints = {
         "train": "; the same command with --resume goes on from the last checkpoint",

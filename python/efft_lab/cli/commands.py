@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from efft.config import EfftConfig
+from efft.methods import EfftConfig
 from efft.presets import paper_config
 from efft_lab.backbones import DEFAULT
 from efft_lab.cli.parsing import parse

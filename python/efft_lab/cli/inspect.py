@@ -7,8 +7,7 @@ from pathlib import Path
 
 import torch
 
-from efft.config import EfftConfig
-from efft.methods import config_from_dict
+from efft.methods import EfftConfig, config_from_dict
 from efft.params import count_plan
 from efft.planning.plan import make_plan
 from efft.saving import io

@@ -215,9 +215,9 @@ def _tests(agenda: Agenda, scores: Scores, methods: Sequence[str]) -> list[str]:
     tasks = max(c.tasks for c in found)
     return [
         f"## {reference} against the others",
-        "Positive differences, in points, favour it. The unit of interval and tests is the task, its seeds averaged; "
-        f"Holm corrects for the number of rows. With {tasks} tasks the smallest possible Wilcoxon p is "
-        f"{2 / 2**tasks:.2g}. A tie: the 95 % t-interval of the differences of equal seeds has zero in it.",
+        "Positive differences, in points, favor it. The unit of the intervals and tests is the task, with its seeds "
+        f"averaged; Holm's method corrects for the number of rows. With {tasks} tasks the smallest possible Wilcoxon "
+        f"p is {2 / 2**tasks:.2g}. In a tie, the 95 % t-interval of the differences of equal seeds contains zero.",
         table(heading, rows),
     ]
 

@@ -1,10 +1,10 @@
 """All known tasks by name, and the functions that load, fetch and list them."""
 
-import difflib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+from efft.hints import nearest
 from efft_lab.data import folder, generated, masks, packaged, table, torchvision_sets, vtab
 from efft_lab.data.fetch import cache_dir
 from efft_lab.data.splits import stratified_split
@@ -142,7 +142,7 @@ def _source(name: str) -> _Source:
 
 
 def _unknown(name: str) -> str:
-    near = difflib.get_close_matches(name, names(), n=4, cutoff=0.5)
+    near = nearest(name, names(), 4)
     near += [known for known in names() if name.lower() in known and known not in near]
     hint = f"near names: {', '.join(near)}" if near else f"known: {', '.join(names())}"
     return f"{name!r} is no known task ({hint})"

@@ -6,7 +6,6 @@ writes, and what the public code of NOAH, FacT and EFFT reads. Nothing is downlo
 sets need a registration.
 """
 
-import difflib
 import json
 import re
 from importlib.resources import files
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from efft.hints import did_you_mean, nearest
 from efft_lab.data.task import FileImages, Role, Split, Splits, TaskInfo
 
 FOLDER = "vtab-1k"
@@ -57,8 +57,8 @@ def vtab_hyperparameters(task: str, variant: str = "efft2") -> dict[str, Any]:
         ValueError: An unknown task or variant.
     """
     if task not in _TASKS:
-        near = difflib.get_close_matches(task, _TASKS, n=3) or list(_TASKS)
-        raise ValueError(f"no published settings for {task!r}: not a VTAB-1K task; did you mean {', '.join(near)}?")
+        hint = did_you_mean(task, _TASKS, 3)
+        raise ValueError(f"no published settings for {task!r}: it is not a VTAB-1K task; {hint}")
     if variant not in ("efft1", "efft2"):
         raise ValueError(f"unknown variant {variant!r}; settings are published for efft1 and efft2")
     return dict(_TASKS[task][variant])
@@ -93,7 +93,7 @@ def _check_folders(name: str, root: Path, folder: Path) -> None:
         )
     if not folder.is_dir():
         present = sorted(path.name for path in root.iterdir() if path.is_dir())
-        near = difflib.get_close_matches(name, present, n=3, cutoff=0.5)
+        near = nearest(name, present)
         hint = f"rename {' or '.join(near)}?" if near else f"it holds: {', '.join(present[:30]) or 'no folders'}."
         raise FileNotFoundError(f"no folder {name}/ in {root}; {hint} {_HOW}")
     missing = [list_name for list_name in LISTS.values() if not (folder / list_name).is_file()]

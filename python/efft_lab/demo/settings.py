@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from efft.config import EfftConfig
+from efft.methods import EfftConfig
 from efft_lab.record import processor_flags
 from efft_lab.train.config import TrainConfig
 

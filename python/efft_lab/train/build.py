@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import Sampler
 
-from efft.config import is_size, shown
+from efft.config import is_size, quote
 from efft.saving.files import CONFIG
 from efft.saving.io import read_description
 from efft_lab import backbones
@@ -186,7 +186,7 @@ def load_trained(path: str | Path, checkpoint: str | Path | None = None) -> tupl
         result = run_folder.read_result(path)
         lacking = [name for name in ("own_model", "saved", "classes") if name not in result]
         if lacking or result["saved"] not in saved_names():
-            what = f"lacks {', '.join(lacking)}" if lacking else f"names {shown(result['saved'])} as what was saved"
+            what = f"lacks {', '.join(lacking)}" if lacking else f"names {quote(result['saved'])} as what was saved"
             raise ValueError(f"{path / run_folder.RESULT} is damaged: it {what}")
         if result["own_model"]:
             raise ValueError(
@@ -199,7 +199,7 @@ def load_trained(path: str | Path, checkpoint: str | Path | None = None) -> tupl
         hint = "; it is unfinished: go on with --resume" if (path / run_folder.CHECKPOINT).exists() else ""
         raise FileNotFoundError(f"{path} holds no {run_folder.RESULT} of a run and no {CONFIG} of an adapter{hint}")
     if not is_size(classes):
-        raise ValueError(f"{path} is damaged: expected a number of classes, got {shown(classes)}")
+        raise ValueError(f"{path} is damaged: expected a number of classes, got {quote(classes)}")
     if checkpoint is not None:
         config = replace(config, checkpoint=str(checkpoint))
     method = METHODS[config.method]

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-from efft.config import AdapterConfig, EfftConfig
+from efft.config import AdapterConfig
+from efft.methods import EfftConfig
 from efft.saving.files import read_json, replace_file
 from efft_lab import typed
 from efft_lab.backbones import DEFAULT

@@ -17,8 +17,8 @@ from torch import nn
 
 import efft
 import efft_kernels
+from efft.adapting.heads import find_head
 from efft.config import is_number
-from efft.planning.targets import find_head
 from efft.saving.files import read_json, replace_file, replacing
 from efft_lab import typed
 from efft_lab.backbones import DEFAULT

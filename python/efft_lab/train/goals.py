@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from efft.planning.targets import find_head
+from efft.adapting.heads import find_head
 
 if TYPE_CHECKING:
     from efft_lab.train.config import TrainConfig

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 import efft
-from efft.config import AdapterConfig, EfftConfig
+from efft.config import AdapterConfig
+from efft.methods import EfftConfig
 from efft.saving.files import replace_file
 from efft_lab import baselines, typed
 from efft_lab.backbones import load_strict

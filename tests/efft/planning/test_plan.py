@@ -288,14 +288,14 @@ def test_blocks_may_lie_deeper_in_the_model(tiny_vit: Make) -> None:
 
 
 def test_ranks_for_unknown_groups(tiny_vit: Make) -> None:
-    with pytest.raises(
-        ValueError, match=r"EfftConfig.rank names the groups \['mhsa'\] but not 'ffn': add it, or 'ffn'"
-    ):
+    with pytest.raises(ValueError, match=r"EfftConfig.rank names the groups \['mhsa'\] but not 'ffn': add 'ffn'$"):
         make_plan(tiny_vit(), efft.EfftConfig(rank={"mhsa": 4}))
     with pytest.raises(
         ValueError, match=r"EfftConfig.rank names \['fnn'\], but the groups of this model are \['ffn', 'm"
     ):
         make_plan(tiny_vit(), efft.EfftConfig(rank={"mhsa": 4, "ffn": 2, "fnn": 3}))
+    with pytest.raises(ValueError, match=r"rank names \['fnn'\], but the groups .*; did you mean 'ffn'\?"):
+        make_plan(tiny_vit(), efft.EfftConfig(rank={"mhsa": 4, "fnn": 3}))
     with pytest.raises(ValueError, match=r"EfftConfig.scale names \['stage5_mhsa'\], but the groups of this model are"):
         make_plan(tiny_vit(), efft.EfftConfig(scale={"mhsa": 1.0, "ffn": 2, "stage5_mhsa": 3}))
 

@@ -17,7 +17,9 @@ VIT_LAYERS = [f"blocks.{i}.{n}" for i in (0, 1) for n in ("attn.qkv", "attn.proj
 
 
 def names(model: nn.Module, **changes: Any) -> list[str]:
-    return [t.name for t in find_targets(model, efft.EfftConfig(rank=2, **changes), find_head(model, None))]
+    config = efft.EfftConfig(rank=2, **changes)
+    found = find_targets(model, find_head(model, None), config.targets, config.exclude, config.kinds)
+    return [t.name for t in found]
 
 
 # --- selection -------------------------------------------------------------------------------------------------------
@@ -65,7 +67,7 @@ def test_swin_presets_leave_the_downsampling_alone(tiny_swin: Make) -> None:
     chosen = names(tiny_swin())
     assert len(chosen) == 4 * 2 * 4
     assert not [n for n in chosen if "reduction" in n]
-    targets = find_targets(tiny_swin(), efft.EfftConfig(), [])
+    targets = find_targets(tiny_swin(), [])
     assert {t.stage for t in targets} == {0, 1, 2, 3}
 
 
@@ -195,7 +197,7 @@ def test_names_before_transformers_5(block: str, attention: list[str], mlp: bool
                 parent.add_module(part, nn.Module())
             parent = parent.get_submodule(part)
         parent.add_module(last, nn.Linear(4, 4))
-    targets = find_targets(model, efft.EfftConfig(), [])
+    targets = find_targets(model, [])
     assert {t.name: t.role for t in targets} == {f"{block}.{name}": role for name, role in roles.items()}
     assert {t.block for t in targets} == {block}
     assert {t.stage for t in targets} == {0 if "swin" in block else None}

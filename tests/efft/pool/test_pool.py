@@ -276,7 +276,7 @@ def test_detach_gives_the_model_back(
 
 
 def test_wrong_calls(pool: efft.AdapterPool, adapter: Adapter, tiny_vit: Make, images: Tensor) -> None:
-    with pytest.raises(ValueError, match=r"no adapter 'a' in this pool: there are none"):
+    with pytest.raises(ValueError, match=r"no adapter 'a' in this pool: known: none"):
         pool.remove("a")
     pool.add("digits", adapter(1))
     for names in ("digit", ["digits", "digit", None], {"digit": 1.0}):
@@ -304,7 +304,7 @@ def test_wrong_calls(pool: efft.AdapterPool, adapter: Adapter, tiny_vit: Make, i
     seven.head = nn.Linear(16, 7)
     with pytest.raises(ValueError, match=r"expected head to be Linear\(.*out_features=5, .*out_features=7"):
         pool.add("seven", efft.apply(seven))
-    with pytest.raises(ValueError, match="head is head of one adapter and updated by another"):
+    with pytest.raises(ValueError, match="head belongs to the head of one adapter and is updated by another"):
         pool.add("head", efft.apply(tiny_vit(), efft.EfftConfig(targets=["head"], head=[])))
     with pytest.raises(ValueError, match=r"expected a head of nn.Linear layers, got norm: LayerNorm"):
         pool.add("norm", efft.apply(tiny_vit(), efft.EfftConfig(head=["norm", "head"])))

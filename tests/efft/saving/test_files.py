@@ -202,7 +202,7 @@ def test_what_is_too_long_to_be_read_is_not_written(saved: tuple[nn.Module, Path
 def locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Not every file system has them."""
     if not request.param:
-        monkeypatch.setattr(files, "_locked", lambda folder: None)
+        monkeypatch.setattr(files, "_lock", lambda folder: None)
     return bool(request.param)
 
 

@@ -78,7 +78,9 @@ def test_local_paths_never_touch_the_network(
 
 
 def test_unknown_repository(tiny_vit: Make, mocked: Hub) -> None:
-    message = r"'me/adaptor' is no folder here, and fetching it from the Hugging Face hub failed \(LocalEntryNotFound"
+    message = (
+        r"'me/adaptor' is not a folder here, and fetching it from the Hugging Face hub failed \(LocalEntryNotFound"
+    )
     with pytest.raises(OSError, match=message):
         efft.from_pretrained(tiny_vit(), "me/adaptor")
 

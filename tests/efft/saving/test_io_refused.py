@@ -93,17 +93,17 @@ DAMAGE: dict[str, tuple[Edit, str]] = {
         "does not fit this VisionTransformer: it has no layer 'nowhere'",
     ),
     "a plan without names": (lambda d: d["plan"][0].pop("name"), "every group of 'plan' must be an object with a name"),
-    "a group that no module can be": (lambda d: d["plan"][0].update(name="a.b"), "which no module can have"),
+    "a group that no module can be": (lambda d: d["plan"][0].update(name="a.b"), "which a module cannot have"),
     "a group that is called as what the model has": (
         lambda d: d["plan"][0].update(name="forward"),
-        "which no module can",
+        "which a module cannot",
     ),
     "a group twice": (lambda d: d["plan"].append(d["plan"][0]), "'plan' has '.*' 2 times"),
     "a dtype that is no name": (lambda d: d["base"].update(dtype=None), "'base.dtype' must be a string"),
-    "a plan without weights": (lambda d: d["plan"][0].update(weights={}), "must say what its weights are"),
+    "a plan without weights": (lambda d: d["plan"][0].update(weights={}), "must name its weights"),
     "a site that is none": (
         lambda d: d["plan"][0]["weights"].update({"blocks.0.attn.qkv": "layer=-1"}),
-        "'plan' has a site that is not one: 'layer=-1'",
+        "'plan' has no valid place in its train for a weight: 'layer=-1'",
     ),
     "a site outside its train": (
         lambda d: d["plan"][0]["weights"].update({"blocks.0.attn.qkv": "layer=7 cores=0:3"}),
@@ -111,7 +111,7 @@ DAMAGE: dict[str, tuple[Edit, str]] = {
     ),
     "a site of other sizes": (
         lambda d: d["plan"][0]["weights"].update({"blocks.0.attn.qkv": "layer=0 cores=0:2"}),
-        r"blocks.0.attn.qkv is of size \(16, 48\), and what the adapter has for it of \(16, 32\)",
+        r"blocks.0.attn.qkv is of size \(16, 48\), and what the adapter has for it is of size \(16, 32\)",
     ),
     "sizes of a train": (
         lambda d: d["plan"][0].update(sizes=[16, 16, 2, 2**40]),
@@ -176,7 +176,7 @@ def test_a_configuration_that_is_nested_too_deeply(
 ) -> None:
     _, folder = saved
     (folder / CONFIG).write_text("[" * 200_000)
-    refuse(tiny_vit(), folder, r"is no usable JSON: it is nested too deeply", unchanged)
+    refuse(tiny_vit(), folder, r"is not usable JSON: it is nested too deeply", unchanged)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -241,6 +241,14 @@ def test_wrong_shapes_are_refused_without_strict_too(
         refuse(tiny_vit(num_classes=7), folder, message, unchanged, strict=strict)
     edit_weights(folder, lambda tensors: tensors.update({"efft.ffn.U": torch.zeros(16, 5)}))
     refuse(tiny_vit(), folder, r"- wrong shapes: efft\.ffn\.U: expected \[16, 4\], adapter has \[16, 5\]$", unchanged)
+
+
+def test_a_head_of_another_width_is_no_matter_of_classes(
+    saved: tuple[nn.Module, Path], tiny_vit: Make, unchanged: Unchanged
+) -> None:
+    _, folder = saved
+    edit_weights(folder, lambda tensors: tensors.update({"head.weight": torch.zeros(5, 24)}))
+    refuse(tiny_vit(), folder, r"- wrong shapes: head\.weight: expected \[5, 16\], adapter has \[5, 24\]$", unchanged)
 
 
 def test_other_weights_of_the_same_architecture(

@@ -40,7 +40,10 @@ def test_image_size() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "vit_base_patch16_223"}, "unknown model 'vit_base_patch16_223'; did you mean vit_base_patch16_224, "),
+        (
+            {"name": "vit_base_patch16_223"},
+            "unknown model 'vit_base_patch16_223'; did you mean 'vit_base_patch16_224' ",
+        ),
         ({"name": "qqqqqqq"}, r"unknown model 'qqqqqqq'; timm.list_models\(\) lists the names"),
         ({"name": "test_vit.nothing"}, r"Invalid pretrained tag \(nothing\).* with a tag: test_vit.r160_in1k"),
         ({"name": "resnet18", "image_size": 64}, "timm cannot build resnet18 with image size 64 and drop_path 0.0: "),

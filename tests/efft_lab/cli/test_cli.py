@@ -314,7 +314,7 @@ def test_options_by_their_names_in_configuration_files(monkeypatch: pytest.Monke
     ("words", "message"),
     [
         (["trian"], "unknown command 'trian'; did you mean 'train'?"),
-        (["zzzz"], "unknown command 'zzzz'; commands: train, eval, compare, merge, export, inspect, data, bench, env"),
+        (["zzzz"], "unknown command 'zzzz'; known: train, eval, compare, merge, export, inspect, data, bench, env"),
         (["env", "now"], "env takes no arguments, got now"),
         (["train", "--config", "nope.json"], "there is no configuration file nope.json"),
         (["train", "--lr", "-1"], "lr must be at least 0, got -1.0"),
@@ -322,7 +322,7 @@ def test_options_by_their_names_in_configuration_files(monkeypatch: pytest.Monke
         (["train", "--data", "digitz", *SMALL[2:]], "'digitz' is no known task"),
         (["train", *SMALL, "--targets", "attn.qvk", "nothing"], "matches no linear layer"),
         (["eval", "nowhere"], "nowhere holds no result.json of a run and no adapter_config.json of an adapter"),
-        (["inspect", "vit_base_patch16_223"], "did you mean vit_base_patch16_224"),
+        (["inspect", "vit_base_patch16_223"], "did you mean 'vit_base_patch16_224'"),
         (["inspect", "--rank", "0"], "rank must be"),
         (["data", "fetch", "elpv"], "--allow-non-commercial"),
     ],

@@ -118,7 +118,7 @@ def test_hyperparameters_are_copies() -> None:
 
 
 def test_unknown_task_or_variant_of_hyperparameters() -> None:
-    with pytest.raises(ValueError, match=r"no published settings for 'clevr_counts': .*did you mean clevr_count"):
+    with pytest.raises(ValueError, match=r"no published settings for 'clevr_counts': .*did you mean 'clevr_count"):
         vtab_hyperparameters("clevr_counts")
     with pytest.raises(ValueError, match="unknown variant 'efft3'; settings are published for efft1 and efft2"):
         vtab_hyperparameters("svhn", "efft3")

@@ -117,6 +117,6 @@ def test_probe_chooses_its_rate_without_the_test_split(tmp_path: Path, monkeypat
 def test_precision_is_decided_by_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for flags, expected in (("fpu avx512_bf16 sse", True), ("fpu amx_bf16", True), ("fpu avx512f avx2", False)):
-        monkeypatch.setattr(Path, "read_text", lambda self, flags=flags: flags)
+        monkeypatch.setattr(Path, "read_text", lambda self, flags=flags: f"flags\t\t: {flags}\n")
         monkeypatch.setattr(Path, "exists", lambda self: True)
         assert settings.fast_bf16() is expected

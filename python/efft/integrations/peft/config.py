@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from peft import PeftConfig, PeftType
 
-from efft.config import EfftConfig
+from efft.methods.efft import EfftConfig
 
 
 class _Alias:
@@ -56,13 +56,13 @@ class _TargetModules:
         return list(config.planned) or own
 
     def __set__(self, config: Any, value: Any) -> None:
-        config.__dict__["_modules"] = _listed(value)
+        config.__dict__["_modules"] = _to_list(value)
 
 
 _r: Any = _Alias("rank", lambda config: _largest(config.rank), lambda config, r: r)
 _lora_alpha: Any = _Alias("scale", lambda config: _alpha(config), lambda config, alpha: _quotient(alpha, config.rank))
 _lora_dropout: Any = _Alias("dropout", lambda config: config.dropout, lambda config, p: p)
-_modules_to_save: Any = _Alias("head", lambda config: config.head, lambda config, names: _listed(names))
+_modules_to_save: Any = _Alias("head", lambda config: config.head, lambda config, names: _to_list(names))
 _target_modules: Any = _TargetModules()
 
 
@@ -110,7 +110,7 @@ without it, `targets` chooses |
         EfftConfig.__post_init__(self)
         self.peft_type = PeftType.EFFT
         for name in ("exclude_modules", "layers_to_transform", "layers_pattern"):
-            setattr(self, name, _listed(getattr(self, name)))
+            setattr(self, name, _to_list(getattr(self, name)))
         self.rank_pattern = dict(self.rank_pattern or {})
         self.__dict__["_complete"] = True
         modules = self.__dict__["_modules"]
@@ -171,7 +171,7 @@ class _OfLayers(EfftConfig):
 _OfLayers.__name__ = EfftPeftConfig.__name__  # for error messages
 
 
-def _listed(value: Any) -> Any:
+def _to_list(value: Any) -> Any:
     """A set or a tuple as a list, which JSON gives back as it is."""
     if isinstance(value, (set, frozenset)):
         return sorted(value)

@@ -112,8 +112,8 @@ class EfftLayer(nn.Module, BaseTunerLayer):
     def _bank(self, adapter: str) -> Any:
         return self.efft_factors[adapter]
 
-    def _evaluated(self, adapter: str) -> tuple[Tensor, Tensor]:
-        with loaded(self._bank(adapter)) as factors:
+    def _evaluate(self, adapter: str) -> tuple[Tensor, Tensor]:
+        with load_during(self._bank(adapter)) as factors:
             pair: tuple[Tensor, Tensor] = factors.evaluated(self.efft_bindings[adapter].site)
         return pair
 
@@ -123,7 +123,7 @@ class EfftLayer(nn.Module, BaseTunerLayer):
         adapter that leaves this layer alone."""
         if adapter not in self.efft_bindings:
             return torch.zeros(self.base_layer.weight.shape, device=device_of(self.base_layer))
-        return kinds.dense(self.base_layer, *self._evaluated(adapter))
+        return kinds.dense(self.base_layer, *self._evaluate(adapter))
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether ``peft.convert_to_lora`` can make LoRA of this layer, as it does of linear layers. At the adapter's
@@ -161,7 +161,7 @@ class EfftLayer(nn.Module, BaseTunerLayer):
         if names and self.base_weight is None:
             self.base_weight = weight.detach().clone()
         for name in names:
-            D, G = self._evaluated(name)
+            D, G = self._evaluate(name)
             kinds.merge_(self.base_layer, D.to(weight.device), G.to(weight.device))
             self.merged_adapters.append(name)
 
@@ -190,7 +190,7 @@ def device_of(layer: nn.Module) -> torch.device:
 
 
 @contextmanager
-def loaded(factors: Any) -> Iterator[Any]:
+def load_during(factors: Any) -> Iterator[Any]:
     """Within the ``with`` block the tensors of a bank that accelerate offloads are there."""
     load(factors)
     try:

@@ -51,7 +51,7 @@ def fill(bank: TTFactors, parts: Sequence[TTFactors], weights: Sequence[float]) 
     bank.C.zero_()
     row = column = 0
     for part, weight in zip(parts, weights, strict=True):
-        core = _scaled(part) * weight
+        core = _scale_cores(part) * weight
         bank.C[..., row : row + part.r1, column : column + part.r2] = core
         row, column = row + part.r1, column + part.r2
 
@@ -61,7 +61,7 @@ def _outer(bank: TTFactors) -> tuple[Any, ...]:
     return bank.d_in, bank.d_out, bank.C.shape[:2], [binding.site for binding in bank.bindings]
 
 
-def _scaled(bank: TTFactors) -> Tensor:
+def _scale_cores(bank: TTFactors) -> Tensor:
     """The cores with the scale in them."""
     scale = bank.scale
     return bank.C * (scale[..., None, None] if isinstance(scale, Tensor) else scale)

@@ -12,11 +12,12 @@ from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import get_pattern_key
 from torch import nn
 
+from efft.adapting.heads import find_head
 from efft.integrations.peft.config import EfftPeftConfig
-from efft.patterns import matcher
+from efft.planning.names import matcher
 from efft.planning.plan import Plan, make_plan, warn_of_untouched
 from efft.planning.structure import Weight, structure_of
-from efft.planning.targets import by_structure, find_head, known_target
+from efft.planning.targets import by_structure, known_target
 
 
 def plan_adapter(model: nn.Module, config: EfftPeftConfig) -> Plan:

@@ -1,0 +1,394 @@
+"""EFFT (arXiv 2311.06749): tensor trains ``U C V`` whose outer factors are shared by weights of many blocks."""
+
+from __future__ import annotations
+
+import dataclasses
+import numbers
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
+
+from efft.config import LARGEST_NUMBER, LARGEST_SIZE, AdapterConfig, is_number, is_setting, is_size
+from efft.hints import nearest
+from efft.planning.roles import trains_by_role
+from efft.planning.shapes import TensorTrain, trains_by_shape
+from efft.planning.structure import Weight
+from efft.planning.targets import Target
+from efft_kernels import Site, TTFactors
+from efft_kernels.nn.initialization import CORE_LAYOUTS, automatic_scale
+
+
+@dataclass
+class EfftConfig(AdapterConfig):
+    """How EFFT adapts a model.
+
+    The factors come in groups: for a ViT ``mhsa`` and ``ffn``, or ``joint`` under efft1; for a Swin one of each per
+    stage (``stage1_mhsa`` ...); for layers that are given by name outside the tables ``linear_<in>x<out>``. Where a
+    field may be a dict, its keys are names of groups or, for every stage at once, ``mhsa``, ``ffn``, ``joint`` and
+    ``linear``. ``print(efft.inspect(model, config))`` shows the groups of a model.
+    """
+
+    method: ClassVar[str] = "efft"
+    training_only: ClassVar[frozenset[str]] = AdapterConfig.training_only | {"init", "core_init", "dropout"}
+    kinds: ClassVar[frozenset[str]] = AdapterConfig.kinds | {"experts"}
+
+    variant: Literal["efft1", "efft2"] = "efft2"
+    """efft2: one train for attention and one for the MLP. efft1: one train for both, which takes [Wq|Wk|Wv|Wo] as one
+    d x 4d matrix."""
+
+    rank: int | tuple[int, int] | dict[str, int | tuple[int, int]] = 32
+    """TT rank r, or (r1, r2) for rectangular cores, or either of them per group."""
+
+    scale: float | Literal["auto"] | dict[str, float | Literal["auto"]] = 1.0
+    """s, a plain multiplier of the update (not divided by the rank). "auto" chooses the s with which a step of the
+    optimizer moves the weights as far as in full fine-tuning (see :meth:`auto`); ``efft.apply`` replaces "auto" by the
+    number."""
+
+    trainable_scale: bool | Literal["global", "group", "matrix"] = False
+    """Train s too, as a multiple of ``scale`` that starts at 1: one multiple for all groups ("global"), one per group
+    ("group", or True), or one for each core of each block ("matrix")."""
+
+    init: str = "v"
+    """The side that starts at zero: "v" or "u"; for efft2 also two letters, attention and MLP ("vu")."""
+
+    core_init: Literal["last", "first", "matrix"] = "last"
+    """The layout that the Xavier bound of the cores is computed from: that of the paper's ViT code ("last"), that of
+    its Swin code ("first"), or each core as a matrix of its own ("matrix")."""
+
+    dropout: float = 0.1
+    """Probability of zeroing an element of a factor in training (activations are never dropped)."""
+
+    targets: str | list[str] = "all"
+    """"all": every weight of the repeated blocks, of any architecture. "all-linear": every linear layer and 1 x 1
+    convolution outside the head. "mhsa" or "ffn": the weights of "all" that are in attentions or in MLPs. A list holds
+    names of layers or parameters, their endings (after a dot), or regular expressions for either. An entry that
+    matches no linear layer may match a convolution, a parameter or an embedding."""
+
+    exclude: list[str] = dataclasses.field(default_factory=list)
+    """Layers to leave alone, given in the same ways."""
+
+    core_sharing: Literal["per_layer", "shared"] = "per_layer"
+    """per_layer: one core per matrix of every block, as the paper counts. shared: the same cores in all blocks, as the
+    paper's code does."""
+
+    head: list[str] | None = None
+    """Modules that are trained and saved beside the factors. None finds the head of the task, [] trains none."""
+
+    freeze_statistics: bool = False
+    """Keep batch norms, and every other module that updates buffers in training, in eval mode. Otherwise these buffers
+    change as usual, are saved with the adapter, and ``efft.remove`` restores them."""
+
+    def __post_init__(self) -> None:
+        self.rank = _pairs(self.rank)
+        scales = self.scale
+        self.scale = {k: _number(v) for k, v in scales.items()} if isinstance(scales, dict) else _number(scales)
+        for name, allowed in (
+            ("variant", ("efft1", "efft2")),
+            ("core_init", CORE_LAYOUTS),
+            ("core_sharing", ("per_layer", "shared")),
+        ):
+            self._check(getattr(self, name) in allowed, name, f"one of {allowed}", getattr(self, name))
+        letters = (1, 2) if self.variant == "efft2" else (1,)
+        self._check(
+            isinstance(self.init, str) and len(self.init) in letters and set(self.init) <= {"u", "v"},
+            "init",
+            "'u' or 'v'" + (", or two of them (attention and MLP)" if self.variant == "efft2" else ""),
+            self.init,
+        )
+        for rank in _values(self.rank):
+            pair = rank if isinstance(rank, tuple) else (rank, rank)
+            ok = len(pair) == 2 and all(map(is_size, pair))
+            of_size = f"an integer from 1 to {LARGEST_SIZE}"
+            self._check(ok, "rank", f"{of_size}, a pair of them, or a dict of these", self.rank)
+        for scale in _values(self.scale):
+            of_scale = f"a number from -{LARGEST_NUMBER} to {LARGEST_NUMBER}"
+            ok = scale == "auto" or is_setting(scale)
+            self._check(ok, "scale", f"{of_scale}, 'auto' or a dict of these", self.scale)
+        self._check(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", "in [0, 1)", self.dropout)
+        known = isinstance(self.trainable_scale, bool) or self.trainable_scale in ("global", "group", "matrix")
+        of_scales = "False, 'global', 'group' (or True) or 'matrix'"
+        self._check(known, "trainable_scale", of_scales, self.trainable_scale)
+        self.trainable_scale = "group" if self.trainable_scale is True else self.trainable_scale
+        self._check_layers()
+
+    def rank_of(self, group: str, kind: str) -> tuple[int, int]:
+        """Return (r1, r2) of a group."""
+        rank: int | tuple[int, int] = _of_group(self.rank, "rank", group, kind)
+        return (rank, rank) if isinstance(rank, int) else rank
+
+    def scale_of(self, group: str, kind: str) -> float | Literal["auto"]:
+        """Return s of a group, or "auto"."""
+        scale: float | Literal["auto"] = _of_group(self.scale, "scale", group, kind)
+        return scale if isinstance(scale, str) else float(scale)
+
+    def init_of(self, kind: str) -> str:
+        """Return 'u' or 'v' for a kind of group."""
+        return self.init[-1] if kind == "ffn" else self.init[0]
+
+    @classmethod
+    def auto(cls, **fields: Any) -> EfftConfig:
+        """Return a configuration that needs no search: ``scale="auto"``, the other fields as usual.
+
+        The paper searches s between 0.01 and 100 for every task. What matters is how far a step of the optimizer moves
+        the weights. That depends on s, the width, the ranks and the number of cores together, and
+        :func:`efft_kernels.nn.initialization.automatic_scale` solves it for s. The result is meant for learning rates
+        around 1e-3.
+        """
+        return cls(**{"scale": "auto", **fields})
+
+    def groups(self, model: nn.Module, targets: list[Target]) -> Sequence[EfftGroup]:
+        """Return the trains for these weights: those of the paper where the roles are known, else those by shape.
+
+        Where shapes alone decide, the rank of a group is cut so that an update has fewer parameters than its weights
+        have entries; a group for which no rank does that is left out.
+
+        Raises:
+            ValueError: the weights cannot share trains, ``rank`` or ``scale`` does not fit the groups, or no group is
+                left.
+        """
+        by_shape = isinstance(self.targets, str) and all(t.role == "linear" for t in targets)
+        if by_shape:
+            trains = trains_by_shape(targets)
+        else:
+            trains = trains_by_role((t for t in targets if not t.weight.n_experts), self.variant == "efft1")
+            trains += trains_by_shape(t for t in targets if t.weight.n_experts)
+        self._check_group_names(trains)
+        scales: dict[Any, bool | Literal["matrix"]] = {"group": True, "matrix": "matrix", "global": True}
+        trained = scales.get(self.trainable_scale, False)
+        entries = {target.name: target.weight.numel for target in targets}
+        groups: list[EfftGroup] = []
+        for train in trains:
+            rank = self.rank_of(train.name, train.kind)
+            scale = False if groups and self.trainable_scale == "global" else trained
+            group = EfftGroup(**vars(train), rank=rank, config=self, trainable_scale=scale)
+            if by_shape:
+                size = sum(entries[name] for name in train.sites)
+                group.cut_rank(size)
+                if group.n_parameters >= size and self.targets != "all-linear":  # the weights are vectors in effect
+                    continue
+            groups.append(group)
+        if not groups:
+            raise ValueError(
+                f"targets={self.targets!r} finds only weights that have fewer entries than an update of them would "
+                "have parameters"
+            )
+        return groups
+
+    def _check_group_names(self, trains: Sequence[TensorTrain]) -> None:
+        """Raise ValueError if a dict of ranks or scales names groups that do not exist."""
+        known = sorted({name for train in trains for name in (train.name, train.kind)})
+        for field in ("rank", "scale"):
+            value = getattr(self, field)
+            wrong = sorted(set(value) - set(known), key=str) if isinstance(value, dict) else []
+            if wrong:
+                near = nearest(wrong[0], known, 1)
+                raise ValueError(
+                    f"EfftConfig.{field} names {wrong}, but the groups of this model are {known}"
+                    + (f"; did you mean {near[0]!r}?" if near else "")
+                )
+
+    def group_of_file(self, model: nn.Module, saved: dict[str, Any], weights: list[Weight]) -> EfftGroup:
+        """Return the group that :meth:`EfftGroup.to_dict` described in an adapter file.
+
+        Raises:
+            ValueError: the description is damaged.
+        """
+        kind: Any = saved.get("kind")
+        sizes: Any = saved.get("sizes")
+        rank: Any = saved.get("rank")
+        trained: Any = saved.get("trainable_scale")
+        fine = _are_sizes(sizes, 4) and _are_sizes(rank, 2) and trained in (False, True, "matrix")
+        if not fine or not isinstance(kind, str):
+            raise ValueError(f"the plan of group {saved['name']!r} is damaged")
+        d_in, d_out, n_layers, n_cores = sizes
+        if n_cores > _MOST_CORES:
+            raise ValueError(f"the plan of group {saved['name']!r} is damaged: {n_cores} cores for each layer")
+        sites = {name: _site_from_text(text, n_cores) for name, text in saved["weights"].items()}
+        return EfftGroup(saved["name"], kind, d_in, d_out, n_layers, n_cores, sites, (rank[0], rank[1]), self, trained)
+
+    def unreached(self, targets: Sequence[Target], groups: Sequence[Any]) -> dict[str, str]:
+        """Return the weights that are in no group because an update would be larger than they are."""
+        reached = {name for group in groups for name in group.sites}
+        reason = "an update would have more parameters than the weight has entries"
+        return {target.name: reason for target in targets if target.name not in reached}
+
+    def settle(self, groups: Sequence[Any], banks: Mapping[str, Any]) -> None:
+        """Replace automatic scales by their numbers, and let all banks follow the first one's scale if it is global."""
+        if "auto" in _values(self.scale):
+            self.scale = {group.name: group.scale for group in groups}
+        if self.trainable_scale == "global":
+            leader, *others = banks.values()
+            for bank in others:
+                bank.follow_scale(leader)
+
+    def summary(self) -> str:
+        """Return the settings in one line, for a model card."""
+        return (
+            f"{self.variant} ([arXiv 2311.06749](https://arxiv.org/abs/2311.06749)), rank {self.rank}, scale\n"
+            f"{self.scale}, targets {self.targets}, cores {self.core_sharing}"
+        )
+
+
+@dataclass
+class EfftGroup(TensorTrain):
+    """One tensor train of EFFT with the settings that its configuration gives it. Shared cores have one layer."""
+
+    rank: tuple[int, int]
+    config: EfftConfig
+    trainable_scale: bool | Literal["matrix"]
+
+    @property
+    def n_parameters(self) -> int:
+        """Number of trainable parameters of the bank."""
+        r1, r2 = self.rank
+        scales = self.n_layers * self.n_cores if self.trainable_scale == "matrix" else int(self.trainable_scale)
+        return self.d_in * r1 + self._all_cores * r1 * r2 + r2 * self.d_out + scales
+
+    @property
+    def _all_cores(self) -> int:
+        return self.n_cores * (self.n_layers if self.config.core_sharing == "per_layer" else 1)
+
+    def cut_rank(self, size: int) -> None:
+        """Lower the rank to the sizes of the matrices, and further until there are fewer than ``size`` parameters.
+
+        If no rank has so few parameters, the rank becomes 1.
+        """
+        r1, r2 = self.rank
+        for r in range(max(r1, r2), 0, -1):
+            self.rank = min(r, r1, self.d_in), min(r, r2, self.d_out)
+            if self.n_parameters < size:
+                return
+
+    def describe(self) -> str:
+        """Describe the group in one line."""
+        r1, r2 = self.rank
+        asked = self.config.rank_of(self.name, self.kind)
+        return (
+            f"{self.name}: {_count(len(self.sites), 'weight')}; U [{self.d_in}, {r1}], "
+            f"{_count(self._all_cores, 'core')} [{r1}, {r2}], V [{r2}, {self.d_out}]; "
+            f"{self.n_parameters:,} parameters" + ("" if asked == self.rank else f" (rank cut from {asked})")
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what an adapter file records of the group."""
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "sizes": [self.d_in, self.d_out, self.n_layers, self.n_cores],
+            "rank": list(self.rank),
+            "trainable_scale": self.trainable_scale,
+            "weights": {name: _text_of_site(site) for name, site in self.sites.items()},
+        }
+
+    @property
+    def scale(self) -> float:
+        """s, computed where the configuration leaves it to the library."""
+        scale = self.config.scale_of(self.name, self.kind)
+        if not isinstance(scale, str):
+            return scale
+        init = self.config.init_of(self.kind)
+        return automatic_scale(self.d_in, self.d_out, self._all_cores, *self.rank, init, self.config.core_init)
+
+    def build(self, device: torch.device, dtype: torch.dtype) -> TTFactors:
+        """Allocate and initialize the bank."""
+        return TTFactors(
+            self.d_in,
+            self.d_out,
+            self.rank,
+            n_layers=self.n_layers,
+            n_cores=self.n_cores,
+            core_sharing=self.config.core_sharing,
+            scale=self.scale,
+            trainable_scale=self.trainable_scale,
+            dropout=self.config.dropout,
+            init=self.config.init_of(self.kind),
+            core_init=self.config.core_init,
+            device=device,
+            dtype=dtype,
+        )
+
+
+#: A file with more is damaged: a mixture has three cores for each of at most thousands of experts.
+_MOST_CORES = 2**16
+
+
+def _are_sizes(values: Any, n: int) -> bool:
+    return isinstance(values, list) and len(values) == n and all(is_size(value, 2**24) for value in values)
+
+
+def _text_of_site(site: Site) -> str:
+    """Write a site as ``layer=3 cores=0:3 ...``, with what differs from a plain site."""
+    first, n = site.cores[0], len(site.cores)
+    assert site.cores == tuple(range(first, first + n)), "the cores of a site follow one another"
+    words = [f"layer={site.layer}", f"cores={first}:{first + n}"]
+    words += [f"columns={site.columns[0]}:{site.columns[1]}"] if site.columns else []
+    words += [f"mask_scope={site.mask_scope}"] if site.mask_scope else []
+    words += [f"experts={site.experts}"] if site.experts else []
+    words += [name for name in ("transpose", "interleaved") if getattr(site, name)]
+    return " ".join(words)
+
+
+_SITE = re.compile(
+    r"layer=(?P<layer>\d{1,7}) cores=(?P<first>\d{1,7}):(?P<end>\d{1,7})"
+    r"(?: columns=(?P<left>\d{1,7}):(?P<right>\d{1,7}))?"
+    r"(?: mask_scope=(?P<mask_scope>\d))?(?: experts=(?P<experts>\d{1,7}))?(?P<transpose> transpose)?"
+    r"(?P<interleaved> interleaved)?"
+)
+
+
+def _site_from_text(text: str, n_cores: int) -> Site:
+    match = _SITE.fullmatch(text)
+    if match is None or int(match["end"]) > n_cores:
+        raise ValueError(f"'plan' has no valid place in its train for a weight: {text[:80]!r}")
+    numbers = {name: int(value or 0) for name, value in match.groupdict().items() if not (value or "").startswith(" ")}
+    return Site(
+        numbers["layer"],
+        tuple(range(numbers["first"], numbers["end"])),
+        bool(match["transpose"]),
+        (numbers["left"], numbers["right"]) if match["left"] else None,
+        numbers["mask_scope"],
+        numbers["experts"],
+        bool(match["interleaved"]),
+    )
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+
+
+def _values(value: object) -> list[Any]:
+    return list(value.values()) if isinstance(value, dict) else [value]
+
+
+def _pairs(rank: Any) -> Any:
+    """Turn lists into pairs (JSON has no tuples), and every kind of integer (NumPy's too) into ``int``."""
+
+    def pair(value: Any) -> Any:
+        return tuple(map(_integer, value)) if isinstance(value, (list, tuple)) else _integer(value)
+
+    return {k: pair(v) for k, v in rank.items()} if isinstance(rank, dict) else pair(rank)
+
+
+def _integer(value: Any) -> Any:
+    kind = type(value)
+    return int(value) if kind is not bool and issubclass(kind, numbers.Integral) else value
+
+
+def _number(value: Any) -> Any:
+    """Return a float for another library's real number; anything else stays as it is."""
+    kind = type(value)
+    return float(value) if kind is not int and kind is not bool and issubclass(kind, numbers.Real) else value
+
+
+def _of_group(value: Any, field: str, group: str, kind: str) -> Any:
+    if not isinstance(value, dict):
+        return value
+    for key in (group, kind):
+        if key in value:
+            return value[key]
+    keys = repr(group) if kind == group else f"{group!r}, or {kind!r} for all stages"
+    raise ValueError(f"EfftConfig.{field} names the groups {sorted(value)} but not {group!r}: add {keys}")
