@@ -5,6 +5,8 @@ For each PYTHON, which has torch, numpy and safetensors: installs the wheel into
 report with its self-test, and trains one adapted layer on the cpu backend.
 """
 
+from __future__ import annotations
+
 import subprocess
 import sys
 import tempfile

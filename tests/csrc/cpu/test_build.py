@@ -1,5 +1,7 @@
 """Building the extension: what is asked for is built or refused with the reason, and what is built loads anywhere."""
 
+from __future__ import annotations
+
 import json
 import os
 import re

@@ -3,6 +3,8 @@
 The sanitizers do not see the loads and stores of matrix registers, which this does.
 """
 
+from __future__ import annotations
+
 import subprocess
 import sys
 

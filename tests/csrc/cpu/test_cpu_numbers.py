@@ -1,6 +1,8 @@
 """The cpu backend where ordinary inputs do not go: tails, constant rows, values that are not numbers, odd places in
 memory. ``make check-native`` runs these tests for every instruction set, with every access checked."""
 
+from __future__ import annotations
+
 import math
 import re
 from pathlib import Path

@@ -1,5 +1,7 @@
 """The cpu backend in several threads: torch's own inside of a call, and Python's around it."""
 
+from __future__ import annotations
+
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor

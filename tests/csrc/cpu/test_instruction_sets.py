@@ -1,5 +1,7 @@
 """The cpu backend is compiled once for each instruction set: every one is right, and none has another's code."""
 
+from __future__ import annotations
+
 import os
 import shutil
 import subprocess

@@ -1,5 +1,7 @@
 """The sanitizers of ``make check-native`` see what they are for: a mistake that is put in is reported where it is."""
 
+from __future__ import annotations
+
 import shutil
 import subprocess
 import sys
