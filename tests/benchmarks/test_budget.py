@@ -1,5 +1,7 @@
 """What the budget lets through and what it refuses."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 

@@ -1,5 +1,7 @@
 """A planted slow-down is reported, noise is not."""
 
+from __future__ import annotations
+
 import json
 import subprocess
 from pathlib import Path

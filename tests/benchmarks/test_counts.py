@@ -1,5 +1,7 @@
 """The formulas against what torch counts and what the tensors weigh."""
 
+from __future__ import annotations
+
 import pytest
 import torch
 import torch.nn.functional as F

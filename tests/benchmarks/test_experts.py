@@ -1,5 +1,7 @@
 """Experts are measured with an update of all their matrices, and a row that computes something else gets no figure."""
 
+from __future__ import annotations
+
 import re
 from pathlib import Path
 

@@ -1,5 +1,7 @@
 """Bytes kept for backward against what the formulas keep; peaks of a process that allocates a known amount."""
 
+from __future__ import annotations
+
 import json
 import os
 import subprocess

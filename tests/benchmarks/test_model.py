@@ -1,5 +1,7 @@
 """Every row of the model benchmark trains what it says, on the floor's terms, and only a right one gets a time."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any

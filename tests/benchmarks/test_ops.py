@@ -1,5 +1,7 @@
 """The rows compute one thing, and only a row that does gets a time."""
 
+from __future__ import annotations
+
 import functools
 import os
 import subprocess
@@ -17,7 +19,7 @@ from benchmarks.budget import verdict
 from benchmarks.counts import Peaks, Sizes
 from benchmarks.ops import cases, rows, run
 from benchmarks.ops.cases import Case, Inputs, make_inputs
-from benchmarks.ops.rows import ROWS, Layer, Row, under_autograd
+from benchmarks.ops.rows import ROWS, Layer, LayerRow, under_autograd
 from efft_kernels.native import MISSING
 from efft_lab.record import read
 
@@ -39,7 +41,7 @@ def _small_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     [row for row in ROWS.values() if row.name not in ("lorafusion", "efft:triton", "efft:cuda")],
     ids=lambda row: row.name,
 )
-def test_every_row_is_within_the_budget(row: Row, transposed: bool, dtype: torch.dtype) -> None:
+def test_every_row_is_within_the_budget(row: LayerRow, transposed: bool, dtype: torch.dtype) -> None:
     if row.name == "peft":
         pytest.importorskip("peft", reason="needs the dev extra")
     inputs = make_inputs(Sizes(61, 48, 96, 16, dtype.itemsize), dtype, n_cores=3, transposed=transposed)
@@ -72,7 +74,7 @@ def test_the_triton_row_in_the_interpreter() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("row", ROWS.values(), ids=lambda row: row.name)
-def test_every_row_on_a_gpu(row: Row) -> None:
+def test_every_row_on_a_gpu(row: LayerRow) -> None:
     inputs = make_inputs(Sizes(1000, 768, 2304, 16, 2), torch.bfloat16, n_cores=3, device="cuda")
     if row.name == "efft:cpu":
         assert row.unavailable(inputs) == "cpu runs tensors on the CPU, got cuda:0"
@@ -83,9 +85,9 @@ def test_every_row_on_a_gpu(row: Row) -> None:
 
 def test_the_triton_row_says_why_it_cannot_run() -> None:
     row = ROWS["lorafusion"]
-    assert row.unavailable(TINY.inputs()) == "its kernels take ranks that are powers of two from 16, got 4"
+    assert row.unavailable(TINY.inputs()) == "its kernels need a rank that is a power of two of at least 16, got 4"
     inputs = Case("o", "tiny", 3, 16, "float32").inputs()
-    assert row.unavailable(inputs) == "Triton runs on a GPU, the inputs are on cpu"
+    assert row.unavailable(inputs) == "Triton needs a GPU, but the inputs are on cpu"
 
 
 def test_rows_differ_in_work_as_their_explanations_say() -> None:
@@ -121,7 +123,7 @@ def test_peft_row_is_the_librarys_own_layer(monkeypatch: pytest.MonkeyPatch) -> 
     ]
 
 
-class Wrong(Row):
+class Wrong(LayerRow):
     """Fast, and wrong in one gradient: it drops half of dG."""
 
     name, explains = "wrong", "a planted error"
@@ -135,7 +137,7 @@ class Wrong(Row):
         return under_autograd(compute, inputs)
 
 
-class Broken(Row):
+class Broken(LayerRow):
     name, explains = "broken", "raises"
 
     def build(self, inputs: Inputs) -> Layer:
@@ -149,7 +151,7 @@ def test_a_wrong_row_gets_a_reason_and_no_time() -> None:
     for name, reason in (
         ("wrong", "error over 2 times that of the plain formula in the same precision: dG"),
         ("broken", "failed: RuntimeError: no such kernel"),
-        ("lorafusion", "not available: its kernels take ranks"),
+        ("lorafusion", "not available: its kernels need a rank"),
     ):
         assert lines[name]["reason"].startswith(reason)
         assert not {"seconds", "ratio", "limit"} & lines[name].keys()

@@ -1,5 +1,7 @@
 """Pictures and tables show what the result files say, name the machine, and keep modeled figures apart."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Iterable
 from pathlib import Path

@@ -1,5 +1,7 @@
 """Quantised backbones are measured with the adapter on them, and what cannot run here is named."""
 
+from __future__ import annotations
+
 from pathlib import Path
 
 import pytest

@@ -1,5 +1,7 @@
 """The paper model: against figures worked out separately, and against what any model of a GPU must obey."""
 
+from __future__ import annotations
+
 import math
 
 import pytest

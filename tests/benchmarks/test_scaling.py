@@ -1,5 +1,7 @@
 """Exponents of known power laws."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import pytest

@@ -1,5 +1,7 @@
 """Inference rows compute the adapted model, and only a right one gets a time."""
 
+from __future__ import annotations
+
 from pathlib import Path
 
 import pytest

@@ -1,5 +1,7 @@
 """Interleaving, ratios within a repetition, and what a result file keeps of the samples."""
 
+from __future__ import annotations
+
 import json
 import time
 from pathlib import Path
