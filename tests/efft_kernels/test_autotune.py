@@ -1,5 +1,7 @@
 """Measuring on the spot, and the command that fills a table."""
 
+from __future__ import annotations
+
 import json
 import os
 import subprocess

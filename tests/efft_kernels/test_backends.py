@@ -1,5 +1,7 @@
 """Choosing a backend, and the tools of efft_kernels.testing that a backend is checked with."""
 
+from __future__ import annotations
+
 import os
 import re
 import subprocess

@@ -1,5 +1,7 @@
 """The environment report, `python -m efft_kernels`."""
 
+from __future__ import annotations
+
 import os
 import platform
 import re

@@ -1,5 +1,7 @@
 """Tables of measurements changed at random: what is read can be used, the rest is refused by name."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 

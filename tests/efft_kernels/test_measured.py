@@ -1,5 +1,7 @@
 """Own kernels or vendor's products: what a table of measurements makes auto do."""
 
+from __future__ import annotations
+
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock

@@ -1,5 +1,7 @@
 """What is no tensor, or no number, is refused by every op, by name."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 

@@ -1,5 +1,7 @@
 """Banks as the models use them, with every factor non-zero, and the dense update their sites stand for."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 

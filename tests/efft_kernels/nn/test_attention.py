@@ -1,5 +1,7 @@
 """``EfftMultiheadAttention`` against ``nn.MultiheadAttention`` itself with the dense sums for weights."""
 
+from __future__ import annotations
+
 import copy
 import itertools
 from typing import Any

@@ -1,5 +1,7 @@
 """Activation checkpointing runs layers again inside backward, where they must see the factors of their own pass."""
 
+from __future__ import annotations
+
 import gc
 import weakref
 from collections.abc import Callable

@@ -1,5 +1,7 @@
 """``EfftConv2d`` against a convolution with the dense sum of kernel and update in fp64."""
 
+from __future__ import annotations
+
 import copy
 from typing import Any
 

@@ -1,5 +1,7 @@
 """The product of every expert's rows with its matrix, against a loop in plain torch."""
 
+from __future__ import annotations
+
 import pytest
 import torch
 from torch import Tensor

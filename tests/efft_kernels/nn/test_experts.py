@@ -1,5 +1,7 @@
 """The update of many experts' matrices: what a site stands for, products, gradients and merging, against dense sums."""
 
+from __future__ import annotations
+
 import copy
 import dataclasses
 import pickle

@@ -1,5 +1,7 @@
 """TTFactors: what each site's (D, G) multiply to, with and without dropout, contracted at once or one by one."""
 
+from __future__ import annotations
+
 import copy
 import pickle
 from collections.abc import Callable

@@ -1,5 +1,7 @@
 """What holds for every kind of adapted weight, against the plain module computing with the dense sum in fp64."""
 
+from __future__ import annotations
+
 import copy
 import pickle
 from collections.abc import Callable

@@ -1,5 +1,7 @@
 """EfftLinear: a frozen nn.Linear plus the dense update, in every layout; a drop-in replacement."""
 
+from __future__ import annotations
+
 import copy
 import io
 import pickle

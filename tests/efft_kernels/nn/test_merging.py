@@ -1,5 +1,7 @@
 """EfftLinear.merge and unmerge: exact bits back, the same function, and what rounding cost."""
 
+from __future__ import annotations
+
 import copy
 from collections.abc import Callable
 from typing import Any

@@ -1,5 +1,7 @@
 """Parameters with an update: what reads them gets it, and everything that knows parameters goes on as before."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 

@@ -1,5 +1,7 @@
 """Layer norms and GELUs that hand their work on: to an adapted layer, and to whatever else may come."""
 
+from __future__ import annotations
+
 import copy
 import pickle
 from typing import Any

@@ -1,5 +1,7 @@
 """Which parameters the methods of a class read, in classes of our own and of the libraries everyone uses."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import pytest

@@ -1,5 +1,7 @@
 """Adapted layers on quantised weights, against the dequantised weight in fp64."""
 
+from __future__ import annotations
+
 import copy
 from collections.abc import Callable
 from typing import Any

@@ -1,5 +1,7 @@
 """Every test of an op runs for every backend and device (and dtype) it asks for by these fixtures."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Callable
 from typing import Any

@@ -1,5 +1,7 @@
 """tt_gelu_linear and tt_norm_linear against their formulas with the dense update in fp64 and gradients by hand."""
 
+from __future__ import annotations
+
 import functools
 import itertools
 from collections.abc import Callable

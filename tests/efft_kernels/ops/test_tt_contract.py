@@ -1,5 +1,7 @@
 """tt_contract against loops over layers and cores in fp64, and its gradients written out by hand."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 

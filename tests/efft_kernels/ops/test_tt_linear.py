@@ -1,5 +1,7 @@
 """tt_linear against y = x (Wᵀ + D G) + b with D G built densely in fp64, and its gradients written out by hand."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 

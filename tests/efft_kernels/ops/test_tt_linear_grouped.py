@@ -1,5 +1,7 @@
 """tt_linear_grouped against one dense matrix a sample in fp64."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 

@@ -1,5 +1,7 @@
 """tt_merge_ against W + sign (D G)ᵀ in fp64, rounded once."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 

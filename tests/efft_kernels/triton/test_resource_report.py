@@ -1,5 +1,7 @@
 """Every kernel with every entry of the tables, compiled for every target; and what the report must not overlook."""
 
+from __future__ import annotations
+
 from dataclasses import replace
 
 import pytest

@@ -1,5 +1,7 @@
 """Collected where Triton interprets (``make check-triton``) and, compiled, where a GPU is."""
 
+from __future__ import annotations
+
 import importlib.util
 import os
 from collections.abc import Iterator

@@ -1,5 +1,7 @@
 """The interpreter, and that its checks find what they are for."""
 
+from __future__ import annotations
+
 import pytest
 import torch
 import triton

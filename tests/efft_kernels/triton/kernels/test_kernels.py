@@ -3,6 +3,8 @@
 Buffers that nothing was written to are full of NaN.
 """
 
+from __future__ import annotations
+
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager

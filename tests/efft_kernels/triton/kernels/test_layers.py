@@ -1,5 +1,7 @@
 """The public layer and a whole model on the triton backend, against the reference backend."""
 
+from __future__ import annotations
+
 import pytest
 import torch
 from torch import Tensor, nn
