@@ -1,5 +1,7 @@
 """The study's task on a package made for it, its model on tokens with padding, its table."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 from typing import Any
