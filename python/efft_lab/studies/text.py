@@ -98,7 +98,7 @@ def sources(folder: Path) -> list[Path]:
 
 @functools.cache
 def docstrings(path: Path, names: str) -> list[str]:
-    """Return the first paragraphs, of 5 words or more, of a file's classes and functions, with a package's names masked."""
+    """Return the first paragraphs of at least 5 words in a file's docstrings, with the package's names masked."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the package's own escape sequences
         tree = ast.parse(path.read_text("utf-8"))

@@ -58,8 +58,10 @@ class Forward:
             self.forbidden[run, :, n:] = -torch.inf
 
     def flat(self, starts: Sequence[Start]) -> Tensor:
-        """Return what is trained, at its start: [K, parameters] in fp32; the classifier has rows of zeros for classes that
-        another run has."""
+        """Return the trained parameters of all runs at their start, [K, parameters] in fp32.
+
+        The classifier of a run has rows of zeros for the classes that only other runs have.
+        """
         runs = []
         for start in starts:
             parts = [start.parameters[name].flatten().float() for name in self.shapes]

@@ -67,7 +67,9 @@ class Stack:
         self.losses = torch.zeros(steps, len(starts), device=device)
 
     def images(self, positions: Tensor) -> Tensor:
-        """Return the model's inputs [K, batch, 3, size, size] for positions [K, batch]; as ``efft_lab.data.Preprocess``."""
+        """Return the model's inputs [K, batch, 3, size, size] for positions [K, batch], as
+        ``efft_lab.data.Preprocess``.
+        """
         return self.pixels[positions].float().div(255).sub(self.mean).div(self.std)
 
     def step(self) -> None:
