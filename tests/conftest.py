@@ -1,5 +1,7 @@
 """Settings of the whole suite: the same numbers and the same generated examples on every run, and few threads."""
 
+from __future__ import annotations
+
 import collections
 import os
 import re

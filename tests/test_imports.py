@@ -1,5 +1,7 @@
 """What importing costs: no optional package, no GPU, no compiler."""
 
+from __future__ import annotations
+
 import os
 import subprocess
 import sys

@@ -1,5 +1,7 @@
 """Where code lives, and which way it may depend."""
 
+from __future__ import annotations
+
 import ast
 import re
 import sys
@@ -165,7 +167,9 @@ PLANTED = {
 
 
 def planted(folder: Path, kind: str, target: str, into: str) -> list[Edge]:
-    """Return the imports of ``efft_kernels`` [a, b] and ``efft`` [c], where b imports a, with one of ``target`` added."""
+    """Return the imports of ``efft_kernels`` [a, b] and ``efft`` [c], where b imports a, after adding one of
+    ``target``.
+    """
     text = {"efft_kernels.__init__": "", "efft_kernels.a": "", "efft_kernels.b": "import efft_kernels.a\n"}
     text |= {"efft.__init__": "", "efft.c": ""}
     package, _, module = target.partition(".")

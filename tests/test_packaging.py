@@ -1,5 +1,7 @@
 """What a user installs: built once from a copy of the tree, without network, and looked into."""
 
+from __future__ import annotations
+
 import configparser
 import email.parser
 import os

@@ -1,5 +1,7 @@
 """What the README shows works as shown: its Python blocks, its commands, its tables."""
 
+from __future__ import annotations
+
 import os
 import re
 import shlex
