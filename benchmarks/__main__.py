@@ -36,9 +36,7 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit code: 0 if it is done, 1 if the comparison found slow-downs, 2 for a wrong
-    call.
-    """
+    """Run one command and return the exit code: 0 for success, 1 if something became slower, 2 for a wrong call."""
     name, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help"):
         lines = [f"  {command:<13}{text}" for command, (_, text) in COMMANDS.items()]

@@ -28,9 +28,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of one layer call; ``width`` is the number of bytes per element of the activations and the frozen
-    weight.
-    """
+    """The sizes of one layer call; ``width`` is the bytes per element of the activations and the frozen weight."""
 
     tokens: int
     d_in: int

@@ -24,9 +24,7 @@ class GatedRow(Protocol):
         """Return how many numbers are trained."""
 
     def errors(self) -> dict[str, float]:
-        """Return the error of each result against fp64, as a multiple of the error of dense weights in the same
-        precision.
-        """
+        """Return the error of each result against fp64, as a multiple of that of dense weights in the same dtype."""
 
     def forward(self) -> Tensor:
         """Return y, recorded for backward."""

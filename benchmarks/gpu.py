@@ -28,9 +28,7 @@ ROOT = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Job:
-    """A command of this Python, the share of the whole budget that it may take, and the exit codes that are not
-    failures.
-    """
+    """A command of this Python, the share of the whole budget that it may take, and the exit codes of success."""
 
     name: str
     arguments: tuple[str, ...]

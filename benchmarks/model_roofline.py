@@ -140,9 +140,7 @@ class Case:
         return 0.25 * self.machine.fixed
 
     def reductions(self) -> Kernels:
-        """Return dG and dD in one pass over gy and x when dh is at hand; every column has one owner, so nothing is
-        atomic.
-        """
+        """Return dG and dD in one pass over gy and x when dh is at hand; each column has one owner, without atomics."""
         sizes = self.layer.d_in + self.layer.d_out
         one_pass = self.machine.memory(self.y + self.x + 2 * self.h, 2 * self.tokens * self.rank * sizes)
         return [("dG, dD", one_pass), ("dC, dV", self.tiny)]

@@ -128,9 +128,7 @@ def memory(device: str) -> str:
 
 
 def ops(device: str, amx: bool = False) -> str:
-    """Return the layers of a ViT-B block, forward and backward, as ratios to the floor; on a GPU also the paper
-    model's.
-    """
+    """Return the layers of a ViT-B block, both passes, as ratios to the floor; on a GPU also the paper model's."""
     runs = newest("ops", model="vit_b", images=8 if device == "cpu" else 64, rank=_RANK, device=device, amx=amx)
     if not runs:
         return NOTHING
@@ -294,9 +292,7 @@ def starts() -> str:
 
 
 def study(name: str) -> str:
-    """Return the accuracy of the rows of :mod:`efft_lab.studies.side_by_side`, as mean and standard deviation over
-    seeds.
-    """
+    """Return the accuracy of the rows of :mod:`efft_lab.studies.side_by_side`: mean and deviation over seeds."""
     newest = {(x["row"], x["seed"]): x for x in read(name)}
     groups: dict[str, list[Line]] = {}
     for (row, _), line in newest.items():

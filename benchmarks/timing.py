@@ -134,8 +134,6 @@ def _stream() -> torch.cuda.Stream:
 
 
 def _side_stream() -> AbstractContextManager[object]:
-    """Return a context that runs on another stream, as a capture must not touch the default stream or depend on its
-    work.
-    """
+    """Return a context on another stream, as a capture must not touch or depend on the default stream."""
     _stream().wait_stream(torch.cuda.current_stream())
     return torch.cuda.stream(_stream())

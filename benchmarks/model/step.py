@@ -44,9 +44,7 @@ class Setting:
         return timm.create_model(self.model, num_classes=N_CLASSES, drop_path_rate=0.0)
 
     def examples(self, model: nn.Module, n: int | None = None) -> tuple[Tensor, Tensor]:
-        """Return ``n`` random images (default: a batch) ``[n, channels, height, width]`` for ``model``, and labels
-        ``[n]``.
-        """
+        """Return ``n`` random images (default: a batch) [n, channels, height, width] for ``model``, and labels [n]."""
         size: tuple[int, int, int] = model.default_cfg["input_size"]  # type: ignore[assignment,index]
         generator = torch.Generator().manual_seed(1)
         images = torch.randn(n or self.batch, *size, generator=generator)
