@@ -1,4 +1,4 @@
-"""Collected where Triton interprets (``make check-triton``) and, compiled, where a GPU is."""
+"""Collects these tests in Triton's interpreter (``make check-triton``) and, compiled, on a GPU."""
 
 from __future__ import annotations
 
