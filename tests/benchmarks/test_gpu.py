@@ -1,4 +1,4 @@
-"""The time-boxed run: order, limits, and what happens to jobs that fail or hang."""
+"""The run within a budget of time: its order, its limits, and what happens to jobs that fail or hang."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Every row of the model benchmark trains what it says, on the floor's terms, and only a right one gets a time."""
+"""Every row of the model benchmark trains what it names, under the floor's conditions, and only a right row gets a
+time.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +27,14 @@ pytest.importorskip("peft", reason="needs the dev extra")
 
 TINY = Setting("tiny", batch=2, rank=4)
 EAGER = ROWS["efft:eager"]
-#: Why the rows cannot run whose backend needs a GPU, or the compiled extension.
+#: The reasons why rows cannot run whose backend needs a GPU, or the compiled extension.
 MISSING = {name: can_run(row.backend, torch.ones(1)) for name, row in ROWS.items() if row.backend is not None}
 RUNNABLE = [name for name in ROWS if MISSING.get(name) is None]
 
 
 @pytest.fixture(params=["vit"], autouse=True)
 def architecture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Tiny models of width 16 (Swin: 8 and 16) in place of timm's by name."""
+    """Replace timm's models by tiny models of width 16 (Swin: 8 and 16), and return the name of one."""
     sizes: dict[str, Any] = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
     kind = timm.models.VisionTransformer
     if request.param == "swin":
@@ -70,7 +72,7 @@ def test_gradient_enters_the_floor_at_the_first_adapted_layer(architecture: str)
 
 @both
 def test_no_row_asks_for_a_gradient_before_the_first_adapted_layer(architecture: str) -> None:
-    """So the floor's backward pass is as long as any adapter's."""
+    """So the floor's backward pass is as long as that of any adapter."""
     for row in select([*(name for name in RUNNABLE if name not in ("bitfit", "full"))]):
         model = TINY.build(row)
         before = []
@@ -174,7 +176,7 @@ def test_a_row_that_breaks_does_not_stop_the_others(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_step_that_no_graph_can_capture_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The two lines that need a GPU are stood in for: an optimizer that can be captured, and the capture."""
+    """The test replaces the two things that need a GPU: an optimizer that can be captured, and the capture."""
     adamw, pools = torch.optim.AdamW, []
 
     class Graph:

@@ -1,4 +1,4 @@
-"""The rows compute one thing, and only a row that does gets a time."""
+"""All rows compute the same thing, and only a row that does gets a time."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_the_triton_row_says_why_it_cannot_run() -> None:
 
 
 def test_rows_differ_in_work_as_their_explanations_say() -> None:
-    """Multiply-adds beyond the floor's, in units of tokens · d_in · d_out and, for the products with r, exactly."""
+    """The expected numbers are the multiply-adds beyond those of the floor."""
     n, k, d, r = 31, 24, 60, 5
     inputs = make_inputs(Sizes(n, k, d, r, 4), torch.float32, n_cores=3)
     extra = {
@@ -124,7 +124,7 @@ def test_peft_row_is_the_librarys_own_layer(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 class Wrong(LayerRow):
-    """Fast, and wrong in one gradient: it drops half of dG."""
+    """A fast row that is wrong in one gradient: it drops half of dG."""
 
     name, explains = "wrong", "a planted error"
 
