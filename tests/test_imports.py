@@ -1,4 +1,4 @@
-"""What importing costs: no optional package, no GPU, no compiler."""
+"""What importing requires: no optional package, no GPU, no compiler."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_the_block_works() -> None:
 def test_imports_with_torch_alone(packages: str, unwanted: set[str]) -> None:
     program = (
         f"import {packages}, torch\n"
-        "assert not torch.cuda.is_initialized(), 'CUDA was initialised'\n"
+        "assert not torch.cuda.is_initialized(), 'CUDA was initialized'\n"
         f"print(sorted({unwanted} & {{name.partition('.')[0] for name in sys.modules}}))"
     )
     done = fresh(program)
@@ -59,7 +59,7 @@ def test_imports_with_torch_alone(packages: str, unwanted: set[str]) -> None:
 
 
 def test_every_module_of_the_library_imports_without_the_optional_packages() -> None:
-    """All but the tuner of peft, which is a class of peft's and says what to install."""
+    """The only exception is the tuner of peft, which derives from a class of peft and says what to install."""
     program = (
         "import importlib, pkgutil, efft, efft_kernels\n"
         "for package in (efft, efft_kernels):\n"
