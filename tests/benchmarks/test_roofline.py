@@ -12,7 +12,7 @@ from benchmarks.roofline_gpu import Machine
 
 TOKENS = 64 * 197
 
-#: The ratio of a ViT-B block to the frozen floor at ranks 16, 32 and 64, by the script from which this model was rewritten.
+#: The ratio of a ViT-B block to the frozen floor at ranks 16, 32 and 64, by the script that this model replaced.
 BLOCK = {
     "floor": (1.00, 1.00, 1.00),
     "paper": (3.73, 3.73, 3.73),
@@ -32,7 +32,7 @@ BLOCK = {
     "merged": (1.27, 1.28, 1.31),
     "own-forward": (1.30, 1.32, 1.37),
     "best": (1.26, 1.28, 1.34),
-    "neighbours": (1.18, 1.21, 1.28),
+    "neighbors": (1.18, 1.21, 1.28),
     "ideal": (1.04, 1.08, 1.16),
 }
 #: The microseconds by layer at rank 16.
@@ -41,7 +41,7 @@ LAYERS = {
     "paper": (560.3, 185.3, 575.4, 521.9),
     "naive": (212.1, 92.2, 272.8, 273.3),
     "lorafusion": (177.7, 81.0, 226.1, 232.9),
-    "neighbours": (153.2, 65.3, 182.4, 181.9),
+    "neighbors": (153.2, 65.3, 182.4, 181.9),
 }
 
 
@@ -73,7 +73,7 @@ def test_microseconds_by_layer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("machine", "best", "neighbours"),
+    ("machine", "best", "neighbors"),
     [
         (Machine(fixed=0.0), 1.23, 1.15),
         (Machine(fixed=4.0), 1.29, 1.20),
@@ -83,11 +83,11 @@ def test_microseconds_by_layer() -> None:
     ],
     ids=str,
 )
-def test_assumptions_move_the_block_as_they_did(machine: Machine, best: float, neighbours: float | None) -> None:
+def test_assumptions_move_the_block_as_they_did(machine: Machine, best: float, neighbors: float | None) -> None:
     times = block_times(machine, TOKENS, 16, vit_block(768))
     assert times["best"]["block"] / times["floor"]["block"] == pytest.approx(best, abs=0.0051)
-    if neighbours is not None:
-        assert times["neighbours"]["block"] / times["floor"]["block"] == pytest.approx(neighbours, abs=0.0051)
+    if neighbors is not None:
+        assert times["neighbors"]["block"] / times["floor"]["block"] == pytest.approx(neighbors, abs=0.0051)
 
 
 def test_calibrated_at_the_square_product() -> None:
