@@ -89,7 +89,7 @@ def small_update_error(row: LayerRow, inputs: Inputs) -> float:
 
 
 def exact(inputs: Inputs, adapts: bool = True) -> dict[str, Tensor]:
-    """Return y, dx, dD and dG in fp64 from the dense weight and its gradient; y and dx of the base unless ``adapts``."""
+    """Return y, dx, dD and dG in fp64 from the dense weight and its gradient; without ``adapts`` only y and dx."""
     x, W, D, G, gy = (t.double() for t in (inputs.x, inputs.W, inputs.D, inputs.G, inputs.gy))
     weight = W + (D @ G).t() if adapts else W
     found = {"y": F.linear(x, weight, None if inputs.b is None else inputs.b.double()), "dx": gy @ weight}
