@@ -1,7 +1,5 @@
 """The CUDA target: built where nvcc is, loaded by a torch without a GPU; its report finds what is planted."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

@@ -3,8 +3,6 @@
 What runs is csrc/cuda itself, launchers and binding included, compiled against tests/csrc/emulation.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import re

@@ -1,7 +1,5 @@
 """Compiles csrc/cuda for the CPU, against the emulated instructions and runtime beside this file."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

@@ -5,8 +5,6 @@ what is left is the order of sums and the last rounding, and the tolerance can b
 judged: what is left of y without the base product.
 """
 
-from __future__ import annotations
-
 import itertools
 import sys
 from collections.abc import Iterator

@@ -5,8 +5,6 @@
 adapter files of FSDP2.
 """
 
-from __future__ import annotations
-
 # No postponed annotations: DDP reads those of its communication hook.
 import contextlib
 import json
