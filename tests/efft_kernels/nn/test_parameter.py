@@ -144,7 +144,7 @@ def test_one_read_with_and_without_gradients() -> None:
 )
 def test_changes_that_would_be_lost_are_errors(change: Callable[[Tensor], object]) -> None:
     module, parameter, _ = adapted()
-    with torch.no_grad(), pytest.raises(RuntimeError, match=r"change the stored parameter .* or switch the update off"):
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"change the stored parameter .* or disable the update"):
         change(module.W)
     parameter.enabled = False
     with torch.no_grad():
