@@ -84,7 +84,7 @@ def _rounded(values: np.ndarray) -> np.ndarray:
 
 
 def _allow_numpy_ranges() -> None:
-    """Define ``__index__`` for one-element tensors: Triton 3.6 needs it in ``range``, and numpy 2.4 no longer has it."""
+    """Define ``__index__`` of one-element tensors: Triton 3.6 needs it in ``range``, and numpy 2.4 no longer has it."""
     patch = interpreter._patch_lang_tensor
 
     def patched(tensor: Any, *scope: Any) -> None:
