@@ -1,9 +1,9 @@
-"""Compute dG = hᵀ gy and dD = xᵀ dh, two fp32 sums over all tokens, in the same two launches.
+"""dG = hᵀ gy and dD = xᵀ dh: two sums over all tokens in fp32, in a fixed order, both in the same launches.
 
-Every program of the first kernel sums over a range of tokens for a block of columns of gy (or of x). It reads each
-element once and keeps its [columns, r] sum in registers, without atomic additions. The number of ranges is chosen to
-fill the GPU. A second, small kernel adds the partial sums, a few hundred kilobytes each, in a fixed order. Equal calls
-therefore return exactly equal results.
+Every program owns a block of columns of gy (or of x) and a range of tokens, reads each of its elements once and keeps
+its [columns, r] sum in registers, so that nothing is added atomically. There are as many ranges as fill the GPU. A
+second, small kernel adds their partial sums, some hundred kilobytes each, in a fixed order, so that the same call gives
+the same bits.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from torch import Tensor
 from efft_kernels.triton.launch import device, on_device, precision, rank_block
 from efft_kernels.triton.producers import produced
 
-# Tokens per step, and steps in flight. These keep enough bytes in flight to use the full memory bandwidth, which limits
-# the speed. With any producer, two programs fit on a multiprocessor. A third one would run alone after all others.
+# Tokens per step and steps in flight: enough bytes to use the memory bandwidth, which is the limit. Two programs fit on
+# a multiprocessor with any producer. No third is launched, because it would run alone, after all others.
 BLOCK_M, STAGES = 64, 3
 PROGRAMS_A_PROCESSOR = 2
-# Number of elements of dG and dD that one program of the second kernel computes.
+# How many sums one program of the second kernel finishes.
 FINISH_BLOCK, FINISH_WARPS = 512, 4
 
 
 def columns_and_warps(producer: str) -> tuple[int, int]:
-    """Return BLOCK_N and warps; by the compiler's resource report, a producer needs more registers."""
+    """BLOCK_N and warps; by the resource report a producer beside the sums needs more registers."""
     return (128, 4) if producer == "none" else (64, 8)
 
 
@@ -88,7 +88,7 @@ def reduce_tokens_kernel(
     mean,  # [M] or None
     rstd,  # [M] or None
     dh,  # [M, R], contiguous
-    partial,  # [splits, R * d_out + d_in * R], fp32, contiguous: per split dG [R, d_out], then dD [d_in, R]
+    partial,  # [splits, R * d_out + d_in * R], fp32, contiguous: of each split dG [R, d_out], then dD [d_in, R]
     M,
     d_out,
     d_in,
@@ -97,8 +97,8 @@ def reduce_tokens_kernel(
     stride_gn,
     stride_xm,
     stride_xn,
-    TOKENS,  # tokens per split, a multiple of BLOCK_M
-    columns_out,  # number of column blocks of gy; 0 if dG is not needed
+    TOKENS,  # of a split, a multiple of BLOCK_M
+    columns_out,  # column blocks of gy; 0 where dG is not needed
     PRODUCER: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -123,7 +123,7 @@ def reduce_tokens_kernel(
 
 @triton.jit
 def finish_kernel(partial, dG, dD, n_G, n, splits, BLOCK: tl.constexpr):
-    """Sum ``partial`` [splits, n] over the splits into dG (n_G elements) and dD (n - n_G elements)."""
+    """dG and dD, n_G and n - n_G elements, from ``partial`` [splits, n]."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for _ in range(splits):
@@ -146,13 +146,12 @@ def reduce_tokens(
     mean: Tensor | None = None,  # [M]
     rstd: Tensor | None = None,  # [M]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return (dG [R, d_out], dD [d_in, R]) in fp32; a result is None if one of its two inputs is None.
+    """(dG [R, d_out], dD [d_in, R]) in fp32; a pair of inputs that is None gives None.
 
-    The caller must pass at least one of the pairs (gy, h) and (x, dh). With a ``producer`` (see
-    :mod:`efft_kernels.triton.producers`), ``x`` is the input of the producer. ``splits``, the number of ranges of
-    tokens, overrides the automatic choice.
+    The caller must give at least one pair. With a ``producer`` (see :mod:`efft_kernels.triton.producers`) ``x`` is its
+    input. ``splits``, the number of ranges of tokens, overrides the choice.
     """
-    h, dh = (None if t is None else t.contiguous() for t in (h, dh))  # no copy if these kernels created them
+    h, dh = (None if t is None else t.contiguous() for t in (h, dh))  # they are already, if these kernels made them
     gamma, beta = (None if t is None else t.contiguous() for t in (gamma, beta))
     given = h if h is not None else dh
     assert given is not None
@@ -169,7 +168,7 @@ def reduce_tokens(
     partial = given.new_empty(splits, R * (d_out + d_in), dtype=torch.float32)
     dG, dD = partial.new_empty(R, d_out), partial.new_empty(d_in, R)
     if partial.numel():
-        gy_, h_, x_, dh_ = (given if t is None else t for t in (gy, h, x, dh))  # no kernel reads these substitutes
+        gy_, h_, x_, dh_ = (given if t is None else t for t in (gy, h, x, dh))  # a stand-in is never read
         with on_device(given):
             reduce_tokens_kernel[(columns_out + columns_in, splits, ranks)](
                 *(gy_, h_, x_, gamma, beta, mean, rstd, dh_, partial, M, d_out, d_in, R),

@@ -1,4 +1,4 @@
-"""Run tt_linear: two forward launches compute h and y; in the backward pass, launches compute dh, dx and (dG, dD)."""
+"""tt_linear: two launches forward, h and y; in backward dh, dx, and one reduction for both dG and dD."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def factor_gradients(
     G: Tensor,  # [r1, d_out]
     **producer: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Return (dD, dG) in the dtypes of the factors; without ``dh``, dD is empty, and without ``h``, dG is empty."""
+    """(dD, dG) in the dtypes of the factors; without ``dh``, dD has no elements, and without ``h``, dG has none."""
     sums = (None, None) if h is dh is None else reduce_tokens(gy, h, x, dh, **producer)
     dG, dD = (
         like.new_empty(0) if total is None else total.to(like.dtype) for total, like in zip(sums, (G, D), strict=True)

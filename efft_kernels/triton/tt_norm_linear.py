@@ -1,8 +1,8 @@
-"""Run tt_linear on the output of a layer norm: one launch computes the norm, its statistics and h; another one, y.
+"""tt_linear behind a layer norm: in forward one launch makes the norm, its statistics and h.
 
-In the backward pass, the product that computes the gradient of the norm's output adds dh Dᵀ, and the sums over tokens
-compute that output from x. The backward pass of the norm itself uses torch's kernel, because it reduces over entire
-rows, which do not fit the tiles of a product.
+In backward the product that makes the gradient of the norm's output adds dh Dᵀ, and the sums over tokens read that
+output through x. The backward of the norm itself is torch's kernel: it is one pass over rows, which does not fit the
+tiles of a product.
 """
 
 from __future__ import annotations
