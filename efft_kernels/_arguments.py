@@ -19,8 +19,8 @@ def check_tensor(op: str, name: str, argument: object) -> None:
     """Raise TypeError unless ``argument`` is a tensor."""
     if not isinstance(argument, Tensor):
         raise TypeError(
-            f"{op}: {name} must be a torch.Tensor, got {type(argument).__name__}; torch.as_tensor makes one of a NumPy "
-            "array or of numbers"
+            f"{op}: {name} must be a torch.Tensor, got {type(argument).__name__}; convert a NumPy array or "
+            "numbers with torch.as_tensor"
         )
 
 

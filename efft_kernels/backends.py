@@ -233,7 +233,7 @@ def explain(*tensors: Tensor | None) -> str:
     for named in Backend:
         if named is not Backend.AUTO and named not in AUTO_ORDER:
             lines.append(
-                f"  {named.value}: {can_run(named, *tensors) or 'can run, by name or where it measured faster'}"
+                f"  {named.value}: {can_run(named, *tensors) or 'can run, if requested by name or measured faster'}"
             )
     return "\n".join(lines)
 

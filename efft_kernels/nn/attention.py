@@ -56,8 +56,8 @@ class EfftMultiheadAttention(AdaptedModule):
             )
         if query.is_nested or key.is_nested or value.is_nested:
             raise NotImplementedError(
-                "an adapted nn.MultiheadAttention takes no nested tensors: pad them, in nn.TransformerEncoder with "
-                "enable_nested_tensor=False, or merge the update first"
+                "an adapted nn.MultiheadAttention does not accept nested tensors: pad the inputs (in "
+                "nn.TransformerEncoder, set enable_nested_tensor=False), or merge the update first"
             )
         batched = query.dim() == 3
         if not query.dim() == key.dim() == value.dim() or query.dim() not in (2, 3):

@@ -127,8 +127,8 @@ def read_by_its_parent(layer: nn.Module) -> str | None:
     """Return the reason if the parent of ``layer`` reads the weight and never calls the layer, else None."""
     if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return (
-            "this is the out_proj of nn.MultiheadAttention, which reads the weight and never calls the layer, so what "
-            "the layer adds to the product would be ignored; use an attention module with separate linear layers"
+            "this is the out_proj of nn.MultiheadAttention, which reads the weight and never calls the layer, so an "
+            "update added by the layer would be ignored; use an attention module with separate linear layers"
         )
     return None
 

@@ -199,7 +199,7 @@ def restore_module(module: nn.Module) -> None:
     if adapted is None:
         return
     if _original(type(module)) is type(module):
-        raise RuntimeError(f"a {type(module).__name__} got another class after it was adapted; undo that first")
+        raise RuntimeError(f"a {type(module).__name__} got another class after it was adapted; undo that change first")
     for parameter in adapted.values():
         parameter.unmerge()
     module.__class__ = _original(type(module))

@@ -94,7 +94,7 @@ class PooledLinear(FrozenLayer, nn.Linear):
             raise ValueError(
                 f"{type(self).__name__}: expected the rows of {samples} samples, one after the other, got an input of "
                 f"shape {list(x.shape)}; a layer that mixes samples, or is not known to keep them in order, cannot use "
-                "an adapter for each (a call of the whole model, not compiled, finds the order)"
+                "one adapter per sample (an uncompiled call of the whole model detects the order)"
             )
         return place
 

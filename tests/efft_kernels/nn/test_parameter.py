@@ -364,5 +364,5 @@ def test_what_does_not_fit() -> None:
     assert factors.bindings == []
     adapt_parameter(module, "W", factors, Site(), "transposed")
     parametrize.register_parametrization(module, "W", nn.Identity(), unsafe=True)
-    with pytest.raises(RuntimeError, match="got another class after it was adapted; undo that first"):
+    with pytest.raises(RuntimeError, match="got another class after it was adapted; undo that change first"):
         restore_module(module)
