@@ -82,6 +82,13 @@ class EfftConfig(AdapterConfig):
     """Keep batch norms, and every other module that updates buffers in training, in eval mode. Otherwise these buffers
     change as usual, are saved with the adapter, and ``efft.remove`` restores them."""
 
+    bias: Literal["none", "all", "adapted"] = "none"
+    """Biases that are trained and saved beside the factors: "all" (those of the whole model outside the head, those of
+    normalization layers included) or "adapted" (those of the adapted layers)."""
+
+    norms: bool = False
+    """Train and save the weights and biases of all normalization layers beside the factors."""
+
     def __post_init__(self) -> None:
         self.rank = _pairs(self.rank)
         scales = self.scale
@@ -229,7 +236,7 @@ class EfftConfig(AdapterConfig):
         """Return the settings in one line, for a model card."""
         return (
             f"{self.variant} ([arXiv 2311.06749](https://arxiv.org/abs/2311.06749)), rank {self.rank}, scale\n"
-            f"{self.scale}, targets {self.targets}, cores {self.core_sharing}"
+            f"{self.scale}, targets {self.targets}, cores {self.core_sharing}{self.extras_summary()}"
         )
 
 

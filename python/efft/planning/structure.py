@@ -26,6 +26,9 @@ from efft_kernels.nn.parameter import cannot_adapt_parameter
 #: The kinds of weights, see :attr:`Weight.kind`.
 KINDS = frozenset({"linear", "convolution", "attention", "parameter", "embedding", "experts"})
 
+#: torch's normalization layers.
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.RMSNorm)
+
 
 @dataclass(frozen=True)
 class Weight:
@@ -125,7 +128,7 @@ def structure_of(model: nn.Module, head: Iterable[str] = (), share_tied: bool = 
     doubtful: list[Weight] = []
     sharing: dict[Any, list[tuple[Weight, Tensor]]] = defaultdict(list)
     for name, module in modules.items():
-        if name in inside_head or isinstance(module, (FrozenLayer, *_NORMS)):
+        if name in inside_head or isinstance(module, (FrozenLayer, *NORMS, nn.ParameterList)):
             continue
         block, tower = repeated.get(name, (None, None))
         for weight, reason in _weights_of(name, module):
@@ -171,7 +174,6 @@ def structure_of(model: nn.Module, head: Iterable[str] = (), share_tied: bool = 
     return found
 
 
-_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.RMSNorm, nn.ParameterList)
 _DOUBTFUL = "doubtful"
 
 
