@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from efft.hints import nearest
-from efft.planning.extras import BIASES
+from efft.planning.extras import Extras
 from efft.planning.names import MOST_CHARACTERS, are_short
 from efft.planning.structure import KINDS, Weight
 from efft.planning.targets import TARGETS, Target
@@ -63,11 +63,8 @@ class AdapterConfig:
     training_only: ClassVar[frozenset[str]] = frozenset({"freeze_statistics"})
     """Fields that only matter during training: a model that sets them differently can load the adapter."""
 
-    meant_before: ClassVar[Mapping[str, Any]] = {"freeze_statistics": False, "bias": "none", "norms": False}
+    meant_before: ClassVar[Mapping[str, Any]] = {"freeze_statistics": False}
     """The values that adapters without these fields stand for, because the method did not have the fields yet."""
-
-    biases: ClassVar[tuple[str, ...]] = BIASES
-    """The values that ``bias`` can have."""
 
     layer: ClassVar[type[EfftLinear]] = EfftLinear
     """The class that replaces a linear layer."""
@@ -82,8 +79,11 @@ class AdapterConfig:
     exclude: list[str]
     head: list[str] | None
     freeze_statistics: bool
-    bias: str = "none"
-    norms: bool = False
+
+    @property
+    def extras(self) -> Extras:
+        """Which parameters of the model are trained beside factors and head; none unless the method has settings."""
+        return Extras()
 
     def groups(self, model: nn.Module, targets: list[Target]) -> Sequence[Group]:
         """Return the banks of factors for the selected weights, not allocated yet.
@@ -111,11 +111,6 @@ class AdapterConfig:
     def summary(self) -> str:
         """Return the settings in one line, for a model card."""
         raise NotImplementedError
-
-    def extras_summary(self) -> str:
-        """Return what is trained beside factors and head, as the end of :meth:`summary`."""
-        parts = [f", biases {self.bias}"] if self.bias != "none" else []
-        return "".join([*parts, ", norms trained"] if self.norms else parts)
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready dict with the format version."""
@@ -158,9 +153,6 @@ class AdapterConfig:
         self._check(_is_names(self.exclude), "exclude", "a list of layer names or patterns", self.exclude)
         self._check(self.head is None or _is_names(self.head), "head", "None or a list of module names", self.head)
         self._check(isinstance(self.freeze_statistics, bool), "freeze_statistics", "a bool", self.freeze_statistics)
-        biases = self.biases
-        self._check(self.bias in biases, "bias", f"one of {', '.join(map(repr, biases))}", self.bias)
-        self._check(isinstance(self.norms, bool), "norms", "a bool", self.norms)
         known = isinstance(self.targets, str) and self.targets in TARGETS
         self._check(
             known or _is_names(self.targets),
@@ -172,6 +164,11 @@ class AdapterConfig:
             patterns = getattr(self, name)
             ok = isinstance(patterns, str) or are_short(patterns)
             self._check(ok, name, f"of at most {MOST_CHARACTERS} characters of regular expressions", patterns)
+
+    def _check_extras(self, bias: Any, norms: Any) -> None:
+        biases = ("none", "all", "adapted")
+        self._check(bias in biases, "bias", f"one of {', '.join(map(repr, biases))}", bias)
+        self._check(isinstance(norms, bool), "norms", "a bool", norms)
 
     def _check_sizes(self, *names: str, largest: int = LARGEST_SIZE) -> None:
         for name in names:

@@ -58,11 +58,11 @@ def as_in_base(model: nn.Module, base: Mapping[str, Tensor]) -> Iterator[None]:
     They are other parameters, so that a graph that was made before is not affected. Those of a model that is sharded by
     ``fully_shard``, which keeps track of its parameters, get the values themselves for that time.
     """
-    places = _places(model, base)
-    parameters = parameters_of(model, base)
-    check_known(model, base)
     if base:
         check_not_zeros(model, "disabled")
+        reshard(model)  # where parameters are whole now, the modules do not have the shards
+    check_known(model, base)
+    places, parameters = _places(model, base), parameters_of(model, base)
     sharded = {name: p for name, p in parameters.items() if hasattr(p, "full_tensor")}
     trained = {name: p.detach().clone() for name, p in sharded.items()}
     if sharded:

@@ -11,12 +11,13 @@ import re
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from efft.config import AdapterConfig
+from efft.planning.extras import Extras
 from efft.planning.structure import Weight
 from efft.planning.targets import Target
 from efft_kernels import FactorBank
@@ -54,13 +55,6 @@ class MethodConfig(AdapterConfig):
     """Keep batch norms, and whatever else updates buffers in training, in eval mode. Otherwise these buffers change as
     usual, are saved with the adapter, and ``efft.remove`` puts them back."""
 
-    bias: Literal["none", "all", "adapted"] = "none"
-    """Biases that are trained and saved beside the factors: "all" (those of the whole model outside the head, those of
-    normalization layers included) or "adapted" (those of the adapted layers)."""
-
-    norms: bool = False
-    """Train and save the weights and biases of all normalization layers beside the factors."""
-
     def __post_init__(self) -> None:
         self._check_sizes("rank")
         self._check_numbers("scale")
@@ -80,11 +74,12 @@ class MethodConfig(AdapterConfig):
 
     def summary(self) -> str:
         """The settings in a line, for a model card."""
-        shared = {"targets", "exclude", "head", "freeze_statistics", "bias", "norms"}
-        own = {f.name for f in dataclasses.fields(self)} - shared
-        settings = ", ".join(f"{f.name} {getattr(self, f.name)}" for f in dataclasses.fields(self) if f.name in own)
+        own = {f.name for f in dataclasses.fields(self)} - {"targets", "exclude", "head", "freeze_statistics"}
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name in own}
+        untrained = Extras().as_fields().items()
+        settings = ", ".join(f"{name} {value}" for name, value in values.items() if (name, value) not in untrained)
         source = f"([arXiv {self.paper}](https://arxiv.org/abs/{self.paper}))"
-        return f"{self.method} {source}, {settings}, targets {self.targets}{self.extras_summary()}"
+        return f"{self.method} {source}, {settings}, targets {self.targets}"
 
 
 @dataclass

@@ -14,6 +14,7 @@ from torch import nn
 
 from efft.config import LARGEST_NUMBER, LARGEST_SIZE, AdapterConfig, is_number, is_setting, is_size
 from efft.hints import nearest
+from efft.planning.extras import Extras
 from efft.planning.roles import trains_by_role
 from efft.planning.shapes import TensorTrain, trains_by_shape
 from efft.planning.structure import Weight
@@ -34,6 +35,7 @@ class EfftConfig(AdapterConfig):
 
     method: ClassVar[str] = "efft"
     training_only: ClassVar[frozenset[str]] = AdapterConfig.training_only | {"init", "core_init", "dropout"}
+    meant_before: ClassVar[Mapping[str, Any]] = {**AdapterConfig.meant_before, **Extras().as_fields()}
     kinds: ClassVar[frozenset[str]] = AdapterConfig.kinds | {"experts"}
 
     variant: Literal["efft1", "efft2"] = "efft2"
@@ -121,6 +123,11 @@ class EfftConfig(AdapterConfig):
         self._check(known, "trainable_scale", of_scales, self.trainable_scale)
         self.trainable_scale = "group" if self.trainable_scale is True else self.trainable_scale
         self._check_layers()
+        self._check_extras(self.bias, self.norms)
+
+    @property
+    def extras(self) -> Extras:
+        return Extras(self.bias, self.norms)
 
     def rank_of(self, group: str, kind: str) -> tuple[int, int]:
         """Return (r1, r2) of a group."""
@@ -236,7 +243,7 @@ class EfftConfig(AdapterConfig):
         """Return the settings in one line, for a model card."""
         return (
             f"{self.variant} ([arXiv 2311.06749](https://arxiv.org/abs/2311.06749)), rank {self.rank}, scale\n"
-            f"{self.scale}, targets {self.targets}, cores {self.core_sharing}{self.extras_summary()}"
+            f"{self.scale}, targets {self.targets}, cores {self.core_sharing}{self.extras.describe()}"
         )
 
 

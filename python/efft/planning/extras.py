@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -10,20 +11,35 @@ from torch.nn.parameter import is_lazy
 from efft.planning.structure import NORMS, Weight
 from efft_kernels.nn.frozen import is_plain
 
-#: Which biases can be trained: none, all outside the head, or those of the adapted layers.
-BIASES = ("none", "all", "adapted")
+
+class Extras(NamedTuple):
+    """Which parameters of a model are trained beside factors and head.
+
+    Attributes:
+        bias: "none", "all" (the biases of the whole model outside the head), or "adapted" (those of adapted layers). A
+            bias is a parameter of one dimension that is called ``bias``, or whose name ends in ``_bias``
+            (``in_proj_bias``).
+        norms: whether the weights and biases of normalization layers (:func:`is_norm`) are.
+    """
+
+    bias: str = "none"
+    norms: bool = False
+
+    def as_fields(self) -> dict[str, Any]:
+        """Return them as fields of a configuration."""
+        return self._asdict()
+
+    def describe(self) -> str:
+        """Return ", biases ..., norms" for the end of a line of settings; nothing where none are trained."""
+        return ("" if self.bias == "none" else f", biases {self.bias}") + (", norms" if self.norms else "")
 
 
-def find_extras(
-    model: nn.Module, bias: str, norms: bool, weights: Mapping[str, Weight], head: Iterable[str]
-) -> dict[str, int]:
+def find_extras(model: nn.Module, wanted: Extras, weights: Mapping[str, Weight], head: Iterable[str]) -> dict[str, int]:
     """Return the parameters of the model to train beside factors and head, with their number of entries.
 
     Args:
         model: not adapted; it may be on the meta device.
-        bias: one of :data:`BIASES`. A bias is a parameter of one dimension that is called ``bias``, or whose name ends
-            in ``_bias`` (``in_proj_bias``).
-        norms: whether the weights and biases of normalization layers (:func:`is_norm`) are trained.
+        wanted: which parameters.
         weights: the adapted weights.
         head: names of the modules that are trained as a whole.
 
@@ -33,7 +49,8 @@ def find_extras(
     Raises:
         ValueError: the model has no such parameters, or one of them cannot be trained.
     """
-    if bias == "none" and not norms:
+    bias, norms = wanted
+    if wanted == Extras():
         return {}
     seen = {id(p) for name in head for p in model.get_submodule(name).parameters()}
     of_adapted = _biases_of(model, weights)

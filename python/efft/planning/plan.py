@@ -150,7 +150,7 @@ def make_plan(model: nn.Module, config: AdapterConfig, share_tied: bool = False)
     ordered = dict(sorted(left_out.items(), key=lambda item: -item[1]))
     weights, tied = _with_tied(structure, weights)
     between = {name: size for name, size in structure.sizes.items() if name not in sizes}
-    extras = find_extras(model, config.bias, config.norms, weights, head)
+    extras = find_extras(model, config.extras, weights, head)
     return Plan(groups, head, weights, ordered, reasons, sum(sizes.values()), tied, between, extras)
 
 

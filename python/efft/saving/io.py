@@ -23,6 +23,7 @@ from efft.adapting.sharding import check_not_zeros, copy_whole_, once, reshard, 
 from efft.adapting.wrappers import check_unwrapped, plain_name, unwrap
 from efft.config import FORMAT_VERSION, AdapterConfig
 from efft.methods import config_from_dict, config_type
+from efft.planning.extras import Extras
 from efft.planning.plan import Plan, check_saved_plan, plan_of_file
 from efft.saving import files, fingerprint
 from efft.saving.base import base_problems, describe_base
@@ -119,6 +120,11 @@ def load_described(model: nn.Module, folder: Path, description: dict[str, Any], 
         raise ValueError(
             f"{folder / CONFIG} is not an EFFT adapter configuration: its 'head' {description['head']} is not the one "
             f"in its 'config', {config.head}"
+        )
+    if description["extras"] and config.extras == Extras():
+        raise ValueError(
+            f"{folder / CONFIG} is not an EFFT adapter configuration: it has 'extras', which its 'config' does not "
+            "train (bias, norms)"
         )
     config.head = description["head"]
     check_not_zeros(model, "load_adapter")
@@ -275,9 +281,6 @@ def _check_description(description: Any) -> None:
         saved = description.get(key, [])
         if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
             raise ValueError(f"{key!r} must be a list of names")
-    config = description["config"]
-    if description.get("extras") and config.get("bias", "none") == "none" and not config.get("norms", False):
-        raise ValueError("it has 'extras', which its 'config' does not train (bias, norms)")
     if not isinstance(description.get("info", {}), dict):
         raise ValueError("'info' must be an object")
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from efft.adapting.heads import find_head
 from efft.integrations.peft.config import EfftPeftConfig
+from efft.planning.extras import Extras, find_extras
 from efft.planning.names import matcher
 from efft.planning.plan import Plan, make_plan, warn_of_untouched
 from efft.planning.structure import Weight, structure_of
@@ -63,6 +64,16 @@ def plan_adapter(model: nn.Module, config: EfftPeftConfig) -> Plan:
             "give names of its layers, their ends, a regular expression of whole names, or 'all-linear'"
         )
     return _plan_of(model, config, names, head)
+
+
+def trained_norms(model: nn.Module, head: Iterable[str]) -> list[str]:
+    """Return the names of the normalization layers outside the head.
+
+    Raises:
+        ValueError: there are none.
+    """
+    trained = find_extras(model, Extras(norms=True), {}, head)
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in trained))
 
 
 def exclusion(config: EfftPeftConfig, name: str) -> Any:
