@@ -67,13 +67,14 @@ def plan_adapter(model: nn.Module, config: EfftPeftConfig) -> Plan:
 
 
 def trained_norms(model: nn.Module, head: Iterable[str]) -> list[str]:
-    """Return the names of the normalization layers outside the head.
+    """Return the names of the normalization layers outside the head, in which those of a saved adapter are already.
 
     Raises:
-        ValueError: there are none.
+        ValueError: the model has none at all.
     """
-    trained = find_extras(model, Extras(norms=True), {}, head)
-    return list(dict.fromkeys(name.rpartition(".")[0] for name in trained))
+    trained = find_extras(model, Extras(norms=True), {}, [])
+    inside = tuple(f"{name}." for name in head)
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in trained if not name.startswith(inside)))
 
 
 def exclusion(config: EfftPeftConfig, name: str) -> Any:
