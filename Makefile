@@ -87,7 +87,7 @@ format: $(VENV)/.efft-dev ## Format the code and apply safe fixes
 	$(RUN) ruff format
 	$(BIN)/clang-format -i $(SOURCES)
 
-bench: extension ## Measure layers, models, memory, inference, quantised bases and scaling: hours, alone on the machine
+bench: extension ## Measure layers, models, memory, inference, quantized bases and scaling: hours, alone on the machine
 	$(RUN) benchmarks ops $(ARGS)
 	$(RUN) benchmarks model $(ARGS)
 	$(RUN) benchmarks memory $(ARGS)

@@ -24,7 +24,7 @@ Kernels = list[tuple[str, float]]
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer: its sizes, how many matrices are fused in it, and which neighbours a kernel of ours could be:
+    """A linear layer: its sizes, how many matrices are fused in it, and which neighbors a kernel of ours could be:
     ``front``, what makes x and takes dx ("norm", "gelu", or "": not ours); ``owns_gy``, the GELU that makes gy."""
 
     name: str
@@ -122,7 +122,7 @@ class Case:
         """dx += dh Dᵀ by the kernel that takes dx, where that can be ours."""
         return 1e6 * self.h / self.machine.bandwidth if self.layer.owns_x else self.add_down()
 
-    def neighbour(self, *, slope_in_epilogue: bool = False) -> float:
+    def neighbor(self, *, slope_in_epilogue: bool = False) -> float:
         """The LayerNorm or GELU in front: forward reads and writes x, backward reads x and its gradient and writes one.
 
         A GELU's slope may be taken in the epilogue of the product that makes dx: what is left is one read of x.
@@ -222,14 +222,14 @@ def lorafusion(c: Case) -> tuple[Kernels, Kernels]:
 
 
 def augmented(c: Case) -> tuple[Kernels, Kernels]:
-    """[x, h] [W, Gᵀ]ᵀ and gy [W, Gᵀ] by the vendor, neighbours make h and take dh Dᵀ"""
+    """[x, h] [W, Gᵀ]ᵀ and gy [W, Gᵀ] by the vendor, neighbors make h and take dh Dᵀ"""
     copy: Kernels = [] if c.layer.owns_x else [("copy x", c.machine.memory(2 * c.x))]
     forward = [("refresh G", c.refresh()), ("h", c.h_before()), *copy, ("[x, h] [W, Gᵀ]ᵀ", c.forward(k_more=c.rank))]
     return forward, [("gy [W, Gᵀ]", c.dx(n_more=c.rank)), *c.reductions(), ("dh Dᵀ", c.down_after())]
 
 
 def augmented_alone(c: Case) -> tuple[Kernels, Kernels]:
-    """the same with no neighbour of ours: x is copied"""
+    """the same with no neighbor of ours: x is copied"""
     copy = c.machine.memory(2 * c.x)
     forward = [("refresh G", c.refresh()), ("x D", c.h_alone()), ("copy x", copy)]
     backward = [("gy [W, Gᵀ]", c.dx(n_more=c.rank)), *c.reductions(), ("dx += dh Dᵀ", c.add_down())]
@@ -295,7 +295,7 @@ def best(c: Case) -> tuple[Kernels, Kernels]:
     return min((design(c) for design in (augmented, recompute, one_pass, own_forward)), key=microseconds)
 
 
-def neighbours(c: Case) -> tuple[Kernels, Kernels]:
+def neighbors(c: Case) -> tuple[Kernels, Kernels]:
     """best, with dD and dG moved into the backward of LayerNorm and GELU"""
     if not c.layer.owns_x:
         return best(c)
@@ -303,7 +303,7 @@ def neighbours(c: Case) -> tuple[Kernels, Kernels]:
     moved = c.layer.d_in + (c.layer.d_out if c.layer.owns_gy else 0)
     inside = 1e6 * c.tokens * c.rank * moved / (0.3 * c.machine.flops)
     alone: Kernels = [("dG", c.machine.memory(left + c.h, left * c.rank))] if left else []
-    backward = [("gy [W, Gᵀ]", c.dx(n_more=c.rank)), *alone, ("dC, dV", c.tiny), ("dG, dD in neighbours", inside)]
+    backward = [("gy [W, Gᵀ]", c.dx(n_more=c.rank)), *alone, ("dC, dV", c.tiny), ("dG, dD in neighbors", inside)]
     return augmented(c)[0], [*backward, ("dh Dᵀ", c.down_after())]
 
 
@@ -336,7 +336,7 @@ DESIGNS: dict[str, Design] = {
     "merged": merged,
     "own-forward": own_forward,
     "best": best,
-    "neighbours": neighbours,
+    "neighbors": neighbors,
     "ideal": ideal,
 }
 
@@ -353,7 +353,7 @@ def block_times(machine: Machine, tokens: int, rank: int, layers: Sequence[Layer
         cases = [Case(machine, layer, tokens, rank) for layer in layers]
         times[name] = {case.layer.name: microseconds(design(case)) for case in cases}
         times[name]["block"] = sum(times[name].values())
-        fronts = sum(case.neighbour(slope_in_epilogue=name == "fused:triton") for case in cases)
+        fronts = sum(case.neighbor(slope_in_epilogue=name == "fused:triton") for case in cases)
         times[name]["with norms and GELU"] = times[name]["block"] + fronts
     return times
 

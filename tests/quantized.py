@@ -1,4 +1,4 @@
-"""Ways to quantise linear layers: a tensor subclass as small as one can be, and torchao's where that is installed."""
+"""Ways to quantize linear layers: a tensor subclass as small as one can be, and torchao's where that is installed."""
 
 from __future__ import annotations
 
@@ -45,21 +45,21 @@ class Int8(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (torch.ops.aten.detach.default, torch.ops.aten.clone.default, torch.ops.aten._to_copy.default):
             return cls(func(args[0].q), args[0].row_scale.clone())
-        raise NotImplementedError(f"{func} of a quantised weight")
+        raise NotImplementedError(f"{func} of a quantized weight")
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"Int8({list(self.shape)})"
 
 
 def to_int8(linear: nn.Linear) -> None:
-    """Quantise one layer in place by :class:`Int8`."""
+    """Quantize one layer in place by :class:`Int8`."""
     W = linear.weight.detach()
     row_scale = W.abs().amax(1, keepdim=True) / 127
     linear.weight = nn.Parameter(Int8((W / row_scale).round().to(torch.int8), row_scale), requires_grad=False)
 
 
 def torchao(config: str) -> Callable[[nn.Linear], None]:
-    """Quantise one layer in place by a configuration of torchao."""
+    """Quantize one layer in place by a configuration of torchao."""
 
     def quantize(linear: nn.Linear) -> None:
         library = pytest.importorskip("torchao.quantization", reason="needs torchao")
@@ -69,7 +69,7 @@ def torchao(config: str) -> Callable[[nn.Linear], None]:
 
 
 def to_nf4(linear: nn.Linear) -> None:
-    """Quantise one layer in place to torchao's 4-bit normal floats, in blocks that tiny layers have too."""
+    """Quantize one layer in place to torchao's 4-bit normal floats, in blocks that tiny layers have too."""
     library = pytest.importorskip("torchao.quantization", reason="needs torchao")
     linear.weight = nn.Parameter(library.to_nf4(linear.weight.detach(), 16, 4), requires_grad=False)
 

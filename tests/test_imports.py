@@ -48,7 +48,7 @@ def test_the_block_works() -> None:
 def test_imports_with_torch_alone(packages: str, unwanted: set[str]) -> None:
     program = (
         f"import {packages}, torch\n"
-        "assert not torch.cuda.is_initialized(), 'CUDA was initialised'\n"
+        "assert not torch.cuda.is_initialized(), 'CUDA was initialized'\n"
         f"print(sorted({unwanted} & {{name.partition('.')[0] for name in sys.modules}}))"
     )
     done = fresh(program)

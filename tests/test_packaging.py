@@ -95,7 +95,7 @@ def test_wheel_metadata(metadata: Message) -> None:
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["License-File"] == "LICENSE"
     assert metadata["Requires-Python"] == ">=3.10"
-    assert metadata.get_all("Provides-Extra") == ["vision", "train", "compare", "hf", "triton", "docs", "dev"]
+    assert metadata.get_all("Provides-Extra") == ["vision", "train", "compare", "render", "hf", "triton", "docs", "dev"]
 
 
 @pytest.mark.slow

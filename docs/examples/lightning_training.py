@@ -14,7 +14,7 @@ class Classifier(lightning.LightningModule):
 
     def __init__(self):
         super().__init__()
-        self.model = timm.create_model("test_vit", num_classes=4)  # in earnest: a pretrained one
+        self.model = timm.create_model("test_vit", num_classes=4)  # for real work: a pretrained one
         efft.apply(self.model, efft.EfftConfig(rank=8, scale=2.0))
         self.losses = []
 

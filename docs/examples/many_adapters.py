@@ -1,4 +1,4 @@
-"""A batch in which every sample uses another adapter, by one call a layer."""
+"""A batch in which every sample uses another adapter, with one call per layer."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Merge an adapter for inference, and export the merged model by torch.export."""
+"""Merge an adapter for inference, and export the merged model with torch.export."""
 
 import timm
 import torch

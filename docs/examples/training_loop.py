@@ -12,7 +12,7 @@ images = torch.randn(16, 3, 160, 160)
 labels = torch.arange(16) % 4
 images += 0.5 * torch.randn(4, 3, 160, 160)[labels]  # something to learn
 
-model = timm.create_model("test_vit", num_classes=4)  # in earnest: a pretrained one
+model = timm.create_model("test_vit", num_classes=4)  # for real work: a pretrained one
 base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 efft.apply(model, efft.EfftConfig(rank=8, scale=2.0))
 optimizer = torch.optim.AdamW(efft.parameter_groups(model, lr=1e-2, weight_decay=1e-4))

@@ -81,7 +81,7 @@ def tt_linear(
     """Linear layer plus low-rank delta, ``y = x Wᵀ + b + (x D) G``, without ever building ``D G``.
 
     Any tensor-train update whose chain has one bond between its input and output sides is this op once its cores are
-    contracted (:func:`tt_contract`): for EFFT, ``D`` is ``U`` and ``G`` is ``s·C·V`` (Chen et al., arXiv 2311.06749).
+    contracted (:func:`tt_contract`): for EFFT, ``D`` is ``U`` and ``G`` is ``s·C·V`` (Chen, arXiv 2311.06749).
     A fused qkv projection is one call with ``d_out = 3 d`` and ``G = [C_q V | C_k V | C_v V]``.
 
     Args:

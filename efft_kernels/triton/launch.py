@@ -49,7 +49,7 @@ class GemmTile:
         return self.stages * (self.m + self.n) * self.k * element_size + staged
 
 
-#: Origin: tiles that public bf16 GEMMs use on these architectures, their speeds modelled, not measured.
+#: Origin: tiles that public bf16 GEMMs use on these architectures, their speeds modeled, not measured.
 HALF_TILES = (
     GemmTile(128, 256, 64, 8, 3, 1.0, capability=9, slopes=()),
     GemmTile(128, 128, 64, 8, 3, 0.9),
@@ -59,7 +59,7 @@ HALF_TILES = (
 )
 #: With TMA. Origin: an H100, bf16, Triton 3.6; the eight products of a step of ViT-B's layers (12608 tokens, rank 32)
 #: take 728 us with the first, 737 us with 3 stages and the output in one piece, 775 us with the second (808 us with 8
-#: warps), whose speed is the low end of 0.79 to 0.89. Speeds of the smaller tiles are modelled, not measured.
+#: warps), whose speed is the low end of 0.79 to 0.89. Speeds of the smaller tiles are modeled, not measured.
 TMA_TILES = (
     GemmTile(128, 256, 64, 8, 4, 1.0, capability=9, slopes=("gelu",)),
     GemmTile(128, 128, 64, 4, 4, 0.8, capability=9, slopes=()),
@@ -67,9 +67,9 @@ TMA_TILES = (
     GemmTile(64, 128, 32, 4, 3, 0.6, capability=9),
     GemmTile(64, 64, 32, 4, 4, 0.45, capability=9),
 )
-#: fp32 without tensor cores: the accumulator is what registers are for. Modelled likewise.
+#: fp32 without tensor cores: the accumulator is what registers are for. Modeled likewise.
 FP32_TILES = (GemmTile(32, 64, 16, 4, 2, 1.0, slopes=()), GemmTile(32, 32, 16, 4, 2, 0.7))
-#: fp32 rounded to TF32 on the way into the tensor cores, by the user's choice in torch. Modelled likewise.
+#: fp32 rounded to TF32 on the way into the tensor cores, by the user's choice in torch. Modeled likewise.
 TF32_TILES = (GemmTile(128, 128, 32, 8, 3, 1.0, slopes=()), GemmTile(64, 64, 32, 4, 3, 0.5))
 
 #: Columns of H that the tail of the product takes at once: few registers are left beside a full accumulator.
@@ -105,7 +105,7 @@ def tiles(A: Tensor, *, tma: bool = False) -> Sequence[GemmTile]:
 def gemm_tile(A: Tensor, N: int, *, tma: bool = False, slope: str = "none") -> GemmTile:
     """The tile for A [M, K] or [samples, M, K] times [K, N], with the ``slope`` of a GELU in its epilogue or "none".
 
-    It is the one of the least modelled time: the number of waves of programs, times the size of the tile, over its
+    It is the one of the least modeled time: the number of waves of programs, times the size of the tile, over its
     speed.
     """
     gpu, samples = device(A.device), A.shape[:-2].numel()

@@ -1,5 +1,4 @@
-"""The paper's settings by architecture (ranks of its public code; ViT-B at the maximum rank, which gives its 0.28
-%)."""
+"""The paper's settings by architecture: the ranks of its public code, and for ViT-B the rank that gives its 0.28 %."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ _STAGES = range(4)
 
 
 def _swin(attention: int, mlp: int) -> dict[str, int | tuple[int, int]]:
-    """Ranks that double with the stage's width; the MLP cores are rectangular, [m, 2 m]."""
+    """Return ranks that double with the width of the stage. The MLP cores are rectangular, [m, 2 m]."""
     ranks: dict[str, int | tuple[int, int]] = {}
     for i in _STAGES:
         ranks[f"stage{i + 1}_mhsa"] = attention << i
@@ -31,19 +30,18 @@ _RANKS: dict[str, int | dict[str, int | tuple[int, int]]] = {
 
 
 def paper_config(architecture: str, variant: Literal["efft1", "efft2"] = "efft2", **changes: Any) -> EfftConfig:
-    """The paper's configuration for an architecture, given by timm name or its beginning (``swin_base...``).
+    """Return the paper's configuration for an architecture, given by its timm name or the beginning (``swin_base...``).
 
-    ``changes`` override fields. Swin has no efft1 setting: its two kinds of group have different ranks.
+    ``changes`` override fields. Swin has no efft1 setting, because its two kinds of groups have different ranks.
 
     Raises:
-        ValueError: an architecture the paper's code has no ranks for.
+        ValueError: the paper's code has no ranks for the architecture.
     """
     family = next((name for name in _RANKS if architecture.startswith(name)), None)
     if family is None or (variant == "efft1" and family.startswith("swin")):
         raise ValueError(
             f"the paper's code has no {variant} ranks for {architecture!r}; it has efft2 for {', '.join(_RANKS)} and "
-            f"efft1 for "
-            "the vit_ ones. Set EfftConfig(rank=...) yourself"
+            "efft1 for the vit_ ones. Set EfftConfig(rank=...) yourself"
         )
     fields: dict[str, Any] = {"variant": variant, "rank": _RANKS[family]}
     if family.startswith("swin"):

@@ -1,4 +1,4 @@
-"""Quantised backbones are measured with the adapter on them, and what cannot run here is named."""
+"""Quantized backbones are measured with the adapter on them, and what cannot run here is named."""
 
 from pathlib import Path
 

@@ -30,7 +30,7 @@ BLOCK = {
     "merged": (1.27, 1.28, 1.31),
     "own-forward": (1.30, 1.32, 1.37),
     "best": (1.26, 1.28, 1.34),
-    "neighbours": (1.18, 1.21, 1.28),
+    "neighbors": (1.18, 1.21, 1.28),
     "ideal": (1.04, 1.08, 1.16),
 }
 #: Microseconds by layer at rank 16.
@@ -39,7 +39,7 @@ LAYERS = {
     "paper": (560.3, 185.3, 575.4, 521.9),
     "naive": (212.1, 92.2, 272.8, 273.3),
     "lorafusion": (177.7, 81.0, 226.1, 232.9),
-    "neighbours": (153.2, 65.3, 182.4, 181.9),
+    "neighbors": (153.2, 65.3, 182.4, 181.9),
 }
 
 
@@ -71,7 +71,7 @@ def test_microseconds_by_layer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("machine", "best", "neighbours"),
+    ("machine", "best", "neighbors"),
     [
         (Machine(fixed=0.0), 1.23, 1.15),
         (Machine(fixed=4.0), 1.29, 1.20),
@@ -81,11 +81,11 @@ def test_microseconds_by_layer() -> None:
     ],
     ids=str,
 )
-def test_assumptions_move_the_block_as_they_did(machine: Machine, best: float, neighbours: float | None) -> None:
+def test_assumptions_move_the_block_as_they_did(machine: Machine, best: float, neighbors: float | None) -> None:
     times = block_times(machine, TOKENS, 16, vit_block(768))
     assert times["best"]["block"] / times["floor"]["block"] == pytest.approx(best, abs=0.0051)
-    if neighbours is not None:
-        assert times["neighbours"]["block"] / times["floor"]["block"] == pytest.approx(neighbours, abs=0.0051)
+    if neighbors is not None:
+        assert times["neighbors"]["block"] / times["floor"]["block"] == pytest.approx(neighbors, abs=0.0051)
 
 
 def test_calibrated_at_the_square_product() -> None:

@@ -5,7 +5,7 @@
 
 A fault is what must not happen: a compile error (launch.h checks dynamic shared memory there), registers spilled or a
 stack frame, a kernel of 16-bit products without tensor-core instructions or without asynchronous copies, a note of the
-compiler's that it serialised them. It says nothing about speed or correct results.
+compiler's that it serialized them. It says nothing about speed or correct results.
 """
 
 from __future__ import annotations

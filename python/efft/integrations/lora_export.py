@@ -1,4 +1,4 @@
-"""Export to a LoRA checkpoint of ``peft``, exactly: ``A = Dᵀ`` and ``B = Gᵀ`` of every adapted layer, scaling 1."""
+"""Exact export to a LoRA checkpoint of ``peft``: ``A = Dᵀ`` and ``B = Gᵀ`` of every adapted layer, with scaling 1."""
 
 from __future__ import annotations
 
@@ -27,39 +27,39 @@ from efft_kernels.nn.experts import EXPERT_VIEWS
 from efft_kernels.nn.linear import AdaptedLayer
 from efft_kernels.nn.parameter import AdaptedParameter, adapted_weights_of
 
-#: What peft puts before the names of the base's modules.
+#: Prefix that peft adds to the names of the base's modules.
 PREFIX = "base_model.model."
-#: Layers that peft, on models with experts as parameters, takes for those that the experts once consisted of.
+#: In models with experts as parameters peft takes layers of these names for parts of the experts, as they once were.
 _OF_FORMER_EXPERTS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 _MERGE = "merge the update instead (efft.merged_state_dict)"
 
 
 @torch.no_grad()
 def export_lora(model: nn.Module, folder: str | os.PathLike[str], base_model: str | None = None) -> Path:
-    """Write an adapted model's update and head as a LoRA checkpoint, for anything that reads those of ``peft``.
+    """Write an adapted model's update and head as a LoRA checkpoint, for every program that reads those of ``peft``.
 
     Nothing is approximated: the update of a layer is ``D G`` of rank r, so ``lora_A [r, in_features]`` is ``Dᵀ`` and
     ``lora_B [out_features, r]`` is ``Gᵀ`` with s inside, both in the factors' dtype; ``lora_alpha = r`` makes peft's
-    scaling 1. The file is larger than the adapter's own: LoRA shares nothing between layers.
-    ``peft.PeftModel.from_pretrained(base, folder)`` loads it, without this library. What is not a layer of its own, as
-    the experts of a mixture, is among its ``target_parameters``, with factors of every expert's own. Modules whose
-    buffers training changed, such as batch norms, are written whole, like the head, and so are trained normalization
-    layers. Trained biases are written as ``bias="all"`` or ``"lora_only"`` of peft does; it puts them into the base
-    that it loads the checkpoint onto.
+    scaling 1. The file is larger than the adapter's own, because LoRA shares nothing between layers.
+    ``peft.PeftModel.from_pretrained(base, folder)`` loads it, without this library. Weights that are not layers, such
+    as the experts of a mixture, are in its ``target_parameters``, and every expert has its own factors there. Modules
+    whose buffers training changed, such as batch norms, are written whole, like the head, and so are trained
+    normalization layers. Trained biases are written as with ``bias="all"`` or ``"lora_only"`` of peft, which puts them
+    into the base that it loads the checkpoint onto.
 
     Args:
-        model: adapted by :func:`efft.apply`; may be merged.
-        folder: made if needed; a LoRA checkpoint in it is replaced. Killed meanwhile, the folder lacks the
-            configuration, and nothing loads.
-        base_model: name or path of the base to record; by default what a model of transformers was loaded from.
+        model: adapted by :func:`efft.apply`; it may be merged.
+        folder: created if needed; a LoRA checkpoint in it is replaced. If the process is killed meanwhile, the folder
+            has no configuration, and nothing loads.
+        base_model: name or path of the base to record; by default that from which a model of transformers was loaded.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: the model is not adapted, or by a method that updates no weight; it is sharded; ``folder`` holds an
-            adapter of another method; a layer computes with another weight than the stored one; peft would understand
-            the names of layers and head differently, or does not know a trained bias for one.
+        ValueError: the model is not adapted, is adapted by a method that does not update weights, or is sharded;
+            ``folder`` holds an adapter of another method; a layer does not compute with its stored weight; peft would
+            interpret the names of layers and head differently; or a bias was trained that peft does not know.
     """
     model = unwrap(model)
     adapter, folder = adapter_of(model), Path(folder)
@@ -79,7 +79,7 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], base_model: st
         tensors.update({f"{PREFIX}{key}": tensor for key, tensor in _pair(name, layer, D, G).items()})
     tensors.update({f"{PREFIX}{name}": tensor for name, tensor in head_tensors(model, head).items()})
     tensors.update({f"{PREFIX}{_name_of_bias(model, name)}": bias for name, bias in biases.items()})
-    # A copy each: D is one tensor in all layers, which safetensors refuses.
+    # Copies, since layers share D and safetensors refuses shared tensors.
     content = serialize({n: t.clone(memory_format=torch.contiguous_format).cpu() for n, t in tensors.items()})
     parameters = [name for name, layer in layers.items() if isinstance(layer, AdaptedParameter)]
     bias = {"adapted": "lora_only"}.get(adapter.config.extras.bias, adapter.config.extras.bias)
@@ -89,7 +89,7 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], base_model: st
 
 
 def _changed_modules(model: nn.Module, adapter: Adapter, layers: Mapping[str, AdaptedWeight]) -> list[str]:
-    """The modules outside the head with buffers that training changed: peft stores modules, not buffers."""
+    """Return the modules outside the head with buffers that training changed: peft stores modules, not buffers."""
     changed = buffers.changed(model, adapter.head, adapter._base_buffers)
     modules = dict.fromkeys(name.rpartition(".")[0] for name in changed)
     for name in modules:
@@ -124,8 +124,11 @@ def _name_of_bias(model: nn.Module, name: str) -> str:
 
 
 def _saved_by_peft(model: nn.Module, head: list[str], layers: Mapping[str, AdaptedWeight]) -> list[str]:
-    """The modules to store as peft's ``modules_to_save``: no lists, but what they hold; and whatever else has a name
-    that ends like theirs, which peft takes for them, and misses in the file otherwise."""
+    """Return the modules to store as peft's ``modules_to_save``.
+
+    Lists are replaced by the modules that they hold. Modules whose names end like those of others are added, because
+    peft takes them for these and would miss them in the file.
+    """
     names: list[str] = []
     for name in head:
         module = model.get_submodule(name)
@@ -134,32 +137,34 @@ def _saved_by_peft(model: nn.Module, head: list[str], layers: Mapping[str, Adapt
         else:
             names.append(name)
     for name in map(plain_name, dict(model.named_modules()) if layers else ()):
-        inside = any(f"{other}.".startswith(f"{name}.") for other in layers)  # _check_names tells of it
+        inside = any(f"{other}.".startswith(f"{name}.") for other in layers)  # _check_names refuses these
         if not inside and name.endswith(tuple(names)) and not any(f"{name}.".startswith(f"{n}.") for n in names):
             names.append(name)
     return names
 
 
 def _pair(name: str, layer: AdaptedWeight, D: Tensor, G: Tensor) -> dict[str, Tensor]:
-    """What peft calls ``lora_A`` and ``lora_B``, by its names, for D [in_features, r] and G [r, out_features]."""
+    """Return peft's ``lora_A`` and ``lora_B``, by its names, for D [in_features, r] and G [r, out_features]."""
     if isinstance(layer, AdaptedParameter):
         return _pair_of_parameter(name, layer, D, G)
     A, B = D.t(), G.t()
     if isinstance(layer, nn.Embedding):
         return {f"{name}.lora_embedding_A": A, f"{name}.lora_embedding_B": B}
-    if isinstance(layer, nn.modules.conv._ConvNd):  # peft's are a kernel and one of one entry
+    if isinstance(layer, nn.modules.conv._ConvNd):  # peft has a kernel of this shape and a 1 x 1 kernel
         if layer.groups > 1:
-            raise ValueError(f"{name} is a convolution in groups, whose update is none of peft's; {_MERGE}")
+            raise ValueError(f"{name} is a grouped convolution, for which peft has no such update; {_MERGE}")
         A, B = A.unflatten(1, layer.weight.shape[1:]), B[(..., *[None] * (layer.weight.dim() - 2))]
     return {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
 
 
 def _pair_of_parameter(name: str, layer: AdaptedParameter, D: Tensor, G: Tensor) -> dict[str, Tensor]:
-    """The same of one of peft's ``target_parameters``: A is the side of the last dimension, except that of experts
-    whose module says ``is_transposed`` it is that of the one before."""
+    """Return A and B of one of peft's ``target_parameters``.
+
+    A belongs to the last dimension or, for experts whose module sets ``is_transposed``, to the one before.
+    """
     owner, _, parameter = name.rpartition(".")
     turned = layer.view in ("transposed", EXPERT_VIEWS[True])
-    if isinstance(layer, ExpertWeight):  # peft has factors of each expert's own: those of A below each other
+    if isinstance(layer, ExpertWeight):  # peft has factors for each expert: those of A are stacked
         inside, outside = D.t().expand(len(G), -1, -1), G.transpose(1, 2)  # [experts, r, d_in], [experts, d_out, r]
         if turned and not getattr(layer.module, "is_transposed", False):
             inside, outside = outside.transpose(1, 2), inside.transpose(1, 2)
@@ -167,8 +172,10 @@ def _pair_of_parameter(name: str, layer: AdaptedParameter, D: Tensor, G: Tensor)
     elif layer.stored.dim() == 2:
         A, B = (G, D) if turned else (D.t(), G.t())
     else:
-        raise ValueError(f"{name} has {layer.stored.dim()} dimensions, and peft takes it for no matrix; {_MERGE}")
-    # One wrapper around another: the module's first parameter is the innermost.
+        raise ValueError(
+            f"{name} has {layer.stored.dim()} dimensions, and peft does not take it for a matrix; {_MERGE}"
+        )
+    # peft nests its wrappers: that of the module's first parameter is the innermost.
     adapted = cast(Any, layer.module).adapted_parameters
     order = [n for n in layer.module._parameters if n in adapted]
     depth = len(order) - 1 - order.index(parameter)
@@ -179,9 +186,9 @@ def _pair_of_parameter(name: str, layer: AdaptedParameter, D: Tensor, G: Tensor)
 def _config(
     ranks: dict[str, int], parameters: list[str], head: list[str], bias: str, base_model: str | None
 ) -> dict[str, Any]:
-    """peft's ``LoraConfig``; the fields that are not here have their defaults."""
+    """Return the settings of peft's ``LoraConfig``. Fields that are missing have their defaults."""
     (usual, _), *_ = Counter(ranks.values()).most_common(1)
-    # peft takes the first key that ends a layer's name: longer names go first, those of the usual rank among them.
+    # peft takes the first key that a layer's name ends with: longer names go first, also those of the usual rank.
     longest_first = dict(sorted(ranks.items(), key=lambda item: -len(item[0])))
     others = longest_first if len(set(ranks.values())) > 1 else {}
     return {
@@ -201,7 +208,10 @@ def _config(
 
 
 def _check_names(model: nn.Module, layers: Mapping[str, AdaptedWeight], head: list[str]) -> None:
-    """peft adapts a layer at one of its places, and trains every module whose name *ends* like one of the head's."""
+    """Raise ValueError if peft would adapt or train other modules.
+
+    It adapts a layer at one of its places, and trains every module whose name *ends* like one of the head's.
+    """
     names: dict[Any, str] = {}
     for name, layer in layers.items():
         if isinstance(layer, AdaptedParameter):
@@ -248,7 +258,7 @@ def _check_names(model: nn.Module, layers: Mapping[str, AdaptedWeight], head: li
 
 
 def _check_replaceable(path: Path) -> None:
-    """Never overwrite the adapter that the checkpoint comes from."""
+    """Raise ValueError if ``path`` belongs to an adapter of another method, as that the checkpoint comes from."""
     try:
         method = read_json(path).get("peft_type", "EFFT") if path.exists() else "LORA"
     except (ValueError, AttributeError):

@@ -1,4 +1,4 @@
-"""Import of LoRA checkpoints of ``peft``, exactly: ``A = lora_Aᵀ`` and ``B = lora_Bᵀ`` of every layer."""
+"""Exact import of LoRA checkpoints of ``peft``: ``A = lora_Aᵀ`` and ``B = lora_Bᵀ`` of every layer."""
 
 from __future__ import annotations
 
@@ -33,20 +33,22 @@ Value = TypeVar("Value")
 
 _LAYER = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_[AB]\.weight")
 
-#: Settings that a checkpoint's numbers do not depend on: how it came about, and how peft finds its layers.
+#: Settings that do not affect the numbers of a checkpoint: how it was made, and how peft finds its layers.
 _ASIDE = {
     *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "inference_mode"),
     *("lora_dropout", "eva_config", "megatron_core", "qalora_group_size"),
 }
-#: Those that are read here; beyond them a setting must not be set.
+#: Settings that are read here. No other setting may be set.
 _READ = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save"}
 #: What peft calls the biases that are trained.
 _BIASES: dict[str | None, Literal["none", "all", "adapted"]] = {
-    **{None: "none", "none": "none"},
-    **{"all": "all", "lora_only": "adapted"},
+    None: "none",
+    "none": "none",
+    "all": "all",
+    "lora_only": "adapted",
 }
-#: What neither changes the base nor leads to another formula.
+#: Values of settings that neither change the base nor the formula.
 _SIMPLE: dict[str, tuple[Any, ...]] = {
     "bias": ("none", "all", "lora_only", None),
     "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
@@ -57,23 +59,24 @@ _SIMPLE: dict[str, tuple[Any, ...]] = {
 def import_lora(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     """Adapt ``model`` by LoRA (:class:`efft.methods.LoRAConfig`) with the factors and heads of peft's checkpoint.
 
-    Nothing is approximated. A layer of a lower rank than others has zeros for the rest of its factors, and they stay
-    zeros in training, since their gradients are. lora_alpha / r (or / √r, by ``use_rslora``) becomes the scale s; where
-    layers differ in it, s is 1 and B has it inside. ``modules_to_save`` become the head. Dropout of activations is left
-    out. Trained biases (``bias="all"`` or ``"lora_only"``) are trained biases here too. Then the model is like any that
-    :func:`efft.apply` adapted: to train, save, merge, or for a pool.
+    Nothing is approximated. The factors of a layer whose rank is lower than that of others are padded with zeros, which
+    stay zero in training because their gradients are zero. The scale s is lora_alpha / r (or / √r with ``use_rslora``);
+    if layers differ in it, s is 1 and B includes it. ``modules_to_save`` become the head. Biases that were trained
+    (``bias="all"`` or ``"lora_only"``) are trained here too. Dropout of activations is not imported. The result is like
+    any model that :func:`efft.apply` adapted: you can train, save and merge it, or add it to a pool.
 
     Args:
-        model: the base that the checkpoint was trained on, with the same names of layers; not adapted.
+        model: the base that the checkpoint was trained on, with the same names of layers, not adapted.
         folder: with ``adapter_config.json`` and ``adapter_model.safetensors``.
 
     Returns:
         The same ``model``.
 
     Raises:
-        FileNotFoundError: no checkpoint in ``folder``.
-        ValueError: a damaged file or another one; settings that are no plain LoRA (DoRA, a changed base, ...);
-            layers or heads that this model has not, or of other sizes; the model is adapted. It is then unchanged.
+        FileNotFoundError: there is no checkpoint in ``folder``.
+        ValueError: a file is damaged or is not a LoRA checkpoint; the settings are not those of a plain LoRA (DoRA,
+            a changed base, ...); the model lacks layers or heads, or has them in other sizes; or it is adapted.
+            The model is then unchanged.
     """
     folder = Path(folder)
     check_plain(model)
@@ -128,7 +131,7 @@ def _in_peft(name: str, plan: Plan) -> str:
 def _pairs(
     settings: _Settings, config: LoRAConfig, plan: Plan, tensors: dict[str, Tensor]
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """A ``[d_in, r]`` and B ``[r, d_out]`` of every layer, B with what its scaling differs from s by."""
+    """Return A ``[d_in, r]`` and B ``[r, d_out]`` of every layer. B includes the scaling, unless that is s."""
     pairs = {}
     for name in (name for group in plan.groups for name in group.sites):
         A, B = (tensors[f"{PREFIX}{name}.lora_{side}.weight"].flatten(1).t() for side in "AB")
@@ -139,8 +142,14 @@ def _pairs(
 
 @dataclass(frozen=True)
 class _Settings:
-    """What a checkpoint's configuration says about its numbers: rank and lora_alpha of a layer, the ends of heads'
-    names."""
+    """The settings that matter for the numbers of a checkpoint.
+
+    Attributes:
+        rank, alpha: rank and lora_alpha by the name of a layer.
+        rooted: whether lora_alpha is divided by the root of the rank.
+        ends: endings of the names of heads.
+        largest_rank: the largest rank of all layers.
+    """
 
     rank: Callable[[str], int]
     alpha: Callable[[str], float]
@@ -150,12 +159,12 @@ class _Settings:
     largest_rank: int
 
     def scaling(self, name: str) -> float:
-        """What peft multiplies the update of a layer by."""
+        """Return the number that peft multiplies the update of a layer by."""
         rank = self.rank(name)
         return self.alpha(name) / (math.sqrt(rank) if self.rooted else rank)
 
     def largest(self, model: nn.Module) -> int:
-        """Bytes that the tensors of a checkpoint for ``model`` can have."""
+        """Return how many bytes the tensors of a checkpoint for ``model`` can have."""
         layers = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
         sizes = sum(sum(matrix_sizes(layer)) for layer in layers)
         return 8 * (self.largest_rank * sizes + sum(t.numel() for t in model.state_dict().values()))
@@ -179,7 +188,7 @@ def _settings(path: Path, values: Any) -> _Settings:
             f"{path} has settings beyond those of a plain LoRA, which is all that can be imported: {settings}; let "
             "peft merge the checkpoint into the base (merge_and_unload), or convert it to a plain one"
         )
-    values = {"r": 8, "lora_alpha": 8, **values}  # as peft takes what is not there
+    values = {"r": 8, "lora_alpha": 8, **values}  # the defaults of peft
     check(is_size(values["r"]), "r", "an integer from 1 to 65536")
     check(is_setting(values["lora_alpha"]), "lora_alpha", "a number")
     patterns: dict[str, dict[str, Any]] = {}
@@ -200,7 +209,7 @@ def _settings(path: Path, values: Any) -> _Settings:
 
 
 def _by_name(patterns: dict[str, Value], default: Value) -> Callable[[str], Value]:
-    """The value of the first pattern that matches a layer's name, as peft takes it."""
+    """Return a function that gives the value of the first pattern that matches a name, as peft does."""
     matchers = list(zip(file_matchers(patterns), patterns.values(), strict=True))
     return functools.cache(lambda name: next((value for matches, value in matchers if matches(name)), default))
 
@@ -208,7 +217,7 @@ def _by_name(patterns: dict[str, Value], default: Value) -> Callable[[str], Valu
 def _make_plan(
     model: nn.Module, settings: _Settings, tensors: dict[str, Tensor]
 ) -> tuple[LoRAConfig, Plan, dict[str, tuple[int, ...]]]:
-    """How to adapt ``model``, and the names and shapes of the tensors for that."""
+    """Return how to adapt ``model``, and the names and shapes of the tensors that are needed."""
     layers = list(dict.fromkeys(match[1] for name in tensors if (match := _LAYER.fullmatch(name))))
     if not layers:
         raise ValueError(f"none of its tensors is named {PREFIX}<layer>.lora_A.weight")
@@ -222,7 +231,7 @@ def _make_plan(
     )
     plan = make_plan(model, config)
     more = {name for group in plan.groups for name in group.sites} - set(layers)
-    if more:  # a name stands for those that end with it, too
+    if more:  # a name also matches names that end with it
         config = dataclasses.replace(config, exclude=[f"^{re.escape(name)}$" for name in sorted(more)])
         plan = make_plan(model, config)
     shapes: dict[str, tuple[int, ...]] = {}
@@ -239,7 +248,7 @@ def _make_plan(
 
 
 def _heads(model: nn.Module, ends: tuple[str, ...], tensors: dict[str, Tensor]) -> list[str]:
-    """The modules that a checkpoint has whole: those whose names end so."""
+    """Return the modules that a checkpoint has whole: those whose names have these endings."""
     heads: list[str] = []
     for name, _ in model.named_modules():
         inside = any(name.startswith(f"{head}.") for head in heads)

@@ -1,4 +1,4 @@
-"""Checkpoints of transformers' Trainer that hold the adapter alone."""
+"""Checkpoints of transformers' Trainer that hold only the adapter."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from efft.adapting.wrappers import unwrap
 from efft.saving.files import CONFIG
 from efft.saving.io import load_adapter, save_adapter
 
-if TYPE_CHECKING:  # beside the Trainer, which has the methods that this calls
+if TYPE_CHECKING:  # the class is mixed into a Trainer, which has the methods that it calls
     from transformers import Trainer
 else:
     Trainer = object
 
 
 class AdapterCheckpoints(Trainer):
-    """Mixed into a Trainer, makes its checkpoints adapters of a few MiB, as those of ``peft`` are::
+    """Mix this class into a Trainer to make its checkpoints adapters of a few MiB, as those of ``peft`` are::
 
         class AdapterTrainer(AdapterCheckpoints, transformers.Trainer): ...
 
         trainer = AdapterTrainer(efft.apply(model, efft.EfftConfig()), arguments, ...)
 
     ``save_model``, ``load_best_model_at_end`` and ``resume_from_checkpoint`` then write and read what
-    :func:`efft.save_adapter` writes, beside optimizer, scheduler and random states as ever. Checkpoints of whole models
-    are still read. Models that are not adapted are saved as usual.
+    :func:`efft.save_adapter` writes, beside the usual states of optimizer, scheduler and random numbers. Checkpoints of
+    whole models can still be read. Models that are not adapted are saved as usual.
 
-    The Trainer also accepts a quantised model, which it otherwise refuses as "purely quantized": it does not know these
-    adapters.
+    The Trainer also accepts an adapted quantized model, which it otherwise refuses as "purely quantized", because it
+    does not know these adapters.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -51,7 +51,7 @@ class AdapterCheckpoints(Trainer):
         if not self.args.should_save and not is_sharded(model):
             return
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)
-        save_adapter(model, folder)  # of a sharded model by all processes together
+        save_adapter(model, folder)  # all processes of a sharded model take part
         if not self.args.should_save:
             return
         tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
@@ -68,7 +68,7 @@ class AdapterCheckpoints(Trainer):
             super()._load_best_model()
 
     def _load_adapter_of(self, folder: str | os.PathLike[str], model: nn.Module | None) -> bool:
-        """Whether there was an adapter to load."""
+        """Load the adapter in ``folder``, if there is one; return whether there was."""
         target = unwrap(self.model if model is None else model)
         if not isinstance(getattr(target, "efft", None), Adapter) or not (Path(folder) / CONFIG).is_file():
             return False
@@ -78,7 +78,7 @@ class AdapterCheckpoints(Trainer):
 
 @contextmanager
 def _mark_as_adapted(model: Any) -> Iterator[None]:
-    """Within the ``with`` block a quantised model that is adapted says so in the way of transformers."""
+    """Mark a quantized model that is adapted, within the ``with`` block, in the way that transformers checks."""
     adapted = isinstance(model, nn.Module) and isinstance(getattr(unwrap(model), "efft", None), Adapter)
     if not adapted or not getattr(model, "is_quantized", False) or "_hf_peft_config_loaded" in model.__dict__:
         yield

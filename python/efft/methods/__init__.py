@@ -1,8 +1,8 @@
-"""Other tensor methods on the same layers: each a configuration for ``efft.apply`` and a bank of factors.
+"""The methods: each has a configuration for ``efft.apply`` and a bank of factors.
 
 efft.apply(model, efft.methods.LoRAConfig(rank=8, scale=2.0))
 
-``docs/add-a-method.md`` says how to add one.
+``docs/add-a-method.md`` explains how to add one.
 """
 
 from __future__ import annotations
@@ -67,10 +67,10 @@ __all__ = [
 
 
 def config_type(values: Mapping[str, Any]) -> type[AdapterConfig]:
-    """The class of the config that ``values`` came from, by its ``method`` (without one, EFFT).
+    """Return the class of the configuration that ``values`` came from, by its ``method`` (EFFT if there is none).
 
     Raises:
-        ValueError: a method that is not known.
+        ValueError: the method is not known.
     """
     method = values.get("method", EfftConfig.method)
     if not isinstance(method, str) or method not in METHODS:
@@ -79,9 +79,9 @@ def config_type(values: Mapping[str, Any]) -> type[AdapterConfig]:
 
 
 def config_from_dict(values: Mapping[str, Any]) -> AdapterConfig:
-    """The config of any method that :meth:`AdapterConfig.to_dict` made ``values`` of.
+    """Return the configuration, of whichever method, whose :meth:`AdapterConfig.to_dict` returned ``values``.
 
     Raises:
-        ValueError: an unknown method, or a value out of range.
+        ValueError: the method is unknown, or a value is out of range.
     """
     return config_type(values).from_dict(values)

@@ -1,7 +1,7 @@
-"""What the methods share: fields of their configurations, and the two ways in which layers share a bank.
+"""The base of the methods beside EFFT: fields of their configurations, and the two ways in which layers share a bank.
 
-:class:`StackedBank`: layers of one shape, each with factors of its own along the first dimension of the parameters.
-:class:`BlockBank`: layers of one width d, cut into d x d matrices with one U and V for all.
+:class:`StackedBank`: layers of one shape, each with its own factors along the first dimension of the parameters.
+:class:`BlockBank`: layers of one width d, split into d x d matrices that share one U and V.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from efft_kernels.nn.operands import column_blocks, row_blocks
 
 @dataclass
 class MethodConfig(AdapterConfig):
-    """Fields of every method. Nothing is dropped in training, not even the activations that some of the papers drop."""
+    """Fields of all methods beside EFFT. Training has no dropout, not even of activations as in some of the papers."""
 
     bank: ClassVar[type[MethodBank]]
     """The factors that the method trains."""
@@ -46,14 +46,14 @@ class MethodConfig(AdapterConfig):
     """"all", "all-linear", "mhsa" or "ffn", or names of layers, as in :class:`efft.EfftConfig`."""
 
     exclude: list[str] = dataclasses.field(default_factory=list)
-    """Layers to leave alone, named in the same ways."""
+    """Layers to leave alone, given in the same ways."""
 
     head: list[str] | None = None
-    """Modules trained and saved beside the factors; None finds the head of the task, [] trains none."""
+    """Modules that are trained and saved beside the factors. None finds the head of the task, [] trains none."""
 
     freeze_statistics: bool = False
-    """Keep batch norms, and whatever else updates buffers in training, in eval mode. Otherwise these buffers change as
-    usual, are saved with the adapter, and ``efft.remove`` puts them back."""
+    """Keep batch norms, and every other module that updates buffers in training, in eval mode. Otherwise these buffers
+    change as usual, are saved with the adapter, and ``efft.remove`` restores them."""
 
     def __post_init__(self) -> None:
         self._check_sizes("rank")
@@ -61,19 +61,19 @@ class MethodConfig(AdapterConfig):
         self._check_layers()
 
     def groups(self, model: nn.Module, targets: list[Target]) -> list[MethodGroup]:
-        """The banks of :attr:`bank` for these layers."""
+        """Return the groups of these layers, one for each bank."""
         members: dict[str, list[Layer]] = {}
         for layer in (Layer.of(model, target) for target in targets):
             members.setdefault(self.bank.group_of(layer), []).append(layer)
         return [MethodGroup(name, self, layers, self.bank.sites(name, layers)) for name, layers in members.items()]
 
     def group_of_file(self, model: nn.Module, saved: dict[str, Any], weights: list[Weight]) -> MethodGroup:
-        """The bank of :attr:`bank` for the weights of a saved group."""
+        """Return the group that an adapter file describes, for these weights."""
         layers = [Layer.of(model, _target_of(weight, saved["weights"][weight.name])) for weight in weights]
         return MethodGroup(saved["name"], self, layers, self.bank.sites(saved["name"], layers))
 
     def summary(self) -> str:
-        """The settings in a line, for a model card."""
+        """Return the settings in one line, for a model card."""
         own = {f.name for f in dataclasses.fields(self)} - {"targets", "exclude", "head", "freeze_statistics"}
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name in own}
         untrained = Extras().as_fields().items()
@@ -84,10 +84,10 @@ class MethodConfig(AdapterConfig):
 
 @dataclass
 class HeadedConfig(MethodConfig):
-    """Fields of a method that has a mode for the heads of the attention."""
+    """Fields of a method whose tensors have a mode for the heads of the attention."""
 
     heads: int | None = None
-    """Heads of the attention; None takes them from the model."""
+    """Number of heads of the attention; None takes it from the model."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -95,16 +95,16 @@ class HeadedConfig(MethodConfig):
             self._check_sizes("heads")
 
 
-#: What attention modules, or the configurations of models, call the number of their heads.
+#: Names of the number of heads in attention modules and in configurations of models.
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer to adapt: its :class:`Target`, its sizes, the frozen layer itself.
+    """A linear layer to adapt: its :class:`Target`, its sizes, and the frozen layer itself.
 
-    ``heads`` is the number of heads that the nearest module around it names, itself or by its ``config``; None where
-    none does.
+    ``heads`` is the number of heads that the nearest module around the layer has, as an attribute or in its ``config``;
+    None if no module has it.
     """
 
     target: Target
@@ -115,7 +115,7 @@ class Layer:
 
     @classmethod
     def of(cls, model: nn.Module, target: Target) -> Layer:
-        """The layer of ``model`` that ``target`` names."""
+        """Return the layer of ``model`` that ``target`` names."""
         linear = model.get_submodule(target.weight.module)
         parts = target.name.split(".")
         around = [model.get_submodule(".".join(parts[:n])) for n in reversed(range(len(parts)))]
@@ -125,14 +125,14 @@ class Layer:
         return cls(target, target.weight.d_in, target.weight.d_out, heads, linear)
 
     def matrix(self) -> Tensor:
-        """The frozen weight as a matrix ``[d_out, d_in]``, dense."""
+        """Return the frozen weight as a dense matrix ``[d_out, d_in]``."""
         weight = self.linear._parameters[self.target.weight.parameter]
         assert weight is not None
         dense = dequantized(weight.detach()).flatten(1)
         return dense if dense.shape == (self.d_out, self.d_in) and not is_conv1d(self.linear) else dense.t()
 
     def group(self, of_known_roles: str) -> str:
-        """Name of the layer's group: by stage, where there are several; by shape, outside known architectures."""
+        """Return the name of the layer's group, with its stage if there are several; by shape without a role."""
         target = self.target
         if target.role == "linear":
             # Convolutions are in such groups too. Adapter files and state dicts have the name: it stays.
@@ -155,20 +155,20 @@ class MethodGroup:
         return sum(p.numel() for p in self.build(torch.device("meta"), torch.float32).parameters())
 
     def describe(self) -> str:
-        """The group in one line."""
+        """Describe the group in one line."""
         return f"{self.name}: {len(self.sites)} weights, {self.n_parameters:,} parameters"
 
     def to_dict(self) -> dict[str, Any]:
-        """The group as an adapter file keeps it."""
+        """Return what an adapter file records of the group."""
         return {"name": self.name, "weights": {layer.target.name: _text_of(layer.target) for layer in self.layers}}
 
     def build(self, device: torch.device, dtype: torch.dtype) -> FactorBank:
-        """Allocate and initialise the bank."""
+        """Allocate and initialize the bank."""
         return self.config.bank(self.config, self.layers, device=device, dtype=dtype)
 
 
 def _text_of(target: Target) -> str:
-    """``role=qkv block=blocks.0 ...``"""
+    """Write a target as ``role=qkv block=blocks.0 ...``."""
     words = [f"role={target.role}", f"block={target.block}"]
     return " ".join(words if target.stage is None else [*words, f"stage={target.stage}"])
 
@@ -176,12 +176,12 @@ def _text_of(target: Target) -> str:
 def _target_of(weight: Weight, text: str) -> Target:
     match = re.fullmatch(r"role=(\w+) block=(\S*)(?: stage=(\d{1,4}))?", text)
     if match is None:
-        raise ValueError(f"'plan' has a role that is not one: {text[:80]!r}")
+        raise ValueError(f"'plan' has no valid role for a weight: {text[:80]!r}")
     return Target(weight, match[1], match[2], None if match[3] is None else int(match[3]))
 
 
 class MethodBank(FactorBank):
-    """A bank made from a configuration and the layers it is for (tensors get ``device=`` and ``dtype=``)."""
+    """A bank that is made from a configuration and its layers. ``kw`` holds the tensors' ``device`` and ``dtype``."""
 
     def __init__(self, config: Any, layers: list[Layer], **kw: Any) -> None:
         super().__init__()
@@ -190,16 +190,16 @@ class MethodBank(FactorBank):
     @staticmethod
     @abstractmethod
     def group_of(layer: Layer) -> str:
-        """Name of the bank that a layer belongs to."""
+        """Return the name of the bank that a layer belongs to."""
 
     @staticmethod
     @abstractmethod
     def sites(name: str, layers: list[Layer]) -> dict[str, Any]:
-        """Name of each layer of bank ``name`` to its site; ValueError if they do not fit together."""
+        """Return the sites of the layers of bank ``name``. Raise ValueError if the layers do not fit together."""
 
 
 class StackedBank(MethodBank):
-    """Factors of n layers of one shape; site i is the i-th of them."""
+    """Factors of n layers of one shape. Site i belongs to the i-th layer."""
 
     def __init__(self, config: Any, layers: list[Layer], **kw: Any) -> None:
         super().__init__(config, layers, **kw)
@@ -207,12 +207,12 @@ class StackedBank(MethodBank):
 
     @staticmethod
     def group_of(layer: Layer) -> str:
-        """By role (qkv, o, fc1, ...), or shape."""
+        """Group layers by role (qkv, o, fc1, ...), or by shape if the role is unknown."""
         return layer.group(layer.target.role)
 
     @staticmethod
     def sites(name: str, layers: list[Layer]) -> dict[str, int]:
-        """Position in the stack."""
+        """Return the position of each layer in the stack."""
         first = layers[0]
         for layer in layers:
             if (layer.d_in, layer.d_out) != (first.d_in, first.d_out):
@@ -225,22 +225,24 @@ class StackedBank(MethodBank):
 
     @abstractmethod
     def operands(self) -> tuple[Tensor, Tensor]:
-        """D ``[n, d_in, r]`` and G ``[n, r, d_out]`` of all layers, G with the scale; without the first dimension where
-        all layers have the same."""
+        """Return D ``[n, d_in, r]`` and G ``[n, r, d_out]`` of all layers, G with the scale.
+
+        An operand that all layers share has no first dimension.
+        """
 
     def features(self, site: int) -> tuple[int, int]:
         """(in_features, out_features), of any site."""
         return self.d_in, self.d_out
 
     def compose(self, sites: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        """(D, G) of each site."""
+        """Return (D, G) of each site."""
         D, G = (per_site(operand, self.n) for operand in self.operands())
         return [(D[i], G[i]) for i in sites]
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """The d x d matrices ``first`` to ``last`` of a block, beside each other (or with ``rows`` below each other)."""
+    """The d x d matrices ``first`` to ``last`` (exclusive) of a block, side by side or, with ``rows``, stacked."""
 
     block: int
     first: int
@@ -251,7 +253,7 @@ class Blocks:
 class BlockBank(MethodBank):
     """``ΔW = s · U C[l, m] V`` for matrix m of block l, all of them d x d.
 
-    A layer d -> n d is n matrices beside each other (fused qkv 3, fc1 4), a layer n d -> d is n below each other (fc2):
+    A layer d -> n d is n matrices side by side (fused qkv 3, fc1 4), a layer n d -> d is n matrices stacked (fc2):
     ``[U C_1 V | U C_2 V | ...] = U [C_1 V | C_2 V | ...]`` and ``[U C_1 V; U C_2 V; ...] = [U C_1; U C_2; ...] V``.
     """
 
@@ -264,12 +266,12 @@ class BlockBank(MethodBank):
 
     @staticmethod
     def group_of(layer: Layer) -> str:
-        """All layers (of a stage), or by shape."""
+        """Group all layers (of a stage) together, or by shape if the role is unknown."""
         return layer.group("joint")
 
     @staticmethod
     def sites(name: str, layers: list[Layer]) -> dict[str, Blocks]:
-        """Matrices counted in the order of the roles: q, k, v, o, fc1, gate, fc2."""
+        """Count the matrices in the order of the roles: q, k, v, o, fc1, gate, fc2."""
         d = min(min(layer.d_in, layer.d_out) for layer in layers)
         counts: dict[str, int] = {}
         for layer in layers:
@@ -295,11 +297,13 @@ class BlockBank(MethodBank):
 
     @abstractmethod
     def factors(self) -> tuple[Tensor, ...]:
-        """U ``[d, r1]``, C ``[n_blocks, n_matrices, r1, r2]``, V ``[r2, d]``."""
+        """Return U ``[d, r1]``, C ``[n_blocks, n_matrices, r1, r2]`` and V ``[r2, d]``."""
 
     def operands(self, factors: tuple[Tensor, ...], like: Blocks, blocks: list[int]) -> tuple[Tensor, Tensor]:
-        """D and G of the sites that are ``like`` one but for their block, stacked; without the first dimension where
-        all have the same."""
+        """Return stacked D and G of the sites that are ``like`` one another except for their block.
+
+        An operand that all sites share has no first dimension.
+        """
         U, C, V = factors
         C = take(C[:, like.first : like.last], 0, blocks)
         return (row_blocks(U, C), self.scale * V) if like.rows else (U, column_blocks(C, self.scale * V))
@@ -310,7 +314,7 @@ class BlockBank(MethodBank):
         return (n, self.d) if site.rows else (self.d, n)
 
     def compose(self, sites: Sequence[Blocks]) -> list[Operands]:
-        """(D, G) of each site, those of like matrices together."""
+        """Return (D, G) of each site. Sites with the same matrices are composed together."""
         factors = self.factors()
 
         def compose_alike(alike: list[Blocks]) -> list[Sequence[Tensor]]:
@@ -324,20 +328,20 @@ _ROLES = ("qkv", "q", "k", "v", "o", "fc1", "gate", "fc2", "linear")
 
 
 def uniform(*shape: int, bound: float, **kw: Any) -> nn.Parameter:
-    """A parameter drawn from U(-bound, bound)."""
+    """Return a parameter drawn from U(-bound, bound)."""
     return nn.Parameter(torch.empty(shape, **kw).uniform_(-bound, bound))
 
 
 def zeros(*shape: int, **kw: Any) -> nn.Parameter:
-    """A parameter of zeros: what makes the first step a no-op."""
+    """Return a parameter of zeros, with which the update starts at zero."""
     return nn.Parameter(torch.zeros(shape, **kw))
 
 
 def heads_of(given: int | None, layers: list[Layer], d: int) -> int:
-    """The number of heads: that of the configuration, else that of the layers' attention.
+    """Return the number of heads: that of the configuration, else that of the layers' attention.
 
     Raises:
-        ValueError: neither is there, or the width d is no multiple of it.
+        ValueError: neither is known, or the width d is not a multiple of it.
     """
     found = {layer.heads for layer in layers if layer.heads is not None}
     if given is None and len(found) != 1:

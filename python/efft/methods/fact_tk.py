@@ -26,7 +26,7 @@ class FacTTKBank(BlockBank):
         self.V = zeros(r, self.d, **kw)
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """U and V as they are."""
+        """Return U, the product of K and P, and V."""
         return self.U, torch.einsum("abp,plm->lmab", self.K, self.P), self.V
 
 

@@ -29,13 +29,13 @@ class FacTTTBank(BlockBank):
         self.V = zeros(r, self.d, **kw)
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """As they are."""
+        """Return U, C and V."""
         return self.U, self.C, self.V
 
 
 @dataclass
 class FacTTTConfig(MethodConfig):
-    """Factor-tuning, tensor-train form. (The authors drop activations of rank r in training; here none are.)"""
+    """Factor-tuning, tensor-train form. (The authors drop activations of rank r; here is no dropout.)"""
 
     method = "fact_tt"
     paper = "2212.03145"

@@ -1,16 +1,16 @@
-"""Sizes and ranks of the trains that methods make of a layer's sizes."""
+"""Sizes and ranks of tensor trains over the factored sizes of a layer."""
 
 from __future__ import annotations
 
 import itertools
 import math
 
-#: More parts of a size than this are ones: 2¹⁶ has sixteen factors.
+#: A size up to 2¹⁶ has at most sixteen prime factors, so more parts would be ones.
 MOST_FACTORS = 16
 
 
 def factorize(n: int, parts: int) -> list[int]:
-    """``n`` as a product of ``parts`` integers as near to each other as its divisors allow, the smallest first.
+    """Factor ``n`` into ``parts`` integers that are as similar as its divisors allow, the smallest first.
 
     768 in 3 parts is 8 · 8 · 12.
     """
@@ -22,5 +22,5 @@ def factorize(n: int, parts: int) -> list[int]:
 
 
 def train_ranks(n_cores: int, rank: int) -> list[tuple[int, int]]:
-    """(r_{k-1}, r_k) of every core of a train whose outer ranks are 1 and whose inner ones are ``rank``."""
+    """Return (r_{k-1}, r_k) of every core of a train whose outer ranks are 1 and whose inner ranks are ``rank``."""
     return list(itertools.pairwise([1, *[rank] * (n_cores - 1), 1]))

@@ -1,4 +1,4 @@
-"""LoRA (arXiv 2106.09685): ``ΔW = s · A B``, both of each layer's own."""
+"""LoRA (arXiv 2106.09685): ``ΔW = s · A B``, with A and B of its own for each layer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from efft.planning.extras import Extras
 
 
 class LoRABank(StackedBank):
-    """A ``[n, d_in, r]``, Kaiming-uniform as in ``peft``, and B ``[n, r, d_out]``, zero: r (d_in + d_out) a layer."""
+    """A ``[n, d_in, r]``, Kaiming-uniform as in ``peft``, and B ``[n, r, d_out]``, zero: r (d_in + d_out) per layer."""
 
     def __init__(self, config: LoRAConfig, layers: list[Layer], **kw: Any) -> None:
         super().__init__(config, layers, **kw)
@@ -21,13 +21,13 @@ class LoRABank(StackedBank):
         self.B = zeros(self.n, config.rank, self.d_out, **kw)
 
     def operands(self) -> tuple[Tensor, Tensor]:
-        """D = A, G = s B."""
+        """Return D = A and G = s B."""
         return self.A, self.scale * self.B
 
 
 @dataclass
 class LoRAConfig(MethodConfig):
-    """Low-rank adaptation. A fused qkv is one matrix, as in ``peft``; s is ``lora_alpha / r`` there."""
+    """Low-rank adaptation. A fused qkv is one matrix, as in ``peft``, where s is ``lora_alpha / r``."""
 
     method = "lora"
     paper = "2106.09685"

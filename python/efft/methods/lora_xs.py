@@ -12,12 +12,12 @@ from efft.methods.base import Layer, MethodConfig, StackedBank, zeros
 
 
 class LoRAXSBank(StackedBank):
-    """Frozen A ``[n, d_in, r]`` and B ``[n, r, d_out]``, trained R ``[n, r, r]``: r² parameters a layer.
+    """Frozen A ``[n, d_in, r]`` and B ``[n, r, d_out]``, trained R ``[n, r, r]``: r² parameters per layer.
 
     With ``Wᵀ = P diag(σ) Q`` (W is ``[d_out, d_in]``, σ in descending order) A is the first r columns of P diag(σ) and
     B the first r rows of Q, as in the authors' code. Singular vectors have no definite sign, so the adapter's file has
-    A and B too; one saved while the singular values were B's keeps them there. R starts at zero, where the authors draw
-    from N(0, 1e-10): its gradient is the same.
+    A and B too; files from the time when B had the singular values keep them there. R starts at zero. The authors draw
+    it from N(0, 1e-10), which gives the same gradient.
     """
 
     A: Tensor
@@ -41,7 +41,7 @@ class LoRAXSBank(StackedBank):
                 self.A[i], self.B[i] = P[:, :r] * sigma[:r], Q[:r]
 
     def operands(self) -> tuple[Tensor, Tensor]:
-        """D = A, G = s R B."""
+        """Return D = A and G = s R B."""
         return self.A, self.scale * (self.R @ self.B)
 
 

@@ -20,13 +20,13 @@ from efft_kernels.nn.linear import frozen_linear
 
 class LoRETTABank(StackedBank):
     """Cores ``[n, r_{k-1}, n_k, r_k]`` of A (its input size m_1 m_2 ..., then the bottleneck) and of B (the bottleneck,
-    then d_out = n_1 n_2 ...), inner ranks r: the sum of ``r_{k-1} n_k r_k`` parameters a layer.
+    then d_out = n_1 n_2 ...), inner ranks r: the sum of ``r_{k-1} n_k r_k`` parameters per layer.
 
-    All cores start from N(0, 1/r), the last of B at zero, so that the first step changes nothing. (In the authors' code
-    this is commented out for rep, and training starts from another model than the base.)
+    All cores start from N(0, 1/r), except the last core of B, which is zero, so that training starts from the base. (In
+    the authors' code for rep this is commented out, so training starts from another model than the base.)
 
     Adapters have biases b_A ``[n, bottleneck]``, which starts uniform, and b_B ``[n, d_out]``, which starts at zero (in
-    the authors' code uniform too, to the same end).
+    the authors' code it is uniform too).
     """
 
     down_bias: nn.Parameter | None
@@ -50,15 +50,15 @@ class LoRETTABank(StackedBank):
             self.up_bias = zeros(self.n, self.d_out, **kw)
 
     def operands(self) -> tuple[Tensor, Tensor]:
-        """D = A, G = s B."""
+        """Return D = A and G = s B."""
         (*inputs, last), (first, *outputs) = self.down, self.up
         A = tt_chain(inputs, "left") @ last.squeeze(-1)
         return A, self.scale * (first.squeeze(-3) @ tt_chain(outputs, "right"))
 
 
 class AdapterLinear(EfftLinear):
-    """``y = z + relu(z D + b_A) G + s b_B`` with ``z = x Wᵀ + b``: an adapter behind a frozen layer, no update of its
-    weight."""
+    """``y = z + relu(z D + b_A) G + s b_B`` with ``z = x Wᵀ + b``: an adapter behind a frozen layer, not an
+    update of its weight."""
 
     factors: LoRETTABank
 
@@ -78,19 +78,19 @@ class AdapterLinear(EfftLinear):
         return z + F.linear(F.relu(F.linear(z, D.t(), down)), G.t(), up)
 
     def matrix(self, weight: Tensor) -> Tensor:
-        """Refused, as :meth:`evaluated` is: who multiplies by the weight itself would miss the adapter."""
+        """Raise ValueError as :meth:`evaluated` does: a product with the weight itself would miss the adapter."""
         self.evaluated()
         return weight
 
     def update(self, D: Tensor, G: Tensor) -> Tensor:
-        """Refused likewise."""
+        """Raise ValueError likewise."""
         self.evaluated()
         return super().update(D, G)
 
     def evaluated(self) -> tuple[Tensor, Tensor]:
-        """Refused to what would add them to the weight, or take them for an update of it."""
+        """Raise ValueError: these operands are not an update of the weight and cannot be added to it."""
         raise ValueError(
-            "an adapter with a nonlinearity is no update of a weight, so it can be neither merged nor shown or "
+            "an adapter with a nonlinearity is not an update of a weight, so it cannot be merged, shown or "
             "exported as one; keep it beside the base model"
         )
 
@@ -111,7 +111,7 @@ class LoRETTAConfig(MethodConfig):
     """Width between A and B."""
 
     n_factors: int = 3
-    """Numbers that each size is factored into."""
+    """Number of factors that each size is split into."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -121,7 +121,7 @@ class LoRETTAConfig(MethodConfig):
 
 @dataclass
 class LoRETTARepConfig(LoRETTAConfig):
-    """Low-rank economic tensor-train adaptation, by reparametrisation: ``ΔW = s · A B``. The authors' s is alpha /
+    """Low-rank economic tensor-train adaptation, by reparametrization: ``ΔW = s · A B``. The authors' s is alpha /
     bottleneck."""
 
     method = "loretta_rep"
@@ -143,13 +143,13 @@ class LoRETTAAdpConfig(LoRETTAConfig):
     """Width between A and B."""
 
     bias: bool = True
-    """Whether the adapters have biases, as the authors' have."""
+    """Whether the adapters have biases, as in the authors' code."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check(isinstance(self.bias, bool), "bias", "True or False", self.bias)
 
     def groups(self, model: nn.Module, targets: list[Target]) -> list[MethodGroup]:
-        """Of the roles of a known architecture, those that end the attention or the MLP."""
+        """Return the groups of the layers that end attention or MLP, or of all layers that are listed by name."""
         last = targets if isinstance(self.targets, list) else [t for t in targets if t.role in ("o", "fc2")]
         return super().groups(model, last)

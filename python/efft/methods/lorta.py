@@ -32,7 +32,7 @@ class LoRTABank(BlockBank):
         self.B = zeros(r, self.d // heads, **kw)
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Diagonal cores, and B with those of the heads."""
+        """Return A, the diagonal cores of blocks and matrices, and B with the cores of the heads."""
         C, of_heads = torch.diag_embed(self.C_l[:, None] * self.C_m), torch.diag_embed(self.C_h)
         if self.heads_on == "output":
             return self.A, C, column_blocks(of_heads, self.B)

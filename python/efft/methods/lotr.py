@@ -22,7 +22,7 @@ class LoTRBank(StackedBank):
         self.V = nn.Parameter(torch.empty(r, self.d_out, **kw).normal_())
 
     def operands(self) -> tuple[Tensor, Tensor]:
-        """D = U, the same for all layers, G = s C V."""
+        """Return D = U, which all layers share, and G = s C V."""
         return self.U, self.scale * (self.C @ self.V)
 
 

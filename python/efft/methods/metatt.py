@@ -27,7 +27,7 @@ class MetaTT4DBank(BlockBank):
         self.G4 = nn.Parameter(torch.eye(r, self.d, **kw))
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The cores of layers and matrices multiplied."""
+        """Return G1, the products of the cores of layers and matrices, and G4."""
         return self.G1, torch.einsum("lab,mbc->lmac", self.G2, self.G3), self.G4
 
 
@@ -48,7 +48,7 @@ class MetaTT5DBank(BlockBank):
         self.G5 = nn.Parameter(torch.eye(r, self.d // heads, **kw))
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The cores of layers and matrices multiplied, and those of heads and output."""
+        """Return G1, the products of the cores of layers and matrices, and those of heads and output."""
         C = torch.einsum("lab,mbc->lmac", self.G2, self.G3)
         return self.G1, C, column_blocks(self.G4, self.G5)
 

@@ -17,10 +17,10 @@ _TENSORS = ("att", "qkv", "depth", "att_qkv", "att_depth", "qkv_depth", "att_qkv
 
 class TensLoRABank(BlockBank):
     """Tucker tensors with modes input, output and those of ``config.tensor``: heads (att), matrices (qkv), blocks
-    (depth). There is one for each matrix and block that is no mode: X blocks times Y matrices of them.
+    (depth). A block or matrix index that is not a mode has a tensor for each of its values: X blocks times Y matrices.
 
     core ``[X, Y, r_in, r_out, r_heads, r_matrices, r_blocks]`` (1 where there is no such mode), zero; the factors
-    ``[X, Y, size, rank]`` orthogonal, V transposed: prod(ranks) + sum of size times rank parameters a tensor.
+    ``[X, Y, size, rank]`` orthogonal, V transposed: prod(ranks) + sum of size times rank parameters per tensor.
     """
 
     def __init__(self, config: TensLoRAConfig, layers: list[Layer], **kw: Any) -> None:
@@ -36,7 +36,7 @@ class TensLoRABank(BlockBank):
         self.modes = nn.ParameterDict({mode: _orthogonal(*tensors, sizes[mode], ranks[mode], **kw) for mode in modes})
 
     def factors(self) -> tuple[Tensor, ...]:
-        """U ``[n_blocks, n_matrices, d, r_in]`` and C V ``[n_blocks, n_matrices, r_in, d]``, slices of the tensors."""
+        """Return U ``[n_blocks, n_matrices, d, r_in]`` and C V ``[n_blocks, n_matrices, r_in, d]``, sliced."""
         C: Tensor = self.core
         V: Tensor = self.V
         depth, qkv, att = (self.modes.get(mode) for mode in ("depth", "qkv", "att"))
@@ -48,7 +48,7 @@ class TensLoRABank(BlockBank):
         return self.U.expand(self.n_blocks, self.n_matrices, -1, -1), self.scale * G
 
     def operands(self, factors: tuple[Tensor, ...], like: Blocks, blocks: list[int]) -> tuple[Tensor, Tensor]:
-        """Matrices with different U, or with different inputs, have the columns of their own in D, and rows in G."""
+        """Return D and G. Matrices with different U or inputs have their own columns of D and rows of G."""
         U, G = (take(factor[:, like.first : like.last], 0, blocks) for factor in factors)
         if like.rows:
             return _diagonal(U), G.flatten(1, 2)
@@ -72,10 +72,10 @@ class TensLoRAConfig(HeadedConfig):
     """Modes beside input and output: heads (att), matrices of a block (qkv), blocks (depth)."""
 
     ranks: list[int] | None = None
-    """A rank for each mode, in the order input, output, att, qkv, depth; None gives all of them ``rank``."""
+    """One rank per mode, in the order input, output, att, qkv, depth; None gives all modes ``rank``."""
 
     targets: str | list[str] = "mhsa"
-    """As in other methods; the authors adapt q, k and v."""
+    """As in the other methods. The authors adapt q, k and v."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -94,7 +94,7 @@ def _orthogonal(*shape: int, **kw: Any) -> nn.Parameter:
 
 
 def _diagonal(matrices: Tensor) -> Tensor:
-    """``[l, n, p, q]`` to block-diagonal ``[l, n p, n q]``."""
+    """Turn ``[l, n, p, q]`` into block-diagonal ``[l, n p, n q]``."""
     n = matrices.shape[1]
     eye = torch.eye(n, dtype=matrices.dtype, device=matrices.device)
     return torch.einsum("lnpq,nk->lnpkq", matrices, eye).flatten(3).flatten(1, 2)

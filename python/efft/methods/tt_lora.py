@@ -15,9 +15,9 @@ from efft_kernels import tt_chain
 
 class TTLoRABank(StackedBank):
     """Cores ``[n, r_{k-1}, n_k, r_k]`` of d_in = m_1 m_2 ... and d_out = n_1 n_2 ..., inner ranks r: the sum of
-    ``r_{k-1} n_k r_k`` parameters a layer.
+    ``r_{k-1} n_k r_k`` parameters per layer.
 
-    The chain is cut between input and output into ``ΔW = s · A B``. As in the authors' code the input's indices run in
+    The chain is cut between input and output into ``ΔW = s · A B``. As in the authors' code, the input's indices run in
     reverse order. All cores start from N(0, 1/r), the last one at zero.
     """
 
@@ -33,7 +33,7 @@ class TTLoRABank(StackedBank):
         nn.init.zeros_(self.cores[-1])
 
     def operands(self) -> tuple[Tensor, Tensor]:
-        """The two chains."""
+        """Return the products of the input cores and of the output cores."""
         cores = list(self.cores)
         A = tt_chain(cores[: self.n_inputs], "left", order="F")
         return A, self.scale * tt_chain(cores[self.n_inputs :], "right")
@@ -48,7 +48,7 @@ class TTLoRAConfig(MethodConfig):
     bank = TTLoRABank
 
     n_factors: int = 3
-    """Numbers that each size is factored into."""
+    """Number of factors that each size is split into."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

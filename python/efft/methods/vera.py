@@ -1,4 +1,4 @@
-"""VeRA (arXiv 2310.11454): ``ΔW = s · A diag(λ_d) B diag(λ_b)``, A and B random, frozen, one pair a shape of layer."""
+"""VeRA (arXiv 2310.11454): ``ΔW = s · A diag(λ_d) B diag(λ_b)``, A and B random and frozen, one pair per shape."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from efft.methods.base import Layer, MethodConfig, StackedBank, zeros
 
 class VeRABank(StackedBank):
     """Frozen A ``[d_in, r]``, B ``[r, d_out]``; trained lambda_d ``[n, r]``, lambda_b ``[n, d_out]``, zero: r + d_out
-    parameters a layer.
+    parameters per layer.
 
-    A and B are Kaiming-uniform as in ``peft``, where layers of all shapes take them from one pair. They are saved with
-    the adapter: no other machine need draw the same numbers.
+    A and B are Kaiming-uniform as in ``peft``, where layers of all shapes share one pair. They are saved with the
+    adapter, so that another machine need not draw the same numbers.
     """
 
     A: Tensor
@@ -32,7 +32,7 @@ class VeRABank(StackedBank):
         self.lambda_b = zeros(self.n, self.d_out, **kw)
 
     def operands(self) -> tuple[Tensor, Tensor]:
-        """D = A, the same for all layers, G = s diag(λ_d) B diag(λ_b)."""
+        """Return D = A, which all layers share, and G = s diag(λ_d) B diag(λ_b)."""
         return self.A, self.scale * self.lambda_d[:, :, None] * self.B * self.lambda_b[:, None, :]
 
 
@@ -46,10 +46,10 @@ class VeRAConfig(MethodConfig):
     training_only = MethodConfig.training_only | {"d_initial"}
 
     rank: int = 256
-    """r of the frozen matrices; large, for it costs r parameters a layer."""
+    """r of the frozen matrices. It can be large, since it costs only r parameters per layer."""
 
     d_initial: float = 0.1
-    """What lambda_d starts at."""
+    """Initial value of lambda_d."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

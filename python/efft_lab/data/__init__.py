@@ -1,4 +1,4 @@
-"""Image classification tasks behind one interface: VTAB-1K, folders, torchvision, packaged and generated sets.
+"""Image classification tasks: VTAB-1K, folders, torchvision, packaged, generated and rendered sets.
 
 ``names()`` lists what is known, ``describe(name)`` says what it is, ``load(name)`` gives its four data sets. Nothing
 is downloaded by an import; `load` and `fetch` say on stderr when they do.

@@ -76,7 +76,8 @@ def fetch_archive(archive: Archive, suffix: str | None = None) -> Path:
     """
     suffix = suffix or _SUFFIX[archive.manager]
     folder = cache_dir() / "downloads"
-    target = folder / f"{archive.package}-{archive.version}{suffix}"
+    file_name = archive.package.removeprefix("@").replace("/", "-")  # as npm names the file of a scoped package
+    target = folder / f"{file_name}-{archive.version}{suffix}"
     if target.exists():
         _verify(target, archive)
         return target

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from efft_lab.data.fetch import notify
-from efft_lab.data.splits import stable_rng
+from efft_lab.data.splits import balanced_labels, stable_rng
 from efft_lab.data.store import Prepared, load_or_build, vtab_style_splits
 from efft_lab.data.task import Splits, TaskInfo
 
@@ -127,7 +127,7 @@ class SpriteFactors:
 
 def sprite_factors(name: str, n: int, rng: np.random.RandomState) -> SpriteFactors:
     """Draw the factors of the task x-location or orientation; all but the label's are independent of the label."""
-    label = _balanced(n, BINS, rng)
+    label = balanced_labels(n, BINS, rng)
     within_bin = (label + rng.random_sample(n)) / BINS
     free = rng.random_sample(n)
     place, turn = (within_bin, free) if name == "x-location" else (free, within_bin)
@@ -171,7 +171,7 @@ def count_factors(n: int, rng: np.random.RandomState) -> CountFactors:
 
     One size scale per image keeps the total area of the objects from telling their number.
     """
-    label = _balanced(n, MOST - FEWEST + 1, rng)
+    label = balanced_labels(n, MOST - FEWEST + 1, rng)
     scale = np.exp(rng.uniform(np.log(0.55), np.log(1.3), n))
     radius = scale[:, None] * rng.uniform(0.06, 0.08, (n, MOST))
     return CountFactors(
@@ -253,7 +253,3 @@ def _downsample(samples: Floats) -> Floats:
     """Mean over the 2 x 2 samples of every pixel: [128, 128, ...] to [64, 64, ...]."""
     lines = samples[0::2] + samples[1::2]
     return (lines[:, 0::2] + lines[:, 1::2]) / 4
-
-
-def _balanced(n: int, classes: int, rng: np.random.RandomState) -> npt.NDArray[np.int64]:
-    return rng.permutation(np.arange(n) % classes).astype(np.int64)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Protocol
 
 from efft.hints import nearest
-from efft_lab.data import folder, generated, masks, packaged, table, torchvision_sets, vtab
+from efft_lab.data import folder, generated, masks, packaged, rendered, table, torchvision_sets, vtab
 from efft_lab.data.fetch import cache_dir
 from efft_lab.data.splits import stratified_split
 from efft_lab.data.task import Kind, Normalization, Preprocess, Split, Splits, TaskData, TaskInfo
@@ -27,7 +27,7 @@ _READERS: dict[Kind, Callable[[Path, int], tuple[TaskInfo, Splits]]] = {
     "segmentation": masks.read,
     "regression": table.read,
 }
-_SOURCES: tuple[_Source, ...] = (packaged, generated, torchvision_sets, vtab)
+_SOURCES: tuple[_Source, ...] = (packaged, generated, rendered, torchvision_sets, vtab)
 
 
 def names() -> list[str]:

@@ -20,6 +20,11 @@ def stable_rng(*key: int) -> np.random.RandomState:
     return np.random.RandomState(list(key))
 
 
+def balanced_labels(n: int, classes: int, rng: np.random.RandomState) -> Indices:
+    """Labels [n] in random order, every class equally often, up to one where ``n`` is not a multiple of ``classes``."""
+    return rng.permutation(np.arange(n) % classes).astype(np.int64)
+
+
 def pixel_keys(images: npt.NDArray[np.uint8]) -> list[bytes]:
     """One hash per image of [n, ...]: equal exactly where the pixels are."""
     return [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images]

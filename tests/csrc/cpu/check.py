@@ -38,7 +38,7 @@ def instruction_sets() -> list[str]:
 
 
 def build_sanitized(root: Path, cache: Path) -> None:
-    """The cpu library of the checkout ``root`` into ``cache``, as it is written: optimisation hides what it removes."""
+    """The cpu library of the checkout ``root`` into ``cache``, as it is written: optimization hides what it removes."""
     flags = {"CXXFLAGS": f"{SANITIZERS} -fno-sanitize-recover=undefined -g -O0", "LDFLAGS": SANITIZERS}
     environment = {**os.environ, **flags, "XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(root)}
     command = [sys.executable, "-m", "efft_kernels", "build", "--targets", "cpu"]

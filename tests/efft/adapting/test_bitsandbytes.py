@@ -34,7 +34,7 @@ def to_8bit(linear: nn.Linear) -> nn.Linear:
 
 
 def dense(layer: nn.Linear) -> Tensor:
-    """The values of a quantised weight, in fp64."""
+    """The values of a quantized weight, in fp64."""
     if isinstance(layer, bnb.nn.Linear4bit):
         return bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).double()
     scale = layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB
@@ -48,7 +48,7 @@ def quantize(request: pytest.FixtureRequest) -> Callable[[nn.Linear], nn.Linear]
 
 @pytest.fixture
 def backbone(quantize: Callable[[nn.Linear], nn.Linear], tiny_vit: Make) -> Make:
-    """A tiny ViT whose blocks are quantised."""
+    """A tiny ViT whose blocks are quantized."""
 
     def make() -> nn.Module:
         model = tiny_vit()
@@ -66,7 +66,7 @@ def adapted(backbone: Make, randomize: Make) -> nn.Module:
 
 
 def test_output_and_every_gradient_of_a_layer(quantize: Callable[[nn.Linear], nn.Linear]) -> None:
-    """Against the dequantised weight in fp64, with the update as a matrix."""
+    """Against the dequantized weight in fp64, with the update as a matrix."""
     frozen = quantize(nn.Linear(64, 96))
     layer = EfftLinear.from_linear(frozen, rank=4, n_cores=3)
     assert isinstance(layer, type(frozen)), "with the product and the state dict of its class"

@@ -1,4 +1,4 @@
-"""Two processes (gloo, on the CPU) train as one does with the whole batch: DDP, accelerate, a quantised base, FSDP2."""
+"""Two processes (gloo, on the CPU) train as one does with the whole batch: DDP, accelerate, a quantized base, FSDP2."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters on a quantised backbone, against the same model with the dequantised weights."""
+"""Adapters on a quantized backbone, against the same model with the dequantized weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def quantize(request: pytest.FixtureRequest) -> Quantize:
 
 
 def backbone(model: nn.Module, quantize: Quantize) -> nn.Module:
-    """Quantise all linear layers of the blocks, but not the head."""
+    """Quantize all linear layers of the blocks, but not the head."""
     for module in model.blocks.modules():
         if isinstance(module, nn.Linear):
             quantize(module)
@@ -34,7 +34,7 @@ def backbone(model: nn.Module, quantize: Quantize) -> nn.Module:
 
 @pytest.fixture
 def quantized(quantize: Quantize, tiny_vit: Make, randomize: Make) -> nn.Module:
-    """A tiny ViT that was quantised, then adapted, with random factors."""
+    """A tiny ViT that was quantized, then adapted, with random factors."""
     model = efft.apply(backbone(tiny_vit(), quantize), efft.EfftConfig(**CONFIG))
     return randomize(model, std=0.2).eval()
 
@@ -62,7 +62,7 @@ def test_trains_as_with_the_dequantised_weights(quantized: nn.Module, tiny_vit: 
 
 @pytest.mark.parametrize("way", ROUNDING_WAYS)
 def test_trains_where_products_round_their_input(way: str, tiny_vit: Make, images: Tensor, randomize: Make) -> None:
-    """Close to the dequantised weights, by what a rounding of activations costs; every factor has its gradient."""
+    """Close to the dequantized weights, by what a rounding of activations costs; every factor has its gradient."""
     model = randomize(efft.apply(backbone(tiny_vit(), ROUNDING_WAYS[way]), efft.EfftConfig(**CONFIG)), std=0.2).eval()
     expected, got = step(dequantized(model, tiny_vit), images), step(model, images)
     assert got.keys() == expected.keys() > {"efft.mhsa.C", "head.weight"}
@@ -94,7 +94,7 @@ def test_adapter_files(
 
 def test_copies(quantize: Quantize, quantized: nn.Module, images: Tensor, randomize: Make) -> None:
     if quantize is to_nf4:
-        pytest.skip("torchao copies an NF4Tensor by quantising its values again, in blocks of 64")
+        pytest.skip("torchao copies an NF4Tensor by quantizing its values again, in blocks of 64")
     expected = quantized(images)
     twin = copy.deepcopy(quantized)
     assert torch.equal(twin(images), expected)

@@ -214,7 +214,7 @@ def test_a_mask_that_comes_later_is_not_merged() -> None:
     model = under_peft(llama(), settings())
     layer = model.base_model.model.model.layers[0].mlp.down_proj
     prune.l1_unstructured(layer.base_layer, "weight", 0.5)
-    with pytest.raises(TypeError, match=r"weight is computed anew from other tensors \(a mask of pruning"):
+    with pytest.raises(TypeError, match=r"weight is computed from other tensors \(a pruning mask"):
         layer.merge()
 
 
@@ -297,8 +297,8 @@ def test_sums_that_are_refused() -> None:
     model.add_adapter("other", settings(target_modules=["v_proj"]))
     model.add_adapter("head", settings(modules_to_save=["lm_head"]))
     for names, weights, message in (
-        (["default", "other"], [1.0, 1.0], "adapters 'default' and 'other' adapt other layers"),
-        (["default", "head"], [1.0, 1.0], "adapter 'head' has modules or biases of its own"),
+        (["default", "other"], [1.0, 1.0], "adapters 'default' and 'other' adapt different layers"),
+        (["default", "head"], [1.0, 1.0], "adapter 'head' has its own modules or biases"),
         (["default", "none"], [1.0, 1.0], "Adapter none does not exist"),
         (["default"], [1.0, 1.0], "a weight per adapter, got 1 adapters and 2 weights"),
     ):

@@ -144,7 +144,7 @@ def test_trainer_reads_checkpoints_of_whole_models(tmp_path: Path) -> None:
 
 
 def test_trainer_takes_a_quantized_model(tmp_path: Path) -> None:
-    """Trainer refuses what it thinks has nothing but quantised weights; with the mixin it trains the adapter."""
+    """Trainer refuses what it thinks has nothing but quantized weights; with the mixin it trains the adapter."""
     torchao = pytest.importorskip("torchao.quantization", reason="needs torchao")
     make(adapted=False).save_pretrained(tmp_path / "base")
     settings = transformers.TorchAoConfig(torchao.Int8WeightOnlyConfig(), modules_to_not_convert=["classifier"])

@@ -222,9 +222,7 @@ def test_merged_state_dict_is_that_of_the_plain_model(
 
 def test_export_as_lora(name: str, adapted: nn.Module, tmp_path: Path) -> None:
     if name in NOT_MERGED:
-        with pytest.raises(
-            ValueError, match="is no update of a weight, so it can be neither merged nor shown or export"
-        ):
+        with pytest.raises(ValueError, match="is not an update of a weight, so it cannot be merged, shown or export"):
             efft.export_lora(adapted, tmp_path)
         assert not list(tmp_path.iterdir())
         return
@@ -239,7 +237,7 @@ def test_adapters_are_not_merged(tiny_vit: Make, randomize: Callable[..., nn.Mod
     model = randomize(efft.apply(tiny_vit().eval(), config_of("loretta_adp")))
     before = model(images)
     for call in (efft.merge, efft.merged_state_dict):
-        with pytest.raises(ValueError, match="an adapter with a nonlinearity is no update of a weight"):
+        with pytest.raises(ValueError, match="an adapter with a nonlinearity is not an update of a weight"):
             call(model)
     assert torch.equal(model(images), before)
     with efft.disabled(model):

@@ -49,12 +49,12 @@ NO_GRADIENT = {"detr": r"decoder\.layers\.0\.self_attn\.v_proj"}
 
 #: What the refusal says where peft cannot hold the update exactly.
 _NO_LORA = {
-    "is a convolution in groups, whose update is none of peft's": "pit gcvit xcit twins coatnet maxvit edgenext davit "
+    "is a grouped convolution, for which peft has no such update": "pit gcvit xcit twins coatnet maxvit edgenext davit "
     "focalnet convnext convnextv2 mambaout regnet efficientnet mobilenetv3 mobilenetv4 repvit segformer "
     "mvitv2",
     "reads its weight, and would not read the update of peft's layer": "beit eva02 swinv2 swin-of-torchvision fastvit "
     "mamba jamba",
-    "dimensions, and peft takes it for no matrix": "resnetv2 nfnet xlnet",
+    "dimensions, and peft does not take it for a matrix": "resnetv2 nfnet xlnet",
     "is a parameter of a ZambaMambaMixer": "zamba",
     "is a parameter of a FunnelRelMultiheadAttention": "funnel",
     "is a parameter of a MultiheadAttention": "vit-of-torchvision torch's-encoder torch's-decoder torch's-transformer",

@@ -212,7 +212,7 @@ def test_head_by_its_usual_names(attribute: str) -> None:
 
 
 def test_head_of_a_model_inside_another(tiny_vit: Make) -> None:
-    """Normalisation in front of a timm model, as many evaluation codes have it; an outer head goes first."""
+    """Normalization in front of a timm model, as many evaluation codes have it; an outer head goes first."""
     assert find_head(nn.Sequential(nn.Identity(), tiny_vit()), None) == ["1.head"]
     outer = nn.Module()
     outer.body, outer.head = tiny_vit(), nn.Linear(4, 2)

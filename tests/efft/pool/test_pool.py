@@ -298,7 +298,7 @@ def test_wrong_calls(pool: efft.AdapterPool, adapter: Adapter, tiny_vit: Make, i
         pool.remove("digits")
     with pytest.raises(ValueError, match="is not adapted"):
         pool.add("plain", tiny_vit())
-    with pytest.raises(ValueError, match="no update of a weight"):
+    with pytest.raises(ValueError, match="not an update of a weight"):
         pool.add("behind", adapter(1, methods.LoRETTAAdpConfig()))
     seven = tiny_vit()
     seven.head = nn.Linear(16, 7)

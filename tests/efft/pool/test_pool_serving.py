@@ -1,4 +1,4 @@
-"""A pool at work: on every backend, over a quantised base, changed while threads serve from it, with mixes in it."""
+"""A pool at work: on every backend, over a quantized base, changed while threads serve from it, with mixes in it."""
 
 from __future__ import annotations
 

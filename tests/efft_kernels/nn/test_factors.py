@@ -72,7 +72,7 @@ def test_factors_of_every_site(
 
 
 def test_sites_in_any_order_and_number(make_bank: Callable[..., Any], update: Callable[..., Tensor]) -> None:
-    """Layers that are skipped, adapted twice, or bound back to front; cores that are not neighbours."""
+    """Layers that are skipped, adapted twice, or bound back to front; cores that are not neighbors."""
     bank, _ = make_bank("attention", n_layers=4)
     sites = [Site(3, (0,)), Site(1, (0,)), Site(3, (0,)), Site(1, (3, 0)), Site(2, (2,), columns=(2, 7))]
     bindings = [bank.bind(site) for site in sites]

@@ -1,4 +1,4 @@
-"""Initial values against torch's own Xavier initialisation of a parameter laid out as in the paper's code."""
+"""Initial values against torch's own Xavier initialization of a parameter laid out as in the paper's code."""
 
 import math
 

@@ -32,7 +32,7 @@ class Conv1D(nn.Module):
         return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], self.nf)
 
 
-class Standardised(nn.Conv2d):
+class Standardized(nn.Conv2d):
     """A convolution with a forward of its own, as timm's StdConv2d."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ CASES = {
     "conv3d in groups": conv(nn.Conv3d, (3, 5, 4), kernel_size=2, groups=2, bias=False),
     "embedding": Case(lambda: nn.Sequential(nn.Embedding(5, 7)), ("0",), (3, 4), integers=True),
     "forward of its own": Case(
-        lambda: nn.Sequential(Standardised(3, 4, 3)), ("0.weight",), (2, 3, 6, 5), {"0.weight": "convolution"}
+        lambda: nn.Sequential(Standardized(3, 4, 3)), ("0.weight",), (2, 3, 6, 5), {"0.weight": "convolution"}
     ),
     "parameters": Case(Reads, ("packed", "stored"), (3, 5), {"stored": "transposed"}),
     "parameter of several heads": Case(ReadsHeads, ("heads",), (4, 5), {"heads": "stacked"}),

@@ -1,4 +1,4 @@
-"""Adapted layers on quantised weights, against the dequantised weight in fp64."""
+"""Adapted layers on quantized weights, against the dequantized weight in fp64."""
 
 import copy
 from collections.abc import Callable
@@ -23,7 +23,7 @@ def quantize(request: pytest.FixtureRequest) -> Quantize:
 
 
 def make(quantize: Quantize, dtype: torch.dtype = torch.float32) -> EfftLinear:
-    """A quantised layer with an update as large as its weight."""
+    """A quantized layer with an update as large as its weight."""
     linear = nn.Linear(D_IN, D_OUT, dtype=dtype)
     quantize(linear)
     layer = EfftLinear.from_linear(linear, rank=4, n_cores=3)
@@ -78,7 +78,7 @@ def test_autocast(quantize: Quantize) -> None:
 
 @pytest.mark.parametrize("way", [*WAYS, *ROUNDING_WAYS])
 def test_nothing_dense_is_kept_for_backward(way: str) -> None:
-    """Neither the update nor the weight: it is dequantised again."""
+    """Neither the update nor the weight: it is dequantized again."""
     layer = make((WAYS | ROUNDING_WAYS)[way])
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -153,7 +153,7 @@ def test_merging_is_refused_or_dequantises(quantize: Quantize) -> None:
     assert type(layer.weight) is nn.Parameter
     close(layer.weight, base.double() + layer.delta_weight().double(), 1e-6)
     close(layer(x), y, 1e-6)
-    copies = [] if quantize is to_nf4 else [copy.deepcopy(layer)]  # torchao quantises what it copies again
+    copies = [] if quantize is to_nf4 else [copy.deepcopy(layer)]  # torchao quantizes what it copies again
     for each in (*copies, layer):
         each.unmerge()
         assert type(each.weight) is type(weight)

@@ -11,7 +11,7 @@ import efft_lab.data
 
 def test_names_are_unique_and_described() -> None:
     names = efft_lab.data.names()
-    assert len(names) == len(set(names)) == 39
+    assert len(names) == len(set(names)) == 45
     for name in names:
         info = efft_lab.data.describe(name)
         assert info.name == name
@@ -113,7 +113,8 @@ def test_name_wins_over_a_folder_of_that_name(tmp_path: Path, monkeypatch: pytes
 def test_import_fetches_nothing_and_loads_no_optional_package(tmp_path: Path) -> None:
     code = (
         "import sys, efft_lab.data; efft_lab.data.names(); efft_lab.data.list_table();"
-        "heavy = {'torchvision', 'PIL', 'sklearn', 'timm', 'matplotlib', 'mlxtend'} & set(sys.modules);"
+        "heavy = {'torchvision', 'PIL', 'sklearn', 'timm', 'matplotlib', 'mlxtend', 'mitsuba', 'vizdoom'};"
+        "heavy &= set(sys.modules);"
         "assert not heavy, heavy; print(callable(efft_lab.data.fetch))"
     )
     environment = {"PATH": "", "EFFT_HOME": str(tmp_path / "none"), "PYTHONPATH": os.pathsep.join(sys.path)}

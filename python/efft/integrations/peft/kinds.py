@@ -17,19 +17,19 @@ _KINDS = (nn.Linear, Conv1D, nn.Embedding, *_CONVOLUTIONS)
 
 
 def why_not(layer: nn.Module) -> str | None:
-    """None if a layer under peft can have an update, else the reason."""
+    """Return why a layer under peft cannot have an update, or None if it can."""
     if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "it is read by its nn.MultiheadAttention and never called"
     return None if isinstance(layer, _KINDS) else f"it is of type {type(layer).__name__}"
 
 
 def is_linear(layer: nn.Module) -> bool:
-    """Whether the layer multiplies by one matrix, in whichever layout."""
+    """Return whether the layer multiplies by one matrix, in either layout."""
     return isinstance(layer, (nn.Linear, Conv1D))
 
 
 def sizes(layer: Any) -> tuple[int, int]:
-    """(in_features, out_features) in the sense of peft: of a convolution its channels."""
+    """Return (in_features, out_features) as peft counts them: for a convolution, its channels."""
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features
     if isinstance(layer, nn.Embedding):
@@ -38,7 +38,7 @@ def sizes(layer: Any) -> tuple[int, int]:
 
 
 def dense(layer: Any, D: Tensor, G: Tensor) -> Tensor:
-    """The update in the shape of the layer's weight, from D ``[d_in, r]`` and G ``[r, d_out]``."""
+    """Return the update in the shape of the layer's weight, from D ``[d_in, r]`` and G ``[r, d_out]``."""
     return from_matrix((without_padding(layer, D) @ G).t(), view_of(layer), layer.weight.shape)
 
 
@@ -48,17 +48,17 @@ def merge_(layer: Any, D: Tensor, G: Tensor) -> None:
 
 
 def beside(layer: Any, x: Tensor, D: Tensor, G: Tensor, y: Tensor) -> Tensor:
-    """What the update adds to the layer's output ``y`` for the input ``x``, on its device and in its dtype."""
+    """Return what the update adds to the output ``y`` for the input ``x``, on the device and in the dtype of ``y``."""
     x = x.to(y.device)
     D, G = D.to(y.device, y.dtype), G.to(y.device, y.dtype)
     if isinstance(layer, nn.Embedding):
         h = F.embedding(x, without_padding(layer, D)) @ G
-        return h * torch.as_tensor(getattr(layer, "embed_scale", 1.0)).to(h)  # of Gemma's, which scale their output
+        return h * torch.as_tensor(getattr(layer, "embed_scale", 1.0)).to(h)  # Gemma's embeddings scale their output
     x = x.to(y.dtype)
     if is_linear(layer):
         return (x @ D) @ G
     shape = layer.weight.shape
-    if layer.groups > 1:  # D would be a kernel for each group: more work than the small kernel itself
+    if layer.groups > 1:  # a kernel D for each group costs more than the dense kernel, which is small
         grouped: Tensor = layer._conv_forward(x, (D @ G).t().reshape(shape), None)
         return grouped
     h = layer._conv_forward(x, D.t().reshape(-1, *shape[1:]), None)

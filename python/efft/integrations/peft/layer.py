@@ -20,12 +20,12 @@ class EfftLayer(nn.Module, BaseTunerLayer):
     """A frozen layer with any number of adapters: ``y = x Wᵀ + b + (x D) G``, summed over the active ones.
 
     It may be an ``nn.Linear``, transformers' ``Conv1D``, a convolution or an embedding. The factors belong to the
-    :class:`EfftModel`; the layer refers to them by dicts that are no part of its state, adapter name to its bank and to
-    the binding in it.
+    :class:`EfftModel`. The layer refers to them by dicts from the name of an adapter to its bank and to the binding in
+    it, which are not part of the layer's state.
 
-    One op computes ``y`` of an ``nn.Linear``, without calling the layer that was adapted. Where that has hooks, a
-    forward of its own (as accelerate's offloading sets one) or a bias that is trained, and where it is of another kind,
-    it is called, and the update is added to its output.
+    For an ``nn.Linear`` one op computes ``y``, without calling the adapted layer. A layer is called, and the update
+    added to its output, if it is of another kind, has hooks, has its own ``forward`` (which accelerate's offloading
+    sets), or has a bias that is trained.
     """
 
     adapter_layer_names = ("efft_factors",)
@@ -40,7 +40,7 @@ class EfftLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.in_features, self.out_features = kinds.sizes(base_layer)
-        self.__dict__["efft_factors"] = nn.ModuleDict()  # of the type that peft looks for, but not registered
+        self.__dict__["efft_factors"] = nn.ModuleDict()  # peft expects this type, but it must not be registered
         self.efft_bindings: dict[str, Any] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
@@ -50,8 +50,10 @@ class EfftLayer(nn.Module, BaseTunerLayer):
 
     @property
     def weight(self) -> Tensor:
-        """The weight of the layer that was adapted, without any update that is not merged. That it was read while the
-        model runs is noted in ``was_read``: whoever computes with it misses the update."""
+        """The weight of the adapted layer, without any update that is not merged.
+
+        Reading it while the model runs sets ``was_read``, because a computation with it misses the update.
+        """
         if not torch.compiler.is_compiling() and any(binding.prepared is not None for binding in self.bindings):
             self.was_read = True
         weight: Tensor = BaseTunerLayer.get_base_layer(self).weight
@@ -63,15 +65,14 @@ class EfftLayer(nn.Module, BaseTunerLayer):
 
     @property
     def bindings(self) -> list[Any]:
-        """The layer's hold on the bank of each adapter."""
+        """The bindings to the banks of all adapters of this layer."""
         return list(self.efft_bindings.values())
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
-        """The input of the adapted layer to its output, as ``[..., in_features]`` to ``[..., out_features]``; further
-        arguments are that layer's.
+        """Map ``x [..., in_features]`` to ``[..., out_features]``. Further arguments are those of the adapted layer.
 
-        With ``adapter_names``, a name per sample (the first dimension), each sample has the update of its own adapter,
-        or none under the name ``"__base__"``.
+        With ``adapter_names``, one name per sample (the first dimension), each sample uses the update of its own
+        adapter, or none if the name is ``"__base__"``.
         """
         if adapter_names is not None:
             return self._forward_mixed(x, adapter_names, *args, **kwargs)
@@ -119,15 +120,19 @@ class EfftLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """The dense update of the weight's shape, of an adapter in its factors' dtype, without dropout; zero for an
-        adapter that leaves this layer alone."""
+        """Return the dense update of an adapter, in the shape of the weight and the dtype of the factors, undropped.
+
+        It is zero for an adapter that does not adapt this layer.
+        """
         if adapter not in self.efft_bindings:
             return torch.zeros(self.base_layer.weight.shape, device=device_of(self.base_layer))
         return kinds.dense(self.base_layer, *self._evaluate(adapter))
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether ``peft.convert_to_lora`` can make LoRA of this layer, as it does of linear layers. At the adapter's
-        rank the result is exact."""
+        """Return whether ``peft.convert_to_lora`` can convert this layer to LoRA, as it can linear layers.
+
+        At the adapter's rank the result is exact.
+        """
         return kinds.is_linear(self.base_layer)
 
     @torch.no_grad()
@@ -138,7 +143,7 @@ class EfftLayer(nn.Module, BaseTunerLayer):
 
         Raises:
             ValueError: ``safe_merge``, and the update has NaN or infinite entries; the layer is then unchanged.
-            TypeError: the weight is quantised, or computed from others, so no update can be added to it.
+            TypeError: the weight is quantized, or computed from other tensors, so no update can be added to it.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.efft_bindings]
         for name in names:
@@ -155,7 +160,7 @@ class EfftLayer(nn.Module, BaseTunerLayer):
             )
         if self.base_layer._parameters.get("weight") is not weight:
             raise TypeError(
-                "the layer's weight is computed anew from other tensors (a mask of pruning, a parametrization), so an "
+                "the layer's weight is computed from other tensors (a pruning mask, a parametrization), so an "
                 "update that is added to it would be lost: remove that first, or keep the adapter beside it"
             )
         if names and self.base_weight is None:
@@ -174,7 +179,7 @@ class EfftLayer(nn.Module, BaseTunerLayer):
             self.merged_adapters.clear()
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # The bank serves many layers: it goes where the first of them is, and keeps its dtype.
+        # The bank serves many layers: it moves to the device of the first of them, and keeps its dtype.
         if adapter_name in self.efft_bindings:
             factors, binding = self._bank(adapter_name), self.efft_bindings[adapter_name]
             if factors.bindings[0] is binding and not factors.U.is_meta:
@@ -182,7 +187,7 @@ class EfftLayer(nn.Module, BaseTunerLayer):
 
 
 def device_of(layer: nn.Module) -> torch.device:
-    """Where a layer computes, which is not where its weight is while accelerate offloads it."""
+    """Return the device that a layer computes on, which is not that of its weight while accelerate offloads it."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
     execution = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
@@ -191,7 +196,7 @@ def device_of(layer: nn.Module) -> torch.device:
 
 @contextmanager
 def load_during(factors: Any) -> Iterator[Any]:
-    """Within the ``with`` block the tensors of a bank that accelerate offloads are there."""
+    """Load the tensors of a bank that accelerate offloads, for the time of the ``with`` block."""
     load(factors)
     try:
         yield factors
@@ -200,19 +205,19 @@ def load_during(factors: Any) -> Iterator[Any]:
 
 
 def load(factors: Any) -> None:
-    """What accelerate's hook, if any, does before a module is called; a bank never is."""
+    """Load the tensors that accelerate offloads, as its hook does before a module is called: banks are not called."""
     if hasattr(factors, "_hf_hook"):
         factors._hf_hook.pre_forward(factors)
 
 
 def offload(factors: Any) -> None:
-    """What it does afterwards."""
+    """Offload the tensors again, as accelerate's hook does after a call."""
     if hasattr(factors, "_hf_hook"):
         factors._hf_hook.post_forward(factors, None)
 
 
 def _must_be_called(layer: Any) -> bool:
-    """Whether calling the layer is more than the product of an ``nn.Linear`` with frozen parameters."""
+    """Return whether calling the layer does more than the product of an ``nn.Linear`` with frozen parameters."""
     return bool(
         not isinstance(layer, nn.Linear)
         or layer._forward_hooks

@@ -1,4 +1,4 @@
-"""``EfftModel``: the tuner that peft makes around a model, and the owner of the factors."""
+"""``EfftModel``: the tuner that peft puts around a model. It owns the factors."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from efft_kernels.nn.adapt import read_layers, replace_in_attributes
 
 
 class _Banks(nn.ModuleDict):
-    """Adapter name to group to bank."""
+    """The banks, by the name of the adapter and then of the group."""
 
     configs: dict[str, Any]
 
     @property
     def scaling(self) -> dict[str, float]:
-        """Adapter name to s, in the words of ``peft.utils.hotswap``, which compares it."""
+        """s by the name of the adapter, under the name by which ``peft.utils.hotswap`` compares it."""
         known = {name: config for name, config in self.configs.items() if config.lora_alpha is not None}
         return {name: config.lora_alpha / config.r for name, config in known.items()}
 
 
 class EfftModel(BaseTuner):
-    """A model adapted by EFFT under peft. It owns the factors: ``efft_banks``, adapter name to group to bank."""
+    """A model adapted by EFFT under peft. Its ``efft_banks`` owns the factors: by adapter, then by group."""
 
     prefix = "efft_"
     tuner_layer_cls = EfftLayer
@@ -51,8 +51,8 @@ class EfftModel(BaseTuner):
         """Plan the adapter as :func:`efft.apply` does, allocate its factors, and adapt the layers of the plan.
 
         Raises:
-            ValueError: the configuration does not fit the model, which is then unchanged; or a ``state_dict`` to find
-                the layers by, which has the names of groups and not those of layers.
+            ValueError: the configuration does not fit the model, which is then unchanged; or ``state_dict`` is given,
+                which cannot identify the layers, because it has names of groups and not of layers.
         """
         if state_dict is not None:
             raise ValueError("the tensors of EFFT do not name the layers they adapt: inject it by its configuration")
@@ -97,16 +97,16 @@ class EfftModel(BaseTuner):
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "cat"
     ) -> None:
-        """Add the weighted sum of adapters as one more adapter, exactly: its ranks are the sums of theirs.
+        """Add the weighted sum of adapters as another adapter. It is exact, and its ranks are the sums of theirs.
 
         Args:
             adapters: names of adapters of the same layers.
             weights: one factor per adapter.
-            adapter_name: name of the sum; where there is one already, nothing is done, as in LoRA.
+            adapter_name: name of the sum. If there is such an adapter already, nothing is done, as in LoRA.
             combination_type: ``"cat"``.
 
         Raises:
-            ValueError: unknown names, another combination, or adapters that cannot be added up; it says why.
+            ValueError: a name or the combination is unknown, or the adapters cannot be added up; the error says why.
         """
         if combination_type != "cat":
             raise ValueError(f"combination_type must be 'cat', which is exact, got {combination_type!r}")
@@ -123,15 +123,15 @@ class EfftModel(BaseTuner):
             fill(bank, [banks[name][group] for name in adapters], weights)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Forget an adapter and its factors."""
+        """Remove an adapter and its factors."""
         super().delete_adapter(adapter_name)
         for layer in self._layers():
-            if adapter_name in layer.efft_bindings:  # peft passes over names that have this method's prefix
+            if adapter_name in layer.efft_bindings:  # peft skips names that have this method's prefix
                 BaseTunerLayer.delete_adapter(layer, adapter_name)
         del self.efft_banks[adapter_name]
 
     def _check_names(self, adapter_name: str, banks: nn.ModuleDict) -> None:
-        """peft finds an adapter's tensors by leaving out those with another adapter's name among their names."""
+        """Raise ValueError if an adapter is named like a group, since peft recognizes tensors by adapters' names."""
         adapters = {**getattr(self, "efft_banks", {}), adapter_name: banks}
         for groups in adapters.values():
             if clash := set(groups) & set(adapters):
@@ -179,7 +179,7 @@ class EfftModel(BaseTuner):
         """Let a batch with ``adapter_names`` use the adapter of each sample, in layers and heads.
 
         Raises:
-            ValueError: in training, or a name that no adapter has.
+            ValueError: the model is in training mode, or there is no adapter of a name.
         """
         names = kwargs.get("adapter_names")
         if names is None:
@@ -193,7 +193,8 @@ class EfftModel(BaseTuner):
         beams = kwargs.get("num_beams")
         in_decoder = [name for name in names for _ in range(beams)] if isinstance(beams, int) else names
         encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
-        in_encoder = set() if encoder in (None, self.model) else set(encoder.modules())  # it runs before beams part
+        # The encoder runs before the beams split.
+        in_encoder = set() if encoder in (None, self.model) else set(encoder.modules())
         handles = [
             module.register_forward_pre_hook(
                 partial(_name_adapters, adapter_names=names if module in in_encoder else in_decoder), with_kwargs=True

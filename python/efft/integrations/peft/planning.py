@@ -1,4 +1,4 @@
-"""Which layers of a model a configuration of peft adapts, and which of them share factors."""
+"""The plan of an adapter under peft: which layers it adapts, and which of them share factors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from efft.planning.targets import by_structure, known_target
 
 
 def plan_adapter(model: nn.Module, config: EfftPeftConfig) -> Plan:
-    """Plan the adapter, on a model that has its own layers; ``config.target_modules="all-linear"`` becomes names.
+    """Plan the adapter on a model with its original layers, and replace ``target_modules="all-linear"`` by names.
 
     Raises:
         ValueError: the configuration does not fit the model; it says why.
@@ -37,7 +37,7 @@ def plan_adapter(model: nn.Module, config: EfftPeftConfig) -> Plan:
     elif config.chosen_by_targets:
         plan = make_plan(model, config.own(head=head))
         names = [name for group in plan.groups for name in group.sites]
-        # An entry that is a whole name would not be narrowed by layers_to_transform.
+        # layers_to_transform does not narrow entries that are whole names.
         found = _matcher(config, [name.rpartition(".")[2] for name in names], head)
         names = [name for name in names if found(name)]
     else:
@@ -45,7 +45,8 @@ def plan_adapter(model: nn.Module, config: EfftPeftConfig) -> Plan:
         if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
             every = _maybe_include_all_linear_layers(_settings(config, config.target_modules, head), model)
             config.target_modules = [name for name, _ in model.named_modules() if name in every.target_modules]
-            candidates, found = config.target_modules, _matcher(config, ".*", head)  # names as ends would take long
+            # Comparing all names as endings would take long.
+            candidates, found = config.target_modules, _matcher(config, ".*", head)
         else:
             candidates, found = dict(model.named_modules()), _matcher(config, config.target_modules, head)
         names = [name for name in candidates if name and found(name)]
@@ -54,14 +55,14 @@ def plan_adapter(model: nn.Module, config: EfftPeftConfig) -> Plan:
             if not excluded:
                 raise ValueError(f"exclude: {pattern!r} matches none of the layers that target_modules names")
             names = [name for name in names if name not in excluded]
-        if config.modules_to_save is None:  # a classifier that is to be adapted is not trained as a whole
+        if config.modules_to_save is None:  # an adapted classifier is not trained as a whole
             head = [h for h in head if not any(f"{name}.".startswith(f"{h}.") for name in names)]
     if not names:
         raise NoMatchingPeftModuleError(
             f"target_modules={config.target_modules!r} with exclude_modules={config.exclude_modules!r}, "
             f"layers_to_transform={config.layers_to_transform!r}, layers_pattern={config.layers_pattern!r} and the "
             f"modules that are trained as a whole ({head}) leaves no layer of this {type(model).__name__} to adapt; "
-            "give names of its layers, their ends, a regular expression of whole names, or 'all-linear'"
+            "give names of its layers, their endings, a regular expression for whole names, or 'all-linear'"
         )
     return _plan_of(model, config, names, head)
 
@@ -78,12 +79,12 @@ def trained_norms(model: nn.Module, head: Iterable[str]) -> list[str]:
 
 
 def exclusion(config: EfftPeftConfig, name: str) -> Any:
-    """False, or what peft's own rules say, which is false too, of a name that ``exclude_modules`` has."""
+    """Return False, or the false value by which peft notes that ``exclude_modules`` has matched a name."""
     return check_target_module_exists(_settings(config, ".*", []), name) and False
 
 
 def _plan_of(model: nn.Module, config: EfftPeftConfig, names: list[str], head: list[str]) -> Plan:
-    """The plan of exactly these layers, where layers of different rank do not share factors."""
+    """Return the plan of exactly these layers. Layers of different ranks do not share factors."""
     weights = _weights(model, config, names, head)
     layers: dict[int, list[str]] = {}
     for name in names:
@@ -120,7 +121,7 @@ def _weights(model: nn.Module, config: EfftPeftConfig, names: list[str], head: l
 def _groups(
     model: nn.Module, config: EfftPeftConfig, weights: dict[str, Weight], changes: dict[str, Any]
 ) -> Sequence[Any]:
-    """The groups of these layers as in the paper, or where their shapes do not allow these, by shape."""
+    """Return the groups of these layers as in the paper or, if their shapes do not allow that, by shape."""
     try:
         own = config.own(targets=list(weights), **changes)
         return own.groups(model, [known_target(weight) for weight in weights.values()])
@@ -129,12 +130,12 @@ def _groups(
 
 
 def _end(name: str, ends: Iterable[str]) -> str:
-    """Which of the ends of groups' names this one has."""
+    """Return the ending, of those given, that a group's name has."""
     return next((end for end in ends if end and name.endswith(end)), "")
 
 
 def _head(model: nn.Module, config: EfftPeftConfig) -> list[str]:
-    """Modules to train as a whole: peft matches the ends of names, and for some tasks adds the usual classifiers'."""
+    """Return the modules to train as a whole. peft matches endings, and for some tasks adds usual classifiers."""
     if config.modules_to_save is None:
         return find_head(model, None)
     ends = tuple(config.modules_to_save)
@@ -142,7 +143,7 @@ def _head(model: nn.Module, config: EfftPeftConfig) -> list[str]:
 
 
 def _settings(config: EfftPeftConfig, target_modules: Any, head: list[str]) -> SimpleNamespace:
-    """The settings that peft's own rules read."""
+    """Return the settings that peft's own rules read."""
     return SimpleNamespace(
         target_modules=target_modules,
         exclude_modules=config.exclude_modules,
@@ -155,6 +156,6 @@ def _settings(config: EfftPeftConfig, target_modules: Any, head: list[str]) -> S
 
 
 def _matcher(config: EfftPeftConfig, target_modules: Any, head: list[str]) -> Callable[[str], bool]:
-    """Whether peft's rules choose a name."""
+    """Return a function that tells whether peft's rules choose a name."""
     settings = _settings(config, target_modules, head if config.modules_to_save is not None else [])
     return lambda name: bool(check_target_module_exists(settings, name))

@@ -1,0 +1,151 @@
+"""First-person views of a 3-D world: levels of Freedoom, drawn by ViZDoom. How far away is what the view is centerd on?
+
+``doom-distance`` stands in for VTAB's DMLab. A view is taken from where an object of the level stands, in a random
+direction; the class is the distance, by the engine's depth buffer, of what is in the middle of the view. Levels of odd
+numbers give the training pool, those of even numbers the test set.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from efft_lab.data.splits import distinct, pixel_keys
+
+SIZE = 64  # pixels, height and width
+EDGES = (
+    6.0,
+    9.0,
+    13.5,
+    20.0,
+    30.0,
+    45.0,
+    68.0,
+)  # of the bins, in units of the depth buffer, each about 1.5 times the last
+LEVELS = 32  # of Freedoom, phase 2
+_FACTOR = 6  # the engine draws so many times as large in both directions: its smallest pictures are aliased
+_SPOT = 20  # pixels of the large picture, height and width of its middle
+_EVEN = 0.12  # greatest spread of the depth in the middle, as a part of its median
+_DARKEST = 20.0  # least mean brightness, of 255
+_PER_PLACE = 6  # views tried from every place
+_TRIED = 6  # views tried for each that is needed: two thirds have no well-defined middle, and classes differ in number
+
+Views = tuple[npt.NDArray[np.uint8], npt.NDArray[np.float64]]  # [n, 64, 64, 3], depths [n]
+
+
+def vizdoom() -> Any:
+    """Import ViZDoom."""
+    try:
+        import vizdoom
+    except ImportError as error:
+        raise ImportError("this task's images are drawn by vizdoom: pip install 'efft-kernels[render]'") from error
+    return vizdoom
+
+
+def levels(test: bool) -> range:
+    """Numbers of the levels of the training pool, or of the test set."""
+    return range(2 if test else 1, LEVELS + 1, 2)
+
+
+def draw(n: int, test: bool, rng: np.random.RandomState) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    """Draw n views with equally frequent classes: uint8 [n, 64, 64, 3] and labels [n].
+
+    Raises:
+        RuntimeError: The levels do not have enough views of a class.
+    """
+    places = -(-_TRIED * n // (_PER_PLACE * len(levels(test))))
+    views = [collect(level, places, rng) for level in levels(test)]
+    images, depth = (np.concatenate(parts) for parts in zip(*views, strict=True))
+    label = np.digitize(depth, EDGES) - 1
+    kept = distinct(pixel_keys(images), label)  # two turns may end in one direction
+    images, label = images[kept], label[kept]
+    classes = len(EDGES) - 1
+    chosen = []
+    for c, share in enumerate(np.bincount(np.arange(n) % classes, minlength=classes).tolist()):
+        candidates = rng.permutation(np.flatnonzero(label == c))
+        if len(candidates) < share:
+            raise RuntimeError(f"expected {share} views of class {c}, the levels gave {len(candidates)}")
+        chosen.append(candidates[:share])
+    order = rng.permutation(np.concatenate(chosen))
+    return images[order], label[order].astype(np.int64)
+
+
+def collect(level: int, most: int, rng: np.random.RandomState) -> Views:
+    """Views of a level from where at most so many of its objects stand, and how deep the middle of each is."""
+    images, depths = [], []
+    with _running(level) as game:
+        places = sorted({(round(o.position_x), round(o.position_y)) for o in game.get_state().objects})
+        for x, y in (places[k] for k in rng.permutation(len(places))[:most].tolist()):
+            game.send_game_command(f"warp {x} {y}")
+            for turn in rng.randint(1, 360, _PER_PLACE).tolist():
+                game.make_action([turn], 2)
+                state = game.get_state()
+                if state is None:
+                    raise RuntimeError(f"level {level} ended at {x}, {y}: expected nothing there that ends a level")
+                view = _judge(state.screen_buffer, state.depth_buffer)
+                if view is not None and abs(state.game_variables - (x, y)).max() < 1:
+                    images.append(view[0])
+                    depths.append(view[1])
+    return np.array(images, np.uint8).reshape(-1, SIZE, SIZE, 3), np.array(depths)
+
+
+def _judge(screen: npt.NDArray[np.uint8], depth: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.uint8], float] | None:
+    """The view [64, 64, 3] and the depth of its middle, or None where that is not well defined or nothing is seen."""
+    height, width = depth.shape
+    half = _SPOT // 2
+    spot = depth[height // 2 - half : height // 2 + half, width // 2 - half : width // 2 + half].astype(float)
+    middle = float(np.median(spot))
+    if not EDGES[0] <= middle < EDGES[-1] or np.ptp(spot) > max(1.0, _EVEN * middle):
+        return None
+    left = (width - height) // 2
+    square = screen[:, left : left + height].reshape(SIZE, _FACTOR, SIZE, _FACTOR, 3).mean((1, 3))
+    if square.mean() < _DARKEST:
+        return None
+    return np.rint(square).astype(np.uint8), middle
+
+
+@contextmanager
+def _running(level: int) -> Iterator[Any]:
+    """A running level without monsters, in which nothing can be touched.
+
+    The engine writes into the working folder, so that this is another one while it starts.
+    """
+    engine = vizdoom()
+    game = engine.DoomGame()
+    game.set_doom_game_path(str(Path(engine.__file__).parent / "freedoom2.wad"))
+    game.set_doom_map(f"map{level:02d}")
+    game.set_screen_resolution(engine.ScreenResolution.RES_512X384)
+    game.set_screen_format(engine.ScreenFormat.RGB24)
+    game.set_depth_buffer_enabled(True)
+    game.set_objects_info_enabled(True)
+    game.set_window_visible(False)
+    for part in ("hud", "crosshair", "weapon", "decals", "particles", "messages", "corpses", "screen_flashes"):
+        getattr(game, f"set_render_{part}")(False)
+    game.set_mode(engine.Mode.PLAYER)
+    game.set_seed(1)
+    game.set_episode_timeout(0)
+    game.set_available_buttons([engine.Button.TURN_LEFT_RIGHT_DELTA])
+    game.set_available_game_variables([engine.GameVariable.POSITION_X, engine.GameVariable.POSITION_Y])
+    # Finding a secret would write a line into the middle of the view.
+    game.add_game_args("-nomonsters -nosound +sv_cheats 1 +cl_showsecretmessage 0 +con_midtime 0")
+    with tempfile.TemporaryDirectory() as scratch:
+        game.set_doom_config_path(str(Path(scratch) / "vizdoom.ini"))
+        here = Path.cwd()
+        os.chdir(scratch)
+        try:
+            game.init()
+        finally:
+            os.chdir(here)
+        try:
+            for cheat in ("god", "noclip"):  # not hurt by the ground; picks nothing up
+                game.send_game_command(cheat)
+            yield game
+        finally:
+            game.close()

@@ -1,0 +1,157 @@
+"""Ray tracing of small scenes with Mitsuba 3: what the CLEVR-like and the NORB-like tasks are drawn with.
+
+The scalar variant of Mitsuba runs everywhere and samples from seeds, so that one machine draws the same pixels each
+time. Another processor or another release may round differently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+SIZE = 64  # pixels, height and width
+_SAMPLES = 9  # rays per pixel, for smooth edges: lamps without extent leave no other noise
+_DEPTH = 2  # a path's most segments: only what lamps light directly is bright
+_FIELD_OF_VIEW = 38.0  # degrees
+_GROUND = 60.0  # half an edge of the ground
+
+Floats = npt.NDArray[np.float64]
+Shape = dict[str, Any]  # what Mitsuba's `load_dict` takes for a shape or a material
+Point = Sequence[float]
+
+
+@dataclass(frozen=True)
+class Camera:
+    """A pinhole camera that sees a square.
+
+    Args:
+        origin: Where it is, [3].
+        target: What its optical axis goes through, [3].
+    """
+
+    origin: Floats
+    target: Floats
+
+    def project(self, points: Floats) -> tuple[Floats, Floats]:
+        """Where points [n, 3] are seen: pixels [n, 2] right and down, and the pixels per unit of length there, [n]."""
+        forward = self.target - self.origin
+        forward = forward / np.linalg.norm(forward)
+        right = np.cross(forward, [0.0, 0.0, 1.0])
+        right = right / np.linalg.norm(right)
+        down = np.cross(forward, right)
+        away = points - self.origin
+        depth = away @ forward
+        scale = SIZE / 2 / np.tan(np.radians(_FIELD_OF_VIEW) / 2) / depth
+        return SIZE / 2 + np.stack([away @ right, away @ down], 1) * scale[:, None], scale
+
+
+@dataclass(frozen=True)
+class Light:
+    """A lamp without extent.
+
+    Args:
+        place: Where it is, [3].
+        power: Its intensity, in the unit of a surface's radiance at distance 1.
+    """
+
+    place: Point
+    power: float
+
+
+def mitsuba() -> Any:
+    """Import Mitsuba and choose its scalar variant."""
+    try:
+        import mitsuba
+    except ImportError as error:
+        raise ImportError(
+            "this task's images are ray traced with mitsuba: pip install 'efft-kernels[render]'"
+        ) from error
+    mitsuba.set_variant("scalar_rgb")
+    return mitsuba
+
+
+def render(
+    shapes: Sequence[Shape],
+    camera: Camera,
+    lights: Sequence[Light],
+    seed: int,
+    ground: Shape | None = None,
+    turn: float = 0.0,
+) -> npt.NDArray[np.uint8]:
+    """Draw shapes on a wide ground of a material, by default gray, turned by ``turn`` radians.
+
+    Returns:
+        uint8 [64, 64, 3], in sRGB.
+    """
+    mi = mitsuba()
+    ground_to_world = mi.ScalarTransform4f().rotate([0, 0, 1], float(np.degrees(turn))).scale([_GROUND, _GROUND, 1])
+    origin, target = (values.tolist() for values in (camera.origin, camera.target))
+    scene: dict[str, Any] = {
+        "type": "scene",
+        "integrator": {"type": "path", "max_depth": _DEPTH},
+        "sensor": {
+            "type": "perspective",
+            "fov": _FIELD_OF_VIEW,
+            "to_world": mi.ScalarTransform4f().look_at(origin=origin, target=target, up=[0, 0, 1]),
+            "film": {"type": "hdrfilm", "width": SIZE, "height": SIZE, "rfilter": {"type": "box"}},
+            "sampler": {"type": "multijitter", "sample_count": _SAMPLES},
+        },
+        "ground": {"type": "rectangle", "to_world": ground_to_world, "bsdf": ground or matte((0.4,) * 3)},
+    }
+    for number, light in enumerate(lights):
+        intensity = {"type": "rgb", "value": [light.power] * 3}
+        scene[f"light{number}"] = {"type": "point", "position": list(light.place), "intensity": intensity}
+    for number, shape in enumerate(shapes):
+        scene[f"shape{number}"] = shape
+    linear = np.array(mi.render(mi.load_dict(scene), seed=seed))[:, :, :3].clip(0, 1)
+    return np.rint(255 * linear ** (1 / 2.2)).astype(np.uint8)
+
+
+def matte(color: Point) -> Shape:
+    """A material like rubber."""
+    return {"type": "diffuse", "reflectance": {"type": "rgb", "value": list(color)}}
+
+
+def tiles(colors: Sequence[Point], edge: float) -> Shape:
+    """A ground of square tiles in two colors."""
+    first, second = ({"type": "rgb", "value": list(color)} for color in colors)
+    pairs = _GROUND / edge  # what repeats is two tiles wide
+    to_uv = mitsuba().ScalarTransform4f().scale([pairs, pairs, 1])
+    return {
+        "type": "diffuse",
+        "reflectance": {"type": "checkerboard", "color0": first, "color1": second, "to_uv": to_uv},
+    }
+
+
+def glossy(color: Point) -> Shape:
+    """A material between polished plastic and metal."""
+    base = {"type": "rgb", "value": list(color)}
+    return {"type": "principled", "base_color": base, "roughness": 0.3, "specular": 0.9, "metallic": 0.4}
+
+
+def sphere(center: Point, radius: float, material: Shape) -> list[Shape]:
+    return [{"type": "sphere", "center": list(center), "radius": radius, "bsdf": material}]
+
+
+def box(center: Point, half: Point, material: Shape, turn: float = 0.0) -> list[Shape]:
+    """A box of half edges ``half``, turned about the vertical axis through its center by ``turn`` radians."""
+    transform = mitsuba().ScalarTransform4f
+    to_world = transform().translate(list(center)).rotate([0, 0, 1], float(np.degrees(turn))).scale(list(half))
+    return [{"type": "cube", "to_world": to_world, "bsdf": material}]
+
+
+def cylinder(start: Point, end: Point, radius: float, material: Shape) -> list[Shape]:
+    """A cylinder with closed ends."""
+    transform = mitsuba().ScalarTransform4f
+    shapes = [{"type": "cylinder", "p0": list(start), "p1": list(end), "radius": radius, "bsdf": material}]
+    axis = np.subtract(end, start)
+    up = [1.0, 0.0, 0.0] if abs(axis[2]) > 0.5 * np.linalg.norm(axis) else [0.0, 0.0, 1.0]
+    for place, outwards in ((start, -axis), (end, axis)):
+        target = np.add(place, outwards).tolist()
+        to_world = transform().look_at(origin=list(place), target=target, up=up).scale([radius, radius, 1])
+        shapes.append({"type": "disk", "to_world": to_world, "bsdf": material})
+    return shapes
