@@ -14,6 +14,7 @@ from torch import nn
 
 from efft.config import LARGEST_NUMBER, LARGEST_SIZE, AdapterConfig, is_number, is_setting, is_size
 from efft.hints import nearest
+from efft.planning.budget import fit_budget
 from efft.planning.extras import Extras
 from efft.planning.roles import trains_by_role
 from efft.planning.shapes import TensorTrain, trains_by_shape
@@ -144,15 +145,35 @@ class EfftConfig(AdapterConfig):
         return self.init[-1] if kind == "ffn" else self.init[0]
 
     @classmethod
-    def auto(cls, **fields: Any) -> EfftConfig:
+    def auto(cls, *, budget: int | None = None, model: nn.Module | None = None, **fields: Any) -> EfftConfig:
         """Return a configuration that needs no search: ``scale="auto"``, the other fields as usual.
 
         The paper searches s between 0.01 and 100 for every task. What matters is how far a step of the optimizer moves
         the weights. That depends on s, the width, the ranks and the number of cores together, and
         :func:`efft_kernels.nn.initialization.automatic_scale` solves it for s. The result is meant for learning rates
         around 1e-3.
+
+        With ``budget`` the result has the highest rank for which the factors, and the biases and norms that are trained
+        beside them, have at most that many parameters in ``model``. The head is not counted. Unless ``bias`` or
+        ``norms`` is given, all biases and norms are trained if rank 4 fits beside them, and none otherwise.
+
+        Args:
+            budget: the largest number of parameters.
+            model: the model that will be adapted, for ``budget``; it may be on the meta device, and is not changed.
+            **fields: fields of the configuration.
+
+        Raises:
+            ValueError: a field is out of range, no rank fits the budget, or ``budget`` is given with ``rank`` or
+                without ``model``.
         """
-        return cls(**{"scale": "auto", **fields})
+        fields = {"scale": "auto", **fields}
+        if budget is None and model is None:
+            return cls(**fields)
+        if budget is None or model is None:
+            lacking = "the model to count in (model=...)" if model is None else "a number of parameters (budget=...)"
+            raise ValueError(f"EfftConfig.auto: budget and model go together; {lacking} is missing")
+        config: EfftConfig = fit_budget(cls, model, budget, fields)
+        return config
 
     def groups(self, model: nn.Module, targets: list[Target]) -> Sequence[EfftGroup]:
         """Return the trains for these weights: those of the paper where the roles are known, else those by shape.

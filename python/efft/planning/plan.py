@@ -15,7 +15,7 @@ from efft.adapting.heads import find_head
 from efft.config import AdapterConfig, Group
 from efft.methods.efft import EfftConfig
 from efft.planning.extras import find_extras, known_extras
-from efft.planning.structure import Structure, Weight, structure_of
+from efft.planning.structure import Weight, structure_of
 from efft.planning.targets import Target, known_target, select
 
 #: No warning is given if at most this share of the weights in blocks stays untouched.
@@ -148,16 +148,10 @@ def make_plan(model: nn.Module, config: AdapterConfig, share_tied: bool = False)
     untouched = structure.untouched({target.name for target in targets} - unreached.keys())
     left_out = {name: size for name, size in untouched.items() if name in sizes}
     ordered = dict(sorted(left_out.items(), key=lambda item: -item[1]))
-    weights, tied = _with_tied(structure, weights)
+    weights, tied = structure.with_tied(weights)
     between = {name: size for name, size in structure.sizes.items() if name not in sizes}
     extras = find_extras(model, config.extras, weights, head)
     return Plan(groups, head, weights, ordered, reasons, sum(sizes.values()), tied, between, extras)
-
-
-def _with_tied(structure: Structure, weights: dict[str, Weight]) -> tuple[dict[str, Weight], dict[str, str]]:
-    """Return the weights with the tied layers that share them, and for each of these the layer it shares with."""
-    tied = {name: first for name, first in structure.tied.items() if first in weights}
-    return weights | {n: replace(weights[first], name=n, module=n) for n, first in tied.items()}, tied
 
 
 def _check_not_compiled(model: nn.Module) -> None:
@@ -241,7 +235,7 @@ def plan_of_file(
         members = {name: weight(name) for name in group["weights"]}
         groups.append(config.group_of_file(model, group, list(members.values())))
         found |= members
-    found, tied = _with_tied(structure, found)
+    found, tied = structure.with_tied(found)
     return Plan(groups, head, found, tied=tied, extras=known_extras(model, extras, found, head))
 
 

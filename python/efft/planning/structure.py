@@ -103,6 +103,11 @@ class Structure:
         inside = {name: w for name, w in matrices.items() if w.block is not None}
         return inside or matrices
 
+    def with_tied(self, weights: Mapping[str, Weight]) -> tuple[dict[str, Weight], dict[str, str]]:
+        """Return the weights with the tied layers that share them, and for each of these the layer it shares with."""
+        tied = {name: first for name, first in self.tied.items() if first in weights}
+        return {**weights, **{n: replace(weights[first], name=n, module=n) for n, first in tied.items()}}, tied
+
     def untouched(self, names: Iterable[str]) -> dict[str, int]:
         """Return the full names and sizes of the parameters in blocks that do not belong to the weights ``names``."""
         names = set(names)
