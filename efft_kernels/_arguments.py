@@ -108,9 +108,10 @@ def autocast_like_linear(first: Tensor, *others: Tensor | None) -> Any:
 
 
 def autocast_bias(b: Tensor | None) -> Tensor | None:
-    """The bias of a linear layer as autocast casts it, unless it is in fp32.
+    """Cast the bias of a linear layer as autocast casts it, unless it is in fp32.
 
-    Every backend takes a bias in fp32 beside a weight in any dtype, and its gradient is then not rounded to that dtype.
+    Every backend accepts a bias in fp32 with a weight in any dtype. The gradient of such a bias is not rounded to the
+    weight's dtype.
     """
     if b is None or b.dtype == torch.float32:
         return b
@@ -119,7 +120,7 @@ def autocast_bias(b: Tensor | None) -> Tensor | None:
 
 
 def unless_wider(b: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """The bias, or None for one in fp32 beside a half precision ``dtype``, which fits."""
+    """Return None for an fp32 bias with a half precision ``dtype``, which is allowed; return any other bias itself."""
     return None if b is not None and b.dtype == torch.float32 and dtype.itemsize == 2 else b
 
 

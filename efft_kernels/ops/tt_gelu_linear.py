@@ -1,4 +1,4 @@
-"""``tt_gelu_linear``: a GELU and the adapted linear layer behind it, without keeping the GELU's output."""
+"""Define ``tt_gelu_linear``, a GELU and the adapted linear layer after it, without saving the GELU's output."""
 
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ def _triton() -> ModuleType:
 
 _FORWARD = declare(
     "tt_gelu_linear_fwd",
-    # As tt_linear_fwd on gelu(z), which neither direction keeps; z [tokens, d_in] in its own dtype, the product in W's.
+    # Like tt_linear_fwd on gelu(z), which neither direction saves. z [tokens, d_in] has its own dtype; the product is
+    # computed in W's.
     "(Tensor z, Tensor W, Tensor? b, Tensor D, Tensor G, str approximate) -> (Tensor y, Tensor h)",
     _fake_fwd,
     eager=eager.tt_gelu_linear_fwd,
@@ -83,26 +84,26 @@ def tt_gelu_linear(
     approximate: str = "none",
     backend: str | Backend | None = None,
 ) -> Tensor:  # [..., d_out]
-    """``tt_linear(gelu(z), W, b, D, G)`` that keeps ``z`` for backward and makes ``gelu(z)`` again where it is needed.
+    """Compute ``tt_linear(gelu(z), W, b, D, G)``, saving ``z`` for the backward pass but not ``gelu(z)``.
 
-    It is for the second layer of an MLP. The backward of the GELU needs ``z`` anyway, so the widest activation of a
-    block is not kept twice.
+    Use this op for the second layer of an MLP. The backward pass of the GELU needs ``z`` anyway, and it recomputes
+    ``gelu(z)``. The widest activation of a block is therefore not stored twice.
 
     Args:
-        z: input of the GELU ``[..., d_in]``, any floating dtype (``cpu``: float32 or bfloat16) and strides.
-        W: weight ``[d_out, d_in]``, frozen. The product is computed in its dtype (under autocast in autocast's).
-        b: bias ``[d_out]`` or None, in the dtype of ``W``, or in fp32 beside half precision.
+        z: input of the GELU ``[..., d_in]``, with any floating-point dtype (``cpu``: float32 or bfloat16) and strides.
+        W: frozen weight ``[d_out, d_in]``. The product is computed in its dtype (in the autocast dtype under autocast).
+        b: bias ``[d_out]`` or None, in the dtype of ``W``, or in fp32 if ``W`` is in half precision.
         D, G: factors ``[d_in, r1]`` and ``[r1, d_out]`` as in :func:`efft_kernels.tt_linear`.
         approximate: ``"none"`` or ``"tanh"``, as in ``torch.nn.functional.gelu``.
-        backend: see :mod:`efft_kernels.backends`.
+        backend: the backend to use (see :mod:`efft_kernels.backends`).
 
     Returns:
-        ``y [..., d_out]`` in the dtype of ``W`` (the autocast dtype under autocast). Differentiable with respect to
-        ``z``, ``b``, ``D`` and ``G``, any number of times.
+        ``y [..., d_out]`` in the dtype of ``W`` (the autocast dtype under autocast). Differentiable any number of times
+        with respect to ``z``, ``b``, ``D`` and ``G``.
 
     Raises:
         TypeError: an argument is not a tensor.
-        ValueError: shapes or dtypes do not fit together, ``W`` requires a gradient, or ``approximate`` is unknown.
+        ValueError: shapes or dtypes do not match, ``W`` requires a gradient, or ``approximate`` is unknown.
         RuntimeError: the requested backend cannot run this call.
     """
     if approximate not in ("none", "tanh"):
@@ -118,7 +119,7 @@ def tt_gelu_linear(
 
 
 class _TTGeluLinear(torch.autograd.Function):
-    """Autograd of tt_gelu_linear, above the backends."""
+    """Define the autograd of tt_gelu_linear for all backends."""
 
     @staticmethod
     def forward(
@@ -146,7 +147,7 @@ class _TTGeluLinear(torch.autograd.Function):
         leading, gy, z = gy.shape[:-1], flatten_tokens(gy), flatten_tokens(z)
         grads: tuple[Tensor | None, ...]
         with no_autocast(gy.device):
-            if torch.is_grad_enabled():  # this backward will be differentiated
+            if torch.is_grad_enabled():  # this backward pass will be differentiated
                 grads = reference.tt_gelu_linear_bwd(gy, z, W, D, G, ctx.approximate)
             else:
                 grads = _BACKWARD[ctx.backend](gy, z, W, h, D, G, ctx.approximate, *needs)

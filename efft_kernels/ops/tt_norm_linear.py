@@ -1,4 +1,4 @@
-"""``tt_norm_linear``: a layer norm and the adapted linear layer behind it, without keeping the norm's output."""
+"""Define ``tt_norm_linear``, a layer norm and the adapted linear layer after it, without saving the norm's output."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _triton() -> ModuleType:
 
 _FORWARD = declare(
     "tt_norm_linear_fwd",
-    # As tt_linear_fwd on the layer norm of x over d_in; gamma, beta [d_in], mean and rstd [tokens] in fp32 (fp64 for
+    # Like tt_linear_fwd on the layer norm of x over d_in. gamma, beta [d_in]; mean and rstd [tokens] in fp32 (fp64 for
     # fp64).
     "(Tensor x, Tensor? gamma, Tensor? beta, float eps, Tensor W, Tensor? b, Tensor D, Tensor G) "
     "-> (Tensor y, Tensor h, Tensor mean, Tensor rstd)",
@@ -87,7 +87,7 @@ _FORWARD = declare(
 )
 _BACKWARD = declare(
     "tt_norm_linear_bwd",
-    # W is read for dx, dgamma and dbeta; the last two are in the dtypes of gamma and beta.
+    # dx, dgamma and dbeta need W; dgamma and dbeta are in the dtypes of gamma and beta.
     "(Tensor gy, Tensor x, Tensor? gamma, Tensor? beta, float eps, Tensor mean, Tensor rstd, Tensor? W, Tensor? h, "
     "Tensor D, Tensor G, bool need_dx, bool need_dD, bool need_dG, bool need_db, bool need_dgamma, bool need_dbeta) "
     "-> (Tensor dx, Tensor dD, Tensor dG, Tensor db, Tensor dgamma, Tensor dbeta)",
@@ -109,28 +109,29 @@ def tt_norm_linear(
     eps: float = 1e-5,
     backend: str | Backend | None = None,
 ) -> Tensor:  # [..., d_out]
-    """``tt_linear(layer_norm(x, gamma, beta, eps), W, b, D, G)`` that keeps ``x`` alone for backward.
+    """Compute ``tt_linear(layer_norm(x, gamma, beta, eps), W, b, D, G)``, saving ``x`` for the backward pass.
 
-    It is for the first layer of an attention or MLP block, where ``x`` is the residual stream, which the backward of
-    the norm needs anyway. The output of the norm is made again where it is needed.
+    Use this op for the first layer of an attention or MLP block. There ``x`` is the residual stream, which the backward
+    pass of the norm needs anyway. The backward pass recomputes the output of the norm.
 
     Args:
-        x: input of the norm ``[..., d_in]``, any floating dtype (``cpu``: float32 or bfloat16) and strides.
-        gamma, beta: the norm's weight and bias ``[d_in]``, either or both None; of one dtype, which may be any.
-        W: weight ``[d_out, d_in]``, frozen (under autocast cast to its dtype). The norm is computed in fp32 (fp64 for
-            fp64) and rounded once, to the dtype of ``W``, in which the product is computed.
-        b: bias ``[d_out]`` or None, in the dtype of ``W``, or in fp32 beside half precision.
+        x: input of the norm ``[..., d_in]``, with any floating-point dtype (``cpu``: float32 or bfloat16) and strides.
+        gamma, beta: the norm's weight and bias ``[d_in]``, each of which may be None. Both must have the same dtype,
+            which may be any.
+        W: frozen weight ``[d_out, d_in]``. The norm is computed in fp32 (fp64 for fp64) and rounded once to the dtype
+            of ``W``, in which the product is computed. Under autocast, ``W`` is cast to the autocast dtype.
+        b: bias ``[d_out]`` or None, in the dtype of ``W``, or in fp32 if ``W`` is in half precision.
         D, G: factors ``[d_in, r1]`` and ``[r1, d_out]`` as in :func:`efft_kernels.tt_linear`.
-        eps: added to the variance.
-        backend: see :mod:`efft_kernels.backends`.
+        eps: number added to the variance.
+        backend: the backend to use (see :mod:`efft_kernels.backends`).
 
     Returns:
-        ``y [..., d_out]`` in the dtype of ``W`` (the autocast dtype under autocast). Differentiable with respect to
-        ``x``, ``gamma``, ``beta``, ``b``, ``D`` and ``G``, any number of times.
+        ``y [..., d_out]`` in the dtype of ``W`` (the autocast dtype under autocast). Differentiable any number of times
+        with respect to ``x``, ``gamma``, ``beta``, ``b``, ``D`` and ``G``.
 
     Raises:
         TypeError: an argument is not a tensor, or not a number.
-        ValueError: shapes or dtypes do not fit together, or ``W`` requires a gradient.
+        ValueError: shapes or dtypes do not match, or ``W`` requires a gradient.
         RuntimeError: the requested backend cannot run this call.
     """
     check_linear("tt_norm_linear", "x", x, W, b, D, G)
@@ -150,7 +151,7 @@ def tt_norm_linear(
 
 
 class _TTNormLinear(torch.autograd.Function):
-    """Autograd of tt_norm_linear, above the backends."""
+    """Define the autograd of tt_norm_linear for all backends."""
 
     @staticmethod
     def forward(
@@ -180,7 +181,7 @@ class _TTNormLinear(torch.autograd.Function):
         leading, gy, x = gy.shape[:-1], flatten_tokens(gy), flatten_tokens(x)
         grads: tuple[Tensor | None, ...]
         with no_autocast(gy.device):
-            if torch.is_grad_enabled():  # this backward will be differentiated
+            if torch.is_grad_enabled():  # this backward pass will be differentiated
                 grads = reference.tt_norm_linear_bwd(gy, x, gamma, beta, W, D, G, ctx.eps)
             else:
                 grads = _BACKWARD[ctx.backend](gy, x, gamma, beta, ctx.eps, mean, rstd, W, h, D, G, *needs)

@@ -1,4 +1,4 @@
-"""tt_linear: two launches forward, h and y; in backward dh, dx, and one reduction for dG, dD and db."""
+"""Run tt_linear: two forward launches compute h and y; in the backward pass, launches compute dh, dx and all sums."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ def sums_over_tokens(
     need_db: bool,
     **producer: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dD, dG) in the dtypes of the factors, and db in fp32.
+    """Return (dD, dG) in the dtypes of the factors, and db in fp32.
 
-    Without ``dh``, dD has no elements, without ``h``, dG has none, and db has none if it is not needed.
+    Without ``dh``, dD is empty. Without ``h``, dG is empty. Without ``need_db``, db is empty.
     """
     dG = dD = db = None
     if h is not None or dh is not None:
         dG, dD, db = reduce_tokens(gy, h, x, dh, need_db=need_db and h is not None, **producer)
-    if need_db and db is None:  # nothing else reads gy along its columns
+    if need_db and db is None:  # reduce_tokens sums gy only together with dG
         db = gy.sum(0, dtype=torch.float32)
     db = gy.new_empty(0, dtype=torch.float32) if db is None else db
     dG, dD = (like.new_empty(0) if total is None else total.to(like.dtype) for total, like in ((dG, G), (dD, D)))

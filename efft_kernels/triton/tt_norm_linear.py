@@ -1,8 +1,8 @@
-"""tt_linear behind a layer norm: in forward one launch makes the norm, its statistics and h.
+"""Run tt_linear on the output of a layer norm: one launch computes the norm, its statistics and h; another one, y.
 
-In backward the product that makes the gradient of the norm's output adds dh Dᵀ, and the sums over tokens read that
-output through x. The backward of the norm itself, with the gradients of its parameters, is torch's: it goes over whole
-rows, which do not fit the tiles of a product.
+In the backward pass, the product that computes the gradient of the norm's output adds dh Dᵀ, and the sums over tokens
+compute that output from x. The backward pass of the norm itself, including the gradients of its parameters, uses
+torch's kernels, because it reduces over entire rows, which do not fit the tiles of a product.
 """
 
 from __future__ import annotations
