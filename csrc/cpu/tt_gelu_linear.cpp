@@ -1,4 +1,4 @@
-// efft::tt_gelu_linear_{fwd,bwd}.cpu: tt_linear behind a GELU, which is applied block by block.
+// Implements efft::tt_gelu_linear_{fwd,bwd}.cpu: tt_linear after a GELU, which is applied block by block.
 #include "tt_linear.h"
 
 namespace efft {

@@ -1,8 +1,10 @@
-// efft::tt_linear_{fwd,bwd}.cpu, and what the forms behind a producer (a GELU or a layer norm) share with it.
+// Implements efft::tt_linear_{fwd,bwd}.cpu and the functions shared with the ops that include a producer, that is, a
+// GELU or a layer norm before the layer.
 //
-// The library that torch uses computes the base product, first, because it writes a result faster than it adds to one.
-// One pass over blocks of tokens then does everything of rank r: y += b + h G in forward, dx += dh D^T in backward.
-// Only the forward pass behind a producer comes before the product, whose input it makes.
+// First, torch's matrix library computes the base product, because this library writes a result faster than it adds to
+// one. Then one pass over blocks of tokens computes all rank-r products: y += b + h G in the forward pass, dx += dh D^T
+// in the backward pass. Only the forward pass with a producer runs before the base product, because it computes the
+// input.
 #include "tt_linear.h"
 
 #include <vector>
@@ -11,7 +13,7 @@ namespace efft {
 
 namespace {
 
-// A vector converted to floats; its data is null if there is no vector.
+// A vector converted to floats; its data is null if the vector is absent.
 class Vector {
  public:
   explicit Vector(const std::optional<Tensor>& from) {
@@ -115,8 +117,8 @@ LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x
   };
   const int64_t size_D = strips(need.dD, rank, d_in), size_G = strips(need.dG, rank, d_out);
   const int64_t size_b = strips(need.db, 1, d_out), size_norm = strips(need_norm, 1, d_in);
-  // Kept by this thread from call to call, because the pages of fresh memory of this size would fault on every call. It
-  // is as large as the largest call needs: about rank (d_in + d_out) floats for each of torch's threads.
+  // This thread keeps the memory for later calls, because fresh memory of this size would cause page faults in every
+  // call. Its size is that of the largest call: about rank (d_in + d_out) floats for each of torch's threads.
   thread_local std::vector<float> room;
   room.resize(std::max<size_t>(room.size(), parts.count * (size_D + size_G + size_b + 2 * size_norm) + LINE));
   float* const shares_D = at_line(room.data());
@@ -135,7 +137,7 @@ LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x
     }
     kernels().backward(op, begin, end, of);
   });
-  // Summed in the order of the threads, so that every run gives the same bits.
+  // Shares are added in the order of the threads, so that every run returns exactly the same result.
   const auto total = [&parts](
                          float* shares, int64_t size, int64_t rows, int64_t columns, bool transpose, const Tensor& to) {
     gather({{shares, 0, Type::float32}, parts.count, size, rows, columns, 1, transpose, matrix(to)});

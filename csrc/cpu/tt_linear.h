@@ -1,4 +1,4 @@
-// The part of the binding that tt_linear shares with its forms behind a GELU and behind a layer norm.
+// Declares the part of the binding that tt_linear, tt_gelu_linear and tt_norm_linear share.
 #pragma once
 
 #include <string>
@@ -10,7 +10,7 @@ namespace efft {
 
 using Linear = std::tuple<Tensor, Tensor>;  // y, h
 
-// Which gradients are needed, and those gradients; one that is not needed has 0 elements.
+// The gradients that are needed, and the computed gradients; a gradient that is not needed has 0 elements.
 struct Needs {
   bool dx, dD, dG, db, dgamma = false, dbeta = false;
 };
@@ -18,7 +18,7 @@ struct LinearBackward {
   Tensor dx, dD, dG, db, dgamma, dbeta;
 };
 
-// Which producer stands in front of the layer, and the tensors that belong to a norm.
+// The producer whose output the layer reads, and the tensors of a norm.
 struct ProducerArguments {
   Producer kind = Producer::none;
   std::optional<Tensor> gamma, beta;

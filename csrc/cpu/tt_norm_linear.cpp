@@ -1,4 +1,4 @@
-// efft::tt_norm_linear_{fwd,bwd}.cpu: tt_linear behind a layer norm, which is applied block by block.
+// Implements efft::tt_norm_linear_{fwd,bwd}.cpu: tt_linear after a layer norm, which is applied block by block.
 #include "tt_linear.h"
 
 namespace efft {
