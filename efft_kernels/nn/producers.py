@@ -63,7 +63,7 @@ class ProducerOutput(Tensor):
     def linear(self, W: Tensor, b: Tensor | None, D: Tensor, G: Tensor) -> Tensor:
         """Compute ``a Wᵀ + b + (a D) G`` ``[..., d_out]`` for the producer's output ``a``, without saving ``a``.
 
-        ``W`` is a plain tensor ``[d_out, d_in]``. It gets no gradient, but ``b`` and a norm's parameters may get gradients.
+        ``W`` is a plain ``[d_out, d_in]`` tensor. It gets no gradient; ``b`` and a norm's parameters may get gradients.
         """
         if isinstance(self.module, nn.GELU):
             return tt_gelu_linear(self._input(), W, b, D, G, approximate=self.module.approximate)
