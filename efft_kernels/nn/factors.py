@@ -160,7 +160,7 @@ class TTFactors(FactorBank):
             for site in sites:
                 self._check(site)
                 if site.experts:
-                    raise ValueError(f"{site}: the matrices of experts share U and V and cannot have diagonals")
+                    raise ValueError(f"{site}: the matrices of experts share their sides, which have no diagonals")
                 counts[is_output != site.transpose][site] = site.blocks if is_output and not site.transpose else 1
         rows_of_a: dict[Hashable, list[int]] = {}
         rows_of_b: dict[Hashable, list[int]] = {}

@@ -95,7 +95,7 @@ def tt_contract(
     check_tensor("tt_contract", "V", V)
     if C.dim() != 4 or V.dim() != 2 or C.shape[3] != V.shape[0]:
         raise ValueError(
-            f"tt_contract: expected C [n_layers, n_cores, r1, r2] and V [r2, d_out] with the same r2, "
+            f"tt_contract: expected C [n_layers, n_cores, r1, r2] and V [r2, d_out] of one r2, "
             f"got shapes {list(C.shape)} and {list(V.shape)}"
         )
     if C.dtype != V.dtype:

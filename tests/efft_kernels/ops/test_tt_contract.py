@@ -293,7 +293,7 @@ def test_meta_tensors_give_shapes(backend: Backend) -> None:
             {"C": torch.ones(3, 5, 7)},
             r"expected C \[n_layers, n_cores, r1, r2\] and V \[r2, d_out\] .* got shapes \[3, 5, 7\]",
         ),
-        ({"V": torch.ones(40, 7)}, r"with the same r2, got shapes \[3, 2, 5, 7\] and \[40, 7\]"),
+        ({"V": torch.ones(40, 7)}, r"of one r2, got shapes \[3, 2, 5, 7\] and \[40, 7\]"),
         ({"V": torch.ones(7)}, r"got shapes \[3, 2, 5, 7\] and \[7\]"),
         ({"V": torch.ones(7, 40).double()}, "C and V must have one dtype, got torch.float32 and torch.float64"),
         (
