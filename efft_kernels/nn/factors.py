@@ -245,7 +245,7 @@ class TTFactors(FactorBank):
             raise ValueError(f"{site}: only the column blocks of experts can be interleaved")
         if site.transpose and site.blocks > 1:
             raise ValueError(
-                f"{site}: a transposed tensor train has one core per matrix, as its output is one block of U's rows"
+                f"{site}: a transposed train has one core per matrix, because its output is the one block of U's rows"
             )
         if site.mask_scope < 0:
             raise ValueError(f"{site}: mask_scope must be 0 or more")
