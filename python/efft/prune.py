@@ -73,8 +73,8 @@ def prune(model: nn.Module, keep: float = 0.99) -> PruneReport:
     adapter = adapter_of(model)
     if _config(adapter).layer_scale is not None:
         raise ValueError(
-            "prune: the weights have diagonals of their own (layer_scale), so the shared factors alone do not tell which "
-            "directions the updates need; train with layer_scale=None to prune"
+            "prune: the weights have diagonals of their own (layer_scale), so the shared factors alone do not tell "
+            "which directions the updates need; train with layer_scale=None to prune"
         )
     trains = _trains(adapter)
     if any(layer.merged for layer in adapted_layers(model).values()):
