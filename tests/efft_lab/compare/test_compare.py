@@ -185,7 +185,7 @@ def test_result_files(tmp_path: Path) -> None:
         store.append({"key": "c"})
     assert path.read_text() == '{"key": "a"}\n{"key": "c"}\n'
     path.write_text('{"key": "a"}\n[3]\n')
-    with pytest.raises(ValueError, match=r"r\.jsonl, line 2 is no result of a run .*; remove that line"):
+    with pytest.raises(ValueError, match=r"r\.jsonl, line 2 is not a result of a run .*; remove that line"):
         Store(path)
 
 
