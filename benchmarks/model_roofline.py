@@ -255,18 +255,12 @@ def one_pass(c: Case) -> tuple[Kernels, Kernels]:
 
 
 def triton(c: Case) -> tuple[Kernels, Kernels]:
-    """our triton backend, a layer alone: h (and dh) in the main loop or by a kernel of its own, what is cheaper"""
-    m = c.machine
-    forward, dx = (f(relative=m.own, tail=c.rank) for f in (c.forward, c.dx))
-    split: tuple[Kernels, Kernels] = (
+    """our triton backend, a layer alone: kernels of their own make h and dh"""
+    forward, dx = (f(relative=c.machine.own, tail=c.rank) for f in (c.forward, c.dx))
+    return (
         [("refresh G", c.refresh()), ("x D", c.h_alone()), ("x Wᵀ + h G", forward)],
         [("gy Gᵀ", c.dh_alone()), ("gy W + dh Dᵀ", dx), *c.reductions()],
     )
-    if c.rank > 32:  # registers
-        return split
-    directions = zip(recompute(c), split, strict=True)
-    cheaper = [min(ways, key=lambda kernels: sum(time for _, time in kernels)) for ways in directions]
-    return cheaper[0], cheaper[1]
 
 
 def fused_triton(c: Case) -> tuple[Kernels, Kernels]:

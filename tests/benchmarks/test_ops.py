@@ -17,7 +17,7 @@ from benchmarks.budget import verdict
 from benchmarks.counts import Peaks, Sizes
 from benchmarks.ops import cases, rows, run
 from benchmarks.ops.cases import Case, Inputs, make_inputs
-from benchmarks.ops.rows import ROWS, Layer, Row, under_autograd
+from benchmarks.ops.rows import ROWS, Layer, LayerRow, under_autograd
 from efft_kernels.native import MISSING
 from efft_lab.record import read
 
@@ -39,7 +39,7 @@ def _small_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     [row for row in ROWS.values() if row.name not in ("lorafusion", "efft:triton", "efft:cuda")],
     ids=lambda row: row.name,
 )
-def test_every_row_is_within_the_budget(row: Row, transposed: bool, dtype: torch.dtype) -> None:
+def test_every_row_is_within_the_budget(row: LayerRow, transposed: bool, dtype: torch.dtype) -> None:
     if row.name == "peft":
         pytest.importorskip("peft", reason="needs the dev extra")
     inputs = make_inputs(Sizes(61, 48, 96, 16, dtype.itemsize), dtype, n_cores=3, transposed=transposed)
@@ -72,7 +72,7 @@ def test_the_triton_row_in_the_interpreter() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("row", ROWS.values(), ids=lambda row: row.name)
-def test_every_row_on_a_gpu(row: Row) -> None:
+def test_every_row_on_a_gpu(row: LayerRow) -> None:
     inputs = make_inputs(Sizes(1000, 768, 2304, 16, 2), torch.bfloat16, n_cores=3, device="cuda")
     if row.name == "efft:cpu":
         assert row.unavailable(inputs) == "cpu runs tensors on the CPU, got cuda:0"
@@ -121,7 +121,7 @@ def test_peft_row_is_the_librarys_own_layer(monkeypatch: pytest.MonkeyPatch) -> 
     ]
 
 
-class Wrong(Row):
+class Wrong(LayerRow):
     """Fast, and wrong in one gradient: it drops half of dG."""
 
     name, explains = "wrong", "a planted error"
@@ -135,7 +135,7 @@ class Wrong(Row):
         return under_autograd(compute, inputs)
 
 
-class Broken(Row):
+class Broken(LayerRow):
     name, explains = "broken", "raises"
 
     def build(self, inputs: Inputs) -> Layer:
