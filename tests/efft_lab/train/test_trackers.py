@@ -1,5 +1,7 @@
 """Experiment trackers get what metrics.jsonl gets."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ tracking = pytest.importorskip("accelerate.tracking", reason="training needs the
 
 
 class Notes(tracking.GeneralTracker):  # type: ignore[misc,name-defined]
-    """Keeps what it is given."""
+    """A tracker that keeps what it is given."""
 
     name, requires_logging_directory = "notes", False
 
@@ -25,7 +27,7 @@ class Notes(tracking.GeneralTracker):  # type: ignore[misc,name-defined]
         self.finished = 0
 
     @property
-    def tracker(self) -> "Notes":
+    def tracker(self) -> Notes:
         return self
 
     def store_init_configuration(self, values: dict[str, Any]) -> None:
