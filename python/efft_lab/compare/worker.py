@@ -60,10 +60,10 @@ def execute(stage: str, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _trivial(name: str, config: TrainConfig) -> float:
-    from efft_lab.data import nearest_neighbours, trivial_baselines
+    from efft_lab.data import nearest_neighbors, trivial_baselines
 
     task = _task(config)
-    return (nearest_neighbours(task) if name == "knn" else trivial_baselines(task)[name]) / 100
+    return (nearest_neighbors(task) if name == "knn" else trivial_baselines(task)[name]) / 100
 
 
 def _train(stage: str, config: TrainConfig) -> dict[str, Any]:
