@@ -14,6 +14,8 @@ from torch import nn
 
 from efft.config import LARGEST_NUMBER, LARGEST_SIZE, AdapterConfig, is_number, is_setting, is_size
 from efft.hints import nearest
+from efft.planning.budget import fit_budget
+from efft.planning.extras import Extras
 from efft.planning.roles import trains_by_role
 from efft.planning.shapes import TensorTrain, trains_by_shape
 from efft.planning.structure import Weight
@@ -34,6 +36,7 @@ class EfftConfig(AdapterConfig):
 
     method: ClassVar[str] = "efft"
     training_only: ClassVar[frozenset[str]] = AdapterConfig.training_only | {"init", "core_init", "dropout"}
+    meant_before: ClassVar[Mapping[str, Any]] = {**AdapterConfig.meant_before, **Extras().as_fields()}
     kinds: ClassVar[frozenset[str]] = AdapterConfig.kinds | {"experts"}
 
     variant: Literal["efft1", "efft2"] = "efft2"
@@ -82,6 +85,13 @@ class EfftConfig(AdapterConfig):
     """Keep batch norms, and every other module that updates buffers in training, in eval mode. Otherwise these buffers
     change as usual, are saved with the adapter, and ``efft.remove`` restores them."""
 
+    bias: Literal["none", "all", "adapted"] = "none"
+    """Biases that are trained and saved beside the factors: "all" (those of the whole model outside the head, those of
+    normalization layers included) or "adapted" (those of the adapted layers)."""
+
+    norms: bool = False
+    """Train and save the weights and biases of all normalization layers beside the factors."""
+
     def __post_init__(self) -> None:
         self.rank = _pairs(self.rank)
         scales = self.scale
@@ -114,6 +124,11 @@ class EfftConfig(AdapterConfig):
         self._check(known, "trainable_scale", of_scales, self.trainable_scale)
         self.trainable_scale = "group" if self.trainable_scale is True else self.trainable_scale
         self._check_layers()
+        self._check_extras(self.bias, self.norms)
+
+    @property
+    def extras(self) -> Extras:
+        return Extras(self.bias, self.norms)
 
     def rank_of(self, group: str, kind: str) -> tuple[int, int]:
         """Return (r1, r2) of a group."""
@@ -130,15 +145,35 @@ class EfftConfig(AdapterConfig):
         return self.init[-1] if kind == "ffn" else self.init[0]
 
     @classmethod
-    def auto(cls, **fields: Any) -> EfftConfig:
+    def auto(cls, *, budget: int | None = None, model: nn.Module | None = None, **fields: Any) -> EfftConfig:
         """Return a configuration that needs no search: ``scale="auto"``, the other fields as usual.
 
         The paper searches s between 0.01 and 100 for every task. What matters is how far a step of the optimizer moves
         the weights. That depends on s, the width, the ranks and the number of cores together, and
         :func:`efft_kernels.nn.initialization.automatic_scale` solves it for s. The result is meant for learning rates
         around 1e-3.
+
+        With ``budget`` the result has the highest rank for which the factors, and the biases and norms that are trained
+        beside them, have at most that many parameters in ``model``. The head is not counted. Unless ``bias`` or
+        ``norms`` is given, all biases and norms are trained if rank 4 fits beside them, and none otherwise.
+
+        Args:
+            budget: the largest number of parameters.
+            model: the model that will be adapted, for ``budget``; it may be on the meta device, and is not changed.
+            **fields: fields of the configuration.
+
+        Raises:
+            ValueError: a field is out of range, no rank fits the budget, or ``budget`` is given with ``rank`` or
+                without ``model``.
         """
-        return cls(**{"scale": "auto", **fields})
+        fields = {"scale": "auto", **fields}
+        if budget is None and model is None:
+            return cls(**fields)
+        if budget is None or model is None:
+            lacking = "the model to count in (model=...)" if model is None else "a number of parameters (budget=...)"
+            raise ValueError(f"EfftConfig.auto: budget and model go together; {lacking} is missing")
+        config: EfftConfig = fit_budget(cls, model, budget, fields)
+        return config
 
     def groups(self, model: nn.Module, targets: list[Target]) -> Sequence[EfftGroup]:
         """Return the trains for these weights: those of the paper where the roles are known, else those by shape.
@@ -229,7 +264,7 @@ class EfftConfig(AdapterConfig):
         """Return the settings in one line, for a model card."""
         return (
             f"{self.variant} ([arXiv 2311.06749](https://arxiv.org/abs/2311.06749)), rank {self.rank}, scale\n"
-            f"{self.scale}, targets {self.targets}, cores {self.core_sharing}"
+            f"{self.scale}, targets {self.targets}, cores {self.core_sharing}{self.extras.describe()}"
         )
 
 

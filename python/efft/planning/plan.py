@@ -14,7 +14,8 @@ from efft.adapting.adapter import Adapter
 from efft.adapting.heads import find_head
 from efft.config import AdapterConfig, Group
 from efft.methods.efft import EfftConfig
-from efft.planning.structure import Structure, Weight, structure_of
+from efft.planning.extras import find_extras, known_extras
+from efft.planning.structure import Weight, structure_of
 from efft.planning.targets import Target, known_target, select
 
 #: No warning is given if at most this share of the weights in blocks stays untouched.
@@ -37,6 +38,8 @@ class Plan:
             they share.
         between: parameters between the blocks of a ViT or Swin, which the paper leaves alone, with their number of
             entries.
+        extras: parameters of the model that are trained beside factors and head (biases and normalization layers), by
+            their full names, with their number of entries.
     """
 
     groups: Sequence[Any]
@@ -47,6 +50,7 @@ class Plan:
     in_blocks: int = 0
     tied: dict[str, str] = field(default_factory=dict)
     between: dict[str, int] = field(default_factory=dict)
+    extras: dict[str, int] = field(default_factory=dict)
 
     @property
     def untouched_share(self) -> float:
@@ -88,6 +92,10 @@ class Plan:
     def __str__(self) -> str:
         lines = [group.describe() for group in self.groups]
         lines.append(f"head: {', '.join(self.head) or 'none'}")
+        if self.extras:
+            names = Counter(map(_without_numbers, self.extras))
+            listed = ", ".join(f"{name} ({n})" for name, n in names.items())
+            lines.append(f"biases and norms: {sum(self.extras.values()):,} parameters: {listed}")
         if self.in_blocks:
             lines.append(f"adapted: {1 - self.untouched_share:.1%} of the weights in blocks")
         if self.left_out:
@@ -140,15 +148,10 @@ def make_plan(model: nn.Module, config: AdapterConfig, share_tied: bool = False)
     untouched = structure.untouched({target.name for target in targets} - unreached.keys())
     left_out = {name: size for name, size in untouched.items() if name in sizes}
     ordered = dict(sorted(left_out.items(), key=lambda item: -item[1]))
-    weights, tied = _with_tied(structure, weights)
+    weights, tied = structure.with_tied(weights)
     between = {name: size for name, size in structure.sizes.items() if name not in sizes}
-    return Plan(groups, head, weights, ordered, reasons, sum(sizes.values()), tied, between)
-
-
-def _with_tied(structure: Structure, weights: dict[str, Weight]) -> tuple[dict[str, Weight], dict[str, str]]:
-    """Return the weights with the tied layers that share them, and for each of these the layer it shares with."""
-    tied = {name: first for name, first in structure.tied.items() if first in weights}
-    return weights | {n: replace(weights[first], name=n, module=n) for n, first in tied.items()}, tied
+    extras = find_extras(model, config.extras, weights, head)
+    return Plan(groups, head, weights, ordered, reasons, sum(sizes.values()), tied, between, extras)
 
 
 def _check_not_compiled(model: nn.Module) -> None:
@@ -185,7 +188,13 @@ def warn_of_untouched(model: nn.Module, plan: Plan, config: AdapterConfig) -> No
         )
 
 
-def plan_of_file(model: nn.Module, config: AdapterConfig, saved: Sequence[Any], base: Mapping[str, Any]) -> Plan:
+def plan_of_file(
+    model: nn.Module,
+    config: AdapterConfig,
+    saved: Sequence[Any],
+    base: Mapping[str, Any],
+    extras: Sequence[str] = (),
+) -> Plan:
     """Return the plan that an adapter file holds, for ``model``.
 
     The file has the exact names of the adapted weights. The patterns in its configuration are never matched.
@@ -195,6 +204,7 @@ def plan_of_file(model: nn.Module, config: AdapterConfig, saved: Sequence[Any], 
         config: the file's configuration.
         saved: the ``to_dict`` of every group; empty in files of the first format, which have only the names.
         base: what the file records about the model that the adapter was trained on.
+        extras: names of the parameters that were trained beside factors and head.
 
     Raises:
         ValueError: the model lacks one of the weights or is compiled, or the plan is damaged.
@@ -217,15 +227,16 @@ def plan_of_file(model: nn.Module, config: AdapterConfig, saved: Sequence[Any], 
     if not saved:
         targets = [known_target(weight(name)) for name in base["layers"]]
         # In that format no weight was tied.
-        return Plan(config.groups(model, targets), head, {t.name: t.weight for t in targets})
+        weights = {t.name: t.weight for t in targets}
+        return Plan(config.groups(model, targets), head, weights, extras=known_extras(model, extras, weights, head))
     groups: list[Any] = []
     found: dict[str, Weight] = {}
     for group in saved:
         members = {name: weight(name) for name in group["weights"]}
         groups.append(config.group_of_file(model, group, list(members.values())))
         found |= members
-    found, tied = _with_tied(structure, found)
-    return Plan(groups, head, found, tied=tied)
+    found, tied = structure.with_tied(found)
+    return Plan(groups, head, found, tied=tied, extras=known_extras(model, extras, found, head))
 
 
 def check_saved_plan(saved: Any) -> None:

@@ -26,6 +26,9 @@ from efft_kernels.nn.parameter import cannot_adapt_parameter
 #: The kinds of weights, see :attr:`Weight.kind`.
 KINDS = frozenset({"linear", "convolution", "attention", "parameter", "embedding", "experts"})
 
+#: torch's normalization layers.
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.RMSNorm)
+
 
 @dataclass(frozen=True)
 class Weight:
@@ -100,6 +103,11 @@ class Structure:
         inside = {name: w for name, w in matrices.items() if w.block is not None}
         return inside or matrices
 
+    def with_tied(self, weights: Mapping[str, Weight]) -> tuple[dict[str, Weight], dict[str, str]]:
+        """Return the weights with the tied layers that share them, and for each of these the layer it shares with."""
+        tied = {name: first for name, first in self.tied.items() if first in weights}
+        return {**weights, **{n: replace(weights[first], name=n, module=n) for n, first in tied.items()}}, tied
+
     def untouched(self, names: Iterable[str]) -> dict[str, int]:
         """Return the full names and sizes of the parameters in blocks that do not belong to the weights ``names``."""
         names = set(names)
@@ -125,7 +133,7 @@ def structure_of(model: nn.Module, head: Iterable[str] = (), share_tied: bool = 
     doubtful: list[Weight] = []
     sharing: dict[Any, list[tuple[Weight, Tensor]]] = defaultdict(list)
     for name, module in modules.items():
-        if name in inside_head or isinstance(module, (FrozenLayer, *_NORMS)):
+        if name in inside_head or isinstance(module, (FrozenLayer, *NORMS, nn.ParameterList)):
             continue
         block, tower = repeated.get(name, (None, None))
         for weight, reason in _weights_of(name, module):
@@ -171,7 +179,6 @@ def structure_of(model: nn.Module, head: Iterable[str] = (), share_tied: bool = 
     return found
 
 
-_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.RMSNorm, nn.ParameterList)
 _DOUBTFUL = "doubtful"
 
 

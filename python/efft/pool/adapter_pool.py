@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from efft.adapting import buffers
+from efft.adapting import buffers, extras
 from efft.adapting.inject import adapted_layers, adapter_of, remove
 from efft.adapting.placing import linear_layers
 from efft.config import is_number
 from efft.hints import did_you_mean
 from efft.pool.batches import Layouts, check_batch, find_layouts
+from efft.pool.extras import mixed, read_from_stacks, read_own, reads_from_stacks, write_extras
 from efft.pool.stacks import Place, write_row
 from efft.saving.base import base_problems, describe_base
 from efft.saving.io import load_described, read_description
@@ -41,7 +42,8 @@ class AdapterPool:
     added; names in the state dict do not change. The pool keeps the composed operands of each adapter, in the dtype of
     the weights: D ``[n, in_features, r]`` and G ``[n, r, out_features]`` of a layer, stacked for all adapters. Layers
     share a stack if they do so in every adapter (as EFFT's D). Lower ranks are padded with zeros to the largest. The
-    linear layers of a head are kept whole.
+    linear layers of a head are kept whole, and so are biases and norms that were trained. These all samples of a batch
+    share, so an adapter that has some can be used and mixed, but not for single samples of a batch.
 
     Adding and removing adapters changes the stacks in place, so code that torch.compile made stays valid. New stacks
     are needed for more adapters than ever before (the room doubles), for a higher rank, and for an adapter of other
@@ -86,6 +88,9 @@ class AdapterPool:
         self._layers: dict[str, PooledLinear] = {}
         self._originals: dict[str, nn.Linear] = {}
         self._stacks: dict[Place, Tensor] = {}
+        self._trained: dict[str, list[str]] = {}  # the biases and norms of each adapter that has some
+        self._extras: dict[str, Tensor] = {}  # their values, by the name of the parameter
+        self._readers: dict[str, nn.Module] = {}  # the modules that read these
 
     @property
     def names(self) -> list[str]:
@@ -95,7 +100,7 @@ class AdapterPool:
     @property
     def bytes_per_adapter(self) -> int:
         """Memory that each adapter takes, including its head, in bytes."""
-        stacks = {id(stack): stack for stack in self._stacks.values()}
+        stacks = {id(stack): stack for stack in (*self._stacks.values(), *self._extras.values())}
         return sum(stack[0].numel() * stack.element_size() for stack in stacks.values())
 
     def load(self, name: str, folder: str | os.PathLike[str], strict: bool = True) -> None:
@@ -116,9 +121,11 @@ class AdapterPool:
         description = read_description(folder)
         buffers.check_none(name, description["buffers"] or ())
         heads = {h: m for h in description["head"] if (m := _find(self._twin, h)) is not None}
+        shared = {n: p for n, p in self._twin.named_parameters() if n in set(description["extras"])}
         try:
             for head, module in heads.items():  # the twin shares the model's weights: load into copies
                 self._twin.set_submodule(head, copy.deepcopy(module))
+            _set_parameters(self._twin, {n: nn.Parameter(p.detach().clone()) for n, p in shared.items()})
             loaded = load_described(self._twin, folder, description, strict)
             if loaded:
                 self._insert(name, self._twin)
@@ -126,6 +133,7 @@ class AdapterPool:
         finally:
             if hasattr(self._twin, "efft"):
                 remove(self._twin)
+            _set_parameters(self._twin, shared)
             for head, module in heads.items():
                 self._twin.set_submodule(head, module)
 
@@ -146,6 +154,13 @@ class AdapterPool:
             missing = [n for n in layers if _find(self._twin, n) is None]
             problems = [f"the model has no {', '.join(missing[:3])}"] if missing else []
             problems = problems or base_problems(self._twin, layers, describe_base(adapted, layers))
+            own = dict(self._twin.named_parameters())
+            trained = extras.parameters_of(adapted, adapter.extras)
+            problems += [
+                f"the model has no {n} of shape {list(p.shape)}"
+                for n, p in trained.items()
+                if n not in own or own[n].shape != p.shape
+            ]
             if problems:
                 raise ValueError(f"adapter {name!r} does not fit the model of this pool: {'; '.join(problems)}")
             self._insert(name, adapted)
@@ -177,7 +192,9 @@ class AdapterPool:
                     continue
                 used = first.any(0)  # without the zeros that lower ranks are padded with
                 updates[layer] = shared.setdefault(id(pooled.stacks[0]), first[:, used]), second[used]
-            self._write(name, updates, heads)
+            trained = {n for part in weights for n in self._trained.get(part, ())}
+            values = {n: mixed(self._extras[n], selection.slots, selection.weights) for n in sorted(trained)}
+            self._write(name, updates, heads, values)
 
     def remove(self, name: str) -> None:
         """Remove an adapter. The next one that is added takes its place.
@@ -191,6 +208,7 @@ class AdapterPool:
             if self._in_use[name]:
                 raise RuntimeError(f"adapter {name!r} is in use: leave the with blocks that use it before removing it")
             del self._slots[name]
+            self._trained.pop(name, None)
 
     @contextmanager
     def use(self, adapters: str | Mapping[str, float] | Sequence[str | None] | None) -> Iterator[nn.Module]:
@@ -203,8 +221,9 @@ class AdapterPool:
                 base two more times, to find where the layers have the samples.
 
         Raises:
-            ValueError: there is no such adapter, the list or mix is empty, or a weight is not a finite number. When the
-                model is called: the batch has another size, or a layer mixes samples.
+            ValueError: there is no such adapter, the list or mix is empty, a weight is not a finite number, or an
+                adapter in a list has biases or norms of its own. When the model is called: the batch has another size,
+                or a layer mixes samples.
         """
         with self._lock:
             selection, names = self._select(adapters)
@@ -227,12 +246,14 @@ class AdapterPool:
         with self._changing, self._lock:
             for name in self.names:
                 self.remove(name)
+            for module in self._readers.values():
+                read_own(module)
             for name, layer in self._layers.items():
                 original = self._originals[name]
                 original.weight, original.bias = layer.weight, layer.bias
                 share_attributes(layer, original)
             replace_modules(self.model, {layer: self._originals[name] for name, layer in self._layers.items()})
-            self._layers, self._stacks = {}, {}
+            self._layers, self._stacks, self._extras, self._readers = {}, {}, {}, {}
             self._hook.remove()
             return self.model
 
@@ -266,6 +287,13 @@ class AdapterPool:
         if not isinstance(adapters, Mapping):
             slots = [0 if name is None else self._slot(name) for name in adapters]
             names = [name for name in set(adapters) if name is not None]
+            own = next((name for name in adapters if name in self._trained), None)
+            if own is not None:
+                raise ValueError(
+                    f"adapter {own!r} has biases or norms of its own ({self._trained[own][0]} first), which all "
+                    f"samples of a batch share: use it for whole batches (use({own!r})), or train adapters for single "
+                    "samples with bias='none' and norms=False"
+                )
             return Selection(torch.tensor(slots, device=device), None), names
         slots, weights = [self._slot(name) for name in adapters], list(adapters.values())
         if not all(map(is_number, weights)):
@@ -288,21 +316,33 @@ class AdapterPool:
     @torch.no_grad()
     def _insert(self, name: str, adapted: nn.Module) -> None:
         """Add an adapter. Everything that can fail comes before any change."""
-        parts = _operands(adapted), self._head_layers(adapted)
+        trained = extras.parameters_of(adapted, adapter_of(adapted).extras)
+        parts = _operands(adapted), self._head_layers(adapted), {n: p.detach() for n, p in trained.items()}
         with self._lock:
             self._write(name, *parts)
 
-    def _write(self, name: str, operands: _Parts, heads: _Parts) -> None:
+    def _write(self, name: str, operands: _Parts, heads: _Parts, trained: Mapping[str, Tensor]) -> None:
         """Write an adapter to a free row of the stacks."""
         layers, originals = dict(self._layers), dict(self._originals)
         for layer, kind in (dict.fromkeys(operands, PooledDelta) | dict.fromkeys(heads, PooledWeights)).items():
             if layer not in layers:
                 originals[layer] = _linear(self.model, layer)
+                if reads_from_stacks(originals[layer]):
+                    raise ValueError(
+                        f"{layer} is updated by this adapter, and an earlier one has a bias for it without an update: "
+                        "add the adapters that update more layers first, or use one pool for each"
+                    )
                 layers[layer] = kind(originals[layer], self._selected)
             if not isinstance(layers[layer], kind):
                 raise ValueError(
                     f"{layer} belongs to the head of one adapter and is updated by another: use one pool for each"
                 )
+        whole = tuple(f"{n}." for n, layer in layers.items() if isinstance(layer, PooledWeights))
+        both = next((n for n in (*self._extras, *trained) if n.startswith(whole)), None)
+        if both is not None:
+            raise ValueError(
+                f"{both} belongs to the head of one adapter and to the biases of another: use one pool for each"
+            )
         parts = {(n, part): t for n, pair in (operands | heads).items() for part, t in enumerate(pair) if t is not None}
         taken = set(self._slots.values())
         slot = next(i for i in range(1, len(taken) + 2) if i not in taken)
@@ -314,7 +354,25 @@ class AdapterPool:
                 pooled.layouts, pooled.learned = self._layouts.get(layer, {}), True
         replace_modules(self.model, {originals[n]: pooled for n, pooled in layers.items() if n not in self._layers})
         self._originals, self._layers, self._stacks, self._rows = originals, layers, stacks, rows
+        self._write_extras(trained, slot)
         self._slots[name] = slot
+        if trained:
+            self._trained[name] = list(trained)
+
+    def _write_extras(self, trained: Mapping[str, Tensor], slot: int) -> None:
+        """Write the biases and norms of an adapter, and let their modules read them from the stacks."""
+        if not self._extras and not trained:
+            return
+        own = dict(self.model.named_parameters())
+        base = {name: own[name].detach() for name in (*self._extras, *trained)}
+        self._extras = write_extras(self._extras, trained, base, slot, self._rows)
+        of_modules: dict[str, dict[str, Tensor]] = {}
+        for name, stack in self._extras.items():
+            owner, _, parameter = name.rpartition(".")
+            of_modules.setdefault(owner, {})[parameter] = stack
+        for owner, stacks in of_modules.items():
+            self._readers[owner] = self.model.get_submodule(owner)
+            read_from_stacks(self._readers[owner], stacks, self._selected)
 
     def _head_layers(self, adapted: nn.Module) -> _Parts:
         """Return weight and bias of every linear layer in the head of ``adapted``."""
@@ -364,6 +422,13 @@ def _twin(model: nn.Module) -> nn.Module:
         if isinstance(module, nn.Linear) and not is_plain(module.weight):
             memo |= {id(value): value for value in vars(module).values() if hasattr(value, "__dict__")}
     return copy.deepcopy(model, memo)
+
+
+def _set_parameters(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Put parameters in the places of those of these names."""
+    for name, parameter in parameters.items():
+        owner, _, own = name.rpartition(".")
+        model.get_submodule(owner)._parameters[own] = parameter
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:

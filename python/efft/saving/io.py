@@ -16,13 +16,14 @@ from safetensors.torch import load as deserialize
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from efft.adapting import buffers
+from efft.adapting import buffers, extras
 from efft.adapting.inject import Adapter, adapted_layers, adapter_of, apply_plan, check_plain
 from efft.adapting.offload import hooks_aside
 from efft.adapting.sharding import check_not_zeros, copy_whole_, once, reshard, whole
 from efft.adapting.wrappers import check_unwrapped, plain_name, unwrap
 from efft.config import FORMAT_VERSION, AdapterConfig
 from efft.methods import config_from_dict, config_type
+from efft.planning.extras import Extras
 from efft.planning.plan import Plan, check_saved_plan, plan_of_file
 from efft.saving import files, fingerprint
 from efft.saving.base import base_problems, describe_base
@@ -41,7 +42,9 @@ _BASE = {"architecture", "layers", "dtype", "fingerprint"}
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], info: dict[str, Any] | None = None) -> Path:
-    """Write the trained part of an adapted model to the folder ``path``: factors, head, buffers that training changed.
+    """Write the trained part of an adapted model to the folder ``path``.
+
+    These are the factors, the head, the biases and norms that are trained, and the buffers that training changed.
 
     A model that is sharded by ``fully_shard`` or ZeRO-3 is gathered tensor by tensor. Every process must then call
     this function; rank 0 writes, and all processes return when it is done.
@@ -71,6 +74,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], info: dict[str,
         "config": adapter.config.to_dict(),
         "base": describe_base(model, adapter.layers),
         "head": adapter.head,
+        "extras": adapter.extras,
         "plan": adapter.plan,
         "buffers": sorted(others),
         "library": f"efft-kernels {__version__}",
@@ -117,6 +121,11 @@ def load_described(model: nn.Module, folder: Path, description: dict[str, Any], 
             f"{folder / CONFIG} is not an EFFT adapter configuration: its 'head' {description['head']} is not the one "
             f"in its 'config', {config.head}"
         )
+    if description["extras"] and config.extras == Extras():
+        raise ValueError(
+            f"{folder / CONFIG} is not an EFFT adapter configuration: it has 'extras', which its 'config' does not "
+            "train (bias, norms)"
+        )
     config.head = description["head"]
     check_not_zeros(model, "load_adapter")
     adapter = getattr(unwrap(model), "efft", None)
@@ -132,7 +141,9 @@ def load_described(model: nn.Module, folder: Path, description: dict[str, Any], 
         try:
             check_plain(model)
             with hooks_aside(model):
-                plan = plan_of_file(model, config, description.get("plan", []), description["base"])
+                plan = plan_of_file(
+                    model, config, description.get("plan", []), description["base"], description["extras"]
+                )
             layers, shapes = list(plan.weights), _planned_shapes(model, plan)
         except (ValueError, RuntimeError, *_OUT_OF_BOUNDS) as error:  # RuntimeError: sizes that are too large
             raise ValueError(f"the adapter in {folder} does not fit this {type(model).__name__}: {error}") from None
@@ -170,8 +181,9 @@ def load_described(model: nn.Module, folder: Path, description: dict[str, Any], 
 def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return the contents of an adapter's ``adapter_config.json``.
 
-    The keys are config, base, head, buffers (the names of those in the weights file; None if the adapter is older than
-    saved buffers), library, info and weights (their hash).
+    The keys are config, base, head, extras (the names of the biases and norms in the weights file), buffers (the names
+    of those in the weights file; None if the adapter is older than saved buffers), library, info and weights (their
+    hash).
 
     Raises:
         FileNotFoundError: there is no adapter at ``path``.
@@ -183,7 +195,7 @@ def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
         _check_description(description)
     except (ValueError, *_OUT_OF_BOUNDS) as error:
         raise ValueError(f"{folder / CONFIG} is not an EFFT adapter configuration: {error}") from None
-    return {"info": {}, "buffers": None, **description}
+    return {"info": {}, "buffers": None, "extras": [], **description}
 
 
 def read_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -201,10 +213,10 @@ def read_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str
 def _adapter_tensors(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
     """Return every tensor that an adapter stores, by its name in the model's state dict.
 
-    These are the factors, including a method's frozen ones, and the head with its buffers.
+    These are the factors, including a method's frozen ones, the head with its buffers, and trained biases and norms.
     """
     tensors: dict[str, Tensor] = {f"efft.{name}": t for name, t in adapter.state_dict(keep_vars=True).items()}
-    return tensors | head_tensors(model, adapter.head)
+    return tensors | head_tensors(model, adapter.head) | extras.parameters_of(model, adapter.extras)
 
 
 def head_tensors(model: nn.Module, head: Iterable[str]) -> dict[str, Tensor]:
@@ -231,7 +243,8 @@ def _planned_shapes(model: nn.Module, plan: Plan) -> dict[str, tuple[int, ...]]:
         for site in group.sites.values():
             factors.bind(site)
         shapes.update({f"efft.{group.name}.{n}": tuple(t.shape) for n, t in factors.state_dict().items()})
-    return shapes | {name: tuple(t.shape) for name, t in head_tensors(model, plan.head).items()}
+    trained = head_tensors(model, plan.head) | extras.parameters_of(model, plan.extras)
+    return shapes | {name: tuple(t.shape) for name, t in trained.items()}
 
 
 def _find_misplaced(plan: Plan) -> list[str]:
@@ -264,9 +277,10 @@ def _check_description(description: Any) -> None:
         raise ValueError("'head' must be a list of names")
     fingerprint.check(description["base"].get("sketch", ""))
     check_saved_plan(description.get("plan", []))
-    saved = description.get("buffers", [])
-    if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
-        raise ValueError("'buffers' must be a list of names")
+    for key in ("buffers", "extras"):
+        saved = description.get(key, [])
+        if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
+            raise ValueError(f"{key!r} must be a list of names")
     if not isinstance(description.get("info", {}), dict):
         raise ValueError("'info' must be an object")
 
