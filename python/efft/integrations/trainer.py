@@ -35,8 +35,8 @@ class AdapterCheckpoints(Trainer):
     generators. Checkpoints with all weights of a model can still be read. Models that are not adapted are saved as
     usual.
 
-    The Trainer also accepts an adapted quantized model. Without this class, it would reject the model as "purely
-    quantized", because it does not know the adapters of this library.
+    The Trainer also accepts an adapted quantized model. Without this class, the Trainer would reject the model as
+    "purely quantized", because it does not know the adapters of this library.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
