@@ -253,7 +253,9 @@ def parameter_groups(
     scale_lr: float | None = None,
     rates: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
-    """Return the optimizer's parameter groups, by kind: ``factors``, ``head``, ``scales``, ``biases``, ``norms``.
+    """Return the optimizer's parameter groups by kind.
+
+    They are ``factors``, ``head``, ``scales``, ``diagonals`` (of ``layer_scale``), ``biases`` and ``norms``.
 
     ``head`` has all other trained parameters too. As in the paper's recipe, weight decay acts on factors and head, but
     not on the others. A model without factors (a linear probe) has groups too, and a UserWarning is issued if nothing
@@ -266,8 +268,9 @@ def parameter_groups(
         head_lr, scale_lr: learning rates of head and scales. ``scale_lr`` is 10 lr by default: a step of Adam changes a
             scale by about this share of it, so that at 1e-3 it can double in 70 steps.
         rates: learning rates of kinds as multiples of ``lr``: of ``sides`` and ``cores``, which are two groups in the
-            place of ``factors`` if their rates differ, of ``biases``, ``norms``, ``head`` and ``scales``. The cores are
-            the factors named C of EFFT; all other factors are sides. ``{"cores": 3, "biases": 3, "norms": 3}``.
+            place of ``factors`` if their rates differ, and of ``diagonals``, ``biases``, ``norms``, ``head`` and
+            ``scales``. The cores are the factors named C of EFFT; all other factors are sides. An example is
+            ``{"cores": 3, "biases": 3}``.
 
     Raises:
         ValueError: a rate is not a positive number or not of one of these kinds, or a kind has two rates.
@@ -291,7 +294,7 @@ def parameter_groups(
         own["factors"] = [p for p in model.parameters() if id(p) in together]
     absolute = {"head": head_lr, "scales": scale_lr}
     groups: list[dict[str, Any]] = []
-    for kind in ("factors", "sides", "cores", "head", "scales", "biases", "norms"):
+    for kind in ("factors", "sides", "cores", "head", "scales", "diagonals", "biases", "norms"):
         rate = absolute.get(kind)
         groups.append(
             {
@@ -305,7 +308,7 @@ def parameter_groups(
 
 
 #: What :func:`parameter_groups` has rates for.
-_KINDS = ("sides", "cores", "biases", "norms", "head", "scales")
+_KINDS = ("sides", "cores", "diagonals", "biases", "norms", "head", "scales")
 
 
 def _check_rates(rates: Mapping[str, float], head_lr: float | None, scale_lr: float | None) -> dict[str, float]:
@@ -326,7 +329,7 @@ def _by_kind(model: nn.Module, adapter: Adapter) -> dict[str, list[nn.Parameter]
     kinds: dict[str, list[nn.Parameter]] = {}
     for name, parameter in adapter.named_parameters():
         last = name.rpartition(".")[2]
-        kind = {"log_scale": "scales", "C": "cores"}.get(last, "sides")
+        kind = {"log_scale": "scales", "C": "cores", "a": "diagonals", "b": "diagonals"}.get(last, "sides")
         kinds.setdefault(kind, []).append(parameter)
     norms = {id(p) for module in model.modules() if is_norm(module) for p in module._parameters.values()}
     for parameter in extras.parameters_of(model, adapter.extras).values():

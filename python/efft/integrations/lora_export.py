@@ -1,4 +1,4 @@
-"""Exact export to a LoRA checkpoint of ``peft``: ``A = Dᵀ`` and ``B = Gᵀ`` of every adapted layer, with scaling 1."""
+"""Export adapters exactly as LoRA checkpoints of ``peft``, with ``A = Dᵀ``, ``B = Gᵀ`` and scaling 1."""
 
 from __future__ import annotations
 
@@ -29,14 +29,15 @@ from efft_kernels.nn.parameter import AdaptedParameter, adapted_weights_of
 
 #: Prefix that peft adds to the names of the base's modules.
 PREFIX = "base_model.model."
-#: In models with experts as parameters peft takes layers of these names for parts of the experts, as they once were.
+#: In models with experts as parameters, peft interprets layers with these names as parts of the experts, because they
+#: were parts of the experts in earlier versions of the models.
 _OF_FORMER_EXPERTS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 _MERGE = "merge the update instead (efft.merged_state_dict)"
 
 
 @torch.no_grad()
 def export_lora(model: nn.Module, folder: str | os.PathLike[str], base_model: str | None = None) -> Path:
-    """Write an adapted model's update and head as a LoRA checkpoint, for every program that reads those of ``peft``.
+    """Write the update and the head of an adapted model as a LoRA checkpoint, for programs that read ``peft`` files.
 
     Nothing is approximated: the update of a layer is ``D G`` of rank r, so ``lora_A [r, in_features]`` is ``Dᵀ`` and
     ``lora_B [out_features, r]`` is ``Gᵀ`` with s inside, both in the factors' dtype; ``lora_alpha = r`` makes peft's
@@ -49,8 +50,8 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], base_model: st
 
     Args:
         model: adapted by :func:`efft.apply`; it may be merged.
-        folder: created if needed; a LoRA checkpoint in it is replaced. If the process is killed meanwhile, the folder
-            has no configuration, and nothing loads.
+        folder: folder for the checkpoint, which is created if needed. An existing LoRA checkpoint is replaced. If the
+            process is killed during the export, the folder has no configuration and cannot be loaded.
         base_model: name or path of the base to record; by default that from which a model of transformers was loaded.
 
     Returns:
@@ -210,7 +211,7 @@ def _config(
 def _check_names(model: nn.Module, layers: Mapping[str, AdaptedWeight], head: list[str]) -> None:
     """Raise ValueError if peft would adapt or train other modules.
 
-    It adapts a layer at one of its places, and trains every module whose name *ends* like one of the head's.
+    peft adapts a shared layer only once, and it trains every module whose name *ends* with the name of a head module.
     """
     names: dict[Any, str] = {}
     for name, layer in layers.items():

@@ -1,4 +1,4 @@
-"""Exact import of LoRA checkpoints of ``peft``: ``A = lora_Aᵀ`` and ``B = lora_Bᵀ`` of every layer."""
+"""Import LoRA checkpoints of ``peft`` exactly, with ``A = lora_Aᵀ`` and ``B = lora_Bᵀ`` for every layer."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ Value = TypeVar("Value")
 
 _LAYER = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_[AB]\.weight")
 
-#: Settings that do not affect the numbers of a checkpoint: how it was made, and how peft finds its layers.
+#: Settings that do not affect the imported numbers, such as settings for training or for finding layers.
 _ASIDE = {
     *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "inference_mode"),
     *("lora_dropout", "eva_config", "megatron_core", "qalora_group_size"),
 }
-#: Settings that are read here. No other setting may be set.
+#: Settings that the import supports. No other setting may be set.
 _READ = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save"}
 #: What peft calls the biases that are trained.
 _BIASES: dict[str | None, Literal["none", "all", "adapted"]] = {
@@ -48,7 +48,7 @@ _BIASES: dict[str | None, Literal["none", "all", "adapted"]] = {
     "all": "all",
     "lora_only": "adapted",
 }
-#: Values of settings that neither change the base nor the formula.
+#: Accepted values of settings. These values change neither the base model nor the formula.
 _SIMPLE: dict[str, tuple[Any, ...]] = {
     "bias": ("none", "all", "lora_only", None),
     "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
@@ -159,12 +159,12 @@ class _Settings:
     largest_rank: int
 
     def scaling(self, name: str) -> float:
-        """Return the number that peft multiplies the update of a layer by."""
+        """Return the factor by which peft multiplies the update of a layer."""
         rank = self.rank(name)
         return self.alpha(name) / (math.sqrt(rank) if self.rooted else rank)
 
     def largest(self, model: nn.Module) -> int:
-        """Return how many bytes the tensors of a checkpoint for ``model`` can have."""
+        """Return the maximum number of bytes of the tensors in a checkpoint for ``model``."""
         layers = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
         sizes = sum(sum(matrix_sizes(layer)) for layer in layers)
         return 8 * (self.largest_rank * sizes + sum(t.numel() for t in model.state_dict().values()))
@@ -209,7 +209,7 @@ def _settings(path: Path, values: Any) -> _Settings:
 
 
 def _by_name(patterns: dict[str, Value], default: Value) -> Callable[[str], Value]:
-    """Return a function that gives the value of the first pattern that matches a name, as peft does."""
+    """Return a function that returns the value of the first pattern that matches a name, as in peft."""
     matchers = list(zip(file_matchers(patterns), patterns.values(), strict=True))
     return functools.cache(lambda name: next((value for matches, value in matchers if matches(name)), default))
 
@@ -217,7 +217,7 @@ def _by_name(patterns: dict[str, Value], default: Value) -> Callable[[str], Valu
 def _make_plan(
     model: nn.Module, settings: _Settings, tensors: dict[str, Tensor]
 ) -> tuple[LoRAConfig, Plan, dict[str, tuple[int, ...]]]:
-    """Return how to adapt ``model``, and the names and shapes of the tensors that are needed."""
+    """Return the configuration and plan for ``model``, and the names and shapes of the required tensors."""
     layers = list(dict.fromkeys(match[1] for name in tensors if (match := _LAYER.fullmatch(name))))
     if not layers:
         raise ValueError(f"none of its tensors is named {PREFIX}<layer>.lora_A.weight")
@@ -248,7 +248,7 @@ def _make_plan(
 
 
 def _heads(model: nn.Module, ends: tuple[str, ...], tensors: dict[str, Tensor]) -> list[str]:
-    """Return the modules that a checkpoint has whole: those whose names have these endings."""
+    """Return the modules with these name endings. A checkpoint contains all their parameters."""
     heads: list[str] = []
     for name, _ in model.named_modules():
         inside = any(name.startswith(f"{head}.") for head in heads)

@@ -36,7 +36,11 @@ class EfftConfig(AdapterConfig):
 
     method: ClassVar[str] = "efft"
     training_only: ClassVar[frozenset[str]] = AdapterConfig.training_only | {"init", "core_init", "dropout"}
-    meant_before: ClassVar[Mapping[str, Any]] = {**AdapterConfig.meant_before, **Extras().as_fields()}
+    meant_before: ClassVar[Mapping[str, Any]] = {
+        **AdapterConfig.meant_before,
+        **Extras().as_fields(),
+        "layer_scale": None,
+    }
     kinds: ClassVar[frozenset[str]] = AdapterConfig.kinds | {"experts"}
 
     variant: Literal["efft1", "efft2"] = "efft2"
@@ -92,6 +96,12 @@ class EfftConfig(AdapterConfig):
     norms: bool = False
     """Train and save the weights and biases of all normalization layers beside the factors."""
 
+    layer_scale: Literal["in", "out", "both"] | None = None
+    """The side on which each weight has a diagonal of its own, of its inputs ("in"), its outputs ("out") or both: the
+    update is s diag(a) U C V diag(b). Diagonals start at one and are part of the composed factors, so a token costs
+    nothing more. The experts of a mixture, which share both sides, have none. Where a weight uses a part of a train's
+    columns (attention under efft1), its diagonal of the outputs is as long as the train is wide."""
+
     def __post_init__(self) -> None:
         self.rank = _pairs(self.rank)
         scales = self.scale
@@ -125,6 +135,8 @@ class EfftConfig(AdapterConfig):
         self.trainable_scale = "group" if self.trainable_scale is True else self.trainable_scale
         self._check_layers()
         self._check_extras(self.bias, self.norms)
+        sides = ("in", "out", "both")
+        self._check(self.layer_scale in (None, *sides), "layer_scale", f"None or one of {sides}", self.layer_scale)
 
     @property
     def extras(self) -> Extras:
@@ -265,6 +277,7 @@ class EfftConfig(AdapterConfig):
         return (
             f"{self.variant} ([arXiv 2311.06749](https://arxiv.org/abs/2311.06749)), rank {self.rank}, scale\n"
             f"{self.scale}, targets {self.targets}, cores {self.core_sharing}{self.extras.describe()}"
+            + ("" if self.layer_scale is None else f", layer scales {self.layer_scale}")
         )
 
 
@@ -281,7 +294,23 @@ class EfftGroup(TensorTrain):
         """Number of trainable parameters of the bank."""
         r1, r2 = self.rank
         scales = self.n_layers * self.n_cores if self.trainable_scale == "matrix" else int(self.trainable_scale)
-        return self.d_in * r1 + self._all_cores * r1 * r2 + r2 * self.d_out + scales
+        a, b = self._rows_of_diagonals
+        return (r1 + a) * self.d_in + self._all_cores * r1 * r2 + (r2 + b) * self.d_out + scales
+
+    @property
+    def _scaled_sites(self) -> tuple[list[Site], list[Site]]:
+        """The places with diagonals on their input side, and those with diagonals on their output side."""
+        places = [site for site in dict.fromkeys(self.sites.values()) if not site.experts]
+        sides = self.config.layer_scale
+        return (places if sides in ("in", "both") else []), (places if sides in ("out", "both") else [])
+
+    @property
+    def _rows_of_diagonals(self) -> tuple[int, int]:
+        """The number of diagonals of length d_in, and of length d_out."""
+        inputs, outputs = self._scaled_sites
+        a = sum(not site.transpose for site in inputs) + sum(site.transpose for site in outputs)
+        b = sum(site.transpose for site in inputs) + sum(site.blocks for site in outputs if not site.transpose)
+        return a, b
 
     @property
     def _all_cores(self) -> int:
@@ -302,9 +331,11 @@ class EfftGroup(TensorTrain):
         """Describe the group in one line."""
         r1, r2 = self.rank
         asked = self.config.rank_of(self.name, self.kind)
+        a, b = self._rows_of_diagonals
+        diagonals = "".join(f", {_count(n, 'diagonal')} [{d}]" for n, d in ((a, self.d_in), (b, self.d_out)) if n)
         return (
             f"{self.name}: {_count(len(self.sites), 'weight')}; U [{self.d_in}, {r1}], "
-            f"{_count(self._all_cores, 'core')} [{r1}, {r2}], V [{r2}, {self.d_out}]; "
+            f"{_count(self._all_cores, 'core')} [{r1}, {r2}], V [{r2}, {self.d_out}]{diagonals}; "
             f"{self.n_parameters:,} parameters" + ("" if asked == self.rank else f" (rank cut from {asked})")
         )
 
@@ -330,6 +361,7 @@ class EfftGroup(TensorTrain):
 
     def build(self, device: torch.device, dtype: torch.dtype) -> TTFactors:
         """Allocate and initialize the bank."""
+        inputs, outputs = self._scaled_sites
         return TTFactors(
             self.d_in,
             self.d_out,
@@ -342,6 +374,8 @@ class EfftGroup(TensorTrain):
             dropout=self.config.dropout,
             init=self.config.init_of(self.kind),
             core_init=self.config.core_init,
+            scaled_inputs=inputs,
+            scaled_outputs=outputs,
             device=device,
             dtype=dtype,
         )

@@ -1,4 +1,4 @@
-"""The plan of an adaptation: which weights share which factors, and which weights are left out and why."""
+"""Plan an adaptation: which weights share which factors, which weights are left out, and why."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from efft.planning.extras import find_extras, known_extras
 from efft.planning.structure import Weight, structure_of
 from efft.planning.targets import Target, known_target, select
 
-#: No warning is given if at most this share of the weights in blocks stays untouched.
+#: No warning is issued if at most this share of the weights in blocks is not adapted.
 SILENT_SHARE = 0.01
 
 
 @dataclass
 class Plan:
-    """What ``efft.apply`` would do to a model. Printing it gives a table.
+    """Description of the changes that ``efft.apply`` would make to a model. Printing a plan shows a table.
 
     Attributes:
         groups: the banks of factors, not allocated yet (:class:`efft.config.Group`); the groups of EFFT also have the
             sizes of their trains.
-        head: names of the modules that are trained beside the factors.
+        head: names of the modules that are trained in addition to the factors.
         weights: the adapted weights, by name.
-        left_out: parameters of the blocks that stay untouched, with their number of entries, largest first.
-        reasons: why some weights cannot be adapted, by name.
+        left_out: maps each parameter in the blocks that is not adapted to its number of entries, largest first.
+        reasons: maps the names of weights that cannot be adapted to the reasons.
         in_blocks: number of entries of all weights in blocks.
-        tied: names of adapted layers that share the weight of another layer, and the name of that layer, whose update
-            they share.
-        between: parameters between the blocks of a ViT or Swin, which the paper leaves alone, with their number of
-            entries.
+        tied: maps each adapted layer that shares the weight of another layer to the name of the other layer. Both
+            layers use the same update.
+        between: maps each parameter between the blocks of a ViT or Swin to its number of entries. As in the paper,
+            these parameters are not adapted.
         extras: parameters of the model that are trained beside factors and head (biases and normalization layers), by
             their full names, with their number of entries.
     """
@@ -54,7 +54,7 @@ class Plan:
 
     @property
     def untouched_share(self) -> float:
-        """The share of the weights in blocks that stays untouched."""
+        """Share of the weights in blocks that is not adapted."""
         return sum(self.left_out.values()) / self.in_blocks if self.in_blocks else 0.0
 
     @property
@@ -72,7 +72,8 @@ class Plan:
         return sorted(self.weights, key=lambda name: place[self.weights[name].module])
 
     def missing(self) -> str:
-        """Describe what stays untouched in the blocks, by name and share; an empty text if nothing does."""
+        """Describe the weights in blocks that are not adapted, by name and share. The text is empty if all are
+        adapted."""
         if not self.left_out:
             return ""
         kinds: dict[str, list[str]] = {}
@@ -110,18 +111,18 @@ class Plan:
 
 
 def _without_numbers(name: str) -> str:
-    """Return the name with a star for every number, so that the same weight of all blocks is listed once."""
+    """Return the name with a star for every number. All blocks then have the same name for the same weight."""
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def inspect(model: nn.Module, config: AdapterConfig | None = None) -> Plan:
-    """Return what :func:`efft.apply` would do with ``config`` (default: :class:`EfftConfig`), without any change.
+    """Return the plan of :func:`efft.apply` for ``config`` (default: :class:`EfftConfig`) without changing the model.
 
     ``model`` may be on the meta device. Printing the result shows the groups with their shapes and numbers of
     parameters, the head, and the weights of the repeated blocks that are left out and why.
 
     Raises:
-        ValueError: as :func:`efft.apply`.
+        ValueError: same as for :func:`efft.apply`.
     """
     return make_plan(model, config or EfftConfig(), share_tied=True)
 
@@ -132,7 +133,8 @@ def make_plan(model: nn.Module, config: AdapterConfig, share_tied: bool = False)
     With ``share_tied``, layers that share one weight are adapted together, otherwise not at all.
 
     Raises:
-        ValueError: the model has no such weights, or they cannot share a train. The error says which and what to do.
+        ValueError: the model has no such weights, or they cannot share a tensor train. The message names the weights
+            and suggests a solution.
     """
     _check_not_compiled(model)
     head = find_head(model, config.head)
@@ -173,7 +175,7 @@ def _prefixes(name: str) -> list[str]:
 
 
 def warn_of_untouched(model: nn.Module, plan: Plan, config: AdapterConfig) -> None:
-    """Warn of what ``targets="all"`` leaves out of the blocks, if that is more than :data:`SILENT_SHARE`.
+    """Warn if ``targets="all"`` leaves out more than the share :data:`SILENT_SHARE` of the weights in blocks.
 
     For ``"all-linear"`` the warning is about linear weights that the method cannot adapt, such as those of experts.
     """
@@ -197,13 +199,14 @@ def plan_of_file(
 ) -> Plan:
     """Return the plan that an adapter file holds, for ``model``.
 
-    The file has the exact names of the adapted weights. The patterns in its configuration are never matched.
+    The file contains the exact names of the adapted weights. The patterns in its configuration are not used.
 
     Args:
-        model: the model that the adapter will be loaded into.
-        config: the file's configuration.
-        saved: the ``to_dict`` of every group; empty in files of the first format, which have only the names.
-        base: what the file records about the model that the adapter was trained on.
+        model: the model into which the adapter will be loaded.
+        config: configuration from the file.
+        saved: the ``to_dict`` of every group. The list is empty for files of the first format, which contain only
+            names.
+        base: description of the base model from the file.
         extras: names of the parameters that were trained beside factors and head.
 
     Raises:
@@ -226,7 +229,7 @@ def plan_of_file(
 
     if not saved:
         targets = [known_target(weight(name)) for name in base["layers"]]
-        # In that format no weight was tied.
+        # Files of the first format have no tied weights.
         weights = {t.name: t.weight for t in targets}
         return Plan(config.groups(model, targets), head, weights, extras=known_extras(model, extras, weights, head))
     groups: list[Any] = []
@@ -240,7 +243,7 @@ def plan_of_file(
 
 
 def check_saved_plan(saved: Any) -> None:
-    """Raise ValueError if this is not a list of groups' ``to_dict``, as far as all methods need it."""
+    """Raise ValueError if ``saved`` is not a list of groups with the keys that all methods need."""
     if not isinstance(saved, list):
         raise ValueError("'plan' must be a list of groups")
     nothing = Adapter({}, EfftConfig(), [])

@@ -1,4 +1,4 @@
-"""Many adapters in memory beside one frozen model, used one at a time, mixed, or a different one per sample."""
+"""Hold many adapters in memory for one frozen model: use one adapter, a mix, or a different one per sample."""
 
 from __future__ import annotations
 
@@ -32,27 +32,29 @@ from efft_kernels.nn.frozen import is_plain, share_attributes
 from efft_kernels.nn.linear import AdaptedLayer
 from efft_kernels.nn.pooled import PooledDelta, PooledLinear, PooledWeights, Selection
 
-_Parts = dict[str, tuple[Tensor, Tensor | None]]  # the tensors at the places of a layer
+_Parts = dict[str, tuple[Tensor, Tensor | None]]  # layer -> (D, G) or (weight, bias)
 
 
 class AdapterPool:
     """Named adapters of one model, for inference.
 
-    Outside of :meth:`use` the model computes as its base. A layer is replaced when the first adapter that changes it is
-    added; names in the state dict do not change. The pool keeps the composed operands of each adapter, in the dtype of
+    Outside of :meth:`use`, the model computes the outputs of the base model. A layer is replaced when the first adapter
+    that changes the layer is added. Names in the state dict do not change. The pool keeps the composed operands of each
+    adapter, in the dtype of
     the weights: D ``[n, in_features, r]`` and G ``[n, r, out_features]`` of a layer, stacked for all adapters. Layers
-    share a stack if they do so in every adapter (as EFFT's D). Lower ranks are padded with zeros to the largest. The
-    linear layers of a head are kept whole, and so are biases and norms that were trained. These all samples of a batch
-    share, so an adapter that has some can be used and mixed, but not for single samples of a batch.
+    share a stack if they share the operand in every adapter (as they do with EFFT's D). Lower ranks are padded with
+    zeros to the largest. The linear layers of a head are kept whole, and so are biases and norms that were trained.
+    These all samples of a batch share, so an adapter that has some can be used and mixed, but not for single samples of
+    a batch.
 
-    Adding and removing adapters changes the stacks in place, so code that torch.compile made stays valid. New stacks
-    are needed for more adapters than ever before (the room doubles), for a higher rank, and for an adapter of other
-    layers or with other sharing. Threads may use different adapters at the same time, while others add and remove
-    adapters.
+    Adding and removing adapters changes the stacks in place, and compiled code therefore stays valid. New stacks are
+    needed if the capacity is exceeded (it is then doubled), for a higher rank, and for an adapter with other layers or
+    other sharing. Threads may use different adapters at the same time, while others add and remove adapters.
 
     Args:
-        model: a plain model on its device, in its dtype. Compile it after the first adapter was added.
-        capacity: the number of adapters to make room for at first.
+        model: a model that is not adapted, on its final device and in its final dtype. Compile it after adding the
+            first adapter.
+        capacity: initial number of adapters for which memory is allocated.
 
     Attributes:
         model: the same model.
@@ -94,12 +96,12 @@ class AdapterPool:
 
     @property
     def names(self) -> list[str]:
-        """The adapters, in the order in which they were added."""
+        """Names of the adapters, in the order in which they were added."""
         return list(self._slots)
 
     @property
     def bytes_per_adapter(self) -> int:
-        """Memory that each adapter takes, including its head, in bytes."""
+        """Memory for each adapter in bytes, including its head."""
         stacks = {id(stack): stack for stack in (*self._stacks.values(), *self._extras.values())}
         return sum(stack[0].numel() * stack.element_size() for stack in stacks.values())
 
@@ -117,7 +119,7 @@ class AdapterPool:
                 pass
 
     def _load(self, name: str, folder: Path, strict: bool) -> bool:
-        """Return whether the adapter was loaded; if it was replaced meanwhile, nothing is changed."""
+        """Return whether the adapter was loaded. If another process replaced the file meanwhile, nothing is changed."""
         description = read_description(folder)
         buffers.check_none(name, description["buffers"] or ())
         heads = {h: m for h in description["head"] if (m := _find(self._twin, h)) is not None}
@@ -166,7 +168,8 @@ class AdapterPool:
             self._insert(name, adapted)
 
     def add_mix(self, name: str, weights: Mapping[str, float]) -> None:
-        """Add the weighted sum of adapters of this pool as another adapter, so that a batch can use it beside others.
+        """Add the weighted sum of adapters of this pool as another adapter, which can be combined with others in a
+        batch.
 
         The sum is exact: it has the sum of the updates, whose rank is the sum of the ranks, and the sum of the
         differences between the heads and the base's head. It does not change when its parts are removed. A mix cannot
@@ -200,8 +203,8 @@ class AdapterPool:
         """Remove an adapter. The next one that is added takes its place.
 
         Raises:
-            ValueError: there is no such adapter.
-            RuntimeError: it is in use.
+            ValueError: the pool has no adapter with this name.
+            RuntimeError: the adapter is in use.
         """
         with self._lock:
             self._slot(name)
@@ -238,7 +241,7 @@ class AdapterPool:
                 self._in_use.subtract(names)
 
     def detach(self) -> nn.Module:
-        """End the pool: put the model's own layers back, bit for bit, and return the model.
+        """End the pool: restore the original layers of the model exactly, and return the model.
 
         Raises:
             RuntimeError: an adapter is in use.
@@ -258,7 +261,8 @@ class AdapterPool:
             return self.model
 
     def _learn_layouts(self, args: tuple[Any, ...], kwargs: dict[str, Any], samples: int) -> None:
-        """Find where the layers have the samples, before the first call with one adapter per sample."""
+        """Find the place of the samples in the inputs of the layers, before the first call with one adapter per
+        sample."""
         if samples < 2 or self._attempts < 1:
             return
         with self._changing:
@@ -315,7 +319,7 @@ class AdapterPool:
 
     @torch.no_grad()
     def _insert(self, name: str, adapted: nn.Module) -> None:
-        """Add an adapter. Everything that can fail comes before any change."""
+        """Add an adapter. Every step that can fail precedes the first change."""
         trained = extras.parameters_of(adapted, adapter_of(adapted).extras)
         parts = _operands(adapted), self._head_layers(adapted), {n: p.detach() for n, p in trained.items()}
         with self._lock:
@@ -375,7 +379,7 @@ class AdapterPool:
             read_from_stacks(self._readers[owner], stacks, self._selected)
 
     def _head_layers(self, adapted: nn.Module) -> _Parts:
-        """Return weight and bias of every linear layer in the head of ``adapted``."""
+        """Return the weight and bias of every linear layer in the head of ``adapted``."""
         found: _Parts = {}
         for head in adapter_of(adapted).head:
             for inner, module in adapted.get_submodule(head).named_modules():
