@@ -1,1 +1,1 @@
-"""Benchmarks of efft-kernels; nothing here is installed."""
+"""Benchmarks of efft-kernels. Nothing in this package is installed."""

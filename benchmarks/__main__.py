@@ -1,4 +1,4 @@
-"""``python -m benchmarks COMMAND``: measure, compare and show; ``COMMAND --help`` explains each command."""
+"""Run ``python -m benchmarks COMMAND`` to measure, compare and show; ``COMMAND --help`` explains each command."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from efft.hints import did_you_mean
 
 #: The module of each command, whose ``main(arguments)`` runs it, and what it does.
 COMMANDS = {
-    "ops": ("benchmarks.ops.run", "one adapted layer: every backend, naive, the paper's form, LoRA ..."),
+    "ops": ("benchmarks.ops.run", "one adapted layer: every backend, the naive form, the paper's form, LoRA ..."),
     "model": ("benchmarks.model.run", "a training step of a whole model"),
-    "memory": ("benchmarks.memory", "what is kept for the backward pass, and the process's peak"),
+    "memory": ("benchmarks.memory", "what is kept for the backward pass, and the peak of the process"),
     "serve": ("benchmarks.serve", "inference: base, adapted, merged, with 1 to 1000 adapters at hand"),
     "experts": ("benchmarks.experts", "a mixture of experts: low-rank products, LoRA of peft, dense updates"),
     "quantized": ("benchmarks.quantized", "int8, fp8 and nf4 backbones: error, time, memory"),
@@ -21,19 +21,22 @@ COMMANDS = {
     "starts": ("efft_lab.studies.starts", "EFFT2 from directions of the gradient or of the pretrained weights"),
     "extras": ("efft_lab.studies.extras.command", "what to train beside the shared factors, and at which rates"),
     "text": ("efft_lab.studies.text", "EFFT2, LoRA and a linear probe on a text transformer"),
-    "convolutions": ("efft_lab.studies.convolutions", "the same on a convolutional network"),
+    "convolutions": (
+        "efft_lab.studies.convolutions",
+        "EFFT2, LoRA, a linear probe and full fine-tuning on a convolutional network",
+    ),
     "kinds": ("benchmarks.kinds", "adapted attention and Conv1D against LoRA and dense updates"),
     "planning": ("benchmarks.planning", "how long planning takes on models of thousands of layers"),
     "models": ("benchmarks.models", "what is adapted in every architecture of timm and transformers"),
-    "compare": ("benchmarks.compare", "what got slower between two result files or revisions"),
-    "plot": ("benchmarks.plots", "pictures from result files"),
-    "tables": ("benchmarks.readme", "the documentation's tables from result files"),
-    "gpu": ("benchmarks.gpu", "everything, in order of importance, within a time budget"),
+    "compare": ("benchmarks.compare", "what became slower between two result files or revisions"),
+    "plot": ("benchmarks.plots", "draw pictures from result files"),
+    "tables": ("benchmarks.readme", "write the documentation's tables from result files"),
+    "gpu": ("benchmarks.gpu", "run everything, in order of importance, within a time budget"),
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code (0 done, 1 the comparison found slow-downs, 2 a wrong call)."""
+    """Run one command and return the exit code: 0 for success, 1 if something became slower, 2 for a wrong call."""
     name, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help"):
         lines = [f"  {command:<13}{text}" for command, (_, text) in COMMANDS.items()]

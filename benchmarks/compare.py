@@ -1,14 +1,14 @@
-"""What got slower or faster, beyond noise, between two result files or two revisions of the library.
+"""Find what became slower or faster, beyond noise, between two result files or two revisions of the library.
 
     python -m benchmarks compare before/ops.jsonl after/ops.jsonl
     python -m benchmarks compare --revisions main HEAD -- --quick --rows efft:eager
 
 Ratios to the frozen floor are compared where lines have them, seconds otherwise; of several lines that measure the
-same thing (``record.IDENTITY``) the last one counts. A change is real if the two ranges from the 20 % to the 80 %
+same thing (``record.IDENTITY``), the last one counts. A change is real if the two ranges from the 20 % to the 80 %
 quantile do not overlap and the medians differ by more than the threshold. Revisions are measured one after the other,
-with this checkout's benchmarks, by the command ``ops`` and whatever options follow ``--``.
+with this checkout's benchmarks, by the command ``ops`` with the options that follow ``--``.
 
-Exit code 1 if anything got slower, or lost its figures.
+The exit code is 1 if anything became slower or lost its figures.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True)
 class Change:
-    """A figure that moved. ``factor`` is its median after by before; None where there is none any more."""
+    """A figure that moved.
+
+    ``factor`` is the median after divided by the median before, or None if there is no figure any more.
+    """
 
     what: str
     factor: float | None
@@ -52,7 +55,7 @@ class Change:
 
 
 def compare(before: Iterable[Line], after: Iterable[Line], threshold: float = THRESHOLD) -> list[Change]:
-    """The real changes, in the order of ``after``. What only one side measured is left out."""
+    """Return the real changes, in the order of ``after``. Whatever only one side measured is left out."""
     old = {_identity(line): line for line in before}
     changes = []
     for identity, new in {_identity(line): line for line in after}.items():
@@ -69,7 +72,7 @@ def compare(before: Iterable[Line], after: Iterable[Line], threshold: float = TH
 
 
 def report(changes: Sequence[Change], compared: int) -> str:
-    """The changes, the worst first, under one line that counts them."""
+    """Return the changes, the worst first, below a line that counts them."""
     slower = sum(change.slower for change in changes)
     head = f"{compared} lines compared: {slower} slower or lost, {len(changes) - slower} faster"
     ordered = sorted(changes, key=lambda change: -(change.factor or float("inf")))
@@ -77,12 +80,12 @@ def report(changes: Sequence[Change], compared: int) -> str:
 
 
 def common(before: Iterable[Line], after: Iterable[Line]) -> int:
-    """How many things both sides measured."""
+    """Return how many things both sides measured."""
     return len({_identity(line) for line in before if _figures(line)} & {_identity(line) for line in after})
 
 
 def measure_revision(revision: str, arguments: Sequence[str]) -> list[Line]:
-    """The lines of ``ops`` with the library of ``revision``, which a temporary worktree holds."""
+    """Check out ``revision`` into a temporary worktree and return the lines of ``ops`` with its library."""
     with _worktree(revision) as tree:
         shutil.rmtree(tree / "benchmarks", ignore_errors=True)
         shutil.copytree(ROOT / "benchmarks", tree / "benchmarks", ignore=shutil.ignore_patterns("results"))
@@ -112,7 +115,7 @@ def _identity(line: Line) -> tuple[tuple[str, Any], ...]:
 
 
 def _figures(line: Line) -> dict[str, dict[str, float]]:
-    """Quantiles by phase: of the ratios, of the seconds where there are none, nothing for a line without a time."""
+    """Return the quantiles by phase: those of the ratios, else those of the seconds, else nothing."""
     found = line.get("seconds") if line.get("row") == "floor" else line.get("ratio", line.get("seconds"))
     if not found:
         return {}
@@ -120,14 +123,16 @@ def _figures(line: Line) -> dict[str, dict[str, float]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command ``compare``."""
+    """Run the command ``compare``."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("before", help="a result file, or a git revision")
     parser.add_argument("after", help="another one")
-    parser.add_argument("--revisions", action="store_true", help="the two are git revisions: measure them")
-    parser.add_argument("--threshold", type=float, default=THRESHOLD, help="relative change of a median that counts")
+    parser.add_argument("--revisions", action="store_true", help="both names are git revisions: measure them")
+    parser.add_argument(
+        "--threshold", type=float, default=THRESHOLD, help="smallest relative change of a median that counts"
+    )
     parser.add_argument("ops", nargs="*", help="with --revisions, after --: options of the command ops")
     args = parser.parse_args(arguments)
     if args.revisions:

@@ -1,13 +1,13 @@
-"""One module of experts, as transformers has them: forward and backward with an update of all its matrices.
+"""Measure one module of experts, as transformers has them: forward and backward with an update of all its matrices.
 
     python -m benchmarks experts --quick
     python -m benchmarks experts --model qwen3_30b --device cuda --dtype bfloat16
 
 The module is Mixtral's, at the sizes of several models, with random weights and a random router. Every row trains an
-update of both parameters, of one rank: this library's, LoRA of ``peft`` (``target_parameters``), and this library's
-factors as dense effective weights. A row is timed only after its output and every gradient are as exact as effective
-weights computed densely in the same precision, against fp64; otherwise it gets its reason and no figure. ``saved`` is
-what a forward pass keeps for backward, ``trained`` how many numbers are trained.
+update of both parameters at the same rank: this library's update, LoRA of ``peft`` (``target_parameters``), and this
+library's factors as dense effective weights. A row is timed only if its output and every gradient are, against fp64, as
+exact as those of dense effective weights in the same precision. Otherwise the line gives the reason and no figure.
+``saved`` is what a forward pass keeps for backward; ``trained`` is how many numbers are trained.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from efft.adapting.experts import adapt_experts
 from efft_kernels import Site, TTFactors
 from efft_lab.record import append, machine_facts
 
-#: Width, inner width, experts and experts for a token.
+#: Width, inner width, number of experts, and experts per token.
 MODELS = {
     "tiny": (64, 32, 4, 2),
     "granite_1b": (1024, 512, 32, 8),
@@ -40,7 +40,7 @@ _PARAMETERS = ("gate_up_proj", "down_proj")
 
 @dataclass(frozen=True)
 class Case:
-    """A module of experts and how many tokens it gets."""
+    """A module of experts and the number of tokens that it gets."""
 
     model: str = "granite_1b"
     tokens: int = 512
@@ -49,7 +49,7 @@ class Case:
     device: str = "cpu"
 
     def inputs(self) -> Inputs:
-        """Random weights, tokens and a random router's choice."""
+        """Return random weights, random tokens and the choice of a random router."""
         d, inner, n_experts, k = MODELS[self.model]
         like: dict[str, Any] = {"device": self.device, "dtype": getattr(torch, self.dtype)}
         torch.manual_seed(0)
@@ -62,7 +62,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What every row of a case gets."""
+    """What every row of a case receives."""
 
     case: Case
     stored: dict[str, Tensor]  # [experts, d_out, d_in] each
@@ -72,7 +72,7 @@ class Inputs:
     gy: Tensor  # [tokens, d]
 
     def module(self, implementation: str = "grouped_mm") -> nn.Module:
-        """The frozen module, on the weights themselves."""
+        """Return the frozen module, which uses the weights themselves rather than copies."""
         import transformers
         from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
@@ -91,10 +91,10 @@ class Trained:
     """A row on one case's inputs, ready to run.
 
     Attributes:
-        inputs: of the case.
-        run: the module, called with x, the router's choice and its weights.
+        inputs: the inputs of the case.
+        run: the module, which is called with x, the router's choice and its weights.
         factors: what is trained, by name.
-        deltas: the updates by name of the parameter, from the factors; differentiable in any dtype.
+        deltas: computes the updates, by name of the parameter, from the factors; differentiable in any dtype.
     """
 
     inputs: Inputs
@@ -107,20 +107,20 @@ class Trained:
         self.leaves = [self.x, *self.factors.values()]
 
     def forward(self) -> Tensor:
-        """y, recorded for backward."""
+        """Return y, recorded for backward."""
         return self.run(self.x, self.inputs.chosen, self.inputs.weights)
 
     def forward_backward(self) -> tuple[Tensor, ...]:
-        """One forward pass and its gradients."""
+        """Run one forward pass and return its gradients."""
         return torch.autograd.grad(self.forward(), self.leaves, self.inputs.gy)
 
     def results(self) -> dict[str, Tensor]:
-        """``y`` and the gradients of x and of every factor."""
+        """Return ``y`` and the gradients of x and of every factor."""
         y = self.forward()
         return self._named(y, torch.autograd.grad(y, self.leaves, self.inputs.gy))
 
     def densely(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The same from weights plus dense updates in the class's own forward, all in ``dtype``."""
+        """Return the results that weights plus dense updates give in the class's own forward, all in ``dtype``."""
         leaves = [leaf.detach().to(dtype).requires_grad_() for leaf in self.leaves]
         deltas = self.deltas(dict(zip(self.factors, leaves[1:], strict=True)))
         sums = {name: weight.to(dtype) + deltas.get(name, 0) for name, weight in self.inputs.stored.items()}
@@ -133,7 +133,7 @@ class Trained:
         return dict(zip(names, [y.detach(), *gradients], strict=True))
 
     def errors(self) -> dict[str, float]:
-        """Error of each result, as a multiple of what dense weights make in the same precision."""
+        """Return the error of each result, as a multiple of the error of dense weights in the same precision."""
         return gated.error_multiples(self.results(), self.densely(torch.float64), self.densely(self.x.dtype))
 
     @property
@@ -143,12 +143,12 @@ class Trained:
 
 
 def floor(inputs: Inputs) -> Trained:
-    """The frozen module: forward and dx, what no method can avoid."""
+    """Return the frozen module: forward and dx, which no method can avoid."""
     return Trained(inputs, inputs.module(), {}, lambda factors: {})
 
 
 def efft(inputs: Inputs) -> Trained:
-    """Products of low rank beside the experts' own."""
+    """Return this library's row: low-rank products beside the products of the experts."""
     bank, sites = _bank(inputs)
     module = inputs.module()
     adapt_experts(module, {name: (bank, site) for name, site in sites.items()})
@@ -156,7 +156,7 @@ def efft(inputs: Inputs) -> Trained:
 
 
 def dense(inputs: Inputs) -> Trained:
-    """The same factors, the update built and added to the weights, W + dW, under autograd."""
+    """Return a row with the same factors, whose update is built and added to the weights, W + dW, under autograd."""
     bank, sites = _bank(inputs)
     module, factors, deltas = inputs.module(), dict(bank.named_parameters()), _of_bank(bank, sites)
 
@@ -169,7 +169,7 @@ def dense(inputs: Inputs) -> Trained:
 
 
 def lora(inputs: Inputs) -> Trained:
-    """LoRA of peft on the same parameters, factors of each expert's own."""
+    """Return LoRA of peft on the same parameters; each expert has its own factors."""
     import peft
 
     class Holder(nn.Module):
@@ -210,7 +210,7 @@ ROWS: dict[str, Callable[[Inputs], Trained]] = {"floor": floor, "efft": efft, "l
 
 
 def _bank(inputs: Inputs) -> tuple[TTFactors, dict[str, Site]]:
-    """A train for both parameters, with a core for every matrix, |dW| about |W|; the same each time."""
+    """Return a train for both parameters, with a core per matrix and |dW| about |W|; it is the same each time."""
     d, inner, n, _ = MODELS[inputs.case.model]
     bank = TTFactors(d, inner, inputs.case.rank, n_cores=3 * n, device=inputs.case.device)
     torch.manual_seed(1)
@@ -232,32 +232,34 @@ def _of_bank(bank: TTFactors, sites: dict[str, Site]) -> Callable[[dict[str, Ten
 
 
 def measure(case: Case, names: Sequence[str], repeats: int) -> list[dict[str, Any]]:
-    """A line of the result file for each row."""
+    """Return one line of the result file per row."""
     inputs, common = case.inputs(), {**machine_facts(), "suite": "experts", **asdict(case)}
     return gated.measure({name: partial(ROWS[name], inputs) for name in names}, common, repeats, case.device)
 
 
 def show(lines: list[dict[str, Any]]) -> None:
-    """The table of one case."""
+    """Print the table of one case."""
     first = lines[0]
     title = f"{first['model']}, {first['tokens']} tokens, rank {first['rank']}, {first['dtype']}, {first['device']}"
     gated.show(title, lines)
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options."""
+    """Return the parser of the options."""
     options = parser_of_measurement("experts", __doc__, ["float32"])
     options.add_argument("--model", nargs="+", choices=list(MODELS), default=[Case.model])
     options.add_argument("--tokens", nargs="+", type=int, default=[Case.tokens])
     options.add_argument("--rank", nargs="+", type=int, default=[Case.rank])
-    options.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), help="beside the floor")
+    options.add_argument(
+        "--rows", nargs="+", choices=list(ROWS), default=list(ROWS), help="what to measure beside the floor"
+    )
     options.add_argument("--repeats", type=int, help="default: 10, with --quick 3")
     options.add_argument("--quick", action="store_true", help="few repeats")
     return options
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Measures, prints and records every case."""
+    """Measure, print and record every case."""
     args = parser().parse_args(words)
     names = [name for name in ROWS if name in {"floor", *args.rows}]
     path = None

@@ -1,4 +1,4 @@
-"""Rows that train something, timed only where they are right: what the benchmarks of single layers share."""
+"""Time rows that train something, but only those that are right: what the benchmarks of single layers share."""
 
 from __future__ import annotations
 
@@ -15,28 +15,31 @@ from efft_lab.record import quantiles
 
 
 class GatedRow(Protocol):
-    """What is measured."""
+    """What a row must offer to be measured."""
 
     x: Tensor
 
     @property
     def trained(self) -> int:
-        """How many numbers are trained."""
+        """Return how many numbers are trained."""
 
     def errors(self) -> dict[str, float]:
-        """Error of each result against fp64, as a multiple of what dense weights make in the same precision."""
+        """Return the error of each result against fp64, as a multiple of that of dense weights in the same dtype."""
 
     def forward(self) -> Tensor:
-        """y, recorded for backward."""
+        """Return y, recorded for backward."""
 
     def forward_backward(self) -> object:
-        """One forward pass and its gradients."""
+        """Run one forward pass and return its gradients."""
 
 
 def error_multiples(
     got: Mapping[str, Tensor], exact: Mapping[str, Tensor], plain: Mapping[str, Tensor]
 ) -> dict[str, float]:
-    """Error of each exact result that is ``got``, over that of ``plain`` or the rounding of the result, if larger."""
+    """Return the error of each result in ``got``, divided by that of ``plain`` or by the rounding of the exact result.
+
+    The larger of the two counts.
+    """
     found = {}
     for name, value in exact.items():
         rounding = torch.finfo(got[name].dtype).eps / 2 * value.norm()
@@ -48,8 +51,10 @@ def error_multiples(
 def measure(
     rows: Mapping[str, Callable[[], GatedRow]], common: Mapping[str, Any], repeats: int, device: str
 ) -> list[dict[str, Any]]:
-    """A line of a result file for each row: times, ratios to the row "floor" and bytes, or the reason why there are
-    none."""
+    """Return one line of a result file per row.
+
+    A line holds times, ratios to the row "floor" and bytes, or the reason why it has none.
+    """
     lines: dict[str, dict[str, Any]] = {}
     ready: dict[str, GatedRow] = {}
     for name, build in rows.items():
@@ -67,7 +72,7 @@ def measure(
             continue
         ready[name] = row
         lines[name]["saved_bytes"] = saved_for_backward(row.forward, [row.x])
-        if torch.device(device).type == "cuda":  # of a process on the CPU it would be that of all rows so far
+        if torch.device(device).type == "cuda":  # on a CPU the peak of the process would be that of all rows so far
             lines[name] |= peak(row.forward_backward, device)
     samples: dict[str, Samples] = {
         phase: time_rows({name: getattr(row, run) for name, row in ready.items()}, repeats, device=device)
@@ -81,12 +86,12 @@ def measure(
 
 
 def show(title: str, lines: list[dict[str, Any]]) -> None:
-    """The table of one case."""
+    """Print the table of one case."""
     print(f"\n{title}")
     print(f"{'row':<11} {'both ms':>9} {'/ floor':>8} {'fwd / floor':>12} {'saved MiB':>10} {'trained':>12}")
     for line in lines:
         if line["reason"] is not None or "ratio" not in line:
-            print(f"{line['row']:<11} -- {line['reason'] or 'the floor it is compared with was refused'}")
+            print(f"{line['row']:<11} -- {line['reason'] or 'the floor that it is compared with was refused'}")
             continue
         ratio, seconds = line["ratio"], line["seconds"]["fwd_bwd"]["p50"]
         print(

@@ -1,10 +1,11 @@
-"""Adapted layers that are not linear ones: attention with packed projections, and transformers' Conv1D.
+"""Measure adapted layers that are not linear layers: attention with packed projections, and transformers' Conv1D.
 
     python -m benchmarks kinds --kind attention conv1d
 
-Forward and backward of one module whose weights all have an update of one rank: this library's, LoRA of ``peft``, and
-this library's factors as dense effective weights. A row is timed only after its output and its gradients are as exact
-as dense weights in the same precision, against fp64. ``saved`` is what a forward pass keeps for backward.
+What is measured is forward and backward of one module whose weights all have an update of the same rank: this library's
+update, LoRA of ``peft``, and this library's factors as dense effective weights. A row is timed only if its output and
+gradients are, against fp64, as exact as those of dense weights in the same precision. ``saved`` is what a forward pass
+keeps for backward.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from efft_lab.record import append, machine_facts
 
 
 class Attention(nn.Module):
-    """Self-attention of ViT-B, as torch has it."""
+    """Self-attention at the size of ViT-B, by torch's own module."""
 
     targets = ("layer.in_proj_weight", "layer.out_proj")
 
@@ -59,7 +60,7 @@ KINDS: dict[str, Any] = {"attention": Attention, "conv1d": Conv1D}
 
 @dataclass(frozen=True)
 class Case:
-    """A kind of module and what it gets."""
+    """A kind of module and the input that it gets."""
 
     kind: str = "attention"
     width: int = 768
@@ -70,7 +71,7 @@ class Case:
     device: str = "cpu"
 
     def module(self) -> nn.Module:
-        """The frozen module, with the same random weights each time."""
+        """Return the frozen module, with the same random weights each time."""
         torch.manual_seed(0)
         module: nn.Module = KINDS[self.kind](self.width)
         for parameter in module.parameters():
@@ -78,7 +79,7 @@ class Case:
         return module.to(self.device, getattr(torch, self.dtype)).requires_grad_(False)
 
     def inputs(self) -> tuple[Tensor, Tensor]:
-        """x and the gradient of y."""
+        """Return x and the gradient of y."""
         torch.manual_seed(1)
         like: dict[str, Any] = {"device": self.device, "dtype": getattr(torch, self.dtype)}
         x = torch.randn(self.batch, self.tokens, self.width, **like)
@@ -91,10 +92,10 @@ class Trained:
     """A row, ready to run.
 
     Attributes:
-        model: what is called with x.
+        model: the module or function that is called with x.
         factors: what is trained.
-        exact: y and dx, and the gradients of the factors where they are comparable, in fp64 from dense weights.
-        plain: the same in the row's own precision.
+        exact: y and dx, and the gradients of the factors if they can be compared, in fp64 from dense weights.
+        plain: the same results in the row's own precision.
     """
 
     model: Callable[[Tensor], Tensor]
@@ -108,15 +109,15 @@ class Trained:
         self.x = self.x.detach().requires_grad_()
 
     def forward(self) -> Tensor:
-        """y, recorded for backward."""
+        """Return y, recorded for backward."""
         return self.model(self.x)
 
     def forward_backward(self) -> tuple[Tensor, ...]:
-        """One forward pass and its gradients."""
+        """Run one forward pass and return its gradients."""
         return torch.autograd.grad(self.forward(), [self.x, *self.factors], self.gy)
 
     def errors(self) -> dict[str, float]:
-        """Error of each result as a multiple of what dense weights make in the same precision."""
+        """Return the error of each result, as a multiple of the error of dense weights in the same precision."""
         y = self.forward()
         dx, *rest = torch.autograd.grad(y, [self.x, *self.factors], self.gy)
         got = {"y": y.detach(), "dx": dx, **{f"d{i}": g for i, g in enumerate(rest)}}
@@ -129,13 +130,13 @@ class Trained:
 
 
 def floor(case: Case) -> Trained:
-    """The frozen module: forward and dx."""
+    """Return the frozen module: forward and dx."""
     model = case.module()
     return Trained(model, [], *case.inputs(), *_of_module(case, model))
 
 
 def _of_module(case: Case, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """y and dx of a module, in fp64 and in its own precision."""
+    """Return y and dx of a module, in fp64 and in its own precision."""
     found = []
     for dtype in (torch.float64, getattr(torch, case.dtype)):
         x, gy = (t.to(dtype) for t in case.inputs())
@@ -156,7 +157,7 @@ def _adapted(case: Case) -> nn.Module:
 
 
 def _densely(case: Case, adapted: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The plain module with weights plus updates, built anew in each call, in the dtype of x."""
+    """Return the plain module with weights plus updates; each call builds them anew, in the dtype of x."""
     plain = case.module()
     updates = efft.adapted_layers(adapted)
 
@@ -189,19 +190,19 @@ def _of_factors(case: Case, adapted: nn.Module, model: Callable[[Tensor], Tensor
 
 
 def adapted(case: Case) -> Trained:
-    """This library."""
+    """Return the row of this library."""
     model = _adapted(case)
     return _of_factors(case, model, model)
 
 
 def dense(case: Case) -> Trained:
-    """The same factors as dense effective weights, under autograd."""
+    """Return a row with the same factors as dense effective weights, under autograd."""
     model = _adapted(case)
     return _of_factors(case, model, _densely(case, model))
 
 
 def lora(case: Case) -> Trained:
-    """LoRA of peft on the same module, at the same rank."""
+    """Return LoRA of peft on the same module, at the same rank."""
     import peft
 
     model: Any = peft.get_peft_model(
@@ -219,20 +220,20 @@ ROWS: dict[str, Callable[[Case], Trained]] = {"floor": floor, "efft": adapted, "
 
 
 def measure(case: Case, names: Sequence[str], repeats: int) -> list[dict[str, Any]]:
-    """A line of the result file for each row."""
+    """Return one line of the result file per row."""
     common = {**machine_facts(), "suite": "kinds", "case": case.kind, **asdict(case)}
     return gated.measure({name: partial(ROWS[name], case) for name in names}, common, repeats, case.device)
 
 
 def show(lines: list[dict[str, Any]]) -> None:
-    """The table of one case."""
+    """Print the table of one case."""
     first = lines[0]
     title = f"{first['kind']}, width {first['width']}, {first['batch']} x {first['tokens']} tokens, {first['dtype']}"
     gated.show(title, lines)
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Measures, prints and records every case."""
+    """Measure, print and record every case."""
     options = parser_of_measurement("kinds", __doc__, ["float32"])
     options.add_argument("--kind", nargs="+", choices=list(KINDS), default=list(KINDS))
     options.add_argument("--width", type=int, default=Case.width)

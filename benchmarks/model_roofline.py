@@ -1,10 +1,10 @@
-"""A paper model of one adapted layer on a GPU: what each way to compute it should cost, from FLOPs and bytes alone.
+"""Model one adapted layer on a GPU: what each way to compute it should cost, from FLOPs and bytes alone.
 
     python -m benchmarks.model_roofline --tokens 12608 --ranks 16 32 64
 
 Nothing here is measured. The model ranks designs before they exist, and stands beside measured ratios as what to
-expect. What a kernel costs is in ``roofline_gpu``. Nothing is ever found in a cache, atomics cost their bytes, and
-launch cost on the host is left out. Expect errors of a few percent a product.
+expect. The cost of one kernel is in ``roofline_gpu``. The model assumes that nothing is found in a cache and that
+atomics cost their bytes, and leaves out the host's launch cost. Expect errors of a few percent per product.
 
 Symbols: y = x Wᵀ + h G with h = x D, x [tokens, d_in], W [d_out, d_in], D [d_in, r], G [r, d_out]; bf16.
 """
@@ -24,8 +24,11 @@ Kernels = list[tuple[str, float]]
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer: its sizes, how many matrices are fused in it, and which neighbors a kernel of ours could be:
-    ``front``, what makes x and takes dx ("norm", "gelu", or "": not ours); ``owns_gy``, the GELU that makes gy."""
+    """A linear layer: its sizes, how many matrices are fused in it, and which of its neighbors can be a kernel of ours.
+
+    ``front`` is what makes x and takes dx: "norm", "gelu", or "" if it is not ours. ``owns_gy`` says that the GELU that
+    makes gy is ours.
+    """
 
     name: str
     d_in: int
@@ -40,7 +43,7 @@ class Layer:
 
 
 def vit_block(width: int) -> tuple[Layer, ...]:
-    """The layers of a ViT block; what comes before O is attention, which is not ours."""
+    """Return the layers of a ViT block. Attention comes before O and is not ours."""
     return (
         Layer("qkv", width, 3 * width, matrices=3),
         Layer("o", width, width, front=""),
@@ -51,7 +54,7 @@ def vit_block(width: int) -> tuple[Layer, ...]:
 
 @dataclass(frozen=True)
 class Case:
-    """One layer's forward and backward at a number of tokens and a rank; every method gives kernels or microseconds."""
+    """One layer's forward and backward at a number of tokens and a rank; its methods return kernels or microseconds."""
 
     machine: Machine
     layer: Layer
@@ -62,7 +65,7 @@ class Case:
         if min(self.tokens, self.rank) < 1:
             raise ValueError(f"tokens and rank must be at least 1, got {self.tokens} and {self.rank}")
 
-    # Bytes of the tensors.
+    # The following properties are the bytes of the tensors.
     @property
     def x(self) -> int:
         return 2 * self.tokens * self.layer.d_in
@@ -79,64 +82,65 @@ class Case:
     def w(self) -> int:
         return 2 * self.layer.d_in * self.layer.d_out
 
-    # Kernels that several designs share.
+    # The following methods are kernels that several designs share.
     @property
     def tiny(self) -> float:
-        """Something of rank size only."""
+        """Return the time of a kernel on tensors of rank size only."""
         return self.machine.fixed + 0.5
 
     def forward(self, *, k_more: int = 0, relative: float = 1.0, tail: int = 0) -> float:
-        """x Wᵀ, with ``k_more`` columns beside x's."""
+        """Return the time of x Wᵀ, with ``k_more`` columns beside those of x."""
         layer = self.layer
         return self.machine.product(self.tokens, layer.d_out, layer.d_in + k_more, relative=relative, tail=tail)
 
     def dx(self, *, n_more: int = 0, relative: float = 1.0, tail: int = 0) -> float:
-        """gy W, with ``n_more`` columns beside W's."""
+        """Return the time of gy W, with ``n_more`` columns beside those of W."""
         layer = self.layer
         return self.machine.product(self.tokens, layer.d_in + n_more, layer.d_out, relative=relative, tail=tail)
 
     def h_alone(self) -> float:
-        """x D, and as large: dD's reduction xᵀ dh, and dh Dᵀ."""
+        """Return the time of x D, which is also that of dD's reduction xᵀ dh and of dh Dᵀ."""
         return self.machine.skinny(self.tokens, self.rank, self.layer.d_in)
 
     def dh_alone(self) -> float:
-        """gy Gᵀ, and as large: dG's reduction hᵀ gy, and h G."""
+        """Return the time of gy Gᵀ, which is also that of dG's reduction hᵀ gy and of h G."""
         return self.machine.skinny(self.tokens, self.rank, self.layer.d_out)
 
     def h_before(self) -> float:
-        """h as cheap as can be had: made by the kernel that makes x, where that can be ours."""
+        """Return the least time of h: the kernel that makes x also makes h, if that kernel can be ours."""
         if not self.layer.owns_x:
             return self.h_alone()
         flops = 2 * self.tokens * self.layer.d_in * self.rank
         return 1e6 * (self.h / self.machine.bandwidth + 0.5 * flops / (0.3 * self.machine.flops))
 
     def add_up(self) -> float:
-        """y += h G in place."""
+        """Return the time of y += h G in place."""
         return self.machine.memory(2 * self.y + self.h, 2 * self.tokens * self.layer.d_out * self.rank)
 
     def add_down(self) -> float:
-        """dx += dh Dᵀ in place."""
+        """Return the time of dx += dh Dᵀ in place."""
         return self.machine.memory(2 * self.x + self.h, 2 * self.tokens * self.layer.d_in * self.rank)
 
     def down_after(self) -> float:
-        """dx += dh Dᵀ by the kernel that takes dx, where that can be ours."""
+        """Return the time of dx += dh Dᵀ in the kernel that takes dx, if that kernel can be ours."""
         return 1e6 * self.h / self.machine.bandwidth if self.layer.owns_x else self.add_down()
 
     def neighbor(self, *, slope_in_epilogue: bool = False) -> float:
-        """The LayerNorm or GELU in front: forward reads and writes x, backward reads x and its gradient and writes one.
+        """Return the time of the LayerNorm or GELU in front.
 
-        A GELU's slope may be taken in the epilogue of the product that makes dx: what is left is one read of x.
+        Its forward reads and writes x; its backward reads x and the gradient and writes one tensor. A GELU's slope may
+        be taken in the epilogue of the product that makes dx, which leaves one read of x.
         """
         inside = slope_in_epilogue and self.layer.front == "gelu"
         backward = 1e6 * self.x / self.machine.bandwidth if inside else self.machine.memory(3 * self.x)
         return self.layer.owns_x * (self.machine.memory(2 * self.x) + backward)
 
     def refresh(self) -> float:
-        """This layer's part of the one launch that contracts all layers."""
+        """Return the time of this layer's part of the one launch that contracts all layers."""
         return 0.25 * self.machine.fixed
 
     def reductions(self) -> Kernels:
-        """dG and dD in one pass over gy and x, dh being at hand: columns have owners, nothing is atomic."""
+        """Return dG and dD in one pass over gy and x when dh is at hand; each column has one owner, without atomics."""
         sizes = self.layer.d_in + self.layer.d_out
         one_pass = self.machine.memory(self.y + self.x + 2 * self.h, 2 * self.tokens * self.rank * sizes)
         return [("dG, dD", one_pass), ("dC, dV", self.tiny)]
@@ -239,7 +243,7 @@ def augmented_alone(c: Case) -> tuple[Kernels, Kernels]:
 def recompute(c: Case) -> tuple[Kernels, Kernels]:
     """own products that make h (and dh) again in the main loop of every tile"""
     m = c.machine
-    more = 1 + c.rank / (256 if c.rank <= 32 else 192)  # columns of a tile: registers
+    more = 1 + c.rank / (256 if c.rank <= 32 else 192)  # registers limit the columns of a tile
     products = (f(relative=m.own, tail=c.rank) for f in (c.forward, c.dx))
     forward, backward = (m.fixed + (product - m.fixed) * more for product in products)
     return [("refresh G", c.refresh()), ("x Wᵀ + x D G", forward)], [("gy W + gy Gᵀ Dᵀ", backward), *c.reductions()]
@@ -262,7 +266,7 @@ def triton(c: Case) -> tuple[Kernels, Kernels]:
         [("refresh G", c.refresh()), ("x D", c.h_alone()), ("x Wᵀ + h G", forward)],
         [("gy Gᵀ", c.dh_alone()), ("gy W + dh Dᵀ", dx), *c.reductions()],
     )
-    if c.rank > 32:  # registers
+    if c.rank > 32:  # more do not fit in registers
         return split
     directions = zip(recompute(c), split, strict=True)
     cheaper = [min(ways, key=lambda kernels: sum(time for _, time in kernels)) for ways in directions]
@@ -299,7 +303,7 @@ def neighbors(c: Case) -> tuple[Kernels, Kernels]:
     """best, with dD and dG moved into the backward of LayerNorm and GELU"""
     if not c.layer.owns_x:
         return best(c)
-    left = 0 if c.layer.owns_gy else c.y  # bytes that a reduction of its own must still read
+    left = 0 if c.layer.owns_gy else c.y  # bytes that a separate reduction must still read
     moved = c.layer.d_in + (c.layer.d_out if c.layer.owns_gy else 0)
     inside = 1e6 * c.tokens * c.rank * moved / (0.3 * c.machine.flops)
     alone: Kernels = [("dG", c.machine.memory(left + c.h, left * c.rank))] if left else []
@@ -316,7 +320,7 @@ def ideal(c: Case) -> tuple[Kernels, Kernels]:
     return [("forward", fixed + forward)], [("backward", fixed + backward)]
 
 
-#: By the name of the measured row where there is one.
+#: The designs, by the name of the measured row if there is one.
 DESIGNS: dict[str, Design] = {
     "floor": floor,
     "paper": paper,
@@ -342,12 +346,15 @@ DESIGNS: dict[str, Design] = {
 
 
 def microseconds(kernels: tuple[Kernels, Kernels]) -> float:
-    """Forward and backward together."""
+    """Return the time of forward and backward together."""
     return sum(time for direction in kernels for _, time in direction)
 
 
 def block_times(machine: Machine, tokens: int, rank: int, layers: Sequence[Layer]) -> dict[str, dict[str, float]]:
-    """Microseconds of forward and backward by design and layer; of all "block", and "with norms and GELU" in front."""
+    """Return the microseconds of forward and backward by design and layer.
+
+    The entry "block" is the sum over the layers; "with norms and GELU" adds the kernels in front of them.
+    """
     times: dict[str, dict[str, float]] = {}
     for name, design in DESIGNS.items():
         cases = [Case(machine, layer, tokens, rank) for layer in layers]
@@ -359,7 +366,7 @@ def block_times(machine: Machine, tokens: int, rank: int, layers: Sequence[Layer
 
 
 def render(machine: Machine, tokens: int, ranks: Sequence[int], width: int) -> str:
-    """The model's table in Markdown: microseconds, and in brackets the ratio to the floor."""
+    """Return the model's table in Markdown: microseconds, and in brackets the ratio to the floor."""
     parts = []
     for rank in ranks:
         times = block_times(machine, tokens, rank, vit_block(width))
@@ -377,7 +384,7 @@ def render(machine: Machine, tokens: int, ranks: Sequence[int], width: int) -> s
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Prints the table."""
+    """Print the table."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.model_roofline",
         description=__doc__,
@@ -386,10 +393,10 @@ def main(words: Sequence[str] | None = None) -> int:
     default = Machine()
     parser.add_argument("--tokens", type=int, default=64 * 197)
     parser.add_argument("--ranks", type=int, nargs="+", default=[16, 32, 64])
-    parser.add_argument("--width", type=int, default=768, help="of the ViT")
+    parser.add_argument("--width", type=int, default=768, help="width of the ViT")
     parser.add_argument("--fixed", type=float, default=default.fixed, help="microseconds a kernel")
     parser.add_argument("--own", type=float, default=default.own, help="speed of own products relative to the vendor's")
-    parser.add_argument("--flat", action="store_true", help="products of every shape run at peak")
+    parser.add_argument("--flat", action="store_true", help="assume that products of every shape run at peak")
     args = parser.parse_args(words)
     machine = Machine(fixed=args.fixed, own=args.own, tiled=not args.flat)
     print(render(machine, args.tokens, args.ranks, args.width))

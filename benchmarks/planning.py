@@ -1,4 +1,4 @@
-"""How long a plan takes: ``efft.inspect`` on mixtures of experts of more and more layers, on the meta device.
+"""Measure how long a plan takes: ``efft.inspect`` on ever larger mixtures of experts, on the meta device.
 
     python -m benchmarks planning
 
@@ -35,13 +35,13 @@ class _Block(nn.Module):
 
 
 def mixture(blocks: int) -> nn.Module:
-    """A mixture of experts with 196 linear layers per block, on the meta device."""
+    """Return a mixture of experts with 196 linear layers per block, on the meta device."""
     with torch.device("meta"):
         return nn.ModuleDict({"layers": nn.ModuleList(_Block(64, 128, 64) for _ in range(blocks))})
 
 
 def measure(blocks: Sequence[int], repeats: int) -> list[dict[str, Any]]:
-    """A line of the result file for each number of blocks."""
+    """Return one line of the result file per number of blocks."""
     lines = []
     for n in blocks:
         model = mixture(n)
@@ -60,7 +60,7 @@ def measure(blocks: Sequence[int], repeats: int) -> list[dict[str, Any]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measures, shows and records."""
+    """Measure, show and record."""
     parser = parser_of("planning", __doc__)
     parser.add_argument("--blocks", type=int, nargs="+", default=[6, 13, 26, 52])
     parser.add_argument("--repeats", type=int, default=5)

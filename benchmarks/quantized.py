@@ -1,10 +1,10 @@
-"""Quantized backbones under EFFT2: what the rounding of the frozen weights does to logits, time and memory.
+"""Measure quantized backbones under EFFT2: what rounding the frozen weights does to logits, time and memory.
 
     python -m benchmarks quantized --quick
 
-The layers that are adapted are quantized, by torchao; all rows have the same factors (in fp32) and see the same images,
-interleaved. ``error`` is ``|logits - dense| / |dense|`` over all of them, where ``dense`` are those of the model in
-fp32 that is not quantized; the first row is that model in the dtype measured. Times are of a forward pass for
+The adapted layers are quantized by torchao. All rows are interleaved, have the same factors (in fp32) and see the same
+images. ``error`` is ``|logits - dense| / |dense|`` over all images, where ``dense`` are the logits of the model in fp32
+without quantization. The first row is that model in the measured dtype. The times are those of a forward pass for
 inference, and of forward and backward in training.
 """
 
@@ -29,7 +29,7 @@ from efft_lab.record import append, machine_facts, quantiles
 
 @dataclass(frozen=True)
 class QuantizedRow:
-    """A way to keep frozen weights; ``quantize`` does it to one layer in place."""
+    """A way to store frozen weights; ``quantize`` converts one layer in place."""
 
     name: str
     explains: str
@@ -37,7 +37,7 @@ class QuantizedRow:
 
 
 def torchao(config: str, **options: Any) -> Callable[[nn.Module], None]:
-    """By this configuration of torchao."""
+    """Return a function that quantizes a layer by this configuration of torchao."""
 
     def quantize(layer: nn.Module) -> None:
         from torchao import quantization
@@ -48,14 +48,20 @@ def torchao(config: str, **options: Any) -> Callable[[nn.Module], None]:
 
 
 def per_row_float8(layer: nn.Module) -> None:
-    """Weights and activations as e4m3 with a scale a row: the product is ``torch._scaled_mm`` where the GPU has it."""
+    """Store weights and compute activations as e4m3 with a scale per row.
+
+    The product is ``torch._scaled_mm`` if the GPU has it.
+    """
     from torchao.quantization import PerRow
 
     torchao("Float8DynamicActivationFloat8WeightConfig", granularity=PerRow())(layer)
 
 
 def nf4(layer: nn.Module) -> None:
-    """QLoRA's format in blocks of 64, the scales of 256 blocks (of fewer if they do not divide) quantized together."""
+    """Store weights in QLoRA's format: blocks of 64, with the scales of 256 blocks quantized together.
+
+    If 256 does not divide the number of blocks, fewer scales are quantized together.
+    """
     from torchao.quantization import to_nf4
 
     weight: Any = layer.weight
@@ -78,19 +84,19 @@ _PHASES = ("fwd", "fwd_bwd")
 
 
 def stored_bytes(tensor: Tensor) -> int:
-    """What a tensor takes, in bytes: of a subclass, what its parts take."""
+    """Return the bytes that a tensor occupies; a subclass occupies what its parts do."""
     if not hasattr(tensor, "__tensor_flatten__"):
         return tensor.numel() * tensor.element_size()
     return sum(stored_bytes(getattr(tensor, part)) for part in tensor.__tensor_flatten__()[0])
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """What the frozen weights of the adapted layers take, in bytes."""
+    """Return the bytes that the frozen weights of the adapted layers occupy."""
     return sum(stored_bytes(layer.weight) for layer in adapted_layers(model).values())
 
 
 def build(setting: Setting, row: QuantizedRow) -> nn.Module:
-    """The model of ``row`` in the setting's dtype, with factors in fp32."""
+    """Return the model of ``row`` in the setting's dtype, with factors in fp32."""
     model = adapted(setting.plain().to(setting.device, getattr(torch, setting.dtype)), setting.rank)
     for layer in adapted_layers(model).values() if row.quantize else ():
         row.quantize(layer)
@@ -98,7 +104,7 @@ def build(setting: Setting, row: QuantizedRow) -> nn.Module:
 
 
 def passes(model: nn.Module, setting: Setting) -> dict[str, Callable[[], Tensor]]:
-    """Logits of a batch for inference, and the loss of a training step after its backward, each as one call."""
+    """Return two calls: the logits of a batch for inference, and the loss of a training step after its backward."""
     images, labels = setting.examples(model)
     images = images.to(getattr(torch, setting.dtype))
 
@@ -117,7 +123,7 @@ def passes(model: nn.Module, setting: Setting) -> dict[str, Callable[[], Tensor]
 
 
 def measure(setting: Setting, rows: Sequence[QuantizedRow], repeats: int) -> list[dict[str, Any]]:
-    """A line of the result file for each row."""
+    """Return one line of the result file per row."""
     wide = replace(setting, dtype="float32")
     exact = passes(build(wide, ROWS["dense"]), wide)["fwd"]()
     common = {**machine_facts(), "suite": "quantized", **asdict(setting)}
@@ -130,7 +136,11 @@ def measure(setting: Setting, rows: Sequence[QuantizedRow], repeats: int) -> lis
             runs = passes(model, setting)
             logits = runs["fwd"]()
             runs["fwd_bwd"]()
-        except (AssertionError, ImportError, RuntimeError) as error:  # no such format here: the other rows go on
+        except (
+            AssertionError,
+            ImportError,
+            RuntimeError,
+        ) as error:  # such as a format that is not supported here; the other rows go on
             lines[row.name]["reason"] = f"failed: {error}"
             continue
         built[row.name] = runs
@@ -147,7 +157,7 @@ def measure(setting: Setting, rows: Sequence[QuantizedRow], repeats: int) -> lis
 
 
 def show(lines: Sequence[dict[str, Any]]) -> None:
-    """The table of one setting."""
+    """Print the table of one setting."""
     first = lines[0]
     print(f"\n{first['model']}, batch {first['batch']}, rank {first['rank']}, {first['dtype']}, {first['device']}")
     print(f"{'weights':<13} {'MiB':>8} {'error':>9} {'inference ms':>13} {'/ dense':>8} {'step ms':>9} {'/ dense':>8}")
@@ -164,7 +174,7 @@ def show(lines: Sequence[dict[str, Any]]) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options."""
+    """Return the parser of the options."""
     options = parser_of_measurement("quantized", __doc__, ["bfloat16"])
     options.add_argument("--model", default=Setting.model, help="timm name; ViT or Swin")
     options.add_argument("--batch", type=int, help="images; default: 8, on a GPU 64")
@@ -176,7 +186,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Measures, prints and records every setting."""
+    """Measure, print and record every setting."""
     args = parser().parse_args(words)
     batch = args.batch or (8 if args.device == "cpu" else 64)
     rows = [row for row in ROWS.values() if row.name in {"dense", *args.rows}]

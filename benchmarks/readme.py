@@ -27,7 +27,7 @@ PAGES = (ROOT / "README.md", ROOT / "docs/experiments.md", ROOT / "docs/performa
 
 
 def parameters() -> str:
-    """Trainable parameters by architecture, counted on models without storage."""
+    """Return the trainable parameters by architecture, counted on models without storage."""
     import timm
     import torch
 
@@ -117,7 +117,7 @@ def _accuracies(suite: str, methods: Sequence[str]) -> list[str]:
 
 
 def accuracy(suite: str, what: Literal["means", "comparisons"] = "means") -> str:
-    """Means over the tasks of a suite, or the paired tests of its methods, as far as it has been run."""
+    """Return the means over the tasks of a suite, or the paired tests of its methods, as far as it has been run."""
     from efft_lab.compare import report
     from efft_lab.compare import suite as suites
     from efft_lab.compare.agenda import Agenda
@@ -143,7 +143,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def render(text: str) -> str:
-    """``text`` with every ``<!-- table: name -->`` ... ``<!-- end -->`` block filled in."""
+    """Return ``text`` with every ``<!-- table: name -->`` ... ``<!-- end -->`` block filled in."""
 
     def fill(match: re.Match[str]) -> str:
         return f"{match[1]}\n{TABLES[match[2]]()}\n{match[3]}"
@@ -152,15 +152,20 @@ def render(text: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Rewrites the pages, or prints the tables named."""
+    """Rewrite the pages, or print the named tables."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks tables", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"print it: {', '.join(TABLES)}")
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help=f"tables to print, instead of rewriting the pages: any of {', '.join(TABLES)}",
+    )
     names = parser.parse_args(arguments).names
     unknown = [name for name in names if name not in TABLES]
     if unknown:
-        parser.error(f"no table {unknown[0]!r}; there are {', '.join(TABLES)}")
+        parser.error(f"unknown table {unknown[0]!r}; expected some of {', '.join(TABLES)}")
     for name in names:
         print(f"{TABLES[name]()}\n")
     for page in PAGES if not names else ():

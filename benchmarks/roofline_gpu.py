@@ -1,4 +1,4 @@
-"""What one kernel should cost on a GPU, from FLOPs and bytes.
+"""Model what one kernel should cost on a GPU, from FLOPs and bytes.
 
 A kernel takes a fixed time plus the larger of FLOPs over peak and bytes over bandwidth. Products of full size are
 quantized in tiles, waves of tiles over the multiprocessors, and k-steps, and calibrated so that 8192³ runs at peak.
@@ -13,15 +13,15 @@ from functools import cached_property
 
 @dataclass(frozen=True)
 class Machine:
-    """What the model knows of a GPU; the defaults are an H200's.
+    """What the model knows of a GPU; the defaults are those of an H200.
 
     Attributes:
         flops: peak of a large bf16 product, FLOP/s.
-        bandwidth: of a copy, read and written bytes/s.
-        multiprocessors: tiles that run at once.
-        fixed: microseconds a kernel costs beside its work.
+        bandwidth: bytes/s that a copy reads and writes.
+        multiprocessors: number of tiles that run at once.
+        fixed: microseconds that a kernel costs beside its work.
         own: speed of a hand-written product relative to the vendor's.
-        tiled: quantize products; False takes the peak for every shape.
+        tiled: whether products are quantized in tiles; if False, every shape runs at peak.
     """
 
     flops: float = 790e12
@@ -39,11 +39,11 @@ class Machine:
         )
 
     def memory(self, n_bytes: float, flops: float = 0.0) -> float:
-        """A kernel that moves memory; what it multiplies on the way runs at 30 % of peak."""
+        """Return the time of a kernel that moves memory; its products on the way run at 30 % of peak."""
         return self.fixed + 1e6 * max(n_bytes / self.bandwidth, flops / (0.3 * self.flops))
 
     def product(self, m: int, n: int, k: int, *, relative: float = 1.0, tail: int = 0) -> float:
-        """``[m, k] @ [k, n]``, with ``tail`` more of k as a step of its own size, at ``relative`` speed."""
+        """Return the time of ``[m, k] @ [k, n]``; ``tail`` more of k is a separate step, all at ``relative`` speed."""
         n_bytes = 2 * (m * k + k * n + m * n)
         if self.tiled:
             work = _tiles(m, n, math.ceil(k / _K_STEP) + tail / _K_STEP, self._main_loop, self)
@@ -52,12 +52,12 @@ class Machine:
         return self.fixed + max(work / relative, 1e6 * n_bytes / self.bandwidth)
 
     def skinny(self, m: int, n: int, k: int) -> float:
-        """A product with a side as short as the rank."""
+        """Return the time of a product with a side as short as the rank."""
         return self.memory(2 * (m * k + k * n + m * n), 2 * m * n * k)
 
     @cached_property
     def _main_loop(self) -> float:
-        """FLOP/s inside the main loop with which 8192³ as a whole runs at peak."""
+        """Return the FLOP/s inside the main loop at which 8192³ as a whole runs at peak."""
         n = 8192
         return self.flops * _tiles(n, n, n / _K_STEP, self.flops, self) / (2e6 * n**3 / self.flops)
 
@@ -69,10 +69,10 @@ _LONG_K = 4096  # from here on a product may split k over several tiles
 
 
 def _tiles(m: int, n: int, k_steps: float, flops: float, machine: Machine) -> float:
-    """Microseconds of the best tiling of ``[m, k] @ [k, n]``."""
+    """Return the microseconds of the best tiling of ``[m, k] @ [k, n]``."""
     best = math.inf
     for tile_m, tile_n in _TILES:
-        # Small tiles reuse their operands less; 128 x 256 is the measure. Half of the epilogue shows.
+        # Small tiles reuse their operands less than tiles of 128 x 256 do. Half of the epilogue is not hidden.
         reuse = min(1.0, tile_m * tile_n / (tile_m + tile_n) / (128 * 256 / 384)) ** 0.5
         rate = flops * reuse / machine.multiprocessors
         epilogue = tile_m * tile_n * machine.multiprocessors / machine.bandwidth

@@ -1,11 +1,11 @@
-"""How time grows with the number of tokens and with the rank: sweeps of one layer, and the exponents fitted to them.
+"""Measure how time grows with the number of tokens and with the rank: sweeps of one layer, and fitted exponents.
 
     python -m benchmarks scaling
     python -m benchmarks scaling --quick
 
-Times are of forward and backward together. An exponent is the slope of a straight line through log time over log size;
-it is fitted to the whole time and to what the row adds to the frozen floor. In a result file a line with ``sweep`` and
-``seconds`` is a measurement, one with ``exponent`` a fit over the sizes it names.
+Times are those of forward and backward together. An exponent is the slope of a straight line through log time over log
+size; it is fitted to the whole time and to the time that the row adds to the frozen floor. In a result file a line with
+``sweep`` and ``seconds`` is a measurement, and a line with ``exponent`` is a fit over the sizes that it names.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ DEFAULT_ROWS = ("efft:eager", "naive")
 
 
 def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float | None:
-    """The slope of log ``seconds`` over log ``sizes``; None where a time is not positive (a difference can be)."""
+    """Return the slope of log ``seconds`` over log ``sizes``, or None if a time (a difference) is not positive."""
     if len(sizes) < 2 or min(seconds) <= 0:
         return None
     return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
@@ -43,7 +43,7 @@ def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float | None:
 def sweep(
     name: str, sizes: Sequence[int], case: Case, wanted: Sequence[rows.LayerRow], setting: Setting
 ) -> list[dict[str, Any]]:
-    """The measurements of ``case`` at all ``sizes``, and a fit for every row that has them all."""
+    """Return the measurements of ``case`` at all ``sizes``, and a fit for every row that has all of them."""
     field = "images" if name == "tokens" else name
     lines = []
     for size in sizes:
@@ -73,7 +73,7 @@ def _fit(name: str, row: str, lines: Sequence[dict[str, Any]]) -> dict[str, Any]
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
-    """One sweep for the terminal: times in ms by size, then the exponents."""
+    """Return one sweep as a table for the terminal: times in ms by size, then the exponents."""
     fits = [line for line in lines if "exponent" in line]
     if not fits:
         return "\n".join(sorted({f"{line['row']:<16} -- {line['reason']}" for line in lines}))
@@ -89,7 +89,7 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command ``scaling``."""
+    """Run the command ``scaling``."""
     args = _parser().parse_args(arguments)
     wanted = rows.select(args.rows)
     cuda = torch.device(args.device).type == "cuda"
@@ -111,7 +111,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sweep", nargs="+", choices=SWEEPS, default=list(SWEEPS))
     parser.add_argument("--case", choices=LAYERS, default="qkv")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"])
-    parser.add_argument("--rows", nargs="+", metavar="NAME", default=list(DEFAULT_ROWS), help=f"of {', '.join(ROWS)}")
+    parser.add_argument(
+        "--rows", nargs="+", metavar="NAME", default=list(DEFAULT_ROWS), help=f"any of {', '.join(ROWS)}"
+    )
     parser.add_argument("--device", default=default_device())
     parser.add_argument("--repeats", type=int, default=5)
     return parser

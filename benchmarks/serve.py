@@ -1,11 +1,11 @@
-"""Inference with an adapter: merged into the weights, or applied beside them, against the plain model.
+"""Measure inference with an adapter, merged into the weights or applied beside them, against the plain model.
 
     python -m benchmarks serve --quick
 
-Weights and images are of the dtype named; every row sees the same images, interleaved. The rows that compute the EFFT
-update are checked first: their logits against fp64, with W + dW in the same dtype as the yardstick. Rows ``pool:n`` use
-another of n adapters for every image (:class:`efft.AdapterPool`); all rows are compared with ``pool:1`` and the merged
-model too.
+Weights and images have the named dtype. All rows are interleaved and see the same images. The rows that compute the
+EFFT update are checked first: their logits are compared with fp64, and W + dW in the same dtype is the yardstick. Rows
+``pool:n`` use a different one of n adapters for every image (:class:`efft.AdapterPool`). All rows are also compared
+with ``pool:1`` and with the merged model.
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ from efft_lab.record import append, machine_facts, quantiles
 
 
 class ManyAdapters(nn.Module):
-    """A model that every image goes through with one of n adapters, all of them in turn; n copies of one adapter take
-    as much time and memory as any others, and their output is known."""
+    """A model in which the images go through n adapters in turn, one adapter per image.
+
+    The n adapters are copies of one: they take as much time and memory as different ones, and their output is known.
+    """
 
     pool: efft.AdapterPool
 
@@ -46,14 +48,14 @@ class ManyAdapters(nn.Module):
         """Put the adapter of the model into a pool, n times.
 
         Raises:
-            RuntimeError: there is no memory for so many.
+            RuntimeError: there is not enough memory for so many adapters.
         """
         adapter = copy.deepcopy(self.model)
         self.pool = efft.AdapterPool(efft.remove(self.model), capacity=1)
         self.pool.add("0", adapter)
         needed = self.n * self.pool.bytes_per_adapter
         if next(adapter.parameters()).device.type == "cpu" and needed > _free_memory():
-            raise RuntimeError(f"{self.n} adapters need {needed / 2**30:.1f} GiB of memory, more than is free")
+            raise RuntimeError(f"{self.n} adapters need {needed / 2**30:.1f} GiB of memory, but less is free")
         self.pool.detach()
         self.pool = efft.AdapterPool(self.model, capacity=self.n)
         for i in range(self.n):
@@ -68,7 +70,7 @@ class ManyAdapters(nn.Module):
 
 
 def pooled(n: int) -> Callable[[nn.Module, int], nn.Module]:
-    """EFFT2 of the same factors, to be put into a pool n times."""
+    """Return EFFT2 of the same factors, to be put into a pool n times."""
     return lambda model, rank: ManyAdapters(adapted(model, rank), n)
 
 
@@ -80,8 +82,8 @@ def _free_memory() -> int:
 class ServeRow:
     """A way to serve an adapted model.
 
-    ``adapt`` makes it from (plain model, rank); ``finish`` is called on it once it has its dtype; ``is_efft``: it
-    computes the EFFT update; ``backend``: what its ops ask for.
+    ``adapt`` makes the model from (plain model, rank), and ``finish`` is called on the model when it has its dtype.
+    ``is_efft`` says whether it computes the EFFT update, ``backend`` which backend its ops ask for.
     """
 
     name: str
@@ -92,7 +94,7 @@ class ServeRow:
     backend: Backend | None = None
 
     def build(self, setting: Setting) -> nn.Module:
-        """The row's model in eval mode, in the setting's dtype."""
+        """Return the row's model in eval mode, in the setting's dtype."""
         model = self.adapt(setting.plain(), setting.rank).eval()
         model = model.to(setting.device, getattr(torch, setting.dtype))
         if self.finish is not None:
@@ -100,7 +102,7 @@ class ServeRow:
         return model
 
     def running(self) -> AbstractContextManager[None]:
-        """The context that the row's model must run in."""
+        """Return the context that the row's model must run in."""
         return nullcontext() if self.backend is None else use_backend(self.backend)
 
 
@@ -115,7 +117,11 @@ ROWS: dict[str, ServeRow] = {
         ServeRow("merged", "EFFT2 merged into the weights", adapted, efft.merge, is_efft=True),
         *(
             ServeRow(
-                f"pool:{n}", f"another of {n} adapters for every image", pooled(n), ManyAdapters.fill, is_efft=True
+                f"pool:{n}",
+                f"a different one of {n} adapters for every image",
+                pooled(n),
+                ManyAdapters.fill,
+                is_efft=True,
             )
             for n in (1, 10, 100, 1000)
         ),
@@ -124,12 +130,12 @@ ROWS: dict[str, ServeRow] = {
 }
 
 
-#: What times are divided by, by its name in the results.
+#: The rows by whose time the others are divided, by the name of the ratio in the results.
 _COMPARED_WITH = {"base": "base", "merged": "merged", "one_adapter": "pool:1"}
 
 
 def logits_of(row: ServeRow, model: nn.Module, images: Tensor) -> Callable[[], Tensor]:
-    """A forward pass of ``model`` as one call."""
+    """Return a forward pass of ``model`` as one call."""
 
     @torch.inference_mode()
     def run() -> Tensor:
@@ -140,12 +146,12 @@ def logits_of(row: ServeRow, model: nn.Module, images: Tensor) -> Callable[[], T
 
 
 def images_for(setting: Setting, model: nn.Module, n: int) -> Tensor:
-    """``n`` images in the dtype of the weights."""
+    """Return ``n`` images in the dtype of the weights."""
     return setting.examples(model, n)[0].to(getattr(torch, setting.dtype))
 
 
 def build_checked(setting: Setting, rows: Sequence[ServeRow]) -> dict[str, nn.Module | str]:
-    """Each row's model, or the reason why there is none to measure."""
+    """Return each row's model, or the reason why it cannot be measured."""
     dense = ServeRow(NAIVE.name, NAIVE.explains, NAIVE.adapt)
 
     def logits(row: ServeRow, model: nn.Module, at: Setting) -> Tensor:
@@ -168,13 +174,13 @@ def build_checked(setting: Setting, rows: Sequence[ServeRow]) -> dict[str, nn.Mo
             found[row.name] = model
         except AssertionError as error:
             found[row.name] = f"wrong: {error}"
-        except (RuntimeError, ImportError) as error:  # out of memory, peft not installed: the other rows go on
+        except (RuntimeError, ImportError) as error:  # no memory, peft not installed: the other rows go on
             found[row.name] = f"failed: {error}"
     return found
 
 
 def measure(setting: Setting, rows: Sequence[ServeRow], batches: Sequence[int], repeats: int) -> list[dict[str, Any]]:
-    """A line of the result file for each row and batch size."""
+    """Return one line of the result file per row and batch size."""
     built = build_checked(setting, rows)
     models = {name: model for name, model in built.items() if isinstance(model, nn.Module)}
     lines = []
@@ -197,7 +203,7 @@ def measure(setting: Setting, rows: Sequence[ServeRow], batches: Sequence[int], 
 
 
 def show(lines: Sequence[dict[str, Any]]) -> None:
-    """The table of one setting."""
+    """Print the table of one setting."""
     first = lines[0]
     print(f"\n{first['model']}, rank {first['rank']}, {first['dtype']}, {first['device']}")
     print(
@@ -217,7 +223,7 @@ def show(lines: Sequence[dict[str, Any]]) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options."""
+    """Return the parser of the options."""
     options = parser_of_measurement("serve", __doc__)
     options.add_argument("--model", default=Setting.model, help="timm name; ViT or Swin")
     options.add_argument("--batch", type=int, nargs="+", help="images; default: 1 8, on a GPU 1 8 64 256")
@@ -229,7 +235,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Measures, prints and records every setting."""
+    """Measure, print and record every setting."""
     args = parser().parse_args(words)
     batches = args.batch or ([1, 8] if args.device == "cpu" else [1, 8, 64, 256])
     repeats = args.repeats or (5 if args.quick else 20)

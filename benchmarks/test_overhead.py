@@ -1,4 +1,4 @@
-"""What a call costs beside its arithmetic: ops and layers on tensors so small that only the overhead is left.
+"""Measure what a call costs beside its arithmetic: ops and layers on tensors so small that only overhead is left.
 
 pytest benchmarks/                          # a table; --benchmark-save, --benchmark-compare and the like work
 """

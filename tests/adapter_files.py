@@ -1,4 +1,4 @@
-"""An adapter's files, and how tests change them: as another program that keeps their hash right, or as damage."""
+"""Change the files of an adapter, as another program that keeps their hash right, or as damage."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "REA
 
 
 def edit_config(folder: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
-    """Change the description."""
+    """Change the description by ``edit``."""
     description = json.loads((folder / CONFIG).read_text())
     edit(description)
     (folder / CONFIG).write_text(json.dumps(description))
 
 
 def edit_weights(folder: Path, edit: Callable[[dict[str, Tensor]], Any]) -> None:
-    """Change tensors and the recorded hash with them."""
+    """Change tensors by ``edit``, and the recorded hash with them."""
     tensors = load_file(folder / WEIGHTS)
     edit(tensors)
     save_file(tensors, folder / WEIGHTS)
@@ -30,7 +30,7 @@ def edit_weights(folder: Path, edit: Callable[[dict[str, Tensor]], Any]) -> None
 
 
 def write_weights(folder: Path, content: bytes) -> None:
-    """Put anything in place of the weights, with its hash."""
+    """Replace the weights with ``content``, and record its hash."""
     (folder / WEIGHTS).write_bytes(content)
     record(folder)
 

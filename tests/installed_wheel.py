@@ -1,4 +1,4 @@
-"""What a compiled wheel must do once it is installed with its run-time dependencies alone: import, and compute."""
+"""Check what a compiled wheel must do when it is installed with its run-time dependencies alone: import and compute."""
 
 import torch
 

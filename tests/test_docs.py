@@ -1,5 +1,7 @@
 """The documentation's code works as shown, the files that it names exist, and the site builds."""
 
+from __future__ import annotations
+
 import importlib.util
 import os
 import re

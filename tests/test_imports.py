@@ -1,4 +1,6 @@
-"""What importing costs: no optional package, no GPU, no compiler."""
+"""What importing requires: no optional package, no GPU, no compiler."""
+
+from __future__ import annotations
 
 import os
 import subprocess
@@ -57,7 +59,7 @@ def test_imports_with_torch_alone(packages: str, unwanted: set[str]) -> None:
 
 
 def test_every_module_of_the_library_imports_without_the_optional_packages() -> None:
-    """All but the tuner of peft, which is a class of peft's and says what to install."""
+    """The only exception is the tuner of peft, which derives from a class of peft and says what to install."""
     program = (
         "import importlib, pkgutil, efft, efft_kernels\n"
         "for package in (efft, efft_kernels):\n"

@@ -1,4 +1,6 @@
-"""What a user installs: built once from a copy of the tree, without network, and looked into."""
+"""What a user installs: built once from a copy of the tree, without network, and inspected."""
+
+from __future__ import annotations
 
 import configparser
 import email.parser
@@ -100,7 +102,7 @@ def test_wheel_metadata(metadata: Message) -> None:
 
 @pytest.mark.slow
 def test_every_extra_that_is_named_exists(metadata: Message) -> None:
-    """The messages that say what to install, and the documentation, name extras that can be installed."""
+    """The extras named in error messages and documentation can be installed."""
     texts = [*(ROOT / "efft_kernels").rglob("*.py"), *(ROOT / "python").rglob("*.py"), *ROOT.glob("*.md")]
     named = {name for path in texts for name in re.findall(r"""["'`](?:efft-kernels|\.)\[(\w+)\]""", path.read_text())}
     assert "train" in named
@@ -151,7 +153,7 @@ def test_sdist_is_a_complete_working_tree(built: Path) -> None:
 
 
 def test_every_environment_variable_is_documented() -> None:
-    """Quoted EFFT_ names are what the code reads; the table's first column is what users see."""
+    """Quoted EFFT_ names are what the code reads; the first column of the table is what users see."""
     sources = [ROOT / "setup.py", *(ROOT / "efft_kernels").rglob("*.py"), *(ROOT / "python").rglob("*.py")]
     sources += [path for path in (ROOT / "csrc").rglob("*") if path.suffix in {".h", ".cpp", ".cu", ".cuh"}]
     read = {name for path in sources for name in re.findall(r"""["'](EFFT_[A-Z0-9_]+)["']""", path.read_text())}

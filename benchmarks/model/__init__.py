@@ -1,1 +1,1 @@
-"""One training step of a whole model under several ways to adapt it."""
+"""One training step of a whole model, under several ways to adapt it."""

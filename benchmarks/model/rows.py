@@ -1,4 +1,4 @@
-"""The ways to adapt a model that are compared: each row turns a plain timm model into the one whose step is taken."""
+"""The ways to adapt a model that are compared: each row turns a plain timm model into the one that is trained."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class ModelRow:
 
     Attributes:
         name: what tables and result files call it.
-        explains: one line.
-        adapt: (plain model, rank) to the model to train, with everything frozen that the row does not train.
-        is_efft: it computes the EFFT update from the same factors as every other such row.
-        backend: the backend its ops ask for; None where it has none.
+        explains: one line about it.
+        adapt: turns (plain model, rank) into the model to train, with everything frozen that the row does not train.
+        is_efft: whether it computes the EFFT update, from the same factors as every other such row.
+        backend: the backend that its ops ask for, None if the row does not use these ops.
     """
 
     name: str
@@ -38,7 +38,7 @@ class ModelRow:
     backend: Backend | None = None
 
     def running(self) -> AbstractContextManager[None]:
-        """The context that the row's model must run in."""
+        """Return the context that the row's model must run in."""
         return nullcontext() if self.backend is None else use_backend(self.backend)
 
 
@@ -48,7 +48,9 @@ class DenseDelta(nn.Module):
     def __init__(self, layer: EfftLinear, form: str) -> None:
         super().__init__()
         if layer.site.columns is not None:
-            raise ValueError(f"DenseDelta takes all columns of V, got {layer.site}: use variant='efft2'")
+            raise ValueError(
+                f"DenseDelta needs a layer that uses all columns of V, got {layer.site}: use variant='efft2'"
+            )
         self.layer, self.form = layer, form
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,14 +66,15 @@ class DenseDelta(nn.Module):
 
 
 def targeted(model: nn.Module) -> list[str]:
-    """The layers that every row with an adapter adapts, in the order of the forward pass."""
+    """Return the layers that every row with an adapter adapts, in the order of the forward pass."""
     return [target.name for target in find_targets(model, find_head(model, None))]
 
 
 def floor(model: nn.Module, rank: int) -> nn.Module:
-    """What no method can avoid: the gradient flows from the head to the first adapted layer's output, and ends there.
+    """Return the frozen model, whose cost no method can avoid.
 
-    That layer's input needs no gradient under any adapter either, and no weight but the head's needs one here.
+    The gradient flows from the head to the first adapted layer's output and ends there. Under any adapter that layer's
+    input does not need a gradient either, and only the head's weights need one here.
     """
     efft.freeze_backbone(model)
     model.get_submodule(targeted(model)[0]).register_forward_hook(lambda module, args, y: y.requires_grad_())
@@ -79,7 +82,7 @@ def floor(model: nn.Module, rank: int) -> nn.Module:
 
 
 def adapted(model: nn.Module, rank: int) -> nn.Module:
-    """EFFT2 by this library, with no factor zero: at the usual start half of the gradients would be."""
+    """Return EFFT2 by this library without zero factors: at the usual start half of the gradients would be zero."""
     efft.apply(model, efft.EfftConfig(rank=rank, dropout=0.0))
     for _, factor in efft.named_factors(model):
         if not factor.any():
@@ -88,13 +91,13 @@ def adapted(model: nn.Module, rank: int) -> nn.Module:
 
 
 def fused(model: nn.Module, rank: int) -> nn.Module:
-    """The same, with layer norms and GELUs computed inside the layers."""
+    """Return EFFT2 by this library, with layer norms and GELUs computed inside the layers."""
     efft.fuse(adapted(model, rank))
     return model
 
 
 def dense(form: str) -> Callable[[nn.Module, int], nn.Module]:
-    """The same factors in one of the two forms of :class:`DenseDelta`."""
+    """Return the row with the same factors in one of the two forms of :class:`DenseDelta`."""
 
     def adapt(model: nn.Module, rank: int) -> nn.Module:
         for name, layer in adapted_layers(adapted(model, rank)).items():
@@ -106,9 +109,9 @@ def dense(form: str) -> Callable[[nn.Module, int], nn.Module]:
 
 
 def lora(model: nn.Module, rank: int) -> nn.Module:
-    """LoRA by the peft library on the same layers, training the same head.
+    """Return LoRA by the peft library on the same layers, with the same head trained.
 
-    Its cast of every input to the adapter's dtype is off: under autocast it only costs a copy.
+    The cast of every input to the adapter's dtype is off: under autocast it costs a copy and has no other effect.
     """
     from peft import LoraConfig, get_peft_model
     from peft.tuners.lora import LoraLayer
@@ -122,7 +125,7 @@ def lora(model: nn.Module, rank: int) -> nn.Module:
 
 
 def bitfit(model: nn.Module, rank: int) -> nn.Module:
-    """All biases and the head."""
+    """Train all biases and the head."""
     efft.freeze_backbone(model)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
@@ -131,7 +134,7 @@ def bitfit(model: nn.Module, rank: int) -> nn.Module:
 
 
 def full(model: nn.Module, rank: int) -> nn.Module:
-    """Everything."""
+    """Train everything."""
     return model.requires_grad_()
 
 
@@ -162,12 +165,12 @@ ROWS: dict[str, ModelRow] = {
 
 
 def select(names: Iterable[str] | None) -> list[ModelRow]:
-    """The rows of these names, in the tables' order, the floor first; None for all.
+    """Return the rows of these names in the order of the tables, the floor first; all rows for None.
 
     Raises:
-        ValueError: there is no row of such a name.
+        ValueError: a row of that name does not exist.
     """
     wanted = set(ROWS if names is None else names)
     for name in sorted(wanted - set(ROWS)):
-        raise ValueError(f"no row {name!r}: {did_you_mean(name, ROWS)}")
+        raise ValueError(f"unknown row {name!r}: {did_you_mean(name, ROWS)}")
     return [row for row in ROWS.values() if row.name in wanted | {"floor"}]

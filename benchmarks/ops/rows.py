@@ -1,7 +1,7 @@
 """The ways to compute an adapted linear layer and its gradients: one small class each, all on the same inputs.
 
-Every row runs under autocast as training does and gives the same y = x Wᵀ + b + (x D) G with the gradients of x, D and
-G (LoRA rows: of A = Dᵀ and B = Gᵀ). The exceptions, ``floor`` and ``merged``, give dx alone and say so.
+Every row runs under autocast, as in training, and gives the same y = x Wᵀ + b + (x D) G with the gradients of x, D and
+G (LoRA rows: of A = Dᵀ and B = Gᵀ). The exceptions are ``floor`` and ``merged``, which give dx alone.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class Layer:
     """A row on one case's inputs, ready to run.
 
     Args:
-        function: no arguments, gives y.
-        leaves: what is differentiated, by the name of the gradient; requires-grad tensors that ``function`` uses.
-        inputs: of the case.
-        transposed: the factors' gradients come out as those of Dᵀ and Gᵀ.
+        function: returns y; takes no arguments.
+        leaves: the tensors that ``function`` uses and that require gradients, by the name of the gradient.
+        inputs: the inputs of the case.
+        transposed: whether the factors' gradients come out as those of Dᵀ and Gᵀ.
     """
 
     def __init__(
@@ -38,22 +38,22 @@ class Layer:
         self._kept: Tensor | None = None
 
     def forward(self) -> Tensor:
-        """y, recorded for backward."""
+        """Return y, recorded for backward."""
         with torch.autocast(self._device, self._dtype, enabled=self._dtype != torch.float32):
             return self._function()
 
     def backward(self) -> tuple[Tensor, ...]:
-        """The gradients alone, of the forward pass that the first call runs and keeps."""
+        """Return the gradients alone; the first call runs a forward pass and keeps it for all calls."""
         if self._kept is None:
             self._kept = self.forward()
         return torch.autograd.grad(self._kept, list(self._leaves.values()), self._gy, retain_graph=True)
 
     def forward_backward(self) -> tuple[Tensor, ...]:
-        """One forward pass and its gradients."""
+        """Run one forward pass and return its gradients."""
         return torch.autograd.grad(self.forward(), list(self._leaves.values()), self._gy)
 
     def results(self) -> dict[str, Tensor]:
-        """``y`` and the gradients, ``dx`` and, where the row trains factors, ``dD`` and ``dG``."""
+        """Return ``y`` and the gradients: ``dx`` and, if the row trains factors, ``dD`` and ``dG``."""
         y = self.forward()
         grads = torch.autograd.grad(y, list(self._leaves.values()), self._gy)
         found = {"y": y.detach(), **{f"d{name}": grad for name, grad in zip(self._leaves, grads, strict=True)}}
@@ -67,9 +67,9 @@ class LayerRow:
 
     Attributes:
         name: what tables and result files call it.
-        explains: one line.
-        adapts: y contains the update.
-        trains: the factors get their gradients.
+        explains: one line about it.
+        adapts: whether y contains the update.
+        trains: whether the factors get their gradients.
     """
 
     name: str
@@ -78,28 +78,28 @@ class LayerRow:
     trains: ClassVar[bool] = True
 
     def unavailable(self, inputs: Inputs) -> str | None:
-        """None if the row can run on ``inputs`` here, else the reason."""
+        """Return None if the row can run on ``inputs`` on this machine, else the reason."""
         return None
 
     def build(self, inputs: Inputs) -> Layer:
-        """The row on ``inputs``."""
+        """Return the row on ``inputs``."""
         raise NotImplementedError
 
 
 def under_autograd(compute: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: Inputs) -> Layer:
-    """``compute(x, D, G)``, differentiated by torch with respect to all three."""
+    """Return ``compute(x, D, G)``, which torch differentiates with respect to all three arguments."""
     leaves = {name: getattr(inputs, name).detach().requires_grad_() for name in ("x", "D", "G")}
     return Layer(lambda: compute(*leaves.values()), leaves, inputs)
 
 
 def frozen(W: Tensor, inputs: Inputs) -> Layer:
-    """The plain linear layer with weight ``W``, differentiated with respect to x."""
+    """Return the plain linear layer with weight ``W``, which is differentiated with respect to x."""
     x = inputs.x.detach().requires_grad_()
     return Layer(lambda: F.linear(x, W, inputs.b), {"x": x}, inputs)
 
 
 def lora(compute: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: Inputs) -> Layer:
-    """``compute(x, A, B)`` with A = Dᵀ [rank, d_in] and B = Gᵀ [d_out, rank], contiguous as LoRA stores them."""
+    """Return ``compute(x, A, B)`` with A = Dᵀ [rank, d_in] and B = Gᵀ [d_out, rank], contiguous as LoRA stores them."""
     x = inputs.x.detach().requires_grad_()
     A, B = (factor.detach().t().contiguous().requires_grad_() for factor in (inputs.D, inputs.G))
     return Layer(lambda: compute(x, A, B), {"x": x, "D": A, "G": B}, inputs, transposed=True)
@@ -152,7 +152,7 @@ class Paper(LayerRow):
 
 
 def chain(x: Tensor, W: Tensor, b: Tensor | None, D: Tensor, G: Tensor) -> Tensor:
-    """The formula as one writes it."""
+    """Return the formula as one would write it."""
     return F.linear(x, W, b) + (x @ D) @ G
 
 
@@ -171,7 +171,7 @@ class ChainCompiled(LayerRow):
     def build(self, inputs: Inputs) -> Layer:
         from torch._functorch import config
 
-        config.donated_buffer = False  # donated buffers would forbid to time a kept graph's backward alone
+        config.donated_buffer = False  # with donated buffers, the backward of a kept graph could not be timed alone
         compiled = torch.compile(chain, dynamic=False, fullgraph=True)
         return under_autograd(lambda x, D, G: compiled(x, inputs.W, inputs.b, D, G), inputs)
 
@@ -191,7 +191,7 @@ class Peft(LayerRow):
         rank = inputs.D.shape[1]
         config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=["linear"])
         layer: Any = inject_adapter_in_model(config, nn.ModuleDict({"linear": base}))["linear"]
-        layer.cast_input_dtype_enabled = False  # under autocast it only costs a copy of x
+        layer.cast_input_dtype_enabled = False  # under autocast it costs a copy of x and has no other effect
         A, B = (nn.Parameter(factor.t().contiguous()) for factor in (inputs.D, inputs.G))
         layer.lora_A["default"].weight, layer.lora_B["default"].weight = A, B
         x = inputs.x.detach().requires_grad_()
@@ -233,9 +233,9 @@ class LoraFusion(LayerRow):
     def unavailable(self, inputs: Inputs) -> str | None:
         rank = inputs.D.shape[1]
         if rank < 16 or rank & (rank - 1):
-            return f"its kernels take ranks that are powers of two from 16, got {rank}"
+            return f"its kernels need a rank that is a power of two of at least 16, got {rank}"
         if os.environ.get("TRITON_INTERPRET") != "1" and not inputs.x.is_cuda:
-            return f"Triton runs on a GPU, the inputs are on {inputs.x.device.type}"
+            return f"Triton needs a GPU, but the inputs are on {inputs.x.device.type}"
         try:
             import triton  # noqa: F401
         except ImportError:
@@ -276,7 +276,11 @@ ROWS: dict[str, LayerRow] = {
 
 
 def select(names: Iterable[str] | None) -> list[LayerRow]:
-    """The rows called ``names``, all by default, with the floor in front; ValueError for a name that does not exist."""
+    """Return the rows called ``names`` (default: all) with the floor in front.
+
+    Raises:
+        ValueError: a row of that name does not exist.
+    """
     wanted = list(ROWS if names is None else names)
     for name in wanted:
         if name not in ROWS:

@@ -1,4 +1,4 @@
-"""The benchmark of attention and Conv1D: what may be timed, and what its rows say."""
+"""The benchmark of attention and Conv1D: which rows may be timed, and what their lines contain."""
 
 from __future__ import annotations
 

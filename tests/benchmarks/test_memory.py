@@ -1,4 +1,6 @@
-"""Bytes kept for backward against what the formulas keep; peaks of a process that allocates a known amount."""
+"""Bytes kept for backward against what the formulas keep, and peaks of a process that allocates a known amount."""
+
+from __future__ import annotations
 
 import json
 import os
@@ -64,7 +66,7 @@ def test_nothing_is_kept_without_gradients() -> None:
 
 
 def test_a_layer_keeps_what_its_formula_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """y = x Wᵀ keeps nothing new; h and x serve the low-rank update; W + dW keeps a weight."""
+    """y = x Wᵀ keeps nothing new, the low-rank update needs h and x, and W + dW keeps a weight."""
     monkeypatch.setitem(cases.MODELS, "tiny", (16, 7))
     spec = {**asdict(Case("fc1", "tiny", images=3, rank=4, dtype="float32")), "device": "cpu"}
     tokens, d_in, d_out, rank, width = 21, 16, 64, 4, 4
@@ -82,7 +84,7 @@ def test_a_model_row_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_peak_is_that_of_the_step() -> None:
-    """In a process of its own: two steps that hold 200 MB each, one after the other."""
+    """In its own process, two steps each hold 200 MB, one after the other."""
     code = (
         "import json; from benchmarks.memory import peak\n"
         "step = lambda: len(bytes(bytearray(b'x') * 200_000_000))\n"

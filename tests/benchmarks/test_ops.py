@@ -1,4 +1,6 @@
-"""The rows compute one thing, and only a row that does gets a time."""
+"""All rows compute the same thing, and only a row that does gets a time."""
+
+from __future__ import annotations
 
 import functools
 import os
@@ -83,13 +85,13 @@ def test_every_row_on_a_gpu(row: LayerRow) -> None:
 
 def test_the_triton_row_says_why_it_cannot_run() -> None:
     row = ROWS["lorafusion"]
-    assert row.unavailable(TINY.inputs()) == "its kernels take ranks that are powers of two from 16, got 4"
+    assert row.unavailable(TINY.inputs()) == "its kernels need a rank that is a power of two of at least 16, got 4"
     inputs = Case("o", "tiny", 3, 16, "float32").inputs()
-    assert row.unavailable(inputs) == "Triton runs on a GPU, the inputs are on cpu"
+    assert row.unavailable(inputs) == "Triton needs a GPU, but the inputs are on cpu"
 
 
 def test_rows_differ_in_work_as_their_explanations_say() -> None:
-    """Multiply-adds beyond the floor's, in units of tokens · d_in · d_out and, for the products with r, exactly."""
+    """The expected numbers are the multiply-adds beyond those of the floor."""
     n, k, d, r = 31, 24, 60, 5
     inputs = make_inputs(Sizes(n, k, d, r, 4), torch.float32, n_cores=3)
     extra = {
@@ -122,7 +124,7 @@ def test_peft_row_is_the_librarys_own_layer(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 class Wrong(LayerRow):
-    """Fast, and wrong in one gradient: it drops half of dG."""
+    """A fast row that is wrong in one gradient: it drops half of dG."""
 
     name, explains = "wrong", "a planted error"
 
@@ -149,7 +151,7 @@ def test_a_wrong_row_gets_a_reason_and_no_time() -> None:
     for name, reason in (
         ("wrong", "error over 2 times that of the plain formula in the same precision: dG"),
         ("broken", "failed: RuntimeError: no such kernel"),
-        ("lorafusion", "not available: its kernels take ranks"),
+        ("lorafusion", "not available: its kernels need a rank"),
     ):
         assert lines[name]["reason"].startswith(reason)
         assert not {"seconds", "ratio", "limit"} & lines[name].keys()
@@ -167,7 +169,7 @@ def test_without_a_floor_nothing_is_timed() -> None:
         name = "floor"
 
     lines = run.measure(TINY, [NoFloor(), ROWS["chain"]], run.Setting(repeats=1))
-    assert lines[1]["reason"] == "the floor it is compared with was refused"
+    assert lines[1]["reason"] == "the floor that it is compared with was refused"
     assert "seconds" not in lines[1]
 
 

@@ -1,4 +1,6 @@
-"""Pictures and tables show what the result files say, name the machine, and keep modeled figures apart."""
+"""Pictures and tables show what the result files contain, name the machine, and keep modeled figures apart."""
+
+from __future__ import annotations
 
 import json
 from collections.abc import Iterable
@@ -97,7 +99,7 @@ def test_only_the_newest_run_is_drawn() -> None:
 def test_steps_with_and_without_cuda_graphs_stay_apart(results: Path) -> None:
     plain = [model_line(row, ratio, device="cuda") for row, ratio in (("floor", 1.0), ("peft", 2.0))]
     graphs = [{**line, "cuda_graphs": True, "ratio": q(1.1)} for line in plain]
-    # Lines from before the field are of steps without.
+    # Lines that are older than the field are about steps without CUDA graphs.
     older = [{**line, "cuda_graphs": False, "date": "2025-01-01T00:00:00+00:00"} for line in plain]
     write(results, "model", [*older, *plain, *graphs])
     assert tables.TABLES["train_step_gpu"]().splitlines()[3].startswith("| LoRA of `peft` | 2.00 |")
@@ -261,4 +263,4 @@ def test_command_prints_a_table_or_names_what_there_is(results: Path, capsys: py
     assert capsys.readouterr().out.strip() == tables.NOTHING
     with pytest.raises(SystemExit):
         main(["tables", "serv"])
-    assert "no table 'serv'; there are summary, parameters, train_step, ops" in capsys.readouterr().err
+    assert "unknown table 'serv'; expected some of summary, parameters, train_step, ops" in capsys.readouterr().err

@@ -1,4 +1,6 @@
-"""The paper model: against figures worked out separately, and against what any model of a GPU must obey."""
+"""The paper model, against figures computed separately and against what any model of a GPU must obey."""
+
+from __future__ import annotations
 
 import math
 
@@ -10,7 +12,7 @@ from benchmarks.roofline_gpu import Machine
 
 TOKENS = 64 * 197
 
-#: Ratio of a ViT-B block to the frozen floor at ranks 16, 32 and 64, by the script this model was rewritten from.
+#: The ratio of a ViT-B block to the frozen floor at ranks 16, 32 and 64, by the script that this model replaced.
 BLOCK = {
     "floor": (1.00, 1.00, 1.00),
     "paper": (3.73, 3.73, 3.73),
@@ -33,7 +35,7 @@ BLOCK = {
     "neighbors": (1.18, 1.21, 1.28),
     "ideal": (1.04, 1.08, 1.16),
 }
-#: Microseconds by layer at rank 16.
+#: The microseconds by layer at rank 16.
 LAYERS = {
     "floor": (123.7, 45.4, 162.8, 162.8),
     "paper": (560.3, 185.3, 575.4, 521.9),
@@ -52,7 +54,7 @@ def test_ratios_of_the_block() -> None:
 
 
 def test_what_stands_in_front_of_the_layers() -> None:
-    """Two norms and a GELU move 5 times what they take; a slope in the epilogue leaves 3 of the GELU's 5."""
+    """Two norms and a GELU move 5 times their input; with the slope in an epilogue the GELU moves 3 instead of 5."""
     machine = Machine(bandwidth=1e12, fixed=0.0)
     times = block_times(machine, 1000, 16, vit_block(100))
     norms, gelu = 2 * 5 * 2 * 1000 * 100 / 1e6, 2 * 1000 * 400 / 1e6

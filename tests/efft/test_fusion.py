@@ -1,5 +1,7 @@
 """efft.fuse: the same model in less memory, undone without a trace."""
 
+from __future__ import annotations
+
 import copy
 from typing import Any
 

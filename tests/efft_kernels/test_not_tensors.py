@@ -1,4 +1,6 @@
-"""What is no tensor, or no number, is refused by every op, by name."""
+"""An argument that is not a tensor, or not a number, is refused by every op with the argument's name."""
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any

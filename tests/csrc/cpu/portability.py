@@ -1,9 +1,11 @@
-"""``python tests/csrc/cpu/portability.py WHEEL PYTHON...``: one wheel with the extension where Python and torch are not
-those that it was built with. Not part of the tests: the environments are several GB each.
+"""Try one wheel with the extension under versions of Python and torch other than those that built it.
 
-For each PYTHON, which has torch, numpy and safetensors: installs the wheel into an empty folder, runs the environment
-report with its self-test, and trains one adapted layer on the cpu backend.
+Usage: ``python tests/csrc/cpu/portability.py WHEEL PYTHON...``. This is not part of the tests, as the environments take
+several GB each. Each PYTHON must have torch, numpy and safetensors. For each one, the script installs the wheel into an
+empty folder, runs the environment report with its self-test, and trains one adapted layer on the cpu backend.
 """
+
+from __future__ import annotations
 
 import subprocess
 import sys

@@ -1,7 +1,9 @@
-"""Nothing beyond an operand is read or written: each one ends where the memory that may be touched ends.
+"""Nothing beyond an operand is read or written: each operand ends where the accessible memory ends.
 
-The sanitizers do not see the loads and stores of matrix registers, which this does.
+The sanitizers do not see the loads and stores of matrix registers, but these tests do.
 """
+
+from __future__ import annotations
 
 import subprocess
 import sys
@@ -21,7 +23,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 def at_the_end(tensor):
-    # The last element in the last bytes before a page that is not readable.
+    # The last element lies in the last bytes before a page that is not readable.
     size = tensor.numel() * tensor.element_size()
     pages = -(-max(size, 1) // mmap.PAGESIZE)
     memory = mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE)

@@ -1,5 +1,7 @@
 """``scale="auto"``: how far a step of the optimizer moves the weights, on models of many sizes."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

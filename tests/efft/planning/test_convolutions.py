@@ -1,5 +1,7 @@
 """Convolutional networks: layers by name, 1 x 1 and larger kernels, every call that a transformer has."""
 
+from __future__ import annotations
+
 import copy
 import warnings
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""Banks as the models use them, with every factor non-zero, and the dense update their sites stand for."""
+"""Banks as the models use them, with every factor nonzero, and the dense update that a site stands for."""
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
@@ -28,7 +30,7 @@ def _sites(kind: str, layer: int) -> dict[str, Site]:
 
 
 def _make_bank(kind: str, n_layers: int = 3, **kwargs: Any) -> tuple[TTFactors, list[Site]]:
-    """A bank of ``n_layers`` layers and its sites, not bound yet. ``kind`` is a group of EFFT1 or EFFT2."""
+    """Return a bank of ``n_layers`` layers and its sites, not bound yet; ``kind`` is a group of EFFT1 or EFFT2."""
     sites = [site for layer in range(n_layers) for site in _sites(kind, layer).values()]
     n_cores = 1 + max(core for site in sites for core in site.cores)
     d_out = WIDTH if kind == "attention" else 4 * WIDTH
@@ -40,7 +42,7 @@ def _make_bank(kind: str, n_layers: int = 3, **kwargs: Any) -> tuple[TTFactors, 
 
 
 def _update(bank: TTFactors, site: Site, masks: Masks | None = None) -> Tensor:
-    """ΔW [in_features, out_features] by the definition, differentiable; ``masks`` are of all layers."""
+    """Return ΔW [in_features, out_features] by its definition, differentiable; ``masks`` are those of all layers."""
     U, V = bank.U, bank.V
     C = bank.C[site.layer if bank.core_sharing == "per_layer" else 0]
     if masks is not None:
@@ -56,7 +58,7 @@ def _update(bank: TTFactors, site: Site, masks: Masks | None = None) -> Tensor:
 
 
 class Stack(nn.Module):
-    """Adapted layers one after the other, each on its own input; with ``prepare`` as an adapted model runs them."""
+    """Adapted layers, each with its own input, that run in sequence; ``prepare`` makes them run as in a model."""
 
     def __init__(self, bank: TTFactors, sites: list[Site], dtype: torch.dtype = torch.float64) -> None:
         super().__init__()
@@ -69,7 +71,7 @@ class Stack(nn.Module):
         self.prepare = True
 
     def run(self, call: Callable[..., Tensor] = lambda layer, x: layer(x)) -> Tensor:
-        """Loss of one pass; ``call`` runs a layer on its input."""
+        """Return the loss of one pass; ``call`` runs a layer on its input."""
         if self.prepare:
             self.bank.prepare()
         try:
@@ -80,7 +82,7 @@ class Stack(nn.Module):
         return sum(y.square().sum() for y in outputs)
 
     def gradients(self, call: Callable[..., Tensor] = lambda layer, x: layer(x), seed: int = 0) -> dict[str, Tensor]:
-        """The loss and every gradient of it, of one pass that begins with ``seed``."""
+        """Return the loss of one pass that begins with ``seed``, and all its gradients."""
         torch.manual_seed(seed)
         leaves = {n: p for n, p in self.bank.named_parameters() if p.requires_grad}
         leaves |= {f"x{i}": x for i, x in enumerate(self.inputs)}
@@ -113,5 +115,5 @@ def update() -> Callable[..., Tensor]:
 
 @pytest.fixture(scope="session")
 def make_stack() -> Callable[..., Stack]:
-    """``make_stack(kind, **kwargs of TTFactors)``: a Stack on a bank of that kind."""
+    """Return a function of the kind and of TTFactors' arguments that makes a :class:`Stack` on such a bank."""
     return lambda kind, dtype=torch.float64, **kwargs: Stack(*_make_bank(kind, **kwargs), dtype=dtype)

@@ -1,4 +1,6 @@
-"""Any weight adapted by its name: what stands in for which layer, what is refused, who reads a layer's weight."""
+"""Any weight adapted by its name: which class replaces which layer, what is refused, who reads a layer's weight."""
+
+from __future__ import annotations
 
 from contextvars import ContextVar
 from typing import Any

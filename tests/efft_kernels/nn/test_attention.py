@@ -1,4 +1,6 @@
-"""``EfftMultiheadAttention`` against ``nn.MultiheadAttention`` itself with the dense sums for weights."""
+"""``EfftMultiheadAttention`` against ``nn.MultiheadAttention`` itself, whose weights are the dense sums."""
+
+from __future__ import annotations
 
 import copy
 import itertools
@@ -56,7 +58,7 @@ class Pair:
 
 
 def inputs(kind: str, batch_first: bool, kdim: int = D, vdim: int = D) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value of one kind: which of them are one tensor, and whether there is a batch."""
+    """Return query, key and value of one kind, which says which of them are one tensor and whether there is a batch."""
     lead = () if "unbatched" in kind else (BATCH,)
 
     def one(n: int, width: int) -> Tensor:
@@ -165,7 +167,7 @@ def test_dropout_is_torchs_own() -> None:
 
 
 def test_switched_off_it_is_torchs_own() -> None:
-    """In eval mode without gradients, by way of torch's fused kernel."""
+    """In eval mode without gradients it runs torch's fused kernel."""
     pair, (x, _, _) = Pair(batch_first=True), inputs("self", True)
     pair.ours.eval()
     pair.plain.eval()
@@ -203,7 +205,7 @@ PARTS = ("self_attn.in_proj_weight", "self_attn.out_proj", "linear1", "linear2")
 
 
 def adapted_encoder(names: tuple[str, ...], n_layers: int = 2, **settings: Any) -> tuple[nn.Module, nn.Module]:
-    """An encoder with updates and the plain one that they are merged into, both in eval mode."""
+    """Return an encoder with updates and the plain one into which they are merged, both in eval mode."""
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(D, HEADS, 8, batch_first=True, dtype=torch.float64, **settings)
     ours = nn.TransformerEncoder(layer, n_layers).eval()
@@ -255,7 +257,7 @@ def test_decoders_in_eval_mode() -> None:
 
 
 def test_the_output_layer_alone_in_torchs_own_forward() -> None:
-    """A stand-in that a user puts in by hand: the attention reads its weight, which has the update."""
+    """A user puts in the adapted layer by hand: the attention reads its weight, which contains the update."""
     torch.manual_seed(0)
     plain = nn.MultiheadAttention(D, HEADS, batch_first=True, dtype=torch.float64).eval()
     ours = copy.deepcopy(plain)

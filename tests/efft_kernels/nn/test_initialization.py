@@ -1,5 +1,7 @@
 """Initial values against torch's own Xavier initialization of a parameter laid out as in the paper's code."""
 
+from __future__ import annotations
+
 import math
 
 import pytest

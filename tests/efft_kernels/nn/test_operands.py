@@ -22,7 +22,7 @@ def chain(sizes: tuple[int, ...], ranks: tuple[int, ...], batch: tuple[int, ...]
 
 
 def element_by_element(cores: list[Tensor], order: str) -> Tensor:
-    """[r_0, n_1 n_2 ..., r_last], one product of matrices for every element."""
+    """Return [r_0, n_1 n_2 ..., r_last], with one product of matrices per element."""
     sizes = [core.shape[1] for core in cores]
     n = int(torch.tensor(sizes).prod())
     out = torch.empty(cores[0].shape[0], n, cores[-1].shape[2], dtype=torch.float64)

@@ -1,4 +1,6 @@
-"""Parameters with an update: what reads them gets it, and everything that knows parameters goes on as before."""
+"""Parameters with an update: whatever reads them gets it, and code that handles parameters works as before."""
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +19,7 @@ from efft_kernels.nn.parameter import AdaptedParameter, adapt_parameter, restore
 
 
 class Own(nn.Module):
-    """Multiplies by its parameter in a way that no layer does."""
+    """A module that multiplies by its parameter in its own way."""
 
     def __init__(self, function: Callable[[Tensor, Tensor], Tensor] = lambda x, W: F.linear(x, W * 1.0)) -> None:
         super().__init__()
@@ -37,7 +39,7 @@ def bank(d_in: int = 7, d_out: int = 5) -> TTFactors:
 
 
 def adapted(*args: Any) -> tuple[Own, AdaptedParameter, Tensor]:
-    """The module, its parameter, and an input."""
+    """Return the module, its parameter, and an input."""
     module = Own(*args)
     return module, adapt_parameter(module, "W", bank(), Site()), torch.randn(3, 7, dtype=torch.float64)
 
@@ -48,7 +50,7 @@ def dense(parameter: AdaptedParameter) -> Tensor:
 
 
 class Operators(TorchDispatchMode):
-    """What is computed, by name."""
+    """Records the operators that run, by name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +69,9 @@ def test_metadata_costs_nothing_and_tells_nobody() -> None:
     assert not isinstance(W, nn.Parameter)
     with Operators() as seen:
         assert (W.shape, W.dtype, W.device, W.ndim, W.size(0)) == ((5, 7), torch.float64, torch.device("cpu"), 2, 5)
-        assert not W.requires_grad, "as the parameter: who moves weights about makes a new one like it"
+        assert not W.requires_grad, (
+            "it is frozen like the parameter: code that moves weights makes a new parameter like it"
+        )
         assert W.is_floating_point()
         assert W.stride() == (7, 1)
     assert seen.names == []
@@ -76,7 +80,7 @@ def test_metadata_costs_nothing_and_tells_nobody() -> None:
 
 
 def test_putting_a_weight_away_takes_none_of_its_values() -> None:
-    """As accelerate's offloading does, in the middle of a pass."""
+    """accelerate's offloading does this in the middle of a pass."""
     module, parameter, _ = adapted()
     for away in (module.W.to("meta"), module.W.to(device=torch.device("meta"))):
         assert away.is_meta
@@ -249,7 +253,7 @@ def test_traced_and_exported(function: Callable[[Tensor, Tensor], Tensor]) -> No
 
 
 def test_a_checkpoint_runs_it_again_with_the_same_factors() -> None:
-    """Also a layer that is read: outside of the pass its weight is the stored one, inside backward it must not be."""
+    """A layer whose weight is read has the stored weight outside of a pass, but must not have it inside backward."""
 
     class Parent(nn.Module):
         def __init__(self) -> None:

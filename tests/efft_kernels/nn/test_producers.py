@@ -1,4 +1,6 @@
-"""Layer norms and GELUs that hand their work on: to an adapted layer, and to whatever else may come."""
+"""Layer norms and GELUs that leave their work to an adapted layer, and what happens with any other consumer."""
+
+from __future__ import annotations
 
 import copy
 import pickle
@@ -64,7 +66,9 @@ def test_an_adapted_layer_does_both(module: nn.Module, layer: EfftLinear) -> Non
     assert (a.shape, a.dtype, a.device, a.requires_grad) == (x.shape, x.dtype, x.device, True)
     assert type(module).__name__ in repr(a)
     y, kept = keep(lambda: layer(module(x)))
-    assert kept.count((2, 7, 24)) == 2, "its input, by the module's node and by the layer's, not its output"
+    assert kept.count((2, 7, 24)) == 2, (
+        "the module's node and the layer's node keep its input, and none keeps its output"
+    )
     assert (14, 24) not in kept
     leaves = [x, *layer.factors.parameters()]
     upstream = torch.randn_like(y)
@@ -128,7 +132,7 @@ class Square(torch.autograd.Function):
 
 @pytest.mark.parametrize("way", ["function", "checkpoint", "reentrant checkpoint"])
 def test_a_function_that_autograd_knows_nothing_of(module: nn.Module, way: str) -> None:
-    """It gets the tensor past torch's Python functions; its gradient must still reach the input."""
+    """The function gets the tensor without torch's Python functions; its gradient must still reach the input."""
 
     def use(a: Tensor) -> Tensor:
         if way == "function":
@@ -176,7 +180,7 @@ def test_what_changes_nothing_passes_it_on(module: nn.Module, layer: EfftLinear)
     between = nn.Sequential(module, nn.Identity(), nn.Dropout(0.0))
     assert isinstance(between(x), ProducerOutput)
     between[2].p = 0.5
-    assert not isinstance(between(x), ProducerOutput), "computed, then dropped"
+    assert not isinstance(between(x), ProducerOutput), "the value is computed, then dropped"
     assert isinstance(between.eval()(x), ProducerOutput)
     assert torch.equal(layer(between(x)), layer(module(x)))
 

@@ -1,4 +1,6 @@
-"""tt_gelu_linear and tt_norm_linear against their formulas with the dense update in fp64 and gradients by hand."""
+"""tt_gelu_linear and tt_norm_linear against their formulas with the dense update in fp64, and gradients by hand."""
+
+from __future__ import annotations
 
 import functools
 import itertools
@@ -33,7 +35,7 @@ def inputs_of(op: Callable[..., Tensor], **options: Any) -> Inputs:
 
 
 def output(op: Callable[..., Tensor], inputs: Inputs, approximate: str = "none", eps: float = 0.0) -> Tensor:
-    """What the producer puts out, by torch's own function."""
+    """Return the output of the producer, by torch's own function."""
     if op is tt_gelu_linear:
         return F.gelu(inputs["z"], approximate=approximate)
     return F.layer_norm(inputs["x"], inputs["x"].shape[-1:], inputs["gamma"], inputs["beta"], eps)
@@ -42,10 +44,10 @@ def output(op: Callable[..., Tensor], inputs: Inputs, approximate: str = "none",
 def slope(
     op: Callable[..., Tensor], inputs: Inputs, upstream: Tensor, approximate: str = "", eps: float = 0.0
 ) -> Tensor:
-    """The producer's backward, written out."""
+    """Return the producer's backward, written out."""
     if op is tt_norm_linear:
         x, g = inputs["x"], upstream if inputs["gamma"] is None else upstream * inputs["gamma"]
-        # Not torch.var, which warns of an input without rows.
+        # torch.var would warn about an input without rows.
         deviation = ((x - x.mean(-1, keepdim=True)).square().mean(-1, keepdim=True) + eps).sqrt()
         n = (x - x.mean(-1, keepdim=True)) / deviation
         return (g - g.mean(-1, keepdim=True) - n * (g * n).mean(-1, keepdim=True)) / deviation
@@ -59,7 +61,7 @@ def slope(
 
 
 def dense(op: Callable[..., Tensor], name: str, inputs: Inputs, gy: Tensor, options: dict[str, Any]) -> Inputs:
-    """y and the gradients from the dense matrix in fp64."""
+    """Return y and the gradients from the dense matrix in fp64."""
     wide = {k: v.detach().double() if isinstance(v, Tensor) else v for k, v in inputs.items()}
     a, gy = output(op, wide, **options), gy.double()
     matrix = wide["W"].t() + wide["D"] @ wide["G"]
@@ -82,7 +84,7 @@ def run(op: Callable[..., Tensor], need: tuple[str, ...], inputs: Inputs, gy: Te
 
 
 def unfused(op: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
-    """Layer by layer in the precision at hand: how wrong an ordinary computation is."""
+    """Return the computation layer by layer in the given precision: how wrong an ordinary computation is."""
 
     def layers(W: Tensor, b: Tensor | None, D: Tensor, G: Tensor, **producer: Any) -> Tensor:
         a = output(op, producer, **options)
@@ -110,7 +112,7 @@ def test_output_and_gradients(backend: Backend, device: str, low: torch.dtype, c
 
 
 def test_update_alone(backend: Backend, device: str, low: torch.dtype, case: Any) -> None:
-    """Without a base y is the update; a thousandth of its usual size must not be lost."""
+    """Without a base y is the update; an update of a thousandth of the usual size must not be lost."""
     op, name, options = case
     need = (name, "D", "G")
     inputs = inputs_of(op, update=1e-3, dtype=low, factor_dtype=torch.float32, device=device)
@@ -166,8 +168,11 @@ def test_any_shape_layout_and_gradient(
 
 
 def summed_around_norm(inputs: dict[str, Tensor], gy: Tensor, eps: float) -> dict[str, float]:
-    """Sizes of the terms of gradients that can cancel: a norm's backward takes the mean and its own direction out of
-    what comes to it, and a row of its output sums to zero, so that h vanishes where all of D's rows are the same."""
+    """Return the sizes of the summands of gradients that can cancel.
+
+    A norm's backward removes the mean and its own direction from the gradient that it receives. A row of its output
+    sums to zero, so h vanishes if all rows of D are the same.
+    """
     wide = {key: None if t is None else t.double() for key, t in inputs.items()}
     x, W, D, G, gamma = (wide[key] for key in ("x", "W", "D", "G", "gamma"))
     upstream = gy.double() @ (W + (D @ G).t()) * (1.0 if gamma is None else gamma)
@@ -193,7 +198,7 @@ def test_gradcheck(fp64: Backend, case: Any) -> None:
 def test_a_second_derivative(
     backend: Backend, exact: torch.dtype, assert_exact: Callable[..., None], case: Any, need: tuple[str, ...]
 ) -> None:
-    """Of one gradient alone, by all that it depends on, also where another argument is frozen."""
+    """The derivative is that of one gradient alone by all that it depends on, also if another argument is frozen."""
     op, name, options = case
     (of,) = (name if n == "producer" else n for n in need)
     inputs = inputs_of(op, tokens=6, d_in=8, d_out=5, r1=3, dtype=exact)
@@ -216,7 +221,7 @@ def test_a_second_derivative(
 
 
 def test_what_is_kept_for_backward(kernels: Backend, case: Any) -> None:
-    """The producer's input and h, but nothing else of their sizes."""
+    """The producer's input and h are kept, but nothing else of their sizes."""
     op, name, options = case
     inputs = inputs_of(op, tokens=50, d_in=24, d_out=40, r1=5)
     known = {inputs[k].untyped_storage().data_ptr() for k in inputs}
@@ -236,7 +241,7 @@ def test_what_is_kept_for_backward(kernels: Backend, case: Any) -> None:
 
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(backend: Backend, device: str, autocast: torch.dtype, case: Any) -> None:
-    """The producer's input stays as it is, the product is in the autocast dtype, gradients keep their dtypes."""
+    """The producer's input stays as it is, the product is in the autocast dtype, and gradients keep their dtypes."""
     op, name, options = case
     need = (name, "D", "G")
     inputs = inputs_of(op, tokens=33, device=device)
@@ -257,7 +262,7 @@ NARROW, WIDE = torch.bfloat16, torch.float32
 
 @pytest.mark.parametrize("dtypes", [*itertools.product((NARROW, WIDE), repeat=4)], ids=lambda d: " ".join(map(str, d)))
 def test_dtypes_mixed(backend: Backend, device: str, case: Any, dtypes: tuple[torch.dtype, ...]) -> None:
-    """One rule: the producer in fp32, rounded once to the weight's dtype; results in the dtypes of what they are of."""
+    """The producer computes in fp32 and rounds once to the weight's dtype; a result has the dtype of its argument."""
     op, name, options = case
     need = (name, "D", "G")
     inputs = inputs_of(op, device=device)
@@ -314,7 +319,7 @@ def test_registered_ops(kernels: Backend, device: str) -> None:
 
 
 def test_compiled_without_a_break(backend: Backend, case: Any) -> None:
-    torch.compiler.reset()  # the limit of compilations of one function is less than the number of cases
+    torch.compiler.reset()  # one function may be compiled fewer times than there are cases
     op, name, options = case
     inputs = inputs_of(op, tokens=9)
     leaves = [inputs[k].requires_grad_() for k in (name, "D", "G")]
@@ -347,12 +352,12 @@ def test_wrong_calls(backend: Backend, case: Any) -> None:
             op(**{**inputs, "beta": inputs["beta"].clone().requires_grad_()}, backend=backend)
 
 
-#: The ops that flatten leading dimensions where autograd does not look.
+#: The ops that flatten leading dimensions where autograd does not see it.
 every_op = pytest.mark.parametrize("op", [tt_linear, tt_gelu_linear, tt_norm_linear], ids=lambda op: op.__name__)
 
 
 def batch_of(op: Callable[..., Tensor]) -> tuple[Inputs, Tensor]:
-    """Keyword arguments for a batch [2, 3, d_in], and the activation among them."""
+    """Return the keyword arguments for a batch [2, 3, d_in], and the activation among them."""
     inputs = make_inputs(op.__name__, tokens=6, d_in=8, d_out=5, r1=2, dtype=torch.float64)
     name = next(iter(inputs))
     inputs[name] = inputs[name].reshape(2, 3, 8).requires_grad_()

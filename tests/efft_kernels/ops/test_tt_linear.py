@@ -1,5 +1,7 @@
 """tt_linear against y = x (Wᵀ + D G) + b with D G built densely in fp64, and its gradients written out by hand."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +24,7 @@ def wide(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def dense(inputs: dict[str, Any], gy: Tensor) -> dict[str, Tensor]:
-    """y, every gradient and the update alone, from the dense matrix and its gradient."""
+    """Return y, every gradient and the update alone, from the dense matrix and its gradient."""
     x, W, b, D, G = (wide(inputs)[k] for k in LEAVES)
     gy = gy.double()
     M = W.t() + D @ G  # [d_in, d_out]
@@ -33,19 +35,19 @@ def dense(inputs: dict[str, Any], gy: Tensor) -> dict[str, Tensor]:
 
 
 def unfused(x: Tensor, W: Tensor, b: Tensor | None, D: Tensor, G: Tensor) -> Tensor:
-    """The plain formula in the precision of x: how wrong an ordinary computation is."""
+    """Return the plain formula in the precision of x: how wrong an ordinary computation is."""
     return F.linear(x, W, b) + (x @ D.to(x.dtype)) @ G.to(x.dtype)
 
 
 def merged(x: Tensor, W: Tensor, b: Tensor | None, D: Tensor, G: Tensor) -> Tensor:
-    """The update added to the weight in the weight's dtype: what must not pass for tt_linear."""
+    """Return the product with the update added to the weight in the weight's dtype: it must not pass as tt_linear."""
     return F.linear(x, W + (D @ G).t().to(W.dtype), b)
 
 
 def run(
     op: Callable[..., Tensor], inputs: dict[str, Any], gy: Tensor, need: tuple[str, ...] = ADAPTED
 ) -> dict[str, Any]:
-    """y and the gradients of what ``need`` names."""
+    """Return y and the gradients of the arguments that ``need`` names."""
     leaves = {k: inputs[k].detach().requires_grad_(k in need) if inputs[k] is not None else None for k in LEAVES}
     y = op(**leaves)
     grads = torch.autograd.grad(y, [leaves[k] for k in need], gy)
@@ -89,7 +91,7 @@ def test_update_under_a_weight_1000_times_its_size(
     product: Callable[[Tensor, Tensor], Tensor],
     op: Callable[..., Tensor],
 ) -> None:
-    """On tokens where the base cancels, y and dx are the update; a weight merged in half precision fails."""
+    """For tokens on which the base cancels, y and dx are the update; a weight merged in half precision fails."""
     factors = {"update": 1e-3, "factor_dtype": torch.float32}
     inputs = make_inputs("tt_linear", d_out=48, base_cancels=True, dtype=low, device=device, **factors)
     half = torch.randn(29, 24).to(device, low)
@@ -220,7 +222,7 @@ def test_only_what_is_asked_for_is_computed_and_saved(
     products = sorted(tuple(sorted(shape)) for shape in seen.products)
     expected = [(5, 11)] * ("x" in need or "D" in need) + [(11, 24)] * 2 * ("x" in need)
     expected += [(5, 24)] * ("D" in need) + [(5, 40)] * ("G" in need)
-    if backend is Backend.REFERENCE:  # autograd's, with no order or fusion promised
+    if backend is Backend.REFERENCE:  # autograd does not promise an order or fusion
         assert set(products) == set(expected)
     else:
         assert products == ([] if own else sorted(expected))
@@ -238,19 +240,21 @@ def test_nothing_is_saved_without_gradients(backend: Backend) -> None:
 def test_no_dense_delta_is_ever_built(
     backend: Backend, device: str, exact: torch.dtype, record: Callable[[], Any]
 ) -> None:
-    """With fewer tokens than features everything new is smaller than a weight."""
+    """With fewer tokens than features, every new tensor is smaller than a weight."""
     inputs = make_inputs("tt_linear", tokens=11, dtype=exact, device=device)
     with use_backend(backend), record() as seen:
         run(tt_linear, inputs, upstream(inputs))
     assert seen.allocated
     assert max(torch.Size(shape).numel() for shape in seen.allocated) < 24 * 40
-    assert bool(seen.registered) == (backend is not Backend.REFERENCE), "one registered op each way, or plain torch"
+    assert bool(seen.registered) == (backend is not Backend.REFERENCE), (
+        "forward and backward are one registered op each, or plain torch"
+    )
     assert len(seen.registered) in (0, 2)
 
 
 @pytest.mark.parametrize("frozen", [(), ("D",), ("G",), ("x",), ("W", "b"), ("D", "W", "b"), ("x", "D")], ids=str)
 def test_gradients_of_gradients(fp64: Backend, frozen: tuple[str, ...]) -> None:
-    """Whatever is frozen, and so not kept for backward."""
+    """They are right for any frozen arguments, which are not kept for backward."""
     inputs = make_inputs("tt_linear", tokens=2, d_in=3, d_out=4, r1=2, dtype=torch.float64)
     names = [k for k in LEAVES if k not in frozen]
 
@@ -261,7 +265,7 @@ def test_gradients_of_gradients(fp64: Backend, frozen: tuple[str, ...]) -> None:
 
 
 def repeated(layer: Callable[..., Tensor], inputs: dict[str, Any], names: list[str], times: int) -> tuple[Tensor, ...]:
-    """Of two layers, the input of the second of which depends on the same factors: gradients of |gradients|²."""
+    """Return the gradients of |gradients|² of two layers, of which the second gets its input from the same factors."""
     leaves = [inputs[k].requires_grad_() for k in names]
     value = layer(**inputs | {"x": layer(**inputs).tanh()}).sin().sum()
     for _ in range(times):
@@ -371,7 +375,7 @@ def test_tensors_of_another_device_or_kind(backend: Backend, name: str) -> None:
 @pytest.mark.parametrize("need", ["", "x", "D", "G", "xD", "xDG"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_registered_ops_are_well_behaved(kernels: Backend, layout: str, need: str) -> None:
-    """torch's opcheck: schema, autograd registration, fake tensors, AOT dispatch with dynamic shapes."""
+    """torch's opcheck tests schema, autograd registration, fake tensors, and AOT dispatch with dynamic shapes."""
     narrow = torch.bfloat16 if need == "xDG" else torch.float32
     inputs = make_inputs("tt_linear", tokens=4, d_in=6, d_out=8, r1=3, dtype=narrow, factor_dtype=torch.float32)
     x, W, b, D, G = (with_layout(inputs[k], layout) for k in LEAVES)

@@ -1,5 +1,7 @@
 """tt_merge_ against W + sign (D G)ᵀ in fp64, rounded once."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 
@@ -45,7 +47,7 @@ def test_a_half_precision_weight_is_rounded_once(
 @given(
     sizes=st.tuples(st.integers(1, 33), st.integers(1, 33), st.integers(1, 128)),
     layouts=st.tuples(
-        st.sampled_from(["contiguous", "transposed", "sliced"]),  # a weight that is written to has no stride 0
+        st.sampled_from(["contiguous", "transposed", "sliced"]),  # a weight to which the op writes has no stride 0
         *[st.sampled_from(["contiguous", "transposed", "sliced", "expanded"])] * 2,
     ),
     sign=st.sampled_from([1.0, -1.0, 0.5]),
@@ -148,7 +150,7 @@ def test_compiles_without_graph_breaks(backend: Backend) -> None:
 
 @pytest.mark.parametrize("direct", [False, True], ids=["tt_merge_", "the registered op"])
 def test_autograd_notices_the_change(backend: Backend, direct: bool) -> None:
-    """What was saved for backward is no longer what it was: an error, as of torch's own operators in place."""
+    """What was saved for backward has changed, so backward must fail, as with torch's own in-place operators."""
     inputs = make_inputs("tt_merge_")
     x = torch.randn(3, 24, requires_grad=True)
     y = torch.nn.functional.linear(x, inputs["W"])

@@ -1,13 +1,14 @@
-"""What every kernel costs on every target, compiled without a GPU: registers, spills, shared memory, instructions.
+"""Report what every kernel costs on every target: registers, spills, shared memory, instructions.
 
-    python -m tests.efft_kernels.triton.resource_report  # all forms, all targets, a table and the faults found
+    python -m tests.efft_kernels.triton.resource_report  # all forms and targets
     python -m tests.efft_kernels.triton.resource_report --targets 90 --only lowrank_gemm
 
-A form is a kernel with one entry of the tables, for one use (forward, backward, backward behind a GELU, one adapter a
-sample), by pointers or by TMA, for the strides and alignments of a real layer. A fault is what must
-not happen on a target on which :mod:`efft_kernels.triton.launch` would choose the form: a compile error, spilled
-registers, more shared memory than the tile's own estimate or than the target has, no tensor-core instruction in a half
-precision product, a main loop that does not load 16 bytes at a time. It says nothing about speed or correct results.
+The kernels are compiled without a GPU. A form is a kernel with one entry of the tables, for one use (forward, backward,
+backward behind a GELU, one adapter per sample), by pointers or by TMA, for the strides and alignments of a real layer.
+A fault is what must not happen on a target on which :mod:`efft_kernels.triton.launch` would choose the form: a compile
+error, spilled registers, more shared memory than the tile's own estimate or than the target has, no tensor-core
+instruction in a half precision product, a main loop that does not load 16 bytes at a time. The report says nothing
+about speed or correctness.
 """
 
 from __future__ import annotations
@@ -42,11 +43,11 @@ from efft_kernels.triton.launch import (
 
 #: Bytes of shared memory that a program may use, by target: compute capability times ten, or an AMD architecture.
 SHARED_MEMORY = {"80": 166912, "89": 101376, "90": 232448, "100": 232448, "gfx942": 65536}
-#: Accesses to local memory that a form without tensor cores may have: values parked outside its loops.
+#: The number of local memory accesses that a form without tensor cores may have, for values stored outside its loops.
 PARKED = 8
-#: Uses of a product whose epilogue takes a GELU's slope, and which.
+#: The uses of a product whose epilogue takes the slope of a GELU, and the kind of GELU.
 SLOPES = {"backward gelu": "gelu", "backward gelu_tanh": "gelu_tanh"}
-#: Integer arguments that are no multiples of 16 in real layers.
+#: The integer arguments that are not multiples of 16 in real layers.
 _UNALIGNED = ("columns_out", "samples", "splits")
 _TENSOR_CORE = {"80": "HMMA", "89": "HMMA", "90": "HGMMA", "100": "UTC*MMA", "gfx942": "MFMA"}
 _CLASSES = {
@@ -62,18 +63,18 @@ _CLASSES = {
 
 @dataclass(frozen=True)
 class Form:
-    """A kernel as it would be launched.
+    """A kernel with the arguments with which it would be launched.
 
     Attributes:
-        name: for the report.
+        name: name in the report.
         kernel: the jitted function.
-        types: Triton types of its arguments, constants excepted.
-        constants: compile-time arguments, and those that Triton specialises (strides of 1, absent tensors).
+        types: Triton types of its arguments, without constants.
+        constants: compile-time arguments, and those that Triton specializes (strides of 1, absent tensors).
         warps, stages: launch options.
-        estimate: shared memory that the choice of a tile counts with; None where there is no choice.
-        tensor_cores: whether its products must use them.
-        capability: least compute capability on which it is chosen.
-        wide_loads: whether its main loop must load 16 bytes at a time (by TMA none of its instructions does).
+        estimate: shared memory that the choice of a tile assumes; None if there is no choice.
+        tensor_cores: whether its products must use tensor cores.
+        capability: lowest compute capability on which the form is chosen.
+        wide_loads: whether its main loop must load 16 bytes at a time (with TMA none of its instructions does).
     """
 
     name: str
@@ -90,7 +91,7 @@ class Form:
 
 @dataclass
 class Report:
-    """What one form needs on one target; ``faults`` is empty if all is well."""
+    """What one form needs on one target; ``faults`` is empty if there are none."""
 
     form: str
     target: str
@@ -103,7 +104,7 @@ class Report:
 
 
 def forms() -> list[Form]:
-    """Every kernel with every entry of the tables."""
+    """Return every kernel with every entry of the tables."""
     return [*_gemm_forms(), *_other_forms()]
 
 
@@ -240,7 +241,7 @@ def _other_forms() -> Iterable[Form]:
 def _plain_form(
     name: str, kernel: Any, types: dict[str, str], constants: dict[str, Any], warps_stages: tuple[int, int]
 ) -> Form:
-    """A form whose remaining arguments are 32-bit integers."""
+    """Return a form whose remaining arguments are 32-bit integers."""
     constants = {n: value for n, value in constants.items() if n in kernel.arg_names}
     types = {n: types.get(n, "i32") for n in kernel.arg_names if n not in constants}
     return Form(name, kernel, types, constants, *warps_stages, tensor_cores=True)
@@ -262,7 +263,7 @@ def inspect(form: Form, target: str) -> Report:
             _read_amd(report, compiled.asm["amdgcn"])
         else:
             _read_cubin(report, compiled.asm["cubin"])
-    except Exception as error:  # whatever the compiler raises is this form's fault, and the others go on
+    except Exception as error:  # any error of the compiler is a fault of this form; the others go on
         report.faults.append(f"does not compile: {type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}")
         return report
     _judge(report, form)
@@ -275,7 +276,7 @@ def _capability(target: str) -> int:
 
 def _compile(form: Form, target: str) -> Any:
     amd = target.startswith("gfx")
-    # All sizes and strides of real layers are multiples of 16, and so are addresses of tensors: wide loads need it.
+    # Sizes and strides of real layers and addresses of tensors are multiples of 16, which wide loads need.
     names = form.kernel.arg_names
     aligned = [n for n, kind in form.types.items() if (kind.startswith("*") or kind == "i32") and n not in _UNALIGNED]
     attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
@@ -325,7 +326,7 @@ def _judge(report: Report, form: Form) -> None:
     if report.spills > (0 if form.tensor_cores else PARKED):
         report.faults.append(f"{report.spills} spilled registers or accesses to them")
     if report.shared_memory > limit:
-        report.faults.append(f"{report.shared_memory} bytes of shared memory, the target has {limit}")
+        report.faults.append(f"{report.shared_memory} bytes of shared memory, but the target has {limit}")
     if form.tensor_cores and not found.get(_TENSOR_CORE[report.target]):
         report.faults.append(f"no {_TENSOR_CORE[report.target]} instruction")
     if not form.wide_loads and not found.get("TMA"):
@@ -344,14 +345,14 @@ def _inspect_named(name: str, target: str) -> Report:
 
 
 def inspect_all(wanted: Iterable[Form], targets: Sequence[str], processes: int | None = None) -> list[Report]:
-    """The reports of all forms on all targets, several at a time."""
+    """Return the reports of all forms on all targets, several at a time."""
     pairs = [(form.name, target) for form in wanted for target in targets]
     with ProcessPoolExecutor(processes or len(os.sched_getaffinity(0))) as pool:
         return list(pool.map(_inspect_named, *zip(*pairs, strict=True)))
 
 
 def table(reports: Iterable[Report]) -> str:
-    """The reports as text."""
+    """Return the reports as text."""
     lines = [f"{'form':<52} {'target':>7} {'regs':>5} {'spills':>6} {'shared':>7}  tensor-core, 16-byte loads, all"]
     for r in reports:
         if r.skipped:
@@ -367,15 +368,15 @@ def table(reports: Iterable[Report]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command: exit code 1 if there is a fault."""
+    """Run the command and return the exit code: 1 if there is a fault."""
     parser = argparse.ArgumentParser(prog="python -m tests.efft_kernels.triton.resource_report", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--targets", nargs="+", choices=SHARED_MEMORY, default=list(SHARED_MEMORY))
-    parser.add_argument("--only", default="", help="forms whose name contains this")
+    parser.add_argument("--only", default="", help="only forms whose name contains this text")
     parser.add_argument("--json", type=Path, help="also write the reports to this file")
     options = parser.parse_args(arguments)
     if triton.knobs.runtime.interpret:
-        parser.error("TRITON_INTERPRET=1 interprets kernels, it cannot compile them: unset it")
+        parser.error("TRITON_INTERPRET=1 interprets kernels and cannot compile them: unset it")
     wanted = [form for form in forms() if options.only in form.name]
     reports = inspect_all(wanted, options.targets)
     print(f"triton {triton.__version__}\n{table(reports)}")

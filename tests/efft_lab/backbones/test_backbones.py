@@ -1,5 +1,7 @@
 """Backbones by name and from files; the conversion of the embedded one, on a miniature of its ONNX graph."""
 
+from __future__ import annotations
+
 import zipfile
 from collections.abc import Callable
 from pathlib import Path

@@ -1,5 +1,7 @@
 """Every method to compare with: parameter count by formula, start, what trains, gradients."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 

@@ -1,5 +1,7 @@
 """`python -m benchmarks` and `efft bench`."""
 
+from __future__ import annotations
+
 import importlib
 from pathlib import Path
 from types import SimpleNamespace

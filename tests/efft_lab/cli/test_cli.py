@@ -1,5 +1,7 @@
 """The command `efft`, from training to merging, on scikit-learn's digits and a small random ViT."""
 
+from __future__ import annotations
+
 import json
 import os
 import re

@@ -1,5 +1,7 @@
 """A suite of a few seconds: a tiny random ViT on scikit-learn's digits."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Callable
 from pathlib import Path

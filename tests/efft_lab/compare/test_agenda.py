@@ -1,5 +1,7 @@
 """Suites and plans: what a file means, and what it may not say."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,5 +1,7 @@
 """The whole command on tiny runs: kill and resume, several processes, determinism, failures, the report."""
 
+from __future__ import annotations
+
 import os
 import signal
 import subprocess
@@ -22,7 +24,7 @@ ROOT = Path(efft_lab.__file__).parents[1]
 Write = Callable[[dict[str, Any]], Path]
 
 
-def start(*words: str) -> "subprocess.Popen[str]":
+def start(*words: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT.parent), str(ROOT)])}
     command = [sys.executable, "-m", "efft", "compare", *words]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -1,5 +1,7 @@
 """Pictures of a report, from results whose means are known."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import Any
 

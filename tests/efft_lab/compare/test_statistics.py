@@ -1,5 +1,7 @@
 """Intervals and tests against scipy, closed forms and published examples."""
 
+from __future__ import annotations
+
 import itertools
 import math
 from statistics import fmean

@@ -1,5 +1,7 @@
 """The VTAB-1K suite from end to end: 19 tasks in the published layout, a few generated images each, a tiny ViT."""
 
+from __future__ import annotations
+
 import json
 from importlib.resources import files
 from pathlib import Path

@@ -1,5 +1,7 @@
 """Fixtures of the data tests: nothing here touches a network or the user's cache."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from pathlib import Path
 

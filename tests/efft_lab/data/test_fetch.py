@@ -1,5 +1,7 @@
 """Downloads, with real pip on a local folder and with stand-ins for the other clients: no network."""
 
+from __future__ import annotations
+
 import hashlib
 import importlib.machinery
 import os

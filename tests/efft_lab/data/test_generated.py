@@ -1,5 +1,7 @@
 """The labels are re-derived from the pixels, and every other factor is shown to be unrelated to them."""
 
+from __future__ import annotations
+
 import hashlib
 
 import numpy as np

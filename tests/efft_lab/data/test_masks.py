@@ -1,5 +1,7 @@
 """Folders of images and masks."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,5 +1,7 @@
 """Packaged sets: preparation with planted copies, every reader on a small archive of the same layout, the pins."""
 
+from __future__ import annotations
+
 import gzip
 import hashlib
 import io

@@ -1,5 +1,7 @@
 """Pictures of every kind against pixels that are written down, or computed without Pillow's conversions."""
 
+from __future__ import annotations
+
 import io
 import struct
 import zlib

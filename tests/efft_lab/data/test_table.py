@@ -1,5 +1,7 @@
 """CSV files of images and values."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from pathlib import Path
 

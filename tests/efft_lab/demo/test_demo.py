@@ -1,5 +1,7 @@
 """The demo from end to end, on scikit-learn's digits and a small random ViT."""
 
+from __future__ import annotations
+
 import importlib
 import sys
 from pathlib import Path

@@ -1,5 +1,7 @@
 """The study on convolutions: what it trains first, which layers it adapts, and its rows."""
 
+from __future__ import annotations
+
 import numpy as np
 import pytest
 import torch

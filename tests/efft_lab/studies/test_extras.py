@@ -1,5 +1,7 @@
 """Stacked runs are the trainer's own runs; their rows, lists and packed files."""
 
+from __future__ import annotations
+
 import copy
 import dataclasses
 from collections.abc import Callable, Sequence

@@ -1,5 +1,7 @@
 """Starts leave the model as it was, hold the directions asked for, and move it equally far; the study and its table."""
 
+from __future__ import annotations
+
 import json
 from itertools import product
 from pathlib import Path

@@ -1,5 +1,7 @@
 """The study's measures on matrices whose answer is known, and its table."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 

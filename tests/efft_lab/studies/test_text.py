@@ -1,5 +1,7 @@
 """The study's task on a package made for it, its model on tokens with padding, its table."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 from typing import Any
@@ -62,7 +64,7 @@ def test_splits_share_no_file_and_no_text(tmp_path: Path) -> None:
     assert sum(map(len, of_split.values())) == len(set.union(*of_split.values()))
     assert all(t.startswith(("one", "two")[label]) for t, label in drawn["test"] if not t.startswith("In all"))
     assert text.splits(files, 0) == drawn != text.splits(files, 1)
-    with pytest.raises(ValueError, match="torch has too few docstrings: 10 are left for the 100 of train"):
+    with pytest.raises(ValueError, match="torch has too few docstrings: train needs 100, but only 10 are left"):
         text.splits({"torch": files["torch"][:2]}, 0)
 
 

@@ -1,5 +1,7 @@
 """A tiny random ViT and easy generated images: runs that take a second and still learn."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

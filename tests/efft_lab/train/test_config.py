@@ -1,5 +1,7 @@
 """TrainConfig: JSON round trip, checks and their texts; the schedule it stands for."""
 
+from __future__ import annotations
+
 import ast
 import dataclasses
 import inspect

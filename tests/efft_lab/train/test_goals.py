@@ -1,5 +1,7 @@
 """Scores against scikit-learn, and models for segmentation and regression against timm's own feature maps."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import numpy as np

@@ -1,5 +1,7 @@
 """Segmentation and regression by the command line: data on disk, training, reloading, resuming."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Callable
 from dataclasses import replace

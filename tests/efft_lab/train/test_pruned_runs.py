@@ -1,5 +1,7 @@
 """``prune_at``: lower ranks in the middle of a run, which goes on and saves as any other."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path

@@ -1,5 +1,7 @@
 """Killed anywhere, a run goes on to the same bits."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,5 +1,7 @@
 """A whole run: what it writes, what it reads, and that it learns."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Callable
 from dataclasses import replace

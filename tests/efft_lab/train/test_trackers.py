@@ -1,5 +1,7 @@
 """Experiment trackers get what metrics.jsonl gets."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ class Notes(tracking.GeneralTracker):  # type: ignore[misc,name-defined]
         self.finished = 0
 
     @property
-    def tracker(self) -> "Notes":
+    def tracker(self) -> Notes:
         return self
 
     def store_init_configuration(self, values: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Where a run starts: the parameters of a model that the library, or peft, adapted."""
+"""Describe where a run starts: the parameters of a model that the library, or peft, adapted."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Start:
     """Where one run starts.
 
     Attributes:
-        parameters: every parameter by name; those of peft's layers have the names of plain ones.
-        sites: of EFFT and FacT-TT, name of the layer to (name of the bank, its site).
-        scales: factor of the update, by bank; of LoRA by ``lora``.
-        dropout: of EFFT's factors.
-        heads: attention heads.
+        parameters: every parameter by name; those of peft's layers have the names that they have without peft.
+        sites: for EFFT and FacT-TT, (name of the bank, site) by the name of the layer.
+        scales: the factor of the update by the name of the bank, which is ``lora`` for LoRA.
+        dropout: dropout of EFFT's factors.
+        heads: number of attention heads.
     """
 
     parameters: dict[str, Tensor]
@@ -32,7 +32,7 @@ class Start:
 
     @classmethod
     def of(cls, model: nn.Module) -> Start:
-        """Of a timm ViT that the library adapted, or peft, or nobody."""
+        """Return the start of a timm ViT that was adapted by the library, by peft, or not at all."""
         vit: Any = model
         sites: dict[str, tuple[str, Any]] = {}
         scales: dict[str, float] = {}

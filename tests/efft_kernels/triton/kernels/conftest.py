@@ -1,4 +1,6 @@
-"""Collected where Triton interprets (``make check-triton``) and, compiled, where a GPU is."""
+"""Collects these tests in Triton's interpreter (``make check-triton``) and, compiled, on a GPU."""
+
+from __future__ import annotations
 
 import importlib.util
 import os

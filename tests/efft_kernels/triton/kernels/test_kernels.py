@@ -1,7 +1,9 @@
-"""Every kernel in every form and tile of the tables on ragged shapes: compiled, or interpreted with addresses checked.
+"""Every kernel in every form and tile of the tables on ragged shapes: compiled, or interpreted with checked addresses.
 
-Buffers that nothing was written to are full of NaN.
+Buffers to which nothing was written are full of NaN.
 """
+
+from __future__ import annotations
 
 import os
 from collections.abc import Iterator
@@ -29,7 +31,7 @@ else:
 
     @contextmanager
     def checked() -> Iterator[list[str]]:
-        """Yields the names of the kernels launched inside the ``with`` block, as the interpreter's own does."""
+        """Yield the names of the kernels launched inside the ``with`` block, as the interpreter's version does."""
         names: list[str] = []
 
         def note(metadata: triton.compiler.LazyDict) -> None:
@@ -43,7 +45,7 @@ else:
 
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-#: A GPU so small that a program gets several tiles.
+#: A GPU so small that each program gets several tiles.
 FEW = launch.Device(2, GPU.shared_memory, GPU.capability)
 SHAPES = [(70, 90, 100), (1, 16, 300), (129, 257, 33), (64, 128, 64), (5, 1, 1)]
 
@@ -55,26 +57,28 @@ def matrix(rows: int, columns: int, dtype: torch.dtype, seed: int, scale: float 
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """left right, whose error these kernels are measured by: in fp32 on a GPU they sum in one chain of terms, the
-    vendor's product in several."""
+    """Return the product left right, whose error these kernels are compared with.
+
+    For fp32 on a GPU it sums in one chain of terms, as these kernels do; the vendor's product sums in several.
+    """
     return chained_matmul(left, right) if left.is_cuda and left.dtype == torch.float32 else left @ right
 
 
 def summed(left: Tensor, right: Tensor) -> Tensor:
-    """leftᵀ right in fp32, on a GPU in one chain, whose sums by tensor cores are not as exact as fp32's."""
+    """Return leftᵀ right in fp32, on a GPU in one chain, as sums by tensor cores are less exact than fp32."""
     return chained_matmul(left.t(), right) if left.is_cuda else left.float().t() @ right.float()
 
 
 def needs(tile: GemmTile, dtype: torch.dtype, *, tma: bool = False) -> None:
-    """Skip the test where this GPU would never be given the tile."""
+    """Skip the test if this GPU would never be given the tile."""
     if GPU.capability < tile.capability:
-        pytest.skip(f"for newer GPUs than one of compute capability {GPU.capability}")
+        pytest.skip(f"needs a newer GPU than one of compute capability {GPU.capability}")
     if tile.shared_memory(dtype.itemsize, tma=tma) > GPU.shared_memory:
-        pytest.skip(f"for more shared memory than {GPU.shared_memory} bytes")
+        pytest.skip(f"needs more shared memory than {GPU.shared_memory} bytes")
 
 
 def operands(M: int, N: int, K: int, R: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """A, Bᵀ (so that B is as a weight lies in memory), bias, P and T with fp32 factors."""
+    """Return A, Bᵀ (so that B lies in memory as a weight does), bias, P and T, with fp32 factors."""
     return (
         matrix(M, K, dtype, 0),
         matrix(N, K, dtype, 1, K**-0.5),
@@ -85,7 +89,7 @@ def operands(M: int, N: int, K: int, R: int, dtype: torch.dtype) -> tuple[Tensor
 
 
 def unfused(A: Tensor, B: Tensor, bias: Tensor, P: Tensor, T: Tensor) -> tuple[Tensor, Tensor]:
-    """(Y, H) by the plain formula in the operands' precision."""
+    """Return (Y, H) by the plain formula in the operands' precision."""
     H = product(A, P.to(A.dtype))
     return product(A, B) + product(H, T.to(A.dtype)) + bias, H
 
@@ -115,7 +119,7 @@ def test_gemm(dtype: torch.dtype, tile: GemmTile) -> None:
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("tile", TMA_TILES, ids=lambda tile: f"{tile.m}x{tile.n}x{tile.k}")
 def test_gemm_by_tma(dtype: torch.dtype, tile: GemmTile, direction: str) -> None:
-    """Ragged in M, N, K and R, as far as rows of whole 16 bytes can be; more tiles than programs too."""
+    """M, N, K and R are as ragged as rows of whole 16 bytes allow, and there are more tiles than programs."""
     needs(tile, dtype, tma=True)
     for M, N, K, R in [(70, 88, 104, 5), (1, 16, 296, 65), (129, 264, 40, 128), (64, 128, 64, 1)]:
         A, weight, bias, P, T = operands(M, N, K, R, dtype)
@@ -157,7 +161,7 @@ def test_what_tma_cannot_move() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_update_alone(dtype: torch.dtype) -> None:
-    """B and bias are zero: what comes out is the update, whose error is not hidden by the base."""
+    """B and bias are zero, so the result is the update, whose error is not hidden by the base."""
     A, weight, bias, P, T = operands(70, 90, 100, 24, dtype)
     zero, none = torch.zeros_like(weight), torch.zeros_like(bias)
     Y, _ = lowrank_gemm(A, zero.t(), None, P, T)
@@ -205,7 +209,7 @@ def test_sums_over_tokens_of_any_strides() -> None:
 
 
 def test_a_choice_of_tile() -> None:
-    """Big tiles for big products, what fits the shared memory for small GPUs, and never nothing."""
+    """Big products get big tiles, small GPUs get tiles that fit their shared memory, and there is always a tile."""
     A = torch.empty(12608, 768, dtype=torch.bfloat16)
     assert launch.gemm_tile(A, 2304).m == 128
     assert all(launch.gemm_tile(A, N, tma=True) == TMA_TILES[0] for N in (768, 2304, 3072)), "as measured"
@@ -223,7 +227,7 @@ def test_tf32_only_by_choice() -> None:
     try:
         assert launch.precision(A) == "tf32"
         assert launch.tiles(A) is TF32_TILES
-        assert launch.precision(A.bfloat16()) == "ieee", "no say in half precision"
+        assert launch.precision(A.bfloat16()) == "ieee", "the setting does not apply to half precision"
     finally:
         settings.fp32_precision = before
     settings.allow_tf32 = True
@@ -246,7 +250,7 @@ def put_out(values: Tensor, producer: str, gamma: Tensor | None = None, beta: Te
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("affine", [True, False], ids=["gamma and beta", "neither"])
 def test_producers(producer: str, dtype: torch.dtype, affine: bool) -> None:
-    """The producer's output and h in one launch, and the sums over tokens that read the output through its input."""
+    """One launch gives the producer's output and h; the sums over tokens read the output through its input."""
     for i, (M, _, K) in enumerate(SHAPES):
         R = (5, 16, 128, 1, 33)[i]
         values, P, dh = 3 * matrix(M, K, dtype, 0) + 1, matrix(K, R, torch.float32, 3, K**-0.5), matrix(M, R, dtype, 5)
@@ -274,7 +278,7 @@ def test_producers(producer: str, dtype: torch.dtype, affine: bool) -> None:
     ("dtype", "tile"), [(torch.float32, FP32_TILES[-1]), (torch.bfloat16, HALF_TILES[-1])], ids=str
 )
 def test_slope_in_the_epilogue(producer: str, dtype: torch.dtype, tile: GemmTile) -> None:
-    for M, N, K in SHAPES[:4]:  # the errors of five numbers say nothing
+    for M, N, K in SHAPES[:4]:  # the errors of five numbers are not meaningful
         A, weight, _, P, T = operands(M, N, K, 9, dtype)
         Z = with_layout(2 * matrix(M, N, dtype, 8), "transposed")
         with checked(), poisoned_empty():
@@ -290,7 +294,7 @@ def test_slope_in_the_epilogue(producer: str, dtype: torch.dtype, tile: GemmTile
 @pytest.mark.parametrize("producer", ["gelu", "gelu_tanh"])
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_gelu_in_half_precision(producer: str, dtype: torch.dtype) -> None:
-    """Anywhere, its error and that of its slope are far below the rounding of what takes them."""
+    """Everywhere, its error and that of its slope are far below the rounding of their consumers."""
     ends = torch.tensor([0.0, 1e-45, 1e-38, 6.0, 6.1, 7.0, 1e4, 1e38])
     z = torch.cat(
         [torch.linspace(-9, 9, 20001), torch.logspace(-30, 4, 2001), -torch.logspace(-30, 4, 2001), ends, -ends]
@@ -319,7 +323,7 @@ def test_an_adapter_a_sample(dtype: torch.dtype) -> None:
         A = torch.stack([matrix(M, K, dtype, seed) for seed in range(3)])
         P = torch.stack([matrix(K, R, torch.float32, 10 + seed, K**-0.5) for seed in range(3)])
         T = torch.stack([matrix(R, N, torch.float32, 20 + seed, R**-0.5) for seed in range(3)])
-        P[1] = T[1] = float("nan")  # nobody's
+        P[1] = T[1] = float("nan")  # no sample uses this adapter
         with checked() as names, poisoned_empty():
             Y, _ = lowrank_gemm(A, weight.t(), bias, P, T, adapter=adapter)
         assert names == ["project_kernel", "lowrank_gemm_kernel"]
@@ -337,9 +341,11 @@ def test_an_adapter_a_sample(dtype: torch.dtype) -> None:
 
 
 def far_apart(values: Tensor) -> Tensor:
-    """The same rows 2^30 elements from one another: the third begins beyond what 32 bits can count."""
+    """Return the same rows 2^30 elements from one another: the third row begins beyond what 32 bits can count."""
     rows, columns = values.shape
-    memory = torch.empty(2**30 * (rows - 1) + columns, dtype=values.dtype)  # the system gives only pages that are used
+    memory = torch.empty(
+        2**30 * (rows - 1) + columns, dtype=values.dtype
+    )  # the system allocates only pages that are used
     return memory.as_strided((rows, columns), (2**30, 1)).copy_(values)
 
 
