@@ -2,7 +2,7 @@
 
 Result files are JSON lines under ``benchmarks/results/``. A line says what was measured (the fields of
 :data:`IDENTITY` that it has), where and with what (:func:`machine_facts`) and what the outcome was: ``seconds`` and
-``ratio`` (to the frozen floor of the same repetition) hold :func:`quantiles`, by phase if there are several. A line
+``ratio`` (to the frozen baseline of the same repetition) hold :func:`quantiles`, by phase if there are several. A line
 whose measurement was refused or impossible has a ``reason`` instead of both.
 """
 
