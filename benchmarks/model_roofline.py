@@ -265,18 +265,12 @@ def one_pass(c: Case) -> tuple[Kernels, Kernels]:
 
 
 def triton(c: Case) -> tuple[Kernels, Kernels]:
-    """our triton backend for a single layer: h (and dh) in the main loop or in its own kernel, whichever is faster"""
-    m = c.machine
-    forward, dx = (f(relative=m.own, tail=c.rank) for f in (c.forward, c.dx))
-    split: tuple[Kernels, Kernels] = (
+    """our triton backend for a single layer: separate kernels compute h and dh"""
+    forward, dx = (f(relative=c.machine.own, tail=c.rank) for f in (c.forward, c.dx))
+    return (
         [("refresh G", c.refresh()), ("x D", c.h_alone()), ("x Wᵀ + h G", forward)],
         [("gy Gᵀ", c.dh_alone()), ("gy W + dh Dᵀ", dx), *c.reductions()],
     )
-    if c.rank > 32:  # larger ranks do not fit in registers
-        return split
-    directions = zip(recompute(c), split, strict=True)
-    cheaper = [min(ways, key=lambda kernels: sum(time for _, time in kernels)) for ways in directions]
-    return cheaper[0], cheaper[1]
 
 
 def fused_triton(c: Case) -> tuple[Kernels, Kernels]:
