@@ -1,4 +1,4 @@
-"""Where code lives, and which packages may depend on which."""
+"""Test the location of code, and the direction of imports between packages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SOURCES = [
     for path in sorted(folder.rglob("*"))
     if path.suffix in {".py", ".h", ".cpp", ".cu", ".cuh"}
 ]
-#: The packages in the order in which they may import one another: each may import only those before it.
+#: The packages in the order of their dependencies: each may import only those before it.
 PACKAGES = {
     "efft_kernels": KERNELS,
     "efft": EFFT,
@@ -29,7 +29,7 @@ PACKAGES = {
     "benchmarks": ROOT / "benchmarks",
     "tests": ROOT / "tests",
 }
-#: The submodules of efft_kernels that are public as a whole, beside the names in its ``__all__``.
+#: The submodules of efft_kernels that are public, in addition to the names in its ``__all__``.
 PUBLIC = ("efft_kernels.nn", "efft_kernels.env", "efft_kernels.testing")
 
 
@@ -55,7 +55,7 @@ def packages(tree: ast.AST) -> set[str]:
     return {module.partition(".")[0] for module, _ in imports(tree)}
 
 
-#: The files of the triton folder beside one per op: the kernels that ops share, and what launches them.
+#: The files of the triton folder in addition to one file per op: kernels that ops share, and their launchers.
 TRITON_PARTS = {"launch", "lowrank_gemm", "producers", "reduce_tokens", "interpreter"}
 
 
