@@ -1,4 +1,4 @@
-"""EfftConfig: what is refused and with which words, values per group, and the way to JSON and back."""
+"""EfftConfig: which values are refused and with which text, values per group, and the way to JSON and back."""
 
 from __future__ import annotations
 

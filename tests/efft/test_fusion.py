@@ -1,4 +1,4 @@
-"""efft.fuse: the same model in less memory, undone without a trace."""
+"""efft.fuse: the same model in less memory, and undoing it completely."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def images(model: nn.Module) -> Tensor:
 
 
 def step(model: nn.Module, x: Tensor) -> tuple[list[Tensor], int]:
-    """Output and gradients of a training step, and the bytes it keeps beside the parameters."""
+    """Return the output and gradients of a training step, and the bytes that it keeps beside the parameters."""
     kept = {}
     owned = {p.untyped_storage().data_ptr() for p in model.parameters()}
 

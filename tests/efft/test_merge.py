@@ -1,4 +1,4 @@
-"""Merging and back: the same function, one rounding, nothing lost on the way back, and an honest report."""
+"""Merging and back: the same function, one rounding, exact undoing, and an honest report."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CONFIGS: list[dict[str, Any]] = [
 
 
 def dense_update(model: nn.Module, name: str) -> Tensor:
-    """ΔW [out, in] of a layer in fp64, from the factors and the layer's place alone."""
+    """Return ΔW [out, in] of a layer in fp64, from the factors and the layer's place alone."""
     layer = model.get_submodule(name)
     factors, site = layer.factors, layer.site
     U, C, V = factors.U.double(), factors.C.double(), factors.V.double()
@@ -84,7 +84,7 @@ def test_merging_what_is_switched_off_is_refused(adapted_vit: Make, images: Tens
 
 
 def test_small_update_of_big_weights(tiny_vit: Make, randomize: Make) -> None:
-    """Weights 10,000 times the update: what arrives is the update to the weights' rounding."""
+    """The weights are 10,000 times the update; the update is right up to the rounding of the weights."""
     model = tiny_vit()
     with torch.no_grad():
         model.blocks[0].mlp.fc1.weight.uniform_(-10, 10)

@@ -1,4 +1,4 @@
-"""Pruning: exact where the rank is lower, the error that it reports, and a model that goes on as any other."""
+"""Pruning is exact if the rank is lower, reports its error, and leaves a model that works as any other."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CONFIGS: list[dict[str, Any]] = [
 
 
 def updates(model: nn.Module) -> dict[str, list[Tensor]]:
-    """Every group's updates [out, in], one a layer."""
+    """Return every group's updates [out, in], one per layer."""
     found: dict[str, list[Tensor]] = {}
     for layer in adapted_layers(model).values():
         name = next(name for name, bank in model.efft.items() if bank is layer.factors)
@@ -39,7 +39,7 @@ def norm(matrices: list[Tensor]) -> float:
 
 
 def lowered(model: nn.Module, rank: int) -> nn.Module:
-    """The model with a train of this rank, written in factors as large as before."""
+    """Return the model with a train of this rank, written in factors as large as before."""
     with torch.no_grad():
         for factors in model.efft.values():
             mix_in, mix_out = (torch.randn(r, rank) @ torch.randn(rank, r) for r in (factors.r1, factors.r2))

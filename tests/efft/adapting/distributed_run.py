@@ -1,11 +1,11 @@
-"""What each process of ``test_distributed.py`` runs: the same steps plainly, by DDP, by accelerate and by FSDP2.
+"""What each process of ``test_distributed.py`` runs: the same steps plainly, with DDP, accelerate and FSDP2.
 
-``python -m torch.distributed.run --nproc-per-node 2 distributed_run.py FOLDER WAY...`` writes a file a way and process,
-``FOLDER/ddp0.pt``: losses, trained tensors and what each step sent, without checkpointing and with it; and
-adapter files of FSDP2.
+``python -m torch.distributed.run --nproc-per-node 2 distributed_run.py FOLDER WAY...`` writes one file per way and
+process, such as ``FOLDER/ddp0.pt``: losses, trained tensors and what each step sent, with and without checkpointing. It
+also writes adapter files of FSDP2.
 """
 
-# No postponed annotations: DDP reads those of its communication hook.
+# Annotations are not postponed here, as DDP reads those of its communication hook.
 import contextlib
 import json
 import sys
@@ -29,7 +29,7 @@ SIZES = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_head
 
 
 def adapted(rank: int, checkpointing: bool) -> nn.Module:
-    """A model with factors that matter; other ones in every process, which somebody must make the same."""
+    """Return a model with random factors that differ in every process, which the training has to make the same."""
     torch.manual_seed(0)
     model = efft.apply(
         timm.models.VisionTransformer(**SIZES), efft.EfftConfig(rank=4, dropout=0.0, trainable_scale="global")
@@ -43,7 +43,7 @@ def adapted(rank: int, checkpointing: bool) -> nn.Module:
 
 
 def batch() -> tuple[Tensor, Tensor]:
-    """Images and labels that every process can have an equal, even part of."""
+    """Return images and labels that can be split evenly among the processes."""
     x = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     return x, torch.arange(8) % 5
 
@@ -62,7 +62,7 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
 
 
 def plain(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Any]:
-    """One process, the whole batch."""
+    """Train in one process on the whole batch."""
     steps, losses = optimizer(model), []
     for _ in range(STEPS):
         steps.zero_grad()
@@ -74,7 +74,7 @@ def plain(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Any]:
 
 
 def ddp(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Any]:
-    """Each process its part, in two halves of which only the second sends anything."""
+    """Train on this process's part of the batch, in two halves of which only the second sends anything."""
     parallel = nn.parallel.DistributedDataParallel(model, init_sync=not is_quantized(model))
     sent: list[int] = []
 
@@ -99,7 +99,7 @@ def ddp(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Any]:
 
 
 def accelerated(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Any]:
-    """accelerate wraps the model itself; it finds the processes that the launcher started."""
+    """Train with accelerate, which wraps the model itself and finds the processes that the launcher started."""
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=True)
@@ -116,7 +116,7 @@ def accelerated(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Any]:
 
 
 def fsdp(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Any]:
-    """Every block a unit, the rest (embedding, head, factors) the root's."""
+    """Train with every block as a unit; the rest (embedding, head, factors) belongs to the root."""
     sharded(model)
     steps, losses = optimizer(model), []
     for _ in range(STEPS):
@@ -129,7 +129,7 @@ def fsdp(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Any]:
 
 
 def sharded(model: nn.Module) -> nn.Module:
-    """The model as FSDP2 wants it."""
+    """Return the model sharded for FSDP2."""
     for block in model.blocks:
         fully_shard(block)
     fully_shard(model)
@@ -137,7 +137,7 @@ def sharded(model: nn.Module) -> nn.Module:
 
 
 def adapter_files(folder: Path) -> None:
-    """Save and load in a sharded model, and what it refuses: ``folder/refused.json``."""
+    """Save and load adapters in a sharded model, and record what it refuses in ``folder/refused.json``."""
     x, _ = batch()
     model = sharded(adapted(0, False)).eval()
     with torch.no_grad():
@@ -171,19 +171,19 @@ def adapter_files(folder: Path) -> None:
 
 
 def mean(value: Tensor) -> float:
-    """The mean of all processes' values."""
+    """Return the mean of all processes' values."""
     value = value.detach().clone()
     dist.all_reduce(value)
     return value.item() / dist.get_world_size()
 
 
 def same(rank: int, checkpointing: bool) -> nn.Module:
-    """For ways that do not hand out the factors: every process has made the same."""
+    """Return a model that is the same in every process, for ways that do not send the factors."""
     return adapted(0, checkpointing)
 
 
 def quantized(rank: int, checkpointing: bool) -> nn.Module:
-    """The same in every process too: DDP cannot send such weights."""
+    """Return a quantized model that is the same in every process, as DDP cannot send such weights."""
     model = adapted(0, checkpointing)
     for module in model.blocks.modules():
         if isinstance(module, nn.Linear):
@@ -195,7 +195,7 @@ def is_quantized(model: nn.Module) -> bool:
     return any(isinstance(p, Int8) for p in model.parameters())
 
 
-#: What makes the model of a process, and what trains it.
+#: For each way, the function that makes the model of a process and the function that trains it.
 WAYS: dict[str, tuple[Callable[[int, bool], nn.Module], Callable[[nn.Module, Tensor, Tensor], dict[str, Any]]]] = {
     "ddp": (adapted, ddp),
     "accelerate": (adapted, accelerated),

@@ -1,4 +1,4 @@
-"""Adapting a model in place and undoing it: what starts as a no-op, what is trained, what is left untouched."""
+"""Adapting a model in place and undoing it: the first step is a no-op; what is trained, what is left untouched."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_only_the_zero_side_learns_at_step_0(variant: Any, init: str, tiny_vit: 
 
 
 def test_core_init_follows_the_papers_layouts(tiny_vit: Make) -> None:
-    """Bounds that xavier_uniform_ gives for a [r, r, 4 L], a [4 L, r, r] and an [r, r] parameter."""
+    """The bounds are those of xavier_uniform_ for a [r, r, 4 L], a [4 L, r, r] and an [r, r] parameter."""
     r, n = 4, 4 * 8
     bounds = {}
     for layout, like in (("last", (r, r, n)), ("first", (n, r, r)), ("matrix", (r, r))):
@@ -325,7 +325,7 @@ def test_disabled_nests(adapted_vit: Make, images: Tensor) -> None:
 
 
 def test_disabled_on_a_merged_or_plain_model(adapted_vit: Make, tiny_vit: Make, images: Tensor) -> None:
-    """A merged update is out of the weights meanwhile, and back in them afterwards, bit for bit."""
+    """A merged update is removed from the weights meanwhile, and restored afterwards, bit for bit."""
     model = adapted_vit().eval()
     with torch.no_grad(), efft.disabled(model):
         base = model(images)

@@ -1,4 +1,4 @@
-"""``scale="auto"``: how far a step of the optimizer moves the weights, on models of many sizes."""
+"""``scale="auto"``: a step of the optimizer moves the weights equally far on models of many sizes."""
 
 from __future__ import annotations
 

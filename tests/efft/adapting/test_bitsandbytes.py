@@ -1,4 +1,4 @@
-"""Adapters on layers of bitsandbytes, whose classes have products and state dicts of their own."""
+"""Adapters on layers of bitsandbytes, whose classes have their own products and state dicts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ CONFIG = {"rank": 4, "dropout": 0.0}
 
 def to_4bit(linear: nn.Linear) -> nn.Linear:
     layer = bnb.nn.Linear4bit(linear.in_features, linear.out_features, quant_type="nf4")
-    layer.support_avx512bf16_for_cpu = False  # which packs weights after inference, and then has no gradients
+    layer.support_avx512bf16_for_cpu = (
+        False  # this option packs weights after inference, and then there are no gradients
+    )
     layer.load_state_dict(linear.state_dict())
     return layer.to("cpu")
 
@@ -34,7 +36,7 @@ def to_8bit(linear: nn.Linear) -> nn.Linear:
 
 
 def dense(layer: nn.Linear) -> Tensor:
-    """The values of a quantized weight, in fp64."""
+    """Return the values of a quantized weight, in fp64."""
     if isinstance(layer, bnb.nn.Linear4bit):
         return bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).double()
     scale = layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB
@@ -66,7 +68,7 @@ def adapted(backbone: Make, randomize: Make) -> nn.Module:
 
 
 def test_output_and_every_gradient_of_a_layer(quantize: Callable[[nn.Linear], nn.Linear]) -> None:
-    """Against the dequantized weight in fp64, with the update as a matrix."""
+    """The oracle is the dequantized weight in fp64, with the update as a matrix."""
     frozen = quantize(nn.Linear(64, 96))
     layer = EfftLinear.from_linear(frozen, rank=4, n_cores=3)
     assert isinstance(layer, type(frozen)), "with the product and the state dict of its class"

@@ -1,4 +1,4 @@
-"""Buffers that training changes: batch norms and their like, saved with the adapter and put back by ``efft.remove``."""
+"""Buffers that training changes, such as those of batch norms: saved with the adapter, restored by ``efft.remove``."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_what_training_leaves_alone_is_not_saved(tmp_path: Path) -> None:
 
 
 def test_an_adapter_replaces_the_statistics_of_another(tmp_path: Path, x: Tensor) -> None:
-    """That of a model whose statistics stayed as they were brings the base's back."""
+    """An adapter whose training left the statistics alone restores those of the base."""
     config = efft.EfftConfig(**CONFIG)
     still = efft.apply(base(), config)
     efft.save_adapter(still, tmp_path)
@@ -98,7 +98,7 @@ def test_an_adapter_replaces_the_statistics_of_another(tmp_path: Path, x: Tensor
 
 
 def test_files_from_before_load_as_before(tmp_path: Path, x: Tensor) -> None:
-    """They say nothing about buffers, nor about statistics in their configuration."""
+    """Such files do not mention buffers, nor statistics in their configuration."""
     still = efft.apply(base(), efft.EfftConfig(**CONFIG))
     efft.save_adapter(still, tmp_path)
 
@@ -139,7 +139,7 @@ def test_disabled_computes_as_the_base(x: Tensor) -> None:
 
 
 def test_disabled_between_forward_and_backward(x: Tensor) -> None:
-    """As a reference model's pass: no buffer that autograd needs is written to."""
+    """A reference model's pass does this; no buffer that autograd needs may be overwritten."""
     model = train(efft.apply(base(), efft.EfftConfig(**CONFIG))).eval()
     loss = model(x).square().sum()
     with torch.no_grad(), efft.disabled(model):
@@ -167,7 +167,7 @@ def test_copies_freeze_their_own_statistics() -> None:
 
 
 def test_a_base_that_is_loaded_later_is_the_base(x: Tensor) -> None:
-    """And a checkpoint of training is not."""
+    """A checkpoint of training is not the base."""
     model = efft.apply(Net(), efft.EfftConfig(**CONFIG))
     names = ["conv1", "conv2", "bn1", "bn2", "fc"]
     weights = {n: t for n, t in base().state_dict().items() if n.partition(".")[0] in names}

@@ -1,4 +1,4 @@
-"""Derivatives of a whole adapted model beyond a training step: second ones, and the transforms of torch.func."""
+"""Derivatives of an adapted model beyond a training step: second derivatives, and the transforms of torch.func."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_a_backend_by_name_is_refused_in_transforms(one_model: nn.Module, images
 
 
 def test_forward_mode_outside_of_the_transforms_is_refused(one_model: nn.Module, images: Tensor) -> None:
-    """Never a tangent that is lost."""
+    """A tangent must never be lost silently."""
     with forward_ad.dual_level(), use_backend("eager"):
         x = forward_ad.make_dual(images.double(), torch.ones_like(images.double()))
         with pytest.raises(NotImplementedError, match="jvp"):

@@ -1,4 +1,4 @@
-"""Two processes (gloo, on the CPU) train as one does with the whole batch: DDP, accelerate, a quantized base, FSDP2."""
+"""Two processes (gloo, on the CPU) train like one with the whole batch: DDP, accelerate, a quantized base, FSDP2."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where two processes, started once by torchrun, left the results of every way."""
+    """Return the folder in which two processes, started once by torchrun, left the results of every way."""
     folder = tmp_path_factory.mktemp("distributed")
     environment = {
         **os.environ,
@@ -67,7 +67,7 @@ def test_two_processes_train_as_one(
 
 
 def test_ddp_sends_gradients_of_factors_and_head_once_a_step(folder: Path) -> None:
-    """Two backward passes a step, the first under no_sync: each trained tensor once, in fp32, and nothing else."""
+    """Of two backward passes per step the first is under no_sync: each trained tensor is sent once, in fp32."""
     count = efft.count_parameters(run.adapted(0, False))
     for checkpointing in (False, True):
         for result in results(folder, "ddp", checkpointing):

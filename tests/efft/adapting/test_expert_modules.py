@@ -1,4 +1,4 @@
-"""Modules of experts of transformers with updates, in fp64 against dense effective weights, and which are known."""
+"""transformers' modules of experts with updates, in fp64 against dense effective weights, and which are recognized."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ transformers = pytest.importorskip("transformers", reason="needs the hf extra")
 
 
 def modules() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
-    """Experts of several classes in fp64: with biases, interleaved, transposed, without a gate, with a norm behind."""
+    """Yield experts of several classes in fp64: with biases, interleaved, transposed, without a gate, with a norm
+    behind.
+    """
     from transformers.models.aria.modeling_aria import AriaExperts
     from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts
     from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
@@ -65,7 +67,7 @@ CHOICES = {
 @pytest.mark.parametrize("kind", MODULES)
 @pytest.mark.parametrize("choice", CHOICES)
 def test_a_module_and_its_gradients(kind: str, choice: str) -> None:
-    """In fp64, against autograd through the weights plus their dense updates in the class's own forward."""
+    """The oracle in fp64 is autograd through weights plus dense updates in the class's own forward."""
     plain, module = MODULES[kind](), MODULES[kind]()
     adapted = AdaptedModel(module)
     chosen = torch.tensor(CHOICES[choice], dtype=torch.long).view(-1, 2)
@@ -86,7 +88,7 @@ def test_a_module_and_its_gradients(kind: str, choice: str) -> None:
 
 @pytest.mark.parametrize("kind", MODULES)
 def test_one_update_of_two(kind: str) -> None:
-    """One parameter merged or switched off, the other live."""
+    """One parameter is merged or switched off, and the other one is live."""
     module = MODULES[kind]()
     adapted = AdaptedModel(module)
     chosen, x = torch.tensor(CHOICES["some without a token"]), torch.randn(4, 8, dtype=torch.float64)
@@ -173,7 +175,7 @@ def test_a_forward_that_nothing_can_intercept(kind: str) -> None:
 
 
 def test_a_pickle_that_another_process_reads(tmp_path: Path) -> None:
-    """Of experts that it has not adapted itself."""
+    """That process has not adapted any experts itself."""
     module = MODULES["MixtralExperts"]()
     adapted = AdaptedModel(module)
     arguments = (

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow  # exports whole models, and runs them in new proc
 Make = Callable[..., nn.Module]
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
 
-#: A stranger's program, that knows torch.
+#: A program that knows only torch.
 RUN = """
 import sys, torch
 program, inputs, out = sys.argv[1:]
@@ -31,7 +31,7 @@ assert not {"efft", "efft_kernels"} & set(sys.modules)
 
 
 def as_it_is(model: nn.Module) -> None:
-    """Update beside the weights."""
+    """Keep the update beside the weights."""
 
 
 Export = tuple[nn.Module, Tensor]
@@ -78,7 +78,7 @@ def test_a_program_of_torch_export_runs_without_this_library(architecture: Expor
 
 @pytest.mark.parametrize("architecture", ["vit adapted", "swin adapted"], indirect=True)
 def test_a_program_with_the_ops_of_this_library(architecture: Export) -> None:
-    """Of whatever backend runs: one call a layer, as in the model, for any number of images."""
+    """Whatever backend runs, there is one call per layer, as in the model, for any number of images."""
     model, x = architecture
     program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     for images in (x, torch.randn(5, *x.shape[1:])):
@@ -89,7 +89,7 @@ def test_a_program_with_the_ops_of_this_library(architecture: Export) -> None:
 
 @every_form
 def test_onnxruntime_agrees(architecture: Export, tmp_path: Path) -> None:
-    """On another number of images than it was exported with, too."""
+    """It also agrees for a number of images other than that of the export."""
     pytest.importorskip("onnxscript", reason="torch.onnx.export needs it: pip install 'efft-kernels[dev]'")
     runtime = pytest.importorskip("onnxruntime", reason="what runs it: pip install 'efft-kernels[dev]'")
     model, x = architecture

@@ -1,4 +1,4 @@
-"""Which modules are the head of a task, over models of transformers, timm and torchvision."""
+"""Which modules are the head of a task, on models of transformers, timm and torchvision."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from efft.adapting.heads import find_head, is_language_model
 
 Make = Callable[..., nn.Module]
 
-#: Heads, and classes of transformers that have them, with the default configuration on the meta device.
+#: Heads, and the classes of transformers that have them, with the default configuration on the meta device.
 TRANSFORMERS = {
     ("classifier",): """
         ViTForImageClassification DeiTForImageClassification SwinForImageClassification Dinov2ForImageClassification
@@ -145,7 +145,7 @@ def test_a_model_without_a_head_is_named(tiny_vit: Make) -> None:
 
 
 def test_shared_heads_are_saved_once(tmp_path: Any) -> None:
-    """As detectors have one for each layer of the decoder, all the same."""
+    """Detectors have one head per layer of the decoder, and all are the same."""
 
     class Detector(nn.Module):
         def __init__(self) -> None:

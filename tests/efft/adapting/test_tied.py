@@ -1,4 +1,4 @@
-"""Layers that have one weight in common, as blocks that a model uses again: they share one update, and one merge."""
+"""Layers that share one weight, such as blocks that a model reuses, share one update and one merge."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Block(nn.Module):
 
 
 class Again(nn.Module):
-    """Three blocks, the first and the last with one weight, and a head."""
+    """Three blocks and a head; the first and the last block share one weight."""
 
     def __init__(self) -> None:
         super().__init__()

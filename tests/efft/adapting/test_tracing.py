@@ -1,4 +1,4 @@
-"""Adapted models as graphs of torch.fx: a layer is a call of its bank and one of the op, in any tracer."""
+"""Adapted models as graphs of torch.fx: in any tracer a layer is a call of its bank and a call of the op."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models inside DDP, FSDP, DataParallel, what torch.compile makes, and modules that compute their weights."""
+"""Models inside DDP, FSDP and DataParallel, compiled models, and modules that compute their weights."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_the_wrapper_of_an_adapted_model_will_do(
 
 
 def test_compiled_parts(adapted_vit: Make, tmp_path: Path) -> None:
-    """Their names get an _orig_mod, which no file has."""
+    """Their names get an _orig_mod, which no file contains."""
     model = adapted_vit()
     plain, state = efft.count_parameters(model), efft.merged_state_dict(model)
     efft.save_adapter(model, tmp_path / "plain")

@@ -47,7 +47,7 @@ def flux() -> tuple[nn.Module, dict[str, Any]]:
 
 @pytest.fixture(params=[dit, sd3, flux], ids=lambda make: make.__name__)
 def make(request: pytest.FixtureRequest) -> Callable[[], tuple[nn.Module, dict[str, Any]]]:
-    """The same model with the same inputs at every call."""
+    """Return a function that makes the same model with the same inputs at every call."""
 
     def build() -> tuple[nn.Module, dict[str, Any]]:
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Export to LoRA: what ``peft`` alone computes from the checkpoint is what the adapted model computes."""
+"""Export to LoRA: ``peft`` alone computes from the checkpoint what the adapted model computes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from efft_kernels.nn.adapt import adapt
 Make = Callable[..., nn.Module]
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
-#: A stranger's program: it rebuilds the base, and knows peft.
+#: A program that rebuilds the base and knows only peft.
 LOAD = """
 import sys, torch, warnings
 folder, base, inputs, out = sys.argv[1:]
@@ -44,7 +44,7 @@ assert "efft" not in sys.modules and "efft_kernels" not in sys.modules
 
 
 def in_peft_alone(base: nn.Module, folder: Path, x: Tensor, scratch: Path) -> tuple[Tensor, Tensor]:
-    """Logits of the checkpoint in a new process without efft, as LoRA and merged by peft."""
+    """Return the logits of the checkpoint in a new process without efft, as LoRA and merged by peft."""
     pytest.importorskip("peft", reason="needs the dev extra")
     torch.save(base, scratch / "base.pt")
     torch.save(x, scratch / "x.pt")
@@ -81,7 +81,7 @@ def check(model: nn.Module, base: nn.Module, x: Tensor, scratch: Path) -> None:
     ids=str,
 )
 def test_timm_vit(config: dict[str, Any], adapted_vit: Make, tiny_vit: Make, images: Tensor, tmp_path: Path) -> None:
-    """r1 != r2, transposed sites, column ranges, several ranks, a trained scale."""
+    """The cases have r1 != r2, transposed sites, column ranges, several ranks, and a trained scale."""
     model = adapted_vit(std=0.3, **config)
     with torch.no_grad():
         for factors in model.efft.values():
@@ -114,7 +114,7 @@ def test_transformers_vit(randomize: Make, tmp_path: Path) -> None:
 
 
 class Product(nn.Module):
-    """Multiplies by a parameter of its own, ``[d_out, d_in]`` or the other way round."""
+    """Multiplies by its own parameter, ``[d_out, d_in]`` or the other way round."""
 
     def __init__(self, d_in: int, d_out: int, turned: bool) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ class Product(nn.Module):
 
 
 class Kinds(nn.Module):
-    """A layer of every kind that peft has too, beside a linear one."""
+    """One layer of every kind that peft supports too, beside a linear one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -163,7 +163,7 @@ def test_every_kind_of_weight(tmp_path: Path) -> None:
 
 
 class Heads(nn.Module):
-    """As CrossViT: a list of heads; and as VOLO: another layer whose name ends like a head's."""
+    """A list of heads, as in CrossViT, and another layer whose name ends like a head's, as in VOLO."""
 
     def __init__(self) -> None:
         super().__init__()

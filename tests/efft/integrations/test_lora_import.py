@@ -1,4 +1,4 @@
-"""Import of LoRA: what ``peft`` computes with a checkpoint is what the model computes that imported it."""
+"""Import of LoRA: the model that imported a checkpoint computes what ``peft`` computes with it."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def convolutions() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 5, 3, stride=2), nn.Flatten())
 
 
-#: What peft was told, the model and its input.
+#: For each case, the model, its input and the settings for peft.
 CASES: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, Any]]] = {
     "fused qkv, a head": (
         timm_vit,
@@ -102,7 +102,7 @@ def run(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def under_peft(case: str, **changes: Any) -> nn.Module:
-    """The model with factors and a head that matter."""
+    """Return the model with factors and a head that have an effect."""
     make, _, settings = CASES[case]
     config = peft.LoraConfig(**{**settings, "init_lora_weights": False, **changes})
     model: nn.Module = peft.get_peft_model(base(make), config).eval()

@@ -1,4 +1,4 @@
-"""EFFT under ``peft``: what peft promises of a method, and the very numbers of ``efft.apply``."""
+"""EFFT under ``peft``: what peft promises of a method, and the same numbers as ``efft.apply``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[3]
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_labels": 5}
 PIXELS = {"pixel_values": torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))}
 
-#: Name to the base, its inputs and what is adapted of it.
+#: For each name, the base, its inputs and what is adapted in it.
 MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Tensor], dict[str, Any]]] = {
     "timm_vit": (
         lambda: timm.models.VisionTransformer(
@@ -64,7 +64,7 @@ def run(model: nn.Module, name: str = "timm_vit") -> Tensor:
 
 
 def under_peft(name: str = "timm_vit", **changes: Any) -> nn.Module:
-    """The tiny model under peft, with factors and a head that matter."""
+    """Return the tiny model under peft, with factors and a head that have an effect."""
     model = peft.get_peft_model(base(name), EfftPeftConfig(**{**MODELS[name][2], **changes})).eval()
     randomize(model.base_model.efft_banks, 2)
     for parameter in model.parameters():
@@ -291,7 +291,7 @@ def test_narrow_bases_have_wide_factors() -> None:
 
 
 def test_of_a_task_of_peft() -> None:
-    """Its sequence classification adds names of heads that a model may not have."""
+    """peft's sequence classification adds names of heads that a model may not have."""
     config = EfftPeftConfig(**MODELS["bert"][2], task_type="SEQ_CLS")
     model = peft.get_peft_model(base("bert"), config)
     assert config.modules_to_save == ["classifier"]

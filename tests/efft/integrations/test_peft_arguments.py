@@ -68,7 +68,7 @@ def test_layers_of_targets_are_narrowed_too() -> None:
 
 
 def test_names_that_end_others() -> None:
-    """What one expression chooses is adapted alone, though its names end those of other layers."""
+    """Only the layer that an expression chooses is adapted, even if its name ends those of other layers."""
 
     class Net(nn.Module):
         def __init__(self, inner: bool = True) -> None:
@@ -97,7 +97,7 @@ def test_settings_have_both_names() -> None:
 
 
 def test_lora_alpha_scales_the_update() -> None:
-    """(lora_alpha / r) U C V, on the factors themselves."""
+    """The update is (lora_alpha / r) U C V, computed from the factors themselves."""
     torch.manual_seed(1)
     config = EfftPeftConfig(r=4, lora_alpha=12, target_modules=["q_proj"], init_weights=False, lora_dropout=0.0)
     model = peft.get_peft_model(llama(), config)
@@ -253,7 +253,7 @@ def test_a_child_named_like_the_bank(tmp_path: Path) -> None:
 
 
 def test_the_same_settings_by_apply() -> None:
-    """peft's names and ours give the same plan: as many parameters as efft.apply counts."""
+    """peft's names and ours give the same plan: efft.apply counts as many parameters."""
     config = efft.EfftConfig(rank=4, scale=2.0, dropout=0.05, targets=["q_proj", "v_proj"], head=[])
     ours = efft.count_parameters(efft.apply(llama(), config)).factors
     theirs = peft.get_peft_model(
@@ -264,7 +264,7 @@ def test_the_same_settings_by_apply() -> None:
 
 @pytest.mark.parametrize("modules", [["q_proj", "v_proj"], "all-linear"])
 def test_attention_that_is_not_square(modules: Any, tmp_path: Path) -> None:
-    """Layers that cannot share the paper's train share one with those of their shape."""
+    """Layers that cannot share the paper's train share one with the layers of their shape."""
     sizes = {"num_key_value_heads": 1, "head_dim": 16, **SIZES}
 
     def base() -> nn.Module:

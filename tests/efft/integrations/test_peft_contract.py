@@ -1,4 +1,4 @@
-"""What peft promises of any method: each promise on each of several tiny models, and a table of what is kept."""
+"""What peft promises of any method: each promise on several tiny models, and a table of what is kept."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def vit() -> nn.Module:
     return model
 
 
-#: Name to the base, its inputs and what is adapted of it.
+#: For each name, the base, its inputs and what is adapted in it.
 MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Tensor], dict[str, Any]]] = {
     "MLP": (
         lambda: nn.Sequential(nn.Linear(6, 10), nn.GELU(), nn.Linear(10, 10), nn.LayerNorm(10), nn.Linear(10, 4)),
@@ -114,7 +114,7 @@ class Case:
         return model
 
     def two(self) -> nn.Module:
-        """Two adapters, the first active."""
+        """Return a model with two adapters, of which the first is active."""
         model = self.adapted()
         model.add_adapter("second", self.config(r=2, lora_alpha=8))
         return model

@@ -1,4 +1,4 @@
-"""Under peft beyond training: an adapter per sample, hot-swapping, LoRA made of it, hooks and offloading."""
+"""peft beyond training: an adapter per sample, hot-swapping, conversion to LoRA, hooks and offloading."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_hotswap_of_what_does_not_fit(changes: dict[str, Any], tmp_path: Path) -
     "changes", [{}, {"targets": "all", "target_modules": None}, {"target_modules": "all-linear", "scale": "auto"}]
 )
 def test_as_lora(changes: dict[str, Any], tmp_path: Path) -> None:
-    """At the adapter's rank, exactly; what peft loads then knows nothing of this library."""
+    """The conversion is exact at the adapter's rank; peft then loads it without this library."""
     model = under_peft(llama(), settings(**changes))
     assert model.supports_lora_conversion()
     peft.save_as_lora(tmp_path, model, rank=3)
@@ -157,7 +157,7 @@ def test_as_lora(changes: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_the_adapter_that_becomes_lora() -> None:
-    """One of two, with other layers."""
+    """It is one of two adapters, and the other one adapts different layers."""
     model = under_peft(llama(), settings())
     model.add_adapter("other", settings(target_modules=["q_proj", "o_proj"]))
     model.set_adapter("other")
@@ -171,7 +171,7 @@ def test_the_adapter_that_becomes_lora() -> None:
 
 
 def test_hooks_of_the_layer_count() -> None:
-    """Whatever hangs on the layer that was adapted runs, and what it changes stays changed: as on the merged layer."""
+    """All hooks of the adapted layer run, and their changes take effect, as on the merged layer."""
     base, seen = llama(), []
     base.model.layers[0].mlp.down_proj.register_forward_hook(lambda module, args, y: 2 * y)
     plain = output(base)
@@ -233,7 +233,7 @@ OFFLOADED: dict[str, Callable[[nn.Module, Path], Any]] = {
 
 @pytest.mark.parametrize("how", OFFLOADED)
 def test_offloaded_models(how: str, tmp_path: Path) -> None:
-    """Offloaded first, then adapted or given a saved adapter, merged, and unloaded."""
+    """The model is offloaded first, then adapted or given a saved adapter, merged, and unloaded."""
     whole = under_peft(llama(), settings())
     whole.save_pretrained(tmp_path / "adapter")
     expected = output(whole)
@@ -257,7 +257,7 @@ def test_offloaded_models(how: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", ["cpu_offload", "disk_offload"])
 def test_adapted_models_that_are_offloaded(how: str, tmp_path: Path) -> None:
-    """With the factors, then, which are there in every pass."""
+    """The factors are offloaded too, and present in every pass."""
     model = under_peft(llama(), settings())
     expected = output(model)
     OFFLOADED[how](model, tmp_path)
@@ -271,7 +271,7 @@ def test_adapted_models_that_are_offloaded(how: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scale", [False, "group", "matrix"])
 def test_a_weighted_sum(scale: str | bool, tmp_path: Path) -> None:
-    """2 times the first less half of the second: the same weights as the two deltas make by hand."""
+    """Twice the first less half of the second equals the weights that the two deltas give by hand."""
     changes = {"trainable_scale": scale, "target_modules": ["q_proj", "o_proj", "down_proj"]}
     model = under_peft(llama(), settings(**changes))
     model.add_adapter("second", settings(r=5, lora_alpha=10, **changes))

@@ -1,4 +1,4 @@
-"""Training loops of others, unchanged: the Trainer of transformers, and accelerate."""
+"""Training loops of other libraries, unchanged: the Trainer of transformers, and accelerate."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ accelerate = pytest.importorskip("accelerate", reason="needs the train extra")
 
 
 def make(adapted: bool = True) -> nn.Module:
-    """A tiny ViT, adapted, with the head's and the factors' first values always the same."""
+    """Return a tiny ViT, adapted, with the same initial values of head and factors every time."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "image_size": 16, "patch_size": 8, "num_labels": 3}
     config = transformers.ViTConfig(num_hidden_layers=2, num_attention_heads=2, **sizes)
@@ -29,7 +29,7 @@ def make(adapted: bool = True) -> nn.Module:
 
 
 def examples(n: int = 12) -> list[dict[str, Any]]:
-    """Images that tell their class by their mean."""
+    """Return images whose mean shows their class."""
     generator = torch.Generator().manual_seed(1)
     return [
         {"pixel_values": torch.randn(3, 16, 16, generator=generator) + i % 3 - 1, "labels": i % 3} for i in range(n)
@@ -54,7 +54,7 @@ def trainer(model: nn.Module, out: Path, steps: int, kind: Any = None, **setting
 
 
 class AdapterTrainer(AdapterCheckpoints, transformers.Trainer):  # type: ignore[misc]
-    """As the documentation of the mixin has it."""
+    """A trainer as in the documentation of the mixin."""
 
 
 def logits(model: nn.Module) -> Tensor:
@@ -144,7 +144,7 @@ def test_trainer_reads_checkpoints_of_whole_models(tmp_path: Path) -> None:
 
 
 def test_trainer_takes_a_quantized_model(tmp_path: Path) -> None:
-    """Trainer refuses what it thinks has nothing but quantized weights; with the mixin it trains the adapter."""
+    """Trainer refuses a model that seems to have only quantized weights; with the mixin it trains the adapter."""
     torchao = pytest.importorskip("torchao.quantization", reason="needs torchao")
     make(adapted=False).save_pretrained(tmp_path / "base")
     settings = transformers.TorchAoConfig(torchao.Int8WeightOnlyConfig(), modules_to_not_convert=["classifier"])

@@ -1,4 +1,4 @@
-"""The contract that every method fulfils: adapt, train, save, load, merge, remove, count, compile."""
+"""The contract that every method fulfills: adapt, train, save, load, merge, remove, count, compile."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from tests.adapter_files import edit_config
 Make = Callable[..., nn.Module]
 
 R = 4
-D, L, H = 16, 2, 2  # of the tiny ViT: width, blocks, heads; the MLP is 4 D wide
+D, L, H = 16, 2, 2  # width, blocks and heads of the tiny ViT; the MLP is 4 D wide
 SHAPES = ((D, 3 * D), (D, D), (D, 4 * D), (4 * D, D))  # qkv, o, fc1, fc2
 FACTORS = {16: (2, 2, 4), 48: (3, 4, 4), 64: (4, 4, 4)}  # factors of the sizes
 
 
 def train(*sizes: int) -> int:
-    """Parameters of a tensor train whose outer ranks are 1 and whose inner ones R."""
+    """Return the number of parameters of a tensor train whose outer ranks are 1 and whose inner ranks are R."""
     first, *inner, last = sizes
     return first * R + sum(inner) * R**2 + R * last
 
 
-#: Configuration, and the number of trainable parameters by the formula of the method's paper.
+#: The configuration, and the number of trainable parameters by the formula of the method's paper.
 METHODS: dict[str, tuple[AdapterConfig, int]] = {
     "lora": (methods.LoRAConfig(rank=R, scale=0.7), L * sum(R * (m + n) for m, n in SHAPES)),
     "fact_tt": (methods.FacTTTConfig(rank=R, scale=0.7), 2 * D * R + 12 * L * R**2),
@@ -80,7 +80,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def contract(name: str, show: Callable[..., None]) -> Callable[..., None]:
-    """Notes that the method keeps a part of the contract, or a figure of it."""
+    """Return a function that notes that the method keeps a part of the contract, or a figure of it."""
     return lambda column, value="yes": show("Methods", name, column, value)
 
 

@@ -26,12 +26,12 @@ ROLES = {"qkv": "attn.qkv", "o": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"
 
 
 def by_layer(matrix: Callable[[str, int], Tensor]) -> dict[str, Tensor]:
-    """ΔW [d_in, d_out] of every layer from that of a role in block l."""
+    """Return ΔW [d_in, d_out] of every layer from that of a role in block l."""
     return {f"blocks.{l}.{ending}": S * matrix(role, l) for role, ending in ROLES.items() for l in range(L)}
 
 
 def of_blocks(matrix: Callable[[int, int], Tensor]) -> dict[str, Tensor]:
-    """ΔW of every layer from d x d matrices m of block l: q, k, v, o, four of fc1, four of fc2."""
+    """Return ΔW of every layer from d x d matrices m of block l: q, k, v, o, four of fc1, four of fc2."""
 
     def assemble(role: str, l: int) -> Tensor:
         first, last = {"qkv": (0, 3), "o": (3, 4), "fc1": (4, 8), "fc2": (8, 12)}[role]
@@ -71,7 +71,7 @@ def metatt_5d(p: Factors) -> dict[str, Tensor]:
 
 
 def lorta(p: Factors, heads_on: str = "input") -> dict[str, Tensor]:
-    """As the authors' code makes the matrix, by which it multiplies transposed: ``x @ dW.T``."""
+    """Return the matrix as the authors' code makes it, which multiplies by the transpose: ``x @ dW.T``."""
 
     def matrix(l: int, m: int) -> Tensor:
         c = p["joint.C_l"][l] * p["joint.C_m"][m]
@@ -83,7 +83,7 @@ def lorta(p: Factors, heads_on: str = "input") -> dict[str, Tensor]:
 
 
 def tenslora(tensor: str, p: Factors) -> dict[str, Tensor]:
-    """Every tensor made whole, [in, d / heads, heads, matrices, blocks], and sliced."""
+    """Return the updates from each tensor made whole, [in, d / heads, heads, matrices, blocks], and sliced."""
     modes = tensor.split("_")
 
     def whole(x: int, y: int) -> Tensor:
@@ -162,7 +162,7 @@ for tensor, ranks in TENSORS.items():
 
 @pytest.fixture
 def parity(show: Callable[..., None]) -> Callable[..., None]:
-    """Notes by how much of the largest entry updates in double precision differ from the formula's."""
+    """Return a function that notes the largest relative difference between fp64 updates and the formula."""
 
     def note(method: str, *pairs: tuple[Tensor, Tensor]) -> None:
         error = max(((got - expected).abs().max() / expected.abs().max()).item() for got, expected in pairs)
@@ -223,7 +223,7 @@ def test_lora_xs_works_between_singular_vectors(
 
 
 def with_peft(model: nn.Module, **settings: Any) -> tuple[nn.Module, dict[str, Any]]:
-    """``model`` with an adapter of ``peft`` on every qkv, and these layers by name."""
+    """Return ``model`` with an adapter of ``peft`` on every qkv, and these layers by name."""
     peft = pytest.importorskip("peft")
     config = getattr(peft, settings.pop("config"))(target_modules=["qkv"], **settings)
     adapted = peft.get_peft_model(model, config).base_model.model

@@ -1,4 +1,4 @@
-"""Settings that nobody can mean are refused by name, at once, in Python as in a file."""
+"""Settings that nobody can mean are refused at once by name, in Python and in files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Unchanged = Callable[[nn.Module], AbstractContextManager[None]]
 INTEGERS = [0, -1, 10**5, 10**30, 10**5000, True, 3.0, float("nan"), float("inf"), "3", [], {}]
 NUMBERS = [10**7, -1e30, 10**30, 10**400, float("nan"), float("-inf"), True, "1.0", [1.0], None]
 TEXTS = [3, None, True, "nonsense", ["v"], {}]
-#: What may not stand in a field, of whatever method.
+#: The values that no field of any method may have.
 ABSURD: dict[str, list[Any]] = {
     **dict.fromkeys(("rank", "bottleneck", "n_factors", "heads"), INTEGERS),
     **dict.fromkeys(("scale", "d_initial", "dropout"), NUMBERS),
@@ -56,7 +56,7 @@ def written(value: Any) -> str:
 
 @contextmanager
 def cheap() -> Iterator[None]:
-    """The block takes little memory, and a second at most."""
+    """Check that the block takes little memory and at most a second."""
     start = time.process_time()
     with at_most(20):
         yield

@@ -1,4 +1,4 @@
-"""docs/models.md says what is adapted in every architecture of timm and transformers: a sample of it, made anew."""
+"""docs/models.md says what is adapted in every architecture of timm and transformers; a sample of it is checked."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from benchmarks.models import architectures, examine
 pytestmark = pytest.mark.slow  # makes a model of many architectures
 
 PAGE = (Path(__file__).parents[3] / "docs" / "models.md").read_text()
-#: Every n-th architecture; all of them take minutes (``python -m benchmarks models``).
+#: Only every n-th architecture is checked; all of them take minutes (``python -m benchmarks models``).
 EVERY = {"timm": 60, "transformers": 60}
 
 
 def section(library: str, title: str) -> dict[str, list[str]]:
-    """The rows of a table of the page, by their first cell."""
+    """Return the rows of a table of the page, by their first cell."""
     match = re.search(rf"## {library}: {title}\n(.*?)(?=\n## |\Z)", PAGE, re.DOTALL)
     rows = [line.strip("|").split(" | ") for line in match[1].splitlines() if line.startswith("| ")] if match else []
     return {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows[1:]}
@@ -37,7 +37,7 @@ def test_a_sample_of_the_page(library: str) -> None:
 
 
 def test_goals() -> None:
-    """Wholly: at least 95 % of timm's architectures and 90 % of transformers', of those that their library makes."""
+    """At least 95 % of timm's architectures and 90 % of transformers' that can be created are adapted wholly."""
     for library, least in (("timm", 95), ("transformers", 90)):
         (row,) = re.findall(rf"^\| {library} \| .*$", PAGE, re.MULTILINE)
         share = float(re.findall(r"\(([\d.]+)%\)", row)[0])

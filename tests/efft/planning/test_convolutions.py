@@ -1,4 +1,4 @@
-"""Convolutional networks: layers by name, 1 x 1 and larger kernels, every call that a transformer has."""
+"""Convolutional networks: layers by name, 1 x 1 and larger kernels, and every call that works on a transformer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TARGETS = [r"layer\d\.\d\.conv[12]", "downsample.1"]
 
 
 def network() -> nn.Module:
-    """A ResNet of four stages, a basic block each."""
+    """Return a ResNet of four stages with one basic block each."""
     torch.manual_seed(0)
     model: nn.Module = timm.create_model("test_resnet", num_classes=5)
     return model.eval()
@@ -32,7 +32,7 @@ def images() -> Tensor:
 
 
 def trained(model: nn.Module) -> nn.Module:
-    """With factors that do something."""
+    """Return the model with random factors."""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in model.efft.parameters():

@@ -24,7 +24,7 @@ SIZES: dict[str, Any] = {
     **{"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
     **{"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
 }
-#: Class of the model without ForCausalLM, and its configuration.
+#: The class of each model without ForCausalLM, and its configuration.
 MODELS: dict[str, dict[str, Any]] = {
     "Mixtral": {"intermediate_size": 48, "num_local_experts": 4},
     "Qwen3Moe": {"moe_intermediate_size": 16, "num_experts": 6, "num_experts_per_tok": 3, "head_dim": 8},
@@ -63,7 +63,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_model_computes_with_its_updates(name: str, implementation: str) -> None:
-    """Whichever implementation is chosen: live, merged and the plain model with dense effective weights agree."""
+    """For every implementation, live and merged models agree with the plain one with dense effective weights."""
     model, plain = make_model(name), make_model(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     for each in (model, plain):
@@ -125,7 +125,7 @@ def test_training_with_checkpoints_and_dropout(name: str) -> None:
 
 
 def test_products_that_are_called() -> None:
-    """JetMoE's, which get rows sorted by expert and how many each has."""
+    """JetMoE's products get rows sorted by expert, and the number of rows of each."""
     config = transformers.JetMoeConfig(
         **SIZES | {"intermediate_size": 48, "num_local_experts": 4, "kv_channels": 8}, num_experts_per_tok=2
     )
@@ -156,7 +156,7 @@ def test_products_that_are_called() -> None:
 
 
 def test_by_the_names_of_parameters(name: str) -> None:
-    """As a plan would adapt them, beside other layers of the model."""
+    """A plan would adapt them in this way, beside other layers of the model."""
     model = make_model(name)
     base = logits(model)
     sites: dict[str, Any] = {}
@@ -189,7 +189,7 @@ def test_by_the_names_of_parameters(name: str) -> None:
 
 
 def test_as_lora_of_peft(name: str, tmp_path: Path) -> None:
-    """All that is adapted in the model, by the checkpoint alone: experts and routers are parameters there too."""
+    """The checkpoint alone gives all that is adapted; experts and routers are parameters there too."""
     peft = pytest.importorskip("peft", reason="needs the dev extra")
     model, base = make_model(name), make_model(name)
     shared = [r".*shared_experts.*"] if name == "DeepseekV3" else []
@@ -214,7 +214,7 @@ def test_what_peft_takes_for_experts_is_refused(tmp_path: Path) -> None:
 
 
 def test_all_of_a_model(name: str, tmp_path: Path) -> None:
-    """By one call, without a word about what is left out; saved, loaded and removed again."""
+    """One call adapts everything without a warning; it is saved, loaded and removed again."""
     model, base = make_model(name), make_model(name)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

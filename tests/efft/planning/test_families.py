@@ -1,8 +1,8 @@
 """One test of everything, for each of many families: see :data:`families.FAMILIES`.
 
-Models are in float64, and differences are judged by what rounding alone does: by the change of the output when every
-weight is off by a few hundred units in its last place (:func:`noise_of`). Many models compute norms or a softmax in
-float32 whatever their weights are, and that is in it.
+Models are in float64, and differences are compared with the effect of rounding alone: the change of the output when
+every weight is off by a few hundred units in its last place (:func:`noise_of`). Many models compute norms or a softmax
+in float32 for weights of any dtype, and this measure includes that.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import efft
 from efft_kernels import ExpertWeight
 from tests.efft.planning.families import FAMILIES, Inputs, make, output_of
 
-#: What is in a block, by the names that these families have for their blocks.
+#: The names that these families have for their blocks.
 BLOCKS = re.compile(r"(blocks?|layers?|stages|features|network|groups|\bh)\.\d+\.|layer_?\d+\.|\bs\d\.b\d+\.")
 
-#: What lies between blocks or before them, once in these tiny models, and is no part of a block.
+#: The layers between blocks or before them, which are not a part of a block.
 BETWEEN = {
     "swin": r"downsample\.reduction",
     "swin-of-torchvision": r"features\.2\.reduction",
@@ -47,7 +47,7 @@ LEFT_OUT = {
 #: What legitimately has no gradient: the first attention of DETR's decoder has values of queries that are zero.
 NO_GRADIENT = {"detr": r"decoder\.layers\.0\.self_attn\.v_proj"}
 
-#: What the refusal says where peft cannot hold the update exactly.
+#: The text of the refusal if peft cannot hold the update exactly.
 _NO_LORA = {
     "is a grouped convolution, for which peft has no such update": "pit gcvit xcit twins coatnet maxvit edgenext davit "
     "focalnet convnext convnextv2 mambaout regnet efficientnet mobilenetv3 mobilenetv4 repvit segformer "
@@ -112,7 +112,7 @@ def test_family(family: str, tmp_path: Path) -> None:
 
 
 def noise_of(model: nn.Module, inputs: Inputs) -> float:
-    """How far the output is moved by a random relative change of 1e-13 of every weight."""
+    """Return how far the output moves when every weight changes randomly by a relative 1e-13."""
     moved, generator = copy.deepcopy(model), torch.Generator().manual_seed(3)
     with torch.no_grad():
         for weight in moved.parameters():
@@ -128,7 +128,7 @@ def randomize(model: nn.Module) -> None:
 
 
 def look(model: nn.Module) -> dict[str, object]:
-    """Every tensor of the state dict as bytes, the class of every module, and what requires a gradient."""
+    """Return every tensor of the state dict as bytes, the class of every module, and what requires a gradient."""
     seen: dict[str, object] = {f"{name} is a": (id(m), type(m)) for name, m in model.named_modules()}
     seen |= {f"{name} requires": p.requires_grad for name, p in model.named_parameters()}
     state = model.state_dict().items()
@@ -136,7 +136,7 @@ def look(model: nn.Module) -> dict[str, object]:
 
 
 def check_what_is_left_out(family: str, model: nn.Module, said: list[str]) -> None:
-    """Of the matrices in blocks, 99 % are adapted; or what is not is in the warning, and is what the table says."""
+    """Check that 99 % of the matrices in blocks are adapted, or that the warning and the table name the rest."""
     names = efft.adapted_layers(model).keys()
     head = tuple(f"{name}." for name in model.efft.head)
     inside = {n: p for n, p in model.named_parameters() if BLOCKS.search(n) and not n.startswith(head)}
@@ -165,7 +165,7 @@ def check_what_is_left_out(family: str, model: nn.Module, said: list[str]) -> No
 
 
 def check_gradients(family: str, model: nn.Module, inputs: Inputs) -> Tensor:
-    """A backward pass reaches every factor, and of the cores each one's; returns the output."""
+    """Check that a backward pass reaches every factor, and every core of the factors; return the output."""
     output = output_of(model, inputs)
     weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(4), dtype=output.dtype)
     (output * weights).sum().backward()
@@ -183,7 +183,7 @@ def check_gradients(family: str, model: nn.Module, inputs: Inputs) -> Tensor:
 
 
 def in_peft(model: nn.Module, plain: nn.Module, folder: Path) -> nn.Module:
-    """The plain model with the exported update, in peft's hands."""
+    """Return the plain model under peft with the exported update."""
     peft = pytest.importorskip("peft", reason="needs the hf extra")
     efft.export_lora(model, folder)
     wrapped: nn.Module = peft.PeftModel.from_pretrained(plain, str(folder)).eval()

@@ -1,4 +1,4 @@
-"""Which layers share which factors, and how many parameters that makes: the numbers of the paper and of its code.
+"""Which layers share which factors, and the numbers of parameters, which are those of the paper and its code.
 
 Percentages, backbones and the totals of the public code were taken from the paper, from running that code and from the
 closed forms beside them; none comes from this project.
@@ -54,7 +54,7 @@ def test_vit_base_counts(rank: int, efft1: int, efft2: int, code: int) -> None:
 
 
 def test_headline_numbers_of_the_paper() -> None:
-    """0.16M (EFFT1) and 0.25M = 0.28 % (EFFT2) extra parameters at the maximum rank, 32."""
+    """The paper has 0.16M (EFFT1) and 0.25M = 0.28 % (EFFT2) extra parameters at the maximum rank, 32."""
     one, two = (count(VIT["vit_base"], efft.EfftConfig(rank=32, variant=v)) for v in ("efft1", "efft2"))
     assert (round(one.factors / 1e6, 2), round(two.factors / 1e6, 2)) == (0.16, 0.25)
     assert two.backbone == 85_798_656
@@ -145,7 +145,7 @@ def test_giant_dinov2_has_a_gated_mlp() -> None:
 def test_swin_counts(
     size: str, width: int, attention: int, mlp: int, depths: tuple[int, ...], code_total: int, per_layer: int
 ) -> None:
-    """The public code allocates stage 3's MLP cores as [18, m, 2m] and uses 2 of them: 16 are dead, ours are not."""
+    """The public code allocates stage 3's MLP cores as [18, m, 2m] and uses 2; we do not allocate the other 16."""
     m3 = mlp << 2  # m of stage 3
     dead = 16 * m3 * (2 * m3)
     shared = count(SWIN[size], efft.paper_config(f"swin_{size}", core_sharing="shared"))
@@ -301,7 +301,7 @@ def test_ranks_for_unknown_groups(tiny_vit: Make) -> None:
 
 
 def sizes(model: nn.Module, **changes: Any) -> dict[str, tuple[int, int, int, int]]:
-    """Of each group d_in, d_out, layers and cores for each."""
+    """Return d_in, d_out, the number of layers and the cores per layer of each group."""
     groups = make_plan(model, efft.EfftConfig(rank=4, **changes)).groups
     return {g.name: (g.d_in, g.d_out, g.n_layers, g.n_cores) for g in groups}
 

@@ -1,4 +1,6 @@
-"""Models that are built in unusual ways: what is read off them, and that the update counts wherever they use it."""
+"""Models that are built in unusual ways: their structure is recognized, and the update has an effect wherever it is
+used.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,7 @@ class Tail(nn.Sequential):
 
 
 class Held(nn.Module):
-    """A forward that goes through its own list, not through the registered modules."""
+    """A module whose forward uses its own list rather than the registered modules."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,14 +78,14 @@ def test_experts_in_a_list_belong_to_the_mlp() -> None:
 
 @pytest.mark.parametrize("n", [1, 2])
 def test_a_list_of_one_block_is_planned_as_one_of_two(n: int) -> None:
-    """Not so as if it had no blocks: what is beside the list is left alone."""
+    """It must not be planned as a model without blocks: what is beside the list is left alone."""
     model = nn.ModuleDict({"layers": nn.ModuleList(Expert() for _ in range(n)), "pooler": nn.Linear(16, 16)})
     plan = efft.inspect(model, efft.EfftConfig(rank=2, head=[]))
     assert set(plan.weights) == {f"layers.{i}.w{k}" for i in range(n) for k in (1, 2)}
 
 
 def test_sizes_that_are_tensors_are_numbers_in_the_plan() -> None:
-    """As where a model computes its widths by torch."""
+    """Some models compute their widths with torch."""
     width = torch.tensor(48)
     model = nn.Sequential(*(nn.Sequential(nn.Linear(width // 3, width), nn.Linear(width, width // 3)) for _ in "ab"))
     plan = efft.inspect(model, efft.EfftConfig(rank=2, head=[]))

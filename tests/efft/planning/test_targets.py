@@ -1,4 +1,4 @@
-"""Which layers a configuration selects, which modules count as the head, and what is said where nothing fits."""
+"""Which layers a configuration selects, which modules count as the head, and the errors if nothing fits."""
 
 from __future__ import annotations
 
@@ -132,7 +132,9 @@ def test_multihead_attention(where: str) -> None:
 
 
 def test_a_bare_parameter_of_another_size_than_activations_is_left_out() -> None:
-    """As the decays of a state space model beside its depthwise convolution, whose kernel happens to be as wide."""
+    """An example is the decays of a state space model beside its depthwise convolution, whose kernel is as wide by
+    chance.
+    """
 
     class Mixer(nn.Module):
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""A pool with an adapter for each sample, in models whose layers do not have the batch first."""
+"""A pool with an adapter per sample, in models whose layers do not have the batch first."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ ORDERS = ["batch first", "windows", "rows", "sequence first", "sequence first, r
 
 
 def pooled(base: Callable[[], nn.Module], randomize: Make, config: efft.EfftConfig) -> tuple[Any, dict[Any, nn.Module]]:
-    """A pool of two adapters, and a model for each of them and for none."""
+    """Return a pool of two adapters, and a model for each of them and for none."""
     models: dict[Any, nn.Module] = {
         name: randomize(efft.apply(base(), config), 0.5, seed).eval() for seed, name in enumerate("ab")
     }
@@ -89,7 +89,7 @@ def test_a_layer_that_mixes_samples_is_refused(randomize: Make) -> None:
 
 @pytest.mark.parametrize("order", ["batch first", "sequence first"])
 def test_parts_called_alone(order: str, randomize: Make) -> None:
-    """No call of the model, so no order is known: what is not plain is refused, until there was one."""
+    """Without a call of the model the order is unknown, so all but plain inputs are refused until there was one."""
     pool, alone = pooled(seeded(lambda: Rows(order)), randomize, efft.EfftConfig(targets=["linear"], rank=2, head=[]))
     x = torch.randn(3, 3, 8)
     with torch.no_grad(), pool.use(["a", "b", None]):
@@ -106,7 +106,7 @@ def language_model() -> nn.Module:
 
 
 def test_generating_text(randomize: Make) -> None:
-    """Numbers of tokens, a padded batch, a cache that grows in every call."""
+    """The cases are numbers of tokens, a padded batch, and a cache that grows in every call."""
     pool, alone = pooled(seeded(language_model), randomize, efft.EfftConfig(rank=2))
     ids = torch.randint(1, 32, (3, 5), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)

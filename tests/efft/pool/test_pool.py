@@ -1,4 +1,4 @@
-"""Many adapters on one model: each computes what it computes alone, whatever comes and goes beside it."""
+"""Many adapters on one model: each computes what it computes alone, whichever others are added or removed."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ CONFIGS = {
 def test_each_adapter_as_alone_and_in_one_batch(
     pool: efft.AdapterPool, adapter: Adapter, tiny_vit: Make, images: Tensor
 ) -> None:
-    """Of other methods, ranks, layers and sharing side by side."""
+    """Adapters of different methods, ranks, layers and sharing are side by side."""
     models = {name: adapter(seed, config) for seed, (name, config) in enumerate(CONFIGS.items())}
     for name, model in models.items():
         pool.add(name, model)

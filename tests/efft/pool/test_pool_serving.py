@@ -1,4 +1,4 @@
-"""A pool at work: on every backend, over a quantized base, changed while threads serve from it, with mixes in it."""
+"""A pool in use: on every backend, over a quantized base, changed while threads serve from it, and with mixes."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_coming_and_going_beside_a_serving_thread(
 
 
 def test_a_mix_is_exactly_the_weighted_sum(tiny_vit: Make, adapter: Make, images: Tensor) -> None:
-    """In fp64: as one adapter, beside others in a batch, in a mix of mixes; and when its parts are gone."""
+    """This holds in fp64 for a mix alone, in a batch, in a mix of mixes, and after its parts are removed."""
     x = images.double()
     base = tiny_vit().double().eval()
     configs = {"a": efft.EfftConfig(rank=4), "b": methods.LoRAConfig(rank=3), "c": efft.EfftConfig(rank=2, head=[])}

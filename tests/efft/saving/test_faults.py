@@ -1,4 +1,4 @@
-"""What goes wrong, what is said then, and that everything is as it was: the table of docs/faults.md, case by case."""
+"""What can go wrong, the error, and that everything stays as it was: the table of docs/faults.md, case by case."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ GB = 2**30
 
 @pytest.fixture
 def case(show: Callable[..., None]) -> Case:
-    """Notes a row of the table, which the page must have; there "…" stands for anything."""
+    """Return a function that notes a row of the table, which the page must have; "…" there stands for any text."""
 
     def note(name: str, happened: str, earlier: str = "unchanged") -> None:
         show("What went wrong on purpose", name, "what was there", earlier)
@@ -54,7 +54,7 @@ def case(show: Callable[..., None]) -> Case:
 
 @pytest.fixture
 def refused(case: Case, tmp_path: Path) -> Refused:
-    """Within the block an error is raised, and little memory and time taken; what it says goes into the table."""
+    """Return a context in which an error must be raised, quickly and in little memory; its text goes into the table."""
 
     @contextmanager
     def check(name: str, kind: type[Exception] = ValueError) -> Iterator[None]:
@@ -68,7 +68,7 @@ def refused(case: Case, tmp_path: Path) -> Refused:
 
 @pytest.fixture
 def offered(refused: Refused, tiny_vit: Make, unchanged: Unchanged) -> Callable[[str, Path], None]:
-    """An adapter is offered to a model, which stays as it was."""
+    """Return a function that offers an adapter to a model, which must stay as it was."""
 
     def offer(name: str, folder: Path) -> None:
         model = tiny_vit()
@@ -89,7 +89,7 @@ class Code:
 
 
 def sparse(path: Path, size: int) -> None:
-    """A file that seems to have ``size`` bytes."""
+    """Make a sparse file of ``size`` bytes."""
     path.unlink(missing_ok=True)
     with open(path, "wb") as file:
         file.truncate(size)
@@ -211,7 +211,7 @@ def test_read_only_folder(saved: tuple[nn.Module, Path], case: Case) -> None:
 
 
 def killing(calls: int) -> Callable[..., None]:
-    """os.replace that ends the process after so many calls."""
+    """Return an os.replace that ends the process after this number of calls."""
     replace, left = os.replace, iter(range(calls))
 
     def replace_or_kill(source: Any, target: Any) -> None:
@@ -332,7 +332,7 @@ def test_threads_that_call_one_model(adapted_vit: Make, case: Case) -> None:
 
 
 def trained(model: nn.Module, loader: Any) -> list[Tensor]:
-    """The factors after an epoch."""
+    """Return the factors after an epoch."""
     optimizer = torch.optim.AdamW(efft.parameter_groups(model, lr=0.01))
     for x, y in loader:
         optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""Writing files: killed anywhere, without room, by two processes at once, the old content is there or the new."""
+"""Writing files: after a kill, without room, or with two processes at once, the old content or the new is there."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ Make = Callable[..., nn.Module]
 
 
 def adapter(letter: str) -> tuple[bytes, dict[str, Any], str]:
-    """What write_adapter takes, all of it marked with a letter."""
+    """Return the arguments of write_adapter, all of them marked with a letter."""
     return letter.encode() * 5000, {"info": {"letter": letter}}, f"card of {letter}"
 
 
 def loaded(folder: Path) -> str:
-    """The letter of the adapter in the folder; weights and description must belong together."""
+    """Return the letter of the adapter in the folder; weights and description must belong together."""
     while True:
         description = read_description(folder)
         weights = read_weights(folder, description, 10_000)
@@ -42,7 +42,7 @@ def loaded(folder: Path) -> str:
 
 
 def forked(action: Callable[[], object]) -> int:
-    """The exit code of another process that did this: 0, or 1 where it failed."""
+    """Return the exit code of another process that runs ``action``: 0, or 1 if it failed."""
     child = os.fork()
     if child == 0:
         code = 1
@@ -55,7 +55,10 @@ def forked(action: Callable[[], object]) -> int:
 
 
 def killed_at(line: int, action: Callable[[], object]) -> bool:
-    """Whether a process was killed that did this, before so many lines of efft/files.py had run; else it ended well."""
+    """Return whether a process that runs ``action`` was killed before this many lines of the module had run.
+
+    Otherwise it must have ended without an error.
+    """
     count = itertools.count()
 
     def trace(frame: Any, event: str, argument: Any) -> Any:
@@ -79,7 +82,7 @@ def names(folder: Path) -> list[str]:
 
 
 def no_room_after(writes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files end in the middle of a write, after so many whole ones."""
+    """Let files fail in the middle of a write, after this number of whole writes."""
     count = itertools.count()
 
     class Full(io.FileIO):
@@ -121,7 +124,7 @@ def test_killed_at_any_line_a_save_leaves_the_old_adapter_or_the_new(earlier: bo
 
 
 def test_saves_that_are_killed_one_after_the_other(tmp_path: Path) -> None:
-    """Each is killed at another line, so that what one leaves is there in every step of the next."""
+    """Each is killed at another line, so that the remains of one are there in every step of the next."""
     write_adapter(tmp_path, *adapter("a"))
     seen = {"a"}
     for i in range(150):
@@ -200,7 +203,7 @@ def test_what_is_too_long_to_be_read_is_not_written(saved: tuple[nn.Module, Path
 
 @pytest.fixture(params=[True, False], ids=["with locks", "without locks"])
 def locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Not every file system has them."""
+    """Say whether there are locks, as not every file system has them."""
     if not request.param:
         monkeypatch.setattr(files, "_lock", lambda folder: None)
     return bool(request.param)

@@ -1,4 +1,4 @@
-"""Whether an adapter meets the base it was trained on, also in another dtype."""
+"""Whether an adapter is on the base on which it was trained, also in another dtype."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapter files changed at random either load or are refused: ValueError or FileNotFoundError, the model as it was."""
+"""Randomly changed adapter files load or are refused: ValueError or FileNotFoundError, the model as it was."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Unchanged = Callable[[nn.Module], AbstractContextManager[None]]
 
 @pytest.fixture
 def offered(tiny_vit: Make, unchanged: Unchanged) -> Callable[..., None]:
-    """Offers an adapter to a plain model, and takes what loads out again."""
+    """Return a function that offers an adapter to a plain model, and removes it again if it loads."""
     model = tiny_vit().eval()
 
     def offer(folder: Path, load: Callable[..., Any] = efft.load_adapter, **options: Any) -> None:

@@ -1,4 +1,4 @@
-"""Adapters from and to the hub, which is played by a folder: no test opens a connection."""
+"""Adapters from and to the hub, for which a folder stands: no test opens a connection."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
 
 
 class Hub:
-    """One repository, ``me/adapter``, and what was asked of it."""
+    """One repository, ``me/adapter``, and the requests made to it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -1,4 +1,4 @@
-"""Adapter files: small, exact after a new start, and whole after a crash."""
+"""Adapter files are small, exact in a new process, and whole after a crash."""
 
 from __future__ import annotations
 

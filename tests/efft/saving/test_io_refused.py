@@ -1,4 +1,4 @@
-"""Adapters that must not load: damaged files and other models. Each says why, and the model stays as it was."""
+"""Adapters that must not load: damaged files and other models. Each error says why, and the model stays as it was."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Edit = Callable[[dict[str, Any]], Any]
 
 
 def refuse(model: nn.Module, folder: Path, message: str, unchanged: Unchanged, **options: Any) -> None:
-    """Loading raises ValueError with ``message`` (a regular expression) and changes nothing, adapted or not."""
+    """Check that loading raises ValueError with ``message`` (a regular expression) and changes nothing."""
     with unchanged(model), pytest.raises(ValueError, match=message):
         efft.load_adapter(model, folder, **options)
 

@@ -1,4 +1,4 @@
-"""Every method to compare with: parameter count by formula, start, what trains, gradients."""
+"""Every method to compare with: parameter count by formula, start, trained parameters, gradients."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from efft_lab.baselines.vit import blocks
 pytest.importorskip("timm", reason="needs the vision extra")
 pytest.importorskip("peft", reason="peft_lora needs the compare extra")
 
-D, DEPTH, HEAD, PATCH = 16, 2, 16 * 5 + 5, 8  # of the tiny ViT: width, blocks, parameters of its head, patch size
+D, DEPTH, HEAD, PATCH = 16, 2, 16 * 5 + 5, 8  # width, blocks, parameters of the head and patch size of the tiny ViT
 BIASES = D + DEPTH * (D + 3 * D + D + D + 4 * D + D) + D  # patches; norm1, qkv, proj, norm2, fc1, fc2; last norm
 COUNTS = [
     ("adapter", {}, DEPTH * (2 * D * 8 + 8 + D)),

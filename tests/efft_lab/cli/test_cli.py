@@ -1,4 +1,4 @@
-"""The command `efft`, from training to merging, on scikit-learn's digits and a small random ViT."""
+"""The command ``efft``, from training to merging, on scikit-learn's digits and a small random ViT."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run."""
+    """Return the folder of a finished run."""
     out = tmp_path_factory.mktemp("runs") / "digits"
     assert main(["train", *SMALL, "--out", str(out)]) == 0
     return out
 
 
 def fails(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    """Runs a command that must end with exit code 2 and one message, and returns it."""
+    """Run a command that must end with exit code 2 and one message, and return the message."""
     capsys.readouterr()
     try:
         code: Any = main(words)

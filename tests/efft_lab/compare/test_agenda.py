@@ -1,4 +1,4 @@
-"""Suites and plans: what a file means, and what it may not say."""
+"""Suites and plans: what a file means, and what it must not contain."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def test_killed_at_once_it_goes_on_without_losing_or_repeating_a_run(
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
     deadline = time.monotonic() + 30
-    while any(map(alive, workers)):  # nobody goes on working for a dead parent
+    while any(map(alive, workers)):  # no worker goes on after its parent died
         assert time.monotonic() < deadline
         time.sleep(0.02)
     kept = results.read_bytes()

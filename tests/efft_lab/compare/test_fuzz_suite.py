@@ -1,4 +1,4 @@
-"""Suites and result files changed at random: an agenda comes of them, or an error that names what is wrong."""
+"""Randomly changed suites and result files give an agenda, or an error that names what is wrong."""
 
 from __future__ import annotations
 

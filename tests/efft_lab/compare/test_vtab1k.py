@@ -22,7 +22,7 @@ SIZES = {"train": 6, "val": 3, "trainval": 9, "test": 5}
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """<root>/<task>/{train800,val200,train800val200,test}.txt and the images they list."""
+    """Make <root>/<task>/{train800,val200,train800val200,test}.txt and the images that they list."""
     root = tmp_path / "vtab-1k"
     for task, info in INFOS.items():
         rng = np.random.RandomState(0)
@@ -41,7 +41,7 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """Weights of the tiny model, as a user would give those of ViT-B/16."""
+    """Return weights of the tiny model, in the form in which a user would give those of ViT-B/16."""
     import timm
 
     torch.manual_seed(0)

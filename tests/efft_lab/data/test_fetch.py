@@ -1,4 +1,4 @@
-"""Downloads, with real pip on a local folder and with stand-ins for the other clients: no network."""
+"""Downloads, with the real pip on a local folder and with replacements for the other clients; no network."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ needs_pip = pytest.mark.skipif(importlib.machinery.PathFinder.find_spec("pip") i
 
 @pytest.fixture
 def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A wheel in a folder that pip searches instead of an index. It asks for a Python that does not exist."""
+    """Return a wheel in a folder that pip searches instead of an index; it requires a Python that does not exist."""
     path = tmp_path / "wheels" / "toy_images-1.2-py3-none-any.whl"
     path.parent.mkdir()
     with zipfile.ZipFile(path, "w") as archive:
@@ -34,7 +34,7 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def fake_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Puts a program of the given name, a shell script, on an otherwise empty PATH."""
+    """Return a function that puts a program of the given name, a shell script, on an otherwise empty PATH."""
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", str(folder))

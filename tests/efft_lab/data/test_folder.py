@@ -13,7 +13,7 @@ Write = Callable[[Path, int], Path]
 
 @pytest.fixture
 def classes_only(tmp_path: Path, write_image: Write) -> Path:
-    """60 + 30 distinct images, in class folders alone."""
+    """Return a folder with 60 + 30 distinct images that has only class folders."""
     for number in range(90):
         write_image(tmp_path / "pets" / ("dog" if number % 3 else "cat") / f"{number:03d}.png", number)
     return tmp_path / "pets"

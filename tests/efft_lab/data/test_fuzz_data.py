@@ -1,4 +1,4 @@
-"""Data files changed at random: they are read, or refused with the error that the reader promises; no code runs."""
+"""Randomly changed data files are read, or refused with the error that the reader promises; no code runs."""
 
 from __future__ import annotations
 

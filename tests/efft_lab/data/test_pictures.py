@@ -46,7 +46,7 @@ def test_sixteen_bits_of_pgm(maximum: int, expected: Any, tmp_path: Path) -> Non
 
 
 def tiff(values: bytes, bits: int, shape: tuple[int, int], kind: int = 1, photometric: int = 1, **more: float) -> bytes:
-    """An uncompressed little-endian grey TIFF, written by hand; `more` may give min and max (tags 340, 341)."""
+    """Return an uncompressed little-endian gray TIFF, made by hand; ``more`` may give min and max (tags 340, 341)."""
     tags = [
         *((256, 3, shape[1]), (257, 3, shape[0]), (258, 3, bits), (259, 3, 1), (262, 3, photometric)),
         *((273, 4, 0), (277, 3, 1), (278, 3, shape[0]), (279, 4, len(values)), (339, 3, kind)),

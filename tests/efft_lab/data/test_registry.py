@@ -52,7 +52,7 @@ def test_table_lists_every_task(home: Path) -> None:
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The generated tasks, drawn once for this file."""
+    """Return the folder of the generated tasks, which are drawn once for this file."""
     root = tmp_path_factory.mktemp("generated")
     for name in ("count", "x-location", "orientation"):
         efft_lab.data.fetch(name, root=root)

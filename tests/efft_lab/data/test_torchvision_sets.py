@@ -32,7 +32,7 @@ def write_idx(path: Path, data: np.ndarray) -> None:
 
 @pytest.fixture
 def mnist(tmp_path: Path) -> Path:
-    """1,200 training and 300 test images in torchvision's own files, so that it downloads nothing."""
+    """Return 1,200 training and 300 test images in torchvision's own files, so that it downloads nothing."""
     for part, n in (("train", 1200), ("t10k", 300)):
         images = np.random.RandomState(n).randint(0, 256, (n, 28, 28))
         write_idx(tmp_path / f"tv/MNIST/raw/{part}-images-idx3-ubyte", images)

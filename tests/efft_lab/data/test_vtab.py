@@ -14,7 +14,7 @@ Write = Callable[[Path, int], Path]
 
 @pytest.fixture
 def root(tmp_path: Path, write_image: Write) -> Path:
-    """The task kitti (4 classes) in the published layout, with 8, 4, 12 and 6 images."""
+    """Return the task kitti (4 classes) in the published layout, with 8, 4, 12 and 6 images."""
     folder = tmp_path / "vtab-1k" / "kitti"
     for split, count in (("train800", 8), ("val200", 4), ("train800val200", 12), ("test", 6)):
         lines = []

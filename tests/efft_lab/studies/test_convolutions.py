@@ -1,4 +1,4 @@
-"""The study on convolutions: what it trains first, which layers it adapts, and its rows."""
+"""The study of convolutions: what it trains first, which layers it adapts, and its rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from efft_lab.data.task import ROLES, ArrayImages, Preprocess, Split
 from efft_lab.studies import convolutions, side_by_side
 from efft_lab.train.methods import METHODS
 
-#: d_in = 9 channels, d_out and number of ResNet-18's kernels of one shape.
+#: d_in = 9 channels, d_out and the number of ResNet-18's kernels, by shape.
 SHAPES = (
     (576, 64, 4),
     (576, 128, 1),

@@ -1,4 +1,4 @@
-"""Stacked runs are the trainer's own runs; their rows, lists and packed files."""
+"""Stacked runs equal the trainer's own runs; their rows, lists and packed files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FIELDS: dict[str, Any] = {
 
 
 class Task:
-    """Noise whose red channel is brighter, the higher the class."""
+    """Noise whose red channel is the brighter, the higher the class."""
 
     classes = CLASSES
 
@@ -141,7 +141,7 @@ def test_extras_act_as_in_a_dense_model(method: str, base: nn.Module) -> None:
 
 
 def dense_updates(start: Start, p: dict[str, Any], method: str) -> dict[str, Any]:
-    """Delta [d_in, d_out] of each layer, from the formulas of the methods."""
+    """Return delta [d_in, d_out] of each layer, from the formulas of the methods."""
     found = {}
     for block in range(2):
         qkv, proj, fc1, fc2 = (f"blocks.{block}.{layer}" for layer in LAYERS)

@@ -1,4 +1,4 @@
-"""Starts leave the model as it was, hold the directions asked for, and move it equally far; the study and its table."""
+"""Starts leave the model as it was, hold the requested directions and move it equally far; the study's table."""
 
 from __future__ import annotations
 

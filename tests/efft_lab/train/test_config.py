@@ -1,4 +1,4 @@
-"""TrainConfig: JSON round trip, checks and their texts; the schedule it stands for."""
+"""TrainConfig: JSON round trip, checks and their texts, and the schedule that it describes."""
 
 from __future__ import annotations
 

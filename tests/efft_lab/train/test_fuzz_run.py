@@ -1,4 +1,4 @@
-"""Files of a run changed at random: they are read, or refused with the error that the reader promises."""
+"""Randomly changed files of a run are read, or refused with the error that the reader promises."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Code:
 
 @pytest.fixture
 def state() -> dict[str, Any]:
-    """What a checkpoint has, in small."""
+    """Return a small version of a checkpoint's contents."""
     model = nn.Linear(4, 3)
     return {
         "config": TrainConfig().to_dict(),
@@ -70,7 +70,7 @@ def test_checkpoints(data: st.DataObject, state: dict[str, Any], tmp_path: Path)
 def trainer(
     config: TrainConfig, task: Any, make_model: Callable[[], nn.Module], tmp_path: Path
 ) -> Iterator[tuple[Trainer, dict[str, Any]]]:
-    """A trainer after an epoch, and its checkpoint."""
+    """Return a trainer after an epoch, and its checkpoint."""
     (tmp_path / "run").mkdir()
     config = replace(config, checkpoint_every=None)
     trainer = Trainer(config, tmp_path / "run", make_accelerator(config), make_model(), task, progress=False)

@@ -19,7 +19,7 @@ metrics = pytest.importorskip("sklearn.metrics", reason="needs the dev extra")
 
 
 def summed(goal: Any, predictions: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """In three batches of other sizes."""
+    """Return the score summed over three batches of different sizes."""
     parts = zip(predictions.split([2, 1, len(labels) - 3]), labels.split([2, 1, len(labels) - 3]), strict=True)
     return torch.stack([goal.statistics(*part).double() for part in parts]).sum(0)
 
@@ -111,7 +111,7 @@ def test_heads_that_do_not_suit_regression() -> None:
 
 
 class Valued:
-    """What the goal reads of a data set."""
+    """The part of a data set that the goal reads."""
 
     classes, class_names = 2, ("age", "height")
 

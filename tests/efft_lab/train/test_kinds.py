@@ -33,7 +33,7 @@ SMALL: dict[str, Any] = {
 
 @pytest.fixture
 def cells(tmp_path: Path) -> Path:
-    """Squares of 16 pixels, as large as a patch, of class 0 (dark), 1 (red) or 2 (green)."""
+    """Return images of squares of 16 pixels, as large as a patch, of class 0 (dark), 1 (red) or 2 (green)."""
     random = np.random.RandomState(0)
     colors = np.array([[20, 20, 20], [220, 30, 30], [30, 220, 30]])
     for number in range(60):
@@ -61,7 +61,7 @@ def grey(tmp_path: Path) -> Path:
 
 
 def words(config: TrainConfig, path: Path) -> list[str]:
-    """The configuration as a file."""
+    """Write the configuration to a file and return the words of a command that reads it."""
     config.save(path)
     return ["train", "--config", str(path)]
 

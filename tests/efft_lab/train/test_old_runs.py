@@ -1,8 +1,8 @@
-"""Runs from before the laboratory was a package of its own: they load, compute the same, and a stopped one resumes.
+"""Runs from before the laboratory was a separate package load and compute the same, and a stopped one resumes.
 
-The folders beside this file were written in a checkout of commit 2572b1e by ``efft.train.run``: one run for each way of
-saving that is small enough to keep, the ``stopped`` one killed after 24 of 32 updates. ``logits.json`` holds what the
-models computed there.
+The folders beside this file were written in a checkout of commit 2572b1e by ``efft.train.run``. There is one run per
+way of saving that is small enough to keep; the run ``stopped`` was killed after 24 of 32 updates. ``logits.json`` holds
+what the models computed there.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LOGITS = json.loads((FOLDER / "logits.json").read_text())
 
 
 def logits(model: nn.Module) -> Tensor:
-    """Of two images that no generator of random numbers decides."""
+    """Return the logits of two images that do not depend on a random generator."""
     images = torch.arange(2 * 3 * 32 * 32, dtype=torch.float32).mul(1.7).sin().view(2, 3, 32, 32)
     with torch.no_grad():
         result: Tensor = model(images)

@@ -1,4 +1,4 @@
-"""``prune_at``: lower ranks in the middle of a run, which goes on and saves as any other."""
+"""``prune_at`` lowers the ranks in the middle of a run, which continues and saves as any other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Killed anywhere, a run goes on to the same bits."""
+"""A run that is killed anywhere resumes to the same bits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from efft_lab.train.build import EpochBatches
 
 
 class Killed(BaseException):
-    """Stands for the end of the process: nothing may catch it."""
+    """Represents the end of the process, so nothing may catch it."""
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
@@ -30,7 +30,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 
 def kill_after(monkeypatch: pytest.MonkeyPatch, writes: int) -> None:
-    """Ends the run just before one of its writes to metrics.jsonl, after `writes` of them."""
+    """End the run just before one of its writes to metrics.jsonl, after ``writes`` of them."""
     from efft_lab.train.folder import MetricsLog
 
     write, done = MetricsLog.write, []
@@ -136,7 +136,7 @@ def test_unfinished_run_is_named(
 def stopped(
     config: TrainConfig, task: Any, make_model: Callable[[], nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
-    """The folder of a run that was killed in its second epoch."""
+    """Return the folder of a run that was killed in its second epoch."""
     with monkeypatch.context() as patch:
         kill_after(patch, 7)
         with pytest.raises(Killed):

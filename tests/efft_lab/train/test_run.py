@@ -21,7 +21,7 @@ from efft_lab.train.build import load_trained
 
 
 class Guarded(Dataset[Any]):
-    """Counts reads, and refuses them while locked."""
+    """A data set that counts reads and refuses them while it is locked."""
 
     def __init__(self, data: Dataset[Any]) -> None:
         self.data, self.locked, self.reads = data, False, [0] * len(data)  # type: ignore[arg-type]
@@ -87,7 +87,7 @@ def test_methods_to_compare_with_learn_and_are_rebuilt(
 
 
 def _enlarged(data: Dataset[Any]) -> Dataset[Any]:
-    """The same images with a border of two pixels: test_vit takes 32 x 32."""
+    """Return the images with a border of two pixels, as test_vit takes 32 x 32."""
     images, labels = torch.utils.data.default_collate([data[i] for i in range(len(data))])  # type: ignore[arg-type]
     return torch.utils.data.TensorDataset(torch.nn.functional.pad(images, (2, 2, 2, 2)), labels)
 

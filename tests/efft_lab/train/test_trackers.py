@@ -16,7 +16,7 @@ tracking = pytest.importorskip("accelerate.tracking", reason="training needs the
 
 
 class Notes(tracking.GeneralTracker):  # type: ignore[misc,name-defined]
-    """Keeps what it is given."""
+    """A tracker that keeps what it is given."""
 
     name, requires_logging_directory = "notes", False
 
