@@ -352,7 +352,7 @@ def provenance(line: Line) -> str:
     machine = line["gpu"]["name"] if line.get("device") == "cuda" else line["machine"]
     command = re.sub(
         r" --results[ =]\S+", "", line["command"]
-    )  # the folder of the results does not matter for the figure
+    )  # the folder of the results does not affect the numbers
     return f"`{command}`, commit {line['commit']}, {machine}; {versions}; {line['date'][:10]}"
 
 
