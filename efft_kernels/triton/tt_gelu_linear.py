@@ -1,7 +1,8 @@
-"""tt_linear behind a GELU: one launch makes gelu(z) and h; in backward one makes dz, and one reduction both dG and dD.
+"""Run tt_linear on the output of a GELU: one launch computes gelu(z) and h, and a second one computes y.
 
-The epilogue of the product that makes dz applies the slope of the GELU, and the sums over tokens read gelu(z) through
-z. Nothing of the size of z is kept beside z or written in between.
+In the backward pass, one launch computes dh, a second one computes dz, and one reduction computes dG and dD. The
+epilogue of the second launch applies the slope of the GELU, and the sums over tokens compute gelu(z) from z. No tensor
+of the size of z is saved besides z itself, and none is written between the launches of the backward pass.
 """
 
 from __future__ import annotations

@@ -88,4 +88,4 @@ def test_what_a_sharded_model_refuses(folder: Path) -> None:
         assert (
             f"is sharded by fully_shard, which holds its layers: call efft.{name} before fully_shard" in refused[name]
         )
-    assert "shard the whole adapted model, not its factors on their own" in refused["alone"]
+    assert "shard the whole adapted model instead of the factors alone" in refused["alone"]

@@ -185,9 +185,9 @@ def test_switched_off_it_is_torchs_own() -> None:
 def test_what_it_refuses() -> None:
     pair, (x, _, _) = Pair(batch_first=True), inputs("self", True)
     nested = torch.nested.nested_tensor([torch.randn(n, D, dtype=torch.float64) for n in (2, 3)])
-    with pytest.raises(NotImplementedError, match="takes no nested tensors: pad them"):
+    with pytest.raises(NotImplementedError, match="does not accept nested tensors: pad the inputs"):
         pair.ours(nested, nested, nested)
-    with pytest.raises(RuntimeError, match="expected attn_mask beside is_causal=True"):
+    with pytest.raises(RuntimeError, match="expected attn_mask with is_causal=True"):
         pair.ours(x, x, x, is_causal=True)
     with pytest.raises(RuntimeError, match=r"attn_mask: expected shape \[4, 4\], got \[4, 3\]"):
         pair.ours(x, x, x, attn_mask=torch.zeros(4, 3))

@@ -148,7 +148,7 @@ def test_one_read_with_and_without_gradients() -> None:
 )
 def test_changes_that_would_be_lost_are_errors(change: Callable[[Tensor], object]) -> None:
     module, parameter, _ = adapted()
-    with torch.no_grad(), pytest.raises(RuntimeError, match=r"change the stored parameter .* or switch the update off"):
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"change the stored parameter .* or disable the update"):
         change(module.W)
     parameter.enabled = False
     with torch.no_grad():
@@ -368,5 +368,5 @@ def test_what_does_not_fit() -> None:
     assert factors.bindings == []
     adapt_parameter(module, "W", factors, Site(), "transposed")
     parametrize.register_parametrization(module, "W", nn.Identity(), unsafe=True)
-    with pytest.raises(RuntimeError, match="got another class after it was adapted; undo that first"):
+    with pytest.raises(RuntimeError, match="got another class after it was adapted; undo that change first"):
         restore_module(module)
