@@ -350,9 +350,7 @@ def provenance(line: Line) -> str:
     """Return the source of a result line: command, commit, machine, versions and date."""
     versions = ", ".join(f"{name} {version}" for name, version in line["versions"].items())
     machine = line["gpu"]["name"] if line.get("device") == "cuda" else line["machine"]
-    command = re.sub(
-        r" --results[ =]\S+", "", line["command"]
-    )  # the folder of the results does not affect the numbers
+    command = re.sub(r" --results[ =]\S+", "", line["command"])  # the folder of the results does not affect the numbers
     return f"`{command}`, commit {line['commit']}, {machine}; {versions}; {line['date'][:10]}"
 
 

@@ -26,7 +26,7 @@ class Layer:
 
     Args:
         function: computes y without arguments.
-        leaves: tensors that ``function`` uses and that require gradients; the keys are "x", "D" and "G".
+        leaves: tensors that ``function`` uses and that require gradients, by the keys "x", "D" and "G".
         inputs: the inputs of the case.
         transposed: whether ``leaves`` holds Dᵀ and Gᵀ, so that the factors' gradients must be transposed.
     """
