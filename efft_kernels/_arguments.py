@@ -107,6 +107,22 @@ def autocast_like_linear(first: Tensor, *others: Tensor | None) -> Any:
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (first, *others))
 
 
+def autocast_bias(b: Tensor | None) -> Tensor | None:
+    """The bias of a linear layer as autocast casts it, unless it is in fp32.
+
+    Every backend takes a bias in fp32 beside a weight in any dtype, and its gradient is then not rounded to that dtype.
+    """
+    if b is None or b.dtype == torch.float32:
+        return b
+    (b,) = autocast_like_linear(b)
+    return b
+
+
+def unless_wider(b: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The bias, or None for one in fp32 beside a half precision ``dtype``, which fits."""
+    return None if b is not None and b.dtype == torch.float32 and dtype.itemsize == 2 else b
+
+
 def no_autocast(device: torch.device) -> AbstractContextManager[None]:
     """Return a context in which autocast is off on ``device``."""
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):  # entering costs more than this check

@@ -8,6 +8,7 @@ never the other way round.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ def tt_linear_fwd(
 ) -> tuple[Tensor, Tensor]:  # y [tokens, d_out], h [tokens, r1]
     """y = x Wᵀ + b + h G with h = x D."""
     h = x @ D.to(x.dtype)
-    y = x @ W.t() if b is None else torch.addmm(b, x, W.t())
+    y = x @ W.t() if b is None else torch.addmm(b.to(x.dtype), x, W.t())
     return y.addmm_(h, G.to(x.dtype)), h
 
 
@@ -37,9 +38,11 @@ def tt_linear_bwd(
     need_dx: bool,
     need_dD: bool,
     need_dG: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dh = gy Gᵀ, dx = gy W + dh Dᵀ, dD = xᵀ dh, dG = hᵀ gy."""
+    need_db: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dh = gy Gᵀ, dx = gy W + dh Dᵀ, dD = xᵀ dh, dG = hᵀ gy, and db, the sum of gy over the tokens."""
     dx = dD = dG = None
+    db = gy.new_empty(0, dtype=torch.promote_types(gy.dtype, torch.float32))
     if need_dx or need_dD:
         dh = gy @ G.to(gy.dtype).t()  # [tokens, r1]
         if need_dx:
@@ -50,9 +53,15 @@ def tt_linear_bwd(
             dD = _reduce_tokens(x, dh, D.dtype)
     if need_dG:
         assert h is not None
-        dG = _reduce_tokens(h, gy, G.dtype)
+        if need_db and gy.device.type == "cpu":  # where a sum of its own takes several times as long in bfloat16
+            both = torch.cat([h, h.new_ones(h.shape[0], 1)], 1).t() @ gy  # [r1 + 1, d_out]
+            dG, db = both[:-1].to(G.dtype), both[-1].to(db.dtype, copy=True)
+        else:
+            dG = _reduce_tokens(h, gy, G.dtype)
+    if need_db and db.numel() == 0:
+        db = gy.sum(0, dtype=db.dtype)
     dx, dD, dG = (like.new_empty(0) if t is None else t for t, like in ((dx, gy), (dD, D), (dG, G)))
-    return dx, dD, dG
+    return dx, dD, dG, db
 
 
 def _reduce_tokens(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -85,16 +94,17 @@ def tt_gelu_linear_bwd(
     need_dz: bool,
     need_dD: bool,
     need_dG: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    need_db: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Makes a again, which costs one pass over z, instead of keeping it."""
     a = _gelu(z, approximate, gy.dtype) if need_dD else None
-    da, dD, dG = tt_linear_bwd(gy, a, W, h, D, G, need_dz, need_dD, need_dG)
+    da, dD, dG, db = tt_linear_bwd(gy, a, W, h, D, G, need_dz, need_dD, need_dG, need_db)
     if not need_dz:
-        return z.new_empty(0), dD, dG
+        return z.new_empty(0), dD, dG, db
     if da.dtype == z.dtype:
-        return torch.ops.aten.gelu_backward(da, z, approximate=approximate), dD, dG
+        return torch.ops.aten.gelu_backward(da, z, approximate=approximate), dD, dG, db
     wide = torch.promote_types(z.dtype, da.dtype)
-    return torch.ops.aten.gelu_backward(da.to(wide), z.to(wide), approximate=approximate).to(z.dtype), dD, dG
+    return torch.ops.aten.gelu_backward(da.to(wide), z.to(wide), approximate=approximate).to(z.dtype), dD, dG, db
 
 
 def _gelu(z: Tensor, approximate: str, dtype: torch.dtype) -> Tensor:
@@ -136,11 +146,16 @@ def tt_norm_linear_bwd(
     need_dx: bool,
     need_dD: bool,
     need_dG: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    need_db: bool,
+    need_dgamma: bool,
+    need_dbeta: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Makes the norm's output again from x instead of keeping it."""
     n = _layer_norm(x, gamma, beta, eps, gy.dtype)[0].to(gy.dtype) if need_dD else None
-    dn, dD, dG = tt_linear_bwd(gy, n, W, h, D, G, need_dx, need_dD, need_dG)
-    return layer_norm_bwd(dn, x, gamma, beta, mean, rstd) if need_dx else x.new_empty(0), dD, dG
+    needs = need_dx, need_dgamma, need_dbeta
+    dn, dD, dG, db = tt_linear_bwd(gy, n, W, h, D, G, any(needs), need_dD, need_dG, need_db)
+    dx, dgamma, dbeta = layer_norm_bwd(dn, x, gamma, beta, mean, rstd, *needs)
+    return dx, dD, dG, db, dgamma, dbeta
 
 
 def layer_norm_bwd(
@@ -150,16 +165,30 @@ def layer_norm_bwd(
     beta: Tensor | None,  # [d_in]
     mean: Tensor,  # [tokens]
     rstd: Tensor,  # [tokens]
-) -> Tensor:  # [tokens, d_in], dtype of x
-    """dx of a layer norm by the vendor's kernel, which needs everything but the statistics in one dtype."""
-    wide, gamma, beta = _alike(x, gamma, beta, dn.dtype)
-    if x.device.type == "cpu":
-        mean, rstd = mean.to(wide.dtype), rstd.to(wide.dtype)
-    statistics = (mean[:, None], rstd[:, None])
-    dx, _, _ = torch.ops.aten.native_layer_norm_backward(
-        dn.to(wide.dtype), wide, x.shape[1:], *statistics, gamma, beta, [True, False, False]
+    need_dx: bool,
+    need_dgamma: bool,
+    need_dbeta: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # dx [tokens, d_in] in the dtype of x, dgamma and dbeta [d_in] in theirs
+    """The gradients of a layer norm by the vendor's kernel, which needs all but the statistics in one dtype.
+
+    A gradient that is not needed has 0 elements, and if none is, nothing is read.
+    """
+    likes = [x if like is None else like for like in (x, gamma, beta)]
+    needs = [need_dx, need_dgamma, need_dbeta]
+    grads: Sequence[Tensor | None] = [None] * 3
+    if any(needs):
+        wide, gamma, beta = _alike(x, gamma, beta, dn.dtype)
+        if x.device.type == "cpu":
+            mean, rstd = mean.to(wide.dtype), rstd.to(wide.dtype)
+        statistics = (mean[:, None], rstd[:, None])
+        grads = torch.ops.aten.native_layer_norm_backward(
+            dn.to(wide.dtype), wide, x.shape[1:], *statistics, gamma, beta, needs
+        )
+    dx, dgamma, dbeta = (
+        like.new_empty(0) if grad is None or not need else grad.to(like.dtype)
+        for grad, like, need in zip(grads, likes, needs, strict=True)
     )
-    return dx.to(x.dtype)
+    return dx, dgamma, dbeta
 
 
 def _layer_norm(

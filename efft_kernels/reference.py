@@ -37,8 +37,11 @@ def tt_linear_bwd(
     D: Tensor,  # [d_in, r1]
     G: Tensor,  # [r1, d_out]
     gh: Tensor | None = None,  # [tokens, r1]: the gradient that reaches h other than through y
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # dx, dD, dG in the dtypes of gy, D, G
-    """The gradients, themselves differentiable; None for a gradient whose input is None."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:  # dx, dD, dG in the dtypes of gy, D, G; db [d_out]
+    """The gradients, themselves differentiable; None for a gradient whose input is None.
+
+    db is in the dtype of the computation.
+    """
     dtype = _wide(gy, D, G)
     wide_gy, wide_D = gy.to(dtype), D.to(dtype)
     dh = wide_gy @ G.to(dtype).t()  # [tokens, r1]
@@ -47,7 +50,7 @@ def tt_linear_bwd(
     dx = None if W is None else (wide_gy @ W.to(dtype) + dh @ wide_D.t()).to(gy.dtype)
     dD = None if x is None else (x.to(dtype).t() @ dh).to(D.dtype)
     dG = None if h is None else (h.to(dtype).t() @ wide_gy).to(G.dtype)
-    return dx, dD, dG
+    return dx, dD, dG, wide_gy.sum(0)
 
 
 def tt_gelu_linear(
@@ -70,14 +73,14 @@ def tt_gelu_linear_bwd(
     D: Tensor,  # [d_in, r1]
     G: Tensor,  # [r1, d_out]
     approximate: str,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # dz, dD, dG in the dtypes of z, D, G
-    """The gradients, themselves differentiable; no dz without W."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:  # dz, dD, dG in the dtypes of z, D, G; db [d_out]
+    """The gradients, themselves differentiable; no dz without W. db is in the dtype of the computation."""
     wide_z = z.to(_wide(z, D, G))
     a = F.gelu(wide_z, approximate=approximate)
-    da, dD, dG = tt_linear_bwd(gy.to(a.dtype), a, W, a @ D.to(a.dtype), D, G)
+    da, dD, dG, db = tt_linear_bwd(gy.to(a.dtype), a, W, a @ D.to(a.dtype), D, G)
     if da is None:
-        return None, dD, dG
-    return torch.ops.aten.gelu_backward(da, wide_z, approximate=approximate).to(z.dtype), dD, dG
+        return None, dD, dG, db
+    return torch.ops.aten.gelu_backward(da, wide_z, approximate=approximate).to(z.dtype), dD, dG, db
 
 
 def tt_norm_linear(
@@ -105,18 +108,22 @@ def tt_norm_linear_bwd(
     D: Tensor,  # [d_in, r1]
     G: Tensor,  # [r1, d_out]
     eps: float,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # dx, dD, dG in the dtypes of x, D, G
-    """The gradients, themselves differentiable; no dx without W."""
+) -> tuple[Tensor | None, ...]:  # dx, dD, dG in the dtypes of x, D, G; db [d_out], dgamma, dbeta [d_in]
+    """The gradients, themselves differentiable; no dx, dgamma and dbeta without W.
+
+    The last three are in the dtype of the computation.
+    """
     standardized, deviation = _standardized(x.to(_wide(x, gamma, beta, D, G)), eps)
     n = _scaled(standardized, gamma, beta)
-    g, dD, dG = tt_linear_bwd(gy.to(n.dtype), n, W, n @ D.to(n.dtype), D, G)
+    g, *sums = tt_linear_bwd(gy.to(n.dtype), n, W, n @ D.to(n.dtype), D, G)
     if g is None:
-        return None, dD, dG
+        return None, *sums, None, None
+    sums += [(g * standardized).sum(0), g.sum(0)]
     if gamma is not None:
         g = g * gamma
     along = (g * standardized).mean(-1, keepdim=True)
     dx = (g - g.mean(-1, keepdim=True) - standardized * along) / deviation
-    return dx.to(x.dtype), dD, dG
+    return dx.to(x.dtype), *sums
 
 
 def _standardized(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -50,14 +50,23 @@ struct Forward : LowRank {
   const void* G = nullptr;   // panel [rank, d_out], in strips
 };
 
-// dh = gy G^T, dD^T = dh^T a, dG = h^T gy and the gradient of a, base + dh D^T, which goes through the producer, if
-// there is one, to give dx. base: gy W.
+// dh = gy G^T, dD^T = dh^T a, dG = h^T gy, db, the sum of gy, and the gradient of a, base + dh D^T, which goes through
+// the producer, if there is one, to give dx. base: gy W. The parameters of a norm get sums of the gradient of a.
 struct Backward : LowRank {
   Matrix gy;                 // [tokens, d_out]
   Matrix dx;                 // [tokens, d_in], in the type of x; data is null if it is not needed
   const void* Gt = nullptr;  // panel [d_out, padded_rank]
   const void* Dt = nullptr;  // panel [rank, d_in], in strips
-  bool need_dD = false, need_dG = false;
+};
+
+// What a range of tokens contributes to each sum over all tokens; null if the sum is not needed. A norm's two sums go
+// together.
+struct Shares {
+  float* dDt = nullptr;     // [rank, d_in], in strips
+  float* dG = nullptr;      // [rank, d_out], in strips
+  float* db = nullptr;      // [d_out]
+  float* dgamma = nullptr;  // [d_in]
+  float* dbeta = nullptr;   // [d_in]
 };
 
 // G[i, :] = sum_k C[i, k] keep_C[i, k] scale V[k, :] keep_V[k, :] for one layer and core.
@@ -86,9 +95,9 @@ struct Gather {
 struct Kernels {
   const char* isa;
   bool pairs;  // products of bf16 take panels of interleaved bf16
-  // For tokens begin .. end - 1. dDt and dG, in strips, receive the share of these tokens: every thread has its own.
+  // For tokens begin .. end - 1. Every thread has its own shares, which are overwritten.
   void (*forward)(const Forward&, int64_t begin, int64_t end);
-  void (*backward)(const Backward&, int64_t begin, int64_t end, float* dDt, float* dG);
+  void (*backward)(const Backward&, int64_t begin, int64_t end, const Shares&);
   // Writes rows begin .. end - 1 (begin is even) of floats [rows, columns] to `to` [ceil(rows / 2), columns, 2], in
   // bf16.
   void (*interleave)(const float* from, int64_t rows, int64_t columns, void* to, int64_t begin, int64_t end);

@@ -224,11 +224,69 @@ void share(int64_t rank, int64_t columns, int64_t rows, Rows<const E> left, Rows
   }
 }
 
-// dx from the gradient of the producer's output, base + dh D^T.
+// How many registers of sums over rows are made together, so that no addition waits for the last one.
+constexpr int SUMS_TOGETHER = 4;
+
+// f(j, count, std::integral_constant<int, N>) for N adjacent registers of a row: N is SUMS_TOGETHER, then 1.
+template <class F>
+inline void for_sums(int64_t columns, const F& f) {
+  constexpr int64_t width = int64_t{SUMS_TOGETHER} * LANES;
+  const int64_t whole = columns / width * width;
+  for (int64_t j = 0; j < whole; j += width) f(j, LANES, std::integral_constant<int, SUMS_TOGETHER>{});
+  for_registers(columns - whole, [&](int64_t j, int count) { f(whole + j, count, std::integral_constant<int, 1>{}); });
+}
+
+// total += sums, of one block of tokens. The first block overwrites it.
+template <int N>
+EFFT_INLINE void add_sums(Floats (&sums)[N], float* total, int count, bool is_first) {
+#pragma GCC unroll 4
+  for (int n = 0; n < N; ++n) {
+    if (!is_first) sums[n] += load(total + n * LANES, count);
+    store(total + n * LANES, sums[n], count);
+  }
+}
+
+// total [columns] += the sum of the rows of a block.
+template <class E>
+void sum_rows(int64_t rows, int64_t columns, Rows<const E> of, float* total, bool is_first) {
+  for_sums(columns, [&](int64_t j, int count, auto registers) {
+    constexpr int N = decltype(registers)::value;
+    Floats sums[N]{};
+    for (int64_t i = 0; i < rows; ++i)
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) sums[n] += load(of.data + i * of.row + j + n * LANES, count);
+    add_sums(sums, total + j, count, is_first);
+  });
+}
+
+// dgamma [d_in] += the sum of dn (x - mean) rstd, dbeta [d_in] += the sum of dn, the gradient of the norm's output.
+inline void sum_norm(
+    const LowRank& op, int64_t t, int64_t rows, const float* dn, Rows<const float> x, const Shares& to, bool is_first) {
+  for_sums(op.d_in, [&](int64_t j, int count, auto registers) {
+    constexpr int N = decltype(registers)::value;
+    Floats along[N]{}, total[N]{};
+    for (int64_t i = 0; i < rows; ++i) {
+      const float mean = op.mean[t + i], rstd = op.rstd[t + i];
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) {
+        const Floats gradient = load(dn + i * op.d_in + j + n * LANES, count);
+        along[n] += gradient * ((load(x.data + i * x.row + j + n * LANES, count) - mean) * rstd);
+        total[n] += gradient;
+      }
+    }
+    add_sums(along, to.dgamma + j, count, is_first);
+    add_sums(total, to.dbeta + j, count, is_first);
+  });
+}
+
+// From the gradient of the producer's output, base + dh D^T: dx, and the sums for the parameters of a norm.
 template <class X, class T>
-void through_producer(const Backward& op, int64_t t, int64_t rows, Rows<const Element<T>> dh, const Block<T>& block) {
+void through_producer(const Backward& op, int64_t t, int64_t rows, Rows<const Element<T>> dh, const Block<T>& block,
+    const Shares& to, bool is_first) {
   float* const gradient = scratch().da.room(rows * op.d_in);
   up(rows, op.d_in, op.rank, dh, op.Dt, base_of<T>(op, t), Rows<float>{gradient, op.d_in});
+  if (to.dgamma) sum_norm(op, t, rows, gradient, block.x, to, is_first);
+  if (!op.dx.data) return;
   for (int64_t i = 0; i < rows; ++i) {
     const float* da = gradient + i * op.d_in;
     X* dx = row_of<X>(op.dx, t + i);
@@ -243,36 +301,38 @@ void through_producer(const Backward& op, int64_t t, int64_t rows, Rows<const El
 }
 
 template <class X, class T>
-void backward(const Backward& op, int64_t begin, int64_t end, float* dDt, float* dG) {
+void backward(const Backward& op, int64_t begin, int64_t end, const Shares& to) {
   using E = Element<T>;
   [[maybe_unused]] const MatrixRegisters<E> registers;
   Scratch& space = scratch();
   const int64_t block = block_rows<E>(op);
-  const bool need_dx = op.dx.data != nullptr, plain = op.producer == Producer::none;
+  const bool plain = op.producer == Producer::none, need_da = op.dx.data || to.dgamma;
   const Rows<float> wide{space.narrow.room(block * op.padded_rank), op.padded_rank};
   for (int64_t t = begin; t < end; t += block) {
     const int64_t rows = std::min(block, end - t);
+    const bool is_first = t == begin;
     const Rows<const E> gy = elements<T>(op.gy, t, rows, op.d_out, space.gy);
     Rows<const E> dh{};
     // This comes first because it reads gy row after row, which brings it into the cache for dG.
-    if (need_dx || op.need_dD) {
+    if (need_da || to.dDt) {
       down(rows, op.d_out, op.padded_rank, gy, op.Gt, wide);
       dh = round_rows<T>(wide, rows, op.rank, {}, t, space.half_narrow);
     }
-    if (op.need_dG) {
+    if (to.dG) {
       const Rows<const E> h = elements<T>(op.h, t, rows, op.rank, space.h);
-      share(op.rank, op.d_out, rows, h, gy, dG, t == begin,
+      share(op.rank, op.d_out, rows, h, gy, to.dG, is_first,
           next_block<T, E>(op.gy, t, rows, end, op.d_out, op.rank, op.d_out, rows));
     }
+    if (to.db) sum_rows(rows, op.d_out, gy, to.db, is_first);
     Block<T> current{};
-    if (op.need_dD || (need_dx && !plain)) current = block_at<X, T>(op, t, rows, false, {});
-    if (op.need_dD)
-      share(op.rank, op.d_in, rows, dh, current.a, dDt, t == begin,
+    if (to.dDt || (need_da && !plain)) current = block_at<X, T>(op, t, rows, false, {});
+    if (to.dDt)
+      share(op.rank, op.d_in, rows, dh, current.a, to.dDt, is_first,
           next_block<X, E>(op.x, t, rows, end, op.d_in, op.rank, op.d_in, rows));
-    if (need_dx && plain)
+    if (need_da && plain)
       up(rows, op.d_in, op.rank, dh, op.Dt, base_of<T>(op, t), Rows<T>{row_of<T>(op.dx, t), op.dx.row});
-    else if (need_dx)
-      through_producer<X, T>(op, t, rows, dh, current);
+    else if (need_da)
+      through_producer<X, T>(op, t, rows, dh, current, to, is_first);
   }
 }
 
@@ -281,9 +341,9 @@ inline void forward(const Forward& op, int64_t begin, int64_t end) {
       [&](auto x) { with_type(op.y.type, [&](auto y) { forward<decltype(x), decltype(y)>(op, begin, end); }); });
 }
 
-inline void backward(const Backward& op, int64_t begin, int64_t end, float* dDt, float* dG) {
+inline void backward(const Backward& op, int64_t begin, int64_t end, const Shares& to) {
   with_type(op.x.type, [&](auto x) {
-    with_type(op.gy.type, [&](auto gy) { backward<decltype(x), decltype(gy)>(op, begin, end, dDt, dG); });
+    with_type(op.gy.type, [&](auto gy) { backward<decltype(x), decltype(gy)>(op, begin, end, to); });
   });
 }
 

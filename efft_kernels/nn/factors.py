@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -44,6 +44,11 @@ class Site:
         return len(self.cores) // (self.experts or 1)
 
 
+def _part(site: Site) -> tuple[Any, ...]:
+    """Return what tells the sites of a train apart: the layer, then what sites of one kind have in common."""
+    return site.layer, site.cores, site.transpose, site.columns, site.mask_scope
+
+
 class Masks(NamedTuple):
     """Dropout masks of one forward pass, True where an element is kept; the first dimension counts layers."""
 
@@ -56,6 +61,10 @@ class TTFactors(FactorBank):
     """The factors of ``ΔW = s · U C V``: all layers share U and V, and each matrix has one small core.
 
     Layers :meth:`bind` a :class:`Site` of this :class:`FactorBank`; one launch contracts all sites of a kind.
+
+    A site can have diagonals of its own: ``ΔW = s · diag(a) U C V diag(b)``, with a row of the parameter
+    ``a [rows, d_in]`` and for each column block a row of ``b [rows, d_out]``, both initialized to one. They are part of
+    D and G, so that a token costs nothing more. Only D is then no longer one tensor for all sites.
 
     Args:
         d_in, d_out: sizes of the two outer sides, ``U [d_in, r1]`` and ``V [r2, d_out]``.
@@ -74,6 +83,9 @@ class TTFactors(FactorBank):
             rescaled by 1/(1-p).
         init: the side that starts at zero, ``"v"`` or ``"u"``.
         core_init: see :mod:`efft_kernels.nn.initialization`.
+        scaled_inputs: sites that have a diagonal of their own on the side of their input. That is a row of ``a``, or of
+            ``b`` for a site that uses the transposed train.
+        scaled_outputs: sites that have diagonals of their own on the side of their output.
     """
 
     leader: TTFactors | None = None
@@ -93,6 +105,8 @@ class TTFactors(FactorBank):
         dropout: float = 0.0,
         init: str = "v",
         core_init: str = "last",
+        scaled_inputs: Sequence[Site] = (),
+        scaled_outputs: Sequence[Site] = (),
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -121,13 +135,47 @@ class TTFactors(FactorBank):
         if trainable_scale:
             sizes_of_scale = (n_layers, n_cores) if trainable_scale == "matrix" else (1, 1)
             self.log_scale = nn.Parameter(torch.empty(sizes_of_scale, **kw))
+        self._rows_of_a, self._rows_of_b = self._rows_of_diagonals(scaled_inputs, scaled_outputs)
+        self.a: nn.Parameter | None = None
+        self.b: nn.Parameter | None = None
+        if self._rows_of_a:
+            self.a = nn.Parameter(torch.empty(sum(map(len, self._rows_of_a.values())), d_in, **kw))
+        if self._rows_of_b:
+            self.b = nn.Parameter(torch.empty(sum(map(len, self._rows_of_b.values())), d_out, **kw))
         self.reset_parameters()
 
+    def _rows_of_diagonals(
+        self, inputs: Sequence[Site], outputs: Sequence[Site]
+    ) -> tuple[dict[Hashable, list[int]], dict[Hashable, list[int]]]:
+        """Return the rows of ``a`` and of ``b`` that belong to each site, by :func:`_part`.
+
+        Rows of one kind of site are adjacent, so that they are a view where all layers are composed together.
+        """
+        counts: tuple[dict[Site, int], dict[Site, int]] = {}, {}
+        for sites, is_output in ((inputs, False), (outputs, True)):
+            for site in sites:
+                self._check(site)
+                if site.experts:
+                    raise ValueError(f"{site}: the matrices of experts share their sides, which have no diagonals")
+                counts[is_output != site.transpose][site] = site.blocks if is_output and not site.transpose else 1
+        rows_of_a: dict[Hashable, list[int]] = {}
+        rows_of_b: dict[Hashable, list[int]] = {}
+        for count, rows in zip(counts, (rows_of_a, rows_of_b), strict=True):
+            kinds = list(dict.fromkeys(_part(site)[1:] for site in count))
+            end = 0
+            for site in sorted(count, key=lambda site: kinds.index(_part(site)[1:])):
+                rows[_part(site)] = list(range(end, end + count[site]))
+                end += count[site]
+        return rows_of_a, rows_of_b
+
     def reset_parameters(self) -> None:
-        """Draw U, C and V again (:func:`efft_kernels.nn.initialization.initialize`), and reset the scale."""
+        """Draw U, C and V again (:func:`efft_kernels.nn.initialization.initialize`), and reset scale and diagonals."""
         initialize(self.U, self.C, self.V, self.init, self.core_init)
         if self.log_scale is not None:
             nn.init.zeros_(self.log_scale)
+        for diagonals in (self.a, self.b):
+            if diagonals is not None:
+                nn.init.ones_(diagonals)
 
     @torch.no_grad()
     def replace(self, U: Tensor, C: Tensor, V: Tensor) -> None:
@@ -176,6 +224,11 @@ class TTFactors(FactorBank):
         Raises:
             ValueError: the site lies outside this bank.
         """
+        self._check(site)
+        return super().bind(site)
+
+    def _check(self, site: Site) -> None:
+        """Raise ValueError if the site lies outside this bank, or is not one."""
         if not (0 <= site.layer < self.n_layers and all(0 <= c < self.n_cores for c in site.cores)):
             raise ValueError(f"{site} does not fit a bank of {self.n_layers} layers with {self.n_cores} cores each")
         first, last = site.columns or (0, self.d_out)
@@ -191,7 +244,6 @@ class TTFactors(FactorBank):
             )
         if site.mask_scope < 0:
             raise ValueError(f"{site}: mask_scope must be 0 or more")
-        return super().bind(site)
 
     def features(self, site: Site) -> tuple[int, int]:
         """Return (in_features, out_features) of a linear layer that ``site`` fits, or of each of its experts."""
@@ -241,11 +293,40 @@ class TTFactors(FactorBank):
             if site.experts:
                 D, C, V = self._expert_kind(site, rows, layers, masks)
                 return [per_site(D, n), per_site(C, n, 4), per_site(V, n)]
-            return [per_site(operand, n) for operand in self._contract_kind(site, rows, layers, masks)]
+            D, G = self._contract_kind(site, rows, layers, masks)
+            return [per_site(operand, n) for operand in self._scaled(alike, D, G)]
 
-        return compose_by_kind(
-            sites, lambda s: (s.cores, s.transpose, s.columns, s.mask_scope, s.experts), compose_alike
-        )
+        return compose_by_kind(sites, lambda s: (*_part(s)[1:], s.experts, *self._has_diagonals(s)), compose_alike)
+
+    def _has_diagonals(self, site: Site) -> tuple[bool, bool]:
+        """Whether the site has a row of ``a``, and rows of ``b``."""
+        if self.a is self.b is None:
+            return False, False
+        return _part(site) in self._rows_of_a, _part(site) in self._rows_of_b
+
+    def _scaled(self, sites: list[Site], D: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
+        """Return D [n or none, in, r] and G [n or 1, r, out] of n sites of one kind, times their diagonals."""
+        of_input, of_output = self._diagonals(sites)
+        D = D if of_input is None else D * of_input[:, :, None]
+        G = G if of_output is None else G * of_output[:, None, :]
+        return D, G
+
+    def _diagonals(self, sites: list[Site]) -> tuple[Tensor | None, Tensor | None]:
+        """Return the diagonals [n, in] and [n, out] of n sites of one kind; None where they have none."""
+        first, last = sites[0].columns or (0, self.d_out)
+        of_U = of_V = None
+        has_a, has_b = self._has_diagonals(sites[0])
+        if self.a is not None and has_a:
+            of_U = take(self.a, 0, [row for site in sites for row in self._rows_of_a[_part(site)]])
+        if self.b is not None and has_b:
+            of_V = take(self.b, 0, [row for site in sites for row in self._rows_of_b[_part(site)]])
+            of_V = of_V[:, first:last].reshape(len(sites), -1)
+        return (of_V, of_U) if sites[0].transpose else (of_U, of_V)
+
+    def diagonals(self, site: Site) -> tuple[Tensor | None, Tensor | None]:
+        """Return the diagonals of a site: [in_features] and [out_features], or None on a side without one."""
+        of_input, of_output = (None if rows is None else rows[0] for rows in self._diagonals([site]))
+        return of_input, of_output
 
     def _contract_kind(
         self, site: Site, rows: list[int], layers: list[int], masks: Masks | None

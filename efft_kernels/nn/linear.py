@@ -139,10 +139,10 @@ def adapted_linear(linear: nn.Linear, x: Tensor, D: Tensor, G: Tensor) -> Tensor
     A plain weight is multiplied by :func:`efft_kernels.tt_linear`, or by the op that computes the producer of ``x`` too
     (:mod:`efft_kernels.nn.producers`). Any other weight computes its own product (:func:`frozen_linear`); the update is
     added to it, in the dtype of ``x`` (autocast's under autocast), without ever building ``D G``. Differentiable in
-    ``x``, ``D`` and ``G``.
+    ``x``, ``D`` and ``G``, and in the bias of ``linear`` if that is trained.
 
     Args:
-        linear: the frozen layer.
+        linear: the layer, whose weight is frozen.
         x: ``[..., d_in]``.
         D: ``[d_in, r1]``.
         G: ``[r1, d_out]``.
@@ -150,7 +150,7 @@ def adapted_linear(linear: nn.Linear, x: Tensor, D: Tensor, G: Tensor) -> Tensor
     W, b = stored_in(linear, "weight"), linear.bias
     plain = multiplies_plainly(linear, W)
     if isinstance(x, ProducerOutput):
-        if plain and not (W.requires_grad or (b is not None and b.requires_grad)):
+        if plain and not W.requires_grad:
             return x.linear(W, b, D, G)
         x = x.value()
     if plain:

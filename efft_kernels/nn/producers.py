@@ -3,8 +3,8 @@
 :func:`fuse_producer` makes a module return a :class:`ProducerOutput`: its input, and what remains to be done to it. An
 :class:`efft_kernels.EfftLinear` that receives one computes both in one op (``tt_norm_linear``, ``tt_gelu_linear``).
 Anything else that touches it first turns it into an ordinary tensor, so other modules need not know about it and cannot
-see a wrong value. A gradient that reaches it by another way (a custom autograd.Function) is passed on to the input as
-it would have been without the fusion.
+see a wrong value. A gradient that reaches it by another way (a custom autograd.Function) is passed on to the input and
+to the parameters of the norm as it would have been without the fusion.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class ProducerOutput(Tensor):
     @staticmethod
     def of(module: nn.LayerNorm | nn.GELU, x: Tensor) -> ProducerOutput:
         """Return ``module(x)`` without computing it."""
-        output = _Postpone.apply(x, module)
+        output = _Postpone.apply(x, module, *module.parameters())
         output.module, output.x, output.version = module, x, x._version
         return output
 
@@ -62,7 +62,7 @@ class ProducerOutput(Tensor):
     def linear(self, W: Tensor, b: Tensor | None, D: Tensor, G: Tensor) -> Tensor:
         """Compute ``a Wᵀ + b + (a D) G`` ``[..., d_out]`` for the output ``a`` of the producer, without keeping ``a``.
 
-        ``W`` is a plain ``[d_out, d_in]``; neither it nor ``b`` gets a gradient.
+        ``W`` is a plain ``[d_out, d_in]`` that gets no gradient; ``b`` and the parameters of a norm get theirs.
         """
         if isinstance(self.module, nn.GELU):
             return tt_gelu_linear(self._input(), W, b, D, G, approximate=self.module.approximate)
@@ -88,7 +88,7 @@ class _Postpone(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, module: nn.Module) -> Tensor:
+    def forward(ctx: Any, x: Tensor, module: nn.Module, *parameters: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         ctx.module = module
         return Tensor._make_wrapper_subclass(ProducerOutput, x.shape, dtype=x.dtype, device=x.device)
@@ -98,8 +98,11 @@ class _Postpone(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         differentiated = torch.is_grad_enabled()
         with torch.enable_grad():
-            x = x.view_as(x) if differentiated else x.detach().requires_grad_()
-            return torch.autograd.grad(_compute(ctx.module, x), x, gy, create_graph=differentiated)[0], None
+            x = x.view_as(x) if differentiated and x.requires_grad else x.detach().requires_grad_()
+            leaves = [x, *(parameter for parameter in ctx.module.parameters() if parameter.requires_grad)]
+            grads = iter(torch.autograd.grad(_compute(ctx.module, x), leaves, gy, create_graph=differentiated))
+        dx = next(grads)
+        return dx, None, *(next(grads) if parameter.requires_grad else None for parameter in ctx.module.parameters())
 
 
 def _compute(module: Any, x: Tensor) -> Tensor:
@@ -121,7 +124,7 @@ def fuse_producer(module: nn.Module) -> bool:
     """Leave the work of ``module`` to the adapted layer after it.
 
     The module still does its work itself in compiled, exported and traced code, in the transforms of ``torch.func``,
-    under inference mode, while it has hooks, and if its parameters are trained.
+    under inference mode, and while it has hooks.
 
     Returns:
         Whether it is a layer norm or a GELU that can be fused; if it is not, nothing is changed.
@@ -148,7 +151,6 @@ def _forward(module: Any, x: Tensor) -> Tensor:
         or torch._C._are_functorch_transforms_active()
         or type(x) is not Tensor
         or x.is_inference()
-        or any(parameter.requires_grad for parameter in module.parameters())
         or any(getattr(module, hooks) for hooks in _HOOKS)
     ):
         return _compute(module, x)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from efft_kernels import eager, reference
 from efft_kernels._arguments import (
+    autocast_bias,
     autocast_like_linear,
     check_dtypes,
     check_linear,
@@ -17,6 +18,7 @@ from efft_kernels._arguments import (
     linear_sizes,
     no_autocast,
     unflatten_tokens,
+    unless_wider,
 )
 from efft_kernels.backends import Backend, declare, resolve
 
@@ -35,11 +37,13 @@ def _fake_bwd(
     need_dx: bool,
     need_dD: bool,
     need_dG: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    need_db: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         gy.new_empty((gy.shape[0], D.shape[0]) if need_dx else 0),
         D.new_empty(D.shape if need_dD else 0),
         G.new_empty(G.shape if need_dG else 0),
+        gy.new_empty(G.shape[1] if need_db else 0, dtype=torch.promote_types(gy.dtype, torch.float32)),
     )
 
 
@@ -60,9 +64,9 @@ _FORWARD = declare(
 _BACKWARD = declare(
     "tt_linear_bwd",
     # gy [tokens, d_out]; x is read for dD, W for dx, h for dG. A gradient that is not needed comes back with 0
-    # elements.
-    "(Tensor gy, Tensor? x, Tensor? W, Tensor? h, Tensor D, Tensor G, bool need_dx, bool need_dD, bool need_dG) "
-    "-> (Tensor dx, Tensor dD, Tensor dG)",
+    # elements. db is in fp32 (fp64 for fp64).
+    "(Tensor gy, Tensor? x, Tensor? W, Tensor? h, Tensor D, Tensor G, "
+    "bool need_dx, bool need_dD, bool need_dG, bool need_db) -> (Tensor dx, Tensor dD, Tensor dG, Tensor db)",
     _fake_bwd,
     eager=eager.tt_linear_bwd,
     triton=_triton,
@@ -87,15 +91,15 @@ def tt_linear(
     Args:
         x: activations ``[..., d_in]``; any leading shape (also without a token) and any strides.
         W: weight ``[d_out, d_in]`` as in ``torch.nn.Linear``, in the dtype of ``x``.
-        b: bias ``[d_out]`` or None, in the dtype of ``x``.
+        b: bias ``[d_out]`` or None, in the dtype of ``x``, or in fp32 beside half precision.
         D: down factor ``[d_in, r1]``, any floating dtype (``cpu``: float32 or bfloat16); the product with it is
             computed in the dtype of ``x``.
         G: up factor ``[r1, d_out]``, likewise.
         backend: see :mod:`efft_kernels.backends`.
 
-    Under autocast ``x``, ``W`` and ``b`` are cast as ``torch.nn.functional.linear`` casts them; the gradients of fp32
-    factors stay fp32. Only the gradients that autograd asks for are computed. The op is differentiable any number of
-    times.
+    Under autocast ``x`` and ``W`` are cast as ``torch.nn.functional.linear`` casts them; the gradients of fp32 factors
+    and of an fp32 bias stay fp32. Only the gradients that autograd asks for are computed. The op is differentiable any
+    number of times.
 
     Returns:
         ``y [..., d_out]`` in the dtype of ``x`` (the autocast dtype under autocast).
@@ -106,8 +110,9 @@ def tt_linear(
         RuntimeError: the requested backend cannot run this call.
     """
     check_linear("tt_linear", "x", x, W, b, D, G)
-    x, W, b = autocast_like_linear(x, W, b)
-    check_dtypes("tt_linear", "x", x.dtype, W=W, b=b)
+    x, W = autocast_like_linear(x, W)
+    b = autocast_bias(b)
+    check_dtypes("tt_linear", "x", x.dtype, W=W, b=unless_wider(b, x.dtype))
     chosen = resolve("tt_linear", backend, W, x, b, D, G, sizes=linear_sizes(x, W, D))
     if chosen is Backend.REFERENCE:
         return reference.tt_linear(x, W, b, D, G)
@@ -132,7 +137,7 @@ class _TTLinear(torch.autograd.Function):
         need_dx, need_dW, _, need_dD, need_dG, _ = ctx.needs_input_grad
         keep_x = need_dD or need_dW
         ctx.save_for_backward(x if keep_x else None, W if need_dx else None, h if need_dG else None, D, G)
-        ctx.backend = backend
+        ctx.backend, ctx.bias = backend, None if b is None else b.dtype
         y = unflatten_tokens(y, x.shape[:-1])
         if need_dx and need_dG and not keep_x and not torch.compiler.is_compiling():
             ctx.set_materialize_grads(False)
@@ -153,16 +158,15 @@ class _TTLinear(torch.autograd.Function):
         with no_autocast(gy.device):
             if gh is not None or torch.is_grad_enabled():  # in a second derivative, or this will be differentiated
                 h = h if x is None or h is None else x @ D.to(x.dtype)
-                dx, dD, dG = reference.tt_linear_bwd(gy, x, W, h, D, G, gh)
+                dx, dD, dG, db = reference.tt_linear_bwd(gy, x, W, h, D, G, gh)
             else:
-                dx, dD, dG = _BACKWARD[ctx.backend](gy, x, W, h, D, G, need_dx, need_dD, need_dG)
-            # The base is frozen in every use for fine-tuning; a caller who does train it gets the plain products.
+                dx, dD, dG, db = _BACKWARD[ctx.backend](gy, x, W, h, D, G, need_dx, need_dD, need_dG, need_db)
+            # The weight is frozen in every use for fine-tuning; a caller who does train it gets the plain product.
             dW = gy.t() @ x if x is not None and need_dW else None
-            db = gy.sum(0) if need_db else None
         return (
             None if dx is None or not need_dx else dx.view(*leading, dx.shape[-1]),
             dW,
-            db,
+            db.to(ctx.bias) if need_db else None,
             dD if need_dD else None,
             dG if need_dG else None,
             None,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from efft_kernels.triton.lowrank_gemm import gelu_project, lowrank_gemm, project
-from efft_kernels.triton.tt_linear import factor_gradients
+from efft_kernels.triton.tt_linear import sums_over_tokens
 
 _PRODUCER = {"none": "gelu", "tanh": "gelu_tanh"}
 
@@ -38,7 +38,8 @@ def tt_gelu_linear_bwd(
     need_dz: bool,
     need_dD: bool,
     need_dG: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    need_db: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     producer = _PRODUCER[approximate]
     dz, dh = z.new_empty(0), None
     if need_dz:
@@ -46,5 +47,5 @@ def tt_gelu_linear_bwd(
         dz, dh = lowrank_gemm(gy, W, None, G.t(), D.t(), Z=z, producer=producer)
     elif need_dD:
         dh = project(gy, G.t())
-    grads = factor_gradients(gy, z, h if need_dG else None, dh if need_dD else None, D, G, producer=producer)
-    return dz, *grads
+    of_h, of_dh = h if need_dG else None, dh if need_dD else None
+    return dz, *sums_over_tokens(gy, z, of_h, of_dh, D, G, need_db, producer=producer)

@@ -1,19 +1,19 @@
-"""EFFT2 on a convolutional network: a ResNet-18 that knows clothes learns silhouettes of animals.
+"""Study EFFT2 on a convolutional network: a ResNet-18 trained on clothes learns silhouettes of animals.
 
     python -m benchmarks convolutions
 
-No package ships the weights of a convolutional network, so the study first trains its own, as a whole, on 10,000 images
-of Fashion-MNIST. The network has group norm in place of batch norm, whose statistics an adapter would not carry. Then
-each method learns another task from 1,000 images, which each seed draws anew. A kernel [out, in, 3, 3] counts as a
-matrix [out, 9 in]. The methods are:
+No package contains the weights of a convolutional network. The study therefore first trains all weights of a network on
+10,000 images of Fashion-MNIST. The network has group norm instead of batch norm, because an adapter would not store the
+statistics of batch norm. Each method then learns another task from 1,000 images, which differ between seeds. A kernel
+[out, in, 3, 3] counts as a matrix [out, 9 in]. The methods are:
 
 - EFFT2: `EfftConfig.auto`, rank 8, and LoRA (peft): rank 8, both on the 3x3 convolutions of all blocks, with the
   learning rate that is better on the validation split of the first seed;
 - full fine-tuning, a tenth of these learning rates, chosen in the same way;
-- linear probe: the classifier alone, with a learning rate chosen for each seed.
+- linear probe: only the classifier, with a learning rate chosen for each seed.
 
-Training takes six epochs rather than the three of the other studies, as this network knows less than a pretrained
-transformer from a package.
+Training takes six epochs instead of three as in the other studies, because this network has seen fewer images than a
+pretrained transformer from a package.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def resnet(classes: int) -> nn.Module:
 
 
 def pretrained(source: Any, epochs: int) -> tuple[nn.Module, float]:
-    """Return a network trained as a whole on ``source``, and its test accuracy there."""
+    """Return a network after training all its weights on ``source``, and its test accuracy on ``source``."""
     torch.manual_seed(0)
     config = TrainConfig(**{**RECIPE, "method": "full", "epochs": epochs, "batch_size": 64, "lr": 1e-3, "amp": "no"})
     with tempfile.TemporaryDirectory() as out:

@@ -94,7 +94,7 @@ def _train(config: TrainConfig, task: Any, create: Callable[[int], nn.Module]) -
 
 
 def record(study: str, rows: Iterable[dict[str, Any]], results: Path | None) -> None:
-    """Append rows to ``STUDY.jsonl`` as they come and print them, then print the mean accuracies.
+    """Append each row to ``STUDY.jsonl`` immediately and print it. At the end, print the mean accuracies.
 
     Args:
         study: name of the result file.

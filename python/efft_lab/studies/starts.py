@@ -2,17 +2,17 @@
 
     python -m benchmarks starts --tasks cifar10 orientation count
 
-The study trains EFFT2 with the recipe of the suite ``local`` and its computed scale, from several starts. The
-directions are the pair of bases that keeps most of all matrices of a train
-(:func:`efft_lab.studies.subspaces.shared_bases`). These are the matrices of the mean gradient before the first step, or
-of the pretrained weights. There are two kinds of start, and both leave the model as it was:
+The study trains EFFT2 with the recipe of the suite ``local`` and its computed scale, from several initial values of the
+factors. The directions are the pair of bases that preserves the largest share of all matrices of a tensor train
+(:func:`efft_lab.studies.subspaces.shared_bases`). The matrices are those of the mean gradient before the first step, or
+those of the pretrained weights. There are two kinds of start. Both leave the outputs of the model unchanged:
 
 - ``side``: as published, the cores are random and one of U and V is zero; the other one holds the directions;
 - ``cores``: the cores are zero, U and V hold the directions, and s is such that Adam's first step moves a weight as far
   as the computed scale lets it.
 
-A factor that holds directions has the norm that it has in a random start. Random directions are the third source, and
-the reference for each kind.
+A factor that holds directions has the same norm as in a random start. Random directions are the third source and serve
+as the reference for each kind.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def start(factors: TTFactors, kind: str, bases: tuple[Tensor, Tensor] | None) ->
 
 
 def study(task: str, seed: int, kind: str, bases: Bases | None) -> dict[str, object]:
-    """Return the row of one training run."""
+    """Run one training and return its row for the result file."""
     fields = recipe(task, seed)
     efft = {**fields["efft"], "rank": RANK, "scale": "auto"}
     config = TrainConfig.from_dict({**fields, "method": "efft", "efft": efft})

@@ -2,8 +2,8 @@
 
     python -m benchmarks subspaces --tasks cifar10 orientation count
 
-The study fine-tunes the whole backbone of the suite ``local`` and takes the update of every attention and MLP matrix,
-and the mean gradient before the first step. For both it measures:
+The study fine-tunes all weights of the backbone of the suite ``local``. It analyzes the update of every attention and
+MLP matrix, and the mean gradient before the first step. For both, it measures:
 
 - effective rank: exp of the entropy of the squared singular values' shares, mean over blocks;
 - own: the share of the squared norm that the best rank-r approximation of each matrix keeps (what LoRA can express);
@@ -131,8 +131,8 @@ def recipe(task: str, seed: int) -> dict[str, Any]:
 def mean_gradient(task: str, seed: int) -> dict[str, Tensor]:
     """Return the mean gradient of the loss over a task's training images with respect to all :func:`matrices`.
 
-    The gradient is that before the first step, but with a trained classifier: a random one would send back meaningless
-    directions.
+    The gradient is computed before the first step but with a trained classifier, because the gradients of a random
+    classifier have meaningless directions.
     """
     fields = recipe(task, seed)
     fields.pop("efft")
@@ -149,7 +149,7 @@ def mean_gradient(task: str, seed: int) -> dict[str, Tensor]:
 
 
 def study(task: str, seed: int, lr: float, rank: int) -> list[dict[str, object]]:
-    """Return the rows of one training run: of its update, and of the gradient before it."""
+    """Run one training and return the rows for its update and for the gradient before the first step."""
     gradient = measure(mean_gradient(task, seed), rank, seed)
     fields = recipe(task, seed)
     fields.pop("efft")

@@ -9,8 +9,8 @@ rows are:
 
 - EFFT2: `EfftConfig.auto`, rank 16, and LoRA (peft): rank 8, both on all linear layers and with the learning rate that
   is better on the validation split of the first seed;
-- linear probe: the classifier alone, with a learning rate chosen in the same way for each seed;
-- bag of words: a logistic regression on the words, which sees no order and no pretraining.
+- linear probe: only the classifier, with a learning rate chosen in the same way for each seed;
+- bag of words: a logistic regression on the words, without word order and without pretraining.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ MASK = "[MASK]"
 SIZES = {"train": 100, "val": 50, "test": 100}
 TOKENS = 32
 PER_FILE = 5
-"""The largest number of docstrings from one file, so that no single file makes up a class."""
+"""The maximum number of docstrings from one file, which prevents one file from dominating a class."""
 
 LAYERS = r"encoder\.encoder\.layer\.\d+\..*\.(query|key|value|dense)"
 """The layers that EFFT2 adapts, as a pattern for LoRA."""
@@ -154,7 +154,7 @@ def tokenized(texts: Texts, folder: Path) -> TextTask:
 
 
 def bag_of_words(texts: Texts) -> float:
-    """Return the test accuracy; the regularization is chosen on the validation split."""
+    """Return the test accuracy of a bag of words. The regularization is selected on the validation split."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline

@@ -43,12 +43,13 @@ for _ in range(150):
         lambda x, W, b, D, G: tt_linear(x, W, b, D, G, backend="cpu"),
         lambda x, W, b, D, G: tt_gelu_linear(x, W, b, D, G, backend="cpu"),
         lambda x, W, b, D, G: tt_norm_linear(x, None, None, W, b, D, G, backend="cpu"),
+        lambda x, W, b, D, G: tt_norm_linear(x, D[:, 0].contiguous(), D[:, -1].contiguous(), W, b, D, G, backend="cpu"),
     ):
         results = []
         for place in (torch.clone, at_the_end):
-            x_, D_, G_ = (place(t).requires_grad_() for t in (x, D, G))
-            y = op(x_, place(W), place(b), D_, G_)
-            results.append([y, *torch.autograd.grad(y, (x_, D_, G_), place(gy))])
+            x_, b_, D_, G_ = (place(t).requires_grad_() for t in (x, b, D, G))
+            y = op(x_, place(W), b_, D_, G_)
+            results.append([y, *torch.autograd.grad(y, (x_, b_, D_, G_), place(gy))])
         for ours, other in zip(*results):
             torch.testing.assert_close(ours, other, rtol=2e-2, atol=2e-2 * float(other.abs().max()), equal_nan=True)
 print("whole")

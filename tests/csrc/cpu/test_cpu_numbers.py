@@ -154,11 +154,11 @@ def test_sizes_of_zero(sizes: tuple[int, int, int], tokens: int) -> None:
     d_in, d_out, rank = sizes
     x, W = torch.randn(tokens, d_in, requires_grad=True), torch.randn(d_out, d_in)
     D, G = (torch.randn(shape, requires_grad=True) for shape in ((d_in, rank), (rank, d_out)))
-    b = torch.randn(d_out)
+    b = torch.randn(d_out, requires_grad=True)
     y = tt_linear(x, W, b, D, G)
     torch.testing.assert_close(y, x @ W.t() + b + x @ D @ G)
     gy = torch.randn_like(y)
-    got, wanted = (torch.autograd.grad(out, (x, D, G), gy) for out in (y, x @ W.t() + b + x @ D @ G))
+    got, wanted = (torch.autograd.grad(out, (x, b, D, G), gy) for out in (y, x @ W.t() + b + x @ D @ G))
     torch.testing.assert_close(got, wanted)
     a = F.gelu(x)
     torch.testing.assert_close(tt_gelu_linear(x, W, b, D, G), a @ W.t() + b + a @ D @ G)
@@ -173,9 +173,21 @@ def test_sizes_of_zero(sizes: tuple[int, int, int], tokens: int) -> None:
 def test_a_gradient_whose_operand_is_missing_is_refused(need: str) -> None:
     """The test calls the registered operator directly, because the public functions save the required tensors."""
     inputs = make_inputs("tt_linear")
-    needs = [name == need for name in ("dx", "dD", "dG")]
+    needs = [name == need for name in ("dx", "dD", "dG", "db")]
     with pytest.raises(RuntimeError, match="dx needs W, dD needs x, dG needs h: one of them is missing"):
         torch.ops.efft.tt_linear_bwd.cpu(torch.ones(29, 40), None, None, None, inputs["D"], inputs["G"], *needs)
+
+
+@pytest.mark.parametrize("need", ["dgamma", "dbeta"])
+def test_gradients_of_a_norm_without_the_weight_are_refused(need: str) -> None:
+    inputs = make_inputs("tt_norm_linear")
+    x, gamma, beta, D, G = (inputs[name] for name in ("x", "gamma", "beta", "D", "G"))
+    needs = [name == need for name in ("dx", "dD", "dG", "db", "dgamma", "dbeta")]
+    statistics = torch.zeros(29), torch.ones(29)
+    with pytest.raises(RuntimeError, match="dgamma and dbeta need W, which is missing"):
+        torch.ops.efft.tt_norm_linear_bwd.cpu(
+            torch.ones(29, 40), x, gamma, beta, 1e-5, *statistics, None, None, D, G, *needs
+        )
 
 
 @pytest.mark.slow

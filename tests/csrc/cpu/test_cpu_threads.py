@@ -21,9 +21,9 @@ pytestmark = pytest.mark.skipif(native.MISSING["cpu"] is not None, reason=native
 #: Enough tokens that each of four threads gets several blocks, and enough layers that threads share a contraction.
 SIZES = {"tokens": 1100, "d_in": 200, "d_out": 130, "r1": 19, "n_layers": 7}
 TRAINED = {
-    "tt_linear": ("x", "D", "G"),
-    "tt_gelu_linear": ("z", "D", "G"),
-    "tt_norm_linear": ("x", "D", "G"),
+    "tt_linear": ("x", "D", "G", "b"),
+    "tt_gelu_linear": ("z", "D", "G", "b"),
+    "tt_norm_linear": ("x", "D", "G", "b", "gamma", "beta"),
     "tt_contract": ("C", "V"),
     "tt_linear_grouped": (),
     "tt_merge_": (),

@@ -71,7 +71,7 @@ def test_ddp_sends_gradients_of_factors_and_head_once_a_step(folder: Path) -> No
     count = efft.count_parameters(run.adapted(0, False))
     for checkpointing in (False, True):
         for result in results(folder, "ddp", checkpointing):
-            assert result["sent"] == [4 * (count.factors + count.head)] * run.STEPS
+            assert result["sent"] == [4 * (count.factors + count.head + count.extras)] * run.STEPS
 
 
 def test_a_sharded_model_saves_the_same_files(folder: Path, tmp_path: Path) -> None:

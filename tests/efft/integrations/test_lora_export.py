@@ -110,6 +110,60 @@ def test_transformers_vit(randomize: Make, tmp_path: Path) -> None:
     check(model, make(), torch.randn(2, 3, 16, 16), tmp_path)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [{"bias": "all", "norms": True}, {"bias": "adapted", "targets": "mhsa"}, {"norms": True}],
+    ids=str,
+)
+def test_biases_and_norms(
+    fields: dict[str, Any], adapted_vit: Make, tiny_vit: Make, images: Tensor, tmp_path: Path
+) -> None:
+    model = adapted_vit(std=0.3, **fields)
+    names = set(model.efft.extras)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in names:
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    check(model, tiny_vit().eval(), images, tmp_path)
+    assert json.loads((tmp_path / "lora" / CONFIG).read_text())["bias"] == {"adapted": "lora_only"}.get(
+        fields.get("bias"), fields.get("bias", "none")
+    )
+
+
+def test_biases_of_transformers(randomize: Make, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="needs the hf extra")
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "image_size": 16, "patch_size": 8, "num_labels": 5}
+    config = transformers.ViTConfig(num_hidden_layers=2, num_attention_heads=2, **sizes)
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        model: nn.Module = transformers.ViTForImageClassification(config).eval()
+        return model
+
+    model = randomize(efft.apply(make(), efft.EfftConfig(rank=3, bias="all", norms=True)), std=0.4)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in model.efft.extras:
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    check(model, make(), torch.randn(2, 3, 16, 16), tmp_path)
+
+
+def test_biases_that_peft_does_not_know_are_refused(tmp_path: Path) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q_bias, self.linear = nn.Parameter(torch.zeros(8)), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.linear(x + self.q_bias)
+            return y
+
+    model = efft.apply(nn.Sequential(Block(), Block()), efft.EfftConfig(rank=2, head=[], bias="all"))
+    with pytest.raises(ValueError, match=r"0.q_bias was trained, and peft knows only biases of the name 'bias'"):
+        efft.export_lora(model, tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+
+
 # --- files ------------------------------------------------------------------------------------------------------------
 
 

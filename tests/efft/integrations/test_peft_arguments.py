@@ -216,6 +216,33 @@ def test_biases_are_trained_and_saved(bias: str, tmp_path: Path) -> None:
     torch.testing.assert_close(peft.PeftModel.from_pretrained(base(), tmp_path)(x), y)
 
 
+def test_norms_are_trained_whole_a_copy_for_each_adapter(tmp_path: Path) -> None:
+    def base() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.GELU(), nn.Linear(6, 3)).eval()
+
+    config = EfftPeftConfig(
+        r=2, target_modules=["0"], bias="adapted", norms=True, dropout=0.0, init_weights=False, modules_to_save=["3"]
+    )
+    assert config.bias == "efft_only"
+    model, x = peft.get_peft_model(base(), config), torch.randn(5, 4)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad and "efft_banks" not in n}
+    start = "base_model.model."
+    whole = {f"{start}{i}.modules_to_save.default.{name}" for i in (1, 3) for name in ("weight", "bias")}
+    assert trained == {f"{start}0.base_layer.bias", *whole}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in trained:
+                parameter.add_(torch.randn_like(parameter))
+        y = model(x)
+        model.save_pretrained(tmp_path)
+        loaded = peft.PeftModel.from_pretrained(base(), tmp_path)
+        torch.testing.assert_close(loaded(x), y)
+    plain = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
+    with pytest.raises(ValueError, match="norms=True finds no normalization layer"):
+        peft.get_peft_model(plain, EfftPeftConfig(r=2, target_modules=["0"], norms=True))
+
+
 def test_the_dtype_of_factors() -> None:
     for autocast, dtype in ((True, torch.float32), (False, torch.bfloat16)):
         model = peft.get_peft_model(

@@ -35,6 +35,10 @@ def _make_bank(kind: str, n_layers: int = 3, **kwargs: Any) -> tuple[TTFactors, 
     n_cores = 1 + max(core for site in sites for core in site.cores)
     d_out = WIDTH if kind == "attention" else 4 * WIDTH
     kwargs = {"rank": (3, 5), "scale": 0.7, "dtype": torch.float64, **kwargs}
+    # Sides of some layers alone, so that sites with and without a diagonal are composed together.
+    scaled = kwargs.pop("scaled", ())
+    kwargs["scaled_inputs"] = [site for site in sites if "in" in scaled and site.layer != 1]
+    kwargs["scaled_outputs"] = [site for site in reversed(sites) if "out" in scaled and site.layer != 0]
     bank = TTFactors(WIDTH, d_out, n_layers=n_layers, n_cores=n_cores, **kwargs)
     for factor in bank.parameters():
         nn.init.normal_(factor, std=0.5)
@@ -54,7 +58,10 @@ def _update(bank: TTFactors, site: Site, masks: Masks | None = None) -> Tensor:
         V = V[:, slice(*site.columns)]
     scales = torch.as_tensor(bank.scale, dtype=U.dtype).expand(bank.n_layers, bank.n_cores)
     blocks = [scales[site.layer, core] * (U @ C[core] @ V) for core in site.cores]
-    return blocks[0].t() if site.transpose else torch.cat(blocks, 1)
+    update = blocks[0].t() if site.transpose else torch.cat(blocks, 1)
+    of_input, of_output = bank.diagonals(site)
+    update = update if of_input is None else torch.diag(of_input) @ update
+    return update if of_output is None else update @ torch.diag(of_output)
 
 
 class Stack(nn.Module):

@@ -113,6 +113,99 @@ def test_gradients(
         torch.testing.assert_close(value, dense[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
+SIDES = pytest.mark.parametrize("scaled", [("in",), ("out",), ("in", "out")], ids="+".join)
+
+
+@SIDES
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_gradients_with_diagonals(
+    make_stack: Callable[..., Any],
+    update: Callable[..., Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    core_sharing: str,
+    scaled: tuple[str, ...],
+    dropout: float,
+) -> None:
+    """Of every factor and diagonal, composed at once and one by one, against autograd through the dense updates."""
+    stack = make_stack(kind, core_sharing=core_sharing, dropout=dropout, scaled=scaled, trainable_scale="matrix")
+    masks = given_masks(stack.bank, [layer.site for layer in stack.layers], monkeypatch) if dropout else None
+    got = stack.gradients()
+    sides = {name: rows for name, rows in (("a", stack.bank.a), ("b", stack.bank.b)) if rows is not None}
+    assert sides
+    assert set(sides) <= set(got)
+    dense = stack.gradients(
+        lambda layer, x: x @ (layer.stored.t() + update(stack.bank, layer.site, masks)) + layer.bias
+    )
+    for name, value in got.items():
+        torch.testing.assert_close(value, dense[name], msg=lambda text, name=name: f"{name}: {text}")
+    if not dropout:
+        stack.prepare = False
+        for name, value in stack.gradients().items():
+            torch.testing.assert_close(value, dense[name], msg=lambda text, name=name: f"{name} alone: {text}")
+
+
+@SIDES
+def test_diagonals_belong_to_one_site_each(make_bank: Callable[..., Any], kind: str, scaled: tuple[str, ...]) -> None:
+    """They start at one, and each element is of one site, or of none where sites use some columns of V."""
+    bank, sites = make_bank(kind, scaled=scaled)
+    bank.reset_parameters()
+    used = {name: torch.zeros_like(rows) for name, rows in (("a", bank.a), ("b", bank.b)) if rows is not None}
+    for site in sites:
+        sizes = bank.features(site)
+        for rows, size, side, layers in zip(bank.diagonals(site), sizes, ("in", "out"), ((0, 2), (1, 2)), strict=True):
+            assert (rows is not None) == (side in scaled and site.layer in layers)
+            if rows is None:
+                continue
+            assert torch.equal(rows, torch.ones(size, dtype=rows.dtype))
+            of = "b" if site.transpose == (side == "in") else "a"
+            used[of] += torch.autograd.grad(rows.sum(), getattr(bank, of))[0]
+    for name, count in used.items():
+        assert count.max() == 1, name
+        narrow = kind == "whole block" and name == "b" and "out" in scaled
+        assert count.min() == (0 if narrow else 1), name
+
+
+@pytest.mark.filterwarnings("error")
+def test_layers_are_scaled_in_one_view(make_stack: Callable[..., Any], kind: str) -> None:
+    """Rows of the sites that are composed together are adjacent: nothing is stacked, and no gradient is scattered."""
+    stack = make_stack(kind, n_layers=4)
+    sites = [layer.site for layer in stack.layers]
+    bank = TTFactors(8, stack.bank.d_out, (3, 5), n_layers=4, n_cores=stack.bank.n_cores, scaled_inputs=sites)
+    for of in {site.cores: [s for s in sites if s.cores == site.cores] for site in sites}.values():
+        for kind_of in {(s.transpose, s.columns): None for s in of}:
+            alike = [s for s in of if (s.transpose, s.columns) == kind_of]
+            rows = bank._diagonals(alike)[0]
+            owner = bank.b if alike[0].transpose else bank.a
+            assert rows.untyped_storage().data_ptr() == owner.untyped_storage().data_ptr()
+
+
+def test_a_layer_with_diagonals_compiles(make_stack: Callable[..., Any], kind: str) -> None:
+    stack = make_stack(kind, scaled=("in", "out"))
+    leaves = list(stack.bank.parameters())
+
+    def run() -> Tensor:
+        return sum(layer(x).square().sum() for layer, x in zip(stack.layers, stack.inputs, strict=True))
+
+    grads = [torch.autograd.grad(f(), leaves) for f in (torch.compile(run, fullgraph=True, backend="aot_eager"), run)]
+    torch.testing.assert_close(*grads)
+
+
+def test_diagonals_against_finite_differences(make_stack: Callable[..., Any]) -> None:
+    stack = make_stack("mlp", scaled=("in", "out"))
+    gradients, step = stack.gradients(), 1e-5
+    for name in ("a", "b"):
+        flat = getattr(stack.bank, name).detach().view(-1)
+        for i in range(0, len(flat), 7):
+            losses = []
+            for change in (step, -2 * step):
+                flat[i] += change
+                losses.append(stack.gradients()["loss"])
+            flat[i] += step
+            slope = (losses[0] - losses[1]) / (2 * step)
+            torch.testing.assert_close(slope, gradients[name].flatten()[i], rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("trainable_scale", [True, "matrix"])
 def test_scales_against_finite_differences(make_stack: Callable[..., Any], kind: str, trainable_scale: Any) -> None:
     stack = make_stack(kind, trainable_scale=trainable_scale)
@@ -313,6 +406,8 @@ def test_a_bank_that_nothing_is_bound_to() -> None:
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"dropout": -0.1}, r"dropout must be in \[0, 1\), got -0.1"),
         ({"trainable_scale": "group"}, "trainable_scale must be False, True or 'matrix', got 'group'"),
+        ({"scaled_inputs": [Site(1)]}, r"Site\(layer=1, .* does not fit a bank of 1 layers"),
+        ({"scaled_outputs": [Site(experts=1)]}, "the matrices of experts share their sides, which have no diagonals"),
     ],
 )
 def test_wrong_arguments(changed: dict[str, Any], message: str) -> None:

@@ -194,12 +194,41 @@ def test_autocast(module: nn.Module, layer: EfftLinear) -> None:
     assert_close_budget(got, wide(plain(copy.deepcopy(module).double(), x.double())), usual)
 
 
-def test_a_norm_that_is_trained_computes_itself(layer: EfftLinear) -> None:
+@pytest.mark.parametrize("frozen", ["nothing", "input", "weight", "bias"])
+@pytest.mark.parametrize("use", ["layer", "layers", "function", "value"])
+def test_a_norm_and_a_bias_that_are_trained(layer: EfftLinear, use: str, frozen: str) -> None:
+    """The gradients of their parameters by every way that a result can be used."""
     norm, x = nn.LayerNorm(24), inputs()
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
     assert fuse_producer(norm)
-    y = layer(norm(x))
-    y.sum().backward()
-    assert norm.weight.grad is not None
+    layer.bias.requires_grad_()
+    {"input": x, "weight": norm.weight, "bias": norm.bias}.get(frozen, torch.empty(0)).requires_grad_(False)
+    leaves = [t for t in (x, layer.bias, *norm.parameters(), *layer.factors.parameters()) if t.requires_grad]
+
+    def output(a: Tensor) -> Tensor:
+        return {
+            "layer": layer,
+            "layers": lambda a: layer(a) + layer(2 * a) + layer(a),
+            "function": lambda a: layer(Square.apply(a)),
+            "value": lambda a: layer(a + 1),
+        }[use](a)
+
+    a = norm(x)
+    assert isinstance(a, ProducerOutput)
+    grads = [torch.autograd.grad(output(of).sin().sum(), leaves) for of in (a, plain(norm, x))]
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+
+
+def test_a_second_derivative_by_the_parameters_of_a_norm() -> None:
+    norm = nn.LayerNorm(24).double()
+    assert fuse_producer(norm)
+    x = inputs(dtype=torch.float64)
+    results = []
+    for a in (norm(x), plain(norm, x)):
+        (grad,) = torch.autograd.grad(Square.apply(Square.apply(a)).sum(), norm.weight, create_graph=True)
+        results.append(torch.autograd.grad(grad.square().sum(), [x, *norm.parameters()]))
+    torch.testing.assert_close(*results)
 
 
 def test_a_base_weight_that_is_trained(module: nn.Module, layer: EfftLinear) -> None:

@@ -65,13 +65,25 @@ def dense(op: Callable[..., Tensor], name: str, inputs: Inputs, gy: Tensor, opti
     wide = {k: v.detach().double() if isinstance(v, Tensor) else v for k, v in inputs.items()}
     a, gy = output(op, wide, **options), gy.double()
     matrix = wide["W"].t() + wide["D"] @ wide["G"]
-    by_matrix = a.reshape(-1, a.shape[-1]).t() @ gy.reshape(-1, gy.shape[-1])
+    da, rows = gy @ matrix.t(), gy.reshape(-1, gy.shape[-1])
+    by_matrix = a.reshape(-1, a.shape[-1]).t() @ rows
+    of_norm = {}
+    if op is tt_norm_linear:
+        n = output(op, {**wide, "gamma": None, "beta": None}, **options)
+        of_norm = {"gamma": (da * n).reshape(-1, n.shape[-1]).sum(0), "beta": da.reshape(-1, n.shape[-1]).sum(0)}
     return {
         "y": a @ matrix + (0 if wide["b"] is None else wide["b"]),
-        name: slope(op, wide, gy @ matrix.t(), **options),
+        name: slope(op, wide, da, **options),
         "D": by_matrix @ wide["G"].t(),
         "G": wide["D"].t() @ by_matrix,
+        "b": rows.sum(0),
+        **of_norm,
     }
+
+
+def trained(op: Callable[..., Tensor], name: str) -> tuple[str, ...]:
+    """All arguments that get a gradient."""
+    return (name, "D", "G", "b", *(("gamma", "beta") if op is tt_norm_linear else ()))
 
 
 def run(op: Callable[..., Tensor], need: tuple[str, ...], inputs: Inputs, gy: Tensor, **options: Any) -> Inputs:
@@ -101,7 +113,7 @@ def upstream(inputs: Inputs, name: str) -> Tensor:
 
 def test_output_and_gradients(backend: Backend, device: str, low: torch.dtype, case: Any) -> None:
     op, name, options = case
-    need = (name, "D", "G")
+    need = trained(op, name)
     inputs = inputs_of(op, tokens=61, r1=17, dtype=low, factor_dtype=torch.float32, device=device)
     gy = upstream(inputs, name)
     with use_backend(backend):
@@ -131,7 +143,7 @@ def test_update_alone(backend: Backend, device: str, low: torch.dtype, case: Any
     layouts=st.tuples(*[st.sampled_from(LAYOUTS)] * 3),
     present=st.tuples(st.booleans(), st.booleans(), st.booleans()),
     chosen=st.sampled_from(sorted(OPS)),
-    need=st.sets(st.sampled_from(["producer", "D", "G"]), min_size=1),
+    need=st.sets(st.sampled_from(["producer", "D", "G", "b", "gamma", "beta"]), min_size=1),
 )
 def test_any_shape_layout_and_gradient(
     backend: Backend,
@@ -158,6 +170,7 @@ def test_any_shape_layout_and_gradient(
             inputs[key] = with_layout(inputs[key], layout)
     gy = upstream(inputs, name)
     wanted = tuple(name if n == "producer" else n for n in sorted(need))
+    wanted = tuple(key for key in wanted if inputs.get(key) is not None) or ("G",)
     with use_backend(backend), poisoned_empty():
         got = run(op, wanted, inputs, gy, **options)
     expected = dense(op, name, inputs, gy, options)
@@ -185,10 +198,10 @@ def summed_around_norm(inputs: dict[str, Tensor], gy: Tensor, eps: float) -> dic
 def test_gradcheck(fp64: Backend, case: Any) -> None:
     op, name, options = case
     inputs = inputs_of(op, tokens=4, d_in=5, d_out=6, r1=3, dtype=torch.float64)
-    leaves = [inputs[k].requires_grad_() for k in (name, "D", "G")]
+    leaves = [inputs[k].requires_grad_() for k in trained(op, name)]
 
-    def function(first: Tensor, D: Tensor, G: Tensor) -> Tensor:
-        return op(**{**inputs, name: first, "D": D, "G": G}, **options, backend=fp64)
+    def function(*values: Tensor) -> Tensor:
+        return op(**inputs | dict(zip(trained(op, name), values, strict=True)), **options, backend=fp64)
 
     assert torch.autograd.gradcheck(function, leaves)
     assert torch.autograd.gradgradcheck(lambda *values: function(*values).sin(), leaves)
@@ -218,6 +231,45 @@ def test_a_second_derivative(
             results.append(torch.autograd.grad(grad.square().sum(), wanted))
         for value, formula in zip(*results, strict=True):
             assert_exact(value, formula, terms=10 * formula.abs().max().item())
+
+
+@pytest.mark.parametrize("need", ["b", "gamma", "beta"])
+def test_second_derivatives_of_trained_vectors(
+    backend: Backend, exact: torch.dtype, assert_exact: Callable[..., None], case: Any, need: str
+) -> None:
+    """Of one gradient by all that it depends on, where that argument alone is trained or all are."""
+    op, name, options = case
+    names = trained(op, name)
+    if need not in names:
+        pytest.skip("a GELU has no parameters")
+    inputs = inputs_of(op, tokens=6, d_in=8, d_out=5, r1=3, dtype=exact)
+    for leaves in ((need,), names):
+        results = []
+        for layer, arguments in (
+            (functools.partial(op, backend=backend, **options), inputs),
+            (unfused(op, **options), {k: v.double() for k, v in inputs.items()}),
+        ):
+            given = {k: arguments[k].detach().requires_grad_() for k in leaves}
+            y = layer(**arguments | given)
+            (grad,) = torch.autograd.grad(y.sin().sum(), given[need], create_graph=True)
+            results.append(torch.autograd.grad(grad.square().sum(), list(given.values())))
+        for value, formula in zip(*results, strict=True):
+            assert_exact(value, formula, terms=10 * formula.abs().max().item())
+
+
+@pytest.mark.parametrize("need", ["b", "gamma", "beta"])
+def test_one_vector_alone_is_trained(
+    backend: Backend, exact: torch.dtype, assert_exact: Callable[..., None], case: Any, need: str
+) -> None:
+    """Everything else is frozen, the input too, as in the first layer of a model."""
+    op, name, options = case
+    if need not in trained(op, name):
+        pytest.skip("a GELU has no parameters")
+    inputs = inputs_of(op, tokens=300, dtype=exact)
+    gy = upstream(inputs, name)
+    with use_backend(backend), poisoned_empty():
+        got = run(op, (need,), inputs, gy, **options)
+    assert_exact(got[need], dense(op, name, inputs, gy, options)[need], need, terms=16.0)
 
 
 def test_what_is_kept_for_backward(kernels: Backend, case: Any) -> None:
@@ -299,8 +351,9 @@ def test_dtypes_mixed_of_a_norm_with_one_parameter(backend: Backend, device: str
     gy = upstream(inputs, "x")
     with use_backend(backend):
         got = run(tt_norm_linear, ("x", "D", "G"), inputs, gy)
-    for key, formula in dense(tt_norm_linear, "x", inputs, gy, {"eps": 1e-5}).items():
-        assert (got[key].double() - formula).norm() < 1e-5 * formula.norm(), key
+    formulas = dense(tt_norm_linear, "x", inputs, gy, {"eps": 1e-5})
+    for key, value in got.items():
+        assert (value.double() - formulas[key]).norm() < 1e-5 * formulas[key].norm(), key
 
 
 def test_registered_ops(kernels: Backend, device: str) -> None:
@@ -313,16 +366,19 @@ def test_registered_ops(kernels: Backend, device: str) -> None:
     x, gamma, beta = norm["x"], norm["gamma"], norm["beta"]
     torch.library.opcheck(overload["tt_norm_linear_fwd"], (x, gamma, beta, 1e-5, W, b, D, G))
     _, h, mean, rstd = overload["tt_norm_linear_fwd"](x, gamma, beta, 1e-5, W, b, D, G)
-    for needs in ((True, True, True), (False, True, False), (True, False, False), (False, False, True)):
-        torch.library.opcheck(overload["tt_gelu_linear_bwd"], (y, z, W, h, D, G, "none", *needs))
+    one_each = [tuple(i == j for j in range(6)) for i in range(6)]
+    for needs in ((True,) * 6, *one_each):
+        torch.library.opcheck(overload["tt_gelu_linear_bwd"], (y, z, W, h, D, G, "none", *needs[:4]))
         torch.library.opcheck(overload["tt_norm_linear_bwd"], (y, x, gamma, beta, 1e-5, mean, rstd, W, h, D, G, *needs))
+    plain = (y, x.bfloat16(), None, None, 1e-5, mean, rstd, W, h, D, G, *(True,) * 4, False, False)
+    torch.library.opcheck(overload["tt_norm_linear_bwd"], plain)
 
 
 def test_compiled_without_a_break(backend: Backend, case: Any) -> None:
     torch.compiler.reset()  # the compilation limit per function is lower than the number of cases
     op, name, options = case
     inputs = inputs_of(op, tokens=9)
-    leaves = [inputs[k].requires_grad_() for k in (name, "D", "G")]
+    leaves = [inputs[k].requires_grad_() for k in trained(op, name)]
     compiled = torch.compile(lambda: op(**inputs, **options, backend=backend), fullgraph=True, backend="aot_eager")
     got, expected = compiled(), op(**inputs, **options, backend=backend)
     torch.testing.assert_close(got, expected)
@@ -348,8 +404,6 @@ def test_wrong_calls(backend: Backend, case: Any) -> None:
     else:
         with pytest.raises(ValueError, match=r"gamma must be \[d_in\] = \[24\], got shape \[3\]"):
             op(**{**inputs, "gamma": inputs["gamma"][:3]}, backend=backend)
-        with pytest.raises(ValueError, match="beta must be frozen"):
-            op(**{**inputs, "beta": inputs["beta"].clone().requires_grad_()}, backend=backend)
 
 
 #: The ops that flatten the leading dimensions in code that autograd does not see.

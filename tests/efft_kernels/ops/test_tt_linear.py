@@ -138,7 +138,7 @@ def test_any_shape_and_layout(
     for name, layout in zip(LEAVES, layouts, strict=False):
         inputs[name] = with_layout(inputs[name], layout) if inputs[name] is not None else None
     gy = with_layout(upstream(inputs), layouts[5])
-    names = tuple(name for name in ADAPTED if name in need)
+    names = (*(name for name in ADAPTED if name in need), *(["b"] if has_bias else []))
     with use_backend(backend):
         got = run(tt_linear, inputs, gy, names)
     formula = dense(inputs, gy)
@@ -183,6 +183,39 @@ def test_reads_nothing_it_did_not_write(backend: Backend, device: str) -> None:
             poisoned = run(tt_linear, inputs, gy)
     for name, value in poisoned.items():
         assert torch.equal(value, clean[name]), name
+
+
+@pytest.mark.parametrize("need", [("b",), ("G", "b"), ("D", "b"), ("x", "b")], ids="".join)
+def test_a_trained_bias_beside_frozen_arguments(
+    backend: Backend, device: str, exact: torch.dtype, assert_exact: Callable[..., None], need: tuple[str, ...]
+) -> None:
+    inputs = make_inputs("tt_linear", tokens=300, dtype=exact, device=device)
+    gy = upstream(inputs)
+    with use_backend(backend), poisoned_empty():
+        got = run(tt_linear, inputs, gy, need)
+    formula = dense(inputs, gy)
+    for name, value in got.items():
+        assert_exact(value, formula[name], name, terms=16.0)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("how", ["autocast", "as it is"])
+def test_a_bias_in_fp32_gets_its_gradient_in_fp32(backend: Backend, device: str, half: torch.dtype, how: str) -> None:
+    """Beside a weight in half precision, with more tokens than a sum in half precision could count."""
+    if backend is Backend.CPU and half == torch.float16:
+        pytest.skip("the cpu backend has no float16")
+    inputs = make_inputs("tt_linear", tokens=1000, dtype=half, factor_dtype=torch.float32, device=device)
+    inputs["b"] = make_inputs("tt_linear", device=device)["b"]
+    gy = torch.ones_like(upstream(inputs))
+    gy[::7] = 0.125  # exact, but their sum is not in half precision
+    with use_backend(backend), torch.autocast(device, half, enabled=how == "autocast"):
+        got = run(tt_linear, inputs, gy, ("G", "b"))
+    exact = dense(inputs, gy)
+    assert got["y"].dtype == half
+    assert got["b"].dtype == torch.float32
+    # The vendor's product on a CPU rounds its result, as it rounds dG.
+    rounds = backend is Backend.EAGER and device == "cpu"
+    torch.testing.assert_close(got["b"].double(), exact["b"], rtol=torch.finfo(half).eps if rounds else 1e-6, atol=0)
 
 
 @pytest.mark.parametrize("scheme", ["fast", "slow"])
@@ -372,11 +405,11 @@ def test_tensors_of_another_device_or_kind(backend: Backend, name: str) -> None:
         tt_linear(**{**inputs, **changed}, backend=backend)
 
 
-@pytest.mark.parametrize("need", ["", "x", "D", "G", "xD", "xDG"])
+@pytest.mark.parametrize("need", ["", "x", "D", "G", "b", "xD", "xDG", "Gb", "xDGb"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_registered_ops_are_well_behaved(kernels: Backend, layout: str, need: str) -> None:
     """torch's opcheck tests the schema, autograd registration, fake tensors, and AOT dispatch with dynamic shapes."""
-    narrow = torch.bfloat16 if need == "xDG" else torch.float32
+    narrow = torch.bfloat16 if need.startswith("xDG") else torch.float32
     inputs = make_inputs("tt_linear", tokens=4, d_in=6, d_out=8, r1=3, dtype=narrow, factor_dtype=torch.float32)
     x, W, b, D, G = (with_layout(inputs[k], layout) for k in LEAVES)
     gy, h = (with_layout(torch.randn(4, n, dtype=narrow), layout) for n in (8, 3))
@@ -385,7 +418,7 @@ def test_registered_ops_are_well_behaved(kernels: Backend, layout: str, need: st
     if need == "":
         torch.library.opcheck(forward, (x, W, b, D, G))
         torch.library.opcheck(forward, (x[:0], W, None, D, G))
-    needs = [name in need for name in "xDG"]
+    needs = [name in need for name in "xDGb"]
     kept = (x if needs[1] else None, W if needs[0] else None, h if needs[2] else None)
     torch.library.opcheck(backward, (gy, *kept, D, G, *needs))
 
@@ -397,6 +430,6 @@ def test_compiles_without_graph_breaks(backend: Backend, exact: torch.dtype, dyn
         inputs = make_inputs("tt_linear", tokens=tokens, dtype=exact)
         gy = upstream(inputs)
         with use_backend(backend):
-            got, expected = run(compiled, inputs, gy), run(tt_linear, inputs, gy)
+            got, expected = (run(op, inputs, gy, (*ADAPTED, "b")) for op in (compiled, tt_linear))
         for name, value in got.items():
             torch.testing.assert_close(value, expected[name])

@@ -192,13 +192,16 @@ def _other_forms() -> Iterable[Form]:
                 f"reduce_tokens {name}",
                 reduce_tokens.reduce_tokens_kernel,
                 types,
-                {**constants, "BLOCK_M": reduce_tokens.BLOCK_M, "BLOCK_N": block_n},
+                {**constants, "NEED_DB": True, "BLOCK_M": reduce_tokens.BLOCK_M, "BLOCK_N": block_n},
                 (warps, reduce_tokens.STAGES),
             )
     yield Form(
         "finish",
         reduce_tokens.finish_kernel,
-        {**dict.fromkeys(("partial", "dG", "dD"), "*fp32"), **dict.fromkeys(("n_G", "n", "splits"), "i32")},
+        {
+            **dict.fromkeys(("partial", "dG", "dD", "db"), "*fp32"),
+            **dict.fromkeys(("n_G", "n_D", "n_b", "splits"), "i32"),
+        },
         {"BLOCK": reduce_tokens.FINISH_BLOCK},
         reduce_tokens.FINISH_WARPS,
         3,

@@ -97,7 +97,7 @@ def test_other_models_are_refused(name: str) -> None:
     if name == "bitfit":
         baselines.apply(name, model, {})  # a model of any architecture has biases
         return
-    with pytest.raises(ValueError, match="this method is written for timm's ViTs, got a ResNet that has no blocks"):
+    with pytest.raises(ValueError, match="this method supports only timm's ViTs, got a ResNet that has no blocks"):
         baselines.apply(name, model, {})
 
 

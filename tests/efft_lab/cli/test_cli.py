@@ -282,6 +282,7 @@ def test_documented_commands_are_understood(
             "efft_lab.train.run",
             "efft_lab.train.build.load_trained",
             "efft_lab.data.list_table",
+            "efft_lab.data.fetch",
             "efft_kernels.env.report",
         ),
         *("efft_lab.compare.runner.compare", "efft_lab.compare.report.write", "efft_lab.cli.inspect.model_table"),
@@ -348,7 +349,7 @@ def test_interrupt_points_to_resume(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
     monkeypatch.setattr("efft_lab.train.run", interrupt)
     assert main(["train", *SMALL]) == 130
-    assert "interrupted; the same command with --resume goes on" in capsys.readouterr().err
+    assert "interrupted; the same command with --resume continues" in capsys.readouterr().err
 
 
 def test_usage_and_lists(capsys: pytest.CaptureFixture[str]) -> None:

@@ -225,7 +225,7 @@ def test_points_of_a_grid_that_are_no_numbers_can_be_shown(tiny: dict[str, Any])
 
 
 def test_missing_files_and_variants(tiny: dict[str, Any], write: Write) -> None:
-    names = "local, local_efft2, local_grid, local_long, vtab1k"
+    names = "local, local_efft2, local_grid, local_long, twelve, vtab1k"
     with pytest.raises(FileNotFoundError, match=f"no suite file nope; the suites by name are {names}"):
         suites.load("nope")
     with pytest.raises(ValueError, match="has no quick variant; leave out --quick"):

@@ -187,7 +187,7 @@ def test_result_files(tmp_path: Path) -> None:
         store.append({"key": "c"})
     assert path.read_text() == '{"key": "a"}\n{"key": "c"}\n'
     path.write_text('{"key": "a"}\n[3]\n')
-    with pytest.raises(ValueError, match=r"r\.jsonl, line 2 is no result of a run .*; remove that line"):
+    with pytest.raises(ValueError, match=r"r\.jsonl, line 2 is not a result of a run .*; remove that line"):
         Store(path)
 
 
@@ -236,7 +236,7 @@ def _record(run: Any, accuracy: float) -> dict[str, Any]:
 def test_wrong_words(tiny: dict[str, Any], write: Write, capsys: pytest.CaptureFixture[str]) -> None:
     file = str(write(tiny))
     for words, message in (
-        ([], "give either a file or --suite, one of local, local_efft2, local_grid, local_long, vtab1k"),
+        ([], "give either a file or --suite, one of local, local_efft2, local_grid, local_long, twelve, vtab1k"),
         ([file, "--suite", "local"], "give either a file or --suite"),
         (["--suite", "nope"], "there is no suite 'nope'"),
         (["--suite", "local", "--quick", "--full"], "either --quick or --full"),

@@ -97,7 +97,7 @@ def test_sprite_factors_do_not_tell_the_label(name) -> None:
 def test_count_factors_do_not_tell_the_label() -> None:
     factors = generated.count_factors(8000, stable_rng(9))
     assert _unrelated(factors.label, factors.scale)
-    for values in (factors.radius, factors.angle, factors.shape, factors.colour, factors.ground, factors.slope):
+    for values in (factors.radius, factors.angle, factors.shape, factors.color, factors.ground, factors.slope):
         columns = values.reshape(8000, -1)
         for column in range(min(columns.shape[1], 9)):
             assert _unrelated(factors.label, columns[:, column])

@@ -23,7 +23,7 @@ import efft_lab.data
 from efft_lab.data import packaged, readers
 from efft_lab.data.fetch import Archive, MissingToolError
 from efft_lab.data.packaged import Package
-from efft_lab.data.readers import Labelled
+from efft_lab.data.readers import Labeled
 from efft_lab.data.task import TaskInfo
 
 
@@ -46,7 +46,7 @@ def test_preparing_removes_copies_before_dividing() -> None:
     images[1500:1600] = images[:100]  # copies with the same label
     labels = np.arange(3000) % 5
     images[-1], labels[-1] = images[200], labels[200] + 1  # one image with two labels, which is omitted
-    prepared = packaged.prepare(Labelled(images, labels), None)
+    prepared = packaged.prepare(Labeled(images, labels), None)
     pool, test = as_set(prepared.pool_images), as_set(prepared.test_images)
     assert (len(prepared.pool_images), len(prepared.test_images)) == (1000, 1898)
     assert (len(pool), len(test)) == (1000, 1898)
@@ -65,7 +65,7 @@ def test_preparing_keeps_the_official_test_set_out_of_the_pool(monkeypatch: pyte
     monkeypatch.setattr(packaged, "POOL_LIMIT", 60)
     train, test = pixels(100, 4, 4), pixels(80, 4, 4)
     train[:20] = test[:20]
-    prepared = packaged.prepare(Labelled(train, np.arange(100) % 2), Labelled(test, np.arange(80) % 2))
+    prepared = packaged.prepare(Labeled(train, np.arange(100) % 2), Labeled(test, np.arange(80) % 2))
     assert (len(prepared.pool_images), len(prepared.test_images)) == (60, 40)
     assert not as_set(prepared.pool_images) & as_set(test)
     assert as_set(prepared.test_images) <= as_set(test)
@@ -264,7 +264,7 @@ def test_missing_client_lists_sets_that_need_only_pip(monkeypatch: pytest.Monkey
 def test_failed_preparation_keeps_the_archive_and_no_half_file(
     toy: Archive, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def explode(_: Path) -> tuple[Labelled, None]:
+    def explode(_: Path) -> tuple[Labeled, None]:
         raise RuntimeError("unreadable")
 
     info = TaskInfo("mnist5k", "natural", 10, "", "")

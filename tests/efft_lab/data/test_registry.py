@@ -19,7 +19,7 @@ def test_names_are_unique_and_described() -> None:
         assert info.name == name
         assert info.classes > 1
         assert info.source
-        assert info.licence
+        assert info.license
         assert info.group in ("natural", "specialized", "structured")
 
 
@@ -44,7 +44,7 @@ def test_non_commercial_set_needs_consent_before_anything_is_fetched(home: Path)
 def test_table_lists_every_task(home: Path) -> None:
     lines = efft_lab.data.list_table().splitlines()
     assert [line.split()[0] for line in lines] == ["name", *efft_lab.data.names()]
-    assert lines[0].split() == ["name", "group", "classes", "trivial", "download", "ready", "licence", "source"]
+    assert lines[0].split() == ["name", "group", "classes", "trivial", "download", "ready", "license", "source"]
     row = next(line for line in lines if line.startswith("mnist5k"))
     assert row.split()[1:7] == ["natural", "10", "80.0", "1.4", "MB", "no"]
     assert not home.exists()
@@ -86,7 +86,7 @@ def test_baselines_of_a_task_that_is_trivial(tmp_path: Path) -> None:
         image.save(tmp_path / name / f"{number}.png")
     task = efft_lab.data.load(tmp_path)
     assert efft_lab.data.trivial_baselines(task) == {"majority": 75.0, "ink": 100.0, "pixels": 100.0}
-    assert efft_lab.data.nearest_neighbours(task) == 100.0
+    assert efft_lab.data.nearest_neighbors(task) == 100.0
 
 
 def test_nearest_neighbours_against_scikit_learn(drawn: Path) -> None:
@@ -100,7 +100,7 @@ def test_nearest_neighbours_against_scikit_learn(drawn: Path) -> None:
         return neighbors.KNeighborsClassifier(k).fit(pixels(fit), fit.labels).score(pixels(judge), judge.labels)
 
     best = max((1, 3, 5, 9, 15), key=lambda k: score(task.train, task.val, k))
-    found = efft_lab.data.nearest_neighbours(task)
+    found = efft_lab.data.nearest_neighbors(task)
     assert found == pytest.approx(100 * score(task.trainval, task.test, best), abs=1)  # ties may be broken differently
 
 

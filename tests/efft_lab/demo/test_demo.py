@@ -68,7 +68,7 @@ def test_verification_fails_loudly(tmp_path: Path) -> None:
     with torch.no_grad():
         for _, factor in efft.named_factors(result.model):
             factor.mul_(1.5)  # makes the factors differ from the saved ones
-    with pytest.raises(RuntimeError, match="the reloaded model is not the one that was trained: reloaded: max diff"):
+    with pytest.raises(RuntimeError, match="the reloaded model differs from the trained model: reloaded: max diff"):
         verify.verify(result.model, tmp_path / "run", data)
     with torch.no_grad():
         for _, factor in efft.named_factors(result.model):

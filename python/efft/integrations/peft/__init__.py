@@ -21,7 +21,8 @@ __all__ = ["EfftLayer", "EfftModel", "EfftPeftConfig"]
 
 #: What adapters must have in common for ``peft.utils.hotswap``, which puts the tensors of one in another's place.
 _SWAPPED_ALIKE = [
-    *("variant", "rank", "rank_pattern", "scale", "trainable_scale", "core_sharing", "bias"),
+    *("variant", "rank", "rank_pattern", "scale", "trainable_scale", "core_sharing", "bias", "norms"),
+    "layer_scale",
     *("targets", "exclude", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
 ]
 

@@ -31,6 +31,10 @@ def mixed_config(adapters: Sequence[str], configs: dict[str, EfftPeftConfig], ba
             raise ValueError(f"adapter {name!r} has its own modules or biases, which cannot be added up")
         if configs[name].core_sharing == "shared" and configs[name].trainable_scale == "matrix":
             raise ValueError(f"adapter {name!r} shares cores that each layer scales, and a sum has no such scales")
+        if configs[name].layer_scale is not None:
+            raise ValueError(
+                f"adapter {name!r} has its own diagonals (layer_scale), which shared factors cannot add up"
+            )
         if configs[name].rank_pattern:
             raise ValueError(f"adapter {name!r} has a rank_pattern: expected adapters with one rank per group")
     config = copy.copy(first)

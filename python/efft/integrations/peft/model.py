@@ -16,7 +16,7 @@ from efft.integrations.peft import kinds
 from efft.integrations.peft.config import EfftPeftConfig
 from efft.integrations.peft.layer import EfftLayer, device_of, load, offload
 from efft.integrations.peft.mixing import fill, mixed_config
-from efft.integrations.peft.planning import exclusion, plan_adapter
+from efft.integrations.peft.planning import exclusion, plan_adapter, trained_norms
 from efft_kernels import Site, TTFactors
 from efft_kernels.nn.adapt import read_layers, replace_in_attributes
 
@@ -64,6 +64,7 @@ class EfftModel(BaseTuner):
         banks: Any = nn.ModuleDict()
         with _plain(model):
             plan = plan_adapter(model, config)
+            whole = [*plan.head, *trained_norms(model, plan.head)] if config.norms else plan.head
             _check_kinds(model, [name for group in plan.groups for name in group.sites])
             for group in plan.groups:
                 layer = model.get_submodule(next(iter(group.sites)))
@@ -75,7 +76,7 @@ class EfftModel(BaseTuner):
                 sites.update({name: (factors, site) for name, site in group.sites.items()})
                 banks[group.name] = factors
         self._check_names(adapter_name, banks)
-        config.modules_to_save = plan.head
+        config.modules_to_save = whole
         config.settle(plan.groups, banks)
         config.choose(sites)
         earlier = {p: p.requires_grad for p in self.efft_banks.parameters()}

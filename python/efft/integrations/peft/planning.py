@@ -14,6 +14,7 @@ from torch import nn
 
 from efft.adapting.heads import find_head
 from efft.integrations.peft.config import EfftPeftConfig
+from efft.planning.extras import Extras, find_extras
 from efft.planning.names import matcher
 from efft.planning.plan import Plan, make_plan, warn_of_untouched
 from efft.planning.structure import Weight, structure_of
@@ -64,6 +65,17 @@ def plan_adapter(model: nn.Module, config: EfftPeftConfig) -> Plan:
             "give names of its layers, their endings, a regular expression for whole names, or 'all-linear'"
         )
     return _plan_of(model, config, names, head)
+
+
+def trained_norms(model: nn.Module, head: Iterable[str]) -> list[str]:
+    """Return the names of the normalization layers outside the head, in which those of a saved adapter are already.
+
+    Raises:
+        ValueError: the model has none at all.
+    """
+    trained = find_extras(model, Extras(norms=True), {}, [])
+    inside = tuple(f"{name}." for name in head)
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in trained if not name.startswith(inside)))
 
 
 def exclusion(config: EfftPeftConfig, name: str) -> Any:

@@ -38,7 +38,7 @@ def best(rank: Any, label: str = "", **fields: Any) -> Variant:
 
 
 def explore() -> list[Variant]:
-    """Return the settings to look at first."""
+    """Return the settings to explore first."""
     found = [
         # The current default, the rival with the rates of its grid, and the best setting of the first table.
         shared(16),
@@ -63,7 +63,7 @@ def explore() -> list[Variant]:
         lora(1, 1e-3, 3),
         *(lora(2, lr) for lr in (1e-3, 3e-3)),
         *(lora(1, lr) for lr in (1e-3, 3e-3)),
-        # At most 59 k parameters: which of the extras are worth theirs?
+        # At most 59 k parameters: which extras are worth their parameters?
         shared(15, 0, 3),
         shared(10, 0, 3, "norms3", rates={"norms": 3}),
         shared(10, 0, 3, "norms10", rates={"norms": 10}),
@@ -89,7 +89,7 @@ def explore() -> list[Variant]:
         best(20, variant="efft1"),
         shared(15, 0, 3, "norms3", "efft1", rates={"norms": 3}),
         shared(21, 0, 3, "", "efft1"),
-        # Another geometry of the steps, and other starts.
+        # Preconditioned steps, and other starts.
         best(15, label="precondition", precondition=True),
         shared(15, 3, 1, "precondition", precondition=True),
         best(8, label="precondition", precondition=True),

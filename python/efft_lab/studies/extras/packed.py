@@ -1,4 +1,4 @@
-"""Pack what a machine without network needs: the backbone, and the images of every seed."""
+"""Pack the backbone and the images of every seed, for a machine without network."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ TRAINED = 1000
 
 
 def pack_task(name: str, folder: Path, fields: Mapping[str, Any]) -> Path:
-    """Write the images that the seeds use, and which of them have which role.
+    """Write the images that the seeds use, and the role of each image.
 
-    The images have their own size or the model's, whichever is smaller.
+    Images that are larger than the input of the model are resized to the size of the input.
     """
     size = fields["image_size"]
     options: Any = {"image_size": size, "max_test": fields["max_test"]}
@@ -103,7 +103,7 @@ def pack_base(folder: Path, fields: Mapping[str, Any], classes: Iterable[int]) -
 
 
 def read_base(folder: Path) -> dict[str, Tensor]:
-    """Return what :func:`pack_base` wrote, in fp32."""
+    """Return the tensors that :func:`pack_base` wrote, in fp32."""
     found: dict[str, Tensor] = {}
     with np.load(folder / "base.npz") as file:
         for name in file.files:

@@ -47,7 +47,7 @@ def train_stack(
     due: Any = lambda: False,
     starts: dict[Any, Start] | None = None,
 ) -> list[dict[str, Any]]:
-    """Return the rows of runs of one structure and stage, or none if the time was over before they ended."""
+    """Train runs of one structure and stage and return their rows, or no rows if the time ran out before they ended."""
     clock = time.perf_counter()
     variant = runs[0].variant
     starts = {} if starts is None else starts
@@ -154,7 +154,7 @@ def work(
     torch.backends.cuda.matmul.allow_tf32 = False
     packed = Packed(folder, tasks, fields, device)
     starts: dict[Any, Start] = {}
-    pace = 0.0  # seconds per run and step
+    pace = 0.0  # measured seconds per run and step
     print(f"worker {index}: ready, {deadline - time.time():.0f} s left", flush=True)
     while True:
         try:

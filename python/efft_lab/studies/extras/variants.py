@@ -1,4 +1,4 @@
-"""The settings, and where their runs start."""
+"""Define the settings of the study and create the initial parameters of their runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from efft_lab.train.methods import METHODS
 
 #: The linear layers of a block.
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-#: The kinds of parameters that a setting trains whether or not it names them.
+#: The kinds of parameters that every setting trains.
 OWN = ("sides", "cores", "lora_A", "lora_B", "own_A", "own_B", "head")
 #: The kinds of parameters that a layer has only if a setting names them.
 SPECIAL = ("diagonal_in", "diagonal_out", "gain")
@@ -64,14 +64,14 @@ class Variant:
         return self.lr * self.rates.get(kind, self.rates.get(family, default))
 
     def structure(self) -> str:
-        """Return what the runs of one stack have in common."""
+        """Return a text that is equal for all variants whose runs can share a stack."""
         settings = {k: v for k, v in self.settings.items() if k not in ("alpha", "core_init", "init", "scale")}
         settings["dropout"] = bool(settings.get("dropout"))
         special = sorted(kind for kind in SPECIAL if kind in self.rates)
         return json.dumps([self.method, settings, special, self.own, self.precondition, self.epochs])
 
     def key(self) -> str:
-        """Return what decides where the variant's runs start."""
+        """Return a text that is equal for all variants whose runs have the same initial parameters."""
         special = sorted(kind for kind in SPECIAL if kind in self.rates)
         return json.dumps([self.method, self.settings, special, self.movement, self.own, self.start])
 
@@ -109,7 +109,7 @@ def recipe() -> dict[str, Any]:
 
 
 def config_of(variant: Variant, seed: int, fields: Mapping[str, Any]) -> TrainConfig:
-    """Return the config that the ordinary trainer would get, without the extras."""
+    """Return the configuration for the ordinary trainer, without the extras."""
     values: dict[str, Any] = {**fields, "method": variant.method, "seed": seed, "lr": variant.lr}
     values |= {"epochs": variant.epochs, "protocol": "final"}
     if variant.method == "efft":
@@ -121,7 +121,7 @@ def config_of(variant: Variant, seed: int, fields: Mapping[str, Any]) -> TrainCo
 
 
 def start_of(variant: Variant, seed: int, base: nn.Module, fields: Mapping[str, Any]) -> Start:
-    """Return where the trainer would start, with the extras.
+    """Return the initial parameters that the trainer would use, with the extras.
 
     Args:
         variant: the setting.
@@ -138,7 +138,7 @@ def start_of(variant: Variant, seed: int, base: nn.Module, fields: Mapping[str, 
     start = Start.of(model)
     start.parameters.update(
         {n: p.detach() for n, p in base.named_parameters()}
-    )  # runs share one copy of what none of them changes
+    )  # runs share one copy of the parameters that no run changes
     generator = torch.Generator().manual_seed(seed)
     if variant.method == "efft":
         for name in model.efft:
@@ -156,7 +156,7 @@ def start_of(variant: Variant, seed: int, base: nn.Module, fields: Mapping[str, 
         for kind, d in (("diagonal_in", d_in), ("diagonal_out", d_out), ("gain", d_out)):
             if kind in variant.rates:
                 start.parameters[f"{layer}.{kind}"] = torch.ones(d)
-        if variant.own:  # the start is that of peft
+        if variant.own:  # same initial values as in peft
             bound = d_in**-0.5
             drawn = torch.rand(variant.own, d_in, generator=generator)
             start.parameters[f"{layer}.own_A"] = drawn * 2 * bound - bound

@@ -1,4 +1,4 @@
-"""The forward pass of timm's ViT for K runs at once."""
+"""Compute the forward pass of timm's ViT for K runs at once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from efft_lab.studies.stacked.start import Start
 
 
 class Forward:
-    """Computes the logits of K runs from what they share and what each of them trains.
+    """Compute the logits of K runs from the shared frozen parameters and the trained parameters of each run.
 
     Args:
         starts: the start of each run. All starts have parameters of the same names and shapes, except the classifier.
@@ -70,7 +70,7 @@ class Forward:
         return torch.stack(runs).to(self.device)
 
     def parameters(self, flat: Tensor) -> dict[str, Tensor]:
-        """Return all parameters by name: trained ones as [K, ...], frozen ones as they are."""
+        """Return all parameters by name. Trained parameters have a leading dimension [K, ...]."""
         parts = flat.split(self.sizes, 1)
         trained = {n: part.unflatten(1, s) for (n, s), part in zip(self.shapes.items(), parts, strict=True)}
         return {**self.frozen, **trained}
@@ -145,7 +145,7 @@ class Forward:
             return y
         rows = [bias if trained else bias.expand(self.runs, -1)] if trained or own else []
         D, G = operands.get(name, (x.new_zeros(1, x.shape[-1], 0), y.new_zeros(self.runs, 0, y.shape[-1])))
-        spare = 8 - D.shape[-1] % 8 if rows or D.shape[-1] % 8 else 0  # tensor cores want rows of 16 bytes
+        spare = 8 - D.shape[-1] % 8 if rows or D.shape[-1] % 8 else 0  # tensor cores need rows of 16 bytes
         h = torch.bmm(x, functional.pad(D.to(x.dtype), (0, spare)).expand(self.runs, -1, -1))
         if rows:
             h = h + (torch.arange(h.shape[-1], device=self.device) == D.shape[-1])

@@ -1,4 +1,4 @@
-"""The state of K runs and the step that advances them."""
+"""Hold the state of K runs and advance them step by step."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Stack:
         starts: the start of each run. All starts have parameters of the same names and shapes, except the classifier.
         classes: number of outputs of each run.
         kinds: the kind of each parameter that some run trains, by name.
-        rates: for each run, the peak learning rate of each kind; 0 leaves the start as it is.
+        rates: for each run, the peak learning rate of each kind of parameter. Parameters with rate 0 are not trained.
         batches: positions in ``pixels`` of the images of each step and run, [steps, K, batch].
         pixels: uint8 images [n, 3, size, size] of all tasks.
         labels: the labels of these images, [n].
@@ -91,7 +91,7 @@ class Stack:
         self.t.add_(1)
 
     def turn(self, g: Tensor) -> None:
-        """Replace the gradients of the banks' factors by their preconditioned ones."""
+        """Replace the gradients of the banks' factors by preconditioned gradients."""
         factors, gradients = self.forward.parameters(self.flat), self.forward.parameters(g)
         for bank in self.forward.scales:
             names = {factor: f"efft.{bank}.{factor}" for factor in "UCV"}
@@ -100,7 +100,7 @@ class Stack:
                 of_bank[1][factor].copy_(value)
 
     def train(self, steps: int, graph: bool = False, due: Callable[[], bool] = lambda: False) -> bool:
-        """Advance by ``steps`` and return True, or return False if ``due`` said that the time is over."""
+        """Advance by ``steps`` and return True, or return False if ``due`` reports that the time is over."""
         replay = self.captured() if graph else self.step
         for step in range(steps):
             replay()

@@ -1,4 +1,4 @@
-"""Describe where a run starts: the parameters of a model that the library, or peft, adapted."""
+"""Describe the start of a run: the initial parameters of a model that the library or peft adapted."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from efft.adapting.adapter import adapted_layers
 
 @dataclass(frozen=True)
 class Start:
-    """Where one run starts.
+    """Initial parameters of one run.
 
     Attributes:
         parameters: every parameter by name; those of peft's layers have the names that they have without peft.
         sites: for EFFT and FacT-TT, (name of the bank, site) by the name of the layer.
-        scales: the factor of the update by the name of the bank, which is ``lora`` for LoRA.
+        scales: maps the name of each bank (``lora`` for LoRA) to the scale of its updates.
         dropout: dropout of EFFT's factors.
         heads: number of attention heads.
     """

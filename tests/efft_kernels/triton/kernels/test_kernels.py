@@ -185,15 +185,17 @@ def test_sums_over_tokens(dtype: torch.dtype, splits: int | None) -> None:
         gy, x = matrix(M, d_out, dtype, 0), matrix(M, d_in, dtype, 1)
         h, dh = matrix(M, R, dtype, 2), matrix(M, R, dtype, 3)
         with checked() as names, poisoned_empty():
-            dG, dD = reduce_tokens.reduce_tokens(gy, h, x, dh, splits)
-        assert names == ["reduce_tokens_kernel", "finish_kernel"], "both sums in the same launches"
-        for got, left, right in ((dG, h, gy), (dD, x, dh)):
+            dG, dD, db = reduce_tokens.reduce_tokens(gy, h, x, dh, splits, need_db=True)
+        assert names == ["reduce_tokens_kernel", "finish_kernel"], "all sums in the same launches"
+        ones = torch.ones(M, 1, dtype=dtype)
+        for got, left, right in ((dG, h, gy), (dD, x, dh), (db[None], ones, gy)):
             assert got.dtype == torch.float32
             exact = left.double().t() @ right.double()
             assert_close_budget(got, exact, summed(left, right), factor=4, name=f"{(M, R, splits)}")
         again = reduce_tokens.reduce_tokens(gy, h, x, dh, splits)
         assert torch.equal(again[0], dG)
         assert torch.equal(again[1], dD)
+        assert again[2] is None
         assert torch.equal(reduce_tokens.reduce_tokens(None, None, x, dh, splits)[1], dD)
         assert torch.equal(reduce_tokens.reduce_tokens(gy, h, None, None, splits)[0], dG)
 
@@ -262,7 +264,7 @@ def test_producers(producer: str, dtype: torch.dtype, affine: bool) -> None:
             else:
                 A, H = gelu_project(values, P, producer, dtype)
                 saved = {}
-            _, dD = reduce_tokens.reduce_tokens(None, None, values, dh, producer=producer, **saved)
+            _, dD, _ = reduce_tokens.reduce_tokens(None, None, values, dh, producer=producer, **saved)
         assert names == ["project_kernel", "reduce_tokens_kernel", "finish_kernel"]
         wide = [t if t is None else t.double() for t in (gamma, beta)]
         exact = put_out(values.double(), producer, *wide)
