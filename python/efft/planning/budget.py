@@ -1,4 +1,4 @@
-"""Choose the rank, and what is trained beside the factors, for a number of parameters."""
+"""Choose the rank, and whether to train biases and norms, for a given number of parameters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Biases and normalization layers to train beside the factors, found by structure."""
+"""Find the biases and normalization layers to train in addition to the factors."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from efft_kernels.nn.frozen import is_plain
 
 
 class Extras(NamedTuple):
-    """Which parameters of a model are trained beside factors and head.
+    """Selection of the parameters of a model that are trained in addition to the factors and the head.
 
     Attributes:
         bias: "none", "all" (the biases of the whole model outside the head), or "adapted" (those of adapted layers). A
             bias is a parameter of one dimension that is called ``bias``, or whose name ends in ``_bias``
             (``in_proj_bias``).
-        norms: whether the weights and biases of normalization layers (:func:`is_norm`) are.
+        norms: whether the weights and biases of normalization layers (:func:`is_norm`) are trained.
     """
 
     bias: str = "none"
     norms: bool = False
 
     def as_fields(self) -> dict[str, Any]:
-        """Return them as fields of a configuration."""
+        """Return the selection as fields of a configuration."""
         return self._asdict()
 
     def describe(self) -> str:
@@ -35,11 +35,11 @@ class Extras(NamedTuple):
 
 
 def find_extras(model: nn.Module, wanted: Extras, weights: Mapping[str, Weight], head: Iterable[str]) -> dict[str, int]:
-    """Return the parameters of the model to train beside factors and head, with their number of entries.
+    """Return the parameters to train in addition to the factors and the head, with their number of entries.
 
     Args:
-        model: not adapted; it may be on the meta device.
-        wanted: which parameters.
+        model: a model that is not adapted; it may be on the meta device.
+        wanted: selection of the parameters.
         weights: the adapted weights.
         head: names of the modules that are trained as a whole.
 
@@ -85,7 +85,7 @@ def find_extras(model: nn.Module, wanted: Extras, weights: Mapping[str, Weight],
 def known_extras(
     model: nn.Module, names: Iterable[str], weights: Mapping[str, Weight], head: Iterable[str]
 ) -> dict[str, int]:
-    """Return the parameters of these names, which an adapter file has, with their number of entries.
+    """Return the parameters with the given names from an adapter file, with their number of entries.
 
     Raises:
         ValueError: the model lacks one of them, or it is adapted, a part of the head, or cannot be trained.

@@ -1,4 +1,4 @@
-"""Biases and norms of the adapters of a pool: parameters of which each adapter may have its own values."""
+"""Serve biases and norms in a pool. Each adapter may have its own values of these parameters."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ import efft
 import efft_kernels
 from efft.adapting.heads import find_head
 from efft.config import is_number
+from efft.methods import EfftConfig
 from efft.saving.files import read_json, replace_file, replacing
 from efft_lab import typed
 from efft_lab.backbones import DEFAULT
@@ -220,6 +221,8 @@ def check_config(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     """
     # The round trip through JSON converts tuples to lists.
     old, new = (flatten(json.loads(json.dumps(values))) for values in (saved, current))
+    if isinstance(saved.get("efft"), Mapping):  # a checkpoint that is older than some settings
+        old = flatten(EfftConfig.meant_before, "efft.") | old
     differing = [
         f"{name} was {old.get(name)!r}, is {new.get(name)!r}"
         for name in sorted(old.keys() | new.keys())

@@ -1,4 +1,4 @@
-"""The weighted sum of adapters as another adapter: exact, with the sum of their ranks."""
+"""Create an adapter that is exactly the weighted sum of other adapters. Its rank is the sum of their ranks."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from efft_kernels import TTFactors
 
 
 def mixed_config(adapters: Sequence[str], configs: dict[str, EfftPeftConfig], banks: Any) -> EfftPeftConfig:
-    """Return the settings of the sum of these adapters.
+    """Return the configuration for the sum of the given adapters.
 
     Raises:
-        ValueError: the factors of the adapters cannot be concatenated; the error says why.
+        ValueError: the factors of the adapters cannot be concatenated. The message gives the reason.
     """
     first, groups = configs[adapters[0]], banks[adapters[0]]
     for name in adapters:
@@ -68,6 +68,6 @@ def _outer(bank: TTFactors) -> tuple[Any, ...]:
 
 
 def _scale_cores(bank: TTFactors) -> Tensor:
-    """Return the cores times their scale."""
+    """Return the cores multiplied by their scale."""
     scale = bank.scale
     return bank.C * (scale[..., None, None] if isinstance(scale, Tensor) else scale)
