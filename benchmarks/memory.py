@@ -1,14 +1,14 @@
-"""Measure what a training step keeps for its backward pass, and the peak memory that it needs.
+"""Measure the memory that a training step saves for its backward pass, and the peak memory of the process.
 
     python -m benchmarks memory --quick
 
-Every row runs alone in its own process. What is measured:
+A row is one implementation in the comparison, and every row runs in a new process. The command records three numbers:
 
-- saved: the bytes of the storages that autograd keeps between forward and backward, each counted once. What exists
-  before the forward pass (weights, factors) does not count, but a layer's input and the copies that autocast makes of
-  the weights do.
-- peak: the most memory (CPU: ``VmHWM``) or allocations (CUDA) that the process had until the second step was done.
-- before: what the process had when the model was ready.
+- saved: the bytes of the storages that autograd saves between the forward and the backward pass, each counted once.
+  Storages that exist before the forward pass (weights, factors) do not count. The input of a layer and the copies of
+  the weights that autocast makes do count.
+- peak: the most memory (CPU: ``VmHWM``) or allocations (CUDA) that the process used up to the end of the second step.
+- before: the memory in use when the model was ready.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ ROOT = Path(__file__).parents[1]
 
 
 def saved_for_backward(forward: Callable[[], object], inputs: Iterable[Tensor] = ()) -> int:
-    """Return the bytes that autograd keeps after ``forward``, each storage once, without what existed before.
+    """Return the bytes that autograd saves in ``forward``; count each storage once and only if ``forward`` made it.
 
-    The function runs ``forward`` twice and keeps both results: a storage that both graphs hold is older than they are.
-    The storages of ``inputs`` count although they are older too.
+    The function runs ``forward`` twice and keeps both results. A storage that both graphs hold existed before and does
+    not count, unless it belongs to one of the ``inputs``.
     """
     first: dict[int, int] = {}
     second: dict[int, int] = {}
     results = [_with_storages(forward, kept) for kept in (first, second)]
     older = set(first) & set(second) - {tensor.untyped_storage().data_ptr() for tensor in inputs}
-    del results  # the graphs must live until here, else memory would be reused and its address seen twice
+    del results  # the graphs must live until here; otherwise two storages could have the same address
     return sum(n_bytes for address, n_bytes in second.items() if address not in older)
 
 
@@ -54,14 +54,14 @@ def _with_storages(forward: Callable[[], object], kept: dict[int, int]) -> objec
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         kept[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # an output itself would hold its own graph, a cycle that is never freed
+        return tensor.detach()  # saving an output itself would create a reference cycle with its graph
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         return forward()
 
 
 def measure_layer(spec: dict[str, Any]) -> dict[str, Any]:
-    """Measure one row of one layer.
+    """Measure one row for one layer.
 
     ``spec`` has the fields of a :class:`benchmarks.ops.cases.Case`, and ``row`` and ``device``.
     """
@@ -77,7 +77,7 @@ def measure_layer(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure_model(spec: dict[str, Any]) -> dict[str, Any]:
-    """Measure one row of a whole model.
+    """Measure one row for a complete model.
 
     ``spec`` has the fields of a :class:`benchmarks.model.step.Setting`, and ``row``.
     """
@@ -92,14 +92,14 @@ def measure_model(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def saved_by(row: model_rows.ModelRow, module: torch.nn.Module, setting: Setting) -> int:
-    """Return :func:`saved_for_backward` of a forward pass of ``row``'s model."""
+    """Return the bytes that a forward pass of ``row``'s model saves for the backward pass."""
     images, labels = setting.examples(module)
     with row.running():
         return saved_for_backward(lambda: setting.loss(module, images, labels))
 
 
 def peak(step: Callable[[], object], device: str) -> dict[str, int]:
-    """Return ``peak_bytes`` of this process until two steps are done, and ``before_bytes`` in use when they began."""
+    """Run two steps; return the process's peak memory until then (``peak_bytes``) and before (``before_bytes``)."""
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -111,13 +111,13 @@ def peak(step: Callable[[], object], device: str) -> dict[str, int]:
 
 
 def _status(field: str) -> int:
-    """Return a field of this process's status, in bytes.
+    """Return a memory field of this process's status, in bytes.
 
-    ``getrusage`` would give the peak of the parent process if that was larger.
+    ``getrusage`` is not used because it reports the parent's peak if that is larger.
     """
     path = Path("/proc/self/status")
     if not path.exists():
-        raise RuntimeError(f"the peak memory of a process is read from {path}, which this system does not have")
+        raise RuntimeError(f"the peak memory of a process is read from {path}, which does not exist on this system")
     line = next(line for line in path.read_text().splitlines() if line.startswith(f"{field}:"))
     return 1024 * int(line.split()[1])
 
@@ -126,12 +126,12 @@ LEVELS = {"layer": measure_layer, "model": measure_model}
 
 
 def in_new_process(level: str, spec: dict[str, Any]) -> dict[str, Any]:
-    """Return what ``LEVELS[level](spec)`` returns in a new process, or a ``reason`` if that process dies."""
+    """Run ``LEVELS[level](spec)`` in a new process and return its result, or a ``reason`` if the process fails."""
     command = [sys.executable, "-m", "benchmarks.memory", "--measure", level, json.dumps(spec)]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(sys.path),
-    }  # the child finds the modules that this process finds
+    }  # the child process must find the same modules as this process
     child = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if child.returncode:
         last = child.stderr.strip().splitlines()[-1:] or [f"exit status {child.returncode}"]
@@ -140,7 +140,7 @@ def in_new_process(level: str, spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def specifications(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (level, what to measure) of every row."""
+    """Yield the level and the specification of every row to measure."""
     images, dtypes = (2, ["float32"]) if args.quick else (args.batch, args.dtype)
     if "model" in args.level:
         for dtype in dtypes:
@@ -160,12 +160,12 @@ def parser() -> argparse.ArgumentParser:
     options = parser_of_measurement("memory", __doc__)
     options.add_argument("--level", nargs="+", choices=list(LEVELS), default=list(LEVELS))
     options.add_argument(
-        "--model", default=Setting.model, help="timm name, for the level model; the layers are those of ViT-B"
+        "--model", default=Setting.model, help="timm name, for --level model; the level layer measures layers of ViT-B"
     )
     options.add_argument("--batch", type=int, default=8, help="images")
     options.add_argument("--rank", type=int, default=Setting.rank)
     options.add_argument("--rows", nargs="+", help="default: all")
-    options.add_argument("--quick", action="store_true", help="2 images, float32, and only fc1 of the layers")
+    options.add_argument("--quick", action="store_true", help="use 2 images, float32, and only fc1 of the layers")
     options.add_argument("--measure", nargs=2, metavar=("LEVEL", "JSON"), help=argparse.SUPPRESS)
     return options
 
@@ -188,7 +188,7 @@ def main(words: Sequence[str] | None = None) -> int:
             f"{level:<6} {what:<26} {spec['dtype']:<9} {spec['row']:<16} {' '.join(sizes) or found['reason']}",
             flush=True,
         )
-    print(f"written to {path}")
+    print(f"results written to {path}")
     return 0
 
 

@@ -1,10 +1,10 @@
-"""Examine what ``efft.apply`` makes of every architecture of timm and transformers: the table of docs/models.md.
+"""Find out which layers ``efft.apply`` adapts in every architecture of timm and transformers, and write docs/models.md.
 
     python -m benchmarks models --out docs/models.md
 
 The models are created on the meta device, without weights, and adapted there with ``EfftConfig(rank=16)``. "Wholly"
-means at least 99 % of the weights in the repeated blocks; for the others the table says what is left. Nothing is
-downloaded.
+means that at least 99 % of the weights in the repeated blocks are adapted. For the other models the table lists the
+weights that are not adapted. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -27,13 +27,16 @@ from torch import nn
 
 import efft
 
-#: Seconds that creating and adapting one model may take.
+#: Time limit in seconds for creating and adapting one model.
 PATIENCE = 60
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The outcome of one architecture: "wholly", "in part", "refused", or "not made" if its library cannot do so."""
+    """Describe the result for one architecture.
+
+    ``verdict`` is "wholly", "in part", "refused", or "not made" if the library cannot create the model.
+    """
 
     library: str
     name: str
@@ -47,7 +50,7 @@ class Outcome:
 def architectures(library: str) -> list[str]:
     """Return all architectures of the installed library.
 
-    They are timm's registered models, or the model classes of transformers' auto classes.
+    For timm these are the registered models, and for transformers the model classes in its auto classes.
     """
     if library == "timm":
         import timm
@@ -82,7 +85,7 @@ def examine(library: str, name: str) -> Outcome:
     with _quietly(), _patience():
         try:
             model = create(library, name)
-        except BaseException as error:  # a library may raise anything if its defaults do not make a model
+        except BaseException as error:  # a library may raise any error if its defaults do not make a model
             return Outcome(library, name, "not made", said=_line(error))
         try:
             config = efft.EfftConfig(rank=16)
@@ -128,7 +131,7 @@ def _patience() -> Iterator[None]:
 
 
 def examine_all(library: str, names: Sequence[str], jobs: int, report: Callable[[Outcome], None]) -> list[Outcome]:
-    """Return the outcomes in the order of ``names``, computed by ``jobs`` processes."""
+    """Examine the named architectures in ``jobs`` processes and return the outcomes in the order of ``names``."""
     with ProcessPoolExecutor(jobs, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         found = []
         for outcome in pool.map(examine, [library] * len(names), names, chunksize=8):
@@ -205,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--names", nargs="+", help="only these")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument(
-        "--out", type=Path, help="the page to write; without it, the command only shows what is not wholly adapted"
+        "--out", type=Path, help="page to write; without it, the command prints the models that are not wholly adapted"
     )
     args = parser.parse_args(arguments)
     outcomes = []

@@ -1,11 +1,12 @@
-"""Measure quantized backbones under EFFT2: what rounding the frozen weights does to logits, time and memory.
+"""Measure EFFT2 on quantized models: the effect of quantized frozen weights on logits, time and memory.
 
     python -m benchmarks quantized --quick
 
-The adapted layers are quantized by torchao. All rows are interleaved, have the same factors (in fp32) and see the same
-images. ``error`` is ``|logits - dense| / |dense|`` over all images, where ``dense`` are the logits of the model in fp32
-without quantization. The first row is that model in the measured dtype. The times are those of a forward pass for
-inference, and of forward and backward in training.
+A row is one format of the frozen weights. torchao quantizes the adapted layers. All rows have equal factors (in fp32),
+see the same images, and are measured in turn within each repetition. ``error`` is ``|logits - dense| / |dense|`` over
+all images, where ``dense`` are the logits of the fp32 model without quantization. The first row is this model without
+quantization in the measured dtype. The command times a forward pass for inference, and a forward and backward pass in
+training.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from efft_lab.record import append, machine_facts, quantiles
 
 @dataclass(frozen=True)
 class QuantizedRow:
-    """A way to store frozen weights; ``quantize`` converts one layer in place."""
+    """Describe a format of frozen weights; ``quantize`` converts one layer in place."""
 
     name: str
     explains: str
@@ -37,7 +38,7 @@ class QuantizedRow:
 
 
 def torchao(config: str, **options: Any) -> Callable[[nn.Module], None]:
-    """Return a function that quantizes a layer by this configuration of torchao."""
+    """Return a function that quantizes a layer with the named configuration class of torchao."""
 
     def quantize(layer: nn.Module) -> None:
         from torchao import quantization
@@ -48,9 +49,9 @@ def torchao(config: str, **options: Any) -> Callable[[nn.Module], None]:
 
 
 def per_row_float8(layer: nn.Module) -> None:
-    """Store weights and compute activations as e4m3 with a scale per row.
+    """Store weights and compute activations as e4m3 with one scale per row.
 
-    The product is ``torch._scaled_mm`` if the GPU has it.
+    The product uses ``torch._scaled_mm`` if the GPU supports it.
     """
     from torchao.quantization import PerRow
 
@@ -58,9 +59,9 @@ def per_row_float8(layer: nn.Module) -> None:
 
 
 def nf4(layer: nn.Module) -> None:
-    """Store weights in QLoRA's format: blocks of 64, with the scales of 256 blocks quantized together.
+    """Store weights in QLoRA's format: blocks of 64, and scales that are quantized in groups of 256 blocks.
 
-    If 256 does not divide the number of blocks, fewer scales are quantized together.
+    If 256 does not divide the number of blocks, the groups are smaller.
     """
     from torchao.quantization import to_nf4
 
@@ -84,7 +85,7 @@ _PHASES = ("fwd", "fwd_bwd")
 
 
 def stored_bytes(tensor: Tensor) -> int:
-    """Return the bytes that a tensor occupies; a subclass occupies what its parts do."""
+    """Return the bytes that a tensor occupies; for a tensor subclass, the sum over its parts."""
     if not hasattr(tensor, "__tensor_flatten__"):
         return tensor.numel() * tensor.element_size()
     return sum(stored_bytes(getattr(tensor, part)) for part in tensor.__tensor_flatten__()[0])
@@ -104,7 +105,7 @@ def build(setting: Setting, row: QuantizedRow) -> nn.Module:
 
 
 def passes(model: nn.Module, setting: Setting) -> dict[str, Callable[[], Tensor]]:
-    """Return two calls: the logits of a batch for inference, and the loss of a training step after its backward."""
+    """Return two functions: one computes the logits of a batch, the other the loss and gradients of a training step."""
     images, labels = setting.examples(model)
     images = images.to(getattr(torch, setting.dtype))
 
@@ -123,7 +124,7 @@ def passes(model: nn.Module, setting: Setting) -> dict[str, Callable[[], Tensor]
 
 
 def measure(setting: Setting, rows: Sequence[QuantizedRow], repeats: int) -> list[dict[str, Any]]:
-    """Return one line of the result file per row."""
+    """Measure every row and return one line of the result file per row."""
     wide = replace(setting, dtype="float32")
     exact = passes(build(wide, ROWS["dense"]), wide)["fwd"]()
     common = {**machine_facts(), "suite": "quantized", **asdict(setting)}
@@ -140,7 +141,7 @@ def measure(setting: Setting, rows: Sequence[QuantizedRow], repeats: int) -> lis
             AssertionError,
             ImportError,
             RuntimeError,
-        ) as error:  # such as a format that is not supported here; the other rows go on
+        ) as error:  # such as an unsupported format; continue with the other rows
             lines[row.name]["reason"] = f"failed: {error}"
             continue
         built[row.name] = runs
@@ -177,7 +178,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the options."""
     options = parser_of_measurement("quantized", __doc__, ["bfloat16"])
     options.add_argument("--model", default=Setting.model, help="timm name; ViT or Swin")
-    options.add_argument("--batch", type=int, help="images; default: 8, on a GPU 64")
+    options.add_argument("--batch", type=int, help="number of images; default: 8 on a CPU, 64 on a GPU")
     options.add_argument("--rank", type=int, default=Setting.rank)
     options.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     options.add_argument("--repeats", type=int, help="default: 20, with --quick 3")
@@ -196,7 +197,7 @@ def main(words: Sequence[str] | None = None) -> int:
         )
         path = append("quantized", lines, args.results)
         show(lines)
-    print(f"\nwritten to {path}")
+    print(f"\nresults written to {path}")
     return 0
 
 

@@ -1,11 +1,11 @@
-"""Fill the tables of the README and of the pages in docs/ from result files and from the library itself.
+"""Fill the tables of the README and of the pages in docs/ with data from result files and from the library.
 
-The tests fail when a page differs from what this module writes.
+The tests fail if a page differs from the output of this module.
 
     python -m benchmarks tables          # rewrite the tables
     python -m benchmarks tables ops_gpu  # print one of them
 
-A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``.
+In a page, a table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PAGES = (ROOT / "README.md", ROOT / "docs/experiments.md", ROOT / "docs/performa
 
 
 def parameters() -> str:
-    """Return the trainable parameters by architecture, counted on models without storage."""
+    """Return a table of trainable parameters by architecture, counted on models without storage."""
     import timm
     import torch
 
@@ -82,7 +82,7 @@ def summary() -> str:
             *(f"{_time(graphs, row)} ({_time(launched, row)}) x frozen" for row in _RIVALS),
         ],
         [
-            f"activations saved for backward (frozen model: {saved['floor']:.0f} MiB)",
+            f"activations saved for the backward pass (frozen model: {saved['floor']:.0f} MiB)",
             f"{saved['efft:cpu']:.0f} MiB; {saved['fused:cpu']:.0f} MiB after `efft.fuse`",
             f"{saved['peft']:.0f} MiB",
         ],
@@ -117,7 +117,7 @@ def _accuracies(suite: str, methods: Sequence[str]) -> list[str]:
 
 
 def accuracy(suite: str, what: Literal["means", "comparisons"] = "means") -> str:
-    """Return the means over the tasks of a suite, or the paired tests of its methods, as far as it has been run."""
+    """Return a suite's means over the tasks or the paired tests of its methods, from the results that exist."""
     from efft_lab.compare import report
     from efft_lab.compare import suite as suites
     from efft_lab.compare.agenda import Agenda

@@ -1,11 +1,11 @@
-"""Measure inference with an adapter, merged into the weights or applied beside them, against the plain model.
+"""Measure inference with a merged adapter, an unmerged adapter, and many adapters, relative to the plain model.
 
     python -m benchmarks serve --quick
 
-Weights and images have the named dtype. All rows are interleaved and see the same images. The rows that compute the
-EFFT update are checked first: their logits are compared with fp64, and W + dW in the same dtype is the yardstick. Rows
-``pool:n`` use a different one of n adapters for every image (:class:`efft.AdapterPool`). All rows are also compared
-with ``pool:1`` and with the merged model.
+A row is one way to serve the model. Weights and images have the given dtype. All rows see the same images and are
+measured in turn within each repetition. Rows that compute the EFFT update are checked first. The errors of their logits
+against fp64 are compared with the errors of W + dW in the same dtype. Rows ``pool:n`` use a different one of n adapters
+for every image (:class:`efft.AdapterPool`). All times are also compared with ``pool:1`` and with the merged model.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ from efft_lab.record import append, machine_facts, quantiles
 
 
 class ManyAdapters(nn.Module):
-    """A model in which the images go through n adapters in turn, one adapter per image.
+    """Send the images through n adapters in turn, one adapter per image.
 
-    The n adapters are copies of one: they take as much time and memory as different ones, and their output is known.
+    The n adapters are copies of one adapter. They need as much time and memory as different adapters, and the correct
+    output is known.
     """
 
     pool: efft.AdapterPool
@@ -45,17 +46,17 @@ class ManyAdapters(nn.Module):
         self.default_cfg = model.default_cfg
 
     def fill(self) -> None:
-        """Put the adapter of the model into a pool, n times.
+        """Put n copies of the model's adapter into a pool.
 
         Raises:
-            RuntimeError: there is not enough memory for so many adapters.
+            RuntimeError: there is not enough memory for n adapters.
         """
         adapter = copy.deepcopy(self.model)
         self.pool = efft.AdapterPool(efft.remove(self.model), capacity=1)
         self.pool.add("0", adapter)
         needed = self.n * self.pool.bytes_per_adapter
         if next(adapter.parameters()).device.type == "cpu" and needed > _free_memory():
-            raise RuntimeError(f"{self.n} adapters need {needed / 2**30:.1f} GiB of memory, but less is free")
+            raise RuntimeError(f"{self.n} adapters need {needed / 2**30:.1f} GiB of memory, more than is free")
         self.pool.detach()
         self.pool = efft.AdapterPool(self.model, capacity=self.n)
         for i in range(self.n):
@@ -70,7 +71,7 @@ class ManyAdapters(nn.Module):
 
 
 def pooled(n: int) -> Callable[[nn.Module, int], nn.Module]:
-    """Return EFFT2 of the same factors, to be put into a pool n times."""
+    """Return a function that adapts a model for a pool of n adapters with the same factors as the other EFFT2 rows."""
     return lambda model, rank: ManyAdapters(adapted(model, rank), n)
 
 
@@ -80,10 +81,10 @@ def _free_memory() -> int:
 
 @dataclass(frozen=True)
 class ServeRow:
-    """A way to serve an adapted model.
+    """Describe one way to serve an adapted model.
 
-    ``adapt`` makes the model from (plain model, rank), and ``finish`` is called on the model when it has its dtype.
-    ``is_efft`` says whether it computes the EFFT update, ``backend`` which backend its ops ask for.
+    ``adapt`` creates the model from (plain model, rank). ``finish`` is called on the model after its conversion to the
+    dtype. ``is_efft`` says whether the model computes the EFFT update. ``backend`` is the backend of its ops.
     """
 
     name: str
@@ -94,7 +95,7 @@ class ServeRow:
     backend: Backend | None = None
 
     def build(self, setting: Setting) -> nn.Module:
-        """Return the row's model in eval mode, in the setting's dtype."""
+        """Return the model of the row in eval mode, in the dtype of the setting."""
         model = self.adapt(setting.plain(), setting.rank).eval()
         model = model.to(setting.device, getattr(torch, setting.dtype))
         if self.finish is not None:
@@ -102,7 +103,7 @@ class ServeRow:
         return model
 
     def running(self) -> AbstractContextManager[None]:
-        """Return the context that the row's model must run in."""
+        """Return the context in which the model of this row must run."""
         return nullcontext() if self.backend is None else use_backend(self.backend)
 
 
@@ -130,12 +131,12 @@ ROWS: dict[str, ServeRow] = {
 }
 
 
-#: The rows by whose time the others are divided, by the name of the ratio in the results.
+#: The rows that the other rows are compared with, by the name of the ratio in the results.
 _COMPARED_WITH = {"base": "base", "merged": "merged", "one_adapter": "pool:1"}
 
 
 def logits_of(row: ServeRow, model: nn.Module, images: Tensor) -> Callable[[], Tensor]:
-    """Return a forward pass of ``model`` as one call."""
+    """Return a function that runs a forward pass of ``model``."""
 
     @torch.inference_mode()
     def run() -> Tensor:
@@ -146,12 +147,12 @@ def logits_of(row: ServeRow, model: nn.Module, images: Tensor) -> Callable[[], T
 
 
 def images_for(setting: Setting, model: nn.Module, n: int) -> Tensor:
-    """Return ``n`` images in the dtype of the weights."""
+    """Return ``n`` random images in the dtype of the weights."""
     return setting.examples(model, n)[0].to(getattr(torch, setting.dtype))
 
 
 def build_checked(setting: Setting, rows: Sequence[ServeRow]) -> dict[str, nn.Module | str]:
-    """Return each row's model, or the reason why it cannot be measured."""
+    """Return the model of each row, or the reason why the row cannot be measured."""
     dense = ServeRow(NAIVE.name, NAIVE.explains, NAIVE.adapt)
 
     def logits(row: ServeRow, model: nn.Module, at: Setting) -> Tensor:
@@ -174,13 +175,13 @@ def build_checked(setting: Setting, rows: Sequence[ServeRow]) -> dict[str, nn.Mo
             found[row.name] = model
         except AssertionError as error:
             found[row.name] = f"wrong: {error}"
-        except (RuntimeError, ImportError) as error:  # no memory, peft not installed: the other rows go on
+        except (RuntimeError, ImportError) as error:  # such as out of memory; continue with the other rows
             found[row.name] = f"failed: {error}"
     return found
 
 
 def measure(setting: Setting, rows: Sequence[ServeRow], batches: Sequence[int], repeats: int) -> list[dict[str, Any]]:
-    """Return one line of the result file per row and batch size."""
+    """Measure every row and return one line of the result file per row and batch size."""
     built = build_checked(setting, rows)
     models = {name: model for name, model in built.items() if isinstance(model, nn.Module)}
     lines = []
@@ -208,7 +209,7 @@ def show(lines: Sequence[dict[str, Any]]) -> None:
     print(f"\n{first['model']}, rank {first['rank']}, {first['dtype']}, {first['device']}")
     print(
         f"{'batch':>5} {'row':<16} {'ms':>9} {'images/s':>9} {'ratio to base':>21} {'to merged':>9} {'to pool:1':>9} "
-        "KiB an adapter"
+        "KiB per adapter"
     )
     for line in lines:
         figures = line.get("reason")
@@ -226,7 +227,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the options."""
     options = parser_of_measurement("serve", __doc__)
     options.add_argument("--model", default=Setting.model, help="timm name; ViT or Swin")
-    options.add_argument("--batch", type=int, nargs="+", help="images; default: 1 8, on a GPU 1 8 64 256")
+    options.add_argument("--batch", type=int, nargs="+", help="numbers of images; default: 1 8, on a GPU 1 8 64 256")
     options.add_argument("--rank", type=int, default=Setting.rank)
     options.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     options.add_argument("--repeats", type=int, help="default: 20, with --quick 5")
@@ -244,7 +245,7 @@ def main(words: Sequence[str] | None = None) -> int:
         lines = measure(Setting(args.model, max(batches), args.rank, dtype, args.device), rows, batches, repeats)
         path = append("serve", lines, args.results)
         show(lines)
-    print(f"\nwritten to {path}")
+    print(f"\nresults written to {path}")
     return 0
 
 

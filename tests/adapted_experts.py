@@ -1,4 +1,4 @@
-"""Experts of a whole model or module that are adapted by hand, and what their updates should be."""
+"""Adapt the experts of a model or module manually, and compute the expected updates."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from efft_kernels import ExpertWeight, Site, TTFactors
 
 
 class AdaptedModel:
-    """A model whose experts are adapted by hand and share one train; ``dense`` returns what each update should be."""
+    """Adapt a model's experts with one shared tensor train; ``dense`` returns the expected update of a parameter."""
 
     def __init__(self, model: nn.Module, std: float = 0.3, **kwargs: Any) -> None:
         self.model = model
@@ -46,5 +46,5 @@ class AdaptedModel:
         return matrices if weight.view == "experts transposed" else matrices.transpose(1, 2)
 
     def effective(self) -> dict[str, Tensor]:
-        """Return the weights with their updates by name; they are differentiable."""
+        """Return the updated weights by name; they are differentiable."""
         return {name: weight.stored.detach() + self.dense(weight) for name, weight in self.weights.items()}

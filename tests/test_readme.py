@@ -1,4 +1,4 @@
-"""What the README shows works as shown: its Python blocks, its commands and its tables."""
+"""Test that the README's Python blocks, commands and tables are correct."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is measured of a whole model: a setting, the model of a row in that setting, and its training step."""
+"""Build the model of a row in a given setting, and its training step."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ N_CLASSES = 100
 
 @dataclass(frozen=True)
 class Setting:
-    """A timm model (random weights, no stochastic depth), its batch size, and the numbers that it computes with.
+    """Describe a timm model (random weights, no stochastic depth), its batch size, and its numeric precision.
 
-    ``dtype`` is that of autocast over fp32 weights; "float32" computes without autocast, "float64" with fp64 weights.
-    With ``cuda_graphs`` the steps are replays of CUDA graphs, which leave out what the host does to launch kernels.
+    ``dtype`` is the dtype of autocast over fp32 weights. "float32" disables autocast, and "float64" also uses fp64
+    weights. With ``cuda_graphs`` a step is the replay of a CUDA graph, which excludes the host's work.
     """
 
     model: str = "vit_base_patch16_224"
@@ -32,7 +32,7 @@ class Setting:
     cuda_graphs: bool = False
 
     def build(self, row: ModelRow) -> nn.Module:
-        """Return the model of ``row`` in training mode, with the same weights and factors in every row and dtype."""
+        """Return the model of ``row`` in training mode; all rows and dtypes have equal weights and factors."""
         model = row.adapt(self.plain(), self.rank).train()
         return model.to(self.device, torch.float64 if self.dtype == "float64" else torch.float32)
 
@@ -52,7 +52,7 @@ class Setting:
         return images.to(self.device, torch.float64 if self.dtype == "float64" else None), labels.to(self.device)
 
     def loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (logits [n, classes], loss) of a forward pass."""
+        """Run a forward pass and return (logits [n, classes], loss)."""
         dtype = getattr(torch, self.dtype)
         with torch.autocast(images.device.type, dtype, enabled=dtype.itemsize < 4):
             logits = model(images)
@@ -67,7 +67,7 @@ def unavailable(row: ModelRow, setting: Setting) -> str | None:
 
 
 def training_step(row: ModelRow, model: nn.Module, setting: Setting) -> Callable[[], None]:
-    """Return forward, backward and optimizer step of one batch as one call."""
+    """Return a function that runs the forward pass, backward pass and optimizer step of one batch."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, capturable=setting.cuda_graphs)
     images, labels = setting.examples(model)
@@ -88,7 +88,7 @@ def trainable(model: nn.Module) -> int:
 
 
 def adapter_bytes(model: nn.Module, plain: nn.Module) -> int:
-    """Return the size of everything trained beside the classifier of ``plain``: the data of an adapter file."""
+    """Return the bytes of all trained tensors except the head of ``plain``: the size of the data in an adapter file."""
     head = sum(
         p.numel() * p.element_size() for n in find_head(plain, None) for p in plain.get_submodule(n).parameters()
     )

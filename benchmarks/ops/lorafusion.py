@@ -1,11 +1,13 @@
-"""LoRA split at the rank-r tensor, after LoRAFusion (github.com/CentML/lorafusion), at dropout 0, scale 1.
+"""Compute LoRA split at the rank-r tensor, following LoRAFusion (github.com/CentML/lorafusion).
+
+The dropout is 0 and the scale is 1.
 
     forward    S = x Aᵀ by the vendor;      y = S Bᵀ + x Wᵀ + b in one kernel, whose accumulator starts from S Bᵀ
     backward   dS = gy B and dB = gyᵀ S in one kernel that reads gy once, both summed with fp32 atomics;
                dA = dSᵀ x by the vendor;    dx = dS A + gy W in one kernel, whose accumulator starts from dS A
 
-This is a new implementation of that description, as a rival to measure; its tiles are those that LoRAFusion uses on an
-H100.
+"By the vendor" means by the vendor's matrix-product library. This is a new implementation of the method, written for
+comparison. Its tiles are those that LoRAFusion uses on an H100.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -20,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-#: Tiles of the two products with the frozen weight, for half-precision elements; fp32 halves BN to fit the memory.
+#: Tiles of the two products with the frozen weight, for half precision; fp32 halves BN so that a tile fits in memory.
 PRODUCT = {"BM": 128, "BN": 256, "BK": 64, "num_warps": 8, "num_stages": 3}
 #: Tiles of the kernel that reads gy once.
 REDUCTION = {"BM": 128, "BN": 128, "num_warps": 8, "num_stages": 3}
@@ -29,9 +31,9 @@ REDUCTION = {"BM": 128, "BN": 128, "num_warps": 8, "num_stages": 3}
 @triton.jit
 def _product_kernel(
     a,  # [M, K]
-    b,  # [K, N] by its strides
+    b,  # [K, N], with strides
     s,  # [M, R]
-    t,  # [R, N] by its strides
+    t,  # [R, N], with strides
     bias,  # [N]
     out,  # [M, N]
     M,
@@ -94,7 +96,7 @@ def _reduction_kernel(
 
 
 def _product(a: Tensor, b: Tensor, s: Tensor, t: Tensor, bias: Tensor | None) -> Tensor:
-    """Return s t + a b + bias for a [M, K], s [M, R] contiguous and b [K, N], t [R, N] of any strides."""
+    """Return s t + a b + bias for contiguous a [M, K] and s [M, R], and b [K, N] and t [R, N] with any strides."""
     (m, k), n = a.shape, b.shape[1]
     out = a.new_empty(m, n)
     tiles = {**PRODUCT, "BN": PRODUCT["BN"] * 2 // a.itemsize}

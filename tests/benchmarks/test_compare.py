@@ -1,4 +1,4 @@
-"""A planted slow-down is reported, and noise is not."""
+"""Test that the comparison reports a planted slowdown and ignores noise."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ line = {"suite": sys.argv[1], "row": "efft:eager", "machine": "", "ratio": {sys.
 def test_two_revisions_are_measured_with_this_checkouts_benchmarks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The revisions differ in the library, and do not even contain the benchmarks."""
+    """The revisions differ only in the library, and neither contains the benchmarks."""
     root = tmp_path / "checkout"
     (root / "python").mkdir(parents=True)
 

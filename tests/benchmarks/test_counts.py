@@ -1,4 +1,4 @@
-"""The formulas against the operations that torch counts and the sizes of the tensors."""
+"""Compare the formulas for FLOPs and bytes with torch's operation counter and with the sizes of the tensors."""
 
 from __future__ import annotations
 

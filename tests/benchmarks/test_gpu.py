@@ -1,4 +1,4 @@
-"""The run within a budget of time: its order, its limits, and what happens to jobs that fail or hang."""
+"""Test the run within a time budget: the order of the jobs, their limits, and jobs that fail or hang."""
 
 from __future__ import annotations
 

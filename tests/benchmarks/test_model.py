@@ -1,6 +1,4 @@
-"""Every row of the model benchmark trains what it names, under the floor's conditions, and only a right row gets a
-time.
-"""
+"""Test the benchmark of complete models: each row trains the right parameters, and only accurate rows are timed."""
 
 from __future__ import annotations
 
@@ -27,14 +25,14 @@ pytest.importorskip("peft", reason="needs the dev extra")
 
 TINY = Setting("tiny", batch=2, rank=4)
 EAGER = ROWS["efft:eager"]
-#: The reasons why rows cannot run whose backend needs a GPU, or the compiled extension.
+#: The reasons for rows whose backend needs a GPU or the compiled extension.
 MISSING = {name: can_run(row.backend, torch.ones(1)) for name, row in ROWS.items() if row.backend is not None}
 RUNNABLE = [name for name in ROWS if MISSING.get(name) is None]
 
 
 @pytest.fixture(params=["vit"], autouse=True)
 def architecture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Replace timm's models by tiny models of width 16 (Swin: 8 and 16), and return the name of one."""
+    """Replace timm's models with tiny models of width 16 (Swin: 8 and 16), and return the name of one."""
     sizes: dict[str, Any] = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
     kind = timm.models.VisionTransformer
     if request.param == "swin":
@@ -72,7 +70,7 @@ def test_gradient_enters_the_floor_at_the_first_adapted_layer(architecture: str)
 
 @both
 def test_no_row_asks_for_a_gradient_before_the_first_adapted_layer(architecture: str) -> None:
-    """So the floor's backward pass is as long as that of any adapter."""
+    """For this reason the backward pass of the frozen baseline is as long as that of any adapter."""
     for row in select([*(name for name in RUNNABLE if name not in ("bitfit", "full"))]):
         model = TINY.build(row)
         before = []
@@ -176,7 +174,7 @@ def test_a_row_that_breaks_does_not_stop_the_others(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_step_that_no_graph_can_capture_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The test replaces the two things that need a GPU: an optimizer that can be captured, and the capture."""
+    """The test replaces the two parts that need a GPU: the capture and an optimizer that can be captured."""
     adamw, pools = torch.optim.AdamW, []
 
     class Graph:

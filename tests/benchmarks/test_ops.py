@@ -1,4 +1,4 @@
-"""All rows compute the same thing, and only a row that does gets a time."""
+"""Test that all rows compute the same results, and that a row with wrong results is not timed."""
 
 from __future__ import annotations
 
@@ -91,16 +91,16 @@ def test_the_triton_row_says_why_it_cannot_run() -> None:
 
 
 def test_rows_differ_in_work_as_their_explanations_say() -> None:
-    """The expected numbers are the multiply-adds beyond those of the floor."""
+    """The expected numbers are the multiply-adds in excess of the frozen baseline's."""
     n, k, d, r = 31, 24, 60, 5
     inputs = make_inputs(Sizes(n, k, d, r, 4), torch.float32, n_cores=3)
     extra = {
         "floor": 0,
         "merged": 0,
         "chain": 3 * n * r * (k + d),
-        "addmm": (3 + 1 - 1) * n * r * (k + d),  # x Aᵀ and gy B twice; torch's counter leaves out addmm_
-        "naive": n * k * d + 3 * k * r * d,  # the weight's gradient; dW, dD and dG
-        "paper": 3 * n * k * d + 3 * k * r * d,  # x dW, and both gradients of that
+        "addmm": (3 + 1 - 1) * n * r * (k + d),  # computes x Aᵀ and gy B twice; torch's counter ignores addmm_
+        "naive": n * k * d + 3 * k * r * d,  # the gradient of the weight; dW, dD and dG
+        "paper": 3 * n * k * d + 3 * k * r * d,  # x dW and both its gradients
     }
     for name, expected in extra.items():
         layer = ROWS[name].build(inputs)
@@ -124,7 +124,7 @@ def test_peft_row_is_the_librarys_own_layer(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 class Wrong(LayerRow):
-    """A fast row that is wrong in one gradient: it drops half of dG."""
+    """A fast row with one wrong gradient: it returns half of dG."""
 
     name, explains = "wrong", "a planted error"
 
@@ -169,7 +169,7 @@ def test_without_a_floor_nothing_is_timed() -> None:
         name = "floor"
 
     lines = run.measure(TINY, [NoFloor(), ROWS["chain"]], run.Setting(repeats=1))
-    assert lines[1]["reason"] == "the floor that it is compared with was refused"
+    assert lines[1]["reason"] == "not timed: the frozen baseline failed its check"
     assert "seconds" not in lines[1]
 
 

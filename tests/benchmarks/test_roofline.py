@@ -1,4 +1,4 @@
-"""The paper model, against figures computed separately and against what any model of a GPU must obey."""
+"""Compare the analytical model with independent results, and check properties that every GPU model must have."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.roofline_gpu import Machine
 
 TOKENS = 64 * 197
 
-#: The ratio of a ViT-B block to the frozen floor at ranks 16, 32 and 64, by the script that this model replaced.
+#: The ratio of a ViT-B block to the frozen baseline at ranks 16, 32 and 64, from an independent script.
 BLOCK = {
     "floor": (1.00, 1.00, 1.00),
     "paper": (3.73, 3.73, 3.73),
@@ -54,7 +54,7 @@ def test_ratios_of_the_block() -> None:
 
 
 def test_what_stands_in_front_of_the_layers() -> None:
-    """Two norms and a GELU move 5 times their input; with the slope in an epilogue the GELU moves 3 instead of 5."""
+    """Two norms and a GELU move 5 times their input; with the slope in an epilogue the GELU moves 3 times its input."""
     machine = Machine(bandwidth=1e12, fixed=0.0)
     times = block_times(machine, 1000, 16, vit_block(100))
     norms, gelu = 2 * 5 * 2 * 1000 * 100 / 1e6, 2 * 1000 * 400 / 1e6
@@ -104,7 +104,7 @@ def test_no_product_beats_the_roof() -> None:
     machine = Machine()
     for m, n, k in ((197, 768, 768), (1576, 2304, 768), (12608, 768, 3072), (768, 3072, 12608)):
         roof = 1e6 * max(2 * m * n * k / machine.flops, 2 * (m * k + k * n + m * n) / machine.bandwidth)
-        assert machine.product(m, n, k) - machine.fixed >= 0.97 * roof  # its main loop runs a little above "peak"
+        assert machine.product(m, n, k) - machine.fixed >= 0.97 * roof  # the main loop runs slightly above "peak"
 
 
 @pytest.mark.parametrize("rank", [16, 64])

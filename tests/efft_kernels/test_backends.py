@@ -1,4 +1,4 @@
-"""Choosing a backend, and the tools of efft_kernels.testing with which backends are checked."""
+"""Test the choice of a backend, and the tools of efft_kernels.testing that check backends."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from efft_kernels.testing import assert_close_budget, make_inputs, poisoned_empt
 ROOT = Path(__file__).parents[2]
 NAMES = "'auto', 'reference', 'eager', 'cpu', 'triton', 'cuda'"
 OPS = ("tt_linear", "tt_contract", "tt_merge_")
-#: The backend that ``auto`` takes on this machine.
+#: The backend that ``auto`` chooses on this machine.
 FIRST = next(backend.value for backend in AUTO_ORDER if can_run(backend, torch.ones(1)) is None)
 needs_default = pytest.mark.skipif("EFFT_BACKEND" in os.environ, reason="EFFT_BACKEND changes the default backend")
 
 
 class Registered(TorchDispatchMode):
-    """Records the names of the registered ops that run inside the ``with`` block."""
+    """Record the names of the registered ops that run inside the ``with`` block."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Tables of measurements changed at random: a table is either usable or refused by its name."""
+"""Change tables of measurements at random: a table must be usable or rejected with an error that names the table."""
 
 from __future__ import annotations
 
@@ -59,6 +59,6 @@ def test_a_table_of_a_terabyte(tmp_path: Path) -> None:
 
 
 def test_the_case_is_measured() -> None:
-    """This ensures that the fuzzers look for a case that the table contains."""
+    """This test ensures that the fuzzers request a case that the table contains."""
     assert measured.nearest(CASE, measured.read(measured.COMMITTED), measured.NEAR) is not None
     assert torch.bfloat16 is getattr(torch, CASE.dtype)

@@ -1,4 +1,4 @@
-"""Own kernels or the vendor's products: what ``auto`` chooses by a table of measurements."""
+"""Test the choice of ``auto`` between the library's kernels and the vendor's products by a table of measurements."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def prefers_triton(case: Case, device: torch.device) -> bool:
 
 @pytest.fixture(autouse=True)
 def _nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hide the committed table, which is the subject of one test only."""
+    """Hide the committed table, which only one test needs."""
     monkeypatch.setattr(measured, "_rows", [])
     monkeypatch.setattr(measured, "_measurer", None)
 
@@ -175,7 +175,7 @@ def test_auto_on_a_gpu_follows_the_table(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 @pytest.mark.parametrize("settled", [True, False])
 def test_the_table_is_asked_once(settled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """This does not hold where a later call may measure what this one may not."""
+    """The result is not cached if a later call is allowed to measure but the current one is not."""
     monkeypatch.setattr(backends, "_answers", {})
     W = mock.Mock(spec=Tensor, device=torch.device("cuda"), dtype=torch.bfloat16)
     with (

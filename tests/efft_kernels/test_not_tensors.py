@@ -1,4 +1,4 @@
-"""An argument that is not a tensor, or not a number, is refused by every op with the argument's name."""
+"""Test that every op rejects an argument that is not a tensor or a number, with an error that names the argument."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Check the compiled cpu backend in separate processes; arguments are passed on to pytest.
+"""Check the compiled cpu backend in separate processes; pytest receives the remaining arguments.
 
-``python -m tests.csrc.cpu.check sanitizers`` (``make check-native``) reads the sources with static checkers, then runs
-the backend's tests under GCC's address and undefined-behavior sanitizers, once for every instruction set that this
-processor has. The sanitizers stop a test at any access outside a buffer and name file and line.
+``python -m tests.csrc.cpu.check sanitizers`` (``make check-native``) runs static checkers on the sources. It then runs
+the backend's tests under GCC's address and undefined-behavior sanitizers, once per instruction set of this processor.
+The sanitizers stop a test at any access outside a buffer and report the file and line.
 
-``python -m tests.csrc.cpu.check sets`` (``make check-isa``) runs the tests of numbers with every instruction set but
+``python -m tests.csrc.cpu.check sets`` (``make check-isa``) runs the numerical tests with every instruction set except
 the best one, which all other tests use.
 """
 
@@ -22,7 +22,7 @@ from efft_kernels import build, native
 
 ROOT = Path(__file__).parents[3]
 SANITIZERS = "-fsanitize=address,undefined"
-#: Selects the tests of the backend cpu. The id of the device is "cpu" as well, so the other backends are excluded.
+#: Selects the tests of the backend cpu. The id of the device is also "cpu", so the other backends are excluded.
 OF_THE_BACKEND = "cpu and not (eager or reference or triton)"
 
 
@@ -40,7 +40,7 @@ def instruction_sets() -> list[str]:
 def build_sanitized(root: Path, cache: Path) -> None:
     """Build the cpu library of the checkout ``root`` into ``cache``.
 
-    It is built without optimization, which would hide mistakes.
+    The build disables optimization, which could hide errors.
     """
     flags = {"CXXFLAGS": f"{SANITIZERS} -fno-sanitize-recover=undefined -g -O0", "LDFLAGS": SANITIZERS}
     environment = {**os.environ, **flags, "XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(root)}
@@ -49,7 +49,7 @@ def build_sanitized(root: Path, cache: Path) -> None:
 
 
 def sanitized(root: Path, cache: Path, isa: str) -> dict[str, str]:
-    """Return the environment of a program that uses that library; the sanitizers must be loaded before Python."""
+    """Return the environment for a program that uses the sanitized library; it loads the sanitizers before Python."""
     cxx = build.find_tools("cpu").cxx
     libraries = [
         subprocess.run([cxx, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
@@ -61,7 +61,7 @@ def sanitized(root: Path, cache: Path, isa: str) -> dict[str, str]:
         "PYTHONPATH": f"{root}:{root / 'python'}",
         "EFFT_CPU_ISA": isa,
         "LD_PRELOAD": " ".join(libraries),
-        "ASAN_OPTIONS": "detect_leaks=0:protect_shadow_gap=0",  # Python keeps its memory until it ends
+        "ASAN_OPTIONS": "detect_leaks=0:protect_shadow_gap=0",  # Python does not free its memory before it exits
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
 
@@ -72,7 +72,7 @@ def read_sources() -> list[list[str]]:
     files = [str(path) for path in sorted((ROOT / "csrc/cpu").glob("*.cpp"))]
     flags = ["-std=c++20", f"-DTORCH_TARGET_VERSION={build.OLDEST_TORCH}", "-isystem", str(include)]
     commands = [["clang-tidy", "--quiet", *files, "--", *flags, "-DEFFT_ISA=portable"]]
-    # The kernels are also read for the set with most code of its own, whether or not this processor has it.
+    # The kernels are also checked for the instruction set with the most code, even if this processor lacks it.
     best, of_best = next(iter(build.isa_flags().items()))
     kernels = str(ROOT / "csrc/cpu/kernels.cpp")
     commands.append(["clang-tidy", "--quiet", kernels, "--", *flags, f"-DEFFT_ISA={best}", *of_best.split()])
@@ -87,7 +87,7 @@ def read_sources() -> list[list[str]]:
 
 
 def check_sets(arguments: list[str]) -> None:
-    """Run the tests of numbers, including those of random shapes, with every instruction set but the best."""
+    """Run the numerical tests, including those of random shapes, with every instruction set except the best."""
     if native.MISSING["cpu"] is not None:
         print(f"skipped: {native.MISSING['cpu']}", flush=True)
         return

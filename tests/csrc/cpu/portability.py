@@ -1,8 +1,9 @@
-"""Try one wheel with the extension under versions of Python and torch other than those that built it.
+"""Test one wheel with the extension under versions of Python and torch other than those that built it.
 
-Usage: ``python tests/csrc/cpu/portability.py WHEEL PYTHON...``. This is not part of the tests, as the environments take
-several GB each. Each PYTHON must have torch, numpy and safetensors. For each one, the script installs the wheel into an
-empty folder, runs the environment report with its self-test, and trains one adapted layer on the cpu backend.
+Usage: ``python tests/csrc/cpu/portability.py WHEEL PYTHON...``. This script is not part of the tests, because each
+environment takes several GB. Each PYTHON must have torch, numpy and safetensors. For each of them, the script installs
+the wheel into an empty folder, runs the environment report with its self-test, and trains one adapted layer on the cpu
+backend.
 """
 
 from __future__ import annotations

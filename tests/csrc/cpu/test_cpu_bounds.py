@@ -1,6 +1,6 @@
-"""Nothing beyond an operand is read or written: each operand ends where the accessible memory ends.
+"""Test that the cpu backend does not access memory beyond an operand: each operand ends at an unreadable page.
 
-The sanitizers do not see the loads and stores of matrix registers, but these tests do.
+The sanitizers do not check the loads and stores of matrix registers. These tests do.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 def at_the_end(tensor):
-    # The last element lies in the last bytes before a page that is not readable.
+    # The last element lies in the last bytes before an unreadable page.
     size = tensor.numel() * tensor.element_size()
     pages = -(-max(size, 1) // mmap.PAGESIZE)
     memory = mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE)

@@ -1,4 +1,4 @@
-"""The sanitizers of ``make check-native`` find what they are meant to: a planted mistake is reported where it is."""
+"""Test that the sanitizers of ``make check-native`` report a planted error with its location."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from tests.csrc.cpu.check import ROOT, build_sanitized, instruction_sets, sanitized
 
-#: A line of low_rank.h, and a change to it that writes one float past the end of a buffer.
+#: A line of low_rank.h, and a modification that writes one float past the end of a buffer.
 RIGHT = "store(target + j, load(source + j, count), count); });"
 MISTAKE = f"{RIGHT} target[columns] = 0;"
 

@@ -1,11 +1,11 @@
-"""What each process of ``test_distributed.py`` runs: the same steps plainly, with DDP, accelerate and FSDP2.
+"""Run the training steps of ``test_distributed.py`` in one process, with DDP, accelerate, FSDP2 or none of these.
 
 ``python -m torch.distributed.run --nproc-per-node 2 distributed_run.py FOLDER WAY...`` writes one file per way and
-process, such as ``FOLDER/ddp0.pt``: losses, trained tensors and what each step sent, with and without checkpointing. It
-also writes adapter files of FSDP2.
+process, such as ``FOLDER/ddp0.pt``. The file holds the losses, the trained tensors and the tensors that each step sent,
+with and without checkpointing. The way with FSDP2 also writes adapter files.
 """
 
-# Annotations are not postponed here, as DDP reads those of its communication hook.
+# This module does not postpone annotations, because DDP reads the annotations of its communication hook.
 import contextlib
 import json
 import sys
@@ -30,8 +30,7 @@ SIZES = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_head
 
 
 def adapted(rank: int, checkpointing: bool) -> nn.Module:
-    """Return a model with random factors, biases and norms that differ in every process, which the training has to make
-    the same."""
+    """Return a model whose random factors, biases and norms differ between processes; training must make them equal."""
     torch.manual_seed(0)
     config = efft.EfftConfig(rank=4, dropout=0.0, trainable_scale="global", bias="all", norms=True)
     model = efft.apply(timm.models.VisionTransformer(**SIZES), config)
@@ -68,7 +67,7 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
 
 
 def plain(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Any]:
-    """Train in one process on the whole batch."""
+    """Train in one process on the complete batch."""
     steps, losses = optimizer(model), []
     for _ in range(STEPS):
         steps.zero_grad()
@@ -80,7 +79,7 @@ def plain(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Any]:
 
 
 def ddp(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Any]:
-    """Train on this process's part of the batch, in two halves of which only the second sends anything."""
+    """Train on this process's part of the batch, in two halves; only the second half sends gradients."""
     parallel = nn.parallel.DistributedDataParallel(model, init_sync=not is_quantized(model))
     sent: list[int] = []
 
@@ -105,7 +104,7 @@ def ddp(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Any]:
 
 
 def accelerated(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Any]:
-    """Train with accelerate, which wraps the model itself and finds the processes that the launcher started."""
+    """Train with accelerate, which wraps the model and uses the processes that the launcher started."""
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=True)
@@ -122,7 +121,7 @@ def accelerated(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Any]:
 
 
 def fsdp(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Any]:
-    """Train with every block as a unit; the rest (embedding, head, factors) belongs to the root."""
+    """Train with each block as an FSDP unit; all other parameters (embedding, head, factors) belong to the root."""
     sharded(model)
     steps, losses = optimizer(model), []
     for _ in range(STEPS):
@@ -135,7 +134,7 @@ def fsdp(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Any]:
 
 
 def sharded(model: nn.Module) -> nn.Module:
-    """Return the model sharded for FSDP2."""
+    """Return the model, sharded for FSDP2."""
     for block in model.blocks:
         fully_shard(block)
     fully_shard(model)
@@ -143,13 +142,13 @@ def sharded(model: nn.Module) -> nn.Module:
 
 
 def adapter_files(folder: Path) -> None:
-    """Save and load adapters in a sharded model, and record what it refuses in ``folder/refused.json``."""
+    """Save and load adapters in a sharded model, and write the errors for unsupported calls to ``refused.json``."""
     x, _ = batch()
     model = sharded(adapted(0, False)).eval()
     with torch.no_grad():
-        model(x)  # the root's parameters are whole now
+        model(x)  # from here on the root's parameters are not sharded
     if dist.get_rank() == 0:
-        time.sleep(0.5)  # the other process must wait all the same
+        time.sleep(0.5)  # the other process must wait for this one
     torch.manual_seed(0)
     base = timm.models.VisionTransformer(**SIZES).eval()
     with torch.no_grad():
@@ -184,19 +183,19 @@ def adapter_files(folder: Path) -> None:
 
 
 def mean(value: Tensor) -> float:
-    """Return the mean of all processes' values."""
+    """Return the mean over the values of all processes."""
     value = value.detach().clone()
     dist.all_reduce(value)
     return value.item() / dist.get_world_size()
 
 
 def same(rank: int, checkpointing: bool) -> nn.Module:
-    """Return a model that is the same in every process, for ways that do not send the factors."""
+    """Return a model with equal factors in every process, for ways that do not send the factors."""
     return adapted(0, checkpointing)
 
 
 def quantized(rank: int, checkpointing: bool) -> nn.Module:
-    """Return a quantized model that is the same in every process, as DDP cannot send such weights."""
+    """Return a quantized model with equal weights in every process, because DDP cannot send such weights."""
     model = adapted(0, checkpointing)
     for module in model.blocks.modules():
         if isinstance(module, nn.Linear):
@@ -208,7 +207,7 @@ def is_quantized(model: nn.Module) -> bool:
     return any(isinstance(p, Int8) for p in model.parameters())
 
 
-#: For each way, the function that makes the model of a process and the function that trains it.
+#: For each way, a function that creates the model of a process and a function that trains the model.
 WAYS: dict[str, tuple[Callable[[int, bool], nn.Module], Callable[[nn.Module, Tensor, Tensor], dict[str, Any]]]] = {
     "ddp": (adapted, ddp),
     "accelerate": (adapted, accelerated),

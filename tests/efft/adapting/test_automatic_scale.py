@@ -1,4 +1,4 @@
-"""``scale="auto"``: a step of the optimizer moves the weights equally far on models of many sizes."""
+"""Test ``scale="auto"``: an optimizer step changes the weights by similar amounts in models of different sizes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two processes (gloo, on the CPU) train like one with the whole batch: DDP, accelerate, a quantized base, FSDP2."""
+"""Test that two processes train like one with the complete batch: DDP, accelerate, a quantized base, FSDP2 (gloo)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder in which two processes, started once by torchrun, left the results of every way."""
+    """Return the folder with the results of every way; torchrun starts two processes once to create them."""
     folder = tmp_path_factory.mktemp("distributed")
     environment = {
         **os.environ,
@@ -57,7 +57,7 @@ def test_two_processes_train_as_one(
         assert result["losses"] == pytest.approx(expected["losses"], rel=1e-5)
         assert result["trained"].keys() == expected["trained"].keys()
         worst = {n: (t - expected["trained"][n]).abs().max().item() for n, t in result["trained"].items()}
-        assert max(worst.values()) < 1e-5, worst  # three steps of Adam move an entry by 3e-2
+        assert max(worst.values()) < 1e-5, worst  # three steps of Adam change an entry by 3e-2
         row, of_losses = (
             f"{way}{', checkpointing' * checkpointing}",
             zip(result["losses"], expected["losses"], strict=True),
@@ -67,7 +67,7 @@ def test_two_processes_train_as_one(
 
 
 def test_ddp_sends_gradients_of_factors_and_head_once_a_step(folder: Path) -> None:
-    """Of two backward passes per step the first is under no_sync: each trained tensor is sent once, in fp32."""
+    """The first of two backward passes per step runs under no_sync. Each trained tensor is sent once, in fp32."""
     count = efft.count_parameters(run.adapted(0, False))
     for checkpointing in (False, True):
         for result in results(folder, "ddp", checkpointing):

@@ -1,4 +1,4 @@
-"""The adapted model against the paper's dense formulation: outputs and all gradients, with and without dropout."""
+"""Compare the adapted model with the paper's dense formulation: outputs and all gradients, with and without dropout."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from tests.efft.adapting.paper_code import Draw, Kept, Train, attach_efft1, atta
 
 Make = Callable[..., nn.Module]
 
-# Allows for rounding only, relative to the largest element of each tensor.
+# Tolerances for rounding only, relative to the largest element of each tensor.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 5e-5}
-S = (0.7, 1.9)  # the scales of attention and MLP differ, so that they cannot be confused
+S = (0.7, 1.9)  # the scales of attention and MLP differ, so that a mix-up is visible
 P = 0.3
-#: For each kind of group, the places of the dense formulation and the (mask scope, cores) of ours.
+#: For each kind of group, the places in the dense formulation and the (mask scope, cores) in this library.
 PLACES = {
     "mhsa": {"mhsa": (0, (0, 1, 2, 3))},
     "ffn": {"fc1": (0, (0,)), "fc2": (1, (1,))},
     "joint": {"qkvo": (0, (0,)), "fc1": (1, (1,)), "fc2": (2, (2,))},
 }
-#: Ranks double with the width, and the MLP has rectangular cores [m, 2 m], as in the paper's code.
+#: In Swin, ranks double with the width, and the MLP has rectangular cores [m, 2 m], as in the paper's code.
 SWIN_RANKS = {f"stage{i + 1}_mhsa": 3 << i for i in range(4)} | {
     f"stage{i + 1}_ffn": (2 << i, 4 << i) for i in range(4)
 }
 
 
 def stages(model: nn.Module) -> list[tuple[str, list[nn.Module]]]:
-    """Return (prefix of its groups' names, blocks) of each stage."""
+    """Return (prefix of the group names, blocks) of each stage."""
     if hasattr(model, "layers"):
         return [(f"stage{i + 1}_", list(stage.blocks)) for i, stage in enumerate(model.layers)]
     return [("", list(model.blocks))]
 
 
 def to_paper(factors: TTFactors, layout: str) -> Train:
-    """Return a bank's values in the paper's storage, as separate leaves."""
+    """Return the factors of a bank in the paper's storage layout, as separate leaves."""
     cores = factors.C.detach().flatten(0, 1)  # [n_layers * n_cores, r1, r2]
     cores = cores.permute(1, 2, 0) if layout == "last" else cores
     U, C, V = (t.detach().clone().contiguous().requires_grad_() for t in (factors.U, cores, factors.V))
@@ -49,14 +49,14 @@ def to_paper(factors: TTFactors, layout: str) -> Train:
 
 
 def gradients_of(train: Train, like: TTFactors) -> dict[str, Tensor]:
-    """Return a train's gradients in a bank's storage."""
+    """Return the gradients of a tensor train in the storage layout of a bank."""
     assert train.C.grad is not None
     C = train.C.grad.permute(2, 0, 1) if train.layout == "last" else train.C.grad
     return {"U": train.U.grad, "C": C.reshape(like.C.shape), "V": train.V.grad}
 
 
 def draw_of(masks: dict[str, Masks], prefix: str, kinds: tuple[str, ...], keep: float, dtype: torch.dtype) -> Draw:
-    """Return the masks that a stage's banks were given, in the form that the dense formulation needs."""
+    """Return the masks of a stage's banks in the form of the dense formulation."""
 
     def draw(block: int, place: str) -> Kept:
         kind = next(kind for kind in kinds if place in PLACES[kind])
@@ -70,7 +70,7 @@ def draw_of(masks: dict[str, Masks], prefix: str, kinds: tuple[str, ...], keep: 
 def dense_twin(
     base: nn.Module, adapted: nn.Module, masks: dict[str, Masks] | None, layout: str
 ) -> tuple[nn.Module, dict[str, Train]]:
-    """Return the dense formulation around ``base`` with the adapted model's values, and its trains by group name."""
+    """Return the dense formulation around ``base`` with the adapted model's factors, and its trains by group name."""
     config, keep = adapted.efft.config, 1 - adapted.efft.config.dropout
     trains = {name: to_paper(factors, layout) for name, factors in adapted.efft.items()}
     head = base.get_submodule(adapted.efft.head[0])
@@ -89,7 +89,7 @@ def dense_twin(
 
 
 def run(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (output, gradient of the input) for a loss that weighs every output differently."""
+    """Return (output, gradient of the input) for a loss in which every output has a different weight."""
     x = x.detach().clone().requires_grad_()
     y = model(x)
     weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y).cos()
@@ -166,9 +166,9 @@ def test_outputs_and_gradients_equal_dense_formulation(
 
 
 def test_dropout_draws_follow_the_paper(tiny_vit: Make) -> None:
-    """Every pass draws U and V once per block for q, k, v and o, once for fc1 and once for fc2.
+    """Every pass draws masks of U and V once per block for q, k, v and o, once for fc1 and once for fc2.
 
-    There is one core mask per core.
+    Each core has one mask.
     """
     expected_scopes = {"efft2": {"mhsa": 1, "ffn": 2}, "efft1": {"joint": 3}}
     for variant, scopes in expected_scopes.items():

@@ -1,4 +1,4 @@
-"""Import of FacT: the updates equal the formulas in its authors' code, written out matrix by matrix."""
+"""Compare updates imported from FacT with the formulas of the authors' code, computed matrix by matrix."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def common() -> Tensors:
 
 
 def train() -> Tensors:
-    """Return what fact_tt.py saves."""
+    """Return tensors in the format that fact_tt.py saves."""
     tensors = common()
     for i in range(L):
         for part in ("q", "k", "v", "proj"):
@@ -46,14 +46,14 @@ def train() -> Tensors:
 
 
 def tucker() -> Tensors:
-    """Return what fact_tk.py saves."""
+    """Return tensors in the format that fact_tk.py saves."""
     return {**common(), "FacTp": drawn(R, 12 * L), "FacTc": drawn(R, R, R)}
 
 
 def of_train(p: Tensors, i: int) -> Tensors:
-    """Return ΔW [d_in, d_out] of a block: x FacTuᵀ FacTsᵀ FacTvᵀ.
+    """Return ΔW [d_in, d_out] of a block for FacT-TT: x FacTuᵀ FacTsᵀ FacTvᵀ.
 
-    fc1's update is four of these side by side, and so are the inputs of fc2's.
+    The update of fc1 consists of four such matrices side by side, and the inputs of fc2 are split in the same way.
     """
     U, V = p["FacTu.weight"], p["FacTv.weight"]
     each = {
@@ -70,7 +70,7 @@ def of_train(p: Tensors, i: int) -> Tensors:
 
 
 def of_tucker(p: Tensors, i: int) -> Tensors:
-    """Return the same with cores FacTc ×₃ FacTp; fc1's and fc2's four are [r, 4 r] each, transposed for fc2."""
+    """Return ΔW for FacT-TK, with cores FacTc ×₃ FacTp; those of fc1 and fc2 are [r, 4 r], transposed for fc2."""
     U, V = p["FacTu.weight"], p["FacTv.weight"]
     cores = torch.einsum("abp,pm->abm", p["FacTc"], p["FacTp"][:, 12 * i : 12 * (i + 1)])
     q, k, v, o = (torch.einsum("ai,ab,ob->io", U, cores[:, :, m], V) for m in range(4))

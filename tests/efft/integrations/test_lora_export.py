@@ -1,4 +1,4 @@
-"""Export to LoRA: ``peft`` alone computes from the checkpoint what the adapted model computes."""
+"""Test the export to LoRA: ``peft`` without efft computes the same output as the adapted model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from efft_kernels.nn.adapt import adapt
 Make = Callable[..., nn.Module]
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
-#: A program that rebuilds the base and knows only peft.
+#: A program that rebuilds the base and uses only peft.
 LOAD = """
 import sys, torch, warnings
 folder, base, inputs, out = sys.argv[1:]
@@ -44,7 +44,7 @@ assert "efft" not in sys.modules and "efft_kernels" not in sys.modules
 
 
 def in_peft_alone(base: nn.Module, folder: Path, x: Tensor, scratch: Path) -> tuple[Tensor, Tensor]:
-    """Return the logits of the checkpoint in a new process without efft, as LoRA and merged by peft."""
+    """Run the checkpoint in a new process without efft; return its logits as LoRA and after a merge by peft."""
     pytest.importorskip("peft", reason="needs the dev extra")
     torch.save(base, scratch / "base.pt")
     torch.save(x, scratch / "x.pt")
@@ -168,7 +168,7 @@ def test_biases_that_peft_does_not_know_are_refused(tmp_path: Path) -> None:
 
 
 class Product(nn.Module):
-    """Multiplies by its own parameter, ``[d_out, d_in]`` or the other way round."""
+    """Multiply by the module's own parameter, ``[d_out, d_in]`` or transposed."""
 
     def __init__(self, d_in: int, d_out: int, turned: bool) -> None:
         super().__init__()
@@ -179,7 +179,7 @@ class Product(nn.Module):
 
 
 class Kinds(nn.Module):
-    """One layer of every kind that peft supports too, beside a linear one."""
+    """Hold one layer of every kind that peft also supports, and a linear layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -217,7 +217,7 @@ def test_every_kind_of_weight(tmp_path: Path) -> None:
 
 
 class Heads(nn.Module):
-    """A list of heads, as in CrossViT, and another layer whose name ends like a head's, as in VOLO."""
+    """Hold a list of heads, as in CrossViT, and another layer whose name ends like a head's, as in VOLO."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -293,7 +293,7 @@ def test_merged_models_export_the_same(adapted_vit: Make, tmp_path: Path) -> Non
 
 
 class Nested(nn.Module):
-    """Layers whose names end alike, ``fc`` and ``enc.fc``."""
+    """Hold layers whose names have the same ending, ``fc`` and ``enc.fc``."""
 
     def __init__(self) -> None:
         super().__init__()

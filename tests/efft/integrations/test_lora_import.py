@@ -1,4 +1,4 @@
-"""Import of LoRA: the model that imported a checkpoint computes what ``peft`` computes with it."""
+"""Compare a model that imported a LoRA checkpoint with ``peft`` on the same checkpoint."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PIXELS, VECTORS = torch.randn(3, 3, 16, 16, generator=_generator), torch.randn(3
 
 
 class Nested(nn.Module):
-    """Layers whose names end alike, ``fc``, ``enc.fc`` and ``enc.dec.fc``."""
+    """Hold layers whose names have the same ending: ``fc``, ``enc.fc`` and ``enc.dec.fc``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ def run(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def under_peft(case: str, **changes: Any) -> nn.Module:
-    """Return the model with factors and a head that have an effect."""
+    """Return the model under peft, with factors and a head that change the output."""
     make, _, settings = CASES[case]
     config = peft.LoraConfig(**{**settings, "init_lora_weights": False, **changes})
     model: nn.Module = peft.get_peft_model(base(make), config).eval()
@@ -176,7 +176,7 @@ def test_what_lower_ranks_lack_stays_zero(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rank", [4, {"mhsa": 3, "ffn": (2, 5)}], ids=str)
 def test_exported_and_imported(rank: Any, adapted_vit: Make, tiny_vit: Make, images: Tensor, tmp_path: Path) -> None:
-    """Factors and head come back bit for bit, at the rank of each layer; with one rank the files do, too."""
+    """Factors and head are restored exactly, at the rank of each layer. With one rank, the files are also identical."""
     model = adapted_vit(rank=rank)
     efft.export_lora(model, tmp_path / "1")
     again = efft.import_lora(tiny_vit().eval(), tmp_path / "1")
@@ -197,7 +197,7 @@ def test_exported_and_imported(rank: Any, adapted_vit: Make, tiny_vit: Make, ima
         assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
+# --- errors -----------------------------------------------------------------------------------------------------------
 
 Edit = Callable[[dict[str, Any]], Any]
 QKV = f"{PREFIX}blocks.0.attn.qkv"

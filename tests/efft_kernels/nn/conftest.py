@@ -1,4 +1,4 @@
-"""Banks as the models use them, with every factor nonzero, and the dense update that a site stands for."""
+"""Provide modules with nonzero factors ("banks") as models use them, and the dense update of a layer ("site")."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _sites(kind: str, layer: int) -> dict[str, Site]:
 
 
 def _make_bank(kind: str, n_layers: int = 3, **kwargs: Any) -> tuple[TTFactors, list[Site]]:
-    """Return a bank of ``n_layers`` layers and its sites, not bound yet; ``kind`` is a group of EFFT1 or EFFT2."""
+    """Return a bank of ``n_layers`` layers and its unbound sites; ``kind`` is a group of EFFT1 or EFFT2."""
     sites = [site for layer in range(n_layers) for site in _sites(kind, layer).values()]
     n_cores = 1 + max(core for site in sites for core in site.cores)
     d_out = WIDTH if kind == "attention" else 4 * WIDTH
@@ -46,7 +46,7 @@ def _make_bank(kind: str, n_layers: int = 3, **kwargs: Any) -> tuple[TTFactors, 
 
 
 def _update(bank: TTFactors, site: Site, masks: Masks | None = None) -> Tensor:
-    """Return ΔW [in_features, out_features] by its definition, differentiable; ``masks`` are those of all layers."""
+    """Return ΔW [in_features, out_features] by its definition, differentiable; ``masks`` holds those of all layers."""
     U, V = bank.U, bank.V
     C = bank.C[site.layer if bank.core_sharing == "per_layer" else 0]
     if masks is not None:
@@ -65,7 +65,7 @@ def _update(bank: TTFactors, site: Site, masks: Masks | None = None) -> Tensor:
 
 
 class Stack(nn.Module):
-    """Adapted layers, each with its own input, that run in sequence; ``prepare`` makes them run as in a model."""
+    """Run adapted layers in sequence, each with its own input; ``prepare`` prepares the bank as in a model."""
 
     def __init__(self, bank: TTFactors, sites: list[Site], dtype: torch.dtype = torch.float64) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class Stack(nn.Module):
         self.prepare = True
 
     def run(self, call: Callable[..., Tensor] = lambda layer, x: layer(x)) -> Tensor:
-        """Return the loss of one pass; ``call`` runs a layer on its input."""
+        """Run one forward pass and return its loss; ``call`` runs a layer on its input."""
         if self.prepare:
             self.bank.prepare()
         try:
@@ -89,7 +89,7 @@ class Stack(nn.Module):
         return sum(y.square().sum() for y in outputs)
 
     def gradients(self, call: Callable[..., Tensor] = lambda layer, x: layer(x), seed: int = 0) -> dict[str, Tensor]:
-        """Return the loss of one pass that begins with ``seed``, and all its gradients."""
+        """Return the loss and all gradients of one forward and backward pass; ``seed`` sets the random generator."""
         torch.manual_seed(seed)
         leaves = {n: p for n, p in self.bank.named_parameters() if p.requires_grad}
         leaves |= {f"x{i}": x for i, x in enumerate(self.inputs)}
@@ -122,5 +122,5 @@ def update() -> Callable[..., Tensor]:
 
 @pytest.fixture(scope="session")
 def make_stack() -> Callable[..., Stack]:
-    """Return a function of the kind and of TTFactors' arguments that makes a :class:`Stack` on such a bank."""
+    """Return a function that creates a :class:`Stack` from a kind of bank and the arguments of TTFactors."""
     return lambda kind, dtype=torch.float64, **kwargs: Stack(*_make_bank(kind, **kwargs), dtype=dtype)

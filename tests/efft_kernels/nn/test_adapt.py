@@ -1,4 +1,4 @@
-"""Any weight adapted by its name: which class replaces which layer, what is refused, who reads a layer's weight."""
+"""Test adapting a weight by name: the class of the new layer, refused weights, and readers of a layer's weight."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Activation checkpointing runs layers again inside backward, where they must get the factors of their own pass."""
+"""Test activation checkpointing: a layer that runs again in backward must get the factors of its own forward pass."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("prepare", [True, False], ids=["prepared", "one by one"])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_same_as_plain(make_stack: Callable[..., Any], kind: str, dropout: float, prepare: bool) -> None:
-    """Losses and all gradients are the same bit for bit, including dropout, over several passes."""
+    """Losses and all gradients are exactly equal, including dropout, over several passes."""
     stack = make_stack(kind, dropout=dropout, trainable_scale=True)
     stack.prepare = prepare
     for seed in (0, 1):
@@ -62,7 +62,7 @@ def test_backward_twice(make_stack: Callable[..., Any]) -> None:
 
 
 def test_gradients_of_the_inputs_alone(make_stack: Callable[..., Any]) -> None:
-    """A saliency map does this; the training step after it must not mistake the pass for one that still waits."""
+    """A saliency map needs these gradients. The next training step must not treat that pass as unfinished."""
     stack = make_stack("mlp", dropout=0.4)
     for call in (recompute, lambda layer, x: layer(x)):
         torch.autograd.grad(stack.run(call), stack.inputs)
@@ -70,7 +70,7 @@ def test_gradients_of_the_inputs_alone(make_stack: Callable[..., Any]) -> None:
 
 
 def test_layers_that_were_not_used(make_stack: Callable[..., Any]) -> None:
-    """The first pass does not use fc2; it must end nevertheless."""
+    """The first pass does not use fc2, but must end all the same."""
     stack = make_stack("mlp", dropout=0.4)
     stack.run(lambda layer, x: x * 0 if layer.site.transpose else recompute(layer, x)).backward()
     assert_same(stack.gradients(recompute), stack.gradients())
@@ -116,7 +116,7 @@ def test_reentrant_checkpointing_with_dropout_is_refused(make_stack: Callable[..
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("order", [(0, 1), (1, 0), None], ids=["in order", "in reverse", "together"])
 def test_two_passes_waiting(order: tuple[int, int] | None, dropout: float, make_stack: Callable[..., Any]) -> None:
-    """Each layer gets the factors, and the dropout, of the pass in whose backward it runs again."""
+    """A layer that runs again in backward gets the factors and the dropout of the corresponding forward pass."""
     stack = make_stack("mlp", dropout=dropout)
     leaves = list(stack.bank.parameters())
     results = []
@@ -130,7 +130,7 @@ def test_two_passes_waiting(order: tuple[int, int] | None, dropout: float, make_
 
 
 def test_a_pass_that_feeds_the_next(make_stack: Callable[..., Any]) -> None:
-    """The model is applied to its own output, so both passes are in one graph."""
+    """The model is applied to its own output, so that both passes are in one graph."""
     stack = make_stack("mlp", dropout=0.4)
     leaves = list(stack.bank.parameters())
     results = []
@@ -180,7 +180,7 @@ def test_a_region_that_ends_far_from_its_layer(make_stack: Callable[..., Any], d
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_a_region_with_a_branch_beside_its_layer(make_stack: Callable[..., Any], dropout: float) -> None:
-    """Backward may reach the branch first, which does not depend on the factors."""
+    """Backward may reach the branch, which does not depend on the factors, before the layer."""
     stack = make_stack("mlp", dropout=dropout)
 
     def forward(again: Callable[..., Tensor]) -> Tensor:
@@ -224,7 +224,7 @@ def test_a_part_called_on_the_output_of_a_pass(make_stack: Callable[..., Any]) -
 
 @pytest.mark.parametrize("frozen", [(), ("C", "V")], ids=str)
 def test_reentrant_beside_plain(make_stack: Callable[..., Any], frozen: tuple[str, ...]) -> None:
-    """In one pass the same layers run with and without checkpointing, and a later pass precedes its backward."""
+    """In one pass, the same layers run with and without checkpointing. A later pass starts before its backward pass."""
     stack = make_stack("mlp")
     for name in frozen:
         getattr(stack.bank, name).requires_grad_(False)
@@ -254,7 +254,7 @@ def test_passes_without_gradients_do_not_count(make_stack: Callable[..., Any]) -
 
 
 def test_an_abandoned_pass_does_not_block_the_next(make_stack: Callable[..., Any]) -> None:
-    """For example, after an exception between forward and backward the graph is gone, so nothing waits for it."""
+    """After an exception between forward and backward, for example, the graph no longer exists."""
     stack = make_stack("mlp", dropout=0.4)
     loss = stack.run(recompute)
     del loss
@@ -264,7 +264,7 @@ def test_an_abandoned_pass_does_not_block_the_next(make_stack: Callable[..., Any
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_memory_of_passes_is_freed(make_stack: Callable[..., Any], dropout: float) -> None:
-    """No pass keeps activations, and only a few passes keep factors, without help of the garbage collector."""
+    """No pass keeps activations alive, and only a few keep factors alive, even without the garbage collector."""
     stack = make_stack("mlp", dropout=dropout)
     gc.collect()
     gc.disable()
@@ -304,7 +304,7 @@ def test_a_layer_with_factors_of_its_own() -> None:
 
 
 def test_a_pass_of_another_bank_may_wait(make_stack: Callable[..., Any]) -> None:
-    """This bank ignores the passes of another bank."""
+    """A bank ignores the passes of other banks."""
     stack, other = make_stack("mlp", dropout=0.4), make_stack("attention", dropout=0.4)
     waiting = other.run(recompute)
     assert_same(stack.gradients(recompute), stack.gradients())

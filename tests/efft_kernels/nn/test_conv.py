@@ -1,4 +1,4 @@
-"""``EfftConv2d`` against a convolution with the dense sum of kernel and update in fp64."""
+"""Compare ``EfftConv2d`` with a convolution by the dense sum of kernel and update in fp64."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def adapted(dtype: torch.dtype = torch.float64, **settings: Any) -> EfftConv2d:
 
 
 def reference(layer: EfftConv2d, x: Tensor) -> Tensor:
-    """Return the convolution with the update built densely, by the train's own formula."""
+    """Return the convolution with a dense update, computed by the formula of the tensor train."""
     f = layer.factors
     delta = (f.scale * f.U @ f.C[0, 0] @ f.V).T.reshape(layer.weight.shape)  # type: ignore[operator, index, union-attr]
     plain = nn.Conv2d(

@@ -1,4 +1,4 @@
-"""TTFactors: the product of each site's (D, G), with and without dropout, contracted at once or one by one."""
+"""Test TTFactors: the product of each site's (D, G), with and without dropout, contracted at once or one by one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def parameters(bank: TTFactors) -> int:
 
 
 def test_parameter_counts_of_the_paper() -> None:
-    """ViT-B/16 at rank 32: 245,760 for EFFT2 and 159,744 for EFFT1; 178,176 with the public code's shared cores."""
+    """ViT-B/16 at rank 32 has 245,760 parameters for EFFT2, 159,744 for EFFT1, and 178,176 with shared cores."""
 
     def efft2(sharing: str) -> int:
         attention = TTFactors(768, 768, 32, n_layers=12, n_cores=4, core_sharing=sharing)
@@ -74,7 +74,7 @@ def test_factors_of_every_site(
 
 
 def test_sites_in_any_order_and_number(make_bank: Callable[..., Any], update: Callable[..., Tensor]) -> None:
-    """Layers may be skipped, adapted twice or bound in reverse order, and cores need not be neighbors."""
+    """A model may skip layers, adapt them twice or bind them in reverse order, and cores need not be neighbors."""
     bank, _ = make_bank("attention", n_layers=4)
     sites = [Site(3, (0,)), Site(1, (0,)), Site(3, (0,)), Site(1, (3, 0)), Site(2, (2,), columns=(2, 7))]
     bindings = [bank.bind(site) for site in sites]
@@ -105,7 +105,7 @@ def test_gradients(
     core_sharing: str,
     trainable_scale: bool | str,
 ) -> None:
-    """The gradients of every factor and the scale, through the ops, equal those of autograd through dense updates."""
+    """The ops return the same gradients of every factor and of the scale as autograd through dense updates."""
     stack = make_stack(kind, core_sharing=core_sharing, trainable_scale=trainable_scale)
     got = stack.gradients()
     dense = stack.gradients(lambda layer, x: x @ (layer.stored.t() + update(stack.bank, layer.site)) + layer.bias)
@@ -221,7 +221,7 @@ def test_scales_against_finite_differences(make_stack: Callable[..., Any], kind:
 
 
 def test_a_scale_that_follows_another(make_bank: Callable[..., Any], update: Callable[..., Tensor]) -> None:
-    """One bank owns the scale; it moves both updates by the same factor and gets the gradient of both."""
+    """One bank owns the scale, which multiplies the updates of both banks and gets the gradients of both."""
     leader, sites = make_bank("mlp", trainable_scale=True)
     bank, _ = make_bank("mlp", scale=-3.0)
     bank.follow_scale(leader)
@@ -238,7 +238,7 @@ def test_a_scale_that_follows_another(make_bank: Callable[..., Any], update: Cal
 
 
 def test_one_launch_for_each_kind_of_site(make_stack: Callable[..., Any]) -> None:
-    """For any number of layers, qkv, proj, fc1 and fc2 take four contractions, and four in backward."""
+    """qkv, proj, fc1 and fc2 need four contractions forward and four backward, regardless of the number of layers."""
 
     class Count(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -257,7 +257,7 @@ def test_one_launch_for_each_kind_of_site(make_stack: Callable[..., Any]) -> Non
 
 
 def test_masks(make_bank: Callable[..., Any]) -> None:
-    """A fraction p is dropped, independently for every layer, scope and factor, and anew each time."""
+    """A fraction p is dropped, independently for every layer, scope and factor, with new draws in every pass."""
     bank, sites = make_bank("mlp", n_layers=2, rank=(40, 50), dropout=0.3)
     for site in sites:
         bank.bind(site)
@@ -280,7 +280,7 @@ def test_nothing_is_dropped_in_eval_mode_or_without_dropout(make_bank: Callable[
 
 
 def given_masks(bank: TTFactors, sites: list[Site], monkeypatch: pytest.MonkeyPatch) -> Masks:
-    """Return masks of all layers, which ``bank`` uses from now on."""
+    """Return masks of all layers; ``bank`` uses these masks from now on."""
     n_scopes, n_layers = 1 + max(site.mask_scope for site in sites), bank.n_layers
     shapes = (n_layers, n_scopes, *bank.U.shape), (n_layers, *bank.C.shape[1:]), (n_layers, n_scopes, *bank.V.shape)
     masks = Masks(*(torch.rand(shape) > 0.4 for shape in shapes))
@@ -314,7 +314,7 @@ def test_dropout_on_every_site(
 
 
 def test_layers_of_one_scope_share_a_draw(make_bank: Callable[..., Any]) -> None:
-    """qkv and proj share one draw of U, fc1 (D = U) and fc2 (G from U) have two, and another pass has new ones."""
+    """qkv and proj share one mask of U; fc1 (D = U) and fc2 (G from U) have others; each pass draws new masks."""
     bank, sites = make_bank("attention", dropout=0.5)
     for site in sites:
         bank.bind(site)
@@ -339,7 +339,7 @@ def test_layers_of_one_scope_share_a_draw(make_bank: Callable[..., Any]) -> None
 def test_dropout_leaves_the_expected_update_alone(
     make_bank: Callable[..., Any], update: Callable[..., Tensor], transpose: bool
 ) -> None:
-    """The mean over 4,000 layers with shared factors is at most 5 standard errors from the update."""
+    """The mean over 4,000 layers with shared factors differs from the update by at most 5 standard errors."""
     n = 4000
     bank, _ = make_bank("attention", n_layers=n, core_sharing="shared", dropout=0.3)
     sites = [Site(layer, (1,), transpose=transpose) for layer in range(n)]
@@ -353,7 +353,7 @@ def test_dropout_leaves_the_expected_update_alone(
     assert deltas.std(0).min() > 0.1 * deltas.mean(0).abs().min()
 
 
-# The life of a pass
+# Start and end of a pass
 
 
 def test_a_pass_ends_with_release(make_bank: Callable[..., Any]) -> None:
@@ -369,7 +369,7 @@ def test_a_pass_ends_with_release(make_bank: Callable[..., Any]) -> None:
 
 
 def test_copies_in_the_middle_of_a_pass(make_bank: Callable[..., Any]) -> None:
-    """A deepcopy or pickle copies the factors but not the pass."""
+    """A deepcopy or pickle copies the factors but not the current pass."""
     bank, sites = make_bank("mlp", dropout=0.5)
     for site in sites:
         bank.bind(site)

@@ -1,4 +1,4 @@
-"""What holds for every kind of adapted weight, against the plain module that computes with the dense sum in fp64."""
+"""Test every kind of adapted weight against the plain module that computes with the dense sum in fp64."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Conv1D(nn.Module):
 
 
 class Standardized(nn.Conv2d):
-    """A convolution with its own forward, like timm's StdConv2d."""
+    """Compute a convolution with a custom forward method, like timm's StdConv2d."""
 
     def forward(self, x: Tensor) -> Tensor:
         W = self.weight
@@ -44,7 +44,7 @@ class Standardized(nn.Conv2d):
 
 
 class Reads(nn.Module):
-    """A module that multiplies by its own parameters, in three ways."""
+    """Multiply by the module's own parameters, in three ways."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Reads(nn.Module):
 
 
 class ReadsHeads(nn.Module):
-    """A module that multiplies by one matrix per head."""
+    """Multiply by one matrix per head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class ReadsHeads(nn.Module):
 
 
 class ReadsChild(nn.Module):
-    """A module that multiplies by the weight of its layer and never calls the layer."""
+    """Multiply by the weight of a child layer without calling the layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ CASES = {
 
 
 class Adapted:
-    """A module with updates, the plain module, and the dense sum."""
+    """Hold a module with updates, the plain module, and the dense sum."""
 
     def __init__(self, case: Case, dtype: torch.dtype = torch.float64) -> None:
         torch.manual_seed(0)
@@ -161,7 +161,7 @@ class Adapted:
         return torch.randn(self.case.shape, dtype=next(self.plain.parameters()).dtype)
 
     def dense(self, weight: AdaptedWeight) -> Tensor:
-        """Return the update by the train's own formula [d_in, d_out], laid out like the parameter."""
+        """Return the update [d_in, d_out] by the formula of the tensor train, laid out like the parameter."""
         f: Any = weight.factors
         delta = f.scale * f.U @ f.C[0, 0] @ f.V
         name = next(name for name, other in self.weights.items() if other is weight)
@@ -171,7 +171,7 @@ class Adapted:
         return delta.reshape(shape) if as_it_is else delta.t().reshape(shape)
 
     def reference(self, x: Tensor) -> Tensor:
-        """Return the output of the plain module with the sums in place of its parameters."""
+        """Return the output of the plain module with its parameters replaced by the dense sums."""
         parameters = {state_name(name, weight): weight for name, weight in self.weights.items()}
         sums = {n: self.plain.get_parameter(n).detach() + self.dense(w) for n, w in parameters.items()}
         with torch.enable_grad():
@@ -283,7 +283,7 @@ def test_what_is_loaded_and_cast_is_the_stored_weight(adapted: Adapted) -> None:
 
 @pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "bfloat16"])
 def test_low_precision(adapted: Adapted, autocast: bool) -> None:
-    """The whole output is right within bfloat16's precision and has the right dtype; the update is tested below."""
+    """The output is accurate to bfloat16's precision and has the right dtype; another test checks the update."""
     x = adapted.input()
     expected, plain = adapted.reference(x), adapted.plain(x)
     model = adapted.model.float() if autocast else adapted.model.bfloat16()
@@ -311,9 +311,9 @@ def test_low_precision(adapted: Adapted, autocast: bool) -> None:
 def test_a_small_update_survives_low_precision(
     make: Callable[[], nn.Module], name: str, shape: tuple[int, ...], autocast: bool
 ) -> None:
-    """Adding a thousandth of a bfloat16 weight to it would lose the update.
+    """Adding a thousandth of a bfloat16 weight to the weight would lose the update.
 
-    The input cancels the weight, whose entries are all one number, so that the output is the update alone.
+    All entries of the weight are equal, and the input cancels them, so that the output consists of the update only.
     """
     adapted = Adapted(Case(make, (name,), shape))
     x = torch.randn(shape, dtype=torch.float64).bfloat16().double()

@@ -1,4 +1,4 @@
-"""EfftLinear.merge and unmerge: the same bits back, the same function, and the error of rounding."""
+"""Test EfftLinear.merge and unmerge: exact restoration, the same function, and the rounding error."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_unmerging_restores_every_bit(dtype: torch.dtype) -> None:
 
 
 def test_merged_equals_unmerged(make_bank: Callable[..., Any], kind: str, core_sharing: str) -> None:
-    """Every update is within the budget of a plain fp32 computation without dropout, and no factor is used any more."""
+    """Merged weights are as accurate as a plain fp32 computation without dropout, and need no factors."""
     bank, sites = make_bank(kind, n_layers=2, core_sharing=core_sharing, dtype=torch.float32, dropout=0.3)
     for site in sites:
         layer = EfftLinear(nn.Linear(*bank.features(site)), bank, site)
@@ -64,7 +64,7 @@ def test_merged_equals_unmerged(make_bank: Callable[..., Any], kind: str, core_s
 @pytest.mark.parametrize(
     ("dtype", "ratio", "least", "most"),
     [
-        (torch.bfloat16, 1e-3, 0.5, 1.5),  # most of it is gone
+        (torch.bfloat16, 1e-3, 0.5, 1.5),  # most of the update is lost
         (torch.bfloat16, 1e-1, 0.005, 0.05),
         (torch.float16, 1e-3, 0.05, 0.5),
         (torch.float32, 1e-3, 1e-6, 1e-4),

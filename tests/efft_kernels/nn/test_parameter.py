@@ -1,4 +1,4 @@
-"""Parameters with an update: whatever reads them gets it, and code that handles parameters works as before."""
+"""Test parameters with an update: code that reads a parameter gets the update, and other code works unchanged."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from efft_kernels.nn.parameter import AdaptedParameter, adapt_parameter, restore
 
 
 class Own(nn.Module):
-    """A module that multiplies by its parameter in its own way."""
+    """Multiply by the module's parameter in a custom way."""
 
     def __init__(self, function: Callable[[Tensor, Tensor], Tensor] = lambda x, W: F.linear(x, W * 1.0)) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ def dense(parameter: AdaptedParameter) -> Tensor:
 
 
 class Operators(TorchDispatchMode):
-    """Records the operators that run, by name."""
+    """Record the names of the operators that run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ def test_metadata_costs_nothing_and_tells_nobody() -> None:
 
 
 def test_putting_a_weight_away_takes_none_of_its_values() -> None:
-    """accelerate's offloading does this in the middle of a pass."""
+    """accelerate's offloading moves a weight away in the middle of a pass."""
     module, parameter, _ = adapted()
     for away in (module.W.to("meta"), module.W.to(device=torch.device("meta"))):
         assert away.is_meta
@@ -253,7 +253,7 @@ def test_traced_and_exported(function: Callable[[Tensor, Tensor], Tensor]) -> No
 
 
 def test_a_checkpoint_runs_it_again_with_the_same_factors() -> None:
-    """A layer whose weight is read has the stored weight outside of a pass, but must not have it inside backward."""
+    """Outside of a pass, such a layer holds the stored weight; inside backward it needs the weight of its pass."""
 
     class Parent(nn.Module):
         def __init__(self) -> None:

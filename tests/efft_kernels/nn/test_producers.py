@@ -1,4 +1,4 @@
-"""Layer norms and GELUs that leave their work to an adapted layer, and what happens with any other consumer."""
+"""Test layer norms and GELUs whose work an adapted layer takes over, and their behavior with other consumers."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ class Square(torch.autograd.Function):
 
 @pytest.mark.parametrize("way", ["function", "checkpoint", "reentrant checkpoint"])
 def test_a_function_that_autograd_knows_nothing_of(module: nn.Module, way: str) -> None:
-    """The function gets the tensor without torch's Python functions; its gradient must still reach the input."""
+    """The function bypasses torch's Python functions; its gradient must still reach the input."""
 
     def use(a: Tensor) -> Tensor:
         if way == "function":

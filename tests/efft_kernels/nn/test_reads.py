@@ -1,4 +1,4 @@
-"""Which parameters the methods of a class read, in classes written here and in those of common libraries."""
+"""Test which parameters the methods of a class read, in classes defined here and in those of common libraries."""
 
 from __future__ import annotations
 
@@ -96,6 +96,6 @@ def test_attention_of_timm(path: str, name: str, settings: dict[str, Any]) -> No
 
 def test_t5_of_transformers() -> None:
     t5 = pytest.importorskip("transformers.models.t5.modeling_t5")
-    # T5 only asks for the tensor type and dtype of its last weight, and calls the layer.
+    # T5 only inspects the tensor type and dtype of its last weight, and calls the layer.
     assert reads(t5.T5DenseActDense(t5.T5Config(d_model=8, d_ff=16))) == set()
     assert reads(t5.T5Attention(t5.T5Config(d_model=8, num_heads=2, d_kv=4))) == set()

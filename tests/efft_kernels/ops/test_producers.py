@@ -1,4 +1,4 @@
-"""tt_gelu_linear and tt_norm_linear against their formulas with the dense update in fp64, and gradients by hand."""
+"""Compare tt_gelu_linear and tt_norm_linear with formulas in fp64 (dense update, gradients written by hand)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def inputs_of(op: Callable[..., Tensor], **options: Any) -> Inputs:
 
 
 def output(op: Callable[..., Tensor], inputs: Inputs, approximate: str = "none", eps: float = 0.0) -> Tensor:
-    """Return the output of the producer, by torch's own function."""
+    """Return the output of the producer (the GELU or norm before the layer), computed by torch."""
     if op is tt_gelu_linear:
         return F.gelu(inputs["z"], approximate=approximate)
     return F.layer_norm(inputs["x"], inputs["x"].shape[-1:], inputs["gamma"], inputs["beta"], eps)
@@ -44,7 +44,7 @@ def output(op: Callable[..., Tensor], inputs: Inputs, approximate: str = "none",
 def slope(
     op: Callable[..., Tensor], inputs: Inputs, upstream: Tensor, approximate: str = "", eps: float = 0.0
 ) -> Tensor:
-    """Return the producer's backward, written out."""
+    """Return the result of the producer's backward formula."""
     if op is tt_norm_linear:
         x, g = inputs["x"], upstream if inputs["gamma"] is None else upstream * inputs["gamma"]
         # torch.var would warn about an input without rows.
@@ -96,7 +96,7 @@ def run(op: Callable[..., Tensor], need: tuple[str, ...], inputs: Inputs, gy: Te
 
 
 def unfused(op: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
-    """Return the computation layer by layer in the given precision: how wrong an ordinary computation is."""
+    """Return a function that computes layer by layer in the given precision; its errors are the yardstick."""
 
     def layers(W: Tensor, b: Tensor | None, D: Tensor, G: Tensor, **producer: Any) -> Tensor:
         a = output(op, producer, **options)
@@ -124,7 +124,7 @@ def test_output_and_gradients(backend: Backend, device: str, low: torch.dtype, c
 
 
 def test_update_alone(backend: Backend, device: str, low: torch.dtype, case: Any) -> None:
-    """Without a base y is the update; an update of a thousandth of the usual size must not be lost."""
+    """Without a base, y is the update. An update of a thousandth of the usual size must not be lost."""
     op, name, options = case
     need = (name, "D", "G")
     inputs = inputs_of(op, update=1e-3, dtype=low, factor_dtype=torch.float32, device=device)
@@ -183,8 +183,8 @@ def test_any_shape_layout_and_gradient(
 def summed_around_norm(inputs: dict[str, Tensor], gy: Tensor, eps: float) -> dict[str, float]:
     """Return the sizes of the summands of gradients that can cancel.
 
-    A norm's backward removes the mean and its own direction from the gradient that it receives. A row of its output
-    sums to zero, so h vanishes if all rows of D are the same.
+    The backward pass of a norm removes the mean and the component along the norm's output from the received gradient. A
+    row of the output sums to zero, so h vanishes if all rows of D are equal.
     """
     wide = {key: None if t is None else t.double() for key, t in inputs.items()}
     x, W, D, G, gamma = (wide[key] for key in ("x", "W", "D", "G", "gamma"))
@@ -211,7 +211,7 @@ def test_gradcheck(fp64: Backend, case: Any) -> None:
 def test_a_second_derivative(
     backend: Backend, exact: torch.dtype, assert_exact: Callable[..., None], case: Any, need: tuple[str, ...]
 ) -> None:
-    """The derivative is that of one gradient alone by all that it depends on, also if another argument is frozen."""
+    """The test differentiates one gradient with respect to all its inputs, with no argument or one argument frozen."""
     op, name, options = case
     (of,) = (name if n == "producer" else n for n in need)
     inputs = inputs_of(op, tokens=6, d_in=8, d_out=5, r1=3, dtype=exact)
@@ -273,7 +273,7 @@ def test_one_vector_alone_is_trained(
 
 
 def test_what_is_kept_for_backward(kernels: Backend, case: Any) -> None:
-    """The producer's input and h are kept, but nothing else of their sizes."""
+    """The producer's input and h are saved; no other tensor of these sizes is."""
     op, name, options = case
     inputs = inputs_of(op, tokens=50, d_in=24, d_out=40, r1=5)
     known = {inputs[k].untyped_storage().data_ptr() for k in inputs}
@@ -293,7 +293,7 @@ def test_what_is_kept_for_backward(kernels: Backend, case: Any) -> None:
 
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(backend: Backend, device: str, autocast: torch.dtype, case: Any) -> None:
-    """The producer's input stays as it is, the product is in the autocast dtype, and gradients keep their dtypes."""
+    """The producer's input keeps its dtype, the product has the autocast dtype, and gradients have their own dtypes."""
     op, name, options = case
     need = (name, "D", "G")
     inputs = inputs_of(op, tokens=33, device=device)
@@ -314,7 +314,7 @@ NARROW, WIDE = torch.bfloat16, torch.float32
 
 @pytest.mark.parametrize("dtypes", [*itertools.product((NARROW, WIDE), repeat=4)], ids=lambda d: " ".join(map(str, d)))
 def test_dtypes_mixed(backend: Backend, device: str, case: Any, dtypes: tuple[torch.dtype, ...]) -> None:
-    """The producer computes in fp32 and rounds once to the weight's dtype; a result has the dtype of its argument."""
+    """The producer computes in fp32 and rounds once to the weight's dtype; gradients have their arguments' dtypes."""
     op, name, options = case
     need = (name, "D", "G")
     inputs = inputs_of(op, device=device)
@@ -375,7 +375,7 @@ def test_registered_ops(kernels: Backend, device: str) -> None:
 
 
 def test_compiled_without_a_break(backend: Backend, case: Any) -> None:
-    torch.compiler.reset()  # one function may be compiled fewer times than there are cases
+    torch.compiler.reset()  # the compilation limit per function is lower than the number of cases
     op, name, options = case
     inputs = inputs_of(op, tokens=9)
     leaves = [inputs[k].requires_grad_() for k in trained(op, name)]
@@ -406,7 +406,7 @@ def test_wrong_calls(backend: Backend, case: Any) -> None:
             op(**{**inputs, "gamma": inputs["gamma"][:3]}, backend=backend)
 
 
-#: The ops that flatten leading dimensions where autograd does not see it.
+#: The ops that flatten the leading dimensions in code that autograd does not see.
 every_op = pytest.mark.parametrize("op", [tt_linear, tt_gelu_linear, tt_norm_linear], ids=lambda op: op.__name__)
 
 

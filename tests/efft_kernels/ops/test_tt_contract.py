@@ -1,4 +1,4 @@
-"""tt_contract against loops over layers and cores in fp64, and its gradients written out by hand."""
+"""Compare tt_contract with loops over layers and cores in fp64, and with gradients written by hand."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Arguments = dict[str, Any]
 
 
 def dropped(inputs: Arguments) -> tuple[Tensor, Tensor]:
-    """Return C and V of every layer, [n_layers, n_cores, r1, r2] and [n_layers, r2, d_out], zero where dropped."""
+    """Return C and V of every layer, [n_layers, n_cores, r1, r2] and [n_layers, r2, d_out], with dropped entries 0."""
     C, V = inputs["C"], inputs["V"].expand(len(inputs["C"]), *inputs["V"].shape)
     C = C if inputs["keep_C"] is None else torch.where(inputs["keep_C"], C, 0)
     V = V if inputs["keep_V"] is None else torch.where(inputs["keep_V"], V, 0)
@@ -51,7 +51,7 @@ def dense(inputs: Arguments, dG: Tensor) -> dict[str, Tensor]:
 
 
 def plain(**inputs: Any) -> Tensor:
-    """Return the formula in the factors' own precision, with one product for all matrices that share one V."""
+    """Return the formula in the factors' own precision, with one product for all matrices that share V."""
     C, V = dropped(inputs)
     rows = C.flatten(1, 2)  # [n_layers, n_cores * r1, r2]
     product = rows.flatten(0, 1) @ inputs["V"] if inputs["keep_V"] is None else rows @ V

@@ -1,4 +1,4 @@
-"""tt_linear against y = x (Wᵀ + D G) + b with D G built densely in fp64, and its gradients written out by hand."""
+"""Compare tt_linear with y = x (Wᵀ + D G) + b in fp64 (D G built densely), and with gradients written by hand."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def wide(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def dense(inputs: dict[str, Any], gy: Tensor) -> dict[str, Tensor]:
-    """Return y, every gradient and the update alone, from the dense matrix and its gradient."""
+    """Return y, every gradient and the update by itself, computed from the dense matrix and its gradient."""
     x, W, b, D, G = (wide(inputs)[k] for k in LEAVES)
     gy = gy.double()
     M = W.t() + D @ G  # [d_in, d_out]
@@ -35,12 +35,12 @@ def dense(inputs: dict[str, Any], gy: Tensor) -> dict[str, Tensor]:
 
 
 def unfused(x: Tensor, W: Tensor, b: Tensor | None, D: Tensor, G: Tensor) -> Tensor:
-    """Return the plain formula in the precision of x: how wrong an ordinary computation is."""
+    """Compute the plain formula in the precision of x; its errors are the yardstick."""
     return F.linear(x, W, b) + (x @ D.to(x.dtype)) @ G.to(x.dtype)
 
 
 def merged(x: Tensor, W: Tensor, b: Tensor | None, D: Tensor, G: Tensor) -> Tensor:
-    """Return the product with the update added to the weight in the weight's dtype: it must not pass as tt_linear."""
+    """Add the update to the weight in the weight's dtype before the product; the tests must reject this method."""
     return F.linear(x, W + (D @ G).t().to(W.dtype), b)
 
 
@@ -91,7 +91,7 @@ def test_update_under_a_weight_1000_times_its_size(
     product: Callable[[Tensor, Tensor], Tensor],
     op: Callable[..., Tensor],
 ) -> None:
-    """For tokens on which the base cancels, y and dx are the update; a weight merged in half precision fails."""
+    """For tokens on which the base cancels, y and dx consist of the update; a merged half-precision weight fails."""
     factors = {"update": 1e-3, "factor_dtype": torch.float32}
     inputs = make_inputs("tt_linear", d_out=48, base_cancels=True, dtype=low, device=device, **factors)
     half = torch.randn(29, 24).to(device, low)
@@ -162,7 +162,7 @@ def test_no_token_and_one_token_in_half_precision(backend: Backend, device: str,
 def test_factors_as_the_bank_makes_them(
     backend: Backend, device: str, exact: torch.dtype, assert_exact: Callable[..., None]
 ) -> None:
-    """D = Vᵀ, a column slice of V, and G one layer of a stacked contraction."""
+    """D is Vᵀ or a column slice of V, and G is one layer of a stacked contraction."""
     inputs = make_inputs("tt_linear", dtype=exact, device=device)
     V = torch.randn(5, 60, dtype=exact, device=device)
     inputs["D"] = V[:, 24:48].t()
@@ -230,7 +230,7 @@ def test_gradcheck(fp64: Backend, scheme: str) -> None:
 def test_only_what_is_asked_for_is_computed_and_saved(
     backend: Backend, device: str, exact: torch.dtype, own: bool, record: Callable[[], Any], need: tuple[str, ...]
 ) -> None:
-    """Sizes tell the tensors apart: h and dh [11, 5], x and dx [11, 24], W [40, 24], D [24, 5], G [5, 40]."""
+    """The tensors have different sizes: h and dh [11, 5], x and dx [11, 24], W [40, 24], D [24, 5], G [5, 40]."""
     inputs = make_inputs("tt_linear", tokens=11, dtype=exact, device=device)
     leaves = {k: inputs[k].requires_grad_(k in need) for k in LEAVES}
     saved: list[Tensor] = []
@@ -255,7 +255,7 @@ def test_only_what_is_asked_for_is_computed_and_saved(
     products = sorted(tuple(sorted(shape)) for shape in seen.products)
     expected = [(5, 11)] * ("x" in need or "D" in need) + [(11, 24)] * 2 * ("x" in need)
     expected += [(5, 24)] * ("D" in need) + [(5, 40)] * ("G" in need)
-    if backend is Backend.REFERENCE:  # autograd does not promise an order or fusion
+    if backend is Backend.REFERENCE:  # autograd guarantees neither an order of products nor their fusion
         assert set(products) == set(expected)
     else:
         assert products == ([] if own else sorted(expected))
@@ -287,7 +287,7 @@ def test_no_dense_delta_is_ever_built(
 
 @pytest.mark.parametrize("frozen", [(), ("D",), ("G",), ("x",), ("W", "b"), ("D", "W", "b"), ("x", "D")], ids=str)
 def test_gradients_of_gradients(fp64: Backend, frozen: tuple[str, ...]) -> None:
-    """They are right for any frozen arguments, which are not kept for backward."""
+    """Second gradients are correct with any frozen arguments; frozen arguments are not saved."""
     inputs = make_inputs("tt_linear", tokens=2, d_in=3, d_out=4, r1=2, dtype=torch.float64)
     names = [k for k in LEAVES if k not in frozen]
 
@@ -298,7 +298,7 @@ def test_gradients_of_gradients(fp64: Backend, frozen: tuple[str, ...]) -> None:
 
 
 def repeated(layer: Callable[..., Tensor], inputs: dict[str, Any], names: list[str], times: int) -> tuple[Tensor, ...]:
-    """Return the gradients of |gradients|² of two layers, of which the second gets its input from the same factors."""
+    """Return the gradients of |gradients|² of two layers in sequence that share their factors."""
     leaves = [inputs[k].requires_grad_() for k in names]
     value = layer(**inputs | {"x": layer(**inputs).tanh()}).sin().sum()
     for _ in range(times):
@@ -408,7 +408,7 @@ def test_tensors_of_another_device_or_kind(backend: Backend, name: str) -> None:
 @pytest.mark.parametrize("need", ["", "x", "D", "G", "b", "xD", "xDG", "Gb", "xDGb"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_registered_ops_are_well_behaved(kernels: Backend, layout: str, need: str) -> None:
-    """torch's opcheck tests schema, autograd registration, fake tensors, and AOT dispatch with dynamic shapes."""
+    """torch's opcheck tests the schema, autograd registration, fake tensors, and AOT dispatch with dynamic shapes."""
     narrow = torch.bfloat16 if need.startswith("xDG") else torch.float32
     inputs = make_inputs("tt_linear", tokens=4, d_in=6, d_out=8, r1=3, dtype=narrow, factor_dtype=torch.float32)
     x, W, b, D, G = (with_layout(inputs[k], layout) for k in LEAVES)

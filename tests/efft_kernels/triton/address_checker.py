@@ -1,6 +1,6 @@
-"""A checker of addresses and races for kernels that run in Triton's interpreter (``TRITON_INTERPRET=1``).
+"""Check addresses and races of kernels that run in Triton's interpreter (``TRITON_INTERPRET=1``).
 
-It patches private classes; ``test_checks.py`` shows whether they still fit the installed version of Triton.
+The module patches private classes; ``test_checks.py`` shows whether the patches fit the installed version of Triton.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
 
 class AddressError(RuntimeError):
-    """A kernel accessed memory outside its arguments, or two programs wrote to one address."""
+    """Raised if a kernel accesses memory outside its arguments, or if two programs write to one address."""
 
 
 @contextmanager
 def checked() -> Iterator[list[str]]:
-    """Check every kernel launched inside the ``with`` block, and yield the list of their names as they run.
+    """Check every kernel launched inside the ``with`` block, and yield the list of kernel names, which grows.
 
-    A program may read and write elements of the launch's own tensor arguments, but nothing between the rows of a
-    strided one, and no two programs may write to one address. Reads of memory that was never written are not detected;
-    fill outputs with NaN for these (:func:`efft_kernels.testing.poisoned_empty`). A program runs as one thread, so
-    races within it are not detected either.
+    A program may read and write elements of the launch's own tensor arguments, but not the gaps between the rows of a
+    strided tensor. No two programs may write to one address. The checker does not detect reads of uninitialized memory;
+    to find them, fill outputs with NaN (:func:`efft_kernels.testing.poisoned_empty`). A program runs as one thread, so
+    races within a program are not detected either.
 
     Raises:
-        AddressError: a launch broke a rule; that launch raises the error.
+        AddressError: the current launch broke one of these rules.
     """
     names: list[str] = []
     launch: dict[str, Any] = {}
@@ -88,7 +88,7 @@ def checked() -> Iterator[list[str]]:
 
 
 def _intervals(tensors: list[Tensor]) -> tuple[np.ndarray, np.ndarray]:
-    """Return (first bytes, ends) of the runs of memory that the tensors' elements occupy, sorted and merged."""
+    """Return (first bytes, ends) of the memory ranges that the tensors' elements occupy, sorted and merged."""
     starts: list[np.ndarray] = []
     for tensor in tensors:
         offsets = np.zeros(int(tensor.numel() > 0), np.int64)

@@ -1,4 +1,4 @@
-"""Every kernel with every entry of the tables, compiled for every target, and the faults that the report must find."""
+"""Compile every kernel with every entry of the tables for every target, and test that the report finds faults."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_no_fault_on_any_target() -> None:
 
 
 def test_the_estimate_of_shared_memory_is_not_too_low() -> None:
-    """Otherwise a tile that cannot be launched would be chosen."""
+    """With too low an estimate, the launch code would choose a tile that cannot be launched."""
     for name in (
         FAST,
         "lowrank_gemm bf16 128x128x32 backward",

@@ -1,4 +1,4 @@
-"""``python -m benchmarks`` and ``efft bench``."""
+"""Test ``python -m benchmarks`` and ``efft bench``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A suite that takes a few seconds: a tiny random ViT on scikit-learn's digits."""
+"""Provide a suite that takes a few seconds: a tiny random ViT on scikit-learn's digits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ METHODS: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Use an empty cache folder, and package clients that must not be called by accident."""
+    """Use an empty cache folder, and replace package clients so that no test calls them by accident."""
     monkeypatch.setenv("EFFT_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
 

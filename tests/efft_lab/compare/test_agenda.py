@@ -1,4 +1,4 @@
-"""Suites and plans: what a file means, and what it must not contain."""
+"""Test suites and plans: the meaning of a suite file, and errors for invalid content."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_published_settings_of_the_paper_by_task() -> None:
 
 @pytest.mark.parametrize("name", ["local", "local_efft2", "local_long"])
 def test_results_on_record_are_of_their_suite(name: str) -> None:
-    """Methods may be added to a suite; what was run must go on being a part of it."""
+    """A suite may get new methods, but its recorded runs must remain a part of the suite."""
     done = read(RESULTS / f"compare_{name}.jsonl")
     agenda = Agenda(suites.load(name))
     runs = [run for pair in agenda.pairs() for run in [*agenda.search(*pair), *agenda.finals(*pair, done)]]

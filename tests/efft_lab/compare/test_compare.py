@@ -1,4 +1,4 @@
-"""The whole command on tiny runs: kill and resume, several processes, determinism, failures, the report."""
+"""Test the complete command on tiny runs: kill and resume, several processes, determinism, failures, the report."""
 
 from __future__ import annotations
 
@@ -59,14 +59,14 @@ def test_killed_at_once_it_goes_on_without_losing_or_repeating_a_run(
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
     deadline = time.monotonic() + 30
-    while any(map(alive, workers)):  # no worker goes on after its parent died
+    while any(map(alive, workers)):  # workers must end when their parent dies
         assert time.monotonic() < deadline
         time.sleep(0.02)
     kept = results.read_bytes()
     lines = kept.count(b"\n")
     assert lines < 8
     with open(results, "ab") as broken:
-        broken.write(b'{"key": "half a li')  # what a power cut may leave
+        broken.write(b'{"key": "half a li')  # such a line can remain after a power failure
 
     second = start(*words)
     output = second.communicate()[0]
@@ -149,7 +149,7 @@ def test_probe_on_cached_features_is_the_probe_of_the_trainer(tiny: dict[str, An
     slow = run(TrainConfig.from_dict(planned.config), tmp_path / "slow", progress=False).summary
     assert fast["trainable_parameters"] == slow["trainable_parameters"]
     assert fast["head_parameters"] == slow["head_parameters"] == fast["trainable_parameters"]
-    assert fast["test_accuracy"] == pytest.approx(slow["test_accuracy"], abs=0.1)  # another random head
+    assert fast["test_accuracy"] == pytest.approx(slow["test_accuracy"], abs=0.1)  # the random heads differ
 
 
 @pytest.mark.slow
@@ -209,7 +209,7 @@ def test_report(tiny: dict[str, Any], write: Write, tmp_path: Path, capsys: pyte
     assert "16 of 16 final runs." in page
     assert "| EFFT2 | 85.0 ± 7.1 | 85.0 ± 7.1 |" in page
     assert "| EFFT2 | 1,000 | 85.0 | 85.0 | 85.0 [80.0, 90.0] | 85.0 [80.0, 90.0] |" in page
-    assert "| probe | 2 | +" in page  # against the reference, over two tasks
+    assert "| probe | 2 | +" in page  # compared with the reference over two tasks
     assert "- digits: pixels reaches 52.5, no less than probe." in page
     assert "| EFFT2 | lr 0.01 | lr 0.01 |" in page
     assert "- commit: abc" in page

@@ -1,4 +1,4 @@
-"""The labels are derived again from the pixels, and every other factor is shown to be unrelated to them."""
+"""Derive the labels from the pixels, and test that every other factor is unrelated to the labels."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def test_classes_are_equally_frequent_and_seeds_differ(name, drawn) -> None:
 def test_count_is_the_number_of_separate_objects(drawn) -> None:
     ndimage = pytest.importorskip("scipy.ndimage", reason="the oracle")
     images, labels = drawn["count"]
-    # The ground is above 0.3 in every channel, and every object below 0.15 in one. Pixels that touch at a corner
-    # belong together: a thin tip runs diagonally.
+    # The background is above 0.3 in every channel, and every object is below 0.15 in one channel. Pixels that touch at
+    # a corner belong together, because a thin tip may run diagonally.
     objects = [ndimage.label(image.min(axis=2) < 0.25 * 255, structure=np.ones((3, 3)))[1] for image in images]
     assert (np.array(objects) - generated.FEWEST).tolist() == labels.tolist()
 
@@ -65,15 +65,15 @@ def test_orientation_is_the_direction_of_the_heavier_side(drawn) -> None:
     for image in images.astype(float):
         weight = image / image.sum()
         x, y = across - (weight * across).sum(), down - (weight * down).sum()
-        # A heart is symmetric about its axis v alone, so this vector of third order lies on it.
+        # A heart is symmetric only about its axis v, so that this third-order vector lies on the axis.
         skew = weight * np.hypot(x, y)
         angles.append(np.arctan2((skew * y).sum(), (skew * x).sum()))
-    # v lies a quarter turn from u, whose angle is the factor.
+    # v is a quarter turn from u, and the angle of u is the factor.
     error = np.array(angles) - np.pi / 2 - 2 * np.pi * (labels + 0.5) / 16
     error = (error + np.pi) % (2 * np.pi) - np.pi
     half_bin = np.pi / 16
     assert abs(np.median(error)) < 0.03
-    assert (abs(error) < half_bin + 0.15).mean() > 0.95  # the estimate is rough for hearts of five pixels
+    assert (abs(error) < half_bin + 0.15).mean() > 0.95  # the estimate is inaccurate for hearts of five pixels
     assert (abs(error) < half_bin + 0.7).all()
 
 

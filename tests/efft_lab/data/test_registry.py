@@ -52,7 +52,7 @@ def test_table_lists_every_task(home: Path) -> None:
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of the generated tasks, which are drawn once for this file."""
+    """Return the folder of the generated tasks, which are drawn once for this module."""
     root = tmp_path_factory.mktemp("generated")
     for name in ("count", "x-location", "orientation"):
         efft_lab.data.fetch(name, root=root)
@@ -64,7 +64,7 @@ def test_generated_tasks_and_their_recorded_baselines(name: str, drawn: Path) ->
     task = efft_lab.data.load(name, root=drawn)
     assert [len(task.train), len(task.val), len(task.trainval), len(task.test)] == [800, 200, 1000, 2000]
     recorded = efft_lab.data.describe(name).baselines
-    # Half a point of room: a rounding in the linear solver may turn a few of 2,000 predictions.
+    # The tolerance is half a point: rounding in the linear solver may change a few of 2,000 predictions.
     assert efft_lab.data.trivial_baselines(task) == pytest.approx(recorded, abs=0.5)
 
 
@@ -74,7 +74,7 @@ def test_generated_task_is_drawn_once(drawn: Path, capfd: pytest.CaptureFixture[
 
 
 def test_baselines_of_a_task_that_is_trivial(tmp_path: Path) -> None:
-    """White and black images: ink and pixels are perfect, the majority is the share of the larger class."""
+    """For white and black images, ink and pixels are perfect, and the majority is the share of the larger class."""
     from PIL import Image
 
     for number in range(100):
@@ -101,7 +101,7 @@ def test_nearest_neighbours_against_scikit_learn(drawn: Path) -> None:
 
     best = max((1, 3, 5, 9, 15), key=lambda k: score(task.train, task.val, k))
     found = efft_lab.data.nearest_neighbors(task)
-    assert found == pytest.approx(100 * score(task.trainval, task.test, best), abs=1)  # equal distances may swap
+    assert found == pytest.approx(100 * score(task.trainval, task.test, best), abs=1)  # ties may be broken differently
 
 
 def test_name_wins_over_a_folder_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drawn: Path) -> None:

@@ -1,4 +1,4 @@
-"""CSV files of images and values."""
+"""Test data sets from CSV files of images and values."""
 
 from __future__ import annotations
 

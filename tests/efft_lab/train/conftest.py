@@ -1,4 +1,4 @@
-"""A tiny random ViT and easy generated images, for runs that take a second and still learn."""
+"""Provide a tiny random ViT and easy generated images, for runs that take a second and still learn."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CLASSES = 4
 
 @dataclass
 class TinyTask:
-    """The part of efft_lab.data.TaskData that the trainer uses."""
+    """Provide the part of efft_lab.data.TaskData that the trainer uses."""
 
     train: Dataset[Any]
     val: Dataset[Any]
@@ -32,9 +32,9 @@ class TinyTask:
 
 @pytest.fixture
 def task() -> TinyTask:
-    """Return noise whose red channel is the brighter, the higher the class.
+    """Return noise images whose red channel is brighter for higher classes.
 
-    There are 64 training, 32 validation and 40 test images of 28 pixels.
+    The task has 64 training, 32 validation and 40 test images of 28 pixels.
     """
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(136) % CLASSES
@@ -54,7 +54,7 @@ def make_model(tiny_vit: Callable[..., nn.Module]) -> Callable[[], nn.Module]:
 
 @pytest.fixture
 def config() -> TrainConfig:
-    """Return a run of four epochs of four updates, with every source of randomness on."""
+    """Return a run of four epochs of four updates that uses every source of randomness."""
     return TrainConfig(
         efft=EfftConfig(rank=4, scale=10.0, dropout=0.1),
         epochs=4,

@@ -1,4 +1,4 @@
-"""Scores against scikit-learn, and models for segmentation and regression against timm's own feature maps."""
+"""Compare scores with scikit-learn, and models for segmentation and regression with timm's own feature maps."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_segmentation_of_what_does_not_count() -> None:
     sums = goal.statistics(torch.zeros(4, 2, 2, dtype=torch.long), nothing)
     assert goal.scores(sums) == {"miou": 0.0, "pixel_accuracy": 0.0}
     one = goal.statistics(torch.zeros(1, 2, 2, dtype=torch.long), torch.zeros(1, 2, 2, dtype=torch.long))
-    assert goal.scores(one) == {"miou": 1.0, "pixel_accuracy": 1.0}  # of the one class that occurs
+    assert goal.scores(one) == {"miou": 1.0, "pixel_accuracy": 1.0}  # for the only class that occurs
     assert np.isnan(goal.details(one)[1])
 
 
@@ -100,7 +100,7 @@ def test_settling_gives_values_as_they_are(name: str) -> None:
         expected = goal.predict(model.eval()(images))
         goal.finish(model)
         torch.testing.assert_close(model(images), expected)
-        torch.testing.assert_close(goal.predict(model(images)), expected)  # after that, nothing is left to add
+        torch.testing.assert_close(goal.predict(model(images)), expected)  # the second time, nothing must be added
 
 
 def test_heads_that_do_not_suit_regression() -> None:
@@ -111,7 +111,7 @@ def test_heads_that_do_not_suit_regression() -> None:
 
 
 class Valued:
-    """The part of a data set that the goal reads."""
+    """Provide the part of a data set that the goal reads."""
 
     classes, class_names = 2, ("age", "height")
 

@@ -1,8 +1,8 @@
-"""Runs from before the laboratory was a separate package load and compute the same, and a stopped one resumes.
+"""Test that runs from before the experiment code was a separate package load, compute the same, and can resume.
 
-The folders beside this file were written in a checkout of commit 2572b1e by ``efft.train.run``. There is one run per
-way of saving that is small enough to keep; the run ``stopped`` was killed after 24 of 32 updates. ``logits.json`` holds
-what the models computed there.
+The folders next to this file were written by ``efft.train.run`` in a checkout of commit 2572b1e. They contain one run
+per way of saving that is small enough to keep. The run ``stopped`` was killed after 24 of 32 updates. ``logits.json``
+holds the outputs of the models at that commit.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``prune_at`` lowers the ranks in the middle of a run, which continues and saves as any other."""
+"""Test ``prune_at``, which lowers the ranks in the middle of a run; the run must continue and save like others."""
 
 from __future__ import annotations
 

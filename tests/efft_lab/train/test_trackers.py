@@ -1,4 +1,4 @@
-"""Experiment trackers get what metrics.jsonl gets."""
+"""Test that experiment trackers receive the same records as metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ tracking = pytest.importorskip("accelerate.tracking", reason="training needs the
 
 
 class Notes(tracking.GeneralTracker):  # type: ignore[misc,name-defined]
-    """A tracker that keeps what it is given."""
+    """Keep all records in memory."""
 
     name, requires_logging_directory = "notes", False
 

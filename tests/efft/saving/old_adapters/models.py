@@ -1,8 +1,9 @@
-"""Models and adapters of the first file format, and what they compute.
+"""Define models and adapters in the first file format, and their outputs.
 
     PYTHONPATH=.:python:<this checkout> python -m tests.efft.saving.old_adapters.models FOLDER
 
-in a checkout of commit fd60874, the last that wrote this format, made the folders beside this file.
+This command, run in a checkout of commit fd60874 (the last one that wrote this format), created the folders next to
+this file.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def output(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def base(build: Callable[[], nn.Module]) -> nn.Module:
-    """Return the model with the same weights on every machine."""
+    """Return the model; its weights are equal on every machine."""
     model = build()
     fill(model.parameters(), 1.0)
     return model

@@ -1,4 +1,4 @@
-"""Collects these tests in Triton's interpreter (``make check-triton``) and, compiled, on a GPU."""
+"""Collect these tests in Triton's interpreter (``make check-triton``) and, with compiled kernels, on a GPU."""
 
 from __future__ import annotations
 

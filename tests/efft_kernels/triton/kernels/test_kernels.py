@@ -1,6 +1,6 @@
-"""Every kernel in every form and tile of the tables on ragged shapes: compiled, or interpreted with checked addresses.
+"""Test every kernel with every variant and tile on ragged shapes: compiled, or interpreted with checked addresses.
 
-Buffers to which nothing was written are full of NaN.
+Uninitialized buffers are filled with NaN.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ else:
 
     @contextmanager
     def checked() -> Iterator[list[str]]:
-        """Yield the names of the kernels launched inside the ``with`` block, as the interpreter's version does."""
+        """Yield the names of the kernels launched inside the ``with`` block, like the interpreter's version."""
         names: list[str] = []
 
         def note(metadata: triton.compiler.LazyDict) -> None:
@@ -45,32 +45,32 @@ else:
 
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-#: A GPU so small that each program gets several tiles.
+#: A GPU so small that each program processes several tiles.
 FEW = launch.Device(2, GPU.shared_memory, GPU.capability)
 SHAPES = [(70, 90, 100), (1, 16, 300), (129, 257, 33), (64, 128, 64), (5, 1, 1)]
 
 
 def matrix(rows: int, columns: int, dtype: torch.dtype, seed: int, scale: float = 1.0) -> Tensor:
-    generator = torch.Generator("cpu").manual_seed(seed)  # the same numbers everywhere
+    generator = torch.Generator("cpu").manual_seed(seed)  # the same numbers on every device
     values = scale * torch.randn(rows, columns, generator=generator, dtype=torch.float64, device="cpu")
     return values.to(torch.get_default_device(), dtype)
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """Return the product left right, whose error these kernels are compared with.
+    """Return the product left right, with which the errors of these kernels are compared.
 
-    For fp32 on a GPU it sums in one chain of terms, as these kernels do; the vendor's product sums in several.
+    For fp32 on a GPU it sums in one chain of terms like these kernels; the vendor's product sums in several chains.
     """
     return chained_matmul(left, right) if left.is_cuda and left.dtype == torch.float32 else left @ right
 
 
 def summed(left: Tensor, right: Tensor) -> Tensor:
-    """Return leftᵀ right in fp32, on a GPU in one chain, as sums by tensor cores are less exact than fp32."""
+    """Return leftᵀ right in fp32; on a GPU it sums in one chain, because tensor cores are less accurate than fp32."""
     return chained_matmul(left.t(), right) if left.is_cuda else left.float().t() @ right.float()
 
 
 def needs(tile: GemmTile, dtype: torch.dtype, *, tma: bool = False) -> None:
-    """Skip the test if this GPU would never be given the tile."""
+    """Skip the test if the launch code would never choose the tile on this GPU."""
     if GPU.capability < tile.capability:
         pytest.skip(f"needs a newer GPU than one of compute capability {GPU.capability}")
     if tile.shared_memory(dtype.itemsize, tma=tma) > GPU.shared_memory:
@@ -78,7 +78,7 @@ def needs(tile: GemmTile, dtype: torch.dtype, *, tma: bool = False) -> None:
 
 
 def operands(M: int, N: int, K: int, R: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Return A, Bᵀ (so that B lies in memory as a weight does), bias, P and T, with fp32 factors."""
+    """Return A, Bᵀ (so that B is laid out like a weight), bias, P and T, with fp32 factors."""
     return (
         matrix(M, K, dtype, 0),
         matrix(N, K, dtype, 1, K**-0.5),
@@ -89,7 +89,7 @@ def operands(M: int, N: int, K: int, R: int, dtype: torch.dtype) -> tuple[Tensor
 
 
 def unfused(A: Tensor, B: Tensor, bias: Tensor, P: Tensor, T: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (Y, H) by the plain formula in the operands' precision."""
+    """Compute (Y, H) by the plain formula in the precision of the operands."""
     H = product(A, P.to(A.dtype))
     return product(A, B) + product(H, T.to(A.dtype)) + bias, H
 
@@ -119,7 +119,7 @@ def test_gemm(dtype: torch.dtype, tile: GemmTile) -> None:
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("tile", TMA_TILES, ids=lambda tile: f"{tile.m}x{tile.n}x{tile.k}")
 def test_gemm_by_tma(dtype: torch.dtype, tile: GemmTile, direction: str) -> None:
-    """M, N, K and R are as ragged as rows of whole 16 bytes allow, and there are more tiles than programs."""
+    """M, N, K and R are as irregular as rows of a multiple of 16 bytes allow, and the tiles outnumber the programs."""
     needs(tile, dtype, tma=True)
     for M, N, K, R in [(70, 88, 104, 5), (1, 16, 296, 65), (129, 264, 40, 128), (64, 128, 64, 1)]:
         A, weight, bias, P, T = operands(M, N, K, R, dtype)
@@ -161,7 +161,7 @@ def test_what_tma_cannot_move() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_update_alone(dtype: torch.dtype) -> None:
-    """B and bias are zero, so the result is the update, whose error is not hidden by the base."""
+    """B and bias are zero, so that the result is the update and no base hides its error."""
     A, weight, bias, P, T = operands(70, 90, 100, 24, dtype)
     zero, none = torch.zeros_like(weight), torch.zeros_like(bias)
     Y, _ = lowrank_gemm(A, zero.t(), None, P, T)
@@ -211,7 +211,7 @@ def test_sums_over_tokens_of_any_strides() -> None:
 
 
 def test_a_choice_of_tile() -> None:
-    """Big products get big tiles, small GPUs get tiles that fit their shared memory, and there is always a tile."""
+    """Large products get large tiles, small GPUs get tiles that fit their shared memory, and a tile always exists."""
     A = torch.empty(12608, 768, dtype=torch.bfloat16)
     assert launch.gemm_tile(A, 2304).m == 128
     assert all(launch.gemm_tile(A, N, tma=True) == TMA_TILES[0] for N in (768, 2304, 3072)), "as measured"
@@ -252,7 +252,7 @@ def put_out(values: Tensor, producer: str, gamma: Tensor | None = None, beta: Te
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("affine", [True, False], ids=["gamma and beta", "neither"])
 def test_producers(producer: str, dtype: torch.dtype, affine: bool) -> None:
-    """One launch gives the producer's output and h; the sums over tokens read the output through its input."""
+    """One launch computes the producer's output and h; the sums over tokens recompute the output from its input."""
     for i, (M, _, K) in enumerate(SHAPES):
         R = (5, 16, 128, 1, 33)[i]
         values, P, dh = 3 * matrix(M, K, dtype, 0) + 1, matrix(K, R, torch.float32, 3, K**-0.5), matrix(M, R, dtype, 5)
@@ -280,7 +280,7 @@ def test_producers(producer: str, dtype: torch.dtype, affine: bool) -> None:
     ("dtype", "tile"), [(torch.float32, FP32_TILES[-1]), (torch.bfloat16, HALF_TILES[-1])], ids=str
 )
 def test_slope_in_the_epilogue(producer: str, dtype: torch.dtype, tile: GemmTile) -> None:
-    for M, N, K in SHAPES[:4]:  # the errors of five numbers are not meaningful
+    for M, N, K in SHAPES[:4]:  # the errors of only five numbers are not meaningful
         A, weight, _, P, T = operands(M, N, K, 9, dtype)
         Z = with_layout(2 * matrix(M, N, dtype, 8), "transposed")
         with checked(), poisoned_empty():
@@ -296,7 +296,7 @@ def test_slope_in_the_epilogue(producer: str, dtype: torch.dtype, tile: GemmTile
 @pytest.mark.parametrize("producer", ["gelu", "gelu_tanh"])
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_gelu_in_half_precision(producer: str, dtype: torch.dtype) -> None:
-    """Everywhere, its error and that of its slope are far below the rounding of their consumers."""
+    """The errors of the GELU and of its slope are always far below the rounding of their consumers."""
     ends = torch.tensor([0.0, 1e-45, 1e-38, 6.0, 6.1, 7.0, 1e4, 1e38])
     z = torch.cat(
         [torch.linspace(-9, 9, 20001), torch.logspace(-30, 4, 2001), -torch.logspace(-30, 4, 2001), ends, -ends]
@@ -305,7 +305,7 @@ def test_gelu_in_half_precision(producer: str, dtype: torch.dtype) -> None:
     wide = z.double().requires_grad_()
     exact = put_out(wide, producer)
     (slope,) = torch.autograd.grad(exact.sum(), wide)
-    exact = torch.where(z < -40, 0.0, exact.detach())  # no NaN from infinity times 0
+    exact = torch.where(z < -40, 0.0, exact.detach())  # avoids NaN from infinity times 0
     rounding = (exact.to(dtype).double() - exact).abs().nan_to_num()
     excess = torch.where(A[0].isinf() & exact.to(dtype).isinf(), 0.0, (A[0].double() - exact).abs()) - rounding
     assert (excess <= 2 * (1e-5 * exact.abs() + 6e-9)).all()
@@ -343,11 +343,11 @@ def test_an_adapter_a_sample(dtype: torch.dtype) -> None:
 
 
 def far_apart(values: Tensor) -> Tensor:
-    """Return the same rows 2^30 elements from one another: the third row begins beyond what 32 bits can count."""
+    """Return the same rows, 2^30 elements apart: the offset of the third row exceeds 32 bits."""
     rows, columns = values.shape
     memory = torch.empty(
         2**30 * (rows - 1) + columns, dtype=values.dtype
-    )  # the system allocates only pages that are used
+    )  # the system allocates only the pages that are used
     return memory.as_strided((rows, columns), (2**30, 1)).copy_(values)
 
 
