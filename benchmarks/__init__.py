@@ -1,1 +1,1 @@
-"""Benchmarks of efft-kernels; nothing here is installed."""
+"""Measure the speed and memory of efft-kernels. Installing the project does not install this package."""

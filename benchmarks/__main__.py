@@ -1,4 +1,4 @@
-"""``python -m benchmarks COMMAND``: measure, compare and show; ``COMMAND --help`` explains each command."""
+"""Run one command of the benchmarks: ``python -m benchmarks COMMAND``; ``COMMAND --help`` explains the command."""
 
 from __future__ import annotations
 
@@ -8,32 +8,38 @@ from collections.abc import Sequence
 
 from efft.hints import did_you_mean
 
-#: The module of each command, whose ``main(arguments)`` runs it, and what it does.
+#: For each command, the module whose ``main(arguments)`` runs the command, and a one-line description.
 COMMANDS = {
-    "ops": ("benchmarks.ops.run", "one adapted layer: every backend, naive, the paper's form, LoRA ..."),
-    "model": ("benchmarks.model.run", "a training step of a whole model"),
-    "memory": ("benchmarks.memory", "what is kept for the backward pass, and the process's peak"),
-    "serve": ("benchmarks.serve", "inference: base, adapted, merged, with 1 to 1000 adapters at hand"),
+    "ops": ("benchmarks.ops.run", "time one adapted layer: every backend, the naive form, the paper's form, LoRA ..."),
+    "model": ("benchmarks.model.run", "time one training step of a model"),
+    "memory": ("benchmarks.memory", "memory saved for the backward pass, and peak memory of the process"),
+    "serve": ("benchmarks.serve", "inference with the base, adapted and merged models, and with 1 to 1000 adapters"),
     "experts": ("benchmarks.experts", "a mixture of experts: low-rank products, LoRA of peft, dense updates"),
     "quantized": ("benchmarks.quantized", "int8, fp8 and nf4 backbones: error, time, memory"),
     "scaling": ("benchmarks.scaling", "how time grows with tokens and rank"),
-    "subspaces": ("efft_lab.studies.subspaces", "what shared factors can express of a full fine-tuning update"),
-    "starts": ("efft_lab.studies.starts", "EFFT2 from directions of the gradient or of the pretrained weights"),
-    "extras": ("efft_lab.studies.extras.command", "what to train beside the shared factors, and at which rates"),
+    "subspaces": ("efft_lab.studies.subspaces", "how much of a full fine-tuning update shared factors can express"),
+    "starts": ("efft_lab.studies.starts", "EFFT2 initialized from the gradient or from the pretrained weights"),
+    "extras": (
+        "efft_lab.studies.extras.command",
+        "what to train in addition to the shared factors, and at which rates",
+    ),
     "text": ("efft_lab.studies.text", "EFFT2, LoRA and a linear probe on a text transformer"),
-    "convolutions": ("efft_lab.studies.convolutions", "the same on a convolutional network"),
-    "kinds": ("benchmarks.kinds", "adapted attention and Conv1D against LoRA and dense updates"),
+    "convolutions": (
+        "efft_lab.studies.convolutions",
+        "EFFT2, LoRA, a linear probe and full fine-tuning on a convolutional network",
+    ),
+    "kinds": ("benchmarks.kinds", "adapted attention and Conv1D layers, compared with LoRA and dense updates"),
     "planning": ("benchmarks.planning", "how long planning takes on models of thousands of layers"),
-    "models": ("benchmarks.models", "what is adapted in every architecture of timm and transformers"),
-    "compare": ("benchmarks.compare", "what got slower between two result files or revisions"),
-    "plot": ("benchmarks.plots", "pictures from result files"),
-    "tables": ("benchmarks.readme", "the documentation's tables from result files"),
-    "gpu": ("benchmarks.gpu", "everything, in order of importance, within a time budget"),
+    "models": ("benchmarks.models", "which layers are adapted in every architecture of timm and transformers"),
+    "compare": ("benchmarks.compare", "find slowdowns between two result files or two revisions"),
+    "plot": ("benchmarks.plots", "draw pictures from result files"),
+    "tables": ("benchmarks.readme", "write the documentation's tables from result files"),
+    "gpu": ("benchmarks.gpu", "run all benchmarks, the most important first, within a time budget"),
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code (0 done, 1 the comparison found slow-downs, 2 a wrong call)."""
+    """Run one command and return the exit code: 0 for success, 1 for a slowdown, 2 for an invalid command line."""
     name, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help"):
         lines = [f"  {command:<13}{text}" for command, (_, text) in COMMANDS.items()]

@@ -1,8 +1,9 @@
-"""The numeric budget: no time is quoted for a row that computes something else, or the same thing less exactly.
+"""Check the numerical accuracy of a row before it is timed.
 
-A row is judged on the inputs it is timed on, by y and every gradient against the dense formula in fp64. The update is
-as large as the base there, so an error of the update cannot hide in y. The yardstick is the error that the plain
-formula makes in the row's own precision.
+A row is one implementation in a comparison. A row that computes a wrong result, or a less accurate one than the budget
+allows, is not timed. The check runs on the inputs of the timing. It compares y and every gradient with the dense
+formula in fp64. The errors are divided by the errors of the plain formula in the precision of the row. The update in
+these inputs is as large as the frozen product, so that an error in the update is visible in y.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from torch import Tensor
 from benchmarks.ops.cases import Inputs
 from benchmarks.ops.rows import LayerRow
 
-#: How much larger than the yardstick's an error may be.
+#: The largest error allowed, as a multiple of the error of the plain formula.
 FACTOR = 2.0
 #: Size of the update relative to the base in :meth:`Budget.small_update_error`.
 SMALL = 1e-2
 
 
 class Budget:
-    """The exact results of one case, and how far from them a plain computation lands."""
+    """Hold the exact results of one case and the errors of the plain formula."""
 
     def __init__(self, inputs: Inputs) -> None:
         self.inputs = inputs
@@ -33,11 +34,12 @@ class Budget:
         self._dtypes = {name: value.dtype for name, value in peer.items()}
 
     def errors(self, row: LayerRow, results: dict[str, Tensor]) -> dict[str, float]:
-        """Each result's error (Frobenius norm) as a multiple of the yardstick, or of the rounding of an exact result
-        if that is larger.
+        """Return the error (Frobenius norm) of each result, divided by the error of the plain formula.
+
+        If rounding the exact result causes a larger error, the divisor is the rounding error.
 
         Raises:
-            ValueError: the results are not those that the row owes, or have another shape or dtype.
+            ValueError: a result is missing, unexpected, or has a wrong shape or dtype.
         """
         expected = self._exact[row.adapts]
         owed = {"y", "dx", *(("dD", "dG") if row.trains else ())}
@@ -55,7 +57,7 @@ class Budget:
         return found
 
     def verdict(self, row: LayerRow, results: dict[str, Tensor]) -> str | None:
-        """None if ``results`` of ``row`` are within the budget, else what is wrong."""
+        """Return None if ``results`` of ``row`` are within the budget, or a description of the violation."""
         try:
             errors = self.errors(row, results)
         except ValueError as error:
@@ -67,15 +69,16 @@ class Budget:
 
 
 def verdict(row: LayerRow, inputs: Inputs) -> str | None:
-    """None if ``row`` computes what it should on ``inputs``, else what is wrong."""
+    """Return None if ``row`` computes correct results on ``inputs``, or a description of the error."""
     return Budget(inputs).verdict(row, row.build(inputs).results())
 
 
 def small_update_error(row: LayerRow, inputs: Inputs) -> float:
-    """Error of the update, as a multiple of the plain formula's, where |D G| is a hundredth of |W|: early in training.
+    """Return the error of y for a small update, as early in training: |D G| is a hundredth of |W|.
 
-    Measured where the base cancels, x = [u, u] and W = [M, -M], so that y is the update alone. A row that rounds
-    W + dW shows here what that costs; in y as a whole it does not show.
+    The result is a multiple of the plain formula's error. The frozen product cancels in the inputs, which are x = [u,
+    u] and W = [M, -M], so that y consists of the update only. A row that rounds W + dW loses accuracy here, although
+    y as a whole would not show the loss.
     """
     half = inputs.W.shape[1] // 2
     u, M = inputs.x[:, :half], inputs.W[:, :half]
@@ -88,7 +91,7 @@ def small_update_error(row: LayerRow, inputs: Inputs) -> float:
 
 
 def exact(inputs: Inputs, adapts: bool = True) -> dict[str, Tensor]:
-    """y, dx, dD and dG in fp64 from the dense weight and its gradient; y and dx of the base if not ``adapts``."""
+    """Return y, dx, dD and dG in fp64, computed from the dense weight; if ``adapts`` is False, return only y and dx."""
     x, W, D, G, gy = (t.double() for t in (inputs.x, inputs.W, inputs.D, inputs.G, inputs.gy))
     weight = W + (D @ G).t() if adapts else W
     found = {"y": F.linear(x, weight, None if inputs.b is None else inputs.b.double()), "dx": gy @ weight}
@@ -99,7 +102,7 @@ def exact(inputs: Inputs, adapts: bool = True) -> dict[str, Tensor]:
 
 
 def plain(inputs: Inputs) -> dict[str, Tensor]:
-    """The same by the plain formula under autograd, in the inputs' own precision."""
+    """Return the results of the plain formula under autograd, computed in the dtype of the inputs."""
     x, D, G = leaves = [t.detach().requires_grad_() for t in (inputs.x, inputs.D, inputs.G)]
     y = F.linear(x, inputs.W, inputs.b) + (x @ D.to(x.dtype)) @ G.to(x.dtype)
     gradients = torch.autograd.grad(y, leaves, inputs.gy)

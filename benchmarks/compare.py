@@ -1,14 +1,15 @@
-"""What got slower or faster, beyond noise, between two result files or two revisions of the library.
+"""Find significant slowdowns and speedups between two result files or two revisions of the library.
 
     python -m benchmarks compare before/ops.jsonl after/ops.jsonl
     python -m benchmarks compare --revisions main HEAD -- --quick --rows efft:eager
 
-Ratios to the frozen floor are compared where lines have them, seconds otherwise; of several lines that measure the
-same thing (``record.IDENTITY``) the last one counts. A change is real if the two ranges from the 20 % to the 80 %
-quantile do not overlap and the medians differ by more than the threshold. Revisions are measured one after the other,
-with this checkout's benchmarks, by the command ``ops`` and whatever options follow ``--``.
+The command compares ratios to the frozen baseline if the result lines have them, and seconds otherwise. If several
+lines of a file describe the same measurement (the fields in ``record.IDENTITY`` are equal), the last line counts. A
+change is significant if the ranges from the 20 % to the 80 % quantile do not overlap and the medians differ by more
+than the threshold. With ``--revisions``, this checkout's ``ops`` command measures one revision after the other, with
+the options that follow ``--``.
 
-Exit code 1 if anything got slower, or lost its figures.
+The exit code is 1 if a measurement became slower or is missing in the second file.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True)
 class Change:
-    """A figure that moved. ``factor`` is its median after by before; None where there is none any more."""
+    """Describe a significant change of one measurement.
+
+    ``factor`` is the median after the change divided by the median before, or None if the second file has no times.
+    """
 
     what: str
     factor: float | None
@@ -52,7 +56,7 @@ class Change:
 
 
 def compare(before: Iterable[Line], after: Iterable[Line], threshold: float = THRESHOLD) -> list[Change]:
-    """The real changes, in the order of ``after``. What only one side measured is left out."""
+    """Return the significant changes in the order of ``after``; ignore measurements that only one side has."""
     old = {_identity(line): line for line in before}
     changes = []
     for identity, new in {_identity(line): line for line in after}.items():
@@ -69,7 +73,7 @@ def compare(before: Iterable[Line], after: Iterable[Line], threshold: float = TH
 
 
 def report(changes: Sequence[Change], compared: int) -> str:
-    """The changes, the worst first, under one line that counts them."""
+    """Return a text that counts the changes and lists them, the largest slowdown first."""
     slower = sum(change.slower for change in changes)
     head = f"{compared} lines compared: {slower} slower or lost, {len(changes) - slower} faster"
     ordered = sorted(changes, key=lambda change: -(change.factor or float("inf")))
@@ -77,12 +81,12 @@ def report(changes: Sequence[Change], compared: int) -> str:
 
 
 def common(before: Iterable[Line], after: Iterable[Line]) -> int:
-    """How many things both sides measured."""
+    """Return the number of measurements that both sides have."""
     return len({_identity(line) for line in before if _figures(line)} & {_identity(line) for line in after})
 
 
 def measure_revision(revision: str, arguments: Sequence[str]) -> list[Line]:
-    """The lines of ``ops`` with the library of ``revision``, which a temporary worktree holds."""
+    """Check out ``revision`` into a temporary worktree and return the result lines of ``ops`` with that library."""
     with _worktree(revision) as tree:
         shutil.rmtree(tree / "benchmarks", ignore_errors=True)
         shutil.copytree(ROOT / "benchmarks", tree / "benchmarks", ignore=shutil.ignore_patterns("results"))
@@ -112,7 +116,7 @@ def _identity(line: Line) -> tuple[tuple[str, Any], ...]:
 
 
 def _figures(line: Line) -> dict[str, dict[str, float]]:
-    """Quantiles by phase: of the ratios, of the seconds where there are none, nothing for a line without a time."""
+    """Return the quantiles by phase: of the ratios if the line has them, else of the seconds, else an empty dict."""
     found = line.get("seconds") if line.get("row") == "floor" else line.get("ratio", line.get("seconds"))
     if not found:
         return {}
@@ -120,15 +124,17 @@ def _figures(line: Line) -> dict[str, dict[str, float]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command ``compare``."""
+    """Run the command ``compare``."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("before", help="a result file, or a git revision")
-    parser.add_argument("after", help="another one")
-    parser.add_argument("--revisions", action="store_true", help="the two are git revisions: measure them")
-    parser.add_argument("--threshold", type=float, default=THRESHOLD, help="relative change of a median that counts")
-    parser.add_argument("ops", nargs="*", help="with --revisions, after --: options of the command ops")
+    parser.add_argument("after", help="a second result file, or a second revision")
+    parser.add_argument("--revisions", action="store_true", help="treat both names as git revisions and measure them")
+    parser.add_argument(
+        "--threshold", type=float, default=THRESHOLD, help="smallest relative change of a median that counts"
+    )
+    parser.add_argument("ops", nargs="*", help="options of the command ops, after --; only with --revisions")
     args = parser.parse_args(arguments)
     if args.revisions:
         before, after = (measure_revision(revision, args.ops) for revision in (args.before, args.after))

@@ -1,7 +1,8 @@
-"""FLOPs and bytes by formula, what of them no kernel can avoid, and what the machine delivers at best.
+"""Count FLOPs and bytes by formula, and measure the peak speed of the machine.
 
-The formulas count what the mathematics needs: y = x Wᵀ + b + (x D) G, and dx, dD, dG. A row that does more (a dense
-update) is not credited for it.
+The formulas count the work that the mathematics requires: y = x Wᵀ + b + (x D) G, and the gradients dx, dD and dG.
+Additional work of an implementation, such as building a dense update, does not count. The frozen baseline ("floor") is
+the frozen layer's forward pass and dx.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from benchmarks.timing import time_rows
 
 @dataclass(frozen=True)
 class Work:
-    """Floating-point operations (a multiply-add is two) and bytes of device memory moved, at the least."""
+    """Hold the minimum of floating-point operations (a multiply-add is two) and of bytes moved in device memory."""
 
     flops: int
     bytes: int
@@ -28,7 +29,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of one layer call; ``width`` is bytes per element of the activations and the frozen weight."""
+    """Hold the sizes of one layer call; ``width`` is the bytes per element of the activations and the frozen weight."""
 
     tokens: int
     d_in: int
@@ -37,7 +38,7 @@ class Sizes:
     width: int
 
     def floor(self, phase: str) -> Work:
-        """The frozen layer: y in ``fwd``, dx in ``bwd``, both in ``fwd_bwd``."""
+        """Return the work of the frozen layer: y in phase ``fwd``, dx in ``bwd``, and both in ``fwd_bwd``."""
         flops = 2 * self.tokens * self.d_in * self.d_out
         activations = self.tokens * (self.d_in + self.d_out)
         weight = self.d_in * self.d_out
@@ -46,9 +47,10 @@ class Sizes:
         return _of_phase(phase, forward, backward)
 
     def delta(self, phase: str) -> Work:
-        """What the low-rank update adds: h and h G forward; dh, dh Dᵀ, dD and dG backward. Factors are fp32.
+        """Return the additional work of the low-rank update: h and h G forward; dh, dh Dᵀ, dD and dG backward.
 
-        x must be read once more in the backward, for dD; y, gy and dx are in fast memory when the update needs them.
+        Factors are fp32. The backward pass reads x once more to compute dD. The formula assumes that y, gy and dx are
+        in fast memory when the update needs them.
         """
         pair = 2 * self.tokens * self.rank * (self.d_in + self.d_out)
         h = self.tokens * self.rank * self.width
@@ -57,21 +59,21 @@ class Sizes:
         return _of_phase(phase, Work(pair, h + factors), Work(2 * pair, x + h + 2 * factors))
 
     def limit(self, phase: str) -> float:
-        """The arithmetic limit of the ratio to the floor: all FLOPs over the floor's, both at one speed."""
+        """Return the lowest possible ratio to the baseline: all FLOPs divided by the baseline's, at equal speed."""
         floor = self.floor(phase).flops
         return (floor + self.delta(phase).flops) / floor
 
 
 @dataclass(frozen=True)
 class Peaks:
-    """What the machine delivers at best, measured: one large matrix product, one large copy (read plus write)."""
+    """Hold the peak speeds of the machine, measured in one large matrix product and one large copy (read and write)."""
 
     flops_per_s: float
     bytes_per_s: float
 
 
 def measure_peaks(device: torch.device | str, dtype: torch.dtype, seconds: float = 0.5) -> Peaks:
-    """The best of repeated products of square matrices and of repeated copies, about ``seconds`` each."""
+    """Return the fastest of repeated square matrix products and of repeated copies, measured for ``seconds`` each."""
     cuda = torch.device(device).type == "cuda"
     n, length = (8192, 2**29) if cuda else (1024, 2**26)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))

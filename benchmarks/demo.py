@@ -1,4 +1,4 @@
-"""Record a finished run of the demo, made with this checkout on this machine.
+"""Append the results of a finished demo run, made with this checkout on this machine, to the result files.
 
 make demo && python -m benchmarks.demo demo_out
 """

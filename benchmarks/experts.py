@@ -1,13 +1,16 @@
-"""One module of experts, as transformers has them: forward and backward with an update of all its matrices.
+"""Measure a forward and backward pass of one mixture-of-experts module in which all weight matrices have an update.
 
     python -m benchmarks experts --quick
     python -m benchmarks experts --model qwen3_30b --device cuda --dtype bfloat16
 
-The module is Mixtral's, at the sizes of several models, with random weights and a random router. Every row trains an
-update of both parameters, of one rank: this library's, LoRA of ``peft`` (``target_parameters``), and this library's
-factors as dense effective weights. A row is timed only after its output and every gradient are as exact as effective
-weights computed densely in the same precision, against fp64; otherwise it gets its reason and no figure. ``saved`` is
-what a forward pass keeps for backward, ``trained`` how many numbers are trained.
+The module is transformers' Mixtral module, with random weights, a random router, and the sizes of several models. Each
+row of the result is one implementation. All rows update both parameters at the same rank: with this library, with LoRA
+of ``peft`` (``target_parameters``), or with this library's factors as dense effective weights. The row "floor" is the
+frozen module, the baseline of all ratios.
+
+A row is timed only if its output and all its gradients are accurate. Their errors against fp64 are compared with those
+of dense effective weights in the same precision. If a row fails, its line contains the reason and no times. ``saved``
+is the memory that a forward pass saves for the backward pass, and ``trained`` is the number of trained parameters.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from efft.adapting.experts import adapt_experts
 from efft_kernels import Site, TTFactors
 from efft_lab.record import append, machine_facts
 
-#: Width, inner width, experts and experts for a token.
+#: Width, inner width, number of experts, and number of experts per token.
 MODELS = {
     "tiny": (64, 32, 4, 2),
     "granite_1b": (1024, 512, 32, 8),
@@ -40,7 +43,7 @@ _PARAMETERS = ("gate_up_proj", "down_proj")
 
 @dataclass(frozen=True)
 class Case:
-    """A module of experts and how many tokens it gets."""
+    """Describe a module of experts and the number of input tokens."""
 
     model: str = "granite_1b"
     tokens: int = 512
@@ -49,7 +52,7 @@ class Case:
     device: str = "cpu"
 
     def inputs(self) -> Inputs:
-        """Random weights, tokens and a random router's choice."""
+        """Return random weights, random tokens and the selection of a random router."""
         d, inner, n_experts, k = MODELS[self.model]
         like: dict[str, Any] = {"device": self.device, "dtype": getattr(torch, self.dtype)}
         torch.manual_seed(0)
@@ -62,7 +65,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What every row of a case gets."""
+    """Hold the inputs that all rows of a case share."""
 
     case: Case
     stored: dict[str, Tensor]  # [experts, d_out, d_in] each
@@ -72,7 +75,7 @@ class Inputs:
     gy: Tensor  # [tokens, d]
 
     def module(self, implementation: str = "grouped_mm") -> nn.Module:
-        """The frozen module, on the weights themselves."""
+        """Return the frozen module, which shares the weights instead of copying them."""
         import transformers
         from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
@@ -88,13 +91,13 @@ class Inputs:
 
 @dataclass
 class Trained:
-    """A row on one case's inputs, ready to run.
+    """Bind an implementation to the inputs of one case.
 
     Attributes:
-        inputs: of the case.
-        run: the module, called with x, the router's choice and its weights.
-        factors: what is trained, by name.
-        deltas: the updates by name of the parameter, from the factors; differentiable in any dtype.
+        inputs: the inputs of the case.
+        run: the module; its arguments are x, the selected experts and the router's weights.
+        factors: the trained tensors by name.
+        deltas: a function that computes the update of each parameter from the factors, differentiably and in any dtype.
     """
 
     inputs: Inputs
@@ -107,20 +110,20 @@ class Trained:
         self.leaves = [self.x, *self.factors.values()]
 
     def forward(self) -> Tensor:
-        """y, recorded for backward."""
+        """Return y with its autograd graph."""
         return self.run(self.x, self.inputs.chosen, self.inputs.weights)
 
     def forward_backward(self) -> tuple[Tensor, ...]:
-        """One forward pass and its gradients."""
+        """Run one forward and backward pass and return the gradients."""
         return torch.autograd.grad(self.forward(), self.leaves, self.inputs.gy)
 
     def results(self) -> dict[str, Tensor]:
-        """``y`` and the gradients of x and of every factor."""
+        """Return ``y`` and the gradients of x and of every factor."""
         y = self.forward()
         return self._named(y, torch.autograd.grad(y, self.leaves, self.inputs.gy))
 
     def densely(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The same from weights plus dense updates in the class's own forward, all in ``dtype``."""
+        """Return the results of the module's own forward pass with dense updated weights, computed in ``dtype``."""
         leaves = [leaf.detach().to(dtype).requires_grad_() for leaf in self.leaves]
         deltas = self.deltas(dict(zip(self.factors, leaves[1:], strict=True)))
         sums = {name: weight.to(dtype) + deltas.get(name, 0) for name, weight in self.inputs.stored.items()}
@@ -133,22 +136,22 @@ class Trained:
         return dict(zip(names, [y.detach(), *gradients], strict=True))
 
     def errors(self) -> dict[str, float]:
-        """Error of each result, as a multiple of what dense weights make in the same precision."""
+        """Return the error of each result, divided by the error of dense weights in the same precision."""
         return gated.error_multiples(self.results(), self.densely(torch.float64), self.densely(self.x.dtype))
 
     @property
     def trained(self) -> int:
-        """How many numbers are trained."""
+        """Return the number of trained parameters."""
         return sum(factor.numel() for factor in self.factors.values())
 
 
 def floor(inputs: Inputs) -> Trained:
-    """The frozen module: forward and dx, what no method can avoid."""
+    """Return the frozen baseline: the forward pass and dx, which every method needs."""
     return Trained(inputs, inputs.module(), {}, lambda factors: {})
 
 
 def efft(inputs: Inputs) -> Trained:
-    """Products of low rank beside the experts' own."""
+    """Return this library's row, which adds low-rank products to the products of the experts."""
     bank, sites = _bank(inputs)
     module = inputs.module()
     adapt_experts(module, {name: (bank, site) for name, site in sites.items()})
@@ -156,7 +159,7 @@ def efft(inputs: Inputs) -> Trained:
 
 
 def dense(inputs: Inputs) -> Trained:
-    """The same factors, the update built and added to the weights, W + dW, under autograd."""
+    """Return a row with the same factors that builds the dense weights W + dW under autograd."""
     bank, sites = _bank(inputs)
     module, factors, deltas = inputs.module(), dict(bank.named_parameters()), _of_bank(bank, sites)
 
@@ -169,7 +172,7 @@ def dense(inputs: Inputs) -> Trained:
 
 
 def lora(inputs: Inputs) -> Trained:
-    """LoRA of peft on the same parameters, factors of each expert's own."""
+    """Return a row with peft's LoRA on the same parameters; each expert has separate factors."""
     import peft
 
     class Holder(nn.Module):
@@ -192,7 +195,7 @@ def lora(inputs: Inputs) -> Trained:
         for side in ("lora_A", "lora_B"):
             factors[f"{name}.{side}"] = factor = getattr(layer, side)["default"].weight
             n = inputs.case.rank if side == "lora_B" else factor.shape[1]
-            nn.init.normal_(factor, std=n**-0.5)  # |dW| is about |W|: an error of the update cannot hide
+            nn.init.normal_(factor, std=n**-0.5)  # makes |dW| about |W|, so that an error in the update is visible
     n_experts = MODELS[inputs.case.model][2]
 
     def deltas(factors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -210,7 +213,7 @@ ROWS: dict[str, Callable[[Inputs], Trained]] = {"floor": floor, "efft": efft, "l
 
 
 def _bank(inputs: Inputs) -> tuple[TTFactors, dict[str, Site]]:
-    """A train for both parameters, with a core for every matrix, |dW| about |W|; the same each time."""
+    """Return a tensor train for both parameters, one core per matrix, and |dW| about |W|; calls return equal values."""
     d, inner, n, _ = MODELS[inputs.case.model]
     bank = TTFactors(d, inner, inputs.case.rank, n_cores=3 * n, device=inputs.case.device)
     torch.manual_seed(1)
@@ -232,32 +235,34 @@ def _of_bank(bank: TTFactors, sites: dict[str, Site]) -> Callable[[dict[str, Ten
 
 
 def measure(case: Case, names: Sequence[str], repeats: int) -> list[dict[str, Any]]:
-    """A line of the result file for each row."""
+    """Return one line of the result file per row."""
     inputs, common = case.inputs(), {**machine_facts(), "suite": "experts", **asdict(case)}
     return gated.measure({name: partial(ROWS[name], inputs) for name in names}, common, repeats, case.device)
 
 
 def show(lines: list[dict[str, Any]]) -> None:
-    """The table of one case."""
+    """Print the table of one case."""
     first = lines[0]
     title = f"{first['model']}, {first['tokens']} tokens, rank {first['rank']}, {first['dtype']}, {first['device']}"
     gated.show(title, lines)
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options."""
+    """Return the parser of the options."""
     options = parser_of_measurement("experts", __doc__, ["float32"])
     options.add_argument("--model", nargs="+", choices=list(MODELS), default=[Case.model])
     options.add_argument("--tokens", nargs="+", type=int, default=[Case.tokens])
     options.add_argument("--rank", nargs="+", type=int, default=[Case.rank])
-    options.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), help="beside the floor")
+    options.add_argument(
+        "--rows", nargs="+", choices=list(ROWS), default=list(ROWS), help="rows to measure in addition to the baseline"
+    )
     options.add_argument("--repeats", type=int, help="default: 10, with --quick 3")
     options.add_argument("--quick", action="store_true", help="few repeats")
     return options
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Measures, prints and records every case."""
+    """Measure, print and record every case."""
     args = parser().parse_args(words)
     names = [name for name in ROWS if name in {"floor", *args.rows}]
     path = None
@@ -269,7 +274,7 @@ def main(words: Sequence[str] | None = None) -> int:
                     lines = measure(case, names, args.repeats or (3 if args.quick else 10))
                     path = append("experts", lines, args.results)
                     show(lines)
-    print(f"\nwritten to {path}")
+    print(f"\nresults written to {path}")
     return 0
 
 

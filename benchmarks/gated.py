@@ -1,4 +1,8 @@
-"""Rows that train something, timed only where they are right: what the benchmarks of single layers share."""
+"""Check the accuracy of rows and time those that pass, for the benchmarks of single layers that train factors.
+
+A row is one implementation in a comparison. The row "floor" is the frozen baseline: the forward pass and dx of the
+layer without an update. All times are also reported as ratios to the baseline.
+"""
 
 from __future__ import annotations
 
@@ -15,28 +19,31 @@ from efft_lab.record import quantiles
 
 
 class GatedRow(Protocol):
-    """What is measured."""
+    """Describe the methods that a row needs to be measured."""
 
     x: Tensor
 
     @property
     def trained(self) -> int:
-        """How many numbers are trained."""
+        """Return the number of trained parameters."""
 
     def errors(self) -> dict[str, float]:
-        """Error of each result against fp64, as a multiple of what dense weights make in the same precision."""
+        """Return the error of each result against fp64, divided by the error of dense weights in the same dtype."""
 
     def forward(self) -> Tensor:
-        """y, recorded for backward."""
+        """Return y with its autograd graph."""
 
     def forward_backward(self) -> object:
-        """One forward pass and its gradients."""
+        """Run one forward and backward pass and return the gradients."""
 
 
 def error_multiples(
     got: Mapping[str, Tensor], exact: Mapping[str, Tensor], plain: Mapping[str, Tensor]
 ) -> dict[str, float]:
-    """Error of each exact result that is ``got``, over that of ``plain`` or the rounding of the result, if larger."""
+    """Divide the error of each result in ``got`` by the larger of the error of ``plain`` and rounding.
+
+    All errors are measured against ``exact``. "Rounding" is the error of rounding the exact result to its dtype.
+    """
     found = {}
     for name, value in exact.items():
         rounding = torch.finfo(got[name].dtype).eps / 2 * value.norm()
@@ -48,8 +55,10 @@ def error_multiples(
 def measure(
     rows: Mapping[str, Callable[[], GatedRow]], common: Mapping[str, Any], repeats: int, device: str
 ) -> list[dict[str, Any]]:
-    """A line of a result file for each row: times, ratios to the row "floor" and bytes, or the reason why there are
-    none."""
+    """Measure every row and return one line of a result file per row.
+
+    A line holds times, ratios to the baseline and memory in bytes, or the reason why the row was not timed.
+    """
     lines: dict[str, dict[str, Any]] = {}
     ready: dict[str, GatedRow] = {}
     for name, build in rows.items():
@@ -57,7 +66,7 @@ def measure(
         try:
             row = build()
             errors = row.errors()
-        except (ImportError, RuntimeError, TypeError, ValueError) as error:  # the other rows go on
+        except (ImportError, RuntimeError, TypeError, ValueError) as error:  # continue with the other rows
             lines[name]["reason"] = f"failed: {(str(error).splitlines() or [type(error).__name__])[0]}"
             continue
         lines[name] |= {"errors": errors, "trained": row.trained}
@@ -67,7 +76,7 @@ def measure(
             continue
         ready[name] = row
         lines[name]["saved_bytes"] = saved_for_backward(row.forward, [row.x])
-        if torch.device(device).type == "cuda":  # of a process on the CPU it would be that of all rows so far
+        if torch.device(device).type == "cuda":  # the peak memory of a CPU process would include all earlier rows
             lines[name] |= peak(row.forward_backward, device)
     samples: dict[str, Samples] = {
         phase: time_rows({name: getattr(row, run) for name, row in ready.items()}, repeats, device=device)
@@ -81,12 +90,12 @@ def measure(
 
 
 def show(title: str, lines: list[dict[str, Any]]) -> None:
-    """The table of one case."""
+    """Print the table of one case."""
     print(f"\n{title}")
     print(f"{'row':<11} {'both ms':>9} {'/ floor':>8} {'fwd / floor':>12} {'saved MiB':>10} {'trained':>12}")
     for line in lines:
         if line["reason"] is not None or "ratio" not in line:
-            print(f"{line['row']:<11} -- {line['reason'] or 'the floor it is compared with was refused'}")
+            print(f"{line['row']:<11} -- {line['reason'] or 'not timed: the frozen baseline failed its check'}")
             continue
         ratio, seconds = line["ratio"], line["seconds"]["fwd_bwd"]["p50"]
         print(

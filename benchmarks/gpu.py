@@ -1,11 +1,11 @@
-"""Everything on a GPU that is at hand for minutes: build, GPU tests, benchmarks, the important ones first.
+"""Run the build, the GPU tests and the benchmarks on a GPU that is available only for minutes.
 
     make bench-gpu BUDGET=480
-    python -m benchmarks gpu --budget 300 --device cpu --quick   # try it out without a GPU, on tiny sizes
+    python -m benchmarks gpu --budget 300 --device cpu --quick   # try the command without a GPU, on tiny sizes
 
-Each job is a process that gets at most its share of the budget, in seconds, and is stopped with all its children when
-that is used up. Results are written as each job goes. A job that fails does not keep the next from running; the exit
-code is 1 if one failed.
+The most important jobs run first. Each job is a process that may use at most its share of the budget, in seconds. At
+that limit the job and all its child processes are stopped. Jobs write their results as they go, so that a stopped job
+loses little. If a job fails, the next ones still run, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Job:
-    """A command of this Python, the share of the whole budget it may take, and the exit codes that are no failure."""
+    """Describe a Python command, its maximum share of the budget, and the exit codes that mean success."""
 
     name: str
     arguments: tuple[str, ...]
@@ -37,18 +37,18 @@ class Job:
 
 
 def jobs(device: str, quick: bool, results: Path | None) -> list[Job]:
-    """What to run, most important first."""
+    """Return the jobs, the most important one first."""
     to = ("--device", device, *(() if results is None else ("--results", str(results))))
 
     def bench(name: str, share: float, command: str) -> Job:
         return Job(name, ("-m", "benchmarks", *command.split(), *to), share)
 
-    # Most of the tests' time is Triton's compiler: several at a time where pytest-xdist is installed.
+    # The tests spend most of their time in Triton's compiler, so they run in parallel if pytest-xdist is installed.
     several = ("-n", "auto") if importlib.util.find_spec("xdist") else ()
     first = [
         Job("compiled extension", ("-m", "efft_kernels", "build"), 0.4),
         Job("environment", ("-m", "efft_kernels"), 0.1),
-        # 5: no test has the mark
+        # pytest returns 5 if no test has the mark.
         Job("GPU tests", ("-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *several), 0.3, fine=(0, 5)),
     ]
     if quick:
@@ -86,13 +86,13 @@ def jobs(device: str, quick: bool, results: Path | None) -> list[Job]:
     ]
 
 
-#: All but what only runs on CPUs or takes long to fill.
+#: The rows of the command ``serve``, except those that need a CPU or take long to fill.
 _SERVED = "--rows base efft:eager efft:triton efft:cuda merged peft pool:1 pool:10"
 _OTHERS = "vit_l vit_h swin_b.1 swin_b.2 swin_b.3 swin_b.4"
 
 
 def _choice(results: Path | None) -> Job:
-    """Measures what the ``auto`` backend should take for ViT-B's layers."""
+    """Return the job that measures which backend ``auto`` should choose for the layers of ViT-B."""
     table = (ROOT / "benchmarks" / "results" if results is None else results) / "choice.json"
     sizes = "--tokens 1576 12608 --d-in 768 3072 --d-out 768 2304 3072 --rank 16 32 64"
     ops = "--op tt_linear tt_gelu_linear tt_norm_linear"
@@ -100,7 +100,7 @@ def _choice(results: Path | None) -> Job:
 
 
 def run_all(todo: Sequence[Job], budget: float) -> dict[str, str]:
-    """Runs the jobs in turn within ``budget`` seconds; says of each how it ended: "done", "failed...", or the limit."""
+    """Run the jobs in turn within ``budget`` seconds and return each outcome: "done", a failure, or the time limit."""
     end = time.monotonic() + budget
     outcomes: dict[str, str] = {}
     for job in todo:
@@ -116,13 +116,16 @@ def run_all(todo: Sequence[Job], budget: float) -> dict[str, str]:
 
 
 def _run(job: Job, limit: float) -> str:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # it sees the modules that this one sees
-    # A session of its own, so that the children of a job end with it.
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }  # the job must find the same modules as this process
+    # The job gets a new process group, so that its child processes can be stopped with it.
     process = subprocess.Popen([sys.executable, *job.arguments], cwd=ROOT, env=environment, start_new_session=True)
     try:
         code = process.wait(limit)
     except subprocess.TimeoutExpired:
-        return f"stopped at its limit of {limit:.0f} s; what it had written stays"
+        return f"stopped at its limit of {limit:.0f} s; results written before that are kept"
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -131,19 +134,23 @@ def _run(job: Job, limit: float) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs everything, and says how each job ended."""
+    """Run all jobs and print the outcome of each."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--budget", type=float, default=480, help="seconds (default: %(default)g)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that everything runs, and no figures")
-    parser.add_argument("--results", type=Path, metavar="FOLDER", help="where to write (default benchmarks/results)")
+    parser.add_argument(
+        "--quick", action="store_true", help="use tiny sizes, which check that everything runs; the times mean nothing"
+    )
+    parser.add_argument(
+        "--results", type=Path, metavar="FOLDER", help="folder for the result files (default: benchmarks/results)"
+    )
     args = parser.parse_args(arguments)
     if args.budget <= 0:
         raise ValueError(f"--budget must be a positive number of seconds, got {args.budget:g}")
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("there is no CUDA device; to try it out without one: --device cpu --quick")
+        raise ValueError("there is no CUDA device; to try the command without one, pass --device cpu --quick")
     outcomes = run_all(jobs(args.device, args.quick, args.results), args.budget)
     print()
     for name, outcome in outcomes.items():

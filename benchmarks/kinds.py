@@ -1,10 +1,12 @@
-"""Adapted layers that are not linear ones: attention with packed projections, and transformers' Conv1D.
+"""Measure adapted layers other than linear layers: attention with packed projections, and transformers' Conv1D.
 
     python -m benchmarks kinds --kind attention conv1d
 
-Forward and backward of one module whose weights all have an update of one rank: this library's, LoRA of ``peft``, and
-this library's factors as dense effective weights. A row is timed only after its output and its gradients are as exact
-as dense weights in the same precision, against fp64. ``saved`` is what a forward pass keeps for backward.
+The command times a forward and backward pass of one module in which all weights have an update of the same rank. Each
+row is one implementation: this library, LoRA of ``peft``, or this library's factors as dense effective weights. The row
+"floor" is the frozen module, the baseline of all ratios. A row is timed only if its output and gradients, compared with
+fp64, are as accurate as those of dense weights in the same precision. ``saved`` is the memory that a forward pass saves
+for the backward pass.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from efft_lab.record import append, machine_facts
 
 
 class Attention(nn.Module):
-    """Self-attention of ViT-B, as torch has it."""
+    """Compute self-attention with torch's own module, at the size of ViT-B."""
 
     targets = ("layer.in_proj_weight", "layer.out_proj")
 
@@ -33,13 +35,13 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = nn.MultiheadAttention(width, width // 64 or 1, batch_first=True)
 
-    def forward(self, x: Tensor) -> Tensor:  # [batch, tokens, width] -> the same
+    def forward(self, x: Tensor) -> Tensor:  # [batch, tokens, width] -> [batch, tokens, width]
         y: Tensor = self.layer(x, x, x, need_weights=False)[0]
         return y
 
 
 class Conv1D(nn.Module):
-    """The first layer of GPT-2's MLP, whose weight is stored transposed."""
+    """Hold the first layer of GPT-2's MLP, which stores its weight transposed."""
 
     targets = ("layer",)
 
@@ -59,7 +61,7 @@ KINDS: dict[str, Any] = {"attention": Attention, "conv1d": Conv1D}
 
 @dataclass(frozen=True)
 class Case:
-    """A kind of module and what it gets."""
+    """Describe a kind of module and the size of its input."""
 
     kind: str = "attention"
     width: int = 768
@@ -70,7 +72,7 @@ class Case:
     device: str = "cpu"
 
     def module(self) -> nn.Module:
-        """The frozen module, with the same random weights each time."""
+        """Return the frozen module; all calls return equal random weights."""
         torch.manual_seed(0)
         module: nn.Module = KINDS[self.kind](self.width)
         for parameter in module.parameters():
@@ -78,7 +80,7 @@ class Case:
         return module.to(self.device, getattr(torch, self.dtype)).requires_grad_(False)
 
     def inputs(self) -> tuple[Tensor, Tensor]:
-        """x and the gradient of y."""
+        """Return x and the gradient with respect to y."""
         torch.manual_seed(1)
         like: dict[str, Any] = {"device": self.device, "dtype": getattr(torch, self.dtype)}
         x = torch.randn(self.batch, self.tokens, self.width, **like)
@@ -88,13 +90,13 @@ class Case:
 
 @dataclass
 class Trained:
-    """A row, ready to run.
+    """Bind an implementation to the inputs of one case.
 
     Attributes:
-        model: what is called with x.
-        factors: what is trained.
-        exact: y and dx, and the gradients of the factors where they are comparable, in fp64 from dense weights.
-        plain: the same in the row's own precision.
+        model: the module or function that computes y from x.
+        factors: the trained tensors.
+        exact: y, dx and, if they can be compared, the gradients of the factors, computed in fp64 from dense weights.
+        plain: the same results, computed in the precision of the row.
     """
 
     model: Callable[[Tensor], Tensor]
@@ -108,15 +110,15 @@ class Trained:
         self.x = self.x.detach().requires_grad_()
 
     def forward(self) -> Tensor:
-        """y, recorded for backward."""
+        """Return y with its autograd graph."""
         return self.model(self.x)
 
     def forward_backward(self) -> tuple[Tensor, ...]:
-        """One forward pass and its gradients."""
+        """Run one forward and backward pass and return the gradients."""
         return torch.autograd.grad(self.forward(), [self.x, *self.factors], self.gy)
 
     def errors(self) -> dict[str, float]:
-        """Error of each result as a multiple of what dense weights make in the same precision."""
+        """Return the error of each result, divided by the error of dense weights in the same precision."""
         y = self.forward()
         dx, *rest = torch.autograd.grad(y, [self.x, *self.factors], self.gy)
         got = {"y": y.detach(), "dx": dx, **{f"d{i}": g for i, g in enumerate(rest)}}
@@ -124,18 +126,18 @@ class Trained:
 
     @property
     def trained(self) -> int:
-        """How many numbers are trained."""
+        """Return the number of trained parameters."""
         return sum(factor.numel() for factor in self.factors)
 
 
 def floor(case: Case) -> Trained:
-    """The frozen module: forward and dx."""
+    """Return the frozen baseline: the forward pass and dx."""
     model = case.module()
     return Trained(model, [], *case.inputs(), *_of_module(case, model))
 
 
 def _of_module(case: Case, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """y and dx of a module, in fp64 and in its own precision."""
+    """Return y and dx of ``model``, first in fp64 and then in the precision of the case."""
     found = []
     for dtype in (torch.float64, getattr(torch, case.dtype)):
         x, gy = (t.to(dtype) for t in case.inputs())
@@ -151,12 +153,12 @@ def _adapted(case: Case) -> nn.Module:
     efft.apply(model, config)
     torch.manual_seed(2)
     for _, factor in efft.named_factors(model):
-        nn.init.normal_(factor, std=factor.shape[-2] ** -0.5)  # |dW| is about |W|: an error of the update cannot hide
+        nn.init.normal_(factor, std=factor.shape[-2] ** -0.5)  # makes |dW| about |W|, so that its errors are visible
     return model
 
 
 def _densely(case: Case, adapted: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The plain module with weights plus updates, built anew in each call, in the dtype of x."""
+    """Return a function that applies the plain module with W + dW; each call builds the weights in the dtype of x."""
     plain = case.module()
     updates = efft.adapted_layers(adapted)
 
@@ -189,19 +191,19 @@ def _of_factors(case: Case, adapted: nn.Module, model: Callable[[Tensor], Tensor
 
 
 def adapted(case: Case) -> Trained:
-    """This library."""
+    """Return the row of this library."""
     model = _adapted(case)
     return _of_factors(case, model, model)
 
 
 def dense(case: Case) -> Trained:
-    """The same factors as dense effective weights, under autograd."""
+    """Return a row that uses the same factors as dense effective weights, under autograd."""
     model = _adapted(case)
     return _of_factors(case, model, _densely(case, model))
 
 
 def lora(case: Case) -> Trained:
-    """LoRA of peft on the same module, at the same rank."""
+    """Return a row with peft's LoRA on the same module, at the same rank."""
     import peft
 
     model: Any = peft.get_peft_model(
@@ -219,20 +221,20 @@ ROWS: dict[str, Callable[[Case], Trained]] = {"floor": floor, "efft": adapted, "
 
 
 def measure(case: Case, names: Sequence[str], repeats: int) -> list[dict[str, Any]]:
-    """A line of the result file for each row."""
+    """Measure the named rows and return one line of the result file per row."""
     common = {**machine_facts(), "suite": "kinds", "case": case.kind, **asdict(case)}
     return gated.measure({name: partial(ROWS[name], case) for name in names}, common, repeats, case.device)
 
 
 def show(lines: list[dict[str, Any]]) -> None:
-    """The table of one case."""
+    """Print the table of one case."""
     first = lines[0]
     title = f"{first['kind']}, width {first['width']}, {first['batch']} x {first['tokens']} tokens, {first['dtype']}"
     gated.show(title, lines)
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Measures, prints and records every case."""
+    """Measure, print and record every case."""
     options = parser_of_measurement("kinds", __doc__, ["float32"])
     options.add_argument("--kind", nargs="+", choices=list(KINDS), default=list(KINDS))
     options.add_argument("--width", type=int, default=Case.width)
@@ -247,7 +249,7 @@ def main(words: Sequence[str] | None = None) -> int:
             lines = measure(case, list(ROWS), args.repeats)
             path = append("kinds", lines, args.results)
             show(lines)
-    print(f"\nwritten to {path}")
+    print(f"\nresults written to {path}")
     return 0
 
 

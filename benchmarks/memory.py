@@ -1,13 +1,14 @@
-"""What a training step keeps for its backward, and the peak it needs.
+"""Measure the memory that a training step saves for its backward pass, and the peak memory of the process.
 
     python -m benchmarks memory --quick
 
-Every row runs in a process of its own, alone:
+A row is one implementation in the comparison, and every row runs in a new process. The command records three numbers:
 
-- saved: bytes of the storages that autograd keeps between forward and backward, each once. What exists before the
-  forward pass (weights, factors) does not count; a layer's input does. Copies that autocast makes of the weights do.
-- peak: the most that the process had in memory (CPU: ``VmHWM``) or in allocations (CUDA) until the second step was
-  done, and ``before``, what it had when the model was ready.
+- saved: the bytes of the storages that autograd saves between the forward and the backward pass, each counted once.
+  Storages that exist before the forward pass (weights, factors) do not count. The input of a layer and the copies of
+  the weights that autocast makes do count.
+- peak: the most memory (CPU: ``VmHWM``) or allocations (CUDA) that the process used up to the end of the second step.
+- before: the memory in use when the model was ready.
 """
 
 from __future__ import annotations
@@ -36,16 +37,16 @@ ROOT = Path(__file__).parents[1]
 
 
 def saved_for_backward(forward: Callable[[], object], inputs: Iterable[Tensor] = ()) -> int:
-    """Bytes that autograd keeps after ``forward``, each storage once, without what was there before.
+    """Return the bytes that autograd saves in ``forward``; count each storage once and only if ``forward`` made it.
 
-    It runs ``forward`` twice and keeps both results: a storage that both graphs hold is older than they are.
-    ``inputs`` count although they are.
+    The function runs ``forward`` twice and keeps both results. A storage that both graphs hold existed before and does
+    not count, unless it belongs to one of the ``inputs``.
     """
     first: dict[int, int] = {}
     second: dict[int, int] = {}
     results = [_with_storages(forward, kept) for kept in (first, second)]
     older = set(first) & set(second) - {tensor.untyped_storage().data_ptr() for tensor in inputs}
-    del results  # the graphs must live until here, or memory would be used twice and its address seen twice
+    del results  # the graphs must live until here; otherwise two storages could have the same address
     return sum(n_bytes for address, n_bytes in second.items() if address not in older)
 
 
@@ -53,14 +54,17 @@ def _with_storages(forward: Callable[[], object], kept: dict[int, int]) -> objec
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         kept[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # itself, an output would hold its own graph: a cycle that is never freed
+        return tensor.detach()  # saving an output itself would create a reference cycle with its graph
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         return forward()
 
 
 def measure_layer(spec: dict[str, Any]) -> dict[str, Any]:
-    """One row of one layer; ``spec`` has the fields of a :class:`benchmarks.ops.cases.Case`, ``row`` and ``device``."""
+    """Measure one row for one layer.
+
+    ``spec`` has the fields of a :class:`benchmarks.ops.cases.Case`, and ``row`` and ``device``.
+    """
     spec = dict(spec)
     row, device = layer_rows.ROWS[spec.pop("row")], spec.pop("device")
     inputs = cases.Case(**spec).inputs(device)
@@ -73,7 +77,10 @@ def measure_layer(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure_model(spec: dict[str, Any]) -> dict[str, Any]:
-    """One row of a whole model; ``spec`` has the fields of a :class:`benchmarks.model.step.Setting`, and ``row``."""
+    """Measure one row for a complete model.
+
+    ``spec`` has the fields of a :class:`benchmarks.model.step.Setting`, and ``row``.
+    """
     spec = dict(spec)
     row, setting = model_rows.ROWS[spec.pop("row")], Setting(**spec)
     reason = unavailable(row, setting)
@@ -85,14 +92,14 @@ def measure_model(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def saved_by(row: model_rows.ModelRow, module: torch.nn.Module, setting: Setting) -> int:
-    """:func:`saved_for_backward` of a forward pass of ``row``'s model."""
+    """Return the bytes that a forward pass of ``row``'s model saves for the backward pass."""
     images, labels = setting.examples(module)
     with row.running():
         return saved_for_backward(lambda: setting.loss(module, images, labels))
 
 
 def peak(step: Callable[[], object], device: str) -> dict[str, int]:
-    """``peak_bytes`` of this process until two steps are done, and ``before_bytes`` in use when they began."""
+    """Run two steps; return the process's peak memory until then (``peak_bytes``) and before (``before_bytes``)."""
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -104,10 +111,13 @@ def peak(step: Callable[[], object], device: str) -> dict[str, int]:
 
 
 def _status(field: str) -> int:
-    """Bytes of a field of this process's status. (``getrusage`` would give the parent's peak where it was larger.)"""
+    """Return a memory field of this process's status, in bytes.
+
+    ``getrusage`` is not used because it reports the parent's peak if that is larger.
+    """
     path = Path("/proc/self/status")
     if not path.exists():
-        raise RuntimeError(f"the peak memory of a process is read from {path}, which this system does not have")
+        raise RuntimeError(f"the peak memory of a process is read from {path}, which does not exist on this system")
     line = next(line for line in path.read_text().splitlines() if line.startswith(f"{field}:"))
     return 1024 * int(line.split()[1])
 
@@ -116,9 +126,12 @@ LEVELS = {"layer": measure_layer, "model": measure_model}
 
 
 def in_new_process(level: str, spec: dict[str, Any]) -> dict[str, Any]:
-    """What ``LEVELS[level](spec)`` returns in a process of its own; a ``reason`` if that dies."""
+    """Run ``LEVELS[level](spec)`` in a new process and return its result, or a ``reason`` if the process fails."""
     command = [sys.executable, "-m", "benchmarks.memory", "--measure", level, json.dumps(spec)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # it sees the modules that this one sees
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }  # the child process must find the same modules as this process
     child = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if child.returncode:
         last = child.stderr.strip().splitlines()[-1:] or [f"exit status {child.returncode}"]
@@ -127,7 +140,7 @@ def in_new_process(level: str, spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def specifications(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(level, what to measure) of every row."""
+    """Yield the level and the specification of every row to measure."""
     images, dtypes = (2, ["float32"]) if args.quick else (args.batch, args.dtype)
     if "model" in args.level:
         for dtype in dtypes:
@@ -143,20 +156,22 @@ def specifications(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, An
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options."""
+    """Return the parser of the options."""
     options = parser_of_measurement("memory", __doc__)
     options.add_argument("--level", nargs="+", choices=list(LEVELS), default=list(LEVELS))
-    options.add_argument("--model", default=Setting.model, help="timm name, at level model; layers are ViT-B's")
+    options.add_argument(
+        "--model", default=Setting.model, help="timm name, for --level model; the level layer measures layers of ViT-B"
+    )
     options.add_argument("--batch", type=int, default=8, help="images")
     options.add_argument("--rank", type=int, default=Setting.rank)
     options.add_argument("--rows", nargs="+", help="default: all")
-    options.add_argument("--quick", action="store_true", help="2 images, float32, of the layers only fc1")
+    options.add_argument("--quick", action="store_true", help="use 2 images, float32, and only fc1 of the layers")
     options.add_argument("--measure", nargs=2, metavar=("LEVEL", "JSON"), help=argparse.SUPPRESS)
     return options
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Measures, prints and records every row."""
+    """Measure, print and record every row."""
     args = parser().parse_args(words)
     if args.measure:
         level, spec = args.measure
@@ -173,7 +188,7 @@ def main(words: Sequence[str] | None = None) -> int:
             f"{level:<6} {what:<26} {spec['dtype']:<9} {spec['row']:<16} {' '.join(sizes) or found['reason']}",
             flush=True,
         )
-    print(f"written to {path}")
+    print(f"results written to {path}")
     return 0
 
 

@@ -1,12 +1,17 @@
-"""A paper model of one adapted layer on a GPU: what each way to compute it should cost, from FLOPs and bytes alone.
+"""Predict the time of one adapted layer on a GPU for several designs, from FLOPs and bytes only.
 
     python -m benchmarks.model_roofline --tokens 12608 --ranks 16 32 64
 
-Nothing here is measured. The model ranks designs before they exist, and stands beside measured ratios as what to
-expect. What a kernel costs is in ``roofline_gpu``. Nothing is ever found in a cache, atomics cost their bytes, and
-launch cost on the host is left out. Expect errors of a few percent a product.
+This module measures nothing. Its analytical model ranks designs before they exist, and its predictions appear next to
+measured ratios. ``roofline_gpu`` models the cost of one kernel. The model assumes that no data is in a cache and that
+atomic operations cost the bytes that they move. It ignores the host's launch cost. Expect errors of a few percent per
+product.
 
 Symbols: y = x Wᵀ + h G with h = x D, x [tokens, d_in], W [d_out, d_in], D [d_in, r], G [r, d_out]; bf16.
+
+A neighbor of a layer is the operation before or after it (LayerNorm, GELU or attention). "Ours" means that this library
+provides the kernel. The vendor is the author of the matrix-product library (cuBLAS). The row "floor" is the frozen
+baseline.
 """
 
 from __future__ import annotations
@@ -18,14 +23,17 @@ from dataclasses import dataclass
 from benchmarks.markdown import table
 from benchmarks.roofline_gpu import Machine
 
-#: Kernels by name and their microseconds.
+#: The kernels of one pass: pairs of a name and a time in microseconds.
 Kernels = list[tuple[str, float]]
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer: its sizes, how many matrices are fused in it, and which neighbors a kernel of ours could be:
-    ``front``, what makes x and takes dx ("norm", "gelu", or "": not ours); ``owns_gy``, the GELU that makes gy."""
+    """Describe a linear layer: its sizes, the number of fused matrices, and the neighbors that can be our kernels.
+
+    ``front`` is the operation that computes x and receives dx: "norm", "gelu", or "" if it cannot be our kernel.
+    ``owns_gy`` says whether the operation that computes gy is our GELU kernel.
+    """
 
     name: str
     d_in: int
@@ -40,7 +48,7 @@ class Layer:
 
 
 def vit_block(width: int) -> tuple[Layer, ...]:
-    """The layers of a ViT block; what comes before O is attention, which is not ours."""
+    """Return the layers of a ViT block. Attention, which precedes layer O, is not our kernel."""
     return (
         Layer("qkv", width, 3 * width, matrices=3),
         Layer("o", width, width, front=""),
@@ -51,7 +59,7 @@ def vit_block(width: int) -> tuple[Layer, ...]:
 
 @dataclass(frozen=True)
 class Case:
-    """One layer's forward and backward at a number of tokens and a rank; every method gives kernels or microseconds."""
+    """Predict one layer's costs at a number of tokens and a rank; the methods return kernels, bytes or microseconds."""
 
     machine: Machine
     layer: Layer
@@ -62,7 +70,7 @@ class Case:
         if min(self.tokens, self.rank) < 1:
             raise ValueError(f"tokens and rank must be at least 1, got {self.tokens} and {self.rank}")
 
-    # Bytes of the tensors.
+    # The following properties are the sizes of the tensors in bytes.
     @property
     def x(self) -> int:
         return 2 * self.tokens * self.layer.d_in
@@ -79,64 +87,66 @@ class Case:
     def w(self) -> int:
         return 2 * self.layer.d_in * self.layer.d_out
 
-    # Kernels that several designs share.
+    # The following methods describe kernels that several designs share.
     @property
     def tiny(self) -> float:
-        """Something of rank size only."""
+        """Return the time of a kernel whose tensors have only the size of the rank."""
         return self.machine.fixed + 0.5
 
     def forward(self, *, k_more: int = 0, relative: float = 1.0, tail: int = 0) -> float:
-        """x Wᵀ, with ``k_more`` columns beside x's."""
+        """Return the time of x Wᵀ, with ``k_more`` columns appended to x."""
         layer = self.layer
         return self.machine.product(self.tokens, layer.d_out, layer.d_in + k_more, relative=relative, tail=tail)
 
     def dx(self, *, n_more: int = 0, relative: float = 1.0, tail: int = 0) -> float:
-        """gy W, with ``n_more`` columns beside W's."""
+        """Return the time of gy W, with ``n_more`` columns appended to W."""
         layer = self.layer
         return self.machine.product(self.tokens, layer.d_in + n_more, layer.d_out, relative=relative, tail=tail)
 
     def h_alone(self) -> float:
-        """x D, and as large: dD's reduction xᵀ dh, and dh Dᵀ."""
+        """Return the time of x D, which is also the time of dD = xᵀ dh and of dh Dᵀ."""
         return self.machine.skinny(self.tokens, self.rank, self.layer.d_in)
 
     def dh_alone(self) -> float:
-        """gy Gᵀ, and as large: dG's reduction hᵀ gy, and h G."""
+        """Return the time of gy Gᵀ, which is also the time of dG = hᵀ gy and of h G."""
         return self.machine.skinny(self.tokens, self.rank, self.layer.d_out)
 
     def h_before(self) -> float:
-        """h as cheap as can be had: made by the kernel that makes x, where that can be ours."""
+        """Return the shortest time of h. If the kernel that computes x can be ours, that kernel also computes h."""
         if not self.layer.owns_x:
             return self.h_alone()
         flops = 2 * self.tokens * self.layer.d_in * self.rank
         return 1e6 * (self.h / self.machine.bandwidth + 0.5 * flops / (0.3 * self.machine.flops))
 
     def add_up(self) -> float:
-        """y += h G in place."""
+        """Return the time of the in-place sum y += h G."""
         return self.machine.memory(2 * self.y + self.h, 2 * self.tokens * self.layer.d_out * self.rank)
 
     def add_down(self) -> float:
-        """dx += dh Dᵀ in place."""
+        """Return the time of the in-place sum dx += dh Dᵀ."""
         return self.machine.memory(2 * self.x + self.h, 2 * self.tokens * self.layer.d_in * self.rank)
 
     def down_after(self) -> float:
-        """dx += dh Dᵀ by the kernel that takes dx, where that can be ours."""
+        """Return the time of dx += dh Dᵀ, computed in the kernel that reads dx if that kernel can be ours."""
         return 1e6 * self.h / self.machine.bandwidth if self.layer.owns_x else self.add_down()
 
     def neighbor(self, *, slope_in_epilogue: bool = False) -> float:
-        """The LayerNorm or GELU in front: forward reads and writes x, backward reads x and its gradient and writes one.
+        """Return the time of the LayerNorm or GELU before the layer.
 
-        A GELU's slope may be taken in the epilogue of the product that makes dx: what is left is one read of x.
+        Its forward pass reads and writes x. Its backward pass reads x and the gradient and writes one tensor. With
+        ``slope_in_epilogue``, the product that computes dx also applies the slope of a GELU, so that one read of x
+        remains.
         """
         inside = slope_in_epilogue and self.layer.front == "gelu"
         backward = 1e6 * self.x / self.machine.bandwidth if inside else self.machine.memory(3 * self.x)
         return self.layer.owns_x * (self.machine.memory(2 * self.x) + backward)
 
     def refresh(self) -> float:
-        """This layer's part of the one launch that contracts all layers."""
+        """Return this layer's share of the time of the kernel that contracts all layers."""
         return 0.25 * self.machine.fixed
 
     def reductions(self) -> Kernels:
-        """dG and dD in one pass over gy and x, dh being at hand: columns have owners, nothing is atomic."""
+        """Return dG and dD, reduced from dh in one pass over gy and x; each column has one owner, without atomics."""
         sizes = self.layer.d_in + self.layer.d_out
         one_pass = self.machine.memory(self.y + self.x + 2 * self.h, 2 * self.tokens * self.rank * sizes)
         return [("dG, dD", one_pass), ("dC, dV", self.tiny)]
@@ -146,12 +156,12 @@ Design = Callable[[Case], tuple[Kernels, Kernels]]
 
 
 def floor(c: Case) -> tuple[Kernels, Kernels]:
-    """frozen layer: forward and dx"""
+    """frozen layer: forward pass and dx"""
     return [("x Wᵀ", c.forward())], [("gy W", c.dx())]
 
 
 def paper(c: Case) -> tuple[Kernels, Kernels]:
-    """the paper's code: x dW of each fused matrix, concatenated, scaled, added; autograd"""
+    """the paper's code under autograd: x dW of each fused matrix, concatenated, scaled, added"""
     m, d_in, each = c.machine, c.layer.d_in, c.layer.d_out // c.layer.matrices
     build = c.tiny + m.memory(2 * d_in * each)
     per_matrix: Kernels = [("build dW", build), ("x dW", m.product(c.tokens, each, d_in))]
@@ -168,7 +178,7 @@ def paper(c: Case) -> tuple[Kernels, Kernels]:
 
 
 def naive(c: Case) -> tuple[Kernels, Kernels]:
-    """x (W + dW)ᵀ, autograd through it: a gradient of W's size"""
+    """x (W + dW)ᵀ under autograd: needs a gradient as large as W"""
     m, layer = c.machine, c.layer
     forward = [("build dW", c.tiny + m.memory(c.w)), ("W + dW", m.memory(3 * c.w)), ("product", c.forward())]
     dense = m.product(layer.d_in, layer.d_out, c.tokens)
@@ -176,7 +186,7 @@ def naive(c: Case) -> tuple[Kernels, Kernels]:
 
 
 def chain(c: Case, *, compiled: bool = False) -> tuple[Kernels, Kernels]:
-    """base + s * (((x U) C) V) as peft writes adapters, eager autograd"""
+    """base + s * (((x U) C) V) as in peft's adapters, under eager autograd"""
     m, h_alone, dh_alone = c.machine, c.h_alone(), c.dh_alone()
     scale: Kernels = [] if compiled else [("s *", m.memory(2 * c.y))]
     forward: Kernels = [("x Wᵀ", c.forward()), ("x U", h_alone), ("h C", m.memory(2 * c.h)), ("h V", dh_alone)]
@@ -191,7 +201,7 @@ def compiled_chain(c: Case) -> tuple[Kernels, Kernels]:
 
 
 def eager(c: Case) -> tuple[Kernels, Kernels]:
-    """hand-written backward on vendor products, in place, h kept, one dh: our eager backend"""
+    """our eager backend: hand-written backward pass with vendor products in place, h saved, dh computed once"""
     backward = [("gy Gᵀ", c.dh_alone()), ("gy W", c.dx()), ("dG", c.dh_alone()), ("dD", c.h_alone())]
     return [("x Wᵀ", c.forward()), ("x D", c.h_alone()), ("y += h G", c.add_up())], [
         *backward,
@@ -200,20 +210,20 @@ def eager(c: Case) -> tuple[Kernels, Kernels]:
 
 
 def addmm(c: Case) -> tuple[Kernels, Kernels]:
-    """as Unsloth does it: nothing of rank size kept, gy Gᵀ twice, dC and dV in every layer"""
+    """as in Unsloth: no rank-r intermediates saved, gy Gᵀ computed twice, dC and dV in every layer"""
     forward, backward = eager(c)
     again: Kernels = [("gy Gᵀ", c.dh_alone()), ("x D", c.h_alone()), ("dC, dV", 2 * c.tiny)]
     return forward, backward + again
 
 
 def augmented_dx(c: Case) -> tuple[Kernels, Kernels]:
-    """eager, with [dx, dh] = gy [W, Gᵀ] in one vendor product"""
+    """eager, but [dx, dh] = gy [W, Gᵀ] is one vendor product"""
     backward = [("gy [W, Gᵀ]", c.dx(n_more=c.rank)), ("dG", c.dh_alone()), ("dD", c.h_alone())]
     return eager(c)[0], [*backward, ("dx += dh Dᵀ", c.add_down())]
 
 
 def lorafusion(c: Case) -> tuple[Kernels, Kernels]:
-    """LoRAFusion's split without dropout: fused products, dh and dG by fp32 atomics"""
+    """LoRAFusion's split without dropout: fused products; dh and dG by fp32 atomic operations"""
     m, atomics = c.machine, 4 * (c.rank / 128) * c.y
     fused_forward, fused_dx = c.forward(relative=m.own, tail=c.rank), c.dx(relative=m.own, tail=c.rank)
     backward: Kernels = [("dh, dG", m.memory(c.y + atomics + 2 * c.h)), ("zero, cast", 4 * m.fixed)]
@@ -222,14 +232,14 @@ def lorafusion(c: Case) -> tuple[Kernels, Kernels]:
 
 
 def augmented(c: Case) -> tuple[Kernels, Kernels]:
-    """[x, h] [W, Gᵀ]ᵀ and gy [W, Gᵀ] by the vendor, neighbors make h and take dh Dᵀ"""
+    """[x, h] [W, Gᵀ]ᵀ and gy [W, Gᵀ] as vendor products; neighbors compute h and add dh Dᵀ"""
     copy: Kernels = [] if c.layer.owns_x else [("copy x", c.machine.memory(2 * c.x))]
     forward = [("refresh G", c.refresh()), ("h", c.h_before()), *copy, ("[x, h] [W, Gᵀ]ᵀ", c.forward(k_more=c.rank))]
     return forward, [("gy [W, Gᵀ]", c.dx(n_more=c.rank)), *c.reductions(), ("dh Dᵀ", c.down_after())]
 
 
 def augmented_alone(c: Case) -> tuple[Kernels, Kernels]:
-    """the same with no neighbor of ours: x is copied"""
+    """the same without neighbors of ours: x is copied"""
     copy = c.machine.memory(2 * c.x)
     forward = [("refresh G", c.refresh()), ("x D", c.h_alone()), ("copy x", copy)]
     backward = [("gy [W, Gᵀ]", c.dx(n_more=c.rank)), *c.reductions(), ("dx += dh Dᵀ", c.add_down())]
@@ -237,16 +247,16 @@ def augmented_alone(c: Case) -> tuple[Kernels, Kernels]:
 
 
 def recompute(c: Case) -> tuple[Kernels, Kernels]:
-    """own products that make h (and dh) again in the main loop of every tile"""
+    """our own products, which recompute h (and dh) in the main loop of every tile"""
     m = c.machine
-    more = 1 + c.rank / (256 if c.rank <= 32 else 192)  # columns of a tile: registers
+    more = 1 + c.rank / (256 if c.rank <= 32 else 192)  # registers limit the columns of a tile
     products = (f(relative=m.own, tail=c.rank) for f in (c.forward, c.dx))
     forward, backward = (m.fixed + (product - m.fixed) * more for product in products)
     return [("refresh G", c.refresh()), ("x Wᵀ + x D G", forward)], [("gy W + gy Gᵀ Dᵀ", backward), *c.reductions()]
 
 
 def one_pass(c: Case) -> tuple[Kernels, Kernels]:
-    """dh, dG and dD in one pass over gy and x, then own products"""
+    """dh, dG and dD in one pass over gy and x, followed by our own products"""
     m, layer = c.machine, c.layer
     partial_sums = 4 * m.multiprocessors * c.rank * (layer.d_in + layer.d_out)
     flops = 2 * c.tokens * c.rank * (2 * layer.d_out + layer.d_in)
@@ -255,22 +265,16 @@ def one_pass(c: Case) -> tuple[Kernels, Kernels]:
 
 
 def triton(c: Case) -> tuple[Kernels, Kernels]:
-    """our triton backend, a layer alone: h (and dh) in the main loop or by a kernel of its own, what is cheaper"""
-    m = c.machine
-    forward, dx = (f(relative=m.own, tail=c.rank) for f in (c.forward, c.dx))
-    split: tuple[Kernels, Kernels] = (
+    """our triton backend for a single layer: separate kernels compute h and dh"""
+    forward, dx = (f(relative=c.machine.own, tail=c.rank) for f in (c.forward, c.dx))
+    return (
         [("refresh G", c.refresh()), ("x D", c.h_alone()), ("x Wᵀ + h G", forward)],
         [("gy Gᵀ", c.dh_alone()), ("gy W + dh Dᵀ", dx), *c.reductions()],
     )
-    if c.rank > 32:  # registers
-        return split
-    directions = zip(recompute(c), split, strict=True)
-    cheaper = [min(ways, key=lambda kernels: sum(time for _, time in kernels)) for ways in directions]
-    return cheaper[0], cheaper[1]
 
 
 def fused_triton(c: Case) -> tuple[Kernels, Kernels]:
-    """the same after efft.fuse: x and h by one kernel where LayerNorm or GELU stands in front"""
+    """the same after efft.fuse: one kernel computes x and h if a LayerNorm or GELU precedes the layer"""
     if not c.layer.owns_x:
         return triton(c)
     product = c.forward(relative=c.machine.own, tail=c.rank)
@@ -278,14 +282,14 @@ def fused_triton(c: Case) -> tuple[Kernels, Kernels]:
 
 
 def merged(c: Case) -> tuple[Kernels, Kernels]:
-    """W + dW built once a step, dx and dh by one product with [W, Gᵀ]; loses the update in bf16"""
+    """W + dW built once per step, dx and dh from one product with [W, Gᵀ]; rounds small updates away in bf16"""
     merge = c.machine.memory(2 * c.w, 2 * c.rank * c.layer.d_in * c.layer.d_out)
     forward = [("merge", merge), ("h", c.h_before()), ("product", c.forward())]
     return forward, [("gy [W, Gᵀ]", c.dx(n_more=c.rank)), *c.reductions()]
 
 
 def own_forward(c: Case) -> tuple[Kernels, Kernels]:
-    """own forward product with a tail of r in k; backward as augmented"""
+    """our own forward product with k extended by r; backward pass as in augmented"""
     product = c.forward(relative=c.machine.own, tail=c.rank)
     return [("refresh G", c.refresh()), ("h", c.h_before()), ("x Wᵀ + h G", product)], augmented(c)[1]
 
@@ -296,10 +300,10 @@ def best(c: Case) -> tuple[Kernels, Kernels]:
 
 
 def neighbors(c: Case) -> tuple[Kernels, Kernels]:
-    """best, with dD and dG moved into the backward of LayerNorm and GELU"""
+    """best, with dD and dG computed in the backward kernels of LayerNorm and GELU"""
     if not c.layer.owns_x:
         return best(c)
-    left = 0 if c.layer.owns_gy else c.y  # bytes that a reduction of its own must still read
+    left = 0 if c.layer.owns_gy else c.y  # bytes that a separate reduction must still read
     moved = c.layer.d_in + (c.layer.d_out if c.layer.owns_gy else 0)
     inside = 1e6 * c.tokens * c.rank * moved / (0.3 * c.machine.flops)
     alone: Kernels = [("dG", c.machine.memory(left + c.h, left * c.rank))] if left else []
@@ -308,7 +312,7 @@ def neighbors(c: Case) -> tuple[Kernels, Kernels]:
 
 
 def ideal(c: Case) -> tuple[Kernels, Kernels]:
-    """one perfect kernel a direction: the arithmetic limit"""
+    """one perfect kernel per direction: the arithmetic limit"""
     fixed, gb_per_us = c.machine.fixed, c.machine.bandwidth / 1e6
     more = c.rank * (1 / c.layer.d_in + 1 / c.layer.d_out)
     forward = max((c.forward() - fixed) * (1 + more), (c.x + c.y + c.w) / gb_per_us)
@@ -316,7 +320,7 @@ def ideal(c: Case) -> tuple[Kernels, Kernels]:
     return [("forward", fixed + forward)], [("backward", fixed + backward)]
 
 
-#: By the name of the measured row where there is one.
+#: The designs by name. A design that is also measured has the name of the measured row.
 DESIGNS: dict[str, Design] = {
     "floor": floor,
     "paper": paper,
@@ -342,12 +346,15 @@ DESIGNS: dict[str, Design] = {
 
 
 def microseconds(kernels: tuple[Kernels, Kernels]) -> float:
-    """Forward and backward together."""
+    """Return the total time of the forward and the backward pass."""
     return sum(time for direction in kernels for _, time in direction)
 
 
 def block_times(machine: Machine, tokens: int, rank: int, layers: Sequence[Layer]) -> dict[str, dict[str, float]]:
-    """Microseconds of forward and backward by design and layer; of all "block", and "with norms and GELU" in front."""
+    """Return the microseconds of forward and backward pass by design and layer.
+
+    The entry "block" is the sum over the layers. "with norms and GELU" adds the kernels that precede the layers.
+    """
     times: dict[str, dict[str, float]] = {}
     for name, design in DESIGNS.items():
         cases = [Case(machine, layer, tokens, rank) for layer in layers]
@@ -359,7 +366,7 @@ def block_times(machine: Machine, tokens: int, rank: int, layers: Sequence[Layer
 
 
 def render(machine: Machine, tokens: int, ranks: Sequence[int], width: int) -> str:
-    """The model's table in Markdown: microseconds, and in brackets the ratio to the floor."""
+    """Return the predictions as a Markdown table: microseconds, and in parentheses the ratio to the frozen baseline."""
     parts = []
     for rank in ranks:
         times = block_times(machine, tokens, rank, vit_block(width))
@@ -377,7 +384,7 @@ def render(machine: Machine, tokens: int, ranks: Sequence[int], width: int) -> s
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Prints the table."""
+    """Print the table."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.model_roofline",
         description=__doc__,
@@ -386,10 +393,10 @@ def main(words: Sequence[str] | None = None) -> int:
     default = Machine()
     parser.add_argument("--tokens", type=int, default=64 * 197)
     parser.add_argument("--ranks", type=int, nargs="+", default=[16, 32, 64])
-    parser.add_argument("--width", type=int, default=768, help="of the ViT")
-    parser.add_argument("--fixed", type=float, default=default.fixed, help="microseconds a kernel")
+    parser.add_argument("--width", type=int, default=768, help="width of the ViT")
+    parser.add_argument("--fixed", type=float, default=default.fixed, help="fixed microseconds per kernel")
     parser.add_argument("--own", type=float, default=default.own, help="speed of own products relative to the vendor's")
-    parser.add_argument("--flat", action="store_true", help="products of every shape run at peak")
+    parser.add_argument("--flat", action="store_true", help="assume that products of every shape run at peak")
     args = parser.parse_args(words)
     machine = Machine(fixed=args.fixed, own=args.own, tiled=not args.flat)
     print(render(machine, args.tokens, args.ranks, args.width))

@@ -1,9 +1,10 @@
-"""What ``efft.apply`` makes of every architecture of timm and transformers: the table of docs/models.md.
+"""Find out which layers ``efft.apply`` adapts in every architecture of timm and transformers, and write docs/models.md.
 
     python -m benchmarks models --out docs/models.md
 
-Models are made on the meta device, without weights, and adapted there with ``EfftConfig(rank=16)``. "Wholly" means at
-least 99 % of the weights in the repeated blocks; for the others the table says what is left. Nothing is downloaded.
+The models are created on the meta device, without weights, and adapted there with ``EfftConfig(rank=16)``. "Wholly"
+means that at least 99 % of the weights in the repeated blocks are adapted. For the other models the table lists the
+weights that are not adapted. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -26,13 +27,16 @@ from torch import nn
 
 import efft
 
-#: Seconds that making and adapting one model may take.
+#: Time limit in seconds for creating and adapting one model.
 PATIENCE = 60
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one architecture: "wholly", "in part" or "refused"; "not made" if its library cannot make it."""
+    """Describe the result for one architecture.
+
+    ``verdict`` is "wholly", "in part", "refused", or "not made" if the library cannot create the model.
+    """
 
     library: str
     name: str
@@ -44,7 +48,10 @@ class Outcome:
 
 
 def architectures(library: str) -> list[str]:
-    """All of the installed library: timm's registered models, or the model classes of transformers' auto classes."""
+    """Return all architectures of the installed library.
+
+    For timm these are the registered models, and for transformers the model classes in its auto classes.
+    """
     if library == "timm":
         import timm
 
@@ -61,7 +68,7 @@ def architectures(library: str) -> list[str]:
 
 
 def create(library: str, name: str) -> nn.Module:
-    """The architecture with its default configuration, on the meta device."""
+    """Create the architecture with its default configuration, on the meta device."""
     with torch.device("meta"):
         if library == "timm":
             import timm
@@ -74,11 +81,11 @@ def create(library: str, name: str) -> nn.Module:
 
 
 def examine(library: str, name: str) -> Outcome:
-    """Make and adapt one architecture."""
+    """Create and adapt one architecture."""
     with _quietly(), _patience():
         try:
             model = create(library, name)
-        except BaseException as error:  # whatever a library raises where its defaults make no model
+        except BaseException as error:  # a library may raise any error if its defaults do not make a model
             return Outcome(library, name, "not made", said=_line(error))
         try:
             config = efft.EfftConfig(rank=16)
@@ -124,7 +131,7 @@ def _patience() -> Iterator[None]:
 
 
 def examine_all(library: str, names: Sequence[str], jobs: int, report: Callable[[Outcome], None]) -> list[Outcome]:
-    """The outcomes in the order of ``names``, by ``jobs`` processes."""
+    """Examine the named architectures in ``jobs`` processes and return the outcomes in the order of ``names``."""
     with ProcessPoolExecutor(jobs, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         found = []
         for outcome in pool.map(examine, [library] * len(names), names, chunksize=8):
@@ -134,7 +141,7 @@ def examine_all(library: str, names: Sequence[str], jobs: int, report: Callable[
 
 
 def page(outcomes: Sequence[Outcome], command: str) -> str:
-    """docs/models.md."""
+    """Return the text of docs/models.md."""
     lines = [
         "# Architectures",
         "",
@@ -190,7 +197,7 @@ def _cell(text: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Writes the page."""
+    """Write the page."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
     parser = argparse.ArgumentParser(
@@ -201,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--names", nargs="+", help="only these")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument(
-        "--out", type=Path, help="the page to write; without it only what is not wholly adapted is shown"
+        "--out", type=Path, help="page to write; without it, the command prints the models that are not wholly adapted"
     )
     args = parser.parse_args(arguments)
     outcomes = []

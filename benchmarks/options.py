@@ -1,4 +1,4 @@
-"""Command-line options that the benchmarks share."""
+"""Define the command-line options that several benchmarks share."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from pathlib import Path
 
 import torch
 
-#: Types of numbers that training steps are measured in.
+#: The dtypes in which training steps are measured.
 DTYPES = ("float32", "bfloat16")
 
 
 def default_device() -> str:
-    """``cuda`` if there is a GPU, otherwise ``cpu``."""
+    """Return ``cuda`` if there is a GPU, otherwise ``cpu``."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def parser_of(command: str, description: str | None) -> argparse.ArgumentParser:
-    """The parser of ``python -m benchmarks COMMAND``, with only the option ``--results``.
+    """Return a parser for ``python -m benchmarks COMMAND`` that has only the option ``--results``.
 
     Args:
-        command: its name, which is also that of the result file.
-        description: the docstring of its module; the help shows it as it is.
+        command: name of the command and of its result file.
+        description: docstring of the command's module; the help prints it unchanged.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks {command}",
@@ -38,7 +38,7 @@ def parser_of(command: str, description: str | None) -> argparse.ArgumentParser:
 def parser_of_measurement(
     command: str, description: str | None, dtypes: Sequence[str] = DTYPES
 ) -> argparse.ArgumentParser:
-    """:func:`parser_of` with ``--dtype``, which defaults to ``dtypes``, and ``--device``."""
+    """Return :func:`parser_of` with the additional options ``--dtype`` (default: ``dtypes``) and ``--device``."""
     parser = parser_of(command, description)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(dtypes))
     parser.add_argument("--device", default=default_device(), help="default: %(default)s")

@@ -1,9 +1,10 @@
-"""How long a plan takes: ``efft.inspect`` on mixtures of experts of more and more layers, on the meta device.
+"""Measure the time of ``efft.inspect`` for mixtures of experts of increasing size, on the meta device.
 
     python -m benchmarks planning
 
-Every row is a model of blocks with attention and 64 experts of three linear layers. Time per linear layer must not grow
-with their number. Measure on an idle machine.
+Every line of the result is one model whose blocks have attention and 64 experts of three linear layers each. The line
+records the number of linear layers and the seconds that planning takes. The time should grow in proportion to the
+number of linear layers; the command also prints the time per linear layer. Measure on an idle machine.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ class _Block(nn.Module):
 
 
 def mixture(blocks: int) -> nn.Module:
-    """A mixture of experts with 196 linear layers per block, on the meta device."""
+    """Return a mixture of experts on the meta device, with 196 linear layers per block."""
     with torch.device("meta"):
         return nn.ModuleDict({"layers": nn.ModuleList(_Block(64, 128, 64) for _ in range(blocks))})
 
 
 def measure(blocks: Sequence[int], repeats: int) -> list[dict[str, Any]]:
-    """A line of the result file for each number of blocks."""
+    """Time planning for each number of blocks and return one line of the result file per number."""
     lines = []
     for n in blocks:
         model = mixture(n)
@@ -60,13 +61,13 @@ def measure(blocks: Sequence[int], repeats: int) -> list[dict[str, Any]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measures, shows and records."""
+    """Measure, print and record the planning times."""
     parser = parser_of("planning", __doc__)
     parser.add_argument("--blocks", type=int, nargs="+", default=[6, 13, 26, 52])
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args(arguments)
     path = append("planning", measure(args.blocks, args.repeats), args.results)
-    print(f"written to {path}")
+    print(f"results written to {path}")
     return 0
 
 

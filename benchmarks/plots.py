@@ -1,9 +1,12 @@
-"""Pictures of what was measured: ratios to the floor, growth with tokens and rank, achieved FLOP/s, accuracies.
+"""Draw pictures from result files: time ratios, time by tokens and rank, achieved FLOP/s, and accuracies.
 
     python -m benchmarks plot --out build/plots
 
-Each picture shows the newest run of its setting and names the machine. What is modeled rather than measured is drawn
-hollow and says so. Needs matplotlib, which ``pip install "efft-kernels[train]"`` brings.
+Ratios divide the time of a row (one implementation) by the time of the frozen baseline, the row "floor". Each picture
+shows the newest run of its setting and names the machine. Predictions of the analytical model
+(``benchmarks.model_roofline``) have hollow markers and are labeled as modeled.
+
+This module needs matplotlib, which ``pip install "efft-kernels[train]"`` installs.
 """
 
 from __future__ import annotations
@@ -28,12 +31,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: A picture's file name, without ending, and the picture.
+#: Pairs of a file name, without its suffix, and the picture for that file.
 Pictures = Iterator[tuple[str, "Figure"]]
 
 
 def ops_ratios(lines: Sequence[Line]) -> Pictures:
-    """Bars by row and layer; hollow diamonds where the paper model speaks of such a run."""
+    """Draw one bar per row and layer, with hollow diamonds for the analytical model's predictions if it has any."""
     for key, run in newest_runs(lines, ["device", "model", "images", "rank", "dtype"]).items():
         device, model, images, rank, dtype = key
         layers = list(dict.fromkeys(line["case"] for line in run))
@@ -57,7 +60,7 @@ def ops_ratios(lines: Sequence[Line]) -> Pictures:
 def _draw_model(
     axes: Axes, tokens: int, rank: int, width: int, rows: Sequence[str], layers: Sequence[str], height: float
 ) -> None:
-    """What the paper model expects, at the places of the bars."""
+    """Draw the analytical model's predictions at the positions of the bars."""
     times = block_times(Machine(), tokens, rank, vit_block(width))
     points = [
         (times[row][layer] / times["floor"][layer], rows.index(row) + i * height)
@@ -70,7 +73,7 @@ def _draw_model(
 
 
 def model_ratios(lines: Sequence[Line]) -> Pictures:
-    """Bars by row: a training step of a whole model."""
+    """Draw one bar per row with the time ratios of a training step of a complete model."""
     for key, run in newest_runs(lines, ["device", "model", "batch", "rank", "dtype", "cuda_graphs"]).items():
         _, model, batch, rank, dtype, graphs = key
         rows = _measured_rows(run)
@@ -85,7 +88,7 @@ def model_ratios(lines: Sequence[Line]) -> Pictures:
 
 
 def scaling(lines: Sequence[Line]) -> Pictures:
-    """Time against tokens or rank, both logarithmic, with the fitted exponent."""
+    """Draw time against the number of tokens or the rank, on logarithmic axes, with the fitted exponents."""
     for key, run in newest_runs(lines, ["device", "model", "case", "sweep", "dtype"]).items():
         _, model, case, sweep, dtype = key
         exponents = {line["row"]: line["exponent"] for line in run if line.get("exponent") is not None}
@@ -101,7 +104,7 @@ def scaling(lines: Sequence[Line]) -> Pictures:
 
 
 def roofline(lines: Sequence[Line]) -> Pictures:
-    """FLOP/s achieved on the work that the result needs, under what the machine reached in one product and one copy."""
+    """Draw the FLOP/s achieved on the necessary work of each layer, and the measured peaks of product and copy."""
     for key, run in newest_runs(lines, ["device", "dtype"]).items():
         measured = [line for line in run if "peaks" in line]
         if not measured:
@@ -126,16 +129,16 @@ def roofline(lines: Sequence[Line]) -> Pictures:
 
 
 def subspaces(lines: Sequence[Line]) -> Pictures:
-    """What one pair of bases for all blocks keeps of gradients and updates, as means over tasks."""
+    """Draw the share of gradients and updates that one pair of bases for all blocks keeps, as means over tasks."""
     newest = {(line["of"], line["set"], line["task"], line["seed"]): line for line in lines}
     if not newest:
         return
     rank = lines[-1]["rank"]
     figure, axes = _new(f"full fine-tuning seen through rank {rank}, mean over tasks", lines[-1:])
     labels = {
-        "own": "bases of each matrix's own",
+        "own": "separate bases per matrix",
         "shared": "one pair of bases",
-        "independent": "the same, random directions",
+        "independent": "one pair, random directions",
     }
     sets = [(of, name) for of in ("gradient", "update") for name in dict.fromkeys(line["set"] for line in lines)]
     for i, (measure, label) in enumerate(labels.items()):
@@ -149,9 +152,9 @@ def subspaces(lines: Sequence[Line]) -> Pictures:
 
 
 def accuracies(stem: str, lines: Sequence[Line]) -> Pictures:
-    """Bars by row and task of a study: means over seeds, from the lowest to the highest of them."""
+    """Draw one bar per row and task of a study: the mean over seeds, with whiskers from the lowest to the highest."""
     seeds: dict[tuple[str, str], dict[int, float]] = {}
-    for line in lines:  # of a run repeated, the newest
+    for line in lines:  # if a run was repeated, its newest line counts
         row = line["row"] if "row" in line else f"{line['source']}, {line['kind']}"
         seeds.setdefault((row, line["task"]), {})[line["seed"]] = 100 * line["test_accuracy"]
     if not seeds:
@@ -172,7 +175,7 @@ def accuracies(stem: str, lines: Sequence[Line]) -> Pictures:
     yield stem, figure
 
 
-#: What to draw from which result file.
+#: The function that draws the pictures of each result file.
 PICTURES: tuple[tuple[str, Callable[[Sequence[Line]], Pictures]], ...] = (
     ("ops", ops_ratios),
     ("ops", roofline),
@@ -183,13 +186,15 @@ PICTURES: tuple[tuple[str, Callable[[Sequence[Line]], Pictures]], ...] = (
 )
 
 
-#: Suites of ``efft compare`` whose results are drawn, from ``compare_NAME.jsonl``.
+#: The suites of ``efft compare`` whose results in ``compare_NAME.jsonl`` are drawn.
 COMPARED = ("local", "local_efft2", "local_long", "local_grid")
 
 
 def draw(results: Path | None, out: Path, names: Sequence[str] = ()) -> list[Path]:
-    """Writes every picture that the result files in ``results`` (all, or those named) allow into ``out``; returns the
-    files."""
+    """Write all possible pictures from the result files in ``results`` into ``out`` and return their paths.
+
+    If ``names`` are given, draw only these result files.
+    """
     out.mkdir(parents=True, exist_ok=True)
     written = []
     for name, pictures in PICTURES:
@@ -208,7 +213,7 @@ def draw(results: Path | None, out: Path, names: Sequence[str] = ()) -> list[Pat
 
 
 def _new(title: str, run: Sequence[Line]) -> tuple[Figure, Axes]:
-    """A picture that names the machine, without a display."""
+    """Return a figure, which needs no display, and its axes, whose title names the machine."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -223,7 +228,7 @@ def _new(title: str, run: Sequence[Line]) -> tuple[Figure, Axes]:
 
 
 def _bars(axes: Axes, at: Sequence[float], ratios: Sequence[dict[str, float]], height: float, label: str) -> None:
-    """Medians, with the 20 % and 80 % quantiles as whiskers."""
+    """Draw the medians as bars, with the 20 % and 80 % quantiles as whiskers."""
     middle = [ratio["p50"] for ratio in ratios]
     spread = [[r["p50"] - r["p20"] for r in ratios], [r["p80"] - r["p50"] for r in ratios]]
     axes.barh(at, middle, height, xerr=spread, label=label)
@@ -233,7 +238,7 @@ def _finish_ratios(axes: Axes, rows: Sequence[str], middle: float) -> None:
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks([i + middle for i in range(len(rows))], rows)
     axes.invert_yaxis()
-    axes.set_xlabel("time / frozen floor in the same repetition (median; whiskers: 20 % and 80 % quantiles)")
+    axes.set_xlabel("time / frozen baseline in the same repetition (median; whiskers: 20 % and 80 % quantiles)")
     axes.legend()
 
 
@@ -242,7 +247,7 @@ def _measured_rows(run: Sequence[Line]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Draws everything, and names the files."""
+    """Draw the pictures and print the names of the files."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -250,14 +255,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help=f"result files to draw: {', '.join(known)}; default: all"
     )
-    parser.add_argument("--results", type=Path, metavar="FOLDER", help="of the result files")
+    parser.add_argument("--results", type=Path, metavar="FOLDER", help="folder of the result files")
     parser.add_argument("--out", type=Path, metavar="FOLDER", default=Path("build/plots"))
     args = parser.parse_args(arguments)
     unknown = [name for name in args.names if name not in known]
     if unknown:
-        parser.error(f"nothing to draw from {unknown[0]!r}; there are {', '.join(known)}")
+        parser.error(f"unknown result file {unknown[0]!r}; expected some of {', '.join(known)}")
     written = draw(args.results, args.out, args.names)
-    print("\n".join(map(str, written)) or "nothing to draw: no result file has a figure")
+    print("\n".join(map(str, written)) or "nothing to draw: no result file has data for a picture")
     return 0
 
 

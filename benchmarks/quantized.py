@@ -1,11 +1,12 @@
-"""Quantized backbones under EFFT2: what the rounding of the frozen weights does to logits, time and memory.
+"""Measure EFFT2 on quantized models: the effect of quantized frozen weights on logits, time and memory.
 
     python -m benchmarks quantized --quick
 
-The layers that are adapted are quantized, by torchao; all rows have the same factors (in fp32) and see the same images,
-interleaved. ``error`` is ``|logits - dense| / |dense|`` over all of them, where ``dense`` are those of the model in
-fp32 that is not quantized; the first row is that model in the dtype measured. Times are of a forward pass for
-inference, and of forward and backward in training.
+A row is one format of the frozen weights. torchao quantizes the adapted layers. All rows have equal factors (in fp32),
+see the same images, and are measured in turn within each repetition. ``error`` is ``|logits - dense| / |dense|`` over
+all images, where ``dense`` are the logits of the fp32 model without quantization. The first row is this model without
+quantization in the measured dtype. The command times a forward pass for inference, and a forward and backward pass in
+training.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from efft_lab.record import append, machine_facts, quantiles
 
 @dataclass(frozen=True)
 class QuantizedRow:
-    """A way to keep frozen weights; ``quantize`` does it to one layer in place."""
+    """Describe a format of frozen weights; ``quantize`` converts one layer in place."""
 
     name: str
     explains: str
@@ -37,7 +38,7 @@ class QuantizedRow:
 
 
 def torchao(config: str, **options: Any) -> Callable[[nn.Module], None]:
-    """By this configuration of torchao."""
+    """Return a function that quantizes a layer with the named configuration class of torchao."""
 
     def quantize(layer: nn.Module) -> None:
         from torchao import quantization
@@ -48,14 +49,20 @@ def torchao(config: str, **options: Any) -> Callable[[nn.Module], None]:
 
 
 def per_row_float8(layer: nn.Module) -> None:
-    """Weights and activations as e4m3 with a scale a row: the product is ``torch._scaled_mm`` where the GPU has it."""
+    """Store weights and compute activations as e4m3 with one scale per row.
+
+    The product uses ``torch._scaled_mm`` if the GPU supports it.
+    """
     from torchao.quantization import PerRow
 
     torchao("Float8DynamicActivationFloat8WeightConfig", granularity=PerRow())(layer)
 
 
 def nf4(layer: nn.Module) -> None:
-    """QLoRA's format in blocks of 64, the scales of 256 blocks (of fewer if they do not divide) quantized together."""
+    """Store weights in QLoRA's format: blocks of 64, and scales that are quantized in groups of 256 blocks.
+
+    If 256 does not divide the number of blocks, the groups are smaller.
+    """
     from torchao.quantization import to_nf4
 
     weight: Any = layer.weight
@@ -78,19 +85,19 @@ _PHASES = ("fwd", "fwd_bwd")
 
 
 def stored_bytes(tensor: Tensor) -> int:
-    """What a tensor takes, in bytes: of a subclass, what its parts take."""
+    """Return the bytes that a tensor occupies; for a tensor subclass, the sum over its parts."""
     if not hasattr(tensor, "__tensor_flatten__"):
         return tensor.numel() * tensor.element_size()
     return sum(stored_bytes(getattr(tensor, part)) for part in tensor.__tensor_flatten__()[0])
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """What the frozen weights of the adapted layers take, in bytes."""
+    """Return the bytes that the frozen weights of the adapted layers occupy."""
     return sum(stored_bytes(layer.weight) for layer in adapted_layers(model).values())
 
 
 def build(setting: Setting, row: QuantizedRow) -> nn.Module:
-    """The model of ``row`` in the setting's dtype, with factors in fp32."""
+    """Return the model of ``row`` in the setting's dtype, with factors in fp32."""
     model = adapted(setting.plain().to(setting.device, getattr(torch, setting.dtype)), setting.rank)
     for layer in adapted_layers(model).values() if row.quantize else ():
         row.quantize(layer)
@@ -98,7 +105,7 @@ def build(setting: Setting, row: QuantizedRow) -> nn.Module:
 
 
 def passes(model: nn.Module, setting: Setting) -> dict[str, Callable[[], Tensor]]:
-    """Logits of a batch for inference, and the loss of a training step after its backward, each as one call."""
+    """Return two functions: one computes the logits of a batch, the other the loss and gradients of a training step."""
     images, labels = setting.examples(model)
     images = images.to(getattr(torch, setting.dtype))
 
@@ -117,7 +124,7 @@ def passes(model: nn.Module, setting: Setting) -> dict[str, Callable[[], Tensor]
 
 
 def measure(setting: Setting, rows: Sequence[QuantizedRow], repeats: int) -> list[dict[str, Any]]:
-    """A line of the result file for each row."""
+    """Measure every row and return one line of the result file per row."""
     wide = replace(setting, dtype="float32")
     exact = passes(build(wide, ROWS["dense"]), wide)["fwd"]()
     common = {**machine_facts(), "suite": "quantized", **asdict(setting)}
@@ -130,7 +137,11 @@ def measure(setting: Setting, rows: Sequence[QuantizedRow], repeats: int) -> lis
             runs = passes(model, setting)
             logits = runs["fwd"]()
             runs["fwd_bwd"]()
-        except (AssertionError, ImportError, RuntimeError) as error:  # no such format here: the other rows go on
+        except (
+            AssertionError,
+            ImportError,
+            RuntimeError,
+        ) as error:  # such as an unsupported format; continue with the other rows
             lines[row.name]["reason"] = f"failed: {error}"
             continue
         built[row.name] = runs
@@ -147,7 +158,7 @@ def measure(setting: Setting, rows: Sequence[QuantizedRow], repeats: int) -> lis
 
 
 def show(lines: Sequence[dict[str, Any]]) -> None:
-    """The table of one setting."""
+    """Print the table of one setting."""
     first = lines[0]
     print(f"\n{first['model']}, batch {first['batch']}, rank {first['rank']}, {first['dtype']}, {first['device']}")
     print(f"{'weights':<13} {'MiB':>8} {'error':>9} {'inference ms':>13} {'/ dense':>8} {'step ms':>9} {'/ dense':>8}")
@@ -164,10 +175,10 @@ def show(lines: Sequence[dict[str, Any]]) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options."""
+    """Return the parser of the options."""
     options = parser_of_measurement("quantized", __doc__, ["bfloat16"])
     options.add_argument("--model", default=Setting.model, help="timm name; ViT or Swin")
-    options.add_argument("--batch", type=int, help="images; default: 8, on a GPU 64")
+    options.add_argument("--batch", type=int, help="number of images; default: 8 on a CPU, 64 on a GPU")
     options.add_argument("--rank", type=int, default=Setting.rank)
     options.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     options.add_argument("--repeats", type=int, help="default: 20, with --quick 3")
@@ -176,7 +187,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Measures, prints and records every setting."""
+    """Measure, print and record every setting."""
     args = parser().parse_args(words)
     batch = args.batch or (8 if args.device == "cpu" else 64)
     rows = [row for row in ROWS.values() if row.name in {"dense", *args.rows}]
@@ -186,7 +197,7 @@ def main(words: Sequence[str] | None = None) -> int:
         )
         path = append("quantized", lines, args.results)
         show(lines)
-    print(f"\nwritten to {path}")
+    print(f"\nresults written to {path}")
     return 0
 
 

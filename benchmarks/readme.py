@@ -1,11 +1,11 @@
-"""Fill the tables of the README and of the pages in docs/ from result files and from the library itself.
+"""Fill the tables of the README and of the pages in docs/ with data from result files and from the library.
 
-The tests fail when a page differs from what this module writes.
+The tests fail if a page differs from the output of this module.
 
     python -m benchmarks tables          # rewrite the tables
     python -m benchmarks tables ops_gpu  # print one of them
 
-A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``.
+In a page, a table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PAGES = (ROOT / "README.md", ROOT / "docs/experiments.md", ROOT / "docs/performa
 
 
 def parameters() -> str:
-    """Trainable parameters by architecture, counted on models without storage."""
+    """Return a table of trainable parameters by architecture, counted on models without storage."""
     import timm
     import torch
 
@@ -65,24 +65,31 @@ def parameters() -> str:
 
 
 def summary() -> str:
-    """This library beside LoRA of ``peft``: one row for each thing that people ask about, from several result files."""
+    """Compare this library with LoRA of ``peft`` in six rows, taken from several result files."""
     memory = tables.newest("memory", level="model", model=tables.VIT_B, device="cpu")["float32"]
     cpu = tables.newest("model", model=tables.VIT_B, device="cpu", cuda_graphs=False)["float32"]
-    gpu = tables.newest("model", model=tables.VIT_B, device="cuda", cuda_graphs=True)["bfloat16"]
+    graphs = tables.newest("model", model=tables.VIT_B, device="cuda", cuda_graphs=True)["bfloat16"]
+    launched = tables.newest("model", model=tables.VIT_B, device="cuda", cuda_graphs=False)["bfloat16"]
     trained = [_of(cpu, row, "trainable") - _of(cpu, "floor", "trainable") for row in _RIVALS]
-    kept = [_of(memory, row, "saved_bytes") / 2**20 for row in ("floor", "fused:cpu", "peft")]
-    accuracies = _accuracies("local_long", ("EFFT2, auto", "LoRA (peft), all layers"))
-    device = gpu[0]["gpu"]["name"]
+    saved = {row: _of(memory, row, "saved_bytes") / 2**20 for row in ("floor", "efft:cpu", "fused:cpu", "peft")}
+    device = graphs[0]["gpu"]["name"].removeprefix("NVIDIA ")
     rows = [
-        ["trained parameters, head apart", *(f"{n:,}" for n in trained)],
-        ["adapter file, head apart", *(f"{_of(cpu, row, 'adapter_bytes') / 1e6:.1f} MB" for row in _RIVALS)],
+        ["trained parameters, excluding the head", *(f"{n:,}" for n in trained)],
+        ["adapter file, excluding the head", *(f"{_of(cpu, row, 'adapter_bytes') / 1e6:.1f} MB" for row in _RIVALS)],
+        ["training step on a CPU, fp32", *(f"{_time(cpu, row)} x frozen" for row in _RIVALS)],
         [
-            "training step on a CPU, over the frozen backbone",
-            *(f"{_of(cpu, row, 'ratio')['p50']:.2f}" for row in _RIVALS),
+            f"training step on an {device}, bf16: as a CUDA graph (launched from Python)",
+            *(f"{_time(graphs, row)} ({_time(launched, row)}) x frozen" for row in _RIVALS),
         ],
-        [f"training step on an {device}, likewise", *(f"{_of(gpu, row, 'ratio')['p50']:.2f}" for row in _RIVALS)],
-        [f"kept for backward (frozen: {kept[0]:.0f} MiB)", *(f"{size:.0f} MiB" for size in kept[1:])],
-        ["mean accuracy of a ViT-S/14 on six tasks; trained parameters", *accuracies],
+        [
+            f"activations saved for the backward pass (frozen model: {saved['floor']:.0f} MiB)",
+            f"{saved['efft:cpu']:.0f} MiB; {saved['fused:cpu']:.0f} MiB after `efft.fuse`",
+            f"{saved['peft']:.0f} MiB",
+        ],
+        [
+            "mean accuracy of a ViT-S/14 on six tasks (parameters)",
+            *_accuracies("local_long", ("EFFT2, auto", "LoRA (peft), all layers")),
+        ],
     ]
     return table(["", "EFFT, this library", "LoRA of `peft`"], rows)
 
@@ -90,23 +97,27 @@ def summary() -> str:
 _RIVALS = ("efft:auto", "peft")
 
 
+def _time(lines: Sequence[tables.Line], row: str) -> str:
+    return f"{_of(lines, row, 'ratio')['p50']:.2f}"
+
+
 def _of(lines: Sequence[tables.Line], row: str, field: str) -> Any:
     return next(line[field] for line in lines if line["row"] == row)
 
 
 def _accuracies(suite: str, methods: Sequence[str]) -> list[str]:
-    """For each method its accuracy in percent, mean over the tasks, and what it trains beside the head."""
+    """Return each method's mean accuracy over the tasks and its number of trained parameters, excluding the head."""
     from efft_lab.compare import scores
     from efft_lab.compare.store import read
 
     final = [record for record in read(RESULTS / f"compare_{suite}.jsonl").values() if record["stage"] == "final"]
     found = scores.collect(final, dict.fromkeys(record["task"] for record in final))
     trained = {record["method"]: record["trainable_parameters"] - record["head_parameters"] for record in final}
-    return [f"{fmean(found.means(method).values()):.1f} %; {trained[method]:,}" for method in methods]
+    return [f"{fmean(found.means(method).values()):.1f} % ({trained[method]:,})" for method in methods]
 
 
 def accuracy(suite: str, what: Literal["means", "comparisons"] = "means") -> str:
-    """Means over the tasks of a suite, or the paired tests of its methods, as far as it has been run."""
+    """Return a suite's means over the tasks or the paired tests of its methods, from the results that exist."""
     from efft_lab.compare import report
     from efft_lab.compare import suite as suites
     from efft_lab.compare.agenda import Agenda
@@ -132,7 +143,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def render(text: str) -> str:
-    """``text`` with every ``<!-- table: name -->`` ... ``<!-- end -->`` block filled in."""
+    """Return ``text`` with every ``<!-- table: name -->`` ... ``<!-- end -->`` block filled in."""
 
     def fill(match: re.Match[str]) -> str:
         return f"{match[1]}\n{TABLES[match[2]]()}\n{match[3]}"
@@ -141,15 +152,20 @@ def render(text: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Rewrites the pages, or prints the tables named."""
+    """Rewrite the pages, or print the named tables."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks tables", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"print it: {', '.join(TABLES)}")
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help=f"tables to print, instead of rewriting the pages: any of {', '.join(TABLES)}",
+    )
     names = parser.parse_args(arguments).names
     unknown = [name for name in names if name not in TABLES]
     if unknown:
-        parser.error(f"no table {unknown[0]!r}; there are {', '.join(TABLES)}")
+        parser.error(f"unknown table {unknown[0]!r}; expected some of {', '.join(TABLES)}")
     for name in names:
         print(f"{TABLES[name]()}\n")
     for page in PAGES if not names else ():

@@ -1,7 +1,8 @@
-"""What one kernel should cost on a GPU, from FLOPs and bytes.
+"""Predict the time of one kernel on a GPU from its FLOPs and bytes.
 
-A kernel takes a fixed time plus the larger of FLOPs over peak and bytes over bandwidth. Products of full size are
-quantized in tiles, waves of tiles over the multiprocessors, and k-steps, and calibrated so that 8192³ runs at peak.
+The time of a kernel is a fixed time plus the larger of FLOPs over peak and bytes over bandwidth. For full-size matrix
+products the model counts whole tiles, waves of tiles over the multiprocessors, and steps along k. It is calibrated so
+that a product of 8192³ runs at peak.
 """
 
 from __future__ import annotations
@@ -13,15 +14,15 @@ from functools import cached_property
 
 @dataclass(frozen=True)
 class Machine:
-    """What the model knows of a GPU; the defaults are an H200's.
+    """Hold the properties of a GPU that the model uses; the defaults describe an H200.
 
     Attributes:
-        flops: peak of a large bf16 product, FLOP/s.
-        bandwidth: of a copy, read and written bytes/s.
-        multiprocessors: tiles that run at once.
-        fixed: microseconds a kernel costs beside its work.
+        flops: peak of a large bf16 product, in FLOP/s.
+        bandwidth: bandwidth of a copy (reads and writes), in bytes/s.
+        multiprocessors: number of tiles that run at the same time.
+        fixed: time of a kernel in addition to its work, in microseconds.
         own: speed of a hand-written product relative to the vendor's.
-        tiled: quantize products; False takes the peak for every shape.
+        tiled: whether products are counted in whole tiles; if False, products of every shape run at peak.
     """
 
     flops: float = 790e12
@@ -34,16 +35,16 @@ class Machine:
     def __str__(self) -> str:
         products = "quantized in tiles" if self.tiled else "at peak for every shape"
         return (
-            f"{self.flops / 1e12:.0f} TFLOP/s, {self.bandwidth / 1e12:.1f} TB/s, {self.fixed:g} us a kernel, "
+            f"{self.flops / 1e12:.0f} TFLOP/s, {self.bandwidth / 1e12:.1f} TB/s, {self.fixed:g} us per kernel, "
             f"own products at {self.own:g} of the vendor's, products {products}"
         )
 
     def memory(self, n_bytes: float, flops: float = 0.0) -> float:
-        """A kernel that moves memory; what it multiplies on the way runs at 30 % of peak."""
+        """Return the time of a kernel limited by memory; its products run at 30 % of peak."""
         return self.fixed + 1e6 * max(n_bytes / self.bandwidth, flops / (0.3 * self.flops))
 
     def product(self, m: int, n: int, k: int, *, relative: float = 1.0, tail: int = 0) -> float:
-        """``[m, k] @ [k, n]``, with ``tail`` more of k as a step of its own size, at ``relative`` speed."""
+        """Return the time of ``[m, k] @ [k, n]`` at the speed ``relative``; ``tail`` is an extra step along k."""
         n_bytes = 2 * (m * k + k * n + m * n)
         if self.tiled:
             work = _tiles(m, n, math.ceil(k / _K_STEP) + tail / _K_STEP, self._main_loop, self)
@@ -52,12 +53,12 @@ class Machine:
         return self.fixed + max(work / relative, 1e6 * n_bytes / self.bandwidth)
 
     def skinny(self, m: int, n: int, k: int) -> float:
-        """A product with a side as short as the rank."""
+        """Return the time of a product in which one side is as short as the rank."""
         return self.memory(2 * (m * k + k * n + m * n), 2 * m * n * k)
 
     @cached_property
     def _main_loop(self) -> float:
-        """FLOP/s inside the main loop with which 8192³ as a whole runs at peak."""
+        """Return the FLOP/s inside the main loop for which the complete product of 8192³ runs at peak."""
         n = 8192
         return self.flops * _tiles(n, n, n / _K_STEP, self.flops, self) / (2e6 * n**3 / self.flops)
 
@@ -65,14 +66,14 @@ class Machine:
 _K_STEP = 64
 _LARGEST_TILE = 40960
 _TILES = [(m, n) for m in (64, 128, 192, 256) for n in range(64, 257, 16) if m * n <= _LARGEST_TILE]
-_LONG_K = 4096  # from here on a product may split k over several tiles
+_LONG_K = 4096  # from this size on, a product may split k over several tiles
 
 
 def _tiles(m: int, n: int, k_steps: float, flops: float, machine: Machine) -> float:
-    """Microseconds of the best tiling of ``[m, k] @ [k, n]``."""
+    """Return the microseconds of ``[m, k] @ [k, n]`` with the best tile size."""
     best = math.inf
     for tile_m, tile_n in _TILES:
-        # Small tiles reuse their operands less; 128 x 256 is the measure. Half of the epilogue shows.
+        # Small tiles reuse their operands less than tiles of 128 x 256. Half of the epilogue is not hidden.
         reuse = min(1.0, tile_m * tile_n / (tile_m + tile_n) / (128 * 256 / 384)) ** 0.5
         rate = flops * reuse / machine.multiprocessors
         epilogue = tile_m * tile_n * machine.multiprocessors / machine.bandwidth

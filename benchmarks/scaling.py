@@ -1,11 +1,12 @@
-"""How time grows with the number of tokens and with the rank: sweeps of one layer, and the exponents fitted to them.
+"""Measure how the time of one layer grows with the number of tokens and with the rank, and fit exponents.
 
     python -m benchmarks scaling
     python -m benchmarks scaling --quick
 
-Times are of forward and backward together. An exponent is the slope of a straight line through log time over log size;
-it is fitted to the whole time and to what the row adds to the frozen floor. In a result file a line with ``sweep`` and
-``seconds`` is a measurement, one with ``exponent`` a fit over the sizes it names.
+Times are those of the forward and backward pass together. An exponent is the slope of a straight line through log time
+over log size. One exponent is fitted to the time of a row (one implementation), and another to the additional time over
+the frozen baseline (the row "floor"). A line of the result file with ``sweep`` and ``seconds`` is a measurement. A line
+with ``exponent`` is a fit over the sizes in that line.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from benchmarks.ops.run import Setting, measure
 from benchmarks.options import default_device, parser_of
 from efft_lab.record import append, machine_facts
 
-#: The sizes of each sweep and of its quick version: images of 197 tokens, and ranks.
+#: The sizes of each sweep and of its quick version: numbers of images of 197 tokens, and ranks.
 SWEEPS = {
     "tokens": ([1, 2, 4, 8, 16, 32, 64], [1, 2, 4, 8]),
     "rank": ([8, 16, 24, 32, 48, 64], [8, 32, 64]),
@@ -34,7 +35,7 @@ DEFAULT_ROWS = ("efft:eager", "naive")
 
 
 def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float | None:
-    """The slope of log ``seconds`` over log ``sizes``; None where a time is not positive (a difference can be)."""
+    """Return the slope of log ``seconds`` over log ``sizes``, or None if a time (a difference) is not positive."""
     if len(sizes) < 2 or min(seconds) <= 0:
         return None
     return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
@@ -43,7 +44,7 @@ def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float | None:
 def sweep(
     name: str, sizes: Sequence[int], case: Case, wanted: Sequence[rows.LayerRow], setting: Setting
 ) -> list[dict[str, Any]]:
-    """The measurements of ``case`` at all ``sizes``, and a fit for every row that has them all."""
+    """Measure ``case`` at all ``sizes``; return the measurements, and a fit for every row that has all sizes."""
     field = "images" if name == "tokens" else name
     lines = []
     for size in sizes:
@@ -73,7 +74,7 @@ def _fit(name: str, row: str, lines: Sequence[dict[str, Any]]) -> dict[str, Any]
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
-    """One sweep for the terminal: times in ms by size, then the exponents."""
+    """Return one sweep as a table for the terminal: the times in ms by size, then the exponents."""
     fits = [line for line in lines if "exponent" in line]
     if not fits:
         return "\n".join(sorted({f"{line['row']:<16} -- {line['reason']}" for line in lines}))
@@ -89,7 +90,7 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command ``scaling``."""
+    """Run the command ``scaling``."""
     args = _parser().parse_args(arguments)
     wanted = rows.select(args.rows)
     cuda = torch.device(args.device).type == "cuda"
@@ -102,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             lines = sweep(name, quick if args.quick else full, case, wanted, setting)
             path = append("scaling", lines, args.results)
             print(f"{args.case} of ViT-B, {dtype}, ms\n{table(lines)}\n", flush=True)
-    print(f"written to {path}")
+    print(f"results written to {path}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -111,7 +112,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sweep", nargs="+", choices=SWEEPS, default=list(SWEEPS))
     parser.add_argument("--case", choices=LAYERS, default="qkv")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"])
-    parser.add_argument("--rows", nargs="+", metavar="NAME", default=list(DEFAULT_ROWS), help=f"of {', '.join(ROWS)}")
+    parser.add_argument(
+        "--rows", nargs="+", metavar="NAME", default=list(DEFAULT_ROWS), help=f"any of {', '.join(ROWS)}"
+    )
     parser.add_argument("--device", default=default_device())
     parser.add_argument("--repeats", type=int, default=5)
     return parser

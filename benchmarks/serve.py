@@ -1,11 +1,11 @@
-"""Inference with an adapter: merged into the weights, or applied beside them, against the plain model.
+"""Measure inference with a merged adapter, an unmerged adapter, and many adapters, relative to the plain model.
 
     python -m benchmarks serve --quick
 
-Weights and images are of the dtype named; every row sees the same images, interleaved. The rows that compute the EFFT
-update are checked first: their logits against fp64, with W + dW in the same dtype as the yardstick. Rows ``pool:n`` use
-another of n adapters for every image (:class:`efft.AdapterPool`); all rows are compared with ``pool:1`` and the merged
-model too.
+A row is one way to serve the model. Weights and images have the given dtype. All rows see the same images and are
+measured in turn within each repetition. Rows that compute the EFFT update are checked first. The errors of their logits
+against fp64 are compared with the errors of W + dW in the same dtype. Rows ``pool:n`` use a different one of n adapters
+for every image (:class:`efft.AdapterPool`). All times are also compared with ``pool:1`` and with the merged model.
 """
 
 from __future__ import annotations
@@ -32,8 +32,11 @@ from efft_lab.record import append, machine_facts, quantiles
 
 
 class ManyAdapters(nn.Module):
-    """A model that every image goes through with one of n adapters, all of them in turn; n copies of one adapter take
-    as much time and memory as any others, and their output is known."""
+    """Send the images through n adapters in turn, one adapter per image.
+
+    The n adapters are copies of one adapter. They need as much time and memory as different adapters, and the correct
+    output is known.
+    """
 
     pool: efft.AdapterPool
 
@@ -43,10 +46,10 @@ class ManyAdapters(nn.Module):
         self.default_cfg = model.default_cfg
 
     def fill(self) -> None:
-        """Put the adapter of the model into a pool, n times.
+        """Put n copies of the model's adapter into a pool.
 
         Raises:
-            RuntimeError: there is no memory for so many.
+            RuntimeError: there is not enough memory for n adapters.
         """
         adapter = copy.deepcopy(self.model)
         self.pool = efft.AdapterPool(efft.remove(self.model), capacity=1)
@@ -68,7 +71,7 @@ class ManyAdapters(nn.Module):
 
 
 def pooled(n: int) -> Callable[[nn.Module, int], nn.Module]:
-    """EFFT2 of the same factors, to be put into a pool n times."""
+    """Return a function that adapts a model for a pool of n adapters with the same factors as the other EFFT2 rows."""
     return lambda model, rank: ManyAdapters(adapted(model, rank), n)
 
 
@@ -78,10 +81,10 @@ def _free_memory() -> int:
 
 @dataclass(frozen=True)
 class ServeRow:
-    """A way to serve an adapted model.
+    """Describe one way to serve an adapted model.
 
-    ``adapt`` makes it from (plain model, rank); ``finish`` is called on it once it has its dtype; ``is_efft``: it
-    computes the EFFT update; ``backend``: what its ops ask for.
+    ``adapt`` creates the model from (plain model, rank). ``finish`` is called on the model after its conversion to the
+    dtype. ``is_efft`` says whether the model computes the EFFT update. ``backend`` is the backend of its ops.
     """
 
     name: str
@@ -92,7 +95,7 @@ class ServeRow:
     backend: Backend | None = None
 
     def build(self, setting: Setting) -> nn.Module:
-        """The row's model in eval mode, in the setting's dtype."""
+        """Return the model of the row in eval mode, in the dtype of the setting."""
         model = self.adapt(setting.plain(), setting.rank).eval()
         model = model.to(setting.device, getattr(torch, setting.dtype))
         if self.finish is not None:
@@ -100,7 +103,7 @@ class ServeRow:
         return model
 
     def running(self) -> AbstractContextManager[None]:
-        """The context that the row's model must run in."""
+        """Return the context in which the model of this row must run."""
         return nullcontext() if self.backend is None else use_backend(self.backend)
 
 
@@ -115,7 +118,11 @@ ROWS: dict[str, ServeRow] = {
         ServeRow("merged", "EFFT2 merged into the weights", adapted, efft.merge, is_efft=True),
         *(
             ServeRow(
-                f"pool:{n}", f"another of {n} adapters for every image", pooled(n), ManyAdapters.fill, is_efft=True
+                f"pool:{n}",
+                f"a different one of {n} adapters for every image",
+                pooled(n),
+                ManyAdapters.fill,
+                is_efft=True,
             )
             for n in (1, 10, 100, 1000)
         ),
@@ -124,12 +131,12 @@ ROWS: dict[str, ServeRow] = {
 }
 
 
-#: What times are divided by, by its name in the results.
+#: The rows that the other rows are compared with, by the name of the ratio in the results.
 _COMPARED_WITH = {"base": "base", "merged": "merged", "one_adapter": "pool:1"}
 
 
 def logits_of(row: ServeRow, model: nn.Module, images: Tensor) -> Callable[[], Tensor]:
-    """A forward pass of ``model`` as one call."""
+    """Return a function that runs a forward pass of ``model``."""
 
     @torch.inference_mode()
     def run() -> Tensor:
@@ -140,12 +147,12 @@ def logits_of(row: ServeRow, model: nn.Module, images: Tensor) -> Callable[[], T
 
 
 def images_for(setting: Setting, model: nn.Module, n: int) -> Tensor:
-    """``n`` images in the dtype of the weights."""
+    """Return ``n`` random images in the dtype of the weights."""
     return setting.examples(model, n)[0].to(getattr(torch, setting.dtype))
 
 
 def build_checked(setting: Setting, rows: Sequence[ServeRow]) -> dict[str, nn.Module | str]:
-    """Each row's model, or the reason why there is none to measure."""
+    """Return the model of each row, or the reason why the row cannot be measured."""
     dense = ServeRow(NAIVE.name, NAIVE.explains, NAIVE.adapt)
 
     def logits(row: ServeRow, model: nn.Module, at: Setting) -> Tensor:
@@ -168,13 +175,13 @@ def build_checked(setting: Setting, rows: Sequence[ServeRow]) -> dict[str, nn.Mo
             found[row.name] = model
         except AssertionError as error:
             found[row.name] = f"wrong: {error}"
-        except (RuntimeError, ImportError) as error:  # out of memory, peft not installed: the other rows go on
+        except (RuntimeError, ImportError) as error:  # such as out of memory; continue with the other rows
             found[row.name] = f"failed: {error}"
     return found
 
 
 def measure(setting: Setting, rows: Sequence[ServeRow], batches: Sequence[int], repeats: int) -> list[dict[str, Any]]:
-    """A line of the result file for each row and batch size."""
+    """Measure every row and return one line of the result file per row and batch size."""
     built = build_checked(setting, rows)
     models = {name: model for name, model in built.items() if isinstance(model, nn.Module)}
     lines = []
@@ -197,12 +204,12 @@ def measure(setting: Setting, rows: Sequence[ServeRow], batches: Sequence[int], 
 
 
 def show(lines: Sequence[dict[str, Any]]) -> None:
-    """The table of one setting."""
+    """Print the table of one setting."""
     first = lines[0]
     print(f"\n{first['model']}, rank {first['rank']}, {first['dtype']}, {first['device']}")
     print(
         f"{'batch':>5} {'row':<16} {'ms':>9} {'images/s':>9} {'ratio to base':>21} {'to merged':>9} {'to pool:1':>9} "
-        "KiB an adapter"
+        "KiB per adapter"
     )
     for line in lines:
         figures = line.get("reason")
@@ -217,10 +224,10 @@ def show(lines: Sequence[dict[str, Any]]) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options."""
+    """Return the parser of the options."""
     options = parser_of_measurement("serve", __doc__)
     options.add_argument("--model", default=Setting.model, help="timm name; ViT or Swin")
-    options.add_argument("--batch", type=int, nargs="+", help="images; default: 1 8, on a GPU 1 8 64 256")
+    options.add_argument("--batch", type=int, nargs="+", help="numbers of images; default: 1 8, on a GPU 1 8 64 256")
     options.add_argument("--rank", type=int, default=Setting.rank)
     options.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     options.add_argument("--repeats", type=int, help="default: 20, with --quick 5")
@@ -229,7 +236,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Measures, prints and records every setting."""
+    """Measure, print and record every setting."""
     args = parser().parse_args(words)
     batches = args.batch or ([1, 8] if args.device == "cpu" else [1, 8, 64, 256])
     repeats = args.repeats or (5 if args.quick else 20)
@@ -238,7 +245,7 @@ def main(words: Sequence[str] | None = None) -> int:
         lines = measure(Setting(args.model, max(batches), args.rank, dtype, args.device), rows, batches, repeats)
         path = append("serve", lines, args.results)
         show(lines)
-    print(f"\nwritten to {path}")
+    print(f"\nresults written to {path}")
     return 0
 
 

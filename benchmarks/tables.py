@@ -1,4 +1,7 @@
-"""Tables of what was measured, each from the newest run in a result file and with a line saying where it comes from."""
+"""Format results as tables. Each table shows the newest run in a result file and names the source of its numbers.
+
+A row of a table is one implementation in a comparison. The row "floor" of the result files is the frozen baseline.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,9 @@ Line = dict[str, Any]
 
 NOTHING = "*No run recorded yet.*"
 
-#: The rows of result files in the order of the tables, with what to call them there.
+#: The rows of result files in the order of the tables, with their titles.
 TITLES = {
-    "floor": "frozen floor",
+    "floor": "frozen baseline",
     "base": "plain model",
     "efft:auto": "**EFFT2, this library**",
     "fused:auto": "**the same after `efft.fuse`**",
@@ -60,9 +63,9 @@ _RANK = 32
 
 
 def newest_runs(lines: Iterable[Line], fields: Sequence[str]) -> dict[tuple[Any, ...], list[Line]]:
-    """The lines of the newest run (runs are told apart by their date) for each combination of values of ``fields``.
+    """Return the lines of the newest run for each combination of values of ``fields``.
 
-    A field that a line does not have is False there.
+    Lines with the same date belong to the same run. A field that is missing in a line counts as False.
     """
     groups: dict[tuple[Any, ...], list[Line]] = {}
     for line in lines:
@@ -71,10 +74,10 @@ def newest_runs(lines: Iterable[Line], fields: Sequence[str]) -> dict[tuple[Any,
 
 
 def newest(name: str, **wanted: object) -> dict[str, list[Line]]:
-    """By dtype, the lines of the newest run in ``<name>.jsonl`` among those whose fields are as ``wanted``.
+    """Return the newest run in ``<name>.jsonl`` for each dtype, among the lines whose fields match ``wanted``.
 
-    One more field is ``amx``, true of a run on a CPU that has it: there bfloat16 products take a fraction of the time
-    and all else does not, so that its ratios are others.
+    ``wanted`` may contain the additional field ``amx``, which is true for a run on a CPU with AMX. Such a CPU computes
+    bfloat16 products much faster and nothing else faster, so that the ratios differ from those of other CPUs.
     """
     lines = ({**x, "amx": x.get("device") == "cpu" and "AMX" in x["machine"]} for x in read(name))
     wanted = {"amx": False, **wanted}
@@ -83,17 +86,17 @@ def newest(name: str, **wanted: object) -> dict[str, list[Line]]:
 
 
 def read(name: str, folder: Path | None = None) -> list[Line]:
-    """The lines of ``<name>.jsonl`` in ``folder`` (default: the result files of this checkout); none without a file."""
+    """Return the lines of ``<name>.jsonl`` in ``folder`` (default: this checkout's results); empty without the file."""
     path = (folder or record.RESULTS) / f"{name}.jsonl"
     return record.read(path) if path.exists() else []
 
 
 def train_step(device: str, cuda_graphs: bool = False, amx: bool = False) -> str:
-    """A training step of ViT-B/16: ratios to the floor of the same repetition, and images/s."""
+    """Return the table of training steps of ViT-B/16: ratios to the frozen baseline, and images/s."""
     runs = newest("model", model=VIT_B, device=device, cuda_graphs=cuda_graphs, amx=amx)
     if not runs:
         return NOTHING
-    header = ["step of", *(f"{dtype}, {what}" for dtype in runs for what in ("time / floor", "images/s"))]
+    header = ["step of", *(f"{dtype}, {what}" for dtype in runs for what in ("time / frozen baseline", "images/s"))]
     rows = []
     for name, title in _present(runs):
         cells = [title]
@@ -106,13 +109,13 @@ def train_step(device: str, cuda_graphs: bool = False, amx: bool = False) -> str
 
 
 def memory(device: str) -> str:
-    """What a training step of ViT-B/16 keeps for its backward, what it trains, and the file that would hold it."""
+    """Return the table of a ViT-B/16 training step's saved memory, trained parameters and adapter file size."""
     runs = newest("memory", level="model", model=VIT_B, device=device)
     if not runs:
         return NOTHING
     steps = [line for lines in newest("model", model=VIT_B, device=device).values() for line in lines]
-    header = ["step of", *(f"{dtype}, {what}" for dtype in runs for what in ("kept for backward", "peak"))]
-    header += ["trained, head included", "adapter"]
+    header = ["step of", *(f"{dtype}, {what}" for dtype in runs for what in ("saved for backward", "peak"))]
+    header += ["trained, including the head", "adapter"]
     rows = []
     for name, title in _present(runs):
         cells = [title]
@@ -128,7 +131,10 @@ def memory(device: str) -> str:
 
 
 def ops(device: str, amx: bool = False) -> str:
-    """The layers of a ViT-B block, forward and backward, as ratios to the floor; on a GPU beside the paper model's."""
+    """Return the layer table of a ViT-B block: the time of forward and backward pass, relative to the frozen baseline.
+
+    On a GPU the table also has the ratios that the analytical model predicts.
+    """
     runs = newest("ops", model="vit_b", images=8 if device == "cpu" else 64, rank=_RANK, device=device, amx=amx)
     if not runs:
         return NOTHING
@@ -147,7 +153,7 @@ def ops(device: str, amx: bool = False) -> str:
 
 
 def serve(device: str) -> str:
-    """Inference of ViT-B/16 as ratios to the plain model."""
+    """Return the table of ViT-B/16 inference times as ratios to the plain model."""
     runs = newest("serve", model=VIT_B, device=device)
     if not runs:
         return NOTHING
@@ -162,7 +168,7 @@ def serve(device: str) -> str:
 
 
 def many_adapters(device: str) -> str:
-    """Another adapter of n for every image, ViT-B/16: ratios to one adapter and to merged weights, and memory."""
+    """Return the table of ViT-B/16 inference with a different one of n adapters per image: ratios and memory."""
     runs = newest("serve", model=VIT_B, device=device)
     names = [(name, title) for name, title in _present(runs) if name.startswith("pool:")]
     if not names:
@@ -184,7 +190,7 @@ def many_adapters(device: str) -> str:
 
 
 def quantized(device: str) -> str:
-    """Quantized weights under EFFT2, ViT-B/16: error of the logits, memory, and time against the dense model's."""
+    """Return the table of EFFT2 on a quantized ViT-B/16: error of the logits, memory, and time relative to dense."""
     runs = newest("quantized", model=VIT_B, device=device)
     if not runs:
         return NOTHING
@@ -206,7 +212,7 @@ _KINDS = {"floor": "frozen", "efft": "EFFT2", "lora:peft": "LoRA of `peft`", "de
 
 
 def kinds(device: str) -> str:
-    """Layers that are not linear ones: time of forward and backward, and what is kept, beside the frozen layer's."""
+    """Return the table of layers other than linear: time relative to the frozen layer, saved memory, parameters."""
     runs: dict[str, list[Line]] = {}
     for name, case in (("kinds", "kind"), ("experts", "model")):
         lines = [line for line in read(name) if line["device"] == device]
@@ -214,7 +220,7 @@ def kinds(device: str) -> str:
             runs[f"{kind}, {dtype}"] = run
     if not runs:
         return NOTHING
-    header = ["time / frozen layer; MiB kept; trained", *_KINDS.values()]
+    header = ["time / frozen layer; MiB saved; trained", *_KINDS.values()]
     rows = [[title, *(_kind_cell(_row(run, row)) for row in _KINDS)] for title, run in runs.items()]
     return with_sources(header, rows, runs)
 
@@ -226,7 +232,7 @@ def _kind_cell(line: Line | None) -> str:
 
 
 def planning() -> str:
-    """How long a plan takes."""
+    """Return the table of planning times."""
     runs = newest_runs(read("planning"), [])
     lines = runs.get((), [])
     rows = [[f"{line['layers']:,}", f"{line['seconds']['p50']:.2f}"] for line in lines]
@@ -234,7 +240,7 @@ def planning() -> str:
 
 
 def demo() -> str:
-    """The newest run of the demonstration."""
+    """Return the table of the newest run of the demo."""
     runs = newest_runs(read("demo"), [])
     if not runs:
         return NOTHING
@@ -248,12 +254,12 @@ def demo() -> str:
         ]
         for row in runs[()]
     ]
-    header = ["task", "method", "trained parameters, head included", "test accuracy", "training time"]
+    header = ["task", "method", "trained parameters, including the head", "test accuracy", "training time"]
     return with_sources(header, cells, {"": runs[()]})
 
 
 def subspaces() -> str:
-    """Full fine-tuning's updates and gradients seen through bases of low rank, means over tasks and seeds."""
+    """Return the table of full fine-tuning's updates and gradients in low-rank bases, as means over tasks and seeds."""
     newest = {(x["of"], x["set"], x["task"], x["seed"]): x for x in read("subspaces")}
     if not newest:
         return NOTHING
@@ -275,7 +281,7 @@ _STARTS = {"side": "one side, random cores", "cores": "both sides, zero cores"}
 
 
 def starts() -> str:
-    """Accuracy of EFFT2 by where its factors start, mean over seeds."""
+    """Return the table of EFFT2's accuracy by the start of its factors, as means over seeds."""
     newest = {(x["kind"], x["source"], x["task"], x["seed"]): x for x in read("starts")}
     if not newest:
         return NOTHING
@@ -292,7 +298,7 @@ def starts() -> str:
 
 
 def study(name: str) -> str:
-    """Accuracy of the rows of `efft_lab.studies.side_by_side`, mean and standard deviation over seeds."""
+    """Return the accuracy table of a study in :mod:`efft_lab.studies.side_by_side`: mean and deviation over seeds."""
     newest = {(x["row"], x["seed"]): x for x in read(name)}
     groups: dict[str, list[Line]] = {}
     for (row, _), line in newest.items():
@@ -308,7 +314,7 @@ def study(name: str) -> str:
 
 
 _BY_DEVICE = (train_step, ops, memory, serve, many_adapters, quantized)
-#: Every table by name.
+#: The functions that create the tables, by table name.
 TABLES: dict[str, Callable[[], str]] = {
     **{make.__name__: partial(make, "cpu") for make in _BY_DEVICE},
     **{f"{make.__name__}_gpu": partial(make, "cuda") for make in _BY_DEVICE},
@@ -326,13 +332,13 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def with_sources(header: Sequence[str], rows: Iterable[Sequence[str]], runs: dict[str, list[Line]]) -> str:
-    """A table, and below it where the figures of each run come from."""
+    """Return a table, followed by the source of the numbers of each run."""
     notes = [f"- {f'{key}: ' if key else ''}{provenance(lines[0])}" for key, lines in runs.items()]
     return table(header, rows) + "\n\n" + "\n".join(notes)
 
 
 def _by_command(lines: Iterable[Line]) -> dict[str, list[Line]]:
-    """The lines of each run, for :func:`with_sources`; where there are several, by what they were about."""
+    """Return the lines of each run for :func:`with_sources`, keyed by their subject if there are several runs."""
     runs: dict[tuple[str, str], list[Line]] = {}
     for line in lines:
         runs.setdefault((line["date"], line["command"]), []).append(line)
@@ -341,15 +347,15 @@ def _by_command(lines: Iterable[Line]) -> dict[str, list[Line]]:
 
 
 def provenance(line: Line) -> str:
-    """Where a figure comes from, in one line."""
+    """Return the source of a result line: command, commit, machine, versions and date."""
     versions = ", ".join(f"{name} {version}" for name, version in line["versions"].items())
     machine = line["gpu"]["name"] if line.get("device") == "cuda" else line["machine"]
-    command = re.sub(r" --results[ =]\S+", "", line["command"])  # where it was written says nothing of the figure
+    command = re.sub(r" --results[ =]\S+", "", line["command"])  # the folder of the results does not affect the numbers
     return f"`{command}`, commit {line['commit']}, {machine}; {versions}; {line['date'][:10]}"
 
 
 def _present(runs: dict[str, list[Line]]) -> list[tuple[str, str]]:
-    """(row, title) of every row that some run has a figure for."""
+    """Return (row, title) of every row that has results in at least one run."""
     measured = {line["row"] for lines in runs.values() for line in lines if line.get("reason") is None}
     order = [*TITLES, *sorted(measured - set(TITLES))]
     return [(name, TITLES.get(name, f"`{name}`")) for name in order if name in measured]
@@ -364,13 +370,13 @@ def _cell(line: Line | None, needs: str, text: Callable[[Line], str]) -> str:
 
 
 def _ratio_cell(runs: dict[str, list[Line]], layer: str, name: str) -> str:
-    """The ratio of row ``name`` for one layer, by dtype."""
+    """Return the time ratio of row ``name`` for one layer, by dtype."""
     lines = (_row((x for x in of_dtype if x["case"] == layer), name) for of_dtype in runs.values())
     return " / ".join(_cell(line, "ratio", lambda x: f"{x['ratio']['fwd_bwd']['p50']:.2f}") for line in lines)
 
 
 def _limit_cell(runs: dict[str, list[Line]], layer: str) -> str:
-    """The arithmetic limit of the ratio for one layer (that of rows without factors is 1), by dtype."""
+    """Return the arithmetic limit of the time ratio for one layer, by dtype; rows without factors do not count."""
     limits = (
         max((x["limit"]["fwd_bwd"] for x in of_dtype if x["case"] == layer and "limit" in x), default=None)
         for of_dtype in runs.values()
@@ -379,7 +385,7 @@ def _limit_cell(runs: dict[str, list[Line]], layer: str) -> str:
 
 
 def _block_cell(lines: Sequence[Line], name: str) -> str:
-    """The ratio of the sums of median times over the layers."""
+    """Return the ratio of the sums of median times over the layers, row ``name`` over the frozen baseline."""
     seconds: dict[str, float] = {}
     for row in (name, "floor"):
         measured = [x["seconds"]["fwd_bwd"]["p50"] for x in lines if x["row"] == row and "seconds" in x]

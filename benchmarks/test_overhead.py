@@ -1,6 +1,6 @@
-"""What a call costs beside its arithmetic: ops and layers on tensors so small that only the overhead is left.
+"""Measure the overhead of a call: ops and layers on tensors so small that their arithmetic takes almost no time.
 
-pytest benchmarks/                          # a table; --benchmark-save, --benchmark-compare and the like work
+pytest benchmarks/      # prints a table; options of pytest-benchmark such as --benchmark-save work
 """
 
 from __future__ import annotations

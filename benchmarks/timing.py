@@ -1,4 +1,4 @@
-"""Interleaved timing: every repetition runs every row once, so that a disturbance hits all rows alike."""
+"""Time several implementations (rows) in turn within each repetition, so that a disturbance affects all equally."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-#: Seconds of every repetition, by row.
+#: The seconds of every repetition, by row.
 Samples = dict[str, list[float]]
-#: Bytes written between two measurements to empty the L2 cache: several times that of any current GPU.
+#: Bytes written between two measurements to empty the L2 cache; several times the cache size of current GPUs.
 _FLUSH_BYTES = 512 * 2**20
 
 
@@ -25,16 +25,16 @@ def time_rows(
     flush_l2: bool = False,
     cuda_graphs: bool = False,
 ) -> Samples:
-    """Seconds that each row takes, measured round-robin: row by row, ``repeats`` times.
+    """Return the seconds of every row, measured in ``repeats`` rounds over all rows.
 
     Args:
-        rows: what to run, by name.
-        repeats: samples of each row.
-        warmup: rounds before the first sample, not measured: compilation and allocation happen there.
-        device: where the rows run. CPU: wall clock. CUDA: events around each call.
-        flush_l2: CUDA only: write over the L2 cache before each sample (cold). Otherwise the row runs once, not
-            measured, right before each sample (warm). Both give the host a head start on the device.
-        cuda_graphs: CUDA only: capture each row in a graph and measure its replay, free of launch cost.
+        rows: functions to time, by name.
+        repeats: number of samples per row.
+        warmup: number of rounds before the first sample, which are not measured; they compile and allocate.
+        device: device of the rows. On a CPU the wall clock is used, on CUDA events around each call.
+        flush_l2: CUDA only: overwrite the L2 cache before each sample (cold). Otherwise the row runs once without
+            measurement before each sample (warm). In both cases the host can queue the row before the device is free.
+        cuda_graphs: CUDA only: capture each row in a graph and measure the replay, which excludes the launch cost.
     """
     if torch.device(device).type != "cuda":
         for _ in range(warmup):
@@ -68,11 +68,11 @@ def time_rows(
 
 @dataclass(frozen=True)
 class Captured:
-    """A call captured in a CUDA graph, which replays it when called.
+    """Replay a captured CUDA graph when called.
 
     Attributes:
-        run: the call; it owns tensors that the graph reads and writes.
-        graph: its kernels.
+        run: the captured call, which owns the tensors that the graph reads and writes.
+        graph: the kernels of the call.
     """
 
     run: Callable[[], object]
@@ -80,13 +80,13 @@ class Captured:
 
     @classmethod
     def of(cls, run: Callable[[], object], warmup: int = 2, pool: Any = None) -> Captured:
-        """Captures ``run`` after ``warmup`` calls of it.
+        """Capture ``run`` after ``warmup`` calls.
 
-        ``pool`` is that of another graph (``graph.pool()``) to share its memory, for calls that leave nothing of what
-        they allocate behind. A capture that fails may leave it in use.
+        ``pool`` is the memory pool of another graph (``graph.pool()``) that both graphs then share. Sharing is safe if
+        each call frees all its allocations. A capture that fails may leave the pool in use.
 
         Raises:
-            RuntimeError: ``run`` does what no graph can capture, such as wait for the device.
+            RuntimeError: ``run`` contains an operation that no graph can capture, such as waiting for the device.
         """
         graph = torch.cuda.CUDAGraph()
         with _side_stream():
@@ -96,8 +96,8 @@ class Captured:
                 with torch.cuda.graph(graph, pool, _stream()):
                     run()
             except RuntimeError as error:
-                cause = error.__context__ or error  # the end of the capture fails in turn
-                raise RuntimeError(f"no CUDA graph can capture it: {cause}") from error
+                cause = error.__context__ or error  # the end of the capture then fails too
+                raise RuntimeError(f"a CUDA graph cannot capture the call: {cause}") from error
         return cls(run, graph)
 
     def __call__(self) -> None:
@@ -105,7 +105,7 @@ class Captured:
 
 
 def ratios(samples: Samples, floor: str = "floor") -> Samples:
-    """Every sample divided by the floor's sample of the same repetition."""
+    """Return every sample divided by the sample of the row ``floor`` (the frozen baseline) in the same repetition."""
     return {
         name: [t / base for t, base in zip(seconds, samples[floor], strict=True)] for name, seconds in samples.items()
     }
@@ -129,11 +129,11 @@ def _wall_clock(run: Callable[[], object]) -> float:
 
 @functools.cache
 def _stream() -> torch.cuda.Stream:
-    """One for all rows, since the vendor's library keeps a workspace for each."""
+    """Return one stream for all rows, since the vendor's library keeps a workspace per stream."""
     return torch.cuda.Stream()
 
 
 def _side_stream() -> AbstractContextManager[object]:
-    """A capture may not touch the default stream, nor depend on work that did."""
+    """Return a context on another stream, because a capture must not use or wait for the default stream."""
     _stream().wait_stream(torch.cuda.current_stream())
     return torch.cuda.stream(_stream())

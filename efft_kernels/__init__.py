@@ -1,11 +1,14 @@
 """Kernels and layers for tensor-train fine-tuning of frozen linear layers.
 
-Ops: :func:`tt_linear`, its forms behind a GELU (:func:`tt_gelu_linear`), behind a layer norm (:func:`tt_norm_linear`)
-and with one adapter per sample (:func:`tt_linear_grouped`), :func:`tt_contract`, :func:`tt_merge_`. Layers:
-:class:`EfftLinear`, :class:`EfftConv2d` and similar ones, and the bank of shared factors, :class:`TTFactors`; for other
-methods its base class :class:`FactorBank` and :func:`tt_chain`. Mixtures of experts: :class:`ExpertWeight`,
-:class:`Routing` and :func:`expert_linear`. Backends: :mod:`efft_kernels.backends`. ``python -m efft_kernels`` reports
-the environment.
+- Ops: :func:`tt_linear`, its variants that include a preceding GELU (:func:`tt_gelu_linear`) or layer norm
+  (:func:`tt_norm_linear`), its variant with one adapter per sample (:func:`tt_linear_grouped`), :func:`tt_contract` and
+  :func:`tt_merge_`.
+- Layers: :class:`EfftLinear`, :class:`EfftConv2d` and similar classes, and :class:`TTFactors`, the module that owns the
+  shared factors. For other methods there are its base class :class:`FactorBank` and :func:`tt_chain`.
+- Mixtures of experts: :class:`ExpertWeight`, :class:`Routing` and :func:`expert_linear`.
+- Backends: :mod:`efft_kernels.backends`.
+
+``python -m efft_kernels`` reports the environment.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``python -m efft_kernels``: print the environment report; the exit code is 1 if a self-test failed.
+"""Print the environment report for ``python -m efft_kernels``. The exit code is 1 if a self-test failed.
 
 ``python -m efft_kernels build`` compiles the extension instead (:mod:`efft_kernels.build`).
 """

@@ -1,6 +1,6 @@
-"""What every op does with its arguments: check them, cast them under autocast, flatten their leading dimensions.
+"""Check the arguments of ops, cast them under autocast, and flatten their leading dimensions.
 
-A wrong call raises with what was expected, what came and what to do.
+The error for a wrong call states what was expected, what was passed, and what to do.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ def check_tensor(op: str, name: str, argument: object) -> None:
     """Raise TypeError unless ``argument`` is a tensor."""
     if not isinstance(argument, Tensor):
         raise TypeError(
-            f"{op}: {name} must be a torch.Tensor, got {type(argument).__name__}; torch.as_tensor makes one of a NumPy "
-            "array or of numbers"
+            f"{op}: {name} must be a torch.Tensor, got {type(argument).__name__}; convert a NumPy array or "
+            "numbers with torch.as_tensor"
         )
 
 
@@ -31,7 +31,7 @@ def check_number(op: str, name: str, argument: object) -> None:
 
 
 def check_shape(op: str, name: str, tensor: Tensor, expected: tuple[int, ...], symbols: str) -> None:
-    """Raise ValueError unless ``tensor`` has exactly the ``expected`` shape, which the docs call ``symbols``."""
+    """Raise ValueError unless ``tensor`` has exactly the shape ``expected``, which the message names ``symbols``."""
     check_tensor(op, name, tensor)
     if tuple(tensor.shape) != expected:
         raise ValueError(f"{op}: {name} must be {symbols} = {list(expected)}, got shape {list(tensor.shape)}")
@@ -45,7 +45,7 @@ def check_matrix(op: str, name: str, tensor: Tensor, symbols: str) -> None:
 
 
 def check_linear(op: str, name: str, x: Tensor, W: Tensor, b: Tensor | None, D: Tensor, G: Tensor) -> None:
-    """Raise ValueError unless ``x`` [..., d_in], the argument called ``name``, fits a linear layer and its delta."""
+    """Raise ValueError unless the argument ``name``, ``x`` [..., d_in], matches a linear layer and its update."""
     check_tensor(op, name, x)
     check_delta(op, W, D, G)
     if x.dim() == 0 or x.shape[-1] != W.shape[1]:
@@ -55,12 +55,12 @@ def check_linear(op: str, name: str, x: Tensor, W: Tensor, b: Tensor | None, D: 
 
 
 def linear_sizes(x: Tensor, W: Tensor, D: Tensor) -> tuple[int, int, int, int]:
-    """(tokens, d_in, d_out, r1), on which the choice of a backend depends."""
+    """Return (tokens, d_in, d_out, r1), the sizes on which the choice of a backend depends."""
     return math.prod(x.shape[:-1]), W.shape[1], W.shape[0], D.shape[1]
 
 
 def check_dtypes(op: str, like: str, dtype: torch.dtype, **others: Tensor | None) -> None:
-    """Raise ValueError unless all ``others`` have the ``dtype`` of the argument called ``like``."""
+    """Raise ValueError unless all ``others`` have the ``dtype`` of the argument that ``like`` names."""
     got = {name: tensor.dtype for name, tensor in others.items() if tensor is not None}
     if any(other != dtype for other in got.values()):
         raise ValueError(
@@ -88,45 +88,62 @@ def check_delta(op: str, W: Tensor, D: Tensor, G: Tensor) -> None:
     check_shape(op, "G", G, (D.shape[1], d_out), "[r1, d_out]")
 
 
-# The functions of autocast ask by the name of the device type: torch.amp.is_autocast_available breaks the graph of
-# torch.compile in torch 2.10. The meta device has no autocast.
+# The functions below query autocast by the name of the device type, because torch.amp.is_autocast_available causes a
+# graph break in torch.compile with torch 2.10. The meta device has no autocast.
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype that autocast casts to on ``device``; None where it is off or does not exist."""
+    """Return the dtype to which autocast casts on ``device``; None if autocast is off or does not exist there."""
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
 
 
 def autocast_like_linear(first: Tensor, *others: Tensor | None) -> Any:
-    """Tensors of one device, cast as autocast casts the arguments of torch's linear; those in fp64 stay as they are."""
+    """Cast tensors on one device as autocast casts the arguments of torch's linear; tensors in fp64 stay unchanged."""
     dtype = autocast_dtype(first.device)
     if dtype is None:
         return first, *others
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (first, *others))
 
 
+def autocast_bias(b: Tensor | None) -> Tensor | None:
+    """Cast the bias of a linear layer as autocast casts it, unless it is in fp32.
+
+    Every backend accepts a bias in fp32 with a weight in any dtype. The gradient of such a bias is not rounded to the
+    weight's dtype.
+    """
+    if b is None or b.dtype == torch.float32:
+        return b
+    (b,) = autocast_like_linear(b)
+    return b
+
+
+def unless_wider(b: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Return None for an fp32 bias with a half precision ``dtype``, which is allowed; return any other bias itself."""
+    return None if b is not None and b.dtype == torch.float32 and dtype.itemsize == 2 else b
+
+
 def no_autocast(device: torch.device) -> AbstractContextManager[None]:
-    """A context in which autocast is off on ``device``."""
-    if device.type == "meta" or not torch.is_autocast_enabled(device.type):  # entering it costs more than asking
+    """Return a context in which autocast is off on ``device``."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):  # entering costs more than this check
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 
 def flatten_tokens(tensor: Tensor) -> Tensor:
-    """``tensor`` [..., d] as [tokens, d], for use inside an autograd function, where it adds no node to the graph.
+    """Reshape ``tensor`` [..., d] to [tokens, d] inside an autograd function, where this adds no node to the graph.
 
-    Save ``tensor`` itself for backward, not the result: autograd would report a change of a view that was made without
-    gradients in other words, and a second derivative would not find what the view was made from.
+    Save ``tensor`` itself for the backward pass, not the result. The result is a view made without gradients: autograd
+    would report a change of it in a less helpful message, and a second derivative would not reach ``tensor``.
     """
-    # Not by Size.numel(), which would fix sizes that an export leaves open.
+    # Size.numel() would fix sizes that an export leaves open.
     return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
 def unflatten_tokens(tensor: Tensor, leading: Sequence[int]) -> Tensor:
-    """``tensor`` [tokens, d], which was made here and which nobody else uses, as [*leading, d].
+    """Reshape ``tensor`` [tokens, d], which the op created and nothing else uses, to [*leading, d].
 
-    Not by ``view``: autograd refuses to change a view in place that a forward returned.
+    This does not use ``view``, because autograd forbids in-place changes of a view that a forward method returned.
     """
     return torch.ops.aten._unsafe_view(tensor, (*leading, tensor.shape[-1]))

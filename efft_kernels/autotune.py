@@ -1,11 +1,11 @@
-"""Measure which backend is fastest on this GPU, and keep the times in a table (:mod:`efft_kernels.measured`).
+"""Measure which backend is fastest on this GPU, and store the times in a table (:mod:`efft_kernels.measured`).
 
     python -m efft_kernels.autotune --out measured.json --tokens 12608 --d-in 768 --d-out 2304 768 3072 --rank 16 32
 
-Where the environment variable ``EFFT_AUTOTUNE`` names a file, importing :mod:`efft_kernels` plugs this module in:
-``auto`` then measures each layer shape that it meets first, and keeps the row in that file, whose rows count before the
-committed ones. Two runs may measure differently and the chosen backends round differently, so nothing is measured under
-``torch.use_deterministic_algorithms(True)``: there only what the tables hold counts.
+If the environment variable ``EFFT_AUTOTUNE`` names a file, importing :mod:`efft_kernels` activates this module. The
+backend ``auto`` then measures each layer shape when it first occurs and stores the row in that file. Rows of that file
+take precedence over the table in the package. Two measurements may differ, and the chosen backends round differently.
+Therefore nothing is measured under ``torch.use_deterministic_algorithms(True)``, and only existing rows are used.
 """
 
 from __future__ import annotations
@@ -30,40 +30,42 @@ from efft_kernels.measured import Case, Row, generation, plug_in, read, write
 
 #: Ops that have fused kernels to compare with the vendor's products.
 OPS = ("tt_linear", "tt_gelu_linear", "tt_norm_linear")
-#: The backends compared: the vendor's products and the fused kernels.
+#: The backends to compare: the vendor's products and the fused kernels.
 RIVALS = ("eager", "triton", "cuda")
 
 
 @dataclass(frozen=True)
 class Autotuner:
-    """Measures cases as they come up and adds them to the table ``path``."""
+    """Measure cases when they first occur, and add them to the table ``path``."""
 
     path: Path
 
     def can_measure(self, device: torch.device) -> bool:
-        """False while a call is traced or captured, and where torch was asked to be deterministic."""
+        """Return False while a call is traced or captured, and if torch is set to be deterministic."""
         traced = torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
         return not traced and not torch.are_deterministic_algorithms_enabled()
 
     def measure(self, case: Case, device: torch.device, backends: Sequence[str]) -> Row:
-        """The row of ``case``, added to the table."""
+        """Measure ``case``, add the row to the table, and return the row."""
         row = measure(case, device, backends)
         write(self.path, [*(read(self.path) if self.path.exists() else ()), row])
         return row
 
 
 def use_table(path: Path) -> None:
-    """Let ``auto`` choose by the table ``path`` first, and measure what no table has an entry for.
+    """Make ``auto`` use the table ``path`` first, and measure cases that no table covers.
 
-    Raises ValueError if the file exists and does not hold a table.
+    Raises:
+        ValueError: the file exists and does not contain a table.
     """
     plug_in(Autotuner(path), read(path) if path.exists() else ())
 
 
 def measure(case: Case, device: torch.device | str, backends: Sequence[str] = RIVALS, repeats: int = 20) -> Row:
-    """Time forward and backward of ``case`` by each backend in turn; the best of ``repeats`` counts.
+    """Time the forward and backward passes of ``case`` with each backend in turn, and keep the best of ``repeats``.
 
-    On a GPU the kernels are replayed as a graph, so that only they are timed: in training the host works ahead of them.
+    On a GPU, the kernels are replayed as a CUDA graph, so that only the kernels are timed. This matches training, where
+    the host runs ahead of the GPU.
     """
     device = torch.device(device)
     with contextlib.ExitStack() as around:  # isolates the measurement from the caller's autograd state and device
@@ -99,9 +101,9 @@ def _microseconds(case: Case, device: torch.device, backends: Sequence[str], rep
 
 
 def _inputs(case: Case, device: torch.device) -> dict[str, Tensor]:
-    """The arguments of the op by name, the input of the layer first; factors in fp32, as in training.
+    """Return the arguments of the op by name, with the layer's input first. Factors are in fp32, as in training.
 
-    They come from a generator of their own, because measuring must not advance the caller's.
+    The values come from a separate generator, because a measurement must not advance the caller's generator.
     """
     generator = torch.Generator(device).manual_seed(0)
     dtype = getattr(torch, case.dtype)
@@ -122,11 +124,11 @@ def _inputs(case: Case, device: torch.device) -> dict[str, Tensor]:
 
 
 def _replay_of(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """A function that launches, as one graph, the kernels that ``run`` launches."""
+    """Return a function that launches the kernels of ``run`` as one CUDA graph."""
     stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
-        run()  # what a stream allocates and looks up for itself must be there before the capture
+        run()  # a stream's own allocations and look-ups must happen before the capture
         torch.cuda.synchronize(device)
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             run()
@@ -134,7 +136,7 @@ def _replay_of(run: Callable[[], None], device: torch.device) -> Callable[[], No
 
 
 def _rivals() -> list[str]:
-    """Those of :data:`RIVALS` that run on the current GPU."""
+    """Return those of :data:`RIVALS` that can run on the current GPU."""
     return [backend for backend in RIVALS if can_run(backend, torch.empty(1, device="cuda")) is None]
 
 
@@ -154,17 +156,17 @@ def _seconds(run: Callable[[], None], device: torch.device) -> float:
 def _origin(device: torch.device) -> str:
     try:
         from triton import __version__ as triton
-    except ImportError:  # eager and cuda can be compared without it
+    except ImportError:  # eager and cuda can be compared without triton
         triton = "not installed"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
     return f"measured on {name}, torch {torch.__version__}, triton {triton}, {time.strftime('%Y-%m-%d')}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command: measure every combination of the options and add the rows to a table."""
+    """Run the command: measure every combination of the options, and add the rows to a table."""
     parser = argparse.ArgumentParser(prog="python -m efft_kernels.autotune", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--out", type=Path, required=True, help="table to add the rows to")
+    parser.add_argument("--out", type=Path, required=True, help="table to which the rows are added")
     parser.add_argument("--op", nargs="+", choices=OPS, default=["tt_linear"])
     for name in ("--tokens", "--d-in", "--d-out", "--rank"):
         parser.add_argument(name, nargs="+", type=int, required=True)

@@ -1,10 +1,11 @@
-"""Which implementation of an op runs: the backends, how one is chosen, why one cannot run, how an op declares them.
+"""Choose the backend (the implementation) that runs an op, explain why a backend cannot run, and declare operators.
 
-A backend is chosen, in this order, by the ``backend=`` argument of a call, an enclosing :func:`use_backend`, the
-environment variable ``EFFT_BACKEND`` (read once, at import) and otherwise ``auto``. ``auto`` takes ``triton`` or
-``cuda`` where a measurement says that it is the fastest (:mod:`efft_kernels.measured`), else the first backend of
-:data:`AUTO_ORDER` that can run the call; inside the transforms of ``torch.func`` only the reference can. A backend that
-a caller names never falls back: it runs, or raises with the reason that :func:`can_run` gives.
+The first of these that is set determines the backend: the ``backend=`` argument of a call, an enclosing
+:func:`use_backend`, the environment variable ``EFFT_BACKEND`` (read once, at import). Otherwise it is ``auto``.
+``auto`` uses ``triton`` or ``cuda`` if a measurement shows that this backend is the fastest
+(:mod:`efft_kernels.measured`), else the first backend of :data:`AUTO_ORDER` that can run the call. Inside the
+transforms of ``torch.func`` only the reference can run. A backend that a caller requests by name never falls back to
+another one: it runs, or the call raises an error with the reason from :func:`can_run`.
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ from efft_kernels.native import MISSING
 
 
 class Backend(str, enum.Enum):
-    """The implementations an op can have.
+    """Name an implementation of an op.
 
-    ``AUTO`` chooses; ``REFERENCE`` is plain differentiable torch in fp32/fp64, the specification; ``EAGER`` is the
-    hand-written backward on the vendor's matrix products, on any device; ``CPU`` is compiled (``csrc/cpu``); ``TRITON``
-    and the compiled ``CUDA`` (``csrc/cuda``) fuse the update into the matrix product, on GPUs.
+    - ``AUTO`` chooses one of the others.
+    - ``REFERENCE`` is plain differentiable torch code in fp32 or fp64, which defines the op.
+    - ``EAGER`` has a hand-written backward pass and uses the vendor's matrix products, on any device.
+    - ``CPU`` is compiled from ``csrc/cpu``.
+    - ``TRITON``, and ``CUDA`` (compiled from ``csrc/cuda``), fuse the update into the matrix product on GPUs.
     """
 
     AUTO = "auto"
@@ -41,7 +44,7 @@ class Backend(str, enum.Enum):
 
     @classmethod
     def parse(cls, value: str | Backend) -> Backend:
-        """The member named ``value``; ValueError with the valid names otherwise."""
+        """Return the member named ``value``; raise ValueError with the valid names if there is none."""
         try:
             return cls(value)
         except ValueError:
@@ -49,21 +52,21 @@ class Backend(str, enum.Enum):
             raise ValueError(f"unknown backend {value!r}: expected one of {names}") from None
 
 
-#: What ``auto`` tries, in this order, where no measurement prefers kernels for GPUs (:mod:`efft_kernels.measured`).
+#: The order in which ``auto`` tries backends if no measurement prefers GPU kernels (:mod:`efft_kernels.measured`).
 AUTO_ORDER = (Backend.CPU, Backend.EAGER, Backend.REFERENCE)
 
-#: Why no backend but the reference runs inside ``torch.func.grad``, ``vjp``, ``vmap``, ...
+#: The reason why only the reference runs inside ``torch.func.grad``, ``vjp``, ``vmap`` and similar transforms.
 _TRANSFORMED = (
-    "torch.func transforms torch's own operations, which this backend does not consist of; leave the choice to 'auto', "
-    "which takes 'reference' there, or ask for 'reference'"
+    "torch.func transforms only torch's own operations, which this backend does not use; leave the choice to 'auto', "
+    "which uses 'reference' there, or request 'reference'"
 )
 
-#: Whether Triton's kernels run in its interpreter, on the CPU; Triton too reads the variable once.
+#: Whether Triton's kernels run in its interpreter on the CPU. Triton also reads this variable only once.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _TRITON = False
 with suppress(ImportError):  # raised by an import hook that hides the package
     _TRITON = importlib.util.find_spec("triton") is not None
-#: The least major compute capability that the Triton and the CUDA kernels run on.
+#: The lowest major compute capability on which the Triton and CUDA kernels run.
 _CAPABILITY = 8
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -74,18 +77,19 @@ try:
 except ValueError as error:
     raise ValueError(f"environment variable EFFT_BACKEND: {error}") from None
 
-# A plain global: torch.compile guards on it in every supported version, on a ContextVar or thread-local it does not.
+# This is a plain global because torch.compile guards on it in every supported version, unlike a ContextVar or a
+# thread-local variable.
 _selected: Backend | None = None
 
 
 def current_backend() -> Backend:
-    """The backend that a call without ``backend=`` asks for: by ``use_backend``, else by ``EFFT_BACKEND``."""
+    """Return the backend for calls without ``backend=``: from ``use_backend`` if active, else from ``EFFT_BACKEND``."""
     return _environment if _selected is None else _selected
 
 
 @contextmanager
 def use_backend(backend: str | Backend) -> Iterator[None]:
-    """Ask for ``backend`` in every op that any thread calls while the ``with`` block runs."""
+    """Request ``backend`` for every op that any thread calls while the ``with`` block runs."""
     global _selected
     before, _selected = _selected, Backend.parse(backend)
     try:
@@ -95,12 +99,12 @@ def use_backend(backend: str | Backend) -> Iterator[None]:
 
 
 def can_run(backend: str | Backend, *tensors: Tensor | None) -> str | None:
-    """None if ``backend`` can run an op on ``tensors``, else the reason why it cannot.
+    """Return None if ``backend`` can run an op on ``tensors``, else the reason why it cannot.
 
-    ``reference`` and ``eager`` implement every op on every device; they need real floating-point tensors that all
-    lie on one device. ``cpu`` needs the compiled extension, and float32 or bfloat16 tensors on the CPU; ``triton``
-    needs the triton package and a GPU of compute capability 8.0 (or, for tests, ``TRITON_INTERPRET=1`` and the CPU);
-    ``cuda`` needs the compiled extension and such a GPU. Neither runs float64.
+    ``reference`` and ``eager`` implement every op on every device. They need real floating-point tensors that are all
+    on one device. ``cpu`` needs the compiled extension, and float32 or bfloat16 tensors on the CPU. ``triton`` needs
+    the triton package and a GPU of compute capability 8.0 (or, for tests, ``TRITON_INTERPRET=1`` and the CPU). ``cuda``
+    needs the compiled extension and such a GPU. ``triton`` and ``cuda`` do not support float64.
     """
     backend = Backend.parse(backend)
     present = [t for t in tensors if t is not None]
@@ -122,7 +126,7 @@ def can_run(backend: str | Backend, *tensors: Tensor | None) -> str | None:
 
 
 def _no_triton(device: torch.device) -> str | None:
-    """Why Triton's kernels cannot run on ``device``; None if they can."""
+    """Return the reason why Triton's kernels cannot run on ``device``; None if they can."""
     if not _TRITON:
         return "the triton package is not installed: pip install 'efft-kernels[triton]'"
     if device.type == "meta" or (device.type == "cpu" and _INTERPRETED):
@@ -135,7 +139,7 @@ def _no_triton(device: torch.device) -> str | None:
 
 
 def _no_cuda(device: torch.device) -> str | None:
-    """Why the compiled kernels for GPUs cannot run on ``device``; None if they can."""
+    """Return the reason why the compiled GPU kernels cannot run on ``device``; None if they can."""
     if MISSING["cuda"] is not None or device.type == "meta":
         return MISSING["cuda"]
     if device.type != "cuda" or torch.version.hip:
@@ -153,12 +157,13 @@ def _too_old(backend: str, device: torch.device) -> str | None:
 def resolve(
     op: str, backend: str | Backend | None, *tensors: Tensor | None, sizes: tuple[int, int, int, int] | None = None
 ) -> Backend:
-    """The backend that runs ``op`` on ``tensors``; never ``AUTO``.
+    """Return the backend that runs ``op`` on ``tensors``, which is never ``AUTO``.
 
-    With ``sizes`` (tokens, d_in, d_out, r1) ``auto`` looks for a measurement.
+    With ``sizes`` (tokens, d_in, d_out, r1), ``auto`` looks for a measurement.
 
-    Raises ValueError for an unknown name. Raises RuntimeError, with the reason, where the backend that was asked for
-    (or, under ``auto``, every backend) cannot run.
+    Raises:
+        ValueError: the name of the backend is unknown.
+        RuntimeError: the requested backend (or, under ``auto``, every backend) cannot run; the message has the reason.
     """
     requested = current_backend() if backend is None else Backend.parse(backend)
     if torch._C._are_functorch_transforms_active():
@@ -178,14 +183,14 @@ def resolve(
     raise RuntimeError(f"{op}: no backend can run this call\n{explain(*tensors)}")
 
 
-#: Earlier answers of :func:`_fastest`, because a search of the table takes longer than launching the kernels.
+#: Earlier results of :func:`_fastest`, because searching the table takes longer than launching the kernels.
 _answers: dict[tuple[Any, ...], Backend | None] = {}
-#: How many answers are kept: enough for a model, and a limit where every batch has another length.
+#: The number of results to keep: enough for a model, and bounded in case every batch has another length.
 _MOST_ANSWERS = 4096
 
 
 def _fastest(op: str, sizes: tuple[int, int, int, int], *tensors: Tensor | None) -> Backend | None:
-    """The fastest by measurement of those that run on this GPU, the vendor's products included; None if unmeasured."""
+    """Return the fastest measured backend that runs on this GPU, or the vendor's products; None if unmeasured."""
     W = next(t for t in tensors if t is not None)
     if W.device.type != "cuda":
         return None
@@ -203,7 +208,7 @@ def _fastest(op: str, sizes: tuple[int, int, int, int], *tensors: Tensor | None)
 
 
 def _look_up(op: str, sizes: tuple[int, int, int, int], W: Tensor, *tensors: Tensor | None) -> Backend | None:
-    """The answer of :func:`_fastest` from the table."""
+    """Return the result of :func:`_fastest` from the table."""
     able = [b for b in (Backend.EAGER, Backend.TRITON, Backend.CUDA) if can_run(b, *tensors) is None]
     if len(able) < 2:
         return None
@@ -214,9 +219,9 @@ def _look_up(op: str, sizes: tuple[int, int, int, int], W: Tensor, *tensors: Ten
 
 
 def explain(*tensors: Tensor | None) -> str:
-    """What ``auto`` would take for ``tensors`` and why: one line per backend, the chosen one marked with ``*``.
+    """Report which backend ``auto`` would use for ``tensors`` and why: one line per backend, the choice marked ``*``.
 
-    Backends that ``auto`` takes only where they measured faster come last.
+    The last lines list the backends that ``auto`` uses only if they measured faster.
     """
     lines, chosen = [], False
     for candidate in AUTO_ORDER:
@@ -228,15 +233,15 @@ def explain(*tensors: Tensor | None) -> str:
     for named in Backend:
         if named is not Backend.AUTO and named not in AUTO_ORDER:
             lines.append(
-                f"  {named.value}: {can_run(named, *tensors) or 'can run, by name or where it measured faster'}"
+                f"  {named.value}: {can_run(named, *tensors) or 'can run, if requested by name or measured faster'}"
             )
     return "\n".join(lines)
 
 
 _library = torch.library.Library("efft", "DEF")
-#: The backends that run behind a registered operator. ``reference`` is plain torch and needs none.
+#: The backends that are called through a registered operator. ``reference`` is plain torch code and needs none.
 _REGISTERED = (Backend.EAGER, Backend.CPU, Backend.TRITON, Backend.CUDA)
-#: The names of all operators that were declared.
+#: The names of all declared operators.
 OPERATORS: list[str] = []
 
 
@@ -250,16 +255,16 @@ def declare(
 ) -> dict[Backend, Callable[..., Any]]:
     """Declare the operator ``efft::<operator>`` and return its overloads, one per backend.
 
-    All overloads have the same arguments, so that an op has one name in every layer, a profile shows which backend ran,
-    and the compiled extension can register its overloads without declaring anything.
+    All overloads have the same arguments. An op therefore has the same name everywhere, a profile shows which backend
+    ran, and the compiled extension can register its overloads without declaring anything.
 
     Args:
         operator: the name, such as ``tt_linear_fwd``.
         arguments: the rest of the schema, ``(...) -> ...``.
-        fake: returns outputs of the right shapes and dtypes, from arguments that may have no data.
-        eager: the implementation of the backend ``eager``.
-        triton: imports the module whose function ``operator`` is the implementation of ``triton``; it is called when
-            the operator first runs, because Triton need not be installed.
+        fake: returns outputs with the right shapes and dtypes, given arguments that may have no data.
+        eager: the implementation for the backend ``eager``.
+        triton: imports and returns the module whose function ``operator`` is the implementation for ``triton``. It is
+            called when the operator first runs, because Triton may not be installed.
     """
 
     def by_triton(*values: Any) -> Any:
@@ -278,9 +283,9 @@ def declare(
 
 
 def _mark_in_place(operator: str, backend: Backend, overload: Any) -> None:
-    """Raise the versions of the tensors that the operator changes in place, which torch does only for its own.
+    """Increase the versions of the tensors that the operator changes in place; torch does so only for its own ops.
 
-    By the versions autograd notices that a tensor is no longer what was saved for backward.
+    Autograd compares versions to detect that a tensor was changed after it was saved for the backward pass.
     """
     changed = [i for i, argument in enumerate(overload._schema.arguments) if argument.is_write]
 

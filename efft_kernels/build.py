@@ -1,10 +1,10 @@
-"""Build the compiled extension, ``csrc/``, at installation (setup.py) or by ``python -m efft_kernels build``.
+"""Build the compiled extension from ``csrc/``, at installation (setup.py) or by ``python -m efft_kernels build``.
 
-Each target, ``cpu`` and ``cuda``, is one library for every torch from 2.10 on and every Python, because it uses nothing
-of Python and only the stable ABI of torch. The name of a library contains a hash of the sources, so that a library
-built from other sources is never loaded.
+The targets are ``cpu`` and ``cuda``. Each library works with every torch from 2.10 on and with every Python version,
+because it does not use Python and uses only the stable ABI of torch. The name of a library contains a hash of the
+sources, so that a library built from other sources is never loaded.
 
-This module uses only the standard library and looks for torch without importing it, because setup.py runs it before
+This module uses only the standard library and locates torch without importing it, because setup.py runs it before
 anything is installed.
 """
 
@@ -27,10 +27,10 @@ from pathlib import Path
 TARGETS = ("cpu", "cuda")
 
 _PACKAGE = Path(__file__).parent
-OLDEST_TORCH = "0x020a000000000000"  # 2.10, as TORCH_TARGET_VERSION spells it
+OLDEST_TORCH = "0x020a000000000000"  # 2.10, in the format of TORCH_TARGET_VERSION
 
 _AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512"
-#: Flags of each instruction set that csrc/cpu/kernels.cpp is compiled for; dispatch.cpp chooses among the same.
+#: Flags of each instruction set for which csrc/cpu/kernels.cpp is compiled; dispatch.cpp chooses among the same names.
 _ISAS = {
     "x86_64": {
         "amx": f"{_AVX512} -mavx512bf16 -mamx-tile -mamx-bf16",
@@ -41,39 +41,39 @@ _ISAS = {
     },
     "other": {"portable": ""},
 }
-#: GPUs that csrc/cuda is compiled for: code for these, and PTX of the first for later ones.
+#: GPUs for which csrc/cuda is compiled: machine code for these, and PTX of the first one for newer GPUs.
 _GENERATIONS = ("-gencode=arch=compute_80,code=[sm_80,compute_80]", "-gencode=arch=compute_90a,code=sm_90a")
 _BYTES_A_JOB = {"cpu": 1 << 30, "cuda": 4 << 30}
 
 
 class BuildError(RuntimeError):
-    """A target that was requested cannot be built; the message says why and what to do."""
+    """Report that a requested target cannot be built; the message states the reason and what to do."""
 
 
 @dataclass(frozen=True)
 class Tools:
-    """The paths of what a build needs."""
+    """Hold the paths of the tools and headers for a build."""
 
     ninja: str
     cxx: str
-    torch: Path  # folder of the installed package
+    torch: Path  # folder of the installed torch package
     nvcc: str | None = None
-    cutlass: Path | None = None  # its headers
+    cutlass: Path | None = None  # folder of the CUTLASS headers
 
 
 def sources() -> Path:
-    """``csrc``: beside the package in a checkout, inside it once installed."""
+    """Return the folder ``csrc``: next to the package in a checkout, inside the package after installation."""
     inside = _PACKAGE / "csrc"
     return inside if inside.is_dir() else _PACKAGE.parent / "csrc"
 
 
 def cache() -> Path:
-    """Where ``python -m efft_kernels build`` and editable installations put libraries."""
+    """Return the folder in which ``python -m efft_kernels build`` and editable installations put libraries."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "efft_kernels"
 
 
 def library_name(target: str) -> str:
-    """The file name of a target's library, with a hash of everything that it is built from."""
+    """Return the file name of a target's library, including a hash of all inputs of its build."""
     digest = hashlib.sha256(f"{target} {platform.machine()}".encode() + Path(__file__).read_bytes())
     for path in _inputs(target):
         digest.update(path.relative_to(sources()).as_posix().encode() + b"\0" + path.read_bytes())
@@ -81,7 +81,7 @@ def library_name(target: str) -> str:
 
 
 def find(target: str) -> Path | None:
-    """The library built from these sources, in the installed package or else in the cache; None if there is none."""
+    """Return the library for the current sources, from the installed package or else from the cache; None if absent."""
     if not sources().is_dir():
         return None
     for folder in (_PACKAGE / "lib", cache()):
@@ -91,7 +91,7 @@ def find(target: str) -> Path | None:
 
 
 def requested_build(environment: Mapping[str, str]) -> str:
-    """The value of ``EFFT_BUILD_EXT``: auto, none, cpu or cuda. Raises ValueError for anything else."""
+    """Return the value of ``EFFT_BUILD_EXT``: auto, none, cpu or cuda. Raise ValueError for any other value."""
     request = environment.get("EFFT_BUILD_EXT") or "auto"
     if request not in ("auto", "none", *TARGETS):
         raise ValueError(f"EFFT_BUILD_EXT must be auto, none, cpu or cuda, got {request!r}")
@@ -99,10 +99,12 @@ def requested_build(environment: Mapping[str, str]) -> str:
 
 
 def plan(request: str) -> tuple[list[str], list[str]]:
-    """(targets to build, three lines that say which and why).
+    """Return the targets to build, and three lines that report the decision for each target and its reason.
 
-    ``cuda`` includes ``cpu``; ``auto`` builds what this machine has the tools for. Raises BuildError if a target that
-    is requested by name cannot be built.
+    ``cuda`` includes ``cpu``. ``auto`` builds the targets for which this machine has the tools.
+
+    Raises:
+        BuildError: a target that is requested by name cannot be built.
     """
     targets: list[str] = []
     lines = []
@@ -125,7 +127,7 @@ def plan(request: str) -> tuple[list[str], list[str]]:
 
 
 def find_tools(target: str) -> Tools:
-    """The tools that ``target`` needs. Raises BuildError, which names the first that is missing."""
+    """Return the tools that ``target`` needs. Raise BuildError, which names the first missing tool."""
     if sys.platform != "linux":
         raise BuildError(f"the extension can be built only on Linux, and this is {sys.platform}")
     cxx = next(
@@ -147,7 +149,7 @@ def find_tools(target: str) -> Tools:
     if nvcc is None:
         raise BuildError("nvcc not found: install the CUDA toolkit, or set CUDA_HOME")
     cutlass = _cutlass()
-    if cutlass is None:  # a build without the kernel that needs them would be slow on sm_90, where auto prefers it
+    if cutlass is None:  # without the kernel that needs these headers, sm_90 would be slow although auto prefers cuda
         raise BuildError("CUTLASS's headers not found: pip install --no-deps nvidia-cutlass")
     return Tools(ninja, cxx, torch, nvcc, cutlass)
 
@@ -155,8 +157,11 @@ def find_tools(target: str) -> Tools:
 def build(targets: list[str], folder: Path, objects: Path | None = None) -> list[Path]:
     """Compile ``targets`` into ``folder`` and return the paths of the libraries.
 
-    The objects stay in ``objects``, if given, for the next build. A library appears under its name complete or not at
-    all. Raises BuildError with the output of the compiler if it fails.
+    If ``objects`` is passed, object files stay in that folder for the next build. A library only appears under its name
+    when it is complete.
+
+    Raises:
+        BuildError: the compiler failed; the message contains its output.
     """
     built = []
     for target in targets:
@@ -179,7 +184,7 @@ def build(targets: list[str], folder: Path, objects: Path | None = None) -> list
 
 
 def build_into_cache(targets: list[str]) -> list[Path]:
-    """Build those of ``targets`` that do not exist yet; in a checkout, unchanged files are not compiled again."""
+    """Build those ``targets`` that do not exist yet. In a checkout, unchanged files are not compiled again."""
     objects = _PACKAGE.parent / "build" / "csrc" if sources().parent == _PACKAGE.parent else None
     return build([target for target in targets if find(target) is None], cache(), objects)
 
@@ -189,11 +194,11 @@ def _inputs(target: str) -> list[Path]:
 
 
 def _ninja(target: str, tools: Tools) -> str:
-    """The build script of one target."""
+    """Return the ninja build script for one target."""
     stubs = ["libtorch.so", "libtorch_cpu.so", "libc10.so"]
     lines = [
         f"cxx = {_escape(tools.cxx)}",
-        # Empty libraries stand in for torch's own, which are loaded at run time, so that any torch can build this.
+        # The build links empty substitutes for torch's libraries, which are loaded at run time: any torch will do.
         "rule stub",
         "  command = $cxx -shared -nostdlib -x c /dev/null -Wl,-soname,$out -o $out",
         *(f"build {stub}: stub" for stub in stubs),
@@ -205,13 +210,13 @@ def _ninja(target: str, tools: Tools) -> str:
 
 
 def isa_flags() -> dict[str, str]:
-    """The compiler flags of each instruction set that the cpu library has on this kind of machine, the best first."""
+    """Return the compiler flags of the cpu library's instruction sets on this type of machine, the best one first."""
     return _ISAS.get(platform.machine(), _ISAS["other"])
 
 
 def _cpu_objects(lines: list[str]) -> list[str]:
     lines += [
-        # CXXFLAGS and LDFLAGS are not part of the library's name: that of a wheel must be found where they are not set.
+        # CXXFLAGS and LDFLAGS are not in the library's name: a wheel's library must be found where they are not set.
         f"flags = -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-psabi {_escape(os.environ.get('CXXFLAGS', ''))}",
         f"link_flags = {_escape(os.environ.get('LDFLAGS', '-s'))}",
         "rule compile",
@@ -252,12 +257,12 @@ def _cuda_objects(lines: list[str], tools: Tools) -> list[str]:
     return objects
 
 
-#: Flags for every file of csrc/cuda.
+#: Compiler flags for every file in csrc/cuda.
 NVCC_FLAGS = "-O3 -DNDEBUG -Xcompiler=-fPIC,-fvisibility=hidden,-Wall"
 
 
 def cuda_sources(cutlass: Path) -> list[tuple[Path, list[str]]]:
-    """The files of csrc/cuda to compile, each with its own flags."""
+    """Return the files of csrc/cuda to compile, each with its own flags."""
     found: list[tuple[Path, list[str]]] = []
     for source in _inputs("cuda"):
         if source.suffix in (".cpp", ".cu"):
@@ -273,7 +278,7 @@ def _escape(path: str) -> str:
 
 
 def _jobs(target: str) -> int:
-    """``MAX_JOBS``, else as many as the cores and the free memory allow."""
+    """Return ``MAX_JOBS`` if set, else the number of jobs that the cores and the free memory allow."""
     if os.environ.get("MAX_JOBS"):
         return max(1, int(os.environ["MAX_JOBS"]))
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -281,9 +286,9 @@ def _jobs(target: str) -> int:
 
 
 def _torch() -> Path:
-    """The folder of the torch that the extension is for.
+    """Return the folder of the torch package for which the extension is built.
 
-    It is the one in the environment that pip installs into, even where pip builds in isolation from that.
+    It is in the environment into which pip installs, even if pip runs the build in an isolated environment.
     """
     installed = Path(sysconfig.get_path("platlib")) / "torch"
     if installed.is_dir():
@@ -293,7 +298,7 @@ def _torch() -> Path:
 
 
 def _cutlass() -> Path | None:
-    """The headers of CUTLASS, from the package nvidia-cutlass in the environment of torch."""
+    """Return the headers of CUTLASS from the package nvidia-cutlass, in the environment of torch."""
     spec = importlib.util.find_spec("cutlass_library")
     folders = [Path(sysconfig.get_path("platlib")) / "cutlass_library"]
     folders += [Path(spec.origin).parent] if spec is not None and spec.origin else []
@@ -302,12 +307,12 @@ def _cutlass() -> Path | None:
 
 
 def _which(name: str) -> str | None:
-    """A program on the PATH or beside this Python, where pip puts ninja."""
+    """Find a program on the PATH or in the folder of this Python, where pip installs ninja."""
     return shutil.which(name) or shutil.which(name, path=sysconfig.get_path("scripts"))
 
 
 def main(arguments: list[str]) -> int:
-    """Run ``python -m efft_kernels build``; the exit code is 1, with the reason, if a request cannot be met."""
+    """Run ``python -m efft_kernels build``. If a request cannot be met, print the reason and return exit code 1."""
     parser = argparse.ArgumentParser(
         prog="python -m efft_kernels build", description="Compile the extension, csrc/, into a cache."
     )

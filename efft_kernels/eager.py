@@ -1,13 +1,14 @@
-"""Each op's forward and backward by hand on the vendor's matrix products: on any device, without a compiler.
+"""Implement the forward and backward passes of each op with the vendor's matrix products.
 
-``tt_linear`` keeps one h and makes one dh. Both rank-r products accumulate into the buffer that the frozen product
-wrote, so that neither direction has a temporary of size d_in x d_out. Factors are cast to the dtype of the activations,
-never the other way round.
+These functions run on any device and need no compiler. ``tt_linear`` saves one h and computes one dh. Both rank-r
+products are added to the buffer with the frozen product, so that neither direction has a temporary tensor of size
+d_in x d_out. Factors are cast to the dtype of the activations; activations are never cast to that of the factors.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +22,9 @@ def tt_linear_fwd(
     D: Tensor,  # [d_in, r1]
     G: Tensor,  # [r1, d_out]
 ) -> tuple[Tensor, Tensor]:  # y [tokens, d_out], h [tokens, r1]
-    """y = x Wᵀ + b + h G with h = x D."""
+    """Compute y = x Wᵀ + b + h G with h = x D."""
     h = x @ D.to(x.dtype)
-    y = x @ W.t() if b is None else torch.addmm(b, x, W.t())
+    y = x @ W.t() if b is None else torch.addmm(b.to(x.dtype), x, W.t())
     return y.addmm_(h, G.to(x.dtype)), h
 
 
@@ -37,9 +38,11 @@ def tt_linear_bwd(
     need_dx: bool,
     need_dD: bool,
     need_dG: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dh = gy Gᵀ, dx = gy W + dh Dᵀ, dD = xᵀ dh, dG = hᵀ gy."""
+    need_db: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute dh = gy Gᵀ, dx = gy W + dh Dᵀ, dD = xᵀ dh, dG = hᵀ gy, and db, the sum of gy over the tokens."""
     dx = dD = dG = None
+    db = gy.new_empty(0, dtype=torch.promote_types(gy.dtype, torch.float32))
     if need_dx or need_dD:
         dh = gy @ G.to(gy.dtype).t()  # [tokens, r1]
         if need_dx:
@@ -50,13 +53,19 @@ def tt_linear_bwd(
             dD = _reduce_tokens(x, dh, D.dtype)
     if need_dG:
         assert h is not None
-        dG = _reduce_tokens(h, gy, G.dtype)
+        if need_db and gy.device.type == "cpu":  # a separate sum takes several times as long in bfloat16 on the CPU
+            both = torch.cat([h, h.new_ones(h.shape[0], 1)], 1).t() @ gy  # [r1 + 1, d_out]
+            dG, db = both[:-1].to(G.dtype), both[-1].to(db.dtype, copy=True)
+        else:
+            dG = _reduce_tokens(h, gy, G.dtype)
+    if need_db and db.numel() == 0:
+        db = gy.sum(0, dtype=db.dtype)
     dx, dD, dG = (like.new_empty(0) if t is None else t for t, like in ((dx, gy), (dD, D), (dG, G)))
-    return dx, dD, dG
+    return dx, dD, dG, db
 
 
 def _reduce_tokens(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """aᵀ b in ``dtype``; where the vendor's product can write fp32, it is not rounded to the dtype of ``a`` first."""
+    """Return aᵀ b in ``dtype``, without first rounding to the dtype of ``a`` if the vendor's product can write fp32."""
     if a.is_cuda and a.dtype != dtype == torch.float32:
         return torch.mm(a.t(), b, out_dtype=dtype)
     return (a.t() @ b).to(dtype)
@@ -70,7 +79,7 @@ def tt_gelu_linear_fwd(
     G: Tensor,  # [r1, d_out]
     approximate: str,
 ) -> tuple[Tensor, Tensor]:  # y [tokens, d_out], h [tokens, r1]
-    """tt_linear on a = gelu(z)."""
+    """Compute tt_linear on a = gelu(z)."""
     return tt_linear_fwd(_gelu(z, approximate, W.dtype), W, b, D, G)
 
 
@@ -85,20 +94,21 @@ def tt_gelu_linear_bwd(
     need_dz: bool,
     need_dD: bool,
     need_dG: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Makes a again, which costs one pass over z, instead of keeping it."""
+    need_db: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute the gradients with a recomputed a, which costs reading z once, instead of a saved a."""
     a = _gelu(z, approximate, gy.dtype) if need_dD else None
-    da, dD, dG = tt_linear_bwd(gy, a, W, h, D, G, need_dz, need_dD, need_dG)
+    da, dD, dG, db = tt_linear_bwd(gy, a, W, h, D, G, need_dz, need_dD, need_dG, need_db)
     if not need_dz:
-        return z.new_empty(0), dD, dG
+        return z.new_empty(0), dD, dG, db
     if da.dtype == z.dtype:
-        return torch.ops.aten.gelu_backward(da, z, approximate=approximate), dD, dG
+        return torch.ops.aten.gelu_backward(da, z, approximate=approximate), dD, dG, db
     wide = torch.promote_types(z.dtype, da.dtype)
-    return torch.ops.aten.gelu_backward(da.to(wide), z.to(wide), approximate=approximate).to(z.dtype), dD, dG
+    return torch.ops.aten.gelu_backward(da.to(wide), z.to(wide), approximate=approximate).to(z.dtype), dD, dG, db
 
 
 def _gelu(z: Tensor, approximate: str, dtype: torch.dtype) -> Tensor:
-    """The GELU, rounded once, to ``dtype``."""
+    """Return the GELU, rounded once to ``dtype``."""
     if z.dtype != dtype:
         z = z.to(torch.promote_types(z.dtype, dtype))
     return F.gelu(z, approximate=approximate).to(dtype)
@@ -114,7 +124,7 @@ def tt_norm_linear_fwd(
     D: Tensor,  # [d_in, r1]
     G: Tensor,  # [r1, d_out]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # y [tokens, d_out], h [tokens, r1], mean and rstd [tokens]
-    """tt_linear on the layer norm of x."""
+    """Compute tt_linear on the layer norm of x."""
     n, mean, rstd = _layer_norm(x, gamma, beta, eps, W.dtype)
     y, h = tt_linear_fwd(n.to(W.dtype), W, b, D, G)
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -136,11 +146,16 @@ def tt_norm_linear_bwd(
     need_dx: bool,
     need_dD: bool,
     need_dG: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Makes the norm's output again from x instead of keeping it."""
+    need_db: bool,
+    need_dgamma: bool,
+    need_dbeta: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Compute the gradients with the norm's output recomputed from x instead of saved."""
     n = _layer_norm(x, gamma, beta, eps, gy.dtype)[0].to(gy.dtype) if need_dD else None
-    dn, dD, dG = tt_linear_bwd(gy, n, W, h, D, G, need_dx, need_dD, need_dG)
-    return layer_norm_bwd(dn, x, gamma, beta, mean, rstd) if need_dx else x.new_empty(0), dD, dG
+    needs = need_dx, need_dgamma, need_dbeta
+    dn, dD, dG, db = tt_linear_bwd(gy, n, W, h, D, G, any(needs), need_dD, need_dG, need_db)
+    dx, dgamma, dbeta = layer_norm_bwd(dn, x, gamma, beta, mean, rstd, *needs)
+    return dx, dD, dG, db, dgamma, dbeta
 
 
 def layer_norm_bwd(
@@ -150,22 +165,36 @@ def layer_norm_bwd(
     beta: Tensor | None,  # [d_in]
     mean: Tensor,  # [tokens]
     rstd: Tensor,  # [tokens]
-) -> Tensor:  # [tokens, d_in], dtype of x
-    """dx of a layer norm by the vendor's kernel, which needs everything but the statistics in one dtype."""
-    wide, gamma, beta = _alike(x, gamma, beta, dn.dtype)
-    if x.device.type == "cpu":
-        mean, rstd = mean.to(wide.dtype), rstd.to(wide.dtype)
-    statistics = (mean[:, None], rstd[:, None])
-    dx, _, _ = torch.ops.aten.native_layer_norm_backward(
-        dn.to(wide.dtype), wide, x.shape[1:], *statistics, gamma, beta, [True, False, False]
+    need_dx: bool,
+    need_dgamma: bool,
+    need_dbeta: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # dx [tokens, d_in] in the dtype of x, dgamma and dbeta [d_in] in theirs
+    """Compute the gradients of a layer norm with the vendor's kernel; all its inputs but the statistics need one dtype.
+
+    A gradient that is not needed has 0 elements. If no gradient is needed, nothing is read.
+    """
+    likes = [x if like is None else like for like in (x, gamma, beta)]
+    needs = [need_dx, need_dgamma, need_dbeta]
+    grads: Sequence[Tensor | None] = [None] * 3
+    if any(needs):
+        wide, gamma, beta = _alike(x, gamma, beta, dn.dtype)
+        if x.device.type == "cpu":
+            mean, rstd = mean.to(wide.dtype), rstd.to(wide.dtype)
+        statistics = (mean[:, None], rstd[:, None])
+        grads = torch.ops.aten.native_layer_norm_backward(
+            dn.to(wide.dtype), wide, x.shape[1:], *statistics, gamma, beta, needs
+        )
+    dx, dgamma, dbeta = (
+        like.new_empty(0) if grad is None or not need else grad.to(like.dtype)
+        for grad, like, need in zip(grads, likes, needs, strict=True)
     )
-    return dx.to(x.dtype)
+    return dx, dgamma, dbeta
 
 
 def _layer_norm(
     x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The norm, to be rounded to ``dtype``, and its statistics."""
+    """Return the norm, still to be rounded to ``dtype``, and its statistics."""
     wide, gamma, beta = _alike(x, gamma, beta, dtype)
     return torch.native_layer_norm(wide, x.shape[1:], gamma, beta, eps)
 
@@ -173,7 +202,7 @@ def _layer_norm(
 def _alike(
     x: Tensor, gamma: Tensor | None, beta: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """All in the one dtype that the vendor's kernel needs and rounds its result to; it is wide enough for ``dtype``."""
+    """Cast all inputs to the one dtype that the vendor's kernel needs and returns; at least as wide as ``dtype``."""
     others = {dtype, *(parameter.dtype for parameter in (gamma, beta) if parameter is not None)}
     if others == {x.dtype}:
         return x, gamma, beta
@@ -188,9 +217,9 @@ def tt_linear_grouped(
     b: Tensor | None,  # [d_out]
     D: Tensor,  # [n_adapters, d_in, r1]
     G: Tensor,  # [n_adapters, r1, d_out]
-    adapter: Tensor,  # [samples], negative: none
+    adapter: Tensor,  # [samples], negative for no adapter
 ) -> Tensor:  # [samples, tokens, d_out]
-    """y[i] = x[i] Wᵀ + b + (x[i] D[a_i]) G[a_i], with the samples' factors gathered into batched products."""
+    """Compute y[i] = x[i] Wᵀ + b + (x[i] D[a_i]) G[a_i] with batched products of the samples' gathered factors."""
     y = torch.nn.functional.linear(x, W, b)
     if x.numel() == 0 or D.shape[0] == 0:
         return y
@@ -202,7 +231,7 @@ def tt_linear_grouped(
 
 
 def _rows(C: Tensor, keep_C: Tensor | None, scale: float) -> Tensor:
-    """scale · C, masked, as [n_layers, r1 * n_cores, r2]."""
+    """Return scale · C, masked, as [n_layers, r1 * n_cores, r2]."""
     C = C * scale if keep_C is None else C * keep_C * scale
     return C.transpose(1, 2).flatten(1, 2)
 
@@ -214,10 +243,10 @@ def tt_contract_fwd(
     keep_V: Tensor | None,  # [n_layers, r2, d_out], bool
     scale: float,
 ) -> Tensor:  # [n_layers, r1, n_cores * d_out]
-    """G[l] = scale · [C[l, 0] V | C[l, 1] V | ...] as one matrix product for all layers and cores.
+    """Compute G[l] = scale · [C[l, 0] V | C[l, 1] V | ...] as one matrix product for all layers and cores.
 
-    Cores are laid out [n_layers, r1, n_cores, r2], so that the product has the layout of G and G[l] needs no copy. With
-    a mask on V every layer has its own right factor, and the product is batched over layers.
+    Cores are arranged as [n_layers, r1, n_cores, r2], so that the product has the layout of G and G[l] needs no copy.
+    With a mask on V, every layer has its own right factor, and the product is batched over layers.
     """
     n_layers, n_cores, r1, _ = C.shape
     G = _rows(C, keep_C, scale) @ (V if keep_V is None else V * keep_V)
@@ -256,7 +285,7 @@ def tt_merge_(
     G: Tensor,  # [r1, d_out]
     sign: float,
 ) -> None:
-    """W ← W + sign · (D G)ᵀ in fp32 (fp64 for an fp64 W), rounded once to W's dtype."""
+    """Compute W ← W + sign · (D G)ᵀ in fp32 (fp64 for an fp64 W), rounded once to W's dtype."""
     dtype = torch.promote_types(W.dtype, torch.float32)
     Gt, Dt = G.to(dtype).t(), D.to(dtype).t()
     if W.dtype == dtype:

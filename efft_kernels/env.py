@@ -1,4 +1,4 @@
-"""The report of ``python -m efft_kernels``: versions, devices, which backends run or why not, a self-test of each."""
+"""Create the report of ``python -m efft_kernels``: versions, devices, backends with reasons, and their self-tests."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _PACKAGES = (
 
 
 def report() -> str:
-    """A description of this environment to paste, which ends with a self-test of every backend on every device."""
+    """Return a description of this environment for bug reports, including a self-test of every backend and device."""
     lines = [f"python        {platform.python_version()} on {platform.platform()}"]
     lines += [f"{name:<13} {_version(name)}" for name in _PACKAGES]
     lines.append(f"cpu           {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
@@ -65,17 +65,17 @@ def _cuda() -> str:
     return f"{torch.version.cuda}: {', '.join(names)}"
 
 
-#: Largest relative errors of the self-test.
+#: Largest relative errors that the self-test allows.
 _BUDGET = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 def _self_test(backend: Backend, device: str) -> str:
-    """The largest error of the update and its gradients against the dense formula in fp64, in each dtype."""
+    """Report the largest error of the update and its gradients against the dense formula in fp64, for each dtype."""
     errors = {}
     for dtype in _BUDGET:
         try:
             error = _error(backend, device, dtype)
-        except Exception as failure:  # the report goes on, whatever it is
+        except Exception as failure:  # the report continues after any failure
             return f"self-test FAILED: {type(failure).__name__}: {str(failure).strip().splitlines()[0]}"
         if isinstance(error, str):
             return f"cannot run: {error}"
@@ -86,7 +86,7 @@ def _self_test(backend: Backend, device: str) -> str:
 
 
 def _error(backend: Backend, device: str, dtype: torch.dtype) -> float | str:
-    """The largest error, with x and W in ``dtype`` and factors in fp32; or why the backend cannot run that."""
+    """Return the largest error with x and W in ``dtype`` and fp32 factors, or the reason if the backend cannot run."""
     generator = torch.Generator().manual_seed(0)
     sizes = {"x": (17, 24), "W": (40, 24), "D": (24, 5), "G": (5, 40)}
     dtypes = {"x": dtype, "W": dtype, "D": torch.float32, "G": torch.float32}

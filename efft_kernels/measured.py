@@ -1,12 +1,12 @@
-"""The table of measurements by which ``auto`` chooses on a GPU: fused kernels, or the vendor's products.
+"""Read and write the table of measurements by which ``auto`` chooses between fused kernels and vendor products.
 
-Each row of ``measured.json`` beside this file names the GPU and the versions that it was measured on. A row speaks for
-a compute capability, never for a GPU's name, and only for the backends that it lists. Where no row fits, ``auto`` takes
-the vendor's products. :mod:`efft_kernels.autotune` writes tables and, where ``EFFT_AUTOTUNE`` is set, measures what no
-row speaks for.
+Each row of ``measured.json`` in this folder names the GPU and the versions of its measurement. A row applies to a
+compute capability, never to a GPU's name, and only to the backends that it lists. If no row applies, ``auto`` uses the
+vendor's products. :mod:`efft_kernels.autotune` writes tables and, if ``EFFT_AUTOTUNE`` is set, measures cases to which
+no row applies.
 
-Every backend gives the same bits from run to run, because no kernel adds atomically. A choice therefore changes the
-speed and the last rounding, nothing else.
+Every backend returns exactly the same results in every run, because no kernel uses atomic additions. A choice therefore
+affects only the speed and the rounding.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from typing import Any, Protocol
 import torch
 
 COMMITTED = Path(__file__).with_name("measured.json")
-#: A row speaks for sizes up to this factor away, within which tiles and waves change little.
+#: A row applies to sizes up to this factor away; within this factor, tiles and waves change little.
 NEAR = 2.0
-#: The largest table that is read, in bytes: room for tens of thousands of rows.
+#: The largest table that is read, in bytes. This is enough for tens of thousands of rows.
 _LARGEST = 16 * 2**20
 
 
 @dataclass(frozen=True)
 class Case:
-    """What was measured: an op, its sizes, its dtype ("bfloat16") and the GPU's :func:`generation`."""
+    """Identify a measured case: the op, its sizes, its dtype ("bfloat16") and the GPU's :func:`generation`."""
 
     op: str
     tokens: int
@@ -43,35 +43,35 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """Microseconds of forward and backward by each backend, fastest first, and where they were measured."""
+    """Hold the microseconds of forward plus backward for each backend, fastest first, and the origin of the times."""
 
     case: Case
     microseconds: dict[str, float]
     origin: str
 
     def __post_init__(self) -> None:
-        # Sorted here and not in fastest(): torch.compile may take the floats for graph inputs, which it cannot compare.
+        # This sorts here and not in fastest(): torch.compile may make the floats graph inputs, which it cannot compare.
         object.__setattr__(self, "microseconds", dict(sorted(self.microseconds.items(), key=lambda item: item[1])))
 
 
 class Measurer(Protocol):
-    """What :func:`fastest` asks for a case that no row is about (:mod:`efft_kernels.autotune` has the only one)."""
+    """Measure cases to which no row applies, for :func:`fastest` (implemented by :mod:`efft_kernels.autotune`)."""
 
     def can_measure(self, device: torch.device) -> bool:
-        """Whether it may measure on ``device`` at this moment."""
+        """Return whether a measurement on ``device`` is possible at this moment."""
 
     def measure(self, case: Case, device: torch.device, backends: Sequence[str]) -> Row:
-        """The new row for ``case``, which it also keeps for later processes."""
+        """Measure ``case``, store the new row for later processes, and return it."""
 
 
 def generation(device: torch.device | str) -> int:
-    """The major compute capability of a GPU; negative for GPUs of AMD, which number theirs in another way."""
+    """Return the major compute capability of a GPU; negative for AMD GPUs, which use a different numbering."""
     major = torch.cuda.get_device_capability(device)[0]
     return -major if torch.version.hip else major
 
 
 def read(path: Path) -> tuple[Row, ...]:
-    """Return the rows of a table. Raises ValueError, which names the file, if it does not hold a table."""
+    """Return the rows of a table. Raise ValueError with the file's name if the file does not contain a table."""
     try:
         if path.stat().st_size > _LARGEST:
             raise ValueError(f"it has more than {_LARGEST} bytes")
@@ -83,7 +83,7 @@ def read(path: Path) -> tuple[Row, ...]:
 
 
 def _row(values: dict[str, Any]) -> Row:
-    """A row from its JSON. Raises ValueError, TypeError or KeyError if a part is missing or has the wrong type."""
+    """Convert JSON to a row. Raise ValueError, TypeError or KeyError if a part is missing or has the wrong type."""
     row = Row(Case(**values["case"]), dict(values["microseconds"]), values["origin"])
     names, numbers = asdict(row.case), ("tokens", "d_in", "d_out", "r1", "capability")
     sizes = {name: names.pop(name) for name in numbers}
@@ -96,49 +96,49 @@ def _row(values: dict[str, Any]) -> Row:
 
 
 def write(path: Path, rows: Sequence[Row]) -> None:
-    """Replace the table at once, so that another process reads either the old one or the new one."""
+    """Replace the table atomically, so that another process reads either the old table or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.{os.getpid()}")
     beside.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     beside.replace(path)
 
 
-#: Read at import and kept in a global, on which torch.compile can guard; it cannot read files.
+#: The rows are read at import and kept in a global, on which torch.compile can guard, because it cannot read files.
 _rows: list[Row] = [*read(COMMITTED)]
 _measurer: Measurer | None = None
 
 
 def plug_in(measurer: Measurer, rows: Sequence[Row]) -> None:
-    """Let :func:`fastest` ask ``measurer`` where no row speaks for a case, and look at ``rows`` first."""
+    """Make :func:`fastest` search ``rows`` first, and call ``measurer`` for cases to which no row applies."""
     global _measurer
     _rows[:0] = rows
     _measurer = measurer
 
 
 def fastest(case: Case, device: torch.device, backends: Sequence[str]) -> str | None:
-    """Which of ``backends`` measured fastest for this case or one like it; None where nothing was measured."""
+    """Return the one of ``backends`` that measured fastest for this or a similar case; None without a measurement."""
     row = nearest(case, _rows, 1.0)
     if row is None and _measurer is not None and _measurer.can_measure(device):
         row = _measurer.measure(case, device, backends)
         _rows.append(row)
     row = row or nearest(case, _rows, NEAR)
-    if row is None and case.op != "tt_linear":  # most of what the op does is the same product
+    if row is None and case.op != "tt_linear":  # most of the op's time is spent on the same product
         row = nearest(replace(case, op="tt_linear"), _rows, NEAR)
     return next((b for b in row.microseconds if b in backends), None) if row is not None else None
 
 
 def is_final(device: torch.device) -> bool:
-    """Whether :func:`fastest` would give the same answer again: not where it may measure later what it may not now."""
+    """Return whether :func:`fastest` would return the same result later: not if it may measure later but not now."""
     return _measurer is None or _measurer.can_measure(device)
 
 
 def nearest(case: Case, rows: Sequence[Row], widths: float) -> Row | None:
-    """The row that is most like ``case`` in tokens, d_in and d_out (the first of equals); None if none is near.
+    """Return the row most similar to ``case`` in tokens, d_in and d_out (the first of equals); None if none is near.
 
-    A row is near if its tokens are at most a factor of :data:`NEAR` away and its d_in and d_out at most a factor of
-    ``widths``. It must also agree with ``case`` in whether rows are whole multiples of 16 bytes, which the fastest
-    kernels need, in the rank once padded to a power of two (at least 32), and in the dtype, where float16 and bfloat16
-    count as one.
+    A row is near if its tokens differ by at most a factor of :data:`NEAR`, and its d_in and d_out by at most a factor
+    of ``widths``. The row must also agree with ``case`` in three properties: whether matrix rows are multiples of 16
+    bytes, which the fastest kernels need; the rank padded to a power of two (at least 32); and the dtype, where float16
+    and bfloat16 count as equal.
     """
 
     def kind(c: Case) -> tuple[Any, ...]:

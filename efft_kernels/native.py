@@ -1,6 +1,6 @@
 """Load the libraries of the compiled extension, which register the implementations of ``cpu`` and ``cuda``.
 
-This module looks for a library in the installed package and in the cache of ``python -m efft_kernels build``; it never
+This module looks for a library in the installed package and in the cache of ``python -m efft_kernels build``. It never
 compiles anything. :mod:`efft_kernels.ops` declares the schemas.
 """
 
@@ -16,7 +16,7 @@ _HOW = "python -m efft_kernels build"
 
 
 def _load(target: str) -> str | None:
-    """Load the library of ``target``; None if that worked, else why it did not."""
+    """Load the library of ``target``. Return None if this succeeds, else the reason for the failure."""
     path = find(target)
     if path is None:
         return f"the compiled extension is not installed: {_HOW} --targets {target}"
@@ -28,12 +28,12 @@ def _load(target: str) -> str | None:
 
 
 def instruction_set() -> str:
-    """The instruction set that the ``cpu`` library, which must be loaded, uses here (see ``EFFT_CPU_ISA``)."""
+    """Return the instruction set that the loaded ``cpu`` library uses on this machine (see ``EFFT_CPU_ISA``)."""
     ask = ctypes.CDLL(str(find("cpu"))).efft_cpu_instruction_set
     ask.restype = ctypes.c_char_p
     name: bytes | None = ask()
     return "none, because EFFT_CPU_ISA names an unknown one" if name is None else name.decode()
 
 
-#: Why the library of a target, ``cpu`` or ``cuda``, is not loaded; None if it is.
+#: The reason why the library of each target, ``cpu`` or ``cuda``, is not loaded; None if the library is loaded.
 MISSING: dict[str, str | None] = {target: _load(target) for target in TARGETS}

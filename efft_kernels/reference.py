@@ -1,6 +1,6 @@
-"""The specification: each op as plain differentiable torch, computed in fp32 (fp64 for fp64 inputs).
+"""Specify each op as plain differentiable torch code, computed in fp32 (fp64 for fp64 inputs).
 
-``<op>_bwd`` are the gradients of the op, also as differentiable torch, for derivatives of derivatives.
+The functions ``<op>_bwd`` compute the gradients of the ops, also as differentiable torch code, for higher derivatives.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def tt_linear(
     D: Tensor,  # [d_in, r1]
     G: Tensor,  # [r1, d_out]
 ) -> Tensor:  # [..., d_out], dtype of x
-    """y = x Wᵀ + b + (x D) G."""
+    """Compute y = x Wᵀ + b + (x D) G."""
     dtype = _wide(x, D, G)
     with no_autocast(x.device):
         xw = x.to(dtype)
@@ -36,9 +36,12 @@ def tt_linear_bwd(
     h: Tensor | None,  # [tokens, r1]; for dG
     D: Tensor,  # [d_in, r1]
     G: Tensor,  # [r1, d_out]
-    gh: Tensor | None = None,  # [tokens, r1]: the gradient that reaches h other than through y
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # dx, dD, dG in the dtypes of gy, D, G
-    """The gradients, themselves differentiable; None for a gradient whose input is None."""
+    gh: Tensor | None = None,  # [tokens, r1]: the gradient that reaches h without passing through y
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:  # dx, dD, dG in the dtypes of gy, D, G; db [d_out]
+    """Return the gradients, which are differentiable themselves; None for a gradient whose input is None.
+
+    db is in the dtype of the computation.
+    """
     dtype = _wide(gy, D, G)
     wide_gy, wide_D = gy.to(dtype), D.to(dtype)
     dh = wide_gy @ G.to(dtype).t()  # [tokens, r1]
@@ -47,7 +50,7 @@ def tt_linear_bwd(
     dx = None if W is None else (wide_gy @ W.to(dtype) + dh @ wide_D.t()).to(gy.dtype)
     dD = None if x is None else (x.to(dtype).t() @ dh).to(D.dtype)
     dG = None if h is None else (h.to(dtype).t() @ wide_gy).to(G.dtype)
-    return dx, dD, dG
+    return dx, dD, dG, wide_gy.sum(0)
 
 
 def tt_gelu_linear(
@@ -58,7 +61,7 @@ def tt_gelu_linear(
     G: Tensor,  # [r1, d_out]
     approximate: str,
 ) -> Tensor:  # [..., d_out], dtype of W
-    """y = gelu(z) Wᵀ + b + (gelu(z) D) G."""
+    """Compute y = gelu(z) Wᵀ + b + (gelu(z) D) G."""
     with no_autocast(z.device):
         return tt_linear(F.gelu(z.to(_wide(z)), approximate=approximate), W, b, D, G).to(W.dtype)
 
@@ -70,14 +73,14 @@ def tt_gelu_linear_bwd(
     D: Tensor,  # [d_in, r1]
     G: Tensor,  # [r1, d_out]
     approximate: str,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # dz, dD, dG in the dtypes of z, D, G
-    """The gradients, themselves differentiable; no dz without W."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:  # dz, dD, dG in the dtypes of z, D, G; db [d_out]
+    """Return the differentiable gradients; dz is None without W, and db is in the dtype of the computation."""
     wide_z = z.to(_wide(z, D, G))
     a = F.gelu(wide_z, approximate=approximate)
-    da, dD, dG = tt_linear_bwd(gy.to(a.dtype), a, W, a @ D.to(a.dtype), D, G)
+    da, dD, dG, db = tt_linear_bwd(gy.to(a.dtype), a, W, a @ D.to(a.dtype), D, G)
     if da is None:
-        return None, dD, dG
-    return torch.ops.aten.gelu_backward(da, wide_z, approximate=approximate).to(z.dtype), dD, dG
+        return None, dD, dG, db
+    return torch.ops.aten.gelu_backward(da, wide_z, approximate=approximate).to(z.dtype), dD, dG, db
 
 
 def tt_norm_linear(
@@ -90,7 +93,7 @@ def tt_norm_linear(
     G: Tensor,  # [r1, d_out]
     eps: float,
 ) -> Tensor:  # [..., d_out], dtype of W
-    """y = n Wᵀ + b + (n D) G with n = (x - mean(x)) / sqrt(var(x) + eps) · gamma + beta."""
+    """Compute y = n Wᵀ + b + (n D) G with n = (x - mean(x)) / sqrt(var(x) + eps) · gamma + beta."""
     with no_autocast(x.device):
         n, _ = _standardized(x.to(_wide(x, gamma, beta)), eps)
         return tt_linear(_scaled(n, gamma, beta), W, b, D, G).to(W.dtype)
@@ -105,22 +108,26 @@ def tt_norm_linear_bwd(
     D: Tensor,  # [d_in, r1]
     G: Tensor,  # [r1, d_out]
     eps: float,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # dx, dD, dG in the dtypes of x, D, G
-    """The gradients, themselves differentiable; no dx without W."""
+) -> tuple[Tensor | None, ...]:  # dx, dD, dG in the dtypes of x, D, G; db [d_out], dgamma, dbeta [d_in]
+    """Return the gradients, which are differentiable themselves; dx, dgamma and dbeta are None without W.
+
+    db, dgamma and dbeta are in the dtype of the computation.
+    """
     standardized, deviation = _standardized(x.to(_wide(x, gamma, beta, D, G)), eps)
     n = _scaled(standardized, gamma, beta)
-    g, dD, dG = tt_linear_bwd(gy.to(n.dtype), n, W, n @ D.to(n.dtype), D, G)
+    g, *sums = tt_linear_bwd(gy.to(n.dtype), n, W, n @ D.to(n.dtype), D, G)
     if g is None:
-        return None, dD, dG
+        return None, *sums, None, None
+    sums += [(g * standardized).sum(0), g.sum(0)]
     if gamma is not None:
         g = g * gamma
     along = (g * standardized).mean(-1, keepdim=True)
     dx = (g - g.mean(-1, keepdim=True) - standardized * along) / deviation
-    return dx.to(x.dtype), dD, dG
+    return dx.to(x.dtype), *sums
 
 
 def _standardized(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x with mean 0 and deviation 1 along its last dimension, and the deviation that it had."""
+    """Return x with mean 0 and standard deviation 1 along its last dimension, and the original deviation."""
     centered = x - x.mean(-1, keepdim=True)
     deviation = (centered.square().mean(-1, keepdim=True) + eps).sqrt()
     return centered / deviation, deviation
@@ -139,7 +146,7 @@ def tt_linear_grouped(
     G: Tensor,  # [n_adapters, r1, d_out]
     adapter: Tensor,  # [samples]
 ) -> Tensor:  # [samples, tokens, d_out], dtype of x
-    """y[i] = x[i] Wᵀ + b + (x[i] D[a_i]) G[a_i], sample by sample; a negative a_i stands for no adapter."""
+    """Compute y[i] = x[i] Wᵀ + b + (x[i] D[a_i]) G[a_i] for each sample; a negative a_i means no adapter."""
     none = (D.new_zeros(D.shape[1:]), G.new_zeros(G.shape[1:]))
     factors = [(D[i], G[i]) if i >= 0 else none for i in adapter.tolist()]
     y = [tt_linear(sample, W, b, *pair) for sample, pair in zip(x, factors, strict=True)]
@@ -154,7 +161,7 @@ def tt_linear_grouped_bwd(
     G: Tensor,  # [n_adapters, r1, d_out]
     adapter: Tensor,  # [samples]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # dx, dD, dG in the dtypes of gy, D, G
-    """The gradients, themselves differentiable; None for a gradient whose input is None.
+    """Return the gradients, which are differentiable themselves; None for a gradient whose input is None.
 
     Samples whose adapter does not exist get NaN.
     """
@@ -163,7 +170,7 @@ def tt_linear_grouped_bwd(
 
     def of_samples(
         factors: Tensor,
-    ) -> Tensor:  # not by a product with a mask: an adapter that no sample uses may hold NaN
+    ) -> Tensor:  # a product with a mask would not do: an adapter that no sample uses may contain NaN
         rows = factors[index].to(dtype)
         rows = rows.masked_fill((adapter < 0)[:, None, None], 0)
         return rows.masked_fill((adapter >= len(factors))[:, None, None], torch.nan)
@@ -172,7 +179,7 @@ def tt_linear_grouped_bwd(
         return like.new_zeros(like.shape, dtype=dtype).index_add(0, index, rows).to(like.dtype)
 
     down, up, wide_gy = of_samples(D), of_samples(G), gy.to(dtype)
-    dh = wide_gy @ up.mT  # [samples, tokens, r1]; zero for a sample without adapter, as h is
+    dh = wide_gy @ up.mT  # [samples, tokens, r1]; like h, zero for a sample without an adapter
     dx = None if W is None else (wide_gy @ W.to(dtype) + dh @ down.mT).to(gy.dtype)
     if x is None:
         return dx, None, None
@@ -188,7 +195,7 @@ def tt_contract(
     keep_V: Tensor | None = None,  # [n_layers, r2, d_out], bool
     scale: float = 1.0,
 ) -> Tensor:  # [n_layers, r1, n_cores * d_out], dtype of C
-    """G[l] = scale · [C[l, 0] V | C[l, 1] V | ...], with dropped elements of C and V set to zero."""
+    """Compute G[l] = scale · [C[l, 0] V | C[l, 1] V | ...], with dropped elements of C and V set to zero."""
     dtype = _wide(C, V)
     with no_autocast(C.device):
         cores, right = _kept(C.to(dtype), V.to(dtype), keep_C, keep_V)
@@ -204,7 +211,7 @@ def tt_contract_bwd(
     keep_V: Tensor | None,  # [n_layers, r2, d_out], bool
     scale: float,
 ) -> tuple[Tensor, Tensor]:  # dC, dV in the dtypes of C, V
-    """The gradients, themselves differentiable."""
+    """Return the gradients, which are differentiable themselves."""
     dtype = _wide(C, V)
     cores, right = _kept(C.to(dtype), V.to(dtype), keep_C, keep_V)
     blocks = scale * dG.to(dtype).unflatten(2, (C.shape[1], V.shape[1]))  # [n_layers, r1, n_cores, d_out]
@@ -215,7 +222,7 @@ def tt_contract_bwd(
 
 
 def _kept(C: Tensor, V: Tensor, keep_C: Tensor | None, keep_V: Tensor | None) -> tuple[Tensor, Tensor]:
-    """C, and V of every layer, with dropped elements zero."""
+    """Return C, and V for every layer, with dropped elements set to zero."""
     return _masked(C, keep_C), _masked(V.expand(C.shape[0], *V.shape), keep_V)
 
 
@@ -230,12 +237,12 @@ def tt_merge_(
     G: Tensor,  # [r1, d_out]
     sign: float = 1.0,
 ) -> Tensor:  # W
-    """W ← W + sign · (D G)ᵀ, rounded once to W's dtype."""
+    """Compute W ← W + sign · (D G)ᵀ, rounded once to W's dtype."""
     dtype = _wide(W, D, G)
     with no_autocast(W.device):
         return W.copy_(W.to(dtype) + sign * (D.to(dtype) @ G.to(dtype)).t())
 
 
 def _wide(*tensors: Tensor | None) -> torch.dtype:
-    """The dtype to compute in: float64 if any tensor is float64, else float32."""
+    """Return the dtype of the computation: float64 if any tensor is float64, else float32."""
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32

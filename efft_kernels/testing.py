@@ -1,7 +1,7 @@
-"""Tools to check a backend with: inputs for every op, memory layouts, an error budget, poisoned buffers.
+"""Check backends: create inputs for every op, change memory layouts, apply an error budget, poison buffers.
 
-A check compares a backend with the formula of the op, written out densely in fp64, and never with another backend. It
-takes its tolerance from data, namely from the error of the plain formula in the precision of the backend
+A check compares a backend with the dense formula of the op in fp64, and never with another backend. The tolerance comes
+from data: it is derived from the error of the plain formula in the precision of the backend
 (:func:`assert_close_budget`).
 """
 
@@ -17,17 +17,17 @@ from torch import Tensor
 
 from efft_kernels.backends import Backend
 
-#: Ways :func:`with_layout` can place a tensor in memory.
+#: The memory layouts that :func:`with_layout` can create.
 LAYOUTS = ("contiguous", "transposed", "sliced", "expanded")
 
 
 def backends() -> list[Backend]:
-    """Every backend except ``auto``. ``can_run`` says why one of them cannot run here."""
+    """Return every backend except ``auto``. ``can_run`` returns the reason if one of them cannot run here."""
     return [backend for backend in Backend if backend is not Backend.AUTO]
 
 
 def devices() -> list[str]:
-    """``cpu``, and ``cuda`` where there is a GPU."""
+    """Return ``cpu``, and also ``cuda`` if a GPU is available."""
     return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
@@ -55,18 +55,19 @@ def make_inputs(
 
     Args:
         op: the name of a public op.
-        tokens, d_in, d_out, r1, r2, n_layers, n_cores, samples, n_adapters: sizes, as far as the op has them.
-        update: the size of the update relative to that of the base.
+        tokens, d_in, d_out, r1, r2, n_layers, n_cores, samples, n_adapters: sizes; an op uses those that it has.
+        update: the size of the update relative to that of the base product.
         base_cancels: choose ``W`` and ``x`` such that ``x Wᵀ = 0`` (and ``gy W = 0`` for ``gy = [g, -g]``), without a
-            bias. ``y`` and ``dx`` are then the update alone, which shows what rounding does to it. ``d_in`` and
+            bias. ``y`` and ``dx`` then consist of only the update, so that its rounding error is visible. ``d_in`` and
             ``d_out`` must be even.
         masks: add dropout masks that drop a quarter of the factors' elements.
-        dtype: of activations, weights and (by default) factors.
-        factor_dtype: of the factors.
-        device, seed: the device of the tensors, and the seed of their numbers.
+        dtype: the dtype of activations, weights and (by default) factors.
+        factor_dtype: the dtype of the factors.
+        device: the device of the tensors.
+        seed: the seed of the random numbers.
 
     Raises:
-        ValueError: ``op`` does not exist, or a size must be even.
+        ValueError: ``op`` does not exist, or a size that must be even is odd.
     """
     generator = torch.Generator().manual_seed(seed)
     factor_dtype = factor_dtype or dtype
@@ -137,8 +138,8 @@ def make_inputs(
 def with_layout(tensor: Tensor, layout: str) -> Tensor:
     """Return the values of ``tensor`` in another memory layout, one of :data:`LAYOUTS`, as a leaf without gradient.
 
-    ``transposed`` swaps the strides of the last two dimensions; ``sliced`` takes every other element of a buffer that
-    is NaN elsewhere (True for masks); ``expanded`` repeats the first row with stride 0, which changes the values.
+    ``transposed`` swaps the strides of the last two dimensions. ``sliced`` uses every other element of a buffer whose
+    other elements are NaN (True for masks). ``expanded`` repeats the first row with stride 0, which changes the values.
     """
     tensor = tensor.detach()
     if layout == "transposed" and tensor.dim() > 1:
@@ -157,15 +158,16 @@ def with_layout(tensor: Tensor, layout: str) -> Tensor:
 def assert_close_budget(
     got: Tensor, reference_fp64: Tensor, same_precision_reference: Tensor, factor: float = 2.0, name: str = "result"
 ) -> None:
-    """Raise AssertionError unless ``got`` is at most ``factor`` times as wrong as a plain computation would be.
+    """Raise AssertionError unless the error of ``got`` is at most ``factor`` times that of a plain computation.
 
-    The error is the Frobenius norm of the difference from ``reference_fp64``. The yardstick is the error of
-    ``same_precision_reference``, which is an independent formula in the precision under test, or what rounding the
-    exact result to the dtype of ``got`` can cost if that is more, because a small tensor may be exact by luck. Where
-    both are zero, ``got`` must be exact.
+    The error is the Frobenius norm of the difference from ``reference_fp64``. It is compared with the error of
+    ``same_precision_reference``, the result of an independent formula in the precision under test. If rounding the
+    exact result to the dtype of ``got`` can cause a larger error, that error is used instead, because a small reference
+    tensor may be exact by chance. If both errors are zero, ``got`` must be exact.
 
-    Use it on each gradient and on the update (``base_cancels`` of :func:`make_inputs`), because an error of the update
-    is invisible in ``y``. In fp64, where no reference is more exact, use ``torch.testing.assert_close``.
+    Apply this check to each gradient and to the update (``base_cancels`` of :func:`make_inputs`), because an error of
+    the update is invisible in ``y``. In fp64, for which no more exact reference exists, use
+    ``torch.testing.assert_close``.
     """
     for what, other in (("reference_fp64", reference_fp64), ("same_precision_reference", same_precision_reference)):
         if got.shape != other.shape:
@@ -182,10 +184,10 @@ def assert_close_budget(
 
 
 def errors(got: Tensor, reference_fp64: Tensor, same_precision_reference: Tensor) -> tuple[float, float, float]:
-    """The three norms that :func:`assert_close_budget` compares.
+    """Return the three norms that :func:`assert_close_budget` compares.
 
-    They are the error of ``got``, that of the plain computation, and what rounding the exact result to the dtype of
-    ``got`` can cost.
+    They are the error of ``got``, the error of the plain computation, and the largest error that rounding the exact
+    result to the dtype of ``got`` can cause.
     """
     exact = reference_fp64.detach().double().cpu()
     error, peer = ((t.detach().double().cpu() - exact).norm().item() for t in (got, same_precision_reference))
@@ -193,11 +195,11 @@ def errors(got: Tensor, reference_fp64: Tensor, same_precision_reference: Tensor
 
 
 def chained_matmul(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right`` in fp32 with every sum in one chain, as a GPU kernel adds that does not split sums.
+    """Compute ``left @ right`` in fp32 with every sum in one chain, like a GPU kernel that does not split sums.
 
-    fp32 is added term by term and rounded to nearest; half precision as tensor cores add it, sixteen terms at a time,
-    truncated (Fasi et al., doi.org/10.7717/peerj-cs.330). It is a yardstick for :func:`assert_close_budget` where the
-    vendor's product sums in several chains, which is more exact.
+    In fp32, terms are added one by one and rounded to nearest. In half precision, sixteen terms at a time are added and
+    truncated, as tensor cores do (Fasi et al., doi.org/10.7717/peerj-cs.330). The result can serve as the reference in
+    :func:`assert_close_budget` if the vendor's product sums in several chains, which is more exact.
     """
     step, truncates = (1, False) if left.dtype == torch.float32 else (16, True)
     total = torch.zeros(left.shape[0], right.shape[1], device=left.device)
@@ -213,8 +215,8 @@ def chained_matmul(left: Tensor, right: Tensor) -> Tensor:
 def poisoned_empty() -> Iterator[None]:
     """Fill every uninitialized buffer inside the ``with`` block with NaN, or with the largest value of an integer type.
 
-    This holds for ``torch.empty`` and all its relatives, in Python, in C++ and in the outputs that torch's own ops
-    allocate, so that a kernel that reads what it never wrote cannot pass. It uses torch's deterministic mode.
+    This affects ``torch.empty`` and similar functions in Python and C++, and the outputs that torch's own ops allocate.
+    A kernel that reads memory that it never wrote therefore cannot pass. The function uses torch's deterministic mode.
     """
     settings: Any = torch.utils.deterministic
     before = (

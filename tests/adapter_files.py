@@ -1,4 +1,4 @@
-"""An adapter's files, and how tests change them: as another program that keeps their hash right, or as damage."""
+"""Edit the files of an adapter, with or without an update of the recorded hash."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "REA
 
 
 def edit_config(folder: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
-    """Change the description."""
+    """Apply ``edit`` to the configuration in the folder."""
     description = json.loads((folder / CONFIG).read_text())
     edit(description)
     (folder / CONFIG).write_text(json.dumps(description))
 
 
 def edit_weights(folder: Path, edit: Callable[[dict[str, Tensor]], Any]) -> None:
-    """Change tensors and the recorded hash with them."""
+    """Apply ``edit`` to the tensors, and update the recorded hash."""
     tensors = load_file(folder / WEIGHTS)
     edit(tensors)
     save_file(tensors, folder / WEIGHTS)
@@ -30,12 +30,12 @@ def edit_weights(folder: Path, edit: Callable[[dict[str, Tensor]], Any]) -> None
 
 
 def write_weights(folder: Path, content: bytes) -> None:
-    """Put anything in place of the weights, with its hash."""
+    """Replace the weight file with ``content``, and update the recorded hash."""
     (folder / WEIGHTS).write_bytes(content)
     record(folder)
 
 
 def record(folder: Path) -> None:
-    """Record the hash of the weights that are there."""
+    """Record the hash of the current weight file."""
     digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
     edit_config(folder, lambda description: description.update(weights={"sha256": digest}))

@@ -1,4 +1,6 @@
-"""Settings of the whole suite: the same numbers and the same generated examples on every run, and few threads."""
+"""Configure the test suite: fixed random numbers and generated examples, and few threads."""
+
+from __future__ import annotations
 
 import collections
 import os
@@ -9,24 +11,24 @@ from typing import Any
 
 import hypothesis
 import pytest
-import setuptools  # noqa: F401  # before anything imports the standard library's distutils: inductor needs its shim
+import setuptools  # noqa: F401  # must come before any import of distutils, because inductor needs setuptools' version
 import torch
 
 from efft_kernels import testing
 
-# Compiling for the tests must not start a pool of processes, one a core.
+# Compilation in the tests must not start a pool with one process per core.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
-# Examples come from the test alone, so a failure is one on every machine; the time of an example means nothing on a
-# busy one.
+# The examples depend only on the test, so that a failure occurs on every machine. There is no deadline, because the
+# time of an example varies on a busy machine.
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, database=None, max_examples=40)
 hypothesis.settings.load_profile("fixed")
-# For the fuzzers, by hand: pytest --hypothesis-profile=long tests/efft -k fuzz
+# A longer run of the fuzzers, started by hand: pytest --hypothesis-profile=long tests/efft -k fuzz
 hypothesis.settings.register_profile("long", deadline=None, max_examples=2000)
 
 
 class FailuresAtOnce:
-    """Tells of a failure as it happens: where a GPU is at hand for minutes, a run is stopped before its summary."""
+    """Report each failure immediately, because a run on a GPU may be stopped before its summary."""
 
     def __init__(self, config: pytest.Config) -> None:
         self._plugins = config.pluginmanager
@@ -38,7 +40,7 @@ class FailuresAtOnce:
 
 
 class Budgets:
-    """Ends a run with how much of their error budgets the results used, by precision."""
+    """Report at the end of a run which share of the error budgets the results used, by precision."""
 
     def __init__(self) -> None:
         self._ratios: dict[torch.dtype, list[float]] = collections.defaultdict(list)
@@ -46,14 +48,14 @@ class Budgets:
 
         def noted(got: torch.Tensor, *references: torch.Tensor) -> tuple[float, float, float]:
             error, peer, rounding = measure(got, *references)
-            if 0 < error <= 4 * max(peer, rounding):  # beyond, a test fails, or expects that it does
+            if 0 < error <= 4 * max(peer, rounding):  # larger errors belong to tests that fail or expect a failure
                 self._ratios[got.dtype].append(error / max(peer, rounding))
             return error, peer, rounding
 
         testing.errors = noted
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        if hasattr(session.config, "workeroutput"):  # of pytest-xdist: what goes to the process that sums up
+        if hasattr(session.config, "workeroutput"):  # a worker of pytest-xdist sends its ratios to the main process
             session.config.workeroutput["budgets"] = {str(dtype): ratios for dtype, ratios in self._ratios.items()}
 
     @pytest.hookimpl(optionalhook=True)
@@ -70,7 +72,7 @@ class Budgets:
 
 
 class Shows:
-    """Ends a run with what its tests noted by the fixture ``show``, a table for each kind of thing."""
+    """Print the values that tests recorded with the fixture ``show``, one table per subject, at the end of a run."""
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         tables: dict[str, dict[str, dict[str, str]]] = {}
@@ -102,7 +104,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Shows())
     if config.getoption("markexpr") == "gpu":
         config.pluginmanager.register(FailuresAtOnce(config))
-    # The tests' matrices are small: more threads only wait for one another, and for those of other processes.
+    # The matrices in the tests are small. More threads would only wait for one another and for other processes.
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
 
 
@@ -122,7 +124,7 @@ def _seed() -> None:
 
 @pytest.fixture
 def show(record_property: Callable[[str, object], None]) -> Callable[[str, str, str, object], None]:
-    """Notes a figure, or what happened, for the tables that end a run: table, row, column, value."""
+    """Return a function (table, row, column, value) that records a value for the tables at the end of the run."""
 
     def note(table: str, row: str, column: str, value: object) -> None:
         text = f"{value:.1e}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)

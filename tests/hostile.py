@@ -1,4 +1,4 @@
-"""What fuzzers feed to readers of files: bytes changed at random, and JSON with values that nobody expects."""
+"""Generate invalid inputs for readers of files: randomly changed bytes, and JSON with unexpected values."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-#: For tests whose fixtures are files that every example puts back.
+#: Settings for tests in which every example restores the files of the fixtures.
 fuzz = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
-#: In place of any value of a file.
+#: The values that may replace any value in a JSON file.
 _VALUES: list[Any] = [
     *(None, True, False, 0, -1, 3, 10**9, 10**30, -(10**400)),
     *(0.5, -1e308, float("nan"), float("inf")),
@@ -30,7 +30,7 @@ values = st.sampled_from(_VALUES).map(copy.deepcopy)
 
 @st.composite
 def damaged(draw: st.DrawFn, content: bytes) -> bytes:
-    """``content`` with up to four changes: bits, bytes, parts that are cut out, doubled, moved or made up."""
+    """Return ``content`` with up to four changes: flipped bits, and removed, repeated, moved or new parts."""
     for _ in range(draw(st.integers(1, 4))):
         size = len(content)
         at, end = sorted((draw(st.integers(0, size)), draw(st.integers(0, size))))
@@ -49,7 +49,7 @@ def damaged(draw: st.DrawFn, content: bytes) -> bytes:
             content = content[:end] + part[:10_000] + content[end:]
         elif kind == "move":
             content = part + content[:at] + content[end:]
-        elif kind == "number":  # lengths are written so
+        elif kind == "number":  # the format of lengths in files
             number = draw(st.sampled_from([0, 1, 2**31, 2**32 - 1, 2**63 - 1, 2**64 - 1]))
             content = content[:at] + number.to_bytes(8, "little") + content[at + 8 :]
     return content
@@ -57,7 +57,7 @@ def damaged(draw: st.DrawFn, content: bytes) -> bytes:
 
 @st.composite
 def altered(draw: st.DrawFn, value: Any) -> Any:
-    """A JSON value of which up to three parts, at whatever depth, were replaced, removed or added."""
+    """Return a JSON value in which up to three parts, at any depth, are replaced, removed or added."""
     value = copy.deepcopy(value)
     for _ in range(draw(st.integers(1, 3))):
         places = list(_places(value))
@@ -77,7 +77,7 @@ def altered(draw: st.DrawFn, value: Any) -> Any:
 
 
 def _places(value: Any) -> Iterator[tuple[Any, Any]]:
-    """(container, key) of everything inside ``value``."""
+    """Yield (container, key) of every value inside ``value``."""
     inner = (
         list(value.items()) if isinstance(value, dict) else list(enumerate(value)) if isinstance(value, list) else []
     )
@@ -88,8 +88,8 @@ def _places(value: Any) -> Iterator[tuple[Any, Any]]:
 
 @contextlib.contextmanager
 def at_most(megabytes: float) -> Iterator[None]:
-    """The block fails if the process ever has so much more memory in it than before."""
-    _RESET.write_text("5")  # the peak begins anew
+    """Fail if the peak memory inside the block exceeds the memory before the block by this much."""
+    _RESET.write_text("5")  # resets the peak
     before = _memory("VmRSS")
     yield
     more = _memory("VmHWM") - before
@@ -103,7 +103,7 @@ def _memory(name: str) -> float:
 
 @contextlib.contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """The block fails if it takes longer; also Python's ``re``, once for ever, can be interrupted so."""
+    """Fail if the block takes longer. The timeout also interrupts Python's ``re``."""
 
     def late(*_: object) -> None:
         raise AssertionError(f"took more than {seconds} seconds")

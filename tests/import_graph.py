@@ -1,16 +1,16 @@
-"""Which module imports which, read from the sources without running them.
+"""Find out from the sources which module imports which, without running them.
 
-An edge goes from module A to module B of the given packages where A's source, at the top, inside a function or under
-``if TYPE_CHECKING`` (which is knowledge of B all the same),
+The graph has an edge from module A to module B of the given packages if A's source does one of the following, at the
+top level, inside a function or under ``if TYPE_CHECKING`` (the types depend on B as well):
 
-- says ``import B`` or ``from B import name``; where ``B.name`` is a module too, the edge goes to that module, and to B
-  itself only if B's ``__init__`` binds the name (a re-export) or there is no such module;
-- calls ``import_module`` and holds the dotted name of B as a string anywhere, for instance in a table of commands, or
-  an f-string that can spell it.
+- It contains ``import B`` or ``from B import name``. If ``B.name`` is a module, the edge leads to that module. A second
+  edge leads to B if B's ``__init__`` binds the name (a re-export).
+- It calls ``import_module`` and contains the dotted name of B in any string, for instance in a table of commands, or
+  in an f-string that can produce the name.
 
-Importing ``package.module`` also runs ``package/__init__.py``. That is not an edge: it has begun to run before any of
-its modules can, and counting it would make one circle of every package whose ``__init__`` re-exports something. The
-``__init__`` is a module like any other, with edges to what it re-exports.
+An import of ``package.module`` also runs ``package/__init__.py``, but has no edge to it. The ``__init__`` starts to run
+before any of the package's modules, and such edges would create a cycle in every package that re-exports names. An
+``__init__`` has edges to the modules that it re-exports, like any other module.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Edge:
-    """``source`` imports ``target`` on a line of its file."""
+    """Record that ``source`` imports ``target`` on a line of its file."""
 
     source: str
     target: str
@@ -32,18 +32,18 @@ class Edge:
 
 
 def sources(folders: Mapping[str, Path]) -> dict[str, Path]:
-    """The file of each module of the packages, by dotted name; a package stands for its ``__init__``."""
+    """Return the file of each module of the packages, by dotted name; a package's name stands for its ``__init__``."""
     found = {}
     for package, folder in folders.items():
         for path in sorted(folder.rglob("*.py")):
             parts = [package, *path.relative_to(folder).with_suffix("").parts]
             found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-        found.setdefault(package, folder / "__init__.py")  # a namespace package has none
+        found.setdefault(package, folder / "__init__.py")  # a namespace package does not have this file
     return found
 
 
 def edges(modules: Mapping[str, Path]) -> list[Edge]:
-    """All imports among ``modules``, except of a module by itself."""
+    """Return all imports among ``modules``, except imports of a module by itself."""
     trees = {name: ast.parse(path.read_text() if path.is_file() else "") for name, path in modules.items()}
     bound = {name: set(_bound(tree)) for name, tree in trees.items()}
     return [
@@ -55,7 +55,7 @@ def edges(modules: Mapping[str, Path]) -> list[Edge]:
 
 
 def circles(found: list[Edge]) -> list[set[str]]:
-    """The sets of two and more modules that all reach one another."""
+    """Return the import cycles: sets of two or more modules that all reach one another."""
     direct: dict[str, set[str]] = {}
     for edge in found:
         direct.setdefault(edge.source, set()).add(edge.target)
@@ -79,7 +79,7 @@ def circles(found: list[Edge]) -> list[set[str]]:
 
 
 def _bound(tree: ast.Module) -> Iterator[str]:
-    """Names that the module binds at its top level."""
+    """Yield the names that the module binds at its top level."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
             yield from (alias.asname or alias.name for alias in node.names)
@@ -90,7 +90,7 @@ def _bound(tree: ast.Module) -> Iterator[str]:
 
 
 def _targets(tree: ast.Module, bound: Mapping[str, set[str]]) -> Iterator[tuple[str, int]]:
-    """(module, line) of every import in ``tree`` of one of the modules whose names are the keys of ``bound``."""
+    """Yield (module, line) of every import in ``tree`` of one of the modules that are keys of ``bound``."""
     dynamic = any(
         isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in ("import_module", "__import__")
         for node in ast.walk(tree)

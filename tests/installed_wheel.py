@@ -1,4 +1,4 @@
-"""What a compiled wheel must do once it is installed with its run-time dependencies alone: import, and compute."""
+"""Check that a compiled wheel imports and computes if only its run-time dependencies are installed."""
 
 import torch
 

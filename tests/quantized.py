@@ -1,4 +1,4 @@
-"""Ways to quantize linear layers: a tensor subclass as small as one can be, and torchao's where that is installed."""
+"""Quantize linear layers with a minimal tensor subclass, and with torchao if it is installed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class Int8(Tensor):
-    """A frozen weight as int8 with a scale a row: it has ``linear``, ``dequantize`` and what copies need."""
+    """Store a frozen weight as int8 with one scale per row; support ``linear``, ``dequantize`` and copies."""
 
     q: Tensor
     row_scale: Tensor
@@ -52,14 +52,14 @@ class Int8(Tensor):
 
 
 def to_int8(linear: nn.Linear) -> None:
-    """Quantize one layer in place by :class:`Int8`."""
+    """Quantize one layer in place with :class:`Int8`."""
     W = linear.weight.detach()
     row_scale = W.abs().amax(1, keepdim=True) / 127
     linear.weight = nn.Parameter(Int8((W / row_scale).round().to(torch.int8), row_scale), requires_grad=False)
 
 
 def torchao(config: str) -> Callable[[nn.Linear], None]:
-    """Quantize one layer in place by a configuration of torchao."""
+    """Return a function that quantizes one layer in place with the named configuration class of torchao."""
 
     def quantize(linear: nn.Linear) -> None:
         library = pytest.importorskip("torchao.quantization", reason="needs torchao")
@@ -69,14 +69,16 @@ def torchao(config: str) -> Callable[[nn.Linear], None]:
 
 
 def to_nf4(linear: nn.Linear) -> None:
-    """Quantize one layer in place to torchao's 4-bit normal floats, in blocks that tiny layers have too."""
+    """Quantize one layer in place to torchao's 4-bit normal floats, in blocks that fit tiny layers."""
     library = pytest.importorskip("torchao.quantization", reason="needs torchao")
     linear.weight = nn.Parameter(library.to_nf4(linear.weight.detach(), 16, 4), requires_grad=False)
 
 
 def to_float8_rows(linear: nn.Linear) -> None:
-    """What ``Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())`` does: it refuses CPUs, whose
-    ``torch._scaled_mm`` works all the same."""
+    """Quantize one layer in place like ``Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())``.
+
+    That configuration does not accept CPUs, although ``torch._scaled_mm`` works on them.
+    """
     library = pytest.importorskip("torchao.quantization", reason="needs torchao")
     from torchao.float8.inference import Float8MMConfig
     from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs
@@ -89,14 +91,14 @@ def to_float8_rows(linear: nn.Linear) -> None:
     linear.weight = nn.Parameter(weight, requires_grad=False)
 
 
-#: Weights that multiply what they are given.
+#: The formats whose products use the other operand without rounding.
 WAYS = {
     "subclass": to_int8,
     "torchao-int8": torchao("Int8WeightOnlyConfig"),
     "torchao-float8": torchao("Float8WeightOnlyConfig"),
     "torchao-nf4": to_nf4,
 }
-#: Weights whose products round their other operand, too.
+#: The formats whose products also round the other operand.
 ROUNDING_WAYS = {
     "torchao-int8-int8": torchao("Int8DynamicActivationInt8WeightConfig"),
     "torchao-float8-float8": to_float8_rows,

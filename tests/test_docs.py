@@ -1,4 +1,6 @@
-"""The documentation's code works as shown, the files that it names exist, and the site builds."""
+"""Test that the documentation's code works, that the files that it names exist, and that the site builds."""
+
+from __future__ import annotations
 
 import importlib.util
 import os
@@ -14,10 +16,10 @@ from benchmarks.readme import render
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
-#: Every page that people read, also outside the site.
+#: The pages for readers, including those outside the site.
 TEXTS = [*PAGES, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "ENVIRONMENT.md", "SECURITY.md"))]
 TEXTS += [ROOT / "csrc/README.md", ROOT / "benchmarks/README.md"]
-#: A path in backticks; ``<op>`` and ``x`` stand for names, as in "an op ``x`` consists of these files".
+#: A path in backticks. ``<op>`` and ``x`` are placeholders, as in "an op ``x`` consists of these files".
 PATH = re.compile(r"`((?:efft_kernels|python|csrc|tests|benchmarks|docs)/[^`\s]*)`")
 PLACEHOLDER = re.compile(r"<\w+>|(?:/|_)x\.\w+$")
 EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.py"))
@@ -29,7 +31,7 @@ BLOCKS = [
 
 
 def skip_without_what_it_imports(code: str) -> None:
-    """Skip the test if a package is missing that ``code`` imports; CI installs all of them."""
+    """Skip the test if ``code`` imports a package that is not installed; CI installs all of them."""
     for line in re.findall(r"^import (.+)$|^from (\w+)", code, re.MULTILINE):
         for name in "".join(line).split(", "):
             if importlib.util.find_spec(name.split()[0]) is None:
@@ -63,7 +65,7 @@ def test_paths_in_the_documentation_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_page_says_what_it_is_for(page: Path) -> None:
-    """A sentence comes right below the title. A page that only includes another file leaves that to the file."""
+    """A sentence follows the title directly. A page that only includes another file leaves that to the file."""
     text = page.read_text(encoding="utf-8")
     if text.startswith("--8<--"):
         text = (ROOT / text.split('"')[1]).read_text(encoding="utf-8")
@@ -72,7 +74,7 @@ def test_page_says_what_it_is_for(page: Path) -> None:
 
 
 def test_errors_of_the_troubleshooting_page_exist() -> None:
-    """The sources contain every text that the page explains, once lines and adjacent string literals are joined."""
+    """The sources contain every error text of the page after lines and adjacent string literals are joined."""
     sources = "".join(
         path.read_text(encoding="utf-8")
         for folder in ("efft_kernels", "python/efft")
@@ -87,7 +89,7 @@ def test_errors_of_the_troubleshooting_page_exist() -> None:
 
 
 def test_figures_of_the_scaling_page(capsys: pytest.CaptureFixture[str]) -> None:
-    """The library gives its counts, and the formula on the page its modeled shares."""
+    """The library reports the counts on the page, and the formula on the page yields its modeled shares."""
     import timm
 
     import efft
@@ -121,7 +123,7 @@ def test_site_builds(tmp_path: Path) -> None:
     api = (tmp_path / "site/api/ops/index.html").read_text(encoding="utf-8")
     assert "low-rank delta" in api, "docstrings are there"
     performance = (tmp_path / "site/performance/index.html").read_text(encoding="utf-8")
-    assert "frozen floor" in performance, "tables are there"
+    assert "frozen baseline" in performance, "the page has its tables"
     pages = "".join(path.read_text(encoding="utf-8") for path in (tmp_path / "site").rglob("*.html"))
     assert "--8&lt;--" not in pages
     assert "fonts.googleapis.com" not in pages

@@ -1,4 +1,6 @@
-"""What importing costs: no optional package, no GPU, no compiler."""
+"""Test that importing the packages needs no optional package, GPU or compiler."""
+
+from __future__ import annotations
 
 import os
 import subprocess
@@ -24,7 +26,7 @@ sys.meta_path.insert(0, Block())
 
 
 def fresh(program: str) -> subprocess.CompletedProcess[str]:
-    """Run ``program`` in a new interpreter where the optional packages are not installed."""
+    """Run ``program`` in a new interpreter that cannot import the optional packages."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python")])}
     command = [sys.executable, "-c", BLOCK.format(blocked=set(OPTIONAL)) + program]
     return subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -57,7 +59,7 @@ def test_imports_with_torch_alone(packages: str, unwanted: set[str]) -> None:
 
 
 def test_every_module_of_the_library_imports_without_the_optional_packages() -> None:
-    """All but the tuner of peft, which is a class of peft's and says what to install."""
+    """The only exception is the tuner for peft. It derives from a class of peft and reports what to install."""
     program = (
         "import importlib, pkgutil, efft, efft_kernels\n"
         "for package in (efft, efft_kernels):\n"

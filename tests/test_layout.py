@@ -1,4 +1,6 @@
-"""Where code lives, and which way it may depend."""
+"""Test the location of code, and the direction of imports between packages."""
+
+from __future__ import annotations
 
 import ast
 import re
@@ -19,7 +21,7 @@ SOURCES = [
     for path in sorted(folder.rglob("*"))
     if path.suffix in {".py", ".h", ".cpp", ".cu", ".cuh"}
 ]
-#: The packages in the order in which they may import one another: each only those before it.
+#: The packages in the order of their dependencies: each may import only those before it.
 PACKAGES = {
     "efft_kernels": KERNELS,
     "efft": EFFT,
@@ -27,7 +29,7 @@ PACKAGES = {
     "benchmarks": ROOT / "benchmarks",
     "tests": ROOT / "tests",
 }
-#: Submodules of efft_kernels that are public as a whole, beside the names in its __all__.
+#: The submodules of efft_kernels that are public, in addition to the names in its ``__all__``.
 PUBLIC = ("efft_kernels.nn", "efft_kernels.env", "efft_kernels.testing")
 
 
@@ -40,7 +42,7 @@ def public_modules(folder: Path) -> set[str]:
 
 
 def imports(tree: ast.AST) -> Iterator[tuple[str, str | None]]:
-    """(module, name) of every import: name is None for ``import module``."""
+    """Yield (module, name) of every import; the name is None for ``import module``."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((alias.name, None) for alias in node.names)
@@ -53,7 +55,7 @@ def packages(tree: ast.AST) -> set[str]:
     return {module.partition(".")[0] for module, _ in imports(tree)}
 
 
-#: What the triton folder holds beside one file per op: the kernels that ops share, and what launches them.
+#: The files of the triton folder in addition to one file per op: kernels that ops share, and their launchers.
 TRITON_PARTS = {"launch", "lowrank_gemm", "producers", "reduce_tokens", "interpreter"}
 
 
@@ -80,7 +82,7 @@ def test_every_op_has_its_tests_and_nothing_else_has() -> None:
     together = {
         "test_tt_gelu_linear": "test_producers",
         "test_tt_norm_linear": "test_producers",
-    }  # alike in all but that
+    }  # these ops differ only in the producer, the operation whose output the layer reads
     assert found == {together.get(f"test_{op}", f"test_{op}") for op in public_modules(KERNELS / "ops")}
 
 
@@ -107,7 +109,7 @@ def test_efft_uses_public_names_of_the_kernels_only(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted(KERNELS.rglob("*.py")), ids=relative)
 def test_kernels_need_torch_only(path: Path) -> None:
-    """numpy is a dependency too; triton may be missing, so only functions and the triton backend's files import it."""
+    """numpy is another dependency. Only functions and the triton backend import triton, which may be missing."""
     allowed = {*sys.stdlib_module_names, "efft_kernels", "torch", "numpy"}
     tree = ast.parse(path.read_text())
     assert packages(tree) <= allowed | {"triton"}
@@ -134,7 +136,7 @@ def package_of(module: str) -> str:
 
 
 def upward(found: list[Edge]) -> list[Edge]:
-    """Imports of a later package by an earlier one."""
+    """Return the imports of a later package by an earlier one."""
     order = list(PACKAGES)
     return [e for e in found if order.index(package_of(e.source)) < order.index(package_of(e.target))]
 
@@ -150,7 +152,7 @@ def test_packages_import_in_one_direction(imported: list[Edge]) -> None:
     assert not upward(imported)
 
 
-#: Every way to import, as source in which the package and the module are to be filled in.
+#: Every way to import, as source text with placeholders for the package and the module.
 PLANTED = {
     "import": "import {p}.{m}\n",
     "from": "from {p} import {m}\n",
@@ -165,7 +167,7 @@ PLANTED = {
 
 
 def planted(folder: Path, kind: str, target: str, into: str) -> list[Edge]:
-    """The imports of ``efft_kernels`` [a, b] and ``efft`` [c], where b imports a, with one of ``target`` added."""
+    """Return the imports of ``efft_kernels`` [a, b] and ``efft`` [c]: b imports a, plus one import of ``target``."""
     text = {"efft_kernels.__init__": "", "efft_kernels.a": "", "efft_kernels.b": "import efft_kernels.a\n"}
     text |= {"efft.__init__": "", "efft.c": ""}
     package, _, module = target.partition(".")

@@ -1,4 +1,6 @@
-"""What a user installs: built once from a copy of the tree, without network, and looked into."""
+"""Test the packages that users install: build them once from a copy of the tree, without network, and inspect them."""
+
+from __future__ import annotations
 
 import configparser
 import email.parser
@@ -26,7 +28,7 @@ GENERATED = shutil.ignore_patterns("__pycache__", "*.egg-info")
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with the sdist and the wheel built from it: what MANIFEST.in forgets is missing from both."""
+    """Return a folder with the sdist and the wheel built from it; files missing in MANIFEST.in are missing in both."""
     tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("built")
     for file in ROOT.iterdir():
         if file.is_file():
@@ -100,7 +102,7 @@ def test_wheel_metadata(metadata: Message) -> None:
 
 @pytest.mark.slow
 def test_every_extra_that_is_named_exists(metadata: Message) -> None:
-    """The messages that say what to install, and the documentation, name extras that can be installed."""
+    """The extras named in error messages and in the documentation can be installed."""
     texts = [*(ROOT / "efft_kernels").rglob("*.py"), *(ROOT / "python").rglob("*.py"), *ROOT.glob("*.md")]
     named = {name for path in texts for name in re.findall(r"""["'`](?:efft-kernels|\.)\[(\w+)\]""", path.read_text())}
     assert "train" in named
@@ -151,7 +153,7 @@ def test_sdist_is_a_complete_working_tree(built: Path) -> None:
 
 
 def test_every_environment_variable_is_documented() -> None:
-    """Quoted EFFT_ names are what the code reads; the table's first column is what users see."""
+    """The environment variables that the code reads (quoted EFFT_ names) are those in the table's first column."""
     sources = [ROOT / "setup.py", *(ROOT / "efft_kernels").rglob("*.py"), *(ROOT / "python").rglob("*.py")]
     sources += [path for path in (ROOT / "csrc").rglob("*") if path.suffix in {".h", ".cpp", ".cu", ".cuh"}]
     read = {name for path in sources for name in re.findall(r"""["'](EFFT_[A-Z0-9_]+)["']""", path.read_text())}

@@ -1,4 +1,6 @@
-"""What the README shows works as shown: its Python blocks, its commands, its tables."""
+"""Test that the README's Python blocks, commands and tables are correct."""
+
+from __future__ import annotations
 
 import os
 import re
@@ -55,7 +57,7 @@ def test_python_block_runs(
 
 @pytest.mark.slow
 def test_efft_commands_run_in_order(tmp_path: Path) -> None:
-    shown = [line for line in commands("efft", COMMANDS) if line.split()[1] != "compare"]  # these take long
+    shown = [line for line in commands("efft", COMMANDS) if line.split()[1] != "compare"]  # comparisons take long
     assert {line.split()[1] for line in shown} == {"data", "inspect", "train", "eval", "merge", "export", "env"}
     path = os.pathsep.join([str(ROOT), str(ROOT / "python")])
     environment = {**os.environ, "PYTHONPATH": path, "EFFT_HOME": str(tmp_path / "cache")}

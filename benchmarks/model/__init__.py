@@ -1,1 +1,1 @@
-"""One training step of a whole model under several ways to adapt it."""
+"""Measure one training step of a complete model, adapted in several ways."""

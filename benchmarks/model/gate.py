@@ -1,4 +1,4 @@
-"""Is what a row computes right? No time is quoted for one that is not."""
+"""Check that a row computes correct results; a row that does not is not timed."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from efft_kernels.testing import assert_close_budget
 
 
 class Gate:
-    """Compares rows with the same model in fp64, on a few images before any training.
+    """Compare a row (one way to adapt the model) with the same model in fp64, on a few images before any training.
 
-    An EFFT row is judged by its logits and by the gradient of every factor: each may be at most twice as wrong as in
-    another formulation in the row's own precision (that of ``naive``; for ``naive`` itself, of ``paper``). The other
-    rows start as the plain model does, and are judged by their logits, with the plain model's error as yardstick.
-    Layers add up their rounding errors, so in bf16 this finds errors from some percent on; ``ops`` finds smaller ones.
+    A row that computes the EFFT update is judged by its logits and by the gradient of every factor. Each error may be
+    at most twice the error of another implementation in the same precision: of ``naive``, or, for ``naive`` itself, of
+    ``paper``. All other rows start with the logits of the plain model. They are judged by their logits, and each error
+    may be at most twice the plain model's error. Rounding errors accumulate over the layers. In bf16 this check
+    therefore finds only errors of several percent; the command ``ops`` finds smaller ones.
     """
 
     def __init__(self, setting: Setting, images: int = 2) -> None:
@@ -27,7 +28,7 @@ class Gate:
         self._rounded = {row: probe(row, self.setting.build(row), self.setting) for row in (FLOOR, NAIVE, PAPER)}
 
     def verdict(self, row: ModelRow, model: nn.Module) -> str | None:
-        """None if ``model``, as ``setting.build(row)`` made it, computes what it should, else what is wrong."""
+        """Return None if ``model``, built by ``setting.build(row)``, is accurate, or a description of the error."""
         yardstick = FLOOR if not row.is_efft else PAPER if row.name == NAIVE.name else NAIVE
         exact = in_fp64(NAIVE if row.is_efft else FLOOR, replace(self.setting, dtype="float64"))
         rounded = self._rounded[yardstick]
@@ -40,20 +41,20 @@ class Gate:
 
 
 def probe(row: ModelRow, model: nn.Module, setting: Setting) -> dict[str, Tensor]:
-    """Logits of a batch and, of an EFFT row, the gradient of every factor."""
+    """Return the logits of a batch and, if the row computes the EFFT update, the gradient of every factor."""
     with row.running():
         logits, loss = setting.loss(model, *setting.examples(model))
     loss.backward()
     found = {"logits": logits.detach()}
     if row.is_efft:
         for name, factor in efft.named_factors(model):
-            assert factor.grad is not None, f"{name} got no gradient"
+            assert factor.grad is not None, f"{name} has no gradient"
             found[f"gradient of {name}"] = factor.grad
-    model.zero_grad()  # sets the gradients to None: those found stay
+    model.zero_grad()  # sets the gradients to None and leaves the tensors in found unchanged
     return found
 
 
 @functools.cache
 def in_fp64(row: ModelRow, setting: Setting) -> dict[str, Tensor]:
-    """:func:`probe` of ``row`` in fp64; kept, as the runs in fp32 and bf16 are both compared with it."""
+    """Return :func:`probe` of ``row`` in fp64. The result is cached, because several dtypes are compared with it."""
     return probe(row, setting.build(row), setting)

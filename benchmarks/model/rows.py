@@ -1,4 +1,4 @@
-"""The ways to adapt a model that are compared: each row turns a plain timm model into the one whose step is taken."""
+"""Define the ways to adapt a model that are compared. Each row turns a plain timm model into a trainable model."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ from efft_kernels.testing import backends
 
 @dataclass(frozen=True)
 class ModelRow:
-    """A way to adapt a model.
+    """Describe one way to adapt a model.
 
     Attributes:
-        name: what tables and result files call it.
-        explains: one line.
-        adapt: (plain model, rank) to the model to train, with everything frozen that the row does not train.
-        is_efft: it computes the EFFT update from the same factors as every other such row.
-        backend: the backend its ops ask for; None where it has none.
+        name: name of the row in tables and result files.
+        explains: description in one line.
+        adapt: function from (plain model, rank) to the model to train, which freezes everything that the row does not
+            train.
+        is_efft: whether the row computes the EFFT update; all such rows have equal factors.
+        backend: the backend that the ops of this library use, or None if the row does not use these ops.
     """
 
     name: str
@@ -38,17 +39,19 @@ class ModelRow:
     backend: Backend | None = None
 
     def running(self) -> AbstractContextManager[None]:
-        """The context that the row's model must run in."""
+        """Return the context in which the model of this row must run."""
         return nullcontext() if self.backend is None else use_backend(self.backend)
 
 
 class DenseDelta(nn.Module):
-    """An adapted layer that builds its update, as ``W + dW`` ("naive") or beside the frozen product ("paper")."""
+    """Compute a layer with a dense update, as ``x (W + dW)ᵀ`` ("naive") or as ``x Wᵀ`` plus ``x dW`` ("paper")."""
 
     def __init__(self, layer: EfftLinear, form: str) -> None:
         super().__init__()
         if layer.site.columns is not None:
-            raise ValueError(f"DenseDelta takes all columns of V, got {layer.site}: use variant='efft2'")
+            raise ValueError(
+                f"DenseDelta needs a layer that uses all columns of V, got {layer.site}: use variant='efft2'"
+            )
         self.layer, self.form = layer, form
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,14 +67,15 @@ class DenseDelta(nn.Module):
 
 
 def targeted(model: nn.Module) -> list[str]:
-    """The layers that every row with an adapter adapts, in the order of the forward pass."""
+    """Return the layers that every adapter row adapts, in the order of the forward pass."""
     return [target.name for target in find_targets(model, find_head(model, None))]
 
 
 def floor(model: nn.Module, rank: int) -> nn.Module:
-    """What no method can avoid: the gradient flows from the head to the first adapted layer's output, and ends there.
+    """Return the frozen model: the baseline, whose cost every method has in common.
 
-    That layer's input needs no gradient under any adapter either, and no weight but the head's needs one here.
+    The gradient flows from the head to the output of the first adapted layer and ends there. No adapter needs the
+    gradient of that layer's input. Only the weights of the head are trained.
     """
     efft.freeze_backbone(model)
     model.get_submodule(targeted(model)[0]).register_forward_hook(lambda module, args, y: y.requires_grad_())
@@ -79,7 +83,7 @@ def floor(model: nn.Module, rank: int) -> nn.Module:
 
 
 def adapted(model: nn.Module, rank: int) -> nn.Module:
-    """EFFT2 by this library, with no factor zero: at the usual start half of the gradients would be."""
+    """Return EFFT2 by this library. No factor is zero, because half of the gradients would be zero otherwise."""
     efft.apply(model, efft.EfftConfig(rank=rank, dropout=0.0))
     for _, factor in efft.named_factors(model):
         if not factor.any():
@@ -88,27 +92,27 @@ def adapted(model: nn.Module, rank: int) -> nn.Module:
 
 
 def fused(model: nn.Module, rank: int) -> nn.Module:
-    """The same, with layer norms and GELUs computed inside the layers."""
+    """Return EFFT2 by this library, with layer norms and GELUs computed inside the adapted layers."""
     efft.fuse(adapted(model, rank))
     return model
 
 
 def dense(form: str) -> Callable[[nn.Module, int], nn.Module]:
-    """The same factors in one of the two forms of :class:`DenseDelta`."""
+    """Return a function that adapts a model with :class:`DenseDelta` layers of the given form and the same factors."""
 
     def adapt(model: nn.Module, rank: int) -> nn.Module:
         for name, layer in adapted_layers(adapted(model, rank)).items():
             model.set_submodule(name, DenseDelta(layer, form))
-        adapter_of(model).enabled = False  # the dense forms contract for themselves
+        adapter_of(model).enabled = False  # the dense forms do not need the adapter's contraction
         return model
 
     return adapt
 
 
 def lora(model: nn.Module, rank: int) -> nn.Module:
-    """LoRA by the peft library on the same layers, training the same head.
+    """Return LoRA by the peft library on the same layers, with a trained head.
 
-    Its cast of every input to the adapter's dtype is off: under autocast it only costs a copy.
+    peft's cast of every input to the adapter's dtype is disabled; under autocast it has no effect except for a copy.
     """
     from peft import LoraConfig, get_peft_model
     from peft.tuners.lora import LoraLayer
@@ -122,7 +126,7 @@ def lora(model: nn.Module, rank: int) -> nn.Module:
 
 
 def bitfit(model: nn.Module, rank: int) -> nn.Module:
-    """All biases and the head."""
+    """Train all biases and the head."""
     efft.freeze_backbone(model)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
@@ -131,11 +135,11 @@ def bitfit(model: nn.Module, rank: int) -> nn.Module:
 
 
 def full(model: nn.Module, rank: int) -> nn.Module:
-    """Everything."""
+    """Train everything."""
     return model.requires_grad_()
 
 
-FLOOR = ModelRow("floor", "backbone frozen, gradient flowing through it to the first adapted layer", floor)
+FLOOR = ModelRow("floor", "frozen model; the gradient flows through it to the first adapted layer", floor)
 NAIVE = ModelRow("naive", "EFFT2, each update built and added to its weight: x (W + dW)ᵀ", dense("naive"), is_efft=True)
 PAPER = ModelRow("paper", "EFFT2 as the paper's code does it: x Wᵀ + s [x dW ...]", dense("paper"), is_efft=True)
 
@@ -148,7 +152,7 @@ ROWS: dict[str, ModelRow] = {
             for b in (Backend.AUTO, *backends())
         ),
         *(
-            ModelRow(f"fused:{b.value}", f"the same after efft.fuse, backend {b.value}", fused, is_efft=True, backend=b)
+            ModelRow(f"fused:{b.value}", f"EFFT2 after efft.fuse, backend {b.value}", fused, is_efft=True, backend=b)
             for b in (Backend.AUTO, *backends())
             if b is not Backend.REFERENCE
         ),
@@ -162,12 +166,12 @@ ROWS: dict[str, ModelRow] = {
 
 
 def select(names: Iterable[str] | None) -> list[ModelRow]:
-    """The rows of these names, in the tables' order, the floor first; None for all.
+    """Return the rows with these names (all rows for None) in the order of the tables, starting with the baseline.
 
     Raises:
-        ValueError: there is no row of such a name.
+        ValueError: a name is unknown.
     """
     wanted = set(ROWS if names is None else names)
     for name in sorted(wanted - set(ROWS)):
-        raise ValueError(f"no row {name!r}: {did_you_mean(name, ROWS)}")
+        raise ValueError(f"unknown row {name!r}: {did_you_mean(name, ROWS)}")
     return [row for row in ROWS.values() if row.name in wanted | {"floor"}]

@@ -1,10 +1,12 @@
-"""Time and memory of one training step of a whole model, under several ways to adapt it.
+"""Measure the time and memory of one training step of a complete model, adapted in several ways.
 
     python -m benchmarks model --quick
 
-Forward, backward and AdamW, all rows interleaved, each as a ratio to the frozen floor of the same repetition. A row
-whose logits or factor gradients are wrong gets the reason and no time. With ``--cuda-graphs`` a step is the replay of a
-CUDA graph: its kernels alone, where otherwise the host may be what takes the time. Measure on an idle machine.
+A row is one way to adapt the model. A step consists of a forward pass, a backward pass and AdamW. Rows are measured in
+turn within each repetition, and a ratio divides the time of a row by the time of the frozen baseline (row "floor") in
+the same repetition. If the logits or the factor gradients of a row are wrong, its line contains the reason and no
+times. With ``--cuda-graphs`` a step is the replay of a CUDA graph, which measures the kernels only; without this
+option the host may limit the speed. Measure on an idle machine.
 """
 
 from __future__ import annotations
@@ -25,16 +27,16 @@ from benchmarks.options import parser_of_measurement
 from benchmarks.timing import Captured, ratios, time_rows
 from efft_lab.record import append, machine_facts, quantiles
 
-#: Without the slow specification, what needs hardly more than the floor, and auto, which is one of the others.
+#: All rows except the slow reference backend, rows that cost little more than the baseline, and ``auto`` (a duplicate).
 QUICK_ROWS = [name for name in ROWS if name not in ("efft:reference", "bitfit", "efft:auto", "fused:auto")]
 
 
 def measure(setting: Setting, rows: Sequence[ModelRow], repeats: int) -> list[dict[str, Any]]:
-    """A line of the result file for each row; ``reason`` instead of times where there can be none."""
+    """Measure every row and return one line of the result file per row, with a ``reason`` if the row was not timed."""
     gate, plain = Gate(setting), setting.plain()
     found: dict[str, dict[str, Any]] = {}
     steps = {}
-    pool = None  # memory for all graphs: a step leaves nothing behind that it allocated, and no two run at once
+    pool = None  # all graphs share this memory pool: a step frees all its allocations, and steps never overlap
     for row in rows:
         try:
             found[row.name], step = _prepare(row, setting, gate, plain)
@@ -43,11 +45,11 @@ def measure(setting: Setting, rows: Sequence[ModelRow], repeats: int) -> list[di
                 pool = step.graph.pool()
             if step is not None:
                 steps[row.name] = step
-        except (RuntimeError, ImportError) as error:  # out of memory, peft not installed: the other rows go on
+        except (RuntimeError, ImportError) as error:  # such as out of memory; continue with the other rows
             found[row.name] = {"reason": f"failed: {error}"}
             pool = None
         print(f"{row.name:<16} {found[row.name].get('reason', 'checked')}", flush=True)
-    # The step that each row took above was its warm-up on a CPU.
+    # On a CPU, the step that each row ran above was its warm-up.
     samples = time_rows(steps, repeats, warmup=2 if setting.device != "cpu" else 0, device=setting.device)
     relative = ratios(samples) if "floor" in samples else {}
     for name, seconds in samples.items():
@@ -60,7 +62,7 @@ def measure(setting: Setting, rows: Sequence[ModelRow], repeats: int) -> list[di
 
 
 def _prepare(row: ModelRow, setting: Setting, gate: Gate, plain: nn.Module) -> tuple[dict[str, Any], Any]:
-    """What is known of a row before it is timed, and its step; None where it must not be timed."""
+    """Return the facts about a row that need no timing, and its training step (None if it must not be timed)."""
     reason = unavailable(row, setting)
     if reason is not None:
         return {"reason": f"not available: {reason}"}, None
@@ -84,7 +86,7 @@ def _prepare(row: ModelRow, setting: Setting, gate: Gate, plain: nn.Module) -> t
 
 
 def show(lines: Sequence[dict[str, Any]]) -> None:
-    """The table of one setting."""
+    """Print the table of one setting."""
     first = lines[0]
     graphs = ", CUDA graphs" if first["cuda_graphs"] else ""
     print(
@@ -107,24 +109,24 @@ def show(lines: Sequence[dict[str, Any]]) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options."""
+    """Return the parser of the options."""
     options = parser_of_measurement("model", __doc__)
     options.add_argument("--model", nargs="+", default=[Setting.model], help="timm names; ViT or Swin")
-    options.add_argument("--batch", type=int, help="images; default: 8 on a CPU, 64 on a GPU")
+    options.add_argument("--batch", type=int, help="number of images; default: 8 on a CPU, 64 on a GPU")
     options.add_argument("--rank", type=int, default=Setting.rank)
     options.add_argument(
-        "--cuda-graphs", action="store_true", help="time replays of the captured step, without the host's work"
+        "--cuda-graphs", action="store_true", help="time replays of the captured step, which exclude the host's work"
     )
     options.add_argument("--repeats", type=int, help="default: 10, with --quick 2")
     options.add_argument(
-        "--rows", nargs="+", help="default: all, with --quick those that matter most; the floor is always measured"
+        "--rows", nargs="+", help="default: all, or with --quick a selection; the frozen baseline is always measured"
     )
-    options.add_argument("--quick", action="store_true", help="few repeats and rows")
+    options.add_argument("--quick", action="store_true", help="use few repeats and rows")
     return options
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Measures, prints and records every setting."""
+    """Measure, print and record every setting."""
     options = parser()
     args = options.parse_args(words)
     if args.cuda_graphs and torch.device(args.device).type != "cuda":
@@ -137,7 +139,7 @@ def main(words: Sequence[str] | None = None) -> int:
             lines = measure(Setting(name, batch, args.rank, dtype, args.device, args.cuda_graphs), rows, repeats)
             path = append("model", lines, args.results)
             show(lines)
-    print(f"\nwritten to {path}")
+    print(f"\nresults written to {path}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What is measured of a whole model: a setting, the model of a row in it, and its training step."""
+"""Build the model of a row in a given setting, and its training step."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ N_CLASSES = 100
 
 @dataclass(frozen=True)
 class Setting:
-    """A model of timm (random weights, no stochastic depth), the size of its batch, and the numbers it computes with.
+    """Describe a timm model (random weights, no stochastic depth), its batch size, and its numeric precision.
 
-    ``dtype`` is that of autocast over fp32 weights; "float32" computes without autocast, "float64" in fp64 weights.
-    ``cuda_graphs``: steps are replays of CUDA graphs, free of what the host does to launch kernels.
+    ``dtype`` is the dtype of autocast over fp32 weights. "float32" disables autocast, and "float64" also uses fp64
+    weights. With ``cuda_graphs`` a step is the replay of a CUDA graph, which excludes the host's work.
     """
 
     model: str = "vit_base_patch16_224"
@@ -32,19 +32,19 @@ class Setting:
     cuda_graphs: bool = False
 
     def build(self, row: ModelRow) -> nn.Module:
-        """The model of ``row`` in training mode; weights and factors are the same numbers in every row and dtype."""
+        """Return the model of ``row`` in training mode; all rows and dtypes have equal weights and factors."""
         model = row.adapt(self.plain(), self.rank).train()
         return model.to(self.device, torch.float64 if self.dtype == "float64" else torch.float32)
 
     def plain(self) -> nn.Module:
-        """The model of timm that the rows adapt."""
+        """Return the timm model that the rows adapt."""
         import timm
 
         torch.manual_seed(0)
         return timm.create_model(self.model, num_classes=N_CLASSES, drop_path_rate=0.0)
 
     def examples(self, model: nn.Module, n: int | None = None) -> tuple[Tensor, Tensor]:
-        """``n`` random images (default: a batch) ``[n, channels, height, width]`` for ``model``, and labels ``[n]``."""
+        """Return ``n`` random images (default: a batch) [n, channels, height, width] for ``model``, and labels [n]."""
         size: tuple[int, int, int] = model.default_cfg["input_size"]  # type: ignore[assignment,index]
         generator = torch.Generator().manual_seed(1)
         images = torch.randn(n or self.batch, *size, generator=generator)
@@ -52,7 +52,7 @@ class Setting:
         return images.to(self.device, torch.float64 if self.dtype == "float64" else None), labels.to(self.device)
 
     def loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """(logits [n, classes], loss) of a forward pass."""
+        """Run a forward pass and return (logits [n, classes], loss)."""
         dtype = getattr(torch, self.dtype)
         with torch.autocast(images.device.type, dtype, enabled=dtype.itemsize < 4):
             logits = model(images)
@@ -60,14 +60,14 @@ class Setting:
 
 
 def unavailable(row: ModelRow, setting: Setting) -> str | None:
-    """None if ``row`` can run in ``setting``, else the reason why it cannot."""
+    """Return None if ``row`` can run in ``setting``, else the reason why it cannot."""
     if row.backend is None:
         return None
     return can_run(row.backend, torch.empty(1, dtype=getattr(torch, setting.dtype), device=setting.device))
 
 
 def training_step(row: ModelRow, model: nn.Module, setting: Setting) -> Callable[[], None]:
-    """Forward, backward and optimizer step of one batch, as one call."""
+    """Return a function that runs the forward pass, backward pass and optimizer step of one batch."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, capturable=setting.cuda_graphs)
     images, labels = setting.examples(model)
@@ -83,12 +83,12 @@ def training_step(row: ModelRow, model: nn.Module, setting: Setting) -> Callable
 
 
 def trainable(model: nn.Module) -> int:
-    """Number of trainable parameters, head included."""
+    """Return the number of trainable parameters, including the head."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def adapter_bytes(model: nn.Module, plain: nn.Module) -> int:
-    """Size of everything trained beside the classifier of ``plain``: the data of an adapter file."""
+    """Return the bytes of all trained tensors except the head of ``plain``: the size of the data in an adapter file."""
     head = sum(
         p.numel() * p.element_size() for n in find_head(plain, None) for p in plain.get_submodule(n).parameters()
     )

@@ -1,1 +1,1 @@
-"""One adapted linear layer at a time: the frozen floor against every way to add the low-rank update."""
+"""Measure one adapted linear layer: every way to add the low-rank update, compared with the frozen layer."""

@@ -1,4 +1,4 @@
-"""The registry of cases: which linear layers of which models, at which sizes."""
+"""Define the cases: the linear layers of several models, with their sizes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks.counts import Sizes
 from efft.hints import did_you_mean
 
-#: Width, expansion aside, and tokens per image of 224 x 224.
+#: Width of the tokens (not of the MLP's hidden layer), and tokens per image of 224 x 224 pixels.
 MODELS = {
     "vit_b": (768, 197),
     "vit_l": (1024, 197),
@@ -23,12 +23,12 @@ MODELS = {
     "swin_b.3": (512, 196),
     "swin_b.4": (1024, 49),
 }
-#: d_in and d_out over the model's width, and the matrices fused in the layer.
+#: d_in and d_out as multiples of the model's width, and the number of matrices fused in the layer.
 LAYERS = {"qkv": (1, 3, 3), "o": (1, 1, 1), "fc1": (1, 4, 1), "fc2": (4, 1, 1)}
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-#: Named sets: the union of products. 8, 64 and 256 images of ViT-B are 1576, 12608 and 50432 tokens.
+#: Named sets of cases, each a union of Cartesian products. 8, 64 and 256 images of ViT-B are 1576, 12608, 50432 tokens.
 SETS: dict[str, list[dict[str, Sequence[Any]]]] = {
     "quick": [{"model": ["vit_b"], "images": [8], "rank": [32], "dtype": ["float32", "bfloat16"]}],
     "full": [
@@ -41,9 +41,9 @@ SETS: dict[str, list[dict[str, Sequence[Any]]]] = {
 
 @dataclass(frozen=True)
 class Inputs:
-    """What every row of a case gets: x, W, b and gy in the case's dtype, the trained factors in fp32.
+    """Hold the inputs that all rows of a case share: x, W, b and gy in the case's dtype, the trained factors in fp32.
 
-    That is mixed-precision training; fc2's D is a transposed view, as the transposed train hands it over.
+    These are the dtypes of mixed-precision training. For fc2, D is a transposed view, as in a transposed tensor train.
     """
 
     x: Tensor  # [tokens, d_in]
@@ -52,12 +52,12 @@ class Inputs:
     D: Tensor  # [d_in, rank]
     G: Tensor  # [rank, d_out]
     gy: Tensor  # [tokens, d_out]
-    n_cores: int  # column blocks of G that are matrices of their own
+    n_cores: int  # column blocks of G, each of which is a separate matrix
 
 
 @dataclass(frozen=True)
 class Case:
-    """One linear layer of one model under an update of one rank."""
+    """Describe one linear layer of one model and the rank of its update."""
 
     case: str
     model: str
@@ -73,7 +73,7 @@ class Case:
         return Sizes(tokens, d_in * width, d_out * width, self.rank, DTYPES[self.dtype].itemsize)
 
     def inputs(self, device: torch.device | str = "cpu", seed: int = 0) -> Inputs:
-        """Random inputs with an update as large as the base (|D G| ≈ |W|), so that an error of it shows in y."""
+        """Return random inputs whose update is as large as the base (|D G| ≈ |W|), so that its errors show in y."""
         return make_inputs(self.sizes, DTYPES[self.dtype], LAYERS[self.case][2], self.case == "fc2", device, seed)
 
     def __str__(self) -> str:
@@ -89,7 +89,7 @@ def make_inputs(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Inputs:
-    """Inputs of a layer of ``sizes``; ``transposed`` stores D as the transpose of a contiguous [rank, d_in]."""
+    """Return random inputs; with ``transposed``, D is the transpose of a contiguous tensor [rank, d_in]."""
     generator = torch.Generator(device).manual_seed(seed)
     tokens, d_in, d_out, rank = sizes.tokens, sizes.d_in, sizes.d_out, sizes.rank
 
@@ -109,11 +109,12 @@ def make_inputs(
 
 
 def select(name: str, **overrides: Sequence[Any] | None) -> list[Case]:
-    """The cases of the set ``name``, without duplicates; ``model``, ``case``, ``images``, ``rank`` and ``dtype``
-    replace the set's own values where they are given.
+    """Return the cases of the set ``name``, without duplicates.
+
+    ``model``, ``case``, ``images``, ``rank`` and ``dtype`` replace the values of the set if they are given.
 
     Raises:
-        ValueError: a name does not exist.
+        ValueError: a name is unknown.
     """
     given = {key: values for key, values in overrides.items() if values}
     for value in given.get("model", ()):

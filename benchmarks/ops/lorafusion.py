@@ -1,10 +1,13 @@
-"""LoRA split at the rank-r tensor, after LoRAFusion (github.com/CentML/lorafusion), at dropout 0, scale 1.
+"""Compute LoRA split at the rank-r tensor, following LoRAFusion (github.com/CentML/lorafusion).
+
+The dropout is 0 and the scale is 1.
 
     forward    S = x Aᵀ by the vendor;      y = S Bᵀ + x Wᵀ + b in one kernel, whose accumulator starts from S Bᵀ
     backward   dS = gy B and dB = gyᵀ S in one kernel that reads gy once, both summed with fp32 atomics;
                dA = dSᵀ x by the vendor;    dx = dS A + gy W in one kernel, whose accumulator starts from dS A
 
-Written anew from that description as a rival to measure; tiles are those it uses on an H100.
+"By the vendor" means by the vendor's matrix-product library. This is a new implementation of the method, written for
+comparison. Its tiles are those that LoRAFusion uses on an H100.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -19,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-#: Tiles of the two products with the frozen weight, of half-precision elements; fp32 halves BN to fit the memory.
+#: Tiles of the two products with the frozen weight, for half precision; fp32 halves BN so that a tile fits in memory.
 PRODUCT = {"BM": 128, "BN": 256, "BK": 64, "num_warps": 8, "num_stages": 3}
 #: Tiles of the kernel that reads gy once.
 REDUCTION = {"BM": 128, "BN": 128, "num_warps": 8, "num_stages": 3}
@@ -28,9 +31,9 @@ REDUCTION = {"BM": 128, "BN": 128, "num_warps": 8, "num_stages": 3}
 @triton.jit
 def _product_kernel(
     a,  # [M, K]
-    b,  # [K, N] by its strides
+    b,  # [K, N], with strides
     s,  # [M, R]
-    t,  # [R, N] by its strides
+    t,  # [R, N], with strides
     bias,  # [N]
     out,  # [M, N]
     M,
@@ -46,7 +49,7 @@ def _product_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """out = s t + a b + bias."""
+    """Compute out = s t + a b + bias."""
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)  # [BM]
     cols = tl.program_id(1).to(tl.int64) * BN + tl.arange(0, BN)  # [BN]
     depth, rank = tl.arange(0, BK), tl.arange(0, R)
@@ -79,7 +82,7 @@ def _reduction_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """ds += gy up and dup += gyᵀ s."""
+    """Compute ds += gy up and dup += gyᵀ s."""
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)  # [BM]
     cols = tl.program_id(1).to(tl.int64) * BN + tl.arange(0, BN)  # [BN]
     rank = tl.arange(0, R)
@@ -93,7 +96,7 @@ def _reduction_kernel(
 
 
 def _product(a: Tensor, b: Tensor, s: Tensor, t: Tensor, bias: Tensor | None) -> Tensor:
-    """s t + a b + bias for a [M, K], s [M, R] contiguous and b [K, N], t [R, N] of any strides."""
+    """Return s t + a b + bias for contiguous a [M, K] and s [M, R], and b [K, N] and t [R, N] with any strides."""
     (m, k), n = a.shape, b.shape[1]
     out = a.new_empty(m, n)
     tiles = {**PRODUCT, "BN": PRODUCT["BN"] * 2 // a.itemsize}
@@ -106,7 +109,7 @@ def _product(a: Tensor, b: Tensor, s: Tensor, t: Tensor, bias: Tensor | None) ->
 
 
 def _reduction(gy: Tensor, s: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """(gy up, gyᵀ s) in fp32."""
+    """Return (gy up, gyᵀ s) in fp32."""
     (m, n), rank = gy.shape, s.shape[1]
     ds, dup = (torch.zeros(length, rank, device=gy.device, dtype=torch.float32) for length in (m, n))
     grid = (triton.cdiv(m, REDUCTION["BM"]), triton.cdiv(n, REDUCTION["BN"]))
@@ -133,8 +136,9 @@ class _SplitLora(torch.autograd.Function):
 
 
 def split_lora(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
-    """y = x Wᵀ + b + (x Aᵀ) Bᵀ for contiguous x [tokens, d_in], W [d_out, d_in], A [rank, d_in], B [d_out, rank].
+    """Compute y = x Wᵀ + b + (x Aᵀ) Bᵀ for contiguous operands.
 
-    ``rank`` must be a power of two, at least 16. Gradients for x, A and B; gy must be contiguous.
+    The shapes are x [tokens, d_in], W [d_out, d_in], A [rank, d_in] and B [d_out, rank]. ``rank`` must be a power of
+    two of at least 16. x, A and B get gradients; gy must be contiguous.
     """
     return _SplitLora.apply(x, W, b, A, B)

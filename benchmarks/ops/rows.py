@@ -1,7 +1,8 @@
-"""The ways to compute an adapted linear layer and its gradients: one small class each, all on the same inputs.
+"""Define the rows: several ways to compute an adapted linear layer and its gradients, one small class per row.
 
-Every row runs under autocast as training does and gives the same y = x Wᵀ + b + (x D) G with the gradients of x, D and
-G (LoRA rows: of A = Dᵀ and B = Gᵀ). The exceptions, ``floor`` and ``merged``, give dx alone and say so.
+All rows have the same inputs and run under autocast, as in training. They compute the same y = x Wᵀ + b + (x D) G and
+the gradients of x, D and G. LoRA rows compute the gradients of A = Dᵀ and B = Gᵀ instead. The exceptions are ``merged``
+and ``floor`` (the frozen baseline), which compute only dx.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from efft_kernels.testing import backends
 
 
 class Layer:
-    """A row on one case's inputs, ready to run.
+    """Bind an implementation to the inputs of one case.
 
     Args:
-        function: no arguments, gives y.
-        leaves: what is differentiated, by the name of the gradient; requires-grad tensors that ``function`` uses.
-        inputs: of the case.
-        transposed: the factors' gradients come out as those of Dᵀ and Gᵀ.
+        function: computes y without arguments.
+        leaves: tensors that ``function`` uses and that require gradients, by the keys "x", "D" and "G".
+        inputs: the inputs of the case.
+        transposed: whether ``leaves`` holds Dᵀ and Gᵀ, so that the factors' gradients must be transposed.
     """
 
     def __init__(
@@ -38,22 +39,22 @@ class Layer:
         self._kept: Tensor | None = None
 
     def forward(self) -> Tensor:
-        """y, recorded for backward."""
+        """Return y with its autograd graph."""
         with torch.autocast(self._device, self._dtype, enabled=self._dtype != torch.float32):
             return self._function()
 
     def backward(self) -> tuple[Tensor, ...]:
-        """The gradients alone, of the forward pass that the first call runs and keeps."""
+        """Return the gradients without a new forward pass; only the first call runs one and keeps its graph."""
         if self._kept is None:
             self._kept = self.forward()
         return torch.autograd.grad(self._kept, list(self._leaves.values()), self._gy, retain_graph=True)
 
     def forward_backward(self) -> tuple[Tensor, ...]:
-        """One forward pass and its gradients."""
+        """Run one forward and backward pass and return the gradients."""
         return torch.autograd.grad(self.forward(), list(self._leaves.values()), self._gy)
 
     def results(self) -> dict[str, Tensor]:
-        """``y`` and the gradients, ``dx`` and, where the row trains factors, ``dD`` and ``dG``."""
+        """Return ``y`` and the gradients: ``dx`` and, if the row trains factors, ``dD`` and ``dG``."""
         y = self.forward()
         grads = torch.autograd.grad(y, list(self._leaves.values()), self._gy)
         found = {"y": y.detach(), **{f"d{name}": grad for name, grad in zip(self._leaves, grads, strict=True)}}
@@ -63,13 +64,13 @@ class Layer:
 
 
 class LayerRow:
-    """A way to compute the layer.
+    """Describe one way to compute the layer.
 
     Attributes:
-        name: what tables and result files call it.
-        explains: one line.
-        adapts: y contains the update.
-        trains: the factors get their gradients.
+        name: name of the row in tables and result files.
+        explains: description in one line.
+        adapts: whether y contains the update.
+        trains: whether the row computes the gradients of the factors.
     """
 
     name: str
@@ -78,28 +79,28 @@ class LayerRow:
     trains: ClassVar[bool] = True
 
     def unavailable(self, inputs: Inputs) -> str | None:
-        """None if the row can run on ``inputs`` here, else the reason."""
+        """Return None if the row can run on ``inputs`` on this machine, or the reason why it cannot."""
         return None
 
     def build(self, inputs: Inputs) -> Layer:
-        """The row on ``inputs``."""
+        """Bind the row to ``inputs``."""
         raise NotImplementedError
 
 
 def under_autograd(compute: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: Inputs) -> Layer:
-    """``compute(x, D, G)``, differentiated by torch with respect to all three."""
+    """Bind ``compute(x, D, G)``, which autograd differentiates with respect to all three arguments."""
     leaves = {name: getattr(inputs, name).detach().requires_grad_() for name in ("x", "D", "G")}
     return Layer(lambda: compute(*leaves.values()), leaves, inputs)
 
 
 def frozen(W: Tensor, inputs: Inputs) -> Layer:
-    """The plain linear layer with weight ``W``, differentiated with respect to x."""
+    """Bind the plain linear layer with weight ``W``, differentiated with respect to x."""
     x = inputs.x.detach().requires_grad_()
     return Layer(lambda: F.linear(x, W, inputs.b), {"x": x}, inputs)
 
 
 def lora(compute: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: Inputs) -> Layer:
-    """``compute(x, A, B)`` with A = Dᵀ [rank, d_in] and B = Gᵀ [d_out, rank], contiguous as LoRA stores them."""
+    """Bind ``compute(x, A, B)`` with A = Dᵀ [rank, d_in] and B = Gᵀ [d_out, rank], contiguous as in LoRA."""
     x = inputs.x.detach().requires_grad_()
     A, B = (factor.detach().t().contiguous().requires_grad_() for factor in (inputs.D, inputs.G))
     return Layer(lambda: compute(x, A, B), {"x": x, "D": A, "G": B}, inputs, transposed=True)
@@ -107,7 +108,7 @@ def lora(compute: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: Inputs) ->
 
 class Floor(LayerRow):
     name = "floor"
-    explains = "the frozen layer: forward and dx, what no method can avoid"
+    explains = "the frozen layer: forward pass and dx, which every method needs"
     adapts = trains = False
 
     def build(self, inputs: Inputs) -> Layer:
@@ -130,7 +131,7 @@ class Efft(LayerRow):
 
 class Naive(LayerRow):
     name = "naive"
-    explains = "the update built and added to the weight, W + (D G)ᵀ, under autograd"
+    explains = "builds the update and adds it to the weight, W + (D G)ᵀ, under autograd"
 
     def build(self, inputs: Inputs) -> Layer:
         return under_autograd(lambda x, D, G: F.linear(x, inputs.W + (D @ G).t(), inputs.b), inputs)
@@ -138,7 +139,7 @@ class Naive(LayerRow):
 
 class Paper(LayerRow):
     name = "paper"
-    explains = "as the paper's code: one dense update per matrix, y += s [x dW_1 | x dW_2 | ...], under autograd"
+    explains = "as in the paper's code: one dense update per matrix, y += s [x dW_1 | x dW_2 | ...], under autograd"
     scale = 1.0
 
     def build(self, inputs: Inputs) -> Layer:
@@ -152,7 +153,7 @@ class Paper(LayerRow):
 
 
 def chain(x: Tensor, W: Tensor, b: Tensor | None, D: Tensor, G: Tensor) -> Tensor:
-    """The formula as one writes it."""
+    """Compute the formula directly."""
     return F.linear(x, W, b) + (x @ D) @ G
 
 
@@ -166,19 +167,19 @@ class Chain(LayerRow):
 
 class ChainCompiled(LayerRow):
     name = "chain-compiled"
-    explains = "the chain under torch.compile, for this very shape"
+    explains = "the chain under torch.compile, compiled for the shape of the case"
 
     def build(self, inputs: Inputs) -> Layer:
         from torch._functorch import config
 
-        config.donated_buffer = False  # donated buffers would forbid to time a kept graph's backward alone
+        config.donated_buffer = False  # with donated buffers, a backward pass can run only once per forward pass
         compiled = torch.compile(chain, dynamic=False, fullgraph=True)
         return under_autograd(lambda x, D, G: compiled(x, inputs.W, inputs.b, D, G), inputs)
 
 
 class Peft(LayerRow):
     name = "peft"
-    explains = "LoRA layer of the peft library, same rank; its cast of the input to the factors' dtype is off"
+    explains = "LoRA layer of the peft library, same rank; its cast of the input to the factors' dtype is disabled"
 
     def build(self, inputs: Inputs) -> Layer:
         from peft import LoraConfig, inject_adapter_in_model
@@ -191,7 +192,7 @@ class Peft(LayerRow):
         rank = inputs.D.shape[1]
         config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=["linear"])
         layer: Any = inject_adapter_in_model(config, nn.ModuleDict({"linear": base}))["linear"]
-        layer.cast_input_dtype_enabled = False  # under autocast it only costs a copy of x
+        layer.cast_input_dtype_enabled = False  # under autocast the cast has no effect except for a copy of x
         A, B = (nn.Parameter(factor.t().contiguous()) for factor in (inputs.D, inputs.G))
         layer.lora_A["default"].weight, layer.lora_B["default"].weight = A, B
         x = inputs.x.detach().requires_grad_()
@@ -200,14 +201,14 @@ class Peft(LayerRow):
 
 class Addmm(LayerRow):
     name = "addmm"
-    explains = "LoRA by hand: y.addmm_(x Aᵀ, Bᵀ), nothing of rank r kept, x Aᵀ and gy B computed again in backward"
+    explains = "LoRA by hand: y.addmm_(x Aᵀ, Bᵀ); recomputes the rank-r intermediates in backward"
 
     def build(self, inputs: Inputs) -> Layer:
         return lora(lambda x, A, B: _AddmmLora.apply(x, inputs.W, inputs.b, A, B), inputs)
 
 
 class _AddmmLora(torch.autograd.Function):
-    """LoRA on vendor products in the formulation of Unsloth's fast_lora: the adapter accumulates into y and dx."""
+    """Compute LoRA with vendor products as in Unsloth's fast_lora: add the adapter's part to y and dx in place."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
@@ -233,9 +234,9 @@ class LoraFusion(LayerRow):
     def unavailable(self, inputs: Inputs) -> str | None:
         rank = inputs.D.shape[1]
         if rank < 16 or rank & (rank - 1):
-            return f"its kernels take ranks that are powers of two from 16, got {rank}"
+            return f"its kernels need a rank that is a power of two of at least 16, got {rank}"
         if os.environ.get("TRITON_INTERPRET") != "1" and not inputs.x.is_cuda:
-            return f"Triton runs on a GPU, the inputs are on {inputs.x.device.type}"
+            return f"Triton needs a GPU, but the inputs are on {inputs.x.device.type}"
         try:
             import triton  # noqa: F401
         except ImportError:
@@ -250,14 +251,14 @@ class LoraFusion(LayerRow):
 
 class Merged(LayerRow):
     name = "merged"
-    explains = "the update added to the weight beforehand (fp32, rounded once): dx only, no factor gradients"
+    explains = "the update added to the weight beforehand (fp32, rounded once): only dx, no factor gradients"
     trains = False
 
     def build(self, inputs: Inputs) -> Layer:
         return frozen((inputs.W.float() + (inputs.D @ inputs.G).t()).to(inputs.W.dtype), inputs)
 
 
-#: Every row by name, in the order of the tables.
+#: All rows by name, in the order of the tables.
 ROWS: dict[str, LayerRow] = {
     row.name: row
     for row in (
@@ -276,7 +277,11 @@ ROWS: dict[str, LayerRow] = {
 
 
 def select(names: Iterable[str] | None) -> list[LayerRow]:
-    """The rows called ``names``, all by default, with the floor in front; ValueError for a name that does not exist."""
+    """Return the rows with these ``names`` (default: all), starting with the frozen baseline.
+
+    Raises:
+        ValueError: a name is unknown.
+    """
     wanted = list(ROWS if names is None else names)
     for name in wanted:
         if name not in ROWS:

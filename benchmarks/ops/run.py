@@ -1,11 +1,12 @@
-"""One adapted linear layer: every row of a case judged, then timed, as ratios to the frozen floor.
+"""Check and time every implementation of one adapted linear layer, and report ratios to the frozen baseline.
 
     python -m benchmarks ops --quick
     python -m benchmarks ops --set full --device cuda --model vit_b --dtype bfloat16
 
-A row is timed only after its output and every gradient are within the numeric budget (benchmarks/budget.py); otherwise
-it gets its reason and no figure. Rows are interleaved; a ratio is the median over repetitions of the row's time by the
-floor's in the same repetition. Measure on an otherwise idle machine.
+A row is one implementation, and a case is one layer with its sizes. A row is timed only if its output and every
+gradient are within the numeric budget (benchmarks/budget.py); otherwise its line contains the reason and no times. Rows
+are measured in turn within each repetition. A ratio is the median, over the repetitions, of the row's time divided by
+the time of the frozen baseline (the row "floor") in the same repetition. Measure on an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -27,19 +28,19 @@ from benchmarks.options import default_device, parser_of
 from benchmarks.timing import Samples, ratios, time_rows
 from efft_lab.record import append, machine_facts, quantiles
 
-#: What is timed, by its name in result files, and the method of :class:`Layer` that does it.
+#: The phases that are timed: the name of each phase in result files, and the method of :class:`Layer` that runs it.
 PHASES = {"fwd": "forward", "bwd": "backward", "fwd_bwd": "forward_backward"}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How a case is measured.
+    """Hold the settings of a measurement.
 
     Attributes:
         device: ``cpu`` or ``cuda``.
         repeats, warmup: see :func:`benchmarks.timing.time_rows`.
         l2: ``cold`` or ``warm`` on CUDA, None elsewhere.
-        cuda_graphs: time replays of CUDA graphs.
+        cuda_graphs: whether to time replays of CUDA graphs.
     """
 
     device: str = "cpu"
@@ -50,8 +51,8 @@ class Setting:
 
 
 def measure(case: Case, wanted: Sequence[LayerRow], setting: Setting) -> list[dict[str, Any]]:
-    """One line for the result file per row: times and ratios, or the reason why there are none."""
-    torch.compiler.reset()  # else the shapes of earlier cases count against the recompilation limit
+    """Measure every row and return one line of the result file per row: times and ratios, or the reason for none."""
+    torch.compiler.reset()  # otherwise the shapes of earlier cases count toward the recompilation limit
     inputs = case.inputs(setting.device)
     budget = Budget(inputs)
     judged = {row.name: _judge(row, inputs, budget) for row in wanted}
@@ -63,13 +64,13 @@ def measure(case: Case, wanted: Sequence[LayerRow], setting: Setting) -> list[di
         if row.name in figures:
             line |= figures[row.name] | _against_limits(row, case, figures[row.name]["seconds"], setting.device)
         elif line["reason"] is None:
-            line["reason"] = figures.get("reason", "the floor it is compared with was refused")
+            line["reason"] = figures.get("reason", "not timed: the frozen baseline failed its check")
         lines.append(line)
     return lines
 
 
 def _judge(row: LayerRow, inputs: Inputs, budget: Budget) -> tuple[Layer | None, dict[str, Any]]:
-    """The row ready to be timed, or None with a ``reason``; and what was found out about its errors."""
+    """Check a row. Return the layer to time, or None with a ``reason``, and the errors that the check found."""
     reason = row.unavailable(inputs)
     if reason is not None:
         return None, {"reason": f"not available: {reason}"}
@@ -83,12 +84,12 @@ def _judge(row: LayerRow, inputs: Inputs, budget: Budget) -> tuple[Layer | None,
         if row.adapts:
             found["small_update_error"] = small_update_error(row, inputs)
         return layer, found
-    except Exception as error:  # a row that breaks is a finding, not the end of the run
+    except Exception as error:  # a row that fails must not end the run
         return None, {"reason": f"failed: {type(error).__name__}: {_first_line(error)}"}
 
 
 def _time(layers: dict[str, Layer], setting: Setting) -> dict[str, Any]:
-    """``seconds`` and ``ratio`` of each row, by phase; only a ``reason`` where the device gave up."""
+    """Return ``seconds`` and ``ratio`` of each row, by phase, or only a ``reason`` if the device failed."""
     calls = {
         phase: {name: getattr(layer, method) for name, layer in layers.items()} for phase, method in PHASES.items()
     }
@@ -104,7 +105,7 @@ def _time(layers: dict[str, Layer], setting: Setting) -> dict[str, Any]:
             )
             for phase, rows_of_phase in calls.items()
         }
-    except RuntimeError as error:  # out of memory, or a row that no graph can capture
+    except RuntimeError as error:  # such as out of memory, or a row that no CUDA graph can capture
         return {"reason": f"timing failed: {_first_line(error)}"}
     relative = {phase: ratios(seconds) for phase, seconds in samples.items()}
     return {
@@ -123,9 +124,10 @@ def _about(case: Case, setting: Setting) -> dict[str, Any]:
 
 
 def _against_limits(row: LayerRow, case: Case, seconds: dict[str, dict[str, float]], device: str) -> dict[str, Any]:
-    """The arithmetic limit of the ratio, and the achieved fractions of the machine's measured peaks, by phase.
+    """Return the arithmetic limit of the ratio, and the achieved fractions of the machine's measured peaks, by phase.
 
-    The work credited is what the row's result needs: of the update only if the row computes it and its gradients.
+    The fractions count only the work that the result requires. The work of the update counts only if the row computes
+    the update and its gradients.
     """
     peaks, sizes = measured_peaks(device, case.dtype), case.sizes
     limit, gemm, copy = {}, {}, {}
@@ -139,7 +141,7 @@ def _against_limits(row: LayerRow, case: Case, seconds: dict[str, dict[str, floa
 
 @functools.cache
 def measured_peaks(device: str, dtype: str) -> Peaks:
-    """:func:`benchmarks.counts.measure_peaks`, once a process."""
+    """Return :func:`benchmarks.counts.measure_peaks`, measured once per process."""
     return measure_peaks(device, DTYPES[dtype])
 
 
@@ -148,7 +150,7 @@ def _first_line(error: Exception) -> str:
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
-    """The lines of one case for the terminal."""
+    """Return the lines of one case as a table for the terminal."""
     out = [
         f"{'row':<16}{'ratio to floor: fwd':>20}{'bwd':>8}{'both':>8} {'p20..p80':>14}{'both ms':>11}"
         f"{'limit':>8}{'GEMM peak':>11}{'copy peak':>11}{'small dW':>10}"
@@ -169,7 +171,7 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command ``ops``."""
+    """Run the command ``ops``."""
     args = _parser().parse_args(arguments)
     chosen = cases.select(
         "quick" if args.quick else args.set,
@@ -191,29 +193,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for row in wanted:
         print(f"{row.name:<16}{row.explains}")
     print(
-        "\nboth: forward and backward; limit: of that ratio, by arithmetic alone; small dW: error of an update of "
-        f"{SMALL:g} times\nthe base's size, as a multiple of the plain formula's error in the same precision\n"
+        "\nboth: forward and backward; limit: the arithmetic limit of that ratio; "
+        f"small dW: error of an update of {SMALL:g} times\nthe base's size, "
+        "as a multiple of the plain formula's error in the same precision\n"
     )
     path = None
     for case in chosen:
         lines = measure(case, wanted, setting)
         path = append("ops", lines, args.results)
         print(f"{case}\n{table(lines)}\n", flush=True)
-    print(f"written to {path}")
+    print(f"results written to {path}")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = parser_of("ops", __doc__)
     parser.add_argument("--set", choices=SETS, default="full", help="named set of cases")
-    parser.add_argument("--quick", action="store_true", help="the set 'quick' with few repetitions")
-    parser.add_argument("--case", nargs="+", metavar="NAME", help=f"of {', '.join(LAYERS)}")
-    parser.add_argument("--model", nargs="+", metavar="NAME", help=f"of {', '.join(MODELS)}")
-    parser.add_argument("--images", nargs="+", type=int, metavar="N", help="in the batch: 8 of ViT-B are 1576 tokens")
+    parser.add_argument("--quick", action="store_true", help="measure the set 'quick' with few repetitions")
+    parser.add_argument("--case", nargs="+", metavar="NAME", help=f"any of {', '.join(LAYERS)}")
+    parser.add_argument("--model", nargs="+", metavar="NAME", help=f"any of {', '.join(MODELS)}")
+    parser.add_argument(
+        "--images", nargs="+", type=int, metavar="N", help="images in the batch; 8 images of ViT-B are 1576 tokens"
+    )
     parser.add_argument("--rank", nargs="+", type=int, metavar="R")
-    parser.add_argument("--dtype", nargs="+", metavar="NAME", help=f"of {', '.join(DTYPES)}")
-    parser.add_argument("--rows", nargs="+", metavar="NAME", help=f"of {', '.join(ROWS)}; the floor is always measured")
+    parser.add_argument("--dtype", nargs="+", metavar="NAME", help=f"any of {', '.join(DTYPES)}")
+    parser.add_argument(
+        "--rows", nargs="+", metavar="NAME", help=f"any of {', '.join(ROWS)}; the frozen baseline is always measured"
+    )
     parser.add_argument("--device", default=default_device())
-    parser.add_argument("--repeats", type=int, help="samples of each row (default 10; 5 with --quick)")
+    parser.add_argument("--repeats", type=int, help="number of samples per row (default: 10; 5 with --quick)")
     parser.add_argument("--l2", choices=("cold", "warm"), default="cold", help="state of the GPU's L2 cache")
     parser.add_argument("--no-cuda-graphs", action="store_true", help="include the cost of launching kernels")
     return parser

@@ -1,4 +1,4 @@
-// GELU and layer norm on registers and rows of floats, and what their backward passes need.
+// Computes GELU and layer norm on registers and rows of floats, and the values that their backward passes need.
 #pragma once
 
 #include <algorithm>
@@ -12,9 +12,9 @@ struct Gelu {
   Floats slope;
 };
 
-// z Phi(z) and Phi(z) + z phi(z). Phi(-|z|) = exp(-z^2 / 2) q(|z|), where q = erfcx(|z| / sqrt 2) / 2 is smooth: a
-// polynomial in t = 1 / (1 + 0.3 |z|), fitted to a relative error of 4e-9 on [0, 14]. One exponential serves both
-// results, and the tail of negative z is not the difference of two large numbers.
+// Returns z Phi(z) and its slope Phi(z) + z phi(z). Phi(-|z|) = exp(-z^2 / 2) q(|z|), where q = erfcx(|z| / sqrt 2) / 2
+// is smooth. q is approximated by a polynomial in t = 1 / (1 + 0.3 |z|) with a relative error of 4e-9 on [0, 14]. One
+// exponential serves both results, and the tail for negative z is not the difference of two large numbers.
 inline Gelu gelu(Floats z) {
   const Floats size = select(z < 0.0f, -z, z);
   const Floats t = 1.0f / (1.0f + 0.3f * size);
@@ -29,8 +29,9 @@ inline Gelu gelu(Floats z) {
   return {z * phi, phi + z * density * 0.398942280f};
 }
 
-// z s(v), v = 2 sqrt(2 / pi) (z + 0.044715 z^3), s the logistic function: 0.5 (1 + tanh(v / 2)) with one exponential.
-// s(-|v|) is computed, whose relative error is small, and s(|v|) = 1 - s(-|v|).
+// Computes the tanh approximation 0.5 z (1 + tanh(v / 2)) = z s(v) with one exponential, where s is the logistic
+// function and v = 2 sqrt(2 / pi) (z + 0.044715 z^3). It computes s(-|v|), whose relative error is small,
+// and 1 - s(-|v|) for positive v.
 inline Gelu gelu_tanh(Floats z) {
   constexpr float k = 1.59576912f, k_cubic = 0.0713548163f;
   const Floats square = z * z;
@@ -47,8 +48,8 @@ struct Moments {
   float rstd;
 };
 
-// The second pass also corrects the mean, whose rounding error a small deviation would magnify: the norm of a row of
-// equal numbers is zero.
+// The second pass also corrects the rounding error of the mean, which a small deviation would magnify. The norm of a
+// row of equal numbers is therefore exactly zero.
 inline Moments moments(const float* x, int64_t size, float eps) {
   const float n = static_cast<float>(size);
   Floats total{}, offsets{}, squares{};
@@ -64,7 +65,7 @@ inline Moments moments(const float* x, int64_t size, float eps) {
   return {about + correction, 1.0f / __builtin_sqrtf(variance + eps)};
 }
 
-// gamma and beta are null for one and zero.
+// A null gamma means one, and a null beta means zero.
 inline void normalize(const float* x, int64_t size, Moments of, const float* gamma, const float* beta, float* out) {
   for_registers(size, [&](int64_t j, int count) {
     Floats n = (load(x + j, count) - of.mean) * of.rstd;
@@ -74,7 +75,7 @@ inline void normalize(const float* x, int64_t size, Moments of, const float* gam
   });
 }
 
-// dx of a row, from dn, the gradient of normalize's output.
+// Computes dx of a row from dn, the gradient of the output of normalize.
 template <class Out>
 inline void normalize_backward(const float* dn, const float* x, int64_t size, Moments of, const float* gamma, Out* dx) {
   const auto gradient = [&](int64_t j, int count) {

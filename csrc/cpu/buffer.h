@@ -1,6 +1,6 @@
-// Memory that one thread keeps from call to call. It is not a std::vector because the functions of that class would be
-// compiled once per instruction set under one name; the linker keeps any one of them, which a processor may not be able
-// to run.
+// Memory that one thread keeps for later calls. This class does not use std::vector, whose member functions would be
+// compiled once per instruction set under one name. The linker would keep any one of them, possibly one that the
+// processor cannot run.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 namespace efft::EFFT_ISA {
 
-// It grows and never shrinks: the pages of a fresh allocation of this size would fault on every call.
+// The buffer never shrinks, because a fresh allocation of this size would cause page faults in every call.
 template <class T>
 class Buffer {
  public:
@@ -17,7 +17,7 @@ class Buffer {
   Buffer& operator=(const Buffer&) = delete;
   ~Buffer() { ::operator delete[](data_, ALIGNED); }
 
-  // Room for `size` elements, with undefined contents.
+  // Returns room for `size` elements with undefined contents.
   T* room(int64_t size) {
     if (size > size_) {
       ::operator delete[](data_, ALIGNED);
@@ -30,7 +30,7 @@ class Buffer {
   }
 
  private:
-  static constexpr std::align_val_t ALIGNED{64};  // so that a register, and a row of a tile, is in one cache line
+  static constexpr std::align_val_t ALIGNED{64};  // so that a register, or a row of a tile, is in one cache line
 
   T* data_ = nullptr;
   int64_t size_ = 0;

@@ -1,5 +1,4 @@
-// The part of tt_contract and of its gradients that belongs to one layer and one core: small products of masked, scaled
-// copies.
+// Computes tt_contract and its gradients for one layer and one core, as small products of masked and scaled copies.
 #pragma once
 
 #include <cstring>
@@ -8,8 +7,8 @@
 
 namespace efft::EFFT_ISA {
 
-// `from` as floats, times `scale`, and zero where `keep` is false. With `transpose` the result is transposed, with rows
-// padded to whole panels.
+// Returns `from` as floats, times `scale`, and zero where `keep` is false. With `transpose` the result is transposed,
+// and its rows are padded to the width of a panel.
 template <class T>
 Rows<const float> masked(const Matrix& from, int64_t rows, int64_t columns, const bool* keep, float scale,
     bool transpose, Buffer<float>& buffer) {

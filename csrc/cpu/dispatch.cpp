@@ -1,4 +1,4 @@
-// Chooses the instruction set once, by what the processor reports; EFFT_CPU_ISA names a lesser one, for tests.
+// Chooses the best instruction set that the processor reports, once. EFFT_CPU_ISA can name a lower one, for tests.
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -35,8 +35,8 @@ extern const Kernels table;
 namespace {
 
 #if defined(__x86_64__)
-// A process has to ask the system once for these registers, which then reserves room for them in the state of every
-// thread.
+// A process must request these registers from the system once. The system then reserves memory for their contents in
+// the state of every thread.
 bool has_matrix_registers() {
   constexpr unsigned bf16 = 1U << 22, tiles = 1U << 24;
   constexpr int request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
@@ -51,7 +51,7 @@ const Kernels& best() {
   bool allowed = !named || !*named;
   const Kernels* chosen = nullptr;
   std::string names;
-  const auto consider = [&](const Kernels& set, bool has) {  // the best first
+  const auto consider = [&](const Kernels& set, bool has) {  // in order, the best first
     names += (names.empty() ? "" : ", ") + std::string(set.isa);
     allowed = allowed || !std::strcmp(named, set.isa);
     if (!chosen && allowed && has) chosen = &set;
@@ -77,7 +77,7 @@ const Kernels& kernels() {
   return chosen;
 }
 
-// Called by efft_kernels/native.py; null where EFFT_CPU_ISA names an unknown set.
+// Called by efft_kernels/native.py. Returns null if EFFT_CPU_ISA names an unknown instruction set.
 extern "C" __attribute__((visibility("default"))) const char* efft_cpu_instruction_set() {
   try {
     return kernels().isa;

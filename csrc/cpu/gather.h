@@ -1,18 +1,18 @@
-// Moves small matrices to another place, type and order: panels of factors, and sums of the shares of the threads.
+// Copies small matrices to another place, type and order: panels of factors, and sums of the threads' shares.
 #pragma once
 
 #include "low_rank.h"
 
 namespace efft::EFFT_ISA {
 
-// Row i of a matrix [rows, ...] from column j on; j is a multiple of the squares' side.
+// Returns row i of a matrix [rows, ...] from column j on. j must be a multiple of the side of the squares.
 template <class T>
 T* place(const Matrix& matrix, int64_t rows, int64_t i, int64_t j) {
   if (matrix.row != 0) return row_of<T>(matrix, i) + j;
   return static_cast<T*>(matrix.data) + (j / STRIP_COLUMNS * rows + i) * STRIP_COLUMNS + j % STRIP_COLUMNS;
 }
 
-// It goes square by square, so that both the rows read and the rows written stay in the first-level cache.
+// Copies square by square, so that both the rows read and the rows written stay in the first-level cache.
 template <class From, class To>
 void gather(const Gather& op, int64_t begin, int64_t end) {
   constexpr int64_t SIDE = 16;

@@ -1,5 +1,5 @@
-// The table of functions of one instruction set. efft_kernels/build.py compiles this file once per set, with EFFT_ISA
-// set to the name of the set and with the flags that it lists for it.
+// Defines the table of functions for one instruction set. efft_kernels/build.py compiles this file once per instruction
+// set, with EFFT_ISA set to the name of the set and with the flags that build.py lists for it.
 #include "kernels.h"
 
 #include "contract.h"

@@ -1,6 +1,6 @@
-// One SIMD register of floats in the instruction set that this file is compiled for. It is written with the compiler's
-// vector types, so that the same source gives AVX-512, AVX2, SSE and NEON. The kernels are compiled once per set, each
-// time with another EFFT_ISA, which names the namespace (see kernels.cpp and dispatch.cpp).
+// Defines one SIMD register of floats in the instruction set for which this file is compiled. The code uses the
+// compiler's vector types, so that the same source works for AVX-512, AVX2, SSE and NEON. The kernels are compiled once
+// per instruction set, each time with another EFFT_ISA, which names the namespace (see kernels.cpp and dispatch.cpp).
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 #include <immintrin.h>
 #endif
 
-// For functions in which a constant `count` must stay a constant.
+// For functions in which a constant argument `count` must stay a constant after inlining.
 #define EFFT_INLINE inline __attribute__((always_inline))
 
 namespace efft::EFFT_ISA {
@@ -33,8 +33,8 @@ struct bf16 {
   uint16_t bits;
 };
 
-// The elements that products of matrices in T multiply: bf16 where the instruction set multiplies pairs of them, else
-// floats.
+// The type of the elements that products of matrices in T multiply: bf16 if the instruction set multiplies pairs of
+// bf16, else float.
 #if defined(__AVX512BF16__)
 constexpr bool PAIRS = true;
 #else
@@ -42,19 +42,19 @@ constexpr bool PAIRS = false;
 #endif
 template <class T>
 using Element = std::conditional_t<PAIRS && std::is_same_v<T, bf16>, bf16, float>;
-// How many steps of k one multiplication takes.
+// The number of steps of k that one multiplication covers.
 template <class E>
 constexpr int64_t TOGETHER = std::is_same_v<E, bf16> ? 2 : 1;
 
 inline Floats splat(float value) {
   return value - Floats{};
-}  // a difference, because a sum would lose the sign of zero
+}  // by a subtraction, because an addition would lose the sign of zero
 
 inline Floats select(Ints where, Floats yes, Floats no) {
   return where ? yes : no;
 }
 
-// GCC 12 compiles the conversion to several instructions.
+// AVX-512 needs the intrinsic, because GCC 12 compiles the vector conversion to several instructions.
 EFFT_INLINE Bits widened(Halves half) {
 #if defined(__AVX512F__)
   return (Bits)_mm512_cvtepu16_epi32((__m256i)half);
@@ -63,7 +63,7 @@ EFFT_INLINE Bits widened(Halves half) {
 #endif
 }
 
-// With `count`, only that many lanes are read or written; a load fills the others with zero.
+// With `count`, only that many lanes are read or written, and a load fills the other lanes with zeros.
 EFFT_INLINE Floats load(const float* from, int count = LANES) {
   Floats value{};
   std::memcpy(&value, from, sizeof(float) * count);
@@ -80,7 +80,7 @@ EFFT_INLINE void store(float* to, Floats value, int count = LANES) {
   std::memcpy(to, &value, sizeof(float) * count);
 }
 
-// The bits of bf16: rounds to nearest, ties to even; NaN stays NaN.
+// Returns the bits of bf16, rounded to nearest with ties to even; NaN stays NaN.
 inline Halves rounded(Floats value) {
 #if defined(__AVX512BF16__)
   return (Halves)_mm512_cvtneps_pbh((__m512)value);
@@ -91,7 +91,7 @@ inline Halves rounded(Floats value) {
 #endif
 }
 
-// The bits of elements converted to bf16.
+// Returns the bits of elements converted to bf16.
 EFFT_INLINE Bits load_bits(const float* from, int count) {
   return __builtin_convertvector(rounded(load(from, count)), Bits);
 }
@@ -107,14 +107,14 @@ EFFT_INLINE void store(bf16* to, Floats value, int count = LANES) {
   std::memcpy(to, &half, sizeof(bf16) * count);
 }
 
-// `value` with its lanes from `count` on set to zero.
+// Returns `value` with the lanes from `count` on set to zero.
 inline Floats first(Floats value, int count) {
-  Ints lane{};  // cppcheck does not see that the loop fills it
+  Ints lane{};  // initialized because cppcheck does not detect that the loop fills it
   for (int i = 0; i < LANES; ++i) lane[i] = i;
   return select(lane < count, value, Floats{});
 }
 
-// Calls f(j, count) for every register of a row; `count` is a constant except for the last one.
+// Calls f(j, count) for every register of a row. `count` is a compile-time constant except for the last register.
 template <class F>
 inline void for_registers(int64_t size, const F& f) {
   int64_t j = 0;
@@ -128,14 +128,14 @@ inline float sum(Floats value) {
   return total;
 }
 
-// exp(x) for x <= 0, to about one unit in the last place; zero where the result would not be a normal number.
+// Computes exp(x) for x <= 0 to about one unit in the last place. Results below the smallest normal number become zero.
 inline Floats exp(Floats x) {
-  x = select(x < -88.0f, splat(-88.0f), x);  // its exponent, -127, is that of zero
-  // n = x / ln 2, rounded to an integer by an addition that leaves no bits for a fraction.
+  x = select(x < -88.0f, splat(-88.0f), x);  // the exponent of exp(-88) is -127, the exponent of zero
+  // n = x / ln 2, rounded to an integer by an addition after which no bits remain for a fraction.
   const float shift = 12582912.0f;  // 1.5 * 2^23
   const Floats shifted = x * 1.44269504088896341f + shift;
   const Floats n = shifted - shift;
-  const Floats r = (x - n * 0.693359375f) - n * -2.12194440e-4f;  // ln 2 in two parts: exact products
+  const Floats r = (x - n * 0.693359375f) - n * -2.12194440e-4f;  // ln 2 in two parts makes the products exact
   Floats p = splat(1.0f / 5040);
   p = p * r + 1.0f / 720;
   p = p * r + 1.0f / 120;

@@ -1,5 +1,6 @@
-// Both passes of tt_linear and of its forms behind a GELU and a layer norm, over a range of tokens. They go block by
-// block, so that the rows of a block, h, dh and both rank-r products stay in the second-level cache.
+// Computes the forward and backward passes of tt_linear, also after a GELU or a layer norm, for a range of tokens. It
+// proceeds in blocks of tokens, so that the rows of a block, h, dh and both rank-r products stay in the second-level
+// cache.
 #pragma once
 
 #include <type_traits>
@@ -11,7 +12,7 @@
 
 namespace efft::EFFT_ISA {
 
-// f(float{}) or f(bf16{}), as `type` says.
+// Calls f(float{}) or f(bf16{}), depending on `type`.
 template <class F>
 auto with_type(Type type, F f) {
   return type == Type::float32 ? f(float{}) : f(bf16{});
@@ -22,7 +23,7 @@ T* row_of(const Matrix& matrix, int64_t i) {
   return static_cast<T*>(matrix.data) + i * matrix.row;
 }
 
-// A block as floats: the matrix itself where it holds floats, else its rows widened into `buffer`.
+// Returns a block as floats: the matrix itself if it contains floats, else its rows widened into `buffer`.
 template <class T>
 Rows<const float> widen(const Matrix& from, int64_t begin, int64_t rows, int64_t columns, Buffer<float>& buffer) {
   if constexpr (std::is_same_v<T, float>) {
@@ -38,7 +39,7 @@ Rows<const float> widen(const Matrix& from, int64_t begin, int64_t rows, int64_t
   }
 }
 
-// A block of the elements that products multiply: the matrix itself, or its rows widened into `buffer`.
+// Returns a block of the elements that products multiply: the matrix itself, or its rows converted into `buffer`.
 template <class T>
 Rows<const Element<T>> elements(
     const Matrix& from, int64_t begin, int64_t rows, int64_t columns, Buffer<float>& buffer) {
@@ -48,7 +49,7 @@ Rows<const Element<T>> elements(
     return widen<T>(from, begin, rows, columns, buffer);
 }
 
-// What to fetch during a product [m, n, k] in elements of E: the block of `rows` rows that follows the one at row t.
+// Returns what to prefetch during a product [m, n, k] in elements of E: the block of `rows` rows after that at row t.
 template <class T, class E>
 Ahead next_block(
     const Matrix& of, int64_t t, int64_t rows, int64_t end, int64_t width, int64_t m, int64_t n, int64_t k) {
@@ -56,8 +57,8 @@ Ahead next_block(
   return ahead_of<E>(row_of<const T>(of, t + rows), std::min(rows, end - t - rows) * width * sizeof(T), m, n, k);
 }
 
-// Rounds floats to T, writes them to `to` where it has data, and returns the elements that products multiply, which are
-// in place or in `buffer`.
+// Rounds floats to T and writes them to `to` unless its data is null. Returns the elements that products multiply,
+// which are either in `to` or in `buffer`.
 template <class T>
 Rows<const Element<T>> round_rows(
     Rows<float> values, int64_t rows, int64_t columns, const Matrix& to, int64_t begin, Buffer<bf16>& buffer) {
@@ -86,8 +87,8 @@ Rows<const Element<T>> round_rows(
   return {result.data, result.row};
 }
 
-// The buffers of one thread, as large as its largest call needs: each holds a block of tokens (at most 128 rows and
-// about a megabyte, but at least 16 rows), or the factors of one layer of a contraction.
+// The buffers of one thread, as large as the thread's largest call needs. Each holds a block of tokens (at most 128
+// rows and about a megabyte, but at least 16 rows), or the factors of one layer of a contraction.
 struct Scratch {
   Buffer<float> x, a, slope, da, gy, h, narrow, wide;
   Buffer<bf16> half_a, half_narrow, left, turned, right;
@@ -98,22 +99,22 @@ inline Scratch& scratch() {
   return instance;
 }
 
-// The number of tokens for which everything that a block reads and writes takes about a megabyte.
+// Returns the number of tokens for which the memory that a block reads and writes is about a megabyte.
 template <class E>
 int64_t block_rows(const LowRank& op) {
   const int64_t per_row = sizeof(E) * ((op.producer == Producer::none ? 1 : 3) * op.d_in + op.d_out);
   return std::clamp<int64_t>((1 << 20) / std::max<int64_t>(per_row, 1) / ROWS_TOGETHER<E> * ROWS_TOGETHER<E>, 16, 128);
 }
 
-// A block of x as floats, where there is a producer, and of its output a, rounded to T; without one, a is x.
+// A block of x as floats, if there is a producer, and of the producer's output a, rounded to T. Without one, a is x.
 template <class T>
 struct Block {
   Rows<const float> x;
   Rows<const Element<T>> a;
-  const float* slope = nullptr;  // [rows, d_in], the slope of a GELU, in backward
+  const float* slope = nullptr;  // [rows, d_in], the slope of a GELU, only in the backward pass
 };
 
-// One row of a GELU, and of its slope where that has data.
+// Computes one row of a GELU, and its slope unless `slope` is null.
 inline void gelu_row(const LowRank& op, const float* z, float* a, float* slope) {
   for_registers(op.d_in, [&](int64_t j, int count) {
     const Floats at = load(z + j, count);
@@ -123,8 +124,8 @@ inline void gelu_row(const LowRank& op, const float* z, float* a, float* slope) 
   });
 }
 
-// The block at row t. Forward writes mean, rstd and `out`, which is a in T; backward reads mean and rstd, and keeps the
-// slopes of a GELU.
+// Returns the block at row t. The forward pass writes mean, rstd and `out`, which is a in T. The backward pass reads
+// mean and rstd, and keeps the slopes of a GELU.
 template <class X, class T>
 Block<T> block_at(const LowRank& op, int64_t t, int64_t rows, bool is_forward, const Matrix& out) {
   Scratch& space = scratch();
@@ -149,12 +150,12 @@ Block<T> block_at(const LowRank& op, int64_t t, int64_t rows, bool is_forward, c
   return {x, round_rows<T>(a, rows, op.d_in, out, t, space.half_a), slopes};
 }
 
-// C [rows, columns] = init + left right, where right [rank, columns] is stored in strips. It goes along a few whole
-// rows at a time, so that the following rows can be fetched meanwhile.
+// Computes C [rows, columns] = init + left right, where right [rank, columns] is stored in strips. It computes a few
+// entire rows at a time, so that the following rows can be prefetched meanwhile.
 template <class E, class Init, class Out>
 void up(
     int64_t rows, int64_t columns, int64_t rank, Rows<const E> left, const void* right, Base<Init> init, Rows<Out> C) {
-  constexpr int64_t together = TOGETHER<E>;  // by a name without brackets, which cppcheck takes for comparisons here
+  constexpr int64_t together = TOGETHER<E>;  // a name without angle brackets, which cppcheck parses as comparisons here
   constexpr int64_t width = STRIP_COLUMNS * together;
   const int64_t strip = (rank + together - 1) / together * width;
   constexpr int64_t step = ROWS_TOGETHER<E>;
@@ -171,13 +172,13 @@ void up(
   }
 }
 
-// The base product from row t on, with a bias.
+// Returns the base product from row t on, with a bias.
 template <class T>
 Base<T> base_of(const LowRank& op, int64_t t, const float* bias = nullptr) {
   return {op.base.data ? row_of<const T>(op.base, t) : nullptr, op.base.row, bias};
 }
 
-// C [rows, padded_rank] = left right, where right is a panel [depth, padded_rank].
+// Computes C [rows, padded_rank] = left right, where right is a panel [depth, padded_rank].
 template <class E>
 void down(int64_t rows, int64_t depth, int64_t padded_rank, Rows<const E> left, const void* right, Rows<float> C,
     Ahead ahead = {}) {
@@ -185,7 +186,7 @@ void down(int64_t rows, int64_t depth, int64_t padded_rank, Rows<const E> left, 
       Rows<const E>{static_cast<const E*>(right), padded_rank * TOGETHER<E>}, Base<float>{}, C, ahead);
 }
 
-// T is the type of W, y and h; X is that of x.
+// T is the type of W, y and h, and X is the type of x.
 template <class X, class T>
 void forward(const Forward& op, int64_t begin, int64_t end) {
   using E = Element<T>;
@@ -203,7 +204,7 @@ void forward(const Forward& op, int64_t begin, int64_t end) {
   }
 }
 
-// total [rank, columns], in strips, += left^T right over a block of tokens. The first block overwrites it.
+// Adds left^T right, over a block of tokens, to total [rank, columns] in strips. The first block overwrites total.
 template <class E>
 void share(int64_t rank, int64_t columns, int64_t rows, Rows<const E> left, Rows<const E> right, float* total,
     bool is_first, Ahead ahead) {
@@ -224,11 +225,70 @@ void share(int64_t rank, int64_t columns, int64_t rows, Rows<const E> left, Rows
   }
 }
 
-// dx from the gradient of the producer's output, base + dh D^T.
+// The number of registers that sum over rows in parallel, so that no addition waits for the previous one.
+constexpr int SUMS_TOGETHER = 4;
+
+// Calls f(j, count, std::integral_constant<int, N>) for N adjacent registers of a row. N is SUMS_TOGETHER while that
+// many are left, then 1.
+template <class F>
+inline void for_sums(int64_t columns, const F& f) {
+  constexpr int64_t width = int64_t{SUMS_TOGETHER} * LANES;
+  const int64_t whole = columns / width * width;
+  for (int64_t j = 0; j < whole; j += width) f(j, LANES, std::integral_constant<int, SUMS_TOGETHER>{});
+  for_registers(columns - whole, [&](int64_t j, int count) { f(whole + j, count, std::integral_constant<int, 1>{}); });
+}
+
+// Adds the sums of one block of tokens to total. The first block overwrites total.
+template <int N>
+EFFT_INLINE void add_sums(Floats (&sums)[N], float* total, int count, bool is_first) {
+#pragma GCC unroll 4
+  for (int n = 0; n < N; ++n) {
+    if (!is_first) sums[n] += load(total + n * LANES, count);
+    store(total + n * LANES, sums[n], count);
+  }
+}
+
+// Adds the sum of the rows of a block to total [columns].
+template <class E>
+void sum_rows(int64_t rows, int64_t columns, Rows<const E> of, float* total, bool is_first) {
+  for_sums(columns, [&](int64_t j, int count, auto registers) {
+    constexpr int N = decltype(registers)::value;
+    Floats sums[N]{};
+    for (int64_t i = 0; i < rows; ++i)
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) sums[n] += load(of.data + i * of.row + j + n * LANES, count);
+    add_sums(sums, total + j, count, is_first);
+  });
+}
+
+// Adds the sum of dn (x - mean) rstd to dgamma [d_in], and the sum of dn, the gradient of the norm's output, to dbeta.
+inline void sum_norm(
+    const LowRank& op, int64_t t, int64_t rows, const float* dn, Rows<const float> x, const Shares& to, bool is_first) {
+  for_sums(op.d_in, [&](int64_t j, int count, auto registers) {
+    constexpr int N = decltype(registers)::value;
+    Floats along[N]{}, total[N]{};
+    for (int64_t i = 0; i < rows; ++i) {
+      const float mean = op.mean[t + i], rstd = op.rstd[t + i];
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) {
+        const Floats gradient = load(dn + i * op.d_in + j + n * LANES, count);
+        along[n] += gradient * ((load(x.data + i * x.row + j + n * LANES, count) - mean) * rstd);
+        total[n] += gradient;
+      }
+    }
+    add_sums(along, to.dgamma + j, count, is_first);
+    add_sums(total, to.dbeta + j, count, is_first);
+  });
+}
+
+// Computes dx and the sums for a norm's parameters from the gradient of the producer's output, base + dh D^T.
 template <class X, class T>
-void through_producer(const Backward& op, int64_t t, int64_t rows, Rows<const Element<T>> dh, const Block<T>& block) {
+void through_producer(const Backward& op, int64_t t, int64_t rows, Rows<const Element<T>> dh, const Block<T>& block,
+    const Shares& to, bool is_first) {
   float* const gradient = scratch().da.room(rows * op.d_in);
   up(rows, op.d_in, op.rank, dh, op.Dt, base_of<T>(op, t), Rows<float>{gradient, op.d_in});
+  if (to.dgamma) sum_norm(op, t, rows, gradient, block.x, to, is_first);
+  if (!op.dx.data) return;
   for (int64_t i = 0; i < rows; ++i) {
     const float* da = gradient + i * op.d_in;
     X* dx = row_of<X>(op.dx, t + i);
@@ -243,36 +303,38 @@ void through_producer(const Backward& op, int64_t t, int64_t rows, Rows<const El
 }
 
 template <class X, class T>
-void backward(const Backward& op, int64_t begin, int64_t end, float* dDt, float* dG) {
+void backward(const Backward& op, int64_t begin, int64_t end, const Shares& to) {
   using E = Element<T>;
   [[maybe_unused]] const MatrixRegisters<E> registers;
   Scratch& space = scratch();
   const int64_t block = block_rows<E>(op);
-  const bool need_dx = op.dx.data != nullptr, plain = op.producer == Producer::none;
+  const bool plain = op.producer == Producer::none, need_da = op.dx.data || to.dgamma;
   const Rows<float> wide{space.narrow.room(block * op.padded_rank), op.padded_rank};
   for (int64_t t = begin; t < end; t += block) {
     const int64_t rows = std::min(block, end - t);
+    const bool is_first = t == begin;
     const Rows<const E> gy = elements<T>(op.gy, t, rows, op.d_out, space.gy);
     Rows<const E> dh{};
-    // This comes first because it reads gy row after row, which brings it into the cache for dG.
-    if (need_dx || op.need_dD) {
+    // This step is first because it reads gy row by row, which brings gy into the cache for dG.
+    if (need_da || to.dDt) {
       down(rows, op.d_out, op.padded_rank, gy, op.Gt, wide);
       dh = round_rows<T>(wide, rows, op.rank, {}, t, space.half_narrow);
     }
-    if (op.need_dG) {
+    if (to.dG) {
       const Rows<const E> h = elements<T>(op.h, t, rows, op.rank, space.h);
-      share(op.rank, op.d_out, rows, h, gy, dG, t == begin,
+      share(op.rank, op.d_out, rows, h, gy, to.dG, is_first,
           next_block<T, E>(op.gy, t, rows, end, op.d_out, op.rank, op.d_out, rows));
     }
+    if (to.db) sum_rows(rows, op.d_out, gy, to.db, is_first);
     Block<T> current{};
-    if (op.need_dD || (need_dx && !plain)) current = block_at<X, T>(op, t, rows, false, {});
-    if (op.need_dD)
-      share(op.rank, op.d_in, rows, dh, current.a, dDt, t == begin,
+    if (to.dDt || (need_da && !plain)) current = block_at<X, T>(op, t, rows, false, {});
+    if (to.dDt)
+      share(op.rank, op.d_in, rows, dh, current.a, to.dDt, is_first,
           next_block<X, E>(op.x, t, rows, end, op.d_in, op.rank, op.d_in, rows));
-    if (need_dx && plain)
+    if (need_da && plain)
       up(rows, op.d_in, op.rank, dh, op.Dt, base_of<T>(op, t), Rows<T>{row_of<T>(op.dx, t), op.dx.row});
-    else if (need_dx)
-      through_producer<X, T>(op, t, rows, dh, current);
+    else if (need_da)
+      through_producer<X, T>(op, t, rows, dh, current, to, is_first);
   }
 }
 
@@ -281,9 +343,9 @@ inline void forward(const Forward& op, int64_t begin, int64_t end) {
       [&](auto x) { with_type(op.y.type, [&](auto y) { forward<decltype(x), decltype(y)>(op, begin, end); }); });
 }
 
-inline void backward(const Backward& op, int64_t begin, int64_t end, float* dDt, float* dG) {
+inline void backward(const Backward& op, int64_t begin, int64_t end, const Shares& to) {
   with_type(op.x.type, [&](auto x) {
-    with_type(op.gy.type, [&](auto gy) { backward<decltype(x), decltype(gy)>(op, begin, end, dDt, dG); });
+    with_type(op.gy.type, [&](auto gy) { backward<decltype(x), decltype(gy)>(op, begin, end, to); });
   });
 }
 

@@ -1,5 +1,6 @@
-// The product of product.h for bf16 in matrix registers (AMX), where the instruction set has them: tiles of 16 rows of
-// 64 bytes. One configuration serves all products: a part of a tile is first copied into a whole tile of zeros.
+// Implements the product of product.h for bf16 with matrix registers (AMX), if the instruction set has them. A tile is
+// 16 rows of 64 bytes. One configuration serves all products, because partial tiles are first copied into full tiles of
+// zeros.
 #pragma once
 
 #include "buffer.h"
@@ -7,7 +8,7 @@
 
 namespace efft::EFFT_ISA {
 
-// Configures the matrix registers of the calling thread, for as long as it multiplies elements of E in them.
+// Configures the matrix registers of the calling thread for the lifetime of the object, if products of E use them.
 template <class E>
 class MatrixRegisters {};
 
@@ -33,7 +34,7 @@ class MatrixRegisters<bf16> {
   ~MatrixRegisters() { __asm__ volatile("tilerelease"); }
 };
 
-// GCC's intrinsics do not tell it that a load reads memory.
+// An asm statement, because GCC's intrinsics do not declare that a load reads memory.
 template <int REGISTER>
 EFFT_INLINE void load_tile(const bf16* from, int64_t row) {
   const int64_t bytes = row * static_cast<int64_t>(sizeof(bf16));
@@ -56,7 +57,7 @@ EFFT_INLINE void multiply_tiles() {
   __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUMS), "i"(LEFT), "i"(RIGHT));
 }
 
-// Loads `rows` rows of `elements` elements without reading beyond them.
+// Loads `rows` rows of `elements` elements without reading beyond the last element.
 template <int REGISTER>
 void load_part(const bf16* from, int64_t row, int64_t rows, int64_t elements) {
   alignas(64) bf16 whole[TILE][TILE_K] = {};
@@ -64,8 +65,8 @@ void load_part(const bf16* from, int64_t row, int64_t rows, int64_t elements) {
   load_tile<REGISTER>(whole[0], TILE_K);
 }
 
-// Sums of M x N tiles += left right, where the depth is `depth` and left has `rows` rows: whole tiles or less.
-// Registers: 0 to 5 sums, 6 left, 7 right.
+// Adds left right to the sums of M x N tiles, where `depth` is the inner dimension and left has `rows` rows (full tiles
+// or fewer). Registers 0 to 5 hold sums, register 6 left, and register 7 right.
 template <int M, int N, bool WHOLE, int J = 0>
 EFFT_INLINE void multiply_columns(
     const bf16* left, int64_t left_row, int64_t rows, const bf16* right, int64_t right_row, int64_t depth) {
@@ -98,7 +99,7 @@ EFFT_INLINE void store_sums(float* to, int64_t row) {
   if constexpr (N > 1) store_sums<M, N - 1>(to, row);
 }
 
-// C [rows, columns], of at most M x N tiles.
+// Computes C [rows, columns], which has at most M x N tiles.
 template <int M, int N, class Init, class Out>
 void matrix_tiles(
     int64_t rows, int64_t columns, int64_t depth, Operand<bf16> A, Rows<const bf16> B, Base<Init> init, Rows<Out> C) {
@@ -130,8 +131,8 @@ void matrix_tiles(
   }
 }
 
-// As for other elements, but the pairs of A must be adjacent along k. Nothing is fetched ahead of its use, which has
-// made nothing faster on processors with matrix registers.
+// Computes the same product as for other elements, but the pairs of A must be adjacent along k. It does not prefetch,
+// because prefetching did not speed it up on processors with matrix registers.
 template <class Init, class Out>
 void product(int64_t rows, int64_t columns, int64_t depth, Operand<bf16> A, Rows<const bf16> B, Base<Init> init,
     Rows<Out> C, Ahead&) {
@@ -152,11 +153,11 @@ void product(int64_t rows, int64_t columns, int64_t depth, Operand<bf16> A, Rows
     }
 }
 
-// Transposes 16 rows of 16 pairs.
+// Transposes 16 rows of 16 pairs each.
 inline void transpose_pairs(Bits rows[TILE]) {
 #pragma GCC unroll 4
   for (int distance = 1; distance < LANES; distance *= 2) {
-    Ints upper{}, lower{};  // lanes of the first operand, and from 16 on of the second
+    Ints upper{}, lower{};  // lanes from 16 on are those of the second operand
     for (int lane = 0; lane < LANES; ++lane) {
       upper[lane] = lane & distance ? LANES + (lane ^ distance) : lane;
       lower[lane] = lane & distance ? LANES + lane : lane ^ distance;
@@ -171,7 +172,7 @@ inline void transpose_pairs(Bits rows[TILE]) {
   }
 }
 
-// The left side of a product left^T right.
+// Returns the left operand of a product left^T right.
 inline Operand<bf16> transposed(
     Rows<const bf16> left, int64_t rows, int64_t columns, Buffer<bf16>& pairs, Buffer<bf16>& turned) {
   const int64_t depth = (rows + TILE_K - 1) / TILE_K * TILE_K, width = (columns + TILE - 1) / TILE * TILE;
@@ -193,7 +194,7 @@ inline Operand<bf16> transposed(
 
 #else
 
-// The left side of a product left^T right.
+// Returns the left operand of a product left^T right.
 inline Operand<bf16> transposed(
     Rows<const bf16> left, int64_t rows, int64_t columns, Buffer<bf16>& pairs, Buffer<bf16>&) {
   const int64_t depth = (rows + 1) / 2 * 2, width = (columns + LANES - 1) / LANES * LANES;

@@ -1,10 +1,11 @@
-// C[i, j] = init[i, j] + sum over k of A[i, k] B[k, j], for products with one small side, without packing.
+// Computes C[i, j] = init[i, j] + sum over k of A[i, k] B[k, j], without packing, for products with one small
+// dimension.
 //
-// One tile of registers serves the three shapes of a low-rank update:
+// One register tile serves the three shapes of a low-rank update:
 //   h = x D, dh = gy G^T    N = rank:    B is a panel of the factor
 //   y = base + b + h G, dx = base + dh D^T    K = rank:    C is written in the same pass
 //   dG = h^T gy, dD^T = dh^T x    M = rank, K = tokens:    A is read across its rows
-// Therefore A has two strides, B and C have rows, and the sum may start from another matrix than C, or from a bias.
+// Therefore A has two strides, B and C have contiguous rows, and init may be another matrix than C, or a bias.
 #pragma once
 
 #include <algorithm>
@@ -14,10 +15,10 @@
 
 namespace efft::EFFT_ISA {
 
-constexpr int TILE_ROWS = LANES == 16 ? 8 : 4;  // with TILE_LANES and one column of A they fill the register file
+constexpr int TILE_ROWS = LANES == 16 ? 8 : 4;  // with TILE_LANES and one column of A, these fill all registers
 constexpr int TILE_LANES = 3;
 constexpr int64_t TILE_COLUMNS = int64_t{TILE_LANES} * LANES;
-// How many rows of a product are made together, where it has that many.
+// The number of rows of a product that are computed together, if the product has that many.
 #if defined(__AMX_BF16__)
 template <class E>
 constexpr int64_t ROWS_TOGETHER = std::is_same_v<E, bf16> ? 32 : TILE_ROWS;
@@ -25,11 +26,11 @@ constexpr int64_t ROWS_TOGETHER = std::is_same_v<E, bf16> ? 32 : TILE_ROWS;
 template <class E>
 constexpr int64_t ROWS_TOGETHER = TILE_ROWS;
 #endif
-// How many rows of B, or pairs of rows, stay in the first-level cache, for up to 32 columns.
+// The number of rows of B, or pairs of rows, that stay in the first-level cache, for up to 32 columns.
 constexpr int64_t BLOCK_K = 192;
 
-// Strides are in elements. Element (i, k) of A is at i * row + k * step; with bf16, where pairs of k are adjacent, step
-// leads from pair to pair.
+// Strides are in elements. Element (i, k) of A is at i * row + k * step. In bf16, where pairs of k are adjacent, `step`
+// is the distance between pairs.
 template <class E>
 struct Operand {
   const E* data;
@@ -43,7 +44,7 @@ struct Rows {
   int64_t row;
 };
 
-// What a product is added to: a matrix, and a bias that every row gets; either may be absent.
+// What is added to a product: a matrix, and a bias that is added to every row. Either may be absent.
 template <class T>
 struct Base {
   const T* data = nullptr;
@@ -55,14 +56,14 @@ struct Base {
   }
 };
 
-// What the inner loop fetches from memory ahead of its use, `step` bytes further with every step of k. In bursts the
-// same requests would hold up the arithmetic.
+// Memory that the inner loop prefetches: `step` more bytes with every step of k. Sending the same requests in bursts
+// would delay the arithmetic.
 struct Ahead {
   const char* at = nullptr;
   int64_t step = 0;
 };
 
-// Fetches `bytes` bytes from `from` on, spread over a product of these sizes.
+// Prefetches `bytes` bytes from `from` on, distributed over a product of these sizes.
 template <class E>
 Ahead ahead_of(const void* from, int64_t bytes, int64_t rows, int64_t columns, int64_t depth) {
   const int64_t tiles = ((rows + TILE_ROWS - 1) / TILE_ROWS) * ((columns + TILE_COLUMNS - 1) / TILE_COLUMNS);
@@ -70,7 +71,7 @@ Ahead ahead_of(const void* from, int64_t bytes, int64_t rows, int64_t columns, i
   return {static_cast<const char*>(from), std::min<int64_t>(bytes / steps, 64)};
 }
 
-// sums += left right. With bf16 every lane holds a pair.
+// Adds left right to sums. In bf16, every lane holds a pair.
 inline void multiply(float, Floats& sums, Floats left, Floats right) {
   sums += left * right;
 }
@@ -80,7 +81,8 @@ inline void multiply(bf16, Floats& sums, Floats left, Floats right) {
 }
 #endif
 
-// One element in every lane; with bf16 a pair, whose second half is zero at the end of an odd depth.
+// Copies one element to every lane. In bf16 the element is a pair, whose second half is zero at the end of an odd
+// depth.
 EFFT_INLINE Floats spread(const float* from, bool) {
   return splat(*from);
 }
@@ -90,7 +92,7 @@ EFFT_INLINE Floats spread(const bf16* from, bool is_whole) {
   return (Floats)(Bits{} + pair);
 }
 
-// Rows of pairs are padded, so that all lanes may be read.
+// Rows of pairs are padded, so all lanes may be read.
 EFFT_INLINE Floats row_of_right(const float* from, int count) {
   return load(from, count);
 }
@@ -98,7 +100,7 @@ EFFT_INLINE Floats row_of_right(const bf16* from, int) {
   return load(reinterpret_cast<const float*>(from));
 }
 
-// `last` is the number of lanes of the last register that exist, where WHOLE is false.
+// If WHOLE is false, `last` is the number of valid lanes in the last register.
 template <int M, int N, bool WHOLE, class E, class Init, class Out>
 void tile(int64_t depth, Operand<E> A, Rows<const E> B, Base<Init> init, Rows<Out> C, int last, Ahead ahead) {
   const auto lanes = [last](int64_t j) { return WHOLE || j < N - 1 ? LANES : last; };
@@ -156,7 +158,7 @@ inline void down_rows(
   }
 }
 
-// If depth > BLOCK_K, partial sums pass through C, which must then hold floats.
+// If depth > BLOCK_K, partial sums are stored in C, which must then contain floats.
 template <class E, class Init, class Out>
 void product(int64_t rows, int64_t columns, int64_t depth, Operand<E> A, Rows<const E> B, Base<Init> init, Rows<Out> C,
     Ahead& ahead) {
@@ -190,8 +192,8 @@ void product(
   product(rows, columns, depth, A, B, init, C, nothing);
 }
 
-// Interleaves the rows of `from` in pairs, for E = bf16: row p of the result [ceil(rows / 2), width, 2] holds rows 2p
-// and 2p + 1. Elements beyond the last row or column are zero. `width` is a multiple of LANES.
+// Interleaves the rows of `from` in pairs, for E = bf16. Row p of the result [ceil(rows / 2), width, 2] contains rows
+// 2p and 2p + 1. Elements beyond the last row or column are zero. `width` must be a multiple of LANES.
 template <class From>
 Rows<const bf16> interleave(Rows<const From> from, int64_t rows, int64_t columns, int64_t width, bf16* to) {
   for (int64_t i = 0; i < rows; i += 2) {

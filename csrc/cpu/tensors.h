@@ -1,4 +1,4 @@
-// Conversions from torch's tensors to the kernels' plain matrices, on the stable ABI.
+// Converts torch's tensors to the plain matrices of the kernels, using the stable ABI.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
@@ -25,23 +25,23 @@ inline Type type_of(const Tensor& t) {
   return type == ScalarType::Float ? Type::float32 : Type::bfloat16;
 }
 
-// `t` with adjacent elements in a row and distinct rows (to the kernels a row distance of 0 means strips): `t` itself,
-// or the one documented copy.
+// Returns `t` with contiguous rows that do not overlap (to the kernels, a row distance of 0 means strips). This is `t`
+// itself, or the copy that the documentation of the backend mentions.
 inline Tensor with_unit_rows(const Tensor& t) {
   const bool unit = t.dim() == 0 || t.size(-1) <= 1 || t.stride(-1) == 1;
   const bool apart = t.dim() < 2 || t.size(-2) <= 1 || t.stride(-2) != 0;
   return unit && apart ? t : torch::stable::contiguous(t);
 }
 
-// The last two dimensions of `t` (whose rows are of unit stride), from element `offset` of its data on.
+// Returns the last two dimensions of `t` (whose rows must be contiguous), from element `offset` of its data on.
 inline Matrix matrix(const Tensor& t, int64_t offset = 0) {
   const Type type = type_of(t);
   char* data = static_cast<char*>(t.data_ptr());
   return {data + offset * (type == Type::float32 ? 4 : 2), t.dim() < 2 ? 0 : t.stride(-2), type};
 }
 
-// The first element at the beginning of a cache line, so that a read of a whole register or tile row touches only one
-// line. `data` has LINE more elements than are used.
+// Returns the first element at the beginning of a cache line, so that reading a full register or tile row touches only
+// one line. `data` must have LINE more elements than are used.
 constexpr int64_t LINE = 64;
 template <class T>
 T* at_line(T* data) {
@@ -50,10 +50,10 @@ T* at_line(T* data) {
   return static_cast<T*>(std::align(LINE, LINE, at, room));
 }
 
-// How many elements are reordered in about the time that it takes to wake a thread, some 10 us.
+// The number of elements that can be reordered in about 10 us, the time that it takes to wake a thread.
 constexpr int64_t WORTH_A_THREAD = 1 << 16;
 
-// Runs `op` on all of torch's threads.
+// Runs `op` on all threads of torch.
 inline void gather(const Gather& op) {
   constexpr int64_t width = 16;
   const int64_t grain = std::max<int64_t>(WORTH_A_THREAD / (width * std::max<int64_t>(op.rows, 1)), 1);
@@ -65,14 +65,14 @@ inline void gather(const Gather& op) {
 class Panel {
  public:
   enum class Order : uint8_t {
-    rows,    // rows padded with zeros to PANEL_COLUMNS; a view where the factor has that form already
+    rows,    // rows padded with zeros to PANEL_COLUMNS; a view if the factor already has this form
     strips,  // strips of STRIP_COLUMNS
   };
 
-  // A panel for products in `type`, which decides the type of its elements.
+  // Creates a panel for products in `type`, which determines the type of the panel's elements.
   Panel(const Tensor& factor, Order order, bool transpose, Type type) : Panel(factor, order, transpose) {
     if (type != Type::bfloat16 || !kernels().pairs) return;
-    // [strips][length][unit]: every strip is interleaved separately
+    // [strips][length][unit]: every strip is interleaved separately.
     const int64_t even = (length_ + 1) / 2 * 2, unit = row_ != 0 ? row_ : STRIP_COLUMNS;
     pairs_.reset(new uint16_t[even * padded_ + LINE]);
     uint16_t* const pairs = at_line(pairs_.get());
@@ -120,7 +120,7 @@ class Panel {
   int64_t row_ = 0, length_ = 0, padded_ = 0;
 };
 
-// out = left right, or out += left right, by the library with which torch multiplies matrices.
+// Computes out = left right, or out += left right, with the library that torch uses for matrix products.
 inline void multiply(const Tensor& out, const Tensor& left, const Tensor& right, bool accumulate) {
   if (out.numel() == 0) return;
   const AOTITorchError failed = accumulate
@@ -129,7 +129,7 @@ inline void multiply(const Tensor& out, const Tensor& left, const Tensor& right,
   STD_TORCH_CHECK(!failed, "torch's matrix product failed, and printed why");
 }
 
-// Makes a tensor by torch's C interface, which costs a microsecond or two; a call by an operator's name costs about
+// Creates a tensor with torch's C interface, which takes a microsecond or two. Calling an operator by name takes about
 // ten.
 inline Tensor empty(
     const Tensor& like, std::initializer_list<int64_t> sizes, std::optional<ScalarType> type = std::nullopt) {
@@ -147,7 +147,7 @@ inline Tensor empty(
   return Tensor(made);
 }
 
-// A view that begins at the first element of `t`.
+// Returns a view that begins at the first element of `t`.
 inline Tensor view(const Tensor& t, std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides) {
   AtenTensorHandle made = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
@@ -159,12 +159,13 @@ inline Tensor transposed(const Tensor& t) {
   return view(t, {t.size(1), t.size(0)}, {t.stride(1), t.stride(0)});
 }
 
-// A vector as a matrix with one row.
+// Returns a vector as a matrix with one row.
 inline Tensor as_row(const Tensor& t) {
   return view(t, {1, t.size(0)}, {t.size(0), t.stride(0)});
 }
 
-// The tokens divided among torch's threads, in whole tiles, and without a thread for fewer than are worth waking it.
+// Divides the tokens among torch's threads, in full tiles. A thread is used only if it gets enough tokens to be worth
+// it.
 struct Parts {
   int64_t tokens, size, count;
 
@@ -177,7 +178,7 @@ struct Parts {
     count = (tokens + size - 1) / size;
   }
 
-  // f(part, begin, end)
+  // Calls f(part, begin, end) for each part.
   template <class F>
   void run(const F& f) const {
     torch::stable::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {

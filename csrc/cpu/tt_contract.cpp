@@ -1,4 +1,4 @@
-// efft::tt_contract_{fwd,bwd}.cpu: every layer and core of a train, in parallel.
+// Implements efft::tt_contract_{fwd,bwd}.cpu, with all layers and cores of a tensor train in parallel.
 #include <tuple>
 
 #include "tensors.h"
@@ -17,7 +17,7 @@ const bool* at(const Mask& mask, int64_t offset) {
   return mask.has_value() ? static_cast<const bool*>(mask->data_ptr()) + offset : nullptr;
 }
 
-// The part of layer l and core c of a train whose tensors are contiguous.
+// A tensor train with contiguous tensors. part(l, c) is its part for layer l and core c.
 struct Train {
   Tensor C, V, G;
   Mask keep_C, keep_V;
@@ -64,7 +64,7 @@ std::tuple<Tensor, Tensor> tt_contract_bwd(
         kernels().contract_dC(train.part(i / train.n_cores, i % train.n_cores), to);
       }
     });
-  if (need_dV) {  // every thread owns columns, and adds the layers in order
+  if (need_dV) {  // every thread owns a range of columns, and adds the layers in order
     constexpr int64_t width = 192;
     const Matrix to = matrix(dV);
     torch::stable::parallel_for(0, (train.d_out + width - 1) / width, 1, [&](int64_t first, int64_t last) {

@@ -1,4 +1,4 @@
-// efft::tt_gelu_linear_{fwd,bwd}.cpu: tt_linear behind a GELU, which is applied block by block.
+// Implements efft::tt_gelu_linear_{fwd,bwd}.cpu: tt_linear after a GELU, which is applied block by block.
 #include "tt_linear.h"
 
 namespace efft {
@@ -15,9 +15,12 @@ Linear tt_gelu_linear_fwd(Tensor z, Tensor W, std::optional<Tensor> b, Tensor D,
   return linear_forward(z, gelu(approximate), W, b, D, G);
 }
 
-LinearBackward tt_gelu_linear_bwd(Tensor gy, Tensor z, std::optional<Tensor> W, std::optional<Tensor> h, Tensor D,
-    Tensor G, std::string approximate, bool need_dz, bool need_dD, bool need_dG) {
-  return linear_backward(gy, z, gelu(approximate), W, h, D, G, need_dz, need_dD, need_dG);
+std::tuple<Tensor, Tensor, Tensor, Tensor> tt_gelu_linear_bwd(Tensor gy, Tensor z, std::optional<Tensor> W,
+    std::optional<Tensor> h, Tensor D, Tensor G, std::string approximate, bool need_dz, bool need_dD, bool need_dG,
+    bool need_db) {
+  const Needs need{need_dz, need_dD, need_dG, need_db};
+  const LinearBackward grads = linear_backward(gy, z, gelu(approximate), W, h, D, G, need);
+  return {grads.dx, grads.dD, grads.dG, grads.db};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(efft, CPU, library) {

@@ -1,8 +1,10 @@
-// efft::tt_linear_{fwd,bwd}.cpu, and what the forms behind a producer (a GELU or a layer norm) share with it.
+// Implements efft::tt_linear_{fwd,bwd}.cpu and the functions shared with the ops that include a producer, that is, a
+// GELU or a layer norm before the layer.
 //
-// The library that torch uses computes the base product, first, because it writes a result faster than it adds to one.
-// One pass over blocks of tokens then does everything of rank r: y += b + h G in forward, dx += dh D^T in backward.
-// Only the forward pass behind a producer comes before the product, whose input it makes.
+// First, torch's matrix library computes the base product, because this library writes a result faster than it adds to
+// one. Then one pass over blocks of tokens computes all rank-r products: y += b + h G in the forward pass, dx += dh D^T
+// in the backward pass. Only the forward pass with a producer runs before the base product, because it computes the
+// input.
 #include "tt_linear.h"
 
 #include <vector>
@@ -11,7 +13,7 @@ namespace efft {
 
 namespace {
 
-// A vector converted to floats; its data is null if there is no vector.
+// A vector converted to floats; its data is null if the vector is absent.
 class Vector {
  public:
   explicit Vector(const std::optional<Tensor>& from) {
@@ -70,10 +72,12 @@ Linear linear_forward(const Tensor& x_, const ProducerArguments& producer, const
 }
 
 LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x_, const ProducerArguments& producer,
-    const std::optional<Tensor>& W, const std::optional<Tensor>& h_, const Tensor& D, const Tensor& G, bool need_dx,
-    bool need_dD, bool need_dG) {
-  STD_TORCH_CHECK((!need_dx || W.has_value()) && (!need_dD || x_.has_value()) && (!need_dG || h_.has_value()),
+    const std::optional<Tensor>& W, const std::optional<Tensor>& h_, const Tensor& D, const Tensor& G,
+    const Needs& need) {
+  const bool need_norm = need.dgamma || need.dbeta, need_da = need.dx || need_norm;
+  STD_TORCH_CHECK((!need.dx || W.has_value()) && (!need.dD || x_.has_value()) && (!need.dG || h_.has_value()),
       "dx needs W, dD needs x, dG needs h: one of them is missing");
+  STD_TORCH_CHECK(!need_norm || W.has_value(), "dgamma and dbeta need W, which is missing");
   const Tensor gy = with_unit_rows(gy_);
   const int64_t tokens = gy.size(0), d_in = D.size(0), rank = D.size(1), d_out = G.size(1);
   const Vector gamma(producer.gamma), beta(producer.beta);
@@ -84,8 +88,6 @@ LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x
   op.gy = matrix(gy);
   op.Gt = Gt.elements();
   op.Dt = Dt.elements();
-  op.need_dD = need_dD;
-  op.need_dG = need_dG;
   const std::optional<Tensor> x = x_.has_value() ? std::optional(with_unit_rows(*x_)) : std::nullopt;
   const std::optional<Tensor> h = h_.has_value() ? std::optional(with_unit_rows(*h_)) : std::nullopt;
   op.x = x ? matrix(*x) : Matrix{nullptr, 0, op.gy.type};
@@ -93,38 +95,59 @@ LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x
 
   const bool plain = producer.kind == Producer::none;
   const Tensor& like = x && !plain ? *x : gy;
-  Tensor dx = need_dx ? empty(like, {tokens, d_in}) : empty(like, {0}), base = dx;
-  if (need_dx) {
-    if (!plain && op.x.type != op.gy.type) base = empty(gy, {tokens, d_in});
+  Tensor dx = need.dx ? empty(like, {tokens, d_in}) : empty(like, {0}), base = dx;
+  if (need_da) {
+    if (!need.dx || (!plain && op.x.type != op.gy.type)) base = empty(gy, {tokens, d_in});
     multiply(base, gy, *W, false);
     op.base = matrix(base);
-    op.dx = matrix(dx);
+    if (need.dx) op.dx = matrix(dx);
+  }
+  Tensor dD = need.dD ? empty(D, {d_in, rank}) : empty(D, {0});
+  Tensor dG = need.dG ? empty(G, {rank, d_out}) : empty(G, {0});
+  Tensor db = empty(gy, {need.db ? d_out : 0}, ScalarType::Float);
+  Tensor dgamma = empty(producer.gamma ? *producer.gamma : like, {need.dgamma ? d_in : 0});
+  Tensor dbeta = empty(producer.beta ? *producer.beta : like, {need.dbeta ? d_in : 0});
+  if (tokens == 0) {
+    for (Tensor* sum : {&dD, &dG, &db, &dgamma, &dbeta}) torch::stable::zero_(*sum);
+    return {dx, dD, dG, db, dgamma, dbeta};
   }
   const Parts parts(tokens);
-  const auto strips = [rank](int64_t columns) {
-    return (columns + STRIP_COLUMNS - 1) / STRIP_COLUMNS * STRIP_COLUMNS * rank;
+  const auto strips = [](bool needed, int64_t rows, int64_t columns) {
+    return needed ? (columns + STRIP_COLUMNS - 1) / STRIP_COLUMNS * STRIP_COLUMNS * rows : 0;
   };
-  const int64_t size_D = need_dD ? strips(d_in) : 0, size_G = need_dG ? strips(d_out) : 0;
-  // Kept by this thread from call to call, because the pages of fresh memory of this size would fault on every call. It
-  // is as large as the largest call needs: rank (d_in + d_out) floats for each of torch's threads.
-  thread_local std::vector<float> shares;
-  shares.resize(std::max<size_t>(shares.size(), parts.count * (size_D + size_G) + LINE));
-  float* const shares_D = at_line(shares.data());
+  const int64_t size_D = strips(need.dD, rank, d_in), size_G = strips(need.dG, rank, d_out);
+  const int64_t size_b = strips(need.db, 1, d_out), size_norm = strips(need_norm, 1, d_in);
+  // This thread keeps the memory for later calls, because fresh memory of this size would cause page faults in every
+  // call. Its size is that of the largest call: about rank (d_in + d_out) floats for each of torch's threads.
+  thread_local std::vector<float> room;
+  room.resize(std::max<size_t>(room.size(), parts.count * (size_D + size_G + size_b + 2 * size_norm) + LINE));
+  float* const shares_D = at_line(room.data());
   float* const shares_G = shares_D + parts.count * size_D;
+  float* const shares_b = shares_G + parts.count * size_G;
+  float* const shares_gamma = shares_b + parts.count * size_b;
+  float* const shares_beta = shares_gamma + parts.count * size_norm;
   parts.run([&](int64_t part, int64_t begin, int64_t end) {
-    kernels().backward(op, begin, end, shares_D + part * size_D, shares_G + part * size_G);
+    Shares of;
+    if (need.dD) of.dDt = shares_D + part * size_D;
+    if (need.dG) of.dG = shares_G + part * size_G;
+    if (need.db) of.db = shares_b + part * size_b;
+    if (need_norm) {
+      of.dgamma = shares_gamma + part * size_norm;
+      of.dbeta = shares_beta + part * size_norm;
+    }
+    kernels().backward(op, begin, end, of);
   });
-  Tensor dD = need_dD ? empty(D, {d_in, rank}) : empty(D, {0});
-  Tensor dG = need_dG ? empty(G, {rank, d_out}) : empty(G, {0});
-  if (tokens == 0) {
-    torch::stable::zero_(dD);
-    torch::stable::zero_(dG);
-    return {dx, dD, dG};
-  }
-  // Summed in the order of the threads, so that every run gives the same bits.
-  if (need_dD) gather({{shares_D, 0, Type::float32}, parts.count, size_D, rank, d_in, 1, true, matrix(dD)});
-  if (need_dG) gather({{shares_G, 0, Type::float32}, parts.count, size_G, rank, d_out, 1, false, matrix(dG)});
-  return {dx, dD, dG};
+  // Shares are added in the order of the threads, so that every run returns exactly the same result.
+  const auto total = [&parts](
+                         float* shares, int64_t size, int64_t rows, int64_t columns, bool transpose, const Tensor& to) {
+    gather({{shares, 0, Type::float32}, parts.count, size, rows, columns, 1, transpose, matrix(to)});
+  };
+  if (need.dD) total(shares_D, size_D, rank, d_in, true, dD);
+  if (need.dG) total(shares_G, size_G, rank, d_out, false, dG);
+  if (need.db) total(shares_b, size_b, 1, d_out, false, as_row(db));
+  if (need.dgamma) total(shares_gamma, size_norm, 1, d_in, false, as_row(dgamma));
+  if (need.dbeta) total(shares_beta, size_norm, 1, d_in, false, as_row(dbeta));
+  return {dx, dD, dG, db, dgamma, dbeta};
 }
 
 namespace {
@@ -133,9 +156,10 @@ Linear tt_linear_fwd(Tensor x, Tensor W, std::optional<Tensor> b, Tensor D, Tens
   return linear_forward(x, {}, W, b, D, G);
 }
 
-LinearBackward tt_linear_bwd(Tensor gy, std::optional<Tensor> x, std::optional<Tensor> W, std::optional<Tensor> h,
-    Tensor D, Tensor G, bool need_dx, bool need_dD, bool need_dG) {
-  return linear_backward(gy, x, {}, W, h, D, G, need_dx, need_dD, need_dG);
+std::tuple<Tensor, Tensor, Tensor, Tensor> tt_linear_bwd(Tensor gy, std::optional<Tensor> x, std::optional<Tensor> W,
+    std::optional<Tensor> h, Tensor D, Tensor G, bool need_dx, bool need_dD, bool need_dG, bool need_db) {
+  const LinearBackward grads = linear_backward(gy, x, {}, W, h, D, G, {need_dx, need_dD, need_dG, need_db});
+  return {grads.dx, grads.dD, grads.dG, grads.db};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(efft, CPU, library) {

@@ -1,4 +1,4 @@
-// The part of the binding that tt_linear shares with its forms behind a GELU and behind a layer norm.
+// Declares the part of the binding that tt_linear, tt_gelu_linear and tt_norm_linear share.
 #pragma once
 
 #include <string>
@@ -8,10 +8,17 @@
 
 namespace efft {
 
-using Linear = std::tuple<Tensor, Tensor>;                  // y, h
-using LinearBackward = std::tuple<Tensor, Tensor, Tensor>;  // dx, dD, dG
+using Linear = std::tuple<Tensor, Tensor>;  // y, h
 
-// Which producer stands in front of the layer, and the tensors that belong to a norm.
+// The gradients that are needed, and the computed gradients; a gradient that is not needed has 0 elements.
+struct Needs {
+  bool dx, dD, dG, db, dgamma = false, dbeta = false;
+};
+struct LinearBackward {
+  Tensor dx, dD, dG, db, dgamma, dbeta;
+};
+
+// The producer whose output the layer reads, and the tensors of a norm.
 struct ProducerArguments {
   Producer kind = Producer::none;
   std::optional<Tensor> gamma, beta;
@@ -23,7 +30,7 @@ Linear linear_forward(const Tensor& x, const ProducerArguments& producer, const 
     const std::optional<Tensor>& b, const Tensor& D, const Tensor& G);
 
 LinearBackward linear_backward(const Tensor& gy, const std::optional<Tensor>& x, const ProducerArguments& producer,
-    const std::optional<Tensor>& W, const std::optional<Tensor>& h, const Tensor& D, const Tensor& G, bool need_dx,
-    bool need_dD, bool need_dG);
+    const std::optional<Tensor>& W, const std::optional<Tensor>& h, const Tensor& D, const Tensor& G,
+    const Needs& need);
 
 }  // namespace efft

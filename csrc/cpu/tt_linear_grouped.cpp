@@ -1,4 +1,5 @@
-// efft::tt_linear_grouped.cpu: one base product for all samples, then each with its adapter's factors.
+// Implements efft::tt_linear_grouped.cpu: one base product for all samples, then each sample with its adapter's
+// factors.
 #include "tensors.h"
 
 namespace efft {
@@ -27,7 +28,7 @@ Tensor tt_linear_grouped(Tensor x_, Tensor W, std::optional<Tensor> b, Tensor D,
       op.y = {static_cast<char*>(y.data_ptr()) + i * tokens * d_out * size, d_out, type};
       op.base = op.y;
       op.b = bias ? bias->data() : nullptr;
-      if (ids[i] < 0) {  // rank 0
+      if (ids[i] < 0) {  // no adapter: op has rank 0
         kernels().forward(op, 0, tokens);
         continue;
       }

@@ -1,4 +1,4 @@
-// efft::tt_norm_linear_{fwd,bwd}.cpu: tt_linear behind a layer norm, which is applied block by block.
+// Implements efft::tt_norm_linear_{fwd,bwd}.cpu: tt_linear after a layer norm, which is applied block by block.
 #include "tt_linear.h"
 
 namespace efft {
@@ -13,12 +13,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tt_norm_linear_fwd(Tensor x, std::opt
   return {y, h, producer.mean, producer.rstd};
 }
 
-LinearBackward tt_norm_linear_bwd(Tensor gy, Tensor x, std::optional<Tensor> gamma, std::optional<Tensor> beta,
-    double eps, Tensor mean, Tensor rstd, std::optional<Tensor> W, std::optional<Tensor> h, Tensor D, Tensor G,
-    bool need_dx, bool need_dD, bool need_dG) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> tt_norm_linear_bwd(Tensor gy, Tensor x,
+    std::optional<Tensor> gamma, std::optional<Tensor> beta, double eps, Tensor mean, Tensor rstd,
+    std::optional<Tensor> W, std::optional<Tensor> h, Tensor D, Tensor G, bool need_dx, bool need_dD, bool need_dG,
+    bool need_db, bool need_dgamma, bool need_dbeta) {
   const ProducerArguments producer{
       Producer::norm, gamma, beta, eps, torch::stable::contiguous(mean), torch::stable::contiguous(rstd)};
-  return linear_backward(gy, x, producer, W, h, D, G, need_dx, need_dD, need_dG);
+  const Needs need{need_dx, need_dD, need_dG, need_db, need_dgamma, need_dbeta};
+  const LinearBackward grads = linear_backward(gy, x, producer, W, h, D, G, need);
+  return {grads.dx, grads.dD, grads.dG, grads.db, grads.dgamma, grads.dbeta};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(efft, CPU, library) {

@@ -2,8 +2,10 @@
 //
 // Forward: what the producer puts out (without one, x), then y, whose product makes h itself or finds it there.
 // Backward: the same product with gy, G^T and D^T for dh and the gradient of what was put out, the producer's backward,
-// then dG and dD in one launch.
+// then dG and dD in one launch. What trained biases and norms need beside is summed by torch.
 #include "tt_linear.h"
+
+#include <array>
 
 namespace efft {
 
@@ -40,6 +42,27 @@ void make_h(const Tensor& h, const Tensor& a, const Tensor& P, const Launches& l
   op.P = matrix(P);
   op.H = matrix(h);
   check(project(op, launches.stream()));
+}
+
+Tensor multiplied(const Tensor& left, const Tensor& right) {
+  std::array<StableIValue, 2> stack{torch::stable::detail::from(left), torch::stable::detail::from(right)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mul", "Tensor", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// The sum of rows in float, returned in `type`.
+Tensor sum_of_rows(const Tensor& of, ScalarType type) {
+  constexpr int64_t rows = 0;
+  const Tensor sum =
+      torch::stable::sum(of, torch::headeronly::IntHeaderOnlyArrayRef(&rows, 1), false, ScalarType::Float);
+  return torch::stable::to(sum, type);
+}
+
+// What the norm's weight multiplies, in float.
+Tensor standardized(const Tensor& x, const LayerProducer& producer) {
+  const Tensor centered =
+      torch::stable::subtract(torch::stable::to(x, ScalarType::Float), torch::stable::unsqueeze(*producer.mean, 1));
+  return multiplied(centered, torch::stable::unsqueeze(*producer.rstd, 1));
 }
 
 }  // namespace
@@ -90,25 +113,26 @@ Linear linear_forward(const Tensor& x_, const LayerProducer& producer, const Ten
 }
 
 LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x_, const LayerProducer& producer,
-    const std::optional<Tensor>& W, const std::optional<Tensor>& h_, const Tensor& D, const Tensor& G, bool need_dx,
-    bool need_dD, bool need_dG) {
+    const std::optional<Tensor>& W, const std::optional<Tensor>& h_, const Tensor& D, const Tensor& G,
+    const Needs& need) {
+  const bool need_da = need.dx || need.dgamma || need.dbeta;
   const Launches launches(gy_);
   const ScalarType type = gy_.scalar_type();
   const Tensor gy = with_aligned_rows(gy_, type, launches);
   const std::optional<Tensor> gamma = whole(producer.gamma), beta = whole(producer.beta);
-  const bool reads_x = x_.has_value() && (need_dD || (need_dx && producer.kind != Producer::none));
+  const bool reads_x = x_.has_value() && (need.dD || (need_da && producer.kind != Producer::none));
   const Tensor x = reads_x ? with_readable_rows(*x_, producer, type, launches) : gy;
   const Tensor like_x = x_.has_value() ? *x_ : gy_;
   const int64_t tokens = gy.size(0), d_in = D.size(0), d_out = G.size(1), rank = D.size(1);
 
-  const Tensor dh = empty_rows(gy, {need_dx || need_dD ? tokens : 0}, rank, type);
-  const Tensor P = need_dx || need_dD ? with_aligned_rows(G, type, launches) : G;
+  const Tensor dh = empty_rows(gy, {need_da || need.dD ? tokens : 0}, rank, type);
+  const Tensor P = need_da || need.dD ? with_aligned_rows(G, type, launches) : G;
 
   // The gradient of what the products read, which without a producer is x.
   const bool plain = producer.kind == Producer::none;
-  const Tensor dx = need_dx ? empty(like_x, {tokens, d_in}) : empty(like_x, {0});
-  const Tensor da = plain || !need_dx ? dx : empty_rows(gy, {tokens}, d_in, type);
-  if (need_dx) {
+  const Tensor dx = need.dx ? empty(like_x, {tokens, d_in}) : empty(like_x, {0});
+  const Tensor da = plain || !need_da ? dx : empty_rows(gy, {tokens}, d_in, type);
+  if (need_da) {
     const Right right(*W, launches);
     const Tensor tail = right.tail(transposed(D), launches);
     LowRankGemm product;
@@ -127,40 +151,40 @@ LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x
     else
       make_h(dh, gy, P, launches);
     check(lowrank_gemm(product, launches.stream()));
-  } else if (need_dD) {
+  } else if (need.dD) {
     make_h(dh, gy, P, launches);
   }
-  const Tensor a = plain || !need_dD ? x : empty_rows(gy, {tokens}, d_in, type);
-  if (!plain && (need_dx || need_dD)) {
+  const Tensor a = plain || !need.dD ? x : empty_rows(gy, {tokens}, d_in, type);
+  if (!plain && (need.dx || need.dD)) {
     ProduceBackward op;
     op.rows = tokens;
     op.columns = d_in;
     op.x = matrix(x);
-    if (need_dx) {
+    if (need.dx) {
       op.dout = matrix(da);
       op.dx = matrix(dx);
     }
-    if (need_dD) op.out = matrix(a);
+    if (need.dD) op.out = matrix(a);
     op.type = type_of(type);
     op.producer = producer.kind;
     op.norm = norm_of(producer, gamma, beta);
     check(produce_backward(op, launches.stream()));
   }
 
-  const Tensor dD = need_dD ? empty(D, {d_in, rank}) : empty(D, {0});
-  const Tensor dG = need_dG ? empty(G, {rank, d_out}) : empty(G, {0});
+  const Tensor dD = need.dD ? empty(D, {d_in, rank}) : empty(D, {0});
+  const Tensor dG = need.dG ? empty(G, {rank, d_out}) : empty(G, {0});
   ReduceTokens sums;
   sums.tokens = tokens;
   sums.rank = rank;
-  const Tensor h = need_dG ? with_aligned_rows(*h_, type, launches) : dh;
-  if (need_dG) {
+  const Tensor h = need.dG ? with_aligned_rows(*h_, type, launches) : dh;
+  if (need.dG) {
     sums.d_out = d_out;
     sums.gy = matrix(gy);
     sums.h = matrix(h);
     sums.dG = dG.data_ptr();
     sums.factors_G = type_of(G);
   }
-  if (need_dD) {
+  if (need.dD) {
     sums.d_in = d_in;
     sums.x = matrix(a);
     sums.dh = matrix(dh);
@@ -171,7 +195,13 @@ LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x
   const Tensor partials = empty(gy, {sums.splits * rank * (sums.d_out + sums.d_in)}, ScalarType::Float);
   sums.partials = static_cast<float*>(partials.data_ptr());
   check(reduce_tokens(sums, launches.stream()));
-  return {dx, dD, dG};
+  Tensor db = empty(gy, {0}, ScalarType::Float);
+  Tensor dgamma = empty(producer.gamma ? *producer.gamma : like_x, {0}),
+         dbeta = empty(producer.beta ? *producer.beta : like_x, {0});
+  if (need.db) db = sum_of_rows(gy, ScalarType::Float);
+  if (need.dgamma) dgamma = sum_of_rows(multiplied(da, standardized(*x_, producer)), producer.gamma->scalar_type());
+  if (need.dbeta) dbeta = sum_of_rows(da, producer.beta->scalar_type());
+  return {dx, dD, dG, db, dgamma, dbeta};
 }
 
 namespace {
@@ -180,9 +210,10 @@ Linear tt_linear_fwd(Tensor x, Tensor W, std::optional<Tensor> b, Tensor D, Tens
   return linear_forward(x, {}, W, b, D, G);
 }
 
-LinearBackward tt_linear_bwd(Tensor gy, std::optional<Tensor> x, std::optional<Tensor> W, std::optional<Tensor> h,
-    Tensor D, Tensor G, bool need_dx, bool need_dD, bool need_dG) {
-  return linear_backward(gy, x, {}, W, h, D, G, need_dx, need_dD, need_dG);
+std::tuple<Tensor, Tensor, Tensor, Tensor> tt_linear_bwd(Tensor gy, std::optional<Tensor> x, std::optional<Tensor> W,
+    std::optional<Tensor> h, Tensor D, Tensor G, bool need_dx, bool need_dD, bool need_dG, bool need_db) {
+  const LinearBackward grads = linear_backward(gy, x, {}, W, h, D, G, {need_dx, need_dD, need_dG, need_db});
+  return {grads.dx, grads.dD, grads.dG, grads.db};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(efft, CUDA, library) {

@@ -8,8 +8,15 @@
 
 namespace efft {
 
-using Linear = std::tuple<Tensor, Tensor>;                  // y, h
-using LinearBackward = std::tuple<Tensor, Tensor, Tensor>;  // dx, dD, dG
+using Linear = std::tuple<Tensor, Tensor>;  // y, h
+
+// Which gradients are needed, and those gradients; one that is not needed has 0 elements.
+struct Needs {
+  bool dx, dD, dG, db, dgamma = false, dbeta = false;
+};
+struct LinearBackward {
+  Tensor dx, dD, dG, db, dgamma, dbeta;
+};
 
 // The producer of a layer, and what a norm brings.
 struct LayerProducer {
@@ -38,7 +45,7 @@ Linear linear_forward(const Tensor& x, const LayerProducer& producer, const Tens
     const Tensor& D, const Tensor& G);
 
 LinearBackward linear_backward(const Tensor& gy, const std::optional<Tensor>& x, const LayerProducer& producer,
-    const std::optional<Tensor>& W, const std::optional<Tensor>& h, const Tensor& D, const Tensor& G, bool need_dx,
-    bool need_dD, bool need_dG);
+    const std::optional<Tensor>& W, const std::optional<Tensor>& h, const Tensor& D, const Tensor& G,
+    const Needs& need);
 
 }  // namespace efft

@@ -1,4 +1,4 @@
-"""Layers on the ops: banks of shared factors, and the adapted layers that each use a part of a bank."""
+"""Layers on top of the ops: banks of shared factors, and adapted layers that each use one part of a bank."""
 
 from efft_kernels.nn.attention import EfftMultiheadAttention
 from efft_kernels.nn.bank import FactorBank

@@ -1,6 +1,7 @@
-"""Adapt any weight of a model by its name, and put it back.
+"""Adapt weights of a model by name, and undo the adaptation.
 
-A layer that is called is replaced by an adapted one; a parameter that its module reads stays in the module.
+An adapted layer replaces a layer that the model calls. A parameter that a module reads itself stays in the module, and
+the class of the module changes. A *stand-in* is the adapted layer that replaces a layer.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ _KINDS: tuple[type[AdaptedLayer], ...] = (EfftLinear, EfftConv1d, EfftConv2d, Ef
 
 
 def layer_class(layer: nn.Module) -> type[AdaptedLayer] | None:
-    """Return the class that stands in for layers of this kind, or None if there is none.
+    """Return the class that replaces layers of this type, or None if no class does.
 
-    The ``refusal`` of that class may still have a reason against this layer.
+    The method ``refusal`` of the class may still return a reason why this layer cannot be replaced.
     """
     if is_conv1d(layer):
         return EfftConv1D
@@ -58,7 +59,7 @@ def cannot_adapt(model: nn.Module, name: str, view: str = "linear") -> str | Non
     owner, _, parameter = name.rpartition(".")
     module = _module_at(model, owner)
     if module is None or not hasattr(module, parameter):
-        return "there is no layer and no parameter of this name"
+        return "the model has no layer and no parameter with this name"
     if view in EXPERT_VIEWS:
         return cannot_adapt_experts(module, parameter)
     return cannot_adapt_parameter(module, parameter, view)
@@ -71,23 +72,25 @@ def adapt(
     views: Mapping[str, str] | None = None,
     kind: type[AdaptedLayer] = EfftLinear,
 ) -> dict[str, AdaptedWeight]:
-    """Adapt weights of ``model``, in place.
+    """Adapt weights of ``model`` in place.
 
     Args:
         model: the model.
-        sites: a bank, and the part of it that the weight uses, by the name of a layer that is called
-            (``"blocks.0.attn.qkv"``) or of a parameter of any other module (``"layers.0.attn.in_proj_weight"``).
-        views: how the matrix lies in a parameter, if that is not ``"linear"``
-            (:func:`efft_kernels.nn.parameter.adapt_parameter`). For a site of experts it is ``"experts"`` for matrices
-            ``[experts, d_out, d_in]``, ``"experts transposed"`` for ``[experts, d_in, d_out]``.
-        kind: the class that stands in for linear layers.
+        sites: maps the name of each weight to its bank and its site in the bank. The name is that of a layer that the
+            model calls (``"blocks.0.attn.qkv"``), or that of a parameter of any other module
+            (``"layers.0.attn.in_proj_weight"``).
+        views: maps the names of parameters to views if the view is not ``"linear"``
+            (:func:`efft_kernels.nn.parameter.adapt_parameter`). The view of an expert site is ``"experts"`` for
+            matrices ``[experts, d_out, d_in]``, and ``"experts transposed"`` for ``[experts, d_in, d_out]``.
+        kind: the class that replaces linear layers.
 
     Returns:
-        By name, the stand-in of each layer, which is registered wherever the layer was, and each adapted parameter.
+        The adapted weights by name: the stand-in of each layer, which is registered wherever the layer was, and each
+        adapted parameter.
 
     Raises:
-        TypeError: :func:`cannot_adapt` has a reason; nothing is changed.
-        ValueError: sizes do not fit; no module is replaced.
+        TypeError: a weight cannot be adapted (:func:`cannot_adapt` returns the reason); nothing is changed.
+        ValueError: the sizes of a site and its weight differ; no module is replaced.
     """
     views = views or {}
     for name in sites:
@@ -122,12 +125,13 @@ def adapt(
 def mark_readers(model: nn.Module) -> dict[str, str]:
     """Prepare the modules of ``model`` that read weights of adapted layers instead of calling the layers.
 
-    The ``weight`` of such a layer is its effective weight from then on, at any time. An ``nn.MultiheadAttention`` whose
-    ``out_proj`` is adapted gets a forward that calls it, and an ``nn.TransformerEncoder`` uses no nested tensors while
-    an update counts. Call this once all layers are replaced.
+    From then on, the ``weight`` of such a layer is always its effective weight, which includes the update. An
+    ``nn.MultiheadAttention`` with an adapted ``out_proj`` gets a forward method that calls ``out_proj``, and an
+    ``nn.TransformerEncoder`` does not use nested tensors while an update is applied. Call this function after all
+    layers are replaced.
 
     Returns:
-        The class of the module that reads it, by the name of each adapted layer that may be read.
+        For the name of each adapted layer whose weight may be read, the class name of the module that reads it.
     """
     readers = {}
     for name, layer, reader in read_layers(model, AdaptedLayer):
@@ -145,7 +149,7 @@ def mark_readers(model: nn.Module) -> dict[str, str]:
 
 
 def read_layers(model: nn.Module, kind: type[Layer]) -> Iterator[tuple[str, Layer, nn.Module]]:
-    """Yield (name, layer, reader) for each layer of class ``kind`` whose weight a module around it reads itself."""
+    """Yield (name, layer, reader) for each layer of class ``kind`` whose weight an enclosing module reads directly."""
     for path, module in model.named_modules():
         if isinstance(module, kind):
             continue
@@ -157,10 +161,11 @@ def read_layers(model: nn.Module, kind: type[Layer]) -> Iterator[tuple[str, Laye
 
 
 def restore(model: nn.Module, originals: Mapping[nn.Module, nn.Module]) -> None:
-    """Undo every adaptation in ``model``, merged or not; parameters stay frozen.
+    """Undo every adaptation in ``model``, merged or not. Parameters stay frozen.
 
     Args:
-        originals: maps each stand-in to the layer that it stands in for, which gets its weight, hooks and mode back.
+        originals: maps each stand-in to the layer that it replaced. The layer gets the weight, hooks and mode of the
+            stand-in.
     """
     for stand_in, layer in originals.items():
         assert isinstance(stand_in, AdaptedLayer)
@@ -175,7 +180,7 @@ def restore(model: nn.Module, originals: Mapping[nn.Module, nn.Module]) -> None:
 
 
 def named_adapted_weights(model: nn.Module) -> Iterator[tuple[str, AdaptedWeight]]:
-    """Yield (name, adapted weight) of each adapted layer and parameter of ``model``, each once."""
+    """Yield (name, adapted weight) once for each adapted layer and parameter of ``model``."""
     for path, module in model.named_modules():
         if isinstance(module, AdaptedLayer):
             yield path, module
@@ -185,7 +190,7 @@ def named_adapted_weights(model: nn.Module) -> Iterator[tuple[str, AdaptedWeight
 
 
 def state_name(name: str, weight: AdaptedWeight) -> str:
-    """Return the name in a state dict of the weight that :func:`named_adapted_weights` calls ``name``."""
+    """Return the state dict's name for the weight that :func:`named_adapted_weights` yields as ``name``."""
     return f"{name}.weight" if isinstance(weight, AdaptedLayer) else name
 
 
@@ -199,7 +204,7 @@ def _module_at(model: nn.Module, name: str) -> nn.Module | None:
 
 
 def replace_modules(model: nn.Module, new_of: Mapping[nn.Module, nn.Module]) -> None:
-    """Put the new modules in wherever the old ones are registered or held in other attributes."""
+    """Replace modules wherever the old ones are registered or stored in other attributes."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child is not None and child in new_of:
@@ -208,9 +213,9 @@ def replace_modules(model: nn.Module, new_of: Mapping[nn.Module, nn.Module]) -> 
 
 
 def replace_in_attributes(parent: nn.Module, new_of: Mapping[nn.Module, nn.Module]) -> None:
-    """Put the new modules in where ``parent`` holds old ones that are not registered.
+    """Replace old modules that attributes of ``parent`` contain without registering them.
 
-    These may be in lists, tuples and dictionaries that its forward iterates over.
+    Such attributes may be lists, tuples and dictionaries over which the forward method of ``parent`` iterates.
     """
     for name, value in list(parent.__dict__.items()):
         if name not in _REGISTRIES:
@@ -223,7 +228,7 @@ _REGISTRIES = frozenset(vars(nn.Module()))
 
 
 def _held(value: Any, new_of: Mapping[nn.Module, nn.Module], depth: int = 3) -> Any:
-    """Return ``value`` with the new modules. Lists and dictionaries are changed in place: others may hold them too."""
+    """Return ``value`` with the new modules. Change lists and dictionaries in place, because others may share them."""
     if isinstance(value, nn.Module):
         return new_of.get(value, value)
     if depth == 0:

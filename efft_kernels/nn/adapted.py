@@ -1,8 +1,11 @@
-"""``AdaptedWeight``: a frozen weight with an update from a bank of factors, whatever module it belongs to.
+"""Define ``AdaptedWeight``, a frozen weight with an update from a bank of factors, in any kind of module.
 
-The update is that of a matrix ``[d_out, d_in]``. A *view* says how this matrix lies in the weight: ``"linear"``
-``[d_out, d_in]``, ``"transposed"`` ``[d_in, d_out]``, ``"convolution"`` ``[d_out, ...]`` (all dimensions but the first
-make up d_in), ``"stacked"`` ``[..., d_in]`` (all dimensions but the last make up d_out).
+The update is that of a matrix ``[d_out, d_in]``. A *view* states how the matrix is stored in the weight:
+
+- ``"linear"``: the weight is ``[d_out, d_in]``.
+- ``"transposed"``: the weight is ``[d_in, d_out]``.
+- ``"convolution"``: the weight is ``[d_out, ...]``; all dimensions except the first form d_in.
+- ``"stacked"``: the weight is ``[..., d_in]``; all dimensions except the last form d_out.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ VIEWS = ("linear", "transposed", "convolution", "stacked")
 
 
 def as_matrix(weight: Tensor, view: str) -> Tensor:
-    """Return the matrix ``[d_out, d_in]`` of a weight; it is a view of the weight wherever it can be one."""
+    """Return the matrix ``[d_out, d_in]`` of a weight, without a copy if the strides allow it."""
     if view == "transposed":
         return weight.t()
     if view == "stacked":
@@ -33,23 +36,24 @@ def as_matrix(weight: Tensor, view: str) -> Tensor:
 
 
 def from_matrix(matrix: Tensor, view: str, shape: Sequence[int]) -> Tensor:
-    """Return a matrix ``[d_out, d_in]`` as a weight of this shape: the inverse of :func:`as_matrix`."""
+    """Return a matrix ``[d_out, d_in]`` as a weight with this shape: the inverse of :func:`as_matrix`."""
     if view == "linear":
-        return matrix  # the shape of a quantized weight is that of its packed values
+        return matrix  # the shape of a quantized weight is the shape of its packed values
     return matrix.t() if view == "transposed" else matrix.reshape(shape)
 
 
 def view_of(layer: nn.Module) -> str:
-    """Return the view by which the matrix of a layer lies in its weight."""
+    """Return the view that states how the matrix of a layer is stored in the layer's weight."""
     if isinstance(layer, nn.Embedding) or is_conv1d(layer):
         return "transposed"
     return "convolution" if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else "linear"
 
 
 def matrix_sizes(weight: nn.Module | Tensor, view: str = "linear") -> tuple[int, int]:
-    """Return (d_in, d_out) of the matrix of a layer's weight, or of a parameter in which it lies by ``view``.
+    """Return (d_in, d_out) of the matrix of a layer's weight, or of the matrix stored by ``view`` in a parameter.
 
-    A convolution multiplies by its matrix at each position of the input: d_in counts channels and kernel positions.
+    A convolution multiplies by its matrix at each position of the input: d_in is the number of channels times the
+    number of kernel positions.
     """
     if isinstance(weight, Tensor):
         rows, columns = weight.shape[0], math.prod(weight.shape[1:])
@@ -64,32 +68,32 @@ def matrix_sizes(weight: nn.Module | Tensor, view: str = "linear") -> tuple[int,
     if is_conv1d(layer):
         return tuple(stored_in(layer, "weight").shape)  # type: ignore[return-value]
     assert isinstance(layer, nn.Linear)
-    return int(layer.in_features), int(layer.out_features)  # some models compute these as tensors
+    return int(layer.in_features), int(layer.out_features)  # some models store these numbers as tensors
 
 
 def add_update_(weight: Tensor, view: str, D: Tensor, G: Tensor) -> None:
     """Add the update ``(D G)ᵀ`` to a weight in place, in fp32 with one rounding.
 
     Args:
-        weight: the weight, in which its matrix ``[d_out, d_in]`` lies by ``view``.
-        view: see above.
+        weight: the weight that contains the matrix ``[d_out, d_in]``.
+        view: how the matrix is stored in the weight (see the description of this module).
         D: ``[d_in, r]``.
         G: ``[r, d_out]``.
     """
     matrix = as_matrix(weight, view)
     tt_merge_(matrix, D, G)
-    if view in ("convolution", "stacked"):  # the matrix of a convolution whose channels come last is a copy
+    if view in ("convolution", "stacked"):  # as_matrix copies the kernel of a channels-last convolution
         weight.copy_(from_matrix(matrix, view, weight.shape))
 
 
 @dataclass(frozen=True)
 class MergeLoss:
-    """What merging did to one weight; norms are Frobenius norms in fp32.
+    """Report how rounding changed the update of one weight in a merge. Norms are Frobenius norms in fp32.
 
     Attributes:
         relative_update: |ΔW| / |W|.
-        relative_error: |achieved - ΔW| / |ΔW|, where achieved is the change of the stored weight: the part of the
-            update that rounding to the weight's dtype loses. 0 for a zero update.
+        relative_error: |achieved - ΔW| / |ΔW|, where achieved is the change of the stored weight. This is the part of
+            the update that is lost when the sum is rounded to the weight's dtype. 0 for a zero update.
     """
 
     relative_update: float
@@ -100,11 +104,13 @@ class AdaptedWeight:
     """A frozen weight whose matrix ``[d_out, d_in]`` has the update ``(D G)ᵀ`` from a bank of factors.
 
     Attributes:
-        factors, site, binding: the bank, the part of it that this weight uses, and its hold on that part.
-        view: how the matrix lies in the weight.
-        enabled: whether the update counts.
+        factors: the bank.
+        site: the part of the bank that this weight uses.
+        binding: the connection of this weight to its site (:class:`efft_kernels.nn.bank.Binding`).
+        view: how the matrix is stored in the weight.
+        enabled: whether the update is applied.
         base_weight: the weight before the update was merged into it; None if nothing is merged.
-        sharing: all adapted weights that have this update and this stored weight in common, if there are several.
+        sharing: all adapted weights that share this update and this stored weight, if there are several.
     """
 
     factors: FactorBank
@@ -117,28 +123,28 @@ class AdaptedWeight:
 
     @property
     def stored(self) -> Tensor:
-        """The weight that the module owns, which has the update only while it is merged."""
+        """The weight that the module owns, which contains the update only while the update is merged."""
         raise NotImplementedError
 
     def store(self, weight: nn.Parameter) -> None:
-        """Let the module own another weight."""
+        """Make the module own another weight."""
         raise NotImplementedError
 
     def matrix(self, weight: Tensor) -> Tensor:
-        """Return the matrix ``[d_out, d_in]`` of a tensor of the weight's shape; a view wherever there can be one."""
+        """Return the matrix ``[d_out, d_in]`` of a tensor shaped like the weight, without a copy if possible."""
         return as_matrix(weight, self.view)
 
     def shaped(self, matrix: Tensor) -> Tensor:
-        """Return a matrix ``[d_out, d_in]`` in the shape of the weight."""
+        """Reshape a matrix ``[d_out, d_in]`` to the shape of the weight."""
         return from_matrix(matrix, self.view, self.stored.shape)
 
     @property
     def merged(self) -> bool:
-        """Whether the update is part of the stored weight now."""
+        """Whether the stored weight contains the update now."""
         return self.base_weight is not None
 
     def share(self, other: AdaptedWeight) -> None:
-        """Use the update of ``other``, which has the same stored weight: merging one of them then merges both."""
+        """Use the update of ``other``, which has the same stored weight. Merging either weight then merges both."""
         self.factors.bindings.remove(self.binding)
         self.binding = other.binding
         together = [*(other.sharing or (other,)), self]
@@ -146,11 +152,11 @@ class AdaptedWeight:
             weight.sharing = together
 
     def evaluated(self) -> tuple[Tensor, Tensor]:
-        """Return (D [d_in, r], G [r, d_out]) as they are now, without dropout, in any mode and during any pass."""
+        """Return (D [d_in, r], G [r, d_out]) from the current factors, without dropout, even during a pass."""
         return self.factors.evaluated(self.site)
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        """Return (D [d_in, r], G [r, d_out]) of the running pass, with its dropout; differentiable."""
+        """Return (D [d_in, r], G [r, d_out]) of the running pass, including its dropout; differentiable."""
         return self.factors.pair(self.site, *self.factors.down_up(self.binding))
 
     def update(self, D: Tensor, G: Tensor) -> Tensor:
@@ -159,36 +165,36 @@ class AdaptedWeight:
             return self.shaped((D @ G).t())
 
     def summed(self, W: Tensor, D: Tensor, G: Tensor) -> Tensor:
-        """Return ``W`` with the update, dense, in the dtype of ``W`` and rounded once; differentiable."""
+        """Return the dense sum of ``W`` and the update, rounded once to the dtype of ``W``; differentiable."""
         delta = self.update(D, G)
         wide = torch.promote_types(W.dtype, delta.dtype)
         return (dequantized(W).to(wide) + delta.to(wide)).to(W.dtype)
 
     def batched(self, x: Tensor, W: Tensor, D: Tensor, G: Tensor) -> Tensor | None:
-        """Return the products ``x[i] W[i]`` with the update of each, without building the dense sums.
+        """Return the products of ``x[i]`` with ``W[i]`` plus its update, without computing the dense sums.
 
-        None where ``W`` is not a batch of matrices ``[d_in, d_out]``.
+        Return None if ``W`` is not a batch of matrices ``[d_in, d_out]``.
         """
         return None
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
-        """Return the dense update ΔW in the weight's shape and the factors' dtype, without dropout: for inspection."""
+        """Return the dense update ΔW for inspection: in the weight's shape and the factors' dtype, without dropout."""
         return self.update(*self.evaluated())
 
     @torch.no_grad()
     def merge(self, dequantize: bool = False) -> MergeLoss | None:
-        """Add the update to the weight, in fp32 with one rounding; the base weight is kept, so that unmerge is exact.
+        """Add the update to the weight, in fp32 with one rounding. A copy of the base weight makes unmerge exact.
 
-        A quantized weight cannot hold such a sum. With ``dequantize`` a dense weight in its dtype takes its place until
-        the update is unmerged.
+        A quantized weight cannot store this sum. With ``dequantize``, a dense weight in its dtype replaces the
+        quantized weight until :meth:`unmerge`.
 
         Returns:
-            What rounding cost; None if the update was merged already.
+            The size of the update and the rounding error; None if the update was merged already.
 
         Raises:
-            TypeError: the weight is quantized (or another tensor subclass), and ``dequantize`` is not set or its class
-                does not say how; nothing is changed.
+            TypeError: the weight is quantized (or another tensor subclass), and ``dequantize`` is not set or the class
+                of the weight has no method to dequantize it. Nothing is changed.
         """
         if self.merged:
             return None
@@ -202,7 +208,7 @@ class AdaptedWeight:
         else:
             raise TypeError(
                 f"the weight is a {type(W).__name__}, to which no update can be added: merge with "
-                "dequantize=True (a dense weight takes its place), or keep the update beside it"
+                "dequantize=True (a dense weight then replaces the quantized one), or do not merge the update"
             )
         self._add(W, *pair)
         self._keep(kept)
@@ -221,7 +227,7 @@ class AdaptedWeight:
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Put the base weight back, bit for bit. Do nothing if nothing is merged."""
+        """Restore the base weight exactly. Do nothing if nothing is merged."""
         if self.base_weight is None:
             return
         if is_plain(self.base_weight):
@@ -236,7 +242,7 @@ class AdaptedWeight:
         self.binding.merged = base is not None
 
     def describe(self) -> str:
-        """Describe the update in the words of its bank, and say whether it is merged or switched off."""
+        """Describe the update in the terms of its bank, and state whether it is merged or disabled."""
         parts = [self.factors.describe(self.site)]
         if self.merged:
             parts.append("merged")

@@ -1,4 +1,4 @@
-"""``EfftMultiheadAttention``: ``nn.MultiheadAttention`` whose projections have tensor-train deltas."""
+"""Adapt ``nn.MultiheadAttention`` and ``nn.TransformerEncoder``, which read the weights of their projections."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from efft_kernels.ops import tt_linear
 
 @runs_for(nn.MultiheadAttention.forward)
 class EfftMultiheadAttention(AdaptedModule):
-    """The second base class of an ``nn.MultiheadAttention`` while it is adapted.
+    """Serve as the second base class of an ``nn.MultiheadAttention`` while it is adapted.
 
-    torch computes the projections from weights that it reads. Here they are calls of ``tt_linear``, so that no dense
+    torch computes the projections from weights that it reads. This class computes them with ``tt_linear``, so no dense
     update is built. The parameters ``in_proj_weight`` ``[3 d, d]`` (or ``q_proj_weight``, ``k_proj_weight`` and
-    ``v_proj_weight``) and the layer ``out_proj`` may be adapted. While none of them has an update that counts, torch's
-    own forward runs, with its fast paths.
+    ``v_proj_weight``) and the layer ``out_proj`` may be adapted. While the updates of all of them are merged or
+    disabled, torch's own forward method runs, including its fast paths.
     """
 
     def forward(
         self,
         query: Tensor,  # [targets, batch, d], with batch_first [batch, targets, d], unbatched [targets, d]
-        key: Tensor,  # likewise, [sources, ...]
+        key: Tensor,  # as query, with sources in place of targets
         value: Tensor,
         key_padding_mask: Tensor | None = None,
         need_weights: bool = True,
@@ -36,11 +36,11 @@ class EfftMultiheadAttention(AdaptedModule):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Compute what the forward of ``nn.MultiheadAttention`` does.
+        """Return the result of ``nn.MultiheadAttention.forward``, with the updates of the projections.
 
         Raises:
             NotImplementedError: the inputs are nested tensors, which only torch's own fast path supports.
-            RuntimeError: inputs or masks do not fit together, or ``is_causal`` is set without ``attn_mask``.
+            RuntimeError: the shapes of inputs or masks do not match, or ``is_causal`` is set without ``attn_mask``.
         """
         mha: Any = self
         if not self._is_active():
@@ -56,8 +56,8 @@ class EfftMultiheadAttention(AdaptedModule):
             )
         if query.is_nested or key.is_nested or value.is_nested:
             raise NotImplementedError(
-                "an adapted nn.MultiheadAttention takes no nested tensors: pad them, in nn.TransformerEncoder with "
-                "enable_nested_tensor=False, or merge the update first"
+                "an adapted nn.MultiheadAttention does not accept nested tensors: pad the inputs (in "
+                "nn.TransformerEncoder, set enable_nested_tensor=False), or merge the update first"
             )
         batched = query.dim() == 3
         if not query.dim() == key.dim() == value.dim() or query.dim() not in (2, 3):
@@ -66,7 +66,7 @@ class EfftMultiheadAttention(AdaptedModule):
                 f"{[list(t.shape) for t in (query, key, value)]}"
             )
         if is_causal and attn_mask is None:
-            raise RuntimeError("expected attn_mask beside is_causal=True, which is a hint about it, got None")
+            raise RuntimeError("expected attn_mask with is_causal=True, which is only a hint about the mask, got None")
         q, k, v = self._projected(query, key, value)
         if not batched:
             q, k, v = (t.unsqueeze(0) for t in (q, k, v))
@@ -74,7 +74,7 @@ class EfftMultiheadAttention(AdaptedModule):
             q, k, v = (t.transpose(0, 1) for t in (q, k, v))  # all [batch, positions, d] from here on
         samples, targets, _ = q.shape
         if is_causal and key_padding_mask is None and not need_weights:
-            mask = None  # is_causal says it all
+            mask = None  # is_causal describes the whole mask
         else:
             mask = self._merged_mask(attn_mask, key_padding_mask, samples, targets, k.shape[1], query.dtype)
             is_causal = is_causal and key_padding_mask is None
@@ -102,7 +102,7 @@ class EfftMultiheadAttention(AdaptedModule):
         return any(_counts(weight) for module in (self, out) for weight in adapted_weights_of(module))
 
     def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the projections, computed in as few products as the identities of the inputs allow."""
+        """Return the projections; inputs that are the same tensor share one product."""
         mha: Any = self
         bias = mha.in_proj_bias
         if not mha._qkv_same_embed_dim:
@@ -123,7 +123,7 @@ class EfftMultiheadAttention(AdaptedModule):
         return part(query, 0, 1), part(key, 1, 2), part(value, 2, 3)
 
     def _product(self, name: str, x: Tensor, rows: slice, b: Tensor | None) -> Tensor:
-        """Multiply ``x`` by these rows of a projection's weight, with their update."""
+        """Multiply ``x`` by the given rows of a projection's weight, including their update."""
         W = stored_in(self, name)[rows]  # type: ignore[arg-type]
         adapted = self.adapted_parameters.get(name)
         if adapted is None or not _counts(adapted):
@@ -140,7 +140,7 @@ class EfftMultiheadAttention(AdaptedModule):
         sources: int,
         dtype: torch.dtype,
     ) -> Tensor | None:
-        """Return what to add to the scores [batch, heads, targets, sources], in a shape that broadcasts to theirs."""
+        """Return the mask to add to the scores [batch, heads, targets, sources], in a shape that broadcasts to them."""
         heads: int = self.num_heads  # type: ignore[attr-defined]
         mask = _added(attn_mask, dtype)
         if mask is not None:
@@ -157,7 +157,7 @@ class EfftMultiheadAttention(AdaptedModule):
         return padding if mask is None else mask + padding
 
     def _lengthened(self, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Append the entries of add_bias_kv and add_zero_attn, which no mask hides, to keys and values.
+        """Append the entries of add_bias_kv and add_zero_attn to keys and values; no mask hides these entries.
 
         Keys and values are [batch, sources, d].
         """
@@ -174,14 +174,14 @@ class EfftMultiheadAttention(AdaptedModule):
 
 @runs_for(nn.TransformerEncoder.forward)
 class EfftTransformerEncoder(AdaptedModule):
-    """The second base class of an ``nn.TransformerEncoder`` while weights inside it are adapted.
+    """Serve as the second base class of an ``nn.TransformerEncoder`` while weights inside it are adapted.
 
-    It does not pack padded batches into nested tensors while an update counts: the layers take these only in torch's
-    fast path, where no update can be added.
+    While an update is applied, the encoder does not pack padded batches into nested tensors. The encoder's layers
+    accept nested tensors only in torch's fast path, which cannot add an update.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Compute what the forward of ``nn.TransformerEncoder`` does."""
+        """Return the result of ``nn.TransformerEncoder.forward``, without nested tensors while an update is applied."""
         encoder: Any = self
         before = encoder.use_nested_tensor
         active = any(_counts(weight) for module in encoder.modules() for weight in adapted_weights_of(module))
@@ -197,7 +197,7 @@ def _counts(weight: AdaptedWeight) -> bool:
 
 
 def _added(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Return a mask as what is added to the scores: minus infinity where a boolean mask is True."""
+    """Return a mask to add to the scores: minus infinity where a boolean mask is True."""
     if mask is None or mask.is_floating_point():
         return mask
     if mask.dtype != torch.bool:

@@ -1,4 +1,9 @@
-"""``FactorBank``: the base of all banks of factors, with the layers that a bank serves and the passes they run in."""
+"""Define ``FactorBank``, the base class of all modules that own factors shared by many layers.
+
+A bank owns the trainable tensors (the factors). A *site* is the part of a bank that one layer uses. The *operands* of
+a site are the tensors by which its layer multiplies, in general D and G. A *pass* is one forward pass of the model,
+from :meth:`FactorBank.prepare` to :meth:`FactorBank.release`.
+"""
 
 from __future__ import annotations
 
@@ -15,25 +20,25 @@ from torch.fx import _symbolic_trace
 from efft_kernels._arguments import no_autocast
 
 Operands = tuple[Tensor, ...]
-"""What a layer multiplies by: (D, G), or more tensors if the update of a site is a product of more."""
+"""The operands of a site: (D, G), or more tensors if the update of the site is a product of more."""
 
-#: Whether torch.fx traces. In a newer torch the older name warns that it has another meaning.
+#: Return whether torch.fx is tracing. Newer versions of torch warn that the older name has a new meaning.
 _is_traced = getattr(_symbolic_trace, "is_fx_symbolic_tracing", None) or _symbolic_trace.is_fx_tracing
 
 
 class Binding:
-    """The hold of one layer on a bank: its site and, between :meth:`FactorBank.prepare` and ``release``, its operands.
+    """Connect one layer to its bank: hold the site and, during a pass, the operands.
 
-    A layer finds everything through this object, not through an index into a list, so that torch.compile can reuse one
-    graph for all blocks of a model.
+    A layer reads its operands from this object instead of indexing a list, so that torch.compile can reuse one graph
+    for all blocks of a model.
 
     Attributes:
         site: the part of the bank that the layer uses.
-        prepared: the operands of the running pass; None outside of a pass.
-        used: whether the factors had an effect in the running pass, or in the last one.
+        prepared: the operands in the running pass; None between passes.
+        used: whether the factors had an effect in the running pass, or in the last one if no pass is running.
         read: whether a module has ever read the weight with the update instead of calling the layer.
-        dense: whether such a read has ever made a dense copy of the weight.
-        merged: whether the update is in the weight, so that a graph of torch.fx must not add it again.
+        dense: whether such a read has ever created a dense copy of the weight.
+        merged: whether the update is merged into the weight, in which case a torch.fx graph must not add it again.
     """
 
     def __init__(self, site: Any) -> None:
@@ -43,34 +48,35 @@ class Binding:
         self.merged = False
 
     def __getstate__(self) -> dict[str, Any]:
-        # Copies and pickles are made between passes, so they do not get what belongs to a running one.
+        # Copies and pickles are made between passes, so they exclude the state of a running pass.
         return {**self.__dict__, "prepared": None}
 
 
 class FactorBank(nn.Module, ABC):
-    """The factors of many linear layers, owned once, for any method whose update of a layer is ``ΔW = D G``.
+    """Own the factors of many layers, for any method whose update of a layer is ``ΔW = D G``.
 
-    A subclass owns parameters and defines its sites: any value that identifies a layer's part of the bank. It says in
-    :meth:`features` which linear layer a site fits, and in :meth:`compose` what its operands are. Frozen tensors that
-    an adapter must carry are persistent buffers of the bank.
+    A subclass owns parameters and defines its sites. A site can be any value that identifies one layer's part of the
+    bank. The subclass states in :meth:`features` which linear layer a site fits, and computes the operands of sites in
+    :meth:`compose`. Frozen tensors that an adapter must save are persistent buffers of the bank.
 
-    Layers do not own factors: they :meth:`bind` a site and ask for its :meth:`down_up` pair. Outside of a pass, each
-    call of a layer composes its own pair. :meth:`prepare` composes all bound sites at once for the forward pass that
-    follows, until :meth:`release` (``efft.apply`` registers hooks on the model that call both).
+    Layers do not own factors: a layer calls :meth:`bind` with a site and asks for its (D, G) with :meth:`down_up`.
+    Between passes, each call of a layer composes its own operands. :meth:`prepare` composes the operands of all bound
+    sites at once for the next forward pass, until :meth:`release` is called (``efft.apply`` registers hooks on the
+    model that call both).
     """
 
-    _lock = threading.Lock()  # one for all banks: it is held for an instant, and cannot be copied or pickled
+    _lock = threading.Lock()  # one for all banks: it is held only briefly, and it cannot be copied or pickled
     dropout: float = 0.0
-    """Probability of zeroing an element of a factor in training. It is up to :meth:`compose` to do it."""
+    """Probability with which :meth:`compose` zeroes each element of a factor in training mode."""
 
     def __init__(self) -> None:
         super().__init__()
         self.bindings: list[Binding] = []
-        self._passes: list[weakref.ref[_Pass]] = []  # the graphs hold them
+        self._passes: list[weakref.ref[_Pass]] = []  # the autograd graphs own the passes
         self._without_graph: _Pass | None = None  # the last pass, if none of its factors needs a gradient
-        self._running: _Pass | None = None  # between prepare and release, if gradients are wanted
+        self._running: _Pass | None = None  # the pass between prepare and release, if gradients are needed
         self._thread: int | None = (
-            None  # the thread whose pass this is; layers in other threads compose their own meanwhile
+            None  # the thread that runs the prepared pass; layers in other threads compose their own operands
         )
 
     @abstractmethod
@@ -79,29 +85,31 @@ class FactorBank(nn.Module, ABC):
 
     @abstractmethod
     def compose(self, sites: Sequence[Any]) -> Sequence[Operands]:
-        """Return (D [in_features, r], G [r, out_features]) of each site, differentiable in the factors.
+        """Return (D [in_features, r], G [r, out_features]) of each site, differentiable with respect to the factors.
 
-        The scale is in one of the two. Autocast is off during the call: the factors are tiny, and rounding them would
-        round the update. A site that stands for many matrices may have other operands (:meth:`TTFactors.compose`).
+        One of the two contains the scale. Autocast is off during the call, because the factors are small and rounding
+        them would round the update. A site that stands for many matrices may have other operands
+        (:meth:`TTFactors.compose`).
         """
 
     def describe(self, site: Any) -> str:
-        """Describe the site in the words of this bank, for the ``repr`` of the layer that uses it."""
+        """Describe the site in the terms of this bank, for the ``repr`` of the layer that uses the site."""
         return f"{type(self).__name__}, site={site}"
 
     def bind(self, site: Any) -> Binding:
-        """Register a layer that uses ``site``, and return what to pass to :meth:`down_up`."""
+        """Register a layer that uses ``site``, and return the binding that the layer passes to :meth:`down_up`."""
         self.bindings.append(Binding(site))
         return self.bindings[-1]
 
     def down_up(self, binding: Binding) -> Operands:
-        """Return the operands of a bound site as :meth:`compose` gives them, with the dropout of this pass in training.
+        """Return the operands of a bound site, in the form in which :meth:`compose` returns them.
 
-        In general these are (D [in_features, r], G [r, out_features]).
+        In general the operands are (D [in_features, r], G [r, out_features]). In training mode they include the
+        dropout of the running pass.
         """
-        prepared = binding.prepared  # read once: another thread may release it
+        prepared = binding.prepared  # read only once, because another thread may release the pass
         if prepared is not None and (torch.compiler.is_compiling() or self._thread == threading.get_ident()):
-            if not torch.compiler.is_compiling():  # a compiled checkpoint refuses side effects
+            if not torch.compiler.is_compiling():  # compiled checkpointing does not allow side effects
                 binding.used = True
                 if self._running is not None and not torch.is_grad_enabled():
                     self._running.without_grad.add(binding)
@@ -110,19 +118,20 @@ class FactorBank(nn.Module, ABC):
             if _is_traced():
                 return self._traced(binding)
             node = torch._C._current_autograd_node()
-            if node is not None:  # activation checkpointing runs the layer again, inside the backward pass
+            if node is not None:  # activation checkpointing is running the layer again inside the backward pass
                 return self._replay(node, binding)
         return self._composed([binding.site])[0]
 
     def forward(self, which: Any) -> Any:
-        """Return (D, G) of the binding number ``which``, or for a list of sites the operands of each.
+        """Return (D, G) of the binding number ``which``, or the operands of each site in the list ``which``.
 
-        The first form has dropout in training, and G is zero while the layer is merged. It is for graphs of torch.fx,
-        in which the bank is a module that is called. The second form is for libraries that make parameters whole while
-        their module is called, and again in its backward (ZeRO-3). Layers call :meth:`down_up`.
+        With a binding number, D and G include the dropout of training mode, and G is zero while the layer is merged.
+        Graphs of torch.fx use this form: in such a graph the bank is a module that is called. With a list of sites,
+        the call serves libraries that gather sharded parameters while their module is called and again in its backward
+        pass (ZeRO-3). Layers call :meth:`down_up` instead.
         """
         if isinstance(which, list):
-            # Parameters lose their content after the call; tensors made from them keep theirs.
+            # The parameters lose their content after the call, but tensors computed from them do not.
             aliases = {id(p): p.view_as(p) for p in self.parameters()}
             return [tuple(aliases.get(id(t), t) for t in operands) for operands in self.compose(which)]
         binding = self.bindings[which]
@@ -130,7 +139,7 @@ class FactorBank(nn.Module, ABC):
         return D, torch.zeros_like(G) if binding.merged else G
 
     def _traced(self, binding: Binding) -> tuple[Tensor, Tensor]:
-        """Return a call of this bank in the graph that torch.fx traces, which keeps modules of torch.nn whole."""
+        """Return a call of this bank for the graph that torch.fx is tracing; the bank stays one module in the graph."""
         self.__dict__["__module__"] = "torch.nn"
         try:
             pair = self(self.bindings.index(binding))
@@ -139,11 +148,11 @@ class FactorBank(nn.Module, ABC):
         return pair[0], pair[1]
 
     def evaluated(self, site: Any) -> tuple[Tensor, Tensor]:
-        """Return (D, G) of a site from the factors as they are now, without dropout."""
+        """Return (D, G) of a site, computed from the current factors without dropout."""
         return self.evaluated_together([site])[0]
 
     def evaluated_together(self, sites: Sequence[Any]) -> list[tuple[Tensor, Tensor]]:
-        """Return (D, G) of several sites, as :meth:`evaluated`; what the method shares between them is one tensor."""
+        """Return (D, G) of several sites as :meth:`evaluated` does; a factor that sites share is one tensor."""
         training, self.training = self.training, False
         try:
             operands = self._composed(list(sites))
@@ -153,12 +162,12 @@ class FactorBank(nn.Module, ABC):
             self.training = training
 
     def pair(self, site: Any, D: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (D, G) of a site from the operands that :meth:`compose` gives for it."""
+        """Return (D, G) of a site, computed from the operands that :meth:`compose` returns for the site."""
         (G,) = rest
         return D, G
 
     def prepare(self) -> None:
-        """Compose all bound sites at once; :meth:`down_up` returns them to this thread until :meth:`release`."""
+        """Compose all bound sites at once; until :meth:`release`, :meth:`down_up` returns them to this thread."""
         if not torch.compiler.is_compiling():
             with self._lock:
                 if self._thread not in (None, threading.get_ident()):
@@ -171,12 +180,12 @@ class FactorBank(nn.Module, ABC):
             return
         for binding in self.bindings:
             binding.used = False
-        # Inside torch.func there is no backward pass in which a layer could run again.
+        # Inside torch.func, layers never run again in a backward pass.
         graph = torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
         self._running = self._remember(pairs) if graph else None
 
     def release(self) -> list[Binding]:
-        """End the forward pass that :meth:`prepare` began, and return the bindings that it did not use."""
+        """End the pass that :meth:`prepare` started, and return the bindings that the pass did not use."""
         if not torch.compiler.is_compiling() and self._thread != threading.get_ident():
             return []
         for binding in self.bindings:
@@ -191,9 +200,9 @@ class FactorBank(nn.Module, ABC):
     def _composed(self, sites: list[Any]) -> Sequence[Operands]:
         if not torch.compiler.is_compiling() and any(hasattr(p, "full_tensor") for p in self.parameters()):
             raise RuntimeError(
-                f"the factors of this {type(self).__name__} are sharded (DTensor). fully_shard makes them whole while "
-                "the module runs that they are part of: shard the whole adapted model, not its factors on their own, "
-                "and call it as a whole; to merge or export, save the adapter and load it into a plain model"
+                f"the factors of this {type(self).__name__} are sharded (DTensor). fully_shard gathers them only while "
+                "the module that contains them runs: shard the whole adapted model instead of the factors alone, and "
+                "call the whole model; to merge or export, save the adapter and load it into a plain model"
             )
         with no_autocast(next(self.parameters()).device):
             if self._forward_pre_hooks and not torch.compiler.is_compiling():
@@ -201,36 +210,37 @@ class FactorBank(nn.Module, ABC):
             return self.compose(sites)
 
     def _remember(self, pairs: Sequence[Operands]) -> _Pass:
-        """Keep the values of a pass as long as its graph lives, for layers that run again inside its backward pass."""
+        """Keep the operands of a pass while its graph lives, for layers that run again in its backward pass."""
         this = _Pass(dict(zip(self.bindings, (tuple(map(_leaf, pair)) for pair in pairs), strict=True)))
         nodes: list[Any] = [t.grad_fn for pair in pairs for t in pair if t.grad_fn is not None]
         for node in nodes:
-            node.metadata[self] = this  # the graph holds the pass, which must not hold the graph
+            node.metadata[self] = this  # the graph owns the pass, so the pass must not own the graph
         self._without_graph = None if nodes else this
         self._passes = [ref for ref in self._passes if ref() is not None] + [weakref.ref(this)] * bool(nodes)
         return this
 
     def _replay(self, node: Any, binding: Binding) -> Operands:
-        """Return the operands that a layer had in the pass whose backward, now at ``node``, runs it again."""
+        """Return the operands from the forward pass whose backward pass, now at ``node``, runs a layer again."""
         this = self._find_pass(node)
         reentrant = node.name() == "CheckpointFunctionBackward" and torch.is_grad_enabled()
         if reentrant and (this is None or binding in this.without_grad):
-            # Its forward left no graph through which gradients could go: they go to the factors directly.
+            # The forward pass of the layer left no graph, so gradients must flow directly to the factors.
             if self.training and self.dropout > 0:
                 raise RuntimeError(
                     "activation checkpointing with use_reentrant=True cannot repeat the factors' dropout; use "
                     "torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or set dropout=0"
                 )
             this = None
-        if this is None:  # the layer ran outside of a pass
+        if this is None:  # the layer ran between passes
             return self._composed([binding.site])[0]
         this.replayed = (torch._C._current_graph_task_id(), _sequence_number())
         return this.values[binding]
 
     def _find_pass(self, node: Any) -> _Pass | None:
-        """Return the pass in which ``node`` was made: while the pass ran, or a part of it again (nested checkpoints).
+        """Return the pass in which ``node`` was created.
 
-        Autograd numbers its nodes in the order in which they are made.
+        The node was created either while the pass ran, or while a part of the pass ran again (nested checkpoints).
+        Autograd numbers its nodes in the order of their creation, so the number of ``node`` identifies the pass.
         """
         number, task = node._sequence_nr(), torch._C._current_graph_task_id()
         living = [this for ref in self._passes if (this := ref()) is not None]
@@ -250,12 +260,13 @@ def compose_by_kind(
     kind_of: Callable[[Any], Hashable],
     compose: Callable[[list[Any]], Sequence[Sequence[Tensor]]],
 ) -> list[Operands]:
-    """Compose the operands of many sites, those of one kind together.
+    """Compose the operands of many sites, one call of ``compose`` for each kind of site.
 
     Args:
         sites: the sites.
-        kind_of: the kind of a site.
-        compose: takes all sites of one kind, and returns for each operand one tensor per site (:func:`per_site`).
+        kind_of: returns the kind of a site.
+        compose: accepts all sites of one kind. For each operand, it returns a sequence with one tensor per site
+            (:func:`per_site`).
 
     Returns:
         The operands of each site, in the order of ``sites``.
@@ -271,13 +282,13 @@ def compose_by_kind(
 
 
 def per_site(operand: Tensor, n: int, dim: int = 3) -> Sequence[Tensor]:
-    """Return the part of an operand that belongs to each of n sites.
+    """Split an operand into one part for each of n sites.
 
     Args:
-        operand: of ``dim`` dimensions, the first of which counts the sites; or of fewer dimensions, or with one entry
-            in the first: then all sites have the same.
+        operand: a tensor whose first dimension indexes the sites if it has ``dim`` dimensions. If it has fewer
+            dimensions, or only one entry in the first dimension, all sites share it.
         n: the number of sites.
-        dim: the number of dimensions of the operand where sites have their own.
+        dim: the number of dimensions of an operand that differs between the sites.
     """
     if operand.dim() < dim:
         return [operand] * n
@@ -285,7 +296,7 @@ def per_site(operand: Tensor, n: int, dim: int = 3) -> Sequence[Tensor]:
 
 
 def take(tensor: Tensor, dim: int, indices: Sequence[int]) -> Tensor:
-    """Return the entries ``indices`` of dimension ``dim``: the tensor itself or a view where possible."""
+    """Return the entries ``indices`` of dimension ``dim``: if possible the tensor itself or a view, else a copy."""
     first, n = indices[0], len(indices)
     if list(indices) == list(range(first, first + n)):
         return tensor if n == tensor.shape[dim] else tensor.narrow(dim, first, n)
@@ -293,14 +304,14 @@ def take(tensor: Tensor, dim: int, indices: Sequence[int]) -> Tensor:
 
 
 class _Pass:
-    """The values of all factors in one forward pass.
+    """Hold the operands of all sites in one forward pass.
 
     Attributes:
-        values: the operands of every binding, outside the graph.
-        first, last: the numbers of the autograd nodes made before the pass and at its end.
-        without_grad: the bindings that ran under ``no_grad`` in it.
-        replayed: when a part of it last ran again: autograd's id of that backward pass, and the number of a node made
-            then.
+        values: the operands of every binding, detached from the graph.
+        first, last: the numbers of the autograd nodes created just before the pass and at its end.
+        without_grad: the bindings that ran under ``no_grad`` in the pass.
+        replayed: describes the last time that a part of the pass ran again. The first entry is autograd's id of that
+            backward pass; the second is the number of a node created at that time.
     """
 
     def __init__(self, values: dict[Binding, Operands]) -> None:
@@ -312,11 +323,11 @@ class _Pass:
 
 @torch.enable_grad()
 def _sequence_number() -> int:
-    """Return the number of an autograd node made now."""
+    """Create an autograd node and return its sequence number."""
     node: Any = torch.zeros((), requires_grad=True).view(()).grad_fn
     return int(node._sequence_nr())
 
 
 def _leaf(tensor: Tensor) -> Tensor:
-    """Return the values outside the graph, requiring a gradient as before, so that a layer saves the same again."""
+    """Return a detached tensor that requires a gradient if ``tensor`` does, so that a layer saves the same tensors."""
     return tensor.detach().requires_grad_(tensor.requires_grad)

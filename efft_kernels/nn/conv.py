@@ -1,4 +1,4 @@
-"""``EfftConv1d``, ``EfftConv2d``, ``EfftConv3d``: frozen convolutions with a tensor-train delta."""
+"""Define ``EfftConv1d``, ``EfftConv2d`` and ``EfftConv3d``: frozen convolutions with a tensor-train update."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from efft_kernels.ops import tt_linear
 
 
 class _EfftConv(AdaptedLayer):
-    """``y = conv(x; W) + b + conv(x; D) G`` with frozen ``W`` and ``b``.
+    """Compute ``y = conv(x; W) + b + conv(x; D) G`` with frozen ``W`` and ``b``.
 
-    The matrix of a kernel ``[d_out, channels, *kernel_size]`` is ``[d_out, channels * prod(kernel_size)]``, so D is a
-    kernel with r outputs, G is a kernel of one position, and the update is never built. A convolution of one position
-    whose channels come last in memory is a linear layer, and is computed as one. A grouped convolution builds the
-    update of its kernel: see :meth:`_in_groups`.
+    The matrix of a kernel ``[d_out, channels, *kernel_size]`` is ``[d_out, channels * prod(kernel_size)]``. Therefore D
+    is a kernel with r outputs, G is a kernel with one position, and the dense update is never built. A convolution with
+    one kernel position and channels-last input is computed as a linear layer. A grouped convolution builds the dense
+    update of its kernel (see :meth:`_in_groups`).
     """
 
     view = "convolution"
@@ -32,7 +32,7 @@ class _EfftConv(AdaptedLayer):
         D, G = self.factors.down_up(self.binding)  # [channels / groups * prod(kernel_size), r], [r, d_out]
         if conv.groups > 1:
             return self._in_groups(x, W, D, G)
-        if self._is_linear() and isinstance(x, Tensor) and x.dim() == W.dim():  # torch.fx has a proxy
+        if self._is_linear() and isinstance(x, Tensor) and x.dim() == W.dim():  # torch.fx passes a proxy for x
             last = x.movedim(1, -1)
             if last.is_contiguous():
                 return tt_linear(last, W.flatten(1), b, D, G).movedim(-1, 1)
@@ -42,12 +42,12 @@ class _EfftConv(AdaptedLayer):
         return conv._conv_forward(x, W, b) + _AT_EACH_POSITION[W.dim()](h, up)
 
     def _in_groups(self, x: Tensor, W: Tensor, D: Tensor, G: Tensor) -> Tensor:
-        """Convolve with the dense sum of kernel and update.
+        """Convolve with the dense sum of the kernel and its update.
 
-        In a grouped (or depthwise) convolution D would be one kernel per group, with r outputs where the layer has
-        d_out / groups: more work and activations than the layer itself. The kernel is tiny compared with the
-        activations, and so is its update. Rounding the sum to less than fp32 would lose the update, so in such dtypes
-        the update is convolved on its own.
+        In a grouped (or depthwise) convolution, D would be one kernel per group with r outputs, but the layer has only
+        d_out / groups outputs per group. The low-rank form would cost more arithmetic and memory than the layer itself.
+        The kernel and its update are tiny compared with the activations. In dtypes smaller than fp32, rounding the sum
+        would lose the update, so the update is convolved separately.
         """
         conv: Any = self
         if (autocast_dtype(x.device) or x.dtype).itemsize < 4:
@@ -63,22 +63,22 @@ class _EfftConv(AdaptedLayer):
 
 
 _AT_EACH_POSITION = {3: torch.conv1d, 4: torch.conv2d, 5: torch.conv3d}
-"""The convolution of a kernel of one position, by the number of dimensions of the kernel."""
+"""The function that convolves with a one-position kernel, by the number of dimensions of the kernel."""
 
 
 class EfftConv1d(_EfftConv, nn.Conv1d):
-    """``y = conv(x; W) + b + conv(x; D) G`` with frozen ``W`` and ``b``; an ``nn.Conv1d``."""
+    """Compute ``y = conv(x; W) + b + conv(x; D) G`` with frozen ``W`` and ``b``. This is an ``nn.Conv1d``."""
 
     adapts = nn.Conv1d
 
 
 class EfftConv2d(_EfftConv, nn.Conv2d):
-    """``y = conv(x; W) + b + conv(x; D) G`` with frozen ``W`` and ``b``; an ``nn.Conv2d``."""
+    """Compute ``y = conv(x; W) + b + conv(x; D) G`` with frozen ``W`` and ``b``. This is an ``nn.Conv2d``."""
 
     adapts = nn.Conv2d
 
 
 class EfftConv3d(_EfftConv, nn.Conv3d):
-    """``y = conv(x; W) + b + conv(x; D) G`` with frozen ``W`` and ``b``; an ``nn.Conv3d``."""
+    """Compute ``y = conv(x; W) + b + conv(x; D) G`` with frozen ``W`` and ``b``. This is an ``nn.Conv3d``."""
 
     adapts = nn.Conv3d

@@ -1,11 +1,11 @@
-"""Weights that include their update when something other than their layer reads them.
+"""Return weights that include their update to modules that read a weight instead of calling its layer.
 
-A module may read a parameter itself, its own or that of a child (``F.linear(x, self.qkv.weight)``), and never call a
-layer that could add the update. :func:`effective_property` then gives it ``W + (D G)ᵀ`` as an :class:`Effective`, a
-tensor that is computed only when it is needed. As the weight of an ``F.linear`` it is never computed, because
-:func:`efft_kernels.tt_linear` does the product; nor is it as the second factor of a ``torch.bmm`` or ``matmul`` that
-holds the matrices of all experts. Anything else makes it dense, which costs memory and a sum of the weight's size, and
-rounds the sum to the weight's dtype.
+A module may read one of its own parameters or a parameter of a child (``F.linear(x, self.qkv.weight)``) and never call
+a layer that could add the update. :func:`effective_property` then returns ``W + (D G)ᵀ`` to the module as an
+:class:`Effective`, a tensor that is computed only when it is needed. Two uses never need the dense tensor. As the
+weight of ``F.linear``, it is replaced by a call of :func:`efft_kernels.tt_linear`. As the second factor of a
+``torch.bmm`` or ``matmul`` that contains the matrices of all experts, it is replaced by low-rank products. Any other
+use computes the dense tensor, which costs memory and a sum of the weight's size and rounds to the weight's dtype.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from efft_kernels.ops import tt_linear
 
 
 class Effective(Tensor):
-    """``W + (D G)ᵀ``, not computed yet, with the shape, dtype and device of the weight ``W``.
+    """Represent ``W + (D G)ᵀ`` before it is computed, with the shape, dtype and device of the weight ``W``.
 
-    A gradient that reaches it past torch's functions (in a custom autograd.Function) is passed on to D and G.
+    A gradient that arrives without torch's Python functions (in a custom autograd.Function) is passed on to D and G.
 
     Attributes:
         owner: the adapted weight.
-        W, D, G: the stored weight and its operands.
-        dense: the dense tensors that were made, with a graph (True) and without (False).
+        W: the stored weight.
+        D, G: the operands of the update.
+        dense: the dense tensors computed so far, by whether they have a graph.
     """
 
     owner: AdaptedWeight
@@ -51,14 +52,14 @@ class Effective(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func == _REQUIRES_GRAD:  # the parameter's answer: code that moves weights makes a new parameter like it
+        if func == _REQUIRES_GRAD:  # answer for the stored parameter: code that moves weights creates one like it
             return args[0].W.requires_grad
         if func in _METADATA:
             return super().__torch_function__(func, types, args, kwargs)
         if func is Tensor.to and torch.device("meta") in map(_as_device, (*args[1:], *kwargs.values())):
-            return args[0].W.to(*args[1:], **kwargs)  # the weight is put away, for which its values are not needed
+            return args[0].W.to(*args[1:], **kwargs)  # the caller moves the weight off its device: no values needed
         if func in _CHANGES:
-            raise RuntimeError(f"{func.__name__} of a weight with an update changes nothing that lasts: {_LASTING}")
+            raise RuntimeError(f"{func.__name__} has no lasting effect on a weight with an update: {_LASTING}")
         if func is F.linear:
             y = _linear(*args, **kwargs)
             if y is not None:
@@ -78,17 +79,17 @@ class Effective(Tensor):
         args, kwargs = torch.utils._pytree.tree_map_only(Effective, value, (args, kwargs))
         result = func(*args, **kwargs)
         if any(tensor._version != version for tensor, version in made):
-            raise RuntimeError(f"a weight with an update was changed in place, which does not last: {_LASTING}")
+            raise RuntimeError(f"a weight with an update was changed in place, which has no lasting effect: {_LASTING}")
         return result
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        # This is below autograd, where the node is this tensor's own. A value made here has no graph and is not kept.
+        # This code runs below autograd, where the node is this tensor's own: a value made here has no graph.
         args, kwargs = torch.utils._pytree.tree_map_only(Effective, Effective._made, (args, kwargs or {}))
         return func(*args, **kwargs)
 
     def value(self) -> Tensor:
-        """Return the dense tensor, which is made once with a graph and once without."""
+        """Return the dense tensor. It is computed at most once with a graph and once without."""
         graph = torch.is_grad_enabled()
         if graph not in self.dense:
             self.dense[graph] = self._made()
@@ -107,9 +108,9 @@ def _wrapper(W: Tensor) -> Any:
 
 
 class _Lazy(torch.autograd.Function):
-    """Create an :class:`Effective`, and be its node in the graph.
+    """Create an :class:`Effective`, and serve as its node in the autograd graph.
 
-    The node is unused if the product or the dense tensor takes the place of this tensor.
+    The node is unused if a product with the operands or the dense tensor replaces the :class:`Effective`.
     """
 
     @staticmethod
@@ -170,18 +171,18 @@ _CHANGES = {
     *(getattr(Tensor, name).__set__ for name in ("data", "grad", "requires_grad")),
     Tensor.requires_grad_,
 }
-_LASTING = "change the stored parameter (module._parameters), or switch the update off first"
+_LASTING = "change the stored parameter (module._parameters), or disable the update first"
 
 
 def effective_property(name: str, owner_of: Callable[[Any], AdaptedWeight | None]) -> property:
-    """Return a property that takes the place of the parameter ``name`` of a class of modules.
+    """Return a property that replaces the parameter ``name`` in a class of modules.
 
-    Reading it gives the stored parameter where the update does not count, else the effective weight: an
-    :class:`Effective`, or a dense tensor in compiled, exported and traced code and under ``torch.func``.
+    The property returns the stored parameter if no update is applied, else the effective weight. The effective weight
+    is an :class:`Effective`, or a dense tensor in compiled, exported and traced code and under ``torch.func``.
 
     Args:
         name: the name of the parameter.
-        owner_of: finds the adapted weight that stands for the parameter in a module; None if the stored one is meant.
+        owner_of: returns the adapted weight of the parameter in a module, or None to read the stored parameter.
     """
 
     def read(module: Any) -> Tensor:
@@ -194,15 +195,13 @@ def effective_property(name: str, owner_of: Callable[[Any], AdaptedWeight | None
         if owner is None or not owner.enabled or owner.merged:
             return W
         if _is_symbolically_traced():
-            raise AttributeError(name)  # nn.Module.__getattr__ follows, which torch.fx watches
+            raise AttributeError(name)  # torch.fx intercepts nn.Module.__getattr__, which is called next
         try:
             return effective(owner, W)
-        except (
-            AttributeError
-        ) as error:  # would mean that there is no such property, and the stored weight would be read in silence
+        except AttributeError as error:  # AttributeError would make Python read the stored weight without the update
             raise RuntimeError(f"the effective {name} of a {type(module).__name__} failed: {error}") from error
 
-    # What torch's prune and FSDP set and delete here is not a parameter, so nn.Module leaves it to the class.
+    # torch's prune and FSDP set and delete plain tensors here, which nn.Module leaves to the class.
     def write(module: nn.Module, value: Any) -> None:
         module.__dict__[name] = value
 
@@ -211,7 +210,7 @@ def effective_property(name: str, owner_of: Callable[[Any], AdaptedWeight | None
             raise AttributeError(name)
         del module.__dict__[name]
 
-    return property(read, write, delete, f"The parameter {name}, with its update where that counts.")
+    return property(read, write, delete, f"The parameter {name}, including its update if the update is applied.")
 
 
 def effective(owner: AdaptedWeight, W: Tensor) -> Tensor:
@@ -221,7 +220,7 @@ def effective(owner: AdaptedWeight, W: Tensor) -> Tensor:
     binding = owner.binding
     used = binding.used
     D, G = owner.pair()
-    binding.used = used  # reading the dtype or shape alone does not count
+    binding.used = used  # reading only the dtype or the shape is not a use
     if (
         torch.jit.is_tracing()  # type: ignore[attr-defined]
         or torch._C._are_functorch_transforms_active()
@@ -233,7 +232,7 @@ def effective(owner: AdaptedWeight, W: Tensor) -> Tensor:
 
 
 def in_pass(binding: Binding) -> bool:
-    """Whether the model of a binding runs, or a part of it runs again inside the backward pass (checkpointing)."""
+    """Return whether the binding's model is running, or a part of it is running again in the backward pass."""
     if binding.prepared is not None:
         return True
     return not torch.compiler.is_compiling() and torch._C._current_autograd_node() is not None
@@ -243,4 +242,4 @@ def _is_symbolically_traced() -> bool:
     if torch.compiler.is_compiling():
         return False
     symbolic = torch.fx._symbolic_trace.is_fx_symbolic_tracing()
-    return symbolic and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None  # make_fx has one
+    return symbolic and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None  # make_fx sets one

@@ -1,8 +1,8 @@
-"""``expert_mm``: the rows of every expert times that expert's matrix, the product that mixtures of experts consist of.
+"""Define ``expert_mm``, which multiplies the rows of every expert by that expert's matrix.
 
-On GPUs torch's own grouped product computes it. That product does not support fp64, nor fp32 in a compiled graph, and
-needs sizes that are multiples of 16 bytes, to which the operands are padded. In the other cases, and on the CPU, an op
-of this module multiplies expert by expert.
+On GPUs, torch's grouped product computes it. torch's product does not support fp64, or fp32 in a compiled graph, and
+it needs row sizes that are multiples of 16 bytes; the operands are padded to such sizes. In the unsupported cases and
+on the CPU, an op of this module multiplies one expert after another.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from torch import Tensor
 
 
 def expert_mm(x: Tensor, W: Tensor, offsets: Tensor) -> Tensor:
-    """Compute ``y[i] = x[i] W[e]`` for the rows i of every expert e, from ``offsets[e - 1]`` to ``offsets[e]``.
+    """Compute ``y[i] = x[i] W[e]`` for every expert e and its rows i, ``offsets[e - 1] <= i < offsets[e]``.
 
     Args:
         x: ``[rows, d_in]``, sorted by expert.
-        W: ``[experts, d_in, d_out]`` in the dtype of ``x``, any strides.
-        offsets: int32 ``[experts]``, where the rows of each expert end. Rows after the last end belong to no expert.
+        W: ``[experts, d_in, d_out]`` in the dtype of ``x``, with any strides.
+        offsets: int32 ``[experts]``, the end of each expert's rows. Rows after the last end belong to no expert.
 
     Returns:
-        ``y [rows, d_out]`` in the dtype of ``x``; the values of rows that belong to no expert are undefined.
-        Differentiable in ``x`` and ``W``, any number of times.
+        ``y [rows, d_out]`` in the dtype of ``x``, differentiable any number of times with respect to ``x`` and ``W``.
+        The values of rows that belong to no expert are undefined.
     """
     if _has_kernel(x) and len(x) > 0:
         step = 16 // x.element_size()
@@ -38,7 +38,7 @@ def expert_mm(x: Tensor, W: Tensor, offsets: Tensor) -> Tensor:
 
 
 def _has_kernel(x: Tensor) -> bool:
-    """Whether torch's grouped product takes operands of this dtype on this device."""
+    """Return whether torch's grouped product supports operands of this dtype on this device."""
     if x.device.type != "cuda" or torch.cuda.get_device_capability(x.device) < (8, 0):
         return False
     dtypes = (torch.bfloat16,) if torch.compiler.is_compiling() else (torch.bfloat16, torch.float16, torch.float32)

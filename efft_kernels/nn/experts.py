@@ -1,4 +1,4 @@
-"""Experts held as one three-dimensional parameter: the routing of rows to experts, and the update of their matrices."""
+"""Adapt experts that one three-dimensional parameter stores: route rows to experts, and update the matrices."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from efft_kernels.nn.frozen import stored_in
 from efft_kernels.nn.parameter import AdaptedParameter, cannot_adapt_parameter
 from efft_kernels.ops import tt_merge_
 
-#: How the matrices of experts lie in a parameter: ``[experts, d_out, d_in]``, ``[experts, d_in, d_out]``.
+#: The storage of expert matrices in a parameter: ``[experts, d_out, d_in]`` or ``[experts, d_in, d_out]``.
 EXPERT_VIEWS = ("experts", "experts transposed")
 
 
 class Routing(NamedTuple):
-    """Tokens sorted by expert, with one row for every token and every expert that the router chose for it.
+    """Hold tokens sorted by expert, with one row for each pair of a token and an expert chosen for it by the router.
 
     Attributes:
         order: ``[rows]``, the index of each row in the router's flattened ``[tokens, k]``.
         tokens: ``[rows]``, the token of each row.
         experts: ``[rows]``, the expert of each row, ascending.
-        offsets: int32 ``[experts]``, where the rows of each expert end.
+        offsets: int32 ``[experts]``, the end of each expert's rows.
     """
 
     order: Tensor
@@ -49,22 +49,24 @@ class Routing(NamedTuple):
 
 
 class ExpertWeight(AdaptedParameter):
-    """The matrices of experts ``[experts, d_out, d_in]``, one parameter of a module, with an update of each.
+    """Adapt the matrices of experts ``[experts, d_out, d_in]``, which one parameter of a module stores.
 
-    All experts share D, so it multiplies every token once, whatever the number of experts that the token goes to. Each
-    expert has its own core, and all cores share V: the update is ``(x D) C[e] V``, and no matrix of the size of an
-    expert's is built. Code that multiplies by the stored parameter adds the update with :meth:`add_update`. Code that
-    reads the parameter in another way gets the effective weights of all experts: as low-rank products where they are
-    the matrices ``[experts, d_in, d_out]`` of a ``torch.bmm`` or ``matmul``, else as a dense tensor.
+    All experts share D, so D multiplies every token once, for any number of experts per token. Each expert has its own
+    core C[e], and all cores share V. The update is ``(x D) C[e] V``, and no matrix of the size of an expert's is built.
+    Code that multiplies by the stored parameter adds the update with :meth:`add_update`. Code that reads the parameter
+    in another way gets the effective weights of all experts. They are multiplied as low-rank products if they are the
+    matrices ``[experts, d_in, d_out]`` in a ``torch.bmm`` or ``matmul``; otherwise they are a dense tensor.
 
     Args:
-        module, name: the module, and the name of its parameter.
-        factors, site: the bank, and the part of it that the experts use.
+        module: the module that owns the parameter.
+        name: the name of the parameter.
+        factors: the bank.
+        site: the part of the bank that the experts use.
         transposed: whether the parameter is stored as ``[experts, d_in, d_out]``.
 
     Raises:
-        TypeError: it is not a plain floating-point parameter of three dimensions, or adapted already.
-        ValueError: the sizes do not fit.
+        TypeError: the parameter is not a plain floating-point parameter with three dimensions, or is already adapted.
+        ValueError: the sizes of the site and the parameter differ.
     """
 
     factors: TTFactors
@@ -87,24 +89,25 @@ class ExpertWeight(AdaptedParameter):
 
     @property
     def live(self) -> bool:
-        """Whether the update has to be added to products with the stored parameter."""
+        """Whether products with the stored parameter need the update added to them."""
         return self.enabled and not self.merged
 
     def matrices(self, weight: Tensor) -> Tensor:
-        """Return ``weight``, laid out like the parameter, as ``[experts, d_in, d_out]``, or the inverse: a view."""
+        """Convert ``weight`` between the parameter's layout and ``[experts, d_in, d_out]``, without a copy."""
         return weight if self.view == EXPERT_VIEWS[True] else weight.transpose(1, 2)
 
     def add_update(self, y: Tensor, x: Tensor, offsets: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """Return ``y`` plus the update of every expert times its rows.
+        """Return ``y`` plus the product of every expert's rows with that expert's update.
 
         Args:
-            y: ``[rows, d_out]``, the product with the parameter.
-            x: ``[rows, d_in]``; with ``tokens`` it is ``[tokens, d_in]``, and row i belongs to token ``tokens[i]``.
-            offsets: see :func:`expert_mm`.
+            y: ``[rows, d_out]``, the product with the stored parameter.
+            x: ``[rows, d_in]``, or ``[tokens, d_in]`` if ``tokens`` is passed.
+            offsets: the end of each expert's rows (see :func:`expert_mm`).
+            tokens: ``[rows]``, the token of each row, or None if ``x`` has one entry per row.
 
         Returns:
-            ``[rows, d_out]`` in the dtype of ``y``, in which the update is computed. Differentiable in ``y``, ``x`` and
-            the factors.
+            ``[rows, d_out]`` in the dtype of ``y``, which is also the dtype of the computation. Differentiable with
+            respect to ``y``, ``x`` and the factors.
         """
         with no_autocast(x.device):
             D, C, V = (operand.to(y.dtype) for operand in self.factors.down_up(self.binding))
@@ -123,7 +126,7 @@ class ExpertWeight(AdaptedParameter):
             return torch.baddbmm(y, x @ D, G)
 
     def update(self, D: Tensor, G: Tensor) -> Tensor:
-        """Return the dense update of all experts in the parameter's shape, from D and G [experts, r, d_out]."""
+        """Return the dense update of all experts in the parameter's shape, given D and G [experts, r, d_out]."""
         with no_autocast(D.device):
             return self.matrices(D @ G)
 
@@ -133,7 +136,7 @@ class ExpertWeight(AdaptedParameter):
 
 
 def cannot_adapt_experts(module: nn.Module, name: str) -> str | None:
-    """Return None if an :class:`ExpertWeight` can stand for the parameter ``name`` of ``module``, else the reason."""
+    """Return None if an :class:`ExpertWeight` can adapt the parameter ``name`` of ``module``, else the reason."""
     reason = cannot_adapt_parameter(module, name, "convolution")  # this view allows any number of dimensions
     weight = module._parameters.get(name)
     if reason is None and weight is not None and (weight.dim() != 3 or not holds_numbers(weight)):
@@ -142,7 +145,7 @@ def cannot_adapt_experts(module: nn.Module, name: str) -> str | None:
 
 
 def holds_numbers(weight: Tensor) -> bool:
-    """Whether a sum can be rounded to the dtype of ``weight``; 8 bits and fewer would need a scale."""
+    """Return whether a sum can be rounded to the dtype of ``weight``; dtypes of at most 8 bits would need a scale."""
     return weight.is_floating_point() and weight.element_size() > 1
 
 
@@ -152,7 +155,7 @@ def expert_linear(x: Tensor, W: Tensor, offsets: Tensor, bias: Tensor | None = N
     Args:
         x: ``[rows, d_in]``, sorted by expert.
         W: ``[experts, d_in, d_out]``.
-        offsets: see :func:`expert_mm`.
+        offsets: the end of each expert's rows (see :func:`expert_mm`).
         bias: ``[rows, d_out]`` or None.
     """
     with no_autocast(x.device):

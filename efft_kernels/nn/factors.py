@@ -1,8 +1,11 @@
-"""``TTFactors``: one tensor train U · C · V shared by many linear layers, owned once."""
+"""Define ``TTFactors``, a bank that owns one tensor train U · C · V for many linear layers.
+
+A *site* is the part of the tensor train that one layer uses (:class:`Site`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -16,18 +19,18 @@ from efft_kernels.ops import tt_contract
 
 @dataclass(frozen=True)
 class Site:
-    """The part of a train that one linear layer uses, or one parameter that holds the matrices of many experts.
+    """Identify the part of a tensor train that one linear layer uses, or one parameter with many expert matrices.
 
     Attributes:
-        layer: index into the cores' first dimension (ignored where cores are shared by all layers).
+        layer: index into the cores' first dimension (ignored if all layers share the cores).
         cores: the layer's cores, one per column block of its output: ``(0, 1, 2)`` for a fused qkv.
-        transpose: use the transposed train, ``D = Vᵀ`` and ``G = s Cᵀ Uᵀ`` (fc2 beside fc1).
-        columns: half-open range of V's columns this layer uses; None for all.
-        mask_scope: sites of one layer with the same scope share one draw of the dropout masks of U and V.
+        transpose: use the transposed tensor train, ``D = Vᵀ`` and ``G = s Cᵀ Uᵀ`` (for fc2 when fc1 is not transposed).
+        columns: half-open range of V's columns that this layer uses; None for all.
+        mask_scope: sites of one layer with equal scopes share one random draw of the dropout masks of U and V.
         experts: number of experts whose matrices the site stands for; 0 for one plain matrix. The experts share the
-            side of the train that is their input. ``cores`` then lists those of the first expert, of the second, ...
-        interleaved: whether the outputs of an expert's column blocks alternate, ``[block 0's first, block 1's first,
-            ...]``, as the gates and values of some models do. Otherwise one block follows the other.
+            factor on their input side. ``cores`` then lists the cores of the first expert, of the second, and so on.
+        interleaved: whether the output columns of an expert's column blocks alternate, ``[block 0's first, block 1's
+            first, ...]``, as the gates and values of some models do. Otherwise each block's columns are contiguous.
     """
 
     layer: int = 0
@@ -44,8 +47,13 @@ class Site:
         return len(self.cores) // (self.experts or 1)
 
 
+def _part(site: Site) -> tuple[Any, ...]:
+    """Return the key that identifies a site in its bank: the layer, then the properties that sites of a kind share."""
+    return site.layer, site.cores, site.transpose, site.columns, site.mask_scope
+
+
 class Masks(NamedTuple):
-    """Dropout masks of one forward pass, True where an element is kept; the first dimension counts layers."""
+    """Hold the dropout masks of one forward pass. True keeps an element, and the first dimension indexes layers."""
 
     U: Tensor  # [n_layers, n_scopes, d_in, r1]
     C: Tensor  # [n_layers, n_cores, r1, r2]
@@ -53,27 +61,35 @@ class Masks(NamedTuple):
 
 
 class TTFactors(FactorBank):
-    """The factors of ``ΔW = s · U C V``: all layers share U and V, and each matrix has one small core.
+    """Own the factors of ``ΔW = s · U C V``: all layers share U and V, and each matrix has one small core.
 
-    Layers :meth:`bind` a :class:`Site` of this :class:`FactorBank`; one launch contracts all sites of a kind.
+    Layers :meth:`bind` a :class:`Site` of this :class:`FactorBank`. One launch contracts all sites of a kind.
+
+    A site can also have its own diagonals: ``ΔW = s · diag(a) U C V diag(b)``. The vector a is a row of the parameter
+    ``a [rows, d_in]``, and each column block has its own vector b, a row of ``b [rows, d_out]``. Both parameters are
+    initialized to one. D and G include the diagonals, so they add no cost per token. D is then not the same tensor for
+    all sites.
 
     Args:
-        d_in, d_out: sizes of the two outer sides, ``U [d_in, r1]`` and ``V [r2, d_out]``.
+        d_in, d_out: sizes of the two outer dimensions, ``U [d_in, r1]`` and ``V [r2, d_out]``.
         rank: ``r`` or ``(r1, r2)``.
         n_layers: number of layers that have their own cores.
         n_cores: number of cores of each layer.
-        core_sharing: ``"per_layer"`` (cores ``[n_layers, n_cores, r1, r2]``) or ``"shared"`` (``[1, n_cores, r1, r2]``
-            serve every layer, as in the paper's public code).
+        core_sharing: ``"per_layer"`` for cores ``[n_layers, n_cores, r1, r2]``, or ``"shared"`` for cores
+            ``[1, n_cores, r1, r2]`` that all layers use, as in the paper's public code.
         scale: s, a plain multiplier.
-        trainable_scale: whether to train the scale: one for the whole train (True), or one per core of each layer
-            (``"matrix"``, also where layers share their cores). It is ``scale · exp(log_scale)``, and ``log_scale``
-            starts at zero. Useful scales lie between 0.01 and 100: in this form a step of the optimizer changes each of
-            them by the same share, none reaches zero (where everything else would stop learning), and weight decay
-            pulls towards ``scale``.
-        dropout: probability of zeroing an element of U, C and V in training (never of an activation); kept elements are
-            rescaled by 1/(1-p).
-        init: the side that starts at zero, ``"v"`` or ``"u"``.
-        core_init: see :mod:`efft_kernels.nn.initialization`.
+        trainable_scale: whether to train the scale: False, True for one scale, or ``"matrix"`` for one scale per core
+            and layer (even if layers share their cores). The trained scale is ``scale · exp(log_scale)``, and
+            ``log_scale`` starts at zero. Useful scales are between 0.01 and 100. In this form, an optimizer step
+            changes every scale by a similar ratio, no scale becomes zero (which would stop all training), and weight
+            decay pulls the scale toward ``scale``.
+        dropout: probability of zeroing an element of U, C and V in training mode (activations are never dropped). The
+            other elements are multiplied by 1/(1-p).
+        init: the factor that starts at zero, ``"v"`` or ``"u"``.
+        core_init: the initialization of the cores (see :mod:`efft_kernels.nn.initialization`).
+        scaled_inputs: sites that have a diagonal on their input side. This is a row of ``a``, or a row of ``b`` if the
+            site uses the transposed tensor train.
+        scaled_outputs: sites that have diagonals on their output side.
     """
 
     leader: TTFactors | None = None
@@ -93,6 +109,8 @@ class TTFactors(FactorBank):
         dropout: float = 0.0,
         init: str = "v",
         core_init: str = "last",
+        scaled_inputs: Sequence[Site] = (),
+        scaled_outputs: Sequence[Site] = (),
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -121,24 +139,59 @@ class TTFactors(FactorBank):
         if trainable_scale:
             sizes_of_scale = (n_layers, n_cores) if trainable_scale == "matrix" else (1, 1)
             self.log_scale = nn.Parameter(torch.empty(sizes_of_scale, **kw))
+        self._rows_of_a, self._rows_of_b = self._rows_of_diagonals(scaled_inputs, scaled_outputs)
+        self.a: nn.Parameter | None = None
+        self.b: nn.Parameter | None = None
+        if self._rows_of_a:
+            self.a = nn.Parameter(torch.empty(sum(map(len, self._rows_of_a.values())), d_in, **kw))
+        if self._rows_of_b:
+            self.b = nn.Parameter(torch.empty(sum(map(len, self._rows_of_b.values())), d_out, **kw))
         self.reset_parameters()
 
+    def _rows_of_diagonals(
+        self, inputs: Sequence[Site], outputs: Sequence[Site]
+    ) -> tuple[dict[Hashable, list[int]], dict[Hashable, list[int]]]:
+        """Return the rows of ``a`` and of ``b`` that belong to each site, by the key :func:`_part`.
+
+        Rows of sites of one kind are adjacent, so that they are a view if all layers are composed together.
+        """
+        counts: tuple[dict[Site, int], dict[Site, int]] = {}, {}
+        for sites, is_output in ((inputs, False), (outputs, True)):
+            for site in sites:
+                self._check(site)
+                if site.experts:
+                    raise ValueError(f"{site}: the matrices of experts share their sides, which have no diagonals")
+                counts[is_output != site.transpose][site] = site.blocks if is_output and not site.transpose else 1
+        rows_of_a: dict[Hashable, list[int]] = {}
+        rows_of_b: dict[Hashable, list[int]] = {}
+        for count, rows in zip(counts, (rows_of_a, rows_of_b), strict=True):
+            kinds = list(dict.fromkeys(_part(site)[1:] for site in count))
+            end = 0
+            for site in sorted(count, key=lambda site: kinds.index(_part(site)[1:])):
+                rows[_part(site)] = list(range(end, end + count[site]))
+                end += count[site]
+        return rows_of_a, rows_of_b
+
     def reset_parameters(self) -> None:
-        """Draw U, C and V again (:func:`efft_kernels.nn.initialization.initialize`), and reset the scale."""
+        """Initialize U, C and V again (:func:`efft_kernels.nn.initialization.initialize`), and reset the rest."""
         initialize(self.U, self.C, self.V, self.init, self.core_init)
         if self.log_scale is not None:
             nn.init.zeros_(self.log_scale)
+        for diagonals in (self.a, self.b):
+            if diagonals is not None:
+                nn.init.ones_(diagonals)
 
     @torch.no_grad()
     def replace(self, U: Tensor, C: Tensor, V: Tensor) -> None:
-        """Put in other factors, of any ranks, as new parameters. An optimizer must then be made again.
+        """Replace the factors by new parameters, of any ranks. Optimizers must be created again afterwards.
 
         Args:
-            U, C, V: ``[d_in, r1]``, ``[n_layers or 1, n_cores, r1, r2]``, ``[r2, d_out]``. They are copied to the dtype
-                and device of the factors that they replace.
+            U: ``[d_in, r1]``.
+            C: ``[n_layers, n_cores, r1, r2]``, or with a first dimension of 1 for shared cores.
+            V: ``[r2, d_out]``. All three are copied to the dtype and device of the old factors.
 
         Raises:
-            ValueError: the shapes do not fit together, or do not fit this bank.
+            ValueError: the shapes do not match each other or this bank.
         """
         r1, r2 = C.shape[-2:]
         expected = (self.d_in, r1), (*self.C.shape[:2], r1, r2), (r2, self.d_out)
@@ -152,8 +205,8 @@ class TTFactors(FactorBank):
         self.r1, self.r2 = r1, r2
 
     def follow_scale(self, leader: TTFactors) -> None:
-        """Multiply the scale by what training makes of the scale of ``leader``, which owns the parameter."""
-        self.__dict__["leader"] = leader  # not registered, so that it is owned once
+        """Multiply the scale by the trained part of the scale of ``leader``, which owns the parameter."""
+        self.__dict__["leader"] = leader  # not registered as a submodule, so that it has only one owner
 
     def _log_scale(self) -> Tensor | None:  # [1, 1] or [n_layers, n_cores]
         return (self if self.leader is None else self.leader).log_scale
@@ -166,16 +219,21 @@ class TTFactors(FactorBank):
 
     @property
     def scale_value(self) -> float:
-        """The scale s as a number, whether it is trained or not; the geometric mean if there are several."""
+        """The scale s as a number, trained or not; the geometric mean if there are several scales."""
         log_scale = self._log_scale()
         return self.initial_scale if log_scale is None else self.initial_scale * log_scale.mean().exp().item()
 
     def bind(self, site: Site) -> Binding:
-        """Register a layer that uses ``site``, and return what to pass to :meth:`down_up`.
+        """Register a layer that uses ``site``, and return the binding that the layer passes to :meth:`down_up`.
 
         Raises:
-            ValueError: the site lies outside this bank.
+            ValueError: the site is outside this bank.
         """
+        self._check(site)
+        return super().bind(site)
+
+    def _check(self, site: Site) -> None:
+        """Raise ValueError if the site is outside this bank or is inconsistent."""
         if not (0 <= site.layer < self.n_layers and all(0 <= c < self.n_cores for c in site.cores)):
             raise ValueError(f"{site} does not fit a bank of {self.n_layers} layers with {self.n_cores} cores each")
         first, last = site.columns or (0, self.d_out)
@@ -191,17 +249,16 @@ class TTFactors(FactorBank):
             )
         if site.mask_scope < 0:
             raise ValueError(f"{site}: mask_scope must be 0 or more")
-        return super().bind(site)
 
     def features(self, site: Site) -> tuple[int, int]:
-        """Return (in_features, out_features) of a linear layer that ``site`` fits, or of each of its experts."""
+        """Return (in_features, out_features) of a linear layer that ``site`` fits, or of each expert of the site."""
         first, last = site.columns or (0, self.d_out)
         if site.transpose:
             return last - first, self.d_in
         return self.d_in, (last - first) * site.blocks
 
     def describe(self, site: Site) -> str:
-        """Describe the site's part of this train."""
+        """Describe the site's part of this tensor train."""
         cores = f"cores={site.cores}" if not site.experts else f"experts={site.experts}, cores per expert={site.blocks}"
         parts = [f"rank=({self.r1}, {self.r2})", f"layer={site.layer}", cores]
         if site.transpose:
@@ -216,7 +273,7 @@ class TTFactors(FactorBank):
             return None
         n_scopes = 1 + max(
             [0, *[binding.site.mask_scope for binding in self.bindings]]
-        )  # torch 2.13 does not trace max(default=)
+        )  # torch 2.13 cannot trace max(default=)
         shapes = (
             (n_layers, n_scopes, *self.U.shape),
             (n_layers, *self.C.shape[1:]),
@@ -225,12 +282,12 @@ class TTFactors(FactorBank):
         return Masks(*(torch.rand(shape, device=self.U.device) >= self.dropout for shape in shapes))
 
     def compose(self, sites: Sequence[Site]) -> list[Operands]:
-        """Return (D, G) of each site; sites that are alike are contracted together.
+        """Return (D, G) of each site. Sites of one kind are contracted together.
 
-        For a site of experts, whose products share both outer sides, nothing is contracted. Its operands are
-        (D [in_features, r], C [experts, r, blocks * r'], V [r', out_features / blocks]) with the scale in the cores C,
-        and the update of block b of expert e is ``D C[e, :, b r' : (b + 1) r'] V``. :meth:`evaluated` returns
-        G [experts, r, out_features] for it.
+        The matrices of a site of experts share both U and V, and nothing is contracted. The operands of such a site are
+        (D [in_features, r], C [experts, r, blocks * r'], V [r', out_features / blocks]), where C contains the scale.
+        The update of block b of expert e is ``D C[e, :, b r' : (b + 1) r'] V``. For such a site, :meth:`evaluated`
+        returns G [experts, r, out_features].
         """
         layers = sorted({site.layer for site in sites})
         masks = self.draw_masks(len(layers))
@@ -241,19 +298,48 @@ class TTFactors(FactorBank):
             if site.experts:
                 D, C, V = self._expert_kind(site, rows, layers, masks)
                 return [per_site(D, n), per_site(C, n, 4), per_site(V, n)]
-            return [per_site(operand, n) for operand in self._contract_kind(site, rows, layers, masks)]
+            D, G = self._contract_kind(site, rows, layers, masks)
+            return [per_site(operand, n) for operand in self._scaled(alike, D, G)]
 
-        return compose_by_kind(
-            sites, lambda s: (s.cores, s.transpose, s.columns, s.mask_scope, s.experts), compose_alike
-        )
+        return compose_by_kind(sites, lambda s: (*_part(s)[1:], s.experts, *self._has_diagonals(s)), compose_alike)
+
+    def _has_diagonals(self, site: Site) -> tuple[bool, bool]:
+        """Return whether the site has a row of ``a``, and whether it has rows of ``b``."""
+        if self.a is self.b is None:
+            return False, False
+        return _part(site) in self._rows_of_a, _part(site) in self._rows_of_b
+
+    def _scaled(self, sites: list[Site], D: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
+        """Multiply D [in, r] or [n, in, r] and G [1, r, out] or [n, r, out] by the diagonals of n sites of one kind."""
+        of_input, of_output = self._diagonals(sites)
+        D = D if of_input is None else D * of_input[:, :, None]
+        G = G if of_output is None else G * of_output[:, None, :]
+        return D, G
+
+    def _diagonals(self, sites: list[Site]) -> tuple[Tensor | None, Tensor | None]:
+        """Return the diagonals [n, in] and [n, out] of n sites of one kind; None on a side without diagonals."""
+        first, last = sites[0].columns or (0, self.d_out)
+        of_U = of_V = None
+        has_a, has_b = self._has_diagonals(sites[0])
+        if self.a is not None and has_a:
+            of_U = take(self.a, 0, [row for site in sites for row in self._rows_of_a[_part(site)]])
+        if self.b is not None and has_b:
+            of_V = take(self.b, 0, [row for site in sites for row in self._rows_of_b[_part(site)]])
+            of_V = of_V[:, first:last].reshape(len(sites), -1)
+        return (of_V, of_U) if sites[0].transpose else (of_U, of_V)
+
+    def diagonals(self, site: Site) -> tuple[Tensor | None, Tensor | None]:
+        """Return the diagonals of a site: [in_features] and [out_features], or None on a side without a diagonal."""
+        of_input, of_output = (None if rows is None else rows[0] for rows in self._diagonals([site]))
+        return of_input, of_output
 
     def _contract_kind(
         self, site: Site, rows: list[int], layers: list[int], masks: Masks | None
     ) -> tuple[Tensor, Tensor]:
-        """Return D [in, r] and G [len(rows), r, out] of sites that differ only in the layer.
+        """Return D [in, r] and G [len(rows), r, out] for sites that differ only in the layer.
 
-        With dropout D is [len(rows), in, r]. ``rows`` are indices into ``layers`` and the masks. With shared cores and
-        no dropout G has one row for all layers.
+        With dropout, D is [len(rows), in, r]. ``rows`` are indices into ``layers`` and the masks. With shared cores and
+        without dropout, G has one row for all layers.
         """
         keep = 1.0 - self.dropout
         first, last = site.columns or (0, self.d_out)
@@ -282,10 +368,10 @@ class TTFactors(FactorBank):
     def _expert_kind(
         self, site: Site, rows: list[int], layers: list[int], masks: Masks | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return D [in, r], C [len(rows), experts, r, blocks * r'] and V [r', out] of sites of experts.
+        """Return D [in, r], C [len(rows), experts, r, blocks * r'] and V [r', out] for sites of experts.
 
-        The sites differ only in the layer. With dropout D and V have a first dimension of len(rows). ``rows`` are as in
-        :meth:`_contract_kind`.
+        The sites differ only in the layer. With dropout, D and V have a first dimension of len(rows). ``rows`` are
+        indices as in :meth:`_contract_kind`.
         """
         keep = 1.0 - self.dropout
         first, last = site.columns or (0, self.d_out)
@@ -304,7 +390,7 @@ class TTFactors(FactorBank):
         return U, C * scale, V
 
     def pair(self, site: Site, D: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (D [in_features, r], G [r, out_features]); G is [experts, r, out_features] for a site of experts."""
+        """Return (D [in_features, r], G [r, out_features]); for a site of experts G is [experts, r, out_features]."""
         if not site.experts:
             return super().pair(site, D, *rest)
         C, V = rest
@@ -312,7 +398,7 @@ class TTFactors(FactorBank):
         return D, (G.transpose(-1, -2) if site.interleaved else G).flatten(-2)
 
     def _scaled_cores(self, layers: list[int], cores: list[int]) -> Tensor:  # [len(layers) or 1, len(cores), r1, r2]
-        """Return the cores of these layers, times what training has made of the scale."""
+        """Return the cores of these layers, multiplied by the trained part of the scale."""
         C = take(self.C, 1, cores)
         if self.core_sharing == "per_layer":
             C = take(C, 0, layers)

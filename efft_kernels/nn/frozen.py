@@ -1,6 +1,7 @@
-"""Frozen layers and weights: :class:`FrozenLayer`, the base of the adapted layers, and quantized weights.
+"""Define :class:`FrozenLayer`, the base class of adapted layers, and functions for quantized weights.
 
-A weight may not be a plain dense tensor: those of torchao and bitsandbytes are quantized.
+A *stand-in* is a layer that replaces a layer of a model. A *plain* weight is a dense tensor whose memory contains its
+entries; the weights of torchao and bitsandbytes are quantized instead.
 """
 
 from __future__ import annotations
@@ -12,20 +13,20 @@ from torch import Tensor, nn
 
 
 class FrozenLayer(nn.Module):
-    """A layer that stands in for another one, with the very same ``weight``, ``bias`` and hooks.
+    """Replace another layer, using the same ``weight``, ``bias`` and hooks.
 
-    Names in the state dict therefore stay as they are, and handles stay valid. The class of a linear layer with a
-    quantized weight may have its own product and state dict, as those of bitsandbytes do. The class of its stand-in is
-    then made from both classes, so that it keeps them.
+    Names in the state dict therefore stay the same, and hook handles stay valid. The class of a linear layer with a
+    quantized weight may define its own product and state dict (the classes of bitsandbytes do). The class of the
+    stand-in then inherits from both classes, which preserves that product and state dict.
 
     Raises:
-        TypeError: :func:`cannot_wrap` has a reason.
+        TypeError: the layer cannot be replaced (:func:`cannot_wrap` returns the reason).
     """
 
     adapts: ClassVar[type[nn.Module]] = nn.Linear
-    """The class of the layers that this class can stand in for."""
+    """The class of the layers that this class can replace."""
     product: ClassVar[Callable[..., Tensor]] = nn.Linear.forward
-    """The product of the linear layer that is stood in for (:func:`efft_kernels.nn.linear.frozen_linear` uses it)."""
+    """The product of the linear layer that was replaced (:func:`efft_kernels.nn.linear.frozen_linear` calls it)."""
 
     weight: Tensor
 
@@ -34,14 +35,14 @@ class FrozenLayer(nn.Module):
 
     @classmethod
     def refusal(cls, layer: nn.Module) -> str | None:
-        """Return None if this class can stand in for ``layer``, else the reason."""
+        """Return None if this class can replace ``layer``, else the reason."""
         return cannot_wrap(layer, cls.adapts)
 
     def __init__(self, layer: nn.Module) -> None:
         reason = self.refusal(layer)
         if reason is not None:
             raise TypeError(f"{type(self).__name__}: {reason}")
-        nn.Module.__init__(self)  # the layer's own would allocate and draw a weight
+        nn.Module.__init__(self)  # the constructor of the layer's class would allocate and initialize a weight
         share_attributes(layer, self)
         for name in ("weight", "bias"):
             if name == "weight" or name in layer._parameters:
@@ -49,7 +50,7 @@ class FrozenLayer(nn.Module):
 
 
 def _has_class_of_its_own(layer: Any) -> bool:
-    """Whether only the class of ``layer`` says what it computes, so that its stand-in must be of that class too."""
+    """Return whether the class of ``layer`` defines its result, so that the stand-in must inherit from that class."""
     if isinstance(layer, FrozenLayer):
         return False
     quantized = isinstance(layer, nn.Linear) and not is_plain(layer.weight) and type(layer) is not nn.Linear
@@ -60,14 +61,14 @@ _of_both_kinds: dict[tuple[type, type], type[FrozenLayer]] = {}
 
 
 def _of_both(stand_in: type[FrozenLayer], kind: type[nn.Module]) -> type[FrozenLayer]:
-    """Return the class of stand-ins of class ``stand_in`` for layers of class ``kind``."""
+    """Return the class for stand-ins of class ``stand_in`` that replace layers of class ``kind``."""
 
-    def reduce(self: FrozenLayer, protocol: object) -> tuple[Any, ...]:  # pickle finds classes by name only
+    def reduce(self: FrozenLayer, protocol: object) -> tuple[Any, ...]:  # pickle finds only classes with a module path
         return _empty, (stand_in, kind), self.__dict__
 
     if (stand_in, kind) not in _of_both_kinds:
         parts: dict[str, Any] = {"product": kind.forward, "__reduce_ex__": reduce, "__doc__": stand_in.__doc__}
-        if issubclass(kind, nn.Linear):  # its own product reads the weight, and means the stored one
+        if issubclass(kind, nn.Linear):  # the product of that class reads the weight and needs the stored one
             parts["weight"] = property(lambda layer: _stored_weight(layer))
         own_name = stand_in.__name__.endswith(kind.__name__)
         name = stand_in.__name__ if own_name else f"{stand_in.__name__}{kind.__name__}"
@@ -87,16 +88,16 @@ def _empty(stand_in: type[FrozenLayer], kind: type[nn.Module]) -> FrozenLayer:
 
 
 def share_attributes(source: nn.Module, target: nn.Module) -> None:
-    """Give ``target`` the mode, the hooks and all other attributes of ``source``, but no parameters.
+    """Copy the mode, the hooks and all other attributes of ``source`` to ``target``, except parameters.
 
-    Attributes that only adapted layers have stay where they are, and so does a compiled forward.
+    Attributes that exist only in adapted layers are not copied, nor is a compiled forward method.
     """
     target.__dict__.update({name: value for name, value in source.__dict__.items() if name not in _NOT_SHARED})
 
 
 _NOT_SHARED = {
     *("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules", "forward", "_compiled_call_impl"),
-    "extra_repr",  # torchao sets one that is bound to the layer
+    "extra_repr",  # torchao sets an extra_repr that is bound to the layer
     *(
         "factors",
         "site",
@@ -115,7 +116,7 @@ _NOT_SHARED = {
 
 
 def is_conv1d(layer: object) -> bool:
-    """Whether ``layer`` is a ``Conv1D`` of transformers (GPT-2), a linear layer whose weight is ``[d_in, d_out]``."""
+    """Return whether ``layer`` is a ``Conv1D`` of transformers (GPT-2): a layer with weight ``[d_in, d_out]``."""
     if not (isinstance(layer, nn.Module) and any(kind.__name__ == "Conv1D" for kind in type(layer).__mro__)):
         return False
     weight = layer._parameters.get("weight")
@@ -123,17 +124,17 @@ def is_conv1d(layer: object) -> bool:
 
 
 def read_by_its_parent(layer: nn.Module) -> str | None:
-    """Return why only a sum with the weight of ``layer`` has an effect: its parent never calls it. None if it does."""
+    """Return the reason if the parent of ``layer`` reads the weight and never calls the layer, else None."""
     if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return (
-            "this is the out_proj of nn.MultiheadAttention, which reads the weight and never calls the layer, so what "
-            "the layer adds to the product would be ignored; use an attention module with separate linear layers"
+            "this is the out_proj of nn.MultiheadAttention, which reads the weight and never calls the layer, so an "
+            "update added by the layer would be ignored; use an attention module with separate linear layers"
         )
     return None
 
 
 def cannot_wrap(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> str | None:
-    """Return None if a :class:`FrozenLayer` can stand in for ``layer`` as one of class ``kind``, else the reason."""
+    """Return None if a :class:`FrozenLayer` can replace ``layer`` as a layer of class ``kind``, else the reason."""
     if isinstance(layer, FrozenLayer):
         return f"this layer is adapted already: it is of type {type(layer).__name__}"
     if not isinstance(layer, kind):
@@ -142,7 +143,7 @@ def cannot_wrap(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> str | No
 
 
 def not_only_a_weight(layer: nn.Module, kind: type[nn.Module]) -> str | None:
-    """Return None if ``layer`` computes what layers of class ``kind`` do, from weight and bias alone, else why not."""
+    """Return None if ``layer`` computes the function of class ``kind`` from only weight and bias, else the reason."""
     own = any(
         getattr(type(layer), name) is not getattr(kind, name)
         for name in ("forward", "_conv_forward")
@@ -157,51 +158,51 @@ def not_only_a_weight(layer: nn.Module, kind: type[nn.Module]) -> str | None:
     more = {*layer._parameters, *layer._buffers, *layer._modules} - {"weight", "bias"}
     if more or not isinstance(layer.weight, nn.Parameter):
         return (
-            f"expected the parameters weight and bias alone, found {', '.join(sorted(more)) or 'a computed weight'} "
-            "too, as torch.nn.utils.weight_norm and its like add them; remove that first"
+            f"expected only the parameters weight and bias, found {', '.join(sorted(more)) or 'a computed weight'} "
+            "too, as torch.nn.utils.weight_norm and similar functions add them; remove that first"
         )
     return None
 
 
 def is_plain(weight: Tensor) -> bool:
-    """Whether the memory of ``weight`` holds its entries in its dtype, so that a kernel can read them."""
-    # torch's own is_traceable_wrapper_subclass looks for the first attribute; bitsandbytes' parameters have the second.
+    """Return whether the memory of ``weight`` contains its entries in its dtype, so that a kernel can read them."""
+    # torch's is_traceable_wrapper_subclass checks the first attribute. bitsandbytes' parameters have only the second.
     return not hasattr(type(weight), "__tensor_flatten__") and not hasattr(type(weight), "_quantize")
 
 
 def can_dequantize(weight: Tensor) -> bool:
-    """Whether ``weight`` is plain, or its class says how to make it dense."""
+    """Return whether ``weight`` is plain, or its class can convert it to a dense tensor."""
     return is_plain(weight) or type(weight).dequantize is not Tensor.dequantize
 
 
 def dequantized(weight: Tensor) -> Tensor:
-    """Return the dense values of ``weight`` ``[d_out, d_in]`` in its dtype; a plain weight is returned itself.
+    """Return the dense values of ``weight`` ``[d_out, d_in]`` in its dtype; return a plain weight itself.
 
     Raises:
-        TypeError: the class of the weight does not say how to make it dense (bitsandbytes' classes do not).
+        TypeError: the class of the weight has no ``dequantize()`` of its own (the classes of bitsandbytes do not).
     """
     if is_plain(weight):
         return weight
     if not can_dequantize(weight):
         raise TypeError(
-            f"expected a weight whose class has dequantize(), as torchao's, got a {type(weight).__name__}: load the "
-            "adapter onto the dense base for dense weights"
+            f"expected a weight whose class has dequantize(), as torchao's do, got a {type(weight).__name__}: load the "
+            "adapter onto the dense base model to get dense weights"
         )
     dense: Tensor = getattr(
         weight, "get_original_weight", weight.dequantize
-    )()  # NF4Tensor's dequantize is something else
+    )()  # the dequantize of NF4Tensor has another purpose
     return dense.to(weight.dtype)
 
 
 def stored_in(module: nn.Module, name: str) -> Tensor:
-    """Return what ``module`` owns under the name of an adapted parameter, past the property that hides it.
+    """Return the tensor that ``module`` owns under the name of an adapted parameter, not the effective weight.
 
     Raises:
-        AttributeError: it owns nothing of this name.
+        AttributeError: the module owns no tensor with this name.
     """
     W = module._parameters.get(name)
-    if W is None:  # torch's pruning and FSDP's flattening set a plain tensor in the place of the parameter
+    if W is None:  # torch's pruning and FSDP's flattening replace the parameter by a plain tensor
         W = module.__dict__.get(name)
-    if W is None:  # parametrized: the property is torch's
+    if W is None:  # the weight is parametrized, and torch defines the property
         W = getattr(module, name)
     return cast(Tensor, W)

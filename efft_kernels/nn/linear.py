@@ -1,4 +1,4 @@
-"""``EfftLinear``: a frozen ``nn.Linear`` with a tensor-train update, and the base that it shares with other layers."""
+"""Define ``EfftLinear``, a frozen ``nn.Linear`` with a tensor-train update, and the base class for adapted layers."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from efft_kernels.ops import tt_linear
 
 __all__ = ["AdaptedLayer", "EfftLinear", "MergeLoss", "adapted_linear", "frozen_linear", "multiplies_plainly"]
 
-torch.fx.wrap("tt_linear")  # one node of a traced graph
+torch.fx.wrap("tt_linear")  # a traced graph contains tt_linear as one node
 
 
 def _reader(layer: AdaptedLayer) -> AdaptedLayer | None:
-    """Return the layer if whoever reads its weight is to read the update too, else None."""
+    """Return the layer if a read of its weight must include the update, else None."""
     return layer if layer.read or in_pass(layer.binding) else None
 
 
 class AdaptedLayer(FrozenLayer, AdaptedWeight):
-    """A frozen layer that is called, and whose weight has an update from a bank of factors.
+    """Replace a layer that the model calls by a frozen layer whose weight has an update from a bank of factors.
 
-    The layer refers to a shared bank without registering it: the bank is owned once, elsewhere.
+    The layer refers to a shared bank without registering it, because another module owns the bank.
 
-    While the model runs, ``weight`` is the effective weight (:mod:`efft_kernels.nn.effective`), so that a module which
-    reads it and never calls the layer cannot miss the update. At any other time ``weight`` is the stored parameter,
-    which :attr:`stored` always is.
+    While the model runs, ``weight`` is the effective weight, which includes the update
+    (:mod:`efft_kernels.nn.effective`). A module that reads ``weight`` without calling the layer therefore cannot miss
+    the update. At other times ``weight`` is the stored parameter; :attr:`stored` always returns the stored parameter.
 
     Attributes:
-        read: If True, ``weight`` is the effective weight at any time. This is for layers that their parent never calls:
-            a part of the model that is called alone is then right, too.
-        reader: the name of the class of the module that reads the weight, if it is known.
+        read: if True, ``weight`` is always the effective weight. This is for layers that their parent never calls;
+            the result is then also correct if only a part of the model is called.
+        reader: the class name of the module that reads the weight, or None if no such module is known.
     """
 
     weight = effective_property("weight", _reader)
@@ -57,7 +57,7 @@ class AdaptedLayer(FrozenLayer, AdaptedWeight):
             self.__dict__["factors"] = factors
         self.site, self.binding = site, factors.bind(site)
         self.enabled = True
-        self.read = isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear)  # by nn.MultiheadAttention
+        self.read = isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear)  # nn.MultiheadAttention reads
         self.reader: str | None = None
         self.register_buffer("base_weight", None, persistent=False)
 
@@ -73,10 +73,10 @@ class AdaptedLayer(FrozenLayer, AdaptedWeight):
 
 
 class EfftLinear(AdaptedLayer, nn.Linear):
-    """``y = x Wᵀ + b + (x D) G`` with frozen ``W`` and ``b``.
+    """Compute ``y = x Wᵀ + b + (x D) G`` with frozen ``W`` and ``b``.
 
-    It is an ``nn.Linear`` with the same ``weight``, ``bias`` and hooks as the one that it replaces. A quantized weight
-    computes its product in its own way, and the update is added to that.
+    This is an ``nn.Linear`` with the same ``weight``, ``bias`` and hooks as the layer that it replaces. The class of a
+    quantized weight computes the product with that weight, and the layer adds the update to the result.
     """
 
     @classmethod
@@ -92,15 +92,16 @@ class EfftLinear(AdaptedLayer, nn.Linear):
         dropout: float = 0.0,
         init: str = "v",
     ) -> EfftLinear:
-        """Adapt ``linear``, which is frozen and otherwise left as it is.
+        """Adapt ``linear``: freeze it, and return the adapted layer that replaces it.
 
-        With ``factors`` the layer uses ``site`` of that shared bank (default: its layer 0, core 0). Without ``factors``
-        it gets its own bank of ``rank`` with ``n_cores`` column blocks (3 for a fused qkv), ``scale``, factor
-        ``dropout`` and ``init``, on the weight's device in fp32 (fp64 for an fp64 weight).
+        With ``factors``, the layer uses ``site`` of that shared bank (default: layer 0, core 0 of the bank). Without
+        ``factors``, the layer gets its own bank of rank ``rank`` with ``n_cores`` column blocks (3 for a fused qkv),
+        ``scale``, factor ``dropout`` and ``init``. The bank is on the weight's device in fp32, or in fp64 for an fp64
+        weight.
 
         Raises:
             TypeError: ``linear`` is not a plain ``nn.Linear``.
-            ValueError: the sizes do not fit, or settings of a bank are given beside ``factors``.
+            ValueError: the sizes do not match, or settings of a bank are passed together with ``factors``.
         """
         if factors is not None:
             if (rank, n_cores, scale, dropout, init) != (16, 1, 1.0, 0.0, "v"):
@@ -136,13 +137,14 @@ class EfftLinear(AdaptedLayer, nn.Linear):
 def adapted_linear(linear: nn.Linear, x: Tensor, D: Tensor, G: Tensor) -> Tensor:
     """Compute ``x Wᵀ + b + (x D) G`` ``[..., d_out]`` for any frozen ``linear``.
 
-    A plain weight is multiplied by :func:`efft_kernels.tt_linear`, or by the op that computes the producer of ``x`` too
-    (:mod:`efft_kernels.nn.producers`). Any other weight computes its own product (:func:`frozen_linear`); the update is
-    added to it, in the dtype of ``x`` (autocast's under autocast), without ever building ``D G``. Differentiable in
-    ``x``, ``D`` and ``G``.
+    A plain weight is multiplied by :func:`efft_kernels.tt_linear`. If ``x`` is the postponed output of a GELU or a
+    LayerNorm (:mod:`efft_kernels.nn.producers`), the op that also computes that module is used instead. Any other
+    weight computes its own product (:func:`frozen_linear`). The update is added to it in the dtype of ``x`` (the
+    autocast dtype under autocast), without ever building ``D G``. The result is differentiable with respect to ``x``,
+    ``D``, ``G`` and the bias of ``linear``.
 
     Args:
-        linear: the frozen layer.
+        linear: the layer, whose weight is frozen.
         x: ``[..., d_in]``.
         D: ``[d_in, r1]``.
         G: ``[r1, d_out]``.
@@ -150,7 +152,7 @@ def adapted_linear(linear: nn.Linear, x: Tensor, D: Tensor, G: Tensor) -> Tensor
     W, b = stored_in(linear, "weight"), linear.bias
     plain = multiplies_plainly(linear, W)
     if isinstance(x, ProducerOutput):
-        if plain and not (W.requires_grad or (b is not None and b.requires_grad)):
+        if plain and not W.requires_grad:
             return x.linear(W, b, D, G)
         x = x.value()
     if plain:
@@ -159,10 +161,10 @@ def adapted_linear(linear: nn.Linear, x: Tensor, D: Tensor, G: Tensor) -> Tensor
 
 
 def frozen_linear(linear: nn.Linear, x: Tensor) -> Tensor:
-    """Compute ``x Wᵀ + b`` ``[..., d_out]`` for ``x`` ``[..., d_in]`` as the weight or the class of ``linear`` does.
+    """Compute ``x Wᵀ + b`` ``[..., d_out]`` for ``x`` ``[..., d_in]`` with the product of the weight or the class.
 
-    The gradient is that of the dequantized weight. Where the product rounds ``x`` as well (int8 or fp8 activations),
-    the gradient takes that rounding for the identity.
+    The gradient is that of the dequantized weight. If the product also rounds ``x`` (int8 or fp8 activations), the
+    gradient treats that rounding as the identity.
 
     Raises:
         RuntimeError: ``x`` requires a gradient, and the class of ``linear`` computes the product without one.
@@ -182,9 +184,9 @@ def frozen_linear(linear: nn.Linear, x: Tensor) -> Tensor:
 
 
 class _OwnProduct(torch.autograd.Function):
-    """``F.linear`` that keeps the quantized weight for backward and dequantizes it there again.
+    """Compute ``F.linear``, save the quantized weight for the backward pass, and dequantize it again there.
 
-    torchao's own keeps the dense weight, and has no gradient for an ``x`` that it rounds.
+    torchao's own product saves the dense weight, and has no gradient for an ``x`` that it rounds.
     """
 
     @staticmethod
@@ -203,11 +205,11 @@ class _OwnProduct(torch.autograd.Function):
 
 
 def multiplies_plainly(linear: nn.Linear, W: Tensor) -> bool:
-    """Whether ``linear`` computes ``F.linear`` with its weight ``W`` and ``W`` is plain, so that a kernel can do it."""
+    """Return whether ``linear`` computes ``F.linear`` with a plain weight ``W``, so that a kernel can compute it."""
     return is_plain(W) and _forward_of(type(linear)) is nn.Linear.forward
 
 
 def _forward_of(kind: type[nn.Linear]) -> Callable[..., Tensor]:
-    """Return the forward of layers of this class, or of the class that they stand in for."""
+    """Return the forward method of layers of this class, or of the class that a stand-in replaced."""
     forward: Callable[..., Tensor] = getattr(kind, "product", kind.forward)
     return forward

@@ -1,7 +1,7 @@
-"""Compose the operands D and G of a layer from smaller factors, for methods of your own.
+"""Compose the operands D and G of a layer from smaller factors, for user-defined methods.
 
-This is plain differentiable torch without kernels: it computes tensors of the size of the factors, a thousandth of the
-products that ``tt_linear`` does with the result.
+The functions are plain differentiable torch code without kernels. They compute tensors of the size of the factors,
+which costs about a thousandth of the products that ``tt_linear`` computes with the results.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ def tt_chain(cores: Sequence[Tensor], side: str = "left", order: str = "C") -> T
     Args:
         cores: ``[..., r_0, n_1, r_1], [..., r_1, n_2, r_2], ...`` in one floating-point dtype; leading dimensions are a
             batch of chains.
-        side: ``"left"`` for the train of an input, where r_0 = 1; ``"right"`` for the train of an output, where the
-            last rank is 1.
-        order: how the indices of the cores make up the index of the matrix, as in numpy's reshape: in ``"C"`` the last
-            core's index varies fastest, in ``"F"`` the first core's.
+        side: ``"left"`` for the tensor train of an input, where r_0 = 1; ``"right"`` for the tensor train of an output,
+            where the last rank is 1.
+        order: how the indices of the cores are combined into one index of the matrix, as in numpy's reshape. In ``"C"``
+            the last core's index varies fastest, in ``"F"`` the first core's.
 
     Returns:
-        A ``[..., n_1 n_2 ..., r]`` of a left chain, B ``[..., r, n_1 n_2 ...]`` of a right chain.
+        A ``[..., n_1 n_2 ..., r]`` for a left chain, or B ``[..., r, n_1 n_2 ...]`` for a right chain.
 
     Raises:
         ValueError: the ranks do not match, or the side or order is unknown.
@@ -57,7 +57,7 @@ def _join(a: Tensor, b: Tensor, order: str) -> Tensor:
 
 
 def column_blocks(C: Tensor, V: Tensor) -> Tensor:
-    """Return ``[C_1 V | C_2 V | ...]``: G of a layer whose output is several blocks (matrices, heads) side by side.
+    """Return ``[C_1 V | C_2 V | ...]``, the G of a layer whose output is several blocks (matrices, heads) side by side.
 
     Args:
         C: ``[..., n_blocks, r1, r2]``.
@@ -70,7 +70,7 @@ def column_blocks(C: Tensor, V: Tensor) -> Tensor:
 
 
 def row_blocks(U: Tensor, C: Tensor) -> Tensor:
-    """Return ``[U C_1; U C_2; ...]``: D of a layer whose input is several blocks, one below the other.
+    """Return ``[U C_1; U C_2; ...]``, the D of a layer whose input is several blocks stacked vertically.
 
     Args:
         U: ``[d, r1]``, the same for all blocks.

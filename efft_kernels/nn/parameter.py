@@ -1,8 +1,9 @@
-"""Parameters with an update, in any module that reads them itself: :func:`adapt_parameter`.
+"""Add updates to parameters of modules that read them directly: see :func:`adapt_parameter`.
 
-No layer can replace a module that has its own forward (a weight-standardized convolution, an attention with packed
-projections). The module stays, and only its class changes, to one of the same name in which the parameter is a property
-with the update (:mod:`efft_kernels.nn.effective`). Names in the state dict, hooks and handles stay as they are.
+No adapted layer can replace a module that has its own forward method (a weight-standardized convolution, an attention
+with packed projections). Such a module stays in the model and only its class changes. The new class has the same name,
+and in it the parameter is a property that includes the update (:mod:`efft_kernels.nn.effective`). Names in the state
+dict, hooks and hook handles stay the same.
 """
 
 from __future__ import annotations
@@ -21,15 +22,17 @@ from efft_kernels.nn.frozen import FrozenLayer, is_plain, stored_in
 
 
 class AdaptedParameter(AdaptedWeight):
-    """A parameter of a module, with an update. It is kept in the ``adapted_parameters`` of the module.
+    """Adapt one parameter of a module. The ``adapted_parameters`` of the module contain this object.
 
     Args:
-        module, name: the module, and the name of its parameter.
-        factors, site: the bank, and the part of it that the parameter uses.
-        view: see :func:`adapt_parameter`.
+        module: the module that owns the parameter.
+        name: the name of the parameter.
+        factors: the bank.
+        site: the part of the bank that the parameter uses.
+        view: how the matrix is stored in the parameter (see :func:`adapt_parameter`).
 
     Raises:
-        ValueError: the sizes do not fit.
+        ValueError: the sizes of the site and the parameter differ.
     """
 
     def __init__(self, module: nn.Module, name: str, factors: FactorBank, site: Any, view: str) -> None:
@@ -55,7 +58,7 @@ class AdaptedParameter(AdaptedWeight):
 
     @property
     def base_weight(self) -> Tensor | None:
-        """The parameter before the update was merged into it: a buffer of the module, which moves with it."""
+        """The parameter before the update was merged into it, stored as a buffer of the module so that it moves too."""
         return self.module._buffers.get(self._base_name)
 
     @base_weight.setter
@@ -71,11 +74,11 @@ class AdaptedParameter(AdaptedWeight):
 
 
 class AdaptedModule:
-    """The second base of a module's class while parameters of it are adapted; :func:`adapt_parameter` makes it."""
+    """Serve as the second base class of a module's class while its parameters are adapted (:func:`adapt_parameter`)."""
 
     adapted_parameters: dict[str, AdaptedParameter]
     prefix: ClassVar[str] = ""
-    """What precedes the name of the module's own class in the name of the class."""
+    """The prefix of the class name that precedes the name of the module's original class."""
 
     def extra_repr(self) -> str:
         own: str = super().extra_repr()  # type: ignore[misc]
@@ -87,7 +90,7 @@ class AdaptedModule:
 
 
 def adapted_weights_of(module: object) -> list[AdaptedWeight]:
-    """Return what is adapted of ``module`` itself: the weight of a layer, or parameters."""
+    """Return the adapted weights of ``module`` itself: the weight of an adapted layer, or the adapted parameters."""
     if isinstance(module, AdaptedWeight):
         return [module]
     return [*module.adapted_parameters.values()] if isinstance(module, AdaptedModule) else []
@@ -98,7 +101,7 @@ _classes: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
 
 
 def runs_for(forward: Callable[..., Any]) -> Callable[[type[AdaptedModule]], type[AdaptedModule]]:
-    """Decorate a class whose forward replaces ``forward``: adapted modules with that forward get this class too."""
+    """Decorate a class whose forward replaces ``forward``; adapted modules with that forward inherit from the class."""
 
     def register(kind: type[AdaptedModule]) -> type[AdaptedModule]:
         _own_forwards[forward] = kind
@@ -108,7 +111,7 @@ def runs_for(forward: Callable[..., Any]) -> Callable[[type[AdaptedModule]], typ
 
 
 def _class_of(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
-    """Return the class of modules of class ``base`` whose parameters ``names`` are adapted."""
+    """Return the class for modules of class ``base`` whose parameters ``names`` are adapted."""
     if (base, names) not in _classes:
         parts: dict[str, Any] = {name: effective_property(name, _owner(name)) for name in names}
         parts |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
@@ -126,7 +129,7 @@ def _owner(name: str) -> Callable[[Any], AdaptedWeight | None]:
 
 
 def _original(kind: type) -> type[nn.Module]:
-    return vars(kind).get("_adapted_base", kind)  # not what another subclass inherits
+    return vars(kind).get("_adapted_base", kind)  # vars excludes the attribute that another subclass would inherit
 
 
 def _empty(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
@@ -135,7 +138,7 @@ def _empty(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
 
 
 def become_adapted(module: nn.Module) -> None:
-    """Give a module without adapted parameters the class that it would have with them, for its forward."""
+    """Give a module the class for adapted parameters although it has none, to replace its forward method."""
     _take_class(module, getattr(module, "adapted_parameters", {}))
 
 
@@ -147,24 +150,27 @@ def _take_class(module: nn.Module, adapted: dict[str, AdaptedParameter]) -> None
 def adapt_parameter(
     module: nn.Module, name: str, factors: FactorBank, site: Any, view: str = "linear"
 ) -> AdaptedParameter:
-    """Give the parameter ``name`` of ``module`` the update of ``site``; it is frozen.
+    """Freeze the parameter ``name`` of ``module`` and add the update of ``site`` to it.
 
-    Whatever reads ``module.<name>`` then gets the effective weight. ``parameters()``, the state dict, ``.to()`` and
-    optimizers still use the stored one. Each read that is not for the weight of an ``F.linear`` makes a dense copy.
+    Code that reads ``module.<name>`` then gets the effective weight. ``parameters()``, the state dict, ``.to()`` and
+    optimizers still use the stored parameter. Every use of the effective weight except as the weight of an ``F.linear``
+    creates a dense copy.
 
     Args:
-        module, name: the parameter, of two or more dimensions.
-        factors, site: the bank of the factors, and the part of it that the parameter uses.
-        view: how the matrix lies in the parameter: ``"linear"`` ``[d_out, d_in]``, ``"transposed"`` ``[d_in, d_out]``,
-            ``"convolution"`` ``[d_out, ...]`` (all dimensions but the first make up d_in), or ``"stacked"``
-            ``[..., d_in]`` (all dimensions but the last make up d_out).
+        module: the module that owns the parameter.
+        name: the name of the parameter, which has two or more dimensions.
+        factors: the bank.
+        site: the part of the bank that the parameter uses.
+        view: how the matrix is stored in the parameter: ``"linear"`` ``[d_out, d_in]``, ``"transposed"``
+            ``[d_in, d_out]``, ``"convolution"`` ``[d_out, ...]`` (all dimensions except the first form d_in), or
+            ``"stacked"`` ``[..., d_in]`` (all dimensions except the last form d_out).
 
     Returns:
         The adapted parameter, which is also in ``module.adapted_parameters``.
 
     Raises:
-        TypeError: :func:`cannot_adapt_parameter` has a reason.
-        ValueError: the sizes do not fit, or the view is unknown.
+        TypeError: the parameter cannot be adapted (:func:`cannot_adapt_parameter` returns the reason).
+        ValueError: the sizes of the site and the parameter differ, or the view is unknown.
     """
     if view not in VIEWS:
         raise ValueError(f"view must be one of {', '.join(map(repr, VIEWS))}, got {view!r}")
@@ -175,7 +181,7 @@ def adapt_parameter(
 
 
 def put_update(parameter: AdaptedParameter) -> AdaptedParameter:
-    """Put an adapted parameter into its module."""
+    """Register an adapted parameter with its module, which then reads the effective weight."""
     module = parameter.module
     module._parameters[parameter.name].requires_grad_(False)  # type: ignore[union-attr]
     adapted = getattr(module, "adapted_parameters", {})
@@ -184,16 +190,16 @@ def put_update(parameter: AdaptedParameter) -> AdaptedParameter:
 
 
 def restore_module(module: nn.Module) -> None:
-    """Undo every :func:`adapt_parameter` of ``module``, merged or not. Other modules are left as they are.
+    """Undo every :func:`adapt_parameter` call on ``module``, merged or not. Leave other modules unchanged.
 
     Raises:
-        RuntimeError: something has changed the class of the module since (a parametrization, ``fully_shard``).
+        RuntimeError: the class of the module was changed again afterwards (by a parametrization or ``fully_shard``).
     """
     adapted: dict[str, AdaptedParameter] | None = getattr(module, "adapted_parameters", None)
     if adapted is None:
         return
     if _original(type(module)) is type(module):
-        raise RuntimeError(f"a {type(module).__name__} got another class after it was adapted; undo that first")
+        raise RuntimeError(f"a {type(module).__name__} got another class after it was adapted; undo that change first")
     for parameter in adapted.values():
         parameter.unmerge()
     module.__class__ = _original(type(module))
@@ -201,7 +207,7 @@ def restore_module(module: nn.Module) -> None:
 
 
 def cannot_adapt_parameter(module: nn.Module, name: str, view: str = "linear") -> str | None:
-    """Return None if the parameter ``name`` of ``module`` can have an update, else the reason."""
+    """Return None if an update can be added to the parameter ``name`` of ``module``, else the reason."""
     parameter: Any = module._parameters.get(name)
     if isinstance(module, FrozenLayer) or name in getattr(module, "adapted_parameters", {}):
         return "it is adapted already"

@@ -1,4 +1,7 @@
-"""Linear layers that hold the updates of many adapters; each call uses those that the running context selected."""
+"""Define linear layers that hold the updates of many adapters, of which each call uses the selected ones.
+
+The adapters are stored as *stacks*: tensors with one row (entry of the first dimension) per adapter.
+"""
 
 from __future__ import annotations
 
@@ -17,27 +20,28 @@ from efft_kernels.ops import tt_linear_grouped
 
 
 class Selection(NamedTuple):
-    """Rows of the stacks: one for each sample of a batch or, with ``weights``, their weighted sum for all samples."""
+    """Select rows of the stacks: one row per sample of a batch or, with ``weights``, a weighted sum for all samples."""
 
-    slots: Tensor  # int64 [samples] or [k]
+    slots: Tensor  # int64 [samples], or [k] with weights: the selected rows
     weights: Tensor | None  # fp32 (fp64 for an fp64 model) [k]
 
 
-#: The dimension of an input [..., in_features] that counts the samples of a batch. It is 0 also if each sample has
-#: several entries there, one after the other; -1 if consecutive rows belong to different samples; None if none does.
+#: The dimension of an input [..., in_features] that indexes the samples of a batch. It is 0 even if each sample has
+#: several consecutive entries in the first dimension. It is -1 if consecutive rows belong to different samples, and
+#: None if no dimension indexes the samples.
 Layout = int | None
 
 
 class PooledLinear(FrozenLayer, nn.Linear):
-    """A frozen linear layer and two stacks of tensors with one row per adapter; row 0 is the base.
+    """Compute a frozen linear layer with two stacks of tensors that have one row per adapter; row 0 is the base.
 
-    It is an ``nn.Linear`` with the very same ``weight``, ``bias`` and hooks as the layer that it replaces. The stacks
-    may be shared with other layers and are not part of its state.
+    This is an ``nn.Linear`` with the same ``weight``, ``bias`` and hooks as the layer that it replaces. Several layers
+    may share the stacks, which are not part of the layer's state dict.
 
     Args:
-        linear: the layer to stand in for.
-        selected: the :class:`Selection` of the running context, None for the base alone. Each thread and each task has
-            its own.
+        linear: the layer to replace.
+        selected: the :class:`Selection` of the running context, or None to use only the base. Each thread and each
+            asyncio task has its own value.
 
     Raises:
         TypeError: ``linear`` is not a plain ``nn.Linear``.
@@ -45,9 +49,9 @@ class PooledLinear(FrozenLayer, nn.Linear):
 
     stacks: tuple[Tensor, Tensor | None]
     layouts: dict[int, Layout]
-    """Where an input of so many dimensions has the samples, unless they are its first dimension."""
+    """Maps the number of dimensions of an input to its sample dimension, unless that is the first dimension."""
     learned: bool
-    """Whether ``layouts`` is known. Until it is, only the first dimension may have as many entries as samples."""
+    """Whether ``layouts`` is known. Before that, only the first dimension may be the dimension of the samples."""
 
     @classmethod
     def refusal(cls, layer: nn.Module) -> str | None:
@@ -78,49 +82,50 @@ class PooledLinear(FrozenLayer, nn.Linear):
         """Return the dimension of the samples in ``x`` (:data:`Layout`).
 
         Raises:
-            ValueError: ``x`` does not have them, or it is not known where.
+            ValueError: ``x`` has no such dimension, or the layer does not know it.
         """
         rows = math.prod(x.shape[:-1])
         if rows == samples:
             return 0
-        # In this order, code compiled before anything was learned stays valid where nothing has to be learned.
+        # This order of checks keeps code valid that was compiled before the layouts were learned, if none is needed.
         usual = x.shape[0] == samples and (samples not in x.shape[1:-1] or self.learned)
         place = self.layouts.get(x.dim(), 0 if usual else None)
         if place is None or rows % samples or (place > 0 and x.shape[place] != samples):
             raise ValueError(
                 f"{type(self).__name__}: expected the rows of {samples} samples, one after the other, got an input of "
                 f"shape {list(x.shape)}; a layer that mixes samples, or is not known to keep them in order, cannot use "
-                "an adapter for each (a call of the whole model, not compiled, finds the order)"
+                "one adapter per sample (an uncompiled call of the whole model detects the order)"
             )
         return place
 
     @abstractmethod
     def mixed(self, slots: Tensor, weights: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return one row per stack that stands for the weighted sum of the adapters in ``slots`` [k]."""
+        """Return one tensor per stack that represents the weighted sum of the adapters in ``slots`` [k]."""
 
     @abstractmethod
     def summed(self, x: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
-        """Return the output for ``x`` [..., in_features] under the weighted sum of the adapters in ``slots`` [k]."""
+        """Return the output for ``x`` [..., in_features] with the weighted sum of the adapters in ``slots`` [k]."""
 
     @abstractmethod
     def one_each(self, x: Tensor, slots: Tensor) -> Tensor:
-        """Return the output for ``x`` [samples, rows, in_features]; ``slots`` [samples] are the samples' adapters."""
+        """Return the output for ``x`` [samples, rows, in_features], where sample i uses the adapter ``slots[i]``."""
 
 
 class PooledDelta(PooledLinear):
-    """``y = x Wᵀ + b + (x D) G``; the stacks are D ``[n, in_features, r]`` and G ``[n, r', out_features]``.
+    """Compute ``y = x Wᵀ + b + (x D) G`` with stacks D ``[n, in_features, r]`` and G ``[n, r', out_features]``.
 
-    They are zero in row 0 and beyond the rank of each adapter, which is at most the smaller of r and r'.
+    Row 0 of the stacks is zero, and so are the entries beyond the rank of each adapter. An adapter's rank is at most
+    the smaller of r and r'.
     """
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         D, G = self.stacks
         assert G is not None
-        rank = min(D.shape[2], G.shape[1])  # D may be shared with layers of higher rank
+        rank = min(D.shape[2], G.shape[1])  # layers with a higher rank may share D
         return D[:, :, :rank], G[:, :rank]
 
     def mixed(self, slots: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ``D = [D_1 | D_2 | ...]`` and ``G = [w_1 G_1; w_2 G_2; ...]``: exact, of the sum of all ranks."""
+        """Return ``D = [D_1 | D_2 | ...]`` and ``G = [w_1 G_1; w_2 G_2; ...]``, exact and with the sum of all ranks."""
         D, G = self._factors()
         D = D[slots].transpose(0, 1).flatten(1)  # [in_features, k r]
         return D, (weights[:, None, None] * G[slots]).flatten(0, 1).to(D.dtype)  # [k r, out_features]
@@ -137,9 +142,9 @@ class PooledDelta(PooledLinear):
 
 
 class PooledWeights(PooledLinear):
-    """``y = x Wᵀ + b`` where each adapter has its own whole weights, as in a classifier.
+    """Compute ``y = x Wᵀ + b``, where each adapter replaces the entire weight and bias, as in a classifier.
 
-    The stacks are W ``[n, out_features, in_features]`` and b ``[n, out_features]`` or None, with the base's in row 0.
+    The stacks are W ``[n, out_features, in_features]`` and b ``[n, out_features]`` or None. Row 0 contains the base.
     """
 
     def mixed(self, slots: Tensor, weights: Tensor) -> tuple[Tensor, Tensor | None]:

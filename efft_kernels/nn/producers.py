@@ -1,10 +1,11 @@
-"""Producers: the LayerNorm or GELU before an adapted layer, computed inside the layer so that its output is not kept.
+"""Fuse the LayerNorm or GELU before an adapted layer into the layer, so that its output is not stored.
 
-:func:`fuse_producer` makes a module return a :class:`ProducerOutput`: its input, and what remains to be done to it. An
-:class:`efft_kernels.EfftLinear` that receives one computes both in one op (``tt_norm_linear``, ``tt_gelu_linear``).
-Anything else that touches it first turns it into an ordinary tensor, so other modules need not know about it and cannot
-see a wrong value. A gradient that reaches it by another way (a custom autograd.Function) is passed on to the input as
-it would have been without the fusion.
+The *producer* of a layer is the LayerNorm or GELU module whose output the layer reads. :func:`fuse_producer` makes such
+a module return a :class:`ProducerOutput`, which contains the input and postpones the computation. An
+:class:`efft_kernels.EfftLinear` that receives a :class:`ProducerOutput` computes the producer and the linear layer in
+one op (``tt_norm_linear``, ``tt_gelu_linear``). Any other operation first converts it to an ordinary tensor, so other
+modules need no changes and never see a wrong value. If a gradient reaches the :class:`ProducerOutput` in another way (a
+custom autograd.Function), it is passed on to the input and to the norm's parameters as without the fusion.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from efft_kernels.ops import tt_gelu_linear, tt_norm_linear
 
 
 class ProducerOutput(Tensor):
-    """``module(x)``, not computed yet. It has the shape, dtype and device of the result, but no memory.
+    """Represent ``module(x)`` before it is computed: shape, dtype and device of the result, without memory.
 
     Attributes:
         module: the producer.
-        x: its input.
+        x: the input of the producer.
         version: the version counter of ``x`` when the producer was called.
     """
 
@@ -34,7 +35,7 @@ class ProducerOutput(Tensor):
     @staticmethod
     def of(module: nn.LayerNorm | nn.GELU, x: Tensor) -> ProducerOutput:
         """Return ``module(x)`` without computing it."""
-        output = _Postpone.apply(x, module)
+        output = _Postpone.apply(x, module, *module.parameters())
         output.module, output.x, output.version = module, x, x._version
         return output
 
@@ -56,13 +57,13 @@ class ProducerOutput(Tensor):
         )
 
     def value(self) -> Tensor:
-        """Compute the ordinary tensor by the module's own forward."""
+        """Compute the ordinary tensor with the module's own forward method."""
         return _compute(self.module, self._input())
 
     def linear(self, W: Tensor, b: Tensor | None, D: Tensor, G: Tensor) -> Tensor:
-        """Compute ``a Wᵀ + b + (a D) G`` ``[..., d_out]`` for the output ``a`` of the producer, without keeping ``a``.
+        """Compute ``a Wᵀ + b + (a D) G`` ``[..., d_out]`` for the producer's output ``a``, without saving ``a``.
 
-        ``W`` is a plain ``[d_out, d_in]``; neither it nor ``b`` gets a gradient.
+        ``W`` is a plain ``[d_out, d_in]`` tensor. It gets no gradient; ``b`` and a norm's parameters may get gradients.
         """
         if isinstance(self.module, nn.GELU):
             return tt_gelu_linear(self._input(), W, b, D, G, approximate=self.module.approximate)
@@ -82,13 +83,13 @@ class ProducerOutput(Tensor):
 
 
 class _Postpone(torch.autograd.Function):
-    """Create a :class:`ProducerOutput`, and be its node in the graph.
+    """Create a :class:`ProducerOutput`, and serve as its node in the autograd graph.
 
-    If an adapted layer takes the producer's input from the tensor, nothing in the graph uses this node.
+    If an adapted layer uses the producer's input directly, nothing in the graph uses this node.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, module: nn.Module) -> Tensor:
+    def forward(ctx: Any, x: Tensor, module: nn.Module, *parameters: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         ctx.module = module
         return Tensor._make_wrapper_subclass(ProducerOutput, x.shape, dtype=x.dtype, device=x.device)
@@ -98,12 +99,15 @@ class _Postpone(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         differentiated = torch.is_grad_enabled()
         with torch.enable_grad():
-            x = x.view_as(x) if differentiated else x.detach().requires_grad_()
-            return torch.autograd.grad(_compute(ctx.module, x), x, gy, create_graph=differentiated)[0], None
+            x = x.view_as(x) if differentiated and x.requires_grad else x.detach().requires_grad_()
+            leaves = [x, *(parameter for parameter in ctx.module.parameters() if parameter.requires_grad)]
+            grads = iter(torch.autograd.grad(_compute(ctx.module, x), leaves, gy, create_graph=differentiated))
+        dx = next(grads)
+        return dx, None, *(next(grads) if parameter.requires_grad else None for parameter in ctx.module.parameters())
 
 
 def _compute(module: Any, x: Tensor) -> Tensor:
-    # Past the forward that fuse_producer sets on the module.
+    # This bypasses the forward method that fuse_producer sets on the module.
     return type(module).forward(module, x)
 
 
@@ -118,13 +122,13 @@ def _drops_nothing(input: Any, p: float = 0.5, training: bool = True, inplace: b
 
 
 def fuse_producer(module: nn.Module) -> bool:
-    """Leave the work of ``module`` to the adapted layer after it.
+    """Postpone the computation of ``module``, so that the adapted layer after it performs the computation.
 
-    The module still does its work itself in compiled, exported and traced code, in the transforms of ``torch.func``,
-    under inference mode, while it has hooks, and if its parameters are trained.
+    The module still computes its output itself in compiled, exported and traced code, in the transforms of
+    ``torch.func``, in inference mode, and while it has hooks.
 
     Returns:
-        Whether it is a layer norm or a GELU that can be fused; if it is not, nothing is changed.
+        Whether the module is a LayerNorm or a GELU that can be fused. If it is not, nothing is changed.
     """
     if "forward" in module.__dict__ or not (
         isinstance(module, nn.GELU) or (isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1)
@@ -135,7 +139,7 @@ def fuse_producer(module: nn.Module) -> bool:
 
 
 def unfuse_producer(module: nn.Module) -> None:
-    """Undo :func:`fuse_producer`. Other modules are left as they are."""
+    """Undo :func:`fuse_producer`. Leave other modules unchanged."""
     forward = module.__dict__.get("forward")
     if isinstance(forward, functools.partial) and forward.func is _forward:
         del module.__dict__["forward"]
@@ -148,7 +152,6 @@ def _forward(module: Any, x: Tensor) -> Tensor:
         or torch._C._are_functorch_transforms_active()
         or type(x) is not Tensor
         or x.is_inference()
-        or any(parameter.requires_grad for parameter in module.parameters())
         or any(getattr(module, hooks) for hooks in _HOOKS)
     ):
         return _compute(module, x)

@@ -1,4 +1,4 @@
-"""Find the parameters that a class of modules reads itself, in the bytecode of its methods."""
+"""Find the parameters that the methods of a module class read directly, by inspecting their bytecode."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from collections.abc import Iterator
 
 from torch import nn
 
-#: Prefixes of the methods that read parameters only to fill, load or show them.
+#: Prefixes of the names of methods that read parameters only to initialize, load, save or print them.
 _ASIDE = ("reset", "init", "_init", "_load", "load", "_save", "extra_repr", "__init__", "__setstate__", "__repr__")
 
 #: Attributes of a tensor that do not depend on its values.
 _METADATA = {"dtype", "device", "shape", "size", "ndim", "dim", "numel", "layout", "is_cuda", "requires_grad", "stride"}
 _METADATA |= {"is_meta", "is_floating_point", "get_device", "element_size", "itemsize", "is_nested", "is_quantized"}
 
-#: Functions that do not use the values of their first argument.
+#: Functions that do not use the values of their arguments.
 _ASKS = {"isinstance", "type", "id", "len"}
 
 
@@ -25,9 +25,9 @@ _ASKS = {"isinstance", "type", "id", "len"}
 def reads_weight_of_children(kind: type[nn.Module]) -> frozenset[str]:
     """Return the names of attributes that methods of class ``kind`` read and that may be parameters.
 
-    ``self.qkv.weight`` gives ``"qkv.weight"``, ``self.in_proj_weight`` gives ``"in_proj_weight"``; reads of a dtype or
-    shape alone do not count. The caller must find out from the module which of the names are parameters. Reads through
-    a variable (``qkv = self.qkv``) are not found here, but only while the model runs.
+    For ``self.qkv.weight`` the name is ``"qkv.weight"``, and for ``self.in_proj_weight`` it is ``"in_proj_weight"``.
+    Reads of only a dtype or a shape are excluded. The caller must find out from the module which names are parameters.
+    This function does not find reads through a variable (``qkv = self.qkv``); those are detected while the model runs.
     """
     own = [cls for cls in kind.__mro__ if issubclass(cls, nn.Module) and cls is not nn.Module]
     codes: list[types.CodeType] = []
@@ -43,12 +43,12 @@ def reads_weight_of_children(kind: type[nn.Module]) -> frozenset[str]:
 
 
 def _chains(code: types.CodeType, module: str | None = None) -> Iterator[list[str]]:
-    """Yield the chains of attributes of a method's first argument, in the method and in the functions inside it."""
+    """Yield the attribute chains that start at a method's first argument, in the method and its inner functions."""
     module = module or (code.co_varnames[0] if code.co_argcount else None)
     if module is None:
         return
     chain: list[str] | None = None
-    called = False  # whether what follows is the argument of one of _ASKS
+    called = False  # whether the next value is the argument of one of _ASKS
     for instruction in dis.get_instructions(code):
         if chain is not None and instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
             chain.append(instruction.argval)
@@ -73,11 +73,11 @@ def _loads(instruction: dis.Instruction, variable: str) -> bool:
     if not instruction.opname.startswith(("LOAD_FAST", "LOAD_DEREF", "LOAD_CLASSDEREF")):
         return False
     loaded = instruction.argval if isinstance(instruction.argval, tuple) else (instruction.argval,)
-    return bool(loaded[-1] == variable)  # the last of several is on top of the stack
+    return bool(loaded[-1] == variable)  # if one instruction loads several variables, the last is on top of the stack
 
 
 def _values(chain: list[str]) -> Iterator[list[str]]:
-    """Yield the beginnings of a chain that can be a parameter whose values are read: ``a.weight`` of ``a.weight.t``."""
+    """Yield the prefixes of a chain that may be a parameter whose values are read: ``a.weight`` for ``a.weight.t``."""
     for i in range(1, len(chain) + 1):
         if i == len(chain) or chain[i] not in _METADATA:
             yield chain[:i]

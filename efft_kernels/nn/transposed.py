@@ -1,4 +1,4 @@
-"""Layers whose weight is ``[d_in, d_out]``: ``EfftConv1D`` for the linear layers of GPT-2, and ``EfftEmbedding``."""
+"""Define ``EfftConv1D`` (for the linear layers of GPT-2) and ``EfftEmbedding``, whose weights are ``[d_in, d_out]``."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from efft_kernels.nn.frozen import FrozenLayer, cannot_wrap, is_conv1d, is_plain
 from efft_kernels.nn.linear import AdaptedLayer
 from efft_kernels.ops import tt_linear
 
-torch.fx.wrap("tt_linear")  # one node of a traced graph
+torch.fx.wrap("tt_linear")  # a traced graph contains tt_linear as one node
 
 
 class EfftConv1D(AdaptedLayer):
-    """``y = x W + b + (x D) G`` with frozen ``W [d_in, d_out]`` and ``b``, for a ``Conv1D`` of transformers.
+    """Compute ``y = x W + b + (x D) G`` with frozen ``W [d_in, d_out]`` and ``b``, for a ``Conv1D`` of transformers.
 
-    Its class is made from this one and ``Conv1D``, so it is a ``Conv1D`` too.
+    The class of each instance inherits from this class and from ``Conv1D``.
     """
 
     view = "transposed"
@@ -42,7 +42,7 @@ class EfftConv1D(AdaptedLayer):
         D, G = self.factors.down_up(self.binding)
         return tt_linear(x, stored_in(self, "weight").t(), self.bias, D, G)  # type: ignore[arg-type]
 
-    __repr__ = nn.Module.__repr__  # Conv1D's own does not show extra_repr
+    __repr__ = nn.Module.__repr__  # the __repr__ of Conv1D does not show extra_repr
 
     def extra_repr(self) -> str:
         d_in, d_out = stored_in(self, "weight").shape
@@ -50,9 +50,10 @@ class EfftConv1D(AdaptedLayer):
 
 
 class EfftEmbedding(AdaptedLayer, nn.Embedding):
-    """``y = W[ids] + D[ids] G`` with frozen ``W [num, dim]``, where d_in = num and d_out = dim; an ``nn.Embedding``.
+    """Compute ``y = W[ids] + D[ids] G`` with frozen ``W [num, dim]``. This is an ``nn.Embedding``.
 
-    The row of ``padding_idx`` has no update, just as it has no gradient in ``nn.Embedding``.
+    Here d_in is num, and d_out is dim. The row of ``padding_idx`` has no update, just as it has no gradient in
+    ``nn.Embedding``.
     """
 
     adapts = nn.Embedding
@@ -81,7 +82,7 @@ class EfftEmbedding(AdaptedLayer, nn.Embedding):
         h = F.embedding(ids, D)  # [..., r]
         if self.padding_idx is not None:
             h = h.masked_fill((ids == self.padding_idx)[..., None], 0)
-        with no_autocast(y.device):  # autocast leaves the output of an embedding in the dtype of its weight
+        with no_autocast(y.device):  # autocast does not change the dtype of an embedding's output
             return y + (h @ G.to(h.dtype)).to(y.dtype)
 
     def update(self, D: Tensor, G: Tensor) -> Tensor:
@@ -93,6 +94,6 @@ class EfftEmbedding(AdaptedLayer, nn.Embedding):
 
 
 def without_padding(layer: nn.Module, D: Tensor) -> Tensor:
-    """Return D ``[num, r]`` of an embedding with zeros in the row of its ``padding_idx``, if it has one."""
+    """Return D ``[num, r]`` of an embedding, with zeros in the row of its ``padding_idx`` if it has one."""
     padding = getattr(layer, "padding_idx", None)
     return D if padding is None else D.index_fill(0, torch.tensor([padding], device=D.device), 0)

@@ -1,7 +1,7 @@
-"""The public ops. Each is an ordinary function that checks its arguments, picks a backend and carries autograd.
+"""Define the public ops: ordinary functions that check arguments, choose a backend and record autograd.
 
-The file of an op also declares its operators: their schemas, their fake (shape-only) kernels, and which function
-implements them. The compiled backends register their implementations when their libraries are loaded.
+The file of an op also declares its operators: their schemas, their fake (shape-only) kernels, and the functions that
+implement them. The compiled backends register their implementations when their libraries are loaded.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``tt_contract``: the cores of all layers contracted with their shared right factor, in one launch."""
+"""Define ``tt_contract``, which contracts the cores of all layers with their shared right factor in one launch."""
 
 from __future__ import annotations
 
@@ -67,27 +67,28 @@ def tt_contract(
 ) -> Tensor:  # [n_layers, r1, n_cores * d_out]
     """Contract cores with V for all layers: ``G[l] = scale · [C[l,0] V | C[l,1] V | ...]``.
 
-    Call it once per step and give ``G.unbind(0)`` to the layers: autograd then stacks the dG of the layers, and one
-    backward makes dC and dV. The cores of a layer become column blocks, so that fused qkv needs one ``tt_linear``.
+    Call this op once per step and pass the tensors ``G.unbind(0)`` to the layers. Autograd then stacks the gradients of
+    all layers, and one backward call computes dC and dV. The cores of a layer become column blocks, so that a fused qkv
+    needs one ``tt_linear``. For the transposed tensor train of fc2, pass ``C.transpose(-1, -2)`` and ``U.t()``.
+
+    The op computes in the factors' own dtype, also under autocast, because factors are small and rounding them would
+    round the update.
 
     Args:
         C: cores ``[n_layers, n_cores, r1, r2]``.
         V: right factor ``[r2, d_out]``, shared by all layers, in the dtype of ``C``.
-        scale: a number, or a tensor of one element to train it.
-        keep_C, keep_V: dropout masks on the factors (True keeps), ``[n_layers, n_cores, r1, r2]`` and
-            ``[n_layers, r2, d_out]``, one draw per layer. Kept elements are not rescaled here: fold 1/(1-p) of
-            each dropped factor into ``scale``.
-        backend: see :mod:`efft_kernels.backends`.
-
-    For the transposed train of fc2 pass ``C.transpose(-1, -2)`` and ``U.t()``. The op computes in
-    the factors' own dtype, also under autocast: they are tiny, and their rounding would become that of the update.
+        scale: a number, or a tensor of one element that can be trained.
+        keep_C, keep_V: dropout masks of the factors (True keeps an element), ``[n_layers, n_cores, r1, r2]`` and
+            ``[n_layers, r2, d_out]``, with separate random values for each layer. The op does not rescale the elements
+            that are kept: multiply ``scale`` by 1/(1-p) for each factor with a mask.
+        backend: the backend to use (see :mod:`efft_kernels.backends`).
 
     Returns:
         ``G [n_layers, r1, n_cores * d_out]`` in the dtype of ``C``.
 
     Raises:
         TypeError: an argument is not a tensor, or not a number.
-        ValueError: shapes or dtypes do not fit together.
+        ValueError: shapes or dtypes do not match.
         RuntimeError: the requested backend cannot run this call.
     """
     check_tensor("tt_contract", "C", C)
@@ -126,7 +127,7 @@ def tt_contract(
 
 
 class _TTContract(torch.autograd.Function):
-    """Autograd of tt_contract, above the backends."""
+    """Define the autograd of tt_contract for all backends."""
 
     @staticmethod
     def forward(
@@ -147,7 +148,7 @@ class _TTContract(torch.autograd.Function):
     def backward(ctx: Any, dG: Tensor) -> tuple[Tensor | None, ...]:
         need_dC, need_dV = ctx.needs_input_grad[:2]
         with no_autocast(dG.device):
-            if torch.is_grad_enabled():  # this backward will be differentiated
+            if torch.is_grad_enabled():  # this backward pass will be differentiated
                 C, V, keep_C, keep_V = ctx.saved_tensors
                 dC, dV = reference.tt_contract_bwd(dG, C, V, keep_C, keep_V, ctx.scale)
             else:

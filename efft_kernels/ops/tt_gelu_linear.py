@@ -1,4 +1,4 @@
-"""``tt_gelu_linear``: a GELU and the adapted linear layer behind it, without keeping the GELU's output."""
+"""Define ``tt_gelu_linear``, a GELU and the adapted linear layer after it, without saving the GELU's output."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from efft_kernels import eager, reference
 from efft_kernels._arguments import (
+    autocast_bias,
     autocast_like_linear,
     check_dtypes,
     check_frozen,
@@ -18,6 +19,7 @@ from efft_kernels._arguments import (
     linear_sizes,
     no_autocast,
     unflatten_tokens,
+    unless_wider,
 )
 from efft_kernels.backends import Backend, declare, resolve
 
@@ -37,11 +39,13 @@ def _fake_bwd(
     need_dz: bool,
     need_dD: bool,
     need_dG: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    need_db: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         z.new_empty(z.shape if need_dz else 0),
         D.new_empty(D.shape if need_dD else 0),
         G.new_empty(G.shape if need_dG else 0),
+        gy.new_empty(G.shape[1] if need_db else 0, dtype=torch.promote_types(gy.dtype, torch.float32)),
     )
 
 
@@ -53,7 +57,8 @@ def _triton() -> ModuleType:
 
 _FORWARD = declare(
     "tt_gelu_linear_fwd",
-    # As tt_linear_fwd on gelu(z), which neither direction keeps; z [tokens, d_in] in its own dtype, the product in W's.
+    # Like tt_linear_fwd on gelu(z), which neither direction saves. z [tokens, d_in] has its own dtype; the product is
+    # computed in W's.
     "(Tensor z, Tensor W, Tensor? b, Tensor D, Tensor G, str approximate) -> (Tensor y, Tensor h)",
     _fake_fwd,
     eager=eager.tt_gelu_linear_fwd,
@@ -62,7 +67,7 @@ _FORWARD = declare(
 _BACKWARD = declare(
     "tt_gelu_linear_bwd",
     "(Tensor gy, Tensor z, Tensor? W, Tensor? h, Tensor D, Tensor G, str approximate, "
-    "bool need_dz, bool need_dD, bool need_dG) -> (Tensor dz, Tensor dD, Tensor dG)",
+    "bool need_dz, bool need_dD, bool need_dG, bool need_db) -> (Tensor dz, Tensor dD, Tensor dG, Tensor db)",
     _fake_bwd,
     eager=eager.tt_gelu_linear_bwd,
     triton=_triton,
@@ -79,35 +84,34 @@ def tt_gelu_linear(
     approximate: str = "none",
     backend: str | Backend | None = None,
 ) -> Tensor:  # [..., d_out]
-    """``tt_linear(gelu(z), W, b, D, G)`` that keeps ``z`` for backward and makes ``gelu(z)`` again where it is needed.
+    """Compute ``tt_linear(gelu(z), W, b, D, G)``, saving ``z`` for the backward pass but not ``gelu(z)``.
 
-    It is for the second layer of an MLP. The backward of the GELU needs ``z`` anyway, so the widest activation of a
-    block is not kept twice.
+    Use this op for the second layer of an MLP. The backward pass of the GELU needs ``z`` anyway, and it recomputes
+    ``gelu(z)``. The widest activation of a block is therefore not stored twice.
 
     Args:
-        z: input of the GELU ``[..., d_in]``, any floating dtype (``cpu``: float32 or bfloat16) and strides.
-        W, b: weight ``[d_out, d_in]`` and bias ``[d_out]`` or None, of one dtype (under autocast cast to its dtype);
-            both frozen. The product is computed in their dtype.
+        z: input of the GELU ``[..., d_in]``, with any floating-point dtype (``cpu``: float32 or bfloat16) and strides.
+        W: frozen weight ``[d_out, d_in]``. The product is computed in its dtype (in the autocast dtype under autocast).
+        b: bias ``[d_out]`` or None, in the dtype of ``W``, or in fp32 if ``W`` is in half precision.
         D, G: factors ``[d_in, r1]`` and ``[r1, d_out]`` as in :func:`efft_kernels.tt_linear`.
         approximate: ``"none"`` or ``"tanh"``, as in ``torch.nn.functional.gelu``.
-        backend: see :mod:`efft_kernels.backends`.
+        backend: the backend to use (see :mod:`efft_kernels.backends`).
 
     Returns:
-        ``y [..., d_out]`` in the dtype of ``W`` (the autocast dtype under autocast). Differentiable with respect to
-        ``z``, ``D`` and ``G``, any number of times.
+        ``y [..., d_out]`` in the dtype of ``W`` (the autocast dtype under autocast). Differentiable any number of times
+        with respect to ``z``, ``b``, ``D`` and ``G``.
 
     Raises:
         TypeError: an argument is not a tensor.
-        ValueError: shapes or dtypes do not fit together, ``W`` or ``b`` requires a gradient, or ``approximate`` is
-            unknown.
+        ValueError: shapes or dtypes do not match, ``W`` requires a gradient, or ``approximate`` is unknown.
         RuntimeError: the requested backend cannot run this call.
     """
     if approximate not in ("none", "tanh"):
         raise ValueError(f"tt_gelu_linear: approximate must be 'none' or 'tanh', got {approximate!r}")
     check_linear("tt_gelu_linear", "z", z, W, b, D, G)
-    W, b = autocast_like_linear(W, b)
-    check_dtypes("tt_gelu_linear", "W", W.dtype, b=b)
-    check_frozen("tt_gelu_linear", W=W, b=b)
+    (W,), b = autocast_like_linear(W), autocast_bias(b)
+    check_dtypes("tt_gelu_linear", "W", W.dtype, b=unless_wider(b, W.dtype))
+    check_frozen("tt_gelu_linear", W=W)
     chosen = resolve("tt_gelu_linear", backend, W, z, b, D, G, sizes=linear_sizes(z, W, D))
     if chosen is Backend.REFERENCE:
         return reference.tt_gelu_linear(z, W, b, D, G, approximate)
@@ -115,7 +119,7 @@ def tt_gelu_linear(
 
 
 class _TTGeluLinear(torch.autograd.Function):
-    """Autograd of tt_gelu_linear, above the backends."""
+    """Define the autograd of tt_gelu_linear for all backends."""
 
     @staticmethod
     def forward(
@@ -132,19 +136,21 @@ class _TTGeluLinear(torch.autograd.Function):
             y, h = _FORWARD[backend](flatten_tokens(z), W, b, D, G, approximate)
         need_dz, need_dG = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
         ctx.save_for_backward(z, W if need_dz else None, h if need_dG else None, D, G)
-        ctx.approximate, ctx.backend = approximate, backend
+        ctx.approximate, ctx.backend, ctx.bias = approximate, backend, None if b is None else b.dtype
         return unflatten_tokens(y, z.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-        need_dz, _, _, need_dD, need_dG = needs = ctx.needs_input_grad[:5]
+        need_dz, _, need_db, need_dD, need_dG = ctx.needs_input_grad[:5]
+        needs = need_dz, need_dD, need_dG, need_db
         z, W, h, D, G = ctx.saved_tensors
         leading, gy, z = gy.shape[:-1], flatten_tokens(gy), flatten_tokens(z)
         grads: tuple[Tensor | None, ...]
         with no_autocast(gy.device):
-            if torch.is_grad_enabled():  # this backward will be differentiated
+            if torch.is_grad_enabled():  # this backward pass will be differentiated
                 grads = reference.tt_gelu_linear_bwd(gy, z, W, D, G, ctx.approximate)
             else:
-                grads = _BACKWARD[ctx.backend](gy, z, W, h, D, G, ctx.approximate, need_dz, need_dD, need_dG)
-        dz, dD, dG = (grad if need else None for grad, need in zip(grads, (needs[0], *needs[3:]), strict=True))
-        return None if dz is None else dz.view(*leading, dz.shape[-1]), None, None, dD, dG, None, None
+                grads = _BACKWARD[ctx.backend](gy, z, W, h, D, G, ctx.approximate, *needs)
+            dz, dD, dG, db = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+            db = None if db is None else db.to(ctx.bias)
+        return None if dz is None else dz.view(*leading, dz.shape[-1]), None, db, dD, dG, None, None

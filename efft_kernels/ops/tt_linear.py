@@ -1,4 +1,4 @@
-"""``tt_linear``: a frozen linear layer with a low-rank delta, y = x Wᵀ + b + (x D) G."""
+"""Define ``tt_linear``, a frozen linear layer with a low-rank update, y = x Wᵀ + b + (x D) G."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from efft_kernels import eager, reference
 from efft_kernels._arguments import (
+    autocast_bias,
     autocast_like_linear,
     check_dtypes,
     check_linear,
@@ -17,6 +18,7 @@ from efft_kernels._arguments import (
     linear_sizes,
     no_autocast,
     unflatten_tokens,
+    unless_wider,
 )
 from efft_kernels.backends import Backend, declare, resolve
 
@@ -35,11 +37,13 @@ def _fake_bwd(
     need_dx: bool,
     need_dD: bool,
     need_dG: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    need_db: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         gy.new_empty((gy.shape[0], D.shape[0]) if need_dx else 0),
         D.new_empty(D.shape if need_dD else 0),
         G.new_empty(G.shape if need_dG else 0),
+        gy.new_empty(G.shape[1] if need_db else 0, dtype=torch.promote_types(gy.dtype, torch.float32)),
     )
 
 
@@ -59,10 +63,10 @@ _FORWARD = declare(
 )
 _BACKWARD = declare(
     "tt_linear_bwd",
-    # gy [tokens, d_out]; x is read for dD, W for dx, h for dG. A gradient that is not needed comes back with 0
-    # elements.
-    "(Tensor gy, Tensor? x, Tensor? W, Tensor? h, Tensor D, Tensor G, bool need_dx, bool need_dD, bool need_dG) "
-    "-> (Tensor dx, Tensor dD, Tensor dG)",
+    # gy [tokens, d_out]. dD needs x, dx needs W, and dG needs h. A gradient that is not needed is returned with 0
+    # elements. db is in fp32 (fp64 for fp64).
+    "(Tensor gy, Tensor? x, Tensor? W, Tensor? h, Tensor D, Tensor G, "
+    "bool need_dx, bool need_dD, bool need_dG, bool need_db) -> (Tensor dx, Tensor dD, Tensor dG, Tensor db)",
     _fake_bwd,
     eager=eager.tt_linear_bwd,
     triton=_triton,
@@ -78,36 +82,37 @@ def tt_linear(
     *,
     backend: str | Backend | None = None,
 ) -> Tensor:  # [..., d_out]
-    """Linear layer plus low-rank delta, ``y = x Wᵀ + b + (x D) G``, without ever building ``D G``.
+    """Compute a linear layer plus a low-rank update, ``y = x Wᵀ + b + (x D) G``, without ever building ``D G``.
 
-    Any tensor-train update whose chain has one bond between its input and output sides is this op once its cores are
-    contracted (:func:`tt_contract`): for EFFT, ``D`` is ``U`` and ``G`` is ``s·C·V`` (Chen, arXiv 2311.06749).
-    A fused qkv projection is one call with ``d_out = 3 d`` and ``G = [C_q V | C_k V | C_v V]``.
+    If the chain of a tensor-train update has one bond between its input and output sides, contracting its cores
+    (:func:`tt_contract`) reduces the update to this op. For EFFT, ``D`` is ``U`` and ``G`` is ``s·C·V`` (Chen et al.,
+    arXiv 2311.06749). A fused qkv projection is one call with ``d_out = 3 d`` and ``G = [C_q V | C_k V | C_v V]``.
+
+    Under autocast ``x`` and ``W`` are cast as ``torch.nn.functional.linear`` casts them. The gradients of fp32 factors
+    and of an fp32 bias stay in fp32. Only the gradients that autograd needs are computed. The op is differentiable any
+    number of times.
 
     Args:
-        x: activations ``[..., d_in]``; any leading shape (also without a token) and any strides.
+        x: activations ``[..., d_in]``, with any leading shape (which may contain no tokens) and any strides.
         W: weight ``[d_out, d_in]`` as in ``torch.nn.Linear``, in the dtype of ``x``.
-        b: bias ``[d_out]`` or None, in the dtype of ``x``.
-        D: down factor ``[d_in, r1]``, any floating dtype (``cpu``: float32 or bfloat16); the product with it is
-            computed in the dtype of ``x``.
-        G: up factor ``[r1, d_out]``, likewise.
-        backend: see :mod:`efft_kernels.backends`.
-
-    Under autocast ``x``, ``W`` and ``b`` are cast as ``torch.nn.functional.linear`` casts them; the gradients of fp32
-    factors stay fp32. Only the gradients that autograd asks for are computed. The op is differentiable any number of
-    times.
+        b: bias ``[d_out]`` or None, in the dtype of ``x``, or in fp32 if ``x`` is in half precision.
+        D: down factor ``[d_in, r1]``, with any floating-point dtype (``cpu``: float32 or bfloat16). The product with
+            ``D`` is computed in the dtype of ``x``.
+        G: up factor ``[r1, d_out]``, with the same dtypes as for ``D``.
+        backend: the backend to use (see :mod:`efft_kernels.backends`).
 
     Returns:
         ``y [..., d_out]`` in the dtype of ``x`` (the autocast dtype under autocast).
 
     Raises:
         TypeError: an argument is not a tensor.
-        ValueError: shapes or dtypes do not fit together.
+        ValueError: shapes or dtypes do not match.
         RuntimeError: the requested backend cannot run this call.
     """
     check_linear("tt_linear", "x", x, W, b, D, G)
-    x, W, b = autocast_like_linear(x, W, b)
-    check_dtypes("tt_linear", "x", x.dtype, W=W, b=b)
+    x, W = autocast_like_linear(x, W)
+    b = autocast_bias(b)
+    check_dtypes("tt_linear", "x", x.dtype, W=W, b=unless_wider(b, x.dtype))
     chosen = resolve("tt_linear", backend, W, x, b, D, G, sizes=linear_sizes(x, W, D))
     if chosen is Backend.REFERENCE:
         return reference.tt_linear(x, W, b, D, G)
@@ -117,11 +122,11 @@ def tt_linear(
 
 
 class _TTLinear(torch.autograd.Function):
-    """Autograd of tt_linear, above the backends: one registered op forward, one backward.
+    """Define the autograd of tt_linear for all backends, with one registered op per direction.
 
-    A backward that will itself be differentiated is the reference's, on saved tensors that are still part of the graph:
-    the inputs, or ``h`` where ``x`` is not kept because nothing needs dD. In that case ``h`` is an output, so that
-    autograd knows where it comes from.
+    If the backward pass will itself be differentiated, the reference computes it from saved tensors that are part of
+    the graph. These are the inputs, or ``h`` if ``x`` is not saved because dD is not needed. In the latter case ``h``
+    is an output of the function, so that autograd knows its origin.
     """
 
     @staticmethod
@@ -132,7 +137,7 @@ class _TTLinear(torch.autograd.Function):
         need_dx, need_dW, _, need_dD, need_dG, _ = ctx.needs_input_grad
         keep_x = need_dD or need_dW
         ctx.save_for_backward(x if keep_x else None, W if need_dx else None, h if need_dG else None, D, G)
-        ctx.backend = backend
+        ctx.backend, ctx.bias = backend, None if b is None else b.dtype
         y = unflatten_tokens(y, x.shape[:-1])
         if need_dx and need_dG and not keep_x and not torch.compiler.is_compiling():
             ctx.set_materialize_grads(False)
@@ -151,18 +156,17 @@ class _TTLinear(torch.autograd.Function):
         leading, gy = gy.shape[:-1], flatten_tokens(gy)
         x = None if x is None else flatten_tokens(x)
         with no_autocast(gy.device):
-            if gh is not None or torch.is_grad_enabled():  # in a second derivative, or this will be differentiated
+            if gh is not None or torch.is_grad_enabled():  # in a second derivative, or if one will follow
                 h = h if x is None or h is None else x @ D.to(x.dtype)
-                dx, dD, dG = reference.tt_linear_bwd(gy, x, W, h, D, G, gh)
+                dx, dD, dG, db = reference.tt_linear_bwd(gy, x, W, h, D, G, gh)
             else:
-                dx, dD, dG = _BACKWARD[ctx.backend](gy, x, W, h, D, G, need_dx, need_dD, need_dG)
-            # The base is frozen in every use for fine-tuning; a caller who does train it gets the plain products.
+                dx, dD, dG, db = _BACKWARD[ctx.backend](gy, x, W, h, D, G, need_dx, need_dD, need_dG, need_db)
+            # Fine-tuning freezes the weight. If a caller does train it, its gradient is a plain product.
             dW = gy.t() @ x if x is not None and need_dW else None
-            db = gy.sum(0) if need_db else None
         return (
             None if dx is None or not need_dx else dx.view(*leading, dx.shape[-1]),
             dW,
-            db,
+            db.to(ctx.bias) if need_db else None,
             dD if need_dD else None,
             dG if need_dG else None,
             None,

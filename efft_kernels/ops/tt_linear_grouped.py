@@ -1,4 +1,4 @@
-"""``tt_linear_grouped``: one frozen linear layer with a different low-rank delta for every sample, for serving."""
+"""Define ``tt_linear_grouped``, a frozen linear layer with a separate low-rank update per sample, for serving."""
 
 from __future__ import annotations
 
@@ -51,22 +51,22 @@ def tt_linear_grouped(
     *,
     backend: str | Backend | None = None,
 ) -> Tensor:  # [samples, tokens, d_out]
-    """Linear layer plus each sample's own delta: ``y[i] = x[i] Wᵀ + b + (x[i] D[a]) G[a]`` with ``a = adapter[i]``.
+    """Compute a linear layer plus each sample's own update, ``y[i] = x[i] Wᵀ + b + (x[i] D[a]) G[a]``, a = adapter[i].
 
-    It serves many adapters of one frozen model in one batch, and reads only the factors of the adapters in the batch.
-    It is meant for inference: in every backend the gradients are plain matrix products.
+    This op serves many adapters of one frozen model in one batch, and reads only the factors of the adapters in the
+    batch. It is intended for inference: in every backend, plain matrix products compute the gradients.
 
     Args:
-        x: activations ``[samples, tokens, d_in]``, any strides.
-        W, b: weight ``[d_out, d_in]`` and bias ``[d_out]`` or None, in the dtype of ``x``, cast like it under
-            autocast.
-        D: down factors of all adapters ``[n_adapters, d_in, r1]``, any floating dtype; pad adapters of lower rank with
-            zeros.
-        G: up factors ``[n_adapters, r1, d_out]``, likewise.
-        adapter: int64 ``[samples]``, the adapter that each sample uses; negative for none. An index of ``n_adapters``
-            or more is an error on the CPU; on a GPU, where a check would have to wait for the device, the output of
-            that sample is NaN.
-        backend: see :mod:`efft_kernels.backends`.
+        x: activations ``[samples, tokens, d_in]``, with any strides.
+        W: weight ``[d_out, d_in]`` in the dtype of ``x``, cast like ``x`` under autocast.
+        b: bias ``[d_out]`` or None, in the dtype of ``x``, cast like ``x`` under autocast.
+        D: down factors of all adapters ``[n_adapters, d_in, r1]``, with any floating-point dtype. Pad adapters of lower
+            rank with zeros.
+        G: up factors ``[n_adapters, r1, d_out]``, with any floating-point dtype.
+        adapter: int64 ``[samples]``, the adapter of each sample, or a negative number for no adapter. On the CPU, an
+            index of ``n_adapters`` or more is an error. On a GPU, where a check would have to wait for the device, the
+            output for that sample is NaN.
+        backend: the backend to use (see :mod:`efft_kernels.backends`).
 
     Returns:
         ``y [samples, tokens, d_out]`` in the dtype of ``x`` (the autocast dtype under autocast). Differentiable any
@@ -74,7 +74,7 @@ def tt_linear_grouped(
 
     Raises:
         TypeError: an argument is not a tensor.
-        ValueError: shapes, dtypes or indices do not fit together.
+        ValueError: shapes or dtypes do not match, or an index is out of range.
         RuntimeError: the requested backend cannot run this call.
     """
     for name, tensor in (("x", x), ("D", D), ("G", G)):
@@ -89,7 +89,7 @@ def tt_linear_grouped(
         raise ValueError(f"tt_linear_grouped: adapter must be int64, got {adapter.dtype}")
     if adapter.device != x.device:
         raise RuntimeError(f"tt_linear_grouped: all tensors must be on one device, got {x.device} and {adapter.device}")
-    if torch.compiler.is_compiling():  # the values are not known yet
+    if torch.compiler.is_compiling():  # the values are not known at compile time
         if adapter.device.type == "cpu":
             torch._assert_async((adapter < D.shape[0]).all(), "tt_linear_grouped: an index beyond the adapters")
     elif adapter.device.type == "cpu" and adapter.numel() and int(adapter.max()) >= D.shape[0]:
@@ -108,7 +108,7 @@ def tt_linear_grouped(
 
 
 class _TTLinearGrouped(torch.autograd.Function):
-    """Autograd of tt_linear_grouped, above the backends; backward is the reference's."""
+    """Define the autograd of tt_linear_grouped for all backends; the reference computes the backward pass."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""``tt_merge_``: add a low-rank delta to a weight, for export."""
+"""Define ``tt_merge_``, which adds a low-rank update to a weight for export."""
 
 from __future__ import annotations
 
@@ -41,22 +41,22 @@ def tt_merge_(
     *,
     backend: str | Backend | None = None,
 ) -> Tensor:  # W
-    """Add the delta to ``W`` in place, ``W += sign · (D G)ᵀ``, in fp32 with one final rounding to W's dtype.
+    """Add the update to ``W`` in place, ``W += sign · (D G)ᵀ``, in fp32 with one final rounding to W's dtype.
 
-    For export and inspection only: training never needs the dense delta. Rounding to bf16 or fp16 can lose most of a
-    small update, and merging with ``sign=-1`` does not undo it exactly: keep a copy of ``W`` to go back
-    (:meth:`efft_kernels.EfftLinear.merge` does).
+    This is for export and inspection only, because training never needs the dense update. Rounding to bf16 or fp16 can
+    lose most of a small update, and merging with ``sign=-1`` does not undo a merge exactly. Keep a copy of ``W`` to
+    undo it (as :meth:`efft_kernels.EfftLinear.merge` does).
 
     Args:
         W: weight ``[d_out, d_in]``, changed in place and returned. No gradient is recorded.
         D: down factor ``[d_in, r1]``.
         G: up factor ``[r1, d_out]``.
-        sign: +1 to merge, -1 to subtract.
-        backend: see :mod:`efft_kernels.backends`.
+        sign: +1 to add the update, -1 to subtract it.
+        backend: the backend to use (see :mod:`efft_kernels.backends`).
 
     Raises:
         TypeError: an argument is not a tensor, or not a number.
-        ValueError: shapes do not fit together, or W is an expanded tensor.
+        ValueError: shapes do not match, or W is an expanded tensor.
         RuntimeError: the requested backend cannot run this call.
     """
     check_delta("tt_merge_", W, D, G)

@@ -1,4 +1,4 @@
-"""``tt_norm_linear``: a layer norm and the adapted linear layer behind it, without keeping the norm's output."""
+"""Define ``tt_norm_linear``, a layer norm and the adapted linear layer after it, without saving the norm's output."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from efft_kernels import eager, reference
 from efft_kernels._arguments import (
+    autocast_bias,
     autocast_like_linear,
     check_dtypes,
     check_frozen,
@@ -20,6 +21,7 @@ from efft_kernels._arguments import (
     linear_sizes,
     no_autocast,
     unflatten_tokens,
+    unless_wider,
 )
 from efft_kernels.backends import Backend, declare, resolve
 
@@ -53,11 +55,17 @@ def _fake_bwd(
     need_dx: bool,
     need_dD: bool,
     need_dG: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    need_db: bool,
+    need_dgamma: bool,
+    need_dbeta: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return (
         x.new_empty(x.shape if need_dx else 0),
         D.new_empty(D.shape if need_dD else 0),
         G.new_empty(G.shape if need_dG else 0),
+        gy.new_empty(G.shape[1] if need_db else 0, dtype=torch.promote_types(gy.dtype, torch.float32)),
+        (x if gamma is None else gamma).new_empty(x.shape[1] if need_dgamma else 0),
+        (x if beta is None else beta).new_empty(x.shape[1] if need_dbeta else 0),
     )
 
 
@@ -69,7 +77,7 @@ def _triton() -> ModuleType:
 
 _FORWARD = declare(
     "tt_norm_linear_fwd",
-    # As tt_linear_fwd on the layer norm of x over d_in; gamma, beta [d_in], mean and rstd [tokens] in fp32 (fp64 for
+    # Like tt_linear_fwd on the layer norm of x over d_in. gamma, beta [d_in]; mean and rstd [tokens] in fp32 (fp64 for
     # fp64).
     "(Tensor x, Tensor? gamma, Tensor? beta, float eps, Tensor W, Tensor? b, Tensor D, Tensor G) "
     "-> (Tensor y, Tensor h, Tensor mean, Tensor rstd)",
@@ -79,8 +87,10 @@ _FORWARD = declare(
 )
 _BACKWARD = declare(
     "tt_norm_linear_bwd",
+    # dx, dgamma and dbeta need W; dgamma and dbeta are in the dtypes of gamma and beta.
     "(Tensor gy, Tensor x, Tensor? gamma, Tensor? beta, float eps, Tensor mean, Tensor rstd, Tensor? W, Tensor? h, "
-    "Tensor D, Tensor G, bool need_dx, bool need_dD, bool need_dG) -> (Tensor dx, Tensor dD, Tensor dG)",
+    "Tensor D, Tensor G, bool need_dx, bool need_dD, bool need_dG, bool need_db, bool need_dgamma, bool need_dbeta) "
+    "-> (Tensor dx, Tensor dD, Tensor dG, Tensor db, Tensor dgamma, Tensor dbeta)",
     _fake_bwd,
     eager=eager.tt_norm_linear_bwd,
     triton=_triton,
@@ -99,40 +109,41 @@ def tt_norm_linear(
     eps: float = 1e-5,
     backend: str | Backend | None = None,
 ) -> Tensor:  # [..., d_out]
-    """``tt_linear(layer_norm(x, gamma, beta, eps), W, b, D, G)`` that keeps ``x`` alone for backward.
+    """Compute ``tt_linear(layer_norm(x, gamma, beta, eps), W, b, D, G)``, saving ``x`` for the backward pass.
 
-    It is for the first layer of an attention or MLP block, where ``x`` is the residual stream, which the backward of
-    the norm needs anyway. The output of the norm is made again where it is needed.
+    Use this op for the first layer of an attention or MLP block. There ``x`` is the residual stream, which the backward
+    pass of the norm needs anyway. The backward pass recomputes the output of the norm.
 
     Args:
-        x: input of the norm ``[..., d_in]``, any floating dtype (``cpu``: float32 or bfloat16) and strides.
-        gamma, beta: the norm's weight and bias ``[d_in]``, either or both None; frozen, of one dtype, which may be any.
-        W, b: weight ``[d_out, d_in]`` and bias ``[d_out]`` or None, of one dtype (under autocast cast to its dtype);
-            frozen. The norm is computed in fp32 (fp64 for fp64) and rounded once, to their dtype, in which the product
-            is computed.
+        x: input of the norm ``[..., d_in]``, with any floating-point dtype (``cpu``: float32 or bfloat16) and strides.
+        gamma, beta: the norm's weight and bias ``[d_in]``, each of which may be None. Both must have the same dtype,
+            which may be any.
+        W: frozen weight ``[d_out, d_in]``. The norm is computed in fp32 (fp64 for fp64) and rounded once to the dtype
+            of ``W``, in which the product is computed. Under autocast, ``W`` is cast to the autocast dtype.
+        b: bias ``[d_out]`` or None, in the dtype of ``W``, or in fp32 if ``W`` is in half precision.
         D, G: factors ``[d_in, r1]`` and ``[r1, d_out]`` as in :func:`efft_kernels.tt_linear`.
-        eps: added to the variance.
-        backend: see :mod:`efft_kernels.backends`.
+        eps: number added to the variance.
+        backend: the backend to use (see :mod:`efft_kernels.backends`).
 
     Returns:
-        ``y [..., d_out]`` in the dtype of ``W`` (the autocast dtype under autocast). Differentiable with respect to
-        ``x``, ``D`` and ``G``, any number of times.
+        ``y [..., d_out]`` in the dtype of ``W`` (the autocast dtype under autocast). Differentiable any number of times
+        with respect to ``x``, ``gamma``, ``beta``, ``b``, ``D`` and ``G``.
 
     Raises:
         TypeError: an argument is not a tensor, or not a number.
-        ValueError: shapes or dtypes do not fit together, or a frozen argument requires a gradient.
+        ValueError: shapes or dtypes do not match, or ``W`` requires a gradient.
         RuntimeError: the requested backend cannot run this call.
     """
     check_linear("tt_norm_linear", "x", x, W, b, D, G)
     check_number("tt_norm_linear", "eps", eps)
-    W, b = autocast_like_linear(W, b)
-    check_dtypes("tt_norm_linear", "W", W.dtype, b=b)
+    (W,), b = autocast_like_linear(W), autocast_bias(b)
+    check_dtypes("tt_norm_linear", "W", W.dtype, b=unless_wider(b, W.dtype))
     for name, parameter in (("gamma", gamma), ("beta", beta)):
         if parameter is not None:
             check_shape("tt_norm_linear", name, parameter, (x.shape[-1],), "[d_in]")
     if gamma is not None and beta is not None and gamma.dtype != beta.dtype:
         raise ValueError(f"tt_norm_linear: gamma and beta must have one dtype, got {gamma.dtype} and {beta.dtype}")
-    check_frozen("tt_norm_linear", gamma=gamma, beta=beta, W=W, b=b)
+    check_frozen("tt_norm_linear", W=W)
     chosen = resolve("tt_norm_linear", backend, W, x, gamma, beta, b, D, G, sizes=linear_sizes(x, W, D))
     if chosen is Backend.REFERENCE:
         return reference.tt_norm_linear(x, gamma, beta, W, b, D, G, eps)
@@ -140,7 +151,7 @@ def tt_norm_linear(
 
 
 class _TTNormLinear(torch.autograd.Function):
-    """Autograd of tt_norm_linear, above the backends."""
+    """Define the autograd of tt_norm_linear for all backends."""
 
     @staticmethod
     def forward(
@@ -157,21 +168,27 @@ class _TTNormLinear(torch.autograd.Function):
     ) -> Tensor:
         with no_autocast(x.device):
             y, h, mean, rstd = _FORWARD[backend](flatten_tokens(x), gamma, beta, eps, W, b, D, G)
-        need_dx, need_dG = ctx.needs_input_grad[0], ctx.needs_input_grad[6]
-        ctx.save_for_backward(x, gamma, beta, mean, rstd, W if need_dx else None, h if need_dG else None, D, G)
-        ctx.eps, ctx.backend = eps, backend
+        need_W, need_dG = any(ctx.needs_input_grad[:3]), ctx.needs_input_grad[6]
+        ctx.save_for_backward(x, gamma, beta, mean, rstd, W if need_W else None, h if need_dG else None, D, G)
+        ctx.eps, ctx.backend, ctx.bias = eps, backend, None if b is None else b.dtype
         return unflatten_tokens(y, x.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         x, gamma, beta, mean, rstd, W, h, D, G = ctx.saved_tensors
-        needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[5:7])
+        need_dx, need_dgamma, need_dbeta, _, need_db, need_dD, need_dG = ctx.needs_input_grad[:7]
+        needs = need_dx, need_dD, need_dG, need_db, need_dgamma, need_dbeta
         leading, gy, x = gy.shape[:-1], flatten_tokens(gy), flatten_tokens(x)
         grads: tuple[Tensor | None, ...]
         with no_autocast(gy.device):
-            if torch.is_grad_enabled():  # this backward will be differentiated
+            if torch.is_grad_enabled():  # this backward pass will be differentiated
                 grads = reference.tt_norm_linear_bwd(gy, x, gamma, beta, W, D, G, ctx.eps)
             else:
                 grads = _BACKWARD[ctx.backend](gy, x, gamma, beta, ctx.eps, mean, rstd, W, h, D, G, *needs)
-        dx, dD, dG = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-        return None if dx is None else dx.view(*leading, dx.shape[-1]), None, None, None, None, dD, dG, None, None
+            dx, dD, dG, *vectors = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+            dtypes = ctx.bias, *(None if parameter is None else parameter.dtype for parameter in (gamma, beta))
+            db, dgamma, dbeta = (
+                None if grad is None else grad.to(dtype) for grad, dtype in zip(vectors, dtypes, strict=True)
+            )
+        dx = None if dx is None else dx.view(*leading, dx.shape[-1])
+        return dx, dgamma, dbeta, None, db, dD, dG, None, None

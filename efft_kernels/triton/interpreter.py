@@ -1,12 +1,12 @@
 """Make Triton's interpreter (``TRITON_INTERPRET=1``) compute bfloat16 correctly.
 
-The interpreter runs kernels on the CPU with numpy, which has no bfloat16. Triton therefore keeps such values as 16-bit
-integers, multiplies those integers in ``tl.dot``, and truncates where hardware rounds. :func:`correct_bfloat16` repairs
-what these kernels use, products and conversions, and makes arithmetic on bfloat16 values an error (the kernels do
-arithmetic in fp32).
+The interpreter runs kernels on the CPU with numpy, which has no bfloat16 type. Triton therefore stores such values as
+16-bit integers, multiplies those integers in ``tl.dot``, and truncates values that GPUs round. :func:`correct_bfloat16`
+repairs products and conversions, and raises an error for arithmetic on bfloat16 values. The kernels of this package
+need no such arithmetic, because they compute in fp32.
 
-It reaches into private classes; ``tests/efft_kernels/triton`` shows whether they still fit an installed version of
-Triton.
+This module patches private classes of Triton. ``tests/efft_kernels/triton`` shows whether the patches work with the
+installed version of Triton.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 
 def correct_bfloat16() -> None:
-    """Repair bfloat16 in the interpreter of this process; calling it again changes nothing."""
+    """Repair bfloat16 in the interpreter of this process. Further calls have no effect."""
     if hasattr(InterpreterBuilder, "efft_bfloat16"):
         return
     dot, cast, binary, unary = (
@@ -70,21 +70,21 @@ def _is_bfloat16(value: Any) -> bool:
 
 
 def _widened(value: Any) -> Any:
-    """bfloat16 as the fp32 with the same upper half; anything else as it is."""
+    """Convert bfloat16 to the fp32 value with the same upper 16 bits; return any other value unchanged."""
     if not _is_bfloat16(value):
         return value
     return TensorHandle((value.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
 
 def _rounded(values: np.ndarray) -> np.ndarray:
-    """fp32 to the nearest bfloat16, ties to even, as 16-bit integers."""
+    """Round fp32 to the nearest bfloat16, ties to even, and return the result as 16-bit integers."""
     bits = np.ascontiguousarray(values).view(np.uint32)
     nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return np.where(np.isnan(values), 0x7FC0, nearest).astype(np.uint16)
 
 
 def _allow_numpy_ranges() -> None:
-    """numpy 2.4 no longer turns arrays of one element into integers, which Triton 3.6 relies on in ``range``."""
+    """Define ``__index__`` of one-element tensors: Triton 3.6 needs it in ``range``, and numpy 2.4 no longer has it."""
     patch = interpreter._patch_lang_tensor
 
     def patched(tensor: Any, *scope: Any) -> None:

@@ -1,7 +1,7 @@
-"""How the kernels are launched: tile sizes and where they come from, precision, the device.
+"""Choose how the kernels are launched: the tile sizes, the precision and the device.
 
-No table names a GPU. Of the tiles whose pipeline fits the shared memory that the device reports, :func:`gemm_tile`
-takes the one that its model expects to be the fastest for the shape.
+No table names a GPU. Among the tiles whose pipeline fits the device's shared memory, :func:`gemm_tile` chooses the one
+with the shortest modeled time for the shape.
 """
 
 from __future__ import annotations
@@ -24,14 +24,19 @@ if triton.knobs.runtime.interpret:
 
 @dataclass(frozen=True)
 class GemmTile:
-    """How the matrix product is cut into programs.
+    """Describe how the matrix product is split into programs.
 
     Attributes:
-        m, n, k: rows and columns of the output tile, depth of a step of the main loop.
-        warps, stages: warps of a program, steps of the main loop in flight.
-        speed: arithmetic rate of a full GPU relative to the best tile: small tiles read their operands more often.
-        capability: the least compute capability on which the registers suffice (tensor cores read shared memory there).
-        slopes: the GELUs for whose slope the epilogue has enough registers, by the resource report.
+        m, n: rows and columns of the output tile.
+        k: depth of one step of the main loop.
+        warps: number of warps per program.
+        stages: number of main loop steps in flight.
+        speed: arithmetic rate on a fully occupied GPU, relative to the best tile. Small tiles are slower because they
+            read their operands more often.
+        capability: the lowest major compute capability on which the registers suffice. From 9 on, tensor cores read
+            shared memory.
+        slopes: the GELUs for whose slope the epilogue has enough registers, according to the compiler's resource
+            report.
     """
 
     m: int
@@ -44,12 +49,12 @@ class GemmTile:
     slopes: tuple[str, ...] = ("gelu", "gelu_tanh")
 
     def shared_memory(self, element_size: int, *, tma: bool = False) -> int:
-        """Bytes of the pipeline's buffers and, with TMA, of half of the output tile and a few barriers."""
+        """Return the bytes of the pipeline's buffers. With TMA, add half of the output tile and a few barriers."""
         staged = self.m * self.n // 2 * element_size + 256 if tma else 0
         return self.stages * (self.m + self.n) * self.k * element_size + staged
 
 
-#: Origin: tiles that public bf16 GEMMs use on these architectures, their speeds modeled, not measured.
+#: Tiles that public bf16 GEMMs use on these architectures. The speeds are modeled, not measured.
 HALF_TILES = (
     GemmTile(128, 256, 64, 8, 3, 1.0, capability=9, slopes=()),
     GemmTile(128, 128, 64, 8, 3, 0.9),
@@ -57,9 +62,10 @@ HALF_TILES = (
     GemmTile(64, 128, 32, 4, 3, 0.7),
     GemmTile(64, 64, 32, 4, 3, 0.5),
 )
-#: With TMA. Origin: an H100, bf16, Triton 3.6; the eight products of a step of ViT-B's layers (12608 tokens, rank 32)
-#: take 728 us with the first, 737 us with 3 stages and the output in one piece, 775 us with the second (808 us with 8
-#: warps), whose speed is the low end of 0.79 to 0.89. Speeds of the smaller tiles are modeled, not measured.
+#: Tiles for the kernel with TMA. The speeds come from an H100 with bf16 and Triton 3.6, for the eight products of a
+#: step of ViT-B's layers (12608 tokens, rank 32). The first tile takes 728 us, or 737 us with 3 stages and the output
+#: stored in one piece. The second tile takes 775 us, or 808 us with 8 warps; its speed is the low end of the range 0.79
+#: to 0.89. The speeds of the smaller tiles are modeled, not measured.
 TMA_TILES = (
     GemmTile(128, 256, 64, 8, 4, 1.0, capability=9, slopes=("gelu",)),
     GemmTile(128, 128, 64, 4, 4, 0.8, capability=9, slopes=()),
@@ -67,18 +73,18 @@ TMA_TILES = (
     GemmTile(64, 128, 32, 4, 3, 0.6, capability=9),
     GemmTile(64, 64, 32, 4, 4, 0.45, capability=9),
 )
-#: fp32 without tensor cores: the accumulator is what registers are for. Modeled likewise.
+#: Tiles for fp32 without tensor cores, where the accumulator uses most registers. The speeds are modeled too.
 FP32_TILES = (GemmTile(32, 64, 16, 4, 2, 1.0, slopes=()), GemmTile(32, 32, 16, 4, 2, 0.7))
-#: fp32 rounded to TF32 on the way into the tensor cores, by the user's choice in torch. Modeled likewise.
+#: Tiles for fp32 that tensor cores round to TF32, if the user allows this in torch. The speeds are modeled too.
 TF32_TILES = (GemmTile(128, 128, 32, 8, 3, 1.0, slopes=()), GemmTile(64, 64, 32, 4, 3, 0.5))
 
-#: Columns of H that the tail of the product takes at once: few registers are left beside a full accumulator.
+#: Columns of H in each step of the product H T: the accumulator leaves few registers for more.
 TAIL_R = 32
 
 
 @dataclass(frozen=True)
 class Device:
-    """What the choice of a tile depends on: multiprocessors, bytes of shared memory, compute capability."""
+    """Hold the device facts for choosing a tile: multiprocessors, bytes of shared memory, major compute capability."""
 
     processors: int
     shared_memory: int
@@ -87,26 +93,26 @@ class Device:
 
 @functools.cache
 def device(of: torch.device) -> Device:
-    """The facts about a GPU; in the interpreter, those about an H100."""
+    """Return the facts about a GPU; in the interpreter, return those of an H100."""
     if of.type != "cuda":
         return Device(132, 232448, 9)
-    properties: Any = torch.cuda.get_device_properties(of)  # not every torch declares all of its attributes
-    capability = 8 if torch.version.hip else properties.major  # AMD numbers its GPUs in another way
+    properties: Any = torch.cuda.get_device_properties(of)  # some versions of torch do not declare all attributes
+    capability = 8 if torch.version.hip else properties.major  # AMD uses a different numbering
     return Device(properties.multi_processor_count, properties.shared_memory_per_block_optin, capability)
 
 
 def tiles(A: Tensor, *, tma: bool = False) -> Sequence[GemmTile]:
-    """The table for a product in the precision of A."""
+    """Return the table of tiles for a product in the precision of A."""
     if A.element_size() == 2:
         return TMA_TILES if tma else HALF_TILES
     return TF32_TILES if precision(A) == "tf32" else FP32_TILES
 
 
 def gemm_tile(A: Tensor, N: int, *, tma: bool = False, slope: str = "none") -> GemmTile:
-    """The tile for A [M, K] or [samples, M, K] times [K, N], with the ``slope`` of a GELU in its epilogue or "none".
+    """Return the tile for A [M, K] or [samples, M, K] times [K, N].
 
-    It is the one of the least modeled time: the number of waves of programs, times the size of the tile, over its
-    speed.
+    ``slope`` names the GELU whose slope the epilogue applies, or is "none". The chosen tile has the shortest modeled
+    time: the number of waves of programs, times the tile size, divided by the tile's speed.
     """
     gpu, samples = device(A.device), A.shape[:-2].numel()
 
@@ -125,16 +131,16 @@ def gemm_tile(A: Tensor, N: int, *, tma: bool = False, slope: str = "none") -> G
 
 
 def rank_block(R: int) -> int:
-    """The columns of H that a kernel takes at once: a power of two from 16, which a tensor core needs, to 64."""
+    """Return how many columns of H a kernel processes at once: a power of two from 16 (for tensor cores) to 64."""
     return min(max(triton.next_power_of_2(R), 16), 64)
 
 
 def precision(A: Tensor) -> str:
-    """The precision of products: "tf32" for fp32 where the user chose it for torch's own products, else "ieee"."""
+    """Return the precision of products: "tf32" for fp32 if the user allows it for torch's products, else "ieee"."""
     fp32 = A.dtype == torch.float32
     return "tf32" if fp32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """A context in which kernels are launched on the tensor's GPU, which need not be the current one."""
+    """Return a context that launches kernels on the tensor's GPU, even if another GPU is the current one."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -1,26 +1,26 @@
-"""Y = A B + bias + H T with H = A P: a matrix product whose accumulator also takes a rank-r product.
+"""Compute Y = A B + bias + H T with H = A P: a matrix product and a rank-r product with one accumulator.
 
 Both directions of tt_linear are this product:
 
     forward    y  = x Wᵀ + b + h G,     h  = x D      A = x,  B = Wᵀ, P = D,  T = G
     backward   dx = gy W     + dh Dᵀ,   dh = gy Gᵀ    A = gy, B = W,  P = Gᵀ, T = Dᵀ
 
-:func:`project` makes H in a kernel of its own, which reads A once. The rank-r tail H T is then one more product into
-the fp32 accumulator of the output tile, so that nothing of Y's size is written twice, read again or concatenated. Where
-a producer (a GELU or a layer norm) stands in front, the projection also applies it: it reads z and writes
-A = producer(z) and H. Behind a GELU, the epilogue of the backward multiplies Y by the slope of the GELU at z, so that
-dz is what is stored.
+:func:`project` computes H in a separate kernel, which reads A once. The rank-r product H T is then added to the fp32
+accumulator of the output tile, so no tensor of Y's size is written twice, read again or concatenated. If the layer
+reads the output of a producer (a GELU or a layer norm), the projection also applies the producer: it reads z and writes
+A = producer(z) and H. In the backward pass of a layer after a GELU, the epilogue multiplies Y by the slope of the GELU
+at z, so the kernel stores dz.
 
-Two kernels compute the product. ``lowrank_gemm_kernel`` addresses its operands by pointers and takes any strides. It
-also has the grouped form, in which every sample has a P and a T of its own: the rows of a program belong to one sample,
-whose adapter's number says which P and T to read; a number beyond the last adapter gives NaN.
+Two kernels compute the product. ``lowrank_gemm_kernel`` addresses its operands by pointers and accepts any strides. It
+also has a grouped form, in which every sample has its own P and T. All rows of one program then belong to one sample,
+and the number of the sample's adapter selects P and T. A number beyond the last adapter results in NaN.
 ``lowrank_gemm_tma_kernel`` is for compute capability 9.0 and newer. It moves tiles of A, B and Y through tensor-map
-descriptors (TMA), so that the copy engine and not the registers compute addresses and bounds, and it is persistent: one
-program per multiprocessor takes tile after tile, so that the loads of the next tile run under the epilogue of the last.
-The copy engine needs rows that are contiguous and begin at multiples of 16 bytes (:func:`takes`).
+descriptors (TMA): the copy engine computes addresses and bounds, which saves registers. This kernel is persistent: one
+program per multiprocessor computes one tile after another, so that the loads of the next tile overlap with the epilogue
+of the previous one. The copy engine needs contiguous rows that begin at multiples of 16 bytes (:func:`takes`).
 
-Numbers: products in the dtype of A with fp32 accumulation; P and T are cast to that dtype as they are loaded; H is
-rounded to it once; Y is rounded once.
+Products are in the dtype of A with fp32 accumulation. P and T are cast to that dtype as they are loaded. H is rounded
+to it once, and Y is rounded once.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from efft_kernels.triton.launch import TAIL_R, GemmTile, device, gemm_tile, on_device, precision, rank_block
 from efft_kernels.triton.producers import gelu_slope, produced, row_statistics
 
-# Rows of A that one program of the projection takes, and steps in flight: it reads A once, whatever the rank.
+# Rows of A per program of the projection, and number of steps in flight. The projection reads A once for any rank.
 PROJECT_M, PROJECT_STAGES = 64, 3
-# Row blocks that programs go down before the next column block, so that both operands stay in the L2 cache.
+# Number of row blocks that programs compute before the next column block, so that both operands stay in the L2 cache.
 GROUP_M = 8
 
 
 @triton.jit
 def _place_of(tile, rows, columns, GROUP_M: tl.constexpr):
-    """(row block, column block) of the tile with this number, of ``rows`` times ``columns``, in groups of rows."""
+    """Return (row block, column block) of the given tile of ``rows`` times ``columns`` blocks, in groups of rows."""
     group = tile // (GROUP_M * columns)
     first = group * GROUP_M
     height = tl.minimum(rows - first, GROUP_M)
@@ -57,9 +57,9 @@ def lowrank_gemm_kernel(
     bias,  # [N] or None
     T,  # [R, N]
     H,  # [M, R], contiguous
-    Z,  # [M, N] or None: the input of the GELU in front of the layer, in the backward
+    Z,  # [M, N] or None: in the backward pass, the input of the GELU before the layer
     Y,  # [M, N], contiguous
-    adapter,  # [samples] or None: which T of [n, R, N] the rows of a sample take; A is then [samples, M, K]
+    adapter,  # [samples] or None: which T of [n, R, N] the rows of a sample use; A is then [samples, M, K]
     n_adapters,
     samples,
     M,
@@ -77,7 +77,7 @@ def lowrank_gemm_kernel(
     stride_zn,
     stride_as,
     stride_ts,
-    PRODUCER: tl.constexpr,  # of Z
+    PRODUCER: tl.constexpr,  # the GELU whose slope at Z multiplies Y
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -96,7 +96,7 @@ def lowrank_gemm_kernel(
         R = tl.where((which < 0) | missing, 0, R)  # without an adapter no row of T is read
         T += which * stride_ts
 
-    m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # int64: M * K may pass 2^31
+    m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # int64 because M * K may exceed 2^31
     n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K).to(tl.int64)
     r = tl.arange(0, BLOCK_R).to(tl.int64)
@@ -113,7 +113,7 @@ def lowrank_gemm_kernel(
         a_at += BLOCK_K * stride_ak
         b_at += BLOCK_K * stride_bk
 
-    for start in tl.range(0, R, BLOCK_R, num_stages=1):  # few steps: buffers for more in flight would be wasted
+    for start in tl.range(0, R, BLOCK_R, num_stages=1):  # there are too few steps to use more buffers
         in_r = r < R - start
         h = tl.load(H + m[:, None] * R + (start + r)[None, :], mask=in_m & in_r[None, :], other=0.0)
         t_at = T + (start + r)[:, None] * stride_tr + n[None, :] * stride_tn
@@ -136,7 +136,7 @@ def lowrank_gemm_tma_kernel(
     bias,  # [N] or None
     T,  # [R, N]
     H,  # [M, R], contiguous
-    Z,  # [M, N] or None: the input of the GELU in front of the layer, in the backward
+    Z,  # [M, N] or None: in the backward pass, the input of the GELU before the layer
     Y,  # descriptor of [M, N] in blocks [BLOCK_M, BLOCK_N // 2]
     M,
     N,
@@ -147,7 +147,7 @@ def lowrank_gemm_tma_kernel(
     stride_tn,
     stride_zm,
     stride_zn,
-    PRODUCER: tl.constexpr,  # of Z
+    PRODUCER: tl.constexpr,  # the GELU whose slope at Z multiplies Y
     TRANSPOSED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -165,8 +165,8 @@ def lowrank_gemm_tma_kernel(
 
         y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for start in range(0, K, BLOCK_K):
-            a = A.load([tile_m * BLOCK_M, start])  # zeros beyond the edges, by the copy engine
-            if TRANSPOSED:  # noqa: SIM108  # the two have one type only after the branch is chosen
+            a = A.load([tile_m * BLOCK_M, start])  # the copy engine returns zeros beyond the edges
+            if TRANSPOSED:  # noqa: SIM108  # the two values have the same type only after the branch is chosen
                 b = B.load([tile_n * BLOCK_N, start]).T
             else:
                 b = B.load([start, tile_n * BLOCK_N])
@@ -178,7 +178,7 @@ def lowrank_gemm_tma_kernel(
             t = tl.load(t_at, mask=in_r[:, None] & in_n, other=0.0)
             y = tl.dot(h, t.to(h.dtype), y)
 
-        # The epilogue takes one half of the columns after the other, to need half of the staging and of the registers.
+        # The epilogue processes the two halves of the columns in turn, which halves its staging memory and registers.
         halves = tl.split(tl.permute(tl.reshape(y, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
         for half in tl.static_range(2):
             column = tile_n * BLOCK_N + half * (BLOCK_N // 2)
@@ -205,7 +205,7 @@ def project_kernel(
     mean,  # [M] or None, output
     rstd,  # [M] or None, output
     eps,
-    adapter,  # [samples] or None: which P of [n, K, R] the rows of a sample take; A is then [samples, M, K]
+    adapter,  # [samples] or None: which P of [n, K, R] the rows of a sample use; A is then [samples, M, K]
     n_adapters,
     M,
     K,
@@ -262,8 +262,8 @@ def lowrank_gemm(
     B: Tensor,  # [K, N], a transposed weight or a weight: any strides
     bias: Tensor | None,  # [N]
     P: Tensor,  # [K, R], or [n_adapters, K, R]; any strides and floating dtype
-    T: Tensor,  # [R, N], or [n_adapters, R, N]; likewise
-    H: Tensor | None = None,  # [M, R], contiguous, if the caller has it already
+    T: Tensor,  # [R, N], or [n_adapters, R, N]; any strides and floating dtype
+    H: Tensor | None = None,  # [M, R], contiguous, if the caller has computed it already
     *,
     Z: Tensor | None = None,  # [M, N]
     producer: str = "none",
@@ -271,10 +271,10 @@ def lowrank_gemm(
     tile: GemmTile | None = None,
     tma: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(Y [M, N], H [M, R]) of the product above, in the dtype of A; with ``Z``, Y is in that of Z.
+    """Return (Y [M, N], H [M, R]) of the product described above, in the dtype of A.
 
-    With ``Z`` Y is multiplied by the slope of ``producer``, a GELU, at Z. With ``adapter`` Y is [samples, M, N] and H
-    [samples, M, R]. ``tile`` and ``tma`` override the choice.
+    With ``Z``, Y is multiplied by the slope at Z of the GELU ``producer``, and has the dtype of Z. With ``adapter``, Y
+    is [samples, M, N] and H is [samples, M, R]. ``tile`` and ``tma`` override the automatic choice.
     """
     (M, K), (R, N) = A.shape[-2:], T.shape[-2:]
     samples = A.shape[0] if adapter is not None else 1
@@ -313,10 +313,10 @@ def lowrank_gemm(
 
 
 def takes(*matrices: Tensor) -> bool:
-    """Whether the kernel with TMA can be used: the GPU has the copy engine, and it can move tiles of these matrices.
+    """Return whether the kernel with TMA can run: the GPU has the copy engine, and it can move tiles of the matrices.
 
-    The engine exists from compute capability 9.0 on. The matrices [rows, columns] must be in half precision, with rows
-    that are contiguous and begin at multiples of 16 bytes.
+    GPUs have the engine from compute capability 9.0 on. The matrices [rows, columns] must be in half precision, with
+    contiguous rows that begin at multiples of 16 bytes.
     """
     return device(matrices[0].device).capability >= 9 and all(
         t.element_size() == 2 and t.stride(1) == 1 and t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0 and t.numel() > 0
@@ -337,7 +337,7 @@ def _launch_tma(
     producer: str,
     tile: GemmTile,
 ) -> None:
-    """Run the kernel with TMA on A, B and Y that :func:`takes` accepts."""
+    """Run the kernel with TMA on A, B and Y, for which :func:`takes` must be true."""
     (M, K), (R, N) = A.shape, T.shape
     grid = (min(device(A.device).processors, triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n)),)
     with on_device(A):
@@ -359,14 +359,14 @@ def _launch_tma(
 
 
 def project(A: Tensor, P: Tensor, *, adapter: Tensor | None = None) -> Tensor:
-    """H = A P: [M, K] times [K, R] of any strides, in the dtype of A; with ``adapter`` one P per sample."""
+    """Return H = A P, [M, K] times [K, R] with any strides, in the dtype of A; with ``adapter``, one P per sample."""
     H = A.new_empty(*A.shape[:-1], P.shape[-1])
     _project(A, P, H, adapter=adapter)
     return H
 
 
 def gelu_project(Z: Tensor, P: Tensor, producer: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(A = gelu(Z) [M, K], H = A P [M, R]) in ``dtype``; ``producer`` is "gelu" or "gelu_tanh"."""
+    """Return (A = gelu(Z) [M, K], H = A P [M, R]) in ``dtype``; ``producer`` is "gelu" or "gelu_tanh"."""
     A, H = Z.new_empty(Z.shape, dtype=dtype), Z.new_empty(Z.shape[0], P.shape[1], dtype=dtype)
     _project(Z, P, H, producer, A)
     return A, H
@@ -375,7 +375,7 @@ def gelu_project(Z: Tensor, P: Tensor, producer: str, dtype: torch.dtype) -> tup
 def norm_project(
     X: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, P: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(A = layer norm of X [M, K], H = A P [M, R]) in ``dtype``, and the rows' mean and 1 / deviation [M] in fp32."""
+    """Return (A, H, mean, rstd): A = layer norm of X [M, K] and H = A P [M, R] in ``dtype``, statistics [M] in fp32."""
     A, H = X.new_empty(X.shape, dtype=dtype), X.new_empty(X.shape[0], P.shape[1], dtype=dtype)
     mean, rstd = (X.new_empty(X.shape[0], dtype=torch.float32) for _ in range(2))
     _project(X, P, H, "norm", A, gamma, beta, mean, rstd, eps)
@@ -383,7 +383,7 @@ def norm_project(
 
 
 def columns_and_warps(producer: str) -> tuple[int, int]:
-    """BLOCK_K and warps of a projection; by the resource report a producer needs more registers."""
+    """Return BLOCK_K and warps of a projection; by the compiler's resource report, a producer needs more registers."""
     return (64, 4) if producer == "none" else (32, 8)
 
 

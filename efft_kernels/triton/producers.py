@@ -1,10 +1,12 @@
-"""The producers in front of an adapted layer, on tiles in fp32: GELU and its slope, layer norm.
+"""Apply the producer of an adapted layer to tiles in fp32: a GELU, its slope, or a layer norm.
 
-A kernel that reads an activation through ``produced`` reads the input of the producer instead of its output, so that
-the output need not be kept. ``PRODUCER`` is one of "none", "gelu", "gelu_tanh" (torch's ``approximate``) and "norm".
+A producer is the operation whose output the layer reads. A kernel that reads an activation through ``produced`` reads
+the input of the producer and computes its output, so that the output need not be stored. ``PRODUCER`` is one of "none",
+"gelu", "gelu_tanh" (torch's ``approximate="tanh"``) and "norm".
 
-``dtype`` is that of the product. In half precision the exact GELU would take longer than the memory traffic beside it;
-there the upper tail of the normal distribution is one exponential of a polynomial (:func:`_upper_tail`).
+``dtype`` is the dtype of the product. In half precision, the exact GELU would take longer than the kernel's memory
+traffic. The upper tail of the normal distribution is therefore approximated by one exponential of a polynomial
+(:func:`_upper_tail`).
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ def produced(
     PRODUCER: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """The output of the producer, in ``dtype``."""
+    """Return the output of the producer in ``dtype``."""
     values = values.to(tl.float32)
     if PRODUCER == "gelu" or PRODUCER == "gelu_tanh":
         if dtype != tl.float32:
@@ -46,7 +48,7 @@ def produced(
 
 @triton.jit
 def gelu_slope(z, PRODUCER: tl.constexpr, dtype: tl.constexpr):
-    """d gelu(z) / dz in fp32, as exact as a product in ``dtype`` needs it."""
+    """Return d gelu(z) / dz in fp32, with the accuracy that a product in ``dtype`` needs."""
     z = z.to(tl.float32)
     if dtype != tl.float32:
         size, tail = _upper_tail(z, PRODUCER)
@@ -65,16 +67,16 @@ def gelu_slope(z, PRODUCER: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit
 def _upper_tail(z, PRODUCER: tl.constexpr):
-    """(|z|, P(Z > |z|)) for half precision, of a standard normal Z or of the approximation to it that "gelu_tanh" uses.
+    """Return (|z|, P(Z > |z|)) for half precision.
 
-    The tail of the normal distribution is the exponential of a polynomial, with a relative error of 6e-6, a hundredth
-    of the rounding of float16. |z| is clamped to 6, where gelu(-z) is -6e-9, less than half of the least number of
-    float16. NaN stays NaN.
+    Z is standard normal, or has the approximate distribution that "gelu_tanh" uses. The tail of the normal distribution
+    is computed as the exponential of a polynomial, with a relative error of 6e-6, a hundredth of the rounding error of
+    float16. |z| is clamped to 6, where gelu(-z) is -6e-9, less than half of the smallest float16. NaN stays NaN.
     """
     size = tl.minimum(tl.abs(z), 6.0, propagate_nan=tl.PropagateNan.ALL)
     if PRODUCER == "gelu_tanh":
         return size, tl.sigmoid(-_tanh_argument(size))
-    log2 = -1.834809040701657e-06 * size + 6.159824260976166e-05  # minimizes the largest error over [0, 6]
+    log2 = -1.834809040701657e-06 * size + 6.159824260976166e-05  # coefficients minimize the largest error over [0, 6]
     log2 = log2 * size - 0.000930524431169033
     log2 = log2 * size + 0.008507889695465565
     log2 = log2 * size - 0.05396006628870964
@@ -101,13 +103,13 @@ def row_statistics(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """(mean, 1 / sqrt(var + eps)) of rows [BLOCK_M, K].
+    """Return (mean, 1 / sqrt(var + eps)) of rows [BLOCK_M, K].
 
-    It reads the rows twice, the second time from the cache, because the variance as the mean square minus the squared
-    mean would cancel.
+    The rows are read twice, the second time from the cache. Computing the variance in one pass, as the mean square
+    minus the squared mean, would lose digits by cancellation.
     """
     total = tl.zeros((BLOCK_M,), tl.float32)
-    for start in tl.range(0, K, BLOCK_K, num_stages=3):  # Triton pipelines only products by itself
+    for start in tl.range(0, K, BLOCK_K, num_stages=3):  # num_stages, because Triton only pipelines products by default
         a = tl.load(rows_at + start * stride_k, mask=in_m & (k < K - start)[None, :], other=0.0).to(tl.float32)
         total += tl.sum(a, 1)
     mean = total / K

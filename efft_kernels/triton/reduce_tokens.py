@@ -1,9 +1,9 @@
-"""dG = hᵀ gy and dD = xᵀ dh: two sums over all tokens in fp32, in a fixed order, both in the same launches.
+"""Compute dG = hᵀ gy, dD = xᵀ dh and db = Σ gy, fp32 sums over all tokens, in the same two launches.
 
-Every program owns a block of columns of gy (or of x) and a range of tokens, reads each of its elements once and keeps
-its [columns, r] sum in registers, so that nothing is added atomically. There are as many ranges as fill the GPU. A
-second, small kernel adds their partial sums, some hundred kilobytes each, in a fixed order, so that the same call gives
-the same bits.
+Every program of the first kernel sums over a range of tokens for a block of columns of gy (or of x). It reads each
+element once and keeps its [columns, r] sum in registers, without atomic additions. Programs that compute dG also sum
+gy. The number of ranges is chosen to fill the GPU. A second, small kernel adds the partial sums, a few hundred
+kilobytes each, in a fixed order. Equal calls therefore return exactly equal results.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from torch import Tensor
 from efft_kernels.triton.launch import device, on_device, precision, rank_block
 from efft_kernels.triton.producers import produced
 
-# Tokens per step and steps in flight: enough bytes to use the memory bandwidth, which is the limit. Two programs fit on
-# a multiprocessor with any producer. No third is launched, because it would run alone, after all others.
+# Tokens per step, and steps in flight. These keep enough bytes in flight to use the full memory bandwidth, which limits
+# the speed. With any producer, two programs fit on a multiprocessor. A third one would run alone after all others.
 BLOCK_M, STAGES = 64, 3
 PROGRAMS_A_PROCESSOR = 2
-# How many sums one program of the second kernel finishes.
+# Number of elements of dG, dD and db that one program of the second kernel computes.
 FINISH_BLOCK, FINISH_WARPS = 512, 4
 
 
 def columns_and_warps(producer: str) -> tuple[int, int]:
-    """BLOCK_N and warps; by the resource report a producer beside the sums needs more registers."""
+    """Return BLOCK_N and warps; by the compiler's resource report, a producer needs more registers."""
     return (128, 4) if producer == "none" else (64, 8)
 
 
@@ -38,6 +38,7 @@ def _sum_over_tokens(
     rstd,
     thin,  # [M, R], contiguous
     out,  # [N, R] of any strides, fp32
+    sums,  # [N], fp32, receives the sum of wide; None if that sum is not needed
     M,
     N,
     R,
@@ -60,6 +61,7 @@ def _sum_over_tokens(
     r = rank.to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     in_n, in_r = n < N, r < R
     total = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+    of_rows = tl.zeros((BLOCK_N,), tl.float32)
     for start in range(0, TOKENS, BLOCK_M):
         in_m = (m + start < M) & (start + tl.arange(0, BLOCK_M) < TOKENS)
         w = tl.load(
@@ -67,6 +69,8 @@ def _sum_over_tokens(
             mask=in_m[:, None] & in_n[None, :],
             other=0.0,
         )
+        if sums is not None:
+            of_rows += tl.sum(w.to(tl.float32), 0)
         if PRODUCER != "none":
             mu, sigma = 0.0, 0.0
             if PRODUCER == "norm":
@@ -76,6 +80,9 @@ def _sum_over_tokens(
         t = tl.load(thin + (m + start)[:, None] * R + r[None, :], mask=in_m[:, None] & in_r[None, :], other=0.0)
         total = tl.dot(tl.trans(w), t, total, input_precision=PRECISION)
     tl.store(out + n[:, None] * stride_on + r[None, :] * stride_or, total, mask=in_n[:, None] & in_r[None, :])
+    if sums is not None:  # noqa: SIM102  # evaluated at compile time, the inner condition at run time
+        if rank == 0:
+            tl.store(sums + n, of_rows, mask=in_n)
 
 
 @triton.jit
@@ -88,7 +95,7 @@ def reduce_tokens_kernel(
     mean,  # [M] or None
     rstd,  # [M] or None
     dh,  # [M, R], contiguous
-    partial,  # [splits, R * d_out + d_in * R], fp32, contiguous: of each split dG [R, d_out], then dD [d_in, R]
+    partial,  # [splits, n], fp32, contiguous: per split dG [R, d_out], dD [d_in, R] and, if needed, db [d_out]
     M,
     d_out,
     d_in,
@@ -97,8 +104,9 @@ def reduce_tokens_kernel(
     stride_gn,
     stride_xm,
     stride_xn,
-    TOKENS,  # of a split, a multiple of BLOCK_M
-    columns_out,  # column blocks of gy; 0 where dG is not needed
+    TOKENS,  # tokens per split, a multiple of BLOCK_M
+    columns_out,  # number of column blocks of gy; 0 if dG is not needed
+    NEED_DB: tl.constexpr,
     PRODUCER: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -107,30 +115,36 @@ def reduce_tokens_kernel(
 ):
     column, split, rank = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     begin = split * TOKENS
-    dG = partial + split * R * (d_out + d_in)
+    n = R * (d_out + d_in)
+    if NEED_DB:
+        n += d_out
+    dG = partial + split * n
     dD = dG + R * d_out
+    db = dD + d_in * R if NEED_DB else None
     if column < columns_out:
         _sum_over_tokens(
-            *(gy, None, None, None, None, h, dG, M, d_out, R, stride_gm, stride_gn, 1, d_out),
+            *(gy, None, None, None, None, h, dG, db, M, d_out, R, stride_gm, stride_gn, 1, d_out),
             *(begin, column, rank, TOKENS, "none", PRECISION, BLOCK_M, BLOCK_N, BLOCK_R),
         )
     else:
         _sum_over_tokens(
-            *(x, gamma, beta, mean, rstd, dh, dD, M, d_in, R, stride_xm, stride_xn, R, 1),
+            *(x, gamma, beta, mean, rstd, dh, dD, None, M, d_in, R, stride_xm, stride_xn, R, 1),
             *(begin, column - columns_out, rank, TOKENS, PRODUCER, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R),
         )
 
 
 @triton.jit
-def finish_kernel(partial, dG, dD, n_G, n, splits, BLOCK: tl.constexpr):
-    """dG and dD, n_G and n - n_G elements, from ``partial`` [splits, n]."""
+def finish_kernel(partial, dG, dD, db, n_G, n_D, n_b, splits, BLOCK: tl.constexpr):
+    """Sum ``partial`` [splits, n_G + n_D + n_b] over the splits into dG, dD and db of n_G, n_D and n_b elements."""
+    n = n_G + n_D + n_b
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for _ in range(splits):
         total += tl.load(partial + i, mask=i < n, other=0.0)
         partial += n
     tl.store(dG + i, total, mask=i < n_G)
-    tl.store(dD + (i - n_G), total, mask=(i >= n_G) & (i < n))
+    tl.store(dD + (i - n_G), total, mask=(i >= n_G) & (i < n_G + n_D))
+    tl.store(db + (i - n_G - n_D), total, mask=(i >= n_G + n_D) & (i < n))
 
 
 def reduce_tokens(
@@ -140,18 +154,20 @@ def reduce_tokens(
     dh: Tensor | None,  # [M, R]
     splits: int | None = None,
     *,
+    need_db: bool = False,
     producer: str = "none",
     gamma: Tensor | None = None,  # [d_in]
     beta: Tensor | None = None,  # [d_in]
     mean: Tensor | None = None,  # [M]
     rstd: Tensor | None = None,  # [M]
-) -> tuple[Tensor | None, Tensor | None]:
-    """(dG [R, d_out], dD [d_in, R]) in fp32; a pair of inputs that is None gives None.
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return (dG [R, d_out], dD [d_in, R], db [d_out]) in fp32; a result is None if one of its inputs is None.
 
-    The caller must give at least one pair. With a ``producer`` (see :mod:`efft_kernels.triton.producers`) ``x`` is its
-    input. ``splits``, the number of ranges of tokens, overrides the choice.
+    The caller must pass at least one of the pairs (gy, h) and (x, dh). With ``need_db`` it must pass gy and h; without
+    it, db is None. With a ``producer`` (see :mod:`efft_kernels.triton.producers`), ``x`` is the input of the producer.
+    ``splits``, the number of ranges of tokens, overrides the automatic choice.
     """
-    h, dh = (None if t is None else t.contiguous() for t in (h, dh))  # they are already, if these kernels made them
+    h, dh = (None if t is None else t.contiguous() for t in (h, dh))  # no copy if these kernels created them
     gamma, beta = (None if t is None else t.contiguous() for t in (gamma, beta))
     given = h if h is not None else dh
     assert given is not None
@@ -165,14 +181,16 @@ def reduce_tokens(
         splits = PROGRAMS_A_PROCESSOR * device(given.device).processors // max((columns_out + columns_in) * ranks, 1)
         splits = max(1, min(splits, triton.cdiv(M, 4 * BLOCK_M)))
     tokens = triton.cdiv(triton.cdiv(M, splits), BLOCK_M) * BLOCK_M
-    partial = given.new_empty(splits, R * (d_out + d_in), dtype=torch.float32)
-    dG, dD = partial.new_empty(R, d_out), partial.new_empty(d_in, R)
+    n_b = d_out if need_db else 0
+    partial = given.new_empty(splits, R * (d_out + d_in) + n_b, dtype=torch.float32)
+    dG, dD, db = partial.new_empty(R, d_out), partial.new_empty(d_in, R), partial.new_empty(n_b)
     if partial.numel():
-        gy_, h_, x_, dh_ = (given if t is None else t for t in (gy, h, x, dh))  # a stand-in is never read
+        gy_, h_, x_, dh_ = (given if t is None else t for t in (gy, h, x, dh))  # no kernel reads these substitutes
         with on_device(given):
             reduce_tokens_kernel[(columns_out + columns_in, splits, ranks)](
                 *(gy_, h_, x_, gamma, beta, mean, rstd, dh_, partial, M, d_out, d_in, R),
                 *(*gy_.stride(), *x_.stride(), tokens, columns_out),
+                NEED_DB=need_db,
                 PRODUCER=producer,
                 PRECISION=precision(given),
                 BLOCK_M=BLOCK_M,
@@ -182,8 +200,8 @@ def reduce_tokens(
                 num_stages=STAGES,
             )
             finish_kernel[(triton.cdiv(partial.shape[1], FINISH_BLOCK),)](
-                *(partial, dG, dD, dG.numel(), partial.shape[1], splits),
+                *(partial, dG, dD, db, dG.numel(), dD.numel(), n_b, splits),
                 BLOCK=FINISH_BLOCK,
                 num_warps=FINISH_WARPS,
             )
-    return (dG if h is not None else None), (dD if dh is not None else None)
+    return (dG if h is not None else None), (dD if dh is not None else None), (db if need_db else None)

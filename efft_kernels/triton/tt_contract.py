@@ -1,12 +1,12 @@
-"""G[l] = scale · [C[l, 0] V | C[l, 1] V | ...] for all layers in one launch, and dC and dV in another.
+"""Compute G[l] = scale · [C[l, 0] V | C[l, 1] V | ...] for all layers in one launch, and dC and dV in another.
 
     dC[l, c] = scale · keep_C[l, c] ∘ (dG[l, c] (keep_V[l] ∘ V)ᵀ)
     dV       = scale · Σ_l keep_V[l] ∘ Σ_c (keep_C[l, c] ∘ C[l, c])ᵀ dG[l, c]
 
-Factors are tiny, and their rounding would become that of the update. Everything is therefore in fp32, whatever their
-dtype, without tensor cores; what matters is that there is one launch instead of one per layer. The kernels read the
-dropout masks, one byte per element, and never store masked copies of the factors. Sums run in a fixed order, so that
-every run gives the same bits.
+Factors are small, and rounding them would round the update. All computations are therefore in fp32 without tensor
+cores, for any dtype of the factors. The kernels are fast because there is one launch instead of one per layer. They
+read the dropout masks, one byte per element, and never store masked copies of the factors. Sums run in a fixed order,
+so every run returns exactly the same result.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch import Tensor
 
 from efft_kernels.triton.launch import on_device
 
-# Blocks of 32 of any rank and of 64 columns of V, for which eight warps have enough registers, without a pipeline.
+# Blocks of 32 for any rank and of 64 columns of V, for which eight warps have enough registers. There is no pipeline.
 BLOCK_R, BLOCK_N, WARPS, STAGES = 32, 64, 8, 1
 
 
 @triton.jit
 def _masked(values, keep, at, mask):
-    """``values`` in fp32, zero where the dropout mask ``keep`` (if there is one) is False at the offsets ``at``."""
+    """Return ``values`` in fp32, with zeros where the dropout mask ``keep`` (if any) is False at the offsets ``at``."""
     values = values.to(tl.float32)
     if keep is not None:
         values = tl.where(tl.load(keep + at, mask=mask, other=0) != 0, values, 0.0)
@@ -59,7 +59,7 @@ def contract_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    core = tl.program_id(2)  # of all layers
+    core = tl.program_id(2)  # the number of the core among those of all layers
     layer, c = (core // n_cores).to(tl.int64), (core % n_cores).to(tl.int64)
     i = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -111,7 +111,7 @@ def _gradient_of_core(
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One block [i, j] of one core's gradient: a sum over d_out."""
+    """Compute one block [i, j] of the gradient of one core, a sum over d_out."""
     blocks_i, blocks_j = tl.cdiv(r1, BLOCK_R), tl.cdiv(r2, BLOCK_R)
     block = program % (blocks_i * blocks_j)
     core = program // (blocks_i * blocks_j)
@@ -167,13 +167,13 @@ def _gradient_of_right(
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One block [j, n] of dV: a sum over layers, cores and r1."""
+    """Compute one block [j, n] of dV, a sum over layers, cores and r1."""
     blocks_i, blocks_j = tl.cdiv(r1, BLOCK_R), tl.cdiv(r2, BLOCK_R)
     j = block % blocks_j * BLOCK_R + tl.arange(0, BLOCK_R)
     n = block // blocks_j * BLOCK_N + tl.arange(0, BLOCK_N)
     in_v = (j < r2)[:, None] & (n < d_out)[None, :]
     total = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
-    zero = tl.full((), 0, tl.int64)  # offsets of layers may pass 2^31
+    zero = tl.full((), 0, tl.int64)  # int64 because offsets of layers may exceed 2^31
     for index in range(0, n_layers):
         layer = zero + index
         of_layer = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
@@ -224,7 +224,7 @@ def contract_backward_kernel(
     stride_ml,
     stride_mj,
     stride_mn,
-    programs_dC,  # this many programs, the first ones, make dC, the others dV
+    programs_dC,  # the first programs_dC programs compute dC, and the other ones compute dV
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -296,7 +296,7 @@ def tt_contract_bwd(
 
 
 def _bytes(mask: Tensor | None) -> Tensor | None:
-    """A bool mask as bytes, without a copy."""
+    """View a bool mask as bytes, without a copy."""
     return None if mask is None else mask.view(torch.uint8)
 
 

@@ -1,7 +1,8 @@
-"""tt_linear behind a GELU: one launch makes gelu(z) and h; in backward one makes dz, and one reduction both dG and dD.
+"""Run tt_linear on the output of a GELU: one launch computes gelu(z) and h, and a second one computes y.
 
-The epilogue of the product that makes dz applies the slope of the GELU, and the sums over tokens read gelu(z) through
-z. Nothing of the size of z is kept beside z or written in between.
+In the backward pass, one launch computes dh, a second one computes dz, and one reduction computes dG and dD. The
+epilogue of the second launch applies the slope of the GELU, and the sums over tokens compute gelu(z) from z. No tensor
+of the size of z is saved besides z itself, and none is written between the launches of the backward pass.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from efft_kernels.triton.lowrank_gemm import gelu_project, lowrank_gemm, project
-from efft_kernels.triton.tt_linear import factor_gradients
+from efft_kernels.triton.tt_linear import sums_over_tokens
 
 _PRODUCER = {"none": "gelu", "tanh": "gelu_tanh"}
 
@@ -37,7 +38,8 @@ def tt_gelu_linear_bwd(
     need_dz: bool,
     need_dD: bool,
     need_dG: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    need_db: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     producer = _PRODUCER[approximate]
     dz, dh = z.new_empty(0), None
     if need_dz:
@@ -45,5 +47,5 @@ def tt_gelu_linear_bwd(
         dz, dh = lowrank_gemm(gy, W, None, G.t(), D.t(), Z=z, producer=producer)
     elif need_dD:
         dh = project(gy, G.t())
-    grads = factor_gradients(gy, z, h if need_dG else None, dh if need_dD else None, D, G, producer=producer)
-    return dz, *grads
+    of_h, of_dh = h if need_dG else None, dh if need_dD else None
+    return dz, *sums_over_tokens(gy, z, of_h, of_dh, D, G, need_db, producer=producer)

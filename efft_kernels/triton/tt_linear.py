@@ -1,9 +1,10 @@
-"""tt_linear: two launches forward, h and y; in backward dh, dx, and one reduction for both dG and dD."""
+"""Run tt_linear: two forward launches compute h and y; in the backward pass, launches compute dh, dx and all sums."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from efft_kernels.triton.lowrank_gemm import lowrank_gemm, project
@@ -30,28 +31,36 @@ def tt_linear_bwd(
     need_dx: bool,
     need_dD: bool,
     need_dG: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    need_db: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dx, dh = gy.new_empty(0), None
     if need_dx:
         assert W is not None
         dx, dh = lowrank_gemm(gy, W, None, G.t(), D.t())
     elif need_dD:
         dh = project(gy, G.t())
-    return dx, *factor_gradients(gy, x, h if need_dG else None, dh if need_dD else None, D, G)
+    return dx, *sums_over_tokens(gy, x, h if need_dG else None, dh if need_dD else None, D, G, need_db)
 
 
-def factor_gradients(
+def sums_over_tokens(
     gy: Tensor,  # [tokens, d_out]
     x: Tensor | None,  # [tokens, d_in]
     h: Tensor | None,  # [tokens, r1]
     dh: Tensor | None,  # [tokens, r1]
     D: Tensor,  # [d_in, r1]
     G: Tensor,  # [r1, d_out]
+    need_db: bool,
     **producer: Any,
-) -> tuple[Tensor, Tensor]:
-    """(dD, dG) in the dtypes of the factors; without ``dh``, dD has no elements, and without ``h``, dG has none."""
-    sums = (None, None) if h is dh is None else reduce_tokens(gy, h, x, dh, **producer)
-    dG, dD = (
-        like.new_empty(0) if total is None else total.to(like.dtype) for total, like in zip(sums, (G, D), strict=True)
-    )
-    return dD, dG
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (dD, dG) in the dtypes of the factors, and db in fp32.
+
+    Without ``dh``, dD is empty. Without ``h``, dG is empty. Without ``need_db``, db is empty.
+    """
+    dG = dD = db = None
+    if h is not None or dh is not None:
+        dG, dD, db = reduce_tokens(gy, h, x, dh, need_db=need_db and h is not None, **producer)
+    if need_db and db is None:  # reduce_tokens sums gy only together with dG
+        db = gy.sum(0, dtype=torch.float32)
+    db = gy.new_empty(0, dtype=torch.float32) if db is None else db
+    dG, dD = (like.new_empty(0) if total is None else total.to(like.dtype) for total, like in ((dG, G), (dD, D)))
+    return dD, dG, db

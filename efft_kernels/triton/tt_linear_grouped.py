@@ -1,4 +1,4 @@
-"""tt_linear with one adapter per sample: two launches, h and y, which find the factors by the adapter's number."""
+"""Run tt_linear with one adapter per sample: two launches compute h and y with the factors of each sample's adapter."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ def tt_linear_grouped(
     b: Tensor | None,  # [d_out]
     D: Tensor,  # [n_adapters, d_in, r1]
     G: Tensor,  # [n_adapters, r1, d_out]
-    adapter: Tensor,  # [samples], negative: none
+    adapter: Tensor,  # [samples], negative for no adapter
 ) -> Tensor:  # [samples, tokens, d_out]
     return lowrank_gemm(x, W.t(), b, D, G, adapter=adapter.contiguous())[0]

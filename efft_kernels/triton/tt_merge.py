@@ -1,4 +1,4 @@
-"""W ← W + sign · (D G)ᵀ in fp32, rounded once to W's dtype, without a temporary of W's size."""
+"""Compute W ← W + sign · (D G)ᵀ in fp32, rounded once to W's dtype, without a temporary tensor of W's size."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""tt_linear behind a layer norm: in forward one launch makes the norm, its statistics and h.
+"""Run tt_linear on the output of a layer norm: one launch computes the norm, its statistics and h; another one, y.
 
-In backward the product that makes the gradient of the norm's output adds dh Dᵀ, and the sums over tokens read that
-output through x. The backward of the norm itself is torch's kernel: it is one pass over rows, which does not fit the
-tiles of a product.
+In the backward pass, the product that computes the gradient of the norm's output adds dh Dᵀ, and the sums over tokens
+compute that output from x. The backward pass of the norm itself, including the gradients of its parameters, uses
+torch's kernels, because it reduces over entire rows, which do not fit the tiles of a product.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from efft_kernels.eager import layer_norm_bwd
 from efft_kernels.triton.lowrank_gemm import lowrank_gemm, norm_project, project
-from efft_kernels.triton.tt_linear import factor_gradients
+from efft_kernels.triton.tt_linear import sums_over_tokens
 
 
 def tt_norm_linear_fwd(
@@ -43,13 +43,18 @@ def tt_norm_linear_bwd(
     need_dx: bool,
     need_dD: bool,
     need_dG: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dh = x.new_empty(0), None
-    if need_dx:
+    need_db: bool,
+    need_dgamma: bool,
+    need_dbeta: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dn, dh, needs = x, None, (need_dx, need_dgamma, need_dbeta)
+    if any(needs):
         assert W is not None
         dn, dh = lowrank_gemm(gy, W, None, G.t(), D.t())
-        dx = layer_norm_bwd(dn, x, gamma, beta, mean, rstd)
     elif need_dD:
         dh = project(gy, G.t())
     norm = {"producer": "norm", "gamma": gamma, "beta": beta, "mean": mean, "rstd": rstd}
-    return dx, *factor_gradients(gy, x, h if need_dG else None, dh if need_dD else None, D, G, **norm)
+    of_h, of_dh = h if need_dG else None, dh if need_dD else None
+    dD, dG, db = sums_over_tokens(gy, x, of_h, of_dh, D, G, need_db, **norm)
+    dx, dgamma, dbeta = layer_norm_bwd(dn, x, gamma, beta, mean, rstd, *needs)
+    return dx, dD, dG, db, dgamma, dbeta

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from efft.hints import nearest
+from efft.planning.extras import Extras
 from efft.planning.names import MOST_CHARACTERS, are_short
 from efft.planning.structure import KINDS, Weight
 from efft.planning.targets import TARGETS, Target
@@ -78,6 +79,11 @@ class AdapterConfig:
     exclude: list[str]
     head: list[str] | None
     freeze_statistics: bool
+
+    @property
+    def extras(self) -> Extras:
+        """Which parameters of the model are trained beside factors and head; none unless the method has settings."""
+        return Extras()
 
     def groups(self, model: nn.Module, targets: list[Target]) -> Sequence[Group]:
         """Return the banks of factors for the selected weights, not allocated yet.
@@ -158,6 +164,11 @@ class AdapterConfig:
             patterns = getattr(self, name)
             ok = isinstance(patterns, str) or are_short(patterns)
             self._check(ok, name, f"of at most {MOST_CHARACTERS} characters of regular expressions", patterns)
+
+    def _check_extras(self, bias: Any, norms: Any) -> None:
+        biases = ("none", "all", "adapted")
+        self._check(bias in biases, "bias", f"one of {', '.join(map(repr, biases))}", bias)
+        self._check(isinstance(norms, bool), "norms", "a bool", norms)
 
     def _check_sizes(self, *names: str, largest: int = LARGEST_SIZE) -> None:
         for name in names:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from efft.adapting import extras
 from efft.adapting.inject import Adapter
 from efft.adapting.sharding import full_shape
 from efft.adapting.wrappers import unwrap
@@ -18,13 +19,15 @@ class ParameterCount:
 
     Attributes:
         groups: the number of parameters of each group of factors; shared ones count once.
-        head: the number of parameters that are trained beside the factors.
+        head: the number of parameters that are trained beside the factors and ``extras``.
         backbone: the number of parameters of the base without its head.
+        extras: the number of parameters of the backbone that are trained: biases and norms.
     """
 
     groups: dict[str, int]
     head: int
     backbone: int
+    extras: int = 0
 
     @property
     def factors(self) -> int:
@@ -35,6 +38,7 @@ class ParameterCount:
         rows = [
             *self.groups.items(),
             ("all factors", self.factors),
+            *([("biases and norms", self.extras)] if self.extras else []),
             ("head", self.head),
             ("backbone", self.backbone),
         ]
@@ -53,8 +57,11 @@ def count_parameters(model: nn.Module) -> ParameterCount:
         groups = {name: sum(full_shape(p).numel() for p in factors.parameters()) for name, factors in adapter.items()}
     factors = {id(p) for p in adapter.parameters()} if isinstance(adapter, Adapter) else set()
     others = [p for p in model.parameters() if id(p) not in factors]
-    head = sum(full_shape(p).numel() for p in others if p.requires_grad)
-    return ParameterCount(groups, head, sum(full_shape(p).numel() for p in others) - head)
+    names = adapter.extras if isinstance(adapter, Adapter) else []
+    trained = {id(p): full_shape(p).numel() for p in extras.parameters_of(model, names).values()}
+    head = sum(full_shape(p).numel() for p in others if p.requires_grad and id(p) not in trained)
+    backbone = sum(full_shape(p).numel() for p in others) - head
+    return ParameterCount(groups, head, backbone, sum(trained.values()))
 
 
 def count_plan(model: nn.Module, plan: Plan) -> ParameterCount:
@@ -62,18 +69,20 @@ def count_plan(model: nn.Module, plan: Plan) -> ParameterCount:
     head = {id(p): p.numel() for name in plan.head for p in model.get_submodule(name).parameters()}
     total = sum(p.numel() for p in model.parameters())
     n_head = sum(head.values())
-    return ParameterCount({g.name: g.n_parameters for g in plan.groups}, n_head, total - n_head)
+    groups = {g.name: g.n_parameters for g in plan.groups}
+    return ParameterCount(groups, n_head, total - n_head, sum(plan.extras.values()))
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
-    """Print the parameters of each group of factors, of head and backbone, and the line that ``peft`` prints."""
+    """Print the parameters of each group of factors, of trained biases and norms, of head and backbone, and the line
+    that ``peft`` prints."""
     model = unwrap(model)
     if not isinstance(getattr(model, "efft", None), Adapter):
         print(f"this {type(model).__name__} is not adapted: everything that requires a gradient counts as head")
     count = count_parameters(model)
-    trainable = count.factors + count.head
+    trainable, everything = count.factors + count.head + count.extras, count.factors + count.head + count.backbone
     print(count)
     print(
-        f"trainable params: {trainable:,d} || all params: {trainable + count.backbone:,d} || "
-        f"trainable%: {100 * trainable / max(trainable + count.backbone, 1):.4f}"
+        f"trainable params: {trainable:,d} || all params: {everything:,d} || "
+        f"trainable%: {100 * trainable / max(everything, 1):.4f}"
     )

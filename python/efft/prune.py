@@ -64,14 +64,18 @@ def prune(model: nn.Module, keep: float = 0.99) -> PruneReport:
             the update has, up to rounding.
 
     Raises:
-        ValueError: ``keep`` is out of range, the model is not as above, or an update is zero or not finite; nothing is
-            changed.
+        ValueError: ``keep`` is out of range, the model is not as above, its weights have diagonals (``layer_scale``),
+            or an update is zero or not finite; nothing is changed.
     """
     if not is_number(keep) or not 0 < keep <= 1:
         raise ValueError(f"prune: keep must be a share in (0, 1], got {quote(keep)}")
     check_whole(model, "prune")
     adapter = adapter_of(model)
-    _config(adapter)
+    if _config(adapter).layer_scale is not None:
+        raise ValueError(
+            "prune: the weights have diagonals of their own (layer_scale), so the shared factors alone do not tell "
+            "which directions the updates need; train with layer_scale=None to prune"
+        )
     trains = _trains(adapter)
     if any(layer.merged for layer in adapted_layers(model).values()):
         raise ValueError("the update is merged into this model's weights; call efft.unmerge(model) before pruning it")

@@ -1,7 +1,7 @@
-"""The laboratory: experiments with the method on vision models, and the command `efft`.
+"""Run experiments with EFFT on vision models. This package also provides the command `efft`.
 
-Data sets, backbones, training runs, comparisons of methods, studies and the demo live here. The library (``efft`` and
-``efft_kernels``) never imports it.
+The package contains data sets, backbones, training runs, comparisons of methods, studies and the demo. The libraries
+``efft`` and ``efft_kernels`` never import this package.
 """
 
 from __future__ import annotations

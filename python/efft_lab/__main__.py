@@ -1,4 +1,4 @@
-"""``python -m efft_lab`` is the command `efft`."""
+"""Run the command `efft` as ``python -m efft_lab``."""
 
 import sys
 

@@ -1,9 +1,10 @@
-"""Result files, and where and with what a result was made.
+"""Read and write result files, and record the machine and the versions that produced a result.
 
-Result files are JSON lines under ``benchmarks/results/``. A line says what was measured (the fields of
-:data:`IDENTITY` that it has), where and with what (:func:`machine_facts`) and what the outcome was: ``seconds`` and
-``ratio`` (to the frozen floor of the same repetition) hold :func:`quantiles`, by phase if there are several. A line
-whose measurement was refused or impossible has a ``reason`` instead of both.
+Result files hold JSON lines under ``benchmarks/results/``. A line identifies the measurement (with the fields of
+:data:`IDENTITY` that apply), the machine and the versions (:func:`machine_facts`), and the outcome. The outcome is
+``seconds`` and ``ratio``, which hold :func:`quantiles`, by phase if a measurement has several phases. ``ratio`` is
+relative to the frozen baseline (the frozen base model) in the same repetition. If the measurement was refused or
+impossible, the line has a ``reason`` instead of ``seconds`` and ``ratio``.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from efft_kernels import __version__
 #: The folder of the result files in a source checkout.
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
-#: Fields that say what a line measures; two lines that agree in them measure the same thing.
+#: Fields that identify a measurement. Two lines with the same values in these fields hold the same measurement.
 IDENTITY = (
     "suite",
     "model",
@@ -46,17 +47,17 @@ IDENTITY = (
     "row",
 )
 
-#: Packages whose version can change a figure.
+#: Packages whose version can change a result.
 _PACKAGES = ("torch", "triton", "timm", "peft", "accelerate", "numpy")
 
 
 def machine_facts(threads: int | None = None) -> dict[str, Any]:
-    """Where and with what a result was made: date, machine, cores, versions, commit, command and GPU.
+    """Return the date, machine, cores, versions, commit, command and GPU for the lines of a result file.
 
-    The facts are collected once per process, so the lines of one run share a ``date``.
+    The facts are collected once per process. All lines of one run therefore have the same ``date``.
 
     Args:
-        threads: number of threads that computed the result; by default this process's torch threads.
+        threads: number of threads that computed the result; by default the number of torch threads of this process.
     """
     facts = _process_facts()
     threads = torch.get_num_threads() if threads is None else threads
@@ -67,7 +68,7 @@ def machine_facts(threads: int | None = None) -> dict[str, Any]:
 def _process_facts() -> dict[str, Any]:
     facts: dict[str, Any] = {
         "date": now(),
-        "machine": None,  # its place in the line
+        "machine": None,  # keeps the order of the fields
         "cores": os.cpu_count(),
         "versions": versions(*_PACKAGES),
         "commit": commit(Path(__file__).parent) or __version__,
@@ -79,12 +80,12 @@ def _process_facts() -> dict[str, Any]:
 
 
 def now() -> str:
-    """The date and time in UTC, to the second, as in ``2026-01-31T12:00:00+00:00``."""
+    """Return the date and time in UTC with a resolution of one second, as in ``2026-01-31T12:00:00+00:00``."""
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Versions of Python and of those packages that are installed."""
+    """Return the versions of Python and of the given packages that are installed."""
     found = {"python": platform.python_version()}
     for name in packages:
         try:
@@ -95,36 +96,38 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def cores() -> int:
-    """Number of processors that this process may use."""
+    """Return the number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def processor() -> str:
-    """The processor's name."""
+    """Return the name of the processor."""
     return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 
 def processor_flags() -> set[str]:
-    """Names of the processor's instruction sets as Linux lists them; empty on other systems."""
+    """Return the names of the processor's instruction sets on Linux, or an empty set on other systems."""
     return set(_cpuinfo("flags").split())
 
 
 def instruction_set() -> str:
-    """The widest instruction set that PyTorch uses, and whether the processor has matrix registers for bfloat16."""
+    """Return the widest instruction set that PyTorch uses, with "+ AMX" if the processor has bfloat16 matrix units."""
     amx = " + AMX" if "amx_bf16" in processor_flags() else ""
     return torch.backends.cpu.get_cpu_capability() + amx
 
 
 def _cpuinfo(field: str) -> str:
-    """A field of the first processor in Linux's ``/proc/cpuinfo``; empty if there is none."""
+    """Return a field of the first processor in Linux's ``/proc/cpuinfo``, or an empty text if it is missing."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")
 
 
 def commit(here: Path) -> str | None:
-    """The commit of the checkout around a folder, with ``+changes`` if the tree differs from it (results aside); None
-    without a checkout or without git."""
+    """Return the commit of the checkout that contains a folder, or None without a checkout or without git.
+
+    The commit is followed by ``+changes`` if files other than results differ from it.
+    """
     try:
         head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
     except OSError:
@@ -137,13 +140,13 @@ def commit(here: Path) -> str | None:
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:
-    """Minimum, 20 %, 50 % and 80 % quantile and number of ``values``, in the form that result files hold."""
+    """Return the minimum, the 20 %, 50 % and 80 % quantiles and the number of ``values``, as stored in result files."""
     p20, p50, p80 = np.quantile(values, (0.2, 0.5, 0.8)).tolist()
     return {"min": min(values), "p20": p20, "p50": p50, "p80": p80, "n": len(values)}
 
 
 def append(name: str, rows: Iterable[dict[str, Any]], folder: Path | None = None) -> Path:
-    """Adds rows to ``<folder>/<name>.jsonl``, by default in :data:`RESULTS`."""
+    """Append rows to ``<folder>/<name>.jsonl``, by default in the folder :data:`RESULTS`."""
     folder = folder or RESULTS
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.jsonl"
@@ -153,7 +156,7 @@ def append(name: str, rows: Iterable[dict[str, Any]], folder: Path | None = None
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a result file, oldest first."""
+    """Read the lines of a result file, oldest first."""
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 

@@ -1,4 +1,4 @@
-"""Checks of values from files against the types of the fields that they are for."""
+"""Check values from files against the types of their fields."""
 
 from __future__ import annotations
 
@@ -22,20 +22,22 @@ _NAMES: dict[Any, str] = {
 
 
 def check(where: str, value: object, hint: Any) -> None:
-    """Refuses a value that is not of type ``hint``. An integer is a number; a truth value is neither.
+    """Raise an error for a value that is not of type ``hint``.
+
+    An integer is accepted as a number. True and False are accepted neither as an integer nor as a number.
 
     Raises:
-        ValueError: the text begins with ``where`` and says what was expected.
+        ValueError: the value has another type. The message begins with ``where`` and names the expected type.
     """
     if not _fits(value, hint):
         raise ValueError(f"{where} must be {_description(hint)}, got {quote(value)}")
 
 
 def check_names(where: str, given: Iterable[Any], known: Collection[str], what: str = "field") -> None:
-    """Refuses names that are not among the known ones.
+    """Raise an error for names that are not known.
 
     Raises:
-        ValueError: the text gives the nearest known name, or all of them.
+        ValueError: a name is unknown. The message gives the most similar known name, or all known names.
     """
     for name in given:
         if name not in known:

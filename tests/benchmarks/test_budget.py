@@ -1,4 +1,6 @@
-"""What the budget lets through and what it refuses."""
+"""Test that the numeric budget accepts accurate results and rejects wrong ones."""
+
+from __future__ import annotations
 
 import math
 from collections.abc import Callable
@@ -73,7 +75,7 @@ def test_results_of_another_kind_are_refused(inputs: Inputs) -> None:
 
 
 def test_a_weight_that_took_the_update_shows_its_rounding(inputs: Inputs) -> None:
-    """The results pass, since the update is as large as the base; a small one suffers in half precision."""
+    """The results pass because the update is as large as the base; a small update is inaccurate in half precision."""
     for name in ("naive", "merged"):
         assert verdict(ROWS[name], inputs) is None
         if inputs.x.dtype != torch.float32:

@@ -1,4 +1,6 @@
-"""A planted slow-down is reported, noise is not."""
+"""Test that the comparison reports a planted slowdown and ignores noise."""
+
+from __future__ import annotations
 
 import json
 import subprocess
@@ -94,7 +96,7 @@ line = {"suite": sys.argv[1], "row": "efft:eager", "machine": "", "ratio": {sys.
 def test_two_revisions_are_measured_with_this_checkouts_benchmarks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The revisions differ in the library; the benchmarks are not even in them."""
+    """The revisions differ only in the library, and neither contains the benchmarks."""
     root = tmp_path / "checkout"
     (root / "python").mkdir(parents=True)
 
@@ -114,6 +116,6 @@ def test_two_revisions_are_measured_with_this_checkouts_benchmarks(
     assert compare.main(["--revisions", "main~1", "main", "--", "fwd"]) == 1
     assert "slower  ops efft:eager fwd: +100.0%" in capsys.readouterr().out
     listed = subprocess.run(["git", "-C", str(root), "worktree", "list"], capture_output=True, text=True).stdout
-    assert len(listed.splitlines()) == 1, "the worktrees are gone again"
+    assert len(listed.splitlines()) == 1, "the worktrees are removed afterwards"
     with pytest.raises(ValueError, match=r"revision 'nowhere': .*invalid reference"):
         compare.main(["--revisions", "nowhere", "main"])

@@ -1,4 +1,6 @@
-"""The formulas against what torch counts and what the tensors weigh."""
+"""Compare the formulas for FLOPs and bytes with torch's operation counter and with the sizes of the tensors."""
+
+from __future__ import annotations
 
 import pytest
 import torch
@@ -50,7 +52,7 @@ def test_bytes_are_those_of_the_tensors(inputs: Inputs) -> None:
 
 
 def test_the_limit_of_a_layer_known_by_hand() -> None:
-    """ViT-B's qkv at rank 32: 3 · 32 · (768 + 2304) / (2 · 768 · 2304) = 1/12."""
+    """ViT-B's qkv at rank 32 has 3 · 32 · (768 + 2304) / (2 · 768 · 2304) = 1/12."""
     assert Sizes(1576, 768, 2304, 32, 4).limit("fwd_bwd") == pytest.approx(1 + 1 / 12)
 
 

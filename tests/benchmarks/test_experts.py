@@ -1,4 +1,6 @@
-"""Experts are measured with an update of all their matrices, and a row that computes something else gets no figure."""
+"""Test the benchmark of experts: all matrices have an update, and a row with wrong results is not timed."""
+
+from __future__ import annotations
 
 import re
 from pathlib import Path
@@ -36,7 +38,10 @@ def test_every_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_what_the_update_keeps_for_backward() -> None:
-    """Nothing of a weight's size: x and what the update makes of it, for both products, and the factors."""
+    """The update saves no tensor as large as a weight.
+
+    It saves x, the intermediate results that it computes from x for both products, and the factors.
+    """
     kept = {line["row"]: line["saved_bytes"] for line in measure(TINY, list(ROWS), repeats=1)}
     rows, sizes = 64 * 2, 4 * 3 * 64 * 32
     assert kept["dense"] - kept["floor"] >= 4 * sizes

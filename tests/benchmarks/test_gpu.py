@@ -1,4 +1,6 @@
-"""The time-boxed run: order, limits, and what happens to jobs that fail or hang."""
+"""Test the run within a time budget: the order of the jobs, their limits, and jobs that fail or hang."""
+
+from __future__ import annotations
 
 import sys
 import time
@@ -100,6 +102,6 @@ def test_exit_code_and_summary(
 def test_wrong_calls_say_what_to_do(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys.modules["torch"].cuda, "is_available", lambda: False)
     assert main(["gpu"]) == 2
-    assert "no CUDA device; to try it out without one: --device cpu --quick" in capsys.readouterr().err
+    assert "no CUDA device; to try the command without one, pass --device cpu --quick" in capsys.readouterr().err
     assert main(["gpu", "--device", "cpu", "--budget", "0"]) == 2
     assert "--budget must be a positive number of seconds, got 0" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The benchmark of attention and Conv1D: what may be timed, and what its rows say."""
+"""Test the benchmark of attention and Conv1D: which rows are timed, and the contents of their lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Bytes kept for backward against what the formulas keep; peaks of a process that allocates a known amount."""
+"""Compare the measured saved bytes with formulas, and the measured peak with a known allocation."""
+
+from __future__ import annotations
 
 import json
 import os
@@ -28,8 +30,8 @@ def test_each_storage_counts_once() -> None:
     x = torch.randn(8, 16, requires_grad=True)
 
     def forward() -> torch.Tensor:
-        y = x.exp()  # keeps y
-        return y[:4] * y[4:]  # keeps two views of y
+        y = x.exp()  # saves y
+        return y[:4] * y[4:]  # saves two views of y
 
     assert saved_for_backward(forward) == 8 * 16 * 4
 
@@ -38,7 +40,7 @@ def test_nothing_stays_behind() -> None:
     x, seen = torch.randn(8, requires_grad=True), []
 
     def forward() -> torch.Tensor:
-        y = x.exp()  # an output that its own graph keeps
+        y = x.exp()  # the graph of this output saves the output
         seen.append(weakref.ref(y))
         return y.sum()
 
@@ -64,7 +66,7 @@ def test_nothing_is_kept_without_gradients() -> None:
 
 
 def test_a_layer_keeps_what_its_formula_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """y = x Wᵀ keeps nothing new; h and x serve the low-rank update; W + dW keeps a weight."""
+    """y = x Wᵀ saves no new tensor, the low-rank update saves h and x, and W + dW saves a tensor as large as W."""
     monkeypatch.setitem(cases.MODELS, "tiny", (16, 7))
     spec = {**asdict(Case("fc1", "tiny", images=3, rank=4, dtype="float32")), "device": "cpu"}
     tokens, d_in, d_out, rank, width = 21, 16, 64, 4, 4
@@ -82,7 +84,7 @@ def test_a_model_row_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_peak_is_that_of_the_step() -> None:
-    """In a process of its own: two steps that hold 200 MB each, one after the other."""
+    """The test runs two steps in a new process; each step allocates 200 MB and frees them."""
     code = (
         "import json; from benchmarks.memory import peak\n"
         "step = lambda: len(bytes(bytearray(b'x') * 200_000_000))\n"

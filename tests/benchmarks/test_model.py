@@ -1,4 +1,6 @@
-"""Every row of the model benchmark trains what it says, on the floor's terms, and only a right one gets a time."""
+"""Test the benchmark of complete models: each row trains the right parameters, and only accurate rows are timed."""
+
+from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,14 +25,14 @@ pytest.importorskip("peft", reason="needs the dev extra")
 
 TINY = Setting("tiny", batch=2, rank=4)
 EAGER = ROWS["efft:eager"]
-#: Why the rows cannot run whose backend needs a GPU, or the compiled extension.
+#: The reasons for rows whose backend needs a GPU or the compiled extension.
 MISSING = {name: can_run(row.backend, torch.ones(1)) for name, row in ROWS.items() if row.backend is not None}
 RUNNABLE = [name for name in ROWS if MISSING.get(name) is None]
 
 
 @pytest.fixture(params=["vit"], autouse=True)
 def architecture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Tiny models of width 16 (Swin: 8 and 16) in place of timm's by name."""
+    """Replace timm's models with tiny models of width 16 (Swin: 8 and 16), and return the name of one."""
     sizes: dict[str, Any] = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
     kind = timm.models.VisionTransformer
     if request.param == "swin":
@@ -68,7 +70,7 @@ def test_gradient_enters_the_floor_at_the_first_adapted_layer(architecture: str)
 
 @both
 def test_no_row_asks_for_a_gradient_before_the_first_adapted_layer(architecture: str) -> None:
-    """So the floor's backward pass is as long as any adapter's."""
+    """For this reason the backward pass of the frozen baseline is as long as that of any adapter."""
     for row in select([*(name for name in RUNNABLE if name not in ("bitfit", "full"))]):
         model = TINY.build(row)
         before = []
@@ -172,7 +174,7 @@ def test_a_row_that_breaks_does_not_stop_the_others(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_step_that_no_graph_can_capture_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The two lines that need a GPU are stood in for: an optimizer that can be captured, and the capture."""
+    """The test replaces the two parts that need a GPU: the capture and an optimizer that can be captured."""
     adamw, pools = torch.optim.AdamW, []
 
     class Graph:
@@ -182,7 +184,7 @@ def test_a_step_that_no_graph_can_capture_does_not_stop_the_others(monkeypatch: 
     def capture(step: Any, warmup: int = 2, pool: Any = None) -> Captured:
         pools.append(pool)
         if len(pools) == 2:
-            raise RuntimeError("no CUDA graph can capture it: planted")
+            raise RuntimeError("a CUDA graph cannot capture the call: planted")
         return Captured(step, Graph())  # type: ignore[arg-type]
 
     monkeypatch.setattr(torch.optim, "AdamW", lambda *args, capturable, **options: adamw(*args, **options))
@@ -190,7 +192,7 @@ def test_a_step_that_no_graph_can_capture_does_not_stop_the_others(monkeypatch: 
     monkeypatch.setattr(Captured, "__call__", lambda self: self.run())
     rows = [FLOOR, EAGER, NAIVE, ROWS["peft"]]
     floor, failed, after, last = measure(replace(TINY, cuda_graphs=True), rows, repeats=1)
-    assert failed["reason"] == "failed: no CUDA graph can capture it: planted"
+    assert failed["reason"] == "failed: a CUDA graph cannot capture the call: planted"
     assert all("ratio" in line and line["cuda_graphs"] for line in (floor, after, last))
     assert pools == [None, "pool", None, "pool"], "a failed capture may leave its memory in use"
 
@@ -202,7 +204,7 @@ def test_captured_steps_train(dtype: str) -> None:
     waits = ModelRow("waits", "", lambda model, rank: _with_hook(model, lambda module, args, y: (y.sum().item(), y)[1]))
     lines = measure(setting, [*select(["efft:eager", "peft"]), waits], repeats=2)
     assert ["ratio" in line for line in lines] == [True, True, True, False]
-    assert lines[-1]["reason"].startswith("failed: no CUDA graph can capture it")
+    assert lines[-1]["reason"].startswith("failed: a CUDA graph cannot capture the call")
 
     model = setting.build(EAGER)
     step = Captured.of(training_step(EAGER, model, setting))
@@ -241,4 +243,4 @@ def test_cuda_graphs_need_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_unknown_row_names_the_near_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["model", "--rows", "naiv"]) == 2
-    assert "no row 'naiv': did you mean 'naive'?" in capsys.readouterr().err
+    assert "unknown row 'naiv': did you mean 'naive'?" in capsys.readouterr().err

@@ -1,4 +1,6 @@
-"""The rows compute one thing, and only a row that does gets a time."""
+"""Test that all rows compute the same results, and that a row with wrong results is not timed."""
+
+from __future__ import annotations
 
 import functools
 import os
@@ -17,7 +19,7 @@ from benchmarks.budget import verdict
 from benchmarks.counts import Peaks, Sizes
 from benchmarks.ops import cases, rows, run
 from benchmarks.ops.cases import Case, Inputs, make_inputs
-from benchmarks.ops.rows import ROWS, Layer, Row, under_autograd
+from benchmarks.ops.rows import ROWS, Layer, LayerRow, under_autograd
 from efft_kernels.native import MISSING
 from efft_lab.record import read
 
@@ -39,7 +41,7 @@ def _small_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     [row for row in ROWS.values() if row.name not in ("lorafusion", "efft:triton", "efft:cuda")],
     ids=lambda row: row.name,
 )
-def test_every_row_is_within_the_budget(row: Row, transposed: bool, dtype: torch.dtype) -> None:
+def test_every_row_is_within_the_budget(row: LayerRow, transposed: bool, dtype: torch.dtype) -> None:
     if row.name == "peft":
         pytest.importorskip("peft", reason="needs the dev extra")
     inputs = make_inputs(Sizes(61, 48, 96, 16, dtype.itemsize), dtype, n_cores=3, transposed=transposed)
@@ -72,7 +74,7 @@ def test_the_triton_row_in_the_interpreter() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("row", ROWS.values(), ids=lambda row: row.name)
-def test_every_row_on_a_gpu(row: Row) -> None:
+def test_every_row_on_a_gpu(row: LayerRow) -> None:
     inputs = make_inputs(Sizes(1000, 768, 2304, 16, 2), torch.bfloat16, n_cores=3, device="cuda")
     if row.name == "efft:cpu":
         assert row.unavailable(inputs) == "cpu runs tensors on the CPU, got cuda:0"
@@ -83,22 +85,22 @@ def test_every_row_on_a_gpu(row: Row) -> None:
 
 def test_the_triton_row_says_why_it_cannot_run() -> None:
     row = ROWS["lorafusion"]
-    assert row.unavailable(TINY.inputs()) == "its kernels take ranks that are powers of two from 16, got 4"
+    assert row.unavailable(TINY.inputs()) == "its kernels need a rank that is a power of two of at least 16, got 4"
     inputs = Case("o", "tiny", 3, 16, "float32").inputs()
-    assert row.unavailable(inputs) == "Triton runs on a GPU, the inputs are on cpu"
+    assert row.unavailable(inputs) == "Triton needs a GPU, but the inputs are on cpu"
 
 
 def test_rows_differ_in_work_as_their_explanations_say() -> None:
-    """Multiply-adds beyond the floor's, in units of tokens · d_in · d_out and, for the products with r, exactly."""
+    """The expected numbers are the multiply-adds in excess of the frozen baseline's."""
     n, k, d, r = 31, 24, 60, 5
     inputs = make_inputs(Sizes(n, k, d, r, 4), torch.float32, n_cores=3)
     extra = {
         "floor": 0,
         "merged": 0,
         "chain": 3 * n * r * (k + d),
-        "addmm": (3 + 1 - 1) * n * r * (k + d),  # x Aᵀ and gy B twice; torch's counter leaves out addmm_
-        "naive": n * k * d + 3 * k * r * d,  # the weight's gradient; dW, dD and dG
-        "paper": 3 * n * k * d + 3 * k * r * d,  # x dW, and both gradients of that
+        "addmm": (3 + 1 - 1) * n * r * (k + d),  # computes x Aᵀ and gy B twice; torch's counter ignores addmm_
+        "naive": n * k * d + 3 * k * r * d,  # the gradient of the weight; dW, dD and dG
+        "paper": 3 * n * k * d + 3 * k * r * d,  # x dW and both its gradients
     }
     for name, expected in extra.items():
         layer = ROWS[name].build(inputs)
@@ -121,8 +123,8 @@ def test_peft_row_is_the_librarys_own_layer(monkeypatch: pytest.MonkeyPatch) -> 
     ]
 
 
-class Wrong(Row):
-    """Fast, and wrong in one gradient: it drops half of dG."""
+class Wrong(LayerRow):
+    """A fast row with one wrong gradient: it returns half of dG."""
 
     name, explains = "wrong", "a planted error"
 
@@ -135,7 +137,7 @@ class Wrong(Row):
         return under_autograd(compute, inputs)
 
 
-class Broken(Row):
+class Broken(LayerRow):
     name, explains = "broken", "raises"
 
     def build(self, inputs: Inputs) -> Layer:
@@ -149,7 +151,7 @@ def test_a_wrong_row_gets_a_reason_and_no_time() -> None:
     for name, reason in (
         ("wrong", "error over 2 times that of the plain formula in the same precision: dG"),
         ("broken", "failed: RuntimeError: no such kernel"),
-        ("lorafusion", "not available: its kernels take ranks"),
+        ("lorafusion", "not available: its kernels need a rank"),
     ):
         assert lines[name]["reason"].startswith(reason)
         assert not {"seconds", "ratio", "limit"} & lines[name].keys()
@@ -167,7 +169,7 @@ def test_without_a_floor_nothing_is_timed() -> None:
         name = "floor"
 
     lines = run.measure(TINY, [NoFloor(), ROWS["chain"]], run.Setting(repeats=1))
-    assert lines[1]["reason"] == "the floor it is compared with was refused"
+    assert lines[1]["reason"] == "not timed: the frozen baseline failed its check"
     assert "seconds" not in lines[1]
 
 

@@ -1,4 +1,4 @@
-"""The benchmark of planning."""
+"""Test the benchmark of planning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Pictures and tables show what the result files say, name the machine, and keep modeled figures apart."""
+"""Test that pictures and tables show the results, name the machine, and label modeled values."""
+
+from __future__ import annotations
 
 import json
 from collections.abc import Iterable
@@ -97,7 +99,7 @@ def test_only_the_newest_run_is_drawn() -> None:
 def test_steps_with_and_without_cuda_graphs_stay_apart(results: Path) -> None:
     plain = [model_line(row, ratio, device="cuda") for row, ratio in (("floor", 1.0), ("peft", 2.0))]
     graphs = [{**line, "cuda_graphs": True, "ratio": q(1.1)} for line in plain]
-    # Lines from before the field are of steps without.
+    # Lines without the field ``cuda_graphs`` are from steps without CUDA graphs.
     older = [{**line, "cuda_graphs": False, "date": "2025-01-01T00:00:00+00:00"} for line in plain]
     write(results, "model", [*older, *plain, *graphs])
     assert tables.TABLES["train_step_gpu"]().splitlines()[3].startswith("| LoRA of `peft` | 2.00 |")
@@ -188,7 +190,7 @@ def test_training_step_table(results: Path) -> None:
     write(results, "model", [old, *full, *half])
     lines = tables.train_step("cpu").splitlines()
     assert lines[2:4] == [
-        "| frozen floor | 1.00 | 8.0 | 1.00 | 8.0 |",
+        "| frozen baseline | 1.00 | 8.0 | 1.00 | 8.0 |",
         "| EFFT2, backend eager | 1.50 | 5.3 | 1.25 | 6.4 |",
     ]
     assert not any("paper" in line for line in lines)
@@ -214,7 +216,7 @@ def test_memory_and_inference_tables(results: Path) -> None:
     write(results, "memory", [model_line("floor", 1.0, **bytes_of), refused(model_line("peft", 1.0, level="model"))])
     write(results, "model", [model_line("floor", 1.0)])
     write(results, "serve", [model_line(row, r, ratio_to_base=q(r)) for row, r in (("base", 1.0), ("merged", 1.01))])
-    assert tables.memory("cpu").splitlines()[2] == "| frozen floor | 280 MiB | 3072 MiB | 1,234,567 | 0.98 MB |"
+    assert tables.memory("cpu").splitlines()[2] == "| frozen baseline | 280 MiB | 3072 MiB | 1,234,567 | 0.98 MB |"
     assert tables.serve("cpu").splitlines()[2:4] == [
         "| plain model | 1.00 |",
         "| EFFT2 merged into the weights | 1.01 |",
@@ -261,4 +263,4 @@ def test_command_prints_a_table_or_names_what_there_is(results: Path, capsys: py
     assert capsys.readouterr().out.strip() == tables.NOTHING
     with pytest.raises(SystemExit):
         main(["tables", "serv"])
-    assert "no table 'serv'; there are summary, parameters, train_step, ops" in capsys.readouterr().err
+    assert "unknown table 'serv'; expected some of summary, parameters, train_step, ops" in capsys.readouterr().err

@@ -1,4 +1,6 @@
-"""Quantized backbones are measured with the adapter on them, and what cannot run here is named."""
+"""Test the benchmark of quantized models, and that it names the formats that cannot run."""
+
+from __future__ import annotations
 
 from pathlib import Path
 
@@ -27,11 +29,11 @@ def test_every_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     size = {}
     for line in lines:
         if line["row"] == "fp8-dynamic":
-            assert "requires CUDA compute capability" in line["reason"], "as torchao says on a CPU"
+            assert "requires CUDA compute capability" in line["reason"], "torchao says this on a CPU"
             continue
         assert "reason" not in line, line
         assert line["ratio"]["fwd"]["n"] == line["ratio"]["fwd_bwd"]["n"] == 1
-        # Ordered as the formats are: exact, rounded to bf16, to 8 bits, to 4.
+        # The errors increase with the formats: exact, rounded to bf16, 8 bits, 4 bits.
         least, most = {"dense": (0, 1e-2), "nf4": (2e-2, 1)}.get(line["row"], (1e-3, 0.1))
         assert least <= line["error"] < most, line
         size[line["dtype"], line["row"]] = line["weight_bytes"]

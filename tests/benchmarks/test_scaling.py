@@ -1,4 +1,6 @@
-"""Exponents of known power laws."""
+"""Test the fitted exponents on known power laws."""
+
+from __future__ import annotations
 
 from typing import Any
 
@@ -27,7 +29,7 @@ def test_exponent_of_a_power_law() -> None:
 
 
 def test_a_sweep_fits_the_whole_time_and_what_is_added(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The floor grows with tokens; the row adds a constant per rank: exponent 1 and, of what is added, 1."""
+    """The baseline and the addition both grow in proportion to the tokens, so both exponents are 1."""
 
     def measure(case: Case, wanted: object, setting: object) -> list[dict[str, Any]]:
         floor = 1e-3 * case.images

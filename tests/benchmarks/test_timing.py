@@ -1,4 +1,6 @@
-"""Interleaving, ratios within a repetition, and what a result file keeps of the samples."""
+"""Test the order of the timing, the ratios within a repetition, and the quantiles in result files."""
+
+from __future__ import annotations
 
 import json
 import time
@@ -25,7 +27,7 @@ def test_the_warm_up_is_not_measured() -> None:
 
 
 def test_ratios_are_taken_within_a_repetition() -> None:
-    """The machine was four times slower in the last repetition: no ratio shows it."""
+    """The machine was four times slower in the last repetition, but the ratios do not change."""
     assert ratios({"floor": [1.0, 1.0, 4.0], "row": [2.0, 3.0, 8.0]}) == {"floor": [1, 1, 1], "row": [2, 3, 2]}
 
 

@@ -1,11 +1,11 @@
-"""What every CUDA kernel costs, compiled without a GPU: registers, spills, stack, shared memory, instructions.
+"""Report the resources of every CUDA kernel, compiled without a GPU: registers, memory and instruction counts.
 
-    python -m tests.csrc.resource_report                              # all kernels, a table and the faults found
+    python -m tests.csrc.resource_report                              # prints a table of all kernels, and the faults
     python -m tests.csrc.resource_report --targets 90a --only project
 
-A fault is what must not happen: a compile error (launch.h checks dynamic shared memory there), registers spilled or a
-stack frame, a kernel of 16-bit products without tensor-core instructions or without asynchronous copies, a note of the
-compiler's that it serialized them. It says nothing about speed or correct results.
+A fault is one of the following: a compile error (launch.h checks dynamic shared memory at compile time), spilled
+registers or a stack frame, a 16-bit product without tensor-core instructions or without asynchronous copies, or a
+compiler message that these instructions were serialized. The report does not check speed or results.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from pathlib import Path
 
 from efft_kernels.build import NVCC_FLAGS, BuildError, Tools, cuda_sources, find_tools
 
-#: Architectures: those that are built, and 100, which gets the PTX of 80 and is a guide to what becomes of it.
+#: The architectures to compile for: the released targets, and 100, whose report is for information only.
 TARGETS = ("80", "90a", "100")
-#: Bytes of spills and stack that may be on a target that is not built: its compiler parks some values for occupancy.
+#: Allowed bytes of spills and stack on a target that is not released; its compiler spills some values for occupancy.
 _PARKED = {"80": 0, "90a": 0, "100": 64}
-#: Bytes of shared memory that a kernel may declare statically.
+#: Maximum bytes of static shared memory per kernel.
 _STATIC_SHARED = 48 * 1024
-#: Kernels that are products of 16-bit types: what their names say, and what they then must hold by target.
+#: The kernels that are 16-bit products: a pattern for their names, and the instructions that they need by target.
 _PRODUCT = re.compile(r"(lowrank_gemm|project|reduce_tokens)_kernel<(__half|__nv_bfloat16)|lowrank_gemm_sm90")
 _CLASSES = {
     "HMMA": r"HMMA",
@@ -47,7 +47,7 @@ _CLASSES = {
 
 @dataclass
 class Report:
-    """What one kernel needs on one target; ``faults`` is empty if all is well."""
+    """Hold the resources of one kernel on one target; ``faults`` is empty if the kernel passes."""
 
     kernel: str
     target: str
@@ -60,7 +60,7 @@ class Report:
 
 
 def inspect(source: Path, flags: Sequence[str], target: str, tools: Tools) -> list[Report]:
-    """Compile one file for one target and read what came out."""
+    """Compile one file for one target and return the reports of its kernels."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernels.cubin"
         own = [word for flag in flags if not flag.startswith("-gencode") for word in flag.split(" ", 1)]
@@ -80,7 +80,7 @@ def inspect(source: Path, flags: Sequence[str], target: str, tools: Tools) -> li
 
 
 def read(said: str, code: str, target: str) -> list[Report]:
-    """The kernels of a file, from what ptxas -v said and from the disassembled code."""
+    """Return reports of the kernels in a file from the output of ``ptxas -v`` and the disassembled code."""
     counts: dict[str, collections.Counter[str]] = {}
     for part in re.split(r"^\s*\.section\s+\.text\.", code, flags=re.M)[1:]:
         count = counts.setdefault(part.partition(",")[0], collections.Counter())
@@ -103,7 +103,7 @@ def read(said: str, code: str, target: str) -> list[Report]:
 
 
 def faults(report: Report, said: str) -> list[str]:
-    """What must not be, given also what the compiler said about the file."""
+    """Return the faults of one kernel; ``said`` is the compiler's output for the file."""
     found = []
     has = report.instructions
     if report.registers < 0 or report.stack < 0 or not has.get("all"):
@@ -122,7 +122,7 @@ def faults(report: Report, said: str) -> list[str]:
 
 
 def inspect_all(tools: Tools, targets: Iterable[str], only: str = "") -> list[Report]:
-    """The reports of all kernels whose file's name contains ``only``, as many at a time as there are cores."""
+    """Inspect all kernels in files whose name contains ``only``, in as many processes as there are cores."""
     assert tools.cutlass is not None
     work = [
         (source, flags, target, tools)
@@ -135,7 +135,7 @@ def inspect_all(tools: Tools, targets: Iterable[str], only: str = "") -> list[Re
 
 
 def table(reports: Iterable[Report]) -> str:
-    """The reports as text."""
+    """Return the reports as a table."""
     kinds = [kind for kind in _CLASSES if kind != "local"]
     lines = [f"{'kernel':<62} {'target':>6} {'regs':>4} {'spill':>5} {'stack':>5}  " + ", ".join((*kinds, "all"))]
     for r in reports:
@@ -146,7 +146,7 @@ def table(reports: Iterable[Report]) -> str:
 
 
 def _readable(name: str) -> str:
-    """A mangled kernel, demangled, without namespaces and parameters."""
+    """Return the demangled name of a kernel without namespaces and parameters."""
     name = _run("c++filt", name).strip()
     name = re.sub(r"efft::|\(anonymous namespace\)::|^void ", "", name)
     name = re.sub(r"\(Order\)(\d)", lambda order: ("outer", "sum")[int(order[1])], name)
@@ -154,7 +154,7 @@ def _readable(name: str) -> str:
 
 
 def find_tool(name: str, tools: Tools) -> str:
-    """A tool of the CUDA toolkit, or of Triton's wheel."""
+    """Return the path of a tool from the CUDA toolkit or from Triton's wheel."""
     assert tools.nvcc is not None
     spec = importlib.util.find_spec("triton")
     triton = Path(spec.origin).parent / "backends/nvidia/bin" if spec is not None and spec.origin else Path()
@@ -172,11 +172,11 @@ def _run(*command: str, silent: bool = False) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command: exit code 1 if there is a fault."""
+    """Run the command; the exit code is 1 if there is a fault."""
     parser = argparse.ArgumentParser(prog="python -m tests.csrc.resource_report", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--only", default="", help="files whose name contains this")
+    parser.add_argument("--only", default="", help="inspect only files whose name contains this text")
     options = parser.parse_args(arguments)
     try:
         tools = find_tools("cuda")

@@ -1,4 +1,4 @@
-"""The CUDA target: built where nvcc is, loaded by a torch without a GPU; its report finds what is planted."""
+"""Test that the CUDA library builds, that torch loads it without a GPU, and that the resource report finds faults."""
 
 import os
 import shutil

@@ -228,8 +228,9 @@ def test_planted_faults_are_found(folders: dict[bool, Path], sanitized: dict[str
 
 # Compute capability 9.0.
 
-#: Of lowrank_gemm_sm90.cu: rank made or read, right operand in either order, two tiles, two types.
-INSTANCES = 16
+#: Of lowrank_gemm_sm90.cu: h made or read, the right operand in either order, two tiles, two types; in the second
+#: generation h is also made beside half as many columns.
+INSTANCES, INSTANCES_OF_BOTH = 16, 24
 HOPPER_ORDERS = pytest.mark.parametrize(
     "order",
     [{}, {"EFFT_EMULATION_REVERSE": "1"}, *({"EFFT_EMULATION_SEED": str(seed)} for seed in SEEDS)],
@@ -249,8 +250,18 @@ def test_every_op_on_ragged_sizes_on_sm90(library: Path, order: dict[str, str]) 
     assert int(re.search(r"kernels run, (\d+) of them in clusters", done.stdout)[1]) == INSTANCES
 
 
+@pytest.mark.slow
+@on_hopper
+def test_the_second_generation_on_sm90(library: Path) -> None:
+    """The same cases with the kernels that no device has run yet."""
+    done = ragged(library, **SM90, EFFT_SM90_GENERATION="2", EFFT_EMULATION_SEED="1")
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(re.search(r"kernels run, (\d+) of them in clusters", done.stdout)[1]) == INSTANCES_OF_BOTH
+
+
 def few_instances() -> dict[str, str]:
-    """The sources with 4 of the 16 instances, which compile in a fourth of the time: one type, one tile."""
+    """The sources with a fourth of the instances, which compile faster: one type, one tile."""
     files = emulator.sources(with_hopper=True)
     types = """op.A.type == Type::bfloat16 ? launch_order<cutlass::bfloat16_t, bf16>(op, stream)
                                      : launch_order<cutlass::half_t, fp16>(op, stream)"""

@@ -1,4 +1,4 @@
-"""Tiny models and what the tests of every part of efft need: factors that matter, and proof that nothing changed."""
+"""Provide tiny models, factors with an effect, and a check that a model has not changed, for all tests of efft."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Make = Callable[..., nn.Module]
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
-    """On models this small a second thread only waits, for long where the machine is busy."""
+    """Use one thread: with such small models a second thread only waits, for a long time on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -30,7 +30,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def tiny_vit() -> Make:
-    """A timm ViT of width 16 with 2 blocks for images of 16 pixels; the same weights at every call."""
+    """Return a function that creates a timm ViT of width 16 with 2 blocks for 16-pixel images; calls are identical."""
     models = pytest.importorskip("timm", reason="needs the vision extra").models
 
     def make(**changes: Any) -> nn.Module:
@@ -43,7 +43,10 @@ def tiny_vit() -> Make:
 
 @pytest.fixture
 def tiny_swin() -> Make:
-    """A timm Swin with 2 blocks in each of 4 stages (widths 8 to 64) for images of 32 pixels, without drop path."""
+    """Return a function that creates a timm Swin with 2 blocks in each of 4 stages for 32-pixel images.
+
+    The widths are 8 to 64, and the model has no drop path.
+    """
     models = pytest.importorskip("timm", reason="needs the vision extra").models
 
     def make(**changes: Any) -> nn.Module:
@@ -63,7 +66,7 @@ def images() -> Tensor:
 
 @pytest.fixture
 def randomize() -> Callable[..., nn.Module]:
-    """Give every factor random values, so that the update is as large as what it is added to."""
+    """Return a function that makes every factor random, so that the update is as large as the frozen product."""
 
     def fill(model: nn.Module, std: float = 0.5, seed: int = 2) -> nn.Module:
         generator = torch.Generator().manual_seed(seed)
@@ -77,7 +80,7 @@ def randomize() -> Callable[..., nn.Module]:
 
 @pytest.fixture
 def adapted_vit(tiny_vit: Make, randomize: Callable[..., nn.Module]) -> Make:
-    """The tiny ViT in eval mode, adapted at rank 4 (``changes`` go to the config) with random factors."""
+    """Return a function for the tiny ViT in eval mode, adapted at rank 4 (``changes`` update the config) at random."""
 
     def make(std: float = 0.5, **changes: Any) -> nn.Module:
         model = tiny_vit().eval()
@@ -88,7 +91,7 @@ def adapted_vit(tiny_vit: Make, randomize: Callable[..., nn.Module]) -> Make:
 
 @pytest.fixture
 def adapter(tiny_vit: Make, randomize: Make) -> Make:
-    """An adapted tiny ViT in eval mode with factors and a head of its own, by a number."""
+    """Return a function that creates an adapted tiny ViT in eval mode; a number determines its factors and head."""
 
     def make(seed: int, config: AdapterConfig | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
         model = efft.apply(tiny_vit().to(dtype).eval(), config or efft.EfftConfig(rank=4, scale=0.7))
@@ -110,7 +113,7 @@ def pool(tiny_vit: Make) -> efft.AdapterPool:
 
 @pytest.fixture
 def saved(adapted_vit: Make, tmp_path: Path) -> tuple[nn.Module, Path]:
-    """An adapted tiny ViT (with a head that differs from the fresh one) and the folder it was saved in."""
+    """Return an adapted tiny ViT whose head differs from the initial one, and the folder of its adapter."""
     model = adapted_vit(scale=0.7, init="vu")
     with torch.no_grad():
         model.head.weight.mul_(2)
@@ -120,7 +123,7 @@ def saved(adapted_vit: Make, tmp_path: Path) -> tuple[nn.Module, Path]:
 
 @pytest.fixture
 def graph_breaks() -> Callable[..., int]:
-    """Runs a model under torch.compile, and counts what interrupts it."""
+    """Return a function that runs a model under torch.compile and counts the graph breaks."""
 
     def count(model: nn.Module, *args: Tensor, **inputs: Tensor) -> int:
         torch.compiler.reset()
@@ -133,7 +136,7 @@ def graph_breaks() -> Callable[..., int]:
 
 @pytest.fixture
 def unchanged() -> Callable[[nn.Module], AbstractContextManager[None]]:
-    """``with unchanged(model):`` fails if the block changes anything of the model: values, modules, flags, hooks."""
+    """``with unchanged(model):`` fails if the block changes values, modules, flags or hooks of the model."""
 
     @contextmanager
     def check(model: nn.Module) -> Iterator[None]:
@@ -147,7 +150,7 @@ def unchanged() -> Callable[[nn.Module], AbstractContextManager[None]]:
 
 
 def _snapshot(model: nn.Module) -> dict[str, Any]:
-    """Everything the rest of a program can see of a model, as values that compare by ==."""
+    """Return the visible state of a model as values that can be compared with ==."""
     seen: dict[str, Any] = {}
     for name, module in model.named_modules():
         hooks = [len(v) for k, v in vars(module).items() if k.endswith("_hooks")]

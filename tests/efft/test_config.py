@@ -1,4 +1,4 @@
-"""EfftConfig: what is refused and with which words, values per group, and the way to JSON and back."""
+"""Test EfftConfig: rejected values and their errors, values per group, and conversion to and from JSON."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from efft import EfftConfig, paper_config
 
-# --- what is refused -------------------------------------------------------------------------------------------------
+# --- rejected values --------------------------------------------------------------------------------------------------
 
 INVALID: list[tuple[dict[str, Any], str]] = [
     ({"variant": "efft3"}, "EfftConfig.variant must be one of ('efft1', 'efft2'), got 'efft3'"),

@@ -1,4 +1,6 @@
-"""efft.fuse: the same model in less memory, undone without a trace."""
+"""Test efft.fuse: the fused model is the same in less memory, and fusing can be undone completely."""
+
+from __future__ import annotations
 
 import copy
 from typing import Any
@@ -27,7 +29,7 @@ def images(model: nn.Module) -> Tensor:
 
 
 def step(model: nn.Module, x: Tensor) -> tuple[list[Tensor], int]:
-    """Output and gradients of a training step, and the bytes it keeps beside the parameters."""
+    """Return the output and gradients of a training step, and the saved bytes in addition to the parameters."""
     kept = {}
     owned = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
@@ -58,7 +60,7 @@ def test_the_same_in_less_memory() -> None:
 
 @pytest.mark.parametrize("name", ["test_vit2", "test_vit3", "test_vit4", "swin_tiny_patch4_window7_224"])
 def test_other_blocks(name: str) -> None:
-    """Norms on q and k, layer scale, gates, windows: what does not lead straight into an adapted layer is computed."""
+    """Norms on q and k, layer scales, gates and windows do not feed an adapted layer directly and are not fused."""
     model = adapted(name).eval()
     x = images(model)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Merging and back: the same function, one rounding, nothing lost on the way back, and an honest report."""
+"""Test merging and unmerging: the same function, one rounding, exact restoration, and a correct report."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CONFIGS: list[dict[str, Any]] = [
 
 
 def dense_update(model: nn.Module, name: str) -> Tensor:
-    """ΔW [out, in] of a layer in fp64, from the factors and the layer's place alone."""
+    """Return ΔW [out, in] of a layer in fp64, computed only from the factors and the layer's position."""
     layer = model.get_submodule(name)
     factors, site = layer.factors, layer.site
     U, C, V = factors.U.double(), factors.C.double(), factors.V.double()
@@ -60,7 +60,7 @@ def test_merged_weights_are_base_plus_update_rounded_once(
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_merged_model_computes_the_same(config: dict[str, Any], adapted_vit: Make, images: Tensor) -> None:
-    """The difference is measured against the update's effect: against the output it could hide a missing layer."""
+    """The difference is compared with the effect of the update; relative to the output, a missing layer could hide."""
     model = adapted_vit(std=0.2, **config)
     unmerged = model(images)
     with efft.disabled(model):
@@ -84,7 +84,7 @@ def test_merging_what_is_switched_off_is_refused(adapted_vit: Make, images: Tens
 
 
 def test_small_update_of_big_weights(tiny_vit: Make, randomize: Make) -> None:
-    """Weights 10,000 times the update: what arrives is the update to the weights' rounding."""
+    """The weights are 10,000 times the update. The merged update is accurate up to the rounding of the weights."""
     model = tiny_vit()
     with torch.no_grad():
         model.blocks[0].mlp.fc1.weight.uniform_(-10, 10)
@@ -117,7 +117,7 @@ def test_merging_leaves_dropout_out(adapted_vit: Make, images: Tensor) -> None:
     torch.testing.assert_close(model(images), unmerged, rtol=1e-4, atol=1e-4)
 
 
-# --- and back --------------------------------------------------------------------------------------------------------
+# --- unmerging --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -206,7 +206,7 @@ def test_report_of_a_fresh_adapter(tiny_vit: Make, unchanged: Unchanged) -> None
         efft.unmerge(model)
 
 
-# --- refused ---------------------------------------------------------------------------------------------------------
+# --- errors -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -1,4 +1,4 @@
-"""Counts of trainable parameters and the table they print."""
+"""Test the counts of trainable parameters and the table that shows them."""
 
 from __future__ import annotations
 

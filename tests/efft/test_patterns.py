@@ -1,4 +1,4 @@
-"""Patterns of layer names: those of users are matched by ``re``, those of files in a bounded time or not at all."""
+"""Test patterns of layer names: ``re`` matches users' patterns; a file's are matched in bounded time or rejected."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_examples(pattern: str, name: str, expected: bool | type[Exception]) -> 
     "pattern", ["(?=a)a", "(?P<n>a)", "a{2}", r"\bab*", r"(a)\1", "(?i)a", r"\Aa+", "(" * 500 + "a" + ")" * 500]
 )
 def test_other_expressions_are_refused(pattern: str) -> None:
-    """From a file; of what the user types only what ``re`` refuses is refused."""
+    """These patterns are rejected only in files; for users' patterns, only ``re`` decides."""
     with pytest.raises(ValueError, match="neither a layer name nor a regular expression"):
         file_matchers([pattern])
 
@@ -93,9 +93,9 @@ def test_other_expressions_are_refused(pattern: str) -> None:
     ],
 )
 def test_expressions_that_drag(pattern: str) -> None:
-    """From a file they are refused at once, or matched in a bounded time."""
+    """In a file, these patterns are rejected at once or matched in bounded time."""
     with within(5), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # about sets within sets
+        warnings.simplefilter("ignore", FutureWarning)  # about nested sets
         try:
             (matches,) = file_matchers([pattern])
         except ValueError as error:

@@ -1,4 +1,4 @@
-"""Pruning: exact where the rank is lower, the error that it reports, and a model that goes on as any other."""
+"""Test pruning: it is exact for factors of lower rank, reports its error, and leaves a working adapted model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CONFIGS: list[dict[str, Any]] = [
 
 
 def updates(model: nn.Module) -> dict[str, list[Tensor]]:
-    """Every group's updates [out, in], one a layer."""
+    """Return the updates [out, in] of every group, one per layer."""
     found: dict[str, list[Tensor]] = {}
     for layer in adapted_layers(model).values():
         name = next(name for name, bank in model.efft.items() if bank is layer.factors)
@@ -39,7 +39,7 @@ def norm(matrices: list[Tensor]) -> float:
 
 
 def lowered(model: nn.Module, rank: int) -> nn.Module:
-    """The model with a train of this rank, written in factors as large as before."""
+    """Return the model with factors of the original size whose effective rank is ``rank``."""
     with torch.no_grad():
         for factors in model.efft.values():
             mix_in, mix_out = (torch.randn(r, rank) @ torch.randn(rank, r) for r in (factors.r1, factors.r2))
@@ -77,7 +77,7 @@ def test_error_is_what_the_dropped_singular_values_say(config: dict[str, Any], k
 
 
 def test_no_basis_of_that_rank_loses_less(adapted_vit: Make) -> None:
-    """On the side that is cut alone: the dense updates beside each other say what must be lost at least."""
+    """If only one side is cut, the dense updates side by side determine the minimum loss."""
     model = adapted_vit(rank=(6, 1), targets=["qkv"], std=0.2).double()
     beside = torch.cat([u.t() for u in updates(model)["mhsa"]], 1)  # [in, out of all]
     values = torch.linalg.svdvals(beside)[:6]
@@ -128,7 +128,7 @@ def test_nothing_to_prune_changes_no_bit(adapted_vit: Make, unchanged: Unchanged
 
 
 def test_room_for_other_ranks(adapted_vit: Make) -> None:
-    """A state of a pruned model fits, into parameters that are frozen where those before were."""
+    """A pruned model's state fits into the new parameters, which are frozen if the old ones were."""
     model, other = adapted_vit(rank=6), adapted_vit(rank=6)
     other.efft["ffn"].U.requires_grad_(False)
     set_ranks(other, efft.prune(model, 0.8).ranks)

@@ -1,4 +1,6 @@
-"""Measuring on the spot, and the command that fills a table."""
+"""Test measurements at run time, and the command that fills a table of measurements."""
+
+from __future__ import annotations
 
 import json
 import os
@@ -66,7 +68,7 @@ def test_when_nothing_is_measured(module: object, question: str, tmp_path: Path)
 
 @pytest.mark.parametrize("op", autotune.OPS)
 def test_a_measurement(op: str) -> None:
-    """Each is run as asked; here the place of the kernels for GPUs is taken by the specification."""
+    """Each requested backend is measured; in this test the reference backend replaces the GPU kernels."""
     case = Case(op, 7, 24, 40, 5, "float32", 9)
     ran: list[str] = []
 
@@ -90,7 +92,7 @@ def test_a_measurement(op: str) -> None:
     ("module", "version"), [(mock.Mock(__version__="3.6.0"), "3.6.0"), (None, "not installed")], ids=["with", "without"]
 )
 def test_a_measurement_needs_no_triton(module: object, version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The compiled kernels are measured where Triton is missing."""
+    """The compiled kernels are measured even if Triton is missing."""
     monkeypatch.setitem(sys.modules, "triton", module)
     assert autotune._origin(CPU).startswith(f"measured on a CPU, torch {torch.__version__}, triton {version}, 20")
 
@@ -124,7 +126,7 @@ def test_the_command_needs_a_gpu(capsys: pytest.CaptureFixture[str], tmp_path: P
 
 @pytest.mark.parametrize("table", [None, "own.json"], ids=["unset", "set"])
 def test_the_variable_plugs_it_in(table: str | None, tmp_path: Path) -> None:
-    """Importing the package measures nothing, and does not even import the module, unless it is asked to."""
+    """Importing the package measures nothing. It imports the module for measuring only if the variable is set."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     environment.pop("EFFT_AUTOTUNE", None)
     if table is not None:

@@ -1,4 +1,6 @@
-"""Choosing a backend, and the tools of efft_kernels.testing that a backend is checked with."""
+"""Test the choice of a backend, and the tools of efft_kernels.testing that check backends."""
+
+from __future__ import annotations
 
 import os
 import re
@@ -24,13 +26,13 @@ from efft_kernels.testing import assert_close_budget, make_inputs, poisoned_empt
 ROOT = Path(__file__).parents[2]
 NAMES = "'auto', 'reference', 'eager', 'cpu', 'triton', 'cuda'"
 OPS = ("tt_linear", "tt_contract", "tt_merge_")
-#: What ``auto`` takes here.
+#: The backend that ``auto`` chooses on this machine.
 FIRST = next(backend.value for backend in AUTO_ORDER if can_run(backend, torch.ones(1)) is None)
 needs_default = pytest.mark.skipif("EFFT_BACKEND" in os.environ, reason="EFFT_BACKEND changes the default backend")
 
 
 class Registered(TorchDispatchMode):
-    """Names of the registered ops that run inside the ``with`` block."""
+    """Record the names of the registered ops that run inside the ``with`` block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +44,7 @@ class Registered(TorchDispatchMode):
 
 
 def call(op: str, **kwargs: Any) -> str:
-    """Call ``op``; the backend that ran it."""
+    """Call ``op`` and return the backend that ran it."""
     with Registered() as seen:
         getattr(efft_kernels, op)(**make_inputs(op), **kwargs)
     ran = {name.rpartition(".")[2] for name in seen.names}
@@ -249,7 +251,9 @@ def test_compiled_code_follows_the_choice() -> None:
     for backend in ("eager", "reference", "eager"):
         with use_backend(backend):
             compiled(inputs)
-    assert ["efft" in code for code in graphs] == [True, False], "one graph each, and the third call reuses the first"
+    assert ["efft" in code for code in graphs] == [True, False], (
+        "each backend has one graph, and the third call reuses the first"
+    )
 
 
 # efft_kernels.testing

@@ -1,4 +1,6 @@
-"""The environment report, `python -m efft_kernels`."""
+"""Test the environment report, ``python -m efft_kernels``."""
+
+from __future__ import annotations
 
 import os
 import platform
@@ -19,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def lines() -> dict[str, str]:
-    """The report by the names its lines begin with."""
+    """Return the lines of the report, keyed by their first words."""
     return {re.match(r"\w+ (on \w+|library)|\S+", line)[0]: line for line in env.report().splitlines()}
 
 
@@ -52,7 +54,7 @@ def test_what_is_loaded_or_why_not(target: str, monkeypatch: pytest.MonkeyPatch)
     shown = lines()[f"{target} library"]
     if target == "cpu" and reason is None:
         shown, _, isa = shown.partition(", instruction set: ")
-        assert isa in instruction_sets()  # the best, unless the system refuses the matrix registers
+        assert isa in instruction_sets()  # the best set, unless the system does not provide the matrix registers
     assert shown == f"{target + ' library':<13} {path if reason is None else f'not loaded: {reason}'}"
     monkeypatch.setitem(MISSING, target, "it is broken")
     assert lines()[f"{target} library"] == f"{target + ' library':<13} not loaded: it is broken"
@@ -79,7 +81,7 @@ def test_a_setting_that_stops_a_backend_is_in_the_report() -> None:
 
 @pytest.mark.parametrize("wrong", [1.001, float("nan")])
 def test_a_wrong_gradient_is_found(monkeypatch: pytest.MonkeyPatch, wrong: float) -> None:
-    """Of one backend, and by a thousandth, in a gradient alone."""
+    """The error is in one gradient of one backend, and as small as a thousandth."""
     right = torch.ops.efft.tt_linear_bwd.eager
     monkeypatch.setitem(
         sys.modules["efft_kernels.ops.tt_linear"]._BACKWARD,
@@ -93,7 +95,7 @@ def test_a_wrong_gradient_is_found(monkeypatch: pytest.MonkeyPatch, wrong: float
 
 @pytest.mark.parametrize("broken", [False, True])
 def test_the_command(tmp_path: Path, broken: bool) -> None:
-    """Exit code 1 if a self-test failed, and the report either way."""
+    """The exit code is 1 if a self-test failed; the report is printed in both cases."""
     program = "import runpy\n" + "import efft_kernels.env as e; e._relative = lambda a, b: 1.0\n" * broken
     command = [sys.executable, "-c", program + "runpy.run_module('efft_kernels', run_name='__main__')"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -1,4 +1,6 @@
-"""Tables of measurements changed at random: what is read can be used, the rest is refused by name."""
+"""Change tables of measurements at random: a table must be usable or rejected with an error that names the table."""
+
+from __future__ import annotations
 
 import json
 from pathlib import Path
@@ -57,6 +59,6 @@ def test_a_table_of_a_terabyte(tmp_path: Path) -> None:
 
 
 def test_the_case_is_measured() -> None:
-    """So that the fuzzers look for something that is there."""
+    """This test ensures that the fuzzers request a case that the table contains."""
     assert measured.nearest(CASE, measured.read(measured.COMMITTED), measured.NEAR) is not None
     assert torch.bfloat16 is getattr(torch, CASE.dtype)

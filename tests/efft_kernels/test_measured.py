@@ -1,4 +1,6 @@
-"""Own kernels or vendor's products: what a table of measurements makes auto do."""
+"""Test the choice of ``auto`` between the library's kernels and the vendor's products by a table of measurements."""
+
+from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +28,7 @@ def prefers_triton(case: Case, device: torch.device) -> bool:
 
 @pytest.fixture(autouse=True)
 def _nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The committed table is the subject of one test only."""
+    """Hide the committed table, which only one test needs."""
     monkeypatch.setattr(measured, "_rows", [])
     monkeypatch.setattr(measured, "_measurer", None)
 
@@ -79,7 +81,7 @@ def test_what_a_row_speaks_for(change: dict[str, object], speaks: bool) -> None:
 def test_where_no_row_is_of_this_layer(
     change: dict[str, object], speaks: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Others near it speak; unless it is measured."""
+    """Nearby rows decide instead, unless the case is measured."""
     case = replace(CASE, **change)
     assert (nearest(case, [row(CASE, 50)], widths=2.0) is not None) == speaks
     use_table(monkeypatch, tmp_path / "own.json", row(CASE, 50))
@@ -111,7 +113,7 @@ def test_the_nearest_row_counts_and_the_users_come_first(monkeypatch: pytest.Mon
     half = replace(CASE, tokens=6304)
     own = [row(CASE, 120), row(half, 50), row(CASE, 10)]
     use_table(monkeypatch, tmp_path / "own.json", *own)
-    assert not prefers_triton(CASE, CPU), "the first of equals"
+    assert not prefers_triton(CASE, CPU), "of equal rows the first counts"
     assert prefers_triton(replace(CASE, tokens=7000), CPU)
 
 
@@ -119,7 +121,9 @@ def test_the_fastest_of_those_that_can_run(monkeypatch: pytest.MonkeyPatch, tmp_
     use_table(monkeypatch, tmp_path / "own.json", row(CASE, 50, cuda=40), row(replace(CASE, d_in=3072), 50))
     assert fastest(CASE, CPU, ["eager", "triton", "cuda"]) == "cuda"
     assert fastest(CASE, CPU, ["eager", "triton"]) == "triton"
-    assert fastest(replace(CASE, d_in=3072), CPU, ["eager", "cuda"]) == "eager", "of an older row, without cuda"
+    assert fastest(replace(CASE, d_in=3072), CPU, ["eager", "cuda"]) == "eager", (
+        "the answer comes from an older row, without cuda"
+    )
     assert fastest(replace(CASE, d_in=3072), CPU, ["cuda"]) is None
 
 
@@ -171,7 +175,7 @@ def test_auto_on_a_gpu_follows_the_table(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 @pytest.mark.parametrize("settled", [True, False])
 def test_the_table_is_asked_once(settled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """But where a later call may measure what this one may not."""
+    """The result is not cached if a later call is allowed to measure but the current one is not."""
     monkeypatch.setattr(backends, "_answers", {})
     W = mock.Mock(spec=Tensor, device=torch.device("cuda"), dtype=torch.bfloat16)
     with (

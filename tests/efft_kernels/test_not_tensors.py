@@ -1,4 +1,6 @@
-"""What is no tensor, or no number, is refused by every op, by name."""
+"""Test that every op rejects an argument that is not a tensor or a number, with an error that names the argument."""
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any

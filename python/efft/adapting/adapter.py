@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from efft.adapting import buffers
+from efft.adapting import buffers, extras
 from efft.adapting.placing import Update, find_update
 from efft.adapting.wrappers import plain_name, unwrap
 from efft.config import AdapterConfig
@@ -26,6 +26,7 @@ class Adapter(nn.ModuleDict):
         layers: names of the adapted weights: the module's name for a layer, the parameter's name for any other weight.
         plan: the groups as adapter files keep them.
         head: names of the modules that are trained beside the factors.
+        extras: names of the parameters of the model that are trained beside factors and head: biases and norms.
         enabled: False while the update is switched off or merged.
     """
 
@@ -33,11 +34,13 @@ class Adapter(nn.ModuleDict):
         super().__init__(factors)
         self.config, self.head, self.enabled = config, head, True
         self.layers: list[str] = []
+        self.extras: list[str] = []
         self.plan: list[dict[str, Any]] = []
         self._idle_checked = False
         self._reads_checked: set[bool] = set()  # in which modes a pass has shown what is read
         self._originals: dict[str, Any] = {}
         self._base_buffers: dict[str, Tensor] = {}  # copies of what training may change
+        self._base_extras: dict[str, Tensor] = {}  # copies of what training changes
         self._still: list[nn.Module] = []  # kept in eval mode; not registered, so that they keep their names
         self._requires_grad: dict[str, bool] = {}
         self._hooks: list[Any] = []
@@ -175,13 +178,15 @@ def _never_run(layers: Mapping[str, Update], idle: list[Any]) -> list[str]:
 
 
 def base_loaded(model: nn.Module, incompatible: Any) -> None:
-    """Take the buffers for those of the base, after a checkpoint without factors was loaded."""
+    """Take buffers, biases and norms for those of the base, after a checkpoint without factors was loaded."""
     adapter = getattr(model, "efft", None)
     missing = [plain_name(name) for name in incompatible.missing_keys]
     if not isinstance(adapter, Adapter) or not all(_among(f"efft.{name}", missing) for name in adapter.state_dict()):
         return
     loaded = buffers.snapshot(model, adapter.head)
     adapter._base_buffers.update({name: value for name, value in loaded.items() if not _among(name, missing)})
+    trained = extras.snapshot(model, adapter.extras)
+    adapter._base_extras.update({name: value for name, value in trained.items() if not _among(name, missing)})
 
 
 def _among(name: str, names: list[str]) -> bool:

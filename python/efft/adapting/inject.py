@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from efft.adapting import buffers
+from efft.adapting import buffers, extras
 from efft.adapting.adapter import Adapter as Adapter
 from efft.adapting.adapter import adapted_layers as adapted_layers
 from efft.adapting.adapter import adapter_of as adapter_of
@@ -22,8 +22,9 @@ from efft.adapting.offload import Aside, device_of, follow, hooks_aside
 from efft.adapting.placing import place
 from efft.adapting.sharding import check_whole
 from efft.adapting.wrappers import check_unwrapped, unwrap
-from efft.config import AdapterConfig
+from efft.config import AdapterConfig, is_number
 from efft.methods.efft import EfftConfig
+from efft.planning.extras import is_norm
 from efft.planning.plan import Plan, make_plan, warn_of_untouched
 from efft.saving.stored import check_stored
 from efft_kernels import FactorBank
@@ -35,6 +36,8 @@ from efft_kernels.nn.producers import unfuse_producer
 
 def apply(model: nn.Module, config: AdapterConfig | None = None) -> nn.Module:
     """Adapt ``model`` in place: the selected weights get an update, and everything except factors and head is frozen.
+
+    Biases and normalization layers are trained too if ``config`` says so (``bias``, ``norms``).
 
     A layer that is called (linear, convolution, embedding) is replaced by an adapted one, such as ``EfftLinear``. A
     module that reads its parameters itself stays, and reads them with the update.
@@ -77,6 +80,7 @@ def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> nn.Module
     """Adapt ``model`` by a plan, as :func:`apply` does."""
     with hooks_aside(model) as aside:
         _check_trainable(model, plan.head, aside)
+        _check_present(model, plan.extras, aside)
         _adapt(model, config, plan, aside)
     return model
 
@@ -90,6 +94,7 @@ def _adapt(model: nn.Module, config: AdapterConfig, plan: Plan, aside: Aside) ->
     adapter._base_buffers = buffers.snapshot(model, plan.head)
     adapter._still = buffers.statistics(model, plan.head) if config.freeze_statistics else []
     adapter._requires_grad = requires_grad
+    adapter.extras, adapter._base_extras = list(plan.extras), extras.snapshot(model, plan.extras)
     before = {name: model.get_submodule(weight.module) for name, (weight, _, _) in weights.items()}
     updates = place(model, weights, config)
     stand_ins = {name: layer for name, layer in updates.items() if isinstance(layer, AdaptedLayer)}
@@ -102,6 +107,8 @@ def _adapt(model: nn.Module, config: AdapterConfig, plan: Plan, aside: Aside) ->
     adapter.layers = list(weights)
     adapter.plan = [group.to_dict() for group in plan.groups]
     _freeze_all_but(model, plan.head)
+    for parameter in extras.parameters_of(model, plan.extras).values():
+        parameter.requires_grad_(True)
     model.efft = adapter
     adapter._hooks = [
         model.register_forward_pre_hook(prepare),
@@ -131,7 +138,8 @@ def _build_banks(model: nn.Module, config: AdapterConfig, plan: Plan, aside: Asi
 
 
 def remove(model: nn.Module) -> nn.Module:
-    """Undo :func:`apply`: restore the original layers and the buffers that training changed, bit for bit.
+    """Undo :func:`apply`: restore the original layers, and the buffers, biases and norms that training changed, bit for
+    bit.
 
     What required gradients before does so again. The head keeps what it learned. A merged model is unmerged first.
 
@@ -139,12 +147,14 @@ def remove(model: nn.Module) -> nn.Module:
         The same ``model``.
 
     Raises:
-        ValueError: the model is not adapted, it is sharded, a ``forward`` was set on an adapted layer itself, or an
-            adapted layer computes its weight from other tensors.
+        ValueError: the model is not adapted, it is sharded, a ``forward`` was set on an adapted layer itself, an
+            adapted layer computes its weight from other tensors, or the base's values of trained biases are not known
+            (a model that was on the meta device when it was adapted).
     """
     adapter = adapter_of(model)
     check_whole(model, "remove")
     check_stored(adapted_layers(model), "remove")
+    extras.check_known(model, adapter._base_extras)
     with hooks_aside(model) as aside:
         put_in = {n: u for n, u in adapted_layers(model).items() if isinstance(u, AdaptedLayer)}
         changed = [name for name, layer in put_in.items() if "forward" in layer.__dict__]
@@ -160,6 +170,7 @@ def remove(model: nn.Module) -> nn.Module:
     for hook in adapter._hooks:
         hook.remove()
     buffers.put_back(model, adapter.head, adapter._base_buffers)
+    extras.put_back(model, adapter._base_extras)
     for module in adapter._still:
         module.training = model.training
     del model.efft
@@ -172,8 +183,12 @@ def remove(model: nn.Module) -> nn.Module:
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Within the ``with`` block, compute without the update, exactly as the base does (with the trained head).
 
-    A merged update is taken out of the weights for that time, and buffers that training changed have the values of the
-    base. ``model`` may be wrapped by DDP or a similar wrapper.
+    A merged update is taken out of the weights for that time, and buffers, biases and norms that training changed have
+    the values of the base. ``model`` may be wrapped by DDP or a similar wrapper.
+
+    Raises:
+        ValueError: the model is not adapted; or biases or norms are trained, and DeepSpeed's ZeRO-3 keeps them or the
+            base's values are not known.
     """
     wrapper, model = model, unwrap(model)
     adapter = adapter_of(model)
@@ -183,7 +198,10 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     before = adapter.enabled
     _enable(model, adapter, False)
     try:
-        with buffers.as_in_base(model, adapter.head, adapter._base_buffers):
+        with (
+            buffers.as_in_base(model, adapter.head, adapter._base_buffers),
+            extras.as_in_base(model, adapter._base_extras),
+        ):
             yield wrapper
     finally:
         if getattr(model, "efft", None) is adapter:  # not removed meanwhile
@@ -233,14 +251,31 @@ def parameter_groups(
     weight_decay: float = 1e-4,
     head_lr: float | None = None,
     scale_lr: float | None = None,
+    rates: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
-    """Return the optimizer's parameter groups: ``factors``, ``head`` (with all other trained ones) and ``scales``.
+    """Return the optimizer's parameter groups by kind.
 
-    As in the paper's recipe, weight decay acts on factors and head, but not on scales. ``scale_lr`` is 10 lr by
-    default: a step of Adam changes a scale by about this share of it, so that at 1e-3 it can double in 70 steps. A
-    model without factors (a linear probe) has groups too, and a UserWarning is issued if nothing in it is frozen. Empty
-    groups are left out. ``model`` may be wrapped by DDP or a similar wrapper.
+    They are ``factors``, ``head``, ``scales``, ``diagonals`` (of ``layer_scale``), ``biases`` and ``norms``.
+
+    ``head`` has all other trained parameters too. As in the paper's recipe, weight decay acts on factors and head, but
+    not on the others. A model without factors (a linear probe) has groups too, and a UserWarning is issued if nothing
+    in it is frozen. Empty groups are left out. ``model`` may be wrapped by DDP or a similar wrapper.
+
+    Args:
+        model: adapted by :func:`apply`.
+        lr: the learning rate of every kind without another one.
+        weight_decay: of factors and head.
+        head_lr, scale_lr: learning rates of head and scales. ``scale_lr`` is 10 lr by default: a step of Adam changes a
+            scale by about this share of it, so that at 1e-3 it can double in 70 steps.
+        rates: learning rates of kinds as multiples of ``lr``: of ``sides`` and ``cores``, which are two groups in the
+            place of ``factors`` if their rates differ, and of ``diagonals``, ``biases``, ``norms``, ``head`` and
+            ``scales``. The cores are the factors named C of EFFT; all other factors are sides. An example is
+            ``{"cores": 3, "biases": 3}``.
+
+    Raises:
+        ValueError: a rate is not a positive number or not of one of these kinds, or a kind has two rates.
     """
+    rates = _check_rates(rates or {}, head_lr, scale_lr)
     model = unwrap(model)
     adapter = getattr(model, "efft", None)
     if adapter is None and all(p.requires_grad for p in model.parameters()):
@@ -249,21 +284,57 @@ def parameter_groups(
             "call efft.apply(model, ...) first (for full fine-tuning, pass model.parameters() to the optimizer)",
             stacklevel=2,
         )
-    factors = dict(adapter.named_parameters("efft")) if isinstance(adapter, Adapter) else {}
-    scales = [p for n, p in factors.items() if n.endswith(".log_scale")]
-    own = {id(p) for p in factors.values()}  # not by name: a compiled model's start with _orig_mod.
-    others = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
-    groups: list[dict[str, Any]] = [
-        {
-            "name": "factors",
-            "params": [p for n, p in factors.items() if not n.endswith(".log_scale")],
-            "lr": lr,
-            "weight_decay": weight_decay,
-        },
-        {"name": "head", "params": others, "lr": lr if head_lr is None else head_lr, "weight_decay": weight_decay},
-        {"name": "scales", "params": scales, "lr": 10 * lr if scale_lr is None else scale_lr, "weight_decay": 0.0},
-    ]
+    own = _by_kind(model, adapter) if isinstance(adapter, Adapter) else {}
+    known = {id(p) for parameters in own.values() for p in parameters}  # names in a compiled model start with _orig_mod
+    own["head"] = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
+    if rates.get("sides", 1.0) == rates.get("cores", 1.0):
+        # One group in the order of the model, as in the optimizers' checkpoints of models without such rates.
+        rates["factors"] = rates.get("sides", 1.0)
+        together = {id(p) for kind in ("sides", "cores") for p in own.pop(kind, ())}
+        own["factors"] = [p for p in model.parameters() if id(p) in together]
+    absolute = {"head": head_lr, "scales": scale_lr}
+    groups: list[dict[str, Any]] = []
+    for kind in ("factors", "sides", "cores", "head", "scales", "diagonals", "biases", "norms"):
+        rate = absolute.get(kind)
+        groups.append(
+            {
+                "name": kind,
+                "params": own.get(kind, []),
+                "lr": lr * rates.get(kind, 10 if kind == "scales" else 1) if rate is None else rate,
+                "weight_decay": weight_decay if kind in ("factors", "sides", "cores", "head") else 0.0,
+            }
+        )
     return [group for group in groups if group["params"]]
+
+
+#: What :func:`parameter_groups` has rates for.
+_KINDS = ("sides", "cores", "diagonals", "biases", "norms", "head", "scales")
+
+
+def _check_rates(rates: Mapping[str, float], head_lr: float | None, scale_lr: float | None) -> dict[str, float]:
+    for kind, rate in rates.items():
+        if kind not in _KINDS:
+            raise ValueError(f"rates: no kind of parameters {kind!r}; expected some of {', '.join(_KINDS)}")
+        if not is_number(rate) or rate <= 0:
+            raise ValueError(f"rates: expected a positive multiple of lr for {kind!r}, got {rate!r}")
+    for kind, lr in (("head", head_lr), ("scales", scale_lr)):
+        if kind in rates and lr is not None:
+            name = {"head": "head_lr", "scales": "scale_lr"}[kind]
+            raise ValueError(f"{name} and rates[{kind!r}] both set the rate of the {kind}: give one of them")
+    return dict(rates)
+
+
+def _by_kind(model: nn.Module, adapter: Adapter) -> dict[str, list[nn.Parameter]]:
+    """Return the trained parameters outside the head, each once, by kind."""
+    kinds: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in adapter.named_parameters():
+        last = name.rpartition(".")[2]
+        kind = {"log_scale": "scales", "C": "cores", "a": "diagonals", "b": "diagonals"}.get(last, "sides")
+        kinds.setdefault(kind, []).append(parameter)
+    norms = {id(p) for module in model.modules() if is_norm(module) for p in module._parameters.values()}
+    for parameter in extras.parameters_of(model, adapter.extras).values():
+        kinds.setdefault("norms" if id(parameter) in norms else "biases", []).append(parameter)
+    return kinds
 
 
 def _check_trainable(model: nn.Module, head: list[str], aside: Aside) -> None:
@@ -279,6 +350,15 @@ def _check_trainable(model: nn.Module, head: list[str], aside: Aside) -> None:
                     f"the head {name!r} is to be trained, but has a {type(parameter).__name__} for a weight: leave it "
                     "out when you quantize, or pass head=[] to train factors alone"
                 )
+
+
+def _check_present(model: nn.Module, names: Iterable[str], aside: Aside) -> None:
+    for name, parameter in extras.parameters_of(model, names).items():
+        if parameter.is_meta and model.get_submodule(name.rpartition(".")[0]) in aside:
+            raise ValueError(
+                f"{name} is to be trained (bias, norms), but its module is offloaded: keep it on the device (by "
+                "device_map), or use bias='none' and norms=False"
+            )
 
 
 def _enable(model: nn.Module, adapter: Adapter, enabled: bool) -> None:

@@ -1,1 +1,1 @@
-"""EFFT as a part of other libraries; each module needs the library it is named after."""
+"""Use EFFT with other libraries. A module that supports a library needs that library to be installed."""

@@ -1,4 +1,4 @@
-"""Exact import of the checkpoints of FacT's authors (https://github.com/JieShibo/PETL-ViT, FacT-TT and FacT-TK)."""
+"""Import the checkpoints of FacT's authors exactly (https://github.com/JieShibo/PETL-ViT, FacT-TT and FacT-TK)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from efft.saving.io import check_numbers, head_tensors, misfits
 _U, _V, _K, _P = "FacTu.weight", "FacTv.weight", "FacTc", "FacTp"  # [r, d], [d, r]; Tucker: [r, r, r], [r, 12 blocks]
 
 _ATTENTION = ("q", "k", "v", "proj")
-#: Matrices of a block: these four, four of fc1 and four of fc2.
+#: The four attention matrices of a block. In addition, fc1 and fc2 consist of four matrices each.
 _MATRICES = 12
 
 
@@ -25,22 +25,25 @@ _MATRICES = 12
 def import_fact(model: nn.Module, tensors: Mapping[str, Tensor], scale: float) -> nn.Module:
     """Adapt a ViT by FacT-TT (:class:`efft.methods.FacTTTConfig`) with the factors and head of a checkpoint of FacT.
 
-    Nothing is approximated. The cores of the Tucker form are multiplied out, because the authors' code arranges those
-    of fc1 and fc2 in a way that :class:`efft.methods.FacTTKConfig` cannot express. The model computes the same and
-    continues to train as FacT-TT.
+    The import is exact. The cores of the Tucker form are multiplied out, because the authors' code arranges the cores
+    of fc1 and fc2 in a way that :class:`efft.methods.FacTTKConfig` cannot express. The model computes the same
+    function, and further training uses FacT-TT.
 
     Args:
-        model: the ViT of timm that the checkpoint was trained on, with its number of classes, not adapted.
-        tensors: what that code saved, from ``torch.load(path, weights_only=True)``; this library reads no pickles.
-        scale: s, which the checkpoint does not have: ``scale`` in the task's configuration there, or in the command.
+        model: the timm ViT on which the checkpoint was trained, with the same number of classes. It must not be
+            adapted.
+        tensors: content of the checkpoint, from ``torch.load(path, weights_only=True)``. This library does not read
+            pickles.
+        scale: the scale s, which the checkpoint does not contain. It is ``scale`` in the configuration of the task in
+            the authors' code, or in the command.
 
     Returns:
         The same ``model``.
 
     Raises:
-        TypeError: ``tensors`` are not tensors by name.
-        ValueError: names or shapes are not those of a checkpoint for this model, an entry is not a finite number, or
-            the model is not such a ViT or is adapted. The model is then unchanged.
+        TypeError: ``tensors`` is not a mapping from names to tensors.
+        ValueError: names or shapes do not fit this model, an entry is not a finite number, or the model is not a
+            suitable ViT or is already adapted. The model is then unchanged.
     """
     check_plain(model)
     check_whole(model, "import_fact")
@@ -78,7 +81,7 @@ def import_fact(model: nn.Module, tensors: Mapping[str, Tensor], scale: float) -
 
 
 def _shapes(model: nn.Module, group: MethodGroup, head: list[str], tucker: bool) -> dict[str, tuple[int, ...]]:
-    """Return the names and shapes of a checkpoint for ``model``."""
+    """Return the names and shapes of the tensors in a checkpoint for ``model``."""
     r, d = group.config.rank, min(layer.d_in for layer in group.layers)
     blocks = dict.fromkeys(layer.target.block for layer in group.layers)
     shapes: dict[str, tuple[int, ...]] = {_U: (r, d), _V: (d, r)}
@@ -92,7 +95,7 @@ def _shapes(model: nn.Module, group: MethodGroup, head: list[str], tucker: bool)
 
 
 def _train(tensors: Mapping[str, Tensor], block: str) -> Tensor:
-    """Return the cores ``[12, r, r]`` of a block, from the weights of linear layers between FacTu and FacTv."""
+    """Return the cores ``[12, r, r]`` of a block from the weights of the linear layers between FacTu and FacTv."""
     attention = [tensors[f"{block}.attn.{part}_FacTs.weight"].t() for part in _ATTENTION]
     up, down = (tensors[f"{block}.mlp.fc{i}_FacTs.weight"] for i in (1, 2))  # [4 r, r], [r, 4 r]
     r = len(down)
@@ -100,7 +103,7 @@ def _train(tensors: Mapping[str, Tensor], block: str) -> Tensor:
 
 
 def _tucker(tensors: Mapping[str, Tensor]) -> list[Tensor]:
-    """Return the cores of every block from the Tucker product, of which fc1 and fc2 use [r, r, 4] as [r, 4 r]."""
+    """Return the cores of every block from the Tucker product. fc1 and fc2 use a slice [r, r, 4] of it as [r, 4 r]."""
     K, P = tensors[_K], tensors[_P]
     r = len(K)
     cores = []

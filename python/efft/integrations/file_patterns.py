@@ -1,7 +1,7 @@
-"""Patterns of layer names that come from a file of somebody else.
+"""Match layer names with patterns from untrusted files.
 
-Python's :mod:`re` can need exponential time for an expression that was made for that purpose, and a downloaded
-checkpoint must not be able to stop the program. So only expressions with few ways to match are accepted.
+Python's :mod:`re` can need exponential time for a malicious expression, and a downloaded checkpoint must not be able to
+block the program. Only expressions with few ways to match are therefore accepted.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ _CHARACTER = r"(?:[\w/-]|\.|\\[.dw-]|\[\^?[\w.-]+\])"
 _PART = rf"(?:{_CHARACTER}[*+]?)*"
 _SEQUENCE = rf"{_PART}(?:\((?:\?:)?{_PART}(?:\|{_PART})*\){_PART})*"
 _ACCEPTED = re.compile(rf"\^?{_SEQUENCE}(?:\|{_SEQUENCE})*\$?")
-#: Repeated characters that one expression may have: each multiplies the time by the length of a name.
+#: Maximum number of repeated characters in one expression. Each of them multiplies the time by the length of a name.
 _MOST_REPEATED = 2
-#: A repeated character counts as this many ways to match.
+#: Number of ways to match for which a repeated character counts.
 _WAYS_OF_REPEATED = 50
-#: The ways to match that the expressions of one file may have together.
+#: Maximum number of ways to match, summed over the expressions in one file.
 _MOST_WAYS = 100_000
 
 
 def file_matchers(patterns: Iterable[str]) -> list[Callable[[str], bool]]:
-    """Return what :func:`efft.planning.names.matcher` does, for each of the patterns of a file.
+    """Return a function like that of :func:`efft.planning.names.matcher` for each pattern from a file.
 
     Raises:
-        ValueError: a pattern that is not a name or a simple expression, or too many expressions.
+        ValueError: a pattern is neither a name nor a simple expression, or the expressions are too many.
     """
     patterns = list(patterns)
     total = sum(map(_ways, patterns))
@@ -41,7 +41,7 @@ def file_matchers(patterns: Iterable[str]) -> list[Callable[[str], bool]]:
 
 
 def _ways(pattern: str) -> int:
-    """Return how many ways there are to match a name, about, which bounds the time that it takes."""
+    """Return the approximate number of ways to match a name, which bounds the time for matching."""
     if is_plain_name(pattern):
         return 1
     repeated = len(re.findall(r"[*+]", pattern))

@@ -1,4 +1,4 @@
-"""Exact export to a LoRA checkpoint of ``peft``: ``A = Dᵀ`` and ``B = Gᵀ`` of every adapted layer, with scaling 1."""
+"""Export adapters exactly as LoRA checkpoints of ``peft``, with ``A = Dᵀ``, ``B = Gᵀ`` and scaling 1."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from efft.adapting import buffers
+from efft.adapting import buffers, extras
 from efft.adapting.inject import Adapter, adapted_layers, adapter_of
 from efft.adapting.sharding import check_whole
 from efft.adapting.wrappers import plain_name, unwrap
+from efft.planning.extras import is_norm
 from efft.saving.files import CONFIG, read_json, write_pair
 from efft.saving.io import head_tensors
 from efft.saving.stored import check_stored
@@ -24,30 +25,33 @@ from efft_kernels import ExpertWeight
 from efft_kernels.nn.adapted import AdaptedWeight
 from efft_kernels.nn.experts import EXPERT_VIEWS
 from efft_kernels.nn.linear import AdaptedLayer
-from efft_kernels.nn.parameter import AdaptedParameter
+from efft_kernels.nn.parameter import AdaptedParameter, adapted_weights_of
 
 #: Prefix that peft adds to the names of the base's modules.
 PREFIX = "base_model.model."
-#: In models with experts as parameters peft takes layers of these names for parts of the experts, as they once were.
+#: In models with experts as parameters, peft interprets layers with these names as parts of the experts, because they
+#: were parts of the experts in earlier versions of the models.
 _OF_FORMER_EXPERTS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 _MERGE = "merge the update instead (efft.merged_state_dict)"
 
 
 @torch.no_grad()
 def export_lora(model: nn.Module, folder: str | os.PathLike[str], base_model: str | None = None) -> Path:
-    """Write an adapted model's update and head as a LoRA checkpoint, for every program that reads those of ``peft``.
+    """Write the update and the head of an adapted model as a LoRA checkpoint, for programs that read ``peft`` files.
 
     Nothing is approximated: the update of a layer is ``D G`` of rank r, so ``lora_A [r, in_features]`` is ``Dᵀ`` and
     ``lora_B [out_features, r]`` is ``Gᵀ`` with s inside, both in the factors' dtype; ``lora_alpha = r`` makes peft's
     scaling 1. The file is larger than the adapter's own, because LoRA shares nothing between layers.
     ``peft.PeftModel.from_pretrained(base, folder)`` loads it, without this library. Weights that are not layers, such
     as the experts of a mixture, are in its ``target_parameters``, and every expert has its own factors there. Modules
-    whose buffers training changed, such as batch norms, are written whole, like the head.
+    whose buffers training changed, such as batch norms, are written whole, like the head, and so are trained
+    normalization layers. Trained biases are written as with ``bias="all"`` or ``"lora_only"`` of peft, which puts them
+    into the base that it loads the checkpoint onto.
 
     Args:
         model: adapted by :func:`efft.apply`; it may be merged.
-        folder: created if needed; a LoRA checkpoint in it is replaced. If the process is killed meanwhile, the folder
-            has no configuration, and nothing loads.
+        folder: folder for the checkpoint, which is created if needed. An existing LoRA checkpoint is replaced. If the
+            process is killed during the export, the folder has no configuration and cannot be loaded.
         base_model: name or path of the base to record; by default that from which a model of transformers was loaded.
 
     Returns:
@@ -55,15 +59,17 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], base_model: st
 
     Raises:
         ValueError: the model is not adapted, is adapted by a method that does not update weights, or is sharded;
-            ``folder`` holds an adapter of another method; a layer does not compute with its stored weight; or peft
-            would interpret the names of layers and head differently.
+            ``folder`` holds an adapter of another method; a layer does not compute with its stored weight; peft would
+            interpret the names of layers and head differently; or a bias was trained that peft does not know.
     """
     model = unwrap(model)
     adapter, folder = adapter_of(model), Path(folder)
     check_whole(model, "export_lora")
     check_stored(adapted_layers(model), "export_lora")
     layers = adapted_layers(model)
-    head = _saved_by_peft(model, adapter.head + _changed_modules(model, adapter, layers), layers)
+    whole = _changed_modules(model, adapter, layers)
+    biases, norms = _split_extras(model, adapter, whole)
+    head = _saved_by_peft(model, list(dict.fromkeys(adapter.head + whole + norms)), layers)
     _check_names(model, layers, head)
     _check_replaceable(folder / CONFIG)
     tensors: dict[str, Tensor] = {}
@@ -73,10 +79,12 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], base_model: st
         ranks[name] = D.shape[1]
         tensors.update({f"{PREFIX}{key}": tensor for key, tensor in _pair(name, layer, D, G).items()})
     tensors.update({f"{PREFIX}{name}": tensor for name, tensor in head_tensors(model, head).items()})
+    tensors.update({f"{PREFIX}{_name_of_bias(model, name)}": bias for name, bias in biases.items()})
     # Copies, since layers share D and safetensors refuses shared tensors.
     content = serialize({n: t.clone(memory_format=torch.contiguous_format).cpu() for n, t in tensors.items()})
     parameters = [name for name, layer in layers.items() if isinstance(layer, AdaptedParameter)]
-    config = _config(ranks, parameters, head, base_model or getattr(model, "name_or_path", None))
+    bias = {"adapted": "lora_only"}.get(adapter.config.extras.bias, adapter.config.extras.bias)
+    config = _config(ranks, parameters, head, bias, base_model or getattr(model, "name_or_path", None))
     write_pair(folder, content, (json.dumps(config, indent=2) + "\n").encode())
     return folder
 
@@ -92,6 +100,28 @@ def _changed_modules(model: nn.Module, adapter: Adapter, layers: Mapping[str, Ad
                 "LoRA checkpoint has no place for them; merge the update instead (efft.merged_state_dict)"
             )
     return list(modules)
+
+
+def _split_extras(model: nn.Module, adapter: Adapter, whole: list[str]) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the trained biases by name, and the modules to store whole since more of them is trained than a bias."""
+    trained = extras.parameters_of(model, adapter.extras)
+    others = [name for name in trained if name.rpartition(".")[2] != "bias"]
+    norms = list(dict.fromkeys(name.rpartition(".")[0] for name in others))
+    for name in others:
+        if not is_norm(model.get_submodule(name.rpartition(".")[0])):
+            raise ValueError(
+                f"{name} was trained, and peft knows only biases of the name 'bias'; {_MERGE}, or train with "
+                "bias='none'"
+            )
+    apart = {*norms, *whole}
+    return {name: bias for name, bias in trained.items() if name.rpartition(".")[0] not in apart}, norms
+
+
+def _name_of_bias(model: nn.Module, name: str) -> str:
+    """Return the name of a bias inside of the layers that peft puts around the module that has it."""
+    owner = name.rpartition(".")[0]
+    depth = len(adapted_weights_of(model.get_submodule(owner)))
+    return ".".join([owner, *["base_layer"] * depth, "bias"])
 
 
 def _saved_by_peft(model: nn.Module, head: list[str], layers: Mapping[str, AdaptedWeight]) -> list[str]:
@@ -154,7 +184,9 @@ def _pair_of_parameter(name: str, layer: AdaptedParameter, D: Tensor, G: Tensor)
     return {f"{key}.lora_A.weight": A, f"{key}.lora_B.weight": B}
 
 
-def _config(ranks: dict[str, int], parameters: list[str], head: list[str], base_model: str | None) -> dict[str, Any]:
+def _config(
+    ranks: dict[str, int], parameters: list[str], head: list[str], bias: str, base_model: str | None
+) -> dict[str, Any]:
     """Return the settings of peft's ``LoraConfig``. Fields that are missing have their defaults."""
     (usual, _), *_ = Counter(ranks.values()).most_common(1)
     # peft takes the first key that a layer's name ends with: longer names go first, also those of the usual rank.
@@ -169,7 +201,7 @@ def _config(ranks: dict[str, int], parameters: list[str], head: list[str], base_
         "rank_pattern": others,
         "alpha_pattern": others,
         "lora_dropout": 0.0,
-        "bias": "none",
+        "bias": bias,
         "target_modules": [name for name in ranks if name not in parameters],
         **({"target_parameters": parameters} if parameters else {}),
         "modules_to_save": head or None,
@@ -179,7 +211,7 @@ def _config(ranks: dict[str, int], parameters: list[str], head: list[str], base_
 def _check_names(model: nn.Module, layers: Mapping[str, AdaptedWeight], head: list[str]) -> None:
     """Raise ValueError if peft would adapt or train other modules.
 
-    It adapts a layer at one of its places, and trains every module whose name *ends* like one of the head's.
+    peft adapts a shared layer only once, and it trains every module whose name *ends* with the name of a head module.
     """
     names: dict[Any, str] = {}
     for name, layer in layers.items():

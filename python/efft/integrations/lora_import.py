@@ -1,4 +1,4 @@
-"""Exact import of LoRA checkpoints of ``peft``: ``A = lora_Aᵀ`` and ``B = lora_Bᵀ`` of every layer."""
+"""Import LoRA checkpoints of ``peft`` exactly, with ``A = lora_Aᵀ`` and ``B = lora_Bᵀ`` for every layer."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from efft.adapting import extras
 from efft.adapting.inject import adapter_of, apply, check_plain
 from efft.adapting.sharding import check_whole
 from efft.config import is_setting, is_size, quote
@@ -32,17 +33,24 @@ Value = TypeVar("Value")
 
 _LAYER = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_[AB]\.weight")
 
-#: Settings that do not affect the numbers of a checkpoint: how it was made, and how peft finds its layers.
+#: Settings that do not affect the imported numbers, such as settings for training or for finding layers.
 _ASIDE = {
     *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "inference_mode"),
     *("lora_dropout", "eva_config", "megatron_core", "qalora_group_size"),
 }
-#: Settings that are read here. No other setting may be set.
+#: Settings that the import supports. No other setting may be set.
 _READ = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save"}
-#: Values of settings that neither change the base nor the formula.
+#: What peft calls the biases that are trained.
+_BIASES: dict[str | None, Literal["none", "all", "adapted"]] = {
+    None: "none",
+    "none": "none",
+    "all": "all",
+    "lora_only": "adapted",
+}
+#: Accepted values of settings. These values change neither the base model nor the formula.
 _SIMPLE: dict[str, tuple[Any, ...]] = {
-    "bias": ("none", None),
+    "bias": ("none", "all", "lora_only", None),
     "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
 }
 
@@ -53,9 +61,9 @@ def import_lora(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
 
     Nothing is approximated. The factors of a layer whose rank is lower than that of others are padded with zeros, which
     stay zero in training because their gradients are zero. The scale s is lora_alpha / r (or / √r with ``use_rslora``);
-    if layers differ in it, s is 1 and B includes it. ``modules_to_save`` become the head. Dropout of activations is not
-    imported. The result is like any model that :func:`efft.apply` adapted: you can train, save and merge it, or add it
-    to a pool.
+    if layers differ in it, s is 1 and B includes it. ``modules_to_save`` become the head. Biases that were trained
+    (``bias="all"`` or ``"lora_only"``) are trained here too. Dropout of activations is not imported. The result is like
+    any model that :func:`efft.apply` adapted: you can train, save and merge it, or add it to a pool.
 
     Args:
         model: the base that the checkpoint was trained on, with the same names of layers, not adapted.
@@ -67,7 +75,7 @@ def import_lora(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     Raises:
         FileNotFoundError: there is no checkpoint in ``folder``.
         ValueError: a file is damaged or is not a LoRA checkpoint; the settings are not those of a plain LoRA (DoRA,
-            biases, a changed base, ...); the model lacks layers or heads, or has them in other sizes; or it is adapted.
+            a changed base, ...); the model lacks layers or heads, or has them in other sizes; or it is adapted.
             The model is then unchanged.
     """
     folder = Path(folder)
@@ -78,7 +86,7 @@ def import_lora(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     content = files.read_weights(folder, description, settings.largest(model))
     if content is None:
         return import_lora(model, folder)
-    tensors = read_tensors(folder / WEIGHTS, content)
+    tensors = _without_copies(read_tensors(folder / WEIGHTS, content))
     try:
         config, plan, shapes = _make_plan(model, settings, tensors)
     except (ValueError, RuntimeError) as error:  # RuntimeError: sizes that no storage has
@@ -98,7 +106,26 @@ def import_lora(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
             factors.A[i, :, : len(B)], factors.B[i, : len(B)] = A, B
     for name, tensor in head_tensors(model, plan.head).items():
         tensor.copy_(tensors[f"{PREFIX}{name}"])
+    for name, parameter in extras.parameters_of(model, plan.extras).items():
+        parameter.copy_(tensors[f"{PREFIX}{_in_peft(name, plan)}"])
     return model
+
+
+def _without_copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Leave out what peft writes twice with ``bias="all"``: the biases of modules that it stores whole, by the names
+    that they have inside of its wrapper."""
+    copies = ("modules_to_save.bias", "original_module.bias")
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if not (name.endswith(copies) and f"{name.rsplit('.', 2)[0]}.bias" in tensors)
+    }
+
+
+def _in_peft(name: str, plan: Plan) -> str:
+    """Return the name of a bias inside of the layer that peft puts around an adapted one."""
+    owner, _, own = name.rpartition(".")
+    return f"{owner}.base_layer.{own}" if owner in plan.weights else name
 
 
 def _pairs(
@@ -127,16 +154,17 @@ class _Settings:
     rank: Callable[[str], int]
     alpha: Callable[[str], float]
     rooted: bool
+    bias: Literal["none", "all", "adapted"]
     ends: tuple[str, ...]
     largest_rank: int
 
     def scaling(self, name: str) -> float:
-        """Return the number that peft multiplies the update of a layer by."""
+        """Return the factor by which peft multiplies the update of a layer."""
         rank = self.rank(name)
         return self.alpha(name) / (math.sqrt(rank) if self.rooted else rank)
 
     def largest(self, model: nn.Module) -> int:
-        """Return how many bytes the tensors of a checkpoint for ``model`` can have."""
+        """Return the maximum number of bytes of the tensors in a checkpoint for ``model``."""
         layers = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
         sizes = sum(sum(matrix_sizes(layer)) for layer in layers)
         return 8 * (self.largest_rank * sizes + sum(t.numel() for t in model.state_dict().values()))
@@ -174,13 +202,14 @@ def _settings(path: Path, values: Any) -> _Settings:
         _by_name(patterns["rank_pattern"], values["r"]),
         _by_name(patterns["alpha_pattern"], values["lora_alpha"]),
         bool(values.get("use_rslora")),
+        _BIASES[values.get("bias")],
         tuple(filter(None, ends)),
         max(values["r"], *patterns["rank_pattern"].values(), 0),
     )
 
 
 def _by_name(patterns: dict[str, Value], default: Value) -> Callable[[str], Value]:
-    """Return a function that gives the value of the first pattern that matches a name, as peft does."""
+    """Return a function that returns the value of the first pattern that matches a name, as in peft."""
     matchers = list(zip(file_matchers(patterns), patterns.values(), strict=True))
     return functools.cache(lambda name: next((value for matches, value in matchers if matches(name)), default))
 
@@ -188,7 +217,7 @@ def _by_name(patterns: dict[str, Value], default: Value) -> Callable[[str], Valu
 def _make_plan(
     model: nn.Module, settings: _Settings, tensors: dict[str, Tensor]
 ) -> tuple[LoRAConfig, Plan, dict[str, tuple[int, ...]]]:
-    """Return how to adapt ``model``, and the names and shapes of the tensors that are needed."""
+    """Return the configuration and plan for ``model``, and the names and shapes of the required tensors."""
     layers = list(dict.fromkeys(match[1] for name in tensors if (match := _LAYER.fullmatch(name))))
     if not layers:
         raise ValueError(f"none of its tensors is named {PREFIX}<layer>.lora_A.weight")
@@ -198,6 +227,7 @@ def _make_plan(
         scale=scalings.pop() if len(scalings) == 1 else 1.0,
         targets=layers,
         head=_heads(model, settings.ends, tensors),
+        bias=settings.bias,
     )
     plan = make_plan(model, config)
     more = {name for group in plan.groups for name in group.sites} - set(layers)
@@ -212,11 +242,13 @@ def _make_plan(
             shapes[f"{name}.lora_A.weight"] = (rank, *kernel)
             shapes[f"{name}.lora_B.weight"] = (layer.d_out, rank, *[1] * (len(kernel) - 1))
     shapes.update({f"{PREFIX}{name}": tuple(t.shape) for name, t in head_tensors(model, plan.head).items()})
+    extra = extras.parameters_of(model, plan.extras)
+    shapes.update({f"{PREFIX}{_in_peft(name, plan)}": tuple(t.shape) for name, t in extra.items()})
     return config, plan, shapes
 
 
 def _heads(model: nn.Module, ends: tuple[str, ...], tensors: dict[str, Tensor]) -> list[str]:
-    """Return the modules that a checkpoint has whole: those whose names have these endings."""
+    """Return the modules with these name endings. A checkpoint contains all their parameters."""
     heads: list[str] = []
     for name, _ in model.named_modules():
         inside = any(name.startswith(f"{head}.") for head in heads)

@@ -1,4 +1,4 @@
-"""Checkpoints of transformers' Trainer that hold only the adapter."""
+"""Make the checkpoints of transformers' Trainer hold only the adapter."""
 
 from __future__ import annotations
 
@@ -17,25 +17,26 @@ from efft.adapting.wrappers import unwrap
 from efft.saving.files import CONFIG
 from efft.saving.io import load_adapter, save_adapter
 
-if TYPE_CHECKING:  # the class is mixed into a Trainer, which has the methods that it calls
+if TYPE_CHECKING:  # the class is mixed into a Trainer, which provides the methods that the class calls
     from transformers import Trainer
 else:
     Trainer = object
 
 
 class AdapterCheckpoints(Trainer):
-    """Mix this class into a Trainer to make its checkpoints adapters of a few MiB, as those of ``peft`` are::
+    """Mix this class into a Trainer to save only the adapter (a few MiB) in its checkpoints, as ``peft`` does::
 
         class AdapterTrainer(AdapterCheckpoints, transformers.Trainer): ...
 
         trainer = AdapterTrainer(efft.apply(model, efft.EfftConfig()), arguments, ...)
 
-    ``save_model``, ``load_best_model_at_end`` and ``resume_from_checkpoint`` then write and read what
-    :func:`efft.save_adapter` writes, beside the usual states of optimizer, scheduler and random numbers. Checkpoints of
-    whole models can still be read. Models that are not adapted are saved as usual.
+    ``save_model``, ``load_best_model_at_end`` and ``resume_from_checkpoint`` then write and read the files of
+    :func:`efft.save_adapter`, in addition to the usual states of the optimizer, the scheduler and the random number
+    generators. Checkpoints with all weights of a model can still be read. Models that are not adapted are saved as
+    usual.
 
-    The Trainer also accepts an adapted quantized model, which it otherwise refuses as "purely quantized", because it
-    does not know these adapters.
+    The Trainer also accepts an adapted quantized model. Without this class, the Trainer would reject the model as
+    "purely quantized", because it does not know the adapters of this library.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -51,7 +52,7 @@ class AdapterCheckpoints(Trainer):
         if not self.args.should_save and not is_sharded(model):
             return
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)
-        save_adapter(model, folder)  # all processes of a sharded model take part
+        save_adapter(model, folder)  # every process of a sharded model must call this
         if not self.args.should_save:
             return
         tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
@@ -68,7 +69,7 @@ class AdapterCheckpoints(Trainer):
             super()._load_best_model()
 
     def _load_adapter_of(self, folder: str | os.PathLike[str], model: nn.Module | None) -> bool:
-        """Load the adapter in ``folder``, if there is one; return whether there was."""
+        """Load the adapter in ``folder``, if it holds one, and return whether an adapter was loaded."""
         target = unwrap(self.model if model is None else model)
         if not isinstance(getattr(target, "efft", None), Adapter) or not (Path(folder) / CONFIG).is_file():
             return False
@@ -78,7 +79,7 @@ class AdapterCheckpoints(Trainer):
 
 @contextmanager
 def _mark_as_adapted(model: Any) -> Iterator[None]:
-    """Mark a quantized model that is adapted, within the ``with`` block, in the way that transformers checks."""
+    """Mark an adapted quantized model within the ``with`` block with the attribute that transformers checks."""
     adapted = isinstance(model, nn.Module) and isinstance(getattr(unwrap(model), "efft", None), Adapter)
     if not adapted or not getattr(model, "is_quantized", False) or "_hf_peft_config_loaded" in model.__dict__:
         yield

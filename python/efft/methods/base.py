@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from efft.config import AdapterConfig
+from efft.planning.extras import Extras
 from efft.planning.structure import Weight
 from efft.planning.targets import Target
 from efft_kernels import FactorBank
@@ -74,7 +75,9 @@ class MethodConfig(AdapterConfig):
     def summary(self) -> str:
         """Return the settings in one line, for a model card."""
         own = {f.name for f in dataclasses.fields(self)} - {"targets", "exclude", "head", "freeze_statistics"}
-        settings = ", ".join(f"{f.name} {getattr(self, f.name)}" for f in dataclasses.fields(self) if f.name in own)
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name in own}
+        untrained = Extras().as_fields().items()
+        settings = ", ".join(f"{name} {value}" for name, value in values.items() if (name, value) not in untrained)
         source = f"([arXiv {self.paper}](https://arxiv.org/abs/{self.paper}))"
         return f"{self.method} {source}, {settings}, targets {self.targets}"
 

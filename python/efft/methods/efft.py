@@ -14,6 +14,8 @@ from torch import nn
 
 from efft.config import LARGEST_NUMBER, LARGEST_SIZE, AdapterConfig, is_number, is_setting, is_size
 from efft.hints import nearest
+from efft.planning.budget import fit_budget
+from efft.planning.extras import Extras
 from efft.planning.roles import trains_by_role
 from efft.planning.shapes import TensorTrain, trains_by_shape
 from efft.planning.structure import Weight
@@ -34,6 +36,11 @@ class EfftConfig(AdapterConfig):
 
     method: ClassVar[str] = "efft"
     training_only: ClassVar[frozenset[str]] = AdapterConfig.training_only | {"init", "core_init", "dropout"}
+    meant_before: ClassVar[Mapping[str, Any]] = {
+        **AdapterConfig.meant_before,
+        **Extras().as_fields(),
+        "layer_scale": None,
+    }
     kinds: ClassVar[frozenset[str]] = AdapterConfig.kinds | {"experts"}
 
     variant: Literal["efft1", "efft2"] = "efft2"
@@ -82,6 +89,19 @@ class EfftConfig(AdapterConfig):
     """Keep batch norms, and every other module that updates buffers in training, in eval mode. Otherwise these buffers
     change as usual, are saved with the adapter, and ``efft.remove`` restores them."""
 
+    bias: Literal["none", "all", "adapted"] = "none"
+    """Biases that are trained and saved beside the factors: "all" (those of the whole model outside the head, those of
+    normalization layers included) or "adapted" (those of the adapted layers)."""
+
+    norms: bool = False
+    """Train and save the weights and biases of all normalization layers beside the factors."""
+
+    layer_scale: Literal["in", "out", "both"] | None = None
+    """The side on which each weight has a diagonal of its own, of its inputs ("in"), its outputs ("out") or both: the
+    update is s diag(a) U C V diag(b). Diagonals start at one and are part of the composed factors, so a token costs
+    nothing more. The experts of a mixture, which share both sides, have none. Where a weight uses a part of a train's
+    columns (attention under efft1), its diagonal of the outputs is as long as the train is wide."""
+
     def __post_init__(self) -> None:
         self.rank = _pairs(self.rank)
         scales = self.scale
@@ -114,6 +134,13 @@ class EfftConfig(AdapterConfig):
         self._check(known, "trainable_scale", of_scales, self.trainable_scale)
         self.trainable_scale = "group" if self.trainable_scale is True else self.trainable_scale
         self._check_layers()
+        self._check_extras(self.bias, self.norms)
+        sides = ("in", "out", "both")
+        self._check(self.layer_scale in (None, *sides), "layer_scale", f"None or one of {sides}", self.layer_scale)
+
+    @property
+    def extras(self) -> Extras:
+        return Extras(self.bias, self.norms)
 
     def rank_of(self, group: str, kind: str) -> tuple[int, int]:
         """Return (r1, r2) of a group."""
@@ -130,15 +157,35 @@ class EfftConfig(AdapterConfig):
         return self.init[-1] if kind == "ffn" else self.init[0]
 
     @classmethod
-    def auto(cls, **fields: Any) -> EfftConfig:
+    def auto(cls, *, budget: int | None = None, model: nn.Module | None = None, **fields: Any) -> EfftConfig:
         """Return a configuration that needs no search: ``scale="auto"``, the other fields as usual.
 
         The paper searches s between 0.01 and 100 for every task. What matters is how far a step of the optimizer moves
         the weights. That depends on s, the width, the ranks and the number of cores together, and
         :func:`efft_kernels.nn.initialization.automatic_scale` solves it for s. The result is meant for learning rates
         around 1e-3.
+
+        With ``budget`` the result has the highest rank for which the factors, and the biases and norms that are trained
+        beside them, have at most that many parameters in ``model``. The head is not counted. Unless ``bias`` or
+        ``norms`` is given, all biases and norms are trained if rank 4 fits beside them, and none otherwise.
+
+        Args:
+            budget: the largest number of parameters.
+            model: the model that will be adapted, for ``budget``; it may be on the meta device, and is not changed.
+            **fields: fields of the configuration.
+
+        Raises:
+            ValueError: a field is out of range, no rank fits the budget, or ``budget`` is given with ``rank`` or
+                without ``model``.
         """
-        return cls(**{"scale": "auto", **fields})
+        fields = {"scale": "auto", **fields}
+        if budget is None and model is None:
+            return cls(**fields)
+        if budget is None or model is None:
+            lacking = "the model to count in (model=...)" if model is None else "a number of parameters (budget=...)"
+            raise ValueError(f"EfftConfig.auto: budget and model go together; {lacking} is missing")
+        config: EfftConfig = fit_budget(cls, model, budget, fields)
+        return config
 
     def groups(self, model: nn.Module, targets: list[Target]) -> Sequence[EfftGroup]:
         """Return the trains for these weights: those of the paper where the roles are known, else those by shape.
@@ -229,7 +276,8 @@ class EfftConfig(AdapterConfig):
         """Return the settings in one line, for a model card."""
         return (
             f"{self.variant} ([arXiv 2311.06749](https://arxiv.org/abs/2311.06749)), rank {self.rank}, scale\n"
-            f"{self.scale}, targets {self.targets}, cores {self.core_sharing}"
+            f"{self.scale}, targets {self.targets}, cores {self.core_sharing}{self.extras.describe()}"
+            + ("" if self.layer_scale is None else f", layer scales {self.layer_scale}")
         )
 
 
@@ -246,7 +294,23 @@ class EfftGroup(TensorTrain):
         """Number of trainable parameters of the bank."""
         r1, r2 = self.rank
         scales = self.n_layers * self.n_cores if self.trainable_scale == "matrix" else int(self.trainable_scale)
-        return self.d_in * r1 + self._all_cores * r1 * r2 + r2 * self.d_out + scales
+        a, b = self._rows_of_diagonals
+        return (r1 + a) * self.d_in + self._all_cores * r1 * r2 + (r2 + b) * self.d_out + scales
+
+    @property
+    def _scaled_sites(self) -> tuple[list[Site], list[Site]]:
+        """The places with diagonals on their input side, and those with diagonals on their output side."""
+        places = [site for site in dict.fromkeys(self.sites.values()) if not site.experts]
+        sides = self.config.layer_scale
+        return (places if sides in ("in", "both") else []), (places if sides in ("out", "both") else [])
+
+    @property
+    def _rows_of_diagonals(self) -> tuple[int, int]:
+        """The number of diagonals of length d_in, and of length d_out."""
+        inputs, outputs = self._scaled_sites
+        a = sum(not site.transpose for site in inputs) + sum(site.transpose for site in outputs)
+        b = sum(site.transpose for site in inputs) + sum(site.blocks for site in outputs if not site.transpose)
+        return a, b
 
     @property
     def _all_cores(self) -> int:
@@ -267,9 +331,11 @@ class EfftGroup(TensorTrain):
         """Describe the group in one line."""
         r1, r2 = self.rank
         asked = self.config.rank_of(self.name, self.kind)
+        a, b = self._rows_of_diagonals
+        diagonals = "".join(f", {_count(n, 'diagonal')} [{d}]" for n, d in ((a, self.d_in), (b, self.d_out)) if n)
         return (
             f"{self.name}: {_count(len(self.sites), 'weight')}; U [{self.d_in}, {r1}], "
-            f"{_count(self._all_cores, 'core')} [{r1}, {r2}], V [{r2}, {self.d_out}]; "
+            f"{_count(self._all_cores, 'core')} [{r1}, {r2}], V [{r2}, {self.d_out}]{diagonals}; "
             f"{self.n_parameters:,} parameters" + ("" if asked == self.rank else f" (rank cut from {asked})")
         )
 
@@ -295,6 +361,7 @@ class EfftGroup(TensorTrain):
 
     def build(self, device: torch.device, dtype: torch.dtype) -> TTFactors:
         """Allocate and initialize the bank."""
+        inputs, outputs = self._scaled_sites
         return TTFactors(
             self.d_in,
             self.d_out,
@@ -307,6 +374,8 @@ class EfftGroup(TensorTrain):
             dropout=self.config.dropout,
             init=self.config.init_of(self.kind),
             core_init=self.config.core_init,
+            scaled_inputs=inputs,
+            scaled_outputs=outputs,
             device=device,
             dtype=dtype,
         )

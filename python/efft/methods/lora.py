@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
 from efft.methods.base import Layer, MethodConfig, StackedBank, uniform, zeros
+from efft.planning.extras import Extras
 
 
 class LoRABank(StackedBank):
@@ -30,3 +32,18 @@ class LoRAConfig(MethodConfig):
     method = "lora"
     paper = "2106.09685"
     bank = LoRABank
+    meant_before: ClassVar[Mapping[str, Any]] = {**MethodConfig.meant_before, **Extras().as_fields()}
+
+    bias: Literal["none", "all", "adapted"] = "none"
+    """Biases that are trained and saved beside the factors, as in :class:`efft.EfftConfig`."""
+
+    norms: bool = False
+    """Train and save the weights and biases of all normalization layers beside the factors."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_extras(self.bias, self.norms)
+
+    @property
+    def extras(self) -> Extras:
+        return Extras(self.bias, self.norms)

@@ -1,1 +1,1 @@
-"""What of a model is adapted, and which layers share a tensor train; nothing here changes a model."""
+"""Plan which weights of a model are adapted and which of them share a tensor train. No function changes the model."""

@@ -1,23 +1,23 @@
-"""The names of layers and weights that a user selects: whole names, endings, or regular expressions."""
+"""Match the names of layers and weights that a user selects: whole names, endings, or regular expressions."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
 
-#: What the regular expressions of a list may have together. More than this is a mistake, or a damaged file.
+#: Maximum total length of the regular expressions in a list. Longer expressions indicate a mistake or a damaged file.
 MOST_CHARACTERS = 2000
 
 _NAME = re.compile(r"[\w.-]*")
 
 
 def matcher(pattern: str) -> Callable[[str], bool]:
-    """Return a function that tells whether ``pattern`` selects a name.
+    """Return a function that checks whether ``pattern`` selects a name.
 
-    A pattern selects a name that it equals, a name that ends with it after a dot, and a name of which it matches the
-    whole, or everything after a dot, as a regular expression. Python's :mod:`re` can need exponential time for an
-    expression that was made for that purpose, so this is for patterns that the user types. Adapter files are loaded by
-    the exact names that they record.
+    A pattern selects a name if it equals the whole name or the part of the name after any dot, or if it matches one of
+    these as a regular expression. Python's :mod:`re` can need exponential time for a malicious expression. Use this
+    function therefore only for patterns that the user types. Adapter files do not need patterns, because they record
+    exact names.
 
     Raises:
         ValueError: ``pattern`` is neither a name nor a regular expression.
@@ -36,10 +36,11 @@ def matcher(pattern: str) -> Callable[[str], bool]:
 
 
 def is_plain_name(pattern: str) -> bool:
-    """Return whether ``pattern`` has only characters that module names consist of."""
+    """Return whether ``pattern`` consists only of characters that occur in module names."""
     return _NAME.fullmatch(pattern) is not None
 
 
 def are_short(patterns: Iterable[str]) -> bool:
-    """Return whether the regular expressions among ``patterns`` have at most :data:`MOST_CHARACTERS` together."""
+    """Return whether the regular expressions in ``patterns`` have at most :data:`MOST_CHARACTERS` characters in
+    total."""
     return sum(len(pattern) for pattern in patterns if not is_plain_name(pattern)) <= MOST_CHARACTERS

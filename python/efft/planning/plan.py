@@ -1,4 +1,4 @@
-"""The plan of an adaptation: which weights share which factors, and which weights are left out and why."""
+"""Plan an adaptation: which weights share which factors, which weights are left out, and why."""
 
 from __future__ import annotations
 
@@ -14,29 +14,32 @@ from efft.adapting.adapter import Adapter
 from efft.adapting.heads import find_head
 from efft.config import AdapterConfig, Group
 from efft.methods.efft import EfftConfig
-from efft.planning.structure import Structure, Weight, structure_of
+from efft.planning.extras import find_extras, known_extras
+from efft.planning.structure import Weight, structure_of
 from efft.planning.targets import Target, known_target, select
 
-#: No warning is given if at most this share of the weights in blocks stays untouched.
+#: No warning is issued if at most this share of the weights in blocks is not adapted.
 SILENT_SHARE = 0.01
 
 
 @dataclass
 class Plan:
-    """What ``efft.apply`` would do to a model. Printing it gives a table.
+    """Description of the changes that ``efft.apply`` would make to a model. Printing a plan shows a table.
 
     Attributes:
         groups: the banks of factors, not allocated yet (:class:`efft.config.Group`); the groups of EFFT also have the
             sizes of their trains.
-        head: names of the modules that are trained beside the factors.
+        head: names of the modules that are trained in addition to the factors.
         weights: the adapted weights, by name.
-        left_out: parameters of the blocks that stay untouched, with their number of entries, largest first.
-        reasons: why some weights cannot be adapted, by name.
+        left_out: maps each parameter in the blocks that is not adapted to its number of entries, largest first.
+        reasons: maps the names of weights that cannot be adapted to the reasons.
         in_blocks: number of entries of all weights in blocks.
-        tied: names of adapted layers that share the weight of another layer, and the name of that layer, whose update
-            they share.
-        between: parameters between the blocks of a ViT or Swin, which the paper leaves alone, with their number of
-            entries.
+        tied: maps each adapted layer that shares the weight of another layer to the name of the other layer. Both
+            layers use the same update.
+        between: maps each parameter between the blocks of a ViT or Swin to its number of entries. As in the paper,
+            these parameters are not adapted.
+        extras: parameters of the model that are trained beside factors and head (biases and normalization layers), by
+            their full names, with their number of entries.
     """
 
     groups: Sequence[Any]
@@ -47,10 +50,11 @@ class Plan:
     in_blocks: int = 0
     tied: dict[str, str] = field(default_factory=dict)
     between: dict[str, int] = field(default_factory=dict)
+    extras: dict[str, int] = field(default_factory=dict)
 
     @property
     def untouched_share(self) -> float:
-        """The share of the weights in blocks that stays untouched."""
+        """Share of the weights in blocks that is not adapted."""
         return sum(self.left_out.values()) / self.in_blocks if self.in_blocks else 0.0
 
     @property
@@ -68,7 +72,8 @@ class Plan:
         return sorted(self.weights, key=lambda name: place[self.weights[name].module])
 
     def missing(self) -> str:
-        """Describe what stays untouched in the blocks, by name and share; an empty text if nothing does."""
+        """Describe the weights in blocks that are not adapted, by name and share. The text is empty if all are
+        adapted."""
         if not self.left_out:
             return ""
         kinds: dict[str, list[str]] = {}
@@ -88,6 +93,10 @@ class Plan:
     def __str__(self) -> str:
         lines = [group.describe() for group in self.groups]
         lines.append(f"head: {', '.join(self.head) or 'none'}")
+        if self.extras:
+            names = Counter(map(_without_numbers, self.extras))
+            listed = ", ".join(f"{name} ({n})" for name, n in names.items())
+            lines.append(f"biases and norms: {sum(self.extras.values()):,} parameters: {listed}")
         if self.in_blocks:
             lines.append(f"adapted: {1 - self.untouched_share:.1%} of the weights in blocks")
         if self.left_out:
@@ -102,18 +111,18 @@ class Plan:
 
 
 def _without_numbers(name: str) -> str:
-    """Return the name with a star for every number, so that the same weight of all blocks is listed once."""
+    """Return the name with a star for every number. All blocks then have the same name for the same weight."""
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def inspect(model: nn.Module, config: AdapterConfig | None = None) -> Plan:
-    """Return what :func:`efft.apply` would do with ``config`` (default: :class:`EfftConfig`), without any change.
+    """Return the plan of :func:`efft.apply` for ``config`` (default: :class:`EfftConfig`) without changing the model.
 
     ``model`` may be on the meta device. Printing the result shows the groups with their shapes and numbers of
     parameters, the head, and the weights of the repeated blocks that are left out and why.
 
     Raises:
-        ValueError: as :func:`efft.apply`.
+        ValueError: same as for :func:`efft.apply`.
     """
     return make_plan(model, config or EfftConfig(), share_tied=True)
 
@@ -124,7 +133,8 @@ def make_plan(model: nn.Module, config: AdapterConfig, share_tied: bool = False)
     With ``share_tied``, layers that share one weight are adapted together, otherwise not at all.
 
     Raises:
-        ValueError: the model has no such weights, or they cannot share a train. The error says which and what to do.
+        ValueError: the model has no such weights, or they cannot share a tensor train. The message names the weights
+            and suggests a solution.
     """
     _check_not_compiled(model)
     head = find_head(model, config.head)
@@ -140,15 +150,10 @@ def make_plan(model: nn.Module, config: AdapterConfig, share_tied: bool = False)
     untouched = structure.untouched({target.name for target in targets} - unreached.keys())
     left_out = {name: size for name, size in untouched.items() if name in sizes}
     ordered = dict(sorted(left_out.items(), key=lambda item: -item[1]))
-    weights, tied = _with_tied(structure, weights)
+    weights, tied = structure.with_tied(weights)
     between = {name: size for name, size in structure.sizes.items() if name not in sizes}
-    return Plan(groups, head, weights, ordered, reasons, sum(sizes.values()), tied, between)
-
-
-def _with_tied(structure: Structure, weights: dict[str, Weight]) -> tuple[dict[str, Weight], dict[str, str]]:
-    """Return the weights with the tied layers that share them, and for each of these the layer it shares with."""
-    tied = {name: first for name, first in structure.tied.items() if first in weights}
-    return weights | {n: replace(weights[first], name=n, module=n) for n, first in tied.items()}, tied
+    extras = find_extras(model, config.extras, weights, head)
+    return Plan(groups, head, weights, ordered, reasons, sum(sizes.values()), tied, between, extras)
 
 
 def _check_not_compiled(model: nn.Module) -> None:
@@ -170,7 +175,7 @@ def _prefixes(name: str) -> list[str]:
 
 
 def warn_of_untouched(model: nn.Module, plan: Plan, config: AdapterConfig) -> None:
-    """Warn of what ``targets="all"`` leaves out of the blocks, if that is more than :data:`SILENT_SHARE`.
+    """Warn if ``targets="all"`` leaves out more than the share :data:`SILENT_SHARE` of the weights in blocks.
 
     For ``"all-linear"`` the warning is about linear weights that the method cannot adapt, such as those of experts.
     """
@@ -185,16 +190,24 @@ def warn_of_untouched(model: nn.Module, plan: Plan, config: AdapterConfig) -> No
         )
 
 
-def plan_of_file(model: nn.Module, config: AdapterConfig, saved: Sequence[Any], base: Mapping[str, Any]) -> Plan:
+def plan_of_file(
+    model: nn.Module,
+    config: AdapterConfig,
+    saved: Sequence[Any],
+    base: Mapping[str, Any],
+    extras: Sequence[str] = (),
+) -> Plan:
     """Return the plan that an adapter file holds, for ``model``.
 
-    The file has the exact names of the adapted weights. The patterns in its configuration are never matched.
+    The file contains the exact names of the adapted weights. The patterns in its configuration are not used.
 
     Args:
-        model: the model that the adapter will be loaded into.
-        config: the file's configuration.
-        saved: the ``to_dict`` of every group; empty in files of the first format, which have only the names.
-        base: what the file records about the model that the adapter was trained on.
+        model: the model into which the adapter will be loaded.
+        config: configuration from the file.
+        saved: the ``to_dict`` of every group. The list is empty for files of the first format, which contain only
+            names.
+        base: description of the base model from the file.
+        extras: names of the parameters that were trained beside factors and head.
 
     Raises:
         ValueError: the model lacks one of the weights or is compiled, or the plan is damaged.
@@ -216,20 +229,21 @@ def plan_of_file(model: nn.Module, config: AdapterConfig, saved: Sequence[Any], 
 
     if not saved:
         targets = [known_target(weight(name)) for name in base["layers"]]
-        # In that format no weight was tied.
-        return Plan(config.groups(model, targets), head, {t.name: t.weight for t in targets})
+        # Files of the first format have no tied weights.
+        weights = {t.name: t.weight for t in targets}
+        return Plan(config.groups(model, targets), head, weights, extras=known_extras(model, extras, weights, head))
     groups: list[Any] = []
     found: dict[str, Weight] = {}
     for group in saved:
         members = {name: weight(name) for name in group["weights"]}
         groups.append(config.group_of_file(model, group, list(members.values())))
         found |= members
-    found, tied = _with_tied(structure, found)
-    return Plan(groups, head, found, tied=tied)
+    found, tied = structure.with_tied(found)
+    return Plan(groups, head, found, tied=tied, extras=known_extras(model, extras, found, head))
 
 
 def check_saved_plan(saved: Any) -> None:
-    """Raise ValueError if this is not a list of groups' ``to_dict``, as far as all methods need it."""
+    """Raise ValueError if ``saved`` is not a list of groups with the keys that all methods need."""
     if not isinstance(saved, list):
         raise ValueError("'plan' must be a list of groups")
     nothing = Adapter({}, EfftConfig(), [])

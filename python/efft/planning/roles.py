@@ -1,7 +1,8 @@
-"""The tensor trains of the paper: for layers whose role in their block is known.
+"""Create the tensor trains of the paper, for layers whose role in their block is known.
 
-A table (:data:`efft.planning.targets.FAMILIES`) knows the roles of the layers of a ViT, a Swin and their relatives.
-Elsewhere the trains follow from shapes alone (:mod:`efft.planning.shapes`).
+The role of a layer is its purpose in the block, such as "qkv" or "fc2". The table
+:data:`efft.planning.targets.FAMILIES` lists the roles of the layers of a ViT, a Swin and related models. For other
+models, the trains are derived only from shapes (:mod:`efft.planning.shapes`).
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from efft_kernels import Site
 
 
 def trains_by_role(targets: Iterable[Target], joint: bool) -> list[TensorTrain]:
-    """Return the trains of these weights: one for attention and one for the MLP of each stage, or ``joint`` ones.
+    """Return the tensor trains of the given weights: one for attention and one for the MLP of each stage.
 
-    Layers without a role share a train with all others of the same shape.
+    With ``joint``, attention and MLP share one tensor train.
+
+    Layers without a role share a tensor train with all other layers of the same shape.
 
     Raises:
         ValueError: layers that would share a train have sizes that do not fit together.
@@ -44,9 +47,10 @@ _Layout = tuple[int, int, int, dict[str, Site]]  # d_in, d_out, n_cores, sites
 
 
 def _group_of(target: Target, joint: bool) -> tuple[str, str]:
-    """Return (name, kind) of the train that a target uses."""
+    """Return the name and the kind of the tensor train that a target uses."""
     if target.role == "linear":
-        # Convolutions and embeddings are in such groups too. Adapter files and state dicts have the name, so it stays.
+        # Such groups also contain convolutions and embeddings. Adapter files and state dicts contain the name "linear",
+        # which must therefore not change.
         return f"linear_{target.weight.d_in}x{target.weight.d_out}", "linear"
     kind = "joint" if joint else "mhsa" if target.role in MHSA_ROLES else "ffn"
     return kind if target.stage is None else f"stage{target.stage + 1}_{kind}", kind
@@ -57,7 +61,7 @@ def _block_index(layers: _Layers) -> dict[str, int]:
 
 
 def _width(name: str, what: str, layers: _Layers, size: Callable[[_Shape], int | None]) -> int | None:
-    """Return the one value of ``size`` over all layers that have one. Raise ValueError if they disagree."""
+    """Return the common value of ``size`` over all layers that have a value. Raise ValueError if the values differ."""
     sizes = {n: v for n, s in layers.items() if (v := size(s)) is not None}
     if len(set(sizes.values())) > 1:
         first = next(iter(sizes))
@@ -74,7 +78,7 @@ def _attention_parts(role: str) -> tuple[str, ...]:
 
 
 def _attention_width(name: str, layers: _Layers) -> int:
-    """Return d of attention layers [d, d]. A fused qkv counts as three of them."""
+    """Return the width d of attention matrices [d, d]. A fused qkv layer counts as three matrices."""
     for layer, shape in layers.items():
         n_parts = len(_attention_parts(shape.role))
         if shape.d_out % n_parts:
@@ -82,7 +86,7 @@ def _attention_width(name: str, layers: _Layers) -> int:
                 f"group {name!r}: {layer} has {shape.d_out} outputs, not a multiple of its {n_parts} matrices"
             )
     d = _width(name, "input size", layers, lambda s: s.d_in)
-    # Keys and values may be narrower (grouped queries): they use the first columns of V.
+    # Keys and values may be narrower (grouped-query attention). They then use the first columns of V.
     outs = {n: s for n, s in layers.items() if not (s.role in ("k", "v") and s.d_out < s.d_in)}
     out = _width(name, "output size of each of q, k, v, o", outs, lambda s: s.d_out // len(_attention_parts(s.role)))
     assert d is not None
@@ -95,7 +99,7 @@ def _attention_width(name: str, layers: _Layers) -> int:
 
 
 def _mhsa(name: str, layers: _Layers) -> _Layout:
-    """Lay out U [d, r1], one core for each of q, k, v, o that is adapted, and V [r2, d]."""
+    """Lay out U [d, r1], one core for each adapted matrix of q, k, v and o, and V [r2, d]."""
     d = _attention_width(name, layers)
     present = {part for s in layers.values() for part in _attention_parts(s.role)}
     core = {part: i for i, part in enumerate(p for p in "qkvo" if p in present)}
@@ -127,7 +131,7 @@ def _mlp_sizes(name: str, layers: _Layers) -> tuple[int, int, int]:
 def _ffn(name: str, layers: _Layers) -> _Layout:
     """Lay out U [d, r1] and V [r2, hidden].
 
-    fc1 and gate are U C V, fc2 is (U C V)ᵀ with a core and dropout masks of its own.
+    The updates of fc1 and gate are U C V. The update of fc2 is (U C V)ᵀ with its own core and its own dropout masks.
     """
     d, hidden, up_blocks = _mlp_sizes(name, layers)
     roles = {s.role for s in layers.values()}
@@ -146,9 +150,10 @@ def _ffn(name: str, layers: _Layers) -> _Layout:
 
 
 def _joint(name: str, layers: _Layers) -> _Layout:
-    """Lay out the one train of EFFT1: U [d, r1], V [r2, 4 d].
+    """Lay out the single tensor train of EFFT1: U [d, r1], V [r2, 4 d].
 
-    [q|k|v|o] is U C V in four column blocks, fc1 is U C V, fc2 is (U C V)ᵀ.
+    The update of [q|k|v|o] is U C V in four column blocks, the update of fc1 is U C V, and the update of fc2 is (U C
+    V)ᵀ.
     """
     attention = {n: s for n, s in layers.items() if s.role in MHSA_ROLES}
     mlp = {n: s for n, s in layers.items() if s.role in FFN_ROLES}
@@ -185,7 +190,7 @@ def _joint(name: str, layers: _Layers) -> _Layout:
 
 
 def _linear(name: str, layers: _Layers) -> _Layout:
-    """Lay out layers of one shape that are given by name: U [d_in, r1], one core for each layer, V [r2, d_out]."""
+    """Lay out layers of equal shape that the user named: U [d_in, r1], one core per layer, and V [r2, d_out]."""
     shape = next(iter(layers.values()))
     return shape.d_in, shape.d_out, 1, {n: Site(i) for i, n in enumerate(layers)}
 

@@ -1,9 +1,10 @@
-"""Tensor trains that follow from shapes alone, for any architecture.
+"""Create tensor trains for any architecture, based only on the shapes of the weights.
 
-Weights of one shape share a train, and weights of the transposed shape share its transpose. Every tower (the encoder,
-the decoder, the vision part) has its own trains, and so do attention and MLP where they are known, as in the paper. A
-packed projection (qkv in one weight, gate and value in one) is split if the attention or MLP of the same block has a
-matrix of the shape of its parts. The experts of a mixture share a train that has a core for each expert.
+Weights of equal shape share a tensor train, and weights of the transposed shape use the transpose of the same train.
+Every tower (such as the encoder, the decoder or the vision part) has its own trains. As in the paper, attention and MLP
+also have their own trains if they are known. A packed projection, such as q, k and v in one weight, is split if the
+attention or the MLP of the same block has another matrix with the shape of the parts. The experts of a mixture share a
+train with one core per expert.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ from dataclasses import dataclass
 from efft.planning.targets import Target
 from efft_kernels import Site
 
-#: Parts that a packed projection may have: q, k, v and a gate.
+#: Maximum number of parts of a packed projection: q, k, v and a gate.
 _MOST_PARTS = 4
 
 
 @dataclass
 class TensorTrain:
-    """Sizes of a train: ``U [d_in, r1]``, ``C [n_layers, n_cores, r1, r2]``, ``V [r2, d_out]``.
+    """Sizes of a tensor train: ``U [d_in, r1]``, ``C [n_layers, n_cores, r1, r2]``, ``V [r2, d_out]``.
 
-    ``sites`` maps the names of the weights to the part of the train that each of them uses.
+    ``sites`` maps the name of each weight to the part of the tensor train that the weight uses.
     """
 
     name: str
@@ -38,7 +39,7 @@ class TensorTrain:
 
 @dataclass(frozen=True)
 class _Member:
-    """A weight, taken as ``n`` matrices ``[d_in, d_out]`` side by side."""
+    """A weight that consists of ``n`` adjacent matrices ``[d_in, d_out]``."""
 
     target: Target
     d_in: int
@@ -47,15 +48,16 @@ class _Member:
 
     @property
     def key(self) -> tuple[str | None, str | None, frozenset[int], int]:
-        """The properties that all members of a train share."""
+        """The properties that all members of a tensor train have in common."""
         weight = self.target.weight
         return weight.tower, self.target.part, frozenset((self.d_in, self.d_out)), weight.n_experts
 
 
 def trains_by_shape(targets: Iterable[Target]) -> list[TensorTrain]:
-    """Return the trains of these weights.
+    """Return the tensor trains of the given weights.
 
-    A name tells the part and, if there are several trains for one part, also the shape and the tower.
+    The name of a train contains the part of the block. If one part has several trains, the name also contains the shape
+    and the tower.
     """
     groups: dict[tuple[str | None, str | None, frozenset[int], int], list[_Member]] = defaultdict(list)
     for member in _members(list(targets)):
@@ -94,8 +96,8 @@ def _members(targets: list[Target]) -> list[_Member]:
 
 
 def _parts(d_in: int, d_out: int, shapes: set[tuple[int, int]]) -> int:
-    """Return how many matrices are packed side by side in a weight, judged by the other shapes in its block."""
-    if (d_out, d_in) in shapes:  # another weight takes all of its outputs, so it is one matrix
+    """Return the number of matrices that are packed in a weight, inferred from the other shapes in its block."""
+    if (d_out, d_in) in shapes:  # another weight reads all its outputs, so this weight is one matrix
         return 1
     for n in range(2, _MOST_PARTS + 1):
         part = d_out // n
@@ -105,7 +107,7 @@ def _parts(d_in: int, d_out: int, shapes: set[tuple[int, int]]) -> int:
 
 
 def _layouts(members: list[_Member]) -> list[_Layout]:
-    """Lay out one train for the members, or several if there are packed ones and the blocks differ."""
+    """Lay out one tensor train for the members, or several if some members are packed and the blocks differ."""
     if members[0].target.weight.n_experts:
         return [_expert_layout(members)]
     if all(member.n == 1 for member in members):
@@ -128,12 +130,12 @@ def _layouts(members: list[_Member]) -> list[_Layout]:
 
 
 def _is_transposed(member: _Member, first: _Member) -> bool:
-    """Return whether a member uses the transpose of a train that has the shape of ``first``."""
+    """Return whether a member uses the transpose of a tensor train with the shape of ``first``."""
     return (member.d_in, member.d_out) != (first.d_in, first.d_out)
 
 
 def _flat_layout(members: list[_Member]) -> _Layout:
-    """Give each member a core, one after the other."""
+    """Assign consecutive cores to the members."""
     first = members[0]
     sites = {}
     for i, member in enumerate(members):
@@ -143,7 +145,7 @@ def _flat_layout(members: list[_Member]) -> _Layout:
 
 
 def _block_layout(blocks: list[list[_Member]], first: _Member) -> _Layout:
-    """Give each block equally many cores, which its members take in turn."""
+    """Assign the same number of cores to each block. The members of a block use consecutive cores."""
     sites = {}
     n_cores = sum(member.n for member in blocks[0])
     for layer, own in enumerate(blocks):
@@ -157,17 +159,17 @@ def _block_layout(blocks: list[list[_Member]], first: _Member) -> _Layout:
 
 
 def _expert_layout(members: list[_Member]) -> _Layout:
-    """Give each mixture the cores of all experts of its first parameter, then those of the next parameter."""
+    """Assign cores to each mixture: the cores for all experts of its first parameter, then of the next parameter."""
     mixtures: dict[str, list[_Member]] = defaultdict(list)
     for member in members:
         mixtures[member.target.weight.module].append(member)
     counts = {tuple(m.n for m in own) for own in mixtures.values()}
-    if len(counts) > 1:  # the mixtures differ, so each parameter is a layer of its own
+    if len(counts) > 1:  # the mixtures differ, so each parameter is its own layer
         mixtures = {member.target.name: [member] for member in members}
     if len({sum(m.n for m in own) for own in mixtures.values()}) > 1:
         raise ValueError(
             f"experts of one size are packed differently in {members[0].target.name} and in other mixtures of this "
-            "model: name those of each kind (targets=[...])"
+            "model: name the experts of each kind separately (targets=[...])"
         )
     first = members[0]
     sites = {}
@@ -194,12 +196,15 @@ def _expert_layout(members: list[_Member]) -> _Layout:
 def _names(
     trains: list[tuple[tuple[str | None, str | None, frozenset[int], int], tuple[int, int]]],
 ) -> list[str]:
-    """Return a name for each train: the first that is unique of its part, part and shape, or tower, part and shape."""
+    """Return a name for each tensor train.
+
+    The name is the first unique one of: part; part and shape; tower, part and shape.
+    """
     candidates = []
     for (tower, part, _, n_experts), (d_in, d_out) in trains:
         kind = "experts" if n_experts else part or "linear"
         shaped = f"{kind}_{d_in}x{d_out}"
-        around = re.sub(r"\W", "_", tower or "model")  # modules are called "0", or "left-hand side"
+        around = re.sub(r"\W", "_", tower or "model")  # module names can be "0" or "left-hand side"
         around = around if around.isidentifier() else f"part_{around}"
         candidates.append([*([kind] if kind != "linear" else []), shaped, f"{around}_{shaped}"])
     names: list[str] = []

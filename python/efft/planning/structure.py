@@ -1,8 +1,9 @@
-"""The structure of a model, found from its modules: weights that can be adapted, repeated blocks, parts of a block.
+"""Find the structure of a model: weights that can be adapted, repeated blocks, and the parts of a block.
 
-Nothing here knows an architecture by name. Modules of one class that are siblings (in a list, in a sequence, or
-numbered: ``layer1``, ``layer2``) are repeated. Each of them is a block, and so is every sibling of them in the same
-container. The place of a weight is the path to it from the innermost repeated module around it.
+The structure is found only from the modules and not from the name of the architecture. Sibling modules of one class are
+repeated if they are in a list or a sequence or have numbered names (``layer1``, ``layer2``). Each repeated module is a
+block, and so are all its siblings in the same container. The place of a weight is the path from its innermost repeated
+module to the weight.
 """
 
 from __future__ import annotations
@@ -26,21 +27,24 @@ from efft_kernels.nn.parameter import cannot_adapt_parameter
 #: The kinds of weights, see :attr:`Weight.kind`.
 KINDS = frozenset({"linear", "convolution", "attention", "parameter", "embedding", "experts"})
 
+#: torch's normalization layers.
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.RMSNorm)
+
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight that multiplies activations: one matrix ``[d_out, d_in]``, or one matrix for each of many experts.
+    """A weight that multiplies activations: one matrix ``[d_out, d_in]``, or one such matrix per expert.
 
     Attributes:
-        name: the module's name where an adapted layer can replace the module, else the parameter's full name.
-        module, parameter: the module that owns the weight, and the parameter's name in it.
+        name: name of the module if an adapted layer can replace the module, otherwise the full name of the parameter.
+        module, parameter: name of the module that owns the weight, and name of the parameter in the module.
         kind: "linear", "convolution" or "embedding" for layers that are called; "attention" for the output projection
             of an ``nn.MultiheadAttention``, which is called once it is adapted; "parameter" if the forward of its
             module reads it; "experts" for a batch of matrices, one per expert.
         numel: number of entries.
         view: "linear" if the matrix maps the features of each position to new features of the same position, "stacked"
-            for matrices ``[..., d_in]`` below each other, else "convolution".
-        experts: what the parameter of a mixture holds; the sizes are then those of one expert's matrix.
+            for matrices ``[..., d_in]`` that are stacked along the outputs, otherwise "convolution".
+        experts: layout of the parameter of a mixture of experts. The sizes then describe the matrix of one expert.
         block: name of the innermost repeated module around the weight; None outside of blocks.
         tower: name of the module that holds the outermost repeated modules around the weight.
     """
@@ -60,12 +64,12 @@ class Weight:
 
     @property
     def read_as(self) -> str:
-        """How the matrix is laid out in a parameter that a module reads."""
+        """Layout of the matrix in a parameter that a module reads."""
         return self.view if self.view in ("linear", "stacked") else "convolution"
 
     @property
     def outer(self) -> str:
-        """The outermost repeated module around the weight; empty outside of blocks."""
+        """Name of the outermost repeated module around the weight; empty outside of blocks."""
         depth = len(self.tower.split(".")) + 1 if self.tower else 1
         return "" if self.tower is None else ".".join(self.module.split(".")[:depth])
 
@@ -81,9 +85,8 @@ class Structure:
 
     Attributes:
         weights: the weights that can be adapted, by name, in the model's order.
-        reasons: the other weights, by name, and why they cannot be adapted.
-        tied: names of layers that share the weight of an earlier layer, and the name of that layer, which represents
-            all of them.
+        reasons: maps the names of the other weights to the reasons why they cannot be adapted.
+        tied: maps each layer that shares the weight of an earlier layer to the name of the earlier layer.
         sizes: number of entries of every parameter of two or more dimensions in blocks, by full name; of the whole
             model if nothing is repeated.
     """
@@ -95,10 +98,15 @@ class Structure:
 
     @property
     def in_blocks(self) -> dict[str, Weight]:
-        """The weights in repeated blocks, or all weights if nothing is repeated; without embeddings."""
+        """The weights in repeated blocks (or all weights if no module is repeated), without embeddings."""
         matrices = {name: w for name, w in self.weights.items() if w.kind != "embedding"}
         inside = {name: w for name, w in matrices.items() if w.block is not None}
         return inside or matrices
+
+    def with_tied(self, weights: Mapping[str, Weight]) -> tuple[dict[str, Weight], dict[str, str]]:
+        """Return the weights with the tied layers that share them, and for each of these the layer it shares with."""
+        tied = {name: first for name, first in self.tied.items() if first in weights}
+        return {**weights, **{n: replace(weights[first], name=n, module=n) for n, first in tied.items()}}, tied
 
     def untouched(self, names: Iterable[str]) -> dict[str, int]:
         """Return the full names and sizes of the parameters in blocks that do not belong to the weights ``names``."""
@@ -111,21 +119,21 @@ class Structure:
 def structure_of(model: nn.Module, head: Iterable[str] = (), share_tied: bool = False) -> Structure:
     """Find the structure of ``model`` outside of the modules ``head``, in time linear in the number of modules.
 
-    ``model`` may be on the meta device. A weight that several modules own is among the reasons, not among the weights,
-    because merging an update into one module would change the others. With ``share_tied`` that is so only if one of
-    the owners is not a linear layer outside the head, since linear layers can share one update.
+    ``model`` may be on the meta device. A weight that several modules own cannot be adapted and is listed in
+    ``reasons``, because merging an update into one module would change the others. With ``share_tied``, the weight can
+    be adapted if all owners are linear layers outside the head, because linear layers can share one update.
     """
     modules = dict(model.named_modules())
     inside_head = {name for h in head for name in modules if name == h or name.startswith(f"{h}.")} if head else set()
     repeated = _find_repeated(modules)
     owners = _owners(modules)
-    widths: dict[str, set[int]] = defaultdict(set)  # of each block
+    widths: dict[str, set[int]] = defaultdict(set)  # widths of the activations in each block
     found = Structure()
     sizes: dict[bool, dict[str, int]] = {True: {}, False: {}}  # in blocks or not
     doubtful: list[Weight] = []
     sharing: dict[Any, list[tuple[Weight, Tensor]]] = defaultdict(list)
     for name, module in modules.items():
-        if name in inside_head or isinstance(module, (FrozenLayer, *_NORMS)):
+        if name in inside_head or isinstance(module, (FrozenLayer, *NORMS, nn.ParameterList)):
             continue
         block, tower = repeated.get(name, (None, None))
         for weight, reason in _weights_of(name, module):
@@ -151,9 +159,9 @@ def structure_of(model: nn.Module, head: Iterable[str] = (), share_tied: bool = 
                     sharing[_key(parameter)].append((weight, parameter))
                 continue
             found.weights[weight.name] = weight
-            if block is not None:  # a convolution maps channels: its kernel size is not a width of activations
+            if block is not None:  # a convolution maps channels; its kernel size is not a width
                 widths[block] |= {weight.d_in, weight.d_out} if weight.view == "linear" else {weight.d_out}
-    for weight in doubtful:  # a bare parameter multiplies activations if it maps one of their widths to another
+    for weight in doubtful:  # assume a bare parameter multiplies activations if both its sizes are widths
         if weight.block is not None and {weight.d_in, weight.d_out} <= widths[weight.block]:
             found.weights[weight.name] = weight
         else:
@@ -171,12 +179,11 @@ def structure_of(model: nn.Module, head: Iterable[str] = (), share_tied: bool = 
     return found
 
 
-_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.RMSNorm, nn.ParameterList)
 _DOUBTFUL = "doubtful"
 
 
 def _weights_of(name: str, module: nn.Module) -> list[tuple[Weight, str | None]]:
-    """Return a module's own parameters of two or more dimensions, and for each why it cannot be adapted, or None."""
+    """Return a module's own parameters of two or more dimensions, each with the reason against adapting it, or None."""
     if isinstance(module, nn.utils.parametrize.ParametrizationList):
         return []
     computed = _find_computed(name, module)
@@ -195,7 +202,7 @@ def _weights_of(name: str, module: nn.Module) -> list[tuple[Weight, str | None]]
             full = f"{name}.{p}".lstrip(".")
             weight = Weight(full, name, p, "experts", *sizes, n_experts=experts.n_experts, experts=one)
             found.append((weight, None))
-        elif experts is not None:  # the biases of all experts are one parameter too
+        elif experts is not None:  # the biases of all experts also form one parameter
             continue
         elif p == "weight" and isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             weight = Weight(name, name, p, "embedding", t.shape[0], t.shape[1], t.numel())
@@ -207,7 +214,7 @@ def _weights_of(name: str, module: nn.Module) -> list[tuple[Weight, str | None]]
             d_in, d_out = matrix_sizes(module)
             view = "linear" if kind != "convolution" or _is_one_by_one(module) else "convolution"
             found.append((Weight(name, name, p, kind, d_in, d_out, d_in * d_out, view), None))
-        elif sum(size > 1 for size in t.shape) > 1:  # the others are vectors in effect
+        elif sum(size > 1 for size in t.shape) > 1:  # other parameters are effectively vectors
             weight = _read(name, p, t)
             likely = None if p.endswith("weight") else _DOUBTFUL
             unlikely = _TABLE if min(weight.d_in, weight.d_out) == 1 else likely
@@ -222,7 +229,7 @@ _TABLE = "a parameter that is added or multiplied entry by entry"
 
 
 def _find_computed(name: str, module: nn.Module) -> tuple[Weight, str] | None:
-    """Return a weight that a parametrization or a hook computes from others, and why it cannot be adapted."""
+    """Return a weight that a parametrization or a hook computes, and the reason why it cannot be adapted."""
     parametrized = nn.utils.parametrize.is_parametrized(module)
     hooked = layer_class(module) is not None and "weight" not in module._parameters
     if not parametrized and not hooked:
@@ -255,7 +262,7 @@ def _matrix(tensor: Tensor) -> tuple[int, int]:
 
 
 def _key(parameter: Tensor) -> Any:
-    """Return a key that is equal for two names of one weight."""
+    """Return a key that is equal for all names of the same weight."""
     pointer = 0 if parameter.is_meta or not is_plain(parameter) else parameter.data_ptr()
     return pointer or id(parameter)
 
@@ -270,9 +277,10 @@ def _owners(modules: Mapping[str, nn.Module]) -> dict[Any, list[str]]:
 
 
 def _find_repeated(modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]:
-    """Return (block, tower) of every module inside a repeated one.
+    """Return (block, tower) of every module inside a repeated module.
 
-    The block is the innermost repeated module around it, the tower the module that holds the outermost.
+    The block is the innermost repeated module around the module. The tower is the module that contains the outermost
+    repeated module.
     """
     found: dict[str, tuple[str, str]] = {}
     repeats: set[str] = set()
@@ -288,10 +296,10 @@ def _find_repeated(modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, str
 
 
 def _alike(module: nn.Module) -> list[str]:
-    """Return the children that are repeated. Only children that have children themselves can be.
+    """Return the repeated children of a module. Only children that have children themselves can be repeated.
 
-    All children of a ``ModuleList`` are repeated; those of a sequence or a ``ModuleDict``, and numbered ones, are if
-    two of them have the same class.
+    All children of a ``ModuleList`` are repeated. Children of a sequence or a ``ModuleDict``, and children with
+    numbered names, are repeated if two of them have the same class.
     """
     listed = isinstance(module, (nn.ModuleList, nn.Sequential, nn.ModuleDict))
     names = [
@@ -308,13 +316,14 @@ _MLP = re.compile(r"mlp|ffn|feed_?forward|expert|moe|glu", re.IGNORECASE)
 
 
 def parts_of(model: nn.Module, weights: Mapping[str, Weight]) -> dict[str, str]:
-    """Find which of the weights belong to the attention ("mhsa") and which to the MLP ("ffn") of a block.
+    """Find the weights that belong to the attention ("mhsa") and those that belong to the MLP ("ffn") of a block.
 
-    The names and classes of the modules around a weight in its block decide; if they say nothing, those of the modules
-    around the block do (experts in a list). If these say nothing either and the block has an attention, shapes decide:
-    weights that come in pairs of transposed shapes are the MLP. Weights that remain undecided are left out.
+    The part is inferred from the names and classes of the modules around the weight inside its block. If they give no
+    hint, the modules around the block are used (for experts in a list). If these give no hint either and the block has
+    an attention, the shapes are used: two weights with transposed shapes form the MLP. Weights without a known part are
+    omitted.
 
-    A router in a mixture of experts counts as part of the MLP that it is in.
+    A router in a mixture of experts counts as part of the MLP that contains it.
     """
     found: dict[str, str] = {}
     rest: dict[str, list[Weight]] = defaultdict(list)  # by outermost block
@@ -337,11 +346,11 @@ def _part_from(words: str) -> str | None:
 
 
 def _words(model: nn.Module, weight: Weight) -> list[str]:
-    """Return the texts that tell the part of a weight, the most telling first.
+    """Return texts that indicate the part of a weight, with the most informative text first.
 
-    The first has the names and classes of the modules between the block and the weight, with the weight's own name.
-    Each of the others has the name and class of one module: the block, then the modules around it, outwards up to the
-    outermost repeated module.
+    The first text contains the names and classes of the modules between the block and the weight, and the name of the
+    weight. Each of the other texts contains the name and class of one module, from the block outwards to the outermost
+    repeated module.
     """
     parts = weight.module.split(".")
     depth = len(weight.block.split(".")) if weight.block is not None else 0

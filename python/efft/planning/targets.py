@@ -1,4 +1,4 @@
-"""Which weights of a model to adapt, and the role of each in its block."""
+"""Select the weights of a model to adapt and find the role of each weight in its block."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from efft.hints import nearest
 from efft.planning.names import matcher
 from efft.planning.structure import KINDS, Structure, Weight, parts_of, structure_of
 
-#: What ``targets`` can be instead of a list of names.
+#: Keywords that ``targets`` accepts instead of a list of names.
 TARGETS = ("all", "all-linear", "mhsa", "ffn")
 
 MHSA_ROLES = ("qkv", "q", "k", "v", "o")
-FFN_ROLES = ("fc1", "gate", "fc2")  # a gated MLP has fc1 and gate side by side, or both in one fc1
+FFN_ROLES = ("fc1", "gate", "fc2")  # a gated MLP has fc1 and gate as two layers or packed in one fc1
 _PART_OF = dict.fromkeys(MHSA_ROLES, "mhsa") | dict.fromkeys(FFN_ROLES, "ffn")
 
 _TIMM = {"attn.qkv": "qkv", "attn.proj": "o", "mlp.fc1": "fc1", "mlp.fc2": "fc2"}
@@ -31,9 +31,9 @@ _BERT = {
 _LLAMA = {"mlp.up_proj": "fc1", "mlp.gate_proj": "gate", "mlp.down_proj": "fc2"}
 _LLAMA |= {f"self_attn.{part}_proj": part for part in "qkvo"} | {"self_attn.out_proj": "o"}
 
-#: Architectures whose weights are grouped exactly as in the paper: the pattern of a block's name (with its stage, where
-#: widths change) and the roles of the layers in the block. Other architectures need no row here, because their trains
-#: follow from the structure of the model (:mod:`efft.planning.structure`).
+#: Architectures whose weights are grouped exactly as in the paper. Each entry holds the pattern of a block's name (with
+#: the stage, if widths change between stages) and the roles of the layers in the block. Other architectures need no
+#: entry, because their tensor trains are derived from the structure of the model (:mod:`efft.planning.structure`).
 FAMILIES: tuple[tuple[str, dict[str, str]], ...] = (
     # Swin and other staged ViTs
     (r"(?:layers|stages)\.(?P<stage>\d+)\.blocks\.\d+", _TIMM | _VIT | _BERT),
@@ -50,9 +50,9 @@ class Target:
 
     Attributes:
         weight: the weight and its place in the model.
-        role: the role of the weight in its block ("qkv", "fc2", ...); "linear" where only its shape counts.
-        block, stage: the block that the role is in, and the block's stage where widths change between stages.
-        part: "mhsa", "ffn", or None if it is unknown which of them the weight is in.
+        role: role of the weight in its block ("qkv", "fc2", ...), or "linear" if only the shape of the weight matters.
+        block, stage: name of the block, and the stage of the block if widths change between stages.
+        part: "mhsa" for attention, "ffn" for the MLP, or None if the part is unknown.
     """
 
     weight: Weight
@@ -63,7 +63,7 @@ class Target:
 
     @property
     def name(self) -> str:
-        """The weight's name."""
+        """Name of the weight."""
         return self.weight.name
 
 
@@ -74,18 +74,18 @@ def find_targets(
     exclude: Sequence[str] = (),
     kinds: Collection[str] = KINDS,
 ) -> list[Target]:
-    """Return the weights of ``model`` that are selected, in the model's order; never one inside the ``head`` modules.
+    """Return the selected weights of ``model`` in the model's order, excluding weights inside the ``head`` modules.
 
     Args:
         model: any module; it may be on the meta device.
-        head: names of the modules that are trained as a whole.
+        head: names of the modules of which all parameters are trained.
         targets: one of :data:`TARGETS`, or patterns of names (:func:`efft.planning.names.matcher`).
         exclude: patterns of names to leave out.
         kinds: the kinds of weights that can be adapted (:attr:`efft.planning.structure.Weight.kind`).
 
     Raises:
-        ValueError: a pattern matches nothing, no weight is left, or a matching weight cannot be adapted. The error
-            lists what the model has.
+        ValueError: a pattern matches nothing, no weight is left, or a matching weight cannot be adapted. The message
+            lists the layers of the model.
     """
     return select(model, structure_of(model, head), targets, exclude, kinds)
 
@@ -97,7 +97,7 @@ def select(
     exclude: Sequence[str],
     kinds: Collection[str],
 ) -> list[Target]:
-    """Do what :func:`find_targets` does, in a structure that is known already."""
+    """Select weights as :func:`find_targets` does, from a structure that is already known."""
     if isinstance(targets, str):
         chosen = _by_keyword(model, structure, targets, kinds)
     else:
@@ -117,7 +117,7 @@ def select(
 
 
 def known_target(weight: Weight) -> Target:
-    """Return the weight with the role that :data:`FAMILIES` gives to its name, or with the role "linear"."""
+    """Return the weight with the role for its name in :data:`FAMILIES`, or with the role "linear"."""
     for block, roles in FAMILIES if weight.kind == "linear" else ():
         for ending, role in roles.items():
             if not weight.name.endswith(ending):
@@ -131,7 +131,7 @@ def known_target(weight: Weight) -> Target:
 
 
 def _by_keyword(model: nn.Module, structure: Structure, targets: str, kinds: Collection[str]) -> list[Target]:
-    """Return the weights of "all", "all-linear", "mhsa" or "ffn"."""
+    """Return the weights that the keyword "all", "all-linear", "mhsa" or "ffn" selects."""
     if not structure.weights:
         why = next((f": {name}, because {reason}" for name, reason in structure.reasons.items()), "")
         raise ValueError(f"targets={targets!r} finds nothing to adapt{why}. {_present(structure)}")
@@ -154,9 +154,11 @@ def _by_keyword(model: nn.Module, structure: Structure, targets: str, kinds: Col
 
 
 def _group_as_published(structure: Structure) -> list[Target]:
-    """Return the weights with their roles in a ViT, a Swin or a relative; none if a block has a weight without a role.
+    """Return the weights with their roles in a ViT, a Swin or a related model.
 
-    The weights between blocks (the downsampling of a Swin) are left alone, as in the paper.
+    The result is empty if a block has a weight without a role.
+
+    As in the paper, the weights between blocks (the downsampling of a Swin) are not adapted.
     """
     targets = [known_target(weight) for weight in structure.in_blocks.values()]
     roles: dict[str, set[str]] = {}
@@ -173,7 +175,7 @@ def _group_as_published(structure: Structure) -> list[Target]:
 
 
 def _are_published_shapes(targets: list[Target]) -> bool:
-    """Return whether, with the same sizes in a whole stage, the attention is square and fc2 has the shape of fc1ᵀ."""
+    """Return whether the attention is square, fc2 has the shape of fc1ᵀ, and sizes are equal within each stage."""
     shapes: dict[tuple[int | None, str], set[tuple[int, int]]] = {}
     for target in targets:
         shapes.setdefault((target.stage, target.role), set()).add((target.weight.d_in, target.weight.d_out))
@@ -197,7 +199,7 @@ def _are_published_shapes(targets: list[Target]) -> bool:
 
 
 def by_structure(model: nn.Module, weights: Mapping[str, Weight]) -> list[Target]:
-    """Return the weights, whatever their names, with the block and the part of it that each is in."""
+    """Return the weights with the block and the part of each weight, without using the names of the weights."""
     parts = parts_of(model, weights)
     return [Target(weight, block=weight.block or name, part=parts.get(name)) for name, weight in weights.items()]
 
@@ -205,7 +207,10 @@ def by_structure(model: nn.Module, weights: Mapping[str, Weight]) -> list[Target
 def _by_name(
     model: nn.Module, structure: Structure, targets: Sequence[str], exclude: Sequence[str], kinds: Collection[str]
 ) -> list[Target]:
-    """Return the weights that the patterns match: linear layers or, for a pattern that matches none, other weights."""
+    """Return the weights that the patterns match.
+
+    A pattern selects linear layers. If it matches no linear layer, it selects other weights.
+    """
     everything = {**structure.weights, **structure.reasons}
     linears = {n: w for n, w in structure.weights.items() if w.kind in {"linear", "attention"} & {*kinds}}
     excluding = [matcher(pattern) for pattern in exclude]
@@ -233,13 +238,13 @@ def _by_name(
 
 
 def _is_layer(model: nn.Module, name: str) -> bool:
-    """Return whether a name is that of a linear layer, which a pattern that matches it must not skip."""
+    """Return whether a name belongs to a linear layer. A pattern must not skip a linear layer that it matches."""
     parent, _, last = name.rpartition(".")
     return isinstance(model.get_submodule(parent)._modules.get(last), nn.Linear)
 
 
 def _endings(names: Iterable[str]) -> list[str]:
-    """Return the names and all their endings, to suggest the nearest."""
+    """Return the names and all their endings, as candidates for suggestions."""
     parts = [name.split(".") for name in names]
     return sorted({".".join(p[i:]) for p in parts for i in range(len(p))})
 

@@ -1,4 +1,4 @@
-"""Serving many adapters on one model: :class:`AdapterPool`."""
+"""Serve many adapters with one model (:class:`AdapterPool`)."""
 
 from efft.pool.adapter_pool import AdapterPool
 

@@ -1,4 +1,4 @@
-"""Many adapters in memory beside one frozen model, used one at a time, mixed, or a different one per sample."""
+"""Hold many adapters in memory for one frozen model: use one adapter, a mix, or a different one per sample."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from efft.adapting import buffers
+from efft.adapting import buffers, extras
 from efft.adapting.inject import adapted_layers, adapter_of, remove
 from efft.adapting.placing import linear_layers
 from efft.config import is_number
 from efft.hints import did_you_mean
 from efft.pool.batches import Layouts, check_batch, find_layouts
+from efft.pool.extras import mixed, read_from_stacks, read_own, reads_from_stacks, write_extras
 from efft.pool.stacks import Place, write_row
 from efft.saving.base import base_problems, describe_base
 from efft.saving.io import load_described, read_description
@@ -31,26 +32,29 @@ from efft_kernels.nn.frozen import is_plain, share_attributes
 from efft_kernels.nn.linear import AdaptedLayer
 from efft_kernels.nn.pooled import PooledDelta, PooledLinear, PooledWeights, Selection
 
-_Parts = dict[str, tuple[Tensor, Tensor | None]]  # the tensors at the places of a layer
+_Parts = dict[str, tuple[Tensor, Tensor | None]]  # layer -> (D, G) or (weight, bias)
 
 
 class AdapterPool:
     """Named adapters of one model, for inference.
 
-    Outside of :meth:`use` the model computes as its base. A layer is replaced when the first adapter that changes it is
-    added; names in the state dict do not change. The pool keeps the composed operands of each adapter, in the dtype of
+    Outside of :meth:`use`, the model computes the outputs of the base model. A layer is replaced when the first adapter
+    that changes the layer is added. Names in the state dict do not change. The pool keeps the composed operands of each
+    adapter, in the dtype of
     the weights: D ``[n, in_features, r]`` and G ``[n, r, out_features]`` of a layer, stacked for all adapters. Layers
-    share a stack if they do so in every adapter (as EFFT's D). Lower ranks are padded with zeros to the largest. The
-    linear layers of a head are kept whole.
+    share a stack if they share the operand in every adapter (as they do with EFFT's D). Lower ranks are padded with
+    zeros to the largest. The linear layers of a head are kept whole, and so are biases and norms that were trained.
+    These all samples of a batch share, so an adapter that has some can be used and mixed, but not for single samples of
+    a batch.
 
-    Adding and removing adapters changes the stacks in place, so code that torch.compile made stays valid. New stacks
-    are needed for more adapters than ever before (the room doubles), for a higher rank, and for an adapter of other
-    layers or with other sharing. Threads may use different adapters at the same time, while others add and remove
-    adapters.
+    Adding and removing adapters changes the stacks in place, and compiled code therefore stays valid. New stacks are
+    needed if the capacity is exceeded (it is then doubled), for a higher rank, and for an adapter with other layers or
+    other sharing. Threads may use different adapters at the same time, while others add and remove adapters.
 
     Args:
-        model: a plain model on its device, in its dtype. Compile it after the first adapter was added.
-        capacity: the number of adapters to make room for at first.
+        model: a model that is not adapted, on its final device and in its final dtype. Compile it after adding the
+            first adapter.
+        capacity: initial number of adapters for which memory is allocated.
 
     Attributes:
         model: the same model.
@@ -86,16 +90,19 @@ class AdapterPool:
         self._layers: dict[str, PooledLinear] = {}
         self._originals: dict[str, nn.Linear] = {}
         self._stacks: dict[Place, Tensor] = {}
+        self._trained: dict[str, list[str]] = {}  # the biases and norms of each adapter that has some
+        self._extras: dict[str, Tensor] = {}  # their values, by the name of the parameter
+        self._readers: dict[str, nn.Module] = {}  # the modules that read these
 
     @property
     def names(self) -> list[str]:
-        """The adapters, in the order in which they were added."""
+        """Names of the adapters, in the order in which they were added."""
         return list(self._slots)
 
     @property
     def bytes_per_adapter(self) -> int:
-        """Memory that each adapter takes, including its head, in bytes."""
-        stacks = {id(stack): stack for stack in self._stacks.values()}
+        """Memory for each adapter in bytes, including its head."""
+        stacks = {id(stack): stack for stack in (*self._stacks.values(), *self._extras.values())}
         return sum(stack[0].numel() * stack.element_size() for stack in stacks.values())
 
     def load(self, name: str, folder: str | os.PathLike[str], strict: bool = True) -> None:
@@ -112,13 +119,15 @@ class AdapterPool:
                 pass
 
     def _load(self, name: str, folder: Path, strict: bool) -> bool:
-        """Return whether the adapter was loaded; if it was replaced meanwhile, nothing is changed."""
+        """Return whether the adapter was loaded. If another process replaced the file meanwhile, nothing is changed."""
         description = read_description(folder)
         buffers.check_none(name, description["buffers"] or ())
         heads = {h: m for h in description["head"] if (m := _find(self._twin, h)) is not None}
+        shared = {n: p for n, p in self._twin.named_parameters() if n in set(description["extras"])}
         try:
             for head, module in heads.items():  # the twin shares the model's weights: load into copies
                 self._twin.set_submodule(head, copy.deepcopy(module))
+            _set_parameters(self._twin, {n: nn.Parameter(p.detach().clone()) for n, p in shared.items()})
             loaded = load_described(self._twin, folder, description, strict)
             if loaded:
                 self._insert(name, self._twin)
@@ -126,6 +135,7 @@ class AdapterPool:
         finally:
             if hasattr(self._twin, "efft"):
                 remove(self._twin)
+            _set_parameters(self._twin, shared)
             for head, module in heads.items():
                 self._twin.set_submodule(head, module)
 
@@ -146,12 +156,20 @@ class AdapterPool:
             missing = [n for n in layers if _find(self._twin, n) is None]
             problems = [f"the model has no {', '.join(missing[:3])}"] if missing else []
             problems = problems or base_problems(self._twin, layers, describe_base(adapted, layers))
+            own = dict(self._twin.named_parameters())
+            trained = extras.parameters_of(adapted, adapter.extras)
+            problems += [
+                f"the model has no {n} of shape {list(p.shape)}"
+                for n, p in trained.items()
+                if n not in own or own[n].shape != p.shape
+            ]
             if problems:
                 raise ValueError(f"adapter {name!r} does not fit the model of this pool: {'; '.join(problems)}")
             self._insert(name, adapted)
 
     def add_mix(self, name: str, weights: Mapping[str, float]) -> None:
-        """Add the weighted sum of adapters of this pool as another adapter, so that a batch can use it beside others.
+        """Add the weighted sum of adapters of this pool as another adapter, which can be combined with others in a
+        batch.
 
         The sum is exact: it has the sum of the updates, whose rank is the sum of the ranks, and the sum of the
         differences between the heads and the base's head. It does not change when its parts are removed. A mix cannot
@@ -177,20 +195,23 @@ class AdapterPool:
                     continue
                 used = first.any(0)  # without the zeros that lower ranks are padded with
                 updates[layer] = shared.setdefault(id(pooled.stacks[0]), first[:, used]), second[used]
-            self._write(name, updates, heads)
+            trained = {n for part in weights for n in self._trained.get(part, ())}
+            values = {n: mixed(self._extras[n], selection.slots, selection.weights) for n in sorted(trained)}
+            self._write(name, updates, heads, values)
 
     def remove(self, name: str) -> None:
         """Remove an adapter. The next one that is added takes its place.
 
         Raises:
-            ValueError: there is no such adapter.
-            RuntimeError: it is in use.
+            ValueError: the pool has no adapter with this name.
+            RuntimeError: the adapter is in use.
         """
         with self._lock:
             self._slot(name)
             if self._in_use[name]:
                 raise RuntimeError(f"adapter {name!r} is in use: leave the with blocks that use it before removing it")
             del self._slots[name]
+            self._trained.pop(name, None)
 
     @contextmanager
     def use(self, adapters: str | Mapping[str, float] | Sequence[str | None] | None) -> Iterator[nn.Module]:
@@ -203,8 +224,9 @@ class AdapterPool:
                 base two more times, to find where the layers have the samples.
 
         Raises:
-            ValueError: there is no such adapter, the list or mix is empty, or a weight is not a finite number. When the
-                model is called: the batch has another size, or a layer mixes samples.
+            ValueError: there is no such adapter, the list or mix is empty, a weight is not a finite number, or an
+                adapter in a list has biases or norms of its own. When the model is called: the batch has another size,
+                or a layer mixes samples.
         """
         with self._lock:
             selection, names = self._select(adapters)
@@ -219,7 +241,7 @@ class AdapterPool:
                 self._in_use.subtract(names)
 
     def detach(self) -> nn.Module:
-        """End the pool: put the model's own layers back, bit for bit, and return the model.
+        """End the pool: restore the original layers of the model exactly, and return the model.
 
         Raises:
             RuntimeError: an adapter is in use.
@@ -227,17 +249,20 @@ class AdapterPool:
         with self._changing, self._lock:
             for name in self.names:
                 self.remove(name)
+            for module in self._readers.values():
+                read_own(module)
             for name, layer in self._layers.items():
                 original = self._originals[name]
                 original.weight, original.bias = layer.weight, layer.bias
                 share_attributes(layer, original)
             replace_modules(self.model, {layer: self._originals[name] for name, layer in self._layers.items()})
-            self._layers, self._stacks = {}, {}
+            self._layers, self._stacks, self._extras, self._readers = {}, {}, {}, {}
             self._hook.remove()
             return self.model
 
     def _learn_layouts(self, args: tuple[Any, ...], kwargs: dict[str, Any], samples: int) -> None:
-        """Find where the layers have the samples, before the first call with one adapter per sample."""
+        """Find the place of the samples in the inputs of the layers, before the first call with one adapter per
+        sample."""
         if samples < 2 or self._attempts < 1:
             return
         with self._changing:
@@ -266,6 +291,13 @@ class AdapterPool:
         if not isinstance(adapters, Mapping):
             slots = [0 if name is None else self._slot(name) for name in adapters]
             names = [name for name in set(adapters) if name is not None]
+            own = next((name for name in adapters if name in self._trained), None)
+            if own is not None:
+                raise ValueError(
+                    f"adapter {own!r} has biases or norms of its own ({self._trained[own][0]} first), which all "
+                    f"samples of a batch share: use it for whole batches (use({own!r})), or train adapters for single "
+                    "samples with bias='none' and norms=False"
+                )
             return Selection(torch.tensor(slots, device=device), None), names
         slots, weights = [self._slot(name) for name in adapters], list(adapters.values())
         if not all(map(is_number, weights)):
@@ -287,22 +319,34 @@ class AdapterPool:
 
     @torch.no_grad()
     def _insert(self, name: str, adapted: nn.Module) -> None:
-        """Add an adapter. Everything that can fail comes before any change."""
-        parts = _operands(adapted), self._head_layers(adapted)
+        """Add an adapter. Every step that can fail precedes the first change."""
+        trained = extras.parameters_of(adapted, adapter_of(adapted).extras)
+        parts = _operands(adapted), self._head_layers(adapted), {n: p.detach() for n, p in trained.items()}
         with self._lock:
             self._write(name, *parts)
 
-    def _write(self, name: str, operands: _Parts, heads: _Parts) -> None:
+    def _write(self, name: str, operands: _Parts, heads: _Parts, trained: Mapping[str, Tensor]) -> None:
         """Write an adapter to a free row of the stacks."""
         layers, originals = dict(self._layers), dict(self._originals)
         for layer, kind in (dict.fromkeys(operands, PooledDelta) | dict.fromkeys(heads, PooledWeights)).items():
             if layer not in layers:
                 originals[layer] = _linear(self.model, layer)
+                if reads_from_stacks(originals[layer]):
+                    raise ValueError(
+                        f"{layer} is updated by this adapter, and an earlier one has a bias for it without an update: "
+                        "add the adapters that update more layers first, or use one pool for each"
+                    )
                 layers[layer] = kind(originals[layer], self._selected)
             if not isinstance(layers[layer], kind):
                 raise ValueError(
                     f"{layer} belongs to the head of one adapter and is updated by another: use one pool for each"
                 )
+        whole = tuple(f"{n}." for n, layer in layers.items() if isinstance(layer, PooledWeights))
+        both = next((n for n in (*self._extras, *trained) if n.startswith(whole)), None)
+        if both is not None:
+            raise ValueError(
+                f"{both} belongs to the head of one adapter and to the biases of another: use one pool for each"
+            )
         parts = {(n, part): t for n, pair in (operands | heads).items() for part, t in enumerate(pair) if t is not None}
         taken = set(self._slots.values())
         slot = next(i for i in range(1, len(taken) + 2) if i not in taken)
@@ -314,10 +358,28 @@ class AdapterPool:
                 pooled.layouts, pooled.learned = self._layouts.get(layer, {}), True
         replace_modules(self.model, {originals[n]: pooled for n, pooled in layers.items() if n not in self._layers})
         self._originals, self._layers, self._stacks, self._rows = originals, layers, stacks, rows
+        self._write_extras(trained, slot)
         self._slots[name] = slot
+        if trained:
+            self._trained[name] = list(trained)
+
+    def _write_extras(self, trained: Mapping[str, Tensor], slot: int) -> None:
+        """Write the biases and norms of an adapter, and let their modules read them from the stacks."""
+        if not self._extras and not trained:
+            return
+        own = dict(self.model.named_parameters())
+        base = {name: own[name].detach() for name in (*self._extras, *trained)}
+        self._extras = write_extras(self._extras, trained, base, slot, self._rows)
+        of_modules: dict[str, dict[str, Tensor]] = {}
+        for name, stack in self._extras.items():
+            owner, _, parameter = name.rpartition(".")
+            of_modules.setdefault(owner, {})[parameter] = stack
+        for owner, stacks in of_modules.items():
+            self._readers[owner] = self.model.get_submodule(owner)
+            read_from_stacks(self._readers[owner], stacks, self._selected)
 
     def _head_layers(self, adapted: nn.Module) -> _Parts:
-        """Return weight and bias of every linear layer in the head of ``adapted``."""
+        """Return the weight and bias of every linear layer in the head of ``adapted``."""
         found: _Parts = {}
         for head in adapter_of(adapted).head:
             for inner, module in adapted.get_submodule(head).named_modules():
@@ -364,6 +426,13 @@ def _twin(model: nn.Module) -> nn.Module:
         if isinstance(module, nn.Linear) and not is_plain(module.weight):
             memo |= {id(value): value for value in vars(module).values() if hasattr(value, "__dict__")}
     return copy.deepcopy(model, memo)
+
+
+def _set_parameters(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Put parameters in the places of those of these names."""
+    for name, parameter in parameters.items():
+        owner, _, own = name.rpartition(".")
+        model.get_submodule(owner)._parameters[own] = parameter
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:

@@ -1,4 +1,4 @@
-"""Batches with one adapter per sample: checking their size, and finding which rows of an input belong to a sample."""
+"""Check batches with one adapter per sample, and find the rows of each layer input that belong to each sample."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from efft_kernels.nn.pooled import Layout, Selection
 
-#: A row counts as changed if it changed by more than this share of the largest row. Rounding changes less, another
-#: input more.
+#: A row counts as changed if it changed by more than this share of the largest row. Rounding errors are smaller, and
+#: the effect of another input is larger.
 _CHANGE = 1e-3
 
-#: Number of dimensions of an input, and where the samples are in it; see :class:`efft_kernels.nn.pooled.PooledLinear`.
+#: Maps the number of dimensions of an input to the place of the samples in the input, see
+#: :class:`efft_kernels.nn.pooled.PooledLinear`.
 Layouts = dict[int, Layout]
 
 
@@ -25,19 +26,19 @@ Layouts = dict[int, Layout]
 def find_layouts(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], samples: int
 ) -> dict[str, Layouts] | None:
-    """Find where the inputs of each linear layer of ``model`` have the samples of a batch.
+    """Find the place of the samples of a batch in the inputs of each linear layer of ``model``.
 
-    The model runs twice: on these inputs, and with the first sample changed.
+    The model runs twice: on the given inputs, and on the same inputs with another first sample.
 
     Args:
         model: the model, which runs without dropout and without gradients.
-        args, kwargs: its inputs; the first dimension of tensors is the batch of ``samples``.
+        args, kwargs: inputs of the model. The first dimension of each tensor is the batch of ``samples``.
         samples: the number of samples, at least 2.
 
     Returns:
-        For each layer's name the place of the samples by the number of dimensions of the input, for places that were
-        found and are not the first dimension. None if nothing could be found, because the inputs have nothing to change
-        or the model does not run on them.
+        A mapping from the name of each layer to the place of the samples, by the number of dimensions of the input. It
+        contains only places that were found and that differ from the first dimension. None is returned if the inputs
+        cannot be changed or if the model does not run on them.
     """
     other_args = tuple(_change_first_sample(x, samples) for x in args)
     other_kwargs = {key: _change_first_sample(x, samples) for key, x in kwargs.items()}
@@ -47,14 +48,14 @@ def find_layouts(
     modes = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device
     try:
-        for module in modes:  # quantized layers compute differently in eval mode, also afterwards
+        for module in modes:  # eval mode changes quantized layers permanently
             module.training = module.training and isinstance(module, nn.Linear)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             first = _run(
                 model, *copy.deepcopy((tuple(args), dict(kwargs)))
-            )  # a cache of keys and values grows in a run
+            )  # running the model extends a key-value cache
             second = _run(model, *copy.deepcopy((other_args, other_kwargs)))
-    except Exception:  # if the inputs are wrong, the real call of the model says so
+    except Exception:  # if the inputs are wrong, the actual call of the model reports the error
         return None
     finally:
         for module, mode in modes.items():
@@ -74,10 +75,10 @@ def find_layouts(
 
 
 def _change_first_sample(x: Any, samples: int) -> Any:
-    """Return the input with another first sample, or unchanged if there is no valid other sample."""
+    """Return the input with another first sample, or the unchanged input if no other valid sample is known."""
     if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[0] != samples or x.dtype == torch.bool:
         return x
-    if not x.is_floating_point():  # token numbers: a permutation of the same sample is valid
+    if not x.is_floating_point():  # for token ids, a permutation of the same sample is valid
         return x if x.dim() == 1 else torch.cat([x[:1].roll(1, -1), x[1:]])
     return torch.cat([0.5 - 1.3 * x[:1].flip(-1), x[1:]]) if bool(x.isfinite().all()) else x
 
@@ -86,7 +87,8 @@ _Run = list[tuple[str, torch.Size, Tensor, Tensor]]
 
 
 def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Run:
-    """Return (layer, shape of its input, one number per row [rows], size of the largest row) of every call."""
+    """Return (layer, shape of the input, one number per row [rows], size of the largest row) for every call of a
+    layer."""
     calls: _Run = []
 
     def watch(name: str) -> Any:
@@ -113,7 +115,10 @@ _UNKNOWN, _USUAL = -2, -3
 
 
 def _layout(shape: torch.Size, changed: Tensor, samples: int) -> Layout:
-    """Return where the samples are in an input, given the rows that changed with the first sample; None if nowhere."""
+    """Return the place of the samples in an input, given the rows that changed with the first sample.
+
+    The result is None if no place fits.
+    """
     rows, sizes = math.prod(shape[:-1]), shape[:-1]
     places: dict[int, Tensor] = {}
     if rows % samples == 0:
@@ -137,7 +142,7 @@ def check_batch(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> None:
-    """Check before the model runs that a batch has as many samples as there are adapters for them."""
+    """Check before the model runs that the number of samples in a batch equals the number of selected adapters."""
     selection = selected.get()
     if selection is None or selection.weights is not None:
         return

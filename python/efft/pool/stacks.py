@@ -1,4 +1,7 @@
-"""The stacks of a pool: the operands of all adapters for one place of a model. Row i belongs to slot i."""
+"""Manage the stacks of a pool. A stack holds one operand of all adapters for one place in a model.
+
+Row i of a stack belongs to the adapter in slot i.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,17 @@ from torch import Tensor
 from efft_kernels.nn.pooled import PooledLinear, PooledWeights
 
 Place = tuple[str, int]
-"""The layer's name, and 0 for D or a head's weight, or 1 for G or a head's bias."""
+"""Name of the layer, and 0 for D or the weight of a head, or 1 for G or the bias of a head."""
 
 
 def write_row(
     stacks: dict[Place, Tensor], new: dict[Place, Tensor], layers: Mapping[str, PooledLinear], slot: int, rows: int
 ) -> dict[Place, Tensor]:
-    """Write ``new`` into row ``slot`` and return the stacks: the same tensors where there is room, else larger copies.
+    """Write ``new`` into row ``slot`` and return the stacks.
 
-    Places that share a stack continue to do so if they share a tensor in the new adapter too.
+    A stack that is large enough is changed in place. Other stacks are replaced by larger copies.
+
+    Places that share a stack continue to share it if they also share a tensor in the new adapter.
     """
     sharing: dict[tuple[Any, ...], list[Place]] = {}
     for place in stacks | new:
@@ -39,7 +44,7 @@ def write_row(
             name, part = places[0]
             weight, known = layers[name].weight, tensor if old is None else old
             assert known is not None
-            # The dtype of a packed weight says nothing about the operands.
+            # The dtype of a packed weight does not determine the dtype of the operands.
             dtype = weight.dtype if weight.is_floating_point() else known.dtype
             stack = torch.zeros(shape, dtype=dtype, device=weight.device)
             if old is not None:
@@ -54,5 +59,5 @@ def write_row(
 
 
 def _corner(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    """Return the part of ``tensor`` that begins at its first element and has this shape."""
+    """Return the part of ``tensor`` with the given shape that starts at the first element."""
     return tensor[tuple(slice(size) for size in shape)]

@@ -1,1 +1,1 @@
-"""Adapter files: writing, reading, checking and sharing them."""
+"""Write, read, check and share adapter files."""

@@ -1,4 +1,4 @@
-"""The base model of an adapter: what an adapter file records about it, and how another model differs from it."""
+"""Describe the base model of an adapter for the adapter file, and compare another model with the description."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from efft_kernels.nn.frozen import can_dequantize, dequantized, is_plain
 
 
 def describe_base(model: nn.Module, layers: list[str]) -> dict[str, Any]:
-    """Return what an adapter records about the model it was trained on: these layers and their weights."""
+    """Return the description of the base model that an adapter file stores. It covers the given layers."""
     return {
         "architecture": architecture(model),
         "layers": {name: _shape(model, name) for name in layers},
@@ -27,7 +27,7 @@ def describe_base(model: nn.Module, layers: list[str]) -> dict[str, Any]:
 
 
 def base_problems(model: nn.Module, layers: list[str], saved: dict[str, Any]) -> list[str]:
-    """Describe how the model differs from the base that an adapter was trained on; empty if it does not."""
+    """List the differences between a model and the base model of an adapter; the list is empty without differences."""
     ours = describe_base(model, layers)
     if ours["layers"] != saved["layers"]:
         names = set(ours["layers"]) ^ set(saved["layers"])
@@ -54,7 +54,7 @@ def base_problems(model: nn.Module, layers: list[str], saved: dict[str, Any]) ->
 
 
 def _base_weight(model: nn.Module, name: str) -> Tensor:
-    """Return a weight without any update, even while an update is merged into it."""
+    """Return a weight of the base model without the update, even while the update is merged into the weight."""
     module, parameter = locate(model, name)
     update = find_update(model, name)
     weight = update.base_weight if update is not None and update.merged else module._parameters[parameter]
@@ -63,7 +63,7 @@ def _base_weight(model: nn.Module, name: str) -> Tensor:
 
 
 def _shape(model: nn.Module, name: str) -> list[int]:
-    """Return the shape of a weight, also of one that is packed."""
+    """Return the shape of a weight, including packed (quantized) weights."""
     weight, layer = _base_weight(model, name), locate(model, name)[0]
     if isinstance(layer, nn.Linear) and not can_dequantize(weight):
         return [layer.out_features, layer.in_features]
@@ -71,23 +71,23 @@ def _shape(model: nn.Module, name: str) -> list[int]:
 
 
 def _sketch(model: nn.Module, layers: list[str]) -> str:
-    """Return the :func:`efft.saving.fingerprint.sketch` of the weights that are plain."""
+    """Return the :func:`efft.saving.fingerprint.sketch` of the weights that are not packed."""
     weights = {name: whole(_base_weight(model, name)) for name in layers}
     return fingerprint.sketch({name: weight if is_plain(weight) else None for name, weight in weights.items()})
 
 
 @torch.no_grad()
 def _fingerprint(model: nn.Module, layers: list[str]) -> str:
-    """Return the SHA-256 over the first row of every adapted weight of the base, or the first bytes of a packed one.
+    """Return the SHA-256 of the first row of every adapted base weight, or of the first bytes of a packed weight.
 
-    That distinguishes pretrained weights in milliseconds.
+    This hash distinguishes pretrained weights within milliseconds.
     """
     digest = hashlib.sha256()
     for name in sorted(layers):
         weight = whole(_base_weight(model, name))
         if can_dequantize(weight):
             first = dequantized(weight)[0].double()
-        else:  # as the layer saves it
+        else:  # in the form in which the layer saves it
             module, parameter = locate(model, name)
             first = module.state_dict()[parameter].flatten().view(torch.uint8)[:4096]
         digest.update(first.detach().cpu().numpy().tobytes())

@@ -1,4 +1,4 @@
-"""The model card of an adapter."""
+"""Write the model card of an adapter."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import nn
 from efft.adapting.inject import adapted_layers, adapter_of
 from efft.params import count_parameters
 
-#: Names of facts on the Hugging Face hub, and the keys of ``info`` that may hold them.
+#: Maps the names of metadata on the Hugging Face hub to the keys of ``info`` that may hold the values.
 _FACTS = {"license": ("license",), "datasets": ("datasets", "dataset"), "metrics": ("metrics", "metric")}
 
 
 def model_card(model: nn.Module, description: dict[str, Any]) -> str:
-    """Return the text of an adapter's ``README.md``: the metadata that are known for the hub, then a description."""
+    """Return the text of an adapter's ``README.md``: the known metadata for the hub, then a description."""
     base = description["base"]
     facts = "\n".join(f"- {key}: {value}" for key, value in description["info"].items())
     layers = len(adapted_layers(model))
     metadata = {"library_name": "efft-kernels", **_metadata(model, description["info"])}
-    # JSON is valid YAML, whatever characters a name has.
+    # JSON is valid YAML for names with any characters.
     header = "\n".join(f"{key}: {_to_yaml(value)}" for key, value in metadata.items())
     return f"""---
 {header}
@@ -48,17 +48,17 @@ efft.load_adapter(model, "path/to/this/folder")
 
 
 def _metadata(model: nn.Module, info: dict[str, Any]) -> dict[str, Any]:
-    """Return what the hub shows and searches by, from ``info``; the base model also from the model itself."""
+    """Return the metadata for the hub from ``info``. The base model can also be found from ``model``."""
     found = {"base_model": info.get("base_model") or _loaded_from(model)}
     for name, keys in _FACTS.items():
         value = next((info[key] for key in keys if info.get(key)), None)
-        value = [*value] if isinstance(value, (list, dict)) else value  # metrics may be given with their values
+        value = [*value] if isinstance(value, (list, dict)) else value  # ``info`` may map metrics to their values
         found[name] = [value] if isinstance(value, str) and name != "license" else value
     return {name: value for name, value in found.items() if _is_text(value)}
 
 
 def _loaded_from(model: nn.Module) -> str | None:
-    """Return what a model of transformers or timm was loaded from, unless that is a folder of this machine."""
+    """Return the source of a model of transformers or timm, or None if the source is a local folder or unknown."""
     pretrained: Any = getattr(model, "pretrained_cfg", None) or {}
     names = (
         getattr(model, "name_or_path", None),

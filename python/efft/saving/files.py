@@ -1,4 +1,4 @@
-"""Writing files so that they are complete whenever the process is killed: single files, and those of an adapter."""
+"""Write single files and adapters atomically: a killed process leaves either the old or the new content."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ from typing import IO, Any
 
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 
-#: No configuration is longer. Parsed JSON can take thirty times the memory of its text.
+#: Maximum size of a configuration file in bytes. Parsed JSON can need thirty times the memory of its text.
 LARGEST_JSON = 2 * 2**20
-#: What a weights file can have beside its tensors: names, shapes and free text.
+#: Maximum number of bytes of a weights file in addition to its tensors (for names, shapes and free text).
 _LARGEST_HEADER = 16 * 2**20
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Replace the content of a file. After a crash, even of the machine, it has the old content or the new one."""
+    """Replace the content of a file.
+
+    After a crash of the process or the machine, the file has either the old or the new content.
+    """
     with replacing(path) as file:
         file.write(content)
 
@@ -32,7 +35,7 @@ def replace_file(path: Path, content: bytes) -> None:
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """Open a file that replaces ``path`` when the block ends without an error.
 
-    Other writers to the folder wait until the block has ended.
+    Other processes that write to the folder wait until the block has ended.
     """
     with _hold_folder(path.parent) as alone, _stage(path) as staged:
         if alone:
@@ -48,8 +51,8 @@ def read_json(path: Path) -> Any:
     """Return the content of a JSON file.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is longer than :data:`LARGEST_JSON`, or not JSON.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is longer than :data:`LARGEST_JSON` or is not JSON.
     """
     content = _read(path, LARGEST_JSON)
     try:
@@ -61,16 +64,19 @@ def read_json(path: Path) -> Any:
 
 
 def write_adapter(folder: Path, weights: bytes, description: dict[str, Any], card: str) -> None:
-    """Write all files of an adapter. Whenever the process is killed, the folder holds the old adapter or the new one.
+    """Write all files of an adapter.
 
-    The configuration records the hash of its weights. The new weights are first written under a name made of the hash,
-    beside the old ones; then the configuration is replaced; then the new weights take the place of the old ones.
-    Processes that write to the same folder take turns if the file system has locks, and the last adapter stays.
+    If the process is killed at any moment, the folder holds either the old or the new adapter.
+
+    The configuration contains the hash of the weights. The function first writes the new weights next to the old
+    weights, under a name that contains the hash. It then replaces the configuration, and finally replaces the old
+    weights. If several processes write to the same folder, they take turns if the file system supports locks. The
+    adapter that is written last remains.
 
     Raises:
-        OSError: there is no room or no permission; the old adapter is still there.
+        OSError: the disk is full, or permission is missing. The old adapter is kept.
         ValueError: the description is too long.
-        TypeError: the description is not JSON-ready.
+        TypeError: the description cannot be converted to JSON.
     """
     digest = hashlib.sha256(weights).hexdigest()
     text = json.dumps({**description, "weights": {"sha256": digest}}, indent=2) + "\n"
@@ -81,7 +87,7 @@ def write_adapter(folder: Path, weights: bytes, description: dict[str, Any], car
     with _stage_all(folder, contents) as (staged, alone):
         os.replace(staged[WEIGHTS], pending)
         _sync_folder(folder)
-        os.replace(staged[CONFIG], folder / CONFIG)  # from here on the new adapter is the one that loads
+        os.replace(staged[CONFIG], folder / CONFIG)  # from here on, loading reads the new adapter
         _sync_folder(folder)
         os.replace(pending, folder / WEIGHTS)
         os.replace(staged[CARD], folder / CARD)
@@ -93,10 +99,10 @@ def write_adapter(folder: Path, weights: bytes, description: dict[str, Any], car
 def write_pair(folder: Path, weights: bytes, config: bytes) -> None:
     """Write weights and configuration for readers that do not check a hash.
 
-    If the process is killed between the two files, the folder has no configuration.
+    If the process is killed before both files are written, the folder has no configuration.
 
     Raises:
-        OSError: there is no room or no permission; the old files are still there.
+        OSError: the disk is full, or permission is missing. The old files are kept.
     """
     with _stage_all(folder, {WEIGHTS: weights, CONFIG: config}) as (staged, _):
         (folder / CONFIG).unlink(missing_ok=True)
@@ -109,8 +115,8 @@ def read_description(folder: Path) -> Any:
     """Return the content of an adapter's configuration file.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is not JSON, or longer than :data:`LARGEST_JSON`.
+        FileNotFoundError: the folder has no configuration file.
+        ValueError: the file is not JSON or is longer than :data:`LARGEST_JSON`.
     """
     try:
         return read_json(folder / CONFIG)
@@ -118,31 +124,33 @@ def read_description(folder: Path) -> Any:
         raise _no_adapter(folder) from None
 
 
-#: How often weights are read that do not have the recorded hash, before they count as damaged. Meanwhile the adapter
-#: may be replaced by another one, and that by the first again.
+#: Number of attempts to read weights with the recorded hash before the weights count as damaged. Several attempts are
+#: needed, because other processes may replace the adapter between reading the configuration and reading the weights.
 _ATTEMPTS = 4
 
 
 def read_weights(
     folder: Path, description: dict[str, Any], largest: int = sys.maxsize - _LARGEST_HEADER
 ) -> bytes | None:
-    """Return the weights that belong to a configuration: those with the hash that it records, if it records one.
+    """Return the weights that belong to a configuration.
+
+    If the configuration records a hash, the returned weights have this hash.
 
     Args:
         folder: the folder of the adapter.
-        description: what :func:`read_description` returned.
-        largest: the number of bytes that the tensors can have; a larger file is not read.
+        description: the result of :func:`read_description`.
+        largest: maximum number of bytes of the tensors. A larger file is not read.
 
     Returns:
         The content of the file, or None if the adapter was replaced after its description was read.
 
     Raises:
-        FileNotFoundError: there are no weights.
-        ValueError: the file is too large, damaged, or of another save.
+        FileNotFoundError: the folder has no weights.
+        ValueError: the file is too large, is damaged, or comes from another save.
     """
     digest, content = _digest_in(folder, description), None
     for _ in range(_ATTEMPTS):
-        # In this order, because another process that saves renames weights from the first name to the second.
+        # The order matters, because another process that saves renames weights from the first name to the second.
         for path in (*([] if digest is None else [_pending(folder, digest)]), folder / WEIGHTS):
             try:
                 content = _read(path, largest + _LARGEST_HEADER)
@@ -154,7 +162,7 @@ def read_weights(
             return None
     if content is None:
         raise _no_adapter(folder)
-    if digest is None:  # written before hashes were recorded
+    if digest is None:  # the adapter was written before hashes were recorded
         return content
     raise ValueError(
         f"{folder / WEIGHTS} is damaged or of another save: its SHA-256 is not the one in {CONFIG}; copy both again "
@@ -163,7 +171,7 @@ def read_weights(
 
 
 def _digest_in(folder: Path, description: Any) -> str | None:
-    """Return the hash of the weights that the configuration records, if any."""
+    """Return the hash of the weights from the configuration, or None if the configuration has no hash."""
     weights = description.get("weights") if isinstance(description, dict) else None
     if weights is None:
         return None
@@ -174,7 +182,7 @@ def _digest_in(folder: Path, description: Any) -> str | None:
 
 
 def _pending(folder: Path, digest: str) -> Path:
-    """Return the name of new weights before they replace the old ones."""
+    """Return the name of the file with new weights before it replaces the file with the old weights."""
     return folder / f".{WEIGHTS}.{digest}"
 
 
@@ -184,7 +192,7 @@ def _no_adapter(folder: Path) -> FileNotFoundError:
 
 
 def _read(path: Path, largest: int) -> bytes:
-    if not path.is_file():  # reading a pipe or a device might not end
+    if not path.is_file():  # reading a pipe or a device may never end
         raise FileNotFoundError(f"there is no file {path}")
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -195,7 +203,7 @@ def _read(path: Path, largest: int) -> bytes:
 
 @contextmanager
 def _stage(path: Path) -> Iterator[Path]:
-    """Yield the name of a new file beside ``path``. The file is removed after the block."""
+    """Yield the name of a new file next to ``path``. The file is removed after the block."""
     staged = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield staged
@@ -205,7 +213,10 @@ def _stage(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _stage_all(folder: Path, contents: dict[str, bytes]) -> Iterator[tuple[dict[str, Path], bool]]:
-    """Write new files beside the old ones; yield their names by those of the old ones, and what _hold_folder yields."""
+    """Write new files next to the old files.
+
+    Yield a mapping from the name of each old file to its new file, and the value that :func:`_hold_folder` yields.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         alone = stack.enter_context(_hold_folder(folder))
@@ -218,7 +229,7 @@ def _stage_all(folder: Path, contents: dict[str, bytes]) -> Iterator[tuple[dict[
 
 
 def _sweep(path: Path, suffix: str = "") -> None:
-    """Remove what killed processes left beside ``path``."""
+    """Remove files next to ``path`` that killed processes have left."""
     for other in path.parent.iterdir():
         if other.name.startswith(f".{path.name}.") and other.name.endswith(suffix):
             other.unlink(missing_ok=True)
@@ -226,7 +237,10 @@ def _sweep(path: Path, suffix: str = "") -> None:
 
 @contextmanager
 def _hold_folder(folder: Path) -> Iterator[bool]:
-    """Keep other writers out of the folder. Yields False if there are no locks (Windows, some network disks)."""
+    """Prevent other processes from writing to the folder.
+
+    Yields False if locks are not supported (on Windows and some network disks).
+    """
     descriptor = _lock(folder)
     try:
         yield descriptor is not None
@@ -234,7 +248,7 @@ def _hold_folder(folder: Path) -> Iterator[bool]:
         if descriptor is not None:
             import fcntl
 
-            # Closing is not enough if a process that was forked meanwhile has it open.
+            # Closing is not enough if a process that was forked in the meantime also has the file open.
             fcntl.flock(descriptor, fcntl.LOCK_UN)
             os.close(descriptor)
 
@@ -244,7 +258,7 @@ def _lock(folder: Path) -> int | None:
         import fcntl
 
         descriptor = os.open(folder, os.O_RDONLY)
-    except (ImportError, OSError):  # if the folder is the reason, writing will say so
+    except (ImportError, OSError):  # if the folder is the reason, writing to it raises an error later
         return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -261,13 +275,13 @@ def _sync(file: IO[bytes]) -> None:
 
 def _sync_folder(folder: Path) -> None:
     """Make sure that the names in a folder survive a power cut."""
-    if os.name == "nt":  # folders cannot be opened there
+    if os.name == "nt":  # Windows cannot open folders
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems do not support it
             raise
     finally:
         os.close(descriptor)

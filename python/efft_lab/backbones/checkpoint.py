@@ -1,4 +1,4 @@
-"""Backbone weights from a file: original JAX ViT .npz, plain .npz, .pth/.pt and .safetensors."""
+"""Load backbone weights from a file: original JAX ViT .npz, plain .npz, .pth/.pt or .safetensors."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ _SUFFIXES = (".npz", ".pth", ".pt", ".safetensors")
 
 
 def load_backbone(model: nn.Module, path: str | Path) -> None:
-    """Loads backbone weights from a file into a timm model without classifier.
+    """Load backbone weights from a file into a timm model without a classifier.
 
     A classifier in the file is ignored; all other keys must match. Position embeddings and relative position tables are
-    resized by timm's own rules.
+    resized with timm's functions.
 
     Args:
         model: timm model created with ``num_classes=0``.
-        path: ``.npz`` (original JAX ViT, e.g. ``ViT-B_16.npz``, or a plain state dict), ``.pth`` / ``.pt``
-            (a state dict, alone or under ``model`` or ``state_dict``; read with ``weights_only=True``)
-            or ``.safetensors``.
+        path: ``.npz`` (original JAX ViT, e.g. ``ViT-B_16.npz``, or a plain state dict), ``.pth`` / ``.pt`` (a state
+            dict, possibly under the key ``model`` or ``state_dict``; read with ``weights_only=True``) or
+            ``.safetensors``.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: an unknown suffix, an unreadable file, or keys and shapes that do not fit the model.
+        ValueError: the suffix is unknown, the file cannot be read, or keys or shapes do not fit the model.
     """
     path = Path(path)
     if path.suffix not in _SUFFIXES:
@@ -44,13 +44,13 @@ def load_backbone(model: nn.Module, path: str | Path) -> None:
         return
     try:
         state = _for_model(model, state)
-    except Exception as error:  # timm's conversions raise many types if names or shapes differ
+    except Exception as error:  # timm's conversions raise many types of errors if names or shapes differ
         raise ValueError(f"{path} does not fit {type(model).__name__}: {error!r}") from error
     load_strict(model, state, str(path))
 
 
 def load_strict(model: nn.Module, state: Mapping[str, torch.Tensor], source: str) -> None:
-    """Copies a state dict into a model; if the two do not match, the error says how they differ.
+    """Copy a state dict into a model. If they do not match, the error lists the differences.
 
     Args:
         model: any module.
@@ -58,7 +58,8 @@ def load_strict(model: nn.Module, state: Mapping[str, torch.Tensor], source: str
         source: origin of the state dict, for the error text.
 
     Raises:
-        ValueError: keys are missing or unexpected, or shapes differ; the text gives their number and the first few.
+        ValueError: keys are missing or unexpected, or shapes differ. The message gives the number of keys and the first
+            few.
     """
     own = model.state_dict()
     shapes = [
@@ -104,7 +105,7 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise ValueError("it holds no state dict, neither alone nor under the key 'model' or 'state_dict'")
+        raise ValueError("expected a state dict, possibly under the key 'model' or 'state_dict', got none")
     return content
 
 
@@ -119,7 +120,7 @@ def _load_jax(model: nn.Module, path: Path) -> None:
 
 
 def _for_model(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Applies timm's conversion for the model's family, then drops the classifier."""
+    """Apply timm's conversion for the model's family, then drop the classifier."""
     from timm.models import clean_state_dict
 
     state = clean_state_dict(state)

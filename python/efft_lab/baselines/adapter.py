@@ -1,7 +1,8 @@
-"""Adapter: a bottleneck behind the MLP of every block, h + Up(GELU(Down(h))).
+"""Apply adapters: a bottleneck after the MLP of every block, h + Up(GELU(Down(h))).
 
-Houlsby et al., "Parameter-Efficient Transfer Learning for NLP", ICML 2019 (arXiv 1902.00751); one per block, behind
-the MLP, as in Pfeiffer et al. (arXiv 2005.00247) and in NOAH's VTAB-1K tables (width 8: 0.16 M parameters on ViT-B).
+Houlsby et al., "Parameter-Efficient Transfer Learning for NLP", ICML 2019 (arXiv 1902.00751). Each block has one
+adapter after the MLP, as in Pfeiffer et al. (arXiv 2005.00247) and in NOAH's VTAB-1K tables (width 8: 0.16 M parameters
+on ViT-B).
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from efft_lab.baselines.vit import blocks
 
 
 class Bottleneck(nn.Module):
-    """scale * Up(activation(Down(h))), which is zero at the start.
+    """Compute scale * Up(activation(Down(h))), which is zero at initialization.
 
     Args:
         features: width of input and output.
         width: width of the bottleneck.
-        activation: the function between the two linear maps.
-        scale: a constant multiplier.
+        activation: function between the two linear layers.
+        scale: constant factor of the output.
     """
 
     def __init__(self, features: int, width: int, activation: nn.Module, scale: float = 1.0) -> None:
@@ -40,7 +41,7 @@ class Bottleneck(nn.Module):
 
 @baseline("adapter")
 def apply(model: nn.Module, width: int = 8) -> nn.Module:
-    """Puts an adapter behind the MLP of every block, in place; the adapters and the classifier train."""
+    """Add an adapter after the MLP of every block, in place. Only the adapters and the classifier are trainable."""
     efft.freeze_backbone(model)
     for block in blocks(model):
         block.mlp.adapter = Bottleneck(block.mlp.fc2.out_features, width, nn.GELU())

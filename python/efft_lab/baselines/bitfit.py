@@ -1,4 +1,4 @@
-"""BitFit: train only the biases.
+"""Apply BitFit: train only the biases and the classifier.
 
 Ben Zaken et al., "BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models", ACL
 2022 (arXiv 2106.10199).
@@ -14,7 +14,7 @@ from efft_lab.baselines.registry import baseline
 
 @baseline("bitfit")
 def apply(model: nn.Module) -> nn.Module:
-    """Makes every bias and the classifier trainable, and nothing else."""
+    """Make only the biases and the classifier trainable."""
     efft.freeze_backbone(model)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):

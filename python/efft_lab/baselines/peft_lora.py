@@ -1,6 +1,6 @@
-"""LoRA as the library `peft` implements it: W + (alpha / rank) * B A, on chosen linear layers of every block.
+"""Apply LoRA from the library `peft`, W + (alpha / rank) * B A, to selected linear layers of every block.
 
-Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022 (arXiv 2106.09685). Rank 8 on qkv has the
+Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022 (arXiv 2106.09685). Rank 8 on qkv gives the
 0.29 M parameters of the VTAB-1K tables.
 """
 
@@ -26,14 +26,14 @@ def apply(
     targets: Sequence[str] = ("qkv",),
     dropout: float = 0.0,
 ) -> nn.Module:
-    """Puts LoRA of `peft` on layers of every block, in place; LoRA's matrices and the classifier train.
+    """Add LoRA from `peft` to layers of every block, in place. Only LoRA's matrices and the classifier are trainable.
 
     Args:
         model: a timm ViT.
         rank: rank of every update.
-        alpha: the scale of the updates is alpha / rank; by default alpha is the rank, and the scale 1.
-        targets: which of qkv, proj, fc1 and fc2 are adapted.
-        dropout: dropout rate of LoRA's input.
+        alpha: numerator of the scale alpha / rank of the updates; by default the rank, which gives scale 1.
+        targets: layers to adapt, from qkv, proj, fc1 and fc2.
+        dropout: dropout rate for LoRA's input.
 
     Raises:
         ImportError: peft is not installed.
@@ -56,11 +56,11 @@ def apply(
 
 
 def inject(model: nn.Module, config: Any) -> nn.Module:
-    """Puts an adapter of `peft` into any model with a known classifier, in place; both train.
+    """Add an adapter of `peft` to any model with a known classifier, in place. Only these two are trainable.
 
     Args:
         model: the model.
-        config: a configuration of peft, such as ``peft.LoraConfig``.
+        config: configuration of a peft method, such as ``peft.LoraConfig``.
     """
     import peft
 

@@ -1,4 +1,4 @@
-"""The registry of baselines: each by its name, with its settings as the parameters of its function."""
+"""Register baselines by name. The settings of a baseline are the keyword parameters of its function."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from efft_lab import typed
 
 Apply = TypeVar("Apply", bound=Callable[..., nn.Module])
 
-#: Name of a baseline to the function that applies it.
+#: Maps the name of each baseline to the function that applies the baseline.
 METHODS: dict[str, Callable[..., nn.Module]] = {}
 
 
 def baseline(name: str) -> Callable[[Apply], Apply]:
-    """Registers ``apply(model, **settings)`` as a baseline. The settings are the keyword parameters of the function:
-    they need type hints and defaults."""
+    """Register ``apply(model, **settings)`` as a baseline.
+
+    The settings are the keyword parameters of the function, which need type hints and defaults.
+    """
 
     def register(function: Apply) -> Apply:
         METHODS[name] = function
@@ -27,21 +29,21 @@ def baseline(name: str) -> Callable[[Apply], Apply]:
 
 
 def names() -> list[str]:
-    """Names of the baselines."""
+    """Return the names of the baselines."""
     return list(METHODS)
 
 
 def settings_of(name: str) -> dict[str, Any]:
-    """Name of each setting of a baseline to its type."""
+    """Return a mapping from the name of each setting of a baseline to its type."""
     hints = get_type_hints(METHODS[name])
     return {setting: hint for setting, hint in hints.items() if setting not in ("model", "return")}
 
 
 def check(name: str, settings: Mapping[str, Any]) -> None:
-    """Refuses settings that a baseline cannot have, whatever the model.
+    """Raise an error for settings that a baseline cannot have with any model.
 
     Raises:
-        ValueError: a setting that the baseline does not have, or a value of the wrong type.
+        ValueError: the baseline has no such setting, or a value has the wrong type.
     """
     known = settings_of(name)
     unknown = sorted(settings.keys() - known.keys())
@@ -54,10 +56,10 @@ def check(name: str, settings: Mapping[str, Any]) -> None:
 
 
 def apply(name: str, model: nn.Module, settings: Mapping[str, Any]) -> nn.Module:
-    """Applies a baseline by name, in place.
+    """Apply a baseline by name, in place.
 
     Raises:
-        ValueError: settings that :func:`check` refuses, or a model that the baseline does not fit.
+        ValueError: :func:`check` rejects the settings, or the baseline does not support the model.
     """
     check(name, settings)
     return METHODS[name](model, **settings)

@@ -1,4 +1,4 @@
-"""SSF: scale and shift the output of every linear layer, norm and the patch embedding, y * gamma + beta.
+"""Apply SSF: scale and shift the outputs of linear layers, norms and the patch embedding, y * gamma + beta.
 
 Lian et al., "Scaling & Shifting Your Features: A New Baseline for Efficient Model Tuning", NeurIPS 2022 (arXiv
 2210.08823). As in the authors' code, gamma starts close to one and beta close to zero.
@@ -19,7 +19,7 @@ _STD = 0.02
 
 
 class ScaleShift(nn.Module):
-    """y * gamma + beta over the last dimension."""
+    """Compute y * gamma + beta over the last dimension."""
 
     def __init__(self, features: int) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class ScaleShift(nn.Module):
 
 @baseline("ssf")
 def apply(model: nn.Module) -> nn.Module:
-    """Puts a scale and a shift behind every operation of a ViT, in place; they and the classifier train."""
+    """Add a scale and a shift after every operation of a ViT, in place. Only they and the classifier are trainable."""
     efft.freeze_backbone(model)
     each = blocks(model)
     features = each[0].attn.proj.out_features

@@ -1,4 +1,4 @@
-"""The structure of a timm ViT as far as the baselines need it."""
+"""Find the parts of a timm ViT that the baselines need."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ _PARTS = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
 
 
 def blocks(model: nn.Module) -> list[Any]:
-    """The transformer blocks of a timm ViT.
+    """Return the transformer blocks of a timm ViT.
 
     Raises:
-        ValueError: the model has another structure.
+        ValueError: the model does not have the structure of a timm ViT.
     """
     found = list(getattr(model, "blocks", ()))
     names = [{name for name, _ in block.named_modules()} for block in found]
     missing = {part for modules in names for part in _PARTS if part not in modules}
     if not found or missing:
         reason = f"whose blocks lack {', '.join(sorted(missing))}" if found else "that has no blocks"
-        raise ValueError(f"this method is written for timm's ViTs, got a {type(model).__name__} {reason}")
+        raise ValueError(f"this method supports only timm's ViTs, got a {type(model).__name__} {reason}")
     return found

@@ -1,7 +1,8 @@
-"""VPT-deep: learned tokens in front of the patches, different ones in every block.
+"""Apply VPT-deep: insert learned tokens before the patch tokens, with different learned tokens in every block.
 
-Jia et al., "Visual Prompt Tuning", ECCV 2022 (arXiv 2203.12119). The prompts of a block replace what the previous
-block computed from its own; they are removed behind the last block, so the classifier sees the tokens of the base.
+Jia et al., "Visual Prompt Tuning", ECCV 2022 (arXiv 2203.12119). The learned tokens (prompts) of a block replace the
+outputs for the prompts of the previous block. They are removed after the last block, and the classifier therefore sees
+only the tokens of the base model.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ class Prompt(nn.Module):
     Args:
         tokens: number of learned tokens.
         features: width of a token.
-        start: position of the first one, behind the class token.
-        bound: bound of the uniform distribution that they are initialized from.
-        replace: replace the learned tokens of the previous block instead of adding to the sequence.
+        start: position of the first learned token, after the class token.
+        bound: bound of the uniform distribution for initialization.
+        replace: whether to replace the learned tokens of the previous block instead of extending the sequence.
     """
 
     def __init__(self, tokens: int, features: int, start: int, bound: float, replace: bool) -> None:
@@ -40,7 +41,7 @@ class Prompt(nn.Module):
 
 @baseline("vpt_deep")
 def apply(model: nn.Module, tokens: int = 10) -> nn.Module:
-    """Gives every block of a ViT learned tokens, in place; they and the classifier train."""
+    """Add learned tokens to every block of a ViT, in place. Only they and the classifier are trainable."""
     efft.freeze_backbone(model)
     each, whole = blocks(model), model
     features = each[0].attn.proj.out_features

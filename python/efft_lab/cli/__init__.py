@@ -1,6 +1,6 @@
-"""The command `efft`: `efft COMMAND --help` explains each command.
+"""Provide the command `efft`. `efft COMMAND --help` explains each command.
 
-This module and the light commands import neither timm nor accelerate, so they answer at once.
+This module and the fast commands import neither timm nor accelerate, which keeps their start-up time short.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ _SUMMARY = {
     "bench": "measure speed and memory (in a source checkout)",
     "env": "versions, backends and why a backend is missing; paste it into bug reports",
 }
-# Errors that users cause and can fix: wrong values, missing files and packages, failed downloads, full memory.
-# Other exceptions are bugs and keep their traceback.
+# Errors that users can cause and fix: wrong values, missing files or packages, failed downloads, insufficient memory.
+# Other exceptions are bugs and are shown with their traceback.
 _EXPECTED = (ValueError, OSError, ImportError, RuntimeError, ArithmeticError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code.
+    """Run one command and return its exit code.
 
-    The code is 0 for success, 2 for an error that was reported in one message, 130 for an interrupt and 141 if the
-    reader of the output has gone; the command bench has codes of its own. ``EFFT_DEBUG=1`` shows the traceback of every
-    error.
+    The code is 0 for success, 2 for an error that was reported in one message, 130 for an interrupt, and 141 if the
+    reader of the output (such as ``head``) has exited. The command ``bench`` has its own exit codes. ``EFFT_DEBUG=1``
+    shows the traceback of every error.
 
     Args:
-        arguments: the words after ``efft``; by default those of this process.
+        arguments: command-line arguments after ``efft``; by default the arguments of this process.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words == ["--version"]:
@@ -51,18 +51,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"efft: error: unknown command {name!r}; {did_you_mean(name, _SUMMARY)}", file=sys.stderr)
         return 2
     hints = {
-        "train": "; the same command with --resume goes on from the last checkpoint",
-        "compare": "; the same command goes on with what is not done",
+        "train": "; the same command with --resume continues from the last checkpoint",
+        "compare": "; the same command continues with the remaining runs",
     }
     return run_command(lambda: _dispatch(name, rest), hints.get(name, ""))
 
 
 def run_command(command: Callable[[], int], after_interrupt: str = "") -> int:
-    """Runs a function that returns an exit code; prints an expected error as one message and returns 2.
+    """Run a function that returns an exit code. Print an expected error as one message and return 2.
 
     Args:
         command: the function.
-        after_interrupt: added to the message if the user interrupts the function; the exit code is 130 then.
+        after_interrupt: text that is added to the message if the user interrupts the function. The exit code is then
+            130.
     """
     try:
         code = command()
@@ -97,7 +98,7 @@ def _dispatch(name: str, words: list[str]) -> int:
         print(env.report())
         return 0
     try:
-        import tyro  # noqa: F401  # the modules below import it
+        import tyro  # noqa: F401  # check that tyro is installed, because the modules below import it
     except ImportError as error:
         raise ImportError(f"`efft {name}` needs tyro: pip install 'efft-kernels[train]'") from error
     from efft_lab.cli import commands
@@ -128,6 +129,6 @@ def _usage() -> str:
             "",
             *lines,
             "",
-            "`efft COMMAND --help` lists the options, `efft --version` the version.",
+            "`efft COMMAND --help` lists the options, and `efft --version` prints the version.",
         ]
     )

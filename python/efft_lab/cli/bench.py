@@ -1,4 +1,4 @@
-"""``efft bench``: the benchmarks of a source checkout, which are not part of a wheel."""
+"""Implement ``efft bench``, which runs the benchmarks of a source checkout. Wheels do not contain the benchmarks."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from pathlib import Path
 
 import efft
 
-#: The source checkout from which the package is imported, if it is imported from one.
+#: The source checkout from which the package is imported, if a checkout is used.
 ROOT = Path(efft.__file__).parents[2]
 
 
 def run(words: Sequence[str]) -> int:
-    """Runs ``python -m benchmarks`` with ``words``; returns its exit code.
+    """Run ``python -m benchmarks`` with the arguments ``words`` and return its exit code.
 
     Raises:
-        RuntimeError: efft is not imported from a checkout.
+        RuntimeError: efft is not imported from a source checkout.
     """
     if not (ROOT / "benchmarks" / "__main__.py").is_file():
         raise RuntimeError(

@@ -1,4 +1,7 @@
-"""The commands. The parameters of a function are the options of its command, and its docstring is their help."""
+"""Implement the commands.
+
+The parameters of a function are the options of its command, and the docstring of the function is the help text.
+"""
 
 import argparse
 import re
@@ -17,29 +20,30 @@ from efft_lab.train.config import TrainConfig
 
 @dataclass
 class TrainCommand:
-    """Fine-tune a model and test it once, at the end. The defaults are the recipe of the paper's public code."""
+    """Fine-tune a model and test it once at the end. The defaults are the recipe of the paper's public code."""
 
     train: TrainConfig = field(default_factory=TrainConfig)
 
     config: Path | None = None
-    """JSON file with a training configuration, such as the config.json of a run; other options override it."""
+    """JSON file with a training configuration, such as the config.json of a run; other options override the file."""
 
     out: Path | None = None
-    """Folder for everything the run writes; by default runs/DATA-METHOD."""
+    """Folder for everything that the run writes; by default runs/DATA-METHOD."""
 
     resume: bool = False
-    """Continue from the folder's checkpoint, if there is one."""
+    """Continue from the checkpoint in the folder, if the folder has one."""
 
     overwrite: bool = False
-    """Delete what the folder holds and start again."""
+    """Delete the run in the folder and start again."""
 
     log_with: tuple[str, ...] = ()
-    """Experiment trackers that also get the metrics: tensorboard, wandb or another one that accelerate knows."""
+    """Experiment trackers that also receive the metrics: tensorboard, wandb or any other tracker that accelerate
+    supports."""
 
 
 def train(words: list[str]) -> None:
-    """Runs ``efft train``. The configuration file is read first: its values are the defaults of the options."""
-    # Configuration files and messages call efft.scale what is --scale here.
+    """Run ``efft train``. The values in the configuration file are the defaults of the options."""
+    # The option --scale is called efft.scale in configuration files and messages.
     words = [re.sub(r"^--efft\.", "--", word) for word in words]
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config")
@@ -52,7 +56,7 @@ def train(words: list[str]) -> None:
     out = command.out or Path("runs") / f"{Path(config.data).name}-{config.method}"
     options: dict[str, Any] = {"resume": command.resume, "overwrite": command.overwrite, "log_with": command.log_with}
     result = run(config, out, **options).summary
-    from accelerate import PartialState  # after `run`, which explains how to install it
+    from accelerate import PartialState  # imported after `run`, which reports a missing accelerate
 
     if not PartialState().is_main_process:
         return
@@ -85,18 +89,18 @@ def evaluate(
     amp: Literal["no", "bf16", "fp16"] = "no",
     checkpoint: Path | None = None,
 ) -> None:
-    """Print the scores of a trained model. The test split is read only if it is named.
+    """Print the scores of a trained model. The test split is read only with --split test.
 
     Args:
         path: folder of a finished run, or an adapter folder.
-        split: the images to read.
-        data: a data set to use instead of the one it was trained on.
-        data_root: folder with that data set's files.
+        split: the split to evaluate.
+        data: a data set to use instead of the data set on which the model was trained.
+        data_root: folder with the files of the data set.
         per_class: also print the accuracy of each class; in segmentation, the intersection over union of each class;
             in regression, the mean absolute error of each value.
         batch_size: number of images per step.
         amp: autocast type.
-        checkpoint: file with the base's weights, if it has moved since training.
+        checkpoint: file with the weights of the base model, if the file has moved since training.
     """
     from efft_lab.train.build import load_task_for, load_trained
     from efft_lab.train.goals import make_goal, score_text
@@ -126,13 +130,14 @@ def evaluate(
 
 
 def merge(path: tyro.conf.Positional[Path], /, out: Path | None = None, checkpoint: Path | None = None) -> None:
-    """Fold an adapter into its base model's weights, and write them under the names of the plain timm model (for
-    segmentation, of efft_lab.train.Segmenter around it).
+    """Fold an adapter into the weights of its base model and write the merged weights.
+
+    The weights have the names of the plain timm model, or of efft_lab.train.Segmenter for segmentation.
 
     Args:
         path: folder of a finished run with factors, or an adapter folder.
-        out: the file; by default merged.safetensors in the same folder.
-        checkpoint: file with the base's weights, if it has moved since training.
+        out: file for the merged weights; by default merged.safetensors in the same folder.
+        checkpoint: file with the weights of the base model, if the file has moved since training.
     """
     from safetensors.torch import save_file
 
@@ -155,12 +160,12 @@ def merge(path: tyro.conf.Positional[Path], /, out: Path | None = None, checkpoi
 
 
 def export(path: tyro.conf.Positional[Path], /, out: Path | None = None, checkpoint: Path | None = None) -> None:
-    """Write an adapter as an exact LoRA checkpoint, which `peft` loads onto the plain timm model.
+    """Write an adapter as an exactly equivalent LoRA checkpoint, which `peft` can load into the plain timm model.
 
     Args:
         path: folder of a finished run with factors, or an adapter folder.
         out: folder of the checkpoint; by default lora in the same folder.
-        checkpoint: file with the base's weights, if it has moved since training.
+        checkpoint: file with the weights of the base model, if the file has moved since training.
     """
     import efft
     from efft_lab.train.build import load_trained
@@ -183,14 +188,16 @@ def inspect(
     paper: bool = False,
     adapter: Annotated[EfftConfig, tyro.conf.arg(name="")] = EfftConfig(),  # noqa: B008  # tyro copies defaults
 ) -> None:
-    """Print the trainable parameters by group, of a model once adapted (no weights are read) or of a saved adapter.
+    """Print the trainable parameters by group for an adapted model or for a saved adapter.
+
+    No weights of the model are read.
 
     Args:
-        model: the embedded backbone, any timm model name, or the folder of an adapter or a run.
+        model: name of the embedded backbone or of any timm model, or the folder of an adapter or a run.
         classes: number of outputs of the classifier.
-        image_size: input height and width in pixels; by default the model's own.
+        image_size: height and width of the input in pixels; by default, the input size of the model.
         paper: use the paper's ranks for this architecture instead of --rank; all other options still apply.
-        adapter: the adapter.
+        adapter: settings of the adapter.
     """
     from efft_lab.cli.inspect import adapter_table, model_table
 
@@ -223,7 +230,7 @@ def data_fetch(names: tyro.conf.Positional[tuple[str, ...]], /, allow_non_commer
 
     options: dict[str, Any] = {"allow_non_commercial": allow_non_commercial}
     if not names:
-        raise ValueError("name the data sets to fetch; `efft data list` has them")
+        raise ValueError("name the data sets to fetch; `efft data list` lists them")
     for name in names:
         efft_lab.data.fetch(name, **options)
         print(f"{name}: ready")

@@ -1,4 +1,4 @@
-"""``efft compare``: which suite is run or reported, and where its results are."""
+"""Implement ``efft compare``, which runs a suite or reports its results."""
 
 from pathlib import Path
 from typing import Any
@@ -24,24 +24,24 @@ def compare(
     jobs: int = 1,
     out: Path | None = None,
 ) -> None:
-    """Compare methods side by side: tasks x methods x seeds. After an interruption, the same command does what is left.
+    """Compare methods on tasks with several seeds. After an interruption, the same command executes the remaining runs.
 
     Args:
-        file: JSON file that says what is compared; see efft_lab.compare.suite.Suite.
-        suite: a suite of the library instead of a file: local (small tasks and a backbone that can be fetched),
-            local_efft2 (the same tasks, variants of EFFT2), local_long (ten epochs, beside LoRA), local_grid (rank
-            against scale) or vtab1k (the paper's 19 tasks; needs --data).
-        quick: the small variant of a suite.
-        full: the whole of a suite that has a small variant.
-        report: run nothing; write tables, tests and pictures of the existing results, beside them.
-        data: folder with the data sets' files, for tasks that cannot be fetched.
+        file: JSON file that describes the comparison; see efft_lab.compare.suite.Suite.
+        suite: name of a suite of the library, instead of a file: local (small tasks and a backbone that can be
+            downloaded), local_efft2 (the same tasks with variants of EFFT2), local_long (ten epochs, with LoRA for
+            comparison), local_grid (a grid of ranks and scales) or vtab1k (the paper's 19 tasks; needs --data).
+        quick: run the small variant of the suite.
+        full: run the complete suite; required for a suite that has a small variant.
+        report: do not run anything; write tables, tests and plots of the existing results next to the result file.
+        data: folder with the files of data sets that cannot be downloaded.
         model: backbone to use instead of the suite's.
-        checkpoint: file with its weights.
-        image_size: input height and width in pixels, instead of the suite's.
-        epochs: passes over the training images, instead of the suite's.
-        batch_size: images per update, instead of the suite's.
+        checkpoint: file with the weights of the backbone.
+        image_size: height and width of the input in pixels, instead of the suite's value.
+        epochs: number of passes over the training images, instead of the suite's value.
+        batch_size: number of images per update, instead of the suite's value.
         jobs: number of simultaneous runs; each gets an equal share of the processors.
-        out: result file; by default compare_NAME.jsonl, in a source checkout in benchmarks/results.
+        out: result file; by default compare_NAME.jsonl (in a source checkout: in benchmarks/results).
     """
     from efft_lab.compare import suite as suites
     from efft_lab.compare.agenda import Agenda
@@ -49,7 +49,7 @@ def compare(
     if (file is None) == (suite is None):
         raise ValueError(f"give either a file or --suite, one of {', '.join(suites.names())}")
     if suite is not None and suite not in suites.names():
-        raise ValueError(f"there is no suite {suite!r}; there are {', '.join(suites.names())}")
+        raise ValueError(f"there is no suite {suite!r}; the suites are {', '.join(suites.names())}")
     if quick and full:
         raise ValueError("give either --quick or --full, not both")
     given: dict[str, Any] = {"model": model, "checkpoint": checkpoint, "image_size": image_size}

@@ -1,4 +1,4 @@
-"""The tables of ``efft inspect``."""
+"""Format the tables of ``efft inspect``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from efft_lab import backbones
 
 
 def model_table(name: str, classes: int, image_size: int | None, config: EfftConfig) -> str:
-    """The parameters that ``efft.apply`` would train, by group, found on a model without storage."""
+    """Return a table of the parameters, by group, that ``efft.apply`` would train.
+
+    The model is built without storage for its weights.
+    """
     with torch.device("meta"):
         model = backbones.create(name, classes, image_size=image_size, pretrained=False)
     plan = make_plan(model, config, share_tied=True)
@@ -25,12 +28,12 @@ def model_table(name: str, classes: int, image_size: int | None, config: EfftCon
 
 
 def adapter_table(folder: Path) -> str:
-    """Tensors and facts of a saved adapter, read from its files only."""
+    """Return a table of the tensors and facts of a saved adapter. Only the files of the adapter are read."""
     folder = folder if (folder / CONFIG).is_file() else folder / "adapter"
     description, tensors = io.read_adapter(folder)
     base = description["base"]
     summary = " ".join(config_from_dict(description["config"]).summary().split())
-    settings = re.sub(r" \(\[[^)]*\)\)", "", summary)  # the paper's link is for the model card
+    settings = re.sub(r" \(\[[^)]*\)\)", "", summary)  # the link to the paper is only for the model card
     width = max(map(len, tensors))
     rows = [f"{name:<{width}}  {t.numel():>10,}  {list(t.shape)}" for name, t in sorted(tensors.items())]
     total = sum(t.numel() for t in tensors.values())

@@ -1,4 +1,4 @@
-"""Command lines by tyro, whose help shows docstrings: here without the markup that they have for the documentation."""
+"""Parse command lines with tyro, which shows docstrings as help texts. Their RST markup is removed here."""
 
 from __future__ import annotations
 
@@ -12,35 +12,37 @@ import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
 
 _RULES = ConstructorRegistry()
-_resolving: list[Any] = []  # types whose fields tyro's own rules are describing just now
+_resolving: list[Any] = []  # types whose fields tyro is currently describing with its own rules
 
 
 def parse(function: Callable[..., Any], words: Sequence[str], prog: str, **options: Any) -> Any:
-    """Calls a function, or makes a dataclass, from the words of a command line. ``options`` are those of ``tyro.cli``.
+    """Call a function or create a dataclass from command-line arguments. ``options`` are passed to ``tyro.cli``.
 
     Raises:
-        SystemExit: the words ask for help or are not understood.
+        SystemExit: the arguments ask for help or are invalid.
     """
     with _RULES:
         return tyro.cli(function, args=words, prog=prog, config=(tyro.conf.OmitArgPrefixes,), **options)
 
 
 def parse_subcommand(functions: dict[str, Callable[..., Any]], words: Sequence[str], prog: str) -> Any:
-    """Calls the function that the first word names, see :func:`parse`."""
+    """Call the function that the first argument names, see :func:`parse`."""
     with _RULES:
         return tyro.extras.subcommand_cli_from_dict(functions, args=words, prog=prog)
 
 
 def without_markup(text: str) -> str:
-    """A docstring as a terminal shows it: roles and double backticks become single backticks, and each paragraph is one
-    line, which the terminal wraps."""
+    """Convert a docstring to text for a terminal.
+
+    Roles and double backticks become single backticks. Each paragraph becomes one line, which the terminal wraps.
+    """
     text = re.sub(r":[a-z]+:`[~!]?([^`]*)`", r"`\1`", text).replace("``", "`")
     return re.sub(r"(?<!\n)\n[ \t]*(?!\n)", " ", text)
 
 
 @_RULES.struct_rule
 def _plain_fields(info: StructTypeInfo) -> StructConstructorSpec | None:
-    """The fields of a dataclass as tyro finds them, with help texts without markup."""
+    """Return the fields of a dataclass as tyro finds them, and remove the markup from their help texts."""
     if not dataclasses.is_dataclass(info.type) or info.type in _resolving:
         return None
     _resolving.append(info.type)

@@ -1,4 +1,8 @@
-"""The agenda of a suite: which runs it needs, and which of them can start."""
+"""List the runs that a suite needs and find those that can start.
+
+A search run trains with one point of a method's grid of settings and is evaluated on the validation split. A final run
+uses the best point and is evaluated on the test split.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from efft_lab.compare.suite import TRIVIAL, Suite, merge_settings
 from efft_lab.data import vtab_hyperparameters
 from efft_lab.train.config import TrainConfig
 
-#: Fields that say where something is stored or how often something is written; they do not change a result.
+#: Fields for storage locations and for the frequency of records. They do not change a result.
 _PLACES = ("data_root", "workers", "log_every", "checkpoint_every")
 
 Record = Mapping[str, Any]
@@ -23,15 +27,15 @@ Record = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """One run.
+    """One training run of a suite.
 
     Attributes:
         task: name of the data set.
-        method: name in the tables.
-        stage: search (judged on the validation split; the test split is not read) or final.
-        seed: seed of everything random in the run.
-        settings: the point of the grid.
-        config: the run's fields of ``TrainConfig``; for a trivial predictor, ``method`` is the predictor's name.
+        method: name of the method in the tables.
+        stage: search (evaluated on the validation split without reading the test split) or final.
+        seed: seed for all random numbers of the run.
+        settings: the point of the grid, which maps names of settings to values.
+        config: fields of ``TrainConfig`` for the run. For a trivial predictor, ``method`` is the name of the predictor.
     """
 
     task: str
@@ -43,7 +47,7 @@ class Run:
 
     @property
     def key(self) -> str:
-        """A hash of the attributes without places: two runs with the same key have the same result."""
+        """Return a hash of the attributes except storage locations. Two runs with the same key have the same result."""
         config = {name: value for name, value in self.config.items() if name not in _PLACES}
         parts = [self.task, self.method, self.stage, self.seed, config]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
@@ -56,13 +60,15 @@ class Run:
 
 
 class Agenda:
-    """The runs of a suite. The settings of a final run are known once the search of its task and method is done.
+    """The runs of a suite.
+
+    The settings of a final run are known when all search runs of its task and method are finished.
 
     Args:
-        suite: what is compared.
+        suite: the suite.
 
     Raises:
-        ValueError: settings that no run can have; the text names task, method and the point of the grid.
+        ValueError: the settings of a run are invalid. The message names the task, the method and the point of the grid.
     """
 
     def __init__(self, suite: Suite) -> None:
@@ -79,18 +85,22 @@ class Agenda:
         return len(self.suite.tasks) * (searches + seeds * len(self.grids))
 
     def pairs(self) -> list[tuple[str, str]]:
-        """Every (task, method): one method after the other, so that the first can soon be compared on all tasks."""
+        """Return every (task, method), ordered by method. The first methods can therefore be compared early on all
+        tasks."""
         return [(task, method) for method in self.suite.methods for task in self.suite.tasks]
 
     def search(self, task: str, method: str) -> list[Run]:
-        """The runs that choose a point of the method's grid; none if there is nothing to choose."""
+        """Return the search runs of a method on a task. The list is empty if the method has no grid."""
         points = self.grids[method]
         if len(points) == 1:
             return []
         return [self._run(task, method, "search", seed, point) for point in points for seed in self.search_seeds]
 
     def choose(self, task: str, method: str, done: Mapping[str, Record]) -> dict[str, Any] | None:
-        """The point of the grid with the best mean validation accuracy, the first of equals; None until all are done.
+        """Return the point of the grid with the best mean validation accuracy, or None until all search runs are
+        finished.
+
+        If several points have the same accuracy, the first one is returned.
 
         Raises:
             ValueError: every point of the grid diverged.
@@ -110,26 +120,29 @@ class Agenda:
         return points[scores.index(max(scores))]
 
     def finals(self, task: str, method: str, done: Mapping[str, Record]) -> list[Run]:
-        """The final runs, one per seed; none until the search is done."""
+        """Return the final runs, one per seed. The list is empty until all search runs are finished."""
         point = self.choose(task, method, done)
         if point is None:
             return []
         return [self._run(task, method, "final", seed, point) for seed in self.suite.seeds]
 
     def ready(self, done: Mapping[str, Record], started: Collection[str] = ()) -> list[Run]:
-        """Runs that can start now, in order: they are neither done nor started, and what they depend on is done."""
+        """Return the runs that can start now, in order.
+
+        These runs are neither finished nor started, and the search runs that they depend on are finished.
+        """
         runs = []
         for task, method in self.pairs():
             runs += [*self.search(task, method), *self.finals(task, method, done)]
         return [run for run in runs if run.key not in done and run.key not in started]
 
     def records(self, done: Mapping[str, Record]) -> list[Record]:
-        """The existing results of this suite's final runs."""
+        """Return the existing results of this suite's final runs."""
         keys = [run.key for task, method in self.pairs() for run in self.finals(task, method, done)]
         return [done[key] for key in keys if key in done]
 
     def _check(self, run: Run) -> None:
-        """Refuses settings of the wrong kind now, rather than when the run starts, hours later."""
+        """Raise an error for invalid settings now, because the run may only start hours later."""
         trivial = {"method": "linear"} if run.config["method"] in TRIVIAL else {}
         try:
             TrainConfig.from_dict({**run.config, **trivial})

@@ -1,4 +1,4 @@
-"""Pictures of a report; they need matplotlib."""
+"""Draw the plots of a report with matplotlib."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from efft_lab.compare.statistics import seed_interval
 
 
 def accuracy_against_parameters(scores: Scores, parameters: Mapping[str, float], target: Path) -> None:
-    """Draws the overall mean of every method that has all tasks, with its interval over seeds, against parameters.
+    """Plot the overall mean accuracy, with its interval over seeds, against the number of trained parameters.
+
+    Methods without results on all tasks are omitted.
 
     Args:
-        scores: accuracies.
-        parameters: method to the number of its trained parameters without the classifier.
+        scores: accuracies of the final runs.
+        parameters: maps each method to its number of trained parameters, excluding the classifier.
         target: the PNG file.
     """
     import matplotlib
@@ -32,7 +34,7 @@ def accuracy_against_parameters(scores: Scores, parameters: Mapping[str, float],
         x = parameters[method]
         axes.errorbar(x, mean, [[mean - low], [high - mean]], fmt="o", capsize=3, label=method)
     figure.legend(loc="outside right center", fontsize=8)
-    axes.set_xscale("symlog", linthresh=10_000)  # the probe and the predictors without a model have none
+    axes.set_xscale("symlog", linthresh=10_000)  # the probe and the trivial predictors have no such parameters
     axes.set_xlabel("trained parameters beside the classifier")
     axes.set_ylabel("mean test accuracy, %")
     axes.grid(alpha=0.3)
@@ -41,12 +43,12 @@ def accuracy_against_parameters(scores: Scores, parameters: Mapping[str, float],
 
 
 def heat_map(agenda: Agenda, method: str, done: Mapping[str, Record], target: Path) -> None:
-    """Draws validation accuracy over a grid of two settings, as a mean over tasks; a cell with a missing task is empty.
+    """Plot the mean validation accuracy over tasks for a grid of two settings. Cells with missing tasks are empty.
 
     Args:
         agenda: the runs.
         method: a method whose grid has two settings.
-        done: key of a run to its result.
+        done: maps the key of each finished run to its result.
         target: the PNG file.
     """
     import matplotlib
@@ -70,7 +72,7 @@ def heat_map(agenda: Agenda, method: str, done: Mapping[str, Record], target: Pa
 
 
 def _validation(agenda: Agenda, method: str, done: Mapping[str, Record], point: Mapping[str, float]) -> float:
-    """Mean accuracy in percent. A run that diverged counts as 0; if a run is missing, the mean is NaN."""
+    """Return the mean accuracy in percent. A diverged run counts as 0. If a run is missing, the mean is NaN."""
     runs = [run for task in agenda.suite.tasks for run in agenda.search(task, method) if run.settings == point]
     if any(run.key not in done for run in runs):
         return float("nan")

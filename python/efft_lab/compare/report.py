@@ -1,4 +1,4 @@
-"""The report of a suite's results in Markdown, with pictures if matplotlib is installed."""
+"""Write a suite's results as a Markdown report, with plots if matplotlib is installed."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ Cells = Sequence[str]
 
 
 def write(agenda: Agenda, results: Path) -> list[Path]:
-    """Writes NAME.md, and pictures NAME-*.png, beside the result file NAME.jsonl.
+    """Write NAME.md and the plots NAME-*.png next to the result file NAME.jsonl.
 
     Args:
-        agenda: the runs to report on; others in the file are ignored.
+        agenda: the runs to report. Other runs in the result file are ignored.
         results: the result file.
 
     Returns:
-        The files that were written.
+        Paths of the files that were written.
 
     Raises:
-        FileNotFoundError: none of the final runs has a result yet.
+        FileNotFoundError: no final run has a result yet.
     """
     done = read(results) if results.is_file() else {}
     records = agenda.records(done)
@@ -47,15 +47,15 @@ def write(agenda: Agenda, results: Path) -> list[Path]:
 
 
 def draw(agenda: Agenda, done: Mapping[str, Record], stem: Path) -> dict[str, Path]:
-    """Writes the pictures STEM-*.png: accuracy against parameters, and a heat map of every grid of two settings.
+    """Write the plots STEM-*.png: accuracy against parameters, and one heat map per grid of two settings.
 
     Args:
-        agenda: the runs to report on.
-        done: key of a run to its result.
-        stem: path and first part of the files' names.
+        agenda: the runs to report.
+        done: maps the key of each finished run to its result.
+        stem: path and first part of the file names.
 
     Returns:
-        Title to file; empty if matplotlib is not installed.
+        A mapping from the title of each plot to its file; empty if matplotlib is not installed.
     """
     if find_spec("matplotlib") is None:
         return {}
@@ -72,12 +72,12 @@ def draw(agenda: Agenda, done: Mapping[str, Record], stem: Path) -> dict[str, Pa
 
 
 def text(agenda: Agenda, done: Mapping[str, Record], pictures: Mapping[str, Path]) -> str:
-    """The report.
+    """Return the report as Markdown text.
 
     Args:
-        agenda: the runs to report on.
-        done: key of a run to its result.
-        pictures: title to file.
+        agenda: the runs to report.
+        done: maps the key of each finished run to its result.
+        pictures: maps the title of each plot to its file.
     """
     suite, records = agenda.suite, agenda.records(done)
     scores = collect(records, suite.tasks)
@@ -114,11 +114,11 @@ def _slug(name: str) -> str:
 
 
 def means(agenda: Agenda, done: Mapping[str, Record]) -> str:
-    """The report's table of means over tasks and the machines that measured them; a dash if a task is missing.
+    """Return the report's table of means over tasks and the list of machines. A missing task is shown as a dash.
 
     Args:
-        agenda: the runs to report on.
-        done: key of a run to its result.
+        agenda: the runs to report.
+        done: maps the key of each finished run to its result.
     """
     records = agenda.records(done)
     scores = collect(records, agenda.suite.tasks)
@@ -126,18 +126,18 @@ def means(agenda: Agenda, done: Mapping[str, Record]) -> str:
 
 
 def comparisons(agenda: Agenda, done: Mapping[str, Record]) -> str:
-    """The report's paired tests of the reference method against the others; empty if there are none.
+    """Return the report's paired tests of the reference method against the others, or an empty text without tests.
 
     Args:
-        agenda: the runs to report on.
-        done: key of a run to its result.
+        agenda: the runs to report.
+        done: maps the key of each finished run to its result.
     """
     scores = collect(agenda.records(done), agenda.suite.tasks)
     return "\n\n".join(_tests(agenda, scores, [m for m in agenda.suite.methods if m in scores.values])[1:])
 
 
 def table(heading: Cells, rows: Sequence[Cells]) -> str:
-    """A Markdown table."""
+    """Format a Markdown table."""
     lines = [heading, ["---"] * len(heading), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -158,8 +158,10 @@ def _task_row(scores: Scores, method: str) -> Cells:
 
 
 def _parameters(records: Sequence[Record]) -> dict[str, float]:
-    """Method to the number of its trained parameters without the classifier (which depends on the task), averaged over
-    runs."""
+    """Return a mapping from each method to its number of trained parameters, averaged over runs.
+
+    The classifier is excluded, because its size depends on the task.
+    """
     counts: dict[str, list[int]] = {}
     for record in records:
         if not record.get("failed"):
@@ -223,7 +225,9 @@ def _tests(agenda: Agenda, scores: Scores, methods: Sequence[str]) -> list[str]:
 
 
 def _leaks(scores: Scores, methods: Sequence[str], entries: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Tasks on which a predictor that sees no objects is as good as a method, so that it is doubtful what they measure.
+    """List the tasks on which a predictor that sees no objects is as good as a trained method.
+
+    On such tasks, it is doubtful whether accuracy measures the recognition of objects.
 
     Training from scratch does not count as a method here, because it has only these few images.
     """
@@ -255,7 +259,7 @@ def _choices(agenda: Agenda, done: Mapping[str, Record], methods: Sequence[str])
 
 
 def _literature(tasks: list[str]) -> list[str]:
-    """Figures from the literature, in tables of their own: they are never averaged with ours or tested against them."""
+    """Return separate tables with results from the literature, which are never averaged or tested with our results."""
     published = json.loads((files("efft_lab.compare") / "published_vtab1k.json").read_text("utf-8"))
     rows, share = [], weights({task: VTAB[task].group for task in VTAB}, categorical=True)
     for entry in published["methods"]:
@@ -298,10 +302,13 @@ def _origin(records: Sequence[Record]) -> str:
 
 
 def _machines(records: Sequence[Record]) -> list[str]:
-    """Each machine with its number of runs and processor time; if there are several, with its runs of each method."""
+    """List the machines with their number of runs and processor time.
+
+    If several machines were used, the list also gives the number of runs per method.
+    """
     owns: dict[str, list[Record]] = {}
     for record in records:
-        gpu: Any = record.get("gpu")  # its name alone in older results
+        gpu: Any = record.get("gpu")  # older results hold only the name
         gpu = f" with {gpu['name'] if isinstance(gpu, Mapping) else gpu}" if gpu else ""
         owns.setdefault(f"{record['machine']}{gpu}", []).append(record)
     lines = []

@@ -1,4 +1,4 @@
-"""Does the runs of an agenda that have no result yet, several at a time, and writes each result immediately."""
+"""Execute the runs of an agenda that have no result yet, several at a time, and write each result immediately."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from efft_lab.record import cores, machine_facts, now
 
 
 class Worker:
-    """A process of :mod:`efft_lab.compare.worker` with its own share of the processors.
+    """Start a process of :mod:`efft_lab.compare.worker` with its own share of the processors.
 
     Args:
         threads: number of torch threads.
-        log: file for its warnings and tracebacks.
-        answers: queue that receives (this worker, its answer); the answer is None if the process ended.
+        log: file for the warnings and tracebacks of the process.
+        answers: queue that receives (this worker, the answer of its process). The answer is None if the process ended.
     """
 
     def __init__(self, threads: int, log: IO[bytes], answers: queue.SimpleQueue[Any]) -> None:
@@ -53,7 +53,7 @@ class Worker:
         answers.put((self, None))
 
     def start(self, run: Run, places: dict[str, Any]) -> None:
-        """Sends a run to the process."""
+        """Send a run to the process."""
         assert self.process.stdin is not None
         self.run = run
         job = {"name": str(run), "stage": run.stage, "config": {**run.config, **places}}
@@ -61,26 +61,27 @@ class Worker:
         self.process.stdin.flush()
 
     def stop(self) -> None:
-        """Ends the process immediately."""
+        """Terminate the process immediately."""
         self.process.kill()
         self.process.wait()
 
 
 def compare(agenda: Agenda, results: Path, jobs: int = 1, data_root: str | None = None) -> int:
-    """Does the runs that have no result yet. After a kill at any moment, the same call continues: no run is lost or
-    done twice.
+    """Execute the runs that have no result yet.
+
+    If the process is killed at any moment, the same call continues the comparison. No run is lost or repeated.
 
     Args:
         agenda: the runs.
-        results: the result file, JSON lines; a log is written beside it.
+        results: the result file in JSON lines. A log file is written next to the result file.
         jobs: number of processes; each gets an equal share of the processors.
-        data_root: folder with the data sets' files.
+        data_root: folder with the files of the data sets.
 
     Returns:
-        The number of runs that it did.
+        The number of executed runs.
 
     Raises:
-        RuntimeError: a run failed for another reason than divergence, or another process writes to the file.
+        RuntimeError: a run failed for a reason other than divergence, or another process writes to the result file.
     """
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
@@ -110,7 +111,7 @@ def compare(agenda: Agenda, results: Path, jobs: int = 1, data_root: str | None 
                     record = _record(run, answer["result"], common)
                     store.append(record)
                     progress.show(run, record)
-                elif error is None:  # results of the other processes are still kept
+                elif error is None:  # results of the other processes are still saved
                     error = f"{run}: {_reason(worker, answer)}; details in {log.name}, then run the same command again"
                     log.write(((answer or {}).get("trace") or "").encode())
                     if answer is None:
@@ -135,7 +136,7 @@ def _reason(worker: Worker, answer: dict[str, Any] | None) -> str:
 
 
 class Progress:
-    """Prints one line per finished run, with an estimate of the remaining time."""
+    """Print one line per finished run with an estimate of the remaining time."""
 
     def __init__(self, agenda: Agenda, store: Store, jobs: int) -> None:
         self.agenda, self.store, self.jobs = agenda, store, jobs
@@ -151,7 +152,7 @@ class Progress:
         return len(keys & self.store.records.keys())
 
     def show(self, run: Run, record: dict[str, Any]) -> None:
-        """Prints the line of a finished run."""
+        """Print the line of a finished run."""
         self.count += 1
         names = {"search": ("validation", "val_accuracy"), "final": ("test", "test_accuracy")}
         word, field = names[run.stage]
@@ -160,7 +161,8 @@ class Progress:
         print(f"{done} {run}: {outcome}, {record['seconds']:.0f} s; {self._left()} left", flush=True)
 
     def _left(self) -> str:
-        """The remaining time, from the mean time of finished runs of the same method and stage, or of all runs."""
+        """Estimate the remaining time from the mean time of finished runs of the same method and stage, or of all
+        runs."""
         seconds: dict[Any, list[float]] = defaultdict(list)
         count: dict[Any, int] = defaultdict(int)
         for record in self.store.records.values():

@@ -1,4 +1,4 @@
-"""Accuracies of a suite in percent, as tables: by method, task and seed."""
+"""Collect the accuracies of a suite in percent, by method, task and seed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from statistics import fmean, stdev
 from typing import Any
 
-#: VTAB's order.
+#: The groups in VTAB's order.
 GROUPS = ("natural", "specialized", "structured")
 
 
@@ -17,9 +17,9 @@ class Scores:
     """Test accuracies in percent.
 
     Attributes:
-        tasks: task to its group.
-        values: method to task to seed to accuracy; runs that failed or have no result are missing.
-        failed: (method, task, seed) of runs that diverged.
+        tasks: maps each task to its group.
+        values: accuracies as ``values[method][task][seed]``. Runs that failed or have no result are missing.
+        failed: (method, task, seed) of each run that diverged.
     """
 
     tasks: dict[str, str | None]
@@ -27,25 +27,25 @@ class Scores:
     failed: list[tuple[str, str, int]] = field(default_factory=list)
 
     def complete(self, method: str) -> bool:
-        """Whether the method has a score on every task."""
+        """Return whether the method has a score on every task."""
         return all(self.values.get(method, {}).get(task) for task in self.tasks)
 
     def mean(self, method: str, task: str) -> float:
-        """Mean over the seeds."""
+        """Return the mean over the seeds."""
         return fmean(self.values[method][task].values())
 
     def sd(self, method: str, task: str) -> float | None:
-        """Sample standard deviation over the seeds; None for a single one."""
+        """Return the sample standard deviation over the seeds, or None for a single seed."""
         values = list(self.values[method][task].values())
         return stdev(values) if len(values) > 1 else None
 
     def means(self, method: str) -> dict[str, float]:
-        """Task to mean over the seeds."""
+        """Return a mapping from each task to the mean over the seeds."""
         return {task: self.mean(method, task) for task in self.tasks if self.values.get(method, {}).get(task)}
 
 
 def collect(records: Iterable[Mapping[str, Any]], tasks: Iterable[str]) -> Scores:
-    """Scores of final runs, in the order of the tasks."""
+    """Collect the scores of final runs, in the order of the tasks."""
     groups = {record["task"]: record["group"] for record in records if "group" in record}
     scores = Scores({task: groups.get(task) for task in tasks})
     values: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
@@ -60,7 +60,7 @@ def collect(records: Iterable[Mapping[str, Any]], tasks: Iterable[str]) -> Score
 
 
 def groups(tasks: Mapping[str, str | None]) -> dict[str, list[str]]:
-    """Group to its tasks, in VTAB's order; tasks without a group form the group "other"."""
+    """Map each group to its tasks, in VTAB's order. Tasks without a group form the group "other"."""
     members: dict[str, list[str]] = defaultdict(list)
     for task, group in tasks.items():
         members[group or "other"].append(task)
@@ -68,7 +68,7 @@ def groups(tasks: Mapping[str, str | None]) -> dict[str, list[str]]:
 
 
 def weights(tasks: Mapping[str, str | None], categorical: bool) -> dict[str, float]:
-    """Task to its weight in the overall mean, or in VTAB's categorical one, the mean of the group means."""
+    """Map each task to its weight in the overall mean, or in VTAB's categorical mean (the mean of the group means)."""
     members = groups(tasks)
     if not categorical:
         return {task: 1 / len(tasks) for task in tasks}

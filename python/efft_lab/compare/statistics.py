@@ -1,4 +1,7 @@
-"""Intervals and tests. Two methods are compared task by task: the seeds of one task are averaged first."""
+"""Compute confidence intervals and statistical tests.
+
+Two methods are compared task by task. The seeds of one task are averaged first.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,11 @@ RESAMPLES = 10_000
 def seed_interval(
     values: Mapping[str, Mapping[int, float]], weights: Mapping[str, float], level: float = 0.95
 ) -> tuple[float, float] | None:
-    """Bootstrap percentile interval of a weighted sum of task means, over seeds: the tasks are fixed.
+    """Compute a bootstrap percentile interval over seeds for a weighted sum of task means. The tasks are fixed.
 
     Args:
-        values: task to seed to accuracy; the seeds of each task are resampled independently.
-        weights: task to its weight, see :func:`efft_lab.compare.scores.weights`.
+        values: accuracies as ``values[task][seed]``. The seeds of each task are resampled independently.
+        weights: maps each task to its weight, see :func:`efft_lab.compare.scores.weights`.
         level: probability that the interval covers.
 
     Returns:
@@ -36,7 +39,7 @@ def seed_interval(
 
 
 def task_interval(differences: Sequence[float], level: float = 0.95) -> tuple[float, float]:
-    """Bootstrap percentile interval of a mean of paired differences, over tasks."""
+    """Compute a bootstrap percentile interval over tasks for a mean of paired differences."""
     rng, sample = np.random.default_rng(0), np.array(differences)
     means = sample[rng.integers(len(sample), size=(RESAMPLES, len(sample)))].mean(axis=1)
     return _percentiles(means, level)
@@ -48,7 +51,7 @@ def _percentiles(values: np.ndarray[Any, Any], level: float) -> tuple[float, flo
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down correction: adjusted p-values that keep the family-wise error below any level."""
+    """Adjust p-values with Holm's step-down correction, which controls the family-wise error rate."""
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])
     adjusted, largest = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(order):
@@ -59,14 +62,14 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The reference method against another, over the tasks that both have.
+    """Comparison of the reference method with another method, over the tasks for which both have results.
 
     Attributes:
         method: the other method.
-        tasks: number of tasks.
-        difference: mean of (reference - other), in points.
-        interval: its 95 % bootstrap interval over tasks.
-        wins, ties, losses: number of tasks on which the reference is better, undecided, or worse.
+        tasks: number of common tasks.
+        difference: mean of (reference - other) in percentage points.
+        interval: 95 % bootstrap interval of ``difference`` over tasks.
+        wins, ties, losses: number of tasks on which the reference method is better, undecided, or worse.
         wilcoxon: p-value of the signed-rank test over tasks.
         t_test: p-value of the paired t-test over tasks.
     """
@@ -83,7 +86,7 @@ class Comparison:
 
 
 def compare(scores: Scores, reference: str, other: str) -> Comparison | None:
-    """Compares two methods; None if they have fewer than two tasks in common.
+    """Compare two methods. Return None if they have fewer than two common tasks.
 
     Raises:
         ImportError: scipy is not installed.
@@ -110,8 +113,11 @@ def compare(scores: Scores, reference: str, other: str) -> Comparison | None:
 
 
 def outcome(own: Mapping[int, float], other: Mapping[int, float]) -> int:
-    """1 for a win on one task, -1 for a loss, 0 for a tie: the 95 % t-interval of the differences of equal seeds
-    contains zero. With a single common seed, the sign decides."""
+    """Return 1 for a win on one task, -1 for a loss and 0 for a tie.
+
+    The result is a tie if the 95 % t-interval of the differences between runs with equal seeds contains zero. With a
+    single common seed, the sign of the difference decides.
+    """
     differences = np.array([own[seed] - other[seed] for seed in sorted(own.keys() & other.keys())])
     if not len(differences):
         return 0

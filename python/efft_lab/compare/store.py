@@ -1,4 +1,7 @@
-"""Results on disk: one JSON line per finished run, which is whole or absent whenever the process is killed."""
+"""Store results on disk as one JSON line per finished run.
+
+If the process is killed at any moment, every line is either complete or ignored.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import Any
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
-    """Key of a run to its record. A last line that a crash cut off is ignored.
+    """Read a mapping from the key of each run to its record. An incomplete last line (after a crash) is ignored.
 
     Raises:
         ValueError: another line is damaged.
@@ -21,18 +24,18 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
             record = json.loads(line)
             records[record["key"]] = record
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {number} is no result of a run ({error!r}); remove that line") from error
+            raise ValueError(f"{path}, line {number} is not a result of a run ({error!r}); remove that line") from error
     return records
 
 
 class Store:
-    """A result file that one process appends to.
+    """A result file to which one process appends.
 
     Args:
-        path: the file, which is created if it does not exist.
+        path: path of the file, which is created if it does not exist.
 
     Attributes:
-        records: key of a run to its record.
+        records: maps the key of each run to its record.
 
     Raises:
         RuntimeError: another process writes to the file.
@@ -44,14 +47,14 @@ class Store:
         try:
             _lock(self._file, path)
             content = path.read_bytes()
-            os.ftruncate(self._file, content.rfind(b"\n") + 1)  # the run of a line that a crash cut off is done again
+            os.ftruncate(self._file, content.rfind(b"\n") + 1)  # remove an incomplete line; its run is repeated
             self.records = read(path)
         except BaseException:
             os.close(self._file)
             raise
 
     def append(self, record: dict[str, Any]) -> None:
-        """Adds a record; once this has returned, the record survives a power failure."""
+        """Append a record. After this method has returned, the record survives a power failure."""
         line = json.dumps(record).encode() + b"\n"
         n_bytes = os.write(self._file, line)
         if n_bytes != len(line):
@@ -69,7 +72,7 @@ class Store:
 
 
 def _lock(file: int, path: Path) -> None:
-    """Locks a file. The operating system releases the lock when the process ends, however it ends."""
+    """Lock a file. The operating system releases the lock when the process ends for any reason."""
     try:
         import fcntl
     except ImportError:  # Windows

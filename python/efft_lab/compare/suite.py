@@ -1,4 +1,4 @@
-"""The file that describes a comparison: tasks, methods, seeds and grids."""
+"""Read and check the file that describes a comparison: tasks, methods, seeds and grids of settings."""
 
 from __future__ import annotations
 
@@ -18,33 +18,37 @@ from efft_lab import data, typed
 from efft_lab.train.config import TrainConfig
 from efft_lab.train.methods import METHODS
 
-#: Predictors that see no objects and need neither a model nor a trainer.
+#: Trivial predictors, which see no objects and need neither a model nor training.
 TRIVIAL = ("majority", "pixels", "knn")
 _RECIPE = {item.name for item in dataclasses.fields(TrainConfig)} - {"data", "seed", "data_seed", "protocol"}
-_RECIPE -= {"task", "regression_loss"}  # results, tables and tests are about accuracies
+_RECIPE -= {"task", "regression_loss"}  # tables and tests expect accuracies
 _METHOD = _RECIPE | {"grid", "vtab_settings"}
-#: Largest number of points of a grid; more would take too long to run.
+#: Maximum number of points of a grid; a larger grid would take too long.
 _MOST_POINTS = 1000
 
 
 @dataclass(frozen=True)
 class Suite:
-    """What is compared. Settings are fields of ``TrainConfig``; those of a task override those of a method, and these
-    override ``train``.
+    """Description of a comparison.
 
-    Everything is checked here and in :class:`efft_lab.compare.agenda.Agenda`, before anything runs.
+    Settings are fields of ``TrainConfig``. The settings of a task override those of a method, and the settings of a
+    method override ``train``.
+
+    This class and :class:`efft_lab.compare.agenda.Agenda` check all settings before the first run starts.
 
     Attributes:
-        name: name of the suite and of its result file.
-        about: the purpose of the suite; the first lines of the report.
-        tasks: name of a data set to settings of every run on it.
-        methods: name in the tables to its settings: ``method`` and any other field; ``grid``, the values that are
-            searched (``{"lr": [...], "efft.scale": [...]}``, every combination); ``vtab_settings``, which of the
-            paper's settings for each VTAB-1K task are used (efft1 or efft2). ``method`` may also be one of ``TRIVIAL``.
-        seeds: one final run per seed, task and method. A seed also chooses the training images if the data set lets it.
-        train: settings of every run.
-        search_seeds: seeds whose validation accuracies choose a point of a grid; by default the first of ``seeds``.
-        reference: the method against which the others are tested; by default the first.
+        name: name of the suite and of the result file.
+        about: purpose of the suite, which begins the report.
+        tasks: maps the name of each data set to the settings of all runs on the data set.
+        methods: maps the name of each method in the tables to its settings. The settings are ``method`` (which may also
+            be one of ``TRIVIAL``), any other field, ``grid`` (lists of values to search, such as ``{"lr": [...],
+            "efft.scale": [...]}``; every combination is tried) and ``vtab_settings`` (efft1 or efft2: use the paper's
+            settings of that variant for each VTAB-1K task).
+        seeds: seeds of the final runs. Each method has one final run per seed and task. If the data set has no fixed
+            split, the seed also selects the training images.
+        train: settings of all runs.
+        search_seeds: seeds of the search runs; by default the first of ``seeds``.
+        reference: method against which the other methods are tested; by default the first method.
     """
 
     name: str
@@ -67,7 +71,7 @@ class Suite:
         for name in ("seeds", "search_seeds"):
             seeds = getattr(self, name)
             if min(seeds, default=0) < 0 or len(set(seeds)) < len(seeds):
-                raise ValueError(f"{name} must be distinct integers >= 0, got {seeds}: a repeated one is no new run")
+                raise ValueError(f"{name} must be distinct integers >= 0, got {seeds}; a seed must not repeat")
         typed.check_names("train", self.train, _RECIPE)
         for task, settings in self.tasks.items():
             _check_task(task)
@@ -80,7 +84,7 @@ class Suite:
 
 
 def _check_task(name: str) -> None:
-    """Refuses a name that is neither a known data set nor a folder."""
+    """Raise an error for a name that is neither a known data set nor a folder."""
     if not os.path.isdir(name):
         try:
             data.describe(name)
@@ -98,7 +102,7 @@ def _check_method(where: str, settings: Any) -> None:
     grid = settings.get("grid", {})
     typed.check(f"{where}, grid", grid, dict)
     if grid and kind in TRIVIAL:
-        raise ValueError(f"{where} has a grid, but {kind} has nothing to set; take the grid out")
+        raise ValueError(f"{where} has a grid, but {kind} has nothing to set; remove the grid")
     for setting, values in grid.items():
         _check_setting(f"{where}, grid", setting, str(kind))
         if not isinstance(values, list) or not values:
@@ -111,7 +115,8 @@ def _check_method(where: str, settings: Any) -> None:
 
 
 def _check_setting(where: str, setting: str, method: str) -> None:
-    """Refuses a name that is not a setting of the method: ``lr``, or ``efft.scale``, or ``adapter.rank``."""
+    """Raise an error for a name that is not a setting of the method, such as ``lr``, ``efft.scale`` or
+    ``adapter.rank``."""
     head, dot, field_name = setting.partition(".")
     groups = {each.group for each in METHODS.values() if each.group}
     if not dot:
@@ -127,7 +132,7 @@ def _check_setting(where: str, setting: str, method: str) -> None:
 
 
 def merge_settings(*settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Merges settings: later ones override earlier ones, and dicts (``efft``, ``adapter``) are merged by key."""
+    """Merge settings. Later settings override earlier settings, and dicts (``efft``, ``adapter``) are merged by key."""
     result: dict[str, Any] = {}
     for each in settings:
         for name, value in each.items():
@@ -137,22 +142,23 @@ def merge_settings(*settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def names() -> list[str]:
-    """Names of the suites that come with the library."""
+    """Return the names of the suites that come with the library."""
     return sorted(path.name.removesuffix(".json") for path in (files("efft_lab.compare") / "suites").iterdir())
 
 
 def load(path_or_name: str | Path, quick: bool = False, train: Mapping[str, Any] | None = None) -> Suite:
-    """Reads a suite.
+    """Read a suite.
 
     Args:
-        path_or_name: a JSON file, or one of `names`.
-        quick: the small variant: what the file's ``quick`` says goes over the rest, and its ``tasks`` and ``methods``
-            are lists of the names that are left.
-        train: settings that go over those of the file, such as ``{"epochs": 1}``.
+        path_or_name: path of a JSON file, or one of :func:`names`.
+        quick: whether to read the small variant. The fields in the file's ``quick`` then override the other fields, and
+            ``tasks`` and ``methods`` in ``quick`` list the names to keep.
+        train: settings that override those of the file, such as ``{"epochs": 1}``.
 
     Raises:
-        FileNotFoundError: no such file, and no such name.
-        ValueError: not JSON, an unknown field (with the nearest known one), or no quick variant.
+        FileNotFoundError: neither a file nor a suite has this name.
+        ValueError: the file is not JSON, a field is unknown (the message names the most similar field), or the suite
+            has no quick variant.
     """
     name = str(path_or_name)
     if name in names():

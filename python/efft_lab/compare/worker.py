@@ -1,4 +1,7 @@
-"""A process that does runs: ``python -m efft_lab.compare.worker`` reads one run per line and answers in one line."""
+"""Execute runs in a process of its own.
+
+``python -m efft_lab.compare.worker`` reads one run per line and prints one answer per line.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from efft_lab.train.config import TrainConfig
 from efft_lab.train.methods import METHODS
 from efft_lab.train.probe import FeatureTask, Head, WithoutTest
 
-# Fields that determine a data set, and those that determine the features of a frozen model on it.
+# Fields that determine a data set, and fields that determine the features of a frozen model on that data set.
 _DATA = (
     *("data", "data_root", "allow_non_commercial", "model", "image_size", "normalization"),
     *("data_seed", "max_test"),
@@ -31,15 +34,15 @@ _BASE = (*_DATA, "checkpoint", "pretrained", "amp", "seed")
 
 
 def execute(stage: str, fields: dict[str, Any]) -> dict[str, Any]:
-    """Does one run.
+    """Execute one run.
 
     Args:
-        stage: search (train on train, judged on val after the last epoch) or final (train on both, tested once).
-        fields: fields of ``TrainConfig``; ``method`` may be a trivial predictor.
+        stage: search (train on train, evaluate on val after the last epoch) or final (train on both, test once).
+        fields: fields of ``TrainConfig``; ``method`` may be the name of a trivial predictor.
 
     Returns:
-        Accuracies from 0 to 1 (None if they were not measured), parameters, seconds; ``failed`` gives the reason if a
-        run has no result.
+        Accuracies from 0 to 1 (None if they were not measured), parameter counts and seconds; ``failed`` gives the
+        reason if a run has no result.
     """
     started, used = time.perf_counter(), time.process_time()
     method = fields["method"]
@@ -57,14 +60,14 @@ def execute(stage: str, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _trivial(name: str, config: TrainConfig) -> float:
-    from efft_lab.data import nearest_neighbours, trivial_baselines
+    from efft_lab.data import nearest_neighbors, trivial_baselines
 
     task = _task(config)
-    return (nearest_neighbours(task) if name == "knn" else trivial_baselines(task)[name]) / 100
+    return (nearest_neighbors(task) if name == "knn" else trivial_baselines(task)[name]) / 100
 
 
 def _train(stage: str, config: TrainConfig) -> dict[str, Any]:
-    """Trains and keeps only the result: the folder with checkpoints and weights is deleted."""
+    """Train a model and return the result. The folder with checkpoints and weights is deleted."""
     task: Any = _task(config)
     model = None
     if METHODS[config.method].head_alone and config.drop_path == 0:
@@ -97,7 +100,7 @@ def _load(values: tuple[Any, ...]) -> Any:
 
 
 def _task(config: TrainConfig) -> Any:
-    """The data, cached for the following runs."""
+    """Load the data and cache it for the following runs."""
     return _load(tuple(getattr(config, name) for name in _DATA))
 
 
@@ -108,7 +111,7 @@ def _load_features(values: tuple[Any, ...]) -> _Features:
 
 
 def _features(config: TrainConfig) -> _Features:
-    """The inputs of the frozen model's classifier, computed once for all points of a grid."""
+    """Compute the inputs of the frozen model's classifier once for all points of a grid."""
     return _load_features(tuple(getattr(config, name) for name in _BASE))
 
 
@@ -119,13 +122,16 @@ class _Features(FeatureTask):
 
 
 def main() -> None:
-    """Answers every line of stdin. When stdin is closed, the process ends immediately, even in the middle of a run, so
-    that nothing keeps working for a parent that was killed."""
+    """Answer every line of stdin.
+
+    When stdin is closed, the process ends immediately, even during a run. The process therefore stops when its parent
+    is killed.
+    """
     if not torch.cuda.is_available():
         # On CPUs, the bf16 backward of PyTorch's fused attention takes 4 times as long as plain products at 26 tokens.
         torch.backends.cuda.enable_flash_sdp(False)
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what training prints must not mix with the answers
+    os.dup2(2, 1)  # the output of training must not mix with the answers
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def listen() -> None:

@@ -1,4 +1,4 @@
-"""Accuracy of predictors that understand nothing about an image: what a model's accuracy has to be read against."""
+"""Compute the accuracy of trivial predictors, which see no objects, as a reference for the accuracy of models."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,19 +7,19 @@ import numpy.typing as npt
 
 from efft_lab.data.task import ImageDataset, TaskData
 
-_SIDE = 16  # pixels of the thumbnails
+_SIDE = 16  # height and width of the thumbnails in pixels
 _PENALTIES = (1e1, 1e2, 1e3, 1e4, 1e5)
-_NEIGHBOURS = (1, 3, 5, 9, 15)
+_NEIGHBORS = (1, 3, 5, 9, 15)
 
 Floats = npt.NDArray[np.float64]
 
 
 def trivial_baselines(task: TaskData) -> dict[str, float]:
-    """Test accuracy in percent of three predictors that see no objects.
+    """Return the test accuracy in percent of three predictors that see no objects.
 
-    - ``majority``: the most frequent class of trainval.
-    - ``ink``: nearest class mean of one number, how far the pixels are from the image's median colour on average.
-    - ``pixels``: ridge regression on 16 x 16 thumbnails, its penalty chosen on val, then fitted on trainval.
+    - ``majority`` predicts the most frequent class of trainval.
+    - ``ink`` predicts the class with the nearest mean of one number: the mean distance of pixels to the median color.
+    - ``pixels`` is ridge regression on 16 x 16 thumbnails, with the penalty selected on val and the fit on trainval.
     """
     thumbnails = _all_thumbnails(task)
     predictions = {
@@ -30,9 +30,12 @@ def trivial_baselines(task: TaskData) -> dict[str, float]:
     return {name: _percent(predicted, task.test.labels) for name, predicted in predictions.items()}
 
 
-def nearest_neighbours(task: TaskData) -> float:
-    """Test accuracy in percent of k-NN on 16 x 16 thumbnails: k chosen on val, the neighbours those of trainval."""
-    return _percent(_chosen(_vote, _NEIGHBOURS, task, _all_thumbnails(task)), task.test.labels)
+def nearest_neighbors(task: TaskData) -> float:
+    """Return the test accuracy in percent of k-nearest neighbors in trainval on 16 x 16 thumbnails.
+
+    The number of neighbors k is selected on val.
+    """
+    return _percent(_chosen(_vote, _NEIGHBORS, task, _all_thumbnails(task)), task.test.labels)
 
 
 def _all_thumbnails(task: TaskData) -> dict[str, Floats]:
@@ -46,7 +49,7 @@ def _percent(predicted: npt.NDArray[np.int64], truth: npt.NDArray[np.int64]) -> 
 
 def _thumbnails(data: ImageDataset) -> Floats:  # [n, pixels, 3]
     images = [np.asarray(data.raw(index).resize((_SIDE, _SIDE), resample=4)) for index in range(len(data))]
-    return np.stack(images).reshape(len(images), -1, 3) / 255  # resample 4: box filter, keeps the mean
+    return np.stack(images).reshape(len(images), -1, 3) / 255  # resample=4 is a box filter, which keeps the mean
 
 
 def _ink(images: Floats) -> Floats:  # [n]
@@ -65,7 +68,7 @@ def _chosen(
     task: TaskData,
     thumbnails: dict[str, Floats],
 ) -> npt.NDArray[np.int64]:
-    """Predictions for test with the setting that is best on val."""
+    """Return the predictions for test with the setting that is best on val."""
 
     def accuracy(setting: float) -> float:
         predicted = predict(thumbnails["train"], task.train.labels, thumbnails["val"], setting)
@@ -76,15 +79,15 @@ def _chosen(
 
 
 def _vote(images: Floats, labels: npt.NDArray[np.int64], queries: Floats, k: int) -> npt.NDArray[np.int64]:
-    """Classes of the queries by the vote of the k nearest images; a tie goes to the smallest class number."""
+    """Predict the classes of the queries by a vote of the k nearest images. A tie selects the smallest class number."""
     x, q = images.reshape(len(images), -1), queries.reshape(len(queries), -1)
-    distances = (x**2).sum(axis=1) - 2 * q @ x.T  # [queries, images], short of a constant of each query
+    distances = (x**2).sum(axis=1) - 2 * q @ x.T  # [queries, images], up to a constant per query
     nearest = labels[np.argsort(distances, axis=1, kind="stable")[:, :k]]
     return np.array([np.bincount(row).argmax() for row in nearest], dtype=np.int64)
 
 
 def _ridge(images: Floats, labels: npt.NDArray[np.int64], queries: Floats, penalty: float) -> npt.NDArray[np.int64]:
-    """Classes of the queries by least squares on one-hot targets, with standardised inputs."""
+    """Predict the classes of the queries by least squares on one-hot targets, with standardized inputs."""
     flat = images.reshape(len(images), -1)
     mean, std = flat.mean(axis=0), flat.std(axis=0) + 1e-6
     x, q = (flat - mean) / std, (queries.reshape(len(queries), -1) - mean) / std

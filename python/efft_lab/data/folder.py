@@ -1,8 +1,8 @@
-"""Any folder of images sorted into one folder per class.
+"""Read a folder of images that has one subfolder per class.
 
-Two layouts are read: folders for training, test and validation, each with class folders; or class folders alone.
-What is missing is divided from the training images. Images lie anywhere below their class folder; what systems hide in
-folders (``.ipynb_checkpoints``, ``._x.png``, ``__MACOSX``) does not count.
+Two layouts are supported: folders for training, test and validation that each contain class folders, or only class
+folders. A missing part is split off from the training images. Images can be anywhere below their class folder. Hidden
+files and folders (``.ipynb_checkpoints``, ``._x.png``, ``__MACOSX``) are ignored.
 """
 
 from collections import Counter
@@ -16,27 +16,28 @@ from efft_lab.data.pictures import SUFFIXES, check_readable, files, folders
 from efft_lab.data.splits import Indices, duplicate_groups, file_keys, stratified_split
 from efft_lab.data.task import FileImages, Kind, Split, Splits, TaskInfo
 
-#: What the folder of a part may be called, in any case.
+#: Accepted names for the folder of each part (upper or lower case).
 PARTS = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation", "dev"),
     "test": ("test", "testing"),
 }
-TEST_SHARE, VAL_SHARE = 0.2, 0.2  # of all images; of what is left for training
+TEST_SHARE, VAL_SHARE = 0.2, 0.2  # share of all images; share of the remaining training images
 
 
 def read(folder: Path, seed: int) -> tuple[TaskInfo, Splits]:
-    """The roles of a folder.
+    """Read the splits of a folder.
 
-    - Class folders alone, or no test folder: a fifth of every class is the test set, always the same one.
-    - No validation folder: a fifth of the remaining training images, chosen by seed, is the validation set.
+    - Without a test folder, a fifth of every class becomes the test set, which is always the same.
+    - Without a validation folder, a fifth of the remaining training images becomes the validation set. ``seed`` selects
+      these images.
 
-    Copies of one image stay on one side of every division made here. Every file is opened once, so that one that cannot
-    be read is named now and not in the middle of training.
+    Copies of one image always stay in the same part. Every file is opened once. Unreadable files are therefore reported
+    now and not during training.
 
     Raises:
-        ValueError: The folder has neither layout, a class lacks images, files cannot be read, or the given training and
-            test folders share images; the message says what was found.
+        ValueError: The folder has another layout, a class lacks images, files cannot be read, or the training and test
+            folders share images. The message describes the files that were found.
     """
     parts = find_parts(folder)
     names = _classes(parts.get("train", folder))
@@ -45,19 +46,19 @@ def read(folder: Path, seed: int) -> tuple[TaskInfo, Splits]:
 
 
 def describe(folder: Path, kind: Kind, names: Sequence[str]) -> TaskInfo:
-    """What is known about a user's own data, with the names of classes or values."""
+    """Return a description of a user's own data, with the names of classes or values."""
     name = folder.stem if folder.is_file() else folder.resolve().name
     return TaskInfo(name, None, len(names), f"folder {folder}", "your own", tuple(names), kind=kind)
 
 
 def roles(folder: Path, parts: Mapping[str, FileImages], names: Sequence[str], seed: int) -> Splits:
-    """The parts that are given, and those that are missing divided from "train"; see `read`.
+    """Return all splits. Missing parts are split off from "train", see :func:`read`.
 
     Args:
-        folder: where the images are, for messages.
-        parts: "train", and "val" and "test" where these are given.
-        names: of the classes, by label.
-        seed: decides the validation images where they are not given.
+        folder: folder of the images, for messages.
+        parts: images of "train", and of "val" and "test" if they exist.
+        names: names of the classes, ordered by label.
+        seed: seed for selecting validation images, if they are not given.
     """
     train, test = parts["train"], parts.get("test")
     images, given_val = train, None
@@ -77,8 +78,8 @@ def roles(folder: Path, parts: Mapping[str, FileImages], names: Sequence[str], s
         if few:
             raise ValueError(f"dividing {folder} into train, val and test needs 3 images per class; too few: {few}")
         if given_val is not None:
-            notify(f"{folder} has no test part: a fifth of the training images is kept apart for it")
-        # Copies of images for validation cannot be tested on.
+            notify(f"{folder} has no test part: a fifth of the training images is used for it")
+        # Copies of validation images must not be in the test set.
         free = pool if given_val is None else pool[~np.isin(groups[pool], groups[given_val])]
         pool, chosen = _divide(train.labels, pool, free, groups, round(TEST_SHARE * len(pool)), 0)
         held = Split(images, chosen)
@@ -93,12 +94,12 @@ def roles(folder: Path, parts: Mapping[str, FileImages], names: Sequence[str], s
 
 
 def find_parts(folder: Path) -> dict[str, Path]:
-    """The folders of a folder's parts; none where it is not divided.
+    """Return the folders of the parts, or an empty mapping if the folder is not divided into parts.
 
-    A single folder named like a part is a class where others lie beside it and it has no folders itself.
+    A single folder with the name of a part counts as a class if it has sibling folders and no subfolders.
 
     Raises:
-        ValueError: one part has two folders, or there is none for training.
+        ValueError: one part has two folders, or a folder for training is missing.
     """
     inner = folders(folder)
     parts: dict[str, list[Path]] = {}
@@ -116,7 +117,7 @@ def find_parts(folder: Path) -> dict[str, Path]:
     if "train" not in parts:
         raise ValueError(
             f"{folder} has {', '.join(f'{path.name}/' for path in found)} but no train/: expected train/ and perhaps "
-            "val/ and test/, or class folders alone"
+            "val/ and test/, or only class folders"
         )
     return {part: paths[0] for part, paths in parts.items()}
 
@@ -124,15 +125,15 @@ def find_parts(folder: Path) -> dict[str, Path]:
 def _divide(
     labels: Indices, pool: Indices, free: Indices, groups: Indices, size: int, seed: int
 ) -> tuple[Indices, Indices]:
-    """What is left of a pool of positions, and what is drawn from it, in the class proportions.
+    """Draw positions from a pool in the class proportions. Return the remaining and the drawn positions.
 
     Args:
-        labels: of all images, [n].
+        labels: labels of all images, [n].
         pool: positions to draw from.
-        free: those of them that may be drawn.
-        groups: [n]; copies have the same number, and stay together.
-        size: images to draw; at least one of each class.
-        seed: decides which.
+        free: positions in the pool that may be drawn.
+        groups: group numbers of all images, [n]. Copies of an image have the same number and stay together.
+        size: number of images to draw; at least one image of each class is drawn.
+        seed: seed for the selection.
     """
     classes = len(set(labels[pool].tolist()))
     (chosen,) = stratified_split(labels[free], [min(max(size, classes), len(free))], seed, groups[free])
@@ -152,10 +153,10 @@ def _classes(folder: Path) -> list[str]:
 
 
 def _images(folder: Path, names: Sequence[str]) -> FileImages:
-    """Images of all classes, sorted by class and path."""
+    """Return the images of all classes, sorted by class and path."""
     unknown = sorted({path.name for path in folders(folder)} - set(names))
     if unknown:
-        raise ValueError(f"{folder} has class folders that train/ has not: {', '.join(unknown)}")
+        raise ValueError(f"{folder} has class folders that train/ does not have: {', '.join(unknown)}")
     paths: list[Path] = []
     labels: list[int] = []
     others: Counter[str] = Counter()

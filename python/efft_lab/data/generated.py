@@ -1,7 +1,8 @@
-"""Structured tasks drawn exactly from their factors: no download, no licence, no label noise.
+"""Draw structured tasks from known factors. They need no download and no license, and their labels are exact.
 
-They stand in for VTAB's structured group (CLEVR-count, dSprites location and orientation) without imitating those
-sets' pixels: accuracies cannot be compared across. Every factor but the label is drawn independently of it.
+The tasks replace VTAB's structured group (CLEVR-count, dSprites location and orientation). They do not imitate the
+pixels of the original sets, and accuracies must not be compared with those on the original sets. All other factors are
+independent of the label.
 """
 
 from collections.abc import Callable
@@ -22,15 +23,15 @@ Floats = npt.NDArray[np.float64]
 FOLDER = "generated"
 SIZE = 64  # pixels, height and width
 POOL, TEST = 3_000, 2_000
-BINS = 16  # classes of x-location and orientation
-FEWEST, MOST = 3, 10  # objects in an image of the task count
-_GAP = 0.03  # least distance between two objects, in image widths: about two pixels
-_CENTRES = (np.arange(2 * SIZE) + 0.5) / (2 * SIZE)  # of the samples along one axis, two per pixel
+BINS = 16  # number of classes of x-location and orientation
+FEWEST, MOST = 3, 10  # minimum and maximum number of objects in an image of the task count
+_GAP = 0.03  # minimum distance between two objects in image widths (about two pixels)
+_CENTERS = (np.arange(2 * SIZE) + 0.5) / (2 * SIZE)  # positions of the samples along one axis (two samples per pixel)
 _ALL = slice(None)
-_FORMAT = 1  # part of the cached file's name: raise it when the pixels change
+_FORMAT = 1  # part of the cached file's name; increase it when the pixels change
 
-# The heart's centre of mass in its own coordinates: sprites are placed by their centre of mass.
-_HEART_CENTRE = 0.2581
+# Center of mass of the heart in its own coordinates. Sprites are placed by their center of mass.
+_HEART_CENTER = 0.2581
 
 INFOS = {
     info.name: info
@@ -65,24 +66,24 @@ INFOS = {
 
 
 def read(name: str, root: Path, seed: int) -> tuple[TaskInfo, Splits]:
-    """The roles of a generated task; draws its images where ``root`` does not hold them."""
+    """Read the splits of a generated task. Draw its images first if ``root`` does not contain them."""
     prepared = load_or_build(path(name, root), lambda: build(name))
     return INFOS[name], vtab_style_splits(prepared, seed)
 
 
 def path(name: str, root: Path) -> Path:
-    """Where a generated task is kept. The name changes with this module's format."""
+    """Return the path of the file for a generated task. The file name contains the version of this module's format."""
     return root / f"{name}-v{_FORMAT}.npz"
 
 
 def build(name: str) -> Prepared:
-    """Draw the training pool and the test set of a task, from two fixed seeds."""
+    """Draw the training pool and the test set of a task with two fixed seeds."""
     notify(f"drawing {POOL + TEST} images of {name}")
     return Prepared(*generate(name, POOL, seed=1), *generate(name, TEST, seed=0))
 
 
 def generate(name: str, n: int, seed: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """Draw images of a task: uint8 [n, 64, 64, 3] (count) or [n, 64, 64], and labels [n] with equal class sizes."""
+    """Draw images of a task, uint8 [n, 64, 64, 3] (count) or [n, 64, 64], and labels [n] with equal class sizes."""
     rng = stable_rng(list(INFOS).index(name), seed)
     if name == "count":
         scenes = count_factors(n, rng)
@@ -104,18 +105,18 @@ def _triangle(u: Floats, v: Floats) -> Any:
 
 
 def _heart(u: Floats, v: Floats) -> Any:
-    v = v + _HEART_CENTRE
+    v = v + _HEART_CENTER
     return (u * u + v * v - 0.5) ** 3 < 1.2 * u * u * v * v * v
 
 
-Shape = Callable[[Floats, Floats], Any]  # is the point (u, v) inside? The size of a shape is about the unit circle
+Shape = Callable[[Floats, Floats], Any]  # whether (u, v) is inside the shape, about as large as the unit circle
 SPRITES: tuple[Shape, ...] = (_square, _ellipse, _heart)
 OBJECTS: tuple[Shape, ...] = (_square, _ellipse, _triangle)  # all inside the unit circle
 
 
 @dataclass(frozen=True)
 class SpriteFactors:
-    """What one-sprite images are drawn from; lengths in image widths, all arrays [n]."""
+    """Factors of the images with one sprite. Lengths are in image widths, and all arrays are [n]."""
 
     label: npt.NDArray[np.int64]
     shape: npt.NDArray[np.int64]  # index into SPRITES
@@ -126,14 +127,14 @@ class SpriteFactors:
 
 
 def sprite_factors(name: str, n: int, rng: np.random.RandomState) -> SpriteFactors:
-    """Draw the factors of the task x-location or orientation; all but the label's are independent of the label."""
+    """Draw the factors of the task x-location or orientation. All other factors are independent of the label."""
     label = balanced_labels(n, BINS, rng)
     within_bin = (label + rng.random_sample(n)) / BINS
     free = rng.random_sample(n)
     place, turn = (within_bin, free) if name == "x-location" else (free, within_bin)
     return SpriteFactors(
         label,
-        # A square or an ellipse looks the same at several angles: only the heart's orientation is defined.
+        # A square or an ellipse looks the same at several angles. Only the heart has a unique orientation.
         rng.randint(len(SPRITES), size=n) if name == "x-location" else np.full(n, SPRITES.index(_heart)),
         x=0.2 + 0.6 * place,
         y=rng.uniform(0.2, 0.8, n),
@@ -153,23 +154,23 @@ def _draw_sprites(factors: SpriteFactors) -> npt.NDArray[np.uint8]:
 
 @dataclass(frozen=True)
 class CountFactors:
-    """What counting images are drawn from; lengths in image widths."""
+    """Factors of the images of the task count. Lengths are in image widths."""
 
-    label: npt.NDArray[np.int64]  # [n], objects - FEWEST
-    scale: Floats  # [n], size of all objects of an image, independent of their number
-    radius: Floats  # [n, MOST]; only the first `objects` entries of a row are drawn, here and below
+    label: npt.NDArray[np.int64]  # [n], number of objects minus FEWEST
+    scale: Floats  # [n], size of all objects in an image, independent of their number
+    radius: Floats  # [n, MOST]; here and below, only the first entries of a row are drawn, one per object
     position: Floats  # [n, MOST, 2]
     angle: Floats  # [n, MOST]
     shape: npt.NDArray[np.int64]  # [n, MOST], index into OBJECTS
-    colour: Floats  # [n, MOST, 3]
+    color: Floats  # [n, MOST, 3]
     ground: Floats  # [n, 3]
-    slope: Floats  # [n, 2], change of the ground's brightness over the image
+    slope: Floats  # [n, 2], change of the background's brightness over the image
 
 
 def count_factors(n: int, rng: np.random.RandomState) -> CountFactors:
-    """Draw the factors of the task count; all but the label's are independent of the label.
+    """Draw the factors of the task count. All other factors are independent of the label.
 
-    One size scale per image keeps the total area of the objects from telling their number.
+    All objects in an image share one scale. Their total area therefore does not reveal their number.
     """
     label = balanced_labels(n, MOST - FEWEST + 1, rng)
     scale = np.exp(rng.uniform(np.log(0.55), np.log(1.3), n))
@@ -181,26 +182,28 @@ def count_factors(n: int, rng: np.random.RandomState) -> CountFactors:
         position=_place(radius, label + FEWEST, rng),
         angle=rng.uniform(0, 2 * np.pi, (n, MOST)),
         shape=rng.randint(len(OBJECTS), size=(n, MOST)),
-        colour=_colours(n * MOST, rng).reshape(n, MOST, 3),
+        color=_colors(n * MOST, rng).reshape(n, MOST, 3),
         ground=rng.uniform(0.4, 0.6, (n, 3)),
         slope=rng.uniform(-0.1, 0.1, (n, 2)),
     )
 
 
-def _colours(n: int, rng: np.random.RandomState) -> Floats:
-    """Saturated colours [n, 3]: one channel high, and one so low that it stands out from every ground."""
-    colours = rng.uniform(0, 1, (n, 3))
+def _colors(n: int, rng: np.random.RandomState) -> Floats:
+    """Draw saturated colors [n, 3]. One channel is high, and one is so low that the color contrasts with any
+    background."""
+    colors = rng.uniform(0, 1, (n, 3))
     order = np.argsort(rng.random_sample((n, 3)), axis=1)
     rows = np.arange(n)
-    colours[rows, order[:, 0]] = rng.uniform(0.8, 1, n)
-    colours[rows, order[:, 1]] = rng.uniform(0, 0.15, n)
-    return colours
+    colors[rows, order[:, 0]] = rng.uniform(0.8, 1, n)
+    colors[rows, order[:, 1]] = rng.uniform(0, 0.15, n)
+    return colors
 
 
 def _place(radius: Floats, objects: npt.NDArray[np.int64], rng: np.random.RandomState) -> Floats:
-    """Positions [n, MOST, 2] of objects that do not touch, all images at once.
+    """Draw positions [n, MOST, 2] of objects that do not touch each other, for all images at once.
 
-    An image that runs into a dead end starts again with the same number and sizes, so that neither is biased.
+    If no position is left for an object of an image, the image starts again with the same number and sizes of objects.
+    Neither the number nor the sizes are therefore biased.
     """
     position = np.zeros((*radius.shape, 2))
     placed = np.zeros(len(radius), np.int64)
@@ -222,20 +225,20 @@ def _place(radius: Floats, objects: npt.NDArray[np.int64], rng: np.random.Random
 
 
 def _draw_scene(factors: CountFactors, index: int) -> npt.NDArray[np.uint8]:
-    """One image of the task count: uint8 [64, 64, 3]."""
+    """Draw one image of the task count, uint8 [64, 64, 3]."""
     slope_x, slope_y = factors.slope[index]
-    shade = slope_x * (_CENTRES - 0.5)[None, :] + slope_y * (_CENTRES - 0.5)[:, None]
+    shade = slope_x * (_CENTERS - 0.5)[None, :] + slope_y * (_CENTERS - 0.5)[:, None]
     canvas = factors.ground[index] + shade[:, :, None]
     for k in range(int(factors.label[index]) + FEWEST):
         (x, y), radius = factors.position[index, k], float(factors.radius[index, k])
         columns, rows = (
-            slice(int((centre - radius) * len(_CENTRES)), int((centre + radius) * len(_CENTRES)) + 1)
-            for centre in (x, y)
+            slice(int((center - radius) * len(_CENTERS)), int((center + radius) * len(_CENTERS)) + 1)
+            for center in (x, y)
         )
         u, v = _local(x, y, radius, float(factors.angle[index, k]), columns, rows)
         inside = OBJECTS[factors.shape[index, k]](u, v)
-        light = 1 - 0.35 * (_CENTRES[columns] - x + radius) / (2 * radius)  # from the left
-        paint = factors.colour[index, k] * light[None, :, None]
+        light = 1 - 0.35 * (_CENTERS[columns] - x + radius) / (2 * radius)  # light comes from the left
+        paint = factors.color[index, k] * light[None, :, None]
         canvas[rows, columns] = np.where(inside[:, :, None], paint, canvas[rows, columns])
     return np.rint(_downsample(canvas) * 255).astype(np.uint8)
 
@@ -243,13 +246,13 @@ def _draw_scene(factors: CountFactors, index: int) -> npt.NDArray[np.uint8]:
 def _local(
     x: float, y: float, radius: float, angle: float, columns: slice = _ALL, rows: slice = _ALL
 ) -> tuple[Floats, Floats]:
-    """Coordinates (u, v) of the samples in a shape's own frame, each [rows, columns]."""
-    right, down = (_CENTRES[columns] - x)[None, :] / radius, (_CENTRES[rows] - y)[:, None] / radius
+    """Return the coordinates (u, v) of the samples in the frame of a shape, each [rows, columns]."""
+    right, down = (_CENTERS[columns] - x)[None, :] / radius, (_CENTERS[rows] - y)[:, None] / radius
     cos, sin = np.cos(angle), np.sin(angle)
     return right * cos + down * sin, down * cos - right * sin
 
 
 def _downsample(samples: Floats) -> Floats:
-    """Mean over the 2 x 2 samples of every pixel: [128, 128, ...] to [64, 64, ...]."""
+    """Average the 2 x 2 samples of every pixel: [128, 128, ...] to [64, 64, ...]."""
     lines = samples[0::2] + samples[1::2]
     return (lines[:, 0::2] + lines[:, 1::2]) / 4

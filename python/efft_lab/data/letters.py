@@ -1,8 +1,8 @@
-"""Letters in many fonts: a letter between two others, in any of two colors, turned, moved and scaled.
+"""Draw letters in many fonts: a letter between two others in two random colors, rotated, shifted and scaled.
 
-``font-letters`` asks which of 26 capitals stands in the middle, as house numbers of SVHN ask for a digit. The families
-of the test set are others than those of the training pool. Font files are only read, by Pillow; no code of their
-packages is run.
+The class of the task ``font-letters`` is the capital letter in the middle, similar to the digits in the house numbers
+of SVHN. The test set and the training pool use different font families. Pillow only reads the font files, and no code
+from their packages is executed.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from efft_lab.data.pictures import pillow
 
 LETTERS = string.ascii_uppercase
 SIZE = 64  # pixels, height and width
-_FACTOR = 3  # drawn so many times as large, then averaged
-_CONTRAST = 0.3  # least difference of brightness between letter and ground
-_CLIENTS = 4  # package clients at once
+_FACTOR = 3  # factor by which images are drawn larger before averaging
+_CONTRAST = 0.3  # minimum difference in brightness between letter and background
+_CLIENTS = 4  # number of simultaneous package clients
 _FACE = re.compile(r"package/files/[a-z0-9-]+-latin-(400|700)-(normal|italic)\.woff")
 
 
@@ -71,21 +71,21 @@ TEST = (
 
 
 def draw(n: int, labels: npt.NDArray[np.int64], faces: Sequence[Any], rng: np.random.RandomState) -> Any:
-    """Draw letters: uint8 [n, 64, 64, 3].
+    """Draw images of letters, uint8 [n, 64, 64, 3].
 
     Args:
         n: Number of images.
-        labels: Which letter stands in the middle, [n].
-        faces: As `load_faces` gives them; each image takes one at random.
-        rng: Where all else comes from.
+        labels: Index of the letter in the middle, [n].
+        faces: Fonts from :func:`load_faces`. Each image uses a random one.
+        rng: Random generator for all other factors.
     """
     return np.stack([_draw_one(int(labels[k]), faces[rng.randint(len(faces))], rng) for k in range(n)])
 
 
 def load_faces(archives: Sequence[Archive]) -> list[Any]:
-    """Regular and bold, upright and italic faces of families as Pillow's fonts.
+    """Load the regular and bold, upright and italic faces of font families as Pillow fonts.
 
-    Archives are downloaded where the cache lacks them, and deleted once all are read.
+    Archives that are not in the cache are downloaded. All archives are deleted after they have been read.
     """
     with ThreadPoolExecutor(_CLIENTS) as pool:
         files = list(pool.map(fetch_archive, archives))
@@ -105,7 +105,7 @@ def _faces(file: Path) -> list[Any]:
                 f"{file} holds no Latin face of weight 400 or 700: expected files like *-latin-400-normal.woff"
             )
         data = [file.read() for file in map(tar.extractfile, names) if file is not None]
-    # The basic layout needs no library beside FreeType, so that it is the same everywhere.
+    # The basic layout needs only FreeType, and its result is therefore the same on every machine.
     return [ImageFont.truetype(io.BytesIO(d), 24 * _FACTOR, layout_engine=ImageFont.Layout.BASIC) for d in data]
 
 
@@ -132,7 +132,8 @@ def _draw_one(label: int, face: Any, rng: np.random.RandomState) -> npt.NDArray[
 
 
 def _write(mask: Any, letters: Sequence[str], font: Any) -> None:
-    """Write three letters side by side, the middle one in the middle of the mask, clear of its neighbors."""
+    """Draw three letters next to each other. The second one is in the middle of the mask and does not touch the
+    others."""
     from PIL import ImageDraw
 
     pen, side = ImageDraw.Draw(mask), mask.width

@@ -1,10 +1,10 @@
-"""Segmentation: a folder of images and a folder of masks with the same names.
+"""Read segmentation data: a folder of images and a folder of masks with the same names.
 
-``images/a/1.jpg`` belongs to ``masks/a/1.png``. The two folders lie side by side, or so in each of ``train/``,
-``val/`` and ``test/``, or have these inside (``images/train/``, ``masks/train/``); `efft_lab.data.folder` says what
-parts may be called and what is done about missing ones. A mask has one channel of class numbers from 0 on, in 1, 8 or
-16 bits or as a palette; 255 is a pixel that does not count. ``classes.txt`` beside the folders may name the classes,
-one per line.
+For example, ``masks/a/1.png`` is the mask of ``images/a/1.jpg``. The folders ``images/`` and ``masks/`` are either in
+one folder, or in each of ``train/``, ``val/`` and ``test/``, or they contain these parts (``images/train/``,
+``masks/train/``). :mod:`efft_lab.data.folder` describes the names of parts and the treatment of missing parts. A mask
+has one channel of class numbers that start at 0, stored in 1, 8 or 16 bits or as a palette. Pixels with the number 255
+are ignored. A file ``classes.txt`` next to the folders may name the classes, one per line.
 """
 
 from collections.abc import Sequence
@@ -23,14 +23,14 @@ from efft_lab.data.task import IGNORED, FileImages, Splits, TaskInfo
 IMAGES, MASKS = ("images", "image"), ("masks", "mask", "annotations", "labels")
 NAMES = "classes.txt"
 _MODES = ("1", "L", "P", "I;16", "I;16B", "I")
-_SPREAD = {"L;2": 85, "L;4": 17}  # by which Pillow multiplies grey values of 2 and 4 bits
+_SPREAD = {"L;2": 85, "L;4": 17}  # factors by which Pillow multiplies gray values of 2 and 4 bits
 
 
 class MaskedImages(FileImages):
-    """Image files with a mask each.
+    """Image files, each with a mask.
 
     Args:
-        paths, masks: one file of each per image.
+        paths, masks: one image file and one mask file per image.
     """
 
     def __init__(self, paths: Sequence[Path], masks: Sequence[Path]) -> None:
@@ -42,7 +42,7 @@ class MaskedImages(FileImages):
         return MaskedImages([*self.paths, *other.paths], [*self.masks, *other.masks])
 
     def target(self, index: int, image_size: int) -> torch.Tensor:
-        """Class of each pixel, [image_size, image_size], by the nearest pixel of the mask."""
+        """Return the class of each pixel, [image_size, image_size], from the nearest pixel of the mask."""
         with pillow().open(self.masks[index]) as mask:
             numbers = pillow().fromarray(_numbers(mask).astype(np.int32))
         resized = numbers.resize((image_size, image_size), pillow().Resampling.NEAREST)
@@ -50,11 +50,11 @@ class MaskedImages(FileImages):
 
 
 def read(folder: Path, seed: int) -> tuple[TaskInfo, Splits]:
-    """The roles of a folder; every image is opened, and every mask read, before anything is trained.
+    """Read the splits of a folder. Every image is opened and every mask is read before training starts.
 
     Raises:
-        ValueError: the folder has another layout, files without a partner, files that cannot be read, masks of another
-            size than their image or with unusable classes; the message says what was found.
+        ValueError: the folder has another layout, an image has no mask, files cannot be read, a mask and its image have
+            different sizes, or a mask has invalid classes. The message describes the files that were found.
     """
     parts = find_parts(folder)
     if parts:
@@ -78,7 +78,7 @@ def _one(folder: Path, known: Sequence[str]) -> Path:
 
 
 def _pairs(images: Path, masks: Path) -> MaskedImages:
-    """Every image with its mask, sorted by name."""
+    """Return all images with their masks, sorted by name."""
     ours, theirs = (
         {str(path.relative_to(place).with_suffix("")): path for path in pictures(place)} for place in (images, masks)
     )
@@ -87,7 +87,7 @@ def _pairs(images: Path, masks: Path) -> MaskedImages:
         found = f"{len(missing)} of {len(ours)} have none, e.g. {ours[missing[0]]}" if missing else "found no images"
         raise ValueError(f"expected a mask of the same name in {masks} for every image in {images}; {found}")
     if len(ours) < len(pictures(images)) or len(theirs) < len(pictures(masks)):
-        raise ValueError(f"files in {images} or {masks} differ by their endings alone: give each image its own name")
+        raise ValueError(f"files in {images} or {masks} differ only in their endings: give each image its own name")
     extra = sorted(theirs.keys() - ours.keys())
     if extra:
         notify(f"{masks}: ignored {len(extra)} masks without an image, e.g. {theirs[extra[0]].name}")
@@ -96,7 +96,7 @@ def _pairs(images: Path, masks: Path) -> MaskedImages:
 
 
 def _class_names(folder: Path, parts: Sequence[MaskedImages]) -> list[str]:
-    """Reads all masks in parallel; names from the file if there is one, else the numbers that occur."""
+    """Read all masks in parallel. Return the class names from ``classes.txt``, or else the numbers that occur."""
     pairs = [pair for part in parts for pair in zip(part.paths, part.masks, strict=True)]
     with ThreadPoolExecutor() as pool:
         found = list(pool.map(lambda pair: _classes_of(*pair), pairs))
@@ -115,13 +115,13 @@ def _class_names(folder: Path, parts: Sequence[MaskedImages]) -> list[str]:
     if len(names) < 2 or len(names) > IGNORED:
         raise ValueError(
             f"expected 2 to {IGNORED} classes, numbered from 0, found the numbers {sorted(numbers)[:9]} in the masks "
-            f"of {folder}; {IGNORED} is a pixel that does not count, so masks of two classes have 0 and 1"
+            f"of {folder}; {IGNORED} marks ignored pixels, so masks of two classes have 0 and 1"
         )
     return names
 
 
 def _classes_of(image_path: Path, mask_path: Path) -> set[int] | str:
-    """The numbers in a mask, or why it cannot be used."""
+    """Return the class numbers in a mask, or the reason why the mask cannot be used."""
     try:
         with pillow().open(image_path) as image, pillow().open(mask_path) as mask:
             numbers = _numbers(mask)
@@ -131,15 +131,15 @@ def _classes_of(image_path: Path, mask_path: Path) -> set[int] | str:
                     f"{mask_path}: expected {width} x {height} pixels like its image, got {mask.width} x {mask.height}"
                 )
             return set(np.unique(numbers).tolist())
-    except Exception as error:  # Pillow has many
+    except Exception as error:  # Pillow raises many types of errors
         return f"{mask_path}: {error}"
 
 
 def _numbers(mask: Any) -> np.typing.NDArray[np.int64]:
-    """Class numbers, [height, width].
+    """Return the class numbers of a mask, [height, width].
 
     Raises:
-        ValueError: it has several channels, or numbers that are not classes.
+        ValueError: the mask has several channels or contains invalid class numbers.
     """
     if mask.mode not in _MODES:
         raise ValueError(

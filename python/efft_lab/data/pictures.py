@@ -1,4 +1,4 @@
-"""Picture files: finding them, checking that they can be read, decoding each kind to the RGB that a viewer shows."""
+"""Find image files, check that they can be read, and decode them to the RGB values that an image viewer shows."""
 
 import os
 from collections.abc import Sequence
@@ -11,16 +11,17 @@ import numpy.typing as npt
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
-#: What ends a whole file of a format. Only these are accepted by their ends; every other file is decoded.
+#: Last bytes of a complete file, by format. Files of these formats are only checked for these bytes. Files of all other
+#: formats are decoded.
 _ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
 
-# TIFF tags that say how stored numbers are to be understood.
+# TIFF tags that describe the meaning of the stored numbers.
 _BITS, _PHOTOMETRIC, _LEAST, _GREATEST = 258, 262, (340, 280), (341, 281)
 _WHITE_IS_ZERO, _ORIENTATION = 0, 274
 
 
 def pillow() -> Any:
-    """The module ``PIL.Image``, or an error that says how to install it."""
+    """Import and return the module ``PIL.Image``. If Pillow is missing, the error explains how to install it."""
     try:
         from PIL import Image
     except ImportError as error:
@@ -29,18 +30,20 @@ def pillow() -> Any:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether an operating system or a tool put a file or folder there beside the data: ``.ipynb_checkpoints``,
-    ``._x.png``, ``__MACOSX``, ``@eaDir``."""
+    """Return whether a file or folder was created by an operating system or a tool and is not part of the data.
+
+    Examples are ``.ipynb_checkpoints``, ``._x.png``, ``__MACOSX`` and ``@eaDir``.
+    """
     return name.startswith((".", "__MACOSX", "@eaDir"))
 
 
 def folders(folder: Path) -> list[Path]:
-    """The folders in a folder, hidden ones left out, sorted."""
+    """Return the sorted subfolders of a folder, without hidden ones."""
     return sorted(path for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
 
 
 def files(folder: Path) -> list[Path]:
-    """All files anywhere below a folder, sorted; hidden ones, and those in hidden folders, are left out."""
+    """Return all files below a folder, sorted, without hidden files and files in hidden folders."""
     found: list[Path] = []
     for place, inner, names in os.walk(folder):
         inner[:] = [name for name in inner if not is_hidden(name)]
@@ -49,32 +52,32 @@ def files(folder: Path) -> list[Path]:
 
 
 def pictures(folder: Path) -> list[Path]:
-    """Those of `files` whose ending is that of a picture."""
+    """Return the files from :func:`files` that have the ending of an image format."""
     return [path for path in files(folder) if path.suffix.lower() in SUFFIXES]
 
 
 def size_upright(image: Any) -> tuple[int, int]:
-    """Width and height that an opened picture has once its EXIF orientation is applied; reads the header alone."""
+    """Return the width and height of an opened image after its EXIF orientation is applied. Only the header is read."""
     width, height = image.size
     return (height, width) if image.getexif().get(_ORIENTATION, 1) >= 5 else (width, height)
 
 
 def as_rgb(image: Any) -> Any:
-    """A picture as a viewer shows it: an RGB ``PIL.Image.Image`` with 8 bits a channel.
+    """Convert an image to the form that an image viewer shows: an RGB ``PIL.Image.Image`` with 8 bits per channel.
 
     - The EXIF orientation is applied.
-    - Whole numbers of 16 bits are scaled by 65535, or by what the file says: 12 bits per sample, or TIFF's tags for the
-      least and greatest value. Numbers of 12 bits in a file that says 16 are taken for 16 bits, so they come out dark:
-      no single picture tells the two apart.
-    - Floating-point numbers must be within 0..1, or the file must say their least and greatest value. So must it for
-      signed and 32-bit numbers, whose types are not ranges of brightness.
-    - What is transparent shows white. Of an animation the first frame is taken.
+    - Integers of 16 bits are scaled by 65535, or by the range in the file's metadata (12 bits per sample, or the TIFF
+      tags for the minimum and maximum value). If a file with 12-bit numbers claims 16 bits, its image becomes dark,
+      because one image is not enough to distinguish the two cases.
+    - Floating-point numbers must be within 0..1, or the file must state their minimum and maximum. The file must also
+      state them for signed and 32-bit integers, because the ranges of these types are not ranges of brightness.
+    - Transparent pixels become white. The first frame of an animation is used.
 
     Args:
         image: an opened ``PIL.Image.Image`` of any mode.
 
     Raises:
-        ValueError: the range of the numbers is not known, or some lie outside.
+        ValueError: the range of the numbers is not known, or some numbers are outside the range.
         OSError: the file is damaged.
     """
     from PIL import ImageOps
@@ -91,16 +94,16 @@ def as_rgb(image: Any) -> Any:
 
 
 def _in_eight_bits(image: Any, tags: dict[int, Any]) -> npt.NDArray[np.uint8]:
-    """The numbers of a grey picture, [height, width], from their range to 0..255."""
+    """Scale the numbers of a gray image, [height, width], from their range to 0..255."""
     values = np.asarray(image).astype(np.float64)
     least, greatest = _range(image, tags)
-    if not (values.min() >= least and values.max() <= greatest):  # also where there are NaNs
+    if not (values.min() >= least and values.max() <= greatest):  # also true if a value is NaN
         raise ValueError(
             f"expected grey values from {least:g} to {greatest:g}, got {values.min():g} to {values.max():g}; store "
             "them as 8 or 16 bits, as floating-point numbers within 0..1, or with their range (TIFF tags 340 and 341)"
         )
     shares = (values - least) / (greatest - least)
-    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # which Pillow heeds with up to 8 bits only
+    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow handles this tag only for up to 8 bits
         shares = 1 - shares
     return np.rint(255 * shares).astype(np.uint8)
 
@@ -110,7 +113,7 @@ def _range(image: Any, tags: dict[int, Any]) -> tuple[float, float]:
     natural: tuple[float, float] | None = (0.0, 2.0 ** _first(tags.get(_BITS, 16)) - 1)
     if image.mode == "F":
         natural = (0.0, 1.0)
-    elif image.mode == "I" and tags:  # without tags it comes from a PGM or PNG file, and has 16 bits
+    elif image.mode == "I" and tags:  # an image without tags comes from a PGM or PNG file and has 16 bits
         natural = None
     least, greatest = (
         value if value is not None or natural is None else natural[end] for end, value in enumerate(given)
@@ -128,10 +131,10 @@ def _first(value: Any) -> Any:
 
 
 def check_readable(paths: Sequence[Path]) -> None:
-    """Opens every picture, in parallel: header and end of JPEG and PNG files, all of any other.
+    """Open every image in parallel. Read the header and the end of JPEG and PNG files, and decode all other files.
 
     Raises:
-        ValueError: some cannot be read; it says how many, and names the first ones with the reason.
+        ValueError: some images cannot be read. The message gives their number, and the first names with the reasons.
     """
     with ThreadPoolExecutor() as pool:
         problems = [problem for problem in pool.map(_problem, paths) if problem is not None]
@@ -144,7 +147,7 @@ def check_readable(paths: Sequence[Path]) -> None:
 
 
 def _problem(path: Path) -> str | None:
-    """Why a picture cannot be read; None if it can, as far as its header and end tell where these are enough."""
+    """Return the reason why an image cannot be read, or None if no problem was found."""
     try:
         with pillow().open(path) as image:
             end = _ENDS.get(image.format)
@@ -154,6 +157,6 @@ def _problem(path: Path) -> str | None:
                     if end in file.read():
                         return None
             as_rgb(image)
-    except Exception as error:  # Pillow has many
+    except Exception as error:  # Pillow raises many types of errors
         return f"{path}: {error}"
     return None

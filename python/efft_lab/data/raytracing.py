@@ -1,7 +1,7 @@
-"""Ray tracing of small scenes with Mitsuba 3: what the CLEVR-like and the NORB-like tasks are drawn with.
+"""Render small scenes with the ray tracer Mitsuba 3, for the CLEVR-like and the NORB-like tasks.
 
-The scalar variant of Mitsuba runs everywhere and samples from seeds, so that one machine draws the same pixels each
-time. Another processor or another release may round differently.
+The scalar variant of Mitsuba runs on every machine and uses seeds for sampling. One machine therefore draws the same
+pixels every time. Another processor or another release may have different rounding errors.
 """
 
 from __future__ import annotations
@@ -14,30 +14,31 @@ import numpy as np
 import numpy.typing as npt
 
 SIZE = 64  # pixels, height and width
-_SAMPLES = 9  # rays per pixel, for smooth edges: lamps without extent leave no other noise
-_DEPTH = 2  # a path's most segments: only what lamps light directly is bright
+_SAMPLES = 9  # rays per pixel, for smooth edges; point lamps cause no other noise
+_DEPTH = 2  # maximum number of segments of a path; only direct light is rendered
 _FIELD_OF_VIEW = 38.0  # degrees
-_GROUND = 60.0  # half an edge of the ground
+_GROUND = 60.0  # half the edge length of the ground
 
 Floats = npt.NDArray[np.float64]
-Shape = dict[str, Any]  # what Mitsuba's `load_dict` takes for a shape or a material
+Shape = dict[str, Any]  # a shape or a material in the form that Mitsuba's `load_dict` accepts
 Point = Sequence[float]
 
 
 @dataclass(frozen=True)
 class Camera:
-    """A pinhole camera that sees a square.
+    """A pinhole camera with a square image.
 
     Args:
-        origin: Where it is, [3].
-        target: What its optical axis goes through, [3].
+        origin: Position of the camera, [3].
+        target: A point on the optical axis, [3].
     """
 
     origin: Floats
     target: Floats
 
     def project(self, points: Floats) -> tuple[Floats, Floats]:
-        """Where points [n, 3] are seen: pixels [n, 2] right and down, and the pixels per unit of length there, [n]."""
+        """Project points [n, 3] to pixels [n, 2] (right and down) and return also the pixels per unit of length,
+        [n]."""
         forward = self.target - self.origin
         forward = forward / np.linalg.norm(forward)
         right = np.cross(forward, [0.0, 0.0, 1.0])
@@ -51,11 +52,11 @@ class Camera:
 
 @dataclass(frozen=True)
 class Light:
-    """A lamp without extent.
+    """A point lamp.
 
     Args:
-        place: Where it is, [3].
-        power: Its intensity, in the unit of a surface's radiance at distance 1.
+        place: Position of the lamp, [3].
+        power: Intensity of the lamp, in the unit of a surface's radiance at distance 1.
     """
 
     place: Point
@@ -63,7 +64,7 @@ class Light:
 
 
 def mitsuba() -> Any:
-    """Import Mitsuba and choose its scalar variant."""
+    """Import Mitsuba and select its scalar variant."""
     try:
         import mitsuba
     except ImportError as error:
@@ -82,10 +83,10 @@ def render(
     ground: Shape | None = None,
     turn: float = 0.0,
 ) -> npt.NDArray[np.uint8]:
-    """Draw shapes on a wide ground of a material, by default gray, turned by ``turn`` radians.
+    """Render shapes on a large ground, which is gray by default and rotated by ``turn`` radians.
 
     Returns:
-        uint8 [64, 64, 3], in sRGB.
+        Image, uint8 [64, 64, 3], in sRGB.
     """
     mi = mitsuba()
     ground_to_world = mi.ScalarTransform4f().rotate([0, 0, 1], float(np.degrees(turn))).scale([_GROUND, _GROUND, 1])
@@ -112,14 +113,14 @@ def render(
 
 
 def matte(color: Point) -> Shape:
-    """A material like rubber."""
+    """Return a material like rubber."""
     return {"type": "diffuse", "reflectance": {"type": "rgb", "value": list(color)}}
 
 
 def tiles(colors: Sequence[Point], edge: float) -> Shape:
-    """A ground of square tiles in two colors."""
+    """Return a material for a ground of square tiles in two colors."""
     first, second = ({"type": "rgb", "value": list(color)} for color in colors)
-    pairs = _GROUND / edge  # what repeats is two tiles wide
+    pairs = _GROUND / edge  # the repeated pattern is two tiles wide
     to_uv = mitsuba().ScalarTransform4f().scale([pairs, pairs, 1])
     return {
         "type": "diffuse",
@@ -128,7 +129,7 @@ def tiles(colors: Sequence[Point], edge: float) -> Shape:
 
 
 def glossy(color: Point) -> Shape:
-    """A material between polished plastic and metal."""
+    """Return a material between polished plastic and metal."""
     base = {"type": "rgb", "value": list(color)}
     return {"type": "principled", "base_color": base, "roughness": 0.3, "specular": 0.9, "metallic": 0.4}
 
@@ -138,14 +139,14 @@ def sphere(center: Point, radius: float, material: Shape) -> list[Shape]:
 
 
 def box(center: Point, half: Point, material: Shape, turn: float = 0.0) -> list[Shape]:
-    """A box of half edges ``half``, turned about the vertical axis through its center by ``turn`` radians."""
+    """Return a box with half edge lengths ``half``, rotated about its vertical axis by ``turn`` radians."""
     transform = mitsuba().ScalarTransform4f
     to_world = transform().translate(list(center)).rotate([0, 0, 1], float(np.degrees(turn))).scale(list(half))
     return [{"type": "cube", "to_world": to_world, "bsdf": material}]
 
 
 def cylinder(start: Point, end: Point, radius: float, material: Shape) -> list[Shape]:
-    """A cylinder with closed ends."""
+    """Return a cylinder with closed ends."""
     transform = mitsuba().ScalarTransform4f
     shapes = [{"type": "cylinder", "p0": list(start), "p1": list(end), "radius": radius, "bsdf": material}]
     axis = np.subtract(end, start)

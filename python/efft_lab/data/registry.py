@@ -1,4 +1,4 @@
-"""All known tasks by name, and the functions that load, fetch and list them."""
+"""Register all known tasks by name, and load, download and list them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +12,13 @@ from efft_lab.data.task import Kind, Normalization, Preprocess, Split, Splits, T
 
 
 class _Source(Protocol):
-    """What a module that provides tasks has."""
+    """Interface of a module that provides tasks."""
 
     @property
     def INFOS(self) -> dict[str, TaskInfo]: ...
     @property
-    def FOLDER(self) -> str: ...  # its place below the cache folder
-    def path(self, name: str, root: Path) -> Path: ...  # exists where the task is ready to read
+    def FOLDER(self) -> str: ...  # name of its folder in the cache folder
+    def path(self, name: str, root: Path) -> Path: ...  # exists if the task is ready to read
     def read(self, name: str, root: Path, seed: int) -> tuple[TaskInfo, Splits]: ...
 
 
@@ -31,15 +31,15 @@ _SOURCES: tuple[_Source, ...] = (packaged, generated, rendered, torchvision_sets
 
 
 def names() -> list[str]:
-    """Names of all known tasks. Folders of images are loaded by their path and not listed."""
+    """Return the names of all known tasks. Folders of images are loaded by their path and are not listed."""
     return [name for source in _SOURCES for name in source.INFOS]
 
 
 def describe(name: str) -> TaskInfo:
-    """What is known about a task, without reading or downloading anything.
+    """Return the description of a task without reading or downloading data.
 
     Raises:
-        ValueError: No such task; the message lists near names.
+        ValueError: The task is unknown. The message lists similar names.
     """
     return _source(name).INFOS[name]
 
@@ -54,29 +54,32 @@ def load(
     max_test: int | None = None,
     kind: Kind = "classification",
 ) -> TaskData:
-    """Load a task; fetches or draws it first where that is possible and has not been done.
+    """Load a task. If it is not available yet, download or draw it first, if this is possible.
 
-    Published numbers differ in their normalisation and must not be mixed: ``"imagenet"`` (ImageNet mean and std) is
-    that of the public code of EFFT, FacT and NOAH. ``"none"`` (plain 0..1) is that of VPT and SSF according to
-    the authors of FacT. ``"half"`` (mean and std 0.5) is what timm records for the ImageNet-21k ViT weights.
+    Published results use different normalizations and must not be mixed. The public code of EFFT, FacT and NOAH uses
+    ``"imagenet"`` (ImageNet mean and std). VPT and SSF use ``"none"`` (values in 0..1), according to the authors of
+    FacT. timm specifies ``"half"`` (mean and std 0.5) for the ImageNet-21k ViT weights.
 
     Args:
-        name_or_path: A name of `names`, or a folder of images (see `efft_lab.data.folder`, `efft_lab.data.masks` and
-            `efft_lab.data.table`); a name wins over a folder, so write ``./count`` for a folder called count.
-        root: Folder that holds the data, or will: of VTAB-1K's tasks, of torchvision, or of prepared sets.
-            Default: below ``$EFFT_HOME``, or ``~/.cache/efft``.
+        name_or_path: A name from :func:`names`, or a folder of images (see :mod:`efft_lab.data.folder`,
+            :mod:`efft_lab.data.masks` and :mod:`efft_lab.data.table`). A name has priority over a folder. Write
+            ``./count`` for a folder with the name count.
+        root: Folder of the VTAB-1K tasks, the torchvision data or the prepared sets. By default, a folder in
+            ``$EFFT_HOME`` or ``~/.cache/efft``.
         image_size: Height and width of the images, in pixels.
         normalization: ``"imagenet"``, ``"half"``, ``"none"`` or ``(mean, std)`` of three numbers each.
-        seed: Chooses the 1,000 training images of packaged, generated and torchvision sets, and which of the
-            training images are for validation. It never changes a test set, nor anything of VTAB-1K.
-        allow_non_commercial: Accept a licence that forbids commercial use.
-        max_test: Use at most so many test images: always the same ones, in the class proportions of all.
-        kind: What your own data are for: ``"classification"`` (a folder per class), ``"segmentation"`` (images and
+        seed: Seed for selecting the 1,000 training images of packaged, generated and torchvision sets, and the
+            validation images among them. The seed never changes a test set or the splits of VTAB-1K.
+        allow_non_commercial: Accept a license that forbids commercial use.
+        max_test: Maximum number of test images. The same images are always selected, in the class proportions of the
+            test set.
+        kind: Kind of task of your own data: ``"classification"`` (one folder per class), ``"segmentation"`` (images and
             masks) or ``"regression"`` (a CSV file of images and values).
 
     Raises:
-        ValueError: No such name or folder, or wrong contents; the message says what is near or what was found.
-        PermissionError: The licence forbids commercial use and that was not accepted.
+        ValueError: The name or folder does not exist, or the content of the folder is invalid. The message lists
+            similar names or describes the content.
+        PermissionError: The license forbids commercial use, and ``allow_non_commercial`` is False.
         FileNotFoundError: Files of a VTAB-1K task are missing.
         RuntimeError: A download failed.
     """
@@ -86,7 +89,7 @@ def load(
         source = _source(name)
         if source.INFOS[name].kind != kind:
             raise ValueError(f"{name} is a task of {source.INFOS[name].kind}, not of {kind}: give a folder of your own")
-        _check_licence(source.INFOS[name], allow_non_commercial)
+        _check_license(source.INFOS[name], allow_non_commercial)
         info, splits = source.read(name, _root(source, root), seed)
     elif Path(name).is_dir() or (kind == "regression" and Path(name).is_file()):
         info, splits = _READERS[kind](Path(name), seed)
@@ -98,35 +101,36 @@ def load(
 
 
 def fetch(name: str, root: str | Path | None = None, allow_non_commercial: bool = False) -> Path:
-    """Make a task ready to load without a network, and return its file or folder.
+    """Prepare a task for loading without a network, and return its file or folder.
 
     Args:
-        name: A name of `names`.
-        root: As for `load`.
-        allow_non_commercial: Accept a licence that forbids commercial use.
+        name: A name from :func:`names`.
+        root: Same as for :func:`load`.
+        allow_non_commercial: Accept a license that forbids commercial use.
 
     Raises:
-        As `load`. VTAB-1K cannot be fetched: if its files are missing, the error says how to get them.
+        Same as :func:`load`. VTAB-1K cannot be downloaded. If its files are missing, the error explains how to get
+        them.
     """
     source = _source(name)
-    _check_licence(source.INFOS[name], allow_non_commercial)
+    _check_license(source.INFOS[name], allow_non_commercial)
     source.read(name, _root(source, root), seed=0)
     return source.path(name, _root(source, root))
 
 
 def list_table() -> str:
-    """A text table of all tasks.
+    """Return a text table of all tasks.
 
-    ``trivial`` is the best test accuracy, in percent, of predictors that see no objects: see
-    `efft_lab.data.trivial_baselines`.
+    The column ``trivial`` holds the best test accuracy, in percent, of predictors that see no objects (see
+    :func:`efft_lab.data.trivial_baselines`).
     """
-    rows = [("name", "group", "classes", "trivial", "download", "ready", "licence", "source")]
+    rows = [("name", "group", "classes", "trivial", "download", "ready", "license", "source")]
     for source in _SOURCES:
         for info in source.INFOS.values():
             size = f"{info.download_bytes / 1e6:.1f} MB" if info.download_bytes else "-"
             trivial = f"{max(info.baselines.values()):.1f}" if info.baselines else "-"
             ready = "yes" if source.path(info.name, _root(source, None)).exists() else "no"
-            facts = (info.name, str(info.group), str(info.classes), trivial, size, ready, info.licence, info.source)
+            facts = (info.name, str(info.group), str(info.classes), trivial, size, ready, info.license, info.source)
             rows.append(facts)
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
@@ -152,10 +156,10 @@ def _root(source: _Source, root: str | Path | None) -> Path:
     return cache_dir() / "data" / source.FOLDER if root is None else Path(root).expanduser()
 
 
-def _check_licence(info: TaskInfo, allowed: bool) -> None:
+def _check_license(info: TaskInfo, allowed: bool) -> None:
     if info.non_commercial and not allowed:
         raise PermissionError(
-            f"the licence of {info.name} ({info.licence}) forbids commercial use. If yours is not commercial, pass "
+            f"the license of {info.name} ({info.license}) forbids commercial use. If yours is not commercial, pass "
             "allow_non_commercial=True (command line: --allow-non-commercial)"
         )
 

@@ -1,9 +1,10 @@
-"""Tasks whose images a renderer draws: ray-traced tables and toys, views of a 3-D world, letters in many fonts.
+"""Draw tasks with renderers: ray-traced tables and toys, views of a 3-D world, and letters in many fonts.
 
-They stand in for tasks of VTAB (CLEVR, small NORB, DMLab) without imitating those sets' pixels: accuracies cannot be
-compared across. A set is drawn once, in minutes, and kept. `RECORDED` has the hash of each set as it was drawn for the
-results that this repository records; a renderer may round differently on another processor or in another release, and
-then the set is used all the same, and a line on stderr says that it is another one.
+The tasks replace tasks of VTAB (CLEVR, small NORB, DMLab). They do not imitate the pixels of the original sets, and
+accuracies must not be compared with those on the original sets. A set is drawn once, which takes minutes, and is stored
+in the cache. :data:`RECORDED` contains the hash of each set that was used for the results in this repository. A
+renderer may have different rounding errors on another processor or in another release. The set is then still used, and
+a message on stderr reports the difference.
 """
 
 from __future__ import annotations
@@ -26,18 +27,19 @@ from efft_lab.data.task import Splits, TaskInfo
 
 FOLDER = "rendered"
 POOL, TEST = 2_000, 1_000
-_FORMAT = 1  # part of the cached file's name: raise it when what is drawn changes
+_FORMAT = 1  # part of the cached file's name; increase it when the images change
 
 Drawn = tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]  # images and labels
 
 
 @dataclass(frozen=True)
 class Rendering:
-    """One set.
+    """One rendered set.
 
     Args:
-        info: Its description.
-        draw: Draws n images of the training pool (``test`` false) or of the test set, always the same.
+        info: Description of the set.
+        draw: Function that draws n images of the training pool (``test`` is False) or of the test set. The images are
+            always the same.
     """
 
     info: TaskInfo
@@ -45,7 +47,7 @@ class Rendering:
 
 
 def read(name: str, root: Path, seed: int) -> tuple[TaskInfo, Splits]:
-    """The roles of a rendered task; draws its images where ``root`` does not hold them."""
+    """Read the splits of a rendered task. Draw its images first if ``root`` does not contain them."""
     prepared = load_or_build(path(name, root), lambda: build(name))
     digest, recorded = fingerprint(prepared), RECORDED.get(name)
     info = INFOS[name]
@@ -60,7 +62,7 @@ def read(name: str, root: Path, seed: int) -> tuple[TaskInfo, Splits]:
 
 
 def path(name: str, root: Path) -> Path:
-    """Where a rendered task is kept. The name changes with this module's format."""
+    """Return the path of the file for a rendered task. The file name contains the version of this module's format."""
     return root / f"{name}-v{_FORMAT}.npz"
 
 
@@ -72,7 +74,7 @@ def build(name: str) -> Prepared:
 
 
 def fingerprint(prepared: Prepared) -> str:
-    """SHA-256 of a set's shapes, pixels and labels, as hexadecimal digits."""
+    """Return the SHA-256 of a set's shapes, pixels and labels as hexadecimal digits."""
     digest = hashlib.sha256()
     for images, labels in (prepared[:2], prepared[2:]):
         digest.update(str(images.shape).encode())
@@ -117,7 +119,7 @@ def _letters(n: int, test: bool) -> Drawn:
 
 _TABLE = "drawn by mitsuba: solids on a ground, 64 x 64"
 _TOYS = "drawn by mitsuba: gray toys, others in the test set, 64 x 64"
-_NO_LICENCE = "none needed"
+_NO_LICENSE = "none needed"
 _COUNTS = tuple(str(number) for number in range(tabletop.FEWEST, tabletop.MOST + 1))
 _DISTANCES = tuple(
     f"{low:g} to {low + tabletop.STEP:g}" for low in tabletop.NEAR + tabletop.STEP * np.arange(tabletop.BINS)
@@ -133,7 +135,7 @@ _ALL = (
             "structured",
             len(_COUNTS),
             f"{_TABLE}; their number",
-            _NO_LICENCE,
+            _NO_LICENSE,
             _COUNTS,
             baselines={"majority": 12.5, "ink": 15.1, "pixels": 21.5},
         ),
@@ -145,7 +147,7 @@ _ALL = (
             "structured",
             len(_DISTANCES),
             f"{_TABLE}; the distance of the nearest",
-            _NO_LICENCE,
+            _NO_LICENSE,
             _DISTANCES,
             baselines={"majority": 16.7, "ink": 17.2, "pixels": 45.8},
         ),
@@ -157,7 +159,7 @@ _ALL = (
             "structured",
             len(_AZIMUTHS),
             f"{_TOYS}; how far turned",
-            _NO_LICENCE,
+            _NO_LICENSE,
             _AZIMUTHS,
             baselines={"majority": 5.6, "ink": 6.3, "pixels": 19.1},
         ),
@@ -169,7 +171,7 @@ _ALL = (
             "structured",
             len(_ELEVATIONS),
             f"{_TOYS}; seen from how high",
-            _NO_LICENCE,
+            _NO_LICENSE,
             _ELEVATIONS,
             baselines={"majority": 11.2, "ink": 19.3, "pixels": 26.3},
         ),
@@ -204,8 +206,8 @@ _ALL = (
 RENDERINGS = {rendering.info.name: rendering for rendering in _ALL}
 INFOS = {name: rendering.info for name, rendering in RENDERINGS.items()}
 
-#: SHA-256 of each set as mitsuba 3.9.1 (drjit 1.5.0), vizdoom 1.3.2 and pillow 13.0.0 drew it on an AMD EPYC: see
-#: `fingerprint`.
+#: SHA-256 of each set (see :func:`fingerprint`), drawn by mitsuba 3.9.1 (drjit 1.5.0), vizdoom 1.3.2 and pillow 13.0.0
+#: on an AMD EPYC.
 RECORDED: dict[str, str] = {
     "clevr-count": "23161b63cdd388280052432a4a3762a0cd7a77debcc3c8bafde770216470a050",
     "clevr-distance": "c027a0eb035e8cbcbaf761b72c0988e484ff69ba9a2030ac3278a1637f9ece1c",

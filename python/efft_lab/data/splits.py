@@ -1,4 +1,4 @@
-"""Deterministic, stratified splits that keep copies of one image together."""
+"""Make deterministic, stratified splits that keep copies of one image together."""
 
 import hashlib
 from collections import Counter
@@ -13,25 +13,31 @@ Indices = npt.NDArray[np.int64]
 
 
 def stable_rng(*key: int) -> np.random.RandomState:
-    """A random generator whose stream is the same on every platform and in every NumPy version.
+    """Return a random generator with the same stream on every platform and in every NumPy version.
 
-    NumPy promises that for ``RandomState`` only; the newer ``Generator`` may change its streams between releases.
+    NumPy guarantees this only for ``RandomState``. The streams of the newer ``Generator`` may change between releases.
     """
     return np.random.RandomState(list(key))
 
 
 def balanced_labels(n: int, classes: int, rng: np.random.RandomState) -> Indices:
-    """Labels [n] in random order, every class equally often, up to one where ``n`` is not a multiple of ``classes``."""
+    """Return labels [n] in random order with equally frequent classes.
+
+    The class sizes differ by one if ``n`` is not a multiple of ``classes``.
+    """
     return rng.permutation(np.arange(n) % classes).astype(np.int64)
 
 
 def pixel_keys(images: npt.NDArray[np.uint8]) -> list[bytes]:
-    """One hash per image of [n, ...]: equal exactly where the pixels are."""
+    """Return one hash per image of [n, ...]. Hashes are equal exactly if the pixels are equal."""
     return [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images]
 
 
 def file_keys(paths: Sequence[Path]) -> list[tuple[int, bytes]]:
-    """One key per file: equal exactly where the contents are. Reads only files that share their size with another."""
+    """Return one key per file. Keys are equal exactly if the contents are equal.
+
+    Only files that have the same size as another file are read.
+    """
     sizes = [path.stat().st_size for path in paths]
     shared = Counter(sizes)
     return [
@@ -41,13 +47,13 @@ def file_keys(paths: Sequence[Path]) -> list[tuple[int, bytes]]:
 
 
 def duplicate_groups(keys: Sequence[Hashable]) -> Indices:
-    """Number the distinct keys in order of appearance: [n], equal where the keys are."""
+    """Number the distinct keys in order of appearance. Return the number for each key, [n]."""
     numbers: dict[Hashable, int] = {}
     return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
 
 
 def distinct(keys: Sequence[Hashable], labels: npt.NDArray[Any]) -> Indices:
-    """Positions of one copy of every image; images whose copies disagree about the label are left out."""
+    """Return the position of one copy of every image. Images with copies of different labels are omitted."""
     first: dict[Hashable, int] = {}
     ambiguous = set()
     for index, key in enumerate(keys):
@@ -57,9 +63,9 @@ def distinct(keys: Sequence[Hashable], labels: npt.NDArray[Any]) -> Indices:
 
 
 def quotas(class_sizes: npt.NDArray[np.int64], total: int) -> npt.NDArray[np.int64]:
-    """Share ``total`` images among the classes in proportion to their sizes (largest remainder).
+    """Distribute ``total`` images over the classes in proportion to their sizes, by the largest remainder method.
 
-    Every class that has images gets at least one where ``total`` allows it.
+    Every class with images receives at least one image if ``total`` is large enough.
     """
     available = int(class_sizes.sum())
     if total > available:
@@ -79,14 +85,14 @@ def quotas(class_sizes: npt.NDArray[np.int64], total: int) -> npt.NDArray[np.int
 def stratified_split(
     labels: npt.NDArray[np.int64], sizes: Sequence[int], seed: int, groups: Indices | None = None
 ) -> list[Indices]:
-    """Draw disjoint sets of positions, each with (nearly) the class proportions of what it is drawn from.
+    """Draw disjoint sets of positions, each with (nearly) the class proportions of the remaining images.
 
     Args:
-        labels: [n].
-        sizes: Images per set, drawn in this order; what is left over is in none of them.
-        seed: Decides which images; the same seed gives the same sets everywhere.
-        groups: [n]; images with the same number end up in the same set, or in none. Where copies make a size
-            impossible to meet, that set comes out smaller.
+        labels: Labels of all images, [n].
+        sizes: Number of images per set. The sets are drawn in this order. The remaining images are not in any set.
+        seed: Seed for the selection. Equal seeds give equal sets on every machine.
+        groups: Group numbers of all images, [n]. Images with the same number are in the same set or in no set. If
+            copies make the exact size of a set impossible, the set is smaller.
 
     Returns:
         One sorted array of positions per size.
@@ -98,7 +104,7 @@ def stratified_split(
     for index in order.tolist():
         members.setdefault(int(groups[index]), []).append(index)
     waiting: dict[int, list[list[int]]] = {}
-    for group in members.values():  # a group with several labels counts for its first
+    for group in members.values():  # a group with several labels counts for its first label
         waiting.setdefault(int(labels[group[0]]), []).append(group)
 
     classes = sorted(waiting)

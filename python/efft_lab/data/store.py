@@ -1,4 +1,4 @@
-"""Prepared image sets on disk: one compressed file with a training pool and a fixed test set."""
+"""Store prepared image sets on disk, each as one compressed file with a training pool and a fixed test set."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +15,7 @@ TRAIN, VAL = 800, 200  # VTAB-1K's sizes
 
 
 class Prepared(NamedTuple):
-    """A set as it is cached. Training images are drawn from the pool by seed; the test set never changes."""
+    """Content of a cached set. Training images are drawn from the pool by seed, and the test set never changes."""
 
     pool_images: npt.NDArray[np.uint8]  # [n, height, width] or [n, height, width, 3]
     pool_labels: npt.NDArray[Any]  # [n]
@@ -24,7 +24,7 @@ class Prepared(NamedTuple):
 
 
 def load_or_build(path: Path, build: Callable[[], Prepared]) -> Prepared:
-    """Read a prepared set, or build it and keep it. Another process sees the whole file or none.
+    """Read a prepared set, or build and store it. Other processes never see an incomplete file.
 
     Raises:
         RuntimeError: The file is damaged.
@@ -42,10 +42,10 @@ def load_or_build(path: Path, build: Callable[[], Prepared]) -> Prepared:
 
 
 def _checked(prepared: Prepared) -> Prepared:
-    """Refuse arrays that are not what the class says."""
+    """Raise an error for arrays with other shapes or dtypes than the class documents."""
     for images, labels in (prepared[:2], prepared[2:]):
-        colours = images.shape[3:]
-        if images.dtype != np.uint8 or images.ndim < 3 or colours not in ((), (3,)):
+        colors = images.shape[3:]
+        if images.dtype != np.uint8 or images.ndim < 3 or colors not in ((), (3,)):
             raise ValueError(
                 f"expected images of 8 bits, [n, height, width] or [n, height, width, 3], got {images.shape}"
             )
@@ -55,7 +55,7 @@ def _checked(prepared: Prepared) -> Prepared:
 
 
 def vtab_style_splits(prepared: Prepared, seed: int) -> Splits:
-    """800 training and 200 validation images drawn from the pool by seed; the fixed test set."""
+    """Draw 800 training and 200 validation images from the pool by seed. The test set is fixed."""
     pool = ArrayImages(prepared.pool_images, prepared.pool_labels)
     test = ArrayImages(prepared.test_images, prepared.test_labels)
     train, val = stratified_split(pool.labels, [TRAIN, VAL], seed)

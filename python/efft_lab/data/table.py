@@ -1,8 +1,8 @@
-"""Regression: a CSV file whose first column names image files and whose other columns are the values to predict.
+"""Read regression data: a CSV file with image files in the first column and values to predict in the others.
 
-Its first line names the columns; image files are found from the folder of the CSV file. Either one file, or a folder
-with ``train.csv`` and perhaps ``val.csv`` and ``test.csv``; `efft_lab.data.folder` says what parts may be called and
-what is done about missing ones.
+The first line of the file names the columns. Paths of image files are relative to the folder of the CSV file. The data
+is either one CSV file, or a folder with ``train.csv`` and optionally ``val.csv`` and ``test.csv``.
+:mod:`efft_lab.data.folder` describes the names of parts and the treatment of missing parts.
 """
 
 import csv
@@ -20,11 +20,11 @@ from efft_lab.data.task import FileImages, Splits, TaskInfo
 
 
 class ValuedImages(FileImages):
-    """Image files with numbers each.
+    """Image files, each with one or more numbers.
 
     Args:
         paths: one file per image.
-        values: [n, values].
+        values: values to predict, [n, values].
     """
 
     def __init__(self, paths: Sequence[Path], values: npt.NDArray[np.float64]) -> None:
@@ -36,16 +36,16 @@ class ValuedImages(FileImages):
         return ValuedImages([*self.paths, *other.paths], np.concatenate([self.values, other.values]))
 
     def target(self, index: int, image_size: int) -> torch.Tensor:
-        """The values of an image, [values], float32."""
+        """Return the values of an image, float32 [values]."""
         return torch.from_numpy(self.values[index]).float()
 
 
 def read(path: Path, seed: int) -> tuple[TaskInfo, Splits]:
-    """The roles of a CSV file, or of a folder of such files.
+    """Read the splits of a CSV file or of a folder of CSV files.
 
     Raises:
-        ValueError: no such files, other columns in one than in another, a line without usable numbers, or images that
-            cannot be read; the message says what was found.
+        ValueError: the files do not exist, they have different columns, a line has invalid numbers, or images cannot be
+            read. The message describes the content that was found.
     """
     tables = {"train": path} if path.is_file() else _tables(path)
     read = {part: _read(file) for part, file in tables.items()}

@@ -1,8 +1,8 @@
-"""CLEVR-like scenes: solids of a few shapes, colors and finishes on tiles, seen by a camera that is never quite still.
+"""Draw CLEVR-like scenes: solids of a few shapes, colors and materials on tiles, with a varying camera position.
 
-``clevr-count`` asks for their number, ``clevr-distance`` for the distance from the camera to the nearest. Everything
-but the label is drawn independently of it, apart from what the label rules out: no object is nearer than the nearest.
-No object hides more than a part of another, so that all can be counted.
+The class of ``clevr-count`` is the number of objects, and the class of ``clevr-distance`` is the distance from the
+camera to the nearest object. All other factors are independent of the label, except that no object may be nearer than
+the nearest one. No object hides another one completely, so all objects can be counted.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import numpy.typing as npt
 from efft_lab.data import raytracing
 from efft_lab.data.raytracing import Camera, Floats, Light, Shape
 
-FEWEST, MOST = 3, 10  # objects in an image of clevr-count, as in VTAB's task
-NEAR, STEP, BINS = 7.0, 0.5, 6  # of clevr-distance: where the first bin begins, the width of a bin, their number
-_NEAREST, _FAR = 6.5, 12.0  # no object's center is nearer to the camera or farther away
-_RESTARTS = 1_000  # of the placement, before it is given up
-_BEHIND = 0.15  # in clevr-distance all others are at least so much farther away than the nearest
-_SIDEWAYS = 0.27  # radians: greatest angle of an object with the direction of view, seen from above
-_GAP = 0.12  # least distance between two objects on the ground
-_APART = 0.85  # least distance of two objects in the image, in sums of their radii there
-_MARGIN = 1.0  # pixels between an object and the edge
-_TILE = 1.0  # edge of a tile: what tells distances where the camera's tilt and height do not
+FEWEST, MOST = 3, 10  # minimum and maximum number of objects in clevr-count, as in VTAB's task
+NEAR, STEP, BINS = 7.0, 0.5, 6  # clevr-distance: start of the first bin, width and number of the bins
+_NEAREST, _FAR = 6.5, 12.0  # minimum and maximum distance of an object's center from the camera
+_RESTARTS = 1_000  # maximum number of restarts of the placement
+_BEHIND = 0.15  # clevr-distance: minimum difference in distance between the nearest object and the others
+_SIDEWAYS = 0.27  # maximum angle in radians between an object and the direction of view, seen from above
+_GAP = 0.12  # minimum distance between two objects on the ground
+_APART = 0.85  # minimum distance of two objects in the image, relative to the sum of their radii in the image
+_MARGIN = 1.0  # minimum number of pixels between an object and the edge
+_TILE = 1.0  # edge length of a tile; tiles show distances if the camera's tilt and height do not
 _KINDS = 3  # cube, cylinder, sphere
 
 _COLORS = np.array(
@@ -43,7 +43,7 @@ _COLORS = np.array(
 
 @dataclass(frozen=True)
 class Tabletop:
-    """One scene; lengths in units of the world, all arrays [objects, ...]."""
+    """One scene. Lengths are in units of the world, and all arrays are [objects, ...]."""
 
     label: int
     camera: Camera
@@ -52,7 +52,7 @@ class Tabletop:
     center: Floats  # [objects, 3]
     kind: npt.NDArray[np.int64]
     color: npt.NDArray[np.int64]  # index into _COLORS
-    tiles: Floats  # [2], the grays of the ground
+    tiles: Floats  # [2], the two gray values of the ground
     tiles_turn: float  # radians
     glossy: npt.NDArray[np.bool_]
     turn: Floats  # radians
@@ -86,9 +86,10 @@ def draw(name: str, label: int, rng: np.random.RandomState) -> Tabletop:
 
 
 def _place(radius: Floats, camera: Camera, nearest: float | None, rng: np.random.RandomState) -> Floats:
-    """Centers [objects, 3]; the first is the nearest where that is given.
+    """Draw centers [objects, 3]. If ``nearest`` is given, the first object is the nearest one.
 
-    A scene that runs into a dead end starts again with the same sizes, so that neither they nor the number is biased.
+    If no position is left for an object, the scene starts again with the same sizes. Neither the sizes nor the number
+    of objects are therefore biased.
 
     Raises:
         RuntimeError: No places were found.
@@ -98,7 +99,7 @@ def _place(radius: Floats, camera: Camera, nearest: float | None, rng: np.random
         for _ in range(300):
             own = float(radius[len(centers)])
             low = _NEAREST if nearest is None else nearest + _BEHIND
-            # Uniform over the area: the square of the distance is.
+            # The square of the distance is uniform, because positions are uniform over the area.
             distance = float(np.sqrt(rng.uniform(low**2, _FAR**2)))
             if nearest is not None and not centers:
                 distance = nearest
@@ -113,9 +114,9 @@ def _place(radius: Floats, camera: Camera, nearest: float | None, rng: np.random
 
 
 def _is_free(centers: Floats, radius: Floats, camera: Camera) -> bool:
-    """Is the last object inside the image, off the others, and seen beside them?"""
+    """Return whether the last object is inside the image, does not touch the others, and is visible next to them."""
     pixels, scale = camera.project(centers)
-    seen = radius * scale * 1.2  # the corners of a cube lie outside its sphere
+    seen = radius * scale * 1.2  # the corners of a cube are outside its sphere
     if (pixels[-1] < seen[-1] + _MARGIN).any() or (pixels[-1] > raytracing.SIZE - seen[-1] - _MARGIN).any():
         return False
     ground = np.linalg.norm(centers[:-1, :2] - centers[-1, :2], axis=1)
@@ -126,7 +127,7 @@ def _is_free(centers: Floats, radius: Floats, camera: Camera) -> bool:
 
 
 def paint(scene: Tabletop, seed: int) -> npt.NDArray[np.uint8]:
-    """One image: uint8 [64, 64, 3]."""
+    """Render one image, uint8 [64, 64, 3]."""
     shapes: list[Shape] = []
     for center, radius, kind, color, glossy, turn in zip(
         scene.center, scene.radius.tolist(), scene.kind, scene.color, scene.glossy, scene.turn, strict=True

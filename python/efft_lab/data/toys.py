@@ -1,8 +1,8 @@
-"""NORB-like images: gray toys of five kinds on a turntable, seen from above at 9 elevations and 18 azimuths.
+"""Draw NORB-like images: gray toys of five kinds on a turntable, seen from above at 9 elevations and 18 azimuths.
 
-``norb-azimuth`` asks how far the toy is turned, ``norb-elevation`` how high the camera is, as VTAB's tasks of small
-NORB do. The toys of the test set are others than those of the training pool. Toy, light, size and the other angle are
-drawn independently of the label.
+As in VTAB's tasks of small NORB, the class of ``norb-azimuth`` is the rotation of the toy, and the class of
+``norb-elevation`` is the elevation of the camera. The test set and the training pool contain different toys. The toy,
+the light, the size and the other angle are independent of the label.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import numpy.typing as npt
 from efft_lab.data import raytracing
 from efft_lab.data.raytracing import Camera, Light, Shape
 
-AZIMUTHS = 18  # steps of 20 degrees
+AZIMUTHS = 18  # number of azimuths, in steps of 20 degrees
 ELEVATIONS = tuple(range(30, 71, 5))  # degrees above the ground
-TOYS = 10  # of each kind, in the training pool and in the test set
+TOYS = 10  # number of toys of each kind, both in the training pool and in the test set
 
 
 @dataclass(frozen=True)
 class Part:
-    """A solid of a toy, in the toy's own frame: x to the front, z up.
+    """A solid part of a toy, in the toy's own frame (x to the front, z up).
 
     Args:
         kind: ``box`` (a: center, b: half edges), ``rod`` (a, b: ends; size: radius) or ``ball`` (a: center).
-        shade: Which of the toy's three grays.
+        shade: Index into the toy's three gray values.
     """
 
     kind: str
@@ -37,7 +37,7 @@ class Part:
     shade: int
 
 
-Toy = tuple[list[Part], Sequence[float]]  # parts, and the three grays
+Toy = tuple[list[Part], Sequence[float]]  # parts, and the three gray values
 
 
 def _box(x: float, y: float, z: float, half_x: float, half_y: float, half_z: float, shade: int) -> Part:
@@ -118,7 +118,7 @@ def _truck(rng: np.random.RandomState) -> list[Part]:
         _box(length - cab, 0, floor + cab_height, cab, 0.92 * width, cab_height, 1),
         _box(0, 0, floor - 0.04, length, 0.7 * width, 0.05, 2),
     ]
-    if rng.random_sample() < 0.5:  # a bonnet
+    if rng.random_sample() < 0.5:  # a hood
         parts.append(_box(length + 0.14, 0, floor + 0.13, 0.16, 0.8 * width, 0.14, 1))
     return parts + _wheels((-0.75 * length, -0.35 * length, 0.75 * length), width, wheel)
 
@@ -130,7 +130,7 @@ def _car(rng: np.random.RandomState) -> list[Part]:
     parts = [
         _box(0, 0, 0.14 + height, length, width, height, 0),
         _box(-back, 0, 0.14 + 2 * height + roof, cabin, 0.85 * width, roof, 1),
-        # The windscreen leans forward of the cabin, in another gray.
+        # The windshield is in front of the cabin and has another gray value.
         _box(cabin - back + 0.06, 0, 0.14 + 2 * height + 0.6 * roof, 0.08, 0.8 * width, 0.6 * roof, 2),
     ]
     if rng.random_sample() < 0.4:  # a spoiler
@@ -143,12 +143,12 @@ KINDS: tuple[Callable[[np.random.RandomState], list[Part]], ...] = (_animal, _hu
 
 @dataclass(frozen=True)
 class View:
-    """One image's factors."""
+    """Factors of one image."""
 
     label: int
-    toy: int  # position among the toys
-    azimuth: int  # steps of 20 degrees
-    elevation: int  # position in ELEVATIONS
+    toy: int  # index of the toy
+    azimuth: int  # number of steps of 20 degrees
+    elevation: int  # index into ELEVATIONS
     camera: Camera
     light: Light
     fill: Light
@@ -181,7 +181,7 @@ def draw(name: str, label: int, toys: int, rng: np.random.RandomState) -> View:
 
 
 def paint(view: View, toy: Toy, seed: int) -> npt.NDArray[np.uint8]:
-    """One image: uint8 [64, 64]."""
+    """Render one image, uint8 [64, 64]."""
     angle = 2 * np.pi * view.azimuth / AZIMUTHS
     cos, sin = np.cos(angle), np.sin(angle)
 

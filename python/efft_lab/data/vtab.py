@@ -1,9 +1,9 @@
-"""VTAB-1K in its published folder layout, and the EFFT paper's settings for each of the 19 tasks.
+"""Read VTAB-1K in its published folder layout, and provide the EFFT paper's settings for each of the 19 tasks.
 
-``<root>/<task>/{train800,val200,train800val200,test}.txt`` list one image per line, ``images/<split>/000000.jpg 3``:
-the path below ``<root>/<task>`` and the label. This is what the script ``get_vtab1k.py`` of the NOAH repository
-writes, and what the public code of NOAH, FacT and EFFT reads. Nothing is downloaded here: several of the original
-sets need a registration.
+``<root>/<task>/{train800,val200,train800val200,test}.txt`` list one image per line, such as ``images/<split>/000000.jpg
+3``, with the path below ``<root>/<task>`` and the label. The script ``get_vtab1k.py`` of the NOAH repository writes
+this layout, and the public code of NOAH, FacT and EFFT reads it. This module downloads nothing, because several of the
+original sets need a registration.
 """
 
 import json
@@ -44,7 +44,7 @@ INFOS = {
 
 
 def vtab_hyperparameters(task: str, variant: str = "efft2") -> dict[str, Any]:
-    """Rank, scale and initialisation that the EFFT paper's public configuration uses for a VTAB-1K task.
+    """Return the rank, scale and initialization in the EFFT paper's public configuration for a VTAB-1K task.
 
     Args:
         task: One of the 19 tasks, e.g. ``"cifar"``.
@@ -54,7 +54,7 @@ def vtab_hyperparameters(task: str, variant: str = "efft2") -> dict[str, Any]:
         ``{"rank": int, "scale": float, "init": str}``, the fields of `efft.EfftConfig`.
 
     Raises:
-        ValueError: An unknown task or variant.
+        ValueError: The task or variant is unknown.
     """
     if task not in _TASKS:
         hint = did_you_mean(task, _TASKS, 3)
@@ -65,12 +65,12 @@ def vtab_hyperparameters(task: str, variant: str = "efft2") -> dict[str, Any]:
 
 
 def path(name: str, root: Path) -> Path:
-    """The folder of a task."""
+    """Return the folder of a task."""
     return root / name
 
 
 def read(name: str, root: Path, seed: int) -> tuple[TaskInfo, Splits]:
-    """The roles of a task, as its list files give them; the seed changes nothing.
+    """Read the splits of a task from its list files. The seed has no effect.
 
     Raises:
         FileNotFoundError: A folder, a list file or images are missing; the message names them.
@@ -106,7 +106,7 @@ def _read_list(file: Path, folder: Path, classes: int) -> FileImages:
     try:
         text = file.read_text("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is no text in UTF-8: {error}") from None
+        raise ValueError(f"{file} is not text in UTF-8: {error}") from None
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue
@@ -125,7 +125,7 @@ def _read_list(file: Path, folder: Path, classes: int) -> FileImages:
 
 
 def _check_images(paths: list[Path], list_file: Path) -> None:
-    # One directory listing instead of up to 73,000 calls of exists().
+    # One directory listing replaces up to 73,000 calls of exists().
     present = {folder: _names(folder) for folder in {path.parent for path in paths}}
     missing = [path for path in paths if path.name not in present[path.parent]]
     if missing:

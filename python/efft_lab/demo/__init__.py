@@ -1,1 +1,1 @@
-"""The demo: EFFT2 beside a linear probe on two small tasks, saved, reloaded elsewhere, merged and checked."""
+"""Run the demo: train EFFT2 and a linear probe on two small tasks, then save, reload, merge and check the adapter."""

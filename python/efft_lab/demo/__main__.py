@@ -1,4 +1,4 @@
-"""``python -m efft_lab.demo`` takes minutes on two CPU cores; everything that it reports is measured while it runs."""
+"""Run the demo, which takes minutes on two CPU cores. All reported numbers are measured during the run."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from efft_lab.demo.settings import IMAGE_SIZE, TASKS, efft_config, fast_bf16, pr
 
 
 def main() -> int:
-    """Parses the command line and runs the demo."""
+    """Parse the command line and run the demo."""
     parser = argparse.ArgumentParser(prog="python -m efft_lab.demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder to write (default: demo_out)")
     parser.add_argument(
-        "--quick", action="store_true", help="a few minutes to see that everything works; accuracies mean little"
+        "--quick",
+        action="store_true",
+        help="run a short check of a few minutes; its accuracies are not meaningful",
     )
     options = parser.parse_args()
     demo(options.out, options.quick)
@@ -27,7 +29,7 @@ def main() -> int:
 
 
 def demo(out: Path, quick: bool) -> None:
-    """Runs every task and writes report.md and demo.png."""
+    """Run every task and write report.md and demo.png."""
     from efft_lab.backbones import resolve_image_size
     from efft_lab.backbones.dinov2 import NOTE
     from efft_lab.data import load
@@ -55,12 +57,12 @@ def demo(out: Path, quick: bool) -> None:
         efft_run = run(own, folders["EFFT2"], task=task, overwrite=True)
         clock.append(time.perf_counter())
         print(f"EFFT2: test accuracy {efft_run.summary['test_accuracy']:.1%}")
-        assert efft_run.model is not None  # nothing was resumed
+        assert efft_run.model is not None  # holds because the run was not resumed
         print("loading the adapter in a new process, merging it, comparing logits", flush=True)
         agreements = verify(efft_run.model, folders["EFFT2"], task.val)
         for agreement in agreements:
             print(f"  {agreement}")
-        # Not the first 200, because a test set may be sorted by class.
+        # Do not use the first 200 images, because a test set may be sorted by class.
         shown = torch.randperm(len(task.test), generator=torch.Generator().manual_seed(0))[:200].tolist()
         predictions, labels = predict(efft_run.model, Subset(task.test, shown), title="pictures")
         seconds = {"linear probe": clock[1] - clock[0], "EFFT2": clock[2] - clock[1]}

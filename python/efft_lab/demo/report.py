@@ -1,4 +1,4 @@
-"""What the demo writes: a report with a table and facts about the machine, and a picture."""
+"""Write the files of the demo: a report (a table and facts about the machine) and an image with plots."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from efft_lab.train import read_metrics
 if TYPE_CHECKING:
     from efft_lab.data import TaskData
 
-_SHOWN = 12  # test images per task, at most half of them wrong
+_SHOWN = 12  # number of test images per task; at most half of them are classified wrongly
 
 
 @dataclass(frozen=True)
 class TaskReport:
-    """Everything that the report presents about one task.
+    """Data of one task for the report.
 
     Attributes:
         task: the data.
-        folders: method to the folder of its run.
-        results: method to the summary of its run.
-        seconds: method to wall-clock seconds, everything included.
+        folders: maps each method to the folder of its run.
+        results: maps each method to the summary of its run.
+        seconds: maps each method to its total wall-clock seconds.
         agreements: results of the verification.
-        shown: positions in the test split of the candidate images for the picture [n].
-        predictions: EFFT's classes for them [n].
-        labels: their true classes [n].
+        shown: positions in the test split of the images that may be drawn [n].
+        predictions: classes of these images as predicted by EFFT [n].
+        labels: true classes of these images [n].
     """
 
     task: TaskData
@@ -45,7 +45,7 @@ class TaskReport:
 
 
 def table(reports: list[TaskReport]) -> str:
-    """Markdown table of all tasks and methods."""
+    """Return a Markdown table of all tasks and methods."""
     lines = [
         "| task | method | trainable parameters | of these factors | saved KB | test accuracy | seconds |",
         "|---|---|---:|---:|---:|---:|---:|",
@@ -63,7 +63,7 @@ def table(reports: list[TaskReport]) -> str:
 
 
 def write_report(reports: list[TaskReport], out: Path, note: str, command: str, seconds: float) -> str:
-    """Writes report.md; returns its text."""
+    """Write report.md and return its text."""
     efft_result = next(iter(reports)).results["EFFT2"]
     config = efft_result["config"]
     checks = [f"- {report.task.info.name}: {agreement}" for report in reports for agreement in report.agreements]
@@ -107,7 +107,7 @@ def write_report(reports: list[TaskReport], out: Path, note: str, command: str, 
 
 
 def draw(reports: list[TaskReport], path: Path) -> None:
-    """Writes the picture: per task the training loss, the validation accuracy, and test images with predictions."""
+    """Draw the training loss, the validation accuracy, and test images with predictions for each task."""
     import matplotlib
 
     matplotlib.use("agg")

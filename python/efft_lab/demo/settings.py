@@ -1,4 +1,4 @@
-"""The settings of the demo. They were chosen on validation images only."""
+"""Define the settings of the demo, which were selected on validation images only."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from efft_lab.record import processor_flags
 from efft_lab.train.config import TrainConfig
 
 TASKS = ("mnist5k", "count")
-IMAGE_SIZE = 70  # 26 tokens: minutes on two CPU cores
+IMAGE_SIZE = 70  # gives 26 tokens; the demo then takes minutes on two CPU cores
 
 
 def fast_bf16() -> bool:
-    """Whether bf16 is faster than fp32 here: on GPUs that support it, and on CPUs with its dot-product instructions.
+    """Return whether bf16 is faster than fp32 on this machine.
 
-    On a CPU with them a training step of the demo took two thirds of the fp32 time; elsewhere bf16 is emulated.
+    This is the case on GPUs that support bf16 and on CPUs with bf16 dot-product instructions.
+
+    On a CPU with these instructions, a training step of the demo took two thirds of the fp32 time. Other CPUs emulate
+    bf16.
     """
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
@@ -23,7 +26,7 @@ def fast_bf16() -> bool:
 
 
 def efft_config(task: str, quick: bool) -> TrainConfig:
-    """EFFT2 at rank 16, 61,440 factor parameters in 48 linear layers."""
+    """Return the configuration of EFFT2 with rank 16 (61,440 factor parameters in 48 linear layers)."""
     return TrainConfig(
         data=task,
         image_size=IMAGE_SIZE,
@@ -39,7 +42,8 @@ def efft_config(task: str, quick: bool) -> TrainConfig:
 
 
 def probe_config(task: str, quick: bool) -> TrainConfig:
-    """The head alone; it trains for many more epochs than EFFT, because its features are cached."""
+    """Return the configuration that trains only the head, for many more epochs than EFFT because features are
+    cached."""
     return TrainConfig(
         data=task,
         image_size=IMAGE_SIZE,

@@ -1,4 +1,7 @@
-"""Checks that the saved adapter is the trained model: a new process loads and merges it, and logits are compared."""
+"""Check that a saved adapter reproduces the trained model.
+
+A new process loads and merges the adapter, and its logits are compared with those of the trained model.
+"""
 
 from __future__ import annotations
 
@@ -20,19 +23,19 @@ from efft_lab.train.build import load_trained
 from efft_lab.train.inference import device
 
 _IMAGES = 64
-_TOLERANCE = 1e-3  # relative to the largest logit; the order of fp32 operations makes a far smaller difference
+_TOLERANCE = 1e-3  # relative to the largest logit; reordering fp32 operations causes far smaller differences
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How two ways to compute the same logits agree.
+    """Agreement between two ways of computing the same logits.
 
     Attributes:
-        name: the model that is compared with the live model.
+        name: name of the model that is compared with the trained model in memory.
         difference: largest absolute difference.
         scale: largest absolute logit.
-        same: number of images with the same class.
-        images: number of images compared.
+        same: number of images with the same predicted class.
+        images: number of compared images.
     """
 
     name: str
@@ -49,12 +52,12 @@ class Agreement:
 
 
 def verify(model: nn.Module, run_folder: Path, data: Dataset[Any]) -> list[Agreement]:
-    """Compares the live model with the reloaded, the merged and the plain merged one of a new process, in fp32.
+    """Compare the trained model in memory with the reloaded and merged models of a new process, in fp32.
 
     Args:
         model: the trained model, in evaluation mode.
-        run_folder: the folder that the run wrote.
-        data: images on which the models are compared.
+        run_folder: folder of the run.
+        data: images for the comparison.
 
     Raises:
         RuntimeError: the logits or the classes differ, or the adapter has no effect.
@@ -76,7 +79,7 @@ def verify(model: nn.Module, run_folder: Path, data: Dataset[Any]) -> list[Agree
     answer.unlink()
     for agreement in found:
         if agreement.same < agreement.images or agreement.difference > _TOLERANCE * agreement.scale:
-            raise RuntimeError(f"the {agreement.name} model is not the one that was trained: {agreement}")
+            raise RuntimeError(f"the {agreement.name} model differs from the trained model: {agreement}")
     without = _compare("base", live, base)
     if without.difference <= _TOLERANCE * without.scale:
         raise RuntimeError(f"the adapter changes nothing, so nothing was verified: {without}")
@@ -95,8 +98,10 @@ def _logits(model: nn.Module, images: Tensor) -> Tensor:  # [n, 3, size, size] -
 
 
 def _answer(run_folder: Path, given: Path, answer: Path) -> None:
-    """Runs in the new process: logits of the reloaded model, of the merged one, and of the plain timm model with the
-    merged weights."""
+    """Write the logits of the reloaded model, the merged model, and the plain timm model with the merged weights.
+
+    This function runs in the new process.
+    """
     images = load_file(given)["images"]
     model, config = load_trained(run_folder / "adapter")
     logits = {"reloaded": _logits(model, images)}

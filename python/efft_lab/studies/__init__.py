@@ -1,1 +1,1 @@
-"""Questions about what is learned: each module answers one from training runs, a result file and a picture."""
+"""Study what adapters learn. Each module answers one question with training runs, a result file and a plot."""

@@ -1,17 +1,19 @@
-"""EFFT2 on a convolutional network: a ResNet-18 that knows clothes learns silhouettes of animals.
+"""Study EFFT2 on a convolutional network: a ResNet-18 trained on clothes learns silhouettes of animals.
 
     python -m benchmarks convolutions
 
-No package ships a convolutional network's weights, so the study trains its own first, as a whole, on 10,000 images of
-Fashion-MNIST (group norm in place of batch norm, whose statistics no adapter would carry). Then each method learns
-another task from 1,000 images, by another seed each; a kernel [out, in, 3, 3] is a matrix [out, 9 in]:
+No package contains the weights of a convolutional network. The study therefore first trains all weights of a network on
+10,000 images of Fashion-MNIST. The network has group norm instead of batch norm, because an adapter would not store the
+statistics of batch norm. Each method then learns another task from 1,000 images, which differ between seeds. A kernel
+[out, in, 3, 3] counts as a matrix [out, 9 in]. The methods are:
 
 - EFFT2: `EfftConfig.auto`, rank 8, and LoRA (peft): rank 8, both on the 3x3 convolutions of all blocks, with the
   learning rate that is better on the validation split of the first seed;
 - full fine-tuning, a tenth of these learning rates, chosen in the same way;
-- linear probe: the classifier alone, with a learning rate chosen for each seed.
+- linear probe: only the classifier, with a learning rate chosen for each seed.
 
-Six epochs, not the three of the other studies: this network knows less than a transformer of a package does.
+Training takes six epochs instead of three as in the other studies, because this network has seen fewer images than a
+pretrained transformer from a package.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ LAYERS = r"layer\d\.\d\.conv[12]"
 
 
 class Whole:
-    """A task whose training images are all that its pool has, not the 1,000 that a seed draws."""
+    """A task that trains on all images of its pool, not on the 1,000 that a seed draws."""
 
     def __init__(self, task: efft_lab.data.TaskData) -> None:
         pool = task.train.images
@@ -49,12 +51,12 @@ class Whole:
 
 
 def resnet(classes: int) -> nn.Module:
-    """ResNet-18 with group norm and nothing learned."""
+    """Return an untrained ResNet-18 with group norm."""
     return timm.create_model("resnet18", num_classes=classes, norm_layer="groupnorm")
 
 
 def pretrained(source: Any, epochs: int) -> tuple[nn.Module, float]:
-    """A network trained as a whole on `source`, and its test accuracy there."""
+    """Return a network after training all its weights on ``source``, and its test accuracy on ``source``."""
     torch.manual_seed(0)
     config = TrainConfig(**{**RECIPE, "method": "full", "epochs": epochs, "batch_size": 64, "lr": 1e-3, "amp": "no"})
     with tempfile.TemporaryDirectory() as out:
@@ -64,12 +66,12 @@ def pretrained(source: Any, epochs: int) -> tuple[nn.Module, float]:
 
 
 def study(source: Any, tasks: dict[int, Any], epochs: int) -> Iterator[dict[str, Any]]:
-    """A row for each seed and method; see the module's description.
+    """Yield one row per seed and method; see the module's description.
 
     Args:
         source: the task to train on first.
-        tasks: seed to the task that follows, with that seed's training images.
-        epochs: of the first training.
+        tasks: for each seed, the task that follows, with that seed's training images.
+        epochs: number of epochs of the first training.
     """
     network, accuracy = pretrained(source, epochs)
     state = {name: value for name, value in network.state_dict().items() if not name.startswith("fc.")}
@@ -91,14 +93,14 @@ def study(source: Any, tasks: dict[int, Any], epochs: int) -> Iterator[dict[str,
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the study and appends to ``convolutions.jsonl``."""
+    """Run the study and append to ``convolutions.jsonl``."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks convolutions",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--results", type=Path, metavar="FOLDER", help="for convolutions.jsonl")
+    parser.add_argument("--results", type=Path, metavar="FOLDER", help="folder for convolutions.jsonl")
     args = parser.parse_args(arguments)
     tasks = {seed: efft_lab.data.load(TASK, image_size=SIZE, seed=seed, max_test=1000) for seed in args.seeds}
     source = Whole(efft_lab.data.load(SOURCE, image_size=SIZE))

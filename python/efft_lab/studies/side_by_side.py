@@ -1,4 +1,4 @@
-"""EFFT2, LoRA of `peft` and others on any model and task, with learning rates chosen on the validation split."""
+"""Compare EFFT2, LoRA of ``peft`` and others on any model and task; learning rates are chosen by validation."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LORA = "peft_lora_elsewhere"
 
 
 def lora(model: nn.Module, layers: str) -> None:
-    """LoRA of `peft`, rank 8, on the layers whose whole name matches, in place; the classifier trains too."""
+    """Apply LoRA of ``peft``, rank 8, in place to the layers whose whole name matches; the classifier trains too."""
     import peft
 
     peft_lora.inject(model, peft.LoraConfig(r=8, lora_alpha=8, target_modules=layers))
@@ -40,14 +40,14 @@ def rows(
     recipes: Mapping[str, Mapping[str, Any]],
     layers: str,
 ) -> Iterator[dict[str, Any]]:
-    """A row for each seed and method.
+    """Yield one row per seed and method.
 
     Args:
-        name: of the task, for the rows.
-        tasks: seed to the task with that seed's training data.
-        create: number of classes to the pretrained model, with a fresh classifier.
-        recipes: title to the fields of `TrainConfig` in which a row differs from `RECIPE`, and its ``rates``.
-        layers: of the LoRA row, see :func:`lora`.
+        name: name of the task, for the rows.
+        tasks: for each seed, the task with that seed's training data.
+        create: turns a number of classes into the pretrained model with a new classifier.
+        recipes: for each row's title, the fields of `TrainConfig` in which it differs from `RECIPE`, and its ``rates``.
+        layers: the layers of the LoRA row, see :func:`lora`.
     """
     chosen: dict[str, float] = {}
     for seed, task in tasks.items():
@@ -74,7 +74,7 @@ def rows(
 
 @contextmanager
 def method(name: str, temporary: Method) -> Iterator[None]:
-    """Puts a method into the registry, or replaces the one of that name, for the duration of the context."""
+    """Put a method into the registry, or replace the one of that name, for the duration of the context."""
     before = dict(METHODS)
     METHODS[name] = temporary
     try:
@@ -94,11 +94,11 @@ def _train(config: TrainConfig, task: Any, create: Callable[[int], nn.Module]) -
 
 
 def record(study: str, rows: Iterable[dict[str, Any]], results: Path | None) -> None:
-    """Appends rows to ``STUDY.jsonl`` as they come and prints them, then the mean accuracies.
+    """Append each row to ``STUDY.jsonl`` immediately and print it. At the end, print the mean accuracies.
 
     Args:
         study: name of the result file.
-        rows: of :func:`rows`, and others like these.
+        rows: rows of :func:`rows`, and others in the same form.
         results: folder of the file; by default the repository's.
     """
     accuracies: dict[str, list[float]] = {}

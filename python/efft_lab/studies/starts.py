@@ -1,16 +1,18 @@
-"""Does EFFT2 learn better from directions of the gradient, or of the pretrained weights, than from random ones?
+"""Study whether EFFT2 learns better from directions of the gradient, or of the weights, than from random ones.
 
     python -m benchmarks starts --tasks cifar10 orientation count
 
-Trains EFFT2 with the recipe of the suite ``local`` and its computed scale, from several starts. The directions are the
-pair of bases that keeps most of all matrices of a train (`efft_lab.studies.subspaces.shared_bases`): of their mean
-gradient before the first step, or of the pretrained weights. Two kinds of start, both leaving the model as it was:
+The study trains EFFT2 with the recipe of the suite ``local`` and its computed scale, from several initial values of the
+factors. The directions are the pair of bases that preserves the largest share of all matrices of a tensor train
+(:func:`efft_lab.studies.subspaces.shared_bases`). The matrices are those of the mean gradient before the first step, or
+those of the pretrained weights. There are two kinds of start. Both leave the outputs of the model unchanged:
 
-- ``side``: as published, cores random and one of U and V zero; the other one holds the directions;
+- ``side``: as published, the cores are random and one of U and V is zero; the other one holds the directions;
 - ``cores``: the cores are zero, U and V hold the directions, and s is such that Adam's first step moves a weight as far
   as the computed scale lets it.
 
-What holds directions has the norm that it has where they are random, the third source, which is each kind's reference.
+A factor that holds directions has the same norm as in a random start. Random directions are the third source and serve
+as the reference for each kind.
 """
 
 from __future__ import annotations
@@ -39,19 +41,19 @@ KINDS = ("side", "cores")
 SOURCES = ("random", "gradient", "weights")
 RANK = 16
 
-#: Group of EFFT2 to the two bases [d_in, r] and [d_out, r] of its train.
+#: For each group of EFFT2, the two bases [d_in, r] and [d_out, r] of its train.
 Bases = Mapping[str, tuple[Tensor, Tensor]]
 
 
 def bases_of(found: Mapping[str, Tensor], rank: int) -> Bases:
-    """Of the matrices of each train; ``found``: see `subspaces.matrices`."""
+    """Return the bases of the matrices of each train; for ``found`` see :func:`subspaces.matrices`."""
     trains = {name: torch.cat([found[kind] for kind in SETS[name]]) for name in ("mhsa", "ffn")}
     return {name: shared_bases(each, rank) for name, each in trains.items()}
 
 
 @torch.no_grad()
 def start(factors: TTFactors, kind: str, bases: tuple[Tensor, Tensor] | None) -> None:
-    """Put ``bases`` into factors just initialised, or leave them random where there are none."""
+    """Put ``bases`` into newly initialized factors, or leave these random if there are no bases."""
     if kind == "cores":
         for side in (factors.U, factors.V):
             nn.init.xavier_uniform_(side)
@@ -64,7 +66,7 @@ def start(factors: TTFactors, kind: str, bases: tuple[Tensor, Tensor] | None) ->
 
 
 def study(task: str, seed: int, kind: str, bases: Bases | None) -> dict[str, object]:
-    """What one training run gives."""
+    """Run one training and return its row for the result file."""
     fields = recipe(task, seed)
     efft = {**fields["efft"], "rank": RANK, "scale": "auto"}
     config = TrainConfig.from_dict({**fields, "method": "efft", "efft": efft})
@@ -82,7 +84,7 @@ def study(task: str, seed: int, kind: str, bases: Bases | None) -> dict[str, obj
 
 
 def bases_from(source: str, task: str, seed: int) -> Bases | None:
-    """Of one of `SOURCES`; none where directions are random."""
+    """Return the bases of one of `SOURCES`, or None for random directions."""
     if source == "random":
         return None
     if source == "gradient":
@@ -92,13 +94,13 @@ def bases_from(source: str, task: str, seed: int) -> Bases | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the study and appends to ``starts.jsonl``."""
+    """Run the study and append to ``starts.jsonl``."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks starts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tasks", nargs="+", default=["cifar10", "orientation", "count"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--results", type=Path, metavar="FOLDER", help="for starts.jsonl")
+    parser.add_argument("--results", type=Path, metavar="FOLDER", help="folder for starts.jsonl")
     args = parser.parse_args(arguments)
     for task, seed, source in product(args.tasks, args.seeds, SOURCES):
         bases = bases_from(source, task, seed)

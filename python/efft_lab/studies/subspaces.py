@@ -1,18 +1,18 @@
-"""How much of a full fine-tuning update shared factors can express, by matrix type.
+"""Measure how much of a full fine-tuning update shared factors can express, by matrix type.
 
     python -m benchmarks subspaces --tasks cifar10 orientation count
 
-Fine-tunes the whole backbone of the suite ``local``, takes the update of every attention and MLP matrix, and the mean
-gradient before the first step, and asks of both:
+The study fine-tunes all weights of the backbone of the suite ``local``. It analyzes the update of every attention and
+MLP matrix, and the mean gradient before the first step. For both, it measures:
 
 - effective rank: exp of the entropy of the squared singular values' shares, mean over blocks;
 - own: the share of the squared norm that the best rank-r approximation of each matrix keeps (what LoRA can express);
 - shared: the share that the best pair of bases, r directions in and r out for all matrices of the set and all blocks,
   keeps (what one train with a core per matrix can express);
-- independent: the same for matrices with the same singular values but directions drawn anew for each. What ``shared``
-  has more than that is structure that the blocks have in common.
+- independent: the same share for matrices with the same singular values but random directions for each. Where
+  ``shared`` is larger, the blocks have structure in common.
 
-The sets are the matrix types, and what EFFT2 puts into one train: ``mhsa`` (Q, K, V, O) and ``ffn`` (W1, W2
+The sets are the matrix types, and the groups that EFFT2 puts into one train: ``mhsa`` (Q, K, V, O) and ``ffn`` (W1, W2
 transposed).
 """
 
@@ -33,19 +33,22 @@ from efft_lab.record import append, machine_facts
 from efft_lab.train import build, run
 from efft_lab.train.config import TrainConfig
 
-#: What a set of matrices is called, and the types in it.
+#: The name of each set of matrices, and the types in it.
 SETS = {name: (name,) for name in ("q", "k", "v", "o", "fc1", "fc2")} | {
     "mhsa": ("q", "k", "v", "o"),
     "ffn": ("fc1", "fc2"),
 }
-#: The fields of a row that are measured.
+#: The measured fields of a row.
 MEASURES = ("effective_rank", "own", "shared", "independent", "norm")
 SWEEPS = 8
-"""Alternations that improve the pair of bases; the energy changes by less than 1e-3 after 5."""
+"""The number of alternations that improve the pair of bases; after 5 the energy changes by less than 1e-3."""
 
 
 def matrices(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Type to matrices [blocks, d_in, d_out] (fc2: [blocks, d_out, d_in], as in its train) of a timm ViT's state."""
+    """Return the matrices of a timm ViT's state by type, [blocks, d_in, d_out].
+
+    Those of fc2 are [blocks, d_out, d_in], as in its train.
+    """
     blocks = sorted({int(name.split(".")[1]) for name in state if name.startswith("blocks.")})
 
     def stacked(name: str) -> Tensor:
@@ -57,20 +60,23 @@ def matrices(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def effective_rank(values: Tensor) -> float:
-    """Of matrices with singular values [n, m], as a mean over them."""
+    """Return the effective rank of matrices with singular values [n, m], as a mean over the matrices."""
     share = values.square() / values.square().sum(-1, keepdim=True)
     return float((-(share * share.clamp_min(1e-300).log()).sum(-1)).exp().mean())
 
 
 def own_energy(values: Tensor, rank: int) -> float:
-    """Share of the squared norm of matrices with singular values [n, m] in the best approximation of each."""
+    """Return the share of the squared norm that the best approximation of each matrix keeps.
+
+    ``values`` are the singular values of the matrices, [n, m].
+    """
     return float(values[:, :rank].square().sum() / values.square().sum())
 
 
 def shared_bases(each: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The orthonormal bases, [a, rank] and [b, rank], that together keep most of matrices [n, a, b].
+    """Return the orthonormal bases, [a, rank] and [b, rank], that together keep most of matrices [n, a, b].
 
-    By alternating between the two, each time the best for the other, from the best without the other.
+    The first basis is the best one without the other. Then the bases alternate: each becomes the best for the other.
     """
 
     def best(of: Tensor) -> Tensor:  # [n, a, m] -> [a, rank]
@@ -84,13 +90,13 @@ def shared_bases(each: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def shared_energy(each: Tensor, rank: int) -> float:
-    """Share of the squared norm of matrices [n, a, b] in :func:`shared_bases`."""
+    """Return the share of the squared norm of matrices [n, a, b] that :func:`shared_bases` keep."""
     left, right = shared_bases(each, rank)
     return float((left.T @ each @ right).square().sum() / each.square().sum())
 
 
 def independent(each: Tensor, values: Tensor, generator: torch.Generator) -> Tensor:
-    """Matrices of the shape of these and with singular values [n, m], with directions drawn anew for each."""
+    """Return matrices of the same shape with singular values [n, m] and new random directions for each."""
 
     def directions(size: int) -> Tensor:
         normal = torch.randn(len(each), size, values.shape[1], dtype=each.dtype, generator=generator)
@@ -100,7 +106,7 @@ def independent(each: Tensor, values: Tensor, generator: torch.Generator) -> Ten
 
 
 def measure(found: Mapping[str, Tensor], rank: int, seed: int) -> list[dict[str, object]]:
-    """A row for each of `SETS`; see the module's description."""
+    """Return one row per set of `SETS`; see the module's description."""
     generator = torch.Generator().manual_seed(seed)
     singular = {kind: torch.linalg.svdvals(each) for kind, each in found.items()}
     rows: list[dict[str, object]] = []
@@ -118,14 +124,15 @@ def measure(found: Mapping[str, Tensor], rank: int, seed: int) -> list[dict[str,
 
 
 def recipe(task: str, seed: int) -> dict[str, Any]:
-    """Fields of `TrainConfig` for a final run as in the suite ``local``."""
+    """Return the fields of `TrainConfig` for a final run as in the suite ``local``."""
     return {**suites.load("local").train, "data": task, "seed": seed, "data_seed": seed, "protocol": "final"}
 
 
 def mean_gradient(task: str, seed: int) -> dict[str, Tensor]:
-    """Of the loss over the training images of a task, before the first step, with respect to all :func:`matrices`.
+    """Return the mean gradient of the loss over a task's training images with respect to all :func:`matrices`.
 
-    It is taken behind a trained classifier: a random one would send back directions without meaning.
+    The gradient is computed before the first step but with a trained classifier, because the gradients of a random
+    classifier have meaningless directions.
     """
     fields = recipe(task, seed)
     fields.pop("efft")
@@ -142,7 +149,7 @@ def mean_gradient(task: str, seed: int) -> dict[str, Tensor]:
 
 
 def study(task: str, seed: int, lr: float, rank: int) -> list[dict[str, object]]:
-    """Rows of one training run: of its update, and of the gradient before it."""
+    """Run one training and return the rows for its update and for the gradient before the first step."""
     gradient = measure(mean_gradient(task, seed), rank, seed)
     fields = recipe(task, seed)
     fields.pop("efft")
@@ -162,15 +169,20 @@ def study(task: str, seed: int, lr: float, rank: int) -> list[dict[str, object]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the study and appends to ``subspaces.jsonl``."""
+    """Run the study and append to ``subspaces.jsonl``."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks subspaces", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tasks", nargs="+", default=["cifar10", "orientation", "count"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--lr", type=float, default=3e-5, help="of full fine-tuning; default: what the suite chose")
+    parser.add_argument(
+        "--lr",
+        type=float,
+        default=3e-5,
+        help="learning rate of full fine-tuning (default: the rate that the suite chose)",
+    )
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--results", type=Path, metavar="FOLDER", help="for subspaces.jsonl")
+    parser.add_argument("--results", type=Path, metavar="FOLDER", help="folder for subspaces.jsonl")
     args = parser.parse_args(arguments)
     for task in args.tasks:
         for seed in args.seeds:

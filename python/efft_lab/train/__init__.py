@@ -1,4 +1,4 @@
-"""Training: one configuration, one function, one folder per run.
+"""Train a model from a configuration and write everything about the run to a folder.
 
     from efft_lab.train import TrainConfig, run
 

@@ -1,4 +1,4 @@
-"""The parts of a run: data, model, batches, device and schedule of a configuration, and a model read back from disk."""
+"""Build the data, model, batches, device and schedule of a run from its configuration, and reload trained models."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def load_task(config: TrainConfig) -> TaskData:
-    """The data set of the configuration, at the input size of its model."""
+    """Load the data set of the configuration, at the input size of the configuration's model."""
     import efft_lab.data
 
     return efft_lab.data.load(
@@ -42,14 +42,15 @@ def load_task(config: TrainConfig) -> TaskData:
 
 
 def create_model(config: TrainConfig, classes: int, weights: bool = True) -> nn.Module:
-    """The backbone of the configuration with a fresh head for its kind of task; nothing is frozen yet.
+    """Create the backbone of the configuration with a new head for its kind of task. No parameter is frozen yet.
 
-    Everything random in it depends on the seed of the configuration alone, so a random backbone can be made again.
+    All random weights depend only on the seed of the configuration. A backbone with random weights can therefore be
+    created again.
 
     Args:
-        config: names the model.
+        config: the configuration that names the model.
         classes: number of outputs of the head.
-        weights: load the configuration's weights; False if they are about to be replaced.
+        weights: whether to load the pretrained weights; pass False if the caller replaces them afterwards.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -66,17 +67,17 @@ def create_model(config: TrainConfig, classes: int, weights: bool = True) -> nn.
 
 
 class EpochBatches(Sampler[list[int]]):
-    """Shuffled batches of indices; an incomplete last batch is dropped.
+    """Yield shuffled batches of indices and drop an incomplete last batch.
 
-    The order is a pure function of seed and epoch, so a resumed run sees the same batches.
+    The order depends only on the seed and the epoch. A resumed run therefore sees the same batches.
 
     Args:
         size: number of images.
-        batch_size: number of images per batch, over all processes.
-        seed: determines the order, together with the epoch.
+        batch_size: number of images per batch, summed over all processes.
+        seed: seed of the order; every epoch has another order.
 
     Raises:
-        ValueError: there are fewer images than one batch needs.
+        ValueError: the data set has fewer images than one batch.
     """
 
     drop_last = True
@@ -90,7 +91,7 @@ class EpochBatches(Sampler[list[int]]):
         self._epoch, self._skip = 0, 0
 
     def start(self, epoch: int, skip: int = 0) -> None:
-        """Makes the next iteration that of the given epoch, without its first ``skip`` batches (they are not read)."""
+        """Select the epoch of the next iteration and skip its first ``skip`` batches without reading them."""
         self._epoch, self._skip = epoch, skip
 
     def __len__(self) -> int:
@@ -103,16 +104,18 @@ class EpochBatches(Sampler[list[int]]):
 
 
 def make_accelerator(config: TrainConfig, trackers: Sequence[Any] = (), folder: Path | None = None) -> Any:
-    """Accelerate's view of device, precision and processes; batch sizes are totals over the processes.
+    """Create the accelerator, which holds the device, the precision and the processes.
+
+    Batch sizes are totals over all processes.
 
     Args:
-        config: the run.
+        config: configuration of the run.
         trackers: names or objects of experiment trackers, see :func:`efft_lab.train.run`.
-        folder: where trackers put files.
+        folder: folder for the files of the trackers.
 
     Raises:
-        ImportError: accelerate, or a package that a tracker needs, is not installed.
-        ValueError: the precision needs another device, or a tracker does not exist.
+        ImportError: accelerate is not installed, or a package that a tracker needs is not installed.
+        ValueError: the device does not support the precision, or a tracker does not exist.
     """
     try:
         from accelerate import Accelerator
@@ -137,12 +140,12 @@ def make_accelerator(config: TrainConfig, trackers: Sequence[Any] = (), folder: 
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, updates_per_epoch: int) -> Any:
-    """timm's cosine schedule with linear warm-up, counted in epochs or updates.
+    """Create timm's cosine schedule with linear warm-up, which counts epochs or updates.
 
-    The trainer calls ``step_update(updates done)`` after every update and ``step(index of the epoch)`` after every
-    epoch; timm ignores the one that does not apply. Passing the index of the finished epoch is what the paper's code
-    does, so with ``schedule_per="epoch"`` the first two epochs both run at ``warmup_lr`` and the peak is never
-    reached.
+    The trainer calls ``step_update(number of finished updates)`` after every update and ``step(index of the finished
+    epoch)`` after every epoch. timm ignores the call that does not apply. The paper's code passes the index of the
+    finished epoch, and so does this trainer. With ``schedule_per="epoch"``, the first two epochs therefore both run at
+    ``warmup_lr``, and the learning rate never reaches its peak.
     """
     from timm.scheduler import CosineLRScheduler
 
@@ -159,20 +162,20 @@ def make_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, update
 
 
 def load_trained(path: str | Path, checkpoint: str | Path | None = None) -> tuple[nn.Module, TrainConfig]:
-    """Rebuilds a trained model, in evaluation mode, and the configuration it was trained with.
+    """Rebuild a trained model in evaluation mode and return it with its training configuration.
 
     Args:
-        path: folder of a finished run, or the adapter folder in it (which may have been moved elsewhere).
-        checkpoint: file with the base's weights, if it has moved since training.
+        path: folder of a finished run, or the adapter folder of a run (which may have been moved elsewhere).
+        checkpoint: file with the weights of the base model, if the file has moved since training.
 
     Raises:
         FileNotFoundError: the folder holds neither a finished run nor an adapter.
-        ValueError: the base cannot be rebuilt, or the adapter does not fit it.
+        ValueError: the base model cannot be rebuilt, or the adapter does not fit the base model.
     """
     path = Path(path)
     if (path / CONFIG).is_file():
         info = read_description(path)["info"]
-        # Adapters written before these fields existed used their defaults.
+        # Adapters that were saved before these fields existed used the default values.
         info = {"data_seed": 0, "task": "classification", **info}
         missing = [name for name in ("classes", *run_folder.BASE_FIELDS) if name not in info]
         if missing:
@@ -209,12 +212,12 @@ def load_trained(path: str | Path, checkpoint: str | Path | None = None) -> tupl
 
 
 def load_task_for(config: TrainConfig, data: str | None = None, data_root: str | None = None) -> TaskData:
-    """The data set on which a model was trained, or another one that is prepared in the same way.
+    """Load the data set on which a model was trained, or another data set with the same preprocessing.
 
     Args:
-        config: of the model, from :func:`load_trained`.
-        data: another data set; None for the configuration's own.
-        data_root: folder with that data set's files.
+        config: training configuration of the model, from :func:`load_trained`.
+        data: name of another data set; None for the data set of the configuration.
+        data_root: folder with the files of the data set ``data``.
     """
     if data is not None:
         config = replace(config, data=data, data_root=data_root)

@@ -1,4 +1,4 @@
-"""``TrainConfig``: everything that determines the outcome of a training run; a JSON file holds all of it."""
+"""Define ``TrainConfig``, which holds every setting that affects the result of a training run."""
 
 from __future__ import annotations
 
@@ -18,30 +18,32 @@ from efft_lab.train.methods import ADAPTER_MARKS, METHODS
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A training run. The defaults are the recipe of the EFFT paper's public code (VTAB-1k: 1000 images, 100 epochs).
+    """Configuration of a training run.
 
-    What cannot change a result (where to write, whether to resume) is an option of the command instead.
+    The defaults are the recipe of the EFFT paper's public code (VTAB-1k: 1000 images, 100 epochs).
+
+    Settings that cannot change a result (the output folder, whether to resume) are options of the command instead.
     """
 
     data: str = "mnist5k"
-    """Data set: a known name or a folder; see `efft data list`."""
+    """Name of a known data set (see `efft data list`) or path of a folder."""
 
     task: Literal["classification", "segmentation", "regression"] = "classification"
-    """What to predict: one class per image, one class per pixel (a folder of images and masks), or values per image (a
-    CSV file of images and values)."""
+    """Kind of prediction: one class per image, one class per pixel (the data is a folder of images and masks), or one
+    or more values per image (the data is a CSV file of images and values)."""
 
     regression_loss: Literal["mse", "l1"] = "mse"
-    """The loss of regression: the squared or the absolute error, of values divided by their standard deviation."""
+    """Loss for regression: the squared or the absolute error. Both use values divided by their standard deviation."""
 
     data_root: str | None = None
-    """Folder with the files of a data set that cannot be fetched."""
+    """Folder with the files of a data set that cannot be downloaded."""
 
     data_seed: int = 0
     """Seed of the split of a packaged, generated or torchvision set into training and validation images; VTAB-1K's
     splits are fixed."""
 
     max_test: int | None = None
-    """Largest number of test images to use, always the same ones; by default all."""
+    """Maximum number of test images. Every run uses the same images. By default, all test images are used."""
 
     allow_non_commercial: bool = False
     """Accept data sets whose license forbids commercial use."""
@@ -50,26 +52,26 @@ class TrainConfig:
     """The embedded backbone or the name of any timm model."""
 
     checkpoint: str | None = None
-    """File with backbone weights: .npz, .pth, .pt or .safetensors."""
+    """File with backbone weights (.npz, .pth, .pt or .safetensors)."""
 
     pretrained: bool = True
-    """Load published weights if no checkpoint is given; if False, start from random weights."""
+    """Whether to load published weights if no checkpoint is given. If False, training starts from random weights."""
 
     image_size: int | None = None
-    """Input height and width in pixels; by default the model's own."""
+    """Height and width of the input in pixels; by default, the input size of the model."""
 
     normalization: Literal["imagenet", "half", "none"] = "imagenet"
     """How pixels are normalized: by ImageNet's mean and standard deviation, by 0.5 and 0.5, or not at all (0 to 1)."""
 
     method: str = "efft"
-    """What to train: efft or another method of efft.methods (its factors and the head), linear (the head alone), full
-    (every weight), or a baseline: adapter, adaptformer, bitfit, peft_lora, ssf, vpt_deep."""
+    """Training method: efft or another method of efft.methods (trains its factors and the head), linear (trains only
+    the head), full (trains every weight), or a baseline (adapter, adaptformer, bitfit, peft_lora, ssf, vpt_deep)."""
 
     efft: EfftConfig = field(default_factory=EfftConfig)
     """Settings of method efft."""
 
     adapter: dict[str, int | float | str | list[int] | list[str] | None] | None = None
-    """Settings of a method other than efft, for configuration files; omitted ones keep the method's defaults."""
+    """Settings of a method other than efft, for configuration files; omitted settings keep the method's defaults."""
 
     protocol: Literal["select", "final"] = "select"
     """select: train on the train split (VTAB-1K: 800 images) and keep the epoch that is best on the val split (200).
@@ -79,53 +81,54 @@ class TrainConfig:
     """Seed of initialization, data order, dropout and stochastic depth."""
 
     epochs: int = 100
-    """Passes over the training images."""
+    """Number of passes over the training images."""
 
     batch_size: int = 64
-    """Number of images per update, over all processes; an incomplete last batch is dropped."""
+    """Number of images per update, summed over all processes; an incomplete last batch is dropped."""
 
     lr: float = 1e-3
     """Peak learning rate of AdamW."""
 
     weight_decay: float = 1e-4
-    """Weight decay of AdamW, on factors and head."""
+    """Weight decay of AdamW, applied to the factors and the head."""
 
     drop_path: float = 0.1
     """Rate of stochastic depth."""
 
     prune_at: int | None = None
-    """Number of epochs after which the ranks are cut to what the update then needs (method efft, in a single process):
-    the optimizer's moments start at zero again, and only later epochs can be selected."""
+    """Number of epochs after which training reduces the ranks to those that the update needs at that time. This setting
+    needs method efft and a single process. The optimizer's moments then start at zero again, and only later epochs can
+    be selected."""
 
     prune_keep: float = 0.99
-    """Share of each group's squared update that the cut keeps; see efft.prune."""
+    """Share of the squared norm of each group's update that pruning keeps; see efft.prune."""
 
     warmup: float = 0.1
-    """Share of the schedule that is linear warm-up. With schedule_per epoch, the first two epochs run at warmup_lr."""
+    """Share of the schedule used for linear warm-up. With schedule_per epoch, the first two epochs run at warmup_lr."""
 
     warmup_lr: float = 1e-6
     """Learning rate at the start of the warm-up."""
 
     min_lr: float = 1e-5
-    """Learning rate at the end of the cosine."""
+    """Learning rate at the end of the cosine schedule."""
 
     schedule_per: Literal["epoch", "update"] = "epoch"
     """Change the learning rate after every epoch (as the paper's code does) or after every update."""
 
     amp: Literal["no", "bf16", "fp16"] = "no"
-    """Autocast type, in training and evaluation; fp16 (with loss scaling) needs a GPU."""
+    """Autocast type for training and evaluation; fp16 (with loss scaling) needs a GPU."""
 
     eval_batch_size: int = 256
-    """Number of images per evaluation step, over all processes."""
+    """Number of images per evaluation step, summed over all processes."""
 
     workers: int = 0
     """Number of processes that load data."""
 
     log_every: int = 10
-    """Number of updates between step records in metrics.jsonl; the first update is recorded."""
+    """Number of updates between step records in metrics.jsonl. The first update is always recorded."""
 
     checkpoint_every: int | None = None
-    """Number of updates between checkpoints within an epoch; one is always written after each epoch."""
+    """Number of updates between checkpoints within an epoch. A checkpoint is always written after each epoch."""
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
@@ -160,7 +163,7 @@ class TrainConfig:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
 
     def _check_method(self) -> None:
-        """Refuses a method that does not exist, and settings that the method does not read."""
+        """Raise an error for an unknown method and for settings that the method does not read."""
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
         method = METHODS[self.method]
@@ -172,30 +175,30 @@ class TrainConfig:
         self.settings()
 
     def settings(self) -> Any:
-        """The settings of the method, in the form that its ``apply`` takes; None if it has none.
+        """Return the settings of the method in the form that its ``apply`` accepts, or None if it has no settings.
 
         Raises:
-            ValueError: an unknown setting (the text names the nearest known one) or a value that cannot be used.
+            ValueError: a setting is unknown (the message names the most similar known setting), or a value is invalid.
         """
         method = METHODS[self.method]
         return method.read(getattr(self, method.group)) if method.group else None
 
     def adapter_config(self) -> AdapterConfig | None:
-        """The adapter that ``efft.apply`` puts into the model; None for a method without factors."""
+        """Return the configuration of the adapter for ``efft.apply``, or None for a method without factors."""
         settings = self.settings()
         return settings if isinstance(settings, AdapterConfig) else None
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON values."""
+        """Return the fields as JSON values."""
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         return values | {"efft": self.efft.to_dict()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
-        """The inverse of :meth:`to_dict`; omitted fields keep their defaults.
+        """Create a configuration from the result of :meth:`to_dict`. Omitted fields keep their defaults.
 
         Raises:
-            ValueError: an unknown field (the text names the nearest known one) or a value that cannot be used.
+            ValueError: a field is unknown (the message names the most similar known field), or a value is invalid.
         """
         adapter = values.get("efft", {})
         typed.check("efft", adapter, dict)
@@ -205,16 +208,16 @@ class TrainConfig:
         return cls(**values | {"efft": EfftConfig.from_dict(adapter)})
 
     def save(self, path: str | Path) -> None:
-        """Writes the fields to a JSON file."""
+        """Write the fields to a JSON file."""
         replace_file(Path(path), (json.dumps(self.to_dict(), indent=2) + "\n").encode())
 
     @classmethod
     def load(cls, path: str | Path) -> TrainConfig:
-        """Reads a JSON file written by :meth:`save`, or by hand: omitted fields keep their defaults.
+        """Read a JSON file written by :meth:`save` or by hand. Omitted fields keep their defaults.
 
         Raises:
             FileNotFoundError: the file does not exist.
-            ValueError: the file does not hold a JSON object, or has an unknown field or a value that cannot be used.
+            ValueError: the file does not hold a JSON object, a field is unknown, or a value is invalid.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"there is no configuration file {path}")

@@ -1,4 +1,4 @@
-"""The folder of a run: opening it safely, metrics as they happen, checkpoints, and what is written at the end."""
+"""Read and write the files in the folder of a run: metrics, checkpoints and the result."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ import efft
 import efft_kernels
 from efft.adapting.heads import find_head
 from efft.config import is_number
+from efft.methods import EfftConfig
 from efft.saving.files import read_json, replace_file, replacing
 from efft_lab import typed
 from efft_lab.backbones import DEFAULT
@@ -30,7 +31,7 @@ CONFIG, METRICS, CHECKPOINT, RESULT = "config.json", "metrics.jsonl", "checkpoin
 TRACKED = "tracked"  # files of experiment trackers
 _PROJECT = "efft"  # name of the project in experiment trackers
 
-#: Fields of TrainConfig that an adapter keeps as its info: they rebuild its base model and the images it expects.
+#: Fields of TrainConfig that an adapter stores in its info. They are needed to rebuild the base model and its inputs.
 BASE_FIELDS = (
     "task",
     "model",
@@ -46,22 +47,22 @@ BASE_FIELDS = (
     "seed",
 )
 _CHECKPOINT_FORMAT = 2
-# Fields of TrainConfig that only say how fast a run goes or how often it is saved.
+# Fields of TrainConfig that only affect the speed of a run or how often it is saved.
 _FREE_FIELDS = ("checkpoint_every", "workers")
 
 
 def open_folder(
     out: Path, config: TrainConfig, resume: bool, overwrite: bool, main_process: bool
 ) -> tuple[dict[str, Any] | None, bool]:
-    """Prepares the folder of a run.
+    """Prepare the folder of a run.
 
     Returns:
-        What to continue from: None, the state of a checkpoint, or the result of a finished run; and whether the run is
-        finished.
+        The state to continue from (None, the state of a checkpoint, or the result of a finished run), and whether the
+        run is finished.
 
     Raises:
         ValueError: both ``resume`` and ``overwrite`` are given.
-        FileExistsError: the folder holds a run, and neither is given.
+        FileExistsError: the folder holds a run, and neither ``resume`` nor ``overwrite`` is given.
         CheckpointError: the checkpoint is damaged or belongs to another configuration.
     """
     if resume and overwrite:
@@ -88,10 +89,10 @@ def open_folder(
 
 
 def read_result(out: Path) -> dict[str, Any]:
-    """The content of a run's ``result.json``.
+    """Read a run's ``result.json``.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: the file is damaged.
     """
     result = read_json(out / RESULT)
     if not isinstance(result, dict) or not isinstance(result.get("config"), dict):
@@ -102,15 +103,16 @@ def read_result(out: Path) -> dict[str, Any]:
 def write_result(
     out: Path, config: TrainConfig, model: nn.Module, task: Any, scores: dict[str, Any], run: dict[str, Any]
 ) -> dict[str, Any]:
-    """Saves what was trained, then writes ``result.json``, which marks the run as finished.
+    """Save the trained weights, then write ``result.json``, which marks the run as finished.
 
     Args:
         out: folder of the run.
         config: configuration of the run.
-        model: the trained model, out of Accelerate's wrappers.
-        task: the data it was trained on.
-        scores: test and validation scores, and the epoch they belong to.
-        run: updates, seconds, device and the like; ``own_model`` tells whether the caller gave the model.
+        model: the trained model without Accelerate's wrappers.
+        task: the data on which the model was trained.
+        scores: test and validation scores, and the epoch from which they come.
+        run: number of updates, seconds, device and similar facts; ``own_model`` is True if the caller provided the
+            model.
 
     Returns:
         The content of ``result.json``.
@@ -146,7 +148,7 @@ def write_result(
 def card_facts(
     config: TrainConfig, model: nn.Module, task: Any, scores: Mapping[str, Any], own_model: bool
 ) -> dict[str, Any]:
-    """What the model card states in its header, as far as it is known: base_model, license, datasets, metrics."""
+    """Return the known facts for the header of the model card: base_model, license, datasets and metrics."""
     test = {name.removeprefix("test_"): score for name, score in scores.items() if name.startswith("test_")}
     facts: dict[str, Any] = {"datasets": [task.info.name]} if hasattr(task, "info") else {}
     facts["metrics"] = test
@@ -158,18 +160,20 @@ def card_facts(
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint is damaged, or belongs to another run."""
+    """Raised if a checkpoint is damaged or belongs to another run."""
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
-    """Writes a state (tensors and plain Python values) to a file. Whenever the process is killed, the file holds either
-    this state or the previous one."""
+    """Write a state (tensors and plain Python values) to a file.
+
+    If the process is killed at any moment, the file holds either this state or the previous state.
+    """
     with replacing(path) as file:
         torch.save({**state, "format": _CHECKPOINT_FORMAT}, file)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Reads a file written by :func:`save_checkpoint`, onto the CPU.
+    """Read a file written by :func:`save_checkpoint`, onto the CPU.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -198,7 +202,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Turns nested mappings into one, with names such as ``efft.rank``."""
+    """Flatten nested mappings into one mapping with names such as ``efft.rank``."""
     out: dict[str, Any] = {}
     for name, value in values.items():
         out |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
@@ -206,17 +210,19 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def check_config(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    """Refuses to resume a run with another configuration.
+    """Check that a run is resumed with its original configuration.
 
     Args:
         saved: ``TrainConfig.to_dict`` of the checkpoint.
-        current: the same for the run that is to resume.
+        current: ``TrainConfig.to_dict`` of the run that resumes.
 
     Raises:
-        CheckpointError: names every field that differs, with both values.
+        CheckpointError: the configurations differ. The message names every field that differs, with both values.
     """
-    # Through JSON, which turns tuples into lists.
+    # The round trip through JSON converts tuples to lists.
     old, new = (flatten(json.loads(json.dumps(values))) for values in (saved, current))
+    if isinstance(saved.get("efft"), Mapping):  # a checkpoint that is older than some settings
+        old = flatten(EfftConfig.meant_before, "efft.") | old
     differing = [
         f"{name} was {old.get(name)!r}, is {new.get(name)!r}"
         for name in sorted(old.keys() | new.keys())
@@ -227,7 +233,7 @@ def check_config(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
 
 
 def random_state() -> dict[str, Any]:
-    """The state of every random number generator of this process: Python, NumPy, torch on CPU and CUDA."""
+    """Return the states of the random number generators of this process: Python, NumPy, and torch on CPU and CUDA."""
     version, internal, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
@@ -239,7 +245,7 @@ def random_state() -> dict[str, Any]:
 
 
 def load_random_state(state: Mapping[str, Any]) -> None:
-    """Restores what :func:`random_state` returned."""
+    """Restore the states that :func:`random_state` returned."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     kind, keys, *rest = state["numpy"]
@@ -250,11 +256,11 @@ def load_random_state(state: Mapping[str, Any]) -> None:
 
 
 class MetricsLog:
-    """Appends records to a JSONL file as they happen, and hands their numbers to the trackers of a run.
+    """Append records to a JSONL file immediately and pass their numbers to the trackers of a run.
 
     Args:
-        path: the file; None writes nothing (in every process but the first).
-        accelerator: holds the trackers, if there are any.
+        path: the file; None writes nothing (used in every process except the first).
+        accelerator: the accelerator that holds the trackers; None without trackers.
     """
 
     def __init__(self, path: Path | None, accelerator: Any = None) -> None:
@@ -262,10 +268,10 @@ class MetricsLog:
         self._file = None if path is None else open(path, "ab")  # noqa: SIM115  # closed at the end of the run
 
     def cut(self, size: int) -> None:
-        """Removes everything after the first ``size`` bytes.
+        """Remove everything after the first ``size`` bytes.
 
         Raises:
-            CheckpointError: the file is shorter, so it was changed by hand.
+            CheckpointError: the file is shorter than ``size``, which means that it was changed by hand.
         """
         if self._file is None:
             return
@@ -276,27 +282,27 @@ class MetricsLog:
         self._file.truncate(size)
 
     def write(self, **record: Any) -> None:
-        """Appends one record, which other processes can read at once."""
+        """Append one record and flush it, which makes it visible to other processes immediately."""
         if self._file is not None:
             self._file.write(json.dumps(record).encode() + b"\n")
             self._file.flush()
         self.track(record["kind"], record, record["update"])
 
     def track(self, kind: str, values: Mapping[str, Any], step: int) -> None:
-        """Passes those of the values that are numbers to the trackers."""
+        """Pass the numeric values to the trackers."""
         numbers = {f"{kind}/{name}": value for name, value in values.items() if is_number(value) and name != "update"}
         if self._accelerator is not None and self._accelerator.trackers:
             self._accelerator.log(numbers, step=step)
 
     def sync(self) -> int:
-        """Flushes the records to disk; returns the length of the file in bytes."""
+        """Flush the records to disk and return the length of the file in bytes."""
         if self._file is None:
             return 0
         os.fsync(self._file.fileno())
         return self._file.tell()
 
     def close(self) -> None:
-        """Closes the file and the trackers."""
+        """Close the file and the trackers."""
         for tracker in getattr(self._accelerator, "trackers", ()):
             tracker.finish()
         if self._file is not None:
@@ -304,9 +310,9 @@ class MetricsLog:
 
 
 def read_metrics(path: str | Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """The records of a ``metrics.jsonl``, optionally only those of one kind (``step`` or ``epoch``).
+    """Read the records of a ``metrics.jsonl``, or only the records of one kind (``step`` or ``epoch``).
 
-    A last line that is still being written is omitted.
+    An incomplete last line, which a process is still writing, is omitted.
     """
     lines = Path(path).read_text(encoding="utf-8").split("\n")[:-1]
     records = [json.loads(line) for line in lines]
@@ -314,13 +320,13 @@ def read_metrics(path: str | Path, kind: str | None = None) -> list[dict[str, An
 
 
 def check_trackers(trackers: Sequence[Any]) -> None:
-    """Refuses trackers that accelerate would silently ignore.
+    """Raise an error for trackers that accelerate would silently ignore.
 
     Args:
         trackers: names, or objects derived from accelerate's ``GeneralTracker``.
 
     Raises:
-        ValueError: accelerate does not know a name.
+        ValueError: a name is unknown to accelerate.
         ImportError: the package of a tracker is not installed.
     """
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
@@ -335,13 +341,14 @@ def check_trackers(trackers: Sequence[Any]) -> None:
 
 
 def start_trackers(accelerator: Any, folder: Path, config: TrainConfig, update: int) -> None:
-    """Starts the trackers of a run and gives them its configuration.
+    """Start the trackers of a run and pass them the configuration of the run.
 
     Args:
         accelerator: from :func:`efft_lab.train.build.make_accelerator`.
-        folder: for their files; W&B shows the name of its parent folder.
-        config: the run.
-        update: number of updates after which a resumed run continues; TensorBoard drops later records.
+        folder: folder for the files of the trackers. W&B uses the name of the parent folder as the name of the run.
+        config: configuration of the run.
+        update: number of updates after which a resumed run continues. TensorBoard drops the later records of the
+            earlier attempt.
     """
     if not accelerator.log_with:
         return

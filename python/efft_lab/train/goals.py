@@ -1,6 +1,7 @@
-"""What a run learns, by kind of task: the loss, the prediction, and the scores by which it is judged.
+"""Define the loss, the predictions and the scores for each kind of task.
 
-Scores are computed from statistics that add up over batches and processes.
+A goal is one kind of task, such as classification. Scores are computed from statistics, which can be summed over
+batches and processes.
 """
 
 from __future__ import annotations
@@ -18,35 +19,39 @@ from efft.adapting.heads import find_head
 if TYPE_CHECKING:
     from efft_lab.train.config import TrainConfig
 
-IGNORED = 255  # label of pixels in a mask that do not count
+IGNORED = 255  # label of the mask pixels that the loss and the scores ignore
 
 
 class Goal(Protocol):
-    """One kind of task. ``score`` is the name of the score that selects the best epoch; greater is better."""
+    """One kind of task.
+
+    Attributes:
+        score: name of the score that selects the best epoch; a higher score is better.
+    """
 
     score: str
 
     def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """The loss of a batch, from the outputs of the model; a scalar."""
+        """Compute the loss of a batch from the outputs of the model. The result is a scalar."""
 
     def predict(self, outputs: Tensor) -> Tensor:
-        """Turns outputs of the model into predictions that are compared with labels, [batch, ...]."""
+        """Convert outputs of the model to predictions [batch, ...], which can be compared with labels."""
 
     def statistics(self, predictions: Tensor, labels: Tensor) -> Tensor:
-        """Sums over a batch from which :meth:`scores` are computed, [n]."""
+        """Compute the sums over a batch [n] that :meth:`scores` needs."""
 
     def scores(self, statistics: Tensor) -> dict[str, float]:
-        """Scores by name, from the sum of the statistics of all batches."""
+        """Compute the scores by name, from the sum of the statistics of all batches."""
 
     def details(self, statistics: Tensor) -> list[float]:
-        """One score for each class or value."""
+        """Compute one score for each class or value."""
 
     def finish(self, model: nn.Module) -> None:
-        """Changes a trained model, in place, so that its outputs are the predicted quantities themselves."""
+        """Change a trained model in place so that its outputs are the predicted quantities."""
 
 
 class Classification:
-    """One class per image: outputs [batch, classes], labels [batch]."""
+    """Predict one class per image, from outputs [batch, classes] and labels [batch]."""
 
     score = "accuracy"
 
@@ -72,8 +77,10 @@ class Classification:
 
 
 class Segmentation:
-    """One class per pixel: outputs [batch, classes, height, width], labels [batch, height, width]. Pixels with label
-    255 do not count."""
+    """Predict one class per pixel, from outputs [batch, classes, height, width] and labels [batch, height, width].
+
+    Pixels with label 255 are ignored.
+    """
 
     score = "miou"
 
@@ -88,13 +95,15 @@ class Segmentation:
         return outputs.argmax(1)
 
     def statistics(self, predictions: Tensor, labels: Tensor) -> Tensor:
-        """The confusion matrix, flattened: how often each true class (row) was predicted as which class (column)."""
+        """Compute the flattened confusion matrix of pixel counts, with true classes as rows and predicted ones as
+        columns."""
         cells = self.classes**2
         pairs = torch.where(labels == IGNORED, cells, labels * self.classes + predictions)
         return torch.bincount(pairs.flatten(), minlength=cells + 1)[:cells]
 
     def scores(self, statistics: Tensor) -> dict[str, float]:
-        """Mean intersection over union of the classes that occur or were predicted, and the share of correct pixels."""
+        """Compute the pixel accuracy and the mean intersection over union of the classes that occur or were
+        predicted."""
         table = statistics.view(self.classes, self.classes).double()
         shares = self._shares(table)
         accuracy = (table.trace() / table.sum()).item() if table.sum() else 0.0
@@ -102,7 +111,7 @@ class Segmentation:
         return {"miou": known.mean().item() if len(known) else 0.0, "pixel_accuracy": accuracy}
 
     def details(self, statistics: Tensor) -> list[float]:
-        """Intersection over union of each class; NaN where it does not occur."""
+        """Compute the intersection over union of each class. It is NaN for a class that does not occur."""
         return [float(share) for share in self._shares(statistics.view(self.classes, self.classes).double())]
 
     def _shares(self, table: Tensor) -> Tensor:
@@ -114,14 +123,14 @@ class Segmentation:
 
 
 class Regression:
-    """Numbers per image: outputs [batch, values], labels [batch, values].
+    """Predict numbers for each image, from outputs [batch, values] and labels [batch, values].
 
-    The model learns values minus ``mean``, divided by ``std``, so that the same learning rates suit values of any size;
-    :meth:`finish` folds both into the last layer.
+    The model learns values minus ``mean``, divided by ``std``. The same learning rates therefore suit values of any
+    size. :meth:`finish` folds ``mean`` and ``std`` into the last layer.
 
     Args:
-        mean, std: of each value over the training images, [values].
-        norm: the loss, "mse" or "l1".
+        mean, std: mean and standard deviation of each value over the training images, [values].
+        norm: name of the loss, "mse" or "l1".
     """
 
     score = "r2"
@@ -137,15 +146,20 @@ class Regression:
         return outputs.float() * self.std.to(outputs.device) + self.mean.to(outputs.device)
 
     def statistics(self, predictions: Tensor, labels: Tensor) -> Tensor:
-        """For each value: the number of images, and sums of the absolute and the squared error, of the value minus its
-        mean, and of the square of that difference; flattened."""
+        """Compute five sums for each value, flattened.
+
+        The sums are the number of images, the absolute error, the squared error, the difference between the value and
+        ``mean``, and the square of that difference.
+        """
         error = predictions.double() - labels.double()
         value = labels.double() - self.mean.to(labels.device)
         return torch.stack([torch.ones_like(value), error.abs(), error**2, value, value**2]).sum(1).flatten()
 
     def scores(self, statistics: Tensor) -> dict[str, float]:
-        """R2 (0 if all values are equal), mean absolute error and root mean squared error, each a mean over the
-        values."""
+        """Compute R2 (0 if all values are equal), the mean absolute error and the root mean squared error.
+
+        Each score is a mean over the values.
+        """
         count, size, square, value, value_square = statistics.view(5, -1).double()
         spread = value_square - value**2 / count
         r2 = torch.where(spread > 1e-12 * value_square, 1 - square / spread, 0.0)
@@ -156,7 +170,7 @@ class Regression:
         }
 
     def details(self, statistics: Tensor) -> list[float]:
-        """Mean absolute error of each value."""
+        """Compute the mean absolute error of each value."""
         count, size = statistics.view(5, -1)[:2]
         return [float(mean) for mean in size / count]
 
@@ -169,16 +183,17 @@ class Regression:
 
 
 def make_goal(config: TrainConfig, task: Any, model: nn.Module | None = None) -> Goal:
-    """The goal of a configuration.
+    """Create the goal of a configuration.
 
     Args:
-        config: names the kind of task.
+        config: configuration that names the kind of task.
         task: the data.
-        model: the model to train; None to evaluate only. If it is given, its head is checked, and the values of a
-            regression are standardized by the training images, provided that these have an array ``values``.
+        model: the model to train; None to evaluate only. If a model is given, its head is checked. For regression, the
+            values are then also standardized with the mean and standard deviation of the training images, if the
+            training data has an array ``values``.
 
     Raises:
-        ValueError: the model's head does not suit the goal, or a value is equal in all training images.
+        ValueError: the model's head does not suit the goal, or a value is the same in all training images.
     """
     if config.task == "classification":
         return Classification()
@@ -199,10 +214,10 @@ def make_goal(config: TrainConfig, task: Any, model: nn.Module | None = None) ->
 
 
 def last_layer(model: nn.Module, values: int) -> nn.Linear:
-    """The linear layer that computes a model's outputs.
+    """Return the linear layer that computes a model's outputs.
 
     Raises:
-        ValueError: the model's head has no linear layer with a bias and that number of outputs.
+        ValueError: the model's head has no linear layer with a bias and ``values`` outputs.
     """
     heads = [model.get_submodule(name) for name in find_head(model, None)]
     linear = [m for head in heads for m in head.modules() if isinstance(m, nn.Linear) and m.bias is not None]
@@ -215,6 +230,6 @@ def last_layer(model: nn.Module, values: int) -> nn.Linear:
 
 
 def score_text(scores: Mapping[str, float]) -> str:
-    """Formats scores in one line: shares in percent, others as numbers."""
+    """Format scores in one line. Shares are printed in percent and other scores as numbers."""
     shares = ("accuracy", "pixel_accuracy", "miou")
     return ", ".join(f"{k} {f'{v:.2%}' if k in shares else f'{v:.4g}'}" for k, v in scores.items())

@@ -1,4 +1,4 @@
-"""A model's outputs over a whole data set, computed without gradients."""
+"""Compute a model's outputs over a whole data set without gradients."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from efft_lab.train.goals import Goal
 
 
 def device() -> torch.device:
-    """The first GPU if there is one, otherwise the CPU."""
+    """Return the first GPU if one is available, and the CPU otherwise."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -31,13 +31,13 @@ def _batches(
 
 
 def collect(function: Callable[[Tensor], Tensor], data: Dataset[Any], **options: Any) -> tuple[Tensor, Tensor]:
-    """Outputs of a function for every image.
+    """Compute the outputs of a function for every image of a data set.
 
     Args:
-        function: of images [batch, 3, size, size] on :func:`device`.
-        data: map-style, of (image [3, size, size], label).
-        options: ``batch_size`` (images per step), ``amp`` (autocast type: "no", "bf16" or "fp16"), ``title`` (of the
-            progress bar).
+        function: function that is called with images [batch, 3, size, size] on :func:`device`.
+        data: map-style data set that returns (image [3, size, size], label).
+        options: ``batch_size`` (images per step), ``amp`` (autocast type: "no", "bf16" or "fp16"), ``title`` (title of
+            the progress bar).
 
     Returns:
         Outputs [n, ...] and labels [n], on the CPU.
@@ -48,13 +48,13 @@ def collect(function: Callable[[Tensor], Tensor], data: Dataset[Any], **options:
 
 
 def measure(model: nn.Module, data: Dataset[Any], goal: Goal, **options: Any) -> Tensor:
-    """The statistics of a goal, summed over a data set.
+    """Compute the statistics of a goal, summed over a data set.
 
     Args:
-        model: in evaluation mode; it is moved to :func:`device`.
-        data: map-style, of (image [3, size, size], target).
-        goal: what the model was trained for.
-        options: as for :func:`collect`.
+        model: model in evaluation mode; it is moved to :func:`device`.
+        data: map-style data set that returns (image [3, size, size], target).
+        goal: the goal for which the model was trained.
+        options: same as for :func:`collect`.
     """
     batches = _batches(model.to(device()), data, **options)
     sums = [goal.statistics(goal.predict(outputs), targets.to(device())) for outputs, targets in batches]
@@ -62,12 +62,12 @@ def measure(model: nn.Module, data: Dataset[Any], goal: Goal, **options: Any) ->
 
 
 def predict(model: nn.Module, data: Dataset[Any], **options: Any) -> tuple[Tensor, Tensor]:
-    """Predicted classes [n] and labels [n].
+    """Return the predicted classes [n] and the labels [n] of a data set.
 
     Args:
-        model: in evaluation mode; it is moved to :func:`device`.
-        data: map-style, of (image [3, size, size], label).
-        options: as for :func:`collect`.
+        model: model in evaluation mode; it is moved to :func:`device`.
+        data: map-style data set that returns (image [3, size, size], label).
+        options: same as for :func:`collect`.
     """
     logits, labels = collect(model.to(device()), data, **options)
     return logits.argmax(-1), labels

@@ -1,8 +1,9 @@
-"""Every method that can be trained, in one registry: factors of ``efft.methods``, the head, all weights, baselines.
+"""Register every training method: the methods of ``efft.methods``, head only, all weights, and baselines.
 
-A :class:`Method` says which settings it reads, what it changes in a model, and how what it trained is saved and loaded.
-The rest of the laboratory asks :data:`METHODS` and never compares names. A method of ``efft.methods`` is in the
-registry by itself; a baseline is one file and one line, see :mod:`efft_lab.baselines`.
+A :class:`Method` defines the settings that it reads, the changes that it makes to a model, and the way in which the
+trained weights are saved and loaded. All other modules look methods up in :data:`METHODS` and never compare method
+names. Every method of ``efft.methods`` is registered automatically. A baseline needs one file and one line, see
+:mod:`efft_lab.baselines`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from efft.saving.files import replace_file
 from efft_lab import baselines, typed
 from efft_lab.backbones import load_strict
 
-#: What ``AdapterConfig.to_dict`` adds to the fields.
+#: Keys that ``AdapterConfig.to_dict`` adds to the fields.
 ADAPTER_MARKS = ("format_version", "method")
 
 
@@ -33,10 +34,11 @@ class Method(ABC):
     Attributes:
         saved: name of the file or folder that :meth:`save` writes.
         group: field of ``TrainConfig`` that holds the settings; None for a method without settings.
-        any_model: it trains models of any kind, not only timm's vision transformers.
-        prunable: ``efft.prune`` can cut its ranks during the run.
-        head_alone: it trains nothing but the classifier, so what the classifier sees can be computed once.
-        whole: what it saves holds all weights of the model, so loading needs no weights of a base.
+        any_model: whether the method can train models of any kind, not only timm's vision transformers.
+        prunable: whether ``efft.prune`` can reduce the ranks of the method during the run.
+        head_alone: whether the method trains only the classifier. The inputs of the classifier can then be computed
+            once.
+        whole: whether the saved file holds all weights of the model. Loading it then needs no weights of a base model.
     """
 
     saved: ClassVar[str]
@@ -47,53 +49,54 @@ class Method(ABC):
     whole: ClassVar[bool] = False
 
     def setting_types(self) -> dict[str, Any]:
-        """Name of each setting to its type."""
+        """Return a mapping from the name of each setting to its type."""
         return {}
 
     def read(self, values: Any) -> Any:
-        """The settings, in the form that :meth:`apply` takes, from the value of the field :attr:`group`.
+        """Return the settings in the form that :meth:`apply` accepts, from the value of the field :attr:`group`.
 
         Raises:
-            ValueError: an unknown setting, or a value that the method cannot use.
+            ValueError: a setting is unknown, or the method cannot use a value.
         """
         return values
 
     @abstractmethod
     def apply(self, model: nn.Module, settings: Any) -> None:
-        """Changes the model in place: adds what the method adds, and freezes what it does not train."""
+        """Add the parts that the method needs to the model and freeze the parameters that it does not train, in
+        place."""
 
     def parameter_groups(self, model: nn.Module, lr: float, weight_decay: float) -> Iterable[Any]:
-        """What the optimizer gets, for a model to which the method was applied."""
+        """Return the parameter groups for the optimizer, for a model to which the method was applied."""
         return efft.parameter_groups(model, lr, weight_decay)
 
     def save(self, model: nn.Module, folder: Path, info: Mapping[str, Any]) -> Path:
-        """Writes what was trained.
+        """Write the trained weights.
 
         Args:
             model: the trained model.
-            folder: of the run.
-            info: facts about the base and the result, for an adapter's own description.
+            folder: folder of the run.
+            info: facts about the base model and the result, which an adapter stores in its description.
 
         Returns:
-            The file or folder, ``folder / self.saved``.
+            Path of the file or folder, ``folder / self.saved``.
         """
         return _write_tensors(folder / self.saved, trained_state(model))
 
     def load(self, model: nn.Module, settings: Any, path: Path) -> None:
-        """Puts what :meth:`save` wrote into a fresh base model, in place.
+        """Load the weights that :meth:`save` wrote into a new base model, in place.
 
         Raises:
-            ValueError: the file is damaged, or made for another model.
+            ValueError: the file is damaged or belongs to another model.
         """
         self.apply(model, settings)
         restore_trained_state(model, read_tensors(path))
 
 
 class Factors(Method):
-    """A method of ``efft.methods``: its factors and the head train, and are saved as an adapter.
+    """Train the factors of a method of ``efft.methods`` and the head, and save them as an adapter.
 
     Args:
-        kind: type of its settings.
+        kind: type of the settings of the method.
         group: see :class:`Method`.
     """
 
@@ -123,11 +126,11 @@ class Factors(Method):
 
     def load(self, model: nn.Module, settings: AdapterConfig, path: Path) -> None:
         efft.load_adapter(model, path)
-        efft.fuse(model)  # as in training, so that the results are rounded alike
+        efft.fuse(model)  # as in training, so that evaluation has the same rounding errors
 
 
 class Efft(Factors):
-    """The method of the library, with a field of its own in ``TrainConfig``."""
+    """The EFFT method, which has its own field in ``TrainConfig``."""
 
     prunable = True
 
@@ -136,7 +139,7 @@ class Efft(Factors):
 
 
 class Head(Method):
-    """The linear probe."""
+    """The linear probe: only the classifier is trained."""
 
     saved = "head.safetensors"
     head_alone = True
@@ -146,7 +149,7 @@ class Head(Method):
 
 
 class Full(Method):
-    """Full fine-tuning: every weight trains."""
+    """Full fine-tuning: every weight is trained."""
 
     saved = "model.safetensors"
     whole = True
@@ -165,10 +168,10 @@ class Full(Method):
 
 
 class Changed(Method):
-    """Whatever a function leaves trainable in a model.
+    """Train the parameters that a given function leaves trainable in a model.
 
     Args:
-        change: adapts and freezes a model in place.
+        change: function that adapts and freezes a model in place.
     """
 
     saved = "trained.safetensors"
@@ -184,7 +187,7 @@ class Baseline(Method):
     """A method of :mod:`efft_lab.baselines`.
 
     Args:
-        name: its name there.
+        name: name of the baseline in that registry.
     """
 
     saved = "trained.safetensors"
@@ -216,23 +219,23 @@ METHODS: dict[str, Method] = {
 
 
 def saved_names() -> set[str]:
-    """What the methods write in the folder of a run."""
+    """Return the names of the files and folders that methods write to the folder of a run."""
     return {method.saved for method in METHODS.values()}
 
 
 def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A copy, on the CPU, of what training changes: the state dict without the frozen parameters."""
+    """Return a copy of the state dict without the frozen parameters, on the CPU."""
     return {name: tensor.cpu().clone() for name, tensor in _trained(model).items()}
 
 
 @torch.no_grad()
 def restore_trained_state(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
-    """Copies the result of :func:`trained_state` back into the model, in place.
+    """Copy the result of :func:`trained_state` back into the model, in place.
 
     Raises:
-        ValueError: the state belongs to another model; nothing is changed then.
+        ValueError: the state belongs to another model. The model is then left unchanged.
     """
-    own = _trained(model)  # its tensors share the model's memory
+    own = _trained(model)  # these tensors share memory with the model
     shapes = {name: list(value.shape) for name, value in state.items() if isinstance(value, torch.Tensor)}
     wrong = sorted(
         name for name in own.keys() | state.keys() if name not in own or shapes.get(name) != [*own[name].shape]
@@ -253,7 +256,7 @@ def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The content of a safetensors file.
+    """Read the tensors of a safetensors file.
 
     Raises:
         ValueError: the file is damaged.

@@ -1,4 +1,4 @@
-"""The linear probe, fair and fast: features are computed once, and the validation split chooses the learning rate."""
+"""Train a linear probe on features that are computed once. The validation split selects the learning rate."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ if TYPE_CHECKING:
 
 
 class FeatureTask:
-    """A task whose images are replaced by the inputs of a frozen model's classifier, computed at the first use.
+    """A task in which the inputs of a frozen model's classifier (the features) replace the images.
+
+    The features of a split are computed when the split is first used.
 
     Args:
         model: a timm model.
         task: the task.
-        amp: autocast type in which the features are computed.
+        amp: autocast type for computing the features.
     """
 
     def __init__(self, model: nn.Module, task: TaskData, amp: str) -> None:
@@ -58,7 +60,7 @@ class FeatureTask:
 
 
 class WithoutTest:
-    """A task for choosing hyperparameters: its test split is the validation split.
+    """A task for selecting hyperparameters, with the validation split as its test split.
 
     Args:
         task: a ``TaskData``, or an object with the same splits and number of classes.
@@ -81,7 +83,7 @@ class Head(nn.Module):
         return self.head(features)
 
     def get_classifier(self) -> nn.Linear:
-        """The classifier, by the name that timm's models give it."""
+        """Return the classifier. timm's models use the same method name."""
         return self.head
 
 
@@ -92,18 +94,18 @@ def linear_probe(
     task: TaskData,
     learning_rates: Sequence[float] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
 ) -> RunResult:
-    """Trains a classifier on frozen features with the same trainer as every other method.
+    """Train a classifier on frozen features with the same trainer as every other method.
 
-    One run per learning rate trains on the train split and is judged on the validation split; then the best one is
-    trained again and tested once. There is no stochastic depth, because the features are computed once, in evaluation
-    mode.
+    One run per learning rate trains on the train split and is evaluated on the validation split. A final run then
+    trains with the best learning rate and is tested once. Stochastic depth is not used, because the features are
+    computed once, in evaluation mode.
 
     Args:
-        config: the run; its ``lr`` and ``drop_path`` are ignored.
-        out: folder of the final run; the runs that choose the rate go to its subfolder ``search``.
-        model: the pretrained model, with or without classifier.
+        config: configuration of the run; ``lr`` and ``drop_path`` are ignored.
+        out: folder of the final run. The runs that select the learning rate are written to its subfolder ``search``.
+        model: the pretrained model, with or without a classifier.
         task: the data.
-        learning_rates: the rates to choose from.
+        learning_rates: the learning rates to try.
     """
     features = FeatureTask(model, task, config.amp)
     width = features.train.tensors[0].shape[1]

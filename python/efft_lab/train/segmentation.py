@@ -1,4 +1,4 @@
-"""A timm model that predicts one class per pixel."""
+"""Turn a timm model into a model that predicts one class per pixel."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ from torch.nn import functional
 
 
 class Segmenter(nn.Module):
-    """A backbone of timm and a linear layer on every position of its last feature map; the result is enlarged
-    bilinearly.
+    """Apply a linear layer to every position of a backbone's last feature map and enlarge the result bilinearly.
 
     Args:
-        backbone: a model with ``forward_features`` and ``num_features``. Its features are the tokens of a ViT, [batch,
-            tokens, channels] with class and register tokens first, a map [batch, height, width, channels] as in Swin,
-            or a map [batch, channels, height, width] as in a convolutional network.
+        backbone: a timm model with ``forward_features`` and ``num_features``. The features can be the tokens of a ViT,
+            [batch, tokens, channels] with class and register tokens first, a map [batch, height, width, channels] as in
+            Swin, or a map [batch, channels, height, width] as in a convolutional network.
         classes: number of outputs per pixel.
 
     Raises:
-        ValueError: the backbone has no such features.
+        ValueError: the features of the backbone have another form.
     """
 
     def __init__(self, backbone: nn.Module, classes: int) -> None:
@@ -35,16 +34,16 @@ class Segmenter(nn.Module):
         self.head = nn.Conv2d(width, classes, 1)
 
     def get_classifier(self) -> nn.Conv2d:
-        """The head, by the name that timm's models give it."""
+        """Return the head. timm's models use the same method name."""
         return self.head
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [batch, 3, height, width] to logits [batch, classes, height, width]."""
+        """Compute logits [batch, classes, height, width] from images [batch, 3, height, width]."""
         logits = self.head(self._map(self.backbone.forward_features(images)))
         return functional.interpolate(logits, images.shape[-2:], mode="bilinear")
 
     def _map(self, features: Tensor) -> Tensor:
-        """Brings features of any layout to [batch, channels, rows, columns]."""
+        """Rearrange features of any layout to [batch, channels, rows, columns]."""
         width = self.head.in_channels
         if features.ndim == 4 and (features.shape[1] != width or getattr(self.backbone, "output_fmt", "") == "NHWC"):
             features = features.permute(0, 3, 1, 2)

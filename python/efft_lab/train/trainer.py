@@ -1,7 +1,8 @@
-"""One training run: adapt, train, select, test once, save. A run that is killed at any moment resumes to the same bits.
+"""Adapt a model, train it, select the best epoch, test it once and save it.
 
-:func:`run` is the way in, :class:`Trainer` the state of a run and the loop that advances it. What lies in the folder of
-a run is in :mod:`efft_lab.train.folder`.
+A run can be killed at any moment. After a resume it ends with exactly the same weights. :func:`run` is the entry point.
+:class:`Trainer` holds the state of a run and the training loop. :mod:`efft_lab.train.folder` reads and writes the files
+in the folder of a run.
 """
 
 from __future__ import annotations
@@ -44,12 +45,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run ended with.
+    """Result of a run.
 
     Attributes:
-        summary: the content of ``result.json``: accuracies, parameters, sizes, seconds, versions, configuration.
-        model: the trained model in evaluation mode, with the selected weights; None if the folder held a finished
-            run, so that nothing was trained (:func:`efft_lab.train.build.load_trained` reads it from there).
+        summary: the content of ``result.json``, which holds accuracies, parameter counts, sizes, seconds, versions and
+            the configuration.
+        model: the trained model in evaluation mode, with the selected weights; None if the folder already held a
+            finished run, because no training took place then (:func:`efft_lab.train.build.load_trained` loads the model
+            from the folder).
     """
 
     summary: dict[str, Any]
@@ -67,26 +70,26 @@ def run(
     progress: bool = True,
     log_with: Sequence[Any] = (),
 ) -> RunResult:
-    """Trains, tests once at the very end, and writes everything to a folder.
+    """Train a model, test it once at the very end, and write everything to a folder.
 
-    The folder gets ``config.json``, ``metrics.jsonl`` (line by line as the run goes), ``checkpoint.pt``,
-    ``result.json`` and what was trained: ``adapter/`` for a method with factors, otherwise the file that the method
-    names (:attr:`efft_lab.train.methods.Method.saved`).
-    A resumed run ends with the same weights and metrics as an unbroken one, bit for bit on a CPU.
-    Works under ``accelerate launch`` with several processes.
+    The folder receives ``config.json``, ``metrics.jsonl`` (which grows during the run), ``checkpoint.pt``,
+    ``result.json`` and the trained weights. The weights are in ``adapter/`` for a method with factors, and otherwise in
+    the file that the method names (:attr:`efft_lab.train.methods.Method.saved`). A resumed run ends with the same
+    weights and metrics as an uninterrupted run, bit for bit on a CPU. The function also works under ``accelerate
+    launch`` with several processes.
 
     Args:
-        config: the run.
-        out: the folder.
-        model: a model to train instead of the configuration's, with a classifier and not adapted; it is changed in
-            place.
-        task: data to use instead of the configuration's.
-        resume: continue from the folder's checkpoint, if there is one.
-        overwrite: delete what the folder holds and start again.
-        progress: show a progress bar.
+        config: configuration of the run.
+        out: folder for everything that the run writes.
+        model: a model to train instead of the model that the configuration names. It must have a classifier and must
+            not be adapted yet. It is changed in place.
+        task: data to use instead of the data set that the configuration names.
+        resume: whether to continue from the checkpoint in the folder, if the folder has one.
+        overwrite: whether to delete the run in the folder and start again.
+        progress: whether to show a progress bar.
         log_with: experiment trackers of accelerate that also get the numbers of ``metrics.jsonl``, by name
-            ("tensorboard", "wandb", ...) or as objects derived from its ``GeneralTracker``; trackers that write files
-            put them in the folder's ``tracked``.
+            ("tensorboard", "wandb", ...) or as objects derived from accelerate's ``GeneralTracker``. Trackers write
+            their files to the subfolder ``tracked``.
 
     Raises:
         FileExistsError: the folder holds a run, and neither ``resume`` nor ``overwrite`` is given.
@@ -115,25 +118,26 @@ def run(
 
 
 class Trainer:
-    """The state of a run and the loop that advances it.
+    """Hold the state of a run and train it.
 
     Args:
-        config: the run.
-        out: its folder.
+        config: configuration of the run.
+        out: folder of the run.
         accelerator: from :func:`efft_lab.train.build.make_accelerator`.
-        model: a model to train instead of the configuration's; None creates that one.
-        task: data to use instead of the configuration's; None loads that.
-        progress: show a progress bar.
+        model: a model to train; None creates the model that the configuration names.
+        task: data to use; None loads the data set that the configuration names.
+        progress: whether to show a progress bar.
 
     Attributes:
         epoch: number of finished epochs.
-        batch: number of batches of the current epoch that were trained on.
+        batch: number of finished batches of the current epoch.
         update: number of finished updates of the weights.
         plain: the model without Accelerate's wrappers.
-        best: scores, epoch and weights of the best epoch so far by the validation split; None before the first.
+        best: scores, epoch and weights of the epoch with the best validation score so far; None before the first epoch
+            ends.
 
     Raises:
-        ValueError: ``prune_at`` with several processes.
+        ValueError: ``prune_at`` is set and several processes run.
     """
 
     def __init__(
@@ -151,7 +155,7 @@ class Trainer:
         if config.prune_at is not None and accelerator.num_processes > 1:
             raise ValueError(f"prune_at needs a single process, got {accelerator.num_processes}: train without it")
         self.config, self.out, self.accelerator = config, out, accelerator
-        with accelerator.main_process_first():  # one process downloads, the others find it in the cache
+        with accelerator.main_process_first():  # one process downloads, the others use the cache
             self.task = load_task(config) if task is None else task
             self.own_model = model is not None
             model = create_model(config, self.task.classes) if model is None else model
@@ -161,7 +165,7 @@ class Trainer:
         METHODS[config.method].apply(self.plain, config.settings())
         train = self.task.trainval if config.protocol == "final" else self.task.train
         self.batches = EpochBatches(len(train), config.batch_size, config.seed)
-        # A generator of its own: making an iterator must not draw from the stream that dropout uses.
+        # A separate generator, because creating an iterator must not draw random numbers from the stream for dropout.
         loader: DataLoader[Any] = self.loader(train, batch_sampler=self.batches, generator=torch.Generator())
         optimizer, self.scheduler = self.make_optimizer()
         self.model, self.optimizer, self.train_loader = accelerator.prepare(self.plain, optimizer, loader)
@@ -170,11 +174,11 @@ class Trainer:
         self.eval_loaders: dict[str, Any] = {}
 
         self.epoch = self.batch = self.update = 0
-        self.lr = 0.0  # of the last update
+        self.lr = 0.0  # learning rate of the last update
         self.updates = config.epochs * len(self.batches)
-        self.totals = torch.zeros(0)  # of the epoch: loss, images, and the statistics of the goal
+        self.totals = torch.zeros(0)  # sums over the epoch: loss, images, statistics of the goal
         self.best: dict[str, Any] | None = None
-        self.ranks: dict[str, tuple[int, int]] | None = None  # after pruning
+        self.ranks: dict[str, tuple[int, int]] | None = None  # ranks after pruning
         self.seconds, self.clock = 0.0, time.perf_counter()
         main = accelerator.is_main_process
         self.log = MetricsLog(out / METRICS if main else None, accelerator)
@@ -187,19 +191,19 @@ class Trainer:
         return DataLoader(data, num_workers=workers, pin_memory=pin, persistent_workers=workers > 0, **options)
 
     def make_optimizer(self) -> tuple[torch.optim.AdamW, Any]:
-        """A fresh optimizer for what is trainable now, and the schedule of the whole run."""
+        """Create an optimizer for the parameters that are trainable now, and the schedule of the whole run."""
         config = self.config
         groups = METHODS[config.method].parameter_groups(self.plain, config.lr, config.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
         return optimizer, make_scheduler(optimizer, config, len(self.batches))
 
     def renew_optimizer(self) -> None:
-        """Replaces the optimizer after pruning has replaced the factors; its moments start at zero."""
+        """Create a new optimizer after pruning has replaced the factors. Its moments start at zero."""
         optimizer, self.scheduler = self.make_optimizer()
         self.optimizer = self.accelerator.prepare(optimizer)
 
     def train_epoch(self) -> None:
-        """Trains to the end of the current epoch, validates, and writes the epoch's record and a checkpoint."""
+        """Train to the end of the current epoch, validate, and write the epoch's record and a checkpoint."""
         config, started = self.config, self.elapsed()
         self.bar.set_description(f"epoch {self.epoch + 1}/{config.epochs}")
         self.batches.start(self.epoch, skip=self.batch)
@@ -208,7 +212,7 @@ class Trainer:
             self.step(images, labels)
             self.batch += 1
             due = config.checkpoint_every and self.update % config.checkpoint_every == 0
-            if due and self.batch < len(self.batches):  # after the last batch comes the epoch's own checkpoint
+            if due and self.batch < len(self.batches):  # the last batch is followed by the epoch's checkpoint
                 self.save()
         loss, scores = self.show()
         images_per_second = (self.batch - skipped) * config.batch_size / max(self.elapsed() - started, 1e-9)
@@ -236,7 +240,7 @@ class Trainer:
         self.save()
 
     def prune(self) -> None:
-        """Cuts the ranks. The best epoch so far is discarded, because its weights have other ranks."""
+        """Reduce the ranks. The best epoch so far is discarded, because its weights have other ranks."""
         report = prune(self.plain, self.config.prune_keep)
         self.best, self.ranks = None, report.ranks
         self.renew_optimizer()
@@ -246,7 +250,7 @@ class Trainer:
         self.log.write(kind="prune", epoch=self.epoch, update=self.update, ranks=self.ranks, relative_error=lost)
 
     def step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
-        """One update; images [batch, 3, size, size], labels [batch, ...]."""
+        """Make one update, from images [batch, 3, size, size] and labels [batch, ...]."""
         config, self.lr = self.config, float(self.optimizer.param_groups[0]["lr"])
         predicted = self.model(images)  # [batch, outputs, ...]
         loss = self.goal.loss(predicted, labels)
@@ -267,11 +271,11 @@ class Trainer:
             self.show()
 
     def add(self, sums: torch.Tensor) -> None:
-        """Adds a batch's loss and statistics to those of the epoch."""
+        """Add a batch's loss and statistics to the sums of the epoch."""
         self.totals = sums.double() if len(self.totals) == 0 else self.totals + sums
 
     def show(self) -> tuple[float, dict[str, float]]:
-        """Puts the epoch's mean loss and scores so far on the progress bar, and returns them.
+        """Show the epoch's mean loss and scores so far on the progress bar and return them.
 
         Both are means over all processes, computed in training mode.
         """
@@ -284,7 +288,7 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, data: Dataset[Any], name: str) -> dict[str, float]:
-        """Scores over a data set, in evaluation mode."""
+        """Compute the scores over a data set in evaluation mode."""
         from tqdm.auto import tqdm
 
         if name not in self.eval_loaders:
@@ -300,7 +304,7 @@ class Trainer:
         return self.goal.scores(sums)
 
     def finish(self) -> dict[str, Any]:
-        """Loads the best epoch's weights, reads the test split for the first and only time, and writes the results."""
+        """Load the best epoch's weights, read the test split for the first and only time, and write the results."""
         if self.best is not None:
             restore_trained_state(self.plain, self.best["weights"])
         self.goal.finish(self.plain)
@@ -324,7 +328,7 @@ class Trainer:
         return read_result(self.out)
 
     def save(self) -> None:
-        """Writes a checkpoint from which :meth:`restore` continues exactly here."""
+        """Write a checkpoint. After :meth:`restore`, training continues exactly from this point."""
         from accelerate.utils import gather_object
 
         own = {"totals": self.totals.cpu(), "random": random_state()}
@@ -347,11 +351,11 @@ class Trainer:
             save_checkpoint(self.out / CHECKPOINT, state)
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes to the point at which :meth:`save` wrote the state.
+        """Return to the point at which :meth:`save` wrote the state.
 
         Raises:
-            CheckpointError: the state belongs to another run or was not written by :meth:`save`; discard this trainer
-                then.
+            CheckpointError: the state belongs to another run or was not written by :meth:`save`. Discard this trainer
+                in that case.
         """
         try:
             self._restore(state)
@@ -388,11 +392,11 @@ class Trainer:
         load_random_state(processes[index]["random"])
 
     def elapsed(self) -> float:
-        """Seconds of training, including those before a resume."""
+        """Return the seconds of training, including the time before a resume."""
         return self.seconds + time.perf_counter() - self.clock
 
     def close(self) -> None:
-        """Closes the progress bar, the metrics file and the trackers, and frees memory."""
+        """Close the progress bar, the metrics file and the trackers, and free memory."""
         self.bar.close()
         self.log.close()
         self.accelerator.free_memory()

@@ -1,11 +1,11 @@
-"""Checks of the compiled cpu backend that need processes of their own; arguments are passed on to pytest.
+"""Check the compiled cpu backend in separate processes; pytest receives the remaining arguments.
 
-``python -m tests.csrc.cpu.check sanitizers`` (``make check-native``) reads the sources with static checkers, then runs
-the backend's tests under GCC's address and undefined-behavior sanitizers, once for every instruction set that this
-processor has. The sanitizers stop a test, with file and line, at any access outside of a buffer.
+``python -m tests.csrc.cpu.check sanitizers`` (``make check-native``) runs static checkers on the sources. It then runs
+the backend's tests under GCC's address and undefined-behavior sanitizers, once per instruction set of this processor.
+The sanitizers stop a test at any access outside a buffer and report the file and line.
 
-``python -m tests.csrc.cpu.check sets`` (``make check-isa``) runs tests of numbers with every instruction set but the
-best, which is what all other tests use.
+``python -m tests.csrc.cpu.check sets`` (``make check-isa``) runs the numerical tests with every instruction set except
+the best one, which all other tests use.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from efft_kernels import build, native
 
 ROOT = Path(__file__).parents[3]
 SANITIZERS = "-fsanitize=address,undefined"
-#: The backend of a test is the parameter called cpu, but so is the device of all others.
+#: Selects the tests of the backend cpu. The id of the device is also "cpu", so the other backends are excluded.
 OF_THE_BACKEND = "cpu and not (eager or reference or triton)"
 
 
 def instruction_sets() -> list[str]:
-    """Those of this processor, the best first."""
+    """Return the instruction sets of this processor, the best one first."""
     names = ["avx512", "avx2", "portable"]
     best = torch.backends.cpu.get_cpu_capability().lower()
     found = next((names[i:] for i, name in enumerate(names) if best.startswith(name)), names[-1:])
@@ -38,7 +38,10 @@ def instruction_sets() -> list[str]:
 
 
 def build_sanitized(root: Path, cache: Path) -> None:
-    """The cpu library of the checkout ``root`` into ``cache``, as it is written: optimization hides what it removes."""
+    """Build the cpu library of the checkout ``root`` into ``cache``.
+
+    The build disables optimization, which could hide errors.
+    """
     flags = {"CXXFLAGS": f"{SANITIZERS} -fno-sanitize-recover=undefined -g -O0", "LDFLAGS": SANITIZERS}
     environment = {**os.environ, **flags, "XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(root)}
     command = [sys.executable, "-m", "efft_kernels", "build", "--targets", "cpu"]
@@ -46,7 +49,7 @@ def build_sanitized(root: Path, cache: Path) -> None:
 
 
 def sanitized(root: Path, cache: Path, isa: str) -> dict[str, str]:
-    """Environment of a program that uses that library: the sanitizers must be loaded before Python."""
+    """Return the environment for a program that uses the sanitized library; it loads the sanitizers before Python."""
     cxx = build.find_tools("cpu").cxx
     libraries = [
         subprocess.run([cxx, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
@@ -58,18 +61,18 @@ def sanitized(root: Path, cache: Path, isa: str) -> dict[str, str]:
         "PYTHONPATH": f"{root}:{root / 'python'}",
         "EFFT_CPU_ISA": isa,
         "LD_PRELOAD": " ".join(libraries),
-        "ASAN_OPTIONS": "detect_leaks=0:protect_shadow_gap=0",  # Python keeps its memory to the end
+        "ASAN_OPTIONS": "detect_leaks=0:protect_shadow_gap=0",  # Python does not free its memory before it exits
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
 
 
 def read_sources() -> list[list[str]]:
-    """Commands that read csrc/cpu: clang-tidy, and cppcheck where it is installed."""
+    """Return the commands that check csrc/cpu statically: clang-tidy, and cppcheck if it is installed."""
     include = build.find_tools("cpu").torch / "include"
     files = [str(path) for path in sorted((ROOT / "csrc/cpu").glob("*.cpp"))]
     flags = ["-std=c++20", f"-DTORCH_TARGET_VERSION={build.OLDEST_TORCH}", "-isystem", str(include)]
     commands = [["clang-tidy", "--quiet", *files, "--", *flags, "-DEFFT_ISA=portable"]]
-    # The kernels once more for the set with most code of its own, whether this processor has it or not.
+    # The kernels are also checked for the instruction set with the most code, even if this processor lacks it.
     best, of_best = next(iter(build.isa_flags().items()))
     kernels = str(ROOT / "csrc/cpu/kernels.cpp")
     commands.append(["clang-tidy", "--quiet", kernels, "--", *flags, f"-DEFFT_ISA={best}", *of_best.split()])
@@ -77,12 +80,14 @@ def read_sources() -> list[list[str]]:
         print("cppcheck is not installed (apt-get install cppcheck): skipped", flush=True)
         return commands
     options = ["--std=c++20", "--enable=warning,performance,portability", "--suppress=passedByValue", "--quiet"]
-    registration = "STABLE_TORCH_LIBRARY_IMPL(a,b,c)=void implement(Library& c)"  # it does not see torch's headers
+    registration = (
+        "STABLE_TORCH_LIBRARY_IMPL(a,b,c)=void implement(Library& c)"  # cppcheck does not see torch's headers
+    )
     return [*commands, ["cppcheck", *options, "--error-exitcode=1", "-DEFFT_ISA=portable", f"-D{registration}", *files]]
 
 
 def check_sets(arguments: list[str]) -> None:
-    """Run the tests of numbers, of random shapes among them, with every instruction set but the best."""
+    """Run the numerical tests, including those of random shapes, with every instruction set except the best."""
     if native.MISSING["cpu"] is not None:
         print(f"skipped: {native.MISSING['cpu']}", flush=True)
         return
@@ -98,7 +103,7 @@ def check_sets(arguments: list[str]) -> None:
 
 
 def check_sanitized(arguments: list[str]) -> None:
-    """Read the sources with static checkers, then run the backend's tests under the sanitizers."""
+    """Check the sources statically, then run the backend's tests under the sanitizers."""
     for command in read_sources():
         print(command[0], flush=True)
         subprocess.run(command, check=True)

@@ -1,9 +1,12 @@
-"""``python tests/csrc/cpu/portability.py WHEEL PYTHON...``: one wheel with the extension where Python and torch are not
-those that it was built with. Not part of the tests: the environments are several GB each.
+"""Test one wheel with the extension under versions of Python and torch other than those that built it.
 
-For each PYTHON, which has torch, numpy and safetensors: installs the wheel into an empty folder, runs the environment
-report with its self-test, and trains one adapted layer on the cpu backend.
+Usage: ``python tests/csrc/cpu/portability.py WHEEL PYTHON...``. This script is not part of the tests, because each
+environment takes several GB. Each PYTHON must have torch, numpy and safetensors. For each of them, the script installs
+the wheel into an empty folder, runs the environment report with its self-test, and trains one adapted layer on the cpu
+backend.
 """
+
+from __future__ import annotations
 
 import subprocess
 import sys

@@ -1,4 +1,6 @@
-"""Building the extension: what is asked for is built or refused with the reason, and what is built loads anywhere."""
+"""Test building the extension: a request succeeds or fails with the reason, and the built library loads anywhere."""
+
+from __future__ import annotations
 
 import json
 import os
@@ -30,7 +32,7 @@ needs_compiler = pytest.mark.skipif(missing_tools("cpu") is not None, reason=mis
 
 @needs_compiler
 def test_where_there_is_a_compiler_the_extension_is_tested() -> None:
-    """Otherwise every test of the cpu backend would skip itself, and nobody would see it."""
+    """Otherwise all tests of the cpu backend would be skipped unnoticed."""
     assert native.MISSING["cpu"] is None
 
 
@@ -121,7 +123,7 @@ def exported(path: Path) -> list[str]:
 @needs_compiler
 @pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm, of binutils")
 def test_nothing_but_the_stable_abi_is_used() -> None:
-    """No C++ name of torch's and none of Python's: one library for every torch and every Python."""
+    """The library uses no C++ symbols of torch and no symbols of Python, so it works with every version of both."""
     path = build.find("cpu")
     assert path is not None
     names = exported(path)
@@ -132,7 +134,7 @@ def test_nothing_but_the_stable_abi_is_used() -> None:
 @needs_compiler
 @pytest.mark.slow
 def test_installed_wheel(tmp_path: Path) -> None:
-    """The wheel with the extension: its tag, what it holds, and that the copy inside it is what runs."""
+    """The wheel with the extension has the right tag and contents, and the program uses the library in the wheel."""
     environment = {**os.environ, "EFFT_BUILD_EXT": "cpu", "XDG_CACHE_HOME": str(tmp_path / "cache")}
     command = [
         sys.executable,
@@ -167,7 +169,7 @@ def test_installed_wheel(tmp_path: Path) -> None:
 
 
 def test_an_installation_fails_if_its_wish_cannot_be_met(tmp_path: Path) -> None:
-    """Without a compiler in reach pip stops with the reason; it does not install less than was asked for."""
+    """Without a compiler pip stops with the reason; it does not install less than the user requested."""
     environment = {**os.environ, "EFFT_BUILD_EXT": "cpu", "PATH": str(tmp_path), "CXX": "no-such-compiler"}
     command = [sys.executable, "setup.py", "bdist_wheel", "--dist-dir", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -178,7 +180,7 @@ def test_an_installation_fails_if_its_wish_cannot_be_met(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(("wish", "code"), [("auto", 0), ("cpu", 1)])
 def test_a_compiler_that_fails(wish: str, code: int, tmp_path: Path) -> None:
-    """It fails an installation that asked for the extension, and no other."""
+    """A failing compiler makes an installation fail only if the user requested the extension."""
     if missing_tools("cpu"):
         pytest.skip(missing_tools("cpu") or "")
     environment = {**os.environ, "EFFT_BUILD_EXT": wish, "CXX": "/bin/false"}

@@ -1,7 +1,9 @@
-"""Nothing beyond an operand is read or written: each one ends where the memory that may be touched ends.
+"""Test that the cpu backend does not access memory beyond an operand: each operand ends at an unreadable page.
 
-The sanitizers do not see the loads and stores of matrix registers, which this does.
+The sanitizers do not check the loads and stores of matrix registers. These tests do.
 """
+
+from __future__ import annotations
 
 import subprocess
 import sys
@@ -21,7 +23,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 def at_the_end(tensor):
-    # The last element in the last bytes before a page that is not readable.
+    # The last element lies in the last bytes before an unreadable page.
     size = tensor.numel() * tensor.element_size()
     pages = -(-max(size, 1) // mmap.PAGESIZE)
     memory = mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE)
@@ -41,12 +43,13 @@ for _ in range(150):
         lambda x, W, b, D, G: tt_linear(x, W, b, D, G, backend="cpu"),
         lambda x, W, b, D, G: tt_gelu_linear(x, W, b, D, G, backend="cpu"),
         lambda x, W, b, D, G: tt_norm_linear(x, None, None, W, b, D, G, backend="cpu"),
+        lambda x, W, b, D, G: tt_norm_linear(x, D[:, 0].contiguous(), D[:, -1].contiguous(), W, b, D, G, backend="cpu"),
     ):
         results = []
         for place in (torch.clone, at_the_end):
-            x_, D_, G_ = (place(t).requires_grad_() for t in (x, D, G))
-            y = op(x_, place(W), place(b), D_, G_)
-            results.append([y, *torch.autograd.grad(y, (x_, D_, G_), place(gy))])
+            x_, b_, D_, G_ = (place(t).requires_grad_() for t in (x, b, D, G))
+            y = op(x_, place(W), b_, D_, G_)
+            results.append([y, *torch.autograd.grad(y, (x_, b_, D_, G_), place(gy))])
         for ours, other in zip(*results):
             torch.testing.assert_close(ours, other, rtol=2e-2, atol=2e-2 * float(other.abs().max()), equal_nan=True)
 print("whole")

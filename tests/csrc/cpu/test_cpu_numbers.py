@@ -1,5 +1,9 @@
-"""The cpu backend where ordinary inputs do not go: tails, constant rows, values that are not numbers, odd places in
-memory. ``make check-native`` runs these tests for every instruction set, with every access checked."""
+"""Test the cpu backend on unusual inputs: tails, constant rows, NaN and infinity, unusual addresses.
+
+``make check-native`` runs these tests for every instruction set and checks every memory access.
+"""
+
+from __future__ import annotations
 
 import math
 import re
@@ -25,7 +29,7 @@ def _backend() -> object:
 
 
 def bare(op: object, x: Tensor, **options: object) -> Pair:
-    """The op's input stage alone, and its slope or gradient: the weight is the identity, the update zero."""
+    """Return the op's input stage and its slope or gradient, by means of an identity weight and a zero update."""
     d = x.shape[-1]
     x = x.detach().requires_grad_()
     identity = torch.eye(d, dtype=x.dtype)
@@ -102,7 +106,7 @@ def test_norm_of_rows_far_from_zero(mean: float, eps: float, outlier: float) -> 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_not_a_number_stays_in_its_row(value: float) -> None:
-    """Of y and dx; dD and dG sum over the rows, and say so."""
+    """The test checks y and dx. dD and dG sum over the rows and therefore become NaN as well."""
     inputs = make_inputs("tt_linear", tokens=70, d_in=50, d_out=70, r1=17)
     leaves = {name: inputs[name].requires_grad_() for name in ("x", "D", "G")}
     with torch.no_grad():
@@ -123,7 +127,7 @@ def test_what_is_not_a_number_stays_in_its_row(value: float) -> None:
 @pytest.mark.parametrize("rank", [1, 5, 16, 21])
 @pytest.mark.parametrize("d_in", [1, 24])
 def test_factors_cut_from_the_end_of_a_wider_matrix(rank: int, d_in: int) -> None:
-    """A row distance of whole panels does not mean that whole panels may be read."""
+    """Even if the row stride is a multiple of the panel width, the kernel must not read a full panel at the end."""
     inputs = make_inputs("tt_linear", d_in=d_in, r1=rank)
     expected = tt_linear(**inputs)
     for name in ("D", "G"):
@@ -136,7 +140,7 @@ def test_factors_cut_from_the_end_of_a_wider_matrix(rank: int, d_in: int) -> Non
 
 
 def test_factors_that_are_one_row() -> None:
-    """Torch gives any stride to a dimension of one element; a row distance of zero means something else to kernels."""
+    """Torch may use any stride for a dimension of one element, but kernels treat a row stride of zero specially."""
     x, W = torch.randn(9, 1), torch.randn(70, 1)
     D, G = torch.randn(1).expand(1, 5), torch.randn(70).expand(5, 70)
     for factors in ((D, G), (D.as_strided((1, 5), (0, 0)), G), (D[:, :1].as_strided((1, 1), (16, 16)), G[:1])):
@@ -150,11 +154,11 @@ def test_sizes_of_zero(sizes: tuple[int, int, int], tokens: int) -> None:
     d_in, d_out, rank = sizes
     x, W = torch.randn(tokens, d_in, requires_grad=True), torch.randn(d_out, d_in)
     D, G = (torch.randn(shape, requires_grad=True) for shape in ((d_in, rank), (rank, d_out)))
-    b = torch.randn(d_out)
+    b = torch.randn(d_out, requires_grad=True)
     y = tt_linear(x, W, b, D, G)
     torch.testing.assert_close(y, x @ W.t() + b + x @ D @ G)
     gy = torch.randn_like(y)
-    got, wanted = (torch.autograd.grad(out, (x, D, G), gy) for out in (y, x @ W.t() + b + x @ D @ G))
+    got, wanted = (torch.autograd.grad(out, (x, b, D, G), gy) for out in (y, x @ W.t() + b + x @ D @ G))
     torch.testing.assert_close(got, wanted)
     a = F.gelu(x)
     torch.testing.assert_close(tt_gelu_linear(x, W, b, D, G), a @ W.t() + b + a @ D @ G)
@@ -167,18 +171,30 @@ def test_sizes_of_zero(sizes: tuple[int, int, int], tokens: int) -> None:
 
 @pytest.mark.parametrize("need", ["dx", "dD", "dG"])
 def test_a_gradient_whose_operand_is_missing_is_refused(need: str) -> None:
-    """By the registered operator itself: the public functions save what they need."""
+    """The test calls the registered operator directly, because the public functions save the required tensors."""
     inputs = make_inputs("tt_linear")
-    needs = [name == need for name in ("dx", "dD", "dG")]
+    needs = [name == need for name in ("dx", "dD", "dG", "db")]
     with pytest.raises(RuntimeError, match="dx needs W, dD needs x, dG needs h: one of them is missing"):
         torch.ops.efft.tt_linear_bwd.cpu(torch.ones(29, 40), None, None, None, inputs["D"], inputs["G"], *needs)
+
+
+@pytest.mark.parametrize("need", ["dgamma", "dbeta"])
+def test_gradients_of_a_norm_without_the_weight_are_refused(need: str) -> None:
+    inputs = make_inputs("tt_norm_linear")
+    x, gamma, beta, D, G = (inputs[name] for name in ("x", "gamma", "beta", "D", "G"))
+    needs = [name == need for name in ("dx", "dD", "dG", "db", "dgamma", "dbeta")]
+    statistics = torch.zeros(29), torch.ones(29)
+    with pytest.raises(RuntimeError, match="dgamma and dbeta need W, which is missing"):
+        torch.ops.efft.tt_norm_linear_bwd.cpu(
+            torch.ones(29, 40), x, gamma, beta, 1e-5, *statistics, None, None, D, G, *needs
+        )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("op", [tt_linear, tt_gelu_linear], ids=["wide output", "wide input"])
 def test_more_elements_than_32_bits_count(op: object) -> None:
-    """The last rows and the sums over all of them."""
-    # Asked when the test runs, not when it is collected: 9 GiB are used, and other programs need some meanwhile.
+    """The last rows and the sums over all rows are correct."""
+    # The check runs in the test rather than at collection: the test uses 9 GiB, and other programs need memory too.
     meminfo = Path("/proc/meminfo").read_text() if Path("/proc/meminfo").exists() else ""
     available = re.search(r"^MemAvailable: +(\d+) kB$", meminfo, re.MULTILINE)
     if available is None or int(available[1]) < 16 << 20:

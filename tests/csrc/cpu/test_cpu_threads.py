@@ -1,4 +1,6 @@
-"""The cpu backend in several threads: torch's own inside of a call, and Python's around it."""
+"""Test the cpu backend with several threads: torch's threads inside a call, and Python threads that call it."""
+
+from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
@@ -16,12 +18,12 @@ from efft_kernels.testing import assert_close_budget, make_inputs
 
 pytestmark = pytest.mark.skipif(native.MISSING["cpu"] is not None, reason=native.MISSING["cpu"] or "")
 
-#: Enough tokens for each of four threads to have several blocks, and layers to share a contraction.
+#: Enough tokens that each of four threads gets several blocks, and enough layers that threads share a contraction.
 SIZES = {"tokens": 1100, "d_in": 200, "d_out": 130, "r1": 19, "n_layers": 7}
 TRAINED = {
-    "tt_linear": ("x", "D", "G"),
-    "tt_gelu_linear": ("z", "D", "G"),
-    "tt_norm_linear": ("x", "D", "G"),
+    "tt_linear": ("x", "D", "G", "b"),
+    "tt_gelu_linear": ("z", "D", "G", "b"),
+    "tt_norm_linear": ("x", "D", "G", "b", "gamma", "beta"),
     "tt_contract": ("C", "V"),
     "tt_linear_grouped": (),
     "tt_merge_": (),
@@ -36,7 +38,7 @@ def _threads() -> Iterator[None]:
 
 
 def results(op: str, backend: str = "cpu", wide: bool = False, **options: Any) -> dict[str, Tensor]:
-    """The output of ``op`` and its gradients; ``wide`` in fp64."""
+    """Return the output and the gradients of ``op``, computed in fp64 if ``wide``."""
     inputs = make_inputs(op, **{**SIZES, **options})
     if wide:
         inputs = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
@@ -62,7 +64,7 @@ def test_the_number_of_threads_changes_rounding_alone(op: str, dtype: torch.dtyp
 
 
 def test_many_threads_at_once() -> None:
-    """Each with layers of its own size: none may find another's numbers in memory that is kept."""
+    """Each thread has layers of a different size. No thread may read another thread's values from reused memory."""
     torch.set_num_threads(2)
     cases = [(op, {"d_in": 64 + 8 * i, "seed": i}) for i, op in enumerate([*TRAINED, "tt_linear", "tt_norm_linear"])]
     expected = [results(op, **options) for op, options in cases]
@@ -80,7 +82,7 @@ def test_many_threads_at_once() -> None:
 
 
 def resident() -> int:
-    """Bytes of memory that this process occupies."""
+    """Return the resident memory of this process in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
@@ -88,7 +90,7 @@ def resident() -> int:
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
 @pytest.mark.parametrize("how", ["one thread", "a thread a call"])
 def test_memory_that_is_kept_does_not_grow(how: str) -> None:
-    """A thread's scratch is that of its largest call, and goes with the thread."""
+    """A thread's scratch memory is as large as its largest call needs, and is freed when the thread ends."""
 
     def call() -> None:
         results("tt_gelu_linear", tokens=96, d_in=1024, d_out=1024, r1=64)
@@ -102,9 +104,9 @@ def test_memory_that_is_kept_does_not_grow(how: str) -> None:
     for _ in range(10):
         once()
     grown = []
-    for _ in range(4):  # what is never given back grows every time, the allocator's own arenas once
+    for _ in range(4):  # a leak grows in every round, the allocator's own arenas only in the first
         before = resident()
         for _ in range(20):
             once()
         grown.append(resident() - before)
-    assert min(grown) < 10e6, f"more than half a megabyte a call: {grown}"
+    assert min(grown) < 10e6, f"more than half a megabyte per call: {grown}"

@@ -1,4 +1,6 @@
-"""The cpu backend is compiled once for each instruction set: every one is right, and none has another's code."""
+"""Test the copies of the cpu backend, one per instruction set: each is correct and contains only its own code."""
+
+from __future__ import annotations
 
 import os
 import shutil
@@ -32,7 +34,7 @@ def test_a_name_that_is_none_is_refused() -> None:
 
 @pytest.mark.parametrize("isa", instruction_sets()[1:])
 def test_lesser_sets(isa: str, request: pytest.FixtureRequest) -> None:
-    """The session that ``make check-isa`` runs for a set does use it, and holds the tests that it is for."""
+    """The pytest session that ``make check-isa`` starts uses the given set, and contains the intended tests."""
     if os.environ.get("EFFT_CPU_ISA") != isa:
         pytest.skip(f"make check-isa runs it, with EFFT_CPU_ISA={isa}; all other tests use the best set")
     assert native.instruction_set() == isa
@@ -42,7 +44,7 @@ def test_lesser_sets(isa: str, request: pytest.FixtureRequest) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm, of binutils")
 def test_no_function_is_shared_between_sets(tmp_path: Path) -> None:
-    """Of a function that several sets have under one name the linker keeps any, in code a processor may lack."""
+    """If several sets define one name, the linker keeps only one function, which a processor may not support."""
     objects = tmp_path / "objects"
     build.build(["cpu"], tmp_path, objects)
     sets = {path.stem.removeprefix("cpu-"): path for path in objects.glob("cpu-*.o")}
@@ -51,7 +53,7 @@ def test_no_function_is_shared_between_sets(tmp_path: Path) -> None:
     for isa, path in sets.items():
         done = subprocess.run(["nm", "--defined-only", str(path)], capture_output=True, text=True, check=True)
         kinds = [line.split()[1:] for line in done.stdout.splitlines()]
-        own = f"4efft{len(isa)}{isa}", "DW.ref."  # the latter are pointers for the unwinder, no code
+        own = f"4efft{len(isa)}{isa}", "DW.ref."  # names with the second prefix are pointers for the unwinder, not code
         shared = [name for kind, name in kinds if kind in "TWVuDB" and not any(mark in name for mark in own)]
         assert any(kind in "TWVuDB" for kind, _ in kinds)
         assert not shared, f"{path.name} defines {shared}"

@@ -1,4 +1,6 @@
-"""The sanitizers of ``make check-native`` see what they are for: a mistake that is put in is reported where it is."""
+"""Test that the sanitizers of ``make check-native`` report a planted error with its location."""
+
+from __future__ import annotations
 
 import shutil
 import subprocess
@@ -9,7 +11,7 @@ import pytest
 
 from tests.csrc.cpu.check import ROOT, build_sanitized, instruction_sets, sanitized
 
-#: A line of low_rank.h, and what writes one float past the end of a buffer of its own.
+#: A line of low_rank.h, and a modification that writes one float past the end of a buffer.
 RIGHT = "store(target + j, load(source + j, count), count); });"
 MISTAKE = f"{RIGHT} target[columns] = 0;"
 
@@ -25,7 +27,7 @@ def test_a_planted_mistake_is_reported_with_file_and_line(tmp_path: Path) -> Non
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     source = tmp_path / "csrc" / "cpu" / "low_rank.h"
     before, found, after = source.read_text().partition(RIGHT)
-    assert found, "low_rank.h no longer has the line that the mistake is put in"
+    assert found, "low_rank.h no longer has the line into which the mistake is planted"
     source.write_text(before + MISTAKE + after)
     build_sanitized(tmp_path, tmp_path / "cache")
     program = (

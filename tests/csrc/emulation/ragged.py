@@ -24,8 +24,12 @@ SIZES = (
     *((0, 24, 40, 5), (1, 16, 8, 1), (37, 40, 72, 17), (130, 136, 33, 33)),
     *((131, 70, 130, 100), (9, 13, 21, 129), (300, 24, 40, 5)),
 )
-#: Of tile_cases: tiles of 192 x 192 and of 128 x 256 are the better choice for two each, with h made and read.
-TILES = ((520, 264, 520, 5), (256, 200, 256, 33), (500, 520, 256, 5), (380, 264, 192, 40))
+#: Of tile_cases: for half of them tiles of 192 x 192 are the better choice, for the others tiles of 128 x 256; each with
+#: h made beside few columns and beside many, and with h read.
+TILES = (
+    *((520, 264, 520, 5), (300, 72, 192, 24), (380, 264, 192, 40)),
+    *((500, 520, 256, 5), (200, 136, 256, 24), (256, 200, 256, 33)),
+)
 #: Name, results, exact results, dtype, and the size of the terms of what may cancel.
 Case = tuple[str, dict[str, Tensor], dict[str, Tensor], torch.dtype, dict[str, float]]
 
@@ -57,7 +61,7 @@ def linear_cases(producer: str) -> Iterator[Case]:
         own = [gamma, beta, 1e-5] if producer == "norm" else []
         last = [producer] if op == "tt_gelu_linear" else []
         y, h, *statistics = ops[0](x, *own, W, b, D, G, *last)
-        grads = ops[1](gy, x, *own, *statistics, W, h, D, G, *last, True, True, True)
+        grads = ops[1](gy, x, *own, *statistics, W, h, D, G, *last, *[True] * (6 if own else 4))
 
         at = x.double().requires_grad_()
         if producer == "norm":
@@ -73,11 +77,15 @@ def linear_cases(producer: str) -> Iterator[Case]:
             dn = rounded(dn, dtype)
         (dx,) = torch.autograd.grad(out, at, dn)
         exact = {"y": base + h_ @ G_, "h": h_, "dx": dx, "dD": a.t() @ dh, "dG": h_.t() @ gy.double()}
-        got = dict(zip(("y", "h", "dx", "dD", "dG"), (y, h, *grads), strict=True))
+        exact["db"] = gy.double().sum(0)
+        if own:
+            exact |= {"dgamma": (dn * F.layer_norm(x.double(), (d_in,))).sum(0), "dbeta": dn.sum(0)}
+        got = dict(zip(exact, (y, h, *grads), strict=True))
         if dtype == torch.float32:  # in half precision the sum has rounded the update away
             exact["update"], got["update"] = h_ @ G_, y.double() - base
         h_terms = a.abs() @ D_.abs()
         terms = {"h": h_terms.norm().item(), "dG": (h_terms.t() @ gy.double().abs()).norm().item()}
+        terms |= {"db": gy.double().norm().item(), "dgamma": dn.norm().item(), "dbeta": dn.norm().item()}
         yield f"{op} {producer} {tokens} {d_in} {d_out} {rank} {dtype} {layout}", got, exact, dtype, terms
 
 
@@ -112,7 +120,7 @@ def update_cases() -> Iterator[Case]:
         W = torch.cat([block, -block], 1).repeat(2, 1)
         D, G = random(40, rank, dtype=torch.float32, scale=0.1), random(rank, 56, dtype=torch.float32, scale=1e-3)
         y, h = torch.ops.efft.tt_linear_fwd.cuda(x, W, None, D, G)
-        dx, _, _ = torch.ops.efft.tt_linear_bwd.cuda(gy, x, W, h, D, G, True, False, False)
+        dx, *_ = torch.ops.efft.tt_linear_bwd.cuda(gy, x, W, h, D, G, True, False, False, False)
         D_, G_ = rounded(D, dtype), rounded(G, dtype)
         h_, dh = rounded(x.double() @ D_, dtype), rounded(gy.double() @ G_.t(), dtype)
         exact = {"update y": h_ @ G_, "update dx": dh @ D_.t()}

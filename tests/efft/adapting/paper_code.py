@@ -1,12 +1,12 @@
-"""EFFT in the dense form of the paper's public code, as an oracle: it calls nothing of this project.
+"""Compute EFFT in the dense form of the paper's public code, as an oracle that uses no code of this project.
 
-Every update is built as a matrix, ΔW = U C_i V, and multiplied out beside the frozen layer. Written from the
-description, not from the code: q, k and v are three products that are concatenated, o acts on the output of the
-attention, fc2 uses the transposed matrix, s is a plain multiplier, dropout hits the factors. One draw of the dropout
-masks serves q, k, v and o of a block; fc1 and fc2 have draws of their own.
+Every update is built as a matrix, ΔW = U C_i V, and multiplied separately from the frozen weight. This implementation
+follows the description of the method: q, k and v are three products that are concatenated, o acts on the output of the
+attention, fc2 uses the transposed matrix, s is a constant multiplier, and dropout applies to the factors. One draw of
+dropout masks serves q, k, v and o of a block; fc1 and fc2 have separate draws.
 
-A train is stored as the paper stores it: all cores in one tensor, their index last (ViT, ``[r1, r2, n]``) or first
-(Swin, ``[n, r1, r2]``). The base is a plain model; forward hooks add the updates.
+A tensor train has the storage layout of the paper: all cores are in one tensor, with the index of the core last (ViT,
+``[r1, r2, n]``) or first (Swin, ``[n, r1, r2]``). The base is a plain model, and forward hooks add the updates.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from torch import Tensor, nn
 
 
 class Kept(NamedTuple):
-    """One draw of dropout masks, already scaled by 1/(1-p)."""
+    """Hold one draw of dropout masks, already scaled by 1/(1-p)."""
 
     U: Tensor  # [d_in, r1]
     C: Sequence[Tensor]  # one [r1, r2] for each matrix that the draw serves
     V: Tensor  # [r2, d_out]
 
 
-#: Block and place ("mhsa", "fc1", "fc2"; "qkvo" in EFFT1) to the draw used there.
+#: A function that returns the draw of a block at a place ("mhsa", "fc1", "fc2"; "qkvo" in EFFT1).
 Draw = Callable[[int, str], Kept]
 
 
 @dataclass
 class Train:
-    """U [d_in, r1], V [r2, d_out] and all cores in one tensor, their index last or first."""
+    """Hold U [d_in, r1], V [r2, d_out] and all cores in one tensor, with the index of the core last or first."""
 
     U: Tensor
     C: Tensor
@@ -41,7 +41,7 @@ class Train:
     layout: str = "last"
 
     def dense(self, core: int, kept: Kept | None = None, of_draw: int = 0) -> Tensor:  # [d_in, d_out]
-        """U C_core V; ``of_draw`` says which of the draw's core masks belongs to this core."""
+        """Return U C_core V; ``of_draw`` is the index of this core's mask in the draw."""
         U, V = self.U, self.V
         C = self.C[..., core] if self.layout == "last" else self.C[core]
         if kept is not None:
@@ -58,7 +58,7 @@ def attach_efft2(
     per_block: bool,
     draw: Draw | None = None,
 ) -> None:
-    """EFFT2 on the blocks of one stage: cores 4l..4l+3 and 2l..2l+1 in block l, or 0..3 and 0..1 in all of them."""
+    """Add EFFT2 to one stage. Block l uses cores 4l..4l+3 and 2l..2l+1, or all blocks share cores 0..3 and 0..1."""
     for index, block in enumerate(blocks):
         first = 4 * index if per_block else 0
         kept = None if draw is None else draw(index, "mhsa")
@@ -71,7 +71,7 @@ def attach_efft2(
 
 
 def attach_efft1(blocks: Sequence[nn.Module], joint: Train, s: float, *, draw: Draw | None = None) -> None:
-    """EFFT1: cores 3l, 3l+1, 3l+2 give the d x 4d matrices [Wq|Wk|Wv|Wo], fc1 and fc2 transposed."""
+    """Add EFFT1: cores 3l, 3l+1, 3l+2 yield the d x 4d matrices [Wq|Wk|Wv|Wo], fc1, and fc2 (transposed)."""
     for index, block in enumerate(blocks):
         qkvo, fc1, fc2 = (
             joint.dense(3 * index + i, None if draw is None else draw(index, place))

@@ -1,4 +1,4 @@
-"""Adapting a model in place and undoing it: what starts as a no-op, what is trained, what is left untouched."""
+"""Test adapting a model in place and undoing it: the first step changes nothing, and only the right tensors train."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_only_the_zero_side_learns_at_step_0(variant: Any, init: str, tiny_vit: 
 
 
 def test_core_init_follows_the_papers_layouts(tiny_vit: Make) -> None:
-    """Bounds that xavier_uniform_ gives for a [r, r, 4 L], a [4 L, r, r] and an [r, r] parameter."""
+    """The bounds are those of xavier_uniform_ for parameters of shape [r, r, 4 L], [4 L, r, r] and [r, r]."""
     r, n = 4, 4 * 8
     bounds = {}
     for layout, like in (("last", (r, r, n)), ("first", (n, r, r)), ("matrix", (r, r))):
@@ -109,7 +109,7 @@ def test_base_keeps_its_names_values_and_parameters(tiny_vit: Make) -> None:
     assert [n for n in state if not n.startswith("efft.")] == list(values)
     assert all(torch.equal(state[n], values[n]) for n in values)
     assert all(model.get_parameter(n) is p for n, p in objects.items())
-    model.load_state_dict(values, strict=False)  # a plain checkpoint still fits
+    model.load_state_dict(values, strict=False)  # a plain checkpoint still loads
 
 
 def test_only_factors_and_head_change_in_training(tiny_vit: Make, images: Tensor) -> None:
@@ -215,7 +215,7 @@ def test_remove_from_a_plain_model(tiny_vit: Make, unchanged: Unchanged) -> None
         efft.remove(model)
 
 
-# --- errors leave the model alone -------------------------------------------------------------------------------------
+# --- errors do not change the model -----------------------------------------------------------------------------------
 
 
 def unequal_widths(model: nn.Module) -> None:
@@ -325,7 +325,7 @@ def test_disabled_nests(adapted_vit: Make, images: Tensor) -> None:
 
 
 def test_disabled_on_a_merged_or_plain_model(adapted_vit: Make, tiny_vit: Make, images: Tensor) -> None:
-    """A merged update is out of the weights meanwhile, and back in them afterwards, bit for bit."""
+    """A merged update is removed from the weights while disabled, and restored exactly afterwards."""
     model = adapted_vit().eval()
     with torch.no_grad(), efft.disabled(model):
         base = model(images)

@@ -1,4 +1,6 @@
-"""``scale="auto"``: how far a step of the optimizer moves the weights, on models of many sizes."""
+"""Test ``scale="auto"``: an optimizer step changes the weights by similar amounts in models of different sizes."""
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path

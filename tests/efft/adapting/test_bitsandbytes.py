@@ -1,4 +1,4 @@
-"""Adapters on layers of bitsandbytes, whose classes have products and state dicts of their own."""
+"""Test adapters on layers of bitsandbytes, whose classes have their own products and state dicts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CONFIG = {"rank": 4, "dropout": 0.0}
 
 def to_4bit(linear: nn.Linear) -> nn.Linear:
     layer = bnb.nn.Linear4bit(linear.in_features, linear.out_features, quant_type="nf4")
-    layer.support_avx512bf16_for_cpu = False  # which packs weights after inference, and then has no gradients
+    layer.support_avx512bf16_for_cpu = False  # this option packs weights after inference, which removes the gradients
     layer.load_state_dict(linear.state_dict())
     return layer.to("cpu")
 
@@ -34,7 +34,7 @@ def to_8bit(linear: nn.Linear) -> nn.Linear:
 
 
 def dense(layer: nn.Linear) -> Tensor:
-    """The values of a quantized weight, in fp64."""
+    """Return the values of a quantized weight, in fp64."""
     if isinstance(layer, bnb.nn.Linear4bit):
         return bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).double()
     scale = layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB
@@ -66,7 +66,7 @@ def adapted(backbone: Make, randomize: Make) -> nn.Module:
 
 
 def test_output_and_every_gradient_of_a_layer(quantize: Callable[[nn.Linear], nn.Linear]) -> None:
-    """Against the dequantized weight in fp64, with the update as a matrix."""
+    """The oracle uses the dequantized weight and the dense update in fp64."""
     frozen = quantize(nn.Linear(64, 96))
     layer = EfftLinear.from_linear(frozen, rank=4, n_cores=3)
     assert isinstance(layer, type(frozen)), "with the product and the state dict of its class"
@@ -83,7 +83,7 @@ def test_output_and_every_gradient_of_a_layer(quantize: Callable[[nn.Linear], nn
     got = (y, x.grad, *(p.grad for p in layer.factors.parameters()))
     for ours, want in zip(got, (expected, *gradients), strict=True):
         error = ((ours - want).norm() / want.norm()).item()
-        # bitsandbytes rounds the activations of its 8-bit layers, and scales in fp16
+        # bitsandbytes rounds the activations of 8-bit layers and applies their scales in fp16.
         assert error < (1e-6 if quantize is to_4bit else 2e-2), error
 
 
@@ -116,7 +116,7 @@ def test_files_and_removal(adapted: nn.Module, backbone: Make, tiny_vit: Make, i
     other.blocks[0].attn.qkv.weight.data[:8] ^= 1
     with pytest.raises(ValueError, match="the base weights are not those it was trained on"):
         efft.load_adapter(other, tmp_path)
-    dense_base = efft.load_adapter(tiny_vit(), tmp_path)  # where updates can be merged
+    dense_base = efft.load_adapter(tiny_vit(), tmp_path)  # a base into which updates can be merged
     assert (dense_base(images) - expected).norm() < 0.1 * expected.norm()
     kinds = {n: type(m) for n, m in backbone().named_modules()}
     assert {n: type(m) for n, m in efft.remove(adapted).named_modules()} == kinds

@@ -1,4 +1,4 @@
-"""Buffers that training changes: batch norms and their like, saved with the adapter and put back by ``efft.remove``."""
+"""Test buffers that training changes, as in batch norms: the adapter saves them and ``efft.remove`` restores them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STATISTICS = [
 
 
 class Net(nn.Module):
-    """Convolutions, batch norms, a codebook with a moving average, tables that never change, and a head with a norm."""
+    """Combine convolutions, batch norms, a codebook with a moving average, constant tables, and a head with a norm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ def test_what_training_leaves_alone_is_not_saved(tmp_path: Path) -> None:
 
 
 def test_an_adapter_replaces_the_statistics_of_another(tmp_path: Path, x: Tensor) -> None:
-    """That of a model whose statistics stayed as they were brings the base's back."""
+    """An adapter whose training did not change the statistics restores the base's statistics."""
     config = efft.EfftConfig(**CONFIG)
     still = efft.apply(base(), config)
     efft.save_adapter(still, tmp_path)
@@ -98,7 +98,7 @@ def test_an_adapter_replaces_the_statistics_of_another(tmp_path: Path, x: Tensor
 
 
 def test_files_from_before_load_as_before(tmp_path: Path, x: Tensor) -> None:
-    """They say nothing about buffers, nor about statistics in their configuration."""
+    """Old files contain neither buffers nor a setting for statistics."""
     still = efft.apply(base(), efft.EfftConfig(**CONFIG))
     efft.save_adapter(still, tmp_path)
 
@@ -133,13 +133,13 @@ def test_disabled_computes_as_the_base(x: Tensor) -> None:
     reference.fc.load_state_dict(model.fc.state_dict())
     with efft.disabled(model):
         assert torch.equal(logits(model, x), logits(reference, x))
-        model.train().fc.eval()  # the head is not the base's
-        model(x)  # what changes there is lost
+        model.train().fc.eval()  # the head does not belong to the base
+        model(x)  # the changes of this pass are lost
     assert torch.equal(logits(model, x), trained)
 
 
 def test_disabled_between_forward_and_backward(x: Tensor) -> None:
-    """As a reference model's pass: no buffer that autograd needs is written to."""
+    """A pass of a reference model does this. The pass must not overwrite buffers that autograd needs."""
     model = train(efft.apply(base(), efft.EfftConfig(**CONFIG))).eval()
     loss = model(x).square().sum()
     with torch.no_grad(), efft.disabled(model):
@@ -167,7 +167,7 @@ def test_copies_freeze_their_own_statistics() -> None:
 
 
 def test_a_base_that_is_loaded_later_is_the_base(x: Tensor) -> None:
-    """And a checkpoint of training is not."""
+    """A checkpoint of a training run does not count as the base."""
     model = efft.apply(Net(), efft.EfftConfig(**CONFIG))
     names = ["conv1", "conv2", "bn1", "bn2", "fc"]
     weights = {n: t for n, t in base().state_dict().items() if n.partition(".")[0] in names}

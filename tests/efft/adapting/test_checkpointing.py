@@ -1,4 +1,4 @@
-"""Activation checkpointing: the factors of a pass come again when its layers are run again in backward."""
+"""Test activation checkpointing: layers that run again in backward use the factors of their forward pass."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 def step(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """Gradients of everything trainable for one batch, fresh."""
+    """Return new gradients of all trainable parameters for one batch."""
     model.zero_grad()
     loss(model(x)).backward()
     return gradients(model)
@@ -49,7 +49,7 @@ def test_gradient_checkpointing_equals_plain(
     torch.manual_seed(4)
     expected = step(model, x)
     model.set_grad_checkpointing()
-    for _ in range(3):  # what one pass leaves behind must not disturb the next
+    for _ in range(3):  # state that one pass leaves behind would disturb the next
         torch.manual_seed(4)
         assert_same(step(model, x), expected)
 
@@ -85,7 +85,7 @@ def test_whole_model_in_a_checkpoint(adapted_vit: Make, images: Tensor) -> None:
 
 
 def test_reentrant_checkpointing(adapted_vit: Make, images: Tensor) -> None:
-    """Right without dropout of factors, refused with it."""
+    """Reentrant checkpointing is correct without factor dropout, and raises an error with factor dropout."""
     for dropout in (0.0, 0.3):
         model = adapted_vit(std=0.2, dropout=dropout).train()
         expected = step(model, images)
@@ -127,7 +127,7 @@ def test_checkpointed_evaluation_in_between(adapted_vit: Make, images: Tensor) -
 def test_a_pass_whose_loss_was_thrown_away_does_not_disturb_the_next(
     then: str, adapted_vit: Make, images: Tensor
 ) -> None:
-    """As when a step is skipped because its loss is not finite."""
+    """A training loop skips a step in this way if the loss is not finite."""
     model = adapted_vit(std=0.2, dropout=0.3).train()
     results = []
     for checkpointing in (False, True):
@@ -142,7 +142,7 @@ def test_a_pass_whose_loss_was_thrown_away_does_not_disturb_the_next(
 
 
 def test_parts_called_alone_after_a_step(adapted_vit: Make, images: Tensor) -> None:
-    """They compute with the factors as they are now, not as an earlier pass had them."""
+    """The parts use the current factors rather than those of an earlier pass."""
     model = adapted_vit(std=0.2, dropout=0.0).train()
     results = []
     for checkpointing in (False, True):

@@ -1,4 +1,4 @@
-"""torch.compile without a graph break: the same numbers as eager, and nothing odd left in the model."""
+"""Test torch.compile: no graph breaks, the same results as eager mode, and no changes to the model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import efft
 
-pytestmark = pytest.mark.slow  # compiles whole models
+pytestmark = pytest.mark.slow  # compiles complete models
 
 Make = Callable[..., nn.Module]
 
@@ -24,7 +24,7 @@ def _fresh_compiler() -> None:
 
 
 def make(architecture: str, tiny_vit: Make, tiny_swin: Make, **config: Any) -> tuple[nn.Module, Tensor]:
-    """An adapted model and its input; Swin with 2 stages, which have everything that 4 have."""
+    """Return an adapted model and its input; Swin has 2 stages, which cover the same cases as 4 stages."""
     if architecture == "vit":
         return efft.apply(tiny_vit(), efft.EfftConfig(rank=4, **config)), torch.randn(2, 3, 16, 16)
     model = tiny_swin(patch_size=4, depths=(2, 2), num_heads=(1, 2))
@@ -32,7 +32,7 @@ def make(architecture: str, tiny_vit: Make, tiny_swin: Make, **config: Any) -> t
 
 
 def step(model: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Output and the gradients of everything trainable."""
+    """Return the output and the gradients of all trainable parameters."""
     model.zero_grad()
     y = forward(x)
     y.float().square().sum().backward()
@@ -90,7 +90,7 @@ def test_equals_eager_under_autocast(tiny_vit: Make, tiny_swin: Make, randomize:
 
 
 def test_inductor(tiny_vit: Make, randomize: Make) -> None:
-    """Generated code, once: one block, forward and backward."""
+    """One test with one block covers the generated code, forward and backward."""
     model = randomize(efft.apply(tiny_vit(depth=1), efft.EfftConfig(rank=4, dropout=0.0)), std=0.2).train()
     x = torch.randn(2, 3, 16, 16)
     expected = step(model, model, x)
@@ -110,7 +110,7 @@ def test_efft1_and_shared_cores_compile(tiny_vit: Make, randomize: Make) -> None
 
 
 def test_changes_after_compiling_are_seen(adapted_vit: Make, images: Tensor, randomize: Make) -> None:
-    """Training steps, switching off, merging and unmerging need no new torch.compile."""
+    """Training steps, disabling, merging and unmerging need no new call of torch.compile."""
     model = adapted_vit(dropout=0.0)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     close = {"rtol": 1e-4, "atol": 1e-5}
@@ -136,7 +136,7 @@ def test_gradient_checkpointing_in_a_compiled_model(adapted_vit: Make, images: T
 
 
 def test_blocks_compiled_one_by_one_share_a_graph(tiny_vit: Make, images: Tensor) -> None:
-    """Regional compilation: what one block compiles, the others reuse."""
+    """In regional compilation, the first block's compiled graph serves the other blocks."""
     model = efft.apply(tiny_vit(depth=12), efft.EfftConfig(rank=2, dropout=0.0))
     expected = model(images)
     for block in model.blocks:
@@ -166,7 +166,7 @@ def test_a_compiled_model_counts_and_groups_as_the_plain_one(
 
 
 def test_applying_to_a_compiled_model_is_refused(adapted_vit: Make, tiny_vit: Make, tmp_path: Path) -> None:
-    """Its names begin with _orig_mod., so an adapter of it would fit no plain model."""
+    """Parameter names in such a model begin with _orig_mod., so that the adapter would not fit a plain model."""
     efft.save_adapter(adapted_vit(), tmp_path)
     compiled = torch.compile(tiny_vit(), backend="eager")
     for act in (efft.apply, lambda model: efft.load_adapter(model, tmp_path)):

@@ -1,4 +1,4 @@
-"""Derivatives of a whole adapted model beyond a training step: second ones, and the transforms of torch.func."""
+"""Test second derivatives of an adapted model, and the transforms of torch.func."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ METHODS = {
     "efft2": efft.EfftConfig(rank=4),
     "efft1": efft.EfftConfig(rank=4, variant="efft1", trainable_scale="group"),
     "lora": efft.methods.LoRAConfig(rank=4),
-    "lora_xs": efft.methods.LoRAXSConfig(rank=4),  # D is frozen: no layer keeps its input
+    "lora_xs": efft.methods.LoRAXSConfig(rank=4),  # D is frozen, so no layer saves its input
     "loretta_adp": efft.methods.LoRETTAAdpConfig(rank=4, bottleneck=5),
 }
 
 
 @pytest.fixture(autouse=True)
 def attention() -> Iterator[None]:
-    """Torch's fused attention has no second derivative, and says so."""
+    """Disable torch's fused attention, which raises an error for a second derivative."""
     with sdpa_kernel(SDPBackend.MATH):
         yield
 
@@ -50,7 +50,7 @@ def factors(model: nn.Module) -> Parameters:
 
 
 def penalty(model: nn.Module, images: Tensor) -> list[Tensor]:
-    """By the factors, the gradient of |gradient by the images|², as a gradient penalty has it."""
+    """Return the factors' gradients of |gradient with respect to the images|², as in a gradient penalty."""
     x = images.clone().requires_grad_()
     (g,) = torch.autograd.grad(model(x).sin().sum(), x, create_graph=True)
     return list(torch.autograd.grad(g.square().sum(), list(model.efft.parameters())))
@@ -58,7 +58,7 @@ def penalty(model: nn.Module, images: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 def test_a_gradient_penalty(model: nn.Module, images: Tensor, fused: bool) -> None:
-    """By the reference, which is torch's own operations, and by finite differences of first derivatives."""
+    """The oracles are the reference backend, which uses torch's operations, and finite differences of gradients."""
     if fused:
         efft.fuse(model)
     x = images.double()
@@ -159,13 +159,13 @@ def test_forward_mode_and_hessians(one_model: nn.Module, images: Tensor) -> None
 def test_a_backend_by_name_is_refused_in_transforms(one_model: nn.Module, images: Tensor, backend: str) -> None:
     with (
         use_backend(backend),
-        pytest.raises(RuntimeError, match=r"cannot run: .* torch\.func transforms; leave the choice"),
+        pytest.raises(RuntimeError, match=r"cannot run: torch\.func transforms torch.s .*; leave the choice"),
     ):
         grad(lambda p: loss(one_model, p, images.double(), LABELS))(factors(one_model))
 
 
 def test_forward_mode_outside_of_the_transforms_is_refused(one_model: nn.Module, images: Tensor) -> None:
-    """Never a tangent that is lost."""
+    """An unsupported tangent must raise an error rather than disappear."""
     with forward_ad.dual_level(), use_backend("eager"):
         x = forward_ad.make_dual(images.double(), torch.ones_like(images.double()))
         with pytest.raises(NotImplementedError, match="jvp"):

@@ -1,4 +1,4 @@
-"""Two processes (gloo, on the CPU) train as one does with the whole batch: DDP, accelerate, a quantized base, FSDP2."""
+"""Test that two processes train like one with the complete batch: DDP, accelerate, a quantized base, FSDP2 (gloo)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where two processes, started once by torchrun, left the results of every way."""
+    """Return the folder with the results of every way; torchrun starts two processes once to create them."""
     folder = tmp_path_factory.mktemp("distributed")
     environment = {
         **os.environ,
@@ -57,7 +57,7 @@ def test_two_processes_train_as_one(
         assert result["losses"] == pytest.approx(expected["losses"], rel=1e-5)
         assert result["trained"].keys() == expected["trained"].keys()
         worst = {n: (t - expected["trained"][n]).abs().max().item() for n, t in result["trained"].items()}
-        assert max(worst.values()) < 1e-5, worst  # three steps of Adam move an entry by 3e-2
+        assert max(worst.values()) < 1e-5, worst  # three steps of Adam change an entry by 3e-2
         row, of_losses = (
             f"{way}{', checkpointing' * checkpointing}",
             zip(result["losses"], expected["losses"], strict=True),
@@ -67,11 +67,11 @@ def test_two_processes_train_as_one(
 
 
 def test_ddp_sends_gradients_of_factors_and_head_once_a_step(folder: Path) -> None:
-    """Two backward passes a step, the first under no_sync: each trained tensor once, in fp32, and nothing else."""
+    """The first of two backward passes per step runs under no_sync. Each trained tensor is sent once, in fp32."""
     count = efft.count_parameters(run.adapted(0, False))
     for checkpointing in (False, True):
         for result in results(folder, "ddp", checkpointing):
-            assert result["sent"] == [4 * (count.factors + count.head)] * run.STEPS
+            assert result["sent"] == [4 * (count.factors + count.head + count.extras)] * run.STEPS
 
 
 def test_a_sharded_model_saves_the_same_files(folder: Path, tmp_path: Path) -> None:
@@ -88,4 +88,4 @@ def test_what_a_sharded_model_refuses(folder: Path) -> None:
         assert (
             f"is sharded by fully_shard, which holds its layers: call efft.{name} before fully_shard" in refused[name]
         )
-    assert "shard the whole adapted model, not its factors on their own" in refused["alone"]
+    assert "shard the whole adapted model instead of the factors alone" in refused["alone"]

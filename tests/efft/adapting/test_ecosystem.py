@@ -1,4 +1,4 @@
-"""What people do to a model beside training it plainly: copies, pickles, mixed precision, DDP."""
+"""Test common operations on models besides plain training: copies, pickles, mixed precision, DDP."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 def step(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """Gradients of everything trainable for one batch, fresh."""
+    """Return new gradients of all trainable parameters for one batch."""
     model.zero_grad()
     loss(model(x)).backward()
     return gradients(model)
@@ -118,7 +118,7 @@ def test_state_dict_restores_a_run(adapted_vit: Make, tiny_vit: Make, images: Te
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_keeps_gradients_wide(dtype: torch.dtype, adapted_vit: Make, images: Tensor) -> None:
-    """fp16 with a GradScaler, bf16 without one that does anything: gradients in fp32, close to the fp32 run's."""
+    """With fp16 and a GradScaler, or with bf16, gradients are fp32 and close to those of the fp32 run."""
     model = adapted_vit(std=0.2, dropout=0.0).train()
     expected = step(model, images)
     model.zero_grad()
@@ -155,7 +155,7 @@ def test_scaler_skips_the_step_of_an_overflow(adapted_vit: Make, images: Tensor)
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_base_with_wide_factors(dtype: torch.dtype, tiny_vit: Make, images: Tensor, randomize: Make) -> None:
-    """Converted before apply: activations narrow, factors and their gradients fp32."""
+    """If the base is converted before apply, activations are narrow, and factors and their gradients are fp32."""
     exact = randomize(efft.apply(tiny_vit(), efft.EfftConfig(rank=4, dropout=0.0)), std=0.2).eval()
     model = randomize(efft.apply(tiny_vit().to(dtype), efft.EfftConfig(rank=4, dropout=0.0)), std=0.2).eval()
     y = model(images.to(dtype))
@@ -170,7 +170,7 @@ def test_narrow_base_with_wide_factors(dtype: torch.dtype, tiny_vit: Make, image
 def test_converting_an_adapted_model_converts_its_factors(
     convert: Callable[[nn.Module], nn.Module], adapted_vit: Make, images: Tensor
 ) -> None:
-    """Converted after apply: everything has the new type, as with any module."""
+    """If the model is converted after apply, all its tensors have the new dtype, as in any module."""
     model = adapted_vit(std=0.2)
     expected = model(images)
     convert(model)
@@ -206,14 +206,14 @@ def test_two_passes_before_one_backward(adapted_vit: Make, images: Tensor) -> No
 
 
 def test_parts_called_alone(adapted_vit: Make, images: Tensor) -> None:
-    """forward_features without forward: no hook has contracted the cores."""
+    """forward_features runs without forward, so that no hook has contracted the cores."""
     model = adapted_vit(std=0.2, dropout=0.0)
     expected = step(model, images)
     model.zero_grad()
     y = model.forward_head(model.forward_features(images))
     assert_same(
         {"y": y}, {"y": model(images)}
-    )  # not bitwise: the vendor's product of one core may sum otherwise than of all
+    )  # not exact: the vendor's product of one core may sum in a different order than the product of all cores
     loss(y).backward()
     assert_same(gradients(model), expected)
     model.train()
@@ -250,13 +250,13 @@ def test_a_failing_pass_leaves_nothing_behind(adapted_vit: Make, images: Tensor,
     whole = model(images)
     assert_same(
         {"y": model.forward_head(model.forward_features(images))}, {"y": whole}
-    )  # not the factors of the failed pass
+    )  # the factors of the failed pass must not be used
 
 
 @pytest.mark.parametrize("architecture", ["vit", "swin"])
 @pytest.mark.parametrize("variant", ["efft2", "efft1"])
 def test_factors_alone_learn(architecture: str, variant: Any, tiny_vit: Make, tiny_swin: Make) -> None:
-    """Frozen random base and head, four noisy prototypes: only the factors can lower the loss."""
+    """Base and head are random and frozen, and the data are four noisy prototypes: only the factors can learn."""
     side, model = (
         (16, tiny_vit()) if architecture == "vit" else (32, tiny_swin(patch_size=4, depths=(2, 2), num_heads=(1, 2)))
     )
@@ -265,7 +265,7 @@ def test_factors_alone_learn(architecture: str, variant: Any, tiny_vit: Make, ti
     prototypes = torch.randn(4, 3, side, side, generator=generator)
     x = prototypes[labels] + 0.3 * torch.randn(16, 3, side, side, generator=generator)
     efft.apply(model, efft.EfftConfig(variant=variant, rank=4, scale=2.0, head=[], dropout=0.02)).train()
-    model.get_classifier().weight.data.mul_(20)  # timm starts it near zero
+    model.get_classifier().weight.data.mul_(20)  # timm initializes this weight close to zero
     optimizer = torch.optim.AdamW(efft.parameter_groups(model, lr=0.02))
     losses = []
     for _ in range(40):
@@ -284,11 +284,11 @@ def test_factors_alone_learn(architecture: str, variant: Any, tiny_vit: Make, ti
         assert accuracy() < 0.6
 
 
-# --- two processes ----------------------------------------------------------------------------------------------------
+# --- several threads and processes ------------------------------------------------------------------------------------
 
 
 class Gated(nn.Module):
-    """Two layers, and a place between the hooks and the layers where the main thread can be held."""
+    """Apply two layers, and let a test hold the main thread between the hooks and the layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -303,7 +303,7 @@ class Gated(nn.Module):
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_threads_do_not_mix_their_passes(mode: Callable[[], Any], randomize: Make) -> None:
-    """A whole pass of another thread between the start of a pass and its layers, and half of one."""
+    """Another thread runs one and a half passes between the start of the main thread's pass and its layers."""
     model: Any = randomize(efft.apply(Gated(), efft.EfftConfig(targets=["first", "second"], rank=2, head=[])).eval())
     factors, x = [p for _, p in efft.named_factors(model)], torch.randn(3, 8)
     expected = torch.autograd.grad(model(x).sum(), factors)

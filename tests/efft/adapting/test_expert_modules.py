@@ -1,4 +1,4 @@
-"""Modules of experts of transformers with updates, in fp64 against dense effective weights, and which are known."""
+"""Compare adapted expert modules of transformers with dense effective weights in fp64, and test their recognition."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ transformers = pytest.importorskip("transformers", reason="needs the hf extra")
 
 
 def modules() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
-    """Experts of several classes in fp64: with biases, interleaved, transposed, without a gate, with a norm behind."""
+    """Yield expert modules of several classes in fp64.
+
+    They include modules with biases, with interleaved or transposed weights, without a gate, and with a final norm.
+    """
     from transformers.models.aria.modeling_aria import AriaExperts
     from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts
     from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
@@ -65,7 +68,7 @@ CHOICES = {
 @pytest.mark.parametrize("kind", MODULES)
 @pytest.mark.parametrize("choice", CHOICES)
 def test_a_module_and_its_gradients(kind: str, choice: str) -> None:
-    """In fp64, against autograd through the weights plus their dense updates in the class's own forward."""
+    """The oracle is autograd through weights plus dense updates in the class's own forward, in fp64."""
     plain, module = MODULES[kind](), MODULES[kind]()
     adapted = AdaptedModel(module)
     chosen = torch.tensor(CHOICES[choice], dtype=torch.long).view(-1, 2)
@@ -73,8 +76,8 @@ def test_a_module_and_its_gradients(kind: str, choice: str) -> None:
     weights = torch.rand(chosen.shape, dtype=torch.float64, requires_grad=True)
     y = module(x, chosen, weights)
     exact = torch.func.functional_call(plain, adapted.effective(), (x, chosen, weights))
-    exact = exact + 0 * x * weights.sum()  # a graph where the class's own has none, without a token
-    close = {"atol": 1e-5, "rtol": 1e-5} if kind == "MuseSparkExperts" else {}  # its norm computes in fp32
+    exact = exact + 0 * x * weights.sum()  # adds a graph if no token reaches an expert and the class makes none
+    close = {"atol": 1e-5, "rtol": 1e-5} if kind == "MuseSparkExperts" else {}  # the norm of this class uses fp32
     torch.testing.assert_close(y, exact, **close)
     wanted = [x, weights, *adapted.bank.parameters()]
     gy = torch.randn_like(y)
@@ -86,7 +89,7 @@ def test_a_module_and_its_gradients(kind: str, choice: str) -> None:
 
 @pytest.mark.parametrize("kind", MODULES)
 def test_one_update_of_two(kind: str) -> None:
-    """One parameter merged or switched off, the other live."""
+    """One parameter is merged or disabled while the other one's update is applied in the forward pass."""
     module = MODULES[kind]()
     adapted = AdaptedModel(module)
     chosen, x = torch.tensor(CHOICES["some without a token"]), torch.randn(4, 8, dtype=torch.float64)
@@ -140,7 +143,7 @@ def test_a_compiled_graph_without_breaks(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["Llama4TextExperts", "Step3p7Experts"])
 def test_a_forward_that_nothing_can_intercept(kind: str) -> None:
-    """Such modules read effective weights."""
+    """Modules of this kind read the effective weights."""
     from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
     from transformers.models.step3p7.modeling_step3p7 import Step3p7Experts
 
@@ -173,7 +176,7 @@ def test_a_forward_that_nothing_can_intercept(kind: str) -> None:
 
 
 def test_a_pickle_that_another_process_reads(tmp_path: Path) -> None:
-    """Of experts that it has not adapted itself."""
+    """The other process has not adapted any experts itself."""
     module = MODULES["MixtralExperts"]()
     adapted = AdaptedModel(module)
     arguments = (
@@ -191,7 +194,7 @@ def test_a_pickle_that_another_process_reads(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "all")], env=environment, check=True)
 
 
-# What is recognized
+# Recognition of expert modules
 
 
 @pytest.mark.parametrize("kind", MODULES)

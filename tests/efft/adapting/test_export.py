@@ -1,4 +1,4 @@
-"""Adapted and merged models as programs of torch.export and ONNX: they compute what the model does, without efft."""
+"""Test exports of adapted and merged models by torch.export and ONNX: they match the model and do not need efft."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from torch import Tensor, nn
 import efft
 from efft_kernels import use_backend
 
-pytestmark = pytest.mark.slow  # exports whole models, and runs them in new processes
+pytestmark = pytest.mark.slow  # exports complete models and runs them in new processes
 
 Make = Callable[..., nn.Module]
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
 
-#: A stranger's program, that knows torch.
+#: A program that uses only torch.
 RUN = """
 import sys, torch
 program, inputs, out = sys.argv[1:]
@@ -31,7 +31,7 @@ assert not {"efft", "efft_kernels"} & set(sys.modules)
 
 
 def as_it_is(model: nn.Module) -> None:
-    """Update beside the weights."""
+    """Leave the update separate from the weights."""
 
 
 Export = tuple[nn.Module, Tensor]
@@ -40,7 +40,7 @@ FORMS: dict[str, Callable[[nn.Module], Any]] = {"adapted": as_it_is, "fused": ef
 
 @pytest.fixture
 def architecture(request: pytest.FixtureRequest, tiny_vit: Make, tiny_swin: Make, randomize: Make) -> Export:
-    """A model in eval mode, adapted with an update that matters and brought into a form of FORMS, and images for it."""
+    """Return an adapted model in eval mode, in one of the FORMS and with a significant update, and images for it."""
     name, _, form = request.param.partition(" ")
     if name == "vit":
         model, x, config = tiny_vit(), torch.randn(2, 3, 16, 16), efft.EfftConfig(rank=4)
@@ -78,7 +78,7 @@ def test_a_program_of_torch_export_runs_without_this_library(architecture: Expor
 
 @pytest.mark.parametrize("architecture", ["vit adapted", "swin adapted"], indirect=True)
 def test_a_program_with_the_ops_of_this_library(architecture: Export) -> None:
-    """Of whatever backend runs: one call a layer, as in the model, for any number of images."""
+    """With every backend and any number of images, the program has one call per layer, like the model."""
     model, x = architecture
     program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     for images in (x, torch.randn(5, *x.shape[1:])):
@@ -89,7 +89,7 @@ def test_a_program_with_the_ops_of_this_library(architecture: Export) -> None:
 
 @every_form
 def test_onnxruntime_agrees(architecture: Export, tmp_path: Path) -> None:
-    """On another number of images than it was exported with, too."""
+    """The test also uses a number of images other than that of the export."""
     pytest.importorskip("onnxscript", reason="torch.onnx.export needs it: pip install 'efft-kernels[dev]'")
     runtime = pytest.importorskip("onnxruntime", reason="what runs it: pip install 'efft-kernels[dev]'")
     model, x = architecture

@@ -1,4 +1,4 @@
-"""Which modules are the head of a task, over models of transformers, timm and torchvision."""
+"""Test which modules count as the head of a task, on models of transformers, timm and torchvision."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from efft.adapting.heads import find_head, is_language_model
 
 Make = Callable[..., nn.Module]
 
-#: Heads, and classes of transformers that have them, with the default configuration on the meta device.
+#: Names of heads, and the classes of transformers that have them, with default configurations on the meta device.
 TRANSFORMERS = {
     ("classifier",): """
         ViTForImageClassification DeiTForImageClassification SwinForImageClassification Dinov2ForImageClassification
@@ -32,8 +32,8 @@ TRANSFORMERS = {
     ("projector", "classifier"): "Wav2Vec2ForSequenceClassification WhisperForAudioClassification",
     ("class_labels_classifier", "bbox_predictor"): """
         DetrForObjectDetection TableTransformerForObjectDetection YolosForObjectDetection""",
-    # Language models, whose heads are as pretrained as the rest; bases, which have none; and one whose heads are inside
-    # what it calls its base: a warning says so.
+    # Language models, whose heads are pretrained like all other weights; base models, which have no head; and a model
+    # whose heads are inside its base model, for which a warning is expected.
     (): """
         BertForMaskedLM DistilBertForMaskedLM GPT2LMHeadModel LlamaForCausalLM BertForPreTraining
         T5ForConditionalGeneration BartForConditionalGeneration WhisperForConditionalGeneration
@@ -86,7 +86,7 @@ def test_transformers(name: str, head: list[str]) -> None:
 @pytest.mark.parametrize(("name", "head"), cases(TORCHVISION))
 def test_torchvision(name: str, head: list[str]) -> None:
     models = pytest.importorskip("torchvision", reason="needs the vision extra").models
-    whole = any(kind in name for kind in ("resnet50", "vgg16"))  # of those in the table
+    whole = any(kind in name for kind in ("resnet50", "vgg16"))  # models of the table that are adapted completely
     backbone: dict[str, Any] = {"weights_backbone": None} if whole else {}
     extra: dict[str, Any] = {"aux_logits": False} if name == "googlenet" else {}
     with torch.device("meta"):
@@ -145,7 +145,7 @@ def test_a_model_without_a_head_is_named(tiny_vit: Make) -> None:
 
 
 def test_shared_heads_are_saved_once(tmp_path: Any) -> None:
-    """As detectors have one for each layer of the decoder, all the same."""
+    """Detectors have one head per decoder layer, and all of them share their weights."""
 
     class Detector(nn.Module):
         def __init__(self) -> None:

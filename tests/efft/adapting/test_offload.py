@@ -1,4 +1,4 @@
-"""Models that accelerate offloads: their adapters train and load as those of others."""
+"""Test models that accelerate offloads: their adapters train and load like those of other models."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def offloaded(request: pytest.FixtureRequest, tmp_path: Path) -> Offload:
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
-    """Loss, and the gradient of each factor, all of which are made random first."""
+    """Make all factors random, and return the loss and the gradient of each factor."""
     torch.manual_seed(1)
     for _, factor in efft.named_factors(model):
         nn.init.normal_(factor, std=0.1)

@@ -1,4 +1,4 @@
-"""The adapted model against the paper's dense formulation: outputs and all gradients, with and without dropout."""
+"""Compare the adapted model with the paper's dense formulation: outputs and all gradients, with and without dropout."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from tests.efft.adapting.paper_code import Draw, Kept, Train, attach_efft1, atta
 
 Make = Callable[..., nn.Module]
 
-# Rounding only: relative to the largest element of each tensor.
+# Tolerances for rounding only, relative to the largest element of each tensor.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 5e-5}
-S = (0.7, 1.9)  # of attention and MLP, so that they cannot be confused
+S = (0.7, 1.9)  # the scales of attention and MLP differ, so that a mix-up is visible
 P = 0.3
-#: Places of the dense formulation to (mask scope, cores) of ours, by kind of group.
+#: For each kind of group, the places in the dense formulation and the (mask scope, cores) in this library.
 PLACES = {
     "mhsa": {"mhsa": (0, (0, 1, 2, 3))},
     "ffn": {"fc1": (0, (0,)), "fc2": (1, (1,))},
     "joint": {"qkvo": (0, (0,)), "fc1": (1, (1,)), "fc2": (2, (2,))},
 }
-#: Doubling with the width, rectangular cores [m, 2 m] in the MLP, as in the paper's code.
+#: In Swin, ranks double with the width, and the MLP has rectangular cores [m, 2 m], as in the paper's code.
 SWIN_RANKS = {f"stage{i + 1}_mhsa": 3 << i for i in range(4)} | {
     f"stage{i + 1}_ffn": (2 << i, 4 << i) for i in range(4)
 }
 
 
 def stages(model: nn.Module) -> list[tuple[str, list[nn.Module]]]:
-    """(prefix of its groups' names, blocks) of each stage."""
+    """Return (prefix of the group names, blocks) of each stage."""
     if hasattr(model, "layers"):
         return [(f"stage{i + 1}_", list(stage.blocks)) for i, stage in enumerate(model.layers)]
     return [("", list(model.blocks))]
 
 
 def to_paper(factors: TTFactors, layout: str) -> Train:
-    """A bank's values in the paper's storage, as leaves of their own."""
+    """Return the factors of a bank in the paper's storage layout, as separate leaves."""
     cores = factors.C.detach().flatten(0, 1)  # [n_layers * n_cores, r1, r2]
     cores = cores.permute(1, 2, 0) if layout == "last" else cores
     U, C, V = (t.detach().clone().contiguous().requires_grad_() for t in (factors.U, cores, factors.V))
@@ -49,14 +49,14 @@ def to_paper(factors: TTFactors, layout: str) -> Train:
 
 
 def gradients_of(train: Train, like: TTFactors) -> dict[str, Tensor]:
-    """A train's gradients in a bank's storage."""
+    """Return the gradients of a tensor train in the storage layout of a bank."""
     assert train.C.grad is not None
     C = train.C.grad.permute(2, 0, 1) if train.layout == "last" else train.C.grad
     return {"U": train.U.grad, "C": C.reshape(like.C.shape), "V": train.V.grad}
 
 
 def draw_of(masks: dict[str, Masks], prefix: str, kinds: tuple[str, ...], keep: float, dtype: torch.dtype) -> Draw:
-    """The masks that a stage's banks were given, as the dense formulation asks for them."""
+    """Return the masks of a stage's banks in the form of the dense formulation."""
 
     def draw(block: int, place: str) -> Kept:
         kind = next(kind for kind in kinds if place in PLACES[kind])
@@ -70,7 +70,7 @@ def draw_of(masks: dict[str, Masks], prefix: str, kinds: tuple[str, ...], keep: 
 def dense_twin(
     base: nn.Module, adapted: nn.Module, masks: dict[str, Masks] | None, layout: str
 ) -> tuple[nn.Module, dict[str, Train]]:
-    """The dense formulation around ``base`` with the adapted model's values; its trains by group name."""
+    """Return the dense formulation around ``base`` with the adapted model's factors, and its trains by group name."""
     config, keep = adapted.efft.config, 1 - adapted.efft.config.dropout
     trains = {name: to_paper(factors, layout) for name, factors in adapted.efft.items()}
     head = base.get_submodule(adapted.efft.head[0])
@@ -89,7 +89,7 @@ def dense_twin(
 
 
 def run(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """(output, gradient of the input) for a loss that weighs every output differently."""
+    """Return (output, gradient of the input) for a loss in which every output has a different weight."""
     x = x.detach().clone().requires_grad_()
     y = model(x)
     weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y).cos()
@@ -166,8 +166,10 @@ def test_outputs_and_gradients_equal_dense_formulation(
 
 
 def test_dropout_draws_follow_the_paper(tiny_vit: Make) -> None:
-    """One draw of U and V a block for q, k, v, o; one each for fc1 and fc2; a core mask for every core; new at each
-    pass."""
+    """Every pass draws masks of U and V once per block for q, k, v and o, once for fc1 and once for fc2.
+
+    Each core has one mask.
+    """
     expected_scopes = {"efft2": {"mhsa": 1, "ffn": 2}, "efft1": {"joint": 3}}
     for variant, scopes in expected_scopes.items():
         model = efft.apply(tiny_vit(), efft.EfftConfig(variant=variant, rank=8, dropout=0.3)).train()
@@ -201,7 +203,7 @@ def test_dropout_keeps_the_mean_of_the_update(tiny_vit: Make, randomize: Make) -
 
 
 def test_gated_mlp_has_one_core_for_each_half_of_fc1(tiny_vit: Make, randomize: Make, images: Tensor) -> None:
-    """DINOv2's packed SwiGLU: fc1 = [U C_0 V | U C_1 V], fc2 = (U C_2 V)ᵀ."""
+    """DINOv2's packed SwiGLU has fc1 = [U C_0 V | U C_1 V] and fc2 = (U C_2 V)ᵀ."""
     layers = pytest.importorskip("timm").layers
     base = tiny_vit(mlp_layer=layers.SwiGLUPacked, mlp_ratio=4).double().eval()
     model = randomize(efft.apply(copy.deepcopy(base), efft.EfftConfig(rank=4, targets="ffn", scale=0.6)))

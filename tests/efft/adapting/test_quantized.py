@@ -1,4 +1,4 @@
-"""Adapters on a quantized backbone, against the same model with the dequantized weights."""
+"""Compare adapters on a quantized backbone with the same model with dequantized weights."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def quantized(quantize: Quantize, tiny_vit: Make, randomize: Make) -> nn.Module:
 
 
 def dequantized(model: nn.Module, make: Make) -> nn.Module:
-    """The same values in plain layers."""
+    """Return a model of plain layers with the same values."""
     plain = efft.apply(make(), efft.EfftConfig(**CONFIG)).eval()
     state = model.state_dict()
     plain.load_state_dict({n: frozen.dequantized(t) for n, t in state.items()})
@@ -62,7 +62,7 @@ def test_trains_as_with_the_dequantised_weights(quantized: nn.Module, tiny_vit: 
 
 @pytest.mark.parametrize("way", ROUNDING_WAYS)
 def test_trains_where_products_round_their_input(way: str, tiny_vit: Make, images: Tensor, randomize: Make) -> None:
-    """Close to the dequantized weights, by what a rounding of activations costs; every factor has its gradient."""
+    """Results differ from those of dequantized weights by the rounding of activations; every factor has a gradient."""
     model = randomize(efft.apply(backbone(tiny_vit(), ROUNDING_WAYS[way]), efft.EfftConfig(**CONFIG)), std=0.2).eval()
     expected, got = step(dequantized(model, tiny_vit), images), step(model, images)
     assert got.keys() == expected.keys() > {"efft.mhsa.C", "head.weight"}

@@ -1,4 +1,4 @@
-"""Layers that have one weight in common, as blocks that a model uses again: they share one update, and one merge."""
+"""Test layers that share one weight, as in models that reuse a block: they share one update and one merge."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Block(nn.Module):
 
 
 class Again(nn.Module):
-    """Three blocks, the first and the last with one weight, and a head."""
+    """Apply three blocks and a head; the first and the last block share one weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ def test_one_update_for_both(base: nn.Module, config: efft.EfftConfig | LoRAConf
 
     dense = copy.deepcopy(base)
     with torch.no_grad():
-        for name in layers.keys() - {"blocks.2.shared"}:  # whose weight is the first one's
+        for name in layers.keys() - {"blocks.2.shared"}:  # shares the weight of the first block
             dense.get_submodule(name).weight += layers[name].delta_weight()
     expected = dense(X)
     torch.testing.assert_close(model(X), expected)

@@ -1,4 +1,4 @@
-"""Adapted models as graphs of torch.fx: a layer is a call of its bank and one of the op, in any tracer."""
+"""Test graphs of torch.fx: in every tracer, an adapted layer is one call of its bank and one call of the op."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Make = Callable[..., nn.Module]
 
 
 class Blocks(nn.Module):
-    """An MLP that the default tracer can trace, unlike whole vision transformers, which look at sizes."""
+    """Apply an MLP that the default tracer can trace; vision transformers depend on sizes, which it cannot trace."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Models inside DDP, FSDP, DataParallel, what torch.compile makes, and modules that compute their weights."""
+"""Test models inside DDP, FSDP and DataParallel, compiled models, and modules that compute their weights."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_part_of_what_ddp_wraps_is_refused_and_another_model_is_not(tiny_vit: 
     with pytest.raises(ValueError, match="this VisionTransformer is inside a DistributedDataParallel"):
         efft.apply(model, efft.EfftConfig(rank=4))
     efft.apply(tiny_vit(), efft.EfftConfig(rank=4))
-    wrapped.itself = [wrapped]  # as closures and hooks make cycles, which outlive the last name for a while
+    wrapped.itself = [wrapped]  # creates a reference cycle, as closures and hooks do, which delays the deletion
     del wrapped
     efft.apply(model, efft.EfftConfig(rank=4))
 
@@ -116,7 +116,7 @@ def test_the_wrapper_of_an_adapted_model_will_do(
 
 
 def test_compiled_parts(adapted_vit: Make, tmp_path: Path) -> None:
-    """Their names get an _orig_mod, which no file has."""
+    """Names of compiled parts contain _orig_mod, which must not appear in files."""
     model = adapted_vit()
     plain, state = efft.count_parameters(model), efft.merged_state_dict(model)
     efft.save_adapter(model, tmp_path / "plain")

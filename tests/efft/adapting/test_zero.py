@@ -1,4 +1,4 @@
-"""ZeRO-3, by DeepSpeed where it is installed, and by a few lines that treat parameters as it does."""
+"""Test ZeRO-3: with DeepSpeed if it is installed, and with a short imitation of its treatment of parameters."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[3]
 
 
 class _Again(torch.autograd.Function):
-    """The same tensor; calls a function before the backward of what made it."""
+    """Return an alias of a tensor, and call ``function`` when the backward pass reaches that tensor."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, function: Callable[[], None]) -> Tensor:
@@ -36,7 +36,7 @@ class _Again(torch.autograd.Function):
 
 
 def keep_apart(model: nn.Module) -> None:
-    """Parameters have content only while their module is called, and from the backward of its outputs on."""
+    """Empty the parameters of every module, except while the module is called or its backward pass runs."""
     for module in model.modules():
         content = {p: p.data for p in module.parameters(recurse=False)}
 

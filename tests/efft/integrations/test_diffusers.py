@@ -1,4 +1,4 @@
-"""diffusers' transformers: adapted by structure, trained one step, saved, merged; on tiny random models."""
+"""Test tiny random transformers of diffusers: adapted by structure, trained for one step, saved and merged."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def flux() -> tuple[nn.Module, dict[str, Any]]:
 
 @pytest.fixture(params=[dit, sd3, flux], ids=lambda make: make.__name__)
 def make(request: pytest.FixtureRequest) -> Callable[[], tuple[nn.Module, dict[str, Any]]]:
-    """The same model with the same inputs at every call."""
+    """Return a function that creates the same model with the same inputs in every call."""
 
     def build() -> tuple[nn.Module, dict[str, Any]]:
         torch.manual_seed(0)
@@ -74,7 +74,7 @@ def test_trained_saved_and_merged(make: Any, tmp_path: Path) -> None:
     torch.testing.assert_close(model(**inputs).sample, before, rtol=0, atol=0)
 
     optimizer = torch.optim.AdamW(efft.parameter_groups(model, lr=1e-2))
-    for _ in range(2):  # in the first step one side of the train is zero
+    for _ in range(2):  # in the first step one of the outer factors is zero
         optimizer.zero_grad()
         model(**inputs).sample.square().mean().backward()
         optimizer.step()

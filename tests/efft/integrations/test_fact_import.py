@@ -1,4 +1,4 @@
-"""Import of FacT: the updates are those of the formulas in its authors' code, written out matrix by matrix."""
+"""Compare updates imported from FacT with the formulas of the authors' code, computed matrix by matrix."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Make = Callable[..., nn.Module]
 Unchanged = Callable[[nn.Module], AbstractContextManager[None]]
 Tensors = dict[str, Tensor]
 
-D, R, L, S = 16, 3, 2, 0.7  # of the tiny ViT: width; rank; blocks; scale
+D, R, L, S = 16, 3, 2, 0.7  # width of the tiny ViT, rank, blocks, scale
 
 
 def drawn(*shape: int) -> Tensor:
@@ -35,7 +35,7 @@ def common() -> Tensors:
 
 
 def train() -> Tensors:
-    """What fact_tt.py saves."""
+    """Return tensors in the format that fact_tt.py saves."""
     tensors = common()
     for i in range(L):
         for part in ("q", "k", "v", "proj"):
@@ -46,13 +46,15 @@ def train() -> Tensors:
 
 
 def tucker() -> Tensors:
-    """What fact_tk.py saves."""
+    """Return tensors in the format that fact_tk.py saves."""
     return {**common(), "FacTp": drawn(R, 12 * L), "FacTc": drawn(R, R, R)}
 
 
 def of_train(p: Tensors, i: int) -> Tensors:
-    """ΔW [d_in, d_out] of a block: x FacTuᵀ FacTsᵀ FacTvᵀ; fc1's are four of these after one another, and so are fc2's
-    inputs."""
+    """Return ΔW [d_in, d_out] of a block for FacT-TT: x FacTuᵀ FacTsᵀ FacTvᵀ.
+
+    The update of fc1 consists of four such matrices side by side, and the inputs of fc2 are split in the same way.
+    """
     U, V = p["FacTu.weight"], p["FacTv.weight"]
     each = {
         part: torch.einsum("ri,tr,ot->io", U, p[f"blocks.{i}.attn.{part}_FacTs.weight"], V)
@@ -68,7 +70,7 @@ def of_train(p: Tensors, i: int) -> Tensors:
 
 
 def of_tucker(p: Tensors, i: int) -> Tensors:
-    """The same with cores FacTc ×₃ FacTp; fc1's four and fc2's four are read as one [r, 4 r], transposed for fc2."""
+    """Return ΔW for FacT-TK, with cores FacTc ×₃ FacTp; those of fc1 and fc2 are [r, 4 r], transposed for fc2."""
     U, V = p["FacTu.weight"], p["FacTv.weight"]
     cores = torch.einsum("abp,pm->abm", p["FacTc"], p["FacTp"][:, 12 * i : 12 * (i + 1)])
     q, k, v, o = (torch.einsum("ai,ab,ob->io", U, cores[:, :, m], V) for m in range(4))

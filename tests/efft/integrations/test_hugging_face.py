@@ -1,4 +1,4 @@
-"""Tiny models of transformers, trained by its Trainer after ``efft.apply`` and under ``peft``, and loaded elsewhere."""
+"""Test tiny models of transformers, trained by Trainer with ``efft.apply`` or ``peft`` and loaded in new processes."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ pytest.importorskip("accelerate", reason="needs the train extra")
 from efft.integrations.peft import EfftPeftConfig  # noqa: E402  # it needs peft
 from tests.efft.planning.test_transformers import inputs, make  # noqa: E402
 
-pytestmark = pytest.mark.slow  # trains models of transformers, and loads them in new processes
+pytestmark = pytest.mark.slow  # trains models of transformers and loads them in new processes
 
 ROOT = Path(__file__).parents[3]
 MODELS = ("vit", "swin", "clip", "bert")
 
-#: A process that loads what was saved: by this library, by peft with it, and by peft alone.
+#: Programs that load a saved adapter with this library, with peft and this library, or with peft only.
 LOAD = """
 import copy, sys, torch, peft
 from pathlib import Path
@@ -45,7 +45,7 @@ assert "adapter" in sys.argv or not [name for name in sys.modules if name.starts
 
 
 def train(model: nn.Module, name: str, out: Path) -> list[float]:
-    """The losses of eight steps of the Trainer."""
+    """Run eight steps of the Trainer and return their losses."""
     (key, x), *_ = inputs(name).items()
     examples = [{key: x[i % 2], "labels": i % 2} for i in range(4)]
     arguments = transformers.TrainingArguments(
@@ -77,7 +77,7 @@ Results = dict[str, tuple[list[float], Tensor, Tensor, Tensor]]
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Results]:
-    """Of every model and way: losses, logits before training, after it, and in a process that loaded the files."""
+    """Return, for every model and way, the losses, and the logits before training, after it, and in a new process."""
     folder, trained = tmp_path_factory.mktemp("models"), {}
     for name in MODELS:
         (folder / name).mkdir()

@@ -1,4 +1,4 @@
-"""Export to LoRA: what ``peft`` alone computes from the checkpoint is what the adapted model computes."""
+"""Test the export to LoRA: ``peft`` without efft computes the same output as the adapted model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from efft_kernels.nn.adapt import adapt
 Make = Callable[..., nn.Module]
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
-#: A stranger's program: it rebuilds the base, and knows peft.
+#: A program that rebuilds the base and uses only peft.
 LOAD = """
 import sys, torch, warnings
 folder, base, inputs, out = sys.argv[1:]
@@ -44,7 +44,7 @@ assert "efft" not in sys.modules and "efft_kernels" not in sys.modules
 
 
 def in_peft_alone(base: nn.Module, folder: Path, x: Tensor, scratch: Path) -> tuple[Tensor, Tensor]:
-    """Logits of the checkpoint in a new process without efft, as LoRA and merged by peft."""
+    """Run the checkpoint in a new process without efft; return its logits as LoRA and after a merge by peft."""
     pytest.importorskip("peft", reason="needs the dev extra")
     torch.save(base, scratch / "base.pt")
     torch.save(x, scratch / "x.pt")
@@ -81,7 +81,7 @@ def check(model: nn.Module, base: nn.Module, x: Tensor, scratch: Path) -> None:
     ids=str,
 )
 def test_timm_vit(config: dict[str, Any], adapted_vit: Make, tiny_vit: Make, images: Tensor, tmp_path: Path) -> None:
-    """r1 != r2, transposed sites, column ranges, several ranks, a trained scale."""
+    """The cases have r1 != r2, transposed sites, column ranges, several ranks, and a trained scale."""
     model = adapted_vit(std=0.3, **config)
     with torch.no_grad():
         for factors in model.efft.values():
@@ -110,11 +110,65 @@ def test_transformers_vit(randomize: Make, tmp_path: Path) -> None:
     check(model, make(), torch.randn(2, 3, 16, 16), tmp_path)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [{"bias": "all", "norms": True}, {"bias": "adapted", "targets": "mhsa"}, {"norms": True}],
+    ids=str,
+)
+def test_biases_and_norms(
+    fields: dict[str, Any], adapted_vit: Make, tiny_vit: Make, images: Tensor, tmp_path: Path
+) -> None:
+    model = adapted_vit(std=0.3, **fields)
+    names = set(model.efft.extras)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in names:
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    check(model, tiny_vit().eval(), images, tmp_path)
+    assert json.loads((tmp_path / "lora" / CONFIG).read_text())["bias"] == {"adapted": "lora_only"}.get(
+        fields.get("bias"), fields.get("bias", "none")
+    )
+
+
+def test_biases_of_transformers(randomize: Make, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="needs the hf extra")
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "image_size": 16, "patch_size": 8, "num_labels": 5}
+    config = transformers.ViTConfig(num_hidden_layers=2, num_attention_heads=2, **sizes)
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        model: nn.Module = transformers.ViTForImageClassification(config).eval()
+        return model
+
+    model = randomize(efft.apply(make(), efft.EfftConfig(rank=3, bias="all", norms=True)), std=0.4)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in model.efft.extras:
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    check(model, make(), torch.randn(2, 3, 16, 16), tmp_path)
+
+
+def test_biases_that_peft_does_not_know_are_refused(tmp_path: Path) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q_bias, self.linear = nn.Parameter(torch.zeros(8)), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.linear(x + self.q_bias)
+            return y
+
+    model = efft.apply(nn.Sequential(Block(), Block()), efft.EfftConfig(rank=2, head=[], bias="all"))
+    with pytest.raises(ValueError, match=r"0.q_bias was trained, and peft knows only biases of the name 'bias'"):
+        efft.export_lora(model, tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+
+
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
 class Product(nn.Module):
-    """Multiplies by a parameter of its own, ``[d_out, d_in]`` or the other way round."""
+    """Multiply by the module's own parameter, ``[d_out, d_in]`` or transposed."""
 
     def __init__(self, d_in: int, d_out: int, turned: bool) -> None:
         super().__init__()
@@ -125,7 +179,7 @@ class Product(nn.Module):
 
 
 class Kinds(nn.Module):
-    """A layer of every kind that peft has too, beside a linear one."""
+    """Hold one layer of every kind that peft also supports, and a linear layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -163,7 +217,7 @@ def test_every_kind_of_weight(tmp_path: Path) -> None:
 
 
 class Heads(nn.Module):
-    """As CrossViT: a list of heads; and as VOLO: another layer whose name ends like a head's."""
+    """Hold a list of heads, as in CrossViT, and another layer whose name ends like a head's, as in VOLO."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -239,7 +293,7 @@ def test_merged_models_export_the_same(adapted_vit: Make, tmp_path: Path) -> Non
 
 
 class Nested(nn.Module):
-    """Layers whose names end alike, ``fc`` and ``enc.fc``."""
+    """Hold layers whose names have the same ending, ``fc`` and ``enc.fc``."""
 
     def __init__(self) -> None:
         super().__init__()

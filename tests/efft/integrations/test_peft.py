@@ -1,4 +1,4 @@
-"""EFFT under ``peft``: what peft promises of a method, and the very numbers of ``efft.apply``."""
+"""Test EFFT under ``peft``: peft's requirements of a method, and the same results as ``efft.apply``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[3]
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_labels": 5}
 PIXELS = {"pixel_values": torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))}
 
-#: Name to the base, its inputs and what is adapted of it.
+#: For each name, the base, its inputs and the targets.
 MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Tensor], dict[str, Any]]] = {
     "timm_vit": (
         lambda: timm.models.VisionTransformer(
@@ -64,7 +64,7 @@ def run(model: nn.Module, name: str = "timm_vit") -> Tensor:
 
 
 def under_peft(name: str = "timm_vit", **changes: Any) -> nn.Module:
-    """The tiny model under peft, with factors and a head that matter."""
+    """Return the tiny model under peft, with factors and a head that change the output."""
     model = peft.get_peft_model(base(name), EfftPeftConfig(**{**MODELS[name][2], **changes})).eval()
     randomize(model.base_model.efft_banks, 2)
     for parameter in model.parameters():
@@ -85,7 +85,7 @@ def differs(a: Tensor, b: Tensor) -> bool:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_numbers_of_apply(name: str) -> None:
-    """Step 0 is a no-op; with the same factors and head, outputs and gradients are those of efft.apply."""
+    """Step 0 changes nothing. With equal factors and heads, outputs and gradients equal those of efft.apply."""
     config, inputs = MODELS[name][2], MODELS[name][1]
     plain = run(base(name), name)
     fresh = peft.get_peft_model(base(name), EfftPeftConfig(**config)).eval()
@@ -144,7 +144,7 @@ def test_merging_and_switching_off(name: str) -> None:
     plain, model = run(base(name), name), under_peft(name)
     expected = run(model, name)
     weights = {n: p.clone() for n, p in model.named_parameters()}
-    # peft switches a head off too: base means base.
+    # peft also disables a trained head, so that the output is the base's.
     with model.disable_adapter():
         assert torch.equal(run(model, name), plain)
     model.merge_adapter(safe_merge=True)
@@ -265,7 +265,7 @@ def test_cores_are_contracted_once_a_pass(monkeypatch: pytest.MonkeyPatch) -> No
     model = under_peft()
     run(model)
     assert calls == [4, 4]  # mhsa and ffn: two layers in each of two blocks
-    model.base_model.model.blocks[0](torch.zeros(1, 5, 16))  # a part called alone contracts its own
+    model.base_model.model.blocks[0](torch.zeros(1, 5, 16))  # a part called by itself contracts its own cores
     assert calls == [4, 4, *[1] * 4]
 
 
@@ -291,7 +291,7 @@ def test_narrow_bases_have_wide_factors() -> None:
 
 
 def test_of_a_task_of_peft() -> None:
-    """Its sequence classification adds names of heads that a model may not have."""
+    """peft's sequence classification adds head names that a model may not have."""
     config = EfftPeftConfig(**MODELS["bert"][2], task_type="SEQ_CLS")
     model = peft.get_peft_model(base("bert"), config)
     assert config.modules_to_save == ["classifier"]
@@ -318,7 +318,7 @@ def test_a_configuration_that_does_not_fit_changes_nothing() -> None:
     assert list(model.state_dict()) == names
     assert torch.equal(run(model), expected)
     with pytest.raises(ValueError, match="may not be named like a group of factors, 'ffn'; rename it"):
-        model.add_adapter("ffn", EfftPeftConfig(targets="mhsa"))  # its name would hide the first one's tensors
+        model.add_adapter("ffn", EfftPeftConfig(targets="mhsa"))  # this name would hide tensors of the first adapter
     assert list(model.state_dict()) == names
     with pytest.raises(ValueError, match="matches no linear layer"):
         peft.get_peft_model(base(), EfftPeftConfig(targets=["attn.qvk"]))

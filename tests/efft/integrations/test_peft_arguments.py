@@ -1,4 +1,4 @@
-"""peft's own arguments on EFFT: which layers they choose, and what the settings become."""
+"""Test peft's own arguments with EFFT: the layers that they select, and the resulting settings."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_layers_of_targets_are_narrowed_too() -> None:
 
 
 def test_names_that_end_others() -> None:
-    """What one expression chooses is adapted alone, though its names end those of other layers."""
+    """An expression selects exactly one layer, even if other layers' names end with the name of that layer."""
 
     class Net(nn.Module):
         def __init__(self, inner: bool = True) -> None:
@@ -97,7 +97,7 @@ def test_settings_have_both_names() -> None:
 
 
 def test_lora_alpha_scales_the_update() -> None:
-    """(lora_alpha / r) U C V, on the factors themselves."""
+    """The update is (lora_alpha / r) U C V, computed in the test from the factors."""
     torch.manual_seed(1)
     config = EfftPeftConfig(r=4, lora_alpha=12, target_modules=["q_proj"], init_weights=False, lora_dropout=0.0)
     model = peft.get_peft_model(llama(), config)
@@ -203,7 +203,7 @@ def test_biases_are_trained_and_saved(bias: str, tmp_path: Path) -> None:
     trained = {"none": [], "all": [inner[0].bias, inner[2].bias], "efft_only": [inner[0].bias]}[bias]
     assert [p for p in (inner[0].bias, inner[2].bias) if p.requires_grad] == trained
     model(x).sum().backward()
-    expected = base()  # the dense layer's gradient, which shares nothing with ours
+    expected = base()  # the gradient of the dense layer, computed without code of this library
     expected[0].weight.data += inner[0].get_delta_weight("default")
     expected(x).sum().backward()
     if trained:
@@ -214,6 +214,33 @@ def test_biases_are_trained_and_saved(bias: str, tmp_path: Path) -> None:
         y = model(x)
     model.save_pretrained(tmp_path)
     torch.testing.assert_close(peft.PeftModel.from_pretrained(base(), tmp_path)(x), y)
+
+
+def test_norms_are_trained_whole_a_copy_for_each_adapter(tmp_path: Path) -> None:
+    def base() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.GELU(), nn.Linear(6, 3)).eval()
+
+    config = EfftPeftConfig(
+        r=2, target_modules=["0"], bias="adapted", norms=True, dropout=0.0, init_weights=False, modules_to_save=["3"]
+    )
+    assert config.bias == "efft_only"
+    model, x = peft.get_peft_model(base(), config), torch.randn(5, 4)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad and "efft_banks" not in n}
+    start = "base_model.model."
+    whole = {f"{start}{i}.modules_to_save.default.{name}" for i in (1, 3) for name in ("weight", "bias")}
+    assert trained == {f"{start}0.base_layer.bias", *whole}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in trained:
+                parameter.add_(torch.randn_like(parameter))
+        y = model(x)
+        model.save_pretrained(tmp_path)
+        loaded = peft.PeftModel.from_pretrained(base(), tmp_path)
+        torch.testing.assert_close(loaded(x), y)
+    plain = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
+    with pytest.raises(ValueError, match="norms=True finds no normalization layer"):
+        peft.get_peft_model(plain, EfftPeftConfig(r=2, target_modules=["0"], norms=True))
 
 
 def test_the_dtype_of_factors() -> None:
@@ -253,7 +280,7 @@ def test_a_child_named_like_the_bank(tmp_path: Path) -> None:
 
 
 def test_the_same_settings_by_apply() -> None:
-    """peft's names and ours give the same plan: as many parameters as efft.apply counts."""
+    """peft's names and this library's names yield the same plan: efft.apply has the same number of parameters."""
     config = efft.EfftConfig(rank=4, scale=2.0, dropout=0.05, targets=["q_proj", "v_proj"], head=[])
     ours = efft.count_parameters(efft.apply(llama(), config)).factors
     theirs = peft.get_peft_model(
@@ -264,7 +291,7 @@ def test_the_same_settings_by_apply() -> None:
 
 @pytest.mark.parametrize("modules", [["q_proj", "v_proj"], "all-linear"])
 def test_attention_that_is_not_square(modules: Any, tmp_path: Path) -> None:
-    """Layers that cannot share the paper's train share one with those of their shape."""
+    """Layers that cannot share the paper's tensor train share one with layers of the same shape."""
     sizes = {"num_key_value_heads": 1, "head_dim": 16, **SIZES}
 
     def base() -> nn.Module:

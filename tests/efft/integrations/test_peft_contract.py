@@ -1,4 +1,4 @@
-"""What peft promises of any method: each promise on each of several tiny models, and a table of what is kept."""
+"""Test peft's requirements of any method on several tiny models, and print a table of the results."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def vit() -> nn.Module:
     return model
 
 
-#: Name to the base, its inputs and what is adapted of it.
+#: For each name, the base, its inputs and the targets.
 MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Tensor], dict[str, Any]]] = {
     "MLP": (
         lambda: nn.Sequential(nn.Linear(6, 10), nn.GELU(), nn.Linear(10, 10), nn.LayerNorm(10), nn.Linear(10, 4)),
@@ -96,7 +96,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Tensor], dict[str, An
 
 @dataclass
 class Case:
-    """A model of the table."""
+    """Hold a model of the table."""
 
     name: str
     folder: Path
@@ -114,7 +114,7 @@ class Case:
         return model
 
     def two(self) -> nn.Module:
-        """Two adapters, the first active."""
+        """Return a model with two adapters, of which the first is active."""
         model = self.adapted()
         model.add_adapter("second", self.config(r=2, lora_alpha=8))
         return model
@@ -270,7 +270,7 @@ def keeps_alike_names_apart(case: Case) -> None:
 
 
 def adds_up(case: Case) -> None:
-    alone = {"modules_to_save": [], "task_type": None}  # of heads peft lets one be active
+    alone = {"modules_to_save": [], "task_type": None}  # peft allows only one active head
     model = case.adapted(**alone)
     model.add_adapter("second", case.config(r=2, lora_alpha=8, **alone))
     model.base_model.set_adapter(["default", "second"])
@@ -328,7 +328,7 @@ def repeats_checkpointed_layers(case: Case) -> None:
                 inner.enable_input_require_grads()
         elif hasattr(inner, "set_grad_checkpointing"):
             inner.set_grad_checkpointing()
-        else:  # the whole model as one step
+        else:  # the complete model as one step
             inner.forward = partial(torch.utils.checkpoint.checkpoint, inner.forward, use_reentrant=False)
         for found, wanted in zip(gradients(model), expected, strict=True):
             close(found, wanted)

@@ -1,4 +1,4 @@
-"""Kinds of layers under peft: each against itself with the dense sum of weight and update."""
+"""Compare each kind of layer under peft with the same layer with the dense sum of weight and update."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from efft.integrations.peft import EfftLayer, EfftPeftConfig  # noqa: E402  # it
 
 IMAGE, IDS = torch.randn(3, 4, 6, 6), torch.tensor([[1, 0, 5], [2, 2, 1], [6, 3, 0]])
 
-#: Name to the layer, an input, and (d_in, d_out) of its weight as a matrix.
+#: For each name, the layer, an input, and (d_in, d_out) of its weight as a matrix.
 KINDS: dict[str, tuple[Callable[[], nn.Module], Tensor, tuple[int, int]]] = {
     "linear": (lambda: nn.Linear(6, 5), torch.randn(3, 7, 6), (6, 5)),
     "Conv1D": (lambda: transformers.pytorch_utils.Conv1D(5, 6), torch.randn(3, 7, 6), (6, 5)),
@@ -37,7 +37,7 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], Tensor, tuple[int, int]]] = {
 
 
 def dense_update(kind: str, layer: nn.Module, U: Tensor, C: Tensor, V: Tensor) -> Tensor:
-    """The update by the formula, in the layout of the layer's weight."""
+    """Return the update by its formula, in the layout of the layer's weight."""
     update = 1.7 * U @ C[0, 0] @ V  # [d_in, d_out]
     if kind == "embedding with padding":
         update = update * (torch.arange(7) > 0)[:, None]
@@ -51,7 +51,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 def adapted(kind: str) -> tuple[EfftLayer, nn.Module, TTFactors]:
-    """The layer with an adapter, a plain copy of it in fp64 with the update in its weight, and the factors."""
+    """Return the adapted layer, a plain fp64 copy of the layer with the update in its weight, and the factors."""
     torch.manual_seed(0)
     layer = KINDS[kind][0]().requires_grad_(False)
     factors = TTFactors(*KINDS[kind][2], rank=(2, 3), scale=1.7)
@@ -146,7 +146,7 @@ def test_layers_that_are_refused() -> None:
 
 
 def test_weights_that_are_read_and_layers_that_are_not_called() -> None:
-    """torchvision's Swin reads the weights of its attention: that an update there is lost is an error."""
+    """torchvision's Swin reads the weights of its attention; an update there would be lost, which is an error."""
     torchvision = pytest.importorskip("torchvision", reason="needs the vision extra")
 
     def base() -> nn.Module:
@@ -170,7 +170,7 @@ def test_weights_that_are_read_and_layers_that_are_not_called() -> None:
 
 
 def test_what_a_pass_leaves_out_is_no_error() -> None:
-    """T5 asks for the dtype of a weight in its way, and its decoder runs many times after one run of the encoder."""
+    """T5 only inspects a weight's dtype, and its decoder runs many times after one run of the encoder."""
     sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
     t5 = transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=50, **sizes)).eval()
     model = peft.get_peft_model(t5, EfftPeftConfig(r=2, target_modules=["wo", "q"], init_weights=False)).eval()
@@ -178,7 +178,7 @@ def test_what_a_pass_leaves_out_is_no_error() -> None:
 
 
 class Held(nn.Module):
-    """A forward that goes through its own list, not through the registered modules."""
+    """Call the modules in a list of the module's own rather than the registered modules."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Under peft beyond training: an adapter per sample, hot-swapping, LoRA made of it, hooks and offloading."""
+"""Test peft beyond training: one adapter per sample, hot-swapping, conversion to LoRA, hooks and offloading."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def differ(*outputs: Tensor) -> bool:
     ],
 )
 def test_an_adapter_per_sample(base: Callable[[], nn.Module], first: dict[str, Any], second: dict[str, Any]) -> None:
-    """Each sample's output is that of its own adapter alone, its head included."""
+    """Each sample's output equals the output with only that sample's adapter, including the head."""
     model = under_peft(base(), settings(**first), adapter_name="first")
     model.add_adapter("second", settings(**second))
     for name, head in model.named_modules():
@@ -86,7 +86,7 @@ def test_an_adapter_per_sample(base: Callable[[], nn.Module], first: dict[str, A
 
 
 def test_batches_with_beams() -> None:
-    """Beam search repeats every sample, and its adapter with it."""
+    """Beam search repeats every sample together with its adapter."""
     model = under_peft(llama(), settings(scale=4.0))
     search = {"num_beams": 3, "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     alone = model.generate(input_ids=IDS[:2], **search)
@@ -146,7 +146,7 @@ def test_hotswap_of_what_does_not_fit(changes: dict[str, Any], tmp_path: Path) -
     "changes", [{}, {"targets": "all", "target_modules": None}, {"target_modules": "all-linear", "scale": "auto"}]
 )
 def test_as_lora(changes: dict[str, Any], tmp_path: Path) -> None:
-    """At the adapter's rank, exactly; what peft loads then knows nothing of this library."""
+    """The conversion is exact at the adapter's rank, and peft can load the result without this library."""
     model = under_peft(llama(), settings(**changes))
     assert model.supports_lora_conversion()
     peft.save_as_lora(tmp_path, model, rank=3)
@@ -157,7 +157,7 @@ def test_as_lora(changes: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_the_adapter_that_becomes_lora() -> None:
-    """One of two, with other layers."""
+    """The model has two adapters, and the other one adapts different layers."""
     model = under_peft(llama(), settings())
     model.add_adapter("other", settings(target_modules=["q_proj", "o_proj"]))
     model.set_adapter("other")
@@ -171,7 +171,7 @@ def test_the_adapter_that_becomes_lora() -> None:
 
 
 def test_hooks_of_the_layer_count() -> None:
-    """Whatever hangs on the layer that was adapted runs, and what it changes stays changed: as on the merged layer."""
+    """All hooks of the adapted layer run, and their changes take effect, as on the merged layer."""
     base, seen = llama(), []
     base.model.layers[0].mlp.down_proj.register_forward_hook(lambda module, args, y: 2 * y)
     plain = output(base)
@@ -198,7 +198,7 @@ def test_hooks_of_the_layer_count() -> None:
 
 
 def test_layers_without_hooks_are_one_op(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The layer that was adapted is not called, so its output never exists beside the adapted one."""
+    """The original layer is not called, so that its output never exists in addition to the adapted one."""
     model = under_peft(llama(), settings())
     calls = []
     forward = nn.Linear.forward
@@ -233,7 +233,7 @@ OFFLOADED: dict[str, Callable[[nn.Module, Path], Any]] = {
 
 @pytest.mark.parametrize("how", OFFLOADED)
 def test_offloaded_models(how: str, tmp_path: Path) -> None:
-    """Offloaded first, then adapted or given a saved adapter, merged, and unloaded."""
+    """The model is offloaded first; then it is adapted or gets a saved adapter, is merged, and is unloaded."""
     whole = under_peft(llama(), settings())
     whole.save_pretrained(tmp_path / "adapter")
     expected = output(whole)
@@ -257,7 +257,7 @@ def test_offloaded_models(how: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", ["cpu_offload", "disk_offload"])
 def test_adapted_models_that_are_offloaded(how: str, tmp_path: Path) -> None:
-    """With the factors, then, which are there in every pass."""
+    """The factors are offloaded as well, and are present in every pass."""
     model = under_peft(llama(), settings())
     expected = output(model)
     OFFLOADED[how](model, tmp_path)
@@ -271,7 +271,7 @@ def test_adapted_models_that_are_offloaded(how: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scale", [False, "group", "matrix"])
 def test_a_weighted_sum(scale: str | bool, tmp_path: Path) -> None:
-    """2 times the first less half of the second: the same weights as the two deltas make by hand."""
+    """Twice the first adapter minus half of the second equals weights computed by hand from the two deltas."""
     changes = {"trainable_scale": scale, "target_modules": ["q_proj", "o_proj", "down_proj"]}
     model = under_peft(llama(), settings(**changes))
     model.add_adapter("second", settings(r=5, lora_alpha=10, **changes))

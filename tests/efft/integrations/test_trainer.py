@@ -1,4 +1,4 @@
-"""Training loops of others, unchanged: the Trainer of transformers, and accelerate."""
+"""Test unmodified training loops of other libraries: transformers' Trainer, and accelerate."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor, nn
 import efft
 from efft.integrations.trainer import AdapterCheckpoints
 
-pytestmark = pytest.mark.slow  # trains by transformers' Trainer
+pytestmark = pytest.mark.slow  # trains with transformers' Trainer
 
 transformers = pytest.importorskip("transformers", reason="needs the hf extra")
 accelerate = pytest.importorskip("accelerate", reason="needs the train extra")
 
 
 def make(adapted: bool = True) -> nn.Module:
-    """A tiny ViT, adapted, with the head's and the factors' first values always the same."""
+    """Return a tiny ViT, adapted by default; all calls use the same initial head and factors."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "image_size": 16, "patch_size": 8, "num_labels": 3}
     config = transformers.ViTConfig(num_hidden_layers=2, num_attention_heads=2, **sizes)
@@ -29,7 +29,7 @@ def make(adapted: bool = True) -> nn.Module:
 
 
 def examples(n: int = 12) -> list[dict[str, Any]]:
-    """Images that tell their class by their mean."""
+    """Return images whose mean depends on their class."""
     generator = torch.Generator().manual_seed(1)
     return [
         {"pixel_values": torch.randn(3, 16, 16, generator=generator) + i % 3 - 1, "labels": i % 3} for i in range(n)
@@ -54,7 +54,7 @@ def trainer(model: nn.Module, out: Path, steps: int, kind: Any = None, **setting
 
 
 class AdapterTrainer(AdapterCheckpoints, transformers.Trainer):  # type: ignore[misc]
-    """As the documentation of the mixin has it."""
+    """Define a trainer as in the documentation of the mixin."""
 
 
 def logits(model: nn.Module) -> Tensor:
@@ -75,8 +75,8 @@ def test_trainer_trains_resumes_and_saves(tmp_path: Path) -> None:
 
     trainer(make(), tmp_path / "parts", steps=4).train()
     resumed = trainer(make(), tmp_path / "parts", steps=8)
-    # transformers 5 renames the base's tensors in a checkpoint and, resuming, does not find them; they are frozen, so
-    # those of the model that was given are the same.
+    # transformers 5 renames the base's tensors in a checkpoint and does not find them when it resumes. They are frozen,
+    # so that the tensors of the given model are the right ones.
     resumed.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-4"))
     assert torch.equal(logits(resumed.model), expected)
 
@@ -125,7 +125,7 @@ def test_trainer_checkpoints_only_the_adapter(tmp_path: Path) -> None:
 
 
 def test_trainer_loads_the_best_adapter(tmp_path: Path) -> None:
-    """A rate at which the loss explodes after the first evaluation: the best checkpoint is not the last one."""
+    """The loss explodes after the first evaluation at this rate, so that the best checkpoint is not the last one."""
     best = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "metric_for_best_model": "loss"}
     runner = trainer(make(), tmp_path, 6, AdapterTrainer, **best, save_steps=2, learning_rate=3.0)
     runner.train()
@@ -144,7 +144,7 @@ def test_trainer_reads_checkpoints_of_whole_models(tmp_path: Path) -> None:
 
 
 def test_trainer_takes_a_quantized_model(tmp_path: Path) -> None:
-    """Trainer refuses what it thinks has nothing but quantized weights; with the mixin it trains the adapter."""
+    """Trainer rejects a model that seems to have only quantized weights; with the mixin it trains the adapter."""
     torchao = pytest.importorskip("torchao.quantization", reason="needs torchao")
     make(adapted=False).save_pretrained(tmp_path / "base")
     settings = transformers.TorchAoConfig(torchao.Int8WeightOnlyConfig(), modules_to_not_convert=["classifier"])

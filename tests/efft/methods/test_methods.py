@@ -1,4 +1,4 @@
-"""The contract that every method fulfils: adapt, train, save, load, merge, remove, count, compile."""
+"""Test that every method can adapt, train, save, load, merge, remove, count and compile."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from tests.adapter_files import edit_config
 Make = Callable[..., nn.Module]
 
 R = 4
-D, L, H = 16, 2, 2  # of the tiny ViT: width, blocks, heads; the MLP is 4 D wide
+D, L, H = 16, 2, 2  # width, blocks and heads of the tiny ViT; the MLP is 4 D wide
 SHAPES = ((D, 3 * D), (D, D), (D, 4 * D), (4 * D, D))  # qkv, o, fc1, fc2
-FACTORS = {16: (2, 2, 4), 48: (3, 4, 4), 64: (4, 4, 4)}  # factors of the sizes
+FACTORS = {16: (2, 2, 4), 48: (3, 4, 4), 64: (4, 4, 4)}  # factorizations of the sizes
 
 
 def train(*sizes: int) -> int:
-    """Parameters of a tensor train whose outer ranks are 1 and whose inner ones R."""
+    """Return the number of parameters of a tensor train whose outer ranks are 1 and whose inner ranks are R."""
     first, *inner, last = sizes
     return first * R + sum(inner) * R**2 + R * last
 
 
-#: Configuration, and the number of trainable parameters by the formula of the method's paper.
+#: The configuration, and the number of trainable parameters by the formula in the method's paper.
 METHODS: dict[str, tuple[AdapterConfig, int]] = {
     "lora": (methods.LoRAConfig(rank=R, scale=0.7), L * sum(R * (m + n) for m, n in SHAPES)),
     "fact_tt": (methods.FacTTTConfig(rank=R, scale=0.7), 2 * D * R + 12 * L * R**2),
@@ -80,7 +80,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def contract(name: str, show: Callable[..., None]) -> Callable[..., None]:
-    """Notes that the method keeps a part of the contract, or a figure of it."""
+    """Return a function that records that the method fulfills one requirement, or a number for it."""
     return lambda column, value="yes": show("Methods", name, column, value)
 
 
@@ -150,18 +150,18 @@ def test_a_loaded_adapter_computes_the_same(
 ) -> None:
     efft.save_adapter(adapted, tmp_path, info={"top-1": 0.5})
     fresh = tiny_vit().eval()
-    torch.manual_seed(99)  # what is drawn at random there must not matter
+    torch.manual_seed(99)  # random numbers drawn during loading must not matter
     efft.load_adapter(fresh, tmp_path)
     assert torch.equal(fresh(images), adapted(images))
     assert type(fresh.efft.config) is type(METHODS[name][0])
     assert fresh.efft.config.to_dict() == adapted.efft.config.to_dict() | {"head": ["head"]}
     card = (tmp_path / "README.md").read_text()
     assert f"Method: {name} ([arXiv " in card
-    efft.load_adapter(adapted, tmp_path)  # fits an adapted model too
+    efft.load_adapter(adapted, tmp_path)  # an adapted model is also possible
     contract("save and load")
 
 
-BEFORE = {  # fields that files did not always have, and what one without them means
+BEFORE = {  # fields that old files do not have, and their values for such files
     "lorta": (methods.LoRTAConfig(rank=R, scale=0.7, heads_on="output"), "heads_on"),
     "loretta_adp": (methods.LoRETTAAdpConfig(rank=R, bottleneck=6, scale=0.7, bias=False), "bias"),
 }
@@ -290,7 +290,7 @@ def test_part_of_the_layers(name: str, tiny_vit: Make, randomize: Callable[..., 
 @pytest.mark.slow
 def test_compiles_without_graph_breaks(adapted: nn.Module, images: Tensor, contract: Callable[..., None]) -> None:
     expected = adapted(images)
-    torch._dynamo.reset()  # it makes at most 8 graphs of a function, and every method needs its own
+    torch._dynamo.reset()  # dynamo makes at most 8 graphs per function, and every method needs a new one
     compiled = torch.compile(adapted, fullgraph=True, backend="aot_eager")
     actual = compiled(images)
     torch.testing.assert_close(actual, expected)

@@ -1,4 +1,4 @@
-"""The updates of every method against its formula written out densely, matrix by matrix, and against ``peft``."""
+"""Compare the updates of every method with a dense, matrix-by-matrix formula, and with ``peft``."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ ROLES = {"qkv": "attn.qkv", "o": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"
 
 
 def by_layer(matrix: Callable[[str, int], Tensor]) -> dict[str, Tensor]:
-    """ΔW [d_in, d_out] of every layer from that of a role in block l."""
+    """Return ΔW [d_in, d_out] of every layer; ``matrix`` computes ΔW for a role in block l."""
     return {f"blocks.{l}.{ending}": S * matrix(role, l) for role, ending in ROLES.items() for l in range(L)}
 
 
 def of_blocks(matrix: Callable[[int, int], Tensor]) -> dict[str, Tensor]:
-    """ΔW of every layer from d x d matrices m of block l: q, k, v, o, four of fc1, four of fc2."""
+    """Return ΔW of every layer from d x d matrices m of block l: q, k, v, o, four of fc1, four of fc2."""
 
     def assemble(role: str, l: int) -> Tensor:
         first, last = {"qkv": (0, 3), "o": (3, 4), "fc1": (4, 8), "fc2": (8, 12)}[role]
@@ -71,7 +71,7 @@ def metatt_5d(p: Factors) -> dict[str, Tensor]:
 
 
 def lorta(p: Factors, heads_on: str = "input") -> dict[str, Tensor]:
-    """As the authors' code makes the matrix, by which it multiplies transposed: ``x @ dW.T``."""
+    """Return the matrix as in the authors' code, which multiplies by its transpose: ``x @ dW.T``."""
 
     def matrix(l: int, m: int) -> Tensor:
         c = p["joint.C_l"][l] * p["joint.C_m"][m]
@@ -83,7 +83,7 @@ def lorta(p: Factors, heads_on: str = "input") -> dict[str, Tensor]:
 
 
 def tenslora(tensor: str, p: Factors) -> dict[str, Tensor]:
-    """Every tensor made whole, [in, d / heads, heads, matrices, blocks], and sliced."""
+    """Return the updates as slices of the full tensors [in, d / heads, heads, matrices, blocks]."""
     modes = tensor.split("_")
 
     def whole(x: int, y: int) -> Tensor:
@@ -162,7 +162,7 @@ for tensor, ranks in TENSORS.items():
 
 @pytest.fixture
 def parity(show: Callable[..., None]) -> Callable[..., None]:
-    """Notes by how much of the largest entry updates in double precision differ from the formula's."""
+    """Return a function that records the largest relative difference between fp64 updates and the formula."""
 
     def note(method: str, *pairs: tuple[Tensor, Tensor]) -> None:
         error = max(((got - expected).abs().max() / expected.abs().max()).item() for got, expected in pairs)
@@ -213,17 +213,17 @@ def test_lora_xs_works_between_singular_vectors(
         expected = S * bank.A[i] @ bank.R[i] @ bank.B[i]
         torch.testing.assert_close(layer.delta_weight().t(), expected)
         parity("lora_xs", (layer.delta_weight().t(), expected))
-        # W read through A and B alone is the best approximation of rank R, by Eckart and Young.
+        # A B is the best approximation of W at rank R (Eckart-Young theorem).
         lost = (layer.weight - (bank.A[i] @ bank.B[i]).t()).norm()
         torch.testing.assert_close(lost, torch.linalg.svdvals(layer.weight)[R:].norm(), msg=name)
         torch.testing.assert_close(bank.B[i] @ bank.B[i].t(), torch.eye(R, dtype=torch.float64))
-        # As the authors' code: the encoder is TruncatedSVD's transform of Wᵀ, which has the singular values.
+        # As in the authors' code, the encoder is TruncatedSVD's transform of Wᵀ, which includes the singular values.
         torch.testing.assert_close(bank.A[i], layer.weight.t() @ bank.B[i].t())
         torch.testing.assert_close(bank.A[i].norm(dim=0), torch.linalg.svdvals(layer.weight)[:R])
 
 
 def with_peft(model: nn.Module, **settings: Any) -> tuple[nn.Module, dict[str, Any]]:
-    """``model`` with an adapter of ``peft`` on every qkv, and these layers by name."""
+    """Return ``model`` with an adapter of ``peft`` on every qkv layer, and these layers by name."""
     peft = pytest.importorskip("peft")
     config = getattr(peft, settings.pop("config"))(target_modules=["qkv"], **settings)
     adapted = peft.get_peft_model(model, config).base_model.model
@@ -286,7 +286,7 @@ def bank_of(config: AdapterConfig, make: Make, group: str) -> nn.Module:
     return efft.apply(make(embed_dim=64, depth=4), config).efft[group]
 
 
-UNIFORM = {  # of factors that start uniform: the bound, for width 64
+UNIFORM = {  # factors with a uniform initial distribution, and the bound for width 64
     "lora A": (methods.LoRAConfig(rank=8), "fc2", lambda bank: bank.A, 256**-0.5),
     "fact_tt U": (methods.FacTTTConfig(rank=8), "joint", lambda bank: bank.U, 64**-0.5),
     "fact_tt C of fc1": (methods.FacTTTConfig(rank=8), "joint", lambda bank: bank.C[:, 4:8], 8**-0.5),

@@ -1,4 +1,4 @@
-"""Tiny models of many families, with random weights and an input each."""
+"""Create tiny models of many families, with random weights and inputs."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ Family = Callable[[], tuple[nn.Module, Inputs]]
 
 
 def make(name: str) -> tuple[nn.Module, Inputs]:
-    """A model of the family in float64 and evaluation mode, and inputs for it; the same at every call.
+    """Return a model of the family in float64 and evaluation mode, and inputs for it; all calls return equal values.
 
-    No weight of it is zero, as those of some norms and scales are at first: what nothing passes would have no gradient.
+    Zero weights, such as those of some norms and scales, get random values. Otherwise a later layer would not get a
+    gradient.
     """
     torch.manual_seed(0)
     model, inputs = FAMILIES[name]()
@@ -28,7 +29,7 @@ def make(name: str) -> tuple[nn.Module, Inputs]:
 
 
 def output_of(model: nn.Module, inputs: Inputs) -> Tensor:
-    """The first tensor of floating point that the model gives out."""
+    """Return the first floating-point tensor of the model's output."""
     positional = [inputs["x"]] if "x" in inputs else []
     found: Any = model(*positional, **{k: v for k, v in inputs.items() if k != "x"})
     for attribute in ("logits", "last_hidden_state"):
@@ -47,7 +48,7 @@ def _words(n: int = 12) -> Tensor:
 
 
 def _timm(name: str, size: int, **changes: Any) -> Family:
-    """A model by its name in timm, or a "module.Class" of timm.models, for images of ``size`` pixels."""
+    """Return a timm model for images of ``size`` pixels, by its name or by a "module.Class" of timm.models."""
 
     def build() -> tuple[nn.Module, Inputs]:
         timm = pytest.importorskip("timm", reason="needs the vision extra")
@@ -81,12 +82,12 @@ _SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "
 
 
 def _hugging_face(kind: str, config: str, inputs: Callable[[], Inputs], **sizes: Any) -> Family:
-    """A model of transformers, by the names of its class and of its configuration's without "Config"."""
+    """Return a model of transformers by the names of its class and its configuration's class (without "Config")."""
 
     def build() -> tuple[nn.Module, Inputs]:
         transformers = pytest.importorskip("transformers", reason="needs the hf extra")
         settings = getattr(transformers, f"{config}Config")(**sizes)
-        settings._attn_implementation = settings._experts_implementation = "eager"  # the others take no float64
+        settings._attn_implementation = settings._experts_implementation = "eager"  # the others do not support float64
         return getattr(transformers, kind)(settings), inputs()
 
     return build
@@ -101,13 +102,13 @@ def _translation() -> Inputs:
 
 
 def _causal(name: str, **sizes: Any) -> Family:
-    """A language model with the usual names of sizes, without a cache."""
+    """Return a language model without a cache; the settings for its sizes have the usual names."""
     usual = {**_SMALL, "num_key_value_heads": 1, "vocab_size": 64, "use_cache": False, "pad_token_id": 0}
     return _hugging_face(f"{name}ForCausalLM", name, _text, **{**usual, **sizes})
 
 
 def _encoder(name: str, **sizes: Any) -> Family:
-    """A text encoder with the usual names of sizes."""
+    """Return a text encoder; the settings for its sizes have the usual names."""
     usual = {**_SMALL, "vocab_size": 64, "num_labels": 5, "pad_token_id": 0}
     return _hugging_face(f"{name}ForSequenceClassification", name, _text, **{**usual, **sizes})
 

@@ -1,4 +1,4 @@
-"""Settings that nobody can mean are refused by name, at once, in Python as in a file."""
+"""Test that meaningless settings raise an error immediately that names the setting, in Python and in files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Unchanged = Callable[[nn.Module], AbstractContextManager[None]]
 INTEGERS = [0, -1, 10**5, 10**30, 10**5000, True, 3.0, float("nan"), float("inf"), "3", [], {}]
 NUMBERS = [10**7, -1e30, 10**30, 10**400, float("nan"), float("-inf"), True, "1.0", [1.0], None]
 TEXTS = [3, None, True, "nonsense", ["v"], {}]
-#: What may not stand in a field, of whatever method.
+#: Values that no field of any method accepts.
 ABSURD: dict[str, list[Any]] = {
     **dict.fromkeys(("rank", "bottleneck", "n_factors", "heads"), INTEGERS),
     **dict.fromkeys(("scale", "d_initial", "dropout"), NUMBERS),
@@ -45,7 +45,9 @@ CASES = [
     for method, config in METHODS.items()
     for field in dataclasses.fields(config)  # type: ignore[arg-type]
     for value in ABSURD[field.name]
-    if not (field.name in ("scale", "rank") and method == "efft" and value == {})  # no group named: found in the plan
+    if not (
+        field.name in ("scale", "rank") and method == "efft" and value == {}
+    )  # {} names no group: the plan rejects it
 ]
 
 
@@ -56,7 +58,7 @@ def written(value: Any) -> str:
 
 @contextmanager
 def cheap() -> Iterator[None]:
-    """The block takes little memory, and a second at most."""
+    """Check that the block needs little memory and at most one second."""
     start = time.process_time()
     with at_most(20):
         yield
@@ -84,7 +86,7 @@ def test_files_are_refused(method: str, tiny_vit: Make, tmp_path: Path, unchange
     with unchanged(model):
         for _, name, value in (case for case in CASES if case[0] == method):
             if isinstance(value, int) and abs(value) > 10**4000:
-                continue  # json does not write it either
+                continue  # json cannot write this value either
             edit_config(tmp_path, lambda d, name=name, value=value: d["config"].update({name: value}))
             with cheap(), pytest.raises(ValueError, match=rf"{METHODS[method].__name__}\.{name} must be "):
                 efft.load_adapter(model, tmp_path)

@@ -1,4 +1,4 @@
-"""Models outside the tables: layers by name, transformers, a model in a bigger one; and updates that never arrive."""
+"""Test models outside the tables: layers by name, transformers, nested models, and updates without effect."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Unchanged = Callable[[nn.Module], AbstractContextManager[None]]
 
 
 class MLP(nn.Module):
-    """Hidden layers of one size, named as nobody would guess."""
+    """Apply hidden layers of equal size, with unusual names."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ HF: dict[str, tuple[str, dict[str, Any], list[str]]] = {
 
 
 def hugging_face(name: str) -> tuple[nn.Module, dict[str, Tensor], list[str]]:
-    """A tiny random model of transformers, its inputs and the layers to adapt."""
+    """Return a tiny random model of transformers, its inputs and the layers to adapt."""
     transformers = pytest.importorskip("transformers", reason="needs the hf extra")
     family, sizes, targets = HF[name]
     if name != "swin":
@@ -91,7 +91,7 @@ def test_transformers_models_by_name(name: str, unchanged: Unchanged) -> None:
         base = model(**inputs).logits
         efft.apply(model, efft.EfftConfig(rank=2, targets=targets))
         assert model.efft.head == ["classifier"]
-        # Not bit for bit: with Swin's strided windows nn.Linear itself takes another path than addmm.
+        # Not exact: for Swin's strided windows nn.Linear does not use addmm.
         torch.testing.assert_close(model(**inputs).logits, base, rtol=1e-6, atol=1e-8)
         efft.remove(model)
 
@@ -109,7 +109,7 @@ def test_transformers_models_by_name(name: str, unchanged: Unchanged) -> None:
 
 
 class Wrapper(nn.Module):
-    """A backbone without a classifier inside a bigger model."""
+    """Hold a backbone without a classifier inside a bigger model."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ def test_model_inside_a_bigger_one(tiny_vit: Make, images: Tensor, unchanged: Un
 
 
 class TorchEncoder(nn.Module):
-    """torch's own encoder, whose fast path (eval mode) reads the weights and does not call the layers."""
+    """Hold torch's own encoder, whose fast path (eval mode) reads the weights and does not call the layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ class TorchEncoder(nn.Module):
 
 @pytest.mark.parametrize("name", ["beit", "swinv2"])
 def test_attention_that_reads_its_weight(name: str) -> None:
-    """timm's BEiT and Swin v2 add separate biases of q and v by hand: what they read has the update."""
+    """timm's BEiT and Swin v2 add separate biases for q and v; the weight that they read includes the update."""
     models = pytest.importorskip("timm", reason="needs the vision extra").models
     if name == "beit":
         model = models.beit.Beit(img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=3).eval()
@@ -164,7 +164,7 @@ def test_attention_that_reads_its_weight(name: str) -> None:
         ).eval()
         x, layer = torch.randn(2, 3, 32, 32), "layers.0.blocks.0.attn.qkv"
         for norm in (m for m in model.modules() if isinstance(m, nn.LayerNorm)):
-            nn.init.ones_(norm.weight)  # some start at zero, and nothing passes
+            nn.init.ones_(norm.weight)  # some norms start at zero and would block all signals
     model, x = model.double(), x.double()
     base = model(x)
     efft.apply(model, efft.EfftConfig(rank=2, targets=["qkv"]))
@@ -180,7 +180,7 @@ def test_attention_that_reads_its_weight(name: str) -> None:
 
 
 class Part(nn.Module):
-    """A ViT of which only some blocks run, as LayerDrop does it at random."""
+    """Run only some blocks of a ViT, as LayerDrop does."""
 
     def __init__(self, vit: nn.Module, *blocks: int) -> None:
         super().__init__()
@@ -204,7 +204,7 @@ def test_blocks_that_do_not_run_are_no_fault(tiny_vit: Make, images: Tensor) -> 
 
 
 def test_layers_that_run_in_no_block_are_reported_once(tiny_vit: Make, images: Tensor) -> None:
-    """The same places in all blocks: as where a module reads the weights itself."""
+    """In some models the blocks use different layers, for example if a module reads the weights itself."""
     model = efft.apply(Part(tiny_vit()), efft.EfftConfig(rank=4))
     with pytest.warns(UserWarning, match=r"8 of 8 adapted layers did not run .*'vit\.blocks\.0\.attn\.qkv' first"):
         model(images)
@@ -215,7 +215,7 @@ def test_layers_that_run_in_no_block_are_reported_once(tiny_vit: Make, images: T
 
 
 def test_layer_drop_warns_of_nothing() -> None:
-    """Wav2Vec2 skips layers at random in training."""
+    """Wav2Vec2 randomly skips layers in training."""
     transformers = pytest.importorskip("transformers", reason="needs the hf extra")
     sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 4}
     convolutions = {"conv_dim": (8,), "conv_stride": (5,), "conv_kernel": (10,), "num_conv_pos_embeddings": 4}
@@ -233,7 +233,7 @@ def test_layer_drop_warns_of_nothing() -> None:
 
 @pytest.mark.parametrize("first", ["eval", "train"])
 def test_fast_path_of_torchs_encoder(first: str) -> None:
-    """In training the layers are called, in evaluation their weights are read: with the update in both."""
+    """Training calls the layers, and evaluation reads their weights; the update takes effect in both cases."""
     model, x = TorchEncoder(), torch.randn(2, 3, 4, 4)
     efft.apply(model, efft.EfftConfig(rank=4, targets=["linear1", "linear2"], head=[]))
     for _, factor in efft.named_factors(model):
@@ -249,7 +249,7 @@ def test_fast_path_of_torchs_encoder(first: str) -> None:
 
 
 def test_all_of_a_half_known_architecture(tiny_vit: Make) -> None:
-    """As a timm ViT whose attention is another's: its trains follow from the shapes."""
+    """In a timm ViT with foreign attention modules, the shapes determine the tensor trains."""
     model = tiny_vit()
     for block in model.blocks:
         block.attn = nn.Sequential(nn.Linear(16, 16))
@@ -261,11 +261,11 @@ def test_all_of_a_half_known_architecture(tiny_vit: Make) -> None:
     ]
 
 
-# --- layers with something of their own ------------------------------------------------------------------------------
+# --- layers with hooks or other attributes ----------------------------------------------------------------------------
 
 
 def test_forward_set_on_the_layer(tiny_vit: Make, images: Tensor) -> None:
-    """As many profilers do: it goes on, around a weight that has the update."""
+    """Many profilers replace a layer's forward; the replacement still runs, with a weight that includes the update."""
     model = tiny_vit().eval()
     layer = model.blocks[0].mlp.fc1
     forward = layer.forward
@@ -296,7 +296,7 @@ def test_computed_weights_are_left_out_by_name(norm: Callable[[nn.Module], nn.Mo
 
 
 def test_hooks_on_adapted_layers_keep_firing(tiny_vit: Make, images: Tensor) -> None:
-    """Whether set before apply or on the adapted layer, until their handles remove them; after remove too."""
+    """Hooks set before apply or on the adapted layer run until their handles remove them, even after efft.remove."""
     model = tiny_vit()
     calls: list[str] = []
     layer = model.blocks[0].mlp.fc1
@@ -379,7 +379,7 @@ def test_other_things_than_a_model_and_a_configuration(tiny_vit: Make) -> None:
 
 
 def test_blocks_of_another_kind(tiny_vit: Make) -> None:
-    """As the class-attention blocks of XCiT and CaiT, or one foreign block among the others."""
+    """Examples are the class-attention blocks of XCiT and CaiT, or one foreign block among the others."""
     model = tiny_vit()
     model.cls_blocks = nn.ModuleList([nn.ModuleDict({"q": nn.Linear(8, 8)}) for _ in range(2)])
     efft.apply(model, efft.EfftConfig(rank=4))
@@ -387,7 +387,7 @@ def test_blocks_of_another_kind(tiny_vit: Make) -> None:
 
 
 def test_tied_weights_are_refused(unchanged: Unchanged) -> None:
-    """Merging one layer would change the other, adapted or not."""
+    """Merging one of the layers would change the other one, whether adapted or not."""
     model = nn.ModuleDict({"a": nn.Linear(8, 8), "words": nn.Embedding(8, 8)})
     model["words"].weight = model["a"].weight
     with unchanged(model), pytest.raises(ValueError, match=r"'a' cannot .* tied: a and words have the same"):

@@ -1,4 +1,4 @@
-"""docs/models.md says what is adapted in every architecture of timm and transformers: a sample of it, made anew."""
+"""Check a sample of docs/models.md, which lists the adapted layers of every architecture of timm and transformers."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import pytest
 
 from benchmarks.models import architectures, examine
 
-pytestmark = pytest.mark.slow  # makes a model of many architectures
+pytestmark = pytest.mark.slow  # creates models of many architectures
 
 PAGE = (Path(__file__).parents[3] / "docs" / "models.md").read_text()
-#: Every n-th architecture; all of them take minutes (``python -m benchmarks models``).
+#: The tests check only every n-th architecture; ``python -m benchmarks models`` examines all of them in minutes.
 EVERY = {"timm": 60, "transformers": 60}
 
 
 def section(library: str, title: str) -> dict[str, list[str]]:
-    """The rows of a table of the page, by their first cell."""
+    """Return the rows of a table on the page, keyed by their first cell."""
     match = re.search(rf"## {library}: {title}\n(.*?)(?=\n## |\Z)", PAGE, re.DOTALL)
     rows = [line.strip("|").split(" | ") for line in match[1].splitlines() if line.startswith("| ")] if match else []
     return {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows[1:]}
@@ -37,7 +37,7 @@ def test_a_sample_of_the_page(library: str) -> None:
 
 
 def test_goals() -> None:
-    """Wholly: at least 95 % of timm's architectures and 90 % of transformers', of those that their library makes."""
+    """Of the architectures that can be created, at least 95 % in timm and 90 % in transformers are adapted wholly."""
     for library, least in (("timm", 95), ("transformers", 90)):
         (row,) = re.findall(rf"^\| {library} \| .*$", PAGE, re.MULTILINE)
         share = float(re.findall(r"\(([\d.]+)%\)", row)[0])

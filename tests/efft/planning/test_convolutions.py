@@ -1,4 +1,6 @@
-"""Convolutional networks: layers by name, 1 x 1 and larger kernels, every call that a transformer has."""
+"""Test convolutional networks: layers by name, 1 x 1 and larger kernels, and every call that works on a transformer."""
+
+from __future__ import annotations
 
 import copy
 import warnings
@@ -18,7 +20,7 @@ TARGETS = [r"layer\d\.\d\.conv[12]", "downsample.1"]
 
 
 def network() -> nn.Module:
-    """A ResNet of four stages, a basic block each."""
+    """Return a ResNet of four stages with one basic block each."""
     torch.manual_seed(0)
     model: nn.Module = timm.create_model("test_resnet", num_classes=5)
     return model.eval()
@@ -30,7 +32,7 @@ def images() -> Tensor:
 
 
 def trained(model: nn.Module) -> nn.Module:
-    """With factors that do something."""
+    """Return the model with random factors."""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in model.efft.parameters():
@@ -95,7 +97,7 @@ def test_other_methods(images: Tensor) -> None:
     assert not torch.allclose(before, expected)
     efft.merge(model)
     torch.testing.assert_close(model(images), expected)
-    with pytest.raises(ValueError, match="matches no linear layer"):  # it puts a nonlinearity behind linear layers
+    with pytest.raises(ValueError, match="matches no linear layer"):  # LoRETTA adds a nonlinearity after linear layers
         efft.apply(network(), LoRETTAAdpConfig(targets=TARGETS))
 
 
@@ -108,7 +110,7 @@ def test_exported_lora_runs_in_peft(images: Tensor, tmp_path: Path) -> None:
 
 
 def test_kernels_that_are_standardised_are_told_of_once_with_their_size(images: Tensor) -> None:
-    """A module that computes with a function of its weight reads it: with the update, as a dense tensor."""
+    """A module that computes with a function of its weight reads the weight including the update, as a dense tensor."""
     model = efft.apply(timm.create_model("test_nfnet", num_classes=5), efft.EfftConfig(rank=2))
     read = {n: u for n, u in adapted_layers(model).items() if not isinstance(u, nn.Module)}
     size = 4 * sum(update.weight.numel() for update in read.values()) / 2**20

@@ -1,4 +1,4 @@
-"""Mixtures of experts of transformers with updates, each tiny and random, against dense effective weights."""
+"""Compare mixtures of experts of transformers (tiny, random, with updates) with dense effective weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SIZES: dict[str, Any] = {
     **{"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
     **{"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
 }
-#: Class of the model without ForCausalLM, and its configuration.
+#: The class of each model (without "ForCausalLM"), and its configuration.
 MODELS: dict[str, dict[str, Any]] = {
     "Mixtral": {"intermediate_size": 48, "num_local_experts": 4},
     "Qwen3Moe": {"moe_intermediate_size": 16, "num_experts": 6, "num_experts_per_tok": 3, "head_dim": 8},
@@ -44,7 +44,7 @@ def make_model(name: str) -> nn.Module:
     torch.manual_seed(3)
     config = getattr(transformers, f"{name}Config")(**SIZES | MODELS[name])
     model: nn.Module = getattr(transformers, f"{name}ForCausalLM")(config)
-    for parameter in model.parameters():  # of the library's own weights most updates would be a multiple
+    for parameter in model.parameters():  # compared with the library's initial weights, most updates would be too large
         if parameter.dim() == 3:
             nn.init.normal_(parameter, std=0.2)
     return model.eval()
@@ -63,7 +63,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_model_computes_with_its_updates(name: str, implementation: str) -> None:
-    """Whichever implementation is chosen: live, merged and the plain model with dense effective weights agree."""
+    """With every implementation, unmerged and merged models agree with the plain model with dense effective weights."""
     model, plain = make_model(name), make_model(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     for each in (model, plain):
@@ -107,7 +107,7 @@ def test_the_first_step_is_a_no_op(name: str) -> None:
 
 
 def test_training_with_checkpoints_and_dropout(name: str) -> None:
-    """Gradients of a pass that runs its blocks again in backward are those of one that keeps everything."""
+    """Gradients with blocks that run again in backward equal those without checkpointing."""
     gradients = []
     for again in (False, True):
         model = make_model(name).train()
@@ -125,7 +125,7 @@ def test_training_with_checkpoints_and_dropout(name: str) -> None:
 
 
 def test_products_that_are_called() -> None:
-    """JetMoE's, which get rows sorted by expert and how many each has."""
+    """JetMoE calls its products with rows sorted by expert, and with the number of rows of each expert."""
     config = transformers.JetMoeConfig(
         **SIZES | {"intermediate_size": 48, "num_local_experts": 4, "kv_channels": 8}, num_experts_per_tok=2
     )
@@ -156,7 +156,7 @@ def test_products_that_are_called() -> None:
 
 
 def test_by_the_names_of_parameters(name: str) -> None:
-    """As a plan would adapt them, beside other layers of the model."""
+    """A plan also adapts experts in this way, in addition to other layers of the model."""
     model = make_model(name)
     base = logits(model)
     sites: dict[str, Any] = {}
@@ -189,7 +189,7 @@ def test_by_the_names_of_parameters(name: str) -> None:
 
 
 def test_as_lora_of_peft(name: str, tmp_path: Path) -> None:
-    """All that is adapted in the model, by the checkpoint alone: experts and routers are parameters there too."""
+    """The checkpoint contains the complete update; experts and routers are parameters in peft as well."""
     peft = pytest.importorskip("peft", reason="needs the dev extra")
     model, base = make_model(name), make_model(name)
     shared = [r".*shared_experts.*"] if name == "DeepseekV3" else []
@@ -200,7 +200,7 @@ def test_as_lora_of_peft(name: str, tmp_path: Path) -> None:
     live = logits(model)
     efft.export_lora(model, tmp_path)
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # as of keys that are missing
+        warnings.simplefilter("error", UserWarning)  # such as the warning about missing keys
         loaded = peft.PeftModel.from_pretrained(base, tmp_path).eval()
     assert (logits(make_model(name)) - live).norm() > 0.1 * live.norm()
     torch.testing.assert_close(logits(loaded), live, atol=1e-5, rtol=1e-4)
@@ -214,7 +214,7 @@ def test_what_peft_takes_for_experts_is_refused(tmp_path: Path) -> None:
 
 
 def test_all_of_a_model(name: str, tmp_path: Path) -> None:
-    """By one call, without a word about what is left out; saved, loaded and removed again."""
+    """One call adapts all layers without a warning; the adapter is saved, loaded and removed."""
     model, base = make_model(name), make_model(name)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

@@ -1,8 +1,8 @@
-"""One test of everything, for each of many families: see :data:`families.FAMILIES`.
+"""Test adapting, training, saving, merging and exporting, for many families of models: :data:`families.FAMILIES`.
 
-Models are in float64, and differences are judged by what rounding alone does: by the change of the output when every
-weight is off by a few hundred units in its last place (:func:`noise_of`). Many models compute norms or a softmax in
-float32 whatever their weights are, and that is in it.
+Models are in float64. Differences are compared with the effect of rounding, which is the change of the output if every
+weight changes by a few hundred units in its last place (:func:`noise_of`). Many models compute norms or a softmax in
+float32 for weights of any dtype, and this measure includes that effect.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import efft
 from efft_kernels import ExpertWeight
 from tests.efft.planning.families import FAMILIES, Inputs, make, output_of
 
-#: What is in a block, by the names that these families have for their blocks.
+#: The names of the blocks in these families.
 BLOCKS = re.compile(r"(blocks?|layers?|stages|features|network|groups|\bh)\.\d+\.|layer_?\d+\.|\bs\d\.b\d+\.")
 
-#: What lies between blocks or before them, once in these tiny models, and is no part of a block.
+#: Layers before or between the blocks, which do not belong to a block.
 BETWEEN = {
     "swin": r"downsample\.reduction",
     "swin-of-torchvision": r"features\.2\.reduction",
@@ -31,8 +31,8 @@ BETWEEN = {
     "wav2vec2": r"conv_layers\.0\.",
 }
 
-#: What stays untouched where that is more than 1 % of the weights in blocks, and has to be in the warning: tables of
-#: positions and segments, which are looked up, and decays.
+#: Parameters that are not adapted although they exceed 1 % of the weights in blocks; the warning must name them. They
+#: are tables of positions and segments, which are looked up, and decays.
 LEFT_OUT = {
     "beit": "relative_position_bias_table",
     "swin": "relative_position_bias_table",
@@ -44,10 +44,10 @@ LEFT_OUT = {
     "zamba": r"A_log|D$",
 }
 
-#: What legitimately has no gradient: the first attention of DETR's decoder has values of queries that are zero.
+#: Parameters that correctly get no gradient: the first attention of DETR's decoder has zero queries as values.
 NO_GRADIENT = {"detr": r"decoder\.layers\.0\.self_attn\.v_proj"}
 
-#: What the refusal says where peft cannot hold the update exactly.
+#: The error text if peft cannot represent the update exactly.
 _NO_LORA = {
     "is a grouped convolution, for which peft has no such update": "pit gcvit xcit twins coatnet maxvit edgenext davit "
     "focalnet convnext convnextv2 mambaout regnet efficientnet mobilenetv3 mobilenetv4 repvit segformer "
@@ -112,7 +112,7 @@ def test_family(family: str, tmp_path: Path) -> None:
 
 
 def noise_of(model: nn.Module, inputs: Inputs) -> float:
-    """How far the output is moved by a random relative change of 1e-13 of every weight."""
+    """Return the change of the output if every weight changes randomly by a relative 1e-13."""
     moved, generator = copy.deepcopy(model), torch.Generator().manual_seed(3)
     with torch.no_grad():
         for weight in moved.parameters():
@@ -128,7 +128,7 @@ def randomize(model: nn.Module) -> None:
 
 
 def look(model: nn.Module) -> dict[str, object]:
-    """Every tensor of the state dict as bytes, the class of every module, and what requires a gradient."""
+    """Return the tensors of the state dict as bytes, the class of every module, and which tensors require gradients."""
     seen: dict[str, object] = {f"{name} is a": (id(m), type(m)) for name, m in model.named_modules()}
     seen |= {f"{name} requires": p.requires_grad for name, p in model.named_parameters()}
     state = model.state_dict().items()
@@ -136,7 +136,7 @@ def look(model: nn.Module) -> dict[str, object]:
 
 
 def check_what_is_left_out(family: str, model: nn.Module, said: list[str]) -> None:
-    """Of the matrices in blocks, 99 % are adapted; or what is not is in the warning, and is what the table says."""
+    """Check that 99 % of the matrices in blocks are adapted, or that the warning and the table name the others."""
     names = efft.adapted_layers(model).keys()
     head = tuple(f"{name}." for name in model.efft.head)
     inside = {n: p for n, p in model.named_parameters() if BLOCKS.search(n) and not n.startswith(head)}
@@ -146,7 +146,7 @@ def check_what_is_left_out(family: str, model: nn.Module, said: list[str]) -> No
         name: p.numel()
         for name, p in inside.items()
         if p.dim() > 1
-        and len(p) < p.numel() > p[0].numel()  # a matrix, or many
+        and len(p) < p.numel() > p[0].numel()  # a matrix, or a stack of matrices
         and not name.endswith("bias")
         and name not in tables
         and not outside.search(name)
@@ -165,7 +165,7 @@ def check_what_is_left_out(family: str, model: nn.Module, said: list[str]) -> No
 
 
 def check_gradients(family: str, model: nn.Module, inputs: Inputs) -> Tensor:
-    """A backward pass reaches every factor, and of the cores each one's; returns the output."""
+    """Check that a backward pass reaches every factor, and every core of the factors; return the output."""
     output = output_of(model, inputs)
     weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(4), dtype=output.dtype)
     (output * weights).sum().backward()
@@ -177,13 +177,13 @@ def check_gradients(family: str, model: nn.Module, inputs: Inputs) -> Tensor:
         assert torch.isfinite(gradient).all()
         if re.search(NO_GRADIENT.get(family, "$^"), name):
             assert not reached.any()
-        else:  # an expert without a token has none
+        else:  # an expert without a token has no gradient
             assert reached.any() if isinstance(update, ExpertWeight) else reached.all(), f"no gradient: {name}"
     return output.detach()
 
 
 def in_peft(model: nn.Module, plain: nn.Module, folder: Path) -> nn.Module:
-    """The plain model with the exported update, in peft's hands."""
+    """Return the plain model under peft with the exported update."""
     peft = pytest.importorskip("peft", reason="needs the hf extra")
     efft.export_lora(model, folder)
     wrapped: nn.Module = peft.PeftModel.from_pretrained(plain, str(folder)).eval()

@@ -1,7 +1,7 @@
-"""Which layers share which factors, and how many parameters that makes: the numbers of the paper and of its code.
+"""Test which layers share factors, and compare the numbers of parameters with those of the paper and its code.
 
-Percentages, backbones and the totals of the public code were taken from the paper, from running that code and from the
-closed forms beside them; none comes from this project.
+The expected percentages, backbone sizes and totals come from the paper, from runs of its public code, and from closed
+formulas. None of them comes from this project.
 """
 
 from __future__ import annotations
@@ -54,17 +54,17 @@ def test_vit_base_counts(rank: int, efft1: int, efft2: int, code: int) -> None:
 
 
 def test_headline_numbers_of_the_paper() -> None:
-    """0.16M (EFFT1) and 0.25M = 0.28 % (EFFT2) extra parameters at the maximum rank, 32."""
+    """At the maximum rank 32, the paper reports 0.16M (EFFT1) and 0.25M = 0.28 % (EFFT2) extra parameters."""
     one, two = (count(VIT["vit_base"], efft.EfftConfig(rank=32, variant=v)) for v in ("efft1", "efft2"))
     assert (round(one.factors / 1e6, 2), round(two.factors / 1e6, 2)) == (0.16, 0.25)
     assert two.backbone == 85_798_656
     assert f"{100 * one.factors / one.backbone:.3f}" == "0.186"
     assert f"{100 * two.factors / two.backbone:.3f}" == "0.286"
-    assert f"{100 * two.factors / (two.backbone + 769_000):.3f}" == "0.284"  # of 86,567,656 with the 1k head
+    assert f"{100 * two.factors / (two.backbone + 769_000):.3f}" == "0.284"  # percent of 86,567,656 with the 1k head
 
 
 def test_mean_over_the_19_published_ranks() -> None:
-    """The tasks' ranks are 8/16/32 for 4/5/10 (EFFT1) and 2/9/8 (EFFT2) of them."""
+    """Ranks 8/16/32 are used for 4/5/10 (EFFT1) and 2/9/8 (EFFT2) of the tasks."""
     for variant, tasks, mean in (("efft1", (4, 5, 10), 0.110), ("efft2", (2, 9, 8), 0.158)):
         totals = [count(VIT["vit_base"], efft.EfftConfig(rank=r, variant=variant)).factors for r in (8, 16, 32)]
         assert round(sum(n * t for n, t in zip(tasks, totals, strict=True)) / 19e6, 3) == mean
@@ -121,7 +121,7 @@ def test_distilled_deit_has_two_heads() -> None:
 
 
 def test_giant_dinov2_has_a_gated_mlp() -> None:
-    """40 blocks of width 1536; fc1 packs gate and value of 4096 each: 2 cores for fc1, 1 for fc2."""
+    """The model has 40 blocks of width 1536. fc1 packs gate and value of width 4096 each and has 2 cores, fc2 has 1."""
     r = 16
     counted = count("vit_giant_patch14_dinov2", efft.EfftConfig(rank=r))
     assert counted.groups == {"mhsa": 2 * 1536 * r + 40 * 4 * r * r, "ffn": (1536 + 4096) * r + 40 * 3 * r * r}
@@ -145,7 +145,7 @@ def test_giant_dinov2_has_a_gated_mlp() -> None:
 def test_swin_counts(
     size: str, width: int, attention: int, mlp: int, depths: tuple[int, ...], code_total: int, per_layer: int
 ) -> None:
-    """The public code allocates stage 3's MLP cores as [18, m, 2m] and uses 2 of them: 16 are dead, ours are not."""
+    """The public code allocates stage 3's MLP cores as [18, m, 2m] and uses 2; this library allocates only these 2."""
     m3 = mlp << 2  # m of stage 3
     dead = 16 * m3 * (2 * m3)
     shared = count(SWIN[size], efft.paper_config(f"swin_{size}", core_sharing="shared"))
@@ -162,7 +162,7 @@ def test_swin_counts(
 
 
 def test_dead_slices_of_the_public_code() -> None:
-    """The same subtraction in numbers."""
+    """This test checks the same difference in numbers."""
     totals = {
         size: count(SWIN[size], efft.paper_config(f"swin_{size}", core_sharing="shared")).factors for size in SWIN
     }
@@ -284,7 +284,7 @@ def test_blocks_may_lie_deeper_in_the_model(tiny_vit: Make) -> None:
     assert group.sites["backbone.blocks.1.attn.qkv"] == Site(1, (0, 1, 2))
 
 
-# --- what cannot share a train ---------------------------------------------------------------------------------------
+# --- layers that cannot share a tensor train --------------------------------------------------------------------------
 
 
 def test_ranks_for_unknown_groups(tiny_vit: Make) -> None:
@@ -301,13 +301,13 @@ def test_ranks_for_unknown_groups(tiny_vit: Make) -> None:
 
 
 def sizes(model: nn.Module, **changes: Any) -> dict[str, tuple[int, int, int, int]]:
-    """Of each group d_in, d_out, layers and cores for each."""
+    """Return d_in, d_out, the number of layers and the cores per layer of each group."""
     groups = make_plan(model, efft.EfftConfig(rank=4, **changes)).groups
     return {g.name: (g.d_in, g.d_out, g.n_layers, g.n_cores) for g in groups}
 
 
 def test_layers_of_unequal_sizes(tiny_vit: Make) -> None:
-    """There is a train for each size of the MLP, and one for the attention."""
+    """The plan has one tensor train per size of the MLP, and one for the attention."""
     model = tiny_vit()
     model.blocks[1].mlp.fc1 = nn.Linear(16, 32)
     model.blocks[1].mlp.fc2 = nn.Linear(32, 16)
@@ -316,7 +316,7 @@ def test_layers_of_unequal_sizes(tiny_vit: Make) -> None:
 
 
 def test_attention_that_is_not_square(tiny_vit: Make) -> None:
-    """Three matrices 16 x 8 in a qkv, and the output projection back: one train."""
+    """Three 16 x 8 matrices in qkv and the output projection back to 16 share one tensor train."""
     model = tiny_vit()
     for block in model.blocks:
         block.attn.qkv, block.attn.proj = nn.Linear(16, 3 * 8), nn.Linear(8, 16)

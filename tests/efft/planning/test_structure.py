@@ -1,4 +1,4 @@
-"""Models that are built in unusual ways: what is read off them, and that the update counts wherever they use it."""
+"""Test models with unusual structures: the plan recognizes the structure, and every update has an effect."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Expert(nn.Module):
 
 
 class Mixture(nn.Module):
-    """A block with attention, a router of the attention's shape, and experts in a list, as Mixtral had them once."""
+    """A block with attention, a router with the shape of the attention, and a list of experts, like early Mixtral."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,11 +39,11 @@ class Mixture(nn.Module):
 
 
 class Tail(nn.Sequential):
-    """A tower of another class."""
+    """A tower with a different class."""
 
 
 class Held(nn.Module):
-    """A forward that goes through its own list, not through the registered modules."""
+    """Call the modules in a list of the module's own rather than the registered modules."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,14 +76,14 @@ def test_experts_in_a_list_belong_to_the_mlp() -> None:
 
 @pytest.mark.parametrize("n", [1, 2])
 def test_a_list_of_one_block_is_planned_as_one_of_two(n: int) -> None:
-    """Not so as if it had no blocks: what is beside the list is left alone."""
+    """The plan must recognize the block and leave the other layers of the model alone."""
     model = nn.ModuleDict({"layers": nn.ModuleList(Expert() for _ in range(n)), "pooler": nn.Linear(16, 16)})
     plan = efft.inspect(model, efft.EfftConfig(rank=2, head=[]))
     assert set(plan.weights) == {f"layers.{i}.w{k}" for i in range(n) for k in (1, 2)}
 
 
 def test_sizes_that_are_tensors_are_numbers_in_the_plan() -> None:
-    """As where a model computes its widths by torch."""
+    """Some models compute their widths with torch."""
     width = torch.tensor(48)
     model = nn.Sequential(*(nn.Sequential(nn.Linear(width // 3, width), nn.Linear(width, width // 3)) for _ in "ab"))
     plan = efft.inspect(model, efft.EfftConfig(rank=2, head=[]))
@@ -138,7 +138,7 @@ def test_modules_held_in_plain_lists_are_adapted_and_come_back() -> None:
 
 @pytest.mark.parametrize("names", [("0", "1"), ("left-hand side", "left_hand side"), ("a_b", "a b")])
 def test_towers_of_any_name_are_saved_and_loaded(names: tuple[str, str], tmp_path: Path) -> None:
-    """A group is called after its tower where two are alike, and is a module itself."""
+    """If two towers have equal groups, the name of a group includes its tower. A group is also a module."""
 
     def make() -> nn.Module:
         torch.manual_seed(0)
@@ -156,7 +156,7 @@ def test_towers_of_any_name_are_saved_and_loaded(names: tuple[str, str], tmp_pat
 
 
 def test_experts_that_a_method_cannot_adapt_are_named_with_every_keyword() -> None:
-    """What is linear to a user may be a parameter of many matrices."""
+    """Users may regard experts as linear layers although they are parameters with many matrices."""
     transformers = pytest.importorskip("transformers", reason="needs the hf extra")
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = transformers.MixtralConfig(**sizes, num_key_value_heads=2, vocab_size=64, num_local_experts=4)

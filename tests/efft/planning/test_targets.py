@@ -1,4 +1,4 @@
-"""Which layers a configuration selects, which modules count as the head, and what is said where nothing fits."""
+"""Test which layers a configuration selects, which modules count as the head, and the errors if nothing matches."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_swin_presets_leave_the_downsampling_alone(tiny_swin: Make) -> None:
     assert {t.stage for t in targets} == {0, 1, 2, 3}
 
 
-# --- nothing fits ----------------------------------------------------------------------------------------------------
+# --- nothing matches --------------------------------------------------------------------------------------------------
 
 
 def test_nothing_to_adapt() -> None:
@@ -118,7 +118,7 @@ def test_exclude_that_matches_nothing_or_everything(tiny_vit: Make) -> None:
 
 @pytest.mark.parametrize("where", ["TransformerEncoderLayer", "torchvision"])
 def test_multihead_attention(where: str) -> None:
-    """Its output projection is a layer, its packed input projection a parameter."""
+    """The output projection is a layer, and the packed input projection is a parameter."""
     if where == "torchvision":
         models = pytest.importorskip("torchvision").models
         model: nn.Module = models.VisionTransformer(16, 8, 2, 2, 16, 32, num_classes=5)
@@ -132,7 +132,7 @@ def test_multihead_attention(where: str) -> None:
 
 
 def test_a_bare_parameter_of_another_size_than_activations_is_left_out() -> None:
-    """As the decays of a state space model beside its depthwise convolution, whose kernel happens to be as wide."""
+    """A state space model has decays next to a depthwise convolution whose kernel happens to be as wide."""
 
     class Mixer(nn.Module):
         def __init__(self) -> None:
@@ -184,7 +184,7 @@ def test_head_of_a_distilled_model() -> None:
 )
 @pytest.mark.parametrize("block", ["vit.encoder.layer.0", "swin.encoder.layers.0.blocks.0"])
 def test_names_before_transformers_5(block: str, attention: list[str], mlp: bool) -> None:
-    """ViT, DeiT, BEiT and DINOv2 of transformers 4 (two attentions), and its Swin."""
+    """ViT, DeiT, BEiT and DINOv2 of transformers 4 (two attention classes), and its Swin."""
     roles = dict(zip([*attention, "attention.output.dense"], "qkvo", strict=True))
     fc1, fc2 = ("mlp.fc1", "mlp.fc2") if mlp else ("intermediate.dense", "output.dense")
     roles |= {fc1: "fc1", fc2: "fc2"}
@@ -212,7 +212,7 @@ def test_head_by_its_usual_names(attribute: str) -> None:
 
 
 def test_head_of_a_model_inside_another(tiny_vit: Make) -> None:
-    """Normalization in front of a timm model, as many evaluation codes have it; an outer head goes first."""
+    """Many evaluation codes put a normalization before a timm model; an outer head takes precedence over its head."""
     assert find_head(nn.Sequential(nn.Identity(), tiny_vit()), None) == ["1.head"]
     outer = nn.Module()
     outer.body, outer.head = tiny_vit(), nn.Linear(4, 2)

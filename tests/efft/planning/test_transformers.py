@@ -1,4 +1,4 @@
-"""Models of transformers that ``targets="all"`` knows, each tiny and random."""
+"""Test ``targets="all"`` on tiny random models of transformers."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ BERT = [f"attention.self.{part}" for part in ("query", "key", "value")] + ["atte
 MLP = ["mlp.fc1", "mlp.fc2"]
 GATED = [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
 
-#: Model class, configuration, pattern of its blocks, layers of each, head.
+#: Model class, configuration, pattern of the block names, layers of each block, head.
 MODELS: dict[str, tuple[str, dict[str, Any], str, list[str], list[str]]] = {
     "vit": ("ViTForImageClassification", SIZES, "vit.layers.{}", ATTENTION + MLP, ["classifier"]),
     "deit": (
@@ -124,7 +124,7 @@ def run(name: str, model: nn.Module) -> Tensor:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_all_of(name: str, randomize: Make, tmp_path: Path) -> None:
-    """A no-op at first; every layer of every block adapted; gradients to every factor; saved, loaded and merged."""
+    """The first step changes nothing, every layer of every block is adapted, every factor gets a gradient."""
     _, _, block, endings, head = MODELS[name]
     model = make(name)
     with torch.no_grad():
@@ -136,7 +136,7 @@ def test_all_of(name: str, randomize: Make, tmp_path: Path) -> None:
     )
     assert model.efft.head == head
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # as of layers that did not run
+        warnings.simplefilter("error")  # such as the warning about layers that did not run
         torch.testing.assert_close(run(name, model), base, rtol=1e-6, atol=1e-7)
 
     randomize(model)
@@ -162,7 +162,7 @@ def test_compiles_without_graph_breaks(name: str, graph_breaks: Callable[..., in
 
 
 def test_grouped_queries_use_the_first_columns(randomize: Make) -> None:
-    """k and v have half of q's outputs: V's first columns, and cores of their own."""
+    """k and v have half of q's outputs: they use V's first columns and separate cores."""
     model = randomize(efft.apply(make("llama_grouped"), efft.EfftConfig(rank=(2, 3))))
     mhsa, ffn = model.efft["mhsa"], model.efft["ffn"]
     assert (mhsa.C.shape, mhsa.V.shape) == ((2, 4, 2, 3), (3, 16))
@@ -180,7 +180,7 @@ def test_grouped_queries_use_the_first_columns(randomize: Make) -> None:
 
 
 def test_efft1_of_a_gated_model(randomize: Make) -> None:
-    """One train for attention and MLP, where the hidden size is four times the width."""
+    """Attention and MLP share one tensor train if the hidden size is four times the width."""
     config = transformers.LlamaConfig(**{**TEXT, "intermediate_size": 64, "num_key_value_heads": 1})
     torch.manual_seed(0)
     model = transformers.LlamaForSequenceClassification(config).eval()
@@ -206,7 +206,7 @@ def test_efft1_of_a_gated_model(randomize: Make) -> None:
 def test_the_number_of_heads_is_the_models(name: str, config: HeadedConfig, randomize: Make) -> None:
     model = make(name)
     heads = SWIN["num_heads"] if name == "swin" else [SIZES["num_attention_heads"]]
-    if name == "swin":  # MLPs have no heads of their own, so those of the attention in the stage hold
+    if name == "swin":  # MLPs have no number of heads, so that the stage's attention provides it
         config = dataclasses.replace(config, targets="mhsa")
     efft.apply(model, config)
     modes = {"lorta": "C_h", "metatt_5d": "G4"}

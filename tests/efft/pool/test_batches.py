@@ -1,4 +1,4 @@
-"""A pool with an adapter for each sample, in models whose layers do not have the batch first."""
+"""Test a pool with one adapter per sample in models whose layers do not have the batch dimension first."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "
 
 
 class Rows(nn.Module):
-    """One linear layer on rows in some order, between [batch, sequence, 8] and back."""
+    """Apply one linear layer to rows in a given order; input and output are [batch, sequence, 8]."""
 
     def __init__(self, order: str) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ ORDERS = ["batch first", "windows", "rows", "sequence first", "sequence first, r
 
 
 def pooled(base: Callable[[], nn.Module], randomize: Make, config: efft.EfftConfig) -> tuple[Any, dict[Any, nn.Module]]:
-    """A pool of two adapters, and a model for each of them and for none."""
+    """Return a pool of two adapters, and a model for each adapter and for none."""
     models: dict[Any, nn.Module] = {
         name: randomize(efft.apply(base(), config), 0.5, seed).eval() for seed, name in enumerate("ab")
     }
@@ -71,7 +71,7 @@ def test_each_sample_gets_its_adapter(order: str, sequence: int, randomize: Make
     config = efft.EfftConfig(targets=["linear"], rank=2, head=[])
     pool, alone = pooled(seeded(lambda: Rows(order)), randomize, config)
     names = ["b", None, "a", "b"]
-    for size in (sequence, 8):  # the order is known from the first
+    for size in (sequence, 8):  # the first call determines the order
         x = torch.randn(4, size, 8)
         with torch.no_grad(), pool.use(names):
             y = pool.model(x)
@@ -89,7 +89,7 @@ def test_a_layer_that_mixes_samples_is_refused(randomize: Make) -> None:
 
 @pytest.mark.parametrize("order", ["batch first", "sequence first"])
 def test_parts_called_alone(order: str, randomize: Make) -> None:
-    """No call of the model, so no order is known: what is not plain is refused, until there was one."""
+    """Before a call of the model the order of rows is unknown, so that only plain inputs are accepted."""
     pool, alone = pooled(seeded(lambda: Rows(order)), randomize, efft.EfftConfig(targets=["linear"], rank=2, head=[]))
     x = torch.randn(3, 3, 8)
     with torch.no_grad(), pool.use(["a", "b", None]):
@@ -106,7 +106,7 @@ def language_model() -> nn.Module:
 
 
 def test_generating_text(randomize: Make) -> None:
-    """Numbers of tokens, a padded batch, a cache that grows in every call."""
+    """The cases are several numbers of tokens, a padded batch, and a cache that grows in every call."""
     pool, alone = pooled(seeded(language_model), randomize, efft.EfftConfig(rank=2))
     ids = torch.randint(1, 32, (3, 5), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
@@ -135,7 +135,7 @@ def test_finding_the_order_changes_nothing(tiny_vit: Make, images: Tensor) -> No
         ((torch.zeros(3, 2, dtype=torch.bool),), nullcontext()),
         ((torch.zeros(3, 2, dtype=torch.long),), nullcontext()),
         (("no tensor",), nullcontext()),
-        ((torch.randn(3, 4, 5),), nullcontext()),  # of another width: the model says so itself
+        ((torch.randn(3, 4, 5),), nullcontext()),  # with a wrong width: the model itself raises the error
     ],
     ids=["masks", "all the same", "other things", "what does not fit"],
 )

@@ -1,4 +1,4 @@
-"""Many adapters on one model: each computes what it computes alone, whatever comes and goes beside it."""
+"""Test a pool of adapters on one model: each result is independent of the other adapters in the pool."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ CONFIGS = {
 def test_each_adapter_as_alone_and_in_one_batch(
     pool: efft.AdapterPool, adapter: Adapter, tiny_vit: Make, images: Tensor
 ) -> None:
-    """Of other methods, ranks, layers and sharing side by side."""
+    """The pool holds adapters of different methods, ranks, layers and core sharing."""
     models = {name: adapter(seed, config) for seed, (name, config) in enumerate(CONFIGS.items())}
     for name, model in models.items():
         pool.add(name, model)
@@ -153,7 +153,7 @@ def test_an_adapter_that_is_replaced_while_it_is_loaded(
     pool: efft.AdapterPool, saved: tuple[nn.Module, Path], adapted_vit: Make, images: Tensor,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Between its description and its weights: the new one is loaded then, whole."""
+    """If an adapter is replaced between reading its description and its weights, the complete new one is loaded."""
     _, folder = saved
     other, read = adapted_vit(rank=2, head=[]), files.read_weights
 
@@ -195,12 +195,12 @@ def test_others_stay_bit_equal(tiny_vit: Make, adapter: Adapter, images: Tensor)
     for i in (3, 0, 6):
         pool.remove(f"more{i}")
     wanted = adapter(3, efft.EfftConfig(rank=2))
-    pool.add("again", wanted)  # where a larger one was
+    pool.add("again", wanted)  # in the place of a larger adapter
     torch.testing.assert_close(under(pool, "again", images), alone(wanted, images), **CLOSE)
     assert torch.equal(under(pool, "a", images), expected[0])
     assert pool.names == ["a", "b", "more1", "more2", "more4", "more5", "again"]
     wide = adapter(4, methods.LoRAConfig(rank=7))
-    pool.add("wide", wide)  # of a higher rank, and sharing no D: rounding may differ now, no more
+    pool.add("wide", wide)  # has a higher rank and shares no D, so that only rounding may differ from now on
     torch.testing.assert_close(under(pool, "wide", images), alone(wide, images), **CLOSE)
     torch.testing.assert_close(under(pool, "a", images), expected[0], **CLOSE)
 
@@ -234,7 +234,7 @@ def test_coming_and_going_does_not_recompile(pool: efft.AdapterPool, adapter: Ad
     check(4, "no room", ["no room", "a", "other"])
     for i in range(9):
         pool.add(f"even more{i}", adapter(40 + i))
-    check(4, "even more8", ["even more8", "a", "other"])  # sizes are symbols by now
+    check(4, "even more8", ["even more8", "a", "other"])  # torch.compile treats sizes as symbols by now
 
 
 def test_threads_use_adapters_of_their_own(pool: efft.AdapterPool, adapter: Adapter, images: Tensor) -> None:
@@ -256,7 +256,7 @@ def test_threads_use_adapters_of_their_own(pool: efft.AdapterPool, adapter: Adap
     for thread in threads:
         thread.start()
     together.wait()
-    for i in range(10):  # beyond the room, twice
+    for i in range(10):  # more adapters than fit, twice
         pool.add(f"more{i}", adapter(10 + i))
     for thread in threads:
         thread.join()

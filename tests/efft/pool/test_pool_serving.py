@@ -1,4 +1,4 @@
-"""A pool at work: on every backend, over a quantized base, changed while threads serve from it, with mixes in it."""
+"""Test a pool in use: every backend, a quantized base, changes while threads use the pool, and mixes of adapters."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def under(pool: efft.AdapterPool, adapters: Any, images: Tensor) -> Tensor:
 def test_every_layer_on_every_backend(
     backend: Backend, dtype: torch.dtype, tiny_vit: Make, adapter: Make, images: Tensor
 ) -> None:
-    """One, one for each sample, and a mix, each as wrong as the model of one adapter may be."""
+    """One adapter, one adapter per sample, and a mix are as accurate as a model with one adapter."""
     if (reason := can_run(backend, torch.empty(1, dtype=dtype))) is not None:
         pytest.skip(reason)
     pool, x = efft.AdapterPool(tiny_vit().to(dtype).eval()), images.to(dtype)
@@ -79,12 +79,12 @@ def test_over_a_quantised_base(way: str, tiny_vit: Make, images: Tensor, randomi
     torch.testing.assert_close(rows[1], logits(quantized(), images)[1], **CLOSE)
 
 
-# --- while it serves --------------------------------------------------------------------------------------------------
+# --- changes during use -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def compiled_graphs() -> Iterator[list[Any]]:
-    """Reset torch.compile; every graph that :func:`counting` compiles is added to the list."""
+    """Reset torch.compile, and yield a list to which :func:`counting` adds every compiled graph."""
     torch.compiler.reset()
     yield []
     torch.compiler.reset()
@@ -93,7 +93,7 @@ def compiled_graphs() -> Iterator[list[Any]]:
 def test_coming_and_going_beside_a_serving_thread(
     pool: efft.AdapterPool, adapter: Make, images: Tensor, compiled_graphs: list[Any]
 ) -> None:
-    """Another thread goes on with its compiled model, unharmed and without compiling again."""
+    """Another thread continues with its compiled model, without wrong results and without a new compilation."""
 
     def counting(graph: Any, inputs: Any) -> Any:
         compiled_graphs.append(graph)
@@ -128,7 +128,7 @@ def test_coming_and_going_beside_a_serving_thread(
         for round_ in range(3):
             for i, model in enumerate(newcomers):
                 pool.add(f"new{i}", model)
-                with pool.use([f"new{i}", "stays", None]):  # this thread serves too
+                with pool.use([f"new{i}", "stays", None]):  # this thread also uses the pool
                     got = compiled(images)
                 want = torch.stack([logits(model, images)[0], expected[1], base[2]])
                 torch.testing.assert_close(got, want, **CLOSE, msg=f"round {round_}, adapter {i}")
@@ -142,11 +142,11 @@ def test_coming_and_going_beside_a_serving_thread(
     assert len(compiled_graphs) == len(choices), "one graph for one adapter, one for an adapter a sample"
 
 
-# --- mixes that stay --------------------------------------------------------------------------------------------------
+# --- mixes of adapters ------------------------------------------------------------------------------------------------
 
 
 def test_a_mix_is_exactly_the_weighted_sum(tiny_vit: Make, adapter: Make, images: Tensor) -> None:
-    """In fp64: as one adapter, beside others in a batch, in a mix of mixes; and when its parts are gone."""
+    """The test checks a mix in fp64: by itself, in a batch, in a mix of mixes, and after removal of its parts."""
     x = images.double()
     base = tiny_vit().double().eval()
     configs = {"a": efft.EfftConfig(rank=4), "b": methods.LoRAConfig(rank=3), "c": efft.EfftConfig(rank=2, head=[])}
@@ -180,7 +180,7 @@ def test_a_mix_is_exactly_the_weighted_sum(tiny_vit: Make, adapter: Make, images
 
 
 def test_a_mix_takes_the_memory_of_its_rank(pool: efft.AdapterPool, adapter: Make) -> None:
-    """Layers go on sharing D, and zeros that pad lower ranks are left out."""
+    """Layers continue to share D, and the zeros that pad lower ranks are not stored."""
     for name, rank in (("a", 4), ("b", 2)):
         pool.add(name, adapter(1, efft.EfftConfig(rank=rank, head=[])))
     four = pool.bytes_per_adapter

@@ -1,4 +1,4 @@
-"""What goes wrong, what is said then, and that everything is as it was: the table of docs/faults.md, case by case."""
+"""Test the faults in the table of docs/faults.md case by case: the error, and that it leaves the model unchanged."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ GB = 2**30
 
 @pytest.fixture
 def case(show: Callable[..., None]) -> Case:
-    """Notes a row of the table, which the page must have; there "…" stands for anything."""
+    """Return a function that records a row of the table. The page must have it; "…" there stands for any text."""
 
     def note(name: str, happened: str, earlier: str = "unchanged") -> None:
         show("What went wrong on purpose", name, "what was there", earlier)
@@ -54,7 +54,7 @@ def case(show: Callable[..., None]) -> Case:
 
 @pytest.fixture
 def refused(case: Case, tmp_path: Path) -> Refused:
-    """Within the block an error is raised, and little memory and time taken; what it says goes into the table."""
+    """Return a context that expects an error, quickly and with little memory, and records its text for the table."""
 
     @contextmanager
     def check(name: str, kind: type[Exception] = ValueError) -> Iterator[None]:
@@ -68,7 +68,7 @@ def refused(case: Case, tmp_path: Path) -> Refused:
 
 @pytest.fixture
 def offered(refused: Refused, tiny_vit: Make, unchanged: Unchanged) -> Callable[[str, Path], None]:
-    """An adapter is offered to a model, which stays as it was."""
+    """Return a function that tries to load an adapter into a model, which must not change."""
 
     def offer(name: str, folder: Path) -> None:
         model = tiny_vit()
@@ -79,7 +79,7 @@ def offered(refused: Refused, tiny_vit: Make, unchanged: Unchanged) -> Callable[
 
 
 class Code:
-    """A pickle that runs a program where it is loaded."""
+    """A pickle that runs a program when it is loaded."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -89,7 +89,7 @@ class Code:
 
 
 def sparse(path: Path, size: int) -> None:
-    """A file that seems to have ``size`` bytes."""
+    """Create a sparse file of ``size`` bytes."""
     path.unlink(missing_ok=True)
     with open(path, "wb") as file:
         file.truncate(size)
@@ -128,7 +128,7 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
 def test_patterns_of_a_file_are_never_matched(
     saved: tuple[nn.Module, Path], tiny_vit: Callable[..., nn.Module]
 ) -> None:
-    """Python's ``re`` would match this one for ever; the plan has the names of the layers."""
+    """Python's ``re`` would take forever to match this pattern; the plan in the file contains the layer names."""
     model, folder = saved
     edit_config(folder, lambda d: d["config"].update(targets=["(((((.+)+)+)+)+)+!"]))
     with at_most(20):
@@ -193,13 +193,13 @@ def test_disk_full(
 
 def test_read_only_folder(saved: tuple[nn.Module, Path], case: Case) -> None:
     model, folder = saved
-    with tempfile.TemporaryDirectory() as name:  # not tmp_path, which is below a folder that its owner alone may enter
+    with tempfile.TemporaryDirectory() as name:  # tmp_path lies in a folder that only its owner may enter
         public = Path(name)
         shutil.copytree(folder, public, dirs_exist_ok=True)
         public.chmod(0o555)
         before = contents(public)
         user = os.geteuid()
-        if user == 0:  # to whom nothing is read-only
+        if user == 0:  # root may write to read-only files
             os.seteuid(65534)
         try:
             with pytest.raises(PermissionError) as caught:
@@ -211,7 +211,7 @@ def test_read_only_folder(saved: tuple[nn.Module, Path], case: Case) -> None:
 
 
 def killing(calls: int) -> Callable[..., None]:
-    """os.replace that ends the process after so many calls."""
+    """Return an os.replace that ends the process after this number of calls."""
     replace, left = os.replace, iter(range(calls))
 
     def replace_or_kill(source: Any, target: Any) -> None:
@@ -225,7 +225,7 @@ def killing(calls: int) -> Callable[..., None]:
 def test_killed_while_saving(
     saved: tuple[nn.Module, Path], randomize: Make, tiny_vit: Make, images: Tensor, case: Case
 ) -> None:
-    """Wherever: tests/efft/saving/test_files.py kills at every line."""
+    """This test covers some moments; tests/efft/saving/test_files.py ends a save at every line."""
     model, folder = saved
     old = model(images)
     randomize(model, seed=9)
@@ -310,7 +310,7 @@ def test_damaged_tables_of_measurements(refused: Refused, tmp_path: Path) -> Non
         measured.read(tmp_path / "table.json")
 
 
-# --- many at once -----------------------------------------------------------------------------------------------------
+# --- several processes and threads ------------------------------------------------------------------------------------
 
 
 def test_threads_that_call_one_model(adapted_vit: Make, case: Case) -> None:
@@ -332,7 +332,7 @@ def test_threads_that_call_one_model(adapted_vit: Make, case: Case) -> None:
 
 
 def trained(model: nn.Module, loader: Any) -> list[Tensor]:
-    """The factors after an epoch."""
+    """Return the factors after an epoch."""
     optimizer = torch.optim.AdamW(efft.parameter_groups(model, lr=0.01))
     for x, y in loader:
         optimizer.zero_grad()
@@ -352,7 +352,7 @@ def test_data_loaders_whose_workers_are_started_while_a_model_trains(start: str,
     context = multiprocessing.get_context(start)
     loader = torch.utils.data.DataLoader(DATA, batch_size=4, num_workers=2, multiprocessing_context=context)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of newer Pythons, about fork where there are threads
+        warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons warn about fork in a process with threads
         found = trained(adapted_vit(dropout=0.0).train(), loader)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     case(f"data loader with workers started by {start}", "the same training as without workers, bit for bit", "-")

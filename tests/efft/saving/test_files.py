@@ -1,4 +1,4 @@
-"""Writing files: killed anywhere, without room, by two processes at once, the old content is there or the new."""
+"""Test writing files: after a kill, a full disk or concurrent writers, the old or the new content is complete."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ Make = Callable[..., nn.Module]
 
 
 def adapter(letter: str) -> tuple[bytes, dict[str, Any], str]:
-    """What write_adapter takes, all of it marked with a letter."""
+    """Return arguments of write_adapter that are all marked with a letter."""
     return letter.encode() * 5000, {"info": {"letter": letter}}, f"card of {letter}"
 
 
 def loaded(folder: Path) -> str:
-    """The letter of the adapter in the folder; weights and description must belong together."""
+    """Return the letter of the adapter in the folder; weights and description must belong together."""
     while True:
         description = read_description(folder)
         weights = read_weights(folder, description, 10_000)
@@ -42,7 +42,7 @@ def loaded(folder: Path) -> str:
 
 
 def forked(action: Callable[[], object]) -> int:
-    """The exit code of another process that did this: 0, or 1 where it failed."""
+    """Run ``action`` in another process and return its exit code: 0, or 1 if it failed."""
     child = os.fork()
     if child == 0:
         code = 1
@@ -55,7 +55,10 @@ def forked(action: Callable[[], object]) -> int:
 
 
 def killed_at(line: int, action: Callable[[], object]) -> bool:
-    """Whether a process was killed that did this, before so many lines of efft/files.py had run; else it ended well."""
+    """Run ``action`` in a process that is killed after this number of lines of the module; return whether it was.
+
+    If the process ends earlier, it must end without an error.
+    """
     count = itertools.count()
 
     def trace(frame: Any, event: str, argument: Any) -> Any:
@@ -79,7 +82,7 @@ def names(folder: Path) -> list[str]:
 
 
 def no_room_after(writes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files end in the middle of a write, after so many whole ones."""
+    """Let files fail in the middle of a write, after this number of complete writes."""
     count = itertools.count()
 
     class Full(io.FileIO):
@@ -92,7 +95,7 @@ def no_room_after(writes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "open", Full, raising=False)
 
 
-# --- killed -----------------------------------------------------------------------------------------------------------
+# --- killed processes -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -109,19 +112,19 @@ def test_killed_at_any_line_a_save_leaves_the_old_adapter_or_the_new(earlier: bo
         except FileNotFoundError:
             assert not earlier
             found.append("")
-        write_adapter(folder, *adapter("c"))  # what was left is in nobody's way, and goes
+        write_adapter(folder, *adapter("c"))  # remains of the killed save do no harm and are removed
         assert loaded(folder) == "c"
         assert names(folder) == sorted([CARD, CONFIG, WEIGHTS])
         if not killed:
             break
     old = "a" if earlier else ""
-    first = found.index("b")  # there is one moment
+    first = found.index("b")  # the new content replaces the old one at one line
     assert 20 < first < len(found) - 5
     assert found == [old] * first + ["b"] * (len(found) - first)
 
 
 def test_saves_that_are_killed_one_after_the_other(tmp_path: Path) -> None:
-    """Each is killed at another line, so that what one leaves is there in every step of the next."""
+    """Each save is killed at a different line, so that the next save finds the remains of the previous ones."""
     write_adapter(tmp_path, *adapter("a"))
     seen = {"a"}
     for i in range(150):
@@ -137,7 +140,7 @@ def test_saves_that_are_killed_one_after_the_other(tmp_path: Path) -> None:
 def test_weights_that_are_not_in_their_place_yet_are_loaded(
     saved: tuple[nn.Module, Path], randomize: Make, tiny_vit: Make, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in a save that was killed just after the configuration was replaced."""
+    """A save that was killed just after it replaced the configuration leaves such files."""
     model, folder = saved
     old = (folder / WEIGHTS).read_bytes()
     efft.save_adapter(randomize(model, seed=9), folder)
@@ -164,7 +167,7 @@ def test_killed_at_any_line_a_file_is_the_old_one_or_the_new(tmp_path: Path) -> 
     assert names(tmp_path) == ["file"], "the last one swept up after the others"
 
 
-# --- no room, no permission -------------------------------------------------------------------------------------------
+# --- full disk, missing permission ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("writes", [0, 1, 2])
@@ -200,14 +203,14 @@ def test_what_is_too_long_to_be_read_is_not_written(saved: tuple[nn.Module, Path
 
 @pytest.fixture(params=[True, False], ids=["with locks", "without locks"])
 def locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Not every file system has them."""
+    """Return whether file locks work in the test, because some file systems do not support them."""
     if not request.param:
         monkeypatch.setattr(files, "_lock", lambda folder: None)
     return bool(request.param)
 
 
 def test_two_processes_that_save_into_one_folder(locks: bool, tmp_path: Path) -> None:
-    """A reader meanwhile sees one of the two, whole; without locks it may be told that it does not."""
+    """A concurrent reader sees one complete adapter; without locks it may get an error instead."""
     write_adapter(tmp_path, *adapter("a"))
 
     def writer(letter: str) -> int:
@@ -238,7 +241,7 @@ def test_two_processes_that_save_into_one_folder(locks: bool, tmp_path: Path) ->
 
 
 def test_a_lock_ends_with_the_save_even_if_a_process_was_forked_meanwhile(tmp_path: Path) -> None:
-    """The workers of a data loader live for long, and have all that was open when they began."""
+    """The workers of a data loader live long and inherit all open files."""
     with files.replacing(tmp_path / "file") as file:
         file.write(b"x")
         child = os.fork()

@@ -1,4 +1,4 @@
-"""Whether an adapter meets the base it was trained on, also in another dtype."""
+"""Test the check that an adapter is loaded onto the base of its training, even in another dtype."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import efft
 from tests.adapter_files import edit_config
 
 Make = Callable[..., nn.Module]
-#: Those of weights, in both of which a rounding is coarser than in float32.
+#: The weight dtypes whose rounding is coarser than that of float32.
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 

@@ -1,4 +1,4 @@
-"""Adapter files changed at random either load or are refused: ValueError or FileNotFoundError, the model as it was."""
+"""Test that randomly changed adapter files load, or raise ValueError or FileNotFoundError and change nothing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from efft_lab.backbones import load_backbone
 from tests.adapter_files import CONFIG, WEIGHTS, record, write_weights
 from tests.hostile import altered, at_most, damaged, fuzz
 
-pytestmark = pytest.mark.slow  # hundreds of generated inputs
+pytestmark = pytest.mark.slow  # runs hundreds of generated examples
 
 Make = Callable[..., nn.Module]
 Unchanged = Callable[[nn.Module], AbstractContextManager[None]]
@@ -32,7 +32,7 @@ Unchanged = Callable[[nn.Module], AbstractContextManager[None]]
 
 @pytest.fixture
 def offered(tiny_vit: Make, unchanged: Unchanged) -> Callable[..., None]:
-    """Offers an adapter to a plain model, and takes what loads out again."""
+    """Return a function that tries to load an adapter into a plain model, and removes it after a success."""
     model = tiny_vit().eval()
 
     def offer(folder: Path, load: Callable[..., Any] = efft.load_adapter, **options: Any) -> None:
@@ -109,7 +109,7 @@ def test_values_in_the_configuration(
 @fuzz
 @given(data=st.data(), method=st.sampled_from(list(METHODS)))
 def test_configurations_of_methods(data: st.DataObject, method: str, tiny_vit: Make, unchanged: Unchanged) -> None:
-    """Also those that are in range must not take all memory: the plan is made without storage."""
+    """Valid but huge values must not exhaust the memory either: the plan is made without storage."""
     values: Any = data.draw(altered(METHODS[method]().to_dict()))
     model = tiny_vit()
     with unchanged(model), at_most(150), warnings.catch_warnings():

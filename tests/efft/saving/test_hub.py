@@ -1,4 +1,4 @@
-"""Adapters from and to the hub, which is played by a folder: no test opens a connection."""
+"""Test loading adapters from the hub and uploading them; a folder replaces the hub, and no test opens a connection."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
 
 
 class Hub:
-    """One repository, ``me/adapter``, and what was asked of it."""
+    """Replace the hub by one repository, ``me/adapter``, and record the requests."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -1,4 +1,4 @@
-"""Adapter files: small, exact after a new start, and whole after a crash."""
+"""Test that adapter files are small, load exactly in a new process, and are complete after a crash."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Make = Callable[..., nn.Module]
 Unchanged = Callable[[nn.Module], AbstractContextManager[None]]
 ROOT = Path(__file__).parents[3]
 
-# --- what is written --------------------------------------------------------------------------------------------------
+# --- contents ---------------------------------------------------------------------------------------------------------
 
 
 def test_files_and_their_contents(saved: tuple[nn.Module, Path]) -> None:
@@ -86,7 +86,7 @@ def test_card_has_the_metadata_of_the_hub(adapted_vit: Make, tmp_path: Path) -> 
 
 
 def test_size_for_vit_base(tmp_path: Path) -> None:
-    """Below 1 MB: r = 32 with its 245,760 factors, and r = 16 with a head of 100 classes."""
+    """The file is below 1 MB for r = 32 with its 245,760 factors, and for r = 16 with a head of 100 classes."""
     timm = pytest.importorskip("timm", reason="needs the vision extra")
     model = timm.models.VisionTransformer(embed_dim=768, depth=12, num_heads=12, num_classes=100, weight_init="skip")
     for rank, head, numbers in ((32, [], 245_760), (16, None, 104_448 + 76_900)):
@@ -189,7 +189,7 @@ def test_merged_models_save_the_same(saved: tuple[nn.Module, Path], tmp_path: Pa
 
 
 def test_loading_into_an_adapted_model(saved: tuple[nn.Module, Path], adapted_vit: Make, images: Tensor) -> None:
-    """Its factors are replaced; fields that matter only in training may differ, and stay."""
+    """Loading replaces the factors. Fields that matter only in training may differ and do not change."""
     model, folder = saved
     other = adapted_vit(scale=0.7, init="u", dropout=0.4, core_init="matrix", std=0.1)
     parameters = dict(efft.named_factors(other))
@@ -253,7 +253,7 @@ def test_saving_a_plain_model(tiny_vit: Make, tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
 
 
-# --- saving over what is there ----------------------------------------------------------------------------------------
+# --- overwriting ------------------------------------------------------------------------------------------------------
 
 
 def test_info_that_is_no_json_leaves_the_old_files(saved: tuple[nn.Module, Path], randomize: Make) -> None:

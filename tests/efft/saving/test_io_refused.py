@@ -1,4 +1,4 @@
-"""Adapters that must not load: damaged files and other models. Each says why, and the model stays as it was."""
+"""Test errors for damaged files and unsuitable models: each error gives the reason, and the model does not change."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Edit = Callable[[dict[str, Any]], Any]
 
 
 def refuse(model: nn.Module, folder: Path, message: str, unchanged: Unchanged, **options: Any) -> None:
-    """Loading raises ValueError with ``message`` (a regular expression) and changes nothing, adapted or not."""
+    """Check that loading raises ValueError with ``message`` (a regular expression) and changes nothing."""
     with unchanged(model), pytest.raises(ValueError, match=message):
         efft.load_adapter(model, folder, **options)
 
@@ -51,7 +51,7 @@ def test_truncated_weights(length: int, saved: tuple[nn.Module, Path], tiny_vit:
 def test_flipped_bits_in_the_header(
     saved: tuple[nn.Module, Path], tiny_vit: Make, images: Tensor, unchanged: Unchanged
 ) -> None:
-    """One bit in every byte: refused, or (in the free-text metadata and white space) of no effect."""
+    """One bit per byte is flipped. The file is rejected, or the bit is in metadata or white space and has no effect."""
     model, folder = saved
     expected = model(images)
     content = (folder / WEIGHTS).read_bytes()
@@ -313,7 +313,7 @@ def test_other_configuration_on_an_adapted_model(
 def test_descriptions_with_a_gap(
     part: str, key: str, adapted_vit: Make, tiny_vit: Make, tmp_path: Path, unchanged: Unchanged
 ) -> None:
-    """A default in place of what was trained would be a silent mistake."""
+    """A default value instead of the trained value would be a silent error."""
     folder = efft.save_adapter(adapted_vit(), tmp_path)
     description = json.loads((folder / CONFIG).read_text())
     del description[part][key]

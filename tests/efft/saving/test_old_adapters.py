@@ -1,4 +1,4 @@
-"""Adapters of the first file format load, and compute what they did."""
+"""Test that adapters in the first file format load and compute the recorded outputs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import efft
 from tests.efft.saving.old_adapters.models import ADAPTERS, base, output
 
 FOLDER = Path(__file__).parent / "old_adapters"
-#: Of the same computation by other kernels, in fp64.
+#: Tolerance in fp64 for the same computation by different kernels.
 ROUNDING = {"rtol": 1e-9, "atol": 1e-11}
 
 

@@ -1,4 +1,6 @@
-"""Banks as the models use them, with every factor non-zero, and the dense update their sites stand for."""
+"""Provide modules with nonzero factors ("banks") as models use them, and the dense update of a layer ("site")."""
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
@@ -28,11 +30,15 @@ def _sites(kind: str, layer: int) -> dict[str, Site]:
 
 
 def _make_bank(kind: str, n_layers: int = 3, **kwargs: Any) -> tuple[TTFactors, list[Site]]:
-    """A bank of ``n_layers`` layers and its sites, not bound yet. ``kind`` is a group of EFFT1 or EFFT2."""
+    """Return a bank of ``n_layers`` layers and its unbound sites; ``kind`` is a group of EFFT1 or EFFT2."""
     sites = [site for layer in range(n_layers) for site in _sites(kind, layer).values()]
     n_cores = 1 + max(core for site in sites for core in site.cores)
     d_out = WIDTH if kind == "attention" else 4 * WIDTH
     kwargs = {"rank": (3, 5), "scale": 0.7, "dtype": torch.float64, **kwargs}
+    # Sides of some layers alone, so that sites with and without a diagonal are composed together.
+    scaled = kwargs.pop("scaled", ())
+    kwargs["scaled_inputs"] = [site for site in sites if "in" in scaled and site.layer != 1]
+    kwargs["scaled_outputs"] = [site for site in reversed(sites) if "out" in scaled and site.layer != 0]
     bank = TTFactors(WIDTH, d_out, n_layers=n_layers, n_cores=n_cores, **kwargs)
     for factor in bank.parameters():
         nn.init.normal_(factor, std=0.5)
@@ -40,7 +46,7 @@ def _make_bank(kind: str, n_layers: int = 3, **kwargs: Any) -> tuple[TTFactors, 
 
 
 def _update(bank: TTFactors, site: Site, masks: Masks | None = None) -> Tensor:
-    """ΔW [in_features, out_features] by the definition, differentiable; ``masks`` are of all layers."""
+    """Return ΔW [in_features, out_features] by its definition, differentiable; ``masks`` holds those of all layers."""
     U, V = bank.U, bank.V
     C = bank.C[site.layer if bank.core_sharing == "per_layer" else 0]
     if masks is not None:
@@ -52,11 +58,14 @@ def _update(bank: TTFactors, site: Site, masks: Masks | None = None) -> Tensor:
         V = V[:, slice(*site.columns)]
     scales = torch.as_tensor(bank.scale, dtype=U.dtype).expand(bank.n_layers, bank.n_cores)
     blocks = [scales[site.layer, core] * (U @ C[core] @ V) for core in site.cores]
-    return blocks[0].t() if site.transpose else torch.cat(blocks, 1)
+    update = blocks[0].t() if site.transpose else torch.cat(blocks, 1)
+    of_input, of_output = bank.diagonals(site)
+    update = update if of_input is None else torch.diag(of_input) @ update
+    return update if of_output is None else update @ torch.diag(of_output)
 
 
 class Stack(nn.Module):
-    """Adapted layers one after the other, each on its own input; with ``prepare`` as an adapted model runs them."""
+    """Run adapted layers in sequence, each with its own input; ``prepare`` prepares the bank as in a model."""
 
     def __init__(self, bank: TTFactors, sites: list[Site], dtype: torch.dtype = torch.float64) -> None:
         super().__init__()
@@ -69,7 +78,7 @@ class Stack(nn.Module):
         self.prepare = True
 
     def run(self, call: Callable[..., Tensor] = lambda layer, x: layer(x)) -> Tensor:
-        """Loss of one pass; ``call`` runs a layer on its input."""
+        """Run one forward pass and return its loss; ``call`` runs a layer on its input."""
         if self.prepare:
             self.bank.prepare()
         try:
@@ -80,7 +89,7 @@ class Stack(nn.Module):
         return sum(y.square().sum() for y in outputs)
 
     def gradients(self, call: Callable[..., Tensor] = lambda layer, x: layer(x), seed: int = 0) -> dict[str, Tensor]:
-        """The loss and every gradient of it, of one pass that begins with ``seed``."""
+        """Return the loss and all gradients of one forward and backward pass; ``seed`` sets the random generator."""
         torch.manual_seed(seed)
         leaves = {n: p for n, p in self.bank.named_parameters() if p.requires_grad}
         leaves |= {f"x{i}": x for i, x in enumerate(self.inputs)}
@@ -113,5 +122,5 @@ def update() -> Callable[..., Tensor]:
 
 @pytest.fixture(scope="session")
 def make_stack() -> Callable[..., Stack]:
-    """``make_stack(kind, **kwargs of TTFactors)``: a Stack on a bank of that kind."""
+    """Return a function that creates a :class:`Stack` from a kind of bank and the arguments of TTFactors."""
     return lambda kind, dtype=torch.float64, **kwargs: Stack(*_make_bank(kind, **kwargs), dtype=dtype)

@@ -1,4 +1,6 @@
-"""Any weight adapted by its name: what stands in for which layer, what is refused, who reads a layer's weight."""
+"""Test adapting a weight by name: the class of the new layer, refused weights, and readers of a layer's weight."""
+
+from __future__ import annotations
 
 from contextvars import ContextVar
 from typing import Any
@@ -89,7 +91,7 @@ def test_reasons(layer: nn.Module, reason: str) -> None:
 def test_names_that_are_not_there() -> None:
     model = nn.Sequential(nn.Linear(3, 3))
     for name in ("1", "0.0", "2.weight", "0.other"):
-        assert cannot_adapt(model, name) == "there is no layer and no parameter of this name"
+        assert cannot_adapt(model, name) == "the model has no layer and no parameter with this name"
     assert cannot_adapt(model, "0.in_features") == "there is no such parameter"
     assert cannot_adapt(model, "0") is None
     assert cannot_adapt(model, "0.weight") is None

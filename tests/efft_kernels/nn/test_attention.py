@@ -1,4 +1,6 @@
-"""``EfftMultiheadAttention`` against ``nn.MultiheadAttention`` itself with the dense sums for weights."""
+"""Compare ``EfftMultiheadAttention`` with ``nn.MultiheadAttention`` whose weights are the dense sums."""
+
+from __future__ import annotations
 
 import copy
 import itertools
@@ -26,7 +28,7 @@ def factors_of(d_in: int, d_out: int, n_cores: int = 1) -> TTFactors:
 
 
 class Pair:
-    """An attention with updates, and the dense sums of its weights."""
+    """Hold an attention layer with updates, and the dense sums of its weights."""
 
     def __init__(self, names: tuple[str, ...] | None = None, **settings: Any) -> None:
         torch.manual_seed(0)
@@ -56,7 +58,7 @@ class Pair:
 
 
 def inputs(kind: str, batch_first: bool, kdim: int = D, vdim: int = D) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value of one kind: which of them are one tensor, and whether there is a batch."""
+    """Return query, key and value; ``kind`` says which of them are the same tensor and whether there is a batch."""
     lead = () if "unbatched" in kind else (BATCH,)
 
     def one(n: int, width: int) -> Tensor:
@@ -165,7 +167,7 @@ def test_dropout_is_torchs_own() -> None:
 
 
 def test_switched_off_it_is_torchs_own() -> None:
-    """In eval mode without gradients, by way of torch's fused kernel."""
+    """In eval mode without gradients it runs torch's fused kernel."""
     pair, (x, _, _) = Pair(batch_first=True), inputs("self", True)
     pair.ours.eval()
     pair.plain.eval()
@@ -183,9 +185,9 @@ def test_switched_off_it_is_torchs_own() -> None:
 def test_what_it_refuses() -> None:
     pair, (x, _, _) = Pair(batch_first=True), inputs("self", True)
     nested = torch.nested.nested_tensor([torch.randn(n, D, dtype=torch.float64) for n in (2, 3)])
-    with pytest.raises(NotImplementedError, match="takes no nested tensors: pad them"):
+    with pytest.raises(NotImplementedError, match="does not accept nested tensors: pad the inputs"):
         pair.ours(nested, nested, nested)
-    with pytest.raises(RuntimeError, match="expected attn_mask beside is_causal=True"):
+    with pytest.raises(RuntimeError, match="expected attn_mask with is_causal=True"):
         pair.ours(x, x, x, is_causal=True)
     with pytest.raises(RuntimeError, match=r"attn_mask: expected shape \[4, 4\], got \[4, 3\]"):
         pair.ours(x, x, x, attn_mask=torch.zeros(4, 3))
@@ -197,13 +199,13 @@ def test_what_it_refuses() -> None:
         pair.ours(x, x[0], x[0])
 
 
-# The fast paths of torch's blocks
+# The fast paths of torch's transformer blocks
 
 PARTS = ("self_attn.in_proj_weight", "self_attn.out_proj", "linear1", "linear2")
 
 
 def adapted_encoder(names: tuple[str, ...], n_layers: int = 2, **settings: Any) -> tuple[nn.Module, nn.Module]:
-    """An encoder with updates and the plain one that they are merged into, both in eval mode."""
+    """Return an encoder with updates and a plain encoder with the updates merged, both in eval mode."""
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(D, HEADS, 8, batch_first=True, dtype=torch.float64, **settings)
     ours = nn.TransformerEncoder(layer, n_layers).eval()
@@ -255,7 +257,7 @@ def test_decoders_in_eval_mode() -> None:
 
 
 def test_the_output_layer_alone_in_torchs_own_forward() -> None:
-    """A stand-in that a user puts in by hand: the attention reads its weight, which has the update."""
+    """If a user inserts the adapted layer by hand, the attention reads the layer's weight including the update."""
     torch.manual_seed(0)
     plain = nn.MultiheadAttention(D, HEADS, batch_first=True, dtype=torch.float64).eval()
     ours = copy.deepcopy(plain)

@@ -1,4 +1,4 @@
-"""A bank of one's own: what the layer and the passes ask of it, and what they leave to the base."""
+"""Test a bank (a module that holds factors) that a user writes: the methods it needs and those of the base class."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from efft_kernels import EfftLinear, FactorBank
 
 
 class Pair(FactorBank):
-    """The least a bank can be: ``ΔW = A B[site]`` for layers 6 -> 4; it counts how often it composes."""
+    """Compute ``ΔW = A B[site]`` for layers 6 -> 4, as the smallest possible bank, and count the compositions."""
 
     def __init__(self) -> None:
         super().__init__()

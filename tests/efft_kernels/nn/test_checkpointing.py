@@ -1,4 +1,6 @@
-"""Activation checkpointing runs layers again inside backward, where they must see the factors of their own pass."""
+"""Test activation checkpointing: a layer that runs again in backward must get the factors of its own forward pass."""
+
+from __future__ import annotations
 
 import gc
 import weakref
@@ -26,7 +28,7 @@ def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("prepare", [True, False], ids=["prepared", "one by one"])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_same_as_plain(make_stack: Callable[..., Any], kind: str, dropout: float, prepare: bool) -> None:
-    """Losses and all gradients, bit for bit and dropout included, over several passes."""
+    """Losses and all gradients are exactly equal, including dropout, over several passes."""
     stack = make_stack(kind, dropout=dropout, trainable_scale=True)
     stack.prepare = prepare
     for seed in (0, 1):
@@ -60,7 +62,7 @@ def test_backward_twice(make_stack: Callable[..., Any]) -> None:
 
 
 def test_gradients_of_the_inputs_alone(make_stack: Callable[..., Any]) -> None:
-    """As for a saliency map; the training step after it must not mistake the pass for one that still waits."""
+    """A saliency map needs these gradients. The next training step must not treat that pass as unfinished."""
     stack = make_stack("mlp", dropout=0.4)
     for call in (recompute, lambda layer, x: layer(x)):
         torch.autograd.grad(stack.run(call), stack.inputs)
@@ -68,14 +70,14 @@ def test_gradients_of_the_inputs_alone(make_stack: Callable[..., Any]) -> None:
 
 
 def test_layers_that_were_not_used(make_stack: Callable[..., Any]) -> None:
-    """No fc2 in the first pass; it is over all the same."""
+    """The first pass does not use fc2, but must end all the same."""
     stack = make_stack("mlp", dropout=0.4)
     stack.run(lambda layer, x: x * 0 if layer.site.transpose else recompute(layer, x)).backward()
     assert_same(stack.gradients(recompute), stack.gradients())
 
 
 def test_a_part_without_gradients(make_stack: Callable[..., Any]) -> None:
-    """Early layers under no_grad are not reentrant checkpointing."""
+    """Early layers under no_grad must not be mistaken for reentrant checkpointing."""
     stack = make_stack("mlp")
 
     def call(again: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -114,7 +116,7 @@ def test_reentrant_checkpointing_with_dropout_is_refused(make_stack: Callable[..
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("order", [(0, 1), (1, 0), None], ids=["in order", "in reverse", "together"])
 def test_two_passes_waiting(order: tuple[int, int] | None, dropout: float, make_stack: Callable[..., Any]) -> None:
-    """Each layer gets the factors, and dropout, of the pass whose backward it runs again in."""
+    """A layer that runs again in backward gets the factors and the dropout of the corresponding forward pass."""
     stack = make_stack("mlp", dropout=dropout)
     leaves = list(stack.bank.parameters())
     results = []
@@ -128,7 +130,7 @@ def test_two_passes_waiting(order: tuple[int, int] | None, dropout: float, make_
 
 
 def test_a_pass_that_feeds_the_next(make_stack: Callable[..., Any]) -> None:
-    """The model applied to its own output: both passes are in one graph."""
+    """The model is applied to its own output, so that both passes are in one graph."""
     stack = make_stack("mlp", dropout=0.4)
     leaves = list(stack.bank.parameters())
     results = []
@@ -146,7 +148,7 @@ def test_a_pass_that_feeds_the_next(make_stack: Callable[..., Any]) -> None:
 
 
 def same_as_plain(stack: Any, forward: Callable[[Callable[..., Tensor]], Tensor]) -> None:
-    """Gradients of ``forward(again)``, with a layer run again in backward or not."""
+    """Check that ``forward(again)`` has the same gradients whether or not a layer runs again in backward."""
     leaves = [p for p in stack.bank.parameters() if p.requires_grad]
     results = []
     for again in (recompute, lambda part, *x: part(*x)):
@@ -158,7 +160,7 @@ def same_as_plain(stack: Any, forward: Callable[[Callable[..., Tensor]], Tensor]
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_a_region_that_ends_far_from_its_layer(make_stack: Callable[..., Any], dropout: float) -> None:
-    """A skip connection leads to the pass before in fewer steps than to the region's own factors."""
+    """A skip connection leads to the previous pass in fewer steps than to the region's own factors."""
     stack = make_stack("mlp", dropout=dropout)
     up, down = stack.layers[:2]
 
@@ -178,7 +180,7 @@ def test_a_region_that_ends_far_from_its_layer(make_stack: Callable[..., Any], d
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_a_region_with_a_branch_beside_its_layer(make_stack: Callable[..., Any], dropout: float) -> None:
-    """Backward may reach the branch first, which the factors have no part in."""
+    """Backward may reach the branch, which does not depend on the factors, before the layer."""
     stack = make_stack("mlp", dropout=dropout)
 
     def forward(again: Callable[..., Tensor]) -> Tensor:
@@ -222,7 +224,7 @@ def test_a_part_called_on_the_output_of_a_pass(make_stack: Callable[..., Any]) -
 
 @pytest.mark.parametrize("frozen", [(), ("C", "V")], ids=str)
 def test_reentrant_beside_plain(make_stack: Callable[..., Any], frozen: tuple[str, ...]) -> None:
-    """The same layers once checkpointed and once not, in one pass, and a later pass before its backward."""
+    """In one pass, the same layers run with and without checkpointing. A later pass starts before its backward pass."""
     stack = make_stack("mlp")
     for name in frozen:
         getattr(stack.bank, name).requires_grad_(False)
@@ -252,7 +254,7 @@ def test_passes_without_gradients_do_not_count(make_stack: Callable[..., Any]) -
 
 
 def test_an_abandoned_pass_does_not_block_the_next(make_stack: Callable[..., Any]) -> None:
-    """For example an exception between forward and backward: its graph is gone, so nothing waits for it."""
+    """After an exception between forward and backward, for example, the graph no longer exists."""
     stack = make_stack("mlp", dropout=0.4)
     loss = stack.run(recompute)
     del loss
@@ -262,7 +264,7 @@ def test_an_abandoned_pass_does_not_block_the_next(make_stack: Callable[..., Any
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_memory_of_passes_is_freed(make_stack: Callable[..., Any], dropout: float) -> None:
-    """No pass keeps activations, and no factors of more than a few passes: without the garbage collector's help."""
+    """No pass keeps activations alive, and only a few keep factors alive, even without the garbage collector."""
     stack = make_stack("mlp", dropout=dropout)
     gc.collect()
     gc.disable()
@@ -302,7 +304,7 @@ def test_a_layer_with_factors_of_its_own() -> None:
 
 
 def test_a_pass_of_another_bank_may_wait(make_stack: Callable[..., Any]) -> None:
-    """Another bank's pass is none of this bank's business."""
+    """A bank ignores the passes of other banks."""
     stack, other = make_stack("mlp", dropout=0.4), make_stack("attention", dropout=0.4)
     waiting = other.run(recompute)
     assert_same(stack.gradients(recompute), stack.gradients())

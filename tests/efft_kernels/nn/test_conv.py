@@ -1,4 +1,6 @@
-"""``EfftConv2d`` against a convolution with the dense sum of kernel and update in fp64."""
+"""Compare ``EfftConv2d`` with a convolution by the dense sum of kernel and update in fp64."""
+
+from __future__ import annotations
 
 import copy
 from typing import Any
@@ -10,7 +12,7 @@ from torch.nn import functional as F
 
 from efft_kernels import EfftConv2d, Site, TTFactors
 
-#: Settings of the convolution, and the shape of its input.
+#: The settings of each convolution, and the shape of its input.
 CASES: list[tuple[dict[str, Any], tuple[int, ...]]] = [
     ({"kernel_size": 3, "padding": 1}, (2, 6, 9, 7)),
     ({"kernel_size": (3, 5), "stride": (2, 1), "padding": (0, 2), "dilation": (1, 2)}, (2, 6, 11, 13)),
@@ -35,7 +37,7 @@ def adapted(dtype: torch.dtype = torch.float64, **settings: Any) -> EfftConv2d:
 
 
 def reference(layer: EfftConv2d, x: Tensor) -> Tensor:
-    """With the update built densely, from the train's own formula."""
+    """Return the convolution with a dense update, computed by the formula of the tensor train."""
     f = layer.factors
     delta = (f.scale * f.U @ f.C[0, 0] @ f.V).T.reshape(layer.weight.shape)  # type: ignore[operator, index, union-attr]
     plain = nn.Conv2d(

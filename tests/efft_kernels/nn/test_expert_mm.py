@@ -1,4 +1,6 @@
-"""The product of every expert's rows with its matrix, against a loop in plain torch."""
+"""Compare the product of each expert's rows with the expert's matrix with a loop in plain torch."""
+
+from __future__ import annotations
 
 import pytest
 import torch
@@ -6,7 +8,7 @@ from torch import Tensor
 
 from efft_kernels.nn.expert_mm import expert_mm
 
-#: Rows of each expert: none, one, several, none at either end, none at all.
+#: The number of rows of each expert: zero, one, several, zero for the first or last expert, zero for all.
 COUNTS = [[0, 3, 0, 1, 4], [2, 0, 0, 0, 0], [0, 0, 0, 0, 5], [0, 0, 0, 0, 0]]
 
 
@@ -39,7 +41,7 @@ def test_first_and_second_derivatives(counts: list[int]) -> None:
 
 
 def test_strides_and_dtypes() -> None:
-    """Matrices stored the other way round, rows of a wider tensor; the result as exact as the same product alone."""
+    """Matrices may be transposed, and rows may be part of a wider tensor; the accuracy does not change."""
     counts = COUNTS[0]
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         x, W, offsets = make(counts, dtype)
@@ -55,7 +57,7 @@ def test_a_frozen_matrix_is_neither_kept_nor_differentiated() -> None:
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         y = expert_mm(x, W.detach(), offsets)
-    assert not any(t.shape == x.shape for t in saved), "rows are only needed for the gradient of the matrices"
+    assert not any(t.shape == x.shape for t in saved), "rows are needed only for the gradient of the matrices"
     y.sum().backward()
     assert x.grad is not None
     assert W.grad is None
@@ -72,7 +74,7 @@ def test_as_an_operator() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 def test_on_a_gpu(counts: list[int], dtype: torch.dtype) -> None:
-    """Sizes that torch's grouped product refuses (6 and 5 numbers) are filled up."""
+    """The code pads sizes that torch's grouped product does not accept (6 and 5 elements)."""
     x, W, offsets = (t.detach().cuda() for t in make(counts, dtype, more=2))
     exact = loop(x.double(), W.double(), counts)
     torch.testing.assert_close(expert_mm(x, W, offsets)[: sum(counts)].double(), exact, atol=5e-2, rtol=5e-2)

@@ -1,4 +1,6 @@
-"""The update of many experts' matrices: what a site stands for, products, gradients and merging, against dense sums."""
+"""Compare updates of expert matrices with dense sums: products, gradients, merging, and the meaning of a site."""
+
+from __future__ import annotations
 
 import copy
 import dataclasses
@@ -36,7 +38,7 @@ def make_bank(**kwargs: Any) -> TTFactors:
 
 @pytest.fixture
 def dense(update: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """``dense(bank, site, masks)``: the updates of all experts [experts, in_features, out_features], differentiable."""
+    """Return ``dense(bank, site, masks)``, which returns all experts' updates [experts, in_features, out_features]."""
 
     def of(bank: TTFactors, site: Site, masks: Masks | None = None) -> Tensor:
         one = [dataclasses.replace(site, cores=(core,), experts=0, interleaved=False) for core in site.cores]
@@ -48,7 +50,7 @@ def dense(update: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def draw_masks(bank: TTFactors, monkeypatch: pytest.MonkeyPatch) -> Masks:
-    """Masks of all layers, of which ``bank`` from now on has layer 1."""
+    """Return the masks of all layers; ``bank`` uses the masks of layer 1 from now on."""
     shapes = (3, 2, *bank.U.shape), (3, *bank.C.shape[1:]), (3, 2, *bank.V.shape)
     masks = Masks(*(torch.rand(shape) > bank.dropout for shape in shapes))
     drawn = Masks(*(mask[1:2] for mask in masks))
@@ -57,7 +59,7 @@ def draw_masks(bank: TTFactors, monkeypatch: pytest.MonkeyPatch) -> Masks:
 
 
 class Product(nn.Module):
-    """Experts' products alone, with the parameter stored either way."""
+    """Compute only the products of the experts, with either layout of the parameter."""
 
     def __init__(self, bank: TTFactors, site: Site, transposed: bool = False, dtype: Any = torch.float64) -> None:
         super().__init__()
@@ -77,7 +79,7 @@ def by_hand(x: Tensor, routing: Routing, W: Tensor) -> Tensor:
     return torch.stack([x[t] @ W[e] for t, e in zip(routing.tokens, routing.experts, strict=True)])
 
 
-#: What the router chose: experts without a token, with one, all tokens at one expert, one token in all.
+#: The router's choices: experts without a token, with one token, all tokens at one expert, a single token.
 CHOICES = {
     "mixed": [[0, 2], [2, 3], [2, 0], [3, 2], [0, 3]],
     "one token for one": [[1, 0], [0, 2], [0, 2]],
@@ -96,7 +98,7 @@ def test_routing(choice: str) -> None:
     assert routing.offsets.tolist() == [int((chosen <= e).sum()) for e in range(N_EXPERTS)]
     assert torch.equal(chosen.flatten()[routing.order], routing.experts)
     assert (routing.experts.diff() >= 0).all()
-    values = torch.randn(len(chosen), N_EXPERTS, 3, dtype=torch.float64)  # what every expert makes of every token
+    values = torch.randn(len(chosen), N_EXPERTS, 3, dtype=torch.float64)  # the output of every expert for every token
     got = routing.combine(values[routing.tokens, routing.experts], weights)
     assert got.shape == (len(chosen), 3)
     for t, chosen_for_t in enumerate(chosen):
@@ -120,7 +122,7 @@ def test_what_a_site_stands_for(dense: Callable[..., Tensor], site: str, sharing
 def test_product_and_gradients(
     dense: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch, site: str, prepared: bool, dropout: float
 ) -> None:
-    """Against autograd through the sum of weight and dense update; with dropout, of the factors that were drawn."""
+    """The oracle is autograd through the sum of weight and dense update; with dropout, through the masked factors."""
     bank = make_bank(dropout=dropout, trainable_scale="matrix")
     model = Product(bank, SITES[site], transposed="columns" in site)
     masks = draw_masks(bank, monkeypatch) if dropout else None
@@ -140,7 +142,7 @@ def test_product_and_gradients(
 
 
 def test_layers_of_experts_beside_plain_ones(update: Callable[..., Tensor], dense: Callable[..., Tensor]) -> None:
-    """One train for the experts and a plain layer of several blocks, composed at once or one by one."""
+    """The experts and a plain layer of several blocks share one tensor train, composed at once or one by one."""
     for sharing in ("per_layer", "shared"):
         bank = make_bank(core_sharing=sharing, dropout=0.0)
         sites = [dataclasses.replace(site, layer=layer) for layer in (2, 0) for site in SITES.values()]
@@ -159,7 +161,7 @@ def test_layers_of_experts_beside_plain_ones(update: Callable[..., Tensor], dens
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_merging(dense: Callable[..., Tensor], dtype: torch.dtype, transposed: bool) -> None:
-    """In fp32 with one rounding, expert by expert, and back to the very bits and the same memory."""
+    """Merging rounds once in fp32, one expert at a time. Unmerging restores the same bits in the same memory."""
     factors = torch.float64 if dtype == torch.float64 else torch.float32
     bank = make_bank(dtype=factors)
     for site in SITES.values():
@@ -261,7 +263,7 @@ def test_what_is_refused() -> None:
 
 
 class Reader(nn.Module):
-    """A module that multiplies by all experts at once, as no one else can for it."""
+    """Multiply by all experts at once, in a way of the module's own."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__()
@@ -276,7 +278,7 @@ class Reader(nn.Module):
 def test_a_module_that_reads_the_parameter_itself(
     dense: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch, site: str, dropout: float
 ) -> None:
-    """It gets effective weights, those of the pass that runs."""
+    """The module gets the effective weights of the current pass."""
     bank = make_bank(dropout=dropout)
     d_in, d_out = bank.features(SITES[site])
     model = Reader((N_EXPERTS, d_out, d_in))
@@ -304,7 +306,7 @@ def test_a_module_that_reads_the_parameter_itself(
 
 
 class Batched(nn.Module):
-    """Experts whose rows are sorted into equal batches, as those of Llama 4."""
+    """Hold experts whose rows are sorted into equal batches, like those of Llama 4."""
 
     def __init__(self, matrices: Tensor) -> None:
         super().__init__()
@@ -331,6 +333,6 @@ def test_a_batch_of_products_takes_no_dense_weights(dense: Callable[..., Tensor]
         torch.autograd.grad(y.sin().sum(), wanted), torch.autograd.grad(right.sin().sum(), wanted), strict=True
     ):
         torch.testing.assert_close(got, expected)
-    one_row = torch.randn(3, d_in, dtype=torch.float64)  # of another number of dimensions: densely
+    one_row = torch.randn(3, d_in, dtype=torch.float64)  # has a different number of dimensions: the product is dense
     torch.testing.assert_close(one_row @ model.matrices, one_row @ exact.matrices)
     assert weight.binding.dense

@@ -1,4 +1,6 @@
-"""TTFactors: what each site's (D, G) multiply to, with and without dropout, contracted at once or one by one."""
+"""Test TTFactors: the product of each site's (D, G), with and without dropout, contracted at once or one by one."""
+
+from __future__ import annotations
 
 import copy
 import pickle
@@ -20,7 +22,7 @@ def parameters(bank: TTFactors) -> int:
 
 
 def test_parameter_counts_of_the_paper() -> None:
-    """ViT-B/16 at rank 32: 245,760 for EFFT2 and 159,744 for EFFT1; 178,176 with the public code's shared cores."""
+    """ViT-B/16 at rank 32 has 245,760 parameters for EFFT2, 159,744 for EFFT1, and 178,176 with shared cores."""
 
     def efft2(sharing: str) -> int:
         attention = TTFactors(768, 768, 32, n_layers=12, n_cores=4, core_sharing=sharing)
@@ -72,7 +74,7 @@ def test_factors_of_every_site(
 
 
 def test_sites_in_any_order_and_number(make_bank: Callable[..., Any], update: Callable[..., Tensor]) -> None:
-    """Layers that are skipped, adapted twice, or bound back to front; cores that are not neighbors."""
+    """A model may skip layers, adapt them twice or bind them in reverse order, and cores need not be neighbors."""
     bank, _ = make_bank("attention", n_layers=4)
     sites = [Site(3, (0,)), Site(1, (0,)), Site(3, (0,)), Site(1, (3, 0)), Site(2, (2,), columns=(2, 7))]
     bindings = [bank.bind(site) for site in sites]
@@ -103,12 +105,105 @@ def test_gradients(
     core_sharing: str,
     trainable_scale: bool | str,
 ) -> None:
-    """Of every factor and the scale, through the ops, against autograd through the dense updates."""
+    """The ops return the same gradients of every factor and of the scale as autograd through dense updates."""
     stack = make_stack(kind, core_sharing=core_sharing, trainable_scale=trainable_scale)
     got = stack.gradients()
     dense = stack.gradients(lambda layer, x: x @ (layer.stored.t() + update(stack.bank, layer.site)) + layer.bias)
     for name, value in got.items():
         torch.testing.assert_close(value, dense[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+SIDES = pytest.mark.parametrize("scaled", [("in",), ("out",), ("in", "out")], ids="+".join)
+
+
+@SIDES
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_gradients_with_diagonals(
+    make_stack: Callable[..., Any],
+    update: Callable[..., Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    core_sharing: str,
+    scaled: tuple[str, ...],
+    dropout: float,
+) -> None:
+    """Of every factor and diagonal, composed at once and one by one, against autograd through the dense updates."""
+    stack = make_stack(kind, core_sharing=core_sharing, dropout=dropout, scaled=scaled, trainable_scale="matrix")
+    masks = given_masks(stack.bank, [layer.site for layer in stack.layers], monkeypatch) if dropout else None
+    got = stack.gradients()
+    sides = {name: rows for name, rows in (("a", stack.bank.a), ("b", stack.bank.b)) if rows is not None}
+    assert sides
+    assert set(sides) <= set(got)
+    dense = stack.gradients(
+        lambda layer, x: x @ (layer.stored.t() + update(stack.bank, layer.site, masks)) + layer.bias
+    )
+    for name, value in got.items():
+        torch.testing.assert_close(value, dense[name], msg=lambda text, name=name: f"{name}: {text}")
+    if not dropout:
+        stack.prepare = False
+        for name, value in stack.gradients().items():
+            torch.testing.assert_close(value, dense[name], msg=lambda text, name=name: f"{name} alone: {text}")
+
+
+@SIDES
+def test_diagonals_belong_to_one_site_each(make_bank: Callable[..., Any], kind: str, scaled: tuple[str, ...]) -> None:
+    """They start at one, and each element is of one site, or of none where sites use some columns of V."""
+    bank, sites = make_bank(kind, scaled=scaled)
+    bank.reset_parameters()
+    used = {name: torch.zeros_like(rows) for name, rows in (("a", bank.a), ("b", bank.b)) if rows is not None}
+    for site in sites:
+        sizes = bank.features(site)
+        for rows, size, side, layers in zip(bank.diagonals(site), sizes, ("in", "out"), ((0, 2), (1, 2)), strict=True):
+            assert (rows is not None) == (side in scaled and site.layer in layers)
+            if rows is None:
+                continue
+            assert torch.equal(rows, torch.ones(size, dtype=rows.dtype))
+            of = "b" if site.transpose == (side == "in") else "a"
+            used[of] += torch.autograd.grad(rows.sum(), getattr(bank, of))[0]
+    for name, count in used.items():
+        assert count.max() == 1, name
+        narrow = kind == "whole block" and name == "b" and "out" in scaled
+        assert count.min() == (0 if narrow else 1), name
+
+
+@pytest.mark.filterwarnings("error")
+def test_layers_are_scaled_in_one_view(make_stack: Callable[..., Any], kind: str) -> None:
+    """Rows of the sites that are composed together are adjacent: nothing is stacked, and no gradient is scattered."""
+    stack = make_stack(kind, n_layers=4)
+    sites = [layer.site for layer in stack.layers]
+    bank = TTFactors(8, stack.bank.d_out, (3, 5), n_layers=4, n_cores=stack.bank.n_cores, scaled_inputs=sites)
+    for of in {site.cores: [s for s in sites if s.cores == site.cores] for site in sites}.values():
+        for kind_of in {(s.transpose, s.columns): None for s in of}:
+            alike = [s for s in of if (s.transpose, s.columns) == kind_of]
+            rows = bank._diagonals(alike)[0]
+            owner = bank.b if alike[0].transpose else bank.a
+            assert rows.untyped_storage().data_ptr() == owner.untyped_storage().data_ptr()
+
+
+def test_a_layer_with_diagonals_compiles(make_stack: Callable[..., Any], kind: str) -> None:
+    stack = make_stack(kind, scaled=("in", "out"))
+    leaves = list(stack.bank.parameters())
+
+    def run() -> Tensor:
+        return sum(layer(x).square().sum() for layer, x in zip(stack.layers, stack.inputs, strict=True))
+
+    grads = [torch.autograd.grad(f(), leaves) for f in (torch.compile(run, fullgraph=True, backend="aot_eager"), run)]
+    torch.testing.assert_close(*grads)
+
+
+def test_diagonals_against_finite_differences(make_stack: Callable[..., Any]) -> None:
+    stack = make_stack("mlp", scaled=("in", "out"))
+    gradients, step = stack.gradients(), 1e-5
+    for name in ("a", "b"):
+        flat = getattr(stack.bank, name).detach().view(-1)
+        for i in range(0, len(flat), 7):
+            losses = []
+            for change in (step, -2 * step):
+                flat[i] += change
+                losses.append(stack.gradients()["loss"])
+            flat[i] += step
+            slope = (losses[0] - losses[1]) / (2 * step)
+            torch.testing.assert_close(slope, gradients[name].flatten()[i], rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("trainable_scale", [True, "matrix"])
@@ -126,7 +221,7 @@ def test_scales_against_finite_differences(make_stack: Callable[..., Any], kind:
 
 
 def test_a_scale_that_follows_another(make_bank: Callable[..., Any], update: Callable[..., Tensor]) -> None:
-    """It is owned once, moves both updates by the same factor, and gets the gradient of both."""
+    """One bank owns the scale, which multiplies the updates of both banks and gets the gradients of both."""
     leader, sites = make_bank("mlp", trainable_scale=True)
     bank, _ = make_bank("mlp", scale=-3.0)
     bank.follow_scale(leader)
@@ -143,7 +238,7 @@ def test_a_scale_that_follows_another(make_bank: Callable[..., Any], update: Cal
 
 
 def test_one_launch_for_each_kind_of_site(make_stack: Callable[..., Any]) -> None:
-    """However many layers: qkv, proj, fc1 and fc2 of all layers are four contractions, and four backward."""
+    """qkv, proj, fc1 and fc2 need four contractions forward and four backward, regardless of the number of layers."""
 
     class Count(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -162,7 +257,7 @@ def test_one_launch_for_each_kind_of_site(make_stack: Callable[..., Any]) -> Non
 
 
 def test_masks(make_bank: Callable[..., Any]) -> None:
-    """A fraction p is dropped, independently for every layer, scope and factor, and anew each time."""
+    """A fraction p is dropped, independently for every layer, scope and factor, with new draws in every pass."""
     bank, sites = make_bank("mlp", n_layers=2, rank=(40, 50), dropout=0.3)
     for site in sites:
         bank.bind(site)
@@ -185,7 +280,7 @@ def test_nothing_is_dropped_in_eval_mode_or_without_dropout(make_bank: Callable[
 
 
 def given_masks(bank: TTFactors, sites: list[Site], monkeypatch: pytest.MonkeyPatch) -> Masks:
-    """Masks of all layers that ``bank`` uses from now on."""
+    """Return masks of all layers; ``bank`` uses these masks from now on."""
     n_scopes, n_layers = 1 + max(site.mask_scope for site in sites), bank.n_layers
     shapes = (n_layers, n_scopes, *bank.U.shape), (n_layers, *bank.C.shape[1:]), (n_layers, n_scopes, *bank.V.shape)
     masks = Masks(*(torch.rand(shape) > 0.4 for shape in shapes))
@@ -219,7 +314,7 @@ def test_dropout_on_every_site(
 
 
 def test_layers_of_one_scope_share_a_draw(make_bank: Callable[..., Any]) -> None:
-    """qkv and proj see one draw of U; fc1 (D = U) and fc2 (G from U) two; another pass, other draws."""
+    """qkv and proj share one mask of U; fc1 (D = U) and fc2 (G from U) have others; each pass draws new masks."""
     bank, sites = make_bank("attention", dropout=0.5)
     for site in sites:
         bank.bind(site)
@@ -244,7 +339,7 @@ def test_layers_of_one_scope_share_a_draw(make_bank: Callable[..., Any]) -> None
 def test_dropout_leaves_the_expected_update_alone(
     make_bank: Callable[..., Any], update: Callable[..., Tensor], transpose: bool
 ) -> None:
-    """The mean over 4,000 layers with shared factors is 5 standard errors from the update at most."""
+    """The mean over 4,000 layers with shared factors differs from the update by at most 5 standard errors."""
     n = 4000
     bank, _ = make_bank("attention", n_layers=n, core_sharing="shared", dropout=0.3)
     sites = [Site(layer, (1,), transpose=transpose) for layer in range(n)]
@@ -258,7 +353,7 @@ def test_dropout_leaves_the_expected_update_alone(
     assert deltas.std(0).min() > 0.1 * deltas.mean(0).abs().min()
 
 
-# Life of a pass
+# Start and end of a pass
 
 
 def test_a_pass_ends_with_release(make_bank: Callable[..., Any]) -> None:
@@ -274,7 +369,7 @@ def test_a_pass_ends_with_release(make_bank: Callable[..., Any]) -> None:
 
 
 def test_copies_in_the_middle_of_a_pass(make_bank: Callable[..., Any]) -> None:
-    """A deepcopy or pickle takes the factors and leaves the pass behind."""
+    """A deepcopy or pickle copies the factors but not the current pass."""
     bank, sites = make_bank("mlp", dropout=0.5)
     for site in sites:
         bank.bind(site)
@@ -311,6 +406,8 @@ def test_a_bank_that_nothing_is_bound_to() -> None:
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"dropout": -0.1}, r"dropout must be in \[0, 1\), got -0.1"),
         ({"trainable_scale": "group"}, "trainable_scale must be False, True or 'matrix', got 'group'"),
+        ({"scaled_inputs": [Site(1)]}, r"Site\(layer=1, .* does not fit a bank of 1 layers"),
+        ({"scaled_outputs": [Site(experts=1)]}, "the matrices of experts share their sides, which have no diagonals"),
     ],
 )
 def test_wrong_arguments(changed: dict[str, Any], message: str) -> None:

@@ -1,4 +1,4 @@
-"""Stand-ins for layers with a packed weight, whose class has a product and a state dict of its own."""
+"""Test adapted layers with a packed weight, whose layer class has its own product and state dict."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from tests.quantized import to_int8
 
 
 class Nibbles(nn.Parameter):
-    """Two 4-bit values a byte, as flat as bitsandbytes keeps them."""
+    """Store two 4-bit values per byte in a flat tensor, like bitsandbytes."""
 
     def _quantize(self) -> None:
         raise NotImplementedError("the mark of a packed parameter")
 
 
 class NibbleLinear(nn.Linear):
-    """Knows how to read its weight, and what belongs to it."""
+    """Compute with a packed weight, and hold the state that belongs to the weight."""
 
     scale: float
 

@@ -1,4 +1,6 @@
-"""Initial values against torch's own Xavier initialization of a parameter laid out as in the paper's code."""
+"""Compare initial values with torch's Xavier initialization of a parameter in the layout of the paper's code."""
+
+from __future__ import annotations
 
 import math
 

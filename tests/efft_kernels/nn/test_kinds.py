@@ -1,4 +1,6 @@
-"""What holds for every kind of adapted weight, against the plain module computing with the dense sum in fp64."""
+"""Test every kind of adapted weight against the plain module that computes with the dense sum in fp64."""
+
+from __future__ import annotations
 
 import copy
 import pickle
@@ -18,7 +20,7 @@ from efft_kernels.nn.adapted import AdaptedWeight, matrix_sizes
 
 
 class Conv1D(nn.Module):
-    """As transformers' own, of GPT-2."""
+    """A copy of the Conv1D in transformers' GPT-2."""
 
     def __init__(self, nf: int, nx: int) -> None:
         super().__init__()
@@ -33,7 +35,7 @@ class Conv1D(nn.Module):
 
 
 class Standardized(nn.Conv2d):
-    """A convolution with a forward of its own, as timm's StdConv2d."""
+    """Compute a convolution with a custom forward method, like timm's StdConv2d."""
 
     def forward(self, x: Tensor) -> Tensor:
         W = self.weight
@@ -42,7 +44,7 @@ class Standardized(nn.Conv2d):
 
 
 class Reads(nn.Module):
-    """Multiplies by parameters of its own, in three ways."""
+    """Multiply by the module's own parameters, in three ways."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +58,7 @@ class Reads(nn.Module):
 
 
 class ReadsHeads(nn.Module):
-    """Multiplies by a matrix of each head."""
+    """Multiply by one matrix per head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +69,7 @@ class ReadsHeads(nn.Module):
 
 
 class ReadsChild(nn.Module):
-    """Multiplies by the weight of its layer, and never calls it."""
+    """Multiply by the weight of a child layer without calling the layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,7 +136,7 @@ CASES = {
 
 
 class Adapted:
-    """A module with updates, the plain one, and the dense sum."""
+    """Hold a module with updates, the plain module, and the dense sum."""
 
     def __init__(self, case: Case, dtype: torch.dtype = torch.float64) -> None:
         torch.manual_seed(0)
@@ -159,7 +161,7 @@ class Adapted:
         return torch.randn(self.case.shape, dtype=next(self.plain.parameters()).dtype)
 
     def dense(self, weight: AdaptedWeight) -> Tensor:
-        """The update by the train's own formula [d_in, d_out], laid as the parameter."""
+        """Return the update [d_in, d_out] by the formula of the tensor train, laid out like the parameter."""
         f: Any = weight.factors
         delta = f.scale * f.U @ f.C[0, 0] @ f.V
         name = next(name for name, other in self.weights.items() if other is weight)
@@ -169,7 +171,7 @@ class Adapted:
         return delta.reshape(shape) if as_it_is else delta.t().reshape(shape)
 
     def reference(self, x: Tensor) -> Tensor:
-        """The plain module with the sums in the place of its parameters."""
+        """Return the output of the plain module with its parameters replaced by the dense sums."""
         parameters = {state_name(name, weight): weight for name, weight in self.weights.items()}
         sums = {n: self.plain.get_parameter(n).detach() + self.dense(w) for n, w in parameters.items()}
         with torch.enable_grad():
@@ -281,7 +283,7 @@ def test_what_is_loaded_and_cast_is_the_stored_weight(adapted: Adapted) -> None:
 
 @pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "bfloat16"])
 def test_low_precision(adapted: Adapted, autocast: bool) -> None:
-    """The whole output, as far as bfloat16 goes, and its type; see below for the update."""
+    """The output is accurate to bfloat16's precision and has the right dtype; another test checks the update."""
     x = adapted.input()
     expected, plain = adapted.reference(x), adapted.plain(x)
     model = adapted.model.float() if autocast else adapted.model.bfloat16()
@@ -291,7 +293,7 @@ def test_low_precision(adapted: Adapted, autocast: bool) -> None:
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast), torch.no_grad():
         assert y.dtype == copy.deepcopy(adapted.plain).to(next(model.parameters()).dtype)(x).dtype
     assert (y.double() - expected).norm() < 0.05 * expected.norm()
-    assert (plain - expected).norm() > 0.1 * expected.norm(), "the update is nothing"
+    assert (plain - expected).norm() > 0.1 * expected.norm(), "the update has no effect"
 
 
 @pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "bfloat16"])
@@ -309,8 +311,10 @@ def test_low_precision(adapted: Adapted, autocast: bool) -> None:
 def test_a_small_update_survives_low_precision(
     make: Callable[[], nn.Module], name: str, shape: tuple[int, ...], autocast: bool
 ) -> None:
-    """A thousandth of a bfloat16 weight is nothing when it is added to it. The input hides the weight, whose entries
-    are all one number, so that the output is the update alone."""
+    """Adding a thousandth of a bfloat16 weight to the weight would lose the update.
+
+    All entries of the weight are equal, and the input cancels them, so that the output consists of the update only.
+    """
     adapted = Adapted(Case(make, (name,), shape))
     x = torch.randn(shape, dtype=torch.float64).bfloat16().double()
     x[..., 1] = -x[..., 0]

@@ -1,4 +1,6 @@
-"""EfftLinear: a frozen nn.Linear plus the dense update, in every layout; a drop-in replacement."""
+"""Test that EfftLinear equals a frozen nn.Linear plus the dense update in every layout, and can replace nn.Linear."""
+
+from __future__ import annotations
 
 import copy
 import io
@@ -40,7 +42,7 @@ def test_every_layout(
     bias: bool,
     backend: Any,
 ) -> None:
-    """Single, fused qkv, column ranges and the transposed train of fc2, each against F.linear with W + ΔWᵀ."""
+    """A single layer, fused qkv, column ranges and fc2's transposed tensor train all equal F.linear with W + ΔWᵀ."""
     bank, sites = make_bank(kind, n_layers=2, core_sharing=core_sharing)
     for site in sites:
         linear = nn.Linear(*bank.features(site), bias=bias, dtype=torch.float64)
@@ -60,7 +62,7 @@ def test_every_layout(
 
 @pytest.mark.parametrize("init", ["u", "v"])
 def test_step_zero_changes_nothing(init: str) -> None:
-    """Output and dx are the base's bit for bit; only the factor that is zero has a gradient, and it is not zero."""
+    """Output and dx exactly equal those of the base. Only the zero factor has a gradient, which is not zero."""
     linear = nn.Linear(6, 9)
     layer = EfftLinear.from_linear(linear, rank=3, n_cores=3, init=init)
     x = torch.randn(4, 6, requires_grad=True)
@@ -141,7 +143,7 @@ def test_what_cannot_be_adapted(module: nn.Module, message: str, given_bank: boo
 
 
 def test_the_output_may_be_changed_in_place() -> None:
-    """As nn.Linear's may: an inplace ReLU or a bias added after it."""
+    """The output of nn.Linear may also be changed in place, by an in-place ReLU or by an added bias."""
     layer = EfftLinear.from_linear(nn.Linear(6, 4, dtype=torch.float64), rank=2, init="u")
     nn.init.normal_(layer.factors.U)
     leaves = list(layer.factors.parameters())
@@ -214,7 +216,7 @@ def duplicates(module: nn.Module) -> list[nn.Module]:
 
 
 def test_copies_and_pickles() -> None:
-    """A copied model has one bank of its own, and computes the same."""
+    """A copied model has its own bank and computes the same output."""
     bank = TTFactors(6, 6, 2, n_layers=2)
     model = nn.Sequential(*[randomise(EfftLinear(nn.Linear(6, 6), bank, Site(i))) for i in range(2)])
     model.bank = bank
@@ -266,7 +268,7 @@ COMPILERS = [
         "inductor",
         marks=[
             pytest.mark.slow,
-            pytest.mark.skipif(not HAS_CPP_COMPILER, reason="inductor needs a C++ compiler, and there is none here"),
+            pytest.mark.skipif(not HAS_CPP_COMPILER, reason="inductor needs a C++ compiler, which this machine lacks"),
             pytest.mark.skipif(sys.platform == "win32", reason="inductor needs MSVC set up"),
         ],
     ),
@@ -275,7 +277,7 @@ COMPILERS = [
 
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_compiles_without_graph_breaks(make_stack: Callable[..., Any], compiler: str) -> None:
-    """A whole adapted model, preparation and factor dropout included, forward and backward."""
+    """The test compiles a complete adapted model with preparation and factor dropout, forward and backward."""
     stack = make_stack("mlp", n_layers=2, dropout=0.0, dtype=torch.float32)
 
     class Model(nn.Module):

@@ -1,4 +1,6 @@
-"""EfftLinear.merge and unmerge: exact bits back, the same function, and what rounding cost."""
+"""Test EfftLinear.merge and unmerge: exact restoration, the same function, and the rounding error."""
+
+from __future__ import annotations
 
 import copy
 from collections.abc import Callable
@@ -15,7 +17,7 @@ from efft_kernels.testing import assert_close_budget
 
 
 def make(dtype: torch.dtype, ratio: float = 0.1, sizes: tuple[int, int] = (48, 64), **kwargs: Any) -> EfftLinear:
-    """A layer whose update is ``ratio`` times the size of its weight."""
+    """Return a layer whose update is ``ratio`` times the size of its weight."""
     layer = EfftLinear.from_linear(nn.Linear(*sizes, dtype=dtype), rank=4, **kwargs)
     for factor in (layer.factors.U, layer.factors.C, layer.factors.V):
         nn.init.normal_(factor)
@@ -37,14 +39,14 @@ def test_unmerging_restores_every_bit(dtype: torch.dtype) -> None:
     layer.unmerge()
     assert not layer.merged
     assert torch.equal(layer.weight, before)
-    assert layer.weight.data_ptr() == memory, "the parameter and its memory stay: optimizers and ties hold on to them"
+    assert layer.weight.data_ptr() == memory, "the parameter and its memory stay, as optimizers and ties refer to them"
     assert torch.equal(layer(x), y)
     layer.unmerge()
     assert torch.equal(layer.weight, before)
 
 
 def test_merged_equals_unmerged(make_bank: Callable[..., Any], kind: str, core_sharing: str) -> None:
-    """Every site's update within the budget of a plain fp32 computation; no dropout, and no factor is used any more."""
+    """Merged weights are as accurate as a plain fp32 computation without dropout, and need no factors."""
     bank, sites = make_bank(kind, n_layers=2, core_sharing=core_sharing, dtype=torch.float32, dropout=0.3)
     for site in sites:
         layer = EfftLinear(nn.Linear(*bank.features(site)), bank, site)
@@ -62,7 +64,7 @@ def test_merged_equals_unmerged(make_bank: Callable[..., Any], kind: str, core_s
 @pytest.mark.parametrize(
     ("dtype", "ratio", "least", "most"),
     [
-        (torch.bfloat16, 1e-3, 0.5, 1.5),  # most of it is gone
+        (torch.bfloat16, 1e-3, 0.5, 1.5),  # most of the update is lost
         (torch.bfloat16, 1e-1, 0.005, 0.05),
         (torch.float16, 1e-3, 0.05, 0.5),
         (torch.float32, 1e-3, 1e-6, 1e-4),

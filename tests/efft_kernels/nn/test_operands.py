@@ -1,4 +1,4 @@
-"""Chains of cores and operands of several blocks, against loops over their elements and against dense products."""
+"""Compare chains of cores and operands of several blocks with loops over their elements and with dense products."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def chain(sizes: tuple[int, ...], ranks: tuple[int, ...], batch: tuple[int, ...]
 
 
 def element_by_element(cores: list[Tensor], order: str) -> Tensor:
-    """[r_0, n_1 n_2 ..., r_last], one product of matrices for every element."""
+    """Return [r_0, n_1 n_2 ..., r_last], with one matrix product per element."""
     sizes = [core.shape[1] for core in cores]
     n = int(torch.tensor(sizes).prod())
     out = torch.empty(cores[0].shape[0], n, cores[-1].shape[2], dtype=torch.float64)

@@ -1,4 +1,6 @@
-"""Parameters with an update: what reads them gets it, and everything that knows parameters goes on as before."""
+"""Test parameters with an update: code that reads a parameter gets the update, and other code works unchanged."""
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +19,7 @@ from efft_kernels.nn.parameter import AdaptedParameter, adapt_parameter, restore
 
 
 class Own(nn.Module):
-    """Multiplies by its parameter in a way that no layer does."""
+    """Multiply by the module's parameter in a custom way."""
 
     def __init__(self, function: Callable[[Tensor, Tensor], Tensor] = lambda x, W: F.linear(x, W * 1.0)) -> None:
         super().__init__()
@@ -37,7 +39,7 @@ def bank(d_in: int = 7, d_out: int = 5) -> TTFactors:
 
 
 def adapted(*args: Any) -> tuple[Own, AdaptedParameter, Tensor]:
-    """The module, its parameter, and an input."""
+    """Return the module, its parameter, and an input."""
     module = Own(*args)
     return module, adapt_parameter(module, "W", bank(), Site()), torch.randn(3, 7, dtype=torch.float64)
 
@@ -48,7 +50,7 @@ def dense(parameter: AdaptedParameter) -> Tensor:
 
 
 class Operators(TorchDispatchMode):
-    """What is computed, by name."""
+    """Record the names of the operators that run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +69,9 @@ def test_metadata_costs_nothing_and_tells_nobody() -> None:
     assert not isinstance(W, nn.Parameter)
     with Operators() as seen:
         assert (W.shape, W.dtype, W.device, W.ndim, W.size(0)) == ((5, 7), torch.float64, torch.device("cpu"), 2, 5)
-        assert not W.requires_grad, "as the parameter: who moves weights about makes a new one like it"
+        assert not W.requires_grad, (
+            "it is frozen like the parameter: code that moves weights makes a new parameter like it"
+        )
         assert W.is_floating_point()
         assert W.stride() == (7, 1)
     assert seen.names == []
@@ -76,7 +80,7 @@ def test_metadata_costs_nothing_and_tells_nobody() -> None:
 
 
 def test_putting_a_weight_away_takes_none_of_its_values() -> None:
-    """As accelerate's offloading does, in the middle of a pass."""
+    """accelerate's offloading moves a weight away in the middle of a pass."""
     module, parameter, _ = adapted()
     for away in (module.W.to("meta"), module.W.to(device=torch.device("meta"))):
         assert away.is_meta
@@ -144,7 +148,7 @@ def test_one_read_with_and_without_gradients() -> None:
 )
 def test_changes_that_would_be_lost_are_errors(change: Callable[[Tensor], object]) -> None:
     module, parameter, _ = adapted()
-    with torch.no_grad(), pytest.raises(RuntimeError, match=r"change the stored parameter .* or switch the update off"):
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"change the stored parameter .* or disable the update"):
         change(module.W)
     parameter.enabled = False
     with torch.no_grad():
@@ -249,7 +253,7 @@ def test_traced_and_exported(function: Callable[[Tensor, Tensor], Tensor]) -> No
 
 
 def test_a_checkpoint_runs_it_again_with_the_same_factors() -> None:
-    """Also a layer that is read: outside of the pass its weight is the stored one, inside backward it must not be."""
+    """Outside of a pass, such a layer holds the stored weight; inside backward it needs the weight of its pass."""
 
     class Parent(nn.Module):
         def __init__(self) -> None:
@@ -364,5 +368,5 @@ def test_what_does_not_fit() -> None:
     assert factors.bindings == []
     adapt_parameter(module, "W", factors, Site(), "transposed")
     parametrize.register_parametrization(module, "W", nn.Identity(), unsafe=True)
-    with pytest.raises(RuntimeError, match="got another class after it was adapted; undo that first"):
+    with pytest.raises(RuntimeError, match="got another class after it was adapted; undo that change first"):
         restore_module(module)

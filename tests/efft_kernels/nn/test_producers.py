@@ -1,4 +1,6 @@
-"""Layer norms and GELUs that hand their work on: to an adapted layer, and to whatever else may come."""
+"""Test layer norms and GELUs whose work an adapted layer takes over, and their behavior with other consumers."""
+
+from __future__ import annotations
 
 import copy
 import pickle
@@ -64,7 +66,9 @@ def test_an_adapted_layer_does_both(module: nn.Module, layer: EfftLinear) -> Non
     assert (a.shape, a.dtype, a.device, a.requires_grad) == (x.shape, x.dtype, x.device, True)
     assert type(module).__name__ in repr(a)
     y, kept = keep(lambda: layer(module(x)))
-    assert kept.count((2, 7, 24)) == 2, "its input, by the module's node and by the layer's, not its output"
+    assert kept.count((2, 7, 24)) == 2, (
+        "the module's node and the layer's node keep its input, and none keeps its output"
+    )
     assert (14, 24) not in kept
     leaves = [x, *layer.factors.parameters()]
     upstream = torch.randn_like(y)
@@ -128,7 +132,7 @@ class Square(torch.autograd.Function):
 
 @pytest.mark.parametrize("way", ["function", "checkpoint", "reentrant checkpoint"])
 def test_a_function_that_autograd_knows_nothing_of(module: nn.Module, way: str) -> None:
-    """It gets the tensor past torch's Python functions; its gradient must still reach the input."""
+    """The function bypasses torch's Python functions; its gradient must still reach the input."""
 
     def use(a: Tensor) -> Tensor:
         if way == "function":
@@ -176,7 +180,7 @@ def test_what_changes_nothing_passes_it_on(module: nn.Module, layer: EfftLinear)
     between = nn.Sequential(module, nn.Identity(), nn.Dropout(0.0))
     assert isinstance(between(x), ProducerOutput)
     between[2].p = 0.5
-    assert not isinstance(between(x), ProducerOutput), "computed, then dropped"
+    assert not isinstance(between(x), ProducerOutput), "the value is computed, then dropped"
     assert isinstance(between.eval()(x), ProducerOutput)
     assert torch.equal(layer(between(x)), layer(module(x)))
 
@@ -190,12 +194,41 @@ def test_autocast(module: nn.Module, layer: EfftLinear) -> None:
     assert_close_budget(got, wide(plain(copy.deepcopy(module).double(), x.double())), usual)
 
 
-def test_a_norm_that_is_trained_computes_itself(layer: EfftLinear) -> None:
+@pytest.mark.parametrize("frozen", ["nothing", "input", "weight", "bias"])
+@pytest.mark.parametrize("use", ["layer", "layers", "function", "value"])
+def test_a_norm_and_a_bias_that_are_trained(layer: EfftLinear, use: str, frozen: str) -> None:
+    """The gradients of their parameters by every way that a result can be used."""
     norm, x = nn.LayerNorm(24), inputs()
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
     assert fuse_producer(norm)
-    y = layer(norm(x))
-    y.sum().backward()
-    assert norm.weight.grad is not None
+    layer.bias.requires_grad_()
+    {"input": x, "weight": norm.weight, "bias": norm.bias}.get(frozen, torch.empty(0)).requires_grad_(False)
+    leaves = [t for t in (x, layer.bias, *norm.parameters(), *layer.factors.parameters()) if t.requires_grad]
+
+    def output(a: Tensor) -> Tensor:
+        return {
+            "layer": layer,
+            "layers": lambda a: layer(a) + layer(2 * a) + layer(a),
+            "function": lambda a: layer(Square.apply(a)),
+            "value": lambda a: layer(a + 1),
+        }[use](a)
+
+    a = norm(x)
+    assert isinstance(a, ProducerOutput)
+    grads = [torch.autograd.grad(output(of).sin().sum(), leaves) for of in (a, plain(norm, x))]
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+
+
+def test_a_second_derivative_by_the_parameters_of_a_norm() -> None:
+    norm = nn.LayerNorm(24).double()
+    assert fuse_producer(norm)
+    x = inputs(dtype=torch.float64)
+    results = []
+    for a in (norm(x), plain(norm, x)):
+        (grad,) = torch.autograd.grad(Square.apply(Square.apply(a)).sum(), norm.weight, create_graph=True)
+        results.append(torch.autograd.grad(grad.square().sum(), [x, *norm.parameters()]))
+    torch.testing.assert_close(*results)
 
 
 def test_a_base_weight_that_is_trained(module: nn.Module, layer: EfftLinear) -> None:

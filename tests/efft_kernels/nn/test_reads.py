@@ -1,4 +1,6 @@
-"""Which parameters the methods of a class read, in classes of our own and of the libraries everyone uses."""
+"""Test which parameters the methods of a class read, in classes defined here and in those of common libraries."""
+
+from __future__ import annotations
 
 from typing import Any
 
@@ -11,7 +13,7 @@ from efft_kernels.nn.reads import reads_weight_of_children
 
 
 def reads(module: nn.Module) -> set[str]:
-    """The weights of ``module`` that its own methods read."""
+    """Return the weights of ``module`` that its own methods read."""
     parameters = dict(module.named_parameters())
     return {
         name for name in reads_weight_of_children(type(module)) if name in parameters and parameters[name].dim() > 1
@@ -94,6 +96,6 @@ def test_attention_of_timm(path: str, name: str, settings: dict[str, Any]) -> No
 
 def test_t5_of_transformers() -> None:
     t5 = pytest.importorskip("transformers.models.t5.modeling_t5")
-    # It asks what kind of tensor its last weight is, and of what dtype, and calls the layer.
+    # T5 only inspects the tensor type and dtype of its last weight, and calls the layer.
     assert reads(t5.T5DenseActDense(t5.T5Config(d_model=8, d_ff=16))) == set()
     assert reads(t5.T5Attention(t5.T5Config(d_model=8, num_heads=2, d_kv=4))) == set()

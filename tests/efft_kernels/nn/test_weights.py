@@ -1,4 +1,6 @@
-"""Adapted layers on quantized weights, against the dequantized weight in fp64."""
+"""Compare adapted layers on quantized weights with the dequantized weight in fp64."""
+
+from __future__ import annotations
 
 import copy
 from collections.abc import Callable
@@ -23,7 +25,7 @@ def quantize(request: pytest.FixtureRequest) -> Quantize:
 
 
 def make(quantize: Quantize, dtype: torch.dtype = torch.float32) -> EfftLinear:
-    """A quantized layer with an update as large as its weight."""
+    """Return a quantized layer with an update as large as its weight."""
     linear = nn.Linear(D_IN, D_OUT, dtype=dtype)
     quantize(linear)
     layer = EfftLinear.from_linear(linear, rank=4, n_cores=3)
@@ -33,7 +35,7 @@ def make(quantize: Quantize, dtype: torch.dtype = torch.float32) -> EfftLinear:
 
 
 def dense(layer: EfftLinear, x: Tensor, gy: Tensor) -> tuple[Tensor, ...]:
-    """y and the gradients of x, U, C, V in fp64, with the update as a matrix."""
+    """Return y and the gradients of x, U, C, V in fp64, computed with the dense update."""
     x = x.detach().double().requires_grad_()
     U, C, V = (p.detach().double().requires_grad_() for p in layer.factors.parameters())
     update = torch.cat([U @ core @ V for core in C[0]], 1)
@@ -78,7 +80,7 @@ def test_autocast(quantize: Quantize) -> None:
 
 @pytest.mark.parametrize("way", [*WAYS, *ROUNDING_WAYS])
 def test_nothing_dense_is_kept_for_backward(way: str) -> None:
-    """Neither the update nor the weight: it is dequantized again."""
+    """Neither the update nor the weight is saved; backward dequantizes the weight again."""
     layer = make((WAYS | ROUNDING_WAYS)[way])
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -89,7 +91,7 @@ def test_nothing_dense_is_kept_for_backward(way: str) -> None:
 
 @pytest.mark.parametrize("way", ROUNDING_WAYS)
 def test_products_that_round_their_input(way: str) -> None:
-    """The output is that of rounded activations; gradients, with which nobody rounds, are as if it were not."""
+    """The output is that of rounded activations; the gradients treat the rounding as the identity."""
     layer = make(ROUNDING_WAYS[way], torch.bfloat16)
     x = torch.randn(2, 5, D_IN, dtype=torch.bfloat16, requires_grad=True)
     gy = torch.randn(2, 5, D_OUT, dtype=torch.bfloat16)
@@ -104,9 +106,9 @@ def test_products_that_round_their_input(way: str) -> None:
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_float8_product_is_that_of_the_hardware(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Frozen product in fp8 by ``torch._scaled_mm``, update beside it in bf16."""
+    """``torch._scaled_mm`` computes the frozen product in fp8, and the update is computed in bf16."""
     if device == "cuda" and torch.cuda.get_device_capability() < (8, 9):
-        pytest.skip("the GPU has no fp8 products: compute capability 8.9 or newer does")
+        pytest.skip("the GPU has no fp8 products, which need compute capability 8.9 or newer")
     products: list[list[torch.dtype]] = []
     scaled_mm = torch._scaled_mm
 
@@ -153,7 +155,7 @@ def test_merging_is_refused_or_dequantises(quantize: Quantize) -> None:
     assert type(layer.weight) is nn.Parameter
     close(layer.weight, base.double() + layer.delta_weight().double(), 1e-6)
     close(layer(x), y, 1e-6)
-    copies = [] if quantize is to_nf4 else [copy.deepcopy(layer)]  # torchao quantizes what it copies again
+    copies = [] if quantize is to_nf4 else [copy.deepcopy(layer)]  # torchao would quantize a copy again
     for each in (*copies, layer):
         each.unmerge()
         assert type(each.weight) is type(weight)

@@ -1,4 +1,6 @@
-"""Every test of an op runs for every backend and device (and dtype) it asks for by these fixtures."""
+"""Provide fixtures that run a test of an op for every requested backend, device and dtype."""
+
+from __future__ import annotations
 
 import os
 from collections.abc import Callable
@@ -19,29 +21,31 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 IDS = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES}
 
 
-#: A library that runs the CUDA kernels on the CPU (``make check-cuda`` builds it and runs these tests on it).
+#: The library that runs the CUDA kernels on the CPU. ``make check-cuda`` builds it and runs these tests with it.
 EMULATED = os.environ.get("EFFT_EMULATED_CUDA")
-#: The only backend that runs, on the CPU: in Triton's interpreter (``make check-triton``), or emulated.
+#: The only backend of such a session on the CPU: triton interpreted (``make check-triton``) or cuda emulated.
 ONLY = Backend.TRITON if os.environ.get("TRITON_INTERPRET") == "1" else Backend.CUDA if EMULATED else None
 if EMULATED:
     torch.ops.load_library(EMULATED)
     choosing._no_cuda = lambda device: None
 BACKENDS = [b for b in backends() if ONLY in (None, b)]
-#: Backends whose products are their own kernels', not torch's, and which have no fp64.
+#: The backends that compute products with their own kernels rather than torch's; they do not support fp64.
 OWN = (Backend.CPU, Backend.TRITON, Backend.CUDA)
 
 
-#: Precisions that a compiled backend does not have.
+#: The dtypes that each compiled backend does not support.
 WITHOUT = {Backend.CPU: {torch.float16, torch.float64}, Backend.CUDA: {torch.float64}}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselects what a backend is not for: cpu is for the CPU, triton and cuda need a GPU unless they run alone."""
+    """Deselect tests that a backend cannot run: cpu needs the CPU; triton and cuda need a GPU unless they run alone."""
 
     def params(item: pytest.Item) -> dict[str, Any]:
         return item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
 
-    def runs(item: pytest.Item, backend: Backend) -> bool:  # by identity: a backend's name may be a device's too
+    def runs(
+        item: pytest.Item, backend: Backend
+    ) -> bool:  # compares identities, because a backend and a device can have the same name
         return any(value is backend for value in params(item).values())
 
     def cannot(item: pytest.Item) -> bool:
@@ -74,21 +78,22 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 
 @pytest.fixture(params=[b for b in BACKENDS if b is not Backend.REFERENCE], ids=lambda b: b.value)
 def kernels(request: pytest.FixtureRequest) -> Backend:
-    """Backends that run behind registered ops; the reference is plain torch."""
+    """Return each backend that runs as registered ops; the reference is plain torch and therefore excluded."""
     return request.param
 
 
 @pytest.fixture(scope="session")
 def exact(backend: Backend) -> torch.dtype:
-    """The widest precision of a backend: what tests of formulas, not of rounding, are done in."""
+    """Return the widest precision of a backend, which tests formulas rather than rounding."""
     return torch.float32 if backend in OWN else torch.float64
 
 
 @pytest.fixture(scope="session")
 def assert_exact(exact: torch.dtype) -> Callable[..., None]:
-    """Compare with a formula in fp64: sums in another order, but in the precision ``exact``, differ no more.
+    """Return a function that compares results with a formula in fp64.
 
-    ``terms`` is the size of what was summed, where the result may be small because it cancels.
+    It allows only the error from a different order of sums in the precision ``exact``. ``terms`` is the size of the
+    summands, for results that may be small because their summands cancel.
     """
 
     def check(got: Tensor, formula: Tensor, name: str = "result", terms: float = 0.0) -> None:
@@ -103,13 +108,13 @@ def assert_exact(exact: torch.dtype) -> Callable[..., None]:
 
 @pytest.fixture(params=[b for b in BACKENDS if b not in OWN], ids=lambda b: b.value)
 def fp64(request: pytest.FixtureRequest) -> Backend:
-    """Backends that have fp64."""
+    """Return each backend that supports fp64."""
     return request.param
 
 
 @pytest.fixture(scope="session")
 def own(backend: Backend) -> bool:
-    """Whether the products of a backend are its own kernels', which torch's dispatcher does not see."""
+    """Return whether a backend computes products with its own kernels, which torch's dispatcher does not see."""
     return backend in OWN
 
 
@@ -120,19 +125,22 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 @pytest.fixture(params=DTYPES[1:], ids=IDS.get, scope="session")
 def low(request: pytest.FixtureRequest) -> torch.dtype:
-    """Precisions that fp64 is exact for. fp64 itself is tested over many shapes and layouts, and by gradcheck."""
+    """Return each dtype with less precision than fp64; other tests such as gradcheck cover fp64."""
     return request.param
 
 
 @pytest.fixture(scope="session")
 def product(device: str, low: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
-    """The matrix product whose error own kernels are measured by: the vendor's, but in fp32 on a GPU, where that sums
-    in several chains and they in one, a chain."""
+    """Return a matrix product to compare the errors of the library's kernels with.
+
+    In general this is the vendor's product. For fp32 on a GPU, the function sums in one chain like the library's
+    kernels, because the vendor's product sums in several chains.
+    """
     return chained_matmul if device == "cuda" and low == torch.float32 else torch.matmul
 
 
 class Recorder(TorchDispatchMode):
-    """What torch does inside the ``with`` block, also inside the registered ops.
+    """Record torch's operations inside the ``with`` block, including those inside registered ops.
 
     Attributes:
         registered: names of the registered ops called.
@@ -153,9 +161,9 @@ class Recorder(TorchDispatchMode):
         if func.namespace == "efft":
             self.registered.append(func.name())
             key = torch._C.DispatchKey.CUDA if tensors[0].is_cuda else torch._C.DispatchKey.CPU
-            with self:  # straight to the kernel, and watch what it calls
+            with self:  # calls the kernel directly and records the operations inside it
                 return func.redispatch(torch._C.DispatchKeySet(key), *args, **(kwargs or {}))
-        with self:  # matmul, linear, ... are made of others
+        with self:  # matmul, linear, ... consist of other operators
             out = func.decompose(*args, **(kwargs or {}))
         if out is not NotImplemented:
             return out

@@ -1,4 +1,6 @@
-"""tt_gelu_linear and tt_norm_linear against their formulas with the dense update in fp64 and gradients by hand."""
+"""Compare tt_gelu_linear and tt_norm_linear with formulas in fp64 (dense update, gradients written by hand)."""
+
+from __future__ import annotations
 
 import functools
 import itertools
@@ -33,7 +35,7 @@ def inputs_of(op: Callable[..., Tensor], **options: Any) -> Inputs:
 
 
 def output(op: Callable[..., Tensor], inputs: Inputs, approximate: str = "none", eps: float = 0.0) -> Tensor:
-    """What the producer puts out, by torch's own function."""
+    """Return the output of the producer (the GELU or norm before the layer), computed by torch."""
     if op is tt_gelu_linear:
         return F.gelu(inputs["z"], approximate=approximate)
     return F.layer_norm(inputs["x"], inputs["x"].shape[-1:], inputs["gamma"], inputs["beta"], eps)
@@ -42,10 +44,10 @@ def output(op: Callable[..., Tensor], inputs: Inputs, approximate: str = "none",
 def slope(
     op: Callable[..., Tensor], inputs: Inputs, upstream: Tensor, approximate: str = "", eps: float = 0.0
 ) -> Tensor:
-    """The producer's backward, written out."""
+    """Return the result of the producer's backward formula."""
     if op is tt_norm_linear:
         x, g = inputs["x"], upstream if inputs["gamma"] is None else upstream * inputs["gamma"]
-        # Not torch.var, which warns of an input without rows.
+        # torch.var would warn about an input without rows.
         deviation = ((x - x.mean(-1, keepdim=True)).square().mean(-1, keepdim=True) + eps).sqrt()
         n = (x - x.mean(-1, keepdim=True)) / deviation
         return (g - g.mean(-1, keepdim=True) - n * (g * n).mean(-1, keepdim=True)) / deviation
@@ -59,17 +61,29 @@ def slope(
 
 
 def dense(op: Callable[..., Tensor], name: str, inputs: Inputs, gy: Tensor, options: dict[str, Any]) -> Inputs:
-    """y and the gradients from the dense matrix in fp64."""
+    """Return y and the gradients from the dense matrix in fp64."""
     wide = {k: v.detach().double() if isinstance(v, Tensor) else v for k, v in inputs.items()}
     a, gy = output(op, wide, **options), gy.double()
     matrix = wide["W"].t() + wide["D"] @ wide["G"]
-    by_matrix = a.reshape(-1, a.shape[-1]).t() @ gy.reshape(-1, gy.shape[-1])
+    da, rows = gy @ matrix.t(), gy.reshape(-1, gy.shape[-1])
+    by_matrix = a.reshape(-1, a.shape[-1]).t() @ rows
+    of_norm = {}
+    if op is tt_norm_linear:
+        n = output(op, {**wide, "gamma": None, "beta": None}, **options)
+        of_norm = {"gamma": (da * n).reshape(-1, n.shape[-1]).sum(0), "beta": da.reshape(-1, n.shape[-1]).sum(0)}
     return {
         "y": a @ matrix + (0 if wide["b"] is None else wide["b"]),
-        name: slope(op, wide, gy @ matrix.t(), **options),
+        name: slope(op, wide, da, **options),
         "D": by_matrix @ wide["G"].t(),
         "G": wide["D"].t() @ by_matrix,
+        "b": rows.sum(0),
+        **of_norm,
     }
+
+
+def trained(op: Callable[..., Tensor], name: str) -> tuple[str, ...]:
+    """All arguments that get a gradient."""
+    return (name, "D", "G", "b", *(("gamma", "beta") if op is tt_norm_linear else ()))
 
 
 def run(op: Callable[..., Tensor], need: tuple[str, ...], inputs: Inputs, gy: Tensor, **options: Any) -> Inputs:
@@ -82,7 +96,7 @@ def run(op: Callable[..., Tensor], need: tuple[str, ...], inputs: Inputs, gy: Te
 
 
 def unfused(op: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
-    """Layer by layer in the precision at hand: how wrong an ordinary computation is."""
+    """Return a function that computes layer by layer in the given precision; its errors are the yardstick."""
 
     def layers(W: Tensor, b: Tensor | None, D: Tensor, G: Tensor, **producer: Any) -> Tensor:
         a = output(op, producer, **options)
@@ -99,7 +113,7 @@ def upstream(inputs: Inputs, name: str) -> Tensor:
 
 def test_output_and_gradients(backend: Backend, device: str, low: torch.dtype, case: Any) -> None:
     op, name, options = case
-    need = (name, "D", "G")
+    need = trained(op, name)
     inputs = inputs_of(op, tokens=61, r1=17, dtype=low, factor_dtype=torch.float32, device=device)
     gy = upstream(inputs, name)
     with use_backend(backend):
@@ -110,7 +124,7 @@ def test_output_and_gradients(backend: Backend, device: str, low: torch.dtype, c
 
 
 def test_update_alone(backend: Backend, device: str, low: torch.dtype, case: Any) -> None:
-    """Without a base y is the update; a thousandth of its usual size must not be lost."""
+    """Without a base, y is the update. An update of a thousandth of the usual size must not be lost."""
     op, name, options = case
     need = (name, "D", "G")
     inputs = inputs_of(op, update=1e-3, dtype=low, factor_dtype=torch.float32, device=device)
@@ -129,7 +143,7 @@ def test_update_alone(backend: Backend, device: str, low: torch.dtype, case: Any
     layouts=st.tuples(*[st.sampled_from(LAYOUTS)] * 3),
     present=st.tuples(st.booleans(), st.booleans(), st.booleans()),
     chosen=st.sampled_from(sorted(OPS)),
-    need=st.sets(st.sampled_from(["producer", "D", "G"]), min_size=1),
+    need=st.sets(st.sampled_from(["producer", "D", "G", "b", "gamma", "beta"]), min_size=1),
 )
 def test_any_shape_layout_and_gradient(
     backend: Backend,
@@ -156,6 +170,7 @@ def test_any_shape_layout_and_gradient(
             inputs[key] = with_layout(inputs[key], layout)
     gy = upstream(inputs, name)
     wanted = tuple(name if n == "producer" else n for n in sorted(need))
+    wanted = tuple(key for key in wanted if inputs.get(key) is not None) or ("G",)
     with use_backend(backend), poisoned_empty():
         got = run(op, wanted, inputs, gy, **options)
     expected = dense(op, name, inputs, gy, options)
@@ -166,8 +181,11 @@ def test_any_shape_layout_and_gradient(
 
 
 def summed_around_norm(inputs: dict[str, Tensor], gy: Tensor, eps: float) -> dict[str, float]:
-    """Sizes of the terms of gradients that can cancel: a norm's backward takes the mean and its own direction out of
-    what comes to it, and a row of its output sums to zero, so that h vanishes where all of D's rows are the same."""
+    """Return the sizes of the summands of gradients that can cancel.
+
+    The backward pass of a norm removes the mean and the component along the norm's output from the received gradient. A
+    row of the output sums to zero, so h vanishes if all rows of D are equal.
+    """
     wide = {key: None if t is None else t.double() for key, t in inputs.items()}
     x, W, D, G, gamma = (wide[key] for key in ("x", "W", "D", "G", "gamma"))
     upstream = gy.double() @ (W + (D @ G).t()) * (1.0 if gamma is None else gamma)
@@ -180,10 +198,10 @@ def summed_around_norm(inputs: dict[str, Tensor], gy: Tensor, eps: float) -> dic
 def test_gradcheck(fp64: Backend, case: Any) -> None:
     op, name, options = case
     inputs = inputs_of(op, tokens=4, d_in=5, d_out=6, r1=3, dtype=torch.float64)
-    leaves = [inputs[k].requires_grad_() for k in (name, "D", "G")]
+    leaves = [inputs[k].requires_grad_() for k in trained(op, name)]
 
-    def function(first: Tensor, D: Tensor, G: Tensor) -> Tensor:
-        return op(**{**inputs, name: first, "D": D, "G": G}, **options, backend=fp64)
+    def function(*values: Tensor) -> Tensor:
+        return op(**inputs | dict(zip(trained(op, name), values, strict=True)), **options, backend=fp64)
 
     assert torch.autograd.gradcheck(function, leaves)
     assert torch.autograd.gradgradcheck(lambda *values: function(*values).sin(), leaves)
@@ -193,7 +211,7 @@ def test_gradcheck(fp64: Backend, case: Any) -> None:
 def test_a_second_derivative(
     backend: Backend, exact: torch.dtype, assert_exact: Callable[..., None], case: Any, need: tuple[str, ...]
 ) -> None:
-    """Of one gradient alone, by all that it depends on, also where another argument is frozen."""
+    """The test differentiates one gradient with respect to all its inputs, with no argument or one argument frozen."""
     op, name, options = case
     (of,) = (name if n == "producer" else n for n in need)
     inputs = inputs_of(op, tokens=6, d_in=8, d_out=5, r1=3, dtype=exact)
@@ -215,8 +233,47 @@ def test_a_second_derivative(
             assert_exact(value, formula, terms=10 * formula.abs().max().item())
 
 
+@pytest.mark.parametrize("need", ["b", "gamma", "beta"])
+def test_second_derivatives_of_trained_vectors(
+    backend: Backend, exact: torch.dtype, assert_exact: Callable[..., None], case: Any, need: str
+) -> None:
+    """Of one gradient by all that it depends on, where that argument alone is trained or all are."""
+    op, name, options = case
+    names = trained(op, name)
+    if need not in names:
+        pytest.skip("a GELU has no parameters")
+    inputs = inputs_of(op, tokens=6, d_in=8, d_out=5, r1=3, dtype=exact)
+    for leaves in ((need,), names):
+        results = []
+        for layer, arguments in (
+            (functools.partial(op, backend=backend, **options), inputs),
+            (unfused(op, **options), {k: v.double() for k, v in inputs.items()}),
+        ):
+            given = {k: arguments[k].detach().requires_grad_() for k in leaves}
+            y = layer(**arguments | given)
+            (grad,) = torch.autograd.grad(y.sin().sum(), given[need], create_graph=True)
+            results.append(torch.autograd.grad(grad.square().sum(), list(given.values())))
+        for value, formula in zip(*results, strict=True):
+            assert_exact(value, formula, terms=10 * formula.abs().max().item())
+
+
+@pytest.mark.parametrize("need", ["b", "gamma", "beta"])
+def test_one_vector_alone_is_trained(
+    backend: Backend, exact: torch.dtype, assert_exact: Callable[..., None], case: Any, need: str
+) -> None:
+    """Everything else is frozen, the input too, as in the first layer of a model."""
+    op, name, options = case
+    if need not in trained(op, name):
+        pytest.skip("a GELU has no parameters")
+    inputs = inputs_of(op, tokens=300, dtype=exact)
+    gy = upstream(inputs, name)
+    with use_backend(backend), poisoned_empty():
+        got = run(op, (need,), inputs, gy, **options)
+    assert_exact(got[need], dense(op, name, inputs, gy, options)[need], need, terms=16.0)
+
+
 def test_what_is_kept_for_backward(kernels: Backend, case: Any) -> None:
-    """The producer's input and h, but nothing else of their sizes."""
+    """The producer's input and h are saved; no other tensor of these sizes is."""
     op, name, options = case
     inputs = inputs_of(op, tokens=50, d_in=24, d_out=40, r1=5)
     known = {inputs[k].untyped_storage().data_ptr() for k in inputs}
@@ -236,7 +293,7 @@ def test_what_is_kept_for_backward(kernels: Backend, case: Any) -> None:
 
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(backend: Backend, device: str, autocast: torch.dtype, case: Any) -> None:
-    """The producer's input stays as it is, the product is in the autocast dtype, gradients keep their dtypes."""
+    """The producer's input keeps its dtype, the product has the autocast dtype, and gradients have their own dtypes."""
     op, name, options = case
     need = (name, "D", "G")
     inputs = inputs_of(op, tokens=33, device=device)
@@ -257,7 +314,7 @@ NARROW, WIDE = torch.bfloat16, torch.float32
 
 @pytest.mark.parametrize("dtypes", [*itertools.product((NARROW, WIDE), repeat=4)], ids=lambda d: " ".join(map(str, d)))
 def test_dtypes_mixed(backend: Backend, device: str, case: Any, dtypes: tuple[torch.dtype, ...]) -> None:
-    """One rule: the producer in fp32, rounded once to the weight's dtype; results in the dtypes of what they are of."""
+    """The producer computes in fp32 and rounds once to the weight's dtype; gradients have their arguments' dtypes."""
     op, name, options = case
     need = (name, "D", "G")
     inputs = inputs_of(op, device=device)
@@ -294,8 +351,9 @@ def test_dtypes_mixed_of_a_norm_with_one_parameter(backend: Backend, device: str
     gy = upstream(inputs, "x")
     with use_backend(backend):
         got = run(tt_norm_linear, ("x", "D", "G"), inputs, gy)
-    for key, formula in dense(tt_norm_linear, "x", inputs, gy, {"eps": 1e-5}).items():
-        assert (got[key].double() - formula).norm() < 1e-5 * formula.norm(), key
+    formulas = dense(tt_norm_linear, "x", inputs, gy, {"eps": 1e-5})
+    for key, value in got.items():
+        assert (value.double() - formulas[key]).norm() < 1e-5 * formulas[key].norm(), key
 
 
 def test_registered_ops(kernels: Backend, device: str) -> None:
@@ -308,16 +366,19 @@ def test_registered_ops(kernels: Backend, device: str) -> None:
     x, gamma, beta = norm["x"], norm["gamma"], norm["beta"]
     torch.library.opcheck(overload["tt_norm_linear_fwd"], (x, gamma, beta, 1e-5, W, b, D, G))
     _, h, mean, rstd = overload["tt_norm_linear_fwd"](x, gamma, beta, 1e-5, W, b, D, G)
-    for needs in ((True, True, True), (False, True, False), (True, False, False), (False, False, True)):
-        torch.library.opcheck(overload["tt_gelu_linear_bwd"], (y, z, W, h, D, G, "none", *needs))
+    one_each = [tuple(i == j for j in range(6)) for i in range(6)]
+    for needs in ((True,) * 6, *one_each):
+        torch.library.opcheck(overload["tt_gelu_linear_bwd"], (y, z, W, h, D, G, "none", *needs[:4]))
         torch.library.opcheck(overload["tt_norm_linear_bwd"], (y, x, gamma, beta, 1e-5, mean, rstd, W, h, D, G, *needs))
+    plain = (y, x.bfloat16(), None, None, 1e-5, mean, rstd, W, h, D, G, *(True,) * 4, False, False)
+    torch.library.opcheck(overload["tt_norm_linear_bwd"], plain)
 
 
 def test_compiled_without_a_break(backend: Backend, case: Any) -> None:
-    torch.compiler.reset()  # the limit of compilations of one function is less than the number of cases
+    torch.compiler.reset()  # the compilation limit per function is lower than the number of cases
     op, name, options = case
     inputs = inputs_of(op, tokens=9)
-    leaves = [inputs[k].requires_grad_() for k in (name, "D", "G")]
+    leaves = [inputs[k].requires_grad_() for k in trained(op, name)]
     compiled = torch.compile(lambda: op(**inputs, **options, backend=backend), fullgraph=True, backend="aot_eager")
     got, expected = compiled(), op(**inputs, **options, backend=backend)
     torch.testing.assert_close(got, expected)
@@ -343,16 +404,14 @@ def test_wrong_calls(backend: Backend, case: Any) -> None:
     else:
         with pytest.raises(ValueError, match=r"gamma must be \[d_in\] = \[24\], got shape \[3\]"):
             op(**{**inputs, "gamma": inputs["gamma"][:3]}, backend=backend)
-        with pytest.raises(ValueError, match="beta must be frozen"):
-            op(**{**inputs, "beta": inputs["beta"].clone().requires_grad_()}, backend=backend)
 
 
-#: The ops that flatten leading dimensions where autograd does not look.
+#: The ops that flatten the leading dimensions in code that autograd does not see.
 every_op = pytest.mark.parametrize("op", [tt_linear, tt_gelu_linear, tt_norm_linear], ids=lambda op: op.__name__)
 
 
 def batch_of(op: Callable[..., Tensor]) -> tuple[Inputs, Tensor]:
-    """Keyword arguments for a batch [2, 3, d_in], and the activation among them."""
+    """Return the keyword arguments for a batch [2, 3, d_in], and the activation among them."""
     inputs = make_inputs(op.__name__, tokens=6, d_in=8, d_out=5, r1=2, dtype=torch.float64)
     name = next(iter(inputs))
     inputs[name] = inputs[name].reshape(2, 3, 8).requires_grad_()

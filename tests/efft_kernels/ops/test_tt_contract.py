@@ -1,4 +1,6 @@
-"""tt_contract against loops over layers and cores in fp64, and its gradients written out by hand."""
+"""Compare tt_contract with loops over layers and cores in fp64, and with gradients written by hand."""
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +19,7 @@ Arguments = dict[str, Any]
 
 
 def dropped(inputs: Arguments) -> tuple[Tensor, Tensor]:
-    """C and V of every layer, [n_layers, n_cores, r1, r2] and [n_layers, r2, d_out], zero where dropped."""
+    """Return C and V of every layer, [n_layers, n_cores, r1, r2] and [n_layers, r2, d_out], with dropped entries 0."""
     C, V = inputs["C"], inputs["V"].expand(len(inputs["C"]), *inputs["V"].shape)
     C = C if inputs["keep_C"] is None else torch.where(inputs["keep_C"], C, 0)
     V = V if inputs["keep_V"] is None else torch.where(inputs["keep_V"], V, 0)
@@ -25,7 +27,7 @@ def dropped(inputs: Arguments) -> tuple[Tensor, Tensor]:
 
 
 def dense(inputs: Arguments, dG: Tensor) -> dict[str, Tensor]:
-    """G and the gradients of C, V and scale, one matrix at a time."""
+    """Return G and the gradients of C, V and scale, computed one matrix at a time."""
     inputs = {
         k: v.detach().double() if isinstance(v, Tensor) and v.dtype != torch.bool else v for k, v in inputs.items()
     }
@@ -49,7 +51,7 @@ def dense(inputs: Arguments, dG: Tensor) -> dict[str, Tensor]:
 
 
 def plain(**inputs: Any) -> Tensor:
-    """The formula in the factors' own precision: one product for all matrices with one V."""
+    """Return the formula in the factors' own precision, with one product for all matrices that share V."""
     C, V = dropped(inputs)
     rows = C.flatten(1, 2)  # [n_layers, n_cores * r1, r2]
     product = rows.flatten(0, 1) @ inputs["V"] if inputs["keep_V"] is None else rows @ V
@@ -60,7 +62,7 @@ def plain(**inputs: Any) -> Tensor:
 def run(
     op: Callable[..., Tensor], inputs: Arguments, dG: Tensor, need: tuple[str, ...] = ("C", "V")
 ) -> dict[str, Tensor]:
-    """G and the gradients of what ``need`` names."""
+    """Return G and the gradients of the arguments that ``need`` names."""
     inputs = {**inputs, **{name: inputs[name].detach().requires_grad_() for name in need}}
     G = op(**inputs)
     return {"G": G, **dict(zip(need, torch.autograd.grad(G, [inputs[name] for name in need], dG), strict=True))}
@@ -96,7 +98,7 @@ def test_the_reference_computes_in_fp32_and_rounds_once(half: torch.dtype) -> No
 
 
 def test_gradient_of_a_trained_scale(backend: Backend, device: str, low: torch.dtype) -> None:
-    """Of the loss |G|²/2 (nothing cancels in its sums), for 16 draws: a single number may be exact by luck."""
+    """The loss is |G|²/2, whose sums do not cancel, for 16 draws, as a single number may be exact by luck."""
     results: list[list[Tensor]] = [[], [], []]
     for seed in range(16):
         inputs = make_inputs("tt_contract", r1=17, r2=33, masks=True, dtype=low, device=device, seed=seed)
@@ -129,7 +131,7 @@ def test_any_shape_and_layout(
     scale: float | Tensor,
     need: set[str],
 ) -> None:
-    """``expanded`` is one core, or one draw of masks, for all layers."""
+    """``expanded`` means that all layers share one core, or one draw of masks."""
     n_layers, n_cores, r1, r2, d_out = sizes
     inputs = make_inputs(
         "tt_contract",
@@ -167,7 +169,7 @@ def test_layers_get_views_and_one_backward(
     assert_exact: Callable[..., None],
     record: Callable[[], Any],
 ) -> None:
-    """G.unbind(0) is handed to the layers: no copy, and two products for dC and dV however many layers there are."""
+    """The layers get G.unbind(0) without a copy, and dC and dV take two products for any number of layers."""
     inputs = make_inputs("tt_contract", n_layers=6, dtype=exact, device=device)
     C, V = inputs["C"].requires_grad_(), inputs["V"].requires_grad_()
     with use_backend(backend), record() as forward:
@@ -259,7 +261,7 @@ def test_a_second_derivative(backend: Backend, exact: torch.dtype, assert_exact:
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_changes_nothing(backend: Backend, device: str, half: torch.dtype) -> None:
-    """The factors are contracted in their own precision; only the layers' activations are low."""
+    """The factors are contracted in their own precision; only the layers' activations have a low precision."""
 
     def autocast(**inputs: Any) -> Tensor:
         with torch.autocast(device, half):

@@ -1,4 +1,6 @@
-"""tt_linear against y = x (Wᵀ + D G) + b with D G built densely in fp64, and its gradients written out by hand."""
+"""Compare tt_linear with y = x (Wᵀ + D G) + b in fp64 (D G built densely), and with gradients written by hand."""
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +24,7 @@ def wide(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def dense(inputs: dict[str, Any], gy: Tensor) -> dict[str, Tensor]:
-    """y, every gradient and the update alone, from the dense matrix and its gradient."""
+    """Return y, every gradient and the update by itself, computed from the dense matrix and its gradient."""
     x, W, b, D, G = (wide(inputs)[k] for k in LEAVES)
     gy = gy.double()
     M = W.t() + D @ G  # [d_in, d_out]
@@ -33,19 +35,19 @@ def dense(inputs: dict[str, Any], gy: Tensor) -> dict[str, Tensor]:
 
 
 def unfused(x: Tensor, W: Tensor, b: Tensor | None, D: Tensor, G: Tensor) -> Tensor:
-    """The plain formula in the precision of x: how wrong an ordinary computation is."""
+    """Compute the plain formula in the precision of x; its errors are the yardstick."""
     return F.linear(x, W, b) + (x @ D.to(x.dtype)) @ G.to(x.dtype)
 
 
 def merged(x: Tensor, W: Tensor, b: Tensor | None, D: Tensor, G: Tensor) -> Tensor:
-    """The update added to the weight in the weight's dtype: what must not pass for tt_linear."""
+    """Add the update to the weight in the weight's dtype before the product; the tests must reject this method."""
     return F.linear(x, W + (D @ G).t().to(W.dtype), b)
 
 
 def run(
     op: Callable[..., Tensor], inputs: dict[str, Any], gy: Tensor, need: tuple[str, ...] = ADAPTED
 ) -> dict[str, Any]:
-    """y and the gradients of what ``need`` names."""
+    """Return y and the gradients of the arguments that ``need`` names."""
     leaves = {k: inputs[k].detach().requires_grad_(k in need) if inputs[k] is not None else None for k in LEAVES}
     y = op(**leaves)
     grads = torch.autograd.grad(y, [leaves[k] for k in need], gy)
@@ -89,7 +91,7 @@ def test_update_under_a_weight_1000_times_its_size(
     product: Callable[[Tensor, Tensor], Tensor],
     op: Callable[..., Tensor],
 ) -> None:
-    """On tokens where the base cancels, y and dx are the update; a weight merged in half precision fails."""
+    """For tokens on which the base cancels, y and dx consist of the update; a merged half-precision weight fails."""
     factors = {"update": 1e-3, "factor_dtype": torch.float32}
     inputs = make_inputs("tt_linear", d_out=48, base_cancels=True, dtype=low, device=device, **factors)
     half = torch.randn(29, 24).to(device, low)
@@ -136,7 +138,7 @@ def test_any_shape_and_layout(
     for name, layout in zip(LEAVES, layouts, strict=False):
         inputs[name] = with_layout(inputs[name], layout) if inputs[name] is not None else None
     gy = with_layout(upstream(inputs), layouts[5])
-    names = tuple(name for name in ADAPTED if name in need)
+    names = (*(name for name in ADAPTED if name in need), *(["b"] if has_bias else []))
     with use_backend(backend):
         got = run(tt_linear, inputs, gy, names)
     formula = dense(inputs, gy)
@@ -160,7 +162,7 @@ def test_no_token_and_one_token_in_half_precision(backend: Backend, device: str,
 def test_factors_as_the_bank_makes_them(
     backend: Backend, device: str, exact: torch.dtype, assert_exact: Callable[..., None]
 ) -> None:
-    """D = Vᵀ, a column slice of V, and G one layer of a stacked contraction."""
+    """D is Vᵀ or a column slice of V, and G is one layer of a stacked contraction."""
     inputs = make_inputs("tt_linear", dtype=exact, device=device)
     V = torch.randn(5, 60, dtype=exact, device=device)
     inputs["D"] = V[:, 24:48].t()
@@ -183,6 +185,39 @@ def test_reads_nothing_it_did_not_write(backend: Backend, device: str) -> None:
         assert torch.equal(value, clean[name]), name
 
 
+@pytest.mark.parametrize("need", [("b",), ("G", "b"), ("D", "b"), ("x", "b")], ids="".join)
+def test_a_trained_bias_beside_frozen_arguments(
+    backend: Backend, device: str, exact: torch.dtype, assert_exact: Callable[..., None], need: tuple[str, ...]
+) -> None:
+    inputs = make_inputs("tt_linear", tokens=300, dtype=exact, device=device)
+    gy = upstream(inputs)
+    with use_backend(backend), poisoned_empty():
+        got = run(tt_linear, inputs, gy, need)
+    formula = dense(inputs, gy)
+    for name, value in got.items():
+        assert_exact(value, formula[name], name, terms=16.0)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("how", ["autocast", "as it is"])
+def test_a_bias_in_fp32_gets_its_gradient_in_fp32(backend: Backend, device: str, half: torch.dtype, how: str) -> None:
+    """Beside a weight in half precision, with more tokens than a sum in half precision could count."""
+    if backend is Backend.CPU and half == torch.float16:
+        pytest.skip("the cpu backend has no float16")
+    inputs = make_inputs("tt_linear", tokens=1000, dtype=half, factor_dtype=torch.float32, device=device)
+    inputs["b"] = make_inputs("tt_linear", device=device)["b"]
+    gy = torch.ones_like(upstream(inputs))
+    gy[::7] = 0.125  # exact, but their sum is not in half precision
+    with use_backend(backend), torch.autocast(device, half, enabled=how == "autocast"):
+        got = run(tt_linear, inputs, gy, ("G", "b"))
+    exact = dense(inputs, gy)
+    assert got["y"].dtype == half
+    assert got["b"].dtype == torch.float32
+    # The vendor's product on a CPU rounds its result, as it rounds dG.
+    rounds = backend is Backend.EAGER and device == "cpu"
+    torch.testing.assert_close(got["b"].double(), exact["b"], rtol=torch.finfo(half).eps if rounds else 1e-6, atol=0)
+
+
 @pytest.mark.parametrize("scheme", ["fast", "slow"])
 def test_gradcheck(fp64: Backend, scheme: str) -> None:
     inputs = make_inputs("tt_linear", tokens=3, d_in=4, d_out=5, r1=2, dtype=torch.float64)
@@ -195,7 +230,7 @@ def test_gradcheck(fp64: Backend, scheme: str) -> None:
 def test_only_what_is_asked_for_is_computed_and_saved(
     backend: Backend, device: str, exact: torch.dtype, own: bool, record: Callable[[], Any], need: tuple[str, ...]
 ) -> None:
-    """Sizes tell the tensors apart: h and dh [11, 5], x and dx [11, 24], W [40, 24], D [24, 5], G [5, 40]."""
+    """The tensors have different sizes: h and dh [11, 5], x and dx [11, 24], W [40, 24], D [24, 5], G [5, 40]."""
     inputs = make_inputs("tt_linear", tokens=11, dtype=exact, device=device)
     leaves = {k: inputs[k].requires_grad_(k in need) for k in LEAVES}
     saved: list[Tensor] = []
@@ -220,7 +255,7 @@ def test_only_what_is_asked_for_is_computed_and_saved(
     products = sorted(tuple(sorted(shape)) for shape in seen.products)
     expected = [(5, 11)] * ("x" in need or "D" in need) + [(11, 24)] * 2 * ("x" in need)
     expected += [(5, 24)] * ("D" in need) + [(5, 40)] * ("G" in need)
-    if backend is Backend.REFERENCE:  # autograd's, with no order or fusion promised
+    if backend is Backend.REFERENCE:  # autograd guarantees neither an order of products nor their fusion
         assert set(products) == set(expected)
     else:
         assert products == ([] if own else sorted(expected))
@@ -238,19 +273,21 @@ def test_nothing_is_saved_without_gradients(backend: Backend) -> None:
 def test_no_dense_delta_is_ever_built(
     backend: Backend, device: str, exact: torch.dtype, record: Callable[[], Any]
 ) -> None:
-    """With fewer tokens than features everything new is smaller than a weight."""
+    """With fewer tokens than features, every new tensor is smaller than a weight."""
     inputs = make_inputs("tt_linear", tokens=11, dtype=exact, device=device)
     with use_backend(backend), record() as seen:
         run(tt_linear, inputs, upstream(inputs))
     assert seen.allocated
     assert max(torch.Size(shape).numel() for shape in seen.allocated) < 24 * 40
-    assert bool(seen.registered) == (backend is not Backend.REFERENCE), "one registered op each way, or plain torch"
+    assert bool(seen.registered) == (backend is not Backend.REFERENCE), (
+        "forward and backward are one registered op each, or plain torch"
+    )
     assert len(seen.registered) in (0, 2)
 
 
 @pytest.mark.parametrize("frozen", [(), ("D",), ("G",), ("x",), ("W", "b"), ("D", "W", "b"), ("x", "D")], ids=str)
 def test_gradients_of_gradients(fp64: Backend, frozen: tuple[str, ...]) -> None:
-    """Whatever is frozen, and so not kept for backward."""
+    """Second gradients are correct with any frozen arguments; frozen arguments are not saved."""
     inputs = make_inputs("tt_linear", tokens=2, d_in=3, d_out=4, r1=2, dtype=torch.float64)
     names = [k for k in LEAVES if k not in frozen]
 
@@ -261,7 +298,7 @@ def test_gradients_of_gradients(fp64: Backend, frozen: tuple[str, ...]) -> None:
 
 
 def repeated(layer: Callable[..., Tensor], inputs: dict[str, Any], names: list[str], times: int) -> tuple[Tensor, ...]:
-    """Of two layers, the input of the second of which depends on the same factors: gradients of |gradients|²."""
+    """Return the gradients of |gradients|² of two layers in sequence that share their factors."""
     leaves = [inputs[k].requires_grad_() for k in names]
     value = layer(**inputs | {"x": layer(**inputs).tanh()}).sin().sum()
     for _ in range(times):
@@ -368,11 +405,11 @@ def test_tensors_of_another_device_or_kind(backend: Backend, name: str) -> None:
         tt_linear(**{**inputs, **changed}, backend=backend)
 
 
-@pytest.mark.parametrize("need", ["", "x", "D", "G", "xD", "xDG"])
+@pytest.mark.parametrize("need", ["", "x", "D", "G", "b", "xD", "xDG", "Gb", "xDGb"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_registered_ops_are_well_behaved(kernels: Backend, layout: str, need: str) -> None:
-    """torch's opcheck: schema, autograd registration, fake tensors, AOT dispatch with dynamic shapes."""
-    narrow = torch.bfloat16 if need == "xDG" else torch.float32
+    """torch's opcheck tests the schema, autograd registration, fake tensors, and AOT dispatch with dynamic shapes."""
+    narrow = torch.bfloat16 if need.startswith("xDG") else torch.float32
     inputs = make_inputs("tt_linear", tokens=4, d_in=6, d_out=8, r1=3, dtype=narrow, factor_dtype=torch.float32)
     x, W, b, D, G = (with_layout(inputs[k], layout) for k in LEAVES)
     gy, h = (with_layout(torch.randn(4, n, dtype=narrow), layout) for n in (8, 3))
@@ -381,7 +418,7 @@ def test_registered_ops_are_well_behaved(kernels: Backend, layout: str, need: st
     if need == "":
         torch.library.opcheck(forward, (x, W, b, D, G))
         torch.library.opcheck(forward, (x[:0], W, None, D, G))
-    needs = [name in need for name in "xDG"]
+    needs = [name in need for name in "xDGb"]
     kept = (x if needs[1] else None, W if needs[0] else None, h if needs[2] else None)
     torch.library.opcheck(backward, (gy, *kept, D, G, *needs))
 
@@ -393,6 +430,6 @@ def test_compiles_without_graph_breaks(backend: Backend, exact: torch.dtype, dyn
         inputs = make_inputs("tt_linear", tokens=tokens, dtype=exact)
         gy = upstream(inputs)
         with use_backend(backend):
-            got, expected = run(compiled, inputs, gy), run(tt_linear, inputs, gy)
+            got, expected = (run(op, inputs, gy, (*ADAPTED, "b")) for op in (compiled, tt_linear))
         for name, value in got.items():
             torch.testing.assert_close(value, expected[name])

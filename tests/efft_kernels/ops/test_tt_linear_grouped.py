@@ -1,4 +1,6 @@
-"""tt_linear_grouped against one dense matrix a sample in fp64."""
+"""Compare tt_linear_grouped with one dense matrix per sample in fp64."""
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
@@ -132,7 +134,10 @@ def test_gradients_of_gradients(fp64: Backend) -> None:
 
 
 def test_an_adapter_that_does_not_exist(kernels: Backend, device: str) -> None:
-    """Below the check of the public op, which would wait for a GPU: NaN or an error, never another's factors."""
+    """The registered ops return NaN or fail for a wrong index; they never use the factors of another adapter.
+
+    Only the public function checks the indices, because a check waits for the GPU.
+    """
     inputs = make_inputs("tt_linear_grouped", device=device)
     inputs["adapter"] = torch.tensor([0, 3, -1, 2, 10**12], device=device)
     op = getattr(torch.ops.efft.tt_linear_grouped, kernels.value)

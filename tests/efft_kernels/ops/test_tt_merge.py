@@ -1,4 +1,6 @@
-"""tt_merge_ against W + sign (D G)ᵀ in fp64, rounded once."""
+"""Compare tt_merge_ with W + sign (D G)ᵀ in fp64, rounded once."""
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
@@ -33,7 +35,7 @@ def test_merges_in_place(backend: Backend, device: str, sign: float) -> None:
 def test_a_half_precision_weight_is_rounded_once(
     backend: Backend, device: str, half: torch.dtype, autocast: bool
 ) -> None:
-    """Arithmetic in the weight's precision would miss the correctly rounded result in a third of the elements."""
+    """Arithmetic in the weight's precision would round a third of the elements incorrectly."""
     inputs = make_inputs("tt_merge_", d_in=57, d_out=71, dtype=half, factor_dtype=torch.float32, device=device)
     nearest = dense(**inputs).to(half)
     with use_backend(backend), torch.autocast(device, half, enabled=autocast):
@@ -45,7 +47,7 @@ def test_a_half_precision_weight_is_rounded_once(
 @given(
     sizes=st.tuples(st.integers(1, 33), st.integers(1, 33), st.integers(1, 128)),
     layouts=st.tuples(
-        st.sampled_from(["contiguous", "transposed", "sliced"]),  # a weight that is written to has no stride 0
+        st.sampled_from(["contiguous", "transposed", "sliced"]),  # stride 0 is excluded: the op writes to the weight
         *[st.sampled_from(["contiguous", "transposed", "sliced", "expanded"])] * 2,
     ),
     sign=st.sampled_from([1.0, -1.0, 0.5]),
@@ -148,7 +150,7 @@ def test_compiles_without_graph_breaks(backend: Backend) -> None:
 
 @pytest.mark.parametrize("direct", [False, True], ids=["tt_merge_", "the registered op"])
 def test_autograd_notices_the_change(backend: Backend, direct: bool) -> None:
-    """What was saved for backward is no longer what it was: an error, as of torch's own operators in place."""
+    """Backward must fail because a saved tensor has changed, as with torch's own in-place operators."""
     inputs = make_inputs("tt_merge_")
     x = torch.randn(3, 24, requires_grad=True)
     y = torch.nn.functional.linear(x, inputs["W"])

@@ -1,6 +1,6 @@
-"""A checker of addresses and races for kernels that Triton's interpreter runs (``TRITON_INTERPRET=1``).
+"""Check addresses and races of kernels that run in Triton's interpreter (``TRITON_INTERPRET=1``).
 
-It reaches into private classes; ``test_checks.py`` shows whether they still fit an installed version of Triton.
+The module patches private classes; ``test_checks.py`` shows whether the patches fit the installed version of Triton.
 """
 
 from __future__ import annotations
@@ -16,19 +16,20 @@ from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
 
 class AddressError(RuntimeError):
-    """A kernel touched memory outside its arguments, or two programs wrote to one address."""
+    """Raised if a kernel accesses memory outside its arguments, or if two programs write to one address."""
 
 
 @contextmanager
 def checked() -> Iterator[list[str]]:
-    """Check every kernel launched inside the ``with`` block: yields the list of their names as they run.
+    """Check every kernel launched inside the ``with`` block, and yield the list of kernel names, which grows.
 
-    A program may read and write elements of the launch's own tensor arguments and nothing between the rows of a strided
-    one; no two programs may write to one address. Reads of what was never written are not seen: fill outputs with NaN
-    (:func:`efft_kernels.testing.poisoned_empty`). A program runs as one thread, so races within it are not seen either.
+    A program may read and write elements of the launch's own tensor arguments, but not the gaps between the rows of a
+    strided tensor. No two programs may write to one address. The checker does not detect reads of uninitialized memory;
+    to find them, fill outputs with NaN (:func:`efft_kernels.testing.poisoned_empty`). A program runs as one thread, so
+    races within a program are not detected either.
 
     Raises:
-        AddressError: from the launch that breaks a rule.
+        AddressError: the current launch broke one of these rules.
     """
     names: list[str] = []
     launch: dict[str, Any] = {}
@@ -41,7 +42,7 @@ def checked() -> Iterator[list[str]]:
 
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         names.append(self.fn.__name__)
-        bases = (getattr(a, "base", a) for a in (*args, *kwargs.values()))  # what a tensor descriptor is of
+        bases = (getattr(a, "base", a) for a in (*args, *kwargs.values()))  # the tensor behind a tensor descriptor
         tensors = [a for a in bases if isinstance(a, Tensor)]
         launch.update(name=names[-1], allowed=_intervals(tensors), written={})
         return call(self, *args, **kwargs)
@@ -87,7 +88,7 @@ def checked() -> Iterator[list[str]]:
 
 
 def _intervals(tensors: list[Tensor]) -> tuple[np.ndarray, np.ndarray]:
-    """(first bytes, ends) of the runs of memory that the tensors' elements occupy, sorted and merged."""
+    """Return (first bytes, ends) of the memory ranges that the tensors' elements occupy, sorted and merged."""
     starts: list[np.ndarray] = []
     for tensor in tensors:
         offsets = np.zeros(int(tensor.numel() > 0), np.int64)

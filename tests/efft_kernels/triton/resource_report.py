@@ -1,13 +1,14 @@
-"""What every kernel costs on every target, compiled without a GPU: registers, spills, shared memory, instructions.
+"""Report the resources of every Triton kernel on every target: registers, spills, shared memory, instructions.
 
-    python -m tests.efft_kernels.triton.resource_report  # all forms, all targets, a table and the faults found
+    python -m tests.efft_kernels.triton.resource_report  # all forms and targets
     python -m tests.efft_kernels.triton.resource_report --targets 90 --only lowrank_gemm
 
-A form is a kernel with one entry of the tables, for one use (forward, backward, backward behind a GELU, one adapter a
-sample), by pointers or by TMA, for the strides and alignments of a real layer. A fault is what must
-not happen on a target on which :mod:`efft_kernels.triton.launch` would choose the form: a compile error, spilled
-registers, more shared memory than the tile's own estimate or than the target has, no tensor-core instruction in a half
-precision product, a main loop that does not load 16 bytes at a time. It says nothing about speed or correct results.
+The kernels are compiled without a GPU. A form is a kernel with one entry of the tile tables, for one use (forward,
+backward, backward through a GELU, one adapter per sample), with pointers or TMA, and with the strides and alignments of
+a real layer. Faults count only on targets on which :mod:`efft_kernels.triton.launch` would choose the form. A fault is
+a compile error, spilled registers, more shared memory than the tile's estimate or than the target has, a half-precision
+product without tensor-core instructions, or a main loop that does not load 16 bytes at a time. The report does not
+check speed or results.
 """
 
 from __future__ import annotations
@@ -40,13 +41,13 @@ from efft_kernels.triton.launch import (
     GemmTile,
 )
 
-#: Bytes of shared memory that a program may use, by target: compute capability times ten, or an AMD architecture.
+#: Bytes of shared memory per program, by target: compute capability times ten, or an AMD architecture.
 SHARED_MEMORY = {"80": 166912, "89": 101376, "90": 232448, "100": 232448, "gfx942": 65536}
-#: Accesses to local memory that a form without tensor cores may have: values parked outside its loops.
+#: Allowed number of local memory accesses of a form without tensor cores, for values stored outside its loops.
 PARKED = 8
-#: Uses of a product whose epilogue takes a GELU's slope, and which.
+#: The uses of a product whose epilogue applies the slope of a GELU, and the kind of GELU.
 SLOPES = {"backward gelu": "gelu", "backward gelu_tanh": "gelu_tanh"}
-#: Integer arguments that are no multiples of 16 in real layers.
+#: The integer arguments that are not multiples of 16 in real layers.
 _UNALIGNED = ("columns_out", "samples", "splits")
 _TENSOR_CORE = {"80": "HMMA", "89": "HMMA", "90": "HGMMA", "100": "UTC*MMA", "gfx942": "MFMA"}
 _CLASSES = {
@@ -62,18 +63,18 @@ _CLASSES = {
 
 @dataclass(frozen=True)
 class Form:
-    """A kernel as it would be launched.
+    """Hold a kernel and the arguments of its launch.
 
     Attributes:
-        name: for the report.
+        name: name in the report.
         kernel: the jitted function.
-        types: Triton types of its arguments, constants excepted.
-        constants: compile-time arguments, and those that Triton specialises (strides of 1, absent tensors).
+        types: Triton types of its arguments, without constants.
+        constants: compile-time arguments, and arguments that Triton specializes (strides of 1, absent tensors).
         warps, stages: launch options.
-        estimate: shared memory that the choice of a tile counts with; None where there is no choice.
-        tensor_cores: whether its products must use them.
-        capability: least compute capability on which it is chosen.
-        wide_loads: whether its main loop must load 16 bytes at a time (by TMA none of its instructions does).
+        estimate: shared memory in bytes that the choice of a tile assumes, or None if there is no choice.
+        tensor_cores: whether its products must use tensor cores.
+        capability: lowest compute capability on which the form is chosen.
+        wide_loads: whether its main loop must load 16 bytes at a time (with TMA no load instruction does).
     """
 
     name: str
@@ -90,7 +91,7 @@ class Form:
 
 @dataclass
 class Report:
-    """What one form needs on one target; ``faults`` is empty if all is well."""
+    """Hold the resources of one form on one target; ``faults`` is empty if the form passes."""
 
     form: str
     target: str
@@ -103,7 +104,7 @@ class Report:
 
 
 def forms() -> list[Form]:
-    """Every kernel with every entry of the tables."""
+    """Return a form for every kernel and every entry of the tables."""
     return [*_gemm_forms(), *_other_forms()]
 
 
@@ -118,14 +119,14 @@ def _gemm_forms() -> Iterable[Form]:
         for tile in tiles:
             for use in ("forward", "backward", *SLOPES, "grouped")[: 4 if tma else 5]:
                 if use in SLOPES and SLOPES[use] not in tile.slopes:
-                    continue  # never chosen
+                    continue  # the launch code never chooses this combination
                 yield _gemm_form(dtype, precision, tile, use, tma)
 
 
 def _gemm_form(dtype: str, precision: str, tile: GemmTile, use: str, tma: bool) -> Form:
     kernel = lowrank_gemm.lowrank_gemm_tma_kernel if tma else lowrank_gemm.lowrank_gemm_kernel
     forward = use in ("forward", "grouped")
-    # In the forward B is a transposed weight, in the backward T is a transposed factor.
+    # In the forward pass B is a transposed weight; in the backward pass T is a transposed factor.
     ones = ("ak", "bk", "bias", "tn") if forward else ("ak", "bn", "tr")
     constants: dict[str, Any] = {
         **{f"stride_{name}": 1 for name in ones},
@@ -191,13 +192,16 @@ def _other_forms() -> Iterable[Form]:
                 f"reduce_tokens {name}",
                 reduce_tokens.reduce_tokens_kernel,
                 types,
-                {**constants, "BLOCK_M": reduce_tokens.BLOCK_M, "BLOCK_N": block_n},
+                {**constants, "NEED_DB": True, "BLOCK_M": reduce_tokens.BLOCK_M, "BLOCK_N": block_n},
                 (warps, reduce_tokens.STAGES),
             )
     yield Form(
         "finish",
         reduce_tokens.finish_kernel,
-        {**dict.fromkeys(("partial", "dG", "dD"), "*fp32"), **dict.fromkeys(("n_G", "n", "splits"), "i32")},
+        {
+            **dict.fromkeys(("partial", "dG", "dD", "db"), "*fp32"),
+            **dict.fromkeys(("n_G", "n_D", "n_b", "splits"), "i32"),
+        },
         {"BLOCK": reduce_tokens.FINISH_BLOCK},
         reduce_tokens.FINISH_WARPS,
         3,
@@ -240,14 +244,14 @@ def _other_forms() -> Iterable[Form]:
 def _plain_form(
     name: str, kernel: Any, types: dict[str, str], constants: dict[str, Any], warps_stages: tuple[int, int]
 ) -> Form:
-    """A form whose remaining arguments are 32-bit integers."""
+    """Return a form whose remaining arguments are 32-bit integers."""
     constants = {n: value for n, value in constants.items() if n in kernel.arg_names}
     types = {n: types.get(n, "i32") for n in kernel.arg_names if n not in constants}
     return Form(name, kernel, types, constants, *warps_stages, tensor_cores=True)
 
 
 def inspect(form: Form, target: str) -> Report:
-    """Compile ``form`` for ``target`` and read what came out."""
+    """Compile ``form`` for ``target`` and return its report."""
     report = Report(form.name, target)
     if form.estimate is not None and form.estimate > SHARED_MEMORY[target]:
         report.skipped = f"never chosen: needs {form.estimate} bytes of shared memory, has {SHARED_MEMORY[target]}"
@@ -262,7 +266,7 @@ def inspect(form: Form, target: str) -> Report:
             _read_amd(report, compiled.asm["amdgcn"])
         else:
             _read_cubin(report, compiled.asm["cubin"])
-    except Exception as error:  # whatever the compiler raises is this form's fault, and the others go on
+    except Exception as error:  # any compiler error is a fault of this form; continue with the others
         report.faults.append(f"does not compile: {type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}")
         return report
     _judge(report, form)
@@ -275,7 +279,7 @@ def _capability(target: str) -> int:
 
 def _compile(form: Form, target: str) -> Any:
     amd = target.startswith("gfx")
-    # All sizes and strides of real layers are multiples of 16, and so are addresses of tensors: wide loads need it.
+    # Sizes, strides and addresses in real layers are multiples of 16, which wide loads need.
     names = form.kernel.arg_names
     aligned = [n for n, kind in form.types.items() if (kind.startswith("*") or kind == "i32") and n not in _UNALIGNED]
     attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
@@ -325,7 +329,7 @@ def _judge(report: Report, form: Form) -> None:
     if report.spills > (0 if form.tensor_cores else PARKED):
         report.faults.append(f"{report.spills} spilled registers or accesses to them")
     if report.shared_memory > limit:
-        report.faults.append(f"{report.shared_memory} bytes of shared memory, the target has {limit}")
+        report.faults.append(f"{report.shared_memory} bytes of shared memory, but the target has {limit}")
     if form.tensor_cores and not found.get(_TENSOR_CORE[report.target]):
         report.faults.append(f"no {_TENSOR_CORE[report.target]} instruction")
     if not form.wide_loads and not found.get("TMA"):
@@ -344,14 +348,14 @@ def _inspect_named(name: str, target: str) -> Report:
 
 
 def inspect_all(wanted: Iterable[Form], targets: Sequence[str], processes: int | None = None) -> list[Report]:
-    """The reports of all forms on all targets, several at a time."""
+    """Return the reports of all forms on all targets, computed in parallel."""
     pairs = [(form.name, target) for form in wanted for target in targets]
     with ProcessPoolExecutor(processes or len(os.sched_getaffinity(0))) as pool:
         return list(pool.map(_inspect_named, *zip(*pairs, strict=True)))
 
 
 def table(reports: Iterable[Report]) -> str:
-    """The reports as text."""
+    """Return the reports as a table."""
     lines = [f"{'form':<52} {'target':>7} {'regs':>5} {'spills':>6} {'shared':>7}  tensor-core, 16-byte loads, all"]
     for r in reports:
         if r.skipped:
@@ -367,15 +371,15 @@ def table(reports: Iterable[Report]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command: exit code 1 if there is a fault."""
+    """Run the command and return the exit code: 1 if there is a fault."""
     parser = argparse.ArgumentParser(prog="python -m tests.efft_kernels.triton.resource_report", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--targets", nargs="+", choices=SHARED_MEMORY, default=list(SHARED_MEMORY))
-    parser.add_argument("--only", default="", help="forms whose name contains this")
+    parser.add_argument("--only", default="", help="only forms whose name contains this text")
     parser.add_argument("--json", type=Path, help="also write the reports to this file")
     options = parser.parse_args(arguments)
     if triton.knobs.runtime.interpret:
-        parser.error("TRITON_INTERPRET=1 interprets kernels, it cannot compile them: unset it")
+        parser.error("TRITON_INTERPRET=1 interprets kernels and cannot compile them: unset it")
     wanted = [form for form in forms() if options.only in form.name]
     reports = inspect_all(wanted, options.targets)
     print(f"triton {triton.__version__}\n{table(reports)}")

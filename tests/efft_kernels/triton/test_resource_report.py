@@ -1,4 +1,6 @@
-"""Every kernel with every entry of the tables, compiled for every target; and what the report must not overlook."""
+"""Compile every kernel with every entry of the tables for every target, and test that the report finds faults."""
+
+from __future__ import annotations
 
 from dataclasses import replace
 
@@ -31,7 +33,7 @@ def test_no_fault_on_any_target() -> None:
 
 
 def test_the_estimate_of_shared_memory_is_not_too_low() -> None:
-    """Otherwise a tile would be chosen that cannot be launched."""
+    """With too low an estimate, the launch code would choose a tile that cannot be launched."""
     for name in (
         FAST,
         "lowrank_gemm bf16 128x128x32 backward",
@@ -52,7 +54,7 @@ def test_a_form_that_a_target_never_gets_is_not_compiled() -> None:
     ("changes", "fault"),
     [
         ({"warps": 4}, "spilled registers"),
-        ({"stages": 6}, "bytes of shared memory, the target has 232448"),
+        ({"stages": 6}, "bytes of shared memory, but the target has 232448"),
         ({"types": {**form(FAST).types, "A": "tensordesc<fp32[128, 64]>"}}, "does not compile"),
     ],
     ids=["too few warps", "too many stages", "mixed dtypes"],

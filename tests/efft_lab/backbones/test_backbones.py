@@ -1,4 +1,6 @@
-"""Backbones by name and from files; the conversion of the embedded one, on a miniature of its ONNX graph."""
+"""Test backbones by name and from files, and the conversion of the embedded backbone on a miniature ONNX graph."""
+
+from __future__ import annotations
 
 import zipfile
 from collections.abc import Callable
@@ -104,7 +106,7 @@ def test_position_embedding_is_resized(tmp_path: Path) -> None:
 
 
 def jax_names(model: nn.Module) -> dict[str, np.ndarray[Any, Any]]:
-    """A ViT's weights in the layout of the original JAX checkpoints, written from their definition (Flax)."""
+    """Return the weights of a ViT in the layout of the original JAX checkpoints, by the definitions of Flax."""
     state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     width, heads = state["cls_token"].shape[-1], model.blocks[0].attn.num_heads
     out = {
@@ -180,7 +182,7 @@ def test_missing_file() -> None:
 
 @pytest.fixture
 def miniature(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
-    """A tiny stand-in for the embedded backbone, in timm's form."""
+    """Return a tiny replacement for the embedded backbone, in the form of timm."""
     monkeypatch.setattr(dinov2, "_DEPTH", DEPTH)
     monkeypatch.setattr(dinov2, "_WIDTH", WIDTH)
     monkeypatch.setattr(dinov2, "_GRID", GRID)
@@ -194,7 +196,7 @@ def miniature(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
 
 
 def onnx_graph(model: nn.Module) -> Any:
-    """The same weights as an ONNX export of a Hugging Face Dinov2Model holds them: linear weights without names."""
+    """Return weights like an ONNX export of Hugging Face's Dinov2Model, in which linear weights have no names."""
     onnx = pytest.importorskip("onnx", reason="needs the train extra")
     state = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
     constants: dict[str, Any] = {

@@ -1,4 +1,6 @@
-"""Every method to compare with: parameter count by formula, start, what trains, gradients."""
+"""Test every baseline method: parameter count by formula, initial output, trained parameters, gradients."""
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
@@ -15,14 +17,14 @@ from efft_lab.baselines.vit import blocks
 pytest.importorskip("timm", reason="needs the vision extra")
 pytest.importorskip("peft", reason="peft_lora needs the compare extra")
 
-D, DEPTH, HEAD, PATCH = 16, 2, 16 * 5 + 5, 8  # of the tiny ViT: width, blocks, parameters of its head, patch size
+D, DEPTH, HEAD, PATCH = 16, 2, 16 * 5 + 5, 8  # width, blocks, parameters of the head and patch size of the tiny ViT
 BIASES = D + DEPTH * (D + 3 * D + D + D + 4 * D + D) + D  # patches; norm1, qkv, proj, norm2, fc1, fc2; last norm
 COUNTS = [
     ("adapter", {}, DEPTH * (2 * D * 8 + 8 + D)),
     ("adapter", {"width": 3}, DEPTH * (2 * D * 3 + 3 + D)),
     ("adaptformer", {}, DEPTH * (2 * D * 8 + 8 + D)),
     ("bitfit", {}, BIASES),
-    ("ssf", {}, 2 * BIASES),  # a scale and a shift wherever there is a bias
+    ("ssf", {}, 2 * BIASES),  # a scale and a shift for every bias
     ("vpt_deep", {"tokens": 4}, DEPTH * 4 * D),
     ("peft_lora", {}, DEPTH * 8 * (D + 3 * D)),
     ("peft_lora", {"rank": 2, "targets": ["qkv", "proj", "fc1", "fc2"]}, DEPTH * 2 * (4 * D + 2 * D + 5 * D + 5 * D)),
@@ -54,7 +56,7 @@ def test_parameter_count(name: str, settings: dict[str, Any], count: int, tiny_v
     ],
 )
 def test_defaults_have_the_published_size_on_vit_b(name: str, published: float) -> None:
-    """In millions, without head; VPT-deep at 10 tokens (the published 0.53 to 0.64 are means over 1 to 100 tokens)."""
+    """Sizes are in millions, without head; VPT-deep uses 10 tokens (published: 0.53 to 0.64 for 1 to 100 tokens)."""
     import timm
 
     with torch.device("meta"):
@@ -75,13 +77,13 @@ def test_only_its_parameters_train(name: str, tiny_vit: Make, images: Tensor) ->
     model = baselines.apply(name, tiny_vit(), {}).train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    for _ in range(2):  # a matrix in front of one that starts at zero has no gradient in the first step
+    for _ in range(2):  # a matrix before one that starts at zero has no gradient in the first step
         optimizer.zero_grad()
         functional.cross_entropy(model(images), torch.tensor([0, 1, 2])).backward()
         optimizer.step()
     own = trained(model)
     assert {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])} == set(own)
-    # LoRA's and the key biases' gradients can be tiny, but none of the parameters is left out.
+    # Gradients of LoRA and of key biases can be tiny, but every parameter gets one.
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in own.values())
     base = tiny_vit().state_dict()
     assert len(before) == len(base) + len(own) - len(own.keys() & base.keys())
@@ -93,9 +95,9 @@ def test_other_models_are_refused(name: str) -> None:
 
     model = timm.create_model("resnet18", num_classes=3)
     if name == "bitfit":
-        baselines.apply(name, model, {})  # any model has biases
+        baselines.apply(name, model, {})  # a model of any architecture has biases
         return
-    with pytest.raises(ValueError, match="this method is written for timm's ViTs, got a ResNet that has no blocks"):
+    with pytest.raises(ValueError, match="this method supports only timm's ViTs, got a ResNet that has no blocks"):
         baselines.apply(name, model, {})
 
 
@@ -136,7 +138,7 @@ def test_bottlenecks_against_their_formulas(tiny_vit: Make) -> None:
 
 
 def test_scales_and_shifts_fold_into_the_weights(tiny_vit: Make, images: Tensor) -> None:
-    """SSF equals a plain ViT whose weights and biases are multiplied by gamma, and beta added to the biases."""
+    """SSF equals a plain ViT whose weights and biases are multiplied by gamma, with beta added to the biases."""
     model = randomized(baselines.apply("ssf", tiny_vit(), {}))
     state = model.state_dict()
     for name in [name.removesuffix(".ssf.gamma") for name in state if name.endswith(".ssf.gamma")]:

@@ -1,4 +1,6 @@
-"""`python -m benchmarks` and `efft bench`."""
+"""Test ``python -m benchmarks`` and ``efft bench``."""
+
+from __future__ import annotations
 
 import importlib
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""The command `efft`, from training to merging, on scikit-learn's digits and a small random ViT."""
+"""Test the command ``efft``, from training to merging, on scikit-learn's digits and a small random ViT."""
+
+from __future__ import annotations
 
 import json
 import os
@@ -41,18 +43,18 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run."""
+    """Return the folder of a finished run."""
     out = tmp_path_factory.mktemp("runs") / "digits"
     assert main(["train", *SMALL, "--out", str(out)]) == 0
     return out
 
 
 def fails(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    """Runs a command that must end with exit code 2 and one message, and returns it."""
+    """Run a command that must end with exit code 2 and one error message, and return the message."""
     capsys.readouterr()
     try:
         code: Any = main(words)
-    except SystemExit as end:  # tyro's own way
+    except SystemExit as end:  # raised by tyro
         code = end.code
     assert code == 2
     error = capsys.readouterr().err
@@ -88,7 +90,7 @@ def test_merge_writes_a_plain_model(trained: Path, tmp_path: Path, capsys: pytes
     assert main(["merge", str(trained), "--out", str(out)]) == 0
     assert "merged 24 layers" in capsys.readouterr().out
     plain = timm.create_model("test_vit", img_size=32, num_classes=10).eval()
-    plain.load_state_dict(load_file(out))  # strict: names and shapes of the plain architecture
+    plain.load_state_dict(load_file(out))  # strict loading requires the names and shapes of the plain architecture
     adapted, _ = load_trained(trained)
     images = torch.randn(4, 3, 32, 32)
     with torch.no_grad():
@@ -96,7 +98,7 @@ def test_merge_writes_a_plain_model(trained: Path, tmp_path: Path, capsys: pytes
         with efft.disabled(adapted):
             base = adapted(images)
         torch.testing.assert_close(plain(images), expected, rtol=1e-4, atol=1e-5)
-    assert (expected - base).abs().max() > 1e-3  # there was something to merge
+    assert (expected - base).abs().max() > 1e-3  # the merged update has an effect
 
 
 def test_export_writes_a_lora_checkpoint(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -211,7 +213,7 @@ def test_killed_process_resumes_to_the_same_bits(
         capsys, *words, "--resume", "--lr", "0.1"
     )
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the order of sums depends on it
+    torch.set_num_threads(1)  # the number of threads determines the order of sums
     try:
         assert main([*words, "--resume"]) == 0
         assert main(["train", *SMALL, "--out", str(tmp_path / "unbroken")]) == 0
@@ -227,7 +229,7 @@ def test_killed_process_resumes_to_the_same_bits(
 
 @pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
-    """Two processes share each batch, so without random masks they see what one sees."""
+    """Two processes share each batch. Without random masks, together they compute the same as one process."""
     words = ["train", *SMALL, "--epochs", "1", "--dropout", "0", "--drop-path", "0", "--out"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "efft"]
     environment = {
@@ -263,7 +265,7 @@ DOCUMENTED = sorted(
 def test_documented_commands_are_understood(
     line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Up to the function that does the work."""
+    """The commands run up to the function that does the work."""
 
     def reached(*_: Any, **__: Any) -> Any:
         raise RuntimeError("the work begins")
@@ -280,6 +282,7 @@ def test_documented_commands_are_understood(
             "efft_lab.train.run",
             "efft_lab.train.build.load_trained",
             "efft_lab.data.list_table",
+            "efft_lab.data.fetch",
             "efft_kernels.env.report",
         ),
         *("efft_lab.compare.runner.compare", "efft_lab.compare.report.write", "efft_lab.cli.inspect.model_table"),
@@ -293,7 +296,7 @@ def test_documented_commands_are_found() -> None:
 
 
 def test_options_by_their_names_in_configuration_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And one layer name in place of a list."""
+    """The test also uses one layer name instead of a list."""
     seen: list[TrainConfig] = []
 
     def note(config: TrainConfig, *_: Any, **__: Any) -> Any:
@@ -346,7 +349,7 @@ def test_interrupt_points_to_resume(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
     monkeypatch.setattr("efft_lab.train.run", interrupt)
     assert main(["train", *SMALL]) == 130
-    assert "interrupted; the same command with --resume goes on" in capsys.readouterr().err
+    assert "interrupted; the same command with --resume continues" in capsys.readouterr().err
 
 
 def test_usage_and_lists(capsys: pytest.CaptureFixture[str]) -> None:
@@ -360,7 +363,7 @@ def test_usage_and_lists(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_reader_may_stop_early() -> None:
-    """As in `efft data list | head -1`: no traceback."""
+    """`efft data list | head -1`, for example, must not end with a traceback."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT.parent)])}
     command = [sys.executable, "-c", "import sys; from efft_lab.cli import main; sys.exit(main(['data', 'list']))"]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as done:
@@ -385,7 +388,7 @@ def test_light_commands_load_no_heavy_package() -> None:
 def test_training_by_another_method(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, out = tmp_path / "lora.json", tmp_path / "run"
     file.write_text('{"method": "lora", "adapter": {"rank": 2, "targets": ["attn.qkv"]}}')
-    words = SMALL[: SMALL.index("--rank")]  # which, with --scale, are of method efft
+    words = SMALL[: SMALL.index("--rank")]  # --rank and --scale belong to the method efft
     assert main(["train", "--config", str(file), *words, "--epochs", "1", "--out", str(out)]) == 0
     assert "Unrecognized options: --rnk" in fails(capsys, "train", "--config", str(file), "--rnk", "3")
     model, config = load_trained(out)

@@ -1,4 +1,4 @@
-"""The help of every command is plain text, though its sources are docstrings with markup."""
+"""Test that the help of every command is plain text, although its sources are docstrings with markup."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A suite of a few seconds: a tiny random ViT on scikit-learn's digits."""
+"""Provide a suite that takes a few seconds: a tiny random ViT on scikit-learn's digits."""
+
+from __future__ import annotations
 
 import json
 from collections.abc import Callable
@@ -23,14 +25,14 @@ METHODS: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An empty cache folder, and package clients that must not be called by accident."""
+    """Use an empty cache folder, and replace package clients so that no test calls them by accident."""
     monkeypatch.setenv("EFFT_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
 
 
 @pytest.fixture
 def tiny() -> dict[str, Any]:
-    """The fields of the suite: 2 search runs and 6 final ones."""
+    """Return the fields of the suite, which has 2 search runs and 6 final ones."""
     return {
         "name": "tiny",
         "train": dict(TRAIN),
@@ -42,7 +44,7 @@ def tiny() -> dict[str, Any]:
 
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
-    """Writes a suite to a file."""
+    """Return a function that writes a suite to a file."""
 
     def to_file(fields: dict[str, Any]) -> Path:
         path = tmp_path / "tiny.json"

@@ -1,4 +1,6 @@
-"""Suites and plans: what a file means, and what it may not say."""
+"""Test suites and plans: the meaning of a suite file, and errors for invalid content."""
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
@@ -99,7 +101,7 @@ def test_published_settings_of_the_paper_by_task() -> None:
 
 @pytest.mark.parametrize("name", ["local", "local_efft2", "local_long"])
 def test_results_on_record_are_of_their_suite(name: str) -> None:
-    """Methods may be added to a suite; what was run must go on being a part of it."""
+    """A suite may get new methods, but its recorded runs must remain a part of the suite."""
     done = read(RESULTS / f"compare_{name}.jsonl")
     agenda = Agenda(suites.load(name))
     runs = [run for pair in agenda.pairs() for run in [*agenda.search(*pair), *agenda.finals(*pair, done)]]
@@ -223,7 +225,7 @@ def test_points_of_a_grid_that_are_no_numbers_can_be_shown(tiny: dict[str, Any])
 
 
 def test_missing_files_and_variants(tiny: dict[str, Any], write: Write) -> None:
-    names = "local, local_efft2, local_grid, local_long, vtab1k"
+    names = "local, local_efft2, local_grid, local_long, twelve, vtab1k"
     with pytest.raises(FileNotFoundError, match=f"no suite file nope; the suites by name are {names}"):
         suites.load("nope")
     with pytest.raises(ValueError, match="has no quick variant; leave out --quick"):

@@ -1,4 +1,6 @@
-"""The whole command on tiny runs: kill and resume, several processes, determinism, failures, the report."""
+"""Test the complete command on tiny runs: kill and resume, several processes, determinism, failures, the report."""
+
+from __future__ import annotations
 
 import os
 import signal
@@ -22,7 +24,7 @@ ROOT = Path(efft_lab.__file__).parents[1]
 Write = Callable[[dict[str, Any]], Path]
 
 
-def start(*words: str) -> "subprocess.Popen[str]":
+def start(*words: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT.parent), str(ROOT)])}
     command = [sys.executable, "-m", "efft", "compare", *words]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -57,14 +59,14 @@ def test_killed_at_once_it_goes_on_without_losing_or_repeating_a_run(
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
     deadline = time.monotonic() + 30
-    while any(map(alive, workers)):  # nobody goes on working for a dead parent
+    while any(map(alive, workers)):  # workers must end when their parent dies
         assert time.monotonic() < deadline
         time.sleep(0.02)
     kept = results.read_bytes()
     lines = kept.count(b"\n")
     assert lines < 8
     with open(results, "ab") as broken:
-        broken.write(b'{"key": "half a li')  # what a power cut may leave
+        broken.write(b'{"key": "half a li')  # such a line can remain after a power failure
 
     second = start(*words)
     output = second.communicate()[0]
@@ -147,7 +149,7 @@ def test_probe_on_cached_features_is_the_probe_of_the_trainer(tiny: dict[str, An
     slow = run(TrainConfig.from_dict(planned.config), tmp_path / "slow", progress=False).summary
     assert fast["trainable_parameters"] == slow["trainable_parameters"]
     assert fast["head_parameters"] == slow["head_parameters"] == fast["trainable_parameters"]
-    assert fast["test_accuracy"] == pytest.approx(slow["test_accuracy"], abs=0.1)  # another random head
+    assert fast["test_accuracy"] == pytest.approx(slow["test_accuracy"], abs=0.1)  # the random heads differ
 
 
 @pytest.mark.slow
@@ -185,7 +187,7 @@ def test_result_files(tmp_path: Path) -> None:
         store.append({"key": "c"})
     assert path.read_text() == '{"key": "a"}\n{"key": "c"}\n'
     path.write_text('{"key": "a"}\n[3]\n')
-    with pytest.raises(ValueError, match=r"r\.jsonl, line 2 is no result of a run .*; remove that line"):
+    with pytest.raises(ValueError, match=r"r\.jsonl, line 2 is not a result of a run .*; remove that line"):
         Store(path)
 
 
@@ -207,7 +209,7 @@ def test_report(tiny: dict[str, Any], write: Write, tmp_path: Path, capsys: pyte
     assert "16 of 16 final runs." in page
     assert "| EFFT2 | 85.0 ± 7.1 | 85.0 ± 7.1 |" in page
     assert "| EFFT2 | 1,000 | 85.0 | 85.0 | 85.0 [80.0, 90.0] | 85.0 [80.0, 90.0] |" in page
-    assert "| probe | 2 | +" in page  # against the reference, over two tasks
+    assert "| probe | 2 | +" in page  # compared with the reference over two tasks
     assert "- digits: pixels reaches 52.5, no less than probe." in page
     assert "| EFFT2 | lr 0.01 | lr 0.01 |" in page
     assert "- commit: abc" in page
@@ -234,7 +236,7 @@ def _record(run: Any, accuracy: float) -> dict[str, Any]:
 def test_wrong_words(tiny: dict[str, Any], write: Write, capsys: pytest.CaptureFixture[str]) -> None:
     file = str(write(tiny))
     for words, message in (
-        ([], "give either a file or --suite, one of local, local_efft2, local_grid, local_long, vtab1k"),
+        ([], "give either a file or --suite, one of local, local_efft2, local_grid, local_long, twelve, vtab1k"),
         ([file, "--suite", "local"], "give either a file or --suite"),
         (["--suite", "nope"], "there is no suite 'nope'"),
         (["--suite", "local", "--quick", "--full"], "either --quick or --full"),

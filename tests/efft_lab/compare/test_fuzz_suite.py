@@ -1,4 +1,4 @@
-"""Suites and result files changed at random: an agenda comes of them, or an error that names what is wrong."""
+"""Test that randomly changed suites and result files yield an agenda, or an error that names the problem."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from efft_lab.compare import suite as suites
 from efft_lab.compare.agenda import Agenda
 from tests.hostile import altered, at_most, damaged, fuzz
 
-pytestmark = pytest.mark.slow  # hundreds of generated inputs
+pytestmark = pytest.mark.slow  # runs hundreds of generated examples
 
 LOCAL = json.loads((files("efft_lab.compare") / "suites" / "local.json").read_text("utf-8"))
 

@@ -1,4 +1,6 @@
-"""Pictures of a report, from results whose means are known."""
+"""Test the pictures of a report with results whose means are known."""
+
+from __future__ import annotations
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,6 @@
-"""Intervals and tests against scipy, closed forms and published examples."""
+"""Compare intervals and tests with scipy, closed forms and published examples."""
+
+from __future__ import annotations
 
 import itertools
 import math
@@ -43,7 +45,7 @@ def test_collect_keeps_failures_apart() -> None:
 
 
 def test_seed_interval_covers_as_a_normal_interval_would() -> None:
-    """Two tasks with many seeds: the bootstrap agrees with mean -+ 1.96 standard errors of the weighted sum."""
+    """For two tasks with many seeds, the bootstrap agrees with mean ± 1.96 standard errors of the weighted sum."""
     rng = np.random.default_rng(1)
     values = {task: dict(enumerate(rng.normal(mean, sd, 400))) for task, mean, sd in (("a", 50, 2), ("b", 80, 6))}
     weight = {"a": 0.25, "b": 0.75}
@@ -71,7 +73,7 @@ def test_holm_on_a_worked_example_and_by_its_definition() -> None:
     rng = np.random.default_rng(2)
     for p in rng.uniform(0, 0.2, (20, 6)).tolist():
         for level in (0.01, 0.05, 0.2):
-            # The procedure itself: reject from the smallest on, until one exceeds level / (number left).
+            # This is the procedure itself: reject from the smallest on, until one exceeds level / (number left).
             ordered, rejected = sorted(p), 0
             while rejected < 6 and ordered[rejected] <= level / (6 - rejected):
                 rejected += 1
@@ -113,5 +115,5 @@ def test_a_tie_is_a_t_interval_with_zero_in_it() -> None:
     worse = [value - 4 for value in other]
     assert statistics.outcome(dict(enumerate(own)), dict(enumerate(worse))) == 1
     assert statistics.outcome(dict(enumerate(worse)), dict(enumerate(own))) == -1
-    assert statistics.outcome({0: 2.0}, {0: 1.0}) == 1  # one seed: the sign
-    assert statistics.outcome({0: 2.0}, {1: 1.0}) == 0  # none in common
+    assert statistics.outcome({0: 2.0}, {0: 1.0}) == 1  # with one seed, the sign decides
+    assert statistics.outcome({0: 2.0}, {1: 1.0}) == 0  # no seed in common

@@ -1,4 +1,6 @@
-"""The VTAB-1K suite from end to end: 19 tasks in the published layout, a few generated images each, a tiny ViT."""
+"""Test the VTAB-1K suite from end to end: 19 tasks in the published layout with a few generated images, a tiny ViT."""
+
+from __future__ import annotations
 
 import json
 from importlib.resources import files
@@ -20,7 +22,7 @@ SIZES = {"train": 6, "val": 3, "trainval": 9, "test": 5}
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """<root>/<task>/{train800,val200,train800val200,test}.txt and the images they list."""
+    """Create <root>/<task>/{train800,val200,train800val200,test}.txt and the images in these lists."""
     root = tmp_path / "vtab-1k"
     for task, info in INFOS.items():
         rng = np.random.RandomState(0)
@@ -39,7 +41,7 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """Weights of the tiny model, as a user would give those of ViT-B/16."""
+    """Return weights of the tiny model, in the same format as a user's weights of ViT-B/16."""
     import timm
 
     torch.manual_seed(0)
@@ -66,7 +68,7 @@ def test_all_tasks(data: Path, checkpoint: Path, tmp_path: Path) -> None:
     (svhn,) = (r for r in records if (r["task"], r["method"]) == ("svhn", "EFFT2"))
     own = {name: svhn["config"]["efft"][name] for name in ("rank", "scale", "init")}
     assert own == {"rank": 32, "scale": 80, "init": "vu"}
-    assert svhn["updates"] == 2  # of 9 images, in batches of 4
+    assert svhn["updates"] == 2  # 9 images in batches of 4
     assert svhn["trainable_parameters"] - svhn["head_parameters"] == 7 * 192 * 32 + 6 * 12 * 32**2
 
     assert main([*words, "--report"]) == 0
@@ -79,7 +81,7 @@ def test_all_tasks(data: Path, checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_published_table_has_the_published_averages() -> None:
-    """Categorical means as the literature prints them: a slip in copying 19 numbers would show."""
+    """The categorical means equal the printed ones, which shows that the 19 numbers were copied correctly."""
     published = json.loads((files("efft_lab.compare") / "published_vtab1k.json").read_text("utf-8"))
     tasks = {name: info.group for name, info in INFOS.items()}
     share = weights(tasks, categorical=True)

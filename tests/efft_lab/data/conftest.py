@@ -1,4 +1,6 @@
-"""Fixtures of the data tests: nothing here touches a network or the user's cache."""
+"""Provide fixtures for the data tests, which use neither a network nor the user's cache."""
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +13,7 @@ Image = pytest.importorskip("PIL.Image", reason="reading images needs the vision
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache folder, and package clients that must not be called by accident."""
+    """Use an empty cache folder, and replace package clients so that no test calls them by accident."""
     monkeypatch.setenv("EFFT_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     return tmp_path / "home"
@@ -19,7 +21,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def write_image() -> Callable[[Path, int], Path]:
-    """Writes a small PNG that depends on its number only."""
+    """Return a function that writes a small PNG whose pixels depend only on a number."""
 
     def write(path: Path, number: int) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)

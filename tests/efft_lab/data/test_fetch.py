@@ -1,4 +1,6 @@
-"""Downloads, with real pip on a local folder and with stand-ins for the other clients: no network."""
+"""Test downloads without network: with the real pip on a local folder, and with replacements for the other clients."""
+
+from __future__ import annotations
 
 import hashlib
 import importlib.machinery
@@ -12,13 +14,13 @@ import pytest
 import efft_lab.data
 from efft_lab.data.fetch import Archive, MissingToolError, cache_dir, extract_deb, fetch_archive, fetch_pypi
 
-# By the path alone: asked for pip, setuptools' finder puts the standard library's distutils back for the whole process.
+# The search uses the path only: a search for pip would let setuptools restore the standard library's distutils.
 needs_pip = pytest.mark.skipif(importlib.machinery.PathFinder.find_spec("pip") is None, reason="this Python has no pip")
 
 
 @pytest.fixture
 def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A wheel in a folder that pip searches instead of an index. It asks for a Python that does not exist."""
+    """Return a wheel in a folder that pip searches instead of an index; the wheel requires a nonexistent Python."""
     path = tmp_path / "wheels" / "toy_images-1.2-py3-none-any.whl"
     path.parent.mkdir()
     with zipfile.ZipFile(path, "w") as archive:
@@ -32,7 +34,7 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def fake_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Puts a program of the given name, a shell script, on an otherwise empty PATH."""
+    """Return a function that writes a shell script with the given name into the only folder on PATH."""
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", str(folder))
@@ -73,7 +75,7 @@ def test_wheel_is_downloaded_once(wheel: Path, home: Path, capfd: pytest.Capture
     assert path.read_bytes() == wheel.read_bytes()
     assert files(home) == ["downloads/toy-images-1.2.whl"]
     assert capfd.readouterr().err == "efft: fetching toy-images 1.2 (pip)\n"
-    wheel.unlink()  # the second time, nothing is asked for it
+    wheel.unlink()  # the second time, the wheel must not be needed
     assert fetch_pypi("toy-images", "1.2", digest) == path
     assert capfd.readouterr().err == ""
 

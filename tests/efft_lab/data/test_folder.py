@@ -1,3 +1,5 @@
+from __future__ import annotations
+
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +13,7 @@ Write = Callable[[Path, int], Path]
 
 @pytest.fixture
 def classes_only(tmp_path: Path, write_image: Write) -> Path:
-    """60 + 30 distinct images, in class folders alone."""
+    """Return a folder with 60 + 30 distinct images that has only class folders."""
     for number in range(90):
         write_image(tmp_path / "pets" / ("dog" if number % 3 else "cat") / f"{number:03d}.png", number)
     return tmp_path / "pets"
@@ -91,7 +93,7 @@ def test_missing_test_folder_is_divided_from_train(divided: Path, capsys: pytest
     assert np.bincount(first.test.labels).tolist() == [3, 3]
     assert contents(first.test) == contents(other.test)
     assert len(contents(first.trainval) | contents(first.test)) == 40
-    assert "has no test part: a fifth of the training images is kept apart" in capsys.readouterr().err
+    assert "has no test part: a fifth of the training images is used" in capsys.readouterr().err
 
 
 def test_copies_of_validation_images_are_not_tested_on(divided: Path) -> None:
@@ -155,7 +157,7 @@ def test_images_that_cannot_be_read_are_named_at_the_start(divided: Path, write_
 
 def test_class_only_in_test(divided: Path, write_image: Write) -> None:
     write_image(divided / "test/bird/1.png", 99)
-    with pytest.raises(ValueError, match="has class folders that train/ has not: bird"):
+    with pytest.raises(ValueError, match="has class folders that train/ does not have: bird"):
         efft_lab.data.load(divided)
 
 

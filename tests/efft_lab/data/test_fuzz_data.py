@@ -1,4 +1,4 @@
-"""Data files changed at random: they are read, or refused with the error that the reader promises; no code runs."""
+"""Test that randomly changed data files are read, or rejected with the reader's documented error; no code runs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from efft_lab.data import readers, store, vtab
 from efft_lab.data.task import FileImages
 from tests.hostile import at_most, damaged, fuzz
 
-pytestmark = pytest.mark.slow  # hundreds of generated inputs
+pytestmark = pytest.mark.slow  # runs hundreds of generated examples
 
 PIXELS = np.arange(12 * 10 * 3, dtype=np.uint8).reshape(12, 10, 3)
 
@@ -38,7 +38,7 @@ def encoded(format: str) -> bytes:
 def test_images(data: st.DataObject, format: str, tmp_path: Path) -> None:
     path = tmp_path / f"image.{format.lower()}"
     path.write_bytes(data.draw(damaged(encoded(format))))
-    with at_most(600):  # Pillow's own bound is 179 million pixels
+    with at_most(600):  # Pillow's own limit is 179 million pixels
         try:
             assert FileImages([path], [0]).image(0).mode == "RGB"
         except OSError as error:
@@ -118,7 +118,7 @@ def test_pickled_arrays(data: st.DataObject, protocol: int) -> None:
 
 
 class Called:
-    """A pickle that calls something when it is read."""
+    """A pickle that calls a function when it is read."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
         self.call = function, arguments
@@ -177,7 +177,7 @@ PACKAGES: dict[str, tuple[Callable[[Path], None], Callable[[Path], Any]]] = {
 @fuzz
 @given(data=st.data(), package=st.sampled_from(list(PACKAGES)))
 def test_packages(data: st.DataObject, package: str, tmp_path: Path) -> None:
-    """Nobody else's arrive here, since their hashes are checked; still nothing may run, nor take all memory."""
+    """Hash checks exclude foreign packages here; even so, no code may run and the memory must be limited."""
     make, read = PACKAGES[package]
     path = tmp_path / package
     if not path.exists():

@@ -1,4 +1,6 @@
-"""The labels are re-derived from the pixels, and every other factor is shown to be unrelated to them."""
+"""Derive the labels from the pixels, and test that every other factor is unrelated to the labels."""
+
+from __future__ import annotations
 
 import hashlib
 
@@ -40,8 +42,8 @@ def test_classes_are_equally_frequent_and_seeds_differ(name, drawn) -> None:
 def test_count_is_the_number_of_separate_objects(drawn) -> None:
     ndimage = pytest.importorskip("scipy.ndimage", reason="the oracle")
     images, labels = drawn["count"]
-    # The ground is above 0.3 in every channel, and every object below 0.15 in one. Pixels that touch at a corner
-    # belong together: a thin tip runs diagonally.
+    # The background is above 0.3 in every channel, and every object is below 0.15 in one channel. Pixels that touch at
+    # a corner belong together, because a thin tip may run diagonally.
     objects = [ndimage.label(image.min(axis=2) < 0.25 * 255, structure=np.ones((3, 3)))[1] for image in images]
     assert (np.array(objects) - generated.FEWEST).tolist() == labels.tolist()
 
@@ -63,20 +65,20 @@ def test_orientation_is_the_direction_of_the_heavier_side(drawn) -> None:
     for image in images.astype(float):
         weight = image / image.sum()
         x, y = across - (weight * across).sum(), down - (weight * down).sum()
-        # A heart is symmetric about its axis v alone, so this vector of third order lies on it.
+        # A heart is symmetric only about its axis v, so that this third-order vector lies on the axis.
         skew = weight * np.hypot(x, y)
         angles.append(np.arctan2((skew * y).sum(), (skew * x).sum()))
-    # v lies a quarter turn from u, whose angle is the factor.
+    # v is a quarter turn from u, and the angle of u is the factor.
     error = np.array(angles) - np.pi / 2 - 2 * np.pi * (labels + 0.5) / 16
     error = (error + np.pi) % (2 * np.pi) - np.pi
     half_bin = np.pi / 16
     assert abs(np.median(error)) < 0.03
-    assert (abs(error) < half_bin + 0.15).mean() > 0.95  # the estimate is rough for hearts of five pixels
+    assert (abs(error) < half_bin + 0.15).mean() > 0.95  # the estimate is inaccurate for hearts of five pixels
     assert (abs(error) < half_bin + 0.7).all()
 
 
 def _unrelated(labels: np.ndarray, values: np.ndarray) -> bool:
-    """Neither the values nor their distance from the middle go with the label (five standard errors)."""
+    """Return whether neither the values nor their distance from the middle depend on the label (five sigma)."""
     limit = 5 / np.sqrt(len(labels))
     spread = abs(values - np.median(values))
     return all(abs(np.corrcoef(labels, column)[0, 1]) < limit for column in (values, spread))
@@ -95,7 +97,7 @@ def test_sprite_factors_do_not_tell_the_label(name) -> None:
 def test_count_factors_do_not_tell_the_label() -> None:
     factors = generated.count_factors(8000, stable_rng(9))
     assert _unrelated(factors.label, factors.scale)
-    for values in (factors.radius, factors.angle, factors.shape, factors.colour, factors.ground, factors.slope):
+    for values in (factors.radius, factors.angle, factors.shape, factors.color, factors.ground, factors.slope):
         columns = values.reshape(8000, -1)
         for column in range(min(columns.shape[1], 9)):
             assert _unrelated(factors.label, columns[:, column])

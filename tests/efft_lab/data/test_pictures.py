@@ -1,4 +1,6 @@
-"""Pictures of every kind against pixels that are written down, or computed without Pillow's conversions."""
+"""Compare pictures of every kind with explicit pixels, or with pixels computed without Pillow's conversions."""
+
+from __future__ import annotations
 
 import io
 import struct
@@ -22,7 +24,7 @@ def decoded(path: Path) -> Array:
 
 
 def grey(values: Array) -> Array:
-    """[height, width] of 0..255 to RGB."""
+    """Convert gray values [height, width] in 0..255 to RGB."""
     return np.repeat(np.asarray(values, np.uint8)[..., None], 3, axis=-1)
 
 
@@ -44,7 +46,7 @@ def test_sixteen_bits_of_pgm(maximum: int, expected: Any, tmp_path: Path) -> Non
 
 
 def tiff(values: bytes, bits: int, shape: tuple[int, int], kind: int = 1, photometric: int = 1, **more: float) -> bytes:
-    """An uncompressed little-endian grey TIFF, written by hand; `more` may give min and max (tags 340, 341)."""
+    """Return an uncompressed little-endian gray TIFF; ``more`` may contain min and max (tags 340, 341)."""
     tags = [
         *((256, 3, shape[1]), (257, 3, shape[0]), (258, 3, bits), (259, 3, 1), (262, 3, photometric)),
         *((273, 4, 0), (277, 3, 1), (278, 3, shape[0]), (279, 4, len(values)), (339, 3, kind)),
@@ -99,7 +101,7 @@ def test_numbers_of_unknown_range_are_refused_at_the_start(content: bytes, messa
         check_readable([tmp_path / "a.tif"])
 
 
-# What undoes each orientation, as the EXIF standard describes where the first row and column are.
+# The inverse of each orientation; the EXIF standard describes the positions of the first row and column.
 UPRIGHT: dict[int, Callable[[Array], Array]] = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -201,7 +203,7 @@ def test_cut_files_are_found(format: str, tmp_path: Path) -> None:
 
 
 def test_what_follows_the_end_of_a_file_does_no_harm(tmp_path: Path) -> None:
-    """Phones append films and thumbnails."""
+    """Phones append videos and thumbnails to image files."""
     path = tmp_path / "a.jpg"
     Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(path)
     path.write_bytes(path.read_bytes() + bytes(1000))

@@ -1,3 +1,5 @@
+from __future__ import annotations
+
 import os
 import subprocess
 import sys
@@ -17,7 +19,7 @@ def test_names_are_unique_and_described() -> None:
         assert info.name == name
         assert info.classes > 1
         assert info.source
-        assert info.licence
+        assert info.license
         assert info.group in ("natural", "specialized", "structured")
 
 
@@ -42,7 +44,7 @@ def test_non_commercial_set_needs_consent_before_anything_is_fetched(home: Path)
 def test_table_lists_every_task(home: Path) -> None:
     lines = efft_lab.data.list_table().splitlines()
     assert [line.split()[0] for line in lines] == ["name", *efft_lab.data.names()]
-    assert lines[0].split() == ["name", "group", "classes", "trivial", "download", "ready", "licence", "source"]
+    assert lines[0].split() == ["name", "group", "classes", "trivial", "download", "ready", "license", "source"]
     row = next(line for line in lines if line.startswith("mnist5k"))
     assert row.split()[1:7] == ["natural", "10", "80.0", "1.4", "MB", "no"]
     assert not home.exists()
@@ -50,7 +52,7 @@ def test_table_lists_every_task(home: Path) -> None:
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The generated tasks, drawn once for this file."""
+    """Return the folder of the generated tasks, which are drawn once for this module."""
     root = tmp_path_factory.mktemp("generated")
     for name in ("count", "x-location", "orientation"):
         efft_lab.data.fetch(name, root=root)
@@ -62,7 +64,7 @@ def test_generated_tasks_and_their_recorded_baselines(name: str, drawn: Path) ->
     task = efft_lab.data.load(name, root=drawn)
     assert [len(task.train), len(task.val), len(task.trainval), len(task.test)] == [800, 200, 1000, 2000]
     recorded = efft_lab.data.describe(name).baselines
-    # Half a point of room: a rounding in the linear solver may turn a few of 2,000 predictions.
+    # The tolerance is half a point: rounding in the linear solver may change a few of 2,000 predictions.
     assert efft_lab.data.trivial_baselines(task) == pytest.approx(recorded, abs=0.5)
 
 
@@ -72,7 +74,7 @@ def test_generated_task_is_drawn_once(drawn: Path, capfd: pytest.CaptureFixture[
 
 
 def test_baselines_of_a_task_that_is_trivial(tmp_path: Path) -> None:
-    """White and black images: ink and pixels are perfect, the majority is the share of the larger class."""
+    """For white and black images, ink and pixels are perfect, and the majority is the share of the larger class."""
     from PIL import Image
 
     for number in range(100):
@@ -84,7 +86,7 @@ def test_baselines_of_a_task_that_is_trivial(tmp_path: Path) -> None:
         image.save(tmp_path / name / f"{number}.png")
     task = efft_lab.data.load(tmp_path)
     assert efft_lab.data.trivial_baselines(task) == {"majority": 75.0, "ink": 100.0, "pixels": 100.0}
-    assert efft_lab.data.nearest_neighbours(task) == 100.0
+    assert efft_lab.data.nearest_neighbors(task) == 100.0
 
 
 def test_nearest_neighbours_against_scikit_learn(drawn: Path) -> None:
@@ -98,8 +100,8 @@ def test_nearest_neighbours_against_scikit_learn(drawn: Path) -> None:
         return neighbors.KNeighborsClassifier(k).fit(pixels(fit), fit.labels).score(pixels(judge), judge.labels)
 
     best = max((1, 3, 5, 9, 15), key=lambda k: score(task.train, task.val, k))
-    found = efft_lab.data.nearest_neighbours(task)
-    assert found == pytest.approx(100 * score(task.trainval, task.test, best), abs=1)  # equal distances may swap
+    found = efft_lab.data.nearest_neighbors(task)
+    assert found == pytest.approx(100 * score(task.trainval, task.test, best), abs=1)  # ties may be broken differently
 
 
 def test_name_wins_over_a_folder_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drawn: Path) -> None:

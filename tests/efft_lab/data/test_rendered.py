@@ -1,4 +1,4 @@
-"""Rendered tasks: labels re-derived from the drawn factors and pixels, and what happens to another rendering."""
+"""Test rendered tasks: labels derived from the drawn factors and pixels, and the reaction to a different rendering."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def needs(renderer: str) -> None:
 
 @pytest.fixture(scope="module")
 def tables() -> dict[str, list[tabletop.Tabletop]]:
-    """Scenes of both tasks, without their pixels."""
+    """Return the scenes of both tasks, without their pixels."""
     result = {}
     for name, classes in (("clevr-count", 8), ("clevr-distance", 6)):
         rng = stable_rng(0)
@@ -69,9 +69,9 @@ def test_nothing_but_the_label_tells_it(name: str, tables) -> None:
 
 
 def test_every_object_is_seen(tables) -> None:
-    """Taking an object away changes the picture where it is projected to."""
+    """Removing an object changes the picture at the object's projection."""
     needs("mitsuba")
-    for number in (7, 15):  # ten objects each
+    for number in (7, 15):  # each scene has ten objects
         scene = tables["clevr-count"][number]
         whole = tabletop.paint(scene, 0).astype(int)
         for left_out in range(len(scene.center)):
@@ -152,17 +152,17 @@ def test_views_have_the_depth_that_was_asked_for(tmp_path: Path, monkeypatch: py
         assert np.array_equal(first, again)
     assert first_person.EDGES[0] <= depth.min() <= depth.max() < first_person.EDGES[-1]
     assert Path.cwd() == tmp_path
-    assert os.listdir(tmp_path) == []  # the engine's own files went elsewhere
+    assert os.listdir(tmp_path) == []  # the engine writes its own files to another folder
 
 
 def test_views_are_drawn_in_equal_shares(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From made-up levels, whose pictures hold their depth."""
+    """The test uses artificial levels, whose pictures contain their depth."""
 
     def collect(level: int, most: int, rng: np.random.RandomState) -> first_person.Views:
         depth = rng.uniform(6, 68, 60)
         images = np.tile(np.rint(depth).astype(np.uint8)[:, None, None, None], (1, 64, 64, 3))
-        images[:, 1, 1, :2] = np.stack([np.arange(len(depth)) // 2, np.full(len(depth), level)], 1)  # two of each ...
-        depth[1::2], images[1::2] = depth[::2], images[::2]  # ... that are the same
+        images[:, 1, 1, :2] = np.stack([np.arange(len(depth)) // 2, np.full(len(depth), level)], 1)  # the images ...
+        depth[1::2], images[1::2] = depth[::2], images[::2]  # ... form pairs of equal images
         return images, depth
 
     monkeypatch.setattr(first_person, "collect", collect)
@@ -185,13 +185,13 @@ def test_views_whose_middle_is_an_edge_are_refused() -> None:
     edge = wall.copy()
     edge[:, 256:] = 40
     assert first_person._judge(screen, edge) is None
-    assert first_person._judge(screen, np.full_like(wall, 204)) is None  # the sky
-    assert first_person._judge(np.zeros_like(screen), wall) is None  # the dark
+    assert first_person._judge(screen, np.full_like(wall, 204)) is None  # only sky
+    assert first_person._judge(np.zeros_like(screen), wall) is None  # a dark picture
 
 
 @pytest.fixture
 def archive(tmp_path: Path) -> Path:
-    """A package of a font family that holds matplotlib's font."""
+    """Return the package of a font family that contains matplotlib's font."""
     fonts = pytest.importorskip("matplotlib.font_manager", reason="ships a font")
     data = Path(fonts.findfont("DejaVu Sans")).read_bytes()
     with tarfile.open(tmp_path / "font.tgz", "w:gz") as tar:
@@ -203,7 +203,7 @@ def archive(tmp_path: Path) -> Path:
 
 
 def test_the_letter_of_the_label_stands_in_the_middle(archive: Path) -> None:
-    (face,) = letters._faces(archive)  # one of the three: Latin, of a chosen weight
+    (face,) = letters._faces(archive)  # only one of the three is a Latin font of an accepted weight
     image = pytest.importorskip("PIL.Image")
     for letter in "AMQ":
         alone, mask = image.new("L", (192, 192)), image.new("L", (192, 192))
@@ -221,7 +221,7 @@ def test_letters_are_drawn_from_the_seed_alone(archive: Path) -> None:
     first, again = (letters.draw(26, labels, faces, stable_rng(3)) for _ in range(2))
     assert np.array_equal(first, again)
     assert first.shape == (26, 64, 64, 3)
-    assert min(image.std() for image in first) > 15  # a letter is seen in each
+    assert min(image.std() for image in first) > 15  # each picture contains a visible letter
 
 
 def test_archives_are_deleted_once_they_are_read(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,6 @@
-"""CSV files of images and values."""
+"""Test data sets from CSV files of images and values."""
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path

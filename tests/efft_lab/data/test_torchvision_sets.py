@@ -1,3 +1,5 @@
+from __future__ import annotations
+
 import inspect
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +32,7 @@ def write_idx(path: Path, data: np.ndarray) -> None:
 
 @pytest.fixture
 def mnist(tmp_path: Path) -> Path:
-    """1,200 training and 300 test images in torchvision's own files, so that it downloads nothing."""
+    """Return 1,200 training and 300 test images in torchvision's file format, so that it does not download them."""
     for part, n in (("train", 1200), ("t10k", 300)):
         images = np.random.RandomState(n).randint(0, 256, (n, 28, 28))
         write_idx(tmp_path / f"tv/MNIST/raw/{part}-images-idx3-ubyte", images)
@@ -76,7 +78,7 @@ def test_several_official_parts_make_one_pool(tmp_path: Path, monkeypatch: pytes
     from PIL import Image
 
     class Flowers102:
-        """Twice 600 images for training, whose red channel says from which part they are."""
+        """Provide two training parts of 600 images, whose red channel identifies the part."""
 
         def __init__(self, root: str, split: str, download: bool) -> None:
             self.red = {"train": 10, "val": 20, "test": 30}[split]

@@ -1,3 +1,5 @@
+from __future__ import annotations
+
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,7 @@ Write = Callable[[Path, int], Path]
 
 @pytest.fixture
 def root(tmp_path: Path, write_image: Write) -> Path:
-    """The task kitti (4 classes) in the published layout, with 8, 4, 12 and 6 images."""
+    """Return the task kitti (4 classes) in the published layout, with 8, 4, 12 and 6 images."""
     folder = tmp_path / "vtab-1k" / "kitti"
     for split, count in (("train800", 8), ("val200", 4), ("train800val200", 12), ("test", 6)):
         lines = []
@@ -88,7 +90,7 @@ def test_empty_list(root: Path) -> None:
 
 
 def test_nineteen_tasks_with_the_published_numbers_of_classes() -> None:
-    # Order and numbers: the table at the head of vtab.py in the EFFT repository.
+    # The order and the numbers come from the table at the top of vtab.py in the EFFT repository.
     published = (
         "cifar 100, caltech101 102, dtd 47, oxford_flowers102 102, oxford_iiit_pet 37, svhn 10, sun397 397, "
         "patch_camelyon 2, eurosat 10, resisc45 45, diabetic_retinopathy 5, clevr_count 8, clevr_dist 6, dmlab 6, "
@@ -104,7 +106,7 @@ def test_published_hyperparameters() -> None:
     assert vtab_hyperparameters("svhn") == {"rank": 32, "scale": 80, "init": "vu"}
     assert vtab_hyperparameters("svhn", "efft1") == {"rank": 32, "scale": 50, "init": "u"}
     both = {variant: [vtab_hyperparameters(task, variant) for task in INFOS] for variant in ("efft1", "efft2")}
-    # Counts over the 19 tasks: ranks 8/16/32, and initialisations.
+    # The counts over the 19 tasks of ranks 8/16/32, and of initializations.
     ranks = {variant: [sum(s["rank"] == rank for s in rows) for rank in (8, 16, 32)] for variant, rows in both.items()}
     assert ranks == {"efft1": [4, 5, 10], "efft2": [2, 9, 8]}
     assert [sum(s["init"] == letter for s in both["efft1"]) for letter in ("v", "u")] == [10, 9]

@@ -1,4 +1,6 @@
-"""The demo from end to end, on scikit-learn's digits and a small random ViT."""
+"""Test the demo from end to end, on scikit-learn's digits and a small random ViT."""
+
+from __future__ import annotations
 
 import importlib
 import sys
@@ -23,7 +25,7 @@ ROOT = Path(efft.__file__).parents[1]
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("sklearn", reason="digits come from scikit-learn")
     monkeypatch.setenv("EFFT_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT.parent}")  # of the process that verifies
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT.parent}")  # for the process that verifies the results
 
 
 def small(method: Any) -> TrainConfig:
@@ -65,8 +67,8 @@ def test_verification_fails_loudly(tmp_path: Path) -> None:
     verify.verify(result.model, tmp_path / "run", data)
     with torch.no_grad():
         for _, factor in efft.named_factors(result.model):
-            factor.mul_(1.5)  # no longer what was saved
-    with pytest.raises(RuntimeError, match="the reloaded model is not the one that was trained: reloaded: max diff"):
+            factor.mul_(1.5)  # makes the factors differ from the saved ones
+    with pytest.raises(RuntimeError, match="the reloaded model differs from the trained model: reloaded: max diff"):
         verify.verify(result.model, tmp_path / "run", data)
     with torch.no_grad():
         for _, factor in efft.named_factors(result.model):

@@ -1,4 +1,6 @@
-"""The study on convolutions: what it trains first, which layers it adapts, and its rows."""
+"""Test the study of convolutional networks: its pretraining, the adapted layers, and its results."""
+
+from __future__ import annotations
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from efft_lab.data.task import ROLES, ArrayImages, Preprocess, Split
 from efft_lab.studies import convolutions, side_by_side
 from efft_lab.train.methods import METHODS
 
-#: d_in = 9 channels, d_out and number of ResNet-18's kernels of one shape.
+#: d_in = 9 channels, d_out, and the number of ResNet-18's kernels with these sizes.
 SHAPES = (
     (576, 64, 4),
     (576, 128, 1),
@@ -31,7 +33,7 @@ PARAMETERS = {
 
 
 class Bars:
-    """Horizontal or vertical bars, 16 pixels wide, and noise."""
+    """Provide images with horizontal or vertical bars, 16 pixels wide, and noise."""
 
     classes = 2
 

@@ -1,4 +1,6 @@
-"""Stacked runs are the trainer's own runs; their rows, lists and packed files."""
+"""Test that stacked runs equal separate runs of the trainer, and test their results and packed files."""
+
+from __future__ import annotations
 
 import copy
 import dataclasses
@@ -30,7 +32,7 @@ FIELDS: dict[str, Any] = {
 
 
 class Task:
-    """Noise whose red channel is brighter, the higher the class."""
+    """Provide noise images whose red channel is brighter for higher classes."""
 
     classes = CLASSES
 
@@ -49,7 +51,7 @@ class Task:
 def base(tiny_vit: Callable[..., nn.Module]) -> nn.Module:
     torch.manual_seed(1)
     model = tiny_vit(img_size=SIZE, patch_size=7, embed_dim=32, num_classes=CLASSES, init_values=0.5)
-    for name, parameter in model.named_parameters():  # nothing that is zero or one
+    for name, parameter in model.named_parameters():  # no parameter may be exactly zero or one
         if "norm" in name or name.endswith("bias"):
             nn.init.normal_(parameter, 1.0 if name.endswith("weight") else 0.0, 0.2)
     return model
@@ -111,7 +113,7 @@ EXTRAS: dict[str, float] = {"biases": 3, "norms": 2, "gammas": 1, **dict.fromkey
 
 @pytest.mark.parametrize("method", ["efft", "peft_lora", "fact_tt"])
 def test_extras_act_as_in_a_dense_model(method: str, base: nn.Module) -> None:
-    """Logits after training equal those of the plain model with all of it merged into its own weights."""
+    """Logits after training equal those of the plain model into which all trained parameters are merged."""
     targets = ["qkv", "proj", "fc1", "fc2"]
     settings = {"efft": {"rank": 3, "dropout": 0.2}, "peft_lora": {"rank": 2, "targets": targets}}.get(method, {})
     variant = plain("all", method, settings=settings, rates=EXTRAS, own=1)
@@ -139,7 +141,7 @@ def test_extras_act_as_in_a_dense_model(method: str, base: nn.Module) -> None:
 
 
 def dense_updates(start: Start, p: dict[str, Any], method: str) -> dict[str, Any]:
-    """Delta [d_in, d_out] of each layer, from the formulas of the methods."""
+    """Return delta [d_in, d_out] of each layer by the formulas of the methods."""
     found = {}
     for block in range(2):
         qkv, proj, fc1, fc2 = (f"blocks.{block}.{layer}" for layer in LAYERS)
@@ -231,7 +233,7 @@ def test_packed_runs_end_in_rows_and_a_summary(tmp_path: Path, monkeypatch: pyte
     rows = runs.train_stack(runs.runs_of(variants, ["digits"], [10], "explore"), held, fields, "cpu")
     assert [row["variant"] for row in rows] == ["a lr 1", "a lr 2"]
     assert all(0 <= row[f"{role}_accuracy"] <= 1 for row in rows for role in ("dev", "test"))
-    assert rows[1]["trained"] - rows[0]["trained"] == 13 * 2 * 64  # six blocks, two norms each, and the last one
+    assert rows[1]["trained"] - rows[0]["trained"] == 13 * 2 * 64  # six blocks with two norms each, and the last norm
     best = max(row["dev_accuracy"] for row in rows)
     (line,) = [line for line in command.summarize(rows).splitlines() if line.startswith("a *")]
     assert f"{100 * best:.1f}" in line

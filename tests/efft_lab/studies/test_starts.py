@@ -1,4 +1,6 @@
-"""Starts leave the model as it was, hold the directions asked for, and move it equally far; the study and its table."""
+"""Test that starts do not change the model, hold the requested directions and move it equally far; test the table."""
+
+from __future__ import annotations
 
 import json
 from itertools import product
@@ -43,7 +45,9 @@ def test_directions_at_the_norm_of_random_ones_and_no_update(kind: str, init: st
         basis = (of[0] if len(side) == 60 else of[1].T).float()
         torch.testing.assert_close(side / side.norm(), basis / basis.norm())
         d = max(side.shape)
-        assert side.norm().item() == pytest.approx((2 / (d + 6) * d * 6) ** 0.5, rel=0.1)  # of Xavier's distribution
+        assert side.norm().item() == pytest.approx(
+            (2 / (d + 6) * d * 6) ** 0.5, rel=0.1
+        )  # the norm for Xavier's values
     assert (factors.C.any() and factors.initial_scale == 1) or kind == "cores"
 
 

@@ -1,4 +1,6 @@
-"""The study's measures on matrices whose answer is known, and its table."""
+"""Test the measures of the study on matrices with known results, and the table of the study."""
+
+from __future__ import annotations
 
 import json
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""The study's task on a package made for it, its model on tokens with padding, its table."""
+"""Test the text study: its task on an artificial package, its model on padded tokens, and its table."""
+
+from __future__ import annotations
 
 import json
 from pathlib import Path
@@ -62,7 +64,7 @@ def test_splits_share_no_file_and_no_text(tmp_path: Path) -> None:
     assert sum(map(len, of_split.values())) == len(set.union(*of_split.values()))
     assert all(t.startswith(("one", "two")[label]) for t, label in drawn["test"] if not t.startswith("In all"))
     assert text.splits(files, 0) == drawn != text.splits(files, 1)
-    with pytest.raises(ValueError, match="torch has too few docstrings: 10 are left for the 100 of train"):
+    with pytest.raises(ValueError, match="torch has too few docstrings: train needs 100, but only 10 are left"):
         text.splits({"torch": files["torch"][:2]}, 0)
 
 
@@ -96,7 +98,7 @@ def test_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert tables.study("text") == tables.NOTHING
     common = {"task": "docstrings", "row": "EFFT2", "parameters": 12345}
     words = {"task": "docstrings", "row": "bag of words", "seed": 0, "test_accuracy": 0.61}
-    runs = [(0, 0.1), (0, 0.8), (1, 0.9)]  # the first was repeated
+    runs = [(0, 0.1), (0, 0.8), (1, 0.9)]  # the second run repeats the first one
     write(tmp_path / "text.jsonl", [*({**common, "seed": s, "test_accuracy": a} for s, a in runs), words])
     shown = tables.study("text").splitlines()
     assert shown[2:4] == ["| EFFT2 | 12,345 | 85.0 ± 7.1 | 2 |", "| bag of words | - | 61.0 | 1 |"]

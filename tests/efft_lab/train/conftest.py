@@ -1,4 +1,6 @@
-"""A tiny random ViT and easy generated images: runs that take a second and still learn."""
+"""Provide a tiny random ViT and easy generated images, for runs that take a second and still learn."""
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ CLASSES = 4
 
 @dataclass
 class TinyTask:
-    """What the trainer uses of efft_lab.data.TaskData."""
+    """Provide the part of efft_lab.data.TaskData that the trainer uses."""
 
     train: Dataset[Any]
     val: Dataset[Any]
@@ -30,7 +32,10 @@ class TinyTask:
 
 @pytest.fixture
 def task() -> TinyTask:
-    """Noise whose red channel is brighter, the higher the class: 64 train, 32 val and 40 test images of 28 pixels."""
+    """Return noise images whose red channel is brighter for higher classes.
+
+    The task has 64 training, 32 validation and 40 test images of 28 pixels.
+    """
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(136) % CLASSES
     images = 0.5 * torch.randn(136, 3, 28, 28, generator=generator)
@@ -49,7 +54,7 @@ def make_model(tiny_vit: Callable[..., nn.Module]) -> Callable[[], nn.Module]:
 
 @pytest.fixture
 def config() -> TrainConfig:
-    """Four epochs of four updates, with every source of randomness on."""
+    """Return a run of four epochs of four updates that uses every source of randomness."""
     return TrainConfig(
         efft=EfftConfig(rank=4, scale=10.0, dropout=0.1),
         epochs=4,

@@ -1,4 +1,6 @@
-"""TrainConfig: JSON round trip, checks and their texts; the schedule it stands for."""
+"""Test TrainConfig: JSON round trip, checks and their error texts, and the schedule that it describes."""
+
+from __future__ import annotations
 
 import ast
 import dataclasses
@@ -114,8 +116,8 @@ def learning_rates(config: TrainConfig, model: nn.Module, task: Any, folder: Pat
 def test_paper_schedule(
     task: Any, make_model: Callable[[], nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Effective learning rates of the paper's code, computed by hand from its (timm 0.5.4) scheduler."""
-    monkeypatch.setattr(trainer, "save_checkpoint", lambda path, state: None)  # a hundred times is too slow
+    """The expected learning rates were computed by hand from the scheduler of the paper's code (timm 0.5.4)."""
+    monkeypatch.setattr(trainer, "save_checkpoint", lambda path, state: None)  # a hundred checkpoints take too long
     paper = TrainConfig()  # 64 images: one update per epoch
     rates = learning_rates(paper, make_model(), task, tmp_path)
     assert len(rates) == 100

@@ -1,4 +1,4 @@
-"""Files of a run changed at random: they are read, or refused with the error that the reader promises."""
+"""Test that randomly changed files of a run are read, or rejected with the reader's documented error."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from efft_lab.train.methods import restore_trained_state, trained_state
 from efft_lab.train.trainer import Trainer
 from tests.hostile import altered, at_most, damaged, fuzz
 
-pytestmark = pytest.mark.slow  # hundreds of generated inputs
+pytestmark = pytest.mark.slow  # runs hundreds of generated examples
 
 
 class Code:
-    """A pickle that would write a file."""
+    """A pickle that would write a file when it is read."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -38,7 +38,7 @@ class Code:
 
 @pytest.fixture
 def state() -> dict[str, Any]:
-    """What a checkpoint has, in small."""
+    """Return a small version of a checkpoint's contents."""
     model = nn.Linear(4, 3)
     return {
         "config": TrainConfig().to_dict(),
@@ -70,7 +70,7 @@ def test_checkpoints(data: st.DataObject, state: dict[str, Any], tmp_path: Path)
 def trainer(
     config: TrainConfig, task: Any, make_model: Callable[[], nn.Module], tmp_path: Path
 ) -> Iterator[tuple[Trainer, dict[str, Any]]]:
-    """A trainer after an epoch, and its checkpoint."""
+    """Return a trainer after one epoch, and its checkpoint."""
     (tmp_path / "run").mkdir()
     config = replace(config, checkpoint_every=None)
     trainer = Trainer(config, tmp_path / "run", make_accelerator(config), make_model(), task, progress=False)
@@ -82,7 +82,7 @@ def trainer(
 @fuzz
 @given(data=st.data())
 def test_values_in_checkpoints(data: st.DataObject, trainer: tuple[Trainer, dict[str, Any]]) -> None:
-    """Well-formed files with other values in them."""
+    """The files are well-formed and contain changed values."""
     running, state = trainer
     state = dict(state)
     for key in data.draw(st.lists(st.sampled_from(sorted(state)), min_size=1, max_size=3)):

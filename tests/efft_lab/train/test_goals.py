@@ -1,4 +1,6 @@
-"""Scores against scikit-learn, and models for segmentation and regression against timm's own feature maps."""
+"""Compare scores with scikit-learn, and models for segmentation and regression with timm's own feature maps."""
+
+from __future__ import annotations
 
 from typing import Any
 
@@ -17,7 +19,7 @@ metrics = pytest.importorskip("sklearn.metrics", reason="needs the dev extra")
 
 
 def summed(goal: Any, predictions: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """In three batches of other sizes."""
+    """Return the score summed over three batches of different sizes."""
     parts = zip(predictions.split([2, 1, len(labels) - 3]), labels.split([2, 1, len(labels) - 3]), strict=True)
     return torch.stack([goal.statistics(*part).double() for part in parts]).sum(0)
 
@@ -53,7 +55,7 @@ def test_segmentation_of_what_does_not_count() -> None:
     sums = goal.statistics(torch.zeros(4, 2, 2, dtype=torch.long), nothing)
     assert goal.scores(sums) == {"miou": 0.0, "pixel_accuracy": 0.0}
     one = goal.statistics(torch.zeros(1, 2, 2, dtype=torch.long), torch.zeros(1, 2, 2, dtype=torch.long))
-    assert goal.scores(one) == {"miou": 1.0, "pixel_accuracy": 1.0}  # of the one class that occurs
+    assert goal.scores(one) == {"miou": 1.0, "pixel_accuracy": 1.0}  # for the only class that occurs
     assert np.isnan(goal.details(one)[1])
 
 
@@ -98,7 +100,7 @@ def test_settling_gives_values_as_they_are(name: str) -> None:
         expected = goal.predict(model.eval()(images))
         goal.finish(model)
         torch.testing.assert_close(model(images), expected)
-        torch.testing.assert_close(goal.predict(model(images)), expected)  # after that, nothing is left to add
+        torch.testing.assert_close(goal.predict(model(images)), expected)  # the second time, nothing must be added
 
 
 def test_heads_that_do_not_suit_regression() -> None:
@@ -109,7 +111,7 @@ def test_heads_that_do_not_suit_regression() -> None:
 
 
 class Valued:
-    """What the goal reads of a data set."""
+    """Provide the part of a data set that the goal reads."""
 
     classes, class_names = 2, ("age", "height")
 

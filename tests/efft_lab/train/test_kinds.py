@@ -1,4 +1,6 @@
-"""Segmentation and regression by the command line: data on disk, training, reloading, resuming."""
+"""Test segmentation and regression on the command line: data on disk, training, reloading, resuming."""
+
+from __future__ import annotations
 
 import json
 from collections.abc import Callable
@@ -31,7 +33,7 @@ SMALL: dict[str, Any] = {
 
 @pytest.fixture
 def cells(tmp_path: Path) -> Path:
-    """Squares of 16 pixels, as large as a patch, of class 0 (dark), 1 (red) or 2 (green)."""
+    """Return images of squares with 16 pixels (the size of a patch) of class 0 (dark), 1 (red) or 2 (green)."""
     random = np.random.RandomState(0)
     colors = np.array([[20, 20, 20], [220, 30, 30], [30, 220, 30]])
     for number in range(60):
@@ -45,7 +47,7 @@ def cells(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def grey(tmp_path: Path) -> Path:
-    """Images of one grey value; 1000 and more is predicted from it."""
+    """Return images of one gray value; the target is a number of 1000 or more that depends on the value."""
     lines = ["file,dose"]
     for number in range(60):
         level = 10 + 4 * number
@@ -59,7 +61,7 @@ def grey(tmp_path: Path) -> Path:
 
 
 def words(config: TrainConfig, path: Path) -> list[str]:
-    """The configuration as a file."""
+    """Write the configuration to a file and return the words of a command that reads it."""
     config.save(path)
     return ["train", "--config", str(path)]
 
@@ -70,7 +72,7 @@ def test_segmentation(cells: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     said = capsys.readouterr().out
     result = json.loads((out / "result.json").read_text())
     assert f"test miou {result['test_miou']:.2%}, pixel_accuracy {result['test_pixel_accuracy']:.2%}, val" in said
-    assert result["test_miou"] > 0.6  # chance is below 0.2
+    assert result["test_miou"] > 0.6  # random predictions score below 0.2
     assert (result["classes"], result["head_parameters"]) == (3, 3 * 64 + 3)
     assert result["factor_parameters"] > 0
     epochs = read_metrics(out / "metrics.jsonl", "epoch")
@@ -84,7 +86,7 @@ def test_segmentation(cells: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         shares = [float(line.split("%")[0]) / 100 for line in lines[1:]]
         assert np.mean(shares) == pytest.approx(result["test_miou"], abs=1e-4)
 
-    # Independent of goals and loops: the share of the pixels that the reloaded model gets right.
+    # This check uses neither goals nor loops: it computes the share of pixels that the reloaded model gets right.
     model, found = load_trained(out)
     assert found == config
     task = efft_lab.data.load(cells, image_size=64, normalization="half", kind="segmentation")
@@ -107,7 +109,7 @@ def test_regression(grey: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert lines[0].startswith(f"test r2 {result['test_r2']:.4g}, mae {result['test_mae']:.4g}")
     assert lines[1].endswith("  dose")
 
-    model, _ = load_trained(out)  # it gives doses, not standardized ones
+    model, _ = load_trained(out)  # the model predicts doses rather than standardized values
     task = efft_lab.data.load(grey, image_size=64, normalization="half", kind="regression")
     images, doses = (torch.stack(each) for each in zip(*task.test, strict=True))
     with torch.no_grad():
@@ -173,7 +175,7 @@ def test_facts_for_the_model_card(grey: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["classification", "segmentation"])
 def test_published_weights_are_named_with_their_license(kind: Any) -> None:
-    """Without downloading them."""
+    """The test does not download the weights."""
     config = TrainConfig(model="vit_base_patch16_224.augreg_in21k", task=kind)
     with torch.device("meta"):
         model = build.create_model(config, 3, weights=False)

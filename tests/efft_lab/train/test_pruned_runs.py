@@ -1,4 +1,6 @@
-"""``prune_at``: lower ranks in the middle of a run, which goes on and saves as any other."""
+"""Test ``prune_at``, which lowers the ranks in the middle of a run; the run must continue and save like others."""
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace

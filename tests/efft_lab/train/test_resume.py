@@ -1,4 +1,6 @@
-"""Killed anywhere, a run goes on to the same bits."""
+"""Test that a killed run resumes with exactly the same results, wherever it was killed."""
+
+from __future__ import annotations
 
 import json
 from collections.abc import Callable
@@ -16,7 +18,7 @@ from efft_lab.train.build import EpochBatches
 
 
 class Killed(BaseException):
-    """Stands for the end of the process: nothing may catch it."""
+    """Represent the end of the process; no code may catch this exception."""
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
@@ -28,7 +30,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 
 def kill_after(monkeypatch: pytest.MonkeyPatch, writes: int) -> None:
-    """Ends the run just before one of its writes to metrics.jsonl, after `writes` of them."""
+    """End the run just before a write to metrics.jsonl, after ``writes`` earlier writes."""
     from efft_lab.train.folder import MetricsLog
 
     write, done = MetricsLog.write, []
@@ -42,7 +44,7 @@ def kill_after(monkeypatch: pytest.MonkeyPatch, writes: int) -> None:
     monkeypatch.setattr(MetricsLog, "write", limited)
 
 
-# Writes: four step records and an epoch record for each of the four epochs; with pruning, one more after the second.
+# Writes: four step records and one epoch record for each of the four epochs, and with pruning one after the second.
 PRUNED = {"prune_at": 2, "prune_keep": 0.7}
 
 
@@ -67,7 +69,7 @@ def test_resumed_run_equals_unbroken_run(
         kill_after(patch, writes)
         with pytest.raises(Killed):
             run(config, broken, model=make_model(), task=task)
-    torch.manual_seed(1234)  # whatever the new process starts with must not matter
+    torch.manual_seed(1234)  # the random state of the new process must not matter
     model = make_model()
     resumed = run(config, broken, model=model, task=task, resume=True).summary
 
@@ -99,7 +101,7 @@ def test_consumed_batches_are_not_read_again(
             run(replace(config, epochs=1), tmp_path, model=make_model(), task=task)
     read.clear()
     run(replace(config, epochs=1), tmp_path, model=make_model(), task=task, resume=True)
-    # Killed in the fourth of four batches: the checkpoint after the third is the last one.
+    # The run is killed in the fourth of four batches, so the checkpoint after the third batch is the last one.
     assert len(read) == 16
     order = list(EpochBatches(64, 16, config.seed))
     assert read == order[3]
@@ -113,7 +115,7 @@ def test_folder_with_a_run_needs_a_decision(
         run(config, tmp_path, model=make_model(), task=task)
     with pytest.raises(ValueError, match=r"either resume .* or overwrite"):
         run(config, tmp_path, resume=True, overwrite=True)
-    assert run(config, tmp_path, resume=True).summary == first  # finished: nothing is trained or tested again
+    assert run(config, tmp_path, resume=True).summary == first  # a finished run is neither trained nor tested again
     other = run(replace(config, method="linear"), tmp_path, model=make_model(), task=task, overwrite=True).summary
     assert other["saved"] == "head.safetensors"
     assert not (tmp_path / "adapter").exists()
@@ -134,7 +136,7 @@ def test_unfinished_run_is_named(
 def stopped(
     config: TrainConfig, task: Any, make_model: Callable[[], nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
-    """The folder of a run that was killed in its second epoch."""
+    """Return the folder of a run that was killed in its second epoch."""
     with monkeypatch.context() as patch:
         kill_after(patch, 7)
         with pytest.raises(Killed):
@@ -201,7 +203,7 @@ def test_checkpoint_is_never_written_in_place(stopped: Path) -> None:
     assert not list(stopped.glob(".*.tmp"))
     state = torch.load(stopped / "checkpoint.pt", weights_only=True)
     assert json.dumps(state["config"])
-    assert not any(name.startswith("blocks") for name in state["weights"])  # the frozen backbone is not in it
+    assert not any(name.startswith("blocks") for name in state["weights"])  # the frozen backbone is not saved
 
 
 @pytest.mark.gpu

@@ -1,4 +1,6 @@
-"""A whole run: what it writes, what it reads, and that it learns."""
+"""Test a complete run: the files that it writes, the data that it reads, and that it learns."""
+
+from __future__ import annotations
 
 import json
 from collections.abc import Callable
@@ -19,7 +21,7 @@ from efft_lab.train.build import load_trained
 
 
 class Guarded(Dataset[Any]):
-    """Counts reads, and refuses them while locked."""
+    """A data set that counts reads, and raises an error for reads while it is locked."""
 
     def __init__(self, data: Dataset[Any]) -> None:
         self.data, self.locked, self.reads = data, False, [0] * len(data)  # type: ignore[arg-type]
@@ -45,7 +47,7 @@ def test_run_learns_and_writes_its_folder(
     config = replace(config, method=method, epochs=12, lr=1e-3 if method == "full" else 2e-2)
     result = run(config, tmp_path, model=model, task=task).summary
 
-    assert result["test_accuracy"] > 0.4  # chance is 0.25
+    assert result["test_accuracy"] > 0.4  # random predictions score 0.25
     assert result == json.loads((tmp_path / "result.json").read_text())
     assert TrainConfig.load(tmp_path / "config.json") == config
     assert result["saved"] == saved
@@ -73,7 +75,7 @@ def test_methods_to_compare_with_learn_and_are_rebuilt(
     config = replace(config, method=method, adapter=adapter, epochs=8, lr=lr, **sizes)
     task = replace(task, **{name: _enlarged(getattr(task, name)) for name in ("train", "val", "trainval", "test")})
     result = run(config, tmp_path, task=task)
-    assert result.summary["test_accuracy"] > 0.4  # chance is 0.25
+    assert result.summary["test_accuracy"] > 0.4  # random predictions score 0.25
     assert result.summary["saved"] == "trained.safetensors"
     assert result.summary["head_parameters"] == 64 * 4 + 4
     again, found = load_trained(tmp_path)
@@ -85,7 +87,7 @@ def test_methods_to_compare_with_learn_and_are_rebuilt(
 
 
 def _enlarged(data: Dataset[Any]) -> Dataset[Any]:
-    """The same images with a border of two pixels: test_vit takes 32 x 32."""
+    """Return the images with a border of two pixels, because test_vit requires 32 x 32 pixels."""
     images, labels = torch.utils.data.default_collate([data[i] for i in range(len(data))])  # type: ignore[arg-type]
     return torch.utils.data.TensorDataset(torch.nn.functional.pad(images, (2, 2, 2, 2)), labels)
 
@@ -110,7 +112,7 @@ def test_select_keeps_the_best_epoch(
     validation = [record["val_accuracy"] for record in read_metrics(tmp_path / "metrics.jsonl", "epoch")]
     assert result["val_accuracy"] == max(validation)
     assert result["best_epoch"] == validation.index(max(validation))
-    # Independent of the trainer: the model that is left scores what the record of its epoch says.
+    # This check does not use the trainer: the final model has the score in the record of its epoch.
     images, labels = torch.utils.data.default_collate([task.val[i] for i in range(len(task.val))])
     with torch.no_grad():
         assert (model(images).argmax(-1) == labels).float().mean().item() == pytest.approx(result["val_accuracy"])
@@ -125,10 +127,10 @@ def test_test_split_is_read_once_and_last(
     task.test.locked = True
     with pytest.raises(AssertionError, match="read too early"):
         run(replace(config, protocol=protocol), tmp_path, model=make_model(), task=task)
-    assert len(read_metrics(tmp_path / "metrics.jsonl", "epoch")) == config.epochs  # all of training came first
+    assert len(read_metrics(tmp_path / "metrics.jsonl", "epoch")) == config.epochs  # training has ended
     task.test.locked = False
     for data in others:
-        data.locked = True  # and nothing but the test split after it
+        data.locked = True  # from now on only the test split may be read
     run(replace(config, protocol=protocol), tmp_path, model=make_model(), task=task, resume=True)
     assert set(task.test.reads) == {1}
     read = {name: sum(data.reads) for name, data in zip(("train", "val", "trainval"), others, strict=True)}
@@ -173,7 +175,7 @@ def test_bf16_run(config: TrainConfig, task: Any, make_model: Callable[[], nn.Mo
     model = make_model()
     result = run(replace(config, amp="bf16"), tmp_path, model=model, task=task).summary
     assert result["test_accuracy"] > 0.25
-    with torch.no_grad():  # Accelerate's autocast is gone from the model that is left
+    with torch.no_grad():  # the final model no longer uses Accelerate's autocast
         assert model(torch.randn(1, 3, 28, 28)).dtype == torch.float32
         assert "autocast" not in repr(model.forward).lower()
 

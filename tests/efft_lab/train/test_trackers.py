@@ -1,4 +1,6 @@
-"""Experiment trackers get what metrics.jsonl gets."""
+"""Test that experiment trackers receive the same records as metrics.jsonl."""
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +16,7 @@ tracking = pytest.importorskip("accelerate.tracking", reason="training needs the
 
 
 class Notes(tracking.GeneralTracker):  # type: ignore[misc,name-defined]
-    """Keeps what it is given."""
+    """Keep all records in memory."""
 
     name, requires_logging_directory = "notes", False
 
@@ -25,7 +27,7 @@ class Notes(tracking.GeneralTracker):  # type: ignore[misc,name-defined]
         self.finished = 0
 
     @property
-    def tracker(self) -> "Notes":
+    def tracker(self) -> Notes:
         return self
 
     def store_init_configuration(self, values: dict[str, Any]) -> None:

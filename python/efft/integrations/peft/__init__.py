@@ -1,4 +1,4 @@
-"""EFFT as a method of ``peft``: importing this module registers it, also for ``peft.PeftModel.from_pretrained``.
+"""Provide EFFT as a method of ``peft``. Importing this module registers EFFT, also for saved adapters of ``peft``.
 
 from efft.integrations.peft import EfftPeftConfig
 model = peft.get_peft_model(model, EfftPeftConfig(r=16, target_modules="all-linear"))
@@ -19,15 +19,17 @@ from efft.integrations.peft.model import EfftModel
 
 __all__ = ["EfftLayer", "EfftModel", "EfftPeftConfig"]
 
-#: What adapters must have in common for ``peft.utils.hotswap``, which puts the tensors of one in another's place.
+#: Settings that two adapters must share for ``peft.utils.hotswap``, which replaces the tensors of one adapter by the
+#: tensors of another adapter.
 _SWAPPED_ALIKE = [
-    *("variant", "rank", "rank_pattern", "scale", "trainable_scale", "core_sharing", "bias"),
+    *("variant", "rank", "rank_pattern", "scale", "trainable_scale", "core_sharing", "bias", "norms"),
+    "layer_scale",
     *("targets", "exclude", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
 ]
 
 
 def _register() -> None:
-    """Make EFFT a member of peft's list of methods, which is an enum, and register it."""
+    """Add EFFT to peft's enum of methods and register it."""
     member = str.__new__(PeftType, "EFFT")
     member._name_ = member._value_ = "EFFT"
     type.__setattr__(PeftType, "EFFT", member)

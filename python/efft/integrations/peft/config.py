@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from peft import PeftConfig, PeftType
 
@@ -82,7 +82,9 @@ without it, `targets` chooses |
     | `layers_to_transform`, `layers_pattern` | - | as in LoRA; they narrow `targets` too |
     | `rank_pattern` | `rank` of a group | layers of another rank share a train of their own |
     | `modules_to_save` | `head` | ends of names; None finds the classifier, [] trains none |
-    | `bias` | - | `"none"`, `"all"` or `"efft_only"`: biases that are trained and saved too |
+    | `bias` | `bias` | `"none"`, `"all"` or `"efft_only"` (also `"adapted"`): biases that are trained \
+and saved too, by peft's rules: parameters of the name `bias`, of one adapter at most |
+    | - | `norms` | normalization layers are among the modules that are trained whole, a copy for each adapter |
     | `init_weights` | `init` | False draws all factors, so that the update is not zero: for tests |
 
     Raises:
@@ -102,13 +104,14 @@ without it, `targets` chooses |
     layers_pattern: str | list[str] | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     modules_to_save: list[str] | None = _modules_to_save
-    bias: str = "none"
+    bias: Literal["none", "all", "adapted", "efft_only"] = "none"  # type: ignore[assignment]  # peft's word too
     init_weights: bool = True
 
     def __post_init__(self) -> None:
         PeftConfig.__post_init__(self)
         EfftConfig.__post_init__(self)
         self.peft_type = PeftType.EFFT
+        self.bias = "efft_only" if self.bias == "adapted" else self.bias
         for name in ("exclude_modules", "layers_to_transform", "layers_pattern"):
             setattr(self, name, _to_list(getattr(self, name)))
         self.rank_pattern = dict(self.rank_pattern or {})
@@ -158,7 +161,11 @@ without it, `targets` chooses |
 
     def own(self, **changes: Any) -> EfftConfig:
         """The same settings as an :class:`efft.EfftConfig` of layers that are called alone, with these changed."""
-        return _OfLayers(**{f.name: getattr(self, f.name) for f in fields(EfftConfig)} | changes)
+        values = {f.name: getattr(self, f.name) for f in fields(EfftConfig)}
+        return _OfLayers(**{**values, "bias": "none", "norms": False, **changes})  # peft trains them itself
+
+    def _check_extras(self, bias: Any, norms: Any) -> None:
+        super()._check_extras("none", norms)  # bias has peft's values
 
 
 class _OfLayers(EfftConfig):

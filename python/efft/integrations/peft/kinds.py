@@ -1,4 +1,4 @@
-"""What an update ``(D G)ᵀ`` of a matrix ``[d_out, d_in]`` is for each kind of layer that peft adapts."""
+"""Apply an update ``(D G)ᵀ`` of a matrix ``[d_out, d_in]`` to each kind of layer that peft adapts."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _KINDS = (nn.Linear, Conv1D, nn.Embedding, *_CONVOLUTIONS)
 
 
 def why_not(layer: nn.Module) -> str | None:
-    """Return why a layer under peft cannot have an update, or None if it can."""
+    """Return the reason why a layer under peft cannot have an update, or None if it can have one."""
     if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "it is read by its nn.MultiheadAttention and never called"
     return None if isinstance(layer, _KINDS) else f"it is of type {type(layer).__name__}"
 
 
 def is_linear(layer: nn.Module) -> bool:
-    """Return whether the layer multiplies by one matrix, in either layout."""
+    """Return whether the layer multiplies by one matrix, in either memory layout."""
     return isinstance(layer, (nn.Linear, Conv1D))
 
 
@@ -48,7 +48,8 @@ def merge_(layer: Any, D: Tensor, G: Tensor) -> None:
 
 
 def beside(layer: Any, x: Tensor, D: Tensor, G: Tensor, y: Tensor) -> Tensor:
-    """Return what the update adds to the output ``y`` for the input ``x``, on the device and in the dtype of ``y``."""
+    """Return the term that the update adds to the output ``y`` for the input ``x``, with the device and dtype of
+    ``y``."""
     x = x.to(y.device)
     D, G = D.to(y.device, y.dtype), G.to(y.device, y.dtype)
     if isinstance(layer, nn.Embedding):
@@ -58,7 +59,7 @@ def beside(layer: Any, x: Tensor, D: Tensor, G: Tensor, y: Tensor) -> Tensor:
     if is_linear(layer):
         return (x @ D) @ G
     shape = layer.weight.shape
-    if layer.groups > 1:  # a kernel D for each group costs more than the dense kernel, which is small
+    if layer.groups > 1:  # one kernel D per group costs more than the small dense kernel
         grouped: Tensor = layer._conv_forward(x, (D @ G).t().reshape(shape), None)
         return grouped
     h = layer._conv_forward(x, D.t().reshape(-1, *shape[1:]), None)

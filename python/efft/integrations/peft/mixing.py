@@ -1,4 +1,4 @@
-"""The weighted sum of adapters as another adapter: exact, with the sum of their ranks."""
+"""Create an adapter that is exactly the weighted sum of other adapters. Its rank is the sum of their ranks."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from efft_kernels import TTFactors
 
 
 def mixed_config(adapters: Sequence[str], configs: dict[str, EfftPeftConfig], banks: Any) -> EfftPeftConfig:
-    """Return the settings of the sum of these adapters.
+    """Return the configuration for the sum of the given adapters.
 
     Raises:
-        ValueError: the factors of the adapters cannot be concatenated; the error says why.
+        ValueError: the factors of the adapters cannot be concatenated. The message gives the reason.
     """
     first, groups = configs[adapters[0]], banks[adapters[0]]
     for name in adapters:
@@ -31,6 +31,10 @@ def mixed_config(adapters: Sequence[str], configs: dict[str, EfftPeftConfig], ba
             raise ValueError(f"adapter {name!r} has its own modules or biases, which cannot be added up")
         if configs[name].core_sharing == "shared" and configs[name].trainable_scale == "matrix":
             raise ValueError(f"adapter {name!r} shares cores that each layer scales, and a sum has no such scales")
+        if configs[name].layer_scale is not None:
+            raise ValueError(
+                f"adapter {name!r} has its own diagonals (layer_scale), which shared factors cannot add up"
+            )
         if configs[name].rank_pattern:
             raise ValueError(f"adapter {name!r} has a rank_pattern: expected adapters with one rank per group")
     config = copy.copy(first)
@@ -64,6 +68,6 @@ def _outer(bank: TTFactors) -> tuple[Any, ...]:
 
 
 def _scale_cores(bank: TTFactors) -> Tensor:
-    """Return the cores times their scale."""
+    """Return the cores multiplied by their scale."""
     scale = bank.scale
     return bank.C * (scale[..., None, None] if isinstance(scale, Tensor) else scale)

@@ -1,4 +1,4 @@
-"""``EfftModel``: the tuner that peft puts around a model. It owns the factors."""
+"""Define ``EfftModel``, the tuner that peft wraps around a model. The tuner owns the factors."""
 
 from __future__ import annotations
 
@@ -16,25 +16,26 @@ from efft.integrations.peft import kinds
 from efft.integrations.peft.config import EfftPeftConfig
 from efft.integrations.peft.layer import EfftLayer, device_of, load, offload
 from efft.integrations.peft.mixing import fill, mixed_config
-from efft.integrations.peft.planning import exclusion, plan_adapter
+from efft.integrations.peft.planning import exclusion, plan_adapter, trained_norms
 from efft_kernels import Site, TTFactors
 from efft_kernels.nn.adapt import read_layers, replace_in_attributes
 
 
 class _Banks(nn.ModuleDict):
-    """The banks, by the name of the adapter and then of the group."""
+    """The modules that hold the factors (banks), by the names of the adapter and the group."""
 
     configs: dict[str, Any]
 
     @property
     def scaling(self) -> dict[str, float]:
-        """s by the name of the adapter, under the name by which ``peft.utils.hotswap`` compares it."""
+        """Scale s of each adapter by name. ``peft.utils.hotswap`` compares scales through this attribute."""
         known = {name: config for name, config in self.configs.items() if config.lora_alpha is not None}
         return {name: config.lora_alpha / config.r for name, config in known.items()}
 
 
 class EfftModel(BaseTuner):
-    """A model adapted by EFFT under peft. Its ``efft_banks`` owns the factors: by adapter, then by group."""
+    """A model adapted by EFFT under peft. ``efft_banks`` owns the factors, by the names of the adapter and the
+    group."""
 
     prefix = "efft_"
     tuner_layer_cls = EfftLayer
@@ -64,6 +65,7 @@ class EfftModel(BaseTuner):
         banks: Any = nn.ModuleDict()
         with _plain(model):
             plan = plan_adapter(model, config)
+            whole = [*plan.head, *trained_norms(model, plan.head)] if config.norms else plan.head
             _check_kinds(model, [name for group in plan.groups for name in group.sites])
             for group in plan.groups:
                 layer = model.get_submodule(next(iter(group.sites)))
@@ -75,7 +77,7 @@ class EfftModel(BaseTuner):
                 sites.update({name: (factors, site) for name, site in group.sites.items()})
                 banks[group.name] = factors
         self._check_names(adapter_name, banks)
-        config.modules_to_save = plan.head
+        config.modules_to_save = whole
         config.settle(plan.groups, banks)
         config.choose(sites)
         earlier = {p: p.requires_grad for p in self.efft_banks.parameters()}
@@ -96,16 +98,17 @@ class EfftModel(BaseTuner):
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "cat"
     ) -> None:
-        """Add the weighted sum of adapters as another adapter. It is exact, and its ranks are the sums of theirs.
+        """Add the exact weighted sum of adapters as another adapter, whose ranks are the sums of the adapters' ranks.
 
         Args:
             adapters: names of adapters of the same layers.
             weights: one factor per adapter.
-            adapter_name: name of the sum. If there is such an adapter already, nothing is done, as in LoRA.
+            adapter_name: name of the sum. As in LoRA, nothing is done if an adapter with this name exists.
             combination_type: ``"cat"``.
 
         Raises:
-            ValueError: a name or the combination is unknown, or the adapters cannot be added up; the error says why.
+            ValueError: a name or the combination is unknown, or the adapters cannot be added. The message gives the
+                reason.
         """
         if combination_type != "cat":
             raise ValueError(f"combination_type must be 'cat', which is exact, got {combination_type!r}")
@@ -125,12 +128,13 @@ class EfftModel(BaseTuner):
         """Remove an adapter and its factors."""
         super().delete_adapter(adapter_name)
         for layer in self._layers():
-            if adapter_name in layer.efft_bindings:  # peft skips names that have this method's prefix
+            if adapter_name in layer.efft_bindings:  # peft skips names with the prefix of this method
                 BaseTunerLayer.delete_adapter(layer, adapter_name)
         del self.efft_banks[adapter_name]
 
     def _check_names(self, adapter_name: str, banks: nn.ModuleDict) -> None:
-        """Raise ValueError if an adapter is named like a group, since peft recognizes tensors by adapters' names."""
+        """Raise ValueError if an adapter has the name of a group, because peft recognizes tensors by the adapter's
+        name."""
         adapters = {**getattr(self, "efft_banks", {}), adapter_name: banks}
         for groups in adapters.values():
             if clash := set(groups) & set(adapters):
@@ -175,10 +179,10 @@ class EfftModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Let a batch with ``adapter_names`` use the adapter of each sample, in layers and heads.
+        """Select the adapter of each sample in layers and heads for a batch with ``adapter_names``.
 
         Raises:
-            ValueError: the model is in training mode, or there is no adapter of a name.
+            ValueError: the model is in training mode, or no adapter has one of the names.
         """
         names = kwargs.get("adapter_names")
         if names is None:
@@ -192,7 +196,7 @@ class EfftModel(BaseTuner):
         beams = kwargs.get("num_beams")
         in_decoder = [name for name in names for _ in range(beams)] if isinstance(beams, int) else names
         encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
-        # The encoder runs before the beams split.
+        # The encoder runs before generation expands the batch for beam search.
         in_encoder = set() if encoder in (None, self.model) else set(encoder.modules())
         handles = [
             module.register_forward_pre_hook(
@@ -212,7 +216,7 @@ class EfftModel(BaseTuner):
         return (module for module in self.model.modules() if isinstance(module, EfftLayer))
 
     def _prepare(self, model: nn.Module, args: Any) -> None:
-        """Contract all cores of the active adapters together, unless they are merged or switched off."""
+        """Contract all cores of the active adapters together, unless the adapters are merged or disabled."""
         layer = next(self._layers())
         if not (layer.disable_adapters or layer.merged):
             for name in self._mixed or self.active_adapters:
@@ -230,7 +234,7 @@ class EfftModel(BaseTuner):
         for layer, _ in read.values():
             layer.was_read = False
         missed = {name: reader for name, (layer, reader) in read.items() if unused & set(layer.bindings)}
-        if missed and output is not None:  # None where the pass has failed
+        if missed and output is not None:  # None if the forward pass has failed
             name, reader = next(iter(missed.items()))
             raise RuntimeError(
                 f"the update of {name!r} had no effect: {reader} reads the layer's weight and does not call the layer "
@@ -266,7 +270,11 @@ def _name_adapters(module: nn.Module, args: Any, kwargs: Any, *, adapter_names: 
 
 
 def _dtype(layer: nn.Module, autocast_adapter_dtype: bool) -> torch.dtype:
-    """The dtype of factors beside a layer: its own, or at least fp32, as for any weight that is not of floats."""
+    """Return the dtype for the factors of a layer.
+
+    It is the dtype of the weight, promoted to at least fp32 if ``autocast_adapter_dtype`` is True or if the weight does
+    not hold floating-point numbers.
+    """
     weight = layer.weight
     assert isinstance(weight, Tensor)
     narrow = weight.is_floating_point() and not autocast_adapter_dtype

@@ -1,4 +1,4 @@
-"""The plan of an adapter under peft: which layers it adapts, and which of them share factors."""
+"""Plan an adapter under peft: which layers are adapted, and which of them share factors."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import nn
 
 from efft.adapting.heads import find_head
 from efft.integrations.peft.config import EfftPeftConfig
+from efft.planning.extras import Extras, find_extras
 from efft.planning.names import matcher
 from efft.planning.plan import Plan, make_plan, warn_of_untouched
 from efft.planning.structure import Weight, structure_of
@@ -24,7 +25,7 @@ def plan_adapter(model: nn.Module, config: EfftPeftConfig) -> Plan:
     """Plan the adapter on a model with its original layers, and replace ``target_modules="all-linear"`` by names.
 
     Raises:
-        ValueError: the configuration does not fit the model; it says why.
+        ValueError: the configuration does not fit the model. The message gives the reason.
     """
     head = _head(model, config)
     if config.chosen_by_targets and config.exclude_modules is None and config.layers_to_transform is None:
@@ -36,7 +37,7 @@ def plan_adapter(model: nn.Module, config: EfftPeftConfig) -> Plan:
     elif config.chosen_by_targets:
         plan = make_plan(model, config.own(head=head))
         names = [name for group in plan.groups for name in group.sites]
-        # layers_to_transform does not narrow entries that are whole names.
+        # layers_to_transform does not restrict entries that are whole names.
         found = _matcher(config, [name.rpartition(".")[2] for name in names], head)
         names = [name for name in names if found(name)]
     else:
@@ -44,7 +45,7 @@ def plan_adapter(model: nn.Module, config: EfftPeftConfig) -> Plan:
         if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
             every = _maybe_include_all_linear_layers(_settings(config, config.target_modules, head), model)
             config.target_modules = [name for name, _ in model.named_modules() if name in every.target_modules]
-            # Comparing all names as endings would take long.
+            # Comparing all names as endings would be slow.
             candidates, found = config.target_modules, _matcher(config, ".*", head)
         else:
             candidates, found = dict(model.named_modules()), _matcher(config, config.target_modules, head)
@@ -54,7 +55,7 @@ def plan_adapter(model: nn.Module, config: EfftPeftConfig) -> Plan:
             if not excluded:
                 raise ValueError(f"exclude: {pattern!r} matches none of the layers that target_modules names")
             names = [name for name in names if name not in excluded]
-        if config.modules_to_save is None:  # an adapted classifier is not trained as a whole
+        if config.modules_to_save is None:  # a classifier that is adapted is not a head
             head = [h for h in head if not any(f"{name}.".startswith(f"{h}.") for name in names)]
     if not names:
         raise NoMatchingPeftModuleError(
@@ -66,13 +67,24 @@ def plan_adapter(model: nn.Module, config: EfftPeftConfig) -> Plan:
     return _plan_of(model, config, names, head)
 
 
+def trained_norms(model: nn.Module, head: Iterable[str]) -> list[str]:
+    """Return the names of the normalization layers outside the head, in which those of a saved adapter are already.
+
+    Raises:
+        ValueError: the model has none at all.
+    """
+    trained = find_extras(model, Extras(norms=True), {}, [])
+    inside = tuple(f"{name}." for name in head)
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in trained if not name.startswith(inside)))
+
+
 def exclusion(config: EfftPeftConfig, name: str) -> Any:
     """Return False, or the false value by which peft notes that ``exclude_modules`` has matched a name."""
     return check_target_module_exists(_settings(config, ".*", []), name) and False
 
 
 def _plan_of(model: nn.Module, config: EfftPeftConfig, names: list[str], head: list[str]) -> Plan:
-    """Return the plan of exactly these layers. Layers of different ranks do not share factors."""
+    """Return the plan for exactly the given layers. Layers of different ranks do not share factors."""
     weights = _weights(model, config, names, head)
     layers: dict[int, list[str]] = {}
     for name in names:
@@ -109,7 +121,7 @@ def _weights(model: nn.Module, config: EfftPeftConfig, names: list[str], head: l
 def _groups(
     model: nn.Module, config: EfftPeftConfig, weights: dict[str, Weight], changes: dict[str, Any]
 ) -> Sequence[Any]:
-    """Return the groups of these layers as in the paper or, if their shapes do not allow that, by shape."""
+    """Return the groups of the given layers as in the paper or, if the shapes do not allow this, grouped by shape."""
     try:
         own = config.own(targets=list(weights), **changes)
         return own.groups(model, [known_target(weight) for weight in weights.values()])
@@ -118,12 +130,15 @@ def _groups(
 
 
 def _end(name: str, ends: Iterable[str]) -> str:
-    """Return the ending, of those given, that a group's name has."""
+    """Return the given ending that matches the name of a group."""
     return next((end for end in ends if end and name.endswith(end)), "")
 
 
 def _head(model: nn.Module, config: EfftPeftConfig) -> list[str]:
-    """Return the modules to train as a whole. peft matches endings, and for some tasks adds usual classifiers."""
+    """Return the modules of which all parameters are trained.
+
+    peft matches endings of names, and it adds the usual classifiers for some tasks.
+    """
     if config.modules_to_save is None:
         return find_head(model, None)
     ends = tuple(config.modules_to_save)
@@ -131,7 +146,7 @@ def _head(model: nn.Module, config: EfftPeftConfig) -> list[str]:
 
 
 def _settings(config: EfftPeftConfig, target_modules: Any, head: list[str]) -> SimpleNamespace:
-    """Return the settings that peft's own rules read."""
+    """Return the settings that peft's own matching rules read."""
     return SimpleNamespace(
         target_modules=target_modules,
         exclude_modules=config.exclude_modules,
@@ -144,6 +159,6 @@ def _settings(config: EfftPeftConfig, target_modules: Any, head: list[str]) -> S
 
 
 def _matcher(config: EfftPeftConfig, target_modules: Any, head: list[str]) -> Callable[[str], bool]:
-    """Return a function that tells whether peft's rules choose a name."""
+    """Return a function that checks whether peft's rules select a name."""
     settings = _settings(config, target_modules, head if config.modules_to_save is not None else [])
     return lambda name: bool(check_target_module_exists(settings, name))

@@ -1,4 +1,4 @@
-"""``python -m benchmarks extras``: pack, run or sum up."""
+"""Run ``python -m benchmarks extras``: pack the data, run settings, or summarize the results."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ TASKS = ("orientation", "count", "cifar10", "x-location", "animal-silhouettes", 
 
 
 def family(name: str) -> str:
-    """Settings that differ in their rate alone are of one family: ``lora r8`` of ``lora r8 lr 0.001``."""
+    """Return the family of a setting, whose settings differ only in their rate: ``lora r8`` of ``lora r8 lr 0.001``."""
     return name.split(" lr ")[0]
 
 
 def means(rows: Iterable[Mapping[str, Any]], role: str) -> dict[str, dict[str, float]]:
-    """Setting to task to mean accuracy over seeds, of the rows that have one; a failed run has 0."""
+    """Return by setting and task the mean accuracy over seeds, from the rows that have one; a failed run has 0."""
     found: dict[str, dict[str, list[float]]] = {}
     for row in rows:
         if row.get(f"{role}_accuracy") is not None:
@@ -42,8 +42,10 @@ def means(rows: Iterable[Mapping[str, Any]], role: str) -> dict[str, dict[str, f
 
 
 def chosen(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], str]:
-    """(family, task) to the setting whose validation accuracy is best, the first of equals; where no run of the stage
-    ``search`` is there, by the accuracy on ``dev``."""
+    """Return for each (family, task) the setting with the best validation accuracy, the first among equals.
+
+    If there are no runs of the stage ``search``, the accuracy on ``dev`` decides.
+    """
     best: dict[tuple[str, str], tuple[float, str]] = {}
     for role in ("val", "dev"):
         of_role: dict[tuple[str, str], tuple[float, str]] = {}
@@ -57,8 +59,10 @@ def chosen(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], str]:
 
 
 def summarize(rows: Sequence[Mapping[str, Any]], role: str = "dev") -> str:
-    """Mean accuracy of each setting over the tasks, best first. A family with several rates has a line with ``*``: each
-    task has the rate there that :func:`chosen` takes."""
+    """Return a table of the mean accuracy of each setting over the tasks, the best first.
+
+    A family with several rates has a line marked ``*``, in which each task has the rate that :func:`chosen` takes.
+    """
     table = means(rows, role)
     trained = {row["variant"]: row["trained"] for row in rows}
     runs = Counter(row["variant"] for row in rows if row.get(f"{role}_accuracy") is not None)
@@ -77,10 +81,14 @@ def summarize(rows: Sequence[Mapping[str, Any]], role: str = "dev") -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Pack, run or sum up."""
-    parser = argparse.ArgumentParser(description=extras.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Pack the data, run settings, or summarize the results."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks extras",
+        description=extras.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("command", choices=["pack", "run", "summary"])
-    parser.add_argument("--folder", type=Path, default=Path("packed"), help="of the packed files")
+    parser.add_argument("--folder", type=Path, default=Path("packed"), help="folder of the packed files")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
     parser.add_argument(
         "--list", default="explore", help="a list of efft_lab.studies.extras.lists, or a JSON file of variants"
@@ -88,12 +96,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--names", nargs="+", help="only settings whose name begins with one of these")
     parser.add_argument("--stage", choices=sorted(ROLES), default="explore")
     parser.add_argument("--seeds", nargs="+", type=int)
-    parser.add_argument("--epochs", type=int, help="instead of those of the settings")
+    parser.add_argument("--epochs", type=int, help="number of epochs, instead of that of each setting")
     parser.add_argument("--drop-path", type=float, default=0.0)
-    parser.add_argument("--chosen", type=Path, help="rows that say which setting of each family to run on each task")
+    parser.add_argument(
+        "--chosen", type=Path, help="result file that says which setting of each family to run on each task"
+    )
     parser.add_argument("--seconds", type=float, default=200)
     parser.add_argument("--workers", type=int, default=4)
-    parser.add_argument("--most", type=int, default=48, help="runs at once in a process")
+    parser.add_argument("--most", type=int, default=48, help="number of runs at once in a process")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--graph", action="store_true")
     parser.add_argument("--commit")

@@ -6,14 +6,14 @@ from typing import Any
 
 from efft_lab.studies.extras.variants import Variant
 
-#: LoRA's targets in the suite.
+#: The layers that LoRA adapts in the suite.
 _LINEARS = ["qkv", "proj", "fc1", "fc2"]
 
 
 def shared(
     rank: Any, extras: float = 0, cores: float = 1, label: str = "", variant: str = "efft2", **fields: Any
 ) -> Variant:
-    """EFFT with all biases and norms at ``extras`` times the rate, and cores at ``cores`` times."""
+    """Return EFFT with all biases and norms at ``extras`` times the rate, and cores at ``cores`` times the rate."""
     rates = {**({"biases": extras, "norms": extras} if extras else {}), "cores": cores, **fields.pop("rates", {})}
     settings = {"variant": variant, "rank": rank, **fields.pop("settings", {})}
     name = f"{variant} r{rank} x{extras:g} c{cores:g}" + (f" {label}" if label else "")
@@ -21,34 +21,34 @@ def shared(
 
 
 def lora(rank: int, lr: float, extras: float = 0) -> Variant:
-    """LoRA of peft on all linear layers, with biases and norms at ``extras`` times the rate."""
+    """Return LoRA of peft on all linear layers, with biases and norms at ``extras`` times the rate."""
     rates = {"biases": extras, "norms": extras} if extras else {}
     name = f"lora r{rank}" + (f" x{extras:g}" if extras else "") + f" lr {lr:g}"
     return Variant(name, "peft_lora", {"rank": rank, "targets": _LINEARS}, lr, rates)
 
 
 def alone(lr: float, **rates: float) -> Variant:
-    """No update of a matrix."""
+    """Return a setting that trains these kinds of parameters and does not update any matrix."""
     return Variant(f"{'+'.join(rates)} alone lr {lr:g}", "linear", lr=lr, rates=rates)
 
 
 def best(rank: Any, label: str = "", **fields: Any) -> Variant:
-    """EFFT with all biases and norms, and cores, at three times the rate: the best that was seen before."""
+    """Return EFFT with all biases, norms and cores at three times the rate, which was the best setting seen before."""
     return shared(rank, 3, 3, label, **fields)
 
 
 def explore() -> list[Variant]:
-    """What to look at first."""
+    """Return the settings to explore first."""
     found = [
-        # Today's default, the rival with the rates of its grid, and the best of the first table.
+        # The current default, the rival with the rates of its grid, and the best setting of the first table.
         shared(16),
         *(lora(8, lr) for lr in (3e-4, 1e-3, 3e-3)),
         best(8),
         *(lora(8, lr, 1) for lr in (5e-4, 1e-3)),
         lora(8, 1e-3, 3),
-        # Rank at about 118 k, 104 k, 87 k, 73 k.
+        # The rank, at about 118 k, 104 k, 87 k and 73 k parameters.
         *(best(rank) for rank in (15, 12, 4)),
-        # Rates of the extras and the cores.
+        # The rates of the extras and the cores.
         *(shared(8, extras, cores) for extras, cores in ((6, 3), (10, 3), (1, 3), (3, 1), (6, 6), (3, 6), (10, 6))),
         *(shared(15, extras, cores) for extras, cores in ((6, 3), (10, 3), (6, 6), (3, 1), (3, 6))),
         *(shared(15, 3, 3, f"lr{lr:g}", lr=lr) for lr in (5e-4, 2e-3, 3e-3)),
@@ -56,14 +56,14 @@ def explore() -> list[Variant]:
         # How far a step moves the weights.
         *(best(15, label=f"movement{m:g}", movement=m) for m in (0.1, 0.2, 0.5)),
         *(best(8, label=f"movement{m:g}", movement=m) for m in (0.1, 0.2, 0.5)),
-        # Rivals of equal size.
+        # Rivals of the same size.
         *(lora(2, lr, 1) for lr in (1e-3, 2e-3)),
         lora(2, 1e-3, 3),
         *(lora(1, lr, 1) for lr in (1e-3, 2e-3)),
         lora(1, 1e-3, 3),
         *(lora(2, lr) for lr in (1e-3, 3e-3)),
         *(lora(1, lr) for lr in (1e-3, 3e-3)),
-        # At most 59 k: what of the extras is worth its parameters?
+        # At most 59 k parameters: which extras are worth their parameters?
         shared(15, 0, 3),
         shared(10, 0, 3, "norms3", rates={"norms": 3}),
         shared(10, 0, 3, "norms10", rates={"norms": 10}),
@@ -85,11 +85,11 @@ def explore() -> list[Variant]:
             best(15, label=f"U{u:g} V{v:g}", rates={"sides.U": u, "sides.V": v})
             for u, v in ((0.3, 1), (3, 1), (1, 3), (1, 0.3), (0, 1))
         ),
-        # One train for all, at its best rank.
+        # One train for all matrices, at its best rank.
         best(20, variant="efft1"),
         shared(15, 0, 3, "norms3", "efft1", rates={"norms": 3}),
         shared(21, 0, 3, "", "efft1"),
-        # Other geometry of the steps, other starts.
+        # Preconditioned steps, and other starts.
         best(15, label="precondition", precondition=True),
         shared(15, 3, 1, "precondition", precondition=True),
         best(8, label="precondition", precondition=True),
@@ -98,16 +98,16 @@ def explore() -> list[Variant]:
         best(15, label="u", settings={"init": "u"}),
         best(15, label="uv", settings={"init": "uv"}),
         best(15, label="vu", settings={"init": "vu"}),
-        # An update of rank 1 that each layer has alone.
+        # An additional update of rank 1 in each layer, which is not shared.
         shared(8, 0, 3, "own1", own=1),
         shared(4, 0, 3, "own1 norms3", own=1, rates={"norms": 3}),
         shared(4, 0, 3, "own1 norms3 B3", own=1, rates={"norms": 3, "own_B": 3}),
-        # Dropout of factors.
+        # Dropout of the factors.
         *(best(15, label=f"dropout{p:g}", settings={"dropout": p}) for p in (0.02, 0.05, 0.1)),
-        # Where the ranks go.
+        # The distribution of the ranks.
         best({"mhsa": 20, "ffn": 9}),
         best({"mhsa": 8, "ffn": 17}),
-        # Without updates; other methods.
+        # Settings without updates of matrices, and other methods.
         *(alone(lr, biases=1, norms=1) for lr in (1e-3, 3e-3, 1e-2)),
         *(alone(lr, norms=1) for lr in (3e-3, 1e-2)),
         Variant("fact_tt r16 x3 lr 1e-3", "fact_tt", {"rank": 16, "scale": 10.0}, rates={"biases": 3, "norms": 3}),
@@ -117,7 +117,7 @@ def explore() -> list[Variant]:
 
 
 def rivals() -> list[Variant]:
-    """What the method has to beat, with the rates to choose from on validation images."""
+    """Return the settings that the method has to beat, with the rates to choose from on validation images."""
     rates = (3e-4, 1e-3, 3e-3)
     return [
         shared(16),
@@ -133,7 +133,7 @@ def rivals() -> list[Variant]:
 
 
 def smoke() -> list[Variant]:
-    """One setting of every structure, to see that everything runs."""
+    """Return one setting of every structure, to check that everything runs."""
     seen: dict[str, Variant] = {}
     for variant in explore():
         seen.setdefault(variant.structure(), variant)

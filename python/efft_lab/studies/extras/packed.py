@@ -1,4 +1,4 @@
-"""What a machine without network needs: the backbone, and the images of every seed."""
+"""Pack the backbone and the images of every seed, for a machine without network."""
 
 from __future__ import annotations
 
@@ -14,17 +14,19 @@ from torch import Tensor
 from efft_lab import data
 from efft_lab.train import TrainConfig, build
 
-#: Seeds of the suite, and seeds of the exploration.
+#: The seeds of the suite, and the seeds of the exploration.
 SEEDS, EXPLORED = (0, 1, 2, 3, 4), (10, 11, 12, 13)
-#: Images to judge settings by, at most.
+#: The largest number of images by which settings are judged.
 DEV = 800
-#: Images that a run of the exploration trains on.
+#: The number of images on which a run of the exploration trains.
 TRAINED = 1000
 
 
 def pack_task(name: str, folder: Path, fields: Mapping[str, Any]) -> Path:
-    """Write the images that the seeds use, at their own size or the model's, whichever is smaller, and which of them
-    have which role."""
+    """Write the images that the seeds use, and the role of each image.
+
+    Images that are larger than the input of the model are resized to the size of the input.
+    """
     size = fields["image_size"]
     options: Any = {"image_size": size, "max_test": fields["max_test"]}
     tasks = {seed: data.load(name, seed=seed, **options) for seed in SEEDS}
@@ -56,7 +58,7 @@ def pack_task(name: str, folder: Path, fields: Mapping[str, Any]) -> Path:
 
 
 def _resized(image: Any, size: int) -> Any:
-    """As ``efft_lab.data.Preprocess`` does."""
+    """Return the image at ``size``, as ``efft_lab.data.Preprocess`` resizes it."""
     from PIL import Image
 
     return np.array(image.resize((size, size), Image.Resampling.BICUBIC))
@@ -78,7 +80,7 @@ def _all_resized(pixels: Any, size: int) -> Any:  # uint8 [n, s, s, 1 or 3]
 
 
 def pack_base(folder: Path, fields: Mapping[str, Any], classes: Iterable[int]) -> Path:
-    """Write the backbone, matrices in bf16 (as autocast reads them), and the classifiers that each seed starts from."""
+    """Write the backbone, with matrices in bf16 (as autocast reads them), and the initial classifiers of each seed."""
     config = TrainConfig.from_dict({**fields, "method": "linear"})
     state = build.create_model(config, 0).state_dict()
     rounded = {n: v.to(torch.bfloat16) if v.dim() > 1 and n.endswith(".weight") else v for n, v in state.items()}
@@ -91,7 +93,7 @@ def pack_base(folder: Path, fields: Mapping[str, Any], classes: Iterable[int]) -
     arrays: dict[str, Any] = {}
     for name, value in rounded.items():
         plain = value.contiguous().view(torch.int16) if value.dtype == torch.bfloat16 else value
-        if value.dtype == torch.bfloat16:  # the bytes of the exponents pack well on their own
+        if value.dtype == torch.bfloat16:  # the bytes of the exponents compress well when they are stored separately
             planes = plain.numpy().view(np.uint8).reshape(*value.shape, 2)
             arrays |= {f"{name}/low": planes[..., 0].copy(), f"{name}/high": planes[..., 1].copy()}
         else:
@@ -101,7 +103,7 @@ def pack_base(folder: Path, fields: Mapping[str, Any], classes: Iterable[int]) -
 
 
 def read_base(folder: Path) -> dict[str, Tensor]:
-    """What :func:`pack_base` wrote, in fp32."""
+    """Return the tensors that :func:`pack_base` wrote, in fp32."""
     found: dict[str, Tensor] = {}
     with np.load(folder / "base.npz") as file:
         for name in file.files:
@@ -115,13 +117,13 @@ def read_base(folder: Path) -> dict[str, Tensor]:
 
 
 class Packed:
-    """What was packed, on a device.
+    """The packed data on a device.
 
     Args:
-        folder: with the files.
-        tasks: names of those to read.
-        fields: of `TrainConfig`.
-        device: where the images go.
+        folder: the folder with the files.
+        tasks: names of the tasks to read.
+        fields: fields of :class:`~efft_lab.train.TrainConfig`.
+        device: the device of the images.
     """
 
     def __init__(
@@ -151,5 +153,5 @@ class Packed:
         self.pixels, self.labels = torch.cat(pixels).to(device), torch.cat(labels).to(device)
 
     def head(self, task: str, seed: int) -> dict[str, Tensor]:
-        """The classifier that a run starts with."""
+        """Return the initial classifier of a run."""
         return {f"head.{k}": self.heads[f"heads/{seed}/{self.classes[task]}.{k}"] for k in ("weight", "bias")}

@@ -1,4 +1,4 @@
-"""Runs in stacks, by several processes, until the time is over."""
+"""Run settings in stacks, in several processes, until the time is over."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from efft_lab.studies.extras.variants import Run, Variant, config_of, kind_of, r
 from efft_lab.studies.stacked import Stack, Start
 from efft_lab.train.build import EpochBatches
 
-#: Stage to the images that it trains on.
+#: The images on which each stage trains.
 ROLES = {"explore": "explore", "search": "train", "final": "trainval"}
 
 
 def batches_of(runs: Sequence[Run], packed: Packed, epochs: int, batch: int) -> Tensor:
-    """Positions of each step's images, in the trainer's order, [steps, K, batch]."""
+    """Return the positions of each step's images, in the trainer's order, [steps, K, batch]."""
     found = []
     for run in runs:
         images = packed.roles[run.task, f"{ROLES[run.stage]}/{run.seed}"]
@@ -47,7 +47,7 @@ def train_stack(
     due: Any = lambda: False,
     starts: dict[Any, Start] | None = None,
 ) -> list[dict[str, Any]]:
-    """Rows of runs of one structure and stage; none where the time was over before they ended."""
+    """Train runs of one structure and stage and return their rows, or no rows if the time ran out before they ended."""
     clock = time.perf_counter()
     variant = runs[0].variant
     starts = {} if starts is None else starts
@@ -111,18 +111,19 @@ def train_stack(
 
 
 def settings_of(variant: Variant) -> dict[str, Any]:
-    """What differs from a plain variant."""
+    """Return the settings in which a variant differs from a plain one."""
     plain = Variant("")
     values = {f.name: getattr(variant, f.name) for f in dataclasses.fields(variant)}
     return {k: v for k, v in values.items() if k != "name" and v != getattr(plain, k)}
 
 
 def stacks(runs: Iterable[Run], most: int, full: int) -> Iterator[list[Run]]:
-    """Runs of a list in stacks of one structure and stage, in the order of the first of each.
+    """Yield the runs of a list in stacks of one structure and stage, in the order of the first of each.
 
     Args:
-        runs: in order of importance.
-        most: runs of a stack; ``full``: of method full.
+        runs: the runs, in order of importance.
+        most: largest number of runs in a stack.
+        full: largest number of runs in a stack of the method ``full``.
     """
     open_: dict[str, list[list[Run]]] = {}
     order: list[list[Run]] = []
@@ -153,7 +154,7 @@ def work(
     torch.backends.cuda.matmul.allow_tf32 = False
     packed = Packed(folder, tasks, fields, device)
     starts: dict[Any, Start] = {}
-    pace = 0.0  # seconds of a run's step
+    pace = 0.0  # measured seconds per run and step
     print(f"worker {index}: ready, {deadline - time.time():.0f} s left", flush=True)
     while True:
         try:
@@ -169,7 +170,7 @@ def work(
         except Exception as error:
             rows = []
             print(f"worker {index}: {runs[0].variant.name}: {type(error).__name__}: {error}", flush=True)
-            if graph:  # what a graph cannot hold, plain launches can
+            if graph:  # plain launches may work where a graph does not
                 rows = _again(runs, packed, fields, device, deadline, starts, index)
         if device != "cpu":
             torch.cuda.empty_cache()
@@ -215,19 +216,20 @@ def run_list(
     commit: str | None = None,
     fields: Mapping[str, Any] | None = None,
 ) -> None:
-    """Work off runs in order with several processes; rows are appended to ``out`` as stacks end.
+    """Process runs in order in several processes; append rows to ``out`` whenever a stack ends.
 
     Args:
-        runs: in order of importance.
-        folder: packed.
-        out: JSON lines.
-        seconds: the time from now; no stack starts that would not end in it.
-        workers: processes.
-        most: runs of a stack; ``full``: of method full.
-        device: of all of them.
-        graph: replay each step as a CUDA graph.
-        commit: for the rows, where there is no checkout.
-        fields: of `TrainConfig`; by default the suite's.
+        runs: the runs, in order of importance.
+        folder: the folder of the packed files.
+        out: the file of JSON lines to append to.
+        seconds: the time from now; a stack that would not end within it does not start.
+        workers: number of processes.
+        most: largest number of runs in a stack.
+        full: largest number of runs in a stack of the method ``full``.
+        device: the device of all processes.
+        graph: whether each step is replayed as a CUDA graph.
+        commit: the commit to record in the rows if there is no checkout.
+        fields: fields of :class:`~efft_lab.train.TrainConfig`; by default those of the suite.
     """
     deadline = time.time() + seconds
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -247,5 +249,5 @@ def run_list(
 
 
 def runs_of(variants: Iterable[Variant], tasks: Sequence[str], seeds: Sequence[int], stage: str) -> list[Run]:
-    """Every setting on every task, one setting after the other."""
+    """Return a run of every setting on every task, one setting after the other."""
     return [Run(variant, task, seed, stage) for variant in variants for seed in seeds for task in tasks]

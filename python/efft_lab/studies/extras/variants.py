@@ -1,4 +1,4 @@
-"""Settings, and where their runs start."""
+"""Define the settings of the study and create the initial parameters of their runs."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from efft_lab.train.methods import METHODS
 
 #: The linear layers of a block.
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-#: Kinds of parameters that a setting trains whether it names them or not.
+#: The kinds of parameters that every setting trains.
 OWN = ("sides", "cores", "lora_A", "lora_B", "own_A", "own_B", "head")
-#: Kinds that a layer has only where a setting names them.
+#: The kinds of parameters that a layer has only if a setting names them.
 SPECIAL = ("diagonal_in", "diagonal_out", "gain")
 
 
@@ -30,19 +30,20 @@ class Variant:
     """One setting.
 
     Attributes:
-        name: of the row.
-        method: efft, fact_tt, peft_lora, linear (with ``rates``: what these name alone) or full.
+        name: name of the row.
+        method: efft, fact_tt, peft_lora, linear (with ``rates``: only what these name is trained) or full.
         settings: fields of the method's configuration.
         lr: peak rate.
-        rates: kind of parameter to a multiple of ``lr``. Kinds: sides (or sides.U, sides.V), cores, lora_A, lora_B,
-            own_A, own_B, head: 1 if not named. biases (or biases.qkv, .proj, .fc1, .fc2), norms (or norms.weight,
-            norms.bias), gammas (of layer scales), diagonal_in and diagonal_out (of updates), gain (of the outputs of
-            frozen layers): 0 if not named. Method full trains everything.
-        movement: of the automatic scale, see :data:`efft_kernels.nn.initialization.MOVEMENT`.
-        own: rank of an update of LoRA's kind that each layer has beside the shared factors.
-        start: "paper", or "orthogonal": sides with orthonormal columns, cores orthogonal matrices, norms unchanged.
+        rates: the rate of each kind of parameter, as a multiple of ``lr``. These kinds have 1 if they are not named:
+            sides (or sides.U, sides.V), cores, lora_A, lora_B, own_A, own_B, head. These have 0: biases (or
+            biases.qkv, .proj, .fc1, .fc2), norms (or norms.weight, norms.bias), gammas (of layer scales), diagonal_in
+            and diagonal_out (of updates), gain (of the outputs of frozen layers). The method full trains everything.
+        movement: movement of the automatic scale, see :data:`efft_kernels.nn.initialization.MOVEMENT`.
+        own: rank of an additional update in LoRA's form, which each layer has beside the shared factors.
+        start: "paper", or "orthogonal": sides have orthonormal columns and cores are orthogonal matrices, with the same
+            norms.
         precondition: see :meth:`efft_lab.studies.stacked.Stack.preconditioned`.
-        epochs: of training.
+        epochs: number of epochs of training.
     """
 
     name: str
@@ -57,20 +58,20 @@ class Variant:
     epochs: int = 10
 
     def rate(self, kind: str) -> float:
-        """Peak rate of a kind of parameter; 0 where it stays as it is."""
+        """Return the peak rate of a kind of parameter, or 0 if it is not trained."""
         family = kind.split(".")[0]
         default = 1.0 if self.method == "full" or family in OWN else 0.0
         return self.lr * self.rates.get(kind, self.rates.get(family, default))
 
     def structure(self) -> str:
-        """What runs of one stack have in common."""
+        """Return a text that is equal for all variants whose runs can share a stack."""
         settings = {k: v for k, v in self.settings.items() if k not in ("alpha", "core_init", "init", "scale")}
         settings["dropout"] = bool(settings.get("dropout"))
         special = sorted(kind for kind in SPECIAL if kind in self.rates)
         return json.dumps([self.method, settings, special, self.own, self.precondition, self.epochs])
 
     def key(self) -> str:
-        """What decides where its runs start."""
+        """Return a text that is equal for all variants whose runs have the same initial parameters."""
         special = sorted(kind for kind in SPECIAL if kind in self.rates)
         return json.dumps([self.method, self.settings, special, self.movement, self.own, self.start])
 
@@ -85,7 +86,7 @@ class Run(NamedTuple):
 
 
 def kind_of(name: str, variant: Variant) -> str | None:
-    """Kind of a parameter, None where no run of the variant's structure trains it."""
+    """Return the kind of a parameter, or None if no run of the variant's structure trains it."""
     parent, _, last = name.rpartition(".")
     if name.startswith("head."):
         return "head"
@@ -103,12 +104,12 @@ def kind_of(name: str, variant: Variant) -> str | None:
 
 
 def recipe() -> dict[str, Any]:
-    """Of the suite ``local_long``."""
+    """Return the fields of the suite ``local_long``."""
     return dict(suites.load("local_long").train)
 
 
 def config_of(variant: Variant, seed: int, fields: Mapping[str, Any]) -> TrainConfig:
-    """What the ordinary trainer would be given, the extras apart."""
+    """Return the configuration for the ordinary trainer, without the extras."""
     values: dict[str, Any] = {**fields, "method": variant.method, "seed": seed, "lr": variant.lr}
     values |= {"epochs": variant.epochs, "protocol": "final"}
     if variant.method == "efft":
@@ -120,13 +121,13 @@ def config_of(variant: Variant, seed: int, fields: Mapping[str, Any]) -> TrainCo
 
 
 def start_of(variant: Variant, seed: int, base: nn.Module, fields: Mapping[str, Any]) -> Start:
-    """Where the trainer would start, with the extras.
+    """Return the initial parameters that the trainer would use, with the extras.
 
     Args:
         variant: the setting.
-        seed: of the run.
+        seed: the seed of the run.
         base: the pretrained model, with any classifier; a copy is adapted.
-        fields: of `TrainConfig`.
+        fields: fields of :class:`~efft_lab.train.TrainConfig`.
     """
     from accelerate.utils import set_seed
 
@@ -135,7 +136,9 @@ def start_of(variant: Variant, seed: int, base: nn.Module, fields: Mapping[str, 
     config = config_of(variant, seed, fields)
     METHODS[config.method].apply(model.train(), config.settings())
     start = Start.of(model)
-    start.parameters.update({n: p.detach() for n, p in base.named_parameters()})  # one copy of what no run changes
+    start.parameters.update(
+        {n: p.detach() for n, p in base.named_parameters()}
+    )  # runs share one copy of the parameters that no run changes
     generator = torch.Generator().manual_seed(seed)
     if variant.method == "efft":
         for name in model.efft:
@@ -153,7 +156,7 @@ def start_of(variant: Variant, seed: int, base: nn.Module, fields: Mapping[str, 
         for kind, d in (("diagonal_in", d_in), ("diagonal_out", d_out), ("gain", d_out)):
             if kind in variant.rates:
                 start.parameters[f"{layer}.{kind}"] = torch.ones(d)
-        if variant.own:  # as peft starts
+        if variant.own:  # same initial values as in peft
             bound = d_in**-0.5
             drawn = torch.rand(variant.own, d_in, generator=generator)
             start.parameters[f"{layer}.own_A"] = drawn * 2 * bound - bound
@@ -162,7 +165,7 @@ def start_of(variant: Variant, seed: int, base: nn.Module, fields: Mapping[str, 
 
 
 def _orthogonal(value: Tensor, generator: torch.Generator) -> Tensor:
-    """Orthonormal columns (or rows), of each matrix, at the norm of ``value``."""
+    """Return a matrix, or a batch, with orthonormal columns (or rows) at the norm of ``value``."""
     drawn = torch.randn(value.shape, generator=generator)
     wide = drawn.shape[-1] > drawn.shape[-2]
     q = torch.linalg.qr(drawn.mT if wide else drawn)[0]

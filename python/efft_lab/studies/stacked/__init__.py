@@ -1,12 +1,13 @@
-"""Many fine-tuning runs of one ViT at once: the frozen weights are read once for all of them.
+"""Advance many fine-tuning runs of one ViT at once: the frozen weights are read once for all of them.
 
-A run of the suite ``local_long`` takes 620 steps of 272 tokens, so a GPU waits for its launches. Here ``K`` runs that
-train the same tensors (other values, tasks, seeds, rates) advance together: products with frozen weights take all runs'
-tokens as one matrix, products with trained ones are batched, and AdamW acts on one tensor ``[K, parameters]``.
+A run of the suite ``local_long`` takes 620 steps of 272 tokens, so a GPU mostly waits for its launches. Here ``K`` runs
+that train the same tensors advance together, with different values, tasks, seeds and rates. Products with frozen
+weights read the tokens of all runs as one matrix. Products with trained weights are batched, and AdamW updates one
+tensor ``[K, parameters]``.
 
-What each run starts from is what :func:`efft_lab.train.run` would start from: the library's own model, adapted by the
-library for its seed. The order of the images, the schedule and the arithmetic are the trainer's too; the forward pass
-is written out here for timm's ViT, and a test compares it with the library's.
+Each run starts with the same parameters as in :func:`efft_lab.train.run`: the library creates and adapts the model for
+that seed. The order of the images, the schedule and the arithmetic are also those of the trainer. Only the forward pass
+is reimplemented here, for timm's ViT. A test compares it with the forward pass of the library.
 """
 
 from efft_lab.studies.stacked.stack import Stack, schedule

@@ -1,4 +1,4 @@
-"""The forward pass of timm's ViT for K runs at once."""
+"""Compute the forward pass of timm's ViT for K runs at once."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from efft_lab.studies.stacked.start import Start
 
 
 class Forward:
-    """Logits of K runs, from what they share and what each of them trains.
+    """Compute the logits of K runs from the shared frozen parameters and the trained parameters of each run.
 
     Args:
-        starts: of each run; they must have parameters of the same names and shapes, but for the classifier.
-        classes: outputs of each run.
-        kinds: name of each parameter that is trained to its kind; the others are those of the first start.
+        starts: the start of each run. All starts have parameters of the same names and shapes, except the classifier.
+        classes: number of outputs of each run.
+        kinds: the kind of each trained parameter, by name; all other parameters are those of the first start.
         amp: autocast type.
         drop_path: rate of stochastic depth in the last block; it grows from 0 in the first, as in timm.
-        device: where the runs are.
+        device: the device of the runs.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Forward:
         self.keep = None
         if any(start.dropout for start in starts):
             self.keep = torch.tensor([1 - start.dropout for start in starts], device=device)
-        # Frozen matrices are kept in the dtype that autocast would give them in every step.
+        # Frozen matrices are stored in the dtype to which autocast would cast them in every step.
         self.frozen = {
             name: value.to(device, amp if value.dim() > 1 and name.endswith(".weight") else value.dtype)
             for name, value in self.first.parameters.items()
@@ -58,8 +58,10 @@ class Forward:
             self.forbidden[run, :, n:] = -torch.inf
 
     def flat(self, starts: Sequence[Start]) -> Tensor:
-        """What is trained, at its start: [K, parameters] in fp32; the classifier has rows of zeros for classes that
-        another run has."""
+        """Return the trained parameters of all runs at their start, [K, parameters] in fp32.
+
+        The classifier of a run has rows of zeros for the classes that only other runs have.
+        """
         runs = []
         for start in starts:
             parts = [start.parameters[name].flatten().float() for name in self.shapes]
@@ -68,13 +70,13 @@ class Forward:
         return torch.stack(runs).to(self.device)
 
     def parameters(self, flat: Tensor) -> dict[str, Tensor]:
-        """Trained ones [K, ...], frozen ones as they are."""
+        """Return all parameters by name. Trained parameters have a leading dimension [K, ...]."""
         parts = flat.split(self.sizes, 1)
         trained = {n: part.unflatten(1, s) for (n, s), part in zip(self.shapes.items(), parts, strict=True)}
         return {**self.frozen, **trained}
 
     def __call__(self, flat: Tensor, images: Tensor, training: bool) -> Tensor:  # -> [K, batch, most classes]
-        """Logits of every run for its own images [K, batch, 3, size, size]."""
+        """Return the logits of every run for its own images [K, batch, 3, size, size]."""
         p = self.parameters(flat)
         with torch.autocast(self.device.type, enabled=False):
             operands = operands_of(p, self.first, self.scales, self.keep if training else None)
@@ -100,17 +102,17 @@ class Forward:
             return self.linear(p, {}, "head", x).float() + self.forbidden
 
     def aligned(self, p: Mapping[str, Tensor], name: str, dims: int) -> Tensor:
-        """A parameter that broadcasts over the dimensions between the runs and its own."""
+        """Return a parameter that broadcasts over the dimensions between the runs and its own."""
         value = p[name]
         if name not in self.kinds:
             return value
         own = self.shapes[name]
-        while len(own) > 1 and own[0] == 1:  # timm's leading ones
+        while len(own) > 1 and own[0] == 1:  # leading dimensions of size 1 in timm
             own = own[1:]
         return value.view(self.runs, *[1] * (dims - 1 - len(own)), *own)
 
     def kept(self, x: Tensor, drop: float, batch: int) -> Tensor:  # [K, batch * tokens, d]
-        """Without the branch for some of the images."""
+        """Return the branch with some images dropped by stochastic depth, and the others rescaled."""
         if drop == 0:
             return x
         keep = torch.rand(len(x), batch, 1, 1, device=x.device) >= drop
@@ -127,7 +129,7 @@ class Forward:
         return torch.addcmul(self.aligned(p, f"{name}.bias", 3), plain, self.aligned(p, f"{name}.weight", 3))
 
     def linear(self, p: Mapping[str, Tensor], operands: Operands, name: str, x: Tensor) -> Tensor:
-        """``x Wᵀ * gain + [x D, 1] [G; b]``: the bias of each run is a row of its update. x is [K, n, d_in]."""
+        """Return ``x Wᵀ * gain + [x D, 1] [G; b]``, where each run's bias is a row of its update; x is [K, n, d_in]."""
         W, bias = p[f"{name}.weight"], p[f"{name}.bias"]
         if W.dtype != x.dtype and self.amp != torch.float32:
             x = x.to(self.amp)
@@ -143,7 +145,7 @@ class Forward:
             return y
         rows = [bias if trained else bias.expand(self.runs, -1)] if trained or own else []
         D, G = operands.get(name, (x.new_zeros(1, x.shape[-1], 0), y.new_zeros(self.runs, 0, y.shape[-1])))
-        spare = 8 - D.shape[-1] % 8 if rows or D.shape[-1] % 8 else 0  # tensor cores want rows of 16 bytes
+        spare = 8 - D.shape[-1] % 8 if rows or D.shape[-1] % 8 else 0  # tensor cores need rows of 16 bytes
         h = torch.bmm(x, functional.pad(D.to(x.dtype), (0, spare)).expand(self.runs, -1, -1))
         if rows:
             h = h + (torch.arange(h.shape[-1], device=self.device) == D.shape[-1])

@@ -1,4 +1,4 @@
-"""D and G of every adapted layer of K runs, contracted in fp32 as the library contracts them."""
+"""Compute D and G of every adapted layer of K runs, contracted in fp32 as the library contracts them."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from efft.methods.base import Blocks
 from efft_kernels import Site
 from efft_lab.studies.stacked.start import Start
 
-#: Operands of an update by the name of its layer: D [K or 1, d_in, r] and G [K, r, d_out].
+#: The operands of each update by the name of its layer: D [K or 1, d_in, r] and G [K, r, d_out].
 Operands = dict[str, tuple[Tensor, Tensor]]
 
 Parameters = Mapping[str, Tensor]
 
 
 def operands_of(p: Parameters, start: Start, scales: Parameters, keep: Tensor | None) -> Operands:
-    """The updates of all layers.
+    """Return the operands of the updates of all layers.
 
     Args:
-        p: parameters, trained ones [K, ...].
-        start: of one of the runs.
-        scales: of each bank, [K].
-        keep: of each run the probability that an element of a factor stays, [K]; None where nothing is dropped.
+        p: the parameters; trained ones are [K, ...].
+        start: the start of one of the runs.
+        scales: the scale of each bank, [K].
+        keep: for each run the probability that an element of a factor is kept, [K]; None if nothing is dropped.
     """
     found: Operands = {}
     for bank, scale in scales.items():

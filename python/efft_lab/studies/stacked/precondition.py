@@ -1,4 +1,4 @@
-"""Gradients of a train's factors in the metric of its updates."""
+"""Precondition the gradients of a train's factors by the metric of its updates."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-#: See :func:`preconditioned`.
+#: The damping of :func:`preconditioned`.
 DAMPING = 0.01
-#: Of Newton's iteration: enough for a condition of 10 / DAMPING.
+#: The steps of Newton's iteration, which suffice for a condition number of 10 / DAMPING.
 _ITERATIONS = 16
 
 
 def inverse(matrix: Tensor) -> Tensor:
-    """Of positive matrices [..., r, r], scaled and damped (see :func:`preconditioned`), by Newton's iteration."""
+    """Return the inverse of positive matrices [..., r, r], scaled and damped (see :func:`preconditioned`).
+
+    It is computed by Newton's iteration.
+    """
     r = matrix.shape[-1]
     eye = torch.eye(r, device=matrix.device)
     mean = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
@@ -27,14 +30,14 @@ def inverse(matrix: Tensor) -> Tensor:
 
 @torch.no_grad()
 def preconditioned(factors: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """dU (sum of C V Vᵀ Cᵀ)⁻¹, (Uᵀ U)⁻¹ dC (V Vᵀ)⁻¹ and (sum of Cᵀ Uᵀ U C)⁻¹ dV.
+    """Return dU (sum of C V Vᵀ Cᵀ)⁻¹, (Uᵀ U)⁻¹ dC (V Vᵀ)⁻¹ and (sum of Cᵀ Uᵀ U C)⁻¹ dV.
 
-    Each matrix is divided by the mean of its diagonal and has `DAMPING` added to it; where a factor is zero it is
+    Each matrix is divided by the mean of its diagonal, and `DAMPING` is added to it. If a factor is zero, the matrix is
     the identity.
 
     Args:
         factors: U [K, d_in, r1], C [K, layers, cores, r1, r2] and V [K, r2, d_out] of one bank in each of K runs.
-        gradients: theirs.
+        gradients: the gradients of these factors.
     """
     U, C, V = (factors[name] for name in "UCV")
     of_U, of_V = U.mT @ U, V @ V.mT  # [K, r, r]

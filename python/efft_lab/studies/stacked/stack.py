@@ -1,4 +1,4 @@
-"""K runs and the step that advances them."""
+"""Hold the state of K runs and advance them step by step."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ class Stack:
     """The state of K runs that train the same tensors.
 
     Args:
-        starts: of each run; they must have parameters of the same names and shapes, but for the classifier.
-        classes: outputs of each run.
-        kinds: name of each parameter that some run trains to its kind.
-        rates: of each run, the peak learning rate of each kind; 0 leaves the start as it is.
-        batches: positions of the images of each step and run in ``pixels``, [steps, K, batch].
+        starts: the start of each run. All starts have parameters of the same names and shapes, except the classifier.
+        classes: number of outputs of each run.
+        kinds: the kind of each parameter that some run trains, by name.
+        rates: for each run, the peak learning rate of each kind of parameter. Parameters with rate 0 are not trained.
+        batches: positions in ``pixels`` of the images of each step and run, [steps, K, batch].
         pixels: uint8 images [n, 3, size, size] of all tasks.
-        labels: [n].
+        labels: the labels of these images, [n].
         config: the recipe; every run has the same number of steps.
-        updates_per_epoch: for the schedule.
+        updates_per_epoch: number of updates per epoch, for the schedule.
         precondition: see :func:`efft_lab.studies.stacked.precondition.preconditioned`.
-        device: where the runs are.
+        device: the device of the runs.
     """
 
     def __init__(
@@ -67,11 +67,11 @@ class Stack:
         self.losses = torch.zeros(steps, len(starts), device=device)
 
     def images(self, positions: Tensor) -> Tensor:
-        """The model's inputs [K, batch, 3, size, size] for positions [K, batch]; as ``efft_lab.data.Preprocess``."""
+        """Return the inputs [K, batch, 3, size, size] for positions [K, batch], as ``efft_lab.data.Preprocess``."""
         return self.pixels[positions].float().div(255).sub(self.mean).div(self.std)
 
     def step(self) -> None:
-        """One update of every run. Nothing in it depends on the host, so that a CUDA graph can replay it."""
+        """Update every run once. Nothing in it depends on the host, so that a CUDA graph can replay it."""
         positions = self.batches.index_select(0, self.t)[0]  # [K, batch]
         offset, slope, one, two = self.table.index_select(0, self.t)[0].unbind()
         flat = self.flat.detach().requires_grad_()
@@ -91,7 +91,7 @@ class Stack:
         self.t.add_(1)
 
     def turn(self, g: Tensor) -> None:
-        """Replace the gradients of the banks' factors by their preconditioned ones."""
+        """Replace the gradients of the banks' factors by preconditioned gradients."""
         factors, gradients = self.forward.parameters(self.flat), self.forward.parameters(g)
         for bank in self.forward.scales:
             names = {factor: f"efft.{bank}.{factor}" for factor in "UCV"}
@@ -100,19 +100,19 @@ class Stack:
                 of_bank[1][factor].copy_(value)
 
     def train(self, steps: int, graph: bool = False, due: Callable[[], bool] = lambda: False) -> bool:
-        """Advance by ``steps``; False where ``due`` said that the time is over."""
+        """Advance by ``steps`` and return True, or return False if ``due`` reports that the time is over."""
         replay = self.captured() if graph else self.step
         for step in range(steps):
             replay()
             if step % 20 == 19:
-                if self.device.type == "cuda":  # launches run ahead
+                if self.device.type == "cuda":  # the host launches ahead of the device
                     torch.cuda.synchronize()
                 if due():
                     return False
         return True
 
     def captured(self) -> Callable[[], None]:
-        """The step as a CUDA graph."""
+        """Return the step as a CUDA graph."""
         kept = [(x, x.clone()) for x in (self.flat, self.m, self.v, self.t, self.losses)]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -130,7 +130,7 @@ class Stack:
 
     @torch.no_grad()
     def evaluate(self, positions: Tensor, batch: int = 250) -> Tensor:
-        """Share of right answers of each run over its own images, positions [K, n]; [K]."""
+        """Return for each run the share of right answers over its own images, positions [K, n], as a tensor [K]."""
         right = torch.zeros(len(self.flat), device=self.device)
         for part in positions.to(self.device).split(batch, 1):
             predicted = self.forward(self.flat, self.images(part), training=False).argmax(-1)
@@ -139,7 +139,10 @@ class Stack:
 
 
 def schedule(config: TrainConfig, updates_per_epoch: int, steps: int) -> tuple[Tensor, Tensor]:
-    """(offset, slope) of every update: a group of peak rate ``lr`` has ``offset + slope lr`` (fp64, [steps])."""
+    """Return (offset, slope) of every update: a group of peak rate ``lr`` has ``offset + slope lr``.
+
+    Both are fp64, [steps].
+    """
     dummies = [{"params": [nn.Parameter(torch.zeros(1))], "lr": lr} for lr in (1.0, 2.0)]
     optimizer = torch.optim.SGD(dummies)
     scheduler = build.make_scheduler(optimizer, config, updates_per_epoch)

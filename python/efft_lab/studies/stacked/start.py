@@ -1,4 +1,4 @@
-"""Where a run starts: the parameters of a model that the library, or peft, adapted."""
+"""Describe the start of a run: the initial parameters of a model that the library or peft adapted."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from efft.adapting.adapter import adapted_layers
 
 @dataclass(frozen=True)
 class Start:
-    """Where one run starts.
+    """Initial parameters of one run.
 
     Attributes:
-        parameters: every parameter by name; those of peft's layers have the names of plain ones.
-        sites: of EFFT and FacT-TT, name of the layer to (name of the bank, its site).
-        scales: factor of the update, by bank; of LoRA by ``lora``.
-        dropout: of EFFT's factors.
-        heads: attention heads.
+        parameters: every parameter by name; those of peft's layers have the names that they have without peft.
+        sites: for EFFT and FacT-TT, (name of the bank, site) by the name of the layer.
+        scales: maps the name of each bank (``lora`` for LoRA) to the scale of its updates.
+        dropout: dropout of EFFT's factors.
+        heads: number of attention heads.
     """
 
     parameters: dict[str, Tensor]
@@ -32,7 +32,7 @@ class Start:
 
     @classmethod
     def of(cls, model: nn.Module) -> Start:
-        """Of a timm ViT that the library adapted, or peft, or nobody."""
+        """Return the start of a timm ViT that was adapted by the library, by peft, or not at all."""
         vit: Any = model
         sites: dict[str, tuple[str, Any]] = {}
         scales: dict[str, float] = {}

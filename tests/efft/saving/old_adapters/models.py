@@ -1,8 +1,9 @@
-"""Models and adapters of the first file format, and what they compute.
+"""Define models and adapters in the first file format, and their outputs.
 
     PYTHONPATH=.:python:<this checkout> python -m tests.efft.saving.old_adapters.models FOLDER
 
-in a checkout of commit fd60874, the last that wrote this format, made the folders beside this file.
+This command, run in a checkout of commit fd60874 (the last one that wrote this format), created the folders next to
+this file.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from efft.methods import METHODS
 
 
 def fill(tensors: Any, size: float) -> None:
-    """Numbers that no generator of random numbers decides."""
+    """Fill tensors with numbers that do not depend on a random generator."""
     for i, tensor in enumerate(tensors):
         values = torch.arange(tensor.numel(), dtype=torch.float64).mul(1.7 + 0.01 * i).add(i).sin()
         tensor.data.copy_(
@@ -66,7 +67,7 @@ def convolutions() -> nn.Module:
 PICTURES = torch.linspace(-1, 1, 2 * 3 * 16 * 16).view(2, 3, 16, 16)
 WORDS = torch.arange(1, 11).view(2, 5)
 
-#: Name of each adapter: its model, the input, and the configuration.
+#: The model, the input and the configuration of each adapter.
 ADAPTERS: dict[str, tuple[Callable[[], nn.Module], Tensor, Callable[[], Any]]] = {
     "vit": (vit, PICTURES, lambda: efft.EfftConfig(rank=2)),
     "vit_efft1": (vit, PICTURES, lambda: efft.EfftConfig(rank=(2, 3), variant="efft1", init="u")),
@@ -85,14 +86,14 @@ ADAPTERS: dict[str, tuple[Callable[[], nn.Module], Tensor, Callable[[], Any]]] =
 
 
 def output(model: nn.Module, x: Tensor) -> Tensor:
-    """The logits, in fp64."""
+    """Return the logits in fp64."""
     with torch.no_grad():
         found: Any = model.double().eval()(x.double() if x.is_floating_point() else x)
     return found if isinstance(found, Tensor) else found.logits
 
 
 def base(build: Callable[[], nn.Module]) -> nn.Module:
-    """The model with the same weights everywhere."""
+    """Return the model; its weights are equal on every machine."""
     model = build()
     fill(model.parameters(), 1.0)
     return model

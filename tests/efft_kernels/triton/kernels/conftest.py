@@ -1,4 +1,6 @@
-"""Collected where Triton interprets (``make check-triton``) and, compiled, where a GPU is."""
+"""Collect these tests in Triton's interpreter (``make check-triton``) and, with compiled kernels, on a GPU."""
+
+from __future__ import annotations
 
 import importlib.util
 import os

@@ -1,4 +1,6 @@
-"""The interpreter, and that its checks find what they are for."""
+"""Test that the interpreter and the address checker find planted errors."""
+
+from __future__ import annotations
 
 import pytest
 import torch
@@ -42,7 +44,7 @@ def test_bfloat16_is_rounded_as_hardware_does() -> None:
 
 
 def plain_launch(A: Tensor, B: Tensor, Y: Tensor, M: int, stride_am: int, N: int) -> None:
-    """The product of [32, 32] matrices with the sizes and strides given, right or wrong."""
+    """Launch the product of [32, 32] matrices with the given sizes and strides, which may be wrong."""
     T, H = torch.ones(16, 32), torch.ones(64, 16)
     lowrank_gemm_kernel[(triton.cdiv(M, 32) * triton.cdiv(N, 32),)](
         *(A, B, None, T, H, None, Y, None, 1, 1, M, N, 32, 16, stride_am, 1, 32, 1, 0, 32, 1, 0, 0, 0, 0),
@@ -75,7 +77,7 @@ def test_planted_addresses_are_found(fault: dict[str, int], message: str | None)
 
 
 def test_planted_gap_is_found() -> None:
-    """Between the rows of a view lies somebody else's memory."""
+    """The memory between the rows of a view does not belong to the view."""
     A = torch.ones(32, 64)[:, :32]
     with checked(), pytest.raises(Exception, match="outside its arguments"):
         plain_launch(A, torch.ones(32, 32), torch.empty(32, 32), M=32, stride_am=32, N=32)
@@ -89,7 +91,7 @@ def test_planted_race_is_found() -> None:
 
 
 def test_planted_nan_is_found() -> None:
-    """A buffer that a kernel does not fill stays full of NaN."""
+    """A buffer that a kernel does not fill remains full of NaN."""
     with poisoned_empty():
         out = torch.empty(4)
     store_kernel[(3,)](out, 1)

@@ -1,7 +1,9 @@
-"""Every kernel in every form and tile of the tables on ragged shapes: compiled, or interpreted with addresses checked.
+"""Test every kernel with every variant and tile on ragged shapes: compiled, or interpreted with checked addresses.
 
-Buffers that nothing was written to are full of NaN.
+Uninitialized buffers are filled with NaN.
 """
+
+from __future__ import annotations
 
 import os
 from collections.abc import Iterator
@@ -29,7 +31,7 @@ else:
 
     @contextmanager
     def checked() -> Iterator[list[str]]:
-        """Yields the names of the kernels launched inside the ``with`` block, as the interpreter's own does."""
+        """Yield the names of the kernels launched inside the ``with`` block, like the interpreter's version."""
         names: list[str] = []
 
         def note(metadata: triton.compiler.LazyDict) -> None:
@@ -43,38 +45,40 @@ else:
 
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-#: A GPU so small that a program gets several tiles.
+#: A GPU so small that each program processes several tiles.
 FEW = launch.Device(2, GPU.shared_memory, GPU.capability)
 SHAPES = [(70, 90, 100), (1, 16, 300), (129, 257, 33), (64, 128, 64), (5, 1, 1)]
 
 
 def matrix(rows: int, columns: int, dtype: torch.dtype, seed: int, scale: float = 1.0) -> Tensor:
-    generator = torch.Generator("cpu").manual_seed(seed)  # the same numbers everywhere
+    generator = torch.Generator("cpu").manual_seed(seed)  # the same numbers on every device
     values = scale * torch.randn(rows, columns, generator=generator, dtype=torch.float64, device="cpu")
     return values.to(torch.get_default_device(), dtype)
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """left right, whose error these kernels are measured by: in fp32 on a GPU they sum in one chain of terms, the
-    vendor's product in several."""
+    """Return the product left right, with which the errors of these kernels are compared.
+
+    For fp32 on a GPU it sums in one chain of terms like these kernels; the vendor's product sums in several chains.
+    """
     return chained_matmul(left, right) if left.is_cuda and left.dtype == torch.float32 else left @ right
 
 
 def summed(left: Tensor, right: Tensor) -> Tensor:
-    """leftᵀ right in fp32, on a GPU in one chain, whose sums by tensor cores are not as exact as fp32's."""
+    """Return leftᵀ right in fp32; on a GPU it sums in one chain, because tensor cores are less accurate than fp32."""
     return chained_matmul(left.t(), right) if left.is_cuda else left.float().t() @ right.float()
 
 
 def needs(tile: GemmTile, dtype: torch.dtype, *, tma: bool = False) -> None:
-    """Skip the test where this GPU would never be given the tile."""
+    """Skip the test if the launch code would never choose the tile on this GPU."""
     if GPU.capability < tile.capability:
-        pytest.skip(f"for newer GPUs than one of compute capability {GPU.capability}")
+        pytest.skip(f"needs a newer GPU than one of compute capability {GPU.capability}")
     if tile.shared_memory(dtype.itemsize, tma=tma) > GPU.shared_memory:
-        pytest.skip(f"for more shared memory than {GPU.shared_memory} bytes")
+        pytest.skip(f"needs more shared memory than {GPU.shared_memory} bytes")
 
 
 def operands(M: int, N: int, K: int, R: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """A, Bᵀ (so that B is as a weight lies in memory), bias, P and T with fp32 factors."""
+    """Return A, Bᵀ (so that B is laid out like a weight), bias, P and T, with fp32 factors."""
     return (
         matrix(M, K, dtype, 0),
         matrix(N, K, dtype, 1, K**-0.5),
@@ -85,7 +89,7 @@ def operands(M: int, N: int, K: int, R: int, dtype: torch.dtype) -> tuple[Tensor
 
 
 def unfused(A: Tensor, B: Tensor, bias: Tensor, P: Tensor, T: Tensor) -> tuple[Tensor, Tensor]:
-    """(Y, H) by the plain formula in the operands' precision."""
+    """Compute (Y, H) by the plain formula in the precision of the operands."""
     H = product(A, P.to(A.dtype))
     return product(A, B) + product(H, T.to(A.dtype)) + bias, H
 
@@ -115,7 +119,7 @@ def test_gemm(dtype: torch.dtype, tile: GemmTile) -> None:
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("tile", TMA_TILES, ids=lambda tile: f"{tile.m}x{tile.n}x{tile.k}")
 def test_gemm_by_tma(dtype: torch.dtype, tile: GemmTile, direction: str) -> None:
-    """Ragged in M, N, K and R, as far as rows of whole 16 bytes can be; more tiles than programs too."""
+    """M, N, K and R are as irregular as rows of a multiple of 16 bytes allow, and the tiles outnumber the programs."""
     needs(tile, dtype, tma=True)
     for M, N, K, R in [(70, 88, 104, 5), (1, 16, 296, 65), (129, 264, 40, 128), (64, 128, 64, 1)]:
         A, weight, bias, P, T = operands(M, N, K, R, dtype)
@@ -157,7 +161,7 @@ def test_what_tma_cannot_move() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_update_alone(dtype: torch.dtype) -> None:
-    """B and bias are zero: what comes out is the update, whose error is not hidden by the base."""
+    """B and bias are zero, so that the result is the update and no base hides its error."""
     A, weight, bias, P, T = operands(70, 90, 100, 24, dtype)
     zero, none = torch.zeros_like(weight), torch.zeros_like(bias)
     Y, _ = lowrank_gemm(A, zero.t(), None, P, T)
@@ -181,15 +185,17 @@ def test_sums_over_tokens(dtype: torch.dtype, splits: int | None) -> None:
         gy, x = matrix(M, d_out, dtype, 0), matrix(M, d_in, dtype, 1)
         h, dh = matrix(M, R, dtype, 2), matrix(M, R, dtype, 3)
         with checked() as names, poisoned_empty():
-            dG, dD = reduce_tokens.reduce_tokens(gy, h, x, dh, splits)
-        assert names == ["reduce_tokens_kernel", "finish_kernel"], "both sums in the same launches"
-        for got, left, right in ((dG, h, gy), (dD, x, dh)):
+            dG, dD, db = reduce_tokens.reduce_tokens(gy, h, x, dh, splits, need_db=True)
+        assert names == ["reduce_tokens_kernel", "finish_kernel"], "all sums in the same launches"
+        ones = torch.ones(M, 1, dtype=dtype)
+        for got, left, right in ((dG, h, gy), (dD, x, dh), (db[None], ones, gy)):
             assert got.dtype == torch.float32
             exact = left.double().t() @ right.double()
             assert_close_budget(got, exact, summed(left, right), factor=4, name=f"{(M, R, splits)}")
         again = reduce_tokens.reduce_tokens(gy, h, x, dh, splits)
         assert torch.equal(again[0], dG)
         assert torch.equal(again[1], dD)
+        assert again[2] is None
         assert torch.equal(reduce_tokens.reduce_tokens(None, None, x, dh, splits)[1], dD)
         assert torch.equal(reduce_tokens.reduce_tokens(gy, h, None, None, splits)[0], dG)
 
@@ -205,7 +211,7 @@ def test_sums_over_tokens_of_any_strides() -> None:
 
 
 def test_a_choice_of_tile() -> None:
-    """Big tiles for big products, what fits the shared memory for small GPUs, and never nothing."""
+    """Large products get large tiles, small GPUs get tiles that fit their shared memory, and a tile always exists."""
     A = torch.empty(12608, 768, dtype=torch.bfloat16)
     assert launch.gemm_tile(A, 2304).m == 128
     assert all(launch.gemm_tile(A, N, tma=True) == TMA_TILES[0] for N in (768, 2304, 3072)), "as measured"
@@ -223,7 +229,7 @@ def test_tf32_only_by_choice() -> None:
     try:
         assert launch.precision(A) == "tf32"
         assert launch.tiles(A) is TF32_TILES
-        assert launch.precision(A.bfloat16()) == "ieee", "no say in half precision"
+        assert launch.precision(A.bfloat16()) == "ieee", "the setting does not apply to half precision"
     finally:
         settings.fp32_precision = before
     settings.allow_tf32 = True
@@ -246,7 +252,7 @@ def put_out(values: Tensor, producer: str, gamma: Tensor | None = None, beta: Te
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("affine", [True, False], ids=["gamma and beta", "neither"])
 def test_producers(producer: str, dtype: torch.dtype, affine: bool) -> None:
-    """The producer's output and h in one launch, and the sums over tokens that read the output through its input."""
+    """One launch computes the producer's output and h; the sums over tokens recompute the output from its input."""
     for i, (M, _, K) in enumerate(SHAPES):
         R = (5, 16, 128, 1, 33)[i]
         values, P, dh = 3 * matrix(M, K, dtype, 0) + 1, matrix(K, R, torch.float32, 3, K**-0.5), matrix(M, R, dtype, 5)
@@ -258,7 +264,7 @@ def test_producers(producer: str, dtype: torch.dtype, affine: bool) -> None:
             else:
                 A, H = gelu_project(values, P, producer, dtype)
                 saved = {}
-            _, dD = reduce_tokens.reduce_tokens(None, None, values, dh, producer=producer, **saved)
+            _, dD, _ = reduce_tokens.reduce_tokens(None, None, values, dh, producer=producer, **saved)
         assert names == ["project_kernel", "reduce_tokens_kernel", "finish_kernel"]
         wide = [t if t is None else t.double() for t in (gamma, beta)]
         exact = put_out(values.double(), producer, *wide)
@@ -274,7 +280,7 @@ def test_producers(producer: str, dtype: torch.dtype, affine: bool) -> None:
     ("dtype", "tile"), [(torch.float32, FP32_TILES[-1]), (torch.bfloat16, HALF_TILES[-1])], ids=str
 )
 def test_slope_in_the_epilogue(producer: str, dtype: torch.dtype, tile: GemmTile) -> None:
-    for M, N, K in SHAPES[:4]:  # the errors of five numbers say nothing
+    for M, N, K in SHAPES[:4]:  # the errors of only five numbers are not meaningful
         A, weight, _, P, T = operands(M, N, K, 9, dtype)
         Z = with_layout(2 * matrix(M, N, dtype, 8), "transposed")
         with checked(), poisoned_empty():
@@ -290,7 +296,7 @@ def test_slope_in_the_epilogue(producer: str, dtype: torch.dtype, tile: GemmTile
 @pytest.mark.parametrize("producer", ["gelu", "gelu_tanh"])
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_gelu_in_half_precision(producer: str, dtype: torch.dtype) -> None:
-    """Anywhere, its error and that of its slope are far below the rounding of what takes them."""
+    """The errors of the GELU and of its slope are always far below the rounding of their consumers."""
     ends = torch.tensor([0.0, 1e-45, 1e-38, 6.0, 6.1, 7.0, 1e4, 1e38])
     z = torch.cat(
         [torch.linspace(-9, 9, 20001), torch.logspace(-30, 4, 2001), -torch.logspace(-30, 4, 2001), ends, -ends]
@@ -299,7 +305,7 @@ def test_gelu_in_half_precision(producer: str, dtype: torch.dtype) -> None:
     wide = z.double().requires_grad_()
     exact = put_out(wide, producer)
     (slope,) = torch.autograd.grad(exact.sum(), wide)
-    exact = torch.where(z < -40, 0.0, exact.detach())  # no NaN from infinity times 0
+    exact = torch.where(z < -40, 0.0, exact.detach())  # avoids NaN from infinity times 0
     rounding = (exact.to(dtype).double() - exact).abs().nan_to_num()
     excess = torch.where(A[0].isinf() & exact.to(dtype).isinf(), 0.0, (A[0].double() - exact).abs()) - rounding
     assert (excess <= 2 * (1e-5 * exact.abs() + 6e-9)).all()
@@ -319,7 +325,7 @@ def test_an_adapter_a_sample(dtype: torch.dtype) -> None:
         A = torch.stack([matrix(M, K, dtype, seed) for seed in range(3)])
         P = torch.stack([matrix(K, R, torch.float32, 10 + seed, K**-0.5) for seed in range(3)])
         T = torch.stack([matrix(R, N, torch.float32, 20 + seed, R**-0.5) for seed in range(3)])
-        P[1] = T[1] = float("nan")  # nobody's
+        P[1] = T[1] = float("nan")  # no sample uses this adapter
         with checked() as names, poisoned_empty():
             Y, _ = lowrank_gemm(A, weight.t(), bias, P, T, adapter=adapter)
         assert names == ["project_kernel", "lowrank_gemm_kernel"]
@@ -337,9 +343,11 @@ def test_an_adapter_a_sample(dtype: torch.dtype) -> None:
 
 
 def far_apart(values: Tensor) -> Tensor:
-    """The same rows 2^30 elements from one another: the third begins beyond what 32 bits can count."""
+    """Return the same rows, 2^30 elements apart: the offset of the third row exceeds 32 bits."""
     rows, columns = values.shape
-    memory = torch.empty(2**30 * (rows - 1) + columns, dtype=values.dtype)  # the system gives only pages that are used
+    memory = torch.empty(
+        2**30 * (rows - 1) + columns, dtype=values.dtype
+    )  # the system allocates only the pages that are used
     return memory.as_strided((rows, columns), (2**30, 1)).copy_(values)
 
 

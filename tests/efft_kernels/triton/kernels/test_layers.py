@@ -1,4 +1,6 @@
-"""The public layer and a whole model on the triton backend, against the reference backend."""
+"""Compare the public layer and a complete model on the triton backend with the reference backend."""
+
+from __future__ import annotations
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from tests.efft_kernels.triton.address_checker import checked
 
 
 def step(model: nn.Module, x: Tensor, backend: str) -> dict[str, Tensor]:
-    """The output and every gradient, with the same dropout masks each time."""
+    """Return the output and every gradient; all calls use the same dropout masks."""
     model.zero_grad()
     torch.manual_seed(1)
     with use_backend(backend):
@@ -33,7 +35,7 @@ def test_a_layer(dtype: torch.dtype) -> None:
     x = torch.randn(2, 7, 24, dtype=dtype)
     with checked() as names:
         got = step(layer, x, "triton")
-    # x needs no gradient here, so dh comes from the projection alone.
+    # x does not need a gradient here, so only the projection computes dh.
     backward = ["project_kernel", "reduce_tokens_kernel", "finish_kernel", "contract_backward_kernel"]
     assert names == ["contract_kernel", "project_kernel", "lowrank_gemm_kernel", *backward]
     assert_same(got, step(layer, x, "reference"), 4 * torch.finfo(dtype).eps)
@@ -51,6 +53,8 @@ def test_a_vision_transformer(config: dict[str, object]) -> None:
     x = torch.randn(2, 3, 16, 16)
     with checked() as names:
         got = step(model, x, "triton")
-    assert names.count("contract_kernel") == names.count("contract_backward_kernel") == 4, "once a kind, not a layer"
+    assert names.count("contract_kernel") == names.count("contract_backward_kernel") == 4, (
+        "each kind of site is launched once, not each layer"
+    )
     assert names.count("reduce_tokens_kernel") == 8
     assert_same(got, step(model, x, "reference"), 1e-4)

@@ -1,0 +1,95 @@
+"""A number of parameters becomes a rank and a choice of biases and norms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import efft
+
+Make = Callable[..., nn.Module]
+
+#: The tiny ViT: d = 16, two blocks; 464 entries of biases and norms, of which 384 are biases (those of norms included).
+EXTRAS = 464
+
+
+def factors(rank: int) -> int:
+    """Of EFFT2 by hand: attention [16, r], 2 x 4 cores, [r, 16]; MLP [16, r], 2 x 2 cores, [r, 64]."""
+    return 2 * 16 * rank + 8 * rank**2 + (16 + 64) * rank + 4 * rank**2
+
+
+@pytest.mark.parametrize(
+    ("budget", "rank", "extras"),
+    [
+        (factors(4) + EXTRAS, 4, True),
+        (factors(5) + EXTRAS - 1, 4, True),
+        (factors(7) + EXTRAS, 7, True),
+        (factors(4) + EXTRAS - 1, 5, False),
+        (factors(1), 1, False),
+        (10**9, 16, True),
+    ],
+)
+def test_the_largest_rank_that_fits(budget: int, rank: int, extras: bool, tiny_vit: Make) -> None:
+    assert factors(5) <= factors(4) + EXTRAS - 1 < factors(6)
+    with torch.device("meta"):
+        model = tiny_vit()
+    config = efft.EfftConfig.auto(budget=budget, model=model)
+    assert (config.rank, config.bias, config.norms) == (rank, "all" if extras else "none", extras)
+    assert config.scale == "auto"
+    count = efft.count_parameters(efft.apply(tiny_vit(), config))
+    assert count.factors + count.extras == factors(rank) + EXTRAS * extras <= budget
+
+
+@pytest.mark.parametrize(
+    ("fields", "extras"), [({"bias": "none"}, 0), ({"norms": True}, 160), ({"bias": "adapted", "norms": False}, 288)]
+)
+def test_what_is_given_stays(fields: dict[str, Any], extras: int, tiny_vit: Make) -> None:
+    config = efft.EfftConfig.auto(budget=factors(2) + extras, model=tiny_vit(), **fields)
+    assert config.rank == 2
+    assert all(getattr(config, name) == value for name, value in fields.items())
+
+
+def test_models_without_biases() -> None:
+    def block() -> nn.Module:
+        return nn.Sequential(nn.LayerNorm(8, bias=False), nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+
+    config = efft.EfftConfig.auto(budget=300, model=nn.Sequential(block(), block()), head=[])
+    assert (config.bias, config.norms) == ("none", True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"budget": factors(1) - 1},
+            f"a budget of {factors(1) - 1} parameters is too small .*: rank 1 needs {factors(1)} ",
+        ),
+        ({"budget": 500, "bias": "all"}, rf"rank 1 needs {factors(1) + 384} \(head apart\)"),
+        ({"budget": 0}, "budget must be a positive number of parameters, got 0"),
+        ({"budget": 1000, "rank": 4}, "give either budget or rank, got 1000 and 4"),
+        ({}, r"a number of parameters \(budget=\.\.\.\) is missing"),
+    ],
+)
+def test_wrong_budgets(
+    arguments: dict[str, Any],
+    message: str,
+    tiny_vit: Make,
+    unchanged: Callable[[nn.Module], AbstractContextManager[None]],
+) -> None:
+    model = tiny_vit()
+    with unchanged(model), pytest.raises(ValueError, match=message):
+        efft.EfftConfig.auto(model=model, **arguments)
+
+
+def test_a_budget_needs_a_model() -> None:
+    with pytest.raises(ValueError, match=r"the model to count in \(model=\.\.\.\) is missing"):
+        efft.EfftConfig.auto(budget=1000)
+
+
+def test_without_a_budget_nothing_is_new() -> None:
+    assert efft.EfftConfig.auto(rank=8) == efft.EfftConfig(rank=8, scale="auto")
