@@ -24,7 +24,7 @@ SIZES = (
     *((0, 24, 40, 5), (1, 16, 8, 1), (37, 40, 72, 17), (130, 136, 33, 33)),
     *((131, 70, 130, 100), (9, 13, 21, 129), (300, 24, 40, 5)),
 )
-#: Of tile_cases: for half of them tiles of 192 x 192 are the better choice, for the others tiles of 128 x 256; each with
+#: Of tile_cases: tiles of 192 x 192 are the better choice for the first half, of 128 x 256 for the second; each with
 #: h made beside few columns and beside many, and with h read.
 TILES = (
     *((520, 264, 520, 5), (300, 72, 192, 24), (380, 264, 192, 40)),
@@ -96,7 +96,7 @@ def tile_cases(dtype: torch.dtype) -> Iterator[Case]:
         W, b = random(d_out, d_in, dtype=dtype, scale=d_in**-0.5), random(d_out, dtype=dtype)
         D, G = random(d_in, rank, dtype=dtype, scale=d_in**-0.5), random(rank, d_out, dtype=dtype)
         y, h = torch.ops.efft.tt_linear_fwd.cuda(x, W, b, D, G)
-        dx, _, _ = torch.ops.efft.tt_linear_bwd.cuda(gy, None, W, None, D, G, True, False, False)
+        dx, *_ = torch.ops.efft.tt_linear_bwd.cuda(gy, None, W, None, D, G, True, False, False, False)
         h_, dh = rounded(x.double() @ D.double(), dtype), rounded(gy.double() @ G.double().t(), dtype)
         exact = {"y": x.double() @ W.double().t() + b.double() + h_ @ G.double(), "h": h_}
         exact["dx"] = gy.double() @ W.double() + dh @ D.double().t()
