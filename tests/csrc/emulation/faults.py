@@ -1,0 +1,224 @@
+"""Faults to plant in csrc/cuda: a test builds each and expects the emulator to find it."""
+
+from __future__ import annotations
+
+#: (file, what it says, what a mistake would say, the family of cases that shows it, how)
+FAULTS = {
+    "no barrier before a buffer is filled again": (
+        "lowrank_gemm.cu",
+        "    __syncthreads();  // everybody's copies",
+        "    // everybody's copies",
+        "linear",
+        "WRONG",
+    ),
+    "too few copies waited for": (
+        "project.cu",
+        "wait_copies<STAGES - 2>();",
+        "wait_copies<STAGES - 1>();",
+        "linear",
+        "WRONG|copies under way",
+    ),
+    "no barrier between steps of a small product": (
+        "small_product.cuh",
+        "      __syncthreads();  // nobody reads the last step any more\n",
+        "",
+        "contract",
+        "WRONG",
+    ),
+    "a barrier for some": (
+        "small_product.cuh",
+        "      __syncthreads();  // nobody reads",
+        "      if (thread < 64) __syncthreads();  // nobody reads",
+        "contract",
+        "divergent barrier",
+    ),
+    "left matrices in the wrong order": (
+        "accumulator.cuh",
+        "a.chunk(m + matrix % 2 * 8 + row, k / 8 + matrix / 2)",
+        "a.chunk(m + matrix / 2 * 8 + row, k / 8 + matrix % 2)",
+        "linear",
+        "WRONG .*bfloat16",
+    ),
+    "right matrices in the wrong order": (
+        "accumulator.cuh",
+        "b.chunk(k + matrix % 2 * 8 + row, n / 8 + matrix / 2)",
+        "b.chunk(k + matrix / 2 * 8 + row, n / 8 + matrix % 2)",
+        "linear",
+        "WRONG .*bfloat16",
+    ),
+    "sums written in the wrong place": (
+        "accumulator.cuh",
+        "first_column() + 8 * j + lane() % 4 * 2",
+        "first_column() + 8 * j + lane() % 8 * 2",
+        "linear",
+        "WRONG .*bfloat16|AddressSanitizer",
+    ),
+    "a row too many": (
+        "tiles.cuh",
+        "row + r < from.rows && left > 0",
+        "row + r <= from.rows && left > 0",
+        "linear",
+        "AddressSanitizer: heap-buffer-overflow",
+    ),
+    "columns beyond the end": (
+        "tiles.cuh",
+        "(left < PER_CHUNK ? static_cast<int>(left) : PER_CHUNK)",
+        "PER_CHUNK",
+        "linear",
+        "WRONG|AddressSanitizer",
+    ),
+    "an output row too many": (
+        "lowrank_gemm.cu",
+        "if (row >= op.M || column >= op.N) return;",
+        "if (row > op.M || column >= op.N) return;",
+        "linear",
+        "AddressSanitizer: heap-buffer-overflow",
+    ),
+    "less shared memory than is used": (
+        "project.cu",
+        "static constexpr int BYTES = STAGES * STAGE",
+        "static constexpr int BYTES = (STAGES - 1) * STAGE",
+        "linear",
+        "past the shared memory|AddressSanitizer",
+    ),
+    "the tail left out": (
+        "lowrank_gemm.cu",
+        "steps = main_steps + (op.R + K - 1) / K",
+        "steps = main_steps + op.R / K",
+        "update",
+        "WRONG update",
+    ),
+    "the last range of tokens forgotten": (
+        "reduce_tokens.cu",
+        "split < op.splits; ++split)",
+        "split < op.splits - (op.splits > 1); ++split)",
+        "linear",
+        "WRONG .* dG",
+    ),
+    "the slope of the other GELU": (
+        "producers.cu",
+        "if (which == Producer::gelu_tanh) {",
+        "if (which != Producer::gelu_tanh) {",
+        "gelu",
+        "WRONG .* dx",
+    ),
+    "a mask of the wrong layer": (
+        "contract.cu",
+        "keep_V[(layer * r2 + j) * d_out + n]",
+        "keep_V[j * d_out + n]",
+        "contract",
+        "WRONG .* dV",
+    ),
+}
+
+KERNEL = "lowrank_gemm_sm90.cu"
+#: A consumer writes an element of a buffer, its own value, and the next product reads it.
+WRITE = (
+    "{ volatile auto& one = reinterpret_cast<volatile uint16_t&>(shared.a[place.stage * P::BYTES_A / 2]); "
+    "if (thread == 0) one = one; }\n"
+)
+#: (file, what it says, what a mistake would say, how it shows)
+HOPPER_FAULTS = {
+    "a buffer released before its products are done": (
+        KERNEL,
+        "warpgroup_wait<1>();",
+        "warpgroup_wait<2>();",
+        "overwrites what a product under way still reads",
+    ),
+    "the wrong phase of full buffers": (
+        KERNEL,
+        "shared.full[place.stage].wait(place.round);",
+        "shared.full[place.stage].wait(place.round ^ 1);",
+        "what a copy has not brought yet|deadlock|barrier",
+    ),
+    "the wrong phase of empty buffers": (
+        KERNEL,
+        "shared.empty[stage].wait(place.round ^ 1);",
+        "shared.empty[stage].wait(place.round);",
+        "deadlock",
+    ),
+    "phases that never change": (
+        KERNEL,
+        "      round ^= 1;\n",
+        "",
+        "deadlock|overwrites|not brought|two copies|more arrivals",
+    ),
+    "one block of the pair not waited for": (
+        KERNEL,
+        "shared.empty[stage].init(PAIR * P::GROUPS);",
+        "shared.empty[stage].init(P::GROUPS);",
+        "overwrites|more arrivals|not brought|two copies",
+    ),
+    "too few bytes expected": (
+        KERNEL,
+        "P::BYTES_A + P::BYTES_B + P::BYTES_P",
+        "P::BYTES_A + P::BYTES_B",
+        "not brought|deadlock",
+    ),
+    "a product in another swizzle than the copy": (
+        KERNEL,
+        "typename P::LayoutP{});\n  typename P::Mma mma;",
+        "tile_to_shape(GMMA::Layout_K_SW64_Atom<typename P::T>{}, "
+        "Shape<typename P::R, typename P::K, Int<STAGES>>{}));\n  typename P::Mma mma;",
+        "WRONG",
+    ),
+    "lanes ahead of the one that copies": (
+        KERNEL,
+        "    __syncwarp();  // The other lanes",
+        "    // The other lanes",
+        "converged",
+    ),
+    "rows read before all lanes have written them": (
+        KERNEL,
+        "    __syncwarp();\n#pragma unroll\n    for (int half",
+        "#pragma unroll\n    for (int half",
+        "WRONG",
+    ),
+    "rows written before all lanes have read them": (
+        KERNEL,
+        "    __syncwarp();\n#pragma unroll\n    for (int j",
+        "#pragma unroll\n    for (int j",
+        "WRONG",
+    ),
+    "the last tile left out": (KERNEL, "tile < tiles.count();", "tile < tiles.count() - 1;", "WRONG"),
+    "a tile of the next column": (KERNEL, "n = within / height;", "n = (within + 1) / height;", "WRONG"),
+    "columns of H beyond the rank kept": (KERNEL, "< op.R ? h(i) : 0.0f", "< P::RANKS ? h(i) : 0.0f", "WRONG infinite"),
+    "the tail left out": (
+        KERNEL,
+        "main_steps + blocks(op.R, typename P::K{})",
+        "main_steps + op.R / 64",
+        "WRONG|deadlock",
+    ),
+    "an output row too many": (
+        KERNEL,
+        "if (m < op.M && n < op.N)",
+        "if (m <= op.M && n < op.N)",
+        "AddressSanitizer: heap-buffer-overflow",
+    ),
+    "sums read before the products are done": (
+        KERNEL,
+        "      warpgroup_commit_batch();\n      warpgroup_wait<0>();\n",
+        "      warpgroup_commit_batch();\n",
+        "WRONG|under way",
+    ),
+    "registers not fenced before a product": (KERNEL, "      warpgroup_arrive();\n", "", "without a fence"),
+    "barriers not fenced": (KERNEL, "    cutlass::arch::fence_barrier_init();\n", "", "before a fence"),
+    "a block that starts before the other's barriers are there": (
+        KERNEL,
+        "  cluster_arrive_relaxed();\n  cluster_wait();  // the barriers",
+        "  // the barriers",
+        "no barrier|before a fence",
+    ),
+    "a block that ends before the other": (
+        KERNEL,
+        "  cluster_arrive();\n  cluster_wait();\n}",
+        "}",
+        "that has ended",
+    ),
+    "a write that products may not see": (
+        KERNEL,
+        "      warpgroup_arrive();\n",
+        f"      {WRITE}      warpgroup_arrive();\n",
+        "without a proxy fence",
+    ),
+}
