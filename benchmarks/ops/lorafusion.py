@@ -1,12 +1,12 @@
-"""Compute LoRA split at the rank-r tensor, following LoRAFusion (github.com/CentML/lorafusion).
+"""Compute a LoRA layer in separate kernels that meet at the rank-r intermediate S, following LoRAFusion.
 
-The dropout is 0 and the scale is 1.
+LoRAFusion is at github.com/CentML/lorafusion. Here the dropout is 0 and the scale is 1.
 
-    forward    S = x Aᵀ by the vendor;      y = S Bᵀ + x Wᵀ + b in one kernel, whose accumulator starts from S Bᵀ
+    forward    S = x Aᵀ (cuBLAS);           y = S Bᵀ + x Wᵀ + b in one kernel, whose accumulator starts from S Bᵀ
     backward   dS = gy B and dB = gyᵀ S in one kernel that reads gy once, both summed with fp32 atomics;
-               dA = dSᵀ x by the vendor;    dx = dS A + gy W in one kernel, whose accumulator starts from dS A
+               dA = dSᵀ x (cuBLAS);         dx = dS A + gy W in one kernel, whose accumulator starts from dS A
 
-"By the vendor" means by the vendor's matrix-product library. This is a new implementation of the method, written for
+This is a new implementation of the method, written for
 comparison. Its tiles are those that LoRAFusion uses on an H100.
 """
 
@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-#: Tiles of the two products with the frozen weight, for half precision; fp32 halves BN so that a tile fits in memory.
+#: Tiles of the two products with the frozen weight, for half precision. In fp32, BN is halved to fit in shared memory.
 PRODUCT = {"BM": 128, "BN": 256, "BK": 64, "num_warps": 8, "num_stages": 3}
 #: Tiles of the kernel that reads gy once.
 REDUCTION = {"BM": 128, "BN": 128, "num_warps": 8, "num_stages": 3}

@@ -1,6 +1,6 @@
 // Memory that one thread keeps for later calls. This class does not use std::vector, whose member functions would be
-// compiled once per instruction set under one name. The linker would keep any one of them, possibly one that the
-// processor cannot run.
+// compiled once per instruction set under the same symbol name. The linker would keep an arbitrary one, possibly one
+// that the processor cannot run.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,5 @@
-// Computes tt_contract and its gradients for one layer and one core, as small products of masked and scaled copies.
+// Computes tt_contract and its gradients, and a merged weight, for one layer and one core. The factors are first copied
+// with masks and scale applied, and the copies are then multiplied.
 #pragma once
 
 #include <cstring>
@@ -8,7 +9,7 @@
 namespace efft::EFFT_ISA {
 
 // Returns `from` as floats, times `scale`, and zero where `keep` is false. With `transpose` the result is transposed,
-// and its rows are padded to the width of a panel.
+// and its rows are padded to a multiple of PANEL_COLUMNS.
 template <class T>
 Rows<const float> masked(const Matrix& from, int64_t rows, int64_t columns, const bool* keep, float scale,
     bool transpose, Buffer<float>& buffer) {

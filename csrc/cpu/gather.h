@@ -1,11 +1,13 @@
-// Copies small matrices to another place, type and order: panels of factors, and sums of the threads' shares.
+// Copies small matrices and converts their type and memory layout. This makes panels of factors, and adds up the
+// partial sums of the threads.
 #pragma once
 
 #include "low_rank.h"
 
 namespace efft::EFFT_ISA {
 
-// Returns row i of a matrix [rows, ...] from column j on. j must be a multiple of the side of the squares.
+// Returns row i of a matrix [rows, ...] from column j on. j must be a multiple of 16, the side of the squares in
+// `gather`, so that a square lies within one strip.
 template <class T>
 T* place(const Matrix& matrix, int64_t rows, int64_t i, int64_t j) {
   if (matrix.row != 0) return row_of<T>(matrix, i) + j;

@@ -1,11 +1,11 @@
 // Computes C[i, j] = init[i, j] + sum over k of A[i, k] B[k, j], without packing, for products with one small
 // dimension.
 //
-// One register tile serves the three shapes of a low-rank update:
+// One register tile serves the three shapes of a low-rank update (the product is [M, N], summed over K):
 //   h = x D, dh = gy G^T    N = rank:    B is a panel of the factor
 //   y = base + b + h G, dx = base + dh D^T    K = rank:    C is written in the same pass
 //   dG = h^T gy, dD^T = dh^T x    M = rank, K = tokens:    A is read across its rows
-// Therefore A has two strides, B and C have contiguous rows, and init may be another matrix than C, or a bias.
+// Therefore A has two strides, B and C have contiguous rows, and init may be a matrix other than C, a bias, or both.
 #pragma once
 
 #include <algorithm>
@@ -15,7 +15,9 @@
 
 namespace efft::EFFT_ISA {
 
-constexpr int TILE_ROWS = LANES == 16 ? 8 : 4;  // with TILE_LANES and one column of A, these fill all registers
+constexpr int TILE_ROWS = LANES == 16 ? 8 : 4;  // rows of accumulators; see TILE_LANES
+// Registers per row. TILE_ROWS * TILE_LANES accumulators, TILE_LANES registers of B and one of A fit in the register
+// file.
 constexpr int TILE_LANES = 3;
 constexpr int64_t TILE_COLUMNS = int64_t{TILE_LANES} * LANES;
 // The number of rows of a product that are computed together, if the product has that many.
@@ -26,7 +28,8 @@ constexpr int64_t ROWS_TOGETHER = std::is_same_v<E, bf16> ? 32 : TILE_ROWS;
 template <class E>
 constexpr int64_t ROWS_TOGETHER = TILE_ROWS;
 #endif
-// The number of rows of B, or pairs of rows, that stay in the first-level cache, for up to 32 columns.
+// The number of rows of B (pairs of rows in bf16) per block, chosen so that 32 columns of them fit in the first-level
+// cache.
 constexpr int64_t BLOCK_K = 192;
 
 // Strides are in elements. Element (i, k) of A is at i * row + k * step. In bf16, where pairs of k are adjacent, `step`
@@ -56,14 +59,14 @@ struct Base {
   }
 };
 
-// Memory that the inner loop prefetches: `step` more bytes with every step of k. Sending the same requests in bursts
-// would delay the arithmetic.
+// Memory for the inner loop to prefetch. The address advances by `step` bytes per iteration over k. Sending the same
+// requests in bursts would delay the arithmetic.
 struct Ahead {
   const char* at = nullptr;
   int64_t step = 0;
 };
 
-// Prefetches `bytes` bytes from `from` on, distributed over a product of these sizes.
+// Plans the prefetch of `bytes` bytes from `from` on, spread over the iterations of a product [rows, columns, depth].
 template <class E>
 Ahead ahead_of(const void* from, int64_t bytes, int64_t rows, int64_t columns, int64_t depth) {
   const int64_t tiles = ((rows + TILE_ROWS - 1) / TILE_ROWS) * ((columns + TILE_COLUMNS - 1) / TILE_COLUMNS);
@@ -71,7 +74,7 @@ Ahead ahead_of(const void* from, int64_t bytes, int64_t rows, int64_t columns, i
   return {static_cast<const char*>(from), std::min<int64_t>(bytes / steps, 64)};
 }
 
-// Adds left right to sums. In bf16, every lane holds a pair.
+// Computes sums += left * right lane by lane. In bf16, every lane holds a pair.
 inline void multiply(float, Floats& sums, Floats left, Floats right) {
   sums += left * right;
 }
@@ -81,8 +84,8 @@ inline void multiply(bf16, Floats& sums, Floats left, Floats right) {
 }
 #endif
 
-// Copies one element to every lane. In bf16 the element is a pair, whose second half is zero at the end of an odd
-// depth.
+// Copies one element to every lane. In bf16 the element is a pair; if the depth is odd, the second element of the last
+// pair is zero.
 EFFT_INLINE Floats spread(const float* from, bool) {
   return splat(*from);
 }
@@ -158,7 +161,7 @@ inline void down_rows(
   }
 }
 
-// If depth > BLOCK_K, partial sums are stored in C, which must then contain floats.
+// If C contains floats, depth is processed in blocks, and partial sums are stored in C.
 template <class E, class Init, class Out>
 void product(int64_t rows, int64_t columns, int64_t depth, Operand<E> A, Rows<const E> B, Base<Init> init, Rows<Out> C,
     Ahead& ahead) {

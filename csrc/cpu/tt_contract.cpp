@@ -1,4 +1,4 @@
-// Implements efft::tt_contract_{fwd,bwd}.cpu, with all layers and cores of a tensor train in parallel.
+// Implements efft::tt_contract_{fwd,bwd}.cpu. Layers and cores are computed in parallel, for dV blocks of columns.
 #include <tuple>
 
 #include "tensors.h"
@@ -64,7 +64,7 @@ std::tuple<Tensor, Tensor> tt_contract_bwd(
         kernels().contract_dC(train.part(i / train.n_cores, i % train.n_cores), to);
       }
     });
-  if (need_dV) {  // every thread owns a range of columns, and adds the layers in order
+  if (need_dV) {  // each thread owns blocks of columns and sums layers and cores in a fixed order
     constexpr int64_t width = 192;
     const Matrix to = matrix(dV);
     torch::stable::parallel_for(0, (train.d_out + width - 1) / width, 1, [&](int64_t first, int64_t last) {

@@ -33,7 +33,8 @@ def test_an_array_is_refused(op: Callable[..., Any], name: str) -> None:
     if "adapter" in arguments:
         arguments["adapter"] = arguments["adapter"].long()
     op(**arguments)
-    with pytest.raises(TypeError, match=f"^{op.__name__}: {name} must be a torch.Tensor, got ndarray; torch.as_tensor"):
+    expected = f"^{op.__name__}: {name} must be a torch.Tensor, got ndarray; convert a NumPy array .* torch.as_tensor"
+    with pytest.raises(TypeError, match=expected):
         op(**{**arguments, name: arguments[name].numpy()})
 
 

@@ -19,14 +19,16 @@ from efft_kernels.nn.parameter import AdaptedParameter
 
 
 class Adapter(nn.ModuleDict):
-    """The adapter of a model, its submodule ``efft``: the :class:`FactorBank` of each group, by the group's name.
+    """The adapter of a model, stored as its submodule ``efft``.
+
+    It maps the name of each group to the :class:`FactorBank` of the group.
 
     Attributes:
         config: the configuration that the model was adapted with.
         layers: names of the adapted weights: the module's name for a layer, the parameter's name for any other weight.
-        plan: the groups as adapter files keep them.
-        head: names of the modules that are trained beside the factors.
-        extras: names of the parameters of the model that are trained beside factors and head: biases and norms.
+        plan: the groups, in the form in which they are written to adapter files.
+        head: names of the modules that are trained in addition to the factors.
+        extras: names of the biases and norms that are trained in addition to the factors and the head.
         enabled: False while the update is switched off or merged.
     """
 
@@ -37,20 +39,21 @@ class Adapter(nn.ModuleDict):
         self.extras: list[str] = []
         self.plan: list[dict[str, Any]] = []
         self._idle_checked = False
-        self._reads_checked: set[bool] = set()  # in which modes a pass has shown what is read
+        self._reads_checked: set[bool] = set()  # modes in which a pass was searched for reads
         self._originals: dict[str, Any] = {}
-        self._base_buffers: dict[str, Tensor] = {}  # copies of what training may change
-        self._base_extras: dict[str, Tensor] = {}  # copies of what training changes
-        self._still: list[nn.Module] = []  # kept in eval mode; not registered, so that they keep their names
+        self._base_buffers: dict[str, Tensor] = {}  # copies of the buffers of the base model
+        self._base_extras: dict[str, Tensor] = {}  # copies of its biases and norms that are trained
+        # Modules that stay in eval mode. A plain list does not register them under a second name.
+        self._still: list[nn.Module] = []
         self._requires_grad: dict[str, bool] = {}
         self._hooks: list[Any] = []
 
     def forward(self, x: Any) -> Any:
-        """Return ``x``: an adapted ``nn.Sequential`` runs the adapter too, as its last child."""
+        """Return ``x``, because an adapted ``nn.Sequential`` also calls the adapter as its last child."""
         return x
 
     def train(self, mode: bool = True) -> Adapter:
-        """Set the mode, and keep the modules whose statistics are frozen in eval mode.
+        """Set the mode, but leave modules with frozen statistics in eval mode.
 
         The adapter is the model's last child, so this runs after the mode of those modules was set.
         """
@@ -101,7 +104,7 @@ def named_factors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 def prepare(model: nn.Module, args: Any) -> None:
     """Compose all factors together, before a pass of the model."""
-    # This is a function that finds the adapter in its argument, so that copies and pickles of the model use their own.
+    # A function that looks the adapter up in its argument: a copied or unpickled model then uses its own adapter.
     adapter = adapter_of(model)
     if adapter.enabled:
         for factors in adapter.banks():
@@ -118,7 +121,7 @@ def prepare(model: nn.Module, args: Any) -> None:
 
 
 def release(model: nn.Module, args: Any, output: Any) -> None:
-    """Release what was composed, after a pass, and warn once of layers that did not run and of dense weights."""
+    """Release the composed operands after a pass. Warn once about layers that did not run and about dense weights."""
     adapter = adapter_of(model)
     idle = [binding for factors in adapter.banks() for binding in factors.release()]
     if torch.compiler.is_compiling():
@@ -135,19 +138,19 @@ def release(model: nn.Module, args: Any, output: Any) -> None:
     if names:
         adapter._idle_checked = True
         warnings.warn(
-            f"{len(names)} of {len(adapter.layers)} adapted layers did not run in this pass, {names[0]!r} first, nor "
-            "did any like it in another block. That is as it should be if this input has nothing for them (a text "
-            "without pictures); if no input has, exclude them",
+            f"{len(names)} of {len(adapter.layers)} adapted layers did not run in this pass, {names[0]!r} first, and "
+            "neither did the corresponding layers of other blocks. This is expected if this input does not use them "
+            "(for example, text without images). If no input uses them, exclude them",
             stacklevel=2,
         )
 
 
-#: The share of the adapted weights that a pass may make dense without a warning.
+#: Fraction of the adapted weights that may become dense before a warning is issued.
 SILENT_DENSE = 0.01
 
 
 def _tell_of_dense(adapter: Adapter, layers: Mapping[str, Update]) -> None:
-    """Warn once of weights that modules read, for which every pass makes dense ones that include the update."""
+    """Warn once about weights that modules read directly, so that every pass builds dense weights for them."""
     dense = {name: update for name, update in layers.items() if update.binding.dense}
     entries = sum(update.stored.numel() for update in dense.values())
     if entries <= SILENT_DENSE * sum(update.stored.numel() for update in layers.values()):
@@ -158,17 +161,18 @@ def _tell_of_dense(adapter: Adapter, layers: Mapping[str, Update]) -> None:
     known = ", ".join(sorted(reader for reader in readers if reader)) or "the modules around them"
     warnings.warn(
         f"{len(dense)} of {len(layers)} adapted weights, {next(iter(dense))!r} first, are read by {known}, where no "
-        f"call can be intercepted: every pass makes dense ones that include the update, {size / 2**20:.3g} MiB in all. "
-        "The result is right; to save the time and memory, exclude these weights, or merge the update for inference",
+        "call can be intercepted: every pass builds dense ones that include the update, "
+        f"{size / 2**20:.3g} MiB in all. The result is correct; to save the time and memory, exclude these weights, or "
+        "merge the update for inference",
         stacklevel=2,
     )
 
 
 def _never_run(layers: Mapping[str, Update], idle: list[Any]) -> list[str]:
-    """Return the idle layers whose like did not run in any block.
+    """Return the idle layers whose counterparts did not run in any other block either.
 
-    A module that reads the weights itself does so in every block, whereas of blocks that are skipped at random
-    (LayerDrop) others run.
+    A module that reads weights directly does so in every block. If blocks are skipped at random (LayerDrop), the same
+    layer still runs in some other block.
     """
     ran: dict[str, bool] = {}
     for name, layer in layers.items():
@@ -178,7 +182,7 @@ def _never_run(layers: Mapping[str, Update], idle: list[Any]) -> list[str]:
 
 
 def base_loaded(model: nn.Module, incompatible: Any) -> None:
-    """Take buffers, biases and norms for those of the base, after a checkpoint without factors was loaded."""
+    """Treat loaded buffers, biases and norms as those of the base if the checkpoint has no factors."""
     adapter = getattr(model, "efft", None)
     missing = [plain_name(name) for name in incompatible.missing_keys]
     if not isinstance(adapter, Adapter) or not all(_among(f"efft.{name}", missing) for name in adapter.state_dict()):
@@ -190,5 +194,5 @@ def base_loaded(model: nn.Module, incompatible: Any) -> None:
 
 
 def _among(name: str, names: list[str]) -> bool:
-    """Whether a name is among names of this model, or of a larger one around it."""
+    """Return whether ``names`` has this name, possibly after a prefix, as this model may be part of a larger one."""
     return any(other == name or other.endswith(f".{name}") for other in names)

@@ -82,7 +82,9 @@ def write_adapter(folder: Path, weights: bytes, description: dict[str, Any], car
     text = json.dumps({**description, "weights": {"sha256": digest}}, indent=2) + "\n"
     contents = {WEIGHTS: weights, CONFIG: text.encode(), CARD: card.encode()}
     if len(contents[CONFIG]) > LARGEST_JSON:
-        raise ValueError(f"{CONFIG} may have {LARGEST_JSON} bytes, got {len(contents[CONFIG])}: give a shorter info")
+        raise ValueError(
+            f"{CONFIG} may be at most {LARGEST_JSON} bytes long, got {len(contents[CONFIG])}: shorten info"
+        )
     pending = _pending(folder, digest)
     with _stage_all(folder, contents) as (staged, alone):
         os.replace(staged[WEIGHTS], pending)

@@ -38,6 +38,8 @@ ABSURD: dict[str, list[Any]] = {
     "head": [3, [3], {}],
     "freeze_statistics": [0, "no", None, [], {}],
     "bias": [0, "yes", None],
+    "norms": [0, "no", None, [], {}],
+    "layer_scale": [1, "yes", True, [], {}],
     "heads_on": ["both", 1, None],
 }
 CASES = [

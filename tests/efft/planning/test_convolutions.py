@@ -1,4 +1,4 @@
-"""Test convolutional networks: layers by name, 1 x 1 and larger kernels, and every call that works on a transformer."""
+"""Test convolutional networks: selecting layers by name, kernels of 1 x 1 and larger, and the calls of the library."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_other_methods(images: Tensor) -> None:
     assert not torch.allclose(before, expected)
     efft.merge(model)
     torch.testing.assert_close(model(images), expected)
-    with pytest.raises(ValueError, match="matches no linear layer"):  # LoRETTA adds a nonlinearity after linear layers
+    with pytest.raises(ValueError, match="matches no linear layer"):  # LoRETTA supports only linear layers
         efft.apply(network(), LoRETTAAdpConfig(targets=TARGETS))
 
 
@@ -110,7 +110,7 @@ def test_exported_lora_runs_in_peft(images: Tensor, tmp_path: Path) -> None:
 
 
 def test_kernels_that_are_standardised_are_told_of_once_with_their_size(images: Tensor) -> None:
-    """A module that computes with a function of its weight reads the weight including the update, as a dense tensor."""
+    """A module that standardizes its weight before using it needs the effective weight, so a dense one is built."""
     model = efft.apply(timm.create_model("test_nfnet", num_classes=5), efft.EfftConfig(rank=2))
     read = {n: u for n, u in adapted_layers(model).items() if not isinstance(u, nn.Module)}
     size = 4 * sum(update.weight.numel() for update in read.values()) / 2**20

@@ -1,4 +1,4 @@
-"""Test writing files: after a kill, a full disk or concurrent writers, the old or the new content is complete."""
+"""Test that killed processes, full disks and concurrent writers leave the complete old or the complete new content."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def loaded(folder: Path) -> str:
 
 
 def forked(action: Callable[[], object]) -> int:
-    """Run ``action`` in another process and return its exit code: 0, or 1 if it failed."""
+    """Run ``action`` in another process and return its exit code: 0, 1 if it failed, or minus a signal."""
     child = os.fork()
     if child == 0:
         code = 1
@@ -55,7 +55,7 @@ def forked(action: Callable[[], object]) -> int:
 
 
 def killed_at(line: int, action: Callable[[], object]) -> bool:
-    """Run ``action`` in a process that is killed after this number of lines of the module; return whether it was.
+    """Run ``action`` in a process that is killed after ``line`` lines of ``files.py``; return whether it was.
 
     If the process ends earlier, it must end without an error.
     """
@@ -82,7 +82,7 @@ def names(folder: Path) -> list[str]:
 
 
 def no_room_after(writes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let files fail in the middle of a write, after this number of complete writes."""
+    """Let ``writes`` writes succeed and the next one stop halfway, as on a full disk."""
     count = itertools.count()
 
     class Full(io.FileIO):
@@ -118,13 +118,13 @@ def test_killed_at_any_line_a_save_leaves_the_old_adapter_or_the_new(earlier: bo
         if not killed:
             break
     old = "a" if earlier else ""
-    first = found.index("b")  # the new content replaces the old one at one line
+    first = found.index("b")  # the switch from old to new happens at a single line
     assert 20 < first < len(found) - 5
     assert found == [old] * first + ["b"] * (len(found) - first)
 
 
 def test_saves_that_are_killed_one_after_the_other(tmp_path: Path) -> None:
-    """Each save is killed at a different line, so that the next save finds the remains of the previous ones."""
+    """The saves are killed at various lines, so that each save finds the remains of the previous ones."""
     write_adapter(tmp_path, *adapter("a"))
     seen = {"a"}
     for i in range(150):
@@ -140,7 +140,7 @@ def test_saves_that_are_killed_one_after_the_other(tmp_path: Path) -> None:
 def test_weights_that_are_not_in_their_place_yet_are_loaded(
     saved: tuple[nn.Module, Path], randomize: Make, tiny_vit: Make, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A save that was killed just after it replaced the configuration leaves such files."""
+    """A save that was killed just after it replaced the configuration leaves files in this state."""
     model, folder = saved
     old = (folder / WEIGHTS).read_bytes()
     efft.save_adapter(randomize(model, seed=9), folder)
@@ -164,7 +164,7 @@ def test_killed_at_any_line_a_file_is_the_old_one_or_the_new(tmp_path: Path) -> 
             break
     assert found == sorted(found, reverse=True)
     assert set(found) == {b"old", b"new"}
-    assert names(tmp_path) == ["file"], "the last one swept up after the others"
+    assert names(tmp_path) == ["file"], "the call that was not killed must remove what the others left behind"
 
 
 # --- full disk, missing permission ------------------------------------------------------------------------------------
@@ -193,7 +193,9 @@ def test_a_block_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
 def test_what_is_too_long_to_be_read_is_not_written(saved: tuple[nn.Module, Path]) -> None:
     model, folder = saved
     before = {name: (folder / name).read_bytes() for name in names(folder)}
-    with pytest.raises(ValueError, match=r"adapter_config\.json may have 2097152 bytes, got .*: give a shorter info"):
+    with pytest.raises(
+        ValueError, match=r"adapter_config\.json may be at most 2097152 bytes long, got .*: shorten info"
+    ):
         efft.save_adapter(model, folder, info={"notes": "x" * files.LARGEST_JSON})
     assert {name: (folder / name).read_bytes() for name in names(folder)} == before
 
@@ -203,7 +205,7 @@ def test_what_is_too_long_to_be_read_is_not_written(saved: tuple[nn.Module, Path
 
 @pytest.fixture(params=[True, False], ids=["with locks", "without locks"])
 def locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Return whether file locks work in the test, because some file systems do not support them."""
+    """Run a test with and without file locks, which some file systems lack. Return whether they work."""
     if not request.param:
         monkeypatch.setattr(files, "_lock", lambda folder: None)
     return bool(request.param)
@@ -216,21 +218,26 @@ def test_two_processes_that_save_into_one_folder(locks: bool, tmp_path: Path) ->
     def writer(letter: str) -> int:
         child = os.fork()
         if child == 0:
+            code = 1
             try:
                 for _ in range(100):
                     write_adapter(tmp_path, *adapter(letter))
+                code = 0
             finally:
-                os._exit(0)
+                os._exit(code)
         return child
 
-    running, seen, refused = {writer("b"), writer("c")}, set(), 0
+    running, seen, refused, codes = {writer("b"), writer("c")}, set(), 0, []
     while running:
         try:
             seen.add(loaded(tmp_path))
         except ValueError as error:
             assert "is damaged or of another save" in str(error)  # noqa: PT017
             refused += 1
-        running -= {child for child in running if os.waitpid(child, os.WNOHANG)[0]}
+        ended = [os.waitpid(child, os.WNOHANG) for child in running]
+        running -= {child for child, _ in ended}
+        codes += [os.waitstatus_to_exitcode(status) for child, status in ended if child]
+    assert codes == [0, 0]
     assert seen & {"b", "c"}
     if locks:
         assert refused == 0
@@ -241,7 +248,7 @@ def test_two_processes_that_save_into_one_folder(locks: bool, tmp_path: Path) ->
 
 
 def test_a_lock_ends_with_the_save_even_if_a_process_was_forked_meanwhile(tmp_path: Path) -> None:
-    """The workers of a data loader live long and inherit all open files."""
+    """Workers of a data loader are long-lived and inherit all open files, including the lock."""
     with files.replacing(tmp_path / "file") as file:
         file.write(b"x")
         child = os.fork()
