@@ -121,7 +121,7 @@ def test_site_builds(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     api = (tmp_path / "site/api/ops/index.html").read_text(encoding="utf-8")
-    assert "low-rank delta" in api, "docstrings are there"
+    assert "Compute a linear layer plus a low-rank update" in api, "docstrings are there"
     performance = (tmp_path / "site/performance/index.html").read_text(encoding="utf-8")
     assert "frozen baseline" in performance, "the page has its tables"
     pages = "".join(path.read_text(encoding="utf-8") for path in (tmp_path / "site").rglob("*.html"))
