@@ -14,8 +14,9 @@ time. A row is one way to adapt the chain. Each row runs in four modes:
 Each count is taken with two depths of the chain. The difference, divided by the number of additional layers, is the
 count of one layer; the remainder is the count of one pass, which does not depend on the number of layers. Counts of
 calls are exact and equal on every machine. A dispatcher call is a call of one of torch's operators, including the calls
-that other operators make. A Python call is a call of a Python function or of a function of C from Python.
-Microseconds are the best of many repetitions, in which all rows take turns.
+that other operators make, except ``resolve_conj``, which only torch's products on the CPU call. A Python call is a call
+of a Python function or of a function of C from Python. Microseconds are the best of many repetitions, in which all rows
+take turns.
 
 The row ``efft:triton`` runs on the CPU with kernels that do nothing, and does not include Triton's own launcher. The
 row ``efft:cuda`` runs on the meta device, and counts only dispatcher calls outside of the operators of the backend.
@@ -189,7 +190,7 @@ def dispatcher_calls(run: Callable[[], None], outside_of_ops: bool = False) -> i
 
 def _is_operator(name: str) -> bool:
     namespace, _, rest = name.partition("::")
-    return bool(rest) and namespace not in ("autograd", "torch")
+    return bool(rest) and namespace not in ("autograd", "torch") and rest != "resolve_conj"
 
 
 def _is_inside_of_op(event: Any) -> bool:
