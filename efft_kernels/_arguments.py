@@ -104,7 +104,7 @@ def autocast_like_linear(first: Tensor, *others: Tensor | None) -> Any:
     dtype = autocast_dtype(first.device)
     if dtype is None:
         return first, *others
-    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (first, *others))
+    return tuple(t if t is None or t.dtype in (dtype, torch.float64) else t.to(dtype) for t in (first, *others))
 
 
 def autocast_bias(b: Tensor | None) -> Tensor | None:
@@ -132,13 +132,18 @@ def no_autocast(device: torch.device) -> AbstractContextManager[None]:
 
 
 def flatten_tokens(tensor: Tensor) -> Tensor:
-    """Reshape ``tensor`` [..., d] to [tokens, d] inside an autograd function, where this adds no node to the graph.
+    """Reshape ``tensor`` [..., d] to [tokens, d] inside an autograd function or an operator, which record no graph.
 
     Save ``tensor`` itself for the backward pass, not the result. The result is a view made without gradients: autograd
     would report a change of it in a less helpful message, and a second derivative would not reach ``tensor``.
     """
+    if tensor.dim() == 2:
+        return tensor
     # Size.numel() would fix sizes that an export leaves open.
-    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+    tokens = math.prod(tensor.shape[:-1])
+    if not torch.compiler.is_compiling() and tensor.is_contiguous():  # reshape calls the dispatcher once more than view
+        return tensor.view(tokens, tensor.shape[-1])
+    return tensor.reshape(tokens, tensor.shape[-1])
 
 
 def unflatten_tokens(tensor: Tensor, leading: Sequence[int]) -> Tensor:
@@ -146,4 +151,17 @@ def unflatten_tokens(tensor: Tensor, leading: Sequence[int]) -> Tensor:
 
     This does not use ``view``, because autograd forbids in-place changes of a view that a forward method returned.
     """
-    return torch.ops.aten._unsafe_view(tensor, (*leading, tensor.shape[-1]))
+    if len(leading) == 1:
+        return tensor
+    return torch.ops.aten._unsafe_view.default(tensor, (*leading, tensor.shape[-1]))
+
+
+def transposed(matrix: Tensor) -> Tensor:
+    """Return the transpose of ``matrix`` as a view, inside an operator: ``t()`` calls the dispatcher three times."""
+    rows, columns = matrix.shape
+    return matrix.as_strided((columns, rows), matrix.stride()[::-1])
+
+
+def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``tensor`` in ``dtype``, without a call of the dispatcher if it has that dtype."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)

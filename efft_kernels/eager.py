@@ -14,23 +14,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from efft_kernels._arguments import flatten_tokens, in_dtype, transposed, unflatten_tokens
+
 
 def tt_linear_fwd(
-    x: Tensor,  # [tokens, d_in]
+    x: Tensor,  # [..., d_in]
     W: Tensor,  # [d_out, d_in]
     b: Tensor | None,  # [d_out]
     D: Tensor,  # [d_in, r1]
     G: Tensor,  # [r1, d_out]
-) -> tuple[Tensor, Tensor]:  # y [tokens, d_out], h [tokens, r1]
+) -> tuple[Tensor, Tensor]:  # y [..., d_out], h [tokens, r1]
     """Compute y = x Wᵀ + b + h G with h = x D."""
-    h = x @ D.to(x.dtype)
-    y = x @ W.t() if b is None else torch.addmm(b.to(x.dtype), x, W.t())
-    return y.addmm_(h, G.to(x.dtype)), h
+    dtype, rows, Wt = x.dtype, flatten_tokens(x), transposed(W)
+    h = torch.mm(rows, in_dtype(D, dtype))
+    y = torch.mm(rows, Wt) if b is None else torch.addmm(in_dtype(b, dtype), rows, Wt)
+    return unflatten_tokens(y.addmm_(h, in_dtype(G, dtype)), x.shape[:-1]), h
 
 
 def tt_linear_bwd(
-    gy: Tensor,  # [tokens, d_out]
-    x: Tensor | None,  # [tokens, d_in]
+    gy: Tensor,  # [..., d_out]
+    x: Tensor | None,  # [..., d_in]
     W: Tensor | None,  # [d_out, d_in]
     h: Tensor | None,  # [tokens, r1]
     D: Tensor,  # [d_in, r1]
@@ -41,34 +44,47 @@ def tt_linear_bwd(
     need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute dh = gy Gᵀ, dx = gy W + dh Dᵀ, dD = xᵀ dh, dG = hᵀ gy, and db, the sum of gy over the tokens."""
-    dx = dD = dG = None
-    db = gy.new_empty(0, dtype=torch.promote_types(gy.dtype, torch.float32))
+    dx = dD = dG = db = None
+    leading, gy, dtype = gy.shape[:-1], flatten_tokens(gy), gy.dtype
     if need_dx or need_dD:
-        dh = gy @ G.to(gy.dtype).t()  # [tokens, r1]
+        dh = torch.mm(gy, transposed(in_dtype(G, dtype)))  # [tokens, r1]
         if need_dx:
             assert W is not None
-            dx = (gy @ W).addmm_(dh, D.to(gy.dtype).t())
+            dx = unflatten_tokens(torch.mm(gy, W).addmm_(dh, transposed(in_dtype(D, dtype))), leading)
         if need_dD:
             assert x is not None
-            dD = _reduce_tokens(x, dh, D.dtype)
+            dD = _reduce_tokens(flatten_tokens(x), dh, D.dtype)
     if need_dG:
         assert h is not None
         if need_db and gy.device.type == "cpu":  # a separate sum takes several times as long in bfloat16 on the CPU
             both = torch.cat([h, h.new_ones(h.shape[0], 1)], 1).t() @ gy  # [r1 + 1, d_out]
-            dG, db = both[:-1].to(G.dtype), both[-1].to(db.dtype, copy=True)
+            dG, db = both[:-1].to(G.dtype), both[-1].to(_wide(dtype), copy=True)
         else:
             dG = _reduce_tokens(h, gy, G.dtype)
-    if need_db and db.numel() == 0:
-        db = gy.sum(0, dtype=db.dtype)
-    dx, dD, dG = (like.new_empty(0) if t is None else t for t, like in ((dx, gy), (dD, D), (dG, G)))
-    return dx, dD, dG, db
+    if need_db and db is None:
+        db = gy.sum(0, dtype=_wide(dtype))
+    return (
+        _or_empty(dx, dtype, gy),
+        _or_empty(dD, D.dtype, gy),
+        _or_empty(dG, G.dtype, gy),
+        _or_empty(db, _wide(dtype), gy),
+    )
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype == torch.float64 else torch.float32
+
+
+def _or_empty(tensor: Tensor | None, dtype: torch.dtype, like: Tensor) -> Tensor:
+    """Return ``tensor``, or instead of None a tensor of ``dtype`` with 0 elements on the device of ``like``."""
+    return torch.empty(0, dtype=dtype, device=like.device) if tensor is None else tensor
 
 
 def _reduce_tokens(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """Return aᵀ b in ``dtype``, without first rounding to the dtype of ``a`` if the vendor's product can write fp32."""
     if a.is_cuda and a.dtype != dtype == torch.float32:
-        return torch.mm(a.t(), b, out_dtype=dtype)
-    return (a.t() @ b).to(dtype)
+        return torch.mm(transposed(a), b, out_dtype=dtype)
+    return in_dtype(torch.mm(transposed(a), b), dtype)
 
 
 def tt_gelu_linear_fwd(
