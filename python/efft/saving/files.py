@@ -101,7 +101,8 @@ def write_adapter(folder: Path, weights: bytes, description: dict[str, Any], car
 def write_pair(folder: Path, weights: bytes, config: bytes) -> None:
     """Write weights and configuration for readers that do not check a hash.
 
-    If the process is killed before both files are written, the folder has no configuration.
+    If the process is killed before it starts to replace files, the old files remain. If it is killed while it replaces
+    files, the folder has no configuration.
 
     Raises:
         OSError: the disk is full, or permission is missing. The old files are kept.

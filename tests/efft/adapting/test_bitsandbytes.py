@@ -167,5 +167,5 @@ def test_under_peft(backbone: Make, images: Tensor) -> None:
                 parameter.normal_(std=0.2)
     model(images).sum().backward()
     assert all(p.grad.any() for n, p in model.named_parameters() if "efft_" in n)
-    with pytest.raises(TypeError, match="to which no update can be added: keep the adapter beside it"):
+    with pytest.raises(TypeError, match="to which no update can be added: keep the adapter unmerged"):
         model.merge_adapter()

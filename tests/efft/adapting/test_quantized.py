@@ -141,5 +141,5 @@ def test_under_peft(quantize: Quantize, tiny_vit: Make, images: Tensor) -> None:
             if "efft_" in name:
                 parameter.normal_(std=0.2)
     assert not torch.allclose(model(images), base, atol=1e-3)
-    with pytest.raises(TypeError, match="to which no update can be added: keep the adapter beside it"):
+    with pytest.raises(TypeError, match="to which no update can be added: keep the adapter unmerged"):
         model.merge_adapter()
