@@ -1,4 +1,4 @@
-"""Define linear layers that hold the updates of many adapters, of which each call uses the selected ones.
+"""Define linear layers that hold the updates of many adapters. Each call uses the selected adapters.
 
 The adapters are stored as *stacks*: tensors with one row (entry of the first dimension) per adapter.
 """

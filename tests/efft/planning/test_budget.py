@@ -69,7 +69,7 @@ def test_models_without_biases() -> None:
             {"budget": factors(1) - 1},
             f"a budget of {factors(1) - 1} parameters is too small .*: rank 1 needs {factors(1)} ",
         ),
-        ({"budget": 500, "bias": "all"}, rf"rank 1 needs {factors(1) + 384} \(head apart\)"),
+        ({"budget": 500, "bias": "all"}, rf"rank 1 needs {factors(1) + 384} \(excluding the head\)"),
         ({"budget": 0}, "budget must be a positive number of parameters, got 0"),
         ({"budget": 1000, "rank": 4}, "give either budget or rank, got 1000 and 4"),
         ({}, r"a number of parameters \(budget=\.\.\.\) is missing"),

@@ -407,7 +407,7 @@ def test_a_bank_that_nothing_is_bound_to() -> None:
         ({"dropout": -0.1}, r"dropout must be in \[0, 1\), got -0.1"),
         ({"trainable_scale": "group"}, "trainable_scale must be False, True or 'matrix', got 'group'"),
         ({"scaled_inputs": [Site(1)]}, r"Site\(layer=1, .* does not fit a bank of 1 layers"),
-        ({"scaled_outputs": [Site(experts=1)]}, "the matrices of experts share their sides, which have no diagonals"),
+        ({"scaled_outputs": [Site(experts=1)]}, "a site of experts cannot have diagonals"),
     ],
 )
 def test_wrong_arguments(changed: dict[str, Any], message: str) -> None:
