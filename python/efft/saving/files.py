@@ -1,4 +1,4 @@
-"""Write single files and adapters atomically: a killed process leaves either the old or the new content."""
+"""Write single files and adapters atomically. If the process is killed, either the old or the new content remains."""
 
 from __future__ import annotations
 
@@ -168,8 +168,8 @@ def read_weights(
     if digest is None:  # the adapter was written before hashes were recorded
         return content
     raise ValueError(
-        f"{folder / WEIGHTS} is damaged or of another save: its SHA-256 is not the one in {CONFIG}; copy both again "
-        "from where they came from, save the adapter again or, if you changed the weights, delete 'weights' there"
+        f"{folder / WEIGHTS} is damaged or of another save: its SHA-256 is not the one in {CONFIG}; copy both "
+        "files again, save the adapter again or, if you changed the weights yourself, delete 'weights' from that file"
     )
 
 
@@ -261,7 +261,7 @@ def _lock(folder: Path) -> int | None:
         import fcntl
 
         descriptor = os.open(folder, os.O_RDONLY)
-    except (ImportError, OSError):  # if the folder is the reason, writing to it raises an error later
+    except (ImportError, OSError):  # if the folder cannot be read, writing to it raises an error later
         return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

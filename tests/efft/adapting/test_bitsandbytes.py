@@ -48,7 +48,7 @@ def quantize(request: pytest.FixtureRequest) -> Callable[[nn.Linear], nn.Linear]
 
 @pytest.fixture
 def backbone(quantize: Callable[[nn.Linear], nn.Linear], tiny_vit: Make) -> Make:
-    """A tiny ViT whose blocks are quantized."""
+    """Return a tiny ViT whose blocks are quantized."""
 
     def make() -> nn.Module:
         model = tiny_vit()

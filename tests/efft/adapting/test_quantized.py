@@ -34,7 +34,7 @@ def backbone(model: nn.Module, quantize: Quantize) -> nn.Module:
 
 @pytest.fixture
 def quantized(quantize: Quantize, tiny_vit: Make, randomize: Make) -> nn.Module:
-    """A tiny ViT that was quantized, then adapted, with random factors."""
+    """Return a tiny ViT that was quantized and then adapted, with random factors."""
     model = efft.apply(backbone(tiny_vit(), quantize), efft.EfftConfig(**CONFIG))
     return randomize(model, std=0.2).eval()
 
