@@ -51,7 +51,7 @@ class PooledLinear(FrozenLayer, nn.Linear):
     layouts: dict[int, Layout]
     """Maps the number of dimensions of an input to its sample dimension, unless that is the first dimension."""
     learned: bool
-    """Whether ``layouts`` is known. Before that, only the first dimension may be the dimension of the samples."""
+    """Whether ``layouts`` is known. If it is not, only the first dimension may index the samples."""
 
     @classmethod
     def refusal(cls, layer: nn.Module) -> str | None:
