@@ -413,15 +413,13 @@ class AdapterPool:
         slot = next(i for i in range(1, len(taken) + 2) if i not in taken)
         rows = self._rows if slot < self._rows else 2 * self._rows - 1
         stacks = write_row(self._stacks, parts, layers, slot, rows)
-        moved = next(
-            (layer for (layer, part) in stacks if stacks[layer, part] is not self._stacks.get((layer, part))), ""
-        )
+        moved = [place for place, stack in stacks.items() if stack is not self._stacks.get(place)]
         if moved and self._fixed:  # so far only a free row has changed
             raise RuntimeError(
-                f"adapter {name!r} needs new stacks ({moved} first), but graphs that were captured with a fixed batch "
-                f"read the present ones. Expected an adapter within the capacity ({self._rows - 1}) whose layers, ranks "
-                "and sharing an earlier adapter had: make the pool with a larger capacity, add the adapter with the "
-                "largest ranks first, or release the fixed batches and capture the graphs again"
+                f"adapter {name!r} needs new stacks ({moved[0][0]} first), but graphs that were captured with a fixed "
+                f"batch read the present ones. Expected an adapter within the capacity ({self._rows - 1}) whose layers, "
+                "ranks and sharing an earlier adapter had: make the pool with a larger capacity, add the adapter with "
+                "the largest ranks first, or release the fixed batches and capture the graphs again"
             )
         for layer, pooled in layers.items():
             pooled.stacks = (stacks[layer, 0], stacks.get((layer, 1)))
