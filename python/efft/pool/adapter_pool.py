@@ -417,9 +417,9 @@ class AdapterPool:
         if moved and self._fixed:  # so far only a free row has changed
             raise RuntimeError(
                 f"adapter {name!r} needs new stacks ({moved[0][0]} first), but graphs that were captured with a fixed "
-                f"batch read the present ones. Expected an adapter within the capacity ({self._rows - 1}), and an earlier "
-                "adapter with the same layers, ranks and sharing: make the pool with a larger capacity, add the adapter "
-                "with the largest ranks first, or release the fixed batches and capture the graphs again"
+                "batch read the present ones. Expected an adapter whose layers, ranks and sharing an earlier one had, "
+                f"and at most {self._rows - 1} adapters: make the pool with a larger capacity, add the adapter with "
+                "the largest ranks first, or release the fixed batches and capture the graphs again"
             )
         for layer, pooled in layers.items():
             pooled.stacks = (stacks[layer, 0], stacks.get((layer, 1)))
