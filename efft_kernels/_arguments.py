@@ -132,7 +132,7 @@ def no_autocast(device: torch.device) -> AbstractContextManager[None]:
 
 
 def flatten_tokens(tensor: Tensor) -> Tensor:
-    """Reshape ``tensor`` [..., d] to [tokens, d] inside an autograd function or an operator, which record no graph.
+    """Reshape ``tensor`` [..., d] to [tokens, d] inside an autograd function, where this adds no node to the graph.
 
     Save ``tensor`` itself for the backward pass, not the result. The result is a view made without gradients: autograd
     would report a change of it in a less helpful message, and a second derivative would not reach ``tensor``.
@@ -140,10 +140,15 @@ def flatten_tokens(tensor: Tensor) -> Tensor:
     if tensor.dim() == 2:
         return tensor
     # Size.numel() would fix sizes that an export leaves open.
-    tokens = math.prod(tensor.shape[:-1])
-    if not torch.compiler.is_compiling() and tensor.is_contiguous():  # reshape calls the dispatcher once more than view
-        return tensor.view(tokens, tensor.shape[-1])
-    return tensor.reshape(tokens, tensor.shape[-1])
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+
+
+def rows_of(tensor: Tensor) -> Tensor:
+    """Reshape ``tensor`` [..., d] to [tokens, d] inside an operator, if possible with one call of the dispatcher."""
+    if tensor.dim() == 2:
+        return tensor
+    shape = math.prod(tensor.shape[:-1]), tensor.shape[-1]
+    return tensor.view(shape) if tensor.is_contiguous() else tensor.reshape(shape)
 
 
 def unflatten_tokens(tensor: Tensor, leading: Sequence[int]) -> Tensor:
@@ -163,5 +168,13 @@ def transposed(matrix: Tensor) -> Tensor:
 
 
 def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return ``tensor`` in ``dtype``, without a call of the dispatcher if it has that dtype."""
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+    """Return ``tensor`` in ``dtype``, inside an operator and with few calls of the dispatcher.
+
+    Nothing is called if the tensor has the dtype. A conversion by ``to`` calls the dispatcher four times, and a copy
+    into a new tensor twice.
+    """
+    if tensor.dtype == dtype:
+        return tensor
+    if tensor.is_contiguous():
+        return torch.empty(tensor.shape, dtype=dtype, device=tensor.device).copy_(tensor)
+    return tensor.to(dtype)

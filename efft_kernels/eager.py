@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from efft_kernels._arguments import flatten_tokens, in_dtype, transposed, unflatten_tokens
+from efft_kernels._arguments import in_dtype, rows_of, transposed, unflatten_tokens
 
 
 def tt_linear_fwd(
@@ -26,7 +26,7 @@ def tt_linear_fwd(
     G: Tensor,  # [r1, d_out]
 ) -> tuple[Tensor, Tensor]:  # y [..., d_out], h [tokens, r1]
     """Compute y = x Wᵀ + b + h G with h = x D."""
-    dtype, rows, Wt = x.dtype, flatten_tokens(x), transposed(W)
+    dtype, rows, Wt = x.dtype, rows_of(x), transposed(W)
     h = torch.mm(rows, in_dtype(D, dtype))
     y = torch.mm(rows, Wt) if b is None else torch.addmm(in_dtype(b, dtype), rows, Wt)
     return unflatten_tokens(y.addmm_(h, in_dtype(G, dtype)), x.shape[:-1]), h
@@ -46,7 +46,7 @@ def tt_linear_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute dh = gy Gᵀ, dx = gy W + dh Dᵀ, dD = xᵀ dh, dG = hᵀ gy, and db, the sum of gy over the tokens."""
     dx = dD = dG = db = None
-    leading, gy, dtype = gy.shape[:-1], flatten_tokens(gy), gy.dtype
+    leading, gy, dtype = gy.shape[:-1], rows_of(gy), gy.dtype
     if need_dx or need_dD:
         dh = torch.mm(gy, transposed(in_dtype(G, dtype)))  # [tokens, r1]
         if need_dx:
@@ -54,7 +54,7 @@ def tt_linear_bwd(
             dx = unflatten_tokens(torch.mm(gy, W).addmm_(dh, transposed(in_dtype(D, dtype))), leading)
         if need_dD:
             assert x is not None
-            dD = _reduce_tokens(flatten_tokens(x), dh, D.dtype)
+            dD = _reduce_tokens(rows_of(x), dh, D.dtype)
     if need_dG:
         assert h is not None
         if need_db and gy.device.type == "cpu":  # a separate sum takes several times as long in bfloat16 on the CPU
@@ -64,21 +64,24 @@ def tt_linear_bwd(
             dG = _reduce_tokens(h, gy, G.dtype)
     if need_db and db is None:
         db = gy.sum(0, dtype=_wide(dtype))
-    return (
-        _or_empty(dx, dtype, gy),
-        _or_empty(dD, D.dtype, gy),
-        _or_empty(dG, G.dtype, gy),
-        _or_empty(db, _wide(dtype), gy),
-    )
+    if dx is None:
+        dx = _empty(dtype, gy)
+    if dD is None:
+        dD = _empty(D.dtype, gy)
+    if dG is None:
+        dG = _empty(G.dtype, gy)
+    if db is None:
+        db = _empty(_wide(dtype), gy)
+    return dx, dD, dG, db
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.float64 else torch.float32
 
 
-def _or_empty(tensor: Tensor | None, dtype: torch.dtype, like: Tensor) -> Tensor:
-    """Return ``tensor``, or instead of None a tensor of ``dtype`` with 0 elements on the device of ``like``."""
-    return torch.empty(0, dtype=dtype, device=like.device) if tensor is None else tensor
+def _empty(dtype: torch.dtype, like: Tensor) -> Tensor:
+    """Return a tensor with 0 elements on the device of ``like``."""
+    return torch.empty(0, dtype=dtype, device=like.device)
 
 
 def _reduce_tokens(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

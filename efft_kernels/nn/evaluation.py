@@ -74,11 +74,12 @@ def snapshot(tensors: Sequence[Tensor]) -> list[_Source]:
 def can_be_kept(tensors: Sequence[Tensor]) -> bool:
     """Return whether results computed from ``tensors`` now may be used again by later calls.
 
-    That is not so for results with a graph, in code that is compiled, exported, traced, transformed or captured (later
-    runs of that code would not see a change of the factors), for tensors whose changes cannot be noticed, and if
-    processes share the work, because libraries that shard parameters free and fill their memory between passes.
+    The answer is no for results with a graph, and in code that is compiled, exported, traced, transformed or captured,
+    because later runs of that code would not see a change of the factors. It is also no for tensors whose changes
+    cannot be noticed, and if processes share the work, because libraries that shard parameters free and fill their
+    memory between passes.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not tensors:
         return False
     return not (
         torch.jit.is_tracing()  # type: ignore[attr-defined]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efft_kernels._arguments import flatten_tokens, transposed, unflatten_tokens
+from efft_kernels._arguments import rows_of, transposed, unflatten_tokens
 from efft_kernels.triton.lowrank_gemm import lowrank_gemm, project
 from efft_kernels.triton.reduce_tokens import reduce_tokens
 
@@ -19,7 +19,7 @@ def tt_linear_fwd(
     D: Tensor,  # [d_in, r1]
     G: Tensor,  # [r1, d_out]
 ) -> tuple[Tensor, Tensor]:  # y [..., d_out], h [tokens, r1]
-    y, h = lowrank_gemm(flatten_tokens(x), transposed(W), b, D, G)
+    y, h = lowrank_gemm(rows_of(x), transposed(W), b, D, G)
     return unflatten_tokens(y, x.shape[:-1]), h
 
 
@@ -35,7 +35,7 @@ def tt_linear_bwd(
     need_dG: bool,
     need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    leading, gy, x = gy.shape[:-1], flatten_tokens(gy), None if x is None else flatten_tokens(x)
+    leading, gy, x = gy.shape[:-1], rows_of(gy), None if x is None else rows_of(x)
     dx, dh = None, None
     if need_dx:
         assert W is not None

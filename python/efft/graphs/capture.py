@@ -6,7 +6,7 @@ This module is the only one that uses ``torch.cuda.CUDAGraph``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -167,6 +167,23 @@ class Constants:
 
 def _address(tensor: Tensor) -> int:
     return tensor.data_ptr() if type(tensor) in (Tensor, nn.Parameter, nn.Buffer) else 0
+
+
+def arguments_of(operation: str, example: Any) -> tuple[Any, ...] | dict[Any, Any]:
+    """Return an example as positional arguments or, for a mapping, as named ones.
+
+    Raises:
+        ValueError: it is neither a mapping nor a tuple, a list or a single tensor.
+    """
+    if isinstance(example, Tensor):
+        return (example,)
+    if isinstance(example, (tuple, list)):
+        return tuple(example)
+    if isinstance(example, Mapping):
+        return dict(example)
+    raise ValueError(
+        f"{operation}: expected an example of the inputs, a tuple or a mapping of tensors, got {type(example).__name__}"
+    )
 
 
 class Inputs:

@@ -15,7 +15,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unfl
 from efft.adapting import buffers
 from efft.adapting.inject import adapted_layers, adapter_of, disabled
 from efft.graphs import capture as capturing
-from efft.graphs.capture import Constants, Graphs, Inputs, capture, device_of, random_state_kept
+from efft.graphs.capture import Constants, Graphs, Inputs, arguments_of, capture, device_of, random_state_kept
 from efft.pool.batches import check_batch
 
 _NAME = "graph_serve"
@@ -104,7 +104,7 @@ class GraphServer:
         self._model, self._autocast, self._device = model, autocast, device
         self._sizes = list(sizes)
         graphs = capturing.graphs_on(device)
-        example = tree_map_only(Tensor, lambda t: t.to(device), example)
+        example = tree_map_only(Tensor, lambda t: t.to(device), arguments_of(_NAME, example))
         _samples_of(example)
         self._buckets: dict[bool, dict[int, _Bucket]] = {}
         with random_state_kept(device), torch.inference_mode(False), torch.no_grad():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from efft.graphs import capture as capturing
-from efft.graphs.capture import Constants, Inputs, capture, device_of, random_state_kept
+from efft.graphs.capture import Constants, Inputs, arguments_of, capture, device_of, random_state_kept
 
 _NAME = "graph_step"
 #: Settings of an optimizer's group that may change between two steps, because the graph reads them from a tensor.
@@ -79,7 +79,7 @@ def graph_step(
         raise ValueError(f"{_NAME}: clip_norm must be a positive number or None, got {clip_norm!r}")
     if not torch.is_grad_enabled():
         raise RuntimeError(f"{_NAME}: gradients are disabled here: call it outside of no_grad and inference_mode")
-    device = device_of(_NAME, model)
+    device, example = device_of(_NAME, model), arguments_of(_NAME, example)
     _check_optimizer(model, optimizer, device)
     _check_scaler(optimizer, scaler, autocast)
     return GraphStep(model, optimizer, loss, example, device, autocast, scaler, accumulate, clip_norm)
@@ -118,6 +118,8 @@ class GraphStep:
         optimizer.__dict__["_warned_capturable_if_run_uncaptured"] = True
         self._try()
 
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """Train on one batch and return its loss, a new tensor ``[]`` in fp32 on the GPU.
 
@@ -284,7 +286,8 @@ def _trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[nn.Para
 def _settings(group: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of a group that a graph contains as constants."""
     settings = {key: value for key, value in group.items() if key not in (*_READ, *_IGNORED)}
-    return {**settings, "params": [id(p) for p in group["params"]]}
+    tensors = {key: (id(value), value._version) for key, value in settings.items() if isinstance(value, Tensor)}
+    return {**settings, **tensors, "params": [id(p) for p in group["params"]]}
 
 
 def _addresses(optimizer: torch.optim.Optimizer) -> dict[tuple[Tensor, str], int]:

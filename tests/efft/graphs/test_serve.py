@@ -136,6 +136,13 @@ def test_named_inputs_and_several_outputs(device: torch.device) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("arrange", [lambda x: x, lambda x: [x], lambda x: (x,)], ids=["tensor", "list", "tuple"])
+def test_arrangements_of_one_input(model: nn.Module, device: torch.device, arrange: Callable[[Tensor], Any]) -> None:
+    x = images(2, device)
+    close(efft.graph_serve(model, arrange(x), (2,))(x), model(x))
+
+
+@torch.no_grad()
 def test_autocast(model: nn.Module, device: torch.device) -> None:
     x = images(2, device)
     server = efft.graph_serve(model, (x,), (2,), autocast=torch.bfloat16)

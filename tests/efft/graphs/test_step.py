@@ -376,6 +376,7 @@ def test_other_wrong_arguments(adapted_vit: Make, device: torch.device) -> None:
     refused(model, device, "accumulate must be a number of batches of at least 1, got 0", accumulate=0)
     refused(model, device, "clip_norm must be a positive number or None, got -1", clip_norm=-1)
     refused(model, device, "an example with at least one tensor", example=())
+    refused(model, device, "a tuple or a mapping of tensors, got str", example="images")
     refused(model, device, r"tensor with one element, got a tensor \[4, 5\]", loss=lambda m, x, labels: m(x))
     refused(model, device, "one element, got float", loss=lambda m, x, labels: 1.0)
     frozen = torch.zeros((), device=device, requires_grad=True)
