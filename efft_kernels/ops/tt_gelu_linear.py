@@ -43,8 +43,8 @@ def _fake_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         z.new_empty(z.shape if need_dz else 0),
-        D.new_empty(D.shape if need_dD else 0),
-        G.new_empty(G.shape if need_dG else 0),
+        D.new_empty(D.shape if need_dD else 0, dtype=torch.promote_types(D.dtype, torch.float32)),
+        G.new_empty(G.shape if need_dG else 0, dtype=torch.promote_types(G.dtype, torch.float32)),
         gy.new_empty(G.shape[1] if need_db else 0, dtype=torch.promote_types(gy.dtype, torch.float32)),
     )
 
@@ -152,5 +152,6 @@ class _TTGeluLinear(torch.autograd.Function):
             else:
                 grads = _BACKWARD[ctx.backend](gy, z, W, h, D, G, ctx.approximate, *needs)
             dz, dD, dG, db = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-            db = None if db is None else db.to(ctx.bias)
+            dtypes = D.dtype, G.dtype, ctx.bias
+            dD, dG, db = (None if t is None else t.to(dtype) for t, dtype in zip((dD, dG, db), dtypes, strict=True))
         return None if dz is None else dz.view(*leading, dz.shape[-1]), None, db, dD, dG, None, None

@@ -41,8 +41,8 @@ def _fake_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         gy.new_empty((gy.shape[0], D.shape[0]) if need_dx else 0),
-        D.new_empty(D.shape if need_dD else 0),
-        G.new_empty(G.shape if need_dG else 0),
+        D.new_empty(D.shape if need_dD else 0, dtype=torch.promote_types(D.dtype, torch.float32)),
+        G.new_empty(G.shape if need_dG else 0, dtype=torch.promote_types(G.dtype, torch.float32)),
         gy.new_empty(G.shape[1] if need_db else 0, dtype=torch.promote_types(gy.dtype, torch.float32)),
     )
 
@@ -64,7 +64,7 @@ _FORWARD = declare(
 _BACKWARD = declare(
     "tt_linear_bwd",
     # gy [tokens, d_out]. dD needs x, dx needs W, and dG needs h. A gradient that is not needed is returned with 0
-    # elements. db is in fp32 (fp64 for fp64).
+    # elements. dD, dG and db are at least in fp32.
     "(Tensor gy, Tensor? x, Tensor? W, Tensor? h, Tensor D, Tensor G, "
     "bool need_dx, bool need_dD, bool need_dG, bool need_db) -> (Tensor dx, Tensor dD, Tensor dG, Tensor db)",
     _fake_bwd,
@@ -167,7 +167,7 @@ class _TTLinear(torch.autograd.Function):
             None if dx is None or not need_dx else dx.view(*leading, dx.shape[-1]),
             dW,
             db.to(ctx.bias) if need_db else None,
-            dD if need_dD else None,
-            dG if need_dG else None,
+            dD.to(D.dtype) if need_dD else None,
+            dG.to(G.dtype) if need_dG else None,
             None,
         )
