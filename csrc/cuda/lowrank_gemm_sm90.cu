@@ -25,19 +25,16 @@ constexpr int64_t GROUP = 8;  // pairs of row blocks before the next column bloc
 struct Tiles {
   int pairs, columns;  // of the output
   int main_steps, steps;
+  int last_depth;  // of the last step of the tail: how many times 16 columns of H it has
 
   template <class P>
   static Tiles of(const LowRankGemm& op) {
     const auto blocks = [](int64_t size, int64_t block) { return static_cast<int>(ceil_div(size, block)); };
     const int main_steps = blocks(op.K, typename P::K{});
     return {blocks(op.M, PAIR * typename P::M{}), blocks(op.N, typename P::N{}), main_steps,
-        main_steps + blocks(op.R, typename P::K{})};
+        main_steps + blocks(op.R, typename P::K{}), (blocks(op.R, 16) - 1) % 4 + 1};
   }
   __host__ __device__ int count() const { return pairs * columns; }
-  // How many times 16 columns of H a step of the tail has.
-  __device__ int tail(int step, const LowRankGemm& op) const {
-    return min((static_cast<int>(op.R) - 64 * (step - main_steps) + 15) / 16, 4);
-  }
   // (row block, column block)
   __device__ void place(int tile, int& m, int& n) const {
     const int first = tile / (static_cast<int>(GROUP) * columns) * static_cast<int>(GROUP);
@@ -203,16 +200,14 @@ __device__ void multiply_tiles(const LowRankGemm& op, const Tiles& tiles, typena
                   column = static_cast<int64_t>(n) * typename P::N{};
     mma.accumulate_ = mma_h.accumulate_ = GMMA::ScaleOut::Zero;
     int last = -1;
-    for (int step = 0; step < (P::RANKS > 0 ? tiles.main_steps : tiles.steps); ++step, place.next()) {
+    // A step of DEPTH times 16 columns.
+    const auto multiply_step = [&](auto depth) {
       shared.full[place.stage].wait(place.round);
       warpgroup_fence_operand(y);
       if constexpr (P::RANKS > 0) warpgroup_fence_operand(h);
       warpgroup_arrive();
-      // 16 columns each; in the second generation the tail has only as many as the rank needs.
-      const int depth = P::SECOND && P::RANKS == 0 && step >= tiles.main_steps ? tiles.tail(step, op) : size<2>(left);
 #pragma unroll
-      for (int k = 0; k < size<2>(left); ++k) {
-        if (k >= depth) break;
+      for (int k = 0; k < decltype(depth)::value; ++k) {
         gemm(mma, left(_, _, k, place.stage), right(_, _, k, place.stage), y);
         mma.accumulate_ = GMMA::ScaleOut::One;
         if constexpr (P::RANKS > 0) {
@@ -226,6 +221,16 @@ __device__ void multiply_tiles(const LowRankGemm& op, const Tiles& tiles, typena
       if constexpr (P::RANKS > 0) warpgroup_fence_operand(h);
       if (last >= 0) release(last);
       last = place.stage;
+      place.next();
+    };
+    // In the second generation the last step of the tail is only as deep as the rank needs.
+    const bool is_short = P::SECOND && P::RANKS == 0 && tiles.last_depth < 4;
+    const int whole_steps = P::RANKS > 0 ? tiles.main_steps : is_short ? tiles.steps - 1 : tiles.steps;
+    for (int step = 0; step < whole_steps; ++step) multiply_step(_4{});
+    if constexpr (P::SECOND && P::RANKS == 0) {
+      if (tiles.last_depth == 1) multiply_step(_1{});
+      if (tiles.last_depth == 2) multiply_step(_2{});
+      if (tiles.last_depth == 3) multiply_step(_3{});
     }
     warpgroup_wait<0>();
     warpgroup_fence_operand(y);

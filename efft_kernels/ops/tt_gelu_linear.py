@@ -21,6 +21,7 @@ from efft_kernels._arguments import (
     unflatten_tokens,
     unless_wider,
 )
+from efft_kernels._packed import find
 from efft_kernels.backends import Backend, declare, resolve
 
 
@@ -132,11 +133,14 @@ class _TTGeluLinear(torch.autograd.Function):
         approximate: str,
         backend: Backend,
     ) -> Tensor:
+        packed = find(backend, W.dtype, D, G)
+        factors = (D, G) if packed is None else (packed.D, packed.G)
         with no_autocast(z.device):
-            y, h = _FORWARD[backend](flatten_tokens(z), W, b, D, G, approximate)
+            y, h = _FORWARD[backend](flatten_tokens(z), W, b, *factors, approximate)
         need_dz, need_dG = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
         ctx.save_for_backward(z, W if need_dz else None, h if need_dG else None, D, G)
-        ctx.approximate, ctx.backend, ctx.bias = approximate, backend, None if b is None else b.dtype
+        ctx.approximate, ctx.backend, ctx.packed = approximate, backend, packed
+        ctx.bias = None if b is None else b.dtype
         return unflatten_tokens(y, z.shape[:-1])
 
     @staticmethod
@@ -150,7 +154,8 @@ class _TTGeluLinear(torch.autograd.Function):
             if torch.is_grad_enabled():  # this backward pass will be differentiated
                 grads = reference.tt_gelu_linear_bwd(gy, z, W, D, G, ctx.approximate)
             else:
-                grads = _BACKWARD[ctx.backend](gy, z, W, h, D, G, ctx.approximate, *needs)
+                factors = (D, G) if ctx.packed is None else (ctx.packed.D, ctx.packed.G_rows)
+                grads = _BACKWARD[ctx.backend](gy, z, W, h, *factors, ctx.approximate, *needs)
             dz, dD, dG, db = (grad if need else None for grad, need in zip(grads, needs, strict=True))
             dtypes = D.dtype, G.dtype, ctx.bias
             dD, dG, db = (None if t is None else t.to(dtype) for t, dtype in zip((dD, dG, db), dtypes, strict=True))

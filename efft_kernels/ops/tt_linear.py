@@ -20,6 +20,7 @@ from efft_kernels._arguments import (
     unflatten_tokens,
     unless_wider,
 )
+from efft_kernels._packed import find
 from efft_kernels.backends import Backend, declare, resolve
 
 
@@ -133,11 +134,13 @@ class _TTLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, D: Tensor, G: Tensor, backend: Backend
     ) -> Tensor | tuple[Tensor, Tensor]:
-        y, h = _FORWARD[backend](flatten_tokens(x), W, b, D, G)  # [tokens, ...]
+        packed = find(backend, x.dtype, D, G)
+        factors = (D, G) if packed is None else (packed.D, packed.G)
+        y, h = _FORWARD[backend](flatten_tokens(x), W, b, *factors)  # [tokens, ...]
         need_dx, need_dW, _, need_dD, need_dG, _ = ctx.needs_input_grad
         keep_x = need_dD or need_dW
         ctx.save_for_backward(x if keep_x else None, W if need_dx else None, h if need_dG else None, D, G)
-        ctx.backend, ctx.bias = backend, None if b is None else b.dtype
+        ctx.backend, ctx.packed, ctx.bias = backend, packed, None if b is None else b.dtype
         y = unflatten_tokens(y, x.shape[:-1])
         if need_dx and need_dG and not keep_x and not torch.compiler.is_compiling():
             ctx.set_materialize_grads(False)
@@ -160,7 +163,8 @@ class _TTLinear(torch.autograd.Function):
                 h = h if x is None or h is None else x @ D.to(x.dtype)
                 dx, dD, dG, db = reference.tt_linear_bwd(gy, x, W, h, D, G, gh)
             else:
-                dx, dD, dG, db = _BACKWARD[ctx.backend](gy, x, W, h, D, G, need_dx, need_dD, need_dG, need_db)
+                factors = (D, G) if ctx.packed is None else (ctx.packed.D, ctx.packed.G_rows)
+                dx, dD, dG, db = _BACKWARD[ctx.backend](gy, x, W, h, *factors, need_dx, need_dD, need_dG, need_db)
             # Fine-tuning freezes the weight. If a caller does train it, its gradient is a plain product.
             dW = gy.t() @ x if x is not None and need_dW else None
         return (

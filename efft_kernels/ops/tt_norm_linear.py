@@ -23,6 +23,7 @@ from efft_kernels._arguments import (
     unflatten_tokens,
     unless_wider,
 )
+from efft_kernels._packed import find
 from efft_kernels.backends import Backend, declare, resolve
 
 
@@ -166,11 +167,13 @@ class _TTNormLinear(torch.autograd.Function):
         eps: float,
         backend: Backend,
     ) -> Tensor:
+        packed = find(backend, W.dtype, D, G)
+        factors = (D, G) if packed is None else (packed.D, packed.G)
         with no_autocast(x.device):
-            y, h, mean, rstd = _FORWARD[backend](flatten_tokens(x), gamma, beta, eps, W, b, D, G)
+            y, h, mean, rstd = _FORWARD[backend](flatten_tokens(x), gamma, beta, eps, W, b, *factors)
         need_W, need_dG = any(ctx.needs_input_grad[:3]), ctx.needs_input_grad[6]
         ctx.save_for_backward(x, gamma, beta, mean, rstd, W if need_W else None, h if need_dG else None, D, G)
-        ctx.eps, ctx.backend, ctx.bias = eps, backend, None if b is None else b.dtype
+        ctx.eps, ctx.backend, ctx.packed, ctx.bias = eps, backend, packed, None if b is None else b.dtype
         return unflatten_tokens(y, x.shape[:-1])
 
     @staticmethod
@@ -184,7 +187,8 @@ class _TTNormLinear(torch.autograd.Function):
             if torch.is_grad_enabled():  # this backward pass will be differentiated
                 grads = reference.tt_norm_linear_bwd(gy, x, gamma, beta, W, D, G, ctx.eps)
             else:
-                grads = _BACKWARD[ctx.backend](gy, x, gamma, beta, ctx.eps, mean, rstd, W, h, D, G, *needs)
+                factors = (D, G) if ctx.packed is None else (ctx.packed.D, ctx.packed.G_rows)
+                grads = _BACKWARD[ctx.backend](gy, x, gamma, beta, ctx.eps, mean, rstd, W, h, *factors, *needs)
             dx, *rest = (grad if need else None for grad, need in zip(grads, needs, strict=True))
             of_norm = (None if parameter is None else parameter.dtype for parameter in (gamma, beta))
             dtypes = D.dtype, G.dtype, ctx.bias, *of_norm

@@ -58,7 +58,7 @@ void access(const void* place, size_t bytes, bool writes) {
 
 namespace {
 
-bool is_dependent;
+bool runs, is_dependent;  // a launch; launchers are compiled like kernels
 const unsigned char* host;
 const bool counts = std::getenv("EFFT_EMULATION_COUNT") != nullptr;
 std::unordered_set<uintptr_t> read_sectors, written_sectors;
@@ -74,17 +74,20 @@ bool is_own(const void* place) {
 }  // namespace
 
 void start_traffic(bool dependent, const void* stack_of_host) {
+  runs = true;
   is_dependent = dependent;
   host = static_cast<const unsigned char*>(stack_of_host);
   read_sectors.clear();
   written_sectors.clear();
 }
 
-std::pair<size_t, size_t> traffic() {
+std::pair<size_t, size_t> end_traffic() {
+  runs = false;
   return {32 * read_sectors.size(), 32 * written_sectors.size()};
 }
 
 void touch_global(const void* place, size_t bytes, bool writes) {
+  if (!runs) return;
   const bool early = is_dependent && !me().waited;
   if ((!early && !counts) || bytes == 0 || is_own(place)) return;
   if (early) return fail("memory is read or written before the kernel in front has ended");

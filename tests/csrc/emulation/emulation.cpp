@@ -293,7 +293,7 @@ cudaError_t run(const Launch& launch, const void* kernel, const std::function<vo
   const auto write_log = [&] {
     Dl_info library{};
     dladdr(reinterpret_cast<const void*>(&efft_emulation_coverage), &library);
-    const auto [read, written] = traffic();
+    const auto [read, written] = end_traffic();
     std::string line;
     for (const size_t number :
         {static_cast<size_t>(static_cast<const char*>(kernel) - static_cast<const char*>(library.dli_fbase)),

@@ -77,7 +77,7 @@ bool in_stack_of_thread(const void* place);
 void touch_global(const void* place, size_t bytes, bool writes);
 // The start of a launch, and its end: bytes read and written, each 32 of them counted once.
 void start_traffic(bool dependent, const void* stack_of_host);
-std::pair<size_t, size_t> traffic();
+std::pair<size_t, size_t> end_traffic();
 // Lets others run until the state of the running thread is `ready` again.
 void pause();
 

@@ -7,6 +7,7 @@ judged: what is left of y without the base product.
 
 import ctypes
 import itertools
+import os
 import sys
 from collections.abc import Iterator
 
@@ -235,6 +236,10 @@ def main(library: str, only: str = "", device: str = "cpu") -> int:
         run, kernels, clusters = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
         ctypes.CDLL(library).efft_emulation_coverage(*map(ctypes.byref, (run, kernels, clusters)))
         print(f"{run.value} of {kernels.value} kernels run, {clusters.value} of them in clusters of blocks")
+        if "EFFT_EMULATION_LOG" in os.environ:
+            log = ctypes.CDLL(library).efft_emulation_launches
+            log.restype = ctypes.c_char_p
+            print("kernels:", *sorted({line.split()[0] for line in log().decode().splitlines()}))
     return int(wrong > 0)
 
 
