@@ -213,8 +213,7 @@ LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x
     sums.type_of_dbeta = type_of(dbeta);
   }
   sums.splits = reduce_tokens_splits(sums);
-  const Tensor partials =
-      empty(gy, {finishes ? 0 : sums.splits * rank * (sums.d_out + sums.d_in)}, ScalarType::Float);
+  const Tensor partials = empty(gy, {finishes ? 0 : sums.splits * rank * (sums.d_out + sums.d_in)}, ScalarType::Float);
   sums.partials = static_cast<float*>(partials.data_ptr());
   check(reduce_tokens(sums, launches.stream()));
   if (!finishes) {

@@ -171,7 +171,7 @@ class _TTLinear(torch.autograd.Function):
             None if dx is None or not need_dx else dx.view(*leading, dx.shape[-1]),
             dW,
             db.to(ctx.bias) if need_db else None,
-            dD.to(D.dtype) if need_dD else None,
-            dG.to(G.dtype) if need_dG else None,
+            dD.to(D.dtype) if need_dD and dD is not None else None,
+            dG.to(G.dtype) if need_dG and dG is not None else None,
             None,
         )
