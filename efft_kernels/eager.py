@@ -44,9 +44,13 @@ def tt_linear_bwd(
     need_dG: bool,
     need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute dh = gy Gᵀ, dx = gy W + dh Dᵀ, dD = xᵀ dh, dG = hᵀ gy, and db, the sum of gy over the tokens."""
+    """Compute dh = gy Gᵀ, dx = gy W + dh Dᵀ, dD = xᵀ dh, dG = hᵀ gy, and db, the sum of gy over the tokens.
+
+    dD, dG and db are at least in fp32.
+    """
     dx = dD = dG = db = None
     leading, gy, dtype = gy.shape[:-1], rows_of(gy), gy.dtype
+    of_D, of_G, of_b = _wide(D.dtype), _wide(G.dtype), _wide(dtype)
     if need_dx or need_dD:
         dh = torch.mm(gy, transposed(in_dtype(G, dtype)))  # [tokens, r1]
         if need_dx:
@@ -54,24 +58,24 @@ def tt_linear_bwd(
             dx = unflatten_tokens(torch.mm(gy, W).addmm_(dh, transposed(in_dtype(D, dtype))), leading)
         if need_dD:
             assert x is not None
-            dD = _reduce_tokens(rows_of(x), dh, D.dtype)
+            dD = _reduce_tokens(rows_of(x), dh, of_D)
     if need_dG:
         assert h is not None
         if need_db and gy.device.type == "cpu":  # a separate sum takes several times as long in bfloat16 on the CPU
             both = torch.cat([h, h.new_ones(h.shape[0], 1)], 1).t() @ gy  # [r1 + 1, d_out]
-            dG, db = both[:-1].to(G.dtype), both[-1].to(_wide(dtype), copy=True)
+            dG, db = both[:-1].to(of_G), both[-1].to(of_b, copy=True)
         else:
-            dG = _reduce_tokens(h, gy, G.dtype)
+            dG = _reduce_tokens(h, gy, of_G)
     if need_db and db is None:
-        db = gy.sum(0, dtype=_wide(dtype))
+        db = gy.sum(0, dtype=of_b)
     if dx is None:
         dx = _empty(dtype, gy)
     if dD is None:
-        dD = _empty(D.dtype, gy)
+        dD = _empty(of_D, gy)
     if dG is None:
-        dG = _empty(G.dtype, gy)
+        dG = _empty(of_G, gy)
     if db is None:
-        db = _empty(_wide(dtype), gy)
+        db = _empty(of_b, gy)
     return dx, dD, dG, db
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from efft_kernels import _packed
 from efft_kernels.nn.bank import Binding, FactorBank, Operands, per_site, take
 from efft_kernels.nn.initialization import initialize
 from efft_kernels.ops import tt_contract
@@ -326,8 +327,9 @@ class TTFactors(FactorBank):
                 D, C, V = self._expert_kind(site, rows, layers, masks)
                 operands = [per_site(D, n), per_site(C, n, 4), per_site(V, n)]
             else:
-                D, G = self._contract_kind(site, rows, layers, masks)
-                operands = [per_site(operand, n) for operand in self._scaled(alike, D, G)]
+                D, G = self._scaled(alike, *self._contract_kind(site, rows, layers, masks))
+                operands = [per_site(D, n), per_site(G, n)]
+                _packed.attach(D, G, operands[1])
             found.update(zip(members, zip(*operands, strict=True), strict=True))
         return [found[i] for i in range(len(sites))]
 

@@ -21,6 +21,7 @@ from efft_kernels._arguments import (
     unless_wider,
 )
 from efft_kernels._calls import choices, note_choice, records_no_graph, signature
+from efft_kernels._packed import find
 from efft_kernels.backends import Backend, declare, resolve
 
 
@@ -43,8 +44,8 @@ def _fake_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         gy.new_empty((*gy.shape[:-1], D.shape[0]) if need_dx else 0),
-        D.new_empty(D.shape if need_dD else 0),
-        G.new_empty(G.shape if need_dG else 0),
+        D.new_empty(D.shape if need_dD else 0, dtype=torch.promote_types(D.dtype, torch.float32)),
+        G.new_empty(G.shape if need_dG else 0, dtype=torch.promote_types(G.dtype, torch.float32)),
         gy.new_empty(G.shape[1] if need_db else 0, dtype=torch.promote_types(gy.dtype, torch.float32)),
     )
 
@@ -66,7 +67,7 @@ _FORWARD = declare(
 _BACKWARD = declare(
     "tt_linear_bwd",
     # gy [..., d_out], x [..., d_in], h [tokens, r1]. dD needs x, dx needs W, and dG needs h. A gradient that is not
-    # needed is returned with 0 elements. db is in fp32 (fp64 for fp64).
+    # needed is returned with 0 elements. dD, dG and db are at least in fp32.
     "(Tensor gy, Tensor? x, Tensor? W, Tensor? h, Tensor D, Tensor G, "
     "bool need_dx, bool need_dD, bool need_dG, bool need_db) -> (Tensor dx, Tensor dD, Tensor dG, Tensor db)",
     _fake_bwd,
@@ -125,7 +126,9 @@ def tt_linear(
     if chosen is Backend.REFERENCE:
         return reference.tt_linear(x, W, b, D, G)
     if call is not None and records_no_graph():
-        y: Tensor = _FORWARD[chosen](x, W, b, D, G)[0]
+        packed = find(chosen, x.dtype, D, G)
+        factors = (D, G) if packed is None else (packed.D, packed.G)
+        y: Tensor = _FORWARD[chosen](x, W, b, *factors)[0]
         return y
     outputs = _TTLinear.apply(x, W, b, D, G, chosen)
     return outputs[0] if isinstance(outputs, tuple) else outputs
@@ -143,11 +146,13 @@ class _TTLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, D: Tensor, G: Tensor, backend: Backend
     ) -> Tensor | tuple[Tensor, Tensor]:
-        y, h = _FORWARD[backend](x, W, b, D, G)
+        packed = find(backend, x.dtype, D, G)
+        factors = (D, G) if packed is None else (packed.D, packed.G)
+        y, h = _FORWARD[backend](x, W, b, *factors)
         need_dx, need_dW, _, need_dD, need_dG, _ = ctx.needs_input_grad
         keep_x = need_dD or need_dW
         ctx.save_for_backward(x if keep_x else None, W if need_dx else None, h if need_dG else None, D, G)
-        ctx.backend, ctx.bias = backend, None if b is None else b.dtype
+        ctx.backend, ctx.packed, ctx.bias = backend, packed, None if b is None else b.dtype
         if need_dx and need_dG and not keep_x and not torch.compiler.is_compiling():
             ctx.set_materialize_grads(False)
             ctx.shape = y.shape
@@ -171,14 +176,20 @@ class _TTLinear(torch.autograd.Function):
                 dx, dD, dG, db = reference.tt_linear_bwd(gy, rows, W, h, D, G, gh)
                 dx = None if dx is None else dx.view(*leading, dx.shape[-1])
             else:
-                dx, dD, dG, db = _BACKWARD[ctx.backend](gy, x, W, h, D, G, need_dx, need_dD, need_dG, need_db)
+                factors = (D, G) if ctx.packed is None else (ctx.packed.D, ctx.packed.G_rows)
+                dx, dD, dG, db = _BACKWARD[ctx.backend](gy, x, W, h, *factors, need_dx, need_dD, need_dG, need_db)
             if x is not None and need_dW:  # fine-tuning freezes the weight; if trained, its gradient is a product
                 dW = flatten_tokens(gy).t() @ flatten_tokens(x)
         return (
             dx if need_dx else None,
             dW,
             db.to(ctx.bias) if need_db else None,
-            dD if need_dD else None,
-            dG if need_dG else None,
+            _like(dD, D) if need_dD else None,
+            _like(dG, G) if need_dG else None,
             None,
         )
+
+
+def _like(gradient: Tensor | None, factor: Tensor) -> Tensor | None:
+    """Return a gradient in the dtype of its factor."""
+    return gradient if gradient is None or gradient.dtype == factor.dtype else gradient.to(factor.dtype)
