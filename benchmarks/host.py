@@ -249,7 +249,7 @@ def measure(rows: Sequence[str], dtype: str, repeats: int) -> list[dict[str, Any
     real = {key: run for key, run in runs.items() if ROWS[key[0]].device != "meta"}
     calls = {key: dispatcher_calls(run, ROWS[key[0]].device == "meta") for key, run in runs.items()}
     python = {key: python_calls(run) for key, run in real.items()}
-    seconds = best_seconds(real, repeats)
+    seconds = best_seconds(real, repeats) if repeats else {}
     lines = []
     for name in rows:
         row = ROWS[name]
@@ -291,7 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = parser_of("host", __doc__)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
-    parser.add_argument("--repeats", type=int, default=400)
+    parser.add_argument("--repeats", type=int, default=400, help="default: %(default)s; 0 counts calls only")
     args = parser.parse_args(arguments)
     for dtype in args.dtype:
         lines = measure(args.rows, dtype, args.repeats)

@@ -95,11 +95,11 @@ class FactorBank(nn.Module, ABC):
         """
 
     def settings(self) -> Hashable | None:
-        """Return all values except tensors that affect the results of :meth:`compose` in eval mode.
+        """Return all values other than tensors that affect the results of :meth:`compose` in eval mode.
 
-        With this method, the operands that one evaluation composed serve later ones until a parameter, a buffer or one
-        of these values changes. A class that inherits :meth:`compose` or this method from another class composes its
-        operands in every pass, unless it defines this method itself, because it may depend on more values.
+        A class that defines this method composes its operands once in evaluation, and again only after a parameter, a
+        buffer or one of these values has changed. A subclass may depend on more values. It therefore composes its
+        operands in every pass, unless it defines this method itself.
 
         Returns:
             None, by default, to compose the operands in every pass.

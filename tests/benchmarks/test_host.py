@@ -83,3 +83,7 @@ def test_lines(tmp_path: Path) -> None:
     assert [(line["row"], line["mode"]) for line in lines] == [(row, mode) for row in rows for mode in host.MODES]
     assert all(line["dispatcher_calls"]["per_layer"] > 0 for line in lines)
     assert all(("microseconds" in line) == (line["device"] == "cpu") for line in lines)
+    assert (
+        host.main(["--rows", "linear", "--dtype", "float32", "--repeats", "0", "--results", str(tmp_path / "0")]) == 0
+    )
+    assert "microseconds" not in (tmp_path / "0" / "host.jsonl").read_text()

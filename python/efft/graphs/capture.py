@@ -25,10 +25,10 @@ class Graphs(Protocol):
     """Run and capture functions on one device."""
 
     def warm_up(self, run: Callable[[], None]) -> None:
-        """Run a function as it will run in a capture. What it does takes effect."""
+        """Run a function in the way in which a capture runs it, but with all its effects."""
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
-        """Capture a function, which takes no effect, and return a function that replays it.
+        """Capture a function without any of its effects, and return a function that replays it.
 
         Raises:
             RuntimeError: the function does something that no graph can contain.
