@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from efft_kernels import _packed
 from efft_kernels.nn.bank import Binding, FactorBank, Operands, compose_by_kind, per_site, take
 from efft_kernels.nn.initialization import initialize
 from efft_kernels.ops import tt_contract
@@ -302,7 +303,10 @@ class TTFactors(FactorBank):
                 D, C, V = self._expert_kind(site, rows, layers, masks)
                 return [per_site(D, n), per_site(C, n, 4), per_site(V, n)]
             D, G = self._contract_kind(site, rows, layers, masks)
-            return [per_site(operand, n) for operand in self._scaled(alike, D, G)]
+            D, G = self._scaled(alike, D, G)
+            of_layers = per_site(G, n)
+            _packed.attach(D, G, of_layers)
+            return [per_site(D, n), of_layers]
 
         return compose_by_kind(sites, lambda s: (*_part(s)[1:], s.experts, *self._has_diagonals(s)), compose_alike)
 
