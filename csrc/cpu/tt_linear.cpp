@@ -1,10 +1,10 @@
-// Implements efft::tt_linear_{fwd,bwd}.cpu and the functions shared with the ops that include a producer, that is, a
-// GELU or a layer norm before the layer.
+// Implements efft::tt_linear_{fwd,bwd}.cpu, and the functions that this op shares with the ops that include a producer.
+// A producer is a GELU or a layer norm whose output the layer reads.
 //
-// First, torch's matrix library computes the base product, because this library writes a result faster than it adds to
-// one. Then one pass over blocks of tokens computes all rank-r products: y += b + h G in the forward pass, dx += dh D^T
-// in the backward pass. Only the forward pass with a producer runs before the base product, because it computes the
-// input.
+// torch computes the base product, because it writes a new product faster than it adds a product to an existing tensor.
+// Then our code reads all blocks of tokens once and computes the rank-r products: y += b + h G in the forward pass, and
+// dx += dh D^T in the backward pass. In the forward pass with a producer, our code runs before the base product. The
+// reason is that our code also computes the input of that product.
 #include "tt_linear.h"
 
 #include <vector>
