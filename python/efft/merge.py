@@ -53,13 +53,18 @@ def merge(model: nn.Module, dequantize: bool = False) -> MergeReport:
 
     Raises:
         TypeError: a weight is quantized, and ``dequantize`` is not set; nothing is changed.
-        ValueError: the model is not adapted, it is sharded, an update has non-finite entries, or a layer computes with
-            another weight than the stored one; nothing is changed.
+        ValueError: the model is not adapted, it is sharded, an update has non-finite entries, a layer computes with
+            another weight than the stored one, or other models share the weights; nothing is changed.
         RuntimeError: the update is switched off by :func:`efft.disabled`.
     """
     model = unwrap(model)
     adapter = adapter_of(model)
     check_whole(model, "merge")
+    if adapter.shares_base:
+        raise ValueError(
+            "the frozen weights of this model belong to an efft.SharedBackbone, and merging would change them for its "
+            "other models too: save the adapter and load it into a model of its own, or use efft.merged_state_dict"
+        )
     layers = adapted_layers(model)
     check_stored(layers, "merge")
     check_present(model, "merge")

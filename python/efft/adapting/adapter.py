@@ -30,7 +30,10 @@ class Adapter(nn.ModuleDict):
         head: names of the modules that are trained in addition to the factors.
         extras: names of the biases and norms that are trained in addition to the factors and the head.
         enabled: False while the update is switched off or merged.
+        shares_base: whether other models use the same frozen weights (:class:`efft.SharedBackbone`).
     """
+
+    shares_base = False
 
     def __init__(self, factors: dict[str, FactorBank], config: AdapterConfig, head: list[str]) -> None:
         super().__init__(factors)
