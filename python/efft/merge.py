@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from efft.adapting.adapter import SHARING
 from efft.adapting.inject import adapted_layers, adapter_of
 from efft.adapting.offload import check_present
 from efft.adapting.placing import Update, updates_by_parameter
@@ -60,10 +61,10 @@ def merge(model: nn.Module, dequantize: bool = False) -> MergeReport:
     model = unwrap(model)
     adapter = adapter_of(model)
     check_whole(model, "merge")
-    if adapter.shares_base:
+    if adapter in SHARING:
         raise ValueError(
             "the frozen weights of this model belong to an efft.SharedBackbone, and merging would change them for its "
-            "other models too: save the adapter and load it into a model of its own, or use efft.merged_state_dict"
+            "other models too: merge a copy of the model (copy.deepcopy), or use efft.merged_state_dict"
         )
     layers = adapted_layers(model)
     check_stored(layers, "merge")

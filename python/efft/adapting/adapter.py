@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -31,10 +32,7 @@ class Adapter(nn.ModuleDict):
         head: names of the modules that are trained in addition to the factors.
         extras: names of the biases and norms that are trained in addition to the factors and the head.
         enabled: False while the update is switched off or merged.
-        shares_base: whether other models use the same frozen weights (:class:`efft.SharedBackbone`).
     """
-
-    shares_base = False
 
     def __init__(self, factors: dict[str, FactorBank], config: AdapterConfig, head: list[str]) -> None:
         super().__init__(factors)
@@ -69,6 +67,10 @@ class Adapter(nn.ModuleDict):
     def banks(self) -> list[FactorBank]:
         """Return the banks of all groups."""
         return [factors for factors in self.values() if isinstance(factors, FactorBank)]
+
+
+#: Adapters of models whose frozen weights other models use too (:class:`efft.SharedBackbone`), but not their copies.
+SHARING: weakref.WeakSet[Adapter] = weakref.WeakSet()
 
 
 def adapter_of(model: nn.Module) -> Adapter:

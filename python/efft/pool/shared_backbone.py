@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from efft.adapting import buffers
-from efft.adapting.adapter import prepare, release
+from efft.adapting.adapter import SHARING, prepare, release
 from efft.adapting.inject import Adapter, adapted_layers, adapter_of, parameter_groups, remove
 from efft.adapting.placing import linear_layers
 from efft.adapting.sharding import check_whole
 from efft.adapting.wrappers import check_unwrapped
 from efft.pool.batches import find_layouts
 from efft.pool.joint import Each, JointDelta, Parts, Running
+from efft.pool.selecting import to_device
 from efft.pool.twin import twin_of
 from efft_kernels.nn.adapt import replace_modules
 from efft_kernels.nn.frozen import dequantized
@@ -142,12 +143,13 @@ class SharedBackbone(nn.Module):
                     prepared.append(model)
                     prepare(model, None)
             token = self._running.set(parts)
-            before = self._random_state()
+            before = None if self._streams is None else self._random_state()
             try:
                 output = self.backbone(*args, **kwargs)
             finally:
                 self._running.reset(token)
-            self._check_random(before)
+            if before is not None:
+                self._check_random(before)
         except BaseException:
             for model in prepared:
                 release(model, None, None)
@@ -181,7 +183,7 @@ class SharedBackbone(nn.Module):
             _share(name, model, first, own)
         self._members.append(model)
         self._names.append(name)
-        adapter.shares_base = True
+        SHARING.add(adapter)
 
     def _build(self) -> nn.Module:
         """Return the modules of the first model, with joint layers in the places of those that differ."""
@@ -233,7 +235,7 @@ class SharedBackbone(nn.Module):
         device = next(self._members[0].parameters()).device
         numbers = [i for i, size in enumerate(sizes.values()) for _ in range(size)]
         each = torch.arange(len(sizes), device=device) if len(set(sizes.values())) == 1 else None
-        return Parts(list(sizes), list(sizes.values()), torch.tensor(numbers, device=device), each)
+        return Parts(list(sizes), list(sizes.values()), to_device(numbers, torch.int64, device), each)
 
     def _learn(self, args: tuple[Any, ...], kwargs: dict[str, Any], samples: int) -> None:
         """Find the place of the samples in the inputs of the joint layers, before the first pass."""
@@ -282,8 +284,7 @@ class SharedBackbone(nn.Module):
             self._streams[name] = self._random_state()
 
     def _check_random(self, before: list[Tensor]) -> None:
-        after = self._random_state()
-        if self._streams is None or all(map(torch.equal, before, after)):
+        if all(map(torch.equal, before, self._random_state())):
             return
         drawing = [
             name

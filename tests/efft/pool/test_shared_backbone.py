@@ -191,6 +191,10 @@ def test_models_remain_models(member: Make, images: Tensor, tmp_path: Path, tiny
         torch.testing.assert_close(loaded.eval()(images), b(images))
     with pytest.raises(ValueError, match=r"belong to an efft\.SharedBackbone, and merging would change them"):
         efft.merge(b)
+    own = copy.deepcopy(b)
+    efft.merge(own)
+    with torch.no_grad():
+        torch.testing.assert_close(own(images), b(images), rtol=1e-4, atol=1e-5)
     assert efft.merged_state_dict(b)["blocks.0.attn.qkv.weight"].shape == (48, 16)
     assert [group["name"] for group in shared.parameter_groups(1e-3)][:3] == ["a/factors", "a/head", "b/factors"]
 
