@@ -235,6 +235,31 @@ def test_keyword_arguments_and_structured_outputs() -> None:
         torch.testing.assert_close(outputs[name].logits, expected.logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.gpu
+def test_on_a_gpu(member: Make, images: Tensor) -> None:
+    """Masks and gradients are those of each model alone, and a pass in evaluation mode does not wait for the GPU."""
+    config, x = efft.EfftConfig(rank=4, dropout=0.2, bias="adapted"), images.cuda()
+    alone = {name: member(name, config).cuda() for name in "ab"}
+    shared = efft.SharedBackbone({name: member(name, config).cuda() for name in "ab"}, seeds={"a": 3, "b": 4})
+    outputs = shared({"a": x, "b": x[:2]})
+    sum(y.square().sum() for y in outputs.values()).backward()
+    for name, seed, own in (("a", 3, x), ("b", 4, x[:2])):
+        torch.manual_seed(seed)
+        expected = alone[name](own)
+        torch.testing.assert_close(outputs[name], expected, rtol=1e-3, atol=1e-3)
+        expected.square().sum().backward()
+        for got, want in zip(shared.models[name].parameters(), alone[name].parameters(), strict=True):
+            if want.grad is not None:
+                torch.testing.assert_close(got.grad, want.grad, rtol=1e-2, atol=1e-3)
+    shared.eval()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.no_grad():
+            shared({"a": x, "b": x})
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
