@@ -9,9 +9,9 @@ they move. ``tests/csrc/test_emulated.py`` compares this list with the launches 
 
 The time of a kernel is a launch time plus its work. A kernel limited by memory moves its bytes at the bandwidth. A
 product takes the time of the vendor's product (the recorded median of the frozen baseline minus a launch), multiplied
-by ``own``, plus the time of its tail and of the columns of h that it makes. :func:`fit` determines the four constants
-from the medians in ``ops.jsonl``. The predictions for changes are modeled, not measured: they assume that the fitted
-constants stay the same, and the assumptions in :data:`STEPS`.
+by ``own``, plus the time of its tail (the rank-r product) and of the columns of h that it computes. :func:`fit`
+determines the four constants from the medians in ``ops.jsonl``. The predictions for changes are modeled, not measured.
+They assume that the fitted constants stay the same, and make the assumptions in :data:`STEPS`.
 """
 
 from __future__ import annotations

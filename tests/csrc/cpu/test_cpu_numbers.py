@@ -186,7 +186,9 @@ def test_gradients_of_a_norm_without_the_weight_are_refused(need: str) -> None:
     x, gamma, beta, D, G = (inputs[name] for name in ("x", "gamma", "beta", "D", "G"))
     needs = [name == need for name in ("dx", "dD", "dG", "db", "dgamma", "dbeta")]
     statistics = torch.zeros(29), torch.ones(29)
-    with pytest.raises(RuntimeError, match=f"expected W because {need} is needed, got None; pass W or do not request {need}"):
+    with pytest.raises(
+        RuntimeError, match=f"expected W because {need} is needed, got None; pass W or do not request {need}"
+    ):
         torch.ops.efft.tt_norm_linear_bwd.cpu(
             torch.ones(29, 40), x, gamma, beta, 1e-5, *statistics, None, None, D, G, *needs
         )
