@@ -10,9 +10,9 @@ from efft.adapting.inject import (
     disabled,
     freeze_backbone,
     named_factors,
-    parameter_groups,
     remove,
 )
+from efft.adapting.optimizing import parameter_groups
 from efft.fusion import fuse, unfuse
 from efft.integrations.fact_import import import_fact
 from efft.integrations.lora_export import export_lora

@@ -9,14 +9,14 @@ import copy
 import dataclasses
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import nn
 
 from efft.hints import nearest
-from efft.planning.extras import Extras
+from efft.planning.extras import Extras, resolve_auto
 from efft.planning.names import MOST_CHARACTERS, are_short
 from efft.planning.structure import KINDS, Weight
 from efft.planning.targets import TARGETS, Target
@@ -105,8 +105,17 @@ class AdapterConfig:
         """Return the selected weights that these groups do not change, each with the reason."""
         return {}
 
-    def settle(self, groups: Sequence[Any], banks: Mapping[str, Any]) -> None:
-        """Connect the banks, and replace settings that were left to the library by the values for these groups."""
+    def settle(self, groups: Sequence[Any], banks: Mapping[str, Any], extras: Iterable[str] = ()) -> None:
+        """Connect the banks, and replace settings that were left to the library by the values for this model.
+
+        Args:
+            groups: the groups of the plan.
+            banks: maps the name of each group to its bank.
+            extras: names of the parameters that are trained beside factors and head.
+        """
+        if "auto" in self.extras:
+            for name, value in resolve_auto(self.extras, extras).as_fields().items():
+                setattr(self, name, value)
 
     def summary(self) -> str:
         """Return the settings in one line, for a model card."""
@@ -166,9 +175,9 @@ class AdapterConfig:
             self._check(ok, name, f"of at most {MOST_CHARACTERS} characters of regular expressions", patterns)
 
     def _check_extras(self, bias: Any, norms: Any) -> None:
-        biases = ("none", "all", "adapted")
+        biases = ("none", "all", "adapted", "auto")
         self._check(bias in biases, "bias", f"one of {', '.join(map(repr, biases))}", bias)
-        self._check(isinstance(norms, bool), "norms", "a bool", norms)
+        self._check(isinstance(norms, bool) or norms == "auto", "norms", "a bool or 'auto'", norms)
 
     def _check_sizes(self, *names: str, largest: int = LARGEST_SIZE) -> None:
         for name in names:
@@ -184,6 +193,26 @@ class AdapterConfig:
     def _check(cls, ok: bool, name: str, expected: str, got: object) -> None:
         if not ok:
             raise ValueError(f"{cls.__name__}.{name} must be {expected}, got {quote(got)}")
+
+
+#: Kinds of trained parameters that can have their own learning rate.
+RATE_KINDS = ("sides", "cores", "diagonals", "biases", "norms", "head", "scales")
+
+
+def check_rates(rates: Any, where: str) -> None:
+    """Check learning rates by kind, which are multiples of the learning rate.
+
+    Raises:
+        ValueError: a kind is not in :data:`RATE_KINDS`, or a rate is not a positive number. The message starts with
+            ``where``.
+    """
+    if not isinstance(rates, Mapping):
+        raise ValueError(f"{where}: expected a dict of kinds of parameters to rates, got {quote(rates)}")
+    for kind, rate in rates.items():
+        if kind not in RATE_KINDS:
+            raise ValueError(f"{where}: no kind of parameters {kind!r}; expected some of {', '.join(RATE_KINDS)}")
+        if not is_number(rate) or rate <= 0:
+            raise ValueError(f"{where}: expected a positive multiple of lr for {kind!r}, got {quote(rate)}")
 
 
 def is_number(value: object) -> bool:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import numbers
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 
-from efft.config import LARGEST_NUMBER, LARGEST_SIZE, AdapterConfig, is_number, is_setting, is_size
+from efft.config import LARGEST_NUMBER, LARGEST_SIZE, AdapterConfig, check_rates, is_number, is_setting, is_size
 from efft.hints import nearest
 from efft.planning.budget import fit_budget
 from efft.planning.extras import Extras
@@ -22,6 +23,16 @@ from efft.planning.structure import Weight
 from efft.planning.targets import Target
 from efft_kernels import Site, TTFactors
 from efft_kernels.nn.initialization import CORE_LAYOUTS, automatic_scale
+
+#: The settings of :meth:`EfftConfig.auto`.
+AUTOMATIC: Mapping[str, Any] = {
+    "rank": 16,
+    "scale": "auto",
+    "dropout": 0.0,
+    "bias": "auto",
+    "norms": "auto",
+    "rates": {"cores": 3.0, "biases": 3.0, "norms": 3.0},
+}
 
 
 @dataclass
@@ -35,11 +46,12 @@ class EfftConfig(AdapterConfig):
     """
 
     method: ClassVar[str] = "efft"
-    training_only: ClassVar[frozenset[str]] = AdapterConfig.training_only | {"init", "core_init", "dropout"}
+    training_only: ClassVar[frozenset[str]] = AdapterConfig.training_only | {"init", "core_init", "dropout", "rates"}
     meant_before: ClassVar[Mapping[str, Any]] = {
         **AdapterConfig.meant_before,
         **Extras().as_fields(),
         "layer_scale": None,
+        "rates": {},
     }
     kinds: ClassVar[frozenset[str]] = AdapterConfig.kinds | {"experts"}
 
@@ -89,18 +101,24 @@ class EfftConfig(AdapterConfig):
     """Keep batch norms, and every other module that updates buffers in training, in eval mode. Otherwise these buffers
     change as usual, are saved with the adapter, and ``efft.remove`` restores them."""
 
-    bias: Literal["none", "all", "adapted"] = "none"
+    bias: Literal["none", "all", "adapted", "auto"] = "none"
     """Biases that are trained and saved beside the factors: "all" (those of the whole model outside the head, those of
-    normalization layers included) or "adapted" (those of the adapted layers)."""
+    normalization layers included), "adapted" (those of the adapted layers), or "auto" ("all" if the model has biases,
+    and "none" otherwise)."""
 
-    norms: bool = False
-    """Train and save the weights and biases of all normalization layers beside the factors."""
+    norms: bool | Literal["auto"] = False
+    """Train and save the weights and biases of all normalization layers beside the factors. "auto" does so if the model
+    has such layers."""
 
     layer_scale: Literal["in", "out", "both"] | None = None
     """The side on which each weight has a diagonal of its own, of its inputs ("in"), its outputs ("out") or both: the
     update is s diag(a) U C V diag(b). Diagonals start at one and are part of the composed factors, so a token costs
     nothing more. The experts of a mixture, which share both sides, have none. Where a weight uses a part of a train's
     columns (attention under efft1), its diagonal of the outputs is as long as the train is wide."""
+
+    rates: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Learning rates of kinds of parameters as multiples of the learning rate, which :func:`efft.parameter_groups`
+    uses: of ``sides`` (U and V), ``cores``, ``diagonals``, ``biases``, ``norms``, ``head`` and ``scales``."""
 
     def __post_init__(self) -> None:
         self.rank = _pairs(self.rank)
@@ -137,6 +155,7 @@ class EfftConfig(AdapterConfig):
         self._check_extras(self.bias, self.norms)
         sides = ("in", "out", "both")
         self._check(self.layer_scale in (None, *sides), "layer_scale", f"None or one of {sides}", self.layer_scale)
+        check_rates(self.rates, "EfftConfig.rates")
 
     @property
     def extras(self) -> Extras:
@@ -158,12 +177,16 @@ class EfftConfig(AdapterConfig):
 
     @classmethod
     def auto(cls, *, budget: int | None = None, model: nn.Module | None = None, **fields: Any) -> EfftConfig:
-        """Return a configuration that needs no search: ``scale="auto"``, the other fields as usual.
+        """Return a configuration that needs no search (:data:`AUTOMATIC`), for learning rates around 1e-3.
 
-        The paper searches s between 0.01 and 100 for every task. What matters is how far a step of the optimizer moves
-        the weights. That depends on s, the width, the ranks and the number of cores together, and
-        :func:`efft_kernels.nn.initialization.automatic_scale` solves it for s. The result is meant for learning rates
-        around 1e-3.
+        It differs from the paper's configuration, ``EfftConfig()``, in four ways, which :doc:`experiments` compares:
+
+        - The scale is computed. The paper searches s between 0.01 and 100 for every task. What matters is how far a
+          step of the optimizer moves the weights. That depends on s, the width, the ranks and the number of cores
+          together, and :func:`efft_kernels.nn.initialization.automatic_scale` solves it for s.
+        - All biases and normalization layers of the model are trained beside the factors, if it has some.
+        - Cores, biases and norms have higher learning rates than U and V (:attr:`rates`).
+        - Nothing is dropped.
 
         With ``budget`` the result has the highest rank for which the factors, and the biases and norms that are trained
         beside them, have at most that many parameters in ``model``. The head is not counted. Unless ``bias`` or
@@ -178,13 +201,14 @@ class EfftConfig(AdapterConfig):
             ValueError: a field is out of range, no rank fits the budget, or ``budget`` is given with ``rank`` or
                 without ``model``.
         """
-        fields = {"scale": "auto", **fields}
         if budget is None and model is None:
-            return cls(**fields)
+            return cls(**{**copy.deepcopy(AUTOMATIC), **fields})
         if budget is None or model is None:
             lacking = "the model to count in (model=...)" if model is None else "a number of parameters (budget=...)"
             raise ValueError(f"EfftConfig.auto: budget and model go together; {lacking} is missing")
-        config: EfftConfig = fit_budget(cls, model, budget, fields)
+        automatic = copy.deepcopy(AUTOMATIC)
+        chosen = {name: value for name, value in automatic.items() if name not in ("rank", "bias", "norms")}
+        config: EfftConfig = fit_budget(cls, model, budget, {**chosen, **fields})
         return config
 
     def groups(self, model: nn.Module, targets: list[Target]) -> Sequence[EfftGroup]:
@@ -263,8 +287,9 @@ class EfftConfig(AdapterConfig):
         reason = "an update would have more parameters than the weight has entries"
         return {target.name: reason for target in targets if target.name not in reached}
 
-    def settle(self, groups: Sequence[Any], banks: Mapping[str, Any]) -> None:
-        """Replace automatic scales by their numbers, and let all banks follow the first one's scale if it is global."""
+    def settle(self, groups: Sequence[Any], banks: Mapping[str, Any], extras: Iterable[str] = ()) -> None:
+        """Replace automatic settings by their values. If the scale is global, all banks follow the first one."""
+        super().settle(groups, banks, extras)
         if "auto" in _values(self.scale):
             self.scale = {group.name: group.scale for group in groups}
         if self.trainable_scale == "global":

@@ -34,10 +34,10 @@ class LoRAConfig(MethodConfig):
     bank = LoRABank
     meant_before: ClassVar[Mapping[str, Any]] = {**MethodConfig.meant_before, **Extras().as_fields()}
 
-    bias: Literal["none", "all", "adapted"] = "none"
+    bias: Literal["none", "all", "adapted", "auto"] = "none"
     """Biases that are trained and saved beside the factors, as in :class:`efft.EfftConfig`."""
 
-    norms: bool = False
+    norms: bool | Literal["auto"] = False
     """Train and save the weights and biases of all normalization layers beside the factors."""
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from efft.adapting.heads import find_head
 from efft.config import LARGEST_SIZE, AdapterConfig, is_size, quote
-from efft.planning.extras import Extras, find_extras
+from efft.planning.extras import EXTRAS_OF_ANY_MODEL, Extras, find_extras
 from efft.planning.structure import structure_of
 from efft.planning.targets import select
 
@@ -57,8 +57,7 @@ def fit_budget(kind: Callable[..., AdapterConfig], model: nn.Module, budget: int
     widest = min(LARGEST_SIZE, max(min(group.d_in, group.d_out) for group in groups))
     wanted = {plain.extras: 1}
     if not {"bias", "norms"} & fields.keys():
-        # Where the model has none of them, this is rank 1 without extras again.
-        wanted = {_extras_of(model, head): LEAST_RANK_BESIDE_EXTRAS} | wanted
+        wanted = {EXTRAS_OF_ANY_MODEL: LEAST_RANK_BESIDE_EXTRAS} | wanted
     for extras, least_rank in wanted.items():
         low, high = 0, widest + 1  # the first fits, the last does not
         while high - low > 1:
@@ -70,15 +69,3 @@ def fit_budget(kind: Callable[..., AdapterConfig], model: nn.Module, budget: int
         f"a budget of {budget:,} parameters is too small for this {type(model).__name__}: rank 1 needs "
         f"{count(1, plain.extras):,} (head apart); raise the budget, or adapt fewer weights (targets, exclude)"
     )
-
-
-def _extras_of(model: nn.Module, head: list[str]) -> Extras:
-    """Return all biases and norms, as far as the model has some."""
-
-    def has(extras: Extras) -> bool:
-        try:
-            return bool(find_extras(model, extras, {}, head))
-        except ValueError:
-            return False
-
-    return Extras("all" if has(Extras(bias="all")) else "none", has(Extras(norms=True)))

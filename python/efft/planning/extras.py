@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -16,22 +16,27 @@ class Extras(NamedTuple):
     """Selection of the parameters of a model that are trained in addition to the factors and the head.
 
     Attributes:
-        bias: "none", "all" (the biases of the whole model outside the head), or "adapted" (those of adapted layers). A
-            bias is a parameter of one dimension that is called ``bias``, or whose name ends in ``_bias``
-            (``in_proj_bias``).
-        norms: whether the weights and biases of normalization layers (:func:`is_norm`) are trained.
+        bias: "none", "all" (the biases of the whole model outside the head), "adapted" (those of adapted layers), or
+            "auto" ("all" if the model has biases, and "none" otherwise). A bias is a parameter of one dimension that is
+            called ``bias``, or whose name ends in ``_bias`` (``in_proj_bias``).
+        norms: whether the weights and biases of normalization layers (:func:`is_norm`) are trained; "auto" trains them
+            if the model has such layers.
     """
 
     bias: str = "none"
-    norms: bool = False
+    norms: bool | Literal["auto"] = False
 
     def as_fields(self) -> dict[str, Any]:
         """Return the selection as fields of a configuration."""
         return self._asdict()
 
     def describe(self) -> str:
-        """Return ", biases ..., norms" for the end of a line of settings; nothing where none are trained."""
+        """Return ", biases ..., norms" for the end of a line of settings, or an empty text if none are trained."""
         return ("" if self.bias == "none" else f", biases {self.bias}") + (", norms" if self.norms else "")
+
+
+#: All biases and normalization layers, of which a model may have none.
+EXTRAS_OF_ANY_MODEL = Extras("auto", "auto")
 
 
 def find_extras(model: nn.Module, wanted: Extras, weights: Mapping[str, Weight], head: Iterable[str]) -> dict[str, int]:
@@ -50,18 +55,20 @@ def find_extras(model: nn.Module, wanted: Extras, weights: Mapping[str, Weight],
         ValueError: the model has no such parameters, or one of them cannot be trained.
     """
     bias, norms = wanted
+    everywhere = bias in ("all", "auto")
     if wanted == Extras():
         return {}
     seen = {id(p) for name in head for p in model.get_submodule(name).parameters()}
     of_adapted = _biases_of(model, weights)
     found: dict[str, int] = {}
-    kinds = dict.fromkeys(["bias"] * (bias != "none") + ["norms"] * norms, 0)
+    required = {"bias": bias not in ("none", "auto"), "norms": norms is True}
+    kinds = dict.fromkeys((kind for kind, is_required in required.items() if is_required), 0)
     for prefix, module in model.named_modules():
         norm = norms and is_norm(module)
         for own, parameter in module._parameters.items():
             if parameter is None or id(parameter) in seen:
                 continue
-            is_wanted_bias = _is_bias(own, parameter) and (bias == "all" or id(parameter) in of_adapted)
+            is_wanted_bias = _is_bias(own, parameter) and (everywhere or id(parameter) in of_adapted)
             if not (norm or (bias != "none" and is_wanted_bias)):
                 continue
             seen.add(id(parameter))
@@ -80,6 +87,13 @@ def find_extras(model: nn.Module, wanted: Extras, weights: Mapping[str, Weight],
                 f"head of this {type(model).__name__}; leave the setting out"
             )
     return found
+
+
+def resolve_auto(wanted: Extras, found: Iterable[str]) -> Extras:
+    """Return the selection without "auto", from the names of the parameters that :func:`find_extras` found."""
+    biases = [is_name_of_bias(name.rpartition(".")[2]) for name in found]
+    bias = wanted.bias if wanted.bias != "auto" else "all" if any(biases) else "none"
+    return Extras(bias, wanted.norms if wanted.norms != "auto" else not all(biases))
 
 
 def known_extras(
@@ -122,7 +136,12 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def _is_bias(name: str, parameter: Tensor) -> bool:
-    return (name == "bias" or name.endswith("_bias")) and (is_lazy(parameter) or parameter.dim() == 1)
+    return is_name_of_bias(name) and (is_lazy(parameter) or parameter.dim() == 1)
+
+
+def is_name_of_bias(name: str) -> bool:
+    """Return whether a parameter's own name is that of a bias."""
+    return name == "bias" or name.endswith("_bias")
 
 
 def _biases_of(model: nn.Module, weights: Mapping[str, Weight]) -> set[int]:

@@ -51,6 +51,37 @@ class Rms(nn.Module):
 # --- which they are ---------------------------------------------------------------------------------------------------
 
 
+class Plain(nn.Module):
+    """Hold two blocks of a norm and two linear layers."""
+
+    def __init__(self, norm: bool, bias: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(Rms(8) if norm else nn.Identity(), nn.Linear(8, 8, bias=bias), nn.Linear(8, 8, bias=bias))
+            for _ in range(2)
+        )
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("norm", [False, True])
+def test_auto_takes_what_the_model_has(norm: bool, bias: bool, tmp_path: Path) -> None:
+    model = efft.apply(Plain(norm, bias), efft.EfftConfig.auto(rank=2, head=[]))
+    config = adapter_of(model).config
+    assert (config.bias, config.norms) == ("all" if bias else "none", norm)
+    kinds = {"weight": norm, "bias": bias}
+    trained = {name for name, p in model.named_parameters() if p.requires_grad and not name.startswith("efft.")}
+    own = dict(Plain(norm, bias).named_parameters())
+    assert {plain for plain in own if own[plain].dim() == 1 and kinds[plain.rpartition(".")[2]]} == {
+        name.replace(".base.", ".") for name in trained
+    }
+    efft.save_adapter(model, tmp_path)
+    again = efft.load_adapter(Plain(norm, bias), tmp_path)
+    assert adapter_of(again).config == config
+    # A configuration that was settled can be used again.
+    efft.apply(Plain(norm, bias), config)
+
+
 def test_norms_by_structure() -> None:
     norms = [nn.LayerNorm(4), nn.LayerNorm((2, 4)), nn.GroupNorm(2, 4), nn.BatchNorm2d(4), nn.RMSNorm(4), Rms(4)]
     others = [nn.Linear(4, 4), nn.PReLU(4), nn.Sequential(Rms(4)), nn.LayerNorm(4, elementwise_affine=False), nn.GELU()]
@@ -117,8 +148,8 @@ def test_packed_projections_have_their_biases() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"bias": "some"}, "EfftConfig.bias must be one of 'none', 'all', 'adapted', got 'some'"),
-        ({"norms": 1}, "EfftConfig.norms must be a bool, got 1"),
+        ({"bias": "some"}, "EfftConfig.bias must be one of 'none', 'all', 'adapted', 'auto', got 'some'"),
+        ({"norms": 1}, "EfftConfig.norms must be a bool or 'auto', got 1"),
     ],
 )
 def test_wrong_settings(fields: dict[str, Any], message: str) -> None:
@@ -188,6 +219,39 @@ def test_groups_of_the_optimizer(trained: Make) -> None:
     )
     assert [p.dim() for p in groups["cores"]["params"]] == [4, 4]
     assert [p.dim() for p in groups["sides"]["params"]] == [2] * 4
+
+
+def test_groups_of_the_optimizer_follow_the_configuration(trained: Make) -> None:
+    model = trained(rates={"cores": 3, "biases": 2, "head": 4})
+
+    def learning_rates(**arguments: Any) -> dict[str, float]:
+        return {g["name"]: g["lr"] for g in efft.parameter_groups(model, 1e-3, **arguments)}
+
+    configured = {"sides": 1e-3, "cores": 3e-3, "head": 4e-3, "biases": 2e-3, "norms": 1e-3}
+    assert learning_rates() == pytest.approx(configured)
+    assert learning_rates(rates={"cores": 1, "norms": 5}) == pytest.approx(
+        {"factors": 1e-3, "head": 4e-3, "biases": 2e-3, "norms": 5e-3}
+    )
+    assert learning_rates(head_lr=0.1) == pytest.approx({**configured, "head": 0.1})
+
+
+def test_groups_of_the_optimizer_under_peft(tiny_vit: Make) -> None:
+    peft = pytest.importorskip("peft", reason="needs the peft extra")
+    from efft.integrations.peft import EfftPeftConfig
+
+    rates = {"cores": 3, "biases": 2, "norms": 5}
+    model = peft.get_peft_model(tiny_vit(), EfftPeftConfig(rank=4, bias="all", norms=True, rates=rates))
+    ours = efft.apply(tiny_vit(), efft.EfftConfig(rank=4, bias="all", norms=True, rates=rates))
+    groups, expected = (
+        {g["name"]: (g["lr"], sum(p.numel() for p in g["params"])) for g in efft.parameter_groups(m, 1e-3)}
+        for m in (model, ours)
+    )
+    assert groups == expected
+    model = peft.get_peft_model(tiny_vit(), EfftPeftConfig(rank=4, modules_to_save=[], rates=rates))
+    model.add_adapter("other", EfftPeftConfig(rank=2, modules_to_save=[]))
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ValueError, match=r"the active adapters \['default', 'other'\] have different rates"):
+        efft.parameter_groups(model, 1e-3)
 
 
 @pytest.mark.parametrize(

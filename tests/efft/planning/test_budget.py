@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import efft
+from efft.methods.efft import AUTOMATIC
 
 Make = Callable[..., nn.Module]
 
@@ -39,8 +40,10 @@ def test_the_largest_rank_that_fits(budget: int, rank: int, extras: bool, tiny_v
     with torch.device("meta"):
         model = tiny_vit()
     config = efft.EfftConfig.auto(budget=budget, model=model)
-    assert (config.rank, config.bias, config.norms) == (rank, "all" if extras else "none", extras)
-    assert config.scale == "auto"
+    assert (config.rank, config.bias, config.norms) == (rank, *(("auto", "auto") if extras else ("none", False)))
+    assert {name: getattr(config, name) for name in AUTOMATIC.keys() - {"rank", "bias", "norms"}} == {
+        name: value for name, value in AUTOMATIC.items() if name not in ("rank", "bias", "norms")
+    }
     count = efft.count_parameters(efft.apply(tiny_vit(), config))
     assert count.factors + count.extras == factors(rank) + EXTRAS * extras <= budget
 
@@ -58,8 +61,12 @@ def test_models_without_biases() -> None:
     def block() -> nn.Module:
         return nn.Sequential(nn.LayerNorm(8, bias=False), nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
 
-    config = efft.EfftConfig.auto(budget=300, model=nn.Sequential(block(), block()), head=[])
-    assert (config.bias, config.norms) == ("none", True)
+    model = nn.Sequential(block(), block())
+    config = efft.EfftConfig.auto(budget=300, model=model, head=[])
+    settled = efft.apply(model, config).efft.config
+    assert (settled.bias, settled.norms) == ("none", True)
+    count = efft.count_parameters(model)
+    assert (count.extras, count.factors + count.extras <= 300) == (16, True)
 
 
 @pytest.mark.parametrize(
@@ -91,5 +98,7 @@ def test_a_budget_needs_a_model() -> None:
         efft.EfftConfig.auto(budget=1000)
 
 
-def test_without_a_budget_nothing_is_new() -> None:
-    assert efft.EfftConfig.auto(rank=8) == efft.EfftConfig(rank=8, scale="auto")
+def test_without_a_budget() -> None:
+    assert efft.EfftConfig.auto(rank=8) == efft.EfftConfig(**{**AUTOMATIC, "rank": 8})
+    efft.EfftConfig.auto().rates.clear()
+    assert efft.EfftConfig.auto() == efft.EfftConfig(**AUTOMATIC), "configurations must not share their rates"

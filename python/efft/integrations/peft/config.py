@@ -104,7 +104,7 @@ and saved too, by peft's rules: parameters of the name `bias`, of one adapter at
     layers_pattern: str | list[str] | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     modules_to_save: list[str] | None = _modules_to_save
-    bias: Literal["none", "all", "adapted", "efft_only"] = "none"  # type: ignore[assignment]  # peft's word too
+    bias: Literal["none", "all", "adapted", "efft_only", "auto"] = "none"  # type: ignore[assignment]  # peft's word too
     init_weights: bool = True
 
     def __post_init__(self) -> None:
@@ -123,7 +123,8 @@ and saved too, by peft's rules: parameters of the name `bias`, of one adapter at
             raise ValueError(
                 f"targets and target_modules both choose the layers: give one, got {self.targets} and {modules}"
             )
-        self._check(self.bias in ("none", "all", "efft_only"), "bias", "'none', 'all' or 'efft_only'", self.bias)
+        biases = ("none", "all", "efft_only", "auto")
+        self._check(self.bias in biases, "bias", "'none', 'all', 'efft_only' or 'auto'", self.bias)
         if self.rank_pattern:
             self._check(isinstance(self.rank, int), "rank", "one integer beside a rank_pattern", self.rank)
             for rank in self.rank_pattern.values():
