@@ -80,9 +80,9 @@ class Agenda:
                 self._check(self._run(task, method, "final", suite.seeds[0], point))
 
     def __len__(self) -> int:
-        seeds = len(self.suite.seeds)
+        finals = sum(len(self.suite.seeds_of(method)) for method in self.grids)
         searches = sum(len(points) * len(self.search_seeds) for points in self.grids.values() if len(points) > 1)
-        return len(self.suite.tasks) * (searches + seeds * len(self.grids))
+        return len(self.suite.tasks) * (searches + finals)
 
     def pairs(self) -> list[tuple[str, str]]:
         """Return every (task, method), ordered by method. The first methods can therefore be compared early on all
@@ -124,7 +124,7 @@ class Agenda:
         point = self.choose(task, method, done)
         if point is None:
             return []
-        return [self._run(task, method, "final", seed, point) for seed in self.suite.seeds]
+        return [self._run(task, method, "final", seed, point) for seed in self.suite.seeds_of(method)]
 
     def ready(self, done: Mapping[str, Record], started: Collection[str] = ()) -> list[Run]:
         """Return the runs that can start now, in order.
@@ -151,7 +151,7 @@ class Agenda:
             raise ValueError(f"task {run.task!r}, method {run.method!r}{of_grid}: {error}") from None
 
     def _run(self, task: str, method: str, stage: str, seed: int, point: dict[str, Any]) -> Run:
-        entry = {name: value for name, value in self.suite.methods[method].items() if name != "grid"}
+        entry = {name: value for name, value in self.suite.methods[method].items() if name not in ("grid", "seeds")}
         variant = entry.pop("vtab_settings", None)
         published = {"efft": vtab_hyperparameters(task, variant)} if variant else {}
         nested: dict[str, Any] = {}
