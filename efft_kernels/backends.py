@@ -252,6 +252,7 @@ def declare(
     *,
     eager: Callable[..., object],
     triton: Callable[[], ModuleType],
+    cuda: Callable[..., object] | None = None,
 ) -> dict[Backend, Callable[..., Any]]:
     """Declare the operator ``efft::<operator>`` and return its overloads, one per backend.
 
@@ -265,6 +266,8 @@ def declare(
         eager: the implementation for the backend ``eager``.
         triton: imports and returns the module whose function ``operator`` is the implementation for ``triton``. It is
             called when the operator first runs, because Triton may not be installed.
+        cuda: the implementation for the backend ``cuda``, if the compiled extension does not register one because this
+            function composes the operator from others.
     """
 
     def by_triton(*values: Any) -> Any:
@@ -279,6 +282,8 @@ def declare(
         _mark_in_place(operator, backend, overload)
     _library.impl(f"{operator}.eager", eager, "CompositeExplicitAutograd")
     _library.impl(f"{operator}.triton", by_triton, "CompositeExplicitAutograd")
+    if cuda is not None:
+        _library.impl(f"{operator}.cuda", cuda, "CompositeExplicitAutograd")
     return overloads
 
 

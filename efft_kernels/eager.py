@@ -8,7 +8,8 @@ d_in x d_out. Factors are cast to the dtype of the activations; activations are 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -219,15 +220,106 @@ def tt_linear_grouped(
     G: Tensor,  # [n_adapters, r1, d_out]
     adapter: Tensor,  # [samples], negative for no adapter
 ) -> Tensor:  # [samples, tokens, d_out]
-    """Compute y[i] = x[i] Wᵀ + b + (x[i] D[a_i]) G[a_i] with batched products of the samples' gathered factors."""
-    y = torch.nn.functional.linear(x, W, b)
+    return tt_linear_grouped_fwd(x, W, b, D, G, adapter)[0]
+
+
+def tt_linear_grouped_fwd(
+    x: Tensor,  # [samples, tokens, d_in]
+    W: Tensor,  # [d_out, d_in]
+    b: Tensor | None,  # [d_out]
+    D: Tensor,  # [n_adapters, d_in, r1]
+    G: Tensor,  # [n_adapters, r1, d_out]
+    adapter: Tensor,  # [samples], negative for no adapter
+) -> tuple[Tensor, Tensor]:  # y [samples, tokens, d_out], h [samples, tokens, r1]
+    """Compute y[i] = x[i] Wᵀ + b + h[i] G[a_i] with h[i] = x[i] D[a_i], by batched products of gathered factors."""
+    y = F.linear(x, W, None if b is None else b.to(x.dtype))
     if x.numel() == 0 or D.shape[0] == 0:
-        return y
-    used = adapter.clamp(0, D.shape[0] - 1)
-    none, missing = (adapter < 0)[:, None, None], (adapter >= D.shape[0])[:, None, None]
-    h = torch.bmm(x, D[used].to(x.dtype))  # [samples, tokens, r1]
-    h.masked_fill_(none, 0).masked_fill_(missing, torch.nan)
-    return y.baddbmm_(h, G[used].masked_fill_(none, 0).to(x.dtype))
+        return y, x.new_zeros(*x.shape[:2], D.shape[2])
+    h = _by_sample(x, D, adapter)
+    return y.baddbmm_(h, _of_samples(G, adapter).to(x.dtype)), h
+
+
+def tt_linear_grouped_bwd(gy: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return grouped_backward(tt_linear_grouped_fwd, gy, *rest)
+
+
+def grouped_backward(
+    forward: Callable[..., tuple[Tensor, Tensor]],
+    gy: Tensor,  # [samples, tokens, d_out]
+    x: Tensor | None,  # [samples, tokens, d_in]
+    W: Tensor | None,  # [d_out, d_in]
+    h: Tensor | None,  # [samples, tokens, r1]
+    D: Tensor,  # [n_adapters, d_in, r1]
+    G: Tensor,  # [n_adapters, r1, d_out]
+    adapter: Tensor,  # [samples], negative for no adapter
+    need_dx: bool,
+    need_dD: bool,
+    need_dG: bool,
+    need_db: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute the backward pass of tt_linear_grouped with a backend's own ``forward`` and batched products.
+
+    dx = gy W + dh Dᵀ and dh = gy Gᵀ have the form of the forward pass with exchanged operands. The batched products
+    compute the sums of each adapter. db is the sum of gy over the samples of each adapter.
+    """
+    dx, dh = gy.new_empty(0), None
+    if need_dx:
+        assert W is not None
+        dx, dh = forward(gy, W.t(), None, G.mT, D.mT, adapter)
+    elif need_dD:
+        dh = _by_sample(gy, G.mT, adapter)
+    dD, dG, db = D.new_empty(0), G.new_empty(0), gy.new_empty(0, dtype=torch.promote_types(gy.dtype, torch.float32))
+    if need_dD:
+        assert x is not None
+        assert dh is not None
+        dD = _sum_by_adapter(_reduce_each(x, dh, D.dtype), adapter, len(D)).to(D.dtype)
+    if need_dG:
+        assert h is not None
+        dG = _sum_by_adapter(_reduce_each(h, gy, G.dtype), adapter, len(G)).to(G.dtype)
+    if need_db:
+        db = _sum_by_adapter(gy.sum(1, dtype=db.dtype), adapter, len(G))
+    return dx, dD, dG, db
+
+
+def add_biases(y: Tensor, b: Tensor, adapter: Tensor) -> Tensor:
+    """Add row ``adapter[i]`` of the biases ``b`` [n_adapters, d_out] to sample i of y, in place."""
+    return y if y.numel() == 0 else y.add_(_of_samples(b, adapter)[:, None])
+
+
+def _of_samples(rows: Tensor, adapter: Tensor) -> Tensor:
+    """Return the row of each sample's adapter; zeros without an adapter, and NaN for an adapter that does not exist."""
+    found = rows[adapter.clamp(0, len(rows) - 1)]
+    shape = (-1, *[1] * (rows.dim() - 1))
+    # A product with a mask would not do, because an adapter that no sample uses may contain NaN.
+    found.masked_fill_((adapter < 0).view(shape), 0)
+    return found.masked_fill_((adapter >= len(rows)).view(shape), torch.nan)
+
+
+def _by_sample(x: Tensor, factors: Tensor, adapter: Tensor) -> Tensor:
+    """Return each sample's product with its adapter's factor, [samples, tokens, columns]."""
+    h = torch.bmm(x, factors[adapter.clamp(0, len(factors) - 1)].to(x.dtype))
+    h.masked_fill_((adapter < 0)[:, None, None], 0)
+    return h.masked_fill_((adapter >= len(factors))[:, None, None], torch.nan)
+
+
+def _reduce_each(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return aᵀ b for each sample, like :func:`_reduce_tokens`."""
+    if a.is_cuda and a.dtype != dtype == torch.float32:
+        return torch.bmm(a.mT, b, out_dtype=dtype)
+    return a.mT @ b
+
+
+def _sum_by_adapter(parts: Tensor, adapter: Tensor, n_adapters: int) -> Tensor:
+    """Return the sum of the parts [samples, ...] of each adapter, [n_adapters, ...] in fp32 (fp64 for fp64).
+
+    Samples without an adapter are added to a row that is then cut off, because an infinite part times zero is NaN.
+    """
+    row = adapter.masked_fill((adapter < 0) | (adapter >= n_adapters), n_adapters)
+    total = parts.new_zeros(n_adapters + 1, *parts.shape[1:], dtype=torch.promote_types(parts.dtype, torch.float32))
+    parts = parts.to(total.dtype)
+    # On GPUs, index_add_ adds in a random order, and index_put_ in a fixed one.
+    total = total.index_put_((row,), parts, accumulate=True) if parts.is_cuda else total.index_add_(0, row, parts)
+    return total[:n_adapters]
 
 
 def _rows(C: Tensor, keep_C: Tensor | None, scale: float) -> Tensor:

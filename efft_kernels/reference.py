@@ -141,16 +141,28 @@ def _scaled(n: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
 def tt_linear_grouped(
     x: Tensor,  # [samples, tokens, d_in]
     W: Tensor,  # [d_out, d_in]
-    b: Tensor | None,  # [d_out]
+    b: Tensor | None,  # [d_out], or [n_adapters, d_out]
     D: Tensor,  # [n_adapters, d_in, r1]
     G: Tensor,  # [n_adapters, r1, d_out]
     adapter: Tensor,  # [samples]
 ) -> Tensor:  # [samples, tokens, d_out], dtype of x
-    """Compute y[i] = x[i] Wᵀ + b + (x[i] D[a_i]) G[a_i] for each sample; a negative a_i means no adapter."""
-    none = (D.new_zeros(D.shape[1:]), G.new_zeros(G.shape[1:]))
-    factors = [(D[i], G[i]) if i >= 0 else none for i in adapter.tolist()]
-    y = [tt_linear(sample, W, b, *pair) for sample, pair in zip(x, factors, strict=True)]
-    return torch.stack(y) if y else x.new_empty(*x.shape[:2], W.shape[0])
+    """Compute y[i] = x[i] Wᵀ + b + (x[i] D[a_i]) G[a_i] for each sample; a negative a_i means no adapter.
+
+    If every adapter has its own bias, b is replaced by b[a_i], and a sample without an adapter has no bias.
+    """
+    dtype = _wide(x, D, G)
+    none, index = adapter < 0, adapter.clamp(min=0)
+
+    def of_samples(rows: Tensor) -> Tensor:  # no product with a mask, as an adapter that no sample uses may contain NaN
+        found = rows[index].to(dtype)
+        return found.masked_fill(none.view(-1, *[1] * (rows.dim() - 1)), 0)
+
+    with no_autocast(x.device):
+        xw = x.to(dtype)
+        y = xw @ W.to(dtype).t() + (xw @ of_samples(D)) @ of_samples(G)
+        if b is not None:
+            y = y + (b.to(dtype) if b.dim() == 1 else of_samples(b)[:, None])
+        return y.to(x.dtype)
 
 
 def tt_linear_grouped_bwd(
@@ -160,32 +172,36 @@ def tt_linear_grouped_bwd(
     D: Tensor,  # [n_adapters, d_in, r1]
     G: Tensor,  # [n_adapters, r1, d_out]
     adapter: Tensor,  # [samples]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # dx, dD, dG in the dtypes of gy, D, G
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:  # dx, dD, dG as gy, D, G; db [n_adapters, d_out]
     """Return the gradients, which are differentiable themselves; None for a gradient whose input is None.
 
-    Samples whose adapter does not exist get NaN.
+    db, in the dtype of the computation, is the gradient of a bias per adapter. dx of a sample whose adapter does not
+    exist is NaN.
     """
-    dtype = _wide(gy, D, G)
-    index = adapter.clamp(0, D.shape[0] - 1)
+    dtype, n = _wide(gy, D, G), len(D)
+    index = adapter.clamp(0, n - 1)
+    # Samples without an existing adapter are added to a row that is then cut off.
+    row = torch.where((adapter < 0) | (adapter >= n), n, adapter)
 
     def of_samples(
         factors: Tensor,
     ) -> Tensor:  # a product with a mask would not do: an adapter that no sample uses may contain NaN
         rows = factors[index].to(dtype)
         rows = rows.masked_fill((adapter < 0)[:, None, None], 0)
-        return rows.masked_fill((adapter >= len(factors))[:, None, None], torch.nan)
+        return rows.masked_fill((adapter >= n)[:, None, None], torch.nan)
 
-    def of_adapters(rows: Tensor, like: Tensor) -> Tensor:
-        return like.new_zeros(like.shape, dtype=dtype).index_add(0, index, rows).to(like.dtype)
+    def of_adapters(rows: Tensor) -> Tensor:
+        return rows.new_zeros(n + 1, *rows.shape[1:]).index_add(0, row, rows)[:n]
 
     down, up, wide_gy = of_samples(D), of_samples(G), gy.to(dtype)
     dh = wide_gy @ up.mT  # [samples, tokens, r1]; like h, zero for a sample without an adapter
     dx = None if W is None else (wide_gy @ W.to(dtype) + dh @ down.mT).to(gy.dtype)
+    db = of_adapters(wide_gy.sum(1))
     if x is None:
-        return dx, None, None
-    dD = of_adapters(x.to(dtype).mT @ dh, D)
-    dG = of_adapters((x.to(dtype) @ down).mT @ wide_gy, G)
-    return dx, dD, dG
+        return dx, None, None, db
+    dD = of_adapters(x.to(dtype).mT @ dh).to(D.dtype)
+    dG = of_adapters((x.to(dtype) @ down).mT @ wide_gy).to(G.dtype)
+    return dx, dD, dG, db
 
 
 def tt_contract(

@@ -147,11 +147,12 @@ inline Tensor empty(
   return Tensor(made);
 }
 
-// Returns a view that begins at the first element of `t`.
-inline Tensor view(const Tensor& t, std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides) {
+// Returns a view that begins `offset` elements after the first element of `t`.
+inline Tensor view(
+    const Tensor& t, std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides, int64_t offset = 0) {
   AtenTensorHandle made = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
-      t.get(), static_cast<int64_t>(sizes.size()), sizes.begin(), strides.begin(), 0, &made));
+      t.get(), static_cast<int64_t>(sizes.size()), sizes.begin(), strides.begin(), offset, &made));
   return Tensor(made);
 }
 

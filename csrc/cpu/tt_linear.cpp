@@ -44,11 +44,11 @@ void describe(LowRank& op, const ProducerArguments& producer, const Tensor& D, c
 }  // namespace
 
 Linear linear_forward(const Tensor& x_, const ProducerArguments& producer, const Tensor& W,
-    const std::optional<Tensor>& b, const Tensor& D, const Tensor& G) {
+    const std::optional<Tensor>& b, const Tensor& D, const Tensor& G, const Linear* into) {
   const Tensor x = with_unit_rows(x_);
   const int64_t tokens = x.size(0);
   const bool plain = producer.kind == Producer::none;
-  Tensor y = empty(W, {tokens, W.size(0)}), h = empty(W, {tokens, D.size(1)});
+  const auto [y, h] = into ? *into : Linear{empty(W, {tokens, W.size(0)}), empty(W, {tokens, D.size(1)})};
   const Tensor a = plain ? x : empty(W, {tokens, W.size(1)});
   const Vector bias(b), gamma(producer.gamma), beta(producer.beta);
   const Type type = type_of(W);
@@ -73,7 +73,7 @@ Linear linear_forward(const Tensor& x_, const ProducerArguments& producer, const
 
 LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x_, const ProducerArguments& producer,
     const std::optional<Tensor>& W, const std::optional<Tensor>& h_, const Tensor& D, const Tensor& G,
-    const Needs& need) {
+    const Needs& need, const LinearBackward* into) {
   const bool need_norm = need.dgamma || need.dbeta, need_da = need.dx || need_norm;
   STD_TORCH_CHECK((!need.dx || W.has_value()) && (!need.dD || x_.has_value()) && (!need.dG || h_.has_value()),
       "dx needs W, dD needs x, dG needs h: one of them is missing");
@@ -95,16 +95,16 @@ LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x
 
   const bool plain = producer.kind == Producer::none;
   const Tensor& like = x && !plain ? *x : gy;
-  Tensor dx = need.dx ? empty(like, {tokens, d_in}) : empty(like, {0}), base = dx;
+  Tensor dx = into ? into->dx : need.dx ? empty(like, {tokens, d_in}) : empty(like, {0}), base = dx;
   if (need_da) {
     if (!need.dx || (!plain && op.x.type != op.gy.type)) base = empty(gy, {tokens, d_in});
     multiply(base, gy, *W, false);
     op.base = matrix(base);
     if (need.dx) op.dx = matrix(dx);
   }
-  Tensor dD = need.dD ? empty(D, {d_in, rank}) : empty(D, {0});
-  Tensor dG = need.dG ? empty(G, {rank, d_out}) : empty(G, {0});
-  Tensor db = empty(gy, {need.db ? d_out : 0}, ScalarType::Float);
+  Tensor dD = into ? into->dD : need.dD ? empty(D, {d_in, rank}) : empty(D, {0});
+  Tensor dG = into ? into->dG : need.dG ? empty(G, {rank, d_out}) : empty(G, {0});
+  Tensor db = into ? into->db : empty(gy, {need.db ? d_out : 0}, ScalarType::Float);
   Tensor dgamma = empty(producer.gamma ? *producer.gamma : like, {need.dgamma ? d_in : 0});
   Tensor dbeta = empty(producer.beta ? *producer.beta : like, {need.dbeta ? d_in : 0});
   if (tokens == 0) {

@@ -26,11 +26,12 @@ struct ProducerArguments {
   Tensor mean, rstd;
 };
 
+// Both functions write to `into` if it is given, which is allowed without a producer.
 Linear linear_forward(const Tensor& x, const ProducerArguments& producer, const Tensor& W,
-    const std::optional<Tensor>& b, const Tensor& D, const Tensor& G);
+    const std::optional<Tensor>& b, const Tensor& D, const Tensor& G, const Linear* into = nullptr);
 
 LinearBackward linear_backward(const Tensor& gy, const std::optional<Tensor>& x, const ProducerArguments& producer,
-    const std::optional<Tensor>& W, const std::optional<Tensor>& h, const Tensor& D, const Tensor& G,
-    const Needs& need);
+    const std::optional<Tensor>& W, const std::optional<Tensor>& h, const Tensor& D, const Tensor& G, const Needs& need,
+    const LinearBackward* into = nullptr);
 
 }  // namespace efft

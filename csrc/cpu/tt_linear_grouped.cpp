@@ -1,10 +1,18 @@
-// Implements efft::tt_linear_grouped.cpu: one base product for all samples, then each sample with its adapter's
-// factors.
-#include "tensors.h"
+// Implements efft::tt_linear_grouped{,_fwd,_bwd}.cpu. The operator for serving computes one base product for all
+// samples, then each sample with its adapter's factors. The operators for training process consecutive samples of one
+// adapter together, exactly as tt_linear computes them on their own.
+#include <cstring>
+
+#include "tt_linear.h"
 
 namespace efft {
 
 namespace {
+
+void check_ids(const int64_t* ids, int64_t samples, int64_t n_adapters) {
+  for (int64_t i = 0; i < samples; ++i)
+    STD_TORCH_CHECK(ids[i] < n_adapters, "tt_linear_grouped: there are ", n_adapters, " adapters, got index ", ids[i]);
+}
 
 Tensor tt_linear_grouped(Tensor x_, Tensor W, std::optional<Tensor> b, Tensor D, Tensor G, Tensor adapter_) {
   const Tensor x = torch::stable::contiguous(x_), adapter = torch::stable::contiguous(adapter_);
@@ -15,8 +23,7 @@ Tensor tt_linear_grouped(Tensor x_, Tensor W, std::optional<Tensor> b, Tensor D,
   std::optional<Panel> bias;
   if (b.has_value()) bias.emplace(as_row(*b), Panel::Order::rows, false);
   const auto* ids = static_cast<const int64_t*>(adapter.data_ptr());
-  for (int64_t i = 0; i < samples; ++i)
-    STD_TORCH_CHECK(ids[i] < D.size(0), "tt_linear_grouped: there are ", D.size(0), " adapters, got index ", ids[i]);
+  check_ids(ids, samples, D.size(0));
   const Type type = type_of(x);
   const int64_t size = type == Type::float32 ? 4 : 2;
   torch::stable::parallel_for(0, samples, 1, [&](int64_t first, int64_t last) {
@@ -44,8 +51,157 @@ Tensor tt_linear_grouped(Tensor x_, Tensor W, std::optional<Tensor> b, Tensor D,
   return y;
 }
 
+// Consecutive samples of one adapter (negative for none), as rows of a matrix [samples * tokens, ...].
+struct Run {
+  int64_t adapter, begin, rows;
+};
+
+std::vector<Run> runs_of(const std::vector<int64_t>& ids, int64_t tokens) {
+  std::vector<Run> runs;
+  for (size_t i = 0; i < ids.size(); ++i) {
+    const int64_t adapter = std::max<int64_t>(ids[i], -1);
+    if (runs.empty() || runs.back().adapter != adapter) runs.push_back({adapter, static_cast<int64_t>(i) * tokens, 0});
+    runs.back().rows += tokens;
+  }
+  return runs;
+}
+
+// Returns the rows of a run of a contiguous tensor [samples, tokens, columns].
+Tensor rows_of(const Tensor& t, const Run& run) {
+  const int64_t columns = t.size(2);
+  return view(t, {run.rows, columns}, {columns, 1}, run.begin * columns);
+}
+
+// Returns entry i of the first dimension of a matrix or a stack of matrices.
+Tensor entry(const Tensor& t, int64_t i) {
+  return torch::stable::select(t, 0, i);
+}
+
+std::vector<int64_t> checked_ids(const Tensor& adapter_, int64_t n_adapters) {
+  const Tensor adapter = torch::stable::contiguous(adapter_);
+  const auto* ids = static_cast<const int64_t*>(adapter.data_ptr());
+  check_ids(ids, adapter.size(0), n_adapters);
+  return {ids, ids + adapter.size(0)};
+}
+
+Linear tt_linear_grouped_fwd(Tensor x_, Tensor W, std::optional<Tensor> b, Tensor D, Tensor G, Tensor adapter) {
+  const Tensor x = torch::stable::contiguous(x_);
+  const int64_t samples = x.size(0), tokens = x.size(1);
+  const Tensor y = empty(W, {samples, tokens, W.size(0)}), h = empty(W, {samples, tokens, D.size(2)});
+  const bool own_bias = b.has_value() && b->dim() == 2;
+  // Samples without an adapter have a factor of rank 0.
+  const Tensor no_D = empty(D, {D.size(1), 0}), no_G = empty(G, {0, G.size(2)});
+  for (const Run& run : runs_of(checked_ids(adapter, D.size(0)), tokens)) {
+    const Tensor x_run = rows_of(x, run), y_run = rows_of(y, run);
+    Tensor h_run = rows_of(h, run);
+    if (run.adapter < 0) {
+      torch::stable::zero_(h_run);
+      const Linear into{y_run, empty(W, {run.rows, 0})};
+      linear_forward(x_run, {}, W, own_bias ? std::nullopt : b, no_D, no_G, &into);
+      continue;
+    }
+    const Linear into{y_run, h_run};
+    linear_forward(x_run, {}, W, own_bias ? std::optional(entry(*b, run.adapter)) : b, entry(D, run.adapter),
+        entry(G, run.adapter), &into);
+  }
+  return {y, h};
+}
+
+// Copies the samples of `from` [samples, tokens, columns], both contiguous: sample i of `to` is sample order[i] of
+// `from`, or the reverse if `back` is set.
+void copy_samples(const Tensor& to, const Tensor& from, const std::vector<int64_t>& order, bool back) {
+  const size_t bytes = static_cast<size_t>(from.size(1) * from.size(2)) * from.element_size();
+  auto* const target = static_cast<char*>(to.data_ptr());
+  const auto* const source = static_cast<const char*>(from.data_ptr());
+  for (size_t i = 0; i < order.size(); ++i) {
+    const auto other = static_cast<size_t>(order[i]);
+    std::memcpy(target + (back ? other : i) * bytes, source + (back ? i : other) * bytes, bytes);
+  }
+}
+
+// Gives every adapter one run, by copying the samples in the order of their adapters unless they are in an order of
+// that kind. The sums of an adapter then need no second rounding.
+class Together {
+ public:
+  Together(const std::vector<int64_t>& ids, int64_t tokens) : order_(ids.size()) {
+    for (size_t i = 0; i < ids.size(); ++i) order_[i] = static_cast<int64_t>(i);
+    runs_ = runs_of(ids, tokens);
+    std::vector<int64_t> adapters;
+    for (const Run& run : runs_) adapters.push_back(run.adapter);
+    std::sort(adapters.begin(), adapters.end());
+    moves_ = std::adjacent_find(adapters.begin(), adapters.end()) != adapters.end();
+    if (!moves_) return;
+    std::stable_sort(order_.begin(), order_.end(), [&](int64_t a, int64_t b) { return ids[a] < ids[b]; });
+    std::vector<int64_t> sorted;
+    for (const int64_t i : order_) sorted.push_back(ids[i]);
+    runs_ = runs_of(sorted, tokens);
+  }
+  const std::vector<Run>& runs() const { return runs_; }
+  std::optional<Tensor> ordered(const std::optional<Tensor>& t) const {
+    if (!t.has_value()) return std::nullopt;
+    const Tensor from = torch::stable::contiguous(*t);
+    if (!moves_) return from;
+    const Tensor to = empty(from, {from.size(0), from.size(1), from.size(2)});
+    copy_samples(to, from, order_, false);
+    return to;
+  }
+  Tensor restored(const Tensor& t) const {
+    if (!moves_) return t;
+    const Tensor to = empty(t, {t.size(0), t.size(1), t.size(2)});
+    copy_samples(to, t, order_, true);
+    return to;
+  }
+
+ private:
+  std::vector<int64_t> order_;
+  std::vector<Run> runs_;
+  bool moves_ = false;
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> tt_linear_grouped_bwd(Tensor gy_, std::optional<Tensor> x_,
+    std::optional<Tensor> W, std::optional<Tensor> h_, Tensor D, Tensor G, Tensor adapter, bool need_dx, bool need_dD,
+    bool need_dG, bool need_db) {
+  STD_TORCH_CHECK((!need_dx || W.has_value()) && (!need_dD || x_.has_value()) && (!need_dG || h_.has_value()),
+      "dx needs W, dD needs x, dG needs h: one of them is missing");
+  const int64_t n = D.size(0), d_in = D.size(1), rank = D.size(2), d_out = G.size(2);
+  const Together together(checked_ids(adapter, n), gy_.size(1));
+  const Tensor gy = *together.ordered(gy_);
+  const std::optional<Tensor> x = together.ordered(need_dD ? x_ : std::nullopt),
+                              h = together.ordered(need_dG ? h_ : std::nullopt);
+  const Tensor none = empty(gy, {0});
+  const Tensor dx = need_dx ? empty(gy, {gy.size(0), gy.size(1), d_in}) : none;
+  Tensor dD = need_dD ? empty(D, {n, d_in, rank}) : empty(D, {0}),
+         dG = need_dG ? empty(G, {n, rank, d_out}) : empty(G, {0});
+  Tensor db = need_db ? empty(gy, {n, d_out}, ScalarType::Float) : empty(gy, {0}, ScalarType::Float);
+  std::vector<bool> seen(n);
+  for (const Run& run : together.runs()) {
+    const Tensor gy_run = rows_of(gy, run), dx_run = need_dx ? rows_of(dx, run) : none;
+    if (run.adapter < 0) {
+      if (need_dx) multiply(dx_run, gy_run, *W, false);
+      continue;
+    }
+    seen[run.adapter] = true;
+    const auto of = [&](const Tensor& t, bool needed) { return needed ? entry(t, run.adapter) : t; };
+    const LinearBackward into{dx_run, of(dD, need_dD), of(dG, need_dG), of(db, need_db), none, none};
+    linear_backward(gy_run, x ? std::optional(rows_of(*x, run)) : std::nullopt, {}, W,
+        h ? std::optional(rows_of(*h, run)) : std::nullopt, entry(D, run.adapter), entry(G, run.adapter),
+        {need_dx, need_dD, need_dG, need_db}, &into);
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    if (seen[i]) continue;
+    for (const auto& [sums, needed] : {std::pair{&dD, need_dD}, {&dG, need_dG}, {&db, need_db}}) {
+      if (!needed) continue;
+      Tensor of_adapter = entry(*sums, i);
+      torch::stable::zero_(of_adapter);
+    }
+  }
+  return {need_dx ? together.restored(dx) : dx, dD, dG, db};
+}
+
 STABLE_TORCH_LIBRARY_IMPL(efft, CPU, library) {
   library.impl("tt_linear_grouped.cpu", TORCH_BOX(&tt_linear_grouped));
+  library.impl("tt_linear_grouped_fwd.cpu", TORCH_BOX(&tt_linear_grouped_fwd));
+  library.impl("tt_linear_grouped_bwd.cpu", TORCH_BOX(&tt_linear_grouped_bwd));
 }
 
 }  // namespace

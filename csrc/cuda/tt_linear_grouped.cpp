@@ -1,13 +1,14 @@
-// efft::tt_linear_grouped.cuda: the forward with factors a sample. Those that `adapter` names are copied side by side,
-// as the cast would copy them anyway, zeros for none, NaN for one that is not there; the products then know nothing of
-// adapters.
+// Implements efft::tt_linear_grouped{,_fwd}.cuda, the forward pass with each sample's own factors. The factors of the
+// samples are copied next to each other, as the cast would copy them anyway. The copies are zeros without an adapter,
+// and NaN for an adapter that does not exist. The products therefore need not know about adapters. The backward pass
+// (efft_kernels/ops/tt_linear_grouped.py) computes dx with the same function and exchanged operands.
 #include "tt_linear.h"
 
 namespace efft {
 
 namespace {
 
-Tensor tt_linear_grouped(Tensor x_, Tensor W, std::optional<Tensor> b_, Tensor D, Tensor G, Tensor adapter_) {
+Linear tt_linear_grouped_fwd(Tensor x_, Tensor W, std::optional<Tensor> b_, Tensor D, Tensor G, Tensor adapter_) {
   const Launches launches(x_);
   const ScalarType type = W.scalar_type();
   const Tensor x = with_aligned_rows(x_, type, launches), adapter = torch::stable::contiguous(adapter_);
@@ -42,11 +43,16 @@ Tensor tt_linear_grouped(Tensor x_, Tensor W, std::optional<Tensor> b_, Tensor D
   product.bias = vector_of(b);
   product.Y = matrix(y);
   check(lowrank_gemm(product, launches.stream()));
-  return y;
+  return {y, torch::stable::contiguous(h)};
+}
+
+Tensor tt_linear_grouped(Tensor x, Tensor W, std::optional<Tensor> b, Tensor D, Tensor G, Tensor adapter) {
+  return std::get<0>(tt_linear_grouped_fwd(x, W, b, D, G, adapter));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(efft, CUDA, library) {
   library.impl("tt_linear_grouped.cuda", TORCH_BOX(&tt_linear_grouped));
+  library.impl("tt_linear_grouped_fwd.cuda", TORCH_BOX(&tt_linear_grouped_fwd));
 }
 
 }  // namespace

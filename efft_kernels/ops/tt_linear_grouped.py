@@ -1,4 +1,8 @@
-"""Define ``tt_linear_grouped``, a frozen linear layer with a separate low-rank update per sample, for serving."""
+"""Define ``tt_linear_grouped``, a frozen linear layer with a separate low-rank update per sample.
+
+Three operators implement it. ``tt_linear_grouped`` returns only y and serves. ``tt_linear_grouped_fwd`` and
+``tt_linear_grouped_bwd`` train; the first also returns h.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +14,50 @@ from torch import Tensor
 
 from efft_kernels import eager, reference
 from efft_kernels._arguments import (
+    autocast_bias,
     autocast_like_linear,
     check_dtypes,
     check_linear,
     check_shape,
     check_tensor,
     no_autocast,
+    unless_wider,
 )
 from efft_kernels.backends import Backend, declare, resolve
 
 
 def _fake(x: Tensor, W: Tensor, b: Tensor | None, D: Tensor, G: Tensor, adapter: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:2], W.shape[0])
+
+
+def _fake_fwd(x: Tensor, W: Tensor, b: Tensor | None, D: Tensor, G: Tensor, adapter: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(*x.shape[:2], W.shape[0]), x.new_empty(*x.shape[:2], D.shape[2])
+
+
+def _fake_bwd(
+    gy: Tensor,
+    x: Tensor | None,
+    W: Tensor | None,
+    h: Tensor | None,
+    D: Tensor,
+    G: Tensor,
+    adapter: Tensor,
+    need_dx: bool,
+    need_dD: bool,
+    need_dG: bool,
+    need_db: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        gy.new_empty((*gy.shape[:2], D.shape[1]) if need_dx else 0),
+        D.new_empty(D.shape if need_dD else 0),
+        G.new_empty(G.shape if need_dG else 0),
+        gy.new_empty((len(G), G.shape[2]) if need_db else 0, dtype=torch.promote_types(gy.dtype, torch.float32)),
+    )
+
+
+def _cuda_bwd(gy: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute dx with the compiled kernel of the forward pass, and the sums over tokens with torch."""
+    return eager.grouped_backward(_FORWARD[Backend.CUDA], gy, *rest)
 
 
 def _triton() -> ModuleType:
@@ -39,12 +75,32 @@ _IMPLEMENTATION = declare(
     eager=eager.tt_linear_grouped,
     triton=_triton,
 )
+_FORWARD = declare(
+    "tt_linear_grouped_fwd",
+    # As above, and h [samples, tokens, r1] (zero without an adapter). With the backend cpu, b may be
+    # [n_adapters, d_out]: the bias of each adapter.
+    "(Tensor x, Tensor W, Tensor? b, Tensor D, Tensor G, Tensor adapter) -> (Tensor y, Tensor h)",
+    _fake_fwd,
+    eager=eager.tt_linear_grouped_fwd,
+    triton=_triton,
+)
+_BACKWARD = declare(
+    "tt_linear_grouped_bwd",
+    # gy [samples, tokens, d_out]. dD needs x, dx needs W, and dG needs h. A gradient that is not needed is returned
+    # with 0 elements. db [n_adapters, d_out], the sum over the samples of each adapter, is in fp32 (fp64 for fp64).
+    "(Tensor gy, Tensor? x, Tensor? W, Tensor? h, Tensor D, Tensor G, Tensor adapter, "
+    "bool need_dx, bool need_dD, bool need_dG, bool need_db) -> (Tensor dx, Tensor dD, Tensor dG, Tensor db)",
+    _fake_bwd,
+    eager=eager.tt_linear_grouped_bwd,
+    triton=_triton,
+    cuda=_cuda_bwd,
+)
 
 
 def tt_linear_grouped(
     x: Tensor,  # [samples, tokens, d_in]
     W: Tensor,  # [d_out, d_in]
-    b: Tensor | None,  # [d_out]
+    b: Tensor | None,  # [d_out], or [n_adapters, d_out]
     D: Tensor,  # [n_adapters, d_in, r1]
     G: Tensor,  # [n_adapters, r1, d_out]
     adapter: Tensor,  # [samples]
@@ -53,13 +109,18 @@ def tt_linear_grouped(
 ) -> Tensor:  # [samples, tokens, d_out]
     """Compute a linear layer plus each sample's own update, ``y[i] = x[i] Wᵀ + b + (x[i] D[a]) G[a]``, a = adapter[i].
 
-    This op serves many adapters of one frozen model in one batch, and reads only the factors of the adapters in the
-    batch. It is intended for inference: in every backend, plain matrix products compute the gradients.
+    This op serves or trains many adapters of one frozen model in one batch. It reads only the factors of the adapters
+    in the batch, and the gradients of all other adapters are zero.
+
+    On the CPU, the backend ``cpu`` computes consecutive samples of one adapter exactly as :func:`tt_linear` computes
+    them on their own, in the forward pass (if a gradient is needed) and in the backward pass.
+    ``triton`` and ``cuda`` compute y and dx with their own kernels, and the sums over tokens with torch's products.
 
     Args:
         x: activations ``[samples, tokens, d_in]``, with any strides.
         W: weight ``[d_out, d_in]`` in the dtype of ``x``, cast like ``x`` under autocast.
-        b: bias ``[d_out]`` or None, in the dtype of ``x``, cast like ``x`` under autocast.
+        b: bias ``[d_out]``, or the bias of each adapter ``[n_adapters, d_out]`` (samples without an adapter then have
+            none), or None; in the dtype of ``x``, or in fp32 if ``x`` is in half precision.
         D: down factors of all adapters ``[n_adapters, d_in, r1]``, with any floating-point dtype. Pad adapters of lower
             rank with zeros.
         G: up factors ``[n_adapters, r1, d_out]``, with any floating-point dtype.
@@ -94,21 +155,42 @@ def tt_linear_grouped(
             torch._assert_async((adapter < D.shape[0]).all(), "tt_linear_grouped: an index beyond the adapters")
     elif adapter.device.type == "cpu" and adapter.numel() and int(adapter.max()) >= D.shape[0]:
         raise ValueError(f"tt_linear_grouped: there are {D.shape[0]} adapters, got index {int(adapter.max())}")
-    check_linear("tt_linear_grouped", "x", x, W, b, D[0], G[0])
-    x, W, b = autocast_like_linear(x, W, b)
-    check_dtypes("tt_linear_grouped", "x", x.dtype, W=W, b=b)
+    own_bias = isinstance(b, Tensor) and b.dim() == 2
+    check_linear("tt_linear_grouped", "x", x, W, None if own_bias else b, D[0], G[0])
+    if b is not None and own_bias:
+        check_shape("tt_linear_grouped", "b", b, (D.shape[0], W.shape[0]), "[n_adapters, d_out]")
+    x, W = autocast_like_linear(x, W)
+    b = autocast_bias(b)
+    check_dtypes("tt_linear_grouped", "x", x.dtype, W=W, b=unless_wider(b, x.dtype))
     chosen = resolve("tt_linear_grouped", backend, x, W, b, D, G)
     if chosen is Backend.REFERENCE:
         return reference.tt_linear_grouped(x, W, b, D, G, adapter)
     differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, W, b, D, G))
     if differentiated or torch.autograd.forward_ad._current_level >= 0:
-        return _TTLinearGrouped.apply(x, W, b, D, G, adapter, chosen)
+        y: Tensor = _TTLinearGrouped.apply(x, W, b, D, G, adapter, chosen)
+        return y
     with no_autocast(x.device):
+        if own_bias:
+            return _forward(x, W, b, D, G, adapter, chosen)[0]
         return _IMPLEMENTATION[chosen](x, W, b, D, G, adapter)
 
 
+def _forward(
+    x: Tensor, W: Tensor, b: Tensor | None, D: Tensor, G: Tensor, adapter: Tensor, backend: Backend
+) -> tuple[Tensor, Tensor]:
+    """Return y and h, with biases of any kind."""
+    if b is None or b.dim() == 1 or backend is Backend.CPU:
+        return _FORWARD[backend](x, W, b, D, G, adapter)
+    y, h = _FORWARD[backend](x, W, None, D, G, adapter)
+    return eager.add_biases(y, b, adapter), h
+
+
 class _TTLinearGrouped(torch.autograd.Function):
-    """Define the autograd of tt_linear_grouped for all backends; the reference computes the backward pass."""
+    """Define the autograd of tt_linear_grouped for all backends, with one registered op per direction.
+
+    If the backward pass will itself be differentiated, the reference computes it from the inputs, which are part of the
+    graph (unlike the saved h).
+    """
 
     @staticmethod
     def forward(
@@ -122,18 +204,34 @@ class _TTLinearGrouped(torch.autograd.Function):
         backend: Backend,
     ) -> Tensor:
         need_dx, need_dW, _, need_dD, need_dG = ctx.needs_input_grad[:5]
-        ctx.save_for_backward(x if need_dW or need_dD or need_dG else None, W if need_dx else None, D, G, adapter)
         with no_autocast(x.device):
-            y: Tensor = _IMPLEMENTATION[backend](x, W, b, D, G, adapter)
+            y, h = _forward(x, W, b, D, G, adapter, backend)
+        x_or_none = x if need_dW or need_dD or need_dG else None
+        ctx.save_for_backward(x_or_none, W if need_dx else None, h if need_dG else None, D, G, adapter)
+        ctx.backend, ctx.bias = backend, None if b is None else (b.dtype, b.dim())
         return y
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-        x, W, D, G, adapter = ctx.saved_tensors
-        _, need_dW, need_db, need_dD, need_dG = ctx.needs_input_grad[:5]
+        x, W, h, D, G, adapter = ctx.saved_tensors
+        need_dx, need_dW, need_db, need_dD, need_dG = ctx.needs_input_grad[:5]
+        own_bias = need_db and ctx.bias[1] == 2
         with no_autocast(gy.device):
-            of_factors = x if need_dD or need_dG else None
-            dx, dD, dG = reference.tt_linear_grouped_bwd(gy, of_factors, W, D, G, adapter)
+            if torch.is_grad_enabled():  # a second derivative will follow
+                of_factors = x if need_dD or need_dG else None
+                dx, dD, dG, db = reference.tt_linear_grouped_bwd(gy, of_factors, W, D, G, adapter)
+            else:
+                needs = need_dx, need_dD, need_dG, own_bias
+                dx, dD, dG, db = _BACKWARD[ctx.backend](gy, x, W, h, D, G, adapter, *needs)
             dW = gy.flatten(0, 1).t() @ x.flatten(0, 1) if need_dW else None
-            db = gy.sum((0, 1)) if need_db else None
-        return dx, dW, db, dD if need_dD else None, dG if need_dG else None, None, None
+            if need_db and not own_bias:
+                db = gy.sum((0, 1), dtype=torch.promote_types(gy.dtype, torch.float32))
+        return (
+            dx if need_dx else None,
+            dW,
+            db.to(ctx.bias[0]) if need_db else None,
+            dD if need_dD else None,
+            dG if need_dG else None,
+            None,
+            None,
+        )

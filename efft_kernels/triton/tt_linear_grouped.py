@@ -1,9 +1,15 @@
-"""Run tt_linear with one adapter per sample: two launches compute h and y with the factors of each sample's adapter."""
+"""Run tt_linear with one adapter per sample: two launches compute h and y with the factors of each sample's adapter.
+
+The same launches compute dh and dx in the backward pass. Batched products of torch compute the sums over tokens.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
+from efft_kernels import eager
 from efft_kernels.triton.lowrank_gemm import lowrank_gemm
 
 
@@ -15,4 +21,20 @@ def tt_linear_grouped(
     G: Tensor,  # [n_adapters, r1, d_out]
     adapter: Tensor,  # [samples], negative for no adapter
 ) -> Tensor:  # [samples, tokens, d_out]
-    return lowrank_gemm(x, W.t(), b, D, G, adapter=adapter.contiguous())[0]
+    return tt_linear_grouped_fwd(x, W, b, D, G, adapter)[0]
+
+
+def tt_linear_grouped_fwd(
+    x: Tensor,  # [samples, tokens, d_in]
+    W: Tensor,  # [d_out, d_in]
+    b: Tensor | None,  # [d_out]
+    D: Tensor,  # [n_adapters, d_in, r1]
+    G: Tensor,  # [n_adapters, r1, d_out]
+    adapter: Tensor,  # [samples], negative for no adapter
+) -> tuple[Tensor, Tensor]:  # y [samples, tokens, d_out], h [samples, tokens, r1]
+    return lowrank_gemm(x, W.t(), b, D, G, adapter=adapter.contiguous())
+
+
+def tt_linear_grouped_bwd(gy: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute the gradients, see :func:`efft_kernels.eager.grouped_backward`."""
+    return eager.grouped_backward(tt_linear_grouped_fwd, gy, *rest)

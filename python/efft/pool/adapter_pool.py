@@ -23,12 +23,14 @@ from efft.config import is_number
 from efft.hints import did_you_mean
 from efft.pool.batches import Layouts, check_batch, find_layouts
 from efft.pool.extras import mixed, read_from_stacks, read_own, reads_from_stacks, write_extras
+from efft.pool.selecting import FixedBatch, to_device
 from efft.pool.stacks import Place, write_row
+from efft.pool.twin import find, set_parameters, twin_of
 from efft.saving.base import base_problems, describe_base
 from efft.saving.io import load_described, read_description
 from efft_kernels import FactorBank
 from efft_kernels.nn.adapt import replace_modules
-from efft_kernels.nn.frozen import is_plain, share_attributes
+from efft_kernels.nn.frozen import share_attributes
 from efft_kernels.nn.linear import AdaptedLayer
 from efft_kernels.nn.pooled import PooledDelta, PooledLinear, PooledWeights, Selection
 
@@ -49,7 +51,8 @@ class AdapterPool:
 
     Adding and removing adapters changes the stacks in place, and compiled code therefore stays valid. New stacks are
     needed if the capacity is exceeded (it is then doubled), for a higher rank, and for an adapter with other layers or
-    other sharing. Threads may use different adapters at the same time, while others add and remove adapters.
+    other sharing. :meth:`fixed_batch` is for CUDA graphs. Threads may use different adapters at the same time, while
+    others add and remove adapters.
 
     Args:
         model: a model that is not adapted, on its final device and in its final dtype. Compile it after adding the
@@ -75,7 +78,7 @@ class AdapterPool:
         if any(isinstance(h, functools.partial) and h.func is check_batch for h in model._forward_pre_hooks.values()):
             raise ValueError("this model is in a pool already; call detach() on that pool first")
         self.model = model
-        self._twin = _twin(model)
+        self._twin = twin_of(model)
         self._selected: ContextVar[Selection | None] = ContextVar("selected", default=None)
         self._hook = model.register_forward_pre_hook(
             functools.partial(check_batch, self._selected, self._learn_layouts), prepend=True, with_kwargs=True
@@ -87,6 +90,7 @@ class AdapterPool:
         self._rows = capacity + 1  # row 0 is the base
         self._slots: dict[str, int] = {}
         self._in_use: Counter[str] = Counter()
+        self._fixed: dict[FixedBatch, list[str]] = {}  # the adapters of each
         self._layers: dict[str, PooledLinear] = {}
         self._originals: dict[str, nn.Linear] = {}
         self._stacks: dict[Place, Tensor] = {}
@@ -122,12 +126,12 @@ class AdapterPool:
         """Return whether the adapter was loaded. If another process replaced the file meanwhile, nothing is changed."""
         description = read_description(folder)
         buffers.check_none(name, description["buffers"] or ())
-        heads = {h: m for h in description["head"] if (m := _find(self._twin, h)) is not None}
+        heads = {h: m for h in description["head"] if (m := find(self._twin, h)) is not None}
         shared = {n: p for n, p in self._twin.named_parameters() if n in set(description["extras"])}
         try:
             for head, module in heads.items():  # the twin shares the model's weights: load into copies
                 self._twin.set_submodule(head, copy.deepcopy(module))
-            _set_parameters(self._twin, {n: nn.Parameter(p.detach().clone()) for n, p in shared.items()})
+            set_parameters(self._twin, {n: nn.Parameter(p.detach().clone()) for n, p in shared.items()})
             loaded = load_described(self._twin, folder, description, strict)
             if loaded:
                 self._insert(name, self._twin)
@@ -135,7 +139,7 @@ class AdapterPool:
         finally:
             if hasattr(self._twin, "efft"):
                 remove(self._twin)
-            _set_parameters(self._twin, shared)
+            set_parameters(self._twin, shared)
             for head, module in heads.items():
                 self._twin.set_submodule(head, module)
 
@@ -153,7 +157,7 @@ class AdapterPool:
             buffers.check_none(name, buffers.changed(adapted, adapter.head, adapter._base_buffers))
             layers = adapter.layers
             linear_layers(adapted_layers(adapted))
-            missing = [n for n in layers if _find(self._twin, n) is None]
+            missing = [n for n in layers if find(self._twin, n) is None]
             problems = [f"the model has no {', '.join(missing[:3])}"] if missing else []
             problems = problems or base_problems(self._twin, layers, describe_base(adapted, layers))
             own = dict(self._twin.named_parameters())
@@ -214,14 +218,16 @@ class AdapterPool:
             self._trained.pop(name, None)
 
     @contextmanager
-    def use(self, adapters: str | Mapping[str, float] | Sequence[str | None] | None) -> Iterator[nn.Module]:
+    def use(
+        self, adapters: str | Mapping[str, float] | Sequence[str | None] | FixedBatch | None
+    ) -> Iterator[nn.Module]:
         """Compute with these adapters within the ``with`` block, in this thread, without gradients.
 
         Args:
             adapters: a name, for all samples; ``{name: weight, ...}``, for the weighted sum of the updates and of the
                 differences between the heads and the base's head; a list with one name per sample, where sample i is
-                entry i of the first dimension of the batch; or None, for the base. The first call with a list runs the
-                base two more times, to find where the layers have the samples.
+                entry i of the first dimension of the batch; a :meth:`fixed_batch`; or None, for the base. The first
+                call with a list runs the base two more times, to find where the layers have the samples.
 
         Raises:
             ValueError: there is no such adapter, the list or mix is empty, a weight is not a finite number, or an
@@ -240,13 +246,61 @@ class AdapterPool:
             with self._lock:
                 self._in_use.subtract(names)
 
+    def fixed_batch(self, samples: int) -> FixedBatch:
+        """Return a batch whose adapters can be exchanged between the replays of a CUDA graph (:class:`FixedBatch`).
+
+        Capture the graph after at least one adapter was added and the model has run once within ``use(batch)``.
+        Adapters that are added later can be selected without a new capture. While a fixed batch exists, the pool
+        therefore refuses an adapter for which it would need new stacks: one beyond the ``capacity``, of a higher rank,
+        with other layers, or with other sharing. Call :meth:`release` before adding such an adapter, and capture the
+        graph again afterwards.
+
+        Raises:
+            ValueError: ``samples`` is less than 1, or the pool has no adapter.
+        """
+        if samples < 1 or not self._layers:
+            raise ValueError(
+                f"AdapterPool.fixed_batch: expected at least 1 sample and a pool with an adapter, got "
+                f"{samples} samples and {len(self._slots)} adapters"
+            )
+        batch = FixedBatch(samples, next(self.model.parameters()).device, self._choose)
+        with self._lock:
+            self._fixed[batch] = []
+        return batch
+
+    def release(self, batch: FixedBatch) -> None:
+        """End a fixed batch. Graphs that were captured with it must not be replayed any more.
+
+        Raises:
+            ValueError: the pool has no such batch.
+        """
+        with self._lock:
+            if batch not in self._fixed:
+                raise ValueError("AdapterPool.release: expected a fixed batch of this pool that was not released yet")
+            self._in_use.subtract(self._fixed.pop(batch))
+
+    def _choose(self, batch: FixedBatch, names: Sequence[str | None]) -> list[int]:
+        """Mark the adapters of a fixed batch as in use, and return their slots."""
+        with self._lock:
+            if batch not in self._fixed:
+                raise RuntimeError("this fixed batch was released: create another one with AdapterPool.fixed_batch")
+            slots, chosen = self._slots_of(names)
+            self._in_use.update(chosen)
+            self._in_use.subtract(self._fixed[batch])
+            self._fixed[batch] = chosen
+            return slots
+
     def detach(self) -> nn.Module:
         """End the pool: restore the original layers of the model exactly, and return the model.
 
         Raises:
-            RuntimeError: an adapter is in use.
+            RuntimeError: an adapter is in use, or a fixed batch was not released.
         """
         with self._changing, self._lock:
+            if self._fixed:
+                raise RuntimeError(
+                    f"{len(self._fixed)} fixed batches exist: call release(batch) for each of them first"
+                )
             for name in self.names:
                 self.remove(name)
             for module in self._readers.values():
@@ -274,13 +328,17 @@ class AdapterPool:
                     layer.layouts, layer.learned = found.get(name, {}), True
 
     def _select(
-        self, adapters: str | Mapping[str, float] | Sequence[str | None] | None
+        self, adapters: str | Mapping[str, float] | Sequence[str | None] | FixedBatch | None
     ) -> tuple[Selection | None, list[str]]:
         """Return the selection of adapters, and their names."""
         parameter = next(self.model.parameters())
         device = parameter.device
         if adapters is None:
             return None, []
+        if isinstance(adapters, FixedBatch):
+            if adapters not in self._fixed:
+                raise ValueError("AdapterPool.use: expected a fixed batch of this pool that was not released")
+            return Selection(adapters.slots, None), []
         if isinstance(adapters, str):
             adapters = {adapters: 1.0}
         if not adapters:
@@ -289,24 +347,27 @@ class AdapterPool:
                 "the base"
             )
         if not isinstance(adapters, Mapping):
-            slots = [0 if name is None else self._slot(name) for name in adapters]
-            names = [name for name in set(adapters) if name is not None]
-            own = next((name for name in adapters if name in self._trained), None)
-            if own is not None:
-                raise ValueError(
-                    f"adapter {own!r} has biases or norms of its own ({self._trained[own][0]} first), which all "
-                    f"samples of a batch share: use it for whole batches (use({own!r})), or train adapters for single "
-                    "samples with bias='none' and norms=False"
-                )
-            return Selection(torch.tensor(slots, device=device), None), names
+            slots, names = self._slots_of(adapters)
+            return Selection(to_device(slots, torch.int64, device), None), names
         slots, weights = [self._slot(name) for name in adapters], list(adapters.values())
         if not all(map(is_number, weights)):
             raise ValueError(f"AdapterPool.use: expected a finite weight for each adapter, got {dict(adapters)}")
         if sum(weights) != 1:  # the share of the base's head
             slots, weights = [*slots, 0], [*weights, 1 - sum(weights)]
         wide = torch.promote_types(parameter.dtype, torch.float32)
-        summands = torch.tensor(weights, device=device, dtype=wide)
-        return Selection(torch.tensor(slots, device=device), summands), [*adapters]
+        return Selection(to_device(slots, torch.int64, device), to_device(weights, wide, device)), [*adapters]
+
+    def _slots_of(self, adapters: Sequence[str | None]) -> tuple[list[int], list[str]]:
+        """Return the slot of each sample's adapter, and the names of the adapters, each once."""
+        slots = [0 if name is None else self._slot(name) for name in adapters]
+        own = next((name for name in adapters if name in self._trained), None)
+        if own is not None:
+            raise ValueError(
+                f"adapter {own!r} has biases or norms of its own ({self._trained[own][0]} first), which all "
+                f"samples of a batch share: use it for whole batches (use({own!r})), or train adapters for single "
+                "samples with bias='none' and norms=False"
+            )
+        return slots, [name for name in set(adapters) if name is not None]
 
     def _slot(self, name: str) -> int:
         if name not in self._slots:
@@ -352,6 +413,14 @@ class AdapterPool:
         slot = next(i for i in range(1, len(taken) + 2) if i not in taken)
         rows = self._rows if slot < self._rows else 2 * self._rows - 1
         stacks = write_row(self._stacks, parts, layers, slot, rows)
+        moved = [place for place, stack in stacks.items() if stack is not self._stacks.get(place)]
+        if moved and self._fixed:  # so far only a free row has changed
+            raise RuntimeError(
+                f"adapter {name!r} needs new stacks ({moved[0][0]} first), but graphs that were captured with a fixed "
+                "batch read the present ones. Expected an adapter whose layers, ranks and sharing an earlier one had, "
+                f"and at most {self._rows - 1} adapters: make the pool with a larger capacity, add the adapter with "
+                "the largest ranks first, or release the fixed batches and capture the graphs again"
+            )
         for layer, pooled in layers.items():
             pooled.stacks = (stacks[layer, 0], stacks.get((layer, 1)))
             if self._layouts is not None and not pooled.learned:
@@ -386,7 +455,7 @@ class AdapterPool:
                 name = f"{head}.{inner}" if inner else head
                 if not module.state_dict(keep_vars=True) or any(module.children()):
                     continue
-                ours = _find(self._twin, name)
+                ours = find(self._twin, name)
                 if type(module) is not nn.Linear or type(ours) is not nn.Linear:
                     raise ValueError(
                         f"expected a head of nn.Linear layers, got {name}: {type(module).__name__} (in the model "
@@ -411,40 +480,9 @@ def _operands(adapted: nn.Module) -> _Parts:
     return found
 
 
-def _twin(model: nn.Module) -> nn.Module:
-    """Return a copy of the modules of ``model`` that shares its memory, to load adapters into while the model serves.
-
-    Its parameters are separate objects with their own ``requires_grad``, except quantized ones, which are not trained.
-    """
-    memo: dict[int, Any] = {
-        id(p): nn.Parameter(p.detach(), p.requires_grad) if is_plain(p) else p for p in model.parameters()
-    }
-    memo |= {id(b): b for b in model.buffers()}
-    for (
-        module
-    ) in model.modules():  # bitsandbytes moves parts of a weight to an object of the layer, when that first runs
-        if isinstance(module, nn.Linear) and not is_plain(module.weight):
-            memo |= {id(value): value for value in vars(module).values() if hasattr(value, "__dict__")}
-    return copy.deepcopy(model, memo)
-
-
-def _set_parameters(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Put parameters in the places of those of these names."""
-    for name, parameter in parameters.items():
-        owner, _, own = name.rpartition(".")
-        model.get_submodule(owner)._parameters[own] = parameter
-
-
 def _linear(model: nn.Module, name: str) -> nn.Linear:
-    layer = _find(model, name)
+    layer = find(model, name)
     if not isinstance(layer, nn.Linear):
         kind = "parameter that no linear layer has" if layer is None else type(layer).__name__
         raise ValueError(f"a pool serves adapters of linear layers, and {name} is a {kind}")
     return layer
-
-
-def _find(model: nn.Module, name: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        return None

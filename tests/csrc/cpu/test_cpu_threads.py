@@ -25,7 +25,7 @@ TRAINED = {
     "tt_gelu_linear": ("z", "D", "G", "b"),
     "tt_norm_linear": ("x", "D", "G", "b", "gamma", "beta"),
     "tt_contract": ("C", "V"),
-    "tt_linear_grouped": (),
+    "tt_linear_grouped": ("x", "D", "G"),
     "tt_merge_": (),
 }
 

@@ -137,6 +137,12 @@ def grouped_cases() -> Iterator[Case]:
         D_, G_ = rounded(D, dtype)[adapter] * some, rounded(G, dtype)[adapter]
         exact = x.double() @ W.double().t() + rounded(x.double() @ D_, dtype) @ G_
         yield f"tt_linear_grouped {tokens} {d_in} {d_out} {rank} {dtype}", {"y": y}, {"y": exact}, dtype, {}
+        _, h = torch.ops.efft.tt_linear_grouped_fwd.cuda(x, W, None, D, G, adapter)
+        gy = random(4, tokens, d_out, dtype=dtype)
+        dx, *_ = torch.ops.efft.tt_linear_grouped_bwd.cuda(gy, None, W, None, D, G, adapter, True, False, False, False)
+        dh = rounded(gy.double() @ (G_ * some).mT, dtype)
+        expected = {"h": rounded(x.double() @ D_, dtype), "dx": gy.double() @ W.double() + dh @ D_.mT}
+        yield f"grouped gradients {tokens} {d_in} {d_out} {rank} {dtype}", {"h": h, "dx": dx}, expected, dtype, {}
 
 
 def contract_cases() -> Iterator[Case]:
