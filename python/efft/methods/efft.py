@@ -22,12 +22,13 @@ from efft.planning.shapes import TensorTrain, trains_by_shape
 from efft.planning.structure import Weight
 from efft.planning.targets import Target
 from efft_kernels import Site, TTFactors
-from efft_kernels.nn.initialization import CORE_LAYOUTS, automatic_scale
+from efft_kernels.nn.initialization import CORE_LAYOUTS, MOVEMENT, automatic_scale
 
 #: The settings of :meth:`EfftConfig.auto`.
 AUTOMATIC: Mapping[str, Any] = {
     "rank": 16,
     "scale": "auto",
+    "movement": 0.1,
     "dropout": 0.0,
     "bias": "auto",
     "norms": "auto",
@@ -46,11 +47,18 @@ class EfftConfig(AdapterConfig):
     """
 
     method: ClassVar[str] = "efft"
-    training_only: ClassVar[frozenset[str]] = AdapterConfig.training_only | {"init", "core_init", "dropout", "rates"}
+    training_only: ClassVar[frozenset[str]] = AdapterConfig.training_only | {
+        "init",
+        "core_init",
+        "dropout",
+        "movement",
+        "rates",
+    }
     meant_before: ClassVar[Mapping[str, Any]] = {
         **AdapterConfig.meant_before,
         **Extras().as_fields(),
         "layer_scale": None,
+        "movement": MOVEMENT,
         "rates": {},
     }
     kinds: ClassVar[frozenset[str]] = AdapterConfig.kinds | {"experts"}
@@ -66,6 +74,10 @@ class EfftConfig(AdapterConfig):
     """s, a plain multiplier of the update (not divided by the rank). "auto" chooses the s with which a step of the
     optimizer moves the weights as far as in full fine-tuning (see :meth:`auto`); ``efft.apply`` replaces "auto" by the
     number."""
+
+    movement: float = MOVEMENT
+    """What an automatic scale is computed for: the root mean square by which the first step of the optimizer changes
+    the entries of an update, as a multiple of the learning rate."""
 
     trainable_scale: bool | Literal["global", "group", "matrix"] = False
     """Train s too, as a multiple of ``scale`` that starts at 1: one multiple for all groups ("global"), one per group
@@ -146,6 +158,7 @@ class EfftConfig(AdapterConfig):
             of_scale = f"a number from -{LARGEST_NUMBER} to {LARGEST_NUMBER}"
             ok = scale == "auto" or is_setting(scale)
             self._check(ok, "scale", f"{of_scale}, 'auto' or a dict of these", self.scale)
+        self._check(is_number(self.movement) and self.movement > 0, "movement", "a positive number", self.movement)
         self._check(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", "in [0, 1)", self.dropout)
         known = isinstance(self.trainable_scale, bool) or self.trainable_scale in ("global", "group", "matrix")
         of_scales = "False, 'global', 'group' (or True) or 'matrix'"
@@ -382,7 +395,9 @@ class EfftGroup(TensorTrain):
         if not isinstance(scale, str):
             return scale
         init = self.config.init_of(self.kind)
-        return automatic_scale(self.d_in, self.d_out, self._all_cores, *self.rank, init, self.config.core_init)
+        config = self.config
+        sizes = (self.d_in, self.d_out, self._all_cores, *self.rank)
+        return automatic_scale(*sizes, init, config.core_init, config.movement)
 
     def build(self, device: torch.device, dtype: torch.dtype) -> TTFactors:
         """Allocate and initialize the bank."""
