@@ -7,7 +7,7 @@ ARGS ?=
 BUDGET ?= 480
 # The least version in pyproject.toml; the newest is what pip installs.
 OLDEST_TRITON := 3.6.0
-# For its headers alone: of what it depends on nothing is needed.
+# Only the headers are needed, not the dependencies of the package.
 CUTLASS := 4.2.0.0
 
 BIN := $(VENV)/bin

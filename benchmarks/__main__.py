@@ -31,6 +31,7 @@ COMMANDS = {
     "kinds": ("benchmarks.kinds", "adapted attention and Conv1D layers, compared with LoRA and dense updates"),
     "planning": ("benchmarks.planning", "how long planning takes on models of thousands of layers"),
     "models": ("benchmarks.models", "which layers are adapted in every architecture of timm and transformers"),
+    "steps": ("benchmarks.steps", "predict the gain of each planned change to the cuda backend; measures nothing"),
     "compare": ("benchmarks.compare", "find slowdowns between two result files or two revisions"),
     "plot": ("benchmarks.plots", "draw pictures from result files"),
     "tables": ("benchmarks.readme", "write the documentation's tables from result files"),

@@ -152,6 +152,9 @@ class Case:
         return [("dG, dD", one_pass), ("dC, dV", self.tiny)]
 
 
+#: Time of a column of h that a product makes, relative to a column of its tile; fitted like the defaults of Machine.
+_BESIDE = 0.8
+
 Design = Callable[[Case], tuple[Kernels, Kernels]]
 
 
@@ -281,6 +284,22 @@ def fused_triton(c: Case) -> tuple[Kernels, Kernels]:
     return [("refresh G", c.refresh()), ("h", c.h_before()), ("x Wᵀ + h G", product)], triton(c)[1]
 
 
+def cuda(c: Case) -> tuple[Kernels, Kernels]:
+    """our cuda backend for a single layer: products make h if y has few columns, a separate kernel does otherwise"""
+
+    def direction(d_in: int, d_out: int) -> Kernels:
+        m = c.machine
+        made = c.rank <= 32 and d_out <= 2048
+        product = m.product(c.tokens, d_out, d_in, relative=m.own, tail=64)
+        more = 1 + _BESIDE * 32 / 192 if made else 1.0
+        h: Kernels = [] if made else [("h", m.skinny(c.tokens, c.rank, d_in))]
+        return [("pack", c.tiny), *h, ("product", m.fixed + (product - m.fixed) * more)]
+
+    d_in, d_out = c.layer.d_in, c.layer.d_out
+    (sums, one_pass), _ = c.reductions()
+    return direction(d_in, d_out), [*direction(d_out, d_in), (sums, one_pass), ("finish", c.tiny)]
+
+
 def merged(c: Case) -> tuple[Kernels, Kernels]:
     """W + dW built once per step, dx and dh from one product with [W, Gᵀ]; rounds small updates away in bf16"""
     merge = c.machine.memory(2 * c.w, 2 * c.rank * c.layer.d_in * c.layer.d_out)
@@ -337,6 +356,7 @@ DESIGNS: dict[str, Design] = {
     "one-pass": one_pass,
     "efft:triton": triton,
     "fused:triton": fused_triton,
+    "efft:cuda": cuda,
     "merged": merged,
     "own-forward": own_forward,
     "best": best,

@@ -78,7 +78,7 @@ def summary() -> str:
         ["adapter file, excluding the head", *(f"{_of(cpu, row, 'adapter_bytes') / 1e6:.1f} MB" for row in _RIVALS)],
         ["training step on a CPU, fp32", *(f"{_time(cpu, row)} x frozen" for row in _RIVALS)],
         [
-            f"training step on an {device}, bf16: with a CUDA graph; in parentheses: without one",
+            f"training step on an {device}, bf16, with (without) a CUDA graph",
             *(f"{_time(graphs, row)} ({_time(launched, row)}) x frozen" for row in _RIVALS),
         ],
         [

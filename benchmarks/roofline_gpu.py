@@ -16,6 +16,9 @@ from functools import cached_property
 class Machine:
     """Hold the properties of a GPU that the model uses; the defaults describe an H200.
 
+    ``bandwidth``, ``fixed`` and ``own`` are by default the constants that :mod:`benchmarks.steps` fits to the recorded
+    medians of an H200.
+
     Attributes:
         flops: peak of a large bf16 product, in FLOP/s.
         bandwidth: bandwidth of a copy (reads and writes), in bytes/s.
@@ -26,10 +29,10 @@ class Machine:
     """
 
     flops: float = 790e12
-    bandwidth: float = 4.3e12
+    bandwidth: float = 4.24e12
     multiprocessors: int = 132
-    fixed: float = 2.0
-    own: float = 0.95
+    fixed: float = 3.2
+    own: float = 0.91
     tiled: bool = True
 
     def __str__(self) -> str:

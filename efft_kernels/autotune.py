@@ -26,7 +26,7 @@ from torch import Tensor
 
 from efft_kernels import ops
 from efft_kernels.backends import can_run
-from efft_kernels.measured import Case, Row, generation, plug_in, read, write
+from efft_kernels.measured import KERNELS, Case, Row, generation, plug_in, read, write
 
 #: Ops that have fused kernels to compare with the vendor's products.
 OPS = ("tt_linear", "tt_gelu_linear", "tt_norm_linear")
@@ -74,7 +74,7 @@ def measure(case: Case, device: torch.device | str, backends: Sequence[str] = RI
         around.enter_context(torch.autograd.graph.saved_tensors_hooks(_identity, _identity))
         if device.type == "cuda":
             around.enter_context(torch.cuda.device(device))
-        return Row(case, _microseconds(case, device, backends, repeats), _origin(device))
+        return Row(case, _microseconds(case, device, backends, repeats), _origin(device), KERNELS)
 
 
 def _identity(tensor: Tensor) -> Tensor:

@@ -268,7 +268,8 @@ def cuda_sources(cutlass: Path) -> list[tuple[Path, list[str]]]:
         if source.suffix in (".cpp", ".cu"):
             flags = [*_GENERATIONS, "-DEFFT_SM90"]
             if source.stem.endswith("_sm90"):
-                flags = [*_GENERATIONS[1:], "--expt-relaxed-constexpr", f"-isystem {_escape(str(cutlass))}"]
+                relaxed = ("--expt-relaxed-constexpr", f"-isystem {_escape(str(cutlass))}")
+                flags = [*_GENERATIONS[1:], "-DEFFT_SM90", *relaxed]
             found.append((source, flags))
     return found
 

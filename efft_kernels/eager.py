@@ -41,8 +41,12 @@ def tt_linear_bwd(
     need_dG: bool,
     need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute dh = gy Gᵀ, dx = gy W + dh Dᵀ, dD = xᵀ dh, dG = hᵀ gy, and db, the sum of gy over the tokens."""
+    """Compute dh = gy Gᵀ, dx = gy W + dh Dᵀ, dD = xᵀ dh, dG = hᵀ gy, and db, the sum of gy over the tokens.
+
+    dD and dG are at least in fp32.
+    """
     dx = dD = dG = None
+    of_D, of_G = (torch.promote_types(factor.dtype, torch.float32) for factor in (D, G))
     db = gy.new_empty(0, dtype=torch.promote_types(gy.dtype, torch.float32))
     if need_dx or need_dD:
         dh = gy @ G.to(gy.dtype).t()  # [tokens, r1]
@@ -51,17 +55,18 @@ def tt_linear_bwd(
             dx = (gy @ W).addmm_(dh, D.to(gy.dtype).t())
         if need_dD:
             assert x is not None
-            dD = _reduce_tokens(x, dh, D.dtype)
+            dD = _reduce_tokens(x, dh, of_D)
     if need_dG:
         assert h is not None
         if need_db and gy.device.type == "cpu":  # a separate sum takes several times as long in bfloat16 on the CPU
             both = torch.cat([h, h.new_ones(h.shape[0], 1)], 1).t() @ gy  # [r1 + 1, d_out]
-            dG, db = both[:-1].to(G.dtype), both[-1].to(db.dtype, copy=True)
+            dG, db = both[:-1].to(of_G), both[-1].to(db.dtype, copy=True)
         else:
-            dG = _reduce_tokens(h, gy, G.dtype)
+            dG = _reduce_tokens(h, gy, of_G)
     if need_db and db.numel() == 0:
         db = gy.sum(0, dtype=db.dtype)
-    dx, dD, dG = (like.new_empty(0) if t is None else t for t, like in ((dx, gy), (dD, D), (dG, G)))
+    dx = gy.new_empty(0) if dx is None else dx
+    dD, dG = (gy.new_empty(0, dtype=of) if t is None else t for t, of in ((dD, of_D), (dG, of_G)))
     return dx, dD, dG, db
 
 

@@ -43,11 +43,15 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """Hold the microseconds of forward plus backward for each backend, fastest first, and the origin of the times."""
+    """Hold the microseconds of forward plus backward for each backend, fastest first, and the origin of the times.
+
+    ``kernels`` is the generation of the cuda kernels that were measured (``EFFT_SM90_GENERATION`` in ENVIRONMENT.md).
+    """
 
     case: Case
     microseconds: dict[str, float]
     origin: str
+    kernels: int = 1
 
     def __post_init__(self) -> None:
         # This sorts here and not in fastest(): torch.compile may make the floats graph inputs, which it cannot compare.
@@ -84,12 +88,13 @@ def read(path: Path) -> tuple[Row, ...]:
 
 def _row(values: dict[str, Any]) -> Row:
     """Convert JSON to a row. Raise ValueError, TypeError or KeyError if a part is missing or has the wrong type."""
-    row = Row(Case(**values["case"]), dict(values["microseconds"]), values["origin"])
+    row = Row(Case(**values["case"]), dict(values["microseconds"]), values["origin"], values.get("kernels", 1))
     names, numbers = asdict(row.case), ("tokens", "d_in", "d_out", "r1", "capability")
     sizes = {name: names.pop(name) for name in numbers}
     wrong = [name for name, value in names.items() if not isinstance(value, str)]
     wrong += [name for name, value in sizes.items() if type(value) is not int or abs(value) >= 2**40]
     wrong += [name for name, us in row.microseconds.items() if not 0 <= us < math.inf]
+    wrong += [] if type(row.kernels) is int and row.kernels > 0 else ["kernels"]
     if wrong or not isinstance(row.origin, str):
         raise ValueError(f"{wrong[0] if wrong else 'origin'} has a value of the wrong type or size")
     return row
@@ -103,6 +108,8 @@ def write(path: Path, rows: Sequence[Row]) -> None:
     beside.replace(path)
 
 
+#: The generation of the cuda kernels that this process uses.
+KERNELS = 2 if os.environ.get("EFFT_SM90_GENERATION") == "2" else 1
 #: The rows are read at import and kept in a global, on which torch.compile can guard, because it cannot read files.
 _rows: list[Row] = [*read(COMMITTED)]
 _measurer: Measurer | None = None
@@ -117,14 +124,23 @@ def plug_in(measurer: Measurer, rows: Sequence[Row]) -> None:
 
 def fastest(case: Case, device: torch.device, backends: Sequence[str]) -> str | None:
     """Return the one of ``backends`` that measured fastest for this or a similar case; None without a measurement."""
-    row = nearest(case, _rows, 1.0)
+    row = _newest(case, 1.0)
     if row is None and _measurer is not None and _measurer.can_measure(device):
         row = _measurer.measure(case, device, backends)
         _rows.append(row)
-    row = row or nearest(case, _rows, NEAR)
+    row = row or _newest(case, NEAR)
     if row is None and case.op != "tt_linear":  # most of the op's time is spent on the same product
-        row = nearest(replace(case, op="tt_linear"), _rows, NEAR)
+        row = _newest(replace(case, op="tt_linear"), NEAR)
     return next((b for b in row.microseconds if b in backends), None) if row is not None else None
+
+
+def _newest(case: Case, widths: float) -> Row | None:
+    """Return the nearest row with the kernels that this process uses; without one, the nearest with older kernels."""
+    for kernels in range(KERNELS, 0, -1):
+        row = nearest(case, [row for row in _rows if row.kernels == kernels], widths)
+        if row is not None:
+            return row
+    return None
 
 
 def is_final(device: torch.device) -> bool:

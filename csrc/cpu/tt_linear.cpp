@@ -102,8 +102,8 @@ LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x
     op.base = matrix(base);
     if (need.dx) op.dx = matrix(dx);
   }
-  Tensor dD = into ? into->dD : need.dD ? empty(D, {d_in, rank}) : empty(D, {0});
-  Tensor dG = into ? into->dG : need.dG ? empty(G, {rank, d_out}) : empty(G, {0});
+  Tensor dD = into ? into->dD : need.dD ? empty(D, {d_in, rank}, ScalarType::Float) : empty(D, {0}, ScalarType::Float);
+  Tensor dG = into ? into->dG : need.dG ? empty(G, {rank, d_out}, ScalarType::Float) : empty(G, {0}, ScalarType::Float);
   Tensor db = into ? into->db : empty(gy, {need.db ? d_out : 0}, ScalarType::Float);
   Tensor dgamma = empty(producer.gamma ? *producer.gamma : like, {need.dgamma ? d_in : 0});
   Tensor dbeta = empty(producer.beta ? *producer.beta : like, {need.dbeta ? d_in : 0});

@@ -49,6 +49,43 @@ __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// Lets the next kernel of the stream start although this one still runs; it waits by the next function. Kernels that
+// are launched without `dependent` do nothing here.
+__device__ inline void start_next_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
+#endif
+}
+
+// Waits until the kernel in front has ended and its results can be read. Before that a dependent kernel must neither
+// read nor write memory that others use.
+__device__ inline void wait_for_kernel_in_front() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;\n" ::: "memory");
+#endif
+}
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+// Fetches a tensor map, which no kernel in front may be writing, into its cache.
+__device__ inline void prefetch_tensor_map(const void* map) {
+  asm volatile("prefetch.tensormap [%0];\n" ::"l"(map) : "memory");
+}
+
+// Waits for all threads of the cluster; what they have written to shared memory is then visible in all its blocks.
+__device__ inline void synchronize_cluster() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;\n" ::: "memory");
+}
+
+// The element of another block of the cluster that lies in its shared memory where `own` lies in that of this block.
+__device__ inline float read_shared_of(uint32_t block, const float* own) {
+  uint32_t address;
+  float value;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;\n" : "=r"(address) : "r"(shared_address(own)), "r"(block));
+  asm volatile("ld.shared::cluster.f32 %0, [%1];\n" : "=f"(value) : "r"(address) : "memory");
+  return value;
+}
+#endif
+
 // Starts to copy 16 bytes, of which the first `bytes` are read and the others become zero.
 __device__ inline void copy_async(void* to, const void* from, int bytes) {
   asm volatile(

@@ -64,7 +64,8 @@ struct Project {
 };
 cudaError_t project(const Project& op, cudaStream_t stream);
 
-// dG = h^T gy and dD = x^T dh in float, each over all tokens.
+// dG = h^T gy and dD = x^T dh in float, each over all tokens. In the second generation also, over all tokens, the sums
+// of gy and, behind a norm, of da and da n, where n is the normalized z.
 struct ReduceTokens {
   int64_t tokens = 0, rank = 0;
   int64_t d_out = 0;          // 0: no dG
@@ -78,8 +79,21 @@ struct ReduceTokens {
   Type factors_G{};           // type of dG
   Type factors_D{};           // type of dD
   int64_t splits = 1;         // ranges of tokens; reduce_tokens_splits(op) fill the GPU
-  float* partials = nullptr;  // [splits, rank * d_out + d_in * rank]
+  float* partials = nullptr;  // [splits, rank * d_out + d_in * rank]; null if reduce_tokens_finishes()
+
+  int64_t summed_out = 0;  // columns of gy; 0: no db
+  float* db = nullptr;     // [summed_out]
+  int64_t summed_in = 0;   // columns of da; 0: neither dgamma nor dbeta
+  Matrix da;               // [tokens, summed_in]
+  Matrix z;                // [tokens, summed_in], in float32 or in the type of da; read for dgamma
+  Norm norm;               // its mean and rstd are read for dgamma
+  void* dgamma = nullptr;  // [summed_in]; null: not wanted
+  void* dbeta = nullptr;   // [summed_in]; null: not wanted
+  Type type_of_dgamma{};
+  Type type_of_dbeta{};
 };
+// Whether reduce_tokens adds its ranges of tokens itself and computes the sums db, dgamma and dbeta.
+bool reduce_tokens_finishes();
 int64_t reduce_tokens_splits(const ReduceTokens& op);
 cudaError_t reduce_tokens(const ReduceTokens& op, cudaStream_t stream);
 

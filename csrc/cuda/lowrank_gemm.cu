@@ -125,9 +125,9 @@ cudaError_t launch_order(const LowRankGemm& op, cudaStream_t stream) {
 
 namespace {
 
-bool runs_on_sm90(const LowRankGemm& op) {
-#ifdef EFFT_SM90  // all but an emulator that was built without CUTLASS
-  return device_attribute(cudaDevAttrComputeCapabilityMajor) == 9 && lowrank_gemm_sm90_takes(op);
+bool runs_on_sm90([[maybe_unused]] const LowRankGemm& op) {
+#ifdef EFFT_SM90
+  return is_sm90() && lowrank_gemm_sm90_takes(op);
 #else
   return false;
 #endif

@@ -8,7 +8,6 @@
 //
 // Blocks come in pairs that take neighbouring rows of one column: each copies half of B's and P's tile, for both.
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 
 #include "launch.h"
@@ -26,13 +25,14 @@ constexpr int64_t GROUP = 8;  // pairs of row blocks before the next column bloc
 struct Tiles {
   int pairs, columns;  // of the output
   int main_steps, steps;
+  int last_depth;  // of the last step of the tail: how many times 16 columns of H it has
 
   template <class P>
   static Tiles of(const LowRankGemm& op) {
     const auto blocks = [](int64_t size, int64_t block) { return static_cast<int>(ceil_div(size, block)); };
     const int main_steps = blocks(op.K, typename P::K{});
     return {blocks(op.M, PAIR * typename P::M{}), blocks(op.N, typename P::N{}), main_steps,
-        main_steps + blocks(op.R, typename P::K{})};
+        main_steps + blocks(op.R, typename P::K{}), (blocks(op.R, 16) - 1) % 4 + 1};
   }
   __host__ __device__ int count() const { return pairs * columns; }
   // (row block, column block)
@@ -56,6 +56,15 @@ struct Place {
     }
   }
 };
+
+// Fetches the tensor maps into their cache; they are parameters, which no kernel in front can change.
+template <class P>
+__device__ void prefetch_maps(const Operands<P>& from) {
+  prefetch_tensor_map(from.A.get_tma_descriptor());
+  prefetch_tensor_map(from.B.get_tma_descriptor());
+  prefetch_tensor_map(from.T.get_tma_descriptor());
+  prefetch_tensor_map(P::RANKS > 0 ? from.factor.get_tma_descriptor() : from.H.get_tma_descriptor());
+}
 
 template <class P>
 __device__ void copy_tiles(
@@ -110,6 +119,12 @@ __device__ void copy_tiles(
   }
 }
 
+// Two neighbours in one store.
+template <class Out>
+__device__ void write_pair(Out* to, float first, float second) {
+  *reinterpret_cast<Pair<Out>*>(to) = {narrow<Out>(first), narrow<Out>(second)};
+}
+
 // Rounds sums of 16 rows and P::N columns that a warp holds and writes them by 16 bytes; what a thread holds of a
 // product is 2 neighbours of 8 columns in rows r and r + 8.
 template <class P, class Out, class Sums>
@@ -130,10 +145,15 @@ __device__ void write_rows(const LowRankGemm& op, int64_t row, int64_t column, c
         add_next = widen(bias[n + 1]);
       }
       Out* const to = rows + r * P::OUT_ROW + 8 * j + 2 * c;
-      to[0] = narrow<Out>(sums(i) + add);
-      to[1] = narrow<Out>(sums(i + 1) + add_next);
-      to[8 * P::OUT_ROW] = narrow<Out>(sums(i + 2) + add);
-      to[8 * P::OUT_ROW + 1] = narrow<Out>(sums(i + 3) + add_next);
+      if constexpr (P::SECOND) {
+        write_pair<Out>(to, sums(i) + add, sums(i + 1) + add_next);
+        write_pair<Out>(to + 8 * P::OUT_ROW, sums(i + 2) + add, sums(i + 3) + add_next);
+      } else {
+        to[0] = narrow<Out>(sums(i) + add);
+        to[1] = narrow<Out>(sums(i + 1) + add_next);
+        to[8 * P::OUT_ROW] = narrow<Out>(sums(i + 2) + add);
+        to[8 * P::OUT_ROW + 1] = narrow<Out>(sums(i + 3) + add_next);
+      }
     }
     __syncwarp();
 #pragma unroll
@@ -180,13 +200,14 @@ __device__ void multiply_tiles(const LowRankGemm& op, const Tiles& tiles, typena
                   column = static_cast<int64_t>(n) * typename P::N{};
     mma.accumulate_ = mma_h.accumulate_ = GMMA::ScaleOut::Zero;
     int last = -1;
-    for (int step = 0; step < (P::RANKS > 0 ? tiles.main_steps : tiles.steps); ++step, place.next()) {
+    // A step of DEPTH times 16 columns.
+    const auto multiply_step = [&](auto depth) {
       shared.full[place.stage].wait(place.round);
       warpgroup_fence_operand(y);
       if constexpr (P::RANKS > 0) warpgroup_fence_operand(h);
       warpgroup_arrive();
 #pragma unroll
-      for (int k = 0; k < size<2>(left); ++k) {
+      for (int k = 0; k < decltype(depth)::value; ++k) {
         gemm(mma, left(_, _, k, place.stage), right(_, _, k, place.stage), y);
         mma.accumulate_ = GMMA::ScaleOut::One;
         if constexpr (P::RANKS > 0) {
@@ -200,6 +221,16 @@ __device__ void multiply_tiles(const LowRankGemm& op, const Tiles& tiles, typena
       if constexpr (P::RANKS > 0) warpgroup_fence_operand(h);
       if (last >= 0) release(last);
       last = place.stage;
+      place.next();
+    };
+    // In the second generation the last step of the tail is only as deep as the rank needs.
+    const bool is_short = P::SECOND && P::RANKS == 0 && tiles.last_depth < 4;
+    const int whole_steps = P::RANKS > 0 ? tiles.main_steps : is_short ? tiles.steps - 1 : tiles.steps;
+    for (int step = 0; step < whole_steps; ++step) multiply_step(_4{});
+    if constexpr (P::SECOND && P::RANKS == 0) {
+      if (tiles.last_depth == 1) multiply_step(_1{});
+      if (tiles.last_depth == 2) multiply_step(_2{});
+      if (tiles.last_depth == 3) multiply_step(_3{});
     }
     warpgroup_wait<0>();
     warpgroup_fence_operand(y);
@@ -239,6 +270,7 @@ __device__ void multiply_tiles(const LowRankGemm& op, const Tiles& tiles, typena
 template <class P, class Out>
 __global__ void __launch_bounds__(P::THREADS, 1) lowrank_gemm_sm90_kernel(
     const __grid_constant__ Operands<P> from, const __grid_constant__ LowRankGemm op, const Tiles tiles) {
+  if constexpr (P::SECOND) start_next_kernel();
   typename P::Shared& shared = *reinterpret_cast<typename P::Shared*>(shared_memory());
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < STAGES; ++stage) {
@@ -250,6 +282,11 @@ __global__ void __launch_bounds__(P::THREADS, 1) lowrank_gemm_sm90_kernel(
   cluster_arrive_relaxed();
   cluster_wait();  // the barriers of both blocks are there
   __syncthreads();
+  if constexpr (P::SECOND) {
+    if (threadIdx.x == 0) prefetch_maps<P>(from);
+    __syncwarp();
+    wait_for_kernel_in_front();
+  }
 
   if (threadIdx.x < 128) {
     cutlass::arch::warpgroup_reg_dealloc<P::GROUPS == 3 ? 32 : 40>();
@@ -277,8 +314,9 @@ cudaError_t launch_product(const LowRankGemm& op, cudaStream_t stream) {
     if (std::memcmp(map, &none, sizeof(none)) == 0) return cudaErrorInvalidValue;
   const Tiles tiles = Tiles::of<P>(op);
   const int pairs = std::min(tiles.count(), multiprocessors() / PAIR);
-  return launch<lowrank_gemm_sm90_kernel<P, Out>, sizeof(typename P::Shared), SHARED_OF_SM90, PAIR>(
-      dim3(static_cast<unsigned>(PAIR * pairs)), P::THREADS, stream, from, op, tiles);
+  const LaunchShape shape{dim3(static_cast<unsigned>(PAIR * pairs)), P::THREADS, PAIR, P::SECOND};
+  return launch<lowrank_gemm_sm90_kernel<P, Out>, sizeof(typename P::Shared), SHARED_OF_SM90>(
+      shape, stream, from, op, tiles);
 }
 
 // Time of whole waves of tiles, in elements of output.
@@ -287,29 +325,27 @@ int64_t wave_cost(const LowRankGemm& op, int64_t rows, int64_t columns) {
   return ceil_div(pairs, multiprocessors() / PAIR) * rows * columns;
 }
 
-template <class T, class Out, bool TRANSPOSED, int RANKS>
+template <class T, class Out, bool TRANSPOSED, int RANKS, bool SECOND>
 cudaError_t launch_tile(const LowRankGemm& op, cudaStream_t stream) {
   return wave_cost(op, 192, 192) < wave_cost(op, 128, 256)
-             ? launch_product<Product<T, TRANSPOSED, 3, 192, RANKS>, Out>(op, stream)
-             : launch_product<Product<T, TRANSPOSED, 2, 256, RANKS>, Out>(op, stream);
+             ? launch_product<Product<T, TRANSPOSED, 3, 192, RANKS, SECOND>, Out>(op, stream)
+             : launch_product<Product<T, TRANSPOSED, 2, 256, RANKS, SECOND>, Out>(op, stream);
 }
 
-// The second generation are kernels that no device has run yet: EFFT_SM90_GENERATION=2 asks for them.
-bool second_generation() {
-  static const char* const asked = std::getenv("EFFT_SM90_GENERATION");
-  return asked && std::strcmp(asked, "2") == 0;
+template <class T, class Out, int RANKS, bool SECOND>
+cudaError_t launch_order(const LowRankGemm& op, cudaStream_t stream) {
+  return op.transposed ? launch_tile<T, Out, true, RANKS, SECOND>(op, stream)
+                       : launch_tile<T, Out, false, RANKS, SECOND>(op, stream);
 }
 
 template <class T, class Out>
-cudaError_t launch_order(const LowRankGemm& op, cudaStream_t stream) {
+cudaError_t launch_type(const LowRankGemm& op, cudaStream_t stream) {
+  if (!is_second_generation())
+    return op.P.data ? launch_order<T, Out, MADE_RANKS, false>(op, stream) : launch_order<T, Out, 0, false>(op, stream);
+  if (!op.P.data) return launch_order<T, Out, 0, true>(op, stream);
   // Half as many columns of H beside each tile: of 256 + 32 columns of products 16 fewer, 5.6 % (of 192 + 32, 7.1 %).
-  if (op.P.data && op.R <= MADE_RANKS / 2 && second_generation())
-    return op.transposed ? launch_tile<T, Out, true, MADE_RANKS / 2>(op, stream)
-                         : launch_tile<T, Out, false, MADE_RANKS / 2>(op, stream);
-  if (op.P.data)
-    return op.transposed ? launch_tile<T, Out, true, MADE_RANKS>(op, stream)
-                         : launch_tile<T, Out, false, MADE_RANKS>(op, stream);
-  return op.transposed ? launch_tile<T, Out, true, 0>(op, stream) : launch_tile<T, Out, false, 0>(op, stream);
+  return op.R <= MADE_RANKS / 2 ? launch_order<T, Out, MADE_RANKS / 2, true>(op, stream)
+                                : launch_order<T, Out, MADE_RANKS, true>(op, stream);
 }
 
 }  // namespace
@@ -327,8 +363,8 @@ bool lowrank_gemm_sm90_takes(const LowRankGemm& op) {
 }
 
 cudaError_t lowrank_gemm_sm90(const LowRankGemm& op, cudaStream_t stream) {
-  return op.A.type == Type::bfloat16 ? launch_order<cutlass::bfloat16_t, bf16>(op, stream)
-                                     : launch_order<cutlass::half_t, fp16>(op, stream);
+  return op.A.type == Type::bfloat16 ? launch_type<cutlass::bfloat16_t, bf16>(op, stream)
+                                     : launch_type<cutlass::half_t, fp16>(op, stream);
 }
 
 }  // namespace efft

@@ -12,7 +12,12 @@ namespace {
 
 constexpr int THREADS = 256;
 
+template <bool DEPENDENT>
 __global__ void __launch_bounds__(THREADS) pack_kernel(const __grid_constant__ Packs all) {
+  if constexpr (DEPENDENT) {
+    start_next_kernel();
+    wait_for_kernel_in_front();
+  }
   const Pack& op = all.of[blockIdx.y];
   const int64_t i = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
   if (i >= op.samples * op.rows * op.to.row) return;
@@ -34,7 +39,9 @@ cudaError_t pack(const Packs& all, cudaStream_t stream) {
     largest = std::max(largest, all.of[i].samples * all.of[i].rows * all.of[i].to.row);
   if (largest == 0) return cudaSuccess;
   const dim3 grid(static_cast<unsigned>(ceil_div(largest, THREADS)), static_cast<unsigned>(all.count));
-  return launch<pack_kernel>(grid, THREADS, stream, all);
+  const LaunchShape shape{grid, THREADS, 1, is_second_generation()};
+  return shape.dependent ? launch<pack_kernel<true>>(shape, stream, all)
+                         : launch<pack_kernel<false>>(shape, stream, all);
 }
 
 }  // namespace efft

@@ -19,10 +19,11 @@ constexpr int PAIR = 2, STAGES = 4;
 constexpr size_t SHARED_OF_SM90 = 227 * 1024;
 
 // What a block computes. T: of a product in CUTLASS's spelling; TRANSPOSED: B and T are [N, K]; GROUPS: warp groups
-// that multiply; RANKS: columns of H made beside Y, 0 where H is there.
-template <class T_, bool TRANSPOSED, int GROUPS_, int COLUMNS, int RANKS_>
+// that multiply; RANKS: columns of H made beside Y, 0 where H is there; SECOND: of the second generation.
+template <class T_, bool TRANSPOSED, int GROUPS_, int COLUMNS, int RANKS_, bool SECOND_>
 struct Product {
   using T = T_;
+  static constexpr bool SECOND = SECOND_;
   static constexpr int GROUPS = GROUPS_, RANKS = RANKS_, THREADS = 128 * (1 + GROUPS);
   using M = Int<64 * GROUPS>;
   using N = Int<COLUMNS>;

@@ -22,8 +22,12 @@ struct Layout {
   static constexpr int BYTES = STAGES * STAGE;
 };
 
-template <class T, int RANKS>
+template <class T, int RANKS, bool DEPENDENT>
 __global__ void __launch_bounds__(WARPS * 32) project_kernel(const __grid_constant__ Project op) {
+  if constexpr (DEPENDENT) {
+    start_next_kernel();
+    wait_for_kernel_in_front();
+  }
   using Memory = Layout<T, RANKS>;
   using Tiles = typename Memory::Tiles;
   constexpr int K = Tiles::K, STAGES = Memory::STAGES;
@@ -66,7 +70,9 @@ template <class T, int RANKS>
 cudaError_t launch_ranks(const Project& op, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(op.samples * ceil_div(op.M, ROWS)),
       static_cast<unsigned>(std::max<int64_t>(ceil_div(op.R, RANKS), 1)));
-  return launch<project_kernel<T, RANKS>, Layout<T, RANKS>::BYTES>(grid, WARPS * 32, stream, op);
+  const LaunchShape shape{grid, WARPS * 32, 1, is_second_generation()};
+  return shape.dependent ? launch<project_kernel<T, RANKS, true>, Layout<T, RANKS>::BYTES>(shape, stream, op)
+                         : launch<project_kernel<T, RANKS, false>, Layout<T, RANKS>::BYTES>(shape, stream, op);
 }
 
 template <class T>

@@ -2,7 +2,8 @@
 //
 // Forward: what the producer puts out (without one, x), then y, whose product makes h itself or finds it there.
 // Backward: the same product with gy, G^T and D^T for dh and the gradient of what was put out, the producer's backward,
-// then dG and dD in one launch. What trained biases and norms need beside is summed by torch.
+// then dG and dD in one launch. What trained biases and norms need is summed by torch, or in the second generation of
+// kernels in that launch too.
 #include "tt_linear.h"
 
 #include <array>
@@ -171,8 +172,8 @@ LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x
     check(produce_backward(op, launches.stream()));
   }
 
-  const Tensor dD = need.dD ? empty(D, {d_in, rank}) : empty(D, {0});
-  const Tensor dG = need.dG ? empty(G, {rank, d_out}) : empty(G, {0});
+  const Tensor dD = need.dD ? empty(D, {d_in, rank}, ScalarType::Float) : empty(D, {0}, ScalarType::Float);
+  const Tensor dG = need.dG ? empty(G, {rank, d_out}, ScalarType::Float) : empty(G, {0}, ScalarType::Float);
   ReduceTokens sums;
   sums.tokens = tokens;
   sums.rank = rank;
@@ -182,25 +183,44 @@ LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x
     sums.gy = matrix(gy);
     sums.h = matrix(h);
     sums.dG = dG.data_ptr();
-    sums.factors_G = type_of(G);
+    sums.factors_G = type_of(dG);
   }
   if (need.dD) {
     sums.d_in = d_in;
     sums.x = matrix(a);
     sums.dh = matrix(dh);
     sums.dD = dD.data_ptr();
-    sums.factors_D = type_of(D);
+    sums.factors_D = type_of(dD);
+  }
+  // The second generation sums in the same launch what trained biases and norms need; the first leaves it to torch.
+  const bool finishes = reduce_tokens_finishes();
+  Tensor db = empty(gy, {finishes && need.db ? d_out : 0}, ScalarType::Float);
+  Tensor dgamma = empty(producer.gamma ? *producer.gamma : like_x, {finishes && need.dgamma ? d_in : 0}),
+         dbeta = empty(producer.beta ? *producer.beta : like_x, {finishes && need.dbeta ? d_in : 0});
+  if (finishes && need.db) {
+    sums.summed_out = d_out;
+    sums.gy = matrix(gy);
+    sums.db = static_cast<float*>(db.data_ptr());
+  }
+  if (finishes && (need.dgamma || need.dbeta)) {
+    sums.summed_in = d_in;
+    sums.da = matrix(da);
+    sums.z = matrix(x);
+    sums.norm = norm_of(producer, gamma, beta);
+    if (need.dgamma) sums.dgamma = dgamma.data_ptr();
+    if (need.dbeta) sums.dbeta = dbeta.data_ptr();
+    sums.type_of_dgamma = type_of(dgamma);
+    sums.type_of_dbeta = type_of(dbeta);
   }
   sums.splits = reduce_tokens_splits(sums);
-  const Tensor partials = empty(gy, {sums.splits * rank * (sums.d_out + sums.d_in)}, ScalarType::Float);
+  const Tensor partials = empty(gy, {finishes ? 0 : sums.splits * rank * (sums.d_out + sums.d_in)}, ScalarType::Float);
   sums.partials = static_cast<float*>(partials.data_ptr());
   check(reduce_tokens(sums, launches.stream()));
-  Tensor db = empty(gy, {0}, ScalarType::Float);
-  Tensor dgamma = empty(producer.gamma ? *producer.gamma : like_x, {0}),
-         dbeta = empty(producer.beta ? *producer.beta : like_x, {0});
-  if (need.db) db = sum_of_rows(gy, ScalarType::Float);
-  if (need.dgamma) dgamma = sum_of_rows(multiplied(da, standardized(*x_, producer)), producer.gamma->scalar_type());
-  if (need.dbeta) dbeta = sum_of_rows(da, producer.beta->scalar_type());
+  if (!finishes) {
+    if (need.db) db = sum_of_rows(gy, ScalarType::Float);
+    if (need.dgamma) dgamma = sum_of_rows(multiplied(da, standardized(*x_, producer)), producer.gamma->scalar_type());
+    if (need.dbeta) dbeta = sum_of_rows(da, producer.beta->scalar_type());
+  }
   return {dx, dD, dG, db, dgamma, dbeta};
 }
 

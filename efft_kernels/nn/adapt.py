@@ -131,7 +131,7 @@ def mark_readers(model: nn.Module) -> dict[str, str]:
     layers are replaced.
 
     Returns:
-        For the name of each adapted layer whose weight may be read, the class name of the module that reads it.
+        A dict from the name of each adapted layer whose weight may be read to the class name of the reading module.
     """
     readers = {}
     for name, layer, reader in read_layers(model, AdaptedLayer):

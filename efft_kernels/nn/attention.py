@@ -28,7 +28,7 @@ class EfftMultiheadAttention(AdaptedModule):
     def forward(
         self,
         query: Tensor,  # [targets, batch, d], with batch_first [batch, targets, d], unbatched [targets, d]
-        key: Tensor,  # as query, with sources in place of targets
+        key: Tensor,  # shaped like query, with sources instead of targets
         value: Tensor,
         key_padding_mask: Tensor | None = None,
         need_weights: bool = True,
@@ -102,7 +102,7 @@ class EfftMultiheadAttention(AdaptedModule):
         return any(_counts(weight) for module in (self, out) for weight in adapted_weights_of(module))
 
     def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the projections; inputs that are the same tensor share one product."""
+        """Return the projections. If inputs are the same tensor, one product computes their projections together."""
         mha: Any = self
         bias = mha.in_proj_bias
         if not mha._qkv_same_embed_dim:

@@ -20,7 +20,7 @@ from torch.fx import _symbolic_trace
 from efft_kernels._arguments import no_autocast
 
 Operands = tuple[Tensor, ...]
-"""The operands of a site: (D, G), or more tensors if the update of the site is a product of more."""
+"""The operands of a site: (D, G), or more tensors if the update of the site is a product of more factors."""
 
 #: Return whether torch.fx is tracing. Newer versions of torch warn that the older name has a new meaning.
 _is_traced = getattr(_symbolic_trace, "is_fx_symbolic_tracing", None) or _symbolic_trace.is_fx_tracing
@@ -210,7 +210,7 @@ class FactorBank(nn.Module, ABC):
             return self.compose(sites)
 
     def _remember(self, pairs: Sequence[Operands]) -> _Pass:
-        """Keep the operands of a pass while its graph lives, for layers that run again in its backward pass."""
+        """Keep the operands of a pass as long as its graph exists, for layers that run again in its backward pass."""
         this = _Pass(dict(zip(self.bindings, (tuple(map(_leaf, pair)) for pair in pairs), strict=True)))
         nodes: list[Any] = [t.grad_fn for pair in pairs for t in pair if t.grad_fn is not None]
         for node in nodes:

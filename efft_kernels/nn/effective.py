@@ -26,13 +26,14 @@ from efft_kernels.ops import tt_linear
 class Effective(Tensor):
     """Represent ``W + (D G)ᵀ`` before it is computed, with the shape, dtype and device of the weight ``W``.
 
-    A gradient that arrives without torch's Python functions (in a custom autograd.Function) is passed on to D and G.
+    If a gradient reaches this tensor without torch's Python functions (in a custom autograd.Function), it is passed on
+    to D and G.
 
     Attributes:
         owner: the adapted weight.
         W: the stored weight.
         D, G: the operands of the update.
-        dense: the dense tensors computed so far, by whether they have a graph.
+        dense: the dense tensors computed so far. The keys state whether a tensor has a graph.
     """
 
     owner: AdaptedWeight
@@ -52,12 +53,12 @@ class Effective(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func == _REQUIRES_GRAD:  # answer for the stored parameter: code that moves weights creates one like it
+        if func == _REQUIRES_GRAD:  # code that moves weights creates a parameter like the stored one
             return args[0].W.requires_grad
         if func in _METADATA:
             return super().__torch_function__(func, types, args, kwargs)
         if func is Tensor.to and torch.device("meta") in map(_as_device, (*args[1:], *kwargs.values())):
-            return args[0].W.to(*args[1:], **kwargs)  # the caller moves the weight off its device: no values needed
+            return args[0].W.to(*args[1:], **kwargs)  # the caller frees the memory of the weight and needs no values
         if func in _CHANGES:
             raise RuntimeError(f"{func.__name__} has no lasting effect on a weight with an update: {_LASTING}")
         if func is F.linear:
@@ -84,7 +85,7 @@ class Effective(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        # This code runs below autograd, where the node is this tensor's own: a value made here has no graph.
+        # This code runs below autograd, so the values that it computes have no graph. The graph has the node of _Lazy.
         args, kwargs = torch.utils._pytree.tree_map_only(Effective, Effective._made, (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -201,7 +202,7 @@ def effective_property(name: str, owner_of: Callable[[Any], AdaptedWeight | None
         except AttributeError as error:  # AttributeError would make Python read the stored weight without the update
             raise RuntimeError(f"the effective {name} of a {type(module).__name__} failed: {error}") from error
 
-    # torch's prune and FSDP set and delete plain tensors here, which nn.Module leaves to the class.
+    # torch's pruning and FSDP set and delete plain tensors under this name. nn.Module then calls the property.
     def write(module: nn.Module, value: Any) -> None:
         module.__dict__[name] = value
 

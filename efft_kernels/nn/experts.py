@@ -89,7 +89,7 @@ class ExpertWeight(AdaptedParameter):
 
     @property
     def live(self) -> bool:
-        """Whether products with the stored parameter need the update added to them."""
+        """Whether the update must be added to products with the stored parameter."""
         return self.enabled and not self.merged
 
     def matrices(self, weight: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Define ``TTFactors``, a bank that owns one tensor train U · C · V for many linear layers.
 
-A *site* is the part of the tensor train that one layer uses (:class:`Site`).
+A *site* is the part of the tensor train that one layer uses (:class:`Site`). Sites of one *kind* differ only in the
+index of their layer, and have diagonals on the same sides. One launch contracts all sites of a kind.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from efft_kernels import _packed
 from efft_kernels.nn.bank import Binding, FactorBank, Operands, compose_by_kind, per_site, take
 from efft_kernels.nn.initialization import initialize
 from efft_kernels.ops import tt_contract
@@ -19,18 +21,20 @@ from efft_kernels.ops import tt_contract
 
 @dataclass(frozen=True)
 class Site:
-    """Identify the part of a tensor train that one linear layer uses, or one parameter with many expert matrices.
+    """Identify the part of a tensor train that is used by one linear layer, or by one parameter with many experts.
 
     Attributes:
-        layer: index into the cores' first dimension (ignored if all layers share the cores).
+        layer: index of the layer. It selects the cores (unless all layers share them), the dropout masks, the diagonals
+            and, if ``trainable_scale`` is ``"matrix"``, the scales.
         cores: the layer's cores, one per column block of its output: ``(0, 1, 2)`` for a fused qkv.
         transpose: use the transposed tensor train, ``D = Vᵀ`` and ``G = s Cᵀ Uᵀ`` (for fc2 when fc1 is not transposed).
         columns: half-open range of V's columns that this layer uses; None for all.
         mask_scope: sites of one layer with equal scopes share one random draw of the dropout masks of U and V.
-        experts: number of experts whose matrices the site stands for; 0 for one plain matrix. The experts share the
-            factor on their input side. ``cores`` then lists the cores of the first expert, of the second, and so on.
-        interleaved: whether the output columns of an expert's column blocks alternate, ``[block 0's first, block 1's
-            first, ...]``, as the gates and values of some models do. Otherwise each block's columns are contiguous.
+        experts: number of experts whose matrices the site stands for; 0 for one plain matrix. All experts of a site
+            share U and V. ``cores`` lists the cores of the first expert, then the cores of the second, and so on.
+        interleaved: whether the output columns of an expert's column blocks alternate, ``[first of block 0, first of
+            block 1, ..., second of block 0, ...]``, as the gates and values of some models do. Otherwise the columns
+            of each block are contiguous.
     """
 
     layer: int = 0
@@ -48,7 +52,7 @@ class Site:
 
 
 def _part(site: Site) -> tuple[Any, ...]:
-    """Return the key that identifies a site in its bank: the layer, then the properties that sites of a kind share."""
+    """Return the key that identifies a site in its bank: the layer, then the properties that define its kind."""
     return site.layer, site.cores, site.transpose, site.columns, site.mask_scope
 
 
@@ -153,14 +157,14 @@ class TTFactors(FactorBank):
     ) -> tuple[dict[Hashable, list[int]], dict[Hashable, list[int]]]:
         """Return the rows of ``a`` and of ``b`` that belong to each site, by the key :func:`_part`.
 
-        Rows of sites of one kind are adjacent, so that they are a view if all layers are composed together.
+        The rows of all sites of one kind are adjacent, so that selecting these rows returns a view and not a copy.
         """
         counts: tuple[dict[Site, int], dict[Site, int]] = {}, {}
         for sites, is_output in ((inputs, False), (outputs, True)):
             for site in sites:
                 self._check(site)
                 if site.experts:
-                    raise ValueError(f"{site}: the matrices of experts share their sides, which have no diagonals")
+                    raise ValueError(f"{site}: experts share U and V, so a site of experts cannot have diagonals")
                 counts[is_output != site.transpose][site] = site.blocks if is_output and not site.transpose else 1
         rows_of_a: dict[Hashable, list[int]] = {}
         rows_of_b: dict[Hashable, list[int]] = {}
@@ -173,7 +177,7 @@ class TTFactors(FactorBank):
         return rows_of_a, rows_of_b
 
     def reset_parameters(self) -> None:
-        """Initialize U, C and V again (:func:`efft_kernels.nn.initialization.initialize`), and reset the rest."""
+        """Initialize U, C and V (:func:`efft_kernels.nn.initialization.initialize`), and reset scales and diagonals."""
         initialize(self.U, self.C, self.V, self.init, self.core_init)
         if self.log_scale is not None:
             nn.init.zeros_(self.log_scale)
@@ -183,7 +187,7 @@ class TTFactors(FactorBank):
 
     @torch.no_grad()
     def replace(self, U: Tensor, C: Tensor, V: Tensor) -> None:
-        """Replace the factors by new parameters, of any ranks. Optimizers must be created again afterwards.
+        """Replace the factors by new parameters, which may have other ranks. Optimizers must then be created again.
 
         Args:
             U: ``[d_in, r1]``.
@@ -205,8 +209,8 @@ class TTFactors(FactorBank):
         self.r1, self.r2 = r1, r2
 
     def follow_scale(self, leader: TTFactors) -> None:
-        """Multiply the scale by the trained part of the scale of ``leader``, which owns the parameter."""
-        self.__dict__["leader"] = leader  # not registered as a submodule, so that it has only one owner
+        """Use the ``log_scale`` of the bank ``leader`` instead of this bank's own. ``leader`` owns the parameter."""
+        self.__dict__["leader"] = leader  # not registered as a submodule, so that each parameter has only one owner
 
     def _log_scale(self) -> Tensor | None:  # [1, 1] or [n_layers, n_cores]
         return (self if self.leader is None else self.leader).log_scale
@@ -245,13 +249,13 @@ class TTFactors(FactorBank):
             raise ValueError(f"{site}: only the column blocks of experts can be interleaved")
         if site.transpose and site.blocks > 1:
             raise ValueError(
-                f"{site}: a transposed train has one core per matrix, because its output is the one block of U's rows"
+                f"{site}: a transposed train has one core per matrix, because the rows of U form a single column block"
             )
         if site.mask_scope < 0:
             raise ValueError(f"{site}: mask_scope must be 0 or more")
 
     def features(self, site: Site) -> tuple[int, int]:
-        """Return (in_features, out_features) of a linear layer that ``site`` fits, or of each expert of the site."""
+        """Return (in_features, out_features) of a linear layer that fits ``site``, or of each expert of the site."""
         first, last = site.columns or (0, self.d_out)
         if site.transpose:
             return last - first, self.d_in
@@ -284,7 +288,7 @@ class TTFactors(FactorBank):
     def compose(self, sites: Sequence[Site]) -> list[Operands]:
         """Return (D, G) of each site. Sites of one kind are contracted together.
 
-        The matrices of a site of experts share both U and V, and nothing is contracted. The operands of such a site are
+        All experts of a site share both U and V, so nothing is contracted for them. The operands of such a site are
         (D [in_features, r], C [experts, r, blocks * r'], V [r', out_features / blocks]), where C contains the scale.
         The update of block b of expert e is ``D C[e, :, b r' : (b + 1) r'] V``. For such a site, :meth:`evaluated`
         returns G [experts, r, out_features].
@@ -299,7 +303,10 @@ class TTFactors(FactorBank):
                 D, C, V = self._expert_kind(site, rows, layers, masks)
                 return [per_site(D, n), per_site(C, n, 4), per_site(V, n)]
             D, G = self._contract_kind(site, rows, layers, masks)
-            return [per_site(operand, n) for operand in self._scaled(alike, D, G)]
+            D, G = self._scaled(alike, D, G)
+            of_layers = per_site(G, n)
+            _packed.attach(D, G, of_layers)
+            return [per_site(D, n), of_layers]
 
         return compose_by_kind(sites, lambda s: (*_part(s)[1:], s.experts, *self._has_diagonals(s)), compose_alike)
 
@@ -338,8 +345,8 @@ class TTFactors(FactorBank):
     ) -> tuple[Tensor, Tensor]:
         """Return D [in, r] and G [len(rows), r, out] for sites that differ only in the layer.
 
-        With dropout, D is [len(rows), in, r]. ``rows`` are indices into ``layers`` and the masks. With shared cores and
-        without dropout, G has one row for all layers.
+        ``rows`` are indices into ``layers`` and the masks. With dropout, D is [len(rows), in, r]. Without dropout, G is
+        [1, r, out] for all layers if the layers share both the cores and the scale.
         """
         keep = 1.0 - self.dropout
         first, last = site.columns or (0, self.d_out)
@@ -368,10 +375,11 @@ class TTFactors(FactorBank):
     def _expert_kind(
         self, site: Site, rows: list[int], layers: list[int], masks: Masks | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return D [in, r], C [len(rows), experts, r, blocks * r'] and V [r', out] for sites of experts.
+        """Return D [in, r], C [len(rows), experts, r, blocks * r'] and V [r', out] for sites of experts of one kind.
 
-        The sites differ only in the layer. With dropout, D and V have a first dimension of len(rows). ``rows`` are
-        indices as in :meth:`_contract_kind`.
+        ``rows`` are indices as in :meth:`_contract_kind`. With dropout, D and V have an additional first dimension of
+        length len(rows). Without dropout, the first dimension of C is 1 if the layers share both the cores and the
+        scale.
         """
         keep = 1.0 - self.dropout
         first, last = site.columns or (0, self.d_out)
@@ -398,7 +406,7 @@ class TTFactors(FactorBank):
         return D, (G.transpose(-1, -2) if site.interleaved else G).flatten(-2)
 
     def _scaled_cores(self, layers: list[int], cores: list[int]) -> Tensor:  # [len(layers) or 1, len(cores), r1, r2]
-        """Return the cores of these layers, multiplied by the trained part of the scale."""
+        """Return the given cores of the given layers, multiplied by the trained part of the scale."""
         C = take(self.C, 1, cores)
         if self.core_sharing == "per_layer":
             C = take(C, 0, layers)

@@ -1,6 +1,6 @@
 """Set the initial values of U, the cores and V.
 
-U or V starts at zero, so that the update starts at zero; the other one and the cores start Xavier-uniform. PyTorch
+U or V starts at zero, so that the update starts at zero. The other one and the cores are Xavier-uniform. PyTorch
 derives the Xavier bound of a three-dimensional parameter from its layout, and the scales published in the paper were
 tuned with that bound. The layout in the paper's code is therefore a setting of the initialization. The layout has no
 other effect: this project always stores cores as [n_layers, n_cores, r1, r2].

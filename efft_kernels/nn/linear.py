@@ -138,10 +138,10 @@ def adapted_linear(linear: nn.Linear, x: Tensor, D: Tensor, G: Tensor) -> Tensor
     """Compute ``x Wᵀ + b + (x D) G`` ``[..., d_out]`` for any frozen ``linear``.
 
     A plain weight is multiplied by :func:`efft_kernels.tt_linear`. If ``x`` is the postponed output of a GELU or a
-    LayerNorm (:mod:`efft_kernels.nn.producers`), the op that also computes that module is used instead. Any other
-    weight computes its own product (:func:`frozen_linear`). The update is added to it in the dtype of ``x`` (the
-    autocast dtype under autocast), without ever building ``D G``. The result is differentiable with respect to ``x``,
-    ``D``, ``G`` and the bias of ``linear``.
+    LayerNorm (:mod:`efft_kernels.nn.producers`), the op that also computes that module is used instead. For any other
+    weight, :func:`frozen_linear` computes the product, and the update is added to the product in the dtype of ``x``
+    (the autocast dtype under autocast), without ever building ``D G``. The result is differentiable with respect to
+    ``x``, ``D``, ``G`` and the bias of ``linear``.
 
     Args:
         linear: the layer, whose weight is frozen.
@@ -161,7 +161,7 @@ def adapted_linear(linear: nn.Linear, x: Tensor, D: Tensor, G: Tensor) -> Tensor
 
 
 def frozen_linear(linear: nn.Linear, x: Tensor) -> Tensor:
-    """Compute ``x Wᵀ + b`` ``[..., d_out]`` for ``x`` ``[..., d_in]`` with the product of the weight or the class.
+    """Compute ``x Wᵀ + b`` ``[..., d_out]`` for ``x`` ``[..., d_in]`` as the class of the weight or the layer does.
 
     The gradient is that of the dequantized weight. If the product also rounds ``x`` (int8 or fp8 activations), the
     gradient treats that rounding as the identity.

@@ -138,7 +138,7 @@ def _empty(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
 
 
 def become_adapted(module: nn.Module) -> None:
-    """Give a module the class for adapted parameters although it has none, to replace its forward method."""
+    """Change the class of a module to replace its forward method, even if it has no adapted parameters."""
     _take_class(module, getattr(module, "adapted_parameters", {}))
 
 

@@ -1,4 +1,4 @@
-"""Define linear layers that hold the updates of many adapters, of which each call uses the selected ones.
+"""Define linear layers that hold the updates of many adapters. Each call uses the selected adapters.
 
 The adapters are stored as *stacks*: tensors with one row (entry of the first dimension) per adapter.
 """
@@ -51,7 +51,7 @@ class PooledLinear(FrozenLayer, nn.Linear):
     layouts: dict[int, Layout]
     """Maps the number of dimensions of an input to its sample dimension, unless that is the first dimension."""
     learned: bool
-    """Whether ``layouts`` is known. Before that, only the first dimension may be the dimension of the samples."""
+    """Whether ``layouts`` is known. If it is not, only the first dimension may index the samples."""
 
     @classmethod
     def refusal(cls, layer: nn.Module) -> str | None:

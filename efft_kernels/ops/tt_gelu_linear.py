@@ -21,6 +21,7 @@ from efft_kernels._arguments import (
     unflatten_tokens,
     unless_wider,
 )
+from efft_kernels._packed import find
 from efft_kernels.backends import Backend, declare, resolve
 
 
@@ -43,8 +44,8 @@ def _fake_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         z.new_empty(z.shape if need_dz else 0),
-        D.new_empty(D.shape if need_dD else 0),
-        G.new_empty(G.shape if need_dG else 0),
+        D.new_empty(D.shape if need_dD else 0, dtype=torch.promote_types(D.dtype, torch.float32)),
+        G.new_empty(G.shape if need_dG else 0, dtype=torch.promote_types(G.dtype, torch.float32)),
         gy.new_empty(G.shape[1] if need_db else 0, dtype=torch.promote_types(gy.dtype, torch.float32)),
     )
 
@@ -132,11 +133,14 @@ class _TTGeluLinear(torch.autograd.Function):
         approximate: str,
         backend: Backend,
     ) -> Tensor:
+        packed = find(backend, W.dtype, D, G)
+        factors = (D, G) if packed is None else (packed.D, packed.G)
         with no_autocast(z.device):
-            y, h = _FORWARD[backend](flatten_tokens(z), W, b, D, G, approximate)
+            y, h = _FORWARD[backend](flatten_tokens(z), W, b, *factors, approximate)
         need_dz, need_dG = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
         ctx.save_for_backward(z, W if need_dz else None, h if need_dG else None, D, G)
-        ctx.approximate, ctx.backend, ctx.bias = approximate, backend, None if b is None else b.dtype
+        ctx.approximate, ctx.backend, ctx.packed = approximate, backend, packed
+        ctx.bias = None if b is None else b.dtype
         return unflatten_tokens(y, z.shape[:-1])
 
     @staticmethod
@@ -150,7 +154,9 @@ class _TTGeluLinear(torch.autograd.Function):
             if torch.is_grad_enabled():  # this backward pass will be differentiated
                 grads = reference.tt_gelu_linear_bwd(gy, z, W, D, G, ctx.approximate)
             else:
-                grads = _BACKWARD[ctx.backend](gy, z, W, h, D, G, ctx.approximate, *needs)
+                factors = (D, G) if ctx.packed is None else (ctx.packed.D, ctx.packed.G_rows)
+                grads = _BACKWARD[ctx.backend](gy, z, W, h, *factors, ctx.approximate, *needs)
             dz, dD, dG, db = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-            db = None if db is None else db.to(ctx.bias)
+            dtypes = D.dtype, G.dtype, ctx.bias
+            dD, dG, db = (None if t is None else t.to(dtype) for t, dtype in zip((dD, dG, db), dtypes, strict=True))
         return None if dz is None else dz.view(*leading, dz.shape[-1]), None, db, dD, dG, None, None

@@ -20,6 +20,7 @@ from efft_kernels._arguments import (
     unflatten_tokens,
     unless_wider,
 )
+from efft_kernels._packed import find
 from efft_kernels.backends import Backend, declare, resolve
 
 
@@ -41,8 +42,8 @@ def _fake_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         gy.new_empty((gy.shape[0], D.shape[0]) if need_dx else 0),
-        D.new_empty(D.shape if need_dD else 0),
-        G.new_empty(G.shape if need_dG else 0),
+        D.new_empty(D.shape if need_dD else 0, dtype=torch.promote_types(D.dtype, torch.float32)),
+        G.new_empty(G.shape if need_dG else 0, dtype=torch.promote_types(G.dtype, torch.float32)),
         gy.new_empty(G.shape[1] if need_db else 0, dtype=torch.promote_types(gy.dtype, torch.float32)),
     )
 
@@ -64,7 +65,7 @@ _FORWARD = declare(
 _BACKWARD = declare(
     "tt_linear_bwd",
     # gy [tokens, d_out]. dD needs x, dx needs W, and dG needs h. A gradient that is not needed is returned with 0
-    # elements. db is in fp32 (fp64 for fp64).
+    # elements. dD, dG and db are at least in fp32.
     "(Tensor gy, Tensor? x, Tensor? W, Tensor? h, Tensor D, Tensor G, "
     "bool need_dx, bool need_dD, bool need_dG, bool need_db) -> (Tensor dx, Tensor dD, Tensor dG, Tensor db)",
     _fake_bwd,
@@ -133,11 +134,13 @@ class _TTLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, D: Tensor, G: Tensor, backend: Backend
     ) -> Tensor | tuple[Tensor, Tensor]:
-        y, h = _FORWARD[backend](flatten_tokens(x), W, b, D, G)  # [tokens, ...]
+        packed = find(backend, x.dtype, D, G)
+        factors = (D, G) if packed is None else (packed.D, packed.G)
+        y, h = _FORWARD[backend](flatten_tokens(x), W, b, *factors)  # [tokens, ...]
         need_dx, need_dW, _, need_dD, need_dG, _ = ctx.needs_input_grad
         keep_x = need_dD or need_dW
         ctx.save_for_backward(x if keep_x else None, W if need_dx else None, h if need_dG else None, D, G)
-        ctx.backend, ctx.bias = backend, None if b is None else b.dtype
+        ctx.backend, ctx.packed, ctx.bias = backend, packed, None if b is None else b.dtype
         y = unflatten_tokens(y, x.shape[:-1])
         if need_dx and need_dG and not keep_x and not torch.compiler.is_compiling():
             ctx.set_materialize_grads(False)
@@ -160,14 +163,15 @@ class _TTLinear(torch.autograd.Function):
                 h = h if x is None or h is None else x @ D.to(x.dtype)
                 dx, dD, dG, db = reference.tt_linear_bwd(gy, x, W, h, D, G, gh)
             else:
-                dx, dD, dG, db = _BACKWARD[ctx.backend](gy, x, W, h, D, G, need_dx, need_dD, need_dG, need_db)
+                factors = (D, G) if ctx.packed is None else (ctx.packed.D, ctx.packed.G_rows)
+                dx, dD, dG, db = _BACKWARD[ctx.backend](gy, x, W, h, *factors, need_dx, need_dD, need_dG, need_db)
             # Fine-tuning freezes the weight. If a caller does train it, its gradient is a plain product.
             dW = gy.t() @ x if x is not None and need_dW else None
         return (
             None if dx is None or not need_dx else dx.view(*leading, dx.shape[-1]),
             dW,
             db.to(ctx.bias) if need_db else None,
-            dD if need_dD else None,
-            dG if need_dG else None,
+            dD.to(D.dtype) if need_dD and dD is not None else None,
+            dG.to(G.dtype) if need_dG and dG is not None else None,
             None,
         )

@@ -23,6 +23,7 @@ from efft_kernels._arguments import (
     unflatten_tokens,
     unless_wider,
 )
+from efft_kernels._packed import find
 from efft_kernels.backends import Backend, declare, resolve
 
 
@@ -61,8 +62,8 @@ def _fake_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return (
         x.new_empty(x.shape if need_dx else 0),
-        D.new_empty(D.shape if need_dD else 0),
-        G.new_empty(G.shape if need_dG else 0),
+        D.new_empty(D.shape if need_dD else 0, dtype=torch.promote_types(D.dtype, torch.float32)),
+        G.new_empty(G.shape if need_dG else 0, dtype=torch.promote_types(G.dtype, torch.float32)),
         gy.new_empty(G.shape[1] if need_db else 0, dtype=torch.promote_types(gy.dtype, torch.float32)),
         (x if gamma is None else gamma).new_empty(x.shape[1] if need_dgamma else 0),
         (x if beta is None else beta).new_empty(x.shape[1] if need_dbeta else 0),
@@ -166,11 +167,13 @@ class _TTNormLinear(torch.autograd.Function):
         eps: float,
         backend: Backend,
     ) -> Tensor:
+        packed = find(backend, W.dtype, D, G)
+        factors = (D, G) if packed is None else (packed.D, packed.G)
         with no_autocast(x.device):
-            y, h, mean, rstd = _FORWARD[backend](flatten_tokens(x), gamma, beta, eps, W, b, D, G)
+            y, h, mean, rstd = _FORWARD[backend](flatten_tokens(x), gamma, beta, eps, W, b, *factors)
         need_W, need_dG = any(ctx.needs_input_grad[:3]), ctx.needs_input_grad[6]
         ctx.save_for_backward(x, gamma, beta, mean, rstd, W if need_W else None, h if need_dG else None, D, G)
-        ctx.eps, ctx.backend, ctx.bias = eps, backend, None if b is None else b.dtype
+        ctx.eps, ctx.backend, ctx.packed, ctx.bias = eps, backend, packed, None if b is None else b.dtype
         return unflatten_tokens(y, x.shape[:-1])
 
     @staticmethod
@@ -184,11 +187,13 @@ class _TTNormLinear(torch.autograd.Function):
             if torch.is_grad_enabled():  # this backward pass will be differentiated
                 grads = reference.tt_norm_linear_bwd(gy, x, gamma, beta, W, D, G, ctx.eps)
             else:
-                grads = _BACKWARD[ctx.backend](gy, x, gamma, beta, ctx.eps, mean, rstd, W, h, D, G, *needs)
-            dx, dD, dG, *vectors = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-            dtypes = ctx.bias, *(None if parameter is None else parameter.dtype for parameter in (gamma, beta))
-            db, dgamma, dbeta = (
-                None if grad is None else grad.to(dtype) for grad, dtype in zip(vectors, dtypes, strict=True)
+                factors = (D, G) if ctx.packed is None else (ctx.packed.D, ctx.packed.G_rows)
+                grads = _BACKWARD[ctx.backend](gy, x, gamma, beta, ctx.eps, mean, rstd, W, h, *factors, *needs)
+            dx, *rest = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+            of_norm = (None if parameter is None else parameter.dtype for parameter in (gamma, beta))
+            dtypes = D.dtype, G.dtype, ctx.bias, *of_norm
+            dD, dG, db, dgamma, dbeta = (
+                None if grad is None else grad.to(dtype) for grad, dtype in zip(rest, dtypes, strict=True)
             )
         dx = None if dx is None else dx.view(*leading, dx.shape[-1])
         return dx, dgamma, dbeta, None, db, dD, dG, None, None

@@ -16,6 +16,8 @@ import torch
 import triton
 from torch import Tensor
 
+from efft_kernels.measured import KERNELS
+
 if triton.knobs.runtime.interpret:
     from efft_kernels.triton.interpreter import correct_bfloat16
 
@@ -78,7 +80,7 @@ FP32_TILES = (GemmTile(32, 64, 16, 4, 2, 1.0, slopes=()), GemmTile(32, 32, 16, 4
 #: Tiles for fp32 that tensor cores round to TF32, if the user allows this in torch. The speeds are modeled too.
 TF32_TILES = (GemmTile(128, 128, 32, 8, 3, 1.0, slopes=()), GemmTile(64, 64, 32, 4, 3, 0.5))
 
-#: Columns of H in each step of the product H T: the accumulator leaves few registers for more.
+#: Most columns of H in a step of the product H T: the accumulator leaves few registers for more.
 TAIL_R = 32
 
 
@@ -133,6 +135,17 @@ def gemm_tile(A: Tensor, N: int, *, tma: bool = False, slope: str = "none") -> G
 def rank_block(R: int) -> int:
     """Return how many columns of H a kernel processes at once: a power of two from 16 (for tensor cores) to 64."""
     return min(max(triton.next_power_of_2(R), 16), 64)
+
+
+def tail_block(R: int) -> int:
+    """Return how many columns of H a step of the product H T processes.
+
+    In the second generation of kernels, which no GPU has run yet, the steps together have only as many columns as the
+    rank needs, ``ceil(R / 16)`` times 16. In the first generation they may have up to 16 more.
+    """
+    if KERNELS > 1 and R > TAIL_R and triton.cdiv(R, 16) % 2:
+        return 16
+    return min(rank_block(R), TAIL_R)
 
 
 def precision(A: Tensor) -> str:

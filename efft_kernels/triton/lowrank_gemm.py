@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from efft_kernels.triton.launch import TAIL_R, GemmTile, device, gemm_tile, on_device, precision, rank_block
+from efft_kernels.triton.launch import GemmTile, device, gemm_tile, on_device, precision, rank_block, tail_block
 from efft_kernels.triton.producers import gelu_slope, produced, row_statistics
 
 # Rows of A per program of the projection, and number of steps in flight. The projection reads A once for any rank.
@@ -304,7 +304,7 @@ def lowrank_gemm(
             BLOCK_M=tile.m,
             BLOCK_N=tile.n,
             BLOCK_K=tile.k,
-            BLOCK_R=min(rank_block(R), TAIL_R),
+            BLOCK_R=tail_block(R),
             GROUP_M=GROUP_M,
             num_warps=tile.warps,
             num_stages=tile.stages,
@@ -351,7 +351,7 @@ def _launch_tma(
             BLOCK_M=tile.m,
             BLOCK_N=tile.n,
             BLOCK_K=tile.k,
-            BLOCK_R=min(rank_block(R), TAIL_R),
+            BLOCK_R=tail_block(R),
             GROUP_M=GROUP_M,
             num_warps=tile.warps,
             num_stages=tile.stages,

@@ -1,9 +1,9 @@
-"""Compute dG = hᵀ gy, dD = xᵀ dh and db = Σ gy, fp32 sums over all tokens, in the same two launches.
+"""Compute dG = hᵀ gy, dD = xᵀ dh and db = Σ gy. All are fp32 sums over the tokens, computed in the same two launches.
 
 Every program of the first kernel sums over a range of tokens for a block of columns of gy (or of x). It reads each
-element once and keeps its [columns, r] sum in registers, without atomic additions. Programs that compute dG also sum
-gy. The number of ranges is chosen to fill the GPU. A second, small kernel adds the partial sums, a few hundred
-kilobytes each, in a fixed order. Equal calls therefore return exactly equal results.
+element once and keeps its [columns, r] sum in registers, without atomic additions. If db is needed, the programs that
+compute dG also sum gy. The number of ranges is chosen to fill the GPU. A second, small kernel adds the partial sums,
+which have a few hundred kilobytes each, in a fixed order. Equal calls therefore return exactly equal results.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from torch import Tensor
 from efft_kernels.triton.launch import device, on_device, precision, rank_block
 from efft_kernels.triton.producers import produced
 
-# Tokens per step, and steps in flight. These keep enough bytes in flight to use the full memory bandwidth, which limits
-# the speed. With any producer, two programs fit on a multiprocessor. A third one would run alone after all others.
+# Number of tokens per step, and number of steps whose loads are in flight. The loads of these steps suffice to use the
+# full memory bandwidth, which limits the speed. Two programs fit on a multiprocessor, with any producer. More programs
+# would wait for these two, and would then not fill the GPU.
 BLOCK_M, STAGES = 64, 3
 PROGRAMS_A_PROCESSOR = 2
 # Number of elements of dG, dD and db that one program of the second kernel computes.
@@ -25,7 +26,10 @@ FINISH_BLOCK, FINISH_WARPS = 512, 4
 
 
 def columns_and_warps(producer: str) -> tuple[int, int]:
-    """Return BLOCK_N and warps; by the compiler's resource report, a producer needs more registers."""
+    """Return BLOCK_N and the number of warps.
+
+    The blocks are smaller with a producer, because the kernel then needs more registers (see the resource report).
+    """
     return (128, 4) if producer == "none" else (64, 8)
 
 
@@ -80,7 +84,7 @@ def _sum_over_tokens(
         t = tl.load(thin + (m + start)[:, None] * R + r[None, :], mask=in_m[:, None] & in_r[None, :], other=0.0)
         total = tl.dot(tl.trans(w), t, total, input_precision=PRECISION)
     tl.store(out + n[:, None] * stride_on + r[None, :] * stride_or, total, mask=in_n[:, None] & in_r[None, :])
-    if sums is not None:  # noqa: SIM102  # evaluated at compile time, the inner condition at run time
+    if sums is not None:  # noqa: SIM102  # this condition is evaluated at compile time, the inner one at run time
         if rank == 0:
             tl.store(sums + n, of_rows, mask=in_n)
 
@@ -161,10 +165,12 @@ def reduce_tokens(
     mean: Tensor | None = None,  # [M]
     rstd: Tensor | None = None,  # [M]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return (dG [R, d_out], dD [d_in, R], db [d_out]) in fp32; a result is None if one of its inputs is None.
+    """Return (dG [R, d_out], dD [d_in, R], db [d_out]) in fp32.
 
-    The caller must pass at least one of the pairs (gy, h) and (x, dh). With ``need_db`` it must pass gy and h; without
-    it, db is None. With a ``producer`` (see :mod:`efft_kernels.triton.producers`), ``x`` is the input of the producer.
+    The caller must pass at least one of the pairs (gy, h) and (x, dh). dG is None if h is None, and dD is None if dh is
+    None. With ``need_db`` the caller must pass gy and h; otherwise db is None.
+
+    With a ``producer`` (see :mod:`efft_kernels.triton.producers`), ``x`` is the input of the producer.
     ``splits``, the number of ranges of tokens, overrides the automatic choice.
     """
     h, dh = (None if t is None else t.contiguous() for t in (h, dh))  # no copy if these kernels created them

@@ -52,7 +52,7 @@ def sums_over_tokens(
     need_db: bool,
     **producer: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (dD, dG) in the dtypes of the factors, and db in fp32.
+    """Return dD and dG in the dtypes of the factors, but at least in fp32, and db in fp32.
 
     Without ``dh``, dD is empty. Without ``h``, dG is empty. Without ``need_db``, db is empty.
     """
@@ -62,5 +62,6 @@ def sums_over_tokens(
     if need_db and db is None:  # reduce_tokens sums gy only together with dG
         db = gy.sum(0, dtype=torch.float32)
     db = gy.new_empty(0, dtype=torch.float32) if db is None else db
-    dG, dD = (like.new_empty(0) if total is None else total.to(like.dtype) for total, like in ((dG, G), (dD, D)))
+    wide = ((total, torch.promote_types(like.dtype, torch.float32)) for total, like in ((dG, G), (dD, D)))
+    dG, dD = (gy.new_empty(0, dtype=dtype) if total is None else total.to(dtype) for total, dtype in wide)
     return dD, dG, db

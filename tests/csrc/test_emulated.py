@@ -5,6 +5,7 @@ compute capability 8.0 and, where nvcc and CUTLASS's headers are at hand, of 9.0
 """
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -14,6 +15,7 @@ from types import ModuleType
 
 import pytest
 
+from benchmarks import steps
 from efft_kernels.build import BuildError, find_tools
 
 HERE = Path(__file__).parent
@@ -35,11 +37,15 @@ def emulation(name: str) -> ModuleType:
 emulator = emulation("build")
 faults = emulation("faults")
 FAULTS, HOPPER_FAULTS, KERNEL, WRITE = faults.FAULTS, faults.HOPPER_FAULTS, faults.KERNEL, faults.WRITE
+SECOND_FAULTS = faults.SECOND_FAULTS
 
 HOPPER = emulator.runs_hopper()
 on_hopper = pytest.mark.skipif(not HOPPER, reason="nvcc or CUTLASS's headers are missing")
 #: The environment of a run on the kernels of compute capability 9.0.
 SM90 = {"EFFT_EMULATION_CAPABILITY": "9"}
+SECOND = {**SM90, "EFFT_SM90_GENERATION": "2"}
+#: With more multiprocessors, sums over tokens are divided into more ranges.
+MANY_RANGES = {**SECOND, "EFFT_EMULATION_PROCESSORS": "16"}
 
 
 @pytest.fixture(scope="module")
@@ -120,8 +126,8 @@ def test_planted_faults_are_found(folders: dict[bool, Path], sanitized: dict[str
 # Compute capability 9.0.
 
 #: Of lowrank_gemm_sm90.cu: h made or read, the right operand in either order, two tiles, two types; in the second
-#: generation h is also made beside half as many columns.
-INSTANCES, INSTANCES_OF_BOTH = 16, 24
+#: generation h is also made beside half as many columns. Of reduce_tokens_sm90.cu: three ranks, three types.
+INSTANCES, PRODUCTS_OF_SECOND, SUMS_OF_SECOND = 16, 24, 9
 HOPPER_ORDERS = pytest.mark.parametrize(
     "order",
     [{}, {"EFFT_EMULATION_REVERSE": "1"}, *({"EFFT_EMULATION_SEED": str(seed)} for seed in SEEDS)],
@@ -143,25 +149,95 @@ def test_every_op_on_ragged_sizes_on_sm90(library: Path, order: dict[str, str]) 
 
 @pytest.mark.slow
 @on_hopper
-def test_the_second_generation_on_sm90(library: Path) -> None:
-    """The same cases with the kernels that no device has run yet."""
-    done = ragged(library, **SM90, EFFT_SM90_GENERATION="2", EFFT_EMULATION_SEED="1")
+@HOPPER_ORDERS
+def test_the_second_generation_on_sm90(library: Path, order: dict[str, str]) -> None:
+    """The same cases with the kernels that no device has run yet, and every instance of theirs."""
+    done = ragged(library, **SECOND, **order, EFFT_EMULATION_LOG="1")
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert int(re.search(r"kernels run, (\d+) of them in clusters", done.stdout)[1]) == INSTANCES_OF_BOTH
+    assert int(re.search(r"(\d+) cases, 0 wrong", done.stdout)[1]) > 350
+    names = symbols(library)
+    run = {names[int(place)] for place in re.search(r"kernels: (.*)", done.stdout)[1].split()}
+    assert sum("lowrank_gemm_sm90_kernel" in name for name in run) == PRODUCTS_OF_SECOND
+    assert sum("reduce_tokens_sm90_kernel" in name for name in run) == SUMS_OF_SECOND
+    assert not any("finish_kernel" in name for name in run)
+
+
+@pytest.mark.slow
+@on_hopper
+@HOPPER_ORDERS
+def test_sums_in_many_ranges_of_tokens(library: Path, order: dict[str, str]) -> None:
+    done = ragged(library, "sums", **MANY_RANGES, **order)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def symbols(library: Path) -> dict[int, str]:
+    """The functions of a library by their distance from its start."""
+    said = subprocess.run(["nm", "-C", "--defined-only", str(library)], capture_output=True, text=True, check=True)
+    lines = (line.split(maxsplit=2) for line in said.stdout.splitlines())
+    return {int(place, 16): name for place, _, name in lines}
+
+
+def launched(library: Path, *arguments: int, **environment: str) -> dict[tuple[int, str], list[tuple[str, ...]]]:
+    """The launches of the calls of a block's layers: (kernel, whether it is dependent, bytes)."""
+    script = str(HERE / "emulation" / "block.py")
+    done = python(script, str(library), *(str(int(argument)) for argument in arguments), **environment)
+    assert done.returncode == 0, done.stderr
+    names = symbols(library)
+
+    def short(place: int) -> str:
+        return re.search(r"(\w+)_kernel", names[place])[1].replace("reduce_tokens_sm90", "reduce_tokens")
+
+    lines = map(json.loads, done.stdout.splitlines())
+    return {
+        (layer, direction): [(short(place), dependent, size) for place, _, dependent, size in of]
+        for layer, direction, of in lines
+    }
+
+
+@pytest.mark.slow
+@on_hopper
+@pytest.mark.parametrize("second", [False, True], ids=["first generation", "second generation"])
+def test_the_launches_of_a_block_are_those_of_the_model(library: Path, second: bool) -> None:
+    """The kernels of a ViT-B block with 12608 tokens on 132 multiprocessors, which are launched but do not run."""
+    sizes = [size for layer in steps.LAYERS.values() for size in layer]
+    dry = {"EFFT_EMULATION_DRY": "1", "EFFT_EMULATION_PROCESSORS": "132"}
+    found = launched(library, steps.TOKENS, steps.RANK, second, *sizes, **(SECOND if second else SM90), **dry)
+    of = steps.SECOND_GENERATION if second else ""
+    for i, layer in enumerate(steps.LAYERS.values()):
+        for direction in steps.PASSES:
+            modeled = steps.launches(steps.Sizes(steps.TOKENS, *layer, steps.RANK), direction, of)
+            assert [kernel for kernel, _, _ in found[i, direction]] == [launch.kernel for launch in modeled]
+            assert all(dependent == second for _, dependent, _ in found[i, direction])
+    assert sum(map(len, found.values())) == steps.counts(of)[0] == (15 if second else 27)
+
+
+@pytest.mark.slow
+@on_hopper
+@pytest.mark.parametrize("second", [False, True], ids=["first generation", "second generation"])
+def test_the_bytes_of_each_launch_are_those_of_the_model(library: Path, second: bool) -> None:
+    """Two layers, small enough for the emulator, with and without h made by the product, and two ranges of tokens."""
+    tokens, rank, wide, narrow, processors = 1300, 16, 2304, 64, 20
+    environment = {"EFFT_EMULATION_COUNT": "1", "EFFT_EMULATION_PROCESSORS": str(processors)}
+    sizes = (narrow, wide, wide, narrow)
+    found = launched(library, tokens, rank, second, *sizes, **(SECOND if second else SM90), **environment)
+    for layer, (d_in, d_out) in enumerate(zip(sizes[::2], sizes[1::2], strict=True)):
+        for direction in steps.PASSES:
+            of = steps.Sizes(tokens, d_in, d_out, rank)
+            modeled = steps.launches(of, direction, steps.SECOND_GENERATION if second else "", processors)
+            counted = [(kernel, size) for kernel, _, size in found[layer, direction]]
+            assert counted == [(launch.kernel, launch.bytes) for launch in modeled], (layer, direction)
 
 
 def few_instances() -> dict[str, str]:
     """The sources with a fourth of the instances, which compile faster: one type, one tile."""
     files = emulator.sources(with_hopper=True)
-    types = """op.A.type == Type::bfloat16 ? launch_order<cutlass::bfloat16_t, bf16>(op, stream)
-                                     : launch_order<cutlass::half_t, fp16>(op, stream)"""
+    types = """op.A.type == Type::bfloat16 ? launch_type<cutlass::bfloat16_t, bf16>(op, stream)
+                                     : launch_type<cutlass::half_t, fp16>(op, stream)"""
     tiles = """wave_cost(op, 192, 192) < wave_cost(op, 128, 256)
-             ? launch_product<Product<T, TRANSPOSED, 3, 192, RANKS>, Out>(op, stream)
+             ? launch_product<Product<T, TRANSPOSED, 3, 192, RANKS, SECOND>, Out>(op, stream)
              : launch_product"""
-    files = emulator.planted(
-        files, "lowrank_gemm_sm90.cu", types, "launch_order<cutlass::bfloat16_t, bf16>(op, stream)"
-    )
+    files = emulator.planted(files, "lowrank_gemm_sm90.cu", types, "launch_type<cutlass::bfloat16_t, bf16>(op, stream)")
     return emulator.planted(files, "lowrank_gemm_sm90.cu", tiles, "(void)&wave_cost, launch_product")
 
 
@@ -175,6 +251,27 @@ def test_planted_faults_of_sm90_are_found(folders: dict[bool, Path], sanitized: 
     library = emulator.build(emulator.planted(few_instances(), file, what, fault), folders[sanitize], sanitize)
     for order in ({}, {"EFFT_EMULATION_REVERSE": "1"}, *({"EFFT_EMULATION_SEED": str(seed)} for seed in SEEDS)):
         done = ragged(library, "tiles bfloat16", **SM90, **order, **(sanitized if sanitize else {}))
+        if done.returncode != 0:
+            break
+    said = done.stdout + done.stderr
+    assert done.returncode != 0, f"not found: {said}"
+    print(f"found with {order or 'threads in order'}")
+    assert re.search(how, said), said[-5000:]
+
+
+@pytest.mark.slow
+@on_hopper
+@pytest.mark.parametrize("name", SECOND_FAULTS)
+def test_planted_faults_of_the_second_generation_are_found(
+    folders: dict[bool, Path], sanitized: dict[str, str], name: str
+) -> None:
+    """In one of the orders of threads; those of addresses by the sanitizers."""
+    file, what, fault, family, how = SECOND_FAULTS[name]
+    sanitize = "AddressSanitizer" in how
+    library = emulator.build(emulator.planted(few_instances(), file, what, fault), folders[sanitize], sanitize)
+    environment = MANY_RANGES if family == "sums" else SECOND
+    for order in ({}, {"EFFT_EMULATION_REVERSE": "1"}, *({"EFFT_EMULATION_SEED": str(seed)} for seed in SEEDS)):
+        done = ragged(library, family, **environment, **order, **(sanitized if sanitize else {}))
         if done.returncode != 0:
             break
     said = done.stdout + done.stderr

@@ -21,7 +21,7 @@ Make = Callable[..., nn.Module]
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
-    """Use one thread: with such small models a second thread only waits, for a long time on a busy machine."""
+    """Use one thread, because with such small models a second thread only waits (for long on a busy machine)."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -30,7 +30,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def tiny_vit() -> Make:
-    """Return a function that creates a timm ViT of width 16 with 2 blocks for 16-pixel images; calls are identical."""
+    """Return a function that creates a timm ViT of width 16 with 2 blocks for 16-pixel images. All calls are equal."""
     models = pytest.importorskip("timm", reason="needs the vision extra").models
 
     def make(**changes: Any) -> nn.Module:
@@ -60,7 +60,7 @@ def tiny_swin() -> Make:
 
 @pytest.fixture
 def images() -> Tensor:
-    """Three images for the tiny ViT."""
+    """Return three images for the tiny ViT."""
     return torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
@@ -80,7 +80,7 @@ def randomize() -> Callable[..., nn.Module]:
 
 @pytest.fixture
 def adapted_vit(tiny_vit: Make, randomize: Callable[..., nn.Module]) -> Make:
-    """Return a function for the tiny ViT in eval mode, adapted at rank 4 (``changes`` update the config) at random."""
+    """Return a function that creates the tiny ViT in eval mode, adapted with random factors (by default of rank 4)."""
 
     def make(std: float = 0.5, **changes: Any) -> nn.Module:
         model = tiny_vit().eval()
@@ -107,7 +107,7 @@ def adapter(tiny_vit: Make, randomize: Make) -> Make:
 
 @pytest.fixture
 def pool(tiny_vit: Make) -> efft.AdapterPool:
-    """A pool around the plain tiny ViT."""
+    """Return a pool around the plain tiny ViT."""
     return efft.AdapterPool(tiny_vit().eval())
 
 
@@ -136,7 +136,7 @@ def graph_breaks() -> Callable[..., int]:
 
 @pytest.fixture
 def unchanged() -> Callable[[nn.Module], AbstractContextManager[None]]:
-    """``with unchanged(model):`` fails if the block changes values, modules, flags or hooks of the model."""
+    """Return a function for ``with unchanged(model):``, which fails if the block changes the state of the model."""
 
     @contextmanager
     def check(model: nn.Module) -> Iterator[None]:

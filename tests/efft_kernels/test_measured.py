@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from unittest import mock
 
@@ -193,3 +194,22 @@ def test_the_table_is_asked_once(settled: bool, monkeypatch: pytest.MonkeyPatch)
         for tokens in range(2, 6):
             backends.resolve("tt_linear", "auto", W, sizes=(tokens, 768, 2304, 32))
     assert len(backends._answers) <= 2
+
+
+def test_a_row_speaks_for_its_generation_of_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    first, second = row(CASE, 150, cuda=90), replace(row(CASE, 150, cuda=110), kernels=2)
+    use_table(monkeypatch, tmp_path / "measured.json", second, first)
+    assert measured.read(tmp_path / "measured.json") == (second, first)
+    rivals = ["eager", "triton", "cuda"]
+    assert fastest(CASE, CPU, rivals) == "cuda"
+    monkeypatch.setattr(measured, "KERNELS", 2)
+    assert fastest(CASE, CPU, rivals) == "eager"
+    monkeypatch.setattr(measured, "_rows", [first])  # nothing better is known
+    assert fastest(CASE, CPU, rivals) == "cuda"
+
+
+@pytest.mark.parametrize("kernels", [0, 1.5, "2", True])
+def test_an_impossible_generation_is_refused(tmp_path: Path, kernels: object) -> None:
+    (tmp_path / "table.json").write_text(json.dumps([{**asdict(row(CASE, 50)), "kernels": kernels}]))
+    with pytest.raises(ValueError, match="kernels has a value of the wrong type or size"):
+        measured.read(tmp_path / "table.json")

@@ -1,1 +1,1 @@
-"""Put updates into a model, in place, and take them out again."""
+"""Adapt models in place, and restore them."""

@@ -1,4 +1,4 @@
-"""``Adapter``: what an adapted model has beside its base, and what happens to its factors in each pass."""
+"""Define ``Adapter``, the module that an adapted model has in addition to its base, and the hooks of each pass."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ from efft_kernels.nn.parameter import AdaptedParameter
 
 
 class Adapter(nn.ModuleDict):
-    """The adapter of a model, stored as its submodule ``efft``.
+    """Hold the factors and the settings of an adapted model, as the submodule ``efft`` of the model.
 
-    It maps the name of each group to the :class:`FactorBank` of the group.
+    The adapter maps the name of each group to the :class:`FactorBank` of the group.
 
     Attributes:
-        config: the configuration that the model was adapted with.
-        layers: names of the adapted weights: the module's name for a layer, the parameter's name for any other weight.
-        plan: the groups, in the form in which they are written to adapter files.
+        config: the configuration with which the model was adapted.
+        layers: names of the adapted weights. A layer has the name of its module. Any other weight has the name of its
+            parameter.
+        plan: the groups, in the form in which adapter files contain them.
         head: names of the modules that are trained in addition to the factors.
         extras: names of the biases and norms that are trained in addition to the factors and the head.
         enabled: False while the update is switched off or merged.
@@ -39,10 +40,10 @@ class Adapter(nn.ModuleDict):
         self.extras: list[str] = []
         self.plan: list[dict[str, Any]] = []
         self._idle_checked = False
-        self._reads_checked: set[bool] = set()  # modes in which a pass was searched for reads
+        self._reads_checked: set[bool] = set()  # the modes in which a pass was already checked for reads
         self._originals: dict[str, Any] = {}
         self._base_buffers: dict[str, Tensor] = {}  # copies of the buffers of the base model
-        self._base_extras: dict[str, Tensor] = {}  # copies of its biases and norms that are trained
+        self._base_extras: dict[str, Tensor] = {}  # copies of the trained biases and norms, from the base model
         # Modules that stay in eval mode. A plain list does not register them under a second name.
         self._still: list[nn.Module] = []
         self._requires_grad: dict[str, bool] = {}
@@ -55,7 +56,7 @@ class Adapter(nn.ModuleDict):
     def train(self, mode: bool = True) -> Adapter:
         """Set the mode, but leave modules with frozen statistics in eval mode.
 
-        The adapter is the model's last child, so this runs after the mode of those modules was set.
+        The adapter is the model's last child, so this method runs after the mode of those modules was set.
         """
         super().train(mode)
         for module in self._still:
@@ -85,9 +86,9 @@ def adapter_of(model: nn.Module) -> Adapter:
 def adapted_layers(model: nn.Module) -> dict[str, Update]:
     """Return the updates of an adapted model by the names of their weights (:attr:`Adapter.layers`).
 
-    Each has ``delta_weight()`` (the dense update), ``merge()``, ``unmerge()``, ``merged``, ``enabled`` and
-    ``evaluated()`` (D and G). The update of a layer is the adapted layer itself. ``model`` may be wrapped by DDP or a
-    similar wrapper.
+    The attributes of an update are ``delta_weight()`` (returns the dense update), ``evaluated()`` (returns D and G),
+    ``merge()``, ``unmerge()``, ``merged`` and ``enabled``. The update of a layer is the adapted layer itself. ``model``
+    may be wrapped by DDP or a similar wrapper.
     """
     model = unwrap(model)
     updates = {name: find_update(model, name) for name in adapter_of(model).layers}
@@ -95,16 +96,16 @@ def adapted_layers(model: nn.Module) -> dict[str, Update]:
 
 
 def named_factors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield (name in the state dict, parameter) of every trainable factor, each once.
+    """Yield (name in the state dict, parameter) of every trainable factor.
 
-    ``model`` may be wrapped by DDP or a similar wrapper; the names are those of the model inside.
+    ``model`` may be wrapped by DDP or a similar wrapper. The names do not include the wrapper.
     """
     return adapter_of(unwrap(model)).named_parameters("efft")
 
 
 def prepare(model: nn.Module, args: Any) -> None:
-    """Compose all factors together, before a pass of the model."""
-    # A function that looks the adapter up in its argument: a copied or unpickled model then uses its own adapter.
+    """Compose all factors together before a pass of the model."""
+    # The hook finds the adapter through its argument, so that a copied or unpickled model uses its own adapter.
     adapter = adapter_of(model)
     if adapter.enabled:
         for factors in adapter.banks():
@@ -132,7 +133,7 @@ def release(model: nn.Module, args: Any, output: Any) -> None:
     if not idle or not adapter.enabled or output is None or adapter._idle_checked:
         return
     if any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in model.modules()):
-        adapter._idle_checked = True  # compiled blocks leave no trace of having run
+        adapter._idle_checked = True  # it is not known whether compiled blocks have run
         return
     names = _never_run(adapted_layers(model), idle)
     if names:
@@ -161,7 +162,7 @@ def _tell_of_dense(adapter: Adapter, layers: Mapping[str, Update]) -> None:
     known = ", ".join(sorted(reader for reader in readers if reader)) or "the modules around them"
     warnings.warn(
         f"{len(dense)} of {len(layers)} adapted weights, {next(iter(dense))!r} first, are read by {known}, where no "
-        "call can be intercepted: every pass builds dense ones that include the update, "
+        "call can be intercepted: every pass builds dense weights that include the update, "
         f"{size / 2**20:.3g} MiB in all. The result is correct; to save the time and memory, exclude these weights, or "
         "merge the update for inference",
         stacklevel=2,
@@ -169,10 +170,10 @@ def _tell_of_dense(adapter: Adapter, layers: Mapping[str, Update]) -> None:
 
 
 def _never_run(layers: Mapping[str, Update], idle: list[Any]) -> list[str]:
-    """Return the idle layers whose counterparts did not run in any other block either.
+    """Return the idle layers whose counterparts in all other blocks were idle too.
 
-    A module that reads weights directly does so in every block. If blocks are skipped at random (LayerDrop), the same
-    layer still runs in some other block.
+    If a module does not call a layer, this is the case in every block. If blocks are skipped at random (LayerDrop), the
+    same layer still runs in some other block.
     """
     ran: dict[str, bool] = {}
     for name, layer in layers.items():
@@ -182,7 +183,7 @@ def _never_run(layers: Mapping[str, Update], idle: list[Any]) -> list[str]:
 
 
 def base_loaded(model: nn.Module, incompatible: Any) -> None:
-    """Treat loaded buffers, biases and norms as those of the base if the checkpoint has no factors."""
+    """Record loaded buffers, biases and norms as values of the base model if the checkpoint contains no factors."""
     adapter = getattr(model, "efft", None)
     missing = [plain_name(name) for name in incompatible.missing_keys]
     if not isinstance(adapter, Adapter) or not all(_among(f"efft.{name}", missing) for name in adapter.state_dict()):
@@ -194,5 +195,5 @@ def base_loaded(model: nn.Module, incompatible: Any) -> None:
 
 
 def _among(name: str, names: list[str]) -> bool:
-    """Return whether ``names`` has this name, possibly after a prefix, as this model may be part of a larger one."""
+    """Return whether ``names`` contains ``name``, possibly with a prefix (if this model is a part of a larger one)."""
     return any(other == name or other.endswith(f".{name}") for other in names)

@@ -1,4 +1,4 @@
-"""Buffers that training changes, such as the running statistics of batch norms, which are kept with the factors."""
+"""Copy, compare and restore the buffers that training changes, such as the running statistics of batch norms."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from efft.adapting.wrappers import plain_name
 from efft_kernels.nn.frozen import is_plain
 from efft_kernels.nn.linear import AdaptedLayer
 
-#: Larger buffers of integers are tables and packed weights, which training does not change.
+#: Maximum number of elements of integer buffers that training might change (counters). Larger buffers are tables and
+#: packed weights.
 _LARGEST_COUNTERS = 2**12
 
 
 def _places(model: nn.Module, head: Iterable[str]) -> Iterator[tuple[str, nn.Module, str]]:
     """Yield (name in the state dict, module, name in the module) of every buffer that training might change.
 
-    These are persistent buffers of floating-point numbers, or of a few integers (counters), outside head and adapter.
+    These are the persistent buffers outside of head and adapter that contain floating-point numbers or few integers.
     """
     apart: set[int] = set()
     for name in head:
@@ -40,22 +41,22 @@ def snapshot(model: nn.Module, head: Iterable[str]) -> dict[str, Tensor]:
 
 
 def changed(model: nn.Module, head: Iterable[str], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the buffers whose values are no longer those of ``base``, a :func:`snapshot`.
+    """Return the buffers whose values differ from ``base``, a :func:`snapshot`.
 
-    Buffers that were on the meta device at the time of the snapshot count as changed: they got their values later.
+    A buffer that was on the meta device at the time of the snapshot counts as changed, because it got its values later.
     """
     return {name: module._buffers[key] for name, module, key in _changed(model, head, base)}  # type: ignore
 
 
 def of_names(model: nn.Module, head: Iterable[str], names: Iterable[str]) -> dict[str, Tensor]:
-    """Return the buffers of these names that the model has and that training might change."""
+    """Return those of the named buffers that the model has and that training might change."""
     wanted = set(names)
     return {n: module._buffers[key] for n, module, key in _places(model, head) if n in wanted}  # type: ignore
 
 
 @torch.no_grad()
 def put_back(model: nn.Module, head: Iterable[str], base: Mapping[str, Tensor]) -> None:
-    """Restore the values of ``base`` in the buffers, bit for bit."""
+    """Restore the values of ``base`` in the buffers exactly."""
     for name, module, key in list(_changed(model, head, base)):
         buffer = module._buffers[key]
         assert buffer is not None
@@ -65,7 +66,7 @@ def put_back(model: nn.Module, head: Iterable[str], base: Mapping[str, Tensor]) 
 
 @contextmanager
 def as_in_base(model: nn.Module, head: Iterable[str], base: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within the ``with`` block, replace the buffers by copies of ``base``; changes to these are lost."""
+    """Replace the buffers by copies of ``base`` within the ``with`` block. Changes to the copies are lost."""
     trained = []
     for name, module, key in list(_changed(model, head, base)):
         buffer = module._buffers[key]
@@ -81,16 +82,16 @@ def as_in_base(model: nn.Module, head: Iterable[str], base: Mapping[str, Tensor]
 
 
 def check_none(adapter: str, changed: Collection[str]) -> None:
-    """Check that an adapter that is to share its base with others has no buffers.
+    """Check that training has not changed buffers, for an adapter that will share its base with other adapters.
 
     Raises:
-        ValueError: it has some.
+        ValueError: training has changed buffers.
     """
     if changed:
         raise ValueError(
             f"adapter {adapter!r} comes with buffers that its training changed ({len(changed)}, {min(changed)} first): "
-            "a pool's adapters share one base, statistics of batch norms included; train with freeze_statistics=True, "
-            "or serve this adapter by efft.load_adapter in a model of its own"
+            "all adapters of a pool use the base's buffers (such as the statistics of batch norms); train with "
+            "freeze_statistics=True, or load this adapter with efft.load_adapter into a separate model"
         )
 
 
@@ -116,5 +117,5 @@ def _changed(model: nn.Module, head: Iterable[str], base: Mapping[str, Tensor]) 
 
 
 def _same(buffer: Tensor, before: Tensor) -> bool:
-    """Whether two tensors of one dtype have the same values; NaN equals NaN."""
+    """Return whether two tensors of one dtype have the same values. NaN counts as equal to NaN."""
     return torch.equal(buffer, before) or bool(((buffer == before) | ((buffer != buffer) & (before != before))).all())

@@ -1,17 +1,18 @@
-"""Mixtures of experts of transformers, whose matrices are three-dimensional parameters.
+"""Adapt the mixtures of experts of transformers, whose matrices are three-dimensional parameters.
 
-Modules are recognized by what they are made of; transformers itself is not imported.
+Modules are recognized by their attributes and parameters. This module does not import transformers. It supports three
+kinds of modules:
 
 - Experts whose forward transformers dispatches to one of several implementations (``eager``, ``grouped_mm``,
-  ``batched_mm``, ...), by ``config._experts_implementation``: Mixtral, Qwen3-MoE, OLMoE, GraniteMoE, DeepSeek, GPT-OSS
-  and about sixty more. Attributes of the module (``has_gate``, ``is_transposed``, ...) state what an implementation may
-  rely on, so one implementation here serves them all: it adds the update to each product. While an update is live it
-  runs instead of the chosen implementation.
-- One product of a mixture (``ParallelExperts``, called with its rows sorted by expert and the number of rows of each):
-  JetMoE, and GraniteMoE before transformers 5.
-- Other modules with the same parameters and their own forward read the effective weights of all experts. For a batch of
-  products with them (Llama 4) the update stays of low rank. Elsewhere (Step 3) every pass makes dense weights, which
-  costs time and memory.
+  ``batched_mm``, ...), according to ``config._experts_implementation``. Examples are Mixtral, Qwen3-MoE, OLMoE,
+  GraniteMoE, DeepSeek, GPT-OSS and about sixty more. Attributes of the module (``has_gate``, ``is_transposed``, ...)
+  describe its computation, so one implementation in this module serves all of them. It adds the update to each product.
+  While an update is active, it runs instead of the implementation that transformers chose.
+- Modules that compute one product of a mixture (``ParallelExperts``, called with rows that are sorted by expert and the
+  number of rows of each expert). Examples are JetMoE, and GraniteMoE before transformers 5.
+- Other modules that have the same parameters and their own forward. They read the effective weights of all experts. If
+  they multiply batches of rows by all matrices at once (Llama 4), the update stays of low rank. Otherwise (Step 3)
+  every pass builds dense weights, which costs time and memory.
 """
 
 from __future__ import annotations
@@ -34,16 +35,16 @@ from efft_kernels.nn.parameter import AdaptedModule, runs_for
 
 @dataclass(frozen=True)
 class ExpertParameter:
-    """One parameter with the matrices of all experts.
+    """Describe one parameter that contains the matrices of all experts.
 
     Attributes:
         name: the name of the parameter in its module.
         d_in, d_out: the sizes of each expert's matrix.
-        blocks: the number of matrices side by side in its output: 2 if gate and value are one parameter, else 1.
+        blocks: the number of matrices side by side in each expert's matrix: 2 if it contains gate and value, else 1.
         interleaved: whether the outputs of the blocks alternate.
-        transposed: whether it is stored as ``[experts, d_in, d_out]`` instead of ``[experts, d_out, d_in]``.
-        second: whether its input is the output of the mixture's first product. If the two share a train, its site is
-            the transposed one.
+        transposed: whether the parameter is stored as ``[experts, d_in, d_out]`` instead of ``[experts, d_out, d_in]``.
+        second: whether the input is the output of the mixture's first product. If both products share a tensor train,
+            the second one uses the transposed train.
     """
 
     name: str
@@ -56,18 +57,19 @@ class ExpertParameter:
 
     @property
     def view(self) -> str:
-        """How :func:`efft_kernels.nn.adapt.adapt` is to read the parameter."""
+        """The view with which :func:`efft_kernels.nn.adapt.adapt` reads the parameter."""
         return EXPERT_VIEWS[self.transposed]
 
 
 @dataclass(frozen=True)
 class Experts:
-    """What a plan must know of a module of experts.
+    """Describe a module of experts for a plan.
 
     Attributes:
         n_experts: the number of experts.
         parameters: the parameters that can be adapted.
-        kind: the second base of the module's class once it is adapted; None if it reads effective weights.
+        kind: the class that becomes a base of the module's class when it is adapted; None if the module reads effective
+            weights.
     """
 
     n_experts: int
@@ -78,7 +80,7 @@ class Experts:
 def experts_of(module: nn.Module) -> Experts | None:
     """Return the experts that ``module`` holds as three-dimensional parameters.
 
-    None if there are none, or if they are adapted or quantized.
+    Return None if the module has no experts, or if they are adapted or quantized.
     """
     found = _gated(module) or _parallel(module)
     adapted = getattr(module, "adapted_parameters", {})
@@ -86,10 +88,10 @@ def experts_of(module: nn.Module) -> Experts | None:
 
 
 def intercept(module: nn.Module) -> bool:
-    """Let experts run a forward that knows their updates once :func:`efft_kernels.nn.adapt.adapt` has adapted them.
+    """Make experts run a forward with their updates, once :func:`efft_kernels.nn.adapt.adapt` has adapted them.
 
     Returns:
-        False if nothing can be done: the module then reads effective weights.
+        Whether the forward of this module can be replaced. If not, the module will read effective weights.
 
     Raises:
         TypeError: a forward was set on the module itself.
@@ -106,18 +108,18 @@ def intercept(module: nn.Module) -> bool:
 def adapt_experts(module: nn.Module, sites: Mapping[str, tuple[TTFactors, Site]]) -> dict[str, ExpertWeight]:
     """Adapt experts in place. The module stays the same object with the same names, and its parameters are frozen.
 
-    :func:`efft_kernels.nn.parameter.restore_module` undoes it.
+    :func:`efft_kernels.nn.parameter.restore_module` undoes this.
 
     Args:
         module: a module whose experts :func:`experts_of` finds.
-        sites: the bank that the update comes from, and the part of it, by the name of the parameter.
+        sites: maps the name of each parameter to its bank and to the part of the bank that it uses.
 
     Returns:
         The updates, by the name of the parameter.
 
     Raises:
-        TypeError: there are no experts that can be adapted.
-        ValueError: a site does not fit its parameter, or there is no such parameter. The module is then unchanged.
+        TypeError: the module has no experts that can be adapted.
+        ValueError: a site does not fit its parameter, or a parameter does not exist. The module is then unchanged.
     """
     found = experts_of(module)
     if found is None:
@@ -136,12 +138,12 @@ def adapt_experts(module: nn.Module, sites: Mapping[str, tuple[TTFactors, Site]]
 
 
 class AdaptedExperts(AdaptedModule):
-    """A module of experts with updates of its parameters, whose forward knows them."""
+    """Define a module of experts whose forward includes the updates of its parameters."""
 
     prefix = "Efft"
 
     def live_updates(self) -> dict[str, ExpertWeight]:
-        """Return the updates that count now, by the name of the parameter."""
+        """Return the active updates by the name of the parameter."""
         found = self.adapted_parameters.items()
         return {name: weight for name, weight in found if isinstance(weight, ExpertWeight) and weight.live}
 
@@ -151,9 +153,9 @@ class AdaptedExperts(AdaptedModule):
 
 
 class DispatchedExperts(AdaptedExperts):
-    """Experts as transformers dispatches them."""
+    """Compute experts whose forward transformers dispatches."""
 
-    # Transformers' decorator of such classes promises these:
+    # The decorator of transformers guarantees that such classes have these attributes.
     num_experts: int
     has_gate: bool
     has_bias: bool
@@ -162,7 +164,7 @@ class DispatchedExperts(AdaptedExperts):
     post_expert_norm: Callable[[Tensor], Tensor]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Any:
-        """``[tokens, d] -> [tokens, d]``; the router's choice and weights are ``[tokens, k]``."""
+        """Map ``[tokens, d]`` to ``[tokens, d]``, given the chosen experts and their weights ``[tokens, k]``."""
         live = self.live_updates()
         if not live:
             return super().forward(hidden_states, top_k_index, top_k_weights)  # type: ignore[misc]
@@ -185,10 +187,10 @@ class DispatchedExperts(AdaptedExperts):
 
 
 class ParallelExperts(AdaptedExperts):
-    """One product of a mixture of experts."""
+    """Compute one product of a mixture of experts."""
 
     def forward(self, inputs: Tensor, expert_size: Any) -> Any:
-        """``[rows, d_in] -> [rows, d_out]``; rows are sorted by expert, and ``expert_size`` counts the rows of each."""
+        """Map ``[rows, d_in]``, sorted by expert, to ``[rows, d_out]``. Expert e has ``expert_size[e]`` rows."""
         live = self.live_updates()
         if not live:
             return super().forward(inputs, expert_size)  # type: ignore[misc]
@@ -198,18 +200,18 @@ class ParallelExperts(AdaptedExperts):
 
 
 def _empty(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
-    """Make an empty module for pickle: in another process, such experts may not have been adapted yet."""
+    """Create an empty module for unpickling. In another process, no experts may have been adapted before."""
     runs_for(base.forward)(DispatchedExperts if _is_dispatched(base) else ParallelExperts)
     return parameters._empty(base, names)
 
 
 def _is_dispatched(kind: type[nn.Module]) -> bool:
-    """Whether modules of this class may be those whose forward transformers dispatches."""
+    """Return whether transformers may dispatch the forward of this class."""
     return hasattr(kind.forward, "__wrapped__") and len(inspect.signature(kind.forward).parameters) == 4
 
 
 def _gated(module: nn.Module) -> Experts | None:
-    """Find two products with an activation between them: up (gate and value, or the value alone), and down again."""
+    """Find experts with two products: up (gate and value, or only the value) and, after the activation, down."""
     first = "gate_up_proj" if "gate_up_proj" in module._parameters else "up_proj"
     up, down = module._parameters.get(first), module._parameters.get("down_proj")
     if up is None or down is None or not (_holds_matrices(up) and _holds_matrices(down)) or len(up) != len(down):
@@ -218,7 +220,7 @@ def _gated(module: nn.Module) -> Experts | None:
     ways = [transposed for transposed in (False, True) if _fit(up, down, blocks, transposed)]
     promised = all(hasattr(module, name) for name in ("num_experts", "has_gate", "has_bias", "config"))
     if promised and getattr(module, "is_transposed", None) in ways:
-        ways = [bool(module.is_transposed)]  # the module says so; square matrices do not show it
+        ways = [bool(module.is_transposed)]  # the sizes of square matrices do not determine it
     if len(ways) != 1:
         return None
     (transposed,) = ways
@@ -236,7 +238,7 @@ def _gated(module: nn.Module) -> Experts | None:
 
 
 def _fit(up: Tensor, down: Tensor, blocks: int, transposed: bool) -> bool:
-    """Whether the sizes of the two products fit together if the parameters are stored this way."""
+    """Return whether the sizes of the two products match if the parameters are stored in this layout."""
     (d_in, inner), (d_down, d_out) = (weight.shape[1:] if transposed else weight.shape[:0:-1] for weight in (up, down))
     return inner == blocks * d_down and d_in == d_out
 

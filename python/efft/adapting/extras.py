@@ -1,4 +1,4 @@
-"""Values of the biases and norms that are trained beside the factors: those of training, and those of the base."""
+"""Copy and restore the values that trained biases and norms have in the base model."""
 
 from __future__ import annotations
 
@@ -15,37 +15,38 @@ Place = tuple[nn.Module, str]
 
 
 def parameters_of(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
-    """Return these parameters of the model, by name.
+    """Return the parameters of the model with the given names.
 
     Raises:
-        ValueError: the model lacks one of them.
+        ValueError: the model has no parameter with one of the names.
     """
     return {name: module._parameters[key] for name, ((module, key), *_) in _places(model, names).items()}  # type: ignore
 
 
 def snapshot(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """Return copies of these parameters."""
+    """Return copies of the parameters with the given names."""
     return {name: parameter.detach().clone() for name, parameter in parameters_of(model, names).items()}
 
 
 def check_known(model: nn.Module, base: Mapping[str, Tensor]) -> None:
-    """Check that ``base``, a :func:`snapshot`, has values, and the model still has the parameters.
+    """Check that ``base``, a :func:`snapshot`, contains values, and that the model still has the parameters.
 
     Raises:
-        ValueError: the model lacks one, or was on the meta device then and got its values in a way that nobody saw.
+        ValueError: a parameter is missing, or its base value is unknown. The value is unknown if the model was on the
+            meta device at the time of the snapshot and did not get its values by ``load_state_dict``.
     """
     parameters = parameters_of(model, base)
     unknown = [name for name, value in base.items() if value.is_meta and not parameters[name].is_meta]
     if unknown:
         raise ValueError(
-            f"the base's values of {unknown[0]} are not known, since the model was on the meta device in efft.apply: "
-            "load the base by load_state_dict, or adapt the model after it has its weights"
+            f"the base's values of {unknown[0]} are not known, because the model was on the meta device in "
+            "efft.apply: load the base with load_state_dict, or adapt the model after it has its weights"
         )
 
 
 @torch.no_grad()
 def put_back(model: nn.Module, base: Mapping[str, Tensor]) -> None:
-    """Restore the values of ``base``, a :func:`snapshot`, in place and bit for bit."""
+    """Restore the values of ``base``, a :func:`snapshot`, exactly and in place."""
     for name, parameter in parameters_of(model, base).items():
         if not parameter.is_meta:
             parameter.copy_(base[name])
@@ -53,20 +54,21 @@ def put_back(model: nn.Module, base: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def as_in_base(model: nn.Module, base: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within the ``with`` block, let the model have parameters with the values of ``base``, a :func:`snapshot`.
+    """Give the parameters the values of ``base``, a :func:`snapshot`, within the ``with`` block.
 
-    They are other parameters, so that a graph that was made before is not affected. Those of a model that is sharded by
-    ``fully_shard``, which keeps track of its parameters, get the values themselves for that time.
+    The model gets other parameter objects for that time, so that autograd graphs that already exist are not affected.
+    If the model is sharded by ``fully_shard``, which keeps track of the parameter objects, the values are copied into
+    the existing parameters instead, and the trained values are copied back after the block.
     """
     if base:
         check_not_zeros(model, "disabled")
-        reshard(model)  # where parameters are whole now, the modules do not have the shards
+        reshard(model)  # modules do not hold the shards of parameters that are gathered now
     check_known(model, base)
     places, parameters = _places(model, base), parameters_of(model, base)
     sharded = {name: p for name, p in parameters.items() if hasattr(p, "full_tensor")}
     trained = {name: p.detach().clone() for name, p in sharded.items()}
     if sharded:
-        reshard(model)  # parameters that are whole now would keep the values of training
+        reshard(model)  # parameters that are gathered now would keep the trained values
     _copy(sharded, base)
     for name in base.keys() - sharded.keys():
         stand_in = nn.Parameter(base[name].to(parameters[name], copy=True), requires_grad=False)
@@ -92,7 +94,7 @@ def _copy(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) 
 
 
 def _places(model: nn.Module, names: Iterable[str]) -> dict[str, list[Place]]:
-    """Return where the model has each of these parameters; one that modules share has several places."""
+    """Return the places (module, name) of each parameter. A parameter that modules share has several places."""
     wanted = dict.fromkeys(names)
     if not wanted:
         return {}
@@ -106,8 +108,8 @@ def _places(model: nn.Module, names: Iterable[str]) -> dict[str, list[Place]]:
     missing = [name for name in wanted if name not in own]
     if missing:
         raise ValueError(
-            f"this {type(model).__name__} has no parameter {missing[0]!r}, which is trained beside the factors: undo "
-            "what was done to its module after efft.apply (a parametrization, another layer in its place)"
+            f"this {type(model).__name__} has no parameter {missing[0]!r}, which was trained in addition to the "
+            "factors: undo the change of its module after efft.apply (a parametrization, a replaced layer)"
         )
     return {
         name: [own[name], *(p for p in same[id(own[name][0]._parameters[own[name][1]])] if p != own[name])]

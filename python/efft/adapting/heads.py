@@ -1,4 +1,4 @@
-"""Find the task head of a model: the modules that are new for its task and are trained beside the factors."""
+"""Find the task head of a model: the modules that are new for its task. They are trained in addition to the factors."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch import nn
 
 from efft.hints import nearest
 
-#: Attributes that hold the head of a model that does not say in another way what its head is. Attributes of one row
-#: belong together, and the first row that a model has counts.
+#: Attributes that usually hold the head, for models that do not declare their head in another way. The attributes of a
+#: row belong together. Only the first row is used of which the model has an attribute.
 _USUAL = (
     ("classifier", "aux_classifier"),
     ("heads",),
@@ -21,17 +21,17 @@ _USUAL = (
 
 
 def find_head(model: nn.Module, config_head: list[str] | None) -> list[str]:
-    """Return the names of the modules that are trained beside the factors: those given, else those of the task alone.
+    """Return the names of the modules of the head: the given names, or else those of the modules that a search finds.
 
-    For a task model of transformers these are all modules outside of the base that its class names, except for the
-    output embeddings of a language model, which are pretrained. For a model of timm it is the classifier that the model
-    names. For any other model it is a child with a usual name of a head, or everything beside a child called
-    ``backbone``. The list is empty if nothing is found.
+    For a task model of transformers, the head consists of all modules outside of the base model that its class
+    declares. The output embeddings of a language model are pretrained, so they do not belong to a head. For a model of
+    timm, the head is the classifier that the model declares. For any other model, it is a child with a usual name of a
+    head, or all children except the one called ``backbone``. The list is empty if nothing is found.
 
     Raises:
         ValueError: a given name is not a module of the model.
     """
-    names = {module: name for name, module in model.named_modules()}  # the last one of a shared module
+    names = {module: name for name, module in model.named_modules()}  # the last name of a shared module
     if config_head is not None:
         known = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
         for name in config_head:
@@ -53,7 +53,7 @@ def find_head(model: nn.Module, config_head: list[str] | None) -> list[str]:
 
 
 def is_language_model(model: nn.Module) -> bool:
-    """Whether a model of transformers ends in the output embeddings of a language model, pretrained like the rest."""
+    """Return whether a model of transformers has output embeddings, which are pretrained like the rest of the model."""
     if not _is_transformers(model):
         return False
     embeddings: Any = model
@@ -61,7 +61,7 @@ def is_language_model(model: nn.Module) -> bool:
 
 
 def _of_transformers(model: nn.Module) -> list[nn.Module]:
-    """Return the modules that a task model has beside its pretrained base or bases."""
+    """Return the modules that a task model has in addition to its pretrained base or bases."""
     if not _is_transformers(model) or _is_bare(model) or is_language_model(model):
         return []
     base = getattr(model, str(model.base_model_prefix), None)
@@ -78,7 +78,7 @@ def _of_transformers(model: nn.Module) -> list[nn.Module]:
 
 
 def _input_embeddings(model: Any) -> nn.Module | None:
-    """Return the embeddings of the tokens, which an encoder-decoder holds beside its parts."""
+    """Return the token embeddings, which an encoder-decoder holds next to its encoder and decoder."""
     try:
         embeddings: nn.Module | None = model.get_input_embeddings()
     except (NotImplementedError, AttributeError):  # models of pictures and sound
@@ -87,7 +87,7 @@ def _input_embeddings(model: Any) -> nn.Module | None:
 
 
 def _is_bare(model: nn.Module) -> bool:
-    """Whether a model of transformers has no task: the library calls the others XxxForTask."""
+    """Return whether a model of transformers has no task. Classes of models with a task are called XxxForTask."""
     return _is_transformers(model) and "For" not in type(model).__name__
 
 
@@ -101,7 +101,7 @@ def _of_timm(model: nn.Module) -> list[nn.Module]:
 
 
 def _of_root(model: nn.Module) -> list[nn.Module]:
-    """Return the children that have a usual name of a head, or lie beside a backbone."""
+    """Return the children that have a usual name of a head, or else all children except ``backbone``."""
     for attributes in _USUAL:
         named = [m for a in attributes if isinstance(m := getattr(model, a, None), nn.Module) and _is_trainable(m)]
         if named:
@@ -119,5 +119,5 @@ def _size(modules: list[nn.Module]) -> int:
 
 
 def _is_trainable(module: nn.Module) -> bool:
-    """Whether a module has parameters to train; an Identity in the place of a head has none."""
+    """Return whether a module has parameters. An Identity that replaces a head has none."""
     return next(module.parameters(), None) is not None

@@ -1,4 +1,4 @@
-"""Adapt a model in place: put the factors in, take them out, switch them off."""
+"""Adapt a model in place, restore it, and disable its update."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ from efft_kernels.nn.producers import unfuse_producer
 def apply(model: nn.Module, config: AdapterConfig | None = None) -> nn.Module:
     """Adapt ``model`` in place: the selected weights get an update, and everything except factors and head is frozen.
 
-    Biases and normalization layers are trained too if ``config`` says so (``bias``, ``norms``).
+    Biases and normalization layers are also trained if ``config`` selects them (``bias``, ``norms``).
 
     A layer that is called (linear, convolution, embedding) is replaced by an adapted one, such as ``EfftLinear``. A
-    module that reads its parameters itself stays, and reads them with the update.
+    module that reads its parameters itself is not replaced, and its reads include the update.
 
-    The factors are owned once, by the new submodule ``model.efft``; parameter names of the base stay as they are. A
-    forward hook composes all factors together when the model starts to run; parts of the model that are called alone
-    compose their own. The update is zero at first: some factor of every update starts at zero.
+    Only the new submodule ``model.efft`` owns the factors. The names of the base's parameters do not change. A forward
+    hook composes all factors together when the model starts to run. Layers that are called outside of a pass of the
+    model compose their own. Every update is zero at first, because one of its factors is initialized with zeros.
 
     ``config`` is an :class:`EfftConfig` (the default) or the configuration of another method (:mod:`efft.methods`).
 
@@ -52,13 +52,13 @@ def apply(model: nn.Module, config: AdapterConfig | None = None) -> nn.Module:
     Raises:
         TypeError: the arguments are not a module and a configuration.
         ValueError: the model is already adapted, sharded or wrapped (by DDP or a similar wrapper), or ``config`` does
-            not fit it; the model is then unchanged.
+            not fit it. The model is then unchanged.
     """
     if not isinstance(model, nn.Module) or not isinstance(config, (AdapterConfig, type(None))):
         raise TypeError(
             f"expected efft.apply(model, EfftConfig(...)), got {type(model).__name__} and {type(config).__name__}"
         )
-    config = copy.deepcopy(config) if config else EfftConfig()  # the caller may go on changing its own
+    config = copy.deepcopy(config) if config else EfftConfig()  # the caller may change its own object later
     check_plain(model)
     check_whole(model, "apply")
     check_unwrapped(model, "apply")
@@ -67,8 +67,8 @@ def apply(model: nn.Module, config: AdapterConfig | None = None) -> nn.Module:
     warn_of_untouched(model, plan, config)
     if config.head is None and not plan.head and not is_language_model(model):
         warnings.warn(
-            f"found no head in this {type(model).__name__}, so nothing but the factors is trained: name what else is "
-            "to be trained by head=[...], or say that nothing is by head=[]",
+            f"found no head in this {type(model).__name__}, so nothing but the factors is trained: name the "
+            "modules to train with head=[...], or pass head=[] if there are none",
             stacklevel=2,
         )
     return apply_plan(model, config, plan)
@@ -85,7 +85,7 @@ def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> nn.Module
 
 def _adapt(model: nn.Module, config: AdapterConfig, plan: Plan, aside: Aside) -> None:
     requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
-    banks = _build_banks(model, config, plan, aside)  # all of them before a layer is touched, so that errors come first
+    banks = _build_banks(model, config, plan, aside)  # before any layer changes, because this may fail
     sites = {name: (banks[group.name], site) for group in plan.groups for name, site in group.sites.items()}
     weights = {name: (plan.weights[name], *sites[plan.tied.get(name, name)]) for name in plan.in_order(model)}
     adapter = Adapter(banks, config, plan.head)
@@ -125,7 +125,7 @@ def _build_banks(model: nn.Module, config: AdapterConfig, plan: Plan, aside: Asi
         device = device_of(aside, owners)
         try:
             banks[group.name] = group.build(device, torch.promote_types(weight.dtype, torch.float32))
-        except NotImplementedError:  # there is nothing to read on the meta device
+        except NotImplementedError:  # weights on the meta device cannot be read
             if not weight.is_meta or device.type == "meta":
                 raise
             raise ValueError(
@@ -136,18 +136,19 @@ def _build_banks(model: nn.Module, config: AdapterConfig, plan: Plan, aside: Asi
 
 
 def remove(model: nn.Module) -> nn.Module:
-    """Undo :func:`apply`: restore the original layers, and the buffers, biases and norms that training changed, bit for
-    bit.
+    """Undo :func:`apply`.
 
-    What required gradients before does so again. The head keeps what it learned. A merged model is unmerged first.
+    The original layers are restored, and so are the exact values of the buffers, biases and norms that training
+    changed. Parameters that required gradients before :func:`apply` require gradients again. The head keeps its trained
+    values. A merged model is unmerged first.
 
     Returns:
         The same ``model``.
 
     Raises:
-        ValueError: the model is not adapted, it is sharded, a ``forward`` was set on an adapted layer itself, an
-            adapted layer computes its weight from other tensors, or the base's values of trained biases are not known
-            (a model that was on the meta device when it was adapted).
+        ValueError: the model is not adapted or is sharded, a ``forward`` was set on an adapted layer itself, an adapted
+            layer computes its weight from other tensors, or the base's values of trained biases are not known (because
+            the model was on the meta device when it was adapted).
     """
     adapter = adapter_of(model)
     check_whole(model, "remove")
@@ -179,14 +180,14 @@ def remove(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Within the ``with`` block, compute without the update, exactly as the base does (with the trained head).
+    """Compute without the update within the ``with`` block, exactly as the base does (with the trained head).
 
-    A merged update is taken out of the weights for that time, and buffers, biases and norms that training changed have
-    the values of the base. ``model`` may be wrapped by DDP or a similar wrapper.
+    For that time, a merged update is removed from the weights, and the buffers, biases and norms that training changed
+    have the values of the base. ``model`` may be wrapped by DDP or a similar wrapper.
 
     Raises:
-        ValueError: the model is not adapted; or biases or norms are trained, and DeepSpeed's ZeRO-3 keeps them or the
-            base's values are not known.
+        ValueError: the model is not adapted; or biases or norms are trained, and either DeepSpeed's ZeRO-3 manages them
+            or their values in the base are not known.
     """
     wrapper, model = model, unwrap(model)
     adapter = adapter_of(model)
@@ -202,7 +203,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         ):
             yield wrapper
     finally:
-        if getattr(model, "efft", None) is adapter:  # not removed meanwhile
+        if getattr(model, "efft", None) is adapter:  # the adapter was not removed in the block
             _enable(model, adapter, before)
             for update in merged:
                 update.enabled = True
@@ -210,7 +211,9 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def freeze_backbone(model: nn.Module, head: list[str] | None = None) -> list[str]:
-    """Freeze everything but the head (by name, else the classifier), for a linear probe. Return the head's names.
+    """Freeze everything except the head, for a linear probe, and return the names of the head's modules.
+
+    The head consists of the modules with the given names or, without names, of the classifier.
 
     Raises:
         ValueError: the model has no head to train.
@@ -230,7 +233,7 @@ def check_plain(model: nn.Module) -> None:
     """Check that ``model`` can be adapted.
 
     Raises:
-        ValueError: it is adapted already, or it has its own attribute ``efft``.
+        ValueError: the model is already adapted, or has its own attribute ``efft``.
     """
     if isinstance(getattr(model, "efft", None), Adapter):
         raise ValueError("this model is adapted already; call efft.remove(model) first to adapt it differently")
@@ -240,7 +243,7 @@ def check_plain(model: nn.Module) -> None:
             f"{inner!r} in this {type(model).__name__} is adapted already: call efft.remove on the model inside first"
         )
     if hasattr(model, "efft"):
-        raise ValueError(f"this {type(model).__name__} has an attribute 'efft' of its own, where the factors would go")
+        raise ValueError(f"this {type(model).__name__} has an attribute 'efft' of its own, which the adapter needs")
 
 
 def _check_trainable(model: nn.Module, head: list[str], aside: Aside) -> None:
@@ -248,13 +251,13 @@ def _check_trainable(model: nn.Module, head: list[str], aside: Aside) -> None:
         for parameter in model.get_submodule(name).parameters():
             if parameter.is_meta and any(m in aside for m in model.get_submodule(name).modules()):
                 raise ValueError(
-                    f"the head {name!r} is to be trained, but its weights are offloaded: keep it on the device (by "
-                    "device_map), or pass head=[] to train factors alone"
+                    f"the head {name!r} is to be trained, but its weights are offloaded: keep it on the device (with "
+                    "device_map), or pass head=[] to train only the factors"
                 )
             if not is_plain(parameter):
                 raise ValueError(
-                    f"the head {name!r} is to be trained, but has a {type(parameter).__name__} for a weight: leave it "
-                    "out when you quantize, or pass head=[] to train factors alone"
+                    f"the head {name!r} is to be trained, but has a {type(parameter).__name__} for a weight: exclude "
+                    "it from quantization, or pass head=[] to train only the factors"
                 )
 
 
@@ -262,7 +265,7 @@ def _check_present(model: nn.Module, names: Iterable[str], aside: Aside) -> None
     for name, parameter in extras.parameters_of(model, names).items():
         if parameter.is_meta and model.get_submodule(name.rpartition(".")[0]) in aside:
             raise ValueError(
-                f"{name} is to be trained (bias, norms), but its module is offloaded: keep it on the device (by "
+                f"{name} is to be trained (bias, norms), but its module is offloaded: keep it on the device (with "
                 "device_map), or use bias='none' and norms=False"
             )
 

@@ -1,4 +1,4 @@
-"""Models whose weights accelerate loads from memory or disk when a layer runs, or spreads over devices."""
+"""Support models whose weights accelerate loads from memory or disk when a layer runs, or distributes over devices."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from efft_kernels.nn.parameter import adapted_weights_of
 
-#: What accelerate sets on a module, whose forward it replaces.
+#: Attributes that accelerate sets on a module to replace its forward.
 _SET = ("_hf_hook", "_old_forward", "forward")
 
 Aside = dict[nn.Module, dict[str, Any]]
@@ -21,9 +21,9 @@ Aside = dict[nn.Module, dict[str, Any]]
 
 @contextmanager
 def hooks_aside(model: nn.Module) -> Iterator[Aside]:
-    """Within the ``with`` block, give the modules their own forwards; after it they have accelerate's again.
+    """Remove accelerate's hooks from the modules within the ``with`` block, and restore the hooks after the block.
 
-    Modules that take the place of others get them by :func:`follow`.
+    Yield the removed attributes of each module. :func:`follow` transfers them to modules that replace other modules.
     """
     aside: Aside = {
         module: {key: module.__dict__.pop(key) for key in _SET}
@@ -40,7 +40,7 @@ def hooks_aside(model: nn.Module) -> Iterator[Aside]:
 
 
 def follow(aside: Aside, replaced: Mapping[nn.Module, nn.Module]) -> None:
-    """Let the new modules of ``replaced``, old to new, have the hooks of the old ones."""
+    """Transfer hooks to new modules. ``replaced`` maps each old module to the new module that replaces it."""
     for old, new in replaced.items():
         attributes = aside.pop(old, None)
         if attributes is not None:
@@ -52,8 +52,10 @@ def follow(aside: Aside, replaced: Mapping[nn.Module, nn.Module]) -> None:
 
 
 class _PastUpdates:
-    """What a hook of accelerate is too that moves the weights of an adapted module: it moves the stored ones, not those
-    that include the update."""
+    """Make a hook of accelerate move the stored weights of an adapted module instead of its effective weights.
+
+    This class is a mixin for the class of the hook.
+    """
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with _switched_off(module):
@@ -65,7 +67,7 @@ class _PastUpdates:
 
 
 def _past_updates(hook: Any) -> Any:
-    """A copy of a hook, which moves the same weights."""
+    """Return a copy of a hook that moves the stored weights (:class:`_PastUpdates`)."""
     new = copy.copy(hook)
     kind: type = type(hook)
     new.__class__ = _kind(kind)
@@ -91,14 +93,14 @@ def _switched_off(module: nn.Module) -> Iterator[None]:
 
 
 def device_of(aside: Aside, owners: Mapping[str, tuple[nn.Module, str]]) -> torch.device:
-    """Return the device on which weights that share factors compute.
+    """Return the device on which the layers of weights that share factors compute.
 
     Args:
-        aside: what :func:`hooks_aside` gave.
-        owners: the module and the parameter of each weight, by its name.
+        aside: the value that :func:`hooks_aside` yields.
+        owners: maps the name of each weight to its module and to the name of its parameter.
 
     Raises:
-        ValueError: the weights compute on several devices.
+        ValueError: the layers compute on several devices.
     """
     devices = {}
     for name, (layer, parameter) in owners.items():
@@ -112,13 +114,13 @@ def device_of(aside: Aside, owners: Mapping[str, tuple[nn.Module, str]]) -> torc
     if other is not None:
         raise ValueError(
             f"expected the layers that share factors on one device, got {first} on {device} and {other} on "
-            f"{devices[other]}: load the model onto one device (device_map={{'': 0}}), offloaded where it does not fit"
+            f"{devices[other]}: load the model onto one device (device_map={{'': 0}}), if necessary with offloading"
         )
     return device
 
 
 def stored(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
-    """Return a parameter of a module, from the place where accelerate keeps it while the module does not run."""
+    """Return a parameter of a module, or its value in accelerate's storage if accelerate has offloaded it."""
     weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
     if not tensor.is_meta or weights is None:
         return tensor
@@ -130,7 +132,7 @@ def check_present(model: nn.Module, operation: str) -> None:
     """Check that no weights are offloaded, for an ``efft.operation`` that reads or changes them.
 
     Raises:
-        ValueError: some are.
+        ValueError: weights are offloaded.
     """
     away = [
         name
@@ -141,5 +143,5 @@ def check_present(model: nn.Module, operation: str) -> None:
     if away:
         raise ValueError(
             f"efft.{operation}: the weights of {len(away)} layers ({away[0]} first) are offloaded, to memory or disk: "
-            "save the adapter, load it onto the base loaded without offloading, and do it there"
+            f"save the adapter, load it onto a base without offloading, and call efft.{operation} there"
         )

@@ -134,7 +134,7 @@ def _adapted_by_peft(model: nn.Module, tuner: Any) -> _Adapted:
 
 
 def _by_kind(model: nn.Module, adapted: _Adapted) -> dict[str, list[nn.Parameter]]:
-    """Return the trained parameters outside the head, each once, by kind."""
+    """Return the trained parameters outside the head, by kind. A shared parameter is included once."""
     kinds: dict[str, list[nn.Parameter]] = {}
     for name, parameter in adapted.factors.items():
         last = name.rpartition(".")[2]

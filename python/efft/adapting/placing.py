@@ -1,4 +1,4 @@
-"""Put an update where a weight is, whatever kind of weight it is, and find it again."""
+"""Give a weight of any kind an update, and find the update of a weight."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from efft_kernels.nn.adapt import adapt
 from efft_kernels.nn.linear import AdaptedLayer
 from efft_kernels.nn.parameter import AdaptedParameter
 
-#: What stands for an adapted weight: the adapted layer itself, or an object beside the module.
+#: The update of a weight: the adapted layer itself, or an object that the module of an adapted parameter refers to.
 Update = AdaptedLayer | AdaptedParameter
 
 
@@ -26,8 +26,8 @@ def place(
 
     Args:
         model: the model.
-        weights: by its name each weight, its bank, and the part of the bank that it uses.
-        config: names the class that stands in for linear layers.
+        weights: maps the name of each weight to the weight, its bank, and the part of the bank that it uses.
+        config: names the class of adapted linear layers.
 
     Returns:
         The update of each weight, by its name.
@@ -38,7 +38,7 @@ def place(
     """
     sites: dict[str, tuple[FactorBank, Any]] = {}
     views: dict[str, str] = {}
-    of: dict[str, str] = {}  # what adapt() is to call a weight: a parameter of a module that stays by its own name
+    of: dict[str, str] = {}  # name of the weight -> its name in the call of adapt()
     # A bank composes its sites in the order in which they are bound: layers first, then parameters, experts last.
     for name in sorted(weights, key=lambda name: _READ.get(weights[name][0].kind, 0)):
         weight, bank, site = weights[name]
@@ -54,7 +54,7 @@ def place(
     return {name: adapted[of[name]] for name in weights}
 
 
-#: The kinds of weights that their module reads, and which therefore stay where they are, in the order of their turn.
+#: The kinds of weights that their module reads. The modules are not replaced. The numbers give the order of binding.
 _READ = {"parameter": 1, "experts": 2}
 
 
@@ -62,7 +62,7 @@ def locate(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     """Return the module that owns the weight ``name``, and the name of its parameter.
 
     Raises:
-        AttributeError: there is neither a module nor a parameter of this name.
+        AttributeError: the model has neither a module nor a parameter of this name.
     """
     try:
         module = model.get_submodule(name)
@@ -96,17 +96,17 @@ def find_update(model: nn.Module, name: str) -> Update | None:
 
 
 def linear_layers(updates: Mapping[str, Update]) -> dict[str, AdaptedLayer]:
-    """Return the updates as those of linear layers, for code that serves only these.
+    """Check that all updates belong to linear layers, and return them with this type.
 
     Raises:
-        ValueError: one is the update of another kind of weight.
+        ValueError: an update belongs to another kind of weight.
     """
     layers: dict[str, AdaptedLayer] = {}
     for name, update in updates.items():
         if not isinstance(update, AdaptedLayer) or not isinstance(update, nn.Linear):
             kind = type(update).__name__ if isinstance(update, AdaptedLayer) else "a parameter that a module reads"
             raise ValueError(
-                f"a pool serves adapters of linear layers, and {name} is {kind}: adapt with targets that leave it out"
+                f"a pool serves adapters of linear layers, and {name} is {kind}: exclude it when you adapt the model"
             )
         layers[name] = update
     return layers

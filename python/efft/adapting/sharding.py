@@ -1,4 +1,4 @@
-"""Models whose parameters torch's ``fully_shard`` or DeepSpeed's ZeRO-3 has spread over the processes."""
+"""Support models whose parameters torch's ``fully_shard`` or DeepSpeed's ZeRO-3 has distributed over processes."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# By what they can do, not by type: torch.distributed is not part of every build of torch, and slow to import.
+# Sharded parameters are recognized by their attributes, not by their types, because torch.distributed is missing in
+# some builds of torch and is slow to import.
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether some module of ``model`` is a unit of ``fully_shard``, or inside one."""
+    """Return whether ``model`` or a part of it is sharded by ``fully_shard``."""
     units = any(hasattr(module, "reshard") for module in model.modules())
     return units or any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
 
 
 def _is_zeros(tensor: Any) -> bool:
-    """Whether DeepSpeed's ZeRO-3 keeps this parameter, which then is empty unless its module runs."""
+    """Return whether DeepSpeed's ZeRO-3 manages this parameter, which is then empty unless its module runs."""
     return hasattr(tensor, "ds_id")
 
 
@@ -32,32 +33,33 @@ def check_whole(model: nn.Module, operation: str) -> None:
     """Check that ``model`` is not sharded, for an ``efft.operation`` that changes layers or reads all factors.
 
     Raises:
-        ValueError: it is sharded.
+        ValueError: the model is sharded.
     """
     if is_sharded(model):
         raise ValueError(
-            f"expected a whole model, this {type(model).__name__} is sharded by fully_shard, which holds its layers: "
-            f"call efft.{operation} before fully_shard (a plain model gets the factors by save_adapter, load_adapter)"
+            f"expected a whole model, this {type(model).__name__} is sharded by fully_shard, which refers to its "
+            f"layers: call efft.{operation} before fully_shard (save_adapter and load_adapter transfer the factors to "
+            "a plain model)"
         )
     check_not_zeros(model, operation)
 
 
 def check_not_zeros(model: nn.Module, operation: str) -> None:
-    """Check that ZeRO-3, which has its own copies of parameters, does not keep those of ``model``.
+    """Check that DeepSpeed's ZeRO-3, which has its own copies of parameters, does not manage those of ``model``.
 
     Raises:
-        ValueError: it does.
+        ValueError: ZeRO-3 manages the parameters.
     """
     if any(map(_is_zeros, model.parameters())):
         raise ValueError(
             f"expected a whole model, DeepSpeed's ZeRO-3 keeps the parameters of this {type(model).__name__}: call "
-            f"efft.{operation} before deepspeed.initialize (a plain model gets the factors by save_adapter, "
-            "load_adapter)"
+            f"efft.{operation} before deepspeed.initialize (save_adapter and load_adapter transfer the factors to a "
+            "plain model)"
         )
 
 
 def reshard(model: nn.Module) -> None:
-    """Shard all parameters again: a pass without backward leaves the root's whole, in memory that is then freed."""
+    """Shard all parameters again. After a pass without a backward pass, the root's parameters are still gathered."""
     module: Any
     for module in model.modules():
         if hasattr(module, "reshard"):
@@ -71,7 +73,7 @@ def architecture(model: nn.Module) -> str:
 
 
 def whole(tensor: Any) -> Tensor:
-    """Gather the tensor that a shard belongs to, in all processes at once; return any other tensor as it is."""
+    """Gather the tensor that a shard belongs to; all processes must call this. Return any other tensor unchanged."""
     if _is_zeros(tensor):
         import deepspeed
 
@@ -82,7 +84,7 @@ def whole(tensor: Any) -> Tensor:
 
 
 def copy_whole_(target: Tensor, source: Tensor) -> None:
-    """Copy ``source``, which is whole and the same in every process, into ``target``, which may be a shard."""
+    """Copy the complete tensor ``source``, which all processes have, into ``target``, which may be a shard."""
     if hasattr(target, "full_tensor"):
         from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -95,7 +97,7 @@ def once(model: nn.Module, action: Callable[[], None]) -> None:
     """Run ``action``. If ``model`` is sharded, only rank 0 runs it, and the other processes wait until it is done.
 
     Raises:
-        RuntimeError: in the other processes, if it failed in rank 0.
+        RuntimeError: raised in the other processes if ``action`` failed in rank 0.
     """
     kinds = [p.device_mesh.device_type for p in model.parameters() if hasattr(p, "device_mesh")]
     kinds += [p.device for p in model.parameters() if _is_zeros(p)]
@@ -107,7 +109,7 @@ def once(model: nn.Module, action: Callable[[], None]) -> None:
     if dist.get_rank() != 0:
         dist.all_reduce(failed)
         if failed:
-            raise RuntimeError("rank 0 failed; what it raised says why")
+            raise RuntimeError("rank 0 failed; its error message gives the reason")
         return
     try:
         action()

@@ -1,4 +1,4 @@
-"""The wrappers around a model: those of DDP, FSDP, DataParallel, DeepSpeed, torch.compile and accelerate."""
+"""Recognize wrappers around a model: those of DDP, FSDP, DataParallel, DeepSpeed, torch.compile and accelerate."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-#: Names of classes that hold the parameters that they found; not every build of torch has these classes.
+#: Names of wrappers that record the parameters of a model when they are created. Some builds of torch lack the classes.
 _HOLDERS = {"DistributedDataParallel", "FullyShardedDataParallel", "DataParallel", "DeepSpeedEngine"}
-#: Attributes in which modules keep the module that they stand for, without a name of its own.
+#: Attributes in which wrappers store the wrapped module. They are not a part of the names of the plain model.
 _TRANSPARENT = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the model inside wrappers: modules that have nothing but another module, as all those above do."""
+    """Return the model inside its wrappers. A wrapper is a module that contains nothing except another module."""
     while len(model._modules) == 1 and not model._parameters and not model._buffers:
         name, inner = next(iter(model._modules.items()))
         if inner is None or name not in ("module", *_TRANSPARENT):
@@ -30,12 +30,13 @@ def plain_name(name: str) -> str:
 
 
 def check_unwrapped(model: nn.Module, operation: str) -> None:
-    """Check that no wrapper holds the parameters of ``model`` yet, for an ``efft.operation`` that adds some.
+    """Check that no wrapper has recorded the parameters of ``model``, for an ``efft.operation`` that adds parameters.
 
-    The gradients of factors that a wrapper does not know are not averaged: every process would train its own.
+    A wrapper does not average the gradients of factors that it does not know. Every process would then train its own
+    factors.
 
     Raises:
-        ValueError: a wrapper holds them.
+        ValueError: a wrapper has recorded the parameters.
     """
     within = next((module for module in model.modules() if _is_holder(module)), None)
     around = None if within is not None else _around(model)
@@ -46,7 +47,7 @@ def check_unwrapped(model: nn.Module, operation: str) -> None:
     got = f"this {type(model).__name__} " + ("contains" if within is not None else "is inside") + f" a {kind}"
     raise ValueError(
         f"expected a plain model, {f'got a {kind}' if holder is model else got}, which would not know the factors, so "
-        f"that every process trained its own: call efft.{operation} on the plain model, then wrap it"
+        f"that every process would train its own: call efft.{operation} on the plain model, then wrap it"
     )
 
 
@@ -55,16 +56,17 @@ def _is_holder(module: nn.Module) -> bool:
 
 
 def _around(model: nn.Module) -> nn.Module | None:
-    """Return a wrapper that holds ``model``, without those that are not in use any more."""
+    """Return a wrapper that holds ``model`` and is still in use, or None."""
     if next((True for holder in _holders() if _holds(holder, model)), False):
         gc.collect()
     return next((holder for holder in _holders() if _holds(holder, model)), None)
 
 
 def _holders() -> Iterator[nn.Module]:
-    """Yield the wrappers that live in this process.
+    """Yield the wrappers that exist in this process.
 
-    A module does not know what wraps it, so this goes through all objects, if processes work together at all.
+    A module does not know its wrappers, so this function searches all objects. It searches only if torch.distributed is
+    initialized, because otherwise no process shares its work with others.
     """
     distributed = torch.distributed
     if not distributed.is_available() or not distributed.is_initialized():

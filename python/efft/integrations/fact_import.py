@@ -17,7 +17,7 @@ from efft.saving.io import check_numbers, head_tensors, misfits
 _U, _V, _K, _P = "FacTu.weight", "FacTv.weight", "FacTc", "FacTp"  # [r, d], [d, r]; Tucker: [r, r, r], [r, 12 blocks]
 
 _ATTENTION = ("q", "k", "v", "proj")
-#: The four attention matrices of a block. In addition, fc1 and fc2 consist of four matrices each.
+#: Number of matrices per block: four of the attention, and four each of fc1 and fc2.
 _MATRICES = 12
 
 
@@ -34,8 +34,8 @@ def import_fact(model: nn.Module, tensors: Mapping[str, Tensor], scale: float) -
             adapted.
         tensors: content of the checkpoint, from ``torch.load(path, weights_only=True)``. This library does not read
             pickles.
-        scale: the scale s, which the checkpoint does not contain. It is ``scale`` in the configuration of the task in
-            the authors' code, or in the command.
+        scale: the scale s, which the checkpoint does not contain. In the authors' code it is the value of
+            ``scale`` in the configuration of the task or in the command.
 
     Returns:
         The same ``model``.

@@ -1,4 +1,8 @@
-"""Export adapters exactly as LoRA checkpoints of ``peft``, with ``A = Dᵀ``, ``B = Gᵀ`` and scaling 1."""
+"""Export adapters exactly as LoRA checkpoints of ``peft``.
+
+Each layer gets the factors ``A = Dᵀ`` and ``B = Gᵀ`` with a scaling of 1. For parameters that are stored transposed,
+the two are exchanged: ``A = G`` and ``B = D`` (:func:`_pair_of_parameter` describes the exception).
+"""
 
 from __future__ import annotations
 
@@ -39,28 +43,39 @@ _MERGE = "merge the update instead (efft.merged_state_dict)"
 def export_lora(model: nn.Module, folder: str | os.PathLike[str], base_model: str | None = None) -> Path:
     """Write the update and the head of an adapted model as a LoRA checkpoint, for programs that read ``peft`` files.
 
-    Nothing is approximated: the update of a layer is ``D G`` of rank r, so ``lora_A [r, in_features]`` is ``Dᵀ`` and
-    ``lora_B [out_features, r]`` is ``Gᵀ`` with s inside, both in the factors' dtype; ``lora_alpha = r`` makes peft's
-    scaling 1. The file is larger than the adapter's own, because LoRA shares nothing between layers.
-    ``peft.PeftModel.from_pretrained(base, folder)`` loads it, without this library. Weights that are not layers, such
-    as the experts of a mixture, are in its ``target_parameters``, and every expert has its own factors there. Modules
-    whose buffers training changed, such as batch norms, are written whole, like the head, and so are trained
-    normalization layers. Trained biases are written as with ``bias="all"`` or ``"lora_only"`` of peft, which puts them
-    into the base that it loads the checkpoint onto.
+    The export is exact. The update of a layer is ``D G`` with rank r. ``lora_A [r, in_features]`` is ``Dᵀ``, and
+    ``lora_B [out_features, r]`` is ``Gᵀ``, which includes the scale s. Both have the dtype of the factors. peft's
+    scaling is 1, because ``lora_alpha`` is r. The file is larger than the file of the adapter, because LoRA shares no
+    factors between layers. ``peft.PeftModel.from_pretrained(base, folder)`` loads the checkpoint without this library.
+
+    - Weights that do not belong to a layer, such as the experts of a mixture, are listed in ``target_parameters``.
+      Every expert has its own factors there.
+    - Modules whose buffers have changed in training (such as batch norms) and trained normalization layers are written
+      as a whole, like the head.
+    - Trained biases are written as by peft with ``bias="all"`` or ``"lora_only"``. When peft loads the checkpoint, it
+      replaces the biases of the base model.
 
     Args:
         model: adapted by :func:`efft.apply`; it may be merged.
         folder: folder for the checkpoint, which is created if needed. An existing LoRA checkpoint is replaced. If the
-            process is killed during the export, the folder has no configuration and cannot be loaded.
-        base_model: name or path of the base to record; by default that from which a model of transformers was loaded.
+            process is killed before it starts to replace files, the old checkpoint remains. If it is killed while it
+            replaces files, the folder has no configuration and cannot be loaded.
+        base_model: name or path of the base model that the checkpoint records. By default it is the name from which
+            transformers loaded the model, if there is one.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: the model is not adapted, is adapted by a method that does not update weights, or is sharded;
-            ``folder`` holds an adapter of another method; a layer does not compute with its stored weight; peft would
-            interpret the names of layers and head differently; or a bias was trained that peft does not know.
+        ValueError: the model cannot be exported, or ``folder`` holds an adapter of another method. The message gives
+            the reason. A model cannot be exported if
+
+            - it is not adapted, is adapted by a method that does not update weights, or is sharded,
+            - a layer does not compute with its stored weight, or the parent of a layer reads the weight itself,
+            - it has an adapted grouped convolution, or an adapted parameter that is neither a matrix nor experts,
+            - buffers have changed in a module that has adapted layers inside,
+            - a trained bias is not called ``bias``, or
+            - peft would adapt or train other modules than those of the adapter, because of their names.
     """
     model = unwrap(model)
     adapter, folder = adapter_of(model), Path(folder)
@@ -90,20 +105,20 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], base_model: st
 
 
 def _changed_modules(model: nn.Module, adapter: Adapter, layers: Mapping[str, AdaptedWeight]) -> list[str]:
-    """Return the modules outside the head with buffers that training changed: peft stores modules, not buffers."""
+    """Return the modules outside the head whose buffers have changed. peft can only store buffers with their module."""
     changed = buffers.changed(model, adapter.head, adapter._base_buffers)
     modules = dict.fromkeys(name.rpartition(".")[0] for name in changed)
     for name in modules:
         if not name or any(f"{layer}.".startswith(f"{name}.") for layer in layers):
             raise ValueError(
                 f"training changed buffers of {name or 'the model itself'}, which has adapted layers inside, and a "
-                "LoRA checkpoint has no place for them; merge the update instead (efft.merged_state_dict)"
+                "LoRA checkpoint cannot store such buffers; merge the update instead (efft.merged_state_dict)"
             )
     return list(modules)
 
 
 def _split_extras(model: nn.Module, adapter: Adapter, whole: list[str]) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the trained biases by name, and the modules to store whole since more of them is trained than a bias."""
+    """Return the trained biases by name, and the names of the normalization layers to store as a whole."""
     trained = extras.parameters_of(model, adapter.extras)
     others = [name for name in trained if name.rpartition(".")[2] != "bias"]
     norms = list(dict.fromkeys(name.rpartition(".")[0] for name in others))
@@ -118,7 +133,7 @@ def _split_extras(model: nn.Module, adapter: Adapter, whole: list[str]) -> tuple
 
 
 def _name_of_bias(model: nn.Module, name: str) -> str:
-    """Return the name of a bias inside of the layers that peft puts around the module that has it."""
+    """Return the name that a bias has after peft has wrapped the module that owns the bias."""
     owner = name.rpartition(".")[0]
     depth = len(adapted_weights_of(model.get_submodule(owner)))
     return ".".join([owner, *["base_layer"] * depth, "bias"])
@@ -127,8 +142,8 @@ def _name_of_bias(model: nn.Module, name: str) -> str:
 def _saved_by_peft(model: nn.Module, head: list[str], layers: Mapping[str, AdaptedWeight]) -> list[str]:
     """Return the modules to store as peft's ``modules_to_save``.
 
-    Lists are replaced by the modules that they hold. Modules whose names end like those of others are added, because
-    peft takes them for these and would miss them in the file.
+    A list of modules is replaced by its members. peft also treats every module as saved whose name ends with the name
+    of a saved module, and would miss its tensors in the file. Such modules are therefore added.
     """
     names: list[str] = []
     for name in head:
@@ -138,20 +153,20 @@ def _saved_by_peft(model: nn.Module, head: list[str], layers: Mapping[str, Adapt
         else:
             names.append(name)
     for name in map(plain_name, dict(model.named_modules()) if layers else ()):
-        inside = any(f"{other}.".startswith(f"{name}.") for other in layers)  # _check_names refuses these
+        inside = any(f"{other}.".startswith(f"{name}.") for other in layers)  # _check_names raises an error for these
         if not inside and name.endswith(tuple(names)) and not any(f"{name}.".startswith(f"{n}.") for n in names):
             names.append(name)
     return names
 
 
 def _pair(name: str, layer: AdaptedWeight, D: Tensor, G: Tensor) -> dict[str, Tensor]:
-    """Return peft's ``lora_A`` and ``lora_B``, by its names, for D [in_features, r] and G [r, out_features]."""
+    """Return the tensors ``lora_A`` and ``lora_B`` of peft by name, from D [in_features, r] and G [r, out_features]."""
     if isinstance(layer, AdaptedParameter):
         return _pair_of_parameter(name, layer, D, G)
     A, B = D.t(), G.t()
     if isinstance(layer, nn.Embedding):
         return {f"{name}.lora_embedding_A": A, f"{name}.lora_embedding_B": B}
-    if isinstance(layer, nn.modules.conv._ConvNd):  # peft has a kernel of this shape and a 1 x 1 kernel
+    if isinstance(layer, nn.modules.conv._ConvNd):  # peft's A is a kernel of this size, and B is a 1 x 1 kernel
         if layer.groups > 1:
             raise ValueError(f"{name} is a grouped convolution, for which peft has no such update; {_MERGE}")
         A, B = A.unflatten(1, layer.weight.shape[1:]), B[(..., *[None] * (layer.weight.dim() - 2))]
@@ -159,13 +174,14 @@ def _pair(name: str, layer: AdaptedWeight, D: Tensor, G: Tensor) -> dict[str, Te
 
 
 def _pair_of_parameter(name: str, layer: AdaptedParameter, D: Tensor, G: Tensor) -> dict[str, Tensor]:
-    """Return A and B of one of peft's ``target_parameters``.
+    """Return ``lora_A`` and ``lora_B`` of a parameter that peft lists in ``target_parameters``.
 
-    A belongs to the last dimension or, for experts whose module sets ``is_transposed``, to the one before.
+    A acts on the last dimension of the parameter. If the module of experts sets ``is_transposed``, A acts on the second
+    to last dimension instead.
     """
     owner, _, parameter = name.rpartition(".")
     turned = layer.view in ("transposed", EXPERT_VIEWS[True])
-    if isinstance(layer, ExpertWeight):  # peft has factors for each expert: those of A are stacked
+    if isinstance(layer, ExpertWeight):  # peft has own factors for each expert, so A is repeated
         inside, outside = D.t().expand(len(G), -1, -1), G.transpose(1, 2)  # [experts, r, d_in], [experts, d_out, r]
         if turned and not getattr(layer.module, "is_transposed", False):
             inside, outside = outside.transpose(1, 2), inside.transpose(1, 2)
@@ -174,9 +190,9 @@ def _pair_of_parameter(name: str, layer: AdaptedParameter, D: Tensor, G: Tensor)
         A, B = (G, D) if turned else (D.t(), G.t())
     else:
         raise ValueError(
-            f"{name} has {layer.stored.dim()} dimensions, and peft does not take it for a matrix; {_MERGE}"
+            f"{name} has {layer.stored.dim()} dimensions, and peft can adapt only matrices and experts; {_MERGE}"
         )
-    # peft nests its wrappers: that of the module's first parameter is the innermost.
+    # peft nests its wrappers. The wrapper of the module's first parameter is the innermost one.
     adapted = cast(Any, layer.module).adapted_parameters
     order = [n for n in layer.module._parameters if n in adapted]
     depth = len(order) - 1 - order.index(parameter)
@@ -187,9 +203,10 @@ def _pair_of_parameter(name: str, layer: AdaptedParameter, D: Tensor, G: Tensor)
 def _config(
     ranks: dict[str, int], parameters: list[str], head: list[str], bias: str, base_model: str | None
 ) -> dict[str, Any]:
-    """Return the settings of peft's ``LoraConfig``. Fields that are missing have their defaults."""
+    """Return the settings of peft's ``LoraConfig``, without the fields that keep their defaults."""
     (usual, _), *_ = Counter(ranks.values()).most_common(1)
-    # peft takes the first key that a layer's name ends with: longer names go first, also those of the usual rank.
+    # peft uses the first key with which the name of a layer ends. Longer names must therefore come first, and names of
+    # layers with the usual rank must not be left out.
     longest_first = dict(sorted(ranks.items(), key=lambda item: -len(item[0])))
     others = longest_first if len(set(ranks.values())) > 1 else {}
     return {
@@ -209,9 +226,9 @@ def _config(
 
 
 def _check_names(model: nn.Module, layers: Mapping[str, AdaptedWeight], head: list[str]) -> None:
-    """Raise ValueError if peft would adapt or train other modules.
+    """Raise ValueError if peft would adapt or train other modules than the adapter does.
 
-    peft adapts a shared layer only once, and it trains every module whose name *ends* with the name of a head module.
+    peft adapts a shared layer only once. It trains every module whose name *ends* with the name of a head module.
     """
     names: dict[Any, str] = {}
     for name, layer in layers.items():
@@ -222,47 +239,50 @@ def _check_names(model: nn.Module, layers: Mapping[str, AdaptedWeight], head: li
     for name, layer in layers.items():
         if isinstance(layer, AdaptedLayer) and layer.read:
             raise ValueError(
-                f"the module around {name} reads its weight, and would not read the update of peft's layer; {_MERGE}"
+                f"the module around {name} reads its weight, and would miss an update in a layer of peft; {_MERGE}"
             )
         if not isinstance(layer, AdaptedParameter):
             continue
         inside = [other for other in layers if other.startswith(f"{names[layer.module]}.") and other in names.values()]
         if isinstance(layer.module, nn.MultiheadAttention) or inside:
             raise ValueError(
-                f"{name} is a parameter of a {type(layer.module).__name__} that "
-                f"{f'has {inside[0]} inside' if inside else 'reads more of itself'}, which peft does not wrap; {_MERGE}"
+                f"{name} is a parameter of a {type(layer.module).__name__}, which peft does not wrap, because it "
+                f"{f'contains the adapted layer {inside[0]}' if inside else 'reads its own weights'}; {_MERGE}"
             )
     experts = [n for n, module in model.named_modules() if "gate_up_proj" in module._parameters]
     former = [n for n in layers if experts and n.rpartition(".")[2] in _OF_FORMER_EXPERTS and n in names.values()]
     if former:
         raise ValueError(
-            f"peft would take {former[0]} for a part of {experts[0]}, where layers of that name were in checkpoints of "
-            f"transformers 4, and not adapt it; {_MERGE}"
+            f"peft would not adapt {former[0]}, because it would treat the layer as a part of {experts[0]}, where "
+            f"transformers 4 had layers of that name; {_MERGE}"
         )
     parameters = [name for name, layer in layers.items() if isinstance(layer, AdaptedParameter)]
     for name in map(plain_name, dict(model.named_parameters()) if parameters else ()):
         of = next((parameter for parameter in parameters if name.endswith(f".{parameter}")), None)
         if of is not None:
-            raise ValueError(f"peft would adapt {name} too, since its name ends like {of}'s; {_MERGE}")
+            raise ValueError(f"peft would adapt {name} too, because its name ends with {of}; {_MERGE}")
     for full, module in model.named_modules(remove_duplicate=False):
         name = plain_name(full)
         if names.get(module, name) != name:
             raise ValueError(f"{names[module]} and {name} are one layer, and peft would adapt only the first; {_MERGE}")
         of = next((layer for layer in layers if name.endswith(f".{layer}")), None)
         if of is not None and name not in layers:
-            raise ValueError(f"peft would adapt {name} too, since its name ends like {of}'s; {_MERGE}")
+            raise ValueError(f"peft would adapt {name} too, because its name ends with {of}; {_MERGE}")
         ends = [h for h in head if name.endswith(h) and name not in head]
         if ends and any(f"{layer}.".startswith(f"{name}.") for layer in layers):
             raise ValueError(
-                f"peft would take {name} for the head {ends[0]!r}, since its name ends so, and not adapt it; {_MERGE}"
+                f"peft would not adapt {name}, because it would treat the layer as the head {ends[0]!r}, with "
+                f"which its name ends; {_MERGE}"
             )
 
 
 def _check_replaceable(path: Path) -> None:
-    """Raise ValueError if ``path`` belongs to an adapter of another method, as that the checkpoint comes from."""
+    """Raise ValueError if ``path`` is the configuration of an adapter of another method than LoRA."""
     try:
         method = read_json(path).get("peft_type", "EFFT") if path.exists() else "LORA"
     except (ValueError, AttributeError):
         method = "unknown"
     if method != "LORA":
-        raise ValueError(f"{path.parent} holds an adapter of method {method}, expected an empty folder or one of LORA")
+        raise ValueError(
+            f"{path.parent} holds an adapter of method {method}, expected an empty folder or a LoRA checkpoint"
+        )

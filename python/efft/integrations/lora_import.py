@@ -1,4 +1,4 @@
-"""Import LoRA checkpoints of ``peft`` exactly, with ``A = lora_Aᵀ`` and ``B = lora_Bᵀ`` for every layer."""
+"""Import LoRA checkpoints of ``peft`` exactly. Every layer gets ``A = lora_Aᵀ`` and ``B = lora_Bᵀ``."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _ASIDE = {
 }
 #: Settings that the import supports. No other setting may be set.
 _READ = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save"}
-#: What peft calls the biases that are trained.
+#: For each value of ``bias`` in peft, the value of ``bias`` in :class:`LoRAConfig`.
 _BIASES: dict[str | None, Literal["none", "all", "adapted"]] = {
     None: "none",
     "none": "none",
@@ -59,15 +59,17 @@ _SIMPLE: dict[str, tuple[Any, ...]] = {
 def import_lora(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     """Adapt ``model`` by LoRA (:class:`efft.methods.LoRAConfig`) with the factors and heads of peft's checkpoint.
 
-    Nothing is approximated. The factors of a layer whose rank is lower than that of others are padded with zeros, which
-    stay zero in training because their gradients are zero. The scale s is lora_alpha / r (or / √r with ``use_rslora``);
-    if layers differ in it, s is 1 and B includes it. ``modules_to_save`` become the head. Biases that were trained
-    (``bias="all"`` or ``"lora_only"``) are trained here too. Dropout of activations is not imported. The result is like
-    any model that :func:`efft.apply` adapted: you can train, save and merge it, or add it to a pool.
+    The import is exact. If layers have different ranks, the factors of lower rank are padded with zeros, which stay
+    zero in training because their gradients are zero. The scale s is lora_alpha / r, or lora_alpha / √r with
+    ``use_rslora``. If layers have different scales, s is 1 and B includes the scale of each layer. The modules in
+    ``modules_to_save`` become the head. Biases that were trained (``bias="all"`` or ``"lora_only"``) are trained here
+    too. Dropout of activations is not imported. The result is like any model that :func:`efft.apply` has adapted: you
+    can train, save and merge it, or add it to a pool.
 
     Args:
-        model: the base that the checkpoint was trained on, with the same names of layers, not adapted.
-        folder: with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        model: the base model on which the checkpoint was trained, with the same names of layers. It must not be
+            adapted.
+        folder: contains ``adapter_config.json`` and ``adapter_model.safetensors``.
 
     Returns:
         The same ``model``.
@@ -75,8 +77,8 @@ def import_lora(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     Raises:
         FileNotFoundError: there is no checkpoint in ``folder``.
         ValueError: a file is damaged or is not a LoRA checkpoint; the settings are not those of a plain LoRA (DoRA,
-            a changed base, ...); the model lacks layers or heads, or has them in other sizes; or it is adapted.
-            The model is then unchanged.
+            a changed base, ...); layers or heads of the checkpoint are missing in the model or have other sizes there;
+            or the model is already adapted. The model is then unchanged.
     """
     folder = Path(folder)
     check_plain(model)
@@ -89,7 +91,7 @@ def import_lora(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     tensors = _without_copies(read_tensors(folder / WEIGHTS, content))
     try:
         config, plan, shapes = _make_plan(model, settings, tensors)
-    except (ValueError, RuntimeError) as error:  # RuntimeError: sizes that no storage has
+    except (ValueError, RuntimeError) as error:  # RuntimeError: no tensor can have these sizes
         raise ValueError(_does_not_fit(folder, model, f" {error}")) from None
     problems = [problem for kind in misfits(tensors, shapes) for problem in kind]
     pairs = {} if problems else _pairs(settings, config, plan, tensors)
@@ -112,8 +114,11 @@ def import_lora(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
 
 
 def _without_copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Leave out what peft writes twice with ``bias="all"``: the biases of modules that it stores whole, by the names
-    that they have inside of its wrapper."""
+    """Return the tensors without copies of biases.
+
+    With ``bias="all"``, peft writes the biases of modules that it stores as a whole twice: once with the module, and
+    once under the names that the biases have inside its wrapper.
+    """
     copies = ("modules_to_save.bias", "original_module.bias")
     return {
         name: tensor
@@ -123,7 +128,7 @@ def _without_copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _in_peft(name: str, plan: Plan) -> str:
-    """Return the name of a bias inside of the layer that peft puts around an adapted one."""
+    """Return the name of a bias in the checkpoint. It differs from ``name`` if peft has wrapped the layer."""
     owner, _, own = name.rpartition(".")
     return f"{owner}.base_layer.{own}" if owner in plan.weights else name
 
@@ -131,7 +136,7 @@ def _in_peft(name: str, plan: Plan) -> str:
 def _pairs(
     settings: _Settings, config: LoRAConfig, plan: Plan, tensors: dict[str, Tensor]
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return A ``[d_in, r]`` and B ``[r, d_out]`` of every layer. B includes the scaling, unless that is s."""
+    """Return A ``[d_in, r]`` and B ``[r, d_out]`` of every layer. If the layer's scale is not s, B includes it."""
     pairs = {}
     for name in (name for group in plan.groups for name in group.sites):
         A, B = (tensors[f"{PREFIX}{name}.lora_{side}.weight"].flatten(1).t() for side in "AB")
@@ -142,11 +147,12 @@ def _pairs(
 
 @dataclass(frozen=True)
 class _Settings:
-    """The settings that matter for the numbers of a checkpoint.
+    """Hold the settings that affect the imported numbers.
 
     Attributes:
-        rank, alpha: rank and lora_alpha by the name of a layer.
-        rooted: whether lora_alpha is divided by the root of the rank.
+        rank, alpha: functions that return rank and lora_alpha of the layer with a name.
+        rooted: whether lora_alpha is divided by the square root of the rank.
+        bias: the trained biases, as in :class:`LoRAConfig`.
         ends: endings of the names of heads.
         largest_rank: the largest rank of all layers.
     """
@@ -177,16 +183,16 @@ def _settings(path: Path, values: Any) -> _Settings:
 
     if not isinstance(values, dict) or values.get("peft_type") != "LORA":
         raise ValueError(
-            f"{path} is not the configuration of a LoRA checkpoint of peft: expected 'peft_type' to be 'LORA' (what "
-            "efft.save_adapter wrote is for efft.load_adapter)"
+            f"{path} is not the configuration of a LoRA checkpoint of peft: expected 'peft_type' to be 'LORA' "
+            "(efft.load_adapter reads the files of efft.save_adapter)"
         )
     odd = {name: value for name, value in values.items() if value and name not in _ASIDE | _READ | set(_SIMPLE)}
     odd |= {n: values[n] for n, simple in _SIMPLE.items() if n in values and values[n] not in simple}
     if odd:
         settings = ", ".join(f"{quote(name)}: {quote(value)}" for name, value in odd.items())
         raise ValueError(
-            f"{path} has settings beyond those of a plain LoRA, which is all that can be imported: {settings}; let "
-            "peft merge the checkpoint into the base (merge_and_unload), or convert it to a plain one"
+            f"{path} has settings beyond those of a plain LoRA, and only a plain LoRA can be imported: {settings}; let "
+            "peft merge the checkpoint into the base (merge_and_unload), or convert it to a plain LoRA"
         )
     values = {"r": 8, "lora_alpha": 8, **values}  # the defaults of peft
     check(is_size(values["r"]), "r", "an integer from 1 to 65536")
@@ -231,7 +237,7 @@ def _make_plan(
     )
     plan = make_plan(model, config)
     more = {name for group in plan.groups for name in group.sites} - set(layers)
-    if more:  # a name also matches names that end with it
+    if more:  # a target also selects layers whose names end with it
         config = dataclasses.replace(config, exclude=[f"^{re.escape(name)}$" for name in sorted(more)])
         plan = make_plan(model, config)
     shapes: dict[str, tuple[int, ...]] = {}
@@ -248,7 +254,7 @@ def _make_plan(
 
 
 def _heads(model: nn.Module, ends: tuple[str, ...], tensors: dict[str, Tensor]) -> list[str]:
-    """Return the modules with these name endings. A checkpoint contains all their parameters."""
+    """Return the names of the heads: modules whose names have these endings and that the checkpoint has tensors of."""
     heads: list[str] = []
     for name, _ in model.named_modules():
         inside = any(name.startswith(f"{head}.") for head in heads)

@@ -13,27 +13,29 @@ from efft.planning.extras import EXTRAS_OF_ANY_MODEL, Extras, find_extras
 from efft.planning.structure import structure_of
 from efft.planning.targets import select
 
-#: Biases and norms are trained if this rank or a higher one fits beside them. In experiments with a ViT-S a layer's own
-#: parameters gained more than ranks above this one.
+#: Biases and norms are trained only if the budget also allows at least this rank. In experiments with a ViT-S, training
+#: biases and norms improved accuracy more than raising the rank above this value.
 LEAST_RANK_BESIDE_EXTRAS = 4
 
 
 def fit_budget(kind: Callable[..., AdapterConfig], model: nn.Module, budget: int, fields: Mapping[str, Any]) -> Any:
-    """Return the configuration with the highest rank whose factors, biases and norms fit a number of parameters.
+    """Return a configuration whose factors, trained biases and trained norms have at most ``budget`` parameters.
 
-    If ``fields`` do not say what is trained beside the factors, all biases and norms that the model has are, provided
-    that rank :data:`LEAST_RANK_BESIDE_EXTRAS` fits beside them. The head is not counted.
+    The rank is the highest that the budget allows. If ``fields`` contain neither ``bias`` nor ``norms``, all biases and
+    norms of the model are trained if the budget also allows rank :data:`LEAST_RANK_BESIDE_EXTRAS`, and otherwise none.
+    The head is not counted.
 
     Args:
-        kind: the class of the configuration, with the fields rank, bias and norms, and groups with ``d_in`` and
+        kind: the class of the configuration, which has the fields rank, bias and norms. Its groups have ``d_in`` and
             ``d_out``.
         model: the model to adapt; it may be on the meta device.
         budget: the largest number of parameters.
-        fields: fields of the configuration, all but ``rank``.
+        fields: fields of the configuration, except ``rank``.
 
     Raises:
-        ValueError: no rank fits, and the error says the least number of parameters; ``budget`` is not a positive
-            integer; ``fields`` have a rank; or as :func:`efft.inspect`.
+        ValueError: ``budget`` is not a positive integer, ``fields`` contain a rank, or no rank fits (the message then
+            gives the least possible number of parameters). Invalid fields raise the same errors as in
+            :func:`efft.inspect`.
     """
     if not is_size(budget, 2**63):
         raise ValueError(f"budget must be a positive number of parameters, got {quote(budget)}")
@@ -59,7 +61,7 @@ def fit_budget(kind: Callable[..., AdapterConfig], model: nn.Module, budget: int
     if not {"bias", "norms"} & fields.keys():
         wanted = {EXTRAS_OF_ANY_MODEL: LEAST_RANK_BESIDE_EXTRAS} | wanted
     for extras, least_rank in wanted.items():
-        low, high = 0, widest + 1  # the first fits, the last does not
+        low, high = 0, widest + 1  # sentinels: every rank up to low fits, and no rank from high on does
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if count(middle, extras) <= budget else (low, middle)
@@ -67,5 +69,5 @@ def fit_budget(kind: Callable[..., AdapterConfig], model: nn.Module, budget: int
             return config(low, extras)
     raise ValueError(
         f"a budget of {budget:,} parameters is too small for this {type(model).__name__}: rank 1 needs "
-        f"{count(1, plain.extras):,} (head apart); raise the budget, or adapt fewer weights (targets, exclude)"
+        f"{count(1, plain.extras):,} (excluding the head); raise the budget, or adapt fewer weights (targets, exclude)"
     )

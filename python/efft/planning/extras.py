@@ -31,7 +31,7 @@ class Extras(NamedTuple):
         return self._asdict()
 
     def describe(self) -> str:
-        """Return ", biases ..., norms" for the end of a line of settings, or an empty text if none are trained."""
+        """Return the end of a line of settings, such as ", biases all, norms", or "" if none are trained."""
         return ("" if self.bias == "none" else f", biases {self.bias}") + (", norms" if self.norms else "")
 
 
@@ -102,7 +102,7 @@ def known_extras(
     """Return the parameters with the given names from an adapter file, with their number of entries.
 
     Raises:
-        ValueError: the model lacks one of them, or it is adapted, a part of the head, or cannot be trained.
+        ValueError: a parameter is missing in the model, is adapted, is a part of the head, or cannot be trained.
     """
     names = list(names)
     own = dict(model.named_parameters(remove_duplicate=False)) if names else {}
@@ -111,19 +111,20 @@ def known_extras(
     found: dict[str, int] = {}
     for name in names:
         if name not in own:
-            raise ValueError(f"it has no parameter {name!r}, which the adapter has a value for")
+            raise ValueError(f"it has no parameter {name!r}, for which the adapter has a value")
         if id(own[name]) in apart:
-            raise ValueError(f"{name!r} is among the biases and norms of the adapter, and adapted or in the head too")
+            raise ValueError(f"{name!r} is a bias or norm of the adapter, but it is adapted or in the head too")
         _check_trainable(name, own[name])
         found[name] = own[name].numel()
     return found
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a normalization layer with parameters.
+    """Return whether a module is a normalization layer with parameters.
 
-    It is if it is one of torch's, or if its class is derived from ``nn.Module`` directly and it has a weight of one
-    dimension, no parameter of more dimensions and no module inside, as the RMS norms of language models.
+    All normalization layers of torch are recognized. Another module, such as the RMS norm of a language model, is
+    recognized if it is derived from ``nn.Module`` but from no other module class of torch, if it has a plain
+    floating-point ``weight``, if all its parameters have exactly one dimension, and if it has no submodules.
     """
     own = [p for p in module._parameters.values() if p is not None]
     if isinstance(module, NORMS):
@@ -156,8 +157,8 @@ def _biases_of(model: nn.Module, weights: Mapping[str, Weight]) -> set[int]:
 def _check_trainable(name: str, parameter: Tensor) -> None:
     reason = None
     if is_lazy(parameter):
-        reason = "its shape is not known before the model's first call: run the model once first"
+        reason = "its shape is unknown until the model has run once; run the model first"
     elif not is_plain(parameter) or not parameter.is_floating_point():
-        reason = f"it is a {type(parameter).__name__} of {parameter.dtype}: leave it out when you quantize"
+        reason = f"it is a {type(parameter).__name__} of {parameter.dtype}; exclude it when you quantize the model"
     if reason is not None:
-        raise ValueError(f"{name} is to be trained (bias, norms), but {reason}, or use bias='none' and norms=False")
+        raise ValueError(f"the setting bias or norms cannot train {name}: {reason}, or use bias='none' and norms=False")

@@ -1,4 +1,4 @@
-"""Hold many adapters in memory for one frozen model: use one adapter, a mix, or a different one per sample."""
+"""Hold many adapters in memory for one frozen model. Use one adapter, a weighted mix, or another one per sample."""
 
 from __future__ import annotations
 
@@ -38,21 +38,24 @@ _Parts = dict[str, tuple[Tensor, Tensor | None]]  # layer -> (D, G) or (weight, 
 
 
 class AdapterPool:
-    """Named adapters of one model, for inference.
+    """Hold named adapters of one model for inference.
 
     Outside of :meth:`use`, the model computes the outputs of the base model. A layer is replaced when the first adapter
-    that changes the layer is added. Names in the state dict do not change. The pool keeps the composed operands of each
-    adapter, in the dtype of
-    the weights: D ``[n, in_features, r]`` and G ``[n, r, out_features]`` of a layer, stacked for all adapters. Layers
-    share a stack if they share the operand in every adapter (as they do with EFFT's D). Lower ranks are padded with
-    zeros to the largest. The linear layers of a head are kept whole, and so are biases and norms that were trained.
-    These all samples of a batch share, so an adapter that has some can be used and mixed, but not for single samples of
-    a batch.
+    that changes the layer is added. Names in the state dict do not change.
 
-    Adding and removing adapters changes the stacks in place, and compiled code therefore stays valid. New stacks are
-    needed if the capacity is exceeded (it is then doubled), for a higher rank, and for an adapter with other layers or
-    other sharing. :meth:`fixed_batch` is for CUDA graphs. Threads may use different adapters at the same time, while
-    others add and remove adapters.
+    The pool stores the composed operands of each adapter in the dtype of the weights. For each layer it stacks the
+    operands of all adapters: D ``[n, in_features, r]`` and G ``[n, r, out_features]``. Layers share a stack if they
+    share the operand in every adapter (as they do with EFFT's D). Lower ranks are padded with zeros to the highest
+    rank. For the linear layers of a head, the pool stores weight and bias.
+
+    The pool also stores trained biases and norms. All samples of a batch must use the same values of these parameters.
+    An adapter with trained biases or norms can therefore be used alone or in a mix, but not for single samples of a
+    batch.
+
+    Adding and removing adapters changes the stacks in place, so that compiled code stays valid. The stacks are created
+    again if the capacity is exceeded (it is then doubled), and if a new adapter has a higher rank, other layers or
+    other sharing. To replay a CUDA graph with other adapters, use :meth:`fixed_batch`. Threads may use different
+    adapters at the same time, while other threads add and remove adapters.
 
     Args:
         model: a model that is not adapted, on its final device and in its final dtype. Compile it after adding the
@@ -63,7 +66,7 @@ class AdapterPool:
         model: the same model.
 
     Raises:
-        ValueError: the model is adapted, compiled or in a pool already, or ``capacity`` is less than 1.
+        ValueError: the model is already adapted, compiled or in a pool, or ``capacity`` is less than 1.
     """
 
     def __init__(self, model: nn.Module, capacity: int = 8) -> None:
@@ -84,35 +87,35 @@ class AdapterPool:
             functools.partial(check_batch, self._selected, self._learn_layouts), prepend=True, with_kwargs=True
         )
         self._layouts: dict[str, Layouts] | None = None
-        self._attempts = 3  # to find them
-        self._changing = threading.RLock()  # adapters are added one at a time; users need not wait
+        self._attempts = 3  # remaining attempts to find the layouts
+        self._changing = threading.RLock()  # adapters are added one at a time, but calls of the model do not wait
         self._lock = threading.RLock()
-        self._rows = capacity + 1  # row 0 is the base
+        self._rows = capacity + 1  # row 0 belongs to the base
         self._slots: dict[str, int] = {}
         self._in_use: Counter[str] = Counter()
-        self._fixed: dict[FixedBatch, list[str]] = {}  # the adapters of each
+        self._fixed: dict[FixedBatch, list[str]] = {}  # fixed batch -> the names of its adapters
         self._layers: dict[str, PooledLinear] = {}
         self._originals: dict[str, nn.Linear] = {}
         self._stacks: dict[Place, Tensor] = {}
-        self._trained: dict[str, list[str]] = {}  # the biases and norms of each adapter that has some
-        self._extras: dict[str, Tensor] = {}  # their values, by the name of the parameter
-        self._readers: dict[str, nn.Module] = {}  # the modules that read these
+        self._trained: dict[str, list[str]] = {}  # adapter -> its trained biases and norms
+        self._extras: dict[str, Tensor] = {}  # stacks of their values, by the name of the parameter
+        self._readers: dict[str, nn.Module] = {}  # the modules that own these parameters
 
     @property
     def names(self) -> list[str]:
-        """Names of the adapters, in the order in which they were added."""
+        """The names of the adapters, in the order in which they were added."""
         return list(self._slots)
 
     @property
     def bytes_per_adapter(self) -> int:
-        """Memory for each adapter in bytes, including its head."""
+        """The memory that each adapter needs, in bytes, including its head."""
         stacks = {id(stack): stack for stack in (*self._stacks.values(), *self._extras.values())}
         return sum(stack[0].numel() * stack.element_size() for stack in stacks.values())
 
     def load(self, name: str, folder: str | os.PathLike[str], strict: bool = True) -> None:
         """Add the adapter that :func:`efft.save_adapter` wrote to ``folder``.
 
-        All checks of :func:`efft.load_adapter` are made, with the same ``strict``, before any change.
+        Before anything is changed, the adapter is checked as in :func:`efft.load_adapter`, with the same ``strict``.
 
         Raises:
             FileNotFoundError, ValueError: as in :func:`efft.load_adapter` and :meth:`add`.
@@ -123,13 +126,13 @@ class AdapterPool:
                 pass
 
     def _load(self, name: str, folder: Path, strict: bool) -> bool:
-        """Return whether the adapter was loaded. If another process replaced the file meanwhile, nothing is changed."""
+        """Load an adapter. If another process has replaced its files meanwhile, change nothing and return False."""
         description = read_description(folder)
         buffers.check_none(name, description["buffers"] or ())
         heads = {h: m for h in description["head"] if (m := find(self._twin, h)) is not None}
         shared = {n: p for n, p in self._twin.named_parameters() if n in set(description["extras"])}
         try:
-            for head, module in heads.items():  # the twin shares the model's weights: load into copies
+            for head, module in heads.items():  # the twin shares the model's memory, so load into copies
                 self._twin.set_submodule(head, copy.deepcopy(module))
             set_parameters(self._twin, {n: nn.Parameter(p.detach().clone()) for n, p in shared.items()})
             loaded = load_described(self._twin, folder, description, strict)
@@ -147,11 +150,11 @@ class AdapterPool:
         """Add a copy of the adapter of ``adapted``, a model of the same base that :func:`efft.apply` adapted.
 
         Raises:
-            ValueError: ``name`` is taken; ``adapted`` is not adapted, has another base, or is adapted by a method that
-                does not update weights; its training changed buffers (statistics of batch norms); its head does not
-                consist of linear layers like those of the model.
+            ValueError: ``name`` is taken. Or ``adapted`` is not suitable: it is not adapted, has another base, is
+                adapted by a method that does not update weights, has buffers (statistics of batch norms) that training
+                has changed, or has a head that does not consist of linear layers like those of the model.
         """
-        with self._changing, torch.inference_mode(False):  # the stacks are written in every mode
+        with self._changing, torch.inference_mode(False):  # inference tensors could not be written later
             self._check_new(name)
             adapter = adapter_of(adapted)
             buffers.check_none(name, buffers.changed(adapted, adapter.head, adapter._base_buffers))
@@ -172,12 +175,12 @@ class AdapterPool:
             self._insert(name, adapted)
 
     def add_mix(self, name: str, weights: Mapping[str, float]) -> None:
-        """Add the weighted sum of adapters of this pool as another adapter, which can be combined with others in a
-        batch.
+        """Add the weighted sum of adapters of this pool as another adapter.
 
-        The sum is exact: it has the sum of the updates, whose rank is the sum of the ranks, and the sum of the
-        differences between the heads and the base's head. It does not change when its parts are removed. A mix cannot
-        be saved to a file: keep ``weights`` and the folders of the adapters, and add it again.
+        The sum is exact. Its update is the weighted sum of the updates, and the rank is the sum of the ranks. Its head
+        is the base's head plus the weighted sum of the differences between the heads and the base's head. The mix does
+        not change when its parts are removed. It cannot be saved to a file: keep ``weights`` and the folders of the
+        adapters, and create the mix again.
 
         Raises:
             ValueError: ``name`` is taken, ``weights`` is not a mix, or :meth:`use` refuses an adapter or a weight.
@@ -197,14 +200,14 @@ class AdapterPool:
                 if second is None or isinstance(pooled, PooledWeights):
                     heads[layer] = first, second
                     continue
-                used = first.any(0)  # without the zeros that lower ranks are padded with
+                used = first.any(0)  # without the zeros that pad lower ranks
                 updates[layer] = shared.setdefault(id(pooled.stacks[0]), first[:, used]), second[used]
             trained = {n for part in weights for n in self._trained.get(part, ())}
             values = {n: mixed(self._extras[n], selection.slots, selection.weights) for n in sorted(trained)}
             self._write(name, updates, heads, values)
 
     def remove(self, name: str) -> None:
-        """Remove an adapter. The next one that is added takes its place.
+        """Remove an adapter. The next adapter that is added uses its memory.
 
         Raises:
             ValueError: the pool has no adapter with this name.
@@ -224,15 +227,21 @@ class AdapterPool:
         """Compute with these adapters within the ``with`` block, in this thread, without gradients.
 
         Args:
-            adapters: a name, for all samples; ``{name: weight, ...}``, for the weighted sum of the updates and of the
-                differences between the heads and the base's head; a list with one name per sample, where sample i is
-                entry i of the first dimension of the batch; a :meth:`fixed_batch`; or None, for the base. The first
-                call with a list runs the base two more times, to find where the layers have the samples.
+            adapters: selects the adapters of the samples.
+
+                - With a name, all samples use this adapter.
+                - With ``{name: weight, ...}``, all samples use the weighted sum of these adapters, as defined in
+                  :meth:`add_mix`.
+                - With a list of names, each sample has its own adapter, or the base for None. Sample i is entry i of
+                  the first dimension of the batch. The first call of the model with a list runs the base two more
+                  times, to find where the inputs of the layers contain the samples.
+                - With a :meth:`fixed_batch`, each sample uses the adapter that was selected for it last.
+                - With None, all samples use the base.
 
         Raises:
-            ValueError: there is no such adapter, the list or mix is empty, a weight is not a finite number, or an
-                adapter in a list has biases or norms of its own. When the model is called: the batch has another size,
-                or a layer mixes samples.
+            ValueError: an adapter does not exist, the list or mix is empty, a weight is not a finite number, or an
+                adapter in a list has its own biases or norms. A call of the model raises this error if the batch has
+                another size, or if a layer mixes samples.
         """
         with self._lock:
             selection, names = self._select(adapters)
@@ -315,8 +324,7 @@ class AdapterPool:
             return self.model
 
     def _learn_layouts(self, args: tuple[Any, ...], kwargs: dict[str, Any], samples: int) -> None:
-        """Find the place of the samples in the inputs of the layers, before the first call with one adapter per
-        sample."""
+        """Find where the inputs of layers contain the samples, before the first call with one adapter per sample."""
         if samples < 2 or self._attempts < 1:
             return
         with self._changing:
@@ -330,7 +338,7 @@ class AdapterPool:
     def _select(
         self, adapters: str | Mapping[str, float] | Sequence[str | None] | FixedBatch | None
     ) -> tuple[Selection | None, list[str]]:
-        """Return the selection of adapters, and their names."""
+        """Return the selection for an argument of :meth:`use`, and the names of the selected adapters."""
         parameter = next(self.model.parameters())
         device = parameter.device
         if adapters is None:
@@ -343,8 +351,8 @@ class AdapterPool:
             adapters = {adapters: 1.0}
         if not adapters:
             raise ValueError(
-                "AdapterPool.use: expected a name, {name: weight} or one name per sample, got nothing; use(None) is "
-                "the base"
+                "AdapterPool.use: expected a name, {name: weight} or one name per sample, got nothing; use(None) "
+                "selects the base"
             )
         if not isinstance(adapters, Mapping):
             slots, names = self._slots_of(adapters)
@@ -352,7 +360,7 @@ class AdapterPool:
         slots, weights = [self._slot(name) for name in adapters], list(adapters.values())
         if not all(map(is_number, weights)):
             raise ValueError(f"AdapterPool.use: expected a finite weight for each adapter, got {dict(adapters)}")
-        if sum(weights) != 1:  # the share of the base's head
+        if sum(weights) != 1:  # the base's head gets the remaining weight
             slots, weights = [*slots, 0], [*weights, 1 - sum(weights)]
         wide = torch.promote_types(parameter.dtype, torch.float32)
         return Selection(to_device(slots, torch.int64, device), to_device(weights, wide, device)), [*adapters]
@@ -363,8 +371,8 @@ class AdapterPool:
         own = next((name for name in adapters if name in self._trained), None)
         if own is not None:
             raise ValueError(
-                f"adapter {own!r} has biases or norms of its own ({self._trained[own][0]} first), which all "
-                f"samples of a batch share: use it for whole batches (use({own!r})), or train adapters for single "
+                f"adapter {own!r} has biases or norms of its own (such as {self._trained[own][0]}), but all samples "
+                f"of a batch share these: use it for whole batches (use({own!r})), or train adapters for single "
                 "samples with bias='none' and norms=False"
             )
         return slots, [name for name in set(adapters) if name is not None]
@@ -380,7 +388,7 @@ class AdapterPool:
 
     @torch.no_grad()
     def _insert(self, name: str, adapted: nn.Module) -> None:
-        """Add an adapter. Every step that can fail precedes the first change."""
+        """Add an adapter. Every step that can fail comes before the first change."""
         trained = extras.parameters_of(adapted, adapter_of(adapted).extras)
         parts = _operands(adapted), self._head_layers(adapted), {n: p.detach() for n, p in trained.items()}
         with self._lock:
@@ -395,18 +403,18 @@ class AdapterPool:
                 if reads_from_stacks(originals[layer]):
                     raise ValueError(
                         f"{layer} is updated by this adapter, and an earlier one has a bias for it without an update: "
-                        "add the adapters that update more layers first, or use one pool for each"
+                        "add the adapters that update more layers first, or use one pool per adapter"
                     )
                 layers[layer] = kind(originals[layer], self._selected)
             if not isinstance(layers[layer], kind):
                 raise ValueError(
-                    f"{layer} belongs to the head of one adapter and is updated by another: use one pool for each"
+                    f"{layer} belongs to the head of one adapter and is updated by another: use one pool per adapter"
                 )
         whole = tuple(f"{n}." for n, layer in layers.items() if isinstance(layer, PooledWeights))
         both = next((n for n in (*self._extras, *trained) if n.startswith(whole)), None)
         if both is not None:
             raise ValueError(
-                f"{both} belongs to the head of one adapter and to the biases of another: use one pool for each"
+                f"{both} belongs to the head of one adapter and to the biases of another: use one pool per adapter"
             )
         parts = {(n, part): t for n, pair in (operands | heads).items() for part, t in enumerate(pair) if t is not None}
         taken = set(self._slots.values())
@@ -433,7 +441,7 @@ class AdapterPool:
             self._trained[name] = list(trained)
 
     def _write_extras(self, trained: Mapping[str, Tensor], slot: int) -> None:
-        """Write the biases and norms of an adapter, and let their modules read them from the stacks."""
+        """Write the biases and norms of an adapter, and make their modules read them from the stacks."""
         if not self._extras and not trained:
             return
         own = dict(self.model.named_parameters())
@@ -459,7 +467,7 @@ class AdapterPool:
                 if type(module) is not nn.Linear or type(ours) is not nn.Linear:
                     raise ValueError(
                         f"expected a head of nn.Linear layers, got {name}: {type(module).__name__} (in the model "
-                        f"{type(ours).__name__}); adapt with head=[...] that leaves it out"
+                        f"{type(ours).__name__}); exclude it from the head when you adapt the model (head=[...])"
                     )
                 if module.weight.shape != ours.weight.shape or (module.bias is None) != (ours.bias is None):
                     raise ValueError(f"expected {name} to be {ours} as in the model of this pool, got {module}")
@@ -483,6 +491,6 @@ def _operands(adapted: nn.Module) -> _Parts:
 def _linear(model: nn.Module, name: str) -> nn.Linear:
     layer = find(model, name)
     if not isinstance(layer, nn.Linear):
-        kind = "parameter that no linear layer has" if layer is None else type(layer).__name__
+        kind = "parameter outside of a linear layer" if layer is None else type(layer).__name__
         raise ValueError(f"a pool serves adapters of linear layers, and {name} is a {kind}")
     return layer

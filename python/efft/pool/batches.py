@@ -17,8 +17,8 @@ from efft_kernels.nn.pooled import Layout, Selection
 #: the effect of another input is larger.
 _CHANGE = 1e-3
 
-#: Maps the number of dimensions of an input to the place of the samples in the input, see
-#: :class:`efft_kernels.nn.pooled.PooledLinear`.
+#: Maps the number of dimensions of an input to the dimension that indexes the samples
+#: (:data:`efft_kernels.nn.pooled.Layout`).
 Layouts = dict[int, Layout]
 
 
@@ -26,9 +26,10 @@ Layouts = dict[int, Layout]
 def find_layouts(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], samples: int
 ) -> dict[str, Layouts] | None:
-    """Find the place of the samples of a batch in the inputs of each linear layer of ``model``.
+    """Find the dimension that indexes the samples in the inputs of each linear layer of ``model``.
 
-    The model runs twice: on the given inputs, and on the same inputs with another first sample.
+    The model runs twice: on the given inputs, and on the same inputs with another first sample. The rows of a layer's
+    input that change belong to the first sample.
 
     Args:
         model: the model, which runs without dropout and without gradients.
@@ -36,9 +37,8 @@ def find_layouts(
         samples: the number of samples, at least 2.
 
     Returns:
-        A mapping from the name of each layer to the place of the samples, by the number of dimensions of the input. It
-        contains only places that were found and that differ from the first dimension. None is returned if the inputs
-        cannot be changed or if the model does not run on them.
+        A dict from the name of each layer to its :data:`Layouts`, without the entries that are unknown or that are the
+        first dimension. The result is None if the inputs cannot be changed or if the model does not run on them.
     """
     other_args = tuple(_change_first_sample(x, samples) for x in args)
     other_kwargs = {key: _change_first_sample(x, samples) for key, x in kwargs.items()}
@@ -87,8 +87,10 @@ _Run = list[tuple[str, torch.Size, Tensor, Tensor]]
 
 
 def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Run:
-    """Return (layer, shape of the input, one number per row [rows], size of the largest row) for every call of a
-    layer."""
+    """Run the model, and record every call of a linear layer.
+
+    Each entry is (name of the layer, shape of the input, one number per row [rows], norm of the largest row).
+    """
     calls: _Run = []
 
     def watch(name: str) -> Any:
@@ -115,9 +117,10 @@ _UNKNOWN, _USUAL = -2, -3
 
 
 def _layout(shape: torch.Size, changed: Tensor, samples: int) -> Layout:
-    """Return the place of the samples in an input, given the rows that changed with the first sample.
+    """Return the dimension that indexes the samples in an input, given the rows that changed with the first sample.
 
-    The result is None if no place fits.
+    The result is None if no dimension fits, and ``_UNKNOWN`` if several dimensions fit and none of
+    them fits exactly.
     """
     rows, sizes = math.prod(shape[:-1]), shape[:-1]
     places: dict[int, Tensor] = {}
@@ -142,7 +145,7 @@ def check_batch(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> None:
-    """Check before the model runs that the number of samples in a batch equals the number of selected adapters."""
+    """Check, before the model runs, that the batch has as many samples as adapters were selected."""
     selection = selected.get()
     if selection is None or selection.weights is not None:
         return

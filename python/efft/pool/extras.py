@@ -1,4 +1,4 @@
-"""Serve biases and norms in a pool. Each adapter may have its own values of these parameters."""
+"""Serve adapters that have their own biases and norms from a pool."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from torch import Tensor, nn
 
 from efft_kernels.nn.pooled import Selection
 
-#: Classes of modules that read some of their parameters from stacks, by the module's own class and these names.
+#: Maps a class of modules and names of its parameters to a subclass that reads these parameters from stacks.
 _classes: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
 
 
 def read_from_stacks(module: nn.Module, stacks: Mapping[str, Tensor], selected: ContextVar[Selection | None]) -> None:
-    """Let ``module`` compute with the values of the selected adapters.
+    """Make ``module`` compute with the values of the selected adapters.
 
-    Only the module's class changes, to one of the same name in which the parameters are properties. They are the stored
-    parameters where no adapter is selected for the whole batch.
+    The function stores ``stacks`` and ``selected`` in the module's ``__dict__``. It also replaces the class of the
+    module by a subclass of the same name, in which the parameters are properties. A property returns the stored
+    parameter unless adapters are selected for the whole batch.
 
     Args:
         module: owns the parameters.
-        stacks: by the name of each parameter the values of all adapters, ``[n, *shape]`` with the base's in row 0.
+        stacks: maps the name of each parameter to the values for all adapters, ``[n, *shape]``. Row 0 contains the
+            value of the base.
         selected: the :class:`Selection` of the running context.
     """
     base: Any = getattr(type(module), "_pooled_base", type(module))
@@ -37,7 +39,7 @@ def read_from_stacks(module: nn.Module, stacks: Mapping[str, Tensor], selected: 
 
 
 def reads_from_stacks(module: nn.Module) -> bool:
-    """Whether :func:`read_from_stacks` was called on a module."""
+    """Return whether the parameters of a module are read from stacks (:func:`read_from_stacks`)."""
     return hasattr(type(module), "_pooled_base")
 
 
@@ -49,7 +51,7 @@ def read_own(module: nn.Module) -> None:
 
 
 def mixed(stack: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
-    """Return the weighted sum of rows of a stack, in its dtype."""
+    """Return the weighted sum of the rows ``slots`` of a stack, in the dtype of the stack."""
     rows = stack[slots]
     return (weights.view(-1, *[1] * (rows.dim() - 1)) * rows).sum(0).to(stack.dtype)
 
@@ -60,8 +62,8 @@ def write_extras(
 ) -> dict[str, Tensor]:
     """Write the values of an adapter into row ``slot``, and return the stacks.
 
-    They are the same tensors where there is room for ``rows`` rows, else larger copies. An adapter without a value for
-    a parameter has that of ``base``.
+    A stack that has ``rows`` rows is changed in place. Other stacks are replaced by larger copies, and missing
+    stacks are created. If the adapter has no value for a parameter, the value in ``base`` is written.
     """
     result = {}
     for name in [*stacks, *(name for name in new if name not in stacks)]:

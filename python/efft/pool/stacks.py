@@ -15,7 +15,7 @@ from torch import Tensor
 from efft_kernels.nn.pooled import PooledLinear, PooledWeights
 
 Place = tuple[str, int]
-"""Name of the layer, and 0 for D or the weight of a head, or 1 for G or the bias of a head."""
+"""The name of a layer, and a number: 0 for D or the weight of a head, and 1 for G or the bias of a head."""
 
 
 def write_row(
@@ -23,9 +23,8 @@ def write_row(
 ) -> dict[Place, Tensor]:
     """Write ``new`` into row ``slot`` and return the stacks.
 
-    A stack that is large enough is changed in place. Other stacks are replaced by larger copies.
-
-    Places that share a stack continue to share it if they also share a tensor in the new adapter.
+    A stack that is large enough is changed in place. Other stacks are replaced by larger copies. Places that share a
+    stack continue to share it if they also share a tensor in the new adapter.
     """
     sharing: dict[tuple[Any, ...], list[Place]] = {}
     for place in stacks | new:

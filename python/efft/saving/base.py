@@ -27,7 +27,7 @@ def describe_base(model: nn.Module, layers: list[str]) -> dict[str, Any]:
 
 
 def base_problems(model: nn.Module, layers: list[str], saved: dict[str, Any]) -> list[str]:
-    """List the differences between a model and the base model of an adapter; the list is empty without differences."""
+    """Return descriptions of the differences between a model and the base model of an adapter, or an empty list."""
     ours = describe_base(model, layers)
     if ours["layers"] != saved["layers"]:
         names = set(ours["layers"]) ^ set(saved["layers"])
@@ -48,7 +48,7 @@ def base_problems(model: nn.Module, layers: list[str], saved: dict[str, Any]) ->
     if ours["dtype"] != saved["dtype"] and others:
         return [
             f"the base weights are not those it was trained on ({len(others)} layers, {min(others)} first, differ by "
-            f"more than {saved['dtype']} and {ours['dtype']} explain); load the same pretrained weights"
+            f"more than the rounding errors of {saved['dtype']} and {ours['dtype']}); load the same pretrained weights"
         ]
     return []
 
@@ -71,7 +71,7 @@ def _shape(model: nn.Module, name: str) -> list[int]:
 
 
 def _sketch(model: nn.Module, layers: list[str]) -> str:
-    """Return the :func:`efft.saving.fingerprint.sketch` of the weights that are not packed."""
+    """Return the sketch (:func:`efft.saving.fingerprint.sketch`) of the weights that are not packed."""
     weights = {name: whole(_base_weight(model, name)) for name in layers}
     return fingerprint.sketch({name: weight if is_plain(weight) else None for name, weight in weights.items()})
 
@@ -87,7 +87,7 @@ def _fingerprint(model: nn.Module, layers: list[str]) -> str:
         weight = whole(_base_weight(model, name))
         if can_dequantize(weight):
             first = dequantized(weight)[0].double()
-        else:  # in the form in which the layer saves it
+        else:  # the packed weight, in the form in which the layer saves it
             module, parameter = locate(model, name)
             first = module.state_dict()[parameter].flatten().view(torch.uint8)[:4096]
         digest.update(first.detach().cpu().numpy().tobytes())

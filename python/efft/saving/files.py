@@ -1,4 +1,4 @@
-"""Write single files and adapters atomically: a killed process leaves either the old or the new content."""
+"""Write single files and adapters atomically. If the process is killed, either the old or the new content remains."""
 
 from __future__ import annotations
 
@@ -101,7 +101,8 @@ def write_adapter(folder: Path, weights: bytes, description: dict[str, Any], car
 def write_pair(folder: Path, weights: bytes, config: bytes) -> None:
     """Write weights and configuration for readers that do not check a hash.
 
-    If the process is killed before both files are written, the folder has no configuration.
+    If the process is killed before it starts to replace files, the old files remain. If it is killed while it replaces
+    files, the folder has no configuration.
 
     Raises:
         OSError: the disk is full, or permission is missing. The old files are kept.
@@ -167,8 +168,8 @@ def read_weights(
     if digest is None:  # the adapter was written before hashes were recorded
         return content
     raise ValueError(
-        f"{folder / WEIGHTS} is damaged or of another save: its SHA-256 is not the one in {CONFIG}; copy both again "
-        "from where they came from, save the adapter again or, if you changed the weights, delete 'weights' there"
+        f"{folder / WEIGHTS} is damaged or of another save: its SHA-256 is not the one in {CONFIG}; copy both "
+        "files again, save the adapter again or, if you changed the weights yourself, delete 'weights' from that file"
     )
 
 
@@ -260,7 +261,7 @@ def _lock(folder: Path) -> int | None:
         import fcntl
 
         descriptor = os.open(folder, os.O_RDONLY)
-    except (ImportError, OSError):  # if the folder is the reason, writing to it raises an error later
+    except (ImportError, OSError):  # if the folder cannot be read, writing to it raises an error later
         return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

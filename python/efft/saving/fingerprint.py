@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-#: Maximum difference between two sums, in rounding errors. Random rounding errors add up to about a fifth of it.
+#: Maximum difference between two sums, as a multiple of the dtype's rounding error. Random rounding errors add up to
+#: about a fifth of this.
 _ROUNDINGS = 2.0
 #: Relative precision to which a sketch is rounded.
 _DIGITS = 2e-3
@@ -57,7 +58,7 @@ def check(saved: object) -> None:
             raise ValueError
         _pairs(saved)
     except ValueError:
-        raise ValueError("'base.sketch' must be pairs of numbers, or -, between commas") from None
+        raise ValueError("'base.sketch' must be pairs of numbers or '-', separated by commas") from None
 
 
 def _pairs(text: str) -> list[tuple[float, float] | None]:

@@ -18,7 +18,7 @@ from efft_kernels import __version__
 def from_pretrained(
     model: nn.Module, name: str | os.PathLike[str], revision: str | None = None, strict: bool = True
 ) -> nn.Module:
-    """Load an adapter from a folder or, by a name such as ``"owner/adapter"``, from the hub.
+    """Load an adapter from a folder, or from the hub if ``name`` is a name such as ``"owner/adapter"``.
 
     The adapter is loaded with :func:`efft.load_adapter`. The network is used only if ``name`` has the form of two words
     with a slash between them, is not a ``Path``, and is not an existing folder. Only the three files of the adapter are
@@ -36,7 +36,7 @@ def from_pretrained(
     Raises:
         FileNotFoundError: the folder or repository holds no adapter.
         OSError: the repository does not exist or cannot be reached.
-        ImportError: ``name`` is on the hub, and huggingface_hub is not installed.
+        ImportError: the adapter is on the hub, and huggingface_hub is not installed.
         ValueError: as in :func:`efft.load_adapter`.
     """
     if not isinstance(name, str) or Path(name).exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):

@@ -48,7 +48,7 @@ _BASE = {"architecture", "layers", "dtype", "fingerprint"}
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], info: dict[str, Any] | None = None) -> Path:
     """Write the trained part of an adapted model to the folder ``path``.
 
-    These are the factors, the head, the biases and norms that are trained, and the buffers that training changed.
+    This part consists of the factors, the head, the trained biases and norms, and the buffers that training changed.
 
     A model that is sharded by ``fully_shard`` or ZeRO-3 is gathered tensor by tensor. Every process must then call this
     function; rank 0 writes, and all processes return after the files are complete.
@@ -65,7 +65,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], info: dict[str,
         The folder.
 
     Raises:
-        ValueError: the model is not adapted; ``info`` is too long.
+        ValueError: the model is not adapted, or ``info`` is too long.
         TypeError: ``info`` cannot be converted to JSON.
         OSError: the disk is full, or permission is missing. After every error, the folder still holds the earlier
             adapter.
@@ -95,17 +95,17 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], info: dict[str,
 def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = True) -> nn.Module:
     """Load an adapter into ``model``, which is first adapted with the saved configuration if it is not adapted yet.
 
-    The file contains the exact names of the adapted layers, and patterns in its configuration are not used. All checks
-    precede the first change to the model. With ``strict=False``, missing or unexpected tensors and different base
-    weights only cause a warning. Shapes must always fit.
+    The file contains the exact names of the adapted layers, so that patterns in its configuration are not used. The
+    model is changed only after all checks have passed. With ``strict=False``, missing or unexpected tensors and
+    different base weights only cause a warning. Shapes must always fit.
 
     Returns:
         The same ``model``.
 
     Raises:
         FileNotFoundError: the folder ``path`` holds no adapter.
-        ValueError: a file is damaged, or the model has another configuration, other layers, or other weights than
-            those the adapter was trained on.
+        ValueError: a file is damaged, or the model has another configuration, other layers or other weights than the
+            model on which the adapter was trained.
     """
     folder = Path(path)
     while not load_described(model, folder, read_description(folder), strict):
@@ -117,8 +117,8 @@ def load_described(model: nn.Module, folder: Path, description: dict[str, Any], 
     """Load the adapter with the given ``description`` (from :func:`read_description`).
 
     Returns:
-        Whether the adapter was loaded. The result is False if another adapter has replaced it meanwhile; the model is
-        then unchanged.
+        Whether the adapter was loaded. If another adapter has replaced the files in the meantime, the result is False
+        and the model is unchanged.
     """
     try:
         config = config_from_dict(description["config"])
@@ -161,7 +161,8 @@ def load_described(model: nn.Module, folder: Path, description: dict[str, Any], 
     if content is None:
         return False
     tensors = read_tensors(folder / WEIGHTS, content)
-    problems = [f"{p}, or pass strict=False if you mean it" for p in base_problems(model, layers, description["base"])]
+    differences = base_problems(model, layers, description["base"])
+    problems = [f"{difference}, or pass strict=False to load it anyway" for difference in differences]
     names, wrong = misfits(tensors, shapes)
     problems += names + wrong
     if not adapted and not problems:
@@ -189,9 +190,9 @@ def load_described(model: nn.Module, folder: Path, description: dict[str, Any], 
 def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return the contents of an adapter's ``adapter_config.json``.
 
-    The keys are config, base, head, extras (the names of the biases and norms in the weights file), buffers (the names
-    of those in the weights file; None if the adapter is older than saved buffers), library, info and weights (their
-    hash).
+    The keys are config, base, head, plan (the groups of layers; missing in older files), extras (the names of the
+    biases and norms in the weights file), buffers (the names of the buffers in the weights file; None if the adapter
+    was saved by a version that did not save buffers), library, info, and weights (the hash of the weights file).
 
     Raises:
         FileNotFoundError: the folder ``path`` holds no adapter.
@@ -221,7 +222,8 @@ def read_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str
 def _adapter_tensors(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
     """Return every tensor that an adapter stores, by its name in the model's state dict.
 
-    These are the factors, including a method's frozen ones, the head with its buffers, and trained biases and norms.
+    These are the factors (including the frozen factors of a method), the head with its buffers, and the trained biases
+    and norms.
     """
     tensors: dict[str, Tensor] = {f"efft.{name}": t for name, t in adapter.state_dict(keep_vars=True).items()}
     return tensors | head_tensors(model, adapter.head) | extras.parameters_of(model, adapter.extras)
@@ -263,7 +265,7 @@ def _find_misplaced(plan: Plan) -> list[str]:
         for name, weight in plan.weights_of(group).items():
             expected, sizes = factors.features(group.sites[name]), (weight.d_in, weight.d_out)
             if expected != sizes or getattr(group.sites[name], "experts", 0) != weight.n_experts:
-                found.append(f"{name} is of size {sizes}, and what the adapter has for it is of size {expected}")
+                found.append(f"{name} is of size {sizes}, but its update in the adapter is of size {expected}")
     return found
 
 
@@ -348,5 +350,5 @@ def _compare_configs(adapter: Adapter, saved: AdapterConfig, folder: Path) -> No
     if different:
         raise ValueError(
             f"the adapter in {folder} was trained with another configuration ({'; '.join(different)}); "
-            "call efft.remove(model) first and let load_adapter apply the saved one"
+            "call efft.remove(model) first and let load_adapter apply the saved configuration"
         )

@@ -22,6 +22,6 @@ def check_stored(updates: Mapping[str, Update], operation: str) -> None:
         kept = [key for key in (*module._parameters, *module._buffers, *module._modules) if key not in _OWN]
         raise ValueError(
             f"efft.{operation}: {name} computes its weight in each pass from {', '.join(kept)} (a pruning mask, "
-            "weight_norm, spectral_norm or something similar was added after efft.apply), so the stored weight is not "
-            "the one it uses: make it an ordinary weight first (prune.remove, parametrize.remove_parametrizations)"
+            "weight_norm, spectral_norm or something similar was added after efft.apply), so it does not use the "
+            "stored weight: make it an ordinary weight first (prune.remove, parametrize.remove_parametrizations)"
         )

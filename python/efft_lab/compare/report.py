@@ -100,7 +100,7 @@ def text(agenda: Agenda, done: Mapping[str, Record], pictures: Mapping[str, Path
         _choices(agenda, done, methods),
     ]
     if set(suite.tasks) <= set(VTAB):
-        parts += _literature(list(suite.tasks))
+        parts += quote_literature(list(suite.tasks))
     parts += [f"![{title}]({path.name})" for title, path in pictures.items()]
     parts += ["## Where it was measured", _origin(records)]
     if scores.failed:
@@ -258,26 +258,33 @@ def _choices(agenda: Agenda, done: Mapping[str, Record], methods: Sequence[str])
     return table(["method", *agenda.suite.tasks], rows) if rows else "Nothing was searched."
 
 
-def _literature(tasks: list[str]) -> list[str]:
+def quote_literature(tasks: list[str]) -> list[str]:
     """Return separate tables with results from the literature, which are never averaged or tested with our results."""
     published = json.loads((files("efft_lab.compare") / "published_vtab1k.json").read_text("utf-8"))
-    rows, share = [], weights({task: VTAB[task].group for task in VTAB}, categorical=True)
-    for entry in published["methods"]:
-        categorical = sum(share[task] * value for task, value in entry["accuracy"].items())
-        cells = [f"{entry['accuracy'][task]:.1f}" for task in tasks]
-        sources = "; ".join(entry["sources"])
-        rows.append([entry["method"], entry["parameters"], *cells, f"{categorical:.1f}", sources])
+    shares = [weights({task: VTAB[task].group for task in VTAB}, categorical) for categorical in (True, False)]
+    parts = ["## Published figures, not ours", published["about"]]
+    heading = ["method", "parameters", *tasks, "categorical mean", "overall mean", "source"]
+    for name, about in published["tables"].items():
+        rows = []
+        for entry in published["methods"]:
+            if entry["table"] != name:
+                continue
+            cells = [f"{entry['accuracy'][task]:.1f}" for task in tasks]
+            cells += [f"{sum(share[task] * entry['accuracy'][task] for task in VTAB):.1f}" for share in shares]
+            rows.append([entry["method"], entry["parameters"], *cells, "; ".join(entry["sources"])])
+        parts += [f"### {name}", about, table(heading, rows)]
     names = ("natural", "specialized", "structured")
     group_rows = [
         [entry["method"], entry["parameters"], *(str(entry[name]) for name in names), "; ".join(entry["sources"])]
         for entry in published["groups"]
     ]
     return [
-        "## Published figures, not ours",
-        published["about"],
-        table(["method", "parameters", *tasks, "categorical mean", "source"], rows),
+        *parts,
+        "### EFFT",
         "Of EFFT itself only group means were published in readable form:",
         table(["method", "parameters", *names, "source"], group_rows),
+        "### Sources",
+        "\n".join(f"- {name}: {reference}" for name, reference in published["papers"].items()),
     ]
 
 

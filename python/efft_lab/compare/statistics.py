@@ -1,6 +1,7 @@
 """Compute confidence intervals and statistical tests.
 
-Two methods are compared task by task. The seeds of one task are averaged first.
+Two methods are compared over their common tasks. For differences, intervals and tests, the seeds of each task are
+averaged first. Wins, ties and losses compare the runs of a task with equal seeds (:func:`outcome`).
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class Comparison:
         tasks: number of common tasks.
         difference: mean of (reference - other) in percentage points.
         interval: 95 % bootstrap interval of ``difference`` over tasks.
-        wins, ties, losses: number of tasks on which the reference method is better, undecided, or worse.
+        wins, ties, losses: number of tasks on which the reference method wins, ties or loses (:func:`outcome`).
         wilcoxon: p-value of the signed-rank test over tasks.
         t_test: p-value of the paired t-test over tasks.
     """

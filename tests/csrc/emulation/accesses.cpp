@@ -1,7 +1,11 @@
 // What the threads themselves read and write. The kernels are compiled with -fsanitize=thread, whose calls before every
 // access end here and not in its library: shared memory that another block owns, or that a copy is filling, must not be
 // touched, and what was written must be fenced before copies and products, which read by another way, may see it.
+#include <dlfcn.h>
+
 #include <algorithm>
+#include <cstdlib>
+#include <unordered_set>
 
 #include "machine.h"
 
@@ -9,7 +13,7 @@ namespace emulation {
 
 namespace {
 
-std::vector<uint16_t> writers;                             // of each byte of each block, plus one; 0: fenced
+std::vector<uint16_t> writers;                              // of each byte of each block, plus one; 0: fenced
 std::vector<std::vector<std::pair<size_t, size_t>>> wrote;  // by thread: ranges of bytes not fenced yet
 
 }  // namespace
@@ -47,27 +51,103 @@ void access(const void* place, size_t bytes, bool writes) {
     std::fill_n(writers.begin() + static_cast<std::ptrdiff_t>(block * shared_bytes + offset), bytes,
         static_cast<uint16_t>(running + 1));
     wrote[running].emplace_back(block * shared_bytes + offset, bytes);
+    return;
   }
+  touch_global(place, bytes, writes);
+}
+
+namespace {
+
+bool runs, is_dependent;  // a launch; launchers are compiled like kernels
+const unsigned char* host;
+const bool counts = std::getenv("EFFT_EMULATION_COUNT") != nullptr;
+std::unordered_set<uintptr_t> read_sectors, written_sectors;
+
+// Stacks, with the arguments of the kernel, and constants are not memory that other kernels use.
+bool is_own(const void* place) {
+  constexpr std::ptrdiff_t STACK_OF_HOST = 8 << 20;
+  const auto above = static_cast<const unsigned char*>(place) - host;
+  Dl_info image;
+  return in_stack_of_thread(place) || (above >= 0 && above < STACK_OF_HOST) || dladdr(place, &image) != 0;
+}
+
+}  // namespace
+
+void start_traffic(bool dependent, const void* stack_of_host) {
+  runs = true;
+  is_dependent = dependent;
+  host = static_cast<const unsigned char*>(stack_of_host);
+  read_sectors.clear();
+  written_sectors.clear();
+}
+
+std::pair<size_t, size_t> end_traffic() {
+  runs = false;
+  return {32 * read_sectors.size(), 32 * written_sectors.size()};
+}
+
+void touch_global(const void* place, size_t bytes, bool writes) {
+  if (!runs) return;
+  const bool early = is_dependent && !me().waited;
+  if ((!early && !counts) || bytes == 0 || is_own(place)) return;
+  if (early) return fail("memory is read or written before the kernel in front has ended");
+  const auto first = reinterpret_cast<uintptr_t>(place) / 32,
+             last = (reinterpret_cast<uintptr_t>(place) + bytes - 1) / 32;
+  for (uintptr_t sector = first; sector <= last; ++sector) (writes ? written_sectors : read_sectors).insert(sector);
+}
+
+void wait_for_kernel_in_front() {
+  me().waited = true;
+}
+
+float read_shared_of(uint32_t block, const float* own) {
+  const uint32_t address = shared_address(own);
+  if (block >= blocks.size()) return fail("a read from a block that the cluster does not have"), 0.0f;
+  if (block_ended(block)) return fail("a read from the shared memory of a block that has ended"), 0.0f;
+  if (is_copied_to(block, address, sizeof(float)))
+    return fail("a thread touches what a copy has not brought yet"), 0.0f;
+  float value = 0;
+  if (const unsigned char* const place = shared_at(block, address, sizeof value, "a read past the shared memory"))
+    std::memcpy(&value, place, sizeof value);
+  return value;
 }
 
 }  // namespace emulation
 
-#define EFFT_ACCESS(bytes)                                                                               \
-  void __tsan_read##bytes(void* place) { emulation::access(place, bytes, false); }                       \
-  void __tsan_write##bytes(void* place) { emulation::access(place, bytes, true); }                       \
-  void __tsan_unaligned_read##bytes(void* place) { emulation::access(place, bytes, false); }             \
-  void __tsan_unaligned_write##bytes(void* place) { emulation::access(place, bytes, true); }             \
-  void __tsan_volatile_read##bytes(void* place) { emulation::access(place, bytes, false); }              \
-  void __tsan_volatile_write##bytes(void* place) { emulation::access(place, bytes, true); }
+#define EFFT_ACCESS(bytes)                          \
+  void __tsan_read##bytes(void* place) {            \
+    emulation::access(place, bytes, false);         \
+  }                                                 \
+  void __tsan_write##bytes(void* place) {           \
+    emulation::access(place, bytes, true);          \
+  }                                                 \
+  void __tsan_unaligned_read##bytes(void* place) {  \
+    emulation::access(place, bytes, false);         \
+  }                                                 \
+  void __tsan_unaligned_write##bytes(void* place) { \
+    emulation::access(place, bytes, true);          \
+  }                                                 \
+  void __tsan_volatile_read##bytes(void* place) {   \
+    emulation::access(place, bytes, false);         \
+  }                                                 \
+  void __tsan_volatile_write##bytes(void* place) {  \
+    emulation::access(place, bytes, true);          \
+  }
 extern "C" {
 EFFT_ACCESS(1)
 EFFT_ACCESS(2)
 EFFT_ACCESS(4)
 EFFT_ACCESS(8)
 EFFT_ACCESS(16)
-void __tsan_read_range(void* place, size_t bytes) { emulation::access(place, bytes, false); }
-void __tsan_write_range(void* place, size_t bytes) { emulation::access(place, bytes, true); }
-unsigned char __tsan_atomic8_load(const volatile unsigned char* place, int) { return *place; }  // static variables
+void __tsan_read_range(void* place, size_t bytes) {
+  emulation::access(place, bytes, false);
+}
+void __tsan_write_range(void* place, size_t bytes) {
+  emulation::access(place, bytes, true);
+}
+unsigned char __tsan_atomic8_load(const volatile unsigned char* place, int) {
+  return *place;
+}  // static variables
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}

@@ -20,7 +20,10 @@ using cudaStream_t = struct CUstream_st*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorLaunchFailure = 719 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrComputeCapabilityMajor = 75 };
-enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
+enum cudaLaunchAttributeID {
+  cudaLaunchAttributeClusterDimension = 4,
+  cudaLaunchAttributeProgrammaticStreamSerialization = 6
+};
 
 struct dim3 {
   unsigned x, y, z;
@@ -37,6 +40,7 @@ struct cudaLaunchAttribute {
     struct {
       unsigned x, y, z;
     } clusterDim;
+    int programmaticStreamSerializationAllowed;
   } val;
 };
 
@@ -67,6 +71,7 @@ struct Launch {
   unsigned threads;
   size_t shared_bytes;
   unsigned cluster;  // blocks, side by side
+  bool dependent;    // starts before the kernel in front has ended
 };
 
 // Runs `thread` for every thread of every block; what went wrong is what cudaGetErrorString says next.
@@ -77,9 +82,13 @@ cudaError_t run(const Launch& launch, const void* kernel, const std::function<vo
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(
     const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
-  emulation::Launch launch{config->gridDim, config->blockDim.x, config->dynamicSmemBytes, 1};
-  for (unsigned i = 0; i < config->numAttrs; ++i)
-    if (config->attrs[i].id == cudaLaunchAttributeClusterDimension) launch.cluster = config->attrs[i].val.clusterDim.x;
-  return emulation::run(
-      launch, reinterpret_cast<const void*>(kernel), [&] { kernel(static_cast<Parameters>(arguments)...); });
+  emulation::Launch launch{config->gridDim, config->blockDim.x, config->dynamicSmemBytes, 1, false};
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    const auto& attribute = config->attrs[i];
+    if (attribute.id == cudaLaunchAttributeClusterDimension) launch.cluster = attribute.val.clusterDim.x;
+    if (attribute.id == cudaLaunchAttributeProgrammaticStreamSerialization)
+      launch.dependent = attribute.val.programmaticStreamSerializationAllowed != 0;
+  }
+  const auto thread = [&] { kernel(static_cast<Parameters>(arguments)...); };  // on the stack, with its references
+  return emulation::run(launch, reinterpret_cast<const void*>(kernel), std::cref(thread));
 }

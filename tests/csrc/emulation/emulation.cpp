@@ -1,10 +1,13 @@
-// Runs kernels on the CPU: a fiber for every thread of a cluster of blocks, clusters in turn. Shared memory starts full of
-// NaN in every block. An asynchronous copy leaves NaN behind at once and arrives when its thread waits for it; what
+// Runs kernels on the CPU: a fiber for every thread of a cluster of blocks, clusters in turn. Shared memory starts full
+// of NaN in every block. An asynchronous copy leaves NaN behind at once and arrives when its thread waits for it; what
 // compute capability 9.0 adds arrives when no thread can run, so as late as allowed.
 //
 // Threads run as far as they get, in order; with EFFT_EMULATION_REVERSE in reverse, so that a missing barrier shows in
 // one of the two; with EFFT_EMULATION_SEED in an order drawn anew each time, and what arrives late may arrive early.
-// EFFT_EMULATION_CAPABILITY=9 makes it a GPU of compute capability 9.0.
+// EFFT_EMULATION_CAPABILITY=9 makes it a GPU of compute capability 9.0, EFFT_EMULATION_PROCESSORS says how many
+// multiprocessors it has. With EFFT_EMULATION_COUNT the bytes of each launch are counted; with EFFT_EMULATION_DRY
+// kernels are launched but do not run.
+#include <dlfcn.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -19,6 +22,8 @@
 #endif
 
 dim3 gridDim{0, 0, 0};
+
+extern "C" __attribute__((visibility("default"))) void efft_emulation_coverage(int* run, int* all, int* in_clusters);
 
 namespace emulation {
 
@@ -43,8 +48,15 @@ const std::function<void()>* body;
 void* scheduler[5];
 std::string error;
 std::map<const void*, unsigned> launched;  // blocks per cluster
-std::map<const void*, size_t> asked;  // shared memory, by the kernels that were loaded
+std::map<const void*, size_t> asked;       // shared memory, by the kernels that were loaded
 
+// What has been launched: kernels as distances from the start of the library, for whoever knows its symbols.
+std::string log;
+
+int processors() {
+  const char* const said = std::getenv("EFFT_EMULATION_PROCESSORS");
+  return said ? std::atoi(said) : 2;
+}
 int capability() {
   const char* const said = std::getenv("EFFT_EMULATION_CAPABILITY");
   return said ? std::atoi(said) : 8;
@@ -55,7 +67,8 @@ size_t shared_limit() {
 
 // The order in which threads run and late things happen.
 struct Order {
-  bool reverse = std::getenv("EFFT_EMULATION_REVERSE") != nullptr, drawn = std::getenv("EFFT_EMULATION_SEED") != nullptr;
+  bool reverse = std::getenv("EFFT_EMULATION_REVERSE") != nullptr,
+       drawn = std::getenv("EFFT_EMULATION_SEED") != nullptr;
   std::mt19937 draw{drawn ? static_cast<unsigned>(std::atoi(std::getenv("EFFT_EMULATION_SEED"))) : 0};
   unsigned copies_first = 0;  // of 4: how often a copy lands before products are done
 
@@ -71,12 +84,6 @@ Order& order() {
 }
 [[gnu::noinline]] void jump_to_thread(Fiber& fiber) {
   __builtin_longjmp(fiber.here, 1);
-}
-
-bool block_ended(size_t block) {
-  const auto first = threads.begin() + static_cast<std::ptrdiff_t>(block * threads_per_block);
-  return std::all_of(first, first + static_cast<std::ptrdiff_t>(threads_per_block),
-      [](const Thread& thread) { return thread.state == State::finished; });
 }
 
 void run_body() {
@@ -130,12 +137,13 @@ bool opens_barrier(size_t block) {
   for (size_t i = first; i < first + count; ++i) same = same && threads[i].line == threads[first].line;
   if (!same) {
     if (waiting + finished == count)
-      fail("divergent barrier: " + std::to_string(waiting) + " of " + std::to_string(count) +
-           " threads wait at one, " + std::to_string(finished) + " have ended");
+      fail("divergent barrier: " + std::to_string(waiting) + " of " + std::to_string(count) + " threads wait at one, " +
+           std::to_string(finished) + " have ended");
     return false;
   }
   for (size_t i = first; i < first + count; ++i) {
-    if (threads[i].alone != threads[i / WARP * WARP].alone) fail("a barrier of the block by a warp that is not converged");
+    if (threads[i].alone != threads[i / WARP * WARP].alone)
+      fail("a barrier of the block by a warp that is not converged");
     threads[i].state = State::ready;
   }
   for (size_t i = first; i < first + count; ++i) threads[i].alone = 0;
@@ -157,8 +165,8 @@ bool something_happens() {
 
 void fail_at_standstill() {
   std::string where;
-  static constexpr const char* NAMES[] = {
-      "", "the block's barrier", "other lanes of the warp", "the cluster's barrier", "a barrier in shared memory", "", ""};
+  static constexpr const char* NAMES[] = {"", "the block's barrier", "other lanes of the warp", "the cluster's barrier",
+      "a barrier in shared memory", "", ""};
   for (size_t i = 0; i < threads.size(); ++i) {
     const State state = threads[i].state;
     if (state == State::finished || (i > 0 && threads[i - 1].state == state)) continue;
@@ -217,6 +225,18 @@ bool failed() {
   return !error.empty();
 }
 
+bool block_ended(size_t block) {
+  const auto first = threads.begin() + static_cast<std::ptrdiff_t>(block * threads_per_block);
+  return std::all_of(first, first + static_cast<std::ptrdiff_t>(threads_per_block),
+      [](const Thread& thread) { return thread.state == State::finished; });
+}
+
+bool in_stack_of_thread(const void* place) {
+  const auto* const at = static_cast<const char*>(place);
+  const char* const stack = fibers[running].stack.get();
+  return at >= stack && at < stack + STACK;
+}
+
 [[gnu::noinline]] void pause() {
   if (__builtin_setjmp(fibers[running].here) == 0) jump_to_scheduler();
 }
@@ -267,6 +287,25 @@ cudaError_t run(const Launch& launch, const void* kernel, const std::function<vo
   if (loaded != asked.end() && launch.shared_bytes > loaded->second) fail("more shared memory than was asked for");
   if (launch.cluster == 0 || grid.x % launch.cluster != 0) fail("a grid that is not whole clusters");
   if (!error.empty()) return cudaErrorLaunchFailure;
+  if (launch.dependent && capability() < 9) fail("a dependent launch on a GPU that does not have it");
+  if (!error.empty()) return cudaErrorLaunchFailure;
+  start_traffic(launch.dependent, __builtin_frame_address(0));
+  const auto write_log = [&] {
+    Dl_info library{};
+    dladdr(reinterpret_cast<const void*>(&efft_emulation_coverage), &library);
+    const auto [read, written] = end_traffic();
+    std::string line;
+    for (const size_t number :
+        {static_cast<size_t>(static_cast<const char*>(kernel) - static_cast<const char*>(library.dli_fbase)),
+            size_t{grid.x}, size_t{grid.y}, size_t{grid.z}, count, size_t{launch.cluster}, size_t{launch.dependent},
+            read, written})
+      line += (line.empty() ? "" : " ") + std::to_string(number);
+    log += line + "\n";
+  };
+  if (std::getenv("EFFT_EMULATION_DRY")) {
+    write_log();
+    return cudaSuccess;
+  }
   threads_per_block = count;
   shared_bytes = launch.shared_bytes;
   threads.resize(count * launch.cluster);
@@ -287,12 +326,22 @@ cudaError_t run(const Launch& launch, const void* kernel, const std::function<vo
         for (unsigned i = 0; i < launch.cluster; ++i) blocks[i].index = dim3(x + i, y, z);
         run_cluster();
       }
+  write_log();
   return error.empty() ? cudaSuccess : cudaErrorLaunchFailure;
 }
 
 }  // namespace emulation
 
 extern "C" {
+
+// The launches since the last call, a line for each: kernel, grid, threads, cluster, whether it is dependent, bytes
+// read and bytes written (with EFFT_EMULATION_COUNT).
+__attribute__((visibility("default"))) const char* efft_emulation_launches() {
+  static std::string said;
+  said.swap(emulation::log);
+  emulation::log.clear();
+  return said.c_str();
+}
 
 // How many kernels have run, how many the library has, and how many of those that have run did so in clusters.
 __attribute__((visibility("default"))) void efft_emulation_coverage(int* run, int* all, int* in_clusters) {
@@ -331,7 +380,7 @@ cudaError_t cudaSetDevice(int) {
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? 2 : emulation::capability();
+  *value = attribute == cudaDevAttrMultiProcessorCount ? emulation::processors() : emulation::capability();
   return cudaSuccess;
 }
 

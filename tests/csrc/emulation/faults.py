@@ -222,3 +222,84 @@ HOPPER_FAULTS = {
         "without a proxy fence",
     ),
 }
+
+SUMS = "reduce_tokens_sm90.cu"
+WAIT = "wait_for_kernel_in_front();"
+#: Of the second generation: (file, what it says, what a mistake would say, family of cases, how it shows)
+SECOND_FAULTS = {
+    "a step of the tail too few": (
+        KERNEL,
+        "(blocks(op.R, 16) - 1) % 4 + 1",
+        "std::max((blocks(op.R, 16) - 1) % 4, 1)",
+        "tiles bfloat16",
+        "WRONG",
+    ),
+    "neighbours stored in the wrong order": (
+        KERNEL,
+        "{narrow<Out>(first), narrow<Out>(second)}",
+        "{narrow<Out>(second), narrow<Out>(first)}",
+        "tiles bfloat16",
+        "WRONG",
+    ),
+    "a product that does not wait": (KERNEL, WAIT, "", "tiles bfloat16", "before the kernel in front has ended"),
+    "a projection that does not wait": ("project.cu", WAIT, "", "linear", "before the kernel in front has ended"),
+    "a copy that does not wait": ("pack.cu", WAIT, "", "linear", "before the kernel in front has ended"),
+    "sums that do not wait": (SUMS, WAIT, "", "sums", "before the kernel in front has ended"),
+    "sums read before they are there": (
+        SUMS,
+        "synchronize_cluster();  // the sums of all blocks are there",
+        "__syncthreads();",
+        "sums",
+        "WRONG",
+    ),
+    "a block that ends before its sums are read": (
+        SUMS,
+        "  synchronize_cluster();  // nobody reads this block's sums any more\n",
+        "",
+        "sums",
+        "that has ended",
+    ),
+    "the last block forgotten": (
+        SUMS,
+        "block < range.splits; ++block",
+        "block < range.splits - (range.splits > 1); ++block",
+        "sums",
+        "WRONG",
+    ),
+    "elements that no block adds": (
+        SUMS,
+        "i += static_cast<int>(range.splits) * THREADS",
+        "i += static_cast<int>(range.splits + 1) * THREADS",
+        "sums",
+        "WRONG",
+    ),
+    "sums written over tiles that others still read": (
+        SUMS,
+        "  __syncthreads();  // nobody reads the last tiles any more\n",
+        "",
+        "sums",
+        "WRONG",
+    ),
+    "parts added before all threads have brought theirs": (
+        SUMS,
+        "  __syncthreads();\n  add_parts<T>(sums + RANKS * ROW, parts);",
+        "  add_parts<T>(sums + RANKS * ROW, parts);",
+        "sums",
+        "WRONG .* db",
+    ),
+    "a column too many": (
+        SUMS,
+        "if (column >= op.d_out) return;",
+        "if (column > op.d_out) return;",
+        "sums",
+        "AddressSanitizer: heap-buffer-overflow",
+    ),
+    "tokens of the next range": (
+        SUMS,
+        "range.begin + tokens < op.tokens ? range.begin + tokens : op.tokens",
+        "range.begin + tokens + 1 < op.tokens ? range.begin + tokens + 1 : op.tokens",
+        "sums",
+        "WRONG",
+    ),
+    "the norm's mean left out": (SUMS, "((at[i] - mean) * rstd)", "(at[i] * rstd)", "sums", "WRONG .* dgamma"),
+}

@@ -3,12 +3,12 @@
 #pragma once
 #define EFFT_INSTRUCTIONS
 
+#include <cuda_runtime.h>
+
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
-
-#include <cuda_runtime.h>
 
 #define __global__
 #define __device__
@@ -72,6 +72,12 @@ void together(Lane& lane);
 float exchange(unsigned mask, float value, int other);
 void synchronize_warp();
 
+void arrive_at_cluster();
+void wait_for_cluster();
+float read_shared_of(uint32_t block, const float* own);
+void wait_for_kernel_in_front();
+void check_map(const void* map);
+
 }  // namespace emulation
 
 namespace efft {
@@ -121,7 +127,18 @@ inline fp16 narrow(float value) {
 
 using emulation::commit_copies;
 using emulation::copy_async;
+using emulation::read_shared_of;
 using emulation::shared_memory;
+using emulation::wait_for_kernel_in_front;
+
+inline void start_next_kernel() {}
+inline void prefetch_tensor_map(const void* map) {
+  emulation::check_map(map);
+}
+inline void synchronize_cluster() {
+  emulation::arrive_at_cluster();
+  emulation::wait_for_cluster();
+}
 
 template <int N>
 void wait_copies() {

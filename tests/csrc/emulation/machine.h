@@ -4,6 +4,7 @@
 #include <deque>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "hopper.h"
@@ -36,13 +37,14 @@ struct Thread {
   State state = State::ready;
   int line = 0;  // of the block's barrier that it waits at
   Lane* lane = nullptr;
-  // Of what the thread has waited for by itself since its warp last did something together: a warp whose lanes differ in
-  // this is not converged.
+  // Of what the thread has waited for by itself since its warp last did something together: a warp whose lanes differ
+  // in this is not converged.
   uint64_t alone = 0;
   const void* barrier = nullptr;  // what it waits for
   bool arrived = false;           // at the cluster's barrier, without having waited yet
   int cluster_phase = 0;          // in which it arrived there
   int registers = 0;              // that its warp group asked for; 0: it did not
+  bool waited = false;            // for the kernel in front
   std::vector<Copy> open;         // cp.async: not yet in a group
   std::deque<std::vector<Copy>> groups;
 };
@@ -67,6 +69,15 @@ inline size_t my_warp() {
 }
 
 bool failed();
+bool block_ended(size_t block);
+bool in_stack_of_thread(const void* place);
+
+// A thread, or a copy that it starts, reads or writes memory that is not shared memory: counted, and an error where the
+// kernel in front may still be running.
+void touch_global(const void* place, size_t bytes, bool writes);
+// The start of a launch, and its end: bytes read and written, each 32 of them counted once.
+void start_traffic(bool dependent, const void* stack_of_host);
+std::pair<size_t, size_t> end_traffic();
 // Lets others run until the state of the running thread is `ready` again.
 void pause();
 

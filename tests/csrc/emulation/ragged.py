@@ -7,6 +7,7 @@ judged: what is left of y without the base product.
 
 import ctypes
 import itertools
+import os
 import sys
 from collections.abc import Iterator
 
@@ -111,6 +112,30 @@ def tile_cases(dtype: torch.dtype) -> Iterator[Case]:
     yield f"infinite {dtype}", {"y": y.isinf().to(dtype), "h": h.isinf().to(dtype)}, exact, dtype, {}
 
 
+def sum_cases() -> Iterator[Case]:
+    """Many tokens, which are summed in several ranges, with every choice of the gradients that are sums over tokens."""
+    sizes = ((2100, 72, 40, 5), (700, 40, 136, 33), (1, 8, 8, 1), (0, 8, 8, 1), (1030, 20, 12, 17))
+    needs = ((True,) * 6, (True, False, False, True, True, False), (True, False, True, False, False, True))
+    for (tokens, d_in, d_out, rank), dtype, need in itertools.product(sizes, DTYPES, needs):
+        x, gy = random(tokens, d_in, dtype=dtype), random(tokens, d_out, dtype=dtype)
+        W, D = random(d_out, d_in, dtype=dtype, scale=d_in**-0.5), random(d_in, rank, dtype=dtype, scale=d_in**-0.5)
+        G, gamma, beta = random(rank, d_out, dtype=dtype), random(d_in, dtype=dtype), random(d_in, dtype=torch.float32)
+        own = (gamma, beta, 1e-5)
+        _, h, *statistics = torch.ops.efft.tt_norm_linear_fwd.cuda(x, *own, W, None, D, G)
+        names = ("dx", "dD", "dG", "db", "dgamma", "dbeta")
+        found = torch.ops.efft.tt_norm_linear_bwd.cuda(gy, x, *own, *statistics, W, h, D, G, *need)
+        got = {name: value for name, value, needed in zip(names, found, need, strict=True) if needed and name != "dx"}
+        n = F.layer_norm(x.double(), (d_in,))
+        a = rounded(n * gamma.double() + beta.double(), dtype)
+        h_, dh = rounded(a @ D.double(), dtype), rounded(gy.double() @ G.double().t(), dtype)
+        da = rounded(gy.double() @ W.double() + dh @ D.double().t(), dtype)
+        exact = {"dD": a.t() @ dh, "dG": h_.t() @ gy.double(), "db": gy.double().sum(0)}
+        exact |= {"dgamma": (da * n).sum(0), "dbeta": da.sum(0)}
+        terms = {"dG": ((a.abs() @ D.double().abs()).t() @ gy.double().abs()).norm().item()}
+        terms |= {"db": gy.double().norm().item(), "dgamma": da.norm().item(), "dbeta": da.norm().item()}
+        yield f"sums {tokens} {d_in} {d_out} {rank} {dtype} {need}", got, exact, dtype, terms
+
+
 def update_cases() -> Iterator[Case]:
     """Where the base product cancels, y and dx are the update alone, 1000 times smaller than the weight."""
     for dtype, rank in itertools.product(DTYPES, (5, 33)):
@@ -180,6 +205,7 @@ FAMILIES = {
     "norm": lambda: linear_cases("norm"),
     "tiles bfloat16": lambda: tile_cases(torch.bfloat16),
     "tiles float16": lambda: tile_cases(torch.float16),
+    "sums": sum_cases,
     "update": update_cases,
     "grouped": grouped_cases,
     "contract": contract_cases,
@@ -216,6 +242,10 @@ def main(library: str, only: str = "", device: str = "cpu") -> int:
         run, kernels, clusters = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
         ctypes.CDLL(library).efft_emulation_coverage(*map(ctypes.byref, (run, kernels, clusters)))
         print(f"{run.value} of {kernels.value} kernels run, {clusters.value} of them in clusters of blocks")
+        if "EFFT_EMULATION_LOG" in os.environ:
+            log = ctypes.CDLL(library).efft_emulation_launches
+            log.restype = ctypes.c_char_p
+            print("kernels:", *sorted({line.split()[0] for line in log().decode().splitlines()}))
     return int(wrong > 0)
 
 

@@ -1,5 +1,5 @@
-// Copies of tiles by tensor maps: a map holds what the driver was given. A copy leaves NaN behind at once and lands when
-// the scheduler lets it, in each block of a multicast at another time.
+// Copies of tiles by tensor maps: a map holds what the driver was given. A copy leaves NaN behind at once and lands
+// when the scheduler lets it, in each block of a multicast at another time.
 #include <algorithm>
 
 #include "machine.h"
@@ -63,6 +63,13 @@ void copy_tile(const void* from, const void* barrier, uint16_t mask, void* to, i
   if (reinterpret_cast<uintptr_t>(from) % 64 != 0) return fail("a tensor map is not aligned to 64 bytes");
   if (map.dimensions != 2) return fail("a copy of two coordinates by a map of another rank");
   if (mask >> blocks.size() != 0) return fail("a multicast to a block that the cluster does not have");
+  if (failed()) return;
+  for (int64_t r = std::max(row, 0); r < std::min<int64_t>(int64_t{row} + map.box[1], map.sizes[1]); ++r) {
+    const int64_t first = std::max(column, 0), end = std::min<int64_t>(int64_t{column} + map.box[0], map.sizes[0]);
+    if (first < end)
+      touch_global(map.data + r * static_cast<int64_t>(map.strides[0]) + first * map.element,
+          static_cast<size_t>(end - first) * map.element, false);
+  }
   const uint32_t address = shared_address(to), at = shared_address(barrier);
   if (address % 128 != 0) return fail("a copy to a place that is not aligned to 128 bytes");
   for (size_t block = 0; block < blocks.size(); ++block) {
@@ -79,6 +86,10 @@ void copy_tile(const void* from, const void* barrier, uint16_t mask, void* to, i
     std::memset(place, 0xff, flight.bytes());
     flights.push_back(flight);
   }
+}
+
+void check_map(const void* map) {
+  if (static_cast<const Map*>(map)->is_map != 1) fail("a prefetch of something that is not a tensor map");
 }
 
 void land_copy(size_t which) {

@@ -1,4 +1,6 @@
 // What a warp does together, by the documented layouts of the PTX manual, and the copies of single threads.
+#include <algorithm>
+
 #include "machine.h"
 
 namespace emulation {
@@ -68,6 +70,7 @@ void copy_async(void* to, const void* from, int bytes) {
   if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0)
     fail("a copy is not aligned to 16 bytes");
   if (bytes < 0 || bytes > 16) fail("a copy of more than 16 bytes");
+  touch_global(from, static_cast<size_t>(std::max(bytes, 0)), false);
   if (failed()) return;
   std::memset(to, 0xff, 16);
   threads[running].open.push_back({to, from, bytes});

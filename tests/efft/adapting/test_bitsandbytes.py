@@ -48,7 +48,7 @@ def quantize(request: pytest.FixtureRequest) -> Callable[[nn.Linear], nn.Linear]
 
 @pytest.fixture
 def backbone(quantize: Callable[[nn.Linear], nn.Linear], tiny_vit: Make) -> Make:
-    """A tiny ViT whose blocks are quantized."""
+    """Return a tiny ViT whose blocks are quantized."""
 
     def make() -> nn.Module:
         model = tiny_vit()
@@ -167,5 +167,5 @@ def test_under_peft(backbone: Make, images: Tensor) -> None:
                 parameter.normal_(std=0.2)
     model(images).sum().backward()
     assert all(p.grad.any() for n, p in model.named_parameters() if "efft_" in n)
-    with pytest.raises(TypeError, match="to which no update can be added: keep the adapter beside it"):
+    with pytest.raises(TypeError, match="to which no update can be added: keep the adapter unmerged"):
         model.merge_adapter()

@@ -1,4 +1,4 @@
-"""Biases and norms that are trained beside the factors: which they are, and that they come, go and are saved whole."""
+"""Test biases and norms that are trained in addition to the factors: their selection, training, saving and removal."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ALL: dict[str, Any] = {"rank": 4, "bias": "all", "norms": True, "dropout": 0.0}
 
 @pytest.fixture
 def trained(tiny_vit: Make, randomize: Make) -> Make:
-    """The tiny ViT in eval mode with biases and norms (``changes`` go to the config) that differ from the base's."""
+    """Return an adapted tiny ViT in eval mode whose trained biases and norms differ from those of the base."""
 
     def make(**changes: Any) -> nn.Module:
         model = randomize(efft.apply(tiny_vit().eval(), efft.EfftConfig(**{**ALL, **changes})), 0.3)
@@ -48,7 +48,7 @@ class Rms(nn.Module):
         return self.weight * x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
 
 
-# --- which they are ---------------------------------------------------------------------------------------------------
+# --- selection --------------------------------------------------------------------------------------------------------
 
 
 class Plain(nn.Module):
@@ -173,7 +173,7 @@ def test_models_without_them(
         efft.apply(model, efft.EfftConfig(rank=2, head=[], **fields))
 
 
-# --- they are ordinary parameters -------------------------------------------------------------------------------------
+# --- training ---------------------------------------------------------------------------------------------------------
 
 
 def test_first_step_is_a_no_op(tiny_vit: Make, images: Tensor) -> None:
@@ -302,7 +302,7 @@ def test_disabled_computes_the_base(merged: bool, tiny_vit: Make, trained: Make,
 
 
 def test_a_graph_may_span_disabled(trained: Make, tiny_vit: Make, images: Tensor) -> None:
-    """As in distillation: the student's pass, the base's, then backward."""
+    """As in distillation, a pass of the base runs between the pass of the student and its backward pass."""
     model = trained()
     model(images).square().sum().backward()
     expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}

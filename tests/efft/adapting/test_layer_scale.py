@@ -1,4 +1,4 @@
-"""Diagonals of each weight's own (``layer_scale``): counted by formula, exact in every form that an adapter takes."""
+"""Test the diagonals of each weight (``layer_scale``): their number, and exact results in every form of an adapter."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SIDES = ["in", "out", "both"]
 def test_counts_by_formula(sides: str, variant: str, tiny_vit: Make) -> None:
     """Each of the 8 layers has a diagonal as long as its input, its output, or both.
 
-    Under efft1, attention uses parts of the columns of a train that is 64 wide, and its diagonals are as long.
+    Under efft1, the attention uses some columns of a tensor train of width 64, and its diagonals have length 64.
     """
     config = efft.EfftConfig(rank=4, variant=variant)
     without = efft.count_parameters(efft.apply(tiny_vit(), config)).factors
@@ -48,7 +48,7 @@ def test_first_step_is_a_no_op(sides: str, tiny_vit: Make, images: Tensor) -> No
 
 @pytest.mark.parametrize("variant", ["efft1", "efft2"])
 def test_the_update_is_that_of_the_formula(variant: str, adapted_vit: Make) -> None:
-    """Against the same factors without diagonals, in fp64: rows times a, columns times b."""
+    """The oracle is the update of the same factors without diagonals, with its inputs scaled by a and outputs by b."""
     config = {"variant": variant, "scale": 0.7}
     model = adapted_vit(layer_scale="both", **config).double()
     plain = adapted_vit(**config).double()
@@ -62,7 +62,7 @@ def test_the_update_is_that_of_the_formula(variant: str, adapted_vit: Make) -> N
 
 @pytest.mark.parametrize("sides", SIDES)
 def test_gradients_are_those_of_the_dense_model(sides: str, adapted_vit: Make, tiny_vit: Make, images: Tensor) -> None:
-    """Finite differences of the merged model, of a direction in all diagonals."""
+    """The oracle is a finite difference of the merged model along a direction in the space of all diagonals."""
     model = adapted_vit(std=0.3, layer_scale=sides, dropout=0.0).double()
     diagonals = {n: p for n, p in efft.named_factors(model) if n.rpartition(".")[2] in ("a", "b")}
     assert diagonals

@@ -34,7 +34,7 @@ def backbone(model: nn.Module, quantize: Quantize) -> nn.Module:
 
 @pytest.fixture
 def quantized(quantize: Quantize, tiny_vit: Make, randomize: Make) -> nn.Module:
-    """A tiny ViT that was quantized, then adapted, with random factors."""
+    """Return a tiny ViT that was quantized and then adapted, with random factors."""
     model = efft.apply(backbone(tiny_vit(), quantize), efft.EfftConfig(**CONFIG))
     return randomize(model, std=0.2).eval()
 
@@ -141,5 +141,5 @@ def test_under_peft(quantize: Quantize, tiny_vit: Make, images: Tensor) -> None:
             if "efft_" in name:
                 parameter.normal_(std=0.2)
     assert not torch.allclose(model(images), base, atol=1e-3)
-    with pytest.raises(TypeError, match="to which no update can be added: keep the adapter beside it"):
+    with pytest.raises(TypeError, match="to which no update can be added: keep the adapter unmerged"):
         model.merge_adapter()

@@ -121,7 +121,7 @@ def test_lora_alpha_scales_the_update() -> None:
         ({"lora_alpha": 8, "rank": (2, 4)}, r"lora_alpha is divided by one rank, got \(2, 4\): give the scale itself"),
         ({"bias": "lora_only"}, "bias must be 'none', 'all', 'efft_only' or 'auto', got 'lora_only'"),
         ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern must be a dict of names to ranks, got 0"),
-        ({"rank_pattern": {"q_proj": 2}, "rank": (2, 3)}, r"one integer beside a rank_pattern, got \(2, 3\)"),
+        ({"rank_pattern": {"q_proj": 2}, "rank": (2, 3)}, r"one integer if rank_pattern is set, got \(2, 3\)"),
         ({"layers_to_transform": 0, "target_modules": "q_proj"}, "layers_to_transform narrows a list of target_mod"),
         ({"layers_to_transform": ["0"]}, r"layers_to_transform must be None, an index or a list of them, got \['0'\]"),
         ({"layers_pattern": "layers"}, "layers_pattern says where the indices of layers_to_transform stand"),

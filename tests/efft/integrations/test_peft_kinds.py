@@ -178,7 +178,7 @@ def test_what_a_pass_leaves_out_is_no_error() -> None:
 
 
 class Held(nn.Module):
-    """Call the modules in a list of the module's own rather than the registered modules."""
+    """Call the modules in a plain list instead of the registered modules."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -300,7 +300,7 @@ def test_sums_that_are_refused() -> None:
         (["default", "other"], [1.0, 1.0], "adapters 'default' and 'other' adapt different layers"),
         (["default", "head"], [1.0, 1.0], "adapter 'head' has its own modules or biases"),
         (["default", "none"], [1.0, 1.0], "Adapter none does not exist"),
-        (["default"], [1.0, 1.0], "a weight per adapter, got 1 adapters and 2 weights"),
+        (["default"], [1.0, 1.0], "one weight per adapter, got 1 adapters, 2 weights"),
     ):
         with pytest.raises(ValueError, match=message):
             model.add_weighted_adapter(names, weights, "sum")

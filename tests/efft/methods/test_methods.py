@@ -86,7 +86,7 @@ def contract(name: str, show: Callable[..., None]) -> Callable[..., None]:
 
 @pytest.fixture
 def adapted(name: str, tiny_vit: Make, randomize: Callable[..., nn.Module]) -> nn.Module:
-    """The tiny ViT in eval mode, adapted, with random factors."""
+    """Return the tiny ViT in eval mode, adapted, with random factors."""
     return randomize(efft.apply(tiny_vit().eval(), config_of(name)))
 
 

@@ -37,7 +37,7 @@ def test_a_sample_of_the_page(library: str) -> None:
 
 
 def test_goals() -> None:
-    """Of the architectures that can be created, at least 95 % in timm and 90 % in transformers are adapted wholly."""
+    """At least 95 % (timm) and 90 % (transformers) of the architectures that can be created are adapted completely."""
     for library, least in (("timm", 95), ("transformers", 90)):
         (row,) = re.findall(rf"^\| {library} \| .*$", PAGE, re.MULTILINE)
         share = float(re.findall(r"\(([\d.]+)%\)", row)[0])

@@ -1,4 +1,4 @@
-"""A number of parameters becomes a rank and a choice of biases and norms."""
+"""Test that a budget of parameters determines the rank and whether biases and norms are trained."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from efft.methods.efft import AUTOMATIC
 
 Make = Callable[..., nn.Module]
 
-#: The tiny ViT: d = 16, two blocks; 464 entries of biases and norms, of which 384 are biases (those of norms included).
+#: Number of entries of biases and norms in the tiny ViT (d = 16, two blocks). 384 of them are biases, including those
+#: of norms.
 EXTRAS = 464
 
 
 def factors(rank: int) -> int:
-    """Of EFFT2 by hand: attention [16, r], 2 x 4 cores, [r, 16]; MLP [16, r], 2 x 2 cores, [r, 64]."""
+    """Count the factors of EFFT2: attention [16, r], 2 x 4 cores, [r, 16]; MLP [16, r], 2 x 2 cores, [r, 64]."""
     return 2 * 16 * rank + 8 * rank**2 + (16 + 64) * rank + 4 * rank**2
 
 
@@ -76,7 +77,7 @@ def test_models_without_biases() -> None:
             {"budget": factors(1) - 1},
             f"a budget of {factors(1) - 1} parameters is too small .*: rank 1 needs {factors(1)} ",
         ),
-        ({"budget": 500, "bias": "all"}, rf"rank 1 needs {factors(1) + 384} \(head apart\)"),
+        ({"budget": 500, "bias": "all"}, rf"rank 1 needs {factors(1) + 384} \(excluding the head\)"),
         ({"budget": 0}, "budget must be a positive number of parameters, got 0"),
         ({"budget": 1000, "rank": 4}, "give either budget or rank, got 1000 and 4"),
         ({}, r"a number of parameters \(budget=\.\.\.\) is missing"),

@@ -52,13 +52,13 @@ _NO_LORA = {
     "is a grouped convolution, for which peft has no such update": "pit gcvit xcit twins coatnet maxvit edgenext davit "
     "focalnet convnext convnextv2 mambaout regnet efficientnet mobilenetv3 mobilenetv4 repvit segformer "
     "mvitv2",
-    "reads its weight, and would not read the update of peft's layer": "beit eva02 swinv2 swin-of-torchvision fastvit "
+    "reads its weight, and would miss an update in a layer of peft": "beit eva02 swinv2 swin-of-torchvision fastvit "
     "mamba jamba",
-    "dimensions, and peft does not take it for a matrix": "resnetv2 nfnet xlnet",
+    "dimensions, and peft can adapt only matrices and experts": "resnetv2 nfnet xlnet",
     "is a parameter of a ZambaMambaMixer": "zamba",
     "is a parameter of a FunnelRelMultiheadAttention": "funnel",
     "is a parameter of a MultiheadAttention": "vit-of-torchvision torch's-encoder torch's-decoder torch's-transformer",
-    "where layers of that name were in checkpoints of transformers 4": "deepseek-v3 llama4",
+    "where transformers 4 had layers of that name": "deepseek-v3 llama4",
 }
 NO_LORA = {family: text for text, own in _NO_LORA.items() for family in own.split()}
 

@@ -26,7 +26,7 @@ class Expert(nn.Module):
 
 
 class Mixture(nn.Module):
-    """A block with attention, a router with the shape of the attention, and a list of experts, like early Mixtral."""
+    """Apply attention and a list of experts, like early versions of Mixtral."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,11 +39,11 @@ class Mixture(nn.Module):
 
 
 class Tail(nn.Sequential):
-    """A tower with a different class."""
+    """Apply layers in sequence, as a tower with a different class."""
 
 
 class Held(nn.Module):
-    """Call the modules in a list of the module's own rather than the registered modules."""
+    """Call the modules in a plain list instead of the registered modules."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Adapters with biases and norms of their own in a pool: for whole batches and mixes, not for single samples."""
+"""Test pooled adapters with trained biases and norms, which serve whole batches and mixes but not single samples."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Make = Callable[..., nn.Module]
 
 @pytest.fixture
 def trained(adapter: Make) -> Make:
-    """An adapter with biases, norms (``fields`` go to the config) and a head of its own, by a number."""
+    """Return a model with an adapter, trained biases and norms, and a head. ``seed`` determines their values."""
 
     def make(seed: int, dtype: torch.dtype = torch.float32, **fields: object) -> nn.Module:
         settings = {"rank": 4, "bias": "all", "norms": True, **fields}
@@ -60,7 +60,7 @@ def test_each_adapter_as_alone(
             torch.testing.assert_close(pool.model(images), model(images), rtol=1e-5, atol=1e-5)
     assert torch.equal(pool.model(images), base)
     pool.remove("all")
-    pool.add("again", adapter(4))  # in the place of the one with biases
+    pool.add("again", adapter(4))  # it gets the slot of the adapter with biases
     with pool.use("again"):
         torch.testing.assert_close(pool.model(images), adapter(4)(images), rtol=1e-5, atol=1e-5)
     with pool.use(["again", "plain", None]):

@@ -79,7 +79,7 @@ def offered(refused: Refused, tiny_vit: Make, unchanged: Unchanged) -> Callable[
 
 
 class Code:
-    """A pickle that runs a program when it is loaded."""
+    """Run a program when a pickle of this object is loaded."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker

@@ -48,5 +48,5 @@ def test_files_without_a_sketch_load_as_before(tiny_vit: Make, tmp_path: Path) -
 def test_damaged_sketches(sketch: object, tiny_vit: Make, tmp_path: Path) -> None:
     efft.save_adapter(efft.apply(tiny_vit(), efft.EfftConfig(rank=4)), tmp_path)
     edit_config(tmp_path, lambda config: config["base"].update(sketch=sketch))
-    with pytest.raises(ValueError, match=r"'base\.sketch' must be pairs of numbers, or -, between commas"):
+    with pytest.raises(ValueError, match=r"'base\.sketch' must be pairs of numbers or '-', separated by commas"):
         efft.load_adapter(tiny_vit(), tmp_path)

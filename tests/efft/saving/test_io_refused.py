@@ -111,7 +111,7 @@ DAMAGE: dict[str, tuple[Edit, str]] = {
     ),
     "a site of other sizes": (
         lambda d: d["plan"][0]["weights"].update({"blocks.0.attn.qkv": "layer=0 cores=0:2"}),
-        r"blocks.0.attn.qkv is of size \(16, 48\), and what the adapter has for it is of size \(16, 32\)",
+        r"blocks.0.attn.qkv is of size \(16, 48\), but its update in the adapter is of size \(16, 32\)",
     ),
     "sizes of a train": (
         lambda d: d["plan"][0].update(sizes=[16, 16, 2, 2**40]),
@@ -300,7 +300,7 @@ def test_other_configuration_on_an_adapted_model(
     _, folder = saved
     message = (
         r"was trained with another configuration \(rank: model 2, adapter 4; scale: model 1\.0, adapter 0\.7\); call "
-        r"efft\.remove\(model\) first and let load_adapter apply the saved one"
+        r"efft\.remove\(model\) first and let load_adapter apply the saved configuration"
     )
     refuse(adapted_vit(rank=2), folder, message, unchanged)
     refuse(

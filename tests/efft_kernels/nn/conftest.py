@@ -1,4 +1,8 @@
-"""Provide modules with nonzero factors ("banks") as models use them, and the dense update of a layer ("site")."""
+"""Provide banks, stacks of layers that use them, and the dense update of a site.
+
+A *bank* is a module that owns factors, and a *site* is the part of a bank that one layer uses. The factors of these
+banks are random, so that no update is zero.
+"""
 
 from __future__ import annotations
 
@@ -30,12 +34,12 @@ def _sites(kind: str, layer: int) -> dict[str, Site]:
 
 
 def _make_bank(kind: str, n_layers: int = 3, **kwargs: Any) -> tuple[TTFactors, list[Site]]:
-    """Return a bank of ``n_layers`` layers and its unbound sites; ``kind`` is a group of EFFT1 or EFFT2."""
+    """Return a bank for ``n_layers`` layers and its unbound sites. ``kind`` names a group of EFFT1 or EFFT2."""
     sites = [site for layer in range(n_layers) for site in _sites(kind, layer).values()]
     n_cores = 1 + max(core for site in sites for core in site.cores)
     d_out = WIDTH if kind == "attention" else 4 * WIDTH
     kwargs = {"rank": (3, 5), "scale": 0.7, "dtype": torch.float64, **kwargs}
-    # Sides of some layers alone, so that sites with and without a diagonal are composed together.
+    # Only some layers have diagonals, so that sites with and without diagonals are composed together.
     scaled = kwargs.pop("scaled", ())
     kwargs["scaled_inputs"] = [site for site in sites if "in" in scaled and site.layer != 1]
     kwargs["scaled_outputs"] = [site for site in reversed(sites) if "out" in scaled and site.layer != 0]
@@ -46,7 +50,7 @@ def _make_bank(kind: str, n_layers: int = 3, **kwargs: Any) -> tuple[TTFactors, 
 
 
 def _update(bank: TTFactors, site: Site, masks: Masks | None = None) -> Tensor:
-    """Return ΔW [in_features, out_features] by its definition, differentiable; ``masks`` holds those of all layers."""
+    """Compute ΔW [in_features, out_features] by its definition. ``masks`` contains the masks of all layers."""
     U, V = bank.U, bank.V
     C = bank.C[site.layer if bank.core_sharing == "per_layer" else 0]
     if masks is not None:
@@ -65,7 +69,7 @@ def _update(bank: TTFactors, site: Site, masks: Masks | None = None) -> Tensor:
 
 
 class Stack(nn.Module):
-    """Run adapted layers in sequence, each with its own input; ``prepare`` prepares the bank as in a model."""
+    """Run adapted layers, each with its own input. If ``prepare`` is True, the bank is prepared as in a model."""
 
     def __init__(self, bank: TTFactors, sites: list[Site], dtype: torch.dtype = torch.float64) -> None:
         super().__init__()
@@ -78,7 +82,7 @@ class Stack(nn.Module):
         self.prepare = True
 
     def run(self, call: Callable[..., Tensor] = lambda layer, x: layer(x)) -> Tensor:
-        """Run one forward pass and return its loss; ``call`` runs a layer on its input."""
+        """Run one forward pass and return its loss. ``call`` applies a layer to its input."""
         if self.prepare:
             self.bank.prepare()
         try:
@@ -89,7 +93,7 @@ class Stack(nn.Module):
         return sum(y.square().sum() for y in outputs)
 
     def gradients(self, call: Callable[..., Tensor] = lambda layer, x: layer(x), seed: int = 0) -> dict[str, Tensor]:
-        """Return the loss and all gradients of one forward and backward pass; ``seed`` sets the random generator."""
+        """Return the loss and all gradients of one forward and backward pass. ``seed`` seeds the random generator."""
         torch.manual_seed(seed)
         leaves = {n: p for n, p in self.bank.named_parameters() if p.requires_grad}
         leaves |= {f"x{i}": x for i, x in enumerate(self.inputs)}

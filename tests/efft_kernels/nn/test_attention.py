@@ -58,7 +58,7 @@ class Pair:
 
 
 def inputs(kind: str, batch_first: bool, kdim: int = D, vdim: int = D) -> tuple[Tensor, Tensor, Tensor]:
-    """Return query, key and value; ``kind`` says which of them are the same tensor and whether there is a batch."""
+    """Return query, key and value; ``kind`` states which are the same tensor and whether there is a batch."""
     lead = () if "unbatched" in kind else (BATCH,)
 
     def one(n: int, width: int) -> Tensor:
@@ -167,7 +167,7 @@ def test_dropout_is_torchs_own() -> None:
 
 
 def test_switched_off_it_is_torchs_own() -> None:
-    """In eval mode without gradients it runs torch's fused kernel."""
+    """In eval mode without gradients, the attention runs torch's fused kernel."""
     pair, (x, _, _) = Pair(batch_first=True), inputs("self", True)
     pair.ours.eval()
     pair.plain.eval()

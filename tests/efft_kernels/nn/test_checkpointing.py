@@ -70,7 +70,7 @@ def test_gradients_of_the_inputs_alone(make_stack: Callable[..., Any]) -> None:
 
 
 def test_layers_that_were_not_used(make_stack: Callable[..., Any]) -> None:
-    """The first pass does not use fc2, but must end all the same."""
+    """The first pass does not use fc2, but must still end correctly."""
     stack = make_stack("mlp", dropout=0.4)
     stack.run(lambda layer, x: x * 0 if layer.site.transpose else recompute(layer, x)).backward()
     assert_same(stack.gradients(recompute), stack.gradients())

@@ -1,4 +1,4 @@
-"""Compare updates of expert matrices with dense sums: products, gradients, merging, and the meaning of a site."""
+"""Compare adapted experts with experts whose weights are the dense sums of weight and update."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def make_bank(**kwargs: Any) -> TTFactors:
 
 @pytest.fixture
 def dense(update: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return ``dense(bank, site, masks)``, which returns all experts' updates [experts, in_features, out_features]."""
+    """Return a function that computes the updates of all experts of a site, [experts, in_features, out_features]."""
 
     def of(bank: TTFactors, site: Site, masks: Masks | None = None) -> Tensor:
         one = [dataclasses.replace(site, cores=(core,), experts=0, interleaved=False) for core in site.cores]
@@ -50,7 +50,7 @@ def dense(update: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def draw_masks(bank: TTFactors, monkeypatch: pytest.MonkeyPatch) -> Masks:
-    """Return the masks of all layers; ``bank`` uses the masks of layer 1 from now on."""
+    """Draw and return masks for all layers. From now on, ``bank`` uses the masks of layer 1."""
     shapes = (3, 2, *bank.U.shape), (3, *bank.C.shape[1:]), (3, 2, *bank.V.shape)
     masks = Masks(*(torch.rand(shape) > bank.dropout for shape in shapes))
     drawn = Masks(*(mask[1:2] for mask in masks))
@@ -59,7 +59,7 @@ def draw_masks(bank: TTFactors, monkeypatch: pytest.MonkeyPatch) -> Masks:
 
 
 class Product(nn.Module):
-    """Compute only the products of the experts, with either layout of the parameter."""
+    """Compute only the products of the experts, for either layout of the parameter."""
 
     def __init__(self, bank: TTFactors, site: Site, transposed: bool = False, dtype: Any = torch.float64) -> None:
         super().__init__()
@@ -79,7 +79,8 @@ def by_hand(x: Tensor, routing: Routing, W: Tensor) -> Tensor:
     return torch.stack([x[t] @ W[e] for t, e in zip(routing.tokens, routing.experts, strict=True)])
 
 
-#: The router's choices: experts without a token, with one token, all tokens at one expert, a single token.
+#: Choices of the router. They include experts without a token, experts with one token, all tokens at one expert, and a
+#: single token.
 CHOICES = {
     "mixed": [[0, 2], [2, 3], [2, 0], [3, 2], [0, 3]],
     "one token for one": [[1, 0], [0, 2], [0, 2]],
@@ -122,7 +123,7 @@ def test_what_a_site_stands_for(dense: Callable[..., Tensor], site: str, sharing
 def test_product_and_gradients(
     dense: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch, site: str, prepared: bool, dropout: float
 ) -> None:
-    """The oracle is autograd through the sum of weight and dense update; with dropout, through the masked factors."""
+    """The oracle is autograd through the dense sum of weight and update, which has masked factors with dropout."""
     bank = make_bank(dropout=dropout, trainable_scale="matrix")
     model = Product(bank, SITES[site], transposed="columns" in site)
     masks = draw_masks(bank, monkeypatch) if dropout else None
@@ -142,7 +143,7 @@ def test_product_and_gradients(
 
 
 def test_layers_of_experts_beside_plain_ones(update: Callable[..., Tensor], dense: Callable[..., Tensor]) -> None:
-    """The experts and a plain layer of several blocks share one tensor train, composed at once or one by one."""
+    """Experts and plain layers share a tensor train. Composing their sites together or one by one is equivalent."""
     for sharing in ("per_layer", "shared"):
         bank = make_bank(core_sharing=sharing, dropout=0.0)
         sites = [dataclasses.replace(site, layer=layer) for layer in (2, 0) for site in SITES.values()]
@@ -161,7 +162,7 @@ def test_layers_of_experts_beside_plain_ones(update: Callable[..., Tensor], dens
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_merging(dense: Callable[..., Tensor], dtype: torch.dtype, transposed: bool) -> None:
-    """Merging rounds once in fp32, one expert at a time. Unmerging restores the same bits in the same memory."""
+    """Merging adds in fp32 and rounds once. Unmerging restores the exact weight in the same memory."""
     factors = torch.float64 if dtype == torch.float64 else torch.float32
     bank = make_bank(dtype=factors)
     for site in SITES.values():
@@ -263,7 +264,7 @@ def test_what_is_refused() -> None:
 
 
 class Reader(nn.Module):
-    """Multiply by all experts at once, in a way of the module's own."""
+    """Multiply by all experts at once with torch calls of its own, so that the module reads the parameter itself."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__()
@@ -278,7 +279,7 @@ class Reader(nn.Module):
 def test_a_module_that_reads_the_parameter_itself(
     dense: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch, site: str, dropout: float
 ) -> None:
-    """The module gets the effective weights of the current pass."""
+    """The module reads the effective weights of the running pass."""
     bank = make_bank(dropout=dropout)
     d_in, d_out = bank.features(SITES[site])
     model = Reader((N_EXPERTS, d_out, d_in))
@@ -306,7 +307,7 @@ def test_a_module_that_reads_the_parameter_itself(
 
 
 class Batched(nn.Module):
-    """Hold experts whose rows are sorted into equal batches, like those of Llama 4."""
+    """Multiply one batch of rows per expert, all batches having the same size, as Llama 4 does."""
 
     def __init__(self, matrices: Tensor) -> None:
         super().__init__()

@@ -127,7 +127,7 @@ def test_gradients_with_diagonals(
     scaled: tuple[str, ...],
     dropout: float,
 ) -> None:
-    """Of every factor and diagonal, composed at once and one by one, against autograd through the dense updates."""
+    """The oracle is autograd through dense updates. The sites are composed together and one by one."""
     stack = make_stack(kind, core_sharing=core_sharing, dropout=dropout, scaled=scaled, trainable_scale="matrix")
     masks = given_masks(stack.bank, [layer.site for layer in stack.layers], monkeypatch) if dropout else None
     got = stack.gradients()
@@ -147,7 +147,7 @@ def test_gradients_with_diagonals(
 
 @SIDES
 def test_diagonals_belong_to_one_site_each(make_bank: Callable[..., Any], kind: str, scaled: tuple[str, ...]) -> None:
-    """They start at one, and each element is of one site, or of none where sites use some columns of V."""
+    """Diagonals start at one. An element belongs to one site, or to none if the sites use only some columns of V."""
     bank, sites = make_bank(kind, scaled=scaled)
     bank.reset_parameters()
     used = {name: torch.zeros_like(rows) for name, rows in (("a", bank.a), ("b", bank.b)) if rows is not None}
@@ -168,7 +168,7 @@ def test_diagonals_belong_to_one_site_each(make_bank: Callable[..., Any], kind: 
 
 @pytest.mark.filterwarnings("error")
 def test_layers_are_scaled_in_one_view(make_stack: Callable[..., Any], kind: str) -> None:
-    """Rows of the sites that are composed together are adjacent: nothing is stacked, and no gradient is scattered."""
+    """Rows of sites that are composed together are adjacent, so no rows are stacked and no gradient is scattered."""
     stack = make_stack(kind, n_layers=4)
     sites = [layer.site for layer in stack.layers]
     bank = TTFactors(8, stack.bank.d_out, (3, 5), n_layers=4, n_cores=stack.bank.n_cores, scaled_inputs=sites)
@@ -280,7 +280,7 @@ def test_nothing_is_dropped_in_eval_mode_or_without_dropout(make_bank: Callable[
 
 
 def given_masks(bank: TTFactors, sites: list[Site], monkeypatch: pytest.MonkeyPatch) -> Masks:
-    """Return masks of all layers; ``bank`` uses these masks from now on."""
+    """Draw and return masks for all layers. From now on, ``bank`` uses these masks."""
     n_scopes, n_layers = 1 + max(site.mask_scope for site in sites), bank.n_layers
     shapes = (n_layers, n_scopes, *bank.U.shape), (n_layers, *bank.C.shape[1:]), (n_layers, n_scopes, *bank.V.shape)
     masks = Masks(*(torch.rand(shape) > 0.4 for shape in shapes))
@@ -407,7 +407,7 @@ def test_a_bank_that_nothing_is_bound_to() -> None:
         ({"dropout": -0.1}, r"dropout must be in \[0, 1\), got -0.1"),
         ({"trainable_scale": "group"}, "trainable_scale must be False, True or 'matrix', got 'group'"),
         ({"scaled_inputs": [Site(1)]}, r"Site\(layer=1, .* does not fit a bank of 1 layers"),
-        ({"scaled_outputs": [Site(experts=1)]}, "the matrices of experts share their sides, which have no diagonals"),
+        ({"scaled_outputs": [Site(experts=1)]}, "a site of experts cannot have diagonals"),
     ],
 )
 def test_wrong_arguments(changed: dict[str, Any], message: str) -> None:

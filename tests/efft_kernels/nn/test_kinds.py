@@ -20,7 +20,7 @@ from efft_kernels.nn.adapted import AdaptedWeight, matrix_sizes
 
 
 class Conv1D(nn.Module):
-    """A copy of the Conv1D in transformers' GPT-2."""
+    """Compute the same function as the Conv1D in transformers' GPT-2."""
 
     def __init__(self, nf: int, nx: int) -> None:
         super().__init__()

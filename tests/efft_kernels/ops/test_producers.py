@@ -82,7 +82,7 @@ def dense(op: Callable[..., Tensor], name: str, inputs: Inputs, gy: Tensor, opti
 
 
 def trained(op: Callable[..., Tensor], name: str) -> tuple[str, ...]:
-    """All arguments that get a gradient."""
+    """Return the names of all arguments that get a gradient."""
     return (name, "D", "G", "b", *(("gamma", "beta") if op is tt_norm_linear else ()))
 
 
@@ -237,7 +237,7 @@ def test_a_second_derivative(
 def test_second_derivatives_of_trained_vectors(
     backend: Backend, exact: torch.dtype, assert_exact: Callable[..., None], case: Any, need: str
 ) -> None:
-    """Of one gradient by all that it depends on, where that argument alone is trained or all are."""
+    """The test differentiates one gradient, either if only its argument is trained or if all arguments are."""
     op, name, options = case
     names = trained(op, name)
     if need not in names:
@@ -261,7 +261,7 @@ def test_second_derivatives_of_trained_vectors(
 def test_one_vector_alone_is_trained(
     backend: Backend, exact: torch.dtype, assert_exact: Callable[..., None], case: Any, need: str
 ) -> None:
-    """Everything else is frozen, the input too, as in the first layer of a model."""
+    """All other arguments are frozen, including the input, as in the first layer of a model."""
     op, name, options = case
     if need not in trained(op, name):
         pytest.skip("a GELU has no parameters")
@@ -273,7 +273,7 @@ def test_one_vector_alone_is_trained(
 
 
 def test_what_is_kept_for_backward(kernels: Backend, case: Any) -> None:
-    """The producer's input and h are saved; no other tensor of these sizes is."""
+    """Of the new tensors, only h and the statistics of a norm are saved."""
     op, name, options = case
     inputs = inputs_of(op, tokens=50, d_in=24, d_out=40, r1=5)
     known = {inputs[k].untyped_storage().data_ptr() for k in inputs}

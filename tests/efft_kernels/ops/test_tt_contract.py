@@ -169,7 +169,7 @@ def test_layers_get_views_and_one_backward(
     assert_exact: Callable[..., None],
     record: Callable[[], Any],
 ) -> None:
-    """The layers get G.unbind(0) without a copy, and dC and dV take two products for any number of layers."""
+    """The layers get G.unbind(0) without a copy, and dC and dV need two products for any number of layers."""
     inputs = make_inputs("tt_contract", n_layers=6, dtype=exact, device=device)
     C, V = inputs["C"].requires_grad_(), inputs["V"].requires_grad_()
     with use_backend(backend), record() as forward:

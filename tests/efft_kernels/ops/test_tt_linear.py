@@ -201,7 +201,7 @@ def test_a_trained_bias_beside_frozen_arguments(
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("how", ["autocast", "as it is"])
 def test_a_bias_in_fp32_gets_its_gradient_in_fp32(backend: Backend, device: str, half: torch.dtype, how: str) -> None:
-    """Beside a weight in half precision, with more tokens than a sum in half precision could count."""
+    """The weight has half precision, and a sum in half precision could not count the tokens."""
     if backend is Backend.CPU and half == torch.float16:
         pytest.skip("the cpu backend has no float16")
     inputs = make_inputs("tt_linear", tokens=1000, dtype=half, factor_dtype=torch.float32, device=device)

@@ -1,7 +1,9 @@
-"""Provide EFFT as a method of ``peft``. Importing this module registers EFFT, also for saved adapters of ``peft``.
+"""Provide EFFT as a method of ``peft``.
 
-from efft.integrations.peft import EfftPeftConfig
-model = peft.get_peft_model(model, EfftPeftConfig(r=16, target_modules="all-linear"))
+Importing this module registers EFFT. After that, ``peft`` can also load saved adapters of EFFT. Example::
+
+    from efft.integrations.peft import EfftPeftConfig
+    model = peft.get_peft_model(model, EfftPeftConfig(r=16, target_modules="all-linear"))
 """
 
 from __future__ import annotations

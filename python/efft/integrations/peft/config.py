@@ -1,4 +1,4 @@
-"""``EfftPeftConfig``: the settings of EFFT under the names that peft's users know, and under its own."""
+"""Define ``EfftPeftConfig``, which accepts the settings of EFFT under the names of peft and under the names of EFFT."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from efft.methods.efft import EfftConfig
 
 
 class _Alias:
-    """A field that is another name of a field of :class:`EfftConfig`, and has no value of its own.
+    """Give a field of :class:`EfftConfig` a second name. The alias does not store a value of its own.
 
-    ``read`` computes the value from the configuration and ``write`` the other field's value from it. When a
-    configuration is made, both may be given only if they agree; later either may be set.
+    ``read`` computes the value of the alias from the configuration. ``write`` computes the value of the other field
+    from the value of the alias. A configuration can be created with both values only if they agree. Afterwards, either
+    of the two can be set.
     """
 
     def __init__(self, of: str, read: Callable[[Any], Any], write: Callable[[Any, Any], Any]) -> None:
@@ -26,7 +27,7 @@ class _Alias:
         self.name = name
 
     def __get__(self, config: Any, owner: type) -> Any:
-        return None if config is None else self.read(config)  # of the class it is the default
+        return None if config is None else self.read(config)  # the default value of the dataclass field
 
     def __set__(self, config: Any, value: Any) -> None:
         complete = "_complete" in config.__dict__
@@ -44,7 +45,11 @@ _MEANINGS = {"r": "rank", "lora_alpha": "scale", "lora_dropout": "probability", 
 
 
 class _TargetModules:
-    """Layers by peft's rules; None where ``targets`` chooses them, and then the names that this came to in a model."""
+    """Select the layers by peft's rules.
+
+    If ``targets`` selects the layers instead, the value is the list of layers that were selected in a model. Before the
+    configuration is used on a model, the value is ``targets`` if that is a list of names, and None otherwise.
+    """
 
     def __get__(self, config: Any, owner: type) -> Any:
         if config is None:
@@ -68,28 +73,28 @@ _target_modules: Any = _TargetModules()
 
 @dataclass
 class EfftPeftConfig(PeftConfig, EfftConfig):
-    """The settings of EFFT as a configuration of peft, under peft's names and under those of :class:`efft.EfftConfig`.
+    """Configure EFFT under peft, with peft's names of the settings or the names of :class:`efft.EfftConfig`.
 
     | peft | here | remarks |
     |---|---|---|
-    | `r` | `rank` | the same setting; of several ranks `r` reads the largest |
+    | `r` | `rank` | the same setting; if there are several ranks, `r` is the largest |
     | `lora_alpha` | `scale` | the update is (`lora_alpha` / `r`) U C V, so `scale` is their quotient, whatever \
 `rank_pattern` says; setting `r` later keeps `scale` |
     | `lora_dropout` | `dropout` | elements of the *factors* are dropped, never activations |
-    | `target_modules` | `targets` | peft's rules: names, ends of names, one regular expression, `"all-linear"`; \
-without it, `targets` chooses |
-    | `exclude_modules` | `exclude` | names, ends of names or one regular expression; beside `exclude` |
-    | `layers_to_transform`, `layers_pattern` | - | as in LoRA; they narrow `targets` too |
-    | `rank_pattern` | `rank` of a group | layers of another rank share a train of their own |
-    | `modules_to_save` | `head` | ends of names; None finds the classifier, [] trains none |
-    | `bias` | `bias` | `"none"`, `"all"` or `"efft_only"` (also `"adapted"`): biases that are trained \
-and saved too, by peft's rules: parameters of the name `bias`, of one adapter at most |
-    | - | `norms` | normalization layers are among the modules that are trained whole, a copy for each adapter |
-    | `init_weights` | `init` | False draws all factors, so that the update is not zero: for tests |
+    | `target_modules` | `targets` | peft's rules: names, endings of names, one regular expression, or `"all-linear"`; \
+if it is not set, `targets` selects the layers |
+    | `exclude_modules` | `exclude` | names, endings of names or one regular expression, in addition to `exclude` |
+    | `layers_to_transform`, `layers_pattern` | - | as in LoRA; they restrict `targets` too |
+    | `rank_pattern` | `rank` of a group | only layers of the same rank share a tensor train |
+    | `modules_to_save` | `head` | endings of names; None selects the classifier, and [] selects no module |
+    | `bias` | `bias` | `"none"`, `"all"` or `"efft_only"` (also `"adapted"`); as in peft, \
+only parameters with the name `bias` are trained and saved, and at most one adapter can train biases |
+    | - | `norms` | normalization layers are trained and saved as a whole, with one copy per adapter |
+    | `init_weights` | `init` | False initializes all factors at random, so that the update is not zero (for tests) |
 
     Raises:
-        ValueError: a value out of range, a setting given under both of its names with different values, or settings
-            that exclude one another.
+        ValueError: a value is out of range, a setting has different values under its two names, or settings contradict
+            each other.
     """
 
     use_rslora: ClassVar[bool] = False
@@ -126,7 +131,7 @@ and saved too, by peft's rules: parameters of the name `bias`, of one adapter at
         biases = ("none", "all", "efft_only", "auto")
         self._check(self.bias in biases, "bias", "'none', 'all', 'efft_only' or 'auto'", self.bias)
         if self.rank_pattern:
-            self._check(isinstance(self.rank, int), "rank", "one integer beside a rank_pattern", self.rank)
+            self._check(isinstance(self.rank, int), "rank", "one integer if rank_pattern is set", self.rank)
             for rank in self.rank_pattern.values():
                 self._check(type(rank) is int and rank > 0, "rank_pattern", "a dict of names to ranks", rank)
         layers = self.layers_to_transform
@@ -134,43 +139,43 @@ and saved too, by peft's rules: parameters of the name `bias`, of one adapter at
         self._check(known, "layers_to_transform", "None, an index or a list of them", layers)
         if layers is not None and isinstance(modules, str):
             raise ValueError(
-                f"layers_to_transform narrows a list of target_modules, got the string {modules!r}: say the indices "
-                "in the expression, or list the names"
+                f"layers_to_transform narrows a list of target_modules, got the string {modules!r}: put the indices "
+                "into the expression, or list the names"
             )
         if self.layers_pattern and layers is None:
-            raise ValueError("layers_pattern says where the indices of layers_to_transform stand: give both, or none")
+            raise ValueError("layers_pattern says where the indices of layers_to_transform stand: set both or neither")
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dict, without the names that ``targets`` came to in a model."""
+        """Return a dict that can be stored as JSON, without the names that ``targets`` selected in a model."""
         values: dict[str, Any] = PeftConfig.to_dict(self)
         return {**values, "target_modules": self.__dict__["_modules"]}
 
     def choose(self, names: Iterable[str]) -> None:
-        """Note which layers of a model the settings came to."""
+        """Record the names of the layers that the settings selected in a model."""
         self.__dict__["_planned"] = dict.fromkeys(names)
 
     @property
     def planned(self) -> dict[str, None]:
-        """The layers that the settings came to in the last model they were used on, in its order."""
+        """The names of the layers that the settings selected in the last model, as the keys of a dict."""
         names: dict[str, None] = self.__dict__.get("_planned", {})
         return names
 
     @property
     def chosen_by_targets(self) -> bool:
-        """Whether ``targets`` chooses the layers, not ``target_modules``."""
+        """Whether ``targets`` selects the layers instead of ``target_modules``."""
         return self.__dict__["_modules"] is None
 
     def own(self, **changes: Any) -> EfftConfig:
-        """The same settings as an :class:`efft.EfftConfig` of layers that are called alone, with these changed."""
+        """Return the settings, with some fields changed, as an :class:`efft.EfftConfig` for layers that are called."""
         values = {f.name: getattr(self, f.name) for f in fields(EfftConfig)}
-        return _OfLayers(**{**values, "bias": "none", "norms": False, **changes})  # peft trains them itself
+        return _OfLayers(**{**values, "bias": "none", "norms": False, **changes})  # peft itself trains biases and norms
 
     def _check_extras(self, bias: Any, norms: Any) -> None:
-        super()._check_extras("none", norms)  # bias has peft's values
+        super()._check_extras("none", norms)  # this class checks bias, because it has peft's values
 
 
 class _OfLayers(EfftConfig):
-    """What peft's tuners can put a layer in the place of: no parameters that a module reads itself."""
+    """Restrict EFFT to layers that are called, because peft's tuners cannot adapt parameters that a module reads."""
 
     kinds = frozenset({"linear", "convolution", "embedding"})
     why_not = "peft's tuners cannot adapt weights of this kind; efft.apply can"
@@ -180,7 +185,7 @@ _OfLayers.__name__ = EfftPeftConfig.__name__  # for error messages
 
 
 def _to_list(value: Any) -> Any:
-    """A set or a tuple as a list, which JSON gives back as it is."""
+    """Convert a set or a tuple to a list, which JSON returns unchanged."""
     if isinstance(value, (set, frozenset)):
         return sorted(value)
     return list(value) if isinstance(value, tuple) else value
@@ -191,7 +196,7 @@ def _are(kind: type, values: Any) -> bool:
 
 
 def _flat(value: Any) -> list[Any]:
-    """The numbers in a number, a pair, or a dict of these."""
+    """Return the numbers in a number, a pair, or a dict of numbers or pairs."""
     if isinstance(value, dict):
         return [number for part in value.values() for number in _flat(part)]
     return list(value) if isinstance(value, (list, tuple)) else [value]
@@ -202,7 +207,7 @@ def _largest(value: Any) -> Any:
 
 
 def _alpha(config: Any) -> float | None:
-    """lora_alpha of a scale (of several the largest), None as long as the library is to find it."""
+    """Return lora_alpha for the scale, or for the largest of several scales; None if a scale is "auto"."""
     if "auto" in _flat(config.scale):
         return None
     alpha: float = _largest(config.scale) * _largest(config.rank)
@@ -210,7 +215,7 @@ def _alpha(config: Any) -> float | None:
 
 
 def _quotient(alpha: Any, rank: Any) -> float:
-    """The scale that LoRA would use."""
+    """Return the scale alpha / rank, as in LoRA."""
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
         raise ValueError(f"EfftPeftConfig.lora_alpha must be a number, got {alpha!r}")
     if not isinstance(rank, int):

@@ -29,7 +29,7 @@ def is_linear(layer: nn.Module) -> bool:
 
 
 def sizes(layer: Any) -> tuple[int, int]:
-    """Return (in_features, out_features) as peft counts them: for a convolution, its channels."""
+    """Return (in_features, out_features) as peft defines them. For a convolution they are the numbers of channels."""
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features
     if isinstance(layer, nn.Embedding):
@@ -48,8 +48,10 @@ def merge_(layer: Any, D: Tensor, G: Tensor) -> None:
 
 
 def beside(layer: Any, x: Tensor, D: Tensor, G: Tensor, y: Tensor) -> Tensor:
-    """Return the term that the update adds to the output ``y`` for the input ``x``, with the device and dtype of
-    ``y``."""
+    """Return the term that the update adds to the output ``y`` of the layer for the input ``x``.
+
+    The term has the device and dtype of ``y``.
+    """
     x = x.to(y.device)
     D, G = D.to(y.device, y.dtype), G.to(y.device, y.dtype)
     if isinstance(layer, nn.Embedding):

@@ -1,4 +1,4 @@
-"""``EfftLayer``: a layer under peft, with any number of adapters."""
+"""Define ``EfftLayer``, a layer under peft with any number of adapters."""
 
 from __future__ import annotations
 
@@ -17,15 +17,19 @@ from efft_kernels.nn.linear import adapted_linear
 
 
 class EfftLayer(nn.Module, BaseTunerLayer):
-    """A frozen layer with any number of adapters: ``y = x Wᵀ + b + (x D) G``, summed over the active ones.
+    """Compute ``y = x Wᵀ + b + Σ (x D) G`` with a frozen layer. The sum is over the active adapters.
 
-    It may be an ``nn.Linear``, transformers' ``Conv1D``, a convolution or an embedding. The factors belong to the
-    :class:`EfftModel`. The layer refers to them by dicts from the name of an adapter to its bank and to the binding in
-    it, which are not part of the layer's state.
+    The frozen layer may be an ``nn.Linear``, transformers' ``Conv1D``, a convolution or an embedding. The factors
+    belong to the :class:`EfftModel`. Two dicts, which are not part of the layer's state, map the name of each adapter
+    to its bank and to the binding of this layer to that bank.
 
-    For an ``nn.Linear`` one op computes ``y``, without calling the adapted layer. A layer is called, and the update
-    added to its output, if it is of another kind, has hooks, has its own ``forward`` (which accelerate's offloading
-    sets), or has a bias that is trained.
+    For an ``nn.Linear`` with a plain weight, one op computes ``y`` without calling the layer. If the weight is
+    quantized, or if the class of the layer has its own ``forward``, this weight or class computes the frozen product
+    (:func:`efft_kernels.nn.linear.frozen_linear`), and the update is added to the product.
+
+    In some cases the layer must be called instead, and the update is added to its output. The layer is called if it is
+    not an ``nn.Linear``, if it has hooks, if a ``forward`` was set on the layer itself (as accelerate's offloading
+    does), if its weight or bias is trained, or if further arguments are passed.
     """
 
     adapter_layer_names = ("efft_factors",)
@@ -50,9 +54,10 @@ class EfftLayer(nn.Module, BaseTunerLayer):
 
     @property
     def weight(self) -> Tensor:
-        """The weight of the adapted layer, without any update that is not merged.
+        """The weight of the adapted layer, which includes merged updates only.
 
-        Reading it while the model runs sets ``was_read``, because a computation with it misses the update.
+        Reading the weight while the model runs sets ``was_read``, because the result of the reader lacks the updates
+        that are not merged.
         """
         if not torch.compiler.is_compiling() and any(binding.prepared is not None for binding in self.bindings):
             self.was_read = True
@@ -60,16 +65,16 @@ class EfftLayer(nn.Module, BaseTunerLayer):
         return weight
 
     def update_layer(self, adapter_name: str, factors: TTFactors, site: Site) -> None:
-        """Add an adapter: this layer is ``site`` of the bank ``factors``."""
+        """Add an adapter. This layer uses the part ``site`` of the adapter's bank ``factors``."""
         self.efft_factors[adapter_name], self.efft_bindings[adapter_name] = factors, factors.bind(site)
 
     @property
     def bindings(self) -> list[Any]:
-        """The bindings to the banks of all adapters of this layer."""
+        """The bindings of this layer to the banks of its adapters."""
         return list(self.efft_bindings.values())
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
-        """Map ``x [..., in_features]`` to ``[..., out_features]``. Further arguments are those of the adapted layer.
+        """Map ``x [..., in_features]`` to ``[..., out_features]``. Further arguments are passed to the adapted layer.
 
         With ``adapter_names``, one name per sample (the first dimension), each sample uses the update of its own
         adapter, or none if the name is ``"__base__"``.
@@ -120,30 +125,32 @@ class EfftLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """Return the dense update of an adapter, in the shape of the weight and the dtype of the factors, undropped.
+        """Return the dense update of an adapter without dropout, in the shape of the weight and the factors' dtype.
 
-        It is zero for an adapter that does not adapt this layer.
+        If the adapter does not adapt this layer, the result contains zeros in torch's default dtype.
         """
         if adapter not in self.efft_bindings:
             return torch.zeros(self.base_layer.weight.shape, device=device_of(self.base_layer))
         return kinds.dense(self.base_layer, *self._evaluate(adapter))
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Return whether ``peft.convert_to_lora`` can convert this layer to LoRA, as it can linear layers.
+        """Return whether ``peft.convert_to_lora`` can convert this layer, as it can all linear layers.
 
-        At the adapter's rank the result is exact.
+        The conversion is exact if the rank of the LoRA is at least the rank of the adapter.
         """
         return kinds.is_linear(self.base_layer)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add adapters (default: the active ones) to the weight, in fp32 with one rounding each.
+        """Add the updates of adapters (default: of the active adapters) to the weight.
 
-        The base weight is kept, so that :meth:`unmerge` is exact.
+        Each update is added in fp32, and the sum is rounded once. The layer keeps a copy of the base weight, so that
+        :meth:`unmerge` is exact.
 
         Raises:
-            ValueError: ``safe_merge``, and the update has NaN or infinite entries; the layer is then unchanged.
-            TypeError: the weight is quantized, or computed from other tensors, so no update can be added to it.
+            ValueError: ``safe_merge`` is set, and an update has NaN or infinite entries. The layer is then unchanged.
+            TypeError: no update can be added to the weight, because the weight is quantized or is computed from other
+                tensors.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.efft_bindings]
         for name in names:
@@ -155,13 +162,14 @@ class EfftLayer(nn.Module, BaseTunerLayer):
         weight = self.base_layer.weight
         if not is_plain(weight):
             raise TypeError(
-                f"the weight is a {type(weight).__name__}, to which no update can be added: keep the adapter beside "
-                "it, or load it onto the dense base and merge there"
+                f"the weight is a {type(weight).__name__}, to which no update can be added: keep the adapter "
+                "unmerged, or load it onto the dense base model and merge it there"
             )
         if self.base_layer._parameters.get("weight") is not weight:
             raise TypeError(
                 "the layer's weight is computed from other tensors (a pruning mask, a parametrization), so an "
-                "update that is added to it would be lost: remove that first, or keep the adapter beside it"
+                "update that is added to it would be lost: remove the mask or parametrization first, or keep the "
+                "adapter unmerged"
             )
         if names and self.base_weight is None:
             self.base_weight = weight.detach().clone()
@@ -172,14 +180,14 @@ class EfftLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Put the base weight back, bit for bit. Does nothing on a layer that is not merged."""
+        """Restore the base weight exactly. Do nothing if no adapter is merged."""
         if self.base_weight is not None:
             self.base_layer.weight.copy_(self.base_weight)
             self.base_weight = None
             self.merged_adapters.clear()
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # The bank serves many layers: it moves to the device of the first of them, and keeps its dtype.
+        # Many layers share the bank. It moves to the device of the first of these layers, and keeps its dtype.
         if adapter_name in self.efft_bindings:
             factors, binding = self._bank(adapter_name), self.efft_bindings[adapter_name]
             if factors.bindings[0] is binding and not factors.U.is_meta:
@@ -187,7 +195,7 @@ class EfftLayer(nn.Module, BaseTunerLayer):
 
 
 def device_of(layer: nn.Module) -> torch.device:
-    """Return the device that a layer computes on, which is not that of its weight while accelerate offloads it."""
+    """Return the device on which a layer computes. While accelerate offloads the weight, the weight is elsewhere."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
     execution = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
@@ -196,7 +204,7 @@ def device_of(layer: nn.Module) -> torch.device:
 
 @contextmanager
 def load_during(factors: Any) -> Iterator[Any]:
-    """Load the tensors of a bank that accelerate offloads, for the time of the ``with`` block."""
+    """Load the tensors of a bank that accelerate offloads, and offload them again after the ``with`` block."""
     load(factors)
     try:
         yield factors
@@ -205,19 +213,22 @@ def load_during(factors: Any) -> Iterator[Any]:
 
 
 def load(factors: Any) -> None:
-    """Load the tensors that accelerate offloads, as its hook does before a module is called: banks are not called."""
+    """Load the tensors of a bank that accelerate offloads.
+
+    Accelerate itself loads tensors only when a module is called, and banks are not called.
+    """
     if hasattr(factors, "_hf_hook"):
         factors._hf_hook.pre_forward(factors)
 
 
 def offload(factors: Any) -> None:
-    """Offload the tensors again, as accelerate's hook does after a call."""
+    """Offload the tensors of a bank that :func:`load` has loaded."""
     if hasattr(factors, "_hf_hook"):
         factors._hf_hook.post_forward(factors, None)
 
 
 def _must_be_called(layer: Any) -> bool:
-    """Return whether calling the layer does more than the product of an ``nn.Linear`` with frozen parameters."""
+    """Return whether a call of the layer does more than multiply by frozen parameters, as an ``nn.Linear`` does."""
     return bool(
         not isinstance(layer, nn.Linear)
         or layer._forward_hooks

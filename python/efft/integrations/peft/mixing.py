@@ -25,7 +25,7 @@ def mixed_config(adapters: Sequence[str], configs: dict[str, EfftPeftConfig], ba
         if shapes != {group: _outer(bank) for group, bank in groups.items()}:
             raise ValueError(
                 f"adapters {adapters[0]!r} and {name!r} adapt different layers, or share factors differently: "
-                "add them up while the model runs, model.base_model.set_adapter([...])"
+                "activate them together instead, with model.base_model.set_adapter([...])"
             )
         if configs[name].modules_to_save or configs[name].bias != "none":
             raise ValueError(f"adapter {name!r} has its own modules or biases, which cannot be added up")
@@ -48,9 +48,10 @@ def mixed_config(adapters: Sequence[str], configs: dict[str, EfftPeftConfig], ba
 
 @torch.no_grad()
 def fill(bank: TTFactors, parts: Sequence[TTFactors], weights: Sequence[float]) -> None:
-    """Set ``U = [U_1 | U_2 | ...]``, ``V = [V_1; V_2; ...]``, and each core block diagonal.
+    """Fill the bank of a weighted sum from the banks of its parts.
 
-    The blocks are the cores of the parts, times their scales and ``weights``.
+    ``U`` is ``[U_1 | U_2 | ...]`` and ``V`` is ``[V_1; V_2; ...]``. Each core is block diagonal, and its blocks are the
+    cores of the parts, multiplied by their scales and by ``weights``.
     """
     bank.U.copy_(torch.cat([part.U for part in parts], 1))
     bank.V.copy_(torch.cat([part.V for part in parts], 0))

@@ -23,20 +23,22 @@ from efft_kernels.nn.adapt import read_layers, replace_in_attributes
 
 
 class _Banks(nn.ModuleDict):
-    """The modules that hold the factors (banks), by the names of the adapter and the group."""
+    """Hold the modules that own the factors (banks), indexed by the names of the adapter and the group."""
 
     configs: dict[str, Any]
 
     @property
     def scaling(self) -> dict[str, float]:
-        """Scale s of each adapter by name. ``peft.utils.hotswap`` compares scales through this attribute."""
+        """The scale s of each adapter. ``peft.utils.hotswap`` compares scales through this attribute."""
         known = {name: config for name, config in self.configs.items() if config.lora_alpha is not None}
         return {name: config.lora_alpha / config.r for name, config in known.items()}
 
 
 class EfftModel(BaseTuner):
-    """A model adapted by EFFT under peft. ``efft_banks`` owns the factors, by the names of the adapter and the
-    group."""
+    """Adapt a model by EFFT under peft.
+
+    ``efft_banks`` owns the factors, indexed by the names of the adapter and the group.
+    """
 
     prefix = "efft_"
     tuner_layer_cls = EfftLayer
@@ -53,12 +55,12 @@ class EfftModel(BaseTuner):
         """Plan the adapter as :func:`efft.apply` does, allocate its factors, and adapt the layers of the plan.
 
         Raises:
-            ValueError: the configuration does not fit the model, which is then unchanged; or ``state_dict`` is given,
-                which cannot identify the layers, because it has names of groups and not of layers.
+            ValueError: the configuration does not fit the model. Or ``state_dict`` is given: its tensors have the names
+                of groups, so they cannot identify the layers to adapt. In both cases the model is unchanged.
         """
         if state_dict is not None:
-            raise ValueError("the tensors of EFFT do not name the layers they adapt: inject it by its configuration")
-        if "efft_banks" not in self._modules:  # the model may have a module of this name
+            raise ValueError("the tensors of EFFT do not name the layers they adapt: inject them by a configuration")
+        if "efft_banks" not in self._modules:  # hasattr would also look in the wrapped model
             self.efft_banks = _Banks()
             self.efft_banks.__dict__["configs"] = self.peft_config
         config: EfftPeftConfig = self.peft_config[adapter_name]
@@ -88,12 +90,12 @@ class EfftModel(BaseTuner):
         self._sites: dict[str, tuple[TTFactors, Site]] = sites
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         self._sites = {}
-        for parameter, requires_grad in earlier.items():  # peft does the same for what lies inside the model
+        for parameter, requires_grad in earlier.items():  # peft restores only the parameters inside the model
             parameter.requires_grad_(requires_grad)
         self._readers = {name: (layer, type(module).__name__) for name, layer, module in read_layers(model, EfftLayer)}
         if "_hooks" not in self.__dict__:
             self._mixed: list[str] = []
-            self._hooks = [  # on the model, which peft calls itself
+            self._hooks = [  # on the model, because peft does not call this tuner
                 model.register_forward_pre_hook(self._prepare),
                 model.register_forward_hook(self._release, always_call=True),
             ]
@@ -120,7 +122,7 @@ class EfftModel(BaseTuner):
         if unknown := [name for name in adapters if name not in self.peft_config]:
             raise ValueError(f"Adapter {unknown[0]} does not exist")
         if not adapters or len(adapters) != len(weights):
-            raise ValueError(f"expected a weight per adapter, got {len(adapters)} adapters and {len(weights)} weights")
+            raise ValueError(f"expected one weight per adapter, got {len(adapters)} adapters, {len(weights)} weights")
         banks: Any = self.efft_banks
         self.peft_config[adapter_name] = mixed_config(adapters, self.peft_config, banks)
         self.inject_adapter(self.model, adapter_name)
@@ -136,15 +138,14 @@ class EfftModel(BaseTuner):
         del self.efft_banks[adapter_name]
 
     def _check_names(self, adapter_name: str, banks: nn.ModuleDict) -> None:
-        """Raise ValueError if an adapter has the name of a group, because peft recognizes tensors by the adapter's
-        name."""
+        """Raise ValueError if an adapter has the name of a group, because peft finds tensors by the adapter's name."""
         adapters = {**getattr(self, "efft_banks", {}), adapter_name: banks}
         for groups in adapters.values():
             if clash := set(groups) & set(adapters):
                 raise ValueError(f"an adapter may not be named like a group of factors, {clash.pop()!r}; rename it")
 
     def _prepare_adapter_config(self, peft_config: EfftPeftConfig, model_config: dict[str, Any]) -> EfftPeftConfig:
-        return peft_config  # the plan is made
+        return peft_config  # inject_adapter has planned the adapter already
 
     def _check_target_module_exists(self, peft_config: EfftPeftConfig, key: str) -> Any:
         return key in peft_config.planned or exclusion(peft_config, key)
@@ -219,7 +220,7 @@ class EfftModel(BaseTuner):
         return (module for module in self.model.modules() if isinstance(module, EfftLayer))
 
     def _prepare(self, model: nn.Module, args: Any) -> None:
-        """Contract all cores of the active adapters together, unless the adapters are merged or disabled."""
+        """Compose all updates of the active adapters, unless the adapters are merged or disabled."""
         layer = next(self._layers())
         if not (layer.disable_adapters or layer.merged):
             for name in self._mixed or self.active_adapters:
@@ -286,8 +287,12 @@ def _dtype(layer: nn.Module, autocast_adapter_dtype: bool) -> torch.dtype:
 
 @contextmanager
 def _plain(model: nn.Module) -> Iterator[None]:
-    """Within the ``with`` block the model has its own layers, whatever adapters it was given before, and their classes'
-    ``forward`` (an adapted layer calls one that was set on the layer itself, as accelerate's offloading does)."""
+    """Undo earlier changes to the layers of a model within the ``with`` block.
+
+    The model has its original layers even if they were adapted before. A ``forward`` that was set on a layer itself, as
+    accelerate's offloading does, is removed for the time of the block. It is not a reason to refuse the layer, because
+    :class:`EfftLayer` calls it.
+    """
     wrapped = [
         (parent, name, child)
         for parent in model.modules()

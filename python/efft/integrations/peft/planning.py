@@ -1,4 +1,4 @@
-"""Plan an adapter under peft: which layers are adapted, and which of them share factors."""
+"""Plan an adapter under peft. The plan states which layers are adapted, and which of them share factors."""
 
 from __future__ import annotations
 
@@ -68,10 +68,12 @@ def plan_adapter(model: nn.Module, config: EfftPeftConfig) -> Plan:
 
 
 def trained_norms(model: nn.Module, head: Iterable[str]) -> list[str]:
-    """Return the names of the normalization layers outside the head, in which those of a saved adapter are already.
+    """Return the names of the normalization layers outside the head.
+
+    The head of a saved adapter already contains the normalization layers that were trained.
 
     Raises:
-        ValueError: the model has none at all.
+        ValueError: the model has no normalization layers with parameters.
     """
     trained = find_extras(model, Extras(norms=True), {}, [])
     inside = tuple(f"{name}." for name in head)
@@ -79,7 +81,7 @@ def trained_norms(model: nn.Module, head: Iterable[str]) -> list[str]:
 
 
 def exclusion(config: EfftPeftConfig, name: str) -> Any:
-    """Return False, or the false value by which peft notes that ``exclude_modules`` has matched a name."""
+    """Return False, or the falsy object with which peft records that ``exclude_modules`` matches a name."""
     return check_target_module_exists(_settings(config, ".*", []), name) and False
 
 
@@ -100,7 +102,7 @@ def _plan_of(model: nn.Module, config: EfftPeftConfig, names: list[str], head: l
         for group in _groups(model, config, {name: weights[name] for name in members}, changes):
             group.name += ends[rank]
             if config.trainable_scale == "global" and groups:
-                group.trainable_scale = False  # the first group owns it
+                group.trainable_scale = False  # the first group owns the scale
             groups.append(group)
     return Plan(groups, head, weights)
 
@@ -121,7 +123,7 @@ def _weights(model: nn.Module, config: EfftPeftConfig, names: list[str], head: l
 def _groups(
     model: nn.Module, config: EfftPeftConfig, weights: dict[str, Weight], changes: dict[str, Any]
 ) -> Sequence[Any]:
-    """Return the groups of the given layers as in the paper or, if the shapes do not allow this, grouped by shape."""
+    """Group the given layers as in the paper. If the shapes do not allow this, group the layers by shape."""
     try:
         own = config.own(targets=list(weights), **changes)
         return own.groups(model, [known_target(weight) for weight in weights.values()])
@@ -130,14 +132,14 @@ def _groups(
 
 
 def _end(name: str, ends: Iterable[str]) -> str:
-    """Return the given ending that matches the name of a group."""
+    """Return the ending that the name of a group has, or an empty string if it has none of ``ends``."""
     return next((end for end in ends if end and name.endswith(end)), "")
 
 
 def _head(model: nn.Module, config: EfftPeftConfig) -> list[str]:
-    """Return the modules of which all parameters are trained.
+    """Return the names of the modules that are trained as a whole.
 
-    peft matches endings of names, and it adds the usual classifiers for some tasks.
+    As in peft, ``modules_to_save`` contains endings of names. For some tasks peft adds the usual classifiers to it.
     """
     if config.modules_to_save is None:
         return find_head(model, None)

@@ -115,6 +115,23 @@ def test_gemm(dtype: torch.dtype, tile: GemmTile) -> None:
             assert_close_budget(got, formula, peer, name=f"{(M, N, K, R)}")
 
 
+@pytest.mark.parametrize("tma", [False, True], ids=["pointers", "tma"])
+@pytest.mark.parametrize("R", [16, 24, 33, 40, 48, 65, 70, 96])
+def test_tails_of_the_second_generation(monkeypatch: pytest.MonkeyPatch, R: int, tma: bool) -> None:
+    """The steps of a tail together have ceil(R / 16) times 16 columns, and the result is that of the formula."""
+    monkeypatch.setattr(launch, "KERNELS", 2)
+    assert triton.cdiv(R, launch.tail_block(R)) * launch.tail_block(R) == triton.cdiv(R, 16) * 16
+    if tma and GPU.capability < 9:
+        pytest.skip(f"needs a newer GPU than one of compute capability {GPU.capability}")
+    A, weight, bias, P, T = operands(70, 96, 104, R, torch.float16)
+    with checked(), poisoned_empty():
+        got = lowrank_gemm(A, weight.t(), bias, P, T, tma=tma)
+    exact = unfused(*(t.double() for t in (A, weight.t(), bias)), P.half().double(), T.half().double())
+    plain = unfused(A, weight.t(), bias, P, T)
+    for name, value, of_formula, rounded in zip("YH", got, exact, plain, strict=True):
+        assert_close_budget(value, of_formula, rounded, name=name)
+
+
 @pytest.mark.parametrize("direction", ["forward", "backward", "behind a gelu"])
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("tile", TMA_TILES, ids=lambda tile: f"{tile.m}x{tile.n}x{tile.k}")

@@ -1,0 +1,330 @@
+"""Predict the gain of each planned change to the cuda backend, with a model that is fitted to recorded medians.
+
+    python -m benchmarks steps                  # prints the tables
+    python -m benchmarks steps --write          # writes them to benchmarks/results/steps.md
+
+The case is a ViT-B block (layers qkv, o, fc1 and fc2) on a GPU of compute capability 9.0: bf16 activations, fp32
+factors, each layer as one forward and one backward call. The model lists the kernels of each call with the bytes that
+they move. ``tests/csrc/test_emulated.py`` compares this list with the launches and the bytes that the emulator counts.
+
+The time of a kernel is a launch time plus its work. A kernel limited by memory moves its bytes at the bandwidth. A
+product takes the time of the vendor's product (the recorded median of the frozen baseline minus a launch), multiplied
+by ``own``, plus the time of its tail and of the columns of h that it makes. :func:`fit` determines the four constants
+from the medians in ``ops.jsonl``. The predictions for changes are modeled, not measured: they assume that the fitted
+constants stay the same, and the assumptions in :data:`STEPS`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from benchmarks.markdown import table
+from benchmarks.tables import Line, read
+from efft_lab import record
+
+#: The planned changes: what each one does, and what the model assumes about it.
+STEPS = {
+    "A": "the tail of a product takes ceil(r / 16) steps of depth 16, and h has ceil(r / 16) times 16 columns",
+    "B": "the bank packs D and G once per forward pass, and a reduction adds its ranges of tokens itself",
+    "C": "programmatic dependent launch: assumed to hide half of the launch time",
+    "D": "ping-pong tiles: assumed to halve the distance between our product and the vendor's",
+    "E": "each half of a cluster makes half of h, for all widths; no kernel makes h separately",
+    "F": "one launch reduces all layers of a block",
+    "G": "dG of fc1 and dD of fc2 are summed where their operands are made, which saves reading them again",
+    "H": "reductions overlap with the next product: assumed to hide half of their time",
+}
+#: The steps that the second generation of kernels contains.
+SECOND_GENERATION = "ABC"
+LAYERS = {"qkv": (768, 2304), "o": (768, 768), "fc1": (768, 3072), "fc2": (3072, 768)}
+PASSES = ("fwd", "bwd")
+TOKENS, RANK = 64 * 197, 32
+
+_PROCESSORS = 132
+_DEPTH, _TILE = 64, 192  # of a step of the main loop, and columns of a tile
+_MADE_RANKS, _MADE_BESIDE = 32, 2048  # lowrank_gemm_sm90.h: most columns of h and of y for which a product makes h
+_REDUCED_COLUMNS, _REDUCED_TOKENS = 64, 256  # reduce_tokens.cu: columns of a thread block, least tokens of a range
+
+
+class Sizes(NamedTuple):
+    """Hold the sizes of one layer."""
+
+    tokens: int
+    d_in: int
+    d_out: int
+    rank: int
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Describe one kernel of a call.
+
+    Attributes:
+        kernel: the name of the kernel in csrc/cuda.
+        bytes: bytes of the operands and results, each counted once.
+        depth: for a product, the depth of its main loop plus that of its tail, relative to the main loop; otherwise 0.
+        beside: columns of h that a product makes in addition to each tile, relative to the columns of a tile.
+    """
+
+    kernel: str
+    bytes: int
+    depth: float = 0.0
+    beside: float = 0.0
+
+
+def launches(of: Sizes, direction: str, steps: Collection[str] = (), processors: int = _PROCESSORS) -> list[Launch]:
+    """Return the kernels of one call of ``tt_linear`` in the order of their launches.
+
+    Args:
+        of: the sizes of the layer; bf16 activations and fp32 factors.
+        direction: "fwd", or "bwd" with dx, dD and dG needed.
+        steps: the changes (keys of :data:`STEPS`) that the kernels contain.
+        processors: the multiprocessors of the GPU.
+    """
+    tokens, rank = of.tokens, of.rank
+    k, n = (of.d_in, of.d_out) if direction == "fwd" else (of.d_out, of.d_in)
+    h, factors = 2 * tokens * rank, rank * (of.d_in + of.d_out)
+    made = rank <= _MADE_RANKS and (n <= _MADE_BESIDE or "E" in steps)
+    found = [] if "B" in steps else [Launch("pack", 6 * factors)]
+    if not made:
+        found.append(Launch("project", 2 * tokens * k + 2 * rank * k + h))
+    steps_of_16 = ceil(rank / 16) if "A" in steps else 4 * ceil(rank / _DEPTH)
+    columns = 16 * ceil(rank / 16) if "A" in steps else _MADE_RANKS
+    product = Launch(
+        "lowrank_gemm_sm90",
+        2 * (tokens * k + k * n + tokens * n + rank * n) + h + 2 * rank * k * made + 2 * n * (direction == "fwd"),
+        1 + (columns / 16 if made else steps_of_16) * 16 / k,
+        made * columns / _TILE / (2 if "E" in steps else 1),
+    )
+    found.append(product)
+    if direction == "bwd":
+        blocks = ceil(of.d_in / _REDUCED_COLUMNS) + ceil(of.d_out / _REDUCED_COLUMNS)
+        splits = max(1, min(ceil(2 * processors / blocks), ceil(tokens / _REDUCED_TOKENS)))
+        operands = 2 * tokens * (of.d_in + of.d_out) + 2 * h
+        if "B" in steps:
+            found.append(Launch("reduce_tokens", operands + 4 * factors))
+        else:
+            found.append(Launch("reduce_tokens", operands + 4 * splits * factors))
+            found.append(Launch("finish", 4 * (splits + 1) * factors))
+    return found
+
+
+Key = tuple[str, str]  # layer, direction
+
+
+class Run(NamedTuple):
+    """Hold the medians of one recorded run in microseconds, by layer and direction."""
+
+    gpu: str
+    commit: str
+    floor: dict[Key, float]
+    ours: dict[Key, float]
+    copy: float  # bandwidth of a copy in TB/s
+
+    @property
+    def ratio(self) -> float:
+        """The measured time of the block relative to the frozen baseline."""
+        return sum(self.ours.values()) / sum(self.floor.values())
+
+
+class Constants(NamedTuple):
+    """Hold the fitted constants.
+
+    Attributes:
+        own: time of our product relative to the vendor's, without tail and h.
+        launch: time of a launch in microseconds.
+        bandwidth: bandwidth of kernels that are limited by memory, in TB/s.
+        beside: time of a column of h that a product makes, relative to a column of its tile.
+    """
+
+    own: float
+    launch: float
+    bandwidth: float
+    beside: float
+
+
+def runs(lines: Iterable[Line]) -> list[Run]:
+    """Return the recorded runs of this case on Hopper GPUs."""
+    found: dict[tuple[str, str], Run] = {}
+    for line in lines:
+        names = line["device"] == "cuda" and line["gpu"]["name"].split()
+        of_case = (line["model"], line["tokens"], line["rank"], line["dtype"]) == ("vit_b", TOKENS, RANK, "bfloat16")
+        if not names or not names[1].startswith("H") or not of_case or not line.get("seconds"):
+            continue
+        key = names[1], line["commit"]
+        run = found.setdefault(key, Run(*key, {}, {}, line["peaks"]["bytes_per_s"] / 1e12))
+        times = {"floor": run.floor, "efft:cuda": run.ours}.get(line["row"])
+        if times is not None:
+            times.update({(line["case"], way): 1e6 * line["seconds"][way]["p50"] for way in PASSES})
+    return [run for run in found.values() if len(run.floor) == len(run.ours) == len(LAYERS) * len(PASSES)]
+
+
+def time_of(launch: Launch, floor: float, by: Constants) -> float:
+    """Return the microseconds of one kernel; ``floor`` is the recorded time of the vendor's product for its shape."""
+    if launch.depth == 0:
+        return by.launch + launch.bytes / by.bandwidth / 1e6
+    return by.launch + by.own * (floor - by.launch) * (launch.depth + by.beside * launch.beside)
+
+
+def predict(by: Constants, floor: dict[Key, float], steps: Collection[str] = ()) -> dict[Key, float]:
+    """Return the microseconds of our backend with the given changes, by layer and direction."""
+    found = {}
+    for layer, direction in floor:
+        of = launches(Sizes(TOKENS, *LAYERS[layer], RANK), direction, steps)
+        found[layer, direction] = sum(_with(steps, layer, launch, floor[layer, direction], by) for launch in of)
+    return found
+
+
+def _with(steps: Collection[str], layer: str, launch: Launch, floor: float, by: Constants) -> float:
+    """Return the microseconds of one kernel with the changes that are not visible in the list of kernels."""
+    reduces = launch.kernel in ("reduce_tokens", "finish")
+    hidden = by.launch / 2 if "C" in steps else 0.0
+    if "D" in steps:
+        by = by._replace(own=(1 + by.own) / 2)
+    time = time_of(launch, floor, by)
+    if launch.kernel == "reduce_tokens":
+        time -= _saved(steps, layer) / by.bandwidth / 1e6
+    if reduces and "H" in steps:
+        time -= (time - by.launch) / 2
+    if reduces and "F" in steps:
+        hidden = by.launch * (1 - 1 / len(LAYERS)) + hidden / len(LAYERS)
+    return time - hidden
+
+
+def _saved(steps: Collection[str], layer: str) -> int:
+    """Return the bytes of gy of fc1, or of x of fc2, that step G does not read again."""
+    return 2 * TOKENS * max(LAYERS[layer]) * ("G" in steps and layer in ("fc1", "fc2"))
+
+
+def fit(of: Sequence[Run]) -> Constants:
+    """Return the constants with the least squared error over the medians of ``of``."""
+
+    def errors(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        by = Constants(float(x[0]), float(x[1]), float(1 / x[2]), float(x[3]))
+        return np.array(
+            [run.ours[key] - time for run in of for key, time in predict(by, run.floor).items()], dtype=np.float64
+        )
+
+    x = np.array([1.1, 3.0, 0.3, 0.5])
+    for _ in range(30):  # Gauss-Newton
+        slopes = np.stack([(errors(x + e) - errors(x - e)) / 2e-4 for e in 1e-4 * np.eye(4)], 1)
+        x = x - np.linalg.lstsq(slopes, errors(x), rcond=None)[0]
+    return Constants(float(x[0]), float(x[1]), float(1 / x[2]), float(x[3]))
+
+
+def error(by: Constants, of: Sequence[Run]) -> float:
+    """Return the root mean square of the errors of the fit, in microseconds."""
+    squares = [(run.ours[key] - time) ** 2 for run in of for key, time in predict(by, run.floor).items()]
+    return float(np.sqrt(np.mean(squares)))
+
+
+def counts(steps: Collection[str]) -> tuple[int, float]:
+    """Return the launches of a block and the megabytes that they move."""
+    found = [
+        one for sizes in LAYERS.values() for way in PASSES for one in launches(Sizes(TOKENS, *sizes, RANK), way, steps)
+    ]
+    launched = len(found) - ("F" in steps) * (len(LAYERS) - 1) * (1 if "B" in steps else 2)
+    return launched, (sum(launch.bytes for launch in found) - sum(_saved(steps, layer) for layer in LAYERS)) / 1e6
+
+
+def by_gpu() -> dict[str, list[Run]]:
+    """Return the recorded runs of each GPU."""
+    found: dict[str, list[Run]] = {}
+    for run in runs(read("ops")):
+        found.setdefault(run.gpu, []).append(run)
+    return found
+
+
+def render() -> str:
+    """Return the page with the fitted constants, the predictions and the counts."""
+    groups = by_gpu()
+    fitted = {gpu: fit(of) for gpu, of in groups.items()}
+    rows = []
+    for gpu, by in fitted.items():
+        for run in groups[gpu]:
+            modeled = sum(predict(by, run.floor).values()) / sum(run.floor.values())
+            cells = (f"{by.own:.3f}", f"{by.launch:.2f} us", f"{by.bandwidth:.2f} ({run.copy:.2f}) TB/s")
+            rms = error(by, groups[gpu])
+            rows.append([f"{gpu}, commit {run.commit}", *cells, f"{by.beside:.2f}", f"{rms:.1f} us"])
+            rows[-1] += [f"{run.ratio:.3f}", f"{modeled:.3f}"]
+    header = ["medians of", "product / vendor's", "launch", "bandwidth (copy)", "column of h / of tile", "RMS error"]
+    parts = [table([*header, "block, measured", "block, modeled"], rows)]
+    last = {gpu: (of[-1], fitted[gpu]) for gpu, of in groups.items()}
+
+    def ratio(gpu: str, steps: str) -> float:
+        run, by = last[gpu]
+        return sum(predict(by, run.floor, steps).values()) / sum(run.floor.values())
+
+    rows = []
+    for i, (step, text) in enumerate(STEPS.items()):
+        sofar = "".join(STEPS)[: i + 1]
+        gains = [1e2 * (ratio(gpu, "") - ratio(gpu, step)) for gpu in last]
+        rows.append([f"{step}: {text}", *(f"{gain:.1f} %" for gain in gains), sofar, *_counted(sofar)])
+        rows[-1] += [f"{ratio(gpu, sofar):.2f}" for gpu in last]
+    gain = [f"gain on {gpu}" for gpu in last]
+    header = ["step", *gain, "steps together", "launches", "MB", *(f"block on {gpu}" for gpu in last)]
+    nothing = ["none", *("" for _ in last), "", *_counted(""), *(f"{ratio(gpu, ''):.2f}" for gpu in last)]
+    parts.append(table(header, [nothing, *rows]))
+    second = [f"second generation ({', '.join(SECOND_GENERATION)})", *_counted(SECOND_GENERATION)]
+    second += [f"{ratio(gpu, SECOND_GENERATION):.2f}" for gpu in last]
+    first = ["first generation", *_counted(""), *(f"{ratio(gpu, ''):.2f}" for gpu in last)]
+    parts.append(table(["kernels", "launches", "MB", *(f"block on {gpu}" for gpu in last)], [first, second]))
+    return _PAGE.format(*parts, tokens=TOKENS, rank=RANK)
+
+
+def _counted(steps: str) -> list[str]:
+    launched, megabytes = counts(steps)
+    return [str(launched), f"{megabytes:.0f}"]
+
+
+_PAGE = """# Planned changes to the cuda backend: modeled gains
+
+Written by `python -m benchmarks steps --write`. A ViT-B block with {tokens} tokens, rank {rank}, bf16, compute
+capability 9.0. A block is the time of the forward and backward calls of four layers, relative to the frozen baseline.
+
+## Fit
+
+The model is fitted to the medians in `ops.jsonl`. "Block, measured" is a measurement; everything else is modeled.
+
+{0}
+
+## Steps (modeled, not measured)
+
+A gain is in percent of the frozen baseline, for the step without the others. "Launches" and "MB" count the kernels of a
+block and the bytes of their operands, with all steps up to this one. They do not count the copies with which step B
+packs the factors of all layers once per forward pass: three per kind of layer, twelve for all blocks of a ViT-B.
+
+{1}
+
+## Generations (modeled, not measured)
+
+No device has run the second generation yet. `tests/csrc/test_emulated.py` counts the same launches and bytes in the
+emulator.
+
+{2}
+"""
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Print or write the page."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks steps", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--write", action="store_true", help="write the tables to benchmarks/results/steps.md")
+    args = parser.parse_args(words)
+    page = render()
+    if args.write:
+        (record.RESULTS / "steps.md").write_text(page)
+    else:
+        print(page)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,11 @@
+// reduce_tokens by clusters of blocks, which only compute capability 9.0 and newer has.
+#pragma once
+
+#include "kernels.h"
+
+namespace efft {
+
+int64_t reduce_tokens_splits_sm90(const ReduceTokens& op);
+cudaError_t reduce_tokens_sm90(const ReduceTokens& op, cudaStream_t stream);
+
+}  // namespace efft

@@ -1,0 +1,111 @@
+"""Pack the factors of all layers of a kind once per forward pass, in the dtype and order in which the kernels read.
+
+The kernels of the cuda backend read D as [r, d_in] and G as [d_out, r] and [r, d_out], all in the dtype of the
+activations. Without this module each call of a layer packs its own copies. A bank of factors composes D and G of all
+its layers at the start of a pass (:meth:`efft_kernels.nn.FactorBank.prepare`) and attaches a :class:`Stack` to each G
+(:func:`attach`). The first layer that multiplies then packs the factors of all layers, and the others find them
+(:func:`find`).
+
+Only the second generation of the kernels uses packed factors, because no GPU has run it yet (``EFFT_SM90_GENERATION``
+in ENVIRONMENT.md).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from efft_kernels.backends import Backend
+
+#: The backends whose kernels read packed factors.
+BACKENDS = (Backend.CUDA,)
+_ATTRIBUTE = "_efft_stack"
+_ALIGNED = 8  # elements in 16 bytes, at whose multiples the rows of operands begin
+
+
+class Packed(NamedTuple):
+    """Hold the packed factors of one layer.
+
+    Attributes:
+        D: ``[d_in, r]``, stored as ``[r, d_in]``.
+        G: ``[r, d_out]`` for the forward pass, stored as ``[d_out, r]``.
+        G_rows: ``[r, d_out]`` for the backward pass, stored as ``[r, d_out]``.
+    """
+
+    D: Tensor
+    G: Tensor
+    G_rows: Tensor
+
+
+class Stack:
+    """Hold the factors of all layers of a kind for one pass, and pack them when the first layer asks for them."""
+
+    def __init__(self, D: Tensor, G: Tensor) -> None:
+        """Store D ``[d_in, r]``, which all layers share, or ``[n, d_in, r]``, and G ``[n, r, d_out]``, as views."""
+        self.D, self.G = D.detach(), G.detach()
+        self._versions = D._version, G._version
+        self._packed: dict[torch.dtype, list[Packed]] = {}
+
+    def packed(self, i: int, D: Tensor, dtype: torch.dtype) -> Packed | None:
+        """Return the packed factors of layer i.
+
+        Return None if ``D`` is not the factor that the bank composed for this layer, or if a factor has changed in
+        place since then.
+        """
+        own = self.D if self.D.dim() == 2 else self.D[i]
+        same = D.data_ptr() == own.data_ptr() and D.shape == own.shape and D.stride() == own.stride()
+        if not same or (self.D._version, self.G._version) != self._versions:
+            return None
+        if dtype not in self._packed:
+            with torch.no_grad():
+                n = len(self.G)
+                D, G, rows = _transposed(self.D, dtype), _transposed(self.G, dtype), _copy(self.G, dtype)
+                shared = [D] * n if D.dim() == 2 else D.unbind(0)
+                self._packed[dtype] = [Packed(*each) for each in zip(shared, G.unbind(0), rows.unbind(0), strict=True)]
+        return self._packed[dtype][i]
+
+
+def is_on() -> bool:
+    """Return whether this process uses the second generation of kernels."""
+    return os.environ.get("EFFT_SM90_GENERATION") == "2"
+
+
+def attach(D: Tensor, G: Tensor, of_layers: Sequence[Tensor]) -> None:
+    """Let :func:`find` return packed factors for the layers of a kind.
+
+    Args:
+        D: ``[d_in, r]``, which all layers share, or ``[n, d_in, r]``.
+        G: ``[n, r, d_out]``, or ``[1, r, d_out]`` if all layers share it.
+        of_layers: the n tensors ``[r, d_out]`` that the layers get as their G.
+    """
+    if not is_on() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return
+    stack = Stack(D, G)
+    for i, one in enumerate(of_layers):  # layers that share their cores share one G
+        setattr(one, _ATTRIBUTE, (stack, i if len(G) > 1 else 0))
+
+
+def find(backend: Backend, dtype: torch.dtype, D: Tensor, G: Tensor) -> Packed | None:
+    """Return the packed factors of the layer that multiplies by ``D`` and ``G``, or None if it must pack its own."""
+    attached = None if torch.compiler.is_compiling() else getattr(G, _ATTRIBUTE, None)
+    if attached is None or backend not in BACKENDS:
+        return None
+    stack, i = attached
+    found: Packed | None = stack.packed(i, D, dtype)
+    return found
+
+
+def _copy(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a copy [..., rows, columns] whose rows begin at multiples of 16 bytes."""
+    columns = factor.shape[-1]
+    padded = (columns + _ALIGNED - 1) // _ALIGNED * _ALIGNED
+    return factor.new_empty(*factor.shape[:-1], padded, dtype=dtype)[..., :columns].copy_(factor)
+
+
+def _transposed(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a copy [..., rows, columns] that is stored as [..., columns, rows]."""
+    return _copy(factor.transpose(-1, -2), dtype).transpose(-1, -2)

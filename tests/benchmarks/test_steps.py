@@ -1,0 +1,90 @@
+"""Compare the model of the cuda backend with the recorded medians, and check its counts by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import steps
+from benchmarks.steps import LAYERS, PASSES, STEPS, Sizes, by_gpu, counts, error, fit, launches, predict
+from efft_lab import record
+
+TOKENS = 64 * 197
+
+
+@pytest.mark.parametrize("gpu", ["H100", "H200"])
+def test_it_reproduces_the_measured_block(gpu: str) -> None:
+    """The block of every run within 3 %, and each of its 8 medians within 10 %."""
+    runs = by_gpu()[gpu]
+    by = fit(runs)
+    assert error(by, runs) < 2.5
+    for run in runs:
+        modeled = predict(by, run.floor)
+        assert sum(modeled.values()) == pytest.approx(sum(run.ours.values()), rel=0.03)
+        assert sum(modeled.values()) / sum(run.floor.values()) == pytest.approx(run.ratio, rel=0.03)
+        assert modeled == pytest.approx(run.ours, rel=0.1)
+
+
+def test_the_measured_ratio_is_the_known_one() -> None:
+    assert by_gpu()["H100"][0].ratio == pytest.approx(1.55, abs=0.005)
+
+
+def test_a_fit_without_a_layer_predicts_that_layer() -> None:
+    """The constants describe the GPU, and not only the medians that they were fitted to."""
+    run = by_gpu()["H100"][0]
+    for layer in ("qkv", "fc1", "fc2"):  # o, the smallest, determines the time of a launch
+        kept = {key: time for key, time in run.floor.items() if key[0] != layer}
+        part = run._replace(floor=kept)
+        left_out = {key: time for key, time in run.floor.items() if key[0] == layer}
+        modeled = predict(fit([part]), left_out)
+        assert sum(modeled.values()) == pytest.approx(sum(run.ours[key] for key in left_out), rel=0.03)
+
+
+def test_the_fitted_bandwidth_is_near_that_of_a_copy() -> None:
+    for runs in by_gpu().values():
+        assert fit(runs).bandwidth == pytest.approx(runs[0].copy, rel=0.1)
+
+
+def test_launches_of_a_block() -> None:
+    """The layers whose y or dx has more than 2048 columns compute h separately."""
+    found = {
+        (layer, way): [one.kernel for one in launches(Sizes(TOKENS, *sizes, 32), way)]
+        for layer, sizes in LAYERS.items()
+        for way in PASSES
+    }
+    made = ["pack", "lowrank_gemm_sm90"]
+    separate = ["pack", "project", "lowrank_gemm_sm90"]
+    sums = ["reduce_tokens", "finish"]
+    assert found == {
+        ("qkv", "fwd"): separate,
+        ("qkv", "bwd"): made + sums,
+        ("o", "fwd"): made,
+        ("o", "bwd"): made + sums,
+        ("fc1", "fwd"): separate,
+        ("fc1", "bwd"): made + sums,
+        ("fc2", "fwd"): made,
+        ("fc2", "bwd"): separate + sums,
+    }
+    assert counts("")[0] == 27
+
+
+def test_bytes_of_one_call_by_hand() -> None:
+    pack, project, product = launches(Sizes(1000, 768, 3072, 16), "fwd")
+    assert pack.bytes == 16 * (768 + 3072) * (4 + 2)
+    assert project.bytes == 2 * (1000 * 768 + 16 * 768 + 1000 * 16)
+    assert product.bytes == 2 * (1000 * 768 + 768 * 3072 + 1000 * 16 + 16 * 3072 + 3072 + 1000 * 3072)
+    assert product.depth == pytest.approx((768 + 64) / 768)
+    (_, _, shorter) = launches(Sizes(1000, 768, 3072, 16), "fwd", "A")
+    assert shorter.depth == pytest.approx((768 + 16) / 768)
+
+
+def test_no_step_makes_the_block_slower() -> None:
+    run = by_gpu()["H100"][0]
+    by = fit([run])
+    times = [sum(predict(by, run.floor, "".join(STEPS)[:n]).values()) for n in range(len(STEPS) + 1)]
+    assert times == sorted(times, reverse=True)
+    assert all(sum(predict(by, run.floor, step).values()) < times[0] for step in STEPS)
+    assert times[-1] > sum(run.floor.values())
+
+
+def test_the_committed_page_is_current() -> None:
+    assert (record.RESULTS / "steps.md").read_text() == steps.render(), "run: python -m benchmarks steps --write"
