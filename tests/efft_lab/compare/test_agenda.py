@@ -53,6 +53,22 @@ def test_a_method_can_have_fewer_seeds(tiny: dict[str, Any]) -> None:
     assert {run.key for run in runs} < everything, "the seeds of a method must not change the keys of its runs"
 
 
+def test_some_methods_and_seeds_can_go_first(tiny: dict[str, Any]) -> None:
+    suite = Suite(**tiny)
+    everything = Agenda(suite).ready({})
+    some = Agenda(suite, ["EFFT2", "pixels"], [4]).ready({})
+    assert [(run.method, run.stage, run.seed) for run in some] == [
+        ("EFFT2", "search", 3),
+        ("EFFT2", "search", 3),
+        ("pixels", "final", 4),
+    ]
+    assert {run.key for run in some} < {run.key for run in everything}
+    with pytest.raises(ValueError, match="unknown method 'EFFT' in methods; did you mean 'EFFT2'"):
+        Agenda(suite, ["EFFT"])
+    with pytest.raises(ValueError, match=r"seeds must be some of the suite's \[3, 4\], got \[5\]"):
+        Agenda(suite, seeds=[5])
+
+
 def test_choice_is_the_best_mean_over_search_seeds_and_the_first_of_equals(tiny: dict[str, Any]) -> None:
     tiny["search_seeds"] = [7, 8]
     agenda = Agenda(Suite(**tiny))
