@@ -29,6 +29,7 @@ COMMANDS = {
         "EFFT2, LoRA, a linear probe and full fine-tuning on a convolutional network",
     ),
     "kinds": ("benchmarks.kinds", "adapted attention and Conv1D layers, compared with LoRA and dense updates"),
+    "host": ("benchmarks.host", "dispatcher calls, Python calls and microseconds of one adapted layer on the host"),
     "planning": ("benchmarks.planning", "how long planning takes on models of thousands of layers"),
     "models": ("benchmarks.models", "which layers are adapted in every architecture of timm and transformers"),
     "steps": ("benchmarks.steps", "predict the gain of each planned change to the cuda backend; measures nothing"),

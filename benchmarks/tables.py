@@ -239,6 +239,41 @@ def planning() -> str:
     return with_sources(["linear layers", "seconds to plan"], rows, {"": lines}) if lines else NOTHING
 
 
+def host() -> str:
+    """Return the table of the calls that one layer costs the host, in the first and in the newest run."""
+    lines = [line for line in read("host") if line["dtype"] == "float32"]
+    if not lines:
+        return NOTHING
+    first, last = ([line for line in lines if line["date"] == at["date"]] for at in (lines[0], lines[-1]))
+
+    def cell(name: str, mode: str, field: str) -> str:
+        values = [
+            f"{line[field]['per_layer']:.0f}"
+            for run in (first, last)
+            for line in run
+            if line["row"] == name and line.get("mode") == mode and field in line
+        ]
+        return " → ".join(dict.fromkeys(values)) or "-"
+
+    names = list(dict.fromkeys(line["row"] for line in last if "reason" not in line))
+    rows = [
+        [TITLES.get(name, "frozen `nn.Linear`"), *(cell(name, mode, field) for mode, field in _HOST)] for name in names
+    ]
+    header = ["row", *(f"{mode.replace('_', ' + ')}, {field.replace('_', ' ')}" for mode, field in _HOST)]
+    return with_sources(
+        header, rows, {"before": first, "now": last} if first[0]["date"] != last[0]["date"] else {"": last}
+    )
+
+
+#: The columns of the table of the host's work.
+_HOST = (
+    ("forward_backward", "dispatcher_calls"),
+    ("inference", "dispatcher_calls"),
+    ("forward_backward", "python_calls"),
+    ("inference", "python_calls"),
+)
+
+
 def demo() -> str:
     """Return the table of the newest run of the demo."""
     runs = newest_runs(read("demo"), [])
@@ -326,6 +361,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "starts": starts,
     "kinds": partial(kinds, "cpu"),
     "planning": planning,
+    "host": host,
     "text": partial(study, "text"),
     "convolutions": partial(study, "convolutions"),
 }

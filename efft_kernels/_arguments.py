@@ -104,7 +104,7 @@ def autocast_like_linear(first: Tensor, *others: Tensor | None) -> Any:
     dtype = autocast_dtype(first.device)
     if dtype is None:
         return first, *others
-    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (first, *others))
+    return tuple(t if t is None or t.dtype in (dtype, torch.float64) else t.to(dtype) for t in (first, *others))
 
 
 def autocast_bias(b: Tensor | None) -> Tensor | None:
@@ -137,8 +137,18 @@ def flatten_tokens(tensor: Tensor) -> Tensor:
     Save ``tensor`` itself for the backward pass, not the result. The result is a view made without gradients: autograd
     would report a change of it in a less helpful message, and a second derivative would not reach ``tensor``.
     """
+    if tensor.dim() == 2:
+        return tensor
     # Size.numel() would fix sizes that an export leaves open.
     return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+
+
+def rows_of(tensor: Tensor) -> Tensor:
+    """Reshape ``tensor`` [..., d] to [tokens, d] inside an operator, if possible with one call of the dispatcher."""
+    if tensor.dim() == 2:
+        return tensor
+    shape = math.prod(tensor.shape[:-1]), tensor.shape[-1]
+    return tensor.view(shape) if tensor.is_contiguous() else tensor.reshape(shape)
 
 
 def unflatten_tokens(tensor: Tensor, leading: Sequence[int]) -> Tensor:
@@ -146,4 +156,25 @@ def unflatten_tokens(tensor: Tensor, leading: Sequence[int]) -> Tensor:
 
     This does not use ``view``, because autograd forbids in-place changes of a view that a forward method returned.
     """
-    return torch.ops.aten._unsafe_view(tensor, (*leading, tensor.shape[-1]))
+    if len(leading) == 1:
+        return tensor
+    return torch.ops.aten._unsafe_view.default(tensor, (*leading, tensor.shape[-1]))
+
+
+def transposed(matrix: Tensor) -> Tensor:
+    """Return the transpose of ``matrix`` as a view, inside an operator: ``t()`` calls the dispatcher three times."""
+    rows, columns = matrix.shape
+    return matrix.as_strided((columns, rows), matrix.stride()[::-1])
+
+
+def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``tensor`` in ``dtype``, inside an operator and with few calls of the dispatcher.
+
+    Nothing is called if the tensor has the dtype. A conversion by ``to`` calls the dispatcher four times, and a copy
+    into a new tensor twice.
+    """
+    if tensor.dtype == dtype:
+        return tensor
+    if tensor.is_contiguous():
+        return torch.empty(tensor.shape, dtype=dtype, device=tensor.device).copy_(tensor)
+    return tensor.to(dtype)

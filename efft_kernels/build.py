@@ -190,7 +190,8 @@ def build_into_cache(targets: list[str]) -> list[Path]:
 
 
 def _inputs(target: str) -> list[Path]:
-    return sorted(p for p in (sources() / target).rglob("*") if p.suffix in {".h", ".cpp", ".cu", ".cuh"})
+    own = (p for p in (sources() / target).rglob("*") if p.suffix in {".h", ".cpp", ".cu", ".cuh"})
+    return sorted([*own, *sources().glob("*.h")])
 
 
 def _ninja(target: str, tools: Tools) -> str:

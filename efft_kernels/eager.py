@@ -15,23 +15,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from efft_kernels._arguments import in_dtype, rows_of, transposed, unflatten_tokens
+
 
 def tt_linear_fwd(
-    x: Tensor,  # [tokens, d_in]
+    x: Tensor,  # [..., d_in]
     W: Tensor,  # [d_out, d_in]
     b: Tensor | None,  # [d_out]
     D: Tensor,  # [d_in, r1]
     G: Tensor,  # [r1, d_out]
-) -> tuple[Tensor, Tensor]:  # y [tokens, d_out], h [tokens, r1]
+) -> tuple[Tensor, Tensor]:  # y [..., d_out], h [tokens, r1]
     """Compute y = x Wᵀ + b + h G with h = x D."""
-    h = x @ D.to(x.dtype)
-    y = x @ W.t() if b is None else torch.addmm(b.to(x.dtype), x, W.t())
-    return y.addmm_(h, G.to(x.dtype)), h
+    dtype, rows, Wt = x.dtype, rows_of(x), transposed(W)
+    h = torch.mm(rows, in_dtype(D, dtype))
+    y = torch.mm(rows, Wt) if b is None else torch.addmm(in_dtype(b, dtype), rows, Wt)
+    return unflatten_tokens(y.addmm_(h, in_dtype(G, dtype)), x.shape[:-1]), h
 
 
 def tt_linear_bwd(
-    gy: Tensor,  # [tokens, d_out]
-    x: Tensor | None,  # [tokens, d_in]
+    gy: Tensor,  # [..., d_out]
+    x: Tensor | None,  # [..., d_in]
     W: Tensor | None,  # [d_out, d_in]
     h: Tensor | None,  # [tokens, r1]
     D: Tensor,  # [d_in, r1]
@@ -43,38 +46,53 @@ def tt_linear_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute dh = gy Gᵀ, dx = gy W + dh Dᵀ, dD = xᵀ dh, dG = hᵀ gy, and db, the sum of gy over the tokens.
 
-    dD and dG are at least in fp32.
+    dD, dG and db are at least in fp32.
     """
-    dx = dD = dG = None
-    of_D, of_G = (torch.promote_types(factor.dtype, torch.float32) for factor in (D, G))
-    db = gy.new_empty(0, dtype=torch.promote_types(gy.dtype, torch.float32))
+    dx = dD = dG = db = None
+    leading, gy, dtype = gy.shape[:-1], rows_of(gy), gy.dtype
+    of_D, of_G, of_b = _wide(D.dtype), _wide(G.dtype), _wide(dtype)
     if need_dx or need_dD:
-        dh = gy @ G.to(gy.dtype).t()  # [tokens, r1]
+        dh = torch.mm(gy, transposed(in_dtype(G, dtype)))  # [tokens, r1]
         if need_dx:
             assert W is not None
-            dx = (gy @ W).addmm_(dh, D.to(gy.dtype).t())
+            dx = unflatten_tokens(torch.mm(gy, W).addmm_(dh, transposed(in_dtype(D, dtype))), leading)
         if need_dD:
             assert x is not None
-            dD = _reduce_tokens(x, dh, of_D)
+            dD = _reduce_tokens(rows_of(x), dh, of_D)
     if need_dG:
         assert h is not None
         if need_db and gy.device.type == "cpu":  # a separate sum takes several times as long in bfloat16 on the CPU
             both = torch.cat([h, h.new_ones(h.shape[0], 1)], 1).t() @ gy  # [r1 + 1, d_out]
-            dG, db = both[:-1].to(of_G), both[-1].to(db.dtype, copy=True)
+            dG, db = both[:-1].to(of_G), both[-1].to(of_b, copy=True)
         else:
             dG = _reduce_tokens(h, gy, of_G)
-    if need_db and db.numel() == 0:
-        db = gy.sum(0, dtype=db.dtype)
-    dx = gy.new_empty(0) if dx is None else dx
-    dD, dG = (gy.new_empty(0, dtype=of) if t is None else t for t, of in ((dD, of_D), (dG, of_G)))
+    if need_db and db is None:
+        db = gy.sum(0, dtype=of_b)
+    if dx is None:
+        dx = _empty(dtype, gy)
+    if dD is None:
+        dD = _empty(of_D, gy)
+    if dG is None:
+        dG = _empty(of_G, gy)
+    if db is None:
+        db = _empty(of_b, gy)
     return dx, dD, dG, db
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype == torch.float64 else torch.float32
+
+
+def _empty(dtype: torch.dtype, like: Tensor) -> Tensor:
+    """Return a tensor with 0 elements on the device of ``like``."""
+    return torch.empty(0, dtype=dtype, device=like.device)
 
 
 def _reduce_tokens(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """Return aᵀ b in ``dtype``, without first rounding to the dtype of ``a`` if the vendor's product can write fp32."""
     if a.is_cuda and a.dtype != dtype == torch.float32:
-        return torch.mm(a.t(), b, out_dtype=dtype)
-    return (a.t() @ b).to(dtype)
+        return torch.mm(transposed(a), b, out_dtype=dtype)
+    return in_dtype(torch.mm(transposed(a), b), dtype)
 
 
 def tt_gelu_linear_fwd(

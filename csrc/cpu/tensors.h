@@ -11,12 +11,12 @@
 #include <optional>
 #include <vector>
 
+#include "../rows.h"
 #include "kernels.h"
 
 namespace efft {
 
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 inline Type type_of(const Tensor& t) {
   const ScalarType type = t.scalar_type();

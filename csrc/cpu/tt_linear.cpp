@@ -1,10 +1,10 @@
-// Implements efft::tt_linear_{fwd,bwd}.cpu and the functions shared with the ops that include a producer, that is, a
-// GELU or a layer norm before the layer.
+// Implements efft::tt_linear_{fwd,bwd}.cpu, and the functions that this op shares with the ops that include a producer.
+// A producer is a GELU or a layer norm whose output the layer reads.
 //
-// First, torch's matrix library computes the base product, because this library writes a result faster than it adds to
-// one. Then one pass over blocks of tokens computes all rank-r products: y += b + h G in the forward pass, dx += dh D^T
-// in the backward pass. Only the forward pass with a producer runs before the base product, because it computes the
-// input.
+// torch computes the base product, because it writes a new product faster than it adds a product to an existing tensor.
+// Then our code reads all blocks of tokens once and computes the rank-r products: y += b + h G in the forward pass, and
+// dx += dh D^T in the backward pass. In the forward pass with a producer, our code runs before the base product. The
+// reason is that our code also computes the input of that product.
 #include "tt_linear.h"
 
 #include <vector>
@@ -153,13 +153,15 @@ LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x
 namespace {
 
 Linear tt_linear_fwd(Tensor x, Tensor W, std::optional<Tensor> b, Tensor D, Tensor G) {
-  return linear_forward(x, {}, W, b, D, G);
+  const auto [y, h] = linear_forward(as_rows(x), {}, W, b, D, G);
+  return {with_leading_sizes(y, x), h};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> tt_linear_bwd(Tensor gy, std::optional<Tensor> x, std::optional<Tensor> W,
     std::optional<Tensor> h, Tensor D, Tensor G, bool need_dx, bool need_dD, bool need_dG, bool need_db) {
-  const LinearBackward grads = linear_backward(gy, x, {}, W, h, D, G, {need_dx, need_dD, need_dG, need_db});
-  return {grads.dx, grads.dD, grads.dG, grads.db};
+  const std::optional<Tensor> rows = x.has_value() ? std::optional(as_rows(*x)) : std::nullopt;
+  const LinearBackward grads = linear_backward(as_rows(gy), rows, {}, W, h, D, G, {need_dx, need_dD, need_dG, need_db});
+  return {need_dx ? with_leading_sizes(grads.dx, gy) : grads.dx, grads.dD, grads.dG, grads.db};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(efft, CPU, library) {

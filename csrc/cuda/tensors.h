@@ -9,6 +9,7 @@
 #include <initializer_list>
 #include <optional>
 
+#include "../rows.h"
 #include "kernels.h"
 
 // Only torch's CUDA library has it. The library loads without, as torch does, but then launches nothing.
@@ -17,7 +18,6 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 namespace efft {
 
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 inline void check(cudaError_t error) {
   STD_TORCH_CHECK(error == cudaSuccess, "efft, backend 'cuda': ", cudaGetErrorString(error));

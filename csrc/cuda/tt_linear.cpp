@@ -227,13 +227,15 @@ LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x
 namespace {
 
 Linear tt_linear_fwd(Tensor x, Tensor W, std::optional<Tensor> b, Tensor D, Tensor G) {
-  return linear_forward(x, {}, W, b, D, G);
+  const auto [y, h] = linear_forward(as_rows(x), {}, W, b, D, G);
+  return {with_leading_sizes(y, x), h};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> tt_linear_bwd(Tensor gy, std::optional<Tensor> x, std::optional<Tensor> W,
     std::optional<Tensor> h, Tensor D, Tensor G, bool need_dx, bool need_dD, bool need_dG, bool need_db) {
-  const LinearBackward grads = linear_backward(gy, x, {}, W, h, D, G, {need_dx, need_dD, need_dG, need_db});
-  return {grads.dx, grads.dD, grads.dG, grads.db};
+  const std::optional<Tensor> rows = x.has_value() ? std::optional(as_rows(*x)) : std::nullopt;
+  const LinearBackward grads = linear_backward(as_rows(gy), rows, {}, W, h, D, G, {need_dx, need_dD, need_dG, need_db});
+  return {need_dx ? with_leading_sizes(grads.dx, gy) : grads.dx, grads.dD, grads.dG, grads.db};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(efft, CUDA, library) {

@@ -240,6 +240,7 @@ class AdaptedWeight:
         for weight in self.sharing or (self,):
             weight.base_weight = base
         self.binding.merged = base is not None
+        self.factors.forget()
 
     def describe(self) -> str:
         """Describe the update in the terms of its bank, and state whether it is merged or disabled."""

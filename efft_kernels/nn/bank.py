@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.fx import _symbolic_trace
 
 from efft_kernels._arguments import no_autocast
+from efft_kernels.nn.evaluation import Evaluated, can_be_kept, snapshot, surroundings
 
 Operands = tuple[Tensor, ...]
 """The operands of a site: (D, G), or more tensors if the update of the site is a product of more factors."""
@@ -68,6 +69,7 @@ class FactorBank(nn.Module, ABC):
     _lock = threading.Lock()  # one for all banks: it is held only briefly, and it cannot be copied or pickled
     dropout: float = 0.0
     """Probability with which :meth:`compose` zeroes each element of a factor in training mode."""
+    _evaluated: Evaluated | None = None  # the operands of the last evaluation
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,6 +94,38 @@ class FactorBank(nn.Module, ABC):
         (:meth:`TTFactors.compose`).
         """
 
+    def settings(self) -> Hashable | None:
+        """Return all values other than tensors that affect the results of :meth:`compose` in eval mode.
+
+        A class that defines this method composes its operands once in evaluation, and again only after a parameter, a
+        buffer or one of these values has changed. A subclass may depend on more values. It therefore composes its
+        operands in every pass, unless it defines this method itself.
+
+        Returns:
+            None, by default, to compose the operands in every pass.
+        """
+        return None
+
+    def sources(self) -> list[Tensor]:
+        """Return all tensors that affect the results of :meth:`compose` in eval mode."""
+        return [*self.parameters(), *self.buffers()]
+
+    def forget(self) -> None:
+        """Free the operands of the last evaluation.
+
+        This is also a way to announce a change that leaves no trace: on a GPU, a write through ``.data``, by a replay
+        of a CUDA graph, or by code that torch does not know. Changes of the mode and of the device call this method.
+        """
+        self._evaluated = None
+
+    def train(self, mode: bool = True) -> FactorBank:
+        self.forget()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FactorBank:
+        self.forget()  # an unused copy would stay on the old device
+        return super()._apply(fn, recurse)
+
     def describe(self, site: Any) -> str:
         """Describe the site in the terms of this bank, for the ``repr`` of the layer that uses the site."""
         return f"{type(self).__name__}, site={site}"
@@ -108,18 +142,24 @@ class FactorBank(nn.Module, ABC):
         dropout of the running pass.
         """
         prepared = binding.prepared  # read only once, because another thread may release the pass
-        if prepared is not None and (torch.compiler.is_compiling() or self._thread == threading.get_ident()):
-            if not torch.compiler.is_compiling():  # compiled checkpointing does not allow side effects
+        compiling = torch.compiler.is_compiling()
+        if prepared is not None:
+            if compiling:  # compiled checkpointing does not allow side effects
+                return prepared
+            if self._thread == threading.get_ident():
                 binding.used = True
                 if self._running is not None and not torch.is_grad_enabled():
                     self._running.without_grad.add(binding)
-            return prepared
-        if not torch.compiler.is_compiling():
+                return prepared
+        if not compiling:
             if _is_traced():
                 return self._traced(binding)
-            node = torch._C._current_autograd_node()
+            node: Any = torch._C._current_autograd_node()
             if node is not None:  # activation checkpointing is running the layer again inside the backward pass
                 return self._replay(node, binding)
+            kept = self._evaluate(compose=len(self.bindings) == 1)
+            if kept is not None and binding in kept:
+                return kept[binding]
         return self._composed([binding.site])[0]
 
     def forward(self, which: Any) -> Any:
@@ -173,7 +213,12 @@ class FactorBank(nn.Module, ABC):
                 if self._thread not in (None, threading.get_ident()):
                     return
                 self._thread = threading.get_ident()
-        pairs = self._composed([binding.site for binding in self.bindings])
+        kept = None if torch.compiler.is_compiling() else self._evaluate()
+        pairs: Sequence[Operands]
+        if kept is not None:
+            pairs = [kept[binding] for binding in self.bindings]
+        else:
+            pairs = self._composed([binding.site for binding in self.bindings])
         for binding, pair in zip(self.bindings, pairs, strict=True):
             binding.prepared = pair
         if torch.compiler.is_compiling():
@@ -197,6 +242,33 @@ class FactorBank(nn.Module, ABC):
         self._thread = None
         return [binding for binding in self.bindings if not binding.used]
 
+    def _evaluate(self, compose: bool = True) -> Mapping[Binding, Operands] | None:
+        """Return the operands of all bindings for an evaluation, from the last evaluation if they are still current.
+
+        Return None if the operands must be composed in every pass. With ``compose=False``, return None also if they
+        would have to be composed now.
+        """
+        if self.training or "settings" not in type(self).__dict__ or self._forward_pre_hooks:
+            return None
+        tensors = self.sources()
+        if not can_be_kept(tensors):
+            if torch.is_grad_enabled():  # an optimizer may follow
+                self._evaluated = None
+            return None
+        settings = (self.settings(), surroundings(tensors), tuple(self.bindings))
+        kept = self._evaluated
+        if kept is not None and kept.is_current(tensors, settings):
+            return kept.operands
+        if not compose:
+            return None
+        # Tensors made in inference mode could not be used outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            sources = snapshot(tensors)
+            composed = self._composed([binding.site for binding in self.bindings])
+            operands = dict(zip(self.bindings, composed, strict=True))
+        self._evaluated = Evaluated(operands, sources, settings)
+        return operands
+
     def _composed(self, sites: list[Any]) -> Sequence[Operands]:
         if not torch.compiler.is_compiling() and any(hasattr(p, "full_tensor") for p in self.parameters()):
             raise RuntimeError(
@@ -211,7 +283,7 @@ class FactorBank(nn.Module, ABC):
 
     def _remember(self, pairs: Sequence[Operands]) -> _Pass:
         """Keep the operands of a pass as long as its graph exists, for layers that run again in its backward pass."""
-        this = _Pass(dict(zip(self.bindings, (tuple(map(_leaf, pair)) for pair in pairs), strict=True)))
+        this = _Pass(self.bindings, pairs)
         nodes: list[Any] = [t.grad_fn for pair in pairs for t in pair if t.grad_fn is not None]
         for node in nodes:
             node.metadata[self] = this  # the graph owns the pass, so the pass must not own the graph
@@ -234,7 +306,7 @@ class FactorBank(nn.Module, ABC):
         if this is None:  # the layer ran between passes
             return self._composed([binding.site])[0]
         this.replayed = (torch._C._current_graph_task_id(), _sequence_number())
-        return this.values[binding]
+        return this.operands(binding)
 
     def _find_pass(self, node: Any) -> _Pass | None:
         """Return the pass in which ``node`` was created.
@@ -252,7 +324,8 @@ class FactorBank(nn.Module, ABC):
         return max(again, key=lambda this: this.replayed[1], default=None)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_passes": [], "_without_graph": None, "_running": None, "_thread": None}
+        of_a_pass: dict[str, Any] = {"_passes": [], "_without_graph": None, "_running": None, "_thread": None}
+        return {**self.__dict__, **of_a_pass, "_evaluated": None}
 
 
 def compose_by_kind(
@@ -304,21 +377,50 @@ def take(tensor: Tensor, dim: int, indices: Sequence[int]) -> Tensor:
 
 
 class _Pass:
-    """Hold the operands of all sites in one forward pass.
+    """Remember the operands of all sites in one forward pass, without keeping the graph that computed them.
 
     Attributes:
-        values: the operands of every binding, detached from the graph.
         first, last: the numbers of the autograd nodes created just before the pass and at its end.
         without_grad: the bindings that ran under ``no_grad`` in the pass.
         replayed: describes the last time that a part of the pass ran again. The first entry is autograd's id of that
             backward pass; the second is the number of a node created at that time.
     """
 
-    def __init__(self, values: dict[Binding, Operands]) -> None:
-        self.values = values
+    def __init__(self, bindings: Sequence[Binding], pairs: Sequence[Operands]) -> None:
+        owners: dict[int, Tensor] = {}
+        self._places = {b: [_place(t, owners) for t in pair] for b, pair in zip(bindings, pairs, strict=True)}
         self.first = self.last = _sequence_number()
         self.without_grad: set[Binding] = set()
         self.replayed = (-1, -1)
+
+    def operands(self, binding: Binding) -> Operands:
+        """Return the operands of a binding as tensors without a graph.
+
+        They require a gradient if the operands of the pass did, so that a layer saves the same tensors again.
+        """
+        return tuple(
+            owner.as_strided(*place).detach().requires_grad_(required) if place else owner.requires_grad_(required)
+            for owner, place, required in self._places[binding]
+        )
+
+
+#: A tensor without a graph; sizes, strides and offset of a view of it, or nothing for the tensor itself; and whether
+#: the view requires a gradient.
+_Place = tuple[Tensor, tuple[Any, ...], bool]
+
+
+def _place(tensor: Tensor, owners: dict[int, Tensor]) -> _Place:
+    """Describe a tensor by the tensor of which it is a view.
+
+    Most operands are views of few tensors. Detaching only these saves several calls of the dispatcher per layer.
+    """
+    if type(tensor) not in (Tensor, nn.Parameter):
+        return tensor.detach(), (), tensor.requires_grad
+    base = tensor if tensor._base is None else tensor._base
+    owner = owners.get(id(base))
+    if owner is None:
+        owner = owners[id(base)] = base.detach()
+    return owner, (tensor.shape, tensor.stride(), tensor.storage_offset()), tensor.requires_grad
 
 
 @torch.enable_grad()
@@ -326,8 +428,3 @@ def _sequence_number() -> int:
     """Create an autograd node and return its sequence number."""
     node: Any = torch.zeros((), requires_grad=True).view(()).grad_fn
     return int(node._sequence_nr())
-
-
-def _leaf(tensor: Tensor) -> Tensor:
-    """Return a detached tensor that requires a gradient if ``tensor`` does, so that a layer saves the same tensors."""
-    return tensor.detach().requires_grad_(tensor.requires_grad)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from efft_kernels import _packed
-from efft_kernels.nn.bank import Binding, FactorBank, Operands, compose_by_kind, per_site, take
+from efft_kernels.nn.bank import Binding, FactorBank, Operands, per_site, take
 from efft_kernels.nn.initialization import initialize
 from efft_kernels.ops import tt_contract
 
@@ -64,6 +64,20 @@ class Masks(NamedTuple):
     V: Tensor  # [n_layers, n_scopes, r2, d_out]
 
 
+class _Kind(NamedTuple):
+    """Hold sites that are composed together, because they differ only in the layer.
+
+    Attributes:
+        sites: the sites.
+        rows: index of the layer of each site in the list of all layers that are composed.
+        members: index of each site in the list of all sites that are composed.
+    """
+
+    sites: list[Site]
+    rows: list[int]
+    members: list[int]
+
+
 class TTFactors(FactorBank):
     """Own the factors of ``ΔW = s · U C V``: all layers share U and V, and each matrix has one small core.
 
@@ -98,6 +112,7 @@ class TTFactors(FactorBank):
 
     leader: TTFactors | None = None
     """See :meth:`follow_scale`."""
+    _last_kinds: tuple[list[Site], list[int], list[_Kind]] | None = None
 
     def __init__(
         self,
@@ -227,6 +242,16 @@ class TTFactors(FactorBank):
         log_scale = self._log_scale()
         return self.initial_scale if log_scale is None else self.initial_scale * log_scale.mean().exp().item()
 
+    def settings(self) -> Hashable:
+        """Return the fixed part of the scale; everything else that is not a tensor never changes."""
+        return self.initial_scale
+
+    def sources(self) -> list[Tensor]:
+        """Return the factors, the diagonals and the trained scale, which another bank may own."""
+        log_scale = self._log_scale()
+        own: list[Tensor] = [p for p in self._parameters.values() if p is not None and p is not log_scale]
+        return own if log_scale is None else [*own, log_scale]
+
     def bind(self, site: Site) -> Binding:
         """Register a layer that uses ``site``, and return the binding that the layer passes to :meth:`down_up`.
 
@@ -293,22 +318,40 @@ class TTFactors(FactorBank):
         The update of block b of expert e is ``D C[e, :, b r' : (b + 1) r'] V``. For such a site, :meth:`evaluated`
         returns G [experts, r, out_features].
         """
-        layers = sorted({site.layer for site in sites})
+        layers, kinds = self._kinds_of(sites)
         masks = self.draw_masks(len(layers))
-
-        def compose_alike(alike: list[Site]) -> list[Sequence[Tensor]]:
+        found: dict[int, Operands] = {}
+        for alike, rows, members in kinds:
             site, n = alike[0], len(alike)
-            rows = [layers.index(member.layer) for member in alike]
             if site.experts:
                 D, C, V = self._expert_kind(site, rows, layers, masks)
-                return [per_site(D, n), per_site(C, n, 4), per_site(V, n)]
-            D, G = self._contract_kind(site, rows, layers, masks)
-            D, G = self._scaled(alike, D, G)
-            of_layers = per_site(G, n)
-            _packed.attach(D, G, of_layers)
-            return [per_site(D, n), of_layers]
+                operands = [per_site(D, n), per_site(C, n, 4), per_site(V, n)]
+            else:
+                D, G = self._scaled(alike, *self._contract_kind(site, rows, layers, masks))
+                operands = [per_site(D, n), per_site(G, n)]
+                _packed.attach(D, G, operands[1])
+            found.update(zip(members, zip(*operands, strict=True), strict=True))
+        return [found[i] for i in range(len(sites))]
 
-        return compose_by_kind(sites, lambda s: (*_part(s)[1:], s.experts, *self._has_diagonals(s)), compose_alike)
+    def _kinds_of(self, sites: Sequence[Site]) -> tuple[list[int], list[_Kind]]:
+        """Return the layers of the sites in ascending order, and the kinds of the sites.
+
+        The result for the last sites is kept, because every pass composes the same ones.
+        """
+        compiling = torch.compiler.is_compiling()
+        if not compiling and self._last_kinds is not None and self._last_kinds[0] == sites:
+            return self._last_kinds[1:]
+        layers = sorted({site.layer for site in sites})
+        members: dict[Hashable, list[int]] = {}
+        for i, site in enumerate(sites):
+            members.setdefault((*_part(site)[1:], site.experts, *self._has_diagonals(site)), []).append(i)
+        kinds = [
+            _Kind([sites[i] for i in indices], [layers.index(sites[i].layer) for i in indices], indices)
+            for indices in members.values()
+        ]
+        if not compiling:
+            self._last_kinds = list(sites), layers, kinds
+        return layers, kinds
 
     def _has_diagonals(self, site: Site) -> tuple[bool, bool]:
         """Return whether the site has a row of ``a``, and whether it has rows of ``b``."""

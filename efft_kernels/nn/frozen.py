@@ -166,6 +166,8 @@ def not_only_a_weight(layer: nn.Module, kind: type[nn.Module]) -> str | None:
 
 def is_plain(weight: Tensor) -> bool:
     """Return whether the memory of ``weight`` contains its entries in its dtype, so that a kernel can read them."""
+    if type(weight) is nn.Parameter:
+        return True
     # torch's is_traceable_wrapper_subclass checks the first attribute. bitsandbytes' parameters have only the second.
     return not hasattr(type(weight), "__tensor_flatten__") and not hasattr(type(weight), "_quantize")
 
@@ -200,9 +202,10 @@ def stored_in(module: nn.Module, name: str) -> Tensor:
     Raises:
         AttributeError: the module owns no tensor with this name.
     """
-    W = module._parameters.get(name)
-    if W is None:  # torch's pruning and FSDP's flattening replace the parameter by a plain tensor
-        W = module.__dict__.get(name)
+    W: Tensor | None = module._parameters.get(name)
+    if W is not None:
+        return W
+    W = module.__dict__.get(name)  # torch's pruning and FSDP's flattening replace the parameter by a plain tensor
     if W is None:  # the weight is parametrized, and torch defines the property
-        W = getattr(module, name)
-    return cast(Tensor, W)
+        return cast(Tensor, getattr(module, name))
+    return W

@@ -128,9 +128,10 @@ class EfftLinear(AdaptedLayer, nn.Linear):
         return cls(linear, own, Site(cores=tuple(range(n_cores))) if site is None else site, own_factors=True)
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in_features] -> [..., out_features]
-        if not self.enabled or self.merged:
+        binding = self.binding
+        if not self.enabled or binding.merged:
             return frozen_linear(self, x)
-        D, G = self.factors.down_up(self.binding)
+        D, G = self.factors.down_up(binding)
         return adapted_linear(self, x, D, G)
 
 
@@ -149,7 +150,9 @@ def adapted_linear(linear: nn.Linear, x: Tensor, D: Tensor, G: Tensor) -> Tensor
         D: ``[d_in, r1]``.
         G: ``[r1, d_out]``.
     """
-    W, b = stored_in(linear, "weight"), linear.bias
+    W, b = stored_in(linear, "weight"), linear._parameters.get("bias")
+    if b is None:
+        b = linear.bias
     plain = multiplies_plainly(linear, W)
     if isinstance(x, ProducerOutput):
         if plain and not W.requires_grad:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
 from typing import Any
 
@@ -17,15 +18,16 @@ from efft_kernels._arguments import (
     flatten_tokens,
     linear_sizes,
     no_autocast,
-    unflatten_tokens,
     unless_wider,
 )
+from efft_kernels._calls import choices, note_choice, records_no_graph, signature
 from efft_kernels._packed import find
 from efft_kernels.backends import Backend, declare, resolve
 
 
 def _fake_fwd(x: Tensor, W: Tensor, b: Tensor | None, D: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape[0], W.shape[0]), x.new_empty(x.shape[0], D.shape[1])
+    leading = x.shape[:-1]
+    return x.new_empty((*leading, W.shape[0])), x.new_empty((math.prod(leading), D.shape[1]))
 
 
 def _fake_bwd(
@@ -41,7 +43,7 @@ def _fake_bwd(
     need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
-        gy.new_empty((gy.shape[0], D.shape[0]) if need_dx else 0),
+        gy.new_empty((*gy.shape[:-1], D.shape[0]) if need_dx else 0),
         D.new_empty(D.shape if need_dD else 0, dtype=torch.promote_types(D.dtype, torch.float32)),
         G.new_empty(G.shape if need_dG else 0, dtype=torch.promote_types(G.dtype, torch.float32)),
         gy.new_empty(G.shape[1] if need_db else 0, dtype=torch.promote_types(gy.dtype, torch.float32)),
@@ -56,7 +58,7 @@ def _triton() -> ModuleType:
 
 _FORWARD = declare(
     "tt_linear_fwd",
-    # x [tokens, d_in], W [d_out, d_in], b [d_out], D [d_in, r1], G [r1, d_out] -> y [tokens, d_out], h [tokens, r1]
+    # x [..., d_in], W [d_out, d_in], b [d_out], D [d_in, r1], G [r1, d_out] -> y [..., d_out], h [tokens, r1]
     "(Tensor x, Tensor W, Tensor? b, Tensor D, Tensor G) -> (Tensor y, Tensor h)",
     _fake_fwd,
     eager=eager.tt_linear_fwd,
@@ -64,8 +66,8 @@ _FORWARD = declare(
 )
 _BACKWARD = declare(
     "tt_linear_bwd",
-    # gy [tokens, d_out]. dD needs x, dx needs W, and dG needs h. A gradient that is not needed is returned with 0
-    # elements. dD, dG and db are at least in fp32.
+    # gy [..., d_out], x [..., d_in], h [tokens, r1]. dD needs x, dx needs W, and dG needs h. A gradient that is not
+    # needed is returned with 0 elements. dD, dG and db are at least in fp32.
     "(Tensor gy, Tensor? x, Tensor? W, Tensor? h, Tensor D, Tensor G, "
     "bool need_dx, bool need_dD, bool need_dG, bool need_db) -> (Tensor dx, Tensor dD, Tensor dG, Tensor db)",
     _fake_bwd,
@@ -110,16 +112,26 @@ def tt_linear(
         ValueError: shapes or dtypes do not match.
         RuntimeError: the requested backend cannot run this call.
     """
-    check_linear("tt_linear", "x", x, W, b, D, G)
-    x, W = autocast_like_linear(x, W)
-    b = autocast_bias(b)
-    check_dtypes("tt_linear", "x", x.dtype, W=W, b=unless_wider(b, x.dtype))
-    chosen = resolve("tt_linear", backend, W, x, b, D, G, sizes=linear_sizes(x, W, D))
+    call, autocast = signature("tt_linear", backend, x, W, b, D, G)
+    chosen = choices.get(call) if call is not None else None
+    if chosen is None:
+        check_linear("tt_linear", "x", x, W, b, D, G)
+    if chosen is None or autocast is not None:
+        x, W = autocast_like_linear(x, W)
+        b = autocast_bias(b)
+    if chosen is None:
+        check_dtypes("tt_linear", "x", x.dtype, W=W, b=unless_wider(b, x.dtype))
+        chosen = resolve("tt_linear", backend, W, x, b, D, G, sizes=linear_sizes(x, W, D))
+        note_choice(call, chosen, x.device)
     if chosen is Backend.REFERENCE:
         return reference.tt_linear(x, W, b, D, G)
+    if call is not None and records_no_graph():
+        packed = find(chosen, x.dtype, D, G)
+        factors = (D, G) if packed is None else (packed.D, packed.G)
+        y: Tensor = _FORWARD[chosen](x, W, b, *factors)[0]
+        return y
     outputs = _TTLinear.apply(x, W, b, D, G, chosen)
-    y: Tensor = outputs[0] if isinstance(outputs, tuple) else outputs
-    return y
+    return outputs[0] if isinstance(outputs, tuple) else outputs
 
 
 class _TTLinear(torch.autograd.Function):
@@ -136,12 +148,11 @@ class _TTLinear(torch.autograd.Function):
     ) -> Tensor | tuple[Tensor, Tensor]:
         packed = find(backend, x.dtype, D, G)
         factors = (D, G) if packed is None else (packed.D, packed.G)
-        y, h = _FORWARD[backend](flatten_tokens(x), W, b, *factors)  # [tokens, ...]
+        y, h = _FORWARD[backend](x, W, b, *factors)
         need_dx, need_dW, _, need_dD, need_dG, _ = ctx.needs_input_grad
         keep_x = need_dD or need_dW
         ctx.save_for_backward(x if keep_x else None, W if need_dx else None, h if need_dG else None, D, G)
         ctx.backend, ctx.packed, ctx.bias = backend, packed, None if b is None else b.dtype
-        y = unflatten_tokens(y, x.shape[:-1])
         if need_dx and need_dG and not keep_x and not torch.compiler.is_compiling():
             ctx.set_materialize_grads(False)
             ctx.shape = y.shape
@@ -156,22 +167,29 @@ class _TTLinear(torch.autograd.Function):
             if gh is None:
                 return (None,) * 6
             gy = gh.new_zeros(ctx.shape)
-        leading, gy = gy.shape[:-1], flatten_tokens(gy)
-        x = None if x is None else flatten_tokens(x)
+        dW = None
         with no_autocast(gy.device):
             if gh is not None or torch.is_grad_enabled():  # in a second derivative, or if one will follow
-                h = h if x is None or h is None else x @ D.to(x.dtype)
-                dx, dD, dG, db = reference.tt_linear_bwd(gy, x, W, h, D, G, gh)
+                leading, gy = gy.shape[:-1], flatten_tokens(gy)
+                rows = None if x is None else flatten_tokens(x)
+                h = h if rows is None or h is None else rows @ D.to(rows.dtype)
+                dx, dD, dG, db = reference.tt_linear_bwd(gy, rows, W, h, D, G, gh)
+                dx = None if dx is None else dx.view(*leading, dx.shape[-1])
             else:
                 factors = (D, G) if ctx.packed is None else (ctx.packed.D, ctx.packed.G_rows)
                 dx, dD, dG, db = _BACKWARD[ctx.backend](gy, x, W, h, *factors, need_dx, need_dD, need_dG, need_db)
-            # Fine-tuning freezes the weight. If a caller does train it, its gradient is a plain product.
-            dW = gy.t() @ x if x is not None and need_dW else None
+            if x is not None and need_dW:  # fine-tuning freezes the weight; if trained, its gradient is a product
+                dW = flatten_tokens(gy).t() @ flatten_tokens(x)
         return (
-            None if dx is None or not need_dx else dx.view(*leading, dx.shape[-1]),
+            dx if need_dx else None,
             dW,
             db.to(ctx.bias) if need_db else None,
-            dD.to(D.dtype) if need_dD and dD is not None else None,
-            dG.to(G.dtype) if need_dG and dG is not None else None,
+            _like(dD, D) if need_dD else None,
+            _like(dG, G) if need_dG else None,
             None,
         )
+
+
+def _like(gradient: Tensor | None, factor: Tensor) -> Tensor | None:
+    """Return a gradient in the dtype of its factor."""
+    return gradient if gradient is None or gradient.dtype == factor.dtype else gradient.to(factor.dtype)

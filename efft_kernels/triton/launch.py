@@ -105,9 +105,13 @@ def device(of: torch.device) -> Device:
 
 def tiles(A: Tensor, *, tma: bool = False) -> Sequence[GemmTile]:
     """Return the table of tiles for a product in the precision of A."""
-    if A.element_size() == 2:
+    return _table(A.element_size(), precision(A), tma)
+
+
+def _table(element_size: int, precision: str, tma: bool) -> Sequence[GemmTile]:
+    if element_size == 2:
         return TMA_TILES if tma else HALF_TILES
-    return TF32_TILES if precision(A) == "tf32" else FP32_TILES
+    return TF32_TILES if precision == "tf32" else FP32_TILES
 
 
 def gemm_tile(A: Tensor, N: int, *, tma: bool = False, slope: str = "none") -> GemmTile:
@@ -116,25 +120,40 @@ def gemm_tile(A: Tensor, N: int, *, tma: bool = False, slope: str = "none") -> G
     ``slope`` names the GELU whose slope the epilogue applies, or is "none". The chosen tile has the shortest modeled
     time: the number of waves of programs, times the tile size, divided by the tile's speed.
     """
-    gpu, samples = device(A.device), A.shape[:-2].numel()
+    samples = A.shape[:-2].numel()
+    return _best_tile(A.device, samples, A.shape[-2], N, A.element_size(), precision(A), tma, slope)
+
+
+@functools.lru_cache(maxsize=4096)
+def _best_tile(
+    on: torch.device, samples: int, M: int, N: int, element_size: int, precision: str, tma: bool, slope: str
+) -> GemmTile:
+    """Return the result of :func:`gemm_tile`, which takes longer to compute than a kernel to launch."""
+    gpu, table = device(on), _table(element_size, precision, tma)
 
     def time(tile: GemmTile) -> float:
-        programs = samples * triton.cdiv(A.shape[-2], tile.m) * triton.cdiv(N, tile.n)
-        return triton.cdiv(programs, gpu.processors) * tile.m * tile.n / tile.speed
+        programs = samples * ceil_div(M, tile.m) * ceil_div(N, tile.n)
+        return ceil_div(programs, gpu.processors) * tile.m * tile.n / tile.speed
 
     fitting = [
         t
-        for t in tiles(A, tma=tma)
-        if t.shared_memory(A.element_size(), tma=tma) <= gpu.shared_memory
+        for t in table
+        if t.shared_memory(element_size, tma=tma) <= gpu.shared_memory
         and t.capability <= gpu.capability
         and slope in ("none", *t.slopes)
     ]
-    return min(fitting or tiles(A, tma=tma)[-1:], key=time)
+    return min(fitting or table[-1:], key=time)
 
 
+def ceil_div(a: int, b: int) -> int:
+    """Return a / b, rounded up. Outside of a kernel, ``triton.cdiv`` takes several microseconds for this."""
+    return -(-a // b)
+
+
+@functools.cache
 def rank_block(R: int) -> int:
     """Return how many columns of H a kernel processes at once: a power of two from 16 (for tensor cores) to 64."""
-    return min(max(triton.next_power_of_2(R), 16), 64)
+    return min(max(1 << (R - 1).bit_length(), 16), 64)
 
 
 def tail_block(R: int) -> int:
@@ -143,7 +162,7 @@ def tail_block(R: int) -> int:
     In the second generation of kernels, which no GPU has run yet, the steps together have only as many columns as the
     rank needs, ``ceil(R / 16)`` times 16. In the first generation they may have up to 16 more.
     """
-    if KERNELS > 1 and R > TAIL_R and triton.cdiv(R, 16) % 2:
+    if KERNELS > 1 and R > TAIL_R and ceil_div(R, 16) % 2:
         return 16
     return min(rank_block(R), TAIL_R)
 

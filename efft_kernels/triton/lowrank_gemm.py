@@ -31,7 +31,16 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from efft_kernels.triton.launch import GemmTile, device, gemm_tile, on_device, precision, rank_block, tail_block
+from efft_kernels.triton.launch import (
+    GemmTile,
+    ceil_div,
+    device,
+    gemm_tile,
+    on_device,
+    precision,
+    rank_block,
+    tail_block,
+)
 from efft_kernels.triton.producers import gelu_slope, produced, row_statistics
 
 # Rows of A per program of the projection, and number of steps in flight. The projection reads A once for any rank.
@@ -278,7 +287,7 @@ def lowrank_gemm(
     """
     (M, K), (R, N) = A.shape[-2:], T.shape[-2:]
     samples = A.shape[0] if adapter is not None else 1
-    Y = A.new_empty(*A.shape[:-1], N, dtype=A.dtype if Z is None else Z.dtype)
+    Y = torch.empty(*A.shape[:-1], N, dtype=A.dtype if Z is None else Z.dtype, device=A.device)
     if H is None:
         H = project(A, P, adapter=adapter)
     if Y.numel() == 0:
@@ -292,7 +301,7 @@ def lowrank_gemm(
             A, B.t() if transposed else B, bias, T, H, Z, Y, transposed=transposed, producer=producer, tile=tile
         )
         return Y, H
-    grid = (samples * triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n),)
+    grid = (samples * ceil_div(M, tile.m) * ceil_div(N, tile.n),)
     with on_device(A):
         lowrank_gemm_kernel[grid](
             *(A, B, bias, T, H, Z, Y, adapter, 1 if adapter is None else T.shape[0], samples, M, N, K, R),
@@ -339,7 +348,7 @@ def _launch_tma(
 ) -> None:
     """Run the kernel with TMA on A, B and Y, for which :func:`takes` must be true."""
     (M, K), (R, N) = A.shape, T.shape
-    grid = (min(device(A.device).processors, triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n)),)
+    grid = (min(device(A.device).processors, ceil_div(M, tile.m) * ceil_div(N, tile.n)),)
     with on_device(A):
         lowrank_gemm_tma_kernel[grid](
             TensorDescriptor.from_tensor(A, [tile.m, tile.k]),
@@ -360,7 +369,7 @@ def _launch_tma(
 
 def project(A: Tensor, P: Tensor, *, adapter: Tensor | None = None) -> Tensor:
     """Return H = A P, [M, K] times [K, R] with any strides, in the dtype of A; with ``adapter``, one P per sample."""
-    H = A.new_empty(*A.shape[:-1], P.shape[-1])
+    H = torch.empty(*A.shape[:-1], P.shape[-1], dtype=A.dtype, device=A.device)
     _project(A, P, H, adapter=adapter)
     return H
 
@@ -406,7 +415,7 @@ def _project(
         return
     gamma, beta = (None if t is None else t.contiguous() for t in (gamma, beta))
     block_k, warps = columns_and_warps(producer)
-    grid = (triton.cdiv(M, PROJECT_M), triton.cdiv(R, rank_block(R)), samples)
+    grid = (ceil_div(M, PROJECT_M), ceil_div(R, rank_block(R)), samples)
     with on_device(A):
         project_kernel[grid](
             *(A, P, H, out, gamma, beta, mean, rstd, eps, adapter, 1 if adapter is None else P.shape[0], M, K, R),

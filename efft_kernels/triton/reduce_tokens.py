@@ -8,12 +8,14 @@ which have a few hundred kilobytes each, in a fixed order. Equal calls therefore
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from efft_kernels.triton.launch import device, on_device, precision, rank_block
+from efft_kernels.triton.launch import ceil_div, device, on_device, precision, rank_block
 from efft_kernels.triton.producers import produced
 
 # Number of tokens per step, and number of steps whose loads are in flight. The loads of these steps suffice to use the
@@ -181,15 +183,16 @@ def reduce_tokens(
     d_out = 0 if h is None or gy is None else gy.shape[1]
     d_in = 0 if dh is None or x is None else x.shape[1]
     block_n, warps = columns_and_warps(producer)
-    columns_out, columns_in = triton.cdiv(d_out, block_n), triton.cdiv(d_in, block_n)
-    ranks = triton.cdiv(R, rank_block(R))
+    columns_out, columns_in = ceil_div(d_out, block_n), ceil_div(d_in, block_n)
+    ranks = ceil_div(R, rank_block(R))
     if splits is None:
         splits = PROGRAMS_A_PROCESSOR * device(given.device).processors // max((columns_out + columns_in) * ranks, 1)
-        splits = max(1, min(splits, triton.cdiv(M, 4 * BLOCK_M)))
-    tokens = triton.cdiv(triton.cdiv(M, splits), BLOCK_M) * BLOCK_M
+        splits = max(1, min(splits, ceil_div(M, 4 * BLOCK_M)))
+    tokens = ceil_div(ceil_div(M, splits), BLOCK_M) * BLOCK_M
     n_b = d_out if need_db else 0
-    partial = given.new_empty(splits, R * (d_out + d_in) + n_b, dtype=torch.float32)
-    dG, dD, db = partial.new_empty(R, d_out), partial.new_empty(d_in, R), partial.new_empty(n_b)
+    in_fp32: Any = {"dtype": torch.float32, "device": given.device}
+    partial = torch.empty(splits, R * (d_out + d_in) + n_b, **in_fp32)
+    dG, dD, db = (torch.empty(sizes, **in_fp32) for sizes in ((R, d_out), (d_in, R), (n_b,)))
     if partial.numel():
         gy_, h_, x_, dh_ = (given if t is None else t for t in (gy, h, x, dh))  # no kernel reads these substitutes
         with on_device(given):
@@ -205,7 +208,7 @@ def reduce_tokens(
                 num_warps=warps,
                 num_stages=STAGES,
             )
-            finish_kernel[(triton.cdiv(partial.shape[1], FINISH_BLOCK),)](
+            finish_kernel[(ceil_div(partial.shape[1], FINISH_BLOCK),)](
                 *(partial, dG, dD, db, dG.numel(), dD.numel(), n_b, splits),
                 BLOCK=FINISH_BLOCK,
                 num_warps=FINISH_WARPS,

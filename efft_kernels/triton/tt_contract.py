@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from efft_kernels.triton.launch import on_device
+from efft_kernels.triton.launch import ceil_div, on_device
 
 # Blocks of 32 for any rank and of 64 columns of V, for which eight warps have enough registers. There is no pipeline.
 BLOCK_R, BLOCK_N, WARPS, STAGES = 32, 64, 8, 1
@@ -253,7 +253,7 @@ def tt_contract_fwd(
     (n_layers, n_cores, r1, r2), d_out = C.shape, V.shape[1]
     G = C.new_empty(n_layers, r1, n_cores * d_out)
     if G.numel():
-        grid = (triton.cdiv(d_out, BLOCK_N), triton.cdiv(r1, BLOCK_R), n_layers * n_cores)
+        grid = (ceil_div(d_out, BLOCK_N), ceil_div(r1, BLOCK_R), n_layers * n_cores)
         with on_device(C):
             contract_kernel[grid](
                 *(C, V, _bytes(keep_C), _bytes(keep_V), G, scale, n_cores, r1, r2, d_out),
@@ -278,9 +278,9 @@ def tt_contract_bwd(
 ) -> tuple[Tensor, Tensor]:
     (n_layers, n_cores, r1, r2), d_out = C.shape, V.shape[1]
     dC, dV = C.new_empty(C.shape if need_dC else 0), V.new_empty(V.shape if need_dV else 0)
-    blocks_j = triton.cdiv(r2, BLOCK_R)
-    programs_dC = n_layers * n_cores * triton.cdiv(r1, BLOCK_R) * blocks_j if need_dC else 0
-    programs_dV = blocks_j * triton.cdiv(d_out, BLOCK_N) if need_dV else 0
+    blocks_j = ceil_div(r2, BLOCK_R)
+    programs_dC = n_layers * n_cores * ceil_div(r1, BLOCK_R) * blocks_j if need_dC else 0
+    programs_dV = blocks_j * ceil_div(d_out, BLOCK_N) if need_dV else 0
     if programs_dC + programs_dV:
         dG = dG.unflatten(2, (n_cores, d_out)).transpose(1, 2)  # [n_layers, n_cores, r1, d_out]
         with on_device(C):

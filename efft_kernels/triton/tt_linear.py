@@ -7,23 +7,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from efft_kernels._arguments import rows_of, transposed, unflatten_tokens
 from efft_kernels.triton.lowrank_gemm import lowrank_gemm, project
 from efft_kernels.triton.reduce_tokens import reduce_tokens
 
 
 def tt_linear_fwd(
-    x: Tensor,  # [tokens, d_in]
+    x: Tensor,  # [..., d_in]
     W: Tensor,  # [d_out, d_in]
     b: Tensor | None,  # [d_out]
     D: Tensor,  # [d_in, r1]
     G: Tensor,  # [r1, d_out]
-) -> tuple[Tensor, Tensor]:  # y [tokens, d_out], h [tokens, r1]
-    return lowrank_gemm(x, W.t(), b, D, G)
+) -> tuple[Tensor, Tensor]:  # y [..., d_out], h [tokens, r1]
+    y, h = lowrank_gemm(rows_of(x), transposed(W), b, D, G)
+    return unflatten_tokens(y, x.shape[:-1]), h
 
 
 def tt_linear_bwd(
-    gy: Tensor,  # [tokens, d_out]
-    x: Tensor | None,  # [tokens, d_in]
+    gy: Tensor,  # [..., d_out]
+    x: Tensor | None,  # [..., d_in]
     W: Tensor | None,  # [d_out, d_in]
     h: Tensor | None,  # [tokens, r1]
     D: Tensor,  # [d_in, r1]
@@ -33,12 +35,15 @@ def tt_linear_bwd(
     need_dG: bool,
     need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dx, dh = gy.new_empty(0), None
+    leading, gy, x = gy.shape[:-1], rows_of(gy), None if x is None else rows_of(x)
+    dx, dh = None, None
     if need_dx:
         assert W is not None
-        dx, dh = lowrank_gemm(gy, W, None, G.t(), D.t())
+        dx, dh = lowrank_gemm(gy, W, None, transposed(G), transposed(D))
+        dx = unflatten_tokens(dx, leading)
     elif need_dD:
-        dh = project(gy, G.t())
+        dh = project(gy, transposed(G))
+    dx = gy.new_empty(0) if dx is None else dx
     return dx, *sums_over_tokens(gy, x, h if need_dG else None, dh if need_dD else None, D, G, need_db)
 
 

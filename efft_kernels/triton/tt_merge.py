@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from efft_kernels.triton.launch import on_device
+from efft_kernels.triton.launch import ceil_div, on_device
 
 BLOCK, BLOCK_R, WARPS = 64, 32, 4
 
@@ -52,7 +52,7 @@ def tt_merge_(W: Tensor, D: Tensor, G: Tensor, sign: float) -> None:
     (d_out, d_in), R = W.shape, D.shape[1]
     if W.numel():
         with on_device(W):
-            merge_kernel[(triton.cdiv(d_out, BLOCK), triton.cdiv(d_in, BLOCK))](
+            merge_kernel[(ceil_div(d_out, BLOCK), ceil_div(d_in, BLOCK))](
                 *(W, D, G, sign, d_out, d_in, R, *W.stride(), *D.stride(), *G.stride()),
                 BLOCK=BLOCK,
                 BLOCK_R=BLOCK_R,

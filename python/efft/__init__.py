@@ -14,6 +14,8 @@ from efft.adapting.inject import (
 )
 from efft.adapting.optimizing import parameter_groups
 from efft.fusion import fuse, unfuse
+from efft.graphs.serve import GraphServer, graph_serve
+from efft.graphs.step import GraphStep, graph_step
 from efft.integrations.fact_import import import_fact
 from efft.integrations.lora_export import export_lora
 from efft.integrations.lora_import import import_lora
@@ -31,6 +33,8 @@ from efft_kernels import __version__
 __all__ = [
     "AdapterPool",
     "EfftConfig",
+    "GraphServer",
+    "GraphStep",
     "MergeReport",
     "ParameterCount",
     "Plan",
@@ -44,6 +48,8 @@ __all__ = [
     "freeze_backbone",
     "from_pretrained",
     "fuse",
+    "graph_serve",
+    "graph_step",
     "import_fact",
     "import_lora",
     "inspect",

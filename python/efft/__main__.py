@@ -1,4 +1,7 @@
-"""``python -m efft`` is the command `efft`, found by its entry point: the library does not import the laboratory."""
+"""Run the command ``efft`` by ``python -m efft``.
+
+The command is found by its entry point, because the library must not import ``efft_lab``.
+"""
 
 import sys
 from importlib.metadata import entry_points

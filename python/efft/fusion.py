@@ -1,4 +1,4 @@
-"""Training in less memory: compute layer norms and GELUs inside the adapted layers after them."""
+"""Save memory in training by computing layer norms and GELUs inside the adapted layers that follow them."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from efft_kernels.nn.producers import fuse_producer, unfuse_producer
 
 
 def fuse(model: nn.Module) -> list[str]:
-    """Compute every LayerNorm and GELU beside the adapted layers of ``model`` inside the layer after it.
+    """Compute every LayerNorm and GELU that precedes an adapted layer inside this layer.
 
-    The backward pass computes their outputs again instead of keeping them. This saves a quarter to a third of what a
-    transformer block keeps, for the time of one more pass over each output. Results are the same up to rounding.
-    Parameters, names and saved files do not change; code compiled by ``torch.compile`` is left alone. :func:`unfuse`
-    and ``efft.remove`` undo it.
+    The backward pass computes the outputs of these modules again instead of storing them. This saves a quarter to a
+    third of the memory that a transformer block needs for the backward pass, at the cost of computing each output once
+    more. Results are equal up to rounding. Parameters, names and saved files do not change. Code that ``torch.compile``
+    compiles is not affected. :func:`unfuse` and ``efft.remove`` undo the fusion.
 
     Returns:
-        The names of the modules that leave their work to the layer after them.
+        The names of the modules whose output is computed by the layer that reads it. All LayerNorms and GELUs in the
+        modules around adapted layers are included, because it is known only in a forward pass which layer reads them.
 
     Raises:
         ValueError: the model is not adapted.
@@ -29,13 +30,13 @@ def fuse(model: nn.Module) -> list[str]:
 
 
 def unfuse(model: nn.Module) -> nn.Module:
-    """Undo :func:`fuse`. Returns the same ``model``."""
+    """Undo :func:`fuse`, and return the same ``model``."""
     for module in model.modules():
         unfuse_producer(module)
     return model
 
 
 def _parents(name: str) -> list[str]:
-    """Return the names of all modules around the module ``name``, the model itself ('') included."""
+    """Return the names of all modules around the module ``name``, including the model itself ('')."""
     parts = name.split(".")
     return [".".join(parts[:i]) for i in range(len(parts))]

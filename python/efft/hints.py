@@ -1,14 +1,14 @@
-"""Hints for error messages: what a mistyped name may have meant."""
+"""Suggest names that a user may have meant, for error messages about unknown names."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Iterable
 
-#: Longer names are compared by their beginning: a damaged file can hold a name of megabytes.
+#: Only this many characters of a name are compared, because a name in a damaged file can be several megabytes long.
 _LONGEST = 100
 
-#: How many of the known names a hint lists.
+#: Maximum number of known names that a hint lists.
 _MOST_LISTED = 30
 
 

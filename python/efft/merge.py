@@ -1,4 +1,4 @@
-"""Merge the update into the weights, and take it out again."""
+"""Merge the update into the weights, and restore the weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from efft_kernels.nn.frozen import can_dequantize, dequantized, is_plain
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What merging did to each layer; printing it gives a summary."""
+    """Report the effect of merging on each layer. Printing the report gives a summary."""
 
     layers: dict[str, MergeLoss]
 
@@ -46,16 +46,18 @@ class MergeReport:
 
 
 def merge(model: nn.Module, dequantize: bool = False) -> MergeReport:
-    """Add every update to its weight (fp32 arithmetic, one rounding), so that inference costs what the base costs.
+    """Add every update to its weight in fp32 with one rounding, so that inference costs the same as with the base.
 
-    The base weights are kept, which doubles the memory of the adapted layers, so that :func:`unmerge` is exact. Merging
-    a merged model does nothing. With ``dequantize``, quantized weights are dense until they are unmerged.
+    The layers keep copies of the base weights, so that :func:`unmerge` is exact. This doubles the memory of the adapted
+    layers. Merging a merged model does nothing. With ``dequantize``, quantized weights are dense until they are
+    unmerged.
 
     Raises:
-        TypeError: a weight is quantized, and ``dequantize`` is not set; nothing is changed.
-        ValueError: the model is not adapted, it is sharded, an update has non-finite entries, or a layer computes with
-            another weight than the stored one; nothing is changed.
-        RuntimeError: the update is switched off by :func:`efft.disabled`.
+        TypeError: a weight is quantized, and ``dequantize`` is not set or its class cannot dequantize it. Nothing is
+            changed.
+        ValueError: the model is not adapted or is sharded, an update has non-finite entries, or a layer computes with
+            another weight than the stored one. Nothing is changed.
+        RuntimeError: the update is disabled by :func:`efft.disabled`.
     """
     model = unwrap(model)
     adapter = adapter_of(model)
@@ -78,7 +80,7 @@ def merge(model: nn.Module, dequantize: bool = False) -> MergeReport:
 
 
 def unmerge(model: nn.Module) -> None:
-    """Put the base weights back, bit for bit, and compute with the factors again."""
+    """Restore the base weights exactly, and compute with the factors again."""
     model = unwrap(model)
     merged = [layer for layer in adapted_layers(model).values() if layer.merged]
     for layer in merged:
@@ -91,15 +93,14 @@ def unmerge(model: nn.Module) -> None:
 def merged_state_dict(
     model: nn.Module, dtype: torch.dtype | None = None, dequantize: bool = False
 ) -> dict[str, Tensor]:
-    """Return a state dict for the plain architecture with the update in the weights; the model stays as it is.
+    """Return a state dict for the plain architecture, with the update in the weights. The model is not changed.
 
     Floating-point tensors are cast to ``dtype``; by default they keep their dtype. Weights are merged in fp32 and
     rounded once. With ``dequantize``, the quantized weights of adapted layers are dense in the result.
 
     Raises:
-        TypeError: a weight is quantized, and ``dequantize`` is not set.
-        ValueError: the model is not adapted, it is sharded, or a layer computes with another weight than the stored
-            one.
+        TypeError: a weight is quantized, and ``dequantize`` is not set or its class cannot dequantize it.
+        ValueError: the model is not adapted or is sharded, or a layer computes with another weight than the stored one.
     """
     model = unwrap(model)
     check_whole(model, "merged_state_dict")
@@ -126,12 +127,12 @@ def _check_plain(layers: Mapping[str, Update], dequantize: bool) -> None:
     if quantized and not dequantize:
         name, weight = next(iter(quantized.items()))
         raise TypeError(
-            f"{len(quantized)} weights are no plain dense tensors ({name} first, a {type(weight).__name__}) and cannot "
-            "hold an update: pass dequantize=True for dense weights in their place, or keep the update beside them"
+            f"{len(quantized)} weights are not plain dense tensors ({name} first, a {type(weight).__name__}) and "
+            "cannot hold an update: pass dequantize=True to get dense weights instead, or do not merge the update"
         )
     for name, weight in quantized.items():
         if not can_dequantize(weight):
             raise TypeError(
-                f"{name} has a {type(weight).__name__} for a weight, which does not say how to make it dense: save the "
-                "adapter, load it onto the base before it was quantized, and merge there"
+                f"{name} has a {type(weight).__name__} for a weight, which has no method to dequantize it: save the "
+                "adapter, load it onto a base that is not quantized, and merge there"
             )

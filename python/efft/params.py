@@ -15,13 +15,13 @@ from efft.planning.plan import Plan
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Trainable parameters of an adapted model; printing it gives a table.
+    """Number of parameters of an adapted model. Printing the object gives a table.
 
     Attributes:
-        groups: the number of parameters of each group of factors; shared ones count once.
-        head: the number of parameters that are trained beside the factors and ``extras``.
+        groups: the number of parameters of each group of factors. Shared parameters count once.
+        head: the number of parameters that are trained in addition to the factors and ``extras``.
         backbone: the number of parameters of the base without its head.
-        extras: the number of parameters of the backbone that are trained: biases and norms.
+        extras: the number of trained parameters of the backbone (biases and norms).
     """
 
     groups: dict[str, int]
@@ -65,7 +65,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
 
 
 def count_plan(model: nn.Module, plan: Plan) -> ParameterCount:
-    """Return what :func:`count_parameters` would after applying ``plan``, without applying it; meta models work too."""
+    """Count the parameters that ``model`` would have after applying ``plan``. The model may be on the meta device."""
     head = {id(p): p.numel() for name in plan.head for p in model.get_submodule(name).parameters()}
     total = sum(p.numel() for p in model.parameters())
     n_head = sum(head.values())
@@ -74,8 +74,7 @@ def count_plan(model: nn.Module, plan: Plan) -> ParameterCount:
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
-    """Print the parameters of each group of factors, of trained biases and norms, of head and backbone, and the line
-    that ``peft`` prints."""
+    """Print a table of the numbers of parameters, and the line that ``peft`` prints."""
     model = unwrap(model)
     if not isinstance(getattr(model, "efft", None), Adapter):
         print(f"this {type(model).__name__} is not adapted: everything that requires a gradient counts as head")

@@ -1,4 +1,7 @@
-"""The paper's settings by architecture: the ranks of its public code, and for ViT-B the rank that gives its 0.28 %."""
+"""Provide the paper's settings for its architectures.
+
+The ranks are those in the paper's public code. The rank for ViT-B yields the 0.28 % of the paper.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ _RANKS: dict[str, int | dict[str, int | tuple[int, int]]] = {
 
 
 def paper_config(architecture: str, variant: Literal["efft1", "efft2"] = "efft2", **changes: Any) -> EfftConfig:
-    """Return the paper's configuration for an architecture, given by its timm name or the beginning (``swin_base...``).
+    """Return the paper's configuration for an architecture, given by its timm name or the beginning of the name.
 
     ``changes`` override fields. Swin has no efft1 setting, because its two kinds of groups have different ranks.
 

@@ -1,4 +1,4 @@
-"""Get ranks from training: cut shared factors down to the directions that the updates of their layers use."""
+"""Reduce the ranks of trained factors to the directions that the updates of their layers use."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ _ROUNDING = 32
 
 @dataclass(frozen=True)
 class PruneReport:
-    """What :func:`prune` did to each group; printing it gives one line per group.
+    """Report the effect of :func:`prune` on each group. Printing the report gives one line per group.
 
     Attributes:
         before, ranks: (r1, r2) of each group before and after.
-        relative_error: the Frobenius norm of what all updates of the group together have lost, relative to theirs (with
-            every column of V): the root of the sum of the squared singular values that were dropped.
+        relative_error: the Frobenius norm of the change of all updates of the group, divided by the norm of these
+            updates (with every column of V). The norm of the change is the root of the sum of the squared singular
+            values that were dropped.
     """
 
     before: dict[str, Rank]
@@ -44,28 +45,29 @@ class PruneReport:
 
 @torch.no_grad()
 def prune(model: nn.Module, keep: float = 0.99) -> PruneReport:
-    """Lower the ranks of a trained model to what its update needs, one group at a time.
+    """Reduce the ranks of a trained model to the ranks that its update needs, one group at a time.
 
-    With ``U = Q_U R_U`` and ``Vᵀ = Q_V R_V`` the update of matrix i is ``Q_U K_i Q_Vᵀ``, ``K_i = s_i R_U C_i R_Vᵀ``.
-    The singular values of all K_i side by side are those of all updates, seen from the basis that they share on the
-    input side; those of all K_i one below the other, seen from the output side. The smallest are dropped on both sides,
-    and each side may lose half of what is allowed. The error is then the root of the sum of their squares. On one side,
-    no other basis of that rank has a smaller error; on both together, none has an error that is smaller by more than a
-    factor of √2.
+    With ``U = Q_U R_U`` and ``Vᵀ = Q_V R_V``, the update of matrix i is ``Q_U K_i Q_Vᵀ``, where ``K_i = s_i R_U C_i
+    R_Vᵀ``. The singular values of all K_i side by side belong to the directions that the updates use on the input side.
+    The singular values of all K_i stacked vertically belong to the directions on the output side. The smallest singular
+    values of both sides are dropped. The input side may lose half of the allowed squared norm, and the output side may
+    lose the rest. The error is the root of the sum of the squared singular values that were dropped. If only one side
+    is reduced, no other basis of the same rank has a smaller error. If both sides are reduced, no other bases of the
+    same ranks have an error that is smaller by more than a factor of √2.
 
-    The configuration gets the new ranks, so that the adapter is saved and loaded like any other. U, C and V are new
-    parameters with the same root mean square as before, so that the learning rate still fits. **An optimizer that was
-    made before holds the old parameters: make a new one.** Its moments start at zero.
+    The configuration gets the new ranks, so that the adapter is saved and loaded like any other. U, C and V become new
+    parameters. U and V keep their root mean square, so that the learning rate still fits. **An existing optimizer
+    refers to the old parameters, so create a new one.** Its moments start at zero.
 
     Args:
         model: a model adapted by EFFT that is not merged, not sharded, and not yet wrapped by anything that collects
             its parameters (DDP).
-        keep: the share of the squared norm of each group's update to keep, in (0, 1]. At 1 the ranks become those that
-            the update has, up to rounding.
+        keep: the share of the squared norm of each group's update to keep, in (0, 1]. With 1, the ranks become the
+            numerical ranks of the update.
 
     Raises:
-        ValueError: ``keep`` is out of range, the model is not as above, its weights have diagonals (``layer_scale``),
-            or an update is zero or not finite; nothing is changed.
+        ValueError: ``keep`` is out of range, the model is not as described above, its weights have diagonals
+            (``layer_scale``), or an update is zero or not finite. Nothing is changed.
     """
     if not is_number(keep) or not 0 < keep <= 1:
         raise ValueError(f"prune: keep must be a share in (0, 1], got {quote(keep)}")
@@ -90,7 +92,7 @@ def prune(model: nn.Module, keep: float = 0.99) -> PruneReport:
 
 
 def set_ranks(model: nn.Module, ranks: Mapping[str, Rank]) -> None:
-    """Give the groups of a model these ranks, with zeros as factors, so that those of a pruned model can be loaded."""
+    """Replace the factors of a model by zeros of these ranks, so that the factors of a pruned model can be loaded."""
     adapter = adapter_of(model)
     for name, factors in _trains(adapter).items():
         r1, r2 = ranks[name]
@@ -100,7 +102,7 @@ def set_ranks(model: nn.Module, ranks: Mapping[str, Rank]) -> None:
 
 
 def _note_ranks(adapter: Adapter, ranks: Mapping[str, Rank]) -> None:
-    """Record the ranks where adapter files take them from."""
+    """Record the ranks in the configuration and the plan, which adapter files contain."""
     _config(adapter).rank = dict(ranks)
     for group in adapter.plan:
         group["rank"] = list(ranks[group["name"]])
@@ -125,7 +127,7 @@ class _Cut(NamedTuple):
 
 
 def _cut(name: str, train: TTFactors, keep: float) -> _Cut:
-    """Compute the factors of lower rank that keep this share of the train's update."""
+    """Compute factors of lower rank that keep the share ``keep`` of the squared norm of the train's update."""
     U, C, V = (factor.detach().to("cpu", torch.float64) for factor in (train.U, train.C, train.V))
     (QU, RU), (QV, RV) = torch.linalg.qr(U), torch.linalg.qr(V.t())
     each = (RU @ C @ RV.t()).expand(train.n_layers, -1, -1, -1)  # [n_layers, n_cores, r1, r2]
@@ -144,7 +146,7 @@ def _cut(name: str, train: TTFactors, keep: float) -> _Cut:
     right, lost_right = _leading(right.t(), values, (allowed - lost).clamp_min(0) + noise)
     new_U, new_V = QU @ left, (QV @ right).t()
     new_C = left.t() @ RU @ C @ RV.t() @ right
-    # They stay as large as they were, because that decides how far a step of the optimizer moves the update.
+    # U and V keep their sizes, because these determine how far an optimizer step moves the update.
     grow_U, grow_V = (_size(old) / _size(new) for old, new in ((U, new_U), (V, new_V)))
     factors = (grow_U * new_U, new_C / (grow_U * grow_V), grow_V * new_V)
     rank = (left.shape[1], right.shape[1])

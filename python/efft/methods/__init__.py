@@ -1,8 +1,8 @@
-"""The methods: each has a configuration for ``efft.apply`` and a bank of factors.
+"""Provide the methods. Each method has a configuration for ``efft.apply`` and a bank of factors.
 
 efft.apply(model, efft.methods.LoRAConfig(rank=8, scale=2.0))
 
-``docs/add-a-method.md`` explains how to add one.
+``docs/add-a-method.md`` explains how to add a method.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from efft.methods.tenslora import TensLoRAConfig
 from efft.methods.tt_lora import TTLoRAConfig
 from efft.methods.vera import VeRAConfig
 
-#: Every method by its name in adapter files.
+#: Maps the name of each method in adapter files to the class of its configuration.
 METHODS: dict[str, type[AdapterConfig]] = {
     config.method: config
     for config in (
@@ -67,10 +67,10 @@ __all__ = [
 
 
 def config_type(values: Mapping[str, Any]) -> type[AdapterConfig]:
-    """Return the class of the configuration that ``values`` came from, by its ``method`` (EFFT if there is none).
+    """Return the class of the configuration for the ``method`` in ``values`` (EFFT if ``values`` have no method).
 
     Raises:
-        ValueError: the method is not known.
+        ValueError: the method is unknown.
     """
     method = values.get("method", EfftConfig.method)
     if not isinstance(method, str) or method not in METHODS:
@@ -79,7 +79,7 @@ def config_type(values: Mapping[str, Any]) -> type[AdapterConfig]:
 
 
 def config_from_dict(values: Mapping[str, Any]) -> AdapterConfig:
-    """Return the configuration, of whichever method, whose :meth:`AdapterConfig.to_dict` returned ``values``.
+    """Return the configuration, of any method, whose :meth:`AdapterConfig.to_dict` returned ``values``.
 
     Raises:
         ValueError: the method is unknown, or a value is out of range.

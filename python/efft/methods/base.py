@@ -1,7 +1,8 @@
-"""The base of the methods beside EFFT: fields of their configurations, and the two ways in which layers share a bank.
+"""Define the base classes of all methods except EFFT: their configurations, groups and banks of factors.
 
-:class:`StackedBank`: layers of one shape, each with its own factors along the first dimension of the parameters.
-:class:`BlockBank`: layers of one width d, split into d x d matrices that share one U and V.
+There are two kinds of banks. A :class:`StackedBank` serves layers of one shape. Each layer has its own factors, which
+are stacked along the first dimension of the parameters. A :class:`BlockBank` serves layers of one width d. The layers
+are split into d x d matrices that share one U and V.
 """
 
 from __future__ import annotations
@@ -28,32 +29,35 @@ from efft_kernels.nn.operands import column_blocks, row_blocks
 
 @dataclass
 class MethodConfig(AdapterConfig):
-    """Fields of all methods beside EFFT. Training has no dropout, not even of activations as in some of the papers."""
+    """Define the fields that all methods except EFFT have.
+
+    Training uses no dropout, not even the dropout of activations in some of the papers.
+    """
 
     bank: ClassVar[type[MethodBank]]
-    """The factors that the method trains."""
+    """The class of the banks that hold the factors of the method."""
 
     paper: ClassVar[str]
-    """arXiv number."""
+    """The arXiv number of the paper."""
 
     rank: int = 8
-    """r."""
+    """The rank r."""
 
     scale: float = 1.0
-    """s, a plain multiplier of the update; alpha / r in the notation of LoRA."""
+    """The scale s, by which the update is multiplied. It is alpha / r in the notation of LoRA."""
 
     targets: str | list[str] = "all"
     """"all", "all-linear", "mhsa" or "ffn", or names of layers, as in :class:`efft.EfftConfig`."""
 
     exclude: list[str] = dataclasses.field(default_factory=list)
-    """Layers to leave alone, given in the same ways."""
+    """Layers that are not adapted, selected in the same ways as ``targets``."""
 
     head: list[str] | None = None
-    """Modules that are trained and saved beside the factors. None finds the head of the task, [] trains none."""
+    """Modules that are trained and saved in addition to the factors. With None, they are the head of the task."""
 
     freeze_statistics: bool = False
-    """Keep batch norms, and every other module that updates buffers in training, in eval mode. Otherwise these buffers
-    change as usual, are saved with the adapter, and ``efft.remove`` restores them."""
+    """Whether batch norms, and all other modules that update buffers in training, stay in eval mode. Otherwise their
+    buffers change as usual. They are then saved with the adapter, and ``efft.remove`` restores them."""
 
     def __post_init__(self) -> None:
         self._check_sizes("rank")
@@ -61,7 +65,7 @@ class MethodConfig(AdapterConfig):
         self._check_layers()
 
     def groups(self, model: nn.Module, targets: list[Target]) -> list[MethodGroup]:
-        """Return the groups of these layers, one for each bank."""
+        """Return the groups of the given layers, one for each bank."""
         members: dict[str, list[Layer]] = {}
         for layer in (Layer.of(model, target) for target in targets):
             members.setdefault(self.bank.group_of(layer), []).append(layer)
@@ -84,10 +88,10 @@ class MethodConfig(AdapterConfig):
 
 @dataclass
 class HeadedConfig(MethodConfig):
-    """Fields of a method whose tensors have a mode for the heads of the attention."""
+    """Define the fields of a method whose tensors have a mode for the heads of the attention."""
 
     heads: int | None = None
-    """Number of heads of the attention; None takes it from the model."""
+    """Number of heads of the attention. With None, it is taken from the model."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -101,10 +105,10 @@ _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer to adapt: its :class:`Target`, its sizes, and the frozen layer itself.
+    """Describe a linear layer to adapt: its :class:`Target`, its sizes, and the frozen layer itself.
 
-    ``heads`` is the number of heads that the nearest module around the layer has, as an attribute or in its ``config``;
-    None if no module has it.
+    ``heads`` is the number of heads in the nearest module around the layer that has such an attribute or such an entry
+    in its ``config``. It is None if no module has one.
     """
 
     target: Target
@@ -132,17 +136,20 @@ class Layer:
         return dense if dense.shape == (self.d_out, self.d_in) and not is_conv1d(self.linear) else dense.t()
 
     def group(self, of_known_roles: str) -> str:
-        """Return the name of the layer's group, with its stage if there are several; by shape without a role."""
+        """Return the name of the layer's group.
+
+        The name contains the stage if there are stages, or the shape if the role is unknown.
+        """
         target = self.target
         if target.role == "linear":
-            # Convolutions are in such groups too. Adapter files and state dicts have the name: it stays.
+            # Such groups also contain convolutions. The name must not change, because adapter files contain it.
             return f"linear_{self.d_in}x{self.d_out}"
         return of_known_roles if target.stage is None else f"stage{target.stage + 1}_{of_known_roles}"
 
 
 @dataclass
 class MethodGroup:
-    """One bank of a method, not allocated yet."""
+    """Describe a bank of a method before it is allocated."""
 
     name: str
     config: MethodConfig
@@ -159,7 +166,7 @@ class MethodGroup:
         return f"{self.name}: {len(self.sites)} weights, {self.n_parameters:,} parameters"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what an adapter file records of the group."""
+        """Return the description of the group for an adapter file."""
         return {"name": self.name, "weights": {layer.target.name: _text_of(layer.target) for layer in self.layers}}
 
     def build(self, device: torch.device, dtype: torch.dtype) -> FactorBank:
@@ -181,7 +188,7 @@ def _target_of(weight: Weight, text: str) -> Target:
 
 
 class MethodBank(FactorBank):
-    """A bank that is made from a configuration and its layers. ``kw`` holds the tensors' ``device`` and ``dtype``."""
+    """Create a bank from a configuration and its layers. ``kw`` contains ``device`` and ``dtype`` of the tensors."""
 
     def __init__(self, config: Any, layers: list[Layer], **kw: Any) -> None:
         super().__init__()
@@ -199,7 +206,7 @@ class MethodBank(FactorBank):
 
 
 class StackedBank(MethodBank):
-    """Factors of n layers of one shape. Site i belongs to the i-th layer."""
+    """Hold the factors of n layers of one shape. Site i belongs to layer i."""
 
     def __init__(self, config: Any, layers: list[Layer], **kw: Any) -> None:
         super().__init__(config, layers, **kw)
@@ -225,13 +232,13 @@ class StackedBank(MethodBank):
 
     @abstractmethod
     def operands(self) -> tuple[Tensor, Tensor]:
-        """Return D ``[n, d_in, r]`` and G ``[n, r, d_out]`` of all layers, G with the scale.
+        """Return D ``[n, d_in, r]`` and G ``[n, r, d_out]`` of all layers, where G includes the scale.
 
         An operand that all layers share has no first dimension.
         """
 
     def features(self, site: int) -> tuple[int, int]:
-        """(in_features, out_features), of any site."""
+        """Return (in_features, out_features), which are equal for all sites."""
         return self.d_in, self.d_out
 
     def compose(self, sites: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
@@ -242,7 +249,7 @@ class StackedBank(MethodBank):
 
 @dataclass(frozen=True)
 class Blocks:
-    """The d x d matrices ``first`` to ``last`` (exclusive) of a block, side by side or, with ``rows``, stacked."""
+    """Select the d x d matrices ``first`` to ``last`` (exclusive) of a block, side by side or (``rows``) stacked."""
 
     block: int
     first: int
@@ -251,10 +258,11 @@ class Blocks:
 
 
 class BlockBank(MethodBank):
-    """``ΔW = s · U C[l, m] V`` for matrix m of block l, all of them d x d.
+    """Compute ``ΔW = s · U C[l, m] V`` for matrix m of block l. All matrices are d x d.
 
-    A layer d -> n d is n matrices side by side (fused qkv 3, fc1 4), a layer n d -> d is n matrices stacked (fc2):
-    ``[U C_1 V | U C_2 V | ...] = U [C_1 V | C_2 V | ...]`` and ``[U C_1 V; U C_2 V; ...] = [U C_1; U C_2; ...] V``.
+    A layer d -> n d consists of n matrices side by side (3 for a fused qkv, 4 for fc1). A layer n d -> d consists of n
+    matrices stacked vertically (fc2). Therefore ``[U C_1 V | U C_2 V | ...] = U [C_1 V | C_2 V | ...]`` and
+    ``[U C_1 V; U C_2 V; ...] = [U C_1; U C_2; ...] V``.
     """
 
     def __init__(self, config: Any, layers: list[Layer], **kw: Any) -> None:
@@ -271,7 +279,7 @@ class BlockBank(MethodBank):
 
     @staticmethod
     def sites(name: str, layers: list[Layer]) -> dict[str, Blocks]:
-        """Count the matrices in the order of the roles: q, k, v, o, fc1, gate, fc2."""
+        """Number the matrices of each block in the order of the roles: q, k, v, o, fc1, gate, fc2."""
         d = min(min(layer.d_in, layer.d_out) for layer in layers)
         counts: dict[str, int] = {}
         for layer in layers:
@@ -300,7 +308,7 @@ class BlockBank(MethodBank):
         """Return U ``[d, r1]``, C ``[n_blocks, n_matrices, r1, r2]`` and V ``[r2, d]``."""
 
     def operands(self, factors: tuple[Tensor, ...], like: Blocks, blocks: list[int]) -> tuple[Tensor, Tensor]:
-        """Return stacked D and G of the sites that are ``like`` one another except for their block.
+        """Return the stacked D and G of sites in the given ``blocks`` that otherwise equal the site ``like``.
 
         An operand that all sites share has no first dimension.
         """
@@ -309,7 +317,7 @@ class BlockBank(MethodBank):
         return (row_blocks(U, C), self.scale * V) if like.rows else (U, column_blocks(C, self.scale * V))
 
     def features(self, site: Blocks) -> tuple[int, int]:
-        """(in_features, out_features) of a layer of these matrices."""
+        """Return (in_features, out_features) of a layer that consists of these matrices."""
         n = (site.last - site.first) * self.d
         return (n, self.d) if site.rows else (self.d, n)
 
@@ -333,15 +341,15 @@ def uniform(*shape: int, bound: float, **kw: Any) -> nn.Parameter:
 
 
 def zeros(*shape: int, **kw: Any) -> nn.Parameter:
-    """Return a parameter of zeros, with which the update starts at zero."""
+    """Return a parameter of zeros, so that the update starts at zero."""
     return nn.Parameter(torch.zeros(shape, **kw))
 
 
 def heads_of(given: int | None, layers: list[Layer], d: int) -> int:
-    """Return the number of heads: that of the configuration, else that of the layers' attention.
+    """Return the number of heads from the configuration (``given``) or, without it, from the attention of the layers.
 
     Raises:
-        ValueError: neither is known, or the width d is not a multiple of it.
+        ValueError: the number of heads is unknown, or the width d is not a multiple of it.
     """
     found = {layer.heads for layer in layers if layer.heads is not None}
     if given is None and len(found) != 1:

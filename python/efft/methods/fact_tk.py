@@ -1,4 +1,4 @@
-"""FacT-TK (arXiv 2212.03145): FacT-TT whose cores are a Tucker-3 product, ``C[l, m] = K ×₃ P[:, l, m]``."""
+"""FacT-TK (arXiv 2212.03145): FacT-TT with cores that are a Tucker-3 product, ``C[l, m] = K ×₃ P[:, l, m]``."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from efft.methods.base import BlockBank, Layer, MethodConfig, uniform, zeros
 
 
 class FacTTKBank(BlockBank):
-    """U ``[d, r]``, V ``[r, d]``, zero, K ``[r, r, r]``, P ``[r, n_blocks, n_matrices]``: 2 d r + 12 L r + r³ in all.
+    """Hold U ``[d, r]``, V ``[r, d]``, K ``[r, r, r]`` and P ``[r, n_blocks, n_matrices]``.
 
-    K and P start Xavier-uniform (with the fans that torch takes from their layouts in the authors' code).
+    These are 2 d r + 12 L r + r³ parameters for a ViT of L blocks. V starts at zero. K and P start Xavier-uniform, with
+    the fans that torch derives from their layouts in the authors' code.
     """
 
     def __init__(self, config: FacTTKConfig, layers: list[Layer], **kw: Any) -> None:
@@ -32,10 +33,10 @@ class FacTTKBank(BlockBank):
 
 @dataclass
 class FacTTKConfig(MethodConfig):
-    """Factor-tuning, Tucker form, by the formula of the paper.
+    """Factor-tuning in the Tucker form, according to the formula in the paper.
 
-    The authors' code reshapes ``K ×₃ P`` for fc1 and fc2 in a way that mixes the indices of block and rank; it has the
-    same number of parameters, but other updates.
+    For fc1 and fc2, the authors' code reshapes ``K ×₃ P`` in a way that mixes the indices of block and rank. It has the
+    same number of parameters, but computes other updates.
     """
 
     method = "fact_tk"

@@ -12,9 +12,10 @@ from efft.methods.base import BlockBank, Layer, MethodConfig, uniform, zeros
 
 
 class FacTTTBank(BlockBank):
-    """U ``[d, r]``, C ``[n_blocks, n_matrices, r, r]``, V ``[r, d]``, zero: 2 d r + 12 L r² parameters.
+    """Hold U ``[d, r]``, C ``[n_blocks, n_matrices, r, r]`` and V ``[r, d]``.
 
-    U and the cores start as the linear layers of the authors' code do, whose fc2 has one core of 4 r inputs.
+    These are 2 d r + 12 L r² parameters for a ViT of L blocks. V starts at zero. U and the cores are initialized like
+    the linear layers in the authors' code, where the cores of fc2 form one layer with 4 r inputs.
     """
 
     def __init__(self, config: FacTTTConfig, layers: list[Layer], **kw: Any) -> None:
@@ -35,7 +36,7 @@ class FacTTTBank(BlockBank):
 
 @dataclass
 class FacTTTConfig(MethodConfig):
-    """Factor-tuning, tensor-train form. (The authors drop activations of rank r; here is no dropout.)"""
+    """Factor-tuning in the tensor-train form, without the authors' dropout of activations of rank r."""
 
     method = "fact_tt"
     paper = "2212.03145"

@@ -1,18 +1,18 @@
-"""Sizes and ranks of tensor trains over the factored sizes of a layer."""
+"""Compute the sizes and ranks of tensor trains over the factored sizes of a layer."""
 
 from __future__ import annotations
 
 import itertools
 import math
 
-#: A size up to 2¹⁶ has at most sixteen prime factors, so more parts would be ones.
+#: Maximum number of factors of a size. A size up to 2¹⁶ has at most sixteen prime factors, so more factors would be 1.
 MOST_FACTORS = 16
 
 
 def factorize(n: int, parts: int) -> list[int]:
-    """Factor ``n`` into ``parts`` integers that are as similar as its divisors allow, the smallest first.
+    """Factor ``n`` into ``parts`` integers that are as similar as the divisors of ``n`` allow, in ascending order.
 
-    768 in 3 parts is 8 · 8 · 12.
+    For example, 768 in 3 parts is 8 · 8 · 12.
     """
     if parts == 1:
         return [n]

@@ -1,4 +1,4 @@
-"""LoRA (arXiv 2106.09685): ``ΔW = s · A B``, with A and B of its own for each layer."""
+"""LoRA (arXiv 2106.09685): ``ΔW = s · A B``, where each layer has its own A and B."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from efft.planning.extras import Extras
 
 
 class LoRABank(StackedBank):
-    """A ``[n, d_in, r]``, Kaiming-uniform as in ``peft``, and B ``[n, r, d_out]``, zero: r (d_in + d_out) per layer."""
+    """Hold A ``[n, d_in, r]`` and B ``[n, r, d_out]``: r (d_in + d_out) parameters per layer.
+
+    A starts Kaiming-uniform, as in ``peft``, and B starts at zero.
+    """
 
     def __init__(self, config: LoRAConfig, layers: list[Layer], **kw: Any) -> None:
         super().__init__(config, layers, **kw)
@@ -27,7 +30,7 @@ class LoRABank(StackedBank):
 
 @dataclass
 class LoRAConfig(MethodConfig):
-    """Low-rank adaptation. A fused qkv is one matrix, as in ``peft``, where s is ``lora_alpha / r``."""
+    """Low-rank adaptation. As in ``peft``, a fused qkv is one matrix. The s of ``peft`` is ``lora_alpha / r``."""
 
     method = "lora"
     paper = "2106.09685"
@@ -35,10 +38,10 @@ class LoRAConfig(MethodConfig):
     meant_before: ClassVar[Mapping[str, Any]] = {**MethodConfig.meant_before, **Extras().as_fields()}
 
     bias: Literal["none", "all", "adapted", "auto"] = "none"
-    """Biases that are trained and saved beside the factors, as in :class:`efft.EfftConfig`."""
+    """Biases that are trained and saved in addition to the factors, as in :class:`efft.EfftConfig`."""
 
     norms: bool | Literal["auto"] = False
-    """Train and save the weights and biases of all normalization layers beside the factors."""
+    """Whether the weights and biases of all normalization layers are trained and saved in addition to the factors."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

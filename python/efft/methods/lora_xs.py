@@ -12,12 +12,13 @@ from efft.methods.base import Layer, MethodConfig, StackedBank, zeros
 
 
 class LoRAXSBank(StackedBank):
-    """Frozen A ``[n, d_in, r]`` and B ``[n, r, d_out]``, trained R ``[n, r, r]``: r² parameters per layer.
+    """Hold the frozen A ``[n, d_in, r]`` and B ``[n, r, d_out]``, and the trained R ``[n, r, r]``.
 
-    With ``Wᵀ = P diag(σ) Q`` (W is ``[d_out, d_in]``, σ in descending order) A is the first r columns of P diag(σ) and
-    B the first r rows of Q, as in the authors' code. Singular vectors have no definite sign, so the adapter's file has
-    A and B too; files from the time when B had the singular values keep them there. R starts at zero. The authors draw
-    it from N(0, 1e-10), which gives the same gradient.
+    Each layer has r² trained parameters. With ``Wᵀ = P diag(σ) Q`` (W is ``[d_out, d_in]``, σ in descending order), A
+    consists of the first r columns of P diag(σ), and B of the first r rows of Q, as in the authors' code. The signs of
+    singular vectors are not determined, so the adapter's file also contains A and B. In files of earlier versions, B
+    contains the singular values instead of A, and loading keeps this. R starts at zero. The authors draw R from
+    N(0, 1e-10), which gives nearly the same gradient.
     """
 
     A: Tensor

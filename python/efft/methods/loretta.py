@@ -1,4 +1,4 @@
-"""LoRETTA (arXiv 2402.11417): A and B are tensor trains, of LoRA (rep) or of an adapter behind a layer (adp)."""
+"""LoRETTA (arXiv 2402.11417): the A and B of LoRA (rep) or of an adapter after a layer (adp) are tensor trains."""
 
 from __future__ import annotations
 
@@ -19,14 +19,18 @@ from efft_kernels.nn.linear import frozen_linear
 
 
 class LoRETTABank(StackedBank):
-    """Cores ``[n, r_{k-1}, n_k, r_k]`` of A (its input size m_1 m_2 ..., then the bottleneck) and of B (the bottleneck,
-    then d_out = n_1 n_2 ...), inner ranks r: the sum of ``r_{k-1} n_k r_k`` parameters per layer.
+    """Hold the cores ``[n, r_{k-1}, n_k, r_k]`` of A and B, with inner ranks r.
 
-    All cores start from N(0, 1/r), except the last core of B, which is zero, so that training starts from the base. (In
-    the authors' code for rep this is commented out, so training starts from another model than the base.)
+    The sizes n_k of A are the factors m_1, m_2, ... of its input size, followed by the bottleneck. The sizes of B are
+    the bottleneck, followed by the factors of d_out = n_1 n_2 .... Each layer has the sum of ``r_{k-1} n_k r_k``
+    parameters.
 
-    Adapters have biases b_A ``[n, bottleneck]``, which starts uniform, and b_B ``[n, d_out]``, which starts at zero (in
-    the authors' code it is uniform too).
+    All cores start from N(0, 1/r), except the last core of B, which starts at zero, so that training starts from the
+    base. (In the authors' code for rep, the line that zeroes this core is commented out. Training then starts from
+    another model than the base.)
+
+    Adapters have the biases b_A ``[n, bottleneck]``, which starts uniform, and b_B ``[n, d_out]``, which starts at zero
+    (in the authors' code it starts uniform, too).
     """
 
     down_bias: nn.Parameter | None
@@ -57,8 +61,10 @@ class LoRETTABank(StackedBank):
 
 
 class AdapterLinear(EfftLinear):
-    """``y = z + relu(z D + b_A) G + s b_B`` with ``z = x Wᵀ + b``: an adapter behind a frozen layer, not an
-    update of its weight."""
+    """Compute ``y = z + relu(z D + b_A) G + s b_B`` with ``z = x Wᵀ + b``.
+
+    This is an adapter after a frozen layer, not an update of the layer's weight.
+    """
 
     factors: LoRETTABank
 
@@ -78,40 +84,40 @@ class AdapterLinear(EfftLinear):
         return z + F.linear(F.relu(F.linear(z, D.t(), down)), G.t(), up)
 
     def matrix(self, weight: Tensor) -> Tensor:
-        """Raise ValueError as :meth:`evaluated` does: a product with the weight itself would miss the adapter."""
+        """Raise ValueError like :meth:`evaluated`, because a product with the weight itself would miss the adapter."""
         self.evaluated()
         return weight
 
     def update(self, D: Tensor, G: Tensor) -> Tensor:
-        """Raise ValueError likewise."""
+        """Raise ValueError like :meth:`evaluated`."""
         self.evaluated()
         return super().update(D, G)
 
     def evaluated(self) -> tuple[Tensor, Tensor]:
-        """Raise ValueError: these operands are not an update of the weight and cannot be added to it."""
+        """Raise ValueError, because these operands are not an update of the weight and cannot be added to it."""
         raise ValueError(
             "an adapter with a nonlinearity is not an update of a weight, so it cannot be merged, shown or "
-            "exported as one; keep it beside the base model"
+            "exported as one; use the adapted model without merging"
         )
 
 
 @dataclass
 class LoRETTAConfig(MethodConfig):
-    """Fields of both forms."""
+    """Define the fields of both forms."""
 
     paper = "2402.11417"
     bank = LoRETTABank
     behind: ClassVar[bool]
-    """Whether A's input is the layer's output."""
+    """Whether the input of A is the output of the layer."""
 
     rank: int = 5
-    """TT rank r."""
+    """The rank r of the tensor trains."""
 
     bottleneck: int = 8
     """Width between A and B."""
 
     n_factors: int = 3
-    """Number of factors that each size is split into."""
+    """Number of factors into which each size is split."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -121,8 +127,10 @@ class LoRETTAConfig(MethodConfig):
 
 @dataclass
 class LoRETTARepConfig(LoRETTAConfig):
-    """Low-rank economic tensor-train adaptation, by reparametrization: ``ΔW = s · A B``. The authors' s is alpha /
-    bottleneck."""
+    """Low-rank economic tensor-train adaptation by reparametrization: ``ΔW = s · A B``.
+
+    The authors' s is alpha / bottleneck.
+    """
 
     method = "loretta_rep"
     behind = False
@@ -130,11 +138,14 @@ class LoRETTARepConfig(LoRETTAConfig):
 
 @dataclass
 class LoRETTAAdpConfig(LoRETTAConfig):
-    """Low-rank economic tensor-train adaptation, by adapters ``z + s · (relu(z A + b_A) B + b_B)`` behind the attention
-    and the MLP of every block (behind all layers that ``targets`` lists). It cannot be merged."""
+    """Low-rank economic tensor-train adaptation by adapters ``z + s · (relu(z A + b_A) B + b_B)``.
+
+    The adapters follow the attention and the MLP of every block or, if ``targets`` is a list, all listed layers. They
+    cannot be merged.
+    """
 
     method = "loretta_adp"
-    kinds = frozenset({"linear"})  # what is not linear in its input replaces a layer as a whole
+    kinds = frozenset({"linear"})  # an adapter with a nonlinearity can only replace an entire layer
     behind = True
     layer = AdapterLinear
     meant_before: ClassVar[Mapping[str, Any]] = {**MethodConfig.meant_before, "bias": False}
@@ -150,6 +161,6 @@ class LoRETTAAdpConfig(LoRETTAConfig):
         self._check(isinstance(self.bias, bool), "bias", "True or False", self.bias)
 
     def groups(self, model: nn.Module, targets: list[Target]) -> list[MethodGroup]:
-        """Return the groups of the layers that end attention or MLP, or of all layers that are listed by name."""
+        """Return the groups of the last layers of attention and MLP, or of all layers that are listed by name."""
         last = targets if isinstance(self.targets, list) else [t for t in targets if t.role in ("o", "fc2")]
         return super().groups(model, last)

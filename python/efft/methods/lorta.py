@@ -14,11 +14,14 @@ from efft_kernels.nn.operands import column_blocks, row_blocks
 
 
 class LoRTABank(BlockBank):
-    """``ΔW[l, m]`` (of ``y = x ΔW``) has a block of rows ``s · (A diag(c_l ∘ c_m ∘ c_h) B)ᵀ`` for each head h, or with
-    heads on the output the column block ``s · A diag(c_l ∘ c_m ∘ c_h) B``: r (d + d/H + L + M + H) parameters for L
-    blocks of M matrices with H heads.
+    """Hold the factors of one CP decomposition of all updates ``ΔW[l, m]`` (where ``y = x ΔW``).
 
-    A ``[d, r]`` and the c_l, c_m, c_h (rows ``[., r]`` of C_l, C_m, C_h) start Kaiming-uniform, B ``[r, d/H]`` at zero.
+    For each head h, ``ΔW[l, m]`` has the block of rows ``s · (A diag(c_l ∘ c_m ∘ c_h) B)ᵀ``. If the heads divide the
+    output, it has the column block ``s · A diag(c_l ∘ c_m ∘ c_h) B`` instead. These are r (d + d/H + L + M + H)
+    parameters for L blocks of M matrices with H heads.
+
+    A ``[d, r]`` and the vectors c_l, c_m and c_h (rows ``[., r]`` of C_l, C_m and C_h) start Kaiming-uniform. B
+    ``[r, d/H]`` starts at zero.
     """
 
     def __init__(self, config: LoRTAConfig, layers: list[Layer], **kw: Any) -> None:
@@ -49,8 +52,8 @@ class LoRTAConfig(HeadedConfig):
     meant_before: ClassVar[Mapping[str, Any]] = {**HeadedConfig.meant_before, "heads_on": "output"}
 
     heads_on: Literal["input", "output"] = "input"
-    """The side of a matrix that the heads divide: the input, as in the authors' code, which multiplies by the
-    transposed tensor, or the output, as in their formula."""
+    """The side of a matrix that the heads divide. It is ``"input"`` in the authors' code, which multiplies by the
+    transposed tensor, and ``"output"`` in their formula."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""LoTR (arXiv 2402.01376): ``ΔW[l] = s · U C[l] V``, U and V shared by the layers of a role."""
+"""LoTR (arXiv 2402.01376): ``ΔW[l] = s · U C[l] V``, where all layers of a role share U and V."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from efft.methods.base import Layer, MethodConfig, StackedBank, zeros
 
 
 class LoTRBank(StackedBank):
-    """U ``[d_in, r]`` and V ``[r, d_out]`` from N(0, 1), C ``[n, r, r]``, zero: r (d_in + d_out) + n r² parameters."""
+    """Hold U ``[d_in, r]``, V ``[r, d_out]`` and C ``[n, r, r]``: r (d_in + d_out) + n r² parameters.
+
+    U and V start from N(0, 1), and C starts at zero.
+    """
 
     def __init__(self, config: LoTRConfig, layers: list[Layer], **kw: Any) -> None:
         super().__init__(config, layers, **kw)
@@ -28,7 +31,7 @@ class LoTRBank(StackedBank):
 
 @dataclass
 class LoTRConfig(MethodConfig):
-    """Low tensor rank adaptation, Tucker-2 form. The authors' s is alpha / r."""
+    """Low tensor rank adaptation in the Tucker-2 form. The authors' s is alpha / r."""
 
     method = "lotr"
     paper = "2402.01376"

@@ -1,4 +1,4 @@
-"""MetaTT (arXiv 2506.09105): one tensor train over input, layer, matrix (heads, in the 5D form) and output."""
+"""MetaTT (arXiv 2506.09105): one tensor train over input, layer, matrix, heads (only in the 5D form) and output."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from efft_kernels.nn.operands import column_blocks
 
 
 class MetaTT4DBank(BlockBank):
-    """``ΔW[l, m] = s · G1 G2[l] G3[m] G4``: 2 d r + (L + M) r² parameters for L blocks of M matrices.
+    """Hold the cores of ``ΔW[l, m] = s · G1 G2[l] G3[m] G4``.
 
-    G1 starts at zero, the other cores as identities.
+    These are 2 d r + (L + M) r² parameters for L blocks of M matrices. G1 starts at zero. The other cores start as
+    identities.
     """
 
     def __init__(self, config: MetaTT4DConfig, layers: list[Layer], **kw: Any) -> None:
@@ -32,10 +33,10 @@ class MetaTT4DBank(BlockBank):
 
 
 class MetaTT5DBank(BlockBank):
-    """``ΔW[l, m]`` has a column block ``s · G1 G2[l] G3[m] G4[h] G5`` for each head h: (d + d/H) r + (L + M + H) r²
-    parameters for L blocks of M matrices with H heads.
+    """Hold the cores of ``ΔW[l, m]``, which has the column block ``s · G1 G2[l] G3[m] G4[h] G5`` for each head h.
 
-    G1 starts at zero, the other cores as identities.
+    These are (d + d/H) r + (L + M + H) r² parameters for L blocks of M matrices with H heads. G1 starts at zero. The
+    other cores start as identities.
     """
 
     def __init__(self, config: MetaTT5DConfig, layers: list[Layer], **kw: Any) -> None:
@@ -48,7 +49,7 @@ class MetaTT5DBank(BlockBank):
         self.G5 = nn.Parameter(torch.eye(r, self.d // heads, **kw))
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return G1, the products of the cores of layers and matrices, and those of heads and output."""
+        """Return G1, the products of the cores of layers and matrices, and the product of the last two cores."""
         C = torch.einsum("lab,mbc->lmac", self.G2, self.G3)
         return self.G1, C, column_blocks(self.G4, self.G5)
 

@@ -1,4 +1,4 @@
-"""TensLoRA (arXiv 2509.19391): Tucker decompositions of the updates, put together along heads, matrices and blocks."""
+"""TensLoRA (arXiv 2509.19391): Tucker decompositions of updates that are stacked along heads, matrices and blocks."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ _TENSORS = ("att", "qkv", "depth", "att_qkv", "att_depth", "qkv_depth", "att_qkv
 
 
 class TensLoRABank(BlockBank):
-    """Tucker tensors with modes input, output and those of ``config.tensor``: heads (att), matrices (qkv), blocks
-    (depth). A block or matrix index that is not a mode has a tensor for each of its values: X blocks times Y matrices.
+    """Hold Tucker tensors with the modes input, output and those in ``config.tensor``.
 
-    core ``[X, Y, r_in, r_out, r_heads, r_matrices, r_blocks]`` (1 where there is no such mode), zero; the factors
-    ``[X, Y, size, rank]`` orthogonal, V transposed: prod(ranks) + sum of size times rank parameters per tensor.
+    The other modes are heads (att), matrices (qkv) and blocks (depth). If blocks or matrices are not a mode, each block
+    or matrix has its own tensor. X is the number of blocks with their own tensor, or 1, and Y is the same for matrices.
+
+    The core is ``[X, Y, r_in, r_out, r_heads, r_matrices, r_blocks]``, where the rank of a missing mode is 1. It starts
+    at zero. The factors ``[X, Y, size, rank]`` start orthogonal (V is transposed). Each tensor has prod(ranks) plus the
+    sum of size times rank parameters.
     """
 
     def __init__(self, config: TensLoRAConfig, layers: list[Layer], **kw: Any) -> None:
@@ -36,7 +39,7 @@ class TensLoRABank(BlockBank):
         self.modes = nn.ParameterDict({mode: _orthogonal(*tensors, sizes[mode], ranks[mode], **kw) for mode in modes})
 
     def factors(self) -> tuple[Tensor, ...]:
-        """Return U ``[n_blocks, n_matrices, d, r_in]`` and C V ``[n_blocks, n_matrices, r_in, d]``, sliced."""
+        """Return U ``[n_blocks, n_matrices, d, r_in]`` and s C V ``[n_blocks, n_matrices, r_in, d]``."""
         C: Tensor = self.core
         V: Tensor = self.V
         depth, qkv, att = (self.modes.get(mode) for mode in ("depth", "qkv", "att"))
@@ -48,7 +51,7 @@ class TensLoRABank(BlockBank):
         return self.U.expand(self.n_blocks, self.n_matrices, -1, -1), self.scale * G
 
     def operands(self, factors: tuple[Tensor, ...], like: Blocks, blocks: list[int]) -> tuple[Tensor, Tensor]:
-        """Return D and G. Matrices with different U or inputs have their own columns of D and rows of G."""
+        """Return D and G. Matrices with different U or different inputs have their own columns of D and rows of G."""
         U, G = (take(factor[:, like.first : like.last], 0, blocks) for factor in factors)
         if like.rows:
             return _diagonal(U), G.flatten(1, 2)
@@ -59,9 +62,9 @@ class TensLoRABank(BlockBank):
 
 @dataclass
 class TensLoRAConfig(HeadedConfig):
-    """Tensor alternatives for LoRA, with the Tucker decomposition.
+    """Tensor alternatives for LoRA with the Tucker decomposition.
 
-    A head's columns are those that the attention gives it; the authors' code takes every H-th column.
+    The columns of a head are adjacent, as in the attention. In the authors' code, a head has every H-th column.
     """
 
     method = "tenslora"
@@ -69,13 +72,13 @@ class TensLoRAConfig(HeadedConfig):
     bank = TensLoRABank
 
     tensor: Literal["att", "qkv", "depth", "att_qkv", "att_depth", "qkv_depth", "att_qkv_depth"] = "qkv_depth"
-    """Modes beside input and output: heads (att), matrices of a block (qkv), blocks (depth)."""
+    """The modes in addition to input and output: heads (att), matrices of a block (qkv), blocks (depth)."""
 
     ranks: list[int] | None = None
-    """One rank per mode, in the order input, output, att, qkv, depth; None gives all modes ``rank``."""
+    """One rank per mode, in the order input, output, att, qkv, depth. With None, all modes have the rank ``rank``."""
 
     targets: str | list[str] = "mhsa"
-    """As in the other methods. The authors adapt q, k and v."""
+    """The same as in the other methods. The authors adapt q, k and v."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -94,7 +97,7 @@ def _orthogonal(*shape: int, **kw: Any) -> nn.Parameter:
 
 
 def _diagonal(matrices: Tensor) -> Tensor:
-    """Turn ``[l, n, p, q]`` into block-diagonal ``[l, n p, n q]``."""
+    """Convert ``[l, n, p, q]`` to block-diagonal matrices ``[l, n p, n q]``."""
     n = matrices.shape[1]
     eye = torch.eye(n, dtype=matrices.dtype, device=matrices.device)
     return torch.einsum("lnpq,nk->lnpkq", matrices, eye).flatten(3).flatten(1, 2)

@@ -1,4 +1,4 @@
-"""TT-LoRA (arXiv 2408.01008): each layer's update a tensor train over factors of its input and output sizes."""
+"""TT-LoRA (arXiv 2408.01008): the update of each layer is a tensor train over factors of its input and output size."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from efft_kernels import tt_chain
 
 
 class TTLoRABank(StackedBank):
-    """Cores ``[n, r_{k-1}, n_k, r_k]`` of d_in = m_1 m_2 ... and d_out = n_1 n_2 ..., inner ranks r: the sum of
-    ``r_{k-1} n_k r_k`` parameters per layer.
+    """Hold cores ``[n, r_{k-1}, n_k, r_k]`` for the factors of d_in = m_1 m_2 ... and d_out = n_1 n_2 ....
 
-    The chain is cut between input and output into ``ΔW = s · A B``. As in the authors' code, the input's indices run in
-    reverse order. All cores start from N(0, 1/r), the last one at zero.
+    The inner ranks are r. Each layer has the sum of ``r_{k-1} n_k r_k`` parameters. The chain is cut between input and
+    output into ``ΔW = s · A B``. As in the authors' code, the indices of the input run in reverse order. The last core
+    starts at zero, and all others start from N(0, 1/r).
     """
 
     def __init__(self, config: TTLoRAConfig, layers: list[Layer], **kw: Any) -> None:
@@ -33,7 +33,7 @@ class TTLoRABank(StackedBank):
         nn.init.zeros_(self.cores[-1])
 
     def operands(self) -> tuple[Tensor, Tensor]:
-        """Return the products of the input cores and of the output cores."""
+        """Return D, the product of the input cores, and G, s times the product of the output cores."""
         cores = list(self.cores)
         A = tt_chain(cores[: self.n_inputs], "left", order="F")
         return A, self.scale * tt_chain(cores[self.n_inputs :], "right")
@@ -48,7 +48,7 @@ class TTLoRAConfig(MethodConfig):
     bank = TTLoRABank
 
     n_factors: int = 3
-    """Number of factors that each size is split into."""
+    """Number of factors into which each size is split."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

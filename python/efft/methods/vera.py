@@ -1,4 +1,4 @@
-"""VeRA (arXiv 2310.11454): ``ΔW = s · A diag(λ_d) B diag(λ_b)``, A and B random and frozen, one pair per shape."""
+"""VeRA (arXiv 2310.11454): ``ΔW = s · A diag(λ_d) B diag(λ_b)``, where A and B are random and frozen."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from efft.methods.base import Layer, MethodConfig, StackedBank, zeros
 
 
 class VeRABank(StackedBank):
-    """Frozen A ``[d_in, r]``, B ``[r, d_out]``; trained lambda_d ``[n, r]``, lambda_b ``[n, d_out]``, zero: r + d_out
-    parameters per layer.
+    """Hold the frozen A ``[d_in, r]`` and B ``[r, d_out]``, and the trained lambda_d ``[n, r]`` and lambda_b
+    ``[n, d_out]``.
 
-    A and B are Kaiming-uniform as in ``peft``, where layers of all shapes share one pair. They are saved with the
-    adapter, so that another machine need not draw the same numbers.
+    Each layer has r + d_out trained parameters. lambda_b starts at zero. All layers of the bank share A and B, which
+    are Kaiming-uniform as in ``peft`` (where layers of all shapes share one pair). A and B are saved with the adapter,
+    because another machine may not draw the same numbers.
     """
 
     A: Tensor
@@ -46,7 +47,7 @@ class VeRAConfig(MethodConfig):
     training_only = MethodConfig.training_only | {"d_initial"}
 
     rank: int = 256
-    """r of the frozen matrices. It can be large, since it costs only r parameters per layer."""
+    """The rank r of the frozen matrices. It can be large, because it adds only r parameters per layer."""
 
     d_initial: float = 0.1
     """Initial value of lambda_d."""

@@ -141,7 +141,7 @@ def test_merging_is_refused(adapted: nn.Module, images: Tensor) -> None:
     for merge in (efft.merge, efft.merged_state_dict):
         with pytest.raises(TypeError, match="cannot hold an update"):
             merge(adapted)
-        with pytest.raises(TypeError, match="load it onto the base before it was quantized, and merge there"):
+        with pytest.raises(TypeError, match="load it onto a base that is not quantized, and merge there"):
             merge(adapted, dequantize=True)
     assert torch.equal(adapted(images), expected)
 

@@ -433,3 +433,34 @@ def test_compiles_without_graph_breaks(backend: Backend, exact: torch.dtype, dyn
             got, expected = (run(op, inputs, gy, (*ADAPTED, "b")) for op in (compiled, tt_linear))
         for name, value in got.items():
             torch.testing.assert_close(value, expected[name])
+
+
+@pytest.mark.parametrize("leading", [(), (1,), (2, 3), (2, 1, 3), (0, 3), (2, 0)])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced", "expanded"])
+def test_any_leading_dimensions_and_strides(
+    backend: Backend, device: str, leading: tuple[int, ...], layout: str
+) -> None:
+    """The operators view activations as matrices: compare with a call on a matrix."""
+    inputs = {name: t.to(device) for name, t in make_inputs("tt_linear", tokens=6, d_in=8, d_out=4, r1=3).items()}
+    if layout == "sliced":
+        x = torch.randn(*leading, 8 + 3)[..., 2:-1]
+    elif layout == "transposed":
+        x = torch.randn(*reversed(leading), 8)
+        x = x.permute(*reversed(range(len(leading))), len(leading))
+    elif layout == "expanded":
+        x = torch.randn(8).expand(*leading, -1)
+    else:
+        x = torch.randn(*leading, 8)
+    D, G = (inputs[name].requires_grad_() for name in ("D", "G"))
+    results = []
+    x = x.to(device)
+    for rows in (False, True):
+        leaf = x.reshape(-1, 8) if rows else x
+        leaf = leaf.detach().requires_grad_()
+        y = tt_linear(leaf, inputs["W"], inputs["b"], D, G, backend=backend)
+        gy = torch.ones((), device=device).expand_as(y)  # all strides are zero
+        results.append([y, *torch.autograd.grad(y, (leaf, D, G), gy)])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got.reshape(expected.shape), expected)
+    assert results[0][0].shape == (*leading, 4)
+    assert results[0][1].shape == x.shape

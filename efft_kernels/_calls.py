@@ -1,0 +1,73 @@
+"""Remember for which calls of an op the arguments were checked, and which backend was chosen.
+
+Checking the arguments and choosing a backend takes longer than launching a kernel. Both depend only on shapes, dtypes,
+devices, the requested backend and autocast. These values form the *signature* of a call. A later call with the same
+signature needs no checks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from efft_kernels._arguments import autocast_dtype
+from efft_kernels.backends import Backend, current_backend
+from efft_kernels.measured import is_final
+from efft_kernels.native import MISSING
+
+#: The values that determine the checks and the choice.
+Signature = tuple[Any, ...]
+#: The backends that were chosen for earlier calls.
+choices: dict[Signature, Backend] = {}
+#: The number of signatures to keep: enough for a model, and bounded in case every batch has another length.
+_MOST = 4096
+
+
+def signature(
+    op: str, backend: str | Backend | None, x: Tensor, W: Tensor, b: Tensor | None, D: Tensor, G: Tensor
+) -> tuple[Signature, torch.dtype | None] | tuple[None, None]:
+    """Return the signature of a call of a linear op, and the dtype to which autocast casts.
+
+    Return (None, None) if the call must be checked in any case: in code that is compiled, traced or transformed by
+    ``torch.func``, because sizes may be symbols there, and for arguments that lack an attribute of tensors.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_tracing()
+    ):
+        return None, None
+    try:
+        device, shape = x.device, x.shape
+        dtype = autocast_dtype(device)
+        call = (
+            *(op, current_backend() if backend is None else backend, dtype, MISSING["cpu"]),
+            # On a GPU, the choice of a backend depends on the number of tokens.
+            *(shape if device.type == "cuda" else shape[-1], x.dtype, device, W.shape, W.dtype, W.device),
+            *(D.shape, D.dtype, D.device, G.shape, G.dtype, G.device),
+            *((None,) if b is None else (b.shape, b.dtype, b.device)),
+        )
+    except (AttributeError, IndexError):
+        return None, None
+    return call, dtype
+
+
+def note_choice(call: Signature | None, chosen: Backend, device: torch.device) -> None:
+    """Remember the choice, unless a later call may get another one."""
+    if call is None or (device.type == "cuda" and not is_final(device)):
+        return
+    if len(choices) >= _MOST:
+        choices.clear()
+    choices[call] = chosen
+
+
+def records_no_graph() -> bool:
+    """Return whether nothing that an operator computes now is differentiated.
+
+    ``torch.no_grad()`` does not disable forward-mode differentiation.
+    """
+    return not torch.is_grad_enabled() and forward_ad._current_level < 0

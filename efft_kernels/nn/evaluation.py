@@ -1,0 +1,100 @@
+"""Keep the operands that a bank composed for evaluation, and decide whether they are still current.
+
+In evaluation the factors do not change between two passes, so that composing the operands again would give the same
+tensors. :class:`Evaluated` holds the operands together with everything that they were computed from. It compares this
+with the bank before every reuse, and therefore needs no notice when factors change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from efft_kernels.backends import current_backend
+
+_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
+
+
+class Evaluated:
+    """Hold the operands of all bindings of a bank, computed in eval mode without a graph.
+
+    Attributes:
+        operands: the operands of each binding (:class:`efft_kernels.nn.bank.Binding`).
+    """
+
+    def __init__(
+        self, operands: Mapping[Any, tuple[Tensor, ...]], sources: Sequence[_Source], settings: Hashable
+    ) -> None:
+        self.operands, self._sources, self._settings = operands, sources, settings
+
+    def is_current(self, tensors: Sequence[Tensor], settings: Hashable) -> bool:
+        """Return whether the operands could be computed from these tensors and settings (see :func:`snapshot`)."""
+        return (
+            self._settings == settings
+            and len(self._sources) == len(tensors)
+            and all(source.is_unchanged(tensor) for source, tensor in zip(self._sources, tensors, strict=True))
+        )
+
+
+class _Source:
+    """Remember a tensor and its content at one moment.
+
+    The address of the memory and autograd's version of the content reveal a new parameter, a swap of ``.data``, and a
+    change in place. An alias keeps the memory allocated, so that no other tensor can get the same address. On the CPU
+    a copy of the content is compared as well, because code that writes through ``.data`` or NumPy does not change the
+    version, and the comparison takes little time there. On other devices it would wait for the device.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor, self._version = tensor, tensor._version
+        self._alias = tensor.detach()
+        self._copy = tensor.detach().clone() if tensor.device.type == "cpu" else None
+
+    def is_unchanged(self, tensor: Tensor) -> bool:
+        alias = self._alias
+        return (
+            tensor is self._tensor
+            and tensor._version == self._version
+            and tensor.data_ptr() == alias.data_ptr()
+            and tensor.shape == alias.shape
+            and tensor.stride() == alias.stride()
+            and tensor.dtype == alias.dtype
+            and (self._copy is None or torch.equal(tensor, self._copy))
+        )
+
+
+def snapshot(tensors: Sequence[Tensor]) -> list[_Source]:
+    """Remember the content of ``tensors``. Call this before computing something from them."""
+    return [_Source(tensor) for tensor in tensors]
+
+
+def can_be_kept(tensors: Sequence[Tensor]) -> bool:
+    """Return whether results computed from ``tensors`` now may be used again by later calls.
+
+    The answer is no for results with a graph, and in code that is compiled, exported, traced, transformed or captured,
+    because later runs of that code would not see a change of the factors. It is also no for tensors whose changes
+    cannot be noticed, and if processes share the work, because libraries that shard parameters free and fill their
+    memory between passes.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not tensors:
+        return False
+    return not (
+        torch.jit.is_tracing()  # type: ignore[attr-defined]
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or (torch.distributed.is_available() and torch.distributed.is_initialized())
+        or any(type(t) not in _PLAIN or t.is_inference() or t.is_meta for t in tensors)
+        or (any(t.is_cuda for t in tensors) and torch.cuda.is_current_stream_capturing())
+    )
+
+
+def surroundings(tensors: Sequence[Tensor]) -> Hashable:
+    """Return the state outside of a bank that affects its results: the requested backend, and the current streams.
+
+    Another stream does not wait for the kernels that compute the operands.
+    """
+    gpus = {t.device for t in tensors if t.is_cuda}
+    return current_backend(), tuple(torch.cuda.current_stream(gpu).cuda_stream for gpu in sorted(gpus, key=str))

@@ -1,0 +1,89 @@
+"""Test the benchmark that counts the work of the host, and that one layer does not take more calls than it needs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import host
+
+#: Dispatcher calls of one adapted layer in a chain, in fp32: at most half of the calls that it took in the first
+#: recorded measurement (benchmarks/results/host.jsonl).
+MOST = {
+    ("efft:eager", "forward"): 12,
+    ("efft:eager", "forward_backward"): 28,
+    ("efft:eager", "evaluation"): 10,
+    ("efft:eager", "inference"): 10,
+    ("efft:cpu", "forward"): 4,
+    ("efft:cpu", "forward_backward"): 7,
+    ("efft:cpu", "evaluation"): 1,
+    ("efft:cpu", "inference"): 1,
+    ("efft:cuda", "forward"): 4,
+    ("efft:cuda", "forward_backward"): 9,
+    ("efft:cuda", "evaluation"): 3,
+    ("efft:cuda", "inference"): 3,
+}
+
+
+@pytest.mark.parametrize(("row", "mode"), MOST)
+def test_dispatcher_calls_of_a_layer(row: str, mode: str) -> None:
+    reason = host.ROWS[row].reason()
+    if reason is not None:
+        pytest.skip(reason)
+    calls = {
+        depth: host.dispatcher_calls(
+            host.pass_of(host.ROWS[row], mode, "float32", depth), host.ROWS[row].device == "meta"
+        )
+        for depth in host.DEPTHS
+    }
+    assert host.split(calls)[0] <= MOST[row, mode]
+
+
+def test_dispatcher_calls_that_are_known() -> None:
+    x = torch.ones(2, 2)
+    assert host.dispatcher_calls(lambda: torch.empty(2)) == 1
+    assert host.dispatcher_calls(lambda: x.t()) == 3  # t calls transpose, which calls as_strided
+
+
+def test_python_calls_that_are_known() -> None:
+    def inner() -> None:
+        len("")
+
+    assert host.python_calls(inner) == 3  # inner, len, and the end of the count
+
+
+def test_the_shares_of_a_layer_and_of_a_pass() -> None:
+    assert host.split({4: 50.0, 12: 90.0}) == (5.0, 30.0)
+
+
+@pytest.mark.parametrize("row", ["linear", "efft:eager"])
+def test_modes(row: str) -> None:
+    """The passes are what they claim to be."""
+    seen: list[tuple[bool, bool, bool]] = []
+    for mode in host.MODES:
+        run = host.pass_of(host.ROWS[row], mode, "float32", 1)
+
+        def hook(module: torch.nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
+            seen.append((y.requires_grad, y.is_inference(), module.training))
+
+        model = run.__closure__[run.__code__.co_freevars.index("model")].cell_contents  # type: ignore[index]
+        model.register_forward_hook(hook)
+        run()
+    assert seen == [(True, False, True), (True, False, True), (False, False, False), (False, True, False)]
+
+
+def test_lines(tmp_path: Path) -> None:
+    rows = ["linear", "efft:eager", "efft:cuda"]
+    assert host.main(["--rows", *rows, "--dtype", "float32", "--repeats", "1", "--results", str(tmp_path)]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "host.jsonl").read_text().splitlines()]
+    assert [(line["row"], line["mode"]) for line in lines] == [(row, mode) for row in rows for mode in host.MODES]
+    assert all(line["dispatcher_calls"]["per_layer"] > 0 for line in lines)
+    assert all(("microseconds" in line) == (line["device"] == "cpu") for line in lines)
+    assert (
+        host.main(["--rows", "linear", "--dtype", "float32", "--repeats", "0", "--results", str(tmp_path / "0")]) == 0
+    )
+    assert "microseconds" not in (tmp_path / "0" / "host.jsonl").read_text()
