@@ -9,14 +9,14 @@ import copy
 import dataclasses
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import nn
 
 from efft.hints import nearest
-from efft.planning.extras import Extras, resolve_auto
+from efft.planning.extras import Extras
 from efft.planning.names import MOST_CHARACTERS, are_short
 from efft.planning.structure import KINDS, Weight
 from efft.planning.targets import TARGETS, Target
@@ -105,17 +105,8 @@ class AdapterConfig:
         """Return the selected weights that these groups do not change, each with the reason."""
         return {}
 
-    def settle(self, groups: Sequence[Any], banks: Mapping[str, Any], extras: Iterable[str] = ()) -> None:
-        """Connect the banks, and replace settings that were left to the library by the values for this model.
-
-        Args:
-            groups: the groups of the plan.
-            banks: maps the name of each group to its bank.
-            extras: names of the parameters that are trained beside factors and head.
-        """
-        if "auto" in self.extras:
-            for name, value in resolve_auto(self.extras, extras).as_fields().items():
-                setattr(self, name, value)
+    def settle(self, groups: Sequence[Any], banks: Mapping[str, Any]) -> None:
+        """Connect the banks, and replace settings that were left to the library by the values for these groups."""
 
     def summary(self) -> str:
         """Return the settings in one line, for a model card."""
@@ -177,7 +168,7 @@ class AdapterConfig:
     def _check_extras(self, bias: Any, norms: Any) -> None:
         biases = ("none", "all", "adapted", "auto")
         self._check(bias in biases, "bias", f"one of {', '.join(map(repr, biases))}", bias)
-        self._check(isinstance(norms, bool) or norms == "auto", "norms", "a bool or 'auto'", norms)
+        self._check(isinstance(norms, bool), "norms", "a bool", norms)
 
     def _check_sizes(self, *names: str, largest: int = LARGEST_SIZE) -> None:
         for name in names:

@@ -101,7 +101,7 @@ def _adapt(model: nn.Module, config: AdapterConfig, plan: Plan, aside: Aside) ->
     adapter.train(model.training)
     for name, first in plan.tied.items():
         updates[name].share(updates[first])
-    config.settle(plan.groups, banks, plan.extras)
+    config.settle(plan.groups, banks)
     adapter.layers = list(weights)
     adapter.plan = [group.to_dict() for group in plan.groups]
     _freeze_all_but(model, plan.head)

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import numbers
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -31,8 +31,7 @@ AUTOMATIC: Mapping[str, Any] = {
     "movement": 0.1,
     "dropout": 0.0,
     "bias": "auto",
-    "norms": "auto",
-    "rates": {"cores": 3.0, "biases": 3.0, "norms": 3.0},
+    "rates": {"cores": 3.0, "biases": 3.0},
 }
 
 
@@ -114,13 +113,14 @@ class EfftConfig(AdapterConfig):
     change as usual, are saved with the adapter, and ``efft.remove`` restores them."""
 
     bias: Literal["none", "all", "adapted", "auto"] = "none"
-    """Biases that are trained and saved beside the factors: "all" (those of the whole model outside the head, those of
-    normalization layers included), "adapted" (those of the adapted layers), or "auto" ("all" if the model has biases,
-    and "none" otherwise)."""
+    """Biases that are trained and saved in addition to the factors: "all" (those of the whole model outside the head,
+    including those of normalization layers), "adapted" (those of the adapted layers), or "auto". "auto" is like
+    "adapted", but it also accepts layers without biases, and it leaves out the biases of queries, keys and values if
+    the library knows the roles of the layers: a softmax does not depend on the bias of the keys, and a bias of the
+    values has the same effect as a bias of the output projection."""
 
-    norms: bool | Literal["auto"] = False
-    """Train and save the weights and biases of all normalization layers beside the factors. "auto" does so if the model
-    has such layers."""
+    norms: bool = False
+    """Whether the weights and biases of all normalization layers are trained and saved in addition to the factors."""
 
     layer_scale: Literal["in", "out", "both"] | None = None
     """The side on which each weight has a diagonal of its own, of its inputs ("in"), its outputs ("out") or both: the
@@ -192,18 +192,19 @@ class EfftConfig(AdapterConfig):
     def auto(cls, *, budget: int | None = None, model: nn.Module | None = None, **fields: Any) -> EfftConfig:
         """Return a configuration that needs no search (:data:`AUTOMATIC`), for learning rates around 1e-3.
 
-        It differs from the paper's configuration, ``EfftConfig()``, in four ways, which :doc:`experiments` compares:
+        It differs from the paper's configuration, ``EfftConfig()``, in these ways:
 
-        - The scale is computed. The paper searches s between 0.01 and 100 for every task. What matters is how far a
-          step of the optimizer moves the weights. That depends on s, the width, the ranks and the number of cores
-          together, and :func:`efft_kernels.nn.initialization.automatic_scale` solves it for s.
-        - All biases and normalization layers of the model are trained beside the factors, if it has some.
-        - Cores, biases and norms have higher learning rates than U and V (:attr:`rates`).
-        - Nothing is dropped.
+        - The scale is computed. The paper searches s between 0.01 and 100 for every task. The size of a step of the
+          optimizer, measured on the weights, depends on s, the width, the ranks and the number of cores together.
+          :func:`efft_kernels.nn.initialization.automatic_scale` computes the s that gives a fixed size
+          (:attr:`movement`).
+        - Biases of the adapted layers are trained in addition to the factors (``bias="auto"``).
+        - Cores and biases have higher learning rates than U and V (:attr:`rates`).
+        - No elements of the factors are dropped.
 
-        With ``budget`` the result has the highest rank for which the factors, and the biases and norms that are trained
-        beside them, have at most that many parameters in ``model``. The head is not counted. Unless ``bias`` or
-        ``norms`` is given, all biases and norms are trained if rank 4 fits beside them, and none otherwise.
+        With ``budget``, the result has the highest rank for which the factors and the trained biases and norms together
+        have at most that many parameters in ``model``. The head is not counted. Unless ``bias`` is given, biases are
+        trained if the budget then still allows rank 4, and not trained otherwise.
 
         Args:
             budget: the largest number of parameters.
@@ -220,7 +221,7 @@ class EfftConfig(AdapterConfig):
             lacking = "the model to count in (model=...)" if model is None else "a number of parameters (budget=...)"
             raise ValueError(f"EfftConfig.auto: budget and model go together; {lacking} is missing")
         automatic = copy.deepcopy(AUTOMATIC)
-        chosen = {name: value for name, value in automatic.items() if name not in ("rank", "bias", "norms")}
+        chosen = {name: value for name, value in automatic.items() if name not in ("rank", "bias")}
         config: EfftConfig = fit_budget(cls, model, budget, {**chosen, **fields})
         return config
 
@@ -300,9 +301,8 @@ class EfftConfig(AdapterConfig):
         reason = "an update would have more parameters than the weight has entries"
         return {target.name: reason for target in targets if target.name not in reached}
 
-    def settle(self, groups: Sequence[Any], banks: Mapping[str, Any], extras: Iterable[str] = ()) -> None:
+    def settle(self, groups: Sequence[Any], banks: Mapping[str, Any]) -> None:
         """Replace automatic settings by their values. If the scale is global, all banks follow the first one."""
-        super().settle(groups, banks, extras)
         if "auto" in _values(self.scale):
             self.scale = {group.name: group.scale for group in groups}
         if self.trainable_scale == "global":

@@ -40,7 +40,7 @@ class LoRAConfig(MethodConfig):
     bias: Literal["none", "all", "adapted", "auto"] = "none"
     """Biases that are trained and saved in addition to the factors, as in :class:`efft.EfftConfig`."""
 
-    norms: bool | Literal["auto"] = False
+    norms: bool = False
     """Whether the weights and biases of all normalization layers are trained and saved in addition to the factors."""
 
     def __post_init__(self) -> None:

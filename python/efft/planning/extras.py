@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from efft.planning.structure import NORMS, Weight
+from efft.planning.targets import known_target
 from efft_kernels.nn.frozen import is_plain
 
 
@@ -17,14 +18,14 @@ class Extras(NamedTuple):
 
     Attributes:
         bias: "none", "all" (the biases of the whole model outside the head), "adapted" (those of adapted layers), or
-            "auto" ("all" if the model has biases, and "none" otherwise). A bias is a parameter of one dimension that is
-            called ``bias``, or whose name ends in ``_bias`` (``in_proj_bias``).
-        norms: whether the weights and biases of normalization layers (:func:`is_norm`) are trained; "auto" trains them
-            if the model has such layers.
+            "auto" (those of adapted layers, as far as there are any, without those of projections to queries, keys and
+            values in architectures whose layers the library knows by role). A bias is a parameter of one dimension that
+            is called ``bias``, or whose name ends in ``_bias`` (``in_proj_bias``).
+        norms: whether the weights and biases of normalization layers (:func:`is_norm`) are trained.
     """
 
     bias: str = "none"
-    norms: bool | Literal["auto"] = False
+    norms: bool = False
 
     def as_fields(self) -> dict[str, Any]:
         """Return the selection as fields of a configuration."""
@@ -33,10 +34,6 @@ class Extras(NamedTuple):
     def describe(self) -> str:
         """Return the end of a line of settings, such as ", biases all, norms", or "" if none are trained."""
         return ("" if self.bias == "none" else f", biases {self.bias}") + (", norms" if self.norms else "")
-
-
-#: All biases and normalization layers, of which a model may have none.
-EXTRAS_OF_ANY_MODEL = Extras("auto", "auto")
 
 
 def find_extras(model: nn.Module, wanted: Extras, weights: Mapping[str, Weight], head: Iterable[str]) -> dict[str, int]:
@@ -55,20 +52,21 @@ def find_extras(model: nn.Module, wanted: Extras, weights: Mapping[str, Weight],
         ValueError: the model has no such parameters, or one of them cannot be trained.
     """
     bias, norms = wanted
-    everywhere = bias in ("all", "auto")
     if wanted == Extras():
         return {}
     seen = {id(p) for name in head for p in model.get_submodule(name).parameters()}
-    of_adapted = _biases_of(model, weights)
+    # A softmax does not depend on the bias of the keys, and a bias of the values has the same effect as a bias of the
+    # output projection.
+    useful = {n: w for n, w in weights.items() if bias != "auto" or known_target(w).role not in ("qkv", "q", "k", "v")}
+    of_adapted = _biases_of(model, useful)
     found: dict[str, int] = {}
-    required = {"bias": bias not in ("none", "auto"), "norms": norms is True}
-    kinds = dict.fromkeys((kind for kind, is_required in required.items() if is_required), 0)
+    kinds = dict.fromkeys(["bias"] * (bias not in ("none", "auto")) + ["norms"] * norms, 0)
     for prefix, module in model.named_modules():
         norm = norms and is_norm(module)
         for own, parameter in module._parameters.items():
             if parameter is None or id(parameter) in seen:
                 continue
-            is_wanted_bias = _is_bias(own, parameter) and (everywhere or id(parameter) in of_adapted)
+            is_wanted_bias = _is_bias(own, parameter) and (bias == "all" or id(parameter) in of_adapted)
             if not (norm or (bias != "none" and is_wanted_bias)):
                 continue
             seen.add(id(parameter))
@@ -87,13 +85,6 @@ def find_extras(model: nn.Module, wanted: Extras, weights: Mapping[str, Weight],
                 f"head of this {type(model).__name__}; leave the setting out"
             )
     return found
-
-
-def resolve_auto(wanted: Extras, found: Iterable[str]) -> Extras:
-    """Return the selection without "auto", from the names of the parameters that :func:`find_extras` found."""
-    biases = [is_name_of_bias(name.rpartition(".")[2]) for name in found]
-    bias = wanted.bias if wanted.bias != "auto" else "all" if any(biases) else "none"
-    return Extras(bias, wanted.norms if wanted.norms != "auto" else not all(biases))
 
 
 def known_extras(

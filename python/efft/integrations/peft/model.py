@@ -17,7 +17,6 @@ from efft.integrations.peft.config import EfftPeftConfig
 from efft.integrations.peft.layer import EfftLayer, device_of, load, offload
 from efft.integrations.peft.mixing import fill, mixed_config
 from efft.integrations.peft.planning import exclusion, plan_adapter, trained_norms
-from efft.planning.extras import EXTRAS_OF_ANY_MODEL, find_extras, resolve_auto
 from efft_kernels import Site, TTFactors
 from efft_kernels.nn.adapt import read_layers, replace_in_attributes
 
@@ -68,9 +67,7 @@ class EfftModel(BaseTuner):
         banks: Any = nn.ModuleDict()
         with _plain(model):
             plan = plan_adapter(model, config)
-            extras = find_extras(model, EXTRAS_OF_ANY_MODEL, {}, plan.head) if "auto" in config.extras else {}
-            norms = resolve_auto(config.extras, extras).norms
-            whole = [*plan.head, *trained_norms(model, plan.head)] if norms else plan.head
+            whole = [*plan.head, *trained_norms(model, plan.head)] if config.norms else plan.head
             _check_kinds(model, [name for group in plan.groups for name in group.sites])
             for group in plan.groups:
                 layer = model.get_submodule(next(iter(group.sites)))
@@ -83,7 +80,10 @@ class EfftModel(BaseTuner):
                 banks[group.name] = factors
         self._check_names(adapter_name, banks)
         config.modules_to_save = whole
-        config.settle(plan.groups, banks, extras)
+        config.settle(plan.groups, banks)
+        if config.bias == "auto":
+            layers = [model.get_submodule(name) for name in sites]
+            config.bias = "none" if all(getattr(layer, "bias", None) is None for layer in layers) else "efft_only"
         config.choose(sites)
         earlier = {p: p.requires_grad for p in self.efft_banks.parameters()}
         self.efft_banks[adapter_name] = banks.train(model.training)
