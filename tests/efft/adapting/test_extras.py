@@ -54,32 +54,37 @@ class Rms(nn.Module):
 class Plain(nn.Module):
     """Hold two blocks of a norm and two linear layers."""
 
-    def __init__(self, norm: bool, bias: bool) -> None:
+    def __init__(self, bias: bool) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.blocks = nn.ModuleList(
-            nn.Sequential(Rms(8) if norm else nn.Identity(), nn.Linear(8, 8, bias=bias), nn.Linear(8, 8, bias=bias))
-            for _ in range(2)
+            nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8, bias=bias), nn.Linear(8, 8, bias=bias)) for _ in range(2)
         )
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("norm", [False, True])
-def test_auto_takes_what_the_model_has(norm: bool, bias: bool, tmp_path: Path) -> None:
-    model = efft.apply(Plain(norm, bias), efft.EfftConfig.auto(rank=2, head=[]))
-    config = adapter_of(model).config
-    assert (config.bias, config.norms) == ("all" if bias else "none", norm)
-    kinds = {"weight": norm, "bias": bias}
-    trained = {name for name, p in model.named_parameters() if p.requires_grad and not name.startswith("efft.")}
-    own = dict(Plain(norm, bias).named_parameters())
-    assert {plain for plain in own if own[plain].dim() == 1 and kinds[plain.rpartition(".")[2]]} == {
-        name.replace(".base.", ".") for name in trained
-    }
+def test_auto_takes_the_biases_of_adapted_layers(bias: bool, tmp_path: Path) -> None:
+    model = efft.apply(Plain(bias), efft.EfftConfig.auto(rank=2, head=[]))
+    assert adapter_of(model).extras == [f"blocks.{i}.{j}.bias" for i in (0, 1) for j in (1, 2)] * bias
     efft.save_adapter(model, tmp_path)
-    again = efft.load_adapter(Plain(norm, bias), tmp_path)
-    assert adapter_of(again).config == config
-    # A configuration that was settled can be used again.
-    efft.apply(Plain(norm, bias), config)
+    again = efft.load_adapter(Plain(bias), tmp_path)
+    assert (adapter_of(again).config, adapter_of(again).extras) == (adapter_of(model).config, adapter_of(model).extras)
+
+
+def test_auto_leaves_out_the_biases_of_queries_keys_and_values(tiny_vit: Make, images: Tensor) -> None:
+    """A softmax does not depend on the keys' bias, and a bias of the values acts like one of the output projection."""
+    model = efft.apply(tiny_vit(), efft.EfftConfig.auto(rank=2))
+    layers = ("attn.proj", "mlp.fc1", "mlp.fc2")
+    assert adapter_of(model).extras == [f"blocks.{i}.{layer}.bias" for i in (0, 1) for layer in layers]
+    dense: Any = tiny_vit().eval().double()
+    attention, images = dense.blocks[0].attn, images.double()
+    before = dense(images)
+    shift = torch.randn(16, dtype=torch.float64)
+    with torch.no_grad():
+        attention.qkv.bias[16:32] += 1.0
+        attention.qkv.bias[32:] += shift
+        attention.proj.bias -= attention.proj.weight @ shift
+    torch.testing.assert_close(dense(images), before)
 
 
 def test_norms_by_structure() -> None:
@@ -149,7 +154,7 @@ def test_packed_projections_have_their_biases() -> None:
     ("fields", "message"),
     [
         ({"bias": "some"}, "EfftConfig.bias must be one of 'none', 'all', 'adapted', 'auto', got 'some'"),
-        ({"norms": 1}, "EfftConfig.norms must be a bool or 'auto', got 1"),
+        ({"norms": 1}, "EfftConfig.norms must be a bool, got 1"),
     ],
 )
 def test_wrong_settings(fields: dict[str, Any], message: str) -> None:

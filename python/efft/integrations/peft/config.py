@@ -87,8 +87,9 @@ if it is not set, `targets` selects the layers |
     | `layers_to_transform`, `layers_pattern` | - | as in LoRA; they restrict `targets` too |
     | `rank_pattern` | `rank` of a group | only layers of the same rank share a tensor train |
     | `modules_to_save` | `head` | endings of names; None selects the classifier, and [] selects no module |
-    | `bias` | `bias` | `"none"`, `"all"` or `"efft_only"` (also `"adapted"`); as in peft, \
-only parameters with the name `bias` are trained and saved, and at most one adapter can train biases |
+    | `bias` | `bias` | `"none"`, `"all"`, `"efft_only"` (also `"adapted"`), or `"auto"`: `"efft_only"` if \
+the adapted layers have biases; as in peft, only parameters with the name `bias` are trained and saved, and at most \
+one adapter can train biases |
     | - | `norms` | normalization layers are trained and saved as a whole, with one copy per adapter |
     | `init_weights` | `init` | False initializes all factors at random, so that the update is not zero (for tests) |
 
