@@ -14,6 +14,7 @@ COMMANDS = {
     "model": ("benchmarks.model.run", "time one training step of a model"),
     "memory": ("benchmarks.memory", "memory saved for the backward pass, and peak memory of the process"),
     "serve": ("benchmarks.serve", "inference with the base, adapted and merged models, and with 1 to 1000 adapters"),
+    "together": ("benchmarks.together", "a training step of several adapters at once, compared with one alone"),
     "experts": ("benchmarks.experts", "a mixture of experts: low-rank products, LoRA of peft, dense updates"),
     "quantized": ("benchmarks.quantized", "int8, fp8 and nf4 backbones: error, time, memory"),
     "scaling": ("benchmarks.scaling", "how time grows with tokens and rank"),

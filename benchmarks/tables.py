@@ -259,7 +259,9 @@ def host() -> str:
     rows = [
         [TITLES.get(name, "frozen `nn.Linear`"), *(cell(name, mode, field) for mode, field in _HOST)] for name in names
     ]
-    header = ["row", *(f"{mode.replace('_', ' + ')}, {field.replace('_', ' ')}" for mode, field in _HOST)]
+    header = ["row"]
+    for mode, field in _HOST:
+        header.append(f"{mode.replace('_', ' + ')}, {field.replace('_', ' ').replace('python', 'Python')}")
     return with_sources(
         header, rows, {"before": first, "now": last} if first[0]["date"] != last[0]["date"] else {"": last}
     )

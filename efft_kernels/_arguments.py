@@ -104,7 +104,7 @@ def autocast_like_linear(first: Tensor, *others: Tensor | None) -> Any:
     dtype = autocast_dtype(first.device)
     if dtype is None:
         return first, *others
-    return tuple(t if t is None or t.dtype in (dtype, torch.float64) else t.to(dtype) for t in (first, *others))
+    return [t if t is None or t.dtype in (dtype, torch.float64) else t.to(dtype) for t in (first, *others)]
 
 
 def autocast_bias(b: Tensor | None) -> Tensor | None:
@@ -115,8 +115,8 @@ def autocast_bias(b: Tensor | None) -> Tensor | None:
     """
     if b is None or b.dtype == torch.float32:
         return b
-    (b,) = autocast_like_linear(b)
-    return b
+    dtype = autocast_dtype(b.device)
+    return b if dtype is None or b.dtype in (dtype, torch.float64) else b.to(dtype)
 
 
 def unless_wider(b: Tensor | None, dtype: torch.dtype) -> Tensor | None:

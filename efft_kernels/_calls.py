@@ -65,9 +65,6 @@ def note_choice(call: Signature | None, chosen: Backend, device: torch.device) -
     choices[call] = chosen
 
 
-def records_no_graph() -> bool:
-    """Return whether nothing that an operator computes now is differentiated.
-
-    ``torch.no_grad()`` does not disable forward-mode differentiation.
-    """
-    return not torch.is_grad_enabled() and forward_ad._current_level < 0
+def is_differentiated_forward() -> bool:
+    """Return whether forward-mode differentiation is active, which ``torch.no_grad()`` does not disable."""
+    return forward_ad._current_level >= 0

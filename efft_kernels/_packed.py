@@ -91,10 +91,8 @@ def attach(D: Tensor, G: Tensor, of_layers: Sequence[Tensor]) -> None:
 
 def find(backend: Backend, dtype: torch.dtype, D: Tensor, G: Tensor) -> Packed | None:
     """Return the packed factors of the layer that multiplies by ``D`` and ``G``, or None if it must pack its own."""
-    if backend not in BACKENDS:
-        return None
     attached = None if torch.compiler.is_compiling() else getattr(G, _ATTRIBUTE, None)
-    if attached is None:
+    if attached is None or backend not in BACKENDS:
         return None
     stack, i = attached
     found: Packed | None = stack.packed(i, D, dtype)

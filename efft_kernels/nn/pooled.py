@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import NamedTuple
 
@@ -30,6 +31,33 @@ class Selection(NamedTuple):
 #: several consecutive entries in the first dimension. It is -1 if consecutive rows belong to different samples, and
 #: None if no dimension indexes the samples.
 Layout = int | None
+
+
+def place_of(x: Tensor, samples: int, layouts: Mapping[int, Layout], learned: bool, name: str) -> int:
+    """Return the dimension of ``x`` that indexes the samples (:data:`Layout`).
+
+    Args:
+        x: the input of a module.
+        samples: the number of samples.
+        layouts, learned: as in :class:`PooledLinear`.
+        name: the class of the module, for the error.
+
+    Raises:
+        ValueError: ``x`` has no such dimension, or it is not known.
+    """
+    rows = math.prod(x.shape[:-1])
+    if rows == samples:
+        return 0
+    # This order of checks keeps code valid that was compiled before the layouts were learned, if none is needed.
+    usual = x.shape[0] == samples and (samples not in x.shape[1:-1] or learned)
+    place = layouts.get(x.dim(), 0 if usual else None)
+    if place is None or rows % samples or (place > 0 and x.shape[place] != samples):
+        raise ValueError(
+            f"{name}: expected the rows of {samples} samples, one after the other, got an input of "
+            f"shape {list(x.shape)}; a layer that mixes samples, or is not known to keep them in order, cannot use "
+            "one adapter per sample (an uncompiled call of the whole model detects the order)"
+        )
+    return place
 
 
 class PooledLinear(FrozenLayer, nn.Linear):
@@ -69,7 +97,7 @@ class PooledLinear(FrozenLayer, nn.Linear):
         if weights is not None:
             return self.summed(x, slots, weights)
         samples = len(slots)
-        place = self._place(x, samples)
+        place = place_of(x, samples, self.layouts, self.learned, type(self).__name__)
         if place == -1:
             x_of = x.reshape(-1, samples, self.in_features).transpose(0, 1)
             y = self.one_each(x_of, slots).transpose(0, 1)  # [rows / samples, samples, out_features]
@@ -77,26 +105,6 @@ class PooledLinear(FrozenLayer, nn.Linear):
         first = x.movedim(place, 0)
         y = self.one_each(first.reshape(samples, -1, self.in_features), slots)
         return y.reshape(*first.shape[:-1], self.out_features).movedim(0, place)
-
-    def _place(self, x: Tensor, samples: int) -> int:
-        """Return the dimension of the samples in ``x`` (:data:`Layout`).
-
-        Raises:
-            ValueError: ``x`` has no such dimension, or the layer does not know it.
-        """
-        rows = math.prod(x.shape[:-1])
-        if rows == samples:
-            return 0
-        # This order of checks keeps code valid that was compiled before the layouts were learned, if none is needed.
-        usual = x.shape[0] == samples and (samples not in x.shape[1:-1] or self.learned)
-        place = self.layouts.get(x.dim(), 0 if usual else None)
-        if place is None or rows % samples or (place > 0 and x.shape[place] != samples):
-            raise ValueError(
-                f"{type(self).__name__}: expected the rows of {samples} samples, one after the other, got an input of "
-                f"shape {list(x.shape)}; a layer that mixes samples, or is not known to keep them in order, cannot use "
-                "one adapter per sample (an uncompiled call of the whole model detects the order)"
-            )
-        return place
 
     @abstractmethod
     def mixed(self, slots: Tensor, weights: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -118,7 +126,8 @@ class PooledDelta(PooledLinear):
     the smaller of r and r'.
     """
 
-    def _factors(self) -> tuple[Tensor, Tensor]:
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return the stacks D and G, of one rank."""
         D, G = self.stacks
         assert G is not None
         rank = min(D.shape[2], G.shape[1])  # layers with a higher rank may share D
@@ -126,7 +135,7 @@ class PooledDelta(PooledLinear):
 
     def mixed(self, slots: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``D = [D_1 | D_2 | ...]`` and ``G = [w_1 G_1; w_2 G_2; ...]``, exact and with the sum of all ranks."""
-        D, G = self._factors()
+        D, G = self.factors()
         D = D[slots].transpose(0, 1).flatten(1)  # [in_features, k r]
         return D, (weights[:, None, None] * G[slots]).flatten(0, 1).to(D.dtype)  # [k r, out_features]
 
@@ -134,7 +143,7 @@ class PooledDelta(PooledLinear):
         return adapted_linear(self, x, *self.mixed(slots, weights))
 
     def one_each(self, x: Tensor, slots: Tensor) -> Tensor:
-        D, G = self._factors()
+        D, G = self.factors()
         if multiplies_plainly(self, self.weight):
             return tt_linear_grouped(x, self.weight, self.bias, D, G, slots)
         h = torch.bmm(x, D[slots].to(x.dtype))  # [samples, rows, r]

@@ -20,8 +20,8 @@ from efft_kernels._arguments import (
     no_autocast,
     unless_wider,
 )
-from efft_kernels._calls import choices, note_choice, records_no_graph, signature
-from efft_kernels._packed import find
+from efft_kernels._calls import choices, is_differentiated_forward, note_choice, signature
+from efft_kernels._packed import BACKENDS, find
 from efft_kernels.backends import Backend, declare, resolve
 
 
@@ -125,8 +125,8 @@ def tt_linear(
         note_choice(call, chosen, x.device)
     if chosen is Backend.REFERENCE:
         return reference.tt_linear(x, W, b, D, G)
-    if call is not None and records_no_graph():
-        packed = find(chosen, x.dtype, D, G)
+    if call is not None and not torch.is_grad_enabled() and not is_differentiated_forward():
+        packed = find(chosen, x.dtype, D, G) if chosen in BACKENDS else None
         factors = (D, G) if packed is None else (packed.D, packed.G)
         y: Tensor = _FORWARD[chosen](x, W, b, *factors)[0]
         return y
@@ -146,7 +146,7 @@ class _TTLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, D: Tensor, G: Tensor, backend: Backend
     ) -> Tensor | tuple[Tensor, Tensor]:
-        packed = find(backend, x.dtype, D, G)
+        packed = find(backend, x.dtype, D, G) if backend in BACKENDS else None
         factors = (D, G) if packed is None else (packed.D, packed.G)
         y, h = _FORWARD[backend](x, W, b, *factors)
         need_dx, need_dW, _, need_dD, need_dG, _ = ctx.needs_input_grad
@@ -180,16 +180,15 @@ class _TTLinear(torch.autograd.Function):
                 dx, dD, dG, db = _BACKWARD[ctx.backend](gy, x, W, h, *factors, need_dx, need_dD, need_dG, need_db)
             if x is not None and need_dW:  # fine-tuning freezes the weight; if trained, its gradient is a product
                 dW = flatten_tokens(gy).t() @ flatten_tokens(x)
+        if need_dD and dD is not None and dD.dtype != D.dtype:
+            dD = dD.to(D.dtype)
+        if need_dG and dG is not None and dG.dtype != G.dtype:
+            dG = dG.to(G.dtype)
         return (
             dx if need_dx else None,
             dW,
             db.to(ctx.bias) if need_db else None,
-            _like(dD, D) if need_dD else None,
-            _like(dG, G) if need_dG else None,
+            dD if need_dD else None,
+            dG if need_dG else None,
             None,
         )
-
-
-def _like(gradient: Tensor | None, factor: Tensor) -> Tensor | None:
-    """Return a gradient in the dtype of its factor."""
-    return gradient if gradient is None or gradient.dtype == factor.dtype else gradient.to(factor.dtype)

@@ -23,7 +23,7 @@ from efft.merge import MergeReport, merge, merged_state_dict, unmerge
 from efft.methods.efft import EfftConfig
 from efft.params import ParameterCount, count_parameters, print_trainable_parameters
 from efft.planning.plan import Plan, inspect
-from efft.pool import AdapterPool
+from efft.pool import AdapterPool, SharedBackbone
 from efft.presets import paper_config
 from efft.prune import PruneReport, prune
 from efft.saving.hub import from_pretrained, push_to_hub
@@ -39,6 +39,7 @@ __all__ = [
     "ParameterCount",
     "Plan",
     "PruneReport",
+    "SharedBackbone",
     "__version__",
     "adapted_layers",
     "apply",

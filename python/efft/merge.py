@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from efft.adapting.adapter import SHARING
 from efft.adapting.inject import adapted_layers, adapter_of
 from efft.adapting.offload import check_present
 from efft.adapting.placing import Update, updates_by_parameter
@@ -55,13 +56,18 @@ def merge(model: nn.Module, dequantize: bool = False) -> MergeReport:
     Raises:
         TypeError: a weight is quantized, and ``dequantize`` is not set or its class cannot dequantize it. Nothing is
             changed.
-        ValueError: the model is not adapted or is sharded, an update has non-finite entries, or a layer computes with
-            another weight than the stored one. Nothing is changed.
+        ValueError: the model is not adapted or is sharded, an update has non-finite entries, a layer computes with
+            another weight than the stored one, or other models share the weights. Nothing is changed.
         RuntimeError: the update is disabled by :func:`efft.disabled`.
     """
     model = unwrap(model)
     adapter = adapter_of(model)
     check_whole(model, "merge")
+    if adapter in SHARING:
+        raise ValueError(
+            "the frozen weights of this model belong to an efft.SharedBackbone, and merging would change them for its "
+            "other models too: merge a copy of the model (copy.deepcopy), or use efft.merged_state_dict"
+        )
     layers = adapted_layers(model)
     check_stored(layers, "merge")
     check_present(model, "merge")

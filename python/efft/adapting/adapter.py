@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -66,6 +67,10 @@ class Adapter(nn.ModuleDict):
     def banks(self) -> list[FactorBank]:
         """Return the banks of all groups."""
         return [factors for factors in self.values() if isinstance(factors, FactorBank)]
+
+
+#: Adapters of models whose frozen weights other models use too (:class:`efft.SharedBackbone`), but not their copies.
+SHARING: weakref.WeakSet[Adapter] = weakref.WeakSet()
 
 
 def adapter_of(model: nn.Module) -> Adapter:

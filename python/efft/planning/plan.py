@@ -1,4 +1,4 @@
-"""Plan an adaptation: which weights share which factors, which weights are left out, and why."""
+"""Plan an adaptation. The plan states which weights share which factors, which weights are left out, and why."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Plan:
     """Description of the changes that ``efft.apply`` would make to a model. Printing a plan shows a table.
 
     Attributes:
-        groups: the banks of factors, not allocated yet (:class:`efft.config.Group`); the groups of EFFT also have the
-            sizes of their trains.
+        groups: descriptions of the banks of factors (:class:`efft.config.Group`). The groups of EFFT also contain the
+            sizes of their tensor trains.
         head: names of the modules that are trained in addition to the factors.
         weights: the adapted weights, by name.
         left_out: maps each parameter in the blocks that is not adapted to its number of entries, largest first.
@@ -38,8 +38,8 @@ class Plan:
             layers use the same update.
         between: maps each parameter between the blocks of a ViT or Swin to its number of entries. As in the paper,
             these parameters are not adapted.
-        extras: parameters of the model that are trained beside factors and head (biases and normalization layers), by
-            their full names, with their number of entries.
+        extras: maps the full name of each bias and norm that is trained in addition to factors and head to its number
+            of entries.
     """
 
     groups: Sequence[Any]
@@ -130,10 +130,10 @@ def inspect(model: nn.Module, config: AdapterConfig | None = None) -> Plan:
 def make_plan(model: nn.Module, config: AdapterConfig, share_tied: bool = False) -> Plan:
     """Plan the adaptation of ``model``, which may be on the meta device.
 
-    With ``share_tied``, layers that share one weight are adapted together, otherwise not at all.
+    With ``share_tied``, layers that share one weight are adapted together. Otherwise they are not adapted.
 
     Raises:
-        ValueError: the model has no such weights, or they cannot share a tensor train. The message names the weights
+        ValueError: the model lacks selected weights, or they cannot share a tensor train. The message names the weights
             and suggests a solution.
     """
     _check_not_compiled(model)
@@ -207,7 +207,7 @@ def plan_of_file(
         saved: the ``to_dict`` of every group. The list is empty for files of the first format, which contain only
             names.
         base: description of the base model from the file.
-        extras: names of the parameters that were trained beside factors and head.
+        extras: names of the biases and norms that were trained in addition to factors and head.
 
     Raises:
         ValueError: the model lacks one of the weights or is compiled, or the plan is damaged.

@@ -24,9 +24,13 @@ Layouts = dict[int, Layout]
 
 @torch.no_grad()
 def find_layouts(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], samples: int
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    samples: int,
+    kinds: tuple[type[nn.Module], ...] = (nn.Linear,),
 ) -> dict[str, Layouts] | None:
-    """Find the dimension that indexes the samples in the inputs of each linear layer of ``model``.
+    """Find the dimension that indexes the samples in the inputs of each layer of ``model`` of one of the ``kinds``.
 
     The model runs twice: on the given inputs, and on the same inputs with another first sample. The rows of a layer's
     input that change belong to the first sample.
@@ -35,6 +39,7 @@ def find_layouts(
         model: the model, which runs without dropout and without gradients.
         args, kwargs: inputs of the model. The first dimension of each tensor is the batch of ``samples``.
         samples: the number of samples, at least 2.
+        kinds: the classes of the layers.
 
     Returns:
         A dict from the name of each layer to its :data:`Layouts`, without the entries that are unknown or that are the
@@ -51,10 +56,9 @@ def find_layouts(
         for module in modes:  # eval mode changes quantized layers permanently
             module.training = module.training and isinstance(module, nn.Linear)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            first = _run(
-                model, *copy.deepcopy((tuple(args), dict(kwargs)))
-            )  # running the model extends a key-value cache
-            second = _run(model, *copy.deepcopy((other_args, other_kwargs)))
+            # Copies, because running the model extends a key-value cache.
+            first = _run(model, *copy.deepcopy((tuple(args), dict(kwargs))), kinds)
+            second = _run(model, *copy.deepcopy((other_args, other_kwargs)), kinds)
     except Exception:  # if the inputs are wrong, the actual call of the model reports the error
         return None
     finally:
@@ -86,8 +90,8 @@ def _change_first_sample(x: Any, samples: int) -> Any:
 _Run = list[tuple[str, torch.Size, Tensor, Tensor]]
 
 
-def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Run:
-    """Run the model, and record every call of a linear layer.
+def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], kinds: tuple[type[nn.Module], ...]) -> _Run:
+    """Run the model, and record every call of a layer.
 
     Each entry is (name of the layer, shape of the input, one number per row [rows], norm of the largest row).
     """
@@ -102,8 +106,8 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Ru
 
         return hook
 
-    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in linears.items()]
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
+    hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
     try:
         torch.manual_seed(0)
         model(*args, **kwargs)
