@@ -13,7 +13,8 @@ from torch.utils import _pytree as pytree
 
 from efft.adapting import buffers
 from efft.adapting.adapter import SHARING, prepare, release
-from efft.adapting.inject import Adapter, adapted_layers, adapter_of, parameter_groups, remove
+from efft.adapting.inject import Adapter, adapted_layers, adapter_of, remove
+from efft.adapting.optimizing import parameter_groups
 from efft.adapting.placing import linear_layers
 from efft.adapting.sharding import check_whole
 from efft.adapting.wrappers import check_unwrapped
