@@ -119,8 +119,8 @@ void copy_samples(const Tensor& to, const Tensor& from, const std::vector<int64_
   }
 }
 
-// Orders the samples so that those of each adapter form a single run. The samples are copied only if their order does
-// not have this property already. The sums of an adapter are then computed in one piece and rounded only once.
+// Orders the samples so that every adapter has one run, and the sums of an adapter are rounded only once. If the
+// samples of some adapter are not consecutive, all samples are copied in the order of their adapters.
 class Together {
  public:
   Together(const std::vector<int64_t>& ids, int64_t tokens) : order_(ids.size()) {
