@@ -119,7 +119,7 @@ class Accumulator<float, M_, N_, K_, WARPS_M, WARPS_N, ORDER_A, ORDER_B> {
   }
 
  private:
-  static constexpr int ACROSS = 16, DOWN = THREADS / ACROSS;  // threads per row and per column
+  static constexpr int ACROSS = 16, DOWN = THREADS / ACROSS;  // number of threads along N and along M
   static constexpr int ROWS = M / DOWN, COLUMNS = N / ACROSS;
   static_assert(ROWS * DOWN == M && COLUMNS * ACROSS == N && COLUMNS % 2 == 0);
 

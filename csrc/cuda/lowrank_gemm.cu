@@ -115,7 +115,7 @@ cudaError_t launch_type(const LowRankGemm& op, cudaStream_t stream) {
   if constexpr (std::is_same_v<T, float>) {
     return launch_tiles<T, Sums<T, 64, 64, 2, 2, TRANSPOSED>>(op, stream);
   } else {
-    // The big tile reads each operand fewer times. The small tile fills the GPU with fewer rows.
+    // With the big tile, each operand is read fewer times. With the small tile, fewer rows are enough to fill the GPU.
     const bool fills = op.samples * ceil_div(op.M, 128) * ceil_div(op.N, 128) >= multiprocessors();
     if (fills) return launch_tiles<T, Sums<T, 128, 128, 2, 4, TRANSPOSED>>(op, stream);
     return launch_tiles<T, Sums<T, 64, 64, 2, 2, TRANSPOSED>>(op, stream);

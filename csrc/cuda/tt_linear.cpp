@@ -29,8 +29,8 @@ std::optional<Tensor> whole(const std::optional<Tensor>& t) {
   return t.has_value() ? std::optional(torch::stable::contiguous(*t)) : std::nullopt;
 }
 
-// Returns x with aligned rows. The type is that of the products, except for the input of a producer in another type,
-// which is converted to float.
+// Returns x with aligned rows, converted if necessary. Without a producer, its type is that of the products. A producer
+// can also read float, to which x of any other type is converted.
 Tensor with_readable_rows(
     const Tensor& x, const LayerProducer& producer, ScalarType product, const Launches& launches) {
   const bool own = producer.kind != Producer::none && x.scalar_type() != product;
