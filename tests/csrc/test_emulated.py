@@ -209,7 +209,7 @@ def test_the_launches_of_a_block_are_those_of_the_model(library: Path, second: b
             modeled = steps.launches(steps.Sizes(steps.TOKENS, *layer, steps.RANK), direction, of)
             assert [kernel for kernel, _, _ in found[i, direction]] == [launch.kernel for launch in modeled]
             assert all(dependent == second for _, dependent, _ in found[i, direction])
-    assert sum(map(len, found.values())) == steps.counts(of)[0] == (15 if second else 27)
+    assert sum(map(len, found.values())) == steps.counts(of)[0] == (12 if second else 27)
 
 
 @pytest.mark.slow
