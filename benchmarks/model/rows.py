@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -82,13 +83,18 @@ def floor(model: nn.Module, rank: int) -> nn.Module:
     return model
 
 
-def adapted(model: nn.Module, rank: int) -> nn.Module:
+def adapted(model: nn.Module, rank: int, bias: Literal["none", "auto"] = "none") -> nn.Module:
     """Return EFFT2 by this library. No factor is zero, because half of the gradients would be zero otherwise."""
-    efft.apply(model, efft.EfftConfig(rank=rank, dropout=0.0))
+    efft.apply(model, efft.EfftConfig(rank=rank, dropout=0.0, bias=bias))
     for _, factor in efft.named_factors(model):
         if not factor.any():
             nn.init.normal_(factor, std=0.02)
     return model
+
+
+def with_biases(model: nn.Module, rank: int) -> nn.Module:
+    """Return EFFT2 by this library with the trained biases of ``EfftConfig.auto``."""
+    return adapted(model, rank, bias="auto")
 
 
 def fused(model: nn.Module, rank: int) -> nn.Module:
@@ -156,6 +162,7 @@ ROWS: dict[str, ModelRow] = {
             for b in (Backend.AUTO, *backends())
             if b is not Backend.REFERENCE
         ),
+        ModelRow("biases:auto", "EFFT2 with trained biases", with_biases, is_efft=True, backend=Backend.AUTO),
         NAIVE,
         PAPER,
         ModelRow("peft", "LoRA of the peft library, same rank, same layers; its cast of the input is off", lora),

@@ -119,8 +119,8 @@ void copy_samples(const Tensor& to, const Tensor& from, const std::vector<int64_
   }
 }
 
-// Gives every adapter one run, by copying the samples in the order of their adapters unless they are in an order of
-// that kind. The sums of an adapter then need no second rounding.
+// Orders the samples so that every adapter has one run, and the sums of an adapter are rounded only once. If the
+// samples of some adapter are not consecutive, all samples are copied in the order of their adapters.
 class Together {
  public:
   Together(const std::vector<int64_t>& ids, int64_t tokens) : order_(ids.size()) {

@@ -28,14 +28,16 @@ def core_bound(layout: str, n: int, r1: int, r2: int) -> float:
     return math.sqrt(6 / fans[layout])
 
 
-#: The movement for which :func:`automatic_scale` chooses the scale. With this movement and lr 1e-3, Adam's first step
-#: moves a weight by 3e-4, about as far as in full fine-tuning. For ten of the paper's nineteen tasks, the paper's
-#: scales give a similar movement (0.2 to 0.6).
+#: The default movement of :func:`automatic_scale`. With this movement and lr 1e-3, Adam's first step moves a weight by
+#: 3e-4, about as far as in full fine-tuning. For ten of the paper's nineteen tasks, the paper's scales give a similar
+#: movement (0.2 to 0.6).
 MOVEMENT = 0.3
 
 
-def automatic_scale(d_in: int, d_out: int, n: int, r1: int, r2: int, init: str, core_init: str) -> float:
-    """Return the scale for which the first optimizer step moves the update by :data:`MOVEMENT`.
+def automatic_scale(
+    d_in: int, d_out: int, n: int, r1: int, r2: int, init: str, core_init: str, movement: float = MOVEMENT
+) -> float:
+    """Return the scale for which the first optimizer step moves the update by ``movement``.
 
     The first step is modeled as changing every entry of the factor that starts at zero by 1, with random signs. The
     movement is the root mean square of the resulting change of the update's entries. With this scale, the movement does
@@ -45,7 +47,7 @@ def automatic_scale(d_in: int, d_out: int, n: int, r1: int, r2: int, init: str, 
     d, r = (d_out, r2) if init == "u" else (d_in, r1)
     side = math.sqrt(2 / (d + r))  # standard deviation of the entries of a Xavier-uniform matrix
     core = core_bound(core_init, n, r1, r2) / math.sqrt(3)
-    return MOVEMENT / (side * core * math.sqrt(r1 * r2))
+    return movement / (side * core * math.sqrt(r1 * r2))
 
 
 @torch.no_grad()

@@ -10,9 +10,9 @@ from efft.adapting.inject import (
     disabled,
     freeze_backbone,
     named_factors,
-    parameter_groups,
     remove,
 )
+from efft.adapting.optimizing import parameter_groups
 from efft.fusion import fuse, unfuse
 from efft.graphs.serve import GraphServer, graph_serve
 from efft.graphs.step import GraphStep, graph_step

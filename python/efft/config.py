@@ -166,7 +166,7 @@ class AdapterConfig:
             self._check(ok, name, f"of at most {MOST_CHARACTERS} characters of regular expressions", patterns)
 
     def _check_extras(self, bias: Any, norms: Any) -> None:
-        biases = ("none", "all", "adapted")
+        biases = ("none", "all", "adapted", "auto")
         self._check(bias in biases, "bias", f"one of {', '.join(map(repr, biases))}", bias)
         self._check(isinstance(norms, bool), "norms", "a bool", norms)
 
@@ -184,6 +184,26 @@ class AdapterConfig:
     def _check(cls, ok: bool, name: str, expected: str, got: object) -> None:
         if not ok:
             raise ValueError(f"{cls.__name__}.{name} must be {expected}, got {quote(got)}")
+
+
+#: Kinds of trained parameters that can have their own learning rate.
+RATE_KINDS = ("sides", "cores", "diagonals", "biases", "norms", "head", "scales")
+
+
+def check_rates(rates: Any, where: str) -> None:
+    """Check learning rates by kind, which are multiples of the learning rate.
+
+    Raises:
+        ValueError: a kind is not in :data:`RATE_KINDS`, or a rate is not a positive number. The message starts with
+            ``where``.
+    """
+    if not isinstance(rates, Mapping):
+        raise ValueError(f"{where}: expected a dict of kinds of parameters to rates, got {quote(rates)}")
+    for kind, rate in rates.items():
+        if kind not in RATE_KINDS:
+            raise ValueError(f"{where}: no kind of parameters {kind!r}; expected some of {', '.join(RATE_KINDS)}")
+        if not is_number(rate) or rate <= 0:
+            raise ValueError(f"{where}: expected a positive multiple of lr for {kind!r}, got {quote(rate)}")
 
 
 def is_number(value: object) -> bool:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
@@ -22,9 +21,8 @@ from efft.adapting.offload import Aside, device_of, follow, hooks_aside
 from efft.adapting.placing import place
 from efft.adapting.sharding import check_whole
 from efft.adapting.wrappers import check_unwrapped, unwrap
-from efft.config import AdapterConfig, is_number
+from efft.config import AdapterConfig
 from efft.methods.efft import EfftConfig
-from efft.planning.extras import is_norm
 from efft.planning.plan import Plan, make_plan, warn_of_untouched
 from efft.saving.stored import check_stored
 from efft_kernels import FactorBank
@@ -246,98 +244,6 @@ def check_plain(model: nn.Module) -> None:
         )
     if hasattr(model, "efft"):
         raise ValueError(f"this {type(model).__name__} has an attribute 'efft' of its own, which the adapter needs")
-
-
-def parameter_groups(
-    model: nn.Module,
-    lr: float,
-    weight_decay: float = 1e-4,
-    head_lr: float | None = None,
-    scale_lr: float | None = None,
-    rates: Mapping[str, float] | None = None,
-) -> list[dict[str, Any]]:
-    """Return the optimizer's parameter groups by kind.
-
-    They are ``factors``, ``head``, ``scales``, ``diagonals`` (of ``layer_scale``), ``biases`` and ``norms``.
-
-    ``head`` has all other trained parameters too. As in the paper's recipe, weight decay acts on factors and head, but
-    not on the others. A model without factors (a linear probe) has groups too, and a UserWarning is issued if nothing
-    in it is frozen. Empty groups are left out. ``model`` may be wrapped by DDP or a similar wrapper.
-
-    Args:
-        model: adapted by :func:`apply`.
-        lr: the learning rate of every kind without another one.
-        weight_decay: of factors and head.
-        head_lr, scale_lr: learning rates of head and scales. ``scale_lr`` is 10 lr by default: a step of Adam changes a
-            scale by about this share of it, so that at 1e-3 it can double in 70 steps.
-        rates: learning rates of kinds as multiples of ``lr``: of ``sides`` and ``cores``, which are two groups in the
-            place of ``factors`` if their rates differ, and of ``diagonals``, ``biases``, ``norms``, ``head`` and
-            ``scales``. The cores are the factors named C of EFFT; all other factors are sides. An example is
-            ``{"cores": 3, "biases": 3}``.
-
-    Raises:
-        ValueError: a rate is not a positive number or not of one of these kinds, or a kind has two rates.
-    """
-    rates = _check_rates(rates or {}, head_lr, scale_lr)
-    model = unwrap(model)
-    adapter = getattr(model, "efft", None)
-    if adapter is None and all(p.requires_grad for p in model.parameters()):
-        warnings.warn(
-            f"this {type(model).__name__} is not adapted and nothing in it is frozen, so all of it will be trained: "
-            "call efft.apply(model, ...) first (for full fine-tuning, pass model.parameters() to the optimizer)",
-            stacklevel=2,
-        )
-    own = _by_kind(model, adapter) if isinstance(adapter, Adapter) else {}
-    known = {id(p) for parameters in own.values() for p in parameters}  # names in a compiled model start with _orig_mod
-    own["head"] = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
-    if rates.get("sides", 1.0) == rates.get("cores", 1.0):
-        # One group in the order of the model, as in the optimizers' checkpoints of models without such rates.
-        rates["factors"] = rates.get("sides", 1.0)
-        together = {id(p) for kind in ("sides", "cores") for p in own.pop(kind, ())}
-        own["factors"] = [p for p in model.parameters() if id(p) in together]
-    absolute = {"head": head_lr, "scales": scale_lr}
-    groups: list[dict[str, Any]] = []
-    for kind in ("factors", "sides", "cores", "head", "scales", "diagonals", "biases", "norms"):
-        rate = absolute.get(kind)
-        groups.append(
-            {
-                "name": kind,
-                "params": own.get(kind, []),
-                "lr": lr * rates.get(kind, 10 if kind == "scales" else 1) if rate is None else rate,
-                "weight_decay": weight_decay if kind in ("factors", "sides", "cores", "head") else 0.0,
-            }
-        )
-    return [group for group in groups if group["params"]]
-
-
-#: The kinds of parameters for which :func:`parameter_groups` accepts rates.
-_KINDS = ("sides", "cores", "diagonals", "biases", "norms", "head", "scales")
-
-
-def _check_rates(rates: Mapping[str, float], head_lr: float | None, scale_lr: float | None) -> dict[str, float]:
-    for kind, rate in rates.items():
-        if kind not in _KINDS:
-            raise ValueError(f"rates: no kind of parameters {kind!r}; expected some of {', '.join(_KINDS)}")
-        if not is_number(rate) or rate <= 0:
-            raise ValueError(f"rates: expected a positive multiple of lr for {kind!r}, got {rate!r}")
-    for kind, lr in (("head", head_lr), ("scales", scale_lr)):
-        if kind in rates and lr is not None:
-            name = {"head": "head_lr", "scales": "scale_lr"}[kind]
-            raise ValueError(f"{name} and rates[{kind!r}] both set the rate of the {kind}: give one of them")
-    return dict(rates)
-
-
-def _by_kind(model: nn.Module, adapter: Adapter) -> dict[str, list[nn.Parameter]]:
-    """Return the trained parameters outside the head, by kind. A shared parameter is included once."""
-    kinds: dict[str, list[nn.Parameter]] = {}
-    for name, parameter in adapter.named_parameters():
-        last = name.rpartition(".")[2]
-        kind = {"log_scale": "scales", "C": "cores", "a": "diagonals", "b": "diagonals"}.get(last, "sides")
-        kinds.setdefault(kind, []).append(parameter)
-    norms = {id(p) for module in model.modules() if is_norm(module) for p in module._parameters.values()}
-    for parameter in extras.parameters_of(model, adapter.extras).values():
-        kinds.setdefault("norms" if id(parameter) in norms else "biases", []).append(parameter)
-    return kinds
 
 
 def _check_trainable(model: nn.Module, head: list[str], aside: Aside) -> None:

@@ -36,6 +36,8 @@ PREFIX = "base_model.model."
 #: In models with experts as parameters, peft interprets layers with these names as parts of the experts, because they
 #: were parts of the experts in earlier versions of the models.
 _OF_FORMER_EXPERTS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+#: The values of ``bias`` in peft's configuration for those in ours.
+_PEFT_BIAS = {"none": "none", "all": "all", "adapted": "lora_only", "auto": "lora_only"}
 _MERGE = "merge the update instead (efft.merged_state_dict)"
 
 
@@ -98,7 +100,7 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], base_model: st
     # Copies, since layers share D and safetensors refuses shared tensors.
     content = serialize({n: t.clone(memory_format=torch.contiguous_format).cpu() for n, t in tensors.items()})
     parameters = [name for name, layer in layers.items() if isinstance(layer, AdaptedParameter)]
-    bias = {"adapted": "lora_only"}.get(adapter.config.extras.bias, adapter.config.extras.bias)
+    bias = _PEFT_BIAS[adapter.config.extras.bias] if biases else "none"
     config = _config(ranks, parameters, head, bias, base_model or getattr(model, "name_or_path", None))
     write_pair(folder, content, (json.dumps(config, indent=2) + "\n").encode())
     return folder

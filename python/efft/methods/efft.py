@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import numbers
 import re
@@ -12,7 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import nn
 
-from efft.config import LARGEST_NUMBER, LARGEST_SIZE, AdapterConfig, is_number, is_setting, is_size
+from efft.config import LARGEST_NUMBER, LARGEST_SIZE, AdapterConfig, check_rates, is_number, is_setting, is_size
 from efft.hints import nearest
 from efft.planning.budget import fit_budget
 from efft.planning.extras import Extras
@@ -21,7 +22,17 @@ from efft.planning.shapes import TensorTrain, trains_by_shape
 from efft.planning.structure import Weight
 from efft.planning.targets import Target
 from efft_kernels import Site, TTFactors
-from efft_kernels.nn.initialization import CORE_LAYOUTS, automatic_scale
+from efft_kernels.nn.initialization import CORE_LAYOUTS, MOVEMENT, automatic_scale
+
+#: The settings of :meth:`EfftConfig.auto`.
+AUTOMATIC: Mapping[str, Any] = {
+    "rank": 16,
+    "scale": "auto",
+    "movement": 0.1,
+    "dropout": 0.0,
+    "bias": "auto",
+    "rates": {"cores": 3.0, "biases": 3.0},
+}
 
 
 @dataclass
@@ -35,11 +46,19 @@ class EfftConfig(AdapterConfig):
     """
 
     method: ClassVar[str] = "efft"
-    training_only: ClassVar[frozenset[str]] = AdapterConfig.training_only | {"init", "core_init", "dropout"}
+    training_only: ClassVar[frozenset[str]] = AdapterConfig.training_only | {
+        "init",
+        "core_init",
+        "dropout",
+        "movement",
+        "rates",
+    }
     meant_before: ClassVar[Mapping[str, Any]] = {
         **AdapterConfig.meant_before,
         **Extras().as_fields(),
         "layer_scale": None,
+        "movement": MOVEMENT,
+        "rates": {},
     }
     kinds: ClassVar[frozenset[str]] = AdapterConfig.kinds | {"experts"}
 
@@ -54,6 +73,10 @@ class EfftConfig(AdapterConfig):
     """s, a plain multiplier of the update (not divided by the rank). "auto" chooses the s with which a step of the
     optimizer moves the weights as far as in full fine-tuning (see :meth:`auto`); ``efft.apply`` replaces "auto" by the
     number."""
+
+    movement: float = MOVEMENT
+    """What an automatic scale is computed for: the root mean square by which the first step of the optimizer changes
+    the entries of an update, as a multiple of the learning rate."""
 
     trainable_scale: bool | Literal["global", "group", "matrix"] = False
     """Train s too, as a multiple of ``scale`` that starts at 1: one multiple for all groups ("global"), one per group
@@ -89,18 +112,25 @@ class EfftConfig(AdapterConfig):
     """Keep batch norms, and every other module that updates buffers in training, in eval mode. Otherwise these buffers
     change as usual, are saved with the adapter, and ``efft.remove`` restores them."""
 
-    bias: Literal["none", "all", "adapted"] = "none"
-    """Biases that are trained and saved beside the factors: "all" (those of the whole model outside the head, those of
-    normalization layers included) or "adapted" (those of the adapted layers)."""
+    bias: Literal["none", "all", "adapted", "auto"] = "none"
+    """Biases that are trained and saved in addition to the factors: "all" (those of the whole model outside the head,
+    including those of normalization layers), "adapted" (those of the adapted layers), or "auto". "auto" is like
+    "adapted", but it also accepts layers without biases, and it leaves out the biases of queries, keys and values if
+    the library knows the roles of the layers: a softmax does not depend on the bias of the keys, and a bias of the
+    values has the same effect as a bias of the output projection."""
 
     norms: bool = False
-    """Train and save the weights and biases of all normalization layers beside the factors."""
+    """Whether the weights and biases of all normalization layers are trained and saved in addition to the factors."""
 
     layer_scale: Literal["in", "out", "both"] | None = None
     """The side on which each weight has a diagonal of its own, of its inputs ("in"), its outputs ("out") or both: the
     update is s diag(a) U C V diag(b). Diagonals start at one and are part of the composed factors, so a token costs
     nothing more. The experts of a mixture, which share both sides, have none. Where a weight uses a part of a train's
     columns (attention under efft1), its diagonal of the outputs is as long as the train is wide."""
+
+    rates: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Learning rates of kinds of parameters as multiples of the learning rate, which :func:`efft.parameter_groups`
+    uses: of ``sides`` (U and V), ``cores``, ``diagonals``, ``biases``, ``norms``, ``head`` and ``scales``."""
 
     def __post_init__(self) -> None:
         self.rank = _pairs(self.rank)
@@ -128,6 +158,7 @@ class EfftConfig(AdapterConfig):
             of_scale = f"a number from -{LARGEST_NUMBER} to {LARGEST_NUMBER}"
             ok = scale == "auto" or is_setting(scale)
             self._check(ok, "scale", f"{of_scale}, 'auto' or a dict of these", self.scale)
+        self._check(is_number(self.movement) and self.movement > 0, "movement", "a positive number", self.movement)
         self._check(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", "in [0, 1)", self.dropout)
         known = isinstance(self.trainable_scale, bool) or self.trainable_scale in ("global", "group", "matrix")
         of_scales = "False, 'global', 'group' (or True) or 'matrix'"
@@ -137,6 +168,7 @@ class EfftConfig(AdapterConfig):
         self._check_extras(self.bias, self.norms)
         sides = ("in", "out", "both")
         self._check(self.layer_scale in (None, *sides), "layer_scale", f"None or one of {sides}", self.layer_scale)
+        check_rates(self.rates, "EfftConfig.rates")
 
     @property
     def extras(self) -> Extras:
@@ -158,16 +190,21 @@ class EfftConfig(AdapterConfig):
 
     @classmethod
     def auto(cls, *, budget: int | None = None, model: nn.Module | None = None, **fields: Any) -> EfftConfig:
-        """Return a configuration that needs no search: ``scale="auto"``, the other fields as usual.
+        """Return a configuration that needs no search (:data:`AUTOMATIC`), for learning rates around 1e-3.
 
-        The paper searches s between 0.01 and 100 for every task. What matters is how far a step of the optimizer moves
-        the weights. That depends on s, the width, the ranks and the number of cores together, and
-        :func:`efft_kernels.nn.initialization.automatic_scale` solves it for s. The result is meant for learning rates
-        around 1e-3.
+        It differs from the paper's configuration, ``EfftConfig()``, in these ways:
 
-        With ``budget`` the result has the highest rank for which the factors, and the biases and norms that are trained
-        beside them, have at most that many parameters in ``model``. The head is not counted. Unless ``bias`` or
-        ``norms`` is given, all biases and norms are trained if rank 4 fits beside them, and none otherwise.
+        - The scale is computed. The paper searches s between 0.01 and 100 for every task. The size of a step of the
+          optimizer, measured on the weights, depends on s, the width, the ranks and the number of cores together.
+          :func:`efft_kernels.nn.initialization.automatic_scale` computes the s that gives a fixed size
+          (:attr:`movement`).
+        - Biases of the adapted layers are trained in addition to the factors (``bias="auto"``).
+        - Cores and biases have higher learning rates than U and V (:attr:`rates`).
+        - No elements of the factors are dropped.
+
+        With ``budget``, the result has the highest rank for which the factors and the trained biases and norms together
+        have at most that many parameters in ``model``. The head is not counted. Unless ``bias`` is given, biases are
+        trained if the budget then still allows rank 4, and not trained otherwise.
 
         Args:
             budget: the largest number of parameters.
@@ -178,13 +215,14 @@ class EfftConfig(AdapterConfig):
             ValueError: a field is out of range, no rank fits the budget, or ``budget`` is given with ``rank`` or
                 without ``model``.
         """
-        fields = {"scale": "auto", **fields}
         if budget is None and model is None:
-            return cls(**fields)
+            return cls(**{**copy.deepcopy(AUTOMATIC), **fields})
         if budget is None or model is None:
             lacking = "the model to count in (model=...)" if model is None else "a number of parameters (budget=...)"
             raise ValueError(f"EfftConfig.auto: budget and model go together; {lacking} is missing")
-        config: EfftConfig = fit_budget(cls, model, budget, fields)
+        automatic = copy.deepcopy(AUTOMATIC)
+        chosen = {name: value for name, value in automatic.items() if name not in ("rank", "bias")}
+        config: EfftConfig = fit_budget(cls, model, budget, {**chosen, **fields})
         return config
 
     def groups(self, model: nn.Module, targets: list[Target]) -> Sequence[EfftGroup]:
@@ -264,7 +302,7 @@ class EfftConfig(AdapterConfig):
         return {target.name: reason for target in targets if target.name not in reached}
 
     def settle(self, groups: Sequence[Any], banks: Mapping[str, Any]) -> None:
-        """Replace automatic scales by their numbers, and let all banks follow the first one's scale if it is global."""
+        """Replace automatic settings by their values. If the scale is global, all banks follow the first one."""
         if "auto" in _values(self.scale):
             self.scale = {group.name: group.scale for group in groups}
         if self.trainable_scale == "global":
@@ -357,7 +395,9 @@ class EfftGroup(TensorTrain):
         if not isinstance(scale, str):
             return scale
         init = self.config.init_of(self.kind)
-        return automatic_scale(self.d_in, self.d_out, self._all_cores, *self.rank, init, self.config.core_init)
+        config = self.config
+        sizes = (self.d_in, self.d_out, self._all_cores, *self.rank)
+        return automatic_scale(*sizes, init, config.core_init, config.movement)
 
     def build(self, device: torch.device, dtype: torch.dtype) -> TTFactors:
         """Allocate and initialize the bank."""

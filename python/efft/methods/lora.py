@@ -37,7 +37,7 @@ class LoRAConfig(MethodConfig):
     bank = LoRABank
     meant_before: ClassVar[Mapping[str, Any]] = {**MethodConfig.meant_before, **Extras().as_fields()}
 
-    bias: Literal["none", "all", "adapted"] = "none"
+    bias: Literal["none", "all", "adapted", "auto"] = "none"
     """Biases that are trained and saved in addition to the factors, as in :class:`efft.EfftConfig`."""
 
     norms: bool = False

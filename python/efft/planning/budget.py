@@ -1,4 +1,4 @@
-"""Choose the rank, and whether to train biases and norms, for a given number of parameters."""
+"""Choose the rank, and whether to train biases, for a given number of parameters."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from efft.planning.extras import Extras, find_extras
 from efft.planning.structure import structure_of
 from efft.planning.targets import select
 
-#: Biases and norms are trained only if the budget also allows at least this rank. In experiments with a ViT-S, training
-#: biases and norms improved accuracy more than raising the rank above this value.
-LEAST_RANK_BESIDE_EXTRAS = 4
+#: Biases are trained only if the budget also allows at least this rank. In experiments with a ViT-S, training biases
+#: improved accuracy more than raising the rank above this value.
+LEAST_RANK_WITH_BIASES = 4
 
 
 def fit_budget(kind: Callable[..., AdapterConfig], model: nn.Module, budget: int, fields: Mapping[str, Any]) -> Any:
     """Return a configuration whose factors, trained biases and trained norms have at most ``budget`` parameters.
 
-    The rank is the highest that the budget allows. If ``fields`` contain neither ``bias`` nor ``norms``, all biases and
-    norms of the model are trained if the budget also allows rank :data:`LEAST_RANK_BESIDE_EXTRAS`, and otherwise none.
-    The head is not counted.
+    The rank is the highest that the budget allows. If ``fields`` do not contain ``bias``, biases are trained
+    (``bias="auto"``) if the budget also allows rank :data:`LEAST_RANK_WITH_BIASES`, and otherwise not. The head is not
+    counted.
 
     Args:
         kind: the class of the configuration, which has the fields rank, bias and norms. Its groups have ``d_in`` and
@@ -58,9 +58,8 @@ def fit_budget(kind: Callable[..., AdapterConfig], model: nn.Module, budget: int
     groups: Any = config(1, plain.extras).groups(model, targets)
     widest = min(LARGEST_SIZE, max(min(group.d_in, group.d_out) for group in groups))
     wanted = {plain.extras: 1}
-    if not {"bias", "norms"} & fields.keys():
-        # If the model has no biases and norms, both keys are equal, and rank 1 is enough.
-        wanted = {_extras_of(model, head): LEAST_RANK_BESIDE_EXTRAS} | wanted
+    if "bias" not in fields:
+        wanted = {Extras("auto", plain.extras.norms): LEAST_RANK_WITH_BIASES} | wanted
     for extras, least_rank in wanted.items():
         low, high = 0, widest + 1  # sentinels: every rank up to low fits, and no rank from high on does
         while high - low > 1:
@@ -72,15 +71,3 @@ def fit_budget(kind: Callable[..., AdapterConfig], model: nn.Module, budget: int
         f"a budget of {budget:,} parameters is too small for this {type(model).__name__}: rank 1 needs "
         f"{count(1, plain.extras):,} (excluding the head); raise the budget, or adapt fewer weights (targets, exclude)"
     )
-
-
-def _extras_of(model: nn.Module, head: list[str]) -> Extras:
-    """Select all biases and norms that the model has."""
-
-    def has(extras: Extras) -> bool:
-        try:
-            return bool(find_extras(model, extras, {}, head))
-        except ValueError:
-            return False
-
-    return Extras("all" if has(Extras(bias="all")) else "none", has(Extras(norms=True)))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from efft.planning.structure import NORMS, Weight
+from efft.planning.targets import known_target
 from efft_kernels.nn.frozen import is_plain
 
 
@@ -16,9 +17,10 @@ class Extras(NamedTuple):
     """Selection of the parameters of a model that are trained in addition to the factors and the head.
 
     Attributes:
-        bias: "none", "all" (the biases of the whole model outside the head), or "adapted" (those of adapted layers). A
-            bias is a parameter of one dimension that is called ``bias``, or whose name ends in ``_bias``
-            (``in_proj_bias``).
+        bias: "none", "all" (the biases of the whole model outside the head), "adapted" (those of adapted layers), or
+            "auto" (those of adapted layers, as far as there are any, without those of projections to queries, keys and
+            values in architectures whose layers the library knows by role). A bias is a parameter of one dimension that
+            is called ``bias``, or whose name ends in ``_bias`` (``in_proj_bias``).
         norms: whether the weights and biases of normalization layers (:func:`is_norm`) are trained.
     """
 
@@ -53,9 +55,12 @@ def find_extras(model: nn.Module, wanted: Extras, weights: Mapping[str, Weight],
     if wanted == Extras():
         return {}
     seen = {id(p) for name in head for p in model.get_submodule(name).parameters()}
-    of_adapted = _biases_of(model, weights)
+    # A softmax does not depend on the bias of the keys, and a bias of the values has the same effect as a bias of the
+    # output projection.
+    useful = {n: w for n, w in weights.items() if bias != "auto" or known_target(w).role not in ("qkv", "q", "k", "v")}
+    of_adapted = _biases_of(model, useful)
     found: dict[str, int] = {}
-    kinds = dict.fromkeys(["bias"] * (bias != "none") + ["norms"] * norms, 0)
+    kinds = dict.fromkeys(["bias"] * (bias not in ("none", "auto")) + ["norms"] * norms, 0)
     for prefix, module in model.named_modules():
         norm = norms and is_norm(module)
         for own, parameter in module._parameters.items():
@@ -123,7 +128,12 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def _is_bias(name: str, parameter: Tensor) -> bool:
-    return (name == "bias" or name.endswith("_bias")) and (is_lazy(parameter) or parameter.dim() == 1)
+    return is_name_of_bias(name) and (is_lazy(parameter) or parameter.dim() == 1)
+
+
+def is_name_of_bias(name: str) -> bool:
+    """Return whether a parameter's own name is that of a bias."""
+    return name == "bias" or name.endswith("_bias")
 
 
 def _biases_of(model: nn.Module, weights: Mapping[str, Weight]) -> set[int]:

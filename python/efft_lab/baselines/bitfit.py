@@ -1,4 +1,4 @@
-"""Apply BitFit: train only the biases and the classifier.
+"""Apply BitFit: train only the biases and the classifier, or in addition the normalization layers.
 
 Ben Zaken et al., "BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models", ACL
 2022 (arXiv 2106.10199).
@@ -10,13 +10,21 @@ from torch import nn
 
 import efft
 from efft_lab.baselines.registry import baseline
+from efft_lab.baselines.vit import train_norms
 
 
 @baseline("bitfit")
-def apply(model: nn.Module) -> nn.Module:
-    """Make only the biases and the classifier trainable."""
+def apply(model: nn.Module, norms: bool = False) -> nn.Module:
+    """Make only the biases and the classifier trainable.
+
+    Args:
+        model: any model with a known classifier.
+        norms: whether the weights of normalization layers are trained too.
+    """
     efft.freeze_backbone(model)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             parameter.requires_grad_(True)
+    if norms:
+        train_norms(model)
     return model

@@ -7,13 +7,13 @@ Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022 (arXi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 import efft
 from efft_lab.baselines.registry import baseline
-from efft_lab.baselines.vit import blocks
+from efft_lab.baselines.vit import blocks, train_norms
 
 _LAYERS = ("qkv", "proj", "fc1", "fc2")
 
@@ -25,8 +25,10 @@ def apply(
     alpha: float | None = None,
     targets: Sequence[str] = ("qkv",),
     dropout: float = 0.0,
+    bias: Literal["none", "all", "lora_only"] = "none",
+    norms: bool = False,
 ) -> nn.Module:
-    """Add LoRA from `peft` to layers of every block, in place. Only LoRA's matrices and the classifier are trainable.
+    """Add LoRA from `peft` to layers of every block, in place. LoRA's matrices and the classifier are trainable.
 
     Args:
         model: a timm ViT.
@@ -34,6 +36,8 @@ def apply(
         alpha: numerator of the scale alpha / rank of the updates; by default the rank, which gives scale 1.
         targets: layers to adapt, from qkv, proj, fc1 and fc2.
         dropout: dropout rate for LoRA's input.
+        bias: biases that are trained too: "all", or "lora_only" for those of the adapted layers.
+        norms: whether weights and biases of normalization layers are trained too.
 
     Raises:
         ImportError: peft is not installed.
@@ -51,12 +55,18 @@ def apply(
         lora_alpha=rank if alpha is None else alpha,
         lora_dropout=dropout,
         target_modules=rf"blocks\.\d+\..*\.({'|'.join(targets)})",
+        bias=bias,
     )
-    return inject(model, config)
+    inject(model, config)
+    if norms:
+        train_norms(model)
+    return model
 
 
 def inject(model: nn.Module, config: Any) -> nn.Module:
-    """Add an adapter of `peft` to any model with a known classifier, in place. Only these two are trainable.
+    """Add an adapter of `peft` to any model with a known classifier, in place.
+
+    The adapter, the biases that its configuration selects, and the classifier are trainable.
 
     Args:
         model: the model.

@@ -1,10 +1,12 @@
-"""Find the parts of a timm ViT that the baselines need."""
+"""Find the parts of a model that the baselines need."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from torch import nn
+
+from efft.planning.extras import is_norm
 
 _PARTS = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
 
@@ -22,3 +24,10 @@ def blocks(model: nn.Module) -> list[Any]:
         reason = f"whose blocks lack {', '.join(sorted(missing))}" if found else "that has no blocks"
         raise ValueError(f"this method supports only timm's ViTs, got a {type(model).__name__} {reason}")
     return found
+
+
+def train_norms(model: nn.Module) -> None:
+    """Make the weights and biases of all normalization layers trainable."""
+    for module in model.modules():
+        if is_norm(module):
+            module.requires_grad_(True)

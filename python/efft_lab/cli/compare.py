@@ -21,6 +21,8 @@ def compare(
     image_size: int | None = None,
     epochs: int | None = None,
     batch_size: int | None = None,
+    methods: list[str] | None = None,
+    seeds: list[int] | None = None,
     jobs: int = 1,
     out: Path | None = None,
 ) -> None:
@@ -30,7 +32,8 @@ def compare(
         file: JSON file that describes the comparison; see efft_lab.compare.suite.Suite.
         suite: name of a suite of the library, instead of a file: local (small tasks and a backbone that can be
             downloaded), local_efft2 (the same tasks with variants of EFFT2), local_long (ten epochs, with LoRA for
-            comparison), local_grid (a grid of ranks and scales) or vtab1k (the paper's 19 tasks; needs --data).
+            comparison), local_grid (a grid of ranks and scales), twelve (twelve tasks, ten epochs, many rivals) or
+            vtab1k (the paper's 19 tasks; needs --data).
         quick: run the small variant of the suite.
         full: run the complete suite; required for a suite that has a small variant.
         report: do not run anything; write tables, tests and plots of the existing results next to the result file.
@@ -40,6 +43,8 @@ def compare(
         image_size: height and width of the input in pixels, instead of the suite's value.
         epochs: number of passes over the training images, instead of the suite's value.
         batch_size: number of images per update, instead of the suite's value.
+        methods: execute only runs of these methods now. A report covers all runs that have results.
+        seeds: execute only final runs with these seeds now.
         jobs: number of simultaneous runs; each gets an equal share of the processors.
         out: result file; by default compare_NAME.jsonl (in a source checkout: in benchmarks/results).
     """
@@ -56,7 +61,7 @@ def compare(
     given |= {"epochs": epochs, "batch_size": batch_size}
     train = {name: value for name, value in given.items() if value is not None}
     chosen = suites.load(file or str(suite), quick, train)
-    agenda = Agenda(chosen)
+    agenda = Agenda(chosen, methods, seeds)
     folder = ROOT / "benchmarks" / "results"
     results = out or (folder if folder.is_dir() else Path()) / f"compare_{chosen.name}.jsonl"
     if report:

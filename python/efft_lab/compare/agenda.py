@@ -15,6 +15,7 @@ from statistics import fmean
 from typing import Any
 
 from efft.config import is_number
+from efft_lab import typed
 from efft_lab.compare.suite import TRIVIAL, Suite, merge_settings
 from efft_lab.data import vtab_hyperparameters
 from efft_lab.train.config import TrainConfig
@@ -66,13 +67,23 @@ class Agenda:
 
     Args:
         suite: the suite.
+        methods: names of the methods whose runs may start; by default all.
+        seeds: seeds of the final runs that may start; by default all.
 
     Raises:
-        ValueError: the settings of a run are invalid. The message names the task, the method and the point of the grid.
+        ValueError: the settings of a run are invalid (the message names the task, the method and the point of the
+            grid), or the suite does not have one of the methods or seeds.
     """
 
-    def __init__(self, suite: Suite) -> None:
+    def __init__(
+        self, suite: Suite, methods: Collection[str] | None = None, seeds: Collection[int] | None = None
+    ) -> None:
         self.suite = suite
+        self.methods = list(suite.methods) if methods is None else list(methods)
+        self.seeds = suite.seeds if seeds is None else list(seeds)
+        typed.check_names("methods", self.methods, suite.methods, "method")
+        if not set(self.seeds) <= set(suite.seeds):
+            raise ValueError(f"seeds must be some of the suite's {suite.seeds}, got {self.seeds}")
         self.grids = {name: _points(entry.get("grid", {})) for name, entry in suite.methods.items()}
         self.search_seeds = suite.search_seeds or suite.seeds[:1]
         for task, method in self.pairs():
@@ -80,9 +91,9 @@ class Agenda:
                 self._check(self._run(task, method, "final", suite.seeds[0], point))
 
     def __len__(self) -> int:
-        seeds = len(self.suite.seeds)
+        finals = sum(len(self.suite.seeds_of(method)) for method in self.grids)
         searches = sum(len(points) * len(self.search_seeds) for points in self.grids.values() if len(points) > 1)
-        return len(self.suite.tasks) * (searches + seeds * len(self.grids))
+        return len(self.suite.tasks) * (searches + finals)
 
     def pairs(self) -> list[tuple[str, str]]:
         """Return every (task, method), ordered by method. The first methods can therefore be compared early on all
@@ -124,7 +135,7 @@ class Agenda:
         point = self.choose(task, method, done)
         if point is None:
             return []
-        return [self._run(task, method, "final", seed, point) for seed in self.suite.seeds]
+        return [self._run(task, method, "final", seed, point) for seed in self.suite.seeds_of(method)]
 
     def ready(self, done: Mapping[str, Record], started: Collection[str] = ()) -> list[Run]:
         """Return the runs that can start now, in order.
@@ -133,7 +144,9 @@ class Agenda:
         """
         runs = []
         for task, method in self.pairs():
-            runs += [*self.search(task, method), *self.finals(task, method, done)]
+            if method in self.methods:
+                finals = self.finals(task, method, done)
+                runs += [*self.search(task, method), *(run for run in finals if run.seed in self.seeds)]
         return [run for run in runs if run.key not in done and run.key not in started]
 
     def records(self, done: Mapping[str, Record]) -> list[Record]:
@@ -151,7 +164,7 @@ class Agenda:
             raise ValueError(f"task {run.task!r}, method {run.method!r}{of_grid}: {error}") from None
 
     def _run(self, task: str, method: str, stage: str, seed: int, point: dict[str, Any]) -> Run:
-        entry = {name: value for name, value in self.suite.methods[method].items() if name != "grid"}
+        entry = {name: value for name, value in self.suite.methods[method].items() if name not in ("grid", "seeds")}
         variant = entry.pop("vtab_settings", None)
         published = {"efft": vtab_hyperparameters(task, variant)} if variant else {}
         nested: dict[str, Any] = {}

@@ -82,7 +82,7 @@ def text(agenda: Agenda, done: Mapping[str, Record], pictures: Mapping[str, Path
     suite, records = agenda.suite, agenda.records(done)
     scores = collect(records, suite.tasks)
     methods = [method for method in suite.methods if method in scores.values]
-    wanted = len(suite.tasks) * len(suite.methods) * len(suite.seeds)
+    wanted = len(suite.tasks) * sum(len(suite.seeds_of(method)) for method in suite.methods)
     parts = [
         f"# {suite.name}",
         suite.about,

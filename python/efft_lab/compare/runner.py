@@ -173,7 +173,7 @@ class Progress:
         total = 0.0
         for method, points in self.agenda.grids.items():
             searches = len(points) * len(self.agenda.search_seeds) if len(points) > 1 else 0
-            for stage, each in (("search", searches), ("final", len(suite.seeds))):
+            for stage, each in (("search", searches), ("final", len(suite.seeds_of(method)))):
                 kind = (method, stage)
                 mean = fmean(seconds[kind]) if seconds[kind] else overall
                 total += max(each * len(suite.tasks) - count[kind], 0) * mean

@@ -22,7 +22,7 @@ from efft_lab.train.methods import METHODS
 TRIVIAL = ("majority", "pixels", "knn")
 _RECIPE = {item.name for item in dataclasses.fields(TrainConfig)} - {"data", "seed", "data_seed", "protocol"}
 _RECIPE -= {"task", "regression_loss"}  # tables and tests expect accuracies
-_METHOD = _RECIPE | {"grid", "vtab_settings"}
+_METHOD = _RECIPE | {"grid", "vtab_settings", "seeds"}
 #: Maximum number of points of a grid; a larger grid would take too long.
 _MOST_POINTS = 1000
 
@@ -42,8 +42,9 @@ class Suite:
         tasks: maps the name of each data set to the settings of all runs on the data set.
         methods: maps the name of each method in the tables to its settings. The settings are ``method`` (which may also
             be one of ``TRIVIAL``), any other field, ``grid`` (lists of values to search, such as ``{"lr": [...],
-            "efft.scale": [...]}``; every combination is tried) and ``vtab_settings`` (efft1 or efft2: use the paper's
-            settings of that variant for each VTAB-1K task).
+            "efft.scale": [...]}``; every combination is tried), ``vtab_settings`` (efft1 or efft2: use the paper's
+            settings of that variant for each VTAB-1K task) and ``seeds`` (some of the suite's seeds, for a method that
+            needs fewer runs).
         seeds: seeds of the final runs. Each method has one final run per seed and task. If the data set has no fixed
             split, the seed also selects the training images.
         train: settings of all runs.
@@ -79,8 +80,17 @@ class Suite:
             typed.check_names(f"task {task!r}", settings, _RECIPE)
         for method, settings in self.methods.items():
             _check_method(f"method {method!r}", settings)
+            own = settings.get("seeds", self.seeds)
+            typed.check(f"method {method!r}, seeds", own, list[int])
+            if not self.seeds_of(method):
+                raise ValueError(f"method {method!r}: seeds must be some of the suite's {self.seeds}, got {own}")
         if self.reference:
             typed.check_names("reference", [self.reference], self.methods, "method")
+
+    def seeds_of(self, method: str) -> list[int]:
+        """Return the seeds of a method's final runs, in the suite's order."""
+        own = self.methods[method].get("seeds", self.seeds)
+        return [seed for seed in self.seeds if seed in own]
 
 
 def _check_task(name: str) -> None:

@@ -7,7 +7,7 @@ No package contains the weights of a convolutional network. The study therefore 
 statistics of batch norm. Each method then learns another task from 1,000 images, which differ between seeds. A kernel
 [out, in, 3, 3] counts as a matrix [out, 9 in]. The methods are:
 
-- EFFT2: `EfftConfig.auto`, rank 8, and LoRA (peft): rank 8, both on the 3x3 convolutions of all blocks, with the
+- EFFT2: rank 8 and automatic scale, and LoRA (peft): rank 8, both on the 3x3 convolutions of all blocks, with the
   learning rate that is better on the validation split of the first seed;
 - full fine-tuning, a tenth of these learning rates, chosen in the same way;
 - linear probe: only the classifier, with a learning rate chosen for each seed.
@@ -82,7 +82,7 @@ def study(source: Any, tasks: dict[int, Any], epochs: int) -> Iterator[dict[str,
         return model
 
     recipes: dict[str, dict[str, Any]] = {
-        "EFFT2": {"method": "efft", "efft": efft.EfftConfig.auto(rank=8, dropout=0.0, targets=[LAYERS])},
+        "EFFT2": {"method": "efft", "efft": efft.EfftConfig(rank=8, scale="auto", dropout=0.0, targets=[LAYERS])},
         "LoRA (peft)": {"method": LORA},
         "full fine-tuning": {"method": "full", "rates": (1e-4, 3e-4)},
         "linear probe": {"method": "linear", "epochs": 40},

@@ -7,7 +7,7 @@ MiniLM (BERT of 6 layers, width 384, mean of the tokens) reads the first paragra
 packages. The packages' names are masked, and no file has docstrings in two splits. Each seed draws different files. The
 rows are:
 
-- EFFT2: `EfftConfig.auto`, rank 16, and LoRA (peft): rank 8, both on all linear layers and with the learning rate that
+- EFFT2: rank 16 and automatic scale, and LoRA (peft): rank 8, both on all linear layers and with the learning rate that
   is better on the validation split of the first seed;
 - linear probe: only the classifier, with a learning rate chosen in the same way for each seed;
 - bag of words: a logistic regression on the words, without word order and without pretraining.
@@ -188,7 +188,7 @@ def study(weights: Path, seeds: Sequence[int]) -> Iterator[dict[str, Any]]:
     texts = {seed: splits(files, seed) for seed in seeds}
     tasks = {seed: tokenized(of_seed, folder) for seed, of_seed in texts.items()}
     recipes: dict[str, dict[str, Any]] = {
-        "EFFT2": {"method": "efft", "efft": efft.EfftConfig.auto(rank=16, dropout=0.0)},
+        "EFFT2": {"method": "efft", "efft": efft.EfftConfig(rank=16, scale="auto", dropout=0.0)},
         "LoRA (peft)": {"method": LORA},
         "linear probe": {"method": "linear", "epochs": 40},
     }

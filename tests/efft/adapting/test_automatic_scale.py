@@ -12,8 +12,8 @@ from torch import nn
 
 import efft
 from efft.adapting.inject import adapted_layers
+from efft.methods.efft import AUTOMATIC
 from efft.saving.io import read_description
-from efft_kernels.nn.initialization import MOVEMENT
 
 Make = Callable[..., nn.Module]
 CONFIGS: list[dict[str, Any]] = [
@@ -23,6 +23,7 @@ CONFIGS: list[dict[str, Any]] = [
     {"rank": 16, "variant": "efft1", "init": "u", "core_init": "matrix"},
     {"rank": 16, "core_sharing": "shared"},
     {"rank": 8, "targets": "mhsa"},
+    {"rank": 8, "movement": 2.0},
 ]
 
 
@@ -43,7 +44,9 @@ def test_a_step_of_the_zero_side_moves_the_weights_by_as_much(tiny_vit: Make, fi
         moved.setdefault(group, []).append((layer.weight.double() - before[name]).flatten())
     assert moved.keys() == set(model.efft)
     for updates in moved.values():
-        assert torch.cat(updates).square().mean().sqrt() == pytest.approx(MOVEMENT, rel=0.15)
+        assert torch.cat(updates).square().mean().sqrt() == pytest.approx(
+            fields.get("movement", AUTOMATIC["movement"]), rel=0.15
+        )
 
 
 def test_numbers_are_written_down(tiny_vit: Make, tmp_path: Path) -> None:
@@ -61,9 +64,8 @@ def test_by_group(tiny_vit: Make) -> None:
     model = efft.apply(tiny_vit(), config)
     assert config.scale == {"mhsa": "auto", "ffn": 2.0}, "the caller's configuration was changed"
     assert model.efft["ffn"].scale_value == 2.0
-    assert (
-        model.efft["mhsa"].scale_value == efft.apply(tiny_vit(), efft.EfftConfig.auto(rank=4)).efft["mhsa"].scale_value
-    )
+    automatic = efft.apply(tiny_vit(), efft.EfftConfig(rank=4, scale="auto"))
+    assert model.efft["mhsa"].scale_value == automatic.efft["mhsa"].scale_value
 
 
 def test_peft_writes_them_down_too(tiny_vit: Make) -> None:
@@ -71,5 +73,5 @@ def test_peft_writes_them_down_too(tiny_vit: Make) -> None:
     from efft.integrations.peft import EfftPeftConfig
 
     model = peft.get_peft_model(tiny_vit(), EfftPeftConfig(rank=4, scale="auto"))
-    ours = efft.apply(tiny_vit(), efft.EfftConfig.auto(rank=4)).efft
+    ours = efft.apply(tiny_vit(), efft.EfftConfig(rank=4, scale="auto")).efft
     assert model.peft_config["default"].scale == ours.config.scale

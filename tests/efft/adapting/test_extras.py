@@ -51,6 +51,42 @@ class Rms(nn.Module):
 # --- selection --------------------------------------------------------------------------------------------------------
 
 
+class Plain(nn.Module):
+    """Hold two blocks of a norm and two linear layers."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8, bias=bias), nn.Linear(8, 8, bias=bias)) for _ in range(2)
+        )
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_auto_takes_the_biases_of_adapted_layers(bias: bool, tmp_path: Path) -> None:
+    model = efft.apply(Plain(bias), efft.EfftConfig.auto(rank=2, head=[]))
+    assert adapter_of(model).extras == [f"blocks.{i}.{j}.bias" for i in (0, 1) for j in (1, 2)] * bias
+    efft.save_adapter(model, tmp_path)
+    again = efft.load_adapter(Plain(bias), tmp_path)
+    assert (adapter_of(again).config, adapter_of(again).extras) == (adapter_of(model).config, adapter_of(model).extras)
+
+
+def test_auto_leaves_out_the_biases_of_queries_keys_and_values(tiny_vit: Make, images: Tensor) -> None:
+    """A softmax does not depend on the keys' bias, and a bias of the values acts like one of the output projection."""
+    model = efft.apply(tiny_vit(), efft.EfftConfig.auto(rank=2))
+    layers = ("attn.proj", "mlp.fc1", "mlp.fc2")
+    assert adapter_of(model).extras == [f"blocks.{i}.{layer}.bias" for i in (0, 1) for layer in layers]
+    dense: Any = tiny_vit().eval().double()
+    attention, images = dense.blocks[0].attn, images.double()
+    before = dense(images)
+    shift = torch.randn(16, dtype=torch.float64)
+    with torch.no_grad():
+        attention.qkv.bias[16:32] += 1.0
+        attention.qkv.bias[32:] += shift
+        attention.proj.bias -= attention.proj.weight @ shift
+    torch.testing.assert_close(dense(images), before)
+
+
 def test_norms_by_structure() -> None:
     norms = [nn.LayerNorm(4), nn.LayerNorm((2, 4)), nn.GroupNorm(2, 4), nn.BatchNorm2d(4), nn.RMSNorm(4), Rms(4)]
     others = [nn.Linear(4, 4), nn.PReLU(4), nn.Sequential(Rms(4)), nn.LayerNorm(4, elementwise_affine=False), nn.GELU()]
@@ -117,7 +153,7 @@ def test_packed_projections_have_their_biases() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"bias": "some"}, "EfftConfig.bias must be one of 'none', 'all', 'adapted', got 'some'"),
+        ({"bias": "some"}, "EfftConfig.bias must be one of 'none', 'all', 'adapted', 'auto', got 'some'"),
         ({"norms": 1}, "EfftConfig.norms must be a bool, got 1"),
     ],
 )
@@ -188,6 +224,39 @@ def test_groups_of_the_optimizer(trained: Make) -> None:
     )
     assert [p.dim() for p in groups["cores"]["params"]] == [4, 4]
     assert [p.dim() for p in groups["sides"]["params"]] == [2] * 4
+
+
+def test_groups_of_the_optimizer_follow_the_configuration(trained: Make) -> None:
+    model = trained(rates={"cores": 3, "biases": 2, "head": 4})
+
+    def learning_rates(**arguments: Any) -> dict[str, float]:
+        return {g["name"]: g["lr"] for g in efft.parameter_groups(model, 1e-3, **arguments)}
+
+    configured = {"sides": 1e-3, "cores": 3e-3, "head": 4e-3, "biases": 2e-3, "norms": 1e-3}
+    assert learning_rates() == pytest.approx(configured)
+    assert learning_rates(rates={"cores": 1, "norms": 5}) == pytest.approx(
+        {"factors": 1e-3, "head": 4e-3, "biases": 2e-3, "norms": 5e-3}
+    )
+    assert learning_rates(head_lr=0.1) == pytest.approx({**configured, "head": 0.1})
+
+
+def test_groups_of_the_optimizer_under_peft(tiny_vit: Make) -> None:
+    peft = pytest.importorskip("peft", reason="needs the peft extra")
+    from efft.integrations.peft import EfftPeftConfig
+
+    rates = {"cores": 3, "biases": 2, "norms": 5}
+    model = peft.get_peft_model(tiny_vit(), EfftPeftConfig(rank=4, bias="all", norms=True, rates=rates))
+    ours = efft.apply(tiny_vit(), efft.EfftConfig(rank=4, bias="all", norms=True, rates=rates))
+    groups, expected = (
+        {g["name"]: (g["lr"], sum(p.numel() for p in g["params"])) for g in efft.parameter_groups(m, 1e-3)}
+        for m in (model, ours)
+    )
+    assert groups == expected
+    model = peft.get_peft_model(tiny_vit(), EfftPeftConfig(rank=4, modules_to_save=[], rates=rates))
+    model.add_adapter("other", EfftPeftConfig(rank=2, modules_to_save=[]))
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ValueError, match=r"the active adapters \['default', 'other'\] have different rates"):
+        efft.parameter_groups(model, 1e-3)
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,7 @@ def test_transformers_vit(randomize: Make, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "fields",
-    [{"bias": "all", "norms": True}, {"bias": "adapted", "targets": "mhsa"}, {"norms": True}],
+    [{"bias": "all", "norms": True}, {"bias": "adapted", "targets": "mhsa"}, {"norms": True}, {"bias": "auto"}],
     ids=str,
 )
 def test_biases_and_norms(
@@ -125,9 +125,10 @@ def test_biases_and_norms(
             if name in names:
                 parameter.add_(torch.randn_like(parameter), alpha=0.2)
     check(model, tiny_vit().eval(), images, tmp_path)
-    assert json.loads((tmp_path / "lora" / CONFIG).read_text())["bias"] == {"adapted": "lora_only"}.get(
-        fields.get("bias"), fields.get("bias", "none")
-    )
+    assert json.loads((tmp_path / "lora" / CONFIG).read_text())["bias"] == {
+        "adapted": "lora_only",
+        "auto": "lora_only",
+    }.get(fields.get("bias"), fields.get("bias", "none"))
 
 
 def test_biases_of_transformers(randomize: Make, tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def test_lora_alpha_scales_the_update() -> None:
         ({"r": 0}, r"Config\.rank must be an integer from 1"),
         ({"lora_alpha": "8"}, r"EfftPeftConfig\.lora_alpha must be a number, got '8'"),
         ({"lora_alpha": 8, "rank": (2, 4)}, r"lora_alpha is divided by one rank, got \(2, 4\): give the scale itself"),
-        ({"bias": "lora_only"}, "bias must be 'none', 'all' or 'efft_only', got 'lora_only'"),
+        ({"bias": "lora_only"}, "bias must be 'none', 'all', 'efft_only' or 'auto', got 'lora_only'"),
         ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern must be a dict of names to ranks, got 0"),
         ({"rank_pattern": {"q_proj": 2}, "rank": (2, 3)}, r"one integer if rank_pattern is set, got \(2, 3\)"),
         ({"layers_to_transform": 0, "target_modules": "q_proj"}, "layers_to_transform narrows a list of target_mod"),

@@ -1,4 +1,4 @@
-"""Test that a budget of parameters determines the rank and whether biases and norms are trained."""
+"""Test that a budget of parameters determines the rank and whether biases are trained."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 import efft
+from efft.methods.efft import AUTOMATIC
 
 Make = Callable[..., nn.Module]
 
-#: Number of entries of biases and norms in the tiny ViT (d = 16, two blocks). 384 of them are biases, including those
-#: of norms.
-EXTRAS = 464
+#: Number of entries of the biases of proj, fc1 and fc2 in the tiny ViT (d = 16, two blocks).
+BIASES = 2 * (16 + 64 + 16)
 
 
 def factors(rank: int) -> int:
@@ -25,25 +25,25 @@ def factors(rank: int) -> int:
 
 
 @pytest.mark.parametrize(
-    ("budget", "rank", "extras"),
+    ("budget", "rank", "biases"),
     [
-        (factors(4) + EXTRAS, 4, True),
-        (factors(5) + EXTRAS - 1, 4, True),
-        (factors(7) + EXTRAS, 7, True),
-        (factors(4) + EXTRAS - 1, 5, False),
+        (factors(4) + BIASES, 4, True),
+        (factors(5) + BIASES - 1, 4, True),
+        (factors(7) + BIASES, 7, True),
+        (factors(4) + BIASES - 1, 4, False),
         (factors(1), 1, False),
         (10**9, 16, True),
     ],
 )
-def test_the_largest_rank_that_fits(budget: int, rank: int, extras: bool, tiny_vit: Make) -> None:
-    assert factors(5) <= factors(4) + EXTRAS - 1 < factors(6)
+def test_the_largest_rank_that_fits(budget: int, rank: int, biases: bool, tiny_vit: Make) -> None:
+    assert factors(4) <= factors(4) + BIASES - 1 < factors(5)
     with torch.device("meta"):
         model = tiny_vit()
     config = efft.EfftConfig.auto(budget=budget, model=model)
-    assert (config.rank, config.bias, config.norms) == (rank, "all" if extras else "none", extras)
-    assert config.scale == "auto"
+    bias = "auto" if biases else "none"
+    assert config == efft.EfftConfig(**{**AUTOMATIC, "rank": rank, "bias": bias})
     count = efft.count_parameters(efft.apply(tiny_vit(), config))
-    assert count.factors + count.extras == factors(rank) + EXTRAS * extras <= budget
+    assert count.factors + count.extras == factors(rank) + BIASES * biases <= budget
 
 
 @pytest.mark.parametrize(
@@ -56,11 +56,10 @@ def test_what_is_given_stays(fields: dict[str, Any], extras: int, tiny_vit: Make
 
 
 def test_models_without_biases() -> None:
-    def block() -> nn.Module:
-        return nn.Sequential(nn.LayerNorm(8, bias=False), nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
-
-    config = efft.EfftConfig.auto(budget=300, model=nn.Sequential(block(), block()), head=[])
-    assert (config.bias, config.norms) == ("none", True)
+    model = nn.Sequential(*[nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)) for _ in range(2)])
+    config = efft.EfftConfig.auto(budget=300, model=model, head=[])
+    count = efft.count_parameters(efft.apply(model, config))
+    assert count.extras == 0 < count.factors <= 300
 
 
 @pytest.mark.parametrize(
@@ -92,5 +91,7 @@ def test_a_budget_needs_a_model() -> None:
         efft.EfftConfig.auto(budget=1000)
 
 
-def test_without_a_budget_nothing_is_new() -> None:
-    assert efft.EfftConfig.auto(rank=8) == efft.EfftConfig(rank=8, scale="auto")
+def test_without_a_budget() -> None:
+    assert efft.EfftConfig.auto(rank=8) == efft.EfftConfig(**{**AUTOMATIC, "rank": 8})
+    efft.EfftConfig.auto().rates.clear()
+    assert efft.EfftConfig.auto() == efft.EfftConfig(**AUTOMATIC), "configurations must not share their rates"

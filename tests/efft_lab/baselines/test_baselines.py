@@ -19,15 +19,21 @@ pytest.importorskip("peft", reason="peft_lora needs the compare extra")
 
 D, DEPTH, HEAD, PATCH = 16, 2, 16 * 5 + 5, 8  # width, blocks, parameters of the head and patch size of the tiny ViT
 BIASES = D + DEPTH * (D + 3 * D + D + D + 4 * D + D) + D  # patches; norm1, qkv, proj, norm2, fc1, fc2; last norm
+NORMS = (2 * DEPTH + 1) * D  # weights of normalization layers
 COUNTS = [
     ("adapter", {}, DEPTH * (2 * D * 8 + 8 + D)),
     ("adapter", {"width": 3}, DEPTH * (2 * D * 3 + 3 + D)),
     ("adaptformer", {}, DEPTH * (2 * D * 8 + 8 + D)),
     ("bitfit", {}, BIASES),
+    ("bitfit", {"norms": True}, BIASES + NORMS),
     ("ssf", {}, 2 * BIASES),  # a scale and a shift for every bias
     ("vpt_deep", {"tokens": 4}, DEPTH * 4 * D),
     ("peft_lora", {}, DEPTH * 8 * (D + 3 * D)),
     ("peft_lora", {"rank": 2, "targets": ["qkv", "proj", "fc1", "fc2"]}, DEPTH * 2 * (4 * D + 2 * D + 5 * D + 5 * D)),
+    ("peft_lora", {"bias": "lora_only"}, DEPTH * (8 * (D + 3 * D) + 3 * D)),
+    ("peft_lora", {"bias": "all"}, DEPTH * 8 * (D + 3 * D) + BIASES),
+    ("peft_lora", {"bias": "all", "norms": True}, DEPTH * 8 * (D + 3 * D) + BIASES + NORMS),
+    ("peft_lora", {"norms": True}, DEPTH * 8 * (D + 3 * D) + 2 * NORMS),
 ]
 NO_OP = ["adapter", "adaptformer", "bitfit", "peft_lora"]
 Make = Callable[..., nn.Module]
@@ -111,7 +117,7 @@ def test_blocks_of_another_build_are_refused() -> None:
 def test_unknown_settings_are_refused(tiny_vit: Make) -> None:
     with pytest.raises(ValueError, match="method 'adapter' has no setting rank; it has: width"):
         baselines.apply("adapter", tiny_vit(), {"rank": 3})
-    with pytest.raises(ValueError, match="method 'bitfit' has no setting rank; it has: none"):
+    with pytest.raises(ValueError, match="method 'bitfit' has no setting rank; it has: norms"):
         baselines.apply("bitfit", tiny_vit(), {"rank": 3})
     with pytest.raises(ValueError, match=r"targets must be a list of qkv, proj, fc1, fc2, got \['head'\]"):
         baselines.apply("peft_lora", tiny_vit(), {"targets": ["head"]})

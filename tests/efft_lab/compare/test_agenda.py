@@ -43,6 +43,32 @@ def test_search_comes_before_the_final_runs(tiny: dict[str, Any]) -> None:
     assert all(run.config["seed"] == run.config["data_seed"] == run.seed for run in [*first, *second])
 
 
+def test_a_method_can_have_fewer_seeds(tiny: dict[str, Any]) -> None:
+    everything = {run.key for run in Agenda(Suite(**tiny)).ready({})}
+    tiny["methods"]["probe"]["seeds"] = [4]
+    agenda = Agenda(Suite(**tiny))
+    runs = agenda.ready({})
+    assert [(run.stage, run.seed) for run in runs if run.method == "probe"] == [("final", 4)]
+    assert len(agenda) == 7
+    assert {run.key for run in runs} < everything, "the seeds of a method must not change the keys of its runs"
+
+
+def test_some_methods_and_seeds_can_go_first(tiny: dict[str, Any]) -> None:
+    suite = Suite(**tiny)
+    everything = Agenda(suite).ready({})
+    some = Agenda(suite, ["EFFT2", "pixels"], [4]).ready({})
+    assert [(run.method, run.stage, run.seed) for run in some] == [
+        ("EFFT2", "search", 3),
+        ("EFFT2", "search", 3),
+        ("pixels", "final", 4),
+    ]
+    assert {run.key for run in some} < {run.key for run in everything}
+    with pytest.raises(ValueError, match="unknown method 'EFFT' in methods; did you mean 'EFFT2'"):
+        Agenda(suite, ["EFFT"])
+    with pytest.raises(ValueError, match=r"seeds must be some of the suite's \[3, 4\], got \[5\]"):
+        Agenda(suite, seeds=[5])
+
+
 def test_choice_is_the_best_mean_over_search_seeds_and_the_first_of_equals(tiny: dict[str, Any]) -> None:
     tiny["search_seeds"] = [7, 8]
     agenda = Agenda(Suite(**tiny))
@@ -171,6 +197,11 @@ def test_what_the_command_line_gives_goes_over_everything(tiny: dict[str, Any], 
         ({"seeds": [0, True]}, "seeds must be a list, each entry an integer"),
         ({"seeds": [0, -1]}, r"seeds must be distinct integers >= 0, got \[0, -1\]"),
         ({"seeds": [3, 4, 3]}, r"seeds must be distinct integers >= 0, got \[3, 4, 3\]"),
+        ({"methods": {"x": {"method": "full", "seeds": 3}}}, "method 'x', seeds must be a list, each entry an integer"),
+        (
+            {"methods": {"x": {"method": "full", "seeds": [5]}}},
+            r"seeds must be some of the suite's \[3, 4\], got \[5\]",
+        ),
         ({"search_seeds": [3, 3]}, r"search_seeds must be distinct integers >= 0, got \[3, 3\]"),
         ({"search_seeds": "3"}, "search_seeds must be a list, each entry an integer, got '3'"),
     ],

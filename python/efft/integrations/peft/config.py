@@ -87,8 +87,9 @@ if it is not set, `targets` selects the layers |
     | `layers_to_transform`, `layers_pattern` | - | as in LoRA; they restrict `targets` too |
     | `rank_pattern` | `rank` of a group | only layers of the same rank share a tensor train |
     | `modules_to_save` | `head` | endings of names; None selects the classifier, and [] selects no module |
-    | `bias` | `bias` | `"none"`, `"all"` or `"efft_only"` (also `"adapted"`); as in peft, \
-only parameters with the name `bias` are trained and saved, and at most one adapter can train biases |
+    | `bias` | `bias` | `"none"`, `"all"`, `"efft_only"` (also `"adapted"`), or `"auto"`: `"efft_only"` if \
+the adapted layers have biases; as in peft, only parameters with the name `bias` are trained and saved, and at most \
+one adapter can train biases |
     | - | `norms` | normalization layers are trained and saved as a whole, with one copy per adapter |
     | `init_weights` | `init` | False initializes all factors at random, so that the update is not zero (for tests) |
 
@@ -109,7 +110,7 @@ only parameters with the name `bias` are trained and saved, and at most one adap
     layers_pattern: str | list[str] | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     modules_to_save: list[str] | None = _modules_to_save
-    bias: Literal["none", "all", "adapted", "efft_only"] = "none"  # type: ignore[assignment]  # adds a value with peft's name
+    bias: Literal["none", "all", "adapted", "efft_only", "auto"] = "none"  # type: ignore[assignment]  # peft's word too
     init_weights: bool = True
 
     def __post_init__(self) -> None:
@@ -128,7 +129,8 @@ only parameters with the name `bias` are trained and saved, and at most one adap
             raise ValueError(
                 f"targets and target_modules both choose the layers: give one, got {self.targets} and {modules}"
             )
-        self._check(self.bias in ("none", "all", "efft_only"), "bias", "'none', 'all' or 'efft_only'", self.bias)
+        biases = ("none", "all", "efft_only", "auto")
+        self._check(self.bias in biases, "bias", "'none', 'all', 'efft_only' or 'auto'", self.bias)
         if self.rank_pattern:
             self._check(isinstance(self.rank, int), "rank", "one integer if rank_pattern is set", self.rank)
             for rank in self.rank_pattern.values():

@@ -81,6 +81,9 @@ class EfftModel(BaseTuner):
         self._check_names(adapter_name, banks)
         config.modules_to_save = whole
         config.settle(plan.groups, banks)
+        if config.bias == "auto":
+            layers = [model.get_submodule(name) for name in sites]
+            config.bias = "none" if all(getattr(layer, "bias", None) is None for layer in layers) else "efft_only"
         config.choose(sites)
         earlier = {p: p.requires_grad for p in self.efft_banks.parameters()}
         self.efft_banks[adapter_name] = banks.train(model.training)

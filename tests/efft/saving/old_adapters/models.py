@@ -72,7 +72,11 @@ ADAPTERS: dict[str, tuple[Callable[[], nn.Module], Tensor, Callable[[], Any]]] =
     "vit": (vit, PICTURES, lambda: efft.EfftConfig(rank=2)),
     "vit_efft1": (vit, PICTURES, lambda: efft.EfftConfig(rank=(2, 3), variant="efft1", init="u")),
     "vit_shared": (vit, PICTURES, lambda: efft.EfftConfig(rank=2, core_sharing="shared", exclude=["fc2"])),
-    "vit_scales": (vit, PICTURES, lambda: efft.EfftConfig.auto(rank=2, trainable_scale="matrix", targets="mhsa")),
+    "vit_scales": (
+        vit,
+        PICTURES,
+        lambda: efft.EfftConfig(rank=2, scale="auto", trainable_scale="matrix", targets="mhsa"),
+    ),
     "vit_by_name": (vit, PICTURES, lambda: efft.EfftConfig(rank=2, targets=["attn.qkv", "fc1"], head=["head", "norm"])),
     "swin": (swin, PICTURES, lambda: efft.EfftConfig(rank=2)),
     "llama": (llama, WORDS, lambda: efft.EfftConfig(rank=2)),

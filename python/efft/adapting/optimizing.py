@@ -1,0 +1,146 @@
+"""Sort the trained parameters of a model into groups for an optimizer."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from efft.adapting import extras
+from efft.adapting.adapter import Adapter
+from efft.adapting.wrappers import unwrap
+from efft.config import check_rates
+from efft.planning.extras import is_name_of_bias, is_norm
+
+
+def parameter_groups(
+    model: nn.Module,
+    lr: float,
+    weight_decay: float = 1e-4,
+    head_lr: float | None = None,
+    scale_lr: float | None = None,
+    rates: Mapping[str, float] | None = None,
+) -> list[dict[str, Any]]:
+    """Return the optimizer's parameter groups by kind.
+
+    They are ``factors``, ``head``, ``scales``, ``diagonals`` (of ``layer_scale``), ``biases`` and ``norms``.
+
+    ``head`` has all other trained parameters too. As in the paper's recipe, weight decay acts on factors and head, but
+    not on the others. A model without factors (a linear probe) has groups too, and a UserWarning is issued if nothing
+    in it is frozen. Empty groups are left out. ``model`` may be wrapped by DDP or a similar wrapper.
+
+    Args:
+        model: adapted by :func:`apply`, or by peft with an ``EfftPeftConfig``.
+        lr: the learning rate of every kind without another one.
+        weight_decay: of factors and head.
+        head_lr, scale_lr: learning rates of head and scales. ``scale_lr`` is 10 lr by default: a step of Adam changes a
+            scale by about this share of it, so that at 1e-3 it can double in 70 steps.
+        rates: learning rates of kinds as multiples of ``lr``: of ``sides`` and ``cores``, which are two groups in the
+            place of ``factors`` if their rates differ, and of ``diagonals``, ``biases``, ``norms``, ``head`` and
+            ``scales``. The cores are the factors named C of EFFT; all other factors are sides. An example is
+            ``{"cores": 3, "biases": 3}``. Kinds that are not given have the rates of the adapter's configuration
+            (:attr:`EfftConfig.rates`).
+
+    Raises:
+        ValueError: a rate is not a positive number or not of one of these kinds, or a kind has two rates.
+    """
+    _check_rates(rates or {}, head_lr, scale_lr)
+    model = unwrap(model)
+    adapted = _adapted(model)
+    if adapted is None and all(p.requires_grad for p in model.parameters()):
+        warnings.warn(
+            f"this {type(model).__name__} is not adapted and nothing in it is frozen, so all of it will be trained: "
+            "call efft.apply(model, ...) first (for full fine-tuning, pass model.parameters() to the optimizer)",
+            stacklevel=2,
+        )
+    own = _by_kind(model, adapted) if adapted is not None else {}
+    # Rates that are given here override those of the configuration, also as absolute numbers (head_lr, scale_lr).
+    rates = {**(adapted.rates if adapted is not None else {}), **(rates or {})}
+    known = {id(p) for parameters in own.values() for p in parameters}  # names in a compiled model start with _orig_mod
+    own["head"] = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
+    if rates.get("sides", 1.0) == rates.get("cores", 1.0):
+        # One group in the order of the model, as in the optimizers' checkpoints of models without such rates.
+        rates["factors"] = rates.get("sides", 1.0)
+        together = {id(p) for kind in ("sides", "cores") for p in own.pop(kind, ())}
+        own["factors"] = [p for p in model.parameters() if id(p) in together]
+    absolute = {"head": head_lr, "scales": scale_lr}
+    groups: list[dict[str, Any]] = []
+    for kind in ("factors", "sides", "cores", "head", "scales", "diagonals", "biases", "norms"):
+        rate = absolute.get(kind)
+        groups.append(
+            {
+                "name": kind,
+                "params": own.get(kind, []),
+                "lr": lr * rates.get(kind, 10 if kind == "scales" else 1) if rate is None else rate,
+                "weight_decay": weight_decay if kind in ("factors", "sides", "cores", "head") else 0.0,
+            }
+        )
+    return [group for group in groups if group["params"]]
+
+
+def _check_rates(rates: Mapping[str, float], head_lr: float | None, scale_lr: float | None) -> None:
+    check_rates(rates, "rates")
+    for kind, lr in (("head", head_lr), ("scales", scale_lr)):
+        if kind in rates and lr is not None:
+            name = {"head": "head_lr", "scales": "scale_lr"}[kind]
+            raise ValueError(f"{name} and rates[{kind!r}] both set the rate of the {kind}: give one of them")
+
+
+class _Adapted(NamedTuple):
+    """The trained parts of an adapted model, except the head.
+
+    Attributes:
+        factors: the parameters of the banks, by name.
+        extras: biases, and parameters of normalization layers.
+        rates: learning rates by kind from the configuration.
+    """
+
+    factors: dict[str, nn.Parameter]
+    extras: list[nn.Parameter]
+    rates: Mapping[str, float]
+
+
+def _adapted(model: nn.Module) -> _Adapted | None:
+    """Return the trained parts of a model, or None if the model is not adapted."""
+    adapter = getattr(model, "efft", None)
+    if isinstance(adapter, Adapter):
+        trained = list(extras.parameters_of(model, adapter.extras).values())
+        return _Adapted(dict(adapter.named_parameters()), trained, getattr(adapter.config, "rates", {}))
+    tuner: Any = next((module for module in model.modules() if "efft_banks" in module._modules), None)
+    return None if tuner is None else _adapted_by_peft(model, tuner)
+
+
+def _adapted_by_peft(model: nn.Module, tuner: Any) -> _Adapted:
+    """Return the trained parts of a model that peft adapted.
+
+    Raises:
+        ValueError: the active adapters have different rates.
+    """
+    rates: list[Mapping[str, float]] = [tuner.peft_config[name].rates for name in tuner.active_adapters]
+    if any(other != rates[0] for other in rates):
+        raise ValueError(f"the active adapters {tuner.active_adapters} have different rates {rates}: activate one")
+    factors = {name: p for name, p in tuner.efft_banks.named_parameters() if p.requires_grad}
+    norms = [p for module in model.modules() if is_norm(module) for p in module._parameters.values() if p is not None]
+    # Modules that peft trains as a whole, normalization layers aside, belong to the head.
+    biases = [
+        p
+        for name, p in model.named_parameters()
+        if is_name_of_bias(name.rpartition(".")[2]) and "modules_to_save" not in name.split(".")
+    ]
+    trained = {id(p): p for p in [*norms, *biases] if p.requires_grad}
+    return _Adapted(factors, list(trained.values()), rates[0] if rates else {})
+
+
+def _by_kind(model: nn.Module, adapted: _Adapted) -> dict[str, list[nn.Parameter]]:
+    """Return the trained parameters outside the head, by kind. A shared parameter is included once."""
+    kinds: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in adapted.factors.items():
+        last = name.rpartition(".")[2]
+        kind = {"log_scale": "scales", "C": "cores", "a": "diagonals", "b": "diagonals"}.get(last, "sides")
+        kinds.setdefault(kind, []).append(parameter)
+    norms = {id(p) for module in model.modules() if is_norm(module) for p in module._parameters.values()}
+    for parameter in adapted.extras:
+        kinds.setdefault("norms" if id(parameter) in norms else "biases", []).append(parameter)
+    return kinds
