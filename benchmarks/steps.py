@@ -41,7 +41,7 @@ STEPS = {
     "H": "reductions overlap with the next product: assumed to hide half of their time",
 }
 #: The steps that the second generation of kernels contains.
-SECOND_GENERATION = "ABC"
+SECOND_GENERATION = "ABCE"
 LAYERS = {"qkv": (768, 2304), "o": (768, 768), "fc1": (768, 3072), "fc2": (3072, 768)}
 PASSES = ("fwd", "bwd")
 TOKENS, RANK = 64 * 197, 32
@@ -49,6 +49,7 @@ TOKENS, RANK = 64 * 197, 32
 _PROCESSORS = 132
 _DEPTH, _TILE = 64, 192  # of a step of the main loop, and columns of a tile
 _MADE_RANKS, _MADE_BESIDE = 32, 2048  # lowrank_gemm_sm90.h: most columns of h and of y for which a product makes h
+_SHARING_DEPTH = 3 * _DEPTH  # lowrank_gemm_sm90.cu: a deeper product lets the blocks of a pair share h
 _REDUCED_COLUMNS, _REDUCED_TOKENS = 64, 256  # reduce_tokens.cu: columns of a thread block, least tokens of a range
 
 
@@ -90,7 +91,7 @@ def launches(of: Sizes, direction: str, steps: Collection[str] = (), processors:
     tokens, rank = of.tokens, of.rank
     k, n = (of.d_in, of.d_out) if direction == "fwd" else (of.d_out, of.d_in)
     h, factors = 2 * tokens * rank, rank * (of.d_in + of.d_out)
-    made = rank <= _MADE_RANKS and (n <= _MADE_BESIDE or "E" in steps)
+    made = rank <= _MADE_RANKS and (k > _SHARING_DEPTH if "E" in steps else n <= _MADE_BESIDE)
     found = [] if "B" in steps else [Launch("pack", 6 * factors)]
     if not made:
         found.append(Launch("project", 2 * tokens * k + 2 * rank * k + h))

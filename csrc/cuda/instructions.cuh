@@ -87,6 +87,25 @@ __device__ inline float read_shared_of(uint32_t block, const float* own) {
   asm volatile("ld.shared::cluster.f32 %0, [%1];\n" : "=f"(value) : "r"(address) : "memory");
   return value;
 }
+
+// Sends registers to the place in another block's shared memory where `own` lies in that of this block. They arrive
+// asynchronously, and the barrier of that block that lies where `barrier` lies in this one counts their bytes.
+template <int N>
+__device__ inline void send_async(uint32_t block, const uint32_t (&values)[N], uint32_t* own, const void* barrier) {
+  static_assert(N == 2 || N == 4);
+  uint32_t to, counted;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;\n" : "=r"(to) : "r"(shared_address(own)), "r"(block));
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;\n" : "=r"(counted) : "r"(shared_address(barrier)), "r"(block));
+  if constexpr (N == 4)
+    asm volatile(
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];\n" ::"r"(to),
+        "r"(values[0]), "r"(values[1]), "r"(values[2]), "r"(values[3]), "r"(counted)
+        : "memory");
+  else
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];\n" ::"r"(to),
+        "r"(values[0]), "r"(values[1]), "r"(counted)
+        : "memory");
+}
 #endif
 
 // Starts an asynchronous copy of 16 bytes. The first `bytes` bytes are read, and the rest is filled with zeros.

@@ -141,8 +141,12 @@ bool runs_on_sm90([[maybe_unused]] const LowRankGemm& op) {
 
 }  // namespace
 
-bool lowrank_gemm_makes_h(const LowRankGemm& op) {
-  return runs_on_sm90(op) && op.R <= MADE_RANKS && op.N <= MADE_BESIDE;
+bool lowrank_gemm_makes_h([[maybe_unused]] const LowRankGemm& op) {
+#ifdef EFFT_SM90
+  return runs_on_sm90(op) && lowrank_gemm_sm90_makes_h(op);
+#else
+  return false;
+#endif
 }
 
 cudaError_t lowrank_gemm(const LowRankGemm& op, cudaStream_t stream) {

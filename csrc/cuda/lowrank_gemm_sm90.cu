@@ -6,7 +6,9 @@
 // also stores it. Otherwise it is there already, and k tiles of (H, T) follow those of (A, B) through the same buffers.
 // What lies beyond the rank, as beyond every edge, TMA fills with zeros.
 //
-// Blocks come in pairs that take neighbouring rows of one column: each copies half of B's and P's tile, for both.
+// Blocks come in pairs that take neighbouring rows of one column: each copies half of B's and P's tile, for both. In
+// the second generation a pair that makes H takes neighbouring columns of the same rows: each copies half of A's tile
+// for both, makes half of H's columns and sends them to the other.
 #include <algorithm>
 #include <cstring>
 
@@ -21,9 +23,9 @@ namespace {
 
 constexpr int64_t GROUP = 8;  // pairs of row blocks before the next column block, so that operands stay in the L2 cache
 
-// The tiles of one block: those of its pair, a row block each.
+// The tiles of one block: those of its pair, a row block each or a column block each.
 struct Tiles {
-  int pairs, columns;  // of the output
+  int rows, columns;  // of pairs, in the output
   int main_steps, steps;
   int last_depth;  // of the last step of the tail: how many times 16 columns of H it has
 
@@ -31,16 +33,20 @@ struct Tiles {
   static Tiles of(const LowRankGemm& op) {
     const auto blocks = [](int64_t size, int64_t block) { return static_cast<int>(ceil_div(size, block)); };
     const int main_steps = blocks(op.K, typename P::K{});
-    return {blocks(op.M, PAIR * typename P::M{}), blocks(op.N, typename P::N{}), main_steps,
+    return {blocks(op.M, (P::SHARES_H ? 1 : PAIR) * typename P::M{}),
+        blocks(op.N, (P::SHARES_H ? PAIR : 1) * typename P::N{}), main_steps,
         main_steps + blocks(op.R, typename P::K{}), (blocks(op.R, 16) - 1) % 4 + 1};
   }
-  __host__ __device__ int count() const { return pairs * columns; }
+  __host__ __device__ int count() const { return rows * columns; }
   // (row block, column block)
+  template <class P>
   __device__ void place(int tile, int& m, int& n) const {
-    const int first = tile / (static_cast<int>(GROUP) * columns) * static_cast<int>(GROUP);
-    const int height = min(pairs - first, static_cast<int>(GROUP)), within = tile % (static_cast<int>(GROUP) * columns);
-    m = PAIR * (first + within % height) + static_cast<int>(block_rank_in_cluster());
+    constexpr int group = static_cast<int>(P::SHARES_H ? PAIR * GROUP : GROUP);
+    const int first = tile / (group * columns) * group, rank = static_cast<int>(block_rank_in_cluster());
+    const int height = min(rows - first, group), within = tile % (group * columns);
+    m = first + within % height;
     n = within / height;
+    (P::SHARES_H ? n : m) = PAIR * (P::SHARES_H ? n : m) + rank;
   }
 };
 
@@ -72,8 +78,9 @@ __device__ void copy_tiles(
   const Tensor a = make_tensor(make_smem_ptr(shared.a.data()), typename P::LayoutA{});
   const Tensor b = make_tensor(make_smem_ptr(shared.b.data()), typename P::LayoutB{});
   const uint32_t rank = block_rank_in_cluster();
-  const auto part_a = from.A.get_slice(0), part_h = from.H.get_slice(0);
-  const auto part_b = from.B.get_slice(rank), part_t = from.T.get_slice(rank);
+  const auto part_a = from.A.get_slice(P::SHARES_H ? rank : 0);
+  const auto part_h = from.H.get_slice(0);
+  const auto part_b = from.B.get_slice(P::SHARES_H ? 0 : rank), part_t = from.T.get_slice(P::SHARES_H ? 0 : rank);
   const auto cut = [](const auto& copy, const auto& part, int outer, int depth, auto block, int index) {
     return part.partition_S(local_tile(copy.get_tma_tensor(make_shape(outer, depth)), block, make_coord(index, _)));
   };
@@ -83,13 +90,21 @@ __device__ void copy_tiles(
   const Shape<typename P::M, typename P::K> block_a;
   const Shape<typename P::N, typename P::K> block_b;
   auto to_a = part_a.partition_D(a);
+  auto to_h = part_h.partition_D(a);
   auto to_b = part_b.partition_D(b);
+  // A copy for both blocks of the pair, or for this one.
+  const auto shared_copy = [&](const auto& copy, uint64_t& barrier) {
+    if constexpr (P::SHARES_H)
+      return copy.with(barrier);
+    else
+      return copy.with(barrier, both);
+  };
 
   Place place;
   for (int tile = static_cast<int>(blockIdx.x) / PAIR; tile < tiles.count();
       tile += static_cast<int>(gridDim.x) / PAIR) {
     int m, n;
-    tiles.place(tile, m, n);
+    tiles.template place<P>(tile, m, n);
     const auto from_a = cut(from.A, part_a, M, K, block_a, m);
     const auto from_h = cut(from.H, part_h, M, R, block_a, m);
     const auto from_b = cut(from.B, part_b, N, K, block_b, n);
@@ -101,19 +116,23 @@ __device__ void copy_tiles(
       uint64_t& barrier = *reinterpret_cast<uint64_t*>(&full);
       if (step < tiles.main_steps) {
         full.arrive_and_expect_tx(P::BYTES_A + P::BYTES_B + P::BYTES_P);
-        copy(from.A.with(barrier), from_a(_, _, _, step), to_a(_, _, _, stage));
-        copy(from.B.with(barrier, both), from_b(_, _, _, step), to_b(_, _, _, stage));
+        if constexpr (P::SHARES_H)
+          copy(from.A.with(barrier, both), from_a(_, _, _, step), to_a(_, _, _, stage));
+        else
+          copy(from.A.with(barrier), from_a(_, _, _, step), to_a(_, _, _, stage));
+        copy(shared_copy(from.B, barrier), from_b(_, _, _, step), to_b(_, _, _, stage));
         if constexpr (P::RANKS > 0) {
           const Tensor p = make_tensor(make_smem_ptr(shared.p.data()), typename P::LayoutP{});
-          const auto part_p = from.factor.get_slice(rank);
-          const auto from_p = cut(from.factor, part_p, R, K, Shape<typename P::R, typename P::K>{}, 0);
+          const auto part_p = from.factor.get_slice(P::SHARES_H ? 0 : rank);
+          const int half = P::SHARES_H ? static_cast<int>(rank) : 0;
+          const auto from_p = cut(from.factor, part_p, R, K, Shape<typename P::R, typename P::K>{}, half);
           auto to_p = part_p.partition_D(p);
-          copy(from.factor.with(barrier, both), from_p(_, _, _, step), to_p(_, _, _, stage));
+          copy(shared_copy(from.factor, barrier), from_p(_, _, _, step), to_p(_, _, _, stage));
         }
       } else {
         full.arrive_and_expect_tx(P::RANKS > 0 ? P::BYTES_B : P::BYTES_A + P::BYTES_B);
-        if (P::RANKS == 0) copy(from.H.with(barrier), from_h(_, _, _, step - tiles.main_steps), to_a(_, _, _, stage));
-        copy(from.T.with(barrier, both), from_t(_, _, _, step - tiles.main_steps), to_b(_, _, _, stage));
+        if (P::RANKS == 0) copy(from.H.with(barrier), from_h(_, _, _, step - tiles.main_steps), to_h(_, _, _, stage));
+        copy(shared_copy(from.T, barrier), from_t(_, _, _, step - tiles.main_steps), to_b(_, _, _, stage));
       }
     }
   }
@@ -185,17 +204,18 @@ __device__ void multiply_tiles(const LowRankGemm& op, const Tiles& tiles, typena
   Tensor y = partition_fragment_C(mma, Shape<typename P::M, typename P::N>{});
   Tensor h = partition_fragment_C(mma_h, Shape<typename P::M, typename P::R>{});
   // The sums of 16 columns of H lie in registers as the left operand of a product over them does.
-  Tensor h_left =
-      make_tensor<typename P::T>(make_layout(make_shape(Shape<_2, _2, _2>{}, _1{}, Int<typename P::R{} / 16>{})));
+  Tensor h_left = make_tensor<typename P::T>(
+      make_layout(make_shape(Shape<_2, _2, _2>{}, _1{}, Int<(P::RANKS == 0 ? 32 : P::RANKS) / 16>{})));
 
   Place place;
+  uint32_t half_round = 0;
   const auto release = [&](int stage) {
     if (thread % 128 < PAIR) shared.empty[stage].arrive(static_cast<uint32_t>(thread % 128));
   };
   for (int tile = static_cast<int>(blockIdx.x) / PAIR; tile < tiles.count();
       tile += static_cast<int>(gridDim.x) / PAIR) {
     int m, n;
-    tiles.place(tile, m, n);
+    tiles.template place<P>(tile, m, n);
     const int64_t row = static_cast<int64_t>(m) * typename P::M{} + warp * 16,
                   column = static_cast<int64_t>(n) * typename P::N{};
     mma.accumulate_ = mma_h.accumulate_ = GMMA::ScaleOut::Zero;
@@ -237,11 +257,35 @@ __device__ void multiply_tiles(const LowRankGemm& op, const Tiles& tiles, typena
     if constexpr (P::RANKS > 0) {
       warpgroup_fence_operand(h);
       release(last);
+      Tensor pairs = recast<uint32_t>(h_left);
+      // Beyond the rank an infinity in A has left a NaN.
+      const auto rounded = [&](int i, int64_t first) {
+        return static_cast<typename P::T>(first + 8 * (i / 4) + 2 * (lane % 4) + i % 2 < op.R ? h(i) : 0.0f);
+      };
+      if constexpr (P::SHARES_H) {
+        const uint32_t rank = block_rank_in_cluster();
+        array_aligned<typename P::T, 2 * P::HALF> values;
 #pragma unroll
-      for (int i = 0; i < size(h); ++i)  // beyond the rank an infinity in A has left a NaN
-        h_left(i) = static_cast<typename P::T>(8 * (i / 4) + 2 * (lane % 4) + i % 2 < op.R ? h(i) : 0.0f);
+        for (int i = 0; i < size(h); ++i) values[i] = rounded(i, rank * typename P::R{});
+        uint32_t mine[P::HALF];
+        const uint32_t* const both_columns = reinterpret_cast<const uint32_t*>(values.data());
+#pragma unroll
+        for (int i = 0; i < P::HALF; ++i) mine[i] = both_columns[i];
+        if (lane == 0) shared.has_half[warp].arrive_and_expect_tx(32 * sizeof(mine));
+        send_async(1 - rank, mine, shared.other_half[thread], &shared.has_half[warp]);
+        shared.has_half[warp].wait(half_round);
+        half_round ^= 1;
+#pragma unroll
+        for (int i = 0; i < P::HALF; ++i) {
+          const uint32_t other = shared.other_half[thread][i];
+          pairs(i) = rank == 0 ? mine[i] : other;
+          pairs(P::HALF + i) = rank == 0 ? other : mine[i];
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < size(h); ++i) h_left(i) = rounded(i, 0);
+      }
       if (n == 0) {
-        const Tensor pairs = recast<uint32_t>(h_left);
 #pragma unroll
         for (int i = 0; i < size(pairs); ++i) {
           const int64_t to = row + lane / 4 + 8 * (i % 2);
@@ -277,6 +321,8 @@ __global__ void __launch_bounds__(P::THREADS, 1) lowrank_gemm_sm90_kernel(
       shared.full[stage].init(1);
       shared.empty[stage].init(PAIR * P::GROUPS);
     }
+    if constexpr (P::SHARES_H)
+      for (auto& barrier : shared.has_half) barrier.init(1);
     cutlass::arch::fence_barrier_init();
   }
   cluster_arrive_relaxed();
@@ -306,7 +352,7 @@ cudaError_t launch_product(const LowRankGemm& op, cudaStream_t stream) {
   const int M = static_cast<int>(op.M), N = static_cast<int>(op.N), K = static_cast<int>(op.K),
             R = static_cast<int>(op.R);
   const Matrix& factor = P::RANKS > 0 ? op.P : op.T;  // a tensor map must be of something
-  const Operands<P> from{P::copy_a(op.A, M, K), P::copy_a(op.H, M, R), P::copy_b(op.B, N, K), P::copy_b(op.T, N, R),
+  const Operands<P> from{P::copy_left(op.A, M, K), P::copy_a(op.H, M, R), P::copy_b(op.B, N, K), P::copy_b(op.T, N, R),
       P::copy_p(factor, R, P::RANKS > 0 ? K : R)};
   const TmaDescriptor none{};  // what is left where the driver refuses
   for (const TmaDescriptor* map : {from.A.get_tma_descriptor(), from.H.get_tma_descriptor(),
@@ -320,16 +366,17 @@ cudaError_t launch_product(const LowRankGemm& op, cudaStream_t stream) {
 }
 
 // Time of whole waves of tiles, in elements of output.
-int64_t wave_cost(const LowRankGemm& op, int64_t rows, int64_t columns) {
-  const int64_t pairs = ceil_div(op.M, PAIR * rows) * ceil_div(op.N, columns);
+int64_t wave_cost(const LowRankGemm& op, int64_t rows, int64_t columns, bool shares_h) {
+  const int64_t pairs = ceil_div(op.M, (shares_h ? 1 : PAIR) * rows) * ceil_div(op.N, (shares_h ? PAIR : 1) * columns);
   return ceil_div(pairs, multiprocessors() / PAIR) * rows * columns;
 }
 
 template <class T, class Out, bool TRANSPOSED, int RANKS, bool SECOND>
 cudaError_t launch_tile(const LowRankGemm& op, cudaStream_t stream) {
-  return wave_cost(op, 192, 192) < wave_cost(op, 128, 256)
-             ? launch_product<Product<T, TRANSPOSED, 3, 192, RANKS, SECOND>, Out>(op, stream)
-             : launch_product<Product<T, TRANSPOSED, 2, 256, RANKS, SECOND>, Out>(op, stream);
+  using Square = Product<T, TRANSPOSED, 3, 192, RANKS, SECOND>;
+  using Wide = Product<T, TRANSPOSED, 2, 256, RANKS, SECOND>;
+  const bool is_square = wave_cost(op, 192, 192, Square::SHARES_H) < wave_cost(op, 128, 256, Wide::SHARES_H);
+  return is_square ? launch_product<Square, Out>(op, stream) : launch_product<Wide, Out>(op, stream);
 }
 
 template <class T, class Out, int RANKS, bool SECOND>
@@ -349,6 +396,12 @@ cudaError_t launch_type(const LowRankGemm& op, cudaStream_t stream) {
 }
 
 }  // namespace
+
+bool lowrank_gemm_sm90_makes_h(const LowRankGemm& op) {
+  // A pair that shares H has one place for the other's half. It is free again after as many steps as there are buffers.
+  const bool pays = is_second_generation() ? op.K > (STAGES - 1) * 64 : op.N <= MADE_BESIDE;
+  return op.R <= MADE_RANKS && pays;
+}
 
 bool lowrank_gemm_sm90_takes(const LowRankGemm& op) {
   constexpr int64_t most = int64_t{1} << 31;

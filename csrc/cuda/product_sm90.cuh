@@ -28,7 +28,11 @@ struct Product {
   using M = Int<64 * GROUPS>;
   using N = Int<COLUMNS>;
   using K = _64;
-  using R = Int<RANKS == 0 ? 32 : RANKS>;
+  // In the second generation, a pair that makes H shares rows of A and takes neighbouring columns of B: each of its
+  // blocks makes half of H's columns and sends them to the other.
+  static constexpr bool SHARES_H = SECOND && RANKS > 0;
+  using R = Int<RANKS == 0 ? 32 : SHARES_H ? RANKS / 2 : RANKS>;
+  static constexpr int HALF = RANKS / 8;  // registers of a thread for its half of H
   static constexpr GMMA::Major MAJOR = TRANSPOSED ? GMMA::Major::K : GMMA::Major::MN;
   using Groups = Layout<Shape<Int<GROUPS>, _1, _1>>;
   using Mma =
@@ -36,7 +40,7 @@ struct Product {
   using MmaH = decltype(make_tiled_mma(
       GMMA::ss_op_selector<T, T, float, Shape<M, R, K>, GMMA::Major::K, GMMA::Major::K>(), Groups{}));
   using MmaTail =
-      decltype(make_tiled_mma(GMMA::rs_op_selector<T, T, float, Shape<M, N, R>, GMMA::Major::K, MAJOR>(), Groups{}));
+      decltype(make_tiled_mma(GMMA::rs_op_selector<T, T, float, Shape<M, N, _16>, GMMA::Major::K, MAJOR>(), Groups{}));
   using AtomK = GMMA::Layout_K_SW128_Atom<T>;
   using AtomB = std::conditional_t<TRANSPOSED, AtomK, GMMA::Layout_MN_SW128_Atom<T>>;
   using LayoutA = decltype(tile_to_shape(AtomK{}, Shape<M, K, Int<STAGES>>{}));
@@ -44,7 +48,7 @@ struct Product {
       AtomB{}, Shape<N, K, Int<STAGES>>{}, std::conditional_t<TRANSPOSED, Step<_1, _2, _3>, Step<_2, _1, _3>>{}));
   using LayoutP = decltype(tile_to_shape(AtomK{}, Shape<R, K, Int<STAGES>>{}));
   static constexpr int BYTES_A = M{} * K{} * sizeof(T), BYTES_B = N{} * K{} * sizeof(T),
-                       BYTES_P = RANKS * K{} * sizeof(T);
+                       BYTES_P = RANKS == 0 ? 0 : R{} * K{} * sizeof(T);
   // A warp's rows of the output on their way out, 32 columns at a time; 8 more keep rows in different banks.
   static constexpr int OUT_COLUMNS = 32, OUT_ROW = OUT_COLUMNS + 8;
 
@@ -53,6 +57,8 @@ struct Product {
     array_aligned<T, cosize_v<LayoutB>, 1024> b;
     array_aligned<T, RANKS == 0 ? 8 : cosize_v<LayoutP>, 1024> p;
     alignas(16) T out[4 * GROUPS][16 * OUT_ROW];
+    alignas(16) uint32_t other_half[SHARES_H ? THREADS - 128 : 1][SHARES_H ? HALF : 1];  // of H, from the other block
+    cutlass::arch::ClusterTransactionBarrier has_half[4 * GROUPS];                       // a warp has got it
     cutlass::arch::ClusterTransactionBarrier full[STAGES];
     cutlass::arch::ClusterBarrier empty[STAGES];
   };
@@ -65,6 +71,13 @@ struct Product {
   static auto copy_a(const Matrix& of, int rows, int columns) {
     return make_tma_copy(SM90_TMA_LOAD{}, by_rows(of, rows, columns), LayoutA{}(_, _, 0), Shape<M, K>{}, _1{});
   }
+  static auto copy_left(const Matrix& of, int rows, int columns) {
+    if constexpr (SHARES_H)
+      return make_tma_copy(
+          SM90_TMA_LOAD_MULTICAST{}, by_rows(of, rows, columns), LayoutA{}(_, _, 0), Shape<M, K>{}, Int<PAIR>{});
+    else
+      return copy_a(of, rows, columns);
+  }
   static auto copy_b(const Matrix& of, int columns, int depth) {
     const auto matrix = [&] {
       if constexpr (TRANSPOSED)
@@ -73,20 +86,28 @@ struct Product {
         return make_tensor(make_gmem_ptr(static_cast<const T*>(of.data)),
             make_layout(make_shape(columns, depth), make_stride(_1{}, of.row)));
     }();
-    return make_tma_copy(SM90_TMA_LOAD_MULTICAST{}, matrix, LayoutB{}(_, _, 0), Shape<N, K>{}, Int<PAIR>{});
+    if constexpr (SHARES_H)
+      return make_tma_copy(SM90_TMA_LOAD{}, matrix, LayoutB{}(_, _, 0), Shape<N, K>{}, _1{});
+    else
+      return make_tma_copy(SM90_TMA_LOAD_MULTICAST{}, matrix, LayoutB{}(_, _, 0), Shape<N, K>{}, Int<PAIR>{});
   }
   static auto copy_p(const Matrix& of, int columns, int depth) {
-    return make_tma_copy(
-        SM90_TMA_LOAD_MULTICAST{}, by_rows(of, columns, depth), LayoutP{}(_, _, 0), Shape<R, K>{}, Int<PAIR>{});
+    if constexpr (SHARES_H)
+      return make_tma_copy(SM90_TMA_LOAD{}, by_rows(of, columns, depth), LayoutP{}(_, _, 0), Shape<R, K>{}, _1{});
+    else
+      return make_tma_copy(
+          SM90_TMA_LOAD_MULTICAST{}, by_rows(of, columns, depth), LayoutP{}(_, _, 0), Shape<R, K>{}, Int<PAIR>{});
   }
-  using CopyA = decltype(copy_a({}, 0, 0));
+  using CopyA = decltype(copy_left({}, 0, 0));
+  using CopyH = decltype(copy_a({}, 0, 0));
   using CopyB = decltype(copy_b({}, 0, 0));
   using CopyP = decltype(copy_p({}, 0, 0));
 };
 
 template <class P>
 struct Operands {
-  typename P::CopyA A, H;
+  typename P::CopyA A;
+  typename P::CopyH H;
   typename P::CopyB B, T;
   typename P::CopyP factor;
 };
