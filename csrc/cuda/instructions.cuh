@@ -88,8 +88,9 @@ __device__ inline float read_shared_of(uint32_t block, const float* own) {
   return value;
 }
 
-// Sends registers to the place in another block's shared memory where `own` lies in that of this block. They arrive
-// asynchronously, and the barrier of that block that lies where `barrier` lies in this one counts their bytes.
+// Sends registers asynchronously to the shared memory of another block of the cluster. They are written at the address
+// that `own` has in this block. When they arrive, their bytes are counted by the barrier of the other block whose
+// address is that of `barrier` in this block.
 template <int N>
 __device__ inline void send_async(uint32_t block, const uint32_t (&values)[N], uint32_t* own, const void* barrier) {
   static_assert(N == 2 || N == 4);

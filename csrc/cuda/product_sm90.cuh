@@ -1,7 +1,7 @@
-// The types of lowrank_gemm_sm90.cu's product: instructions, layouts in shared memory, tensor maps.
+// Defines the types of the product in lowrank_gemm_sm90.cu: instructions, layouts in shared memory, and tensor maps.
 #pragma once
 
-// clang-format off: CuTe comes before the rest of CUTLASS, which does not stand alone
+// clang-format off: CuTe must come before the other headers of CUTLASS, which do not compile without it
 #include <cute/tensor.hpp>
 #include <cutlass/arch/barrier.h>
 #include <cutlass/arch/reg_reconfig.h>
@@ -12,14 +12,15 @@
 
 namespace efft {
 
-using namespace cute;  // NOLINT: the library's vocabulary, of the one file that includes this
+using namespace cute;  // NOLINT: only lowrank_gemm_sm90.cu includes this file
 
-// Blocks that work together, and buffers of the ring.
+// The number of blocks in a pair, and the number of buffers in the ring.
 constexpr int PAIR = 2, STAGES = 4;
 constexpr size_t SHARED_OF_SM90 = 227 * 1024;
 
-// What a block computes. T: of a product in CUTLASS's spelling; TRANSPOSED: B and T are [N, K]; GROUPS: warp groups
-// that multiply; RANKS: columns of H made beside Y, 0 where H is there; SECOND: of the second generation.
+// The product that a block computes. T is the type of its operands (a type of CUTLASS), and TRANSPOSED says whether B
+// and T are stored as [N, K]. GROUPS is the number of warp groups that multiply. RANKS is the number of columns of H
+// that the kernel computes, or 0 if H has already been computed. SECOND selects the second generation of kernels.
 template <class T_, bool TRANSPOSED, int GROUPS_, int COLUMNS, int RANKS_, bool SECOND_>
 struct Product {
   using T = T_;
@@ -28,11 +29,11 @@ struct Product {
   using M = Int<64 * GROUPS>;
   using N = Int<COLUMNS>;
   using K = _64;
-  // In the second generation, a pair that makes H shares rows of A and takes neighbouring columns of B: each of its
-  // blocks makes half of H's columns and sends them to the other.
+  // In the second generation, the blocks of a pair that computes H have the same rows of A and adjacent columns of B.
+  // Each block computes half of the columns of H and sends them to the other block.
   static constexpr bool SHARES_H = SECOND && RANKS > 0;
   using R = Int<RANKS == 0 ? 32 : SHARES_H ? RANKS / 2 : RANKS>;
-  static constexpr int HALF = RANKS / 8;  // registers of a thread for its half of H
+  static constexpr int HALF = RANKS / 8;  // number of registers that hold a thread's part of one half of H
   static constexpr GMMA::Major MAJOR = TRANSPOSED ? GMMA::Major::K : GMMA::Major::MN;
   using Groups = Layout<Shape<Int<GROUPS>, _1, _1>>;
   using Mma =
@@ -49,7 +50,8 @@ struct Product {
   using LayoutP = decltype(tile_to_shape(AtomK{}, Shape<R, K, Int<STAGES>>{}));
   static constexpr int BYTES_A = M{} * K{} * sizeof(T), BYTES_B = N{} * K{} * sizeof(T),
                        BYTES_P = RANKS == 0 ? 0 : R{} * K{} * sizeof(T);
-  // A warp's rows of the output on their way out, 32 columns at a time; 8 more keep rows in different banks.
+  // The size of the memory in which a warp rearranges rows of the output, 32 columns at a time. The 8 additional
+  // elements put the rows in different banks.
   static constexpr int OUT_COLUMNS = 32, OUT_ROW = OUT_COLUMNS + 8;
 
   struct alignas(1024) Shared {
@@ -57,8 +59,9 @@ struct Product {
     array_aligned<T, cosize_v<LayoutB>, 1024> b;
     array_aligned<T, RANKS == 0 ? 8 : cosize_v<LayoutP>, 1024> p;
     alignas(16) T out[4 * GROUPS][16 * OUT_ROW];
-    alignas(16) uint32_t other_half[SHARES_H ? THREADS - 128 : 1][SHARES_H ? HALF : 1];  // of H, from the other block
-    cutlass::arch::ClusterTransactionBarrier has_half[4 * GROUPS];                       // a warp has got it
+    // The half of H that the other block computes, and barriers that signal when each warp has received its part of it.
+    alignas(16) uint32_t other_half[SHARES_H ? THREADS - 128 : 1][SHARES_H ? HALF : 1];
+    cutlass::arch::ClusterTransactionBarrier has_half[4 * GROUPS];
     cutlass::arch::ClusterTransactionBarrier full[STAGES];
     cutlass::arch::ClusterBarrier empty[STAGES];
   };
@@ -82,7 +85,7 @@ struct Product {
     const auto matrix = [&] {
       if constexpr (TRANSPOSED)
         return by_rows(of, columns, depth);
-      else  // [K, N] with its dimensions exchanged
+      else  // B is stored as [K, N], and the tensor map needs [N, K]
         return make_tensor(make_gmem_ptr(static_cast<const T*>(of.data)),
             make_layout(make_shape(columns, depth), make_stride(_1{}, of.row)));
     }();
