@@ -69,8 +69,8 @@ __device__ void add_parts(float* row, const float* parts) {
   row[column] = sum;
 }
 
-// Computes thin^T wide over this block's tokens in `sums` [RANKS, ROW]. If `adds` is set, the next row
-// receives the sums of the columns of `wide`.
+// Computes thin^T wide over this block's tokens in `sums` [RANKS, ROW]. If `adds` is set, the next row receives the
+// sums of the columns of `wide`.
 template <class T, int RANKS>
 __device__ void sum_products(
     const Source<T>& wide, const Source<T>& thin, const Range& range, int64_t rank, bool adds, float* sums) {
@@ -157,9 +157,9 @@ __device__ void sum_columns(
       else
         load<T>(at, static_cast<const T*>(z.data) + token * z.row, column, columns);
       const float mean = norm.mean[token], rstd = norm.rstd[token];
+      // Beyond the row, values[i] is zero.
 #pragma unroll
-      for (int i = 0; i < N; ++i)
-        times_z[i] += values[i] * ((at[i] - mean) * rstd);  // values[i] is zero beyond the row
+      for (int i = 0; i < N; ++i) times_z[i] += values[i] * ((at[i] - mean) * rstd);
     }
 #pragma unroll
     for (int i = 0; i < N; ++i) plain[i] += values[i];
