@@ -201,7 +201,8 @@ def check_rates(rates: Any, where: str) -> None:
         raise ValueError(f"{where} must be a dict of kinds of parameters to rates, got {quote(rates)}")
     for kind, rate in rates.items():
         if kind not in RATE_KINDS:
-            raise ValueError(f"{where} must name only {', '.join(RATE_KINDS)}; there is no kind of parameters {kind!r}")
+            known = ", ".join(RATE_KINDS)
+            raise ValueError(f"{where} must be rates of {known}; there is no kind of parameters {kind!r}")
         if not is_number(rate) or rate <= 0:
             raise ValueError(f"{where} must be positive multiples of lr, got {quote(rate)} for {kind!r}")
 
