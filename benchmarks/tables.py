@@ -390,12 +390,10 @@ def with_sources(
 
 
 def _by_command(lines: Iterable[Line]) -> list[tuple[str, list[Line]]]:
-    """Return the title and the lines of each run: the names of its tasks, or no title if there is only one run."""
+    """Return the title and the lines of each run. The title consists of the names of the run's tasks."""
     runs: dict[tuple[str, str], list[Line]] = {}
     for line in lines:
         runs.setdefault((line["date"], line["command"]), []).append(line)
-    if len(runs) == 1:
-        return [("", run) for run in runs.values()]
     return [(", ".join(dict.fromkeys(str(line["task"]) for line in run)), run) for run in runs.values()]
 
 

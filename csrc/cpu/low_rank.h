@@ -255,10 +255,17 @@ template <class E>
 void sum_rows(int64_t rows, int64_t columns, Rows<const E> of, float* total, bool is_first) {
   for_sums(columns, [&](int64_t j, int count, auto registers) {
     constexpr int N = decltype(registers)::value;
+    // Sums of a few rows are added up, because the rounding error of one long sum grows with its length.
+    constexpr int64_t FEW = 16;
     Floats sums[N]{};
-    for (int64_t i = 0; i < rows; ++i)
+    for (int64_t first = 0; first < rows; first += FEW) {
+      Floats some[N]{};
+      for (int64_t i = first; i < std::min(first + FEW, rows); ++i)
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) sums[n] += load(of.data + i * of.row + j + n * LANES, count);
+        for (int n = 0; n < N; ++n) some[n] += load(of.data + i * of.row + j + n * LANES, count);
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) sums[n] += some[n];
+    }
     add_sums(sums, total + j, count, is_first);
   });
 }

@@ -30,8 +30,8 @@ def test_runs_with_equal_tasks_keep_all_sources(monkeypatch: pytest.MonkeyPatch,
     ]
 
 
-def test_the_source_of_a_single_run_has_no_title(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_source_of_a_single_run_names_its_tasks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     run = {"date": "2026-01-01T00:00:00", "command": "text"}
     assert sources(monkeypatch, tmp_path, {**run, "seed": 0}, {**run, "seed": 1}) == [
-        "- `text`, commit abc, a CPU; ; 2026-01-01"
+        "- docstrings: `text`, commit abc, a CPU; ; 2026-01-01"
     ]
