@@ -139,6 +139,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "accuracy_long": partial(accuracy, "local_long"),
     "comparisons_long": partial(accuracy, "local_long", "comparisons"),
     "accuracy_grid": partial(accuracy, "local_grid"),
+    "accuracy_twelve": partial(accuracy, "twelve"),
+    "comparisons_twelve": partial(accuracy, "twelve", "comparisons"),
 }
 
 
