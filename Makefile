@@ -37,17 +37,17 @@ extension: $(VENV)/.efft-dev ## Compile csrc/, as far as this machine has the to
 	@! command -v nvcc >/dev/null || $(RUN) pip install --quiet --no-deps nvidia-cutlass==$(CUTLASS)
 	$(RUN) efft_kernels build
 
-test: extension ## Run the tests that tell whether the library works, in minutes
+test: extension ## Run the fast tests, which take minutes
 	$(TESTS) -m "not slow" $(UNEMULATED) $(ARGS)
 
-test-long: extension check-isa ## Run what `make test` leaves out, all but the emulated CUDA kernels
+test-long: extension check-isa ## Run what `make test` leaves out, except the emulated CUDA kernels
 	@if $(BIN)/python -c "import triton" 2>/dev/null; then TRITON_INTERPRET=1 $(TESTS) $(IN_TRITONS_INTERPRETER); else \
 	  echo "triton is not installed: its kernels are not tested"; fi
 	$(TESTS) -m slow $(UNEMULATED) $(ARGS)
 
-test-all: test test-long ## Run both
+test-all: test test-long ## Run the tests of both `make test` and `make test-long`
 
-check-isa: extension ## Run tests of the cpu backend with every instruction set that the processor has
+check-isa: extension ## Run tests of the cpu backend with each instruction set that this processor supports, except the best
 	OMP_NUM_THREADS=1 $(RUN) tests.csrc.cpu.check sets
 
 check-triton: $(VENV)/.efft-dev ## Run the interpreter's tests and the resource report with the oldest Triton supported

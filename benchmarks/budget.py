@@ -19,7 +19,7 @@ from benchmarks.ops.rows import LayerRow
 
 #: The largest error allowed, as a multiple of the error of the plain formula.
 FACTOR = 2.0
-#: Size of the update relative to the base in :meth:`Budget.small_update_error`.
+#: The norm of the update divided by that of the frozen weight in :meth:`Budget.small_update_error`.
 SMALL = 1e-2
 
 

@@ -29,7 +29,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Hold the sizes of one layer call; ``width`` is the bytes per element of the activations and the frozen weight."""
+    """Hold the sizes of one layer call; ``width`` is the size of an element of x, y and W in bytes."""
 
     tokens: int
     d_in: int

@@ -213,7 +213,10 @@ ROWS: dict[str, Callable[[Inputs], Trained]] = {"floor": floor, "efft": efft, "l
 
 
 def _bank(inputs: Inputs) -> tuple[TTFactors, dict[str, Site]]:
-    """Return a tensor train for both parameters, one core per matrix, and |dW| about |W|; calls return equal values."""
+    """Return a tensor train for both parameters, with one core per matrix and |dW| about as large as |W|.
+
+    All calls return equal values.
+    """
     d, inner, n, _ = MODELS[inputs.case.model]
     bank = TTFactors(d, inner, inputs.case.rank, n_cores=3 * n, device=inputs.case.device)
     torch.manual_seed(1)

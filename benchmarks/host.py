@@ -273,7 +273,7 @@ def measure(rows: Sequence[str], dtype: str, repeats: int) -> list[dict[str, Any
 
 
 def show(lines: Sequence[dict[str, Any]]) -> None:
-    """Print one table: per layer, and in brackets what a pass costs in addition."""
+    """Print one table: the counts per layer and, in brackets, the additional counts per pass."""
     fields = ("dispatcher_calls", "python_calls", "microseconds")
     print(f"\n{'dtype':<10}{'row':<13}{'mode':<18}" + "".join(f"{field.replace('_', ' '):>22}" for field in fields))
     for line in lines:

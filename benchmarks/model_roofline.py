@@ -152,7 +152,8 @@ class Case:
         return [("dG, dD", one_pass), ("dC, dV", self.tiny)]
 
 
-#: Time of a column of h that a product makes, relative to a column of its tile; fitted like the defaults of Machine.
+#: Time of a column of h that a product computes, relative to a column of its tile. Like the defaults of Machine, it is
+#: a constant that benchmarks.steps fits.
 _BESIDE = 0.8
 
 Design = Callable[[Case], tuple[Kernels, Kernels]]

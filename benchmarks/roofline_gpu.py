@@ -16,8 +16,9 @@ from functools import cached_property
 class Machine:
     """Hold the properties of a GPU that the model uses; the defaults describe an H200.
 
-    ``bandwidth``, ``fixed`` and ``own`` are by default the constants that :mod:`benchmarks.steps` fits to the recorded
-    medians of an H200.
+    The defaults of ``bandwidth``, ``fixed`` and ``own`` come from the constants that :mod:`benchmarks.steps` fits to
+    the recorded medians of an H200. There, ``fixed`` is called ``launch``, and ``own`` is a ratio of times, of which
+    ``own`` here is the reciprocal.
 
     Attributes:
         flops: peak of a large bf16 product, in FLOP/s.
@@ -43,11 +44,17 @@ class Machine:
         )
 
     def memory(self, n_bytes: float, flops: float = 0.0) -> float:
-        """Return the time of a kernel limited by memory; its products run at 30 % of peak."""
+        """Return the time in microseconds of a kernel that is limited by memory; its products run at 30 % of peak."""
         return self.fixed + 1e6 * max(n_bytes / self.bandwidth, flops / (0.3 * self.flops))
 
     def product(self, m: int, n: int, k: int, *, relative: float = 1.0, tail: int = 0) -> float:
-        """Return the time of ``[m, k] @ [k, n]`` at the speed ``relative``; ``tail`` is an extra step along k."""
+        """Return the time of ``[m, k] @ [k, n]`` in microseconds.
+
+        Args:
+            m, n, k: sizes of the product.
+            relative: speed relative to the vendor's product.
+            tail: number of elements along k that are computed in addition to ``k``.
+        """
         n_bytes = 2 * (m * k + k * n + m * n)
         if self.tiled:
             work = _tiles(m, n, math.ceil(k / _K_STEP) + tail / _K_STEP, self._main_loop, self)
@@ -56,7 +63,7 @@ class Machine:
         return self.fixed + max(work / relative, 1e6 * n_bytes / self.bandwidth)
 
     def skinny(self, m: int, n: int, k: int) -> float:
-        """Return the time of a product in which one side is as short as the rank."""
+        """Return the time in microseconds of a product in which one size is the rank."""
         return self.memory(2 * (m * k + k * n + m * n), 2 * m * n * k)
 
     @cached_property

@@ -3,9 +3,10 @@
     python -m benchmarks serve --quick
 
 A row is one way to serve the model. Weights and images have the given dtype. All rows see the same images and are
-measured in turn within each repetition. Rows that compute the EFFT update are checked first. The errors of their logits
-against fp64 are compared with the errors of W + dW in the same dtype. Rows ``pool:n`` use a different one of n adapters
-for every image (:class:`efft.AdapterPool`). All times are also compared with ``pool:1`` and with the merged model.
+measured in turn within each repetition. Rows that compute the EFFT update are checked first: the errors of their logits
+against fp64 are compared with the errors of W + dW in the same dtype. A row ``pool:n`` has a pool of n adapters
+(:class:`efft.AdapterPool`) and uses a different one for each image. All times are also compared with ``pool:1`` and
+with the merged model.
 """
 
 from __future__ import annotations

@@ -9,9 +9,9 @@ they move. ``tests/csrc/test_emulated.py`` compares this list with the launches 
 
 The time of a kernel is a launch time plus its work. A kernel limited by memory moves its bytes at the bandwidth. A
 product takes the time of the vendor's product (the recorded median of the frozen baseline minus a launch), multiplied
-by ``own``, plus the time of its tail and of the columns of h that it makes. :func:`fit` determines the four constants
-from the medians in ``ops.jsonl``. The predictions for changes are modeled, not measured: they assume that the fitted
-constants stay the same, and the assumptions in :data:`STEPS`.
+by ``own``, plus the time of its tail (the rank-r product) and of the columns of h that it computes. :func:`fit`
+determines the four constants from the medians in ``ops.jsonl``. The predictions for changes are modeled, not measured.
+They assume that the fitted constants stay the same, and make the assumptions in :data:`STEPS`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from benchmarks.markdown import table
 from benchmarks.tables import Line, read
 from efft_lab import record
 
-#: The planned changes: what each one does, and what the model assumes about it.
+#: For each planned change, a description of its effect and of the model's assumptions.
 STEPS = {
     "A": "the tail of a product takes ceil(r / 16) steps of depth 16, and h has ceil(r / 16) times 16 columns",
     "B": "the bank packs D and G once per forward pass, and a reduction adds its ranges of tokens itself",
@@ -41,15 +41,16 @@ STEPS = {
     "H": "reductions overlap with the next product: assumed to hide half of their time",
 }
 #: The steps that the second generation of kernels contains.
-SECOND_GENERATION = "ABC"
+SECOND_GENERATION = "ABCE"
 LAYERS = {"qkv": (768, 2304), "o": (768, 768), "fc1": (768, 3072), "fc2": (3072, 768)}
 PASSES = ("fwd", "bwd")
 TOKENS, RANK = 64 * 197, 32
 
 _PROCESSORS = 132
-_DEPTH, _TILE = 64, 192  # of a step of the main loop, and columns of a tile
-_MADE_RANKS, _MADE_BESIDE = 32, 2048  # lowrank_gemm_sm90.h: most columns of h and of y for which a product makes h
-_REDUCED_COLUMNS, _REDUCED_TOKENS = 64, 256  # reduce_tokens.cu: columns of a thread block, least tokens of a range
+_DEPTH, _TILE = 64, 192  # the depth of a step of the main loop, and the number of columns of a tile
+_MADE_RANKS, _MADE_BESIDE = 32, 2048  # lowrank_gemm_sm90.h: limits of columns of h and of y, to compute h in a product
+_SHARING_DEPTH = 3 * _DEPTH  # lowrank_gemm_sm90.cu: a deeper product lets the blocks of a pair share h
+_REDUCED_COLUMNS, _REDUCED_TOKENS = 64, 256  # reduce_tokens.cu: the columns of a block, the least tokens of a range
 
 
 class Sizes(NamedTuple):
@@ -69,7 +70,7 @@ class Launch:
         kernel: the name of the kernel in csrc/cuda.
         bytes: bytes of the operands and results, each counted once.
         depth: for a product, the depth of its main loop plus that of its tail, relative to the main loop; otherwise 0.
-        beside: columns of h that a product makes in addition to each tile, relative to the columns of a tile.
+        beside: number of columns of h that a product computes for each tile, divided by the columns of a tile.
     """
 
     kernel: str
@@ -82,15 +83,15 @@ def launches(of: Sizes, direction: str, steps: Collection[str] = (), processors:
     """Return the kernels of one call of ``tt_linear`` in the order of their launches.
 
     Args:
-        of: the sizes of the layer; bf16 activations and fp32 factors.
-        direction: "fwd", or "bwd" with dx, dD and dG needed.
+        of: sizes of the layer, which has bf16 activations and fp32 factors.
+        direction: "fwd" for the forward pass, or "bwd" for a backward pass that computes dx, dD and dG.
         steps: the changes (keys of :data:`STEPS`) that the kernels contain.
-        processors: the multiprocessors of the GPU.
+        processors: number of multiprocessors of the GPU.
     """
     tokens, rank = of.tokens, of.rank
     k, n = (of.d_in, of.d_out) if direction == "fwd" else (of.d_out, of.d_in)
     h, factors = 2 * tokens * rank, rank * (of.d_in + of.d_out)
-    made = rank <= _MADE_RANKS and (n <= _MADE_BESIDE or "E" in steps)
+    made = rank <= _MADE_RANKS and (k > _SHARING_DEPTH if "E" in steps else n <= _MADE_BESIDE)
     found = [] if "B" in steps else [Launch("pack", 6 * factors)]
     if not made:
         found.append(Launch("project", 2 * tokens * k + 2 * rank * k + h))
@@ -129,7 +130,7 @@ class Run(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """The measured time of the block relative to the frozen baseline."""
+        """Return the measured time of the block divided by that of the frozen baseline."""
         return sum(self.ours.values()) / sum(self.floor.values())
 
 
@@ -140,7 +141,7 @@ class Constants(NamedTuple):
         own: time of our product relative to the vendor's, without tail and h.
         launch: time of a launch in microseconds.
         bandwidth: bandwidth of kernels that are limited by memory, in TB/s.
-        beside: time of a column of h that a product makes, relative to a column of its tile.
+        beside: time of a column of h that a product computes, relative to a column of its tile.
     """
 
     own: float

@@ -1,4 +1,7 @@
-"""Format results as tables. Each table shows the newest run in a result file and names the source of its numbers.
+"""Format results as tables, each of which names the sources of its numbers.
+
+Most tables show the newest run in a result file. :func:`host` shows the first and the newest run. :func:`subspaces`,
+:func:`starts` and :func:`study` combine several runs, and use the newest line of each measurement.
 
 A row of a table is one implementation in a comparison. The row "floor" of the result files is the frozen baseline.
 """
@@ -6,7 +9,7 @@ A row of a table is one implementation in a comparison. The row "floor" of the r
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
@@ -168,7 +171,7 @@ def serve(device: str) -> str:
 
 
 def many_adapters(device: str) -> str:
-    """Return the table of ViT-B/16 inference with a different one of n adapters per image: ratios and memory."""
+    """Return the table of ViT-B/16 inference with n adapters, each image with another one: time ratios and memory."""
     runs = newest("serve", model=VIT_B, device=device)
     names = [(name, title) for name, title in _present(runs) if name.startswith("pool:")]
     if not names:
@@ -240,7 +243,7 @@ def planning() -> str:
 
 
 def host() -> str:
-    """Return the table of the calls that one layer costs the host, in the first and in the newest run."""
+    """Return the table of the calls that the host makes for one layer, in the first and in the newest run."""
     lines = [line for line in read("host") if line["dtype"] == "float32"]
     if not lines:
         return NOTHING
@@ -296,7 +299,10 @@ def demo() -> str:
 
 
 def subspaces() -> str:
-    """Return the table of full fine-tuning's updates and gradients in low-rank bases, as means over tasks and seeds."""
+    """Return the table of the share of updates and gradients that low-rank bases keep, as means over tasks and seeds.
+
+    The updates and gradients are those of full fine-tuning.
+    """
     newest = {(x["of"], x["set"], x["task"], x["seed"]): x for x in read("subspaces")}
     if not newest:
         return NOTHING
@@ -318,7 +324,7 @@ _STARTS = {"side": "one side, random cores", "cores": "both sides, zero cores"}
 
 
 def starts() -> str:
-    """Return the table of EFFT2's accuracy by the start of its factors, as means over seeds."""
+    """Return the table of EFFT2's accuracy for each way to initialize its factors, as means over seeds."""
     newest = {(x["kind"], x["source"], x["task"], x["seed"]): x for x in read("starts")}
     if not newest:
         return NOTHING
@@ -335,7 +341,7 @@ def starts() -> str:
 
 
 def study(name: str) -> str:
-    """Return the accuracy table of a study in :mod:`efft_lab.studies.side_by_side`: mean and deviation over seeds."""
+    """Return the table of a study in :mod:`efft_lab.studies.side_by_side`: mean accuracy and its standard deviation."""
     newest = {(x["row"], x["seed"]): x for x in read(name)}
     groups: dict[str, list[Line]] = {}
     for (row, _), line in newest.items():
@@ -369,19 +375,26 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
-def with_sources(header: Sequence[str], rows: Iterable[Sequence[str]], runs: dict[str, list[Line]]) -> str:
-    """Return a table, followed by the source of the numbers of each run."""
-    notes = [f"- {f'{key}: ' if key else ''}{provenance(lines[0])}" for key, lines in runs.items()]
+def with_sources(
+    header: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    runs: Mapping[str, list[Line]] | Sequence[tuple[str, list[Line]]],
+) -> str:
+    """Return a table, followed by the source of the numbers of each run.
+
+    ``runs`` contains a title, which may be empty, and the lines of each run.
+    """
+    titled = runs.items() if isinstance(runs, Mapping) else runs
+    notes = [f"- {f'{title}: ' if title else ''}{provenance(lines[0])}" for title, lines in titled]
     return table(header, rows) + "\n\n" + "\n".join(notes)
 
 
-def _by_command(lines: Iterable[Line]) -> dict[str, list[Line]]:
-    """Return the lines of each run for :func:`with_sources`, keyed by their subject if there are several runs."""
+def _by_command(lines: Iterable[Line]) -> list[tuple[str, list[Line]]]:
+    """Return the title and the lines of each run. The title consists of the names of the run's tasks."""
     runs: dict[tuple[str, str], list[Line]] = {}
     for line in lines:
         runs.setdefault((line["date"], line["command"]), []).append(line)
-    titles = [", ".join(dict.fromkeys(str(line["task"]) for line in run)) for run in runs.values()]
-    return dict(zip(titles, runs.values(), strict=True))
+    return [(", ".join(dict.fromkeys(str(line["task"]) for line in run)), run) for run in runs.values()]
 
 
 def provenance(line: Line) -> str:
@@ -393,7 +406,7 @@ def provenance(line: Line) -> str:
 
 
 def _present(runs: dict[str, list[Line]]) -> list[tuple[str, str]]:
-    """Return (row, title) of every row that has results in at least one run."""
+    """Return the name and the title of every row that has results in at least one run."""
     measured = {line["row"] for lines in runs.values() for line in lines if line.get("reason") is None}
     order = [*TITLES, *sorted(measured - set(TITLES))]
     return [(name, TITLES.get(name, f"`{name}`")) for name in order if name in measured]
@@ -408,13 +421,13 @@ def _cell(line: Line | None, needs: str, text: Callable[[Line], str]) -> str:
 
 
 def _ratio_cell(runs: dict[str, list[Line]], layer: str, name: str) -> str:
-    """Return the time ratio of row ``name`` for one layer, by dtype."""
+    """Return the time ratios of row ``name`` for one layer, one per dtype."""
     lines = (_row((x for x in of_dtype if x["case"] == layer), name) for of_dtype in runs.values())
     return " / ".join(_cell(line, "ratio", lambda x: f"{x['ratio']['fwd_bwd']['p50']:.2f}") for line in lines)
 
 
 def _limit_cell(runs: dict[str, list[Line]], layer: str) -> str:
-    """Return the arithmetic limit of the time ratio for one layer, by dtype; rows without factors do not count."""
+    """Return the arithmetic limits of the time ratio for one layer, one per dtype; ignore rows without factors."""
     limits = (
         max((x["limit"]["fwd_bwd"] for x in of_dtype if x["case"] == layer and "limit" in x), default=None)
         for of_dtype in runs.values()
@@ -423,7 +436,10 @@ def _limit_cell(runs: dict[str, list[Line]], layer: str) -> str:
 
 
 def _block_cell(lines: Sequence[Line], name: str) -> str:
-    """Return the ratio of the sums of median times over the layers, row ``name`` over the frozen baseline."""
+    """Return the time ratio of a block: the sum of row ``name``'s median times, divided by that of the frozen baseline.
+
+    The sums go over the layers of the block.
+    """
     seconds: dict[str, float] = {}
     for row in (name, "floor"):
         measured = [x["seconds"]["fwd_bwd"]["p50"] for x in lines if x["row"] == row and "seconds" in x]

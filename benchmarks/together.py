@@ -1,9 +1,9 @@
-"""Measure the time per image of a training step of several adapters at once, compared with one adapter alone.
+"""Measure the time per image of a step that trains several adapters at once, compared with training a single adapter.
 
     python -m benchmarks together
     python -m benchmarks together --model vit_tiny_patch16_224 --image-size 56 --batch 16
 
-The row ``alone`` trains one adapted model, as usual. The row ``fused`` does so after ``efft.fuse``. The row ``K=n``
+The row ``alone`` trains a single adapted model. The row ``fused`` does the same after ``efft.fuse``. The row ``K=n``
 trains n models in one pass through an ``efft.SharedBackbone``, with the same number of images per model. A step is the
 forward pass, the backward pass and the optimizer's step. Every round measures every row; the ratio of two rows is the
 median of the ratios within the rounds. Measure on an idle machine.

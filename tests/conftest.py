@@ -14,7 +14,7 @@ import pytest
 import setuptools  # noqa: F401  # must come before any import of distutils, because inductor needs setuptools' version
 import torch
 
-from efft_kernels import testing
+from efft_kernels import _calls, testing
 
 # Compilation in the tests must not start a pool with one process per core.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
@@ -25,6 +25,12 @@ hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, d
 hypothesis.settings.load_profile("fixed")
 # A longer run of the fuzzers, started by hand: pytest --hypothesis-profile=long tests/efft -k fuzz
 hypothesis.settings.register_profile("long", deadline=None, max_examples=2000)
+
+
+@pytest.fixture(autouse=True)
+def _no_remembered_calls() -> None:
+    """Check the arguments of every call and choose its backend again, because tests replace what the choice reads."""
+    _calls.choices.clear()
 
 
 class FailuresAtOnce:

@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks.counts import Sizes
 from efft.hints import did_you_mean
 
-#: Width of the tokens (not of the MLP's hidden layer), and tokens per image of 224 x 224 pixels.
+#: For each model, the width of the tokens (not of the MLP's hidden layer) and the tokens per image of 224 x 224 pixels.
 MODELS = {
     "vit_b": (768, 197),
     "vit_l": (1024, 197),
@@ -41,9 +41,10 @@ SETS: dict[str, list[dict[str, Sequence[Any]]]] = {
 
 @dataclass(frozen=True)
 class Inputs:
-    """Hold the inputs that all rows of a case share: x, W, b and gy in the case's dtype, the trained factors in fp32.
+    """Hold the inputs that all rows (implementations) of a case share.
 
-    These are the dtypes of mixed-precision training. For fc2, D is a transposed view, as in a transposed tensor train.
+    As in mixed-precision training, x, W, b and gy have the dtype of the case, and the trained factors D and G are fp32.
+    For the layer fc2, D is the transpose of a contiguous tensor, as it is if the layer uses a transposed tensor train.
     """
 
     x: Tensor  # [tokens, d_in]
@@ -73,7 +74,7 @@ class Case:
         return Sizes(tokens, d_in * width, d_out * width, self.rank, DTYPES[self.dtype].itemsize)
 
     def inputs(self, device: torch.device | str = "cpu", seed: int = 0) -> Inputs:
-        """Return random inputs whose update is as large as the base (|D G| ≈ |W|), so that its errors show in y."""
+        """Return random inputs whose update is as large as W (|D G| ≈ |W|), so that an error in it is visible in y."""
         return make_inputs(self.sizes, DTYPES[self.dtype], LAYERS[self.case][2], self.case == "fc2", device, seed)
 
     def __str__(self) -> str:

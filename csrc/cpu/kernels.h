@@ -1,6 +1,6 @@
-// Defines the interface between the torch binding and the kernels, which depends neither on torch nor on instruction
-// sets. It consists of plain pointers, and one table of functions for each instruction set in the library. Symbols are
-// those of efft_kernels/ops: tokens, d_in, d_out, rank (r1).
+// Defines the interface between the torch binding and the CPU kernels, which depends neither on torch nor on
+// instruction sets. It consists of plain structs of pointers, and one table of functions for each instruction set in
+// the library. The names of sizes are those of efft_kernels/ops: tokens, d_in, d_out, rank (r1).
 #pragma once
 
 #include <cstdint>
@@ -16,17 +16,21 @@ struct Matrix {
   Type type = Type::float32;
 };
 
-// A panel is a factor in the order in which a product reads it: floats, or bf16 with every two rows interleaved if
-// Kernels::pairs is set. Its columns are padded with zeros to a multiple of this number, so that all tiles are full.
+// A panel is a factor in the order in which a product reads it. Its elements are floats or, for products of bf16 if
+// Kernels::pairs is set, bf16 with every two rows interleaved. Its columns are padded with zeros to a multiple of
+// PANEL_COLUMNS, so that all tiles are full.
 constexpr int64_t PANEL_COLUMNS = 16;
 
-// Matrices [rank, columns] are stored in strips of this many columns, in which rows are contiguous. Reading or writing
-// a few columns of entire rows at a time would touch too many pages.
+// A strip is a group of STRIP_COLUMNS columns that is stored as a matrix of its own, one row after the other. Matrices
+// [rank, columns] are stored in strips, because a kernel reads or writes a few columns of all their rows at a time,
+// which would touch too many pages if the rows were stored whole.
 constexpr int64_t STRIP_COLUMNS = 48;
 
-// The producer is the operation whose output the layer reads. Its input is x (z for a GELU), and its output is a.
+// The producer is the operation that runs directly before a layer and computes its input: a GELU or a layer norm. The
+// producer's input is x (z for a GELU), and its output is a.
 enum class Producer : uint8_t { none, gelu, gelu_tanh, norm };
 
+// The fields that the forward and backward pass of a layer have in common.
 struct LowRank {
   Producer producer = Producer::none;
   int64_t d_in = 0, d_out = 0, rank = 0, padded_rank = 0;
@@ -76,20 +80,20 @@ struct Contraction {
   Matrix C;                                  // [r1, r2]
   Matrix V;                                  // [r2, d_out]
   Matrix G;                                  // [r1, d_out]; dG in the backward pass
-  const bool* keep_C = nullptr;              // [r1, r2], contiguous
-  const bool* keep_V = nullptr;              // [r2, d_out], contiguous
+  const bool* keep_C = nullptr;              // [r1, r2], contiguous; null if no element is dropped
+  const bool* keep_V = nullptr;              // [r2, d_out], contiguous; null if no element is dropped
   float scale = 1;
 };
 
 // Sets `to` to scale times the sum of n_parts matrices [rows, columns], which are `part` elements apart. The result is
 // transposed if `transpose` is set.
 struct Gather {
-  Matrix from;  // row 0 means in strips
+  Matrix from;  // in strips if `row` is 0
   int64_t n_parts = 1, part = 0;
   int64_t rows = 0, columns = 0;
   float scale = 1;
   bool transpose = false;
-  Matrix to;  // row 0 means in strips
+  Matrix to;  // in strips if `row` is 0
 };
 
 // The functions have the names of their implementations: forward and backward are in low_rank.h, gather and interleave
@@ -97,7 +101,7 @@ struct Gather {
 struct Kernels {
   const char* isa;
   bool pairs;  // whether products of bf16 need panels of interleaved bf16
-  // Both process tokens begin .. end - 1. backward overwrites the shares, of which every thread has its own.
+  // Both process tokens begin .. end - 1. backward overwrites the shares; every thread must pass its own.
   void (*forward)(const Forward&, int64_t begin, int64_t end);
   void (*backward)(const Backward&, int64_t begin, int64_t end, const Shares&);
   // Writes rows begin .. end - 1 (begin is even) of a float matrix [rows, columns] to `to`

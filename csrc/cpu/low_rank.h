@@ -1,6 +1,6 @@
-// Computes the forward and backward passes of tt_linear, also after a GELU or a layer norm, for a range of tokens. It
-// proceeds in blocks of tokens, so that the rows of a block, h, dh and both rank-r products stay in the second-level
-// cache.
+// Computes the forward and backward passes of tt_linear for a range of tokens, with or without a producer (the GELU or
+// layer norm that runs directly before the layer). The tokens are processed in blocks, so that the rows of a block, h,
+// dh and both rank-r products stay in the second-level cache.
 #pragma once
 
 #include <type_traits>
@@ -49,7 +49,8 @@ Rows<const Element<T>> elements(
     return widen<T>(from, begin, rows, columns, buffer);
 }
 
-// Returns what to prefetch during a product [m, n, k] in elements of E: the block of `rows` rows after that at row t.
+// Plans the prefetch of the block of `rows` rows that follows the block at row t, during a product [m, n, k] of
+// elements of type E.
 template <class T, class E>
 Ahead next_block(
     const Matrix& of, int64_t t, int64_t rows, int64_t end, int64_t width, int64_t m, int64_t n, int64_t k) {
@@ -87,8 +88,8 @@ Rows<const Element<T>> round_rows(
   return {result.data, result.row};
 }
 
-// The buffers of one thread, as large as the thread's largest call needs. Each holds a block of tokens (at most 128
-// rows and about a megabyte, but at least 16 rows), or the factors of one layer of a contraction.
+// The buffers of one thread. They grow to the size that the thread's largest call needs. Each holds a block of tokens
+// (at most 128 rows and about a megabyte, but at least 16 rows), or the factors of one layer of a contraction.
 struct Scratch {
   Buffer<float> x, a, slope, da, gy, h, narrow, wide;
   Buffer<bf16> half_a, half_narrow, left, turned, right;
@@ -106,7 +107,8 @@ int64_t block_rows(const LowRank& op) {
   return std::clamp<int64_t>((1 << 20) / std::max<int64_t>(per_row, 1) / ROWS_TOGETHER<E> * ROWS_TOGETHER<E>, 16, 128);
 }
 
-// A block of x as floats, if there is a producer, and of the producer's output a, rounded to T. Without one, a is x.
+// A block of tokens: the producer's input x as floats, and its output a, rounded to T. Without a producer, x is not set
+// and a is the input of the layer.
 template <class T>
 struct Block {
   Rows<const float> x;
@@ -253,10 +255,17 @@ template <class E>
 void sum_rows(int64_t rows, int64_t columns, Rows<const E> of, float* total, bool is_first) {
   for_sums(columns, [&](int64_t j, int count, auto registers) {
     constexpr int N = decltype(registers)::value;
+    // Sums of a few rows are added up, because the rounding error of one long sum grows with its length.
+    constexpr int64_t FEW = 16;
     Floats sums[N]{};
-    for (int64_t i = 0; i < rows; ++i)
+    for (int64_t first = 0; first < rows; first += FEW) {
+      Floats some[N]{};
+      for (int64_t i = first; i < std::min(first + FEW, rows); ++i)
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) sums[n] += load(of.data + i * of.row + j + n * LANES, count);
+        for (int n = 0; n < N; ++n) some[n] += load(of.data + i * of.row + j + n * LANES, count);
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) sums[n] += some[n];
+    }
     add_sums(sums, total + j, count, is_first);
   });
 }
@@ -315,7 +324,7 @@ void backward(const Backward& op, int64_t begin, int64_t end, const Shares& to) 
     const bool is_first = t == begin;
     const Rows<const E> gy = elements<T>(op.gy, t, rows, op.d_out, space.gy);
     Rows<const E> dh{};
-    // This step is first because it reads gy row by row, which brings gy into the cache for dG.
+    // This step comes first, because it reads gy row by row and thereby brings gy into the cache for dG.
     if (need_da || to.dDt) {
       down(rows, op.d_out, op.padded_rank, gy, op.Gt, wide);
       dh = round_rows<T>(wide, rows, op.rank, {}, t, space.half_narrow);

@@ -47,7 +47,7 @@ struct Rows {
   int64_t row;
 };
 
-// What is added to a product: a matrix, and a bias that is added to every row. Either may be absent.
+// The initial value of a product: a matrix, plus a bias for every row. Either may be absent.
 template <class T>
 struct Base {
   const T* data = nullptr;
@@ -59,8 +59,8 @@ struct Base {
   }
 };
 
-// Memory for the inner loop to prefetch. The address advances by `step` bytes per iteration over k. Sending the same
-// requests in bursts would delay the arithmetic.
+// Memory that the inner loop prefetches. The address advances by `step` bytes per iteration over k, because requesting
+// all of the memory at once would delay the arithmetic.
 struct Ahead {
   const char* at = nullptr;
   int64_t step = 0;

@@ -25,8 +25,8 @@ inline Type type_of(const Tensor& t) {
   return type == ScalarType::Float ? Type::float32 : Type::bfloat16;
 }
 
-// Returns `t` with contiguous rows that do not overlap (to the kernels, a row distance of 0 means strips). This is `t`
-// itself, or the copy that the documentation of the backend mentions.
+// Returns `t` if its rows are contiguous and do not overlap, else a contiguous copy. Rows that overlap completely, with
+// a distance of 0, are copied because the kernels interpret a row distance of 0 as strips.
 inline Tensor with_unit_rows(const Tensor& t) {
   const bool unit = t.dim() == 0 || t.size(-1) <= 1 || t.stride(-1) == 1;
   const bool apart = t.dim() < 2 || t.size(-2) <= 1 || t.stride(-2) != 0;
@@ -53,7 +53,7 @@ T* at_line(T* data) {
 // The number of elements that can be reordered in about 10 us, the time that it takes to wake a thread.
 constexpr int64_t WORTH_A_THREAD = 1 << 16;
 
-// Runs `op` on all threads of torch.
+// Runs `op` on torch's threads.
 inline void gather(const Gather& op) {
   constexpr int64_t width = 16;
   const int64_t grain = std::max<int64_t>(WORTH_A_THREAD / (width * std::max<int64_t>(op.rows, 1)), 1);
@@ -72,7 +72,7 @@ class Panel {
   // Creates a panel for products in `type`, which determines the type of the panel's elements.
   Panel(const Tensor& factor, Order order, bool transpose, Type type) : Panel(factor, order, transpose) {
     if (type != Type::bfloat16 || !kernels().pairs) return;
-    // [strips][length][unit]: every strip is interleaved separately.
+    // The layout is [strips][length][unit], and every strip is interleaved separately.
     const int64_t even = (length_ + 1) / 2 * 2, unit = row_ != 0 ? row_ : STRIP_COLUMNS;
     pairs_.reset(new uint16_t[even * padded_ + LINE]);
     uint16_t* const pairs = at_line(pairs_.get());

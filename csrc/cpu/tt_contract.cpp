@@ -1,4 +1,5 @@
-// Implements efft::tt_contract_{fwd,bwd}.cpu. Layers and cores are computed in parallel, for dV blocks of columns.
+// Implements efft::tt_contract_{fwd,bwd}.cpu. Threads work on different layers and cores in parallel or, for dV, on
+// different blocks of columns.
 #include <tuple>
 
 #include "tensors.h"
@@ -17,7 +18,7 @@ const bool* at(const Mask& mask, int64_t offset) {
   return mask.has_value() ? static_cast<const bool*>(mask->data_ptr()) + offset : nullptr;
 }
 
-// A tensor train with contiguous tensors. part(l, c) is its part for layer l and core c.
+// A tensor train with contiguous tensors. part(l, c) returns the contraction for layer l and core c.
 struct Train {
   Tensor C, V, G;
   Mask keep_C, keep_V;

@@ -1,10 +1,11 @@
-// Implements efft::tt_linear_{fwd,bwd}.cpu, and the functions that this op shares with the ops that include a producer.
-// A producer is a GELU or a layer norm whose output the layer reads.
+// Implements efft::tt_linear_{fwd,bwd}.cpu, and the functions that this op shares with tt_gelu_linear and
+// tt_norm_linear. These two include a producer, the GELU or layer norm that runs directly before the layer.
 //
-// torch computes the base product, because it writes a new product faster than it adds a product to an existing tensor.
-// Then our code reads all blocks of tokens once and computes the rank-r products: y += b + h G in the forward pass, and
-// dx += dh D^T in the backward pass. In the forward pass with a producer, our code runs before the base product. The
-// reason is that our code also computes the input of that product.
+// The base product, x W^T in the forward pass and gy W in the backward pass, is computed by torch. It comes first,
+// because torch writes a new product faster than it adds a product to an existing tensor. Then our code processes all
+// blocks of tokens and adds the rank-r products: y += b + h G in the forward pass, and dx += dh D^T in the backward
+// pass. The forward pass with a producer has the reverse order, because our code then also computes the input of the
+// base product.
 #include "tt_linear.h"
 
 #include <vector>
@@ -43,6 +44,19 @@ void describe(LowRank& op, const ProducerArguments& producer, const Tensor& D, c
 
 }  // namespace
 
+void check_operands(
+    const Needs& need, const std::optional<Tensor>& W, const std::optional<Tensor>& x, const std::optional<Tensor>& h) {
+  const auto check = [](bool needed, const char* gradient, const std::optional<Tensor>& operand, const char* name) {
+    STD_TORCH_CHECK(!needed || operand.has_value(), "expected ", name, " because ", gradient,
+        " is needed, got None; pass ", name, " or do not request ", gradient);
+  };
+  check(need.dx, "dx", W, "W");
+  check(need.dgamma, "dgamma", W, "W");
+  check(need.dbeta, "dbeta", W, "W");
+  check(need.dD, "dD", x, "x");
+  check(need.dG, "dG", h, "h");
+}
+
 Linear linear_forward(const Tensor& x_, const ProducerArguments& producer, const Tensor& W,
     const std::optional<Tensor>& b, const Tensor& D, const Tensor& G, const Linear* into) {
   const Tensor x = with_unit_rows(x_);
@@ -75,9 +89,7 @@ LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x
     const std::optional<Tensor>& W, const std::optional<Tensor>& h_, const Tensor& D, const Tensor& G,
     const Needs& need, const LinearBackward* into) {
   const bool need_norm = need.dgamma || need.dbeta, need_da = need.dx || need_norm;
-  STD_TORCH_CHECK((!need.dx || W.has_value()) && (!need.dD || x_.has_value()) && (!need.dG || h_.has_value()),
-      "dx needs W, dD needs x, dG needs h: one of them is missing");
-  STD_TORCH_CHECK(!need_norm || W.has_value(), "dgamma and dbeta need W, which is missing");
+  check_operands(need, W, x_, h_);
   const Tensor gy = with_unit_rows(gy_);
   const int64_t tokens = gy.size(0), d_in = D.size(0), rank = D.size(1), d_out = G.size(1);
   const Vector gamma(producer.gamma), beta(producer.beta);

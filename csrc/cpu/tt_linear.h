@@ -18,13 +18,17 @@ struct LinearBackward {
   Tensor dx, dD, dG, db, dgamma, dbeta;
 };
 
-// The producer whose output the layer reads, and the tensors of a norm.
+// The producer of the layer, and the tensors of a norm.
 struct ProducerArguments {
   Producer kind = Producer::none;
   std::optional<Tensor> gamma, beta;
   double eps = 0;
   Tensor mean, rstd;
 };
+
+// Raises an error if a needed gradient is computed from an operand that is absent.
+void check_operands(
+    const Needs& need, const std::optional<Tensor>& W, const std::optional<Tensor>& x, const std::optional<Tensor>& h);
 
 // Both functions write to `into` if it is given, which is allowed without a producer.
 Linear linear_forward(const Tensor& x, const ProducerArguments& producer, const Tensor& W,

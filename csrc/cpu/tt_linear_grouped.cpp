@@ -89,7 +89,7 @@ Linear tt_linear_grouped_fwd(Tensor x_, Tensor W, std::optional<Tensor> b, Tenso
   const int64_t samples = x.size(0), tokens = x.size(1);
   const Tensor y = empty(W, {samples, tokens, W.size(0)}), h = empty(W, {samples, tokens, D.size(2)});
   const bool own_bias = b.has_value() && b->dim() == 2;
-  // Samples without an adapter have a factor of rank 0.
+  // Samples without an adapter have factors of rank 0.
   const Tensor no_D = empty(D, {D.size(1), 0}), no_G = empty(G, {0, G.size(2)});
   for (const Run& run : runs_of(checked_ids(adapter, D.size(0)), tokens)) {
     const Tensor x_run = rows_of(x, run), y_run = rows_of(y, run);
@@ -119,8 +119,8 @@ void copy_samples(const Tensor& to, const Tensor& from, const std::vector<int64_
   }
 }
 
-// Gives every adapter one run, by copying the samples in the order of their adapters unless they are in an order of
-// that kind. The sums of an adapter then need no second rounding.
+// Orders the samples so that every adapter has one run, and the sums of an adapter are rounded only once. If the
+// samples of some adapter are not consecutive, all samples are copied in the order of their adapters.
 class Together {
  public:
   Together(const std::vector<int64_t>& ids, int64_t tokens) : order_(ids.size()) {
@@ -161,8 +161,7 @@ class Together {
 std::tuple<Tensor, Tensor, Tensor, Tensor> tt_linear_grouped_bwd(Tensor gy_, std::optional<Tensor> x_,
     std::optional<Tensor> W, std::optional<Tensor> h_, Tensor D, Tensor G, Tensor adapter, bool need_dx, bool need_dD,
     bool need_dG, bool need_db) {
-  STD_TORCH_CHECK((!need_dx || W.has_value()) && (!need_dD || x_.has_value()) && (!need_dG || h_.has_value()),
-      "dx needs W, dD needs x, dG needs h: one of them is missing");
+  check_operands({need_dx, need_dD, need_dG, need_db}, W, x_, h_);
   const int64_t n = D.size(0), d_in = D.size(1), rank = D.size(2), d_out = G.size(2);
   const Together together(checked_ids(adapter, n), gy_.size(1));
   const Tensor gy = *together.ordered(gy_);

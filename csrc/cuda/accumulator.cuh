@@ -1,4 +1,5 @@
-// The fp32 sums of a block's output tile, spread over the registers of its threads: += A B, tile by tile.
+// Defines the accumulator of a block: the fp32 sums of its output tile, which are distributed over the registers of the
+// block's threads. Tiles of A and B in shared memory are multiplied and added to these sums.
 #pragma once
 
 #include <type_traits>
@@ -7,13 +8,15 @@
 
 namespace efft {
 
-// How an operand lies in shared memory: its output dimension (M or N) first, or the dimension that is summed over.
+// The order of an operand's dimensions in shared memory. Either the output dimension (M or N) is first, or the
+// dimension that is summed over.
 enum class Order : uint8_t { outer_first, sum_first };
 
 template <class T, int OUTER, int K, Order ORDER>
 using Operand = std::conditional_t<ORDER == Order::outer_first, Tile<T, OUTER, K>, Tile<T, K, OUTER>>;
 
-// [M, N] += A [M, K] B [K, N] on tensor cores, for 16-bit types. Every warp owns a part of M / WARPS_M rows.
+// Computes sums [M, N] += A [M, K] B [K, N] on tensor cores, for 16-bit types. Every warp owns the sums of M / WARPS_M
+// rows and N / WARPS_N columns.
 template <class T, int M_, int N_, int K_, int WARPS_M, int WARPS_N, Order ORDER_A, Order ORDER_B>
 class Accumulator {
  public:
@@ -40,7 +43,7 @@ class Accumulator {
     }
   }
 
-  // f(row, column, sum, sum of the next column), columns being even.
+  // Calls f(row, column, sum, next) for pairs of sums in adjacent columns, where `column` is even.
   template <class F>
   __device__ void each_pair(const F& f) const {
 #pragma unroll
@@ -61,7 +64,7 @@ class Accumulator {
   __device__ static int first_row() { return static_cast<int>(threadIdx.x) / 32 % WARPS_M * (M / WARPS_M); }
   __device__ static int first_column() { return static_cast<int>(threadIdx.x) / 32 / WARPS_M * (N / WARPS_N); }
 
-  // The four matrices of a [16, 16] part of A: m 0-7, 8-15 of k 0-7, then of k 8-15.
+  // Loads a [16, 16] part of A as four matrices of 8 x 8: rows m 0-7 and 8-15 at k 0-7, then both at k 8-15.
   __device__ static void load_left(uint32_t (&to)[4], const A& a, int m, int k) {
     const int matrix = lane() / 8, row = lane() % 8;
     if constexpr (ORDER_A == Order::outer_first)
@@ -69,7 +72,7 @@ class Accumulator {
     else
       load_matrices_transposed(to, a.chunk(k + matrix / 2 * 8 + row, m / 8 + matrix % 2));
   }
-  // Of a [16, 16] part of B: k 0-7, 8-15 of n 0-7, then of n 8-15.
+  // Loads a [16, 16] part of B as four matrices of 8 x 8: k 0-7 and 8-15 at columns n 0-7, then both at n 8-15.
   __device__ static void load_right(uint32_t (&to)[4], const B& b, int n, int k) {
     const int matrix = lane() / 8, row = lane() % 8;
     if constexpr (ORDER_B == Order::outer_first)
@@ -81,7 +84,7 @@ class Accumulator {
   float sums_[TILES_M][TILES_N][4] = {};
 };
 
-// fp32 without tensor cores, in full precision.
+// Computes the same for fp32 in full precision, without tensor cores.
 template <int M_, int N_, int K_, int WARPS_M, int WARPS_N, Order ORDER_A, Order ORDER_B>
 class Accumulator<float, M_, N_, K_, WARPS_M, WARPS_N, ORDER_A, ORDER_B> {
  public:
@@ -91,7 +94,7 @@ class Accumulator<float, M_, N_, K_, WARPS_M, WARPS_N, ORDER_A, ORDER_B> {
   using B = Operand<float, N, K, ORDER_B>;
 
   __device__ void add(const A& a, const B& b) {
-#pragma unroll 1  // registers are for the sums
+#pragma unroll 1  // unrolling would need registers that the sums occupy
     for (int k = 0; k < K; k += 4) {
       float left[ROWS][4], right[COLUMNS][4];
 #pragma unroll
@@ -116,7 +119,7 @@ class Accumulator<float, M_, N_, K_, WARPS_M, WARPS_N, ORDER_A, ORDER_B> {
   }
 
  private:
-  static constexpr int ACROSS = 16, DOWN = THREADS / ACROSS;  // threads
+  static constexpr int ACROSS = 16, DOWN = THREADS / ACROSS;  // number of threads along N and along M
   static constexpr int ROWS = M / DOWN, COLUMNS = N / ACROSS;
   static_assert(ROWS * DOWN == M && COLUMNS * ACROSS == N && COLUMNS % 2 == 0);
 

@@ -1,10 +1,11 @@
-// G[l] = scale [C[l, 0] V | C[l, 1] V | ...] for all layers in one launch, and dC and dV in another:
+// Computes G[l] = scale [C[l, 0] V | C[l, 1] V | ...] for all layers l in one launch, and dC and dV in another:
 //
 //   dC[l, c] = scale keep_C[l, c] (dG[l, c] (keep_V[l] V)^T)
 //   dV       = scale sum_l keep_V[l] sum_c (keep_C[l, c] C[l, c])^T dG[l, c]
 //
-// Factors are tiny and their rounding would be the update's: fp32 whatever their type, no tensor cores, sums in a fixed
-// order. The dropout masks are read, never multiplied out into masked copies.
+// The factors are tiny, and rounding errors here would go into the update of every layer. Therefore products of factors
+// of every type are computed in fp32 without tensor cores. Sums are added in a fixed order. The kernels read the
+// dropout masks directly and need no masked copies of the factors.
 #include "launch.h"
 #include "small_product.cuh"
 
@@ -12,7 +13,7 @@ namespace efft {
 
 namespace {
 
-// Masked elements; zero outside of the matrices.
+// Reads elements of the masked factors. Elements outside of the matrices are zero.
 struct Factors : Contraction {
   __device__ explicit Factors(const Contraction& op) : Contraction(op) {}
 
@@ -27,7 +28,7 @@ struct Factors : Contraction {
   __device__ float v(int64_t layer, int64_t j, int64_t n) const {
     return j < r2 && n < d_out && keeps_v(layer, j, n) ? read(V, j * d_out + n) : 0;
   }
-  // Where core `index` (of all layers) has its part of G.
+  // Returns the position in G of element (i, n) of the block that belongs to core `index`, counted over all layers.
   __device__ int64_t g(int64_t index, int64_t i, int64_t n) const {
     return ((index / n_cores * r1 + i) * n_cores + index % n_cores) * d_out + n;
   }
@@ -49,7 +50,7 @@ __global__ void __launch_bounds__(Product::THREADS) contract_kernel(const __grid
   });
 }
 
-// One block of one core's gradient: a sum over d_out.
+// Computes one tile of the gradient of one core, which is a sum over d_out.
 __device__ void gradient_of_core(const Factors& of, const Vector& dG, void* dC, int64_t block) {
   const int64_t blocks_i = (of.r1 + Product::ROWS - 1) / Product::ROWS;
   const int64_t blocks_j = (of.r2 + Product::COLUMNS - 1) / Product::COLUMNS;
@@ -66,7 +67,7 @@ __device__ void gradient_of_core(const Factors& of, const Vector& dG, void* dC, 
   });
 }
 
-// One block of dV: a sum over layers, cores and r1.
+// Computes one tile of dV, which is a sum over layers, cores and r1.
 __device__ void gradient_of_right(const Factors& of, const Vector& dG, void* dV, int64_t block) {
   const int64_t blocks_n = (of.d_out + Product::COLUMNS - 1) / Product::COLUMNS;
   const int64_t j0 = block / blocks_n * Product::ROWS, n0 = block % blocks_n * Product::COLUMNS;

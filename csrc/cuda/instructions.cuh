@@ -1,5 +1,6 @@
-// The instructions that C++ has no words for, and the number formats. tests/csrc/emulation has the same functions for
-// the CPU, and defines this file's guard: nothing else in this folder knows of it.
+// Wraps the instructions for which C++ has no syntax, and defines the number formats. tests/csrc/emulation implements
+// the same functions for the CPU. It defines this file's include guard, so that the other files in this folder compile
+// for the emulator without changes.
 #ifndef EFFT_INSTRUCTIONS
 #define EFFT_INSTRUCTIONS
 
@@ -39,7 +40,7 @@ __device__ inline fp16 narrow(float value) {
   return __float2half_rn(value);
 }
 
-// The block's dynamic shared memory, aligned as the swizzled tiles of tensor copies need it.
+// Returns the dynamic shared memory of the block. The alignment is that of the swizzled tiles of tensor copies.
 __device__ inline unsigned char* shared_memory() {
   extern __shared__ __align__(1024) unsigned char bytes[];
   return bytes;
@@ -49,16 +50,16 @@ __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// Lets the next kernel of the stream start although this one still runs; it waits by the next function. Kernels that
-// are launched without `dependent` do nothing here.
+// Allows the next kernel of the stream to start while this kernel still runs. That kernel must then call
+// wait_for_kernel_in_front. The call has no effect unless the next kernel is launched with `dependent`.
 __device__ inline void start_next_kernel() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
 #endif
 }
 
-// Waits until the kernel in front has ended and its results can be read. Before that a dependent kernel must neither
-// read nor write memory that others use.
+// Waits until the previous kernel of the stream has ended and its results are visible. Before this call, a kernel that
+// was launched with `dependent` must neither read nor write memory that other kernels use.
 __device__ inline void wait_for_kernel_in_front() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;\n" ::: "memory");
@@ -66,17 +67,19 @@ __device__ inline void wait_for_kernel_in_front() {
 }
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-// Fetches a tensor map, which no kernel in front may be writing, into its cache.
+// Prefetches a tensor map into the cache for tensor maps. No earlier kernel may still be writing the map.
 __device__ inline void prefetch_tensor_map(const void* map) {
   asm volatile("prefetch.tensormap [%0];\n" ::"l"(map) : "memory");
 }
 
-// Waits for all threads of the cluster; what they have written to shared memory is then visible in all its blocks.
+// Waits for all threads of the cluster. All their writes to shared memory are then visible to every block of the
+// cluster.
 __device__ inline void synchronize_cluster() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;\n" ::: "memory");
 }
 
-// The element of another block of the cluster that lies in its shared memory where `own` lies in that of this block.
+// Returns an element from the shared memory of another block of the cluster. The address is that of `own` in this
+// block.
 __device__ inline float read_shared_of(uint32_t block, const float* own) {
   uint32_t address;
   float value;
@@ -84,28 +87,49 @@ __device__ inline float read_shared_of(uint32_t block, const float* own) {
   asm volatile("ld.shared::cluster.f32 %0, [%1];\n" : "=f"(value) : "r"(address) : "memory");
   return value;
 }
+
+// Sends registers asynchronously to the shared memory of another block of the cluster. They are written at the address
+// that `own` has in this block. When they arrive, their bytes are counted by the barrier of the other block whose
+// address is that of `barrier` in this block.
+template <int N>
+__device__ inline void send_async(uint32_t block, const uint32_t (&values)[N], uint32_t* own, const void* barrier) {
+  static_assert(N == 2 || N == 4);
+  uint32_t to, counted;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;\n" : "=r"(to) : "r"(shared_address(own)), "r"(block));
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;\n" : "=r"(counted) : "r"(shared_address(barrier)), "r"(block));
+  if constexpr (N == 4)
+    asm volatile(
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];\n" ::"r"(to),
+        "r"(values[0]), "r"(values[1]), "r"(values[2]), "r"(values[3]), "r"(counted)
+        : "memory");
+  else
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];\n" ::"r"(to),
+        "r"(values[0]), "r"(values[1]), "r"(counted)
+        : "memory");
+}
 #endif
 
-// Starts to copy 16 bytes, of which the first `bytes` are read and the others become zero.
+// Starts an asynchronous copy of 16 bytes. The first `bytes` bytes are read, and the rest is filled with zeros.
 __device__ inline void copy_async(void* to, const void* from, int bytes) {
   asm volatile(
       "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
       : "memory");
 }
 
-// Ends a group of copies.
+// Puts all copies that this thread has started since the last call into one group.
 __device__ inline void commit_copies() {
   asm volatile("cp.async.commit_group;\n" ::: "memory");
 }
 
-// Waits until at most the N newest groups of this thread are under way.
+// Waits until all groups of this thread's copies except the N newest have arrived.
 template <int N>
 __device__ inline void wait_copies() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(N) : "memory");
 }
 
-// Four 8x8 matrices of 16-bit elements; lanes 8 i .. 8 i + 7 point at the rows of matrix i. Of each matrix a lane gets
-// elements (lane / 4, 2 (lane % 4)) and the next in the row; of a transposed one those of its transpose.
+// Loads four 8x8 matrices of 16-bit elements. Lanes 8 i .. 8 i + 7 pass the addresses of the rows of matrix i. From
+// each matrix, a lane receives element (lane / 4, 2 (lane % 4)) and the next element of that row.
+// load_matrices_transposed returns these elements of the transposed matrices.
 __device__ inline void load_matrices(uint32_t (&to)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
       : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
@@ -119,7 +143,8 @@ __device__ inline void load_matrices_transposed(uint32_t (&to)[4], const void* r
       : "memory");
 }
 
-// sums [16, 8] += a [16, 16] b [16, 8], fragments of a warp; T is the type of a and b.
+// Computes sums [16, 8] += a [16, 16] b [16, 8], which are distributed over the registers of a warp. T is the type of
+// the elements of a and b.
 template <class T>
 __device__ void multiply_add(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 template <>

@@ -1,7 +1,17 @@
-// What the binding asks of the kernels, free of torch: plain structs of pointers, sizes and strides, one launcher each.
+// Declares the interface between the torch binding and the CUDA kernels, which does not depend on torch. Each operation
+// is a plain struct of pointers, sizes and strides. A function launches the kernels of an operation on a stream, and a
+// few more functions tell the binding which part of the work the kernels will do.
 //
-// Products are named as in efft_kernels/triton/lowrank_gemm.py: Y = A B + bias + H T with H = A P; M tokens, K and N
-// the widths of the layer (d_in and d_out, or the reverse in backward), R the rank.
+// Terms that all files in this folder use:
+// - producer: the operation that runs directly before a layer and computes its input, a GELU or a layer norm.
+// - tail: the rank-r product H T, which is added to the product of full size, A B.
+// - sample: one entry of a batch in which every entry has its own factors. Without such a batch there is one sample.
+// - splits: the ranges into which the tokens are divided, so that several blocks can sum over them in parallel.
+// - second generation: the kernels for compute capability 9.0 that only EFFT_SM90_GENERATION=2 selects.
+//
+// Products are named as in efft_kernels/triton/lowrank_gemm.py: Y = A B + bias + H T with H = A P. M is the number of
+// tokens and R is the rank. K and N are the widths of the layer: d_in and d_out in the forward pass, and the reverse in
+// the backward pass.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -10,48 +20,53 @@
 
 namespace efft {
 
-// Loads every kernel on the current GPU, the first time that it is called there; before any launch.
+// Loads every kernel on the current GPU, unless an earlier call has done so. Must be called before any launch.
 cudaError_t load_kernels();
 
 enum class Type : uint8_t { float32, bfloat16, float16 };
 
-// Rows of unit stride that start at multiples of 16 bytes, so that 16 bytes can be copied at a time.
+// A matrix, or a batch of matrices. The elements of a row are contiguous. Unless a field says otherwise, every row
+// starts at a multiple of 16 bytes, so that kernels can copy 16 bytes at a time.
 struct Matrix {
   void* data = nullptr;
-  int64_t row = 0;     // elements from one row to the next
-  int64_t sample = 0;  // elements from one sample to the next
+  int64_t row = 0;     // distance between rows, in elements
+  int64_t sample = 0;  // distance between samples, in elements
   Type type = Type::float32;
 };
 
-// Elements side by side; null: absent.
+// A pointer to elements, which are contiguous unless strides are passed with it. A null pointer means that the tensor
+// is absent.
 struct Vector {
   const void* data = nullptr;
   Type type = Type::float32;
 };
 
-// What computes the input of a layer in front of it.
+// The operation that runs directly before a layer and computes its input.
 enum class Producer : uint8_t { none, gelu, gelu_tanh, norm };
 
+// The parameters of a layer norm, and the statistics of the rows that it normalizes.
 struct Norm {
-  Vector gamma;           // [K]; absent: one
-  Vector beta;            // [K]; absent: zero
+  Vector gamma;           // [K]; one if absent
+  Vector beta;            // [K]; zero if absent
   float* mean = nullptr;  // [M]
-  float* rstd = nullptr;  // [M]
+  float* rstd = nullptr;  // [M], reciprocals of the standard deviations
   float eps = 0;
 };
 
-// Y = A B + bias + H T. With P, which lowrank_gemm_makes_h must allow, H is A P.
+// Y = A B + bias + H T. If P is given, the same kernel also computes H = A P. P may be given only if
+// lowrank_gemm_makes_h returns true for the operation.
 struct LowRankGemm {
   int64_t samples = 1, M = 0, N = 0, K = 0, R = 0;
   Matrix A;                 // [samples, M, K]
-  Matrix B;                 // [K, N], or transposed [N, K]
-  Matrix H;                 // [samples, M, R]; read, or with P written
-  Matrix P;                 // [R, K]; null: H is there
-  Matrix T;                 // [samples, R, N], or transposed [samples, N, R]
-  bool transposed = false;  // B and T
+  Matrix B;                 // [K, N], or [N, K] if transposed
+  Matrix H;                 // [samples, M, R]; written if P is given, else read
+  Matrix P;                 // stored transposed, [R, K]; null if H has already been computed
+  Matrix T;                 // [samples, R, N], or [samples, N, R] if transposed
+  bool transposed = false;  // whether B and T are stored transposed
   Vector bias;              // [N]
   Matrix Y;                 // [samples, M, N]; rows need no alignment
 };
+// Returns whether the kernel for `op`, which is still without P, can compute H and is faster than a separate launch.
 bool lowrank_gemm_makes_h(const LowRankGemm& op);
 cudaError_t lowrank_gemm(const LowRankGemm& op, cudaStream_t stream);
 
@@ -59,40 +74,43 @@ cudaError_t lowrank_gemm(const LowRankGemm& op, cudaStream_t stream);
 struct Project {
   int64_t samples = 1, M = 0, K = 0, R = 0;
   Matrix A;  // [samples, M, K]
-  Matrix P;  // [samples, R, K]
+  Matrix P;  // stored transposed, [samples, R, K]
   Matrix H;  // [samples, M, R]
 };
 cudaError_t project(const Project& op, cudaStream_t stream);
 
-// dG = h^T gy and dD = x^T dh in float, each over all tokens. In the second generation also, over all tokens, the sums
-// of gy and, behind a norm, of da and da n, where n is the normalized z.
+// dG = h^T gy and dD = x^T dh, which are sums over all tokens. The sums are computed in float and written in the types
+// factors_G and factors_D. The second generation also computes the gradients of the bias (db, the sum of gy) and of a
+// norm's parameters (dbeta, the sum of da, and dgamma, the sum of da n). Here z is the input of the norm, n is z
+// normalized, and da is the gradient of the norm's output.
 struct ReduceTokens {
   int64_t tokens = 0, rank = 0;
-  int64_t d_out = 0;          // 0: no dG
-  int64_t d_in = 0;           // 0: no dD
+  int64_t d_out = 0;          // 0 if dG is not needed
+  int64_t d_in = 0;           // 0 if dD is not needed
   Matrix gy;                  // [tokens, d_out]
   Matrix h;                   // [tokens, rank]
-  Matrix x;                   // [tokens, d_in]
+  Matrix x;                   // [tokens, d_in], the input of the layer
   Matrix dh;                  // [tokens, rank]
   void* dG = nullptr;         // [rank, d_out], contiguous
   void* dD = nullptr;         // [d_in, rank], contiguous
   Type factors_G{};           // type of dG
   Type factors_D{};           // type of dD
-  int64_t splits = 1;         // ranges of tokens; reduce_tokens_splits(op) fill the GPU
-  float* partials = nullptr;  // [splits, rank * d_out + d_in * rank]; null if reduce_tokens_finishes()
+  int64_t splits = 1;         // number of ranges of tokens; reduce_tokens_splits returns a number that fills the GPU
+  float* partials = nullptr;  // [splits, rank * d_out + d_in * rank]; null if reduce_tokens_finishes() is true
 
-  int64_t summed_out = 0;  // columns of gy; 0: no db
+  int64_t summed_out = 0;  // number of columns of gy to sum; 0 if db is not needed
   float* db = nullptr;     // [summed_out]
-  int64_t summed_in = 0;   // columns of da; 0: neither dgamma nor dbeta
+  int64_t summed_in = 0;   // number of columns of da to sum; 0 if neither dgamma nor dbeta is needed
   Matrix da;               // [tokens, summed_in]
-  Matrix z;                // [tokens, summed_in], in float32 or in the type of da; read for dgamma
-  Norm norm;               // its mean and rstd are read for dgamma
-  void* dgamma = nullptr;  // [summed_in]; null: not wanted
-  void* dbeta = nullptr;   // [summed_in]; null: not wanted
+  Matrix z;                // [tokens, summed_in], in float32 or in the type of da; read only for dgamma
+  Norm norm;               // mean and rstd are read for dgamma; the other fields are not used
+  void* dgamma = nullptr;  // [summed_in]; null if not needed
+  void* dbeta = nullptr;   // [summed_in]; null if not needed
   Type type_of_dgamma{};
   Type type_of_dbeta{};
 };
-// Whether reduce_tokens adds its ranges of tokens itself and computes the sums db, dgamma and dbeta.
+// Returns whether reduce_tokens needs no memory for partial sums and computes db, dgamma and dbeta, which only the
+// second generation does.
 bool reduce_tokens_finishes();
 int64_t reduce_tokens_splits(const ReduceTokens& op);
 cudaError_t reduce_tokens(const ReduceTokens& op, cudaStream_t stream);
@@ -103,34 +121,37 @@ struct Produce {
   Matrix x;    // [rows, columns], in float32 or in the type of out
   Matrix out;  // [rows, columns]
   Producer producer = Producer::none;
-  Norm norm;  // its mean and rstd are written
+  Norm norm;  // mean and rstd are written
 };
 cudaError_t produce(const Produce& op, cudaStream_t stream);
 
-// dx from dout, the gradient of what the producer put out, and that again.
+// Computes dx from dout, the gradient of the producer's output, and recomputes that output.
 struct ProduceBackward {
   int64_t rows = 0, columns = 0;
   Matrix x;     // [rows, columns], in float32 or in `type`
   Matrix dout;  // [rows, columns], in `type`
-  Matrix dx;    // [rows, columns], of any type; null: not wanted. Rows need no alignment
-  Matrix out;   // [rows, columns], in `type`; null: not wanted
+  Matrix dx;    // [rows, columns], in any type; null if not needed. Rows need no alignment
+  Matrix out;   // [rows, columns], in `type`; null if not needed
   Type type{};
   Producer producer = Producer::none;
-  Norm norm;  // its mean and rstd are read
+  Norm norm;  // mean and rstd are read
 };
 cudaError_t produce_backward(const ProduceBackward& op, cudaStream_t stream);
 
-// to = from in another type, order or alignment; what lies between columns and to.row becomes zero.
+// Copies `from` to `to`, which may have another type and other strides. The columns of `to` from `columns` to to.row -
+// 1, which pad each row, are set to zero.
 struct Pack {
   int64_t samples = 1, rows = 0, columns = 0;
-  const void* from = nullptr;  // [samples, rows, columns] of any strides
-  Type type{};
-  int64_t from_sample = 0, from_row = 0, from_column = 0;
-  const int64_t* adapter = nullptr;  // [samples]: which of from's samples to take, negative: zeros; null: each its own
-  int64_t adapters = 0;              // how many from has; an index of as many or more: NaN
-  Matrix to;                         // [samples, rows, to.row], contiguous
+  const void* from = nullptr;                              // [samples or adapters, rows, columns] with any strides
+  Type type{};                                             // type of `from`
+  int64_t from_sample = 0, from_row = 0, from_column = 0;  // strides of `from`
+  // [samples]: the index in `from` of the matrix that each sample of `to` receives. If the index is negative, the
+  // sample receives zeros. If the pointer is null, sample i receives matrix i.
+  const int64_t* adapter = nullptr;
+  int64_t adapters = 0;  // number of matrices in `from`; a sample with an index that is too large receives NaN
+  Matrix to;             // [samples, rows, to.row], contiguous
 };
-// Several, in one launch.
+// Several copies that one launch performs.
 struct Packs {
   static constexpr int MOST = 4;
   Pack of[MOST];
@@ -138,24 +159,27 @@ struct Packs {
 };
 cudaError_t pack(const Packs& all, cudaStream_t stream);
 
-// G[l] = scale [C[l, 0] V | C[l, 1] V | ...] for all layers; masks are bytes, 0 drops an element. All contiguous.
+// G[l] = scale [C[l, 0] V | C[l, 1] V | ...] for all layers l. A byte of 0 in a mask drops the element. All tensors are
+// contiguous.
 struct Contraction {
   int64_t n_layers = 0, n_cores = 0, r1 = 0, r2 = 0, d_out = 0;
   Vector C;                         // [n_layers, n_cores, r1, r2]
   Vector V;                         // [r2, d_out]
-  const uint8_t* keep_C = nullptr;  // like C; null: all
-  const uint8_t* keep_V = nullptr;  // [n_layers, r2, d_out]; null: all
+  const uint8_t* keep_C = nullptr;  // mask in the shape of C; null if no element is dropped
+  const uint8_t* keep_V = nullptr;  // mask [n_layers, r2, d_out]; null if no element is dropped
   float scale = 1;
 };
-cudaError_t contract(const Contraction& op, void* G, cudaStream_t stream);  // G [n_layers, r1, n_cores * d_out], like C
-// dC like C and dV like V, in one launch; null: not wanted.
+// Writes G [n_layers, r1, n_cores * d_out] in the type of C.
+cudaError_t contract(const Contraction& op, void* G, cudaStream_t stream);
+// Writes dC and dV in one launch, in the shapes and types of C and V. Either pointer is null if the gradient is not
+// needed.
 cudaError_t contract_backward(const Contraction& op, Vector dG, void* dC, void* dV, cudaStream_t stream);
 
-// W + sign (D G)^T in float, rounded once. All of any strides.
+// W += sign (D G)^T, computed in float and rounded once. The matrices may have any strides.
 struct Merge {
   int64_t d_out = 0, d_in = 0, rank = 0;
   void* W = nullptr;  // [d_out, d_in]
-  Type type{};
+  Type type{};        // type of W
   int64_t W_row = 0, W_column = 0;
   Vector D;  // [d_in, rank]
   int64_t D_row = 0, D_column = 0;

@@ -1,4 +1,4 @@
-// Launching, and what the choice of a launch depends on.
+// Launches kernels, and queries the properties of the GPU on which the choice of a kernel depends.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,11 +14,11 @@ inline int64_t ceil_div(int64_t size, int64_t block) {
   return (size + block - 1) / block;
 }
 
-// Bytes of shared memory that a block of every GPU from sm_80 on can have.
+// Bytes of shared memory that a block can have on every GPU from sm_80 on.
 constexpr size_t SHARED_EVERYWHERE = 99 * 1024;
 
-// A kernel that something launches, and the shared memory that its blocks get. The list is complete once the library is
-// loaded.
+// An entry in the list of all kernels that this library can launch, with the dynamic shared memory of a block in bytes.
+// The list is complete as soon as the library is loaded.
 struct Kernel {
   const void* function;
   size_t shared;
@@ -33,12 +33,12 @@ struct Kernel {
 template <auto KERNEL, size_t SHARED>
 inline const Kernel listed{reinterpret_cast<const void*>(KERNEL), SHARED};
 
-// How a kernel is launched.
+// The configuration of a launch.
 struct LaunchShape {
   dim3 grid;
   int threads;
-  unsigned cluster = 1;    // blocks of a cluster, which lie side by side along x
-  bool dependent = false;  // the kernel starts before the one in front of it has ended, and waits for that itself
+  unsigned cluster = 1;    // number of blocks per cluster, which are adjacent along x
+  bool dependent = false;  // whether the kernel may start before the previous one has ended and waits for it itself
 };
 
 // Launches a kernel whose blocks have SHARED bytes of shared memory.
@@ -73,7 +73,7 @@ cudaError_t launch(dim3 grid, int threads, cudaStream_t stream, Arguments&&... a
   return launch<KERNEL, SHARED, LIMIT>(LaunchShape{grid, threads}, stream, std::forward<Arguments>(arguments)...);
 }
 
-// Of the current GPU; 0 where it does not say, which a launch will then report.
+// Returns an attribute of the current GPU, or 0 if the query fails; a later launch then reports the error.
 inline int device_attribute(cudaDeviceAttr attribute) {
   int device = 0, value = 0;
   cudaGetDevice(&device);
@@ -86,15 +86,15 @@ inline int multiprocessors() {
 }
 
 inline bool is_sm90() {
-#ifdef EFFT_SM90  // everywhere except in an emulator that was built without CUTLASS
+#ifdef EFFT_SM90  // defined except in an emulator that was built without CUTLASS
   return device_attribute(cudaDevAttrComputeCapabilityMajor) == 9;
 #else
   return false;
 #endif
 }
 
-// Whether to use the second generation of kernels for compute capability 9.0. No device has run these kernels yet, so
-// that EFFT_SM90_GENERATION=2 must ask for them.
+// Returns whether to use the second generation of kernels, which are for compute capability 9.0. They have not yet run
+// on a GPU, and are therefore used only if EFFT_SM90_GENERATION=2 requests them.
 inline bool is_second_generation() {
   static const char* const asked = std::getenv("EFFT_SM90_GENERATION");
   return asked && std::strcmp(asked, "2") == 0 && is_sm90();

@@ -1,10 +1,11 @@
-// Y = A B + bias + H T: a matrix product whose accumulator also takes a rank-r product. Both directions of tt_linear:
+// Computes Y = A B + bias + H T, a matrix product that adds a rank-r product in the same accumulator. It serves both
+// directions of tt_linear:
 //
 //   forward    y  = x W^T + b + h G      A = x,  B = W^T, H = h,  T = G
 //   backward   dx = gy W + dh D^T        A = gy, B = W,   H = dh, T = D^T
 //
-// The rank-r tail is a few more steps of the main loop, through the same buffers into the same fp32 sums, from another
-// pair of pointers: nothing of Y's size is written twice, and nothing is concatenated.
+// The tail, H T, is computed by a few more steps of the main loop, which read another pair of pointers. The steps use
+// the same buffers and add to the same fp32 sums. Therefore Y is written only once, and no operands are concatenated.
 #include "accumulator.cuh"
 #include "launch.h"
 #include "lowrank_gemm_sm90.h"
@@ -14,15 +15,19 @@ namespace efft {
 
 namespace {
 
-// Copies in flight per block; 4 x 16 KiB at most: two blocks of the big tile on one multiprocessor of sm_80.
+// The number of buffers in a block's ring. Up to STAGES - 1 copies are in flight while the block multiplies the
+// operands in one buffer. A buffer has at most 16 KiB, so that two blocks with the big tile fit on one multiprocessor
+// of sm_80.
 constexpr int STAGES = 4;
-// Row blocks that neighbouring blocks go down before the next column block, so that operands stay in the L2 cache.
+// Consecutive blocks compute this many tiles below each other before they continue with the next column of tiles, so
+// that their operands stay in the L2 cache.
 constexpr int64_t GROUP = 8;
 
 template <class T, int M, int N, int WARPS_M, int WARPS_N, bool TRANSPOSED>
 using Sums = Accumulator<T, M, N, 64 / sizeof(T), WARPS_M, WARPS_N, Order::outer_first,
     TRANSPOSED ? Order::outer_first : Order::sum_first>;
 
+// The sample of a block's tile, and the first row and column of the tile.
 struct Place {
   int64_t sample, row, column;
 };
@@ -36,6 +41,7 @@ __device__ Place place_of(const LowRankGemm& op, int64_t block) {
   return {row / of_sample, row % of_sample * Sums::M, within / height * Sums::N};
 }
 
+// Adds the bias to two adjacent sums of a row and writes those that lie inside Y.
 __device__ void write_sums(
     const LowRankGemm& op, const Place& at, int64_t row, int64_t column, float first, float second) {
   if (row >= op.M || column >= op.N) return;
@@ -52,7 +58,7 @@ __device__ void write_sums(
   if (both) write(op.Y.data, op.Y.type, place + 1, second);
 }
 
-// Field by field, so that both stay in registers.
+// Selects one of two sources field by field, so that the compiler keeps both in registers.
 template <class T>
 __device__ Source<T> select(bool first, const Source<T>& one, const Source<T>& other) {
   return {first ? one.data : other.data, first ? one.row : other.row, first ? one.rows : other.rows,
@@ -88,7 +94,7 @@ __global__ void __launch_bounds__(Sums::THREADS) lowrank_gemm_kernel(const __gri
   for (int64_t step = 0; step < STAGES - 1; ++step) fetch_step(step);
   for (int64_t step = 0; step < steps; ++step) {
     wait_copies<STAGES - 2>();
-    __syncthreads();  // everybody's copies of this step are there, and nobody reads the buffers of the last one
+    __syncthreads();  // the copies of all threads for this step have arrived, and no thread reads the previous buffer
     fetch_step(step + STAGES - 1);
     sums.add(left(step), right(step));
   }
@@ -109,7 +115,7 @@ cudaError_t launch_type(const LowRankGemm& op, cudaStream_t stream) {
   if constexpr (std::is_same_v<T, float>) {
     return launch_tiles<T, Sums<T, 64, 64, 2, 2, TRANSPOSED>>(op, stream);
   } else {
-    // The big tile reads its operands less often; the small one fills a GPU with fewer rows.
+    // With the big tile, each operand is read fewer times. With the small tile, fewer rows are enough to fill the GPU.
     const bool fills = op.samples * ceil_div(op.M, 128) * ceil_div(op.N, 128) >= multiprocessors();
     if (fills) return launch_tiles<T, Sums<T, 128, 128, 2, 4, TRANSPOSED>>(op, stream);
     return launch_tiles<T, Sums<T, 64, 64, 2, 2, TRANSPOSED>>(op, stream);
@@ -135,8 +141,12 @@ bool runs_on_sm90([[maybe_unused]] const LowRankGemm& op) {
 
 }  // namespace
 
-bool lowrank_gemm_makes_h(const LowRankGemm& op) {
-  return runs_on_sm90(op) && op.R <= MADE_RANKS && op.N <= MADE_BESIDE;
+bool lowrank_gemm_makes_h([[maybe_unused]] const LowRankGemm& op) {
+#ifdef EFFT_SM90
+  return runs_on_sm90(op) && lowrank_gemm_sm90_makes_h(op);
+#else
+  return false;
+#endif
 }
 
 cudaError_t lowrank_gemm(const LowRankGemm& op, cudaStream_t stream) {

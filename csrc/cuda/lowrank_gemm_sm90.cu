@@ -1,50 +1,61 @@
-// Y = A B + bias + H T by bulk tensor copies (TMA) and warp-group products (WGMMA), in one persistent, warp-specialised
-// kernel: one thread copies k tiles into a ring of buffers, warp groups of 64 rows each multiply them.
+// Computes Y = A B + bias + H T with bulk tensor copies (TMA) and warp-group products (WGMMA), in one persistent,
+// warp-specialized kernel. One thread copies the operands of each step along k into a ring of buffers, and warp groups,
+// which own 64 rows each, multiply them.
 //
-// H = A P comes in one of two ways. Up to a rank of 32 it is made here, as 32 more columns of the product beside every
-// tile of Y; it goes from the sums to the tail's left operand without leaving registers, and the first column of tiles
-// also stores it. Otherwise it is there already, and k tiles of (H, T) follow those of (A, B) through the same buffers.
-// What lies beyond the rank, as beyond every edge, TMA fills with zeros.
+// H = A P is available in one of two ways. Up to a rank of 32, this kernel can compute H, as additional columns of the
+// product next to every tile of Y. The sums of H then become the left operand of the tail (the rank-r product H T)
+// without leaving the registers, and the blocks of the first column of tiles also store H. Otherwise another kernel has
+// already computed H, and the steps of (H, T) follow those of (A, B) through the same buffers. TMA fills elements
+// beyond the rank, and beyond every other edge, with zeros.
 //
-// Blocks come in pairs that take neighbouring rows of one column: each copies half of B's and P's tile, for both.
+// Blocks form pairs, which are clusters of two. The tiles of a pair are adjacent rows of tiles in one column, and each
+// block copies half of the tile of B and half of the tile of P for both blocks.
+// In the second generation, a pair that computes H has adjacent columns of tiles in one row instead. Each block copies
+// half of the tile of A for both blocks, computes half of the columns of H, and sends these to the other block.
 #include <algorithm>
 #include <cstring>
 
 #include "launch.h"
 #include "lowrank_gemm_sm90.h"
-#include "product_sm90.cuh"  // before what uses CUDA alone: CuTe wants to be first
+#include "product_sm90.cuh"  // before headers that use only CUDA, because CuTe must come first
 #include "tiles.cuh"
 
 namespace efft {
 
 namespace {
 
-constexpr int64_t GROUP = 8;  // pairs of row blocks before the next column block, so that operands stay in the L2 cache
+// The number of pairs of rows of tiles that are computed in one column before the next column, so that their operands
+// stay in the L2 cache.
+constexpr int64_t GROUP = 8;
 
-// The tiles of one block: those of its pair, a row block each.
+// The tiles of one block. The pair of a block takes pairs of tiles in turn, one tile for each of its blocks.
 struct Tiles {
-  int pairs, columns;  // of the output
+  int rows, columns;  // number of rows and columns of pairs of tiles in the output
   int main_steps, steps;
-  int last_depth;  // of the last step of the tail: how many times 16 columns of H it has
+  int last_depth;  // depth of the last step of the tail, in units of 16 columns of H
 
   template <class P>
   static Tiles of(const LowRankGemm& op) {
     const auto blocks = [](int64_t size, int64_t block) { return static_cast<int>(ceil_div(size, block)); };
     const int main_steps = blocks(op.K, typename P::K{});
-    return {blocks(op.M, PAIR * typename P::M{}), blocks(op.N, typename P::N{}), main_steps,
+    return {blocks(op.M, (P::SHARES_H ? 1 : PAIR) * typename P::M{}),
+        blocks(op.N, (P::SHARES_H ? PAIR : 1) * typename P::N{}), main_steps,
         main_steps + blocks(op.R, typename P::K{}), (blocks(op.R, 16) - 1) % 4 + 1};
   }
-  __host__ __device__ int count() const { return pairs * columns; }
-  // (row block, column block)
+  __host__ __device__ int count() const { return rows * columns; }
+  // Sets m and n to the row and the column of tiles in which this block's tile lies.
+  template <class P>
   __device__ void place(int tile, int& m, int& n) const {
-    const int first = tile / (static_cast<int>(GROUP) * columns) * static_cast<int>(GROUP);
-    const int height = min(pairs - first, static_cast<int>(GROUP)), within = tile % (static_cast<int>(GROUP) * columns);
-    m = PAIR * (first + within % height) + static_cast<int>(block_rank_in_cluster());
+    constexpr int group = static_cast<int>(P::SHARES_H ? PAIR * GROUP : GROUP);
+    const int first = tile / (group * columns) * group, rank = static_cast<int>(block_rank_in_cluster());
+    const int height = min(rows - first, group), within = tile % (group * columns);
+    m = first + within % height;
     n = within / height;
+    (P::SHARES_H ? n : m) = PAIR * (P::SHARES_H ? n : m) + rank;
   }
 };
 
-// A place in the ring of buffers, and how often it has come round.
+// A position in the ring of buffers, and the parity of the number of rounds.
 struct Place {
   int stage = 0;
   uint32_t round = 0;
@@ -57,7 +68,8 @@ struct Place {
   }
 };
 
-// Fetches the tensor maps into their cache; they are parameters, which no kernel in front can change.
+// Prefetches the tensor maps into their cache. This needs no waiting, because the maps are parameters of this kernel
+// and no earlier kernel can change them.
 template <class P>
 __device__ void prefetch_maps(const Operands<P>& from) {
   prefetch_tensor_map(from.A.get_tma_descriptor());
@@ -72,8 +84,9 @@ __device__ void copy_tiles(
   const Tensor a = make_tensor(make_smem_ptr(shared.a.data()), typename P::LayoutA{});
   const Tensor b = make_tensor(make_smem_ptr(shared.b.data()), typename P::LayoutB{});
   const uint32_t rank = block_rank_in_cluster();
-  const auto part_a = from.A.get_slice(0), part_h = from.H.get_slice(0);
-  const auto part_b = from.B.get_slice(rank), part_t = from.T.get_slice(rank);
+  const auto part_a = from.A.get_slice(P::SHARES_H ? rank : 0);
+  const auto part_h = from.H.get_slice(0);
+  const auto part_b = from.B.get_slice(P::SHARES_H ? 0 : rank), part_t = from.T.get_slice(P::SHARES_H ? 0 : rank);
   const auto cut = [](const auto& copy, const auto& part, int outer, int depth, auto block, int index) {
     return part.partition_S(local_tile(copy.get_tma_tensor(make_shape(outer, depth)), block, make_coord(index, _)));
   };
@@ -83,13 +96,21 @@ __device__ void copy_tiles(
   const Shape<typename P::M, typename P::K> block_a;
   const Shape<typename P::N, typename P::K> block_b;
   auto to_a = part_a.partition_D(a);
+  auto to_h = part_h.partition_D(a);
   auto to_b = part_b.partition_D(b);
+  // Returns a copy to both blocks of the pair or, if the pair shares H, only to this block.
+  const auto shared_copy = [&](const auto& copy, uint64_t& barrier) {
+    if constexpr (P::SHARES_H)
+      return copy.with(barrier);
+    else
+      return copy.with(barrier, both);
+  };
 
   Place place;
   for (int tile = static_cast<int>(blockIdx.x) / PAIR; tile < tiles.count();
       tile += static_cast<int>(gridDim.x) / PAIR) {
     int m, n;
-    tiles.place(tile, m, n);
+    tiles.template place<P>(tile, m, n);
     const auto from_a = cut(from.A, part_a, M, K, block_a, m);
     const auto from_h = cut(from.H, part_h, M, R, block_a, m);
     const auto from_b = cut(from.B, part_b, N, K, block_b, n);
@@ -101,32 +122,37 @@ __device__ void copy_tiles(
       uint64_t& barrier = *reinterpret_cast<uint64_t*>(&full);
       if (step < tiles.main_steps) {
         full.arrive_and_expect_tx(P::BYTES_A + P::BYTES_B + P::BYTES_P);
-        copy(from.A.with(barrier), from_a(_, _, _, step), to_a(_, _, _, stage));
-        copy(from.B.with(barrier, both), from_b(_, _, _, step), to_b(_, _, _, stage));
+        if constexpr (P::SHARES_H)
+          copy(from.A.with(barrier, both), from_a(_, _, _, step), to_a(_, _, _, stage));
+        else
+          copy(from.A.with(barrier), from_a(_, _, _, step), to_a(_, _, _, stage));
+        copy(shared_copy(from.B, barrier), from_b(_, _, _, step), to_b(_, _, _, stage));
         if constexpr (P::RANKS > 0) {
           const Tensor p = make_tensor(make_smem_ptr(shared.p.data()), typename P::LayoutP{});
-          const auto part_p = from.factor.get_slice(rank);
-          const auto from_p = cut(from.factor, part_p, R, K, Shape<typename P::R, typename P::K>{}, 0);
+          const auto part_p = from.factor.get_slice(P::SHARES_H ? 0 : rank);
+          const int half = P::SHARES_H ? static_cast<int>(rank) : 0;
+          const auto from_p = cut(from.factor, part_p, R, K, Shape<typename P::R, typename P::K>{}, half);
           auto to_p = part_p.partition_D(p);
-          copy(from.factor.with(barrier, both), from_p(_, _, _, step), to_p(_, _, _, stage));
+          copy(shared_copy(from.factor, barrier), from_p(_, _, _, step), to_p(_, _, _, stage));
         }
       } else {
         full.arrive_and_expect_tx(P::RANKS > 0 ? P::BYTES_B : P::BYTES_A + P::BYTES_B);
-        if (P::RANKS == 0) copy(from.H.with(barrier), from_h(_, _, _, step - tiles.main_steps), to_a(_, _, _, stage));
-        copy(from.T.with(barrier, both), from_t(_, _, _, step - tiles.main_steps), to_b(_, _, _, stage));
+        if (P::RANKS == 0) copy(from.H.with(barrier), from_h(_, _, _, step - tiles.main_steps), to_h(_, _, _, stage));
+        copy(shared_copy(from.T, barrier), from_t(_, _, _, step - tiles.main_steps), to_b(_, _, _, stage));
       }
     }
   }
 }
 
-// Two neighbours in one store.
+// Writes two adjacent elements in one store.
 template <class Out>
 __device__ void write_pair(Out* to, float first, float second) {
   *reinterpret_cast<Pair<Out>*>(to) = {narrow<Out>(first), narrow<Out>(second)};
 }
 
-// Rounds sums of 16 rows and P::N columns that a warp holds and writes them by 16 bytes; what a thread holds of a
-// product is 2 neighbours of 8 columns in rows r and r + 8.
+// Rounds the sums of 16 rows and P::N columns that a warp holds, and writes them 16 bytes at a time. Of every 8
+// columns, a thread holds 2 adjacent ones in rows r and r + 8. `rows` is memory in which the warp rearranges the
+// elements.
 template <class P, class Out, class Sums>
 __device__ void write_rows(const LowRankGemm& op, int64_t row, int64_t column, const Sums& sums, Out* rows) {
   const int lane = static_cast<int>(threadIdx.x) % 32, r = lane / 4, c = lane % 4;
@@ -184,23 +210,24 @@ __device__ void multiply_tiles(const LowRankGemm& op, const Tiles& tiles, typena
   const Tensor right_tail = mine_tail.make_fragment_B(mine_tail.partition_B(b));
   Tensor y = partition_fragment_C(mma, Shape<typename P::M, typename P::N>{});
   Tensor h = partition_fragment_C(mma_h, Shape<typename P::M, typename P::R>{});
-  // The sums of 16 columns of H lie in registers as the left operand of a product over them does.
-  Tensor h_left =
-      make_tensor<typename P::T>(make_layout(make_shape(Shape<_2, _2, _2>{}, _1{}, Int<typename P::R{} / 16>{})));
+  // The sums of 16 columns of H have the same layout in registers as the left operand of a product over these columns.
+  Tensor h_left = make_tensor<typename P::T>(
+      make_layout(make_shape(Shape<_2, _2, _2>{}, _1{}, Int<(P::RANKS == 0 ? 32 : P::RANKS) / 16>{})));
 
   Place place;
+  uint32_t half_round = 0;
   const auto release = [&](int stage) {
     if (thread % 128 < PAIR) shared.empty[stage].arrive(static_cast<uint32_t>(thread % 128));
   };
   for (int tile = static_cast<int>(blockIdx.x) / PAIR; tile < tiles.count();
       tile += static_cast<int>(gridDim.x) / PAIR) {
     int m, n;
-    tiles.place(tile, m, n);
+    tiles.template place<P>(tile, m, n);
     const int64_t row = static_cast<int64_t>(m) * typename P::M{} + warp * 16,
                   column = static_cast<int64_t>(n) * typename P::N{};
     mma.accumulate_ = mma_h.accumulate_ = GMMA::ScaleOut::Zero;
     int last = -1;
-    // A step of DEPTH times 16 columns.
+    // Computes one step whose depth is `depth` times 16.
     const auto multiply_step = [&](auto depth) {
       shared.full[place.stage].wait(place.round);
       warpgroup_fence_operand(y);
@@ -216,7 +243,7 @@ __device__ void multiply_tiles(const LowRankGemm& op, const Tiles& tiles, typena
         }
       }
       warpgroup_commit_batch();
-      warpgroup_wait<1>();  // of the step before: its buffers are free
+      warpgroup_wait<1>();  // waits for the previous step, whose buffers are then free
       warpgroup_fence_operand(y);
       if constexpr (P::RANKS > 0) warpgroup_fence_operand(h);
       if (last >= 0) release(last);
@@ -237,11 +264,35 @@ __device__ void multiply_tiles(const LowRankGemm& op, const Tiles& tiles, typena
     if constexpr (P::RANKS > 0) {
       warpgroup_fence_operand(h);
       release(last);
+      Tensor pairs = recast<uint32_t>(h_left);
+      // Columns beyond the rank are set to zero, because an infinity in A makes them NaN.
+      const auto rounded = [&](int i, int64_t first) {
+        return static_cast<typename P::T>(first + 8 * (i / 4) + 2 * (lane % 4) + i % 2 < op.R ? h(i) : 0.0f);
+      };
+      if constexpr (P::SHARES_H) {
+        const uint32_t rank = block_rank_in_cluster();
+        array_aligned<typename P::T, 2 * P::HALF> values;
 #pragma unroll
-      for (int i = 0; i < size(h); ++i)  // beyond the rank an infinity in A has left a NaN
-        h_left(i) = static_cast<typename P::T>(8 * (i / 4) + 2 * (lane % 4) + i % 2 < op.R ? h(i) : 0.0f);
+        for (int i = 0; i < size(h); ++i) values[i] = rounded(i, rank * typename P::R{});
+        uint32_t mine[P::HALF];
+        const uint32_t* const both_columns = reinterpret_cast<const uint32_t*>(values.data());
+#pragma unroll
+        for (int i = 0; i < P::HALF; ++i) mine[i] = both_columns[i];
+        if (lane == 0) shared.has_half[warp].arrive_and_expect_tx(32 * sizeof(mine));
+        send_async(1 - rank, mine, shared.other_half[thread], &shared.has_half[warp]);
+        shared.has_half[warp].wait(half_round);
+        half_round ^= 1;
+#pragma unroll
+        for (int i = 0; i < P::HALF; ++i) {
+          const uint32_t other = shared.other_half[thread][i];
+          pairs(i) = rank == 0 ? mine[i] : other;
+          pairs(P::HALF + i) = rank == 0 ? other : mine[i];
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < size(h); ++i) h_left(i) = rounded(i, 0);
+      }
       if (n == 0) {
-        const Tensor pairs = recast<uint32_t>(h_left);
 #pragma unroll
         for (int i = 0; i < size(pairs); ++i) {
           const int64_t to = row + lane / 4 + 8 * (i % 2);
@@ -277,10 +328,12 @@ __global__ void __launch_bounds__(P::THREADS, 1) lowrank_gemm_sm90_kernel(
       shared.full[stage].init(1);
       shared.empty[stage].init(PAIR * P::GROUPS);
     }
+    if constexpr (P::SHARES_H)
+      for (auto& barrier : shared.has_half) barrier.init(1);
     cutlass::arch::fence_barrier_init();
   }
   cluster_arrive_relaxed();
-  cluster_wait();  // the barriers of both blocks are there
+  cluster_wait();  // the barriers of both blocks are initialized
   __syncthreads();
   if constexpr (P::SECOND) {
     if (threadIdx.x == 0) prefetch_maps<P>(from);
@@ -291,12 +344,12 @@ __global__ void __launch_bounds__(P::THREADS, 1) lowrank_gemm_sm90_kernel(
   if (threadIdx.x < 128) {
     cutlass::arch::warpgroup_reg_dealloc<P::GROUPS == 3 ? 32 : 40>();
     if (threadIdx.x == 0) copy_tiles<P>(from, op, tiles, shared);
-    __syncwarp();  // The other lanes are ahead, and the cluster's barrier below wants whole warps.
+    __syncwarp();  // waits for lane 0, because complete warps must reach the barrier of the cluster below
   } else {
     cutlass::arch::warpgroup_reg_alloc<P::GROUPS == 3 ? 160 : 232>();
     multiply_tiles<P, Out>(op, tiles, shared);
   }
-  // The other block of the pair may still arrive at this one's barriers.
+  // This block must not end yet, because the other block of the pair may still arrive at its barriers.
   cluster_arrive();
   cluster_wait();
 }
@@ -305,10 +358,10 @@ template <class P, class Out>
 cudaError_t launch_product(const LowRankGemm& op, cudaStream_t stream) {
   const int M = static_cast<int>(op.M), N = static_cast<int>(op.N), K = static_cast<int>(op.K),
             R = static_cast<int>(op.R);
-  const Matrix& factor = P::RANKS > 0 ? op.P : op.T;  // a tensor map must be of something
-  const Operands<P> from{P::copy_a(op.A, M, K), P::copy_a(op.H, M, R), P::copy_b(op.B, N, K), P::copy_b(op.T, N, R),
+  const Matrix& factor = P::RANKS > 0 ? op.P : op.T;  // a tensor map must describe some tensor, even if it is not used
+  const Operands<P> from{P::copy_left(op.A, M, K), P::copy_a(op.H, M, R), P::copy_b(op.B, N, K), P::copy_b(op.T, N, R),
       P::copy_p(factor, R, P::RANKS > 0 ? K : R)};
-  const TmaDescriptor none{};  // what is left where the driver refuses
+  const TmaDescriptor none{};  // a map stays empty if the driver rejects the tensor
   for (const TmaDescriptor* map : {from.A.get_tma_descriptor(), from.H.get_tma_descriptor(),
            from.B.get_tma_descriptor(), from.T.get_tma_descriptor(), from.factor.get_tma_descriptor()})
     if (std::memcmp(map, &none, sizeof(none)) == 0) return cudaErrorInvalidValue;
@@ -319,17 +372,18 @@ cudaError_t launch_product(const LowRankGemm& op, cudaStream_t stream) {
       shape, stream, from, op, tiles);
 }
 
-// Time of whole waves of tiles, in elements of output.
-int64_t wave_cost(const LowRankGemm& op, int64_t rows, int64_t columns) {
-  const int64_t pairs = ceil_div(op.M, PAIR * rows) * ceil_div(op.N, columns);
+// Returns the time of all waves of tiles, in units of the time for one element of the output.
+int64_t wave_cost(const LowRankGemm& op, int64_t rows, int64_t columns, bool shares_h) {
+  const int64_t pairs = ceil_div(op.M, (shares_h ? 1 : PAIR) * rows) * ceil_div(op.N, (shares_h ? PAIR : 1) * columns);
   return ceil_div(pairs, multiprocessors() / PAIR) * rows * columns;
 }
 
 template <class T, class Out, bool TRANSPOSED, int RANKS, bool SECOND>
 cudaError_t launch_tile(const LowRankGemm& op, cudaStream_t stream) {
-  return wave_cost(op, 192, 192) < wave_cost(op, 128, 256)
-             ? launch_product<Product<T, TRANSPOSED, 3, 192, RANKS, SECOND>, Out>(op, stream)
-             : launch_product<Product<T, TRANSPOSED, 2, 256, RANKS, SECOND>, Out>(op, stream);
+  using Square = Product<T, TRANSPOSED, 3, 192, RANKS, SECOND>;
+  using Wide = Product<T, TRANSPOSED, 2, 256, RANKS, SECOND>;
+  const bool is_square = wave_cost(op, 192, 192, Square::SHARES_H) < wave_cost(op, 128, 256, Wide::SHARES_H);
+  return is_square ? launch_product<Square, Out>(op, stream) : launch_product<Wide, Out>(op, stream);
 }
 
 template <class T, class Out, int RANKS, bool SECOND>
@@ -343,19 +397,26 @@ cudaError_t launch_type(const LowRankGemm& op, cudaStream_t stream) {
   if (!is_second_generation())
     return op.P.data ? launch_order<T, Out, MADE_RANKS, false>(op, stream) : launch_order<T, Out, 0, false>(op, stream);
   if (!op.P.data) return launch_order<T, Out, 0, true>(op, stream);
-  // Half as many columns of H beside each tile: of 256 + 32 columns of products 16 fewer, 5.6 % (of 192 + 32, 7.1 %).
+  // With half as many columns of H, each tile has 16 fewer of 256 + 32 columns to compute, 5.6 % (of 192 + 32, 7.1 %).
   return op.R <= MADE_RANKS / 2 ? launch_order<T, Out, MADE_RANKS / 2, true>(op, stream)
                                 : launch_order<T, Out, MADE_RANKS, true>(op, stream);
 }
 
 }  // namespace
 
+bool lowrank_gemm_sm90_makes_h(const LowRankGemm& op) {
+  // A block that shares H has memory for only one half from the other block. The memory is free again after as many
+  // steps as the ring has buffers, so that a product must have at least that many.
+  const bool pays = is_second_generation() ? op.K > (STAGES - 1) * 64 : op.N <= MADE_BESIDE;
+  return op.R <= MADE_RANKS && pays;
+}
+
 bool lowrank_gemm_sm90_takes(const LowRankGemm& op) {
   constexpr int64_t most = int64_t{1} << 31;
   const bool one_type = op.Y.type == op.A.type && (!op.bias.data || op.bias.type == op.A.type);
   const bool sizes = op.samples == 1 && op.N % 8 == 0 && op.R > 0 && op.K > 0 && op.M < most && op.N < most &&
                      op.K < most && op.Y.row % 8 == 0;
-  // TMA's rows must not overlap.
+  // The rows of a tensor for TMA must not overlap.
   const bool rows = op.A.row >= op.K && op.H.row >= op.R && op.B.row >= (op.transposed ? op.K : op.N) &&
                     op.T.row >= (op.transposed ? op.R : op.N);
   const bool fills = multiprocessors() >= PAIR && ceil_div(op.M, 128) * ceil_div(op.N, 256) >= multiprocessors() / PAIR;

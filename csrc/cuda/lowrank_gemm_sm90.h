@@ -1,15 +1,19 @@
-// The same product by the instructions that only compute capability 9.0 has.
+// Declares lowrank_gemm with the instructions that only compute capability 9.0 has.
 #pragma once
 
 #include "kernels.h"
 
 namespace efft {
 
-// Most columns of H that the kernel makes itself, and most columns of Y for which that pays: measured on an H100, with
-// more column tiles than these hold a pass of its own over A costs less than making H beside each of them.
+// The largest number of columns of H that the kernel computes itself, and the largest number of columns of Y for which
+// this is faster in the first generation. With more columns of Y, computing H next to every tile took longer on an H100
+// than a separate pass over A.
 constexpr int MADE_RANKS = 32, MADE_BESIDE = 2048;
 
-// Whether the kernel takes this product: 16-bit types throughout, one sample, and enough tiles for the GPU.
+// Returns whether the kernel should compute H itself.
+bool lowrank_gemm_sm90_makes_h(const LowRankGemm& op);
+// Returns whether the kernel can compute this product and has enough tiles to fill the GPU. It needs one sample, 16-bit
+// types for all operands, and an N that is a multiple of 8.
 bool lowrank_gemm_sm90_takes(const LowRankGemm& op);
 cudaError_t lowrank_gemm_sm90(const LowRankGemm& op, cudaStream_t stream);
 

@@ -1,5 +1,5 @@
-// W + sign (D G)^T: products and sum in fp32, rounded once, no temporary of W's size. For export: any strides, no
-// tensor cores.
+// Computes W += sign (D G)^T. Products and sums are in fp32, the result is rounded once, and no temporary tensor has
+// the size of W. Because merging happens only before export, the kernel accepts any strides and uses no tensor cores.
 #include "launch.h"
 #include "small_product.cuh"
 

@@ -1,5 +1,6 @@
-// Copies operands into the form that the products read: their type, aligned rows, a sample's own adapter. Factors, and
-// whatever comes with odd strides.
+// Packs operands: copies them into the form that the products read, with the type of the products, aligned rows and,
+// for batches, the factors of each sample's adapter. Factors are packed in most calls, other operands only if their
+// strides require it.
 #include <algorithm>
 #include <cmath>
 
@@ -24,7 +25,7 @@ __global__ void __launch_bounds__(THREADS) pack_kernel(const __grid_constant__ P
   const int64_t column = i % op.to.row, row = i / op.to.row % op.rows, sample = i / op.to.row / op.rows;
   const int64_t from = op.adapter ? op.adapter[sample] : sample;
   float value = 0;
-  if (op.adapter && from >= op.adapters)  // nobody checks before: the host would wait
+  if (op.adapter && from >= op.adapters)  // the host does not check indices, because it would have to wait for the GPU
     value = nanf("");
   else if (column < op.columns && from >= 0)
     value = read({op.from, op.type}, from * op.from_sample + row * op.from_row + column * op.from_column);

@@ -1,9 +1,12 @@
-// The producers of a layer, each a pass of its own: GELU element by element, layer norm with a warp per row.
-// Forward puts out what the layer's products read; backward takes the gradient of that to the gradient of what came in
-// and, on the way, puts the same out again, so that it need not be kept.
+// Computes the producer of a layer (the GELU or layer norm that runs directly before the layer), forward and backward,
+// in kernels of its own. The GELU is computed element by element, the layer norm with one warp per row. The forward
+// kernel writes the producer's output, which the layer's products read. The backward kernel computes the gradient of
+// the producer's input from the gradient of the output. It also recomputes the output, which therefore need not be
+// saved for the backward pass.
 //
-// On their own because the arithmetic of a producer inside a product costs more than this pass over memory: measured on
-// an H100, a GELU read through the sums over tokens took six times as long as the sums alone.
+// The producer is not computed inside the products, because its arithmetic there costs more than a separate pass over
+// memory. On an H100, the sums over tokens took six times as long when they applied a GELU to the values that they
+// read.
 #include "launch.h"
 #include "tiles.cuh"
 
@@ -12,10 +15,10 @@ namespace efft {
 namespace {
 
 constexpr int WARPS = 4, THREADS = WARPS * 32;
-constexpr float DENSITY_AT_ZERO = 0.3989422804014327f;  // of the normal distribution
+constexpr float DENSITY_AT_ZERO = 0.3989422804014327f;  // 1 / sqrt(2 pi), for the normal distribution
 constexpr float TANH_SCALE = 1.5957691216057308f;       // 2 sqrt(2 / pi)
 
-// A value of the GELU, and its slope.
+// The value of the GELU at one point, and its derivative there.
 struct Gelu {
   float value, slope;
 };
@@ -23,17 +26,17 @@ struct Gelu {
 template <class T>
 __device__ Gelu gelu(float z, Producer which) {
   if (which == Producer::gelu_tanh) {
-    // (1 + tanh(u)) / 2 with u = sqrt(2 / pi) (z + 0.044715 z^3)
+    // s = (1 + tanh(u)) / 2 with u = sqrt(2 / pi) (z + 0.044715 z^3)
     const float s = 1.0f / (1.0f + expf(-TANH_SCALE * z * (1.0f + 0.044715f * z * z)));
     return {z * s, s + z * s * (1.0f - s) * TANH_SCALE * (1.0f + 0.134145f * z * z)};
   }
   float cdf, bell;
   if constexpr (sizeof(T) == sizeof(float)) {
-    cdf = 0.5f * erfcf(-0.7071067811865476f * z);  // 1 + erf would lose the tail
+    cdf = 0.5f * erfcf(-0.7071067811865476f * z);  // 1 + erf(..) would cancel for large negative z
     bell = expf(-0.5f * z * z);
   } else {
-    // Abramowitz and Stegun 7.1.26, within 1.5e-7: nothing beside the rounding to 16 bits, and one exponential for
-    // both.
+    // This is formula 7.1.26 of Abramowitz and Stegun. Its error of at most 1.5e-7 is small compared with the rounding
+    // to 16 bits, and the value and the slope share one exponential.
     bell = __expf(-0.5f * z * z);
     const float t = __fdividef(1.0f, 1.0f + 0.23164189f * fabsf(z));
     const float tail =
@@ -50,7 +53,7 @@ __device__ float warp_sum(float value) {
   return value;
 }
 
-// Elements that a thread reads and writes together.
+// The number of elements that a thread reads or writes at a time.
 constexpr int EACH = 8;
 
 template <class T>
@@ -58,7 +61,8 @@ struct alignas(16) Elements {
   T values[EACH];
 };
 
-// Elements k .. k + 7 of a row, as far as it has them; in one go where the matrix's rows are aligned.
+// Loads elements k .. k + 7 of a row, and sets those beyond the last column to zero. The rows of the matrix must be
+// aligned.
 template <class T>
 __device__ void load(float (&to)[EACH], const Matrix& from, int64_t row, int64_t k, int64_t columns) {
   const T* const at = static_cast<const T*>(from.data) + row * from.row + k;
@@ -72,6 +76,7 @@ __device__ void load(float (&to)[EACH], const Matrix& from, int64_t row, int64_t
   }
 }
 
+// Stores elements k .. k + 7 of a row, except those beyond the last column. The rows need no alignment.
 template <class T>
 __device__ void store(const float (&from)[EACH], const Matrix& to, int64_t row, int64_t k, int64_t columns) {
   T* const at = static_cast<T*>(to.data) + row * to.row + k;
@@ -87,7 +92,8 @@ __device__ void store(const float (&from)[EACH], const Matrix& to, int64_t row, 
   }
 }
 
-// In the matrix's own type: an x of another 16-bit type than the product's is read through a copy in float.
+// Stores in the type of the matrix. dx needs this, because it has the type of the caller's x, which may be any of the
+// three. If that is neither float nor the type of the products, the kernel reads x from a copy in float.
 __device__ void store_in_own_type(
     const float (&from)[EACH], const Matrix& to, int64_t row, int64_t k, int64_t columns) {
   if (to.type == Type::float32) return store<float>(from, to, row, k, columns);
@@ -95,13 +101,13 @@ __device__ void store_in_own_type(
   store<fp16>(from, to, row, k, columns);
 }
 
-// gamma or beta; `absent` where there is none.
+// Loads elements of gamma or beta. If the tensor is absent, or beyond the last column, they are `absent`.
 __device__ void load(float (&to)[EACH], const Vector& from, int64_t k, int64_t columns, float absent) {
 #pragma unroll
   for (int i = 0; i < EACH; ++i) to[i] = from.data && k + i < columns ? read(from, k + i) : absent;
 }
 
-// X: of what came in, T: of what is put out.
+// X is the type of the producer's input, and T is the type of its output.
 template <class X, class T>
 __global__ void __launch_bounds__(THREADS) gelu_kernel(const __grid_constant__ Produce op) {
   const int64_t chunks = (op.columns + EACH - 1) / EACH;
@@ -132,7 +138,7 @@ __global__ void __launch_bounds__(THREADS) gelu_backward_kernel(const __grid_con
   if (op.out.data) store<T>(values, op.out, row, k, op.columns);
 }
 
-// f(values, k) for the elements of a row that this lane takes.
+// Calls f(values, k) for each group of EACH elements of a row that this lane processes; k is the first column.
 template <class X, class F>
 __device__ void each_of_row(const Matrix& x, int64_t row, int64_t columns, const F& f) {
 #pragma unroll 4
@@ -143,6 +149,7 @@ __device__ void each_of_row(const Matrix& x, int64_t row, int64_t columns, const
   }
 }
 
+// Writes the output of the norm for one row.
 template <class X, class T>
 __device__ void put_out_norm(
     const Matrix& x, const Matrix& out, const Norm& norm, int64_t row, int64_t columns, float mean, float rstd) {
@@ -156,7 +163,8 @@ __device__ void put_out_norm(
   });
 }
 
-// Three reads, two of them from the cache: a variance from the mean square would cancel.
+// Reads each row three times, of which two reads hit the cache. The second read is for the variance, because computing
+// it from the mean of the squares would cancel digits.
 template <class X, class T>
 __global__ void __launch_bounds__(THREADS) norm_kernel(const __grid_constant__ Produce op) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * WARPS + threadIdx.x / 32;
@@ -181,8 +189,8 @@ __global__ void __launch_bounds__(THREADS) norm_kernel(const __grid_constant__ P
   put_out_norm<X, T>(op.x, op.out, op.norm, row, op.columns, mean, rstd);
 }
 
-// dx = rstd (g - mean(g) - n mean(g n)) with g = gamma dout and n = (x - mean) rstd. Told how few blocks are enough,
-// the compiler spills nothing.
+// Computes dx = rstd (g - mean(g) - n mean(g n)) with g = gamma dout and n = (x - mean) rstd. With a minimum of only 4
+// blocks per multiprocessor in the launch bounds, the compiler has enough registers to avoid spills.
 template <class X, class T>
 __global__ void __launch_bounds__(THREADS, 4) norm_backward_kernel(const __grid_constant__ ProduceBackward op) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * WARPS + threadIdx.x / 32;
@@ -190,7 +198,7 @@ __global__ void __launch_bounds__(THREADS, 4) norm_backward_kernel(const __grid_
   const float mean = op.norm.mean[row], rstd = op.norm.rstd[row], count = static_cast<float>(op.columns);
   if (op.out.data) put_out_norm<X, T>(op.x, op.out, op.norm, row, op.columns, mean, rstd);
   if (!op.dx.data) return;
-  // f(n, g, k)
+  // Calls f(n, g, k) for each group of elements of the row.
   const auto each = [&](const auto& f) {
     each_of_row<X>(op.x, row, op.columns, [&](float (&values)[EACH], int64_t k) {
       float g[EACH], gamma[EACH];
@@ -198,7 +206,7 @@ __global__ void __launch_bounds__(THREADS, 4) norm_backward_kernel(const __grid_
       load(gamma, op.norm.gamma, k, op.columns, 1.0f);
 #pragma unroll
       for (int j = 0; j < EACH; ++j) {
-        g[j] *= gamma[j];  // zero beyond the row
+        g[j] *= gamma[j];  // g[j] is zero beyond the row
         values[j] = (values[j] - mean) * rstd;
       }
       f(values, g, k);

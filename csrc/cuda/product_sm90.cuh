@@ -1,7 +1,7 @@
-// The types of lowrank_gemm_sm90.cu's product: instructions, layouts in shared memory, tensor maps.
+// Defines the types of the product in lowrank_gemm_sm90.cu: instructions, layouts in shared memory, and tensor maps.
 #pragma once
 
-// clang-format off: CuTe comes before the rest of CUTLASS, which does not stand alone
+// clang-format off: CuTe must come before the other headers of CUTLASS, which do not compile without it
 #include <cute/tensor.hpp>
 #include <cutlass/arch/barrier.h>
 #include <cutlass/arch/reg_reconfig.h>
@@ -12,14 +12,15 @@
 
 namespace efft {
 
-using namespace cute;  // NOLINT: the library's vocabulary, of the one file that includes this
+using namespace cute;  // NOLINT: only lowrank_gemm_sm90.cu includes this file
 
-// Blocks that work together, and buffers of the ring.
+// The number of blocks in a pair, and the number of buffers in the ring.
 constexpr int PAIR = 2, STAGES = 4;
 constexpr size_t SHARED_OF_SM90 = 227 * 1024;
 
-// What a block computes. T: of a product in CUTLASS's spelling; TRANSPOSED: B and T are [N, K]; GROUPS: warp groups
-// that multiply; RANKS: columns of H made beside Y, 0 where H is there; SECOND: of the second generation.
+// The product that a block computes. T is the type of its operands (a type of CUTLASS), and TRANSPOSED says whether B
+// and T are stored as [N, K]. GROUPS is the number of warp groups that multiply. RANKS is the number of columns of H
+// that the kernel computes, or 0 if H has already been computed. SECOND selects the second generation of kernels.
 template <class T_, bool TRANSPOSED, int GROUPS_, int COLUMNS, int RANKS_, bool SECOND_>
 struct Product {
   using T = T_;
@@ -28,7 +29,11 @@ struct Product {
   using M = Int<64 * GROUPS>;
   using N = Int<COLUMNS>;
   using K = _64;
-  using R = Int<RANKS == 0 ? 32 : RANKS>;
+  // In the second generation, the blocks of a pair that computes H have the same rows of A and adjacent columns of B.
+  // Each block computes half of the columns of H and sends them to the other block.
+  static constexpr bool SHARES_H = SECOND && RANKS > 0;
+  using R = Int<RANKS == 0 ? 32 : SHARES_H ? RANKS / 2 : RANKS>;
+  static constexpr int HALF = RANKS / 8;  // number of registers that hold a thread's part of one half of H
   static constexpr GMMA::Major MAJOR = TRANSPOSED ? GMMA::Major::K : GMMA::Major::MN;
   using Groups = Layout<Shape<Int<GROUPS>, _1, _1>>;
   using Mma =
@@ -36,7 +41,7 @@ struct Product {
   using MmaH = decltype(make_tiled_mma(
       GMMA::ss_op_selector<T, T, float, Shape<M, R, K>, GMMA::Major::K, GMMA::Major::K>(), Groups{}));
   using MmaTail =
-      decltype(make_tiled_mma(GMMA::rs_op_selector<T, T, float, Shape<M, N, R>, GMMA::Major::K, MAJOR>(), Groups{}));
+      decltype(make_tiled_mma(GMMA::rs_op_selector<T, T, float, Shape<M, N, _16>, GMMA::Major::K, MAJOR>(), Groups{}));
   using AtomK = GMMA::Layout_K_SW128_Atom<T>;
   using AtomB = std::conditional_t<TRANSPOSED, AtomK, GMMA::Layout_MN_SW128_Atom<T>>;
   using LayoutA = decltype(tile_to_shape(AtomK{}, Shape<M, K, Int<STAGES>>{}));
@@ -44,8 +49,9 @@ struct Product {
       AtomB{}, Shape<N, K, Int<STAGES>>{}, std::conditional_t<TRANSPOSED, Step<_1, _2, _3>, Step<_2, _1, _3>>{}));
   using LayoutP = decltype(tile_to_shape(AtomK{}, Shape<R, K, Int<STAGES>>{}));
   static constexpr int BYTES_A = M{} * K{} * sizeof(T), BYTES_B = N{} * K{} * sizeof(T),
-                       BYTES_P = RANKS * K{} * sizeof(T);
-  // A warp's rows of the output on their way out, 32 columns at a time; 8 more keep rows in different banks.
+                       BYTES_P = RANKS == 0 ? 0 : R{} * K{} * sizeof(T);
+  // The size of the memory in which a warp rearranges rows of the output, 32 columns at a time. The 8 additional
+  // elements put the rows in different banks.
   static constexpr int OUT_COLUMNS = 32, OUT_ROW = OUT_COLUMNS + 8;
 
   struct alignas(1024) Shared {
@@ -53,6 +59,9 @@ struct Product {
     array_aligned<T, cosize_v<LayoutB>, 1024> b;
     array_aligned<T, RANKS == 0 ? 8 : cosize_v<LayoutP>, 1024> p;
     alignas(16) T out[4 * GROUPS][16 * OUT_ROW];
+    // The half of H that the other block computes, and barriers that signal when each warp has received its part of it.
+    alignas(16) uint32_t other_half[SHARES_H ? THREADS - 128 : 1][SHARES_H ? HALF : 1];
+    cutlass::arch::ClusterTransactionBarrier has_half[4 * GROUPS];
     cutlass::arch::ClusterTransactionBarrier full[STAGES];
     cutlass::arch::ClusterBarrier empty[STAGES];
   };
@@ -65,28 +74,43 @@ struct Product {
   static auto copy_a(const Matrix& of, int rows, int columns) {
     return make_tma_copy(SM90_TMA_LOAD{}, by_rows(of, rows, columns), LayoutA{}(_, _, 0), Shape<M, K>{}, _1{});
   }
+  static auto copy_left(const Matrix& of, int rows, int columns) {
+    if constexpr (SHARES_H)
+      return make_tma_copy(
+          SM90_TMA_LOAD_MULTICAST{}, by_rows(of, rows, columns), LayoutA{}(_, _, 0), Shape<M, K>{}, Int<PAIR>{});
+    else
+      return copy_a(of, rows, columns);
+  }
   static auto copy_b(const Matrix& of, int columns, int depth) {
     const auto matrix = [&] {
       if constexpr (TRANSPOSED)
         return by_rows(of, columns, depth);
-      else  // [K, N] with its dimensions exchanged
+      else  // B is stored as [K, N], and the tensor map needs [N, K]
         return make_tensor(make_gmem_ptr(static_cast<const T*>(of.data)),
             make_layout(make_shape(columns, depth), make_stride(_1{}, of.row)));
     }();
-    return make_tma_copy(SM90_TMA_LOAD_MULTICAST{}, matrix, LayoutB{}(_, _, 0), Shape<N, K>{}, Int<PAIR>{});
+    if constexpr (SHARES_H)
+      return make_tma_copy(SM90_TMA_LOAD{}, matrix, LayoutB{}(_, _, 0), Shape<N, K>{}, _1{});
+    else
+      return make_tma_copy(SM90_TMA_LOAD_MULTICAST{}, matrix, LayoutB{}(_, _, 0), Shape<N, K>{}, Int<PAIR>{});
   }
   static auto copy_p(const Matrix& of, int columns, int depth) {
-    return make_tma_copy(
-        SM90_TMA_LOAD_MULTICAST{}, by_rows(of, columns, depth), LayoutP{}(_, _, 0), Shape<R, K>{}, Int<PAIR>{});
+    if constexpr (SHARES_H)
+      return make_tma_copy(SM90_TMA_LOAD{}, by_rows(of, columns, depth), LayoutP{}(_, _, 0), Shape<R, K>{}, _1{});
+    else
+      return make_tma_copy(
+          SM90_TMA_LOAD_MULTICAST{}, by_rows(of, columns, depth), LayoutP{}(_, _, 0), Shape<R, K>{}, Int<PAIR>{});
   }
-  using CopyA = decltype(copy_a({}, 0, 0));
+  using CopyA = decltype(copy_left({}, 0, 0));
+  using CopyH = decltype(copy_a({}, 0, 0));
   using CopyB = decltype(copy_b({}, 0, 0));
   using CopyP = decltype(copy_p({}, 0, 0));
 };
 
 template <class P>
 struct Operands {
-  typename P::CopyA A, H;
+  typename P::CopyA A;
+  typename P::CopyH H;
   typename P::CopyB B, T;
   typename P::CopyP factor;
 };

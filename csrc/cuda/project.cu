@@ -1,5 +1,5 @@
-// H = A P: a product with a narrow right side that reads A once, whatever the rank up to 128 (beyond that, once for
-// every 128).
+// Computes H = A P, a product whose right side has only as many columns as the rank. The kernel reads A once for every
+// 128 columns, and therefore only once for ranks up to 128.
 #include <algorithm>
 
 #include "accumulator.cuh"
@@ -17,7 +17,7 @@ using Sums = Accumulator<T, ROWS, RANKS, 128 / sizeof(T), WARPS, 1, Order::outer
 template <class T, int RANKS>
 struct Layout {
   using Tiles = Sums<T, RANKS>;
-  static constexpr int STAGES = RANKS < 128 ? 3 : 2;  // copies in flight, as far as shared memory goes
+  static constexpr int STAGES = RANKS < 128 ? 3 : 2;  // number of buffers, limited by the shared memory
   static constexpr int STAGE = Tiles::A::BYTES + Tiles::B::BYTES;
   static constexpr int BYTES = STAGES * STAGE;
 };
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(WARPS * 32) project_kernel(const __grid_consta
   Tiles sums;
   for (int64_t step = 0; step < steps; ++step) {
     wait_copies<STAGES - 2>();
-    __syncthreads();  // this step's tiles are there, and nobody reads the last one's
+    __syncthreads();  // the tiles of this step have arrived, and no thread reads the previous tiles
     fetch_step(step + STAGES - 1);
     sums.add(left(step), right(step));
   }

@@ -1,9 +1,10 @@
-// dG = h^T gy, dD = x^T dh, db, dgamma and dbeta: all sums over tokens that a layer needs, in one launch. The second
-// generation of reduce_tokens.cu, for compute capability 9.0.
+// Computes dG = h^T gy, dD = x^T dh, db, dgamma and dbeta, which are all the sums over tokens that a layer needs, in
+// one launch. This is the second generation of reduce_tokens.cu, for compute capability 9.0.
 //
-// Every block owns 64 columns of gy, x or da and a range of tokens. The blocks of one group of columns are a cluster.
-// Each leaves its sums in its shared memory, and then every block adds a share of the elements over all blocks in the
-// order of the ranges and rounds once. No partial sums go through global memory, and no addition is atomic.
+// The tokens are divided into ranges ("splits"). Every block processes a group of 64 columns of gy, x or da in one
+// range, and the blocks of one group form a cluster. Each block first leaves its sums in its shared memory. Then every
+// block adds up some of the elements over all blocks of the cluster, in the order of the ranges, and rounds once.
+// Therefore no partial sums go through global memory, and no addition is atomic.
 #include <algorithm>
 
 #include "accumulator.cuh"
@@ -15,19 +16,20 @@ namespace efft {
 namespace {
 
 constexpr int COLUMNS = 64, STAGES = 4, WARPS = 4, THREADS = WARPS * 32;
-constexpr int64_t MOST_SPLITS = 8;     // blocks of a cluster on every GPU
-constexpr int64_t LEAST_TOKENS = 256;  // of a range
-// Rows of sums in shared memory: 64 columns, and one element more so that columns lie in different banks.
+constexpr int64_t MOST_SPLITS = 8;     // the largest cluster that is portable across GPUs
+constexpr int64_t LEAST_TOKENS = 256;  // the least number of tokens in a range
+// The length of a row of sums in shared memory. It has one element more than columns, which puts a column of sums in
+// different banks.
 constexpr int ROW = COLUMNS + 1;
 
-// Tokens of a step.
+// The number of tokens that one step of the main loop processes.
 template <class T>
 constexpr int TOKENS = 128 / sizeof(T);
 
 template <class T, int RANKS>
 using Sums = Accumulator<T, COLUMNS, RANKS, TOKENS<T>, WARPS, 1, Order::sum_first, Order::sum_first>;
 
-// Elements that a thread reads together.
+// The number of elements that a thread reads at a time.
 template <class T>
 constexpr int EACH = 16 / sizeof(T);
 template <class T>
@@ -35,7 +37,7 @@ struct alignas(16) Elements {
   T values[EACH<T>];
 };
 
-// Threads side by side read a row of 64 columns, the others the next rows.
+// ACROSS threads read one row of 64 columns, so that a block reads DOWN rows at a time.
 template <class T>
 constexpr int ACROSS = COLUMNS / EACH<T>;
 template <class T>
@@ -45,19 +47,19 @@ template <class T, int RANKS>
 struct Layout {
   using Tiles = Sums<T, RANKS>;
   static constexpr int STAGE = Tiles::A::BYTES + Tiles::B::BYTES;
-  // After the last step the sums lie in the place of the copies: a row per rank, one of a sum of columns, and what the
-  // threads bring to the latter.
+  // After the last step, the sums replace the copies in shared memory: one row per rank, one row for the sums of the
+  // columns, and the parts of the latter that different threads have added up.
   static constexpr int ROWS = RANKS + 1, PARTS = 2 * DOWN<T>;
   static constexpr int BYTES = std::max(STAGES * STAGE, (ROWS + PARTS) * ROW * 4);
 };
 
-// What a block sums.
+// The columns and tokens over which one block sums.
 struct Range {
   int64_t column, begin, end;  // first column; tokens begin .. end - 1
   uint32_t split, splits;
 };
 
-// Adds the rows of `parts` [DOWN, ROW] in order into one row of sums.
+// Computes one row of sums by adding the rows of `parts` [DOWN, ROW] in order.
 template <class T>
 __device__ void add_parts(float* row, const float* parts) {
   const int column = static_cast<int>(threadIdx.x);
@@ -67,8 +69,8 @@ __device__ void add_parts(float* row, const float* parts) {
   row[column] = sum;
 }
 
-// Leaves the product wide^T thin of this block's tokens in `sums` [RANKS, ROW] and, if `adds`, the sums of wide in the
-// row behind it.
+// Computes thin^T wide over this block's tokens in `sums` [RANKS, ROW]. If `adds` is set, the next row receives the
+// sums of the columns of `wide`.
 template <class T, int RANKS>
 __device__ void sum_products(
     const Source<T>& wide, const Source<T>& thin, const Range& range, int64_t rank, bool adds, float* sums) {
@@ -95,7 +97,7 @@ __device__ void sum_products(
   Tiles product;
   for (int64_t step = 0; step < steps; ++step) {
     wait_copies<STAGES - 2>();
-    __syncthreads();  // this step's tiles are there, and nobody reads the last one's
+    __syncthreads();  // the tiles of this step have arrived, and no thread reads the previous tiles
     fetch_step(step + STAGES - 1);
     product.add(left(step), right(step));
     if (!adds) continue;
@@ -106,7 +108,7 @@ __device__ void sum_products(
       for (int i = 0; i < EACH<T>; ++i) columns[i] += widen(values.values[i]);
     }
   }
-  __syncthreads();  // nobody reads the last tiles any more
+  __syncthreads();  // no thread reads the last tiles any more
   product.each_pair([&](int c, int r, float first, float second) {
     sums[r * ROW + c] = first;
     sums[(r + 1) * ROW + c] = second;
@@ -119,7 +121,8 @@ __device__ void sum_products(
   add_parts<T>(sums + RANKS * ROW, parts);
 }
 
-// Elements at .. at + N - 1 in float, as far as there are columns; rows begin at multiples of 16 bytes.
+// Loads elements at .. at + N - 1 of a row as floats, and sets those beyond the last column to zero. The row must begin
+// at a multiple of 16 bytes.
 template <class X, int N>
 __device__ void load(float (&to)[N], const X* row, int64_t at, int64_t columns) {
 #pragma unroll
@@ -135,7 +138,8 @@ __device__ void load(float (&to)[N], const X* row, int64_t at, int64_t columns) 
   }
 }
 
-// Leaves the sums of `of` in row 0 of `sums` and, with `z`, those of `of` times the normalized z in row 1.
+// Computes the sums of the columns of `of` in row 0 of `sums`. If `z` is given, row 1 receives the sums of `of` times
+// the normalized z.
 template <class T>
 __device__ void sum_columns(
     const Matrix& of, const Matrix& z, const Norm& norm, int64_t columns, const Range& range, float* sums) {
@@ -153,8 +157,9 @@ __device__ void sum_columns(
       else
         load<T>(at, static_cast<const T*>(z.data) + token * z.row, column, columns);
       const float mean = norm.mean[token], rstd = norm.rstd[token];
+      // Beyond the row, values[i] is zero.
 #pragma unroll
-      for (int i = 0; i < N; ++i) times_z[i] += values[i] * ((at[i] - mean) * rstd);  // zero beyond the row
+      for (int i = 0; i < N; ++i) times_z[i] += values[i] * ((at[i] - mean) * rstd);
     }
 #pragma unroll
     for (int i = 0; i < N; ++i) plain[i] += values[i];
@@ -170,11 +175,12 @@ __device__ void sum_columns(
   add_parts<T>(sums + ROW, parts + DOWN<T> * ROW);
 }
 
-// Adds the sums of all blocks of the cluster in the order of their tokens. f(row, column, sum) gets `rows` rows, each
-// element in one of the blocks; neighbouring threads get neighbouring columns or, with `by_rows`, neighbouring rows.
+// Adds the sums of all blocks of the cluster in the order of their tokens, and calls f(row, column, sum) for the
+// elements of the first `rows` rows. Every element is passed to one thread of one block. Adjacent threads get adjacent
+// columns or, if `by_rows` is set, adjacent rows.
 template <class F>
 __device__ void add_blocks(const float* sums, int rows, const Range& range, bool by_rows, const F& f) {
-  synchronize_cluster();  // the sums of all blocks are there
+  synchronize_cluster();  // the sums of all blocks are complete
   const int first = static_cast<int>(range.split) * THREADS + static_cast<int>(threadIdx.x);
   for (int i = first; i < rows * COLUMNS; i += static_cast<int>(range.splits) * THREADS) {
     const int row = by_rows ? i % rows : i / COLUMNS, column = by_rows ? i / rows : i % COLUMNS;
@@ -182,10 +188,10 @@ __device__ void add_blocks(const float* sums, int rows, const Range& range, bool
     for (uint32_t block = 0; block < range.splits; ++block) sum += read_shared_of(block, sums + row * ROW + column);
     f(row, range.column + column, sum);
   }
-  synchronize_cluster();  // nobody reads this block's sums any more
+  synchronize_cluster();  // no block reads the sums of this block any more
 }
 
-// Groups of columns.
+// The number of groups of 64 columns for each result.
 struct Groups {
   int64_t dG, dD, db, norm;
 
@@ -193,7 +199,7 @@ struct Groups {
     const auto of = [](int64_t columns) { return (columns + COLUMNS - 1) / COLUMNS; };
     dG = of(op.d_out);
     dD = of(op.d_in);
-    db = op.d_out ? 0 : of(op.summed_out);  // dG reads gy anyway
+    db = op.d_out ? 0 : of(op.summed_out);  // the blocks for dG read gy and compute db as well
     norm = of(op.summed_in);
   }
   __host__ __device__ int64_t count() const { return dG + dD + db + norm; }
@@ -237,7 +243,7 @@ __global__ void __launch_bounds__(THREADS) reduce_tokens_sm90_kernel(const __gri
     });
     return;
   }
-  if (rank > 0) return;  // the cluster as a whole
+  if (rank > 0) return;  // all blocks of the cluster return, because these sums do not depend on the rank
   group -= groups.dD;
   const bool of_gy = group < groups.db;
   range.column = (of_gy ? group : group - groups.db) * COLUMNS;

@@ -1,4 +1,5 @@
-// reduce_tokens by clusters of blocks, which only compute capability 9.0 and newer has.
+// Declares the second generation of reduce_tokens, whose blocks cooperate in clusters. Clusters need compute capability
+// 9.0.
 #pragma once
 
 #include "kernels.h"

@@ -1,5 +1,6 @@
-// A block's tile of a product of small matrices in fp32, whose elements come from functions: masked, scaled, transposed
-// or of any strides, whatever their type. For what is tiny, or done once.
+// Computes one tile of a product of small matrices per block, in fp32. Functions return the elements of the matrices,
+// so that these can be masked, scaled or transposed and can have any strides and types. This is slower than tensor
+// cores, and is meant for small products and for products that are computed only once.
 #pragma once
 
 #include "tiles.cuh"
@@ -9,18 +10,19 @@ namespace efft {
 struct SmallProduct {
   static constexpr int ROWS = 32, COLUMNS = 64, DEPTH = 32, THREADS = 256;
   static constexpr int BYTES = DEPTH * (ROWS + 1 + COLUMNS) * static_cast<int>(sizeof(float));
-  static constexpr int EACH = ROWS * COLUMNS / THREADS;  // sums of a thread, one column
+  static constexpr int EACH = ROWS * COLUMNS / THREADS;  // number of sums per thread, all in one column
 
   float sums[EACH] = {};
 
-  // += sum over k < depth of left(row, k) right(k, column), for rows and columns of the tile.
+  // Adds the sum over k < depth of left(row, k) right(k, column) to each element of the tile.
   template <class Left, class Right>
   __device__ void add(int64_t depth, const Left& left, const Right& right) {
-    float* const a = reinterpret_cast<float*>(shared_memory());  // [DEPTH, ROWS + 1], so that columns differ in banks
-    float* const b = a + DEPTH * (ROWS + 1);                     // [DEPTH, COLUMNS]
+    // a is [DEPTH, ROWS + 1], which puts the elements of a column in different banks; b is [DEPTH, COLUMNS].
+    float* const a = reinterpret_cast<float*>(shared_memory());
+    float* const b = a + DEPTH * (ROWS + 1);
     const int thread = static_cast<int>(threadIdx.x);
     for (int64_t k = 0; k < depth; k += DEPTH) {
-      __syncthreads();  // nobody reads the last step any more
+      __syncthreads();  // no thread reads the previous step any more
       for (int i = thread; i < DEPTH * ROWS; i += THREADS) {
         const int row = i / DEPTH, step = i % DEPTH;
         a[step * (ROWS + 1) + row] = k + step < depth ? left(row, k + step) : 0.0f;
@@ -36,7 +38,7 @@ struct SmallProduct {
     }
   }
 
-  // f(row, column, sum)
+  // Calls f(row, column, sum) for every sum of this thread.
   template <class F>
   __device__ void each(const F& f) {
 #pragma unroll

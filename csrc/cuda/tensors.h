@@ -1,4 +1,5 @@
-// From torch's tensors to the kernels' plain matrices, on the stable ABI.
+// Converts torch's tensors to the plain matrices of the kernels, using the stable ABI. Tensors that the kernels cannot
+// read directly are packed, that is, copied into another type or with aligned rows.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -12,7 +13,8 @@
 #include "../rows.h"
 #include "kernels.h"
 
-// Only torch's CUDA library has it. The library loads without, as torch does, but then launches nothing.
+// Only torch's CUDA library defines this function. The declaration is weak, so that this library also loads with a
+// torch without CUDA; it then cannot launch kernels.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 
 namespace efft {
@@ -23,14 +25,15 @@ inline void check(cudaError_t error) {
   STD_TORCH_CHECK(error == cudaSuccess, "efft, backend 'cuda': ", cudaGetErrorString(error));
 }
 
-// What a call launches on: the GPU of its tensors, current as long as this lives, and torch's stream there. Copies of
-// operands wait for the first kernel that may read them, so that one launch makes them all.
+// The GPU and the stream on which one call of an op launches its kernels: the GPU of the tensors, which is the current
+// GPU for the lifetime of this object, and torch's current stream on it. Copies of operands are collected until the
+// first kernel that may read them, so that a single launch performs all of them.
 class Launches {
  public:
   explicit Launches(const Tensor& on) {
     if (on.is_cuda()) {
       device_ = on.get_device_index();
-      // On another stream than torch's, kernels would run before their operands are there.
+      // On a stream other than torch's, kernels could run before their operands have been computed.
       STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream,
           "efft, backend 'cuda': expected a torch with CUDA, which says what its current stream is, but the symbol "
           "aoti_torch_get_current_cuda_stream is missing; install a CUDA build of torch 2.10 or newer");
@@ -38,17 +41,17 @@ class Launches {
       STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
       stream_ = static_cast<cudaStream_t>(stream);
       check(cudaGetDevice(&before_));
-      check(cudaSetDevice(device_));  // also where it is current: a thread of autograd's may have no context yet
+      check(cudaSetDevice(device_));  // even if it is current: a thread of autograd may have no context yet
     }
     check(load_kernels());
   }
   ~Launches() {
-    if (before_ != device_) cudaSetDevice(before_);  // nothing would be gained, but perhaps a context made
+    if (before_ != device_) cudaSetDevice(before_);  // an unnecessary call could create a context
   }
   Launches(const Launches&) = delete;
   Launches& operator=(const Launches&) = delete;
 
-  // Operands that were copied are there for what is launched on it.
+  // Returns the stream, after launching the collected copies on it. Kernels launched on it can read the copies.
   cudaStream_t stream() const {
     flush();
     return stream_;
@@ -84,7 +87,8 @@ inline Tensor empty(
   return torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, type);
 }
 
-// [.., rows, columns] whose rows can be copied 16 bytes at a time: padded where `columns` are no multiple of 8.
+// Returns an empty tensor [.., rows, columns] whose rows can be copied 16 bytes at a time. If `columns` is not a
+// multiple of 8, the rows are padded.
 inline Tensor empty_rows(
     const Tensor& like, std::initializer_list<int64_t> lead, int64_t columns, std::optional<ScalarType> type) {
   const int64_t padded = (columns + 7) / 8 * 8;
@@ -94,8 +98,8 @@ inline Tensor empty_rows(
   return padded == columns ? all : torch::stable::narrow(unpadded, -1, 0, columns);
 }
 
-// [rows, columns] or [samples, rows, columns]. The stride of a lone row says nothing, and may be one that no copy
-// takes.
+// Returns a tensor [rows, columns] or [samples, rows, columns] as a Matrix. The stride of a tensor with a single row is
+// arbitrary, and is replaced by a stride that copies of 16 bytes accept.
 inline Matrix matrix(const Tensor& t) {
   const int64_t row = t.size(-2) > 1 ? t.stride(-2) : (t.size(-1) + 7) / 8 * 8;
   return {t.data_ptr(), row, t.dim() == 3 ? t.stride(0) : 0, type_of(t)};
@@ -112,7 +116,8 @@ inline bool has_aligned_rows(const Tensor& t) {
   return all;
 }
 
-// A copy of `t` in `type` with aligned rows; with `adapter`, of the samples that it names.
+// Returns a copy of `t` in `type` with aligned rows. If `adapter` is given, sample i of the copy is matrix adapter[i]
+// of `t`.
 inline Tensor packed(
     const Tensor& t, ScalarType type, const Launches& launches, const std::optional<Tensor>& adapter = std::nullopt) {
   const bool batched = t.dim() == 3;
@@ -137,8 +142,8 @@ inline Tensor packed(
   return to;
 }
 
-// `t` in `type` with aligned rows: itself, or the one copy of an operand. Layers whose widths are multiples of 8 have
-// it.
+// Returns `t` if it has the type `type` and aligned rows, else a copy with both. Operands are not copied if the widths
+// of the layer are multiples of 8 and the types agree.
 inline Tensor with_aligned_rows(const Tensor& t, ScalarType type, const Launches& launches) {
   return t.scalar_type() == type && has_aligned_rows(t) ? t : packed(t, type, launches);
 }

@@ -1,4 +1,4 @@
-// Tiles in shared memory, filled by asynchronous copies of 16 bytes.
+// Defines tiles in shared memory, and functions that fill them by asynchronous copies of 16 bytes.
 #pragma once
 
 #include "instructions.cuh"
@@ -6,14 +6,14 @@
 
 namespace efft {
 
-// [ROWS, COLUMNS] in chunks of 16 bytes. A chunk's place in its row is shuffled with the row's number, so that eight
-// rows of one column of chunks, what a matrix load reads at once, lie in different banks.
+// A tile [ROWS, COLUMNS], stored in chunks of 16 bytes. The chunks of a row are permuted depending on the row's number.
+// A matrix load reads the chunks of eight rows in one column, and the permutation puts them in different banks.
 template <class T, int ROWS, int COLUMNS>
 struct Tile {
   static constexpr int PER_CHUNK = 16 / sizeof(T);
   static constexpr int CHUNKS = COLUMNS / PER_CHUNK;
   static constexpr int BYTES = ROWS * COLUMNS * static_cast<int>(sizeof(T));
-  static constexpr int ROWS_A_LINE = CHUNKS < 8 ? 8 / CHUNKS : 1;  // of all 32 banks
+  static constexpr int ROWS_A_LINE = CHUNKS < 8 ? 8 / CHUNKS : 1;  // number of rows that cover all 32 banks
   static_assert(CHUNKS * PER_CHUNK == COLUMNS && (CHUNKS & (CHUNKS - 1)) == 0, "rows of 2^n chunks");
 
   T* data;
@@ -25,7 +25,7 @@ struct Tile {
   __device__ T& at(int row, int column) const { return chunk(row, column / PER_CHUNK)[column % PER_CHUNK]; }
 };
 
-// What exists of a matrix that tiles are cut from.
+// The part of a matrix from which tiles are read. `row` is the distance between rows, in elements.
 template <class T>
 struct Source {
   const T* data;
@@ -38,7 +38,7 @@ __device__ Source<T> source(const Matrix& of, int64_t sample, int64_t rows, int6
   return {static_cast<const T*>(of.data) + sample * of.sample, of.row, rows, columns};
 }
 
-// Starts to copy the tile at (row, column); what does not exist becomes zero.
+// Starts to copy the tile at (row, column). Elements outside of the matrix become zero.
 template <int THREADS, class T, int ROWS, int COLUMNS>
 __device__ void fetch(const Tile<T, ROWS, COLUMNS>& tile, const Source<T>& from, int64_t row, int64_t column) {
   constexpr int PER_CHUNK = Tile<T, ROWS, COLUMNS>::PER_CHUNK, CHUNKS = Tile<T, ROWS, COLUMNS>::CHUNKS;
@@ -55,7 +55,7 @@ __device__ void fetch(const Tile<T, ROWS, COLUMNS>& tile, const Source<T>& from,
   }
 }
 
-// Single elements of whatever type.
+// Reads or writes one element of any type.
 __device__ inline float read(const Vector& from, int64_t at) {
   if (from.type == Type::float32) return static_cast<const float*>(from.data)[at];
   if (from.type == Type::bfloat16) return widen(static_cast<const bf16*>(from.data)[at]);
@@ -71,7 +71,7 @@ __device__ inline void write(void* to, Type type, int64_t at, float value) {
     static_cast<fp16*>(to)[at] = narrow<fp16>(value);
 }
 
-// Two neighbours, at an even place.
+// Two adjacent elements, of which the first is at an even position.
 template <class T>
 struct alignas(2 * sizeof(T)) Pair {
   T first, second;

@@ -1,5 +1,5 @@
-// efft::tt_contract_{fwd,bwd}.cuda: every layer and core of a train in one launch. Factors and masks are small: copied
-// where they are not contiguous.
+// Implements efft::tt_contract_{fwd,bwd}.cuda. One launch computes all layers and cores of a tensor train. Factors and
+// masks that are not contiguous are copied, which is cheap because they are small.
 #include <tuple>
 
 #include "tensors.h"
@@ -11,6 +11,7 @@ namespace {
 using Mask = std::optional<Tensor>;
 using torch::stable::contiguous;
 
+// A tensor train with contiguous tensors, and its description for the kernels.
 struct Train {
   Tensor C, V;
   Mask keep_C, keep_V;

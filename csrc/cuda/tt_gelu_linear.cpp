@@ -1,4 +1,4 @@
-// efft::tt_gelu_linear_{fwd,bwd}.cuda: tt_linear whose input passes through a GELU first.
+// Implements efft::tt_gelu_linear_{fwd,bwd}.cuda: tt_linear after a GELU.
 #include "tt_linear.h"
 
 namespace efft {

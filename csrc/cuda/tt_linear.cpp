@@ -1,9 +1,12 @@
-// efft::tt_linear_{fwd,bwd}.cuda and, through a producer, the gelu and norm forms.
+// Implements efft::tt_linear_{fwd,bwd}.cuda, and the functions that this op shares with tt_gelu_linear and
+// tt_norm_linear. These two include a producer, the GELU or layer norm that runs directly before the layer.
 //
-// Forward: what the producer puts out (without one, x), then y, whose product makes h itself or finds it there.
-// Backward: the same product with gy, G^T and D^T for dh and the gradient of what was put out, the producer's backward,
-// then dG and dD in one launch. What trained biases and norms need is summed by torch, or in the second generation of
-// kernels in that launch too.
+// The forward pass launches the producer, whose output is a (without a producer, a is x). Then it computes h = a D and
+// y = a W^T + b + h G, either in one kernel or h in a kernel of its own.
+// The backward pass uses the same kernels to compute dh = gy G^T and the gradient of a, gy W + dh D^T. Then it launches
+// the backward kernel of the producer, and finally computes dG and dD in one launch. If the bias or the norm is
+// trained, torch sums their gradients. In the second generation of kernels, the launch for dG and dD computes these
+// sums as well.
 #include "tt_linear.h"
 
 #include <array>
@@ -26,14 +29,15 @@ std::optional<Tensor> whole(const std::optional<Tensor>& t) {
   return t.has_value() ? std::optional(torch::stable::contiguous(*t)) : std::nullopt;
 }
 
-// What a kernel reads through the producer: in its own type if that is the product's or float.
+// Returns x with aligned rows, converted if necessary. Without a producer, its type is that of the products. A producer
+// can also read float, to which x of any other type is converted.
 Tensor with_readable_rows(
     const Tensor& x, const LayerProducer& producer, ScalarType product, const Launches& launches) {
   const bool own = producer.kind != Producer::none && x.scalar_type() != product;
   return with_aligned_rows(x, own ? ScalarType::Float : product, launches);
 }
 
-// h = a P^T, by a kernel of its own.
+// Computes h = a P in a kernel of its own, where P is stored transposed.
 void make_h(const Tensor& h, const Tensor& a, const Tensor& P, const Launches& launches) {
   Project op;
   op.M = a.size(0);
@@ -51,7 +55,7 @@ Tensor multiplied(const Tensor& left, const Tensor& right) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// The sum of rows in float, returned in `type`.
+// Returns the sum of the rows, computed in float and converted to `type`.
 Tensor sum_of_rows(const Tensor& of, ScalarType type) {
   constexpr int64_t rows = 0;
   const Tensor sum =
@@ -59,7 +63,7 @@ Tensor sum_of_rows(const Tensor& of, ScalarType type) {
   return torch::stable::to(sum, type);
 }
 
-// What the norm's weight multiplies, in float.
+// Returns (x - mean) rstd in float, which the norm multiplies by gamma.
 Tensor standardized(const Tensor& x, const LayerProducer& producer) {
   const Tensor centered =
       torch::stable::subtract(torch::stable::to(x, ScalarType::Float), torch::stable::unsqueeze(*producer.mean, 1));
@@ -129,7 +133,7 @@ LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x
   const Tensor dh = empty_rows(gy, {need_da || need.dD ? tokens : 0}, rank, type);
   const Tensor P = need_da || need.dD ? with_aligned_rows(G, type, launches) : G;
 
-  // The gradient of what the products read, which without a producer is x.
+  // da is the gradient of the input a of the products. Without a producer, a is x and da is dx.
   const bool plain = producer.kind == Producer::none;
   const Tensor dx = need.dx ? empty(like_x, {tokens, d_in}) : empty(like_x, {0});
   const Tensor da = plain || !need_da ? dx : empty_rows(gy, {tokens}, d_in, type);
@@ -192,7 +196,7 @@ LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x
     sums.dD = dD.data_ptr();
     sums.factors_D = type_of(dD);
   }
-  // The second generation sums in the same launch what trained biases and norms need; the first leaves it to torch.
+  // Only the second generation computes the gradients of biases and norms in this launch; else torch computes them.
   const bool finishes = reduce_tokens_finishes();
   Tensor db = empty(gy, {finishes && need.db ? d_out : 0}, ScalarType::Float);
   Tensor dgamma = empty(producer.gamma ? *producer.gamma : like_x, {finishes && need.dgamma ? d_in : 0}),

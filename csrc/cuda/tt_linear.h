@@ -1,4 +1,5 @@
-// What tt_linear and its forms behind a GELU and a layer norm share in the binding.
+// Declares the part of the binding that tt_linear, tt_gelu_linear and tt_norm_linear share. The latter two ops include
+// the producer of the layer, the GELU or layer norm that runs directly before it.
 #pragma once
 
 #include <string>
@@ -10,7 +11,7 @@ namespace efft {
 
 using Linear = std::tuple<Tensor, Tensor>;  // y, h
 
-// Which gradients are needed, and those gradients; one that is not needed has 0 elements.
+// The gradients that are needed, and the computed gradients; a gradient that is not needed has 0 elements.
 struct Needs {
   bool dx, dD, dG, db, dgamma = false, dbeta = false;
 };
@@ -18,7 +19,7 @@ struct LinearBackward {
   Tensor dx, dD, dG, db, dgamma, dbeta;
 };
 
-// The producer of a layer, and what a norm brings.
+// The producer of a layer, with the parameters and statistics of a norm. The forward pass writes mean and rstd.
 struct LayerProducer {
   Producer kind = Producer::none;
   std::optional<Tensor> gamma, beta;
@@ -26,7 +27,8 @@ struct LayerProducer {
   std::optional<Tensor> mean, rstd;
 };
 
-// The right side [K, N] of a product, in whichever order its rows are aligned.
+// The right operand [K, N] of a product. It is stored as [K, N] or transposed, depending on which of the two has
+// aligned rows.
 struct Right {
   Tensor rows;
   bool is_transposed;
@@ -35,7 +37,7 @@ struct Right {
       : rows(has_aligned_rows(of) ? of : with_aligned_rows(transposed(of), of.scalar_type(), launches)),
         is_transposed(!has_aligned_rows(of)) {}
 
-  // The right side of the tail, [R, N], in the same order.
+  // Returns the right operand of the tail (the rank-r product H T), [R, N], in the same order.
   Tensor tail(const Tensor& of, const Launches& launches) const {
     return with_aligned_rows(is_transposed ? transposed(of) : of, rows.scalar_type(), launches);
   }

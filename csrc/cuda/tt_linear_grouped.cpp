@@ -1,7 +1,8 @@
-// Implements efft::tt_linear_grouped{,_fwd}.cuda, the forward pass with each sample's own factors. The factors of the
-// samples are copied next to each other, as the cast would copy them anyway. The copies are zeros without an adapter,
-// and NaN for an adapter that does not exist. The products therefore need not know about adapters. The backward pass
-// (efft_kernels/ops/tt_linear_grouped.py) computes dx with the same function and exchanged operands.
+// Implements efft::tt_linear_grouped{,_fwd}.cuda, the forward pass in which each sample has its own factors. The cast
+// of the factors to the type of the products makes a copy in any case, and this copy puts the factors of all samples
+// next to each other. A sample without an adapter gets zeros, and a sample whose adapter does not exist gets NaN.
+// Therefore the products do not need the adapter indices. The backward pass (efft_kernels/ops/tt_linear_grouped.py)
+// computes dx with the same function and exchanged operands.
 #include "tt_linear.h"
 
 namespace efft {

@@ -1,4 +1,4 @@
-// efft::tt_merge_.cuda: W + sign (D G)^T in float, rounded once.
+// Implements efft::tt_merge_.cuda: W += sign (D G)^T, computed in float and rounded once.
 #include "tensors.h"
 
 namespace efft {

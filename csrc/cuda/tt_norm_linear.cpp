@@ -1,4 +1,4 @@
-// efft::tt_norm_linear_{fwd,bwd}.cuda: tt_linear whose input passes through a layer norm first.
+// Implements efft::tt_norm_linear_{fwd,bwd}.cuda: tt_linear after a layer norm.
 #include "tt_linear.h"
 
 namespace efft {

@@ -150,9 +150,9 @@ def adapted_linear(linear: nn.Linear, x: Tensor, D: Tensor, G: Tensor) -> Tensor
         D: ``[d_in, r1]``.
         G: ``[r1, d_out]``.
     """
-    W, b = stored_in(linear, "weight"), linear._parameters.get("bias")
-    if b is None:
-        b = linear.bias
+    W = stored_in(linear, "weight")
+    # This is faster than nn.Module's lookup of linear.bias, which a property of the class takes precedence over.
+    b = linear.bias if hasattr(type(linear), "bias") else linear._parameters.get("bias")
     plain = multiplies_plainly(linear, W)
     if isinstance(x, ProducerOutput):
         if plain and not W.requires_grad:

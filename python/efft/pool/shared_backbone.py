@@ -34,8 +34,8 @@ class SharedBackbone(nn.Module):
     loss of a model therefore depends on that model's parameters only, and the gradient of the sum of all losses is the
     gradient of each. The models stay adapted models of their own: call, evaluate and save them as usual.
 
-    The results equal those of a model that is trained alone up to the rounding of products with other numbers of
-    rows. On the CPU the adapted layers compute exactly what they compute alone.
+    The results equal those of a model that is trained alone, except that matrix products with other numbers of rows may
+    round differently. With the backend ``cpu``, the adapted layers compute exactly what they compute alone.
 
     Example::
 

@@ -174,7 +174,9 @@ def test_a_gradient_whose_operand_is_missing_is_refused(need: str) -> None:
     """The test calls the registered operator directly, because the public functions save the required tensors."""
     inputs = make_inputs("tt_linear")
     needs = [name == need for name in ("dx", "dD", "dG", "db")]
-    with pytest.raises(RuntimeError, match="dx needs W, dD needs x, dG needs h: one of them is missing"):
+    operand = {"dx": "W", "dD": "x", "dG": "h"}[need]
+    expected = f"expected {operand} because {need} is needed, got None; pass {operand} or do not request {need}"
+    with pytest.raises(RuntimeError, match=expected):
         torch.ops.efft.tt_linear_bwd.cpu(torch.ones(29, 40), None, None, None, inputs["D"], inputs["G"], *needs)
 
 
@@ -184,7 +186,9 @@ def test_gradients_of_a_norm_without_the_weight_are_refused(need: str) -> None:
     x, gamma, beta, D, G = (inputs[name] for name in ("x", "gamma", "beta", "D", "G"))
     needs = [name == need for name in ("dx", "dD", "dG", "db", "dgamma", "dbeta")]
     statistics = torch.zeros(29), torch.ones(29)
-    with pytest.raises(RuntimeError, match="dgamma and dbeta need W, which is missing"):
+    with pytest.raises(
+        RuntimeError, match=f"expected W because {need} is needed, got None; pass W or do not request {need}"
+    ):
         torch.ops.efft.tt_norm_linear_bwd.cpu(
             torch.ones(29, 40), x, gamma, beta, 1e-5, *statistics, None, None, D, G, *needs
         )

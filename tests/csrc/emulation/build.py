@@ -76,6 +76,7 @@ def build(files: Mapping[str, str], folder: Path, sanitize: bool = False) -> Pat
     for name, text in {**files, **own}.items():
         path = folder / name
         # Kernels here are those of the CPU's dispatch key: torch's own name for a GPU tensor is not to be had.
+        text = text.replace('#include "../', f'#include "{SOURCES.parent}/')
         text = re.sub(r"STABLE_TORCH_LIBRARY_IMPL\(efft, CUDA,", "STABLE_TORCH_LIBRARY_IMPL(efft, CPU,", text)
         if not path.exists() or path.read_text() != text:
             path.write_text(text)

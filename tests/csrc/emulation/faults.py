@@ -6,8 +6,8 @@ from __future__ import annotations
 FAULTS = {
     "no barrier before a buffer is filled again": (
         "lowrank_gemm.cu",
-        "    __syncthreads();  // everybody's copies",
-        "    // everybody's copies",
+        "    __syncthreads();  // the copies of all threads",
+        "    // the copies of all threads",
         "linear",
         "WRONG",
     ),
@@ -20,15 +20,15 @@ FAULTS = {
     ),
     "no barrier between steps of a small product": (
         "small_product.cuh",
-        "      __syncthreads();  // nobody reads the last step any more\n",
+        "      __syncthreads();  // no thread reads the previous step any more\n",
         "",
         "contract",
         "WRONG",
     ),
     "a barrier for some": (
         "small_product.cuh",
-        "      __syncthreads();  // nobody reads",
-        "      if (thread < 64) __syncthreads();  // nobody reads",
+        "      __syncthreads();  // no thread reads",
+        "      if (thread < 64) __syncthreads();  // no thread reads",
         "contract",
         "divergent barrier",
     ),
@@ -164,8 +164,8 @@ HOPPER_FAULTS = {
     ),
     "lanes ahead of the one that copies": (
         KERNEL,
-        "    __syncwarp();  // The other lanes",
-        "    // The other lanes",
+        "    __syncwarp();  // waits for lane 0",
+        "    // waits for lane 0",
         "converged",
     ),
     "rows read before all lanes have written them": (
@@ -247,14 +247,14 @@ SECOND_FAULTS = {
     "sums that do not wait": (SUMS, WAIT, "", "sums", "before the kernel in front has ended"),
     "sums read before they are there": (
         SUMS,
-        "synchronize_cluster();  // the sums of all blocks are there",
+        "synchronize_cluster();  // the sums of all blocks are complete",
         "__syncthreads();",
         "sums",
         "WRONG",
     ),
     "a block that ends before its sums are read": (
         SUMS,
-        "  synchronize_cluster();  // nobody reads this block's sums any more\n",
+        "  synchronize_cluster();  // no block reads the sums of this block any more\n",
         "",
         "sums",
         "that has ended",
@@ -275,7 +275,7 @@ SECOND_FAULTS = {
     ),
     "sums written over tiles that others still read": (
         SUMS,
-        "  __syncthreads();  // nobody reads the last tiles any more\n",
+        "  __syncthreads();  // no thread reads the last tiles any more\n",
         "",
         "sums",
         "WRONG",
@@ -302,4 +302,46 @@ SECOND_FAULTS = {
         "WRONG",
     ),
     "the norm's mean left out": (SUMS, "((at[i] - mean) * rstd)", "(at[i] * rstd)", "sums", "WRONG .* dgamma"),
+    "the half of H not waited for": (
+        KERNEL,
+        "        shared.has_half[warp].wait(half_round);\n",
+        "",
+        "tiles bfloat16",
+        "not brought|WRONG",
+    ),
+    "phases of the halves that never change": (
+        KERNEL,
+        "        half_round ^= 1;\n",
+        "",
+        "tiles bfloat16",
+        "not brought|WRONG|two copies",
+    ),
+    "the half sent to the block that made it": (
+        KERNEL,
+        "send_async(1 - rank, mine",
+        "send_async(rank, mine",
+        "tiles bfloat16",
+        "WRONG",
+    ),
+    "halves in the wrong order": (
+        KERNEL,
+        "pairs(i) = rank == 0 ? mine[i] : other;",
+        "pairs(i) = rank == 0 ? other : mine[i];",
+        "tiles bfloat16",
+        "WRONG",
+    ),
+    "too few bytes of a half expected": (
+        KERNEL,
+        "arrive_and_expect_tx(32 * sizeof(mine))",
+        "arrive_and_expect_tx(31 * sizeof(mine))",
+        "tiles bfloat16",
+        "deadlock",
+    ),
+    "rows of A for one block only": (
+        KERNEL,
+        "copy(from.A.with(barrier, both), from_a",
+        "copy(from.A.with(barrier, uint16_t(1 << rank)), from_a",
+        "tiles bfloat16",
+        "deadlock",
+    ),
 }

@@ -75,6 +75,7 @@ void synchronize_warp();
 void arrive_at_cluster();
 void wait_for_cluster();
 float read_shared_of(uint32_t block, const float* own);
+void send_async(uint32_t block, const uint32_t* values, uint32_t bytes, const void* own, const void* barrier);
 void wait_for_kernel_in_front();
 void check_map(const void* map);
 
@@ -131,6 +132,10 @@ using emulation::read_shared_of;
 using emulation::shared_memory;
 using emulation::wait_for_kernel_in_front;
 
+template <int N>
+void send_async(uint32_t block, const uint32_t (&values)[N], uint32_t* own, const void* barrier) {
+  emulation::send_async(block, values, sizeof values, own, barrier);
+}
 inline void start_next_kernel() {}
 inline void prefetch_tensor_map(const void* map) {
   emulation::check_map(map);

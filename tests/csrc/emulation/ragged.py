@@ -28,8 +28,8 @@ SIZES = (
 #: Of tile_cases: tiles of 192 x 192 are the better choice for the first half, of 128 x 256 for the second; each with
 #: h made beside few columns and beside many, and with h read.
 TILES = (
-    *((520, 264, 520, 5), (300, 72, 192, 24), (380, 264, 192, 40)),
-    *((500, 520, 256, 5), (200, 136, 256, 24), (256, 200, 256, 33)),
+    *((520, 264, 520, 5), (300, 72, 192, 24), (380, 264, 192, 40), (520, 264, 520, 24)),
+    *((500, 520, 256, 5), (200, 136, 256, 24), (256, 200, 256, 33), (500, 520, 256, 24)),
 )
 #: Name, results, exact results, dtype, and the size of the terms of what may cancel.
 Case = tuple[str, dict[str, Tensor], dict[str, Tensor], torch.dtype, dict[str, float]]

@@ -18,13 +18,17 @@ struct Map {
 };
 static_assert(sizeof(Map) <= 128, "the size of a CUtensorMap");
 
+// A tile of a map or, where there is no map, registers of a thread.
 struct Flight {
   Map map;
   int column, row;
   size_t block;
   uint32_t to, barrier;
+  std::vector<unsigned char> sent = {};
 
-  uint32_t bytes() const { return map.box[0] * map.box[1] * map.element; }
+  uint32_t bytes() const {
+    return sent.empty() ? map.box[0] * map.box[1] * map.element : static_cast<uint32_t>(sent.size());
+  }
 };
 
 std::vector<Flight> flights;
@@ -74,7 +78,7 @@ void copy_tile(const void* from, const void* barrier, uint16_t mask, void* to, i
   if (address % 128 != 0) return fail("a copy to a place that is not aligned to 128 bytes");
   for (size_t block = 0; block < blocks.size(); ++block) {
     if (mask == 0 ? block != my_block() : !(mask >> block & 1)) continue;
-    const Flight flight{map, column, row, block, address, at};
+    const Flight flight{map, column, row, block, address, at, {}};
     unsigned char* const place = shared_at(block, address, flight.bytes(), "a copy goes past the shared memory");
     if (!place) return;
     if (is_copied_to(block, address, flight.bytes())) return fail("two copies under way to the same place");
@@ -88,6 +92,19 @@ void copy_tile(const void* from, const void* barrier, uint16_t mask, void* to, i
   }
 }
 
+void send_async(uint32_t block, const uint32_t* values, uint32_t bytes, const void* own, const void* barrier) {
+  const uint32_t address = shared_address(own), at = shared_address(barrier);
+  if (block >= blocks.size()) return fail("registers sent to a block that the cluster does not have");
+  if (block_ended(block)) return fail("registers sent to a block that has ended");
+  if (address % bytes != 0) return fail("registers sent to a place that is not aligned to their size");
+  unsigned char* const place = shared_at(block, address, bytes, "registers sent past the shared memory");
+  if (!place) return;
+  if (is_copied_to(block, address, bytes)) return fail("two copies under way to the same place");
+  const auto* const first = reinterpret_cast<const unsigned char*>(values);
+  std::memset(place, 0xff, bytes);
+  flights.push_back({{}, 0, 0, block, address, at, {first, first + bytes}});
+}
+
 void check_map(const void* map) {
   if (static_cast<const Map*>(map)->is_map != 1) fail("a prefetch of something that is not a tensor map");
 }
@@ -97,6 +114,10 @@ void land_copy(size_t which) {
   flights.erase(flights.begin() + static_cast<std::ptrdiff_t>(which));
   const Map& map = flight.map;
   uint32_t to = flight.to;
+  if (!flight.sent.empty()) {
+    std::memcpy(blocks[flight.block].shared + (to - SHARED_BASE), flight.sent.data(), flight.sent.size());
+    return complete_bytes(flight.block, flight.barrier, flight.bytes());
+  }
   for (uint32_t r = 0; r < map.box[1]; ++r)
     for (uint32_t c = 0; c < map.box[0]; ++c, to += map.element) {
       const int64_t row = int64_t{flight.row} + r, column = int64_t{flight.column} + c;

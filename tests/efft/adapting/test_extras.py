@@ -263,7 +263,7 @@ def test_groups_of_the_optimizer_under_peft(tiny_vit: Make) -> None:
     ("arguments", "message"),
     [
         ({"rates": {"core": 3}}, "no kind of parameters 'core'"),
-        ({"rates": {"cores": 0}}, "expected a positive multiple of lr for 'cores', got 0"),
+        ({"rates": {"cores": 0}}, "rates must be positive multiples of lr, got 0 for 'cores'"),
         ({"rates": {"head": 2}, "head_lr": 1e-3}, r"head_lr and rates\['head'\] both set"),
     ],
 )

@@ -39,6 +39,8 @@ ABSURD: dict[str, list[Any]] = {
     "freeze_statistics": [0, "no", None, [], {}],
     "bias": [0, "yes", None],
     "norms": [0, "no", None, [], {}],
+    "movement": [0, -1.0, float("nan"), float("inf"), True, "1.0", [1.0], None],
+    "rates": [3, None, [3.0], {"core": 3.0}, {"cores": 0}, {"cores": float("nan")}, {"cores": "3"}],
     "layer_scale": [1, "yes", True, [], {}],
     "heads_on": ["both", 1, None],
 }

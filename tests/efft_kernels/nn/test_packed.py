@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -65,7 +66,8 @@ def packing(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
         return copy(*arguments)
 
     monkeypatch.setenv("EFFT_SM90_GENERATION", "2")
-    monkeypatch.setattr(_packed, "BACKENDS", (Backend.EAGER,))
+    for name in ("efft_kernels._packed", "efft_kernels.ops.tt_linear"):
+        monkeypatch.setattr(sys.modules[name], "BACKENDS", (Backend.EAGER,))
     monkeypatch.setattr(_packed, "_copy", counted)
     return lambda: count
 

@@ -90,6 +90,7 @@ void emulate(const Traits& traits, D& d, const A& a, const B& b) {
 #define EFFT_EMULATE_SHAPES(T, NAME)                         \
   EFFT_EMULATE(MMA_64x32x16_F32##NAME##_SS, T, 32)           \
   EFFT_EMULATE(MMA_64x16x16_F32##NAME##_SS, T, 16)           \
+  EFFT_EMULATE(MMA_64x8x16_F32##NAME##_SS, T, 8)             \
   EFFT_EMULATE(MMA_64x192x16_F32##NAME##_SS, T, 192)         \
   EFFT_EMULATE(MMA_64x256x16_F32##NAME##_SS, T, 256)         \
   EFFT_EMULATE(MMA_64x192x16_F32##NAME##_RS, T, 192)         \

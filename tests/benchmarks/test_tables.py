@@ -1,0 +1,37 @@
+"""Test the sources that the tables of several runs name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import tables
+from efft_lab import record
+
+RUN = {"task": "docstrings", "row": "EFFT2", "parameters": 10, "commit": "abc", "machine": "a CPU", "versions": {}}
+
+
+def sources(monkeypatch: pytest.MonkeyPatch, folder: Path, *lines: dict[str, object]) -> list[str]:
+    """Return the sources below the table of a study whose result file has ``lines``."""
+    text = "".join(json.dumps({**RUN, "test_accuracy": 0.5, **line}) + "\n" for line in lines)
+    (folder / "text.jsonl").write_text(text, encoding="utf-8")
+    monkeypatch.setattr(record, "RESULTS", folder)
+    return [line for line in tables.study("text").splitlines() if line.startswith("- ")]
+
+
+def test_runs_with_equal_tasks_keep_all_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    first = {"seed": 0, "date": "2026-01-01T00:00:00", "command": "text --seeds 0"}
+    second = {"seed": 1, "date": "2026-01-02T00:00:00", "command": "text --seeds 1"}
+    assert sources(monkeypatch, tmp_path, first, second) == [
+        "- docstrings: `text --seeds 0`, commit abc, a CPU; ; 2026-01-01",
+        "- docstrings: `text --seeds 1`, commit abc, a CPU; ; 2026-01-02",
+    ]
+
+
+def test_the_source_of_a_single_run_names_its_tasks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    run = {"date": "2026-01-01T00:00:00", "command": "text"}
+    assert sources(monkeypatch, tmp_path, {**run, "seed": 0}, {**run, "seed": 1}) == [
+        "- docstrings: `text`, commit abc, a CPU; ; 2026-01-01"
+    ]
