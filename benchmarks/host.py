@@ -2,9 +2,9 @@
 
     python -m benchmarks host
 
-A GPU that finishes a layer faster than the host can launch it waits for the host. This command therefore measures the
-host and not the arithmetic. The model is a chain of linear layers that are so small that their products take almost no
-time. A row is one way to adapt the chain. Each row runs in four modes:
+If a GPU finishes a layer faster than the host can launch the next one, the GPU waits for the host. This command
+therefore measures the host and not the arithmetic. The model is a chain of linear layers that are so small that their
+products take almost no time. A row is one way to adapt the chain. Each row runs in four modes:
 
 - ``forward``: a forward pass that records a graph, in training mode.
 - ``forward_backward``: the same pass, followed by its backward pass.
@@ -12,11 +12,11 @@ time. A row is one way to adapt the chain. Each row runs in four modes:
 - ``inference``: a forward pass in eval mode under ``torch.inference_mode()``.
 
 Each count is taken with two depths of the chain. The difference, divided by the number of additional layers, is the
-count of one layer; the remainder is the count of one pass, which does not depend on the number of layers. Counts of
-calls are exact and equal on every machine. A dispatcher call is a call of one of torch's operators, including the calls
-that other operators make, except ``resolve_conj``, which only torch's products on the CPU call. A Python call is a call
-of a Python function or of a function of C from Python. Microseconds are the best of many repetitions, in which all rows
-take turns.
+count per layer. What is left after the layers are subtracted is the count per pass, which is the same for every depth.
+Counts of calls are exact and equal on every machine. A dispatcher call is a call of an operator of torch or of this
+library, whether Python or another operator makes it. ``resolve_conj`` is not counted, because only torch's products on
+the CPU call it. A Python call is a call, from Python, of a Python function or of a C function. Microseconds are the
+best of many repetitions, in which all rows take turns.
 
 The row ``efft:triton`` runs on the CPU with kernels that do nothing, and does not include Triton's own launcher. The
 row ``efft:cuda`` runs on the meta device, and counts only dispatcher calls outside of the operators of the backend.
@@ -175,7 +175,7 @@ def pass_of(row: HostRow, mode: str, dtype: str, depth: int) -> Callable[[], Non
 
 
 def dispatcher_calls(run: Callable[[], None], outside_of_ops: bool = False) -> int:
-    """Return the number of calls of torch's operators in ``run``, which is called once before.
+    """Return the number of operator calls in one run of ``run``, after one run that is not counted.
 
     With ``outside_of_ops``, exclude the calls that operators of this library make.
     """
@@ -203,7 +203,7 @@ def _is_inside_of_op(event: Any) -> bool:
 
 
 def python_calls(run: Callable[[], None]) -> int:
-    """Return the number of calls of functions that Python makes in ``run``, which is called once before."""
+    """Return the number of calls that Python makes in one run of ``run``, after one run that is not counted."""
     run()
     count = 0
 
@@ -231,7 +231,7 @@ def best_seconds(runs: dict[Any, Callable[[], None]], repeats: int) -> dict[Any,
 
 
 def split(of_depth: dict[int, float]) -> tuple[float, float]:
-    """Return the share of one layer and the share of one pass in the counts of two depths."""
+    """Return the count per layer and the count per pass, computed from the counts at two depths."""
     few, many = sorted(of_depth)
     layer = (of_depth[many] - of_depth[few]) / (many - few)
     return layer, of_depth[few] - few * layer
@@ -273,7 +273,7 @@ def measure(rows: Sequence[str], dtype: str, repeats: int) -> list[dict[str, Any
 
 
 def show(lines: Sequence[dict[str, Any]]) -> None:
-    """Print one table: the counts per layer and, in brackets, the additional counts per pass."""
+    """Print one table: the counts per layer and, in parentheses, the additional counts per pass."""
     fields = ("dispatcher_calls", "python_calls", "microseconds")
     print(f"\n{'dtype':<10}{'row':<13}{'mode':<18}" + "".join(f"{field.replace('_', ' '):>22}" for field in fields))
     for line in lines:

@@ -5,8 +5,8 @@
 A row is one implementation in the comparison, and every row runs in a new process. The command records three numbers:
 
 - saved: the bytes of the storages that autograd saves between the forward and the backward pass, each counted once.
-  Storages that exist before the forward pass (weights, factors) do not count. The input of a layer and the copies of
-  the weights that autocast makes do count.
+  Storages that exist before the forward pass (weights, factors) do not count. The copies of the weights
+  that autocast makes do count, and so does the input of a single layer, but not the images of a model.
 - peak: the most memory (CPU: ``VmHWM``) or allocations (CUDA) that the process used up to the end of the second step.
 - before: the memory in use when the model was ready.
 """
@@ -99,7 +99,7 @@ def saved_by(row: model_rows.ModelRow, module: torch.nn.Module, setting: Setting
 
 
 def peak(step: Callable[[], object], device: str) -> dict[str, int]:
-    """Run two steps; return the process's peak memory until then (``peak_bytes``) and before (``before_bytes``)."""
+    """Run two steps. Return the peak memory up to their end (``peak_bytes``) and the use before (``before_bytes``)."""
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -160,7 +160,9 @@ def parser() -> argparse.ArgumentParser:
     options = parser_of_measurement("memory", __doc__)
     options.add_argument("--level", nargs="+", choices=list(LEVELS), default=list(LEVELS))
     options.add_argument(
-        "--model", default=Setting.model, help="timm name, for --level model; the level layer measures layers of ViT-B"
+        "--model",
+        default=Setting.model,
+        help="timm name, for --level model; --level layer always measures layers of ViT-B",
     )
     options.add_argument("--batch", type=int, default=8, help="images")
     options.add_argument("--rank", type=int, default=Setting.rank)

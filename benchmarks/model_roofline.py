@@ -90,7 +90,7 @@ class Case:
     # The following methods describe kernels that several designs share.
     @property
     def tiny(self) -> float:
-        """Return the time of a kernel whose tensors have only the size of the rank."""
+        """Return the time of a kernel that reads and writes only small tensors, such as factors."""
         return self.machine.fixed + 0.5
 
     def forward(self, *, k_more: int = 0, relative: float = 1.0, tail: int = 0) -> float:
@@ -112,7 +112,7 @@ class Case:
         return self.machine.skinny(self.tokens, self.rank, self.layer.d_out)
 
     def h_before(self) -> float:
-        """Return the shortest time of h. If the kernel that computes x can be ours, that kernel also computes h."""
+        """Return the least time for h. If the kernel that computes x can be ours, that kernel also computes h."""
         if not self.layer.owns_x:
             return self.h_alone()
         flops = 2 * self.tokens * self.layer.d_in * self.rank
@@ -133,9 +133,9 @@ class Case:
     def neighbor(self, *, slope_in_epilogue: bool = False) -> float:
         """Return the time of the LayerNorm or GELU before the layer.
 
-        Its forward pass reads and writes x. Its backward pass reads x and the gradient and writes one tensor. With
-        ``slope_in_epilogue``, the product that computes dx also applies the slope of a GELU, so that one read of x
-        remains.
+        Its forward pass reads its input and writes x, which has the same size. Its backward pass reads its input and
+        the gradient and writes one tensor. With ``slope_in_epilogue``, the product that computes dx also multiplies it
+        by the slope of a GELU, so that the backward pass costs only one more read.
         """
         inside = slope_in_epilogue and self.layer.front == "gelu"
         backward = 1e6 * self.x / self.machine.bandwidth if inside else self.machine.memory(3 * self.x)
@@ -146,7 +146,7 @@ class Case:
         return 0.25 * self.machine.fixed
 
     def reductions(self) -> Kernels:
-        """Return dG and dD, reduced from dh in one pass over gy and x; each column has one owner, without atomics."""
+        """Return the kernel that computes dG and dD in one pass without atomics, and the kernel of dC and dV."""
         sizes = self.layer.d_in + self.layer.d_out
         one_pass = self.machine.memory(self.y + self.x + 2 * self.h, 2 * self.tokens * self.rank * sizes)
         return [("dG, dD", one_pass), ("dC, dV", self.tiny)]

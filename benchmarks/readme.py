@@ -27,7 +27,7 @@ PAGES = (ROOT / "README.md", ROOT / "docs/experiments.md", ROOT / "docs/performa
 
 
 def parameters() -> str:
-    """Return a table of trainable parameters by architecture, counted on models without storage."""
+    """Return a table of the number of trainable parameters of each architecture, counted on the meta device."""
     import timm
     import torch
 
@@ -117,7 +117,7 @@ def _accuracies(suite: str, methods: Sequence[str]) -> list[str]:
 
 
 def accuracy(suite: str, what: Literal["means", "comparisons"] = "means") -> str:
-    """Return a suite's means over the tasks or the paired tests of its methods, from the results that exist."""
+    """Return a table of a suite, from the results that exist: means over the tasks, or paired tests of the methods."""
     from efft_lab.compare import report
     from efft_lab.compare import suite as suites
     from efft_lab.compare.agenda import Agenda
@@ -167,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = parser.parse_args(arguments).names
     unknown = [name for name in names if name not in TABLES]
     if unknown:
-        parser.error(f"unknown table {unknown[0]!r}; expected some of {', '.join(TABLES)}")
+        parser.error(f"unknown table {unknown[0]!r}; expected one or more of {', '.join(TABLES)}")
     for name in names:
         print(f"{TABLES[name]()}\n")
     for page in PAGES if not names else ():

@@ -50,7 +50,7 @@ def factors(model: nn.Module) -> Parameters:
 
 
 def penalty(model: nn.Module, images: Tensor) -> list[Tensor]:
-    """Return the factors' gradients of |gradient with respect to the images|², as in a gradient penalty."""
+    """Return the gradients of |gradient with respect to the images|², a gradient penalty, for the factors."""
     x = images.clone().requires_grad_()
     (g,) = torch.autograd.grad(model(x).sin().sum(), x, create_graph=True)
     return list(torch.autograd.grad(g.square().sum(), list(model.efft.parameters())))
