@@ -86,6 +86,10 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], base_model: st
     layers = adapted_layers(model)
     whole = _changed_modules(model, adapter, layers)
     biases, norms = _split_extras(model, adapter, whole)
+    if biases and adapter.config.extras.bias == "auto":
+        # A checkpoint with bias="lora_only" has the biases of all adapted layers, those that were not trained too.
+        own = dict(model.named_parameters())
+        biases |= {name: own[name].detach() for layer in layers if (name := f"{layer}.bias") in own}
     head = _saved_by_peft(model, list(dict.fromkeys(adapter.head + whole + norms)), layers)
     _check_names(model, layers, head)
     _check_replaceable(folder / CONFIG)

@@ -85,7 +85,6 @@ def test_a_sharded_model_saves_the_same_files(folder: Path, tmp_path: Path) -> N
 def test_what_a_sharded_model_refuses(folder: Path) -> None:
     refused = json.loads((folder / "refused.json").read_text())
     for name in ("apply", "remove", "merge", "merged_state_dict"):
-        assert (
-            f"is sharded by fully_shard, which holds its layers: call efft.{name} before fully_shard" in refused[name]
-        )
+        message = f"is sharded by fully_shard, which refers to its layers: call efft.{name} before fully_shard"
+        assert message in refused[name]
     assert "shard the whole adapted model instead of the factors alone" in refused["alone"]
