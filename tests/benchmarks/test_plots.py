@@ -263,4 +263,5 @@ def test_command_prints_a_table_or_names_what_there_is(results: Path, capsys: py
     assert capsys.readouterr().out.strip() == tables.NOTHING
     with pytest.raises(SystemExit):
         main(["tables", "serv"])
-    assert "unknown table 'serv'; expected some of summary, parameters, train_step, ops" in capsys.readouterr().err
+    message = "unknown table 'serv'; expected one or more of summary, parameters, train_step, ops"
+    assert message in capsys.readouterr().err
