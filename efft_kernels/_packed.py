@@ -1,4 +1,4 @@
-"""Pack the factors of all layers of a kind once per forward pass, in the dtype and order in which the kernels read.
+"""Pack factors once per forward pass, in the dtype and layout that the kernels need.
 
 The kernels of the cuda backend read D as [r, d_in] and G as [d_out, r] and [r, d_out], all in the dtype of the
 activations. Without this module each call of a layer packs its own copies. A bank of factors composes D and G of all
@@ -42,7 +42,7 @@ class Packed(NamedTuple):
 
 
 class Stack:
-    """Hold the factors of all layers of a kind for one pass, and pack them when the first layer asks for them."""
+    """Hold the factors of several layers during one forward pass. The first layer that needs its factors packs all."""
 
     def __init__(self, D: Tensor, G: Tensor) -> None:
         """Store D ``[d_in, r]``, which all layers share, or ``[n, d_in, r]``, and G ``[n, r, d_out]``, as views."""
@@ -75,7 +75,7 @@ def is_on() -> bool:
 
 
 def attach(D: Tensor, G: Tensor, of_layers: Sequence[Tensor]) -> None:
-    """Let :func:`find` return packed factors for the layers of a kind.
+    """Make :func:`find` return packed factors for these layers.
 
     Args:
         D: ``[d_in, r]``, which all layers share, or ``[n, d_in, r]``.

@@ -74,10 +74,13 @@ def snapshot(tensors: Sequence[Tensor]) -> list[_Source]:
 def can_be_kept(tensors: Sequence[Tensor]) -> bool:
     """Return whether results computed from ``tensors`` now may be used again by later calls.
 
-    The answer is no for results with a graph, and in code that is compiled, exported, traced, transformed or captured,
-    because later runs of that code would not see a change of the factors. It is also no for tensors whose changes
-    cannot be noticed, and if processes share the work, because libraries that shard parameters free and fill their
-    memory between passes.
+    The result is False in these cases:
+
+    - Autograd records the results.
+    - The code is compiled, exported, traced, transformed or captured. Later runs of such code would not see that the
+      factors have changed.
+    - A change of one of the tensors could not be noticed.
+    - Several processes share the work. Libraries that shard parameters release and refill their memory between passes.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not tensors:
         return False

@@ -1,7 +1,8 @@
 """Define ``TTFactors``, a bank that owns one tensor train U · C · V for many linear layers.
 
-A *site* is the part of the tensor train that one layer uses (:class:`Site`). Sites of one *kind* differ only in the
-index of their layer, and have diagonals on the same sides. One launch contracts all sites of a kind.
+A *site* is the part of the tensor train that one layer uses (:class:`Site`). Sites are of one
+*kind* if they have diagonals on the same sides and differ only in the index of their layer. One launch contracts all
+sites of a kind.
 """
 
 from __future__ import annotations

@@ -13,15 +13,8 @@ from efft_kernels import eager
 from efft_kernels.triton.lowrank_gemm import lowrank_gemm
 
 
-def tt_linear_grouped(
-    x: Tensor,  # [samples, tokens, d_in]
-    W: Tensor,  # [d_out, d_in]
-    b: Tensor | None,  # [d_out]
-    D: Tensor,  # [n_adapters, d_in, r1]
-    G: Tensor,  # [n_adapters, r1, d_out]
-    adapter: Tensor,  # [samples], negative for no adapter
-) -> Tensor:  # [samples, tokens, d_out]
-    return tt_linear_grouped_fwd(x, W, b, D, G, adapter)[0]
+def tt_linear_grouped(*operands: Tensor | None) -> Tensor:
+    return tt_linear_grouped_fwd(*operands)[0]  # type: ignore[arg-type]  # the schema of the op checks them
 
 
 def tt_linear_grouped_fwd(

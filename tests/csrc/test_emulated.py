@@ -239,6 +239,25 @@ def few_instances() -> dict[str, str]:
     return emulator.planted(files, "lowrank_gemm_sm90.cu", tiles, "return launch_product<Wide, Out>(op, stream)")
 
 
+def find_in_some_order(library: Path, family: str, how: str, **environment: str) -> None:
+    """Run the ragged cases in several orders of threads, copies and products until one of them fails as ``how`` says.
+
+    Args:
+        library: the emulated kernels with a planted fault.
+        family: the cases to run.
+        how: a regular expression for the message.
+        environment: further variables of the environment.
+    """
+    for order in ({}, {"EFFT_EMULATION_REVERSE": "1"}, *({"EFFT_EMULATION_SEED": str(seed)} for seed in SEEDS)):
+        done = ragged(library, family, **environment, **order)
+        if done.returncode != 0:
+            break
+    said = done.stdout + done.stderr
+    assert done.returncode != 0, f"not found: {said}"
+    print(f"found with {order or 'threads in order'}")
+    assert re.search(how, said), said[-5000:]
+
+
 @pytest.mark.slow
 @on_hopper
 @pytest.mark.parametrize("name", HOPPER_FAULTS)
@@ -247,14 +266,7 @@ def test_planted_faults_of_sm90_are_found(folders: dict[bool, Path], sanitized: 
     file, what, fault, how = HOPPER_FAULTS[name]
     sanitize = "AddressSanitizer" in how
     library = emulator.build(emulator.planted(few_instances(), file, what, fault), folders[sanitize], sanitize)
-    for order in ({}, {"EFFT_EMULATION_REVERSE": "1"}, *({"EFFT_EMULATION_SEED": str(seed)} for seed in SEEDS)):
-        done = ragged(library, "tiles bfloat16", **SM90, **order, **(sanitized if sanitize else {}))
-        if done.returncode != 0:
-            break
-    said = done.stdout + done.stderr
-    assert done.returncode != 0, f"not found: {said}"
-    print(f"found with {order or 'threads in order'}")
-    assert re.search(how, said), said[-5000:]
+    find_in_some_order(library, "tiles bfloat16", how, **SM90, **(sanitized if sanitize else {}))
 
 
 @pytest.mark.slow
@@ -268,14 +280,7 @@ def test_planted_faults_of_the_second_generation_are_found(
     sanitize = "AddressSanitizer" in how
     library = emulator.build(emulator.planted(few_instances(), file, what, fault), folders[sanitize], sanitize)
     environment = MANY_RANGES if family == "sums" else SECOND
-    for order in ({}, {"EFFT_EMULATION_REVERSE": "1"}, *({"EFFT_EMULATION_SEED": str(seed)} for seed in SEEDS)):
-        done = ragged(library, family, **environment, **order, **(sanitized if sanitize else {}))
-        if done.returncode != 0:
-            break
-    said = done.stdout + done.stderr
-    assert done.returncode != 0, f"not found: {said}"
-    print(f"found with {order or 'threads in order'}")
-    assert re.search(how, said), said[-5000:]
+    find_in_some_order(library, family, how, **environment, **(sanitized if sanitize else {}))
 
 
 @pytest.mark.slow

@@ -228,7 +228,7 @@ class Inputs:
             if not isinstance(own, Tensor):
                 if isinstance(new, Tensor) or new != own:
                     raise ValueError(
-                        f"{self._operation}: input {i} is no tensor and therefore a constant of the graph: expected "
+                        f"{self._operation}: input {i} is not a tensor, so it is a constant of the graph: expected "
                         f"{own!r} as in the example, got {new!r}"
                     )
                 continue

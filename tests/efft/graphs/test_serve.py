@@ -129,7 +129,7 @@ def test_named_inputs_and_several_outputs(device: torch.device) -> None:
     close(got["y"], expected["y"])
     close(got["both"][0], expected["both"][0])
     assert got["both"][1] == "text"
-    with pytest.raises(ValueError, match=r"is no tensor and therefore a constant .* expected 2 .* got 3"):
+    with pytest.raises(ValueError, match=r"is not a tensor, so it is a constant .* expected 2 .* got 3"):
         server(**{**inputs, "power": 3})
     with pytest.raises(TypeError, match="either by position or by name"):
         server(inputs["x"], mask=inputs["mask"])
