@@ -262,7 +262,7 @@ def test_named_inputs_and_constants(device: torch.device) -> None:
     values = [float(step(**batch)) for _ in range(4)]
     assert values == sorted(values, reverse=True)
     assert values[0] > values[-1]
-    with pytest.raises(ValueError, match=r"input \d is no tensor .* expected 0.1 .* got 0.2"):
+    with pytest.raises(ValueError, match=r"input \d is not a tensor, .* expected 0.1 .* got 0.2"):
         step(**{**batch, "smoothing": 0.2})
     with pytest.raises(TypeError, match="either by position or by name"):
         step(batch["x"], labels=batch["labels"])
