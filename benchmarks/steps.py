@@ -40,8 +40,8 @@ STEPS = {
     "G": "dG of fc1 and dD of fc2 are summed where their operands are made, which saves reading them again",
     "H": "reductions overlap with the next product: assumed to hide half of their time",
 }
-#: The steps that the second generation of kernels contains.
-SECOND_GENERATION = "ABCE"
+#: The steps that the second and the third generation of kernels contain.
+SECOND_GENERATION, THIRD_GENERATION = "ABCE", "ABCDE"
 LAYERS = {"qkv": (768, 2304), "o": (768, 768), "fc1": (768, 3072), "fc2": (3072, 768)}
 PASSES = ("fwd", "bwd")
 TOKENS, RANK = 64 * 197, 32
@@ -272,10 +272,11 @@ def render() -> str:
     header = ["step", *gain, "steps together", "launches", "MB", *(f"block on {gpu}" for gpu in last)]
     nothing = ["none", *("" for _ in last), "", *_counted(""), *(f"{ratio(gpu, ''):.2f}" for gpu in last)]
     parts.append(table(header, [nothing, *rows]))
-    second = [f"second generation ({', '.join(SECOND_GENERATION)})", *_counted(SECOND_GENERATION)]
-    second += [f"{ratio(gpu, SECOND_GENERATION):.2f}" for gpu in last]
-    first = ["first generation", *_counted(""), *(f"{ratio(gpu, ''):.2f}" for gpu in last)]
-    parts.append(table(["kernels", "launches", "MB", *(f"block on {gpu}" for gpu in last)], [first, second]))
+    rows = []
+    for name, of in (("first", ""), ("second", SECOND_GENERATION), ("third", THIRD_GENERATION)):
+        contained = f" ({', '.join(of)})" if of else ""
+        rows.append([f"{name} generation{contained}", *_counted(of), *(f"{ratio(gpu, of):.2f}" for gpu in last)])
+    parts.append(table(["kernels", "launches", "MB", *(f"block on {gpu}" for gpu in last)], rows))
     return _PAGE.format(*parts, tokens=TOKENS, rank=RANK)
 
 
@@ -305,8 +306,8 @@ packs the factors of all layers once per forward pass: three per kind of layer, 
 
 ## Generations (modeled, not measured)
 
-No device has run the second generation yet. `tests/csrc/test_emulated.py` counts the same launches and bytes in the
-emulator.
+No device has run the second or the third generation yet. `tests/csrc/test_emulated.py` counts the same launches and
+bytes in the emulator.
 
 {2}
 """

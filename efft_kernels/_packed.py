@@ -6,13 +6,12 @@ its layers at the start of a pass (:meth:`efft_kernels.nn.FactorBank.prepare`) a
 (:func:`attach`). The first layer that multiplies then packs the factors of all layers, and the others find them
 (:func:`find`).
 
-Only the second generation of the kernels uses packed factors, because no GPU has run it yet (``EFFT_SM90_GENERATION``
-in ENVIRONMENT.md).
+Only the second and the third generation of the kernels use packed factors, because no GPU has run them yet
+(``EFFT_SM90_GENERATION`` in ENVIRONMENT.md).
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from efft_kernels.backends import Backend
+from efft_kernels.measured import requested_kernels
 
 #: The backends whose kernels read packed factors.
 BACKENDS = (Backend.CUDA,)
@@ -70,8 +70,8 @@ class Stack:
 
 
 def is_on() -> bool:
-    """Return whether this process uses the second generation of kernels."""
-    return os.environ.get("EFFT_SM90_GENERATION") == "2"
+    """Return whether this process uses kernels of the second generation or a later one."""
+    return requested_kernels() >= 2
 
 
 def attach(D: Tensor, G: Tensor, of_layers: Sequence[Tensor]) -> None:

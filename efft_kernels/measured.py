@@ -108,8 +108,22 @@ def write(path: Path, rows: Sequence[Row]) -> None:
     beside.replace(path)
 
 
+def requested_kernels() -> int:
+    """Return the generation of the cuda kernels that ``EFFT_SM90_GENERATION`` selects.
+
+    Raise ValueError if the variable has another value than 1, 2 or 3.
+    """
+    requested = os.environ.get("EFFT_SM90_GENERATION") or "1"
+    if requested not in ("1", "2", "3"):
+        raise ValueError(
+            f"environment variable EFFT_SM90_GENERATION: expected 1, 2 or 3, got {requested!r}; unset it, or set it to "
+            "one of these"
+        )
+    return int(requested)
+
+
 #: The generation of the cuda kernels that this process uses.
-KERNELS = 2 if os.environ.get("EFFT_SM90_GENERATION") == "2" else 1
+KERNELS = requested_kernels()
 #: The rows are read at import and kept in a global, on which torch.compile can guard, because it cannot read files.
 _rows: list[Row] = [*read(COMMITTED)]
 _measurer: Measurer | None = None

@@ -88,6 +88,37 @@ __device__ inline float read_shared_of(uint32_t block, const float* own) {
   return value;
 }
 
+// Waits at a barrier of the block until `threads` threads have arrived, including the waiting ones. Complete warps must
+// arrive. Barrier 0 belongs to __syncthreads.
+__device__ inline void wait_for_threads(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;\n" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+// Arrives at a barrier of the block without waiting. Complete warps must arrive.
+__device__ inline void arrive_for_threads(int barrier, int threads) {
+  asm volatile("bar.arrive %0, %1;\n" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+// Puts all bulk stores that this thread has started since the last call into one group.
+__device__ inline void commit_stores() {
+  asm volatile("cp.async.bulk.commit_group;\n" ::: "memory");
+}
+
+// Waits until all groups of this thread's bulk stores except the N newest have read shared memory, which may then be
+// written again. The results are in global memory when the kernel has ended.
+template <int N>
+__device__ inline void wait_until_stores_have_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;\n" ::"n"(N) : "memory");
+}
+
+// Stores four 8x8 matrices of 16-bit elements in shared memory. Lanes 8 i .. 8 i + 7 pass the addresses of the rows of
+// matrix i. Of each matrix, a lane passes element (lane / 4, 2 (lane % 4)) and the next element of that row.
+__device__ inline void store_matrices(void* row, const uint32_t (&from)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(shared_address(row)),
+      "r"(from[0]), "r"(from[1]), "r"(from[2]), "r"(from[3])
+      : "memory");
+}
+
 // Sends registers asynchronously to the shared memory of another block of the cluster. They are written at the address
 // that `own` has in this block. When they arrive, their bytes are counted by the barrier of the other block whose
 // address is that of `barrier` in this block.

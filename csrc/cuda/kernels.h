@@ -8,6 +8,8 @@
 // - sample: one entry of a batch in which every entry has its own factors. Without such a batch there is one sample.
 // - splits: the ranges into which the tokens are divided, so that several blocks can sum over them in parallel.
 // - second generation: the kernels for compute capability 9.0 that only EFFT_SM90_GENERATION=2 selects.
+// - third generation: the second generation with another kernel for products, which only EFFT_SM90_GENERATION=3 selects.
+//   "From the second generation on" includes it.
 //
 // Products are named as in efft_kernels/triton/lowrank_gemm.py: Y = A B + bias + H T with H = A P. M is the number of
 // tokens and R is the rank. K and N are the widths of the layer: d_in and d_out in the forward pass, and the reverse in
@@ -22,6 +24,9 @@ namespace efft {
 
 // Loads every kernel on the current GPU, unless an earlier call has done so. Must be called before any launch.
 cudaError_t load_kernels();
+
+// Returns false if EFFT_SM90_GENERATION has a value that selects no generation of kernels.
+bool is_generation_known();
 
 enum class Type : uint8_t { float32, bfloat16, float16 };
 
@@ -80,8 +85,8 @@ struct Project {
 cudaError_t project(const Project& op, cudaStream_t stream);
 
 // dG = h^T gy and dD = x^T dh, which are sums over all tokens. The sums are computed in float and written in the types
-// factors_G and factors_D. The second generation also computes the gradients of the bias (db, the sum of gy) and of a
-// norm's parameters (dbeta, the sum of da, and dgamma, the sum of da n). Here z is the input of the norm, n is z
+// factors_G and factors_D. From the second generation on, the launch also computes the gradients of the bias (db, the sum of gy) and
+// of a norm's parameters (dbeta, the sum of da, and dgamma, the sum of da n). Here z is the input of the norm, n is z
 // normalized, and da is the gradient of the norm's output.
 struct ReduceTokens {
   int64_t tokens = 0, rank = 0;
@@ -109,8 +114,8 @@ struct ReduceTokens {
   Type type_of_dgamma{};
   Type type_of_dbeta{};
 };
-// Returns whether reduce_tokens needs no memory for partial sums and computes db, dgamma and dbeta, which only the
-// second generation does.
+// Returns whether reduce_tokens needs no memory for partial sums and computes db, dgamma and dbeta, which the
+// first generation does not.
 bool reduce_tokens_finishes();
 int64_t reduce_tokens_splits(const ReduceTokens& op);
 cudaError_t reduce_tokens(const ReduceTokens& op, cudaStream_t stream);

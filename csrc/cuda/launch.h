@@ -5,7 +5,6 @@
 
 #include <cstdint>
 #include <cstdlib>
-#include <cstring>
 #include <utility>
 
 namespace efft {
@@ -93,11 +92,22 @@ inline bool is_sm90() {
 #endif
 }
 
-// Returns whether to use the second generation of kernels, which are for compute capability 9.0. They have not yet run
-// on a GPU, and are therefore used only if EFFT_SM90_GENERATION=2 requests them.
-inline bool is_second_generation() {
-  static const char* const asked = std::getenv("EFFT_SM90_GENERATION");
-  return asked && std::strcmp(asked, "2") == 0 && is_sm90();
+// Returns the generation of kernels that EFFT_SM90_GENERATION selects: 1 (also if the variable is unset), 2 or 3.
+// Returns 0 if the variable has another value, for which the binding raises an error.
+inline int requested_generation() {
+  static const int requested = [] {
+    const char* const value = std::getenv("EFFT_SM90_GENERATION");
+    if (!value || !*value) return 1;
+    const int number = value[0] - '0';
+    return value[1] == '\0' && number >= 1 && number <= 3 ? number : 0;
+  }();
+  return requested;
+}
+
+// Returns the generation of kernels to use. The generations differ only on compute capability 9.0. The second and the
+// third generation have not yet run on a GPU, and are therefore used only on request.
+inline int generation() {
+  return is_sm90() ? requested_generation() : 1;
 }
 
 }  // namespace efft

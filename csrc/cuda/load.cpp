@@ -29,4 +29,8 @@ cudaError_t load_kernels() {
   return cudaSuccess;
 }
 
+bool is_generation_known() {
+  return requested_generation() != 0;
+}
+
 }  // namespace efft

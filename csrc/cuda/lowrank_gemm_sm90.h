@@ -15,6 +15,9 @@ bool lowrank_gemm_sm90_makes_h(const LowRankGemm& op);
 // Returns whether the kernel can compute this product and has enough tiles to fill the GPU. It needs one sample, 16-bit
 // types for all operands, and an N that is a multiple of 8.
 bool lowrank_gemm_sm90_takes(const LowRankGemm& op);
+// Launches the kernel of the generation that the process uses.
 cudaError_t lowrank_gemm_sm90(const LowRankGemm& op, cudaStream_t stream);
+// Launches the kernel of the third generation.
+cudaError_t lowrank_gemm_pingpong_sm90(const LowRankGemm& op, cudaStream_t stream);
 
 }  // namespace efft

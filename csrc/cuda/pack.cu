@@ -40,7 +40,7 @@ cudaError_t pack(const Packs& all, cudaStream_t stream) {
     largest = std::max(largest, all.of[i].samples * all.of[i].rows * all.of[i].to.row);
   if (largest == 0) return cudaSuccess;
   const dim3 grid(static_cast<unsigned>(ceil_div(largest, THREADS)), static_cast<unsigned>(all.count));
-  const LaunchShape shape{grid, THREADS, 1, is_second_generation()};
+  const LaunchShape shape{grid, THREADS, 1, generation() >= 2};
   return shape.dependent ? launch<pack_kernel<true>>(shape, stream, all)
                          : launch<pack_kernel<false>>(shape, stream, all);
 }

@@ -1,4 +1,5 @@
-// Defines the types of the product in lowrank_gemm_sm90.cu: instructions, layouts in shared memory, and tensor maps.
+// Defines the types of the products in lowrank_gemm_sm90.cu and lowrank_gemm_pingpong_sm90.cu: instructions, layouts in
+// shared memory, and tensor maps.
 #pragma once
 
 // clang-format off: CuTe must come before the other headers of CUTLASS, which do not compile without it
@@ -12,25 +13,26 @@
 
 namespace efft {
 
-using namespace cute;  // NOLINT: only lowrank_gemm_sm90.cu includes this file
+using namespace cute;  // NOLINT: only the two files with these products include this file
 
 // The number of blocks in a pair, and the number of buffers in the ring.
 constexpr int PAIR = 2, STAGES = 4;
 constexpr size_t SHARED_OF_SM90 = 227 * 1024;
 
-// The product that a block computes. T is the type of its operands (a type of CUTLASS), and TRANSPOSED says whether B
-// and T are stored as [N, K]. GROUPS is the number of warp groups that multiply. RANKS is the number of columns of H
-// that the kernel computes, or 0 if H has already been computed. SECOND selects the second generation of kernels.
-template <class T_, bool TRANSPOSED, int GROUPS_, int COLUMNS, int RANKS_, bool SECOND_>
-struct Product {
+// The product of one tile. T is the type of its operands (a type of CUTLASS), and TRANSPOSED says whether B and T are
+// stored as [N, K]. GROUPS is the number of warp groups that compute a tile of ROWS x COLUMNS together. RANKS is the
+// number of columns of H that the kernel computes, or 0 if H has already been computed. SECOND is true in the second and
+// third generation of kernels.
+template <class T_, bool TRANSPOSED, int GROUPS_, int ROWS, int COLUMNS, int RANKS_, bool SECOND_>
+struct TileProduct {
   using T = T_;
   static constexpr bool SECOND = SECOND_;
-  static constexpr int GROUPS = GROUPS_, RANKS = RANKS_, THREADS = 128 * (1 + GROUPS);
-  using M = Int<64 * GROUPS>;
+  static constexpr int GROUPS = GROUPS_, RANKS = RANKS_;
+  using M = Int<ROWS>;
   using N = Int<COLUMNS>;
   using K = _64;
-  // In the second generation, the blocks of a pair that computes H have the same rows of A and adjacent columns of B.
-  // Each block computes half of the columns of H and sends them to the other block.
+  // From the second generation on, the blocks of a pair that computes H have the same rows of A and adjacent columns of
+  // B. Each block computes half of the columns of H and sends them to the other block.
   static constexpr bool SHARES_H = SECOND && RANKS > 0;
   using R = Int<RANKS == 0 ? 32 : SHARES_H ? RANKS / 2 : RANKS>;
   static constexpr int HALF = RANKS / 8;  // number of registers that hold a thread's part of one half of H
@@ -50,22 +52,6 @@ struct Product {
   using LayoutP = decltype(tile_to_shape(AtomK{}, Shape<R, K, Int<STAGES>>{}));
   static constexpr int BYTES_A = M{} * K{} * sizeof(T), BYTES_B = N{} * K{} * sizeof(T),
                        BYTES_P = RANKS == 0 ? 0 : R{} * K{} * sizeof(T);
-  // The size of the memory in which a warp rearranges rows of the output, 32 columns at a time. The 8 additional
-  // elements put the rows in different banks.
-  static constexpr int OUT_COLUMNS = 32, OUT_ROW = OUT_COLUMNS + 8;
-
-  struct alignas(1024) Shared {
-    array_aligned<T, cosize_v<LayoutA>, 1024> a;
-    array_aligned<T, cosize_v<LayoutB>, 1024> b;
-    array_aligned<T, RANKS == 0 ? 8 : cosize_v<LayoutP>, 1024> p;
-    alignas(16) T out[4 * GROUPS][16 * OUT_ROW];
-    // The half of H that the other block computes, and barriers that signal when each warp has received its part of it.
-    alignas(16) uint32_t other_half[SHARES_H ? THREADS - 128 : 1][SHARES_H ? HALF : 1];
-    cutlass::arch::ClusterTransactionBarrier has_half[4 * GROUPS];
-    cutlass::arch::ClusterTransactionBarrier full[STAGES];
-    cutlass::arch::ClusterBarrier empty[STAGES];
-  };
-  static_assert(sizeof(Shared) <= SHARED_OF_SM90);
 
   static auto by_rows(const Matrix& of, int rows, int columns) {
     return make_tensor(make_gmem_ptr(static_cast<const T*>(of.data)),
@@ -105,6 +91,31 @@ struct Product {
   using CopyH = decltype(copy_a({}, 0, 0));
   using CopyB = decltype(copy_b({}, 0, 0));
   using CopyP = decltype(copy_p({}, 0, 0));
+};
+
+// The product of a block in the first and second generation, whose warp groups compute each tile together.
+template <class T_, bool TRANSPOSED, int GROUPS_, int COLUMNS, int RANKS_, bool SECOND_>
+struct Product : TileProduct<T_, TRANSPOSED, GROUPS_, 64 * GROUPS_, COLUMNS, RANKS_, SECOND_> {
+  using Base = TileProduct<T_, TRANSPOSED, GROUPS_, 64 * GROUPS_, COLUMNS, RANKS_, SECOND_>;
+  using typename Base::T, typename Base::LayoutA, typename Base::LayoutB, typename Base::LayoutP;
+  using Base::GROUPS, Base::RANKS, Base::SHARES_H, Base::HALF;
+  static constexpr int THREADS = 128 * (1 + GROUPS);
+  // The size of the memory in which a warp rearranges rows of the output, 32 columns at a time. The 8 additional
+  // elements put the rows in different banks.
+  static constexpr int OUT_COLUMNS = 32, OUT_ROW = OUT_COLUMNS + 8;
+
+  struct alignas(1024) Shared {
+    array_aligned<T, cosize_v<LayoutA>, 1024> a;
+    array_aligned<T, cosize_v<LayoutB>, 1024> b;
+    array_aligned<T, RANKS == 0 ? 8 : cosize_v<LayoutP>, 1024> p;
+    alignas(16) T out[4 * GROUPS][16 * OUT_ROW];
+    // The half of H that the other block computes, and barriers that signal when each warp has received its part of it.
+    alignas(16) uint32_t other_half[SHARES_H ? THREADS - 128 : 1][SHARES_H ? HALF : 1];
+    cutlass::arch::ClusterTransactionBarrier has_half[4 * GROUPS];
+    cutlass::arch::ClusterTransactionBarrier full[STAGES];
+    cutlass::arch::ClusterBarrier empty[STAGES];
+  };
+  static_assert(sizeof(Shared) <= SHARED_OF_SM90);
 };
 
 template <class P>

@@ -70,7 +70,7 @@ template <class T, int RANKS>
 cudaError_t launch_ranks(const Project& op, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(op.samples * ceil_div(op.M, ROWS)),
       static_cast<unsigned>(std::max<int64_t>(ceil_div(op.R, RANKS), 1)));
-  const LaunchShape shape{grid, WARPS * 32, 1, is_second_generation()};
+  const LaunchShape shape{grid, WARPS * 32, 1, generation() >= 2};
   return shape.dependent ? launch<project_kernel<T, RANKS, true>, Layout<T, RANKS>::BYTES>(shape, stream, op)
                          : launch<project_kernel<T, RANKS, false>, Layout<T, RANKS>::BYTES>(shape, stream, op);
 }

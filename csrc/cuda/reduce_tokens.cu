@@ -130,12 +130,12 @@ cudaError_t launch_type(const ReduceTokens& op, cudaStream_t stream) {
 }  // namespace
 
 bool reduce_tokens_finishes() {
-  return is_second_generation();
+  return generation() >= 2;
 }
 
 int64_t reduce_tokens_splits(const ReduceTokens& op) {
 #ifdef EFFT_SM90
-  if (is_second_generation()) return reduce_tokens_splits_sm90(op);
+  if (generation() >= 2) return reduce_tokens_splits_sm90(op);
 #endif
   const int64_t wanted = ceil_div(2 * multiprocessors(), std::max<int64_t>(column_blocks(op), 1));
   return std::clamp<int64_t>(wanted, 1, std::max<int64_t>(ceil_div(op.tokens, 4 * TOKENS<uint16_t>), 1));
@@ -143,7 +143,7 @@ int64_t reduce_tokens_splits(const ReduceTokens& op) {
 
 cudaError_t reduce_tokens(const ReduceTokens& op, cudaStream_t stream) {
 #ifdef EFFT_SM90
-  if (is_second_generation()) return reduce_tokens_sm90(op, stream);
+  if (generation() >= 2) return reduce_tokens_sm90(op, stream);
 #endif
   const int64_t size = op.rank * (op.d_out + op.d_in);
   if (size == 0) return cudaSuccess;

@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cstdlib>
 #include <initializer_list>
 #include <optional>
 
@@ -31,6 +32,8 @@ inline void check(cudaError_t error) {
 class Launches {
  public:
   explicit Launches(const Tensor& on) {
+    STD_TORCH_CHECK(is_generation_known(), "efft, backend 'cuda': expected EFFT_SM90_GENERATION to be 1, 2 or 3, got '",
+        std::getenv("EFFT_SM90_GENERATION"), "'; unset it, or set it to one of these before the program starts");
     if (on.is_cuda()) {
       device_ = on.get_device_index();
       // On a stream other than torch's, kernels could run before their operands have been computed.

@@ -159,7 +159,7 @@ def rank_block(R: int) -> int:
 def tail_block(R: int) -> int:
     """Return how many columns of H a step of the product H T processes.
 
-    In the second generation of kernels, which no GPU has run yet, the steps together have only as many columns as the
+    From the second generation of kernels on, which no GPU has run yet, the steps together have only as many columns as the
     rank needs, ``ceil(R / 16)`` times 16. In the first generation they may have up to 16 more.
     """
     if KERNELS > 1 and R > TAIL_R and ceil_div(R, 16) % 2:

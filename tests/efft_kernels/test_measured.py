@@ -208,6 +208,23 @@ def test_a_row_speaks_for_its_generation_of_kernels(monkeypatch: pytest.MonkeyPa
     assert fastest(CASE, CPU, rivals) == "cuda"
 
 
+@pytest.mark.parametrize(("value", "kernels"), [(None, 1), ("", 1), ("1", 1), ("2", 2), ("3", 3)])
+def test_the_environment_selects_the_generation(
+    monkeypatch: pytest.MonkeyPatch, value: str | None, kernels: int
+) -> None:
+    monkeypatch.delenv("EFFT_SM90_GENERATION", raising=False)
+    if value is not None:
+        monkeypatch.setenv("EFFT_SM90_GENERATION", value)
+    assert measured.requested_kernels() == kernels
+
+
+@pytest.mark.parametrize("value", ["0", "4", "02", "second"])
+def test_an_unknown_generation_is_refused(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("EFFT_SM90_GENERATION", value)
+    with pytest.raises(ValueError, match=f"EFFT_SM90_GENERATION: expected 1, 2 or 3, got '{value}'; unset it"):
+        measured.requested_kernels()
+
+
 @pytest.mark.parametrize("kernels", [0, 1.5, "2", True])
 def test_an_impossible_generation_is_refused(tmp_path: Path, kernels: object) -> None:
     (tmp_path / "table.json").write_text(json.dumps([{**asdict(row(CASE, 50)), "kernels": kernels}]))

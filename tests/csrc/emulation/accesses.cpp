@@ -37,6 +37,22 @@ void fence_async() {
   fence_barrier_init();
 }
 
+void write_shared(size_t thread, void* place, size_t bytes) {
+  const size_t block = thread / threads_per_block;
+  const auto offset = static_cast<unsigned char*>(place) - blocks[block].shared;
+  if (offset < 0 || static_cast<size_t>(offset) + bytes > shared_bytes)
+    return fail("a thread writes outside the shared memory");
+  const auto at = static_cast<size_t>(offset);
+  const auto address = SHARED_BASE + static_cast<uint32_t>(at);
+  if (is_copied_to(block, address, static_cast<uint32_t>(bytes)))
+    return fail("a thread touches what a copy has not brought yet");
+  if (is_stored_from(block, address, static_cast<uint32_t>(bytes)))
+    return fail("a thread overwrites what a store has not read yet");
+  std::fill_n(writers.begin() + static_cast<std::ptrdiff_t>(block * shared_bytes + at), bytes,
+      static_cast<uint16_t>(thread + 1));
+  wrote[thread].emplace_back(block * shared_bytes + at, bytes);
+}
+
 void access(const void* place, size_t bytes, bool writes) {
   const auto* const at = static_cast<const unsigned char*>(place);
   for (size_t block = 0; block < blocks.size(); ++block) {
@@ -47,10 +63,7 @@ void access(const void* place, size_t bytes, bool writes) {
     if (offset + bytes > shared_bytes) return fail("a thread reads or writes past the shared memory");
     if (is_copied_to(block, SHARED_BASE + static_cast<uint32_t>(offset), static_cast<uint32_t>(bytes)))
       return fail("a thread touches what a copy has not brought yet");
-    if (!writes) return;
-    std::fill_n(writers.begin() + static_cast<std::ptrdiff_t>(block * shared_bytes + offset), bytes,
-        static_cast<uint16_t>(running + 1));
-    wrote[running].emplace_back(block * shared_bytes + offset, bytes);
+    if (writes) write_shared(running, blocks[block].shared + offset, bytes);
     return;
   }
   touch_global(place, bytes, writes);

@@ -84,9 +84,7 @@ def build(files: Mapping[str, str], folder: Path, sanitize: bool = False) -> Pat
 
     def compile_one(source: Path) -> Path:
         target = source.with_name(source.name + ".o")
-        kinds = {".h", ".cuh"} if source.suffix == ".cu" else {".h"}
-        headers = any(Path(name).suffix in kinds for name in changed)
-        if source.name in changed or headers or not target.exists():
+        if changed & {source.name, *_included(source.name, files)} or not target.exists():
             extra = kernel if source.suffix == ".cu" else ["-O3", "-std=c++17"] if source.name in own else torch
             if is_hopper(source.name):
                 extra = [*kernel, *_hopper_flags(hopper()), "-g0"]  # names of CuTe's types take longer than its code
@@ -101,6 +99,18 @@ def build(files: Mapping[str, str], folder: Path, sanitize: bool = False) -> Pat
     libraries = ["-Wl,--no-as-needed", f"-L{tools.torch / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
     _run(tools.cxx, "-shared", *SANITIZERS * sanitize, *objects, *libraries, "-o", str(library))
     return library
+
+
+def _included(name: str, files: Mapping[str, str]) -> set[str]:
+    """Return the names of the files in csrc/cuda that a file includes, directly or through other files."""
+    found: set[str] = set()
+    names = [name]
+    while names:
+        text = files.get(names.pop(), "")
+        new = {match for match in re.findall(r'^#include "([^"]+)"', text, re.M) if match in files} - found
+        found |= new
+        names += new
+    return found
 
 
 def _hopper_flags(headers: Hopper) -> list[str]:

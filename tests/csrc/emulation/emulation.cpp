@@ -93,8 +93,13 @@ void run_body() {
   for (const auto& group : thread.groups)
     if (!group.empty()) fail("a thread ends with copies under way");
   end_products_of_thread();
+  end_stores_of_thread();
   thread.state = State::finished;
-  if (block_ended(my_block())) end_copies_of_block(my_block());
+  if (block_ended(my_block())) {
+    end_copies_of_block(my_block());
+    end_stores_of_block(my_block());
+    end_named_barriers_of_block(my_block());
+  }
   check_cluster_barrier();
   jump_to_scheduler();
 }
@@ -152,6 +157,7 @@ bool opens_barrier(size_t block) {
 
 // A copy lands or products are done: whatever the order wants last.
 bool something_happens() {
+  if (order().drawn && stores_under_way() > 0 && order().below(8) == 0) advance_store(order().below(stores_under_way()));
   const size_t copies = copies_under_way(), products = products_waited_for();
   if (copies + products == 0) return false;
   Order& by = order();
@@ -166,7 +172,7 @@ bool something_happens() {
 void fail_at_standstill() {
   std::string where;
   static constexpr const char* NAMES[] = {"", "the block's barrier", "other lanes of the warp", "the cluster's barrier",
-      "a barrier in shared memory", "", ""};
+      "a barrier in shared memory", "products", "a barrier with a number", ""};
   for (size_t i = 0; i < threads.size(); ++i) {
     const State state = threads[i].state;
     if (state == State::finished || (i > 0 && threads[i - 1].state == state)) continue;
@@ -183,6 +189,8 @@ void run_cluster() {
   start_copies();
   start_products();
   start_accesses();
+  start_named_barriers();
+  start_stores();
   std::vector<size_t> numbers(count);
   for (size_t i = 0; i < count; ++i) numbers[i] = order().reverse ? count - 1 - i : i;
   order().copies_first = static_cast<unsigned>(order().below(5));
@@ -326,6 +334,7 @@ cudaError_t run(const Launch& launch, const void* kernel, const std::function<vo
         for (unsigned i = 0; i < launch.cluster; ++i) blocks[i].index = dim3(x + i, y, z);
         run_cluster();
       }
+  end_stores(error.empty());
   write_log();
   return error.empty() ? cudaSuccess : cudaErrorLaunchFailure;
 }

@@ -34,6 +34,9 @@ void fence_async();
 // A tile of a tensor map (cp.async.bulk.tensor), into the blocks of `mask`; 0: into that of the thread alone.
 void copy_tile(const void* map, const void* barrier, uint16_t mask, void* to, int column, int row);
 
+// The same from shared memory to the tensor (cp.async.bulk.tensor in the other direction).
+void store_tile(const void* map, const void* from, int column, int row);
+
 // Products of a warp group (wgmma): sums [64, columns] += a [64, 16] b [16, columns].
 struct Product {
   bool is_bf16;

@@ -39,6 +39,7 @@ void wait_copies(int under_way);
 enum class Together {
   load,
   load_transposed,
+  store,
   multiply_bf16,
   multiply_fp16,
   exchange,
@@ -48,6 +49,8 @@ enum class Together {
   products_commit,
   products_wait,
   registers,
+  threads_arrive,
+  threads_wait,
   cluster_arrive,
   cluster_wait
 };
@@ -57,10 +60,10 @@ struct Product;
 // What a lane brings to something that its warp does together, and where its part of the result goes.
 struct Lane {
   Together what;
-  const void* row = nullptr;    // load: the row it points at
+  const void* row = nullptr;    // load, store: the row it points at
   uint32_t* loaded = nullptr;   // load: [4]
   float* sums = nullptr;        // multiply: [4]
-  const uint32_t* a = nullptr;  // multiply: [4]
+  const uint32_t* a = nullptr;  // multiply, store: [4]
   const uint32_t* b = nullptr;  // multiply: [2]
   float value = 0, received = 0;
   int other = 0;
@@ -77,6 +80,10 @@ void wait_for_cluster();
 float read_shared_of(uint32_t block, const float* own);
 void send_async(uint32_t block, const uint32_t* values, uint32_t bytes, const void* own, const void* barrier);
 void wait_for_kernel_in_front();
+void wait_for_threads(int barrier, int threads);
+void arrive_for_threads(int barrier, int threads);
+void commit_stores();
+void wait_until_stores_have_read(int newest);
 void check_map(const void* map);
 
 }  // namespace emulation
@@ -126,11 +133,14 @@ inline fp16 narrow(float value) {
   return bits;
 }
 
+using emulation::arrive_for_threads;
 using emulation::commit_copies;
+using emulation::commit_stores;
 using emulation::copy_async;
 using emulation::read_shared_of;
 using emulation::shared_memory;
 using emulation::wait_for_kernel_in_front;
+using emulation::wait_for_threads;
 
 template <int N>
 void send_async(uint32_t block, const uint32_t (&values)[N], uint32_t* own, const void* barrier) {
@@ -150,6 +160,17 @@ void wait_copies() {
   emulation::wait_copies(N);
 }
 
+template <int N>
+void wait_until_stores_have_read() {
+  emulation::wait_until_stores_have_read(N);
+}
+
+inline void store_matrices(void* row, const uint32_t (&from)[4]) {
+  emulation::Lane lane{emulation::Together::store};
+  lane.row = row;
+  lane.a = from;
+  together(lane);
+}
 inline void load_matrices(uint32_t (&to)[4], const void* row) {
   emulation::Lane lane{emulation::Together::load};
   lane.row = row;

@@ -23,6 +23,7 @@ enum class State : uint8_t {
   waits_for_cluster,
   waits_for_barrier,
   waits_for_products,
+  waits_for_threads,
   finished
 };
 
@@ -108,13 +109,41 @@ bool is_multiplied(size_t block, uint32_t address, uint32_t bytes);
 size_t unfenced_writer(size_t block, uint32_t address, uint32_t bytes);
 void forget_writes(size_t block, uint32_t address, uint32_t bytes);
 
+// A tile that a store copies from shared memory, by a tensor map.
+struct TileStore {
+  std::vector<unsigned char> map;
+  int column, row;
+  size_t block;
+  uint32_t from, bytes;
+};
+std::vector<unsigned char> bytes_of(const TileStore& tile);  // that are in shared memory now
+void write_tile(const TileStore& tile, const std::vector<unsigned char>& bytes);  // what lies inside the tensor
+void add_store(const TileStore& tile);
+// Whether a store will still read some of these bytes.
+bool is_stored_from(size_t block, uint32_t address, uint32_t bytes);
+// The stores that can read or write earlier than they must.
+size_t stores_under_way();
+void advance_store(size_t which);
+
+// A thread writes to shared memory in an instruction of its warp.
+void write_shared(size_t thread, void* place, size_t bytes);
+
+// A warp arrives at a barrier of its block; returns whether it may continue.
+bool passes_named_barrier(size_t warp, int number, int threads, bool waits);
+
 void check_cluster_barrier();
 // At the start of a cluster, at the end of a thread, of a block.
 void start_barriers();
 void start_copies();
 void start_products();
 void start_accesses();
+void start_named_barriers();
+void start_stores();
 void end_products_of_thread();
 void end_copies_of_block(size_t block);
+void end_stores_of_thread();
+void end_stores_of_block(size_t block);
+void end_stores(bool succeeded);  // of a launch
+void end_named_barriers_of_block(size_t block);
 
 }  // namespace emulation

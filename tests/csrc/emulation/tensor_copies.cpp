@@ -39,6 +39,29 @@ uint32_t swizzled(uint32_t address, int kind) {
   return address ^ ((address >> 7 & ((1u << kind) - 1)) << 4);
 }
 
+// Calls visit(place, i) for every element of a tile that lies inside the tensor. `place` is its distance from the start
+// of the tensor in bytes, and i is its number in the tile.
+template <class Visit>
+void each_element(const Map& map, int first_column, int first_row, Visit visit) {
+  for (uint32_t r = 0; r < map.box[1]; ++r)
+    for (uint32_t c = 0; c < map.box[0]; ++c) {
+      const int64_t row = int64_t{first_row} + r, column = int64_t{first_column} + c;
+      if (row >= 0 && column >= 0 && row < static_cast<int64_t>(map.sizes[1]) &&
+          column < static_cast<int64_t>(map.sizes[0]))
+        visit(row * static_cast<int64_t>(map.strides[0]) + column * map.element, r * map.box[0] + c);
+    }
+}
+
+// Counts the rows of a tile that lie inside the tensor.
+void touch_tile(const Map& map, int column, int row, bool writes) {
+  for (int64_t r = std::max(row, 0); r < std::min<int64_t>(int64_t{row} + map.box[1], map.sizes[1]); ++r) {
+    const int64_t first = std::max(column, 0), end = std::min<int64_t>(int64_t{column} + map.box[0], map.sizes[0]);
+    if (first < end)
+      touch_global(map.data + r * static_cast<int64_t>(map.strides[0]) + first * map.element,
+          static_cast<size_t>(end - first) * map.element, writes);
+  }
+}
+
 }  // namespace
 
 void start_copies() {
@@ -68,12 +91,7 @@ void copy_tile(const void* from, const void* barrier, uint16_t mask, void* to, i
   if (map.dimensions != 2) return fail("a copy of two coordinates by a map of another rank");
   if (mask >> blocks.size() != 0) return fail("a multicast to a block that the cluster does not have");
   if (failed()) return;
-  for (int64_t r = std::max(row, 0); r < std::min<int64_t>(int64_t{row} + map.box[1], map.sizes[1]); ++r) {
-    const int64_t first = std::max(column, 0), end = std::min<int64_t>(int64_t{column} + map.box[0], map.sizes[0]);
-    if (first < end)
-      touch_global(map.data + r * static_cast<int64_t>(map.strides[0]) + first * map.element,
-          static_cast<size_t>(end - first) * map.element, false);
-  }
+  touch_tile(map, column, row, false);
   const uint32_t address = shared_address(to), at = shared_address(barrier);
   if (address % 128 != 0) return fail("a copy to a place that is not aligned to 128 bytes");
   for (size_t block = 0; block < blocks.size(); ++block) {
@@ -87,9 +105,42 @@ void copy_tile(const void* from, const void* barrier, uint16_t mask, void* to, i
     if (const size_t writer = unfenced_writer(block, address, flight.bytes()))
       return fail("a copy overwrites what thread " + std::to_string(writer - 1) + " wrote without a proxy fence");
     if (barrier_between(block, address, flight.bytes())) return fail("a copy overwrites a barrier");
+    if (is_stored_from(block, address, flight.bytes())) return fail("a copy overwrites what a store has not read yet");
     std::memset(place, 0xff, flight.bytes());
     flights.push_back(flight);
   }
+}
+
+void store_tile(const void* to, const void* from, int column, int row) {
+  Map map;
+  std::memcpy(&map, to, sizeof map);
+  if (map.is_map != 1) return fail("a store by something that is not a tensor map");
+  if (reinterpret_cast<uintptr_t>(to) % 64 != 0) return fail("a tensor map is not aligned to 64 bytes");
+  if (map.dimensions != 2) return fail("a store of two coordinates by a map of another rank");
+  const uint32_t address = shared_address(from), bytes = map.box[0] * map.box[1] * map.element;
+  if (address % 128 != 0) return fail("a store from a place that is not aligned to 128 bytes");
+  if (!shared_at(my_block(), address, bytes, "a store reads past the shared memory")) return;
+  if (is_copied_to(my_block(), address, bytes)) return fail("a store reads what a copy has not brought yet");
+  if (const size_t writer = unfenced_writer(my_block(), address, bytes))
+    return fail("a store reads what thread " + std::to_string(writer - 1) + " wrote without a proxy fence");
+  const auto* const first = reinterpret_cast<const unsigned char*>(&map);
+  const TileStore tile{{first, first + sizeof map}, column, row, my_block(), address, bytes};
+  touch_tile(map, column, row, true);
+  add_store(tile);
+}
+
+std::vector<unsigned char> bytes_of(const TileStore& tile) {
+  const unsigned char* const first = blocks[tile.block].shared + (tile.from - SHARED_BASE);
+  return {first, first + tile.bytes};
+}
+
+void write_tile(const TileStore& tile, const std::vector<unsigned char>& bytes) {
+  Map map;
+  std::memcpy(&map, tile.map.data(), sizeof map);
+  each_element(map, tile.column, tile.row, [&](int64_t place, uint32_t i) {
+    std::memcpy(const_cast<unsigned char*>(map.data) + place,
+        bytes.data() + (swizzled(tile.from + i * map.element, map.swizzle) - tile.from), map.element);
+  });
 }
 
 void send_async(uint32_t block, const uint32_t* values, uint32_t bytes, const void* own, const void* barrier) {

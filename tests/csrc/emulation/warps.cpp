@@ -35,6 +35,22 @@ void load(Lane* const* lanes, bool transposed) {
     }
 }
 
+// stmatrix .x4, the reverse of ldmatrix .x4.
+void store(Lane* const* lanes, size_t first) {
+  uint16_t matrices[4][8][8];
+  for (int lane = 0; lane < WARP; ++lane)
+    for (int i = 0; i < 4; ++i)
+      for (int next = 0; next < 2; ++next)
+        matrices[i][lane / 4][lane % 4 * 2 + next] = static_cast<uint16_t>(lanes[lane]->a[i] >> 16 * next);
+  for (int lane = 0; lane < WARP; ++lane) {
+    void* const row = const_cast<void*>(lanes[lane]->row);
+    if (reinterpret_cast<uintptr_t>(row) % 16 != 0) fail("a matrix row is not aligned");
+    write_shared(first + static_cast<size_t>(lane), row, 16);
+    if (failed()) return;
+    std::memcpy(row, matrices[lane / 8][lane % 8], 16);
+  }
+}
+
 // mma.sync.m16n8k16.row.col: with g = lane / 4 and t = lane % 4, register i of a holds row g (+ 8 if i is odd), columns
 // 2 t and 2 t + 1 (+ 8 from i = 2 on); of b rows 2 t and 2 t + 1 (+ 8 for i = 1), column g; sums i are at row g (+ 8
 // from i = 2 on), column 2 t + i % 2.
@@ -101,7 +117,9 @@ void together(Lane& lane) {
   for (int i = 0; i < WARP; ++i) {
     if (threads[first + i].state != State::waits_for_warp) return pause();
     lanes[i] = threads[first + i].lane;
-    if (lanes[i]->what != lane.what || lanes[i]->number != lane.number)
+    const bool same_threads =
+        (lane.what != Together::threads_arrive && lane.what != Together::threads_wait) || lanes[i]->other == lane.other;
+    if (lanes[i]->what != lane.what || lanes[i]->number != lane.number || !same_threads)
       return fail("lanes of a warp do different things together"), pause();
   }
   // What CUDA has for code after a branch; all others are `.aligned`.
@@ -119,6 +137,9 @@ void together(Lane& lane) {
       break;
     case Together::load_transposed:
       load(lanes, true);
+      break;
+    case Together::store:
+      store(lanes, first);
       break;
     case Together::multiply_bf16:
       multiply<efft::bf16>(lanes);
@@ -141,6 +162,11 @@ void together(Lane& lane) {
     case Together::products_wait:
       if (products_done(warp, lane.number)) break;
       for (int i = 0; i < WARP; ++i) threads[first + i].state = State::waits_for_products;
+      return pause();
+    case Together::threads_arrive:
+    case Together::threads_wait:
+      if (passes_named_barrier(warp, lane.number, lane.other, lane.what == Together::threads_wait)) break;
+      for (int i = 0; i < WARP; ++i) threads[first + i].state = State::waits_for_threads;
       return pause();
     case Together::sync:
     case Together::registers:

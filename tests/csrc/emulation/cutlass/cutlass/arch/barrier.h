@@ -58,6 +58,13 @@ struct detail::CallCOPY<SM90_TMA_LOAD_MULTICAST_OP> {
   }
 };
 
+template <>
+struct detail::CallCOPY<SM90_TMA_STORE> {
+  void operator()(const TmaDescriptor* map, const void* from, int column, int row) const {
+    emulation::store_tile(map, from, column, row);
+  }
+};
+
 namespace SM90::GMMA {
 
 template <class T, int N, Major LEFT, Major RIGHT, class Traits, class D, class A, class B>
@@ -91,8 +98,10 @@ void emulate(const Traits& traits, D& d, const A& a, const B& b) {
   EFFT_EMULATE(MMA_64x32x16_F32##NAME##_SS, T, 32)           \
   EFFT_EMULATE(MMA_64x16x16_F32##NAME##_SS, T, 16)           \
   EFFT_EMULATE(MMA_64x8x16_F32##NAME##_SS, T, 8)             \
+  EFFT_EMULATE(MMA_64x128x16_F32##NAME##_SS, T, 128)         \
   EFFT_EMULATE(MMA_64x192x16_F32##NAME##_SS, T, 192)         \
   EFFT_EMULATE(MMA_64x256x16_F32##NAME##_SS, T, 256)         \
+  EFFT_EMULATE(MMA_64x128x16_F32##NAME##_RS, T, 128)         \
   EFFT_EMULATE(MMA_64x192x16_F32##NAME##_RS, T, 192)         \
   EFFT_EMULATE(MMA_64x256x16_F32##NAME##_RS, T, 256)
 EFFT_EMULATE_SHAPES(bfloat16_t, BF16BF16)

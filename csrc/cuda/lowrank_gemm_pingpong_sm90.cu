@@ -1,0 +1,366 @@
+// Computes the product of lowrank_gemm_sm90.cu in the third generation, with ping-pong tiles: Y = A B + bias + H T.
+//
+// In lowrank_gemm_sm90.cu, the warp groups of a block compute each tile together, and the tensor cores are idle while the
+// groups write the tile. Here each of two warp groups computes tiles of its own, one after the other group's. While one
+// group finishes a tile, the other group multiplies:
+// - Group 0 computes the first, third, ... tile of the block, and group 1 the others. One thread copies the operands of
+//   all tiles in this order into the ring of buffers.
+// - A group starts the main loop of a tile after the other group has issued the main loop of the tile before. It then
+//   exchanges its half of H with the other block of the pair and adds the tail, while the other group multiplies. Group g
+//   of a block exchanges with group g of the other block, because both blocks compute the same list of pairs of tiles.
+// - A group rounds its tile, writes it to a part of shared memory (the staging tile), and starts a bulk copy from there to
+//   Y, which leaves out elements beyond the edges of Y. The groups use the one staging tile in turn: a group writes it
+//   after the copy of the other group's tile has read it.
+#include "launch.h"
+#include "lowrank_gemm_sm90.h"
+#include "pipeline_sm90.cuh"  // before headers that use only CUDA, because CuTe must come first
+#include "tiles.cuh"
+
+namespace efft {
+
+namespace {
+
+// Barriers of the block. At TURN + g, group g waits for its turn in the main loop; at FREE + g it waits until it may
+// write the staging tile; at STAGED + g its threads wait until all of them have written it.
+constexpr int TURN = 1, FREE = 3, STAGED = 5;
+constexpr int GROUP_THREADS = 128, WARP_THREADS = 32;
+
+// The product that a warp group computes. Each group has two products of 64 rows per step.
+template <class T_, bool TRANSPOSED, int COLUMNS, int RANKS_>
+struct PingPong : TileProduct<T_, TRANSPOSED, 1, 128, COLUMNS, RANKS_, true> {
+  using Base = TileProduct<T_, TRANSPOSED, 1, 128, COLUMNS, RANKS_, true>;
+  using typename Base::T, typename Base::M, typename Base::N;
+  using typename Base::LayoutA, typename Base::LayoutB, typename Base::LayoutP;
+  using Base::RANKS, Base::SHARES_H, Base::HALF;
+  static constexpr int CONSUMERS = 2, PARTS = 2;  // the number of groups, and of products of 64 rows in a tile
+  static constexpr int THREADS = GROUP_THREADS * (1 + CONSUMERS);
+  // The staging tile consists of boxes of 64 columns, whose rows have 128 bytes.
+  using LayoutY = decltype(tile_to_shape(typename Base::AtomK{}, Shape<M, N>{}));
+  static constexpr int BOX_COLUMNS = 64, ROW_BYTES = 128;
+
+  struct alignas(1024) Shared {
+    array_aligned<T, cosize_v<LayoutA>, 1024> a;
+    array_aligned<T, cosize_v<LayoutB>, 1024> b;
+    array_aligned<T, RANKS == 0 ? 8 : cosize_v<LayoutP>, 1024> p;
+    array_aligned<T, cosize_v<LayoutY>, 1024> y;
+    // The half of H that the other block computes, and barriers that signal when each warp has received its part of it.
+    alignas(16) uint32_t other_half[SHARES_H ? GROUP_THREADS * CONSUMERS : 1][PARTS][SHARES_H ? HALF : 1];
+    cutlass::arch::ClusterTransactionBarrier has_half[4 * CONSUMERS];
+    cutlass::arch::ClusterTransactionBarrier full[STAGES];
+    cutlass::arch::ClusterBarrier empty[STAGES];
+  };
+  static_assert(sizeof(Shared) <= SHARED_OF_SM90);
+
+  static auto copy_y(const Matrix& of, int rows, int columns) {
+    const Tensor y = make_tensor(
+        make_gmem_ptr(static_cast<T*>(of.data)), make_layout(make_shape(rows, columns), make_stride(of.row, _1{})));
+    return make_tma_copy(SM90_TMA_STORE{}, y, LayoutY{}, Shape<M, N>{}, _1{});
+  }
+  using CopyY = decltype(copy_y({}, 0, 0));
+};
+
+// The position of a thread among those that multiply.
+struct Consumer {
+  int group, thread, warp, lane;  // the thread and the warp are counted within the group
+
+  __device__ static Consumer me() {
+    const int number = static_cast<int>(threadIdx.x) - GROUP_THREADS, thread = number % GROUP_THREADS;
+    return {number / GROUP_THREADS, thread, thread / WARP_THREADS, thread % WARP_THREADS};
+  }
+  __device__ int other() const { return 1 - group; }
+  // Returns the row of the tile in which the rows of this warp begin, in the given part of the tile.
+  __device__ int first_row(int part) const { return 64 * part + 16 * warp; }
+};
+
+template <class Out>
+__device__ uint32_t round_pair(float first, float second) {
+  const Pair<Out> rounded{narrow<Out>(first), narrow<Out>(second)};
+  uint32_t bits;
+  memcpy(&bits, &rounded, sizeof bits);
+  return bits;
+}
+
+// Adds the bias to the sums of a tile, rounds them, and writes them to the staging tile, in which 16-byte chunks of a
+// row are exchanged as the tensor map of Y expects. Of every 8 columns, a thread holds 2 adjacent ones in rows r and
+// r + 8.
+template <class P, class Out, class Sums>
+__device__ void stage_tile(
+    const LowRankGemm& op, const Consumer& me, int64_t column, const Sums& sums, typename P::Shared& shared) {
+  constexpr int BOX_BYTES = typename P::M{} * P::ROW_BYTES;
+  // The lanes 0 to 15 pass addresses of rows for the first 8 of every 16 columns, the others for the last 8.
+  const int row = me.first_row(0) + me.lane % 16, chunk = me.lane / 16;
+  const int place = row * P::ROW_BYTES + (chunk ^ row % 8) * 16;
+  unsigned char* const staging = reinterpret_cast<unsigned char*>(shared.y.data());
+  const Out* const bias = static_cast<const Out*>(op.bias.data);
+#pragma unroll
+  for (int first = 0; first < typename P::N{}; first += 16) {
+    float add[4] = {0, 0, 0, 0};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int64_t n = column + first + i / 2 * 8 + me.lane % 4 * 2 + i % 2;
+      if (bias && n < op.N) add[i] = widen(bias[n]);
+    }
+    const int box = first / P::BOX_COLUMNS, pair_of_chunks = first % P::BOX_COLUMNS / 16;
+#pragma unroll
+    for (int part = 0; part < P::PARTS; ++part) {
+      const int i = part * typename P::N{} / 2 + first / 2;
+      const uint32_t rounded[4] = {
+          round_pair<Out>(sums(i) + add[0], sums(i + 1) + add[1]),
+          round_pair<Out>(sums(i + 2) + add[0], sums(i + 3) + add[1]),
+          round_pair<Out>(sums(i + 4) + add[2], sums(i + 5) + add[3]),
+          round_pair<Out>(sums(i + 6) + add[2], sums(i + 7) + add[3]),
+      };
+      store_matrices(staging + box * BOX_BYTES + part * 64 * P::ROW_BYTES + (place ^ pair_of_chunks * 32), rounded);
+    }
+  }
+}
+
+// Copies the staging tile to tile (m, n) of Y, and returns when it has been read. One thread calls this.
+template <class P>
+__device__ void store_tile(
+    const typename P::CopyY& to, const LowRankGemm& op, int m, int n, typename P::Shared& shared) {
+  const Tensor y = make_tensor(make_smem_ptr(shared.y.data()), typename P::LayoutY{});
+  const Tensor all = to.get_tma_tensor(make_shape(static_cast<int>(op.M), static_cast<int>(op.N)));
+  const Tensor tile = local_tile(all, Shape<typename P::M, typename P::N>{}, make_coord(m, n));
+  const auto part = to.get_slice(0);
+  copy(to, part.partition_S(y), part.partition_D(tile));
+  commit_stores();
+  wait_until_stores_have_read<0>();
+}
+
+template <class P, class Out>
+__device__ void multiply_in_turn(
+    const typename P::CopyY& to, const LowRankGemm& op, const Tiles& tiles, typename P::Shared& shared) {
+  const Consumer me = Consumer::me();
+  const Tensor a = make_tensor(make_smem_ptr(shared.a.data()), typename P::LayoutA{});
+  const Tensor b = make_tensor(make_smem_ptr(shared.b.data()), typename P::LayoutB{});
+  const Tensor p = make_tensor(make_smem_ptr(shared.p.data()), typename P::LayoutP{});
+  typename P::Mma mma;
+  typename P::MmaH mma_h;
+  typename P::MmaTail mma_tail;
+  const auto mine = mma.get_thread_slice(me.thread);
+  const auto mine_h = mma_h.get_thread_slice(me.thread);
+  const auto mine_tail = mma_tail.get_thread_slice(me.thread);
+  const Tensor left = mine.make_fragment_A(mine.partition_A(a));
+  const Tensor right = mine.make_fragment_B(mine.partition_B(b));
+  const Tensor right_h = mine_h.make_fragment_B(mine_h.partition_B(p));
+  const Tensor right_tail = mine_tail.make_fragment_B(mine_tail.partition_B(b));
+  Tensor y = partition_fragment_C(mma, Shape<typename P::M, typename P::N>{});
+  Tensor h = partition_fragment_C(mma_h, Shape<typename P::M, typename P::R>{});
+
+  const int stride = static_cast<int>(gridDim.x) / PAIR, first_tile = static_cast<int>(blockIdx.x) / PAIR;
+  RingPlace place;
+  place.skip(me.group * tiles.steps);
+  uint32_t half_round = 0;
+  const auto release = [&](int stage) {
+    if (me.thread < PAIR) shared.empty[stage].arrive(static_cast<uint32_t>(me.thread));
+  };
+  for (int tile = first_tile + me.group * stride; tile < tiles.count();
+      tile += P::CONSUMERS * stride, place.skip(tiles.steps)) {
+    const bool is_first = tile == first_tile, has_next = tile + stride < tiles.count();
+    int m, n;
+    tiles.template place<P>(tile, m, n);
+    const int64_t row = static_cast<int64_t>(m) * typename P::M{}, column = static_cast<int64_t>(n) * typename P::N{};
+    mma.accumulate_ = mma_h.accumulate_ = GMMA::ScaleOut::Zero;
+    int last = -1;
+    // Computes one step whose depth is `depth` times 16.
+    const auto multiply_step = [&](auto depth) {
+      shared.full[place.stage].wait(place.round);
+      warpgroup_fence_operand(y);
+      if constexpr (P::RANKS > 0) warpgroup_fence_operand(h);
+      warpgroup_arrive();
+#pragma unroll
+      for (int k = 0; k < decltype(depth)::value; ++k) {
+        gemm(mma, left(_, _, k, place.stage), right(_, _, k, place.stage), y);
+        mma.accumulate_ = GMMA::ScaleOut::One;
+        if constexpr (P::RANKS > 0) {
+          gemm(mma_h, left(_, _, k, place.stage), right_h(_, _, k, place.stage), h);
+          mma_h.accumulate_ = GMMA::ScaleOut::One;
+        }
+      }
+      warpgroup_commit_batch();
+      warpgroup_wait<1>();  // waits for the previous step, whose buffers are then free
+      warpgroup_fence_operand(y);
+      if constexpr (P::RANKS > 0) warpgroup_fence_operand(h);
+      if (last >= 0) release(last);
+      last = place.stage;
+      place.next();
+    };
+    if (!is_first) wait_for_threads(TURN + me.group, P::CONSUMERS * GROUP_THREADS);
+    // The last step of the tail is only as deep as the rank needs.
+    const bool is_short = P::RANKS == 0 && tiles.last_depth < 4;
+    const int whole_steps = P::RANKS > 0 ? tiles.main_steps : is_short ? tiles.steps - 1 : tiles.steps;
+    for (int step = 0; step < whole_steps; ++step) multiply_step(_4{});
+    if constexpr (P::RANKS == 0) {
+      if (tiles.last_depth == 1) multiply_step(_1{});
+      if (tiles.last_depth == 2) multiply_step(_2{});
+      if (tiles.last_depth == 3) multiply_step(_3{});
+    }
+    if (has_next) arrive_for_threads(TURN + me.other(), P::CONSUMERS * GROUP_THREADS);
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(y);
+    if constexpr (P::RANKS > 0) {
+      warpgroup_fence_operand(h);
+      release(last);
+      // Columns beyond the rank are set to zero, because an infinity in A makes them NaN.
+      const uint32_t rank = block_rank_in_cluster();
+      constexpr int SUMS = 2 * P::HALF;  // sums of H that a thread holds in one part of the tile
+      uint32_t own[P::PARTS][P::HALF];
+#pragma unroll
+      for (int part = 0; part < P::PARTS; ++part)
+#pragma unroll
+        for (int i = 0; i < P::HALF; ++i) {
+          const int64_t r = rank * typename P::R{} + 8 * (i / 2) + 2 * (me.lane % 4);
+          const auto sum = [&](int next) { return r + next < op.R ? h(part * SUMS + 2 * i + next) : 0.0f; };
+          own[part][i] = round_pair<Out>(sum(0), sum(1));
+        }
+      const int slot = me.group * GROUP_THREADS + me.thread;
+      auto& has_half = shared.has_half[slot / WARP_THREADS];
+      if (me.lane == 0) has_half.arrive_and_expect_tx(WARP_THREADS * sizeof(own));
+#pragma unroll
+      for (int part = 0; part < P::PARTS; ++part)
+        send_async(1 - rank, own[part], shared.other_half[slot][part], &has_half);
+      has_half.wait(half_round);
+      half_round ^= 1;
+      // The rounded sums of 16 columns of H have the layout of the left operand of a product over these columns.
+      constexpr int DEPTH = P::RANKS / 16;
+      Tensor h_left = make_tensor<typename P::T>(make_layout(make_shape(Shape<_2, _2, _2>{}, Int<P::PARTS>{}, Int<DEPTH>{}),
+          make_stride(Stride<_1, _2, _4>{}, Int<8 * DEPTH>{}, _8{})));
+      Tensor pairs = recast<uint32_t>(h_left);
+#pragma unroll
+      for (int part = 0; part < P::PARTS; ++part)
+#pragma unroll
+        for (int i = 0; i < P::HALF; ++i) {
+          const uint32_t received = shared.other_half[slot][part][i];
+          pairs.data()[part * 2 * P::HALF + i] = rank == 0 ? own[part][i] : received;
+          pairs.data()[part * 2 * P::HALF + P::HALF + i] = rank == 0 ? received : own[part][i];
+        }
+      if (n == 0) {
+#pragma unroll
+        for (int part = 0; part < P::PARTS; ++part)
+#pragma unroll
+          for (int i = 0; i < 2 * P::HALF; ++i) {
+            const int64_t at = row + me.first_row(part) + me.lane / 4 + 8 * (i % 2);
+            const int r = 8 * (i / 2) + 2 * (me.lane % 4);
+            if (at < op.M && r < op.H.row)
+              *reinterpret_cast<uint32_t*>(static_cast<Out*>(op.H.data) + at * op.H.row + r) =
+                  pairs.data()[part * 2 * P::HALF + i];
+          }
+      }
+      shared.full[place.stage].wait(place.round);
+      warpgroup_fence_operand(y);
+      warpgroup_fence_operand(h_left);
+      warpgroup_arrive();
+#pragma unroll
+      for (int k = 0; k < DEPTH; ++k) gemm(mma_tail, h_left(_, _, k), right_tail(_, _, k, place.stage), y);
+      warpgroup_commit_batch();
+      warpgroup_wait<0>();
+      warpgroup_fence_operand(y);
+      last = place.stage;
+      place.next();
+    }
+    release(last);
+    if (!is_first) wait_for_threads(FREE + me.group, GROUP_THREADS + WARP_THREADS);
+    stage_tile<P, Out>(op, me, column, y, shared);
+    cutlass::arch::fence_view_async_shared();  // makes what this thread wrote visible to the bulk copy
+    wait_for_threads(STAGED + me.group, GROUP_THREADS);
+    if (me.warp == 0) {
+      if (me.lane == 0) store_tile<P>(to, op, m, n, shared);
+      __syncwarp();  // waits for lane 0, because complete warps must arrive at barriers
+      if (has_next) arrive_for_threads(FREE + me.other(), GROUP_THREADS + WARP_THREADS);
+    }
+  }
+}
+
+template <class P, class Out>
+__global__ void __launch_bounds__(P::THREADS, 1) lowrank_gemm_pingpong_sm90_kernel(
+    const __grid_constant__ Operands<P> from, const __grid_constant__ typename P::CopyY to,
+    const __grid_constant__ LowRankGemm op, const Tiles tiles) {
+  start_next_kernel();
+  typename P::Shared& shared = *reinterpret_cast<typename P::Shared*>(shared_memory());
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < STAGES; ++stage) {
+      shared.full[stage].init(1);
+      shared.empty[stage].init(PAIR);  // one group of each block reads a buffer
+    }
+    if constexpr (P::SHARES_H)
+      for (auto& barrier : shared.has_half) barrier.init(1);
+    cutlass::arch::fence_barrier_init();
+  }
+  cluster_arrive_relaxed();
+  cluster_wait();  // the barriers of both blocks are initialized
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    prefetch_maps<P>(from);
+    prefetch_tensor_map(to.get_tma_descriptor());
+  }
+  __syncwarp();
+  wait_for_kernel_in_front();
+
+  if (threadIdx.x < GROUP_THREADS) {
+    cutlass::arch::warpgroup_reg_dealloc<24>();
+    if (threadIdx.x == 0) copy_tiles<P>(from, op, tiles, shared);
+    __syncwarp();  // waits for lane 0, because complete warps must reach the barrier of the cluster below
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<240>();
+    multiply_in_turn<P, Out>(to, op, tiles, shared);
+  }
+  // This block must not end yet, because the other block of the pair may still arrive at its barriers.
+  cluster_arrive();
+  cluster_wait();
+}
+
+template <class P, class Out>
+cudaError_t launch_product(const LowRankGemm& op, cudaStream_t stream) {
+  const Operands<P> from = operands_of<P>(op);
+  const typename P::CopyY to = P::copy_y(op.Y, static_cast<int>(op.M), static_cast<int>(op.N));
+  if (!are_encoded(from) || !is_encoded(to.get_tma_descriptor())) return cudaErrorInvalidValue;
+  const Tiles tiles = Tiles::of<P>(op);
+  const int pairs = min(tiles.count(), multiprocessors() / PAIR);
+  const LaunchShape shape{dim3(static_cast<unsigned>(PAIR * pairs)), P::THREADS, PAIR, true};
+  return launch<lowrank_gemm_pingpong_sm90_kernel<P, Out>, sizeof(typename P::Shared), SHARED_OF_SM90>(
+      shape, stream, from, to, op, tiles);
+}
+
+// Returns the modeled time of a launch. The unit is the time in which a multiprocessor multiplies one column of a tile
+// over a depth of 1. The tiles of a block follow each other without gaps, because only the last tile of a block is
+// written while no other group multiplies. Each tile also computes its columns of H.
+template <class P>
+int64_t wave_cost(const LowRankGemm& op) {
+  constexpr int64_t WRITING = 128;  // the time to write a column of a tile; an estimate, because nothing was measured
+  const Tiles tiles = Tiles::of<P>(op);
+  const int64_t rounds = ceil_div(tiles.count(), multiprocessors() / PAIR);
+  const int64_t depth = int64_t{64} * tiles.main_steps;
+  const int64_t tail = P::RANKS > 0 ? P::RANKS : ceil_div(op.R, 16) * 16;
+  const int64_t columns = typename P::N{}, beside = P::RANKS > 0 ? int64_t{typename P::R{}} : 0;
+  return rounds * (depth * (columns + beside) + tail * columns) + WRITING * columns;
+}
+
+template <class T, class Out, bool TRANSPOSED, int RANKS>
+cudaError_t launch_tile(const LowRankGemm& op, cudaStream_t stream) {
+  using Wide = PingPong<T, TRANSPOSED, 192, RANKS>;
+  using Narrow = PingPong<T, TRANSPOSED, 128, RANKS>;
+  return wave_cost<Wide>(op) <= wave_cost<Narrow>(op) ? launch_product<Wide, Out>(op, stream)
+                                                     : launch_product<Narrow, Out>(op, stream);
+}
+
+template <class T, class Out, int RANKS>
+cudaError_t launch_order(const LowRankGemm& op, cudaStream_t stream) {
+  return op.transposed ? launch_tile<T, Out, true, RANKS>(op, stream) : launch_tile<T, Out, false, RANKS>(op, stream);
+}
+
+template <class T, class Out>
+cudaError_t launch_type(const LowRankGemm& op, cudaStream_t stream) {
+  if (!op.P.data) return launch_order<T, Out, 0>(op, stream);
+  return op.R <= MADE_RANKS / 2 ? launch_order<T, Out, MADE_RANKS / 2>(op, stream)
+                                : launch_order<T, Out, MADE_RANKS>(op, stream);
+}
+
+}  // namespace
+
+cudaError_t lowrank_gemm_pingpong_sm90(const LowRankGemm& op, cudaStream_t stream) {
+  return op.A.type == Type::bfloat16 ? launch_type<cutlass::bfloat16_t, bf16>(op, stream)
+                                     : launch_type<cutlass::half_t, fp16>(op, stream);
+}
+
+}  // namespace efft
