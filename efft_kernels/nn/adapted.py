@@ -252,7 +252,7 @@ class AdaptedWeight:
         return ", ".join(parts)
 
     def _check_sizes(self, factors: FactorBank, site: Any, sizes: tuple[int, int], name: str) -> None:
-        expected = factors.features(site)
+        expected = factors.sizes(site)
         if expected != sizes:
             raise ValueError(
                 f"{name}: {site} of this bank fits a linear layer with (in_features, out_features) = "

@@ -57,7 +57,7 @@ class FactorBank(nn.Module, ABC):
     """Own the factors of many layers, for any method whose update of a layer is ``ΔW = D G``.
 
     A subclass owns parameters and defines its sites. A site can be any value that identifies one layer's part of the
-    bank. The subclass states in :meth:`features` which linear layer a site fits, and computes the operands of sites in
+    bank. The subclass states in :meth:`sizes` which linear layer a site fits, and computes the operands of sites in
     :meth:`compose`. Frozen tensors that an adapter must save are persistent buffers of the bank.
 
     Layers do not own factors: a layer calls :meth:`bind` with a site and asks for its (D, G) with :meth:`down_up`.
@@ -82,7 +82,7 @@ class FactorBank(nn.Module, ABC):
         )
 
     @abstractmethod
-    def features(self, site: Any) -> tuple[int, int]:
+    def sizes(self, site: Any) -> tuple[int, int]:
         """Return (in_features, out_features) of a linear layer that ``site`` fits."""
 
     @abstractmethod

@@ -280,7 +280,7 @@ class TTFactors(FactorBank):
         if site.mask_scope < 0:
             raise ValueError(f"{site}: mask_scope must be 0 or more")
 
-    def features(self, site: Site) -> tuple[int, int]:
+    def sizes(self, site: Site) -> tuple[int, int]:
         """Return (in_features, out_features) of a linear layer that fits ``site``, or of each expert of the site."""
         first, last = site.columns or (0, self.d_out)
         if site.transpose:

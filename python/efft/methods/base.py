@@ -237,7 +237,7 @@ class StackedBank(MethodBank):
         An operand that all layers share has no first dimension.
         """
 
-    def features(self, site: int) -> tuple[int, int]:
+    def sizes(self, site: int) -> tuple[int, int]:
         """Return (in_features, out_features), which are equal for all sites."""
         return self.d_in, self.d_out
 
@@ -316,7 +316,7 @@ class BlockBank(MethodBank):
         C = take(C[:, like.first : like.last], 0, blocks)
         return (row_blocks(U, C), self.scale * V) if like.rows else (U, column_blocks(C, self.scale * V))
 
-    def features(self, site: Blocks) -> tuple[int, int]:
+    def sizes(self, site: Blocks) -> tuple[int, int]:
         """Return (in_features, out_features) of a layer that consists of these matrices."""
         n = (site.last - site.first) * self.d
         return (n, self.d) if site.rows else (self.d, n)
