@@ -78,8 +78,8 @@ def _triton() -> ModuleType:
 
 _FORWARD = declare(
     "tt_norm_linear_fwd",
-    # Like tt_linear_fwd on the layer norm of x over d_in. gamma and beta are [d_in]. mean and rstd are [tokens], in fp32
-    # (fp64 for an fp64 x); rstd is 1 / sqrt(variance + eps).
+    # Like tt_linear_fwd on the layer norm of x over d_in. gamma and beta are [d_in]. mean and rstd are [tokens], in
+    # fp32 (fp64 for an fp64 x); rstd is 1 / sqrt(variance + eps).
     "(Tensor x, Tensor? gamma, Tensor? beta, float eps, Tensor W, Tensor? b, Tensor D, Tensor G) "
     "-> (Tensor y, Tensor h, Tensor mean, Tensor rstd)",
     _fake_fwd,
