@@ -104,7 +104,7 @@ class Structure:
         return inside or matrices
 
     def with_tied(self, weights: Mapping[str, Weight]) -> tuple[dict[str, Weight], dict[str, str]]:
-        """Return ``weights`` with the tied layers that share one of them, and the entries of ``tied`` for these layers."""
+        """Return ``weights`` with the tied layers that share one of them, and the part of ``tied`` for these layers."""
         tied = {name: first for name, first in self.tied.items() if first in weights}
         return {**weights, **{n: replace(weights[first], name=n, module=n) for n, first in tied.items()}}, tied
 
