@@ -12,8 +12,8 @@ from pathlib import Path
 from efft_lab.demo.settings import TASKS
 from efft_lab.record import append, machine_facts
 
-METHODS = {"linear": "linear probe", "efft": "EFFT2"}
-KEPT = ("trainable_parameters", "factor_parameters", "saved_bytes", "test_accuracy", "seconds")
+METHODS = {"linear": "linear probe", "efft": "EFFT"}
+KEPT = ("trainable_parameters", "head_parameters", "saved_bytes", "test_accuracy", "seconds")
 
 
 def main() -> None:

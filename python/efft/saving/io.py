@@ -263,7 +263,7 @@ def _find_misplaced(plan: Plan) -> list[str]:
     for group in plan.groups:
         factors = group.build(torch.device("meta"), torch.float32)
         for name, weight in plan.weights_of(group).items():
-            expected, sizes = factors.features(group.sites[name]), (weight.d_in, weight.d_out)
+            expected, sizes = factors.sizes(group.sites[name]), (weight.d_in, weight.d_out)
             if expected != sizes or getattr(group.sites[name], "experts", 0) != weight.n_experts:
                 found.append(f"{name} is of size {sizes}, but its update in the adapter is of size {expected}")
     return found

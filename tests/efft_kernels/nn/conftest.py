@@ -74,7 +74,7 @@ class Stack(nn.Module):
     def __init__(self, bank: TTFactors, sites: list[Site], dtype: torch.dtype = torch.float64) -> None:
         super().__init__()
         self.bank = bank
-        features = [bank.features(site) for site in sites]
+        features = [bank.sizes(site) for site in sites]
         self.layers = nn.ModuleList(
             EfftLinear(nn.Linear(*size, dtype=dtype), bank, site) for size, site in zip(features, sites, strict=True)
         )

@@ -20,7 +20,7 @@ class Pair(FactorBank):
         self.A, self.B = nn.Parameter(torch.randn(6, 2)), nn.Parameter(torch.randn(3, 2, 4))
         self.calls: list[list[int]] = []
 
-    def features(self, site: int) -> tuple[int, int]:
+    def sizes(self, site: int) -> tuple[int, int]:
         return 6, 4
 
     def compose(self, sites: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
@@ -86,7 +86,7 @@ def test_sizes_must_fit(layers: tuple[Pair, list[EfftLinear]]) -> None:
 
 def test_half_a_bank_is_none() -> None:
     class Half(FactorBank):
-        def features(self, site: int) -> tuple[int, int]:
+        def sizes(self, site: int) -> tuple[int, int]:
             return 6, 4
 
     with pytest.raises(TypeError, match=r"abstract method '?compose"):

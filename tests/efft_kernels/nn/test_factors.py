@@ -71,7 +71,7 @@ def test_factors_of_every_site(
         bank.prepare()
     for binding, site in zip(bindings, sites, strict=True):
         D, G = bank.down_up(binding)
-        assert (D.shape[0], G.shape[1]) == bank.features(site)
+        assert (D.shape[0], G.shape[1]) == bank.sizes(site)
         torch.testing.assert_close(D @ G, update(bank, site))
     bank.release()
 
@@ -156,7 +156,7 @@ def test_diagonals_belong_to_one_site_each(make_bank: Callable[..., Any], kind: 
     bank.reset_parameters()
     used = {name: torch.zeros_like(rows) for name, rows in (("a", bank.a), ("b", bank.b)) if rows is not None}
     for site in sites:
-        sizes = bank.features(site)
+        sizes = bank.sizes(site)
         for rows, size, side, layers in zip(bank.diagonals(site), sizes, ("in", "out"), ((0, 2), (1, 2)), strict=True):
             assert (rows is not None) == (side in scaled and site.layer in layers)
             if rows is None:
