@@ -13,8 +13,8 @@ constexpr int NUMBERS = 16;
 
 // One barrier between two completions.
 struct NamedBarrier {
-  int threads = 0;             // that complete it
-  std::vector<size_t> warps;   // that have arrived
+  int threads = 0;              // that complete it
+  std::vector<size_t> warps;    // that have arrived
   std::vector<size_t> waiting;  // the warps among them that wait
 };
 

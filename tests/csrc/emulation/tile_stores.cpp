@@ -19,7 +19,7 @@ struct Store {
 
 std::deque<Store> unread;
 std::vector<std::pair<TileStore, std::vector<unsigned char>>> unwritten;  // with the bytes that were read
-std::vector<size_t> committed;                                           // groups of each thread
+std::vector<size_t> committed;                                            // groups of each thread
 
 void read(size_t which) {
   const TileStore tile = unread[which].tile;
@@ -67,9 +67,9 @@ void wait_until_stores_have_read(int newest) {
 }
 
 size_t stores_under_way() {
-  return static_cast<size_t>(
-             std::count_if(unread.begin(), unread.end(), [](const Store& store) { return store.is_committed; })) +
-         unwritten.size();
+  return static_cast<size_t>(std::count_if(unread.begin(), unread.end(), [](const Store& store) {
+    return store.is_committed;
+  })) + unwritten.size();
 }
 
 void advance_store(size_t which) {
