@@ -66,6 +66,20 @@ __device__ inline void wait_for_kernel_in_front() {
 #endif
 }
 
+// Returns threadIdx.x. The compiler does not compute values that depend on the result before this call, so that they
+// occupy no registers until then.
+__device__ inline uint32_t read_thread_index() {
+  uint32_t index;
+  asm volatile("mov.u32 %0, %%tid.x;\n" : "=r"(index));
+  return index;
+}
+
+// Returns the value. The compiler does not compute values that depend on the result before this call.
+__device__ inline int recompute_from(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 // Prefetches a tensor map into the cache for tensor maps. No earlier kernel may still be writing the map.
 __device__ inline void prefetch_tensor_map(const void* map) {

@@ -8,7 +8,8 @@
 // - sample: one entry of a batch in which every entry has its own factors. Without such a batch there is one sample.
 // - splits: the ranges into which the tokens are divided, so that several blocks can sum over them in parallel.
 // - second generation: the kernels for compute capability 9.0 that only EFFT_SM90_GENERATION=2 selects.
-// - third generation: the second generation with another kernel for products, which only EFFT_SM90_GENERATION=3 selects.
+// - third generation: the second generation with another kernel for products, which only EFFT_SM90_GENERATION=3
+// selects.
 //   "From the second generation on" includes it.
 //
 // Products are named as in efft_kernels/triton/lowrank_gemm.py: Y = A B + bias + H T with H = A P. M is the number of
@@ -85,9 +86,9 @@ struct Project {
 cudaError_t project(const Project& op, cudaStream_t stream);
 
 // dG = h^T gy and dD = x^T dh, which are sums over all tokens. The sums are computed in float and written in the types
-// factors_G and factors_D. From the second generation on, the launch also computes the gradients of the bias (db, the sum of gy) and
-// of a norm's parameters (dbeta, the sum of da, and dgamma, the sum of da n). Here z is the input of the norm, n is z
-// normalized, and da is the gradient of the norm's output.
+// factors_G and factors_D. From the second generation on, the launch also computes the gradients of the bias (db, the
+// sum of gy) and of a norm's parameters (dbeta, the sum of da, and dgamma, the sum of da n). Here z is the input of the
+// norm, n is z normalized, and da is the gradient of the norm's output.
 struct ReduceTokens {
   int64_t tokens = 0, rank = 0;
   int64_t d_out = 0;          // 0 if dG is not needed

@@ -1,16 +1,17 @@
 // Computes the product of lowrank_gemm_sm90.cu in the third generation, with ping-pong tiles: Y = A B + bias + H T.
 //
-// In lowrank_gemm_sm90.cu, the warp groups of a block compute each tile together, and the tensor cores are idle while the
-// groups write the tile. Here each of two warp groups computes tiles of its own, one after the other group's. While one
-// group finishes a tile, the other group multiplies:
+// In lowrank_gemm_sm90.cu, the warp groups of a block compute each tile together, and the tensor cores are idle while
+// the groups write the tile. Here each of two warp groups computes tiles of its own, one after the other group's. While
+// one group finishes a tile, the other group multiplies:
 // - Group 0 computes the first, third, ... tile of the block, and group 1 the others. One thread copies the operands of
 //   all tiles in this order into the ring of buffers.
 // - A group starts the main loop of a tile after the other group has issued the main loop of the tile before. It then
-//   exchanges its half of H with the other block of the pair and adds the tail, while the other group multiplies. Group g
-//   of a block exchanges with group g of the other block, because both blocks compute the same list of pairs of tiles.
-// - A group rounds its tile, writes it to a part of shared memory (the staging tile), and starts a bulk copy from there to
-//   Y, which leaves out elements beyond the edges of Y. The groups use the one staging tile in turn: a group writes it
-//   after the copy of the other group's tile has read it.
+//   exchanges its half of H with the other block of the pair and adds the tail, while the other group multiplies. Group
+//   g of a block exchanges with group g of the other block, because both blocks compute the same list of pairs of
+//   tiles.
+// - A group rounds its tile, writes it to a part of shared memory (the staging tile), and starts a bulk copy from
+//   there to Y, which leaves out elements beyond the edges of Y. The groups use the one staging tile in turn: a group
+//   writes it after the copy of the other group's tile has read it.
 #include "launch.h"
 #include "lowrank_gemm_sm90.h"
 #include "pipeline_sm90.cuh"  // before headers that use only CUDA, because CuTe must come first
@@ -29,9 +30,9 @@ constexpr int GROUP_THREADS = 128, WARP_THREADS = 32;
 template <class T_, bool TRANSPOSED, int COLUMNS, int RANKS_>
 struct PingPong : TileProduct<T_, TRANSPOSED, 1, 128, COLUMNS, RANKS_, true> {
   using Base = TileProduct<T_, TRANSPOSED, 1, 128, COLUMNS, RANKS_, true>;
-  using typename Base::T, typename Base::M, typename Base::N;
-  using typename Base::LayoutA, typename Base::LayoutB, typename Base::LayoutP;
   using Base::RANKS, Base::SHARES_H, Base::HALF;
+  using typename Base::LayoutA, typename Base::LayoutB, typename Base::LayoutP;
+  using typename Base::T, typename Base::M, typename Base::N;
   static constexpr int CONSUMERS = 2, PARTS = 2;  // the number of groups, and of products of 64 rows in a tile
   static constexpr int THREADS = GROUP_THREADS * (1 + CONSUMERS);
   // The staging tile consists of boxes of 64 columns, whose rows have 128 bytes.
@@ -64,10 +65,12 @@ struct Consumer {
   int group, thread, warp, lane;  // the thread and the warp are counted within the group
 
   __device__ static Consumer me() {
-    const int number = static_cast<int>(threadIdx.x) - GROUP_THREADS, thread = number % GROUP_THREADS;
-    return {number / GROUP_THREADS, thread, thread / WARP_THREADS, thread % WARP_THREADS};
+    const uint32_t number = read_thread_index() - GROUP_THREADS, thread = number % GROUP_THREADS;
+    return {static_cast<int>(number / GROUP_THREADS), static_cast<int>(thread), static_cast<int>(thread / WARP_THREADS),
+        static_cast<int>(thread % WARP_THREADS)};
   }
   __device__ int other() const { return 1 - group; }
+  __device__ int slot() const { return group * GROUP_THREADS + thread; }  // its number in the block
   // Returns the row of the tile in which the rows of this warp begin, in the given part of the tile.
   __device__ int first_row(int part) const { return 64 * part + 16 * warp; }
 };
@@ -85,20 +88,23 @@ __device__ uint32_t round_pair(float first, float second) {
 // r + 8.
 template <class P, class Out, class Sums>
 __device__ void stage_tile(
-    const LowRankGemm& op, const Consumer& me, int64_t column, const Sums& sums, typename P::Shared& shared) {
+    const LowRankGemm& op, const Consumer& me, uint32_t column, const Sums& sums, typename P::Shared& shared) {
   constexpr int BOX_BYTES = typename P::M{} * P::ROW_BYTES;
   // The lanes 0 to 15 pass addresses of rows for the first 8 of every 16 columns, the others for the last 8.
   const int row = me.first_row(0) + me.lane % 16, chunk = me.lane / 16;
   const int place = row * P::ROW_BYTES + (chunk ^ row % 8) * 16;
   unsigned char* const staging = reinterpret_cast<unsigned char*>(shared.y.data());
-  const Out* const bias = static_cast<const Out*>(op.bias.data);
+  // The bias of this thread's first column, and the number of columns of Y from there on.
+  const uint32_t first_column = column + static_cast<uint32_t>(me.lane % 4 * 2);
+  const int columns = static_cast<int>(op.N - static_cast<int64_t>(first_column));
+  const Out* const bias = op.bias.data ? static_cast<const Out*>(op.bias.data) + first_column : nullptr;
 #pragma unroll
   for (int first = 0; first < typename P::N{}; first += 16) {
     float add[4] = {0, 0, 0, 0};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int64_t n = column + first + i / 2 * 8 + me.lane % 4 * 2 + i % 2;
-      if (bias && n < op.N) add[i] = widen(bias[n]);
+      const int n = first + i / 2 * 8 + i % 2;
+      if (bias && n < columns) add[i] = widen(bias[n]);
     }
     const int box = first / P::BOX_COLUMNS, pair_of_chunks = first % P::BOX_COLUMNS / 16;
 #pragma unroll
@@ -128,39 +134,122 @@ __device__ void store_tile(
   wait_until_stores_have_read<0>();
 }
 
+// The turns in which the tiles of a block are computed. Tile numbers `first`, `first` + `stride`, ... belong to the
+// block.
+struct Turns {
+  Tiles tiles;
+  int first, stride;
+
+  __device__ static Turns of(Tiles tiles) {
+    tiles.rows = recompute_from(tiles.rows);
+    tiles.columns = recompute_from(tiles.columns);
+    return {tiles, static_cast<int>(blockIdx.x / PAIR), recompute_from(static_cast<int>(gridDim.x)) / PAIR};
+  }
+  __device__ bool is_first(int tile) const { return tile == first; }
+  __device__ bool is_last(int tile) const { return tile + stride >= tiles.count(); }
+};
+
+// Rounds this thread's sums of one half of H to `own`, sends them to the other block of the pair, and waits until the
+// other half has arrived in shared.other_half. `round` is the parity of the number of exchanges before. In the first
+// column of pairs of tiles, each block also stores its half of H.
+template <class P, class Out, class Sums>
+__device__ void exchange_h(const LowRankGemm& op, const Tiles& tiles, int tile, uint32_t round, const Sums& h,
+    uint32_t (&own)[P::PARTS][P::HALF], typename P::Shared& shared) {
+  const Consumer me = Consumer::me();
+  const uint32_t rank = block_rank_in_cluster();
+  const int first_column = static_cast<int>(rank) * typename P::R{} + 2 * (me.lane % 4);
+#pragma unroll
+  for (int part = 0; part < P::PARTS; ++part)
+#pragma unroll
+    for (int i = 0; i < P::HALF; ++i) {
+      // Columns beyond the rank are set to zero, because an infinity in A makes them NaN.
+      const int r = first_column + 8 * (i / 2), sum = 2 * (part * P::HALF + i);
+      own[part][i] = round_pair<Out>(r < op.R ? h(sum) : 0.0f, r + 1 < op.R ? h(sum + 1) : 0.0f);
+    }
+  auto& has_half = shared.has_half[me.slot() / WARP_THREADS];
+  if (me.lane == 0) has_half.arrive_and_expect_tx(WARP_THREADS * sizeof(own));
+#pragma unroll
+  for (int part = 0; part < P::PARTS; ++part)
+    send_async(1 - rank, own[part], shared.other_half[me.slot()][part], &has_half);
+  int m, n;
+  Turns::of(tiles).tiles.template place<P>(tile, m, n);
+  if (n < PAIR) {
+    Out* const H = static_cast<Out*>(op.H.data);
+#pragma unroll
+    for (int part = 0; part < P::PARTS; ++part)
+#pragma unroll
+      for (int i = 0; i < P::HALF; ++i) {
+        const int64_t row = static_cast<int64_t>(m) * typename P::M{} + me.first_row(part) + me.lane / 4 + 8 * (i % 2);
+        const int r = first_column + 8 * (i / 2);
+        if (row < op.M && r < op.H.row) *reinterpret_cast<uint32_t*>(H + row * op.H.row + r) = own[part][i];
+      }
+  }
+  has_half.wait(round);
+}
+
+// Puts the two halves of 64 rows of H into the registers of the left operand of the tail.
+template <class P, class Registers>
+__device__ void join_halves(const uint32_t (&own)[P::HALF], const uint32_t (&other)[P::HALF], Registers&& pairs) {
+  const bool is_left = block_rank_in_cluster() == 0;
+#pragma unroll
+  for (int i = 0; i < P::HALF; ++i) {
+    const uint32_t received = other[i];
+    pairs(i) = is_left ? own[i] : received;
+    pairs(P::HALF + i) = is_left ? received : own[i];
+  }
+}
+
+// Writes a tile to the staging tile and from there to Y, when it is this group's turn.
+template <class P, class Out, class Sums>
+__device__ void write_tile(const typename P::CopyY& to, const LowRankGemm& op, const Tiles& tiles, int tile,
+    const Sums& sums, typename P::Shared& shared) {
+  const Consumer me = Consumer::me();
+  const Turns turns = Turns::of(tiles);
+  int m, n;
+  turns.tiles.template place<P>(tile, m, n);
+  if (!turns.is_first(tile)) wait_for_threads(FREE + me.group, GROUP_THREADS + WARP_THREADS);
+  stage_tile<P, Out>(op, me, static_cast<uint32_t>(n * typename P::N{}), sums, shared);
+  cutlass::arch::fence_view_async_shared();  // makes what this thread wrote visible to the bulk copy
+  wait_for_threads(STAGED + me.group, GROUP_THREADS);
+  if (me.warp != 0) return;
+  if (me.lane == 0) store_tile<P>(to, op, m, n, shared);
+  __syncwarp();  // waits for lane 0, because complete warps must arrive at barriers
+  if (!turns.is_last(tile)) arrive_for_threads(FREE + me.other(), GROUP_THREADS + WARP_THREADS);
+}
+
+// Computes the tiles of this warp group. The sums and the operands of the main loop leave few registers. Values that
+// are needed only after the main loop are therefore computed there, and not before.
 template <class P, class Out>
 __device__ void multiply_in_turn(
     const typename P::CopyY& to, const LowRankGemm& op, const Tiles& tiles, typename P::Shared& shared) {
-  const Consumer me = Consumer::me();
+  const int thread = static_cast<int>(threadIdx.x % GROUP_THREADS);
   const Tensor a = make_tensor(make_smem_ptr(shared.a.data()), typename P::LayoutA{});
   const Tensor b = make_tensor(make_smem_ptr(shared.b.data()), typename P::LayoutB{});
   const Tensor p = make_tensor(make_smem_ptr(shared.p.data()), typename P::LayoutP{});
   typename P::Mma mma;
   typename P::MmaH mma_h;
   typename P::MmaTail mma_tail;
-  const auto mine = mma.get_thread_slice(me.thread);
-  const auto mine_h = mma_h.get_thread_slice(me.thread);
-  const auto mine_tail = mma_tail.get_thread_slice(me.thread);
+  const auto mine = mma.get_thread_slice(thread);
+  const auto mine_h = mma_h.get_thread_slice(thread);
+  const auto mine_tail = mma_tail.get_thread_slice(thread);
   const Tensor left = mine.make_fragment_A(mine.partition_A(a));
   const Tensor right = mine.make_fragment_B(mine.partition_B(b));
   const Tensor right_h = mine_h.make_fragment_B(mine_h.partition_B(p));
   const Tensor right_tail = mine_tail.make_fragment_B(mine_tail.partition_B(b));
-  Tensor y = partition_fragment_C(mma, Shape<typename P::M, typename P::N>{});
-  Tensor h = partition_fragment_C(mma_h, Shape<typename P::M, typename P::R>{});
 
-  const int stride = static_cast<int>(gridDim.x) / PAIR, first_tile = static_cast<int>(blockIdx.x) / PAIR;
   RingPlace place;
-  place.skip(me.group * tiles.steps);
+  place.skip(Consumer::me().group * tiles.steps);
   uint32_t half_round = 0;
   const auto release = [&](int stage) {
-    if (me.thread < PAIR) shared.empty[stage].arrive(static_cast<uint32_t>(me.thread));
+    if (thread < PAIR) shared.empty[stage].arrive(static_cast<uint32_t>(thread));
   };
-  for (int tile = first_tile + me.group * stride; tile < tiles.count();
-      tile += P::CONSUMERS * stride, place.skip(tiles.steps)) {
-    const bool is_first = tile == first_tile, has_next = tile + stride < tiles.count();
-    int m, n;
-    tiles.template place<P>(tile, m, n);
-    const int64_t row = static_cast<int64_t>(m) * typename P::M{}, column = static_cast<int64_t>(n) * typename P::N{};
+  const Turns turns = Turns::of(tiles);
+  int tile = turns.first + Consumer::me().group * turns.stride;
+  for (; tile < Turns::of(tiles).tiles.count();
+      tile += P::CONSUMERS * Turns::of(tiles).stride, place.skip(tiles.steps)) {
+    // The first product of a tile sets the sums. They are declared here, so that they occupy no registers before.
+    Tensor y = partition_fragment_C(mma, Shape<typename P::M, typename P::N>{});
+    Tensor h = partition_fragment_C(mma_h, Shape<typename P::M, typename P::R>{});
     mma.accumulate_ = mma_h.accumulate_ = GMMA::ScaleOut::Zero;
     int last = -1;
     // Computes one step whose depth is `depth` times 16.
@@ -186,96 +275,59 @@ __device__ void multiply_in_turn(
       last = place.stage;
       place.next();
     };
-    if (!is_first) wait_for_threads(TURN + me.group, P::CONSUMERS * GROUP_THREADS);
+    if (!Turns::of(tiles).is_first(tile)) wait_for_threads(TURN + Consumer::me().group, P::CONSUMERS * GROUP_THREADS);
     // The last step of the tail is only as deep as the rank needs.
     const bool is_short = P::RANKS == 0 && tiles.last_depth < 4;
     const int whole_steps = P::RANKS > 0 ? tiles.main_steps : is_short ? tiles.steps - 1 : tiles.steps;
-    for (int step = 0; step < whole_steps; ++step) multiply_step(_4{});
+    multiply_step(_4{});  // separately, so that the compiler knows that it does not read the sums
+#pragma unroll 1
+    for (int step = 1; step < whole_steps; ++step) multiply_step(_4{});
     if constexpr (P::RANKS == 0) {
       if (tiles.last_depth == 1) multiply_step(_1{});
       if (tiles.last_depth == 2) multiply_step(_2{});
       if (tiles.last_depth == 3) multiply_step(_3{});
     }
-    if (has_next) arrive_for_threads(TURN + me.other(), P::CONSUMERS * GROUP_THREADS);
+    if (!Turns::of(tiles).is_last(tile))
+      arrive_for_threads(TURN + Consumer::me().other(), P::CONSUMERS * GROUP_THREADS);
     warpgroup_wait<0>();
     warpgroup_fence_operand(y);
     if constexpr (P::RANKS > 0) {
       warpgroup_fence_operand(h);
       release(last);
-      // Columns beyond the rank are set to zero, because an infinity in A makes them NaN.
-      const uint32_t rank = block_rank_in_cluster();
-      constexpr int SUMS = 2 * P::HALF;  // sums of H that a thread holds in one part of the tile
       uint32_t own[P::PARTS][P::HALF];
-#pragma unroll
-      for (int part = 0; part < P::PARTS; ++part)
-#pragma unroll
-        for (int i = 0; i < P::HALF; ++i) {
-          const int64_t r = rank * typename P::R{} + 8 * (i / 2) + 2 * (me.lane % 4);
-          const auto sum = [&](int next) { return r + next < op.R ? h(part * SUMS + 2 * i + next) : 0.0f; };
-          own[part][i] = round_pair<Out>(sum(0), sum(1));
-        }
-      const int slot = me.group * GROUP_THREADS + me.thread;
-      auto& has_half = shared.has_half[slot / WARP_THREADS];
-      if (me.lane == 0) has_half.arrive_and_expect_tx(WARP_THREADS * sizeof(own));
-#pragma unroll
-      for (int part = 0; part < P::PARTS; ++part)
-        send_async(1 - rank, own[part], shared.other_half[slot][part], &has_half);
-      has_half.wait(half_round);
+      exchange_h<P, Out>(op, tiles, recompute_from(tile), half_round, h, own, shared);
       half_round ^= 1;
-      // The rounded sums of 16 columns of H have the layout of the left operand of a product over these columns.
-      constexpr int DEPTH = P::RANKS / 16;
-      Tensor h_left = make_tensor<typename P::T>(make_layout(make_shape(Shape<_2, _2, _2>{}, Int<P::PARTS>{}, Int<DEPTH>{}),
-          make_stride(Stride<_1, _2, _4>{}, Int<8 * DEPTH>{}, _8{})));
-      Tensor pairs = recast<uint32_t>(h_left);
-#pragma unroll
-      for (int part = 0; part < P::PARTS; ++part)
-#pragma unroll
-        for (int i = 0; i < P::HALF; ++i) {
-          const uint32_t received = shared.other_half[slot][part][i];
-          pairs.data()[part * 2 * P::HALF + i] = rank == 0 ? own[part][i] : received;
-          pairs.data()[part * 2 * P::HALF + P::HALF + i] = rank == 0 ? received : own[part][i];
-        }
-      if (n == 0) {
-#pragma unroll
-        for (int part = 0; part < P::PARTS; ++part)
-#pragma unroll
-          for (int i = 0; i < 2 * P::HALF; ++i) {
-            const int64_t at = row + me.first_row(part) + me.lane / 4 + 8 * (i % 2);
-            const int r = 8 * (i / 2) + 2 * (me.lane % 4);
-            if (at < op.M && r < op.H.row)
-              *reinterpret_cast<uint32_t*>(static_cast<Out*>(op.H.data) + at * op.H.row + r) =
-                  pairs.data()[part * 2 * P::HALF + i];
-          }
-      }
       shared.full[place.stage].wait(place.round);
-      warpgroup_fence_operand(y);
-      warpgroup_fence_operand(h_left);
-      warpgroup_arrive();
+      const int slot = Consumer::me().slot();
+      // One part of the tile after the other, because the registers do not hold the operands of both.
 #pragma unroll
-      for (int k = 0; k < DEPTH; ++k) gemm(mma_tail, h_left(_, _, k), right_tail(_, _, k, place.stage), y);
-      warpgroup_commit_batch();
-      warpgroup_wait<0>();
-      warpgroup_fence_operand(y);
+      for (int part = 0; part < P::PARTS; ++part) {
+        // The rounded sums of 16 columns of H have the layout of the left operand of a product over these columns.
+        constexpr int DEPTH = P::RANKS / 16;
+        Tensor h_left = make_tensor<typename P::T>(make_layout(make_shape(Shape<_2, _2, _2>{}, _1{}, Int<DEPTH>{})));
+        join_halves<P>(own[part], shared.other_half[slot][part], recast<uint32_t>(h_left));
+        Tensor of_part = make_tensor(y(_, part, _0{}).data(), make_layout(make_shape(shape<0>(y), _1{}, _1{})));
+        warpgroup_fence_operand(of_part);
+        warpgroup_fence_operand(h_left);
+        warpgroup_arrive();
+#pragma unroll
+        for (int k = 0; k < DEPTH; ++k) gemm(mma_tail, h_left(_, _, k), right_tail(_, _, k, place.stage), of_part);
+        warpgroup_commit_batch();
+        warpgroup_wait<0>();
+        warpgroup_fence_operand(of_part);
+      }
       last = place.stage;
       place.next();
     }
     release(last);
-    if (!is_first) wait_for_threads(FREE + me.group, GROUP_THREADS + WARP_THREADS);
-    stage_tile<P, Out>(op, me, column, y, shared);
-    cutlass::arch::fence_view_async_shared();  // makes what this thread wrote visible to the bulk copy
-    wait_for_threads(STAGED + me.group, GROUP_THREADS);
-    if (me.warp == 0) {
-      if (me.lane == 0) store_tile<P>(to, op, m, n, shared);
-      __syncwarp();  // waits for lane 0, because complete warps must arrive at barriers
-      if (has_next) arrive_for_threads(FREE + me.other(), GROUP_THREADS + WARP_THREADS);
-    }
+    write_tile<P, Out>(to, op, tiles, recompute_from(tile), y, shared);
   }
 }
 
 template <class P, class Out>
-__global__ void __launch_bounds__(P::THREADS, 1) lowrank_gemm_pingpong_sm90_kernel(
-    const __grid_constant__ Operands<P> from, const __grid_constant__ typename P::CopyY to,
-    const __grid_constant__ LowRankGemm op, const Tiles tiles) {
+__global__ void __launch_bounds__(P::THREADS, 1)
+    lowrank_gemm_pingpong_sm90_kernel(const __grid_constant__ Operands<P> from,
+        const __grid_constant__ typename P::CopyY to, const __grid_constant__ LowRankGemm op, const Tiles tiles) {
   start_next_kernel();
   typename P::Shared& shared = *reinterpret_cast<typename P::Shared*>(shared_memory());
   if (threadIdx.x == 0) {
@@ -298,7 +350,7 @@ __global__ void __launch_bounds__(P::THREADS, 1) lowrank_gemm_pingpong_sm90_kern
   wait_for_kernel_in_front();
 
   if (threadIdx.x < GROUP_THREADS) {
-    cutlass::arch::warpgroup_reg_dealloc<24>();
+    cutlass::arch::warpgroup_reg_dealloc<32>();
     if (threadIdx.x == 0) copy_tiles<P>(from, op, tiles, shared);
     __syncwarp();  // waits for lane 0, because complete warps must reach the barrier of the cluster below
   } else {
@@ -341,7 +393,7 @@ cudaError_t launch_tile(const LowRankGemm& op, cudaStream_t stream) {
   using Wide = PingPong<T, TRANSPOSED, 192, RANKS>;
   using Narrow = PingPong<T, TRANSPOSED, 128, RANKS>;
   return wave_cost<Wide>(op) <= wave_cost<Narrow>(op) ? launch_product<Wide, Out>(op, stream)
-                                                     : launch_product<Narrow, Out>(op, stream);
+                                                      : launch_product<Narrow, Out>(op, stream);
 }
 
 template <class T, class Out, int RANKS>

@@ -4,10 +4,9 @@
 
 #include <cstring>
 
-#include "product_sm90.cuh"  // before headers that use only CUDA, because CuTe must come first
-
 #include "instructions.cuh"
 #include "launch.h"
+#include "product_sm90.cuh"  // before headers that use only CUDA, because CuTe must come first
 
 namespace efft {
 

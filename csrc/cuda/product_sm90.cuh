@@ -21,8 +21,8 @@ constexpr size_t SHARED_OF_SM90 = 227 * 1024;
 
 // The product of one tile. T is the type of its operands (a type of CUTLASS), and TRANSPOSED says whether B and T are
 // stored as [N, K]. GROUPS is the number of warp groups that compute a tile of ROWS x COLUMNS together. RANKS is the
-// number of columns of H that the kernel computes, or 0 if H has already been computed. SECOND is true in the second and
-// third generation of kernels.
+// number of columns of H that the kernel computes, or 0 if H has already been computed. SECOND is true in the second
+// and third generation of kernels.
 template <class T_, bool TRANSPOSED, int GROUPS_, int ROWS, int COLUMNS, int RANKS_, bool SECOND_>
 struct TileProduct {
   using T = T_;
@@ -97,8 +97,8 @@ struct TileProduct {
 template <class T_, bool TRANSPOSED, int GROUPS_, int COLUMNS, int RANKS_, bool SECOND_>
 struct Product : TileProduct<T_, TRANSPOSED, GROUPS_, 64 * GROUPS_, COLUMNS, RANKS_, SECOND_> {
   using Base = TileProduct<T_, TRANSPOSED, GROUPS_, 64 * GROUPS_, COLUMNS, RANKS_, SECOND_>;
-  using typename Base::T, typename Base::LayoutA, typename Base::LayoutB, typename Base::LayoutP;
   using Base::GROUPS, Base::RANKS, Base::SHARES_H, Base::HALF;
+  using typename Base::T, typename Base::LayoutA, typename Base::LayoutB, typename Base::LayoutP;
   static constexpr int THREADS = 128 * (1 + GROUPS);
   // The size of the memory in which a warp rearranges rows of the output, 32 columns at a time. The 8 additional
   // elements put the rows in different banks.

@@ -40,13 +40,18 @@ def emulation(name: str) -> ModuleType:
 emulator = emulation("build")
 faults = emulation("faults")
 FAULTS, HOPPER_FAULTS, KERNEL, WRITE = faults.FAULTS, faults.HOPPER_FAULTS, faults.KERNEL, faults.WRITE
-SECOND_FAULTS = faults.SECOND_FAULTS
+SECOND_FAULTS, THIRD_FAULTS = faults.SECOND_FAULTS, faults.THIRD_FAULTS
 
 HOPPER = emulator.runs_hopper()
 on_hopper = pytest.mark.skipif(not HOPPER, reason="nvcc or CUTLASS's headers are missing")
 #: The environment of a run on the kernels of compute capability 9.0.
 SM90 = {"EFFT_EMULATION_CAPABILITY": "9"}
-SECOND = {**SM90, "EFFT_SM90_GENERATION": "2"}
+SECOND, THIRD = ({**SM90, "EFFT_SM90_GENERATION": generation} for generation in "23")
+#: The environment and the steps of the model in benchmarks/steps.py for each generation of kernels.
+GENERATIONS = [(SM90, ""), (SECOND, steps.SECOND_GENERATION), (THIRD, steps.THIRD_GENERATION)]
+each_generation = pytest.mark.parametrize(
+    ("kernels", "changes"), GENERATIONS, ids=[f"{which} generation" for which in ("first", "second", "third")]
+)
 #: With more multiprocessors, sums over tokens are divided into more ranges.
 MANY_RANGES = {**SECOND, "EFFT_EMULATION_PROCESSORS": "16"}
 
@@ -133,8 +138,9 @@ def test_planted_faults_are_found(folders: dict[bool, Path], sanitized: dict[str
 
 #: The numbers of instances of the kernels. lowrank_gemm_sm90.cu computes or reads h, and has two orders of the right
 #: operand, two sizes of tiles and two dtypes; in the second generation it also computes h with at most half as many
-#: columns. reduce_tokens_sm90.cu has three ranks and three dtypes.
-INSTANCES, PRODUCTS_OF_SECOND, SUMS_OF_SECOND = 16, 24, 9
+#: columns. lowrank_gemm_pingpong_sm90.cu has as many instances as the second generation. reduce_tokens_sm90.cu has three
+#: ranks and three dtypes.
+INSTANCES, PRODUCTS_OF_SECOND, PRODUCTS_OF_THIRD, SUMS_OF_SECOND = 16, 24, 24, 9
 HOPPER_ORDERS = pytest.mark.parametrize(
     "order",
     [{}, {"EFFT_EMULATION_REVERSE": "1"}, *({"EFFT_EMULATION_SEED": str(seed)} for seed in SEEDS)],
@@ -173,6 +179,37 @@ def test_the_second_generation_on_sm90(library: Path, order: dict[str, str]) -> 
 @pytest.mark.slow
 @on_hopper
 @HOPPER_ORDERS
+def test_the_third_generation_on_sm90(library: Path, order: dict[str, str]) -> None:
+    """All results are correct with the third generation of kernels, and every instance of its product runs."""
+    done = ragged(library, **THIRD, **order, EFFT_EMULATION_LOG="1")
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(re.search(r"(\d+) cases, 0 wrong", done.stdout)[1]) > 350
+    names = symbols(library)
+    run = {names[int(place)] for place in re.search(r"kernels: (.*)", done.stdout)[1].split()}
+    assert sum("lowrank_gemm_pingpong_sm90_kernel" in name for name in run) == PRODUCTS_OF_THIRD
+    assert sum("reduce_tokens_sm90_kernel" in name for name in run) == SUMS_OF_SECOND
+    assert not any("lowrank_gemm_sm90_kernel" in name for name in run)
+
+
+@pytest.mark.slow
+@on_hopper
+def test_an_unknown_generation_is_refused(library: Path) -> None:
+    """The library checks the variable as well, because it may change after Python has read it."""
+    program = (
+        "import os, torch, efft_kernels.ops\n"
+        f"torch.ops.load_library({str(library)!r})\n"
+        "os.environ['EFFT_SM90_GENERATION'] = '4'\n"
+        "torch.ops.efft.tt_merge_.cuda(torch.ones(8, 8), torch.ones(8, 1), torch.ones(1, 8), 1.0)\n"
+    )
+    done = python("-c", program)
+    assert done.returncode != 0
+    assert "expected EFFT_SM90_GENERATION to be 1, 2 or 3, got '4'" in done.stderr, done.stderr
+
+
+@pytest.mark.slow
+@on_hopper
+@HOPPER_ORDERS
 def test_sums_in_many_ranges_of_tokens(library: Path, order: dict[str, str]) -> None:
     done = ragged(library, "sums", **MANY_RANGES, **order)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -202,7 +239,8 @@ def launched(library: Path, *arguments: int, **environment: str) -> dict[tuple[i
     names = symbols(library)
 
     def short(place: int) -> str:
-        return re.search(r"(\w+)_kernel", names[place])[1].replace("reduce_tokens_sm90", "reduce_tokens")
+        name = re.search(r"(\w+)_kernel", names[place])[1]
+        return name.replace("reduce_tokens_sm90", "reduce_tokens").replace("gemm_pingpong", "gemm")
 
     lines = map(json.loads, done.stdout.splitlines())
     return {
@@ -213,46 +251,63 @@ def launched(library: Path, *arguments: int, **environment: str) -> dict[tuple[i
 
 @pytest.mark.slow
 @on_hopper
-@pytest.mark.parametrize("second", [False, True], ids=["first generation", "second generation"])
-def test_the_launches_of_a_block_are_those_of_the_model(library: Path, second: bool) -> None:
+@each_generation
+def test_the_launches_of_a_block_are_those_of_the_model(library: Path, kernels: dict[str, str], changes: str) -> None:
     """The emulated GPU has 132 multiprocessors. The kernels of a ViT-B block with 12608 tokens do not run."""
     sizes = [size for layer in steps.LAYERS.values() for size in layer]
     dry = {"EFFT_EMULATION_DRY": "1", "EFFT_EMULATION_PROCESSORS": "132"}
-    found = launched(library, steps.TOKENS, steps.RANK, second, *sizes, **(SECOND if second else SM90), **dry)
-    of = steps.SECOND_GENERATION if second else ""
+    found = launched(library, steps.TOKENS, steps.RANK, bool(changes), *sizes, **kernels, **dry)
     for i, layer in enumerate(steps.LAYERS.values()):
         for direction in steps.PASSES:
-            modeled = steps.launches(steps.Sizes(steps.TOKENS, *layer, steps.RANK), direction, of)
+            modeled = steps.launches(steps.Sizes(steps.TOKENS, *layer, steps.RANK), direction, changes)
             assert [kernel for kernel, _, _ in found[i, direction]] == [launch.kernel for launch in modeled]
-            assert all(dependent == second for _, dependent, _ in found[i, direction])
-    assert sum(map(len, found.values())) == steps.counts(of)[0] == (12 if second else 27)
+            assert all(dependent == bool(changes) for _, dependent, _ in found[i, direction])
+    assert sum(map(len, found.values())) == steps.counts(changes)[0] == (12 if changes else 27)
 
 
 @pytest.mark.slow
 @on_hopper
-@pytest.mark.parametrize("second", [False, True], ids=["first generation", "second generation"])
-def test_the_bytes_of_each_launch_are_those_of_the_model(library: Path, second: bool) -> None:
+@each_generation
+def test_the_bytes_of_each_launch_are_those_of_the_model(library: Path, kernels: dict[str, str], changes: str) -> None:
     """The two layers are small enough to emulate. Some of the products compute h, and others read it."""
     tokens, rank, wide, narrow, processors = 1300, 16, 2304, 64, 20
     environment = {"EFFT_EMULATION_COUNT": "1", "EFFT_EMULATION_PROCESSORS": str(processors)}
     sizes = (narrow, wide, wide, narrow)
-    found = launched(library, tokens, rank, second, *sizes, **(SECOND if second else SM90), **environment)
+    found = launched(library, tokens, rank, bool(changes), *sizes, **kernels, **environment)
     for layer, (d_in, d_out) in enumerate(zip(sizes[::2], sizes[1::2], strict=True)):
         for direction in steps.PASSES:
             of = steps.Sizes(tokens, d_in, d_out, rank)
-            modeled = steps.launches(of, direction, steps.SECOND_GENERATION if second else "", processors)
+            modeled = steps.launches(of, direction, changes, processors)
             counted = [(kernel, size) for kernel, _, size in found[layer, direction]]
             assert counted == [(launch.kernel, launch.bytes) for launch in modeled], (layer, direction)
 
 
-def few_instances() -> dict[str, str]:
-    """Return the sources with one dtype and one tile size, a quarter of the instances, so that they compile faster."""
-    files = emulator.sources(with_hopper=True)
-    types = """op.A.type == Type::bfloat16 ? launch_type<cutlass::bfloat16_t, bf16>(op, stream)
+PRODUCT_BY_TYPE = """op.A.type == Type::bfloat16 ? launch_type<cutlass::bfloat16_t, bf16>(op, stream)
                                      : launch_type<cutlass::half_t, fp16>(op, stream)"""
+
+
+def few_instances() -> dict[str, str]:
+    """Return the sources with a quarter of the instances of the first two generations, so that they compile faster.
+
+    The instances have one dtype and one tile size. The product of the third generation has no instances.
+    """
+    files = emulator.sources(with_hopper=True)
+    one_type = "launch_type<cutlass::bfloat16_t, bf16>(op, stream)"
     tiles = "return is_square ? launch_product<Square, Out>(op, stream) : launch_product<Wide, Out>(op, stream)"
-    files = emulator.planted(files, "lowrank_gemm_sm90.cu", types, "launch_type<cutlass::bfloat16_t, bf16>(op, stream)")
-    return emulator.planted(files, "lowrank_gemm_sm90.cu", tiles, "return launch_product<Wide, Out>(op, stream)")
+    files = emulator.planted(files, KERNEL, PRODUCT_BY_TYPE, one_type)
+    files = emulator.planted(files, faults.PINGPONG, PRODUCT_BY_TYPE, "cudaErrorInvalidValue")
+    return emulator.planted(files, KERNEL, tiles, "return launch_product<Wide, Out>(op, stream)")
+
+
+def few_instances_of_third() -> dict[str, str]:
+    """Return the sources with the wide bfloat16 tiles of the third generation, and without the products before it."""
+    files = emulator.sources(with_hopper=True)
+    one_type = "launch_type<cutlass::bfloat16_t, bf16>(op, stream)"
+    tiles = """return wave_cost<Wide>(op) <= wave_cost<Narrow>(op) ? launch_product<Wide, Out>(op, stream)
+                                                     : launch_product<Narrow, Out>(op, stream);"""
+    files = emulator.planted(files, KERNEL, PRODUCT_BY_TYPE, "cudaErrorInvalidValue")
+    files = emulator.planted(files, faults.PINGPONG, PRODUCT_BY_TYPE, one_type)
+    return emulator.planted(files, faults.PINGPONG, tiles, "return launch_product<Wide, Out>(op, stream);")
 
 
 def find_in_some_order(library: Path, family: str, how: str, **environment: str) -> None:
@@ -297,6 +352,19 @@ def test_planted_faults_of_the_second_generation_are_found(
     library = emulator.build(emulator.planted(few_instances(), file, what, fault), folders[sanitize], sanitize)
     environment = MANY_RANGES if family == "sums" else SECOND
     find_in_some_order(library, family, how, **environment, **(sanitized if sanitize else {}))
+
+
+@pytest.mark.slow
+@on_hopper
+@pytest.mark.parametrize("name", THIRD_FAULTS)
+def test_planted_faults_of_the_third_generation_are_found(
+    folders: dict[bool, Path], sanitized: dict[str, str], name: str
+) -> None:
+    """The emulator reports each fault in one of several orders; the sanitizers report wrong addresses."""
+    file, what, fault, family, how = THIRD_FAULTS[name]
+    sanitize = "AddressSanitizer" in how
+    library = emulator.build(emulator.planted(few_instances_of_third(), file, what, fault), folders[sanitize], sanitize)
+    find_in_some_order(library, family, how, **THIRD, **(sanitized if sanitize else {}))
 
 
 @pytest.mark.slow

@@ -117,7 +117,7 @@ FAULTS = {
     ),
 }
 
-KERNEL = "lowrank_gemm_sm90.cu"
+KERNEL, PIPELINE = "lowrank_gemm_sm90.cu", "pipeline_sm90.cuh"
 #: Code in which a thread writes an element of a buffer, without a change of its value, before a product reads it.
 WRITE = (
     "{ volatile auto& one = reinterpret_cast<volatile uint16_t&>(shared.a[place.stage * P::BYTES_A / 2]); "
@@ -139,13 +139,13 @@ HOPPER_FAULTS = {
         "what a copy has not brought yet|deadlock|barrier",
     ),
     "the wrong phase of empty buffers": (
-        KERNEL,
+        PIPELINE,
         "shared.empty[stage].wait(place.round ^ 1);",
         "shared.empty[stage].wait(place.round);",
         "deadlock",
     ),
     "phases that never change": (
-        KERNEL,
+        PIPELINE,
         "      round ^= 1;\n",
         "",
         "deadlock|overwrites|not brought|two copies|more arrivals",
@@ -157,7 +157,7 @@ HOPPER_FAULTS = {
         "overwrites|more arrivals|not brought|two copies",
     ),
     "too few bytes expected": (
-        KERNEL,
+        PIPELINE,
         "P::BYTES_A + P::BYTES_B + P::BYTES_P",
         "P::BYTES_A + P::BYTES_B",
         "not brought|deadlock",
@@ -187,11 +187,16 @@ HOPPER_FAULTS = {
         "#pragma unroll\n    for (int j",
         "WRONG",
     ),
-    "the last tile left out": (KERNEL, "tile < tiles.count();", "tile < tiles.count() - 1;", "WRONG"),
-    "a tile of the next column": (KERNEL, "n = within / height;", "n = (within + 1) / height;", "WRONG"),
+    "the last tile left out": (
+        PIPELINE,
+        "return rows * columns;",
+        "return rows * columns - (rows * columns > 1);",
+        "WRONG",
+    ),
+    "a tile of the next column": (PIPELINE, "n = within / height;", "n = (within + 1) / height;", "WRONG"),
     "columns of H beyond the rank kept": (KERNEL, "< op.R ? h(i) : 0.0f", "< P::RANKS ? h(i) : 0.0f", "WRONG infinite"),
     "the tail left out": (
-        KERNEL,
+        PIPELINE,
         "main_steps + blocks(op.R, typename P::K{})",
         "main_steps + op.R / 64",
         "WRONG|deadlock",
@@ -236,7 +241,7 @@ WAIT = "wait_for_kernel_in_front();"
 #: text, text with the fault, family of cases, message).
 SECOND_FAULTS = {
     "a step of the tail too few": (
-        KERNEL,
+        PIPELINE,
         "(blocks(op.R, 16) - 1) % 4 + 1",
         "std::max((blocks(op.R, 16) - 1) % 4, 1)",
         "tiles bfloat16",
@@ -346,10 +351,175 @@ SECOND_FAULTS = {
         "deadlock",
     ),
     "rows of A for one block only": (
-        KERNEL,
+        PIPELINE,
         "copy(from.A.with(barrier, both), from_a",
         "copy(from.A.with(barrier, uint16_t(1 << rank)), from_a",
         "tiles bfloat16",
         "deadlock",
     ),
+}
+
+PINGPONG = "lowrank_gemm_pingpong_sm90.cu"
+TILES = "tiles bfloat16"
+FENCE = "  cutlass::arch::fence_view_async_shared();  // makes what this thread wrote visible to the bulk copy\n"
+STAGED = "  wait_for_threads(STAGED + me.group, GROUP_THREADS);\n"
+NEXT_TURN = "      arrive_for_threads(TURN + Consumer::me().other(),"
+NOT_LAST = "    if (!Turns::of(tiles).is_last(tile))\n"
+#: Faults in the third generation: (file, text, text with the fault, family of cases, message).
+THIRD_FAULTS = {
+    "a store that may not see the tile": (PINGPONG, FENCE, "", TILES, "wrote without a proxy fence"),
+    "a fence after the barrier": (PINGPONG, FENCE + STAGED, STAGED + FENCE, TILES, "wrote without a proxy fence"),
+    "a tile stored before all warps have written it": (PINGPONG, STAGED, "", TILES, "WRONG|has not read yet"),
+    "a tile written before the last one has been read": (
+        PINGPONG,
+        "  wait_until_stores_have_read<0>();\n",
+        "",
+        TILES,
+        "has not read",
+    ),
+    "a tile written out of turn": (
+        PINGPONG,
+        "  if (!turns.is_first(tile)) wait_for_threads(FREE + me.group, GROUP_THREADS + WARP_THREADS);\n",
+        "",
+        TILES,
+        "has not read|WRONG|arrives again|incomplete barrier",
+    ),
+    "a store that nothing commits": (PINGPONG, "  commit_stores();\n", "", TILES, "not committed|has not read"),
+    "lanes ahead of the one that stores": (
+        PINGPONG,
+        "  __syncwarp();  // waits for lane 0, because complete warps must arrive at barriers\n",
+        "",
+        TILES,
+        "not converged",
+    ),
+    "a wait for the other group's turn": (
+        PINGPONG,
+        "wait_for_threads(TURN + Consumer::me().group,",
+        "wait_for_threads(TURN + Consumer::me().other(),",
+        TILES,
+        "deadlock|arrives again|incomplete barrier",
+    ),
+    "a turn that a group gives itself": (
+        PINGPONG,
+        NEXT_TURN,
+        NEXT_TURN.replace("other()", "group"),
+        TILES,
+        "deadlock|arrives again|incomplete barrier",
+    ),
+    "a turn after the last tile": (
+        PINGPONG,
+        NOT_LAST + NEXT_TURN,
+        NEXT_TURN,
+        TILES,
+        "incomplete barrier",
+    ),
+    "a wait before the first tile": (
+        PINGPONG,
+        "if (!Turns::of(tiles).is_first(tile)) wait_for_threads(TURN",
+        "wait_for_threads(TURN",
+        TILES,
+        "deadlock",
+    ),
+    "another number of threads": (
+        PINGPONG,
+        "arrive_for_threads(FREE + me.other(), GROUP_THREADS + WARP_THREADS)",
+        "arrive_for_threads(FREE + me.other(), GROUP_THREADS)",
+        TILES,
+        "different numbers of threads|deadlock",
+    ),
+    "another swizzle of the staging tile": (
+        PINGPONG,
+        "(chunk ^ row % 8) * 16",
+        "(chunk ^ row % 4) * 16",
+        TILES,
+        "WRONG",
+    ),
+    "matrices stored in the wrong order": (
+        PINGPONG,
+        "me.lane % 16, chunk = me.lane / 16",
+        "me.lane / 16 * 8 + me.lane % 8, chunk = me.lane / 8 % 2",
+        TILES,
+        "WRONG",
+    ),
+    "one part of a tile over the other": (PINGPONG, "part * 64 * P::ROW_BYTES", "0 * part", TILES, "WRONG"),
+    "a bias of other columns": (PINGPONG, "first + i / 2 * 8 + i", "first + i / 2 * 4 + i", TILES, "WRONG"),
+    "a row of Y too many": (
+        PINGPONG,
+        "P::copy_y(op.Y, static_cast<int>(op.M),",
+        "P::copy_y(op.Y, static_cast<int>(op.M) + 1,",
+        TILES,
+        "AddressSanitizer: heap-buffer-overflow",
+    ),
+    "a row of H too many": (
+        PINGPONG,
+        "if (row < op.M && r < op.H.row)",
+        "if (row <= op.M && r < op.H.row)",
+        TILES,
+        "AddressSanitizer: heap-buffer-overflow",
+    ),
+    "a buffer released before its products are done": (
+        PINGPONG,
+        "warpgroup_wait<1>();",
+        "warpgroup_wait<2>();",
+        TILES,
+        "overwrites what a product under way still reads",
+    ),
+    "a tail that is not waited for": (
+        PINGPONG,
+        "        warpgroup_commit_batch();\n        warpgroup_wait<0>();\n",
+        "        warpgroup_commit_batch();\n",
+        TILES,
+        "WRONG|under way",
+    ),
+    "the buffers of the other group": (
+        PINGPONG,
+        "  place.skip(Consumer::me().group * tiles.steps);\n",
+        "",
+        TILES,
+        "WRONG|deadlock|overwrites|not brought|two copies|more arrivals|different products",
+    ),
+    "no buffers left out for the other group": (
+        PINGPONG,
+        ", place.skip(tiles.steps)) {",
+        ") {",
+        TILES,
+        "WRONG|deadlock|overwrites|not brought|two copies|more arrivals",
+    ),
+    "a buffer that both groups must release": (
+        PINGPONG,
+        "shared.empty[stage].init(PAIR);",
+        "shared.empty[stage].init(PAIR * P::CONSUMERS);",
+        TILES,
+        "deadlock",
+    ),
+    "halves of both groups in one memory": (
+        PINGPONG,
+        "return group * GROUP_THREADS + thread;",
+        "return thread;",
+        TILES,
+        "WRONG|deadlock|not brought|two copies|more arrivals",
+    ),
+    "the half of H not waited for": (PINGPONG, "  has_half.wait(round);\n", "", TILES, "not brought|WRONG"),
+    "phases of the halves that never change": (
+        PINGPONG,
+        "      half_round ^= 1;\n",
+        "",
+        TILES,
+        "not brought|WRONG|two copies",
+    ),
+    "halves in the wrong order": (
+        PINGPONG,
+        "pairs(i) = is_left ? own[i] : received;",
+        "pairs(i) = is_left ? received : own[i];",
+        TILES,
+        "WRONG",
+    ),
+    "columns of H beyond the rank kept": (
+        PINGPONG,
+        "r + 1 < op.R ? h(",
+        "r + 1 < P::RANKS ? h(",
+        TILES,
+        "WRONG infinite",
+    ),
+    "a product that does not wait": (PINGPONG, WAIT, "", TILES, "before the kernel in front has ended"),
 }

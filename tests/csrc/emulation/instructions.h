@@ -42,7 +42,6 @@ void wait_copies(int under_way);
 enum class Together {
   load,
   load_transposed,
-  store,
   multiply_bf16,
   multiply_fp16,
   exchange,
@@ -52,10 +51,11 @@ enum class Together {
   products_commit,
   products_wait,
   registers,
-  threads_arrive,
-  threads_wait,
   cluster_arrive,
-  cluster_wait
+  cluster_wait,
+  store,
+  threads_arrive,
+  threads_wait
 };
 
 struct Product;
@@ -152,6 +152,12 @@ void send_async(uint32_t block, const uint32_t (&values)[N], uint32_t* own, cons
   emulation::send_async(block, values, sizeof values, own, barrier);
 }
 inline void start_next_kernel() {}
+inline uint32_t read_thread_index() {
+  return threadIdx.x;
+}
+inline int recompute_from(int value) {
+  return value;
+}
 inline void prefetch_tensor_map(const void* map) {
   emulation::check_map(map);
 }
