@@ -10,9 +10,9 @@
 
 namespace efft::EFFT_ISA {
 
-// Returns a copy of `from` [rows, columns] as floats, times `scale`, in which elements are zero if the mask `keep` is
-// given and false there. If `transpose` is set, the result is transposed, and its rows are padded with zeros to a
-// multiple of PANEL_COLUMNS elements.
+// Returns a copy of `from` [rows, columns] as floats, times `scale`. Elements for which the mask `keep` is false are
+// zero; a null mask keeps all elements. If `transpose` is set, the result is transposed, and its rows are padded with
+// zeros to a multiple of PANEL_COLUMNS elements.
 template <class T>
 Rows<const float> masked(const Matrix& from, int64_t rows, int64_t columns, const bool* keep, float scale,
     bool transpose, Buffer<float>& buffer) {

@@ -1,7 +1,7 @@
 // Defines the type Floats, a SIMD register of floats in the instruction set for which this file is compiled, and its
 // operations. A lane is one element of a register. The code uses the compiler's vector types, so that the same source
 // works for AVX-512, AVX2, SSE and NEON. The kernels are compiled once per instruction set. Each time, the macro
-// EFFT_ISA is another name, which the namespace gets (see kernels.cpp and dispatch.cpp).
+// EFFT_ISA has another value, which is the name of the namespace (see kernels.cpp and dispatch.cpp).
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@
 #include <immintrin.h>
 #endif
 
-// This is for functions that must be inlined, so that a constant argument `count` is a constant in them as well.
+// Marks functions that must be inlined, so that a constant argument `count` is a constant in them as well.
 #define EFFT_INLINE inline __attribute__((always_inline))
 
 namespace efft::EFFT_ISA {
@@ -43,7 +43,8 @@ constexpr bool PAIRS = false;
 #endif
 template <class T>
 using Element = std::conditional_t<PAIRS && std::is_same_v<T, bf16>, bf16, float>;
-// The number of terms of a sum that one multiplication adds to each lane: two for pairs of bf16.
+// The number of terms of a sum that one multiplication adds to each lane: two for bf16, which is multiplied in pairs,
+// and one for float.
 template <class E>
 constexpr int64_t TOGETHER = std::is_same_v<E, bf16> ? 2 : 1;
 

@@ -4,7 +4,7 @@
 //
 // The tokens are processed in blocks. All steps of a pass (the producer, the product h = a D or dh = gy G^T, and the
 // products with h or dh) are computed for one block before the next block begins. A block is so small that its rows of
-// all matrices stay in the second-level cache between these steps.
+// all matrices usually stay in the second-level cache between these steps.
 #pragma once
 
 #include <type_traits>
@@ -110,9 +110,9 @@ inline Scratch& scratch() {
   return instance;
 }
 
-// Returns the number of tokens of a block. It is chosen so that the rows of a block, at the widths d_in and d_out,
-// occupy at most a megabyte together, but it is at least 16 and at most 128. The rows with d_in columns are counted
-// three times if there is a producer.
+// Returns the number of tokens of a block. The rows of a block with widths d_in and d_out occupy at most a megabyte
+// together; with a producer, there are three rows of width d_in per token. However, a block has at least 16 and at most
+// 128 tokens.
 template <class E>
 int64_t block_rows(const LowRank& op) {
   const int64_t per_row = sizeof(E) * ((op.producer == Producer::none ? 1 : 3) * op.d_in + op.d_out);

@@ -21,7 +21,7 @@ using torch::headeronly::ScalarType;
 inline Type type_of(const Tensor& t) {
   const ScalarType type = t.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16,
-      "the cpu backend runs float32 and bfloat16 tensors, got another dtype");
+      "the cpu backend supports float32 and bfloat16 tensors, got another dtype");
   return type == ScalarType::Float ? Type::float32 : Type::bfloat16;
 }
 
@@ -52,7 +52,7 @@ T* at_line(T* data) {
   return static_cast<T*>(std::align(LINE, LINE, at, room));
 }
 
-// The number of elements that a thread can reorder in about 10 us. It takes as long to wake another thread.
+// The number of elements that a thread can reorder in about 10 us. Waking another thread takes about as long.
 constexpr int64_t WORTH_A_THREAD = 1 << 16;
 
 // Runs `op` on torch's threads, among which the columns are divided.
@@ -131,7 +131,7 @@ inline void multiply(const Tensor& out, const Tensor& left, const Tensor& right,
   const AOTITorchError failed = accumulate
                                     ? aoti_torch_cpu_addmm_out(out.get(), out.get(), left.get(), right.get(), 1, 1)
                                     : aoti_torch_cpu_mm_out(out.get(), left.get(), right.get());
-  STD_TORCH_CHECK(!failed, "torch's matrix product failed, and printed why");
+  STD_TORCH_CHECK(!failed, "torch's matrix product failed, and torch has printed the reason");
 }
 
 // Creates an uninitialized contiguous tensor with torch's C interface. This takes a microsecond or two, whereas calling

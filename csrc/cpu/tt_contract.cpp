@@ -74,6 +74,7 @@ std::tuple<Tensor, Tensor> tt_contract_bwd(
         std::unique_ptr<float[]> sums(new float[train.r2 * (end - begin)]());
         for (int64_t i = 0; i < n_parts; ++i)
           kernels().contract_dV(train.part(i / train.n_cores, i % train.n_cores), begin, end, sums.get());
+        // The pointer is shifted by `begin`, because gather counts columns from the first column of dV.
         const Matrix from{sums.get() - begin, end - begin, Type::float32};
         kernels().gather({from, 1, 0, train.r2, train.d_out, 1, false, to}, begin, end);
       }

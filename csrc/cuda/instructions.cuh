@@ -40,7 +40,8 @@ __device__ inline fp16 narrow(float value) {
   return __float2half_rn(value);
 }
 
-// Returns the dynamic shared memory of the block. Tensor copies (TMA) need its alignment for their swizzled tiles.
+// Returns the dynamic shared memory of the block. It is aligned to 1024 bytes, because tensor copies (TMA) need this
+// for swizzled tiles.
 __device__ inline unsigned char* shared_memory() {
   extern __shared__ __align__(1024) unsigned char bytes[];
   return bytes;
@@ -78,8 +79,8 @@ __device__ inline void synchronize_cluster() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;\n" ::: "memory");
 }
 
-// Returns a float from the shared memory of a block of the cluster. The float has the address there that `own` has in
-// this block.
+// Returns a float from the shared memory of a block of the cluster. It has the same address there as `own` has in this
+// block.
 __device__ inline float read_shared_of(uint32_t block, const float* own) {
   uint32_t address;
   float value;
@@ -89,8 +90,8 @@ __device__ inline float read_shared_of(uint32_t block, const float* own) {
 }
 
 // Sends registers asynchronously to the shared memory of another block of the cluster. They are written at the address
-// that `own` has in this block. When they arrive, their bytes are counted by the barrier of the other block whose
-// address is that of `barrier` in this block.
+// that `own` has in this block. A barrier of the other block, at the address that `barrier` has in this block, counts
+// the bytes that have arrived.
 template <int N>
 __device__ inline void send_async(uint32_t block, const uint32_t (&values)[N], uint32_t* own, const void* barrier) {
   static_assert(N == 2 || N == 4);

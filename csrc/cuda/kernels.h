@@ -20,7 +20,7 @@
 
 namespace efft {
 
-// Loads every kernel on the current GPU, unless an earlier call has done so. Must be called before any launch.
+// Loads every kernel on the current GPU, unless an earlier call has done so. This must happen before any launch.
 cudaError_t load_kernels();
 
 enum class Type : uint8_t { float32, bfloat16, float16 };
@@ -82,18 +82,18 @@ cudaError_t project(const Project& op, cudaStream_t stream);
 
 // Sums over all tokens in the backward pass of a layer: dG = h^T gy and dD = x^T dh. The sums are computed in float and
 // written in the types factors_G and factors_D. The second generation also computes other sums, if they are needed:
-// - the gradient of the bias: db is the sum of gy.
-// - the gradients of the parameters of a layer norm before the layer: dbeta is the sum of da, the gradient of the
-// norm's
-//   output, and dgamma is the sum of da n, where n = (z - mean) rstd is the normalized input z of the norm.
+// - db, the gradient of the bias, is the sum of gy.
+// - dbeta and dgamma are the gradients of the parameters of a layer norm that runs directly before the layer. dbeta is
+//   the sum of da, the gradient of the norm's output. dgamma is the sum of da (z - mean) rstd, where z is the input of
+//   the norm.
 struct ReduceTokens {
   int64_t tokens = 0, rank = 0;
   int64_t d_out = 0;          // 0 if dG is not needed
   int64_t d_in = 0;           // 0 if dD is not needed
-  Matrix gy;                  // [tokens, d_out]
-  Matrix h;                   // [tokens, rank]
+  Matrix gy;                  // [tokens, d_out], the gradient of the output of the layer
+  Matrix h;                   // [tokens, rank], x D
   Matrix x;                   // [tokens, d_in], the input of the layer
-  Matrix dh;                  // [tokens, rank]
+  Matrix dh;                  // [tokens, rank], gy G^T
   void* dG = nullptr;         // [rank, d_out], contiguous
   void* dD = nullptr;         // [d_in, rank], contiguous
   Type factors_G{};           // type of dG

@@ -47,7 +47,8 @@ struct Tiles {
         main_steps + blocks(op.R, typename P::K{}), (blocks(op.R, 16) - 1) % 4 + 1};
   }
   __host__ __device__ int count() const { return rows * columns; }
-  // Sets m and n to the row and the column, counted in tiles, of this block's tile in the pair of tiles number `tile`.
+  // Sets m and n to the row and the column, counted in tiles, of this block's tile. `tile` is the number of the pair of
+  // tiles.
   template <class P>
   __device__ void place(int tile, int& m, int& n) const {
     constexpr int group = static_cast<int>(P::SHARES_H ? PAIR * GROUP : GROUP);
@@ -258,8 +259,8 @@ __device__ void multiply_tiles(const LowRankGemm& op, const Tiles& tiles, typena
       last = place.stage;
       place.next();
     };
-    // In the second generation, the last step of a tail with a stored H is only as deep as the rank needs, rounded up
-    // to a multiple of 16. In the first generation, it has the full depth.
+    // If H has already been computed, the last step of the tail has the full depth in the first generation. In the
+    // second generation, it is only as deep as the rank needs, rounded up to a multiple of 16.
     const bool is_short = P::SECOND && P::RANKS == 0 && tiles.last_depth < 4;
     const int whole_steps = P::RANKS > 0 ? tiles.main_steps : is_short ? tiles.steps - 1 : tiles.steps;
     for (int step = 0; step < whole_steps; ++step) multiply_step(_4{});
@@ -383,7 +384,8 @@ cudaError_t launch_product(const LowRankGemm& op, cudaStream_t stream) {
 }
 
 // Returns an estimate of the time of a product with tiles [rows, columns]: the number of waves, in each of which every
-// pair of blocks computes one pair of tiles, times the number of elements of a tile.
+// pair of blocks computes one pair of tiles, times the number of elements of a tile. If `shares_h` is set, the two
+// tiles of a pair have the same rows, else the same columns.
 int64_t wave_cost(const LowRankGemm& op, int64_t rows, int64_t columns, bool shares_h) {
   const int64_t pairs = ceil_div(op.M, (shares_h ? 1 : PAIR) * rows) * ceil_div(op.N, (shares_h ? PAIR : 1) * columns);
   return ceil_div(pairs, multiprocessors() / PAIR) * rows * columns;
@@ -417,9 +419,10 @@ cudaError_t launch_type(const LowRankGemm& op, cudaStream_t stream) {
 }  // namespace
 
 bool lowrank_gemm_sm90_makes_h(const LowRankGemm& op) {
-  // In the second generation, a block has memory for only one half of H from the other block. The other block sends the
-  // next half at the end of its next A B. If A B has at least as many steps as the ring has buffers, the other block
-  // can get that far only after this block has released all buffers of its previous tile, and has thus read the half.
+  // In the second generation, a block has memory for only one half of H from the other block. The other block sends its
+  // half for the next tile after the product A B of that tile. If this product has at least as many steps as the ring
+  // has buffers, the other block can finish it only after this block has released all buffers of the current tile. This
+  // block has then also read the half of H for the current tile.
   const bool pays = is_second_generation() ? op.K > (STAGES - 1) * 64 : op.N <= MADE_BESIDE;
   return op.R <= MADE_RANKS && pays;
 }

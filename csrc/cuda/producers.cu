@@ -102,8 +102,8 @@ __device__ void store_in_own_type(
   store<fp16>(from, to, row, k, columns);
 }
 
-// Loads elements k .. k + 7 of gamma or beta. If the tensor is absent, all of them are set to `absent`; otherwise,
-// those beyond the last column are.
+// Loads elements k .. k + 7 of gamma or beta. Elements beyond the last column, and all elements if the tensor is
+// absent, are set to `absent`.
 __device__ void load(float (&to)[EACH], const Vector& from, int64_t k, int64_t columns, float absent) {
 #pragma unroll
   for (int i = 0; i < EACH; ++i) to[i] = from.data && k + i < columns ? read(from, k + i) : absent;

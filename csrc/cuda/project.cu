@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(WARPS * 32) project_kernel(const __grid_consta
   for (int64_t step = 0; step < steps; ++step) {
     wait_copies<STAGES - 2>();
     // After this barrier, the tiles of this step have arrived, and no thread reads the tiles of the previous step any
-    // more. The next copy overwrites the latter.
+    // more. The next line starts the copies that overwrite those tiles.
     __syncthreads();
     fetch_step(step + STAGES - 1);
     sums.add(left(step), right(step));

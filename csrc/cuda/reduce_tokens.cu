@@ -1,5 +1,6 @@
-// Computes the gradients of the factors, dG = h^T gy and dD = x^T dh, which are sums over all tokens (see ReduceTokens
-// in kernels.h). The sums are in fp32 and always in the same order.
+// Computes the gradients of the factors of a layer, dG = h^T gy and dD = x^T dh, which are sums over all tokens. x is
+// the input of the layer, gy is the gradient of its output, h = x D, and dh = gy G^T. The sums are in fp32 and always
+// in the same order.
 //
 // One kernel computes both products. The tokens are divided into as many ranges ("splits") as are needed to fill the
 // GPU. Every block processes 64 columns of gy or of x in one range, and up to 128 ranks. It reads each element of these
@@ -65,7 +66,7 @@ __device__ void sum_over_tokens(const Source<T>& wide, const Source<T>& thin, in
   for (int64_t step = 0; step < steps; ++step) {
     wait_copies<STAGES - 2>();
     // After this barrier, the tiles of this step have arrived, and no thread reads the tiles of the previous step any
-    // more. The next copy overwrites the latter.
+    // more. The next line starts the copies that overwrite those tiles.
     __syncthreads();
     fetch_step(step + STAGES - 1);
     sums.add(left(step), right(step));
@@ -83,7 +84,7 @@ __global__ void __launch_bounds__(WARPS * 32) reduce_tokens_kernel(const __grid_
   const int64_t tokens = range(op.tokens, op.splits), begin = split * tokens;
   const int64_t end = begin + tokens < op.tokens
                           ? begin + tokens
-                          : op.tokens;  // the sources below have this many rows, so that tiles do not read beyond them
+                          : op.tokens;  // the sources below end here, so that tiles contain zeros beyond the range
   const int64_t rank = static_cast<int64_t>(blockIdx.z) * RANKS, size_G = op.rank * op.d_out;
   float* const partial_G = op.partials + split * (size_G + op.d_in * op.rank);
   float* const partial_D = partial_G + size_G;

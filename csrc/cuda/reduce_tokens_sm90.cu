@@ -1,7 +1,11 @@
-// Computes in one launch all sums over tokens that the backward pass of an adapted layer needs: the gradients of the
-// factors, dG = h^T gy and dD = x^T dh, the gradient db of the bias, and the gradients dgamma and dbeta of the layer
-// norm directly before the layer. The struct ReduceTokens in kernels.h describes the operands (h, gy, x, dh, and da,
-// the gradient of the norm's output).
+// Computes in one launch all sums over tokens that the backward pass of an adapted layer needs:
+//
+// - the gradients of the factors, dG = h^T gy and dD = x^T dh. x is the input of the layer, gy is the gradient of its
+//   output, h = x D, and dh = gy G^T.
+// - db, the gradient of the bias, which is the sum of gy.
+// - dgamma and dbeta, the gradients of the parameters of a layer norm that runs directly before the layer. They are
+// sums
+//   over da, the gradient of the norm's output.
 //
 // This is the second generation of reduce_tokens.cu: it runs on GPUs of compute capability 9.0 if
 // EFFT_SM90_GENERATION=2 selects it.
@@ -9,9 +13,9 @@
 // Blocks form clusters, and a block can read the shared memory of the other blocks in its cluster. Each cluster
 // computes the sums for 64 columns of gy, x or da (and for at most 128 ranks). The tokens are divided into ranges
 // ("splits"), one per block of the cluster. First, each block stores the sums over its range in its own shared memory.
-// Then the blocks share the elements of the result: for each of its elements, a block adds the sums of all blocks in
-// the order of the ranges, and rounds once. Therefore no partial sums go through global memory, and no addition is
-// atomic.
+// Then the elements of the result are divided among the blocks. For each of its elements, a block adds the sums of all
+// blocks in the order of the ranges, and rounds once. Therefore no partial sums go through global memory, and no
+// addition is atomic.
 #include <algorithm>
 
 #include "accumulator.cuh"
@@ -24,7 +28,7 @@ namespace {
 
 constexpr int COLUMNS = 64, STAGES = 4, WARPS = 4, THREADS = WARPS * 32;
 constexpr int64_t MOST_SPLITS = 8;     // the largest number of blocks per cluster that every GPU with clusters supports
-constexpr int64_t LEAST_TOKENS = 256;  // there is at most one range per this many tokens, rounded up
+constexpr int64_t LEAST_TOKENS = 256;  // the number of tokens divided by this, rounded up, limits the number of ranges
 // The distance between two rows of sums in shared memory. It is one more than the number of columns, so that the
 // elements of a column are in different banks.
 constexpr int ROW = COLUMNS + 1;
@@ -36,7 +40,7 @@ constexpr int TOKENS = 128 / sizeof(T);
 template <class T, int RANKS>
 using Sums = Accumulator<T, COLUMNS, RANKS, TOKENS<T>, WARPS, 1, Order::sum_first, Order::sum_first>;
 
-// The number of elements that a thread reads at a time, which have 16 bytes together.
+// The number of elements in 16 bytes, which a thread reads at a time.
 template <class T>
 constexpr int EACH = 16 / sizeof(T);
 template <class T>
@@ -108,7 +112,7 @@ __device__ void sum_products(
   for (int64_t step = 0; step < steps; ++step) {
     wait_copies<STAGES - 2>();
     // After this barrier, the tiles of this step have arrived, and no thread reads the tiles of the previous step any
-    // more. The next copy overwrites the latter.
+    // more. The next line starts the copies that overwrite those tiles.
     __syncthreads();
     fetch_step(step + STAGES - 1);
     product.add(left(step), right(step));
@@ -134,7 +138,7 @@ __device__ void sum_products(
 }
 
 // Loads the N elements of a row from element `at` on, converted to floats, and sets those beyond the last column to
-// zero. The first of them must lie at a multiple of 16 bytes.
+// zero. The address of the first element must be a multiple of 16 bytes.
 template <class X, int N>
 __device__ void load(float (&to)[N], const X* row, int64_t at, int64_t columns) {
 #pragma unroll
@@ -151,7 +155,7 @@ __device__ void load(float (&to)[N], const X* row, int64_t at, int64_t columns) 
 }
 
 // Sums 64 columns of `of` (gy or da) over this block's range of tokens, and stores the sums in row 0 of `sums`. If
-// `z`, the input of the layer norm, is given, row 1 receives the sums of the elements of `of` times those of
+// `z`, the input of the layer norm, is given, row 1 receives the sums of `of`, multiplied element by element by
 // (z - mean) rstd. Both matrices have `columns` columns.
 template <class T>
 __device__ void sum_columns(
@@ -189,8 +193,9 @@ __device__ void sum_columns(
 }
 
 // Adds the first `rows` rows of `sums` over all blocks of the cluster, in the order of their ranges of tokens, and
-// calls f(row, column, sum) for every element. `column` is the column of the whole matrix. Each element is processed by
-// one thread of one block. Adjacent threads process adjacent columns or, if `by_rows` is set, adjacent rows.
+// calls f(row, column, sum) for every element. `column` is counted from the first column of the matrix. Each element is
+// processed by one thread of one block. Adjacent threads process adjacent columns or, if `by_rows` is set, adjacent
+// rows.
 template <class F>
 __device__ void add_blocks(const float* sums, int rows, const Range& range, bool by_rows, const F& f) {
   synchronize_cluster();  // the sums of all blocks are complete

@@ -35,7 +35,7 @@ class Launches {
       device_ = on.get_device_index();
       // On a stream other than torch's, kernels could run before their operands have been computed.
       STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream,
-          "efft, backend 'cuda': expected a torch with CUDA, which says what its current stream is, but the symbol "
+          "efft, backend 'cuda': expected a torch that provides its current CUDA stream, but the symbol "
           "aoti_torch_get_current_cuda_stream is missing; install a CUDA build of torch 2.10 or newer");
       void* stream = nullptr;
       STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
@@ -76,7 +76,7 @@ class Launches {
 
 inline Type type_of(ScalarType type) {
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
-      "the cuda backend runs float32, bfloat16 and float16 tensors, got another dtype");
+      "the cuda backend supports float32, bfloat16 and float16 tensors, got another dtype");
   return type == ScalarType::Float ? Type::float32 : type == ScalarType::BFloat16 ? Type::bfloat16 : Type::float16;
 }
 
@@ -90,7 +90,8 @@ inline Tensor empty(
 }
 
 // Returns an uninitialized tensor [*lead, columns], where `lead` has one or two sizes. Its rows can be copied 16 bytes
-// at a time: if `columns` is not a multiple of 8, the distance between rows is rounded up to one.
+// at a time: if `columns` is not a multiple of 8, the distance between rows is rounded up to the next
+// multiple of 8.
 inline Tensor empty_rows(
     const Tensor& like, std::initializer_list<int64_t> lead, int64_t columns, std::optional<ScalarType> type) {
   const int64_t padded = (columns + 7) / 8 * 8;
@@ -118,8 +119,9 @@ inline bool has_aligned_rows(const Tensor& t) {
   return all;
 }
 
-// Returns a copy of `t` in `type` with aligned rows. The next launches.stream() launches the copying. If `adapter` is
-// given, sample i of the copy is matrix adapter[i] of `t`; Pack in kernels.h describes the treatment of other indices.
+// Returns a copy of `t` in `type` with aligned rows. The next call of launches.stream() launches the copying. If
+// `adapter` is given, sample i of the copy is matrix adapter[i] of `t`; Pack in kernels.h describes the treatment of
+// other indices.
 inline Tensor packed(
     const Tensor& t, ScalarType type, const Launches& launches, const std::optional<Tensor>& adapter = std::nullopt) {
   const bool batched = t.dim() == 3;

@@ -56,7 +56,7 @@ __device__ void fetch(const Tile<T, ROWS, COLUMNS>& tile, const Source<T>& from,
   }
 }
 
-// Reads or writes one element of any type.
+// The functions read and write access one element of any type.
 __device__ inline float read(const Vector& from, int64_t at) {
   if (from.type == Type::float32) return static_cast<const float*>(from.data)[at];
   if (from.type == Type::bfloat16) return widen(static_cast<const bf16*>(from.data)[at]);
