@@ -1,4 +1,4 @@
-"""Test the sources that the tables of several runs name."""
+"""Test that a table with the results of several runs lists the source of every run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RUN = {"task": "docstrings", "row": "EFFT2", "parameters": 10, "commit": "abc", 
 
 
 def sources(monkeypatch: pytest.MonkeyPatch, folder: Path, *lines: dict[str, object]) -> list[str]:
-    """Return the sources below the table of a study whose result file has ``lines``."""
+    """Return the sources that are listed below the table of a study whose result file contains ``lines``."""
     text = "".join(json.dumps({**RUN, "test_accuracy": 0.5, **line}) + "\n" for line in lines)
     (folder / "text.jsonl").write_text(text, encoding="utf-8")
     monkeypatch.setattr(record, "RESULTS", folder)
