@@ -9,8 +9,8 @@ lines describe the same measurement if their fields in ``efft_lab.record.IDENTIT
 measurement several times, its last line counts. A measurement that is only in one file is ignored.
 
 A change is significant if the ranges from the 20 % to the 80 % quantile do not overlap and the medians differ by more
-than the threshold. The exit code is 1 if a measurement became slower. It is also 1 if a measurement was lost: both
-files contain it, but only the first one has times for it.
+than the threshold. The exit code is 1 if a measurement became significantly slower. It is also 1 if a measurement was
+lost: both files contain it, but only the first file has times for it.
 
 With ``--revisions``, the command ``ops`` of this checkout measures the library of one revision after the other, with
 the options that follow ``--``.

@@ -325,8 +325,9 @@ of the frozen baseline.
 ## Fit
 
 The model is fitted to the medians in `ops.jsonl`. "Block, measured" and the bandwidth of a copy, in parentheses, are
-measurements. All other numbers are results of the model. "Column of h / of tile" is the time in which a product
-computes a column of h, divided by the time for a column of its tile.
+measurements. All other numbers in this table are results of the fit. "Product / vendor's" compares the time of our
+product with that of cuBLAS. "Column of h / of tile" is the time in which a product computes a column of h, divided by
+the time for a column of its tile.
 
 {0}
 

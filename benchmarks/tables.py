@@ -4,7 +4,8 @@ Most tables show the newest run in a result file. :func:`host` shows the first a
 :func:`starts` and :func:`study` combine several runs, and use the newest line of each measurement.
 
 In most tables a row is one implementation in a comparison. The row "floor" of the result files is the frozen baseline:
-the layer or model without an update. Its only gradients are those that every method needs.
+the layer or model without an update. Its only gradients are those that every method needs. The head of a model is its
+classifier.
 """
 
 from __future__ import annotations
