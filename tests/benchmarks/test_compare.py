@@ -1,4 +1,4 @@
-"""Test that the comparison reports a planted slowdown and ignores noise."""
+"""Test that the command ``compare`` reports planted slowdowns between two result files and ignores noise."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ line = {"suite": sys.argv[1], "row": "efft:eager", "machine": "", "ratio": {sys.
 def test_two_revisions_are_measured_with_this_checkouts_benchmarks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The revisions differ only in the library, and neither contains the benchmarks."""
+    """Compare two revisions that differ only in the library. Neither revision contains the benchmarks."""
     root = tmp_path / "checkout"
     (root / "python").mkdir(parents=True)
 
