@@ -358,6 +358,78 @@ def starts() -> str:
     return with_sources(["directions in", "source", *tasks, "mean"], rows, _by_command(lines))
 
 
+_DEFAULT_EXTRAS = "efft2 r16 x0 c3 fc1pf movement0.1"
+#: The variants in extras.jsonl, with what distinguishes each from the default configuration.
+_EXTRAS = {
+    _DEFAULT_EXTRAS: "**`EfftConfig.auto()`**",
+    "efft2 r8 x0 c3 fc1pf movement0.1": "rank 8",
+    "efft2 r16 x0 c3 fc1pf": "movement 0.3",
+    "efft2 r16 x0 c1 fc1pf movement0.1": "cores at the learning rate of the sides",
+    "efft2 r16 x0 c6 fc1pf movement0.1": "cores at 6 times the learning rate",
+    "efft2 r16 x0 c3 fc1pf-1 movement0.1": "biases at the learning rate of the sides",
+    "efft2 r16 x0 c3 movement0.1": "no biases",
+    "efft2 r16 x0 c3 biases3 movement0.1": "biases of all linear layers",
+    "efft2 r16 x0 c3 fc1pf norms3 movement0.1": "norms as well",
+    "efft2 r16 x0 c3 fc1pf movement0.1 dropout0.1": "dropout 0.1",
+    "efft2 r16 x0 c3 fc1pf movement0.1 precondition": "preconditioned gradients of U and V",
+    "efft2 r16 x0 c3 fc1pf movement0.1 orthogonal": "orthogonal initial factors",
+    "efft2 r14 x0 c3 fc1pf movement0.1 in10": "rank 14 and a diagonal on the input side of each layer",
+    "efft2 r15 x3 c3 movement0.1": "rank 15, all biases and norms",
+    "efft2 r15 x3 c3 movement0.05": "rank 15, all biases and norms, movement 0.05",
+    "efft2 r15 x3 c3": "rank 15, all biases and norms, movement 0.3",
+    "efft2 r15 x1 c3 movement0.1": "rank 15, all biases and norms at the learning rate of the sides",
+    "efft2 r15 x6 c3 movement0.1": "rank 15, all biases and norms at 6 times the learning rate",
+    "efft2 r15 x3 c3 lr0.002": "rank 15, all biases and norms, movement 0.3, learning rate 0.002",
+    "efft2 r10 x0 c3 norms3 movement0.1": "rank 10, norms instead of biases",
+    "efft2 r8 x3 c3 movement0.1": "rank 8, all biases and norms",
+    "efft2 r4 x0 c3 biases3 movement0.1": "rank 4, biases of all linear layers",
+    "efft2 r4 x0 c3 biases3": "rank 4, biases of all linear layers, movement 0.3",
+    "efft2 r16 x0 c1": "no biases, one learning rate, movement 0.3 (the previous default)",
+    "lora r8 lr 0.001": "LoRA, rank 8, learning rate 0.001",
+}
+
+
+def extras() -> str:
+    """Return the table of settings that differ from the default configuration.
+
+    A difference is the mean over the pairs of runs of a setting and of the default that have the same task and the same
+    seed. Its uncertainty is the standard error over these pairs. The runs of the study also train the bias of the patch
+    embedding wherever they train the bias of the attention's output projection, because both have the same name.
+    """
+    roles = {"dev": "validation", "test": "test"}
+    newest = {(x["variant"], x["task"], x["seed"]): x for x in read("extras") if x["stage"] == "explore"}
+    if not newest:
+        return NOTHING
+    groups: dict[str, dict[tuple[str, int], Line]] = {}
+    for (variant, task, seed), line in newest.items():
+        groups.setdefault(variant, {})[task, seed] = line
+    default = groups[_DEFAULT_EXTRAS]
+    rows = []
+    for variant in sorted(groups, key=lambda name: list(_EXTRAS).index(name) if name in _EXTRAS else len(_EXTRAS)):
+        runs = groups[variant]
+        pairs = [(line, default[run]) for run, line in runs.items() if run in default]
+        cells = [_difference(pairs, f"{role}_accuracy") if variant != _DEFAULT_EXTRAS else "" for role in roles]
+        of = len(runs) if variant == _DEFAULT_EXTRAS else len(pairs)
+        rows.append([_EXTRAS.get(variant, variant), f"{next(iter(runs.values()))['trained']:,}", str(of), *cells])
+    header = ["setting", "trained parameters", "runs", *(f"{name}, points" for name in roles.values())]
+    lines = list(newest.values())
+    commits = ", ".join(dict.fromkeys(line["commit"] for line in lines))
+    tasks = ", ".join(dict.fromkeys(line["task"] for line in lines))
+    seeds = ", ".join(dict.fromkeys(str(line["seed"]) for line in lines))
+    # The commands differ in the list of settings, the tasks and the seeds, which the table and this line already name.
+    source = {**lines[-1], "commit": commits, "command": "python -m benchmarks extras run --stage explore"}
+    return with_sources(header, rows, {f"tasks {tasks}; seeds {seeds}": [source]})
+
+
+def _difference(pairs: Sequence[tuple[Line, Line]], field: str) -> str:
+    """Return the mean difference of ``field`` within pairs and its standard error, in points."""
+    points = [100 * (line[field] - other[field]) for line, other in pairs]
+    if not points:
+        return "-"
+    error = f" ± {stdev(points) / len(points) ** 0.5:.1f}" if len(points) > 1 else ""
+    return f"{fmean(points):+.1f}{error}"
+
+
 def study(name: str) -> str:
     """Return the table of a study in :mod:`efft_lab.studies.side_by_side`: mean accuracy and its standard deviation."""
     newest = {(x["row"], x["seed"]): x for x in read(name)}
@@ -384,6 +456,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ops_amx": partial(ops, "cpu", amx=True),
     "demo": demo,
     "subspaces": subspaces,
+    "extras": extras,
     "starts": starts,
     "kinds": partial(kinds, "cpu"),
     "planning": planning,
