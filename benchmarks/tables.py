@@ -1,7 +1,7 @@
 """Format results as tables for the documentation. A list of the sources of the numbers follows each table.
 
 Most tables show the newest run in a result file. :func:`host` shows the first and the newest run. :func:`subspaces`,
-:func:`starts` and :func:`study` combine several runs, and use the newest line of each measurement.
+:func:`starts`, :func:`extras` and :func:`study` combine several runs, and use the newest line of each measurement.
 
 In most tables a row is one implementation in a comparison. The row "floor" of the result files is the frozen baseline:
 the layer or model without an update. Its only gradients are those that every method needs. The head of a model is its
@@ -359,7 +359,8 @@ def starts() -> str:
 
 
 _DEFAULT_EXTRAS = "efft2 r16 x0 c3 fc1pf movement0.1"
-#: The variants in extras.jsonl, with what distinguishes each from the default configuration.
+#: For each variant (setting) in extras.jsonl, a title that names its differences from the default configuration. The
+#: sides are the factors U and V. The movement determines the scale of the update (``EfftConfig``).
 _EXTRAS = {
     _DEFAULT_EXTRAS: "**`EfftConfig.auto()`**",
     "efft2 r8 x0 c3 fc1pf movement0.1": "rank 8",
@@ -390,11 +391,11 @@ _EXTRAS = {
 
 
 def extras() -> str:
-    """Return the table of settings that differ from the default configuration.
+    """Return the table of the study ``extras``: accuracies of settings, compared with the default configuration.
 
-    A difference is the mean over the pairs of runs of a setting and of the default that have the same task and the same
-    seed. Its uncertainty is the standard error over these pairs. The runs of the study also train the bias of the patch
-    embedding wherever they train the bias of the attention's output projection, because both have the same name.
+    Each run of a setting is compared with the run of the default that has the same task and seed. A cell contains the
+    mean difference of the accuracies over these pairs of runs, and its standard error. If a run trains the bias of the
+    attention's output projection, it also trains the bias of the patch embedding, because both have the same name.
     """
     roles = {"dev": "validation", "test": "test"}
     newest = {(x["variant"], x["task"], x["seed"]): x for x in read("extras") if x["stage"] == "explore"}
@@ -416,13 +417,13 @@ def extras() -> str:
     commits = ", ".join(dict.fromkeys(line["commit"] for line in lines))
     tasks = ", ".join(dict.fromkeys(line["task"] for line in lines))
     seeds = ", ".join(dict.fromkeys(str(line["seed"]) for line in lines))
-    # The commands differ in the list of settings, the tasks and the seeds, which the table and this line already name.
+    # The commands differ only in settings, tasks and seeds, which the table and the title of the source already name.
     source = {**lines[-1], "commit": commits, "command": "python -m benchmarks extras run --stage explore"}
     return with_sources(header, rows, {f"tasks {tasks}; seeds {seeds}": [source]})
 
 
 def _difference(pairs: Sequence[tuple[Line, Line]], field: str) -> str:
-    """Return the mean difference of ``field`` within pairs and its standard error, in points."""
+    """Return the mean difference of ``field`` within the pairs and its standard error, in percentage points."""
     points = [100 * (line[field] - other[field]) for line, other in pairs]
     if not points:
         return "-"
