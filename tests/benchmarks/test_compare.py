@@ -37,6 +37,12 @@ def test_a_planted_slow_down_is_reported(tmp_path: Path, capsys: pytest.CaptureF
     ]
 
 
+def test_a_measurement_that_the_second_file_lacks_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = write(tmp_path / "a", line(1.2), line(1.2, case="o"))
+    assert compare.main([before, write(tmp_path / "b", line(1.2), line(1.2, case="fc1"))]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == ["only in the first file: ops vit_b o efft:eager"]
+
+
 def test_what_got_faster_is_no_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert compare.main([write(tmp_path / "a", line(1.4)), write(tmp_path / "b", line(1.2))]) == 0
     assert "faster  ops vit_b qkv efft:eager fwd_bwd: -14.3%" in capsys.readouterr().out
