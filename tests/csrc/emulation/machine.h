@@ -114,7 +114,6 @@ bool is_multiplied(size_t block, uint32_t address, uint32_t bytes);
 // Returns the number, plus one, of a thread that has written one of these bytes without a proxy fence (fence_async)
 // after the write, or 0 if there is none.
 size_t unfenced_writer(size_t block, uint32_t address, uint32_t bytes);
-void forget_writes(size_t block, uint32_t address, uint32_t bytes);
 
 void check_cluster_barrier();
 // The scheduler calls these functions at the start of a cluster, at the end of a thread, and at the end of a block.
