@@ -13,7 +13,7 @@ from efft_kernels import EfftLinear, FactorBank
 
 
 class Pair(FactorBank):
-    """Compute ``ΔW = A B[site]`` for layers 6 -> 4, as the smallest possible bank, and count the compositions."""
+    """Compute ``ΔW = A B[site]`` for layers with 6 inputs and 4 outputs, and record the calls of ``compose``."""
 
     def __init__(self) -> None:
         super().__init__()

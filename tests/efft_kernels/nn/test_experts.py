@@ -123,7 +123,7 @@ def test_what_a_site_stands_for(dense: Callable[..., Tensor], site: str, sharing
 def test_product_and_gradients(
     dense: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch, site: str, prepared: bool, dropout: float
 ) -> None:
-    """The oracle is autograd through the dense sum of weight and update, which has masked factors with dropout."""
+    """Compare with autograd through the dense sum of weight and update. With dropout, masks multiply its factors."""
     bank = make_bank(dropout=dropout, trainable_scale="matrix")
     model = Product(bank, SITES[site], transposed="columns" in site)
     masks = draw_masks(bank, monkeypatch) if dropout else None
@@ -279,7 +279,7 @@ class Reader(nn.Module):
 def test_a_module_that_reads_the_parameter_itself(
     dense: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch, site: str, dropout: float
 ) -> None:
-    """The module reads the effective weights of the running pass."""
+    """The module reads the weights with the update of the current pass."""
     bank = make_bank(dropout=dropout)
     d_in, d_out = bank.sizes(SITES[site])
     model = Reader((N_EXPERTS, d_out, d_in))
