@@ -93,7 +93,7 @@ def _switched_off(module: nn.Module) -> Iterator[None]:
 
 
 def device_of(aside: Aside, owners: Mapping[str, tuple[nn.Module, str]]) -> torch.device:
-    """Return the device on which the layers of weights that share factors compute.
+    """Return the device on which the layers compute whose weights share factors.
 
     Args:
         aside: the value that :func:`hooks_aside` yields.
