@@ -1,64 +1,64 @@
-# Everything runs in a virtual environment that is made on first use: .venv, or the one named by VENV=/path.
-# Packages come from wherever pip is configured to look.
+# All commands run in a virtual environment that is created on first use. Its folder is .venv, or the value of VENV.
+# pip installs packages from the index that it is configured to use.
 
 VENV ?= .venv
 PYTHON ?= python3
 ARGS ?=
 BUDGET ?= 480
-# The least version in pyproject.toml; the newest is what pip installs.
+# The oldest version that pyproject.toml allows. Otherwise pip installs the newest version.
 OLDEST_TRITON := 3.6.0
-# Only the headers are needed, not the dependencies of the package.
+# The version of the package nvidia-cutlass. Only its headers are used, so it is installed without its dependencies.
 CUTLASS := 4.2.0.0
 
 BIN := $(VENV)/bin
 SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 RUN := $(BIN)/python -m
-# One process per core, each with one thread: the tests' matrices are small. pytest-benchmark measures nothing then, and
-# every process would warn of it.
+# The tests run in one process per core. Each process uses one thread, because the matrices in the tests are small.
+# pytest-benchmark is disabled, because it measures nothing in parallel processes and prints a warning in each of them.
 TESTS := OMP_NUM_THREADS=1 $(RUN) pytest -n auto --dist worksteal -p no:benchmark
-# Each process of the tests reads what an earlier one compiled, whatever the caller's environment says.
+# Clear this variable of the caller, so that Python writes bytecode files and later test processes can load them.
 export PYTHONDONTWRITEBYTECODE :=
-# The emulated CUDA kernels take a quarter of an hour: `make check-cuda` runs them.
+# The tests of the emulated CUDA kernels take about 15 minutes. Only `make check-cuda` runs them.
 UNEMULATED := --ignore tests/csrc/test_emulated.py
-# Triton decides once per process whether it interprets or compiles.
+# These tests run separately in Triton's interpreter, because a process can either interpret or compile kernels.
 IN_TRITONS_INTERPRETER := tests/efft_kernels/ops tests/efft_kernels/triton
 
 .PHONY: help demo extension test test-long test-all check-isa check-triton check-native check-cuda lint docs dist format \
   bench bench-quick bench-gpu clean
 
-help: ## List the targets
+help: ## List the targets and options
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo "Options: VENV=$(VENV)  PYTHON=$(PYTHON)  BUDGET=$(BUDGET)  ARGS=... (passed to the demo, to pytest, to the benchmarks)"
+	@echo "Options: VENV=$(VENV)  PYTHON=$(PYTHON)  BUDGET=$(BUDGET)  ARGS=... (passed to the demo, pytest or the benchmarks)"
 
 demo: $(VENV)/.efft-train ## Adapt, train, save and merge a small model on this machine
 	$(RUN) efft_lab.demo $(ARGS)
 
-extension: $(VENV)/.efft-dev ## Compile csrc/, as far as this machine has the tools
+extension: $(VENV)/.efft-dev ## Compile the libraries of csrc/ for which this machine has the tools
 	@! command -v nvcc >/dev/null || $(RUN) pip install --quiet --no-deps nvidia-cutlass==$(CUTLASS)
 	$(RUN) efft_kernels build
 
-test: extension ## Run the fast tests, which take minutes
+test: extension ## Run the fast tests, in minutes
 	$(TESTS) -m "not slow" $(UNEMULATED) $(ARGS)
 
-test-long: extension check-isa ## Run what `make test` leaves out, except the emulated CUDA kernels
+test-long: extension check-isa ## Run the tests that `make test` leaves out, except those of the emulated CUDA kernels
 	@if $(BIN)/python -c "import triton" 2>/dev/null; then TRITON_INTERPRET=1 $(TESTS) $(IN_TRITONS_INTERPRETER); else \
 	  echo "triton is not installed: its kernels are not tested"; fi
 	$(TESTS) -m slow $(UNEMULATED) $(ARGS)
 
 test-all: test test-long ## Run the tests of both `make test` and `make test-long`
 
-check-isa: extension ## Run tests of the cpu backend with each instruction set that this processor supports, except the best
+check-isa: extension ## Test the cpu backend with each instruction set that this processor supports, except the best one
 	OMP_NUM_THREADS=1 $(RUN) tests.csrc.cpu.check sets
 
-check-triton: $(VENV)/.efft-dev ## Run the interpreter's tests and the resource report with the oldest Triton supported
+check-triton: $(VENV)/.efft-dev ## With the oldest supported Triton, test the kernels in the interpreter and compile them
 	$(RUN) pip install --quiet --upgrade --no-deps --target $(VENV)/triton-$(OLDEST_TRITON) triton==$(OLDEST_TRITON)
 	PYTHONPATH=$(abspath $(VENV)/triton-$(OLDEST_TRITON)) TRITON_INTERPRET=1 $(TESTS) $(IN_TRITONS_INTERPRETER) $(ARGS)
 	PYTHONPATH=$(abspath $(VENV)/triton-$(OLDEST_TRITON)) $(TESTS) tests/efft_kernels/triton $(ARGS)
 
-check-native: $(VENV)/.efft-dev ## Static checks of csrc/cpu, and its tests under the sanitizers: minutes
+check-native: $(VENV)/.efft-dev ## Run static checks on csrc/cpu, and its tests under the sanitizers, in minutes
 	PATH="$(abspath $(BIN)):$$PATH" $(RUN) tests.csrc.cpu.check sanitizers $(ARGS)
 
-check-cuda: $(VENV)/.efft-dev ## Run the CUDA kernels in the emulator, compile and report on them: no GPU, half an hour
+check-cuda: $(VENV)/.efft-dev ## Without a GPU, test the CUDA kernels in the emulator and compile them, in half an hour
 	$(RUN) pip install --quiet --no-deps nvidia-cutlass==$(CUTLASS)
 	$(RUN) pytest tests/csrc/test_emulated.py $(ARGS)
 	$(RUN) tests.csrc.emulation.build build/emulated
@@ -68,13 +68,13 @@ check-cuda: $(VENV)/.efft-dev ## Run the CUDA kernels in the emulator, compile a
 	done
 	$(RUN) tests.csrc.resource_report
 
-lint: $(VENV)/.efft-dev ## Check style and types, change nothing
+lint: $(VENV)/.efft-dev ## Check style and types without changing files
 	$(RUN) ruff check
 	$(RUN) ruff format --check
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
 	$(RUN) mypy
 	@if command -v actionlint >/dev/null; then actionlint; else \
-	  echo "actionlint is not installed: the workflows in .github are checked where they run"; fi
+	  echo "actionlint is not installed: the workflows in .github are checked only on GitHub"; fi
 
 docs: $(VENV)/.efft-dev ## Build the documentation into build/site
 	$(BIN)/mkdocs build
@@ -89,7 +89,7 @@ format: $(VENV)/.efft-dev ## Format the code and apply safe fixes
 	$(RUN) ruff format
 	$(BIN)/clang-format -i $(SOURCES)
 
-bench: extension ## Measure layers, models, memory, inference, quantized bases and scaling: hours, alone on the machine
+bench: extension ## Measure layers, models, memory, inference, quantization and scaling, in hours on an idle machine
 	$(RUN) benchmarks ops $(ARGS)
 	$(RUN) benchmarks model $(ARGS)
 	$(RUN) benchmarks memory $(ARGS)
@@ -97,25 +97,25 @@ bench: extension ## Measure layers, models, memory, inference, quantized bases a
 	$(RUN) benchmarks quantized $(ARGS)
 	$(RUN) benchmarks scaling $(ARGS)
 
-bench-quick: extension ## Measure ViT-B's layers and its training step, in minutes
+bench-quick: extension ## Measure the layers and the training step of ViT-B, in minutes on an idle machine
 	$(RUN) benchmarks ops --quick $(ARGS)
 	$(RUN) benchmarks model --quick $(ARGS)
 
-bench-gpu: $(VENV)/.efft-dev ## On a GPU, within BUDGET seconds: build, GPU tests, benchmarks by importance
+bench-gpu: $(VENV)/.efft-dev ## On a GPU, build, run the GPU tests and then the benchmarks, within BUDGET seconds
 	$(RUN) benchmarks gpu --budget $(BUDGET) $(ARGS)
 
 clean: ## Remove build products and caches (not the virtual environment)
 	rm -rf build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find benchmarks efft_kernels python tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The stamp says that the extra in its name is installed; editing the metadata makes it stale.
+# The file .efft-NAME records that the extra NAME is installed. Changing pyproject.toml or setup.py makes it outdated.
 $(VENV)/.efft-%: pyproject.toml setup.py | $(BIN)/pip
 	$(RUN) pip install --editable '.[$*]'
 	@touch $@
 
-# pip, not python, is the target: a failed `python -m venv` leaves a python without pip behind.
+# The target is pip and not python, because a failed `python -m venv` leaves an environment that has python but not pip.
 $(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
 	  echo "efft-kernels needs Python 3.10 or newer, but '$(PYTHON)' is: $$($(PYTHON) --version 2>&1)" >&2; \
-	  echo "Name another one, for example: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	  echo "Select another Python, for example: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)

@@ -1,6 +1,8 @@
-"""The optional C++/CUDA extension; all metadata is in pyproject.toml.
+"""Build the optional compiled extension (C++ and CUDA) during installation; all metadata is in pyproject.toml.
 
-``EFFT_BUILD_EXT`` says what is built (efft_kernels/build.py): without the tools, and for a source distribution, the
+The environment variable ``EFFT_BUILD_EXT`` selects the targets of the extension: ``auto`` (the default), ``none``,
+``cpu`` or ``cuda``. efft_kernels/build.py documents these values and compiles the targets. With ``auto``, a target is
+left out if this machine lacks the tools to build it, or if its compilation fails. Without any target, the installed
 packages are pure Python.
 """
 
@@ -17,7 +19,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 
-# By its path: importing it from the package would import torch, which need not be there.
+# build.py is loaded by its path, because importing the package efft_kernels would import torch, which may be missing.
 spec = importlib.util.spec_from_file_location("efft_kernels_build", ROOT / "efft_kernels" / "build.py")
 assert spec is not None
 assert spec.loader is not None
@@ -31,7 +33,7 @@ TARGETS, SUMMARY = builder.plan(REQUEST) if BUILDING else ([], [])
 
 
 class WithSources(build_py):
-    """Ships csrc/ in the package, so that the extension can still be built where the wheel is installed."""
+    """Copy csrc/ into the package, so that ``python -m efft_kernels build`` can compile the extension later."""
 
     def run(self) -> None:
         super().run()
@@ -42,7 +44,7 @@ class WithSources(build_py):
 
 
 class Libraries(build_ext):
-    """The libraries, into the wheel; of an editable installation into the cache."""
+    """Compile the libraries into the wheel, or into the user's cache for an editable or in-place build."""
 
     def run(self) -> None:
         print("\n".join(SUMMARY))
@@ -52,7 +54,7 @@ class Libraries(build_ext):
             except builder.BuildError as error:
                 if REQUEST != "auto":
                     raise
-                TARGETS.remove(target)  # nobody asked for it, and everything works without
+                TARGETS.remove(target)  # "auto" does not require any target, and all features work without the library
                 print(f"{error}\nefft-kernels: going on without {target}; try again: python -m efft_kernels build")
 
     def _build(self, target: str) -> None:
@@ -73,7 +75,7 @@ class Libraries(build_ext):
 
 
 class AnyPython(bdist_wheel):
-    """One wheel for every Python 3: the libraries know nothing of Python, only of the platform."""
+    """Tag the wheel for every Python 3, because the libraries do not use Python and depend only on the platform."""
 
     def get_tag(self) -> tuple[str, str, str]:
         platform = super().get_tag()[2]

@@ -1,4 +1,7 @@
-"""Run one command of the benchmarks: ``python -m benchmarks COMMAND``; ``COMMAND --help`` explains the command."""
+"""Run one command of the benchmarks: ``python -m benchmarks COMMAND``.
+
+The option ``--help`` without a command lists the commands, and ``COMMAND --help`` explains one command.
+"""
 
 from __future__ import annotations
 
@@ -8,31 +11,35 @@ from collections.abc import Sequence
 
 from efft.hints import did_you_mean
 
-#: For each command, the module whose ``main(arguments)`` runs the command, and a one-line description.
+#: For each command, the module whose ``main(arguments)`` runs the command, and a one-line description. EFFT2 is the
+#: default variant of this library's method, in which the layers share the factors of their updates.
 COMMANDS = {
-    "ops": ("benchmarks.ops.run", "time one adapted layer: every backend, the naive form, the paper's form, LoRA ..."),
+    "ops": ("benchmarks.ops.run", "time one adapted linear layer: every backend, and other implementations"),
     "model": ("benchmarks.model.run", "time one training step of a model"),
-    "memory": ("benchmarks.memory", "memory saved for the backward pass, and peak memory of the process"),
-    "serve": ("benchmarks.serve", "inference with the base, adapted and merged models, and with 1 to 1000 adapters"),
-    "together": ("benchmarks.together", "a training step of several adapters at once, compared with one alone"),
-    "experts": ("benchmarks.experts", "a mixture of experts: low-rank products, LoRA of peft, dense updates"),
-    "quantized": ("benchmarks.quantized", "int8, fp8 and nf4 backbones: error, time, memory"),
-    "scaling": ("benchmarks.scaling", "how time grows with tokens and rank"),
-    "subspaces": ("efft_lab.studies.subspaces", "how much of a full fine-tuning update shared factors can express"),
-    "starts": ("efft_lab.studies.starts", "EFFT2 initialized from the gradient or from the pretrained weights"),
+    "memory": ("benchmarks.memory", "measure the memory saved for the backward pass, and the peak memory"),
+    "serve": ("benchmarks.serve", "time inference with original, adapted and merged models, and with many adapters"),
+    "together": ("benchmarks.together", "time the training of several adapters in one pass, compared with one adapter"),
+    "experts": ("benchmarks.experts", "compare an adapted mixture of experts with LoRA of peft and with dense updates"),
+    "quantized": ("benchmarks.quantized", "measure error, time and memory with int8, fp8 and nf4 backbones"),
+    "scaling": ("benchmarks.scaling", "measure how time grows with tokens and rank"),
+    "subspaces": (
+        "efft_lab.studies.subspaces",
+        "measure how much of a full fine-tuning update shared factors can express",
+    ),
+    "starts": ("efft_lab.studies.starts", "study EFFT2 that starts from the gradient or from the pretrained weights"),
     "extras": (
         "efft_lab.studies.extras.command",
-        "what to train in addition to the shared factors, and at which rates",
+        "study which parameters to train in addition to the shared factors, and at which rates",
     ),
-    "text": ("efft_lab.studies.text", "EFFT2, LoRA and a linear probe on a text transformer"),
+    "text": ("efft_lab.studies.text", "compare EFFT2, LoRA and a linear probe on a text transformer"),
     "convolutions": (
         "efft_lab.studies.convolutions",
-        "EFFT2, LoRA, a linear probe and full fine-tuning on a convolutional network",
+        "compare EFFT2, LoRA, a linear probe and full fine-tuning on a convolutional network",
     ),
-    "kinds": ("benchmarks.kinds", "adapted attention and Conv1D layers, compared with LoRA and dense updates"),
-    "host": ("benchmarks.host", "dispatcher calls, Python calls and microseconds of one adapted layer on the host"),
-    "planning": ("benchmarks.planning", "how long planning takes on models of thousands of layers"),
-    "models": ("benchmarks.models", "which layers are adapted in every architecture of timm and transformers"),
+    "kinds": ("benchmarks.kinds", "compare adapted attention and Conv1D layers with LoRA and with dense updates"),
+    "host": ("benchmarks.host", "count dispatcher calls, Python calls and microseconds of one layer on the host"),
+    "planning": ("benchmarks.planning", "time efft.inspect for models with thousands of layers"),
+    "models": ("benchmarks.models", "find the adapted layers of every architecture of timm and transformers"),
     "steps": ("benchmarks.steps", "predict the gain of each planned change to the cuda backend; measures nothing"),
     "compare": ("benchmarks.compare", "find slowdowns between two result files or two revisions"),
     "plot": ("benchmarks.plots", "draw pictures from result files"),
@@ -42,7 +49,11 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit code: 0 for success, 1 for a slowdown, 2 for an invalid command line."""
+    """Run one command and return the exit code.
+
+    The code is 0 for success, 1 if ``compare`` finds a slowdown or a job of ``gpu`` fails, and 2 if the command line is
+    invalid or the command raises ``ValueError``.
+    """
     name, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help"):
         lines = [f"  {command:<13}{text}" for command, (_, text) in COMMANDS.items()]

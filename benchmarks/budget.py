@@ -1,9 +1,10 @@
 """Check the numerical accuracy of a row before it is timed.
 
-A row is one implementation in a comparison. A row that computes a wrong result, or a less accurate one than the budget
-allows, is not timed. The check runs on the inputs of the timing. It compares y and every gradient with the dense
-formula in fp64. The errors are divided by the errors of the plain formula in the precision of the row. The update in
-these inputs is as large as the frozen product, so that an error in the update is visible in y.
+A row is one implementation of an adapted linear layer. The check and the timing use the same inputs. The check compares
+y and every gradient with the results of the dense formula in fp64. The plain formula, x Wᵀ + b + (x D) G computed by
+autograd in the precision of the row, has errors as well. The budget allows each error of the row to be at most twice
+the error of the plain formula. A row that exceeds the budget is not timed. In these inputs the update D G is as large
+as the frozen weight W, so that an error in the update is visible in y.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class Budget:
     def errors(self, row: LayerRow, results: dict[str, Tensor]) -> dict[str, float]:
         """Return the error (Frobenius norm) of each result, divided by the error of the plain formula.
 
-        If rounding the exact result causes a larger error, the divisor is the rounding error.
+        If rounding the exact result to its dtype can cause a larger error than the plain formula has, the divisor is
+        this rounding error.
 
         Raises:
             ValueError: a result is missing, unexpected, or has a wrong shape or dtype.
@@ -44,7 +46,7 @@ class Budget:
         expected = self._exact[row.adapts]
         owed = {"y", "dx", *(("dD", "dG") if row.trains else ())}
         if set(results) != owed:
-            raise ValueError(f"gives {', '.join(sorted(results))} instead of {', '.join(sorted(owed))}")
+            raise ValueError(f"returns {', '.join(sorted(results))} instead of {', '.join(sorted(owed))}")
         found = {}
         for name, got in results.items():
             if got.shape != expected[name].shape or got.dtype != self._dtypes[name]:
@@ -69,16 +71,16 @@ class Budget:
 
 
 def verdict(row: LayerRow, inputs: Inputs) -> str | None:
-    """Return None if ``row`` computes correct results on ``inputs``, or a description of the error."""
+    """Return None if the results of ``row`` on ``inputs`` are within the budget, or a description of the violation."""
     return Budget(inputs).verdict(row, row.build(inputs).results())
 
 
 def small_update_error(row: LayerRow, inputs: Inputs) -> float:
-    """Return the error of y for a small update, as early in training: |D G| is a hundredth of |W|.
+    """Return the error of y for a small update, divided by the error of the plain formula.
 
-    The result is a multiple of the plain formula's error. The frozen product cancels in the inputs, which are x = [u,
-    u] and W = [M, -M], so that y consists of the update only. A row that rounds W + dW loses accuracy here, although
-    y as a whole would not show the loss.
+    As in early training, |D G| is only a hundredth of |W|. The inputs are x = [u, u] and W = [M, -M]. The frozen
+    product x Wᵀ is then zero, and y consists only of the update. A row that rounds W + dW to the dtype of W has a large
+    error here. With other inputs the frozen product would hide this error.
     """
     half = inputs.W.shape[1] // 2
     u, M = inputs.x[:, :half], inputs.W[:, :half]
@@ -91,7 +93,10 @@ def small_update_error(row: LayerRow, inputs: Inputs) -> float:
 
 
 def exact(inputs: Inputs, adapts: bool = True) -> dict[str, Tensor]:
-    """Return y, dx, dD and dG in fp64, computed from the dense weight; if ``adapts`` is False, return only y and dx."""
+    """Return y, dx, dD and dG in fp64, computed from the dense weight W + (D G)ᵀ.
+
+    If ``adapts`` is False, the weight is W, and only y and dx are returned.
+    """
     x, W, D, G, gy = (t.double() for t in (inputs.x, inputs.W, inputs.D, inputs.G, inputs.gy))
     weight = W + (D @ G).t() if adapts else W
     found = {"y": F.linear(x, weight, None if inputs.b is None else inputs.b.double()), "dx": gy @ weight}

@@ -3,13 +3,18 @@
     python -m benchmarks compare before/ops.jsonl after/ops.jsonl
     python -m benchmarks compare --revisions main HEAD -- --quick --rows efft:eager
 
-The command compares ratios to the frozen baseline if the result lines have them, and seconds otherwise. If several
-lines of a file describe the same measurement (the fields in ``record.IDENTITY`` are equal), the last line counts. A
-change is significant if the ranges from the 20 % to the 80 % quantile do not overlap and the medians differ by more
-than the threshold. With ``--revisions``, this checkout's ``ops`` command measures one revision after the other, with
-the options that follow ``--``.
+The frozen baseline (the row "floor") is the layer or model without an update. The command compares the ratios to the
+frozen baseline if the result lines have them. Otherwise, and for the frozen baseline itself, it compares seconds. Two
+lines describe the same measurement if their fields in ``efft_lab.record.IDENTITY`` are equal. If a file contains a
+measurement several times, its last line counts. Measurements that are only in one file are not compared; the command
+lists those of the first file.
 
-The exit code is 1 if a measurement became slower or is missing in the second file.
+A change is significant if the ranges from the 20 % to the 80 % quantile do not overlap and the medians differ by more
+than the threshold. The exit code is 1 if a measurement became significantly slower. It is also 1 if a measurement was
+lost: both files contain it, but only the first file has times for it.
+
+With ``--revisions``, the command ``ops`` of this checkout measures the library of one revision after the other, with
+the options that follow ``--``.
 """
 
 from __future__ import annotations
@@ -38,7 +43,10 @@ Line = dict[str, Any]
 class Change:
     """Describe a significant change of one measurement.
 
-    ``factor`` is the median after the change divided by the median before, or None if the second file has no times.
+    Attributes:
+        what: the values of the fields that identify the measurement, and the phase.
+        factor: the median of the second file divided by the median of the first, or None if the second has no times.
+        reason: why the second file has no times, otherwise empty.
     """
 
     what: str
@@ -56,14 +64,17 @@ class Change:
 
 
 def compare(before: Iterable[Line], after: Iterable[Line], threshold: float = THRESHOLD) -> list[Change]:
-    """Return the significant changes in the order of ``after``; ignore measurements that only one side has."""
+    """Return the significant changes in the order of ``after``. Measurements that only one side contains are ignored.
+
+    A measurement that has times only in ``before`` is a change with the factor None.
+    """
     old = {_identity(line): line for line in before}
     changes = []
     for identity, new in {_identity(line): line for line in after}.items():
         was, now = _figures(old.get(identity, {})), _figures(new)
-        name = " ".join(str(value) for _, value in identity)
+        name = _name(identity)
         if was and not now:
-            changes.append(Change(name, None, new.get("reason") or "no figures"))
+            changes.append(Change(name, None, new.get("reason") or "no times"))
         for phase in was.keys() & now.keys():
             factor = now[phase]["p50"] / was[phase]["p50"]
             apart = now[phase]["p20"] > was[phase]["p80"] or now[phase]["p80"] < was[phase]["p20"]
@@ -73,7 +84,7 @@ def compare(before: Iterable[Line], after: Iterable[Line], threshold: float = TH
 
 
 def report(changes: Sequence[Change], compared: int) -> str:
-    """Return a text that counts the changes and lists them, the largest slowdown first."""
+    """Return a text that counts the changes and lists them: first the lost measurements, then by decreasing factor."""
     slower = sum(change.slower for change in changes)
     head = f"{compared} lines compared: {slower} slower or lost, {len(changes) - slower} faster"
     ordered = sorted(changes, key=lambda change: -(change.factor or float("inf")))
@@ -81,12 +92,22 @@ def report(changes: Sequence[Change], compared: int) -> str:
 
 
 def common(before: Iterable[Line], after: Iterable[Line]) -> int:
-    """Return the number of measurements that both sides have."""
+    """Return the number of measurements that have times in ``before`` and a line in ``after``."""
     return len({_identity(line) for line in before if _figures(line)} & {_identity(line) for line in after})
 
 
+def missing(before: Iterable[Line], after: Iterable[Line]) -> list[str]:
+    """Return the names of the measurements that have times in ``before`` and no line in ``after``."""
+    present = {_identity(line) for line in after}
+    names = (_name(_identity(line)) for line in before if _figures(line) and _identity(line) not in present)
+    return list(dict.fromkeys(names))
+
+
 def measure_revision(revision: str, arguments: Sequence[str]) -> list[Line]:
-    """Check out ``revision`` into a temporary worktree and return the result lines of ``ops`` with that library."""
+    """Measure the library of ``revision`` with this checkout's command ``ops`` and return the result lines.
+
+    The revision is checked out into a temporary worktree, into which the benchmarks of this checkout are copied.
+    """
     with _worktree(revision) as tree:
         shutil.rmtree(tree / "benchmarks", ignore_errors=True)
         shutil.copytree(ROOT / "benchmarks", tree / "benchmarks", ignore=shutil.ignore_patterns("results"))
@@ -115,8 +136,16 @@ def _identity(line: Line) -> tuple[tuple[str, Any], ...]:
     return tuple((key, line[key]) for key in IDENTITY if line.get(key) not in (None, False))
 
 
+def _name(identity: tuple[tuple[str, Any], ...]) -> str:
+    return " ".join(str(value) for _, value in identity)
+
+
 def _figures(line: Line) -> dict[str, dict[str, float]]:
-    """Return the quantiles by phase: of the ratios if the line has them, else of the seconds, else an empty dict."""
+    """Return the quantiles to compare, by phase, or an empty dict if the line has no times.
+
+    These are the ratios, or the seconds if the line has no ratios or belongs to the frozen baseline. If the measurement
+    has no phases, the only key is "".
+    """
     found = line.get("seconds") if line.get("row") == "floor" else line.get("ratio", line.get("seconds"))
     if not found:
         return {}
@@ -132,7 +161,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("after", help="a second result file, or a second revision")
     parser.add_argument("--revisions", action="store_true", help="treat both names as git revisions and measure them")
     parser.add_argument(
-        "--threshold", type=float, default=THRESHOLD, help="smallest relative change of a median that counts"
+        "--threshold",
+        type=float,
+        default=THRESHOLD,
+        help="smallest relative change of a median that counts (default: %(default)s)",
     )
     parser.add_argument("ops", nargs="*", help="options of the command ops, after --; only with --revisions")
     args = parser.parse_args(arguments)
@@ -145,9 +177,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         before, after = read(Path(args.before)), read(Path(args.after))
         machines = {line["machine"] for line in (*before, *after)}
         if len(machines) > 1:
-            print(f"these figures come from different machines: {'; '.join(sorted(machines))}")
+            print(f"these results come from different machines: {'; '.join(sorted(machines))}")
     changes = compare(before, after, args.threshold)
     print(report(changes, common(before, after)))
+    for name in missing(before, after):
+        print(f"only in the first file: {name}")
     return int(any(change.slower for change in changes))
 
 

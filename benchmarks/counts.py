@@ -1,8 +1,8 @@
 """Count FLOPs and bytes by formula, and measure the peak speed of the machine.
 
-The formulas count the work that the mathematics requires: y = x Wᵀ + b + (x D) G, and the gradients dx, dD and dG.
-Additional work of an implementation, such as building a dense update, does not count. The frozen baseline ("floor") is
-the frozen layer's forward pass and dx.
+The formulas count the work that the results require: y = x Wᵀ + b + h G with h = x D, and the gradients dx, dD and dG,
+for which dh = gy Gᵀ is computed. Additional work of an implementation, such as building a dense update, does not count.
+The frozen baseline ("floor") computes only y = x Wᵀ + b and dx = gy W.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from benchmarks.timing import time_rows
 
 @dataclass(frozen=True)
 class Work:
-    """Hold the minimum of floating-point operations (a multiply-add is two) and of bytes moved in device memory."""
+    """Hold the least possible number of floating-point operations and of bytes read from and written to memory.
+
+    A multiply-add counts as two operations.
+    """
 
     flops: int
     bytes: int
@@ -47,10 +50,12 @@ class Sizes:
         return _of_phase(phase, forward, backward)
 
     def delta(self, phase: str) -> Work:
-        """Return the additional work of the low-rank update: h and h G forward; dh, dh Dᵀ, dD and dG backward.
+        """Return the additional work of the low-rank update.
 
-        Factors are fp32. The backward pass reads x once more to compute dD. The formula assumes that y, gy and dx are
-        in fast memory when the update needs them.
+        The forward pass computes h and h G, and the backward pass computes dh, dh Dᵀ, dD and dG. The factors are in
+        fp32. The forward pass writes h, and the backward pass reads h. The backward pass also reads x, which dD needs
+        and the frozen layer does not. The formula assumes that y, gy and dx are still in fast memory when the
+        computation of the update needs them.
         """
         pair = 2 * self.tokens * self.rank * (self.d_in + self.d_out)
         h = self.tokens * self.rank * self.width
@@ -59,21 +64,28 @@ class Sizes:
         return _of_phase(phase, Work(pair, h + factors), Work(2 * pair, x + h + 2 * factors))
 
     def limit(self, phase: str) -> float:
-        """Return the lowest possible ratio to the baseline: all FLOPs divided by the baseline's, at equal speed."""
+        """Return the arithmetic limit: all FLOPs divided by the baseline's FLOPs.
+
+        At equal FLOP/s, this is the lowest possible ratio of the layer's time to the baseline's time.
+        """
         floor = self.floor(phase).flops
         return (floor + self.delta(phase).flops) / floor
 
 
 @dataclass(frozen=True)
 class Peaks:
-    """Hold the peak speeds of the machine, measured in one large matrix product and one large copy (read and write)."""
+    """Hold the measured peak speeds of the machine.
+
+    ``flops_per_s`` is the speed of a large matrix product. ``bytes_per_s`` is the speed of a large copy, in which both
+    reads and writes count.
+    """
 
     flops_per_s: float
     bytes_per_s: float
 
 
 def measure_peaks(device: torch.device | str, dtype: torch.dtype, seconds: float = 0.5) -> Peaks:
-    """Return the fastest of repeated square matrix products and of repeated copies, measured for ``seconds`` each."""
+    """Repeat a square matrix product and a copy for ``seconds`` each, and return the speeds of the fastest ones."""
     cuda = torch.device(device).type == "cuda"
     n, length = (8192, 2**29) if cuda else (1024, 2**26)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))

@@ -3,14 +3,20 @@
     python -m benchmarks experts --quick
     python -m benchmarks experts --model qwen3_30b --device cuda --dtype bfloat16
 
-The module is transformers' Mixtral module, with random weights, a random router, and the sizes of several models. Each
-row of the result is one implementation. All rows update both parameters at the same rank: with this library, with LoRA
-of ``peft`` (``target_parameters``), or with this library's factors as dense effective weights. The row "floor" is the
-frozen module, the baseline of all ratios.
+The module is the class ``MixtralExperts`` of transformers, with the sizes of several models. Its weights and the
+selection of experts are random. A row is one implementation. Each of the following rows gives both parameters of the
+module (``gate_up_proj`` and ``down_proj``) an update of the same rank:
 
-A row is timed only if its output and all its gradients are accurate. Their errors against fp64 are compared with those
-of dense effective weights in the same precision. If a row fails, its line contains the reason and no times. ``saved``
-is the memory that a forward pass saves for the backward pass, and ``trained`` is the number of trained parameters.
+- ``efft``: this library.
+- ``lora:peft``: LoRA of ``peft``, with its option ``target_parameters``.
+- ``dense``: the factors of this library, from which the dense weights W + dW are built in every pass.
+
+The row ``floor`` is the frozen module without an update. Ratios divide the time of a row by the time of this baseline.
+
+A row is timed only if its output and all its gradients are accurate: their errors against fp64 may be at most twice
+those of dense weights in the same precision. If a row fails, its line contains the reason and no times. In the table,
+"saved" is the memory that a forward pass saves for the backward pass, and "trained" is the number of trained
+parameters.
 """
 
 from __future__ import annotations
@@ -30,7 +36,8 @@ from efft.adapting.experts import adapt_experts
 from efft_kernels import Site, TTFactors
 from efft_lab.record import append, machine_facts
 
-#: Width, inner width, number of experts, and number of experts per token.
+#: For each model, the width of a token, the inner width of an expert, the number of experts, and the number of experts
+#: that process each token.
 MODELS = {
     "tiny": (64, 32, 4, 2),
     "granite_1b": (1024, 512, 32, 8),
@@ -52,7 +59,7 @@ class Case:
     device: str = "cpu"
 
     def inputs(self) -> Inputs:
-        """Return random weights, random tokens and the selection of a random router."""
+        """Return random weights, random tokens and a random selection of experts for each token."""
         d, inner, n_experts, k = MODELS[self.model]
         like: dict[str, Any] = {"device": self.device, "dtype": getattr(torch, self.dtype)}
         torch.manual_seed(0)
@@ -65,17 +72,29 @@ class Case:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Hold the inputs that all rows of a case share."""
+    """Hold the inputs that all rows of a case share. d is the width of a token, and k the number of experts per token.
+
+    Attributes:
+        case: the case.
+        stored: the frozen weights, by the name of the parameter. Each has the shape [experts, d_out, d_in].
+        x: the tokens. Shape [tokens, d].
+        chosen: the indices of the selected experts. Shape [tokens, k].
+        weights: the weights with which the outputs of the selected experts are added. Shape [tokens, k].
+        gy: the gradient with respect to the output. Shape [tokens, d].
+    """
 
     case: Case
-    stored: dict[str, Tensor]  # [experts, d_out, d_in] each
-    x: Tensor  # [tokens, d]
-    chosen: Tensor  # [tokens, k]
-    weights: Tensor  # [tokens, k]
-    gy: Tensor  # [tokens, d]
+    stored: dict[str, Tensor]
+    x: Tensor
+    chosen: Tensor
+    weights: Tensor
+    gy: Tensor
 
     def module(self, implementation: str = "grouped_mm") -> nn.Module:
-        """Return the frozen module, which shares the weights instead of copying them."""
+        """Return a frozen module that shares the weights in ``stored``.
+
+        ``implementation`` is the name of the function in transformers that computes the experts, such as "eager".
+        """
         import transformers
         from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
@@ -95,9 +114,9 @@ class Trained:
 
     Attributes:
         inputs: the inputs of the case.
-        run: the module; its arguments are x, the selected experts and the router's weights.
+        run: function that computes y from x, the selected experts and their weights.
         factors: the trained tensors by name.
-        deltas: a function that computes the update of each parameter from the factors, differentiably and in any dtype.
+        deltas: differentiable function that computes the dense update of each parameter from the factors, in any dtype.
     """
 
     inputs: Inputs
@@ -118,12 +137,12 @@ class Trained:
         return torch.autograd.grad(self.forward(), self.leaves, self.inputs.gy)
 
     def results(self) -> dict[str, Tensor]:
-        """Return ``y`` and the gradients of x and of every factor."""
+        """Return ``y``, and the gradients with respect to x (``dx``) and every factor (``d`` and its name)."""
         y = self.forward()
         return self._named(y, torch.autograd.grad(y, self.leaves, self.inputs.gy))
 
     def densely(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Return the results of the module's own forward pass with dense updated weights, computed in ``dtype``."""
+        """Compute :meth:`results` in ``dtype`` with the forward pass of transformers and the dense weights W + dW."""
         leaves = [leaf.detach().to(dtype).requires_grad_() for leaf in self.leaves]
         deltas = self.deltas(dict(zip(self.factors, leaves[1:], strict=True)))
         sums = {name: weight.to(dtype) + deltas.get(name, 0) for name, weight in self.inputs.stored.items()}
@@ -172,7 +191,7 @@ def dense(inputs: Inputs) -> Trained:
 
 
 def lora(inputs: Inputs) -> Trained:
-    """Return a row with peft's LoRA on the same parameters; each expert has separate factors."""
+    """Return a row with LoRA of ``peft`` on the same parameters; each expert has separate factors."""
     import peft
 
     class Holder(nn.Module):
@@ -213,9 +232,10 @@ ROWS: dict[str, Callable[[Inputs], Trained]] = {"floor": floor, "efft": efft, "l
 
 
 def _bank(inputs: Inputs) -> tuple[TTFactors, dict[str, Site]]:
-    """Return a tensor train for both parameters, with one core per matrix and |dW| about as large as |W|.
+    """Return the factors that both parameters share, and for each parameter the site that names its cores.
 
-    All calls return equal values.
+    Each expert has one core per matrix: two for ``gate_up_proj``, which joins two matrices, and one for ``down_proj``.
+    |dW| is about as large as |W|. All calls return equal values.
     """
     d, inner, n, _ = MODELS[inputs.case.model]
     bank = TTFactors(d, inner, inputs.case.rank, n_cores=3 * n, device=inputs.case.device)
@@ -238,7 +258,7 @@ def _of_bank(bank: TTFactors, sites: dict[str, Site]) -> Callable[[dict[str, Ten
 
 
 def measure(case: Case, names: Sequence[str], repeats: int) -> list[dict[str, Any]]:
-    """Return one line of the result file per row."""
+    """Measure the named rows and return one line of the result file per row."""
     inputs, common = case.inputs(), {**machine_facts(), "suite": "experts", **asdict(case)}
     return gated.measure({name: partial(ROWS[name], inputs) for name in names}, common, repeats, case.device)
 

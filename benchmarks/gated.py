@@ -1,7 +1,7 @@
-"""Check the accuracy of rows and time those that pass, for the benchmarks of single layers that train factors.
+"""Check the accuracy of rows, and time the rows that pass the check, for the commands ``experts`` and ``kinds``.
 
-A row is one implementation in a comparison. The row "floor" is the frozen baseline: the forward pass and dx of the
-layer without an update. All times are also reported as ratios to the baseline.
+A row is one implementation of an adapted layer. The row "floor" is the frozen baseline: the forward pass and dx of the
+layer without an update. The results contain all times also as ratios to the baseline.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from efft_lab.record import quantiles
 
 
 class GatedRow(Protocol):
-    """Describe the methods that a row needs to be measured."""
+    """Define what :func:`measure` needs from a row: the input ``x`` and the following methods."""
 
     x: Tensor
 
@@ -40,9 +40,10 @@ class GatedRow(Protocol):
 def error_multiples(
     got: Mapping[str, Tensor], exact: Mapping[str, Tensor], plain: Mapping[str, Tensor]
 ) -> dict[str, float]:
-    """Divide the error of each result in ``got`` by the larger of the error of ``plain`` and rounding.
+    """Divide the error of each result in ``got`` by the error of the same result in ``plain``.
 
-    All errors are measured against ``exact``. "Rounding" is the error of rounding the exact result to its dtype.
+    An error is the norm of the difference from ``exact``, which holds fp64 results. If rounding the exact result to the
+    dtype of ``got`` can cause a larger error than ``plain`` has, the divisor is this rounding error.
     """
     found = {}
     for name, value in exact.items():
@@ -57,7 +58,8 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Measure every row and return one line of a result file per row.
 
-    A line holds times, ratios to the baseline and memory in bytes, or the reason why the row was not timed.
+    A line holds the fields of ``common``, and times, ratios to the baseline and memory in bytes, or the ``reason`` why
+    the row was not timed. A row is timed only if its errors are at most ``budget.FACTOR`` times those of dense weights.
     """
     lines: dict[str, dict[str, Any]] = {}
     ready: dict[str, GatedRow] = {}

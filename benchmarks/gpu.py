@@ -3,9 +3,10 @@
     make bench-gpu BUDGET=480
     python -m benchmarks gpu --budget 300 --device cpu --quick   # try the command without a GPU, on tiny sizes
 
-The most important jobs run first. Each job is a process that may use at most its share of the budget, in seconds. At
-that limit the job and all its child processes are stopped. Jobs write their results as they go, so that a stopped job
-loses little. If a job fails, the next ones still run, and the exit code is 1.
+The most important jobs run first. Each job is a process with a time limit, which is a share of the budget in seconds.
+At this limit the job and all its child processes are stopped. Most jobs write results after each setting, so that a
+stopped job loses little. If a job fails, the next jobs still run, and the exit code is 1. A job that is stopped or not
+started does not count as a failure.
 """
 
 from __future__ import annotations
@@ -28,7 +29,14 @@ ROOT = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Job:
-    """Describe a Python command, its maximum share of the budget, and the exit codes that mean success."""
+    """Describe one job.
+
+    Attributes:
+        name: name of the job in the printed report.
+        arguments: arguments of the Python interpreter.
+        share: the part of the budget that the job may use at most, between 0 and 1.
+        fine: exit codes that mean success.
+    """
 
     name: str
     arguments: tuple[str, ...]
@@ -37,13 +45,19 @@ class Job:
 
 
 def jobs(device: str, quick: bool, results: Path | None) -> list[Job]:
-    """Return the jobs, the most important one first."""
+    """Return the jobs, the most important one first.
+
+    Args:
+        device: ``cuda`` or ``cpu``.
+        quick: whether the benchmarks use tiny sizes.
+        results: folder for the result files, or None for the folder of this checkout.
+    """
     to = ("--device", device, *(() if results is None else ("--results", str(results))))
 
     def bench(name: str, share: float, command: str) -> Job:
         return Job(name, ("-m", "benchmarks", *command.split(), *to), share)
 
-    # The tests spend most of their time in Triton's compiler, so they run in parallel if pytest-xdist is installed.
+    # The tests spend most of their time in Triton's compiler. Therefore they run in parallel if pytest-xdist exists.
     several = ("-n", "auto") if importlib.util.find_spec("xdist") else ()
     first = [
         Job("compiled extension", ("-m", "efft_kernels", "build"), 0.4),
@@ -86,13 +100,17 @@ def jobs(device: str, quick: bool, results: Path | None) -> list[Job]:
     ]
 
 
-#: The rows of the command ``serve``, except those that need a CPU or take long to fill.
+#: Option that selects rows of the command ``serve``. It leaves out the backends reference and cpu, and large pools of
+#: adapters, which take long to fill.
 _SERVED = "--rows base efft:eager efft:triton efft:cuda merged peft pool:1 pool:10"
 _OTHERS = "vit_l vit_h swin_b.1 swin_b.2 swin_b.3 swin_b.4"
 
 
 def _choice(results: Path | None) -> Job:
-    """Return the job that measures which backend ``auto`` should choose for the layers of ViT-B."""
+    """Return the job that measures which backend ``auto`` should choose for the layers of ViT-B.
+
+    The job writes its measurements to ``choice.json`` in the folder of the results.
+    """
     table = (ROOT / "benchmarks" / "results" if results is None else results) / "choice.json"
     sizes = "--tokens 1576 12608 --d-in 768 3072 --d-out 768 2304 3072 --rank 16 32 64"
     ops = "--op tt_linear tt_gelu_linear tt_norm_linear"
@@ -100,7 +118,10 @@ def _choice(results: Path | None) -> Job:
 
 
 def run_all(todo: Sequence[Job], budget: float) -> dict[str, str]:
-    """Run the jobs in turn within ``budget`` seconds and return each outcome: "done", a failure, or the time limit."""
+    """Run the jobs in turn within ``budget`` seconds and return a text about the outcome of each, by name.
+
+    The text starts with "done", "failed", "stopped" or "not started".
+    """
     end = time.monotonic() + budget
     outcomes: dict[str, str] = {}
     for job in todo:

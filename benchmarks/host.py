@@ -2,24 +2,28 @@
 
     python -m benchmarks host
 
-If a GPU finishes a layer faster than the host can launch the next one, the GPU waits for the host. This command
-therefore measures the host and not the arithmetic. The model is a chain of linear layers that are so small that their
-products take almost no time. A row is one way to adapt the chain. Each row runs in four modes:
+The host is the CPU that launches the operations. If a GPU finishes a layer faster than the host can launch the next
+one, the GPU waits for the host. This command therefore measures the host and not the arithmetic. The model is a chain
+of linear layers that are so small that their products take almost no time. A row is one way to adapt the chain; the row
+``linear`` is the frozen chain. Each row runs in four modes:
 
-- ``forward``: a forward pass that records a graph, in training mode.
+- ``forward``: a forward pass in training mode, which records an autograd graph.
 - ``forward_backward``: the same pass, followed by its backward pass.
 - ``evaluation``: a forward pass in eval mode under ``torch.no_grad()``.
 - ``inference``: a forward pass in eval mode under ``torch.inference_mode()``.
 
 Each count is taken with two depths of the chain. The difference, divided by the number of additional layers, is the
-count per layer. What is left after the layers are subtracted is the count per pass, which is the same for every depth.
-Counts of calls are exact and equal on every machine. A dispatcher call is a call of an operator of torch or of this
-library, whether Python or another operator makes it. ``resolve_conj`` is not counted, because only torch's products on
-the CPU call it. A Python call is a call, from Python, of a Python function or of a C function. Microseconds are the
-best of many repetitions, in which all rows take turns.
+count per layer. The rest, which does not depend on the depth, is the count per pass. Counts of calls do not vary
+between machines that have the same versions of Python and its packages.
 
-The row ``efft:triton`` runs on the CPU with kernels that do nothing, and does not include Triton's own launcher. The
-row ``efft:cuda`` runs on the meta device, and counts only dispatcher calls outside of the operators of the backend.
+- A dispatcher call is a call of an operator of torch or of this library, from Python or from another operator.
+  ``resolve_conj`` is not counted, because only torch's products on the CPU call it.
+- A Python call is a call, from Python, of a Python function or of a C function.
+- Microseconds are the best of many repetitions. Every repetition runs all rows.
+
+The row ``efft:triton`` runs on the CPU with kernels that do nothing, and its counts do not include Triton's launcher.
+The row ``efft:cuda`` runs on the meta device. Only its dispatcher calls are counted, without those inside of this
+library's operators.
 """
 
 from __future__ import annotations
@@ -43,7 +47,7 @@ from efft_lab.record import append, machine_facts
 
 #: Sizes of the chain: width of the layers, rank of the update, and shape of the activations.
 WIDTH, RANK, LEADING = 64, 16, (2, 8)
-#: The two depths, in layers.
+#: The two depths of the chain, in layers.
 DEPTHS = (4, 12)
 MODES = ("forward", "forward_backward", "evaluation", "inference")
 
@@ -84,7 +88,7 @@ class HostRow:
         adapt: adapts the chain in place and returns the model to run.
         backend: the backend of this library's ops, or None if the row does not use them.
         device: the device of all tensors.
-        around: returns a context in which the row must run.
+        around: function that returns the context in which the row must run.
     """
 
     adapt: Callable[[nn.Module], nn.Module]
@@ -119,7 +123,7 @@ class _Unlaunched:
 
 @contextmanager
 def without_launches() -> Iterator[None]:
-    """Make the backend ``triton`` accept CPU tensors and launch nothing. Its results are then undefined."""
+    """Make the backend ``triton`` accept CPU tensors and launch no kernels. Its results are then undefined."""
     from efft_kernels.triton import lowrank_gemm, reduce_tokens, tt_contract
 
     with mock.patch.object(backends, "_INTERPRETED", True):
@@ -139,7 +143,10 @@ def without_launches() -> Iterator[None]:
 
 
 def _with_schemas_of_cuda() -> AbstractContextManager[object]:
-    """Let the backend ``cuda`` run on meta tensors without its library, because only its schemas are needed."""
+    """Return a context in which the backend ``cuda`` runs on meta tensors without its compiled library.
+
+    On the meta device only the schemas of its operators are needed.
+    """
     return mock.patch.dict(backends.MISSING, cuda=None)
 
 
@@ -177,7 +184,7 @@ def pass_of(row: HostRow, mode: str, dtype: str, depth: int) -> Callable[[], Non
 def dispatcher_calls(run: Callable[[], None], outside_of_ops: bool = False) -> int:
     """Return the number of operator calls in one run of ``run``, after one run that is not counted.
 
-    With ``outside_of_ops``, exclude the calls that operators of this library make.
+    With ``outside_of_ops``, the calls that operators of this library make are not counted.
     """
     run()
     with torch.autograd.profiler.profile() as profile:

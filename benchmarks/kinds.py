@@ -1,12 +1,19 @@
-"""Measure adapted layers other than linear layers: attention with packed projections, and transformers' Conv1D.
+"""Measure adapted layers that are not linear layers: attention with packed projections, and transformers' Conv1D.
 
     python -m benchmarks kinds --kind attention conv1d
 
-The command times a forward and backward pass of one module in which all weights have an update of the same rank. Each
-row is one implementation: this library, LoRA of ``peft``, or this library's factors as dense effective weights. The row
-"floor" is the frozen module, the baseline of all ratios. A row is timed only if its output and gradients, compared with
-fp64, are as accurate as those of dense weights in the same precision. ``saved`` is the memory that a forward pass saves
-for the backward pass.
+The command times a forward and backward pass of one module. A row is one implementation. Each of the following rows
+gives all weights of the module an update of the same rank:
+
+- ``efft``: this library.
+- ``lora:peft``: LoRA of ``peft``.
+- ``dense``: the factors of this library, from which the dense weights W + dW are built in every pass.
+
+The row ``floor`` is the frozen module without an update. Ratios divide the time of a row by the time of this baseline.
+
+A row is timed only if its errors against fp64 are at most twice those of dense weights in the same precision. The check
+covers the output and all gradients; for ``lora:peft`` it covers only y and dx. In the table, "saved" is the memory that
+a forward pass saves for the backward pass.
 """
 
 from __future__ import annotations
@@ -27,7 +34,7 @@ from efft_lab.record import append, machine_facts
 
 
 class Attention(nn.Module):
-    """Compute self-attention with torch's own module, at the size of ViT-B."""
+    """Compute self-attention with torch's module, whose query, key and value weights are packed in one parameter."""
 
     targets = ("layer.in_proj_weight", "layer.out_proj")
 
@@ -80,7 +87,7 @@ class Case:
         return module.to(self.device, getattr(torch, self.dtype)).requires_grad_(False)
 
     def inputs(self) -> tuple[Tensor, Tensor]:
-        """Return x and the gradient with respect to y."""
+        """Return random x [batch, tokens, width] and a random gradient with respect to y."""
         torch.manual_seed(1)
         like: dict[str, Any] = {"device": self.device, "dtype": getattr(torch, self.dtype)}
         x = torch.randn(self.batch, self.tokens, self.width, **like)
@@ -95,8 +102,10 @@ class Trained:
     Attributes:
         model: the module or function that computes y from x.
         factors: the trained tensors.
-        exact: y, dx and, if they can be compared, the gradients of the factors, computed in fp64 from dense weights.
-        plain: the same results, computed in the precision of the row.
+        x: the input. Shape [batch, tokens, width].
+        gy: the gradient with respect to y.
+        exact: the results of dense weights in fp64: y, dx and, except for ``floor`` and LoRA, the factors' gradients.
+        plain: the results of dense weights in the precision of the row.
     """
 
     model: Callable[[Tensor], Tensor]
@@ -158,7 +167,10 @@ def _adapted(case: Case) -> nn.Module:
 
 
 def _densely(case: Case, adapted: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Return a function that applies the plain module with W + dW; each call builds the weights in the dtype of x."""
+    """Return a function that computes the plain module with the weights W + dW.
+
+    Each call builds these weights from the factors of ``adapted``, in the dtype of x.
+    """
     plain = case.module()
     updates = efft.adapted_layers(adapted)
 
@@ -197,13 +209,13 @@ def adapted(case: Case) -> Trained:
 
 
 def dense(case: Case) -> Trained:
-    """Return a row that uses the same factors as dense effective weights, under autograd."""
+    """Return a row that builds the dense weights W + dW from the same factors, under autograd."""
     model = _adapted(case)
     return _of_factors(case, model, _densely(case, model))
 
 
 def lora(case: Case) -> Trained:
-    """Return a row with peft's LoRA on the same module, at the same rank."""
+    """Return a row with LoRA of ``peft`` on the same module, at the same rank."""
     import peft
 
     model: Any = peft.get_peft_model(

@@ -2,13 +2,15 @@
 
     python -m benchmarks memory --quick
 
-A row is one implementation in the comparison, and every row runs in a new process. The command records three numbers:
+The command measures single layers (``--level layer``) and complete models (``--level model``). A row is one
+implementation in the comparison, and every row runs in a new process. The command records three numbers per row:
 
-- saved: the bytes of the storages that autograd saves between the forward and the backward pass, each counted once.
-  Storages that exist before the forward pass (weights, factors) do not count. The copies of the weights
-  that autocast makes do count, and so does the input of a single layer, but not the images of a model.
-- peak: the most memory (CPU: ``VmHWM``) or allocations (CUDA) that the process used up to the end of the second step.
-- before: the memory in use when the model was ready.
+- saved: the bytes of the storages that autograd saves between the forward and the backward pass. Each storage counts
+  once. Storages that exist before the forward pass, such as weights and factors, do not count. There is one exception:
+  the input of a single layer counts, but the images of a model do not. Copies of weights that autocast makes count.
+- peak: the largest memory of the process up to the end of the second step. On a CPU this is the resident memory
+  (``VmHWM``), and on a GPU the memory that torch has allocated.
+- before: the memory in use after the model is created and before the first step.
 """
 
 from __future__ import annotations
@@ -37,10 +39,10 @@ ROOT = Path(__file__).parents[1]
 
 
 def saved_for_backward(forward: Callable[[], object], inputs: Iterable[Tensor] = ()) -> int:
-    """Return the bytes that autograd saves in ``forward``; count each storage once and only if ``forward`` made it.
+    """Return the bytes of the storages that autograd saves in ``forward``, without those that existed before.
 
-    The function runs ``forward`` twice and keeps both results. A storage that both graphs hold existed before and does
-    not count, unless it belongs to one of the ``inputs``.
+    The function runs ``forward`` twice and keeps both results. If both graphs hold a storage, it existed before the
+    calls. Such a storage counts only if it belongs to one of the ``inputs``. Each storage counts once.
     """
     first: dict[int, int] = {}
     second: dict[int, int] = {}
@@ -63,7 +65,7 @@ def _with_storages(forward: Callable[[], object], kept: dict[int, int]) -> objec
 def measure_layer(spec: dict[str, Any]) -> dict[str, Any]:
     """Measure one row for one layer.
 
-    ``spec`` has the fields of a :class:`benchmarks.ops.cases.Case`, and ``row`` and ``device``.
+    ``spec`` contains the fields of a :class:`benchmarks.ops.cases.Case`, the name of a row and a ``device``.
     """
     spec = dict(spec)
     row, device = layer_rows.ROWS[spec.pop("row")], spec.pop("device")
@@ -79,7 +81,7 @@ def measure_layer(spec: dict[str, Any]) -> dict[str, Any]:
 def measure_model(spec: dict[str, Any]) -> dict[str, Any]:
     """Measure one row for a complete model.
 
-    ``spec`` has the fields of a :class:`benchmarks.model.step.Setting`, and ``row``.
+    ``spec`` contains the fields of a :class:`benchmarks.model.step.Setting` and the name of a row.
     """
     spec = dict(spec)
     row, setting = model_rows.ROWS[spec.pop("row")], Setting(**spec)
@@ -99,7 +101,12 @@ def saved_by(row: model_rows.ModelRow, module: torch.nn.Module, setting: Setting
 
 
 def peak(step: Callable[[], object], device: str) -> dict[str, int]:
-    """Run two steps. Return the peak memory up to their end (``peak_bytes``) and the use before (``before_bytes``)."""
+    """Run two steps and return memory sizes in bytes.
+
+    ``before_bytes`` is the memory in use before the steps. ``peak_bytes`` is the largest memory up to their end. On a
+    CPU both are resident memory of the process, and the peak includes the time before the call. On a GPU both count the
+    memory that torch has allocated.
+    """
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -111,9 +118,9 @@ def peak(step: Callable[[], object], device: str) -> dict[str, int]:
 
 
 def _status(field: str) -> int:
-    """Return a memory field of this process's status, in bytes.
+    """Return a memory field of this process's status in Linux, in bytes.
 
-    ``getrusage`` is not used because it reports the parent's peak if that is larger.
+    ``getrusage`` would return the peak of the parent process if that peak is larger.
     """
     path = Path("/proc/self/status")
     if not path.exists():

@@ -2,16 +2,20 @@
 
     python -m benchmarks.model_roofline --tokens 12608 --ranks 16 32 64
 
-This module measures nothing. Its analytical model ranks designs before they exist, and its predictions appear next to
-measured ratios. ``roofline_gpu`` models the cost of one kernel. The model assumes that no data is in a cache and that
-atomic operations cost the bytes that they move. It ignores the host's launch cost. Expect errors of a few percent per
-product.
+A design is a way to compute an adapted layer with a sequence of kernels. This module measures nothing. Its analytical
+model compares designs before they are implemented, and its predictions appear next to measured ratios. The module
+``roofline_gpu`` predicts the time of one kernel. The model assumes that no data is in a cache, and that the cost of an
+atomic operation is that of the bytes that it moves. It ignores the time in which the host launches kernels. Expect
+errors of a few percent per product.
 
-Symbols: y = x Wᵀ + h G with h = x D, x [tokens, d_in], W [d_out, d_in], D [d_in, r], G [r, d_out]; bf16.
+An adapted layer computes y = x Wᵀ + h G with h = x D, where x is [tokens, d_in], W is [d_out, d_in], D is [d_in, r] and
+G is [r, d_out]. Layers share the factors U and V, and each weight matrix has a core C: D = U and G = C V. gy is the
+gradient with respect to y, and dh = gy Gᵀ. dx, dD, dG, dU, dC and dV are the gradients with respect to x, D, G, U, C
+and V. dW is the update U C V as a dense matrix, and s is its scale. Activations and weights are in bf16.
 
-A neighbor of a layer is the operation before or after it (LayerNorm, GELU or attention). "Ours" means that this library
-provides the kernel. The vendor is the author of the matrix-product library (cuBLAS). The row "floor" is the frozen
-baseline.
+The neighbors of a layer are the operations before and after it (LayerNorm, GELU or attention). "Our" kernels and
+products belong to this library. "Vendor" products are those of cuBLAS. The design "floor" is the frozen baseline, to
+which all ratios refer.
 """
 
 from __future__ import annotations
@@ -23,16 +27,20 @@ from dataclasses import dataclass
 from benchmarks.markdown import table
 from benchmarks.roofline_gpu import Machine
 
-#: The kernels of one pass: pairs of a name and a time in microseconds.
+#: The kernels of a forward pass or of a backward pass, as pairs of a name and a time in microseconds.
 Kernels = list[tuple[str, float]]
 
 
 @dataclass(frozen=True)
 class Layer:
-    """Describe a linear layer: its sizes, the number of fused matrices, and the neighbors that can be our kernels.
+    """Describe a linear layer and its neighbors.
 
-    ``front`` is the operation that computes x and receives dx: "norm", "gelu", or "" if it cannot be our kernel.
-    ``owns_gy`` says whether the operation that computes gy is our GELU kernel.
+    Attributes:
+        name: name of the layer.
+        d_in, d_out: sizes of the input and the output.
+        matrices: number of weight matrices that the layer joins, such as 3 for Q, K and V.
+        front: the operation that computes x and receives dx: "norm", "gelu", or "" if it cannot be our kernel.
+        owns_gy: whether our GELU kernel computes gy.
     """
 
     name: str
@@ -48,7 +56,7 @@ class Layer:
 
 
 def vit_block(width: int) -> tuple[Layer, ...]:
-    """Return the layers of a ViT block. Attention, which precedes layer O, is not our kernel."""
+    """Return the layers of a ViT block. Attention, which precedes the layer "o", is not our kernel."""
     return (
         Layer("qkv", width, 3 * width, matrices=3),
         Layer("o", width, width, front=""),
@@ -59,7 +67,10 @@ def vit_block(width: int) -> tuple[Layer, ...]:
 
 @dataclass(frozen=True)
 class Case:
-    """Predict one layer's costs at a number of tokens and a rank; the methods return kernels, bytes or microseconds."""
+    """Predict the costs of one layer for a number of tokens and a rank.
+
+    The methods return times in microseconds, except :meth:`reductions`, which returns kernels.
+    """
 
     machine: Machine
     layer: Layer
@@ -90,7 +101,7 @@ class Case:
     # The following methods describe kernels that several designs share.
     @property
     def tiny(self) -> float:
-        """Return the time of a kernel that reads and writes only small tensors, such as factors."""
+        """Return the time in microseconds of a kernel that reads and writes only small tensors, such as factors."""
         return self.machine.fixed + 0.5
 
     def forward(self, *, k_more: int = 0, relative: float = 1.0, tail: int = 0) -> float:
@@ -112,7 +123,10 @@ class Case:
         return self.machine.skinny(self.tokens, self.rank, self.layer.d_out)
 
     def h_before(self) -> float:
-        """Return the least time for h. If the kernel that computes x can be ours, that kernel also computes h."""
+        """Return the least additional time to compute h.
+
+        If our kernel computes x, it can also compute h. Then only the arithmetic and the bytes of h count.
+        """
         if not self.layer.owns_x:
             return self.h_alone()
         flops = 2 * self.tokens * self.layer.d_in * self.rank
@@ -127,45 +141,50 @@ class Case:
         return self.machine.memory(2 * self.x + self.h, 2 * self.tokens * self.layer.d_in * self.rank)
 
     def down_after(self) -> float:
-        """Return the time of dx += dh Dᵀ, computed in the kernel that reads dx if that kernel can be ours."""
+        """Return the least additional time of dx += dh Dᵀ.
+
+        If our kernel reads dx, it can also compute this sum. Then only the bytes of dh count.
+        """
         return 1e6 * self.h / self.machine.bandwidth if self.layer.owns_x else self.add_down()
 
     def neighbor(self, *, slope_in_epilogue: bool = False) -> float:
-        """Return the time of the LayerNorm or GELU before the layer.
+        """Return the time of the LayerNorm or GELU before the layer, or 0 if another operation precedes the layer.
 
-        Its forward pass reads its input and writes x, which has the same size. Its backward pass reads its input and
-        the gradient and writes one tensor. With ``slope_in_epilogue``, the product that computes dx also multiplies it
-        by the slope of a GELU, so that the backward pass costs only one more read.
+        The forward pass of this operation reads its input and writes x, which has the same size. The backward pass
+        reads the input and dx and writes a gradient. With ``slope_in_epilogue``, the product that computes dx also
+        multiplies dx by the derivative of a preceding GELU. The backward pass of the GELU then costs only one read.
         """
         inside = slope_in_epilogue and self.layer.front == "gelu"
         backward = 1e6 * self.x / self.machine.bandwidth if inside else self.machine.memory(3 * self.x)
         return self.layer.owns_x * (self.machine.memory(2 * self.x) + backward)
 
     def refresh(self) -> float:
-        """Return this layer's share of the time of the kernel that contracts all layers."""
+        """Return this layer's share of the time of the kernel that computes G = C V for all layers."""
         return 0.25 * self.machine.fixed
 
     def reductions(self) -> Kernels:
-        """Return the kernel that computes dG and dD in one pass without atomics, and the kernel of dC and dV."""
+        """Return a kernel that computes dG and dD without atomic operations, and a kernel that computes dC and dV."""
         sizes = self.layer.d_in + self.layer.d_out
         one_pass = self.machine.memory(self.y + self.x + 2 * self.h, 2 * self.tokens * self.rank * sizes)
         return [("dG, dD", one_pass), ("dC, dV", self.tiny)]
 
 
-#: Time of a column of h that a product computes, relative to a column of its tile. Like the defaults of Machine, it is
-#: a constant that benchmarks.steps fits.
+#: If a product also computes h: the time per column of h, relative to the time per column of y. benchmarks.steps fits
+#: this constant and the defaults of Machine to recorded medians.
 _BESIDE = 0.8
 
+#: A function that returns the kernels of the forward pass and those of the backward pass. Its docstring is the
+#: description in the printed table.
 Design = Callable[[Case], tuple[Kernels, Kernels]]
 
 
 def floor(c: Case) -> tuple[Kernels, Kernels]:
-    """frozen layer: forward pass and dx"""
+    """Run only the forward pass and dx of the frozen layer."""
     return [("x Wᵀ", c.forward())], [("gy W", c.dx())]
 
 
 def paper(c: Case) -> tuple[Kernels, Kernels]:
-    """the paper's code under autograd: x dW of each fused matrix, concatenated, scaled, added"""
+    """Compute x dW for every joined matrix, concatenate, scale and add under autograd, as the paper's code does."""
     m, d_in, each = c.machine, c.layer.d_in, c.layer.d_out // c.layer.matrices
     build = c.tiny + m.memory(2 * d_in * each)
     per_matrix: Kernels = [("build dW", build), ("x dW", m.product(c.tokens, each, d_in))]
@@ -182,7 +201,7 @@ def paper(c: Case) -> tuple[Kernels, Kernels]:
 
 
 def naive(c: Case) -> tuple[Kernels, Kernels]:
-    """x (W + dW)ᵀ under autograd: needs a gradient as large as W"""
+    """Compute x (W + dW)ᵀ under autograd, which needs a gradient as large as W."""
     m, layer = c.machine, c.layer
     forward = [("build dW", c.tiny + m.memory(c.w)), ("W + dW", m.memory(3 * c.w)), ("product", c.forward())]
     dense = m.product(layer.d_in, layer.d_out, c.tokens)
@@ -190,7 +209,7 @@ def naive(c: Case) -> tuple[Kernels, Kernels]:
 
 
 def chain(c: Case, *, compiled: bool = False) -> tuple[Kernels, Kernels]:
-    """base + s * (((x U) C) V) as in peft's adapters, under eager autograd"""
+    """Compute x Wᵀ + s (((x U) C) V) under eager autograd, as adapters of peft do."""
     m, h_alone, dh_alone = c.machine, c.h_alone(), c.dh_alone()
     scale: Kernels = [] if compiled else [("s *", m.memory(2 * c.y))]
     forward: Kernels = [("x Wᵀ", c.forward()), ("x U", h_alone), ("h C", m.memory(2 * c.h)), ("h V", dh_alone)]
@@ -200,12 +219,12 @@ def chain(c: Case, *, compiled: bool = False) -> tuple[Kernels, Kernels]:
 
 
 def compiled_chain(c: Case) -> tuple[Kernels, Kernels]:
-    """the same under torch.compile: scale and sum in one pass"""
+    """Compute x Wᵀ + s (((x U) C) V) under torch.compile, which scales and adds in one kernel."""
     return chain(c, compiled=True)
 
 
 def eager(c: Case) -> tuple[Kernels, Kernels]:
-    """our eager backend: hand-written backward pass with vendor products in place, h saved, dh computed once"""
+    """Run our eager backend: vendor products and sums in place; h is saved for the backward pass, dh computed once."""
     backward = [("gy Gᵀ", c.dh_alone()), ("gy W", c.dx()), ("dG", c.dh_alone()), ("dD", c.h_alone())]
     return [("x Wᵀ", c.forward()), ("x D", c.h_alone()), ("y += h G", c.add_up())], [
         *backward,
@@ -214,20 +233,20 @@ def eager(c: Case) -> tuple[Kernels, Kernels]:
 
 
 def addmm(c: Case) -> tuple[Kernels, Kernels]:
-    """as in Unsloth: no rank-r intermediates saved, gy Gᵀ computed twice, dC and dV in every layer"""
+    """Run like efft:eager, but compute h and dh twice, as Unsloth does, and dC and dV separately in every layer."""
     forward, backward = eager(c)
     again: Kernels = [("gy Gᵀ", c.dh_alone()), ("x D", c.h_alone()), ("dC, dV", 2 * c.tiny)]
     return forward, backward + again
 
 
 def augmented_dx(c: Case) -> tuple[Kernels, Kernels]:
-    """eager, but [dx, dh] = gy [W, Gᵀ] is one vendor product"""
+    """Run our eager backend with one vendor product for [dx, dh] = gy [W, Gᵀ]."""
     backward = [("gy [W, Gᵀ]", c.dx(n_more=c.rank)), ("dG", c.dh_alone()), ("dD", c.h_alone())]
     return eager(c)[0], [*backward, ("dx += dh Dᵀ", c.add_down())]
 
 
 def lorafusion(c: Case) -> tuple[Kernels, Kernels]:
-    """LoRAFusion's split without dropout: fused products; dh and dG by fp32 atomic operations"""
+    """Run the kernels of LoRAFusion without dropout: fused products; fp32 atomic operations sum dh and dG."""
     m, atomics = c.machine, 4 * (c.rank / 128) * c.y
     fused_forward, fused_dx = c.forward(relative=m.own, tail=c.rank), c.dx(relative=m.own, tail=c.rank)
     backward: Kernels = [("dh, dG", m.memory(c.y + atomics + 2 * c.h)), ("zero, cast", 4 * m.fixed)]
@@ -236,14 +255,14 @@ def lorafusion(c: Case) -> tuple[Kernels, Kernels]:
 
 
 def augmented(c: Case) -> tuple[Kernels, Kernels]:
-    """[x, h] [W, Gᵀ]ᵀ and gy [W, Gᵀ] as vendor products; neighbors compute h and add dh Dᵀ"""
+    """Compute [x, h] [W, Gᵀ]ᵀ and gy [W, Gᵀ] as vendor products; our neighbors compute h and add dh Dᵀ."""
     copy: Kernels = [] if c.layer.owns_x else [("copy x", c.machine.memory(2 * c.x))]
     forward = [("refresh G", c.refresh()), ("h", c.h_before()), *copy, ("[x, h] [W, Gᵀ]ᵀ", c.forward(k_more=c.rank))]
     return forward, [("gy [W, Gᵀ]", c.dx(n_more=c.rank)), *c.reductions(), ("dh Dᵀ", c.down_after())]
 
 
 def augmented_alone(c: Case) -> tuple[Kernels, Kernels]:
-    """the same without neighbors of ours: x is copied"""
+    """Compute the products of augmented, but copy x into [x, h], and use separate kernels for h and dh Dᵀ."""
     copy = c.machine.memory(2 * c.x)
     forward = [("refresh G", c.refresh()), ("x D", c.h_alone()), ("copy x", copy)]
     backward = [("gy [W, Gᵀ]", c.dx(n_more=c.rank)), *c.reductions(), ("dx += dh Dᵀ", c.add_down())]
@@ -251,7 +270,7 @@ def augmented_alone(c: Case) -> tuple[Kernels, Kernels]:
 
 
 def recompute(c: Case) -> tuple[Kernels, Kernels]:
-    """our own products, which recompute h (and dh) in the main loop of every tile"""
+    """Run our own products, which recompute h or dh in the main loop of every tile."""
     m = c.machine
     more = 1 + c.rank / (256 if c.rank <= 32 else 192)  # registers limit the columns of a tile
     products = (f(relative=m.own, tail=c.rank) for f in (c.forward, c.dx))
@@ -260,7 +279,7 @@ def recompute(c: Case) -> tuple[Kernels, Kernels]:
 
 
 def one_pass(c: Case) -> tuple[Kernels, Kernels]:
-    """dh, dG and dD in one pass over gy and x, followed by our own products"""
+    """Compute dh, dG and dD in one kernel that reads gy and x once, and then dx in our own product."""
     m, layer = c.machine, c.layer
     partial_sums = 4 * m.multiprocessors * c.rank * (layer.d_in + layer.d_out)
     flops = 2 * c.tokens * c.rank * (2 * layer.d_out + layer.d_in)
@@ -269,7 +288,7 @@ def one_pass(c: Case) -> tuple[Kernels, Kernels]:
 
 
 def triton(c: Case) -> tuple[Kernels, Kernels]:
-    """our triton backend for a single layer: separate kernels compute h and dh"""
+    """Run our triton backend on a single layer; separate kernels compute h and dh."""
     forward, dx = (f(relative=c.machine.own, tail=c.rank) for f in (c.forward, c.dx))
     return (
         [("refresh G", c.refresh()), ("x D", c.h_alone()), ("x Wᵀ + h G", forward)],
@@ -278,7 +297,7 @@ def triton(c: Case) -> tuple[Kernels, Kernels]:
 
 
 def fused_triton(c: Case) -> tuple[Kernels, Kernels]:
-    """the same after efft.fuse: one kernel computes x and h if a LayerNorm or GELU precedes the layer"""
+    """Run our triton backend after efft.fuse; the kernel of a preceding LayerNorm or GELU also computes h."""
     if not c.layer.owns_x:
         return triton(c)
     product = c.forward(relative=c.machine.own, tail=c.rank)
@@ -286,7 +305,7 @@ def fused_triton(c: Case) -> tuple[Kernels, Kernels]:
 
 
 def cuda(c: Case) -> tuple[Kernels, Kernels]:
-    """our cuda backend for a single layer: products make h if y has few columns, a separate kernel does otherwise"""
+    """Run our cuda backend on a single layer; a product also computes h or dh if rank and output are small enough."""
 
     def direction(d_in: int, d_out: int) -> Kernels:
         m = c.machine
@@ -302,25 +321,25 @@ def cuda(c: Case) -> tuple[Kernels, Kernels]:
 
 
 def merged(c: Case) -> tuple[Kernels, Kernels]:
-    """W + dW built once per step, dx and dh from one product with [W, Gᵀ]; rounds small updates away in bf16"""
+    """Build W + dW once per step, and compute dx and dh in one product with [W, Gᵀ]; bf16 rounds small updates away."""
     merge = c.machine.memory(2 * c.w, 2 * c.rank * c.layer.d_in * c.layer.d_out)
     forward = [("merge", merge), ("h", c.h_before()), ("product", c.forward())]
     return forward, [("gy [W, Gᵀ]", c.dx(n_more=c.rank)), *c.reductions()]
 
 
 def own_forward(c: Case) -> tuple[Kernels, Kernels]:
-    """our own forward product with k extended by r; backward pass as in augmented"""
+    """Run our own forward product, which also adds h G; the backward pass is that of the design augmented."""
     product = c.forward(relative=c.machine.own, tail=c.rank)
     return [("refresh G", c.refresh()), ("h", c.h_before()), ("x Wᵀ + h G", product)], augmented(c)[1]
 
 
 def best(c: Case) -> tuple[Kernels, Kernels]:
-    """the fastest of augmented, recompute, one_pass and own_forward for each layer"""
+    """Use the fastest of the designs augmented, recompute, one-pass and own-forward for each layer."""
     return min((design(c) for design in (augmented, recompute, one_pass, own_forward)), key=microseconds)
 
 
 def neighbors(c: Case) -> tuple[Kernels, Kernels]:
-    """best, with dD and dG computed in the backward kernels of LayerNorm and GELU"""
+    """Run augmented with dD, and for fc1 also dG, computed in our neighbors; run best where x is not ours."""
     if not c.layer.owns_x:
         return best(c)
     left = 0 if c.layer.owns_gy else c.y  # bytes that a separate reduction must still read
@@ -332,7 +351,7 @@ def neighbors(c: Case) -> tuple[Kernels, Kernels]:
 
 
 def ideal(c: Case) -> tuple[Kernels, Kernels]:
-    """one perfect kernel per direction: the arithmetic limit"""
+    """Run one perfect kernel per direction, which is limited only by arithmetic and memory traffic."""
     fixed, gb_per_us = c.machine.fixed, c.machine.bandwidth / 1e6
     more = c.rank * (1 / c.layer.d_in + 1 / c.layer.d_out)
     forward = max((c.forward() - fixed) * (1 + more), (c.x + c.y + c.w) / gb_per_us)
@@ -372,9 +391,10 @@ def microseconds(kernels: tuple[Kernels, Kernels]) -> float:
 
 
 def block_times(machine: Machine, tokens: int, rank: int, layers: Sequence[Layer]) -> dict[str, dict[str, float]]:
-    """Return the microseconds of forward and backward pass by design and layer.
+    """Return the microseconds of forward and backward pass together, by design and layer.
 
-    The entry "block" is the sum over the layers. "with norms and GELU" adds the kernels that precede the layers.
+    For each design, the entry "block" is the sum over the layers. The entry "with norms and GELU" also includes the
+    LayerNorms and the GELU that precede layers.
     """
     times: dict[str, dict[str, float]] = {}
     for name, design in DESIGNS.items():
@@ -400,12 +420,12 @@ def render(machine: Machine, tokens: int, ranks: Sequence[int], width: int) -> s
             for name, of in times.items()
         ]
         parts.append(f"Modeled, not measured: {tokens} tokens, width {width}, rank {rank}, bf16; {machine}\n")
-        parts.append(table(["design", "what", *times["floor"]], rows) + "\n")
+        parts.append(table(["design", "description", *times["floor"]], rows) + "\n")
     return "\n".join(parts)
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Print the table."""
+    """Print the tables of predictions."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.model_roofline",
         description=__doc__,

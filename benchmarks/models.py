@@ -2,9 +2,9 @@
 
     python -m benchmarks models --out docs/models.md
 
-The models are created on the meta device, without weights, and adapted there with ``EfftConfig(rank=16)``. "Wholly"
-means that at least 99 % of the weights in the repeated blocks are adapted. For the other models the table lists the
-weights that are not adapted. Nothing is downloaded.
+The models are created on the meta device, without weights, and adapted there with ``EfftConfig(rank=16)``. A model is
+adapted "wholly" if at least 99 % of the weights in its repeated blocks are adapted, and otherwise "in part". The page
+lists the weights that are not adapted in these models. Nothing is downloaded. Without ``--out`` no page is written.
 """
 
 from __future__ import annotations
@@ -35,7 +35,15 @@ PATIENCE = 60
 class Outcome:
     """Describe the result for one architecture.
 
-    ``verdict`` is "wholly", "in part", "refused", or "not made" if the library cannot create the model.
+    Attributes:
+        library: ``timm`` or ``transformers``.
+        name: name of the architecture in the library.
+        verdict: "wholly" or "in part" if the model was adapted, "refused" if ``efft.apply`` raised an error, or "not
+            made" if the library cannot create the model with its default configuration.
+        parameters: number of trained factor parameters.
+        backbone: number of parameters of the backbone.
+        share: share of the weights in the repeated blocks that are adapted, from 0 to 1.
+        said: the weights that are not adapted and the reasons, or the error.
     """
 
     library: str
@@ -48,9 +56,9 @@ class Outcome:
 
 
 def architectures(library: str) -> list[str]:
-    """Return all architectures of the installed library.
+    """Return the names of all architectures of the installed library.
 
-    For timm these are the registered models, and for transformers the model classes in its auto classes.
+    For timm these are the registered models, and for transformers the classes that its auto classes can create.
     """
     if library == "timm":
         import timm
@@ -81,7 +89,7 @@ def create(library: str, name: str) -> nn.Module:
 
 
 def examine(library: str, name: str) -> Outcome:
-    """Create and adapt one architecture."""
+    """Create and adapt one architecture within :data:`PATIENCE` seconds. An error is part of the result."""
     with _quietly(), _patience():
         try:
             model = create(library, name)
@@ -131,7 +139,10 @@ def _patience() -> Iterator[None]:
 
 
 def examine_all(library: str, names: Sequence[str], jobs: int, report: Callable[[Outcome], None]) -> list[Outcome]:
-    """Examine the named architectures in ``jobs`` processes and return the outcomes in the order of ``names``."""
+    """Examine the named architectures in ``jobs`` processes and return the outcomes in the order of ``names``.
+
+    ``report`` is called with each outcome.
+    """
     with ProcessPoolExecutor(jobs, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         found = []
         for outcome in pool.map(examine, [library] * len(names), names, chunksize=8):
@@ -145,16 +156,17 @@ def page(outcomes: Sequence[Outcome], command: str) -> str:
     lines = [
         "# Architectures",
         "",
-        "This page says what `efft.apply(model, efft.EfftConfig(rank=16))` adapts in every architecture of timm and",
-        "transformers. Models were made on the meta device with their default configurations. *Wholly* means at least",
-        "99 % of the weights in the repeated blocks. For the others the tables say what is left and why;",
-        "`print(efft.inspect(model))` says it for yours.",
+        "This page shows which weights `efft.apply(model, efft.EfftConfig(rank=16))` adapts in every architecture of",
+        "timm and transformers. The models were created on the meta device with their default configurations.",
+        "*Wholly* means that at least 99 % of the weights in the repeated blocks are adapted. For the other",
+        "architectures, the tables list the weights that are not adapted and the reasons.",
+        "`print(efft.inspect(model))` lists them for your model.",
         "",
-        f"Written by `{command}` with "
+        f"This page was written by `{command}` with "
         + ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("timm", "transformers", "torch"))
         + ".",
         "",
-        "| library | architectures | wholly | in part | refused | not made by the library's defaults |",
+        "| library | architectures | wholly | in part | refused | cannot be created with default settings |",
         "|---|---|---|---|---|---|",
     ]
     for library in dict.fromkeys(o.library for o in outcomes):
@@ -167,7 +179,12 @@ def page(outcomes: Sequence[Outcome], command: str) -> str:
         own = [o for o in outcomes if o.library == library]
         rest = [o for o in own if o.verdict in ("in part", "refused")]
         if rest:
-            lines += ["", f"## {library}: in part or refused", "", "| architecture | adapted | what is left, or why |"]
+            lines += [
+                "",
+                f"## {library}: in part or refused",
+                "",
+                "| architecture | adapted | weights that are not adapted, or the error |",
+            ]
             lines += ["|---|---|---|"]
             lines += [
                 f"| {o.name} | {f'{o.share:.1%}' if o.verdict == 'in part' else 'refused'} | {_cell(o.said)} |"
@@ -177,7 +194,7 @@ def page(outcomes: Sequence[Outcome], command: str) -> str:
             "",
             f"## {library}: wholly",
             "",
-            "| architecture | trained at rank 16 | of the backbone |",
+            "| architecture | trained parameters at rank 16 | relative to the backbone |",
             "|---|---|---|",
         ]
         lines += [
@@ -187,7 +204,7 @@ def page(outcomes: Sequence[Outcome], command: str) -> str:
         ]
         unmade = [o for o in own if o.verdict == "not made"]
         if unmade:
-            lines += ["", f"## {library}: not made", "", "| architecture | what the library says |", "|---|---|"]
+            lines += ["", f"## {library}: not made", "", "| architecture | error of the library |", "|---|---|"]
             lines += [f"| {o.name} | {_cell(o.said)} |" for o in unmade]
     return "\n".join(lines) + "\n"
 
@@ -197,18 +214,18 @@ def _cell(text: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the page."""
+    """Examine the architectures, print a summary and, with ``--out``, write the page."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks models", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--library", nargs="+", choices=("timm", "transformers"), default=["timm", "transformers"])
-    parser.add_argument("--every", type=int, default=1, help="only every n-th architecture (default: all)")
-    parser.add_argument("--names", nargs="+", help="only these")
+    parser.add_argument("--every", type=int, default=1, help="examine only every n-th architecture (default: all)")
+    parser.add_argument("--names", nargs="+", help="examine only these architectures")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument(
-        "--out", type=Path, help="page to write; without it, the command prints the models that are not wholly adapted"
+        "--out", type=Path, help="page to write; the command always prints the models that are not wholly adapted"
     )
     args = parser.parse_args(arguments)
     outcomes = []

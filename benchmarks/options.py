@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-#: The dtypes in which training steps are measured.
+#: The values that the option ``--dtype`` accepts.
 DTYPES = ("float32", "bfloat16")
 
 
@@ -38,7 +38,10 @@ def parser_of(command: str, description: str | None) -> argparse.ArgumentParser:
 def parser_of_measurement(
     command: str, description: str | None, dtypes: Sequence[str] = DTYPES
 ) -> argparse.ArgumentParser:
-    """Return :func:`parser_of` with the additional options ``--dtype`` (default: ``dtypes``) and ``--device``."""
+    """Return :func:`parser_of` with the additional options ``--dtype`` and ``--device``.
+
+    ``dtypes`` are the default values of ``--dtype``. The default of ``--device`` is :func:`default_device`.
+    """
     parser = parser_of(command, description)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(dtypes))
     parser.add_argument("--device", default=default_device(), help="default: %(default)s")

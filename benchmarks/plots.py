@@ -1,10 +1,11 @@
-"""Draw pictures from result files: time ratios, time by tokens and rank, achieved FLOP/s, and accuracies.
+"""Draw pictures from result files: time ratios, time by tokens and rank, achieved FLOP/s, and results of studies.
 
     python -m benchmarks plot --out build/plots
 
-Ratios divide the time of a row (one implementation) by the time of the frozen baseline, the row "floor". Each picture
-shows the newest run of its setting and names the machine. Predictions of the analytical model
-(``benchmarks.model_roofline``) have hollow markers and are labeled as modeled.
+A row is one implementation in a comparison. Ratios divide the time of a row by the time of the frozen baseline (the row
+"floor"), which is the layer or model without an update. A setting is a combination of values such as device, model,
+rank and dtype. Each picture of times or speeds shows the newest run of one setting and names the machine. Predictions
+of the analytical model (``benchmarks.model_roofline``) have hollow markers and are labeled as modeled.
 
 This module needs matplotlib, which ``pip install "efft-kernels[train]"`` installs.
 """
@@ -36,7 +37,10 @@ Pictures = Iterator[tuple[str, "Figure"]]
 
 
 def ops_ratios(lines: Sequence[Line]) -> Pictures:
-    """Draw one bar per row and layer, with hollow diamonds for the analytical model's predictions if it has any."""
+    """Draw one bar per row and layer, with the time ratios of a layer's forward and backward pass.
+
+    For ViTs in bf16 on a GPU, hollow diamonds show the predictions of the analytical model.
+    """
     for key, run in newest_runs(lines, ["device", "model", "images", "rank", "dtype"]).items():
         device, model, images, rank, dtype = key
         layers = list(dict.fromkeys(line["case"] for line in run))
@@ -73,7 +77,7 @@ def _draw_model(
 
 
 def model_ratios(lines: Sequence[Line]) -> Pictures:
-    """Draw one bar per row with the time ratios of a training step of a complete model."""
+    """Draw one bar per row, with the time ratio of a training step of a complete model."""
     for key, run in newest_runs(lines, ["device", "model", "batch", "rank", "dtype", "cuda_graphs"]).items():
         _, model, batch, rank, dtype, graphs = key
         rows = _measured_rows(run)
@@ -88,7 +92,10 @@ def model_ratios(lines: Sequence[Line]) -> Pictures:
 
 
 def scaling(lines: Sequence[Line]) -> Pictures:
-    """Draw time against the number of tokens or the rank, on logarithmic axes, with the fitted exponents."""
+    """Draw the time of each row against the number of tokens or the rank, on logarithmic axes.
+
+    The legend contains the fitted exponents.
+    """
     for key, run in newest_runs(lines, ["device", "model", "case", "sweep", "dtype"]).items():
         _, model, case, sweep, dtype = key
         exponents = {line["row"]: line["exponent"] for line in run if line.get("exponent") is not None}
@@ -104,7 +111,11 @@ def scaling(lines: Sequence[Line]) -> Pictures:
 
 
 def roofline(lines: Sequence[Line]) -> Pictures:
-    """Draw the FLOP/s achieved on the necessary work of each layer, and the measured peaks of product and copy."""
+    """Draw the achieved FLOP/s of each measured layer against its FLOPs per byte, below the machine's measured peaks.
+
+    Only the FLOPs and bytes that the result requires are counted. The peaks are those of a large product and a large
+    copy.
+    """
     for key, run in newest_runs(lines, ["device", "dtype"]).items():
         measured = [line for line in run if "peaks" in line]
         if not measured:
@@ -129,12 +140,16 @@ def roofline(lines: Sequence[Line]) -> Pictures:
 
 
 def subspaces(lines: Sequence[Line]) -> Pictures:
-    """Draw the share of gradients and updates that one pair of bases for all blocks keeps, as means over tasks."""
+    """Draw the shares of full fine-tuning's gradients and updates that low-rank bases keep, as means over tasks.
+
+    The bars compare separate bases for each matrix, one pair of bases for all matrices of a set, and one pair of bases
+    for matrices with equal singular values but random directions.
+    """
     newest = {(line["of"], line["set"], line["task"], line["seed"]): line for line in lines}
     if not newest:
         return
     rank = lines[-1]["rank"]
-    figure, axes = _new(f"full fine-tuning seen through rank {rank}, mean over tasks", lines[-1:])
+    figure, axes = _new(f"gradients and updates of full fine-tuning at rank {rank}, mean over tasks", lines[-1:])
     labels = {
         "own": "separate bases per matrix",
         "shared": "one pair of bases",
@@ -152,7 +167,10 @@ def subspaces(lines: Sequence[Line]) -> Pictures:
 
 
 def accuracies(stem: str, lines: Sequence[Line]) -> Pictures:
-    """Draw one bar per row and task of a study: the mean over seeds, with whiskers from the lowest to the highest."""
+    """Draw one bar per row and task of a study, with the mean test accuracy over seeds.
+
+    The whiskers extend from the lowest to the highest accuracy. ``stem`` is the name of the study and of the picture.
+    """
     seeds: dict[tuple[str, str], dict[int, float]] = {}
     for line in lines:  # if a run was repeated, its newest line counts
         row = line["row"] if "row" in line else f"{line['source']}, {line['kind']}"
@@ -175,7 +193,7 @@ def accuracies(stem: str, lines: Sequence[Line]) -> Pictures:
     yield stem, figure
 
 
-#: The function that draws the pictures of each result file.
+#: Pairs of a result file's name and a function that draws pictures from the lines of this file.
 PICTURES: tuple[tuple[str, Callable[[Sequence[Line]], Pictures]], ...] = (
     ("ops", ops_ratios),
     ("ops", roofline),
@@ -186,14 +204,15 @@ PICTURES: tuple[tuple[str, Callable[[Sequence[Line]], Pictures]], ...] = (
 )
 
 
-#: The suites of ``efft compare`` whose results in ``compare_NAME.jsonl`` are drawn.
+#: Suites of ``efft compare`` whose accuracies are drawn. The file ``compare_SUITE.jsonl`` holds the results of a suite.
 COMPARED = ("local", "local_efft2", "local_long", "local_grid")
 
 
 def draw(results: Path | None, out: Path, names: Sequence[str] = ()) -> list[Path]:
-    """Write all possible pictures from the result files in ``results`` into ``out`` and return their paths.
+    """Write the pictures of all result files that exist into the folder ``out`` and return the paths of the pictures.
 
-    If ``names`` are given, draw only these result files.
+    ``results`` is the folder of the result files, by default that of this checkout. If ``names`` are given, only these
+    result files are drawn.
     """
     out.mkdir(parents=True, exist_ok=True)
     written = []
@@ -213,7 +232,10 @@ def draw(results: Path | None, out: Path, names: Sequence[str] = ()) -> list[Pat
 
 
 def _new(title: str, run: Sequence[Line]) -> tuple[Figure, Axes]:
-    """Return a figure, which needs no display, and its axes, whose title names the machine."""
+    """Return a figure and its axes. The subtitle names the machine, the commit and the date of ``run``.
+
+    The figure does not need a display.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -2,11 +2,14 @@
 
     python -m benchmarks quantized --quick
 
-A row is one format of the frozen weights. torchao quantizes the adapted layers. All rows have equal factors (in fp32),
-see the same images, and are measured in turn within each repetition. ``error`` is ``|logits - dense| / |dense|`` over
-all images, where ``dense`` are the logits of the fp32 model without quantization. The first row is this model without
-quantization in the measured dtype. The command times a forward pass for inference, and a forward and backward pass in
-training.
+EFFT2 is the default variant of this library's method, in which the layers share the trained factors of their updates. A
+row is one format of the frozen weights of the adapted layers. torchao quantizes these weights. The row ``dense`` is the
+model without quantization in the measured dtype, and ratios divide the time of a row by the time of this row. All rows
+have equal factors (in fp32) and get the same images. Every repetition measures all rows in turn.
+
+The error of a row is ``|logits - exact| / |exact|`` over all images, where ``exact`` are the logits of the model in
+fp32 without quantization. The command times a forward pass in eval mode ("inference"), and a forward and backward pass
+in training mode without an optimizer ("step").
 """
 
 from __future__ import annotations
@@ -30,7 +33,10 @@ from efft_lab.record import append, machine_facts, quantiles
 
 @dataclass(frozen=True)
 class QuantizedRow:
-    """Describe a format of frozen weights; ``quantize`` converts one layer in place."""
+    """Describe a format of frozen weights.
+
+    ``quantize`` converts the weight of one layer in place. None leaves the weights in the measured dtype.
+    """
 
     name: str
     explains: str
@@ -49,7 +55,7 @@ def torchao(config: str, **options: Any) -> Callable[[nn.Module], None]:
 
 
 def per_row_float8(layer: nn.Module) -> None:
-    """Store weights and compute activations as e4m3 with one scale per row.
+    """Quantize the weight of ``layer``, and its activations in every call, to e4m3 with one scale per row.
 
     The product uses ``torch._scaled_mm`` if the GPU supports it.
     """
@@ -59,9 +65,10 @@ def per_row_float8(layer: nn.Module) -> None:
 
 
 def nf4(layer: nn.Module) -> None:
-    """Store weights in QLoRA's format: blocks of 64, and scales that are quantized in groups of 256 blocks.
+    """Quantize the weight of ``layer`` to QLoRA's format: 4 bits per number, and one scale per block of 64 numbers.
 
-    If 256 does not divide the number of blocks, the groups are smaller.
+    The scales are quantized in groups of 256 blocks. If 256 does not divide the number of blocks, the groups are
+    smaller.
     """
     from torchao.quantization import to_nf4
 
@@ -105,7 +112,7 @@ def build(setting: Setting, row: QuantizedRow) -> nn.Module:
 
 
 def passes(model: nn.Module, setting: Setting) -> dict[str, Callable[[], Tensor]]:
-    """Return two functions: one computes the logits of a batch, the other the loss and gradients of a training step."""
+    """Return two functions of one batch: "fwd" returns the logits, "fwd_bwd" computes the loss and all gradients."""
     images, labels = setting.examples(model)
     images = images.to(getattr(torch, setting.dtype))
 

@@ -1,11 +1,10 @@
-"""Fill the tables of the README and of the pages in docs/ with data from result files and from the library.
+"""Fill the tables of README.md, docs/experiments.md and docs/performance.md with data from result files.
 
-The tests fail if a page differs from the output of this module.
+    python -m benchmarks tables          # rewrites the tables in these pages
+    python -m benchmarks tables ops_gpu  # prints one table
 
-    python -m benchmarks tables          # rewrite the tables
-    python -m benchmarks tables ops_gpu  # print one of them
-
-In a page, a table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``.
+In a page, a table stands between the lines ``<!-- table: NAME -->`` and ``<!-- end -->``. The table of parameters comes
+from the library and not from a result file. The tests fail if a page differs from the output of this module.
 """
 
 from __future__ import annotations
@@ -27,7 +26,10 @@ PAGES = (ROOT / "README.md", ROOT / "docs/experiments.md", ROOT / "docs/performa
 
 
 def parameters() -> str:
-    """Return a table of the number of trainable parameters of each architecture, counted on the meta device."""
+    """Return a table of the number of factor parameters of each architecture, counted on the meta device.
+
+    EFFT2 (the default) has one tensor train for attention and one for the MLPs. EFFT1 has a single train for both.
+    """
     import timm
     import torch
 
@@ -65,7 +67,7 @@ def parameters() -> str:
 
 
 def summary() -> str:
-    """Compare this library with LoRA of ``peft`` in six rows, taken from several result files."""
+    """Return a table that compares this library with LoRA of ``peft`` in six rows, from several result files."""
     memory = tables.newest("memory", level="model", model=tables.VIT_B, device="cpu")["float32"]
     cpu = tables.newest("model", model=tables.VIT_B, device="cpu", cuda_graphs=False)["float32"]
     graphs = tables.newest("model", model=tables.VIT_B, device="cuda", cuda_graphs=True)["bfloat16"]
@@ -106,7 +108,10 @@ def _of(lines: Sequence[tables.Line], row: str, field: str) -> Any:
 
 
 def _accuracies(suite: str, methods: Sequence[str]) -> list[str]:
-    """Return each method's mean accuracy over the tasks and its number of trained parameters, excluding the head."""
+    """Return for each method a text with its mean accuracy over the tasks of a suite of ``efft compare``.
+
+    The text also contains the number of trained parameters, excluding the head.
+    """
     from efft_lab.compare import scores
     from efft_lab.compare.store import read
 
@@ -117,7 +122,10 @@ def _accuracies(suite: str, methods: Sequence[str]) -> list[str]:
 
 
 def accuracy(suite: str, what: Literal["means", "comparisons"] = "means") -> str:
-    """Return a table of a suite, from the results that exist: means over the tasks, or paired tests of the methods."""
+    """Return a table for a suite of ``efft compare``, from the results that exist.
+
+    The table contains mean accuracies, or with ``comparisons`` the paired tests of the methods.
+    """
     from efft_lab.compare import report
     from efft_lab.compare import suite as suites
     from efft_lab.compare.agenda import Agenda
@@ -145,7 +153,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def render(text: str) -> str:
-    """Return ``text`` with every ``<!-- table: name -->`` ... ``<!-- end -->`` block filled in."""
+    """Return ``text`` with the current table in every block ``<!-- table: NAME --> ... <!-- end -->``."""
 
     def fill(match: re.Match[str]) -> str:
         return f"{match[1]}\n{TABLES[match[2]]()}\n{match[3]}"

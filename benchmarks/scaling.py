@@ -3,10 +3,13 @@
     python -m benchmarks scaling
     python -m benchmarks scaling --quick
 
-Times are those of the forward and backward pass together. An exponent is the slope of a straight line through log time
-over log size. One exponent is fitted to the time of a row (one implementation), and another to the additional time over
-the frozen baseline (the row "floor"). A line of the result file with ``sweep`` and ``seconds`` is a measurement. A line
-with ``exponent`` is a fit over the sizes in that line.
+A time is that of the forward and backward pass together. A row is one implementation. The frozen baseline (the row
+"floor") is the layer without an update. An exponent is the slope of a straight line that is fitted to the logarithms of
+times over the logarithms of sizes. For each row, the command fits one exponent to the times and another (``of added``
+in the table) to the differences between the times of the row and those of the frozen baseline.
+
+A line of the result file with ``seconds`` is a measurement. A line with ``exponent`` is a fit over the ``sizes`` in
+that line. A row whose results are wrong is not timed (benchmarks/ops/run.py).
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ from benchmarks.ops.run import Setting, measure
 from benchmarks.options import default_device, parser_of
 from efft_lab.record import append, machine_facts
 
-#: The sizes of each sweep and of its quick version: numbers of images of 197 tokens, and ranks.
+#: The sizes of each sweep and of its quick version. The sizes of the sweep "tokens" are numbers of images, which have
+#: 197 tokens each. Those of "rank" are ranks.
 SWEEPS = {
     "tokens": ([1, 2, 4, 8, 16, 32, 64], [1, 2, 4, 8]),
     "rank": ([8, 16, 24, 32, 48, 64], [8, 32, 64]),
@@ -35,7 +39,10 @@ DEFAULT_ROWS = ("efft:eager", "naive")
 
 
 def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float | None:
-    """Return the slope of log ``seconds`` over log ``sizes``, or None if a time (a difference) is not positive."""
+    """Return the slope of log ``seconds`` over log ``sizes``.
+
+    The result is None for fewer than two sizes, or if a time (which may be a difference of times) is not positive.
+    """
     if len(sizes) < 2 or min(seconds) <= 0:
         return None
     return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
@@ -44,7 +51,7 @@ def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float | None:
 def sweep(
     name: str, sizes: Sequence[int], case: Case, wanted: Sequence[rows.LayerRow], setting: Setting
 ) -> list[dict[str, Any]]:
-    """Measure ``case`` at all ``sizes``; return the measurements, and a fit for every row that has all sizes."""
+    """Measure ``case`` at all ``sizes``; return the measurements, and fits for the rows with times at all sizes."""
     field = "images" if name == "tokens" else name
     lines = []
     for size in sizes:
@@ -74,7 +81,7 @@ def _fit(name: str, row: str, lines: Sequence[dict[str, Any]]) -> dict[str, Any]
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
-    """Return one sweep as a table for the terminal: the times in ms by size, then the exponents."""
+    """Return one sweep as a table for the terminal: the times in ms by size, the exponents, and rows without times."""
     fits = [line for line in lines if "exponent" in line]
     if not fits:
         return "\n".join(sorted({f"{line['row']:<16} -- {line['reason']}" for line in lines}))

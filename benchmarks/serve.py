@@ -2,11 +2,14 @@
 
     python -m benchmarks serve --quick
 
-A row is one way to serve the model. Weights and images have the given dtype. All rows see the same images and are
-measured in turn within each repetition. Rows that compute the EFFT update are checked first: the errors of their logits
-against fp64 are compared with the errors of W + dW in the same dtype. A row ``pool:n`` has a pool of n adapters
-(:class:`efft.AdapterPool`) and uses a different one for each image. All times are also compared with ``pool:1`` and
-with the merged model.
+A row is one way to serve the model. Weights and images have the given dtype. All rows get the same images, and every
+repetition measures all rows in turn. The row ``base`` is the plain model. A row ``pool:n`` has a pool of n adapters
+(:class:`efft.AdapterPool`); successive images use them in turn. Each time is compared with the times of ``base``,
+``merged`` (the adapter is merged into the weights) and ``pool:1``.
+
+Rows that compute the EFFT update are checked before they are timed. The errors of their logits against fp64 may be at
+most twice those of a model with the dense weights W + dW in the same dtype. Otherwise their lines contain the reason
+and no times.
 """
 
 from __future__ import annotations
@@ -50,7 +53,7 @@ class ManyAdapters(nn.Module):
         """Put n copies of the model's adapter into a pool.
 
         Raises:
-            RuntimeError: there is not enough memory for n adapters.
+            RuntimeError: the memory that is free on a CPU is too small for n adapters.
         """
         adapter = copy.deepcopy(self.model)
         self.pool = efft.AdapterPool(efft.remove(self.model), capacity=1)
@@ -72,7 +75,10 @@ class ManyAdapters(nn.Module):
 
 
 def pooled(n: int) -> Callable[[nn.Module, int], nn.Module]:
-    """Return a function that adapts a model for a pool of n adapters with the same factors as the other EFFT2 rows."""
+    """Return a function that adapts a model for a pool of n adapters; all have the factors of the other EFFT2 rows.
+
+    EFFT2 is the default variant of this library's method, in which the layers share the factors of their updates.
+    """
     return lambda model, rank: ManyAdapters(adapted(model, rank), n)
 
 
@@ -84,8 +90,13 @@ def _free_memory() -> int:
 class ServeRow:
     """Describe one way to serve an adapted model.
 
-    ``adapt`` creates the model from (plain model, rank). ``finish`` is called on the model after its conversion to the
-    dtype. ``is_efft`` says whether the model computes the EFFT update. ``backend`` is the backend of its ops.
+    Attributes:
+        name: name of the row in tables and result files.
+        explains: description in one line.
+        adapt: function that creates the model from (plain model, rank).
+        finish: function that is called on the model after its conversion to the dtype, or None.
+        is_efft: whether the model computes the EFFT update.
+        backend: the backend of this library's ops, or None for the default.
     """
 
     name: str
@@ -113,31 +124,31 @@ ROWS: dict[str, ServeRow] = {
     for row in (
         ServeRow("base", "the plain model", lambda model, rank: model),
         *(
-            ServeRow(f"efft:{b.value}", f"EFFT2 not merged, backend {b.value}", adapted, is_efft=True, backend=b)
+            ServeRow(f"efft:{b.value}", f"unmerged EFFT2, backend {b.value}", adapted, is_efft=True, backend=b)
             for b in backends()
         ),
         ServeRow("merged", "EFFT2 merged into the weights", adapted, efft.merge, is_efft=True),
         *(
             ServeRow(
                 f"pool:{n}",
-                f"a different one of {n} adapters for every image",
+                f"a pool of {n} adapters, which successive images use in turn",
                 pooled(n),
                 ManyAdapters.fill,
                 is_efft=True,
             )
             for n in (1, 10, 100, 1000)
         ),
-        ServeRow("peft", "LoRA of the peft library not merged, same rank, same layers", lora),
+        ServeRow("peft", "unmerged LoRA of the peft library, same rank, same layers", lora),
     )
 }
 
 
-#: The rows that the other rows are compared with, by the name of the ratio in the results.
+#: For each ratio ``ratio_to_NAME`` in the result lines, NAME and the row whose time is the divisor.
 _COMPARED_WITH = {"base": "base", "merged": "merged", "one_adapter": "pool:1"}
 
 
 def logits_of(row: ServeRow, model: nn.Module, images: Tensor) -> Callable[[], Tensor]:
-    """Return a function that runs a forward pass of ``model``."""
+    """Return a function that runs ``model`` on ``images`` in inference mode and returns the logits."""
 
     @torch.inference_mode()
     def run() -> Tensor:
@@ -148,7 +159,7 @@ def logits_of(row: ServeRow, model: nn.Module, images: Tensor) -> Callable[[], T
 
 
 def images_for(setting: Setting, model: nn.Module, n: int) -> Tensor:
-    """Return ``n`` random images in the dtype of the weights."""
+    """Return ``n`` random images in the dtype of the weights. Shape [n, channels, height, width]."""
     return setting.examples(model, n)[0].to(getattr(torch, setting.dtype))
 
 

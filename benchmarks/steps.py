@@ -1,17 +1,24 @@
-"""Predict the gain of each planned change to the cuda backend, with a model that is fitted to recorded medians.
+"""Predict the gain of each planned change (step) to the cuda backend, with a model that is fitted to recorded medians.
 
     python -m benchmarks steps                  # prints the tables
     python -m benchmarks steps --write          # writes them to benchmarks/results/steps.md
 
-The case is a ViT-B block (layers qkv, o, fc1 and fc2) on a GPU of compute capability 9.0: bf16 activations, fp32
-factors, each layer as one forward and one backward call. The model lists the kernels of each call with the bytes that
-they move. ``tests/csrc/test_emulated.py`` compares this list with the launches and the bytes that the emulator counts.
+The case is a ViT-B block, which has the layers qkv, o, fc1 and fc2, on a GPU of compute capability 9.0. Activations are
+in bf16 and factors in fp32. Each layer computes y = x Wᵀ + h G with h = x D, in one forward and one backward call. W is
+frozen, and D and G are the factors of the update. The frozen baseline computes only x Wᵀ and its input gradient gy W,
+with cuBLAS ("the vendor").
 
-The time of a kernel is a launch time plus its work. A kernel limited by memory moves its bytes at the bandwidth. A
-product takes the time of the vendor's product (the recorded median of the frozen baseline minus a launch), multiplied
-by ``own``, plus the time of its tail (the rank-r product) and of the columns of h that it computes. :func:`fit`
-determines the four constants from the medians in ``ops.jsonl``. The predictions for changes are modeled, not measured.
-They assume that the fitted constants stay the same, and make the assumptions in :data:`STEPS`.
+The model lists the kernels of each call and the bytes that they move. ``tests/csrc/test_emulated.py`` compares this
+list with the launches and the bytes that the emulator of the kernels counts.
+
+The time of a kernel is a launch time plus the time of its work. A kernel that is limited by memory moves its bytes at
+the bandwidth. For the main loop of our product x Wᵀ or gy W, the model takes the time of the vendor's product (the
+recorded median of the frozen baseline minus a launch time) and multiplies it by the constant ``own``. The model adds
+time for the tail of the product (the rank-r product that is added in the same kernel), and for columns of h if the
+product also computes h. :func:`fit` determines the four constants from the medians in ``ops.jsonl``.
+
+The predictions for changes are modeled, not measured. They assume that the fitted constants do not change, and make the
+assumptions in :data:`STEPS`.
 """
 
 from __future__ import annotations
@@ -32,25 +39,28 @@ from efft_lab import record
 #: For each planned change, a description of its effect and of the model's assumptions.
 STEPS = {
     "A": "the tail of a product takes ceil(r / 16) steps of depth 16, and h has ceil(r / 16) times 16 columns",
-    "B": "the bank packs D and G once per forward pass, and a reduction adds its ranges of tokens itself",
-    "C": "programmatic dependent launch: assumed to hide half of the launch time",
-    "D": "ping-pong tiles: assumed to halve the distance between our product and the vendor's",
-    "E": "each half of a cluster makes half of h, for all widths; no kernel makes h separately",
-    "F": "one launch reduces all layers of a block",
-    "G": "dG of fc1 and dD of fc2 are summed where their operands are made, which saves reading them again",
-    "H": "reductions overlap with the next product: assumed to hide half of their time",
+    "B": "D and G are packed once per forward pass for all layers, and a reduction adds its ranges of tokens itself",
+    "C": "programmatic dependent launch, which is assumed to hide half of the launch time",
+    "D": "ping-pong tiles, which are assumed to halve the difference between our product and the vendor's",
+    "E": "each block of a cluster computes half of h, for all widths, so that no separate kernel computes h",
+    "F": "one launch computes the reductions of all layers of a transformer block",
+    "G": "dG of fc1 and dD of fc2 are summed in the kernels that compute gy and x, so that these are not read again",
+    "H": "reductions overlap with the next product, which is assumed to hide half of their time",
 }
-#: The steps that the second generation of kernels contains.
+#: The changes that the second generation of kernels contains. EFFT_SM90_GENERATION=2 selects these kernels.
 SECOND_GENERATION = "ABCE"
 LAYERS = {"qkv": (768, 2304), "o": (768, 768), "fc1": (768, 3072), "fc2": (3072, 768)}
 PASSES = ("fwd", "bwd")
 TOKENS, RANK = 64 * 197, 32
 
-_PROCESSORS = 132
-_DEPTH, _TILE = 64, 192  # the depth of a step of the main loop, and the number of columns of a tile
-_MADE_RANKS, _MADE_BESIDE = 32, 2048  # lowrank_gemm_sm90.h: limits of columns of h and of y, to compute h in a product
-_SHARING_DEPTH = 3 * _DEPTH  # lowrank_gemm_sm90.cu: a deeper product lets the blocks of a pair share h
-_REDUCED_COLUMNS, _REDUCED_TOKENS = 64, 256  # reduce_tokens.cu: the columns of a block, the least tokens of a range
+_PROCESSORS = 132  # multiprocessors of an H100 or H200
+_DEPTH, _TILE = 64, 192  # the size along k of one iteration of the main loop, and the number of columns of a tile
+# From lowrank_gemm_sm90.h: a product also computes h if h and the output have at most these numbers of columns.
+_MADE_RANKS, _MADE_BESIDE = 32, 2048
+# From lowrank_gemm_sm90.cu: if k is larger than this, the two thread blocks of a cluster share the computation of h.
+_SHARING_DEPTH = 3 * _DEPTH
+# From reduce_tokens.cu: the number of columns of a thread block, and the least number of tokens in a range.
+_REDUCED_COLUMNS, _REDUCED_TOKENS = 64, 256
 
 
 class Sizes(NamedTuple):
@@ -69,8 +79,10 @@ class Launch:
     Attributes:
         kernel: the name of the kernel in csrc/cuda.
         bytes: bytes of the operands and results, each counted once.
-        depth: for a product, the depth of its main loop plus that of its tail, relative to the main loop; otherwise 0.
-        beside: number of columns of h that a product computes for each tile, divided by the columns of a tile.
+        depth: for a product, the size of its main loop plus its tail along k, divided by the size of the main loop.
+            For other kernels, 0.
+        beside: for a product that computes h, the columns of h that each tile computes, divided by the columns of a
+            tile. Otherwise 0.
     """
 
     kernel: str
@@ -116,17 +128,26 @@ def launches(of: Sizes, direction: str, steps: Collection[str] = (), processors:
     return found
 
 
-Key = tuple[str, str]  # layer, direction
+#: The layer and the direction ("fwd" or "bwd") of a call.
+Key = tuple[str, str]
 
 
 class Run(NamedTuple):
-    """Hold the medians of one recorded run in microseconds, by layer and direction."""
+    """Hold the medians of one recorded run.
+
+    Attributes:
+        gpu: type of the GPU, such as "H100".
+        commit: the commit that was measured.
+        floor: microseconds of the frozen baseline.
+        ours: microseconds of the cuda backend.
+        copy: measured bandwidth of a copy, in TB/s.
+    """
 
     gpu: str
     commit: str
     floor: dict[Key, float]
     ours: dict[Key, float]
-    copy: float  # bandwidth of a copy in TB/s
+    copy: float
 
     @property
     def ratio(self) -> float:
@@ -138,10 +159,10 @@ class Constants(NamedTuple):
     """Hold the fitted constants.
 
     Attributes:
-        own: time of our product relative to the vendor's, without tail and h.
+        own: time of our product without tail and h, divided by the time of the vendor's product.
         launch: time of a launch in microseconds.
         bandwidth: bandwidth of kernels that are limited by memory, in TB/s.
-        beside: time of a column of h that a product computes, relative to a column of its tile.
+        beside: time in which a product computes a column of h, divided by the time for a column of its tile.
     """
 
     own: float
@@ -151,7 +172,7 @@ class Constants(NamedTuple):
 
 
 def runs(lines: Iterable[Line]) -> list[Run]:
-    """Return the recorded runs of this case on Hopper GPUs."""
+    """Return the complete runs of this case on Hopper GPUs among the lines of ``ops.jsonl``."""
     found: dict[tuple[str, str], Run] = {}
     for line in lines:
         names = line["device"] == "cuda" and line["gpu"]["name"].split()
@@ -167,14 +188,20 @@ def runs(lines: Iterable[Line]) -> list[Run]:
 
 
 def time_of(launch: Launch, floor: float, by: Constants) -> float:
-    """Return the microseconds of one kernel; ``floor`` is the recorded time of the vendor's product for its shape."""
+    """Return the microseconds of one kernel.
+
+    ``floor`` is the recorded time in which the frozen baseline computes the product of the same call.
+    """
     if launch.depth == 0:
         return by.launch + launch.bytes / by.bandwidth / 1e6
     return by.launch + by.own * (floor - by.launch) * (launch.depth + by.beside * launch.beside)
 
 
 def predict(by: Constants, floor: dict[Key, float], steps: Collection[str] = ()) -> dict[Key, float]:
-    """Return the microseconds of our backend with the given changes, by layer and direction."""
+    """Return the microseconds of our backend with the given changes, for each layer and direction in ``floor``.
+
+    ``floor`` holds the recorded microseconds of the frozen baseline.
+    """
     found = {}
     for layer, direction in floor:
         of = launches(Sizes(TOKENS, *LAYERS[layer], RANK), direction, steps)
@@ -183,7 +210,10 @@ def predict(by: Constants, floor: dict[Key, float], steps: Collection[str] = ())
 
 
 def _with(steps: Collection[str], layer: str, launch: Launch, floor: float, by: Constants) -> float:
-    """Return the microseconds of one kernel with the changes that are not visible in the list of kernels."""
+    """Return the microseconds of one kernel with the given changes.
+
+    This function applies the changes C, D, F, G and H. The changes A, B and E are already in ``launch``.
+    """
     reduces = launch.kernel in ("reduce_tokens", "finish")
     hidden = by.launch / 2 if "C" in steps else 0.0
     if "D" in steps:
@@ -204,7 +234,7 @@ def _saved(steps: Collection[str], layer: str) -> int:
 
 
 def fit(of: Sequence[Run]) -> Constants:
-    """Return the constants with the least squared error over the medians of ``of``."""
+    """Return the constants that minimize the sum of squared errors over the medians of ``of``."""
 
     def errors(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         by = Constants(float(x[0]), float(x[1]), float(1 / x[2]), float(x[3]))
@@ -220,13 +250,13 @@ def fit(of: Sequence[Run]) -> Constants:
 
 
 def error(by: Constants, of: Sequence[Run]) -> float:
-    """Return the root mean square of the errors of the fit, in microseconds."""
+    """Return the root mean square of the differences between measured and modeled times, in microseconds."""
     squares = [(run.ours[key] - time) ** 2 for run in of for key, time in predict(by, run.floor).items()]
     return float(np.sqrt(np.mean(squares)))
 
 
 def counts(steps: Collection[str]) -> tuple[int, float]:
-    """Return the launches of a block and the megabytes that they move."""
+    """Return the number of launches of a block with the given changes, and the megabytes that they move."""
     found = [
         one for sizes in LAYERS.values() for way in PASSES for one in launches(Sizes(TOKENS, *sizes, RANK), way, steps)
     ]
@@ -235,7 +265,7 @@ def counts(steps: Collection[str]) -> tuple[int, float]:
 
 
 def by_gpu() -> dict[str, list[Run]]:
-    """Return the recorded runs of each GPU."""
+    """Return the runs that are recorded in ``ops.jsonl``, by type of GPU."""
     found: dict[str, list[Run]] = {}
     for run in runs(read("ops")):
         found.setdefault(run.gpu, []).append(run)
@@ -243,7 +273,7 @@ def by_gpu() -> dict[str, list[Run]]:
 
 
 def render() -> str:
-    """Return the page with the fitted constants, the predictions and the counts."""
+    """Return the text of benchmarks/results/steps.md: the fitted constants, the predictions and the counts."""
     groups = by_gpu()
     fitted = {gpu: fit(of) for gpu, of in groups.items()}
     rows = []
@@ -286,27 +316,35 @@ def _counted(steps: str) -> list[str]:
 
 _PAGE = """# Planned changes to the cuda backend: modeled gains
 
-Written by `python -m benchmarks steps --write`. A ViT-B block with {tokens} tokens, rank {rank}, bf16, compute
-capability 9.0. A block is the time of the forward and backward calls of four layers, relative to the frozen baseline.
+This page is written by `python -m benchmarks steps --write`. The case is a ViT-B block with {tokens} tokens, rank
+{rank}, bf16, and compute capability 9.0. Each of its four layers computes y = x Wᵀ + h G with h = x D. W is frozen, and
+D and G are the factors of the update. The frozen baseline computes only x Wᵀ and its input gradient, with cuBLAS ("the
+vendor"). The columns "block" contain the time of the forward and backward calls of the four layers, divided by the time
+of the frozen baseline.
 
 ## Fit
 
-The model is fitted to the medians in `ops.jsonl`. "Block, measured" is a measurement; everything else is modeled.
+The model is fitted to the medians in `ops.jsonl`. "Block, measured" and the bandwidth of a copy, in parentheses, are
+measurements. All other numbers in this table are results of the fit. "Product / vendor's" compares the time of our
+product with that of cuBLAS. "Column of h / of tile" is the time in which a product computes a column of h, divided by
+the time for a column of its tile.
 
 {0}
 
 ## Steps (modeled, not measured)
 
-A gain is in percent of the frozen baseline, for the step without the others. "Launches" and "MB" count the kernels of a
-block and the bytes of their operands, with all steps up to this one. They do not count the copies with which step B
-packs the factors of all layers once per forward pass: three per kind of layer, twelve for all blocks of a ViT-B.
+A step is one planned change. A gain is the effect of this step only, in percent of the frozen baseline. "Launches"
+counts the kernels of a block, and "MB" the bytes of their operands and results. These numbers and those of the columns
+"block" include all steps up to this one. Step B also packs the factors of all layers with copies, once per forward
+pass. These copies are not counted: three for each of the four kinds of layer, which are twelve for all blocks of a
+ViT-B. The tail of a product is the rank-r product that is added in the same kernel.
 
 {1}
 
 ## Generations (modeled, not measured)
 
-No device has run the second generation yet. `tests/csrc/test_emulated.py` counts the same launches and bytes in the
-emulator.
+The second generation consists of kernels with the steps in parentheses. No GPU has run these kernels yet.
+`tests/csrc/test_emulated.py` counts the same launches and bytes in the emulator.
 
 {2}
 """

@@ -1,9 +1,11 @@
-"""Format results as tables, each of which names the sources of its numbers.
+"""Format results as tables for the documentation. A list of the sources of the numbers follows each table.
 
 Most tables show the newest run in a result file. :func:`host` shows the first and the newest run. :func:`subspaces`,
-:func:`starts` and :func:`study` combine several runs, and use the newest line of each measurement.
+:func:`starts`, :func:`extras` and :func:`study` combine several runs, and use the newest line of each measurement.
 
-A row of a table is one implementation in a comparison. The row "floor" of the result files is the frozen baseline.
+In most tables a row is one implementation in a comparison. The row "floor" of the result files is the frozen baseline:
+the layer or model without an update. Its only gradients are those that every method needs. The head of a model is its
+classifier.
 """
 
 from __future__ import annotations
@@ -79,8 +81,8 @@ def newest_runs(lines: Iterable[Line], fields: Sequence[str]) -> dict[tuple[Any,
 def newest(name: str, **wanted: object) -> dict[str, list[Line]]:
     """Return the newest run in ``<name>.jsonl`` for each dtype, among the lines whose fields match ``wanted``.
 
-    ``wanted`` may contain the additional field ``amx``, which is true for a run on a CPU with AMX. Such a CPU computes
-    bfloat16 products much faster and nothing else faster, so that the ratios differ from those of other CPUs.
+    ``wanted`` may contain the additional field ``amx`` (default: False), which is True for a run on a CPU with AMX. AMX
+    accelerates only bfloat16 products. Ratios from such a CPU therefore differ from those of other CPUs.
     """
     lines = ({**x, "amx": x.get("device") == "cpu" and "AMX" in x["machine"]} for x in read(name))
     wanted = {"amx": False, **wanted}
@@ -89,7 +91,10 @@ def newest(name: str, **wanted: object) -> dict[str, list[Line]]:
 
 
 def read(name: str, folder: Path | None = None) -> list[Line]:
-    """Return the lines of ``<name>.jsonl`` in ``folder`` (default: this checkout's results); empty without the file."""
+    """Return the lines of ``<name>.jsonl``, or an empty list if the file does not exist.
+
+    ``folder`` is the folder of the file, by default that of this checkout's results.
+    """
     path = (folder or record.RESULTS) / f"{name}.jsonl"
     return record.read(path) if path.exists() else []
 
@@ -112,7 +117,7 @@ def train_step(device: str, cuda_graphs: bool = False, amx: bool = False) -> str
 
 
 def memory(device: str) -> str:
-    """Return the table of a ViT-B/16 training step's saved memory, trained parameters and adapter file size."""
+    """Return the table of a ViT-B/16 training step: saved and peak memory, trained parameters and adapter file size."""
     runs = newest("memory", level="model", model=VIT_B, device=device)
     if not runs:
         return NOTHING
@@ -134,9 +139,10 @@ def memory(device: str) -> str:
 
 
 def ops(device: str, amx: bool = False) -> str:
-    """Return the layer table of a ViT-B block: the time of forward and backward pass, relative to the frozen baseline.
+    """Return the table of the layers of a ViT-B block: times of forward and backward pass as ratios to the baseline.
 
-    On a GPU the table also has the ratios that the analytical model predicts.
+    The table for a GPU also contains the ratios of the complete block, both measured and as predicted by the analytical
+    model.
     """
     runs = newest("ops", model="vit_b", images=8 if device == "cpu" else 64, rank=_RANK, device=device, amx=amx)
     if not runs:
@@ -171,7 +177,10 @@ def serve(device: str) -> str:
 
 
 def many_adapters(device: str) -> str:
-    """Return the table of ViT-B/16 inference with n adapters, each image with another one: time ratios and memory."""
+    """Return the table of ViT-B/16 inference with pools of n adapters: time ratios and memory per adapter.
+
+    Successive images use the adapters of a pool in turn.
+    """
     runs = newest("serve", model=VIT_B, device=device)
     names = [(name, title) for name, title in _present(runs) if name.startswith("pool:")]
     if not names:
@@ -193,7 +202,10 @@ def many_adapters(device: str) -> str:
 
 
 def quantized(device: str) -> str:
-    """Return the table of EFFT2 on a quantized ViT-B/16: error of the logits, memory, and time relative to dense."""
+    """Return the table of EFFT2 on a quantized ViT-B/16: error of the logits, memory, and time.
+
+    Times are ratios to those of the model without quantization.
+    """
     runs = newest("quantized", model=VIT_B, device=device)
     if not runs:
         return NOTHING
@@ -215,7 +227,10 @@ _KINDS = {"floor": "frozen", "efft": "EFFT2", "lora:peft": "LoRA of `peft`", "de
 
 
 def kinds(device: str) -> str:
-    """Return the table of layers other than linear: time relative to the frozen layer, saved memory, parameters."""
+    """Return the table of layers that are not linear layers: attention, ``Conv1D`` and mixtures of experts.
+
+    A cell contains the time relative to the frozen layer, the saved memory and the number of trained parameters.
+    """
     runs: dict[str, list[Line]] = {}
     for name, case in (("kinds", "kind"), ("experts", "model")):
         lines = [line for line in read(name) if line["device"] == device]
@@ -243,7 +258,10 @@ def planning() -> str:
 
 
 def host() -> str:
-    """Return the table of the calls that the host makes for one layer, in the first and in the newest run."""
+    """Return the table of the calls that the host makes for one layer.
+
+    If the first and the newest run differ, a cell shows both, joined by an arrow.
+    """
     lines = [line for line in read("host") if line["dtype"] == "float32"]
     if not lines:
         return NOTHING
@@ -270,7 +288,7 @@ def host() -> str:
     )
 
 
-#: The columns of the table of the host's work.
+#: The columns of the table of :func:`host`: pairs of a mode and the field of the result lines that is counted.
 _HOST = (
     ("forward_backward", "dispatcher_calls"),
     ("inference", "dispatcher_calls"),
@@ -299,9 +317,9 @@ def demo() -> str:
 
 
 def subspaces() -> str:
-    """Return the table of the share of updates and gradients that low-rank bases keep, as means over tasks and seeds.
+    """Return the table of the shares of full fine-tuning's updates and gradients that low-rank bases keep.
 
-    The updates and gradients are those of full fine-tuning.
+    The shares are means over tasks and seeds.
     """
     newest = {(x["of"], x["set"], x["task"], x["seed"]): x for x in read("subspaces")}
     if not newest:
@@ -324,7 +342,7 @@ _STARTS = {"side": "one side, random cores", "cores": "both sides, zero cores"}
 
 
 def starts() -> str:
-    """Return the table of EFFT2's accuracy for each way to initialize its factors, as means over seeds."""
+    """Return the table of EFFT2's test accuracy for each way to initialize its factors, as means over seeds."""
     newest = {(x["kind"], x["source"], x["task"], x["seed"]): x for x in read("starts")}
     if not newest:
         return NOTHING
@@ -338,6 +356,79 @@ def starts() -> str:
         overall = None if None in means else fmean(mean for mean in means if mean is not None)
         rows.append([_STARTS[kind], source, *("-" if mean is None else f"{mean:.1f}" for mean in [*means, overall])])
     return with_sources(["directions in", "source", *tasks, "mean"], rows, _by_command(lines))
+
+
+_DEFAULT_EXTRAS = "efft2 r16 x0 c3 fc1pf movement0.1"
+#: For each variant (setting) in extras.jsonl, a title that names its differences from the default configuration. The
+#: sides are the factors U and V. The movement determines the scale of the update (``EfftConfig``).
+_EXTRAS = {
+    _DEFAULT_EXTRAS: "**`EfftConfig.auto()`**",
+    "efft2 r8 x0 c3 fc1pf movement0.1": "rank 8",
+    "efft2 r16 x0 c3 fc1pf": "movement 0.3",
+    "efft2 r16 x0 c1 fc1pf movement0.1": "cores at the learning rate of the sides",
+    "efft2 r16 x0 c6 fc1pf movement0.1": "cores at 6 times the learning rate",
+    "efft2 r16 x0 c3 fc1pf-1 movement0.1": "biases at the learning rate of the sides",
+    "efft2 r16 x0 c3 movement0.1": "no biases",
+    "efft2 r16 x0 c3 biases3 movement0.1": "biases of all linear layers",
+    "efft2 r16 x0 c3 fc1pf norms3 movement0.1": "norms as well",
+    "efft2 r16 x0 c3 fc1pf movement0.1 dropout0.1": "dropout 0.1",
+    "efft2 r16 x0 c3 fc1pf movement0.1 precondition": "preconditioned gradients of U and V",
+    "efft2 r16 x0 c3 fc1pf movement0.1 orthogonal": "orthogonal initial factors",
+    "efft2 r14 x0 c3 fc1pf movement0.1 in10": "rank 14 and a diagonal on the input side of each layer",
+    "efft2 r15 x3 c3 movement0.1": "rank 15, all biases and norms",
+    "efft2 r15 x3 c3 movement0.05": "rank 15, all biases and norms, movement 0.05",
+    "efft2 r15 x3 c3": "rank 15, all biases and norms, movement 0.3",
+    "efft2 r15 x1 c3 movement0.1": "rank 15, all biases and norms at the learning rate of the sides",
+    "efft2 r15 x6 c3 movement0.1": "rank 15, all biases and norms at 6 times the learning rate",
+    "efft2 r15 x3 c3 lr0.002": "rank 15, all biases and norms, movement 0.3, learning rate 0.002",
+    "efft2 r10 x0 c3 norms3 movement0.1": "rank 10, norms instead of biases",
+    "efft2 r8 x3 c3 movement0.1": "rank 8, all biases and norms",
+    "efft2 r4 x0 c3 biases3 movement0.1": "rank 4, biases of all linear layers",
+    "efft2 r4 x0 c3 biases3": "rank 4, biases of all linear layers, movement 0.3",
+    "efft2 r16 x0 c1": "no biases, one learning rate, movement 0.3 (the previous default)",
+    "lora r8 lr 0.001": "LoRA, rank 8, learning rate 0.001",
+}
+
+
+def extras() -> str:
+    """Return the table of the study ``extras``: accuracies of settings, compared with the default configuration.
+
+    Each run of a setting is compared with the run of the default that has the same task and seed. A cell contains the
+    mean difference of the accuracies over these pairs of runs, and its standard error. If a run trains the bias of the
+    attention's output projection, it also trains the bias of the patch embedding, because both have the same name.
+    """
+    roles = {"dev": "validation", "test": "test"}
+    newest = {(x["variant"], x["task"], x["seed"]): x for x in read("extras") if x["stage"] == "explore"}
+    if not newest:
+        return NOTHING
+    groups: dict[str, dict[tuple[str, int], Line]] = {}
+    for (variant, task, seed), line in newest.items():
+        groups.setdefault(variant, {})[task, seed] = line
+    default = groups[_DEFAULT_EXTRAS]
+    rows = []
+    for variant in sorted(groups, key=lambda name: list(_EXTRAS).index(name) if name in _EXTRAS else len(_EXTRAS)):
+        runs = groups[variant]
+        pairs = [(line, default[run]) for run, line in runs.items() if run in default]
+        cells = [_difference(pairs, f"{role}_accuracy") if variant != _DEFAULT_EXTRAS else "" for role in roles]
+        of = len(runs) if variant == _DEFAULT_EXTRAS else len(pairs)
+        rows.append([_EXTRAS.get(variant, variant), f"{next(iter(runs.values()))['trained']:,}", str(of), *cells])
+    header = ["setting", "trained parameters", "runs", *(f"{name}, points" for name in roles.values())]
+    lines = list(newest.values())
+    commits = ", ".join(dict.fromkeys(line["commit"] for line in lines))
+    tasks = ", ".join(dict.fromkeys(line["task"] for line in lines))
+    seeds = ", ".join(dict.fromkeys(str(line["seed"]) for line in lines))
+    # The commands differ only in settings, tasks and seeds, which the table and the title of the source already name.
+    source = {**lines[-1], "commit": commits, "command": "python -m benchmarks extras run --stage explore"}
+    return with_sources(header, rows, {f"tasks {tasks}; seeds {seeds}": [source]})
+
+
+def _difference(pairs: Sequence[tuple[Line, Line]], field: str) -> str:
+    """Return the mean difference of ``field`` within the pairs and its standard error, in percentage points."""
+    points = [100 * (line[field] - other[field]) for line, other in pairs]
+    if not points:
+        return "-"
+    error = f" ± {stdev(points) / len(points) ** 0.5:.1f}" if len(points) > 1 else ""
+    return f"{fmean(points):+.1f}{error}"
 
 
 def study(name: str) -> str:
@@ -366,6 +457,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ops_amx": partial(ops, "cpu", amx=True),
     "demo": demo,
     "subspaces": subspaces,
+    "extras": extras,
     "starts": starts,
     "kinds": partial(kinds, "cpu"),
     "planning": planning,
@@ -380,9 +472,9 @@ def with_sources(
     rows: Iterable[Sequence[str]],
     runs: Mapping[str, list[Line]] | Sequence[tuple[str, list[Line]]],
 ) -> str:
-    """Return a table, followed by the source of the numbers of each run.
+    """Return a table, followed by a list with the source of the numbers of each run.
 
-    ``runs`` contains a title, which may be empty, and the lines of each run.
+    ``runs`` contains for each run a title, which may be empty, and the lines of the run.
     """
     titled = runs.items() if isinstance(runs, Mapping) else runs
     notes = [f"- {f'{title}: ' if title else ''}{provenance(lines[0])}" for title, lines in titled]
@@ -390,7 +482,7 @@ def with_sources(
 
 
 def _by_command(lines: Iterable[Line]) -> list[tuple[str, list[Line]]]:
-    """Return the title and the lines of each run. The title consists of the names of the run's tasks."""
+    """Group lines by date and command. Return the title and the lines of each run; the title lists the run's tasks."""
     runs: dict[tuple[str, str], list[Line]] = {}
     for line in lines:
         runs.setdefault((line["date"], line["command"]), []).append(line)
@@ -427,7 +519,10 @@ def _ratio_cell(runs: dict[str, list[Line]], layer: str, name: str) -> str:
 
 
 def _limit_cell(runs: dict[str, list[Line]], layer: str) -> str:
-    """Return the arithmetic limits of the time ratio for one layer, one per dtype; ignore rows without factors."""
+    """Return the arithmetic limits of the time ratio for one layer, one per dtype.
+
+    Rows that do not train factors have the limit 1. Therefore the largest limit is used.
+    """
     limits = (
         max((x["limit"]["fwd_bwd"] for x in of_dtype if x["case"] == layer and "limit" in x), default=None)
         for of_dtype in runs.values()
@@ -436,9 +531,10 @@ def _limit_cell(runs: dict[str, list[Line]], layer: str) -> str:
 
 
 def _block_cell(lines: Sequence[Line], name: str) -> str:
-    """Return the time ratio of a block: the sum of row ``name``'s median times, divided by that of the frozen baseline.
+    """Return the time ratio of a block for row ``name``, or "-" if a layer has no times.
 
-    The sums go over the layers of the block.
+    The ratio divides the sum of the row's median times over the layers of the block by the same sum for the frozen
+    baseline.
     """
     seconds: dict[str, float] = {}
     for row in (name, "floor"):

@@ -1,6 +1,9 @@
-"""Measure the overhead of a call: ops and layers on tensors so small that their arithmetic takes almost no time.
+"""Measure the overhead of calling ops and layers, on tensors so small that their arithmetic takes almost no time.
 
-pytest benchmarks/      # prints a table; options of pytest-benchmark such as --benchmark-save work
+    pytest benchmarks/      # prints a table; accepts the options of pytest-benchmark, such as --benchmark-save
+
+Each benchmark measures a forward pass, or a forward and backward pass. Torch's linear function and layer are measured
+for comparison.
 """
 
 from __future__ import annotations

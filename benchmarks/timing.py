@@ -1,4 +1,7 @@
-"""Time several implementations (rows) in turn within each repetition, so that a disturbance affects all equally."""
+"""Time several implementations, called rows.
+
+Every repetition measures all rows in turn, so that a disturbance of the machine affects all rows equally.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,9 @@ from typing import Any
 
 import torch
 
-#: The seconds of every repetition, by row.
+#: For each row, the list of its measured times in seconds, one per repetition.
 Samples = dict[str, list[float]]
-#: Bytes written between two measurements to empty the L2 cache; several times the cache size of current GPUs.
+#: Number of bytes to write before a measurement in order to empty the L2 cache. The caches of current GPUs are smaller.
 _FLUSH_BYTES = 512 * 2**20
 
 
@@ -27,14 +30,22 @@ def time_rows(
 ) -> Samples:
     """Return the seconds of every row, measured in ``repeats`` rounds over all rows.
 
+    On a CPU the times come from the wall clock. On a GPU they come from CUDA events before and after each call.
+
     Args:
         rows: functions to time, by name.
         repeats: number of samples per row.
-        warmup: number of rounds before the first sample, which are not measured; they compile and allocate.
-        device: device of the rows. On a CPU the wall clock is used, on CUDA events around each call.
-        flush_l2: CUDA only: overwrite the L2 cache before each sample (cold). Otherwise the row runs once without
-            measurement before each sample (warm). In both cases the host can queue the row before the device is free.
-        cuda_graphs: CUDA only: capture each row in a graph and measure the replay, which excludes the launch cost.
+        warmup: number of unmeasured rounds before the first sample, in which kernels are compiled and memory is
+            allocated. With ``cuda_graphs``, each row also runs this often before its capture.
+        device: device on which the rows compute.
+        flush_l2: whether to overwrite the L2 cache before each sample (a cold cache). Otherwise the row runs once
+            without measurement before each sample (a warm cache). In both cases the GPU is still busy when the host
+            launches the measured call, which hides launch time. Ignored on a CPU.
+        cuda_graphs: whether to capture each row in a CUDA graph and to measure the replay of the graph, which excludes
+            the launch time. Ignored on a CPU.
+
+    Raises:
+        RuntimeError: a row cannot be captured in a CUDA graph.
     """
     if torch.device(device).type != "cuda":
         for _ in range(warmup):
@@ -71,8 +82,8 @@ class Captured:
     """Replay a captured CUDA graph when called.
 
     Attributes:
-        run: the captured call, which owns the tensors that the graph reads and writes.
-        graph: the kernels of the call.
+        run: the captured function. It must stay alive, because it owns tensors that the graph reads and writes.
+        graph: the graph to replay.
     """
 
     run: Callable[[], object]
@@ -80,10 +91,14 @@ class Captured:
 
     @classmethod
     def of(cls, run: Callable[[], object], warmup: int = 2, pool: Any = None) -> Captured:
-        """Capture ``run`` after ``warmup`` calls.
+        """Call ``run`` ``warmup`` times and then capture one more call in a graph.
 
-        ``pool`` is the memory pool of another graph (``graph.pool()``) that both graphs then share. Sharing is safe if
-        each call frees all its allocations. A capture that fails may leave the pool in use.
+        Args:
+            run: the function to capture.
+            warmup: number of calls before the capture.
+            pool: memory pool of another graph (``graph.pool()``), which the new graph then shares. Sharing is safe if
+                each call frees all memory that it allocates and replays never overlap. Do not use the pool again after
+                a failed capture.
 
         Raises:
             RuntimeError: ``run`` contains an operation that no graph can capture, such as waiting for the device.
@@ -96,7 +111,8 @@ class Captured:
                 with torch.cuda.graph(graph, pool, _stream()):
                     run()
             except RuntimeError as error:
-                cause = error.__context__ or error  # the end of the capture then fails too
+                # If ``run`` fails, the end of the capture also fails, with the first error as its context.
+                cause = error.__context__ or error
                 raise RuntimeError(f"a CUDA graph cannot capture the call: {cause}") from error
         return cls(run, graph)
 
@@ -105,7 +121,10 @@ class Captured:
 
 
 def ratios(samples: Samples, floor: str = "floor") -> Samples:
-    """Return every sample divided by the sample of the row ``floor`` (the frozen baseline) in the same repetition."""
+    """Divide every sample by the sample that another row, the baseline, has in the same repetition.
+
+    ``floor`` is the name of the baseline. The row named "floor" is the frozen layer or model without an update.
+    """
     return {
         name: [t / base for t, base in zip(seconds, samples[floor], strict=True)] for name, seconds in samples.items()
     }
@@ -129,11 +148,14 @@ def _wall_clock(run: Callable[[], object]) -> float:
 
 @functools.cache
 def _stream() -> torch.cuda.Stream:
-    """Return one stream for all rows, since the vendor's library keeps a workspace per stream."""
+    """Return the stream on which all rows run. They share it, because cuBLAS keeps a workspace for each stream."""
     return torch.cuda.Stream()
 
 
 def _side_stream() -> AbstractContextManager[object]:
-    """Return a context on another stream, because a capture must not use or wait for the default stream."""
+    """Return a context in which :func:`_stream` is the current stream, because the default stream cannot be captured.
+
+    The stream first waits for the work that is queued on the stream that is current now.
+    """
     _stream().wait_stream(torch.cuda.current_stream())
     return torch.cuda.stream(_stream())

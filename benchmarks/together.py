@@ -3,10 +3,11 @@
     python -m benchmarks together
     python -m benchmarks together --model vit_tiny_patch16_224 --image-size 56 --batch 16
 
-The row ``alone`` trains a single adapted model. The row ``fused`` does the same after ``efft.fuse``. The row ``K=n``
-trains n models in one pass through an ``efft.SharedBackbone``, with the same number of images per model. A step is the
-forward pass, the backward pass and the optimizer's step. Every round measures every row; the ratio of two rows is the
-median of the ratios within the rounds. Measure on an idle machine.
+A row is one way to train. The row ``alone`` trains a single adapted model. The row ``fused`` also trains a single
+model, after ``efft.fuse``. The row ``K=n`` trains n models in one pass through an ``efft.SharedBackbone``. Each of the
+n models gets as many images as the single model. A step is the forward pass, the backward pass and the optimizer's
+step. Every repetition measures every row. The ratio of a row is the median, over the repetitions, of its time per image
+divided by that of ``alone``. Run the command on an idle machine.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ CLASSES = 10
 
 
 def adapted(model: str, size: int, rank: int, seed: int, device: str, fuse: bool = False) -> nn.Module:
-    """Return an adapted model in training mode; models of all seeds have equal frozen weights."""
+    """Return an adapted model in training mode; ``seed`` determines the factors, but not the frozen weights."""
     import timm
 
     torch.manual_seed(0)
@@ -41,7 +42,7 @@ def adapted(model: str, size: int, rank: int, seed: int, device: str, fuse: bool
 
 
 def step_alone(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, autocast: Any) -> Callable[[], object]:
-    """Return a training step of one model."""
+    """Return a function that runs one training step of one model."""
     optimizer = torch.optim.AdamW(efft.parameter_groups(model, 1e-3))
 
     def step() -> None:
@@ -55,7 +56,7 @@ def step_alone(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, aut
 
 
 def step_together(shared: Any, images: torch.Tensor, labels: torch.Tensor, autocast: Any) -> Callable[[], object]:
-    """Return a training step of all models of a shared backbone."""
+    """Return a function that runs one training step of all models of an ``efft.SharedBackbone``."""
     optimizer = torch.optim.AdamW(shared.parameter_groups(1e-3))
     batches = dict.fromkeys(shared.models, images)
 
@@ -71,7 +72,7 @@ def step_together(shared: Any, images: torch.Tensor, labels: torch.Tensor, autoc
 
 
 def measure(args: Any, dtype: str) -> list[dict[str, Any]]:
-    """Return one line of the result file per row."""
+    """Measure every row with the given options and return one line of the result file per row."""
 
     def autocast() -> Any:
         return torch.autocast(args.device, torch.bfloat16, enabled=dtype == "bfloat16")

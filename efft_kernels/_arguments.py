@@ -1,6 +1,9 @@
 """Check the arguments of ops, cast them under autocast, and flatten their leading dimensions.
 
 The error for a wrong call states what was expected, what was passed, and what to do.
+
+In this module, ``W`` and ``b`` are the weight and the bias of a linear layer. The update of the layer is ``D G``, the
+product of two factors. A "token" is one row of the input after all leading dimensions are flattened into one.
 """
 
 from __future__ import annotations
@@ -31,21 +34,24 @@ def check_number(op: str, name: str, argument: object) -> None:
 
 
 def check_shape(op: str, name: str, tensor: Tensor, expected: tuple[int, ...], symbols: str) -> None:
-    """Raise ValueError unless ``tensor`` has exactly the shape ``expected``, which the message names ``symbols``."""
+    """Raise ValueError unless ``tensor`` has exactly the shape ``expected``.
+
+    The message gives this shape in symbols (``symbols``, such as "[d_in, r1]") and in numbers.
+    """
     check_tensor(op, name, tensor)
     if tuple(tensor.shape) != expected:
         raise ValueError(f"{op}: {name} must be {symbols} = {list(expected)}, got shape {list(tensor.shape)}")
 
 
 def check_matrix(op: str, name: str, tensor: Tensor, symbols: str) -> None:
-    """Raise ValueError unless ``tensor`` has two dimensions."""
+    """Raise ValueError unless ``tensor`` has two dimensions. The message calls the expected shape ``symbols``."""
     check_tensor(op, name, tensor)
     if tensor.dim() != 2:
         raise ValueError(f"{op}: {name} must be {symbols}, got shape {list(tensor.shape)}")
 
 
 def check_linear(op: str, name: str, x: Tensor, W: Tensor, b: Tensor | None, D: Tensor, G: Tensor) -> None:
-    """Raise ValueError unless the argument ``name``, ``x`` [..., d_in], matches a linear layer and its update."""
+    """Raise ValueError unless ``x`` [..., d_in] matches a linear layer and its update. The op calls ``x`` ``name``."""
     check_tensor(op, name, x)
     check_delta(op, W, D, G)
     if x.dim() == 0 or x.shape[-1] != W.shape[1]:
@@ -60,7 +66,7 @@ def linear_sizes(x: Tensor, W: Tensor, D: Tensor) -> tuple[int, int, int, int]:
 
 
 def check_dtypes(op: str, like: str, dtype: torch.dtype, **others: Tensor | None) -> None:
-    """Raise ValueError unless all ``others`` have the ``dtype`` of the argument that ``like`` names."""
+    """Raise ValueError unless all ``others`` that are not None have ``dtype``, the dtype of the argument ``like``."""
     got = {name: tensor.dtype for name, tensor in others.items() if tensor is not None}
     if any(other != dtype for other in got.values()):
         raise ValueError(
@@ -100,7 +106,7 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 def autocast_like_linear(first: Tensor, *others: Tensor | None) -> Any:
-    """Cast tensors on one device as autocast casts the arguments of torch's linear; tensors in fp64 stay unchanged."""
+    """Cast tensors on one device as autocast casts the arguments of ``F.linear``. Tensors in fp64 stay unchanged."""
     dtype = autocast_dtype(first.device)
     if dtype is None:
         return first, *others
@@ -120,7 +126,10 @@ def autocast_bias(b: Tensor | None) -> Tensor | None:
 
 
 def unless_wider(b: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Return None for an fp32 bias with a half precision ``dtype``, which is allowed; return any other bias itself."""
+    """Return the bias if its dtype must be equal to ``dtype``, else None.
+
+    The dtype of an fp32 bias may differ from ``dtype`` if ``dtype`` is a half precision.
+    """
     return None if b is not None and b.dtype == torch.float32 and dtype.itemsize == 2 else b
 
 
@@ -134,12 +143,13 @@ def no_autocast(device: torch.device) -> AbstractContextManager[None]:
 def flatten_tokens(tensor: Tensor) -> Tensor:
     """Reshape ``tensor`` [..., d] to [tokens, d] inside an autograd function, where this adds no node to the graph.
 
-    Save ``tensor`` itself for the backward pass, not the result. The result is a view made without gradients: autograd
-    would report a change of it in a less helpful message, and a second derivative would not reach ``tensor``.
+    Save ``tensor`` itself for the backward pass, not the result, which is a view that was made without gradients. If
+    the view were saved, autograd would report an in-place change with a less helpful message, and a second derivative
+    would not reach ``tensor``.
     """
     if tensor.dim() == 2:
         return tensor
-    # Size.numel() would fix sizes that an export leaves open.
+    # Size.numel() would turn sizes that are symbols during an export into constants.
     return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
@@ -162,7 +172,10 @@ def unflatten_tokens(tensor: Tensor, leading: Sequence[int]) -> Tensor:
 
 
 def transposed(matrix: Tensor) -> Tensor:
-    """Return the transpose of ``matrix`` as a view, inside an operator: ``t()`` calls the dispatcher three times."""
+    """Return the transpose of ``matrix`` as a view, inside an operator.
+
+    This calls the dispatcher once, whereas ``t()`` calls it three times.
+    """
     rows, columns = matrix.shape
     return matrix.as_strided((columns, rows), matrix.stride()[::-1])
 
@@ -170,8 +183,8 @@ def transposed(matrix: Tensor) -> Tensor:
 def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return ``tensor`` in ``dtype``, inside an operator and with few calls of the dispatcher.
 
-    Nothing is called if the tensor has the dtype. A conversion by ``to`` calls the dispatcher four times, and a copy
-    into a new tensor twice.
+    If the tensor already has this dtype, nothing is called. Otherwise a contiguous tensor is copied into a new tensor,
+    which calls the dispatcher twice; ``to`` would call it four times.
     """
     if tensor.dtype == dtype:
         return tensor

@@ -1,8 +1,8 @@
 """Remember for which calls of an op the arguments were checked, and which backend was chosen.
 
-Checking the arguments and choosing a backend takes longer than launching a kernel. Both depend only on shapes, dtypes,
-devices, the requested backend and autocast. These values form the *signature* of a call. A later call with the same
-signature needs no checks.
+Checking the arguments and choosing a backend takes longer than launching a kernel. The results of both depend only on
+the shapes, dtypes and devices of the arguments, on the requested backend and on autocast. These values form the
+*signature* of a call. If an earlier call had the same signature, a call needs no checks and uses the same backend.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from efft_kernels.backends import Backend, current_backend
 from efft_kernels.measured import is_final
 from efft_kernels.native import MISSING
 
-#: The values that determine the checks and the choice.
+#: The values that determine the result of the checks and the choice of the backend.
 Signature = tuple[Any, ...]
-#: The backends that were chosen for earlier calls.
+#: The backend that was chosen for each signature of an earlier call.
 choices: dict[Signature, Backend] = {}
 #: The number of signatures to keep: enough for a model, and bounded in case every batch has another length.
 _MOST = 4096
@@ -31,8 +31,9 @@ def signature(
 ) -> tuple[Signature, torch.dtype | None] | tuple[None, None]:
     """Return the signature of a call of a linear op, and the dtype to which autocast casts.
 
-    Return (None, None) if the call must be checked in any case: in code that is compiled, traced or transformed by
-    ``torch.func``, because sizes may be symbols there, and for arguments that lack an attribute of tensors.
+    Return (None, None) if the call must be checked in any case. This concerns code that is compiled, traced or
+    transformed by ``torch.func``, in which sizes may be symbols, and arguments that are not tensors or have no
+    dimension.
     """
     if (
         torch.compiler.is_compiling()
@@ -57,7 +58,7 @@ def signature(
 
 
 def note_choice(call: Signature | None, chosen: Backend, device: torch.device) -> None:
-    """Remember the choice, unless a later call may get another one."""
+    """Remember the chosen backend, unless a later measurement may change the choice (:func:`is_final`)."""
     if call is None or (device.type == "cuda" and not is_final(device)):
         return
     if len(choices) >= _MOST:

@@ -1,13 +1,15 @@
 """Pack factors once per forward pass, in the dtype and layout that the kernels need.
 
-The kernels of the cuda backend read D as [r, d_in] and G as [d_out, r] and [r, d_out], all in the dtype of the
-activations. Without this module each call of a layer packs its own copies. A bank of factors composes D and G of all
-its layers at the start of a pass (:meth:`efft_kernels.nn.FactorBank.prepare`) and attaches a :class:`Stack` to each G
-(:func:`attach`). The first layer that multiplies then packs the factors of all layers, and the others find them
-(:func:`find`).
+The update of a layer is D G, the product of the factors D [d_in, r] and G [r, d_out]. The kernels of the cuda backend
+read D as [r, d_in] and G as [d_out, r] and [r, d_out], all in the dtype of the activations. Without this module, each
+call of a layer copies its factors into these layouts. With it, a bank (the module that holds the factors of many
+layers) composes D and G of all its layers at the start of a forward pass (:meth:`efft_kernels.nn.FactorBank.prepare`)
+and attaches a :class:`Stack` to each G (:func:`attach`). The first layer that multiplies then packs the factors of all
+layers of the stack, and the other layers find the packed factors (:func:`find`).
 
-Only the second generation of the kernels uses packed factors, because no GPU has run it yet (``EFFT_SM90_GENERATION``
-in ENVIRONMENT.md).
+The module is active only if the environment variable ``EFFT_SM90_GENERATION=2`` selects the second generation of the
+CUDA kernels (see ENVIRONMENT.md). That generation is not the default, because it has run only in the emulator of the
+project's tests and not on a GPU yet.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ class Packed(NamedTuple):
     """Hold the packed factors of one layer.
 
     Attributes:
-        D: ``[d_in, r]``, stored as ``[r, d_in]``.
+        D: ``[d_in, r]`` for both passes, stored as ``[r, d_in]``.
         G: ``[r, d_out]`` for the forward pass, stored as ``[d_out, r]``.
         G_rows: ``[r, d_out]`` for the backward pass, stored as ``[r, d_out]``.
     """
@@ -42,19 +44,22 @@ class Packed(NamedTuple):
 
 
 class Stack:
-    """Hold the factors of several layers during one forward pass. The first layer that needs its factors packs all."""
+    """Hold the factors of several layers, and pack all of them when the first layer asks for its packed factors."""
 
     def __init__(self, D: Tensor, G: Tensor) -> None:
-        """Store D ``[d_in, r]``, which all layers share, or ``[n, d_in, r]``, and G ``[n, r, d_out]``, as views."""
+        """Store views of D and G for n layers. D is ``[d_in, r]`` if all layers share it, else ``[n, d_in, r]``.
+
+        G is ``[n, r, d_out]``.
+        """
         self.D, self.G = D.detach(), G.detach()
         self._versions = D._version, G._version
         self._packed: dict[torch.dtype, list[Packed]] = {}
 
     def packed(self, i: int, D: Tensor, dtype: torch.dtype) -> Packed | None:
-        """Return the packed factors of layer i.
+        """Return the packed factors of layer i in ``dtype``.
 
-        Return None if ``D`` is not the factor that the bank composed for this layer, or if a factor has changed in
-        place since then.
+        Return None if ``D`` is not the factor that the bank composed for this layer, or if D or G was changed in place
+        after this object was created.
         """
         own = self.D if self.D.dim() == 2 else self.D[i]
         same = D.data_ptr() == own.data_ptr() and D.shape == own.shape and D.stride() == own.stride()
@@ -75,7 +80,9 @@ def is_on() -> bool:
 
 
 def attach(D: Tensor, G: Tensor, of_layers: Sequence[Tensor]) -> None:
-    """Make :func:`find` return packed factors for these layers.
+    """Make :func:`find` return packed factors for n layers.
+
+    Do nothing if :func:`is_on` is False, or in code that is compiled or transformed by ``torch.func``.
 
     Args:
         D: ``[d_in, r]``, which all layers share, or ``[n, d_in, r]``.
@@ -90,7 +97,7 @@ def attach(D: Tensor, G: Tensor, of_layers: Sequence[Tensor]) -> None:
 
 
 def find(backend: Backend, dtype: torch.dtype, D: Tensor, G: Tensor) -> Packed | None:
-    """Return the packed factors of the layer that multiplies by ``D`` and ``G``, or None if it must pack its own."""
+    """Return the packed factors in ``dtype`` of the layer that multiplies by ``D`` and ``G``; None if it has none."""
     attached = None if torch.compiler.is_compiling() else getattr(G, _ATTRIBUTE, None)
     if attached is None or backend not in BACKENDS:
         return None

@@ -2,10 +2,16 @@
 
     python -m efft_kernels.autotune --out measured.json --tokens 12608 --d-in 768 --d-out 2304 768 3072 --rank 16 32
 
+A *case* is an op with its sizes, its dtype and the GPU's compute capability. A *row* of the table contains the times of
+all compared backends for one case.
+
 If the environment variable ``EFFT_AUTOTUNE`` names a file, importing :mod:`efft_kernels` activates this module. The
-backend ``auto`` then measures each layer shape when it first occurs and stores the row in that file. Rows of that file
-take precedence over the table in the package. Two measurements may differ, and the chosen backends round differently.
-Therefore nothing is measured under ``torch.use_deterministic_algorithms(True)``, and only existing rows are used.
+backend ``auto`` then measures a case when it first occurs and stores the row in that file. A case is not measured if
+the file or the table in the package has a row with the same widths (d_in and d_out) and at most twice or at least half
+as many tokens. If two rows are equally similar to a case, the row of the file is used.
+
+Two measurements of a case may differ, and the backends round differently. Therefore nothing is measured under
+``torch.use_deterministic_algorithms(True)``, and only existing rows are used.
 """
 
 from __future__ import annotations
@@ -41,7 +47,7 @@ class Autotuner:
     path: Path
 
     def can_measure(self, device: torch.device) -> bool:
-        """Return False while a call is traced or captured, and if torch is set to be deterministic."""
+        """Return False in compiled code, while a CUDA graph is captured, and if torch must be deterministic."""
         traced = torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
         return not traced and not torch.are_deterministic_algorithms_enabled()
 
@@ -53,7 +59,7 @@ class Autotuner:
 
 
 def use_table(path: Path) -> None:
-    """Make ``auto`` use the table ``path`` first, and measure cases that no table covers.
+    """Make ``auto`` use the rows of the table ``path`` too, and measure cases to which no row applies.
 
     Raises:
         ValueError: the file exists and does not contain a table.
@@ -62,10 +68,10 @@ def use_table(path: Path) -> None:
 
 
 def measure(case: Case, device: torch.device | str, backends: Sequence[str] = RIVALS, repeats: int = 20) -> Row:
-    """Time the forward and backward passes of ``case`` with each backend in turn, and keep the best of ``repeats``.
+    """Time a forward and backward pass of ``case`` with each backend, and return the best times of ``repeats`` runs.
 
-    On a GPU, the kernels are replayed as a CUDA graph, so that only the kernels are timed. This matches training, where
-    the host runs ahead of the GPU.
+    The backends take turns. On a GPU, the kernels are replayed as a CUDA graph, so that only the kernels are timed.
+    This matches training, in which the host runs ahead of the GPU.
     """
     device = torch.device(device)
     with contextlib.ExitStack() as around:  # isolates the measurement from the caller's autograd state and device

@@ -101,10 +101,14 @@ def use_backend(backend: str | Backend) -> Iterator[None]:
 def can_run(backend: str | Backend, *tensors: Tensor | None) -> str | None:
     """Return None if ``backend`` can run an op on ``tensors``, else the reason why it cannot.
 
-    ``reference`` and ``eager`` implement every op on every device. They need real floating-point tensors that are all
-    on one device. ``cpu`` needs the compiled extension, and float32 or bfloat16 tensors on the CPU. ``triton`` needs
-    the triton package and a GPU of compute capability 8.0 (or, for tests, ``TRITON_INTERPRET=1`` and the CPU). ``cuda``
-    needs the compiled extension and such a GPU. ``triton`` and ``cuda`` do not support float64.
+    All tensors must be on one device, and their dtypes must be float16, bfloat16, float32 or float64.
+
+    - ``reference`` and ``eager`` implement every op on every device.
+    - ``cpu`` needs the compiled extension, and float32 or bfloat16 tensors on the CPU.
+    - ``triton`` needs the triton package and an NVIDIA GPU of compute capability 8.0 or newer, or an AMD GPU (for
+      tests, ``TRITON_INTERPRET=1`` and the CPU). It does not support float64.
+    - ``cuda`` needs the compiled extension and an NVIDIA GPU of compute capability 8.0 or newer. It does not support
+      float64.
     """
     backend = Backend.parse(backend)
     present = [t for t in tensors if t is not None]
@@ -159,7 +163,7 @@ def resolve(
 ) -> Backend:
     """Return the backend that runs ``op`` on ``tensors``, which is never ``AUTO``.
 
-    With ``sizes`` (tokens, d_in, d_out, r1), ``auto`` looks for a measurement.
+    ``sizes`` is (tokens, d_in, d_out, r1) of a linear op. Without it, ``auto`` does not look for a measurement.
 
     Raises:
         ValueError: the name of the backend is unknown.
@@ -190,7 +194,10 @@ _MOST_ANSWERS = 4096
 
 
 def _fastest(op: str, sizes: tuple[int, int, int, int], *tensors: Tensor | None) -> Backend | None:
-    """Return the fastest measured backend that runs on this GPU, or the vendor's products; None if unmeasured."""
+    """Return the backend that measured fastest among those that can run this call on this GPU.
+
+    Return None if the tensors are not on a GPU, if no measurement applies, or if only one backend can run.
+    """
     W = next(t for t in tensors if t is not None)
     if W.device.type != "cuda":
         return None
@@ -208,7 +215,7 @@ def _fastest(op: str, sizes: tuple[int, int, int, int], *tensors: Tensor | None)
 
 
 def _look_up(op: str, sizes: tuple[int, int, int, int], W: Tensor, *tensors: Tensor | None) -> Backend | None:
-    """Return the result of :func:`_fastest` from the table."""
+    """Compute the result of :func:`_fastest` from the table of measurements."""
     able = [b for b in (Backend.EAGER, Backend.TRITON, Backend.CUDA) if can_run(b, *tensors) is None]
     if len(able) < 2:
         return None
@@ -219,9 +226,10 @@ def _look_up(op: str, sizes: tuple[int, int, int, int], W: Tensor, *tensors: Ten
 
 
 def explain(*tensors: Tensor | None) -> str:
-    """Report which backend ``auto`` would use for ``tensors`` and why: one line per backend, the choice marked ``*``.
+    """Return one line per backend that states whether the backend can run on ``tensors`` and, if not, the reason.
 
-    The last lines list the backends that ``auto`` uses only if they measured faster.
+    ``*`` marks the backend that ``auto`` uses if no measurement applies. The last lines list ``triton`` and ``cuda``,
+    which ``auto`` uses only if they measured faster.
     """
     lines, chosen = [], False
     for candidate in AUTO_ORDER:
@@ -266,8 +274,8 @@ def declare(
         eager: the implementation for the backend ``eager``.
         triton: imports and returns the module whose function ``operator`` is the implementation for ``triton``. It is
             called when the operator first runs, because Triton may not be installed.
-        cuda: the implementation for the backend ``cuda``, if the compiled extension does not register one because this
-            function composes the operator from others.
+        cuda: the implementation for the backend ``cuda``, a function that composes the operator from other operators.
+            None if the compiled extension registers the implementation.
     """
 
     def by_triton(*values: Any) -> Any:
@@ -289,9 +297,10 @@ def declare(
 
 
 def _mark_in_place(operator: str, backend: Backend, overload: Any) -> None:
-    """Increase the versions of the tensors that the operator changes in place; torch does so only for its own ops.
+    """Make each call of the operator increase the versions of the tensors that the operator changes in place.
 
-    Autograd compares versions to detect that a tensor was changed after it was saved for the backward pass.
+    Autograd compares versions to detect that a tensor was changed after it was saved for the backward pass. torch
+    increases them only for its own ops.
     """
     changed = [i for i, argument in enumerate(overload._schema.arguments) if argument.is_write]
 

@@ -149,7 +149,7 @@ def find_tools(target: str) -> Tools:
     if nvcc is None:
         raise BuildError("nvcc not found: install the CUDA toolkit, or set CUDA_HOME")
     cutlass = _cutlass()
-    if cutlass is None:  # without the kernel that needs these headers, sm_90 would be slow although auto prefers cuda
+    if cutlass is None:  # the fast kernel for sm_90 needs these headers, and auto expects that kernel to exist
         raise BuildError("CUTLASS's headers not found: pip install --no-deps nvidia-cutlass")
     return Tools(ninja, cxx, torch, nvcc, cutlass)
 
@@ -157,8 +157,8 @@ def find_tools(target: str) -> Tools:
 def build(targets: list[str], folder: Path, objects: Path | None = None) -> list[Path]:
     """Compile ``targets`` into ``folder`` and return the paths of the libraries.
 
-    If ``objects`` is passed, object files stay in that folder for the next build. A library only appears under its name
-    when it is complete.
+    If ``objects`` is passed, object files stay in that folder for the next build. A library appears under its final
+    name only when it is complete.
 
     Raises:
         BuildError: the compiler failed; the message contains its output.
@@ -184,7 +184,7 @@ def build(targets: list[str], folder: Path, objects: Path | None = None) -> list
 
 
 def build_into_cache(targets: list[str]) -> list[Path]:
-    """Build those ``targets`` that do not exist yet. In a checkout, unchanged files are not compiled again."""
+    """Build those ``targets`` whose libraries do not exist yet. In a checkout, unchanged files are not recompiled."""
     objects = _PACKAGE.parent / "build" / "csrc" if sources().parent == _PACKAGE.parent else None
     return build([target for target in targets if find(target) is None], cache(), objects)
 
@@ -199,7 +199,7 @@ def _ninja(target: str, tools: Tools) -> str:
     stubs = ["libtorch.so", "libtorch_cpu.so", "libc10.so"]
     lines = [
         f"cxx = {_escape(tools.cxx)}",
-        # The build links empty substitutes for torch's libraries, which are loaded at run time: any torch will do.
+        # The build links empty substitutes for torch's libraries. The real ones are loaded at run time.
         "rule stub",
         "  command = $cxx -shared -nostdlib -x c /dev/null -Wl,-soname,$out -o $out",
         *(f"build {stub}: stub" for stub in stubs),
@@ -217,7 +217,7 @@ def isa_flags() -> dict[str, str]:
 
 def _cpu_objects(lines: list[str]) -> list[str]:
     lines += [
-        # CXXFLAGS and LDFLAGS are not in the library's name: a wheel's library must be found where they are not set.
+        # CXXFLAGS and LDFLAGS do not affect the library's name, because they need not be set where a wheel is used.
         f"flags = -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-psabi {_escape(os.environ.get('CXXFLAGS', ''))}",
         f"link_flags = {_escape(os.environ.get('LDFLAGS', '-s'))}",
         "rule compile",
@@ -290,7 +290,7 @@ def _jobs(target: str) -> int:
 def _torch() -> Path:
     """Return the folder of the torch package for which the extension is built.
 
-    It is in the environment into which pip installs, even if pip runs the build in an isolated environment.
+    This package is in the environment into which pip installs, even if pip runs the build in an isolated environment.
     """
     installed = Path(sysconfig.get_path("platlib")) / "torch"
     if installed.is_dir():

@@ -1,8 +1,13 @@
-"""Implement the forward and backward passes of each op with the vendor's matrix products.
+"""Implement the forward and backward passes of each op with the matrix products of the vendor's library.
 
-These functions run on any device and need no compiler. ``tt_linear`` saves one h and computes one dh. Both rank-r
-products are added to the buffer with the frozen product, so that neither direction has a temporary tensor of size
-d_in x d_out. Factors are cast to the dtype of the activations; activations are never cast to that of the factors.
+These functions run on any device and need no compiler. W and b are the frozen weight and the bias of a linear layer,
+and the update of the layer is D G, the product of two factors. ``tt_linear`` computes h = x D in the forward pass and
+dh = gy Gᵀ in the backward pass, where gy is the gradient of the output. The products h G and dh Dᵀ are added in place
+to the products with W. Therefore neither pass has a temporary tensor of the size of W. Factors are cast to the dtype of
+the activations, and never the other way round.
+
+In the names of gradients, d stands for "gradient of". The arguments ``need_...`` of a backward function state which
+gradients are needed. All other gradients are returned with 0 elements.
 """
 
 from __future__ import annotations
@@ -46,7 +51,7 @@ def tt_linear_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute dh = gy Gᵀ, dx = gy W + dh Dᵀ, dD = xᵀ dh, dG = hᵀ gy, and db, the sum of gy over the tokens.
 
-    dD, dG and db are at least in fp32.
+    dD, dG and db are in fp32, or in fp64 if D, G or gy is in fp64.
     """
     dx = dD = dG = db = None
     leading, gy, dtype = gy.shape[:-1], rows_of(gy), gy.dtype
@@ -120,7 +125,7 @@ def tt_gelu_linear_bwd(
     need_dG: bool,
     need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute the gradients with a recomputed a, which costs reading z once, instead of a saved a."""
+    """Compute dz, dD, dG and db. The output of the GELU was not saved, so it is computed from z again."""
     a = _gelu(z, approximate, gy.dtype) if need_dD else None
     da, dD, dG, db = tt_linear_bwd(gy, a, W, h, D, G, need_dz, need_dD, need_dG, need_db)
     if not need_dz:
@@ -148,7 +153,7 @@ def tt_norm_linear_fwd(
     D: Tensor,  # [d_in, r1]
     G: Tensor,  # [r1, d_out]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # y [tokens, d_out], h [tokens, r1], mean and rstd [tokens]
-    """Compute tt_linear on the layer norm of x."""
+    """Compute tt_linear on the layer norm of x. rstd is 1 / sqrt(variance + eps)."""
     n, mean, rstd = _layer_norm(x, gamma, beta, eps, W.dtype)
     y, h = tt_linear_fwd(n.to(W.dtype), W, b, D, G)
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -174,7 +179,7 @@ def tt_norm_linear_bwd(
     need_dgamma: bool,
     need_dbeta: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Compute the gradients with the norm's output recomputed from x instead of saved."""
+    """Compute dx, dD, dG, db, dgamma and dbeta. The norm's output was not saved, so it is computed from x again."""
     n = _layer_norm(x, gamma, beta, eps, gy.dtype)[0].to(gy.dtype) if need_dD else None
     needs = need_dx, need_dgamma, need_dbeta
     dn, dD, dG, db = tt_linear_bwd(gy, n, W, h, D, G, any(needs), need_dD, need_dG, need_db)
@@ -193,9 +198,10 @@ def layer_norm_bwd(
     need_dgamma: bool,
     need_dbeta: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # dx [tokens, d_in] in the dtype of x, dgamma and dbeta [d_in] in theirs
-    """Compute the gradients of a layer norm with the vendor's kernel; all its inputs but the statistics need one dtype.
+    """Compute the gradients of a layer norm with torch's kernel, from dn, the gradient of the norm's output.
 
-    A gradient that is not needed has 0 elements. If no gradient is needed, nothing is read.
+    The kernel needs one dtype for all inputs except the statistics, so the inputs are cast. A gradient that is not
+    needed has 0 elements. If no gradient is needed, nothing is read.
     """
     likes = [x if like is None else like for like in (x, gamma, beta)]
     needs = [need_dx, need_dgamma, need_dbeta]
@@ -218,7 +224,7 @@ def layer_norm_bwd(
 def _layer_norm(
     x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the norm, still to be rounded to ``dtype``, and its statistics."""
+    """Return the norm's output, which the caller still has to round to ``dtype``, and the norm's mean and rstd."""
     wide, gamma, beta = _alike(x, gamma, beta, dtype)
     return torch.native_layer_norm(wide, x.shape[1:], gamma, beta, eps)
 
@@ -226,7 +232,7 @@ def _layer_norm(
 def _alike(
     x: Tensor, gamma: Tensor | None, beta: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Cast all inputs to the one dtype that the vendor's kernel needs and returns; at least as wide as ``dtype``."""
+    """Cast all inputs to one dtype, as torch's kernel requires: the widest of their dtypes and ``dtype``."""
     others = {dtype, *(parameter.dtype for parameter in (gamma, beta) if parameter is not None)}
     if others == {x.dtype}:
         return x, gamma, beta
@@ -247,7 +253,10 @@ def tt_linear_grouped_fwd(
     G: Tensor,  # [n_adapters, r1, d_out]
     adapter: Tensor,  # [samples], negative for no adapter
 ) -> tuple[Tensor, Tensor]:  # y [samples, tokens, d_out], h [samples, tokens, r1]
-    """Compute y[i] = x[i] Wᵀ + b + h[i] G[a_i] with h[i] = x[i] D[a_i], by batched products of gathered factors."""
+    """Compute y[i] = x[i] Wᵀ + b + h[i] G[a_i] with h[i] = x[i] D[a_i], where a_i = adapter[i].
+
+    The factors of the samples' adapters are gathered, and batched products multiply by them.
+    """
     y = F.linear(x, W, None if b is None else b.to(x.dtype))
     if x.numel() == 0 or D.shape[0] == 0:
         return y, x.new_zeros(*x.shape[:2], D.shape[2])
@@ -273,10 +282,11 @@ def grouped_backward(
     need_dG: bool,
     need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute the backward pass of tt_linear_grouped with a backend's own ``forward`` and batched products.
+    """Compute the backward pass of tt_linear_grouped with the ``forward`` function of a backend and batched products.
 
-    dx = gy W + dh Dᵀ and dh = gy Gᵀ have the form of the forward pass with exchanged operands. The batched products
-    compute the sums of each adapter. db is the sum of gy over the samples of each adapter.
+    dx = gy W + dh Dᵀ and dh = gy Gᵀ have the form of the forward pass with other operands, so ``forward`` computes
+    them. Batched products compute dD and dG of each adapter, which are sums over the tokens of its samples. db is the
+    sum of gy over the samples and tokens of each adapter.
     """
     dx, dh = gy.new_empty(0), None
     if need_dx:
@@ -339,7 +349,7 @@ def _sum_by_adapter(parts: Tensor, adapter: Tensor, n_adapters: int) -> Tensor:
 
 
 def _rows(C: Tensor, keep_C: Tensor | None, scale: float) -> Tensor:
-    """Return scale · C, masked, as [n_layers, r1 * n_cores, r2]."""
+    """Return scale · C as [n_layers, r1 * n_cores, r2], with the elements that ``keep_C`` drops set to zero."""
     C = C * scale if keep_C is None else C * keep_C * scale
     return C.transpose(1, 2).flatten(1, 2)
 
@@ -353,8 +363,9 @@ def tt_contract_fwd(
 ) -> Tensor:  # [n_layers, r1, n_cores * d_out]
     """Compute G[l] = scale · [C[l, 0] V | C[l, 1] V | ...] as one matrix product for all layers and cores.
 
-    Cores are arranged as [n_layers, r1, n_cores, r2], so that the product has the layout of G and G[l] needs no copy.
-    With a mask on V, every layer has its own right factor, and the product is batched over layers.
+    The dropout masks ``keep_C`` and ``keep_V`` are False for elements of C and V that are set to zero. Cores are
+    arranged as [n_layers, r1, n_cores, r2], so that the product has the layout of G and G[l] needs no copy. With a mask
+    on V, every layer has its own right factor, and the product is batched over layers.
     """
     n_layers, n_cores, r1, _ = C.shape
     G = _rows(C, keep_C, scale) @ (V if keep_V is None else V * keep_V)

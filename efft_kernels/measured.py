@@ -1,12 +1,13 @@
 """Read and write the table of measurements by which ``auto`` chooses between fused kernels and vendor products.
 
-Each row of ``measured.json`` in this folder names the GPU and the versions of its measurement. A row applies to a
-compute capability, never to a GPU's name, and only to the backends that it lists. If no row applies, ``auto`` uses the
-vendor's products. :mod:`efft_kernels.autotune` writes tables and, if ``EFFT_AUTOTUNE`` is set, measures cases to which
-no row applies.
+Each row of ``measured.json`` in this folder contains the times of several backends for one case (an op with its sizes
+and its dtype) and names the GPU and the versions of torch and triton. A row applies to every GPU of the same major
+compute capability, and compares only the backends that it lists. If no row applies, ``auto`` uses the vendor's
+products. :mod:`efft_kernels.autotune` writes tables and, if ``EFFT_AUTOTUNE`` is set, measures cases to which no row
+applies.
 
-Every backend returns exactly the same results in every run, because no kernel uses atomic additions. A choice therefore
-affects only the speed and the rounding.
+A backend returns exactly the same results in every run, because no kernel uses atomic additions. The choice of a
+backend therefore affects only the speed and the rounding.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any, Protocol
 import torch
 
 COMMITTED = Path(__file__).with_name("measured.json")
-#: A row applies to sizes up to this factor away; within this factor, tiles and waves change little.
+#: A row applies to sizes that differ by at most this factor, because the launch of the kernels then changes little.
 NEAR = 2.0
 #: The largest table that is read, in bytes. This is enough for tens of thousands of rows.
 _LARGEST = 16 * 2**20
@@ -54,7 +55,8 @@ class Row:
     kernels: int = 1
 
     def __post_init__(self) -> None:
-        # This sorts here and not in fastest(): torch.compile may make the floats graph inputs, which it cannot compare.
+        # Sorting in fastest() would fail under torch.compile, which may make the floats graph inputs that it cannot
+        # compare.
         object.__setattr__(self, "microseconds", dict(sorted(self.microseconds.items(), key=lambda item: item[1])))
 
 
@@ -110,20 +112,26 @@ def write(path: Path, rows: Sequence[Row]) -> None:
 
 #: The generation of the cuda kernels that this process uses.
 KERNELS = 2 if os.environ.get("EFFT_SM90_GENERATION") == "2" else 1
-#: The rows are read at import and kept in a global, on which torch.compile can guard, because it cannot read files.
+#: The rows are read at import, because compiled code cannot read files. torch.compile can guard on this global.
 _rows: list[Row] = [*read(COMMITTED)]
 _measurer: Measurer | None = None
 
 
 def plug_in(measurer: Measurer, rows: Sequence[Row]) -> None:
-    """Make :func:`fastest` search ``rows`` first, and call ``measurer`` for cases to which no row applies."""
+    """Make :func:`fastest` also search ``rows``, and call ``measurer`` for cases to which no row applies.
+
+    If two rows are equally similar to a case, one of ``rows`` is preferred.
+    """
     global _measurer
     _rows[:0] = rows
     _measurer = measurer
 
 
 def fastest(case: Case, device: torch.device, backends: Sequence[str]) -> str | None:
-    """Return the one of ``backends`` that measured fastest for this or a similar case; None without a measurement."""
+    """Return the one of ``backends`` that measured fastest for ``case`` or a similar case; None if no row applies.
+
+    A plugged-in measurer measures the case, unless a row has its d_in and d_out and a similar number of tokens.
+    """
     row = _newest(case, 1.0)
     if row is None and _measurer is not None and _measurer.can_measure(device):
         row = _measurer.measure(case, device, backends)
@@ -135,7 +143,7 @@ def fastest(case: Case, device: torch.device, backends: Sequence[str]) -> str | 
 
 
 def _newest(case: Case, widths: float) -> Row | None:
-    """Return the nearest row with the kernels that this process uses; without one, the nearest with older kernels."""
+    """Return the nearest row for the generation of cuda kernels that this process uses, or else for an older one."""
     for kernels in range(KERNELS, 0, -1):
         row = nearest(case, [row for row in _rows if row.kernels == kernels], widths)
         if row is not None:
@@ -144,7 +152,10 @@ def _newest(case: Case, widths: float) -> Row | None:
 
 
 def is_final(device: torch.device) -> bool:
-    """Return whether :func:`fastest` would return the same result later: not if it may measure later but not now."""
+    """Return whether :func:`fastest` would return the same result later.
+
+    The result may change if a measurer is plugged in that cannot measure now but may measure later.
+    """
     return _measurer is None or _measurer.can_measure(device)
 
 
@@ -152,9 +163,13 @@ def nearest(case: Case, rows: Sequence[Row], widths: float) -> Row | None:
     """Return the row most similar to ``case`` in tokens, d_in and d_out (the first of equals); None if none is near.
 
     A row is near if its tokens differ by at most a factor of :data:`NEAR`, and its d_in and d_out by at most a factor
-    of ``widths``. The row must also agree with ``case`` in three properties: whether matrix rows are multiples of 16
-    bytes, which the fastest kernels need; the rank padded to a power of two (at least 32); and the dtype, where float16
-    and bfloat16 count as equal.
+    of ``widths``. The row must also agree with ``case`` in
+
+    - the op and the compute capability,
+    - the dtype (float16 and bfloat16 count as equal),
+    - the rank, rounded up to a power of two that is at least 32, and
+    - whether d_in is a multiple of 8, and whether d_out is. In half precision, matrix rows are then multiples of 16
+      bytes, which the fastest kernels need.
     """
 
     def kind(c: Case) -> tuple[Any, ...]:

@@ -1,6 +1,9 @@
 """Specify each op as plain differentiable torch code, computed in fp32 (fp64 for fp64 inputs).
 
 The functions ``<op>_bwd`` compute the gradients of the ops, also as differentiable torch code, for higher derivatives.
+
+W and b are the weight and the bias of a linear layer, and the update of the layer is D G, the product of two factors.
+gy is the gradient of the output y, and dx, dD, dG and db are the gradients of x, D, G and b.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ def tt_linear_bwd(
     G: Tensor,  # [r1, d_out]
     gh: Tensor | None = None,  # [tokens, r1]: the gradient that reaches h without passing through y
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:  # dx, dD, dG in the dtypes of gy, D, G; db [d_out]
-    """Return the gradients, which are differentiable themselves; None for a gradient whose input is None.
+    """Return differentiable gradients. dx is None without W, dD is None without x, and dG is None without h.
 
     db is in the dtype of the computation.
     """
@@ -74,7 +77,7 @@ def tt_gelu_linear_bwd(
     G: Tensor,  # [r1, d_out]
     approximate: str,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:  # dz, dD, dG in the dtypes of z, D, G; db [d_out]
-    """Return the differentiable gradients; dz is None without W, and db is in the dtype of the computation."""
+    """Return differentiable gradients. dz is None without W, and db is in the dtype of the computation."""
     wide_z = z.to(_wide(z, D, G))
     a = F.gelu(wide_z, approximate=approximate)
     da, dD, dG, db = tt_linear_bwd(gy.to(a.dtype), a, W, a @ D.to(a.dtype), D, G)
@@ -109,7 +112,7 @@ def tt_norm_linear_bwd(
     G: Tensor,  # [r1, d_out]
     eps: float,
 ) -> tuple[Tensor | None, ...]:  # dx, dD, dG in the dtypes of x, D, G; db [d_out], dgamma, dbeta [d_in]
-    """Return the gradients, which are differentiable themselves; dx, dgamma and dbeta are None without W.
+    """Return differentiable gradients. dx, dgamma and dbeta are None without W.
 
     db, dgamma and dbeta are in the dtype of the computation.
     """
@@ -127,7 +130,7 @@ def tt_norm_linear_bwd(
 
 
 def _standardized(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return x with mean 0 and standard deviation 1 along its last dimension, and the original deviation."""
+    """Return x with mean 0 and standard deviation 1 along its last dimension, and sqrt(variance of x + eps)."""
     centered = x - x.mean(-1, keepdim=True)
     deviation = (centered.square().mean(-1, keepdim=True) + eps).sqrt()
     return centered / deviation, deviation
@@ -146,7 +149,9 @@ def tt_linear_grouped(
     G: Tensor,  # [n_adapters, r1, d_out]
     adapter: Tensor,  # [samples]
 ) -> Tensor:  # [samples, tokens, d_out], dtype of x
-    """Compute y[i] = x[i] Wᵀ + b + (x[i] D[a_i]) G[a_i] for each sample; a negative a_i means no adapter.
+    """Compute y[i] = x[i] Wᵀ + b + (x[i] D[a_i]) G[a_i] for each sample i, where a_i = adapter[i].
+
+    A negative a_i means no adapter, and therefore no update.
 
     If every adapter has its own bias, b is replaced by b[a_i], and a sample without an adapter has no bias.
     """
@@ -173,10 +178,10 @@ def tt_linear_grouped_bwd(
     G: Tensor,  # [n_adapters, r1, d_out]
     adapter: Tensor,  # [samples]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:  # dx, dD, dG as gy, D, G; db [n_adapters, d_out]
-    """Return the gradients, which are differentiable themselves; None for a gradient whose input is None.
+    """Return differentiable gradients. dx is None without W, and dD and dG are None without x.
 
-    db, in the dtype of the computation, is the gradient of a bias per adapter. dx of a sample whose adapter does not
-    exist is NaN.
+    db, in the dtype of the computation, is the gradient of the adapters' own biases. If the number of a sample's
+    adapter is too large, dx of that sample is NaN.
     """
     dtype, n = _wide(gy, D, G), len(D)
     index = adapter.clamp(0, n - 1)
@@ -211,7 +216,10 @@ def tt_contract(
     keep_V: Tensor | None = None,  # [n_layers, r2, d_out], bool
     scale: float = 1.0,
 ) -> Tensor:  # [n_layers, r1, n_cores * d_out], dtype of C
-    """Compute G[l] = scale · [C[l, 0] V | C[l, 1] V | ...], with dropped elements of C and V set to zero."""
+    """Compute G[l] = scale · [C[l, 0] V | C[l, 1] V | ...] for each layer l.
+
+    Elements of C and V for which the dropout masks ``keep_C`` and ``keep_V`` are False count as zero.
+    """
     dtype = _wide(C, V)
     with no_autocast(C.device):
         cores, right = _kept(C.to(dtype), V.to(dtype), keep_C, keep_V)
@@ -227,7 +235,7 @@ def tt_contract_bwd(
     keep_V: Tensor | None,  # [n_layers, r2, d_out], bool
     scale: float,
 ) -> tuple[Tensor, Tensor]:  # dC, dV in the dtypes of C, V
-    """Return the gradients, which are differentiable themselves."""
+    """Return differentiable gradients."""
     dtype = _wide(C, V)
     cores, right = _kept(C.to(dtype), V.to(dtype), keep_C, keep_V)
     blocks = scale * dG.to(dtype).unflatten(2, (C.shape[1], V.shape[1]))  # [n_layers, r1, n_cores, d_out]

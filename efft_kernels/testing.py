@@ -51,7 +51,9 @@ def make_inputs(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Make random arguments of ``op`` by name, the same on every device: ``tt_linear(**make_inputs("tt_linear"))``.
+    """Return random arguments of ``op`` by name, as in ``tt_linear(**make_inputs("tt_linear"))``.
+
+    The values are the same on every device.
 
     Args:
         op: the name of a public op.

@@ -29,7 +29,7 @@ hypothesis.settings.register_profile("long", deadline=None, max_examples=2000)
 
 @pytest.fixture(autouse=True)
 def _no_remembered_calls() -> None:
-    """Check the arguments of every call and choose its backend again, because tests replace what the choice reads."""
+    """Forget the backends that earlier tests chose, because a test may replace values on which the choice depends."""
     _calls.choices.clear()
 
 
@@ -46,7 +46,11 @@ class FailuresAtOnce:
 
 
 class Budgets:
-    """Report at the end of a run which share of the error budgets the results used, by precision."""
+    """Report the errors of results at the end of a run, for each dtype.
+
+    Each error is divided by the error of the plain formula in the same dtype or by that of rounding, whichever is
+    larger (see :func:`efft_kernels.testing.errors`).
+    """
 
     def __init__(self) -> None:
         self._ratios: dict[torch.dtype, list[float]] = collections.defaultdict(list)
@@ -78,7 +82,11 @@ class Budgets:
 
 
 class Shows:
-    """Print the values that tests recorded with the fixture ``show``, one table per subject, at the end of a run."""
+    """Print two kinds of records at the end of a run.
+
+    These are the tables of values that tests recorded with the fixture ``show``, and the number of inputs that the
+    fuzzers generated.
+    """
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         tables: dict[str, dict[str, dict[str, str]]] = {}

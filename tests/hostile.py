@@ -1,4 +1,7 @@
-"""Generate invalid inputs for readers of files: randomly changed bytes, and JSON with unexpected values."""
+"""Generate invalid inputs for readers of files, and limit the memory and the time that the readers use.
+
+The inputs are files with randomly changed bytes, and JSON with unexpected values.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,7 @@ def damaged(draw: st.DrawFn, content: bytes) -> bytes:
             content = content[:end] + part[:10_000] + content[end:]
         elif kind == "move":
             content = part + content[:at] + content[end:]
-        elif kind == "number":  # the format of lengths in files
+        elif kind == "number":  # files store lengths in this format
             number = draw(st.sampled_from([0, 1, 2**31, 2**32 - 1, 2**63 - 1, 2**64 - 1]))
             content = content[:at] + number.to_bytes(8, "little") + content[at + 8 :]
     return content
@@ -88,7 +91,7 @@ def _places(value: Any) -> Iterator[tuple[Any, Any]]:
 
 @contextlib.contextmanager
 def at_most(megabytes: float) -> Iterator[None]:
-    """Fail if the peak memory inside the block exceeds the memory before the block by this much."""
+    """Fail if the peak memory inside the block exceeds the memory before the block by this many megabytes or more."""
     _RESET.write_text("5")  # resets the peak
     before = _memory("VmRSS")
     yield
@@ -103,7 +106,7 @@ def _memory(name: str) -> float:
 
 @contextlib.contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """Fail if the block takes longer. The timeout also interrupts Python's ``re``."""
+    """Fail if the block takes longer than this many seconds. The timeout also interrupts Python's ``re``."""
 
     def late(*_: object) -> None:
         raise AssertionError(f"took more than {seconds} seconds")

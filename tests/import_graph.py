@@ -5,8 +5,8 @@ top level, inside a function or under ``if TYPE_CHECKING`` (the types depend on 
 
 - It contains ``import B`` or ``from B import name``. If ``B.name`` is a module, the edge leads to that module. A second
   edge leads to B if B's ``__init__`` binds the name (a re-export).
-- It calls ``import_module`` and contains the dotted name of B in any string, for instance in a table of commands, or
-  in an f-string that can produce the name.
+- It calls ``import_module`` or ``__import__``, and contains the dotted name of B in any string, for instance in a table
+  of commands, or contains an f-string that can produce the name.
 
 An import of ``package.module`` also runs ``package/__init__.py``, but has no edge to it. The ``__init__`` starts to run
 before any of the package's modules, and such edges would create a cycle in every package that re-exports names. An
@@ -79,7 +79,7 @@ def circles(found: list[Edge]) -> list[set[str]]:
 
 
 def _bound(tree: ast.Module) -> Iterator[str]:
-    """Yield the names that the module binds at its top level."""
+    """Yield the names that the source of the module binds, including those inside functions."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
             yield from (alias.asname or alias.name for alias in node.names)

@@ -59,7 +59,11 @@ def test_imports_with_torch_alone(packages: str, unwanted: set[str]) -> None:
 
 
 def test_every_module_of_the_library_imports_without_the_optional_packages() -> None:
-    """The only exception is the tuner for peft. It derives from a class of peft and reports what to install."""
+    """The test skips the triton backend and ``__main__`` modules.
+
+    Of the other modules, only efft.integrations.peft cannot be imported. It derives from a class of peft, and reports
+    what to install.
+    """
     program = (
         "import importlib, pkgutil, efft, efft_kernels\n"
         "for package in (efft, efft_kernels):\n"

@@ -109,7 +109,7 @@ def test_efft_uses_public_names_of_the_kernels_only(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted(KERNELS.rglob("*.py")), ids=relative)
 def test_kernels_need_torch_only(path: Path) -> None:
-    """numpy is another dependency. Only functions and the triton backend import triton, which may be missing."""
+    """Modules may also import numpy. Outside the triton backend, only functions and classes may import triton."""
     allowed = {*sys.stdlib_module_names, "efft_kernels", "torch", "numpy"}
     tree = ast.parse(path.read_text())
     assert packages(tree) <= allowed | {"triton"}
@@ -167,7 +167,11 @@ PLANTED = {
 
 
 def planted(folder: Path, kind: str, target: str, into: str) -> list[Edge]:
-    """Return the imports of ``efft_kernels`` [a, b] and ``efft`` [c]: b imports a, plus one import of ``target``."""
+    """Write two packages and return their imports.
+
+    The packages are ``efft_kernels`` with the modules a and b, of which b imports a, and ``efft`` with the module c.
+    The module ``into`` also imports ``target``, in the way that ``kind`` names.
+    """
     text = {"efft_kernels.__init__": "", "efft_kernels.a": "", "efft_kernels.b": "import efft_kernels.a\n"}
     text |= {"efft.__init__": "", "efft.c": ""}
     package, _, module = target.partition(".")

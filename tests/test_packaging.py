@@ -102,7 +102,7 @@ def test_wheel_metadata(metadata: Message) -> None:
 
 @pytest.mark.slow
 def test_every_extra_that_is_named_exists(metadata: Message) -> None:
-    """The extras named in error messages and in the documentation can be installed."""
+    """The package metadata declares all extras that error messages and the documentation name."""
     texts = [*(ROOT / "efft_kernels").rglob("*.py"), *(ROOT / "python").rglob("*.py"), *ROOT.glob("*.md")]
     named = {name for path in texts for name in re.findall(r"""["'`](?:efft-kernels|\.)\[(\w+)\]""", path.read_text())}
     assert "train" in named

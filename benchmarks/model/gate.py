@@ -1,4 +1,4 @@
-"""Check that a row computes correct results; a row that does not is not timed."""
+"""Check the results of a row, which is one way to adapt a model. A row with wrong results is not timed."""
 
 from __future__ import annotations
 
@@ -14,13 +14,17 @@ from efft_kernels.testing import assert_close_budget
 
 
 class Gate:
-    """Compare a row (one way to adapt the model) with the same model in fp64, on a few images before any training.
+    """Compare a row with the same model in fp64, on a few images before any training.
 
-    A row that computes the EFFT update is judged by its logits and by the gradient of every factor. Each error may be
-    at most twice the error of another implementation in the same precision: of ``naive``, or, for ``naive`` itself, of
-    ``paper``. All other rows start with the logits of the plain model. They are judged by their logits, and each error
-    may be at most twice the plain model's error. Rounding errors accumulate over the layers. In bf16 this check
-    therefore finds only errors of several percent; the command ``ops`` finds smaller ones.
+    The check of a row that computes the EFFT update covers its logits and the gradient of every factor. Each error may
+    be at most twice the error of the row ``naive`` in the same precision; ``naive`` builds the dense weights W + dW.
+    The row ``naive`` itself is compared with the row ``paper``, which multiplies the activations by dense dW.
+
+    All other rows have zero updates before training, so that their logits are those of the plain model. The check
+    covers only these logits, whose error may be at most twice the plain model's error in the same precision.
+
+    Rounding errors accumulate over the layers. In bf16 this check therefore finds only errors of several percent. The
+    command ``ops`` finds smaller errors.
     """
 
     def __init__(self, setting: Setting, images: int = 2) -> None:
@@ -28,7 +32,10 @@ class Gate:
         self._rounded = {row: probe(row, self.setting.build(row), self.setting) for row in (FLOOR, NAIVE, PAPER)}
 
     def verdict(self, row: ModelRow, model: nn.Module) -> str | None:
-        """Return None if ``model``, built by ``setting.build(row)``, is accurate, or a description of the error."""
+        """Return None if the results of ``model`` are accurate, or a description of the error.
+
+        ``model`` must be the result of ``setting.build(row)``.
+        """
         yardstick = FLOOR if not row.is_efft else PAPER if row.name == NAIVE.name else NAIVE
         exact = in_fp64(NAIVE if row.is_efft else FLOOR, replace(self.setting, dtype="float64"))
         rounded = self._rounded[yardstick]
@@ -56,5 +63,8 @@ def probe(row: ModelRow, model: nn.Module, setting: Setting) -> dict[str, Tensor
 
 @functools.cache
 def in_fp64(row: ModelRow, setting: Setting) -> dict[str, Tensor]:
-    """Return :func:`probe` of ``row`` in fp64. The result is cached, because several dtypes are compared with it."""
+    """Return :func:`probe` of ``row`` in ``setting``, whose dtype must be float64.
+
+    The result is cached, because several rows and dtypes are compared with it.
+    """
     return probe(row, setting.build(row), setting)

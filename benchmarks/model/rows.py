@@ -1,4 +1,9 @@
-"""Define the ways to adapt a model that are compared. Each row turns a plain timm model into a trainable model."""
+"""Define the rows of the command ``model``: ways to turn a plain timm model into a model to train.
+
+EFFT2 is the default variant of this library's method: the layers share the factors U and V of their updates, and each
+matrix has its own core C, so that its update is dW = s U C V. The head of a model is its classifier, which all rows
+train.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +32,10 @@ class ModelRow:
     Attributes:
         name: name of the row in tables and result files.
         explains: description in one line.
-        adapt: function from (plain model, rank) to the model to train, which freezes everything that the row does not
-            train.
+        adapt: function from (plain model, rank) to the model to train, in which only the parameters that the row trains
+            require gradients.
         is_efft: whether the row computes the EFFT update; all such rows have equal factors.
-        backend: the backend that the ops of this library use, or None if the row does not use these ops.
+        backend: the backend of this library's ops, or None if the row does not use these ops.
     """
 
     name: str
@@ -45,7 +50,10 @@ class ModelRow:
 
 
 class DenseDelta(nn.Module):
-    """Compute a layer with a dense update, as ``x (W + dW)ᵀ`` ("naive") or as ``x Wᵀ`` plus ``x dW`` ("paper")."""
+    """Compute a layer with a dense update, as ``x (W + dW)ᵀ`` (form "naive") or ``x Wᵀ + s x dW`` (form "paper").
+
+    ``layer`` is the adapted layer whose weight, bias and factors are used.
+    """
 
     def __init__(self, layer: EfftLinear, form: str) -> None:
         super().__init__()
@@ -68,15 +76,15 @@ class DenseDelta(nn.Module):
 
 
 def targeted(model: nn.Module) -> list[str]:
-    """Return the layers that every adapter row adapts, in the order of the forward pass."""
+    """Return the names of the layers that the EFFT2 and LoRA rows adapt, in the order of the forward pass."""
     return [target.name for target in find_targets(model, find_head(model, None))]
 
 
 def floor(model: nn.Module, rank: int) -> nn.Module:
-    """Return the frozen model: the baseline, whose cost every method has in common.
+    """Return the frozen baseline, a model of which only the head is trained. Every method has at least its cost.
 
-    The gradient flows from the head to the output of the first adapted layer and ends there. No adapter needs the
-    gradient of that layer's input. Only the weights of the head are trained.
+    As in the models with adapters, the gradient flows from the head to the output of the first layer that adapters
+    would adapt. The gradient ends there, because no adapter needs the gradient with respect to that layer's input.
     """
     efft.freeze_backbone(model)
     model.get_submodule(targeted(model)[0]).register_forward_hook(lambda module, args, y: y.requires_grad_())
@@ -84,7 +92,10 @@ def floor(model: nn.Module, rank: int) -> nn.Module:
 
 
 def adapted(model: nn.Module, rank: int, bias: Literal["none", "auto"] = "none") -> nn.Module:
-    """Return EFFT2 by this library. No factor is zero, because half of the gradients would be zero otherwise."""
+    """Return the model adapted by this library with EFFT2.
+
+    Factors that are zero get random values, because half of the gradients would be zero otherwise.
+    """
     efft.apply(model, efft.EfftConfig(rank=rank, dropout=0.0, bias=bias))
     for _, factor in efft.named_factors(model):
         if not factor.any():
@@ -93,32 +104,39 @@ def adapted(model: nn.Module, rank: int, bias: Literal["none", "auto"] = "none")
 
 
 def with_biases(model: nn.Module, rank: int) -> nn.Module:
-    """Return EFFT2 by this library with the trained biases of ``EfftConfig.auto``."""
+    """Return the model adapted by this library with EFFT2, and with the biases that ``EfftConfig.auto`` trains."""
     return adapted(model, rank, bias="auto")
 
 
 def fused(model: nn.Module, rank: int) -> nn.Module:
-    """Return EFFT2 by this library, with layer norms and GELUs computed inside the adapted layers."""
+    """Return the model adapted by this library with EFFT2, after ``efft.fuse``.
+
+    The adapted layers then also compute the layer norms and GELUs that precede them.
+    """
     efft.fuse(adapted(model, rank))
     return model
 
 
 def dense(form: str) -> Callable[[nn.Module, int], nn.Module]:
-    """Return a function that adapts a model with :class:`DenseDelta` layers of the given form and the same factors."""
+    """Return a function that adapts a model with :class:`DenseDelta` layers of the given form.
+
+    The factors are equal to those of :func:`adapted`.
+    """
 
     def adapt(model: nn.Module, rank: int) -> nn.Module:
         for name, layer in adapted_layers(adapted(model, rank)).items():
             model.set_submodule(name, DenseDelta(layer, form))
-        adapter_of(model).enabled = False  # the dense forms do not need the adapter's contraction
+        adapter_of(model).enabled = False  # skips the contraction C V of all layers, which the dense forms do not use
         return model
 
     return adapt
 
 
 def lora(model: nn.Module, rank: int) -> nn.Module:
-    """Return LoRA by the peft library on the same layers, with a trained head.
+    """Return the model adapted by the peft library with LoRA on the same layers, with a trained head.
 
-    peft's cast of every input to the adapter's dtype is disabled; under autocast it has no effect except for a copy.
+    peft casts every input to the dtype of the adapter. This cast is disabled here, because under autocast its only
+    effect is a copy.
     """
     from peft import LoraConfig, get_peft_model
     from peft.tuners.lora import LoraLayer
@@ -132,7 +150,7 @@ def lora(model: nn.Module, rank: int) -> nn.Module:
 
 
 def bitfit(model: nn.Module, rank: int) -> nn.Module:
-    """Train all biases and the head."""
+    """Return the model with all biases and the head trained; ``rank`` is ignored."""
     efft.freeze_backbone(model)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
@@ -141,12 +159,12 @@ def bitfit(model: nn.Module, rank: int) -> nn.Module:
 
 
 def full(model: nn.Module, rank: int) -> nn.Module:
-    """Train everything."""
+    """Return the model with all parameters trained; ``rank`` is ignored."""
     return model.requires_grad_()
 
 
-FLOOR = ModelRow("floor", "frozen model; the gradient flows through it to the first adapted layer", floor)
-NAIVE = ModelRow("naive", "EFFT2, each update built and added to its weight: x (W + dW)ᵀ", dense("naive"), is_efft=True)
+FLOOR = ModelRow("floor", "frozen model; the gradient flows from the head to the first layer that has adapters", floor)
+NAIVE = ModelRow("naive", "EFFT2, every update is added to its weight: x (W + dW)ᵀ", dense("naive"), is_efft=True)
 PAPER = ModelRow("paper", "EFFT2 as the paper's code does it: x Wᵀ + s [x dW ...]", dense("paper"), is_efft=True)
 
 ROWS: dict[str, ModelRow] = {
@@ -165,15 +183,17 @@ ROWS: dict[str, ModelRow] = {
         ModelRow("biases:auto", "EFFT2 with trained biases", with_biases, is_efft=True, backend=Backend.AUTO),
         NAIVE,
         PAPER,
-        ModelRow("peft", "LoRA of the peft library, same rank, same layers; its cast of the input is off", lora),
-        ModelRow("bitfit", "all biases", bitfit),
+        ModelRow("peft", "LoRA of the peft library, same rank, same layers, without its cast of the input", lora),
+        ModelRow("bitfit", "only the biases and the head are trained", bitfit),
         ModelRow("full", "full fine-tuning", full),
     )
 }
 
 
 def select(names: Iterable[str] | None) -> list[ModelRow]:
-    """Return the rows with these names (all rows for None) in the order of the tables, starting with the baseline.
+    """Return the rows with these names, or all rows for None, in the order of the tables.
+
+    The frozen baseline is always included, and comes first.
 
     Raises:
         ValueError: a name is unknown.

@@ -2,11 +2,12 @@
 
     python -m benchmarks model --quick
 
-A row is one way to adapt the model. A step consists of a forward pass, a backward pass and AdamW. Rows are measured in
-turn within each repetition, and a ratio divides the time of a row by the time of the frozen baseline (row "floor") in
-the same repetition. If the logits or the factor gradients of a row are wrong, its line contains the reason and no
-times. With ``--cuda-graphs`` a step is the replay of a CUDA graph, which measures the kernels only; without this
-option the host may limit the speed. Measure on an idle machine.
+A row is one way to adapt the model. A step consists of a forward pass, a backward pass and AdamW. Every repetition
+measures all rows in turn. A ratio divides the time of a row by the time of the frozen baseline in the same repetition.
+The frozen baseline (the row "floor") trains only the head, which is the classifier of the model. If the logits or the
+factor gradients of a row are wrong, its line contains the reason and no times. With ``--cuda-graphs`` a step is the
+replay of a CUDA graph, which excludes the work of the host. Without this option the host may limit the speed. Run the
+command on an idle machine.
 """
 
 from __future__ import annotations
@@ -27,12 +28,13 @@ from benchmarks.options import parser_of_measurement
 from benchmarks.timing import Captured, ratios, time_rows
 from efft_lab.record import append, machine_facts, quantiles
 
-#: All rows except the slow reference backend, rows that cost little more than the baseline, and ``auto`` (a duplicate).
+#: All rows except the slow reference backend, BitFit (which takes little longer than the baseline), and two rows with
+#: the backend ``auto``, which repeat the row of the backend that ``auto`` chooses.
 QUICK_ROWS = [name for name in ROWS if name not in ("efft:reference", "bitfit", "efft:auto", "fused:auto")]
 
 
 def measure(setting: Setting, rows: Sequence[ModelRow], repeats: int) -> list[dict[str, Any]]:
-    """Measure every row and return one line of the result file per row, with a ``reason`` if the row was not timed."""
+    """Measure every row and return one line of the result file per row; a row that was not timed has a ``reason``."""
     gate, plain = Gate(setting), setting.plain()
     found: dict[str, dict[str, Any]] = {}
     steps = {}
@@ -49,7 +51,7 @@ def measure(setting: Setting, rows: Sequence[ModelRow], repeats: int) -> list[di
             found[row.name] = {"reason": f"failed: {error}"}
             pool = None
         print(f"{row.name:<16} {found[row.name].get('reason', 'checked')}", flush=True)
-    # On a CPU, the step that each row ran above was its warm-up.
+    # On a CPU no more warm-up is necessary, because each row has already run one step in ``_prepare``.
     samples = time_rows(steps, repeats, warmup=2 if setting.device != "cpu" else 0, device=setting.device)
     relative = ratios(samples) if "floor" in samples else {}
     for name, seconds in samples.items():
@@ -62,7 +64,10 @@ def measure(setting: Setting, rows: Sequence[ModelRow], repeats: int) -> list[di
 
 
 def _prepare(row: ModelRow, setting: Setting, gate: Gate, plain: nn.Module) -> tuple[dict[str, Any], Any]:
-    """Return the facts about a row that need no timing, and its training step (None if it must not be timed)."""
+    """Return the facts about a row that do not depend on time, and its training step.
+
+    The step is None if the row must not be timed. The facts then contain the ``reason``.
+    """
     reason = unavailable(row, setting)
     if reason is not None:
         return {"reason": f"not available: {reason}"}, None

@@ -1,4 +1,4 @@
-"""Build the model of a row in a given setting, and its training step."""
+"""Build models and training steps for the command ``model``, in which each row is one way to adapt a timm model."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ N_CLASSES = 100
 class Setting:
     """Describe a timm model (random weights, no stochastic depth), its batch size, and its numeric precision.
 
-    ``dtype`` is the dtype of autocast over fp32 weights. "float32" disables autocast, and "float64" also uses fp64
-    weights. With ``cuda_graphs`` a step is the replay of a CUDA graph, which excludes the host's work.
+    ``dtype`` is the dtype of autocast; the weights are in fp32. "float32" disables autocast. "float64" also disables
+    autocast, and the weights are in fp64. ``cuda_graphs`` says whether the step is to be captured in a CUDA graph.
     """
 
     model: str = "vit_base_patch16_224"
@@ -44,7 +44,10 @@ class Setting:
         return timm.create_model(self.model, num_classes=N_CLASSES, drop_path_rate=0.0)
 
     def examples(self, model: nn.Module, n: int | None = None) -> tuple[Tensor, Tensor]:
-        """Return ``n`` random images (default: a batch) [n, channels, height, width] for ``model``, and labels [n]."""
+        """Return random images [n, channels, height, width] for ``model``, and labels [n].
+
+        The default of ``n`` is the batch size. The images are fp32, or fp64 if ``dtype`` is "float64".
+        """
         size: tuple[int, int, int] = model.default_cfg["input_size"]  # type: ignore[assignment,index]
         generator = torch.Generator().manual_seed(1)
         images = torch.randn(n or self.batch, *size, generator=generator)
@@ -67,7 +70,7 @@ def unavailable(row: ModelRow, setting: Setting) -> str | None:
 
 
 def training_step(row: ModelRow, model: nn.Module, setting: Setting) -> Callable[[], None]:
-    """Return a function that runs the forward pass, backward pass and optimizer step of one batch."""
+    """Return a function that runs the forward pass, the backward pass and AdamW, always on the same batch."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, capturable=setting.cuda_graphs)
     images, labels = setting.examples(model)
@@ -83,12 +86,15 @@ def training_step(row: ModelRow, model: nn.Module, setting: Setting) -> Callable
 
 
 def trainable(model: nn.Module) -> int:
-    """Return the number of trainable parameters, including the head."""
+    """Return the number of trainable parameters, including the head (the classifier)."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def adapter_bytes(model: nn.Module, plain: nn.Module) -> int:
-    """Return the bytes of all trained tensors except the head of ``plain``: the size of the data in an adapter file."""
+    """Return the number of bytes of all trained tensors except the head, which is found in ``plain``.
+
+    An adapter file without a head contains this number of bytes of data.
+    """
     head = sum(
         p.numel() * p.element_size() for n in find_head(plain, None) for p in plain.get_submodule(n).parameters()
     )

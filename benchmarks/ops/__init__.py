@@ -1,1 +1,1 @@
-"""Measure one adapted linear layer: every way to add the low-rank update, compared with the frozen layer."""
+"""Measure several implementations of one linear layer with a low-rank update, compared with the frozen layer."""

@@ -1,4 +1,7 @@
-"""Define the cases: the linear layers of several models, with their sizes."""
+"""Define the cases of the command ``ops``: linear layers of several models, their sizes, and their random inputs.
+
+The layers compute y = x Wᵀ + b + (x D) G, where W is frozen, and D and G are the factors of a low-rank update.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ from torch import Tensor
 from benchmarks.counts import Sizes
 from efft.hints import did_you_mean
 
-#: For each model, the width of the tokens (not of the MLP's hidden layer) and the tokens per image of 224 x 224 pixels.
+#: For each model, the width of a token (the model's width) and the number of tokens per image of 224 x 224 pixels. The
+#: names ``swin_b.1`` to ``swin_b.4`` are the four stages of Swin-B.
 MODELS = {
     "vit_b": (768, 197),
     "vit_l": (1024, 197),
@@ -23,12 +27,13 @@ MODELS = {
     "swin_b.3": (512, 196),
     "swin_b.4": (1024, 49),
 }
-#: d_in and d_out as multiples of the model's width, and the number of matrices fused in the layer.
+#: For each layer, d_in and d_out as multiples of the model's width, and the number of matrices that the layer joins.
 LAYERS = {"qkv": (1, 3, 3), "o": (1, 1, 1), "fc1": (1, 4, 1), "fc2": (4, 1, 1)}
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-#: Named sets of cases, each a union of Cartesian products. 8, 64 and 256 images of ViT-B are 1576, 12608, 50432 tokens.
+#: Named sets of cases. Each dictionary stands for all combinations of its values, for every layer in ``LAYERS``. A set
+#: contains the cases of all its dictionaries. 8, 64 and 256 images of ViT-B have 1576, 12608 and 50432 tokens.
 SETS: dict[str, list[dict[str, Sequence[Any]]]] = {
     "quick": [{"model": ["vit_b"], "images": [8], "rank": [32], "dtype": ["float32", "bfloat16"]}],
     "full": [
@@ -44,7 +49,8 @@ class Inputs:
     """Hold the inputs that all rows (implementations) of a case share.
 
     As in mixed-precision training, x, W, b and gy have the dtype of the case, and the trained factors D and G are fp32.
-    For the layer fc2, D is the transpose of a contiguous tensor, as it is if the layer uses a transposed tensor train.
+    For the layer fc2, D is the transpose of a contiguous tensor, as in a layer that uses the transpose of the shared
+    factors.
     """
 
     x: Tensor  # [tokens, d_in]
@@ -52,13 +58,16 @@ class Inputs:
     b: Tensor | None  # [d_out]
     D: Tensor  # [d_in, rank]
     G: Tensor  # [rank, d_out]
-    gy: Tensor  # [tokens, d_out]
-    n_cores: int  # column blocks of G, each of which is a separate matrix
+    gy: Tensor  # [tokens, d_out], the gradient with respect to y
+    n_cores: int  # number of matrices that the layer joins; each of them has one block of the columns of G
 
 
 @dataclass(frozen=True)
 class Case:
-    """Describe one linear layer of one model and the rank of its update."""
+    """Describe one linear layer of one model: the number of images, the rank of the update, and the dtype.
+
+    ``case`` is a key of ``LAYERS``, ``model`` a key of ``MODELS``, and ``dtype`` a key of ``DTYPES``.
+    """
 
     case: str
     model: str
@@ -74,7 +83,7 @@ class Case:
         return Sizes(tokens, d_in * width, d_out * width, self.rank, DTYPES[self.dtype].itemsize)
 
     def inputs(self, device: torch.device | str = "cpu", seed: int = 0) -> Inputs:
-        """Return random inputs whose update is as large as W (|D G| ≈ |W|), so that an error in it is visible in y."""
+        """Return random inputs with |D G| ≈ |W|; an error in the update is then visible in y."""
         return make_inputs(self.sizes, DTYPES[self.dtype], LAYERS[self.case][2], self.case == "fc2", device, seed)
 
     def __str__(self) -> str:
@@ -90,7 +99,11 @@ def make_inputs(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Inputs:
-    """Return random inputs; with ``transposed``, D is the transpose of a contiguous tensor [rank, d_in]."""
+    """Return random inputs with |D G| ≈ |W|.
+
+    ``dtype`` is the dtype of all tensors except D and G, which are fp32. With ``transposed``, D is the transpose of a
+    contiguous tensor [rank, d_in].
+    """
     generator = torch.Generator(device).manual_seed(seed)
     tokens, d_in, d_out, rank = sizes.tokens, sizes.d_in, sizes.d_out, sizes.rank
 

@@ -1,13 +1,14 @@
-"""Compute a LoRA layer in separate kernels that meet at the rank-r intermediate S, following LoRAFusion.
+"""Compute a LoRA layer with fused Triton kernels, as LoRAFusion does.
 
-LoRAFusion is at github.com/CentML/lorafusion. Here the dropout is 0 and the scale is 1.
+The layer computes y = x Wᵀ + b + S Bᵀ, where S = x Aᵀ [tokens, rank] is an intermediate tensor in memory. gy is the
+gradient with respect to y, and dx, dA, dB and dS are the gradients with respect to x, A, B and S.
 
     forward    S = x Aᵀ (cuBLAS);           y = S Bᵀ + x Wᵀ + b in one kernel, whose accumulator starts from S Bᵀ
     backward   dS = gy B and dB = gyᵀ S in one kernel that reads gy once, both summed with fp32 atomics;
                dA = dSᵀ x (cuBLAS);         dx = dS A + gy W in one kernel, whose accumulator starts from dS A
 
-This is a new implementation of the method, written for
-comparison. Its tiles are those that LoRAFusion uses on an H100.
+LoRAFusion is at github.com/CentML/lorafusion. This is a new implementation of the same method for comparison. It has no
+dropout, and the scale of the update is 1. The tile sizes are those that LoRAFusion uses on an H100.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -22,18 +23,19 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-#: Tiles of the two products with the frozen weight, for half precision. In fp32, BN is halved to fit in shared memory.
+#: Tile sizes of the two products with the frozen weight, for half precision. In fp32, BN is halved, because the tiles
+#: would otherwise not fit in shared memory.
 PRODUCT = {"BM": 128, "BN": 256, "BK": 64, "num_warps": 8, "num_stages": 3}
-#: Tiles of the kernel that reads gy once.
+#: Tile sizes of the kernel that computes dS and dB.
 REDUCTION = {"BM": 128, "BN": 128, "num_warps": 8, "num_stages": 3}
 
 
 @triton.jit
 def _product_kernel(
     a,  # [M, K]
-    b,  # [K, N], with strides
+    b,  # [K, N], with the strides stride_bk and stride_bn
     s,  # [M, R]
-    t,  # [R, N], with strides
+    t,  # [R, N], with the strides stride_tr and stride_tn
     bias,  # [N]
     out,  # [M, N]
     M,

@@ -1,8 +1,9 @@
-"""Define the rows: several ways to compute an adapted linear layer and its gradients, one small class per row.
+"""Define the rows of the command ``ops``: implementations of an adapted linear layer, with one small class per row.
 
-All rows have the same inputs and run under autocast, as in training. They compute the same y = x Wᵀ + b + (x D) G and
-the gradients of x, D and G. LoRA rows compute the gradients of A = Dᵀ and B = Gᵀ instead. The exceptions are ``merged``
-and ``floor`` (the frozen baseline), which compute only dx.
+All rows have the same inputs. In half precision they run under autocast, as in training. They compute the same output
+y = x Wᵀ + b + (x D) G and the gradients with respect to x, D and G. The LoRA rows train A = Dᵀ and B = Gᵀ instead of D
+and G. There are two exceptions. The row ``merged`` computes the same y, but only the gradient dx. The row ``floor``,
+the frozen baseline, computes y = x Wᵀ + b and dx.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Layer:
             return self._function()
 
     def backward(self) -> tuple[Tensor, ...]:
-        """Return the gradients without a new forward pass; only the first call runs one and keeps its graph."""
+        """Return the gradients. The first call runs a forward pass and keeps its graph; later calls reuse the graph."""
         if self._kept is None:
             self._kept = self.forward()
         return torch.autograd.grad(self._kept, list(self._leaves.values()), self._gy, retain_graph=True)
@@ -88,19 +89,19 @@ class LayerRow:
 
 
 def under_autograd(compute: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: Inputs) -> Layer:
-    """Bind ``compute(x, D, G)``, which autograd differentiates with respect to all three arguments."""
+    """Bind ``compute(x, D, G)`` to ``inputs``; autograd differentiates it with respect to all three arguments."""
     leaves = {name: getattr(inputs, name).detach().requires_grad_() for name in ("x", "D", "G")}
     return Layer(lambda: compute(*leaves.values()), leaves, inputs)
 
 
 def frozen(W: Tensor, inputs: Inputs) -> Layer:
-    """Bind the plain linear layer with weight ``W``, differentiated with respect to x."""
+    """Bind the plain linear layer with weight ``W`` to ``inputs``; only x requires a gradient."""
     x = inputs.x.detach().requires_grad_()
     return Layer(lambda: F.linear(x, W, inputs.b), {"x": x}, inputs)
 
 
 def lora(compute: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: Inputs) -> Layer:
-    """Bind ``compute(x, A, B)`` with A = Dᵀ [rank, d_in] and B = Gᵀ [d_out, rank], contiguous as in LoRA."""
+    """Bind ``compute(x, A, B)`` to ``inputs``, with contiguous A = Dᵀ [rank, d_in] and B = Gᵀ [d_out, rank]."""
     x = inputs.x.detach().requires_grad_()
     A, B = (factor.detach().t().contiguous().requires_grad_() for factor in (inputs.D, inputs.G))
     return Layer(lambda: compute(x, A, B), {"x": x, "D": A, "G": B}, inputs, transposed=True)
@@ -153,7 +154,7 @@ class Paper(LayerRow):
 
 
 def chain(x: Tensor, W: Tensor, b: Tensor | None, D: Tensor, G: Tensor) -> Tensor:
-    """Compute the formula directly."""
+    """Compute y = x Wᵀ + b + (x D) G in this order."""
     return F.linear(x, W, b) + (x @ D) @ G
 
 
@@ -167,7 +168,7 @@ class Chain(LayerRow):
 
 class ChainCompiled(LayerRow):
     name = "chain-compiled"
-    explains = "the chain under torch.compile, compiled for the shape of the case"
+    explains = "the row chain under torch.compile, compiled for the shape of the case"
 
     def build(self, inputs: Inputs) -> Layer:
         from torch._functorch import config
@@ -201,14 +202,14 @@ class Peft(LayerRow):
 
 class Addmm(LayerRow):
     name = "addmm"
-    explains = "LoRA by hand: y.addmm_(x Aᵀ, Bᵀ); recomputes the rank-r intermediates in backward"
+    explains = "LoRA by hand: y.addmm_(x Aᵀ, Bᵀ); recomputes the rank-r intermediates in the backward pass"
 
     def build(self, inputs: Inputs) -> Layer:
         return lora(lambda x, A, B: _AddmmLora.apply(x, inputs.W, inputs.b, A, B), inputs)
 
 
 class _AddmmLora(torch.autograd.Function):
-    """Compute LoRA with vendor products as in Unsloth's fast_lora: add the adapter's part to y and dx in place."""
+    """Compute LoRA as Unsloth's fast_lora does: products of torch add the update to y and dx in place."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
@@ -229,7 +230,7 @@ class _AddmmLora(torch.autograd.Function):
 
 class LoraFusion(LayerRow):
     name = "lorafusion"
-    explains = "LoRA split at the rank-r tensor with fused Triton kernels, after LoRAFusion, without dropout"
+    explains = "LoRA with fused Triton kernels that share a rank-r intermediate, as in LoRAFusion, without dropout"
 
     def unavailable(self, inputs: Inputs) -> str | None:
         rank = inputs.D.shape[1]
@@ -251,7 +252,7 @@ class LoraFusion(LayerRow):
 
 class Merged(LayerRow):
     name = "merged"
-    explains = "the update added to the weight beforehand (fp32, rounded once): only dx, no factor gradients"
+    explains = "the update is added to the weight beforehand (in fp32, rounded once); trains no factors"
     trains = False
 
     def build(self, inputs: Inputs) -> Layer:

@@ -3,10 +3,11 @@
     python -m benchmarks ops --quick
     python -m benchmarks ops --set full --device cuda --model vit_b --dtype bfloat16
 
-A row is one implementation, and a case is one layer with its sizes. A row is timed only if its output and every
-gradient are within the numeric budget (benchmarks/budget.py); otherwise its line contains the reason and no times. Rows
-are measured in turn within each repetition. A ratio is the median, over the repetitions, of the row's time divided by
-the time of the frozen baseline (the row "floor") in the same repetition. Measure on an otherwise idle machine.
+A row is one implementation, and a case is one layer with its sizes. A row is timed only if its output and all its
+gradients are accurate: their errors may be at most twice those of the plain formula (benchmarks/budget.py). Otherwise
+the line of the row contains the reason and no times. Every repetition measures all rows in turn. A ratio is the median,
+over the repetitions, of the row's time divided by the time of the frozen baseline in the same repetition. The frozen
+baseline (the row "floor") computes the frozen layer and dx. Run the command on an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -51,7 +52,10 @@ class Setting:
 
 
 def measure(case: Case, wanted: Sequence[LayerRow], setting: Setting) -> list[dict[str, Any]]:
-    """Measure every row and return one line of the result file per row: times and ratios, or the reason for none."""
+    """Measure every row and return one line of the result file per row, with times and ratios or with a ``reason``.
+
+    ``wanted`` must contain the frozen baseline; otherwise no row is timed.
+    """
     torch.compiler.reset()  # otherwise the shapes of earlier cases count toward the recompilation limit
     inputs = case.inputs(setting.device)
     budget = Budget(inputs)
@@ -89,7 +93,7 @@ def _judge(row: LayerRow, inputs: Inputs, budget: Budget) -> tuple[Layer | None,
 
 
 def _time(layers: dict[str, Layer], setting: Setting) -> dict[str, Any]:
-    """Return ``seconds`` and ``ratio`` of each row, by phase, or only a ``reason`` if the device failed."""
+    """Return ``seconds`` and ``ratio`` of each row, by phase, or only a ``reason`` if the measurement failed."""
     calls = {
         phase: {name: getattr(layer, method) for name, layer in layers.items()} for phase, method in PHASES.items()
     }
@@ -126,8 +130,8 @@ def _about(case: Case, setting: Setting) -> dict[str, Any]:
 def _against_limits(row: LayerRow, case: Case, seconds: dict[str, dict[str, float]], device: str) -> dict[str, Any]:
     """Return the arithmetic limit of the ratio, and the achieved fractions of the machine's measured peaks, by phase.
 
-    The fractions count only the work that the result requires. The work of the update counts only if the row computes
-    the update and its gradients.
+    The limit is the ratio of the required FLOPs of the row and of the frozen baseline. The fractions count only the
+    FLOPs and bytes that the result requires. The work of the update counts only if the row trains the factors.
     """
     peaks, sizes = measured_peaks(device, case.dtype), case.sizes
     limit, gemm, copy = {}, {}, {}
@@ -194,7 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{row.name:<16}{row.explains}")
     print(
         "\nboth: forward and backward; limit: the arithmetic limit of that ratio; "
-        f"small dW: error of an update of {SMALL:g} times\nthe base's size, "
+        f"small dW: error of y for an update of {SMALL:g} times\nthe size of the frozen weight, "
         "as a multiple of the plain formula's error in the same precision\n"
     )
     path = None

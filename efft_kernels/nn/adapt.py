@@ -1,7 +1,9 @@
 """Adapt weights of a model by name, and undo the adaptation.
 
-An adapted layer replaces a layer that the model calls. A parameter that a module reads itself stays in the module, and
-the class of the module changes. A *stand-in* is the adapted layer that replaces a layer.
+To *adapt* a frozen weight means to add an update to it that a bank of factors provides (the module that owns the
+trained factors of many layers). A *site* is the part of a bank that one weight uses. If the model calls a layer, an
+adapted layer, the *stand-in*, replaces that layer. If a module reads a parameter in its own forward method, the
+parameter stays in the module and the class of the module changes.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ def layer_class(layer: nn.Module) -> type[AdaptedLayer] | None:
 
 
 def cannot_adapt(model: nn.Module, name: str, view: str = "linear") -> str | None:
-    """Return None if :func:`adapt` can adapt the layer or parameter ``name``, else the reason."""
+    """Return None if :func:`adapt` can adapt the layer or parameter ``name`` with ``view``, else the reason."""
     layer = _module_at(model, name)
     if layer is not None:
         kind = layer_class(layer)
@@ -125,10 +127,10 @@ def adapt(
 def mark_readers(model: nn.Module) -> dict[str, str]:
     """Prepare the modules of ``model`` that read weights of adapted layers instead of calling the layers.
 
-    From then on, the ``weight`` of such a layer is always its effective weight, which includes the update. An
-    ``nn.MultiheadAttention`` with an adapted ``out_proj`` gets a forward method that calls ``out_proj``, and an
-    ``nn.TransformerEncoder`` does not use nested tensors while an update is applied. Call this function after all
-    layers are replaced.
+    From then on, the ``weight`` of such a layer is the effective weight, which includes the update, even while the
+    model is not running. An ``nn.MultiheadAttention`` with an adapted ``out_proj`` gets a forward method that calls
+    ``out_proj``, and an ``nn.TransformerEncoder`` does not use nested tensors while an update is applied. Call this
+    function after all layers are replaced.
 
     Returns:
         A dict from the name of each adapted layer whose weight may be read to the class name of the reading module.
@@ -164,8 +166,8 @@ def restore(model: nn.Module, originals: Mapping[nn.Module, nn.Module]) -> None:
     """Undo every adaptation in ``model``, merged or not. Parameters stay frozen.
 
     Args:
-        originals: maps each stand-in to the layer that it replaced. The layer gets the weight, hooks and mode of the
-            stand-in.
+        originals: maps each stand-in to the layer that it replaced. The layer gets the parameters, the hooks and the
+            mode of the stand-in.
     """
     for stand_in, layer in originals.items():
         assert isinstance(stand_in, AdaptedLayer)
@@ -204,7 +206,7 @@ def _module_at(model: nn.Module, name: str) -> nn.Module | None:
 
 
 def replace_modules(model: nn.Module, new_of: Mapping[nn.Module, nn.Module]) -> None:
-    """Replace modules wherever the old ones are registered or stored in other attributes."""
+    """Replace modules wherever they are registered or stored in other attributes. ``new_of`` maps old to new ones."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child is not None and child in new_of:
@@ -213,9 +215,10 @@ def replace_modules(model: nn.Module, new_of: Mapping[nn.Module, nn.Module]) -> 
 
 
 def replace_in_attributes(parent: nn.Module, new_of: Mapping[nn.Module, nn.Module]) -> None:
-    """Replace old modules that attributes of ``parent`` contain without registering them.
+    """Replace modules in attributes of ``parent`` that contain them without registering them.
 
     Such attributes may be lists, tuples and dictionaries over which the forward method of ``parent`` iterates.
+    ``new_of`` maps old to new modules.
     """
     for name, value in list(parent.__dict__.items()):
         if name not in _REGISTRIES:
@@ -228,7 +231,10 @@ _REGISTRIES = frozenset(vars(nn.Module()))
 
 
 def _held(value: Any, new_of: Mapping[nn.Module, nn.Module], depth: int = 3) -> Any:
-    """Return ``value`` with the new modules. Change lists and dictionaries in place, because others may share them."""
+    """Return ``value`` with new modules instead of old ones, also inside containers that are nested up to ``depth``.
+
+    Lists and dictionaries are changed in place, because other objects may refer to them.
+    """
     if isinstance(value, nn.Module):
         return new_of.get(value, value)
     if depth == 0:

@@ -1,6 +1,7 @@
 """Define ``AdaptedWeight``, a frozen weight with an update from a bank of factors, in any kind of module.
 
-The update is that of a matrix ``[d_out, d_in]``. A *view* states how the matrix is stored in the weight:
+A *bank* is the module that owns the trained factors of many layers. The update ``(D G)ᵀ`` is added to a matrix
+``[d_out, d_in]``. A *view* states how the weight stores this matrix:
 
 - ``"linear"``: the weight is ``[d_out, d_in]``.
 - ``"transposed"``: the weight is ``[d_in, d_out]``.
@@ -38,7 +39,7 @@ def as_matrix(weight: Tensor, view: str) -> Tensor:
 def from_matrix(matrix: Tensor, view: str, shape: Sequence[int]) -> Tensor:
     """Return a matrix ``[d_out, d_in]`` as a weight with this shape: the inverse of :func:`as_matrix`."""
     if view == "linear":
-        return matrix  # the shape of a quantized weight is the shape of its packed values
+        return matrix  # the shape of a quantized weight may be that of its packed values, so nothing is reshaped
     return matrix.t() if view == "transposed" else matrix.reshape(shape)
 
 
@@ -50,10 +51,10 @@ def view_of(layer: nn.Module) -> str:
 
 
 def matrix_sizes(weight: nn.Module | Tensor, view: str = "linear") -> tuple[int, int]:
-    """Return (d_in, d_out) of the matrix of a layer's weight, or of the matrix stored by ``view`` in a parameter.
+    """Return (d_in, d_out) of the matrix of a layer, or of the matrix that a parameter stores according to ``view``.
 
-    A convolution multiplies by its matrix at each position of the input: d_in is the number of channels times the
-    number of kernel positions.
+    A convolution multiplies by its matrix at each position of the input: d_in is the number of input channels per group
+    times the number of kernel positions.
     """
     if isinstance(weight, Tensor):
         rows, columns = weight.shape[0], math.prod(weight.shape[1:])
@@ -88,7 +89,9 @@ def add_update_(weight: Tensor, view: str, D: Tensor, G: Tensor) -> None:
 
 @dataclass(frozen=True)
 class MergeLoss:
-    """Report how rounding changed the update of one weight in a merge. Norms are Frobenius norms in fp32.
+    """Report how rounding changed the update of one weight in a merge.
+
+    The norms are Frobenius norms, computed in fp32 (fp64 if the weight or the update is in fp64).
 
     Attributes:
         relative_update: |ΔW| / |W|.
@@ -101,7 +104,7 @@ class MergeLoss:
 
 
 class AdaptedWeight:
-    """A frozen weight whose matrix ``[d_out, d_in]`` has the update ``(D G)ᵀ`` from a bank of factors.
+    """Represent a frozen weight whose matrix ``[d_out, d_in]`` has the update ``(D G)ᵀ`` from a bank of factors.
 
     Attributes:
         factors: the bank.
@@ -144,7 +147,10 @@ class AdaptedWeight:
         return self.base_weight is not None
 
     def share(self, other: AdaptedWeight) -> None:
-        """Use the update of ``other``, which has the same stored weight. Merging either weight then merges both."""
+        """Use the binding and the update of ``other``, which has the same stored weight.
+
+        Merging either of the two then merges both.
+        """
         self.factors.bindings.remove(self.binding)
         self.binding = other.binding
         together = [*(other.sharing or (other,)), self]
@@ -152,11 +158,11 @@ class AdaptedWeight:
             weight.sharing = together
 
     def evaluated(self) -> tuple[Tensor, Tensor]:
-        """Return (D [d_in, r], G [r, d_out]) from the current factors, without dropout, even during a pass."""
+        """Return (D [d_in, r], G [r, d_out]) from the current factors, without dropout, at any time."""
         return self.factors.evaluated(self.site)
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        """Return (D [d_in, r], G [r, d_out]) of the running pass, including its dropout; differentiable."""
+        """Return (D [d_in, r], G [r, d_out]) of the model's running forward pass, with its dropout; differentiable."""
         return self.factors.pair(self.site, *self.factors.down_up(self.binding))
 
     def update(self, D: Tensor, G: Tensor) -> Tensor:
@@ -186,8 +192,8 @@ class AdaptedWeight:
     def merge(self, dequantize: bool = False) -> MergeLoss | None:
         """Add the update to the weight, in fp32 with one rounding. A copy of the base weight makes unmerge exact.
 
-        A quantized weight cannot store this sum. With ``dequantize``, a dense weight in its dtype replaces the
-        quantized weight until :meth:`unmerge`.
+        A quantized weight cannot store this sum. With ``dequantize``, a dense weight with the same dtype attribute
+        replaces the quantized weight until :meth:`unmerge`.
 
         Returns:
             The size of the update and the rounding error; None if the update was merged already.
@@ -252,7 +258,7 @@ class AdaptedWeight:
         return ", ".join(parts)
 
     def _check_sizes(self, factors: FactorBank, site: Any, sizes: tuple[int, int], name: str) -> None:
-        expected = factors.features(site)
+        expected = factors.sizes(site)
         if expected != sizes:
             raise ValueError(
                 f"{name}: {site} of this bank fits a linear layer with (in_features, out_features) = "

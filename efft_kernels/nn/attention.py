@@ -17,12 +17,12 @@ from efft_kernels.ops import tt_linear
 
 @runs_for(nn.MultiheadAttention.forward)
 class EfftMultiheadAttention(AdaptedModule):
-    """Serve as the second base class of an ``nn.MultiheadAttention`` while it is adapted.
+    """Serve as an additional base class of an ``nn.MultiheadAttention`` while it is adapted.
 
-    torch computes the projections from weights that it reads. This class computes them with ``tt_linear``, so no dense
-    update is built. The parameters ``in_proj_weight`` ``[3 d, d]`` (or ``q_proj_weight``, ``k_proj_weight`` and
-    ``v_proj_weight``) and the layer ``out_proj`` may be adapted. While the updates of all of them are merged or
-    disabled, torch's own forward method runs, including its fast paths.
+    torch's own class reads the weights of its projections and never calls layers for them. This class computes the
+    projections with ``tt_linear``, so no dense update is built. The parameters ``in_proj_weight`` ``[3 d, d]`` (or
+    ``q_proj_weight``, ``k_proj_weight`` and ``v_proj_weight``) and the layer ``out_proj`` may be adapted. While the
+    updates of all of them are merged or disabled, torch's own forward method runs, including its fast paths.
     """
 
     def forward(
@@ -40,7 +40,8 @@ class EfftMultiheadAttention(AdaptedModule):
 
         Raises:
             NotImplementedError: the inputs are nested tensors, which only torch's own fast path supports.
-            RuntimeError: the shapes of inputs or masks do not match, or ``is_causal`` is set without ``attn_mask``.
+            RuntimeError: the shapes of inputs or masks do not match, a mask is neither boolean nor floating-point, or
+                ``is_causal`` is set without ``attn_mask``.
         """
         mha: Any = self
         if not self._is_active():
@@ -157,9 +158,9 @@ class EfftMultiheadAttention(AdaptedModule):
         return padding if mask is None else mask + padding
 
     def _lengthened(self, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Append the entries of add_bias_kv and add_zero_attn to keys and values; no mask hides these entries.
+        """Append the entries that ``add_bias_kv`` and ``add_zero_attn`` add to keys and values [batch, sources, d].
 
-        Keys and values are [batch, sources, d].
+        The mask is padded with zeros, so that it does not hide these entries.
         """
         mha: Any = self
         samples = k.shape[0]
@@ -174,7 +175,7 @@ class EfftMultiheadAttention(AdaptedModule):
 
 @runs_for(nn.TransformerEncoder.forward)
 class EfftTransformerEncoder(AdaptedModule):
-    """Serve as the second base class of an ``nn.TransformerEncoder`` while weights inside it are adapted.
+    """Serve as an additional base class of an ``nn.TransformerEncoder`` while weights inside it are adapted.
 
     While an update is applied, the encoder does not pack padded batches into nested tensors. The encoder's layers
     accept nested tensors only in torch's fast path, which cannot add an update.
@@ -197,7 +198,7 @@ def _counts(weight: AdaptedWeight) -> bool:
 
 
 def _added(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Return a mask to add to the scores: minus infinity where a boolean mask is True."""
+    """Return ``mask`` as numbers to add to the scores. A boolean mask becomes minus infinity where it is True."""
     if mask is None or mask.is_floating_point():
         return mask
     if mask.dtype != torch.bool:

@@ -23,7 +23,7 @@ from efft_kernels.nn.evaluation import Evaluated, can_be_kept, snapshot, surroun
 Operands = tuple[Tensor, ...]
 """The operands of a site: (D, G), or more tensors if the update of the site is a product of more factors."""
 
-#: Return whether torch.fx is tracing. Newer versions of torch warn that the older name has a new meaning.
+#: A function that returns whether torch.fx is tracing. Newer versions of torch warn if the older name is used.
 _is_traced = getattr(_symbolic_trace, "is_fx_symbolic_tracing", None) or _symbolic_trace.is_fx_tracing
 
 
@@ -57,7 +57,7 @@ class FactorBank(nn.Module, ABC):
     """Own the factors of many layers, for any method whose update of a layer is ``ΔW = D G``.
 
     A subclass owns parameters and defines its sites. A site can be any value that identifies one layer's part of the
-    bank. The subclass states in :meth:`features` which linear layer a site fits, and computes the operands of sites in
+    bank. The subclass states in :meth:`sizes` which linear layer a site fits, and computes the operands of sites in
     :meth:`compose`. Frozen tensors that an adapter must save are persistent buffers of the bank.
 
     Layers do not own factors: a layer calls :meth:`bind` with a site and asks for its (D, G) with :meth:`down_up`.
@@ -66,7 +66,7 @@ class FactorBank(nn.Module, ABC):
     model that call both).
     """
 
-    _lock = threading.Lock()  # one for all banks: it is held only briefly, and it cannot be copied or pickled
+    _lock = threading.Lock()  # shared by all banks, because a bank with its own lock could not be copied or pickled
     dropout: float = 0.0
     """Probability with which :meth:`compose` zeroes each element of a factor in training mode."""
     _evaluated: Evaluated | None = None  # the operands of the last evaluation
@@ -82,7 +82,7 @@ class FactorBank(nn.Module, ABC):
         )
 
     @abstractmethod
-    def features(self, site: Any) -> tuple[int, int]:
+    def sizes(self, site: Any) -> tuple[int, int]:
         """Return (in_features, out_features) of a linear layer that ``site`` fits."""
 
     @abstractmethod
@@ -98,8 +98,8 @@ class FactorBank(nn.Module, ABC):
         """Return all values other than tensors that affect the results of :meth:`compose` in eval mode.
 
         A class that defines this method composes its operands once in evaluation, and again only after a parameter, a
-        buffer or one of these values has changed. A subclass may depend on more values. It therefore composes its
-        operands in every pass, unless it defines this method itself.
+        buffer or one of these values has changed. A subclass does not inherit this behavior, because its operands may
+        depend on more values: it composes them in every pass, unless it defines this method itself.
 
         Returns:
             None, by default, to compose the operands in every pass.
@@ -111,10 +111,11 @@ class FactorBank(nn.Module, ABC):
         return [*self.parameters(), *self.buffers()]
 
     def forget(self) -> None:
-        """Free the operands of the last evaluation.
+        """Free the operands of the last evaluation, so that the next evaluation composes them again.
 
-        This is also a way to announce a change that leaves no trace: on a GPU, a write through ``.data``, by a replay
-        of a CUDA graph, or by code that torch does not know. Changes of the mode and of the device call this method.
+        Call this method if factors on a GPU have changed without increasing their version: through ``.data``, by a
+        replay of a CUDA graph, or by code that torch does not know. A change of the mode or of the device calls this
+        method itself.
         """
         self._evaluated = None
 
@@ -165,13 +166,13 @@ class FactorBank(nn.Module, ABC):
     def forward(self, which: Any) -> Any:
         """Return (D, G) of the binding number ``which``, or the operands of each site in the list ``which``.
 
-        With a binding number, D and G include the dropout of training mode, and G is zero while the layer is merged.
-        Graphs of torch.fx use this form: in such a graph the bank is a module that is called. With a list of sites,
-        the call serves libraries that gather sharded parameters while their module is called and again in its backward
-        pass (ZeRO-3). Layers call :meth:`down_up` instead.
+        Layers call :meth:`down_up` instead. Graphs of torch.fx call the bank with a binding number. D and G then
+        include the dropout of training mode, and G is zero while the layer is merged. The bank calls itself with a list
+        of sites if it has forward pre-hooks, because libraries that shard parameters (ZeRO-3) gather the parameters in
+        such hooks when the module is called and again in its backward pass.
         """
         if isinstance(which, list):
-            # The parameters lose their content after the call, but tensors computed from them do not.
+            # The parameters lose their content after the call, so operands that are parameters are returned as views.
             aliases = {id(p): p.view_as(p) for p in self.parameters()}
             return [tuple(aliases.get(id(t), t) for t in operands) for operands in self.compose(which)]
         binding = self.bindings[which]
@@ -192,7 +193,7 @@ class FactorBank(nn.Module, ABC):
         return self.evaluated_together([site])[0]
 
     def evaluated_together(self, sites: Sequence[Any]) -> list[tuple[Tensor, Tensor]]:
-        """Return (D, G) of several sites as :meth:`evaluated` does; a factor that sites share is one tensor."""
+        """Return (D, G) of several sites as :meth:`evaluated` does, composed together, so that sites can share D."""
         training, self.training = self.training, False
         try:
             operands = self._composed(list(sites))
@@ -207,7 +208,11 @@ class FactorBank(nn.Module, ABC):
         return D, G
 
     def prepare(self) -> None:
-        """Compose all bound sites at once; until :meth:`release`, :meth:`down_up` returns them to this thread."""
+        """Start a pass: compose the operands of all bound sites at once.
+
+        Until :meth:`release`, :meth:`down_up` returns these operands to the calling thread. If a pass of another thread
+        is running, this method does nothing.
+        """
         if not torch.compiler.is_compiling():
             with self._lock:
                 if self._thread not in (None, threading.get_ident()):
@@ -230,7 +235,10 @@ class FactorBank(nn.Module, ABC):
         self._running = self._remember(pairs) if graph else None
 
     def release(self) -> list[Binding]:
-        """End the pass that :meth:`prepare` started, and return the bindings that the pass did not use."""
+        """End the pass that :meth:`prepare` started in this thread, and return the bindings that the pass did not use.
+
+        Return an empty list in compiled code, or if no pass of this thread is running.
+        """
         if not torch.compiler.is_compiling() and self._thread != threading.get_ident():
             return []
         for binding in self.bindings:
@@ -252,7 +260,7 @@ class FactorBank(nn.Module, ABC):
             return None
         tensors = self.sources()
         if not can_be_kept(tensors):
-            if torch.is_grad_enabled():  # an optimizer may follow
+            if torch.is_grad_enabled():  # an optimizer step may follow and change the factors
                 self._evaluated = None
             return None
         settings = (self.settings(), surroundings(tensors), tuple(self.bindings))
@@ -282,7 +290,10 @@ class FactorBank(nn.Module, ABC):
             return self.compose(sites)
 
     def _remember(self, pairs: Sequence[Operands]) -> _Pass:
-        """Keep the operands of a pass as long as its graph exists, for layers that run again in its backward pass."""
+        """Keep the operands of a pass as long as its autograd graph exists.
+
+        Activation checkpointing runs layers again in the backward pass, and they then need these operands.
+        """
         this = _Pass(self.bindings, pairs)
         nodes: list[Any] = [t.grad_fn for pair in pairs for t in pair if t.grad_fn is not None]
         for node in nodes:
@@ -292,7 +303,10 @@ class FactorBank(nn.Module, ABC):
         return this
 
     def _replay(self, node: Any, binding: Binding) -> Operands:
-        """Return the operands from the forward pass whose backward pass, now at ``node``, runs a layer again."""
+        """Return the operands for a layer that the backward pass, now at ``node``, runs again.
+
+        They are those of the forward pass to which this backward pass belongs.
+        """
         this = self._find_pass(node)
         reentrant = node.name() == "CheckpointFunctionBackward" and torch.is_grad_enabled()
         if reentrant and (this is None or binding in this.without_grad):
@@ -404,15 +418,15 @@ class _Pass:
         )
 
 
-#: A tensor without a graph; sizes, strides and offset of a view of it, or nothing for the tensor itself; and whether
-#: the view requires a gradient.
+#: Three values that describe an operand: a tensor without a graph; the sizes, strides and offset of the view of this
+#: tensor that is the operand (empty if the tensor itself is the operand); and whether the operand requires a gradient.
 _Place = tuple[Tensor, tuple[Any, ...], bool]
 
 
 def _place(tensor: Tensor, owners: dict[int, Tensor]) -> _Place:
-    """Describe a tensor by the tensor of which it is a view.
+    """Describe a tensor as a view of the tensor that owns its memory. ``owners`` collects the detached owners.
 
-    Most operands are views of few tensors. Detaching only these saves several calls of the dispatcher per layer.
+    Most operands are views of few owners. Detaching only the owners saves several calls of the dispatcher per layer.
     """
     if type(tensor) not in (Tensor, nn.Parameter):
         return tensor.detach(), (), tensor.requires_grad

@@ -1,4 +1,7 @@
-"""Define ``EfftConv1d``, ``EfftConv2d`` and ``EfftConv3d``: frozen convolutions with a tensor-train update."""
+"""Define ``EfftConv1d``, ``EfftConv2d`` and ``EfftConv3d``: frozen convolutions with a tensor-train update.
+
+``conv(x; K)`` denotes the convolution of x with the kernel K, with the stride, padding and dilation of the layer.
+"""
 
 from __future__ import annotations
 

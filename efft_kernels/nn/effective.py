@@ -1,11 +1,14 @@
-"""Return weights that include their update to modules that read a weight instead of calling its layer.
+"""Give the effective weight to modules that read a weight instead of calling its layer.
 
-A module may read one of its own parameters or a parameter of a child (``F.linear(x, self.qkv.weight)``) and never call
-a layer that could add the update. :func:`effective_property` then returns ``W + (D G)ᵀ`` to the module as an
-:class:`Effective`, a tensor that is computed only when it is needed. Two uses never need the dense tensor. As the
-weight of ``F.linear``, it is replaced by a call of :func:`efft_kernels.tt_linear`. As the second factor of a
-``torch.bmm`` or ``matmul`` that contains the matrices of all experts, it is replaced by low-rank products. Any other
-use computes the dense tensor, which costs memory and a sum of the weight's size and rounds to the weight's dtype.
+The *effective weight* is ``W + (D G)ᵀ``, the frozen weight W plus its update. A module may read one of its own
+parameters or a parameter of a child (``F.linear(x, self.qkv.weight)``) and never call a layer that could add the
+update. In the classes of such modules and children, :func:`effective_property` replaces the parameter by a property
+that returns the effective weight as an :class:`Effective`, a tensor that is computed only when it is needed.
+
+Two uses never need the dense tensor. If the :class:`Effective` is the weight of ``F.linear``, a call of
+:func:`efft_kernels.tt_linear` replaces the product. If it contains the matrices of all experts and is the second factor
+of a ``torch.bmm`` or ``matmul``, low-rank products replace that product. Any other use computes the dense tensor. This
+takes memory for a copy of the weight and time for a sum, and rounds the sum to the weight's dtype.
 """
 
 from __future__ import annotations
@@ -26,14 +29,14 @@ from efft_kernels.ops import tt_linear
 class Effective(Tensor):
     """Represent ``W + (D G)ᵀ`` before it is computed, with the shape, dtype and device of the weight ``W``.
 
-    If a gradient reaches this tensor without torch's Python functions (in a custom autograd.Function), it is passed on
-    to D and G.
+    If a custom autograd.Function uses this tensor and returns a gradient for it, the gradient is passed on to W, D and
+    G, as far as they require one.
 
     Attributes:
         owner: the adapted weight.
         W: the stored weight.
         D, G: the operands of the update.
-        dense: the dense tensors computed so far. The keys state whether a tensor has a graph.
+        dense: the dense tensors computed so far. The key is True for the tensor that has an autograd graph.
     """
 
     owner: AdaptedWeight
@@ -58,7 +61,7 @@ class Effective(Tensor):
         if func in _METADATA:
             return super().__torch_function__(func, types, args, kwargs)
         if func is Tensor.to and torch.device("meta") in map(_as_device, (*args[1:], *kwargs.values())):
-            return args[0].W.to(*args[1:], **kwargs)  # the caller frees the memory of the weight and needs no values
+            return args[0].W.to(*args[1:], **kwargs)  # a tensor on the meta device has no values to compute
         if func in _CHANGES:
             raise RuntimeError(f"{func.__name__} has no lasting effect on a weight with an update: {_LASTING}")
         if func is F.linear:

@@ -1,8 +1,10 @@
 """Keep the operands that a bank composed for evaluation, and decide whether they are still current.
 
-In evaluation the factors do not change between two passes, so that composing the operands again would give the same
-tensors. :class:`Evaluated` holds the operands together with everything that they were computed from. It compares this
-with the bank before every reuse, and therefore needs no notice when factors change.
+A bank is the module that owns the trained factors of many layers. The operands of a layer are the tensors that the bank
+composes from the factors and by which the layer multiplies (in general D and G). In evaluation the factors do not
+change between two forward passes, so composing the operands again would give the same tensors. :class:`Evaluated` holds
+the operands and a copy or a description of everything from which they were computed. Before every reuse, it compares
+this with the current state of the bank, so nobody needs to report that factors have changed.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ class Evaluated:
         self.operands, self._sources, self._settings = operands, sources, settings
 
     def is_current(self, tensors: Sequence[Tensor], settings: Hashable) -> bool:
-        """Return whether the operands could be computed from these tensors and settings (see :func:`snapshot`)."""
+        """Return whether the operands were computed from these tensors and settings, and the tensors are unchanged."""
         return (
             self._settings == settings
             and len(self._sources) == len(tensors)
@@ -95,9 +97,10 @@ def can_be_kept(tensors: Sequence[Tensor]) -> bool:
 
 
 def surroundings(tensors: Sequence[Tensor]) -> Hashable:
-    """Return the state outside of a bank that affects its results: the requested backend, and the current streams.
+    """Return the state outside of a bank on which the reuse of its operands depends.
 
-    Another stream does not wait for the kernels that compute the operands.
+    This state consists of the requested backend and the current CUDA streams. Operands that were computed in one stream
+    are not reused in another, because that stream would not wait for the kernels that compute them.
     """
     gpus = {t.device for t in tensors if t.is_cuda}
     return current_backend(), tuple(torch.cuda.current_stream(gpu).cuda_stream for gpu in sorted(gpus, key=str))

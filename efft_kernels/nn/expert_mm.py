@@ -1,8 +1,8 @@
 """Define ``expert_mm``, which multiplies the rows of every expert by that expert's matrix.
 
-On GPUs, torch's grouped product computes it. torch's product does not support fp64, or fp32 in a compiled graph, and
-it needs row sizes that are multiples of 16 bytes; the operands are padded to such sizes. In the unsupported cases and
-on the CPU, an op of this module multiplies one expert after another.
+On GPUs of compute capability 8.0 and newer, ``F.grouped_mm`` computes it for bfloat16, float16 and float32, and in
+compiled code only for bfloat16. ``F.grouped_mm`` needs row sizes that are multiples of 16 bytes, so the operands are
+padded to such sizes. In all other cases, including the CPU, an op of this module multiplies one expert after another.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def expert_mm(x: Tensor, W: Tensor, offsets: Tensor) -> Tensor:
 
 
 def _has_kernel(x: Tensor) -> bool:
-    """Return whether torch's grouped product supports operands of this dtype on this device."""
+    """Return whether ``F.grouped_mm`` supports operands of this dtype on this device."""
     if x.device.type != "cuda" or torch.cuda.get_device_capability(x.device) < (8, 0):
         return False
     dtypes = (torch.bfloat16,) if torch.compiler.is_compiling() else (torch.bfloat16, torch.float16, torch.float32)

@@ -1,4 +1,8 @@
-"""Adapt experts that one three-dimensional parameter stores: route rows to experts, and update the matrices."""
+"""Adapt the experts of a mixture of experts whose matrices one three-dimensional parameter stores.
+
+:class:`Routing` sorts tokens by expert, and :class:`ExpertWeight` adds an update to the matrix of each expert. A
+*router* chooses k experts for each token; a *row* is one pair of a token and one of its experts.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +23,10 @@ EXPERT_VIEWS = ("experts", "experts transposed")
 
 
 class Routing(NamedTuple):
-    """Hold tokens sorted by expert, with one row for each pair of a token and an expert chosen for it by the router.
+    """Hold the order of the rows when they are sorted by expert, with tokens · k rows.
 
     Attributes:
-        order: ``[rows]``, the index of each row in the router's flattened ``[tokens, k]``.
+        order: ``[rows]``, the index of each row in the router's choice ``[tokens, k]`` after flattening.
         tokens: ``[rows]``, the token of each row.
         experts: ``[rows]``, the expert of each row, ascending.
         offsets: int32 ``[experts]``, the end of each expert's rows.
@@ -51,11 +55,12 @@ class Routing(NamedTuple):
 class ExpertWeight(AdaptedParameter):
     """Adapt the matrices of experts ``[experts, d_out, d_in]``, which one parameter of a module stores.
 
-    All experts share D, so D multiplies every token once, for any number of experts per token. Each expert has its own
-    core C[e], and all cores share V. The update is ``(x D) C[e] V``, and no matrix of the size of an expert's is built.
-    Code that multiplies by the stored parameter adds the update with :meth:`add_update`. Code that reads the parameter
-    in another way gets the effective weights of all experts. They are multiplied as low-rank products if they are the
-    matrices ``[experts, d_in, d_out]`` in a ``torch.bmm`` or ``matmul``; otherwise they are a dense tensor.
+    All experts share D, so D multiplies every token once, for any number of experts per token. Each expert e has its
+    own core C[e], and all experts share V. Expert e adds ``(x D) C[e] V`` to its output, and no matrix of the size of
+    an expert's weight is built. Code that multiplies by the stored parameter adds the update with :meth:`add_update`.
+    Code that reads the parameter in another way gets the effective weights of all experts, which include the updates.
+    If such code multiplies by matrices ``[experts, d_in, d_out]`` with ``torch.bmm`` or ``matmul``, low-rank products
+    add the update to the result. Any other use of the values builds a dense tensor.
 
     Args:
         module: the module that owns the parameter.
@@ -98,6 +103,8 @@ class ExpertWeight(AdaptedParameter):
 
     def add_update(self, y: Tensor, x: Tensor, offsets: Tensor, tokens: Tensor | None = None) -> Tensor:
         """Return ``y`` plus the product of every expert's rows with that expert's update.
+
+        The rows are sorted by expert.
 
         Args:
             y: ``[rows, d_out]``, the product with the stored parameter.

@@ -1,8 +1,9 @@
 """Define ``TTFactors``, a bank that owns one tensor train U · C · V for many linear layers.
 
-A *site* is the part of the tensor train that one layer uses (:class:`Site`). Sites are of one
-*kind* if they have diagonals on the same sides and differ only in the index of their layer. One launch contracts all
-sites of a kind.
+A *bank* is the module that owns the trained factors of many layers. A *site* is the part of the tensor train that one
+layer uses (:class:`Site`). Sites are of one *kind* if they differ only in the index of their layer and have diagonals
+(see :class:`TTFactors`) on the same sides. To *contract* a site means to multiply its cores by V, or by U if the site
+is transposed. One launch contracts all sites of a kind.
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ class Site:
         layer: index of the layer. It selects the cores (unless all layers share them), the dropout masks, the diagonals
             and, if ``trainable_scale`` is ``"matrix"``, the scales.
         cores: the layer's cores, one per column block of its output: ``(0, 1, 2)`` for a fused qkv.
-        transpose: use the transposed tensor train, ``D = Vᵀ`` and ``G = s Cᵀ Uᵀ`` (for fc2 when fc1 is not transposed).
+        transpose: use the transposed tensor train, ``D = Vᵀ`` and ``G = s Cᵀ Uᵀ``. The second layer of an MLP uses it
+            if the first layer uses the train that is not transposed.
         columns: half-open range of V's columns that this layer uses; None for all.
-        mask_scope: sites of one layer with equal scopes share one random draw of the dropout masks of U and V.
+        mask_scope: number of a draw of the dropout masks. Sites of one layer share one random draw of the masks of U
+            and V if their scopes are equal.
         experts: number of experts whose matrices the site stands for; 0 for one plain matrix. All experts of a site
             share U and V. ``cores`` lists the cores of the first expert, then the cores of the second, and so on.
         interleaved: whether the output columns of an expert's column blocks alternate, ``[first of block 0, first of
@@ -53,12 +56,15 @@ class Site:
 
 
 def _part(site: Site) -> tuple[Any, ...]:
-    """Return the key that identifies a site in its bank: the layer, then the properties that define its kind."""
+    """Return a key that identifies the part of the train that a site uses; its first entry is the layer."""
     return site.layer, site.cores, site.transpose, site.columns, site.mask_scope
 
 
 class Masks(NamedTuple):
-    """Hold the dropout masks of one forward pass. True keeps an element, and the first dimension indexes layers."""
+    """Hold the dropout masks of one forward pass. True keeps an element, and the first dimension indexes layers.
+
+    n_scopes is the largest ``mask_scope`` of the bound sites, plus 1.
+    """
 
     U: Tensor  # [n_layers, n_scopes, d_in, r1]
     C: Tensor  # [n_layers, n_cores, r1, r2]
@@ -86,8 +92,8 @@ class TTFactors(FactorBank):
 
     A site can also have its own diagonals: ``ΔW = s · diag(a) U C V diag(b)``. The vector a is a row of the parameter
     ``a [rows, d_in]``, and each column block has its own vector b, a row of ``b [rows, d_out]``. Both parameters are
-    initialized to one. D and G include the diagonals, so they add no cost per token. D is then not the same tensor for
-    all sites.
+    initialized to one. D and G include the diagonals, so the diagonals add no cost per token. However, sites with
+    different vectors a do not share one D.
 
     Args:
         d_in, d_out: sizes of the two outer dimensions, ``U [d_in, r1]`` and ``V [r2, d_out]``.
@@ -95,7 +101,7 @@ class TTFactors(FactorBank):
         n_layers: number of layers that have their own cores.
         n_cores: number of cores of each layer.
         core_sharing: ``"per_layer"`` for cores ``[n_layers, n_cores, r1, r2]``, or ``"shared"`` for cores
-            ``[1, n_cores, r1, r2]`` that all layers use, as in the paper's public code.
+            ``[1, n_cores, r1, r2]`` that all layers use, as in the public code of the EFFT paper.
         scale: s, a plain multiplier.
         trainable_scale: whether to train the scale: False, True for one scale, or ``"matrix"`` for one scale per core
             and layer (even if layers share their cores). The trained scale is ``scale · exp(log_scale)``, and
@@ -171,7 +177,7 @@ class TTFactors(FactorBank):
     def _rows_of_diagonals(
         self, inputs: Sequence[Site], outputs: Sequence[Site]
     ) -> tuple[dict[Hashable, list[int]], dict[Hashable, list[int]]]:
-        """Return the rows of ``a`` and of ``b`` that belong to each site, by the key :func:`_part`.
+        """Return two dictionaries from the key :func:`_part` of a site to its rows of ``a`` and to its rows of ``b``.
 
         The rows of all sites of one kind are adjacent, so that selecting these rows returns a view and not a copy.
         """
@@ -193,7 +199,7 @@ class TTFactors(FactorBank):
         return rows_of_a, rows_of_b
 
     def reset_parameters(self) -> None:
-        """Initialize U, C and V (:func:`efft_kernels.nn.initialization.initialize`), and reset scales and diagonals."""
+        """Initialize U, C and V (:func:`efft_kernels.nn.initialization.initialize`), the scales and the diagonals."""
         initialize(self.U, self.C, self.V, self.init, self.core_init)
         if self.log_scale is not None:
             nn.init.zeros_(self.log_scale)
@@ -208,7 +214,7 @@ class TTFactors(FactorBank):
         Args:
             U: ``[d_in, r1]``.
             C: ``[n_layers, n_cores, r1, r2]``, or with a first dimension of 1 for shared cores.
-            V: ``[r2, d_out]``. All three are copied to the dtype and device of the old factors.
+            V: ``[r2, d_out]``. All three arguments are copied to the dtype and device of the old factors.
 
         Raises:
             ValueError: the shapes do not match each other or this bank.
@@ -244,7 +250,7 @@ class TTFactors(FactorBank):
         return self.initial_scale if log_scale is None else self.initial_scale * log_scale.mean().exp().item()
 
     def settings(self) -> Hashable:
-        """Return the fixed part of the scale; everything else that is not a tensor never changes."""
+        """Return the fixed part of the scale, the only value besides tensors that can change the results."""
         return self.initial_scale
 
     def sources(self) -> list[Tensor]:
@@ -280,7 +286,7 @@ class TTFactors(FactorBank):
         if site.mask_scope < 0:
             raise ValueError(f"{site}: mask_scope must be 0 or more")
 
-    def features(self, site: Site) -> tuple[int, int]:
+    def sizes(self, site: Site) -> tuple[int, int]:
         """Return (in_features, out_features) of a linear layer that fits ``site``, or of each expert of the site."""
         first, last = site.columns or (0, self.d_out)
         if site.transpose:
@@ -337,7 +343,7 @@ class TTFactors(FactorBank):
     def _kinds_of(self, sites: Sequence[Site]) -> tuple[list[int], list[_Kind]]:
         """Return the layers of the sites in ascending order, and the kinds of the sites.
 
-        The result for the last sites is kept, because every pass composes the same ones.
+        The result for the last list of sites is kept, because every forward pass composes the same sites.
         """
         compiling = torch.compiler.is_compiling()
         if not compiling and self._last_kinds is not None and self._last_kinds[0] == sites:

@@ -50,7 +50,10 @@ class FrozenLayer(nn.Module):
 
 
 def _has_class_of_its_own(layer: Any) -> bool:
-    """Return whether the class of ``layer`` defines its result, so that the stand-in must inherit from that class."""
+    """Return whether the stand-in must inherit from the class of ``layer``, because that class computes the product.
+
+    This is the case for a ``Conv1D`` of transformers and for linear layers of other classes with a quantized weight.
+    """
     if isinstance(layer, FrozenLayer):
         return False
     quantized = isinstance(layer, nn.Linear) and not is_plain(layer.weight) and type(layer) is not nn.Linear
@@ -68,7 +71,7 @@ def _of_both(stand_in: type[FrozenLayer], kind: type[nn.Module]) -> type[FrozenL
 
     if (stand_in, kind) not in _of_both_kinds:
         parts: dict[str, Any] = {"product": kind.forward, "__reduce_ex__": reduce, "__doc__": stand_in.__doc__}
-        if issubclass(kind, nn.Linear):  # the product of that class reads the weight and needs the stored one
+        if issubclass(kind, nn.Linear):  # the product of that class must read the stored weight, without the update
             parts["weight"] = property(lambda layer: _stored_weight(layer))
         own_name = stand_in.__name__.endswith(kind.__name__)
         name = stand_in.__name__ if own_name else f"{stand_in.__name__}{kind.__name__}"
@@ -88,9 +91,10 @@ def _empty(stand_in: type[FrozenLayer], kind: type[nn.Module]) -> FrozenLayer:
 
 
 def share_attributes(source: nn.Module, target: nn.Module) -> None:
-    """Copy the mode, the hooks and all other attributes of ``source`` to ``target``, except parameters.
+    """Copy the mode, the hooks and all other attributes of ``source`` to ``target``.
 
-    Attributes that exist only in adapted layers are not copied, nor is a compiled forward method.
+    Parameters, buffers, submodules, a forward method that was set or compiled, and attributes that exist only in
+    adapted layers are not copied.
     """
     target.__dict__.update({name: value for name, value in source.__dict__.items() if name not in _NOT_SHARED})
 
@@ -124,7 +128,7 @@ def is_conv1d(layer: object) -> bool:
 
 
 def read_by_its_parent(layer: nn.Module) -> str | None:
-    """Return the reason if the parent of ``layer`` reads the weight and never calls the layer, else None."""
+    """Return a reason not to replace ``layer`` if its parent reads the weight and never calls the layer, else None."""
     if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return (
             "this is the out_proj of nn.MultiheadAttention, which reads the weight and never calls the layer, so an "
@@ -197,7 +201,7 @@ def dequantized(weight: Tensor) -> Tensor:
 
 
 def stored_in(module: nn.Module, name: str) -> Tensor:
-    """Return the tensor that ``module`` owns under the name of an adapted parameter, not the effective weight.
+    """Return the tensor that ``module`` stores as the adapted parameter ``name``, without the update.
 
     Raises:
         AttributeError: the module owns no tensor with this name.
@@ -206,6 +210,6 @@ def stored_in(module: nn.Module, name: str) -> Tensor:
     if W is not None:
         return W
     W = module.__dict__.get(name)  # torch's pruning and FSDP's flattening replace the parameter by a plain tensor
-    if W is None:  # the weight is parametrized, and torch defines the property
+    if W is None:  # the weight is parametrized, and torch computes it in a property of this name
         return cast(Tensor, getattr(module, name))
     return W

@@ -1,9 +1,10 @@
-"""Set the initial values of U, the cores and V.
+"""Set the initial values of U, the cores and V, the factors of the update ``ΔW = s · U C V``.
 
 U or V starts at zero, so that the update starts at zero. The other one and the cores are Xavier-uniform. PyTorch
-derives the Xavier bound of a three-dimensional parameter from its layout, and the scales published in the paper were
-tuned with that bound. The layout in the paper's code is therefore a setting of the initialization. The layout has no
-other effect: this project always stores cores as [n_layers, n_cores, r1, r2].
+derives the Xavier bound of a three-dimensional parameter from the order of its dimensions, its layout. The scales s
+that the EFFT paper (arXiv 2311.06749) publishes were tuned with the bound that results from the layout in the paper's
+code. That layout is therefore a setting of the initialization. The layout has no other effect: this project always
+stores cores as [n_layers, n_cores, r1, r2].
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ MOVEMENT = 0.3
 def automatic_scale(
     d_in: int, d_out: int, n: int, r1: int, r2: int, init: str, core_init: str, movement: float = MOVEMENT
 ) -> float:
-    """Return the scale for which the first optimizer step moves the update by ``movement``.
+    """Return the scale for which the first optimizer step moves the update by ``movement`` per unit of learning rate.
 
-    The first step is modeled as changing every entry of the factor that starts at zero by 1, with random signs. The
-    movement is the root mean square of the resulting change of the update's entries. With this scale, the movement does
-    not depend on the width, the ranks or the number of cores. The arguments ``init`` and ``core_init`` are those of
-    :func:`initialize`; ``n`` is the total number of cores ``[r1, r2]``.
+    The first step with learning rate 1 is modeled as changing every entry of the factor that starts at zero by 1, with
+    random signs. The movement is the root mean square of the resulting change of the update's entries. With this scale,
+    the movement does not depend on the width, the ranks or the number of cores. The arguments ``init`` and
+    ``core_init`` are those of :func:`initialize`; ``n`` is the total number of cores ``[r1, r2]``.
     """
     d, r = (d_out, r2) if init == "u" else (d_in, r1)
     side = math.sqrt(2 / (d + r))  # standard deviation of the entries of a Xavier-uniform matrix

@@ -31,7 +31,8 @@ def _reader(layer: AdaptedLayer) -> AdaptedLayer | None:
 class AdaptedLayer(FrozenLayer, AdaptedWeight):
     """Replace a layer that the model calls by a frozen layer whose weight has an update from a bank of factors.
 
-    The layer refers to a shared bank without registering it, because another module owns the bank.
+    A bank is the module that owns the trained factors of many layers. The layer refers to the bank without registering
+    it as a submodule, because another module owns the bank. With ``own_factors``, the layer registers it.
 
     While the model runs, ``weight`` is the effective weight, which includes the update
     (:mod:`efft_kernels.nn.effective`). A module that reads ``weight`` without calling the layer therefore cannot miss
@@ -151,7 +152,7 @@ def adapted_linear(linear: nn.Linear, x: Tensor, D: Tensor, G: Tensor) -> Tensor
         G: ``[r1, d_out]``.
     """
     W = stored_in(linear, "weight")
-    # This is faster than nn.Module's lookup of linear.bias, which a property of the class takes precedence over.
+    # nn.Module looks up linear.bias more slowly. A property of the class, if there is one, replaces the parameter.
     b = linear.bias if hasattr(type(linear), "bias") else linear._parameters.get("bias")
     plain = multiplies_plainly(linear, W)
     if isinstance(x, ProducerOutput):
@@ -208,7 +209,7 @@ class _OwnProduct(torch.autograd.Function):
 
 
 def multiplies_plainly(linear: nn.Linear, W: Tensor) -> bool:
-    """Return whether ``linear`` computes ``F.linear`` with a plain weight ``W``, so that a kernel can compute it."""
+    """Return whether ``linear`` computes ``F.linear`` with a dense weight ``W``, so that a kernel can compute it."""
     return is_plain(W) and _forward_of(type(linear)) is nn.Linear.forward
 
 

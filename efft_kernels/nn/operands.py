@@ -1,7 +1,7 @@
-"""Compose the operands D and G of a layer from smaller factors, for user-defined methods.
+"""Compose D and G, the two factors of a layer's update ``ΔW = D G``, from smaller factors, for user-defined methods.
 
 The functions are plain differentiable torch code without kernels. They compute tensors of the size of the factors,
-which costs about a thousandth of the products that ``tt_linear`` computes with the results.
+which takes about a thousandth of the time of the products that ``tt_linear`` computes with D and G.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def tt_chain(cores: Sequence[Tensor], side: str = "left", order: str = "C") -> Tensor:
-    """Contract a chain of tensor-train cores into one matrix, the A or B of ``ΔW = A B``.
+    """Contract a chain of tensor-train cores into one matrix, the A (used as D) or the B (used as G) of ``ΔW = A B``.
 
     Args:
         cores: ``[..., r_0, n_1, r_1], [..., r_1, n_2, r_2], ...`` in one floating-point dtype; leading dimensions are a

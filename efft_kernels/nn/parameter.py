@@ -1,9 +1,9 @@
-"""Add updates to parameters of modules that read them directly: see :func:`adapt_parameter`.
+"""Add updates to parameters that a module reads in its own forward method: see :func:`adapt_parameter`.
 
 No adapted layer can replace a module that has its own forward method (a weight-standardized convolution, an attention
-with packed projections). Such a module stays in the model and only its class changes. The new class has the same name,
-and in it the parameter is a property that includes the update (:mod:`efft_kernels.nn.effective`). Names in the state
-dict, hooks and hook handles stay the same.
+with packed projections). Such a module stays in the model and only its class changes. The new class has the same name.
+In it, the parameter is a property that returns the *effective weight*, the stored parameter plus the update
+(:mod:`efft_kernels.nn.effective`). Names in the state dict, hooks and hook handles stay the same.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class AdaptedParameter(AdaptedWeight):
 
     @property
     def base_weight(self) -> Tensor | None:
-        """The parameter before the update was merged into it, stored as a buffer of the module so that it moves too."""
+        """The parameter before the update was merged into it. It is a buffer, so that it moves with the module."""
         return self.module._buffers.get(self._base_name)
 
     @base_weight.setter
@@ -74,11 +74,11 @@ class AdaptedParameter(AdaptedWeight):
 
 
 class AdaptedModule:
-    """Serve as the second base class of a module's class while its parameters are adapted (:func:`adapt_parameter`)."""
+    """Serve as an additional base class of a module while its parameters are adapted (:func:`adapt_parameter`)."""
 
     adapted_parameters: dict[str, AdaptedParameter]
     prefix: ClassVar[str] = ""
-    """The prefix of the class name that precedes the name of the module's original class."""
+    """The name of the new class is this prefix followed by the name of the module's original class."""
 
     def extra_repr(self) -> str:
         own: str = super().extra_repr()  # type: ignore[misc]
@@ -101,7 +101,10 @@ _classes: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
 
 
 def runs_for(forward: Callable[..., Any]) -> Callable[[type[AdaptedModule]], type[AdaptedModule]]:
-    """Decorate a class whose forward replaces ``forward``; adapted modules with that forward inherit from the class."""
+    """Decorate a subclass of :class:`AdaptedModule` whose forward method replaces the method ``forward``.
+
+    Adapted modules whose forward method is ``forward`` then inherit from the subclass.
+    """
 
     def register(kind: type[AdaptedModule]) -> type[AdaptedModule]:
         _own_forwards[forward] = kind
@@ -153,8 +156,8 @@ def adapt_parameter(
     """Freeze the parameter ``name`` of ``module`` and add the update of ``site`` to it.
 
     Code that reads ``module.<name>`` then gets the effective weight. ``parameters()``, the state dict, ``.to()`` and
-    optimizers still use the stored parameter. Every use of the effective weight except as the weight of an ``F.linear``
-    creates a dense copy.
+    optimizers still use the stored parameter. The effective weight becomes a dense tensor when its values are used,
+    except as the weight of ``F.linear``.
 
     Args:
         module: the module that owns the parameter.

@@ -1,6 +1,7 @@
 """Define linear layers that hold the updates of many adapters. Each call uses the selected adapters.
 
-The adapters are stored as *stacks*: tensors with one row (entry of the first dimension) per adapter.
+The adapters are stored as *stacks*: tensors with one row (entry of the first dimension) per adapter. Row 0 stands for
+the frozen base model without an adapter.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ Layout = int | None
 
 
 def place_of(x: Tensor, samples: int, layouts: Mapping[int, Layout], learned: bool, name: str) -> int:
-    """Return the dimension of ``x`` that indexes the samples (:data:`Layout`).
+    """Return the dimension of ``x`` that indexes the samples, or -1 (see :data:`Layout`).
 
     Args:
         x: the input of a module.
@@ -48,7 +49,8 @@ def place_of(x: Tensor, samples: int, layouts: Mapping[int, Layout], learned: bo
     rows = math.prod(x.shape[:-1])
     if rows == samples:
         return 0
-    # This order of checks keeps code valid that was compiled before the layouts were learned, if none is needed.
+    # This order of checks does not read ``learned`` if only the first dimension can index the samples. Code that was
+    # compiled for such inputs therefore stays valid when the layouts become known.
     usual = x.shape[0] == samples and (samples not in x.shape[1:-1] or learned)
     place = layouts.get(x.dim(), 0 if usual else None)
     if place is None or rows % samples or (place > 0 and x.shape[place] != samples):
@@ -61,15 +63,15 @@ def place_of(x: Tensor, samples: int, layouts: Mapping[int, Layout], learned: bo
 
 
 class PooledLinear(FrozenLayer, nn.Linear):
-    """Compute a frozen linear layer with two stacks of tensors that have one row per adapter; row 0 is the base.
+    """Compute a frozen linear layer with the selected adapters, which two stacks contain with one row per adapter.
 
     This is an ``nn.Linear`` with the same ``weight``, ``bias`` and hooks as the layer that it replaces. Several layers
     may share the stacks, which are not part of the layer's state dict.
 
     Args:
         linear: the layer to replace.
-        selected: the :class:`Selection` of the running context, or None to use only the base. Each thread and each
-            asyncio task has its own value.
+        selected: the context variable that contains the current :class:`Selection`, or None to use only the base model.
+            Each thread and each asyncio task has its own value.
 
     Raises:
         TypeError: ``linear`` is not a plain ``nn.Linear``.
@@ -77,9 +79,9 @@ class PooledLinear(FrozenLayer, nn.Linear):
 
     stacks: tuple[Tensor, Tensor | None]
     layouts: dict[int, Layout]
-    """Maps the number of dimensions of an input to its sample dimension, unless that is the first dimension."""
+    """Maps the number of dimensions of an input to its :data:`Layout`, unless that is 0."""
     learned: bool
-    """Whether ``layouts`` is known. If it is not, only the first dimension may index the samples."""
+    """Whether ``layouts`` is known. If it is not, the samples must be in the first dimension of an input."""
 
     @classmethod
     def refusal(cls, layer: nn.Module) -> str | None:
@@ -127,14 +129,17 @@ class PooledDelta(PooledLinear):
     """
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """Return the stacks D and G, of one rank."""
+        """Return the stacks D and G, cut to the same rank."""
         D, G = self.stacks
         assert G is not None
         rank = min(D.shape[2], G.shape[1])  # layers with a higher rank may share D
         return D[:, :, :rank], G[:, :rank]
 
     def mixed(self, slots: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ``D = [D_1 | D_2 | ...]`` and ``G = [w_1 G_1; w_2 G_2; ...]``, exact and with the sum of all ranks."""
+        """Return ``D = [D_1 | D_2 | ...]`` and ``G = [w_1 G_1; w_2 G_2; ...]``.
+
+        Their product is exactly the weighted sum of the updates. Its rank is the sum of all ranks.
+        """
         D, G = self.factors()
         D = D[slots].transpose(0, 1).flatten(1)  # [in_features, k r]
         return D, (weights[:, None, None] * G[slots]).flatten(0, 1).to(D.dtype)  # [k r, out_features]

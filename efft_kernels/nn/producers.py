@@ -1,11 +1,12 @@
-"""Fuse the LayerNorm or GELU before an adapted layer into the layer, so that its output is not stored.
+"""Fuse the LayerNorm or GELU before an adapted layer into the layer, so that the output of this module is not stored.
 
 The *producer* of a layer is the LayerNorm or GELU module whose output the layer reads. :func:`fuse_producer` makes such
 a module return a :class:`ProducerOutput`, which contains the input and postpones the computation. An
 :class:`efft_kernels.EfftLinear` that receives a :class:`ProducerOutput` computes the producer and the linear layer in
-one op (``tt_norm_linear``, ``tt_gelu_linear``). Any other operation first converts it to an ordinary tensor, so other
-modules need no changes and never see a wrong value. If a gradient reaches the :class:`ProducerOutput` in another way (a
-custom autograd.Function), it is passed on to the input and to the norm's parameters as without the fusion.
+one op (``tt_norm_linear``, ``tt_gelu_linear``). Any other operation first converts the :class:`ProducerOutput` to an
+ordinary tensor, so other modules need no changes and never see a wrong value. If a custom autograd.Function uses the
+:class:`ProducerOutput` and returns a gradient for it, the gradient is passed on to the input and to the norm's
+parameters as without the fusion.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from efft_kernels.ops import tt_gelu_linear, tt_norm_linear
 
 
 class ProducerOutput(Tensor):
-    """Represent ``module(x)`` before it is computed: shape, dtype and device of the result, without memory.
+    """Represent ``module(x)`` before it is computed. It has the shape, dtype and device of the result, but no values.
 
     Attributes:
         module: the producer.
@@ -122,7 +123,7 @@ def _drops_nothing(input: Any, p: float = 0.5, training: bool = True, inplace: b
 
 
 def fuse_producer(module: nn.Module) -> bool:
-    """Postpone the computation of ``module``, so that the adapted layer after it performs the computation.
+    """Make ``module`` postpone its computation, so that the adapted layer after the module performs it.
 
     The module still computes its output itself in compiled, exported and traced code, in the transforms of
     ``torch.func``, in inference mode, and while it has hooks.

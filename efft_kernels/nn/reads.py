@@ -27,7 +27,8 @@ def reads_weight_of_children(kind: type[nn.Module]) -> frozenset[str]:
 
     For ``self.qkv.weight`` the name is ``"qkv.weight"``, and for ``self.in_proj_weight`` it is ``"in_proj_weight"``.
     Reads of only a dtype or a shape are excluded. The caller must find out from the module which names are parameters.
-    This function does not find reads through a variable (``qkv = self.qkv``); those are detected while the model runs.
+    This function does not find reads through a variable (``qkv = self.qkv``), which other code detects while the model
+    runs.
     """
     own = [cls for cls in kind.__mro__ if issubclass(cls, nn.Module) and cls is not nn.Module]
     codes: list[types.CodeType] = []
@@ -48,7 +49,7 @@ def _chains(code: types.CodeType, module: str | None = None) -> Iterator[list[st
     if module is None:
         return
     chain: list[str] | None = None
-    called = False  # whether the next value is the argument of one of _ASKS
+    called = False  # whether the next value is the argument of one of the functions _ASKS
     for instruction in dis.get_instructions(code):
         if chain is not None and instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
             chain.append(instruction.argval)

@@ -1,4 +1,7 @@
-"""Define ``EfftConv1D`` (for the linear layers of GPT-2) and ``EfftEmbedding``, whose weights are ``[d_in, d_out]``."""
+"""Define ``EfftConv1D`` (for the linear layers of GPT-2) and ``EfftEmbedding``, whose weights are ``[d_in, d_out]``.
+
+D and G are the two factors of the update of the weight.
+"""
 
 from __future__ import annotations
 

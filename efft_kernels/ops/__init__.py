@@ -1,7 +1,10 @@
-"""Define the public ops: ordinary functions that check arguments, choose a backend and record autograd.
+"""Define the public ops: ordinary functions that check arguments, choose a backend and record the autograd graph.
 
-The file of an op also declares its operators: their schemas, their fake (shape-only) kernels, and the functions that
-implement them. The compiled backends register their implementations when their libraries are loaded.
+An op calls *operators*, functions that are registered with torch. The file of an op also declares these operators:
+their schemas, their fake kernels (which compute only shapes and dtypes), and the Python functions that implement them.
+The compiled backends register their implementations when their libraries are loaded.
+
+W and b are the weight and the bias of a linear layer, and the update of the layer is D G, the product of two factors.
 """
 
 from __future__ import annotations

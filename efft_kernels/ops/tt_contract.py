@@ -1,4 +1,7 @@
-"""Define ``tt_contract``, which contracts the cores of all layers with their shared right factor in one launch."""
+"""Define ``tt_contract``, which multiplies the cores C of all layers by their shared right factor V in one launch.
+
+Its results are the factors G of the layers, whose updates are D G.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +72,8 @@ def tt_contract(
 
     Call this op once per step and pass the tensors ``G.unbind(0)`` to the layers. Autograd then stacks the gradients of
     all layers, and one backward call computes dC and dV. The cores of a layer become column blocks, so that a fused qkv
-    needs one ``tt_linear``. For the transposed tensor train of fc2, pass ``C.transpose(-1, -2)`` and ``U.t()``.
+    projection needs only one call of ``tt_linear``. For a layer that uses the transposed tensor train (the second layer
+    of an MLP), pass ``C.transpose(-1, -2)`` and ``U.t()``.
 
     The op computes in the factors' own dtype, also under autocast, because factors are small and rounding them would
     round the update.
@@ -89,7 +93,7 @@ def tt_contract(
     Raises:
         TypeError: an argument is not a tensor, or not a number.
         ValueError: shapes or dtypes do not match.
-        RuntimeError: the requested backend cannot run this call.
+        RuntimeError: the requested backend cannot run this call, or the tensors are on different devices.
     """
     check_tensor("tt_contract", "C", C)
     check_tensor("tt_contract", "V", V)

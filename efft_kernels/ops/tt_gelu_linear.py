@@ -58,8 +58,8 @@ def _triton() -> ModuleType:
 
 _FORWARD = declare(
     "tt_gelu_linear_fwd",
-    # Like tt_linear_fwd on gelu(z), which neither direction saves. z [tokens, d_in] has its own dtype; the product is
-    # computed in W's.
+    # Like tt_linear_fwd on gelu(z), which is not saved for the backward pass. The dtype of z [tokens, d_in] may differ
+    # from that of W, in which the product is computed.
     "(Tensor z, Tensor W, Tensor? b, Tensor D, Tensor G, str approximate) -> (Tensor y, Tensor h)",
     _fake_fwd,
     eager=eager.tt_gelu_linear_fwd,
@@ -87,11 +87,11 @@ def tt_gelu_linear(
 ) -> Tensor:  # [..., d_out]
     """Compute ``tt_linear(gelu(z), W, b, D, G)``, saving ``z`` for the backward pass but not ``gelu(z)``.
 
-    Use this op for the second layer of an MLP. The backward pass of the GELU needs ``z`` anyway, and it recomputes
-    ``gelu(z)``. The widest activation of a block is therefore not stored twice.
+    Use this op for the second layer of an MLP. The backward pass of the GELU needs ``z`` anyway, and this op recomputes
+    ``gelu(z)`` from it. The widest activation of a block is therefore not stored twice.
 
     Args:
-        z: input of the GELU ``[..., d_in]``, with any floating-point dtype (``cpu``: float32 or bfloat16) and strides.
+        z: input of the GELU ``[..., d_in]``, with any strides and any floating-point dtype that the backend supports.
         W: frozen weight ``[d_out, d_in]``. The product is computed in its dtype (in the autocast dtype under autocast).
         b: bias ``[d_out]`` or None, in the dtype of ``W``, or in fp32 if ``W`` is in half precision.
         D, G: factors ``[d_in, r1]`` and ``[r1, d_out]`` as in :func:`efft_kernels.tt_linear`.
@@ -105,7 +105,7 @@ def tt_gelu_linear(
     Raises:
         TypeError: an argument is not a tensor.
         ValueError: shapes or dtypes do not match, ``W`` requires a gradient, or ``approximate`` is unknown.
-        RuntimeError: the requested backend cannot run this call.
+        RuntimeError: the requested backend cannot run this call, or the tensors are on different devices.
     """
     if approximate not in ("none", "tanh"):
         raise ValueError(f"tt_gelu_linear: approximate must be 'none' or 'tanh', got {approximate!r}")

@@ -87,9 +87,10 @@ def tt_linear(
 ) -> Tensor:  # [..., d_out]
     """Compute a linear layer plus a low-rank update, ``y = x Wᵀ + b + (x D) G``, without ever building ``D G``.
 
-    If the chain of a tensor-train update has one bond between its input and output sides, contracting its cores
-    (:func:`tt_contract`) reduces the update to this op. For EFFT, ``D`` is ``U`` and ``G`` is ``s·C·V`` (Chen et al.,
-    arXiv 2311.06749). A fused qkv projection is one call with ``d_out = 3 d`` and ``G = [C_q V | C_k V | C_v V]``.
+    A tensor-train update can be written in this form if a single bond connects its input side to its output side:
+    multiply the cores of each side together first. For EFFT (Chen, arXiv 2311.06749), ``D`` is ``U`` and ``G`` is
+    ``s·C·V`` (:func:`tt_contract`). A fused qkv projection is one call with ``d_out = 3 d`` and
+    ``G = s·[C_q V | C_k V | C_v V]``.
 
     Under autocast ``x`` and ``W`` are cast as ``torch.nn.functional.linear`` casts them. The gradients of fp32 factors
     and of an fp32 bias stay in fp32. Only the gradients that autograd needs are computed. The op is differentiable any
@@ -99,9 +100,9 @@ def tt_linear(
         x: activations ``[..., d_in]``, with any leading shape (which may contain no tokens) and any strides.
         W: weight ``[d_out, d_in]`` as in ``torch.nn.Linear``, in the dtype of ``x``.
         b: bias ``[d_out]`` or None, in the dtype of ``x``, or in fp32 if ``x`` is in half precision.
-        D: down factor ``[d_in, r1]``, with any floating-point dtype (``cpu``: float32 or bfloat16). The product with
-            ``D`` is computed in the dtype of ``x``.
-        G: up factor ``[r1, d_out]``, with the same dtypes as for ``D``.
+        D: down factor ``[d_in, r1]``, with any floating-point dtype that the backend supports. The product with ``D``
+            is computed in the dtype of ``x``.
+        G: up factor ``[r1, d_out]``, with any floating-point dtype that the backend supports.
         backend: the backend to use (see :mod:`efft_kernels.backends`).
 
     Returns:
@@ -110,7 +111,7 @@ def tt_linear(
     Raises:
         TypeError: an argument is not a tensor.
         ValueError: shapes or dtypes do not match.
-        RuntimeError: the requested backend cannot run this call.
+        RuntimeError: the requested backend cannot run this call, or the tensors are on different devices.
     """
     call, autocast = signature("tt_linear", backend, x, W, b, D, G)
     chosen = choices.get(call) if call is not None else None
@@ -135,11 +136,11 @@ def tt_linear(
 
 
 class _TTLinear(torch.autograd.Function):
-    """Define the autograd of tt_linear for all backends, with one registered op per direction.
+    """Define the autograd of tt_linear for all backends, with one registered operator per direction.
 
     If the backward pass will itself be differentiated, the reference computes it from saved tensors that are part of
-    the graph. These are the inputs, or ``h`` if ``x`` is not saved because dD is not needed. In the latter case ``h``
-    is an output of the function, so that autograd knows its origin.
+    the graph. These are the inputs. If ``x`` is not saved because dD is not needed, ``h = x D`` is used instead of
+    ``x``. In this case the function returns ``h`` too, so that autograd knows how ``h`` depends on ``x``.
     """
 
     @staticmethod
@@ -178,7 +179,7 @@ class _TTLinear(torch.autograd.Function):
             else:
                 factors = (D, G) if ctx.packed is None else (ctx.packed.D, ctx.packed.G_rows)
                 dx, dD, dG, db = _BACKWARD[ctx.backend](gy, x, W, h, *factors, need_dx, need_dD, need_dG, need_db)
-            if x is not None and need_dW:  # fine-tuning freezes the weight; if trained, its gradient is a product
+            if x is not None and need_dW:  # W is usually frozen; if it is trained, an ordinary product computes dW
                 dW = flatten_tokens(gy).t() @ flatten_tokens(x)
         if need_dD and dD is not None and dD.dtype != D.dtype:
             dD = dD.to(D.dtype)

@@ -1,7 +1,8 @@
 """Define ``tt_linear_grouped``, a frozen linear layer with a separate low-rank update per sample.
 
-Three operators implement it. ``tt_linear_grouped`` returns only y and serves. ``tt_linear_grouped_fwd`` and
-``tt_linear_grouped_bwd`` train; the first also returns h.
+Three operators implement it. ``tt_linear_grouped`` returns only y and is used for inference.
+``tt_linear_grouped_fwd``, which also returns h, and ``tt_linear_grouped_bwd`` are used for training. If each adapter
+has its own bias, inference uses ``tt_linear_grouped_fwd`` too.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def _fake_bwd(
 
 
 def _cuda_bwd(gy: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute dx with the compiled kernel of the forward pass, and the sums over tokens with torch."""
+    """Compute dx with the compiled kernel of the forward pass, and the sums over tokens (dD, dG, db) with torch."""
     return eager.grouped_backward(_FORWARD[Backend.CUDA], gy, *rest)
 
 
@@ -77,7 +78,7 @@ _IMPLEMENTATION = declare(
 )
 _FORWARD = declare(
     "tt_linear_grouped_fwd",
-    # As above, and h [samples, tokens, r1] (zero without an adapter). With the backend cpu, b may be
+    # As above. Also returns h [samples, tokens, r1], which is zero without an adapter. With the backend cpu, b may be
     # [n_adapters, d_out]: the bias of each adapter.
     "(Tensor x, Tensor W, Tensor? b, Tensor D, Tensor G, Tensor adapter) -> (Tensor y, Tensor h)",
     _fake_fwd,
@@ -109,21 +110,21 @@ def tt_linear_grouped(
 ) -> Tensor:  # [samples, tokens, d_out]
     """Compute a linear layer plus each sample's own update, ``y[i] = x[i] Wᵀ + b + (x[i] D[a]) G[a]``, a = adapter[i].
 
-    This op serves or trains many adapters of one frozen model in one batch. It reads only the factors of the adapters
-    in the batch, and the gradients of all other adapters are zero.
+    This op serves or trains many adapters of one frozen model in one batch. The result depends only on the factors of
+    the adapters in the batch, and the gradients of all other adapters are zero.
 
-    On the CPU, the backend ``cpu`` computes consecutive samples of one adapter exactly as :func:`tt_linear` computes
-    them on their own, in the forward pass (if a gradient is needed) and in the backward pass.
-    ``triton`` and ``cuda`` compute y and dx with their own kernels, and the sums over tokens with torch's products.
+    In training, the backend ``cpu`` returns for consecutive samples of one adapter exactly the results that
+    :func:`tt_linear` returns for these samples alone. ``triton`` and ``cuda`` compute y and dx with their own kernels,
+    and the sums over tokens with torch's products.
 
     Args:
         x: activations ``[samples, tokens, d_in]``, with any strides.
         W: weight ``[d_out, d_in]`` in the dtype of ``x``, cast like ``x`` under autocast.
         b: bias ``[d_out]``, or the bias of each adapter ``[n_adapters, d_out]`` (samples without an adapter then have
-            none), or None; in the dtype of ``x``, or in fp32 if ``x`` is in half precision.
-        D: down factors of all adapters ``[n_adapters, d_in, r1]``, with any floating-point dtype. Pad adapters of lower
-            rank with zeros.
-        G: up factors ``[n_adapters, r1, d_out]``, with any floating-point dtype.
+            no bias), or None. Its dtype is that of ``x``, or fp32 if ``x`` is in half precision.
+        D: down factors of all adapters ``[n_adapters, d_in, r1]``, with any floating-point dtype that the backend
+            supports. Pad adapters of lower rank with zeros.
+        G: up factors ``[n_adapters, r1, d_out]``, with any floating-point dtype that the backend supports.
         adapter: int64 ``[samples]``, the adapter of each sample, or a negative number for no adapter. On the CPU, an
             index of ``n_adapters`` or more is an error. On a GPU, where a check would have to wait for the device, the
             output for that sample is NaN.
@@ -136,7 +137,7 @@ def tt_linear_grouped(
     Raises:
         TypeError: an argument is not a tensor.
         ValueError: shapes or dtypes do not match, or an index is out of range.
-        RuntimeError: the requested backend cannot run this call.
+        RuntimeError: the requested backend cannot run this call, or the tensors are on different devices.
     """
     for name, tensor in (("x", x), ("D", D), ("G", G)):
         check_tensor("tt_linear_grouped", name, tensor)
@@ -178,7 +179,7 @@ def tt_linear_grouped(
 def _forward(
     x: Tensor, W: Tensor, b: Tensor | None, D: Tensor, G: Tensor, adapter: Tensor, backend: Backend
 ) -> tuple[Tensor, Tensor]:
-    """Return y and h, with biases of any kind."""
+    """Return y and h, with one bias for all adapters, one per adapter, or none."""
     if b is None or b.dim() == 1 or backend is Backend.CPU:
         return _FORWARD[backend](x, W, b, D, G, adapter)
     y, h = _FORWARD[backend](x, W, None, D, G, adapter)
@@ -186,7 +187,7 @@ def _forward(
 
 
 class _TTLinearGrouped(torch.autograd.Function):
-    """Define the autograd of tt_linear_grouped for all backends, with one registered op per direction.
+    """Define the autograd of tt_linear_grouped for all backends, with one registered operator per direction.
 
     If the backward pass will itself be differentiated, the reference computes it from the inputs, which are part of the
     graph (unlike the saved h).

@@ -41,7 +41,9 @@ def tt_merge_(
     *,
     backend: str | Backend | None = None,
 ) -> Tensor:  # W
-    """Add the update to ``W`` in place, ``W += sign · (D G)ᵀ``, in fp32 with one final rounding to W's dtype.
+    """Add the update to ``W`` in place, ``W += sign · (D G)ᵀ``, with one final rounding to W's dtype.
+
+    The sum is computed in fp32, or in fp64 for an fp64 ``W``.
 
     This is for export and inspection only, because training never needs the dense update. Rounding to bf16 or fp16 can
     lose most of a small update, and merging with ``sign=-1`` does not undo a merge exactly. Keep a copy of ``W`` to
@@ -57,7 +59,7 @@ def tt_merge_(
     Raises:
         TypeError: an argument is not a tensor, or not a number.
         ValueError: shapes do not match, or W is an expanded tensor.
-        RuntimeError: the requested backend cannot run this call.
+        RuntimeError: the requested backend cannot run this call, or the tensors are on different devices.
     """
     check_delta("tt_merge_", W, D, G)
     check_number("tt_merge_", "sign", sign)

@@ -78,8 +78,8 @@ def _triton() -> ModuleType:
 
 _FORWARD = declare(
     "tt_norm_linear_fwd",
-    # Like tt_linear_fwd on the layer norm of x over d_in. gamma, beta [d_in]; mean and rstd [tokens] in fp32 (fp64 for
-    # fp64).
+    # Like tt_linear_fwd on the layer norm of x over d_in. gamma and beta are [d_in]. mean and rstd are [tokens], in
+    # fp32 (fp64 for an fp64 x); rstd is 1 / sqrt(variance + eps).
     "(Tensor x, Tensor? gamma, Tensor? beta, float eps, Tensor W, Tensor? b, Tensor D, Tensor G) "
     "-> (Tensor y, Tensor h, Tensor mean, Tensor rstd)",
     _fake_fwd,
@@ -110,15 +110,15 @@ def tt_norm_linear(
     eps: float = 1e-5,
     backend: str | Backend | None = None,
 ) -> Tensor:  # [..., d_out]
-    """Compute ``tt_linear(layer_norm(x, gamma, beta, eps), W, b, D, G)``, saving ``x`` for the backward pass.
+    """Compute ``tt_linear(layer_norm(x, gamma, beta, eps), W, b, D, G)`` without saving the output of the norm.
 
     Use this op for the first layer of an attention or MLP block. There ``x`` is the residual stream, which the backward
-    pass of the norm needs anyway. The backward pass recomputes the output of the norm.
+    pass of the norm needs anyway. The op saves ``x``, and its backward pass recomputes the output of the norm.
 
     Args:
-        x: input of the norm ``[..., d_in]``, with any floating-point dtype (``cpu``: float32 or bfloat16) and strides.
-        gamma, beta: the norm's weight and bias ``[d_in]``, each of which may be None. Both must have the same dtype,
-            which may be any.
+        x: input of the norm ``[..., d_in]``, with any strides and any floating-point dtype that the backend supports.
+        gamma, beta: the norm's weight and bias ``[d_in]``, each of which may be None. They must have the same dtype,
+            which may differ from those of ``x`` and ``W``.
         W: frozen weight ``[d_out, d_in]``. The norm is computed in fp32 (fp64 for fp64) and rounded once to the dtype
             of ``W``, in which the product is computed. Under autocast, ``W`` is cast to the autocast dtype.
         b: bias ``[d_out]`` or None, in the dtype of ``W``, or in fp32 if ``W`` is in half precision.
@@ -133,7 +133,7 @@ def tt_norm_linear(
     Raises:
         TypeError: an argument is not a tensor, or not a number.
         ValueError: shapes or dtypes do not match, or ``W`` requires a gradient.
-        RuntimeError: the requested backend cannot run this call.
+        RuntimeError: the requested backend cannot run this call, or the tensors are on different devices.
     """
     check_linear("tt_norm_linear", "x", x, W, b, D, G)
     check_number("tt_norm_linear", "eps", eps)

@@ -84,7 +84,10 @@ def _rounded(values: np.ndarray) -> np.ndarray:
 
 
 def _allow_numpy_ranges() -> None:
-    """Define ``__index__`` of one-element tensors: Triton 3.6 needs it in ``range``, and numpy 2.4 no longer has it."""
+    """Define ``__index__`` for the interpreter's one-element tensors, which Triton 3.6 passes to ``range``.
+
+    Triton's own definition needs a conversion that numpy 2.4 no longer supports.
+    """
     patch = interpreter._patch_lang_tensor
 
     def patched(tensor: Any, *scope: Any) -> None:

@@ -1,7 +1,10 @@
 """Choose how the kernels are launched: the tile sizes, the precision and the device.
 
-No table names a GPU. Among the tiles whose pipeline fits the device's shared memory, :func:`gemm_tile` chooses the one
-with the shortest modeled time for the shape.
+The main kernel computes Y = A B + bias + H T (:mod:`efft_kernels.triton.lowrank_gemm`). The number R of columns of H is
+the rank. No table of tiles is specific to one GPU. Among the tiles whose pipeline fits the device's shared memory,
+:func:`gemm_tile` chooses the one with the shortest modeled time for the shape. The *epilogue* of a kernel is its code
+after the main loop, which finishes and stores the output tile. TMA is the copy engine of GPUs from compute capability
+9.0 on.
 """
 
 from __future__ import annotations
@@ -36,9 +39,9 @@ class GemmTile:
         speed: arithmetic rate on a fully occupied GPU, relative to the best tile. Small tiles are slower because they
             read their operands more often.
         capability: the lowest major compute capability on which the registers suffice. From 9 on, tensor cores read
-            shared memory.
-        slopes: the GELUs for whose slope the epilogue has enough registers, according to the compiler's resource
-            report.
+            their operands from shared memory, which saves registers.
+        slopes: the GELUs whose slope the epilogue can compute with the available registers, according to the
+            compiler's resource report.
     """
 
     m: int
@@ -56,7 +59,8 @@ class GemmTile:
         return self.stages * (self.m + self.n) * self.k * element_size + staged
 
 
-#: Tiles that public bf16 GEMMs use on these architectures. The speeds are modeled, not measured.
+#: Tiles for half precision that published bf16 matrix products use on GPUs of compute capability 8.0 and newer. The
+#: speeds are modeled, not measured.
 HALF_TILES = (
     GemmTile(128, 256, 64, 8, 3, 1.0, capability=9, slopes=()),
     GemmTile(128, 128, 64, 8, 3, 0.9),
@@ -80,7 +84,8 @@ FP32_TILES = (GemmTile(32, 64, 16, 4, 2, 1.0, slopes=()), GemmTile(32, 32, 16, 4
 #: Tiles for fp32 that tensor cores round to TF32, if the user allows this in torch. The speeds are modeled too.
 TF32_TILES = (GemmTile(128, 128, 32, 8, 3, 1.0, slopes=()), GemmTile(64, 64, 32, 4, 3, 0.5))
 
-#: Most columns of H in a step of the product H T: the accumulator leaves few registers for more.
+#: The largest number of columns of H in one step of the product H T. More would not fit the registers that the
+#: accumulator leaves free.
 TAIL_R = 32
 
 
@@ -128,7 +133,7 @@ def gemm_tile(A: Tensor, N: int, *, tma: bool = False, slope: str = "none") -> G
 def _best_tile(
     on: torch.device, samples: int, M: int, N: int, element_size: int, precision: str, tma: bool, slope: str
 ) -> GemmTile:
-    """Return the result of :func:`gemm_tile`, which takes longer to compute than a kernel to launch."""
+    """Compute the result of :func:`gemm_tile`, and cache it, because the computation takes longer than a launch."""
     gpu, table = device(on), _table(element_size, precision, tma)
 
     def time(tile: GemmTile) -> float:
@@ -157,10 +162,11 @@ def rank_block(R: int) -> int:
 
 
 def tail_block(R: int) -> int:
-    """Return how many columns of H a step of the product H T processes.
+    """Return how many columns of H one step of the product H T processes.
 
-    In the second generation of kernels, which no GPU has run yet, the steps together have only as many columns as the
-    rank needs, ``ceil(R / 16)`` times 16. In the first generation they may have up to 16 more.
+    All steps together process R columns, rounded up to a multiple of this number. With the environment variable
+    ``EFFT_SM90_GENERATION=2``, the rounding is only to a multiple of 16. This setting has not run on a GPU yet and is
+    therefore not the default. Without it, up to 16 more columns may be processed.
     """
     if KERNELS > 1 and R > TAIL_R and ceil_div(R, 16) % 2:
         return 16

@@ -5,11 +5,13 @@ Both directions of tt_linear are this product:
     forward    y  = x Wᵀ + b + h G,     h  = x D      A = x,  B = Wᵀ, P = D,  T = G
     backward   dx = gy W     + dh Dᵀ,   dh = gy Gᵀ    A = gy, B = W,  P = Gᵀ, T = Dᵀ
 
-:func:`project` computes H in a separate kernel, which reads A once. The rank-r product H T is then added to the fp32
-accumulator of the output tile, so no tensor of Y's size is written twice, read again or concatenated. If the layer
-reads the output of a producer (a GELU or a layer norm), the projection also applies the producer: it reads z and writes
-A = producer(z) and H. In the backward pass of a layer after a GELU, the epilogue multiplies Y by the slope of the GELU
-at z, so the kernel stores dz.
+Here W is the frozen weight of the layer, D G is its update, and gy is the gradient of y.
+
+:func:`project` computes H in a separate kernel, which reads A once per block of up to 64 columns of H. The main kernel
+then adds the rank-r product H T to the fp32 accumulator of the output tile, so it writes Y only once and never reads
+it. If the layer reads the output of a producer (a GELU or a layer norm), the projection also applies the producer: it
+reads the producer's input z and writes A = producer(z) and H. In the backward pass of a layer after a GELU, the
+epilogue (the code after the main loop) multiplies Y by the slope of the GELU at z, so the kernel stores dz.
 
 Two kernels compute the product. ``lowrank_gemm_kernel`` addresses its operands by pointers and accepts any strides. It
 also has a grouped form, in which every sample has its own P and T. All rows of one program then belong to one sample,
@@ -19,8 +21,8 @@ descriptors (TMA): the copy engine computes addresses and bounds, which saves re
 program per multiprocessor computes one tile after another, so that the loads of the next tile overlap with the epilogue
 of the previous one. The copy engine needs contiguous rows that begin at multiples of 16 bytes (:func:`takes`).
 
-Products are in the dtype of A with fp32 accumulation. P and T are cast to that dtype as they are loaded. H is rounded
-to it once, and Y is rounded once.
+Products are in the dtype of A with fp32 accumulation. P and T are cast to that dtype as they are loaded. H and Y are
+each rounded once.
 """
 
 from __future__ import annotations
@@ -43,9 +45,10 @@ from efft_kernels.triton.launch import (
 )
 from efft_kernels.triton.producers import gelu_slope, produced, row_statistics
 
-# Rows of A per program of the projection, and number of steps in flight. The projection reads A once for any rank.
+# Rows of A per program of the projection, and number of steps in flight.
 PROJECT_M, PROJECT_STAGES = 64, 3
-# Number of row blocks that programs compute before the next column block, so that both operands stay in the L2 cache.
+# Number of row blocks for which programs compute one column block before they begin the next column block. In this
+# order, both operands stay in the L2 cache.
 GROUP_M = 8
 
 
@@ -392,7 +395,11 @@ def norm_project(
 
 
 def columns_and_warps(producer: str) -> tuple[int, int]:
-    """Return BLOCK_K and warps of a projection; by the compiler's resource report, a producer needs more registers."""
+    """Return BLOCK_K and the number of warps of a projection.
+
+    With a producer, more warps process smaller blocks, because each thread then needs more registers (according to the
+    compiler's resource report).
+    """
     return (64, 4) if producer == "none" else (32, 8)
 
 

@@ -1,4 +1,4 @@
-"""Apply the producer of an adapted layer to tiles in fp32: a GELU, its slope, or a layer norm.
+"""Compute the producer of an adapted layer (a GELU or a layer norm) or the slope of a GELU for tiles, in fp32.
 
 A producer is the operation whose output the layer reads. A kernel that reads an activation through ``produced`` reads
 the input of the producer and computes its output, so that the output need not be stored. ``PRODUCER`` is one of "none",
@@ -22,8 +22,8 @@ def produced(
     beta,  # [d] or None
     mean,  # [rows], for "norm"
     rstd,  # [rows], for "norm"
-    columns,
-    in_columns,
+    columns,  # [columns], their indices in gamma and beta
+    in_columns,  # [columns], whether the column exists
     PRODUCER: tl.constexpr,
     dtype: tl.constexpr,
 ):

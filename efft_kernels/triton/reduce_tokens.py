@@ -1,8 +1,9 @@
-"""Compute dG = hᵀ gy, dD = xᵀ dh and db = Σ gy. All are fp32 sums over the tokens, computed in the same two launches.
+"""Compute the gradients of the factors and the bias of a layer: dG = hᵀ gy, dD = xᵀ dh and db = Σ gy.
 
-Every program of the first kernel sums over a range of tokens for a block of columns of gy (or of x). It reads each
-element once and keeps its [columns, r] sum in registers, without atomic additions. If db is needed, the programs that
-compute dG also sum gy. The number of ranges is chosen to fill the GPU. A second, small kernel adds the partial sums,
+All three are fp32 sums over the tokens, computed in the same two launches. Every program of the first kernel sums over
+a range of tokens for a block of columns of gy (or of x). It reads each element once for every 64 columns of h (or of
+dh) and keeps its [columns, r] sum in registers, without atomic additions. If db is needed, the programs that compute dG
+also sum gy. The number of ranges is chosen to fill the GPU. A second, small kernel adds the partial sums of all ranges,
 which have a few hundred kilobytes each, in a fixed order. Equal calls therefore return exactly equal results.
 """
 
@@ -18,9 +19,9 @@ from torch import Tensor
 from efft_kernels.triton.launch import ceil_div, device, on_device, precision, rank_block
 from efft_kernels.triton.producers import produced
 
-# Number of tokens per step, and number of steps whose loads are in flight. The loads of these steps suffice to use the
-# full memory bandwidth, which limits the speed. Two programs fit on a multiprocessor, with any producer. More programs
-# would wait for these two, and would then not fill the GPU.
+# Number of tokens per step, and number of steps whose loads are in flight. These loads suffice to use the full memory
+# bandwidth, which limits the speed. Two programs fit on a multiprocessor at the same time, with any producer. If there
+# were more programs, the rest would run afterwards and leave a part of the GPU idle.
 BLOCK_M, STAGES = 64, 3
 PROGRAMS_A_PROCESSOR = 2
 # Number of elements of dG, dD and db that one program of the second kernel computes.
@@ -52,7 +53,7 @@ def _sum_over_tokens(
     stride_wn,
     stride_on,
     stride_or,
-    begin,  # this program sums tokens begin .. begin + TOKENS
+    begin,  # this program sums the tokens from begin to begin + TOKENS - 1
     column,
     rank,
     TOKENS,
@@ -170,7 +171,7 @@ def reduce_tokens(
     """Return (dG [R, d_out], dD [d_in, R], db [d_out]) in fp32.
 
     The caller must pass at least one of the pairs (gy, h) and (x, dh). dG is None if h is None, and dD is None if dh is
-    None. With ``need_db`` the caller must pass gy and h; otherwise db is None.
+    None. db is None without ``need_db``; with ``need_db`` the caller must pass gy and h.
 
     With a ``producer`` (see :mod:`efft_kernels.triton.producers`), ``x`` is the input of the producer.
     ``splits``, the number of ranges of tokens, overrides the automatic choice.

@@ -3,6 +3,9 @@
     dC[l, c] = scale · keep_C[l, c] ∘ (dG[l, c] (keep_V[l] ∘ V)ᵀ)
     dV       = scale · Σ_l keep_V[l] ∘ Σ_c (keep_C[l, c] ∘ C[l, c])ᵀ dG[l, c]
 
+C[l, c] is core c of layer l, V is the right factor that all layers share, keep_C and keep_V are the dropout masks of C
+and V, and ∘ multiplies element by element.
+
 Factors are small, and rounding them would round the update. All computations are therefore in fp32 without tensor
 cores, for any dtype of the factors. The kernels are fast because there is one launch instead of one per layer. They
 read the dropout masks, one byte per element, and never store masked copies of the factors. Sums run in a fixed order,
@@ -18,7 +21,8 @@ from torch import Tensor
 
 from efft_kernels.triton.launch import ceil_div, on_device
 
-# Blocks of 32 for any rank and of 64 columns of V, for which eight warps have enough registers. There is no pipeline.
+# Sizes of the blocks along the ranks and along the columns of V; eight warps have enough registers for these blocks.
+# STAGES = 1 means that loads are not pipelined.
 BLOCK_R, BLOCK_N, WARPS, STAGES = 32, 64, 8, 1
 
 

@@ -1,8 +1,9 @@
 """Run tt_linear on the output of a GELU: one launch computes gelu(z) and h, and a second one computes y.
 
-In the backward pass, one launch computes dh, a second one computes dz, and one reduction computes dG and dD. The
-epilogue of the second launch applies the slope of the GELU, and the sums over tokens compute gelu(z) from z. No tensor
-of the size of z is saved besides z itself, and none is written between the launches of the backward pass.
+In the backward pass, one launch computes dh, a second one computes dz, and two more compute the sums over tokens (dG,
+dD and db). The second launch also multiplies its product by the slope of the GELU, and the sums over tokens compute
+gelu(z) from z. No tensor of the size of z is saved except z itself, and the backward pass writes no such tensor except
+dz.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Run tt_linear: two forward launches compute h and y; in the backward pass, launches compute dh, dx and all sums."""
+"""Run tt_linear, y = x Wᵀ + b + h G with h = x D.
+
+In the forward pass, one launch computes h and a second one computes y. In the backward pass, one launch computes dh, a
+second one computes dx, and two more compute the sums over tokens (dG, dD and db).
+"""
 
 from __future__ import annotations
 
@@ -57,7 +61,7 @@ def sums_over_tokens(
     need_db: bool,
     **producer: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dD and dG in the dtypes of the factors, but at least in fp32, and db in fp32.
+    """Return (dD, dG, db). dD and dG are in the dtypes of the factors, but at least in fp32, and db is in fp32.
 
     Without ``dh``, dD is empty. Without ``h``, dG is empty. Without ``need_db``, db is empty.
     """

@@ -1,6 +1,7 @@
 """Run tt_linear with one adapter per sample: two launches compute h and y with the factors of each sample's adapter.
 
-The same launches compute dh and dx in the backward pass. Batched products of torch compute the sums over tokens.
+In the backward pass, the same two kernels compute dh and dx, and batched products of torch compute the sums over
+tokens (dD, dG and db).
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""Run tt_linear on the output of a layer norm: one launch computes the norm, its statistics and h; another one, y.
+"""Run tt_linear on the output of a layer norm.
 
-In the backward pass, the product that computes the gradient of the norm's output adds dh Dᵀ, and the sums over tokens
-compute that output from x. The backward pass of the norm itself, including the gradients of its parameters, uses
-torch's kernels, because it reduces over entire rows, which do not fit the tiles of a product.
+In the forward pass, one launch computes the norm, its statistics and h, and a second launch computes y. In the backward
+pass, one launch computes dh, and a second one computes gy W + dh Dᵀ, the gradient of the norm's output. Two more
+compute the sums over tokens (dG, dD and db), for which they compute the norm's output from x again. The backward pass
+of the norm itself, including the gradients of its parameters, uses torch's kernels, because it reduces over entire
+rows, which do not fit the tiles of a product.
 """
 
 from __future__ import annotations

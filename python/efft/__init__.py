@@ -1,7 +1,9 @@
-"""EFFT: adapt a frozen vision transformer by training a shared tensor train (arXiv 2311.06749).
+"""Adapt a frozen model, such as a vision transformer, by training a tensor train that its layers share.
 
-efft.apply(model, efft.EfftConfig(rank=32))   # in place; train as usual
-efft.save_adapter(model, "out/")
+The method EFFT is described in arXiv 2311.06749. Using it takes two calls::
+
+    efft.apply(model, efft.EfftConfig(rank=32))  # changes the model in place; then train it as usual
+    efft.save_adapter(model, "out/")
 """
 
 from efft.adapting.inject import (

@@ -1,6 +1,8 @@
-"""The configuration of an adapter: what the configurations of all methods have in common.
+"""Define the base class of the configurations of all methods, and checks of settings.
 
-A configuration says which weights of a model are adapted and how, and goes into the adapter file.
+A configuration states which weights of a model a method adapts and how. Adapter files contain it. A *bank* is a module
+that owns trained factors. The weights that share a bank form a *group*. The *head* consists of the modules of a model
+that are new for its task and are trained completely.
 """
 
 from __future__ import annotations
@@ -24,10 +26,11 @@ from efft_kernels import EfftLinear, FactorBank
 
 Config = TypeVar("Config", bound="AdapterConfig")
 
-#: Version of the JSON form. It is raised when a reader of the old form would misread the new one.
+#: Version of the JSON form. It is raised when code for the old form would misread the new form.
 FORMAT_VERSION = 1
 
-#: A setting beyond these is a mistake: no layer is as wide, and no 16-bit update holds such numbers.
+#: The largest size (such as a rank) and the largest absolute value of a number that a setting can have. A larger value
+#: is a mistake.
 LARGEST_SIZE, LARGEST_NUMBER = 2**16, 10**6
 
 
@@ -51,20 +54,24 @@ class Group(Protocol):
         """Describe the group in one line."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what an adapter file records: the group's name, its weights, and what its method needs."""
+        """Return the group as an adapter file contains it: its name, its weights, and data that its method needs."""
 
 
 class AdapterConfig:
-    """Base of the configurations of all methods. Each is a dataclass with these fields and its own."""
+    """Serve as the base class of the configurations of all methods.
+
+    Each configuration is a dataclass with the fields ``targets``, ``exclude``, ``head`` and ``freeze_statistics`` and
+    with the fields of its method.
+    """
 
     method: ClassVar[str]
     """The method's name in adapter files."""
 
     training_only: ClassVar[frozenset[str]] = frozenset({"freeze_statistics"})
-    """Fields that only matter during training: a model that sets them differently can load the adapter."""
+    """Fields that only affect training. A model whose configuration sets them differently can load the adapter."""
 
     meant_before: ClassVar[Mapping[str, Any]] = {"freeze_statistics": False}
-    """The values that adapters without these fields stand for, because the method did not have the fields yet."""
+    """The values of fields that adapter files of earlier versions do not contain, because the fields did not exist."""
 
     layer: ClassVar[type[EfftLinear]] = EfftLinear
     """The class that replaces a linear layer."""
@@ -73,7 +80,7 @@ class AdapterConfig:
     """The kinds of weights that the method can adapt (:attr:`efft.planning.structure.Weight.kind`)."""
 
     why_not: ClassVar[str] = "the method has no update for weights of this kind"
-    """The reason that is given for leaving out weights of other kinds."""
+    """The reason that plans state for weights of other kinds, which the method leaves out."""
 
     targets: str | list[str]
     exclude: list[str]
@@ -82,19 +89,24 @@ class AdapterConfig:
 
     @property
     def extras(self) -> Extras:
-        """Which parameters of the model are trained beside factors and head; none unless the method has settings."""
+        """The settings for biases and norms to train in addition to factors and head. By default none are trained."""
         return Extras()
 
     def groups(self, model: nn.Module, targets: list[Target]) -> Sequence[Group]:
-        """Return the banks of factors for the selected weights, not allocated yet.
+        """Return the groups of the selected weights. Their banks are not allocated yet.
 
         Raises:
-            ValueError: the method cannot adapt these weights together. The error says which ones and what to do.
+            ValueError: the method cannot adapt these weights together. The error names them and states what to do.
         """
         raise NotImplementedError
 
     def group_of_file(self, model: nn.Module, saved: dict[str, Any], weights: list[Weight]) -> Group:
-        """Return the bank that an adapter file describes by :meth:`Group.to_dict`, for these weights.
+        """Return the group for which :meth:`Group.to_dict` returned ``saved``, a part of an adapter file.
+
+        Args:
+            model: the model to adapt.
+            saved: the description of the group.
+            weights: the weights of ``model`` that the description names.
 
         Raises:
             ValueError: the description is damaged, or does not fit the weights.
@@ -102,11 +114,14 @@ class AdapterConfig:
         raise NotImplementedError
 
     def unreached(self, targets: Sequence[Target], groups: Sequence[Any]) -> dict[str, str]:
-        """Return the selected weights that these groups do not change, each with the reason."""
+        """Return the names of the selected weights that these groups do not change, each with the reason."""
         return {}
 
     def settle(self, groups: Sequence[Any], banks: Mapping[str, Any]) -> None:
-        """Connect the banks, and replace settings that were left to the library by the values for these groups."""
+        """Connect the banks of a model where they depend on each other, and fill in automatic settings.
+
+        An automatic setting is one whose value the library chooses for the groups.
+        """
 
     def summary(self) -> str:
         """Return the settings in one line, for a model card."""
@@ -119,13 +134,13 @@ class AdapterConfig:
 
     @classmethod
     def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
-        """Return the configuration that a :meth:`to_dict` came from.
+        """Return the configuration whose :meth:`to_dict` returned ``values``.
 
-        Keys that this version does not know are ignored with a warning. Keys that an earlier version did not have get
-        the meaning that they had then (:attr:`meant_before`).
+        Keys that this version does not know are ignored with a warning. If ``values`` come from an earlier version that
+        did not have a key, the value of this key comes from :attr:`meant_before`.
 
         Raises:
-            ValueError: a value is out of range, or the configuration is another method's.
+            ValueError: a value is out of range, or the configuration belongs to another method.
         """
         values = {**cls.meant_before, **values} if "format_version" in values else dict(values)
         version, method = values.pop("format_version", FORMAT_VERSION), values.pop("method", cls.method)
@@ -191,7 +206,7 @@ RATE_KINDS = ("sides", "cores", "diagonals", "biases", "norms", "head", "scales"
 
 
 def check_rates(rates: Any, where: str) -> None:
-    """Check learning rates by kind, which are multiples of the learning rate.
+    """Check ``rates``, a mapping from kinds of parameters to multiples of the learning rate.
 
     Raises:
         ValueError: a kind is not in :data:`RATE_KINDS`, or a rate is not a positive number. The message starts with
@@ -223,10 +238,10 @@ def is_setting(value: Any) -> bool:
 
 
 def quote(value: object) -> str:
-    """Return a value as an error message shows it: as Python writes it, cut where that is long."""
+    """Return the ``repr`` of a value for an error message, cut after 500 characters."""
     try:
         text = repr(value)
-    except ValueError:  # Python refuses to write an integer of so many digits
+    except ValueError:  # Python raises this for an integer of too many digits
         return "an integer of thousands of digits"
     return text if len(text) <= 500 else f"{text[:500]}..."
 

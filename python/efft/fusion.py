@@ -9,16 +9,17 @@ from efft_kernels.nn.producers import fuse_producer, unfuse_producer
 
 
 def fuse(model: nn.Module) -> list[str]:
-    """Compute every LayerNorm and GELU that precedes an adapted layer inside this layer.
+    """Make adapted layers compute the LayerNorm or GELU whose output they read.
 
-    The backward pass computes the outputs of these modules again instead of storing them. This saves a quarter to a
-    third of the memory that a transformer block needs for the backward pass, at the cost of computing each output once
-    more. Results are equal up to rounding. Parameters, names and saved files do not change. Code that ``torch.compile``
+    The backward pass computes the outputs of these modules again, so they are not stored. This saves a quarter to a
+    third of the memory that a transformer block needs for the backward pass, and each output is computed once more.
+    Results are equal up to rounding. Parameters, names and saved files do not change. Code that ``torch.compile``
     compiles is not affected. :func:`unfuse` and ``efft.remove`` undo the fusion.
 
     Returns:
-        The names of the modules whose output is computed by the layer that reads it. All LayerNorms and GELUs in the
-        modules around adapted layers are included, because it is known only in a forward pass which layer reads them.
+        The names of all LayerNorms and GELUs in the modules around adapted layers. Only a forward pass shows which of
+        them an adapted layer reads. If another operation reads the output of one of them, the output is computed as
+        usual.
 
     Raises:
         ValueError: the model is not adapted.

@@ -1,4 +1,4 @@
-"""Merge the update into the weights, and restore the weights."""
+"""Merge the update into the weights of an adapted model, and restore the weights."""
 
 from __future__ import annotations
 
@@ -47,17 +47,18 @@ class MergeReport:
 
 
 def merge(model: nn.Module, dequantize: bool = False) -> MergeReport:
-    """Add every update to its weight in fp32 with one rounding, so that inference costs the same as with the base.
+    """Add every update to its weight in fp32 with one rounding, so that inference is as fast as with the base model.
 
     The layers keep copies of the base weights, so that :func:`unmerge` is exact. This doubles the memory of the adapted
-    layers. Merging a merged model does nothing. With ``dequantize``, quantized weights are dense until they are
-    unmerged.
+    layers. Merging a merged model does nothing. With ``dequantize``, dense weights replace quantized ones until
+    :func:`unmerge`.
 
     Raises:
         TypeError: a weight is quantized, and ``dequantize`` is not set or its class cannot dequantize it. Nothing is
             changed.
-        ValueError: the model is not adapted or is sharded, an update has non-finite entries, a layer computes with
-            another weight than the stored one, or other models share the weights. Nothing is changed.
+        ValueError: the model is not adapted, is sharded or has offloaded weights; an update has non-finite entries; a
+            layer computes its weight from other tensors (a parametrization, for example); or other models share the
+            weights. Nothing is changed.
         RuntimeError: the update is disabled by :func:`efft.disabled`.
     """
     model = unwrap(model)
@@ -86,7 +87,7 @@ def merge(model: nn.Module, dequantize: bool = False) -> MergeReport:
 
 
 def unmerge(model: nn.Module) -> None:
-    """Restore the base weights exactly, and compute with the factors again."""
+    """Undo :func:`merge`: restore the base weights exactly, and let the layers add their updates again."""
     model = unwrap(model)
     merged = [layer for layer in adapted_layers(model).values() if layer.merged]
     for layer in merged:
@@ -99,14 +100,15 @@ def unmerge(model: nn.Module) -> None:
 def merged_state_dict(
     model: nn.Module, dtype: torch.dtype | None = None, dequantize: bool = False
 ) -> dict[str, Tensor]:
-    """Return a state dict for the plain architecture, with the update in the weights. The model is not changed.
+    """Return a state dict for the model without an adapter, with the update in the weights. The model is not changed.
 
     Floating-point tensors are cast to ``dtype``; by default they keep their dtype. Weights are merged in fp32 and
-    rounded once. With ``dequantize``, the quantized weights of adapted layers are dense in the result.
+    rounded once. With ``dequantize``, the result contains dense weights for the quantized weights of adapted layers.
 
     Raises:
         TypeError: a weight is quantized, and ``dequantize`` is not set or its class cannot dequantize it.
-        ValueError: the model is not adapted or is sharded, or a layer computes with another weight than the stored one.
+        ValueError: the model is not adapted, is sharded or has offloaded weights, or a layer computes its weight from
+            other tensors (a parametrization, for example).
     """
     model = unwrap(model)
     check_whole(model, "merged_state_dict")

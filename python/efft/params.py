@@ -49,7 +49,7 @@ class ParameterCount:
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
-    """Count an adapted model's parameters; in any other model, everything trainable counts as head."""
+    """Count the parameters of a model. If it is not adapted, all its trainable parameters count as head."""
     model = unwrap(model)
     adapter = getattr(model, "efft", None)
     groups = {}

@@ -13,7 +13,7 @@ _STAGES = range(4)
 
 
 def _swin(attention: int, mlp: int) -> dict[str, int | tuple[int, int]]:
-    """Return ranks that double with the width of the stage. The MLP cores are rectangular, [m, 2 m]."""
+    """Return ranks by group, which double from stage to stage, as the width does. MLP cores are [mlp, 2 mlp]."""
     ranks: dict[str, int | tuple[int, int]] = {}
     for i in _STAGES:
         ranks[f"stage{i + 1}_mhsa"] = attention << i
@@ -35,7 +35,8 @@ _RANKS: dict[str, int | dict[str, int | tuple[int, int]]] = {
 def paper_config(architecture: str, variant: Literal["efft1", "efft2"] = "efft2", **changes: Any) -> EfftConfig:
     """Return the paper's configuration for an architecture, given by its timm name or the beginning of the name.
 
-    ``changes`` override fields. Swin has no efft1 setting, because its two kinds of groups have different ranks.
+    ``changes`` override fields. There is no efft1 configuration for Swin, because attention and MLPs have different
+    ranks there.
 
     Raises:
         ValueError: the paper's code has no ranks for the architecture.

@@ -17,7 +17,8 @@ from efft_kernels import TTFactors
 
 Rank = tuple[int, int]
 
-#: Singular values are rounding errors if their norm is below this many machine epsilons of the norm of all.
+#: Singular values are regarded as rounding errors if their norm, divided by the norm of all singular values, is below
+#: this number times the machine epsilon.
 _ROUNDING = 32
 
 
@@ -45,7 +46,7 @@ class PruneReport:
 
 @torch.no_grad()
 def prune(model: nn.Module, keep: float = 0.99) -> PruneReport:
-    """Reduce the ranks of a trained model to the ranks that its update needs, one group at a time.
+    """Reduce the ranks of the factors of a trained model to the ranks that its update needs, one group at a time.
 
     With ``U = Q_U R_U`` and ``Vᵀ = Q_V R_V``, the update of matrix i is ``Q_U K_i Q_Vᵀ``, where ``K_i = s_i R_U C_i
     R_Vᵀ``. The singular values of all K_i side by side belong to the directions that the updates use on the input side.
@@ -154,7 +155,10 @@ def _cut(name: str, train: TTFactors, keep: float) -> _Cut:
 
 
 def _leading(vectors: Tensor, values: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the fewest first columns of ``vectors`` that lose at most ``allowed`` in squares, and the loss."""
+    """Return the leading columns of ``vectors`` to keep, and the sum of the squared ``values`` of all other columns.
+
+    The fewest columns are kept for which this sum is at most ``allowed``.
+    """
     tails = torch.cat([values.square().flip(0).cumsum(0).flip(0), values.new_zeros(1)])
     rank = max(int((tails > allowed).sum()), 1)
     return vectors[:, :rank], tails[rank]

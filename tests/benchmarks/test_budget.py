@@ -1,4 +1,4 @@
-"""Test that the numeric budget accepts accurate results and rejects wrong ones."""
+"""Test the error budget: it must accept rows (implementations of a layer) with accurate results and reject others."""
 
 from __future__ import annotations
 
@@ -69,13 +69,16 @@ def test_an_update_that_is_missing_does_not_hide_in_y(inputs: Inputs) -> None:
 def test_results_of_another_kind_are_refused(inputs: Inputs) -> None:
     budget, results = Budget(inputs), CHAIN.build(inputs).results()
     without = {name: value for name, value in results.items() if name != "dG"}
-    assert budget.verdict(CHAIN, without) == "gives dD, dx, y instead of dD, dG, dx, y"
+    assert budget.verdict(CHAIN, without) == "returns dD, dx, y instead of dD, dG, dx, y"
     assert "dD is torch.float64" in (budget.verdict(CHAIN, results | {"dD": results["dD"].double()}) or "")
     assert "instead of torch.float32 [48, 16]" in (budget.verdict(CHAIN, results | {"dD": results["dD"].t()}) or "")
 
 
 def test_a_weight_that_took_the_update_shows_its_rounding(inputs: Inputs) -> None:
-    """The results pass because the update is as large as the base; a small update is inaccurate in half precision."""
+    """Test rows that add the update to the weight.
+
+    They pass the check, in which the update is as large as the weight. A small update is inaccurate in half precision.
+    """
     for name in ("naive", "merged"):
         assert verdict(ROWS[name], inputs) is None
         if inputs.x.dtype != torch.float32:

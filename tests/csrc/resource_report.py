@@ -3,9 +3,15 @@
     python -m tests.csrc.resource_report                              # prints a table of all kernels, and the faults
     python -m tests.csrc.resource_report --targets 90a --only project
 
-A fault is one of the following: a compile error (launch.h checks dynamic shared memory at compile time), spilled
-registers or a stack frame, a 16-bit product without tensor-core instructions or without asynchronous copies, or a
-compiler message that these instructions were serialized. The report does not check speed or results.
+A fault is one of the following:
+
+- a compile error (launch.h checks dynamic shared memory at compile time), or output that could not be parsed
+- more spilled registers or a larger stack frame than allowed
+- more than 48 KiB of static shared memory
+- a 16-bit product without tensor-core instructions or without asynchronous copies
+- a compiler message that these instructions were serialized
+
+The report does not check speed or results.
 """
 
 from __future__ import annotations
@@ -26,14 +32,16 @@ from pathlib import Path
 
 from efft_kernels.build import NVCC_FLAGS, BuildError, Tools, cuda_sources, find_tools
 
-#: The architectures to compile for: the released targets, and 100, whose report is for information only.
+#: The architectures to compile for. The released library contains 80 and 90a, but not 100.
 TARGETS = ("80", "90a", "100")
-#: Allowed bytes of spills and stack on a target that is not released; its compiler spills some values for occupancy.
+#: Limit on the bytes of spills, the bytes of stack and the number of accesses to them. On 100 the compiler spills some
+#: values for occupancy.
 _PARKED = {"80": 0, "90a": 0, "100": 64}
 #: Maximum bytes of static shared memory per kernel.
 _STATIC_SHARED = 48 * 1024
-#: The kernels that are 16-bit products: a pattern for their names, and the instructions that they need by target.
+#: A pattern for the names of the kernels that are 16-bit products.
 _PRODUCT = re.compile(r"(lowrank_gemm|project|reduce_tokens)_kernel<(__half|__nv_bfloat16)|lowrank_gemm_sm90")
+#: The instructions to count: for each column of the table (and "local", for spills), a pattern for their names.
 _CLASSES = {
     "HMMA": r"HMMA",
     "HGMMA": r"HGMMA",
@@ -47,7 +55,18 @@ _CLASSES = {
 
 @dataclass
 class Report:
-    """Hold the resources of one kernel on one target; ``faults`` is empty if the kernel passes."""
+    """Hold the resources of one kernel on one target.
+
+    Attributes:
+        kernel: readable name of the kernel, or the name of the file if it could not be compiled.
+        target: the architecture, see ``TARGETS``.
+        registers: number of registers per thread; -1 if unknown, as for the next two.
+        stack: bytes of stack frame per thread.
+        spills: bytes of spill stores and loads per thread.
+        shared_memory: bytes of static shared memory per block.
+        instructions: number of instructions of each kind, and of all instructions ("all").
+        faults: descriptions of faults; empty if the kernel passes.
+    """
 
     kernel: str
     target: str
@@ -122,7 +141,7 @@ def faults(report: Report, said: str) -> list[str]:
 
 
 def inspect_all(tools: Tools, targets: Iterable[str], only: str = "") -> list[Report]:
-    """Inspect all kernels in files whose name contains ``only``, in as many processes as there are cores."""
+    """Inspect all kernels in files whose name contains ``only``, with ``MAX_JOBS`` or else one compiler per core."""
     assert tools.cutlass is not None
     work = [
         (source, flags, target, tools)

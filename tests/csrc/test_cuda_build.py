@@ -53,7 +53,7 @@ def test_a_library_loads_without_a_gpu_and_registers_every_op(tools: Tools, tmp_
     path = os.pathsep.join([str(ROOT), str(ROOT / "python")])
     done = subprocess.run(
         [sys.executable, "-c", program],
-        env={**os.environ, "PYTHONPATH": path, "XDG_CACHE_HOME": str(tmp_path)},  # where no other library lies
+        env={**os.environ, "PYTHONPATH": path, "XDG_CACHE_HOME": str(tmp_path)},  # a cache without other libraries
         capture_output=True,
         text=True,
     )
@@ -89,7 +89,7 @@ def test_the_sm90_kernel_is_compiled_for_sm90_alone(tmp_path: Path) -> None:
     assert "-gencode=arch=compute_80,code=[sm_80,compute_80]" in flags["project.cu"]
 
 
-# The report.
+# Output of the tools for one kernel, from which the report is tested.
 
 CODE = """
 	.section	.text._Z7projectv,"ax",@progbits

@@ -1,7 +1,10 @@
-"""The CUDA kernels on the CPU: a fiber for every thread, tensor-core and copy instructions by their documented layouts.
+"""Test the CUDA kernels in an emulator on the CPU, which executes tensor-core and copy instructions as documented.
 
-What runs is csrc/cuda itself, launchers and binding included, compiled against tests/csrc/emulation: as on a GPU of
-compute capability 8.0 and, where nvcc and CUTLASS's headers are at hand, of 9.0.
+The tests compile csrc/cuda itself, including the functions that launch kernels and register ops, together with the
+emulator in tests/csrc/emulation. The emulated GPU has compute capability 8.0 or, if nvcc and CUTLASS's headers are
+installed, 9.0 ("Hopper", "sm_90"). "Second generation" means the kernels that EFFT_SM90_GENERATION=2 selects on compute
+capability 9.0. The environment variables EFFT_EMULATION_* are described in tests/csrc/emulation/emulation.cpp, and the
+families of cases in tests/csrc/emulation/ragged.py.
 """
 
 import importlib.util
@@ -55,7 +58,10 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
-    """Of objects, sanitized or not: a planted fault compiles its own file again, and those that include it."""
+    """Return one folder for objects that use sanitizers (True), and one for objects that do not (False).
+
+    The tests share these folders, so that a test that plants a fault compiles only a part of the files again.
+    """
     return {sanitize: tmp_path_factory.mktemp("objects") for sanitize in (False, True)}
 
 
@@ -91,7 +97,7 @@ def test_every_op_on_ragged_sizes(library: Path, order: dict[str, str]) -> None:
 
 @pytest.mark.skipif("EFFT_EMULATED_CUDA" not in os.environ, reason="make check-cuda runs it, with EFFT_EMULATED_CUDA")
 def test_the_tests_of_the_ops(request: pytest.FixtureRequest) -> None:
-    """The session that runs the tests of the ops on an emulated library holds all that the backend takes part in."""
+    """The session in which ``make check-cuda`` tests the ops on an emulated library must contain these tests."""
     chosen = [item for item in request.session.items if item.path.is_relative_to(ROOT / "tests/efft_kernels/ops")]
     assert len(chosen) > 200
 
@@ -109,7 +115,7 @@ def test_addresses_and_undefined_behaviour(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
 def test_planted_faults_are_found(folders: dict[bool, Path], sanitized: dict[str, str], name: str) -> None:
-    """In one of the two orders of threads; those of addresses by the sanitizers."""
+    """The emulator reports each fault in one of two orders of threads; the sanitizers report wrong addresses."""
     file, what, fault, family, how = FAULTS[name]
     sanitize = "AddressSanitizer" in how
     files = emulator.planted(emulator.sources(False), file, what, fault)
@@ -123,10 +129,11 @@ def test_planted_faults_are_found(folders: dict[bool, Path], sanitized: dict[str
     assert re.search(how, said), said[-5000:]
 
 
-# Compute capability 9.0.
+# The following tests need compute capability 9.0.
 
-#: Of lowrank_gemm_sm90.cu: h made or read, the right operand in either order, two tiles, two types; in the second
-#: generation h is also made beside half as many columns. Of reduce_tokens_sm90.cu: three ranks, three types.
+#: The numbers of instances of the kernels. lowrank_gemm_sm90.cu computes or reads h, and has two orders of the right
+#: operand, two sizes of tiles and two dtypes; in the second generation it also computes h with at most half as many
+#: columns. reduce_tokens_sm90.cu has three ranks and three dtypes.
 INSTANCES, PRODUCTS_OF_SECOND, SUMS_OF_SECOND = 16, 24, 9
 HOPPER_ORDERS = pytest.mark.parametrize(
     "order",
@@ -139,7 +146,7 @@ HOPPER_ORDERS = pytest.mark.parametrize(
 @on_hopper
 @HOPPER_ORDERS
 def test_every_op_on_ragged_sizes_on_sm90(library: Path, order: dict[str, str]) -> None:
-    """The kernels of 9.0 take what they can take of the same cases, and every instance of theirs runs."""
+    """All results are correct with the kernels for compute capability 9.0, and every instance of these kernels runs."""
     done = ragged(library, **SM90, **order)
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -151,7 +158,7 @@ def test_every_op_on_ragged_sizes_on_sm90(library: Path, order: dict[str, str]) 
 @on_hopper
 @HOPPER_ORDERS
 def test_the_second_generation_on_sm90(library: Path, order: dict[str, str]) -> None:
-    """The same cases with the kernels that no device has run yet, and every instance of theirs."""
+    """All results are correct with the second generation of kernels, and every instance of these kernels runs."""
     done = ragged(library, **SECOND, **order, EFFT_EMULATION_LOG="1")
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -172,14 +179,23 @@ def test_sums_in_many_ranges_of_tokens(library: Path, order: dict[str, str]) -> 
 
 
 def symbols(library: Path) -> dict[int, str]:
-    """The functions of a library by their distance from its start."""
+    """Return the names of the functions of a library by their distance in bytes from its start."""
     said = subprocess.run(["nm", "-C", "--defined-only", str(library)], capture_output=True, text=True, check=True)
     lines = (line.split(maxsplit=2) for line in said.stdout.splitlines())
     return {int(place, 16): name for place, _, name in lines}
 
 
 def launched(library: Path, *arguments: int, **environment: str) -> dict[tuple[int, str], list[tuple[str, ...]]]:
-    """The launches of the calls of a block's layers: (kernel, whether it is dependent, bytes)."""
+    """Return the launches of a forward and a backward call of several layers.
+
+    Args:
+        library: the emulated kernels.
+        arguments: further arguments of tests/csrc/emulation/block.py: tokens, rank, packed, and sizes of the layers.
+        environment: further variables of the environment.
+
+    Returns:
+        For each (number of the layer, "fwd" or "bwd") the launches as (kernel, whether the launch is dependent, bytes).
+    """
     script = str(HERE / "emulation" / "block.py")
     done = python(script, str(library), *(str(int(argument)) for argument in arguments), **environment)
     assert done.returncode == 0, done.stderr
@@ -199,7 +215,7 @@ def launched(library: Path, *arguments: int, **environment: str) -> dict[tuple[i
 @on_hopper
 @pytest.mark.parametrize("second", [False, True], ids=["first generation", "second generation"])
 def test_the_launches_of_a_block_are_those_of_the_model(library: Path, second: bool) -> None:
-    """The kernels of a ViT-B block with 12608 tokens on 132 multiprocessors, which are launched but do not run."""
+    """The emulated GPU has 132 multiprocessors. The kernels of a ViT-B block with 12608 tokens do not run."""
     sizes = [size for layer in steps.LAYERS.values() for size in layer]
     dry = {"EFFT_EMULATION_DRY": "1", "EFFT_EMULATION_PROCESSORS": "132"}
     found = launched(library, steps.TOKENS, steps.RANK, second, *sizes, **(SECOND if second else SM90), **dry)
@@ -216,7 +232,7 @@ def test_the_launches_of_a_block_are_those_of_the_model(library: Path, second: b
 @on_hopper
 @pytest.mark.parametrize("second", [False, True], ids=["first generation", "second generation"])
 def test_the_bytes_of_each_launch_are_those_of_the_model(library: Path, second: bool) -> None:
-    """Two layers, small enough for the emulator, with and without h made by the product, and two ranges of tokens."""
+    """The two layers are small enough to emulate. Some of the products compute h, and others read it."""
     tokens, rank, wide, narrow, processors = 1300, 16, 2304, 64, 20
     environment = {"EFFT_EMULATION_COUNT": "1", "EFFT_EMULATION_PROCESSORS": str(processors)}
     sizes = (narrow, wide, wide, narrow)
@@ -230,7 +246,7 @@ def test_the_bytes_of_each_launch_are_those_of_the_model(library: Path, second: 
 
 
 def few_instances() -> dict[str, str]:
-    """The sources with a fourth of the instances, which compile faster: one type, one tile."""
+    """Return the sources with one dtype and one tile size, a quarter of the instances, so that they compile faster."""
     files = emulator.sources(with_hopper=True)
     types = """op.A.type == Type::bfloat16 ? launch_type<cutlass::bfloat16_t, bf16>(op, stream)
                                      : launch_type<cutlass::half_t, fp16>(op, stream)"""
@@ -240,12 +256,12 @@ def few_instances() -> dict[str, str]:
 
 
 def find_in_some_order(library: Path, family: str, how: str, **environment: str) -> None:
-    """Run the ragged cases in several orders of threads, copies and products until one of them fails as ``how`` says.
+    """Run the cases of one family in several orders of threads, copies and products until one order fails.
 
     Args:
         library: the emulated kernels with a planted fault.
         family: the cases to run.
-        how: a regular expression for the message.
+        how: a regular expression for the message, which the failed run must print.
         environment: further variables of the environment.
     """
     for order in ({}, {"EFFT_EMULATION_REVERSE": "1"}, *({"EFFT_EMULATION_SEED": str(seed)} for seed in SEEDS)):
@@ -262,7 +278,7 @@ def find_in_some_order(library: Path, family: str, how: str, **environment: str)
 @on_hopper
 @pytest.mark.parametrize("name", HOPPER_FAULTS)
 def test_planted_faults_of_sm90_are_found(folders: dict[bool, Path], sanitized: dict[str, str], name: str) -> None:
-    """In one of the orders of threads, copies and products; those of addresses by the sanitizers."""
+    """The emulator reports each fault in one of several orders; the sanitizers report wrong addresses."""
     file, what, fault, how = HOPPER_FAULTS[name]
     sanitize = "AddressSanitizer" in how
     library = emulator.build(emulator.planted(few_instances(), file, what, fault), folders[sanitize], sanitize)
@@ -275,7 +291,7 @@ def test_planted_faults_of_sm90_are_found(folders: dict[bool, Path], sanitized: 
 def test_planted_faults_of_the_second_generation_are_found(
     folders: dict[bool, Path], sanitized: dict[str, str], name: str
 ) -> None:
-    """In one of the orders of threads; those of addresses by the sanitizers."""
+    """The emulator reports each fault in one of several orders; the sanitizers report wrong addresses."""
     file, what, fault, family, how = SECOND_FAULTS[name]
     sanitize = "AddressSanitizer" in how
     library = emulator.build(emulator.planted(few_instances(), file, what, fault), folders[sanitize], sanitize)
@@ -286,7 +302,7 @@ def test_planted_faults_of_the_second_generation_are_found(
 @pytest.mark.slow
 @on_hopper
 def test_a_fenced_write_is_no_fault(folders: dict[bool, Path]) -> None:
-    """What the last planted fault lacks: with a fence the write, which changes nothing, is seen."""
+    """The fault "a write that products may not see" disappears if a proxy fence follows the write."""
     fenced = f"      {WRITE}      cutlass::arch::fence_view_async_shared();\n      warpgroup_arrive();\n"
     files = emulator.planted(few_instances(), KERNEL, "      warpgroup_arrive();\n", fenced)
     done = ragged(emulator.build(files, folders[False]), "tiles bfloat16", **SM90, EFFT_EMULATION_SEED="1")

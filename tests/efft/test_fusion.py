@@ -1,4 +1,4 @@
-"""Test efft.fuse: the fused model is the same in less memory, and fusing can be undone completely."""
+"""Test efft.fuse: the fused model computes the same with less memory, and fusing can be undone completely."""
 
 from __future__ import annotations
 

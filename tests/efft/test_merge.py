@@ -60,7 +60,7 @@ def test_merged_weights_are_base_plus_update_rounded_once(
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_merged_model_computes_the_same(config: dict[str, Any], adapted_vit: Make, images: Tensor) -> None:
-    """The difference is compared with the effect of the update; relative to the output, a missing layer could hide."""
+    """The difference must be small relative to the effect of the update, so that a missing layer is noticed."""
     model = adapted_vit(std=0.2, **config)
     unmerged = model(images)
     with efft.disabled(model):

@@ -1,4 +1,7 @@
-"""Test patterns of layer names: ``re`` matches users' patterns; a file's are matched in bounded time or rejected."""
+"""Test patterns of layer names. ``re`` matches the patterns of users.
+
+The patterns in a file are matched in bounded time or rejected.
+"""
 
 from __future__ import annotations
 

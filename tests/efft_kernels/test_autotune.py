@@ -1,4 +1,4 @@
-"""Test measurements at run time, and the command that fills a table of measurements."""
+"""Test the autotuner, which measures the backends at run time, and the command that writes a table of measurements."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_the_command_needs_a_gpu(capsys: pytest.CaptureFixture[str], tmp_path: P
 
 @pytest.mark.parametrize("table", [None, "own.json"], ids=["unset", "set"])
 def test_the_variable_plugs_it_in(table: str | None, tmp_path: Path) -> None:
-    """Importing the package measures nothing. It imports the module for measuring only if the variable is set."""
+    """Importing the package measures nothing, and imports the autotuner only if EFFT_AUTOTUNE is set."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     environment.pop("EFFT_AUTOTUNE", None)
     if table is not None:

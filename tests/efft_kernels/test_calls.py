@@ -25,7 +25,7 @@ def inputs() -> dict[str, Tensor]:
 @pytest.fixture
 def checks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return a list that gets an entry for every call that is checked."""
-    module = sys.modules["efft_kernels.ops.tt_linear"]  # the name in the package is that of the function
+    module = sys.modules["efft_kernels.ops.tt_linear"]  # the attribute tt_linear of the package is the function
     choices: dict[Any, Backend] = {}
     monkeypatch.setattr(_calls, "choices", choices)
     monkeypatch.setattr(module, "choices", choices)
@@ -126,7 +126,10 @@ def test_no_graph_is_recorded_without_need(inputs: dict[str, Tensor], backend: B
 
 
 def test_forward_mode_differentiation_is_not_skipped(inputs: dict[str, Tensor]) -> None:
-    """``no_grad`` does not disable it: an operator without its formula would lose the tangent in silence."""
+    """``no_grad`` does not disable forward-mode differentiation, which tt_linear does not support.
+
+    Therefore the call must fail, instead of a result without the tangent.
+    """
     with forward_ad.dual_level(), torch.no_grad():
         x = forward_ad.make_dual(inputs["x"], torch.ones_like(inputs["x"]))
         with pytest.raises((RuntimeError, NotImplementedError), match=r"jvp|forward mode|Forward"):

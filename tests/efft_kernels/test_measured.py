@@ -82,7 +82,7 @@ def test_what_a_row_speaks_for(change: dict[str, object], speaks: bool) -> None:
 def test_where_no_row_is_of_this_layer(
     change: dict[str, object], speaks: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Nearby rows decide instead, unless the case is measured."""
+    """If no row has the widths of the layer, rows with similar widths decide, unless the case can be measured."""
     case = replace(CASE, **change)
     assert (nearest(case, [row(CASE, 50)], widths=2.0) is not None) == speaks
     use_table(monkeypatch, tmp_path / "own.json", row(CASE, 50))
@@ -204,7 +204,7 @@ def test_a_row_speaks_for_its_generation_of_kernels(monkeypatch: pytest.MonkeyPa
     assert fastest(CASE, CPU, rivals) == "cuda"
     monkeypatch.setattr(measured, "KERNELS", 2)
     assert fastest(CASE, CPU, rivals) == "eager"
-    monkeypatch.setattr(measured, "_rows", [first])  # nothing better is known
+    monkeypatch.setattr(measured, "_rows", [first])  # the table has no row for the second generation
     assert fastest(CASE, CPU, rivals) == "cuda"
 
 

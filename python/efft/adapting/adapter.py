@@ -1,4 +1,8 @@
-"""Define ``Adapter``, the module that an adapted model has in addition to its base, and the hooks of each pass."""
+"""Define ``Adapter``, the submodule that an adapted model has in addition to its base, and the hooks of the model.
+
+A *bank* is a module that owns trained factors, from which it composes the operands of the layers (the tensors by which
+they multiply). A *pass* is one forward pass of the model. The weights that share a bank form a *group*.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +45,7 @@ class Adapter(nn.ModuleDict):
         self.extras: list[str] = []
         self.plan: list[dict[str, Any]] = []
         self._idle_checked = False
-        self._reads_checked: set[bool] = set()  # the modes in which a pass was already checked for reads
+        self._reads_checked: set[bool] = set()  # the modes (training: True) in which dense weights were looked for
         self._originals: dict[str, Any] = {}
         self._base_buffers: dict[str, Tensor] = {}  # copies of the buffers of the base model
         self._base_extras: dict[str, Tensor] = {}  # copies of the trained biases and norms, from the base model
@@ -69,7 +73,8 @@ class Adapter(nn.ModuleDict):
         return [factors for factors in self.values() if isinstance(factors, FactorBank)]
 
 
-#: Adapters of models whose frozen weights other models use too (:class:`efft.SharedBackbone`), but not their copies.
+#: Adapters of models whose frozen weights other models use too (:class:`efft.SharedBackbone`). A copy of such a model
+#: has its own weights, so the adapter of the copy is not in the set.
 SHARING: weakref.WeakSet[Adapter] = weakref.WeakSet()
 
 
@@ -109,7 +114,7 @@ def named_factors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def prepare(model: nn.Module, args: Any) -> None:
-    """Compose all factors together before a pass of the model."""
+    """Compose the operands of all layers before a pass of the model. Warn if a merged model is trained."""
     # The hook finds the adapter through its argument, so that a copied or unpickled model uses its own adapter.
     adapter = adapter_of(model)
     if adapter.enabled:
@@ -156,7 +161,10 @@ SILENT_DENSE = 0.01
 
 
 def _tell_of_dense(adapter: Adapter, layers: Mapping[str, Update]) -> None:
-    """Warn once about weights that modules read directly, so that every pass builds dense weights for them."""
+    """Warn about weights that modules read directly, so that every pass builds dense weights for them.
+
+    Warn only once, and only if these weights are more than the fraction :data:`SILENT_DENSE` of all adapted weights.
+    """
     dense = {name: update for name, update in layers.items() if update.binding.dense}
     entries = sum(update.stored.numel() for update in dense.values())
     if entries <= SILENT_DENSE * sum(update.stored.numel() for update in layers.values()):

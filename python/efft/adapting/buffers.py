@@ -20,7 +20,8 @@ _LARGEST_COUNTERS = 2**12
 def _places(model: nn.Module, head: Iterable[str]) -> Iterator[tuple[str, nn.Module, str]]:
     """Yield (name in the state dict, module, name in the module) of every buffer that training might change.
 
-    These are the persistent buffers outside of head and adapter that contain floating-point numbers or few integers.
+    These are the persistent buffers outside of the head and the adapter that contain floating-point numbers or at most
+    :data:`_LARGEST_COUNTERS` integers.
     """
     apart: set[int] = set()
     for name in head:
@@ -66,7 +67,10 @@ def put_back(model: nn.Module, head: Iterable[str], base: Mapping[str, Tensor]) 
 
 @contextmanager
 def as_in_base(model: nn.Module, head: Iterable[str], base: Mapping[str, Tensor]) -> Iterator[None]:
-    """Replace the buffers by copies of ``base`` within the ``with`` block. Changes to the copies are lost."""
+    """Replace the buffers that differ from ``base`` by copies of ``base`` within the ``with`` block.
+
+    Changes to these copies are lost.
+    """
     trained = []
     for name, module, key in list(_changed(model, head, base)):
         buffer = module._buffers[key]
@@ -82,7 +86,11 @@ def as_in_base(model: nn.Module, head: Iterable[str], base: Mapping[str, Tensor]
 
 
 def check_none(adapter: str, changed: Collection[str]) -> None:
-    """Check that training has not changed buffers, for an adapter that will share its base with other adapters.
+    """Check that the training of an adapter has not changed buffers, because the adapter will share its base model.
+
+    Args:
+        adapter: the name of the adapter.
+        changed: the names of the buffers that its training changed.
 
     Raises:
         ValueError: training has changed buffers.
@@ -96,7 +104,7 @@ def check_none(adapter: str, changed: Collection[str]) -> None:
 
 
 def statistics(model: nn.Module, head: Iterable[str]) -> list[nn.Module]:
-    """Return the modules that update their floating-point buffers in training: batch norms and similar leaves."""
+    """Return batch norms and modules without children that have floating-point buffers, which training may update."""
     found = {
         id(module): module
         for _, module, key in _places(model, head)

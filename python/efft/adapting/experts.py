@@ -5,14 +5,14 @@ kinds of modules:
 
 - Experts whose forward transformers dispatches to one of several implementations (``eager``, ``grouped_mm``,
   ``batched_mm``, ...), according to ``config._experts_implementation``. Examples are Mixtral, Qwen3-MoE, OLMoE,
-  GraniteMoE, DeepSeek, GPT-OSS and about sixty more. Attributes of the module (``has_gate``, ``is_transposed``, ...)
-  describe its computation, so one implementation in this module serves all of them. It adds the update to each product.
-  While an update is active, it runs instead of the implementation that transformers chose.
+  GraniteMoE, DeepSeek, GPT-OSS and about sixty more. Attributes of the experts (``has_gate``, ``is_transposed``, ...)
+  describe their computation, so a single implementation, :class:`DispatchedExperts`, suffices for all of them. It adds
+  the update to each product. While an update is active, it runs instead of the implementation that transformers chose.
 - Modules that compute one product of a mixture (``ParallelExperts``, called with rows that are sorted by expert and the
   number of rows of each expert). Examples are JetMoE, and GraniteMoE before transformers 5.
-- Other modules that have the same parameters and their own forward. They read the effective weights of all experts. If
-  they multiply batches of rows by all matrices at once (Llama 4), the update stays of low rank. Otherwise (Step 3)
-  every pass builds dense weights, which costs time and memory.
+- Other modules that have the same parameters and their own forward. They read the effective weights of all experts,
+  which include the update. If they multiply batches of rows by all matrices at once (Llama 4), low-rank products add
+  the update. Otherwise (Step 3) every forward pass builds dense weights, which costs time and memory.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class ExpertParameter:
         blocks: the number of matrices side by side in each expert's matrix: 2 if it contains gate and value, else 1.
         interleaved: whether the outputs of the blocks alternate.
         transposed: whether the parameter is stored as ``[experts, d_in, d_out]`` instead of ``[experts, d_out, d_in]``.
-        second: whether the input is the output of the mixture's first product. If both products share a tensor train,
-            the second one uses the transposed train.
+        second: whether the parameter belongs to the second product of the experts, after the activation. If both
+            products share a tensor train, the second one uses the transposed train.
     """
 
     name: str
@@ -88,7 +88,9 @@ def experts_of(module: nn.Module) -> Experts | None:
 
 
 def intercept(module: nn.Module) -> bool:
-    """Make experts run a forward with their updates, once :func:`efft_kernels.nn.adapt.adapt` has adapted them.
+    """Prepare experts so that they run a forward with their updates after ``adapt`` has adapted them.
+
+    ``adapt`` is :func:`efft_kernels.nn.adapt.adapt`.
 
     Returns:
         Whether the forward of this module can be replaced. If not, the module will read effective weights.
@@ -138,7 +140,7 @@ def adapt_experts(module: nn.Module, sites: Mapping[str, tuple[TTFactors, Site]]
 
 
 class AdaptedExperts(AdaptedModule):
-    """Define a module of experts whose forward includes the updates of its parameters."""
+    """Serve as the base class of modules of experts whose forward includes the updates of their parameters."""
 
     prefix = "Efft"
 
@@ -220,7 +222,7 @@ def _gated(module: nn.Module) -> Experts | None:
     ways = [transposed for transposed in (False, True) if _fit(up, down, blocks, transposed)]
     promised = all(hasattr(module, name) for name in ("num_experts", "has_gate", "has_bias", "config"))
     if promised and getattr(module, "is_transposed", None) in ways:
-        ways = [bool(module.is_transposed)]  # the sizes of square matrices do not determine it
+        ways = [bool(module.is_transposed)]  # the sizes alone do not determine the layout of square matrices
     if len(ways) != 1:
         return None
     (transposed,) = ways

@@ -62,13 +62,13 @@ def as_in_base(model: nn.Module, base: Mapping[str, Tensor]) -> Iterator[None]:
     """
     if base:
         check_not_zeros(model, "disabled")
-        reshard(model)  # modules do not hold the shards of parameters that are gathered now
+        reshard(model)  # while parameters are gathered, modules do not hold their shards
     check_known(model, base)
     places, parameters = _places(model, base), parameters_of(model, base)
     sharded = {name: p for name, p in parameters.items() if hasattr(p, "full_tensor")}
     trained = {name: p.detach().clone() for name, p in sharded.items()}
     if sharded:
-        reshard(model)  # parameters that are gathered now would keep the trained values
+        reshard(model)  # gathered parameters would keep the trained values
     _copy(sharded, base)
     for name in base.keys() - sharded.keys():
         stand_in = nn.Parameter(base[name].to(parameters[name], copy=True), requires_grad=False)

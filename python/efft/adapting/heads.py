@@ -8,8 +8,8 @@ from torch import nn
 
 from efft.hints import nearest
 
-#: Attributes that usually hold the head, for models that do not declare their head in another way. The attributes of a
-#: row belong together. Only the first row is used of which the model has an attribute.
+#: Attributes that usually hold the head, for models that do not declare their head in another way. The attributes in
+#: one tuple belong together. Only the first tuple that contains an attribute of the model is used.
 _USUAL = (
     ("classifier", "aux_classifier"),
     ("heads",),
@@ -26,7 +26,8 @@ def find_head(model: nn.Module, config_head: list[str] | None) -> list[str]:
     For a task model of transformers, the head consists of all modules outside of the base model that its class
     declares. The output embeddings of a language model are pretrained, so they do not belong to a head. For a model of
     timm, the head is the classifier that the model declares. For any other model, it is a child with a usual name of a
-    head, or all children except the one called ``backbone``. The list is empty if nothing is found.
+    head, or all children except the one called ``backbone``, or the head of a model of timm or transformers inside. The
+    list is empty if no module that contains a matrix is found.
 
     Raises:
         ValueError: a given name is not a module of the model.
@@ -72,7 +73,7 @@ def _of_transformers(model: nn.Module) -> list[nn.Module]:
         bases = [child for child in children if _is_transformers(child)]
     inputs = _input_embeddings(model)
     beside = [child for child in children if child is not inputs and all(child is not b for b in bases)]
-    if not bases or (base is None and 2 * _size(bases) < _size(children)):  # the base is somewhere else
+    if not bases or (base is None and 2 * _size(bases) < _size(children)):  # no child is the base
         return _of_root(model)
     return beside + [module for b in bases for module in _of_transformers(b)]  # a base may be a task model too
 
@@ -81,7 +82,7 @@ def _input_embeddings(model: Any) -> nn.Module | None:
     """Return the token embeddings, which an encoder-decoder holds next to its encoder and decoder."""
     try:
         embeddings: nn.Module | None = model.get_input_embeddings()
-    except (NotImplementedError, AttributeError):  # models of pictures and sound
+    except (NotImplementedError, AttributeError):  # models of images and sound
         return None
     return embeddings
 

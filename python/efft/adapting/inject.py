@@ -37,12 +37,13 @@ def apply(model: nn.Module, config: AdapterConfig | None = None) -> nn.Module:
 
     Biases and normalization layers are also trained if ``config`` selects them (``bias``, ``norms``).
 
-    A layer that is called (linear, convolution, embedding) is replaced by an adapted one, such as ``EfftLinear``. A
-    module that reads its parameters itself is not replaced, and its reads include the update.
+    If the model calls a layer (linear, convolution, embedding), an adapted layer such as ``EfftLinear`` replaces it. A
+    module that reads its own parameters is not replaced, and the parameters that it reads include the update.
 
     Only the new submodule ``model.efft`` owns the factors. The names of the base's parameters do not change. A forward
-    hook composes all factors together when the model starts to run. Layers that are called outside of a pass of the
-    model compose their own. Every update is zero at first, because one of its factors is initialized with zeros.
+    pre-hook composes the updates of all layers together when the model starts to run. A layer that is called while the
+    model does not run composes its own update. Every update is zero at first, because one of its factors is initialized
+    with zeros.
 
     ``config`` is an :class:`EfftConfig` (the default) or the configuration of another method (:mod:`efft.methods`).
 
@@ -180,10 +181,10 @@ def remove(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Compute without the update within the ``with`` block, exactly as the base does (with the trained head).
+    """Compute without the update within the ``with`` block, exactly as the base model does, but with the trained head.
 
-    For that time, a merged update is removed from the weights, and the buffers, biases and norms that training changed
-    have the values of the base. ``model`` may be wrapped by DDP or a similar wrapper.
+    Within the block, a merged update is removed from the weights, and the buffers, biases and norms that training
+    changed have the values of the base model. ``model`` may be wrapped by DDP or a similar wrapper.
 
     Raises:
         ValueError: the model is not adapted; or biases or norms are trained, and either DeepSpeed's ZeRO-3 manages them

@@ -23,28 +23,31 @@ def parameter_groups(
     scale_lr: float | None = None,
     rates: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
-    """Return the optimizer's parameter groups by kind.
+    """Return parameter groups for an optimizer, one per kind of trained parameters.
 
-    They are ``factors``, ``head``, ``scales``, ``diagonals`` (of ``layer_scale``), ``biases`` and ``norms``.
+    The kinds are ``factors``, ``head``, ``scales``, ``diagonals`` (of ``layer_scale``), ``biases`` and ``norms``. The
+    group ``head`` also contains all trained parameters that belong to no other kind. If ``rates`` sets different rates
+    for the factors named C of EFFT (``cores``) and for all other factors (``sides``), these two kinds replace
+    ``factors``.
 
-    ``head`` has all other trained parameters too. As in the paper's recipe, weight decay acts on factors and head, but
-    not on the others. A model without factors (a linear probe) has groups too, and a UserWarning is issued if nothing
-    in it is frozen. Empty groups are left out. ``model`` may be wrapped by DDP or a similar wrapper.
+    As in the paper's recipe, weight decay acts only on factors and head. For a model without factors (a linear probe),
+    all trained parameters are in ``head``, and a UserWarning is issued if nothing in the model is frozen. Empty groups
+    are left out. ``model`` may be wrapped by DDP or a similar wrapper.
 
     Args:
-        model: adapted by :func:`apply`, or by peft with an ``EfftPeftConfig``.
-        lr: the learning rate of every kind without another one.
-        weight_decay: of factors and head.
-        head_lr, scale_lr: learning rates of head and scales. ``scale_lr`` is 10 lr by default: a step of Adam changes a
-            scale by about this share of it, so that at 1e-3 it can double in 70 steps.
-        rates: learning rates of kinds as multiples of ``lr``: of ``sides`` and ``cores``, which are two groups in the
-            place of ``factors`` if their rates differ, and of ``diagonals``, ``biases``, ``norms``, ``head`` and
-            ``scales``. The cores are the factors named C of EFFT; all other factors are sides. An example is
-            ``{"cores": 3, "biases": 3}``. Kinds that are not given have the rates of the adapter's configuration
-            (:attr:`EfftConfig.rates`).
+        model: a model that :func:`apply`, or peft with an ``EfftPeftConfig``, has adapted.
+        lr: the learning rate of every kind for which no other rate is set.
+        weight_decay: the weight decay of factors and head.
+        head_lr, scale_lr: the learning rates of head and scales. By default, ``head_lr`` is ``lr`` and ``scale_lr`` is
+            10 times ``lr``. One step of Adam changes a scale by about the share ``scale_lr`` of its value. With
+            ``lr=1e-3``, a scale can therefore double in 70 steps.
+        rates: maps kinds to learning rates as multiples of ``lr``, such as ``{"cores": 3, "biases": 3}``. The kinds are
+            ``sides``, ``cores``, ``diagonals``, ``biases``, ``norms``, ``head`` and ``scales``. Kinds that are missing
+            have the rates of the adapter's configuration (:attr:`EfftConfig.rates`).
 
     Raises:
-        ValueError: a rate is not a positive number or not of one of these kinds, or a kind has two rates.
+        ValueError: a rate is not a positive number, a kind is unknown, ``rates`` and ``head_lr`` or ``scale_lr`` set
+            the same rate, or the active adapters of peft have different rates.
     """
     _check_rates(rates or {}, head_lr, scale_lr)
     model = unwrap(model)
@@ -56,7 +59,7 @@ def parameter_groups(
             stacklevel=2,
         )
     own = _by_kind(model, adapted) if adapted is not None else {}
-    # Rates that are given here override those of the configuration, also as absolute numbers (head_lr, scale_lr).
+    # The arguments rates, head_lr and scale_lr override the rates of the configuration.
     rates = {**(adapted.rates if adapted is not None else {}), **(rates or {})}
     known = {id(p) for parameters in own.values() for p in parameters}  # names in a compiled model start with _orig_mod
     own["head"] = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
@@ -123,7 +126,7 @@ def _adapted_by_peft(model: nn.Module, tuner: Any) -> _Adapted:
         raise ValueError(f"the active adapters {tuner.active_adapters} have different rates {rates}: activate one")
     factors = {name: p for name, p in tuner.efft_banks.named_parameters() if p.requires_grad}
     norms = [p for module in model.modules() if is_norm(module) for p in module._parameters.values() if p is not None]
-    # Modules that peft trains as a whole, normalization layers aside, belong to the head.
+    # All parameters of modules that peft trains completely belong to the head, except those of normalization layers.
     biases = [
         p
         for name, p in model.named_parameters()

@@ -1,4 +1,4 @@
-"""Give a weight of any kind an update, and find the update of a weight."""
+"""Add updates to weights of all kinds, and find the update of a weight."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from efft_kernels.nn.adapt import adapt
 from efft_kernels.nn.linear import AdaptedLayer
 from efft_kernels.nn.parameter import AdaptedParameter
 
-#: The update of a weight: the adapted layer itself, or an object that the module of an adapted parameter refers to.
+#: The update of a weight. For the weight of a layer it is the adapted layer itself. For a parameter that a module reads
+#: it is an object in the ``adapted_parameters`` of the module.
 Update = AdaptedLayer | AdaptedParameter
 
 
@@ -27,7 +28,7 @@ def place(
     Args:
         model: the model.
         weights: maps the name of each weight to the weight, its bank, and the part of the bank that it uses.
-        config: names the class of adapted linear layers.
+        config: the configuration; its attribute ``layer`` is the class of adapted linear layers.
 
     Returns:
         The update of each weight, by its name.

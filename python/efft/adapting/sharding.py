@@ -45,7 +45,7 @@ def check_whole(model: nn.Module, operation: str) -> None:
 
 
 def check_not_zeros(model: nn.Module, operation: str) -> None:
-    """Check that DeepSpeed's ZeRO-3, which has its own copies of parameters, does not manage those of ``model``.
+    """Check that DeepSpeed's ZeRO-3 does not manage the parameters of ``model``, because it has its own copies of them.
 
     Raises:
         ValueError: ZeRO-3 manages the parameters.
@@ -59,7 +59,10 @@ def check_not_zeros(model: nn.Module, operation: str) -> None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Shard all parameters again. After a pass without a backward pass, the root's parameters are still gathered."""
+    """Shard all gathered parameters again.
+
+    If no backward pass follows a forward pass, the parameters of the outermost module are still gathered.
+    """
     module: Any
     for module in model.modules():
         if hasattr(module, "reshard"):

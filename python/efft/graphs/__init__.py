@@ -1,1 +1,1 @@
-"""Capture whole training steps and whole requests as CUDA graphs, so that the host launches each of them at once."""
+"""Capture complete training steps and requests as CUDA graphs, so that one launch runs all their kernels."""

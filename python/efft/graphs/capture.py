@@ -1,7 +1,7 @@
 """Capture work on a GPU in a CUDA graph, and check before a replay that the graph still fits the model.
 
-A graph repeats kernels with the addresses and the numbers that they had at the capture. It does not run Python again.
-This module is the only one that uses ``torch.cuda.CUDAGraph``.
+A graph repeats kernels with the same memory addresses and numerical arguments as in the capture. It does not run Python
+again. This module is the only one in ``efft`` that uses ``torch.cuda.CUDAGraph``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Graphs(Protocol):
     """Run and capture functions on one device."""
 
     def warm_up(self, run: Callable[[], None]) -> None:
-        """Run a function in the way in which a capture runs it, but with all its effects."""
+        """Run a function under the conditions of a capture (on the same stream), but with all its effects."""
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         """Capture a function without any of its effects, and return a function that replays it.
@@ -38,8 +38,8 @@ class Graphs(Protocol):
 class CudaGraphs:
     """Capture on a side stream of a GPU. All graphs of one object share their memory.
 
-    Graphs may share memory only if nothing that one replay leaves there is read later. The functions to capture
-    therefore write their results to tensors that were created before.
+    The next replay of any of these graphs may overwrite the results that a replay leaves in the shared memory. The
+    functions to capture therefore write their results to tensors that were created before.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -81,7 +81,8 @@ def capture(graphs: Graphs, run: Callable[[], None], what: str) -> Callable[[], 
     try:
         return graphs.capture(run)
     except RuntimeError as error:
-        cause = error.__context__ if isinstance(error.__context__, RuntimeError) else error  # the end of it fails too
+        # If the captured work fails, ending the capture fails too, with a second error.
+        cause = error.__context__ if isinstance(error.__context__, RuntimeError) else error
         raise RuntimeError(
             f"{what} cannot be captured as a CUDA graph: {str(cause).strip()}. A captured function must not wait for "
             "the GPU (.item(), .cpu(), print, a hook that logs values), and its sizes must not depend on data "
@@ -93,7 +94,8 @@ def device_of(operation: str, model: nn.Module) -> torch.device:
     """Return the GPU on which all parameters and buffers of a model are.
 
     Raises:
-        ValueError: they are not all on one GPU, or a wrapper, a shard or an offloading hook moves them.
+        ValueError: the parameters and buffers are not all on one GPU, or a wrapper, a shard or an offloading hook moves
+            them.
     """
     for name, module in model.named_modules():
         wrapper = next((kind.__name__ for kind in type(module).__mro__ if kind.__name__ in _WRAPPERS), None)
@@ -126,7 +128,8 @@ def can_capture(device: torch.device) -> bool:
 class Constants:
     """Hold everything about a model that a captured graph contains as a constant.
 
-    These are the modules and their modes, the addresses of parameters and buffers, and what is merged or disabled.
+    These are the modules and their modes, the addresses of parameters and buffers, and the updates that are merged or
+    disabled.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -142,7 +145,7 @@ class Constants:
         self._updates = [(name, update, update.enabled, update.merged) for name, update in updates]
 
     def check(self, operation: str) -> None:
-        """Raise RuntimeError, which names the change, if the model is not in the state of the capture."""
+        """Raise RuntimeError if the model is no longer in the state of the capture. The message names the change."""
         change = self._change()
         if change is not None:
             raise RuntimeError(
@@ -170,10 +173,10 @@ def _address(tensor: Tensor) -> int:
 
 
 def arguments_of(operation: str, example: Any) -> tuple[Any, ...] | dict[Any, Any]:
-    """Return an example as positional arguments or, for a mapping, as named ones.
+    """Return an example as a tuple of positional arguments or, if it is a mapping, as a dict of named arguments.
 
     Raises:
-        ValueError: it is neither a mapping nor a tuple, a list or a single tensor.
+        ValueError: the example is neither a mapping nor a tuple, a list or a single tensor.
     """
     if isinstance(example, Tensor):
         return (example,)
@@ -216,7 +219,7 @@ class Inputs:
         """Copy a batch into the tensors that the graph reads; with ``rows``, into their first rows.
 
         Raises:
-            ValueError: the batch differs from the example in more than the values.
+            ValueError: the batch differs from the example in more than the values of its tensors.
         """
         leaves, tree = tree_flatten(batch)
         if tree != self._tree:

@@ -33,14 +33,14 @@ def graph_serve(
 
     A call with n samples copies them to the inputs of the smallest graph for at least n samples, launches the graph,
     and returns the first n rows of its outputs. The other rows contain earlier samples, and their outputs are dropped.
-    More samples than the largest number are computed in several launches. The graphs compose the update from the
-    factors, so that changes of their values are seen, whether an optimizer or ``load_state_dict`` made them. Every
-    other change that the graphs would not follow is an error of the next call: another mode, a merged update, replaced
-    parameters.
+    If n is more than the largest number in ``batches``, several launches compute the outputs. The graphs compose the
+    update from the factors, so they see new values of the factors, whether an optimizer or ``load_state_dict`` wrote
+    them. After any change that the graphs cannot follow, such as another mode, a merged update or replaced parameters,
+    the next call raises an error.
 
     Args:
-        model: a model in eval mode on one GPU, adapted or not. Its samples must not influence each other, which is
-            checked.
+        model: a model in eval mode on one GPU, adapted or not. The outputs of a sample must not depend on the other
+            samples; this is checked.
         example: the inputs for one or more samples: a tuple of tensors, or a mapping for named arguments. The first
             dimension of every tensor indexes the samples. Values that are not tensors become constants of the graphs.
         batches: the numbers of samples for which graphs are captured.
@@ -51,7 +51,7 @@ def graph_serve(
         A function from the inputs of any number of samples to the outputs of the model.
 
     Raises:
-        ValueError: the model or the example cannot be used; the message says why.
+        ValueError: the model or the example cannot be used; the message states the reason.
         RuntimeError: the forward pass cannot be captured; the message contains torch's reason.
     """
     sizes = sorted(set(batches))
@@ -75,7 +75,7 @@ def graph_serve(
 
 
 def _check_can_be_disabled(model: nn.Module) -> None:
-    """Raise ValueError if the adapter cannot be disabled, or writes other values to memory that the graphs share."""
+    """Raise ValueError if the adapter cannot be disabled, or if it also changes memory that a base graph would read."""
     if not hasattr(model, "efft"):
         raise ValueError(f"{_NAME}: without_adapter needs an adapted model, got one without an adapter")
     adapter = adapter_of(model)
@@ -222,12 +222,12 @@ class _Bucket:
 
 
 def _repeated(tensor: Tensor, size: int) -> Tensor:
-    """Return ``size`` rows of a tensor, again from the first one when all were used."""
+    """Return ``size`` rows of a tensor. If it has fewer rows, they are repeated from the first one."""
     return tensor[torch.arange(size, device=tensor.device) % tensor.shape[0]]
 
 
 def _samples_of(inputs: Any) -> int:
-    """Return the number of samples in the inputs. Raise ValueError if their tensors disagree, or if there is none."""
+    """Return the number of samples in the inputs. Raise ValueError if it is 0 or not the same in all tensors."""
     shapes = [tuple(leaf.shape) for leaf in tree_flatten(inputs)[0] if isinstance(leaf, Tensor)]
     samples = {shape[0] if shape else 0 for shape in shapes}
     if len(samples) != 1 or 0 in samples:

@@ -1,4 +1,4 @@
-"""Define :func:`graph_step`, which captures a whole training step as a CUDA graph."""
+"""Define :func:`graph_step`, which captures a complete training step as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -47,10 +47,11 @@ def graph_step(
                 scaler.update()
                 optimizer.zero_grad()
 
-    The first update runs without a graph, because the optimizer creates its state in it. Then the step is captured, and
-    all later calls copy the batch and launch the graph. A graph contains numbers and addresses as constants. Learning
-    rates may change between two calls, by a scheduler or by hand. Any other change that the graph would not follow is
-    an error of the next call: another mode, a merged update, new parameters, new state of the optimizer.
+    The calls up to the first update run without a graph, because the first update creates the state of the optimizer.
+    Then the step is captured, and all later calls copy the batch and launch the graph. A graph contains numbers and
+    addresses as constants. Learning rates may change between two calls, by a scheduler or by hand. After any other
+    change that the graph cannot follow, such as another mode, a merged update, new parameters or new state of the
+    optimizer, the next call raises an error.
 
     Args:
         model: a model on one GPU, adapted or not, in the mode in which it is trained.
@@ -67,10 +68,11 @@ def graph_step(
         clip_norm: largest norm of the gradients; None for no limit.
 
     Returns:
-        A function from a batch (the arguments of ``loss`` after the model) to its loss, a new tensor without a graph.
+        A function from a batch (the arguments of ``loss`` after the model) to its loss, which is a new tensor that
+        requires no gradient.
 
     Raises:
-        ValueError: the model, the optimizer, the scaler or the example cannot be used; the message says why.
+        ValueError: the model, the optimizer, the scaler or the example cannot be used; the message states the reason.
         RuntimeError: ``loss`` or its backward pass cannot be captured; the message contains torch's reason.
     """
     if not isinstance(accumulate, int) or accumulate < 1:
@@ -202,7 +204,7 @@ class GraphStep:
                 if not reached:
                     raise ValueError(f"{_NAME}: the loss does not depend on any parameter of the optimizer")
                 for p in reached:
-                    # A tensor that exists before the capture, so that its memory is not that of the graph.
+                    # This tensor exists before the capture, so its memory does not belong to the graph.
                     p.grad = torch.zeros_like(p, memory_format=torch.preserve_format)
                 self._graphs.warm_up(self._backward)
                 capture(self._graphs, self._backward, f"{_NAME}: the forward and backward pass")
@@ -277,7 +279,7 @@ class GraphStep:
 
 
 def _trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    """Return the parameters of the optimizer, and other parameters of the model that get gradients."""
+    """Return the parameters that require a gradient: first those of the optimizer, then all others of the model."""
     own = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     known = {id(p) for p in own}
     return own + [p for p in model.parameters() if p.requires_grad and id(p) not in known]
@@ -325,7 +327,7 @@ def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, device:
 def _check_scaler(
     optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None, autocast: torch.dtype | None
 ) -> None:
-    """Raise ValueError if the scaler would wait for the GPU, or is missing."""
+    """Raise ValueError if a scaler is missing, or if the optimizer would wait for the GPU because of it."""
     if scaler is None or not scaler.is_enabled():
         if autocast == torch.float16:
             raise ValueError(

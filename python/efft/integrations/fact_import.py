@@ -14,7 +14,8 @@ from efft.methods.fact_tt import FacTTTBank, FacTTTConfig
 from efft.planning.plan import make_plan
 from efft.saving.io import check_numbers, head_tensors, misfits
 
-_U, _V, _K, _P = "FacTu.weight", "FacTv.weight", "FacTc", "FacTp"  # [r, d], [d, r]; Tucker: [r, r, r], [r, 12 blocks]
+# Names of tensors: U [r, d] and V [d, r]; only in the Tucker form, the core K [r, r, r] and P [r, 12 * blocks].
+_U, _V, _K, _P = "FacTu.weight", "FacTv.weight", "FacTc", "FacTp"
 
 _ATTENTION = ("q", "k", "v", "proj")
 #: Number of matrices per block: four of the attention, and four each of fc1 and fc2.
@@ -25,9 +26,9 @@ _MATRICES = 12
 def import_fact(model: nn.Module, tensors: Mapping[str, Tensor], scale: float) -> nn.Module:
     """Adapt a ViT by FacT-TT (:class:`efft.methods.FacTTTConfig`) with the factors and head of a checkpoint of FacT.
 
-    The import is exact. The cores of the Tucker form are multiplied out, because the authors' code arranges the cores
-    of fc1 and fc2 in a way that :class:`efft.methods.FacTTKConfig` cannot express. The model computes the same
-    function, and further training uses FacT-TT.
+    The import is exact. A checkpoint of FacT-TK (the Tucker form) is converted to FacT-TT: its core is multiplied by P,
+    because the authors' code arranges the cores of fc1 and fc2 in a way that :class:`efft.methods.FacTTKConfig` cannot
+    express. The model computes the same function, and further training uses FacT-TT.
 
     Args:
         model: the timm ViT on which the checkpoint was trained, with the same number of classes. It must not be
@@ -42,8 +43,9 @@ def import_fact(model: nn.Module, tensors: Mapping[str, Tensor], scale: float) -
 
     Raises:
         TypeError: ``tensors`` is not a mapping from names to tensors.
-        ValueError: names or shapes do not fit this model, an entry is not a finite number, or the model is not a
-            suitable ViT or is already adapted. The model is then unchanged.
+        ValueError: names or shapes do not fit this model, an entry is not a finite number, the model is already adapted
+            or sharded, or it is not a ViT with q, k, v, an output projection and an MLP four times as wide in every
+            block. The model is then unchanged.
     """
     check_plain(model)
     check_whole(model, "import_fact")
@@ -103,7 +105,10 @@ def _train(tensors: Mapping[str, Tensor], block: str) -> Tensor:
 
 
 def _tucker(tensors: Mapping[str, Tensor]) -> list[Tensor]:
-    """Return the cores of every block from the Tucker product. fc1 and fc2 use a slice [r, r, 4] of it as [r, 4 r]."""
+    """Return the cores ``[12, r, r]`` of every block from the product K P, which has 12 columns per block.
+
+    In the authors' code, fc1 and fc2 each use a slice [r, r, 4] of the product as a matrix [r, 4 r].
+    """
     K, P = tensors[_K], tensors[_P]
     r = len(K)
     cores = []

@@ -1,7 +1,8 @@
 """Export adapters exactly as LoRA checkpoints of ``peft``.
 
-Each layer gets the factors ``A = Dᵀ`` and ``B = Gᵀ`` with a scaling of 1. For parameters that are stored transposed,
-the two are exchanged: ``A = G`` and ``B = D`` (:func:`_pair_of_parameter` describes the exception).
+The update of a layer is D G. In the checkpoint, its LoRA factors are ``A = Dᵀ`` and ``B = Gᵀ`` with a scaling of 1. For
+parameters that are stored transposed, ``A = G`` and ``B = D`` (except for some experts, see
+:func:`_pair_of_parameter`).
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], base_model: st
       Every expert has its own factors there.
     - Modules whose buffers have changed in training (such as batch norms) and trained normalization layers are written
       as a whole, like the head.
-    - Trained biases are written as by peft with ``bias="all"`` or ``"lora_only"``. When peft loads the checkpoint, it
-      replaces the biases of the base model.
+    - Trained biases are written in the form in which peft writes them with ``bias="all"`` or ``"lora_only"``. When peft
+      loads the checkpoint, it replaces the biases of the base model.
 
     Args:
         model: adapted by :func:`efft.apply`; it may be merged.
@@ -73,7 +74,7 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], base_model: st
             the reason. A model cannot be exported if
 
             - it is not adapted, is adapted by a method that does not update weights, or is sharded,
-            - a layer does not compute with its stored weight, or the parent of a layer reads the weight itself,
+            - a layer computes its weight from other tensors, or the parent of a layer reads the weight itself,
             - it has an adapted grouped convolution, or an adapted parameter that is neither a matrix nor experts,
             - buffers have changed in a module that has adapted layers inside,
             - a trained bias is not called ``bias``, or
@@ -166,7 +167,10 @@ def _saved_by_peft(model: nn.Module, head: list[str], layers: Mapping[str, Adapt
 
 
 def _pair(name: str, layer: AdaptedWeight, D: Tensor, G: Tensor) -> dict[str, Tensor]:
-    """Return the tensors ``lora_A`` and ``lora_B`` of peft by name, from D [in_features, r] and G [r, out_features]."""
+    """Return peft's tensors ``lora_A`` and ``lora_B`` of the layer ``name``, by their names in the checkpoint.
+
+    D is [in_features, r], and G is [r, out_features].
+    """
     if isinstance(layer, AdaptedParameter):
         return _pair_of_parameter(name, layer, D, G)
     A, B = D.t(), G.t()

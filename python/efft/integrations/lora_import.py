@@ -1,4 +1,8 @@
-"""Import LoRA checkpoints of ``peft`` exactly. Every layer gets ``A = lora_Aᵀ`` and ``B = lora_Bᵀ``."""
+"""Import LoRA checkpoints of ``peft`` exactly.
+
+The update of a layer is ``s A B`` with ``A = lora_Aᵀ`` and ``B = lora_Bᵀ``, where ``lora_A`` and ``lora_B`` are the
+tensors in the checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -254,7 +258,7 @@ def _make_plan(
 
 
 def _heads(model: nn.Module, ends: tuple[str, ...], tensors: dict[str, Tensor]) -> list[str]:
-    """Return the names of the heads: modules whose names have these endings and that the checkpoint has tensors of."""
+    """Return the names of the heads: the modules in the checkpoint whose names end with one of ``ends``."""
     heads: list[str] = []
     for name, _ in model.named_modules():
         inside = any(name.startswith(f"{head}.") for head in heads)

@@ -1,6 +1,8 @@
-"""Provide the methods. Each method has a configuration for ``efft.apply`` and a bank of factors.
+"""Provide EFFT and other tensor methods. Each method has a configuration for ``efft.apply`` and a bank of factors.
 
-efft.apply(model, efft.methods.LoRAConfig(rank=8, scale=2.0))
+Example::
+
+    efft.apply(model, efft.methods.LoRAConfig(rank=8, scale=2.0))
 
 ``docs/add-a-method.md`` explains how to add a method.
 """

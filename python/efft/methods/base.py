@@ -1,5 +1,7 @@
 """Define the base classes of all methods except EFFT: their configurations, groups and banks of factors.
 
+A bank is a module that owns trained factors, and a group consists of the weights that share a bank. A site is the part
+of a bank that one layer uses. The *role* of a layer is its purpose in its block, such as "qkv" or "fc2".
 There are two kinds of banks. A :class:`StackedBank` serves layers of one shape. Each layer has its own factors, which
 are stacked along the first dimension of the parameters. A :class:`BlockBank` serves layers of one width d. The layers
 are split into d x d matrices that share one U and V.
@@ -88,7 +90,7 @@ class MethodConfig(AdapterConfig):
 
 @dataclass
 class HeadedConfig(MethodConfig):
-    """Define the fields of a method whose tensors have a mode for the heads of the attention."""
+    """Define the fields of a method whose tensors have a mode (a dimension) for the heads of the attention."""
 
     heads: int | None = None
     """Number of heads of the attention. With None, it is taken from the model."""
@@ -138,7 +140,8 @@ class Layer:
     def group(self, of_known_roles: str) -> str:
         """Return the name of the layer's group.
 
-        The name contains the stage if there are stages, or the shape if the role is unknown.
+        If the role of the layer is known, the name is ``of_known_roles``, after the stage if there are stages.
+        Otherwise the name contains the shape of the layer.
         """
         target = self.target
         if target.role == "linear":
@@ -214,7 +217,7 @@ class StackedBank(MethodBank):
 
     @staticmethod
     def group_of(layer: Layer) -> str:
-        """Group layers by role (qkv, o, fc1, ...), or by shape if the role is unknown."""
+        """Return the role (qkv, o, fc1, ...) as the name of the group, or a name with the shape if it has no role."""
         return layer.group(layer.target.role)
 
     @staticmethod
@@ -237,7 +240,7 @@ class StackedBank(MethodBank):
         An operand that all layers share has no first dimension.
         """
 
-    def features(self, site: int) -> tuple[int, int]:
+    def sizes(self, site: int) -> tuple[int, int]:
         """Return (in_features, out_features), which are equal for all sites."""
         return self.d_in, self.d_out
 
@@ -249,7 +252,10 @@ class StackedBank(MethodBank):
 
 @dataclass(frozen=True)
 class Blocks:
-    """Select the d x d matrices ``first`` to ``last`` (exclusive) of a block, side by side or (``rows``) stacked."""
+    """Select the d x d matrices ``first`` to ``last`` (exclusive) of a block.
+
+    The matrices are stacked vertically if ``rows`` is set. Otherwise they are side by side.
+    """
 
     block: int
     first: int
@@ -274,7 +280,7 @@ class BlockBank(MethodBank):
 
     @staticmethod
     def group_of(layer: Layer) -> str:
-        """Group all layers (of a stage) together, or by shape if the role is unknown."""
+        """Return the same group for all layers (of one stage, if there are stages); layers without a role by shape."""
         return layer.group("joint")
 
     @staticmethod
@@ -316,7 +322,7 @@ class BlockBank(MethodBank):
         C = take(C[:, like.first : like.last], 0, blocks)
         return (row_blocks(U, C), self.scale * V) if like.rows else (U, column_blocks(C, self.scale * V))
 
-    def features(self, site: Blocks) -> tuple[int, int]:
+    def sizes(self, site: Blocks) -> tuple[int, int]:
         """Return (in_features, out_features) of a layer that consists of these matrices."""
         n = (site.last - site.first) * self.d
         return (n, self.d) if site.rows else (self.d, n)

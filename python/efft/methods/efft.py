@@ -1,4 +1,7 @@
-"""EFFT (arXiv 2311.06749): tensor trains ``U C V`` whose outer factors are shared by weights of many blocks."""
+"""Implement EFFT (arXiv 2311.06749): the updates ``s U C V`` of weights are tensor trains.
+
+Weights of many blocks share the outer factors U and V, and each weight has its own cores C.
+"""
 
 from __future__ import annotations
 
@@ -37,12 +40,14 @@ AUTOMATIC: Mapping[str, Any] = {
 
 @dataclass
 class EfftConfig(AdapterConfig):
-    """How EFFT adapts a model.
+    """Configure EFFT for a model.
 
-    The factors come in groups: for a ViT ``mhsa`` and ``ffn``, or ``joint`` under efft1; for a Swin one of each per
-    stage (``stage1_mhsa`` ...); for layers that are given by name outside the tables ``linear_<in>x<out>``. Where a
-    field may be a dict, its keys are names of groups or, for every stage at once, ``mhsa``, ``ffn``, ``joint`` and
-    ``linear``. ``print(efft.inspect(model, config))`` shows the groups of a model.
+    The weights that share one tensor train form a group. A ViT has the groups ``mhsa`` and ``ffn``, or the single group
+    ``joint`` with the variant efft1. A Swin has these groups in each stage (``stage1_mhsa``, ...). In other models, and
+    for layers whose role in a block is unknown, the name of a group contains the shape of its weights, as in
+    ``linear_<in>x<out>``. If the value of a field is a dict, its keys are names of groups, or the kinds ``mhsa``,
+    ``ffn``, ``joint`` and ``linear`` for all groups of that kind. ``print(efft.inspect(model, config))`` shows the
+    groups of a model.
     """
 
     method: ClassVar[str] = "efft"
@@ -63,54 +68,57 @@ class EfftConfig(AdapterConfig):
     kinds: ClassVar[frozenset[str]] = AdapterConfig.kinds | {"experts"}
 
     variant: Literal["efft1", "efft2"] = "efft2"
-    """efft2: one train for attention and one for the MLP. efft1: one train for both, which takes [Wq|Wk|Wv|Wo] as one
-    d x 4d matrix."""
+    """With efft2, attention and MLP have one tensor train each. With efft1, they share one train, which treats
+    [Wq|Wk|Wv|Wo] as one d x 4d matrix."""
 
     rank: int | tuple[int, int] | dict[str, int | tuple[int, int]] = 32
-    """TT rank r, or (r1, r2) for rectangular cores, or either of them per group."""
+    """The rank r of the tensor train, or (r1, r2) for rectangular cores, or a dict of either per group."""
 
     scale: float | Literal["auto"] | dict[str, float | Literal["auto"]] = 1.0
-    """s, a plain multiplier of the update (not divided by the rank). "auto" chooses the s with which a step of the
-    optimizer moves the weights as far as in full fine-tuning (see :meth:`auto`); ``efft.apply`` replaces "auto" by the
-    number."""
+    """The multiplier s of the update (it is not divided by the rank), or a dict with one per group. With "auto", s is
+    computed from :attr:`movement`, and ``efft.apply`` replaces "auto" by the number."""
 
     movement: float = MOVEMENT
-    """What an automatic scale is computed for: the root mean square by which the first step of the optimizer changes
-    the entries of an update, as a multiple of the learning rate."""
+    """The size of the first optimizer step for which an automatic scale is computed. It is the root mean square of the
+    change of the update's entries, as a multiple of the learning rate. With 0.3 and a learning rate of 1e-3, the step
+    moves a weight by 3e-4, about as far as in full fine-tuning."""
 
     trainable_scale: bool | Literal["global", "group", "matrix"] = False
-    """Train s too, as a multiple of ``scale`` that starts at 1: one multiple for all groups ("global"), one per group
-    ("group", or True), or one for each core of each block ("matrix")."""
+    """Whether s is trained too, as a multiple of ``scale`` that starts at 1. There is one multiple for all groups
+    ("global"), one per group ("group", or True), or one per core and block ("matrix")."""
 
     init: str = "v"
-    """The side that starts at zero: "v" or "u"; for efft2 also two letters, attention and MLP ("vu")."""
+    """The factor that starts at zero, "v" or "u". With efft2, two letters set it for attention and for the MLP, as in
+    "vu"."""
 
     core_init: Literal["last", "first", "matrix"] = "last"
-    """The layout that the Xavier bound of the cores is computed from: that of the paper's ViT code ("last"), that of
-    its Swin code ("first"), or each core as a matrix of its own ("matrix")."""
+    """The layout of the cores from which the Xavier bound of their initialization is computed: the layout in the
+    paper's code for ViT ("last") or for Swin ("first"), or separate matrices ("matrix")."""
 
     dropout: float = 0.1
     """Probability of zeroing an element of a factor in training (activations are never dropped)."""
 
     targets: str | list[str] = "all"
-    """"all": every weight of the repeated blocks, of any architecture. "all-linear": every linear layer and 1 x 1
-    convolution outside the head. "mhsa" or "ffn": the weights of "all" that are in attentions or in MLPs. A list holds
-    names of layers or parameters, their endings (after a dot), or regular expressions for either. An entry that
-    matches no linear layer may match a convolution, a parameter or an embedding."""
+    """The weights to adapt. "all" selects every weight of the repeated blocks, in any architecture. "all-linear"
+    selects every linear layer and 1 x 1 convolution outside the head. "mhsa" or "ffn" selects the weights of "all" that
+    are in attentions or in MLPs. A list contains names of layers or parameters, endings of names (after a dot), or
+    regular expressions for names or endings. An entry that matches no linear layer may match a convolution, a parameter
+    or an embedding."""
 
     exclude: list[str] = dataclasses.field(default_factory=list)
-    """Layers to leave alone, given in the same ways."""
+    """Layers that are not adapted: names, endings or regular expressions as in a list of ``targets``."""
 
     core_sharing: Literal["per_layer", "shared"] = "per_layer"
-    """per_layer: one core per matrix of every block, as the paper counts. shared: the same cores in all blocks, as the
-    paper's code does."""
+    """With "per_layer", every matrix of every block has its own core, which agrees with the number of parameters in the
+    paper. With "shared", all blocks use the same cores, as in the paper's code."""
 
     head: list[str] | None = None
-    """Modules that are trained and saved beside the factors. None finds the head of the task, [] trains none."""
+    """Names of the modules that are trained and saved in addition to the factors. With None, they are the head of the
+    task, which the library finds. With [], there are none."""
 
     freeze_statistics: bool = False
-    """Keep batch norms, and every other module that updates buffers in training, in eval mode. Otherwise these buffers
-    change as usual, are saved with the adapter, and ``efft.remove`` restores them."""
+    """Whether batch norms, and all other modules that update buffers in training, stay in eval mode. Otherwise their
+    buffers change as usual. They are then saved with the adapter, and ``efft.remove`` restores them."""
 
     bias: Literal["none", "all", "adapted", "auto"] = "none"
     """Biases that are trained and saved in addition to the factors: "all" (those of the whole model outside the head,
@@ -123,14 +131,15 @@ class EfftConfig(AdapterConfig):
     """Whether the weights and biases of all normalization layers are trained and saved in addition to the factors."""
 
     layer_scale: Literal["in", "out", "both"] | None = None
-    """The side on which each weight has a diagonal of its own, of its inputs ("in"), its outputs ("out") or both: the
-    update is s diag(a) U C V diag(b). Diagonals start at one and are part of the composed factors, so a token costs
-    nothing more. The experts of a mixture, which share both sides, have none. Where a weight uses a part of a train's
-    columns (attention under efft1), its diagonal of the outputs is as long as the train is wide."""
+    """The sides on which each weight has its own trained diagonal: its inputs ("in"), its outputs ("out") or "both".
+    The update is s diag(a) U C V diag(b). Diagonals start at one. They are included when the factors are composed, so
+    they add no cost per token. The experts of a mixture share both sides, so they have no diagonals. If a weight uses
+    only a part of a train's columns (attention with efft1), its output diagonal still has one entry per column of the
+    train."""
 
     rates: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Learning rates of kinds of parameters as multiples of the learning rate, which :func:`efft.parameter_groups`
-    uses: of ``sides`` (U and V), ``cores``, ``diagonals``, ``biases``, ``norms``, ``head`` and ``scales``."""
+    """Learning rates by kind of parameters, as multiples of the learning rate. :func:`efft.parameter_groups` uses them.
+    The kinds are ``sides`` (U and V), ``cores``, ``diagonals``, ``biases``, ``norms``, ``head`` and ``scales``."""
 
     def __post_init__(self) -> None:
         self.rank = _pairs(self.rank)
@@ -175,12 +184,12 @@ class EfftConfig(AdapterConfig):
         return Extras(self.bias, self.norms)
 
     def rank_of(self, group: str, kind: str) -> tuple[int, int]:
-        """Return (r1, r2) of a group."""
+        """Return (r1, r2) of the group with the name ``group`` and the given kind."""
         rank: int | tuple[int, int] = _of_group(self.rank, "rank", group, kind)
         return (rank, rank) if isinstance(rank, int) else rank
 
     def scale_of(self, group: str, kind: str) -> float | Literal["auto"]:
-        """Return s of a group, or "auto"."""
+        """Return s of the group with the name ``group`` and the given kind, or "auto"."""
         scale: float | Literal["auto"] = _of_group(self.scale, "scale", group, kind)
         return scale if isinstance(scale, str) else float(scale)
 
@@ -194,17 +203,17 @@ class EfftConfig(AdapterConfig):
 
         It differs from the paper's configuration, ``EfftConfig()``, in these ways:
 
-        - The scale is computed. The paper searches s between 0.01 and 100 for every task. The size of a step of the
-          optimizer, measured on the weights, depends on s, the width, the ranks and the number of cores together.
-          :func:`efft_kernels.nn.initialization.automatic_scale` computes the s that gives a fixed size
-          (:attr:`movement`).
+        - The scale is computed. The paper searches s between 0.01 and 100 for every task. The distance by which an
+          optimizer step moves the weights depends on s, the width, the ranks and the number of cores.
+          :func:`efft_kernels.nn.initialization.automatic_scale` computes the s for which this distance has a fixed
+          value (:attr:`movement`).
         - Biases of the adapted layers are trained in addition to the factors (``bias="auto"``).
         - Cores and biases have higher learning rates than U and V (:attr:`rates`).
         - No elements of the factors are dropped.
 
         With ``budget``, the result has the highest rank for which the factors and the trained biases and norms together
-        have at most that many parameters in ``model``. The head is not counted. Unless ``bias`` is given, biases are
-        trained if the budget then still allows rank 4, and not trained otherwise.
+        have at most ``budget`` parameters in ``model``. The head is not counted. Unless ``bias`` is given, biases are
+        trained only if the rest of the budget still allows rank 4.
 
         Args:
             budget: the largest number of parameters.
@@ -226,10 +235,12 @@ class EfftConfig(AdapterConfig):
         return config
 
     def groups(self, model: nn.Module, targets: list[Target]) -> Sequence[EfftGroup]:
-        """Return the trains for these weights: those of the paper where the roles are known, else those by shape.
+        """Return the groups for these weights, one per tensor train.
 
-        Where shapes alone decide, the rank of a group is cut so that an update has fewer parameters than its weights
-        have entries; a group for which no rank does that is left out.
+        If the roles of the weights in their blocks are known, the trains are those of the paper. Otherwise weights of
+        equal shape share a train. If ``targets`` is a keyword and the roles are unknown, the rank of a group is reduced
+        until the group has fewer parameters than its weights have entries. If this is impossible, the group is left out
+        (except with "all-linear").
 
         Raises:
             ValueError: the weights cannot share trains, ``rank`` or ``scale`` does not fit the groups, or no group is
@@ -253,7 +264,7 @@ class EfftConfig(AdapterConfig):
             if by_shape:
                 size = sum(entries[name] for name in train.sites)
                 group.cut_rank(size)
-                if group.n_parameters >= size and self.targets != "all-linear":  # the weights are vectors in effect
+                if group.n_parameters >= size and self.targets != "all-linear":  # the weights are almost vectors
                     continue
             groups.append(group)
         if not groups:
@@ -277,7 +288,7 @@ class EfftConfig(AdapterConfig):
                 )
 
     def group_of_file(self, model: nn.Module, saved: dict[str, Any], weights: list[Weight]) -> EfftGroup:
-        """Return the group that :meth:`EfftGroup.to_dict` described in an adapter file.
+        """Return the group for which :meth:`EfftGroup.to_dict` returned ``saved``, a part of an adapter file.
 
         Raises:
             ValueError: the description is damaged.
@@ -296,7 +307,7 @@ class EfftConfig(AdapterConfig):
         return EfftGroup(saved["name"], kind, d_in, d_out, n_layers, n_cores, sites, (rank[0], rank[1]), self, trained)
 
     def unreached(self, targets: Sequence[Target], groups: Sequence[Any]) -> dict[str, str]:
-        """Return the weights that are in no group because an update would be larger than they are."""
+        """Return the names of the weights that are in no group, because their update would be larger than they are."""
         reached = {name for group in groups for name in group.sites}
         reason = "an update would have more parameters than the weight has entries"
         return {target.name: reason for target in targets if target.name not in reached}
@@ -321,7 +332,7 @@ class EfftConfig(AdapterConfig):
 
 @dataclass
 class EfftGroup(TensorTrain):
-    """One tensor train of EFFT with the settings that its configuration gives it. Shared cores have one layer."""
+    """Describe one tensor train of EFFT with its settings from the configuration."""
 
     rank: tuple[int, int]
     config: EfftConfig
@@ -337,14 +348,14 @@ class EfftGroup(TensorTrain):
 
     @property
     def _scaled_sites(self) -> tuple[list[Site], list[Site]]:
-        """The places with diagonals on their input side, and those with diagonals on their output side."""
+        """The sites with diagonals on their input side, and the sites with diagonals on their output side."""
         places = [site for site in dict.fromkeys(self.sites.values()) if not site.experts]
         sides = self.config.layer_scale
         return (places if sides in ("in", "both") else []), (places if sides in ("out", "both") else [])
 
     @property
     def _rows_of_diagonals(self) -> tuple[int, int]:
-        """The number of diagonals of length d_in, and of length d_out."""
+        """The number of diagonals of length d_in, and the number of diagonals of length d_out."""
         inputs, outputs = self._scaled_sites
         a = sum(not site.transpose for site in inputs) + sum(site.transpose for site in outputs)
         b = sum(site.transpose for site in inputs) + sum(site.blocks for site in outputs if not site.transpose)
@@ -355,9 +366,9 @@ class EfftGroup(TensorTrain):
         return self.n_cores * (self.n_layers if self.config.core_sharing == "per_layer" else 1)
 
     def cut_rank(self, size: int) -> None:
-        """Lower the rank to the sizes of the matrices, and further until there are fewer than ``size`` parameters.
+        """Reduce the rank to the sizes of the matrices, and further until the group has fewer than ``size`` parameters.
 
-        If no rank has so few parameters, the rank becomes 1.
+        If the group has at least ``size`` parameters even at rank 1, the rank becomes 1.
         """
         r1, r2 = self.rank
         for r in range(max(r1, r2), 0, -1):
@@ -378,7 +389,7 @@ class EfftGroup(TensorTrain):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what an adapter file records of the group."""
+        """Return the description of the group for an adapter file."""
         return {
             "name": self.name,
             "kind": self.kind,
@@ -390,7 +401,7 @@ class EfftGroup(TensorTrain):
 
     @property
     def scale(self) -> float:
-        """s, computed where the configuration leaves it to the library."""
+        """The scale s. If the configuration has "auto", the scale is computed."""
         scale = self.config.scale_of(self.name, self.kind)
         if not isinstance(scale, str):
             return scale
@@ -421,7 +432,8 @@ class EfftGroup(TensorTrain):
         )
 
 
-#: A file with more is damaged: a mixture has three cores for each of at most thousands of experts.
+#: The largest number of cores per layer in a valid file. A mixture has three cores for each of its experts, of which
+#: there are at most thousands.
 _MOST_CORES = 2**16
 
 
@@ -430,7 +442,7 @@ def _are_sizes(values: Any, n: int) -> bool:
 
 
 def _text_of_site(site: Site) -> str:
-    """Write a site as ``layer=3 cores=0:3 ...``, with what differs from a plain site."""
+    """Write a site as ``layer=3 cores=0:3 ...``, with those other attributes that do not have their default values."""
     first, n = site.cores[0], len(site.cores)
     assert site.cores == tuple(range(first, first + n)), "the cores of a site follow one another"
     words = [f"layer={site.layer}", f"cores={first}:{first + n}"]
@@ -474,7 +486,7 @@ def _values(value: object) -> list[Any]:
 
 
 def _pairs(rank: Any) -> Any:
-    """Turn lists into pairs (JSON has no tuples), and every kind of integer (NumPy's too) into ``int``."""
+    """Convert lists to tuples, because JSON has no tuples, and integers of any type (such as NumPy's) to ``int``."""
 
     def pair(value: Any) -> Any:
         return tuple(map(_integer, value)) if isinstance(value, (list, tuple)) else _integer(value)
@@ -488,7 +500,7 @@ def _integer(value: Any) -> Any:
 
 
 def _number(value: Any) -> Any:
-    """Return a float for another library's real number; anything else stays as it is."""
+    """Convert real numbers of other libraries (such as NumPy's) to ``float``. Return any other value unchanged."""
     kind = type(value)
     return float(value) if kind is not int and kind is not bool and issubclass(kind, numbers.Real) else value
 

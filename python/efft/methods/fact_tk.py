@@ -1,4 +1,4 @@
-"""FacT-TK (arXiv 2212.03145): FacT-TT with cores that are a Tucker-3 product, ``C[l, m] = K ×₃ P[:, l, m]``."""
+"""Implement FacT-TK (arXiv 2212.03145): FacT-TT whose cores are a Tucker-3 product, ``C[l, m] = K ×₃ P[:, l, m]``."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class FacTTKBank(BlockBank):
 class FacTTKConfig(MethodConfig):
     """Factor-tuning in the Tucker form, according to the formula in the paper.
 
-    For fc1 and fc2, the authors' code reshapes ``K ×₃ P`` in a way that mixes the indices of block and rank. It has the
-    same number of parameters, but computes other updates.
+    For fc1 and fc2, the authors' code reshapes ``K ×₃ P`` in a way that mixes the indices of block and rank. With the
+    same number of parameters, that code computes other updates.
     """
 
     method = "fact_tk"

@@ -1,4 +1,4 @@
-"""FacT-TT (arXiv 2212.03145): ``ΔW[l, m] = s · U C[l, m] V`` for 12 matrices d x d of each block of a ViT."""
+"""Implement FacT-TT (arXiv 2212.03145): ``ΔW[l, m] = s · U C[l, m] V`` for the 12 matrices d x d of each ViT block."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoRA (arXiv 2106.09685): ``ΔW = s · A B``, where each layer has its own A and B."""
+"""Implement LoRA (arXiv 2106.09685): ``ΔW = s · A B``, where each layer has its own A and B."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class LoRABank(StackedBank):
 
 @dataclass
 class LoRAConfig(MethodConfig):
-    """Low-rank adaptation. As in ``peft``, a fused qkv is one matrix. The s of ``peft`` is ``lora_alpha / r``."""
+    """Configure low-rank adaptation. As in ``peft``, a fused qkv is one matrix; s is ``lora_alpha / r`` there."""
 
     method = "lora"
     paper = "2106.09685"

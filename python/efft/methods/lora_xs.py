@@ -1,4 +1,7 @@
-"""LoRA-XS (arXiv 2405.17604): ``ΔW = s · A R B`` between frozen singular vectors of the layer's own weight."""
+"""Implement LoRA-XS (arXiv 2405.17604): ``ΔW = s · A R B``, where A and B are frozen and come from the layer's weight.
+
+They contain the leading singular vectors of the weight. R is trained.
+"""
 
 from __future__ import annotations
 

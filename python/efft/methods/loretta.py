@@ -1,4 +1,8 @@
-"""LoRETTA (arXiv 2402.11417): the A and B of LoRA (rep) or of an adapter after a layer (adp) are tensor trains."""
+"""Implement LoRETTA (arXiv 2402.11417), in which A and B are tensor trains.
+
+In the form "rep", A and B are the factors of LoRA. In the form "adp", they are the matrices of an adapter that follows
+a layer.
+"""
 
 from __future__ import annotations
 
@@ -94,7 +98,7 @@ class AdapterLinear(EfftLinear):
         return super().update(D, G)
 
     def evaluated(self) -> tuple[Tensor, Tensor]:
-        """Raise ValueError, because these operands are not an update of the weight and cannot be added to it."""
+        """Raise ValueError, because an adapter with a nonlinearity is not an update that can be added to the weight."""
         raise ValueError(
             "an adapter with a nonlinearity is not an update of a weight, so it cannot be merged, shown or "
             "exported as one; use the adapted model without merging"

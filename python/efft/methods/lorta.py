@@ -1,4 +1,8 @@
-"""LoRTA (arXiv 2410.04060): one CP decomposition over output, input within a head, heads, layers and matrices."""
+"""Implement LoRTA (arXiv 2410.04060): one CP decomposition of the updates of all matrices of all blocks.
+
+Its modes (dimensions) are the input, the output, the heads, the blocks and the matrices of a block. The heads divide
+either the input or the output.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +20,9 @@ from efft_kernels.nn.operands import column_blocks, row_blocks
 class LoRTABank(BlockBank):
     """Hold the factors of one CP decomposition of all updates ``ΔW[l, m]`` (where ``y = x ΔW``).
 
-    For each head h, ``ΔW[l, m]`` has the block of rows ``s · (A diag(c_l ∘ c_m ∘ c_h) B)ᵀ``. If the heads divide the
-    output, it has the column block ``s · A diag(c_l ∘ c_m ∘ c_h) B`` instead. These are r (d + d/H + L + M + H)
-    parameters for L blocks of M matrices with H heads.
+    If the heads divide the input, ``ΔW[l, m]`` has the block of rows ``s · (A diag(c_l ∘ c_m ∘ c_h) B)ᵀ`` for each head
+    h. If they divide the output, it has the column block ``s · A diag(c_l ∘ c_m ∘ c_h) B`` for each head h. These are
+    r (d + d/H + L + M + H) parameters for L blocks of M matrices with H heads.
 
     A ``[d, r]`` and the vectors c_l, c_m and c_h (rows ``[., r]`` of C_l, C_m and C_h) start Kaiming-uniform. B
     ``[r, d/H]`` starts at zero.

@@ -1,4 +1,4 @@
-"""LoTR (arXiv 2402.01376): ``ΔW[l] = s · U C[l] V``, where all layers of a role share U and V."""
+"""Implement LoTR (arXiv 2402.01376): ``ΔW[l] = s · U C[l] V``, where all layers with the same role share U and V."""
 
 from __future__ import annotations
 

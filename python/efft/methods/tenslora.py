@@ -1,4 +1,4 @@
-"""TensLoRA (arXiv 2509.19391): Tucker decompositions of updates that are stacked along heads, matrices and blocks."""
+"""Implement TensLoRA (arXiv 2509.19391): Tucker decompositions of updates stacked along heads, matrices and blocks."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ _TENSORS = ("att", "qkv", "depth", "att_qkv", "att_depth", "qkv_depth", "att_qkv
 
 
 class TensLoRABank(BlockBank):
-    """Hold Tucker tensors with the modes input, output and those in ``config.tensor``.
+    """Hold Tucker tensors whose modes (dimensions) are the input, the output and those that ``config.tensor`` names.
 
-    The other modes are heads (att), matrices (qkv) and blocks (depth). If blocks or matrices are not a mode, each block
-    or matrix has its own tensor. X is the number of blocks with their own tensor, or 1, and Y is the same for matrices.
+    ``config.tensor`` names one or more of heads (att), matrices (qkv) and blocks (depth). If the blocks are not a mode,
+    each block has its own tensors, and X is the number of blocks; otherwise X is 1. If the matrices are not a mode,
+    each matrix of a block has its own tensor, and Y is the number of matrices; otherwise Y is 1.
 
     The core is ``[X, Y, r_in, r_out, r_heads, r_matrices, r_blocks]``, where the rank of a missing mode is 1. It starts
     at zero. The factors ``[X, Y, size, rank]`` start orthogonal (V is transposed). Each tensor has prod(ranks) plus the

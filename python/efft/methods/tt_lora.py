@@ -1,4 +1,4 @@
-"""TT-LoRA (arXiv 2408.01008): the update of each layer is a tensor train over factors of its input and output size."""
+"""Implement TT-LoRA (arXiv 2408.01008): each update is a tensor train over factors of the input and output sizes."""
 
 from __future__ import annotations
 

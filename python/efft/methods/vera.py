@@ -1,4 +1,4 @@
-"""VeRA (arXiv 2310.11454): ``ΔW = s · A diag(λ_d) B diag(λ_b)``, where A and B are random and frozen."""
+"""Implement VeRA (arXiv 2310.11454): ``ΔW = s · A diag(λ_d) B diag(λ_b)``, where A and B are random and frozen."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from efft.methods.base import Layer, MethodConfig, StackedBank, zeros
 
 
 class VeRABank(StackedBank):
-    """Hold the frozen A ``[d_in, r]`` and B ``[r, d_out]``, and the trained lambda_d ``[n, r]`` and lambda_b
-    ``[n, d_out]``.
+    """Hold the frozen A ``[d_in, r]`` and B ``[r, d_out]``, and the trained vectors of n layers.
 
-    Each layer has r + d_out trained parameters. lambda_b starts at zero. All layers of the bank share A and B, which
-    are Kaiming-uniform as in ``peft`` (where layers of all shapes share one pair). A and B are saved with the adapter,
-    because another machine may not draw the same numbers.
+    The trained parameters are lambda_d ``[n, r]`` and lambda_b ``[n, d_out]``, which starts at zero: r + d_out per
+    layer. All layers of the bank share A and B, which are Kaiming-uniform as in ``peft`` (in which layers of all shapes
+    share one pair). A and B are saved with the adapter, because another machine may not draw the same numbers.
     """
 
     A: Tensor

@@ -14,13 +14,13 @@ from efft_kernels.nn.frozen import is_plain
 
 
 class Extras(NamedTuple):
-    """Selection of the parameters of a model that are trained in addition to the factors and the head.
+    """Select the biases and norms of a model that are trained in addition to the factors and the head.
 
     Attributes:
-        bias: "none", "all" (the biases of the whole model outside the head), "adapted" (those of adapted layers), or
-            "auto" (those of adapted layers, as far as there are any, without those of projections to queries, keys and
-            values in architectures whose layers the library knows by role). A bias is a parameter of one dimension that
-            is called ``bias``, or whose name ends in ``_bias`` (``in_proj_bias``).
+        bias: "none"; "all" (all biases outside the head); "adapted" (the biases of adapted layers); or "auto" (like
+            "adapted", but without an error if there are no biases, and without the biases of layers that are known to
+            compute queries, keys or values). A bias is a parameter of one dimension that is called ``bias``, or whose
+            name ends in ``_bias`` (``in_proj_bias``).
         norms: whether the weights and biases of normalization layers (:func:`is_norm`) are trained.
     """
 
@@ -43,10 +43,11 @@ def find_extras(model: nn.Module, wanted: Extras, weights: Mapping[str, Weight],
         model: a model that is not adapted; it may be on the meta device.
         wanted: selection of the parameters.
         weights: the adapted weights.
-        head: names of the modules that are trained as a whole.
+        head: names of the modules that are trained completely.
 
     Returns:
-        The names in the order of the model's modules. A parameter that several modules share is included once.
+        A dict from names to numbers of entries, in the order of the model's modules. A parameter that several modules
+        share is included once.
 
     Raises:
         ValueError: the model has no such parameters, or one of them cannot be trained.

@@ -41,6 +41,5 @@ def is_plain_name(pattern: str) -> bool:
 
 
 def are_short(patterns: Iterable[str]) -> bool:
-    """Return whether the regular expressions in ``patterns`` have at most :data:`MOST_CHARACTERS` characters in
-    total."""
+    """Return whether the regular expressions in ``patterns`` have at most :data:`MOST_CHARACTERS` characters in all."""
     return sum(len(pattern) for pattern in patterns if not is_plain_name(pattern)) <= MOST_CHARACTERS

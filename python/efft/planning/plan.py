@@ -1,4 +1,7 @@
-"""Plan an adaptation. The plan states which weights share which factors, which weights are left out, and why."""
+"""Plan an adaptation. The plan states which weights share which factors, which weights are left out, and why.
+
+A *block* is one of the repeated modules of a model, such as a transformer layer.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ SILENT_SHARE = 0.01
 
 @dataclass
 class Plan:
-    """Description of the changes that ``efft.apply`` would make to a model. Printing a plan shows a table.
+    """Describe the changes that ``efft.apply`` would make to a model. Printing a plan shows a table.
 
     Attributes:
         groups: descriptions of the banks of factors (:class:`efft.config.Group`). The groups of EFFT also contain the
@@ -54,7 +57,7 @@ class Plan:
 
     @property
     def untouched_share(self) -> float:
-        """Share of the weights in blocks that is not adapted."""
+        """Share of the entries of all weights in blocks that is not adapted."""
         return sum(self.left_out.values()) / self.in_blocks if self.in_blocks else 0.0
 
     @property
@@ -72,8 +75,7 @@ class Plan:
         return sorted(self.weights, key=lambda name: place[self.weights[name].module])
 
     def missing(self) -> str:
-        """Describe the weights in blocks that are not adapted, by name and share. The text is empty if all are
-        adapted."""
+        """Describe the weights in blocks that are not adapted, by name and share; return "" if all are adapted."""
         if not self.left_out:
             return ""
         kinds: dict[str, list[str]] = {}

@@ -152,8 +152,8 @@ def _ffn(name: str, layers: _Layers) -> _Layout:
 def _joint(name: str, layers: _Layers) -> _Layout:
     """Lay out the single tensor train of EFFT1: U [d, r1], V [r2, 4 d].
 
-    The update of [q|k|v|o] is U C V in four column blocks, the update of fc1 is U C V, and the update of fc2 is (U C
-    V)ᵀ.
+    The update of [q|k|v|o] is U C V, in which each matrix is one of four column blocks. The update of fc1 is U C V, and
+    the update of fc2 is the transpose of such a product.
     """
     attention = {n: s for n, s in layers.items() if s.role in MHSA_ROLES}
     mlp = {n: s for n, s in layers.items() if s.role in FFN_ROLES}

@@ -104,7 +104,7 @@ class Structure:
         return inside or matrices
 
     def with_tied(self, weights: Mapping[str, Weight]) -> tuple[dict[str, Weight], dict[str, str]]:
-        """Return the weights with the tied layers that share them, and for each of these the layer it shares with."""
+        """Return ``weights`` with the tied layers that share one of them, and the part of ``tied`` for these layers."""
         tied = {name: first for name, first in self.tied.items() if first in weights}
         return {**weights, **{n: replace(weights[first], name=n, module=n) for n, first in tied.items()}}, tied
 
@@ -218,7 +218,7 @@ def _weights_of(name: str, module: nn.Module) -> list[tuple[Weight, str | None]]
             weight = _read(name, p, t)
             likely = None if p.endswith("weight") else _DOUBTFUL
             unlikely = _TABLE if min(weight.d_in, weight.d_out) == 1 else likely
-            # One matrix per head.
+            # Such a parameter contains one matrix per head.
             if t.dim() > 2 and likely is None and not isinstance(module, nn.modules.conv._ConvNd):
                 weight = replace(weight, d_in=t.shape[-1], d_out=math.prod(t.shape[:-1]), view="stacked")
             found.append((weight, cannot_adapt_parameter(module, p, weight.read_as) or unlikely))
@@ -318,9 +318,9 @@ _MLP = re.compile(r"mlp|ffn|feed_?forward|expert|moe|glu", re.IGNORECASE)
 def parts_of(model: nn.Module, weights: Mapping[str, Weight]) -> dict[str, str]:
     """Find the weights that belong to the attention ("mhsa") and those that belong to the MLP ("ffn") of a block.
 
-    The part is inferred from the names and classes of the modules around the weight inside its block. If they give no
-    hint, the modules around the block are used (for experts in a list). If these give no hint either and the block has
-    an attention, the shapes are used: two weights with transposed shapes form the MLP. Weights without a known part are
+    The part is inferred from the names and classes of the modules around the weight inside its block, or else from
+    those of the modules around the block (for experts in a list). If neither tells the part and the block has an
+    attention, the shapes are used: two weights with transposed shapes form the MLP. Weights without a known part are
     omitted.
 
     A router in a mixture of experts counts as part of the MLP that contains it.

@@ -78,7 +78,7 @@ def find_targets(
 
     Args:
         model: any module; it may be on the meta device.
-        head: names of the modules of which all parameters are trained.
+        head: names of the modules that are trained completely.
         targets: one of :data:`TARGETS`, or patterns of names (:func:`efft.planning.names.matcher`).
         exclude: patterns of names to leave out.
         kinds: the kinds of weights that can be adapted (:attr:`efft.planning.structure.Weight.kind`).
@@ -154,11 +154,11 @@ def _by_keyword(model: nn.Module, structure: Structure, targets: str, kinds: Col
 
 
 def _group_as_published(structure: Structure) -> list[Target]:
-    """Return the weights with their roles in a ViT, a Swin or a related model.
+    """Return the weights in blocks with their roles in a ViT, a Swin or a related model.
 
-    The result is empty if a block has a weight without a role.
-
-    As in the paper, the weights between blocks (the downsampling of a Swin) are not adapted.
+    The result is empty if the model is of another kind: if a block has a weight without a role, an incomplete attention
+    or sizes that differ from those in the paper. As in the paper, the weights between blocks (the downsampling of a
+    Swin) are not adapted.
     """
     targets = [known_target(weight) for weight in structure.in_blocks.values()]
     roles: dict[str, set[str]] = {}

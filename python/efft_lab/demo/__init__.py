@@ -1,1 +1,1 @@
-"""Run the demo: train EFFT2 and a linear probe on two small tasks, then save, reload, merge and check the adapter."""
+"""Run the demo: train EFFT and a linear probe on two small tasks, then save, reload, merge and check the adapter."""

@@ -48,25 +48,25 @@ def demo(out: Path, quick: bool) -> None:
         print(f"\n[{number}/{len(TASKS)}] {name}: data and linear probe", flush=True)
         own, head = efft_config(name, quick), probe_config(name, quick)
         task = load(name, image_size=resolve_image_size(own.model, own.image_size), max_test=200 if quick else None)
-        folders = {"linear probe": out / f"{name}-linear", "EFFT2": out / f"{name}-efft"}
+        folders = {"linear probe": out / f"{name}-linear", "EFFT": out / f"{name}-efft"}
         clock = [time.perf_counter()]
         probe = linear_probe(head, folders["linear probe"], build.create_model(head, task.classes), task)
         clock.append(time.perf_counter())
         print(f"linear probe: test accuracy {probe.summary['test_accuracy']:.1%}")
-        print(f"[{number}/{len(TASKS)}] {name}: EFFT2", flush=True)
-        efft_run = run(own, folders["EFFT2"], task=task, overwrite=True)
+        print(f"[{number}/{len(TASKS)}] {name}: EFFT", flush=True)
+        efft_run = run(own, folders["EFFT"], task=task, overwrite=True)
         clock.append(time.perf_counter())
-        print(f"EFFT2: test accuracy {efft_run.summary['test_accuracy']:.1%}")
+        print(f"EFFT: test accuracy {efft_run.summary['test_accuracy']:.1%}")
         assert efft_run.model is not None  # holds because the run was not resumed
         print("loading the adapter in a new process, merging it, comparing logits", flush=True)
-        agreements = verify(efft_run.model, folders["EFFT2"], task.val)
+        agreements = verify(efft_run.model, folders["EFFT"], task.val)
         for agreement in agreements:
             print(f"  {agreement}")
         # Do not use the first 200 images, because a test set may be sorted by class.
         shown = torch.randperm(len(task.test), generator=torch.Generator().manual_seed(0))[:200].tolist()
         predictions, labels = predict(efft_run.model, Subset(task.test, shown), title="pictures")
-        seconds = {"linear probe": clock[1] - clock[0], "EFFT2": clock[2] - clock[1]}
-        results = {"linear probe": probe.summary, "EFFT2": efft_run.summary}
+        seconds = {"linear probe": clock[1] - clock[0], "EFFT": clock[2] - clock[1]}
+        results = {"linear probe": probe.summary, "EFFT": efft_run.summary}
         reports.append(TaskReport(task, folders, results, seconds, agreements, shown, predictions, labels))
 
     command = " ".join(["python -m efft_lab.demo", *sys.argv[1:]])

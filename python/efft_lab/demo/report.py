@@ -47,7 +47,7 @@ class TaskReport:
 def table(reports: list[TaskReport]) -> str:
     """Return a Markdown table of all tasks and methods."""
     lines = [
-        "| task | method | trainable parameters | of these factors | saved KB | test accuracy | seconds |",
+        "| task | method | trainable parameters | excluding the head | saved KB | test accuracy | seconds |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
     for report in reports:
@@ -55,8 +55,9 @@ def table(reports: list[TaskReport]) -> str:
         if trivial:
             lines.append(f"| {name} | best trivial predictor | - | - | - | {max(trivial.values()):.1f} % | - |")
         for method, result in report.results.items():
+            excluding_head = result["trainable_parameters"] - result["head_parameters"]
             lines.append(
-                f"| {name} | {method} | {result['trainable_parameters']:,} | {result['factor_parameters']:,} | "
+                f"| {name} | {method} | {result['trainable_parameters']:,} | {excluding_head:,} | "
                 f"{result['saved_bytes'] / 1000:.1f} | {result['test_accuracy']:.1%} | {report.seconds[method]:.0f} |"
             )
     return "\n".join(lines)
@@ -64,14 +65,15 @@ def table(reports: list[TaskReport]) -> str:
 
 def write_report(reports: list[TaskReport], out: Path, note: str, command: str, seconds: float) -> str:
     """Write report.md and return its text."""
-    efft_result = next(iter(reports)).results["EFFT2"]
+    efft_result = next(iter(reports)).results["EFFT"]
     config = efft_result["config"]
     checks = [f"- {report.task.info.name}: {agreement}" for report in reports for agreement in report.agreements]
     facts = {
         "backbone": note,
         "data": "; ".join(f"{report.task!r}" for report in reports),
-        "EFFT": f"rank {config['efft']['rank']}, scale {config['efft']['scale']}, lr {config['lr']}, batch "
-        f"{config['batch_size']}, {config['epochs']} epochs, seed {config['seed']}, amp {config['amp']}",
+        "EFFT": f"EfftConfig.auto(): rank {config['efft']['rank']}, scale {config['efft']['scale']}, biases "
+        f"{config['efft']['bias']}; lr {config['lr']}, batch {config['batch_size']}, {config['epochs']} epochs, "
+        f"seed {config['seed']}, amp {config['amp']}",
         "linear probe": "learning rate (validation): "
         + ", ".join(f"{r.task.info.name} {r.results['linear probe']['config']['lr']:g}" for r in reports),
         "machine": f"{machine_facts()['machine']}, {efft_result['device']}",
@@ -145,7 +147,7 @@ def _draw_images(report: TaskReport, part: Any) -> None:
     wrong_ones = (~right).nonzero().flatten().tolist()[: _SHOWN // 2]
     shown = right.nonzero().flatten().tolist()[: _SHOWN - len(wrong_ones)] + wrong_ones
     names = report.task.class_names
-    part.suptitle(f"test images, EFFT2: {len(shown) - len(wrong_ones)} right, {len(wrong_ones)} wrong")
+    part.suptitle(f"test images, EFFT: {len(shown) - len(wrong_ones)} right, {len(wrong_ones)} wrong")
     for axis, index in zip(part.subplots(2, _SHOWN // 2).flat, shown, strict=False):
         axis.imshow(report.task.raw("test", report.shown[index]))
         predicted, label = names[report.predictions[index]], names[report.labels[index]]

@@ -1,4 +1,4 @@
-"""Define the settings of the demo, which were selected on validation images only."""
+"""Define the settings of the demo: the default of the library, without a search."""
 
 from __future__ import annotations
 
@@ -26,14 +26,13 @@ def fast_bf16() -> bool:
 
 
 def efft_config(task: str, quick: bool) -> TrainConfig:
-    """Return the configuration of EFFT2 with rank 16 (61,440 factor parameters in 48 linear layers)."""
+    """Return the configuration that trains the library's default, :meth:`efft.EfftConfig.auto`."""
     return TrainConfig(
         data=task,
         image_size=IMAGE_SIZE,
-        efft=EfftConfig(variant="efft2", rank=16, scale=10.0, dropout=0.0),
+        efft=EfftConfig.auto(),
         epochs=1 if quick else 8,
         batch_size=16,
-        lr=2e-3,
         drop_path=0.0,
         schedule_per="update",
         log_every=5,

@@ -22,7 +22,8 @@ from efft_kernels import build, native
 
 ROOT = Path(__file__).parents[3]
 SANITIZERS = "-fsanitize=address,undefined"
-#: Selects the tests of the backend cpu. The id of the device is also "cpu", so the other backends are excluded.
+#: The option -k of pytest that selects the tests of the backend cpu. It excludes the other backends, because the ids of
+#: their tests may contain "cpu" as well, as the name of the device.
 OF_THE_BACKEND = "cpu and not (eager or reference or triton)"
 
 
@@ -49,7 +50,7 @@ def build_sanitized(root: Path, cache: Path) -> None:
 
 
 def sanitized(root: Path, cache: Path, isa: str) -> dict[str, str]:
-    """Return the environment for a program that uses the sanitized library; it loads the sanitizers before Python."""
+    """Return the environment for a program that uses the sanitized library. LD_PRELOAD loads the sanitizers first."""
     cxx = build.find_tools("cpu").cxx
     libraries = [
         subprocess.run([cxx, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()

@@ -32,7 +32,7 @@ needs_compiler = pytest.mark.skipif(missing_tools("cpu") is not None, reason=mis
 
 @needs_compiler
 def test_where_there_is_a_compiler_the_extension_is_tested() -> None:
-    """Otherwise all tests of the cpu backend would be skipped unnoticed."""
+    """If the library were missing although there is a compiler, all tests of the cpu backend would be skipped."""
     assert native.MISSING["cpu"] is None
 
 
@@ -123,7 +123,7 @@ def exported(path: Path) -> list[str]:
 @needs_compiler
 @pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm, of binutils")
 def test_nothing_but_the_stable_abi_is_used() -> None:
-    """The library uses no C++ symbols of torch and no symbols of Python, so it works with every version of both."""
+    """The library uses no C++ symbols of torch and no symbols of Python, so it does not depend on their versions."""
     path = build.find("cpu")
     assert path is not None
     names = exported(path)
@@ -169,7 +169,7 @@ def test_installed_wheel(tmp_path: Path) -> None:
 
 
 def test_an_installation_fails_if_its_wish_cannot_be_met(tmp_path: Path) -> None:
-    """Without a compiler pip stops with the reason; it does not install less than the user requested."""
+    """Without a compiler the build of the wheel fails with the reason and does not omit the requested extension."""
     environment = {**os.environ, "EFFT_BUILD_EXT": "cpu", "PATH": str(tmp_path), "CXX": "no-such-compiler"}
     command = [sys.executable, "setup.py", "bdist_wheel", "--dist-dir", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -29,7 +29,7 @@ def _backend() -> object:
 
 
 def bare(op: object, x: Tensor, **options: object) -> Pair:
-    """Return the op's input stage and its slope or gradient, by means of an identity weight and a zero update."""
+    """Return the output and the gradient of the op's GELU or norm. W is the identity, and the update is zero."""
     d = x.shape[-1]
     x = x.detach().requires_grad_()
     identity = torch.eye(d, dtype=x.dtype)
@@ -106,7 +106,7 @@ def test_norm_of_rows_far_from_zero(mean: float, eps: float, outlier: float) -> 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_not_a_number_stays_in_its_row(value: float) -> None:
-    """The test checks y and dx. dD and dG sum over the rows and therefore become NaN as well."""
+    """A NaN or infinity in one row of x or gy affects only this row of y or dx. dD and dG are sums over all rows."""
     inputs = make_inputs("tt_linear", tokens=70, d_in=50, d_out=70, r1=17)
     leaves = {name: inputs[name].requires_grad_() for name in ("x", "D", "G")}
     with torch.no_grad():
@@ -127,7 +127,7 @@ def test_what_is_not_a_number_stays_in_its_row(value: float) -> None:
 @pytest.mark.parametrize("rank", [1, 5, 16, 21])
 @pytest.mark.parametrize("d_in", [1, 24])
 def test_factors_cut_from_the_end_of_a_wider_matrix(rank: int, d_in: int) -> None:
-    """Even if the row stride is a multiple of the panel width, the kernel must not read a full panel at the end."""
+    """Kernels read 16 columns at a time if the row stride is a multiple of 16, but not beyond the last column."""
     inputs = make_inputs("tt_linear", d_in=d_in, r1=rank)
     expected = tt_linear(**inputs)
     for name in ("D", "G"):

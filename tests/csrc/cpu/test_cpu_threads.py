@@ -104,7 +104,7 @@ def test_memory_that_is_kept_does_not_grow(how: str) -> None:
     for _ in range(10):
         once()
     grown = []
-    for _ in range(4):  # a leak grows in every round, the allocator's own arenas only in the first
+    for _ in range(4):  # a leak uses more memory in every round, but the allocator's arenas grow only in the first
         before = resident()
         for _ in range(20):
             once()

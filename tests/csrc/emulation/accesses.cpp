@@ -1,6 +1,8 @@
-// What the threads themselves read and write. The kernels are compiled with -fsanitize=thread, whose calls before every
-// access end here and not in its library: shared memory that another block owns, or that a copy is filling, must not be
-// touched, and what was written must be fenced before copies and products, which read by another way, may see it.
+// Checks every read and write of the emulated threads. The kernels are compiled with -fsanitize=thread, so that the
+// compiler inserts a call before every access. This file defines the called functions, instead of the library of the
+// sanitizer. A thread must not access the shared memory of another block or memory that an asynchronous copy is
+// filling. A thread must also execute a proxy fence after a write to shared memory, before asynchronous copies and
+// products use that memory, because these do not see the writes of threads otherwise.
 #include <dlfcn.h>
 
 #include <algorithm>
@@ -13,8 +15,11 @@ namespace emulation {
 
 namespace {
 
-std::vector<uint16_t> writers;                              // of each byte of each block, plus one; 0: fenced
-std::vector<std::vector<std::pair<size_t, size_t>>> wrote;  // by thread: ranges of bytes not fenced yet
+// For each byte of shared memory of each block: the number, plus one, of the thread that wrote it and has not fenced
+// the write yet, or 0.
+std::vector<uint16_t> writers;
+// For each thread: the ranges (first byte, number of bytes) that it has written and not fenced yet.
+std::vector<std::vector<std::pair<size_t, size_t>>> wrote;
 
 }  // namespace
 
@@ -58,12 +63,16 @@ void access(const void* place, size_t bytes, bool writes) {
 
 namespace {
 
-bool runs, is_dependent;  // a launch; launchers are compiled like kernels
+// `runs` says whether a launch is in progress. All other accesses are ignored: the functions that launch kernels are
+// compiled with the same flags as the kernels. `is_dependent` says whether the launch may start before the previous
+// kernel has ended. `host` is the stack frame of the function that launches.
+bool runs, is_dependent;
 const unsigned char* host;
 const bool counts = std::getenv("EFFT_EMULATION_COUNT") != nullptr;
 std::unordered_set<uintptr_t> read_sectors, written_sectors;
 
-// Stacks, with the arguments of the kernel, and constants are not memory that other kernels use.
+// Returns whether no other kernel uses this memory: the stacks (which also hold the arguments of the kernel), and the
+// constants and variables of libraries.
 bool is_own(const void* place) {
   constexpr std::ptrdiff_t STACK_OF_HOST = 8 << 20;
   const auto above = static_cast<const unsigned char*>(place) - host;
@@ -146,8 +155,8 @@ void __tsan_write_range(void* place, size_t bytes) {
   emulation::access(place, bytes, true);
 }
 unsigned char __tsan_atomic8_load(const volatile unsigned char* place, int) {
-  return *place;
-}  // static variables
+  return *place;  // used for the initialization of static variables
+}
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}

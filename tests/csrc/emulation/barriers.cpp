@@ -1,4 +1,4 @@
-// Barriers that lie in shared memory, and those of clusters.
+// Emulates barriers in shared memory (mbarrier) and the barriers of clusters of blocks.
 #include <unordered_map>
 
 #include "machine.h"
@@ -8,12 +8,12 @@ namespace emulation {
 namespace {
 
 struct Barrier {
-  uint32_t arrivals = 0;  // that end a phase
-  int64_t missing = 0;    // arrivals
-  int64_t bytes = 0;      // expected and not there yet; negative: there before they were expected
-  uint32_t phase = 0;
-  size_t made_by = 0;
-  bool is_visible = false;  // to other blocks, and to copies
+  uint32_t arrivals = 0;    // number of arrivals that end a phase
+  int64_t missing = 0;      // number of arrivals that are still missing in this phase
+  int64_t bytes = 0;        // number of expected bytes that have not arrived; negative if they arrived before that
+  uint32_t phase = 0;       // number of completed phases
+  size_t made_by = 0;       // number of the thread that initialized the barrier
+  bool is_visible = false;  // whether a fence has made the barrier visible to other blocks and to copies
 };
 
 std::unordered_map<const void*, Barrier> barriers;
@@ -40,6 +40,7 @@ void end_phase_if_complete(const void* place, Barrier& barrier) {
     if (thread.state == State::waits_for_barrier && thread.barrier == place) thread.state = State::ready;
 }
 
+// Returns the place in another block's shared memory that corresponds to `own` in this block.
 const unsigned char* in_block(const void* own, size_t block) {
   return blocks[block].shared + (static_cast<const unsigned char*>(own) - blocks[my_block()].shared);
 }

@@ -1,4 +1,8 @@
-"""Compiles csrc/cuda for the CPU, against the emulated instructions and runtime beside this file."""
+"""Compile csrc/cuda for the CPU, with the emulated instructions and CUDA runtime in this folder.
+
+``python -m tests.csrc.emulation.build FOLDER`` builds the library in FOLDER and prints its path. "Hopper" and "sm_90"
+are names for GPUs of compute capability 9.0.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +23,23 @@ SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined",
 
 
 class Hopper(NamedTuple):
-    """What the kernel of compute capability 9.0 is compiled with: headers of the CUDA toolkit and of CUTLASS."""
+    """Hold the folders of headers that the kernels for compute capability 9.0 need.
+
+    Attributes:
+        toolkit: headers of the CUDA toolkit.
+        cutlass: headers of CUTLASS.
+    """
 
     toolkit: Path
     cutlass: Path
 
 
 def hopper() -> Hopper:
-    """BuildError where one of the two is missing: the emulator can then run everything else."""
+    """Find the headers of the CUDA toolkit and of CUTLASS.
+
+    Raises:
+        BuildError: if one of them is missing. The emulator can then still run all other kernels.
+    """
     tools = find_tools("cuda")
     said = subprocess.run([str(tools.nvcc), "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
     found = re.search(r'INCLUDES="-I([^"]+)"', said)
@@ -36,7 +49,7 @@ def hopper() -> Hopper:
 
 
 def runs_hopper() -> bool:
-    """Whether the emulator can be built as a GPU of compute capability 9.0; says on stderr what is missing for it."""
+    """Return whether the emulator can run the kernels for compute capability 9.0; print to stderr what is missing."""
     try:
         hopper()
     except BuildError as missing:
@@ -46,7 +59,7 @@ def runs_hopper() -> bool:
 
 
 def sources(with_hopper: bool) -> dict[str, str]:
-    """The files of csrc/cuda; those of sm_90's own instructions only where the emulator has what they need."""
+    """Return the text of each file in csrc/cuda by its name, without the kernels for sm_90 if not ``with_hopper``."""
     return {p.name: p.read_text() for p in sorted(SOURCES.iterdir()) if with_hopper or not is_hopper(p.name)}
 
 
@@ -55,27 +68,37 @@ def is_hopper(name: str) -> bool:
 
 
 def planted(files: Mapping[str, str], file: str, what: str, fault: str) -> dict[str, str]:
-    """The same with a fault: ``what`` must occur in ``file``, and becomes ``fault`` wherever it does."""
+    """Return a copy of ``files`` with a fault: in ``file``, every occurrence of ``what`` is replaced by ``fault``.
+
+    ``what`` must occur in the file.
+    """
     assert what in files[file], f"{file} has changed: {what!r} is no longer in it"
     return {**files, file: files[file].replace(what, fault)}
 
 
 def build(files: Mapping[str, str], folder: Path, sanitize: bool = False) -> Path:
-    """A library whose ``efft::<op>.cuda`` run on CPU tensors; what ``folder`` holds unchanged is not compiled again."""
+    """Build a library whose operators ``efft::<op>.cuda`` run on CPU tensors, and return its path.
+
+    Args:
+        files: the text of each source file by its name, see :func:`sources`.
+        folder: the folder for sources, objects and the library. Files that have not changed since an earlier build in
+            this folder are not compiled again.
+        sanitize: whether to use the address and undefined-behavior sanitizers instead of the checks of accesses.cpp.
+    """
     tools = find_tools("cpu")
     with_hopper = any(map(is_hopper, files))
     flags = ["-g", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", f"-I{HERE}", *SANITIZERS * sanitize]
     torch = ["-std=c++20", "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-isystem{tools.torch / 'include'}"]
     kernel = ["-std=c++17", "-Wno-unknown-pragmas", "-Wno-psabi", "-include", str(HERE / "instructions.h"), "-x", "c++"]
     kernel += ["-DEFFT_SM90"] * with_hopper
-    if not sanitize:  # the calls before every access, which end in accesses.cpp
+    if not sanitize:  # inserts a call before every memory access; accesses.cpp defines the called functions
         kernel += ["-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0"]
     own = {p.name: p.read_text() for p in sorted(HERE.glob("*.cpp"))}
     folder.mkdir(parents=True, exist_ok=True)
     changed = set()
     for name, text in {**files, **own}.items():
         path = folder / name
-        # Kernels here are those of the CPU's dispatch key: torch's own name for a GPU tensor is not to be had.
+        # The operators are registered for CPU tensors, because there are no GPU tensors on a machine without a GPU.
         text = text.replace('#include "../', f'#include "{SOURCES.parent}/')
         text = re.sub(r"STABLE_TORCH_LIBRARY_IMPL\(efft, CUDA,", "STABLE_TORCH_LIBRARY_IMPL(efft, CPU,", text)
         if not path.exists() or path.read_text() != text:
@@ -89,12 +112,12 @@ def build(files: Mapping[str, str], folder: Path, sanitize: bool = False) -> Pat
         if source.name in changed or headers or not target.exists():
             extra = kernel if source.suffix == ".cu" else ["-O3", "-std=c++17"] if source.name in own else torch
             if is_hopper(source.name):
-                extra = [*kernel, *_hopper_flags(hopper()), "-g0"]  # names of CuTe's types take longer than its code
+                extra = [*kernel, *_hopper_flags(hopper()), "-g0"]  # writing CuTe's long type names takes too long
             _run(tools.cxx, *flags, *extra, "-c", str(source), "-o", str(target))
         return target
 
     units = [folder / name for name in (*files, *own) if Path(name).suffix in {".cpp", ".cu"}]
-    units.sort(key=lambda path: not is_hopper(path.name))  # what takes longest first
+    units.sort(key=lambda path: not is_hopper(path.name))  # starts with the files that take longest
     with ThreadPoolExecutor(2) as pool:
         objects = [str(path) for path in pool.map(compile_one, units)]
     library = folder / "emulated.so"
@@ -104,7 +127,11 @@ def build(files: Mapping[str, str], folder: Path, sanitize: bool = False) -> Pat
 
 
 def _hopper_flags(headers: Hopper) -> list[str]:
-    """For CuTe outside nvcc, with the emulator's files before CUTLASS's of the same names."""
+    """Return the flags to compile CuTe without nvcc.
+
+    The emulator's folder precedes CUTLASS's folder in the search path, so that the emulator's files replace CUTLASS's
+    files of the same names.
+    """
     shared_address = "__cvta_generic_to_shared=emulation::shared_address"
     return [
         *("-DNDEBUG", "-DEFFT_TOOLKIT", "-D__CUDACC_VER_MAJOR__=13", "-D__CUDACC_VER_MINOR__=0"),
@@ -119,7 +146,7 @@ def _hopper_flags(headers: Hopper) -> list[str]:
 
 
 def preload(cxx: str) -> str:
-    """What LD_PRELOAD must say for a sanitized library in a Python that is not."""
+    """Return the value of LD_PRELOAD with which a Python that is not sanitized can load a sanitized library."""
     names = ("libasan.so", "libubsan.so", "libstdc++.so.6")
     return " ".join(_run(cxx, f"-print-file-name={name}").strip() for name in names)
 

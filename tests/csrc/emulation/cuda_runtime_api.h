@@ -1,5 +1,7 @@
-// The few names of the CUDA runtime that csrc/cuda uses, for the CPU: a GPU of compute capability 8.0 or 9.0 that is so
-// small that a few tiles fill it. Where CuTe is used the types are the toolkit's, whose values these have too.
+// Declares the part of the CUDA runtime that csrc/cuda uses, for the emulator on the CPU. The emulated GPU has compute
+// capability 8.0 or 9.0, and by default so few multiprocessors that a few tiles fill it. Files that use CuTe are
+// compiled with EFFT_TOOLKIT and take the types from the CUDA toolkit. The enumerators that are defined here have the
+// same values.
 #pragma once
 
 #include <cstddef>
@@ -7,7 +9,7 @@
 
 #ifdef EFFT_TOOLKIT
 #include_next <cuda_runtime_api.h>
-// instructions.h says what these are here.
+// instructions.h defines these words for the emulator.
 #undef __global__
 #undef __device__
 #undef __host__
@@ -70,11 +72,12 @@ struct Launch {
   dim3 grid;
   unsigned threads;
   size_t shared_bytes;
-  unsigned cluster;  // blocks, side by side
-  bool dependent;    // starts before the kernel in front has ended
+  unsigned cluster;  // number of blocks per cluster, which are adjacent in x
+  bool dependent;    // whether the kernel may start before the previous kernel has ended
 };
 
-// Runs `thread` for every thread of every block; what went wrong is what cudaGetErrorString says next.
+// Calls `thread` once for every thread of every block. After an error, cudaGetErrorString returns its description until
+// the next launch.
 cudaError_t run(const Launch& launch, const void* kernel, const std::function<void()>& thread);
 
 }  // namespace emulation
@@ -89,6 +92,6 @@ cudaError_t cudaLaunchKernelEx(
     if (attribute.id == cudaLaunchAttributeProgrammaticStreamSerialization)
       launch.dependent = attribute.val.programmaticStreamSerializationAllowed != 0;
   }
-  const auto thread = [&] { kernel(static_cast<Parameters>(arguments)...); };  // on the stack, with its references
+  const auto thread = [&] { kernel(static_cast<Parameters>(arguments)...); };
   return emulation::run(launch, reinterpret_cast<const void*>(kernel), std::cref(thread));
 }

@@ -1,12 +1,19 @@
-// Runs kernels on the CPU: a fiber for every thread of a cluster of blocks, clusters in turn. Shared memory starts full
-// of NaN in every block. An asynchronous copy leaves NaN behind at once and arrives when its thread waits for it; what
-// compute capability 9.0 adds arrives when no thread can run, so as late as allowed.
+// Runs CUDA kernels on the CPU. Clusters of blocks run one after the other. Every thread of a cluster is a fiber: it
+// has its own stack, and the scheduler in this file switches between the fibers on one CPU thread. The shared memory of
+// every block initially contains NaN. An asynchronous copy (cp.async) fills its destination with NaN when it starts,
+// and completes when the thread that started it waits for it. The asynchronous operations that compute capability 9.0
+// adds, which are tensor copies and products of warp groups, complete only when no thread can run, which is as late as
+// possible.
 //
-// Threads run as far as they get, in order; with EFFT_EMULATION_REVERSE in reverse, so that a missing barrier shows in
-// one of the two; with EFFT_EMULATION_SEED in an order drawn anew each time, and what arrives late may arrive early.
-// EFFT_EMULATION_CAPABILITY=9 makes it a GPU of compute capability 9.0, EFFT_EMULATION_PROCESSORS says how many
-// multiprocessors it has. With EFFT_EMULATION_COUNT the bytes of each launch are counted; with EFFT_EMULATION_DRY
-// kernels are launched but do not run.
+// The scheduler runs each thread until it waits, and then the next thread. Environment variables change the emulation:
+// - EFFT_EMULATION_REVERSE: if set, the threads run in reverse order. A missing barrier causes a wrong result in one of
+//   the two orders.
+// - EFFT_EMULATION_SEED: a number. The threads run in a random order, which changes from turn to turn, and asynchronous
+//   operations complete at random times.
+// - EFFT_EMULATION_CAPABILITY: 8 (the default) or 9, the compute capability of the GPU.
+// - EFFT_EMULATION_PROCESSORS: the number of multiprocessors of the GPU. The default is 2.
+// - EFFT_EMULATION_COUNT: if set, the bytes that each launch reads and writes are counted.
+// - EFFT_EMULATION_DRY: if set, launches are recorded, but the kernels do not run.
 #include <dlfcn.h>
 #include <ucontext.h>
 
@@ -35,7 +42,7 @@ namespace {
 
 constexpr size_t STACK = 128 << 10, SHARED_UNASKED = 48 << 10;
 
-// Where a thread stopped.
+// The state in which a thread stopped, from which it continues later.
 struct Fiber {
   bool started = false;
   ucontext_t start;
@@ -47,10 +54,10 @@ std::vector<Fiber> fibers;
 const std::function<void()>* body;
 void* scheduler[5];
 std::string error;
-std::map<const void*, unsigned> launched;  // blocks per cluster
-std::map<const void*, size_t> asked;       // shared memory, by the kernels that were loaded
+std::map<const void*, unsigned> launched;  // number of blocks per cluster in the last launch of each kernel
+std::map<const void*, size_t> asked;       // bytes of shared memory that each loaded kernel may use
 
-// What has been launched: kernels as distances from the start of the library, for whoever knows its symbols.
+// The launches, see efft_emulation_launches.
 std::string log;
 
 int processors() {
@@ -65,12 +72,12 @@ size_t shared_limit() {
   return capability() == 9 ? 232448 : 166912;
 }
 
-// The order in which threads run and late things happen.
+// The order in which threads run and asynchronous operations complete.
 struct Order {
   bool reverse = std::getenv("EFFT_EMULATION_REVERSE") != nullptr,
        drawn = std::getenv("EFFT_EMULATION_SEED") != nullptr;
   std::mt19937 draw{drawn ? static_cast<unsigned>(std::atoi(std::getenv("EFFT_EMULATION_SEED"))) : 0};
-  unsigned copies_first = 0;  // of 4: how often a copy lands before products are done
+  unsigned copies_first = 0;  // of 4 random choices, the number in which a copy completes before products do
 
   size_t below(size_t count) { return draw() % count; }
 };
@@ -124,7 +131,7 @@ void prepare(size_t number) {
   makecontext(&fiber.start, run_body, 0);
 }
 
-// Whether everybody in a block waits at one barrier, and may go on.
+// Lets the threads of a block continue if all of them wait at the same barrier, and returns whether they do.
 bool opens_barrier(size_t block) {
   const size_t first = block * threads_per_block, count = threads_per_block;
   size_t waiting = 0, finished = 0;
@@ -150,7 +157,7 @@ bool opens_barrier(size_t block) {
   return true;
 }
 
-// A copy lands or products are done: whatever the order wants last.
+// Completes one copy or the products that one warp waits for, and returns whether there were any.
 bool something_happens() {
   const size_t copies = copies_under_way(), products = products_waited_for();
   if (copies + products == 0) return false;
@@ -186,7 +193,7 @@ void run_cluster() {
   std::vector<size_t> numbers(count);
   for (size_t i = 0; i < count; ++i) numbers[i] = order().reverse ? count - 1 - i : i;
   order().copies_first = static_cast<unsigned>(order().below(5));
-  // A block that starts as late as can be, so that the others must wait for it to be there.
+  // One block of the cluster starts only when no other thread can run, so that the other blocks must wait for it.
   size_t late = order().reverse ? 0 : blocks.size() - 1;
   if (order().drawn) late = order().below(blocks.size() + 1);
   if (blocks.size() == 1) late = blocks.size();
@@ -311,7 +318,7 @@ cudaError_t run(const Launch& launch, const void* kernel, const std::function<vo
   threads.resize(count * launch.cluster);
   if (fibers.size() < threads.size()) fibers.resize(threads.size());
   blocks.resize(launch.cluster);
-  // Of exactly this size, so that the address sanitizer sees an access past its end.
+  // The memory of each block has exactly this size, so that the address sanitizer reports an access past its end.
   std::vector<std::unique_ptr<void, decltype(&std::free)>> memory;
   for (Block& block : blocks) {
     void* bytes = nullptr;
@@ -334,8 +341,10 @@ cudaError_t run(const Launch& launch, const void* kernel, const std::function<vo
 
 extern "C" {
 
-// The launches since the last call, a line for each: kernel, grid, threads, cluster, whether it is dependent, bytes
-// read and bytes written (with EFFT_EMULATION_COUNT).
+// Returns the launches since the last call, one per line, without those that were refused. A line consists of numbers:
+// the distance in bytes from the start of the library to the code of the kernel, the three sizes of the grid, the
+// number of threads per block, the number of blocks per cluster, 1 if the launch is dependent or else 0, and the
+// numbers of bytes read and written, which are 0 without EFFT_EMULATION_COUNT.
 __attribute__((visibility("default"))) const char* efft_emulation_launches() {
   static std::string said;
   said.swap(emulation::log);
@@ -343,7 +352,8 @@ __attribute__((visibility("default"))) const char* efft_emulation_launches() {
   return said.c_str();
 }
 
-// How many kernels have run, how many the library has, and how many of those that have run did so in clusters.
+// Sets `run` to the number of kernels that have been launched, `all` to the number of kernels that the library has
+// loaded, and `in_clusters` to the number of kernels whose last launch had clusters of several blocks.
 __attribute__((visibility("default"))) void efft_emulation_coverage(int* run, int* all, int* in_clusters) {
   *run = static_cast<int>(emulation::launched.size());
   *all = static_cast<int>(emulation::asked.size());

@@ -1,8 +1,14 @@
-"""Faults to plant in csrc/cuda: a test builds each and expects the emulator to find it."""
+"""List faults to plant in csrc/cuda.
+
+tests/csrc/test_emulated.py builds the kernels with one fault at a time and expects the emulator to report it. Each
+entry replaces a text in one file. An entry also contains a regular expression for the message that must be reported,
+and in two of the three dictionaries the family of cases in ragged.py that must fail. "WRONG" is the message for a wrong
+result.
+"""
 
 from __future__ import annotations
 
-#: (file, what it says, what a mistake would say, the family of cases that shows it, how)
+#: Faults in the kernels for compute capability 8.0: (file, text, text with the fault, family of cases, message).
 FAULTS = {
     "no barrier before a buffer is filled again": (
         "lowrank_gemm.cu",
@@ -112,12 +118,13 @@ FAULTS = {
 }
 
 KERNEL = "lowrank_gemm_sm90.cu"
-#: A consumer writes an element of a buffer, its own value, and the next product reads it.
+#: Code in which a thread writes an element of a buffer, without a change of its value, before a product reads it.
 WRITE = (
     "{ volatile auto& one = reinterpret_cast<volatile uint16_t&>(shared.a[place.stage * P::BYTES_A / 2]); "
     "if (thread == 0) one = one; }\n"
 )
-#: (file, what it says, what a mistake would say, how it shows)
+#: Faults in the kernel for compute capability 9.0: (file, text, text with the fault, message). The family of cases is
+#: "tiles bfloat16".
 HOPPER_FAULTS = {
     "a buffer released before its products are done": (
         KERNEL,
@@ -225,7 +232,8 @@ HOPPER_FAULTS = {
 
 SUMS = "reduce_tokens_sm90.cu"
 WAIT = "wait_for_kernel_in_front();"
-#: Of the second generation: (file, what it says, what a mistake would say, family of cases, how it shows)
+#: Faults in the second generation of kernels, which EFFT_SM90_GENERATION=2 selects on compute capability 9.0: (file,
+#: text, text with the fault, family of cases, message).
 SECOND_FAULTS = {
     "a step of the tail too few": (
         KERNEL,

@@ -1,5 +1,6 @@
-// What compute capability 9.0 adds, for the CPU: barriers that count bytes, copies of tiles by tensor maps, products of
-// warp groups, clusters of blocks. The stand-ins for CUTLASS's headers call these functions.
+// Declares the emulation of the features that compute capability 9.0 adds: barriers that count bytes, tensor copies
+// (copies of tiles that a tensor map describes), products of warp groups, and clusters of blocks. The files in
+// cutlass/, which replace headers of CUTLASS, call these functions.
 #pragma once
 
 #include <cstddef>
@@ -8,10 +9,11 @@
 
 namespace emulation {
 
-// Ends the launch with an error; the first one counts.
+// Ends the launch with the error `what`. After the first error of a launch, further errors are ignored.
 void fail(const std::string& what);
 
-// Address of a place in the block's shared memory, as instructions and descriptors give it.
+// Returns the address of a place in the shared memory of this thread's block, in the form that instructions and
+// descriptors contain.
 uint32_t shared_address(const void* place);
 
 // Clusters.
@@ -20,7 +22,7 @@ void arrive_at_cluster();
 void wait_for_cluster();
 
 // Barriers in shared memory (mbarrier).
-constexpr uint32_t OWN = ~0u;  // block: that of the thread
+constexpr uint32_t OWN = ~0u;  // stands for the block of the calling thread
 void init_barrier(const void* barrier, uint32_t arrivals);
 void expect_bytes(const void* barrier, uint32_t bytes);
 void arrive_at_barrier(const void* barrier, uint32_t block = OWN);
@@ -28,29 +30,33 @@ bool test_barrier(const void* barrier, uint32_t parity);
 void wait_for_barrier(const void* barrier, uint32_t parity);
 void fence_barrier_init();
 
-// Writes of this thread become visible to copies and products, which read by another way than threads do.
+// Executes a proxy fence: makes this thread's writes to shared memory visible to asynchronous copies and products,
+// which do not see them otherwise.
 void fence_async();
 
-// A tile of a tensor map (cp.async.bulk.tensor), into the blocks of `mask`; 0: into that of the thread alone.
+// Starts a tensor copy (cp.async.bulk.tensor). The tile begins at (row, column) of the tensor and is copied to the
+// blocks whose bits are set in `mask`. If `mask` is 0, it is copied to the block of the calling thread.
 void copy_tile(const void* map, const void* barrier, uint16_t mask, void* to, int column, int row);
 
-// Products of a warp group (wgmma): sums [64, columns] += a [64, 16] b [16, columns].
+// A product of a warp group (wgmma): sums [64, columns] += a [64, 16] b [16, columns]. The fields describe the operands
+// of one thread.
 struct Product {
   bool is_bf16;
   int columns;
-  uint64_t left;              // descriptor, where a is null
-  const uint32_t* registers;  // of the left operand: [4]
-  uint64_t right;             // descriptor
-  bool left_by_columns, right_by_columns;  // the other order in shared memory (MN-major)
+  uint64_t left;                           // descriptor of a in shared memory; unused if `registers` is not null
+  const uint32_t* registers;               // [4], a in registers, or null
+  uint64_t right;                          // descriptor of b in shared memory
+  bool left_by_columns, right_by_columns;  // whether the operand is MN-major, instead of K-major, in shared memory
   float* sums;                             // [columns / 2]
-  bool adds;                               // to sums, which else start at zero
+  bool adds;                               // whether the product is added to the sums, or replaces them
 };
 void multiply_async(const Product& product);
 void fence_products();
 void commit_products();
+// Waits until at most `under_way` of the committed groups of products are not complete.
 void wait_products(int under_way);
 
-// setmaxnreg
+// Sets the number of registers per thread of a warp group (setmaxnreg).
 void set_registers(int count);
 
 }  // namespace emulation

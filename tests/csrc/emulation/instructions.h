@@ -1,5 +1,7 @@
-// csrc/cuda/instructions.cuh on the CPU, included first: the same functions, and the words that CUDA adds to C++. What
-// a warp does together is done by the last lane that comes to it, on the fragments as the PTX manual lays them out.
+// Implements the functions of csrc/cuda/instructions.cuh for the emulator on the CPU, and defines the words that CUDA
+// adds to C++. The compiler includes this file before every kernel file. The threads ("lanes") of a warp execute some
+// instructions together. Each lane waits until all lanes of its warp have reached the instruction, and the last one
+// executes it for the warp. The PTX manual defines which elements of a matrix each lane holds.
 #pragma once
 #define EFFT_INSTRUCTIONS
 
@@ -36,6 +38,7 @@ void copy_async(void* to, const void* from, int bytes);
 void commit_copies();
 void wait_copies(int under_way);
 
+// The instructions that the lanes of a warp execute together.
 enum class Together {
   load,
   load_transposed,
@@ -54,18 +57,19 @@ enum class Together {
 
 struct Product;
 
-// What a lane brings to something that its warp does together, and where its part of the result goes.
+// The operands of one lane for such an instruction, and the place for the lane's part of the result. A comment names
+// the instructions that use a field.
 struct Lane {
   Together what;
-  const void* row = nullptr;    // load: the row it points at
-  uint32_t* loaded = nullptr;   // load: [4]
-  float* sums = nullptr;        // multiply: [4]
-  const uint32_t* a = nullptr;  // multiply: [4]
-  const uint32_t* b = nullptr;  // multiply: [2]
-  float value = 0, received = 0;
-  int other = 0;
-  const Product* product = nullptr;
-  int number = 0;  // products_wait: that may be under way; registers: wanted
+  const void* row = nullptr;         // load: address of one row of a matrix
+  uint32_t* loaded = nullptr;        // load: [4], result
+  float* sums = nullptr;             // multiply: [4], operand and result
+  const uint32_t* a = nullptr;       // multiply: [4]
+  const uint32_t* b = nullptr;       // multiply: [2]
+  float value = 0, received = 0;     // exchange: operand and result
+  int other = 0;                     // exchange: the other lane is this lane's number XOR `other`
+  const Product* product = nullptr;  // product
+  int number = 0;  // products_wait: number of groups that may remain incomplete; registers: number of registers
 };
 void together(Lane& lane);
 

@@ -1,4 +1,5 @@
-// What the parts of the emulator share: the blocks of the cluster that runs, their threads, what is under way.
+// Declares the state and the functions that the parts of the emulator share: the blocks of the cluster that runs, their
+// threads, and the asynchronous copies and products that are under way (started and not complete).
 #pragma once
 
 #include <deque>
@@ -13,7 +14,7 @@
 namespace emulation {
 
 constexpr int WARP = 32, WARP_GROUP = 128;
-// Where a block's shared memory begins, as on a GPU, which keeps the first KiB for itself.
+// The address at which the shared memory of a block begins. As on a GPU, the first KiB is reserved.
 constexpr uint32_t SHARED_BASE = 1024;
 
 enum class State : uint8_t {
@@ -26,6 +27,7 @@ enum class State : uint8_t {
   finished
 };
 
+// A copy of one thread (cp.async).
 struct Copy {
   void* to;
   const void* from;
@@ -35,18 +37,18 @@ struct Copy {
 struct Thread {
   dim3 index{0, 0, 0};
   State state = State::ready;
-  int line = 0;  // of the block's barrier that it waits at
-  Lane* lane = nullptr;
-  // Of what the thread has waited for by itself since its warp last did something together: a warp whose lanes differ
-  // in this is not converged.
+  int line = 0;          // source line of the __syncthreads() at which the thread waits
+  Lane* lane = nullptr;  // operands of the instruction at which the thread waits for its warp
+  // A hash of the barriers in shared memory for which the thread has waited since its warp last executed an instruction
+  // together. If the hashes of the lanes differ, the warp is not converged.
   uint64_t alone = 0;
-  const void* barrier = nullptr;  // what it waits for
-  bool arrived = false;           // at the cluster's barrier, without having waited yet
-  int cluster_phase = 0;          // in which it arrived there
-  int registers = 0;              // that its warp group asked for; 0: it did not
-  bool waited = false;            // for the kernel in front
-  std::vector<Copy> open;         // cp.async: not yet in a group
-  std::deque<std::vector<Copy>> groups;
+  const void* barrier = nullptr;         // the barrier in shared memory for which the thread waits
+  bool arrived = false;                  // whether it has arrived at the cluster's barrier and not waited there yet
+  int cluster_phase = 0;                 // phase of the cluster's barrier in which the thread arrived
+  int registers = 0;                     // number of registers that the warp group requested, or 0 before a request
+  bool waited = false;                   // whether the thread has waited for the previous kernel
+  std::vector<Copy> open;                // copies (cp.async) that have not been committed to a group
+  std::deque<std::vector<Copy>> groups;  // committed groups of copies that have not arrived
 };
 
 struct Block {
@@ -54,9 +56,9 @@ struct Block {
   unsigned char* shared = nullptr;
 };
 
-extern std::vector<Thread> threads;  // of all blocks of the cluster, block after block
+extern std::vector<Thread> threads;  // the threads of all blocks of the cluster, one block after the other
 extern std::vector<Block> blocks;
-extern size_t running, threads_per_block, shared_bytes;
+extern size_t running, threads_per_block, shared_bytes;  // `running` is the index of the thread that runs
 
 inline Thread& me() {
   return threads[running];
@@ -72,44 +74,49 @@ bool failed();
 bool block_ended(size_t block);
 bool in_stack_of_thread(const void* place);
 
-// A thread, or a copy that it starts, reads or writes memory that is not shared memory: counted, and an error where the
-// kernel in front may still be running.
+// Records that a thread, or a copy that it starts, reads or writes memory other than shared memory. The access is an
+// error if the previous kernel may still be running.
 void touch_global(const void* place, size_t bytes, bool writes);
-// The start of a launch, and its end: bytes read and written, each 32 of them counted once.
+// start_traffic starts the record of one launch. end_traffic ends it and returns the numbers of bytes read and written.
+// Memory is counted in sectors of 32 bytes, and each sector at most once for reads and once for writes.
 void start_traffic(bool dependent, const void* stack_of_host);
 std::pair<size_t, size_t> end_traffic();
-// Lets others run until the state of the running thread is `ready` again.
+// Lets other threads run until the state of the running thread is `ready` again.
 void pause();
 
-// In the block, or an error that says what would leave it.
+// Returns the place of an address in the shared memory of a block. If `bytes` bytes from there do not fit into the
+// shared memory, returns null and ends the launch with the error `what`.
 unsigned char* shared_at(size_t block, uint32_t address, uint32_t bytes, const char* what);
 
-// What one lane does for its warp, once all lanes have come.
+// One lane calls these functions for its warp after all lanes have reached the instruction.
 void add_product(size_t warp, Lane* const* lanes);
 void commit_products(size_t warp);
 void fence_products(size_t warp);
 bool products_done(size_t warp, int under_way);
 
-// What can happen when threads wait: a copy that lands, products that a warp waits for.
+// The operations that the scheduler can complete while threads wait: asynchronous copies, and products for which a warp
+// waits. `which` is less than the number that the function before it returns.
 size_t copies_under_way();
 void land_copy(size_t which);
 size_t products_waited_for();
 void finish_products(size_t which);
 
-// A barrier in shared memory gets the bytes that a copy has brought.
+// Counts the bytes of a copy that has arrived at the barrier with this address.
 void complete_bytes(size_t block, uint32_t address, uint32_t bytes);
+// Returns whether a barrier lies in these bytes of the shared memory.
 bool barrier_between(size_t block, uint32_t address, uint32_t bytes);
 
-// Whether a copy under way will write, or products under way will read, some of these bytes.
+// Return whether a copy under way will write some of these bytes, and whether products under way will read some of
+// them.
 bool is_copied_to(size_t block, uint32_t address, uint32_t bytes);
 bool is_multiplied(size_t block, uint32_t address, uint32_t bytes);
 
-// The thread, plus one, that wrote one of these bytes and has not fenced that against asynchronous accesses; 0: none.
+// Returns the number, plus one, of a thread that has written one of these bytes without a proxy fence (fence_async)
+// after the write, or 0 if there is none.
 size_t unfenced_writer(size_t block, uint32_t address, uint32_t bytes);
-void forget_writes(size_t block, uint32_t address, uint32_t bytes);
 
 void check_cluster_barrier();
-// At the start of a cluster, at the end of a thread, of a block.
+// The scheduler calls these functions at the start of a cluster, at the end of a thread, and at the end of a block.
 void start_barriers();
 void start_copies();
 void start_products();

@@ -1,7 +1,9 @@
-// Products of warp groups, of which each warp has 16 rows. What one of the four warps commits is complete once all four
-// have issued it and it is done for all of them: CUTLASS, too, lets one warp say that a group is done with a buffer.
-// Products are computed when a warp waits for them, as late as can be; until a warp has waited itself, the sums that its
-// threads hold are NaN, and until the products are computed, registers and shared memory must stay as they are.
+// Emulates the products of warp groups (wgmma). A warp group consists of four warps, and each warp owns 16 of the 64
+// rows. Products are computed as late as possible: when one of the four warps waits for a group of products, and all
+// four have committed it. The group is then computed for all four warps. CUTLASS relies on this too, because it lets
+// one warp report that the whole warp group no longer reads a buffer. The sums that the threads of a warp hold are NaN
+// until that warp itself has waited. The registers and the shared memory that products read must not change until the
+// products are computed.
 #include <algorithm>
 #include <array>
 #include <map>
@@ -14,19 +16,19 @@ namespace {
 
 // A product that a warp has issued.
 struct Issued {
-  Product product;  // of its first lane
-  std::array<const uint32_t*, WARP> registers;
-  std::array<float*, WARP> sums;
+  Product product;                              // as issued by the first lane
+  std::array<const uint32_t*, WARP> registers;  // the left operand of each lane, or null
+  std::array<float*, WARP> sums;                // the sums of each lane
 };
 
 // The sums of a warp while products add to them.
 struct Sums {
   std::array<float*, WARP> of_lane;
   int columns = 0, under_way = 0;
-  size_t last_group = 0;  // of products that add to them
+  size_t last_group = 0;      // index of the last group with a product that adds to these sums
   std::vector<float> values;  // [16, columns]
 
-  // Where value i of a lane lies.
+  // Returns value i of a lane.
   float& at(int lane, int i) {
     const int row = lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
     return values[static_cast<size_t>(row * columns + column)];
@@ -36,12 +38,12 @@ struct Sums {
 struct Warp {
   std::vector<Issued> open;
   std::deque<std::vector<Issued>> groups;
-  std::map<float*, Sums> sums;  // by the first lane's
-  bool is_fenced = false;       // since the registers of the last products could be touched
-  size_t committed = 0;         // groups, of which the last groups.size() are not computed yet
-  bool waits = false;
-  size_t waits_for = 0;  // groups, from the first on
-  std::vector<std::array<uint64_t, 2>> said;  // descriptors, which must be the same in the four warps of a group
+  std::map<float*, Sums> sums;                // by the address of the first lane's sums
+  bool is_fenced = false;                     // whether warpgroup_arrive() was called after the last wait for products
+  size_t committed = 0;                       // number of committed groups; the last groups.size() are not computed yet
+  bool waits = false;                         // whether the warp waits for products
+  size_t waits_for = 0;                       // number of groups, from the first one on, that must be computed
+  std::vector<std::array<uint64_t, 2>> said;  // descriptors of all products; the four warps must use the same ones
 };
 
 std::vector<Warp> warps;
@@ -59,21 +61,25 @@ struct Descriptor {
         leading((bits >> 16 & 0x3fff) << 4),
         stride((bits >> 32 & 0x3fff) << 4),
         base(bits >> 49 & 7),
-        // None, 128 bytes, 64, 32; the number of exchanged bits.
+        // The field contains 0 for no swizzle, or 1, 2, 3 for 128, 64, 32 bytes. The result is the number of address
+        // bits that the swizzle changes: 0, or 3, 2, 1.
         swizzle((4 - static_cast<uint32_t>(bits >> 62)) % 4) {}
 
-  // Of element (i, k) of 16 bits, i of the rows of a left or the columns of a right operand, k < 16.
+  // Returns the address of the 16-bit element (i, k). i is a row of a left operand or a column of a right operand, and
+  // k < 16.
   uint32_t address(uint32_t i, uint32_t k, bool by_columns) const {
-    const uint32_t line = 16u << swizzle;  // bytes that lie side by side
+    const uint32_t line = 16u << swizzle;  // number of adjacent bytes
     const uint32_t per_line = line / 2;
-    const uint32_t plain =
-        by_columns ? start + i / per_line * leading + i % per_line * 2 + k / 8 * stride + k % 8 * line
-                   : start + i / 8 * stride + i % 8 * line + k * 2;
+    const uint32_t plain = by_columns
+                               ? start + i / per_line * leading + i % per_line * 2 + k / 8 * stride + k % 8 * line
+                               : start + i / 8 * stride + i % 8 * line + k * 2;
     return plain ^ ((plain >> 7 & ((1u << swizzle) - 1)) << 4);
   }
 };
 
-// Every run of 8 elements, of the `count` rows or columns from `first` on, that a product reads by a descriptor.
+// Calls `visit` for every chunk of 8 adjacent elements that a product reads through a descriptor, in the `count` rows
+// or columns from `first` on. Stops if `visit` returns false. `visit` receives the position of the first element, where
+// the row or column is counted from `first`, and the address.
 template <class Visit>
 void each_chunk(uint64_t bits, bool by_columns, int first, int count, Visit visit) {
   const Descriptor descriptor(bits);
@@ -83,6 +89,7 @@ void each_chunk(uint64_t bits, bool by_columns, int first, int count, Visit visi
         return;
 }
 
+// Returns the first of the 64 rows that a warp owns.
 int rows_before(size_t warp) {
   return static_cast<int>(warp % IN_GROUP) * 16;
 }
@@ -123,8 +130,7 @@ void compute(size_t warp, const Issued& issued) {
           left[lane / 4 + i % 2 * 8][lane % 4 * 2 + i / 2 * 8 + next] = wide(bits, product.is_bf16);
         }
   } else {
-    read_operand(
-        warp, product.left, product.left_by_columns, rows_before(warp), 16, product.is_bf16, left[0], 16, 1);
+    read_operand(warp, product.left, product.left_by_columns, rows_before(warp), 16, product.is_bf16, left[0], 16, 1);
   }
   read_operand(warp, product.right, product.right_by_columns, 0, product.columns, product.is_bf16, right[0], 1, 256);
   Sums& sums = warps[warp].sums[issued.sums[0]];
@@ -137,7 +143,7 @@ void compute(size_t warp, const Issued& issued) {
   --sums.under_way;
 }
 
-// Gives a warp the sums of the groups that it has waited for.
+// Writes the sums of the first `groups` groups, for which the warp has waited, to the registers of its lanes.
 void write_sums(Warp& warp, size_t groups) {
   for (auto next = warp.sums.begin(); next != warp.sums.end();) {
     Sums& sums = next->second;
@@ -196,7 +202,8 @@ void add_product(size_t number, Lane* const* lanes) {
     return fine;
   });
   if (!fine) return;
-  const bool are_here = warp.sums.count(issued.sums[0]) != 0;  // still, or computed and not waited for yet
+  // Whether other products add to the same sums and the warp has not waited for them yet.
+  const bool are_here = warp.sums.count(issued.sums[0]) != 0;
   Sums& sums = warp.sums[issued.sums[0]];
   ++sums.under_way;
   if (!are_here) {
@@ -227,7 +234,7 @@ void fence_products(size_t warp) {
 
 bool products_done(size_t number, int under_way) {
   Warp& warp = warps[number];
-  warp.is_fenced = false;  // the registers may be touched from here on
+  warp.is_fenced = false;  // from now on, the threads may change the registers
   const size_t groups = warp.committed - std::min(warp.committed, static_cast<size_t>(under_way));
   if (warp.committed - warp.groups.size() >= groups) {
     write_sums(warp, groups);
@@ -305,7 +312,9 @@ void set_registers(int count) {
   together(lane);
   if (count % 8 != 0 || count < 24 || count > 256) return fail("an impossible number of registers");
   me().registers = count;
-  int sum = 0;  // of one thread per warp group; those that have not asked yet may still give registers back
+  // The sum has one thread for each warp group. Groups that have not called this function yet count as 0, because they
+  // may still release registers.
+  int sum = 0;
   for (size_t i = my_block() * threads_per_block; i < (my_block() + 1) * threads_per_block; i += WARP_GROUP)
     sum += threads[i].registers;
   if (sum > 65536 / WARP_GROUP) fail("the warp groups ask for more registers than there are");

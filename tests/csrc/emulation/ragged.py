@@ -1,8 +1,15 @@
-"""Every op of a library on ragged sizes, against its formula in fp64: python ragged.py LIBRARY [FAMILY [DEVICE]]
+"""Compare every CUDA op of a library with its formula in fp64, on sizes that are not multiples of the tiles.
 
-The formulas round where the kernels say they do (factors, h, dh and the producer's output to the activations' dtype):
-what is left is the order of sums and the last rounding, and the tolerance can be tight. Beside y the update alone is
-judged: what is left of y without the base product.
+Usage: ``python ragged.py LIBRARY [FAMILY [DEVICE]]``. LIBRARY is a library with the ops, for instance one that build.py
+in this folder has built for the emulator. FAMILY is a key of ``FAMILIES`` and selects cases; the default is all cases.
+DEVICE is the torch device of the tensors: "cpu" (the default) for the emulator. The exit code is 1 if a result is
+wrong.
+
+A producer is the operation whose output the layer reads, a GELU or a norm. h = x D and dh = gy G^T are the products of
+activations and gradients with a factor. The formulas round where the kernels round: the factors, h, dh and the output
+of the producer are rounded to the dtype of the activations. The remaining differences are the order of additions and
+the last rounding, so that the tolerance can be small. Some cases also check the update h G without the base product
+x W^T.
 """
 
 import ctypes
@@ -19,19 +26,21 @@ import efft_kernels.ops  # noqa: F401  # declares the ops
 from efft_kernels.testing import poisoned_empty, with_layout
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-#: tokens, d_in, d_out, rank: odd ranks, no token and one, widths that are no multiples of 8, several tiles each way;
-#: and tokens that are summed in two ranges.
+#: Values of (tokens, d_in, d_out, rank): zero tokens and one token, ranks and widths that are not multiples of 8,
+#: several tiles in each dimension, and 300 tokens, which are summed in two ranges.
 SIZES = (
     *((0, 24, 40, 5), (1, 16, 8, 1), (37, 40, 72, 17), (130, 136, 33, 33)),
     *((131, 70, 130, 100), (9, 13, 21, 129), (300, 24, 40, 5)),
 )
-#: Of tile_cases: tiles of 192 x 192 are the better choice for the first half, of 128 x 256 for the second; each with
-#: h made beside few columns and beside many, and with h read.
+#: Values of (tokens, d_in, d_out, rank) for tile_cases. The kernel for compute capability 9.0 chooses tiles of
+#: 192 x 192 for the first line and of 128 x 256 for the second. Each line has cases in which the kernel computes h,
+#: with few and with many columns of y or h, and cases in which it reads h.
 TILES = (
     *((520, 264, 520, 5), (300, 72, 192, 24), (380, 264, 192, 40), (520, 264, 520, 24)),
     *((500, 520, 256, 5), (200, 136, 256, 24), (256, 200, 256, 33), (500, 520, 256, 24)),
 )
-#: Name, results, exact results, dtype, and the size of the terms of what may cancel.
+#: Name, results of the ops, exact results, dtype of the activations, and for sums whose terms may cancel the norm of
+#: the terms.
 Case = tuple[str, dict[str, Tensor], dict[str, Tensor], torch.dtype, dict[str, float]]
 
 
@@ -44,18 +53,18 @@ def rounded(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def linear_cases(producer: str) -> Iterator[Case]:
-    """Forward and backward of tt_linear and its forms behind a producer."""
+    """Run the forward and backward passes of tt_linear or, behind a producer, of tt_gelu_linear or tt_norm_linear."""
     op = {"": "tt_linear", "norm": "tt_norm_linear"}.get(producer, "tt_gelu_linear")
     ops = getattr(torch.ops.efft, f"{op}_fwd").cuda, getattr(torch.ops.efft, f"{op}_bwd").cuda
     for (tokens, d_in, d_out, rank), dtype, layout in itertools.product(SIZES, DTYPES, ("contiguous", "odd", "mixed")):
-        # What goes into a producer may have another type than the product, also another of 16 bits.
+        # The input of a producer may have another dtype than the product, even another 16-bit dtype.
         other = {"odd": torch.float32, "mixed": torch.float16 if dtype == torch.bfloat16 else torch.bfloat16}
         x = random(tokens, d_in, dtype=other.get(layout, dtype) if producer else dtype)
         W, b = random(d_out, d_in, dtype=dtype, scale=d_in**-0.5), random(d_out, dtype=dtype)
         factors = dtype if layout == "mixed" else torch.float32
         D, G = random(d_in, rank, dtype=factors, scale=d_in**-0.5), random(rank, d_out, dtype=factors)
         gy = random(tokens, d_out, dtype=dtype)
-        if layout == "odd":  # rows that no 16 bytes fit, a weight by columns, a factor that is a transposed slice
+        if layout == "odd":  # rows that are not aligned to 16 bytes, and matrices that are stored by columns
             x, gy = with_layout(x, "sliced"), with_layout(gy, "transposed")
             W, D = W.t().contiguous().t(), D.t().contiguous().t()
         gamma, beta = 1 + random(d_in, dtype=dtype, scale=0.3), random(d_in, dtype=dtype)
@@ -82,7 +91,7 @@ def linear_cases(producer: str) -> Iterator[Case]:
         if own:
             exact |= {"dgamma": (dn * F.layer_norm(x.double(), (d_in,))).sum(0), "dbeta": dn.sum(0)}
         got = dict(zip(exact, (y, h, *grads), strict=True))
-        if dtype == torch.float32:  # in half precision the sum has rounded the update away
+        if dtype == torch.float32:  # in 16 bits, the rounding error of y is too large
             exact["update"], got["update"] = h_ @ G_, y.double() - base
         h_terms = a.abs() @ D_.abs()
         terms = {"h": h_terms.norm().item(), "dG": (h_terms.t() @ gy.double().abs()).norm().item()}
@@ -91,7 +100,7 @@ def linear_cases(producer: str) -> Iterator[Case]:
 
 
 def tile_cases(dtype: torch.dtype) -> Iterator[Case]:
-    """Several tiles each way, more steps than buffers: each instance of the kernel of compute capability 9.0."""
+    """Use several tiles in each dimension, and every instance of the kernel for compute capability 9.0."""
     for tokens, d_in, d_out, rank in TILES:
         x, gy = random(tokens, d_in, dtype=dtype), random(tokens, d_out, dtype=dtype)
         W, b = random(d_out, d_in, dtype=dtype, scale=d_in**-0.5), random(d_out, dtype=dtype)
@@ -102,7 +111,7 @@ def tile_cases(dtype: torch.dtype) -> Iterator[Case]:
         exact = {"y": x.double() @ W.double().t() + b.double() + h_ @ G.double(), "h": h_}
         exact["dx"] = gy.double() @ W.double() + dh @ D.double().t()
         yield f"tiles {tokens} {d_in} {d_out} {rank} {dtype}", {"y": y, "h": h, "dx": dx}, exact, dtype, {}
-    # An infinite activation makes its own row infinite, and none of the columns beyond the rank may turn it into NaN.
+    # An infinite activation must make its row infinite. The unused columns of h beyond the rank must not make it NaN.
     x, W, D, G = (random(*shape, dtype=dtype).abs() for shape in ((9, 40), (72, 40), (40, 5), (5, 72)))
     x[3, 7] = torch.inf
     y, h = torch.ops.efft.tt_linear_fwd.cuda(x, W, None, D, G)
@@ -113,7 +122,7 @@ def tile_cases(dtype: torch.dtype) -> Iterator[Case]:
 
 
 def sum_cases() -> Iterator[Case]:
-    """Many tokens, which are summed in several ranges, with every choice of the gradients that are sums over tokens."""
+    """Sum many tokens in several ranges, for three choices of the gradients that are sums over tokens."""
     sizes = ((2100, 72, 40, 5), (700, 40, 136, 33), (1, 8, 8, 1), (0, 8, 8, 1), (1030, 20, 12, 17))
     needs = ((True,) * 6, (True, False, False, True, True, False), (True, False, True, False, False, True))
     for (tokens, d_in, d_out, rank), dtype, need in itertools.product(sizes, DTYPES, needs):
@@ -137,7 +146,7 @@ def sum_cases() -> Iterator[Case]:
 
 
 def update_cases() -> Iterator[Case]:
-    """Where the base product cancels, y and dx are the update alone, 1000 times smaller than the weight."""
+    """Check y and dx with inputs for which the base product is zero, so that both consist only of the small update."""
     for dtype, rank in itertools.product(DTYPES, (5, 33)):
         x, gy = (torch.cat([half, half], 1) for half in (random(37, 20, dtype=dtype), random(37, 28, dtype=dtype)))
         gy[:, 28:] *= -1
@@ -227,16 +236,16 @@ def main(library: str, only: str = "", device: str = "cpu") -> int:
                 size = exact[part].norm().item()
                 if value.dtype.itemsize == 2:
                     allowed = torch.finfo(value.dtype).eps * size
-                elif dtype == torch.float32:  # the order of sums; of the base too, where the update lies under it
+                elif dtype == torch.float32:  # the order of additions; "update" also has errors of the base product
                     size = max(size, terms.get(part, 0.0))
                     allowed = 16 * torch.finfo(dtype).eps * (4 * max(size, 1) if "update" in part else size)
-                else:  # h and dh may round the other way at a tie
+                else:  # a sum over values of h or dh, a few of which may be rounded differently
                     allowed = 0.1 * torch.finfo(dtype).eps * size
                 if not error <= allowed:
                     wrong += 1
                     print(f"WRONG {name} {part}: error {error:.2e}, allowed {allowed:.2e}, size {size:.2e}")
             if wrong:
-                break  # one case tells
+                break  # one wrong case is enough
     print(f"{count} cases, {wrong} wrong")
     if device == "cpu":
         run, kernels, clusters = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()

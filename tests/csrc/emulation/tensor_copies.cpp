@@ -1,5 +1,5 @@
-// Copies of tiles by tensor maps: a map holds what the driver was given. A copy leaves NaN behind at once and lands
-// when the scheduler lets it, in each block of a multicast at another time.
+// Emulates tensor copies: copies of tiles that a tensor map describes. A copy fills its destination with NaN when it
+// starts. The scheduler in emulation.cpp decides when it arrives. A multicast arrives in each block at a separate time.
 #include <algorithm>
 
 #include "machine.h"
@@ -10,21 +10,22 @@ namespace {
 
 constexpr uint32_t MOST_DIMENSIONS = 5;
 
+// The content of a tensor map: the arguments of cuTensorMapEncodeTiled.
 struct Map {
   const unsigned char* data;
-  uint64_t sizes[MOST_DIMENSIONS], strides[MOST_DIMENSIONS - 1];  // elements, bytes
-  uint32_t box[MOST_DIMENSIONS];
-  uint8_t dimensions, element, swizzle, is_map;
+  uint64_t sizes[MOST_DIMENSIONS], strides[MOST_DIMENSIONS - 1];  // sizes in elements, strides in bytes
+  uint32_t box[MOST_DIMENSIONS];                                  // sizes of a tile in elements
+  uint8_t dimensions, element, swizzle, is_map;  // `element` is in bytes; `is_map` is 1 if the map was encoded
 };
 static_assert(sizeof(Map) <= 128, "the size of a CUtensorMap");
 
-// A tile of a map or, where there is no map, registers of a thread.
+// A copy that has not arrived: a tile of a tensor, or registers that a thread has sent.
 struct Flight {
-  Map map;
-  int column, row;
-  size_t block;
-  uint32_t to, barrier;
-  std::vector<unsigned char> sent = {};
+  Map map;                               // unused if registers are sent
+  int column, row;                       // position of the tile in the tensor
+  size_t block;                          // destination
+  uint32_t to, barrier;                  // addresses in the shared memory of the destination
+  std::vector<unsigned char> sent = {};  // content of the registers; empty for a tile
 
   uint32_t bytes() const {
     return sent.empty() ? map.box[0] * map.box[1] * map.element : static_cast<uint32_t>(sent.size());
@@ -33,8 +34,8 @@ struct Flight {
 
 std::vector<Flight> flights;
 
-// The place of a byte in a tile that is stored with the swizzle of the map: 16-byte chunks of 2^n are exchanged by the
-// number of the 128-byte line.
+// Returns the address at which a byte of a tile is stored. A swizzle of kind n XORs the low n bits of the number of the
+// 16-byte chunk with those of the number of the 128-byte line.
 uint32_t swizzled(uint32_t address, int kind) {
   return address ^ ((address >> 7 & ((1u << kind) - 1)) << 4);
 }
@@ -132,7 +133,9 @@ void land_copy(size_t which) {
   complete_bytes(flight.block, flight.barrier, flight.bytes());
 }
 
-// The driver's checks, as its manual lists them; enumerators are cuda.h's.
+// Replaces the driver's function. It makes the checks that the CUDA driver's manual lists, except that it refuses
+// interleaved tensors and fill values other than zero. The integer arguments are the values of the enumerators in
+// cuda.h.
 extern "C" __attribute__((visibility("default"))) int cuTensorMapEncodeTiled(void* to, int type, uint32_t dimensions,
     void* data, const uint64_t* sizes, const uint64_t* strides, const uint32_t* box, const uint32_t* steps,
     int interleave, int swizzle, int /*promotion*/, int fill) {

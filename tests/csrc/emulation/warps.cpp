@@ -1,4 +1,5 @@
-// What a warp does together, by the documented layouts of the PTX manual, and the copies of single threads.
+// Emulates the instructions that the lanes of a warp execute together, with the layouts that the PTX manual documents,
+// and the asynchronous copies of single threads (cp.async).
 #include <algorithm>
 
 #include "machine.h"
@@ -18,7 +19,8 @@ Half2 unpack(uint32_t bits) {
   return {efft::widen(values[0]), efft::widen(values[1])};
 }
 
-// ldmatrix .x4 of 8x8 elements of 16 bits: lane 8 i + j points at row j of matrix i.
+// ldmatrix .x4, which loads four matrices of 8x8 elements of 16 bits. Lane 8 i + j passes the address of row j of
+// matrix i.
 void load(Lane* const* lanes, bool transposed) {
   uint16_t matrices[4][8][8];
   for (int lane = 0; lane < WARP; ++lane) {
@@ -35,9 +37,10 @@ void load(Lane* const* lanes, bool transposed) {
     }
 }
 
-// mma.sync.m16n8k16.row.col: with g = lane / 4 and t = lane % 4, register i of a holds row g (+ 8 if i is odd), columns
-// 2 t and 2 t + 1 (+ 8 from i = 2 on); of b rows 2 t and 2 t + 1 (+ 8 for i = 1), column g; sums i are at row g (+ 8
-// from i = 2 on), column 2 t + i % 2.
+// mma.sync.m16n8k16.row.col. Let g = lane / 4 and t = lane % 4.
+// - Register i of a contains row g (+ 8 if i is odd), columns 2 t and 2 t + 1 (+ 8 if i >= 2).
+// - Register i of b contains rows 2 t and 2 t + 1 (+ 8 if i = 1), column g.
+// - Sum i is at row g (+ 8 if i >= 2), column 2 t + i % 2.
 template <class T>
 void multiply(Lane* const* lanes) {
   float a[16][16], b[16][8];
@@ -104,7 +107,7 @@ void together(Lane& lane) {
     if (lanes[i]->what != lane.what || lanes[i]->number != lane.number)
       return fail("lanes of a warp do different things together"), pause();
   }
-  // What CUDA has for code after a branch; all others are `.aligned`.
+  // These two instructions make a warp converge after a branch. All others (`.aligned`) require a converged warp.
   const bool converges = lane.what == Together::sync || lane.what == Together::exchange;
   const uint64_t alone = me().alone;
   for (int i = 0; i < WARP; ++i) {

@@ -1,8 +1,9 @@
-"""Run the training steps of ``test_distributed.py`` in one process, with DDP, accelerate, FSDP2 or none of these.
+"""Run the training steps of ``test_distributed.py`` in each of several processes, with DDP, accelerate or FSDP2.
 
 ``python -m torch.distributed.run --nproc-per-node 2 distributed_run.py FOLDER WAY...`` writes one file per way and
-process, such as ``FOLDER/ddp0.pt``. The file holds the losses, the trained tensors and the tensors that each step sent,
-with and without checkpointing. The way with FSDP2 also writes adapter files.
+process, such as ``FOLDER/ddp0.pt``. A WAY is a key of ``WAYS``. The file holds the results of training without and with
+activation checkpointing: the losses, the trained tensors and, for DDP, the number of bytes that each step sent. Finally
+the processes write files about adapters of models that FSDP2 shards (:func:`adapter_files`).
 """
 
 # This module does not postpone annotations, because DDP reads the annotations of its communication hook.
@@ -57,7 +58,7 @@ def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    # The gradient of the keys' bias is zero but for rounding, which a smaller eps would make steps of.
+    # The gradient of the keys' bias is zero except for rounding errors. With a smaller eps, these would become steps.
     return torch.optim.AdamW(efft.parameter_groups(model, lr=0.01), eps=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""Test adapting a model in place and undoing it: the first step changes nothing, and only the right tensors train."""
+"""Test adapting a model in place and undoing it: the first output is that of the base, and only some tensors train."""
 
 from __future__ import annotations
 

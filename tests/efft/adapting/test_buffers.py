@@ -22,7 +22,7 @@ STATISTICS = [
 
 
 class Net(nn.Module):
-    """Combine convolutions, batch norms, a codebook with a moving average, constant tables, and a head with a norm."""
+    """Combine convolutions, batch norms, constant tables, a buffer that is not persistent, and a head with a norm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ def test_disabled_computes_as_the_base(x: Tensor) -> None:
 
 
 def test_disabled_between_forward_and_backward(x: Tensor) -> None:
-    """A pass of a reference model does this. The pass must not overwrite buffers that autograd needs."""
+    """The base may run as a reference model before the backward pass, and must not overwrite what autograd needs."""
     model = train(efft.apply(base(), efft.EfftConfig(**CONFIG))).eval()
     loss = model(x).square().sum()
     with torch.no_grad(), efft.disabled(model):
@@ -167,7 +167,7 @@ def test_copies_freeze_their_own_statistics() -> None:
 
 
 def test_a_base_that_is_loaded_later_is_the_base(x: Tensor) -> None:
-    """A checkpoint of a training run does not count as the base."""
+    """Base weights that are loaded after ``apply`` count as the base, but a checkpoint of an adapted model does not."""
     model = efft.apply(Net(), efft.EfftConfig(**CONFIG))
     names = ["conv1", "conv2", "bn1", "bn2", "fc"]
     weights = {n: t for n, t in base().state_dict().items() if n.partition(".")[0] in names}

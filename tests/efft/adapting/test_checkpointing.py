@@ -1,4 +1,4 @@
-"""Test activation checkpointing: layers that run again in backward use the factors of their forward pass."""
+"""Test activation checkpointing: layers that the backward pass runs again use the factors of their forward pass."""
 
 from __future__ import annotations
 

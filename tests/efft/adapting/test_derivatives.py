@@ -50,7 +50,10 @@ def factors(model: nn.Module) -> Parameters:
 
 
 def penalty(model: nn.Module, images: Tensor) -> list[Tensor]:
-    """Return the gradients of |gradient with respect to the images|², a gradient penalty, for the factors."""
+    """Return the gradients of a gradient penalty with respect to all parameters of the adapter.
+
+    The penalty is the squared norm of a gradient with respect to the images.
+    """
     x = images.clone().requires_grad_()
     (g,) = torch.autograd.grad(model(x).sin().sum(), x, create_graph=True)
     return list(torch.autograd.grad(g.square().sum(), list(model.efft.parameters())))

@@ -1,4 +1,4 @@
-"""Test common operations on models besides plain training: copies, pickles, mixed precision, DDP."""
+"""Test common uses of adapted models: copies, pickles, mixed precision, gradient accumulation, threads and DDP."""
 
 from __future__ import annotations
 

@@ -143,7 +143,7 @@ def test_a_compiled_graph_without_breaks(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["Llama4TextExperts", "Step3p7Experts"])
 def test_a_forward_that_nothing_can_intercept(kind: str) -> None:
-    """Modules of this kind read the effective weights."""
+    """Modules of such a class read the sums of weights and updates."""
     from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
     from transformers.models.step3p7.modeling_step3p7 import Step3p7Experts
 

@@ -78,7 +78,7 @@ def test_a_program_of_torch_export_runs_without_this_library(architecture: Expor
 
 @pytest.mark.parametrize("architecture", ["vit adapted", "swin adapted"], indirect=True)
 def test_a_program_with_the_ops_of_this_library(architecture: Export) -> None:
-    """With every backend and any number of images, the program has one call per layer, like the model."""
+    """The program accepts any number of images, and calls one op per layer, like the model."""
     model, x = architecture
     program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     for images in (x, torch.randn(5, *x.shape[1:])):

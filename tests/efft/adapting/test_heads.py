@@ -86,7 +86,7 @@ def test_transformers(name: str, head: list[str]) -> None:
 @pytest.mark.parametrize(("name", "head"), cases(TORCHVISION))
 def test_torchvision(name: str, head: list[str]) -> None:
     models = pytest.importorskip("torchvision", reason="needs the vision extra").models
-    whole = any(kind in name for kind in ("resnet50", "vgg16"))  # models of the table that are adapted completely
+    whole = any(kind in name for kind in ("resnet50", "vgg16"))  # by default, these load weights for their backbone
     backbone: dict[str, Any] = {"weights_backbone": None} if whole else {}
     extra: dict[str, Any] = {"aux_logits": False} if name == "googlenet" else {}
     with torch.device("meta"):

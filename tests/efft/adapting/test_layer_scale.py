@@ -20,9 +20,9 @@ SIDES = ["in", "out", "both"]
 @pytest.mark.parametrize("sides", SIDES)
 @pytest.mark.parametrize("variant", ["efft1", "efft2"])
 def test_counts_by_formula(sides: str, variant: str, tiny_vit: Make) -> None:
-    """Each of the 8 layers has a diagonal as long as its input, its output, or both.
+    """Each of the 8 layers has one diagonal of the length of its input, one of the length of its output, or both.
 
-    Under efft1, the attention uses some columns of a tensor train of width 64, and its diagonals have length 64.
+    With efft1, qkv and proj use some columns of a tensor train of width 64, and their output diagonals have length 64.
     """
     config = efft.EfftConfig(rank=4, variant=variant)
     without = efft.count_parameters(efft.apply(tiny_vit(), config)).factors

@@ -70,7 +70,7 @@ def draw_of(masks: dict[str, Masks], prefix: str, kinds: tuple[str, ...], keep: 
 def dense_twin(
     base: nn.Module, adapted: nn.Module, masks: dict[str, Masks] | None, layout: str
 ) -> tuple[nn.Module, dict[str, Train]]:
-    """Return the dense formulation around ``base`` with the adapted model's factors, and its trains by group name."""
+    """Return ``base`` with dense updates from the adapted model's factors, and its tensor trains by group name."""
     config, keep = adapted.efft.config, 1 - adapted.efft.config.dropout
     trains = {name: to_paper(factors, layout) for name, factors in adapted.efft.items()}
     head = base.get_submodule(adapted.efft.head[0])

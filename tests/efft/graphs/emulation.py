@@ -1,8 +1,8 @@
 """Emulate CUDA graphs on the CPU: record the operators of a function with their tensors, and repeat them.
 
 Like a CUDA graph, an emulated one keeps the tensors and the numbers of the capture, does not run Python again, and
-refuses operators that would wait for a device or whose sizes depend on data. A capture takes no effect, and torch does
-not notice what a replay changes.
+refuses operators that would wait for a device or whose sizes depend on data. A capture does not change any tensor, and
+torch does not record the changes that a replay makes.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class _Recorder(TorchDispatchMode):
 
 
 class EmulatedGraphs:
-    """Stand in for :class:`efft.graphs.capture.CudaGraphs`, and count what is captured and replayed."""
+    """Replace :class:`efft.graphs.capture.CudaGraphs` in tests, and count the captures and the replays."""
 
     captured = replayed = 0
 

@@ -1,4 +1,7 @@
-"""Test that graphs serve what the model computes, for any number of samples, and see or refuse every change."""
+"""Test ``efft.graph_serve``, which runs a model as CUDA graphs, for any number of samples.
+
+The outputs are those of the model. A later change of the model must take effect or raise an error.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,7 @@ def test_any_number_of_samples(model: nn.Module, server: efft.GraphServer, devic
 
 @torch.no_grad()
 def test_the_smallest_graph_is_launched(model: nn.Module, server: efft.GraphServer, device: torch.device) -> None:
-    """Nine samples take two graphs of four samples and one of one."""
+    """Nine samples need three launches: two of the graph for four samples, and one of the graph for one sample."""
     if device.type != "cpu":
         pytest.skip("launches are counted by the emulation")
     assert EmulatedGraphs.captured == 6
@@ -109,7 +112,7 @@ def test_inputs_from_another_device_and_in_inference_mode(model: nn.Module, serv
 
 
 class Named(nn.Module):
-    """Return several outputs for named inputs, one of which is a constant."""
+    """Return several outputs. One of the named inputs is a constant."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -151,7 +154,7 @@ def test_autocast(model: nn.Module, device: torch.device) -> None:
     close(server(x), expected)
 
 
-# What cannot be served.
+# Models and requests that are refused.
 
 
 def refused(model: nn.Module, example: Any, match: str, **settings: Any) -> None:

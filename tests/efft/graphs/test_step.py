@@ -1,4 +1,7 @@
-"""Test that steps from a graph train exactly as a loop does, and that nothing that a graph cannot follow is ignored."""
+"""Test that the steps of ``efft.graph_step``, which replay CUDA graphs, train like a loop without graphs.
+
+Models that cannot be captured, and changes that a graph cannot follow, must raise an error.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +59,7 @@ def loop(
     clip_norm: float | None = None,
     after: Callable[[int], None] = lambda i: None,
 ) -> list[Tensor]:
-    """Train without graphs, as the documentation of graph_step writes the loop."""
+    """Train without graphs, with the loop that the documentation of graph_step describes."""
     scaler = torch.amp.GradScaler(data[0][0].device.type, enabled=False) if scaler is None else scaler
     losses = []
     for i, batch in enumerate(data):
@@ -113,7 +116,7 @@ def test_steps_train_as_a_loop_does(
 
 @pytest.mark.parametrize("overflow", [False, True])
 def test_float16_with_a_scaler(adapted_vit: Make, device: torch.device, overflow: bool) -> None:
-    """An infinite gradient skips the update and halves the scale, without a decision of the host."""
+    """If a gradient is infinite, the device skips the update and halves the scale, without a decision by Python."""
     model, twin = twins(adapted_vit(0.1, dropout=0.0), device)
     data = batches(device)
     if overflow:
@@ -155,7 +158,7 @@ def test_learning_rates_change_between_steps(adapted_vit: Make, device: torch.de
 
 
 def test_random_numbers_go_on(adapted_vit: Make, device: torch.device) -> None:
-    """Every step drops other elements of the factors, as in a loop with the same seed."""
+    """Every step drops different elements of the factors. On the CPU, a loop with the same seed drops the same ones."""
     model, twin = twins(adapted_vit(0.1, dropout=0.3), device)
     data = batches(device)
     torch.manual_seed(5)
@@ -222,7 +225,10 @@ def test_a_caller_may_zero_the_gradients(adapted_vit: Make, device: torch.device
 
 
 def test_torch_is_told_of_every_update(running: Any) -> None:
-    """The operands of an evaluation are kept by the versions of the factors, which a replay does not change."""
+    """Every step must change the versions of the factors, because a replay itself does not change them.
+
+    Evaluations reuse their operands as long as the versions stay equal.
+    """
     model, _, step, batch = running
     before = {name: factor._version for name, factor in efft.named_factors(model)}
     step(*batch)
@@ -230,7 +236,7 @@ def test_torch_is_told_of_every_update(running: Any) -> None:
 
 
 def test_evaluation_between_steps(adapted_vit: Make, device: torch.device) -> None:
-    """An evaluation sees the weights of the last replay, which no optimizer in Python has changed."""
+    """An evaluation uses the weights that the last replay has written."""
     model, twin = twins(adapted_vit(0.1, dropout=0.0), device)
     data = batches(device)
     step = efft.graph_step(model, adamw(model, device), cross_entropy, data[0])
@@ -268,7 +274,7 @@ def test_named_inputs_and_constants(device: torch.device) -> None:
         step(batch["x"], labels=batch["labels"])
 
 
-# What cannot be captured.
+# Models, optimizers and losses that cannot be captured.
 
 
 def refused(model: nn.Module, device: torch.device, match: str, **settings: Any) -> None:
@@ -337,7 +343,7 @@ def test_a_scaler_that_waits_is_refused(adapted_vit: Make, device: torch.device)
     model = adapted_vit().to(device)
 
     class Waiting(torch.optim.AdamW):
-        """Claims to be captured, but leaves the decision about an overflow to the scaler."""
+        """An optimizer that can be captured, but leaves the decision about an overflow to the scaler."""
 
         _step_supports_amp_scaling = property(lambda self: False, lambda self, value: None)
 
@@ -385,7 +391,7 @@ def test_other_wrong_arguments(adapted_vit: Make, device: torch.device) -> None:
         refused(model, device, "outside of no_grad and inference_mode")
 
 
-# What a graph cannot follow.
+# Changes after the capture.
 
 
 @pytest.fixture
@@ -446,7 +452,7 @@ def test_batches_of_another_kind_are_refused(running: Any) -> None:
 
 
 def test_changes_in_place_are_followed(running: Any) -> None:
-    """The graph reads the memory of the weights: a loaded state dict takes effect."""
+    """The graph reads the memory of the weights, so that changes in place take effect."""
     model, _, step, batch = running
     expected = cross_entropy(copy.deepcopy(model), *batch)
     with torch.no_grad():
@@ -466,7 +472,7 @@ def test_every_loss_is_a_tensor_of_its_own(running: Any) -> None:
 
 
 def test_the_emulation_takes_no_effect_at_the_capture() -> None:
-    """The emulated graph does what a graph does: nothing at the capture, and the same operators at every replay."""
+    """Like a CUDA graph, the emulated graph changes nothing at the capture, and repeats the operators at a replay."""
     x, total, factor = torch.ones(3), torch.zeros(3), 2.0
     replay = EmulatedGraphs().capture(lambda: total.add_(x * factor))  # type: ignore[func-returns-value, arg-type]
     assert not total.any()

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow  # trains models of transformers and loads them in
 ROOT = Path(__file__).parents[3]
 MODELS = ("vit", "swin", "clip", "bert")
 
-#: Programs that load a saved adapter with this library, with peft and this library, or with peft only.
+#: A program that loads saved adapters with this library, with peft and this library, or with peft only.
 LOAD = """
 import copy, sys, torch, peft
 from pathlib import Path

@@ -135,7 +135,7 @@ def test_the_numbers_of_peft(case: str, tmp_path: Path, show: Callable[..., None
     show("Imported checkpoints, of the largest logit", f"LoRA of peft, {case}", "difference", error / size)
     again = efft.load_adapter(base(make), efft.save_adapter(model, tmp_path / "ours"))
     assert torch.equal(run(again, x), run(model, x))
-    # With bias="all" peft trains what its wrappers of whole modules do not use, too.
+    # With bias="all", peft also trains parameters that its wrappers of complete modules do not use.
     used = {n: p for n, p in theirs.named_parameters() if p.requires_grad and ".original_module." not in n}
     count = efft.count_parameters(model)
     assert count.factors + count.extras >= sum(p.numel() for p in used.values()) - count.head

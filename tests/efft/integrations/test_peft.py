@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[3]
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_labels": 5}
 PIXELS = {"pixel_values": torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))}
 
-#: For each name, the base, its inputs and the targets.
+#: For each name, the base, its inputs and the settings of the adapter.
 MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Tensor], dict[str, Any]]] = {
     "timm_vit": (
         lambda: timm.models.VisionTransformer(
@@ -85,7 +85,7 @@ def differs(a: Tensor, b: Tensor) -> bool:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_numbers_of_apply(name: str) -> None:
-    """Step 0 changes nothing. With equal factors and heads, outputs and gradients equal those of efft.apply."""
+    """A new adapter does not change the output. With equal factors and heads, the results equal those of efft.apply."""
     config, inputs = MODELS[name][2], MODELS[name][1]
     plain = run(base(name), name)
     fresh = peft.get_peft_model(base(name), EfftPeftConfig(**config)).eval()

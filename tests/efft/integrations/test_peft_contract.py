@@ -50,7 +50,7 @@ def vit() -> nn.Module:
     return model
 
 
-#: For each name, the base, its inputs and the targets.
+#: For each name, the base, its inputs and the settings of the adapter.
 MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Tensor], dict[str, Any]]] = {
     "MLP": (
         lambda: nn.Sequential(nn.Linear(6, 10), nn.GELU(), nn.Linear(10, 10), nn.LayerNorm(10), nn.Linear(10, 4)),
@@ -96,7 +96,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Tensor], dict[str, An
 
 @dataclass
 class Case:
-    """Hold a model of the table."""
+    """Create, load and run one of ``MODELS``; ``folder`` is for its files."""
 
     name: str
     folder: Path
@@ -328,7 +328,7 @@ def repeats_checkpointed_layers(case: Case) -> None:
                 inner.enable_input_require_grads()
         elif hasattr(inner, "set_grad_checkpointing"):
             inner.set_grad_checkpointing()
-        else:  # the complete model as one step
+        else:  # checkpoints the complete model
             inner.forward = partial(torch.utils.checkpoint.checkpoint, inner.forward, use_reentrant=False)
         for found, wanted in zip(gradients(model), expected, strict=True):
             close(found, wanted)

@@ -146,7 +146,10 @@ def test_layers_that_are_refused() -> None:
 
 
 def test_weights_that_are_read_and_layers_that_are_not_called() -> None:
-    """torchvision's Swin reads the weights of its attention; an update there would be lost, which is an error."""
+    """torchvision's Swin reads the weights of its attention and does not call the layers.
+
+    Under peft, an update of these weights has no effect, which raises an error.
+    """
     torchvision = pytest.importorskip("torchvision", reason="needs the vision extra")
 
     def base() -> nn.Module:
@@ -170,7 +173,7 @@ def test_weights_that_are_read_and_layers_that_are_not_called() -> None:
 
 
 def test_what_a_pass_leaves_out_is_no_error() -> None:
-    """T5 only inspects a weight's dtype, and its decoder runs many times after one run of the encoder."""
+    """T5 only inspects the dtype of a weight, and does not run its encoder in every pass. Both must not be errors."""
     sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
     t5 = transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=50, **sizes)).eval()
     model = peft.get_peft_model(t5, EfftPeftConfig(r=2, target_modules=["wo", "q"], init_weights=False)).eval()

@@ -31,7 +31,10 @@ def by_layer(matrix: Callable[[str, int], Tensor]) -> dict[str, Tensor]:
 
 
 def of_blocks(matrix: Callable[[int, int], Tensor]) -> dict[str, Tensor]:
-    """Return ΔW of every layer from d x d matrices m of block l: q, k, v, o, four of fc1, four of fc2."""
+    """Return ΔW of every layer; ``matrix`` computes the d x d matrix m of block l.
+
+    The matrices of a block are q, k, v, o, four for fc1 and four for fc2.
+    """
 
     def assemble(role: str, l: int) -> Tensor:
         first, last = {"qkv": (0, 3), "o": (3, 4), "fc1": (4, 8), "fc2": (8, 12)}[role]

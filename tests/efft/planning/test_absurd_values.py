@@ -1,4 +1,4 @@
-"""Test that meaningless settings raise an error immediately that names the setting, in Python and in files."""
+"""Test that meaningless settings immediately raise an error that names the setting, in Python and in files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Unchanged = Callable[[nn.Module], AbstractContextManager[None]]
 INTEGERS = [0, -1, 10**5, 10**30, 10**5000, True, 3.0, float("nan"), float("inf"), "3", [], {}]
 NUMBERS = [10**7, -1e30, 10**30, 10**400, float("nan"), float("-inf"), True, "1.0", [1.0], None]
 TEXTS = [3, None, True, "nonsense", ["v"], {}]
-#: Values that no field of any method accepts.
+#: For each name of a field, values that the field does not accept, whatever the method is.
 ABSURD: dict[str, list[Any]] = {
     **dict.fromkeys(("rank", "bottleneck", "n_factors", "heads"), INTEGERS),
     **dict.fromkeys(("scale", "d_initial", "dropout"), NUMBERS),

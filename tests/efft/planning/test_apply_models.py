@@ -1,4 +1,4 @@
-"""Test models outside the tables: layers by name, transformers, nested models, and updates without effect."""
+"""Test models of unusual structure: layers by name, transformers, nested models, and updates without effect."""
 
 from __future__ import annotations
 

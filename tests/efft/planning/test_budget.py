@@ -20,7 +20,10 @@ BIASES = 2 * (16 + 64 + 16)
 
 
 def factors(rank: int) -> int:
-    """Count the factors of EFFT2: attention [16, r], 2 x 4 cores, [r, 16]; MLP [16, r], 2 x 2 cores, [r, 64]."""
+    """Return the number of parameters of EFFT2 in the tiny ViT at rank r.
+
+    The attention has factors [16, r], 2 x 4 cores [r, r] and [r, 16]. The MLP has [16, r], 2 x 2 cores and [r, 64].
+    """
     return 2 * 16 * rank + 8 * rank**2 + (16 + 64) * rank + 4 * rank**2
 
 

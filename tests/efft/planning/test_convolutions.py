@@ -110,7 +110,7 @@ def test_exported_lora_runs_in_peft(images: Tensor, tmp_path: Path) -> None:
 
 
 def test_kernels_that_are_standardised_are_told_of_once_with_their_size(images: Tensor) -> None:
-    """A module that standardizes its weight before using it needs the effective weight, so a dense one is built."""
+    """A module that standardizes its weight needs the sum of weight and update, so that a dense weight is computed."""
     model = efft.apply(timm.create_model("test_nfnet", num_classes=5), efft.EfftConfig(rank=2))
     read = {n: u for n, u in adapted_layers(model).items() if not isinstance(u, nn.Module)}
     size = 4 * sum(update.weight.numel() for update in read.values()) / 2**20

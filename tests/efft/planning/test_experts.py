@@ -1,4 +1,4 @@
-"""Compare mixtures of experts of transformers (tiny, random, with updates) with dense effective weights."""
+"""Compare tiny adapted mixtures of experts of transformers with plain models whose weights include dense updates."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_model_computes_with_its_updates(name: str, implementation: str) -> None:
-    """With every implementation, unmerged and merged models agree with the plain model with dense effective weights."""
+    """With every implementation, unmerged and merged models agree with a plain model with the updated dense weights."""
     model, plain = make_model(name), make_model(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     for each in (model, plain):

@@ -47,7 +47,7 @@ LEFT_OUT = {
 #: Parameters that correctly get no gradient: the first attention of DETR's decoder has zero queries as values.
 NO_GRADIENT = {"detr": r"decoder\.layers\.0\.self_attn\.v_proj"}
 
-#: The error text if peft cannot represent the update exactly.
+#: For each error text, the families whose update peft cannot represent exactly for this reason.
 _NO_LORA = {
     "is a grouped convolution, for which peft has no such update": "pit gcvit xcit twins coatnet maxvit edgenext davit "
     "focalnet convnext convnextv2 mambaout regnet efficientnet mobilenetv3 mobilenetv4 repvit segformer "

@@ -64,7 +64,7 @@ def test_headline_numbers_of_the_paper() -> None:
 
 
 def test_mean_over_the_19_published_ranks() -> None:
-    """Ranks 8/16/32 are used for 4/5/10 (EFFT1) and 2/9/8 (EFFT2) of the tasks."""
+    """Of the 19 tasks, 4/5/10 use the ranks 8/16/32 with EFFT1, and 2/9/8 with EFFT2."""
     for variant, tasks, mean in (("efft1", (4, 5, 10), 0.110), ("efft2", (2, 9, 8), 0.158)):
         totals = [count(VIT["vit_base"], efft.EfftConfig(rank=r, variant=variant)).factors for r in (8, 16, 32)]
         assert round(sum(n * t for n, t in zip(tasks, totals, strict=True)) / 19e6, 3) == mean
@@ -162,7 +162,7 @@ def test_swin_counts(
 
 
 def test_dead_slices_of_the_public_code() -> None:
-    """This test checks the same difference in numbers."""
+    """The totals of the public code include unused MLP cores in stage 3 (see test_swin_counts)."""
     totals = {
         size: count(SWIN[size], efft.paper_config(f"swin_{size}", core_sharing="shared")).factors for size in SWIN
     }

@@ -138,7 +138,7 @@ def test_modules_held_in_plain_lists_are_adapted_and_come_back() -> None:
 
 @pytest.mark.parametrize("names", [("0", "1"), ("left-hand side", "left_hand side"), ("a_b", "a b")])
 def test_towers_of_any_name_are_saved_and_loaded(names: tuple[str, str], tmp_path: Path) -> None:
-    """If two towers have equal groups, the name of a group includes its tower. A group is also a module."""
+    """If two towers have equal groups, the name of a group contains the tower. It must be a valid name of a module."""
 
     def make() -> nn.Module:
         torch.manual_seed(0)

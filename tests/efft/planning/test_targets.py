@@ -184,7 +184,7 @@ def test_head_of_a_distilled_model() -> None:
 )
 @pytest.mark.parametrize("block", ["vit.encoder.layer.0", "swin.encoder.layers.0.blocks.0"])
 def test_names_before_transformers_5(block: str, attention: list[str], mlp: bool) -> None:
-    """ViT, DeiT, BEiT and DINOv2 of transformers 4 (two attention classes), and its Swin."""
+    """The names are those of ViT, DeiT, BEiT, DINOv2 (with two classes of attention) and Swin in transformers 4."""
     roles = dict(zip([*attention, "attention.output.dense"], "qkvo", strict=True))
     fc1, fc2 = ("mlp.fc1", "mlp.fc2") if mlp else ("intermediate.dense", "output.dense")
     roles |= {fc1: "fc1", fc2: "fc2"}
@@ -212,7 +212,7 @@ def test_head_by_its_usual_names(attribute: str) -> None:
 
 
 def test_head_of_a_model_inside_another(tiny_vit: Make) -> None:
-    """Many evaluation codes put a normalization before a timm model; an outer head takes precedence over its head."""
+    """Evaluation code often puts a normalization before a timm model. The head of the outer module takes precedence."""
     assert find_head(nn.Sequential(nn.Identity(), tiny_vit()), None) == ["1.head"]
     outer = nn.Module()
     outer.body, outer.head = tiny_vit(), nn.Linear(4, 2)

@@ -180,7 +180,7 @@ def test_grouped_queries_use_the_first_columns(randomize: Make) -> None:
 
 
 def test_efft1_of_a_gated_model(randomize: Make) -> None:
-    """Attention and MLP share one tensor train if the hidden size is four times the width."""
+    """Attention and MLP share one tensor train if the MLP is four times as wide as the model."""
     config = transformers.LlamaConfig(**{**TEXT, "intermediate_size": 64, "num_key_value_heads": 1})
     torch.manual_seed(0)
     model = transformers.LlamaForSequenceClassification(config).eval()

@@ -89,7 +89,7 @@ def test_a_layer_that_mixes_samples_is_refused(randomize: Make) -> None:
 
 @pytest.mark.parametrize("order", ["batch first", "sequence first"])
 def test_parts_called_alone(order: str, randomize: Make) -> None:
-    """Before a call of the model the order of rows is unknown, so that only plain inputs are accepted."""
+    """Before the first call of the whole model, the position of the batch dimension in this input is not known."""
     pool, alone = pooled(seeded(lambda: Rows(order)), randomize, efft.EfftConfig(targets=["linear"], rank=2, head=[]))
     x = torch.randn(3, 3, 8)
     with torch.no_grad(), pool.use(["a", "b", None]):

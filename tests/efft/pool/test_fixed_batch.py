@@ -24,7 +24,7 @@ def alone(models: dict[str | None, nn.Module], names: list[str | None], images: 
 
 
 def captured(pool: efft.AdapterPool, batch: Any, images: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return the operators of one forward pass. Like a CUDA graph, they read the tensors of the pass again."""
+    """Return a function that repeats the operators of one forward pass on the same tensors, like a CUDA graph."""
     with pool.use(batch) as model:
         model(images)
         graph: Callable[[Tensor], Tensor] = make_fx(model, _error_on_data_dependent_ops=False)(images)

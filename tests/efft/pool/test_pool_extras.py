@@ -1,4 +1,4 @@
-"""Test pooled adapters with trained biases and norms, which serve whole batches and mixes but not single samples."""
+"""Test pooled adapters with trained biases and norms, which can serve a complete batch but not some of its samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Test that models that are trained together through one backbone end as they do when they are trained alone."""
+"""Test ``efft.SharedBackbone``, which trains several models together.
+
+Each model must end with the same weights as if it were trained alone.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ CLASSES = {"a": 5, "b": 3, "c": 7}
 
 @pytest.fixture
 def member(tiny_vit: Make) -> Make:
-    """Return a function that makes one of the models: one base, a seed and a number of classes of its own."""
+    """Return a function that creates models with the same base, but each with its own seed and number of classes."""
 
     def make(name: str, config: AdapterConfig | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
         model: Any = tiny_vit().to(dtype)
@@ -110,7 +113,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
 def test_each_model_ends_as_alone_in_fp64(
     config: str, sizes: Callable[[str, int], int], member: Make, tiny_vit: Make
 ) -> None:
-    """The weights are the same up to rounding: with seeds, scales, ranks, methods, tasks and rates of their own."""
+    """The weights agree up to rounding, although the models differ in seed, task, learning rate and settings."""
     configs = dict(zip("abc", CONFIGS[config], strict=True))
     alone = {name: member(name, configs[name], torch.float64) for name in "abc"}
     together = {name: member(name, configs[name], torch.float64) for name in "abc"}
@@ -169,7 +172,7 @@ def test_windows_and_stages(tiny_swin: Make, randomize: Make) -> None:
 
 
 def test_models_remain_models(member: Make, images: Tensor, tmp_path: Path, tiny_vit: Make) -> None:
-    """They share the memory of the frozen weights, can be called, saved and loaded, and cannot be merged."""
+    """The models share the memory of the frozen weights, can be called, saved and loaded, and cannot be merged."""
     shared = efft.SharedBackbone((name, member(name)) for name in "abc")
     a, b = (shared.models[name] for name in "ab")
     assert a.blocks[0].attn.qkv.weight is b.blocks[0].attn.qkv.weight is shared.backbone.blocks[0].attn.qkv.weight

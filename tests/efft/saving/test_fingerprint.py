@@ -13,7 +13,7 @@ import efft
 from tests.adapter_files import edit_config
 
 Make = Callable[..., nn.Module]
-#: The weight dtypes whose rounding is coarser than that of float32.
+#: The dtypes of the base, both in training and when the adapter is loaded.
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 

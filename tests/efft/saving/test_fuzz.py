@@ -109,7 +109,7 @@ def test_values_in_the_configuration(
 @fuzz
 @given(data=st.data(), method=st.sampled_from(list(METHODS)))
 def test_configurations_of_methods(data: st.DataObject, method: str, tiny_vit: Make, unchanged: Unchanged) -> None:
-    """Valid but huge values must not exhaust the memory either: the plan is made without storage."""
+    """Valid but huge values must not exhaust the memory either."""
     values: Any = data.draw(altered(METHODS[method]().to_dict()))
     model = tiny_vit()
     with unchanged(model), at_most(150), warnings.catch_warnings():

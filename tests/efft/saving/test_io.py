@@ -1,4 +1,4 @@
-"""Test that adapter files are small, load exactly in a new process, and are complete after a crash."""
+"""Test that adapter files are small, load exactly in a new process, and stay complete if a later save fails."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def _sites(kind: str, layer: int) -> dict[str, Site]:
 
 
 def _make_bank(kind: str, n_layers: int = 3, **kwargs: Any) -> tuple[TTFactors, list[Site]]:
-    """Return a bank for ``n_layers`` layers and its unbound sites. ``kind`` names a group of EFFT1 or EFFT2."""
+    """Return a bank for ``n_layers`` layers and the sites of its layers. ``kind`` is a key in :func:`_sites`."""
     sites = [site for layer in range(n_layers) for site in _sites(kind, layer).values()]
     n_cores = 1 + max(core for site in sites for core in site.cores)
     d_out = WIDTH if kind == "attention" else 4 * WIDTH
@@ -74,7 +74,7 @@ class Stack(nn.Module):
     def __init__(self, bank: TTFactors, sites: list[Site], dtype: torch.dtype = torch.float64) -> None:
         super().__init__()
         self.bank = bank
-        features = [bank.features(site) for site in sites]
+        features = [bank.sizes(site) for site in sites]
         self.layers = nn.ModuleList(
             EfftLinear(nn.Linear(*size, dtype=dtype), bank, site) for size, site in zip(features, sites, strict=True)
         )

@@ -1,4 +1,4 @@
-"""Compare ``EfftMultiheadAttention`` with ``nn.MultiheadAttention`` whose weights are the dense sums."""
+"""Compare ``EfftMultiheadAttention`` with ``nn.MultiheadAttention`` whose weights include the dense updates."""
 
 from __future__ import annotations
 

@@ -13,14 +13,14 @@ from efft_kernels import EfftLinear, FactorBank
 
 
 class Pair(FactorBank):
-    """Compute ``ΔW = A B[site]`` for layers 6 -> 4, as the smallest possible bank, and count the compositions."""
+    """Compute ``ΔW = A B[site]`` for layers with 6 inputs and 4 outputs, and record the calls of ``compose``."""
 
     def __init__(self) -> None:
         super().__init__()
         self.A, self.B = nn.Parameter(torch.randn(6, 2)), nn.Parameter(torch.randn(3, 2, 4))
         self.calls: list[list[int]] = []
 
-    def features(self, site: int) -> tuple[int, int]:
+    def sizes(self, site: int) -> tuple[int, int]:
         return 6, 4
 
     def compose(self, sites: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
@@ -86,7 +86,7 @@ def test_sizes_must_fit(layers: tuple[Pair, list[EfftLinear]]) -> None:
 
 def test_half_a_bank_is_none() -> None:
     class Half(FactorBank):
-        def features(self, site: int) -> tuple[int, int]:
+        def sizes(self, site: int) -> tuple[int, int]:
             return 6, 4
 
     with pytest.raises(TypeError, match=r"abstract method '?compose"):

@@ -28,7 +28,7 @@ def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("prepare", [True, False], ids=["prepared", "one by one"])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_same_as_plain(make_stack: Callable[..., Any], kind: str, dropout: float, prepare: bool) -> None:
-    """Losses and all gradients are exactly equal, including dropout, over several passes."""
+    """Losses and all gradients exactly equal those without checkpointing, with or without dropout, in two passes."""
     stack = make_stack(kind, dropout=dropout, trainable_scale=True)
     stack.prepare = prepare
     for seed in (0, 1):
@@ -160,7 +160,7 @@ def same_as_plain(stack: Any, forward: Callable[[Callable[..., Tensor]], Tensor]
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_a_region_that_ends_far_from_its_layer(make_stack: Callable[..., Any], dropout: float) -> None:
-    """A skip connection leads to the previous pass in fewer steps than to the region's own factors."""
+    """In the graph, a skip connection leads to the previous pass in fewer steps than to the factors of this pass."""
     stack = make_stack("mlp", dropout=dropout)
     up, down = stack.layers[:2]
 
@@ -180,7 +180,7 @@ def test_a_region_that_ends_far_from_its_layer(make_stack: Callable[..., Any], d
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_a_region_with_a_branch_beside_its_layer(make_stack: Callable[..., Any], dropout: float) -> None:
-    """Backward may reach the branch, which does not depend on the factors, before the layer."""
+    """The backward pass may reach the branch, which does not depend on the factors, before the layer."""
     stack = make_stack("mlp", dropout=dropout)
 
     def forward(again: Callable[..., Tensor]) -> Tensor:
@@ -224,7 +224,7 @@ def test_a_part_called_on_the_output_of_a_pass(make_stack: Callable[..., Any]) -
 
 @pytest.mark.parametrize("frozen", [(), ("C", "V")], ids=str)
 def test_reentrant_beside_plain(make_stack: Callable[..., Any], frozen: tuple[str, ...]) -> None:
-    """In one pass, the same layers run with and without checkpointing. A later pass starts before its backward pass."""
+    """In one pass, a layer runs with and without checkpointing. Another pass runs before the backward pass."""
     stack = make_stack("mlp")
     for name in frozen:
         getattr(stack.bank, name).requires_grad_(False)
@@ -254,7 +254,7 @@ def test_passes_without_gradients_do_not_count(make_stack: Callable[..., Any]) -
 
 
 def test_an_abandoned_pass_does_not_block_the_next(make_stack: Callable[..., Any]) -> None:
-    """After an exception between forward and backward, for example, the graph no longer exists."""
+    """The graph of a pass may be freed without a backward pass, for example after an exception."""
     stack = make_stack("mlp", dropout=0.4)
     loss = stack.run(recompute)
     del loss

@@ -1,4 +1,7 @@
-"""Test that operands composed in one evaluation serve later ones, and are never used after a change of the factors."""
+"""Test that evaluations reuse the operands (D, G) of an earlier evaluation, but not after the factors change.
+
+An evaluation is a forward pass in eval mode without gradients.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ MODES = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
 
 
 class Pair(nn.Module):
-    """Run two adapted layers that share a bank, in a pass as a model has it."""
+    """Run two adapted layers that share a bank, and prepare and release the bank as a model does."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__()
@@ -105,7 +108,7 @@ def _data_once(model: Pair) -> None:
 
 
 def _data_twice(model: Pair) -> None:
-    """Swap the memory twice, so that the second tensor may get the address of the first one."""
+    """Replace the memory twice, so that the last tensor may get the address of the original one."""
     for factor in model.bank.parameters():
         factor.data = factor.data + 1
         factor.data = factor.data + 1
@@ -225,7 +228,7 @@ def test_parameters_that_a_call_passes(x: Tensor) -> None:
 
 
 def test_training_follows_an_evaluation(x: Tensor, mode: Any) -> None:
-    """Operands of an inference could not be saved for a backward pass."""
+    """Training composes new operands, because tensors of ``inference_mode`` cannot be saved for a backward pass."""
     model = Pair().eval()
     evaluate(model, x, mode)
     loss = model(x).square().sum()
@@ -266,7 +269,7 @@ def test_passes_with_a_graph_compose_in_every_pass(x: Tensor, composed: list[int
 
 
 def test_a_pass_with_a_graph_discards_the_operands(x: Tensor, composed: list[int]) -> None:
-    """An optimizer may follow that writes to the memory of the factors behind torch's back."""
+    """After such a pass, an optimizer may change the factors in a way that torch does not record."""
     model = Pair().eval()
     evaluate(model, x)
     model(x)
@@ -323,7 +326,7 @@ def test_another_backend_composes_again(x: Tensor, composed: list[int]) -> None:
 
 
 class Doubled(TTFactors):
-    """Compose twice the operands of the base class, with a factor of which the base class knows nothing."""
+    """Multiply the operands G of the base class by a factor that the base class does not know."""
 
     factor = 2.0
 

@@ -1,4 +1,4 @@
-"""Compare the product of each expert's rows with the expert's matrix with a loop in plain torch."""
+"""Compare ``expert_mm``, which multiplies each expert's rows by the expert's matrix, with a loop in plain torch."""
 
 from __future__ import annotations
 

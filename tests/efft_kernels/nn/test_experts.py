@@ -63,7 +63,7 @@ class Product(nn.Module):
 
     def __init__(self, bank: TTFactors, site: Site, transposed: bool = False, dtype: Any = torch.float64) -> None:
         super().__init__()
-        d_in, d_out = bank.features(site)
+        d_in, d_out = bank.sizes(site)
         self.matrices = nn.Parameter(
             torch.randn(site.experts, *((d_in, d_out) if transposed else (d_out, d_in)), dtype=dtype)
         )
@@ -112,8 +112,8 @@ def test_routing(choice: str) -> None:
 def test_what_a_site_stands_for(dense: Callable[..., Tensor], site: str, sharing: str, scale: Any) -> None:
     bank = make_bank(core_sharing=sharing, trainable_scale=scale)
     D, G = bank.evaluated(SITES[site])
-    assert (D.shape[0], *G.shape) == (bank.features(SITES[site])[0], N_EXPERTS, D.shape[1], G.shape[2])
-    assert G.shape[2] == bank.features(SITES[site])[1]
+    assert (D.shape[0], *G.shape) == (bank.sizes(SITES[site])[0], N_EXPERTS, D.shape[1], G.shape[2])
+    assert G.shape[2] == bank.sizes(SITES[site])[1]
     torch.testing.assert_close(D @ G, dense(bank, SITES[site]))
 
 
@@ -123,11 +123,11 @@ def test_what_a_site_stands_for(dense: Callable[..., Tensor], site: str, sharing
 def test_product_and_gradients(
     dense: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch, site: str, prepared: bool, dropout: float
 ) -> None:
-    """The oracle is autograd through the dense sum of weight and update, which has masked factors with dropout."""
+    """Compare with autograd through the dense sum of weight and update. With dropout, masks multiply its factors."""
     bank = make_bank(dropout=dropout, trainable_scale="matrix")
     model = Product(bank, SITES[site], transposed="columns" in site)
     masks = draw_masks(bank, monkeypatch) if dropout else None
-    x = torch.randn(5, bank.features(SITES[site])[0], dtype=torch.float64, requires_grad=True)
+    x = torch.randn(5, bank.sizes(SITES[site])[0], dtype=torch.float64, requires_grad=True)
     routing = Routing.of(torch.tensor(CHOICES["mixed"]), N_EXPERTS)
     if prepared:
         bank.prepare()
@@ -279,9 +279,9 @@ class Reader(nn.Module):
 def test_a_module_that_reads_the_parameter_itself(
     dense: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch, site: str, dropout: float
 ) -> None:
-    """The module reads the effective weights of the running pass."""
+    """The module reads the weights with the update of the current pass."""
     bank = make_bank(dropout=dropout)
-    d_in, d_out = bank.features(SITES[site])
+    d_in, d_out = bank.sizes(SITES[site])
     model = Reader((N_EXPERTS, d_out, d_in))
     x = torch.randn(N_EXPERTS, 3, d_in, dtype=torch.float64, requires_grad=True)
     weight = ExpertWeight(model, "matrices", bank, SITES[site])
@@ -320,7 +320,7 @@ class Batched(nn.Module):
 @pytest.mark.parametrize("site", SITES)
 def test_a_batch_of_products_takes_no_dense_weights(dense: Callable[..., Tensor], site: str) -> None:
     bank = make_bank()
-    d_in, d_out = bank.features(SITES[site])
+    d_in, d_out = bank.sizes(SITES[site])
     model = Batched(torch.randn(N_EXPERTS, d_in, d_out, dtype=torch.float64))
     weight = put_update(ExpertWeight(model, "matrices", bank, SITES[site], transposed=True))
     x = torch.randn(N_EXPERTS, 3, d_in, dtype=torch.float64, requires_grad=True)

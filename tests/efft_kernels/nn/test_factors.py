@@ -1,4 +1,7 @@
-"""Test TTFactors: the product of each site's (D, G), with and without dropout, contracted at once or one by one."""
+"""Test TTFactors: the operands (D, G) of each site, with and without dropout, composed together or one by one.
+
+A site is the part of the factors that one layer uses.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ def parameters(bank: TTFactors) -> int:
 
 
 def test_parameter_counts_of_the_paper() -> None:
-    """ViT-B/16 at rank 32 has 245,760 parameters for EFFT2, 159,744 for EFFT1, and 178,176 with shared cores."""
+    """At rank 32, ViT-B/16 has 245,760 parameters for EFFT2, 178,176 with shared cores, and 159,744 for EFFT1."""
 
     def efft2(sharing: str) -> int:
         attention = TTFactors(768, 768, 32, n_layers=12, n_cores=4, core_sharing=sharing)
@@ -68,7 +71,7 @@ def test_factors_of_every_site(
         bank.prepare()
     for binding, site in zip(bindings, sites, strict=True):
         D, G = bank.down_up(binding)
-        assert (D.shape[0], G.shape[1]) == bank.features(site)
+        assert (D.shape[0], G.shape[1]) == bank.sizes(site)
         torch.testing.assert_close(D @ G, update(bank, site))
     bank.release()
 
@@ -113,6 +116,7 @@ def test_gradients(
         torch.testing.assert_close(value, dense[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
+#: The sides of the update, inputs or outputs, that trainable diagonals scale.
 SIDES = pytest.mark.parametrize("scaled", [("in",), ("out",), ("in", "out")], ids="+".join)
 
 
@@ -152,7 +156,7 @@ def test_diagonals_belong_to_one_site_each(make_bank: Callable[..., Any], kind: 
     bank.reset_parameters()
     used = {name: torch.zeros_like(rows) for name, rows in (("a", bank.a), ("b", bank.b)) if rows is not None}
     for site in sites:
-        sizes = bank.features(site)
+        sizes = bank.sizes(site)
         for rows, size, side, layers in zip(bank.diagonals(site), sizes, ("in", "out"), ((0, 2), (1, 2)), strict=True):
             assert (rows is not None) == (side in scaled and site.layer in layers)
             if rows is None:
@@ -314,7 +318,7 @@ def test_dropout_on_every_site(
 
 
 def test_layers_of_one_scope_share_a_draw(make_bank: Callable[..., Any]) -> None:
-    """qkv and proj share one mask of U; fc1 (D = U) and fc2 (G from U) have others; each pass draws new masks."""
+    """Sites with the same layer and mask_scope share one mask of U, and other sites have others. A pass draws masks."""
     bank, sites = make_bank("attention", dropout=0.5)
     for site in sites:
         bank.bind(site)

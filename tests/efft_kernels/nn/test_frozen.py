@@ -1,4 +1,4 @@
-"""Test adapted layers with a packed weight, whose layer class has its own product and state dict."""
+"""Test adapted layers with a packed weight, whose class computes the product and has its own state dict."""
 
 from __future__ import annotations
 

@@ -136,7 +136,7 @@ CASES = {
 
 
 class Adapted:
-    """Hold a module with updates, the plain module, and the dense sum."""
+    """Hold a module with updates and the plain module, and compute with the dense sums of weights and updates."""
 
     def __init__(self, case: Case, dtype: torch.dtype = torch.float64) -> None:
         torch.manual_seed(0)
@@ -311,7 +311,7 @@ def test_low_precision(adapted: Adapted, autocast: bool) -> None:
 def test_a_small_update_survives_low_precision(
     make: Callable[[], nn.Module], name: str, shape: tuple[int, ...], autocast: bool
 ) -> None:
-    """Adding a thousandth of a bfloat16 weight to the weight would lose the update.
+    """An update of a thousandth of the weight would be lost if it were added to the weight in bfloat16.
 
     All entries of the weight are equal, and the input cancels them, so that the output consists of the update only.
     """

@@ -45,7 +45,7 @@ def test_every_layout(
     """A single layer, fused qkv, column ranges and fc2's transposed tensor train all equal F.linear with W + ΔWᵀ."""
     bank, sites = make_bank(kind, n_layers=2, core_sharing=core_sharing)
     for site in sites:
-        linear = nn.Linear(*bank.features(site), bias=bias, dtype=torch.float64)
+        linear = nn.Linear(*bank.sizes(site), bias=bias, dtype=torch.float64)
         layer = EfftLinear(linear, bank, site)
         x = torch.randn(2, 3, layer.in_features, dtype=torch.float64, requires_grad=True)
         leaves = [x, bank.U, bank.C, bank.V]

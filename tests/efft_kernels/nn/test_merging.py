@@ -46,10 +46,10 @@ def test_unmerging_restores_every_bit(dtype: torch.dtype) -> None:
 
 
 def test_merged_equals_unmerged(make_bank: Callable[..., Any], kind: str, core_sharing: str) -> None:
-    """Merged weights are as accurate as a plain fp32 computation without dropout, and need no factors."""
+    """The merged weight contains the update without dropout, as accurately as a plain fp32 sum of weight and update."""
     bank, sites = make_bank(kind, n_layers=2, core_sharing=core_sharing, dtype=torch.float32, dropout=0.3)
     for site in sites:
-        layer = EfftLinear(nn.Linear(*bank.features(site)), bank, site)
+        layer = EfftLinear(nn.Linear(*bank.sizes(site)), bank, site)
         base, delta = layer.weight.double(), layer.delta_weight()
         exact = delta.double()
         layer.merge()

@@ -1,4 +1,7 @@
-"""Test that layers with packed factors compute exactly what they compute without, and when factors are packed."""
+"""Test that packed factors do not change any result, and test when factors are packed.
+
+Packed factors are copies of D and G in the dtype and the layout that the kernels read (efft_kernels/_packed.py).
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ N_LAYERS, D_IN, D_OUT = 3, 24, 40
 
 
 class Model(nn.Module):
-    """Stack layers of two kinds, a fused one with two cores and a transposed one, on one bank each."""
+    """Stack layers of two kinds: fused layers with two cores, and transposed layers. Each kind has its own bank."""
 
     def __init__(self, rank: int, **settings: Any) -> None:
         super().__init__()
@@ -57,7 +60,7 @@ def step(model: Model, again: bool = False) -> list[Tensor]:
 
 @pytest.fixture
 def packing(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
-    """Let the eager backend use packed factors, and return a function that returns the number of copies so far."""
+    """Let the eager backend use packed factors. Return a function that returns the number of packed copies so far."""
     count, copy = 0, _packed._copy
 
     def counted(*arguments: Any) -> Tensor:

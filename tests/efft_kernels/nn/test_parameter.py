@@ -253,7 +253,10 @@ def test_traced_and_exported(function: Callable[[Tensor, Tensor], Tensor]) -> No
 
 
 def test_a_checkpoint_runs_it_again_with_the_same_factors() -> None:
-    """Outside of a pass, such a layer holds the stored weight; inside backward it needs the weight of its pass."""
+    """The backward pass runs the layer again and needs the weight with the update of the forward pass.
+
+    Outside of a pass, ``layer.weight`` is the stored weight.
+    """
 
     class Parent(nn.Module):
         def __init__(self) -> None:

@@ -197,7 +197,7 @@ def test_autocast(module: nn.Module, layer: EfftLinear) -> None:
 @pytest.mark.parametrize("frozen", ["nothing", "input", "weight", "bias"])
 @pytest.mark.parametrize("use", ["layer", "layers", "function", "value"])
 def test_a_norm_and_a_bias_that_are_trained(layer: EfftLinear, use: str, frozen: str) -> None:
-    """The parameters get correct gradients in every way of using the output of the norm."""
+    """The parameters get correct gradients for every kind of use of the norm's output."""
     norm, x = nn.LayerNorm(24), inputs()
     for parameter in norm.parameters():
         nn.init.normal_(parameter)

@@ -25,7 +25,7 @@ def quantize(request: pytest.FixtureRequest) -> Quantize:
 
 
 def make(quantize: Quantize, dtype: torch.dtype = torch.float32) -> EfftLinear:
-    """Return a quantized layer with an update as large as its weight."""
+    """Return a quantized layer with a large update."""
     linear = nn.Linear(D_IN, D_OUT, dtype=dtype)
     quantize(linear)
     layer = EfftLinear.from_linear(linear, rank=4, n_cores=3)
@@ -80,7 +80,7 @@ def test_autocast(quantize: Quantize) -> None:
 
 @pytest.mark.parametrize("way", [*WAYS, *ROUNDING_WAYS])
 def test_nothing_dense_is_kept_for_backward(way: str) -> None:
-    """Neither the update nor the weight is saved; backward dequantizes the weight again."""
+    """Only the quantized weight is saved. The backward pass dequantizes it again and does not need a dense update."""
     layer = make((WAYS | ROUNDING_WAYS)[way])
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):

@@ -23,7 +23,8 @@ IDS = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES}
 
 #: The library that runs the CUDA kernels on the CPU. ``make check-cuda`` builds it and runs these tests with it.
 EMULATED = os.environ.get("EFFT_EMULATED_CUDA")
-#: The only backend of such a session on the CPU: triton interpreted (``make check-triton``) or cuda emulated.
+#: The only backend of a session in which GPU kernels run on the CPU: triton in its interpreter (``make check-triton``),
+#: or cuda in the emulator (``make check-cuda``). In other sessions, None.
 ONLY = Backend.TRITON if os.environ.get("TRITON_INTERPRET") == "1" else Backend.CUDA if EMULATED else None
 if EMULATED:
     torch.ops.load_library(EMULATED)
@@ -38,7 +39,10 @@ WITHOUT = {Backend.CPU: {torch.float16, torch.float64}, Backend.CUDA: {torch.flo
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect tests that a backend cannot run: cpu needs the CPU; triton and cuda need a GPU unless they run alone."""
+    """Deselect tests that a backend cannot run.
+
+    The backend cpu needs the CPU. The backends triton and cuda need a GPU, except in sessions that ``ONLY`` describes.
+    """
 
     def params(item: pytest.Item) -> dict[str, Any]:
         return item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}

@@ -96,7 +96,10 @@ def run(op: Callable[..., Tensor], need: tuple[str, ...], inputs: Inputs, gy: Te
 
 
 def unfused(op: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
-    """Return a function that computes layer by layer in the given precision; its errors are the yardstick."""
+    """Return a function that computes one operation after the other in the precision of its inputs.
+
+    The tests compare the errors of the op with the errors of this function.
+    """
 
     def layers(W: Tensor, b: Tensor | None, D: Tensor, G: Tensor, **producer: Any) -> Tensor:
         a = output(op, producer, **options)
@@ -237,7 +240,7 @@ def test_a_second_derivative(
 def test_second_derivatives_of_trained_vectors(
     backend: Backend, exact: torch.dtype, assert_exact: Callable[..., None], case: Any, need: str
 ) -> None:
-    """The test differentiates one gradient, either if only its argument is trained or if all arguments are."""
+    """Differentiate one gradient, once with only its argument trained, and once with all arguments trained."""
     op, name, options = case
     names = trained(op, name)
     if need not in names:

@@ -98,7 +98,7 @@ def test_the_reference_computes_in_fp32_and_rounds_once(half: torch.dtype) -> No
 
 
 def test_gradient_of_a_trained_scale(backend: Backend, device: str, low: torch.dtype) -> None:
-    """The loss is |G|²/2, whose sums do not cancel, for 16 draws, as a single number may be exact by luck."""
+    """The loss is |G|²/2, because its sums do not cancel. One draw could be exact by chance, and there are 16 draws."""
     results: list[list[Tensor]] = [[], [], []]
     for seed in range(16):
         inputs = make_inputs("tt_contract", r1=17, r2=33, masks=True, dtype=low, device=device, seed=seed)

@@ -24,7 +24,7 @@ def wide(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def dense(inputs: dict[str, Any], gy: Tensor) -> dict[str, Tensor]:
-    """Return y, every gradient and the update by itself, computed from the dense matrix and its gradient."""
+    """Return y and every gradient, computed from the dense matrix and its gradient."""
     x, W, b, D, G = (wide(inputs)[k] for k in LEAVES)
     gy = gy.double()
     M = W.t() + D @ G  # [d_in, d_out]
@@ -35,7 +35,7 @@ def dense(inputs: dict[str, Any], gy: Tensor) -> dict[str, Tensor]:
 
 
 def unfused(x: Tensor, W: Tensor, b: Tensor | None, D: Tensor, G: Tensor) -> Tensor:
-    """Compute the plain formula in the precision of x; its errors are the yardstick."""
+    """Compute the plain formula in the precision of x. The tests compare the errors of the op with its errors."""
     return F.linear(x, W, b) + (x @ D.to(x.dtype)) @ G.to(x.dtype)
 
 
@@ -91,7 +91,7 @@ def test_update_under_a_weight_1000_times_its_size(
     product: Callable[[Tensor, Tensor], Tensor],
     op: Callable[..., Tensor],
 ) -> None:
-    """For tokens on which the base cancels, y and dx consist of the update; a merged half-precision weight fails."""
+    """The base product is zero, so that y and dx consist of the update. A merged half-precision weight must fail."""
     factors = {"update": 1e-3, "factor_dtype": torch.float32}
     inputs = make_inputs("tt_linear", d_out=48, base_cancels=True, dtype=low, device=device, **factors)
     half = torch.randn(29, 24).to(device, low)
@@ -201,19 +201,19 @@ def test_a_trained_bias_beside_frozen_arguments(
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("how", ["autocast", "as it is"])
 def test_a_bias_in_fp32_gets_its_gradient_in_fp32(backend: Backend, device: str, half: torch.dtype, how: str) -> None:
-    """The weight has half precision, and a sum in half precision could not count the tokens."""
+    """The weight has half precision, but a sum over 1000 tokens in half precision would not be accurate."""
     if backend is Backend.CPU and half == torch.float16:
         pytest.skip("the cpu backend has no float16")
     inputs = make_inputs("tt_linear", tokens=1000, dtype=half, factor_dtype=torch.float32, device=device)
     inputs["b"] = make_inputs("tt_linear", device=device)["b"]
     gy = torch.ones_like(upstream(inputs))
-    gy[::7] = 0.125  # exact, but their sum is not in half precision
+    gy[::7] = 0.125  # every value is exact in half precision, but the sum is not
     with use_backend(backend), torch.autocast(device, half, enabled=how == "autocast"):
         got = run(tt_linear, inputs, gy, ("G", "b"))
     exact = dense(inputs, gy)
     assert got["y"].dtype == half
     assert got["b"].dtype == torch.float32
-    # The vendor's product on a CPU rounds its result, as it rounds dG.
+    # On a CPU, the vendor's product returns the sum in half precision.
     rounds = backend is Backend.EAGER and device == "cpu"
     torch.testing.assert_close(got["b"].double(), exact["b"], rtol=torch.finfo(half).eps if rounds else 1e-6, atol=0)
 
@@ -287,7 +287,7 @@ def test_no_dense_delta_is_ever_built(
 
 @pytest.mark.parametrize("frozen", [(), ("D",), ("G",), ("x",), ("W", "b"), ("D", "W", "b"), ("x", "D")], ids=str)
 def test_gradients_of_gradients(fp64: Backend, frozen: tuple[str, ...]) -> None:
-    """Second gradients are correct with any frozen arguments; frozen arguments are not saved."""
+    """Second derivatives are correct for any choice of frozen arguments, although the op then saves fewer tensors."""
     inputs = make_inputs("tt_linear", tokens=2, d_in=3, d_out=4, r1=2, dtype=torch.float64)
     names = [k for k in LEAVES if k not in frozen]
 
@@ -440,7 +440,7 @@ def test_compiles_without_graph_breaks(backend: Backend, exact: torch.dtype, dyn
 def test_any_leading_dimensions_and_strides(
     backend: Backend, device: str, leading: tuple[int, ...], layout: str
 ) -> None:
-    """The operators view activations as matrices: compare with a call on a matrix."""
+    """The operators view activations as matrices. The results equal those of a call with a matrix."""
     inputs = {name: t.to(device) for name, t in make_inputs("tt_linear", tokens=6, d_in=8, d_out=4, r1=3).items()}
     if layout == "sliced":
         x = torch.randn(*leading, 8 + 3)[..., 2:-1]

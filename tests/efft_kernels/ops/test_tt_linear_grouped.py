@@ -160,7 +160,7 @@ def test_gradients_within_the_error_budget(
     sizes: tuple[int, ...],
     adapter: list[int],
 ) -> None:
-    """Adapters without samples get zeros. The base product cancels where the update could hide behind it (dx)."""
+    """The gradients of adapters without samples are zero."""
     tokens, d_in, d_out, r1 = sizes
     options: dict[str, Any] = {"tokens": tokens, "d_in": d_in, "d_out": d_out, "r1": r1, "dtype": low}
     options |= {"samples": len(adapter), "n_adapters": 4, "factor_dtype": torch.float32, "device": device}
@@ -236,7 +236,7 @@ def test_gradients_of_nothing(backend: Backend, device: str, samples: int, token
 
 
 def test_gradients_that_are_not_finite_stay_with_their_adapter(backend: Backend, device: str) -> None:
-    """A sample without an adapter, or of another one, changes no gradient of an adapter, whatever its values are."""
+    """A sample changes only the gradients of its own adapter, even if its values are not finite."""
     inputs = make_inputs("tt_linear_grouped", device=device)
     inputs["adapter"] = torch.tensor([0, -1, 2, 0, 1], device=device)
     inputs["x"][1] = float("nan")
@@ -305,7 +305,7 @@ def test_the_cpu_computes_each_adapter_as_alone(kernels: Backend, device: str) -
 
 
 def test_the_order_of_samples_does_not_matter(backend: Backend, device: str, exact: torch.dtype) -> None:
-    """The gradients of factors are the same sums, and every other result moves with its sample."""
+    """If the samples are reordered, the gradients of the factors stay equal, and all other results are reordered."""
     inputs = make_inputs("tt_linear_grouped", dtype=exact, samples=8, device=device)
     order = torch.tensor([3, 0, 7, 5, 1, 6, 2, 4])
     adapter = torch.tensor([-1, 0, 0, 1, 1, 1, 2, 2])

@@ -5,10 +5,16 @@
 
 The kernels are compiled without a GPU. A form is a kernel with one entry of the tile tables, for one use (forward,
 backward, backward through a GELU, one adapter per sample), with pointers or TMA, and with the strides and alignments of
-a real layer. Faults count only on targets on which :mod:`efft_kernels.triton.launch` would choose the form. A fault is
-a compile error, spilled registers, more shared memory than the tile's estimate or than the target has, a half-precision
-product without tensor-core instructions, or a main loop that does not load 16 bytes at a time. The report does not
-check speed or results.
+a real layer. A form is compiled only for targets on which :mod:`efft_kernels.triton.launch` would choose it. A fault is
+one of the following:
+
+- a compile error, or compiled code that could not be parsed
+- spilled registers (in forms without tensor cores, more than ``PARKED`` accesses to local memory)
+- more shared memory than the target has
+- a half-precision or TF32 product without tensor-core instructions
+- a main loop that does not load 16 bytes at a time or, in a form with TMA, a kernel without bulk tensor copies
+
+The report does not check speed or results.
 """
 
 from __future__ import annotations
@@ -91,7 +97,10 @@ class Form:
 
 @dataclass
 class Report:
-    """Hold the resources of one form on one target; ``faults`` is empty if the form passes."""
+    """Hold the resources of one form on one target.
+
+    ``faults`` is empty if the form passes. ``skipped`` is the reason why the form was not compiled, or None.
+    """
 
     form: str
     target: str

@@ -1,4 +1,4 @@
-"""Test the VTAB-1K suite from end to end: 19 tasks in the published layout with a few generated images, a tiny ViT."""
+"""Test the VTAB-1K suite from end to end, with a tiny ViT and a few generated images in the layout of the 19 tasks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SIZES = {"train": 6, "val": 3, "trainval": 9, "test": 5}
 
 
 def read_published() -> Any:
-    """Return the figures from the literature that the report quotes."""
+    """Return the accuracies from the literature that the report quotes."""
     return json.loads((files("efft_lab.compare") / "published_vtab1k.json").read_text("utf-8"))
 
 
@@ -90,7 +90,7 @@ def test_all_tasks(data: Path, checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_published_table_has_the_published_averages() -> None:
-    """The categorical means equal the printed ones, which shows that the 19 numbers were copied correctly."""
+    """The means of the three groups' means must equal the printed ones, so the 19 numbers were copied correctly."""
     published = read_published()
     tasks = {name: info.group for name, info in INFOS.items()}
     share = weights(tasks, categorical=True)
@@ -110,7 +110,10 @@ def test_published_table_has_the_published_averages() -> None:
 
 
 def test_published_rows_agree_with_the_means_that_their_sources_state() -> None:
-    """Sources print means of unrounded accuracies, so means of the printed ones may differ in the last digit."""
+    """Test the means of the rounded accuracies.
+
+    The sources print means of unrounded accuracies, which may differ from these in the last digit.
+    """
     tasks = {name: info.group for name, info in INFOS.items()}
     checked = []
     for entry in read_published()["methods"]:
@@ -127,7 +130,10 @@ def test_published_rows_agree_with_the_means_that_their_sources_state() -> None:
 
 
 def test_published_overall_means_equal_those_in_the_main_tables_of_the_papers() -> None:
-    """The papers give means in their main part (RLRR tables 4 and 5, HTA tables 3 and 4), rows by task behind it."""
+    """The overall means are in the main part of the papers (RLRR tables 4 and 5, HTA tables 3 and 4).
+
+    The accuracies of the tasks, from which the table here was copied, are in their appendices.
+    """
     printed = {
         **{
             ("ViT-L/16", "LoRA"): 72.0,
@@ -148,7 +154,7 @@ def test_published_overall_means_equal_those_in_the_main_tables_of_the_papers() 
 
 
 def test_published_study_with_one_trainer_has_the_means_of_its_result_files() -> None:
-    """The study's files state no means; these were computed from the files, separately from the table here."""
+    """The study's files contain no means. The means here were computed from the files, without the published table."""
     computed = {
         "Convpass": 76.35,
         "FacT-TT": 75.94,

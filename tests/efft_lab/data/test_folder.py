@@ -98,7 +98,7 @@ def test_missing_test_folder_is_divided_from_train(divided: Path, capsys: pytest
 
 def test_copies_of_validation_images_are_not_tested_on(divided: Path) -> None:
     (divided / "test").rename(divided / "val")
-    for path in sorted((divided / "train").rglob("*.png")):  # but two of each class
+    for path in sorted((divided / "train").rglob("*.png")):  # all but two images of each class
         if path.stem not in ("0", "1", "2", "3"):
             (divided / "val" / path.parent.parent.name / path.name).write_bytes(path.read_bytes())
     task = efft_lab.data.load(divided)

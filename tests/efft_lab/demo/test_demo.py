@@ -52,7 +52,7 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     report = (tmp_path / "out" / "report.md").read_text()
     assert report in capsys.readouterr().out
     rows = [line.split("|")[2].strip() for line in report.splitlines() if line.startswith("| digits")]
-    assert rows == ["best trivial predictor", "linear probe", "EFFT2"]
+    assert rows == ["best trivial predictor", "linear probe", "EFFT"]
     for name in ("reloaded", "merged", "merged file"):
         assert f"- digits: {name}: max difference" in report
     assert report.count("same class for 64 of 64 images") == 3

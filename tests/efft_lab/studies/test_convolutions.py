@@ -14,7 +14,7 @@ from efft_lab.data.task import ROLES, ArrayImages, Preprocess, Split
 from efft_lab.studies import convolutions, side_by_side
 from efft_lab.train.methods import METHODS
 
-#: d_in = 9 channels, d_out, and the number of ResNet-18's kernels with these sizes.
+#: d_in (9 times the input channels), d_out, and how many 3x3 kernels of ResNet-18 have these sizes.
 SHAPES = (
     (576, 64, 4),
     (576, 128, 1),

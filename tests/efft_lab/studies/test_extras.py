@@ -1,4 +1,7 @@
-"""Test that stacked runs equal separate runs of the trainer, and test their results and packed files."""
+"""Test runs that are trained at once in one stack: they must equal separate runs of the trainer.
+
+The results of the runs and the files with the packed images and backbone are tested too.
+"""
 
 from __future__ import annotations
 
@@ -113,7 +116,7 @@ EXTRAS: dict[str, float] = {"biases": 3, "norms": 2, "gammas": 1, **dict.fromkey
 
 @pytest.mark.parametrize("method", ["efft", "peft_lora", "fact_tt"])
 def test_extras_act_as_in_a_dense_model(method: str, base: nn.Module) -> None:
-    """Logits after training equal those of the plain model into which all trained parameters are merged."""
+    """The logits after training equal those of a plain model into which all trained parameters were merged."""
     targets = ["qkv", "proj", "fc1", "fc2"]
     settings = {"efft": {"rank": 3, "dropout": 0.2}, "peft_lora": {"rank": 2, "targets": targets}}.get(method, {})
     variant = plain("all", method, settings=settings, rates=EXTRAS, own=1)

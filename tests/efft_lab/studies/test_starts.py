@@ -1,4 +1,8 @@
-"""Test that starts do not change the model, hold the requested directions and move it equally far; test the table."""
+"""Test the study that initializes the factors of EFFT2 with directions of gradients, of weights, or at random.
+
+Such an initialization ("start") must not change the outputs of the model. The factors must hold the requested
+directions, and the first step must move a weight as far as the computed scale lets it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Test the measures of the study on matrices with known results, and the table of the study."""
+"""Test the study of how much of full fine-tuning updates shared factors can express.
+
+Its measures are tested on matrices for which the results are known. The table of its results is tested too.
+"""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ SMALL: dict[str, Any] = {
 
 @pytest.fixture
 def cells(tmp_path: Path) -> Path:
-    """Return images of squares with 16 pixels (the size of a patch) of class 0 (dark), 1 (red) or 2 (green)."""
+    """Create images with masks: 4 x 4 squares of class 0 (dark), 1 (red) or 2 (green), as large as a patch."""
     random = np.random.RandomState(0)
     colors = np.array([[20, 20, 20], [220, 30, 30], [30, 220, 30]])
     for number in range(60):
@@ -47,7 +47,7 @@ def cells(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def grey(tmp_path: Path) -> Path:
-    """Return images of one gray value; the target is a number of 1000 or more that depends on the value."""
+    """Create gray images and a table with their targets: 1000 plus ten times the gray value."""
     lines = ["file,dose"]
     for number in range(60):
         level = 10 + 4 * number
@@ -132,7 +132,7 @@ def test_other_methods(kind: Any, method: str, cells: Path, grey: Path, tmp_path
 
 
 def test_methods_that_cannot_segment() -> None:
-    with pytest.raises(ValueError, match="method 'vpt_deep' changes whole timm models and cannot train one for segm"):
+    with pytest.raises(ValueError, match="method 'vpt_deep' supports only plain timm models and cannot train segm"):
         TrainConfig(task="segmentation", method="vpt_deep")
 
 

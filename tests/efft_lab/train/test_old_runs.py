@@ -1,8 +1,8 @@
 """Test that runs from before the experiment code was a separate package load, compute the same, and can resume.
 
-The folders next to this file were written by ``efft.train.run`` in a checkout of commit 2572b1e. They contain one run
-per way of saving that is small enough to keep. The run ``stopped`` was killed after 24 of 32 updates. ``logits.json``
-holds the outputs of the models at that commit.
+The folders in ``old_runs`` were written by ``efft.train.run`` in a checkout of commit 2572b1e. There is one complete
+run for each way of saving whose files are small enough to keep. The run ``efft-stopped`` was killed after 24 of 32
+updates. ``logits.json`` holds the outputs of the models at that commit.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LOGITS = json.loads((FOLDER / "logits.json").read_text())
 
 
 def logits(model: nn.Module) -> Tensor:
-    """Return the logits of two images that do not depend on a random generator."""
+    """Return the logits of two fixed images, which are computed without a random generator."""
     images = torch.arange(2 * 3 * 32 * 32, dtype=torch.float32).mul(1.7).sin().view(2, 3, 32, 32)
     with torch.no_grad():
         result: Tensor = model(images)
@@ -48,7 +48,7 @@ def test_an_old_checkpoint_resumes_to_the_unbroken_run(tmp_path: Path) -> None:
     assert result.model is not None
     torch.testing.assert_close(logits(result.model), torch.tensor(LOGITS["efft"]), rtol=1e-3, atol=1e-3)
     before = json.loads((FOLDER / "efft" / "result.json").read_text())
-    # Settings that are younger than this run are recorded with the values that it had without them.
+    # The result also records settings that did not exist yet at that commit, with values that mean the same.
     before["config"]["efft"] = {**EfftConfig.meant_before, **before["config"]["efft"]}
     for name in ("updates", "best_epoch", "trainable_parameters", "classes", "saved", "config"):
         assert result.summary[name] == before[name], name

@@ -21,7 +21,7 @@ from efft_lab.train.build import load_trained
 
 
 class Guarded(Dataset[Any]):
-    """A data set that counts reads, and raises an error for reads while it is locked."""
+    """Count the reads of each item of a data set, and raise an error for a read while the data set is locked."""
 
     def __init__(self, data: Dataset[Any]) -> None:
         self.data, self.locked, self.reads = data, False, [0] * len(data)  # type: ignore[arg-type]

@@ -110,7 +110,7 @@ one adapter can train biases |
     layers_pattern: str | list[str] | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     modules_to_save: list[str] | None = _modules_to_save
-    bias: Literal["none", "all", "adapted", "efft_only", "auto"] = "none"  # type: ignore[assignment]  # peft's word too
+    bias: Literal["none", "all", "adapted", "efft_only", "auto"] = "none"  # type: ignore[assignment]
     init_weights: bool = True
 
     def __post_init__(self) -> None:
@@ -167,16 +167,16 @@ one adapter can train biases |
         return self.__dict__["_modules"] is None
 
     def own(self, **changes: Any) -> EfftConfig:
-        """Return the settings, with some fields changed, as an :class:`efft.EfftConfig` for layers that are called."""
+        """Return the settings, with ``changes``, as an :class:`efft.EfftConfig` that adapts only layers."""
         values = {f.name: getattr(self, f.name) for f in fields(EfftConfig)}
         return _OfLayers(**{**values, "bias": "none", "norms": False, **changes})  # peft itself trains biases and norms
 
     def _check_extras(self, bias: Any, norms: Any) -> None:
-        super()._check_extras("none", norms)  # this class checks bias, because it has peft's values
+        super()._check_extras("none", norms)  # __post_init__ checks bias, because its values are those of peft
 
 
 class _OfLayers(EfftConfig):
-    """Restrict EFFT to layers that are called, because peft's tuners cannot adapt parameters that a module reads."""
+    """Restrict EFFT to layers that the model calls. peft's tuners cannot adapt parameters that a module reads."""
 
     kinds = frozenset({"linear", "convolution", "embedding"})
     why_not = "peft's tuners cannot adapt weights of this kind; efft.apply can"
@@ -186,7 +186,7 @@ _OfLayers.__name__ = EfftPeftConfig.__name__  # for error messages
 
 
 def _to_list(value: Any) -> Any:
-    """Convert a set or a tuple to a list, which JSON returns unchanged."""
+    """Convert a set or a tuple to a list, because a list stays the same when it is written to JSON and read again."""
     if isinstance(value, (set, frozenset)):
         return sorted(value)
     return list(value) if isinstance(value, tuple) else value

@@ -1,4 +1,4 @@
-"""Apply an update ``(D G)ᵀ`` of a matrix ``[d_out, d_in]`` to each kind of layer that peft adapts."""
+"""Apply the update ``(D G)ᵀ`` of a matrix ``[d_out, d_in]`` to each kind of layer that peft adapts."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ class EfftLayer(nn.Module, BaseTunerLayer):
 
     @property
     def weight(self) -> Tensor:
-        """The weight of the adapted layer, which includes merged updates only.
+        """The weight of the adapted layer, which includes only the updates that are merged.
 
         Reading the weight while the model runs sets ``was_read``, because the result of the reader lacks the updates
         that are not merged.
@@ -134,7 +134,7 @@ class EfftLayer(nn.Module, BaseTunerLayer):
         return kinds.dense(self.base_layer, *self._evaluate(adapter))
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Return whether ``peft.convert_to_lora`` can convert this layer, as it can all linear layers.
+        """Return whether ``peft.convert_to_lora`` can convert this layer, which is the case for all linear layers.
 
         The conversion is exact if the rank of the LoRA is at least the rank of the adapter.
         """
@@ -195,7 +195,7 @@ class EfftLayer(nn.Module, BaseTunerLayer):
 
 
 def device_of(layer: nn.Module) -> torch.device:
-    """Return the device on which a layer computes. While accelerate offloads the weight, the weight is elsewhere."""
+    """Return the device on which a layer computes, even while accelerate has offloaded its weight to another device."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
     execution = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
@@ -228,7 +228,7 @@ def offload(factors: Any) -> None:
 
 
 def _must_be_called(layer: Any) -> bool:
-    """Return whether a call of the layer does more than multiply by frozen parameters, as an ``nn.Linear`` does."""
+    """Return whether a call of the layer does more than the product of an ``nn.Linear`` with frozen parameters."""
     return bool(
         not isinstance(layer, nn.Linear)
         or layer._forward_hooks

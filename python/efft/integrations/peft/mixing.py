@@ -64,7 +64,7 @@ def fill(bank: TTFactors, parts: Sequence[TTFactors], weights: Sequence[float]) 
 
 
 def _outer(bank: TTFactors) -> tuple[Any, ...]:
-    """Return the properties that the banks of a sum must share."""
+    """Return the properties that must be equal for banks whose updates are to be added."""
     return bank.d_in, bank.d_out, bank.C.shape[:2], [binding.site for binding in bank.bindings]
 
 

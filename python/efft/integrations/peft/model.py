@@ -54,8 +54,8 @@ class EfftModel(BaseTuner):
         """Plan the adapter as :func:`efft.apply` does, allocate its factors, and adapt the layers of the plan.
 
         Raises:
-            ValueError: the configuration does not fit the model. Or ``state_dict`` is given: its tensors have the names
-                of groups, so they cannot identify the layers to adapt. In both cases the model is unchanged.
+            ValueError: the configuration does not fit the model, or ``state_dict`` is given. A state dict contains only
+                the names of groups and cannot identify the layers to adapt. In both cases the model is unchanged.
         """
         if state_dict is not None:
             raise ValueError("the tensors of EFFT do not name the layers they adapt: inject them by a configuration")
@@ -95,7 +95,7 @@ class EfftModel(BaseTuner):
         self._readers = {name: (layer, type(module).__name__) for name, layer, module in read_layers(model, EfftLayer)}
         if "_hooks" not in self.__dict__:
             self._mixed: list[str] = []
-            self._hooks = [  # on the model, because peft does not call this tuner
+            self._hooks = [  # registered on the model, because peft does not call this tuner
                 model.register_forward_pre_hook(self._prepare),
                 model.register_forward_hook(self._release, always_call=True),
             ]

@@ -1,6 +1,7 @@
-"""Test every kernel with every variant and tile on ragged shapes: compiled, or interpreted with checked addresses.
+"""Test every Triton kernel with every variant and every size of tiles, on shapes that are not multiples of the tiles.
 
-Uninitialized buffers are filled with NaN.
+On a GPU the kernels are compiled. In Triton's interpreter, the address checker checks every access. Uninitialized
+buffers are filled with NaN.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def matrix(rows: int, columns: int, dtype: torch.dtype, seed: int, scale: float 
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """Return the product left right, with which the errors of these kernels are compared.
+    """Return the product left right. The tests compare the errors of the kernels with its errors.
 
     For fp32 on a GPU it sums in one chain of terms like these kernels; the vendor's product sums in several chains.
     """
@@ -118,7 +119,7 @@ def test_gemm(dtype: torch.dtype, tile: GemmTile) -> None:
 @pytest.mark.parametrize("tma", [False, True], ids=["pointers", "tma"])
 @pytest.mark.parametrize("R", [16, 24, 33, 40, 48, 65, 70, 96])
 def test_tails_of_the_second_generation(monkeypatch: pytest.MonkeyPatch, R: int, tma: bool) -> None:
-    """The steps of a tail together have ceil(R / 16) times 16 columns, and the result is that of the formula."""
+    """All steps of the tail (the product H T) together have ceil(R / 16) times 16 columns. The results are correct."""
     monkeypatch.setattr(launch, "KERNELS", 2)
     assert triton.cdiv(R, launch.tail_block(R)) * launch.tail_block(R) == triton.cdiv(R, 16) * 16
     if tma and GPU.capability < 9:
@@ -136,7 +137,7 @@ def test_tails_of_the_second_generation(monkeypatch: pytest.MonkeyPatch, R: int,
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("tile", TMA_TILES, ids=lambda tile: f"{tile.m}x{tile.n}x{tile.k}")
 def test_gemm_by_tma(dtype: torch.dtype, tile: GemmTile, direction: str) -> None:
-    """M, N, K and R are as irregular as rows of a multiple of 16 bytes allow, and the tiles outnumber the programs."""
+    """Use irregular sizes, but rows of a multiple of 16 bytes where TMA reads them, and few programs for the tiles."""
     needs(tile, dtype, tma=True)
     for M, N, K, R in [(70, 88, 104, 5), (1, 16, 296, 65), (129, 264, 40, 128), (64, 128, 64, 1)]:
         A, weight, bias, P, T = operands(M, N, K, R, dtype)
@@ -269,7 +270,7 @@ def put_out(values: Tensor, producer: str, gamma: Tensor | None = None, beta: Te
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("affine", [True, False], ids=["gamma and beta", "neither"])
 def test_producers(producer: str, dtype: torch.dtype, affine: bool) -> None:
-    """One launch computes the producer's output and h; the sums over tokens recompute the output from its input."""
+    """One launch computes the output of the GELU or norm and h. The sums over tokens compute that output again."""
     for i, (M, _, K) in enumerate(SHAPES):
         R = (5, 16, 128, 1, 33)[i]
         values, P, dh = 3 * matrix(M, K, dtype, 0) + 1, matrix(K, R, torch.float32, 3, K**-0.5), matrix(M, R, dtype, 5)
@@ -360,7 +361,7 @@ def test_an_adapter_a_sample(dtype: torch.dtype) -> None:
 
 
 def far_apart(values: Tensor) -> Tensor:
-    """Return the same rows, 2^30 elements apart: the offset of the third row exceeds 32 bits."""
+    """Return the same rows, 2^30 elements apart, so that the offset of the third row does not fit a 32-bit integer."""
     rows, columns = values.shape
     memory = torch.empty(
         2**30 * (rows - 1) + columns, dtype=values.dtype

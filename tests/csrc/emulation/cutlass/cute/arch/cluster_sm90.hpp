@@ -1,4 +1,4 @@
-// In the place of CUTLASS's file of this name: clusters of blocks.
+// Replaces CUTLASS's file of this name in the emulator. Implements clusters of blocks.
 #pragma once
 
 #include <cstdint>

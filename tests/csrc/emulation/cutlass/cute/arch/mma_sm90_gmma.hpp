@@ -1,4 +1,5 @@
-// CUTLASS's file of this name, but for what waits for products.
+// Includes CUTLASS's file of this name, but replaces the functions that fence, commit and wait for the asynchronous
+// products of warp groups by functions of the emulator.
 #pragma once
 
 #include "hopper.h"

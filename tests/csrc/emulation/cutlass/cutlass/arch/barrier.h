@@ -1,5 +1,5 @@
-// In the place of CUTLASS's file of this name: barriers in shared memory. And, since it is included after CuTe, the
-// instructions that CuTe's copies and products end in.
+// Replaces CUTLASS's file of this name in the emulator. Implements barriers in shared memory. Because this file is
+// included after CuTe, it also specializes the functions with which CuTe issues tensor copies and products.
 #pragma once
 
 #include <cute/tensor.hpp>
@@ -53,7 +53,7 @@ template <>
 struct detail::CallCOPY<SM90_TMA_LOAD_MULTICAST_OP> {
   void operator()(
       const TmaDescriptor* map, uint64_t* barrier, uint16_t mask, uint64_t, void* to, int column, int row) const {
-    if (mask == 0) mask = 1 << 15;  // nobody: not emulated, and an error
+    if (mask == 0) mask = 1 << 15;  // copy_tile reports an error, because a copy to no block is not emulated
     emulation::copy_tile(map, barrier, mask, to, column, row);
   }
 };
@@ -80,20 +80,21 @@ void emulate(const Traits& traits, D& d, const A& a, const B& b) {
   emulation::multiply_async(product);
 }
 
-// More special than the function of this name in CuTe, for the instructions that csrc/cuda uses.
-#define EFFT_EMULATE(INSTRUCTION, T, N)                                                                        \
+// Defines overloads of CuTe's mma_unpack for the instructions that csrc/cuda uses. The compiler prefers these
+// overloads, because they are more specialized.
+#define EFFT_EMULATE(INSTRUCTION, T, N)                                                                              \
   template <Major LEFT, Major RIGHT, class TD, class LD, class TA, class LA, class TB, class LB, class TC, class LC> \
-  constexpr void mma_unpack(const MMA_Traits<INSTRUCTION<LEFT, RIGHT, ScaleIn::One, ScaleIn::One>>& traits,    \
-      Tensor<TD, LD>& d, const Tensor<TA, LA>& a, const Tensor<TB, LB>& b, const Tensor<TC, LC>&) {            \
-    emulate<T, N, LEFT, RIGHT>(traits, d, a, b);                                                               \
+  constexpr void mma_unpack(const MMA_Traits<INSTRUCTION<LEFT, RIGHT, ScaleIn::One, ScaleIn::One>>& traits,          \
+      Tensor<TD, LD>& d, const Tensor<TA, LA>& a, const Tensor<TB, LB>& b, const Tensor<TC, LC>&) {                  \
+    emulate<T, N, LEFT, RIGHT>(traits, d, a, b);                                                                     \
   }
-#define EFFT_EMULATE_SHAPES(T, NAME)                         \
-  EFFT_EMULATE(MMA_64x32x16_F32##NAME##_SS, T, 32)           \
-  EFFT_EMULATE(MMA_64x16x16_F32##NAME##_SS, T, 16)           \
-  EFFT_EMULATE(MMA_64x8x16_F32##NAME##_SS, T, 8)             \
-  EFFT_EMULATE(MMA_64x192x16_F32##NAME##_SS, T, 192)         \
-  EFFT_EMULATE(MMA_64x256x16_F32##NAME##_SS, T, 256)         \
-  EFFT_EMULATE(MMA_64x192x16_F32##NAME##_RS, T, 192)         \
+#define EFFT_EMULATE_SHAPES(T, NAME)                 \
+  EFFT_EMULATE(MMA_64x32x16_F32##NAME##_SS, T, 32)   \
+  EFFT_EMULATE(MMA_64x16x16_F32##NAME##_SS, T, 16)   \
+  EFFT_EMULATE(MMA_64x8x16_F32##NAME##_SS, T, 8)     \
+  EFFT_EMULATE(MMA_64x192x16_F32##NAME##_SS, T, 192) \
+  EFFT_EMULATE(MMA_64x256x16_F32##NAME##_SS, T, 256) \
+  EFFT_EMULATE(MMA_64x192x16_F32##NAME##_RS, T, 192) \
   EFFT_EMULATE(MMA_64x256x16_F32##NAME##_RS, T, 256)
 EFFT_EMULATE_SHAPES(bfloat16_t, BF16BF16)
 EFFT_EMULATE_SHAPES(half_t, F16F16)

@@ -1,4 +1,5 @@
-// In the place of CUTLASS's file of this name: registers that warp groups give to one another.
+// Replaces CUTLASS's file of this name in the emulator. Warp groups call these functions to release or request
+// registers.
 #pragma once
 
 #include "hopper.h"
