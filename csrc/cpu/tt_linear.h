@@ -28,7 +28,7 @@ struct ProducerArguments {
   Tensor mean, rstd;
 };
 
-// Raises an error if a needed gradient is computed from an operand that is absent.
+// Raises an error if a gradient is needed, but an operand from which it is computed is absent.
 void check_operands(
     const Needs& need, const std::optional<Tensor>& W, const std::optional<Tensor>& x, const std::optional<Tensor>& h);
 

@@ -80,8 +80,9 @@ struct Project {
 };
 cudaError_t project(const Project& op, cudaStream_t stream);
 
-// Sums over all tokens in the backward pass of a layer: dG = h^T gy and dD = x^T dh. The sums are computed in float and
-// written in the types factors_G and factors_D. The second generation also computes other sums, if they are needed:
+// Describes the sums over all tokens in the backward pass of a layer: dG = h^T gy and dD = x^T dh. The sums are
+// computed in float and written in the types factors_G and factors_D. The second generation also computes other sums,
+// if they are needed:
 // - db, the gradient of the bias, is the sum of gy.
 // - dbeta and dgamma are the gradients of the parameters of a layer norm that runs directly before the layer. dbeta is
 //   the sum of da, the gradient of the norm's output. dgamma is the sum of da (z - mean) rstd, where z is the input of

@@ -1,11 +1,10 @@
 // Computes in one launch all sums over tokens that the backward pass of an adapted layer needs:
 //
-// - the gradients of the factors, dG = h^T gy and dD = x^T dh. x is the input of the layer, gy is the gradient of its
-//   output, h = x D, and dh = gy G^T.
-// - db, the gradient of the bias, which is the sum of gy.
-// - dgamma and dbeta, the gradients of the parameters of a layer norm that runs directly before the layer. They are
-// sums
-//   over da, the gradient of the norm's output.
+// - dG = h^T gy and dD = x^T dh are the gradients of the factors D and G. x is the input of the layer, gy is the
+//   gradient of its output, h = x D, and dh = gy G^T.
+// - db, the gradient of the bias, is the sum of gy.
+// - dgamma and dbeta are the gradients of the parameters of a layer norm that runs directly before the layer. They are
+//   sums over da, the gradient of the norm's output.
 //
 // This is the second generation of reduce_tokens.cu: it runs on GPUs of compute capability 9.0 if
 // EFFT_SM90_GENERATION=2 selects it.

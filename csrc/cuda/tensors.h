@@ -90,8 +90,7 @@ inline Tensor empty(
 }
 
 // Returns an uninitialized tensor [*lead, columns], where `lead` has one or two sizes. Its rows can be copied 16 bytes
-// at a time: if `columns` is not a multiple of 8, the distance between rows is rounded up to the next
-// multiple of 8.
+// at a time: if `columns` is not a multiple of 8, the distance between rows is the next multiple of 8.
 inline Tensor empty_rows(
     const Tensor& like, std::initializer_list<int64_t> lead, int64_t columns, std::optional<ScalarType> type) {
   const int64_t padded = (columns + 7) / 8 * 8;
