@@ -6,11 +6,12 @@
 The frozen baseline (the row "floor") is the layer or model without an update. The command compares the ratios to the
 frozen baseline if the result lines have them. Otherwise, and for the frozen baseline itself, it compares seconds. Two
 lines describe the same measurement if their fields in ``efft_lab.record.IDENTITY`` are equal. If a file contains a
-measurement several times, its last line counts. A measurement that is only in one file is ignored.
+measurement several times, its last line counts. Measurements that are only in one file are not compared; the command
+lists those of the first file.
 
 A change is significant if the ranges from the 20 % to the 80 % quantile do not overlap and the medians differ by more
-than the threshold. The exit code is 1 if a measurement became slower. It is also 1 if a measurement was lost: both
-files contain it, but only the first one has times for it.
+than the threshold. The exit code is 1 if a measurement became significantly slower. It is also 1 if a measurement was
+lost: both files contain it, but only the first file has times for it.
 
 With ``--revisions``, the command ``ops`` of this checkout measures the library of one revision after the other, with
 the options that follow ``--``.
@@ -71,7 +72,7 @@ def compare(before: Iterable[Line], after: Iterable[Line], threshold: float = TH
     changes = []
     for identity, new in {_identity(line): line for line in after}.items():
         was, now = _figures(old.get(identity, {})), _figures(new)
-        name = " ".join(str(value) for _, value in identity)
+        name = _name(identity)
         if was and not now:
             changes.append(Change(name, None, new.get("reason") or "no times"))
         for phase in was.keys() & now.keys():
@@ -93,6 +94,13 @@ def report(changes: Sequence[Change], compared: int) -> str:
 def common(before: Iterable[Line], after: Iterable[Line]) -> int:
     """Return the number of measurements that have times in ``before`` and a line in ``after``."""
     return len({_identity(line) for line in before if _figures(line)} & {_identity(line) for line in after})
+
+
+def missing(before: Iterable[Line], after: Iterable[Line]) -> list[str]:
+    """Return the names of the measurements that have times in ``before`` and no line in ``after``."""
+    present = {_identity(line) for line in after}
+    names = (_name(_identity(line)) for line in before if _figures(line) and _identity(line) not in present)
+    return list(dict.fromkeys(names))
 
 
 def measure_revision(revision: str, arguments: Sequence[str]) -> list[Line]:
@@ -126,6 +134,10 @@ def _worktree(revision: str) -> Iterator[Path]:
 
 def _identity(line: Line) -> tuple[tuple[str, Any], ...]:
     return tuple((key, line[key]) for key in IDENTITY if line.get(key) not in (None, False))
+
+
+def _name(identity: tuple[tuple[str, Any], ...]) -> str:
+    return " ".join(str(value) for _, value in identity)
 
 
 def _figures(line: Line) -> dict[str, dict[str, float]]:
@@ -168,6 +180,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"these results come from different machines: {'; '.join(sorted(machines))}")
     changes = compare(before, after, args.threshold)
     print(report(changes, common(before, after)))
+    for name in missing(before, after):
+        print(f"only in the first file: {name}")
     return int(any(change.slower for change in changes))
 
 

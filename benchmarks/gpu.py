@@ -100,8 +100,8 @@ def jobs(device: str, quick: bool, results: Path | None) -> list[Job]:
     ]
 
 
-#: Option that selects rows of the command ``serve``. It leaves out backends that are not made for GPUs and large pools
-#: of adapters, which take long to fill.
+#: Option that selects rows of the command ``serve``. It leaves out the backends reference and cpu, and large pools of
+#: adapters, which take long to fill.
 _SERVED = "--rows base efft:eager efft:triton efft:cuda merged peft pool:1 pool:10"
 _OTHERS = "vit_l vit_h swin_b.1 swin_b.2 swin_b.3 swin_b.4"
 

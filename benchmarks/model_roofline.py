@@ -9,8 +9,9 @@ atomic operation is that of the bytes that it moves. It ignores the time in whic
 errors of a few percent per product.
 
 An adapted layer computes y = x Wᵀ + h G with h = x D, where x is [tokens, d_in], W is [d_out, d_in], D is [d_in, r] and
-G is [r, d_out]. Layers share the factors U and V, and each layer has a core C: D = U and G = C V. gy is the gradient
-with respect to y, and dh = gy Gᵀ. Activations and weights are in bf16.
+G is [r, d_out]. Layers share the factors U and V, and each weight matrix has a core C: D = U and G = C V. gy is the
+gradient with respect to y, and dh = gy Gᵀ. dx, dD, dG, dU, dC and dV are the gradients with respect to x, D, G, U, C
+and V. dW is the update U C V as a dense matrix, and s is its scale. Activations and weights are in bf16.
 
 The neighbors of a layer are the operations before and after it (LayerNorm, GELU or attention). "Our" kernels and
 products belong to this library. "Vendor" products are those of cuBLAS. The design "floor" is the frozen baseline, to

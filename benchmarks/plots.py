@@ -149,7 +149,7 @@ def subspaces(lines: Sequence[Line]) -> Pictures:
     if not newest:
         return
     rank = lines[-1]["rank"]
-    figure, axes = _new(f"full fine-tuning seen through rank {rank}, mean over tasks", lines[-1:])
+    figure, axes = _new(f"gradients and updates of full fine-tuning at rank {rank}, mean over tasks", lines[-1:])
     labels = {
         "own": "separate bases per matrix",
         "shared": "one pair of bases",

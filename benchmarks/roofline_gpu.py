@@ -38,7 +38,7 @@ class Machine:
     tiled: bool = True
 
     def __str__(self) -> str:
-        products = "quantized in tiles" if self.tiled else "at peak for every shape"
+        products = "in whole tiles" if self.tiled else "at peak for every shape"
         return (
             f"{self.flops / 1e12:.0f} TFLOP/s, {self.bandwidth / 1e12:.1f} TB/s, {self.fixed:g} us per kernel, "
             f"own products at {self.own:g} of the vendor's, products {products}"

@@ -59,7 +59,8 @@ _DEPTH, _TILE = 64, 192  # the size along k of one iteration of the main loop, a
 _MADE_RANKS, _MADE_BESIDE = 32, 2048
 # From lowrank_gemm_sm90.cu: if k is larger than this, the two thread blocks of a cluster share the computation of h.
 _SHARING_DEPTH = 3 * _DEPTH
-# From reduce_tokens.cu: the number of columns of a thread block, and the least number of tokens in a range.
+# From reduce_tokens.cu: the number of columns of a thread block. The number of tokens divided by the second value,
+# rounded up, limits the number of ranges.
 _REDUCED_COLUMNS, _REDUCED_TOKENS = 64, 256
 
 
@@ -326,8 +327,9 @@ of the frozen baseline.
 ## Fit
 
 The model is fitted to the medians in `ops.jsonl`. "Block, measured" and the bandwidth of a copy, in parentheses, are
-measurements. All other numbers are results of the model. "Column of h / of tile" is the time in which a product
-computes a column of h, divided by the time for a column of its tile.
+measurements. All other numbers in this table are results of the fit. "Product / vendor's" compares the time of our
+product with that of cuBLAS. "Column of h / of tile" is the time in which a product computes a column of h, divided by
+the time for a column of its tile.
 
 {0}
 

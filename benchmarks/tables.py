@@ -1,10 +1,11 @@
 """Format results as tables for the documentation. A list of the sources of the numbers follows each table.
 
 Most tables show the newest run in a result file. :func:`host` shows the first and the newest run. :func:`subspaces`,
-:func:`starts` and :func:`study` combine several runs, and use the newest line of each measurement.
+:func:`starts`, :func:`extras` and :func:`study` combine several runs, and use the newest line of each measurement.
 
 In most tables a row is one implementation in a comparison. The row "floor" of the result files is the frozen baseline:
-the layer or model without an update. Its only gradients are those that every method needs.
+the layer or model without an update. Its only gradients are those that every method needs. The head of a model is its
+classifier.
 """
 
 from __future__ import annotations
@@ -357,6 +358,79 @@ def starts() -> str:
     return with_sources(["directions in", "source", *tasks, "mean"], rows, _by_command(lines))
 
 
+_DEFAULT_EXTRAS = "efft2 r16 x0 c3 fc1pf movement0.1"
+#: For each variant (setting) in extras.jsonl, a title that names its differences from the default configuration. The
+#: sides are the factors U and V. The movement determines the scale of the update (``EfftConfig``).
+_EXTRAS = {
+    _DEFAULT_EXTRAS: "**`EfftConfig.auto()`**",
+    "efft2 r8 x0 c3 fc1pf movement0.1": "rank 8",
+    "efft2 r16 x0 c3 fc1pf": "movement 0.3",
+    "efft2 r16 x0 c1 fc1pf movement0.1": "cores at the learning rate of the sides",
+    "efft2 r16 x0 c6 fc1pf movement0.1": "cores at 6 times the learning rate",
+    "efft2 r16 x0 c3 fc1pf-1 movement0.1": "biases at the learning rate of the sides",
+    "efft2 r16 x0 c3 movement0.1": "no biases",
+    "efft2 r16 x0 c3 biases3 movement0.1": "biases of all linear layers",
+    "efft2 r16 x0 c3 fc1pf norms3 movement0.1": "norms as well",
+    "efft2 r16 x0 c3 fc1pf movement0.1 dropout0.1": "dropout 0.1",
+    "efft2 r16 x0 c3 fc1pf movement0.1 precondition": "preconditioned gradients of U and V",
+    "efft2 r16 x0 c3 fc1pf movement0.1 orthogonal": "orthogonal initial factors",
+    "efft2 r14 x0 c3 fc1pf movement0.1 in10": "rank 14 and a diagonal on the input side of each layer",
+    "efft2 r15 x3 c3 movement0.1": "rank 15, all biases and norms",
+    "efft2 r15 x3 c3 movement0.05": "rank 15, all biases and norms, movement 0.05",
+    "efft2 r15 x3 c3": "rank 15, all biases and norms, movement 0.3",
+    "efft2 r15 x1 c3 movement0.1": "rank 15, all biases and norms at the learning rate of the sides",
+    "efft2 r15 x6 c3 movement0.1": "rank 15, all biases and norms at 6 times the learning rate",
+    "efft2 r15 x3 c3 lr0.002": "rank 15, all biases and norms, movement 0.3, learning rate 0.002",
+    "efft2 r10 x0 c3 norms3 movement0.1": "rank 10, norms instead of biases",
+    "efft2 r8 x3 c3 movement0.1": "rank 8, all biases and norms",
+    "efft2 r4 x0 c3 biases3 movement0.1": "rank 4, biases of all linear layers",
+    "efft2 r4 x0 c3 biases3": "rank 4, biases of all linear layers, movement 0.3",
+    "efft2 r16 x0 c1": "no biases, one learning rate, movement 0.3 (the previous default)",
+    "lora r8 lr 0.001": "LoRA, rank 8, learning rate 0.001",
+}
+
+
+def extras() -> str:
+    """Return the table of the study ``extras``: accuracies of settings, compared with the default configuration.
+
+    Each run of a setting is compared with the run of the default that has the same task and seed. A cell contains the
+    mean difference of the accuracies over these pairs of runs, and its standard error. If a run trains the bias of the
+    attention's output projection, it also trains the bias of the patch embedding, because both have the same name.
+    """
+    roles = {"dev": "validation", "test": "test"}
+    newest = {(x["variant"], x["task"], x["seed"]): x for x in read("extras") if x["stage"] == "explore"}
+    if not newest:
+        return NOTHING
+    groups: dict[str, dict[tuple[str, int], Line]] = {}
+    for (variant, task, seed), line in newest.items():
+        groups.setdefault(variant, {})[task, seed] = line
+    default = groups[_DEFAULT_EXTRAS]
+    rows = []
+    for variant in sorted(groups, key=lambda name: list(_EXTRAS).index(name) if name in _EXTRAS else len(_EXTRAS)):
+        runs = groups[variant]
+        pairs = [(line, default[run]) for run, line in runs.items() if run in default]
+        cells = [_difference(pairs, f"{role}_accuracy") if variant != _DEFAULT_EXTRAS else "" for role in roles]
+        of = len(runs) if variant == _DEFAULT_EXTRAS else len(pairs)
+        rows.append([_EXTRAS.get(variant, variant), f"{next(iter(runs.values()))['trained']:,}", str(of), *cells])
+    header = ["setting", "trained parameters", "runs", *(f"{name}, points" for name in roles.values())]
+    lines = list(newest.values())
+    commits = ", ".join(dict.fromkeys(line["commit"] for line in lines))
+    tasks = ", ".join(dict.fromkeys(line["task"] for line in lines))
+    seeds = ", ".join(dict.fromkeys(str(line["seed"]) for line in lines))
+    # The commands differ only in settings, tasks and seeds, which the table and the title of the source already name.
+    source = {**lines[-1], "commit": commits, "command": "python -m benchmarks extras run --stage explore"}
+    return with_sources(header, rows, {f"tasks {tasks}; seeds {seeds}": [source]})
+
+
+def _difference(pairs: Sequence[tuple[Line, Line]], field: str) -> str:
+    """Return the mean difference of ``field`` within the pairs and its standard error, in percentage points."""
+    points = [100 * (line[field] - other[field]) for line, other in pairs]
+    if not points:
+        return "-"
+    error = f" ± {stdev(points) / len(points) ** 0.5:.1f}" if len(points) > 1 else ""
+    return f"{fmean(points):+.1f}{error}"
+
+
 def study(name: str) -> str:
     """Return the table of a study in :mod:`efft_lab.studies.side_by_side`: mean accuracy and its standard deviation."""
     newest = {(x["row"], x["seed"]): x for x in read(name)}
@@ -383,6 +457,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ops_amx": partial(ops, "cpu", amx=True),
     "demo": demo,
     "subspaces": subspaces,
+    "extras": extras,
     "starts": starts,
     "kinds": partial(kinds, "cpu"),
     "planning": planning,

@@ -1,7 +1,8 @@
 """Define the rows of the command ``model``: ways to turn a plain timm model into a model to train.
 
 EFFT2 is the default variant of this library's method: the layers share the factors U and V of their updates, and each
-matrix has its own core C, so that its update is dW = s U C V.
+matrix has its own core C, so that its update is dW = s U C V. The head of a model is its classifier, which all rows
+train.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ def training_step(row: ModelRow, model: nn.Module, setting: Setting) -> Callable
 
 
 def trainable(model: nn.Module) -> int:
-    """Return the number of trainable parameters, including the head."""
+    """Return the number of trainable parameters, including the head (the classifier)."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 

@@ -32,8 +32,8 @@ LAYERS = {"qkv": (1, 3, 3), "o": (1, 1, 1), "fc1": (1, 4, 1), "fc2": (4, 1, 1)}
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-#: Named sets of cases. Each dictionary stands for all combinations of its values and of the keys of ``LAYERS``. A set
-#: is the union of its dictionaries. 8, 64 and 256 images of ViT-B have 1576, 12608 and 50432 tokens.
+#: Named sets of cases. Each dictionary stands for all combinations of its values, for every layer in ``LAYERS``. A set
+#: contains the cases of all its dictionaries. 8, 64 and 256 images of ViT-B have 1576, 12608 and 50432 tokens.
 SETS: dict[str, list[dict[str, Sequence[Any]]]] = {
     "quick": [{"model": ["vit_b"], "images": [8], "rank": [32], "dtype": ["float32", "bfloat16"]}],
     "full": [

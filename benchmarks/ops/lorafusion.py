@@ -1,6 +1,7 @@
 """Compute a LoRA layer with fused Triton kernels, as LoRAFusion does.
 
-The layer computes y = x Wᵀ + b + S Bᵀ, where S = x Aᵀ [tokens, rank] is an intermediate tensor in memory.
+The layer computes y = x Wᵀ + b + S Bᵀ, where S = x Aᵀ [tokens, rank] is an intermediate tensor in memory. gy is the
+gradient with respect to y, and dx, dA, dB and dS are the gradients with respect to x, A, B and S.
 
     forward    S = x Aᵀ (cuBLAS);           y = S Bᵀ + x Wᵀ + b in one kernel, whose accumulator starts from S Bᵀ
     backward   dS = gy B and dB = gyᵀ S in one kernel that reads gy once, both summed with fp32 atomics;

@@ -44,7 +44,8 @@ struct PingPong : TileProduct<T_, TRANSPOSED, 1, 128, COLUMNS, RANKS_, true> {
     array_aligned<T, cosize_v<LayoutB>, 1024> b;
     array_aligned<T, RANKS == 0 ? 8 : cosize_v<LayoutP>, 1024> p;
     array_aligned<T, cosize_v<LayoutY>, 1024> y;
-    // The half of H that the other block computes, and barriers that signal when each warp has received its part of it.
+    // The half of H that the other block computes, and one barrier per warp, which signals that the warp's part of this
+    // half has arrived.
     alignas(16) uint32_t other_half[SHARES_H ? GROUP_THREADS * CONSUMERS : 1][PARTS][SHARES_H ? HALF : 1];
     cutlass::arch::ClusterTransactionBarrier has_half[4 * CONSUMERS];
     cutlass::arch::ClusterTransactionBarrier full[STAGES];

@@ -10,15 +10,16 @@
 
 namespace efft {
 
-// The number of pairs of rows of tiles that are computed in one column before the next column, so that their operands
-// stay in the L2 cache.
+// In each column of tiles (or of pairs of tiles), the blocks compute 2 * ROWS_IN_L2 rows of tiles before they continue
+// with the next column, so that the operands of these tiles stay in the L2 cache.
 constexpr int64_t ROWS_IN_L2 = 8;
 
-// The tiles of one block. The pair of a block takes pairs of tiles in turn, one tile for each of its blocks.
+// Describes how the output is divided into pairs of tiles, and the product of a tile into steps. The pairs of blocks
+// compute the pairs of tiles in turn, and each block of a pair computes one of the two tiles.
 struct Tiles {
-  int rows, columns;  // number of rows and columns of pairs of tiles in the output
-  int main_steps, steps;
-  int last_depth;  // depth of the last step of the tail, in units of 16 columns of H
+  int rows, columns;      // number of rows and columns of pairs of tiles in the output
+  int main_steps, steps;  // number of steps for A B, and for A B and the tail together
+  int last_depth;         // depth of the last step of the tail, in units of 16 columns of H
 
   template <class P>
   static Tiles of(const LowRankGemm& op) {
@@ -29,7 +30,8 @@ struct Tiles {
         main_steps + blocks(op.R, typename P::K{}), (blocks(op.R, 16) - 1) % 4 + 1};
   }
   __host__ __device__ int count() const { return rows * columns; }
-  // Sets m and n to the row and the column of tiles in which this block's tile lies.
+  // Sets m and n to the row and the column, counted in tiles, of this block's tile. `tile` is the number of the pair of
+  // tiles.
   template <class P>
   __device__ void place(int tile, int& m, int& n) const {
     constexpr int group = static_cast<int>(P::SHARES_H ? PAIR * ROWS_IN_L2 : ROWS_IN_L2);
@@ -41,7 +43,8 @@ struct Tiles {
   }
 };
 
-// A position in the ring of buffers, and the parity of the number of rounds.
+// A position in the ring of buffers, and the parity of the number of rounds that are completed. The barriers of the
+// buffers distinguish successive rounds by this parity.
 struct RingPlace {
   int stage = 0;
   uint32_t round = 0;
@@ -60,8 +63,8 @@ struct RingPlace {
   }
 };
 
-// Prefetches the tensor maps into their cache. This needs no waiting, because the maps are parameters of this kernel
-// and no earlier kernel can change them.
+// Prefetches the tensor maps into their cache. This is allowed before the previous kernel has ended, because the maps
+// are parameters of this kernel, which no other kernel writes.
 template <class P>
 __device__ void prefetch_maps(const Operands<P>& from) {
   prefetch_tensor_map(from.A.get_tma_descriptor());
@@ -70,6 +73,7 @@ __device__ void prefetch_maps(const Operands<P>& from) {
   prefetch_tensor_map(P::RANKS > 0 ? from.factor.get_tma_descriptor() : from.H.get_tma_descriptor());
 }
 
+// Copies the operands of every step of this block's tiles into the ring of buffers. One thread calls this function.
 template <class P>
 __device__ void copy_tiles(
     const Operands<P>& from, const LowRankGemm& op, const Tiles& tiles, typename P::Shared& shared) {
@@ -90,7 +94,7 @@ __device__ void copy_tiles(
   auto to_a = part_a.partition_D(a);
   auto to_h = part_h.partition_D(a);
   auto to_b = part_b.partition_D(b);
-  // Returns a copy to both blocks of the pair or, if the pair shares H, only to this block.
+  // Returns a copy of B, T or P to both blocks of the pair or, if each block computes half of H, only to this block.
   const auto shared_copy = [&](const auto& copy, uint64_t& barrier) {
     if constexpr (P::SHARES_H)
       return copy.with(barrier);
@@ -141,7 +145,7 @@ template <class P>
 Operands<P> operands_of(const LowRankGemm& op) {
   const int M = static_cast<int>(op.M), N = static_cast<int>(op.N), K = static_cast<int>(op.K),
             R = static_cast<int>(op.R);
-  const Matrix& factor = P::RANKS > 0 ? op.P : op.T;  // a tensor map must describe some tensor, even if it is not used
+  const Matrix& factor = P::RANKS > 0 ? op.P : op.T;  // without P, the unused map must still describe some tensor
   return {P::copy_left(op.A, M, K), P::copy_a(op.H, M, R), P::copy_b(op.B, N, K), P::copy_b(op.T, N, R),
       P::copy_p(factor, R, P::RANKS > 0 ? K : R)};
 }

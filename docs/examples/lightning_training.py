@@ -1,4 +1,4 @@
-"""Train an adapted model with Lightning, and keep the adapter alone."""
+"""Train an adapted model with Lightning, and save only the adapter."""
 
 import tempfile
 
@@ -10,11 +10,11 @@ import efft
 
 
 class Classifier(lightning.LightningModule):
-    """A timm model in which the factors and the head are trained."""
+    """Train the factors and the head of a timm model."""
 
     def __init__(self):
         super().__init__()
-        self.model = timm.create_model("test_vit", num_classes=4)  # for real work: a pretrained one
+        self.model = timm.create_model("test_vit", num_classes=4)  # for real work: pretrained=True
         efft.apply(self.model, efft.EfftConfig(rank=8, scale=2.0))
         self.losses = []
 
@@ -30,7 +30,7 @@ class Classifier(lightning.LightningModule):
 
 torch.manual_seed(0)
 labels = torch.arange(16) % 4
-images = torch.randn(16, 3, 160, 160) + 0.5 * torch.randn(4, 3, 160, 160)[labels]  # something to learn
+images = torch.randn(16, 3, 160, 160) + 0.5 * torch.randn(4, 3, 160, 160)[labels]  # noise plus one pattern per class
 batches = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, labels), batch_size=8)
 
 task = Classifier()
@@ -41,7 +41,7 @@ print(f"loss {task.losses[0]:.2f} -> {task.losses[-1]:.2f}")
 assert all(torch.equal(p, frozen[name]) for name, p in task.named_parameters() if name in frozen)
 
 with tempfile.TemporaryDirectory() as folder:
-    efft.save_adapter(task.model, folder)  # Lightning's own checkpoints hold the whole model
+    efft.save_adapter(task.model, folder)  # a checkpoint of Lightning would contain the complete model
     with efft.disabled(task.model):
         base = task.model.eval()(images)
     efft.load_adapter(task.model, folder)

@@ -1,4 +1,4 @@
-"""A batch in which every sample uses another adapter, with one call per layer."""
+"""Compute one linear layer for a batch in which each sample uses its own adapter, with a single call."""
 
 import torch
 
@@ -8,7 +8,7 @@ torch.manual_seed(0)
 x = torch.randn(5, 197, 64)  # [samples, tokens, d_in]
 W, b = torch.randn(192, 64), torch.zeros(192)
 D, G = torch.randn(3, 64, 8), torch.randn(3, 8, 192)  # three adapters
-adapter = torch.tensor([2, 0, -1, 1, 2])  # -1: the base alone
+adapter = torch.tensor([2, 0, -1, 1, 2])  # the adapter of each sample; -1 means no adapter
 
 y = tt_linear_grouped(x, W, b, D, G, adapter)
 for sample, number in enumerate(adapter.tolist()):

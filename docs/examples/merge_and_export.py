@@ -15,7 +15,7 @@ model.eval()
 images = torch.randn(2, 3, 160, 160)
 adapted = model(images)
 
-weights = efft.merged_state_dict(model)  # of the plain architecture; the model stays as it is
+weights = efft.merged_state_dict(model)  # a state dict for the plain architecture; the model is not changed
 plain = timm.create_model("test_vit", num_classes=4).eval()
 plain.load_state_dict(weights)
 torch.testing.assert_close(plain(images), adapted, rtol=1e-3, atol=1e-3)

@@ -1,10 +1,13 @@
 """Read and write result files, and record the machine and the versions that produced a result.
 
-Result files hold JSON lines under ``benchmarks/results/``. A line identifies the measurement (with the fields of
-:data:`IDENTITY` that apply), the machine and the versions (:func:`machine_facts`), and the outcome. The outcome is
-``seconds`` and ``ratio``, which hold :func:`quantiles`, by phase if a measurement has several phases. ``ratio`` is
-relative to the frozen baseline (the frozen base model) in the same repetition. If the measurement was refused or
-impossible, the line has a ``reason`` instead of ``seconds`` and ``ratio``.
+A result file is ``benchmarks/results/NAME.jsonl`` and holds one JSON object per line. Every line contains the facts of
+:func:`machine_facts` and the outcome of one measurement. The module that writes a file defines the other fields.
+
+Lines that hold a measured time share a form. The fields of :data:`IDENTITY` that apply identify the measurement, and
+``seconds`` and ``ratio`` hold its :func:`quantiles` (one set of quantiles per phase, if the measurement has several
+phases). ``ratio`` is the time divided by the time of the frozen baseline (the same step of the base model without an
+adapter) in the same repetition. If the measurement was not possible, the line has a ``reason`` instead of ``seconds``
+and ``ratio``.
 """
 
 from __future__ import annotations
@@ -30,7 +33,8 @@ from efft_kernels import __version__
 #: The folder of the result files in a source checkout.
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
-#: Fields that identify a measurement. Two lines with the same values in these fields hold the same measurement.
+#: Fields that identify a measured time. If two lines of a file have the same values in these fields, the later line
+#: repeats the measurement of the earlier line.
 IDENTITY = (
     "suite",
     "model",
@@ -47,17 +51,18 @@ IDENTITY = (
     "row",
 )
 
-#: Packages whose version can change a result.
+#: Packages whose versions are recorded, because they can change a result.
 _PACKAGES = ("torch", "triton", "timm", "peft", "accelerate", "numpy")
 
 
 def machine_facts(threads: int | None = None) -> dict[str, Any]:
-    """Return the date, machine, cores, versions, commit, command and GPU for the lines of a result file.
+    """Return the facts that every line of a result file records about its run.
 
-    The facts are collected once per process. All lines of one run therefore have the same ``date``.
+    The facts are the date, the machine, the number of cores, the versions, the commit, the command, and the GPU if
+    there is one. They are collected once per process. All lines of one run therefore have the same ``date``.
 
     Args:
-        threads: number of threads that computed the result; by default the number of torch threads of this process.
+        threads: number of threads that computed the result; by default, the number of torch threads of this process.
     """
     facts = _process_facts()
     threads = torch.get_num_threads() if threads is None else threads
@@ -68,7 +73,7 @@ def machine_facts(threads: int | None = None) -> dict[str, Any]:
 def _process_facts() -> dict[str, Any]:
     facts: dict[str, Any] = {
         "date": now(),
-        "machine": None,  # keeps the order of the fields
+        "machine": None,  # machine_facts fills this field; the entry fixes its position
         "cores": os.cpu_count(),
         "versions": versions(*_PACKAGES),
         "commit": commit(Path(__file__).parent) or __version__,
@@ -85,7 +90,7 @@ def now() -> str:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Return the versions of Python and of the given packages that are installed."""
+    """Return the version of Python and the versions of those given packages that are installed."""
     found = {"python": platform.python_version()}
     for name in packages:
         try:
@@ -106,18 +111,18 @@ def processor() -> str:
 
 
 def processor_flags() -> set[str]:
-    """Return the names of the processor's instruction sets on Linux, or an empty set on other systems."""
+    """Return the flags of the processor that Linux lists, such as ``avx2``, or an empty set if there are none."""
     return set(_cpuinfo("flags").split())
 
 
 def instruction_set() -> str:
-    """Return the widest instruction set that PyTorch uses, with "+ AMX" if the processor has bfloat16 matrix units."""
+    """Return the name of the instruction set that PyTorch uses, with " + AMX" if the processor has AMX for bfloat16."""
     amx = " + AMX" if "amx_bf16" in processor_flags() else ""
     return torch.backends.cpu.get_cpu_capability() + amx
 
 
 def _cpuinfo(field: str) -> str:
-    """Return a field of the first processor in Linux's ``/proc/cpuinfo``, or an empty text if it is missing."""
+    """Return a field of the first processor in ``/proc/cpuinfo``, or an empty text if the file or field is missing."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")
@@ -126,7 +131,8 @@ def _cpuinfo(field: str) -> str:
 def commit(here: Path) -> str | None:
     """Return the commit of the checkout that contains a folder, or None without a checkout or without git.
 
-    The commit is followed by ``+changes`` if files other than results differ from it.
+    The text ends with ``+changes`` if tracked files differ from the commit. README.md and ``benchmarks/results`` are
+    not compared.
     """
     try:
         head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
@@ -140,13 +146,17 @@ def commit(here: Path) -> str | None:
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:
-    """Return the minimum, the 20 %, 50 % and 80 % quantiles and the number of ``values``, as stored in result files."""
+    """Return the summary of ``values`` that result files hold.
+
+    The summary maps ``min`` to the minimum, ``p20``, ``p50`` and ``p80`` to the 20 %, 50 % and 80 % quantiles, and
+    ``n`` to the number of values.
+    """
     p20, p50, p80 = np.quantile(values, (0.2, 0.5, 0.8)).tolist()
     return {"min": min(values), "p20": p20, "p50": p50, "p80": p80, "n": len(values)}
 
 
 def append(name: str, rows: Iterable[dict[str, Any]], folder: Path | None = None) -> Path:
-    """Append rows to ``<folder>/<name>.jsonl``, by default in the folder :data:`RESULTS`."""
+    """Append rows to ``<folder>/<name>.jsonl`` and return the path. The default folder is :data:`RESULTS`."""
     folder = folder or RESULTS
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.jsonl"

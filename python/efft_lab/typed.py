@@ -1,4 +1,4 @@
-"""Check values from files against the types of their fields."""
+"""Check values from JSON files against the type hints of the fields for which they are given."""
 
 from __future__ import annotations
 
@@ -24,7 +24,13 @@ _NAMES: dict[Any, str] = {
 def check(where: str, value: object, hint: Any) -> None:
     """Raise an error for a value that is not of type ``hint``.
 
-    An integer is accepted as a number. True and False are accepted neither as an integer nor as a number.
+    For the hint ``float``, every finite number is accepted, integers included. True and False are accepted neither for
+    ``int`` nor for ``float``.
+
+    Args:
+        where: name of the field in the error message.
+        value: the value.
+        hint: type hint of the field. Lists, unions and ``Literal`` are supported.
 
     Raises:
         ValueError: the value has another type. The message begins with ``where`` and names the expected type.
@@ -36,8 +42,15 @@ def check(where: str, value: object, hint: Any) -> None:
 def check_names(where: str, given: Iterable[Any], known: Collection[str], what: str = "field") -> None:
     """Raise an error for names that are not known.
 
+    Args:
+        where: place of the names, for the error message.
+        given: the names to check.
+        known: the names that are allowed.
+        what: kind of the names, for the error message.
+
     Raises:
-        ValueError: a name is unknown. The message gives the most similar known name, or all known names.
+        ValueError: a name is unknown. The message gives the most similar known name. If no known name is similar, the
+            message lists the known names (at most 30).
     """
     for name in given:
         if name not in known:

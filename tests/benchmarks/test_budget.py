@@ -1,4 +1,4 @@
-"""Test that the numeric budget accepts accurate results and rejects wrong ones."""
+"""Test the error budget: it must accept rows (implementations of a layer) with accurate results and reject others."""
 
 from __future__ import annotations
 
@@ -75,7 +75,10 @@ def test_results_of_another_kind_are_refused(inputs: Inputs) -> None:
 
 
 def test_a_weight_that_took_the_update_shows_its_rounding(inputs: Inputs) -> None:
-    """The results pass because the update is as large as the base; a small update is inaccurate in half precision."""
+    """Test rows that add the update to the weight.
+
+    They pass the check, in which the update is as large as the weight. A small update is inaccurate in half precision.
+    """
     for name in ("naive", "merged"):
         assert verdict(ROWS[name], inputs) is None
         if inputs.x.dtype != torch.float32:

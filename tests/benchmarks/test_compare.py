@@ -1,4 +1,4 @@
-"""Test that the comparison reports a planted slowdown and ignores noise."""
+"""Test that the command ``compare`` reports planted slowdowns between two result files and ignores noise."""
 
 from __future__ import annotations
 
@@ -35,6 +35,12 @@ def test_a_planted_slow_down_is_reported(tmp_path: Path, capsys: pytest.CaptureF
         "2 lines compared: 1 slower or lost, 0 faster",
         "slower  ops vit_b qkv efft:eager fwd_bwd: +16.7%",
     ]
+
+
+def test_a_measurement_that_the_second_file_lacks_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = write(tmp_path / "a", line(1.2), line(1.2, case="o"))
+    assert compare.main([before, write(tmp_path / "b", line(1.2), line(1.2, case="fc1"))]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == ["only in the first file: ops vit_b o efft:eager"]
 
 
 def test_what_got_faster_is_no_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,7 +102,7 @@ line = {"suite": sys.argv[1], "row": "efft:eager", "machine": "", "ratio": {sys.
 def test_two_revisions_are_measured_with_this_checkouts_benchmarks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The revisions differ only in the library, and neither contains the benchmarks."""
+    """Compare two revisions that differ only in the library. Neither revision contains the benchmarks."""
     root = tmp_path / "checkout"
     (root / "python").mkdir(parents=True)
 

@@ -1,4 +1,4 @@
-"""Test the benchmark of experts: all matrices have an update, and a row with wrong results is not timed."""
+"""Test the benchmark of experts. Each row is one implementation, and a row with wrong results is not timed."""
 
 from __future__ import annotations
 
@@ -38,9 +38,10 @@ def test_every_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_what_the_update_keeps_for_backward() -> None:
-    """The update saves no tensor as large as a weight.
+    """Check that the update saves no tensor as large as a weight for the backward pass.
 
-    It saves x, the intermediate results that it computes from x for both products, and the factors.
+    It saves the inputs of both products, small intermediate results that it computes from these inputs, and the
+    factors.
     """
     kept = {line["row"]: line["saved_bytes"] for line in measure(TINY, list(ROWS), repeats=1)}
     rows, sizes = 64 * 2, 4 * 3 * 64 * 32

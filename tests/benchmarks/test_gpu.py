@@ -1,4 +1,4 @@
-"""Test the run within a time budget: the order of the jobs, their limits, and jobs that fail or hang."""
+"""Test the command that runs benchmarks within a time budget: order and limits of jobs, and jobs that fail or hang."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Test the benchmark that counts the work of the host, and that one layer does not take more calls than it needs."""
+"""Test the benchmark that counts the calls of the host, and test that one adapted layer stays below limits of calls."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from benchmarks import host
 
-#: Dispatcher calls of one adapted layer in a chain, in fp32: at most half of the calls that it took in the first
-#: recorded measurement (benchmarks/results/host.jsonl).
+#: The largest allowed number of dispatcher calls for one adapted layer in a chain of layers in fp32, by row and mode.
+#: It is at most half of the number in the first recorded measurement (benchmarks/results/host.jsonl).
 MOST = {
     ("efft:eager", "forward"): 12,
     ("efft:eager", "forward_backward"): 28,
@@ -53,7 +53,7 @@ def test_python_calls_that_are_known() -> None:
     def inner() -> None:
         len("")
 
-    assert host.python_calls(inner) == 3  # inner, len, and the end of the count
+    assert host.python_calls(inner) == 3  # inner, len, and sys.setprofile, which ends the count
 
 
 def test_the_shares_of_a_layer_and_of_a_pass() -> None:
@@ -62,7 +62,7 @@ def test_the_shares_of_a_layer_and_of_a_pass() -> None:
 
 @pytest.mark.parametrize("row", ["linear", "efft:eager"])
 def test_modes(row: str) -> None:
-    """The passes are what they claim to be."""
+    """Check for each mode whether the output has a graph, is an inference tensor, and comes from training mode."""
     seen: list[tuple[bool, bool, bool]] = []
     for mode in host.MODES:
         run = host.pass_of(host.ROWS[row], mode, "float32", 1)

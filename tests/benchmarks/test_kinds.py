@@ -1,4 +1,4 @@
-"""Test the benchmark of attention and Conv1D: which rows are timed, and the contents of their lines."""
+"""Test the benchmark of attention and Conv1D: which rows (implementations) are timed, and the result lines."""
 
 from __future__ import annotations
 

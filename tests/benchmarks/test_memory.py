@@ -1,4 +1,4 @@
-"""Compare the measured saved bytes with formulas, and the measured peak with a known allocation."""
+"""Compare the measured bytes that autograd saves with formulas, and the measured peak with a known allocation."""
 
 from __future__ import annotations
 
@@ -66,7 +66,11 @@ def test_nothing_is_kept_without_gradients() -> None:
 
 
 def test_a_layer_keeps_what_its_formula_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """y = x Wᵀ saves no new tensor, the low-rank update saves h and x, and W + dW saves a tensor as large as W."""
+    """Compare three rows (implementations of a layer) with the tensors that their formulas need.
+
+    The frozen layer y = x Wᵀ saves no new tensor. The low-rank update saves x and h = x D. The dense form saves x and
+    the sum W + dW.
+    """
     monkeypatch.setitem(cases.MODELS, "tiny", (16, 7))
     spec = {**asdict(Case("fc1", "tiny", images=3, rank=4, dtype="float32")), "device": "cpu"}
     tokens, d_in, d_out, rank, width = 21, 16, 64, 4, 4
@@ -84,7 +88,7 @@ def test_a_model_row_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_peak_is_that_of_the_step() -> None:
-    """The test runs two steps in a new process; each step allocates 200 MB and frees them."""
+    """Run two steps in a new process. Each step allocates two buffers of 200 MB and frees them."""
     code = (
         "import json; from benchmarks.memory import peak\n"
         "step = lambda: len(bytes(bytearray(b'x') * 200_000_000))\n"

@@ -1,4 +1,8 @@
-"""Test the benchmark of complete models: each row trains the right parameters, and only accurate rows are timed."""
+"""Test the benchmark of complete models.
+
+A row is one way to adapt a model. Each row must train the right parameters, and only accurate rows may be timed. The
+frozen baseline (the row "floor") trains only the head.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +29,17 @@ pytest.importorskip("peft", reason="needs the dev extra")
 
 TINY = Setting("tiny", batch=2, rank=4)
 EAGER = ROWS["efft:eager"]
-#: The reasons for rows whose backend needs a GPU or the compiled extension.
+#: For each row that uses a backend, the reason why the backend cannot run on this CPU, or None if it can.
 MISSING = {name: can_run(row.backend, torch.ones(1)) for name, row in ROWS.items() if row.backend is not None}
 RUNNABLE = [name for name in ROWS if MISSING.get(name) is None]
 
 
 @pytest.fixture(params=["vit"], autouse=True)
 def architecture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Replace timm's models with tiny models of width 16 (Swin: 8 and 16), and return the name of one."""
+    """Replace the model of every setting with a tiny ViT or Swin, and return its kind: "vit" or "swin".
+
+    The ViT has the width 16. The stages of the Swin have the widths 8 and 16.
+    """
     sizes: dict[str, Any] = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
     kind = timm.models.VisionTransformer
     if request.param == "swin":
@@ -70,7 +77,7 @@ def test_gradient_enters_the_floor_at_the_first_adapted_layer(architecture: str)
 
 @both
 def test_no_row_asks_for_a_gradient_before_the_first_adapted_layer(architecture: str) -> None:
-    """For this reason the backward pass of the frozen baseline is as long as that of any adapter."""
+    """Check that the backward pass of every row with adapters ends at the same layer as that of the frozen baseline."""
     for row in select([*(name for name in RUNNABLE if name not in ("bitfit", "full"))]):
         model = TINY.build(row)
         before = []
@@ -195,7 +202,7 @@ def test_a_step_that_no_graph_can_capture_does_not_stop_the_others(monkeypatch: 
     floor, failed, after, last = measure(replace(TINY, cuda_graphs=True), rows, repeats=1)
     assert failed["reason"] == "failed: a CUDA graph cannot capture the call: planted"
     assert all("ratio" in line and line["cuda_graphs"] for line in (floor, after, last))
-    assert pools == [None, "pool", None, "pool"], "a failed capture may leave its memory in use"
+    assert pools == [None, "pool", None, "pool"], "after a failed capture, the next capture must not use its pool"
 
 
 @pytest.mark.gpu

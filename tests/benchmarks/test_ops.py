@@ -1,4 +1,8 @@
-"""Test that all rows compute the same results, and that a row with wrong results is not timed."""
+"""Test the benchmark of one adapted linear layer.
+
+A row is one implementation. All rows must compute the same results, and a row with wrong results must not be timed. The
+row "floor" is the frozen baseline.
+"""
 
 from __future__ import annotations
 
@@ -91,16 +95,17 @@ def test_the_triton_row_says_why_it_cannot_run() -> None:
 
 
 def test_rows_differ_in_work_as_their_explanations_say() -> None:
-    """The expected numbers are the multiply-adds in excess of the frozen baseline's."""
+    """Compare the multiply-adds that each row computes in addition to those of the frozen baseline with formulas."""
     n, k, d, r = 31, 24, 60, 5
     inputs = make_inputs(Sizes(n, k, d, r, 4), torch.float32, n_cores=3)
     extra = {
         "floor": 0,
         "merged": 0,
         "chain": 3 * n * r * (k + d),
-        "addmm": (3 + 1 - 1) * n * r * (k + d),  # computes x Aᵀ and gy B twice; torch's counter ignores addmm_
+        # +1 because x Aᵀ and gy B are computed twice; -1 because torch's counter ignores addmm_
+        "addmm": (3 + 1 - 1) * n * r * (k + d),
         "naive": n * k * d + 3 * k * r * d,  # the gradient of the weight; dW, dD and dG
-        "paper": 3 * n * k * d + 3 * k * r * d,  # x dW and both its gradients
+        "paper": 3 * n * k * d + 3 * k * r * d,  # x dW and its gradients with respect to x and dW; dW, dD and dG
     }
     for name, expected in extra.items():
         layer = ROWS[name].build(inputs)
@@ -124,7 +129,7 @@ def test_peft_row_is_the_librarys_own_layer(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 class Wrong(LayerRow):
-    """A fast row with one wrong gradient: it returns half of dG."""
+    """Compute a layer whose gradient dG is wrong: it is zero in half of the columns."""
 
     name, explains = "wrong", "a planted error"
 

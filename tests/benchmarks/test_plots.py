@@ -1,4 +1,4 @@
-"""Test that pictures and tables show the results, name the machine, and label modeled values."""
+"""Test that pictures and tables show the values in result files, name the machine, and label modeled values."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_only_the_newest_run_is_drawn() -> None:
 def test_steps_with_and_without_cuda_graphs_stay_apart(results: Path) -> None:
     plain = [model_line(row, ratio, device="cuda") for row, ratio in (("floor", 1.0), ("peft", 2.0))]
     graphs = [{**line, "cuda_graphs": True, "ratio": q(1.1)} for line in plain]
-    # Lines without the field ``cuda_graphs`` are from steps without CUDA graphs.
+    # A line without the field ``cuda_graphs`` belongs to a step without CUDA graphs.
     older = [{**line, "cuda_graphs": False, "date": "2025-01-01T00:00:00+00:00"} for line in plain]
     write(results, "model", [*older, *plain, *graphs])
     assert tables.TABLES["train_step_gpu"]().splitlines()[3].startswith("| LoRA of `peft` | 2.00 |")

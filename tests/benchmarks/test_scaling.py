@@ -29,7 +29,10 @@ def test_exponent_of_a_power_law() -> None:
 
 
 def test_a_sweep_fits_the_whole_time_and_what_is_added(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The baseline and the addition both grow in proportion to the tokens, so both exponents are 1."""
+    """Test the exponents of a row's total time and of the time that the row adds to the frozen baseline.
+
+    Both times grow in proportion to the tokens. Only the added time grows with the rank.
+    """
 
     def measure(case: Case, wanted: object, setting: object) -> list[dict[str, Any]]:
         floor = 1e-3 * case.images

@@ -1,4 +1,4 @@
-"""Test the inference benchmark: the rows compute the adapted model, and only accurate rows are timed."""
+"""Test the inference benchmark. Each row is one way to serve a model, and only accurate rows are timed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TINY = Setting("test_vit", batch=2, rank=4)
 
 
 def test_every_row_is_measured_at_every_batch_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [row for row in ROWS if row not in ("pool:100", "pool:1000")]  # these would only take longer
+    rows = [row for row in ROWS if row not in ("pool:100", "pool:1000")]  # slow, and like pool:10
     command = ["serve", "--model", "test_vit", "--batch", "1", "2", "--rank", "4", "--device", "cpu"]
     assert main([*command, "--repeats", "1", "--results", str(tmp_path), "--rows", *rows]) == 0
     lines = read(tmp_path / "serve.jsonl")

@@ -1,4 +1,7 @@
-"""Compare the model of the cuda backend with the recorded medians, and check its counts by hand."""
+"""Compare the model of the cuda backend in benchmarks/steps.py with recorded medians and with counts by hand.
+
+The case is a ViT-B block. A step is a planned change to the backend.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ TOKENS = 64 * 197
 
 @pytest.mark.parametrize("gpu", ["H100", "H200"])
 def test_it_reproduces_the_measured_block(gpu: str) -> None:
-    """The block of every run within 3 %, and each of its 8 medians within 10 %."""
+    """Check that the modeled time of the block is within 3 % of every run, and each of its 8 parts within 10 %."""
     runs = by_gpu()[gpu]
     by = fit(runs)
     assert error(by, runs) < 2.5
@@ -29,9 +32,9 @@ def test_the_measured_ratio_is_the_known_one() -> None:
 
 
 def test_a_fit_without_a_layer_predicts_that_layer() -> None:
-    """The constants describe the GPU, and not only the medians that they were fitted to."""
+    """Check that the constants describe the GPU, and not only the medians to which they are fitted."""
     run = by_gpu()["H100"][0]
-    for layer in ("qkv", "fc1", "fc2"):  # o, the smallest, determines the time of a launch
+    for layer in ("qkv", "fc1", "fc2"):  # not "o": without this small layer, the fit cannot determine the launch time
         kept = {key: time for key, time in run.floor.items() if key[0] != layer}
         part = run._replace(floor=kept)
         left_out = {key: time for key, time in run.floor.items() if key[0] == layer}
@@ -45,7 +48,7 @@ def test_the_fitted_bandwidth_is_near_that_of_a_copy() -> None:
 
 
 def test_launches_of_a_block() -> None:
-    """The layers whose y or dx has more than 2048 columns compute h separately."""
+    """Check that a separate kernel ("project") computes h or dh if the output has more than 2048 columns."""
     found = {
         (layer, way): [one.kernel for one in launches(Sizes(TOKENS, *sizes, 32), way)]
         for layer, sizes in LAYERS.items()

@@ -1,4 +1,4 @@
-"""Test the sources that the tables of several runs name."""
+"""Test that a table with the results of several runs lists the source of every run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RUN = {"task": "docstrings", "row": "EFFT2", "parameters": 10, "commit": "abc", 
 
 
 def sources(monkeypatch: pytest.MonkeyPatch, folder: Path, *lines: dict[str, object]) -> list[str]:
-    """Return the sources below the table of a study whose result file has ``lines``."""
+    """Return the sources that are listed below the table of a study whose result file contains ``lines``."""
     text = "".join(json.dumps({**RUN, "test_accuracy": 0.5, **line}) + "\n" for line in lines)
     (folder / "text.jsonl").write_text(text, encoding="utf-8")
     monkeypatch.setattr(record, "RESULTS", folder)
@@ -35,3 +35,25 @@ def test_the_source_of_a_single_run_names_its_tasks(monkeypatch: pytest.MonkeyPa
     assert sources(monkeypatch, tmp_path, {**run, "seed": 0}, {**run, "seed": 1}) == [
         "- docstrings: `text`, commit abc, a CPU; ; 2026-01-01"
     ]
+
+
+def test_a_setting_is_compared_with_the_default_on_common_runs_only(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    facts = {
+        "stage": "explore",
+        "trained": 10,
+        "commit": "abc",
+        "machine": "a CPU",
+        "versions": {},
+        "date": "2026-01-01",
+    }
+    default, other = tables._DEFAULT_EXTRAS, "efft2 r16 x0 c3 movement0.1"
+    runs = [(default, "a", 0.5), (default, "b", 0.6), (other, "a", 0.4), (other, "b", 0.54), (other, "c", 0.0)]
+    rows = [
+        {**facts, "variant": name, "task": task, "seed": 0, "dev_accuracy": x, "test_accuracy": x, "command": "run"}
+        for name, task, x in runs
+    ]
+    (tmp_path / "extras.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    assert "| no biases | 10 | 2 | -8.0 ± 2.0 | -8.0 ± 2.0 |" in tables.extras().splitlines()

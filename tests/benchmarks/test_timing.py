@@ -27,7 +27,7 @@ def test_the_warm_up_is_not_measured() -> None:
 
 
 def test_ratios_are_taken_within_a_repetition() -> None:
-    """The machine was four times slower in the last repetition, but the ratios do not change."""
+    """Check that ratios do not change if the machine is four times slower in one repetition, here in the last one."""
     assert ratios({"floor": [1.0, 1.0, 4.0], "row": [2.0, 3.0, 8.0]}) == {"floor": [1, 1, 1], "row": [2, 3, 2]}
 
 

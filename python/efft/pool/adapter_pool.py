@@ -1,4 +1,7 @@
-"""Hold many adapters in memory for one frozen model. Use one adapter, a weighted mix, or another one per sample."""
+"""Hold many adapters in memory for one frozen model.
+
+A call of the model uses one adapter, a weighted mix of adapters, or one adapter per sample.
+"""
 
 from __future__ import annotations
 
@@ -53,9 +56,9 @@ class AdapterPool:
     batch.
 
     Adding and removing adapters changes the stacks in place, so that compiled code stays valid. The stacks are created
-    again if the capacity is exceeded (it is then doubled), and if a new adapter has a higher rank, other layers or
-    other sharing. To replay a CUDA graph with other adapters, use :meth:`fixed_batch`. Threads may use different
-    adapters at the same time, while other threads add and remove adapters.
+    again if the capacity is exceeded (it is then doubled), and if a new adapter has a higher rank, has other layers or
+    shares operands between other layers. To replay a CUDA graph with other adapters, use :meth:`fixed_batch`. Threads
+    may use different adapters at the same time, while other threads add and remove adapters.
 
     Args:
         model: a model that is not adapted, on its final device and in its final dtype. Compile it after adding the
@@ -108,7 +111,7 @@ class AdapterPool:
 
     @property
     def bytes_per_adapter(self) -> int:
-        """The memory that each adapter needs, in bytes, including its head."""
+        """The memory in bytes that each adapter takes in the stacks, including its head."""
         stacks = {id(stack): stack for stack in (*self._stacks.values(), *self._extras.values())}
         return sum(stack[0].numel() * stack.element_size() for stack in stacks.values())
 
@@ -150,9 +153,11 @@ class AdapterPool:
         """Add a copy of the adapter of ``adapted``, a model of the same base that :func:`efft.apply` adapted.
 
         Raises:
-            ValueError: ``name`` is taken. Or ``adapted`` is not suitable: it is not adapted, has another base, is
-                adapted by a method that does not update weights, has buffers (statistics of batch norms) that training
-                has changed, or has a head that does not consist of linear layers like those of the model.
+            ValueError: ``name`` is taken; or ``adapted`` is not adapted, has another base, is adapted by a method that
+                does not update weights, has adapted weights other than those of linear layers, has buffers (statistics
+                of batch norms) that training has changed, or has a head that does not consist of linear layers like
+                those of the model.
+            RuntimeError: the adapter needs new stacks while a fixed batch exists (:meth:`fixed_batch`).
         """
         with self._changing, torch.inference_mode(False):  # inference tensors could not be written later
             self._check_new(name)
@@ -183,7 +188,9 @@ class AdapterPool:
         adapters, and create the mix again.
 
         Raises:
-            ValueError: ``name`` is taken, ``weights`` is not a mix, or :meth:`use` refuses an adapter or a weight.
+            ValueError: ``name`` is taken, ``weights`` is not a mapping or is empty, or :meth:`use` refuses an adapter
+                or a weight.
+            RuntimeError: the mix needs new stacks while a fixed batch exists (:meth:`fixed_batch`).
         """
         if not isinstance(weights, Mapping):
             raise ValueError(f"AdapterPool.add_mix: expected {{name: weight, ...}}, got {weights!r}")
@@ -260,9 +267,9 @@ class AdapterPool:
 
         Capture the graph after at least one adapter was added and the model has run once within ``use(batch)``.
         Adapters that are added later can be selected without a new capture. While a fixed batch exists, the pool
-        therefore refuses an adapter for which it would need new stacks: one beyond the ``capacity``, of a higher rank,
-        with other layers, or with other sharing. Call :meth:`release` before adding such an adapter, and capture the
-        graph again afterwards.
+        therefore refuses an adapter for which it would need new stacks: an adapter beyond the ``capacity``, with a
+        higher rank or other layers, or one that shares operands between other layers. Call :meth:`release` before
+        adding such an adapter, and capture the graph again afterwards.
 
         Raises:
             ValueError: ``samples`` is less than 1, or the pool has no adapter.

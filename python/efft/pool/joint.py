@@ -25,11 +25,12 @@ class Parts:
     """Describe the batch of the running pass.
 
     Attributes:
-        names: the models whose samples are in the batch, in order.
-        sizes: the number of samples of each.
+        names: the models whose samples are in the batch, in the order of their parts.
+        sizes: the number of samples of each model.
         numbers: int64 ``[samples]``, the position in ``names`` of each sample's model.
-        each: int64 ``[models]``, the numbers from 0 on, if all parts have the same size; else None.
-        padded: outputs of heads of several widths, each with the width of every model.
+        each: int64 ``[models]``, the numbers 0, 1, ..., if all parts have the same size; else None.
+        padded: the outputs of heads whose widths differ between the models. Each entry consists of the output, padded
+            to the largest width, and the widths of all models.
     """
 
     names: Sequence[str]
@@ -61,7 +62,7 @@ class JointDelta(PooledDelta):
         self.own_bias = any(bias is not None and bias.requires_grad for bias in biases)
         if self.own_bias and not is_plain(linear.weight):
             raise ValueError(f"expected a plain weight beside a trained bias, got a {type(linear.weight).__name__}")
-        self.probing = False  # while the order of the samples is being detected, with the base
+        self.probing = False  # True while a pass of the base model detects the order of the samples
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in_features] -> [..., out_features]
         parts = self.running.get()

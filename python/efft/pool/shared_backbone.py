@@ -27,15 +27,15 @@ from efft_kernels.nn.frozen import dequantized
 
 
 class SharedBackbone(nn.Module):
-    """Train models that were adapted from one base, each exactly as it would be trained alone, in one pass.
+    """Train several models that were adapted from one base together, each as if it were trained alone.
 
     Every model keeps its own factors, scale, head, trained biases and norms, and factor dropout. Frozen modules process
     the samples of all models as one batch, and an adapted layer adds to each sample the update of its own model. The
-    loss of a model therefore depends on that model's parameters only, and the gradient of the sum of all losses is the
-    gradient of each. The models stay adapted models of their own: call, evaluate and save them as usual.
+    loss of a model therefore depends only on the parameters of that model, and the sum of all losses gives every
+    parameter the gradient of its own model's loss. Each model can still be called, evaluated and saved as usual.
 
-    The results equal those of a model that is trained alone, except that matrix products with other numbers of rows may
-    round differently. With the backend ``cpu``, the adapted layers compute exactly what they compute alone.
+    The results are those of training each model alone, except that frozen matrix products with other numbers of rows
+    may round differently. With the backend ``cpu``, the adapted layers compute exactly what they compute alone.
 
     Example::
 
@@ -45,20 +45,19 @@ class SharedBackbone(nn.Module):
         sum(loss(outputs[name], labels[name]) for name in outputs).backward()
 
     Args:
-        models: the models by name, as a mapping or as pairs. Pairs may be created one at a time (a generator): the
-            frozen parameters of each model are replaced by those of the first as soon as the model arrives, which
-            frees their memory.
-        seeds: for each model the seed of its random numbers in training (factor dropout), as
-            ``torch.manual_seed(seed)`` before training it alone. Without seeds, all models draw from the common
-            stream.
+        models: the models by name, as a mapping or as pairs. A generator may create the pairs one at a time. As soon as
+            a model arrives, the frozen parameters of the first model replace its own, which frees memory.
+        seeds: maps the name of each model to the seed of its random numbers in training (factor dropout). The numbers
+            are those after ``torch.manual_seed(seed)`` in a training of this model alone. Without seeds, all models
+            draw from torch's global random generator.
 
     Attributes:
         backbone: the frozen modules, through which all models run.
 
     Raises:
-        ValueError: there is no model; a model is not adapted, merged, sharded or wrapped; the models adapt or train
-            different modules; their frozen parameters differ; an update is not one of a linear layer; a parameter is
-            trained that belongs to a module with children; or the seeds have other names.
+        ValueError: there is no model; a model is not adapted, or is merged, sharded or wrapped; the models adapt or
+            train different modules; their frozen parameters differ; a weight other than that of a linear layer is
+            adapted; a trained bias or norm belongs to a module with children; or the seeds have other names.
     """
 
     def __init__(
@@ -96,7 +95,7 @@ class SharedBackbone(nn.Module):
             options: further arguments of :func:`efft.parameter_groups`.
 
         Returns:
-            The groups of one model after those of another. The ``name`` of a group is ``model/kind``.
+            The groups of all models, one model after another. The ``name`` of a group is ``model/kind``.
 
         Raises:
             KeyError: a model has no learning rate.
@@ -112,12 +111,12 @@ class SharedBackbone(nn.Module):
         """Run the models on their own batches, in one pass.
 
         Args:
-            batches: for each model that takes part its input: a tensor, a tuple of positional arguments, or a mapping
-                of keyword arguments. The first dimension of every tensor is the batch; its size may differ between
-                the models. All other values must be equal.
+            batches: maps the name of each model that takes part to its input: a tensor, a tuple of positional
+                arguments, or a mapping of keyword arguments. The first dimension of every tensor indexes the samples;
+                its size may differ between the models. Values other than tensors must be equal for all models.
 
         Returns:
-            The output of each model.
+            The output of each model, by name.
 
         Raises:
             ValueError: a name is unknown; the inputs do not fit together; a module that updates buffers is in training
@@ -300,7 +299,7 @@ class SharedBackbone(nn.Module):
 
 
 def _trained(model: nn.Module, adapter: Adapter) -> set[str]:
-    """Return the names of all parameters that a model trains: of factors, head, biases and norms."""
+    """Return the names of all parameters that a model trains: factors, head, biases and norms."""
     own = {f"efft.{name}" for name, _ in adapter.named_parameters(remove_duplicate=False)}
     for head in adapter.head:
         parameters = model.get_submodule(head).named_parameters(remove_duplicate=False)
@@ -357,7 +356,7 @@ def _share(name: str, model: nn.Module, first: nn.Module, own: set[str]) -> None
     for full in mine:
         owner, _, key = full.rpartition(".")
         model.get_submodule(owner)._parameters[key] = theirs[full]
-        if owner in originals:  # the layer that efft.remove puts back
+        if owner in originals:  # the layer that efft.remove restores
             originals[owner]._parameters[key] = theirs[full]
 
 

@@ -1,6 +1,7 @@
-"""Manage the stacks of a pool. A stack holds one operand of all adapters for one place in a model.
+"""Manage the stacks of a pool.
 
-Row i of a stack belongs to the adapter in slot i.
+A stack holds one tensor of each adapter for one place in the model: D or G of an adapted layer, or the weight or bias
+of a layer of the head. Row i of a stack belongs to the adapter in slot i.
 """
 
 from __future__ import annotations

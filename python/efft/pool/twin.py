@@ -20,7 +20,7 @@ def twin_of(model: nn.Module) -> nn.Module:
         id(p): nn.Parameter(p.detach(), p.requires_grad) if is_plain(p) else p for p in model.parameters()
     }
     memo |= {id(b): b for b in model.buffers()}
-    for module in model.modules():  # bitsandbytes moves parts of a weight to an object of the layer in the first call
+    for module in model.modules():  # bitsandbytes stores parts of a weight in other objects of the layer
         if isinstance(module, nn.Linear) and not is_plain(module.weight):
             memo |= {id(value): value for value in vars(module).values() if hasattr(value, "__dict__")}
     return copy.deepcopy(model, memo)

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-#: Maximum difference between two sums, as a multiple of the dtype's rounding error. Random rounding errors add up to
-#: about a fifth of this.
+#: Largest difference between two dot products that counts as rounding, as a multiple of the dtype's machine epsilon
+#: times the norm of the row. Random rounding errors add up to about a fifth of this.
 _ROUNDINGS = 2.0
 #: Relative precision to which a sketch is rounded.
 _DIGITS = 2e-3

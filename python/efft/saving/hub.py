@@ -61,7 +61,7 @@ def push_to_hub(model: nn.Module, name: str, info: dict[str, Any] | None = None,
     """Write the adapter to the repository ``name`` on the hub, which is created if needed.
 
     Args:
-        model: adapted by :func:`efft.apply`; may be merged.
+        model: a model that :func:`efft.apply` has adapted; it may be merged.
         name: ``"owner/adapter"``, or ``"adapter"`` for a repository of your own account.
         info: as in :func:`efft.save_adapter`.
         private: whether a new repository is private.

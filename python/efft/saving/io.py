@@ -54,7 +54,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], info: dict[str,
     function; rank 0 writes, and all processes return after the files are complete.
 
     Args:
-        model: adapted by :func:`efft.apply`; it may be merged, and wrapped by DDP or a similar wrapper.
+        model: a model that :func:`efft.apply` has adapted; it may be merged, and wrapped by DDP or a similar wrapper.
         path: the folder, which is created if needed. An earlier adapter in the folder is replaced atomically. If the
             process is killed, the folder holds either the old or the new adapter
             (:func:`efft.saving.files.write_adapter`).
@@ -93,11 +93,11 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], info: dict[str,
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = True) -> nn.Module:
-    """Load an adapter into ``model``, which is first adapted with the saved configuration if it is not adapted yet.
+    """Load an adapter into ``model``. If the model is not adapted yet, it is first adapted as the file describes.
 
-    The file contains the exact names of the adapted layers, so that patterns in its configuration are not used. The
-    model is changed only after all checks have passed. With ``strict=False``, missing or unexpected tensors and
-    different base weights only cause a warning. Shapes must always fit.
+    The file contains the exact names of the adapted layers, so patterns in its configuration are not used. The model is
+    changed only after all checks have passed. With ``strict=False``, missing or unexpected tensors and different base
+    weights only cause a warning. Shapes must always fit.
 
     Returns:
         The same ``model``.

@@ -1,4 +1,4 @@
-"""Detect adapted layers whose weight is computed from other tensors since a change after ``efft.apply``."""
+"""Detect adapted layers whose weight is computed from other tensors, because they were changed after ``efft.apply``."""
 
 from __future__ import annotations
 

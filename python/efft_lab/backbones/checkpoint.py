@@ -1,4 +1,8 @@
-"""Load backbone weights from a file: original JAX ViT .npz, plain .npz, .pth/.pt or .safetensors."""
+"""Load backbone weights from a file.
+
+The file is an ``.npz`` file of the original ViT code in JAX, or a state dict in an ``.npz``, ``.pth``, ``.pt`` or
+``.safetensors`` file.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +14,21 @@ from typing import Any
 import torch
 from torch import nn
 
-_JAX_MARK = "embedding/kernel"  # the patch embedding of the ViT checkpoints published with the papers
+_JAX_MARK = "embedding/kernel"  # name of the patch embedding, which only the JAX checkpoints of ViT use
 _SUFFIXES = (".npz", ".pth", ".pt", ".safetensors")
 
 
 def load_backbone(model: nn.Module, path: str | Path) -> None:
     """Load backbone weights from a file into a timm model without a classifier.
 
-    A classifier in the file is ignored; all other keys must match. Position embeddings and relative position tables are
-    resized with timm's functions.
+    A classifier in the file is ignored. All other names in the file must be those of the model, or names that timm
+    converts to them. Position embeddings and tables of relative positions are resized by timm's functions.
 
     Args:
         model: timm model created with ``num_classes=0``.
-        path: ``.npz`` (original JAX ViT, e.g. ``ViT-B_16.npz``, or a plain state dict), ``.pth`` / ``.pt`` (a state
-            dict, possibly under the key ``model`` or ``state_dict``; read with ``weights_only=True``) or
-            ``.safetensors``.
+        path: an ``.npz`` file (a JAX checkpoint such as ``ViT-B_16.npz``, or a state dict), a ``.pth`` or ``.pt`` file
+            (a state dict, possibly under the key ``model`` or ``state_dict``; it is read with ``weights_only=True``),
+            or a ``.safetensors`` file.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -55,11 +59,11 @@ def load_strict(model: nn.Module, state: Mapping[str, torch.Tensor], source: str
     Args:
         model: any module.
         state: tensors by parameter and buffer name.
-        source: origin of the state dict, for the error text.
+        source: origin of the state dict, for the error message.
 
     Raises:
-        ValueError: keys are missing or unexpected, or shapes differ. The message gives the number of keys and the first
-            few.
+        ValueError: keys are missing or unexpected, or shapes differ. The message gives the number of such keys and
+            names the first five.
     """
     own = model.state_dict()
     shapes = [
@@ -120,7 +124,7 @@ def _load_jax(model: nn.Module, path: Path) -> None:
 
 
 def _for_model(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Apply timm's conversion for the model's family, then drop the classifier."""
+    """Convert a state dict with timm's function for the family of the model, and remove the classifier."""
     from timm.models import clean_state_dict
 
     state = clean_state_dict(state)

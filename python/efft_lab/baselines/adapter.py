@@ -1,8 +1,8 @@
-"""Apply adapters: a bottleneck after the MLP of every block, h + Up(GELU(Down(h))).
+"""Apply adapters: replace the output h of the MLP of every block by h + Up(GELU(Down(h))).
 
-Houlsby et al., "Parameter-Efficient Transfer Learning for NLP", ICML 2019 (arXiv 1902.00751). Each block has one
-adapter after the MLP, as in Pfeiffer et al. (arXiv 2005.00247) and in NOAH's VTAB-1K tables (width 8: 0.16 M parameters
-on ViT-B).
+Reference: Houlsby et al., "Parameter-Efficient Transfer Learning for NLP", ICML 2019 (arXiv 1902.00751). Here, each
+block has one adapter, after the MLP, as in Pfeiffer et al. (arXiv 2005.00247) and in the VTAB-1K tables of NOAH. With
+width 8, the adapters of a ViT-B have the 0.16 M parameters of these tables.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Bottleneck(nn.Module):
     Args:
         features: width of input and output.
         width: width of the bottleneck.
-        activation: function between the two linear layers.
+        activation: module between the two linear layers.
         scale: constant factor of the output.
     """
 

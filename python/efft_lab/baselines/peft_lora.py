@@ -1,7 +1,7 @@
-"""Apply LoRA from the library `peft`, W + (alpha / rank) * B A, to selected linear layers of every block.
+"""Apply LoRA from the library `peft`: replace W by W + (alpha / rank) * B A in selected linear layers of every block.
 
-Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022 (arXiv 2106.09685). Rank 8 on qkv gives the
-0.29 M parameters of the VTAB-1K tables.
+Reference: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022 (arXiv 2106.09685). With rank 8 on
+the layer qkv, A and B of a ViT-B have the 0.29 M parameters that published VTAB-1K tables state for LoRA.
 """
 
 from __future__ import annotations
@@ -33,14 +33,15 @@ def apply(
     Args:
         model: a timm ViT.
         rank: rank of every update.
-        alpha: numerator of the scale alpha / rank of the updates; by default the rank, which gives scale 1.
-        targets: layers to adapt, from qkv, proj, fc1 and fc2.
-        dropout: dropout rate for LoRA's input.
-        bias: biases that are trained too: "all", or "lora_only" for those of the adapted layers.
+        alpha: numerator of the scale alpha / rank of the updates; by default, the rank, which gives scale 1.
+        targets: names of the layers to adapt, from qkv, proj, fc1 and fc2.
+        dropout: dropout rate for the input of LoRA's matrices.
+        bias: the biases that are trained too: "none", "all", or "lora_only" for the biases of the adapted layers.
         norms: whether weights and biases of normalization layers are trained too.
 
     Raises:
         ImportError: peft is not installed.
+        ValueError: ``targets`` is not a list of these names, or the model is not a timm ViT.
     """
     try:
         import peft
@@ -70,7 +71,7 @@ def inject(model: nn.Module, config: Any) -> nn.Module:
 
     Args:
         model: the model.
-        config: configuration of a peft method, such as ``peft.LoraConfig``.
+        config: configuration of a method of `peft`, such as ``peft.LoraConfig``.
     """
     import peft
 

@@ -1,4 +1,8 @@
-"""Register baselines by name. The settings of a baseline are the keyword parameters of its function."""
+"""Register baselines by name.
+
+A baseline is a fine-tuning method to compare with. It is a function that adapts a model in place. The parameters of the
+function after the model are the settings of the baseline.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +20,9 @@ METHODS: dict[str, Callable[..., nn.Module]] = {}
 
 
 def baseline(name: str) -> Callable[[Apply], Apply]:
-    """Register ``apply(model, **settings)`` as a baseline.
+    """Return a decorator that registers a function ``apply(model, **settings)`` as a baseline.
 
-    The settings are the keyword parameters of the function, which need type hints and defaults.
+    All parameters of the function need type hints. All parameters except ``model`` are settings and need defaults.
     """
 
     def register(function: Apply) -> Apply:
@@ -40,10 +44,10 @@ def settings_of(name: str) -> dict[str, Any]:
 
 
 def check(name: str, settings: Mapping[str, Any]) -> None:
-    """Raise an error for settings that a baseline cannot have with any model.
+    """Raise an error for settings that are invalid for every model.
 
     Raises:
-        ValueError: the baseline has no such setting, or a value has the wrong type.
+        ValueError: the baseline has no such setting, a value has the wrong type, or an integer is less than 1.
     """
     known = settings_of(name)
     unknown = sorted(settings.keys() - known.keys())

@@ -1,7 +1,8 @@
-"""Apply SSF: scale and shift the outputs of linear layers, norms and the patch embedding, y * gamma + beta.
+"""Apply SSF: replace the output y of each linear layer, each norm and the patch embedding by y * gamma + beta.
 
-Lian et al., "Scaling & Shifting Your Features: A New Baseline for Efficient Model Tuning", NeurIPS 2022 (arXiv
-2210.08823). As in the authors' code, gamma starts close to one and beta close to zero.
+The classifier is not scaled. Reference: Lian et al., "Scaling & Shifting Your Features: A New Baseline for Efficient
+Model Tuning", NeurIPS 2022 (arXiv 2210.08823). As in the authors' code, gamma starts close to one and beta close to
+zero.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _STD = 0.02
 
 
 class ScaleShift(nn.Module):
-    """Compute y * gamma + beta over the last dimension."""
+    """Compute y * gamma + beta, with one entry of gamma and beta for each entry of the last dimension of y."""
 
     def __init__(self, features: int) -> None:
         super().__init__()
@@ -32,7 +33,10 @@ class ScaleShift(nn.Module):
 
 @baseline("ssf")
 def apply(model: nn.Module) -> nn.Module:
-    """Add a scale and a shift after every operation of a ViT, in place. Only they and the classifier are trainable."""
+    """Add a scale and a shift to a ViT after the patch embedding and after every norm and linear layer, in place.
+
+    Only gamma, beta and the classifier are trainable. The classifier itself gets no scale and no shift.
+    """
     efft.freeze_backbone(model)
     each = blocks(model)
     features = each[0].attn.proj.out_features

@@ -1,4 +1,4 @@
-"""Find the parts of a model that the baselines need."""
+"""Find the transformer blocks of a model, and make its normalization layers trainable, for the baselines."""
 
 from __future__ import annotations
 

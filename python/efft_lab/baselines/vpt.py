@@ -1,8 +1,9 @@
 """Apply VPT-deep: insert learned tokens before the patch tokens, with different learned tokens in every block.
 
-Jia et al., "Visual Prompt Tuning", ECCV 2022 (arXiv 2203.12119). The learned tokens (prompts) of a block replace the
-outputs for the prompts of the previous block. They are removed after the last block, and the classifier therefore sees
-only the tokens of the base model.
+Reference: Jia et al., "Visual Prompt Tuning", ECCV 2022 (arXiv 2203.12119). The learned tokens are called the prompts
+of a block. At the input of each block after the first, its prompts replace the tokens that the previous block computed
+from its own prompts. The last block's outputs for its prompts are removed. The classifier therefore sees only the
+tokens of the base model.
 """
 
 from __future__ import annotations
@@ -18,14 +19,15 @@ from efft_lab.baselines.vit import blocks
 
 
 class Prompt(nn.Module):
-    """Learned tokens of one block.
+    """Insert the learned tokens of one block into a sequence of tokens.
 
     Args:
         tokens: number of learned tokens.
         features: width of a token.
-        start: position of the first learned token, after the class token.
-        bound: bound of the uniform distribution for initialization.
-        replace: whether to replace the learned tokens of the previous block instead of extending the sequence.
+        start: position of the first learned token, which is the number of class and register tokens.
+        bound: the initial values are uniform between -bound and bound.
+        replace: whether to replace the tokens at these positions (those of the previous block's prompts). Otherwise the
+            learned tokens are added to the sequence.
     """
 
     def __init__(self, tokens: int, features: int, start: int, bound: float, replace: bool) -> None:
@@ -41,7 +43,14 @@ class Prompt(nn.Module):
 
 @baseline("vpt_deep")
 def apply(model: nn.Module, tokens: int = 10) -> nn.Module:
-    """Add learned tokens to every block of a ViT, in place. Only they and the classifier are trainable."""
+    """Add learned tokens to every block of a ViT, in place.
+
+    Only the learned tokens and the classifier are trainable.
+
+    Args:
+        model: a timm ViT.
+        tokens: number of learned tokens per block.
+    """
     efft.freeze_backbone(model)
     each, whole = blocks(model), model
     features = each[0].attn.proj.out_features

@@ -1,6 +1,7 @@
 """Provide the command `efft`. `efft COMMAND --help` explains each command.
 
-This module and the fast commands import neither timm nor accelerate, which keeps their start-up time short.
+This module imports neither torch, timm nor accelerate. A command imports only the packages that it needs, which keeps
+the start-up time of simple commands short.
 """
 
 from __future__ import annotations
@@ -10,15 +11,15 @@ import sys
 from collections.abc import Callable, Sequence
 
 _SUMMARY = {
-    "train": "fine-tune a model; resumes after any interruption",
-    "eval": "scores of a trained model on a split",
-    "compare": "methods side by side: tasks x methods x seeds, resumable, with a report",
-    "merge": "fold an adapter into its base model's weights",
-    "export": "write an adapter as a LoRA checkpoint of peft, exactly",
-    "inspect": "trainable parameters of a model once adapted, or of a saved adapter",
-    "data": "list or fetch data sets",
-    "bench": "measure speed and memory (in a source checkout)",
-    "env": "versions, backends and why a backend is missing; paste it into bug reports",
+    "train": "fine-tune a model (--resume continues an interrupted run)",
+    "eval": "print the scores of a trained model on a split of a data set",
+    "compare": "compare methods on several tasks with several seeds, and write a report",
+    "merge": "add an adapter to the weights of its base model",
+    "export": "write an adapter as an equivalent LoRA checkpoint of peft",
+    "inspect": "print the trainable parameters of an adapted model or of a saved adapter",
+    "data": "list or download data sets",
+    "bench": "measure speed and memory (only in a source checkout)",
+    "env": "print versions and backends, and why a backend is missing; for bug reports",
 }
 # Errors that users can cause and fix: wrong values, missing files or packages, failed downloads, insufficient memory.
 # Other exceptions are bugs and are shown with their traceback.
@@ -28,12 +29,12 @@ _EXPECTED = (ValueError, OSError, ImportError, RuntimeError, ArithmeticError)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
-    The code is 0 for success, 2 for an error that was reported in one message, 130 for an interrupt, and 141 if the
-    reader of the output (such as ``head``) has exited. The command ``bench`` has its own exit codes. ``EFFT_DEBUG=1``
-    shows the traceback of every error.
+    The code is 0 for success, 2 for an error that was reported in one message, 130 for an interruption by the user, and
+    141 if the reader of the output (such as ``head``) has exited. The command ``bench`` has its own exit codes. With
+    the environment variable ``EFFT_DEBUG=1``, errors are raised with their traceback instead.
 
     Args:
-        arguments: command-line arguments after ``efft``; by default the arguments of this process.
+        arguments: command-line arguments after ``efft``; by default, the arguments of this process.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words == ["--version"]:
@@ -58,12 +59,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_command(command: Callable[[], int], after_interrupt: str = "") -> int:
-    """Run a function that returns an exit code. Print an expected error as one message and return 2.
+    """Run a function that returns an exit code, and convert errors that users can cause to exit codes.
+
+    Such an error is printed as one message, and the exit code is 2. See :func:`main` for the other codes.
 
     Args:
         command: the function.
-        after_interrupt: text that is added to the message if the user interrupts the function. The exit code is then
-            130.
+        after_interrupt: text to add to the message if the user interrupts the function.
     """
     try:
         code = command()

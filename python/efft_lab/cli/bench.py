@@ -1,4 +1,7 @@
-"""Implement ``efft bench``, which runs the benchmarks of a source checkout. Wheels do not contain the benchmarks."""
+"""Implement ``efft bench``, which runs the benchmarks of a source checkout.
+
+The package that pip installs does not contain the benchmarks.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from pathlib import Path
 
 import efft
 
-#: The source checkout from which the package is imported, if a checkout is used.
+#: The root of the source checkout, if the package is imported from a checkout.
 ROOT = Path(efft.__file__).parents[2]
 
 

@@ -1,6 +1,7 @@
-"""Implement the commands.
+"""Implement the commands of ``efft`` except ``compare``, ``bench`` and ``env``.
 
-The parameters of a function are the options of its command, and the docstring of the function is the help text.
+For a command other than ``train``, the parameters of a function are the options, and the docstring is the help text.
+For ``train``, the options and their help texts are the fields of :class:`TrainCommand` and their docstrings.
 """
 
 import argparse
@@ -20,30 +21,32 @@ from efft_lab.train.config import TrainConfig
 
 @dataclass
 class TrainCommand:
-    """Fine-tune a model and test it once at the end. The defaults are the recipe of the paper's public code."""
+    """Fine-tune a model and test it once, after training. The defaults are the recipe of the EFFT paper's public
+    code."""
 
     train: TrainConfig = field(default_factory=TrainConfig)
 
     config: Path | None = None
-    """JSON file with a training configuration, such as the config.json of a run; other options override the file."""
+    """JSON file with a training configuration, such as the config.json that a run writes. Options on the command line
+    override the values in the file."""
 
     out: Path | None = None
-    """Folder for everything that the run writes; by default runs/DATA-METHOD."""
+    """Folder for everything that the run writes; by default, runs/DATA-METHOD."""
 
     resume: bool = False
-    """Continue from the checkpoint in the folder, if the folder has one."""
+    """Continue from the checkpoint in the folder of the run (--out). Without a checkpoint, start from the beginning."""
 
     overwrite: bool = False
-    """Delete the run in the folder and start again."""
+    """Delete the run in the folder (--out) and start again."""
 
     log_with: tuple[str, ...] = ()
-    """Experiment trackers that also receive the metrics: tensorboard, wandb or any other tracker that accelerate
-    supports."""
+    """Names of experiment trackers that also receive the metrics: tensorboard, wandb or any other tracker that
+    accelerate supports."""
 
 
 def train(words: list[str]) -> None:
     """Run ``efft train``. The values in the configuration file are the defaults of the options."""
-    # The option --scale is called efft.scale in configuration files and messages.
+    # Configuration files and messages use names such as efft.scale for the option --scale. Accept --efft.scale, too.
     words = [re.sub(r"^--efft\.", "--", word) for word in words]
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config")
@@ -92,14 +95,15 @@ def evaluate(
     """Print the scores of a trained model. The test split is read only with --split test.
 
     Args:
-        path: folder of a finished run, or an adapter folder.
+        path: folder of a finished run, or folder of an adapter that a run wrote.
         split: the split to evaluate.
-        data: a data set to use instead of the data set on which the model was trained.
-        data_root: folder with the files of the data set.
-        per_class: also print the accuracy of each class; in segmentation, the intersection over union of each class;
-            in regression, the mean absolute error of each value.
-        batch_size: number of images per step.
-        amp: autocast type.
+        data: name or folder of a data set to use instead of the data set on which the model was trained.
+        data_root: folder with the files of the data set in --data, if that data set cannot be downloaded.
+        per_class: also print one score for each class or value, which is the accuracy of each class (classification),
+            the intersection over union of each class (segmentation), or the mean absolute error of each value
+            (regression).
+        batch_size: number of images that are computed at a time.
+        amp: number format for autocast; no means fp32 without autocast.
         checkpoint: file with the weights of the base model, if the file has moved since training.
     """
     from efft_lab.train.build import load_task_for, load_trained
@@ -130,13 +134,14 @@ def evaluate(
 
 
 def merge(path: tyro.conf.Positional[Path], /, out: Path | None = None, checkpoint: Path | None = None) -> None:
-    """Fold an adapter into the weights of its base model and write the merged weights.
+    """Add an adapter to the weights of its base model and write the merged weights to a file.
 
-    The weights have the names of the plain timm model, or of efft_lab.train.Segmenter for segmentation.
+    The weights have the parameter names of the timm model without an adapter. For segmentation, they have the parameter
+    names of efft_lab.train.Segmenter.
 
     Args:
-        path: folder of a finished run with factors, or an adapter folder.
-        out: file for the merged weights; by default merged.safetensors in the same folder.
+        path: folder of a finished run whose method writes an adapter (such as efft), or the folder of that adapter.
+        out: file for the merged weights; by default, merged.safetensors in the folder PATH.
         checkpoint: file with the weights of the base model, if the file has moved since training.
     """
     from safetensors.torch import save_file
@@ -160,11 +165,11 @@ def merge(path: tyro.conf.Positional[Path], /, out: Path | None = None, checkpoi
 
 
 def export(path: tyro.conf.Positional[Path], /, out: Path | None = None, checkpoint: Path | None = None) -> None:
-    """Write an adapter as an exactly equivalent LoRA checkpoint, which `peft` can load into the plain timm model.
+    """Write an adapter as an equivalent LoRA checkpoint, which `peft` can load into the timm model without an adapter.
 
     Args:
-        path: folder of a finished run with factors, or an adapter folder.
-        out: folder of the checkpoint; by default lora in the same folder.
+        path: folder of a finished run whose method writes an adapter (such as efft), or the folder of that adapter.
+        out: folder for the checkpoint; by default, lora in the folder PATH.
         checkpoint: file with the weights of the base model, if the file has moved since training.
     """
     import efft
@@ -188,15 +193,17 @@ def inspect(
     paper: bool = False,
     adapter: Annotated[EfftConfig, tyro.conf.arg(name="")] = EfftConfig(),  # noqa: B008  # tyro copies defaults
 ) -> None:
-    """Print the trainable parameters by group for an adapted model or for a saved adapter.
+    """Print the parameters that would be trained in a model, or the tensors of a saved adapter.
 
-    No weights of the model are read.
+    For a model, the output also lists the layers that would be adapted. No weights of the model are read.
 
     Args:
-        model: name of the embedded backbone or of any timm model, or the folder of an adapter or a run.
+        model: name of a model (dinov2_vits14_saliency or any timm model), or the folder of an adapter or a run. All
+            other options apply only to a model.
         classes: number of outputs of the classifier.
         image_size: height and width of the input in pixels; by default, the input size of the model.
-        paper: use the paper's ranks for this architecture instead of --rank; all other options still apply.
+        paper: use the ranks in the EFFT paper's public code for this architecture instead of --rank. All other options
+            still apply.
         adapter: settings of the adapter.
     """
     from efft_lab.cli.inspect import adapter_table, model_table
@@ -213,17 +220,20 @@ def inspect(
 
 
 def data_list() -> None:
-    """List the known data sets with size, source and license."""
+    """List the known data sets with the size of the download, the license and the source."""
     import efft_lab.data
 
     print(efft_lab.data.list_table())
 
 
 def data_fetch(names: tyro.conf.Positional[tuple[str, ...]], /, allow_non_commercial: bool = False) -> None:
-    """Download data sets into the cache (EFFT_HOME) and verify their hashes.
+    """Download or draw data sets and store them in the cache, which makes later runs independent of the network.
+
+    The environment variable EFFT_HOME names the folder of the cache (~/.cache/efft by default). The VTAB-1K data sets
+    cannot be downloaded.
 
     Args:
-        names: names of data sets; `efft data list` prints them.
+        names: names of data sets; `efft data list` prints all names.
         allow_non_commercial: accept data sets whose license forbids commercial use.
     """
     import efft_lab.data

@@ -28,25 +28,28 @@ def compare(
 ) -> None:
     """Compare methods on tasks with several seeds. After an interruption, the same command executes the remaining runs.
 
+    A suite is the description of a comparison: its tasks, methods, seeds and settings.
+
     Args:
-        file: JSON file that describes the comparison; see efft_lab.compare.suite.Suite.
-        suite: name of a suite of the library, instead of a file: local (small tasks and a backbone that can be
-            downloaded), local_efft2 (the same tasks with variants of EFFT2), local_long (ten epochs, with LoRA for
-            comparison), local_grid (a grid of ranks and scales), twelve (twelve tasks, ten epochs, many rivals) or
-            vtab1k (the paper's 19 tasks; needs --data).
+        file: JSON file with the suite; the docstring of efft_lab.compare.suite.Suite describes its fields.
+        suite: name of a suite of this package, instead of a file. Choose local (six small tasks, fifteen methods),
+            local_efft2 (the same tasks with variants of EFFT2), local_long (the same tasks with EFFT2 and LoRA, ten
+            epochs instead of three), local_grid (three tasks with a grid of ranks and scales), twelve (twelve small
+            tasks, ten epochs) or vtab1k (the EFFT paper's 19 tasks; their files must be in the folder --data).
         quick: run the small variant of the suite.
-        full: run the complete suite; required for a suite that has a small variant.
-        report: do not run anything; write tables, tests and plots of the existing results next to the result file.
+        full: run the complete suite. This is also the default.
+        report: do not run anything, but write tables, tests and plots of the existing results next to the result file.
         data: folder with the files of data sets that cannot be downloaded.
-        model: backbone to use instead of the suite's.
+        model: name of the backbone, instead of the suite's backbone.
         checkpoint: file with the weights of the backbone.
         image_size: height and width of the input in pixels, instead of the suite's value.
         epochs: number of passes over the training images, instead of the suite's value.
         batch_size: number of images per update, instead of the suite's value.
-        methods: execute only runs of these methods now. A report covers all runs that have results.
-        seeds: execute only final runs with these seeds now.
+        methods: names of methods in the suite. Only their runs are executed now. A report still covers all methods.
+        seeds: seeds of the suite. Only final runs with these seeds are executed now (and all search runs).
         jobs: number of simultaneous runs; each gets an equal share of the processors.
-        out: result file; by default compare_NAME.jsonl (in a source checkout: in benchmarks/results).
+        out: result file; by default, compare_NAME.jsonl in benchmarks/results (in a source checkout) or in the current
+            folder (otherwise).
     """
     from efft_lab.compare import suite as suites
     from efft_lab.compare.agenda import Agenda

@@ -16,9 +16,9 @@ from efft_lab import backbones
 
 
 def model_table(name: str, classes: int, image_size: int | None, config: EfftConfig) -> str:
-    """Return a table of the parameters, by group, that ``efft.apply`` would train.
+    """Return a text with the plan of ``efft.apply`` for a model and the number of trained parameters by group.
 
-    The model is built without storage for its weights.
+    The model is built without memory for its weights.
     """
     with torch.device("meta"):
         model = backbones.create(name, classes, image_size=image_size, pretrained=False)
@@ -28,7 +28,10 @@ def model_table(name: str, classes: int, image_size: int | None, config: EfftCon
 
 
 def adapter_table(folder: Path) -> str:
-    """Return a table of the tensors and facts of a saved adapter. Only the files of the adapter are read."""
+    """Return a text with the settings, the facts and a table of the tensors of a saved adapter.
+
+    Only the files of the adapter are read. ``folder`` is the folder of the adapter or of its run.
+    """
     folder = folder if (folder / CONFIG).is_file() else folder / "adapter"
     description, tensors = io.read_adapter(folder)
     base = description["base"]

@@ -1,4 +1,7 @@
-"""Parse command lines with tyro, which shows docstrings as help texts. Their RST markup is removed here."""
+"""Parse command lines with tyro.
+
+tyro shows the docstrings of functions and fields as help texts. This module removes the RST markup from them.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
 
 _RULES = ConstructorRegistry()
-_resolving: list[Any] = []  # types whose fields tyro is currently describing with its own rules
+_resolving: list[Any] = []  # types for which _plain_fields is calling tyro's own rules
 
 
 def parse(function: Callable[..., Any], words: Sequence[str], prog: str, **options: Any) -> Any:
@@ -26,7 +29,7 @@ def parse(function: Callable[..., Any], words: Sequence[str], prog: str, **optio
 
 
 def parse_subcommand(functions: dict[str, Callable[..., Any]], words: Sequence[str], prog: str) -> Any:
-    """Call the function that the first argument names, see :func:`parse`."""
+    """Call the function that the first argument names, with the other arguments; see :func:`parse`."""
     with _RULES:
         return tyro.extras.subcommand_cli_from_dict(functions, args=words, prog=prog)
 

@@ -1,7 +1,8 @@
-"""List the runs that a suite needs and find those that can start.
+"""List the runs that a suite needs, and find the runs that can start.
 
-A search run trains with one point of a method's grid of settings and is evaluated on the validation split. A final run
-uses the best point and is evaluated on the test split.
+The grid of a method lists the values to try for some of its settings. A point of the grid is one combination of these
+values. A search run trains with one point and is evaluated on the validation split. A final run uses the best point and
+is evaluated on the test split.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from efft_lab.compare.suite import TRIVIAL, Suite, merge_settings
 from efft_lab.data import vtab_hyperparameters
 from efft_lab.train.config import TrainConfig
 
-#: Fields for storage locations and for the frequency of records. They do not change a result.
+#: Fields of ``TrainConfig`` that do not change a result: storage locations, and the frequency of records.
 _PLACES = ("data_root", "workers", "log_every", "checkpoint_every")
 
 Record = Mapping[str, Any]
@@ -33,10 +34,11 @@ class Run:
     Attributes:
         task: name of the data set.
         method: name of the method in the tables.
-        stage: search (evaluated on the validation split without reading the test split) or final.
+        stage: "search" (the run does not read the test split) or "final".
         seed: seed for all random numbers of the run.
         settings: the point of the grid, which maps names of settings to values.
-        config: fields of ``TrainConfig`` for the run. For a trivial predictor, ``method`` is the name of the predictor.
+        config: fields of ``TrainConfig`` for the run. ``method`` may also be the name of a trivial predictor
+            (:data:`efft_lab.compare.suite.TRIVIAL`).
     """
 
     task: str
@@ -48,7 +50,7 @@ class Run:
 
     @property
     def key(self) -> str:
-        """Return a hash of the attributes except storage locations. Two runs with the same key have the same result."""
+        """Return a hash of everything that determines the result of the run, as 16 hexadecimal digits."""
         config = {name: value for name, value in self.config.items() if name not in _PLACES}
         parts = [self.task, self.method, self.stage, self.seed, config]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
@@ -63,12 +65,13 @@ class Run:
 class Agenda:
     """The runs of a suite.
 
-    The settings of a final run are known when all search runs of its task and method are finished.
+    The settings of a final run are known only after all search runs of its task and method are finished. Most
+    functions of this class therefore need ``done``, which maps the key of each finished run to its result.
 
     Args:
         suite: the suite.
-        methods: names of the methods whose runs may start; by default all.
-        seeds: seeds of the final runs that may start; by default all.
+        methods: names of the methods whose runs may start; by default, all.
+        seeds: seeds of the final runs that may start; by default, all.
 
     Raises:
         ValueError: the settings of a run are invalid (the message names the task, the method and the point of the
@@ -96,25 +99,27 @@ class Agenda:
         return len(self.suite.tasks) * (searches + finals)
 
     def pairs(self) -> list[tuple[str, str]]:
-        """Return every (task, method), ordered by method. The first methods can therefore be compared early on all
-        tasks."""
+        """Return every pair (task, method), ordered by method.
+
+        In this order, the first methods are finished on all tasks before the next methods start.
+        """
         return [(task, method) for method in self.suite.methods for task in self.suite.tasks]
 
     def search(self, task: str, method: str) -> list[Run]:
-        """Return the search runs of a method on a task. The list is empty if the method has no grid."""
+        """Return the search runs of a method on a task. The list is empty without a grid of several points."""
         points = self.grids[method]
         if len(points) == 1:
             return []
         return [self._run(task, method, "search", seed, point) for point in points for seed in self.search_seeds]
 
     def choose(self, task: str, method: str, done: Mapping[str, Record]) -> dict[str, Any] | None:
-        """Return the point of the grid with the best mean validation accuracy, or None until all search runs are
-        finished.
+        """Return the point of the grid with the best mean validation accuracy.
 
-        If several points have the same accuracy, the first one is returned.
+        The result is None if a search run is not finished yet. If several points have the same accuracy, the first one
+        is returned.
 
         Raises:
-            ValueError: every point of the grid diverged.
+            ValueError: training diverged with every point of the grid.
         """
         points, runs = self.grids[method], self.search(task, method)
         if not runs:
@@ -140,7 +145,8 @@ class Agenda:
     def ready(self, done: Mapping[str, Record], started: Collection[str] = ()) -> list[Run]:
         """Return the runs that can start now, in order.
 
-        These runs are neither finished nor started, and the search runs that they depend on are finished.
+        These runs are neither finished nor in ``started`` (the keys of running runs), and the search runs that they
+        depend on are finished.
         """
         runs = []
         for task, method in self.pairs():
@@ -150,12 +156,12 @@ class Agenda:
         return [run for run in runs if run.key not in done and run.key not in started]
 
     def records(self, done: Mapping[str, Record]) -> list[Record]:
-        """Return the existing results of this suite's final runs."""
+        """Return the results of all finished final runs of this suite."""
         keys = [run.key for task, method in self.pairs() for run in self.finals(task, method, done)]
         return [done[key] for key in keys if key in done]
 
     def _check(self, run: Run) -> None:
-        """Raise an error for invalid settings now, because the run may only start hours later."""
+        """Raise an error if the settings of a run are invalid. Without this check, the error could come hours later."""
         trivial = {"method": "linear"} if run.config["method"] in TRIVIAL else {}
         try:
             TrainConfig.from_dict({**run.config, **trivial})

@@ -12,9 +12,9 @@ from efft_lab.compare.statistics import seed_interval
 
 
 def accuracy_against_parameters(scores: Scores, parameters: Mapping[str, float], target: Path) -> None:
-    """Plot the overall mean accuracy, with its interval over seeds, against the number of trained parameters.
+    """Plot the mean accuracy of each method over all tasks against its number of trained parameters.
 
-    Methods without results on all tasks are omitted.
+    Error bars show the 95 % bootstrap interval over seeds. Methods that lack results on a task are omitted.
 
     Args:
         scores: accuracies of the final runs.
@@ -34,7 +34,7 @@ def accuracy_against_parameters(scores: Scores, parameters: Mapping[str, float],
         x = parameters[method]
         axes.errorbar(x, mean, [[mean - low], [high - mean]], fmt="o", capsize=3, label=method)
     figure.legend(loc="outside right center", fontsize=8)
-    axes.set_xscale("symlog", linthresh=10_000)  # the probe and the trivial predictors have no such parameters
+    axes.set_xscale("symlog", linthresh=10_000)  # a logarithmic axis that can show zero parameters
     axes.set_xlabel("trained parameters beside the classifier")
     axes.set_ylabel("mean test accuracy, %")
     axes.grid(alpha=0.3)
@@ -43,7 +43,9 @@ def accuracy_against_parameters(scores: Scores, parameters: Mapping[str, float],
 
 
 def heat_map(agenda: Agenda, method: str, done: Mapping[str, Record], target: Path) -> None:
-    """Plot the mean validation accuracy over tasks for a grid of two settings. Cells with missing tasks are empty.
+    """Plot the validation accuracy of a method, averaged over all tasks, for a grid of two settings.
+
+    A cell has no color and shows ``nan`` if one of its runs has no result yet.
 
     Args:
         agenda: the runs.
@@ -72,7 +74,10 @@ def heat_map(agenda: Agenda, method: str, done: Mapping[str, Record], target: Pa
 
 
 def _validation(agenda: Agenda, method: str, done: Mapping[str, Record], point: Mapping[str, float]) -> float:
-    """Return the mean accuracy in percent. A diverged run counts as 0. If a run is missing, the mean is NaN."""
+    """Return the mean validation accuracy of the search runs of a point, in percent.
+
+    A diverged run counts as 0. If a run has no result yet, the mean is NaN.
+    """
     runs = [run for task in agenda.suite.tasks for run in agenda.search(task, method) if run.settings == point]
     if any(run.key not in done for run in runs):
         return float("nan")

@@ -86,14 +86,15 @@ def text(agenda: Agenda, done: Mapping[str, Record], pictures: Mapping[str, Path
     parts = [
         f"# {suite.name}",
         suite.about,
-        f"{len(records)} of {wanted} final runs. Test accuracy in percent, mean ± standard deviation over seeds; the "
-        "test split was read once per run, after its hyperparameters were chosen on the validation split.",
+        f"{len(records)} of {wanted} final runs have a result. Accuracies are test accuracies in percent, as the mean "
+        "± the standard deviation over seeds. Each run read the test split once, after its hyperparameters were chosen "
+        "on the validation split.",
         *_leaks(scores, methods, suite.methods),
         "## Tasks",
         table(["method", *_headings(scores)], [_task_row(scores, method) for method in methods]),
         "## Means",
-        "In brackets: 95 % bootstrap interval over seeds, the tasks being fixed. Categorical: the mean of the group "
-        "means. Trained parameters are those beside the classifier.",
+        "Brackets contain the 95 % bootstrap interval over seeds for fixed tasks. The categorical mean is the mean of "
+        "the group means. The number of trained parameters does not include the classifier.",
         _means(scores, methods, records),
         *_tests(agenda, scores, methods),
         "## Chosen on the validation split",
@@ -102,7 +103,7 @@ def text(agenda: Agenda, done: Mapping[str, Record], pictures: Mapping[str, Path
     if set(suite.tasks) <= set(VTAB):
         parts += quote_literature(list(suite.tasks))
     parts += [f"![{title}]({path.name})" for title, path in pictures.items()]
-    parts += ["## Where it was measured", _origin(records)]
+    parts += ["## Machines and versions", _origin(records)]
     if scores.failed:
         lost = "\n".join(f"- {method} on {task}, seed {seed}" for method, task, seed in scores.failed)
         parts += ["## Diverged", lost]
@@ -114,7 +115,9 @@ def _slug(name: str) -> str:
 
 
 def means(agenda: Agenda, done: Mapping[str, Record]) -> str:
-    """Return the report's table of means over tasks and the list of machines. A missing task is shown as a dash.
+    """Return two parts of the report: the table of means over tasks, and the machines and versions.
+
+    A dash in the table marks a mean over tasks of which at least one has no result.
 
     Args:
         agenda: the runs to report.
@@ -126,7 +129,9 @@ def means(agenda: Agenda, done: Mapping[str, Record]) -> str:
 
 
 def comparisons(agenda: Agenda, done: Mapping[str, Record]) -> str:
-    """Return the report's paired tests of the reference method against the others, or an empty text without tests.
+    """Return the part of the report with the paired tests of the reference method against the other methods.
+
+    The text is empty if no two methods can be compared.
 
     Args:
         agenda: the runs to report.
@@ -137,7 +142,7 @@ def comparisons(agenda: Agenda, done: Mapping[str, Record]) -> str:
 
 
 def table(heading: Cells, rows: Sequence[Cells]) -> str:
-    """Format a Markdown table."""
+    """Format a heading and rows of cells as a Markdown table."""
     lines = [heading, ["---"] * len(heading), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -217,19 +222,19 @@ def _tests(agenda: Agenda, scores: Scores, methods: Sequence[str]) -> list[str]:
     tasks = max(c.tasks for c in found)
     return [
         f"## {reference} against the others",
-        "Positive differences, in points, favor it. The unit of the intervals and tests is the task, with its seeds "
-        f"averaged; Holm's method corrects for the number of rows. With {tasks} tasks the smallest possible Wilcoxon "
-        f"p is {2 / 2**tasks:.2g}. In a tie, the 95 % t-interval of the differences of equal seeds contains zero.",
+        f"Differences are in percentage points, and positive differences favor {reference}. For the intervals and "
+        "tests, each task is one observation, averaged over its seeds. Holm's method corrects for the number of rows. "
+        f"With {tasks} tasks, the smallest possible Wilcoxon p is {2 / 2**tasks:.2g}. A task is a tie if the 95 % "
+        "t-interval of the differences between runs with equal seeds contains zero.",
         table(heading, rows),
     ]
 
 
 def _leaks(scores: Scores, methods: Sequence[str], entries: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """List the tasks on which a predictor that sees no objects is as good as a trained method.
+    """List the tasks on which a trivial predictor, which does not recognize objects, is as good as a trained method.
 
-    On such tasks, it is doubtful whether accuracy measures the recognition of objects.
-
-    Training from scratch does not count as a method here, because it has only these few images.
+    On such tasks, it is doubtful whether the accuracy measures the recognition of objects. Methods that train from
+    scratch are not considered, because the few images of a task do not suffice for them.
     """
     methods = [method for method in methods if entries[method].get("pretrained", True)]
     trivial = [method for method in methods if entries[method]["method"] in TRIVIAL]
@@ -241,8 +246,8 @@ def _leaks(scores: Scores, methods: Sequence[str], entries: Mapping[str, Mapping
             best = max(easy, key=lambda method: easy[method])
             beaten = [method for method, value in known.items() if value <= easy[best]]
             if beaten:
-                lines.append(f"- {task}: {best} reaches {easy[best]:.1f}, no less than {', '.join(beaten)}.")
-    note = "Tasks on which a predictor that sees no objects keeps up with a method; read them with care:"
+                lines.append(f"- {task}: {best} reaches {easy[best]:.1f}, at least as much as {', '.join(beaten)}.")
+    note = "On some tasks, a predictor that does not recognize objects is as good as a method. Read them with care:"
     return ["\n".join([note, "", *lines])] if lines else []
 
 
@@ -255,11 +260,11 @@ def _choices(agenda: Agenda, done: Mapping[str, Record], methods: Sequence[str])
             cells.append("-" if not point else ", ".join(f"{name} {value:g}" for name, value in point.items()))
         if set(cells) != {"-"}:
             rows.append([method, *cells])
-    return table(["method", *agenda.suite.tasks], rows) if rows else "Nothing was searched."
+    return table(["method", *agenda.suite.tasks], rows) if rows else "No method has a grid of settings."
 
 
 def quote_literature(tasks: list[str]) -> list[str]:
-    """Return separate tables with results from the literature, which are never averaged or tested with our results."""
+    """Return tables with results from the literature. They are kept apart from the results of this repository."""
     published = json.loads((files("efft_lab.compare") / "published_vtab1k.json").read_text("utf-8"))
     shares = [weights({task: VTAB[task].group for task in VTAB}, categorical) for categorical in (True, False)]
     parts = ["## Published figures, not ours", published["about"]]
@@ -281,7 +286,7 @@ def quote_literature(tasks: list[str]) -> list[str]:
     return [
         *parts,
         "### EFFT",
-        "Of EFFT itself only group means were published in readable form:",
+        "For EFFT itself, only these group means are published in a readable form:",
         table(["method", "parameters", *names, "source"], group_rows),
         "### Sources",
         "\n".join(f"- {name}: {reference}" for name, reference in published["papers"].items()),
@@ -309,13 +314,13 @@ def _origin(records: Sequence[Record]) -> str:
 
 
 def _machines(records: Sequence[Record]) -> list[str]:
-    """List the machines with their number of runs and processor time.
+    """Return one line per machine with its number of final runs and their processor time in hours.
 
-    If several machines were used, the list also gives the number of runs per method.
+    If several machines were used, each line also gives the number of runs per method.
     """
     owns: dict[str, list[Record]] = {}
     for record in records:
-        gpu: Any = record.get("gpu")  # older results hold only the name
+        gpu: Any = record.get("gpu")  # older results contain only the name of the GPU
         gpu = f" with {gpu['name'] if isinstance(gpu, Mapping) else gpu}" if gpu else ""
         owns.setdefault(f"{record['machine']}{gpu}", []).append(record)
     lines = []

@@ -1,4 +1,7 @@
-"""Execute the runs of an agenda that have no result yet, several at a time, and write each result immediately."""
+"""Execute the runs of an agenda that have no result yet. Several runs are executed at the same time.
+
+Each run is executed in a worker, a separate process. Its result is written to the result file immediately.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +26,13 @@ from efft_lab.record import cores, machine_facts, now
 
 
 class Worker:
-    """Start a process of :mod:`efft_lab.compare.worker` with its own share of the processors.
+    """Start a process of :mod:`efft_lab.compare.worker`, and send runs to it.
 
     Args:
-        threads: number of torch threads.
+        threads: number of threads of the process.
         log: file for the warnings and tracebacks of the process.
-        answers: queue that receives (this worker, the answer of its process). The answer is None if the process ended.
+        answers: queue to which each answer of the process is added, as a pair of this object and the answer. If the
+            process ends, the answer None is added.
     """
 
     def __init__(self, threads: int, log: IO[bytes], answers: queue.SimpleQueue[Any]) -> None:
@@ -53,7 +57,7 @@ class Worker:
         answers.put((self, None))
 
     def start(self, run: Run, places: dict[str, Any]) -> None:
-        """Send a run to the process."""
+        """Send a run to the process. ``places`` overrides fields of its configuration for storage locations."""
         assert self.process.stdin is not None
         self.run = run
         job = {"name": str(run), "stage": run.stage, "config": {**run.config, **places}}
@@ -69,18 +73,21 @@ class Worker:
 def compare(agenda: Agenda, results: Path, jobs: int = 1, data_root: str | None = None) -> int:
     """Execute the runs that have no result yet.
 
-    If the process is killed at any moment, the same call continues the comparison. No run is lost or repeated.
+    The process can be killed at any moment. The same call then continues the comparison. It executes only runs that
+    were not finished.
 
     Args:
         agenda: the runs.
         results: the result file in JSON lines. A log file is written next to the result file.
-        jobs: number of processes; each gets an equal share of the processors.
+        jobs: number of simultaneous runs. Each gets an equal share of the processors.
         data_root: folder with the files of the data sets.
 
     Returns:
         The number of executed runs.
 
     Raises:
+        ValueError: ``jobs`` is less than 1, a line of the result file is damaged, or training diverged with every
+            setting in a grid.
         RuntimeError: a run failed for a reason other than divergence, or another process writes to the result file.
     """
     if jobs < 1:
@@ -111,7 +118,7 @@ def compare(agenda: Agenda, results: Path, jobs: int = 1, data_root: str | None 
                     record = _record(run, answer["result"], common)
                     store.append(record)
                     progress.show(run, record)
-                elif error is None:  # results of the other processes are still saved
+                elif error is None:  # no run starts after an error, but the results of the other processes are saved
                     error = f"{run}: {_reason(worker, answer)}; details in {log.name}, then run the same command again"
                     log.write(((answer or {}).get("trace") or "").encode())
                     if answer is None:
@@ -152,7 +159,7 @@ class Progress:
         return len(keys & self.store.records.keys())
 
     def show(self, run: Run, record: dict[str, Any]) -> None:
-        """Print the line of a finished run."""
+        """Print one line about a finished run."""
         self.count += 1
         names = {"search": ("validation", "val_accuracy"), "final": ("test", "test_accuracy")}
         word, field = names[run.stage]
@@ -161,8 +168,11 @@ class Progress:
         print(f"{done} {run}: {outcome}, {record['seconds']:.0f} s; {self._left()} left", flush=True)
 
     def _left(self) -> str:
-        """Estimate the remaining time from the mean time of finished runs of the same method and stage, or of all
-        runs."""
+        """Estimate the remaining time of the suite.
+
+        The time of a remaining run is estimated as the mean time of the finished runs of the same method and stage. If
+        there are none, it is estimated as the mean time of all finished runs.
+        """
         seconds: dict[Any, list[float]] = defaultdict(list)
         count: dict[Any, int] = defaultdict(int)
         for record in self.store.records.values():

@@ -1,7 +1,8 @@
 """Compute confidence intervals and statistical tests.
 
-Two methods are compared over their common tasks. For differences, intervals and tests, the seeds of each task are
-averaged first. Wins, ties and losses compare the runs of a task with equal seeds (:func:`outcome`).
+Two methods are compared on the tasks for which both have results. For differences, intervals and tests, the accuracy on
+each task is first averaged over the seeds. Whether a method wins, ties or loses on a task is decided by comparing the
+two runs of each seed (:func:`outcome`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 
 from efft_lab.compare.scores import Scores
 
-RESAMPLES = 10_000
+RESAMPLES = 10_000  # number of bootstrap samples
 
 
 def seed_interval(
@@ -25,10 +26,10 @@ def seed_interval(
     Args:
         values: accuracies as ``values[task][seed]``. The seeds of each task are resampled independently.
         weights: maps each task to its weight, see :func:`efft_lab.compare.scores.weights`.
-        level: probability that the interval covers.
+        level: coverage of the interval, from 0 to 1.
 
     Returns:
-        The interval; None if every task has a single seed.
+        The lower and the upper end of the interval; None if no task has two or more seeds.
     """
     if all(len(seeds) < 2 for seeds in values.values()):
         return None
@@ -40,7 +41,7 @@ def seed_interval(
 
 
 def task_interval(differences: Sequence[float], level: float = 0.95) -> tuple[float, float]:
-    """Compute a bootstrap percentile interval over tasks for a mean of paired differences."""
+    """Compute a bootstrap percentile interval over tasks for the mean of paired differences, one per task."""
     rng, sample = np.random.default_rng(0), np.array(differences)
     means = sample[rng.integers(len(sample), size=(RESAMPLES, len(sample)))].mean(axis=1)
     return _percentiles(means, level)
@@ -52,7 +53,10 @@ def _percentiles(values: np.ndarray[Any, Any], level: float) -> tuple[float, flo
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjust p-values with Holm's step-down correction, which controls the family-wise error rate."""
+    """Return p-values adjusted by Holm's step-down correction, in the same order.
+
+    The correction controls the family-wise error rate.
+    """
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])
     adjusted, largest = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(order):
@@ -63,15 +67,16 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Comparison of the reference method with another method, over the tasks for which both have results.
+    """The comparison of the reference method with another method on the tasks for which both have results.
 
     Attributes:
         method: the other method.
         tasks: number of common tasks.
-        difference: mean of (reference - other) in percentage points.
+        difference: mean over tasks of the accuracy of the reference minus that of the other method, in percentage
+            points.
         interval: 95 % bootstrap interval of ``difference`` over tasks.
         wins, ties, losses: number of tasks on which the reference method wins, ties or loses (:func:`outcome`).
-        wilcoxon: p-value of the signed-rank test over tasks.
+        wilcoxon: p-value of the Wilcoxon signed-rank test over tasks.
         t_test: p-value of the paired t-test over tasks.
     """
 
@@ -114,10 +119,14 @@ def compare(scores: Scores, reference: str, other: str) -> Comparison | None:
 
 
 def outcome(own: Mapping[int, float], other: Mapping[int, float]) -> int:
-    """Return 1 for a win on one task, -1 for a loss and 0 for a tie.
+    """Return 1 if the first method wins on a task, -1 if it loses, and 0 for a tie.
 
-    The result is a tie if the 95 % t-interval of the differences between runs with equal seeds contains zero. With a
-    single common seed, the sign of the difference decides.
+    The result is a tie if the 95 % t-interval of the differences between runs with equal seeds contains zero, or if
+    there are no such runs. With a single common seed, the sign of the difference decides.
+
+    Args:
+        own: accuracies of the first method on the task, by seed.
+        other: accuracies of the second method on the task, by seed.
     """
     differences = np.array([own[seed] - other[seed] for seed in sorted(own.keys() & other.keys())])
     if not len(differences):

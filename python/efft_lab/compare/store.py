@@ -1,6 +1,7 @@
 """Store results on disk as one JSON line per finished run.
 
-If the process is killed at any moment, every line is either complete or ignored.
+The process can be killed at any moment. An incomplete last line is then ignored, and the results in all other lines are
+kept.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from typing import Any
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
-    """Read a mapping from the key of each run to its record. An incomplete last line (after a crash) is ignored.
+    """Read a result file. Return a mapping from the key of each run to its record.
+
+    An incomplete last line, as after a crash, is ignored.
 
     Raises:
         ValueError: another line is damaged.
@@ -38,7 +41,8 @@ class Store:
         records: maps the key of each run to its record.
 
     Raises:
-        RuntimeError: another process writes to the file.
+        RuntimeError: another process writes to the file. This is not detected on Windows.
+        ValueError: a line of the file is damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -47,14 +51,14 @@ class Store:
         try:
             _lock(self._file, path)
             content = path.read_bytes()
-            os.ftruncate(self._file, content.rfind(b"\n") + 1)  # remove an incomplete line; its run is repeated
+            os.ftruncate(self._file, content.rfind(b"\n") + 1)  # remove an incomplete last line
             self.records = read(path)
         except BaseException:
             os.close(self._file)
             raise
 
     def append(self, record: dict[str, Any]) -> None:
-        """Append a record. After this method has returned, the record survives a power failure."""
+        """Append a record and wait until it is on the disk, where it survives a power failure."""
         line = json.dumps(record).encode() + b"\n"
         n_bytes = os.write(self._file, line)
         if n_bytes != len(line):
@@ -72,7 +76,7 @@ class Store:
 
 
 def _lock(file: int, path: Path) -> None:
-    """Lock a file. The operating system releases the lock when the process ends for any reason."""
+    """Lock a file, except on Windows. The operating system releases the lock when the process ends for any reason."""
     try:
         import fcntl
     except ImportError:  # Windows

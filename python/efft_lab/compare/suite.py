@@ -1,4 +1,7 @@
-"""Read and check the file that describes a comparison: tasks, methods, seeds and grids of settings."""
+"""Read and check suites.
+
+A suite is the content of the JSON file that describes a comparison: tasks, methods, seeds and grids of settings.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,11 @@ from efft_lab import data, typed
 from efft_lab.train.config import TrainConfig
 from efft_lab.train.methods import METHODS
 
-#: Trivial predictors, which see no objects and need neither a model nor training.
+#: Names of trivial predictors, which do not recognize objects. ``majority`` predicts the most frequent class,
+#: ``pixels`` is a linear model on thumbnails, and ``knn`` finds the nearest neighbors among thumbnails.
 TRIVIAL = ("majority", "pixels", "knn")
 _RECIPE = {item.name for item in dataclasses.fields(TrainConfig)} - {"data", "seed", "data_seed", "protocol"}
-_RECIPE -= {"task", "regression_loss"}  # tables and tests expect accuracies
+_RECIPE -= {"task", "regression_loss"}  # suites support only classification, because the report compares accuracies
 _METHOD = _RECIPE | {"grid", "vtab_settings", "seeds"}
 #: Maximum number of points of a grid; a larger grid would take too long.
 _MOST_POINTS = 1000
@@ -29,27 +33,29 @@ _MOST_POINTS = 1000
 
 @dataclass(frozen=True)
 class Suite:
-    """Description of a comparison.
+    """The description of a comparison.
 
     Settings are fields of ``TrainConfig``. The settings of a task override those of a method, and the settings of a
-    method override ``train``.
+    method override ``train``. This class and :class:`efft_lab.compare.agenda.Agenda` check all settings before the
+    first run starts.
 
-    This class and :class:`efft_lab.compare.agenda.Agenda` check all settings before the first run starts.
+    A method may have a grid, which lists values to try for some settings. For each task, search runs try every
+    combination of these values on the validation split. Final runs use the best combination and are tested.
 
     Attributes:
-        name: name of the suite and of the result file.
-        about: purpose of the suite, which begins the report.
+        name: name of the suite. The result file is called ``compare_NAME.jsonl``.
+        about: description of the suite, which is the beginning of the report.
         tasks: maps the name of each data set to the settings of all runs on the data set.
-        methods: maps the name of each method in the tables to its settings. The settings are ``method`` (which may also
-            be one of ``TRIVIAL``), any other field, ``grid`` (lists of values to search, such as ``{"lr": [...],
-            "efft.scale": [...]}``; every combination is tried), ``vtab_settings`` (efft1 or efft2: use the paper's
-            settings of that variant for each VTAB-1K task) and ``seeds`` (some of the suite's seeds, for a method that
-            needs fewer runs).
-        seeds: seeds of the final runs. Each method has one final run per seed and task. If the data set has no fixed
-            split, the seed also selects the training images.
+        methods: maps the name of each method in the tables to its settings. ``method`` is required and may also be one
+            of ``TRIVIAL``. Besides other fields of ``TrainConfig``, three entries are allowed: ``grid`` maps settings
+            to lists of values, as in ``{"lr": [...], "efft.scale": [...]}``. ``vtab_settings`` ("efft1" or "efft2")
+            selects the paper's settings of that variant for each VTAB-1K task. ``seeds`` lists some of the suite's
+            seeds, for a method that needs fewer runs.
+        seeds: seeds of the final runs. Each method has one final run per seed and task. If the data set does not define
+            its training images, the seed also selects them.
         train: settings of all runs.
-        search_seeds: seeds of the search runs; by default the first of ``seeds``.
-        reference: method against which the other methods are tested; by default the first method.
+        search_seeds: seeds of the search runs; by default, the first of ``seeds``.
+        reference: method against which the other methods are tested; by default, the first method.
     """
 
     name: str
@@ -125,8 +131,7 @@ def _check_method(where: str, settings: Any) -> None:
 
 
 def _check_setting(where: str, setting: str, method: str) -> None:
-    """Raise an error for a name that is not a setting of the method, such as ``lr``, ``efft.scale`` or
-    ``adapter.rank``."""
+    """Raise an error if a name is not a setting of the method. Names are, for example, ``lr`` and ``efft.scale``."""
     head, dot, field_name = setting.partition(".")
     groups = {each.group for each in METHODS.values() if each.group}
     if not dot:
@@ -142,7 +147,10 @@ def _check_setting(where: str, setting: str, method: str) -> None:
 
 
 def merge_settings(*settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge settings. Later settings override earlier settings, and dicts (``efft``, ``adapter``) are merged by key."""
+    """Merge settings. Later settings override earlier settings.
+
+    Values that are dicts (``efft``, ``adapter``) are merged key by key.
+    """
     result: dict[str, Any] = {}
     for each in settings:
         for name, value in each.items():
@@ -152,7 +160,7 @@ def merge_settings(*settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def names() -> list[str]:
-    """Return the names of the suites that come with the library."""
+    """Return the names of the suites in the folder ``suites`` of this package."""
     return sorted(path.name.removesuffix(".json") for path in (files("efft_lab.compare") / "suites").iterdir())
 
 
@@ -161,14 +169,14 @@ def load(path_or_name: str | Path, quick: bool = False, train: Mapping[str, Any]
 
     Args:
         path_or_name: path of a JSON file, or one of :func:`names`.
-        quick: whether to read the small variant. The fields in the file's ``quick`` then override the other fields, and
-            ``tasks`` and ``methods`` in ``quick`` list the names to keep.
-        train: settings that override those of the file, such as ``{"epochs": 1}``.
+        quick: whether to read the small variant, which the entry ``quick`` of the file describes. The fields in
+            ``quick`` override those of the suite, and its lists ``tasks`` and ``methods`` contain the names to keep.
+        train: settings that override all settings in the file, such as ``{"epochs": 1}``.
 
     Raises:
         FileNotFoundError: neither a file nor a suite has this name.
-        ValueError: the file is not JSON, a field is unknown (the message names the most similar field), or the suite
-            has no quick variant.
+        ValueError: the file is not JSON, a field is unknown (the message names the most similar field), a value is
+            invalid, or ``quick`` is True and the file has no entry ``quick``.
     """
     name = str(path_or_name)
     if name in names():
@@ -190,7 +198,7 @@ def load(path_or_name: str | Path, quick: bool = False, train: Mapping[str, Any]
         suite = variant if quick else suite
     if not train:
         return suite
-    # The caller's settings override everything, including those of single tasks and methods.
+    # The caller's settings override everything, including the settings of single tasks and methods.
     groups: dict[str, Any] = {
         group: {
             entry: {key: value for key, value in each.items() if key not in train} for entry, each in entries.items()

@@ -1,6 +1,7 @@
-"""Execute runs in a process of its own.
+"""Execute runs of a suite in a separate process.
 
-``python -m efft_lab.compare.worker`` reads one run per line and prints one answer per line.
+``python -m efft_lab.compare.worker`` reads runs from its standard input and prints one answer for each run. Every run
+and every answer is one line of JSON. :mod:`efft_lab.compare.runner` starts such processes.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from efft_lab.train.config import TrainConfig
 from efft_lab.train.methods import METHODS
 from efft_lab.train.probe import FeatureTask, Head, WithoutTest
 
-# Fields that determine a data set, and fields that determine the features of a frozen model on that data set.
+# Fields of TrainConfig that determine the images of a run (_DATA), and fields that determine the features that a frozen
+# model computes from these images (_BASE).
 _DATA = (
     *("data", "data_root", "allow_non_commercial", "model", "image_size", "normalization"),
     *("data_seed", "max_test"),
@@ -37,12 +39,14 @@ def execute(stage: str, fields: dict[str, Any]) -> dict[str, Any]:
     """Execute one run.
 
     Args:
-        stage: search (train on train, evaluate on val after the last epoch) or final (train on both, test once).
-        fields: fields of ``TrainConfig``; ``method`` may be the name of a trivial predictor.
+        stage: "search" (train on the train split, and evaluate the last epoch on the validation split) or "final"
+            (train on both splits, and test once).
+        fields: fields of ``TrainConfig``. ``method`` may also be the name of a trivial predictor
+            (:data:`efft_lab.compare.suite.TRIVIAL`).
 
     Returns:
-        Accuracies from 0 to 1 (None if they were not measured), parameter counts and seconds; ``failed`` gives the
-        reason if a run has no result.
+        The result of the run: accuracies from 0 to 1 (None if they were not measured), parameter counts, seconds and
+        the configuration. If training diverged, ``failed`` gives the reason, and there are no accuracies.
     """
     started, used = time.perf_counter(), time.process_time()
     method = fields["method"]
@@ -67,7 +71,7 @@ def _trivial(name: str, config: TrainConfig) -> float:
 
 
 def _train(stage: str, config: TrainConfig) -> dict[str, Any]:
-    """Train a model and return the result. The folder with checkpoints and weights is deleted."""
+    """Train a model in a temporary folder, which is deleted afterwards, and return the result."""
     task: Any = _task(config)
     model = None
     if METHODS[config.method].head_alone and config.drop_path == 0:
@@ -100,7 +104,7 @@ def _load(values: tuple[Any, ...]) -> Any:
 
 
 def _task(config: TrainConfig) -> Any:
-    """Load the data and cache it for the following runs."""
+    """Return the data of a run. The last two data sets stay in memory for the following runs."""
     return _load(tuple(getattr(config, name) for name in _DATA))
 
 
@@ -111,7 +115,10 @@ def _load_features(values: tuple[Any, ...]) -> _Features:
 
 
 def _features(config: TrainConfig) -> _Features:
-    """Compute the inputs of the frozen model's classifier once for all points of a grid."""
+    """Return the task with the features of the frozen model, the inputs of its classifier, instead of images.
+
+    The last features stay in memory, because all points of a grid need the same features.
+    """
     return _load_features(tuple(getattr(config, name) for name in _BASE))
 
 
@@ -122,16 +129,17 @@ class _Features(FeatureTask):
 
 
 def main() -> None:
-    """Answer every line of stdin.
+    """Answer every line of the standard input.
 
-    When stdin is closed, the process ends immediately, even during a run. The process therefore stops when its parent
-    is killed.
+    When the standard input is closed, the process ends immediately, even during a run. It therefore also ends when the
+    process that started it is killed.
     """
     if not torch.cuda.is_available():
-        # On CPUs, the bf16 backward of PyTorch's fused attention takes 4 times as long as plain products at 26 tokens.
+        # On CPUs, the backward pass of PyTorch's fused attention in bf16 takes 4 times as long as that of attention by
+        # separate matrix products (measured with 26 tokens).
         torch.backends.cuda.enable_flash_sdp(False)
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # the output of training must not mix with the answers
+    os.dup2(2, 1)  # everything that training prints goes to stderr, and only answers go to stdout
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def listen() -> None:

@@ -1,4 +1,7 @@
-"""Compute the accuracy of trivial predictors, which see no objects, as a reference for the accuracy of models."""
+"""Compute the accuracy of trivial predictors, as a reference for the accuracy of models.
+
+Trivial predictors do not recognize objects. They use at most thumbnails, images that are reduced to 16 x 16 pixels.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -15,11 +18,13 @@ Floats = npt.NDArray[np.float64]
 
 
 def trivial_baselines(task: TaskData) -> dict[str, float]:
-    """Return the test accuracy in percent of three predictors that see no objects.
+    """Return the test accuracy in percent of three trivial predictors.
 
-    - ``majority`` predicts the most frequent class of trainval.
-    - ``ink`` predicts the class with the nearest mean of one number: the mean distance of pixels to the median color.
-    - ``pixels`` is ridge regression on 16 x 16 thumbnails, with the penalty selected on val and the fit on trainval.
+    - ``majority`` predicts the most frequent class of the split ``trainval``.
+    - ``ink`` computes one number for each thumbnail, the mean distance of its pixels from its median color. It predicts
+      the class whose mean of this number in ``trainval`` is nearest.
+    - ``pixels`` is ridge regression on thumbnails. The penalty is selected on ``val``, and the weights are fitted to
+      ``trainval``.
     """
     thumbnails = _all_thumbnails(task)
     predictions = {
@@ -31,9 +36,9 @@ def trivial_baselines(task: TaskData) -> dict[str, float]:
 
 
 def nearest_neighbors(task: TaskData) -> float:
-    """Return the test accuracy in percent of k-nearest neighbors in trainval on 16 x 16 thumbnails.
+    """Return the test accuracy in percent of a vote of the k nearest thumbnails in the split ``trainval``.
 
-    The number of neighbors k is selected on val.
+    The number k is selected on the split ``val``.
     """
     return _percent(_chosen(_vote, _NEIGHBORS, task, _all_thumbnails(task)), task.test.labels)
 
@@ -68,7 +73,7 @@ def _chosen(
     task: TaskData,
     thumbnails: dict[str, Floats],
 ) -> npt.NDArray[np.int64]:
-    """Return the predictions for test with the setting that is best on val."""
+    """Return the predictions for the test split with the setting that is best on the validation split."""
 
     def accuracy(setting: float) -> float:
         predicted = predict(thumbnails["train"], task.train.labels, thumbnails["val"], setting)

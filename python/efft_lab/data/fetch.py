@@ -1,6 +1,7 @@
-"""Download one pinned archive from PyPI, npm or Debian, verify it, and store it in the cache folder.
+"""Download archives from PyPI, npm or Debian, verify them, and store them in the cache folder.
 
-The downloads use the registries' own clients. Mirrors, proxies and credentials therefore work as configured.
+An archive is pinned: its version and its hash are fixed in the code. The downloads use pip, npm and apt-get. Mirrors,
+proxies and credentials therefore work as they are configured for these programs.
 """
 
 import hashlib
@@ -23,13 +24,13 @@ _HINT = {
 
 @dataclass(frozen=True)
 class Archive:
-    """A file in a package registry, pinned by version and hash."""
+    """A file in a package registry, pinned by its version and its SHA-256 hash."""
 
     manager: Literal["pip", "npm", "apt"]
     package: str
     version: str
     sha256: str
-    size: int | None = None  # bytes; shown to the user
+    size: int | None = None  # bytes; only for messages
 
     def __str__(self) -> str:
         size = f", {self.size / 1e6:.0f} MB" if self.size else ""
@@ -41,7 +42,10 @@ class MissingToolError(RuntimeError):
 
 
 def cache_dir() -> Path:
-    """Return the folder for downloaded and prepared data: ``$EFFT_HOME``, or ``~/.cache/efft``."""
+    """Return the folder for downloaded and prepared data.
+
+    The environment variable ``EFFT_HOME`` names the folder. By default, it is ``~/.cache/efft``.
+    """
     return Path(os.environ.get("EFFT_HOME") or "~/.cache/efft").expanduser()
 
 
@@ -56,11 +60,11 @@ def fetch_pypi(package: str, version: str, sha256: str, filename_suffix: str = "
     Args:
         package, version: The pinned release.
         sha256: Expected hash of the wheel, 64 hexadecimal digits.
-        filename_suffix: End of the wheel's file name, if a release has several wheels.
+        filename_suffix: End of the name of the downloaded file. The file in the cache gets the same end.
 
     Raises:
         MissingToolError: This Python has no pip.
-        RuntimeError: The download failed, or the file has another hash. The file is then deleted.
+        RuntimeError: The download failed, or the file has another hash.
     """
     return fetch_archive(Archive("pip", package, version, sha256), filename_suffix)
 
@@ -68,11 +72,13 @@ def fetch_pypi(package: str, version: str, sha256: str, filename_suffix: str = "
 def fetch_archive(archive: Archive, suffix: str | None = None) -> Path:
     """Return the path of a verified archive, which is downloaded if it is not in the cache.
 
-    A file that the user puts at the path in the error message is accepted if its hash is correct.
+    If the download is not possible, the error message names a path. The user can put the file there. It is accepted if
+    its hash is correct.
 
     Raises:
         MissingToolError: pip, npm, or apt-get is not installed.
-        RuntimeError: The download failed, or the file has another hash. The file is then deleted.
+        RuntimeError: The download failed, or the file has another hash. A downloaded file with another hash is deleted,
+            but a file that was already in the cache is not.
     """
     suffix = suffix or _SUFFIX[archive.manager]
     folder = cache_dir() / "downloads"
@@ -96,7 +102,11 @@ def fetch_archive(archive: Archive, suffix: str | None = None) -> Path:
 
 
 def extract_deb(archive: Path, folder: Path) -> None:
-    """Unpack a Debian package into a folder without installing the package."""
+    """Unpack a Debian package into a folder without installing the package.
+
+    Raises:
+        MissingToolError: dpkg is not installed.
+    """
     if shutil.which("dpkg") is None:
         raise MissingToolError(f"unpacking {archive.name} needs dpkg, which is not installed")
     subprocess.run(["dpkg", "-x", str(archive), str(folder)], check=True)

@@ -1,8 +1,8 @@
-"""Draw first-person views of a 3-D world: levels of Freedoom, rendered by ViZDoom.
+"""Draw first-person views of a 3-D world: levels of the game Freedoom, rendered by the engine ViZDoom.
 
-The task ``doom-distance`` replaces VTAB's DMLab. A view is taken from the position of an object in the level, in a
-random direction. The class is the distance of the surface in the center of the view, as given by the engine's depth
-buffer. Levels with odd numbers form the training pool, and levels with even numbers form the test set.
+The task ``doom-distance`` replaces VTAB's DMLab. The camera of each view is at the position of an object in the level
+and looks in a random direction. The class is the distance of the surface in the center of the view, as given by the
+engine's depth buffer. The training pool shows levels with odd numbers, and the test set shows levels with even numbers.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ EDGES = (
     30.0,
     45.0,
     68.0,
-)  # edges of the bins in units of the depth buffer; each edge is about 1.5 times the previous one
+)  # edges of the classes in units of the depth buffer; each edge is about 1.5 times the previous one
 LEVELS = 32  # number of levels of Freedoom, phase 2
-_FACTOR = 6  # factor by which the engine draws larger in both directions, because its smallest images are aliased
+_FACTOR = 6  # height and width of the engine's images relative to SIZE; averaging them avoids aliasing
 _SPOT = 20  # height and width of the center region in pixels of the large image
-_EVEN = 0.12  # maximum spread of the depth in the center region, relative to its median
+_EVEN = 0.12  # maximum range of the depth in the center region, relative to its median
 _DARKEST = 20.0  # minimum mean brightness (maximum 255)
 _PER_PLACE = 6  # number of views tried from every position
-_TRIED = 6  # number of views tried per required view: two thirds have no clear center depth, and class sizes differ
+_TRIED = 6  # number of views tried per required view, because two thirds are rejected and class sizes differ
 
 Views = tuple[npt.NDArray[np.uint8], npt.NDArray[np.float64]]  # [n, 64, 64, 3], depths [n]
 
 
 def vizdoom() -> Any:
-    """Import ViZDoom."""
+    """Import and return ViZDoom. If it is missing, the error explains how to install it."""
     try:
         import vizdoom
     except ImportError as error:
@@ -55,7 +55,7 @@ def levels(test: bool) -> range:
 
 
 def draw(n: int, test: bool, rng: np.random.RandomState) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """Draw n views with equally frequent classes, uint8 [n, 64, 64, 3], and return them with their labels [n].
+    """Draw n views with equally frequent classes. Return the images, uint8 [n, 64, 64, 3], and their labels [n].
 
     Raises:
         RuntimeError: The levels do not have enough views of a class.
@@ -78,8 +78,10 @@ def draw(n: int, test: bool, rng: np.random.RandomState) -> tuple[npt.NDArray[np
 
 
 def collect(level: int, most: int, rng: np.random.RandomState) -> Views:
-    """Draw views from the positions of at most ``most`` objects of a level. Return the views and their center
-    depths."""
+    """Draw views from the positions of at most ``most`` objects of a level.
+
+    Return the images of the accepted views, uint8 [n, 64, 64, 3], and the depths in their centers [n].
+    """
     images, depths = [], []
     with _running(level) as game:
         places = sorted({(round(o.position_x), round(o.position_y)) for o in game.get_state().objects})
@@ -98,8 +100,10 @@ def collect(level: int, most: int, rng: np.random.RandomState) -> Views:
 
 
 def _judge(screen: npt.NDArray[np.uint8], depth: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.uint8], float] | None:
-    """Return the view [64, 64, 3] and its center depth, or None if the depth is not well defined or the view is
-    dark."""
+    """Return the view, uint8 [64, 64, 3], and the depth in its center.
+
+    Return None if the view is too dark, or if the depth varies too much in the center or is outside of the classes.
+    """
     height, width = depth.shape
     half = _SPOT // 2
     spot = depth[height // 2 - half : height // 2 + half, width // 2 - half : width // 2 + half].astype(float)
@@ -117,7 +121,8 @@ def _judge(screen: npt.NDArray[np.uint8], depth: npt.NDArray[np.uint8]) -> tuple
 def _running(level: int) -> Iterator[Any]:
     """Run a level without monsters, in which the player cannot touch any object.
 
-    The engine writes to the working folder. The working folder is therefore changed while the engine starts.
+    The engine writes files to the current folder when it starts. The current folder is therefore a temporary one during
+    the start.
     """
     engine = vizdoom()
     game = engine.DoomGame()
@@ -135,7 +140,7 @@ def _running(level: int) -> Iterator[Any]:
     game.set_episode_timeout(0)
     game.set_available_buttons([engine.Button.TURN_LEFT_RIGHT_DELTA])
     game.set_available_game_variables([engine.GameVariable.POSITION_X, engine.GameVariable.POSITION_Y])
-    # Finding a secret would display a text in the center of the view.
+    # By default, the game displays a text in the center of the view when the player finds a secret.
     game.add_game_args("-nomonsters -nosound +sv_cheats 1 +cl_showsecretmessage 0 +con_midtime 0")
     with tempfile.TemporaryDirectory() as scratch:
         game.set_doom_config_path(str(Path(scratch) / "vizdoom.ini"))
@@ -146,7 +151,7 @@ def _running(level: int) -> Iterator[Any]:
         finally:
             os.chdir(here)
         try:
-            for cheat in ("god", "noclip"):  # the player takes no damage from the ground and picks up nothing
+            for cheat in ("god", "noclip"):  # the ground does not harm the player, and the player picks up nothing
                 game.send_game_command(cheat)
             yield game
         finally:

@@ -1,8 +1,9 @@
 """Read a folder of images that has one subfolder per class.
 
-Two layouts are supported: folders for training, test and validation that each contain class folders, or only class
-folders. A missing part is split off from the training images. Images can be anywhere below their class folder. Hidden
-files and folders (``.ipynb_checkpoints``, ``._x.png``, ``__MACOSX``) are ignored.
+The folder either contains the class folders, or it is divided into the parts training, validation and test. In the
+second case, it contains one folder per part, and each of these contains class folders. If validation or test images are
+not given, they are taken from the training images. Images can be anywhere below their class folder. Hidden files and
+folders (such as ``.ipynb_checkpoints``, ``._x.png`` and ``__MACOSX``) are ignored.
 """
 
 from collections import Counter
@@ -22,22 +23,23 @@ PARTS = {
     "val": ("val", "valid", "validation", "dev"),
     "test": ("test", "testing"),
 }
-TEST_SHARE, VAL_SHARE = 0.2, 0.2  # share of all images; share of the remaining training images
+TEST_SHARE, VAL_SHARE = 0.2, 0.2  # share of the training images, and share of the training images that then remain
 
 
 def read(folder: Path, seed: int) -> tuple[TaskInfo, Splits]:
     """Read the splits of a folder.
 
-    - Without a test folder, a fifth of every class becomes the test set, which is always the same.
-    - Without a validation folder, a fifth of the remaining training images becomes the validation set. ``seed`` selects
-      these images.
+    - Without a test folder, about a fifth of the training images of each class becomes the test set. The same images
+      are always selected.
+    - Without a validation folder, about a fifth of the remaining training images of each class becomes the validation
+      set. ``seed`` selects these images.
 
-    Copies of one image always stay in the same part. Every file is opened once. Unreadable files are therefore reported
-    now and not during training.
+    When images are selected, identical files always stay in the same split. Every file is opened now, so that files
+    that cannot be read are reported before training starts.
 
     Raises:
-        ValueError: The folder has another layout, a class lacks images, files cannot be read, or the training and test
-            folders share images. The message describes the files that were found.
+        ValueError: The folder has another layout, a class lacks images, files cannot be read, or an image is both in
+            the test folder and in the training or validation folder. The message describes the files that were found.
     """
     parts = find_parts(folder)
     names = _classes(parts.get("train", folder))
@@ -46,18 +48,20 @@ def read(folder: Path, seed: int) -> tuple[TaskInfo, Splits]:
 
 
 def describe(folder: Path, kind: Kind, names: Sequence[str]) -> TaskInfo:
-    """Return a description of a user's own data, with the names of classes or values."""
+    """Return the description of a user's own folder or file with the given names of classes or values."""
     name = folder.stem if folder.is_file() else folder.resolve().name
     return TaskInfo(name, None, len(names), f"folder {folder}", "your own", tuple(names), kind=kind)
 
 
 def roles(folder: Path, parts: Mapping[str, FileImages], names: Sequence[str], seed: int) -> Splits:
-    """Return all splits. Missing parts are split off from "train", see :func:`read`.
+    """Return the splits "train", "val", "trainval" (both together) and "test".
+
+    If ``parts`` lacks "val" or "test", these images are selected from "train", see :func:`read`.
 
     Args:
         folder: folder of the images, for messages.
-        parts: images of "train", and of "val" and "test" if they exist.
-        names: names of the classes, ordered by label.
+        parts: the images of "train", and those of "val" and "test" if they are given.
+        names: names of the classes, ordered by label, for messages.
         seed: seed for selecting validation images, if they are not given.
     """
     train, test = parts["train"], parts.get("test")
@@ -94,12 +98,13 @@ def roles(folder: Path, parts: Mapping[str, FileImages], names: Sequence[str], s
 
 
 def find_parts(folder: Path) -> dict[str, Path]:
-    """Return the folders of the parts, or an empty mapping if the folder is not divided into parts.
+    """Return a mapping from each part to its folder, or an empty mapping if the folder is not divided into parts.
 
-    A single folder with the name of a part counts as a class if it has sibling folders and no subfolders.
+    If only one subfolder has the name of a part, it may be a class with this name. It is a class if there are other
+    subfolders and if it has no subfolders itself.
 
     Raises:
-        ValueError: one part has two folders, or a folder for training is missing.
+        ValueError: one part has two folders, or the folder for training is missing.
     """
     inner = folders(folder)
     parts: dict[str, list[Path]] = {}
@@ -125,14 +130,16 @@ def find_parts(folder: Path) -> dict[str, Path]:
 def _divide(
     labels: Indices, pool: Indices, free: Indices, groups: Indices, size: int, seed: int
 ) -> tuple[Indices, Indices]:
-    """Draw positions from a pool in the class proportions. Return the remaining and the drawn positions.
+    """Draw images from a pool in proportion to the class sizes. Return the remaining and the drawn positions.
+
+    Positions are indices into ``labels``.
 
     Args:
         labels: labels of all images, [n].
-        pool: positions to draw from.
+        pool: positions of the images in the pool.
         free: positions in the pool that may be drawn.
-        groups: group numbers of all images, [n]. Copies of an image have the same number and stay together.
-        size: number of images to draw; at least one image of each class is drawn.
+        groups: group numbers of all images, [n]. Identical images have the same number and stay together.
+        size: number of images to draw. It is increased to the number of classes if it is smaller.
         seed: seed for the selection.
     """
     classes = len(set(labels[pool].tolist()))

@@ -1,8 +1,11 @@
-"""Draw structured tasks from known factors. They need no download and no license, and their labels are exact.
+"""Draw the tasks ``count``, ``x-location`` and ``orientation`` with NumPy, without a renderer.
 
-The tasks replace VTAB's structured group (CLEVR-count, dSprites location and orientation). They do not imitate the
-pixels of the original sets, and accuracies must not be compared with those on the original sets. All other factors are
-independent of the label.
+The factors of an image (such as the positions, sizes and colors of its objects) are random numbers, and one of them
+determines the label. All other factors are independent of the label. The tasks need no download and no license, and
+their labels are exact.
+
+The tasks replace three tasks of VTAB's structured group (CLEVR-count, and dSprites location and orientation). They do
+not imitate the pixels of the original sets, and accuracies must not be compared with those on the original sets.
 """
 
 from collections.abc import Callable
@@ -25,12 +28,13 @@ SIZE = 64  # pixels, height and width
 POOL, TEST = 3_000, 2_000
 BINS = 16  # number of classes of x-location and orientation
 FEWEST, MOST = 3, 10  # minimum and maximum number of objects in an image of the task count
-_GAP = 0.03  # minimum distance between two objects in image widths (about two pixels)
+_GAP = 0.03  # minimum gap between two objects in image widths (about two pixels)
 _CENTERS = (np.arange(2 * SIZE) + 0.5) / (2 * SIZE)  # positions of the samples along one axis (two samples per pixel)
 _ALL = slice(None)
-_FORMAT = 1  # part of the cached file's name; increase it when the pixels change
+_FORMAT = 1  # part of the cached file's name; it must be increased when the images change
 
-# Center of mass of the heart in its own coordinates. Sprites are placed by their center of mass.
+# The coordinate v of the heart's center of mass in the formula of the heart. Sprites are positioned by their center of
+# mass.
 _HEART_CENTER = 0.2581
 
 INFOS = {
@@ -83,7 +87,10 @@ def build(name: str) -> Prepared:
 
 
 def generate(name: str, n: int, seed: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """Draw images of a task, uint8 [n, 64, 64, 3] (count) or [n, 64, 64], and labels [n] with equal class sizes."""
+    """Draw n images of a task with equally frequent classes.
+
+    Return the images, uint8 [n, 64, 64, 3] for ``count`` and [n, 64, 64] for the other tasks, and the labels [n].
+    """
     rng = stable_rng(list(INFOS).index(name), seed)
     if name == "count":
         scenes = count_factors(n, rng)
@@ -109,14 +116,18 @@ def _heart(u: Floats, v: Floats) -> Any:
     return (u * u + v * v - 0.5) ** 3 < 1.2 * u * u * v * v * v
 
 
-Shape = Callable[[Floats, Floats], Any]  # whether (u, v) is inside the shape, about as large as the unit circle
+# A shape returns whether each point (u, v) is inside of it. Shapes are about as large as the unit circle.
+Shape = Callable[[Floats, Floats], Any]
 SPRITES: tuple[Shape, ...] = (_square, _ellipse, _heart)
-OBJECTS: tuple[Shape, ...] = (_square, _ellipse, _triangle)  # all inside the unit circle
+OBJECTS: tuple[Shape, ...] = (_square, _ellipse, _triangle)  # these shapes are inside of the unit circle
 
 
 @dataclass(frozen=True)
 class SpriteFactors:
-    """Factors of the images with one sprite. Lengths are in image widths, and all arrays are [n]."""
+    """The factors of n images of x-location or orientation, which show one sprite each.
+
+    Lengths are in image widths, and all arrays are [n].
+    """
 
     label: npt.NDArray[np.int64]
     shape: npt.NDArray[np.int64]  # index into SPRITES
@@ -127,14 +138,14 @@ class SpriteFactors:
 
 
 def sprite_factors(name: str, n: int, rng: np.random.RandomState) -> SpriteFactors:
-    """Draw the factors of the task x-location or orientation. All other factors are independent of the label."""
+    """Draw the factors of n images of the task x-location or orientation."""
     label = balanced_labels(n, BINS, rng)
     within_bin = (label + rng.random_sample(n)) / BINS
     free = rng.random_sample(n)
     place, turn = (within_bin, free) if name == "x-location" else (free, within_bin)
     return SpriteFactors(
         label,
-        # A square or an ellipse looks the same at several angles. Only the heart has a unique orientation.
+        # A square or an ellipse looks the same at several angles. Images of orientation therefore show only the heart.
         rng.randint(len(SPRITES), size=n) if name == "x-location" else np.full(n, SPRITES.index(_heart)),
         x=0.2 + 0.6 * place,
         y=rng.uniform(0.2, 0.8, n),
@@ -154,23 +165,27 @@ def _draw_sprites(factors: SpriteFactors) -> npt.NDArray[np.uint8]:
 
 @dataclass(frozen=True)
 class CountFactors:
-    """Factors of the images of the task count. Lengths are in image widths."""
+    """The factors of n images of the task count. Lengths are in image widths.
+
+    Arrays [n, MOST, ...] have one entry per object. In each image, only the entries of the first ``label + FEWEST``
+    objects are used.
+    """
 
     label: npt.NDArray[np.int64]  # [n], number of objects minus FEWEST
-    scale: Floats  # [n], size of all objects in an image, independent of their number
-    radius: Floats  # [n, MOST]; here and below, only the first entries of a row are drawn, one per object
+    scale: Floats  # [n], common factor of the radii in an image
+    radius: Floats  # [n, MOST]
     position: Floats  # [n, MOST, 2]
     angle: Floats  # [n, MOST]
     shape: npt.NDArray[np.int64]  # [n, MOST], index into OBJECTS
     color: Floats  # [n, MOST, 3]
     ground: Floats  # [n, 3]
-    slope: Floats  # [n, 2], change of the background's brightness over the image
+    slope: Floats  # [n, 2], change of the background's brightness from left to right and from top to bottom
 
 
 def count_factors(n: int, rng: np.random.RandomState) -> CountFactors:
-    """Draw the factors of the task count. All other factors are independent of the label.
+    """Draw the factors of n images of the task count.
 
-    All objects in an image share one scale. Their total area therefore does not reveal their number.
+    All objects in an image share one random scale. Their total area therefore does not reveal their number.
     """
     label = balanced_labels(n, MOST - FEWEST + 1, rng)
     scale = np.exp(rng.uniform(np.log(0.55), np.log(1.3), n))
@@ -189,8 +204,10 @@ def count_factors(n: int, rng: np.random.RandomState) -> CountFactors:
 
 
 def _colors(n: int, rng: np.random.RandomState) -> Floats:
-    """Draw saturated colors [n, 3]. One channel is high, and one is so low that the color contrasts with any
-    background."""
+    """Draw saturated colors [n, 3].
+
+    One channel is high, and one is so low that the color contrasts with any background.
+    """
     colors = rng.uniform(0, 1, (n, 3))
     order = np.argsort(rng.random_sample((n, 3)), axis=1)
     rows = np.arange(n)
@@ -202,8 +219,8 @@ def _colors(n: int, rng: np.random.RandomState) -> Floats:
 def _place(radius: Floats, objects: npt.NDArray[np.int64], rng: np.random.RandomState) -> Floats:
     """Draw positions [n, MOST, 2] of objects that do not touch each other, for all images at once.
 
-    If no position is left for an object of an image, the image starts again with the same number and sizes of objects.
-    Neither the number nor the sizes are therefore biased.
+    If 300 attempts do not suffice for an image, all its objects are placed again, with the same number and sizes. The
+    placement therefore changes neither the distribution of the numbers nor that of the sizes.
     """
     position = np.zeros((*radius.shape, 2))
     placed = np.zeros(len(radius), np.int64)
@@ -246,7 +263,7 @@ def _draw_scene(factors: CountFactors, index: int) -> npt.NDArray[np.uint8]:
 def _local(
     x: float, y: float, radius: float, angle: float, columns: slice = _ALL, rows: slice = _ALL
 ) -> tuple[Floats, Floats]:
-    """Return the coordinates (u, v) of the samples in the frame of a shape, each [rows, columns]."""
+    """Return the coordinates (u, v) of the samples in the coordinate system of a shape, each [rows, columns]."""
     right, down = (_CENTERS[columns] - x)[None, :] / radius, (_CENTERS[rows] - y)[:, None] / radius
     cos, sin = np.cos(angle), np.sin(angle)
     return right * cos + down * sin, down * cos - right * sin

@@ -1,8 +1,9 @@
-"""Draw letters in many fonts: a letter between two others in two random colors, rotated, shifted and scaled.
+"""Draw the images of the task ``font-letters``: three capital letters in one of many fonts.
 
-The class of the task ``font-letters`` is the capital letter in the middle, similar to the digits in the house numbers
-of SVHN. The test set and the training pool use different font families. Pillow only reads the font files, and no code
-from their packages is executed.
+The class is the letter in the middle. The task resembles SVHN, in which the class is one digit of a house number. The
+letters and the background have two random colors, and the letters are rotated, shifted and scaled at random. The test
+set and the training pool use different font families. Pillow reads only the font files, and no code from their packages
+is executed.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from efft_lab.data.pictures import pillow
 
 LETTERS = string.ascii_uppercase
 SIZE = 64  # pixels, height and width
-_FACTOR = 3  # factor by which images are drawn larger before averaging
+_FACTOR = 3  # height and width of the drawn images relative to SIZE; averaging them gives smooth edges
 _CONTRAST = 0.3  # minimum difference in brightness between letter and background
-_CLIENTS = 4  # number of simultaneous package clients
+_CLIENTS = 4  # number of simultaneous downloads
 _FACE = re.compile(r"package/files/[a-z0-9-]+-latin-(400|700)-(normal|italic)\.woff")
 
 
@@ -76,16 +77,17 @@ def draw(n: int, labels: npt.NDArray[np.int64], faces: Sequence[Any], rng: np.ra
     Args:
         n: Number of images.
         labels: Index of the letter in the middle, [n].
-        faces: Fonts from :func:`load_faces`. Each image uses a random one.
-        rng: Random generator for all other factors.
+        faces: Fonts from :func:`load_faces`. Each image uses one of them at random.
+        rng: Random generator for everything except the labels.
     """
     return np.stack([_draw_one(int(labels[k]), faces[rng.randint(len(faces))], rng) for k in range(n)])
 
 
 def load_faces(archives: Sequence[Archive]) -> list[Any]:
-    """Load the regular and bold, upright and italic faces of font families as Pillow fonts.
+    """Load font families as Pillow fonts, with one font for each available combination of weight and style.
 
-    Archives that are not in the cache are downloaded. All archives are deleted after they have been read.
+    The weights are regular and bold, and the styles are upright and italic. Archives that are not in the cache are
+    downloaded. All archives are deleted after they have been read.
     """
     with ThreadPoolExecutor(_CLIENTS) as pool:
         files = list(pool.map(fetch_archive, archives))
@@ -105,7 +107,7 @@ def _faces(file: Path) -> list[Any]:
                 f"{file} holds no Latin face of weight 400 or 700: expected files like *-latin-400-normal.woff"
             )
         data = [file.read() for file in map(tar.extractfile, names) if file is not None]
-    # The basic layout needs only FreeType, and its result is therefore the same on every machine.
+    # The basic layout engine needs only FreeType. Its results are therefore the same on every machine.
     return [ImageFont.truetype(io.BytesIO(d), 24 * _FACTOR, layout_engine=ImageFont.Layout.BASIC) for d in data]
 
 
@@ -132,8 +134,10 @@ def _draw_one(label: int, face: Any, rng: np.random.RandomState) -> npt.NDArray[
 
 
 def _write(mask: Any, letters: Sequence[str], font: Any) -> None:
-    """Draw three letters next to each other. The second one is in the middle of the mask and does not touch the
-    others."""
+    """Draw three letters next to each other in a mask.
+
+    The second letter is in the middle of the mask and does not touch the others.
+    """
     from PIL import ImageDraw
 
     pen, side = ImageDraw.Draw(mask), mask.width

@@ -1,10 +1,15 @@
 """Read segmentation data: a folder of images and a folder of masks with the same names.
 
-For example, ``masks/a/1.png`` is the mask of ``images/a/1.jpg``. The folders ``images/`` and ``masks/`` are either in
-one folder, or in each of ``train/``, ``val/`` and ``test/``, or they contain these parts (``images/train/``,
-``masks/train/``). :mod:`efft_lab.data.folder` describes the names of parts and the treatment of missing parts. A mask
-has one channel of class numbers that start at 0, stored in 1, 8 or 16 bits or as a palette. Pixels with the number 255
-are ignored. A file ``classes.txt`` next to the folders may name the classes, one per line.
+For example, ``masks/a/1.png`` is the mask of ``images/a/1.jpg``. Three layouts are supported:
+
+- The data folder contains ``images/`` and ``masks/``.
+- The data folder contains ``train/``, ``val/`` and ``test/``, and each of these contains ``images/`` and ``masks/``.
+- The data folder contains ``images/`` and ``masks/``, and each of these contains ``train/``, ``val/`` and ``test/``.
+
+``train``, ``val`` and ``test`` are called parts. :mod:`efft_lab.data.folder` describes their names and what happens if
+a part is missing. A mask has one channel of class numbers that start at 0. The numbers are stored in 1, 8 or 16 bits or
+as the indices of a palette. Pixels with the number 255 are ignored. The data folder may contain a file ``classes.txt``,
+which names the classes, one per line.
 """
 
 from collections.abc import Sequence
@@ -23,7 +28,7 @@ from efft_lab.data.task import IGNORED, FileImages, Splits, TaskInfo
 IMAGES, MASKS = ("images", "image"), ("masks", "mask", "annotations", "labels")
 NAMES = "classes.txt"
 _MODES = ("1", "L", "P", "I;16", "I;16B", "I")
-_SPREAD = {"L;2": 85, "L;4": 17}  # factors by which Pillow multiplies gray values of 2 and 4 bits
+_SPREAD = {"L;2": 85, "L;4": 17}  # factors by which Pillow multiplies gray values that are stored in 2 and 4 bits
 
 
 class MaskedImages(FileImages):
@@ -42,7 +47,7 @@ class MaskedImages(FileImages):
         return MaskedImages([*self.paths, *other.paths], [*self.masks, *other.masks])
 
     def target(self, index: int, image_size: int) -> torch.Tensor:
-        """Return the class of each pixel, [image_size, image_size], from the nearest pixel of the mask."""
+        """Return the class of each pixel, int64 [image_size, image_size]. The mask is resized by nearest neighbors."""
         with pillow().open(self.masks[index]) as mask:
             numbers = pillow().fromarray(_numbers(mask).astype(np.int32))
         resized = numbers.resize((image_size, image_size), pillow().Resampling.NEAREST)
@@ -73,7 +78,7 @@ def _one(folder: Path, known: Sequence[str]) -> Path:
     found = [path for path in folders(folder) if path.name.lower() in known]
     if len(found) != 1:
         here = ", ".join(f"{path.name}/" for path in folders(folder)) or "no folders"
-        raise ValueError(f"expected one folder {known[0]}/ in {folder} (beside images/ or masks/), found {here}")
+        raise ValueError(f"expected one folder {known[0]}/ in {folder} for the {known[0]}, found {here}")
     return found[0]
 
 
@@ -96,7 +101,10 @@ def _pairs(images: Path, masks: Path) -> MaskedImages:
 
 
 def _class_names(folder: Path, parts: Sequence[MaskedImages]) -> list[str]:
-    """Read all masks in parallel. Return the class names from ``classes.txt``, or else the numbers that occur."""
+    """Check all masks in parallel and return the names of the classes.
+
+    The names come from ``classes.txt``. Without this file, they are the numbers from 0 to the largest class in a mask.
+    """
     pairs = [pair for part in parts for pair in zip(part.paths, part.masks, strict=True)]
     with ThreadPoolExecutor() as pool:
         found = list(pool.map(lambda pair: _classes_of(*pair), pairs))

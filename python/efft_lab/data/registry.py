@@ -1,4 +1,8 @@
-"""Register all known tasks by name, and load, download and list them."""
+"""Find all known tasks by name, and load, download and list them.
+
+Each task is provided by a source, which is one of the modules ``packaged``, ``generated``, ``rendered``,
+``torchvision_sets`` and ``vtab``.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +16,13 @@ from efft_lab.data.task import Kind, Normalization, Preprocess, Split, Splits, T
 
 
 class _Source(Protocol):
-    """Interface of a module that provides tasks."""
+    """The interface of a source, a module that provides tasks."""
 
     @property
     def INFOS(self) -> dict[str, TaskInfo]: ...
     @property
-    def FOLDER(self) -> str: ...  # name of its folder in the cache folder
-    def path(self, name: str, root: Path) -> Path: ...  # exists if the task is ready to read
+    def FOLDER(self) -> str: ...  # name of the source's folder in the cache folder
+    def path(self, name: str, root: Path) -> Path: ...  # a path that exists if the task is ready to read
     def read(self, name: str, root: Path, seed: int) -> tuple[TaskInfo, Splits]: ...
 
 
@@ -31,7 +35,7 @@ _SOURCES: tuple[_Source, ...] = (packaged, generated, rendered, torchvision_sets
 
 
 def names() -> list[str]:
-    """Return the names of all known tasks. Folders of images are loaded by their path and are not listed."""
+    """Return the names of all known tasks. A folder of your own is not listed, because it is loaded by its path."""
     return [name for source in _SOURCES for name in source.INFOS]
 
 
@@ -54,34 +58,37 @@ def load(
     max_test: int | None = None,
     kind: Kind = "classification",
 ) -> TaskData:
-    """Load a task. If it is not available yet, download or draw it first, if this is possible.
+    """Load a task. If it is not available yet, it is downloaded or drawn first, if this is possible.
 
-    Published results use different normalizations and must not be mixed. The public code of EFFT, FacT and NOAH uses
-    ``"imagenet"`` (ImageNet mean and std). VPT and SSF use ``"none"`` (values in 0..1), according to the authors of
-    FacT. timm specifies ``"half"`` (mean and std 0.5) for the ImageNet-21k ViT weights.
+    Published results were computed with different normalizations and must not be mixed. The public code of EFFT, FacT
+    and NOAH uses ``"imagenet"`` (mean and standard deviation of ImageNet). VPT and SSF use ``"none"`` (values in 0..1),
+    according to the authors of FacT. timm specifies ``"half"`` (0.5 for both) for the ImageNet-21k weights of ViT.
 
     Args:
-        name_or_path: A name from :func:`names`, or a folder of images (see :mod:`efft_lab.data.folder`,
-            :mod:`efft_lab.data.masks` and :mod:`efft_lab.data.table`). A name has priority over a folder. Write
-            ``./count`` for a folder with the name count.
-        root: Folder of the VTAB-1K tasks, the torchvision data or the prepared sets. By default, a folder in
-            ``$EFFT_HOME`` or ``~/.cache/efft``.
+        name_or_path: A name from :func:`names`, or a path of your own data (see :mod:`efft_lab.data.folder`,
+            :mod:`efft_lab.data.masks` and :mod:`efft_lab.data.table`). A name has priority over a path. If a folder has
+            the name of a task, such as count, write ``./count``.
+        root: Folder of the VTAB-1K tasks, the torchvision data or the prepared sets. By default, it is a folder in the
+            cache (``$EFFT_HOME`` or ``~/.cache/efft``).
         image_size: Height and width of the images, in pixels.
         normalization: ``"imagenet"``, ``"half"``, ``"none"`` or ``(mean, std)`` of three numbers each.
-        seed: Seed for selecting the 1,000 training images of packaged, generated and torchvision sets, and the
-            validation images among them. The seed never changes a test set or the splits of VTAB-1K.
-        allow_non_commercial: Accept a license that forbids commercial use.
-        max_test: Maximum number of test images. The same images are always selected, in the class proportions of the
-            test set.
+        seed: Seed that selects training and validation images: 800 and 200 from the pool of a packaged, generated,
+            rendered or torchvision set, or the validation images of your own data, if they are not given. The seed
+            never changes a test set or the splits of VTAB-1K.
+        allow_non_commercial: Whether to accept a license that forbids commercial use.
+        max_test: Maximum number of test images. The same images are always selected, in proportion to the class sizes
+            of the test set.
         kind: Kind of task of your own data: ``"classification"`` (one folder per class), ``"segmentation"`` (images and
             masks) or ``"regression"`` (a CSV file of images and values).
 
     Raises:
-        ValueError: The name or folder does not exist, or the content of the folder is invalid. The message lists
-            similar names or describes the content.
+        ValueError: The name or path does not exist, the content of the folder is invalid, or another argument is
+            invalid. The message lists similar names or describes the content.
         PermissionError: The license forbids commercial use, and ``allow_non_commercial`` is False.
         FileNotFoundError: Files of a VTAB-1K task are missing.
-        RuntimeError: A download failed.
+        RuntimeError: A download failed, or a prepared set in the cache is damaged.
+        ConnectionError: torchvision could not download a set.
+        ImportError: A package that is needed to read or draw the images is not installed.
     """
     preprocess = Preprocess(image_size, normalization)
     name = str(name_or_path)
@@ -106,11 +113,11 @@ def fetch(name: str, root: str | Path | None = None, allow_non_commercial: bool 
     Args:
         name: A name from :func:`names`.
         root: Same as for :func:`load`.
-        allow_non_commercial: Accept a license that forbids commercial use.
+        allow_non_commercial: Whether to accept a license that forbids commercial use.
 
     Raises:
-        Same as :func:`load`. VTAB-1K cannot be downloaded. If its files are missing, the error explains how to get
-        them.
+        The same errors as :func:`load`. VTAB-1K cannot be downloaded. If its files are missing, the error message
+        explains how to get them.
     """
     source = _source(name)
     _check_license(source.INFOS[name], allow_non_commercial)
@@ -121,8 +128,8 @@ def fetch(name: str, root: str | Path | None = None, allow_non_commercial: bool 
 def list_table() -> str:
     """Return a text table of all tasks.
 
-    The column ``trivial`` holds the best test accuracy, in percent, of predictors that see no objects (see
-    :func:`efft_lab.data.trivial_baselines`).
+    The column ``trivial`` contains the best test accuracy, in percent, of predictors that do not recognize objects (see
+    :func:`efft_lab.data.trivial_baselines`). The column ``ready`` tells whether the task is in the cache.
     """
     rows = [("name", "group", "classes", "trivial", "download", "ready", "license", "source")]
     for source in _SOURCES:

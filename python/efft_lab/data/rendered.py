@@ -1,10 +1,11 @@
-"""Draw tasks with renderers: ray-traced tables and toys, views of a 3-D world, and letters in many fonts.
+"""Draw tasks with renderers: ray-traced scenes on a ground, views of a 3-D world, and letters in many fonts.
 
-The tasks replace tasks of VTAB (CLEVR, small NORB, DMLab). They do not imitate the pixels of the original sets, and
-accuracies must not be compared with those on the original sets. A set is drawn once, which takes minutes, and is stored
-in the cache. :data:`RECORDED` contains the hash of each set that was used for the results in this repository. A
-renderer may have different rounding errors on another processor or in another release. The set is then still used, and
-a message on stderr reports the difference.
+The tasks resemble tasks of VTAB (from CLEVR, small NORB, DMLab and SVHN). They do not imitate the pixels of the
+original sets, and accuracies must not be compared with those on the original sets.
+
+A set is drawn once, which takes minutes, and is stored in the cache. :data:`RECORDED` contains the hash of each set
+that was used for the results in this repository. On another processor or with another release of a renderer, rounding
+errors and therefore hashes may differ. Such a set is used nevertheless, and a message on stderr reports the difference.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from efft_lab.data.task import Splits, TaskInfo
 
 FOLDER = "rendered"
 POOL, TEST = 2_000, 1_000
-_FORMAT = 1  # part of the cached file's name; increase it when the images change
+_FORMAT = 1  # part of the cached file's name; it must be increased when the images change
 
 Drawn = tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]  # images and labels
 
@@ -38,8 +39,8 @@ class Rendering:
 
     Args:
         info: Description of the set.
-        draw: Function that draws n images of the training pool (``test`` is False) or of the test set. The images are
-            always the same.
+        draw: Function with the arguments n and test. It draws n images of the training pool (if test is False) or of
+            the test set, and returns the images and their labels. Equal arguments give equal images.
     """
 
     info: TaskInfo
@@ -53,9 +54,9 @@ def read(name: str, root: Path, seed: int) -> tuple[TaskInfo, Splits]:
     info = INFOS[name]
     if digest != recorded:
         notify(
-            f"{name} was drawn with other pixels than for the recorded results: sha256 {digest[:12]}, recorded "
-            f"{(recorded or 'none')[:12]}. Accuracies may differ a little; another processor or release of the "
-            "renderer rounds differently"
+            f"the images of {name} differ from those of the recorded results: sha256 {digest[:12]}, recorded "
+            f"{(recorded or 'none')[:12]}. Accuracies may differ slightly. The reason may be another processor or "
+            "another release of the renderer, which round differently"
         )
         info = dataclasses.replace(info, source=f"{info.source} (another rendering: sha256 {digest[:12]})")
     return info, vtab_style_splits(prepared, seed)
@@ -74,7 +75,7 @@ def build(name: str) -> Prepared:
 
 
 def fingerprint(prepared: Prepared) -> str:
-    """Return the SHA-256 of a set's shapes, pixels and labels as hexadecimal digits."""
+    """Return the SHA-256 hash of the shapes, pixels and labels of a set, in hexadecimal digits."""
     digest = hashlib.sha256()
     for images, labels in (prepared[:2], prepared[2:]):
         digest.update(str(images.shape).encode())
@@ -118,7 +119,7 @@ def _letters(n: int, test: bool) -> Drawn:
 
 
 _TABLE = "drawn by mitsuba: solids on a ground, 64 x 64"
-_TOYS = "drawn by mitsuba: gray toys, others in the test set, 64 x 64"
+_TOYS = "drawn by mitsuba: gray toys (different ones in the test set), 64 x 64"
 _NO_LICENSE = "none needed"
 _COUNTS = tuple(str(number) for number in range(tabletop.FEWEST, tabletop.MOST + 1))
 _DISTANCES = tuple(
@@ -134,7 +135,7 @@ _ALL = (
             "clevr-count",
             "structured",
             len(_COUNTS),
-            f"{_TABLE}; their number",
+            f"{_TABLE}; class: number of solids",
             _NO_LICENSE,
             _COUNTS,
             baselines={"majority": 12.5, "ink": 15.1, "pixels": 21.5},
@@ -146,7 +147,7 @@ _ALL = (
             "clevr-distance",
             "structured",
             len(_DISTANCES),
-            f"{_TABLE}; the distance of the nearest",
+            f"{_TABLE}; class: distance of the nearest solid",
             _NO_LICENSE,
             _DISTANCES,
             baselines={"majority": 16.7, "ink": 17.2, "pixels": 45.8},
@@ -158,7 +159,7 @@ _ALL = (
             "norb-azimuth",
             "structured",
             len(_AZIMUTHS),
-            f"{_TOYS}; how far turned",
+            f"{_TOYS}; class: rotation of the toy",
             _NO_LICENSE,
             _AZIMUTHS,
             baselines={"majority": 5.6, "ink": 6.3, "pixels": 19.1},
@@ -170,7 +171,7 @@ _ALL = (
             "norb-elevation",
             "structured",
             len(_ELEVATIONS),
-            f"{_TOYS}; seen from how high",
+            f"{_TOYS}; class: elevation of the camera",
             _NO_LICENSE,
             _ELEVATIONS,
             baselines={"majority": 11.2, "ink": 19.3, "pixels": 26.3},
@@ -182,7 +183,7 @@ _ALL = (
             "doom-distance",
             "structured",
             len(_DEPTHS),
-            "drawn by vizdoom: views in levels of Freedoom, others in the test set, 64 x 64; how far the middle is",
+            "drawn by vizdoom: levels of Freedoom (others in the test set), 64 x 64; class: distance of the center",
             "BSD-3-Clause (Freedoom)",
             _DEPTHS,
             baselines={"majority": 16.7, "ink": 16.9, "pixels": 27.0},
@@ -194,7 +195,7 @@ _ALL = (
             "font-letters",
             "natural",
             len(letters.LETTERS),
-            "npm @fontsource/* 5.3.0: capitals in 20 font families, others (10) in the test set, 64 x 64",
+            "npm @fontsource/* 5.3.0: capital letters in 20 font families (10 other families in the test set), 64 x 64",
             "OFL-1.1 (fonts)",
             tuple(letters.LETTERS),
             sum(archive.size or 0 for archive in letters.TRAIN + letters.TEST),

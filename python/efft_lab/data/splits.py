@@ -1,4 +1,8 @@
-"""Make deterministic, stratified splits that keep copies of one image together."""
+"""Split image sets at random.
+
+The splits are deterministic (they depend only on a seed), stratified (each has about the class proportions of the whole
+set), and keep copies of one image together.
+"""
 
 import hashlib
 from collections import Counter
@@ -29,12 +33,12 @@ def balanced_labels(n: int, classes: int, rng: np.random.RandomState) -> Indices
 
 
 def pixel_keys(images: npt.NDArray[np.uint8]) -> list[bytes]:
-    """Return one hash per image of [n, ...]. Hashes are equal exactly if the pixels are equal."""
+    """Return one hash for each of n images [n, ...]. Two hashes are equal exactly if the pixels are equal."""
     return [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images]
 
 
 def file_keys(paths: Sequence[Path]) -> list[tuple[int, bytes]]:
-    """Return one key per file. Keys are equal exactly if the contents are equal.
+    """Return one key per file. Two keys are equal exactly if the contents of the files are equal.
 
     Only files that have the same size as another file are read.
     """
@@ -47,13 +51,16 @@ def file_keys(paths: Sequence[Path]) -> list[tuple[int, bytes]]:
 
 
 def duplicate_groups(keys: Sequence[Hashable]) -> Indices:
-    """Number the distinct keys in order of appearance. Return the number for each key, [n]."""
+    """Number the distinct keys in order of appearance. Return the number of each given key, [n]."""
     numbers: dict[Hashable, int] = {}
     return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
 
 
 def distinct(keys: Sequence[Hashable], labels: npt.NDArray[Any]) -> Indices:
-    """Return the position of one copy of every image. Images with copies of different labels are omitted."""
+    """Return the positions of the images without duplicates.
+
+    Of several images with the same key, only the first is included. If their labels differ, none of them is included.
+    """
     first: dict[Hashable, int] = {}
     ambiguous = set()
     for index, key in enumerate(keys):
@@ -63,9 +70,10 @@ def distinct(keys: Sequence[Hashable], labels: npt.NDArray[Any]) -> Indices:
 
 
 def quotas(class_sizes: npt.NDArray[np.int64], total: int) -> npt.NDArray[np.int64]:
-    """Distribute ``total`` images over the classes in proportion to their sizes, by the largest remainder method.
+    """Return the number of images to draw from each class, in proportion to the class sizes, with the sum ``total``.
 
-    Every class with images receives at least one image if ``total`` is large enough.
+    Fractions are rounded by the largest remainder method. Every class that has images contributes at least one image,
+    if ``total`` is large enough.
     """
     available = int(class_sizes.sum())
     if total > available:
@@ -85,17 +93,17 @@ def quotas(class_sizes: npt.NDArray[np.int64], total: int) -> npt.NDArray[np.int
 def stratified_split(
     labels: npt.NDArray[np.int64], sizes: Sequence[int], seed: int, groups: Indices | None = None
 ) -> list[Indices]:
-    """Draw disjoint sets of positions, each with (nearly) the class proportions of the remaining images.
+    """Draw disjoint sets of images, each with (nearly) the class proportions of the images that remain.
 
     Args:
         labels: Labels of all images, [n].
-        sizes: Number of images per set. The sets are drawn in this order. The remaining images are not in any set.
+        sizes: Number of images of each set. The sets are drawn in this order. Their sum may be smaller than n.
         seed: Seed for the selection. Equal seeds give equal sets on every machine.
-        groups: Group numbers of all images, [n]. Images with the same number are in the same set or in no set. If
-            copies make the exact size of a set impossible, the set is smaller.
+        groups: Group numbers of all images, [n]. Images with the same number are in the same set or in no set. If the
+            groups do not allow the exact size of a set, the set is smaller.
 
     Returns:
-        One sorted array of positions per size.
+        One sorted array per set with the positions of its images.
     """
     rng = stable_rng(seed)
     groups = np.arange(len(labels)) if groups is None else groups

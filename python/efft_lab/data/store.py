@@ -1,4 +1,8 @@
-"""Store prepared image sets on disk, each as one compressed file with a training pool and a fixed test set."""
+"""Store prepared image sets on disk.
+
+Each set is one compressed file with a training pool and a fixed test set. A seed selects training and validation images
+from the pool.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,20 +15,22 @@ from efft.saving.files import replacing
 from efft_lab.data.splits import stratified_split
 from efft_lab.data.task import ArrayImages, Split, Splits
 
-TRAIN, VAL = 800, 200  # VTAB-1K's sizes
+TRAIN, VAL = 800, 200  # number of training and validation images, as in VTAB-1K
 
 
 class Prepared(NamedTuple):
-    """Content of a cached set. Training images are drawn from the pool by seed, and the test set never changes."""
+    """The content of the file of a prepared image set."""
 
     pool_images: npt.NDArray[np.uint8]  # [n, height, width] or [n, height, width, 3]
     pool_labels: npt.NDArray[Any]  # [n]
-    test_images: npt.NDArray[np.uint8]
-    test_labels: npt.NDArray[Any]
+    test_images: npt.NDArray[np.uint8]  # [m, height, width] or [m, height, width, 3]
+    test_labels: npt.NDArray[Any]  # [m]
 
 
 def load_or_build(path: Path, build: Callable[[], Prepared]) -> Prepared:
-    """Read a prepared set, or build and store it. Other processes never see an incomplete file.
+    """Read a prepared set from a file. If the file does not exist, build the set and write the file first.
+
+    Other processes never see an incomplete file.
 
     Raises:
         RuntimeError: The file is damaged.
@@ -42,7 +48,7 @@ def load_or_build(path: Path, build: Callable[[], Prepared]) -> Prepared:
 
 
 def _checked(prepared: Prepared) -> Prepared:
-    """Raise an error for arrays with other shapes or dtypes than the class documents."""
+    """Return a prepared set. Raise an error if its arrays have other shapes or dtypes than :class:`Prepared` states."""
     for images, labels in (prepared[:2], prepared[2:]):
         colors = images.shape[3:]
         if images.dtype != np.uint8 or images.ndim < 3 or colors not in ((), (3,)):
@@ -55,7 +61,7 @@ def _checked(prepared: Prepared) -> Prepared:
 
 
 def vtab_style_splits(prepared: Prepared, seed: int) -> Splits:
-    """Draw 800 training and 200 validation images from the pool by seed. The test set is fixed."""
+    """Return the splits of a prepared set, with 800 training and 200 validation images that the seed selects."""
     pool = ArrayImages(prepared.pool_images, prepared.pool_labels)
     test = ArrayImages(prepared.test_images, prepared.test_labels)
     train, val = stratified_split(pool.labels, [TRAIN, VAL], seed)

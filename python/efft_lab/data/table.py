@@ -1,8 +1,9 @@
-"""Read regression data: a CSV file with image files in the first column and values to predict in the others.
+"""Read regression data: a CSV file with paths of image files in the first column and values to predict in the others.
 
-The first line of the file names the columns. Paths of image files are relative to the folder of the CSV file. The data
-is either one CSV file, or a folder with ``train.csv`` and optionally ``val.csv`` and ``test.csv``.
-:mod:`efft_lab.data.folder` describes the names of parts and the treatment of missing parts.
+The first line of the file names the columns. The paths are relative to the folder of the CSV file. The data is either
+one CSV file, or a folder with ``train.csv`` and optionally ``val.csv`` and ``test.csv``. These three parts may have the
+other names that :mod:`efft_lab.data.folder` lists. If a part is missing, its images are taken from the training images,
+as described there.
 """
 
 import csv
@@ -24,7 +25,7 @@ class ValuedImages(FileImages):
 
     Args:
         paths: one file per image.
-        values: values to predict, [n, values].
+        values: the values to predict, [n, values].
     """
 
     def __init__(self, paths: Sequence[Path], values: npt.NDArray[np.float64]) -> None:

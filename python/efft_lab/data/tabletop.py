@@ -1,8 +1,9 @@
-"""Draw CLEVR-like scenes: solids of a few shapes, colors and materials on tiles, with a varying camera position.
+"""Draw scenes that resemble CLEVR: solids of three shapes in several colors and two materials on a ground of tiles.
 
 The class of ``clevr-count`` is the number of objects, and the class of ``clevr-distance`` is the distance from the
-camera to the nearest object. All other factors are independent of the label, except that no object may be nearer than
-the nearest one. No object hides another one completely, so all objects can be counted.
+camera to the nearest object. All other random factors of a scene, such as the position of the camera, are independent
+of the label. (In ``clevr-distance``, only the minimum distance of the other objects depends on the label.) No object
+hides another one completely. All objects can therefore be counted.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ from efft_lab.data import raytracing
 from efft_lab.data.raytracing import Camera, Floats, Light, Shape
 
 FEWEST, MOST = 3, 10  # minimum and maximum number of objects in clevr-count, as in VTAB's task
-NEAR, STEP, BINS = 7.0, 0.5, 6  # clevr-distance: start of the first bin, width and number of the bins
+NEAR, STEP, BINS = 7.0, 0.5, 6  # clevr-distance: minimum distance, width of a class, and number of classes
 _NEAREST, _FAR = 6.5, 12.0  # minimum and maximum distance of an object's center from the camera
-_RESTARTS = 1_000  # maximum number of restarts of the placement
+_RESTARTS = 1_000  # maximum number of attempts to place all objects of a scene
 _BEHIND = 0.15  # clevr-distance: minimum difference in distance between the nearest object and the others
 _SIDEWAYS = 0.27  # maximum angle in radians between an object and the direction of view, seen from above
-_GAP = 0.12  # minimum distance between two objects on the ground
+_GAP = 0.12  # minimum gap between two objects on the ground
 _APART = 0.85  # minimum distance of two objects in the image, relative to the sum of their radii in the image
-_MARGIN = 1.0  # minimum number of pixels between an object and the edge
-_TILE = 1.0  # edge length of a tile; tiles show distances if the camera's tilt and height do not
+_MARGIN = 1.0  # minimum number of pixels between an object and the edge of the image
+_TILE = 1.0  # edge length of a tile; tiles make distances visible although the camera's tilt and height vary
 _KINDS = 3  # cube, cylinder, sphere
 
 _COLORS = np.array(
@@ -43,19 +44,19 @@ _COLORS = np.array(
 
 @dataclass(frozen=True)
 class Tabletop:
-    """One scene. Lengths are in units of the world, and all arrays are [objects, ...]."""
+    """The factors of one scene. Arrays without another shape are [objects]."""
 
     label: int
     camera: Camera
     lights: list[Light]
     radius: Floats
     center: Floats  # [objects, 3]
-    kind: npt.NDArray[np.int64]
+    kind: npt.NDArray[np.int64]  # 0 for a cube, 1 for a cylinder, 2 for a sphere
     color: npt.NDArray[np.int64]  # index into _COLORS
     tiles: Floats  # [2], the two gray values of the ground
-    tiles_turn: float  # radians
+    tiles_turn: float  # rotation of the ground in radians
     glossy: npt.NDArray[np.bool_]
-    turn: Floats  # radians
+    turn: Floats  # rotation of each object about its vertical axis in radians
 
 
 def draw(name: str, label: int, rng: np.random.RandomState) -> Tabletop:
@@ -86,10 +87,11 @@ def draw(name: str, label: int, rng: np.random.RandomState) -> Tabletop:
 
 
 def _place(radius: Floats, camera: Camera, nearest: float | None, rng: np.random.RandomState) -> Floats:
-    """Draw centers [objects, 3]. If ``nearest`` is given, the first object is the nearest one.
+    """Draw the centers of all objects [objects, 3].
 
-    If no position is left for an object, the scene starts again with the same sizes. Neither the sizes nor the number
-    of objects are therefore biased.
+    If ``nearest`` is given, the first object has this distance from the camera, and all others are farther away. If
+    300 attempts do not suffice, all objects are placed again, with the same number and sizes. The placement therefore
+    changes neither the distribution of the sizes nor that of the number of objects.
 
     Raises:
         RuntimeError: No places were found.
@@ -99,7 +101,7 @@ def _place(radius: Floats, camera: Camera, nearest: float | None, rng: np.random
         for _ in range(300):
             own = float(radius[len(centers)])
             low = _NEAREST if nearest is None else nearest + _BEHIND
-            # The square of the distance is uniform, because positions are uniform over the area.
+            # Positions are to be uniform over the ground. The square of the distance is therefore uniform.
             distance = float(np.sqrt(rng.uniform(low**2, _FAR**2)))
             if nearest is not None and not centers:
                 distance = nearest
@@ -114,9 +116,10 @@ def _place(radius: Floats, camera: Camera, nearest: float | None, rng: np.random
 
 
 def _is_free(centers: Floats, radius: Floats, camera: Camera) -> bool:
-    """Return whether the last object is inside the image, does not touch the others, and is visible next to them."""
+    """Return whether the last object is inside the image, touches no other object, and overlaps none much in the
+    image."""
     pixels, scale = camera.project(centers)
-    seen = radius * scale * 1.2  # the corners of a cube are outside its sphere
+    seen = radius * scale * 1.2  # the corners of a cube are outside of a sphere with the same radius
     if (pixels[-1] < seen[-1] + _MARGIN).any() or (pixels[-1] > raytracing.SIZE - seen[-1] - _MARGIN).any():
         return False
     ground = np.linalg.norm(centers[:-1, :2] - centers[-1, :2], axis=1)

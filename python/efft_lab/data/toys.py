@@ -1,8 +1,8 @@
-"""Draw NORB-like images: gray toys of five kinds on a turntable, seen from above at 9 elevations and 18 azimuths.
+"""Draw images that resemble small NORB: gray toys of five kinds, at 18 rotations (azimuths) and 9 camera elevations.
 
-As in VTAB's tasks of small NORB, the class of ``norb-azimuth`` is the rotation of the toy, and the class of
-``norb-elevation`` is the elevation of the camera. The test set and the training pool contain different toys. The toy,
-the light, the size and the other angle are independent of the label.
+As in VTAB's tasks with small NORB, the class of ``norb-azimuth`` is the rotation of the toy about its vertical axis,
+and the class of ``norb-elevation`` is the elevation of the camera. The test set and the training pool contain different
+toys. The toy, the light, the distance of the camera and the other angle are independent of the label.
 """
 
 from __future__ import annotations
@@ -23,10 +23,13 @@ TOYS = 10  # number of toys of each kind, both in the training pool and in the t
 
 @dataclass(frozen=True)
 class Part:
-    """A solid part of a toy, in the toy's own frame (x to the front, z up).
+    """A solid part of a toy, in the toy's own coordinates (x to the front, z up).
 
     Args:
-        kind: ``box`` (a: center, b: half edges), ``rod`` (a, b: ends; size: radius) or ``ball`` (a: center).
+        kind: ``box``, ``rod`` or ``ball``.
+        a: Center of a box or ball, or one end of a rod.
+        b: Half edge lengths of a box, or the other end of a rod. Not used for a ball.
+        size: Radius of a rod or ball. Not used for a box.
         shade: Index into the toy's three gray values.
     """
 
@@ -143,7 +146,7 @@ KINDS: tuple[Callable[[np.random.RandomState], list[Part]], ...] = (_animal, _hu
 
 @dataclass(frozen=True)
 class View:
-    """Factors of one image."""
+    """The factors of one image."""
 
     label: int
     toy: int  # index of the toy
@@ -151,16 +154,16 @@ class View:
     elevation: int  # index into ELEVATIONS
     camera: Camera
     light: Light
-    fill: Light
+    fill: Light  # a weaker lamp at the position of the camera
 
 
 def make_toys(rng: np.random.RandomState) -> list[Toy]:
-    """Draw ten toys of each kind."""
+    """Draw ten toys of each kind, with random proportions and gray values."""
     return [(kind(rng), rng.uniform(0.1, 0.85, 3).tolist()) for kind in KINDS for _ in range(TOYS)]
 
 
 def draw(name: str, label: int, toys: int, rng: np.random.RandomState) -> View:
-    """Draw the factors of one view of norb-azimuth or norb-elevation."""
+    """Draw the factors of one image of norb-azimuth or norb-elevation. ``toys`` is the number of toys."""
     azimuth = label if name == "norb-azimuth" else rng.randint(AZIMUTHS)
     elevation = label if name == "norb-elevation" else rng.randint(len(ELEVATIONS))
     height = np.radians(ELEVATIONS[elevation])

@@ -1,9 +1,10 @@
 """Read VTAB-1K in its published folder layout, and provide the EFFT paper's settings for each of the 19 tasks.
 
-``<root>/<task>/{train800,val200,train800val200,test}.txt`` list one image per line, such as ``images/<split>/000000.jpg
-3``, with the path below ``<root>/<task>`` and the label. The script ``get_vtab1k.py`` of the NOAH repository writes
-this layout, and the public code of NOAH, FacT and EFFT reads it. This module downloads nothing, because several of the
-original sets need a registration.
+The folder ``<root>/<task>`` contains four lists of images: ``train800.txt``, ``val200.txt``, ``train800val200.txt`` and
+``test.txt``. Each line gives the path of an image below this folder and its label, such as
+``images/<split>/000000.jpg 3``. The script ``get_vtab1k.py`` of the NOAH repository writes this layout, and the public
+code of NOAH, FacT and EFFT reads it. This module downloads nothing, because several of the original sets need a
+registration.
 """
 
 import json
@@ -44,7 +45,7 @@ INFOS = {
 
 
 def vtab_hyperparameters(task: str, variant: str = "efft2") -> dict[str, Any]:
-    """Return the rank, scale and initialization in the EFFT paper's public configuration for a VTAB-1K task.
+    """Return the settings for a VTAB-1K task in the public configuration files of the EFFT paper.
 
     Args:
         task: One of the 19 tasks, e.g. ``"cifar"``.
@@ -125,7 +126,7 @@ def _read_list(file: Path, folder: Path, classes: int) -> FileImages:
 
 
 def _check_images(paths: list[Path], list_file: Path) -> None:
-    # One directory listing replaces up to 73,000 calls of exists().
+    # Listing each folder once is faster than up to 73,000 calls of exists().
     present = {folder: _names(folder) for folder in {path.parent for path in paths}}
     missing = [path for path in paths if path.name not in present[path.parent]]
     if missing:

@@ -1,11 +1,11 @@
-"""Train a model from a configuration and write everything about the run to a folder.
+"""Train a model as a configuration describes, and write the configuration, metrics, weights and result to a folder.
 
     from efft_lab.train import TrainConfig, run
 
     result = run(TrainConfig(data="mnist5k", epochs=10, schedule_per="update"), out="runs/mnist")
     print(result.summary["test_accuracy"])
 
-Importing this package loads neither timm nor accelerate; :func:`run` does.
+Importing this package imports neither timm nor accelerate. They are imported when :func:`run` is called.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Build the data, model, batches, device and schedule of a run from its configuration, and reload trained models."""
+"""Create the data, model, batches, accelerator and schedule of a run from its configuration. Reload trained models.
+
+The accelerator is accelerate's object for the device, the precision and the processes of a run.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,10 @@ if TYPE_CHECKING:
 
 
 def load_task(config: TrainConfig) -> TaskData:
-    """Load the data set of the configuration, at the input size of the configuration's model."""
+    """Load the data set of the configuration.
+
+    The images get the size in the configuration or, if it has none, the default input size of its model.
+    """
     import efft_lab.data
 
     return efft_lab.data.load(
@@ -42,15 +48,16 @@ def load_task(config: TrainConfig) -> TaskData:
 
 
 def create_model(config: TrainConfig, classes: int, weights: bool = True) -> nn.Module:
-    """Create the backbone of the configuration with a new head for its kind of task. No parameter is frozen yet.
+    """Create the backbone that the configuration names, with a new head for the configured kind of task.
 
-    All random weights depend only on the seed of the configuration. A backbone with random weights can therefore be
-    created again.
+    No parameter is frozen yet. Random weights depend only on the seed in the configuration. The same configuration
+    therefore always gives the same model.
 
     Args:
-        config: the configuration that names the model.
+        config: the configuration.
         classes: number of outputs of the head.
-        weights: whether to load the pretrained weights; pass False if the caller replaces them afterwards.
+        weights: whether to load the backbone weights that the configuration names. Pass False if the caller loads other
+            weights afterwards.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -69,12 +76,12 @@ def create_model(config: TrainConfig, classes: int, weights: bool = True) -> nn.
 class EpochBatches(Sampler[list[int]]):
     """Yield shuffled batches of indices and drop an incomplete last batch.
 
-    The order depends only on the seed and the epoch. A resumed run therefore sees the same batches.
+    The order depends only on the seed and the epoch. A resumed run therefore uses the same batches.
 
     Args:
         size: number of images.
         batch_size: number of images per batch, summed over all processes.
-        seed: seed of the order; every epoch has another order.
+        seed: seed of the order. Each epoch has a different order.
 
     Raises:
         ValueError: the data set has fewer images than one batch.
@@ -104,9 +111,9 @@ class EpochBatches(Sampler[list[int]]):
 
 
 def make_accelerator(config: TrainConfig, trackers: Sequence[Any] = (), folder: Path | None = None) -> Any:
-    """Create the accelerator, which holds the device, the precision and the processes.
+    """Create the accelerator of a run.
 
-    Batch sizes are totals over all processes.
+    The accelerator divides each batch among the processes. Batch sizes are therefore totals over all processes.
 
     Args:
         config: configuration of the run.
@@ -114,8 +121,8 @@ def make_accelerator(config: TrainConfig, trackers: Sequence[Any] = (), folder: 
         folder: folder for the files of the trackers.
 
     Raises:
-        ImportError: accelerate is not installed, or a package that a tracker needs is not installed.
-        ValueError: the device does not support the precision, or a tracker does not exist.
+        ImportError: accelerate or a package that a tracker needs is not installed.
+        ValueError: fp16 is requested on a CPU, or accelerate does not know a tracker.
     """
     try:
         from accelerate import Accelerator
@@ -125,7 +132,7 @@ def make_accelerator(config: TrainConfig, trackers: Sequence[Any] = (), folder: 
         raise ImportError("training needs accelerate: pip install 'efft-kernels[train]'") from error
 
     run_folder.check_trackers(trackers)
-    # Accelerate keeps the precision as process-wide state and refuses to change it for a second run.
+    # accelerate stores the precision for the whole process and does not allow a second run to change it.
     AcceleratorState._reset_state()
     accelerator = Accelerator(
         mixed_precision=config.amp,
@@ -140,12 +147,15 @@ def make_accelerator(config: TrainConfig, trackers: Sequence[Any] = (), folder: 
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, updates_per_epoch: int) -> Any:
-    """Create timm's cosine schedule with linear warm-up, which counts epochs or updates.
+    """Create timm's cosine schedule with linear warm-up, which changes the learning rate per epoch or per update.
 
-    The trainer calls ``step_update(number of finished updates)`` after every update and ``step(index of the finished
-    epoch)`` after every epoch. timm ignores the call that does not apply. The paper's code passes the index of the
-    finished epoch, and so does this trainer. With ``schedule_per="epoch"``, the first two epochs therefore both run at
-    ``warmup_lr``, and the learning rate never reaches its peak.
+    The caller must call ``step_update(number of finished updates)`` after every update and ``step(index of the finished
+    epoch)`` after every epoch. timm ignores the call that does not apply.
+
+    As in the paper's code, ``step`` receives the index of the finished epoch, not of the next one. With
+    ``schedule_per="epoch"``, the first two epochs of a warm-up therefore both run at ``warmup_lr``. The cosine starts
+    together with the warm-up and has already decreased when the warm-up ends. With a warm-up of 10 %, the learning rate
+    therefore reaches only about 98 % of ``lr``.
     """
     from timm.scheduler import CosineLRScheduler
 
@@ -162,26 +172,28 @@ def make_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, update
 
 
 def load_trained(path: str | Path, checkpoint: str | Path | None = None) -> tuple[nn.Module, TrainConfig]:
-    """Rebuild a trained model in evaluation mode and return it with its training configuration.
+    """Create a model again, load its trained weights, and return it in evaluation mode with its training configuration.
+
+    If only an adapter is given, the configuration has default values in the fields that the adapter does not store.
 
     Args:
         path: folder of a finished run, or the adapter folder of a run (which may have been moved elsewhere).
         checkpoint: file with the weights of the base model, if the file has moved since training.
 
     Raises:
-        FileNotFoundError: the folder holds neither a finished run nor an adapter.
-        ValueError: the base model cannot be rebuilt, or the adapter does not fit the base model.
+        FileNotFoundError: the folder contains neither a finished run nor an adapter.
+        ValueError: a file is damaged, the base model cannot be created again, or the weights do not fit the base model.
     """
     path = Path(path)
     if (path / CONFIG).is_file():
         info = read_description(path)["info"]
-        # Adapters that were saved before these fields existed used the default values.
+        # Adapters from before these fields existed were trained with the following values.
         info = {"data_seed": 0, "task": "classification", **info}
         missing = [name for name in ("classes", *run_folder.BASE_FIELDS) if name not in info]
         if missing:
             raise ValueError(
-                f"the adapter in {path} does not name its base (its info lacks {', '.join(missing)}); build the base "
-                "model and call efft.load_adapter(model, path)"
+                f"the adapter in {path} does not name its base model (its info lacks {', '.join(missing)}); create the "
+                "base model and call efft.load_adapter(model, path)"
             )
         config, saved = TrainConfig(**{name: info[name] for name in run_folder.BASE_FIELDS}), path
         classes = info["classes"]
@@ -193,13 +205,13 @@ def load_trained(path: str | Path, checkpoint: str | Path | None = None) -> tupl
             raise ValueError(f"{path / run_folder.RESULT} is damaged: it {what}")
         if result["own_model"]:
             raise ValueError(
-                f"the run in {path} was given its model in Python, so it cannot be rebuilt from the configuration; "
-                f"build it and load {path / result['saved']} into it"
+                f"the model of the run in {path} was created in Python, so the configuration does not describe it; "
+                f"create the model and load {path / result['saved']} into it"
             )
         config, saved = TrainConfig.from_dict(result["config"]), path / result["saved"]
         classes = result["classes"]
     else:
-        hint = "; it is unfinished: go on with --resume" if (path / run_folder.CHECKPOINT).exists() else ""
+        hint = "; the run is unfinished: continue it with --resume" if (path / run_folder.CHECKPOINT).exists() else ""
         raise FileNotFoundError(f"{path} holds no {run_folder.RESULT} of a run and no {CONFIG} of an adapter{hint}")
     if not is_size(classes):
         raise ValueError(f"{path} is damaged: expected a number of classes, got {quote(classes)}")
@@ -216,8 +228,8 @@ def load_task_for(config: TrainConfig, data: str | None = None, data_root: str |
 
     Args:
         config: training configuration of the model, from :func:`load_trained`.
-        data: name of another data set; None for the data set of the configuration.
-        data_root: folder with the files of the data set ``data``.
+        data: name or folder of another data set; None for the data set in the configuration.
+        data_root: folder with the files of ``data``. It is ignored if ``data`` is None.
     """
     if data is not None:
         config = replace(config, data=data, data_root=data_root)

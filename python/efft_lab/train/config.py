@@ -22,37 +22,38 @@ class TrainConfig:
 
     The defaults are the recipe of the EFFT paper's public code (VTAB-1k: 1000 images, 100 epochs).
 
-    Settings that cannot change a result (the output folder, whether to resume) are options of the command instead.
+    Settings that do not affect the result (the output folder, whether to resume) are options of the command instead.
     """
 
     data: str = "mnist5k"
-    """Name of a known data set (see `efft data list`) or path of a folder."""
+    """Name of a known data set (`efft data list` prints all names), path of a folder of images, or, for regression,
+    path of a CSV file."""
 
     task: Literal["classification", "segmentation", "regression"] = "classification"
-    """Kind of prediction: one class per image, one class per pixel (the data is a folder of images and masks), or one
-    or more values per image (the data is a CSV file of images and values)."""
+    """Kind of prediction: one class per image (classification), one class per pixel (segmentation; the data is a folder
+    of images and masks), or one or more values per image (regression; the data is a CSV file of images and values)."""
 
     regression_loss: Literal["mse", "l1"] = "mse"
-    """Loss for regression: the squared or the absolute error. Both use values divided by their standard deviation."""
+    """Loss for regression: the mean squared error (mse) or the mean absolute error (l1) of the standardized values."""
 
     data_root: str | None = None
     """Folder with the files of a data set that cannot be downloaded."""
 
     data_seed: int = 0
-    """Seed of the split of a packaged, generated or torchvision set into training and validation images; VTAB-1K's
-    splits are fixed."""
+    """Seed that selects the training and validation images, if the data set does not define them. It never changes the
+    test images, and it has no effect on VTAB-1K."""
 
     max_test: int | None = None
-    """Maximum number of test images. Every run uses the same images. By default, all test images are used."""
+    """Maximum number of test images; by default, all test images are used. Every run uses the same test images."""
 
     allow_non_commercial: bool = False
     """Accept data sets whose license forbids commercial use."""
 
     model: str = DEFAULT
-    """The embedded backbone or the name of any timm model."""
+    """Name of the backbone: dinov2_vits14_saliency (a small DINOv2 from a Python package) or any timm model."""
 
     checkpoint: str | None = None
-    """File with backbone weights (.npz, .pth, .pt or .safetensors)."""
+    """File with the weights of the backbone (.npz, .pth, .pt or .safetensors), to use instead of published weights."""
 
     pretrained: bool = True
     """Whether to load published weights if no checkpoint is given. If False, training starts from random weights."""
@@ -61,21 +62,25 @@ class TrainConfig:
     """Height and width of the input in pixels; by default, the input size of the model."""
 
     normalization: Literal["imagenet", "half", "none"] = "imagenet"
-    """How pixels are normalized: by ImageNet's mean and standard deviation, by 0.5 and 0.5, or not at all (0 to 1)."""
+    """Normalization of the pixels: with the mean and standard deviation of ImageNet (imagenet), with 0.5 for both
+    (half), or none, which leaves values from 0 to 1."""
 
     method: str = "efft"
     """Training method: efft or another method of efft.methods (trains its factors and the head), linear (trains only
-    the head), full (trains every weight), or a baseline (adapter, adaptformer, bitfit, peft_lora, ssf, vpt_deep)."""
+    the head), full (trains every weight), or a baseline (adapter, adaptformer, bitfit, peft_lora, ssf, vpt_deep). If
+    the name is unknown, the error message lists all methods."""
 
     efft: EfftConfig = field(default_factory=EfftConfig)
-    """Settings of method efft."""
+    """Settings of the method efft."""
 
     adapter: dict[str, int | float | str | list[int] | list[str] | None] | None = None
-    """Settings of a method other than efft, for configuration files; omitted settings keep the method's defaults."""
+    """Settings of a method other than efft, by name. It is easier to write them in a configuration file. Omitted
+    settings keep the defaults of the method."""
 
     protocol: Literal["select", "final"] = "select"
-    """select: train on the train split (VTAB-1K: 800 images) and keep the epoch that is best on the val split (200).
-    final: train on both and keep the last epoch. The test split is read once, at the very end."""
+    """select: train on the train split, and keep the weights of the epoch with the best score on the val split (in
+    VTAB-1K, these splits have 800 and 200 images). final: train on both splits together, and keep the weights of the
+    last epoch. Both protocols read the test split only once, after training."""
 
     seed: int = 42
     """Seed of initialization, data order, dropout and stochastic depth."""
@@ -84,51 +89,58 @@ class TrainConfig:
     """Number of passes over the training images."""
 
     batch_size: int = 64
-    """Number of images per update, summed over all processes; an incomplete last batch is dropped."""
+    """Number of images per update, summed over all processes. An incomplete last batch is dropped."""
 
     lr: float = 1e-3
-    """Peak learning rate of AdamW."""
+    """Peak of AdamW's learning rate in the cosine schedule. A warm-up lowers the actual peak by a few percent, because
+    the cosine starts together with the warm-up."""
 
     weight_decay: float = 1e-4
-    """Weight decay of AdamW, applied to the factors and the head."""
+    """Weight decay of AdamW. It applies to all trained parameters, except the scales, diagonals, biases and norms that
+    efft or another method of efft.methods trains outside the head."""
 
     drop_path: float = 0.1
     """Rate of stochastic depth."""
 
     prune_at: int | None = None
-    """Number of epochs after which training reduces the ranks to those that the update needs at that time. This setting
-    needs method efft and a single process. The optimizer's moments then start at zero again, and only later epochs can
-    be selected."""
+    """Number of epochs after which training reduces the ranks to those that the update needs at that time; by default,
+    the ranks stay the same. This setting needs the method efft and a single process. After the reduction, the
+    optimizer's moments start at zero again, and only later epochs can be selected."""
 
     prune_keep: float = 0.99
-    """Share of the squared norm of each group's update that pruning keeps; see efft.prune."""
+    """Share of the squared norm of the update that the reduction of the ranks (prune_at) keeps. The share applies to
+    each group of layers that share factors."""
 
     warmup: float = 0.1
-    """Share of the schedule used for linear warm-up. With schedule_per epoch, the first two epochs run at warmup_lr."""
+    """Share of the training that is used for a linear warm-up of the learning rate. If schedule_per is epoch, the first
+    two epochs of a warm-up both run at warmup_lr."""
 
     warmup_lr: float = 1e-6
     """Learning rate at the start of the warm-up."""
 
     min_lr: float = 1e-5
-    """Learning rate at the end of the cosine schedule."""
+    """Learning rate that the cosine schedule approaches at the end of the training."""
 
     schedule_per: Literal["epoch", "update"] = "epoch"
-    """Change the learning rate after every epoch (as the paper's code does) or after every update."""
+    """Whether the learning rate changes after every epoch (as in the EFFT paper's code) or after every update."""
 
     amp: Literal["no", "bf16", "fp16"] = "no"
-    """Autocast type for training and evaluation; fp16 (with loss scaling) needs a GPU."""
+    """Number format for autocast in training and evaluation; no means fp32 without autocast. fp16 uses loss scaling and
+    needs a GPU."""
 
     eval_batch_size: int = 256
-    """Number of images per evaluation step, summed over all processes."""
+    """Number of images that are evaluated at a time, summed over all processes."""
 
     workers: int = 0
-    """Number of processes that load data."""
+    """Number of additional processes that load data; 0 loads data in the training process."""
 
     log_every: int = 10
-    """Number of updates between step records in metrics.jsonl. The first update is always recorded."""
+    """Number of updates between two records of the training loss in metrics.jsonl. The first update is always
+    recorded."""
 
     checkpoint_every: int | None = None
-    """Number of updates between checkpoints within an epoch. A checkpoint is always written after each epoch."""
+    """Number of updates between two checkpoints within an epoch; by default, there are none within an epoch. A
+    checkpoint is always written after each epoch."""
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
@@ -168,14 +180,16 @@ class TrainConfig:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
         method = METHODS[self.method]
         if self.adapter and method.group != "adapter":
-            where = f"its settings are those of {method.group}" if method.group else "it has no settings"
+            where = f"its settings are in {method.group}" if method.group else "it has no settings"
             raise ValueError(f"adapter is not read by method {self.method!r} ({where}), got {self.adapter!r}")
         if self.task == "segmentation" and not method.any_model:
-            raise ValueError(f"method {self.method!r} changes whole timm models and cannot train one for segmentation")
+            raise ValueError(f"method {self.method!r} supports only plain timm models and cannot train segmentation")
         self.settings()
 
     def settings(self) -> Any:
-        """Return the settings of the method in the form that its ``apply`` accepts, or None if it has no settings.
+        """Return the settings of the method in the form that :meth:`efft_lab.train.methods.Method.apply` accepts.
+
+        The result is None if the method has no settings.
 
         Raises:
             ValueError: a setting is unknown (the message names the most similar known setting), or a value is invalid.

@@ -1,4 +1,7 @@
-"""Read and write the files in the folder of a run: metrics, checkpoints and the result."""
+"""Read and write the files in the folder of a run: the metrics, the checkpoint, the result and the trackers' files.
+
+Trackers are the experiment trackers of the library accelerate, such as TensorBoard.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +31,10 @@ from efft_lab.train.config import TrainConfig
 from efft_lab.train.methods import METHODS, saved_names
 
 CONFIG, METRICS, CHECKPOINT, RESULT = "config.json", "metrics.jsonl", "checkpoint.pt", "result.json"
-TRACKED = "tracked"  # files of experiment trackers
+TRACKED = "tracked"  # subfolder for the files of experiment trackers
 _PROJECT = "efft"  # name of the project in experiment trackers
 
-#: Fields of TrainConfig that an adapter stores in its info. They are needed to rebuild the base model and its inputs.
+#: Fields of TrainConfig that an adapter stores in its info. They determine the base model and its inputs.
 BASE_FIELDS = (
     "task",
     "model",
@@ -47,7 +50,7 @@ BASE_FIELDS = (
     "seed",
 )
 _CHECKPOINT_FORMAT = 2
-# Fields of TrainConfig that only affect the speed of a run or how often it is saved.
+# Fields of TrainConfig that may change when a run is resumed, because they do not affect its result.
 _FREE_FIELDS = ("checkpoint_every", "workers")
 
 
@@ -56,14 +59,17 @@ def open_folder(
 ) -> tuple[dict[str, Any] | None, bool]:
     """Prepare the folder of a run.
 
+    For a new run, the folder is created, the files of a previous run are deleted, and ``config.json`` is written. Only
+    the main process does this. If a run is resumed, its state is read.
+
     Returns:
-        The state to continue from (None, the state of a checkpoint, or the result of a finished run), and whether the
-        run is finished.
+        A pair. The first element is None for a new run, the content of ``result.json`` for a finished run, and the
+        state in the checkpoint for an unfinished run. The second element is True if the run is finished.
 
     Raises:
-        ValueError: both ``resume`` and ``overwrite`` are given.
-        FileExistsError: the folder holds a run, and neither ``resume`` nor ``overwrite`` is given.
-        CheckpointError: the checkpoint is damaged or belongs to another configuration.
+        ValueError: both ``resume`` and ``overwrite`` are given, or ``result.json`` is damaged.
+        FileExistsError: the folder contains a run, and neither ``resume`` nor ``overwrite`` is given.
+        CheckpointError: the checkpoint is damaged, or the run in the folder has another configuration.
     """
     if resume and overwrite:
         raise ValueError("give either resume (--resume) or overwrite (--overwrite), not both")
@@ -71,7 +77,7 @@ def open_folder(
     if (finished or started) and not overwrite:
         if not resume:
             raise FileExistsError(
-                f"{out} holds {'a finished' if finished else 'an unfinished'} run; go on with it with resume=True "
+                f"{out} holds {'a finished' if finished else 'an unfinished'} run; continue it with resume=True "
                 "(--resume), start again with overwrite=True (--overwrite), or choose another folder"
             )
         held = read_result(out) if finished else load_checkpoint(out / CHECKPOINT)
@@ -108,11 +114,11 @@ def write_result(
     Args:
         out: folder of the run.
         config: configuration of the run.
-        model: the trained model without Accelerate's wrappers.
+        model: the trained model without accelerate's wrappers.
         task: the data on which the model was trained.
-        scores: test and validation scores, and the epoch from which they come.
-        run: number of updates, seconds, device and similar facts; ``own_model`` is True if the caller provided the
-            model.
+        scores: test and validation scores, and the epoch whose weights were selected.
+        run: number of updates, seconds, device and similar facts. ``run["own_model"]`` is True if the caller of
+            :func:`efft_lab.train.run` provided the model.
 
     Returns:
         The content of ``result.json``.
@@ -148,7 +154,11 @@ def write_result(
 def card_facts(
     config: TrainConfig, model: nn.Module, task: Any, scores: Mapping[str, Any], own_model: bool
 ) -> dict[str, Any]:
-    """Return the known facts for the header of the model card: base_model, license, datasets and metrics."""
+    """Return the facts for the header of the adapter's model card, as far as they are known.
+
+    They are ``metrics`` (the test scores) and ``datasets``. ``base_model`` and ``license`` are added if the base model
+    has published weights of timm.
+    """
     test = {name.removeprefix("test_"): score for name, score in scores.items() if name.startswith("test_")}
     facts: dict[str, Any] = {"datasets": [task.info.name]} if hasattr(task, "info") else {}
     facts["metrics"] = test
@@ -173,17 +183,18 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a file written by :func:`save_checkpoint`, onto the CPU.
+    """Read a file that :func:`save_checkpoint` wrote. All tensors are loaded to the CPU.
 
     Raises:
         FileNotFoundError: the file does not exist.
+        PermissionError: the file may not be read.
         CheckpointError: the file is damaged or has another format.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-                raise ValueError("it is compressed")  # a small file could fill the memory
-            damaged = archive.testzip()  # torch does not verify the checksums that it stores
+                raise ValueError("it is compressed")  # a small compressed file could fill the memory
+            damaged = archive.testzip()  # torch stores checksums but does not verify them
         if damaged is not None:
             raise ValueError(f"wrong checksum of {damaged}")
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -212,16 +223,18 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def check_config(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     """Check that a run is resumed with its original configuration.
 
+    The fields ``checkpoint_every`` and ``workers`` may differ.
+
     Args:
-        saved: ``TrainConfig.to_dict`` of the checkpoint.
-        current: ``TrainConfig.to_dict`` of the run that resumes.
+        saved: ``TrainConfig.to_dict()`` of the run in the folder.
+        current: ``TrainConfig.to_dict()`` of the run that resumes.
 
     Raises:
-        CheckpointError: the configurations differ. The message names every field that differs, with both values.
+        CheckpointError: another field differs. The message names every field that differs, with both values.
     """
     # The round trip through JSON converts tuples to lists.
     old, new = (flatten(json.loads(json.dumps(values))) for values in (saved, current))
-    if isinstance(saved.get("efft"), Mapping):  # a checkpoint that is older than some settings
+    if isinstance(saved.get("efft"), Mapping):  # an older run may lack settings, which then had the following values
         old = flatten(EfftConfig.meant_before, "efft.") | old
     differing = [
         f"{name} was {old.get(name)!r}, is {new.get(name)!r}"
@@ -233,7 +246,10 @@ def check_config(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
 
 
 def random_state() -> dict[str, Any]:
-    """Return the states of the random number generators of this process: Python, NumPy, and torch on CPU and CUDA."""
+    """Return the states of this process's random number generators: Python, NumPy, and torch on the CPU and the GPU.
+
+    The state for the GPU is that of the current device. It is None if CUDA is not used.
+    """
     version, internal, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
@@ -256,11 +272,11 @@ def load_random_state(state: Mapping[str, Any]) -> None:
 
 
 class MetricsLog:
-    """Append records to a JSONL file immediately and pass their numbers to the trackers of a run.
+    """Append records to a file of JSON lines immediately, and pass their numbers to the trackers of a run.
 
     Args:
-        path: the file; None writes nothing (used in every process except the first).
-        accelerator: the accelerator that holds the trackers; None without trackers.
+        path: the file. With None, nothing is written to a file. All processes except the main process pass None.
+        accelerator: the accelerator that has the trackers; None without trackers.
     """
 
     def __init__(self, path: Path | None, accelerator: Any = None) -> None:
@@ -268,10 +284,10 @@ class MetricsLog:
         self._file = None if path is None else open(path, "ab")  # noqa: SIM115  # closed at the end of the run
 
     def cut(self, size: int) -> None:
-        """Remove everything after the first ``size`` bytes.
+        """Remove everything after the first ``size`` bytes of the file.
 
         Raises:
-            CheckpointError: the file is shorter than ``size``, which means that it was changed by hand.
+            CheckpointError: the file has less than ``size`` bytes, which happens only if something else changed it.
         """
         if self._file is None:
             return
@@ -282,20 +298,24 @@ class MetricsLog:
         self._file.truncate(size)
 
     def write(self, **record: Any) -> None:
-        """Append one record and flush it, which makes it visible to other processes immediately."""
+        """Append one record, which other processes can read immediately, and pass its numbers to the trackers.
+
+        The record must have the fields ``kind`` (such as "step" or "epoch") and ``update`` (the number of updates so
+        far).
+        """
         if self._file is not None:
             self._file.write(json.dumps(record).encode() + b"\n")
             self._file.flush()
         self.track(record["kind"], record, record["update"])
 
     def track(self, kind: str, values: Mapping[str, Any], step: int) -> None:
-        """Pass the numeric values to the trackers."""
+        """Pass the numbers among the values to the trackers, under names that begin with ``kind/``."""
         numbers = {f"{kind}/{name}": value for name, value in values.items() if is_number(value) and name != "update"}
         if self._accelerator is not None and self._accelerator.trackers:
             self._accelerator.log(numbers, step=step)
 
     def sync(self) -> int:
-        """Flush the records to disk and return the length of the file in bytes."""
+        """Write all records to the disk, and return the length of the file in bytes (0 without a file)."""
         if self._file is None:
             return 0
         os.fsync(self._file.fileno())
@@ -310,9 +330,9 @@ class MetricsLog:
 
 
 def read_metrics(path: str | Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """Read the records of a ``metrics.jsonl``, or only the records of one kind (``step`` or ``epoch``).
+    """Read the records of a ``metrics.jsonl``, or only the records of one kind (``step``, ``epoch`` or ``prune``).
 
-    An incomplete last line, which a process is still writing, is omitted.
+    If a process is still writing the last line, this line is omitted.
     """
     lines = Path(path).read_text(encoding="utf-8").split("\n")[:-1]
     records = [json.loads(line) for line in lines]
@@ -345,10 +365,10 @@ def start_trackers(accelerator: Any, folder: Path, config: TrainConfig, update: 
 
     Args:
         accelerator: from :func:`efft_lab.train.build.make_accelerator`.
-        folder: folder for the files of the trackers. W&B uses the name of the parent folder as the name of the run.
+        folder: folder for the files of the trackers. In W&B, the run gets the name of the parent folder.
         config: configuration of the run.
-        update: number of updates after which a resumed run continues. TensorBoard drops the later records of the
-            earlier attempt.
+        update: number of updates that a resumed run has already finished; 0 for a new run. TensorBoard drops all
+            records of later updates, which the interrupted process wrote after the checkpoint.
     """
     if not accelerator.log_with:
         return

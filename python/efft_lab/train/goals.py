@@ -1,7 +1,7 @@
 """Define the loss, the predictions and the scores for each kind of task.
 
-A goal is one kind of task, such as classification. Scores are computed from statistics, which can be summed over
-batches and processes.
+A goal is an object for one kind of task, such as classification. It computes scores from statistics. Statistics are
+sums over images. They can therefore be added up over batches and processes.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ IGNORED = 255  # label of the mask pixels that the loss and the scores ignore
 
 
 class Goal(Protocol):
-    """One kind of task.
+    """The interface of all goals.
 
     Attributes:
-        score: name of the score that selects the best epoch; a higher score is better.
+        score: name of the score that selects the best epoch. A higher score is better.
     """
 
     score: str
@@ -38,16 +38,19 @@ class Goal(Protocol):
         """Convert outputs of the model to predictions [batch, ...], which can be compared with labels."""
 
     def statistics(self, predictions: Tensor, labels: Tensor) -> Tensor:
-        """Compute the sums over a batch [n] that :meth:`scores` needs."""
+        """Compute the statistics of a batch, a one-dimensional tensor, from predictions and labels [batch, ...]."""
 
     def scores(self, statistics: Tensor) -> dict[str, float]:
-        """Compute the scores by name, from the sum of the statistics of all batches."""
+        """Compute the scores by name from the sum of the statistics of all batches."""
 
     def details(self, statistics: Tensor) -> list[float]:
-        """Compute one score for each class or value."""
+        """Compute one score for each class (segmentation) or value (regression). The list is empty otherwise."""
 
     def finish(self, model: nn.Module) -> None:
-        """Change a trained model in place so that its outputs are the predicted quantities."""
+        """Change a trained model in place so that its outputs have the units of the labels.
+
+        Only regression needs a change.
+        """
 
 
 class Classification:
@@ -95,15 +98,19 @@ class Segmentation:
         return outputs.argmax(1)
 
     def statistics(self, predictions: Tensor, labels: Tensor) -> Tensor:
-        """Compute the flattened confusion matrix of pixel counts, with true classes as rows and predicted ones as
-        columns."""
+        """Compute the confusion matrix of pixel counts, flattened.
+
+        Rows are true classes, and columns are predicted classes.
+        """
         cells = self.classes**2
         pairs = torch.where(labels == IGNORED, cells, labels * self.classes + predictions)
         return torch.bincount(pairs.flatten(), minlength=cells + 1)[:cells]
 
     def scores(self, statistics: Tensor) -> dict[str, float]:
-        """Compute the pixel accuracy and the mean intersection over union of the classes that occur or were
-        predicted."""
+        """Compute the pixel accuracy and the mean intersection over union.
+
+        The mean is over the classes that occur in the labels or in the predictions.
+        """
         table = statistics.view(self.classes, self.classes).double()
         shares = self._shares(table)
         accuracy = (table.trace() / table.sum()).item() if table.sum() else 0.0
@@ -111,7 +118,10 @@ class Segmentation:
         return {"miou": known.mean().item() if len(known) else 0.0, "pixel_accuracy": accuracy}
 
     def details(self, statistics: Tensor) -> list[float]:
-        """Compute the intersection over union of each class. It is NaN for a class that does not occur."""
+        """Compute the intersection over union of each class.
+
+        It is NaN for a class that occurs neither in the labels nor in the predictions.
+        """
         return [float(share) for share in self._shares(statistics.view(self.classes, self.classes).double())]
 
     def _shares(self, table: Tensor) -> Tensor:
@@ -123,10 +133,11 @@ class Segmentation:
 
 
 class Regression:
-    """Predict numbers for each image, from outputs [batch, values] and labels [batch, values].
+    """Predict one or more numbers (values) for each image, from outputs [batch, values] and labels [batch, values].
 
-    The model learns values minus ``mean``, divided by ``std``. The same learning rates therefore suit values of any
-    size. :meth:`finish` folds ``mean`` and ``std`` into the last layer.
+    The model learns the standardized value, which is the value minus ``mean``, divided by ``std``. The same learning
+    rates therefore suit values of any size. After training, :meth:`finish` changes the weights of the last layer such
+    that the model computes the values themselves.
 
     Args:
         mean, std: mean and standard deviation of each value over the training images, [values].
@@ -146,19 +157,19 @@ class Regression:
         return outputs.float() * self.std.to(outputs.device) + self.mean.to(outputs.device)
 
     def statistics(self, predictions: Tensor, labels: Tensor) -> Tensor:
-        """Compute five sums for each value, flattened.
+        """Compute five sums over the images for each value, [5, values] flattened.
 
-        The sums are the number of images, the absolute error, the squared error, the difference between the value and
-        ``mean``, and the square of that difference.
+        The sums are the number of images and the sums of the absolute error, the squared error, the difference between
+        the label and ``mean``, and the square of that difference.
         """
         error = predictions.double() - labels.double()
         value = labels.double() - self.mean.to(labels.device)
         return torch.stack([torch.ones_like(value), error.abs(), error**2, value, value**2]).sum(1).flatten()
 
     def scores(self, statistics: Tensor) -> dict[str, float]:
-        """Compute R2 (0 if all values are equal), the mean absolute error and the root mean squared error.
+        """Compute R2, the mean absolute error and the root mean squared error, each averaged over the values.
 
-        Each score is a mean over the values.
+        The R2 of a value is 0 if its labels are equal in all images.
         """
         count, size, square, value, value_square = statistics.view(5, -1).double()
         spread = value_square - value**2 / count
@@ -188,12 +199,13 @@ def make_goal(config: TrainConfig, task: Any, model: nn.Module | None = None) ->
     Args:
         config: configuration that names the kind of task.
         task: the data.
-        model: the model to train; None to evaluate only. If a model is given, its head is checked. For regression, the
-            values are then also standardized with the mean and standard deviation of the training images, if the
-            training data has an array ``values``.
+        model: the model to train; None to evaluate only. It is used only for regression. If a model is given, its last
+            layer is checked, and the goal uses the mean and standard deviation of the training images' values, if the
+            data provides these values as an array. Otherwise, the goal uses mean 0 and standard deviation 1.
 
     Raises:
-        ValueError: the model's head does not suit the goal, or a value is the same in all training images.
+        ValueError: the last layer of the model is not suited for regression, or a value is the same in all training
+            images.
     """
     if config.task == "classification":
         return Classification()
@@ -216,20 +228,22 @@ def make_goal(config: TrainConfig, task: Any, model: nn.Module | None = None) ->
 def last_layer(model: nn.Module, values: int) -> nn.Linear:
     """Return the linear layer that computes a model's outputs.
 
+    It is the last linear layer with a bias in the head of the model.
+
     Raises:
-        ValueError: the model's head has no linear layer with a bias and ``values`` outputs.
+        ValueError: the head has no such layer, or the layer does not have ``values`` outputs.
     """
     heads = [model.get_submodule(name) for name in find_head(model, None)]
     linear = [m for head in heads for m in head.modules() if isinstance(m, nn.Linear) and m.bias is not None]
     if not linear or linear[-1].out_features != values:
         raise ValueError(
-            f"regression of {values} values needs a head that ends in a linear layer with bias and as many outputs; "
+            f"regression of {values} values needs a head that ends in a linear layer with a bias and {values} outputs; "
             f"this {type(model).__name__} has {heads or 'no head'}"
         )
     return linear[-1]
 
 
 def score_text(scores: Mapping[str, float]) -> str:
-    """Format scores in one line. Shares are printed in percent and other scores as numbers."""
+    """Format scores in one line. Accuracies and intersections over union are printed in percent."""
     shares = ("accuracy", "pixel_accuracy", "miou")
     return ", ".join(f"{k} {f'{v:.2%}' if k in shares else f'{v:.4g}'}" for k, v in scores.items())

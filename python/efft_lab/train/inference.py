@@ -1,4 +1,4 @@
-"""Compute a model's outputs over a whole data set without gradients."""
+"""Compute the outputs, predictions or statistics of a model for all images of a data set, without gradients."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from efft_lab.train.goals import Goal
 
 
 def device() -> torch.device:
-    """Return the first GPU if one is available, and the CPU otherwise."""
+    """Return the current GPU if one is available, and the CPU otherwise."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -36,11 +36,11 @@ def collect(function: Callable[[Tensor], Tensor], data: Dataset[Any], **options:
     Args:
         function: function that is called with images [batch, 3, size, size] on :func:`device`.
         data: map-style data set that returns (image [3, size, size], label).
-        options: ``batch_size`` (images per step), ``amp`` (autocast type: "no", "bf16" or "fp16"), ``title`` (title of
-            the progress bar).
+        options: ``batch_size`` (number of images that are computed at a time, 256 by default), ``amp`` (number format
+            for autocast: "no", "bf16" or "fp16", "no" by default) and ``title`` (title of the progress bar).
 
     Returns:
-        Outputs [n, ...] and labels [n], on the CPU.
+        Outputs in fp32 [n, ...] and labels [n, ...], on the CPU.
     """
     pairs = [(outputs.cpu(), targets) for outputs, targets in _batches(function, data, **options)]
     outputs, targets = zip(*pairs, strict=True)
@@ -48,13 +48,16 @@ def collect(function: Callable[[Tensor], Tensor], data: Dataset[Any], **options:
 
 
 def measure(model: nn.Module, data: Dataset[Any], goal: Goal, **options: Any) -> Tensor:
-    """Compute the statistics of a goal, summed over a data set.
+    """Compute the statistics of a goal (:mod:`efft_lab.train.goals`), summed over a data set.
 
     Args:
         model: model in evaluation mode; it is moved to :func:`device`.
-        data: map-style data set that returns (image [3, size, size], target).
+        data: map-style data set that returns (image [3, size, size], label).
         goal: the goal for which the model was trained.
         options: same as for :func:`collect`.
+
+    Returns:
+        The sums, a one-dimensional tensor on the CPU.
     """
     batches = _batches(model.to(device()), data, **options)
     sums = [goal.statistics(goal.predict(outputs), targets.to(device())) for outputs, targets in batches]

@@ -1,9 +1,9 @@
-"""Register every training method: the methods of ``efft.methods``, head only, all weights, and baselines.
+"""Register every training method by name.
 
-A :class:`Method` defines the settings that it reads, the changes that it makes to a model, and the way in which the
-trained weights are saved and loaded. All other modules look methods up in :data:`METHODS` and never compare method
-names. Every method of ``efft.methods`` is registered automatically. A baseline needs one file and one line, see
-:mod:`efft_lab.baselines`.
+The training methods are the methods of ``efft.methods``, training of the head only, training of all weights, and the
+baselines of :mod:`efft_lab.baselines`. A :class:`Method` defines its settings, the changes that it makes to a model,
+and how the trained weights are saved and loaded. Other modules look methods up in :data:`METHODS` and depend on their
+attributes, not on their names. Every method of ``efft.methods`` and every baseline is registered automatically.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from efft.saving.files import replace_file
 from efft_lab import baselines, typed
 from efft_lab.backbones import load_strict
 
-#: Keys that ``AdapterConfig.to_dict`` adds to the fields.
+#: Keys that ``AdapterConfig.to_dict`` adds to the fields of a configuration.
 ADAPTER_MARKS = ("format_version", "method")
 
 
@@ -34,11 +34,13 @@ class Method(ABC):
     Attributes:
         saved: name of the file or folder that :meth:`save` writes.
         group: field of ``TrainConfig`` that holds the settings; None for a method without settings.
-        any_model: whether the method can train models of any kind, not only timm's vision transformers.
+        any_model: whether the method can train models that are not plain timm models, such as the model for
+            segmentation.
         prunable: whether ``efft.prune`` can reduce the ranks of the method during the run.
-        head_alone: whether the method trains only the classifier. The inputs of the classifier can then be computed
-            once.
-        whole: whether the saved file holds all weights of the model. Loading it then needs no weights of a base model.
+        head_alone: whether the method trains only the classifier. The inputs of the classifier then need to be computed
+            only once.
+        whole: whether the saved file holds all weights of the model. If it does, loading a trained model does not need
+            the weights of the base model.
     """
 
     saved: ClassVar[str]
@@ -62,8 +64,8 @@ class Method(ABC):
 
     @abstractmethod
     def apply(self, model: nn.Module, settings: Any) -> None:
-        """Add the parts that the method needs to the model and freeze the parameters that it does not train, in
-        place."""
+        """Change the model in place: add the parts that the method needs, and freeze the parameters that it does not
+        train."""
 
     def parameter_groups(self, model: nn.Module, lr: float, weight_decay: float) -> Iterable[Any]:
         """Return the parameter groups for the optimizer, for a model to which the method was applied."""
@@ -83,7 +85,7 @@ class Method(ABC):
         return _write_tensors(folder / self.saved, trained_state(model))
 
     def load(self, model: nn.Module, settings: Any, path: Path) -> None:
-        """Load the weights that :meth:`save` wrote into a new base model, in place.
+        """Adapt a new base model in place, and load the weights that :meth:`save` wrote.
 
         Raises:
             ValueError: the file is damaged or belongs to another model.
@@ -130,7 +132,7 @@ class Factors(Method):
 
 
 class Efft(Factors):
-    """The EFFT method, which has its own field in ``TrainConfig``."""
+    """Train EFFT. Its settings are in the field ``efft`` of ``TrainConfig``."""
 
     prunable = True
 
@@ -139,7 +141,7 @@ class Efft(Factors):
 
 
 class Head(Method):
-    """The linear probe: only the classifier is trained."""
+    """Train only the classifier (a linear probe)."""
 
     saved = "head.safetensors"
     head_alone = True
@@ -149,7 +151,7 @@ class Head(Method):
 
 
 class Full(Method):
-    """Full fine-tuning: every weight is trained."""
+    """Train every weight (full fine-tuning)."""
 
     saved = "model.safetensors"
     whole = True
@@ -170,8 +172,10 @@ class Full(Method):
 class Changed(Method):
     """Train the parameters that a given function leaves trainable in a model.
 
+    This method is not registered by default. :mod:`efft_lab.studies` registers it for single runs.
+
     Args:
-        change: function that adapts and freezes a model in place.
+        change: function that adapts a model in place and freezes the parameters that are not trained.
     """
 
     saved = "trained.safetensors"
@@ -184,10 +188,10 @@ class Changed(Method):
 
 
 class Baseline(Method):
-    """A method of :mod:`efft_lab.baselines`.
+    """Train with a baseline of :mod:`efft_lab.baselines`.
 
     Args:
-        name: name of the baseline in that registry.
+        name: name of the baseline.
     """
 
     saved = "trained.safetensors"
@@ -208,7 +212,7 @@ class Baseline(Method):
         baselines.apply(self.name, model, settings)
 
 
-#: Every method by its name in ``TrainConfig.method``.
+#: Maps the name in ``TrainConfig.method`` to the method.
 METHODS: dict[str, Method] = {
     **{name: Factors(kind) for name, kind in efft.methods.METHODS.items()},
     EfftConfig.method: Efft(),
@@ -224,7 +228,7 @@ def saved_names() -> set[str]:
 
 
 def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return a copy of the state dict without the frozen parameters, on the CPU."""
+    """Return a copy of the trainable parameters and of all buffers in the state dict, on the CPU."""
     return {name: tensor.cpu().clone() for name, tensor in _trained(model).items()}
 
 

@@ -1,4 +1,8 @@
-"""Train a linear probe on features that are computed once. The validation split selects the learning rate."""
+"""Train a linear probe: a linear classifier on the features of a frozen model.
+
+The features are the inputs of the model's classifier, and they are computed only once. The learning rate is selected on
+the validation split.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +24,14 @@ if TYPE_CHECKING:
 
 
 class FeatureTask:
-    """A task in which the inputs of a frozen model's classifier (the features) replace the images.
+    """A task whose inputs are features instead of images.
 
     The features of a split are computed when the split is first used.
 
     Args:
-        model: a timm model.
-        task: the task.
-        amp: autocast type for computing the features.
+        model: a timm model. It is set to evaluation mode.
+        task: the task with the images.
+        amp: number format for autocast ("no", "bf16" or "fp16") when the features are computed.
     """
 
     def __init__(self, model: nn.Module, task: TaskData, amp: str) -> None:
@@ -60,7 +64,9 @@ class FeatureTask:
 
 
 class WithoutTest:
-    """A task for selecting hyperparameters, with the validation split as its test split.
+    """A task for selecting hyperparameters. The test split of the original task cannot be reached through it.
+
+    The validation split replaces the test split and the split ``trainval``.
 
     Args:
         task: a ``TaskData``, or an object with the same splits and number of classes.
@@ -73,7 +79,7 @@ class WithoutTest:
 
 
 class Head(nn.Module):
-    """A classifier on features [batch, width]."""
+    """A linear classifier for features [batch, width]."""
 
     def __init__(self, width: int, classes: int) -> None:
         super().__init__()
@@ -94,16 +100,17 @@ def linear_probe(
     task: TaskData,
     learning_rates: Sequence[float] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
 ) -> RunResult:
-    """Train a classifier on frozen features with the same trainer as every other method.
+    """Train a linear classifier on features with the same trainer as every other method.
 
-    One run per learning rate trains on the train split and is evaluated on the validation split. A final run then
-    trains with the best learning rate and is tested once. Stochastic depth is not used, because the features are
-    computed once, in evaluation mode.
+    For each learning rate, one run trains on the train split and is evaluated on the validation split. A final run then
+    trains with the best learning rate and is tested once. The features are computed in evaluation mode. Stochastic
+    depth is therefore not used.
 
     Args:
-        config: configuration of the run; ``lr`` and ``drop_path`` are ignored.
+        config: configuration of the final run. ``method``, ``lr`` and ``drop_path`` are ignored, and ``amp`` applies
+            only to computing the features.
         out: folder of the final run. The runs that select the learning rate are written to its subfolder ``search``.
-        model: the pretrained model, with or without a classifier.
+        model: the pretrained timm model, with or without a classifier.
         task: the data.
         learning_rates: the learning rates to try.
     """

@@ -10,16 +10,17 @@ from torch.nn import functional
 
 
 class Segmenter(nn.Module):
-    """Apply a linear layer to every position of a backbone's last feature map and enlarge the result bilinearly.
+    """Apply a linear layer to every position of a backbone's last feature map, and enlarge the result bilinearly.
 
     Args:
-        backbone: a timm model with ``forward_features`` and ``num_features``. The features can be the tokens of a ViT,
-            [batch, tokens, channels] with class and register tokens first, a map [batch, height, width, channels] as in
-            Swin, or a map [batch, channels, height, width] as in a convolutional network.
+        backbone: a timm model with ``forward_features`` and ``num_features``. Its features may have three forms: tokens
+            [batch, tokens, channels] with class and register tokens first (as in a ViT), a map [batch, height, width,
+            channels] (as in Swin), or a map [batch, channels, height, width] (as in a convolutional network).
         classes: number of outputs per pixel.
 
     Raises:
-        ValueError: the features of the backbone have another form.
+        ValueError: the backbone lacks ``forward_features`` or ``num_features``. In the forward pass, the same error is
+            raised if the features have another form.
     """
 
     def __init__(self, backbone: nn.Module, classes: int) -> None:
@@ -29,7 +30,7 @@ class Segmenter(nn.Module):
         if not (hasattr(backbone, "forward_features") and isinstance(width, int)):
             raise ValueError(
                 "segmentation needs a model of timm, with forward_features and num_features, got a "
-                f"{type(backbone).__name__}"
+                f"{type(backbone).__name__} without them"
             )
         self.head = nn.Conv2d(width, classes, 1)
 
@@ -43,7 +44,7 @@ class Segmenter(nn.Module):
         return functional.interpolate(logits, images.shape[-2:], mode="bilinear")
 
     def _map(self, features: Tensor) -> Tensor:
-        """Rearrange features of any layout to [batch, channels, rows, columns]."""
+        """Rearrange features in one of the three forms to [batch, channels, rows, columns]."""
         width = self.head.in_channels
         if features.ndim == 4 and (features.shape[1] != width or getattr(self.backbone, "output_fmt", "") == "NHWC"):
             features = features.permute(0, 3, 1, 2)
@@ -54,7 +55,7 @@ class Segmenter(nn.Module):
                 features = patches.transpose(1, 2).unflatten(2, (side, side))
         if features.ndim != 4 or features.shape[1] != width:
             raise ValueError(
-                f"segmentation needs a map of features of width {width} or a square of tokens, and the "
-                f"{type(self.backbone).__name__} gives {list(features.shape)}"
+                f"segmentation needs a feature map with {width} channels, or as many patch tokens as in a square, but "
+                f"the features of the {type(self.backbone).__name__} have the shape {list(features.shape)}"
             )
         return features

@@ -1,8 +1,8 @@
 """Adapt a model, train it, select the best epoch, test it once and save it.
 
-A run can be killed at any moment. After a resume it ends with exactly the same weights. :func:`run` is the entry point.
-:class:`Trainer` holds the state of a run and the training loop. :mod:`efft_lab.train.folder` reads and writes the files
-in the folder of a run.
+A run can be killed at any moment and resumed from its last checkpoint. On a CPU, it then ends with exactly the weights
+of an uninterrupted run. :func:`run` is the entry point. :class:`Trainer` holds the state of a run and the training
+loop. :mod:`efft_lab.train.folder` reads and writes the files in the folder of a run.
 """
 
 from __future__ import annotations
@@ -45,14 +45,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunResult:
-    """Result of a run.
+    """The result of a run.
 
     Attributes:
-        summary: the content of ``result.json``, which holds accuracies, parameter counts, sizes, seconds, versions and
-            the configuration.
-        model: the trained model in evaluation mode, with the selected weights; None if the folder already held a
-            finished run, because no training took place then (:func:`efft_lab.train.build.load_trained` loads the model
-            from the folder).
+        summary: the content of ``result.json``, which holds scores, parameter counts, sizes, seconds, versions and the
+            configuration.
+        model: the trained model in evaluation mode, with the selected weights. It is None if the run in the folder was
+            already finished. In that case, :func:`efft_lab.train.build.load_trained` loads the model from the folder.
     """
 
     summary: dict[str, Any]
@@ -70,13 +69,13 @@ def run(
     progress: bool = True,
     log_with: Sequence[Any] = (),
 ) -> RunResult:
-    """Train a model, test it once at the very end, and write everything to a folder.
+    """Train a model, test it once after training, and write everything to a folder.
 
-    The folder receives ``config.json``, ``metrics.jsonl`` (which grows during the run), ``checkpoint.pt``,
-    ``result.json`` and the trained weights. The weights are in ``adapter/`` for a method with factors, and otherwise in
-    the file that the method names (:attr:`efft_lab.train.methods.Method.saved`). A resumed run ends with the same
-    weights and metrics as an uninterrupted run, bit for bit on a CPU. The function also works under ``accelerate
-    launch`` with several processes.
+    The function writes ``config.json``, ``metrics.jsonl`` (which grows during the run), ``checkpoint.pt`` (which is
+    deleted at the end), the trained weights and ``result.json``. The weights of a method of ``efft.methods`` are in the
+    subfolder ``adapter``. The weights of another method are in the file :attr:`efft_lab.train.methods.Method.saved`. On
+    a CPU, a resumed run ends with exactly the same weights and scores as an uninterrupted run. The function also works
+    under ``accelerate launch`` with several processes.
 
     Args:
         config: configuration of the run.
@@ -84,18 +83,20 @@ def run(
         model: a model to train instead of the model that the configuration names. It must have a classifier and must
             not be adapted yet. It is changed in place.
         task: data to use instead of the data set that the configuration names.
-        resume: whether to continue from the checkpoint in the folder, if the folder has one.
+        resume: whether to continue from the checkpoint in the folder. If the folder has no run, a new run starts. If
+            the run is finished, its result is returned.
         overwrite: whether to delete the run in the folder and start again.
         progress: whether to show a progress bar.
-        log_with: experiment trackers of accelerate that also get the numbers of ``metrics.jsonl``, by name
-            ("tensorboard", "wandb", ...) or as objects derived from accelerate's ``GeneralTracker``. Trackers write
-            their files to the subfolder ``tracked``.
+        log_with: experiment trackers that also receive the numbers in ``metrics.jsonl``. A tracker is given by its name
+            in accelerate ("tensorboard", "wandb", ...) or as an object of a class derived from accelerate's
+            ``GeneralTracker``. Trackers write their files to the subfolder ``tracked``.
 
     Raises:
-        FileExistsError: the folder holds a run, and neither ``resume`` nor ``overwrite`` is given.
-        CheckpointError: the checkpoint is damaged or belongs to another configuration.
-        FloatingPointError: the loss is not finite.
-        ImportError: a package that a tracker needs is not installed.
+        ValueError: the arguments, the configuration, the model and the data do not fit together.
+        FileExistsError: the folder contains a run, and neither ``resume`` nor ``overwrite`` is given.
+        CheckpointError: the checkpoint is damaged, or the run in the folder has another configuration.
+        FloatingPointError: a recorded loss is not finite.
+        ImportError: accelerate or a package that a tracker needs is not installed.
     """
     out = Path(out)
     accelerator = make_accelerator(config, log_with, out / TRACKED)
@@ -108,7 +109,7 @@ def run(
     try:
         if held is not None:
             trainer.restore(held)
-            accelerator.print(f"{out}: going on after update {trainer.update} of {trainer.updates}")
+            accelerator.print(f"{out}: continuing after update {trainer.update} of {trainer.updates}")
         start_trackers(accelerator, out / TRACKED, config, trainer.update)
         while trainer.epoch < config.epochs:
             trainer.train_epoch()
@@ -124,20 +125,20 @@ class Trainer:
         config: configuration of the run.
         out: folder of the run.
         accelerator: from :func:`efft_lab.train.build.make_accelerator`.
-        model: a model to train; None creates the model that the configuration names.
-        task: data to use; None loads the data set that the configuration names.
+        model: the model to train. With None, the model that the configuration names is created.
+        task: the data. With None, the data set that the configuration names is loaded.
         progress: whether to show a progress bar.
 
     Attributes:
         epoch: number of finished epochs.
         batch: number of finished batches of the current epoch.
         update: number of finished updates of the weights.
-        plain: the model without Accelerate's wrappers.
-        best: scores, epoch and weights of the epoch with the best validation score so far; None before the first epoch
-            ends.
+        plain: the model without accelerate's wrappers.
+        best: scores, epoch and weights of the epoch with the best validation score so far. It is None before the first
+            validation, after pruning until the next validation, and always with the protocol "final".
 
     Raises:
-        ValueError: ``prune_at`` is set and several processes run.
+        ValueError: ``prune_at`` is set, but several processes run.
     """
 
     def __init__(
@@ -153,7 +154,7 @@ class Trainer:
         from tqdm.auto import tqdm
 
         if config.prune_at is not None and accelerator.num_processes > 1:
-            raise ValueError(f"prune_at needs a single process, got {accelerator.num_processes}: train without it")
+            raise ValueError(f"prune_at needs a single process, got {accelerator.num_processes}; leave out prune_at")
         self.config, self.out, self.accelerator = config, out, accelerator
         with accelerator.main_process_first():  # one process downloads, the others use the cache
             self.task = load_task(config) if task is None else task
@@ -165,7 +166,7 @@ class Trainer:
         METHODS[config.method].apply(self.plain, config.settings())
         train = self.task.trainval if config.protocol == "final" else self.task.train
         self.batches = EpochBatches(len(train), config.batch_size, config.seed)
-        # A separate generator, because creating an iterator must not draw random numbers from the stream for dropout.
+        # The loader gets its own generator, so that its random numbers do not change those of dropout.
         loader: DataLoader[Any] = self.loader(train, batch_sampler=self.batches, generator=torch.Generator())
         optimizer, self.scheduler = self.make_optimizer()
         self.model, self.optimizer, self.train_loader = accelerator.prepare(self.plain, optimizer, loader)
@@ -198,7 +199,10 @@ class Trainer:
         return optimizer, make_scheduler(optimizer, config, len(self.batches))
 
     def renew_optimizer(self) -> None:
-        """Create a new optimizer after pruning has replaced the factors. Its moments start at zero."""
+        """Create a new optimizer and a new schedule, because pruning has replaced the factors.
+
+        The moments of the new optimizer are zero.
+        """
         optimizer, self.scheduler = self.make_optimizer()
         self.optimizer = self.accelerator.prepare(optimizer)
 
@@ -212,7 +216,7 @@ class Trainer:
             self.step(images, labels)
             self.batch += 1
             due = config.checkpoint_every and self.update % config.checkpoint_every == 0
-            if due and self.batch < len(self.batches):  # the last batch is followed by the epoch's checkpoint
+            if due and self.batch < len(self.batches):  # after the last batch, the checkpoint of the epoch is written
                 self.save()
         loss, scores = self.show()
         images_per_second = (self.batch - skipped) * config.batch_size / max(self.elapsed() - started, 1e-9)
@@ -240,7 +244,8 @@ class Trainer:
         self.save()
 
     def prune(self) -> None:
-        """Reduce the ranks. The best epoch so far is discarded, because its weights have other ranks."""
+        """Reduce the ranks and renew the optimizer. Discard the best epoch so far, because its weights have other
+        ranks."""
         report = prune(self.plain, self.config.prune_keep)
         self.best, self.ranks = None, report.ranks
         self.renew_optimizer()
@@ -275,9 +280,9 @@ class Trainer:
         self.totals = sums.double() if len(self.totals) == 0 else self.totals + sums
 
     def show(self) -> tuple[float, dict[str, float]]:
-        """Show the epoch's mean loss and scores so far on the progress bar and return them.
+        """Show the mean loss and the scores of the current epoch on the progress bar, and return them.
 
-        Both are means over all processes, computed in training mode.
+        They cover all images that all processes have trained on in this epoch, and were computed in training mode.
         """
         totals, name = self.accelerator.reduce(self.totals, "sum"), self.goal.score
         loss, images = totals[:2].tolist()
@@ -288,7 +293,10 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, data: Dataset[Any], name: str) -> dict[str, float]:
-        """Compute the scores over a data set in evaluation mode."""
+        """Compute the scores over a data set in evaluation mode.
+
+        ``name`` identifies the data set: its loader is created once for each name.
+        """
         from tqdm.auto import tqdm
 
         if name not in self.eval_loaders:
@@ -304,7 +312,10 @@ class Trainer:
         return self.goal.scores(sums)
 
     def finish(self) -> dict[str, Any]:
-        """Load the best epoch's weights, read the test split for the first and only time, and write the results."""
+        """Load the weights of the best epoch (if there is one), test the model, and write the results.
+
+        The test split is not read at any other time.
+        """
         if self.best is not None:
             restore_trained_state(self.plain, self.best["weights"])
         self.goal.finish(self.plain)
@@ -328,7 +339,7 @@ class Trainer:
         return read_result(self.out)
 
     def save(self) -> None:
-        """Write a checkpoint. After :meth:`restore`, training continues exactly from this point."""
+        """Write a checkpoint. :meth:`restore` returns to exactly this point of the training."""
         from accelerate.utils import gather_object
 
         own = {"totals": self.totals.cpu(), "random": random_state()}
@@ -354,14 +365,14 @@ class Trainer:
         """Return to the point at which :meth:`save` wrote the state.
 
         Raises:
-            CheckpointError: the state belongs to another run or was not written by :meth:`save`. Discard this trainer
-                in that case.
+            CheckpointError: the state belongs to another run or was not written by :meth:`save`. This trainer must not
+                be used any more.
         """
         try:
             self._restore(state)
         except CheckpointError:
             raise
-        except Exception as error:  # values in the state can have any type
+        except Exception as error:  # a damaged state can contain values of any type
             raise CheckpointError(
                 f"the checkpoint does not fit this run ({error!r}); start it again with overwrite (--overwrite)"
             ) from error
@@ -370,7 +381,7 @@ class Trainer:
         processes, index = state["processes"], self.accelerator.process_index
         if len(processes) != self.accelerator.num_processes:
             raise CheckpointError(
-                f"the run was started with {len(processes)} processes and must go on with as many, "
+                f"the run was started with {len(processes)} processes and must be resumed with the same number, "
                 f"not {self.accelerator.num_processes}"
             )
         for name in ("epoch", "batch", "update", "metrics_bytes"):
@@ -392,7 +403,7 @@ class Trainer:
         load_random_state(processes[index]["random"])
 
     def elapsed(self) -> float:
-        """Return the seconds of training, including the time before a resume."""
+        """Return the time since the start of the run in seconds. The time between two processes is not included."""
         return self.seconds + time.perf_counter() - self.clock
 
     def close(self) -> None:

@@ -115,7 +115,6 @@ bool is_multiplied(size_t block, uint32_t address, uint32_t bytes);
 // Returns the number, plus one, of a thread that has written one of these bytes without a proxy fence (fence_async)
 // after the write, or 0 if there is none.
 size_t unfenced_writer(size_t block, uint32_t address, uint32_t bytes);
-void forget_writes(size_t block, uint32_t address, uint32_t bytes);
 
 // A tile that a store copies from shared memory, by a tensor map.
 struct TileStore {

@@ -219,7 +219,7 @@ def test_killed_process_resumes_to_the_same_bits(
         assert main(["train", *SMALL, "--out", str(tmp_path / "unbroken")]) == 0
     finally:
         torch.set_num_threads(threads)
-    assert "going on after update" in capsys.readouterr().out
+    assert "continuing after update" in capsys.readouterr().out
     adapters = [load_file(f / "adapter" / "adapter_model.safetensors") for f in (out, tmp_path / "unbroken")]
     assert adapters[0].keys() == adapters[1].keys()
     for name, tensor in adapters[0].items():

@@ -206,11 +206,11 @@ def test_report(tiny: dict[str, Any], write: Write, tmp_path: Path, capsys: pyte
             store.append({**_record(run, 0.9 if run.seed == 3 else 0.8), **elsewhere})
     assert main(["compare", str(file), "--out", str(results), "--report"]) == 0
     page = (tmp_path / "r.md").read_text()
-    assert "16 of 16 final runs." in page
+    assert "16 of 16 final runs have a result." in page
     assert "| EFFT2 | 85.0 ± 7.1 | 85.0 ± 7.1 |" in page
     assert "| EFFT2 | 1,000 | 85.0 | 85.0 | 85.0 [80.0, 90.0] | 85.0 [80.0, 90.0] |" in page
     assert "| probe | 2 | +" in page  # compared with the reference over two tasks
-    assert "- digits: pixels reaches 52.5, no less than probe." in page
+    assert "- digits: pixels reaches 52.5, at least as much as probe." in page
     assert "| EFFT2 | lr 0.01 | lr 0.01 |" in page
     assert "- commit: abc" in page
     assert "- machine: n with G: 2 final runs, 1.0 hours of processors (EFFT2 2)" in page

@@ -274,7 +274,7 @@ def test_another_rendering_is_used_and_said(
     task = efft_lab.data.load("toy")
     said = capfd.readouterr().err
     assert "drawing 3000 images of toy" in said
-    digest = re.search(r"other pixels than for the recorded results: sha256 (\w{12}), recorded 0{12}", said).group(1)
+    digest = re.search(r"differ from those of the recorded results: sha256 (\w{12}), recorded 0{12}", said).group(1)
     assert task.info.source == f"drawn by a toy (another rendering: sha256 {digest})"
     assert [len(task.train), len(task.val), len(task.trainval), len(task.test)] == [800, 200, 1000, 1000]
 

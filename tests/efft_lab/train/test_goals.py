@@ -104,7 +104,7 @@ def test_settling_gives_values_as_they_are(name: str) -> None:
 
 
 def test_heads_that_do_not_suit_regression() -> None:
-    with pytest.raises(ValueError, match="regression of 3 values needs a head that ends in a linear layer with bias"):
+    with pytest.raises(ValueError, match="regression of 3 values needs a head that ends in a linear layer with a bias"):
         last_layer(timm.create_model("test_vit", num_classes=2), 3)
     with pytest.raises(ValueError, match=r"this Sequential has no head"):
         last_layer(nn.Sequential(nn.Linear(3, 3)), 3)
@@ -163,7 +163,7 @@ def test_models_without_a_map() -> None:
         def forward_features(self, images: torch.Tensor) -> torch.Tensor:
             return torch.zeros(len(images), 7, 8)
 
-    with pytest.raises(ValueError, match=r"or a square of tokens, and the Strange gives \[1, 7, 8\]"):
+    with pytest.raises(ValueError, match=r"but the features of the Strange have the shape \[1, 7, 8\]"):
         Segmenter(Strange(), 2)(torch.zeros(1, 3, 4, 4))
 
 

@@ -132,7 +132,7 @@ def test_other_methods(kind: Any, method: str, cells: Path, grey: Path, tmp_path
 
 
 def test_methods_that_cannot_segment() -> None:
-    with pytest.raises(ValueError, match="method 'vpt_deep' changes whole timm models and cannot train one for segm"):
+    with pytest.raises(ValueError, match="method 'vpt_deep' supports only plain timm models and cannot train segm"):
         TrainConfig(task="segmentation", method="vpt_deep")
 
 

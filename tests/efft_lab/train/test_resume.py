@@ -195,7 +195,9 @@ def test_other_number_of_processes_is_refused(
 ) -> None:
     state = torch.load(stopped / "checkpoint.pt", weights_only=True)
     torch.save({**state, "processes": state["processes"] * 2}, stopped / "checkpoint.pt")
-    with pytest.raises(CheckpointError, match="started with 2 processes and must go on with as many, not 1"):
+    with pytest.raises(
+        CheckpointError, match="started with 2 processes and must be resumed with the same number, not 1"
+    ):
         run(config, stopped, model=make_model(), task=task, resume=True)
 
 
