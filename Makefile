@@ -62,11 +62,11 @@ check-cuda: $(VENV)/.efft-dev ## Without a GPU, test the CUDA kernels in the emu
 	$(RUN) pip install --quiet --no-deps nvidia-cutlass==$(CUTLASS)
 	$(RUN) pytest tests/csrc/test_emulated.py $(ARGS)
 	$(RUN) tests.csrc.emulation.build build/emulated
-	for capability in 8 9; do \
-	  EFFT_EMULATION_CAPABILITY=$$capability EFFT_EMULATED_CUDA=$(abspath build/emulated/emulated.so) \
+	for kernels in 8-1 9-1 9-3; do \
+	  EFFT_EMULATION_CAPABILITY=$${kernels%-*} EFFT_SM90_GENERATION=$${kernels#*-} EFFT_EMULATED_CUDA=$(abspath build/emulated/emulated.so) \
 	    $(TESTS) tests/efft_kernels/ops tests/csrc/test_emulated.py::test_the_tests_of_the_ops || exit 1; \
 	done
-	$(RUN) tests.csrc.resource_report
+	$(RUN) tests.csrc.resource_report --emulated build/emulated/emulated.so
 
 lint: $(VENV)/.efft-dev ## Check style and types without changing files
 	$(RUN) ruff check

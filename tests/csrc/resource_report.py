@@ -40,7 +40,9 @@ _PARKED = {"80": 0, "90a": 0, "100": 64}
 #: Maximum bytes of static shared memory per kernel.
 _STATIC_SHARED = 48 * 1024
 #: A pattern for the names of the kernels that are 16-bit products.
-_PRODUCT = re.compile(r"(lowrank_gemm|project|reduce_tokens)_kernel<(__half|__nv_bfloat16)|lowrank_gemm_sm90")
+_PRODUCT = re.compile(
+    r"(lowrank_gemm|project|reduce_tokens)_kernel<(__half|__nv_bfloat16)|lowrank_gemm_(pingpong_)?sm90"
+)
 #: The instructions to count: for each column of the table (and "local", for spills), a pattern for their names.
 _CLASSES = {
     "HMMA": r"HMMA",
@@ -48,6 +50,7 @@ _CLASSES = {
     "TMA": r"UTMALDG|UTMASTG|UBLKCP",
     "LDGSTS": r"LDGSTS",
     "LDSM": r"LDSM",
+    "STSM": r"STSM",
     "FFMA": r"FFMA",
     "local": r"LDL|STL",
 }
@@ -64,6 +67,7 @@ class Report:
         stack: bytes of stack frame per thread.
         spills: bytes of spill stores and loads per thread.
         shared_memory: bytes of static shared memory per block.
+        dynamic_shared: bytes of dynamic shared memory per block; -1 if unknown, because the compiler does not state it.
         instructions: number of instructions of each kind, and of all instructions ("all").
         faults: descriptions of faults; empty if the kernel passes.
     """
@@ -74,6 +78,7 @@ class Report:
     stack: int = -1
     spills: int = -1
     shared_memory: int = 0
+    dynamic_shared: int = -1
     instructions: dict[str, int] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
 
@@ -132,8 +137,8 @@ def faults(report: Report, said: str) -> list[str]:
     if report.shared_memory > _STATIC_SHARED:
         found.append(f"{report.shared_memory} bytes of static shared memory")
     if _PRODUCT.search(report.kernel):
-        own = "sm90" in report.kernel
-        for needed in ("HGMMA", "TMA") if own else ("HMMA", "LDGSTS", "LDSM"):
+        needs = ("HGMMA", "TMA") if "sm90" in report.kernel else ("HMMA", "LDGSTS", "LDSM")
+        for needed in (*needs, "STSM") if "pingpong" in report.kernel else needs:
             if not has.get(needed):
                 found.append(f"no {needed} instruction")
     found += sorted({note.strip() for note in re.findall(r".*(?:C75\d\d|serializ).*", said)})
@@ -156,17 +161,35 @@ def inspect_all(tools: Tools, targets: Iterable[str], only: str = "") -> list[Re
 def table(reports: Iterable[Report]) -> str:
     """Return the reports as a table."""
     kinds = [kind for kind in _CLASSES if kind != "local"]
-    lines = [f"{'kernel':<62} {'target':>6} {'regs':>4} {'spill':>5} {'stack':>5}  " + ", ".join((*kinds, "all"))]
+    head = f"{'kernel':<62} {'target':>6} {'regs':>4} {'spill':>5} {'stack':>5} {'shared':>6}  "
+    lines = [head + ", ".join((*kinds, "all"))]
     for r in reports:
         counts = ", ".join(str(r.instructions.get(kind, 0)) for kind in (*kinds, "all"))
-        lines.append(f"{r.kernel:<62} {r.target:>6} {r.registers:>4} {r.spills:>5} {r.stack:>5}  {counts}")
+        shared = r.dynamic_shared if r.dynamic_shared >= 0 else ""
+        lines.append(f"{r.kernel:<62} {r.target:>6} {r.registers:>4} {r.spills:>5} {r.stack:>5} {shared:>6}  {counts}")
         lines += [f"  FAULT: {fault}" for fault in r.faults]
     return "\n".join(lines)
 
 
+def dynamic_shared(symbols: str) -> dict[str, int]:
+    """Return the bytes of dynamic shared memory of each kernel, by its readable name without spaces.
+
+    ``symbols`` is the output of ``nm -C`` for a library that the emulator in tests/csrc/emulation built. There, the
+    list of kernels in launch.h has a symbol for each kernel, which contains this number.
+    """
+    found = {}
+    for name, size in re.findall(r"efft::listed<&\(?(.*), (\d+)ul>$", symbols, re.M):
+        types = name.replace("efft::bf16", "__nv_bfloat16").replace("efft::fp16", "__half")
+        found[_short(types).replace(" ", "")] = int(size)
+    return found
+
+
 def _readable(name: str) -> str:
     """Return the demangled name of a kernel without namespaces and parameters."""
-    name = _run("c++filt", name).strip()
+    return _short(_run("c++filt", name).strip())
+
+
+def _short(name: str) -> str:
     name = re.sub(r"efft::|\(anonymous namespace\)::|^void ", "", name)
     name = re.sub(r"\(Order\)(\d)", lambda order: ("outer", "sum")[int(order[1])], name)
     return re.sub(r"\((?:const )?[A-Z]\w+[,)].*|(?<=>)\(.*", "", name)
@@ -196,12 +219,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--only", default="", help="inspect only files whose name contains this text")
+    parser.add_argument("--emulated", help="a library of the emulator, for the column 'shared' (dynamic shared memory)")
     options = parser.parse_args(arguments)
     try:
         tools = find_tools("cuda")
     except BuildError as error:
         parser.error(str(error))
     reports = inspect_all(tools, options.targets, options.only)
+    sizes = dynamic_shared(_run("nm", "-C", "--defined-only", options.emulated)) if options.emulated else {}
+    for report in reports:
+        report.dynamic_shared = sizes.get(report.kernel.replace(" ", ""), -1)
     count = sum(len(r.faults) for r in reports)
     print(table(reports))
     print(f"{len(reports)} kernels compiled for {len(options.targets)} targets, {count} faults")

@@ -113,6 +113,17 @@ def test_what_is_read() -> None:
     assert faults(replace(found, kernel=PRODUCT), SAID) == []
 
 
+def test_dynamic_shared_memory_is_read_from_the_list_of_kernels() -> None:
+    symbols = (
+        "0bf5 b efft::listed<&(void efft::(anonymous namespace)::reduce_tokens_kernel<efft::bf16, 128>"
+        "(efft::ReduceTokens)), 98304ul>\n"
+        "0bf6 b efft::listed<&efft::(anonymous namespace)::merge_kernel, 12416ul>\n"
+        "0bf7 b guard variable for efft::something\n"
+    )
+    found = {"reduce_tokens_kernel<__nv_bfloat16,128>": 98304, "merge_kernel": 12416}
+    assert resource_report.dynamic_shared(symbols) == found
+
+
 @pytest.mark.parametrize(
     ("change", "said", "fault"),
     [
@@ -124,6 +135,7 @@ def test_what_is_read() -> None:
         ({"instructions": {"all": 9, "HMMA": 1, "LDSM": 1}}, "", "no LDGSTS instruction"),
         ({"kernel": "lowrank_gemm_sm90_kernel<>"}, "", "no HGMMA instruction"),
         ({"kernel": "lowrank_gemm_sm90_kernel<>"}, "", "no TMA instruction"),
+        ({"kernel": "lowrank_gemm_pingpong_sm90_kernel<>"}, "", "no STSM instruction"),
         ({}, "ptxas info : (C7510) Potential Performance Loss: wgmma.mma_async are serialized", "C7510"),
     ],
 )

@@ -138,8 +138,8 @@ def test_planted_faults_are_found(folders: dict[bool, Path], sanitized: dict[str
 
 #: The numbers of instances of the kernels. lowrank_gemm_sm90.cu computes or reads h, and has two orders of the right
 #: operand, two sizes of tiles and two dtypes; in the second generation it also computes h with at most half as many
-#: columns. lowrank_gemm_pingpong_sm90.cu has as many instances as the second generation. reduce_tokens_sm90.cu has three
-#: ranks and three dtypes.
+#: columns. lowrank_gemm_pingpong_sm90.cu has as many instances as the second generation. reduce_tokens_sm90.cu has
+#: three ranks and three dtypes.
 INSTANCES, PRODUCTS_OF_SECOND, PRODUCTS_OF_THIRD, SUMS_OF_SECOND = 16, 24, 24, 9
 HOPPER_ORDERS = pytest.mark.parametrize(
     "order",
