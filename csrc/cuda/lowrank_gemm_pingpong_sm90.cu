@@ -351,7 +351,7 @@ __global__ void __launch_bounds__(P::THREADS, 1)
   wait_for_kernel_in_front();
 
   if (threadIdx.x < GROUP_THREADS) {
-    cutlass::arch::warpgroup_reg_dealloc<32>();
+    cutlass::arch::warpgroup_reg_dealloc<24>();
     if (threadIdx.x == 0) copy_tiles<P>(from, op, tiles, shared);
     __syncwarp();  // waits for lane 0, because complete warps must reach the barrier of the cluster below
   } else {

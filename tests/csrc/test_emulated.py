@@ -304,7 +304,7 @@ def few_instances_of_third() -> dict[str, str]:
     files = emulator.sources(with_hopper=True)
     one_type = "launch_type<cutlass::bfloat16_t, bf16>(op, stream)"
     tiles = """return wave_cost<Wide>(op) <= wave_cost<Narrow>(op) ? launch_product<Wide, Out>(op, stream)
-                                                     : launch_product<Narrow, Out>(op, stream);"""
+                                                      : launch_product<Narrow, Out>(op, stream);"""
     files = emulator.planted(files, KERNEL, PRODUCT_BY_TYPE, "cudaErrorInvalidValue")
     files = emulator.planted(files, faults.PINGPONG, PRODUCT_BY_TYPE, one_type)
     return emulator.planted(files, faults.PINGPONG, tiles, "return launch_product<Wide, Out>(op, stream);")

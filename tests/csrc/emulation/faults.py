@@ -522,4 +522,11 @@ THIRD_FAULTS = {
         "WRONG infinite",
     ),
     "a product that does not wait": (PINGPONG, WAIT, "", TILES, "before the kernel in front has ended"),
+    "more registers than the block has": (
+        PINGPONG,
+        "warpgroup_reg_dealloc<24>",
+        "warpgroup_reg_dealloc<32>",
+        TILES,
+        "more registers than there are",
+    ),
 }

@@ -317,7 +317,10 @@ void set_registers(int count) {
   int sum = 0;
   for (size_t i = my_block() * threads_per_block; i < (my_block() + 1) * threads_per_block; i += WARP_GROUP)
     sum += threads[i].registers;
-  if (sum > 65536 / WARP_GROUP) fail("the warp groups ask for more registers than there are");
+  // A block starts with the same multiple of 8 registers for each thread, and its groups share them from then on.
+  const size_t at_start = 65536 / threads_per_block / 8 * 8;
+  if (static_cast<size_t>(sum) > at_start * threads_per_block / WARP_GROUP)
+    fail("the warp groups ask for more registers than there are");
 }
 
 }  // namespace emulation

@@ -58,13 +58,6 @@ struct detail::CallCOPY<SM90_TMA_LOAD_MULTICAST_OP> {
   }
 };
 
-template <>
-struct detail::CallCOPY<SM90_TMA_STORE> {
-  void operator()(const TmaDescriptor* map, const void* from, int column, int row) const {
-    emulation::store_tile(map, from, column, row);
-  }
-};
-
 namespace SM90::GMMA {
 
 template <class T, int N, Major LEFT, Major RIGHT, class Traits, class D, class A, class B>
