@@ -5,10 +5,10 @@
 // one group finishes a tile, the other group multiplies:
 // - Group 0 computes the first, third, ... tile of the block, and group 1 the others. One thread copies the operands of
 //   all tiles in this order into the ring of buffers.
-// - A group starts the main loop of a tile after the other group has issued the main loop of the tile before. It then
-//   exchanges its half of H with the other block of the pair and adds the tail, while the other group multiplies. Group
-//   g of a block exchanges with group g of the other block, because both blocks compute the same list of pairs of
-//   tiles.
+// - A group starts the main loop of a tile when the other group has issued the main loop of the tile before, and when
+//   all operands of that tile have arrived. The other group then exchanges its half of H with the other block of the
+//   pair and adds the tail. Group g of a block exchanges with group g of the other block, because both blocks compute
+//   the same list of pairs of tiles.
 // - A group rounds its tile, writes it to a part of shared memory (the staging tile), and starts a bulk copy from
 //   there to Y, which leaves out elements beyond the edges of Y. The groups use the one staging tile in turn: a group
 //   writes it after the copy of the other group's tile has read it.
@@ -288,6 +288,9 @@ __device__ void multiply_in_turn(
       if (tiles.last_depth == 2) multiply_step(_2{});
       if (tiles.last_depth == 3) multiply_step(_3{});
     }
+    // The operand of the tail must have arrived before the other group may wait for the next operands in this buffer. A
+    // barrier has only the parity of its phase, so that a wait would else end one phase too early.
+    if constexpr (P::RANKS > 0) shared.full[place.stage].wait(place.round);
     if (!Turns::of(tiles).is_last(tile))
       arrive_for_threads(TURN + Consumer::me().other(), P::CONSUMERS * GROUP_THREADS);
     warpgroup_wait<0>();
@@ -298,7 +301,6 @@ __device__ void multiply_in_turn(
       uint32_t own[P::PARTS][P::HALF];
       exchange_h<P, Out>(op, tiles, recompute_from(tile), half_round, h, own, shared);
       half_round ^= 1;
-      shared.full[place.stage].wait(place.round);
       const int slot = Consumer::me().slot();
       // One part of the tile after the other, because the registers do not hold the operands of both.
 #pragma unroll

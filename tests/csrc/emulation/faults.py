@@ -464,6 +464,13 @@ THIRD_FAULTS = {
         TILES,
         "overwrites what a product under way still reads",
     ),
+    "a tail whose operand has not arrived": (
+        PINGPONG,
+        "    if constexpr (P::RANKS > 0) shared.full[place.stage].wait(place.round);\n",
+        "",
+        TILES,
+        "not brought",
+    ),
     "a tail that is not waited for": (
         PINGPONG,
         "        warpgroup_commit_batch();\n        warpgroup_wait<0>();\n",
