@@ -12,6 +12,8 @@
 // - A group rounds its tile, writes it to a part of shared memory (the staging tile), and starts a bulk copy from
 //   there to Y, which leaves out elements beyond the edges of Y. The groups use the one staging tile in turn: a group
 //   writes it after the copy of the other group's tile has read it.
+#include <algorithm>
+
 #include "launch.h"
 #include "lowrank_gemm_sm90.h"
 #include "pipeline_sm90.cuh"  // before headers that use only CUDA, because CuTe must come first
@@ -135,26 +137,32 @@ __device__ void store_tile(
   wait_until_stores_have_read<0>();
 }
 
-// The turns in which the tiles of a block are computed. Tile numbers `first`, `first` + `stride`, ... belong to the
-// block.
+// The turns in which the tiles are computed. Each pair of blocks computes every stride-th pair of tiles.
 struct Turns {
   Tiles tiles;
-  int first, stride;
+  int stride, count;  // `count` is the number of pairs of tiles
 
-  __device__ static Turns of(Tiles tiles) {
-    tiles.rows = recompute_from(tiles.rows);
-    tiles.columns = recompute_from(tiles.columns);
-    return {tiles, static_cast<int>(blockIdx.x / PAIR), recompute_from(static_cast<int>(gridDim.x)) / PAIR};
+  // Returns the same turns. The compiler does not keep values that depend on the result in registers before this call.
+  __device__ Turns recomputed() const {
+    Turns same = *this;
+    same.tiles.rows = recompute_from(tiles.rows);
+    same.tiles.columns = recompute_from(tiles.columns);
+    same.stride = recompute_from(stride);
+    same.count = recompute_from(count);
+    return same;
   }
-  __device__ bool is_first(int tile) const { return tile == first; }
-  __device__ bool is_last(int tile) const { return tile + stride >= tiles.count(); }
+  __device__ static int first() { return static_cast<int>(blockIdx.x / PAIR); }
+  __device__ static bool is_first(int tile) { return tile == first(); }
+  __device__ bool is_last(int tile) const { return tile + stride >= count; }
+  // Returns how many tiles this group computes before the tile.
+  __device__ int number(int tile) const { return (tile - first()) / stride / 2; }
 };
 
 // Rounds this thread's sums of one half of H to `own`, sends them to the other block of the pair, and waits until the
-// other half has arrived in shared.other_half. `round` is the parity of the number of exchanges before. In the first
+// other half has arrived in shared.other_half. In the first
 // column of pairs of tiles, each block also stores its half of H.
 template <class P, class Out, class Sums>
-__device__ void exchange_h(const LowRankGemm& op, const Tiles& tiles, int tile, uint32_t round, const Sums& h,
+__device__ void exchange_h(const LowRankGemm& op, const Turns& turns, int tile, const Sums& h,
     uint32_t (&own)[P::PARTS][P::HALF], typename P::Shared& shared) {
   const Consumer me = Consumer::me();
   const uint32_t rank = block_rank_in_cluster();
@@ -173,7 +181,7 @@ __device__ void exchange_h(const LowRankGemm& op, const Tiles& tiles, int tile, 
   for (int part = 0; part < P::PARTS; ++part)
     send_async(1 - rank, own[part], shared.other_half[me.slot()][part], &has_half);
   int m, n;
-  Turns::of(tiles).tiles.template place<P>(tile, m, n);
+  turns.recomputed().tiles.template place<P>(tile, m, n);
   if (n < PAIR) {
     Out* const H = static_cast<Out*>(op.H.data);
 #pragma unroll
@@ -185,7 +193,7 @@ __device__ void exchange_h(const LowRankGemm& op, const Tiles& tiles, int tile, 
         if (row < op.M && r < op.H.row) *reinterpret_cast<uint32_t*>(H + row * op.H.row + r) = own[part][i];
       }
   }
-  has_half.wait(round);
+  has_half.wait(static_cast<uint32_t>(turns.recomputed().number(tile) % 2));
 }
 
 // Puts the two halves of 64 rows of H into the registers of the left operand of the tail.
@@ -202,27 +210,27 @@ __device__ void join_halves(const uint32_t (&own)[P::HALF], const uint32_t (&oth
 
 // Writes a tile to the staging tile and from there to Y, when it is this group's turn.
 template <class P, class Out, class Sums>
-__device__ void write_tile(const typename P::CopyY& to, const LowRankGemm& op, const Tiles& tiles, int tile,
+__device__ void write_tile(const typename P::CopyY& to, const LowRankGemm& op, const Turns& turns, int tile,
     const Sums& sums, typename P::Shared& shared) {
   const Consumer me = Consumer::me();
-  const Turns turns = Turns::of(tiles);
   int m, n;
-  turns.tiles.template place<P>(tile, m, n);
-  if (!turns.is_first(tile)) wait_for_threads(FREE + me.group, GROUP_THREADS + WARP_THREADS);
+  turns.recomputed().tiles.template place<P>(tile, m, n);
+  if (!Turns::is_first(tile)) wait_for_threads(FREE + me.group, GROUP_THREADS + WARP_THREADS);
   stage_tile<P, Out>(op, me, static_cast<uint32_t>(n * typename P::N{}), sums, shared);
   cutlass::arch::fence_view_async_shared();  // makes what this thread wrote visible to the bulk copy
   wait_for_threads(STAGED + me.group, GROUP_THREADS);
   if (me.warp != 0) return;
   if (me.lane == 0) store_tile<P>(to, op, m, n, shared);
   __syncwarp();  // waits for lane 0, because complete warps must arrive at barriers
-  if (!turns.is_last(tile)) arrive_for_threads(FREE + me.other(), GROUP_THREADS + WARP_THREADS);
+  if (!turns.recomputed().is_last(tile)) arrive_for_threads(FREE + me.other(), GROUP_THREADS + WARP_THREADS);
 }
 
 // Computes the tiles of this warp group. The sums and the operands of the main loop leave few registers. Values that
 // are needed only after the main loop are therefore computed there, and not before.
 template <class P, class Out>
 __device__ void multiply_in_turn(
-    const typename P::CopyY& to, const LowRankGemm& op, const Tiles& tiles, typename P::Shared& shared) {
+    const typename P::CopyY& to, const LowRankGemm& op, const Turns& turns, typename P::Shared& shared) {
+  const Tiles& tiles = turns.tiles;
   const int thread = static_cast<int>(threadIdx.x % GROUP_THREADS);
   const Tensor a = make_tensor(make_smem_ptr(shared.a.data()), typename P::LayoutA{});
   const Tensor b = make_tensor(make_smem_ptr(shared.b.data()), typename P::LayoutB{});
@@ -240,14 +248,11 @@ __device__ void multiply_in_turn(
 
   RingPlace place;
   place.skip(Consumer::me().group * tiles.steps);
-  uint32_t half_round = 0;
   const auto release = [&](int stage) {
     if (thread < PAIR) shared.empty[stage].arrive(static_cast<uint32_t>(thread));
   };
-  const Turns turns = Turns::of(tiles);
-  int tile = turns.first + Consumer::me().group * turns.stride;
-  for (; tile < Turns::of(tiles).tiles.count();
-      tile += P::CONSUMERS * Turns::of(tiles).stride, place.skip(tiles.steps)) {
+  int tile = Turns::first() + Consumer::me().group * turns.recomputed().stride;
+  for (; tile < turns.recomputed().count; tile += P::CONSUMERS * turns.recomputed().stride, place.skip(tiles.steps)) {
     // The first product of a tile sets the sums. They are declared here, so that they occupy no registers before.
     Tensor y = partition_fragment_C(mma, Shape<typename P::M, typename P::N>{});
     Tensor h = partition_fragment_C(mma_h, Shape<typename P::M, typename P::R>{});
@@ -276,7 +281,7 @@ __device__ void multiply_in_turn(
       last = place.stage;
       place.next();
     };
-    if (!Turns::of(tiles).is_first(tile)) wait_for_threads(TURN + Consumer::me().group, P::CONSUMERS * GROUP_THREADS);
+    if (!Turns::is_first(tile)) wait_for_threads(TURN + Consumer::me().group, P::CONSUMERS * GROUP_THREADS);
     // The last step of the tail is only as deep as the rank needs.
     const bool is_short = P::RANKS == 0 && tiles.last_depth < 4;
     const int whole_steps = P::RANKS > 0 ? tiles.main_steps : is_short ? tiles.steps - 1 : tiles.steps;
@@ -291,7 +296,7 @@ __device__ void multiply_in_turn(
     // The operand of the tail must have arrived before the other group may wait for the next operands in this buffer. A
     // barrier has only the parity of its phase, so that a wait would else end one phase too early.
     if constexpr (P::RANKS > 0) shared.full[place.stage].wait(place.round);
-    if (!Turns::of(tiles).is_last(tile))
+    if (!turns.recomputed().is_last(tile))
       arrive_for_threads(TURN + Consumer::me().other(), P::CONSUMERS * GROUP_THREADS);
     warpgroup_wait<0>();
     warpgroup_fence_operand(y);
@@ -299,8 +304,7 @@ __device__ void multiply_in_turn(
       warpgroup_fence_operand(h);
       release(last);
       uint32_t own[P::PARTS][P::HALF];
-      exchange_h<P, Out>(op, tiles, recompute_from(tile), half_round, h, own, shared);
-      half_round ^= 1;
+      exchange_h<P, Out>(op, turns, recompute_from(tile), h, own, shared);
       const int slot = Consumer::me().slot();
       // One part of the tile after the other, because the registers do not hold the operands of both.
 #pragma unroll
@@ -323,14 +327,14 @@ __device__ void multiply_in_turn(
       place.next();
     }
     release(last);
-    write_tile<P, Out>(to, op, tiles, recompute_from(tile), y, shared);
+    write_tile<P, Out>(to, op, turns, recompute_from(tile), y, shared);
   }
 }
 
 template <class P, class Out>
 __global__ void __launch_bounds__(P::THREADS, 1)
     lowrank_gemm_pingpong_sm90_kernel(const __grid_constant__ Operands<P> from,
-        const __grid_constant__ typename P::CopyY to, const __grid_constant__ LowRankGemm op, const Tiles tiles) {
+        const __grid_constant__ typename P::CopyY to, const __grid_constant__ LowRankGemm op, const Turns turns) {
   start_next_kernel();
   typename P::Shared& shared = *reinterpret_cast<typename P::Shared*>(shared_memory());
   if (threadIdx.x == 0) {
@@ -354,11 +358,11 @@ __global__ void __launch_bounds__(P::THREADS, 1)
 
   if (threadIdx.x < GROUP_THREADS) {
     cutlass::arch::warpgroup_reg_dealloc<24>();
-    if (threadIdx.x == 0) copy_tiles<P>(from, op, tiles, shared);
+    if (threadIdx.x == 0) copy_tiles<P>(from, op, turns.tiles, shared);
     __syncwarp();  // waits for lane 0, because complete warps must reach the barrier of the cluster below
   } else {
     cutlass::arch::warpgroup_reg_alloc<240>();
-    multiply_in_turn<P, Out>(to, op, tiles, shared);
+    multiply_in_turn<P, Out>(to, op, turns, shared);
   }
   // This block must not end yet, because the other block of the pair may still arrive at its barriers.
   cluster_arrive();
@@ -371,10 +375,10 @@ cudaError_t launch_product(const LowRankGemm& op, cudaStream_t stream) {
   const typename P::CopyY to = P::copy_y(op.Y, static_cast<int>(op.M), static_cast<int>(op.N));
   if (!are_encoded(from) || !is_encoded(to.get_tma_descriptor())) return cudaErrorInvalidValue;
   const Tiles tiles = Tiles::of<P>(op);
-  const int pairs = min(tiles.count(), multiprocessors() / PAIR);
-  const LaunchShape shape{dim3(static_cast<unsigned>(PAIR * pairs)), P::THREADS, PAIR, true};
+  const Turns turns{tiles, std::min(tiles.count(), multiprocessors() / PAIR), tiles.count()};
+  const LaunchShape shape{dim3(static_cast<unsigned>(PAIR * turns.stride)), P::THREADS, PAIR, true};
   return launch<lowrank_gemm_pingpong_sm90_kernel<P, Out>, sizeof(typename P::Shared), SHARED_OF_SM90>(
-      shape, stream, from, to, op, tiles);
+      shape, stream, from, to, op, turns);
 }
 
 // Returns the modeled time of a launch. The unit is the time in which a multiprocessor multiplies one column of a tile

@@ -364,12 +364,18 @@ TILES = "tiles bfloat16"
 FENCE = "  cutlass::arch::fence_view_async_shared();  // makes what this thread wrote visible to the bulk copy\n"
 STAGED = "  wait_for_threads(STAGED + me.group, GROUP_THREADS);\n"
 NEXT_TURN = "      arrive_for_threads(TURN + Consumer::me().other(),"
-NOT_LAST = "    if (!Turns::of(tiles).is_last(tile))\n"
+NOT_LAST = "    if (!turns.recomputed().is_last(tile))\n"
 #: Faults in the third generation: (file, text, text with the fault, family of cases, message).
 THIRD_FAULTS = {
     "a store that may not see the tile": (PINGPONG, FENCE, "", TILES, "wrote without a proxy fence"),
     "a fence after the barrier": (PINGPONG, FENCE + STAGED, STAGED + FENCE, TILES, "wrote without a proxy fence"),
-    "a tile stored before all warps have written it": (PINGPONG, STAGED, "", TILES, "WRONG|has not read yet"),
+    "a tile stored before all warps have written it": (
+        PINGPONG,
+        STAGED,
+        "",
+        TILES,
+        "WRONG|has not read yet|without a proxy fence",
+    ),
     "a tile written before the last one has been read": (
         PINGPONG,
         "  wait_until_stores_have_read<0>();\n",
@@ -379,7 +385,7 @@ THIRD_FAULTS = {
     ),
     "a tile written out of turn": (
         PINGPONG,
-        "  if (!turns.is_first(tile)) wait_for_threads(FREE + me.group, GROUP_THREADS + WARP_THREADS);\n",
+        "  if (!Turns::is_first(tile)) wait_for_threads(FREE + me.group, GROUP_THREADS + WARP_THREADS);\n",
         "",
         TILES,
         "has not read|WRONG|arrives again|incomplete barrier",
@@ -415,7 +421,7 @@ THIRD_FAULTS = {
     ),
     "a wait before the first tile": (
         PINGPONG,
-        "if (!Turns::of(tiles).is_first(tile)) wait_for_threads(TURN",
+        "if (!Turns::is_first(tile)) wait_for_threads(TURN",
         "wait_for_threads(TURN",
         TILES,
         "deadlock",
@@ -506,11 +512,17 @@ THIRD_FAULTS = {
         TILES,
         "WRONG|deadlock|not brought|two copies|more arrivals",
     ),
-    "the half of H not waited for": (PINGPONG, "  has_half.wait(round);\n", "", TILES, "not brought|WRONG"),
+    "the half of H not waited for": (
+        PINGPONG,
+        "  has_half.wait(static_cast<uint32_t>(turns.recomputed().number(tile) % 2));\n",
+        "",
+        TILES,
+        "not brought|WRONG",
+    ),
     "phases of the halves that never change": (
         PINGPONG,
-        "      half_round ^= 1;\n",
-        "",
+        "turns.recomputed().number(tile) % 2",
+        "0",
         TILES,
         "not brought|WRONG|two copies",
     ),
