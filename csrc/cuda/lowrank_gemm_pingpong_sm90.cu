@@ -97,18 +97,17 @@ __device__ void stage_tile(
   const int row = me.first_row(0) + me.lane % 16, chunk = me.lane / 16;
   const int place = row * P::ROW_BYTES + (chunk ^ row % 8) * 16;
   unsigned char* const staging = reinterpret_cast<unsigned char*>(shared.y.data());
-  // The bias of this thread's first column, and the number of columns of Y from there on.
-  const uint32_t first_column = column + static_cast<uint32_t>(me.lane % 4 * 2);
-  const int columns = static_cast<int>(op.N - static_cast<int64_t>(first_column));
-  const Out* const bias = op.bias.data ? static_cast<const Out*>(op.bias.data) + first_column : nullptr;
+  // This thread's first column, and the number of columns of the bias from there on.
+  const size_t first_column = column + static_cast<uint32_t>(me.lane % 4 * 2);
+  const int columns = op.bias.data ? static_cast<int>(op.N - static_cast<int64_t>(first_column)) : 0;
+  const Out* const bias = static_cast<const Out*>(op.bias.data);
 #pragma unroll
   for (int first = 0; first < typename P::N{}; first += 16) {
     float add[4] = {0, 0, 0, 0};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int n = first + i / 2 * 8 + i % 2;
-      if (bias && n < columns) add[i] = widen(bias[n]);
-    }
+    for (int i = 0; i < 4; ++i)
+      if (first + i / 2 * 8 < columns)  // N is a multiple of 8
+        add[i] = widen(bias[first_column + static_cast<size_t>(first + i / 2 * 8 + i % 2)]);
     const int box = first / P::BOX_COLUMNS, pair_of_chunks = first % P::BOX_COLUMNS / 16;
 #pragma unroll
     for (int part = 0; part < P::PARTS; ++part) {
@@ -213,13 +212,14 @@ template <class P, class Out, class Sums>
 __device__ void write_tile(const typename P::CopyY& to, const LowRankGemm& op, const Turns& turns, int tile,
     const Sums& sums, typename P::Shared& shared) {
   const Consumer me = Consumer::me();
+  if (!Turns::is_first(tile)) wait_for_threads(FREE + me.group, GROUP_THREADS + WARP_THREADS);
   int m, n;
   turns.recomputed().tiles.template place<P>(tile, m, n);
-  if (!Turns::is_first(tile)) wait_for_threads(FREE + me.group, GROUP_THREADS + WARP_THREADS);
   stage_tile<P, Out>(op, me, static_cast<uint32_t>(n * typename P::N{}), sums, shared);
   cutlass::arch::fence_view_async_shared();  // makes what this thread wrote visible to the bulk copy
   wait_for_threads(STAGED + me.group, GROUP_THREADS);
   if (me.warp != 0) return;
+  turns.recomputed().tiles.template place<P>(recompute_from(tile), m, n);
   if (me.lane == 0) store_tile<P>(to, op, m, n, shared);
   __syncwarp();  // waits for lane 0, because complete warps must arrive at barriers
   if (!turns.recomputed().is_last(tile)) arrive_for_threads(FREE + me.other(), GROUP_THREADS + WARP_THREADS);

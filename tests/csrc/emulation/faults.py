@@ -524,7 +524,7 @@ THIRD_FAULTS = {
         "turns.recomputed().number(tile) % 2",
         "0",
         TILES,
-        "not brought|WRONG|two copies",
+        "not brought|WRONG|two copies|deadlock",
     ),
     "halves in the wrong order": (
         PINGPONG,
