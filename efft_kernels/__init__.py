@@ -4,7 +4,7 @@
   (:func:`tt_norm_linear`), its variant with one adapter per sample (:func:`tt_linear_grouped`), :func:`tt_contract` and
   :func:`tt_merge_`.
 - Layers: :class:`EfftLinear`, :class:`EfftConv2d` and similar classes, and :class:`TTFactors`, the module that owns the
-  shared factors. Other methods than EFFT use its base class :class:`FactorBank` and :func:`tt_chain`.
+  shared factors. Methods other than EFFT use its base class :class:`FactorBank` and :func:`tt_chain`.
 - Mixtures of experts: :class:`ExpertWeight`, :class:`Routing` and :func:`expert_linear`.
 - Backends: :mod:`efft_kernels.backends`.
 

@@ -104,7 +104,7 @@ class MergeLoss:
 
 
 class AdaptedWeight:
-    """A frozen weight whose matrix ``[d_out, d_in]`` has the update ``(D G)ᵀ`` from a bank of factors.
+    """Represent a frozen weight whose matrix ``[d_out, d_in]`` has the update ``(D G)ᵀ`` from a bank of factors.
 
     Attributes:
         factors: the bank.

@@ -93,8 +93,8 @@ def _empty(stand_in: type[FrozenLayer], kind: type[nn.Module]) -> FrozenLayer:
 def share_attributes(source: nn.Module, target: nn.Module) -> None:
     """Copy the mode, the hooks and all other attributes of ``source`` to ``target``.
 
-    Not copied are parameters, buffers, submodules, a forward method that was set or compiled, and attributes that exist
-    only in adapted layers.
+    Parameters, buffers, submodules, a forward method that was set or compiled, and attributes that exist only in
+    adapted layers are not copied.
     """
     target.__dict__.update({name: value for name, value in source.__dict__.items() if name not in _NOT_SHARED})
 

@@ -3,9 +3,10 @@
 The *producer* of a layer is the LayerNorm or GELU module whose output the layer reads. :func:`fuse_producer` makes such
 a module return a :class:`ProducerOutput`, which contains the input and postpones the computation. An
 :class:`efft_kernels.EfftLinear` that receives a :class:`ProducerOutput` computes the producer and the linear layer in
-one op (``tt_norm_linear``, ``tt_gelu_linear``). Any other operation first converts it to an ordinary tensor, so other
-modules need no changes and never see a wrong value. If a custom autograd.Function uses the :class:`ProducerOutput` and
-returns a gradient for it, the gradient is passed on to the input and to the norm's parameters as without the fusion.
+one op (``tt_norm_linear``, ``tt_gelu_linear``). Any other operation first converts the :class:`ProducerOutput` to an
+ordinary tensor, so other modules need no changes and never see a wrong value. If a custom autograd.Function uses the
+:class:`ProducerOutput` and returns a gradient for it, the gradient is passed on to the input and to the norm's
+parameters as without the fusion.
 """
 
 from __future__ import annotations

@@ -7,11 +7,11 @@ Both directions of tt_linear are this product:
 
 Here W is the frozen weight of the layer, D G is its update, and gy is the gradient of y.
 
-:func:`project` computes H in a separate kernel, which reads A once. The main kernel then adds the rank-r product H T to
-the fp32 accumulator of the output tile, so it writes Y only once and never reads it. If the layer reads the output of a
-producer (a GELU or a layer norm), the projection also applies the producer: it reads the producer's input z and writes
-A = producer(z) and H. In the backward pass of a layer after a GELU, the epilogue (the code after the main loop)
-multiplies Y by the slope of the GELU at z, so the kernel stores dz.
+:func:`project` computes H in a separate kernel, which reads A once per block of up to 64 columns of H. The main kernel
+then adds the rank-r product H T to the fp32 accumulator of the output tile, so it writes Y only once and never reads
+it. If the layer reads the output of a producer (a GELU or a layer norm), the projection also applies the producer: it
+reads the producer's input z and writes A = producer(z) and H. In the backward pass of a layer after a GELU, the
+epilogue (the code after the main loop) multiplies Y by the slope of the GELU at z, so the kernel stores dz.
 
 Two kernels compute the product. ``lowrank_gemm_kernel`` addresses its operands by pointers and accepts any strides. It
 also has a grouped form, in which every sample has its own P and T. All rows of one program then belong to one sample,
@@ -45,7 +45,7 @@ from efft_kernels.triton.launch import (
 )
 from efft_kernels.triton.producers import gelu_slope, produced, row_statistics
 
-# Rows of A per program of the projection, and number of steps in flight. The projection reads A once for any rank.
+# Rows of A per program of the projection, and number of steps in flight.
 PROJECT_M, PROJECT_STAGES = 64, 3
 # Number of row blocks for which programs compute one column block before they begin the next column block. In this
 # order, both operands stay in the L2 cache.

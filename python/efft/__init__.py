@@ -1,6 +1,6 @@
 """Adapt a frozen model, such as a vision transformer, by training a tensor train that its layers share.
 
-The method EFFT is described in arXiv 2311.06749. Its use takes two calls::
+The method EFFT is described in arXiv 2311.06749. Using it takes two calls::
 
     efft.apply(model, efft.EfftConfig(rank=32))  # changes the model in place; then train it as usual
     efft.save_adapter(model, "out/")

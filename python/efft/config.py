@@ -137,7 +137,7 @@ class AdapterConfig:
         """Return the configuration whose :meth:`to_dict` returned ``values``.
 
         Keys that this version does not know are ignored with a warning. If ``values`` come from an earlier version that
-        did not have a key, its value comes from :attr:`meant_before`.
+        did not have a key, the value of this key comes from :attr:`meant_before`.
 
         Raises:
             ValueError: a value is out of range, or the configuration belongs to another method.
@@ -241,7 +241,7 @@ def quote(value: object) -> str:
     """Return the ``repr`` of a value for an error message, cut after 500 characters."""
     try:
         text = repr(value)
-    except ValueError:  # Python refuses to write an integer of so many digits
+    except ValueError:  # Python raises this for an integer of too many digits
         return "an integer of thousands of digits"
     return text if len(text) <= 500 else f"{text[:500]}..."
 

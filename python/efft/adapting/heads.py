@@ -82,7 +82,7 @@ def _input_embeddings(model: Any) -> nn.Module | None:
     """Return the token embeddings, which an encoder-decoder holds next to its encoder and decoder."""
     try:
         embeddings: nn.Module | None = model.get_input_embeddings()
-    except (NotImplementedError, AttributeError):  # models of pictures and sound
+    except (NotImplementedError, AttributeError):  # models of images and sound
         return None
     return embeddings
 

@@ -93,7 +93,7 @@ def _switched_off(module: nn.Module) -> Iterator[None]:
 
 
 def device_of(aside: Aside, owners: Mapping[str, tuple[nn.Module, str]]) -> torch.device:
-    """Return the device on which the layers compute whose weights share factors.
+    """Return the device of the layers whose weights share factors: the device on which they compute.
 
     Args:
         aside: the value that :func:`hooks_aside` yields.

@@ -38,8 +38,8 @@ class Graphs(Protocol):
 class CudaGraphs:
     """Capture on a side stream of a GPU. All graphs of one object share their memory.
 
-    Graphs may share memory only if no data that one replay leaves there is read after another replay. The functions to
-    capture therefore write their results to tensors that were created before.
+    The next replay of any of these graphs may overwrite the results that a replay leaves in the shared memory. The
+    functions to capture therefore write their results to tensors that were created before.
     """
 
     def __init__(self, device: torch.device) -> None:

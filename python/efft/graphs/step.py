@@ -68,7 +68,8 @@ def graph_step(
         clip_norm: largest norm of the gradients; None for no limit.
 
     Returns:
-        A function from a batch (the arguments of ``loss`` after the model) to its loss, a new tensor without a graph.
+        A function from a batch (the arguments of ``loss`` after the model) to its loss, which is a new tensor that
+        requires no gradient.
 
     Raises:
         ValueError: the model, the optimizer, the scaler or the example cannot be used; the message states the reason.

@@ -21,7 +21,7 @@ def to_device(numbers: Sequence[float], dtype: torch.dtype, device: torch.device
 
 
 class FixedBatch:
-    """Select adapters for a batch in a tensor that never moves, so that a CUDA graph can be replayed with others.
+    """Select adapters for a batch in a tensor that never moves, so that a CUDA graph can use others later.
 
     :meth:`efft.AdapterPool.fixed_batch` creates it. All samples use the base at first. Capture the graph within
     ``with pool.use(batch)``, and call :meth:`select` between replays.
