@@ -1,6 +1,6 @@
-"""Study what adapters learn, and how they should be set.
+"""Study what adapters learn, and which settings of adapters give the best accuracy.
 
-``subspaces``, ``starts``, ``text``, ``convolutions`` and ``extras`` are studies. Each runs as ``python -m benchmarks
-NAME``, trains models and appends its results to ``benchmarks/results/NAME.jsonl``. ``side_by_side`` and ``stacked`` are
-training code that several studies use.
+``subspaces``, ``starts``, ``text``, ``convolutions`` and ``extras`` are studies. ``python -m benchmarks NAME`` runs a
+study, which trains models and appends the results to a file. ``side_by_side`` is code for ``text`` and
+``convolutions``, and ``stacked`` is code for ``extras``.
 """

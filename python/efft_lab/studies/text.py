@@ -102,7 +102,7 @@ def sources(folder: Path) -> list[Path]:
 def docstrings(path: Path, names: str) -> list[str]:
     """Return the first paragraphs of the docstrings of classes and functions in a file.
 
-    Matches of the regular expression ``names`` are masked. Paragraphs with less than 5 words are left out.
+    Matches of the regular expression ``names`` are masked. Paragraphs with fewer than 5 words are left out.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the parser warns of invalid escape sequences in some packages

@@ -168,8 +168,7 @@ def work(
 ) -> None:
     """Train stacks from a queue and append their rows to a file, until the queue is empty or the time is over.
 
-    A stack does not start if it would probably not end before the deadline. The other arguments are those of
-    :func:`run_list`.
+    A stack does not start if it would probably not end before the deadline.
 
     Args:
         index: number of this process, for messages.
@@ -187,7 +186,7 @@ def work(
     torch.backends.cuda.matmul.allow_tf32 = False
     packed = Packed(folder, tasks, fields, device)
     starts: dict[Any, Start] = {}
-    pace = 0.0  # measured seconds per run and step
+    pace = 0.0  # measured seconds per run and epoch in the last stack
     print(f"worker {index}: ready, {deadline - time.time():.0f} s left", flush=True)
     while True:
         try:

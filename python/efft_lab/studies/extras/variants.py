@@ -22,7 +22,7 @@ from efft_lab.train.methods import METHODS
 
 #: The linear layers of a block.
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-#: The kinds of parameters that every setting trains.
+#: The kinds of parameters that a setting trains by default.
 OWN = ("sides", "cores", "lora_A", "lora_B", "own_A", "own_B", "head")
 #: The kinds of parameters that layers have only if the ``rates`` of a setting name them.
 SPECIAL = ("diagonal_in", "diagonal_out", "gain")

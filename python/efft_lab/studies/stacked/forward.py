@@ -165,7 +165,7 @@ class Forward:
             return y
         rows = [bias if trained else bias.expand(self.runs, -1)] if trained or own else []
         D, G = operands.get(name, (x.new_zeros(1, x.shape[-1], 0), y.new_zeros(self.runs, 0, y.shape[-1])))
-        spare = 8 - D.shape[-1] % 8 if rows or D.shape[-1] % 8 else 0  # Tensor Cores need rows of 8 n values
+        spare = 8 - D.shape[-1] % 8 if rows or D.shape[-1] % 8 else 0  # Tensor Cores need a multiple of 8
         h = torch.bmm(x, functional.pad(D.to(x.dtype), (0, spare)).expand(self.runs, -1, -1))
         if rows:
             h = h + (torch.arange(h.shape[-1], device=self.device) == D.shape[-1])
