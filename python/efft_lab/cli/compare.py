@@ -76,4 +76,4 @@ def compare(
     from efft_lab.compare.runner import compare as run
 
     count = run(agenda, results, jobs, data)
-    print(f"{count} runs done, results in {results}; the same command with --report sums them up")
+    print(f"{count} runs done, results in {results}; the same command with --report summarizes them")

@@ -213,8 +213,8 @@ def test_report(tiny: dict[str, Any], write: Write, tmp_path: Path, capsys: pyte
     assert "- digits: pixels reaches 52.5, at least as much as probe." in page
     assert "| EFFT2 | lr 0.01 | lr 0.01 |" in page
     assert "- commit: abc" in page
-    assert "- machine: n with G: 2 final runs, 1.0 hours of processors (EFFT2 2)" in page
-    assert "- machine: m: 14 final runs, 0.0 hours of processors (scratch 4; EFFT2 2; probe 4; pixels 4)" in page
+    assert "- machine: n with G: 2 final runs, 1.0 processor hours (EFFT2 2)" in page
+    assert "- machine: m: 14 final runs, 0.0 processor hours (scratch 4; EFFT2 2; probe 4; pixels 4)" in page
     assert "![Accuracy against trained parameters](r-parameters.png)" in page
     assert (tmp_path / "r-parameters.png").stat().st_size > 10_000
     assert "Published" not in page
