@@ -149,6 +149,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "accuracy_grid": partial(accuracy, "local_grid"),
     "accuracy_twelve": partial(accuracy, "twelve"),
     "comparisons_twelve": partial(accuracy, "twelve", "comparisons"),
+    "accuracy_hundred_epochs": partial(accuracy, "hundred_epochs"),
+    "comparisons_hundred_epochs": partial(accuracy, "hundred_epochs", "comparisons"),
 }
 
 
