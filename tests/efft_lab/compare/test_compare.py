@@ -236,7 +236,11 @@ def _record(run: Any, accuracy: float) -> dict[str, Any]:
 def test_wrong_words(tiny: dict[str, Any], write: Write, capsys: pytest.CaptureFixture[str]) -> None:
     file = str(write(tiny))
     for words, message in (
-        ([], "give either a file or --suite, one of local, local_efft2, local_grid, local_long, twelve, vtab1k"),
+        (
+            [],
+            "give either a file or --suite, one of hundred_epochs, local, local_efft2, local_grid, local_long, "
+            "twelve, vtab1k",
+        ),
         ([file, "--suite", "local"], "give either a file or --suite"),
         (["--suite", "nope"], "there is no suite 'nope'"),
         (["--suite", "local", "--quick", "--full"], "either --quick or --full"),
