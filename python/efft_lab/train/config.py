@@ -180,7 +180,7 @@ class TrainConfig:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
         method = METHODS[self.method]
         if self.adapter and method.group != "adapter":
-            where = f"its settings are in {method.group}" if method.group else "it has no settings"
+            where = f"its settings are those of {method.group}" if method.group else "it has no settings"
             raise ValueError(f"adapter is not read by method {self.method!r} ({where}), got {self.adapter!r}")
         if self.task == "segmentation" and not method.any_model:
             raise ValueError(f"method {self.method!r} supports only plain timm models and cannot train segmentation")
