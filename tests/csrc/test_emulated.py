@@ -95,7 +95,7 @@ def test_every_op_on_ragged_sizes(library: Path, order: dict[str, str]) -> None:
     assert int(re.search(r"(\d+) cases, 0 wrong", done.stdout)[1]) > 200
 
 
-@pytest.mark.skipif("EFFT_EMULATED_CUDA" not in os.environ, reason="make check-cuda runs it, with EFFT_EMULATED_CUDA")
+@pytest.mark.skipif("EFFT_EMULATED_CUDA" not in os.environ, reason="only make check-cuda sets EFFT_EMULATED_CUDA")
 def test_the_tests_of_the_ops(request: pytest.FixtureRequest) -> None:
     """The session in which ``make check-cuda`` tests the ops on an emulated library must contain these tests."""
     chosen = [item for item in request.session.items if item.path.is_relative_to(ROOT / "tests/efft_kernels/ops")]
@@ -215,7 +215,7 @@ def launched(library: Path, *arguments: int, **environment: str) -> dict[tuple[i
 @on_hopper
 @pytest.mark.parametrize("second", [False, True], ids=["first generation", "second generation"])
 def test_the_launches_of_a_block_are_those_of_the_model(library: Path, second: bool) -> None:
-    """The emulated GPU has 132 multiprocessors. The kernels of a ViT-B block with 12608 tokens do not run."""
+    """The launches of a ViT-B block with 12608 tokens on 132 multiprocessors are recorded. The kernels do not run."""
     sizes = [size for layer in steps.LAYERS.values() for size in layer]
     dry = {"EFFT_EMULATION_DRY": "1", "EFFT_EMULATION_PROCESSORS": "132"}
     found = launched(library, steps.TOKENS, steps.RANK, second, *sizes, **(SECOND if second else SM90), **dry)
