@@ -26,7 +26,7 @@ namespace efft {
 namespace {
 
 constexpr int COLUMNS = 64, STAGES = 4, WARPS = 4, THREADS = WARPS * 32;
-constexpr int64_t MOST_SPLITS = 8;     // every GPU with clusters supports this many blocks per cluster
+constexpr int64_t MOST_SPLITS = 8;     // number of blocks in the largest cluster that all of these GPUs support
 constexpr int64_t LEAST_TOKENS = 256;  // the number of tokens divided by this, rounded up, limits the number of ranges
 // The distance between two rows of sums in shared memory. It is one more than the number of columns, so that the
 // elements of a column are in different banks.

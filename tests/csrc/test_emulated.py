@@ -215,7 +215,7 @@ def launched(library: Path, *arguments: int, **environment: str) -> dict[tuple[i
 @on_hopper
 @pytest.mark.parametrize("second", [False, True], ids=["first generation", "second generation"])
 def test_the_launches_of_a_block_are_those_of_the_model(library: Path, second: bool) -> None:
-    """The launches of a ViT-B block with 12608 tokens on 132 multiprocessors are recorded. The kernels do not run."""
+    """The emulated GPU has 132 multiprocessors. The kernels of a ViT-B block with 12608 tokens do not run."""
     sizes = [size for layer in steps.LAYERS.values() for size in layer]
     dry = {"EFFT_EMULATION_DRY": "1", "EFFT_EMULATION_PROCESSORS": "132"}
     found = launched(library, steps.TOKENS, steps.RANK, second, *sizes, **(SECOND if second else SM90), **dry)
