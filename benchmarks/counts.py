@@ -1,7 +1,8 @@
 """Count FLOPs and bytes by formula, and measure the peak speed of the machine.
 
-The formulas count the work that the results require: y = x Wᵀ + b + h G with h = x D, and the gradients dx, dD and dG,
-for which dh = gy Gᵀ is computed. Additional work of an implementation, such as building a dense update, does not count.
+The formulas count the work of one adapted linear layer: y = x Wᵀ + b + h G with h = x D, and the gradients dx, dD and
+dG. W and b are frozen, and D and G are the factors of the update. gy is the gradient with respect to y. The backward
+pass also computes dh = gy Gᵀ. Additional work of an implementation, such as building a dense update, does not count.
 The frozen baseline ("floor") computes only y = x Wᵀ + b and dx = gy W.
 """
 

@@ -3,7 +3,7 @@
     python -m benchmarks kinds --kind attention conv1d
 
 The command times a forward and backward pass of one module. A row is one implementation. Each of the following rows
-gives all weights of the module an update of the same rank:
+gives all weight matrices of the module an update of the same rank:
 
 - ``efft``: this library.
 - ``lora:peft``: LoRA of ``peft``.
@@ -162,7 +162,7 @@ def _adapted(case: Case) -> nn.Module:
     efft.apply(model, config)
     torch.manual_seed(2)
     for _, factor in efft.named_factors(model):
-        nn.init.normal_(factor, std=factor.shape[-2] ** -0.5)  # makes |dW| about |W|, so that its errors are visible
+        nn.init.normal_(factor, std=factor.shape[-2] ** -0.5)  # |dW| is then about |W|: errors are visible
     return model
 
 

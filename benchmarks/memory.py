@@ -7,7 +7,7 @@ implementation in the comparison, and every row runs in a new process. The comma
 
 - saved: the bytes of the storages that autograd saves between the forward and the backward pass. Each storage counts
   once. Storages that exist before the forward pass, such as weights and factors, do not count. There is one exception:
-  the input of a single layer counts, but the images of a model do not. Copies of weights that autocast makes count.
+  the input of a single layer counts, but the images of a model do not. Copies of weights that autocast creates count.
 - peak: the largest memory of the process up to the end of the second step. On a CPU this is the resident memory
   (``VmHWM``), and on a GPU the memory that torch has allocated.
 - before: the memory in use after the model is created and before the first step.

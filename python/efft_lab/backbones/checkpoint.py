@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-_JAX_MARK = "embedding/kernel"  # name of the patch embedding, which only the JAX checkpoints of ViT use
+_JAX_MARK = "embedding/kernel"  # end of a name that only JAX checkpoints of ViT contain
 _SUFFIXES = (".npz", ".pth", ".pt", ".safetensors")
 
 

@@ -112,7 +112,7 @@ def _place(radius: Floats, camera: Camera, nearest: float | None, rng: np.random
                 centers.append(center)
             if len(centers) == len(radius):
                 return np.array(centers)
-    raise RuntimeError(f"found no places for {len(radius)} objects, the nearest {nearest}, before {camera}")
+    raise RuntimeError(f"found no places for {len(radius)} objects with nearest distance {nearest} and {camera}")
 
 
 def _is_free(centers: Floats, radius: Floats, camera: Camera) -> bool:

@@ -156,8 +156,8 @@ def card_facts(
 ) -> dict[str, Any]:
     """Return the facts for the header of the adapter's model card, as far as they are known.
 
-    They are ``metrics`` (the test scores) and ``datasets``. ``base_model`` and ``license`` are added if the base model
-    has published weights of timm.
+    The facts are ``metrics`` (the test scores) and, if the data set has a name, ``datasets``. If training started from
+    published weights of timm, ``base_model`` and ``license`` are added.
     """
     test = {name.removeprefix("test_"): score for name, score in scores.items() if name.startswith("test_")}
     facts: dict[str, Any] = {"datasets": [task.info.name]} if hasattr(task, "info") else {}

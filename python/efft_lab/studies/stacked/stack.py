@@ -109,7 +109,8 @@ class Stack:
     def train(self, steps: int, graph: bool = False, due: Callable[[], bool] = lambda: False) -> bool:
         """Advance all runs by a number of steps.
 
-        Return True when they are done. Return False as soon as ``due``, which is called every 20 steps, returns True.
+        The function ``due`` is called every 20 steps. If it returns True, training stops, and the result is False.
+        After the last step, the result is True.
         """
         replay = self.captured() if graph else self.step
         for step in range(steps):
