@@ -1,4 +1,4 @@
-"""Test pooled adapters with trained biases and norms, which can serve a complete batch but not some of its samples."""
+"""Test pools of adapters with trained biases and norms, which can serve a complete batch but not single samples."""
 
 from __future__ import annotations
 
