@@ -4,8 +4,8 @@
 
 A design is a way to compute an adapted layer with a sequence of kernels. This module measures nothing. Its analytical
 model compares designs before they are implemented, and its predictions appear next to measured ratios. The module
-``roofline_gpu`` predicts the time of one kernel. The model assumes that no data is in a cache, and that the cost of an
-atomic operation is that of the bytes that it moves. It ignores the time in which the host launches kernels. Expect
+``roofline_gpu`` predicts the time of one kernel. The model assumes that no data is in a cache, and that an atomic
+operation costs as much as moving its bytes. It ignores the time in which the host launches kernels. Expect
 errors of a few percent per product.
 
 An adapted layer computes y = x Wᵀ + h G with h = x D, where x is [tokens, d_in], W is [d_out, d_in], D is [d_in, r] and
