@@ -107,7 +107,7 @@ def adapter(tiny_vit: Make, randomize: Make) -> Make:
 
 @pytest.fixture
 def pool(tiny_vit: Make) -> efft.AdapterPool:
-    """Return an AdapterPool, which holds several adapters of one model; here, the tiny ViT and no adapter yet."""
+    """Return a pool for the tiny ViT. A pool holds several adapters of one model, and this one has no adapter yet."""
     return efft.AdapterPool(tiny_vit().eval())
 
 

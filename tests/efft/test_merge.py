@@ -64,7 +64,7 @@ def test_merged_weights_are_base_plus_update_rounded_once(
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_merged_model_computes_the_same(config: dict[str, Any], adapted_vit: Make, images: Tensor) -> None:
-    """The difference must be small relative to the effect of the update, because a layer may be missing otherwise."""
+    """The difference is compared with the effect of the update. Otherwise, a missing layer would not be noticed."""
     model = adapted_vit(std=0.2, **config)
     unmerged = model(images)
     with efft.disabled(model):
@@ -195,7 +195,7 @@ def test_report_of_bf16_weights_advises(tiny_vit: Make, randomize: Make) -> None
     model = randomize(efft.apply(tiny_vit().to(torch.bfloat16), efft.EfftConfig(rank=4)), std=0.02)
     report = efft.merge(model)
     name, loss = report.worst
-    assert loss.relative_error > 0.5, "most of a tiny update is lost in bf16"
+    assert loss.relative_error > 0.5, "bf16 weights must lose most of a tiny update"
     assert str(report).endswith(
         f"lost to rounding: {loss.relative_error:.1e} ({name}); the weights are too coarse for this update: merge into "
         f"float32 weights (model.float())"

@@ -99,7 +99,7 @@ def test_other_expressions_are_refused(pattern: str) -> None:
 def test_expressions_that_drag(pattern: str) -> None:
     """In a file, these patterns are rejected at once or matched in bounded time."""
     with within(5), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # about nested sets
+        warnings.simplefilter("ignore", FutureWarning)  # re warns about nested sets
         try:
             (matches,) = file_matchers([pattern])
         except ValueError as error:

@@ -82,7 +82,7 @@ def test_error_is_what_the_dropped_singular_values_say(config: dict[str, Any], k
 def test_no_basis_of_that_rank_loses_less(adapted_vit: Make) -> None:
     """If only r1 is lowered, the singular values of all dense updates side by side determine the smallest error."""
     model = adapted_vit(rank=(6, 1), targets=["qkv"], std=0.2).double()
-    beside = torch.cat([u.t() for u in updates(model)["mhsa"]], 1)  # [in, out of all]
+    beside = torch.cat([u.t() for u in updates(model)["mhsa"]], 1)  # [inputs, outputs of all layers]
     values = torch.linalg.svdvals(beside)[:6]
     report = efft.prune(model, keep=0.8)
     r1, r2 = report.ranks["mhsa"]

@@ -1,8 +1,7 @@
-"""Test ``efft.apply`` and the functions that undo, disable or train an adapter.
+"""Test ``efft.apply``, ``efft.remove`` and ``efft.disabled``, and which parameters are trained.
 
 A new adapter does not change the output, only its factors and the head are trained, ``efft.remove`` restores the model,
-and an error leaves the model unchanged. Other tests cover ``efft.disabled``, ``efft.freeze_backbone`` and
-``efft.parameter_groups``.
+and an error leaves the model unchanged. Other tests cover ``efft.freeze_backbone`` and ``efft.parameter_groups``.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ def test_only_the_zero_side_learns_at_step_0(variant: Any, init: str, tiny_vit: 
         zero = (init[-1] if name == "ffn" else init[0]).upper()
         for factor in ("U", "C", "V"):
             parameter = getattr(factors, factor)
-            assert bool(parameter.any()) == (factor != zero), f"{name}.{factor} at the start"
+            assert bool(parameter.any()) == (factor != zero), f"initial values of {name}.{factor}"
             assert bool(parameter.grad.any()) == (factor == zero), f"gradient of {name}.{factor}"
         assert not factors.log_scale.grad.any()
 

@@ -145,7 +145,7 @@ def test_disabled_computes_as_the_base(x: Tensor) -> None:
 
 
 def test_disabled_between_forward_and_backward(x: Tensor) -> None:
-    """The base may run as a reference model before the backward pass. It must not change tensors of autograd."""
+    """The base may run as a reference model before the backward pass, without changes to tensors saved by autograd."""
     model = train(efft.apply(base(), efft.EfftConfig(**CONFIG))).eval()
     loss = model(x).square().sum()
     with torch.no_grad(), efft.disabled(model):
@@ -173,7 +173,7 @@ def test_copies_freeze_their_own_statistics() -> None:
 
 
 def test_a_base_that_is_loaded_later_is_the_base(x: Tensor) -> None:
-    """Base weights that are loaded after ``apply`` count as the base, but a checkpoint of an adapted model does not."""
+    """Base weights that are loaded after ``apply`` count as the base. Those of an adapted model's checkpoint do not."""
     model = efft.apply(Net(), efft.EfftConfig(**CONFIG))
     names = ["conv1", "conv2", "bn1", "bn2", "fc"]
     weights = {n: t for n, t in base().state_dict().items() if n.partition(".")[0] in names}

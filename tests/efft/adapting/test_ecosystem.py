@@ -149,7 +149,7 @@ def test_narrow_base_with_wide_factors(dtype: torch.dtype, tiny_vit: Make, image
 def test_converting_an_adapted_model_converts_its_factors(
     convert: Callable[[nn.Module], nn.Module], adapted_vit: Make, images: Tensor
 ) -> None:
-    """If the model is converted after apply, all its tensors have the new dtype, as in any module."""
+    """If the model is converted after apply, all its tensors have the new dtype, like those of any module."""
     model = adapted_vit(std=0.2)
     expected = model(images)
     convert(model)
@@ -192,7 +192,7 @@ def test_parts_called_alone(adapted_vit: Make, images: Tensor) -> None:
     y = model.forward_head(model.forward_features(images))
     assert_same(
         {"y": y}, {"y": model(images)}
-    )  # not exactly: the BLAS library may sum the product of one core in a different order than that of all cores
+    )  # not exactly equal: BLAS may sum the product of one core in a different order than that of all cores
     loss(y).backward()
     assert_same(gradients(model), expected)
     model.train()

@@ -23,7 +23,7 @@ Make = Callable[..., nn.Module]
 
 # Tolerances for rounding only, relative to the largest element of each tensor.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 5e-5}
-S = (0.7, 1.9)  # the scales of attention and MLP differ, so that a mix-up is visible
+S = (0.7, 1.9)  # the scales of attention and MLP differ, so a mix-up would be visible
 P = 0.3
 #: For each kind of group, its places in the dense formulation. For each place, the index of the draw of masks for U and
 #: V, and the indices of the cores in this library.
@@ -39,7 +39,7 @@ SWIN_RANKS = {f"stage{i + 1}_mhsa": 3 << i for i in range(4)} | {
 
 
 def stages(model: nn.Module) -> list[tuple[str, list[nn.Module]]]:
-    """Return (prefix of the group names, blocks) of each stage."""
+    """Return (prefix of the group names, blocks) of each stage. A ViT has one stage."""
     if hasattr(model, "layers"):
         return [(f"stage{i + 1}_", list(stage.blocks)) for i, stage in enumerate(model.layers)]
     return [("", list(model.blocks))]
@@ -208,7 +208,7 @@ def test_dropout_keeps_the_mean_of_the_update(tiny_vit: Make, randomize: Make) -
 
 
 def test_gated_mlp_has_one_core_for_each_half_of_fc1(tiny_vit: Make, randomize: Make, images: Tensor) -> None:
-    """DINOv2's packed SwiGLU has fc1 = [U C_0 V | U C_1 V] and fc2 = (U C_2 V)ᵀ."""
+    """In DINOv2's packed SwiGLU, the update of fc1 is [U C_0 V | U C_1 V], and that of fc2 is (U C_2 V)ᵀ."""
     layers = pytest.importorskip("timm").layers
     base = tiny_vit(mlp_layer=layers.SwiGLUPacked, mlp_ratio=4).double().eval()
     model = randomize(efft.apply(copy.deepcopy(base), efft.EfftConfig(rank=4, targets="ffn", scale=0.6)))

@@ -27,7 +27,7 @@ from efft_kernels.nn.adapt import adapt
 Make = Callable[..., nn.Module]
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
-#: A program that rebuilds the base and uses only peft.
+#: A program that loads the base and the checkpoint, and uses peft without efft.
 LOAD = """
 import sys, torch, warnings
 folder, base, inputs, out = sys.argv[1:]

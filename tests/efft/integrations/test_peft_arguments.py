@@ -71,7 +71,7 @@ def test_layers_of_targets_are_narrowed_too() -> None:
 
 
 def test_names_that_end_others() -> None:
-    """An expression selects exactly one layer, even if other layers' names end with the name of that layer."""
+    """A regular expression must match a complete name. A list also selects layers whose names end with its entries."""
 
     class Net(nn.Module):
         def __init__(self, inner: bool = True) -> None:

@@ -161,7 +161,7 @@ def test_as_lora(changes: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_the_adapter_that_becomes_lora() -> None:
-    """The model has two adapters, and the other one adapts different layers."""
+    """The model has two adapters on different layers, and the second adapter is converted."""
     model = under_peft(llama(), settings())
     model.add_adapter("other", settings(target_modules=["q_proj", "o_proj"]))
     model.set_adapter("other")

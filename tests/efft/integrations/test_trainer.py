@@ -1,4 +1,7 @@
-"""Test unmodified training loops of other libraries: transformers' Trainer, and accelerate."""
+"""Test adapted models in the training loops of transformers' Trainer and of accelerate.
+
+With the mixin ``AdapterCheckpoints``, the Trainer saves only the adapter in its checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +57,7 @@ def trainer(model: nn.Module, out: Path, steps: int, kind: Any = None, **setting
 
 
 class AdapterTrainer(AdapterCheckpoints, transformers.Trainer):  # type: ignore[misc]
-    """Define a trainer as in the documentation of the mixin."""
+    """Define a trainer as in the documentation of ``AdapterCheckpoints``."""
 
 
 def logits(model: nn.Module) -> Tensor:
@@ -146,7 +149,7 @@ def test_trainer_reads_checkpoints_of_whole_models(tmp_path: Path) -> None:
 
 
 def test_trainer_takes_a_quantized_model(tmp_path: Path) -> None:
-    """Trainer rejects a model that seems to have only quantized weights; with the mixin it trains the adapter."""
+    """Trainer rejects a model that seems to have only quantized weights. With the mixin, it trains the adapter."""
     torchao = pytest.importorskip("torchao.quantization", reason="needs torchao: pip install 'efft-kernels[dev]'")
     make(adapted=False).save_pretrained(tmp_path / "base")
     settings = transformers.TorchAoConfig(torchao.Int8WeightOnlyConfig(), modules_to_not_convert=["classifier"])

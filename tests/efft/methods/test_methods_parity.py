@@ -29,7 +29,7 @@ ROLES = {"qkv": "attn.qkv", "o": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"
 
 
 def by_layer(matrix: Callable[[str, int], Tensor]) -> dict[str, Tensor]:
-    """Return ΔW [d_in, d_out] of every layer; ``matrix`` computes ΔW for a role in block l."""
+    """Return ΔW [d_in, d_out] of every layer; ``matrix`` computes ΔW for a role, such as "qkv", in block l."""
     return {f"blocks.{l}.{ending}": S * matrix(role, l) for role, ending in ROLES.items() for l in range(L)}
 
 
@@ -110,7 +110,7 @@ def tenslora(tensor: str, p: Factors) -> dict[str, Tensor]:
 def tt_lora(p: Factors) -> dict[str, Tensor]:
     def matrix(role: str, l: int) -> Tensor:
         a, b, c, d, e, f = (p[f"{role}.cores.{k}"][l] for k in range(6))
-        dense = torch.einsum("oiq,qjr,rks,sxt,tyu,uzv->kjixyz", a, b, c, d, e, f)  # input indices reversed
+        dense = torch.einsum("oiq,qjr,rks,sxt,tyu,uzv->kjixyz", a, b, c, d, e, f)  # input indices in reverse order
         return dense.reshape(dense[..., 0, 0, 0].numel(), -1)
 
     return by_layer(matrix)

@@ -300,7 +300,7 @@ def test_computed_weights_are_left_out_by_name(norm: Callable[[nn.Module], nn.Mo
 
 
 def test_hooks_on_adapted_layers_keep_firing(tiny_vit: Make, images: Tensor) -> None:
-    """Hooks must run until their handles remove them, even if they were set before apply and after efft.remove."""
+    """Hooks from before apply, and hooks on the adapted layer, must run until their handles remove them."""
     model = tiny_vit()
     calls: list[str] = []
     layer = model.blocks[0].mlp.fc1

@@ -122,7 +122,10 @@ def test_distilled_deit_has_two_heads() -> None:
 
 
 def test_giant_dinov2_has_a_gated_mlp() -> None:
-    """The model has 40 blocks of width 1536. fc1 packs gate and value of width 4096 each and has 2 cores, fc2 has 1."""
+    """The model has 40 blocks of width 1536.
+
+    fc1 packs a gate and a value of width 4096, and has two cores. fc2 has one core.
+    """
     r = 16
     counted = count("vit_giant_patch14_dinov2", efft.EfftConfig(rank=r))
     assert counted.groups == {"mhsa": 2 * 1536 * r + 40 * 4 * r * r, "ffn": (1536 + 4096) * r + 40 * 3 * r * r}

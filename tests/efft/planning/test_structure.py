@@ -39,7 +39,7 @@ class Mixture(nn.Module):
 
 
 class Tail(nn.Sequential):
-    """Apply layers in sequence. The class only differs from the class of another tower."""
+    """Apply layers in sequence. With this subclass, two parts of a model have different classes."""
 
 
 class Held(nn.Module):

@@ -105,7 +105,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], str, list[str], list[str]]] = {
 def make(name: str) -> nn.Module:
     kind, sizes = MODELS[name][:2]
     if not hasattr(transformers, kind):
-        pytest.skip(f"this transformers has no {kind}")
+        pytest.skip(f"this version of transformers has no class {kind}")
     model_class = getattr(transformers, kind)
     torch.manual_seed(0)
     model: nn.Module = model_class(model_class.config_class(**copy.deepcopy(sizes))).eval()

@@ -97,7 +97,7 @@ def test_a_layer_that_mixes_samples_is_refused(randomize: Make) -> None:
 
 @pytest.mark.parametrize("order", ["batch first", "sequence first"])
 def test_parts_called_alone(order: str, randomize: Make) -> None:
-    """A part of the model can run only after the complete model, whose first call finds the position of the batch."""
+    """``forward`` can be called directly only after a call of the model, which finds the position of the batch."""
     pool, alone = pooled(seeded(lambda: Rows(order)), randomize, efft.EfftConfig(targets=["linear"], rank=2, head=[]))
     x = torch.randn(3, 3, 8)
     with torch.no_grad(), pool.use(["a", "b", None]):

@@ -199,7 +199,7 @@ def test_others_stay_bit_equal(tiny_vit: Make, adapter: Adapter, images: Tensor)
     for i in (3, 0, 6):
         pool.remove(f"more{i}")
     wanted = adapter(3, efft.EfftConfig(rank=2))
-    pool.add("again", wanted)  # in the place of a larger adapter
+    pool.add("again", wanted)  # uses the memory of a larger adapter
     torch.testing.assert_close(under(pool, "again", images), alone(wanted, images), **CLOSE)
     assert torch.equal(under(pool, "a", images), expected[0])
     assert pool.names == ["a", "b", "more1", "more2", "more4", "more5", "again"]

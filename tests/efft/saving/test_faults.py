@@ -134,7 +134,7 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
 def test_patterns_of_a_file_are_never_matched(
     saved: tuple[nn.Module, Path], tiny_vit: Callable[..., nn.Module]
 ) -> None:
-    """Python's ``re`` would take forever to match this pattern; the plan in the file contains the layer names."""
+    """Python's ``re`` would take forever to match this pattern. Loading must use the names in the file instead."""
     model, folder = saved
     edit_config(folder, lambda d: d["config"].update(targets=["(((((.+)+)+)+)+)+!"]))
     with at_most(20):
@@ -358,7 +358,8 @@ def test_data_loaders_whose_workers_are_started_while_a_model_trains(start: str,
     context = multiprocessing.get_context(start)
     loader = torch.utils.data.DataLoader(DATA, batch_size=4, num_workers=2, multiprocessing_context=context)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons warn about fork in a process with threads
+        # Newer versions of Python warn about fork in a process with threads.
+        warnings.simplefilter("ignore", DeprecationWarning)
         found = trained(adapted_vit(dropout=0.0).train(), loader)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     case(f"data loader with workers started by {start}", "the same training as without workers, bit for bit", "-")

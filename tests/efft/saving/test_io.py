@@ -96,7 +96,7 @@ def test_card_has_the_metadata_of_the_hub(adapted_vit: Make, tmp_path: Path) -> 
 
 
 def test_size_for_vit_base(tmp_path: Path) -> None:
-    """The file is below 1 MB for r = 32 with its 245,760 factors, and for r = 16 with a head of 100 classes."""
+    """The file is below 1 MB for r = 32 (245,760 numbers), and for r = 16 with a head of 100 classes."""
     timm = pytest.importorskip("timm", reason="needs timm: pip install 'efft-kernels[vision]'")
     model = timm.models.VisionTransformer(embed_dim=768, depth=12, num_heads=12, num_classes=100, weight_init="skip")
     for rank, head, numbers in ((32, [], 245_760), (16, None, 104_448 + 76_900)):
@@ -199,7 +199,7 @@ def test_merged_models_save_the_same(saved: tuple[nn.Module, Path], tmp_path: Pa
 
 
 def test_loading_into_an_adapted_model(saved: tuple[nn.Module, Path], adapted_vit: Make, images: Tensor) -> None:
-    """Loading replaces the factors. Fields that matter only in training may differ and do not change."""
+    """Loading replaces the factors. Settings that matter only in training may differ, and are kept."""
     model, folder = saved
     other = adapted_vit(scale=0.7, init="u", dropout=0.4, core_init="matrix", std=0.1)
     parameters = dict(efft.named_factors(other))
