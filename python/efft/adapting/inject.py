@@ -14,9 +14,10 @@ from efft.adapting import buffers, extras
 from efft.adapting.adapter import Adapter as Adapter
 from efft.adapting.adapter import adapted_layers as adapted_layers
 from efft.adapting.adapter import adapter_of as adapter_of
-from efft.adapting.adapter import base_loaded, prepare, release
 from efft.adapting.adapter import named_factors as named_factors
+from efft.adapting.adapter import prepare, release
 from efft.adapting.heads import find_head, is_language_model
+from efft.adapting.loading import check_base_known, hooks_for
 from efft.adapting.offload import Aside, device_of, follow, hooks_aside
 from efft.adapting.placing import place
 from efft.adapting.sharding import check_whole
@@ -112,7 +113,7 @@ def _adapt(model: nn.Module, config: AdapterConfig, plan: Plan, aside: Aside) ->
     adapter._hooks = [
         model.register_forward_pre_hook(prepare),
         model.register_forward_hook(release, always_call=True),
-        model.register_load_state_dict_post_hook(base_loaded),
+        *hooks_for(model),
     ]
 
 
@@ -148,13 +149,14 @@ def remove(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: the model is not adapted or is sharded, a ``forward`` was set on an adapted layer itself, an adapted
-            layer computes its weight from other tensors, or the base's values of trained biases are not known (because
-            the model was on the meta device when it was adapted).
+            layer computes its weight from other tensors, or the base's values of trained biases, norms or buffers are
+            not known (because the model was on the meta device when it was adapted, or has loaded the state dict of a
+            model with another base).
     """
     adapter = adapter_of(model)
     check_whole(model, "remove")
     check_stored(adapted_layers(model), "remove")
-    extras.check_known(model, adapter._base_extras)
+    check_base_known(model, adapter)
     with hooks_aside(model) as aside:
         put_in = {n: u for n, u in adapted_layers(model).items() if isinstance(u, AdaptedLayer)}
         changed = [name for name, layer in put_in.items() if "forward" in layer.__dict__]
@@ -187,11 +189,12 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     changed have the values of the base model. ``model`` may be wrapped by DDP or a similar wrapper.
 
     Raises:
-        ValueError: the model is not adapted; or biases or norms are trained, and either DeepSpeed's ZeRO-3 manages them
-            or their values in the base are not known.
+        ValueError: the model is not adapted; biases or norms are trained, and DeepSpeed's ZeRO-3 manages them; or the
+            base's values of biases, norms or buffers are not known (see :func:`remove`).
     """
     wrapper, model = model, unwrap(model)
     adapter = adapter_of(model)
+    check_base_known(model, adapter)
     merged = [update for update in adapted_layers(model).values() if update.merged]
     for update in merged:
         update.unmerge()

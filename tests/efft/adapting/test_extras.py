@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -259,6 +260,46 @@ def test_groups_of_the_optimizer_under_peft(tiny_vit: Make) -> None:
         efft.parameter_groups(model, 1e-3)
 
 
+@pytest.mark.parametrize("wrap", [torch.optim.swa_utils.AveragedModel, lambda model: nn.ModuleDict({"net": model})])
+def test_groups_of_a_module_around_the_model(wrap: Callable[[nn.Module], nn.Module], trained: Make) -> None:
+    model = trained(rates={"cores": 3, "biases": 2}, trainable_scale=True)
+    groups, expected = (
+        {
+            g["name"]: (g["lr"], g["weight_decay"], [p.shape for p in g["params"]])
+            for g in efft.parameter_groups(m, 1e-3)
+        }
+        for m in (wrap(model), model)
+    )
+    assert groups == expected
+
+
+def test_groups_of_two_models_in_a_module(trained: Make) -> None:
+    models = nn.ModuleList([trained(rates={"cores": 3}), trained(rates={"cores": 3})])
+    groups = {g["name"]: len(g["params"]) for g in efft.parameter_groups(models, 1e-3)}
+    assert groups == {g["name"]: 2 * len(g["params"]) for g in efft.parameter_groups(models[0], 1e-3)}
+    models.append(trained(rates={"cores": 2}))
+    with pytest.raises(ValueError, match="the adapted models '0', '1', '2' in this ModuleList have different rates"):
+        efft.parameter_groups(models, 1e-3)
+
+
+def test_steps_that_rounding_undoes(tiny_vit: Make, images: Tensor) -> None:
+    """The weights of the norms are one, where the distance between two numbers in bfloat16 is 2**-8 or 2**-7."""
+    model = efft.apply(tiny_vit().bfloat16(), efft.EfftConfig(**ALL))
+    message = "a step of the learning rate 0.0005 would not change 96 of the 160 entries of the norms, because bfloat16"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        efft.parameter_groups(model, 5e-4)
+    with torch.no_grad():
+        model.norm.bias.add_(1)
+    with pytest.warns(UserWarning, match=message):
+        groups = efft.parameter_groups(model, 5e-4)
+    before = model.norm.weight.detach().clone()
+    model(images.bfloat16()).float().square().sum().backward()
+    torch.optim.AdamW(groups).step()
+    assert model.norm.weight.grad.any()
+    assert torch.equal(model.norm.weight, before)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -337,6 +378,43 @@ def test_a_base_that_is_loaded_later(tiny_vit: Make, images: Tensor) -> None:
     with efft.disabled(model):
         assert torch.equal(model(images), base(images))
     assert not torch.equal(model(images), base(images))
+
+
+def test_a_checkpoint_of_another_base(tiny_vit: Make, trained: Make, images: Tensor) -> None:
+    """The weights of the checkpoint's base are loaded, but its biases and norms before training are not in the file."""
+    source = trained()
+    model = tiny_vit().eval()
+    for parameter in model.parameters():
+        parameter.data.mul_(0.9)
+    efft.apply(model, efft.EfftConfig(**ALL))
+    model.load_state_dict(source.state_dict())
+    assert torch.equal(model(images), source(images))
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn\.proj\.bias are not known, because a state dict"):
+        efft.remove(model)
+    with pytest.raises(ValueError, match="are not known"), efft.disabled(model):
+        pass
+    model.load_state_dict(tiny_vit().state_dict(), strict=False)
+    model.load_state_dict(source.state_dict())
+    with efft.disabled(model), efft.disabled(source):
+        assert torch.equal(model(images), source(images))
+
+
+def test_a_checkpoint_of_the_same_base(tiny_vit: Make, trained: Make, images: Tensor) -> None:
+    source, model = trained(), efft.apply(tiny_vit().eval(), efft.EfftConfig(**ALL))
+    model.load_state_dict({name: tensor.double() for name, tensor in source.state_dict().items()})
+    with efft.disabled(model), efft.disabled(source):
+        assert torch.equal(model(images), source(images))
+
+
+def test_checkpoints_of_one_of_two_models(tiny_vit: Make, trained: Make, images: Tensor) -> None:
+    pair = nn.ModuleDict({"one": efft.apply(tiny_vit().eval(), efft.EfftConfig(**ALL)), "other": trained()})
+    state = pair.state_dict()
+    base = {f"one.{name}": tensor for name, tensor in tiny_vit().state_dict().items()}
+    pair.load_state_dict({n: t for n, t in state.items() if n.startswith("other.")} | base, strict=False)
+    other: Any = pair["other"]
+    with efft.disabled(other):
+        expected = tiny_vit().eval().forward_features(images)
+        assert torch.equal(other.forward_features(images), expected)
 
 
 # --- merged, saved, copied --------------------------------------------------------------------------------------------
