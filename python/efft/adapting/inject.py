@@ -67,6 +67,7 @@ def apply(model: nn.Module, config: AdapterConfig | None = None) -> nn.Module:
     with hooks_aside(model):
         plan = make_plan(model, config, share_tied=True)
     warn_of_untouched(model, plan, config)
+    _warn_of_tied_head(model, plan.head)
     if config.head is None and not plan.head and not is_language_model(model):
         warnings.warn(
             f"found no head in this {type(model).__name__}, so nothing but the factors is trained: name the "
@@ -263,6 +264,25 @@ def _check_trainable(model: nn.Module, head: list[str], aside: Aside) -> None:
                     f"the head {name!r} is to be trained, but has a {type(parameter).__name__} for a weight: exclude "
                     "it from quantization, or pass head=[] to train only the factors"
                 )
+
+
+def _warn_of_tied_head(model: nn.Module, head: list[str]) -> None:
+    """Warn if the head owns a parameter that a module outside the head owns too."""
+    inside = {id(module) for name in head for module in model.get_submodule(name).modules()}
+    of_head: dict[int, str] = {}
+    others: dict[int, str] = {}
+    for prefix, module in model.named_modules() if head else ():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                (of_head if id(module) in inside else others).setdefault(id(parameter), f"{prefix}.{name}".lstrip("."))
+    tied = next((key for key in of_head if key in others), None)
+    if tied is not None:
+        warnings.warn(
+            f"{of_head[tied]} of the head and {others[tied]} are one parameter, so training the head changes the "
+            "backbone too, and neither efft.remove nor efft.disabled restores this parameter: give the head its own "
+            "(layer.weight = nn.Parameter(layer.weight.detach().clone())), or leave it out of the head (head=[])",
+            stacklevel=3,
+        )
 
 
 def _check_present(model: nn.Module, names: Iterable[str], aside: Aside) -> None:

@@ -87,6 +87,31 @@ def parameter_groups(
     return [group for group in groups if group["params"]]
 
 
+def set_rates(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Multiply learning rates of an optimizer by the rates of the adapter's configuration.
+
+    A group of the optimizer is split if its parameters have different rates. Call this function before a scheduler
+    reads the groups. Do nothing if ``model`` is not adapted, or if its configuration has no rates.
+
+    Raises:
+        ValueError: the models inside ``model``, or the active adapters of peft, have different rates.
+    """
+    adapted = _adapted(unwrap(model))
+    if adapted is None or not adapted.rates:
+        return
+    rates = {id(p): adapted.rates.get(kind, 1.0) for kind, ps in _by_kind(model, adapted).items() for p in ps}
+    for group in list(optimizer.param_groups):
+        by_rate: dict[float, list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            by_rate.setdefault(rates.get(id(parameter), adapted.rates.get("head", 1.0)), []).append(parameter)
+        parts = [{**group, "params": params, "lr": group["lr"] * rate} for rate, params in by_rate.items()]
+        for i, part in enumerate(parts):
+            if i == 0:
+                group.update(part)
+            else:
+                optimizer.add_param_group(part)
+
+
 @torch.no_grad()
 def _warn_of_lost_steps(groups: Iterable[Mapping[str, Any]]) -> None:
     """Warn about groups in which rounding would undo a step of the size of the learning rate in most of the entries."""

@@ -151,6 +151,25 @@ def test_packed_projections_have_their_biases() -> None:
     assert all(dict(model.named_parameters())[name].grad.any() for name in names)
 
 
+class Router(nn.Module):
+    """Select experts by scores plus a bias that no gradient reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(8, 2)
+        self.expert_bias = nn.Parameter(torch.zeros(2), requires_grad=False)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_biases_that_the_model_does_not_train_are_left_out(frozen: bool) -> None:
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), Router()) for _ in range(2)))
+    if frozen:  # then nothing tells which parameters the model trains
+        model.requires_grad_(False)
+    plan = efft.inspect(model, efft.EfftConfig(rank=1, bias="all", head=[]))
+    names = ["0.bias", *["1.expert_bias"] * frozen, "1.gate.bias"]
+    assert list(plan.extras) == [f"{i}.{name}" for i in range(2) for name in names]
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -80,6 +80,16 @@ def trained_norms(model: nn.Module, head: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(name.rpartition(".")[0] for name in trained if not name.startswith(inside)))
 
 
+def trained_beside(model: nn.Module, config: EfftPeftConfig, plan: Plan) -> int:
+    """Return the number of entries of all biases and norms that peft trains in addition to the factors and the head."""
+    head = {id(p) for name in plan.head for p in model.get_submodule(name).parameters()}
+    owners = {"none": [], "all": list(model.modules())}.get(config.bias, [model.get_submodule(n) for n in plan.weights])
+    trained = [module._parameters.get("bias") for module in owners]
+    for name in trained_norms(model, plan.head) if config.norms else ():
+        trained += model.get_submodule(name).parameters()
+    return sum({id(p): p.numel() for p in trained if p is not None and id(p) not in head}.values())
+
+
 def exclusion(config: EfftPeftConfig, name: str) -> Any:
     """Return False, or the falsy object with which peft records that ``exclude_modules`` matches a name."""
     return check_target_module_exists(_settings(config, ".*", []), name) and False
