@@ -123,10 +123,10 @@ class EfftConfig(AdapterConfig):
 
     bias: Literal["none", "all", "adapted", "auto"] = "none"
     """Biases that are trained and saved in addition to the factors: "all" (those of the whole model outside the head,
-    including those of normalization layers, but not those that the model itself does not train), "adapted" (those of the adapted layers), or "auto". "auto" is like
-    "adapted", but it also accepts layers without biases, and it leaves out the biases of queries, keys and values if
-    the library knows the roles of the layers: a softmax does not depend on the bias of the keys, and a bias of the
-    values has the same effect as a bias of the output projection."""
+    including those of normalization layers, but not those that the model itself does not train), "adapted" (those of
+    the adapted layers), or "auto". "auto" is like "adapted", but it also accepts layers without biases, and it leaves
+    out the biases of queries, keys and values if the library knows the roles of the layers: a softmax does not depend
+    on the bias of the keys, and a bias of the values has the same effect as a bias of the output projection."""
 
     norms: bool = False
     """Whether the weights and biases of all normalization layers are trained and saved in addition to the factors."""

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, cast
 from peft import PeftConfig, PeftType
 from torch import nn
 
+from efft.integrations.peft.planning import plan_adapter, trained_beside
 from efft.methods.efft import EfftConfig
 
 
@@ -162,8 +163,6 @@ one adapter can train biases |
         return cast(EfftPeftConfig, config)
 
     def planner(self, model: nn.Module) -> Callable[[Any], tuple[Sequence[Any], int]]:
-        from efft.integrations.peft.planning import plan_adapter, trained_beside
-
         def plan(config: EfftPeftConfig) -> tuple[Sequence[Any], int]:
             with warnings.catch_warnings():  # get_peft_model issues the warnings
                 warnings.simplefilter("ignore")
